@@ -1,0 +1,375 @@
+//! The server's half of RFC 6455 framing: [`encode`] what is sent, [`Decoder`] for what arrives.
+//!
+//! Pure and sans-I/O. A server's frames are not masked (section 5.1), so header and payload are
+//! the same bytes for every receiver: a message is encoded once and shared. A client's frames are
+//! unmasked in place in the caller's buffer; a whole message in one frame is handed out from there
+//! without a copy. Only fragments and messages cut by a read are gathered, never more bytes than
+//! arrived and never more than the limit.
+
+use bytes::{BufMut, Bytes, BytesMut};
+
+/// The kind of a frame (RFC 6455, section 5.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Opcode {
+    /// A further fragment of the message under way.
+    Continuation = 0x0,
+    /// Text in UTF-8.
+    Text = 0x1,
+    /// Bytes.
+    Binary = 0x2,
+    /// The first step of the end, or its answer.
+    Close = 0x8,
+    /// A question whether the other side lives.
+    Ping = 0x9,
+    /// Its answer.
+    Pong = 0xA,
+}
+
+impl Opcode {
+    fn of(bits: u8) -> Option<Self> {
+        Some(match bits {
+            0x0 => Self::Continuation,
+            0x1 => Self::Text,
+            0x2 => Self::Binary,
+            0x8 => Self::Close,
+            0x9 => Self::Ping,
+            0xA => Self::Pong,
+            _ => return None,
+        })
+    }
+
+    fn is_control(self) -> bool {
+        self as u8 >= 0x8
+    }
+}
+
+/// The most a control frame may carry (RFC 6455, section 5.5).
+pub const CONTROL_BYTES_MAX: usize = 125;
+
+/// One unfragmented, unmasked frame around `parts`, in their order.
+pub fn encode(opcode: Opcode, parts: &[&[u8]]) -> Bytes {
+    let length: usize = parts.iter().map(|part| part.len()).sum();
+    let mut frame = BytesMut::with_capacity(length + 10);
+    frame.put_u8(0x80 | opcode as u8);
+    match length {
+        0..=125 => frame.put_u8(length as u8),
+        126..=0xFFFF => {
+            frame.put_u8(126);
+            frame.put_u16(length as u16);
+        }
+        _ => {
+            frame.put_u8(127);
+            frame.put_u64(length as u64);
+        }
+    }
+    for part in parts {
+        frame.put_slice(part);
+    }
+    frame.freeze()
+}
+
+/// A close frame. The reason is cut to the 123 bytes that fit, at a character's border.
+pub fn encode_close(code: u16, reason: &str) -> Bytes {
+    let mut end = reason.len().min(CONTROL_BYTES_MAX - 2);
+    while !reason.is_char_boundary(end) {
+        end -= 1;
+    }
+    encode(Opcode::Close, &[&code.to_be_bytes(), &reason.as_bytes()[..end]])
+}
+
+/// What arrived: a whole message, or a control frame.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Received<'a> {
+    /// A text message.
+    Text(&'a str),
+    /// A binary message.
+    Binary(&'a [u8]),
+    /// A ping, to be answered by a pong with the same bytes.
+    Ping(&'a [u8]),
+    /// A pong.
+    Pong(&'a [u8]),
+    /// A close frame: its code and reason, if it has them.
+    Close(Option<(u16, &'a str)>),
+}
+
+/// What the client did wrong. The connection cannot go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CodecError {
+    /// The bytes are no frame of RFC 6455, or come out of turn. Close code 1002.
+    #[error("{0}")]
+    Protocol(&'static str),
+    /// A text message or a close reason is not UTF-8. Close code 1007.
+    #[error("text is not UTF-8")]
+    BadUtf8,
+    /// A message is larger than the limit. Close code 1009.
+    #[error("message is larger than the limit")]
+    TooBig,
+}
+
+/// Takes client frames apart.
+#[derive(Debug)]
+pub struct Decoder {
+    message_bytes_max: usize,
+    header: [u8; 14],
+    header_len: u8,
+    /// The frame whose payload is arriving.
+    frame: Option<Frame>,
+    /// The data message that is being gathered, and its kind.
+    gathered: Vec<u8>,
+    gathering: Option<Opcode>,
+    /// How far `gathered` is known to be UTF-8.
+    valid: usize,
+    /// The control frame that is being gathered: it may come between fragments.
+    control: Vec<u8>,
+    /// What was handed out from `gathered` or `control` is dropped at the next call.
+    spent: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Frame {
+    fin: bool,
+    opcode: Opcode,
+    mask: [u8; 4],
+    remaining: usize,
+}
+
+impl Decoder {
+    /// A decoder that refuses messages of more than `message_bytes_max` bytes.
+    pub fn new(message_bytes_max: usize) -> Self {
+        Self {
+            message_bytes_max,
+            header: [0; 14],
+            header_len: 0,
+            frame: None,
+            gathered: Vec::new(),
+            gathering: None,
+            valid: 0,
+            control: Vec::new(),
+            spent: false,
+        }
+    }
+
+    /// Takes the first message or control frame off the front of `input`, unmasking in place.
+    ///
+    /// Returns how many bytes were used, and what they completed. With `None` all of `input` was
+    /// used and more is needed.
+    ///
+    /// # Errors
+    ///
+    /// [`CodecError`], after which the decoder is not to be used again.
+    pub fn next<'a>(
+        &'a mut self,
+        input: &'a mut [u8],
+    ) -> Result<(usize, Option<Received<'a>>), CodecError> {
+        self.drop_spent();
+        let mut used = 0;
+        loop {
+            let frame = match self.frame {
+                Some(frame) => frame,
+                None => match self.read_header(input, &mut used)? {
+                    Some(frame) => frame,
+                    None => return Ok((used, None)),
+                },
+            };
+
+            let whole = frame.remaining <= input.len() - used;
+            let taken = frame.remaining.min(input.len() - used);
+            let range = used..used + taken;
+            let mask = frame.mask;
+            unmask(&mut input[range.clone()], mask);
+            used += taken;
+
+            if whole && self.is_untouched(frame) {
+                self.frame = None;
+                return Ok((used, Some(received(frame.opcode, &input[range])?)));
+            }
+
+            self.gather(frame, &input[range])?;
+            if !whole {
+                let mut mask = mask;
+                mask.rotate_left(taken % 4);
+                self.frame = Some(Frame { mask, remaining: frame.remaining - taken, ..frame });
+                return Ok((used, None));
+            }
+
+            self.frame = None;
+            if frame.opcode.is_control() {
+                self.spent = true;
+                return Ok((used, Some(received(frame.opcode, &self.control)?)));
+            }
+            if frame.fin {
+                let opcode = self.gathering.take().unwrap_or(frame.opcode);
+                self.spent = true;
+                return Ok((used, Some(received(opcode, &self.gathered)?)));
+            }
+        }
+    }
+
+    /// Whether the frame stands alone, with none of it gathered, so that it need not be copied.
+    fn is_untouched(&self, frame: Frame) -> bool {
+        if frame.opcode.is_control() {
+            self.control.is_empty()
+        } else {
+            frame.fin && self.gathering.is_none()
+        }
+    }
+
+    /// Reads a frame header, which may come in pieces, and judges it as early as possible.
+    fn read_header(
+        &mut self,
+        input: &[u8],
+        used: &mut usize,
+    ) -> Result<Option<Frame>, CodecError> {
+        loop {
+            let have = usize::from(self.header_len);
+            if have == 2 {
+                self.judge_start()?;
+            }
+            let need = header_bytes(&self.header[..have]);
+            if have == need {
+                break;
+            }
+            let Some(byte) = input.get(*used) else { return Ok(None) };
+            self.header[have] = *byte;
+            self.header_len += 1;
+            *used += 1;
+        }
+
+        let have = usize::from(std::mem::take(&mut self.header_len));
+        let header = &self.header[..have];
+        let length = match header[1] & 0x7F {
+            126 => u64::from(u16::from_be_bytes([header[2], header[3]])),
+            127 => header[2..10].iter().fold(0, |length, byte| length << 8 | u64::from(*byte)),
+            length => u64::from(length),
+        };
+        // RFC 6455, section 5.2: the most significant bit of a 64-bit length must be 0.
+        if length >> 63 == 1 {
+            return Err(CodecError::Protocol("frame length out of range"));
+        }
+        let opcode = Opcode::of(header[0] & 0x0F).ok_or(CodecError::Protocol("opcode"))?;
+        let held = if opcode.is_control() { 0 } else { self.gathered.len() };
+        if length > (self.message_bytes_max.saturating_sub(held)) as u64 && !opcode.is_control() {
+            return Err(CodecError::TooBig);
+        }
+        let mut mask = [0; 4];
+        mask.copy_from_slice(&header[have - 4..]);
+        Ok(Some(Frame { fin: header[0] & 0x80 != 0, opcode, mask, remaining: length as usize }))
+    }
+
+    /// Judges the first two bytes of a header.
+    fn judge_start(&self) -> Result<(), CodecError> {
+        let [first, second, ..] = self.header;
+        if first & 0x70 != 0 {
+            return Err(CodecError::Protocol("reserved bit set without an extension"));
+        }
+        let opcode = Opcode::of(first & 0x0F).ok_or(CodecError::Protocol("unknown opcode"))?;
+        if second & 0x80 == 0 {
+            return Err(CodecError::Protocol("client frame without a mask"));
+        }
+        let fin = first & 0x80 != 0;
+        match opcode {
+            _ if opcode.is_control() && !fin => {
+                Err(CodecError::Protocol("fragmented control frame"))
+            }
+            _ if opcode.is_control() && usize::from(second & 0x7F) > CONTROL_BYTES_MAX => {
+                Err(CodecError::Protocol("control frame of more than 125 bytes"))
+            }
+            Opcode::Continuation if self.gathering.is_none() => {
+                Err(CodecError::Protocol("continuation without a message"))
+            }
+            Opcode::Text | Opcode::Binary if self.gathering.is_some() => {
+                Err(CodecError::Protocol("new message inside a fragmented one"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Keeps a piece that is not the whole of its message.
+    fn gather(&mut self, frame: Frame, piece: &[u8]) -> Result<(), CodecError> {
+        if frame.opcode.is_control() {
+            self.control.extend_from_slice(piece);
+            return Ok(());
+        }
+        if frame.opcode != Opcode::Continuation {
+            self.gathering = Some(frame.opcode);
+        }
+        self.gathered.extend_from_slice(piece);
+        if self.gathering == Some(Opcode::Text) {
+            // Fails at the first bad byte, not at the message's end; a character may be cut.
+            match std::str::from_utf8(&self.gathered[self.valid..]) {
+                Ok(_) => self.valid = self.gathered.len(),
+                Err(error) if error.error_len().is_some() => return Err(CodecError::BadUtf8),
+                Err(error) => self.valid += error.valid_up_to(),
+            }
+        }
+        Ok(())
+    }
+
+    /// Forgets what the last call handed out, and gives its memory back: idle connections hold
+    /// none.
+    fn drop_spent(&mut self) {
+        if !std::mem::take(&mut self.spent) {
+            return;
+        }
+        if self.gathering.is_none() {
+            self.gathered = Vec::new();
+            self.valid = 0;
+        }
+        self.control = Vec::new();
+    }
+}
+
+/// How many bytes the header has, as far as its first bytes tell.
+fn header_bytes(header: &[u8]) -> usize {
+    match header.get(1).map(|byte| byte & 0x7F) {
+        None => 2,
+        Some(126) => 2 + 2 + 4,
+        Some(127) => 2 + 8 + 4,
+        Some(_) => 2 + 4,
+    }
+}
+
+/// A whole payload as what it is.
+fn received(opcode: Opcode, payload: &[u8]) -> Result<Received<'_>, CodecError> {
+    Ok(match opcode {
+        Opcode::Text => {
+            Received::Text(std::str::from_utf8(payload).map_err(|_| CodecError::BadUtf8)?)
+        }
+        Opcode::Binary | Opcode::Continuation => Received::Binary(payload),
+        Opcode::Ping => Received::Ping(payload),
+        Opcode::Pong => Received::Pong(payload),
+        Opcode::Close => Received::Close(close_of(payload)?),
+    })
+}
+
+/// The code and reason of a close frame (RFC 6455, sections 5.5.1 and 7.4).
+fn close_of(payload: &[u8]) -> Result<Option<(u16, &str)>, CodecError> {
+    let (code, reason) = match payload {
+        [] => return Ok(None),
+        [_] => return Err(CodecError::Protocol("close frame with half a code")),
+        [high, low, reason @ ..] => (u16::from_be_bytes([*high, *low]), reason),
+    };
+    // 1012 to 1014 are registered with IANA since; 1004 to 1006 and 1015 never stand in a frame.
+    if !matches!(code, 1000..=1003 | 1007..=1014 | 3000..=4999) {
+        return Err(CodecError::Protocol("close code that may not be sent"));
+    }
+    let reason = std::str::from_utf8(reason).map_err(|_| CodecError::BadUtf8)?;
+    Ok(Some((code, reason)))
+}
+
+/// Masks or unmasks `payload` (RFC 6455, section 5.3), eight bytes at a time.
+fn unmask(payload: &mut [u8], mask: [u8; 4]) {
+    let [a, b, c, d] = mask;
+    let wide = u64::from_ne_bytes([a, b, c, d, a, b, c, d]);
+    let (words, rest) = payload.as_chunks_mut::<8>();
+    for word in words {
+        *word = (u64::from_ne_bytes(*word) ^ wide).to_ne_bytes();
+    }
+    for (byte, mask) in rest.iter_mut().zip([a, b, c, d, a, b, c]) {
+        *byte ^= mask;
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,191 @@
+use proptest::prelude::*;
+
+use super::*;
+
+/// An owned copy of what arrived, to compare.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Got {
+    Text(String),
+    Binary(Vec<u8>),
+    Ping(Vec<u8>),
+    Pong(Vec<u8>),
+    Close(Option<(u16, String)>),
+}
+
+fn own(received: Received<'_>) -> Got {
+    match received {
+        Received::Text(text) => Got::Text(text.into()),
+        Received::Binary(bytes) => Got::Binary(bytes.into()),
+        Received::Ping(bytes) => Got::Ping(bytes.into()),
+        Received::Pong(bytes) => Got::Pong(bytes.into()),
+        Received::Close(close) => Got::Close(close.map(|(code, reason)| (code, reason.into()))),
+    }
+}
+
+/// A client's frame, masked.
+fn frame(fin: bool, opcode: u8, payload: &[u8]) -> Vec<u8> {
+    let mask = [0x37, 0xFA, 0x21, 0x3D];
+    let mut frame = vec![if fin { 0x80 } else { 0 } | opcode];
+    match payload.len() {
+        length @ 0..=125 => frame.push(0x80 | length as u8),
+        length @ 126..=0xFFFF => {
+            frame.push(0x80 | 126);
+            frame.extend((length as u16).to_be_bytes());
+        }
+        length => {
+            frame.push(0x80 | 127);
+            frame.extend((length as u64).to_be_bytes());
+        }
+    }
+    frame.extend(mask);
+    frame.extend(payload.iter().enumerate().map(|(i, byte)| byte ^ mask[i % 4]));
+    frame
+}
+
+/// Feeds `bytes` in pieces of `piece` and returns all that arrived, or the first error.
+fn decode(bytes: &[u8], piece: usize, max: usize) -> Result<Vec<Got>, CodecError> {
+    let mut decoder = Decoder::new(max);
+    let mut got = Vec::new();
+    for piece in bytes.chunks(piece) {
+        let mut piece = piece.to_vec();
+        let mut used = 0;
+        while used < piece.len() {
+            let (more, received) = decoder.next(&mut piece[used..])?;
+            used += more;
+            got.extend(received.map(own));
+        }
+    }
+    Ok(got)
+}
+
+#[track_caller]
+fn check(frames: &[Vec<u8>], expected: Result<&[Got], CodecError>) {
+    let bytes = frames.concat();
+    for piece in [1, 2, 3, 5, 7, 64, bytes.len().max(1)] {
+        let got = decode(&bytes, piece, 1 << 20);
+        assert_eq!(got.as_deref(), expected.as_ref().map(|got| *got), "in pieces of {piece}");
+    }
+}
+
+fn text(text: &str) -> Got {
+    Got::Text(text.into())
+}
+
+#[test]
+fn whole_messages_of_every_length_form() {
+    for length in [0, 1, 125, 126, 127, 65_535, 65_536] {
+        let payload = vec![7; length];
+        check(&[frame(true, 2, &payload)], Ok(&[Got::Binary(payload)]));
+    }
+    check(&[frame(true, 1, "grüße 🐧".as_bytes())], Ok(&[text("grüße 🐧")]));
+}
+
+#[test]
+fn fragments_are_joined_and_control_frames_may_come_between() {
+    check(
+        &[frame(false, 1, b"a"), frame(true, 9, b"p"), frame(false, 0, b""), frame(true, 0, b"b")],
+        Ok(&[Got::Ping(b"p".to_vec()), text("ab")]),
+    );
+}
+
+#[test]
+fn a_message_after_a_gathered_one_starts_anew() {
+    check(
+        &[frame(false, 1, b"a"), frame(true, 0, b"b"), frame(false, 2, b"c"), frame(true, 0, b"")],
+        Ok(&[text("ab"), Got::Binary(b"c".to_vec())]),
+    );
+}
+
+#[test]
+fn a_character_may_be_cut_by_a_fragment_but_a_bad_byte_fails_at_once() {
+    check(&[frame(false, 1, &[0xC3]), frame(true, 0, &[0xA4])], Ok(&[text("ä")]));
+    check(&[frame(true, 1, &[0xC3])], Err(CodecError::BadUtf8));
+    let mut decoder = Decoder::new(1 << 20);
+    let mut start = frame(false, 1, &[0xC0, b'a', b'b']);
+    // The bad byte is the first of three: the two behind it need not arrive.
+    start.truncate(start.len() - 2);
+    assert_eq!(decoder.next(&mut start), Err(CodecError::BadUtf8));
+}
+
+#[test]
+fn what_breaks_the_rfc_is_refused() {
+    let protocol = |frames: &[Vec<u8>]| {
+        let got = decode(&frames.concat(), 1, 1 << 20);
+        assert!(matches!(got, Err(CodecError::Protocol(_))), "{got:?}");
+    };
+    protocol(&[vec![0xC1, 0x80]]);
+    protocol(&[vec![0x83, 0x80]]);
+    protocol(&[vec![0x81, 0x01]]);
+    protocol(&[frame(false, 9, b"")]);
+    protocol(&[vec![0x89, 0x80 | 126]]);
+    protocol(&[frame(true, 0, b"")]);
+    protocol(&[frame(false, 1, b""), frame(true, 1, b"")]);
+    protocol(&[frame(true, 8, b"x")]);
+    for code in [0_u16, 999, 1004, 1005, 1006, 1015, 1016, 2999, 5000] {
+        protocol(&[frame(true, 8, &code.to_be_bytes())]);
+    }
+}
+
+#[test]
+fn close_frames_carry_code_and_reason() {
+    check(&[frame(true, 8, b"")], Ok(&[Got::Close(None)]));
+    let payload = [&1000_u16.to_be_bytes()[..], b"bye"].concat();
+    check(&[frame(true, 8, &payload)], Ok(&[Got::Close(Some((1000, "bye".into())))]));
+    let payload = [&1000_u16.to_be_bytes()[..], &[0xFF]].concat();
+    check(&[frame(true, 8, &payload)], Err(CodecError::BadUtf8));
+}
+
+#[test]
+fn the_limit_counts_the_message_not_the_frame_and_is_told_by_the_header() {
+    let fits = [frame(false, 2, &[0; 6]), frame(true, 0, &[0; 4])].concat();
+    assert_eq!(decode(&fits, 3, 10), Ok(vec![Got::Binary(vec![0; 10])]));
+    let big = [frame(false, 2, &[0; 6]), frame(true, 0, &[0; 5])].concat();
+    assert_eq!(decode(&big, 3, 10), Err(CodecError::TooBig));
+    // Nothing of the payload has arrived yet.
+    assert_eq!(decode(&frame(true, 2, &[0; 11])[..6], 6, 10), Err(CodecError::TooBig));
+    // A control frame has a limit of its own.
+    assert!(decode(&frame(true, 9, &[0; 125]), 6, 10).is_ok());
+}
+
+#[test]
+fn a_close_reason_is_cut_at_a_characters_border() {
+    let frame = encode_close(1008, &"ä".repeat(70));
+    assert_eq!(frame.len(), 2 + 2 + 122);
+    assert!(std::str::from_utf8(&frame[4..]).is_ok());
+}
+
+proptest! {
+    /// However a stream of frames is cut into reads, the same messages come out.
+    #[test]
+    fn the_cut_of_the_reads_does_not_matter(
+        messages in proptest::collection::vec((any::<bool>(), ".{0,200}", 1_usize..5), 1..6),
+        piece in 1_usize..300,
+    ) {
+        let mut bytes = Vec::new();
+        let mut expected = Vec::new();
+        for (ping, message, fragments) in &messages {
+            let payload = message.as_bytes();
+            let size = payload.len().div_ceil(*fragments).max(1);
+            let mut parts: Vec<&[u8]> = payload.chunks(size).collect();
+            if parts.is_empty() {
+                parts.push(b"");
+            }
+            let last = parts.len() - 1;
+            for (i, part) in parts.iter().enumerate() {
+                bytes.extend(frame(i == last, if i == 0 { 1 } else { 0 }, part));
+                if *ping && i < last {
+                    bytes.extend(frame(true, 9, b"?"));
+                    expected.push(Got::Ping(b"?".to_vec()));
+                }
+            }
+            expected.push(text(message));
+        }
+        prop_assert_eq!(decode(&bytes, piece, 1 << 20), Ok(expected));
+    }
+
+    /// Whatever arrives, decoding ends in messages or an error and holds no more than arrived.
+    #[test]
+    fn any_bytes_are_survived(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
+        let _ = decode(&bytes, 7, 256);
+    }
+}

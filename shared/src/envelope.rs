@@ -1,0 +1,239 @@
+//! An entry of a room's log, as it is kept in the log and passed between gateways.
+//!
+//! The bytes hold everything of a `message` frame but its `epoch` and `seq`, which the log gives.
+//! A gateway that receives an entry parses no JSON: it puts the two numbers in front of the stored
+//! members and has the frame its clients get.
+//!
+//! ```text
+//! byte 0        version, 1
+//! byte 1        flags: bit 0 binary payload, bit 1 the sender wants no copy
+//! bytes 2..18   message id
+//! bytes 18..34  connection that sent it
+//! bytes 34..38  length of the members, big-endian
+//! members       JSON members without braces: "room":"…","id":"…",…
+//! payload       the content of a binary message
+//! ```
+
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use bytes::{BufMut, Bytes, BytesMut};
+use uuid::Uuid;
+
+use crate::{
+    codec::{self, Opcode},
+    ids::{ConnectionId, MessageId},
+    position::Position,
+};
+
+const VERSION: u8 = 1;
+const HEADER_BYTES: usize = 38;
+const BINARY: u8 = 1;
+const NO_ECHO: u8 = 1 << 1;
+
+/// An entry without its position. Cheap to clone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Envelope(Bytes);
+
+/// The bytes are no envelope of this version.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("not an envelope of version 1")]
+pub struct InvalidEnvelope;
+
+/// What an envelope is made of.
+#[derive(Clone, Copy, Debug)]
+pub struct Parts<'a> {
+    /// The message's id.
+    pub id: MessageId,
+    /// The connection that sent it.
+    pub sender: ConnectionId,
+    /// Whether `sender` gets a copy.
+    pub echo: bool,
+    /// The frame's JSON members without braces, `type`, `epoch` and `seq`.
+    pub members: &'a str,
+    /// The content of a binary message; `None` for one whose content stands in `members`.
+    pub binary: Option<&'a [u8]>,
+}
+
+impl Envelope {
+    /// Packs `parts`.
+    pub fn pack(parts: Parts<'_>) -> Self {
+        let payload = parts.binary.unwrap_or_default();
+        let mut bytes =
+            BytesMut::with_capacity(HEADER_BYTES + parts.members.len() + payload.len());
+        bytes.put_u8(VERSION);
+        let binary = if parts.binary.is_some() { BINARY } else { 0 };
+        bytes.put_u8(binary | if parts.echo { 0 } else { NO_ECHO });
+        bytes.put_slice(parts.id.0.as_bytes());
+        bytes.put_slice(parts.sender.0.as_bytes());
+        bytes.put_u32(parts.members.len() as u32);
+        bytes.put_slice(parts.members.as_bytes());
+        bytes.put_slice(payload);
+        Self(bytes.freeze())
+    }
+
+    /// Takes bytes from a log or a link for an envelope, without copying them.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidEnvelope`] where the bytes were not packed by [`Envelope::pack`].
+    pub fn from_bytes(bytes: Bytes) -> Result<Self, InvalidEnvelope> {
+        let envelope = Self(bytes);
+        let header = envelope.0.get(..HEADER_BYTES).ok_or(InvalidEnvelope)?;
+        if header[0] != VERSION || envelope.0.len() < HEADER_BYTES + envelope.members_len() {
+            return Err(InvalidEnvelope);
+        }
+        Ok(envelope)
+    }
+
+    /// The packed bytes.
+    pub fn as_bytes(&self) -> &Bytes {
+        &self.0
+    }
+
+    /// The message's id.
+    pub fn id(&self) -> MessageId {
+        MessageId(self.uuid_at(2))
+    }
+
+    /// The connection that is to get an `ack` in place of a copy, if the sender asked for that.
+    pub fn sender_without_echo(&self) -> Option<ConnectionId> {
+        (self.0[1] & NO_ECHO != 0).then(|| ConnectionId(self.uuid_at(18)))
+    }
+
+    /// The WebSocket frame that clients get live.
+    pub fn live_frame(&self, position: &Position) -> Bytes {
+        self.frame(position, "")
+    }
+
+    /// The WebSocket frame that clients get when they catch up.
+    pub fn replay_frame(&self, position: &Position) -> Bytes {
+        self.frame(position, REPLAY)
+    }
+
+    /// The JSON text that stands in `history`: the whole frame, a binary one in base64.
+    pub fn json(&self, position: &Position) -> String {
+        let (members, payload) = self.members_and_payload();
+        let mut json = opening(position, REPLAY);
+        json.push_str(&String::from_utf8_lossy(members));
+        if self.is_binary() {
+            json.push_str(r#","encoding":"base64","content":""#);
+            STANDARD.encode_string(payload, &mut json);
+            json.push('"');
+        }
+        json.push('}');
+        json
+    }
+
+    fn frame(&self, position: &Position, replay: &str) -> Bytes {
+        let opening = opening(position, replay);
+        let (members, payload) = self.members_and_payload();
+        if !self.is_binary() {
+            return codec::encode(Opcode::Text, &[opening.as_bytes(), members, b"}"]);
+        }
+        let header_len = (opening.len() + members.len() + 1) as u16;
+        let header_len = header_len.to_be_bytes();
+        let parts = [&header_len, opening.as_bytes(), members, b"}", payload];
+        codec::encode(Opcode::Binary, &parts)
+    }
+
+    fn is_binary(&self) -> bool {
+        self.0[1] & BINARY != 0
+    }
+
+    fn members_and_payload(&self) -> (&[u8], &[u8]) {
+        self.0[HEADER_BYTES..].split_at(self.members_len())
+    }
+
+    fn members_len(&self) -> usize {
+        u32::from_be_bytes([self.0[34], self.0[35], self.0[36], self.0[37]]) as usize
+    }
+
+    fn uuid_at(&self, at: usize) -> Uuid {
+        let mut bytes = [0; 16];
+        bytes.copy_from_slice(&self.0[at..at + 16]);
+        Uuid::from_bytes(bytes)
+    }
+}
+
+const REPLAY: &str = r#""replay":true,"#;
+
+fn opening(position: &Position, replay: &str) -> String {
+    let Position { epoch, seq } = position;
+    format!(r#"{{"type":"message","epoch":"{epoch}","seq":{seq},{replay}"#)
+}
+
+/// The largest binary payload whose frame still fits into `frame_bytes_max` in base64, beside a
+/// header of `members_bytes`.
+pub fn binary_bytes_max(frame_bytes_max: usize, members_bytes: usize) -> usize {
+    // What `json` puts around members and payload is under 160 bytes.
+    frame_bytes_max.saturating_sub(members_bytes + 160) / 4 * 3
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn position() -> Position {
+        Position::new("e1".parse().unwrap(), 7)
+    }
+
+    fn pack(binary: Option<&[u8]>) -> Envelope {
+        Envelope::pack(Parts {
+            id: MessageId(Uuid::from_u128(1)),
+            sender: ConnectionId(Uuid::from_u128(2)),
+            echo: false,
+            members: r#""room":"r","content":1"#,
+            binary,
+        })
+    }
+
+    #[test]
+    fn a_text_entry_becomes_a_text_frame_with_its_position() {
+        let envelope = pack(None);
+        let frame = envelope.live_frame(&position());
+        let json = br#"{"type":"message","epoch":"e1","seq":7,"room":"r","content":1}"#;
+        assert_eq!(frame[0], 0x81);
+        assert_eq!(&frame[2..], json);
+        assert!(envelope.json(&position()).contains(r#""seq":7,"replay":true,"room""#));
+    }
+
+    #[test]
+    fn a_binary_entry_stays_a_binary_frame_and_is_base64_inside_json() {
+        let envelope = pack(Some(&[0xFF, 0]));
+        let frame = envelope.live_frame(&position());
+        assert_eq!(frame[0], 0x82);
+        let length = usize::from(u16::from_be_bytes([frame[2], frame[3]]));
+        let header: serde_json::Value = serde_json::from_slice(&frame[4..4 + length]).unwrap();
+        assert_eq!(header["seq"], 7);
+        assert_eq!(&frame[4 + length..], &[0xFF, 0]);
+        let json: serde_json::Value = serde_json::from_str(&envelope.json(&position())).unwrap();
+        assert_eq!((&json["encoding"], &json["content"]), (&"base64".into(), &"/wA=".into()));
+    }
+
+    #[test]
+    fn what_was_packed_is_read_back() {
+        let envelope = pack(None);
+        let again = Envelope::from_bytes(envelope.as_bytes().clone()).unwrap();
+        assert_eq!(again.id(), MessageId(Uuid::from_u128(1)));
+        assert_eq!(again.sender_without_echo(), Some(ConnectionId(Uuid::from_u128(2))));
+        for cut in 0..envelope.as_bytes().len() {
+            assert!(Envelope::from_bytes(envelope.as_bytes().slice(..cut)).is_err());
+        }
+    }
+
+    #[test]
+    fn the_largest_binary_payload_fits_in_base64() {
+        let members = r#""room":"r""#;
+        let size = binary_bytes_max(1_000, members.len());
+        let payload = vec![0; size];
+        let envelope = Envelope::pack(Parts {
+            id: MessageId(Uuid::nil()),
+            sender: ConnectionId(Uuid::nil()),
+            echo: true,
+            members,
+            binary: Some(&payload),
+        });
+        let epoch = "e".repeat(32).parse().unwrap();
+        let json = envelope.json(&Position::new(epoch, crate::position::SEQ_MAX));
+        assert!(json.len() <= 1_000, "{}", json.len());
+    }
+}

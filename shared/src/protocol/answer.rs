@@ -1,0 +1,339 @@
+//! What the server says, as `type` and fields of section 3.2.
+//!
+//! `E` is what an entry of `history` is: the gateway has its JSON text ready
+//! ([`serde_json::value::RawValue`]), a client reads a [`Frame`].
+
+use serde::{Deserialize, Serialize};
+
+use super::{Kind, Ref};
+use crate::{
+    error::ErrorCode,
+    ids::{ConnectionId, DisplayName, MessageId, NodeId, RoomId, UserId},
+    position::{Epoch, Seq},
+};
+
+/// A frame from the server.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum Answer<E> {
+    /// The first frame of a connection.
+    Connected(Box<Connected>),
+    /// The connection takes part in a room.
+    Joined(Box<Joined<E>>),
+    /// An entry of a room's log.
+    Message(Box<Message>),
+    /// A message was taken.
+    Ack(Box<Ack>),
+    /// The connection no longer takes part in a room.
+    Left(Left),
+    /// A page of a room's log.
+    History(Box<History<E>>),
+    /// The answer to a `ping`.
+    Pong(Pong),
+    /// Continuity could not be kept.
+    Reset(Reset),
+    /// Go to another node; close 1012 follows.
+    Reconnect(Reconnect),
+    /// A frame was refused.
+    Error(Box<Refusal>),
+    /// A type this side does not know.
+    #[serde(other)]
+    Unknown,
+}
+
+/// What a client reads.
+pub type Frame = Answer<Entry>;
+
+/// An entry inside `history`, as a client reads it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum Entry {
+    /// An entry of a room's log.
+    Message(Box<Message>),
+    /// A type this side does not know.
+    #[serde(other)]
+    Unknown,
+}
+
+/// Who a user is: the id, and what people read.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Person {
+    /// The user id.
+    pub id: UserId,
+    /// The display name.
+    pub name: DisplayName,
+}
+
+/// `connected`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Connected {
+    /// This connection.
+    pub connection_id: ConnectionId,
+    /// Who the gateway takes the client for.
+    pub user: Person,
+    /// The gateway.
+    pub node: NodeId,
+    /// The sticky hint: sent back as `?node=`, it leads to the same gateway.
+    pub route: String,
+    /// `chat.v1`
+    pub protocol: String,
+    /// The server's clock.
+    pub timestamp: String,
+    /// When the token ends.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expires_at: Option<String>,
+    /// How often the gateway pings, in seconds.
+    pub heartbeat_interval: u64,
+    /// How long an `id` is recognised, in seconds.
+    pub dedup_window: u64,
+    /// The largest message taken, in bytes.
+    pub max_message_size: usize,
+}
+
+/// `joined`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Joined<E> {
+    /// The `ref` of the `join`.
+    #[serde(default, rename = "ref", skip_serializing_if = "Option::is_none")]
+    pub reference: Option<Ref>,
+    /// The room.
+    pub room: RoomId,
+    /// The epoch of its log.
+    pub epoch: Epoch,
+    /// The newest entry; after a repeated `join` the last one given to this connection.
+    pub seq: Seq,
+    /// Whether the log goes on from `since`.
+    pub recovered: bool,
+    /// Why not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<NotRecovered>,
+    /// Entries, oldest first.
+    pub history: Vec<E>,
+    /// Whether older entries are there.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub more: bool,
+    /// Whether the room keeps a log.
+    pub durable: bool,
+}
+
+/// Why a log could not be continued from a client's `since`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NotRecovered {
+    /// What follows `since` is past retention.
+    LogTrimmed,
+    /// The log has another epoch.
+    LogLost,
+    /// `since` is above the newest entry.
+    Ahead,
+}
+
+/// `message`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Message {
+    /// The room.
+    pub room: RoomId,
+    /// The epoch that `seq` counts in.
+    pub epoch: Epoch,
+    /// The number of the entry.
+    pub seq: Seq,
+    /// The id of the message.
+    pub id: MessageId,
+    /// Who sent it.
+    pub from: Person,
+    /// What it is.
+    pub kind: Kind,
+    /// The content; absent in the header of a binary frame.
+    #[serde(default)]
+    pub content: serde_json::Value,
+    /// `base64` where `content` is a binary payload inside JSON.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub encoding: Option<String>,
+    /// The message it answers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reply_to: Option<MessageId>,
+    /// More about it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub meta: Option<serde_json::Value>,
+    /// When the gateway took it.
+    pub timestamp: String,
+    /// Whether it comes from the log.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub replay: bool,
+}
+
+/// `ack`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Ack {
+    /// The `ref` of the message.
+    #[serde(default, rename = "ref", skip_serializing_if = "Option::is_none")]
+    pub reference: Option<Ref>,
+    /// The id of the message.
+    pub id: MessageId,
+    /// The room.
+    pub room: RoomId,
+    /// The epoch that `seq` counts in.
+    pub epoch: Epoch,
+    /// The number the message got.
+    pub seq: Seq,
+    /// When the gateway took it.
+    pub timestamp: String,
+    /// Whether the id was known, so that nothing was appended.
+    pub duplicate: bool,
+}
+
+/// `left`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Left {
+    /// The `ref` of the `leave`.
+    #[serde(default, rename = "ref", skip_serializing_if = "Option::is_none")]
+    pub reference: Option<Ref>,
+    /// The room.
+    pub room: RoomId,
+}
+
+/// `history`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct History<E> {
+    /// The `ref` of the request.
+    #[serde(default, rename = "ref", skip_serializing_if = "Option::is_none")]
+    pub reference: Option<Ref>,
+    /// The room.
+    pub room: RoomId,
+    /// The epoch of its log.
+    pub epoch: Epoch,
+    /// Entries, oldest first.
+    pub messages: Vec<E>,
+    /// Whether more are there in the direction asked for.
+    pub more: bool,
+}
+
+/// `pong`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Pong {
+    /// The `ref` of the `ping`.
+    #[serde(default, rename = "ref", skip_serializing_if = "Option::is_none")]
+    pub reference: Option<Ref>,
+    /// The server's clock.
+    pub timestamp: String,
+    /// The `timestamp` of the `ping`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub original_timestamp: Option<serde_json::Value>,
+}
+
+/// `reset`: the room stays joined and goes on at `seq` + 1.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reset {
+    /// The room.
+    pub room: RoomId,
+    /// The epoch from here on.
+    pub epoch: Epoch,
+    /// The position right before the next frame.
+    pub seq: Seq,
+    /// Why.
+    pub reason: NotRecovered,
+}
+
+/// `reconnect`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Reconnect {
+    /// How long to wait before coming back, in milliseconds.
+    pub after_ms: u64,
+    /// Why.
+    pub reason: ReconnectReason,
+    /// What to send as `?node=`; `any` is the least busy node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+}
+
+/// Why a client is asked to come back elsewhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ReconnectReason {
+    /// The gateway stops.
+    Draining,
+    /// The gateway has more connections than its share.
+    Rebalance,
+}
+
+/// `error`: why a frame was refused.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Refusal {
+    /// The `ref` of the frame.
+    #[serde(default, rename = "ref", skip_serializing_if = "Option::is_none")]
+    pub reference: Option<Ref>,
+    /// The `type` of the frame.
+    #[serde(default, rename = "for", skip_serializing_if = "Option::is_none")]
+    pub answers: Option<String>,
+    /// The room it spoke of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub room: Option<RoomId>,
+    /// The message it spoke of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<MessageId>,
+    /// What kind of refusal it is.
+    pub code: ErrorCode,
+    /// What was wrong and what to do, for people.
+    pub message: String,
+    /// When to try again, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retry_after_ms: Option<u64>,
+}
+
+impl Refusal {
+    /// A refusal that names nothing of the frame.
+    pub fn new(code: ErrorCode, message: impl Into<String>) -> Box<Self> {
+        Box::new(Self {
+            reference: None,
+            answers: None,
+            room: None,
+            id: None,
+            code,
+            message: message.into(),
+            retry_after_ms: None,
+        })
+    }
+
+    /// The same frame refused because of something else.
+    pub fn because(&self, code: ErrorCode, message: String) -> Box<Self> {
+        Box::new(Self { code, message, ..self.clone() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clients_ignore_types_they_do_not_know() {
+        let frame: Frame = serde_json::from_str(r#"{"type":"typing","room":"r"}"#).unwrap();
+        assert!(matches!(frame, Answer::Unknown));
+    }
+
+    #[test]
+    fn an_error_leaves_out_what_it_does_not_know() {
+        let refusal = Refusal::new(ErrorCode::BadRequest, "no");
+        let json = serde_json::to_string(&Answer::<()>::Error(refusal)).unwrap();
+        assert_eq!(json, r#"{"type":"error","code":"bad_request","message":"no"}"#);
+    }
+
+    #[test]
+    fn ready_made_entries_stand_in_joined_as_they_are() {
+        let raw = serde_json::value::RawValue::from_string(r#"{"type":"message","x": 1}"#.into());
+        let joined = Answer::Joined(Box::new(Joined {
+            reference: Some(Ref::number(3)),
+            room: "r".parse().unwrap(),
+            epoch: "e".parse().unwrap(),
+            seq: 4,
+            recovered: false,
+            reason: None,
+            history: vec![raw.unwrap()],
+            more: true,
+            durable: true,
+        }));
+        assert_eq!(
+            serde_json::to_string(&joined).unwrap(),
+            r#"{"type":"joined","ref":3,"room":"r","epoch":"e","seq":4,"recovered":false,"history":[{"type":"message","x": 1}],"more":true,"durable":true}"#
+        );
+    }
+}

@@ -1,0 +1,448 @@
+//! What a client says: a frame is taken apart once, here, and what is wrong with it is told.
+
+use serde::{Deserialize, Deserializer, de::Error as _};
+use serde_json::value::RawValue;
+
+use super::{
+    BINARY_HEADER_BYTES_MAX, Kind, META_BYTES_MAX, REF_BYTES_MAX, Ref, answer::Refusal, string_of,
+};
+use crate::{
+    error::ErrorCode,
+    ids::{MessageId, RoomId},
+    position::{Position, Seq, seq_in_range},
+};
+
+/// A frame from a client.
+#[derive(Debug)]
+pub struct Request<'a> {
+    /// What the client calls this frame.
+    pub reference: Option<Ref>,
+    /// What it asks for.
+    pub body: Body<'a>,
+}
+
+/// What a client asks for, by `type`.
+#[derive(Debug)]
+pub enum Body<'a> {
+    /// `join`
+    Join(Join),
+    /// `leave`
+    Leave(Leave),
+    /// `message`
+    Message(Message<'a>),
+    /// `history`
+    History(History),
+    /// `ping`
+    Ping(Ping<'a>),
+    /// `pong`
+    Pong,
+}
+
+/// `join`: take part in a room, from now or from where one was.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+pub struct Join {
+    /// The room.
+    pub room: RoomId,
+    /// Where the client was; what follows it is sent.
+    pub since: Option<Position>,
+    /// How many of the newest entries to send; ignored with `since`.
+    #[serde(default = "history_default", deserialize_with = "history_in_range")]
+    pub history: u32,
+}
+
+/// `leave`
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+pub struct Leave {
+    /// The room.
+    pub room: RoomId,
+}
+
+/// `message`: an entry for a room's log.
+#[derive(Debug)]
+pub struct Message<'a> {
+    /// The room.
+    pub room: RoomId,
+    /// The client's own id for it: the key under which a repeat is recognised.
+    pub id: Option<MessageId>,
+    /// What it is.
+    pub kind: Kind,
+    /// The content.
+    pub content: Content<'a>,
+    /// The message it answers.
+    pub reply_to: Option<MessageId>,
+    /// More about it, a JSON object.
+    pub meta: Option<&'a RawValue>,
+    /// Whether the sending connection gets a copy.
+    pub echo: bool,
+}
+
+/// What a message holds.
+#[derive(Clone, Copy, Debug)]
+pub enum Content<'a> {
+    /// Any JSON, kept as it was written.
+    Json(&'a RawValue),
+    /// The payload of a binary frame.
+    Binary(&'a [u8]),
+}
+
+/// `history`: a page of a room's log, backwards or forwards.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+pub struct History {
+    /// The room.
+    pub room: RoomId,
+    /// Entries below this one, the newest of them.
+    #[serde(default, deserialize_with = "optional_seq")]
+    pub before: Option<Seq>,
+    /// Entries above this one, the oldest of them.
+    #[serde(default, deserialize_with = "optional_seq")]
+    pub after: Option<Seq>,
+    /// How many, 1 to 200.
+    #[serde(default = "history_default", deserialize_with = "limit_in_range")]
+    pub limit: u32,
+}
+
+/// `ping`
+#[derive(Clone, Debug, Deserialize)]
+pub struct Ping<'a> {
+    /// The client's own time, echoed.
+    #[serde(borrow, default)]
+    pub timestamp: Option<&'a RawValue>,
+}
+
+/// The most entries a `join` may ask for.
+pub const JOIN_HISTORY_MAX: u32 = 1000;
+/// The most entries a `history` may ask for.
+pub const HISTORY_LIMIT_MAX: u32 = 200;
+
+/// How many entries `join` and `history` give where nothing is asked.
+pub fn history_default() -> u32 {
+    50
+}
+
+/// What every frame may have, and what an `error` names. Values are looked at one by one, so that
+/// a bad one does not hide the others.
+#[derive(Deserialize)]
+struct Heading<'a> {
+    #[serde(borrow, rename = "type")]
+    kind: Option<&'a RawValue>,
+    #[serde(borrow, rename = "ref")]
+    reference: Option<&'a RawValue>,
+    #[serde(borrow)]
+    room: Option<&'a RawValue>,
+    #[serde(borrow)]
+    id: Option<&'a RawValue>,
+}
+
+/// The members of a `message`, as JSON has them.
+#[derive(Deserialize)]
+struct MessageMembers<'a> {
+    room: RoomId,
+    id: Option<MessageId>,
+    #[serde(default)]
+    kind: Kind,
+    #[serde(borrow)]
+    content: Option<&'a RawValue>,
+    reply_to: Option<MessageId>,
+    #[serde(borrow)]
+    meta: Option<&'a RawValue>,
+    #[serde(default = "yes")]
+    echo: bool,
+}
+
+impl<'a> Request<'a> {
+    /// Reads a text frame.
+    ///
+    /// # Errors
+    ///
+    /// The `error` to answer with, naming as much of the frame as could be read.
+    pub fn from_text(text: &'a str) -> Result<Self, Box<Refusal>> {
+        let (heading, mut refusal) = Heading::read(text)?;
+        let reference = heading.reference(&mut refusal)?;
+        let kind = heading.kind(&refusal)?;
+        let bad = |error: serde_json::Error| refusal.because(ErrorCode::BadRequest, told(&error));
+        let body = match kind.as_ref() {
+            "join" => Body::Join(serde_json::from_str(text).map_err(bad)?),
+            "leave" => Body::Leave(serde_json::from_str(text).map_err(bad)?),
+            "message" => Body::Message(message(text, None, &refusal)?),
+            "history" => Body::History(history(text, &refusal)?),
+            "ping" => Body::Ping(ping(text, &refusal)?),
+            "pong" => Body::Pong,
+            _ => {
+                let text = format!("there is no frame of type `{}`", short(&kind));
+                return Err(refusal.because(ErrorCode::UnknownType, text));
+            }
+        };
+        Ok(Self { reference, body })
+    }
+
+    /// Reads a binary frame: header length (big-endian `u16`), JSON header, payload.
+    ///
+    /// # Errors
+    ///
+    /// As [`Request::from_text`].
+    pub fn from_binary(frame: &'a [u8]) -> Result<Self, Box<Refusal>> {
+        let bad = |text: &str| Refusal::new(ErrorCode::BadRequest, text);
+        let (length, rest) = frame
+            .split_first_chunk::<2>()
+            .ok_or_else(|| bad("a binary frame starts with the length of its header"))?;
+        let length = usize::from(u16::from_be_bytes(*length));
+        if length > BINARY_HEADER_BYTES_MAX {
+            let text = format!("a binary header is at most {BINARY_HEADER_BYTES_MAX} bytes");
+            return Err(Refusal::new(ErrorCode::TooLarge, text));
+        }
+        let (header, payload) = rest
+            .split_at_checked(length)
+            .ok_or_else(|| bad("the binary header is longer than the frame"))?;
+        let header =
+            std::str::from_utf8(header).map_err(|_| bad("the binary header is not UTF-8"))?;
+        let (heading, mut refusal) = Heading::read(header)?;
+        let reference = heading.reference(&mut refusal)?;
+        let kind = heading.kind(&refusal)?;
+        if kind != "message" {
+            let text = format!("a binary frame is a `message`, not `{}`", short(&kind));
+            return Err(refusal.because(ErrorCode::BadRequest, text));
+        }
+        Ok(Self { reference, body: Body::Message(message(header, Some(payload), &refusal)?) })
+    }
+}
+
+impl<'a> Heading<'a> {
+    fn read(text: &'a str) -> Result<(Self, Refusal), Box<Refusal>> {
+        let heading: Self = serde_json::from_str(text)
+            .map_err(|error| Refusal::new(ErrorCode::BadRequest, told(&error)))?;
+        let name = |raw: Option<&'a RawValue>| raw.and_then(string_of);
+        let refusal = Refusal {
+            answers: name(heading.kind).map(|kind| short(&kind).to_owned()),
+            room: name(heading.room).and_then(|room| room.parse().ok()),
+            id: name(heading.id).and_then(|id| id.parse().ok()),
+            ..*Refusal::new(ErrorCode::BadRequest, "")
+        };
+        Ok((heading, refusal))
+    }
+
+    fn reference(&self, refusal: &mut Refusal) -> Result<Option<Ref>, Box<Refusal>> {
+        let Some(raw) = self.reference else { return Ok(None) };
+        let reference: Option<Ref> = serde_json::from_str(raw.get())
+            .map_err(|error| refusal.because(ErrorCode::BadRequest, told(&error)))?;
+        refusal.reference.clone_from(&reference);
+        Ok(reference)
+    }
+
+    fn kind(&self, refusal: &Refusal) -> Result<std::borrow::Cow<'a, str>, Box<Refusal>> {
+        self.kind.and_then(string_of).ok_or_else(|| {
+            refusal.because(ErrorCode::BadRequest, "a frame has a `type`, a string".into())
+        })
+    }
+}
+
+fn message<'a>(
+    text: &'a str,
+    payload: Option<&'a [u8]>,
+    refusal: &Refusal,
+) -> Result<Message<'a>, Box<Refusal>> {
+    let bad = |text: String| refusal.because(ErrorCode::BadRequest, text);
+    let members: MessageMembers<'_> =
+        serde_json::from_str(text).map_err(|error| bad(told(&error)))?;
+    if members.kind == Kind::System {
+        return Err(bad("messages of kind `system` come from the server only".into()));
+    }
+    if let Some(meta) = members.meta {
+        if !meta.get().starts_with('{') {
+            return Err(bad("`meta` is an object".into()));
+        }
+        if meta.get().len() > META_BYTES_MAX {
+            let text = format!("`meta` is at most {META_BYTES_MAX} bytes");
+            return Err(refusal.because(ErrorCode::TooLarge, text));
+        }
+        readable_for_all(meta).map_err(|error| bad(format!("`meta`: {}", told(&error))))?;
+    }
+    let content = match (members.content, payload) {
+        (Some(content), None) => {
+            readable_for_all(content)
+                .map_err(|error| bad(format!("`content`: {}", told(&error))))?;
+            Content::Json(content)
+        }
+        (None, Some(payload)) => Content::Binary(payload),
+        (None, None) => return Err(bad("missing field `content`".into())),
+        (Some(_), Some(_)) => {
+            return Err(bad("the header of a binary frame has no `content`".into()));
+        }
+    };
+    Ok(Message {
+        room: members.room,
+        id: members.id,
+        kind: members.kind,
+        content,
+        reply_to: members.reply_to,
+        meta: members.meta,
+        echo: members.echo,
+    })
+}
+
+fn history(text: &str, refusal: &Refusal) -> Result<History, Box<Refusal>> {
+    let bad = |text: String| refusal.because(ErrorCode::BadRequest, text);
+    let history: History = serde_json::from_str(text).map_err(|error| bad(told(&error)))?;
+    if history.before.is_some() && history.after.is_some() {
+        return Err(bad("`before` and `after` exclude each other".into()));
+    }
+    Ok(history)
+}
+
+fn ping<'a>(text: &'a str, refusal: &Refusal) -> Result<Ping<'a>, Box<Refusal>> {
+    let bad = |text: String| refusal.because(ErrorCode::BadRequest, text);
+    let ping: Ping<'a> = serde_json::from_str(text).map_err(|error| bad(told(&error)))?;
+    if let Some(timestamp) = ping.timestamp {
+        let json = timestamp.get();
+        // The quotes of a string do not count.
+        let length = json.trim_matches('"').len();
+        if !json.starts_with(|c: char| c == '"' || c == '-' || c.is_ascii_digit())
+            || length > REF_BYTES_MAX
+            || readable_for_all(timestamp).is_err()
+        {
+            let text = format!(
+                "`timestamp` is a string or a number of at most {REF_BYTES_MAX} bytes"
+            );
+            return Err(bad(text));
+        }
+    }
+    Ok(ping)
+}
+
+/// Refuses JSON that is well-formed but that some receiver's parser would choke on: half a
+/// surrogate pair, a number beyond a double, more than 128 levels. It is passed on as it was
+/// written, so that one sender could otherwise break a whole room.
+fn readable_for_all(raw: &RawValue) -> Result<(), serde_json::Error> {
+    let json = raw.get();
+    let plain_text = json.starts_with('"') && !json.contains(r"\u");
+    if plain_text {
+        return Ok(());
+    }
+    serde_json::from_str::<serde_json::Value>(json).map(drop)
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn history_in_range<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
+    let history = u32::deserialize(deserializer)?;
+    if history > JOIN_HISTORY_MAX {
+        return Err(D::Error::custom(format!("`history` is 0 to {JOIN_HISTORY_MAX}")));
+    }
+    Ok(history)
+}
+
+fn limit_in_range<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
+    let limit = u32::deserialize(deserializer)?;
+    if limit == 0 || limit > HISTORY_LIMIT_MAX {
+        return Err(D::Error::custom(format!("`limit` is 1 to {HISTORY_LIMIT_MAX}")));
+    }
+    Ok(limit)
+}
+
+fn optional_seq<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Seq>, D::Error> {
+    #[derive(Deserialize)]
+    struct InRange(#[serde(deserialize_with = "seq_in_range")] Seq);
+    Ok(Option::<InRange>::deserialize(deserializer)?.map(|seq| seq.0))
+}
+
+/// An error of serde_json for its reader, who has one line and does not want to hear of it.
+fn told(error: &serde_json::Error) -> String {
+    let text = error.to_string();
+    match text.rsplit_once(" at line 1 column ") {
+        Some((what, column)) => format!("{what} (at byte {column})"),
+        None => text,
+    }
+}
+
+/// As much of a client's text as an answer repeats.
+fn short(text: &str) -> &str {
+    text.char_indices().nth(64).map_or(text, |(end, _)| &text[..end])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn refused(text: &str, code: ErrorCode) -> Refusal {
+        let refusal = *Request::from_text(text).expect_err("refused");
+        assert_eq!(refusal.code, code, "{refusal:?}");
+        refusal
+    }
+
+    #[test]
+    fn a_message_has_defaults_and_keeps_its_content_as_written() {
+        let text = r#"{"type":"message","room":"r","content":{"a": 1.0},"ref":7,"more":[]}"#;
+        let request = Request::from_text(text).unwrap();
+        assert_eq!(request.reference, Some(Ref::number(7)));
+        let Body::Message(message) = request.body else { panic!("{:?}", request.body) };
+        assert!(message.echo && message.id.is_none() && message.kind == Kind::Text);
+        let Content::Json(content) = message.content else { panic!("binary") };
+        assert_eq!(content.get(), r#"{"a": 1.0}"#);
+    }
+
+    #[test]
+    fn a_refusal_names_what_could_be_read() {
+        let id = "6f1c2a0e-93c4-4c59-a9f5-5f3f2d1b7c10";
+        let text = format!(r#"{{"type":"message","room":"r","id":"{id}","ref":"x"}}"#);
+        let refusal = refused(&text, ErrorCode::BadRequest);
+        assert_eq!(refusal.reference.unwrap().as_json(), r#""x""#);
+        assert_eq!(refusal.answers.as_deref(), Some("message"));
+        assert_eq!(refusal.room.unwrap().as_str(), "r");
+        assert_eq!(refusal.id.unwrap().to_string(), id);
+        assert!(refusal.message.contains("content"), "{}", refusal.message);
+    }
+
+    #[test]
+    fn bad_frames_are_told_apart() {
+        for text in ["", "x", "[]", "1", "{}", r#"{"type":1}"#, r#"{"type":"join"}"#] {
+            refused(text, ErrorCode::BadRequest);
+        }
+        refused(r#"{"type":"nonsense"}"#, ErrorCode::UnknownType);
+        refused(r#"{"type":"join","room":"a b"}"#, ErrorCode::BadRequest);
+        refused(r#"{"type":"join","room":"r","history":1001}"#, ErrorCode::BadRequest);
+        refused(r#"{"type":"history","room":"r","limit":0}"#, ErrorCode::BadRequest);
+        refused(r#"{"type":"history","room":"r","limit":201}"#, ErrorCode::BadRequest);
+        refused(r#"{"type":"history","room":"r","before":1,"after":1}"#, ErrorCode::BadRequest);
+        refused(r#"{"type":"pong","ref":1.5}"#, ErrorCode::BadRequest);
+        refused(r#"{"type":"ping","timestamp":{}}"#, ErrorCode::BadRequest);
+        refused(r#"{"type":"message","room":"r","content":1,"meta":[]}"#, ErrorCode::BadRequest);
+        refused(r#"{"type":"message","room":"r","content":1,"kind":"x"}"#, ErrorCode::BadRequest);
+        refused(
+            r#"{"type":"message","room":"r","content":1,"kind":"system"}"#,
+            ErrorCode::BadRequest,
+        );
+    }
+
+    #[test]
+    fn content_that_would_break_receivers_is_refused() {
+        let deep = format!("{}{}", "[".repeat(200), "]".repeat(200));
+        for content in [r#""\ud800""#, "1e999", &deep] {
+            let text = format!(r#"{{"type":"message","room":"r","content":{content}}}"#);
+            refused(&text, ErrorCode::BadRequest);
+        }
+        let emoji = r#"{"type":"message","room":"r","content":"\ud83d\udc27"}"#;
+        assert!(Request::from_text(emoji).is_ok());
+    }
+
+    #[test]
+    fn a_meta_above_its_limit_is_too_large() {
+        let meta = format!(r#"{{"x":"{}"}}"#, "y".repeat(META_BYTES_MAX));
+        let text = format!(r#"{{"type":"message","room":"r","content":1,"meta":{meta}}}"#);
+        refused(&text, ErrorCode::TooLarge);
+    }
+
+    #[test]
+    fn a_binary_frame_is_a_header_and_a_payload() {
+        let header = br#"{"type":"message","room":"r","ref":"b"}"#;
+        let length = (header.len() as u16).to_be_bytes();
+        let frame = [&length[..], header, &[0, 255]].concat();
+        let request = Request::from_binary(&frame).unwrap();
+        let Body::Message(message) = request.body else { panic!("{:?}", request.body) };
+        assert!(matches!(message.content, Content::Binary([0, 255])));
+        for bad in [&frame[..1], &frame[..9], b"\0\0", b"\0\x02{}", b"\xFF\xFFx"] {
+            assert!(Request::from_binary(bad).is_err());
+        }
+    }
+}
