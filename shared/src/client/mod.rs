@@ -1,1 +1,190 @@
 //! The Rust client.
+//!
+//! [`Client`] is a handle to a task that holds one connection, comes back when it is lost, joins
+//! its rooms again where they were, and sends what was not acknowledged again with the same id: an
+//! application sees every message once and in order, or is told that this could not be. In reading
+//! order: how long to wait ([`backoff`]), what is said ([`frames`]), one bare connection
+//! ([`options`], [`connection`]), positions and unanswered sends ([`resume`]), what an application
+//! asks and is told ([`api`]).
+//!
+//! `loadtest` and the gateway's tests speak through this.
+
+use std::sync::Arc;
+
+use serde_json::Value;
+use tokio::{
+    sync::{Semaphore, TryAcquireError, mpsc, oneshot, watch},
+    task::JoinHandle,
+};
+
+use self::{
+    api::{
+        Content, Event, HistoryError, HistoryPage, JoinError, JoinInfo, LeaveError, Page,
+        SendError, SendOptions, Sent, Settings, Start,
+    },
+    options::Options,
+    room::Pending,
+    state::calls::Command,
+    task::Task,
+};
+use crate::ids::RoomId;
+
+pub mod backoff;
+pub mod frames;
+pub mod options;
+pub mod connection;
+pub mod resume;
+pub mod api;
+mod room;
+mod state;
+mod task;
+
+/// How many calls wait for the task before further ones wait for their turn.
+const COMMANDS_MAX: usize = 256;
+
+/// A client of a gateway cluster. Cheap to clone; when the last clone is dropped the client closes
+/// its connection and ends.
+///
+/// Events and calls do not wait for each other, but a client whose events nobody takes stands
+/// still once [`Settings::events_max`] wait: take them in a task of their own.
+#[derive(Clone, Debug)]
+pub struct Client {
+    commands: mpsc::Sender<Command>,
+    closing: Arc<watch::Sender<bool>>,
+    sends: Arc<Semaphore>,
+    send_bytes: Arc<Semaphore>,
+    /// Kept so that the task's end can be seen; it ends by itself.
+    task: Arc<JoinHandle<()>>,
+}
+
+impl Client {
+    /// Starts a client, which connects at once, and gives its events.
+    ///
+    /// # Panics
+    ///
+    /// Outside a tokio runtime, and where a limit of `settings` is 0.
+    pub fn start(options: Options, settings: Settings) -> (Self, mpsc::Receiver<Event>) {
+        let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
+        let (events, outbox) = mpsc::channel(settings.events_max);
+        let (closing, close) = watch::channel(false);
+        let sends = Arc::new(Semaphore::new(settings.sends_max));
+        let send_bytes = Arc::new(Semaphore::new(settings.send_bytes_max as usize));
+        let task = Task::new(options, settings, inbox, events, close);
+        #[expect(clippy::disallowed_methods, reason = "the handle keeps it, and `close` awaits it")]
+        let task = tokio::spawn(task.run());
+        let closing = Arc::new(closing);
+        (Self { commands, closing, sends, send_bytes, task: Arc::new(task) }, outbox)
+    }
+
+    /// Joins a room, now or when there is a connection. Its entries come as events. The client
+    /// stays in the room over reconnects until [`Client::leave`] or an [`Event::Left`].
+    ///
+    /// For a room that is joined already this only asks the server, and changes nothing.
+    ///
+    /// # Errors
+    ///
+    /// [`JoinError`]. What is refused for the time being is asked again.
+    pub async fn join(&self, room: &RoomId, start: Start) -> Result<JoinInfo, JoinError> {
+        let (reply, answer) = oneshot::channel();
+        let command = Command::Join { room: room.clone(), start, reply };
+        self.ask(command, answer).await.unwrap_or(Err(JoinError::Ended))
+    }
+
+    /// Leaves a room. What the application had of it is forgotten, so that to join it again from
+    /// an earlier position shows the same entries again.
+    ///
+    /// # Errors
+    ///
+    /// [`LeaveError`]
+    pub async fn leave(&self, room: &RoomId) -> Result<(), LeaveError> {
+        let (reply, answer) = oneshot::channel();
+        let command = Command::Leave { room: room.clone(), reply };
+        self.ask(command, answer).await.unwrap_or(Err(LeaveError::Ended))
+    }
+
+    /// Sends `content` to a room and waits until it is in the log. See [`Client::send_with`].
+    ///
+    /// # Errors
+    ///
+    /// [`SendError`]
+    pub async fn send(&self, room: &RoomId, content: impl Into<Value>) -> Result<Sent, SendError> {
+        self.send_with(room, SendOptions::json(content)).await
+    }
+
+    /// Sends a message to a room and waits until it is in the log.
+    ///
+    /// It is queued while the room is being joined, and sent again with the same id after a
+    /// refusal that is for the time being and after a reconnect, once the room's recovery has shown
+    /// that it is not in the log. The messages of one client to one room get their numbers in the
+    /// order in which the calls were first polled. Dropping the future does not take it back.
+    ///
+    /// # Errors
+    ///
+    /// [`SendError`]. An error is about this message only; others go on.
+    pub async fn send_with(&self, room: &RoomId, send: SendOptions) -> Result<Sent, SendError> {
+        let bytes = bytes_of(&send);
+        let full = |error| match error {
+            TryAcquireError::NoPermits => SendError::TooMany,
+            TryAcquireError::Closed => SendError::Ended,
+        };
+        let one = Arc::clone(&self.sends).try_acquire_owned().map_err(full)?;
+        let many = Arc::clone(&self.send_bytes).try_acquire_many_owned(bytes).map_err(full)?;
+        let (reply, answer) = oneshot::channel();
+        let pending = Pending { send, bytes, reply, _share: [one, many] };
+        let command = Command::Send { room: room.clone(), pending };
+        self.ask(command, answer).await.unwrap_or(Err(SendError::Ended))
+    }
+
+    /// A page of a room's log: up to `limit` entries, 1 to 200.
+    ///
+    /// # Errors
+    ///
+    /// [`HistoryError`]
+    pub async fn history(
+        &self,
+        room: &RoomId,
+        page: Page,
+        limit: u32,
+    ) -> Result<HistoryPage, HistoryError> {
+        let (reply, answer) = oneshot::channel();
+        let command = Command::History { room: room.clone(), page, limit, reply };
+        self.ask(command, answer).await.unwrap_or(Err(HistoryError::Ended))
+    }
+
+    /// Replaces the token of [`Options`] for the connections to come. A client whose token has
+    /// expired connects again with it.
+    pub async fn set_token(&self, token: impl Into<String>) {
+        // A client that has ended needs none.
+        let _ = self.commands.send(Command::Token(token.into())).await;
+    }
+
+    /// Closes the connection with 1000 and ends the client. Returns when it has ended; events that
+    /// the application has not taken are lost.
+    pub async fn close(&self) {
+        self.closing.send_replace(true);
+        self.commands.closed().await;
+    }
+
+    /// Whether the client has ended.
+    pub fn is_ended(&self) -> bool {
+        self.commands.is_closed() || self.task.is_finished()
+    }
+
+    async fn ask<T>(&self, command: Command, answer: oneshot::Receiver<T>) -> Option<T> {
+        self.commands.send(command).await.ok()?;
+        answer.await.ok()
+    }
+}
+
+/// About how many bytes a message holds. At least one, since a message takes some room in any case.
+fn bytes_of(send: &SendOptions) -> u32 {
+    let content = match &send.content {
+        Content::Json(content) => frames::text(content).len(),
+        Content::Binary(payload) => payload.len(),
+    };
+    let meta = send.meta.as_ref().map_or(0, |meta| frames::text(meta).len());
+    u32::try_from(content + meta).unwrap_or(u32::MAX).max(1)
+}
+
+#[cfg(test)]
+mod tests;

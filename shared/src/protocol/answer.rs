@@ -28,6 +28,8 @@ pub enum Answer<E> {
     Left(Left),
     /// A page of a room's log.
     History(Box<History<E>>),
+    /// A question whether the client lives, for clients that asked for it in JSON.
+    Ping(Ping),
     /// The answer to a `ping`.
     Pong(Pong),
     /// Continuity could not be kept.
@@ -43,6 +45,26 @@ pub enum Answer<E> {
 
 /// What a client reads.
 pub type Frame = Answer<Entry>;
+
+impl<E> Answer<E> {
+    /// The `ref` of the frame that this one answers.
+    pub fn reference(&self) -> Option<&Ref> {
+        match self {
+            Self::Joined(joined) => joined.reference.as_ref(),
+            Self::Ack(ack) => ack.reference.as_ref(),
+            Self::Left(left) => left.reference.as_ref(),
+            Self::History(history) => history.reference.as_ref(),
+            Self::Pong(pong) => pong.reference.as_ref(),
+            Self::Error(refusal) => refusal.reference.as_ref(),
+            Self::Connected(_)
+            | Self::Message(_)
+            | Self::Reset(_)
+            | Self::Reconnect(_)
+            | Self::Ping(_)
+            | Self::Unknown => None,
+        }
+    }
+}
 
 /// An entry inside `history`, as a client reads it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -206,6 +228,13 @@ pub struct History<E> {
     pub messages: Vec<E>,
     /// Whether more are there in the direction asked for.
     pub more: bool,
+}
+
+/// `ping`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Ping {
+    /// The server's clock.
+    pub timestamp: String,
 }
 
 /// `pong`

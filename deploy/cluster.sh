@@ -1,0 +1,167 @@
+#!/usr/bin/env bash
+# A whole cluster as processes of this machine: Redis, the gateways, nginx. `make cluster` calls it.
+#
+# Ctrl-C or SIGTERM stops everything and leaves nothing behind. If a process ends by itself, so does the cluster, and the
+# last lines of its log say why. Everybody may connect under any name: it listens on loopback only.
+#
+#   NODES=3              how many gateways
+#   PORT=8080            nginx: the page, WebSockets, API
+#   NODE_PORT=9001       the first gateway; the others follow
+#   ADMIN_PORT=9101      the first gateway's admin listener; the others follow
+#   REDIS_PORT=6390
+#   GATEWAY_BIN=target/release/gateway
+#
+# Other GATEWAY__ variables of the environment reach the gateways.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+nodes=${NODES:-3}
+port=${PORT:-8080}
+node_port=${NODE_PORT:-9001}
+admin_port=${ADMIN_PORT:-9101}
+redis_port=${REDIS_PORT:-6390}
+gateway=${GATEWAY_BIN:-target/release/gateway}
+
+fail() {
+    echo "cluster.sh: $1" >&2
+    exit 1
+}
+
+[ "${BASH_VERSINFO[0]}" -ge 5 ] || fail "needs bash 5, this is $BASH_VERSION"
+for tool in redis-server redis-cli nginx; do
+    # Debian keeps nginx where only root's PATH looks.
+    PATH=$PATH:/usr/sbin:/usr/local/sbin
+    command -v "$tool" > /dev/null || fail "$tool is not installed"
+done
+[ -x "$gateway" ] || fail "$gateway is not there: cargo build --release -p gateway, or set GATEWAY_BIN"
+[[ $nodes =~ ^[1-9][0-9]?$ ]] || fail "NODES is '$nodes', not 1 to 99"
+
+# Each client takes two descriptors of nginx and one of a gateway.
+ulimit -n "$(ulimit -Hn)"
+
+scratch=$(mktemp -d "${TMPDIR:-/tmp}/skein-cluster.XXXXXX")
+# Started as root, nginx runs its workers as another user; they look into the directory.
+chmod 711 "$scratch"
+declare -A name_of=()
+
+# Gateways first, so that they can say goodbye while Redis is there; a second SIGTERM tells them not to wait for clients.
+stop() {
+    trap '' INT TERM
+    trap - EXIT
+    stop_all gateway TERM TERM KILL
+    stop_all nginx TERM KILL
+    stop_all redis TERM KILL
+    rm -rf "$scratch"
+}
+
+stop_all() { # name-prefix signal...
+    local prefix=$1 signal pid deadline left
+    shift
+    for signal in "$@"; do
+        left=()
+        for pid in "${!name_of[@]}"; do
+            if [[ ${name_of[$pid]} == "$prefix"* ]] && kill -0 "$pid" 2> /dev/null; then
+                kill -s "$signal" "$pid" 2> /dev/null || true
+                left+=("$pid")
+            fi
+        done
+        deadline=$((SECONDS + 5))
+        while [ ${#left[@]} -gt 0 ] && [ $SECONDS -lt $deadline ]; do
+            kill -0 "${left[0]}" 2> /dev/null && sleep 0.05 || left=("${left[@]:1}")
+        done
+        [ ${#left[@]} -gt 0 ] || return 0
+    done
+}
+
+trap stop EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+start() { # name command...
+    local name=$1
+    shift
+    "$@" > "$scratch/$name.log" 2>&1 < /dev/null &
+    name_of[$!]=$name
+}
+
+# Ends the cluster if a process has ended, and says which.
+check_alive() {
+    local pid
+    for pid in "${!name_of[@]}"; do
+        kill -0 "$pid" 2> /dev/null && continue
+        local name=${name_of[$pid]} status=0
+        wait "$pid" || status=$?
+        {
+            echo "cluster.sh: $name ended with status $status. Its last lines:"
+            tail -n 20 "$scratch/$name.log"
+            # nginx reports to a file as soon as it knows its configuration.
+            [ "$name" != nginx ] || tail -n 20 "$scratch/error.log" 2> /dev/null || true
+        } >&2
+        unset "name_of[$pid]"
+        exit 1
+    done
+}
+
+wait_for() { # what command...
+    local what=$1 deadline=$((SECONDS + 20))
+    shift
+    until "$@"; do
+        check_alive
+        [ $SECONDS -lt $deadline ] || fail "$what does not answer after 20 s; its log is $(tail -n 5 "$scratch/$what.log")"
+        sleep 0.05
+    done
+    check_alive
+}
+
+# Ours, and not one that had the port before.
+redis_answers() {
+    redis-cli -p "$redis_port" info server 2> /dev/null | grep -q "^process_id:$redis_pid[^0-9]*$"
+}
+
+# GET /ready answers 200. By hand, so that no HTTP client has to be installed.
+ready() { # port
+    local answer=
+    exec 3<> "/dev/tcp/127.0.0.1/$1" || return 1
+    printf 'GET /ready HTTP/1.1\r\nHost: 127.0.0.1:%s\r\nConnection: close\r\n\r\n' "$1" >&3
+    IFS= read -r -t 1 answer <&3 || true
+    exec 3>&-
+    [[ $answer == "HTTP/1.1 200 "* ]]
+} 2> /dev/null
+
+start redis redis-server --bind 127.0.0.1 --port "$redis_port" --dir "$scratch" --save '' --appendonly yes \
+    --maxmemory-policy noeviction
+redis_pid=$!
+wait_for redis redis_answers
+
+export GATEWAY__CLUSTER__REDIS_URL=redis://127.0.0.1:$redis_port/
+export GATEWAY__AUTH__MODE=anonymous GATEWAY__AUTH__ALLOW_ANONYMOUS=true
+# All clients come from one address here, and nginx is the one that names it.
+export GATEWAY__SERVER__TRUSTED_PROXIES=127.0.0.1/32
+export GATEWAY__LIMITS__CONNECTIONS_PER_IP=0 GATEWAY__LIMITS__HANDSHAKES_PER_MINUTE_PER_IP=0
+
+node_arguments=()
+for ((i = 0; i < nodes; i++)); do
+    GATEWAY__SERVER__LISTEN=127.0.0.1:$((node_port + i)) GATEWAY__ADMIN__LISTEN=127.0.0.1:$((admin_port + i)) \
+        GATEWAY__NODE__ID=node-$((i + 1)) start "gateway-$((i + 1))" "$gateway"
+    node_arguments+=(--node "127.0.0.1:$((node_port + i))")
+done
+for ((i = 0; i < nodes; i++)); do
+    wait_for "gateway-$((i + 1))" ready $((node_port + i))
+done
+
+nginx/render.sh map --listen "127.0.0.1:$port" "${node_arguments[@]}" > "$scratch/nginx.conf"
+start nginx nginx -p "$scratch" -c nginx.conf -e error.log
+wait_for nginx ready "$port"
+
+echo "page       http://127.0.0.1:$port/"
+echo "websocket  ws://127.0.0.1:$port/ws"
+for ((i = 0; i < nodes; i++)); do
+    echo "node-$((i + 1))     ws://127.0.0.1:$((node_port + i))/ws   metrics http://127.0.0.1:$((admin_port + i))/metrics"
+done
+echo "redis      redis://127.0.0.1:$redis_port/"
+echo "logs       $scratch"
+echo "Ctrl-C stops it."
+
+# Returns when any of them ends, or a signal arrives.
+wait -n || true
+check_alive

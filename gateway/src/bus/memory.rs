@@ -1,0 +1,233 @@
+//! The bus of a single node: logs in this process's memory. The reference for [`super::Bus`].
+//!
+//! Nothing outlives the process, so that its clients find a new epoch after a restart.
+
+use std::{
+    collections::{HashMap, HashSet, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
+
+use parking_lot::Mutex;
+use shared::{
+    ids::{MessageId, RoomId, UserId},
+    position::{Epoch, Position, Seq},
+};
+use tokio::time::Instant;
+
+use super::{
+    Append, Appended, BoxFuture, Bus, BusError, HEAD_TTL, Mailboxes, READ_BYTES_MAX, Range,
+    Retention, random_epoch,
+};
+use crate::{
+    delivery::{Entry, page::Page},
+    drain::Tasks,
+};
+
+/// How often logs past their time are looked for.
+const SWEEP_EVERY: Duration = Duration::from_secs(30);
+
+/// Logs in memory. Cheap to clone.
+#[derive(Clone)]
+pub struct MemoryBus {
+    rooms: Arc<Mutex<Rooms>>,
+    retention: Arc<Retention>,
+    mailboxes: Mailboxes,
+}
+
+#[derive(Default)]
+struct Rooms {
+    logs: HashMap<RoomId, Log>,
+    followed: HashSet<RoomId>,
+}
+
+/// A room's log.
+struct Log {
+    epoch: Epoch,
+    top: Seq,
+    entries: VecDeque<(Instant, Entry)>,
+    bytes: u64,
+    ids: Ids,
+    used: Instant,
+}
+
+/// The ids of the dedup window: two maps that take turns, so that forgetting costs nothing. An id
+/// is known for one to two windows.
+struct Ids {
+    newer: HashMap<(UserId, MessageId), Seq>,
+    older: HashMap<(UserId, MessageId), Seq>,
+    turned: Instant,
+}
+
+impl MemoryBus {
+    /// An empty bus; a task of `tasks` forgets what is past `retention`.
+    pub fn start(retention: Retention, mailboxes: Mailboxes, tasks: &Tasks) -> Self {
+        let bus =
+            Self { rooms: Arc::default(), retention: Arc::new(retention), mailboxes };
+        let (sweeper, stopped) = (bus.clone(), tasks.stopped().clone());
+        tasks.spawn_service("memory_bus_sweep", async move {
+            let mut every = tokio::time::interval(SWEEP_EVERY);
+            // Both arms are cancel-safe.
+            loop {
+                tokio::select! {
+                    () = stopped.cancelled() => break,
+                    now = every.tick() => sweeper.sweep(now),
+                }
+            }
+        });
+        bus
+    }
+
+    fn sweep(&self, now: Instant) {
+        let ttl = self.retention.ttl;
+        let Rooms { logs, followed } = &mut *self.rooms.lock();
+        logs.retain(|room, log| {
+            let idle = now - log.used;
+            if idle > ttl {
+                log.entries = VecDeque::new();
+                log.bytes = 0;
+            }
+            // A log nobody wrote to has given no number that could be given twice.
+            followed.contains(room) || (log.top > 0 && idle <= HEAD_TTL.max(ttl))
+        });
+    }
+
+    /// Appends under the lock, so that entries enter the mailbox in the order of their numbers.
+    fn append_now(&self, append: &Append, now: Instant) -> Appended {
+        let Rooms { logs, followed } = &mut *self.rooms.lock();
+        let log = logs.entry(append.room.clone()).or_insert_with(|| Log::new(now));
+        log.used = now;
+        log.ids.turn(self.retention.dedup_window, now);
+
+        let key = (append.user.clone(), append.envelope.id());
+        if let Some(seq) = log.ids.known(&key) {
+            let position = Position::new(log.epoch.clone(), seq);
+            return Appended { position, duplicate: true };
+        }
+        log.top += 1;
+        log.ids.newer.insert(key, log.top);
+        let position = Position::new(log.epoch.clone(), log.top);
+        let entry = Entry { position: position.clone(), envelope: append.envelope.clone() };
+        log.bytes += entry.bytes() as u64;
+        log.entries.push_back((now, entry.clone()));
+        log.trim(&self.retention, now);
+        if followed.contains(&append.room) {
+            self.mailboxes.put(append.room.clone(), entry);
+        }
+        Appended { position, duplicate: false }
+    }
+
+    fn read_now(&self, room: RoomId, range: Range, now: Instant) -> Page {
+        let mut rooms = self.rooms.lock();
+        rooms.logs.entry(room).or_insert_with(|| Log::new(now)).page(range)
+    }
+}
+
+impl Bus for MemoryBus {
+    fn append(&self, append: Append) {
+        let appended = self.append_now(&append, Instant::now());
+        (append.done)(Ok(appended));
+    }
+
+    fn follow(&self, room: RoomId) -> BoxFuture<Result<(), BusError>> {
+        self.rooms.lock().followed.insert(room);
+        Box::pin(std::future::ready(Ok(())))
+    }
+
+    fn unfollow(&self, room: RoomId) {
+        self.rooms.lock().followed.remove(&room);
+    }
+
+    fn read(&self, room: RoomId, range: Range) -> BoxFuture<Result<Page, BusError>> {
+        let page = self.read_now(room, range, Instant::now());
+        Box::pin(std::future::ready(Ok(page)))
+    }
+
+    fn failing(&self) -> Option<&'static str> {
+        None
+    }
+}
+
+impl Log {
+    fn new(now: Instant) -> Self {
+        let epoch = format!("0-{}", random_epoch());
+        Self {
+            epoch: epoch.parse().expect("made of the allowed letters"),
+            top: 0,
+            entries: VecDeque::new(),
+            bytes: 0,
+            ids: Ids { newer: HashMap::new(), older: HashMap::new(), turned: now },
+            used: now,
+        }
+    }
+
+    /// Forgets the oldest entries past retention.
+    fn trim(&mut self, retention: &Retention, now: Instant) {
+        while let Some((since, oldest)) = self.entries.front() {
+            let above = self.entries.len() > retention.entries_min as usize;
+            let old = now - *since > retention.window;
+            let large = self.bytes > retention.bytes_max && self.entries.len() > 1;
+            if !(above && old || large) {
+                break;
+            }
+            self.bytes -= oldest.bytes() as u64;
+            self.entries.pop_front();
+        }
+    }
+
+    fn page(&self, range: Range) -> Page {
+        let oldest = self.entries.front().map_or(0, |(_, entry)| entry.position.seq);
+        let seqs = self.entries.len() as u64;
+        // Entries are numbered without steps, so that a number is a place.
+        let place = |seq: Seq| (seq.saturating_sub(oldest)).min(seqs) as usize;
+        let (from, to) = match range {
+            Range::Newest { limit } => (self.entries.len().saturating_sub(limit as usize), seqs),
+            Range::After { seq, .. } => (place(seq + 1), seqs),
+            Range::Before { seq, limit } => {
+                let end = place(seq);
+                (end.saturating_sub(limit as usize), end as u64)
+            }
+        };
+        let wanted = self.entries.range(from..to as usize).map(|(_, entry)| entry);
+        let entries = if range.keeps_newest() {
+            let mut entries = cut(wanted.rev(), range.limit());
+            entries.reverse();
+            entries
+        } else {
+            cut(wanted, range.limit())
+        };
+        Page { epoch: self.epoch.clone(), top: self.top, oldest, entries }
+    }
+}
+
+/// As many entries as a read may answer.
+fn cut<'a>(entries: impl Iterator<Item = &'a Entry>, limit: u32) -> Vec<Entry> {
+    let mut bytes = 0;
+    entries
+        .take(limit as usize)
+        .take_while(|entry| {
+            let first = bytes == 0;
+            bytes += entry.bytes();
+            first || bytes <= READ_BYTES_MAX
+        })
+        .cloned()
+        .collect()
+}
+
+impl Ids {
+    fn known(&self, key: &(UserId, MessageId)) -> Option<Seq> {
+        self.newer.get(key).or_else(|| self.older.get(key)).copied()
+    }
+
+    fn turn(&mut self, window: Duration, now: Instant) {
+        let since = now - self.turned;
+        if since < window {
+            return;
+        }
+        self.older = std::mem::take(&mut self.newer);
+        if since >= window * 2 {
+            self.older = HashMap::new();
+        }
+        self.turned = now;
+    }
+}

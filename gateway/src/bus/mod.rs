@@ -1,0 +1,262 @@
+//! The bus: where a room's log lives, and how its entries reach every node that follows it.
+//!
+//! A [`Bus`] keeps one log per room and passes each new entry to the nodes that follow the room.
+//! Two implementations: [`memory`], the reference, for one node without anything else; and
+//! [`redis`], for a cluster. Both pass the same conformance suite (`tests/it/bus.rs`).
+//!
+//! What every implementation promises:
+//! - **Append** is atomic per room: an id known within the dedup window gets the position it has,
+//!   any other the next number; appended and passed on in one step. Appends of one caller to one
+//!   room get their numbers in the order of the calls.
+//! - **Passing on** is best effort: entries may be skipped or repeated, and a follower finds that
+//!   out by their numbers. Nothing is skipped silently at the end: where arrivals were lost, the
+//!   mailbox is told that everything is [doubtful](Mailbox::doubt).
+//! - **Read** shows the log as it is at one moment.
+//! - Nothing here waits for a follower.
+
+use std::{
+    future::Future,
+    hash::{BuildHasher as _, RandomState},
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use shared::{
+    envelope::Envelope,
+    ids::{RoomId, UserId},
+    position::{Position, Seq},
+};
+use tokio::{
+    sync::{Notify, mpsc},
+    time::Instant,
+};
+
+use crate::{
+    delivery::{Entry, page::Page},
+    telemetry::metrics::Metrics,
+};
+
+pub mod memory;
+pub mod redis;
+
+/// A future that can be named, since a trait with `async fn` cannot be an object.
+pub type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
+
+/// Where logs live. See the module for what is promised.
+pub trait Bus: Send + Sync {
+    /// Appends to a room's log. Never waits: the answer goes to `append.done`, which is called
+    /// exactly once, not later than shortly after `append.deadline`.
+    fn append(&self, append: Append);
+
+    /// Has the room's entries passed to this node's mailboxes from here on. What is appended
+    /// after the future has resolved arrives, or is told to be doubtful.
+    fn follow(&self, room: RoomId) -> BoxFuture<Result<(), BusError>>;
+
+    /// Ends what [`Bus::follow`] began. Calls for one room take effect in their order.
+    fn unfollow(&self, room: RoomId);
+
+    /// Reads part of a room's log. A room without a log gets one, empty, so that its epoch is
+    /// known before its first entry.
+    fn read(&self, room: RoomId, range: Range) -> BoxFuture<Result<Page, BusError>>;
+
+    /// What keeps this node from publishing and hearing, if anything: names for `ready`.
+    fn failing(&self) -> Option<&'static str>;
+}
+
+/// An entry to be appended.
+pub struct Append {
+    /// The room.
+    pub room: RoomId,
+    /// Who sends it: ids are told apart per user.
+    pub user: UserId,
+    /// What is appended.
+    pub envelope: Envelope,
+    /// When to stop trying.
+    pub deadline: Instant,
+    /// Hears what became of it.
+    pub done: Done,
+}
+
+/// Called once with what became of an append.
+pub type Done = Box<dyn FnOnce(Result<Appended, BusError>) + Send>;
+
+/// Where an appended entry stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Appended {
+    /// Its position.
+    pub position: Position,
+    /// Whether it was there before.
+    pub duplicate: bool,
+}
+
+/// Why the bus did not do what it was asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BusError {
+    /// It is away. An append may or may not have happened: repeat it with the same id.
+    #[error("the bus is away")]
+    Unavailable,
+    /// More waits for it than it may. Nothing was done.
+    #[error("the queue towards the bus is full")]
+    Overloaded,
+    /// It answered with an error; the log has more.
+    #[error("the bus refused it")]
+    Refused,
+}
+
+/// Which part of a log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Range {
+    /// The newest `limit` entries.
+    Newest {
+        /// How many at most.
+        limit: u32,
+    },
+    /// The oldest `limit` entries above `seq`.
+    After {
+        /// The entry before the first.
+        seq: Seq,
+        /// How many at most.
+        limit: u32,
+    },
+    /// The newest `limit` entries below `seq`.
+    Before {
+        /// The entry behind the last.
+        seq: Seq,
+        /// How many at most.
+        limit: u32,
+    },
+}
+
+impl Range {
+    /// How many entries at most.
+    pub fn limit(self) -> u32 {
+        match self {
+            Self::Newest { limit } | Self::After { limit, .. } | Self::Before { limit, .. } => {
+                limit
+            }
+        }
+    }
+
+    /// Whether a cut for size keeps the newest entries instead of the oldest.
+    pub fn keeps_newest(self) -> bool {
+        !matches!(self, Self::After { .. })
+    }
+}
+
+/// The most bytes of entries that one read answers, unless one entry alone is larger.
+pub const READ_BYTES_MAX: usize = 256 * 1024;
+
+/// How long logs are kept, in every implementation.
+#[derive(Clone, Debug)]
+pub struct Retention {
+    /// Entries kept however old they are, within `ttl` and `bytes_max`.
+    pub entries_min: u32,
+    /// How long further entries are kept: a reader that stalls or reconnects comes back within.
+    pub window: Duration,
+    /// The most bytes of a log; the oldest entries go first.
+    pub bytes_max: u64,
+    /// How long a log without new entries is kept.
+    pub ttl: Duration,
+    /// How long the id of a message is known.
+    pub dedup_window: Duration,
+}
+
+/// How long epoch and number of a log are kept after its entries have gone, so that numbers are
+/// not given twice: 7 days.
+pub const HEAD_TTL: Duration = Duration::from_secs(7 * 24 * 60 * 60);
+
+/// A new random part of an epoch: 60 bits in letters and digits.
+pub fn random_epoch() -> String {
+    use rand::{RngExt as _, distr::Alphanumeric};
+    rand::rng().sample_iter(Alphanumeric).take(10).map(char::from).collect()
+}
+
+/// The mailboxes of a node's hub: one per shard, so that the entries of a room stay in order.
+///
+/// Nobody waits to put something in: where a mailbox is full its entries are dropped, the shard is
+/// told, and it reads what it missed.
+#[derive(Clone, Debug)]
+pub struct Mailboxes {
+    shards: Arc<[Mailbox]>,
+    hasher: RandomState,
+    metrics: Arc<Metrics>,
+}
+
+#[derive(Debug)]
+struct Mailbox {
+    entries: mpsc::Sender<(RoomId, Entry)>,
+    doubt: Arc<Doubt>,
+}
+
+/// Tells a shard that entries may have been lost on the way to it.
+#[derive(Debug, Default)]
+pub struct Doubt {
+    raised: AtomicBool,
+    notify: Notify,
+}
+
+impl Doubt {
+    /// Whether doubt was raised since the last call.
+    pub fn take(&self) -> bool {
+        self.raised.swap(false, Ordering::AcqRel)
+    }
+
+    /// Waits until doubt is raised. Cancel-safe.
+    pub async fn raised(&self) {
+        self.notify.notified().await;
+    }
+
+    fn raise(&self) {
+        self.raised.store(true, Ordering::Release);
+        self.notify.notify_one();
+    }
+}
+
+/// The shard's end of a mailbox.
+#[derive(Debug)]
+pub struct Letters {
+    /// The entries that arrived, in order per room.
+    pub entries: mpsc::Receiver<(RoomId, Entry)>,
+    /// Raised when entries were lost.
+    pub doubt: Arc<Doubt>,
+}
+
+impl Mailboxes {
+    /// `shards` mailboxes of `capacity` entries each, and the ends to read them by.
+    pub fn new(shards: usize, capacity: usize, metrics: Arc<Metrics>) -> (Self, Vec<Letters>) {
+        let mut ends = Vec::with_capacity(shards);
+        let mailbox = |_| {
+            let (sender, receiver) = mpsc::channel(capacity);
+            let doubt = Arc::new(Doubt::default());
+            ends.push(Letters { entries: receiver, doubt: doubt.clone() });
+            Mailbox { entries: sender, doubt }
+        };
+        let shards = (0..shards).map(mailbox).collect();
+        (Self { shards, hasher: RandomState::new(), metrics }, ends)
+    }
+
+    /// Which shard a room belongs to.
+    pub fn shard_of(&self, room: &RoomId) -> usize {
+        (self.hasher.hash_one(room) % self.shards.len() as u64) as usize
+    }
+
+    /// Passes an entry on, or drops it and raises doubt where the mailbox is full.
+    pub fn put(&self, room: RoomId, entry: Entry) {
+        let mailbox = &self.shards[self.shard_of(&room)];
+        if mailbox.entries.try_send((room, entry)).is_err() {
+            self.metrics.mailbox_overflows.inc();
+            mailbox.doubt.raise();
+        }
+    }
+
+    /// Tells every shard that entries of any room may have been lost.
+    pub fn doubt(&self) {
+        for mailbox in &*self.shards {
+            mailbox.doubt.raise();
+        }
+    }
+}

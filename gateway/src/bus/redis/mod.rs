@@ -1,0 +1,332 @@
+//! The bus of a cluster: logs in Redis, entries passed on by its pub/sub.
+//!
+//! Three ways to Redis, each with connections of its own. [`appender`] sends publishes, pipelined
+//! on one connection. [`subscriber`] hears what is published in the rooms followed. Reads go
+//! through a pool ([`log`]). The first two reconnect by loops of ours, for ever: a library that
+//! reconnects below us would hide that something was missed.
+//!
+//! Keys carry a partition as hash tag, so that all of a room is in one slot of Redis Cluster:
+//! `gw:{p}:r:<room>:log`, `:meta`, `:ids0`, `:ids1`, and the channel `gw:{p}:r:<room>`.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use redis::{
+    AsyncConnectionConfig, Client, ConnectionInfo, IntoConnectionInfo as _, ProtocolVersion,
+    RedisError, aio::MultiplexedConnection, io::tcp::TcpSettings,
+};
+use shared::ids::RoomId;
+
+use super::{Append, BoxFuture, Bus, BusError, Mailboxes, Range, Retention};
+use crate::{delivery::page::Page, drain::Tasks, telemetry::metrics::Metrics};
+
+mod appender;
+mod log;
+mod subscriber;
+
+/// How long Redis may take to answer before the link counts as dead. A publish whose answer is
+/// late is repeated with its id, so that a false alarm costs a reconnect and nothing else.
+const RESPONSE_MAX: Duration = Duration::from_secs(2);
+const CONNECT_MAX: Duration = Duration::from_secs(1);
+/// The longest pause between two attempts to connect: a cluster is whole again within a second
+/// of Redis' return.
+const RETRY_PAUSE_MAX: Duration = Duration::from_millis(250);
+
+/// How to reach Redis and how rooms lie in it.
+#[derive(Clone, Debug)]
+pub struct RedisOptions {
+    /// `redis://[user:password@]host[:port][/db]`
+    pub url: String,
+    /// Over how many partitions rooms are spread; the same on all nodes, for good.
+    pub partitions: u16,
+    /// How long logs are kept.
+    pub retention: Retention,
+}
+
+/// Why the bus cannot be started with these options.
+#[derive(Debug, thiserror::Error)]
+pub enum RedisStartError {
+    /// The URL does not read.
+    #[error("cluster.redis_url is no Redis URL: {0}")]
+    Url(RedisError),
+    /// Other nodes use another number of partitions.
+    #[error(
+        "cluster.partitions is {configured} here, but the cluster on this Redis uses {recorded}: \
+         rooms would lie in other places for this node than for the others"
+    )]
+    Partitions {
+        /// What this node was told.
+        configured: u16,
+        /// What the first node recorded.
+        recorded: u16,
+    },
+}
+
+/// Logs in Redis.
+pub struct RedisBus {
+    server: Arc<Server>,
+    appender: appender::Appender,
+    subscriber: subscriber::Subscriber,
+    log: log::Log,
+    links: Arc<Links>,
+}
+
+/// What all parts need to know.
+struct Server {
+    client: Client,
+    keyspace: Keyspace,
+    retention: Retention,
+}
+
+/// Which of the links stand.
+struct Links {
+    appending: AtomicBool,
+    hearing: AtomicBool,
+    /// Redis may throw keys away when its memory is full, and with them acknowledged messages.
+    evicts: AtomicBool,
+    metrics: Arc<Metrics>,
+}
+
+/// One of the links.
+#[derive(Clone, Copy, Debug)]
+enum Link {
+    Appending,
+    Hearing,
+}
+
+impl RedisBus {
+    /// Starts to connect, and keeps connected.
+    ///
+    /// # Errors
+    ///
+    /// [`RedisStartError::Url`].
+    pub fn start(
+        options: RedisOptions,
+        mailboxes: Mailboxes,
+        metrics: Arc<Metrics>,
+        tasks: &Tasks,
+    ) -> Result<Self, RedisStartError> {
+        let info = connection_info(&options.url).map_err(RedisStartError::Url)?;
+        let server = Arc::new(Server {
+            client: Client::open(info).map_err(RedisStartError::Url)?,
+            keyspace: Keyspace { partitions: options.partitions },
+            retention: options.retention,
+        });
+        let links = Arc::new(Links {
+            appending: AtomicBool::new(false),
+            hearing: AtomicBool::new(false),
+            evicts: AtomicBool::new(false),
+            metrics,
+        });
+        let log = log::Log::new(server.clone()).map_err(RedisStartError::Url)?;
+        let appender = appender::start(server.clone(), links.clone(), tasks);
+        let subscriber = subscriber::start(server.clone(), links.clone(), mailboxes, tasks);
+        Ok(Self { server, appender, subscriber, log, links })
+    }
+
+    /// Waits until Redis has been reached and this node's view of it is the other nodes'.
+    ///
+    /// # Errors
+    ///
+    /// [`RedisStartError::Partitions`].
+    pub async fn reached(&self) -> Result<(), RedisStartError> {
+        self.server.agree_on_partitions().await?;
+        let mut pause = RetryPause::default();
+        while !self.links.up() {
+            pause.wait().await;
+        }
+        Ok(())
+    }
+}
+
+impl Bus for RedisBus {
+    fn append(&self, append: Append) {
+        self.appender.append(append);
+    }
+
+    fn follow(&self, room: RoomId) -> BoxFuture<Result<(), BusError>> {
+        self.subscriber.follow(room)
+    }
+
+    fn unfollow(&self, room: RoomId) {
+        self.subscriber.unfollow(room);
+    }
+
+    fn read(&self, room: RoomId, range: Range) -> BoxFuture<Result<Page, BusError>> {
+        self.log.read(room, range)
+    }
+
+    fn failing(&self) -> Option<&'static str> {
+        if !self.links.up() {
+            Some("bus")
+        } else if self.links.evicts.load(Ordering::Relaxed) {
+            Some("maxmemory_policy")
+        } else {
+            None
+        }
+    }
+}
+
+impl Links {
+    fn set(&self, link: Link, up: bool) {
+        let state = match link {
+            Link::Appending => &self.appending,
+            Link::Hearing => &self.hearing,
+        };
+        if state.swap(up, Ordering::AcqRel) != up {
+            if up {
+                tracing::info!(?link, "Redis link is up");
+            } else {
+                self.metrics.bus_reconnects.inc();
+                tracing::warn!(?link, "Redis link is lost; reconnecting");
+            }
+        }
+        self.metrics.bus_up.set(i64::from(self.up()));
+    }
+
+    fn up(&self) -> bool {
+        self.appending.load(Ordering::Acquire) && self.hearing.load(Ordering::Acquire)
+    }
+}
+
+impl Server {
+    /// Records the number of partitions, or compares it with the one recorded.
+    async fn agree_on_partitions(&self) -> Result<(), RedisStartError> {
+        let configured = self.keyspace.partitions;
+        let mut pause = RetryPause::default();
+        loop {
+            match self.recorded_partitions().await {
+                Ok(recorded) if recorded == configured => return Ok(()),
+                Ok(recorded) => return Err(RedisStartError::Partitions { configured, recorded }),
+                Err(error) => {
+                    if pause.is_worth_a_line() {
+                        tracing::warn!(%error, "waiting for Redis");
+                    }
+                    pause.wait().await;
+                }
+            }
+        }
+    }
+
+    async fn recorded_partitions(&self) -> Result<u16, RedisError> {
+        let mut connection = self.connect(config()).await?;
+        let (recorded,) = redis::pipe()
+            .cmd("SET")
+            .arg("gw:partitions")
+            .arg(self.keyspace.partitions)
+            .arg("NX")
+            .ignore()
+            .cmd("GET")
+            .arg("gw:partitions")
+            .query_async::<(u16,)>(&mut connection)
+            .await?;
+        Ok(recorded)
+    }
+
+    /// One connection, which does not reconnect by itself.
+    async fn connect(
+        &self,
+        config: AsyncConnectionConfig,
+    ) -> Result<MultiplexedConnection, RedisError> {
+        self.client.get_multiplexed_async_connection_with_config(&config).await
+    }
+}
+
+fn config() -> AsyncConnectionConfig {
+    AsyncConnectionConfig::new()
+        .set_connection_timeout(Some(CONNECT_MAX))
+        .set_response_timeout(Some(RESPONSE_MAX))
+}
+
+/// RESP3, so that pushes and answers share a connection; no delay, since small packets matter.
+fn connection_info(url: &str) -> Result<ConnectionInfo, RedisError> {
+    let info = url.into_connection_info()?;
+    let redis = info.redis_settings().clone().set_protocol(ProtocolVersion::RESP3);
+    let tcp = TcpSettings::default().set_nodelay(true);
+    Ok(info.set_redis_settings(redis).set_tcp_settings(tcp))
+}
+
+/// How long to wait before the next attempt: at once, then longer, up to [`RETRY_PAUSE_MAX`].
+#[derive(Default)]
+struct RetryPause {
+    attempts: u32,
+}
+
+impl RetryPause {
+    fn next(&mut self) -> Duration {
+        let pause = Duration::from_millis(25) * self.attempts;
+        self.attempts += 1;
+        pause.min(RETRY_PAUSE_MAX)
+    }
+
+    async fn wait(&mut self) {
+        tokio::time::sleep(self.next()).await;
+    }
+
+    /// Whether this attempt is to be told of: the first, and one in some ten seconds.
+    fn is_worth_a_line(&self) -> bool {
+        self.attempts.is_multiple_of(40)
+    }
+}
+
+/// Where a room lies.
+#[derive(Clone, Copy, Debug)]
+struct Keyspace {
+    partitions: u16,
+}
+
+impl Keyspace {
+    fn channel(self, room: &RoomId) -> String {
+        let partition = crc16(room.as_str().as_bytes()) % self.partitions;
+        format!("gw:{{{partition}}}:r:{room}")
+    }
+
+    /// The room of a channel, without a check: only gateways publish there.
+    fn room(channel: &str) -> Option<RoomId> {
+        channel.split_once(":r:")?.1.parse().ok()
+    }
+}
+
+/// The CRC that Redis Cluster hashes keys with: CRC-16/XMODEM (Redis Cluster specification,
+/// appendix A).
+fn crc16(bytes: &[u8]) -> u16 {
+    bytes.iter().fold(0, |crc, byte| {
+        (0..8).fold(crc ^ u16::from(*byte) << 8, |crc, _| {
+            if crc & 0x8000 != 0 { crc << 1 ^ 0x1021 } else { crc << 1 }
+        })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_crc_is_the_one_of_redis_cluster() {
+        // The check value of CRC-16/XMODEM, also given in the Redis Cluster specification.
+        assert_eq!(crc16(b"123456789"), 0x31C3);
+    }
+
+    #[test]
+    fn a_channel_names_its_room() {
+        let keyspace = Keyspace { partitions: 256 };
+        for name in ["lobby", "a:r:b", "u:bob", ":r:"] {
+            let room: RoomId = name.parse().unwrap();
+            let channel = keyspace.channel(&room);
+            assert_eq!(Keyspace::room(&channel), Some(room), "{channel}");
+        }
+    }
+
+    #[test]
+    fn pauses_between_attempts_start_at_nothing_and_have_a_cap() {
+        let mut pause = RetryPause::default();
+        assert_eq!(pause.next(), Duration::ZERO);
+        let pauses: Vec<_> = (0..100).map(|_| pause.next()).collect();
+        assert!(pauses.is_sorted() && pauses[99] == RETRY_PAUSE_MAX);
+    }
+}

@@ -1,0 +1,52 @@
+-- Reads part of a room's log as it is at one moment. A room without a log gets an epoch.
+--
+-- KEYS  1 log (stream)  2 meta (hash)
+-- ARGV  1 "newest", "after" or "before"  2 seq  3 limit  4 bytes at most, one entry apart
+--       5 an epoch, used where the room has none  6 meta ttl, ms
+-- Returns epoch, top, oldest entry kept (0 for none), and entries { seq, epoch, envelope }:
+-- oldest first for "after", newest first else.
+
+local meta = redis.call('HMGET', KEYS[2], 'e', 's')
+local epoch, top = meta[1], meta[2]
+if not epoch then
+    epoch, top = ARGV[5], '0'
+    redis.call('DEL', KEYS[1])
+    redis.call('HSET', KEYS[2], 'e', epoch, 's', top)
+    redis.call('PEXPIRE', KEYS[2], ARGV[6])
+end
+
+local function seq_of(id)
+    return string.sub(id, 1, string.find(id, '-', 1, true) - 1)
+end
+
+local first = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)[1]
+local oldest = first and seq_of(first[1]) or '0'
+
+-- Entries differ in size a thousandfold, so they are fetched a few at a time until it is enough.
+local forward = ARGV[1] == 'after'
+local cursor = ARGV[1] == 'newest' and '+' or '(' .. ARGV[2] .. '-0'
+local left, bytes = tonumber(ARGV[3]), tonumber(ARGV[4])
+local entries = {}
+while left > 0 and bytes > 0 do
+    local count = math.min(left, 16)
+    local some
+    if forward then
+        some = redis.call('XRANGE', KEYS[1], cursor, '+', 'COUNT', count)
+    else
+        some = redis.call('XREVRANGE', KEYS[1], cursor, '-', 'COUNT', count)
+    end
+    for _, entry in ipairs(some) do
+        local envelope = entry[2][4]
+        bytes = bytes - #envelope
+        if bytes < 0 and #entries > 0 then
+            break
+        end
+        entries[#entries + 1] = { seq_of(entry[1]), entry[2][2], envelope }
+    end
+    if #some < count then
+        break
+    end
+    left = left - count
+    cursor = '(' .. some[count][1]
+end
+return { epoch, top, oldest, entries }

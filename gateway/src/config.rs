@@ -1,0 +1,581 @@
+//! The configuration: read in layers, checked as a whole, every mistake told at once.
+//!
+//! Defaults < the file < environment < flags. An option is declared by the one line in
+//! [`Config::read`] that reads it: its key, default, and text. `docs/configuration.md` is made of
+//! those lines, and a test compares the two.
+
+use std::{
+    collections::BTreeMap,
+    fmt::{self, Display, Write as _},
+    net::SocketAddr,
+    path::PathBuf,
+    str::FromStr,
+    time::Duration,
+};
+
+use config::{Environment, File, FileFormat, Map, Value, ValueKind};
+use rand::{RngExt as _, distr::Alphanumeric};
+use shared::{ids::NodeId, protocol::MESSAGE_BYTES_MAX};
+
+use crate::{
+    bus::{Retention, redis::RedisOptions},
+    http::{HttpLimits, HttpOptions, origin::AllowedOrigins},
+    limits::Rate,
+    session::{SessionLimits, auth::Auth},
+    telemetry::LogFormat,
+    transport::{Heartbeat, echo::EchoMode},
+};
+
+/// The file that is read if it is there and no other is named.
+pub const DEFAULT_FILE: &str = "gateway.toml";
+/// Descriptors kept free for what is no client connection.
+const DESCRIPTORS_KEPT: u64 = 1000;
+
+/// Everything the gateway is told.
+#[derive(Clone)]
+pub struct Config {
+    /// Where clients connect.
+    pub listen: SocketAddr,
+    /// Where metrics are served.
+    pub admin_listen: SocketAddr,
+    /// This node's name.
+    pub node: NodeId,
+    /// How log lines look.
+    pub log_format: LogFormat,
+    /// Which log lines are written.
+    pub log_level: String,
+    /// The cluster's Redis; `None` for a single node without one.
+    pub redis: Option<RedisOptions>,
+    /// How long logs are kept.
+    pub retention: Retention,
+    /// The HTTP side.
+    pub http: HttpOptions,
+    /// Sessions.
+    pub session: SessionLimits,
+    /// How many tasks rooms are spread over.
+    pub shards: usize,
+    /// What all rings together may hold, in bytes.
+    pub ring_bytes_max: usize,
+    /// How long `ready` says 503 before clients are sent away.
+    pub drain_delay: Duration,
+    /// What works but should be known.
+    pub warnings: Vec<String>,
+}
+
+/// Where values come from beside the defaults.
+#[derive(Clone, Debug, Default)]
+pub struct Sources {
+    /// A file that has to be there; [`DEFAULT_FILE`] is read if it is there.
+    pub file: Option<PathBuf>,
+    /// The environment, as `GATEWAY__SECTION__KEY`; the process's own if absent.
+    pub environment: Option<Map<String, String>>,
+    /// Keys and values given as flags.
+    pub flags: Vec<(String, String)>,
+}
+
+/// Everything that is wrong with a configuration.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Mistakes(Vec<Mistake>);
+
+#[derive(Debug, PartialEq, Eq)]
+struct Mistake {
+    key: String,
+    what: String,
+}
+
+impl Display for Mistakes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the configuration has {} mistake(s):", self.0.len())?;
+        for Mistake { key, what } in &self.0 {
+            let variable = key.to_uppercase().replace('.', "__");
+            write!(f, "\n  {key} (GATEWAY__{variable}): {what}")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Mistakes {}
+
+/// An option, for its documentation.
+#[derive(Clone, Debug)]
+struct Described {
+    key: &'static str,
+    default: String,
+    text: &'static str,
+}
+
+/// Hands out values by key, and collects what is wrong with them.
+struct Reader {
+    values: BTreeMap<String, String>,
+    mistakes: Vec<Mistake>,
+    described: Vec<Described>,
+}
+
+impl Config {
+    /// Reads and checks all sources.
+    ///
+    /// # Errors
+    ///
+    /// [`Mistakes`]: all there are.
+    pub fn load(sources: Sources) -> Result<Self, Mistakes> {
+        let mut reader = Reader::new(sources)?;
+        let config = Self::read(&mut reader);
+        reader.finish()?;
+        Ok(config)
+    }
+
+    /// Every option as a table in Markdown, as it stands in `docs/configuration.md`.
+    pub fn describe() -> String {
+        let mut reader = Reader { values: BTreeMap::new(), mistakes: vec![], described: vec![] };
+        Self::read(&mut reader);
+        let mut table = String::from("| key | default | what |\n| --- | --- | --- |\n");
+        for Described { key, default, text } in reader.described {
+            let default =
+                if default.is_empty() { String::new() } else { format!("`{default}`") };
+            let _ = writeln!(table, "| `{key}` | {default} | {text} |");
+        }
+        table
+    }
+
+    #[rustfmt::skip]
+    fn read(r: &mut Reader) -> Self {
+        let listen = r.take("server.listen", "127.0.0.1:8080", "Where clients connect.");
+        let origins = r.take::<List<String>>("server.allowed_origins", "", "Origins of web pages that may connect, as `https://app.example`; `*` for any. Empty: pages from the gateway's own host and port.");
+        let proxies = r.take::<List<ipnet::IpNet>>("server.trusted_proxies", "", "Networks whose `X-Forwarded-For` counts, as `10.0.0.0/8`.");
+        let echo = r.take_of("server.echo", "prefix", &[("prefix", EchoMode::Prefix), ("verbatim", EchoMode::Verbatim), ("off", EchoMode::Off)], "How `/ws/echo` answers: `prefix`, `verbatim` (for conformance suites) or `off`.");
+        let admin_listen = r.take("admin.listen", "127.0.0.1:9100", "Where metrics are served. Not for the world.");
+        let node = r.take::<Option_<NodeId>>("node.id", "", "The name of this node, another for each. Empty: the host name and 4 random characters.");
+        let log_format = r.take_of("log.format", "text", &[("text", LogFormat::Text), ("json", LogFormat::Json)], "How log lines look: `text` or `json`.");
+        let log_level = r.take::<LogLevel>("log.level", "info", "Which log lines are written: `error`, `warn`, `info`, `debug`, `trace`, or directives as `info,gateway::bus=debug`.");
+
+        let jwt = r.take_of("auth.mode", "anonymous", &[("anonymous", false), ("jwt", true)], "How users are told apart: `anonymous` (by what they say) or `jwt` (by a token).");
+        let allow_anonymous = r.take::<bool>("auth.allow_anonymous", "false", "Whether a cluster may run in `anonymous` mode. Changes nothing in `jwt` mode.");
+        let secret = r.take::<String>("auth.jwt_secret", "", "The key of tokens (HS256), at least 32 bytes. Needed in `jwt` mode.");
+        let leeway = r.take::<Span>("auth.leeway", "0s", "How long a token counts after its `exp`.");
+        let auth_cookie = r.take("auth.cookie", "token", "The cookie a token may come in.");
+        let _api_key = r.take::<String>("api.key", "", "The key of the server API, which is not there yet.");
+
+        let redis_url = r.take::<Option_<String>>("cluster.redis_url", "", "Redis of the cluster, as `redis://user:password@host:6379/0`. Empty: a single node that keeps logs in memory.");
+        let partitions = r.take_in("cluster.partitions", "256", 1..=16_384_u16, "Over how many partitions rooms are spread in Redis. The same on all nodes, for good.");
+
+        let publish_wait = r.take::<Span>("publish.wait", "5s", "How long a send, `join` or `history` waits for Redis before `unavailable`.");
+        let dedup_window = r.take::<Span>("dedup.window", "10m", "How long the `id` of a message is known.");
+        let entries_min = r.take_in("history.max_entries", "1000", 1..=1_000_000_u32, "How many entries a room's log keeps; more while they are younger than `history.window`.");
+        let window = r.take::<Span>("history.window", "2m", "How long entries above `history.max_entries` are kept.");
+        let bytes_max = r.take::<Bytes>("history.max_bytes", "16MiB", "The most a room's log takes; the oldest entries go first.");
+        let ttl = r.take::<Span>("history.ttl", "24h", "How long the log of a room is kept in which nothing is said.");
+
+        let shards = r.take_in("hub.shards", "0", 0..=256_usize, "Over how many tasks rooms are spread on a node. 0: one per core.");
+        let ring_bytes = r.take::<Bytes>("hub.ring_bytes_max", "256MiB", "The most that the newest entries of all rooms take in a node's memory.");
+
+        let interval = r.take::<Span>("heartbeat.interval", "25s", "How often a connection is pinged.");
+        let silence = r.take::<Span>("heartbeat.silence_max", "60s", "A connection from which nothing is heard for so long is closed with 4002.");
+        let stall = r.take::<Span>("heartbeat.stall_max", "30s", "A connection to which nothing can be written for so long is closed with 4003.");
+        let drain_delay = r.take::<Span>("drain.delay", "1s", "After SIGTERM, how long `/ready` says 503 before clients are sent away.");
+
+        let message_bytes = r.take::<Bytes>("limits.message_bytes_max", &MESSAGE_BYTES_MAX.to_string(), "The largest WebSocket message. More: close 1009.");
+        let messages = r.take_in("limits.messages_per_second", "50", 0..=1_000_000_u32, "`message` frames per connection, twice as many at once. More: `rate_limited`. 0: no limit.");
+        let frames = r.take_in("limits.frames_per_second", "200", 0..=1_000_000_u32, "Other frames per connection, five times as many at once. More: `rate_limited`. 0: no limit.");
+        let rooms_max = r.take_in("limits.rooms_per_connection", "500", 1..=100_000_usize, "Rooms a connection may be in. More: `limit_reached`.");
+        let per_user = r.take_in("limits.connections_per_user", "50", 0..=usize::MAX, "Connections of a user. More: close 1008 `too_many_connections`. 0: no limit.");
+        let per_ip = r.take_in("limits.connections_per_ip", "1000", 0..=usize::MAX, "Connections of an address (IPv6: of a /64). More: HTTP 429. 0: no limit.");
+        let handshakes = r.take_in("limits.handshakes_per_minute_per_ip", "600", 0..=1_000_000_u32, "Handshakes of an address. More: HTTP 429. 0: no limit.");
+        let connections_max = r.take_in("limits.connections_max", "0", 0..=usize::MAX, "Connections in all. More: HTTP 503. 0: the limit of descriptors less 1,000.");
+        let accepts = r.take_in("limits.accepts_per_second", "5000", 0..=1_000_000_u32, "Handshakes in all. More: HTTP 503. 0: no limit.");
+        let outbox_bytes = r.take::<Bytes>("limits.outbox_bytes_max", "1MiB", "What may wait for one client. More: it lags, and is given what it misses from the log.");
+
+        let allowed_origins = AllowedOrigins::parse(origins.0.iter().map(String::as_str)).unwrap_or_else(|error| {
+            r.mistake("server.allowed_origins", error.to_string());
+            AllowedOrigins::default()
+        });
+        if jwt && secret.is_empty() {
+            r.mistake("auth.jwt_secret", "is needed where auth.mode is `jwt`".into());
+        }
+        if !jwt && redis_url.0.is_some() && !allow_anonymous {
+            r.mistake("auth.mode", "`anonymous` lets anybody speak as anybody: set `jwt`, or for a cluster that is open on purpose set auth.allow_anonymous = true".into());
+        }
+        for (key, span) in [("publish.wait", &publish_wait), ("dedup.window", &dedup_window), ("history.ttl", &ttl), ("heartbeat.interval", &interval), ("heartbeat.silence_max", &silence), ("heartbeat.stall_max", &stall)] {
+            if span.0 < Duration::from_millis(1) {
+                r.mistake(key, "has to be at least 1ms".into());
+            }
+        }
+        for (key, bytes) in [("limits.message_bytes_max", &message_bytes), ("limits.outbox_bytes_max", &outbox_bytes), ("history.max_bytes", &bytes_max), ("hub.ring_bytes_max", &ring_bytes)] {
+            if bytes.0 < 128 || bytes.0 > 1 << 40 {
+                r.mistake(key, "has to be 128 bytes to 1 TiB".into());
+            }
+        }
+        if message_bytes.0 > 16 << 20 {
+            r.mistake("limits.message_bytes_max", "has to be at most 16MiB: a message passes through Redis and every node whole".into());
+        }
+
+        let mut warnings = Vec::new();
+        if jwt && secret.len() < 32 {
+            warnings.push("auth.jwt_secret is shorter than the 32 bytes that HS256 asks for (RFC 7518, section 3.2): it can be guessed".into());
+        }
+        let open_cluster = !jwt && redis_url.0.is_some();
+        if open_cluster {
+            warnings.push("ANONYMOUS MODE in a cluster: anybody who reaches it can read every room and speak as anybody; set auth.mode = jwt".into());
+        }
+        let retention = Retention { entries_min, window: window.0, bytes_max: bytes_max.0 as u64, ttl: ttl.0, dedup_window: dedup_window.0 };
+        let second = Duration::from_secs(1);
+        Self {
+            listen,
+            admin_listen,
+            node: node.0.unwrap_or_else(default_node_id),
+            log_format,
+            log_level: log_level.0,
+            redis: redis_url.0.map(|url| RedisOptions { url, partitions, retention: retention.clone() }),
+            retention,
+            http: HttpOptions {
+                auth: if jwt { Auth::jwt(&secret, leeway.0) } else { Auth::Anonymous },
+                auth_cookie,
+                allowed_origins,
+                trusted_proxies: proxies.0,
+                echo,
+                warn_anonymous: open_cluster,
+                dedup_window: dedup_window.0,
+                heartbeat: Heartbeat { interval: interval.0, silence_max: silence.0, stall_max: stall.0, json: false },
+                limits: HttpLimits {
+                    connections_max: if connections_max == 0 { descriptors_for_clients() } else { connections_max },
+                    connections_per_ip: per_ip,
+                    connections_per_user: per_user,
+                    handshakes_per_ip: Rate::new(handshakes, 60 * second, handshakes),
+                    accepts: Rate::new(accepts, second, accepts),
+                    message_bytes_max: message_bytes.0,
+                    outbox_bytes_max: outbox_bytes.0,
+                },
+            },
+            session: SessionLimits {
+                messages: Rate::new(messages, second, messages.saturating_mul(2)),
+                frames: Rate::new(frames, second, frames.saturating_mul(5)),
+                rooms_max,
+                wait_max: publish_wait.0,
+            },
+            shards: if shards == 0 { std::thread::available_parallelism().map_or(1, usize::from) } else { shards },
+            ring_bytes_max: ring_bytes.0,
+            drain_delay: drain_delay.0,
+            warnings,
+        }
+    }
+}
+
+impl Reader {
+    fn new(sources: Sources) -> Result<Self, Mistakes> {
+        let mut builder = config::Config::builder();
+        builder = match sources.file {
+            Some(path) => builder.add_source(File::from(path).format(FileFormat::Toml)),
+            None => builder
+                .add_source(File::new(DEFAULT_FILE, FileFormat::Toml).required(false)),
+        };
+        // Values stay text until an option reads them: guessing types turns the id `1e5` into
+        // 100000.
+        let environment = Environment::with_prefix("GATEWAY")
+            .prefix_separator("__")
+            .separator("__")
+            .ignore_empty(true)
+            .source(sources.environment);
+        builder = builder.add_source(environment);
+        let mut mistakes = Vec::new();
+        for (key, value) in sources.flags {
+            builder = match builder.clone().set_override(&key, value) {
+                Ok(builder) => builder,
+                Err(error) => {
+                    mistakes.push(Mistake { key, what: error.to_string() });
+                    builder
+                }
+            };
+        }
+        let mut values = BTreeMap::new();
+        match builder.build().and_then(config::Config::try_deserialize::<Map<String, Value>>) {
+            Ok(tables) => flatten("", tables, &mut values),
+            Err(error) => {
+                let key = "the configuration file".to_owned();
+                mistakes.push(Mistake { key, what: error.to_string() });
+            }
+        }
+        if mistakes.is_empty() {
+            Ok(Self { values, mistakes, described: Vec::new() })
+        } else {
+            Err(Mistakes(mistakes))
+        }
+    }
+
+    fn take<T: FromStr<Err: Display>>(
+        &mut self,
+        key: &'static str,
+        default: &str,
+        text: &'static str,
+    ) -> T {
+        self.described.push(Described { key, default: default.to_owned(), text });
+        if let Some(value) = self.values.remove(key) {
+            match value.parse() {
+                Ok(value) => return value,
+                Err(error) => self.mistake(key, format!("`{value}`: {error}")),
+            }
+        }
+        match default.parse() {
+            Ok(value) => value,
+            Err(error) => unreachable!("the default of {key} is {default}: {error}"),
+        }
+    }
+
+    fn take_in<T: FromStr<Err: Display> + PartialOrd + Display + Copy>(
+        &mut self,
+        key: &'static str,
+        default: &str,
+        range: std::ops::RangeInclusive<T>,
+        text: &'static str,
+    ) -> T {
+        let value: T = self.take(key, default, text);
+        if !range.contains(&value) {
+            self.mistake(key, format!("has to be {} to {}", range.start(), range.end()));
+        }
+        value
+    }
+
+    fn take_of<T: Copy>(
+        &mut self,
+        key: &'static str,
+        default: &str,
+        values: &[(&str, T)],
+        text: &'static str,
+    ) -> T {
+        let word: String = self.take(key, default, text);
+        if let Some((_, value)) = values.iter().find(|(name, _)| *name == word) {
+            return *value;
+        }
+        let names: Vec<_> = values.iter().map(|(name, _)| *name).collect();
+        self.mistake(key, format!("`{word}` is none of {}", names.join(", ")));
+        values[0].1
+    }
+
+    fn mistake(&mut self, key: &str, what: String) {
+        self.mistakes.push(Mistake { key: key.to_owned(), what });
+    }
+
+    fn finish(mut self) -> Result<(), Mistakes> {
+        let known: Vec<&str> = self.described.iter().map(|option| option.key).collect();
+        for key in self.values.into_keys() {
+            let what = match nearest(&key, &known) {
+                Some(known) => format!("there is no such option; is `{known}` meant?"),
+                None => "there is no such option".to_owned(),
+            };
+            self.mistakes.push(Mistake { key, what });
+        }
+        if self.mistakes.is_empty() { Ok(()) } else { Err(Mistakes(self.mistakes)) }
+    }
+}
+
+/// Tables as dotted keys; lists as text with commas.
+fn flatten(prefix: &str, table: Map<String, Value>, values: &mut BTreeMap<String, String>) {
+    for (key, value) in table {
+        let key = if prefix.is_empty() { key } else { format!("{prefix}.{key}") };
+        match value.kind {
+            ValueKind::Table(table) => flatten(&key, table, values),
+            ValueKind::Array(items) => {
+                let items: Vec<String> = items.iter().map(ToString::to_string).collect();
+                values.insert(key, items.join(","));
+            }
+            ValueKind::Nil => {}
+            kind => {
+                values.insert(key, kind.to_string());
+            }
+        }
+    }
+}
+
+/// The known key that differs least, if it differs little.
+fn nearest<'a>(key: &str, known: &[&'a str]) -> Option<&'a str> {
+    let same = |known: &str| {
+        let ends = |text: &str| text.rsplit('.').next().map(str::to_owned);
+        let common = key.bytes().zip(known.bytes()).take_while(|(a, b)| a == b).count();
+        let longest = key.len().max(known.len());
+        ends(key) == ends(known) || common * 4 >= longest * 3
+    };
+    known.iter().copied().find(|known| same(known))
+}
+
+/// The host's name and four random characters.
+fn default_node_id() -> NodeId {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let host: String = host
+        .trim()
+        .chars()
+        .map(|c| if c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_') { c } else { '-' })
+        .take(59)
+        .collect();
+    let host = if host.is_empty() { "node".to_owned() } else { host };
+    let random: String = rand::rng()
+        .sample_iter(Alphanumeric)
+        .take(4)
+        .map(|letter| char::from(letter).to_ascii_lowercase())
+        .collect();
+    format!("{host}-{random}").parse().expect("made of the allowed letters")
+}
+
+/// How many descriptors clients may have.
+fn descriptors_for_clients() -> usize {
+    let descriptors = rlimit::increase_nofile_limit(u64::MAX).unwrap_or(1024);
+    // On a machine with very few, half of them.
+    let kept = DESCRIPTORS_KEPT.min(descriptors / 2);
+    usize::try_from(descriptors - kept).unwrap_or(usize::MAX)
+}
+
+/// `25s`, `10m`, `24h`.
+struct Span(Duration);
+
+impl FromStr for Span {
+    type Err = humantime::DurationError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        humantime::parse_duration(text).map(Self)
+    }
+}
+
+/// A number of bytes, as `262144`, `256KiB`, `16MiB`.
+struct Bytes(usize);
+
+impl FromStr for Bytes {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+        let (number, unit) = text.split_at(digits);
+        let unit = match unit.trim().to_ascii_lowercase().as_str() {
+            "" | "b" => 1,
+            "kib" => 1 << 10,
+            "mib" => 1 << 20,
+            "gib" => 1 << 30,
+            "kb" => 1_000,
+            "mb" => 1_000_000,
+            _ => return Err("a size is a number of bytes, or one with KiB, MiB, GiB, kB or MB"),
+        };
+        let number: usize = number.parse().map_err(|_| "a size starts with a number")?;
+        number.checked_mul(unit).map(Self).ok_or("that is too large")
+    }
+}
+
+/// Values with commas between them.
+struct List<T>(Vec<T>);
+
+impl<T: FromStr> FromStr for List<T> {
+    type Err = T::Err;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let items = text.split(',').map(str::trim).filter(|item| !item.is_empty());
+        items.map(str::parse).collect::<Result<_, _>>().map(Self)
+    }
+}
+
+/// A value, or nothing where the text is empty.
+struct Option_<T>(Option<T>);
+
+impl<T: FromStr> FromStr for Option_<T> {
+    type Err = T::Err;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        if text.is_empty() { Ok(Self(None)) } else { text.parse().map(Some).map(Self) }
+    }
+}
+
+/// A level or directives, as the log reads them.
+struct LogLevel(String);
+
+impl FromStr for LogLevel {
+    type Err = tracing_subscriber::filter::ParseError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        text.parse::<tracing_subscriber::filter::Targets>().map(|_| Self(text.to_owned()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(environment: &[(&str, &str)], flags: &[(&str, &str)]) -> Result<Config, String> {
+        let own = |pairs: &[(&str, &str)]| {
+            pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect::<Vec<_>>()
+        };
+        let environment = own(environment).into_iter().collect();
+        let sources =
+            Sources { file: None, environment: Some(environment), flags: own(flags) };
+        Config::load(sources).map_err(|mistakes| mistakes.to_string())
+    }
+
+    #[test]
+    fn without_anything_it_is_an_embedded_node() {
+        let config = load(&[], &[]).unwrap_or_else(|mistakes| panic!("{mistakes}"));
+        assert_eq!(config.listen.to_string(), "127.0.0.1:8080");
+        assert!(config.redis.is_none() && config.warnings.is_empty());
+    }
+
+    #[test]
+    fn flags_come_before_the_environment_and_both_before_the_file() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let text = "[server]\nlisten = \"127.0.0.1:1\"\necho = \"off\"\n[node]\nid = \"1e5\"\n\
+                    [limits]\nmessages_per_second = 7\n";
+        std::fs::write(file.path(), text).unwrap();
+        let environment = [
+            ("GATEWAY__SERVER__LISTEN", "127.0.0.1:2"),
+            ("GATEWAY__ADMIN__LISTEN", "127.0.0.1:3"),
+            ("GATEWAY__SERVER__ALLOWED_ORIGINS", ""),
+            ("GATEWAY_PORT", "tcp://10.0.0.1:80"),
+        ];
+        let own = |(k, v): (&str, &str)| (k.to_owned(), v.to_owned());
+        let config = Config::load(Sources {
+            file: Some(file.path().to_owned()),
+            environment: Some(environment.into_iter().map(own).collect()),
+            flags: vec![own(("admin.listen", "127.0.0.1:4"))],
+        })
+        .unwrap_or_else(|mistakes| panic!("{mistakes}"));
+        assert_eq!(config.listen.port(), 2);
+        assert_eq!(config.admin_listen.port(), 4);
+        assert_eq!(config.http.echo, EchoMode::Off);
+        assert_eq!(config.node.as_str(), "1e5");
+        let seven = Rate::new(7, Duration::from_secs(1), 14);
+        assert_eq!(config.session.messages, seven);
+    }
+
+    #[test]
+    fn every_mistake_is_told_at_once_with_its_key() {
+        let environment = [
+            ("GATEWAY__SERVER__LISTEN", "nowhere"),
+            ("GATEWAY__SERVER__ECHO", "loud"),
+            ("GATEWAY__SERVER__LISTN", "127.0.0.1:1"),
+            ("GATEWAY__SERVER__ALLOWED_ORIGINS", "https://a, b"),
+            ("GATEWAY__CLUSTER__PARTITIONS", "0"),
+            ("GATEWAY__AUTH__MODE", "jwt"),
+            ("GATEWAY__LIMITS__MESSAGE_BYTES_MAX", "1"),
+            ("GATEWAY__PUBLISH__WAIT", "soon"),
+        ];
+        let Err(mistakes) = load(&environment, &[]) else { panic!("accepted") };
+        for (key, _) in environment {
+            let key = key.replace("AUTH__MODE", "AUTH__JWT_SECRET");
+            assert!(mistakes.contains(&key), "{key} is missing in {mistakes}");
+        }
+        assert!(mistakes.contains("8 mistake(s)"), "{mistakes}");
+        assert!(mistakes.contains("is `server.listen` meant?"), "{mistakes}");
+    }
+
+    #[test]
+    fn an_open_cluster_has_to_be_meant() {
+        let redis = ("GATEWAY__CLUSTER__REDIS_URL", "redis://127.0.0.1");
+        assert!(load(&[redis], &[]).is_err());
+        let allow = ("GATEWAY__AUTH__ALLOW_ANONYMOUS", "true");
+        let Ok(config) = load(&[redis, allow], &[]) else { panic!("refused") };
+        assert!(config.http.warn_anonymous && !config.warnings.is_empty());
+        let jwt = [("GATEWAY__AUTH__MODE", "jwt"), ("GATEWAY__AUTH__JWT_SECRET", &"x".repeat(32))];
+        let Ok(config) = load(&[redis, allow, jwt[0], jwt[1]], &[]) else { panic!("refused") };
+        assert!(!config.http.warn_anonymous && config.warnings.is_empty());
+    }
+
+    #[test]
+    fn sizes_have_units() {
+        let bytes = |text: &str| text.parse::<Bytes>().map(|bytes| bytes.0);
+        assert_eq!(bytes("262144"), Ok(262_144));
+        assert_eq!(bytes("256KiB"), Ok(262_144));
+        assert_eq!(bytes("1 MB"), Ok(1_000_000));
+        assert!(bytes("x").is_err() && bytes("1x").is_err() && bytes("").is_err());
+    }
+}

@@ -1,0 +1,91 @@
+//! Judges what was read from a log. A read is whole only if its first entry is the cursor's next
+//! one and no number is skipped: a trimmed log answers as if nothing had been there.
+
+use shared::{
+    position::{Epoch, Position, Seq},
+    protocol::answer::NotRecovered,
+};
+
+use super::Entry;
+
+/// Part of a log, as it was at one moment.
+#[derive(Clone, Debug)]
+pub struct Page {
+    /// The log's epoch.
+    pub epoch: Epoch,
+    /// Its newest entry, 0 for none.
+    pub top: Seq,
+    /// Its oldest entry still kept, 0 for none.
+    pub oldest: Seq,
+    /// What was asked for, oldest first; cut where it was too much.
+    pub entries: Vec<Entry>,
+}
+
+impl Page {
+    /// Whether the log goes on from `cursor` without a hole, and if not, why.
+    ///
+    /// # Errors
+    ///
+    /// Why a client at `cursor` cannot be continued.
+    pub fn continues(&self, cursor: &Position) -> Result<(), NotRecovered> {
+        if cursor.epoch != self.epoch {
+            return Err(NotRecovered::LogLost);
+        }
+        if cursor.seq > self.top {
+            return Err(NotRecovered::Ahead);
+        }
+        if cursor.seq == self.top {
+            return Ok(());
+        }
+        match self.entries.first() {
+            Some(first) if first.position.seq == cursor.seq + 1 => Ok(()),
+            _ => Err(NotRecovered::LogTrimmed),
+        }
+    }
+
+    /// Drops what stands behind the first skipped number, so that the rest is whole in itself.
+    ///
+    /// A log is written without steps; a step in it means that part of it was lost.
+    pub fn keep_whole(&mut self) {
+        let step = self
+            .entries
+            .windows(2)
+            .rposition(|pair| pair[0].position.seq + 1 != pair[1].position.seq);
+        if let Some(step) = step {
+            self.entries.drain(..=step);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::samples::{entry, position},
+        *,
+    };
+
+    fn page(top: Seq, seqs: &[Seq]) -> Page {
+        let entries = seqs.iter().map(|seq| entry("e", *seq)).collect();
+        Page { epoch: "e".parse().unwrap(), top, oldest: 1, entries }
+    }
+
+    #[test]
+    fn a_page_goes_on_only_from_right_before_it() {
+        assert_eq!(page(9, &[7, 8, 9]).continues(&position("e", 6)), Ok(()));
+        let trimmed = Err(NotRecovered::LogTrimmed);
+        assert_eq!(page(9, &[7, 8, 9]).continues(&position("e", 5)), trimmed);
+        assert_eq!(page(9, &[]).continues(&position("e", 5)), trimmed);
+        assert_eq!(page(9, &[]).continues(&position("e", 9)), Ok(()));
+        assert_eq!(page(9, &[]).continues(&position("e", 10)), Err(NotRecovered::Ahead));
+        assert_eq!(page(9, &[]).continues(&position("f", 9)), Err(NotRecovered::LogLost));
+    }
+
+    #[test]
+    fn what_stands_before_a_step_is_not_passed_off_as_whole() {
+        let mut page = page(9, &[2, 3, 7, 8, 9]);
+        page.keep_whole();
+        let seqs: Vec<_> = page.entries.iter().map(|entry| entry.position.seq).collect();
+        assert_eq!(seqs, [7, 8, 9]);
+        assert_eq!(page.continues(&position("e", 1)), Err(NotRecovered::LogTrimmed));
+    }
+}

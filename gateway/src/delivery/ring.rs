@@ -1,0 +1,119 @@
+//! The newest entries of a room that is followed, so that returning and slow clients are served
+//! without asking the log.
+
+use std::collections::VecDeque;
+
+use shared::position::Seq;
+
+use super::Entry;
+
+/// The most entries a ring holds.
+pub const ENTRIES_MAX: usize = 256;
+/// The most bytes a ring holds, one entry apart.
+pub const BYTES_MAX: usize = 256 * 1024;
+/// What a ring is cut to while the node's rings take more than their common bound.
+pub const ENTRIES_UNDER_PRESSURE: usize = 16;
+
+/// The newest entries of a log, without steps.
+#[derive(Debug, Default)]
+pub struct Ring {
+    entries: VecDeque<Entry>,
+    bytes: usize,
+}
+
+impl Ring {
+    /// Adds the next entry and forgets the oldest above the limits.
+    pub fn push(&mut self, entry: Entry, entries_max: usize) {
+        debug_assert!(self.last().is_none_or(|last| last + 1 == entry.position.seq));
+        self.bytes += entry.bytes();
+        self.entries.push_back(entry);
+        while self.entries.len() > entries_max.max(1)
+            || (self.bytes > BYTES_MAX && self.entries.len() > 1)
+        {
+            if let Some(oldest) = self.entries.pop_front() {
+                self.bytes -= oldest.bytes();
+            }
+        }
+    }
+
+    /// Forgets everything.
+    pub fn clear(&mut self) {
+        *self = Self::default();
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// How many entries are held.
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Whether none is held.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// The oldest entry held.
+    pub fn first(&self) -> Option<Seq> {
+        self.entries.front().map(|entry| entry.position.seq)
+    }
+
+    fn last(&self) -> Option<Seq> {
+        self.entries.back().map(|entry| entry.position.seq)
+    }
+
+    /// The entries behind `seq`, if the next one is held.
+    pub fn after(&self, seq: Seq) -> Option<impl Iterator<Item = &Entry>> {
+        let first = self.first()?;
+        let skip = (seq + 1).checked_sub(first)?;
+        let skip = usize::try_from(skip).ok().filter(|skip| *skip < self.entries.len())?;
+        Some(self.entries.iter().skip(skip))
+    }
+
+    /// The newest `count` entries, or all there are.
+    pub fn newest(&self, count: usize) -> impl DoubleEndedIterator<Item = &Entry> {
+        self.entries.iter().skip(self.entries.len().saturating_sub(count))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::samples::entry, *};
+
+    fn ring(seqs: std::ops::RangeInclusive<Seq>) -> Ring {
+        let mut ring = Ring::default();
+        for seq in seqs {
+            ring.push(entry("e", seq), ENTRIES_MAX);
+        }
+        ring
+    }
+
+    fn seqs<'a>(entries: impl Iterator<Item = &'a Entry>) -> Vec<Seq> {
+        entries.map(|entry| entry.position.seq).collect()
+    }
+
+    #[test]
+    fn a_ring_serves_from_its_oldest_on() {
+        let ring = ring(5..=8);
+        assert_eq!(seqs(ring.after(4).unwrap()), [5, 6, 7, 8]);
+        assert_eq!(seqs(ring.after(7).unwrap()), [8]);
+        assert!(ring.after(3).is_none());
+        assert!(ring.after(8).is_none());
+        assert_eq!(seqs(ring.newest(2)), [7, 8]);
+        assert_eq!(seqs(ring.newest(9)), [5, 6, 7, 8]);
+    }
+
+    #[test]
+    fn the_limits_hold() {
+        let mut ring = ring(1..=1000);
+        assert_eq!((ring.len(), ring.first()), (ENTRIES_MAX, Some(1000 - 255)));
+        ring.push(entry("e", 1001), ENTRIES_UNDER_PRESSURE);
+        assert_eq!(ring.len(), ENTRIES_UNDER_PRESSURE);
+        assert_eq!(ring.bytes(), ring.newest(99).map(Entry::bytes).sum::<usize>());
+        ring.clear();
+        assert!(ring.is_empty() && ring.bytes() == 0);
+    }
+}

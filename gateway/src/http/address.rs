@@ -1,0 +1,73 @@
+//! Which address a client has, when proxies stand between.
+//!
+//! Pure. `X-Forwarded-For` is written by whoever sends it, so only what trusted proxies appended
+//! counts: it is read from the right, and the first address that is not a trusted proxy is the
+//! client.
+
+use std::net::{IpAddr, SocketAddr};
+
+use axum::http::HeaderMap;
+use ipnet::IpNet;
+
+/// The address of the client behind `peer`.
+pub fn client_address(peer: IpAddr, headers: &HeaderMap, trusted: &[IpNet]) -> IpAddr {
+    let is_trusted = |address: &IpAddr| trusted.iter().any(|net| net.contains(address));
+    let mut client = peer.to_canonical();
+    let forwarded: Vec<&str> = headers
+        .get_all("x-forwarded-for")
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .collect();
+    for hop in forwarded.into_iter().rev() {
+        if !is_trusted(&client) {
+            break;
+        }
+        let Some(address) = parse(hop.trim()) else { break };
+        client = address.to_canonical();
+    }
+    client
+}
+
+/// An address with or without a port.
+fn parse(hop: &str) -> Option<IpAddr> {
+    let bare = hop.trim_start_matches('[').trim_end_matches(']');
+    bare.parse().ok().or_else(|| hop.parse::<SocketAddr>().ok().map(|address| address.ip()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(peer: &str, forwarded: &[&str], trusted: &[&str], expected: &str) {
+        let mut headers = HeaderMap::new();
+        for value in forwarded {
+            headers.append("x-forwarded-for", value.parse().unwrap());
+        }
+        let trusted: Vec<IpNet> = trusted.iter().map(|net| net.parse().unwrap()).collect();
+        let client = client_address(peer.parse().unwrap(), &headers, &trusted);
+        assert_eq!(client.to_string(), expected);
+    }
+
+    #[test]
+    fn without_a_trusted_proxy_the_header_says_nothing() {
+        check("192.0.2.1", &["198.51.100.7"], &[], "192.0.2.1");
+        check("192.0.2.1", &["198.51.100.7"], &["10.0.0.0/8"], "192.0.2.1");
+    }
+
+    #[test]
+    fn the_first_untrusted_address_from_the_right_is_the_client() {
+        let trusted = &["10.0.0.0/8", "127.0.0.1/32"];
+        check("127.0.0.1", &["198.51.100.7"], trusted, "198.51.100.7");
+        check("127.0.0.1", &["6.6.6.6, 198.51.100.7, 10.1.1.1"], trusted, "198.51.100.7");
+        check("127.0.0.1", &["6.6.6.6", "198.51.100.7:1234"], trusted, "198.51.100.7");
+        check("::ffff:127.0.0.1", &["[2001:db8::1]"], trusted, "2001:db8::1");
+    }
+
+    #[test]
+    fn what_is_no_address_ends_the_walk_at_the_last_one_known() {
+        check("127.0.0.1", &["198.51.100.7, unknown"], &["127.0.0.1/32"], "127.0.0.1");
+        check("127.0.0.1", &[], &["127.0.0.1/32"], "127.0.0.1");
+    }
+}

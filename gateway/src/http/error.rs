@@ -1,0 +1,33 @@
+//! Refusals in HTTP: `{"error":{"code","message"}}`.
+
+use std::time::Duration;
+
+use axum::{
+    Json,
+    http::{HeaderValue, StatusCode, header},
+    response::{IntoResponse as _, Response},
+};
+use serde_json::json;
+
+/// A refusal with a code for programs and a text for people.
+pub(super) fn refuse(status: StatusCode, code: &str, message: &str) -> Response {
+    (status, Json(json!({"error": {"code": code, "message": message}}))).into_response()
+}
+
+/// A refusal that says when to come back.
+pub(super) fn refuse_for(
+    status: StatusCode,
+    code: &str,
+    message: &str,
+    wait: Duration,
+) -> Response {
+    let mut response = refuse(status, code, message);
+    // Whole seconds (RFC 9110, section 10.2.3), rounded up.
+    let seconds = wait.as_millis().div_ceil(1000).max(1) as u64;
+    response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+    response
+}
+
+pub(super) async fn not_found() -> Response {
+    refuse(StatusCode::NOT_FOUND, "not_found", "there is nothing at this path")
+}

@@ -1,0 +1,163 @@
+//! The HTTP side: which paths there are, on one page.
+//!
+//! Two listeners. The public one serves clients; the admin one has the metrics and is not for the
+//! world. [`listen`] accepts connections, [`upgrade`] turns a handshake into a WebSocket.
+
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use axum::{Router, routing::get};
+use shared::ids::{NodeId, UserId};
+
+use crate::{
+    bus::Bus,
+    drain::Tasks,
+    limits::{Counts, Paces, Rate},
+    session::{Services, auth::Auth},
+    telemetry::metrics::Metrics,
+    transport::{Heartbeat, echo::EchoMode},
+};
+
+pub mod listen;
+pub mod address;
+pub mod origin;
+mod error;
+mod health;
+mod page;
+mod upgrade;
+
+/// What the HTTP side is told by the configuration.
+#[derive(Clone)]
+pub struct HttpOptions {
+    /// How clients are told apart.
+    pub auth: Auth,
+    /// The cookie a token may come in.
+    pub auth_cookie: String,
+    /// Which pages of other origins may connect.
+    pub allowed_origins: origin::AllowedOrigins,
+    /// Whose `X-Forwarded-For` counts.
+    pub trusted_proxies: Vec<ipnet::IpNet>,
+    /// How `/ws/echo` answers.
+    pub echo: EchoMode,
+    /// Anyone can be anyone, in a cluster: the page says so.
+    pub warn_anonymous: bool,
+    /// Told to clients as `dedup_window`.
+    pub dedup_window: Duration,
+    /// When connections are pinged and given up.
+    pub heartbeat: Heartbeat,
+    /// How much there may be.
+    pub limits: HttpLimits,
+}
+
+/// How much there may be, on this node.
+#[derive(Clone, Debug)]
+pub struct HttpLimits {
+    /// WebSocket connections in all.
+    pub connections_max: usize,
+    /// WebSocket connections of one address; 0 for no limit.
+    pub connections_per_ip: usize,
+    /// WebSocket connections of one user; 0 for no limit.
+    pub connections_per_user: usize,
+    /// Handshakes of one address.
+    pub handshakes_per_ip: Rate,
+    /// Handshakes in all.
+    pub accepts: Rate,
+    /// One WebSocket message, in bytes.
+    pub message_bytes_max: usize,
+    /// What waits for one client, in bytes.
+    pub outbox_bytes_max: usize,
+}
+
+/// What all requests share.
+pub struct Node {
+    /// This node's name.
+    pub id: NodeId,
+    /// The configuration.
+    pub options: HttpOptions,
+    /// What sessions share.
+    pub services: Arc<Services>,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
+    /// Who runs.
+    pub tasks: Tasks,
+    state: State,
+}
+
+/// What the limits count.
+#[derive(Default)]
+struct State {
+    draining: AtomicBool,
+    all: Counts<()>,
+    by_address: Counts<std::net::IpAddr>,
+    by_user: Counts<UserId>,
+    handshakes: Paces<std::net::IpAddr>,
+    accepts: Paces<()>,
+}
+
+/// The two ends of a TCP connection.
+#[derive(Clone, Copy, Debug)]
+pub struct Ends {
+    /// The client's, or the proxy's.
+    pub peer: SocketAddr,
+    /// This node's, as the other side dialled it.
+    pub local: SocketAddr,
+}
+
+impl Node {
+    /// What requests share, before the first one.
+    pub fn new(
+        id: NodeId,
+        options: HttpOptions,
+        services: Arc<Services>,
+        metrics: Arc<Metrics>,
+        tasks: Tasks,
+    ) -> Self {
+        Self { id, options, services, metrics, tasks, state: State::default() }
+    }
+
+    /// Takes no new client from here on; `ready` says so.
+    pub fn start_draining(&self) {
+        self.state.draining.store(true, Ordering::Release);
+    }
+
+    /// Whether new clients are refused because the node stops.
+    pub fn is_draining(&self) -> bool {
+        self.state.draining.load(Ordering::Acquire)
+    }
+
+    /// What keeps the node from serving, as `ready` names it.
+    pub fn failing(&self) -> Vec<&'static str> {
+        let bus: &dyn Bus = &*self.services.bus;
+        bus.failing().into_iter().chain(self.is_draining().then_some("drain")).collect()
+    }
+}
+
+/// The routes of the public listener.
+pub fn public(node: Arc<Node>) -> Router {
+    Router::new()
+        .route("/", get(page::chat))
+        .route("/chat", get(page::chat))
+        .route("/ws", get(upgrade::chat))
+        .route("/ws/rooms/{room}", get(upgrade::room))
+        .route("/ws/echo", get(upgrade::echo))
+        .route("/health", get(health::health))
+        .route("/ready", get(health::ready))
+        .fallback(error::not_found)
+        .with_state(node)
+}
+
+/// The routes of the admin listener.
+pub fn admin(node: Arc<Node>) -> Router {
+    Router::new()
+        .route("/metrics", get(health::metrics))
+        .route("/health", get(health::health))
+        .route("/ready", get(health::ready))
+        .fallback(error::not_found)
+        .with_state(node)
+}

@@ -1,0 +1,452 @@
+//! The handshake of a WebSocket: who may open one, and the TCP stream taken back from HTTP.
+//!
+//! What is wrong with the handshake itself or with the node is answered in HTTP. What is wrong with
+//! the client's identity is answered by a close frame after 101, since a browser shows its page
+//! nothing of a refused handshake. A 503 makes nginx try the next node and counts against this one,
+//! so it is kept for what is this node's own: drain, overload, bus down.
+
+use std::{sync::Arc, time::SystemTime};
+
+use axum::{
+    body::Body,
+    extract::{Path, Query, Request, State},
+    http::{HeaderMap, HeaderValue, StatusCode, Version, header, request::Parts},
+    response::Response,
+};
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use hyper::upgrade::OnUpgrade;
+use hyper_util::rt::TokioIo;
+use md5::{Digest as _, Md5};
+use sha1::Sha1;
+use shared::{
+    SUBPROTOCOL,
+    close::CloseCode,
+    error::ErrorCode,
+    ids::{ConnectionId, RoomId},
+    position::Position,
+    protocol::{
+        answer::{Answer, Connected, Refusal},
+        request::{JOIN_HISTORY_MAX, Join, history_default},
+    },
+};
+use tokio::{net::TcpStream, time::Instant};
+
+use super::{
+    Ends, Node,
+    address::client_address,
+    error::{refuse, refuse_for},
+    listen::TcpPlace,
+};
+use crate::{
+    hub::member::Subscriber,
+    limits::{Place, address_key},
+    outbox::{Close, Outbox},
+    session::{
+        Session,
+        auth::{Credentials, Identity},
+    },
+    telemetry::metrics::Handshake,
+    transport::{
+        Connection, Handler, Heartbeat,
+        echo::{Echo, EchoMode},
+    },
+};
+
+/// The query of a handshake, in the order sent; the first of a name counts.
+type Params = Query<Vec<(String, String)>>;
+
+/// What a connection is for.
+enum Endpoint {
+    Chat,
+    Room(Result<Join, &'static str>),
+    Echo,
+}
+
+/// What a connection holds as long as it lives, so that limits count it.
+struct Places {
+    _all: Place<()>,
+    _address: Place<std::net::IpAddr>,
+    _tcp: Option<TcpPlace>,
+}
+
+pub(super) async fn chat(
+    State(node): State<Arc<Node>>,
+    Query(params): Params,
+    request: Request,
+) -> Response {
+    upgrade(node, request, &params, Endpoint::Chat)
+}
+
+pub(super) async fn room(
+    State(node): State<Arc<Node>>,
+    Path(room): Path<String>,
+    Query(params): Params,
+    request: Request,
+) -> Response {
+    let join = join_of(&room, &params);
+    upgrade(node, request, &params, Endpoint::Room(join))
+}
+
+pub(super) async fn echo(
+    State(node): State<Arc<Node>>,
+    Query(params): Params,
+    request: Request,
+) -> Response {
+    if node.options.echo == EchoMode::Off {
+        return super::error::not_found().await;
+    }
+    upgrade(node, request, &params, Endpoint::Echo)
+}
+
+/// The join that `/ws/rooms/{room}` asks for by its path and query.
+fn join_of(room: &str, params: &[(String, String)]) -> Result<Join, &'static str> {
+    let room: RoomId =
+        room.parse().map_err(|_| "a room is 1 to 128 of A-Z a-z 0-9 _ . : @ -")?;
+    let since = match param(params, "since") {
+        Some(since) => Some(since.parse::<Position>().map_err(|_| "`since` is <epoch>:<seq>")?),
+        None => None,
+    };
+    let history = match param(params, "history") {
+        Some(text) => text
+            .parse()
+            .ok()
+            .filter(|count| *count <= JOIN_HISTORY_MAX)
+            .ok_or("`history` is 0 to 1000")?,
+        None => history_default(),
+    };
+    Ok(Join { room, since, history })
+}
+
+fn param<'a>(params: &'a [(String, String)], name: &str) -> Option<&'a str> {
+    params.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str())
+}
+
+fn upgrade(
+    node: Arc<Node>,
+    request: Request,
+    params: &[(String, String)],
+    endpoint: Endpoint,
+) -> Response {
+    let (mut parts, _) = request.into_parts();
+    let (accept, places) = match admit(&node, &mut parts) {
+        Ok(admitted) => admitted,
+        Err((outcome, response)) => {
+            node.metrics.handshakes.of(outcome).inc();
+            return *response;
+        }
+    };
+    let (Some(on_upgrade), Some(ends)) =
+        (parts.extensions.remove::<OnUpgrade>(), parts.extensions.get::<Ends>().copied())
+    else {
+        return refuse(StatusCode::BAD_REQUEST, "bad_request", "this connection cannot upgrade");
+    };
+    node.metrics.handshakes.of(Handshake::Accepted).inc();
+
+    let offered = subprotocols(&parts.headers);
+    let route = route(ends);
+    let opening = Opening {
+        credentials: credentials(&node, &parts.headers, params, &offered),
+        endpoint,
+        route: route.clone(),
+        json_ping: param(params, "ping") == Some("json"),
+        places,
+    };
+    node.clone().tasks.spawn_connection(async move {
+        let upgraded = match on_upgrade.await {
+            Ok(upgraded) => upgraded,
+            Err(error) => {
+                tracing::debug!(%error, "a client left during its handshake");
+                return;
+            }
+        };
+        let Ok(parts) = upgraded.downcast::<TokioIo<TcpStream>>() else { return };
+        // hyper's read buffer must not live as long as the connection.
+        let early = parts.read_buf.to_vec();
+        drop(parts.read_buf);
+        opening.serve(node, parts.io.into_inner(), early).await;
+    });
+    switching(&accept, &offered, &route)
+}
+
+/// 101, with the sticky cookie.
+fn switching(accept: &str, offered: &[String], route: &str) -> Response {
+    let mut response = Response::builder()
+        .status(StatusCode::SWITCHING_PROTOCOLS)
+        .header(header::UPGRADE, "websocket")
+        .header(header::CONNECTION, "Upgrade")
+        .header(header::SEC_WEBSOCKET_ACCEPT, accept)
+        .header(header::SET_COOKIE, format!("gw_node={route}; Path=/; HttpOnly; SameSite=Lax"))
+        .body(Body::empty())
+        .expect("the values are ASCII");
+    if offered.iter().any(|protocol| protocol == SUBPROTOCOL) {
+        let value = HeaderValue::from_static(SUBPROTOCOL);
+        response.headers_mut().insert(header::SEC_WEBSOCKET_PROTOCOL, value);
+    }
+    response
+}
+
+/// The name of this node for nginx: what its `sticky route` computes of the address it dialled
+/// (the MD5 of `ip:port` in hexadecimal).
+fn route(ends: Ends) -> String {
+    let digest = Md5::digest(ends.local.to_string());
+    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Whether the handshake is one, from a page that may, and whether there is room.
+fn admit(
+    node: &Node,
+    parts: &mut Parts,
+) -> Result<(String, Places), (Handshake, Box<Response>)> {
+    let as_bad = |response| (Handshake::Bad, Box::new(response));
+    let accept = accept_key(parts).map_err(as_bad)?;
+    if !node.options.allowed_origins.allow(&parts.headers) {
+        let text = "this page's origin is not in server.allowed_origins";
+        let response = refuse(StatusCode::FORBIDDEN, "forbidden", text);
+        return Err((Handshake::Origin, Box::new(response)));
+    }
+    let unavailable = |text| {
+        let (status, wait) = (StatusCode::SERVICE_UNAVAILABLE, std::time::Duration::from_secs(1));
+        (Handshake::Unavailable, Box::new(refuse_for(status, "unavailable", text, wait)))
+    };
+    if let Some(failing) = node.failing().first() {
+        return Err(unavailable(match *failing {
+            "drain" => "this node is stopping",
+            _ => "this node cannot reach the others",
+        }));
+    }
+
+    let limits = &node.options.limits;
+    let peer = parts.extensions.get::<Ends>().map_or([0, 0, 0, 0].into(), |ends| ends.peer.ip());
+    let address = client_address(peer, &parts.headers, &node.options.trusted_proxies);
+    let address = address_key(address);
+    let now = Instant::now();
+    let limited = |text, wait| {
+        let status = StatusCode::TOO_MANY_REQUESTS;
+        (Handshake::Limited, Box::new(refuse_for(status, "rate_limited", text, wait)))
+    };
+    node.state
+        .handshakes
+        .take(address, limits.handshakes_per_ip, now)
+        .map_err(|wait| limited("too many handshakes from this address", wait))?;
+    let by_address =
+        node.state.by_address.enter(address, limits.connections_per_ip).ok_or_else(|| {
+            let wait = std::time::Duration::from_secs(5);
+            limited("too many connections from this address", wait)
+        })?;
+    node.state
+        .accepts
+        .take((), limits.accepts, now)
+        .map_err(|_| unavailable("too many handshakes at once"))?;
+    let all = node
+        .state
+        .all
+        .enter((), limits.connections_max)
+        .ok_or_else(|| unavailable("this node is full"))?;
+    let tcp = parts.extensions.get::<TcpPlace>().cloned();
+    Ok((accept, Places { _all: all, _address: by_address, _tcp: tcp }))
+}
+
+/// Checks a handshake (RFC 6455, section 4.2.1) and answers its key (section 4.2.2).
+fn accept_key(parts: &Parts) -> Result<String, Response> {
+    let bad = |text| refuse(StatusCode::BAD_REQUEST, "bad_request", text);
+    let has = |name, token: &str| {
+        tokens(&parts.headers, name).any(|found| found.eq_ignore_ascii_case(token))
+    };
+    if !has(header::UPGRADE, "websocket") {
+        let text = "this path speaks WebSocket only";
+        let mut response = refuse(StatusCode::UPGRADE_REQUIRED, "upgrade_required", text);
+        let headers = response.headers_mut();
+        headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+        headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
+        return Err(response);
+    }
+    if parts.version != Version::HTTP_11 {
+        return Err(bad("a WebSocket handshake is HTTP/1.1"));
+    }
+    if !has(header::CONNECTION, "upgrade") {
+        return Err(bad("the Connection header has no `Upgrade`"));
+    }
+    if !has(header::SEC_WEBSOCKET_VERSION, "13") {
+        let text = "Sec-WebSocket-Version is 13 here";
+        let mut response = refuse(StatusCode::UPGRADE_REQUIRED, "upgrade_required", text);
+        let version = HeaderValue::from_static("13");
+        response.headers_mut().insert(header::SEC_WEBSOCKET_VERSION, version);
+        return Err(response);
+    }
+    let mut keys = parts.headers.get_all(header::SEC_WEBSOCKET_KEY).iter();
+    let (Some(key), None) = (keys.next(), keys.next()) else {
+        return Err(bad("a handshake has one Sec-WebSocket-Key"));
+    };
+    if STANDARD.decode(key.as_bytes()).is_ok_and(|nonce| nonce.len() == 16) {
+        let mut digest = Sha1::new();
+        digest.update(key.as_bytes());
+        digest.update(b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11");
+        Ok(STANDARD.encode(digest.finalize()))
+    } else {
+        Err(bad("Sec-WebSocket-Key is 16 bytes in base64"))
+    }
+}
+
+/// The elements of a header that is a list (RFC 9110, section 5.6.1).
+fn tokens(headers: &HeaderMap, name: header::HeaderName) -> impl Iterator<Item = &str> {
+    headers
+        .get_all(name)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .map(str::trim)
+        .filter(|token| !token.is_empty())
+}
+
+fn subprotocols(headers: &HeaderMap) -> Vec<String> {
+    tokens(headers, header::SEC_WEBSOCKET_PROTOCOL).map(str::to_owned).collect()
+}
+
+/// What the client says of itself. The first source of a token decides.
+fn credentials(
+    node: &Node,
+    headers: &HeaderMap,
+    params: &[(String, String)],
+    offered: &[String],
+) -> Credentials {
+    let bearer = || {
+        let value = headers.get(header::AUTHORIZATION)?.to_str().ok()?;
+        let (scheme, token) = value.split_once(' ')?;
+        scheme.eq_ignore_ascii_case("bearer").then(|| token.trim().to_owned())
+    };
+    let cookie = || {
+        let mut cookies = headers.get_all(header::COOKIE).iter().filter_map(|v| v.to_str().ok());
+        cookies.find_map(|value| {
+            let mut pairs = value.split(';').filter_map(|pair| pair.trim().split_once('='));
+            let (_, token) = pairs.find(|(name, _)| *name == node.options.auth_cookie)?;
+            Some(token.to_owned())
+        })
+    };
+    let subprotocol = || {
+        let token = offered.iter().find_map(|offer| offer.strip_prefix("bearer."))?;
+        Some(token.to_owned())
+    };
+    let query = param(params, "token").map(str::to_owned);
+    Credentials {
+        token: query.or_else(bearer).or_else(cookie).or_else(subprotocol),
+        user: param(params, "user").map(str::to_owned),
+        name: param(params, "name").map(str::to_owned),
+    }
+}
+
+/// A connection between its 101 and its first frame.
+struct Opening {
+    credentials: Credentials,
+    endpoint: Endpoint,
+    route: String,
+    json_ping: bool,
+    places: Places,
+}
+
+impl Opening {
+    async fn serve(self, node: Arc<Node>, socket: TcpStream, early: Vec<u8>) {
+        let limits = &node.options.limits;
+        let outbox =
+            Outbox::to_socket(socket, limits.outbox_bytes_max, node.metrics.clone());
+        let subscriber = Arc::new(Subscriber::new(ConnectionId::random(), outbox));
+        let heartbeat = Heartbeat { json: self.json_ping, ..node.options.heartbeat.clone() };
+        let connection = |handler| {
+            let (max, metrics) = (limits.message_bytes_max, node.metrics.clone());
+            Connection::new(subscriber.clone(), handler, max, heartbeat, metrics, early)
+        };
+        if let Endpoint::Echo = self.endpoint {
+            let handler = Handler::Echo(Echo { mode: node.options.echo });
+            return run(&node, connection(handler), self.places).await;
+        }
+
+        let identified = node.options.auth.identify(&self.credentials);
+        let user = match &identified {
+            Ok(identity) => {
+                let id = identity.user.id.clone();
+                node.state.by_user.enter(id, limits.connections_per_user)
+            }
+            Err(_) => None,
+        };
+        let refused = match &identified {
+            Err(error) => Some(error.to_string()),
+            Ok(_) if user.is_none() => Some("too_many_connections".to_owned()),
+            Ok(_) => None,
+        };
+        let identity = match (refused, identified) {
+            (None, Ok(identity)) => identity,
+            (reason, _) => {
+                let (code, reason) = (CloseCode::Policy.number(), reason.unwrap_or_default());
+                subscriber.outbox.close(Close { code, reason });
+                let handler = Handler::Echo(Echo { mode: EchoMode::Off });
+                return run(&node, connection(handler), self.places).await;
+            }
+        };
+
+        subscriber.answer(&connected(&node, &identity, &subscriber, self.route));
+        let session = Session::new(node.services.clone(), identity, subscriber.clone());
+        let mut connection = connection(Handler::Chat(Box::new(session)));
+        if let Endpoint::Room(join) = self.endpoint {
+            subscriber.outbox.flush();
+            if let Err(code) = join_at_once(&node, &mut connection, &subscriber, join).await {
+                let close = match code {
+                    ErrorCode::Unavailable => CloseCode::Overload,
+                    _ => CloseCode::Policy,
+                };
+                let reason = code.as_str().to_owned();
+                subscriber.outbox.close(Close { code: close.number(), reason });
+            }
+        }
+        run(&node, connection, self.places).await;
+        drop(user);
+    }
+}
+
+/// Joins the room of `/ws/rooms/{room}`.
+async fn join_at_once(
+    node: &Node,
+    connection: &mut Connection,
+    subscriber: &Subscriber,
+    join: Result<Join, &'static str>,
+) -> Result<(), ErrorCode> {
+    match (join, connection.session()) {
+        (Ok(join), Some(session)) => session.join(None, join).await,
+        (Ok(_), None) => Ok(()),
+        (Err(text), _) => {
+            let refusal = Refusal {
+                answers: Some("join".to_owned()),
+                ..*Refusal::new(ErrorCode::BadRequest, text)
+            };
+            node.metrics.errors.of(ErrorCode::BadRequest).inc();
+            subscriber.answer(&Answer::Error(Box::new(refusal)));
+            Err(ErrorCode::BadRequest)
+        }
+    }
+}
+
+async fn run(node: &Node, connection: Connection, places: Places) {
+    node.metrics.connections.inc();
+    let code = connection.run(node.tasks.leaving().clone()).await;
+    node.metrics.connections.dec();
+    node.metrics.disconnected(code);
+    drop(places);
+}
+
+fn connected(
+    node: &Node,
+    identity: &Identity,
+    subscriber: &Subscriber,
+    route: String,
+) -> Answer<Box<serde_json::value::RawValue>> {
+    Answer::Connected(Box::new(Connected {
+        connection_id: subscriber.connection,
+        user: identity.user.clone(),
+        node: node.id.clone(),
+        route,
+        protocol: SUBPROTOCOL.to_owned(),
+        timestamp: shared::timestamp(SystemTime::now()),
+        expires_at: identity.expires_at.map(shared::timestamp),
+        heartbeat_interval: node.options.heartbeat.interval.as_secs(),
+        dedup_window: node.options.dedup_window.as_secs(),
+        max_message_size: node.options.limits.message_bytes_max,
+    }))
+}

@@ -1,0 +1,271 @@
+//! One connection, as the hub sees it: where its frames go, and how far it is in a room.
+
+use std::{collections::HashMap, sync::Arc};
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use serde_json::value::RawValue;
+use shared::{
+    codec::{self, Opcode},
+    ids::{ConnectionId, MessageId, RoomId},
+    position::{Position, Seq},
+    protocol::{
+        Ref,
+        answer::{Ack, Answer, NotRecovered, Reset},
+    },
+};
+
+use crate::{
+    delivery::Entry,
+    outbox::{Offer, Outbox},
+    telemetry::metrics::Metrics,
+};
+
+/// A connection that can take part in rooms.
+#[derive(Debug)]
+pub struct Subscriber {
+    /// Its id.
+    pub connection: ConnectionId,
+    /// Where its frames go.
+    pub outbox: Outbox,
+    /// Messages it sent with `echo:false` whose `ack` is to stand where the copy would.
+    placed_acks: Mutex<HashMap<MessageId, PlacedAck>>,
+}
+
+/// An `ack` that is to stand in the place of a copy.
+#[derive(Clone, Debug)]
+pub struct PlacedAck {
+    /// The room.
+    pub room: RoomId,
+    /// The `ref` of the message.
+    pub reference: Option<Ref>,
+    /// When it was taken.
+    pub timestamp: String,
+    state: PlacedState,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum PlacedState {
+    /// Neither the bus has answered nor has the entry come by.
+    Open,
+    /// The bus has answered with this position.
+    Appended(Position),
+    /// The entry will not come by: the connection has left, or its log was lost.
+    Released,
+}
+
+impl PlacedAck {
+    /// An `ack` whose entry is on its way.
+    pub fn new(room: RoomId, reference: Option<Ref>, timestamp: String) -> Self {
+        Self { room, reference, timestamp, state: PlacedState::Open }
+    }
+
+    fn at(self, id: MessageId, position: Position) -> Answer<Box<RawValue>> {
+        Answer::Ack(Box::new(Ack {
+            reference: self.reference,
+            id,
+            room: self.room,
+            epoch: position.epoch,
+            seq: position.seq,
+            timestamp: self.timestamp,
+            duplicate: false,
+        }))
+    }
+}
+
+impl Subscriber {
+    /// A connection without rooms.
+    pub fn new(connection: ConnectionId, outbox: Outbox) -> Self {
+        Self { connection, outbox, placed_acks: Mutex::default() }
+    }
+
+    /// Sends a frame that answers the client's own.
+    pub fn answer(&self, answer: &Answer<Box<RawValue>>) {
+        self.outbox.push(text_frame(answer));
+    }
+
+    /// Has the `ack` of `id` stand in the place of its copy.
+    pub fn place_ack(&self, id: MessageId, ack: PlacedAck) {
+        self.placed_acks.lock().insert(id, ack);
+    }
+
+    /// Takes that back. `false`: the `ack` has been sent.
+    pub fn unplace_ack(&self, id: MessageId) -> bool {
+        self.placed_acks.lock().remove(&id).is_some()
+    }
+
+    /// Notes that the bus has appended `id` at `position`. Its `ack` is sent when the entry comes
+    /// by, or here where it will not.
+    pub fn appended(&self, id: MessageId, position: Position) {
+        let mut placed = self.placed_acks.lock();
+        let Some(ack) = placed.get_mut(&id) else { return };
+        if ack.state != PlacedState::Released {
+            ack.state = PlacedState::Appended(position);
+        } else if let Some(ack) = placed.remove(&id) {
+            self.answer(&ack.at(id, position));
+        }
+    }
+
+    /// Gives up the places of acks in `room`: its entries do not come by any more.
+    pub fn release_acks(&self, room: &RoomId) {
+        let mut placed = self.placed_acks.lock();
+        placed.retain(|id, ack| {
+            if ack.room != *room {
+                return true;
+            }
+            match std::mem::replace(&mut ack.state, PlacedState::Released) {
+                PlacedState::Appended(position) => {
+                    self.answer(&ack.clone().at(*id, position));
+                    false
+                }
+                PlacedState::Open | PlacedState::Released => true,
+            }
+        });
+    }
+
+    /// The `ack` that stands in the place of `entry`, if this connection asked for that.
+    fn placed_ack(&self, entry: &Entry) -> Option<Bytes> {
+        if entry.envelope.sender_without_echo() != Some(self.connection) {
+            return None;
+        }
+        let id = entry.envelope.id();
+        let placed = self.placed_acks.lock();
+        let ack = placed.get(&id).filter(|ack| ack.state != PlacedState::Released)?;
+        Some(text_frame(&ack.clone().at(id, entry.position.clone())))
+    }
+}
+
+/// A frame as it stands on the socket.
+pub fn text_frame(answer: &Answer<Box<RawValue>>) -> Bytes {
+    let json = serde_json::to_vec(answer).expect("answers are made of text and numbers");
+    codec::encode(Opcode::Text, &[&json])
+}
+
+/// What a turn of the hub leaves to be done at its end.
+#[derive(Debug, Default)]
+pub(super) struct Turn {
+    /// Who has something to be written.
+    touched: Vec<Arc<Subscriber>>,
+    /// How many entries were placed in outboxes.
+    deliveries: u64,
+    /// How many members fell behind.
+    lags: u64,
+}
+
+impl Turn {
+    /// Has what `subscriber` holds written at the end of the turn.
+    pub(super) fn touch(&mut self, subscriber: &Arc<Subscriber>) {
+        self.touched.push(subscriber.clone());
+    }
+
+    /// Writes to every socket that has something, once.
+    pub(super) fn finish(&mut self, metrics: &Metrics) {
+        for subscriber in self.touched.drain(..) {
+            subscriber.outbox.flush();
+        }
+        metrics.deliveries.inc_by(std::mem::take(&mut self.deliveries));
+        metrics.lags.inc_by(std::mem::take(&mut self.lags));
+    }
+}
+
+/// A connection's place in one room.
+#[derive(Debug)]
+pub(super) struct Member {
+    pub(super) subscriber: Arc<Subscriber>,
+    /// The last entry it was given.
+    pub(super) seq: Seq,
+    pub(super) pace: Pace,
+}
+
+/// Whether a member gets entries as they come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Pace {
+    /// It does.
+    Live,
+    /// It is given older ones first, when its outbox has room.
+    Behind,
+    /// As `Behind`, and a read of the log for it is under way.
+    Reading,
+}
+
+/// Frames of one entry, each encoded when first needed.
+pub(super) struct Frames<'a> {
+    room: &'a RoomId,
+    entry: &'a Entry,
+    replay: bool,
+    shared: Option<Bytes>,
+}
+
+impl<'a> Frames<'a> {
+    pub(super) fn live(room: &'a RoomId, entry: &'a Entry) -> Self {
+        Self { room, entry, replay: false, shared: None }
+    }
+
+    pub(super) fn replay(room: &'a RoomId, entry: &'a Entry) -> Self {
+        Self { room, entry, replay: true, shared: None }
+    }
+
+    fn shared(&mut self) -> &Bytes {
+        let Self { entry, replay, .. } = *self;
+        self.shared.get_or_insert_with(|| {
+            if replay {
+                entry.envelope.replay_frame(&entry.position)
+            } else {
+                entry.envelope.live_frame(&entry.position)
+            }
+        })
+    }
+}
+
+impl Member {
+    /// Gives the member the next entry. `false`: its outbox is full, and it is behind from here.
+    pub(super) fn give(&mut self, frames: &mut Frames<'_>, turn: &mut Turn) -> bool {
+        let (room, entry) = (frames.room, frames.entry);
+        let placed = self.subscriber.placed_ack(entry);
+        let frame = placed.as_ref().unwrap_or_else(|| frames.shared());
+        let outbox = &self.subscriber.outbox;
+        let mut offer = outbox.offer(frame);
+        if offer == Offer::Refused {
+            // What gathered in this turn may be all that is in the way.
+            outbox.flush();
+            offer = outbox.offer(frame);
+        }
+        match offer {
+            Offer::First => turn.touch(&self.subscriber),
+            Offer::Queued => {}
+            Offer::Refused => {
+                if self.pace == Pace::Live {
+                    turn.lags += 1;
+                }
+                self.pace = Pace::Behind;
+                outbox.lag(room.clone());
+                return false;
+            }
+        }
+        if placed.is_some() {
+            self.subscriber.unplace_ack(entry.envelope.id());
+        }
+        self.seq = entry.position.seq;
+        turn.deliveries += 1;
+        true
+    }
+
+    /// Tells the member that its log goes on at `position` and nowhere before.
+    pub(super) fn reset(
+        &mut self,
+        room: &RoomId,
+        position: &Position,
+        reason: NotRecovered,
+        turn: &mut Turn,
+    ) {
+        self.subscriber.release_acks(room);
+        self.subscriber.answer(&Answer::Reset(Reset {
+            room: room.clone(),
+            epoch: position.epoch.clone(),
+            seq: position.seq,
+            reason,
+        }));
+        self.seq = position.seq;
+        turn.touch(&self.subscriber);
+    }
+}

@@ -1,0 +1,225 @@
+//! How much is too much: rates ([`Rate`], [`Pace`], [`Paces`]) and counts ([`Counts`]).
+//!
+//! Pure but for the locks around the maps: `now` is an argument. All limits hold per node.
+
+use std::{
+    collections::HashMap,
+    hash::Hash,
+    net::{IpAddr, Ipv6Addr},
+    sync::Arc,
+    time::Duration,
+};
+
+use parking_lot::Mutex;
+use tokio::time::Instant;
+
+/// So many in so long a time, with a burst. Zero per period switches the limit off.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Rate {
+    /// The time one event takes up; zero where there is no limit.
+    interval: Duration,
+    /// How far events may come before their time.
+    burst: Duration,
+}
+
+impl Rate {
+    /// `count` events in each `period`, `burst` of them at once.
+    pub fn new(count: u32, period: Duration, burst: u32) -> Self {
+        if count == 0 {
+            return Self { interval: Duration::ZERO, burst: Duration::ZERO };
+        }
+        let interval = period / count;
+        Self { interval, burst: interval * burst.saturating_sub(1) }
+    }
+}
+
+/// How far one source of events has used up its rate: the generic cell rate algorithm
+/// (ITU-T I.371) in virtual-scheduling form, one instant of state.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Pace(Option<Instant>);
+
+impl Pace {
+    /// Takes one event, or says how long to wait until one may be taken.
+    ///
+    /// # Errors
+    ///
+    /// The time to wait. Nothing is used up then.
+    pub fn take(&mut self, rate: Rate, now: Instant) -> Result<(), Duration> {
+        if rate.interval.is_zero() {
+            return Ok(());
+        }
+        let due = self.0.map_or(now, |due| due.max(now));
+        let early = due - now;
+        if early > rate.burst {
+            return Err(early - rate.burst);
+        }
+        self.0 = Some(due + rate.interval);
+        Ok(())
+    }
+
+    /// Whether the source has rested for so long that its state says nothing.
+    fn is_rested(&self, now: Instant) -> bool {
+        self.0.is_none_or(|due| due <= now)
+    }
+}
+
+/// A [`Pace`] per key. Rested keys are forgotten, so that the map is as large as what is active.
+#[derive(Debug)]
+pub struct Paces<K> {
+    paces: Mutex<(HashMap<K, Pace>, usize)>,
+}
+
+/// A map of paces is swept when it has doubled since the last sweep, and not below this size.
+const SWEEP_FROM: usize = 1024;
+
+impl<K: Hash + Eq> Default for Paces<K> {
+    fn default() -> Self {
+        Self { paces: Mutex::new((HashMap::new(), SWEEP_FROM)) }
+    }
+}
+
+impl<K: Hash + Eq> Paces<K> {
+    /// As [`Pace::take`], for `key`.
+    ///
+    /// # Errors
+    ///
+    /// The time to wait.
+    pub fn take(&self, key: K, rate: Rate, now: Instant) -> Result<(), Duration> {
+        if rate.interval.is_zero() {
+            return Ok(());
+        }
+        let (paces, sweep_at) = &mut *self.paces.lock();
+        if paces.len() >= *sweep_at {
+            paces.retain(|_, pace| !pace.is_rested(now));
+            paces.shrink_to(paces.len() * 2);
+            *sweep_at = (paces.len() * 2).max(SWEEP_FROM);
+        }
+        paces.entry(key).or_default().take(rate, now)
+    }
+}
+
+/// How many of each key are there. A place is given back by dropping its [`Place`], so that the
+/// count cannot drift.
+#[derive(Debug)]
+pub struct Counts<K: Hash + Eq>(Arc<Mutex<HashMap<K, usize>>>);
+
+/// One of the places of a key.
+#[derive(Debug)]
+pub struct Place<K: Hash + Eq> {
+    counts: Arc<Mutex<HashMap<K, usize>>>,
+    key: Option<K>,
+}
+
+impl<K: Hash + Eq> Default for Counts<K> {
+    fn default() -> Self {
+        Self(Arc::default())
+    }
+}
+
+impl<K: Hash + Eq + Clone> Counts<K> {
+    /// Takes a place of `key`, unless it has `max` already. A `max` of 0 is no limit.
+    pub fn enter(&self, key: K, max: usize) -> Option<Place<K>> {
+        let mut counts = self.0.lock();
+        let count = counts.entry(key.clone()).or_insert(0);
+        if max != 0 && *count >= max {
+            return None;
+        }
+        *count += 1;
+        Some(Place { counts: self.0.clone(), key: Some(key) })
+    }
+
+    /// How many keys have places.
+    pub fn keys(&self) -> usize {
+        self.0.lock().len()
+    }
+}
+
+impl<K: Hash + Eq> Drop for Place<K> {
+    fn drop(&mut self) {
+        let Some(key) = self.key.take() else { return };
+        let mut counts = self.counts.lock();
+        if let Some(count) = counts.get_mut(&key) {
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(&key);
+            }
+        }
+    }
+}
+
+/// What counts as one address: an IPv4 address, or the /64 that an IPv6 host commonly has whole
+/// (RFC 6177, section 2).
+pub fn address_key(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V4(address) => IpAddr::V4(address),
+        IpAddr::V6(address) => {
+            let [a, b, c, d, ..] = address.segments();
+            IpAddr::V6(Ipv6Addr::new(a, b, c, d, 0, 0, 0, 0))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn secs(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    #[test]
+    fn a_burst_passes_at_once_and_then_the_rate_holds() {
+        let rate = Rate::new(2, secs(1), 3);
+        let start = Instant::now();
+        let mut pace = Pace::default();
+        for _ in 0..3 {
+            assert_eq!(pace.take(rate, start), Ok(()));
+        }
+        assert_eq!(pace.take(rate, start), Err(Duration::from_millis(500)));
+        assert_eq!(pace.take(rate, start + Duration::from_millis(500)), Ok(()));
+        assert!(pace.take(rate, start + Duration::from_millis(500)).is_err());
+        for _ in 0..3 {
+            assert_eq!(pace.take(rate, start + secs(60)), Ok(()));
+        }
+    }
+
+    #[test]
+    fn a_rate_of_zero_is_no_limit() {
+        let mut pace = Pace::default();
+        for _ in 0..10_000 {
+            assert_eq!(pace.take(Rate::new(0, secs(1), 0), Instant::now()), Ok(()));
+        }
+    }
+
+    #[test]
+    fn rested_keys_are_forgotten() {
+        let paces = Paces::default();
+        let rate = Rate::new(1, secs(1), 1);
+        let start = Instant::now();
+        for key in 0..10 * SWEEP_FROM {
+            let now = start + secs(key as u64);
+            paces.take(key, rate, now).unwrap();
+        }
+        assert!(paces.paces.lock().0.len() <= SWEEP_FROM);
+    }
+
+    #[test]
+    fn places_are_given_back_however_they_end() {
+        let counts = Counts::default();
+        let first = counts.enter("a", 2).unwrap();
+        let second = counts.enter("a", 2).unwrap();
+        assert!(counts.enter("a", 2).is_none());
+        drop(first);
+        assert!(counts.enter("a", 2).is_some());
+        drop(second);
+        assert_eq!(counts.keys(), 0);
+    }
+
+    #[test]
+    fn an_ipv6_host_is_its_network_and_a_mapped_ipv4_is_itself() {
+        let key = |text: &str| address_key(text.parse().unwrap()).to_string();
+        assert_eq!(key("2001:db8:1:2:3:4:5:6"), "2001:db8:1:2::");
+        assert_eq!(key("::ffff:192.0.2.1"), "192.0.2.1");
+        assert_eq!(key("192.0.2.1"), "192.0.2.1");
+    }
+}

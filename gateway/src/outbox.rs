@@ -1,0 +1,368 @@
+//! The queue between everything that has something for a client, and the client's socket.
+//!
+//! A message leaves the gateway here and nowhere else. Frames are shared bytes, header included,
+//! so that a push costs a reference count. [`Outbox::flush`] writes everything queued in one
+//! vectored write, from whichever task pushed last; where the socket takes no more, the
+//! connection's own task waits for it and goes on.
+//!
+//! The queue is bounded in bytes. When it is full:
+//! - an entry of a log is refused ([`Outbox::offer`]): its reader lags, and is given the entry from
+//!   the ring or the log once the socket has drained. Nothing is lost, and memory is bounded.
+//! - an answer to the client's own frame is taken ([`Outbox::push`]), but the connection's task
+//!   reads no further frame until there is room, so that answers are bounded by what one read
+//!   brought.
+
+use std::{collections::VecDeque, io, io::IoSlice, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use shared::{
+    codec::{self, Opcode},
+    ids::RoomId,
+};
+use smallvec::SmallVec;
+use tokio::{net::TcpStream, sync::Notify, time::Instant};
+
+use crate::telemetry::metrics::Metrics;
+
+/// The most frames in one vectored write.
+const SLICES_MAX: usize = 64;
+
+/// Where the frames of an outbox go.
+#[derive(Debug)]
+enum Sink {
+    Socket(TcpStream),
+    /// Nowhere by themselves: the owner takes them ([`Outbox::take`]).
+    Owner,
+}
+
+/// How a connection is to end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Close {
+    /// The close code.
+    pub code: u16,
+    /// The reason: one word, or nothing.
+    pub reason: String,
+}
+
+/// What became of an entry that was offered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Offer {
+    /// It is alone in the queue: who offered it sees to it that it is flushed.
+    First,
+    /// It is behind others, and whoever flushes those writes it too.
+    Queued,
+    /// The queue is full.
+    Refused,
+}
+
+/// The queue of one connection.
+#[derive(Debug)]
+pub struct Outbox {
+    sink: Sink,
+    bytes_max: usize,
+    metrics: Arc<Metrics>,
+    queue: Mutex<Queue>,
+    /// Wakes the connection's task: the socket is to be waited for, someone lags, or it is over.
+    wake: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Queue {
+    frames: VecDeque<Bytes>,
+    bytes: usize,
+    /// Since when the socket has taken nothing. While it is set only the connection's task writes.
+    blocked_since: Option<Instant>,
+    /// Rooms in which this connection has to be given more once there is room.
+    lagging: SmallVec<[RoomId; 1]>,
+    close: Option<Close>,
+    /// The socket is gone or the close frame is queued: nothing more is taken.
+    closed: bool,
+}
+
+impl Outbox {
+    /// An outbox that writes to `socket` and refuses entries above `bytes_max`.
+    pub fn to_socket(socket: TcpStream, bytes_max: usize, metrics: Arc<Metrics>) -> Self {
+        Self::new(Sink::Socket(socket), bytes_max, metrics)
+    }
+
+    /// An outbox whose frames are taken by its owner.
+    pub fn to_owner(bytes_max: usize, metrics: Arc<Metrics>) -> Self {
+        Self::new(Sink::Owner, bytes_max, metrics)
+    }
+
+    fn new(sink: Sink, bytes_max: usize, metrics: Arc<Metrics>) -> Self {
+        Self { sink, bytes_max, metrics, queue: Mutex::default(), wake: Notify::new() }
+    }
+
+    /// Queues an answer to the client's own frame, whatever the queue holds.
+    pub fn push(&self, frame: Bytes) {
+        self.queue.lock().add(frame);
+    }
+
+    /// Queues an entry of a log, unless the queue is full.
+    pub fn offer(&self, frame: &Bytes) -> Offer {
+        let mut queue = self.queue.lock();
+        // A frame larger than the whole bound must still pass when nothing else waits.
+        if queue.bytes > 0 && queue.bytes + frame.len() > self.bytes_max {
+            return Offer::Refused;
+        }
+        let first = queue.frames.is_empty();
+        queue.add(frame.clone());
+        if first { Offer::First } else { Offer::Queued }
+    }
+
+    /// Whether so much waits that no further frame of the client should be read.
+    pub fn is_full(&self) -> bool {
+        self.queue.lock().bytes >= self.bytes_max
+    }
+
+    /// Bytes that wait.
+    pub fn bytes(&self) -> usize {
+        self.queue.lock().bytes
+    }
+
+    /// Writes what waits, as far as the socket takes it without waiting. Never blocks.
+    pub fn flush(&self) {
+        let mut queue = self.queue.lock();
+        if queue.blocked_since.is_none() {
+            self.write(&mut queue);
+            if queue.blocked_since.is_some() {
+                self.wake.notify_one();
+            }
+        }
+    }
+
+    /// As [`Outbox::flush`], by the connection's task, which has seen that the socket takes more.
+    pub fn flush_writable(&self) {
+        self.write(&mut self.queue.lock());
+    }
+
+    /// Has the connection's task flush: for pushes from elsewhere that may come in numbers.
+    pub fn wake(&self) {
+        self.wake.notify_one();
+    }
+
+    /// Waits until something is to be done for this outbox. Cancel-safe.
+    pub async fn woken(&self) {
+        self.wake.notified().await;
+    }
+
+    /// Since when the socket has taken nothing although something waits.
+    pub fn blocked_since(&self) -> Option<Instant> {
+        self.queue.lock().blocked_since
+    }
+
+    /// Notes that the connection has to be given more of `room` once there is room.
+    pub fn lag(&self, room: RoomId) {
+        let mut queue = self.queue.lock();
+        if !queue.lagging.contains(&room) {
+            queue.lagging.push(room);
+            self.wake.notify_one();
+        }
+    }
+
+    /// The rooms to be continued, once half of the bound is free.
+    pub fn take_lagging(&self) -> SmallVec<[RoomId; 1]> {
+        let mut queue = self.queue.lock();
+        if queue.lagging.is_empty() || queue.bytes > self.bytes_max / 2 {
+            return SmallVec::new();
+        }
+        std::mem::take(&mut queue.lagging)
+    }
+
+    /// Ends the connection from anywhere: what waits is sent, then a close frame.
+    pub fn close(&self, close: Close) {
+        let mut queue = self.queue.lock();
+        if queue.close.is_none() && !queue.closed {
+            queue.close = Some(close);
+            self.wake.notify_one();
+        }
+    }
+
+    /// The close that was asked for, once: its frame is queued, and nothing is taken after it.
+    pub fn begin_close(&self) -> Option<Close> {
+        let mut queue = self.queue.lock();
+        let close = queue.close.take()?;
+        queue.add(match close.code {
+            // Never sent: it stands for a close frame without a code (RFC 6455, section 7.1.5).
+            1005 => codec::encode(Opcode::Close, &[]),
+            code => codec::encode_close(code, &close.reason),
+        });
+        queue.closed = true;
+        Some(close)
+    }
+
+    /// Takes nothing any more and forgets what waits: the socket is gone.
+    pub fn discard(&self) {
+        let mut queue = self.queue.lock();
+        *queue = Queue { closed: true, ..Queue::default() };
+    }
+
+    /// The socket, for the connection's task to read from.
+    ///
+    /// `None` for an outbox without one.
+    pub fn socket(&self) -> Option<&TcpStream> {
+        match &self.sink {
+            Sink::Socket(socket) => Some(socket),
+            Sink::Owner => None,
+        }
+    }
+
+    /// Everything that waits, for the owner of an outbox without a socket.
+    pub fn take(&self) -> Vec<Bytes> {
+        let mut queue = self.queue.lock();
+        queue.bytes = 0;
+        queue.frames.drain(..).collect()
+    }
+
+    /// How long the socket has taken nothing.
+    pub fn stalled(&self, now: Instant) -> Duration {
+        self.blocked_since().map_or(Duration::ZERO, |since| now.saturating_duration_since(since))
+    }
+
+    fn write(&self, queue: &mut Queue) {
+        let Sink::Socket(socket) = &self.sink else { return };
+        while !queue.frames.is_empty() {
+            let slices: SmallVec<[IoSlice<'_>; SLICES_MAX]> =
+                queue.frames.iter().take(SLICES_MAX).map(|frame| IoSlice::new(frame)).collect();
+            match socket.try_write_vectored(&slices) {
+                Ok(written) => {
+                    drop(slices);
+                    let frames = queue.remove(written);
+                    queue.blocked_since = None;
+                    self.metrics.frames_sent.inc_by(frames);
+                    self.metrics.bytes_sent.inc_by(written as u64);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    drop(slices);
+                    queue.blocked_since.get_or_insert_with(Instant::now);
+                    return;
+                }
+                // The reading side meets the same end and tells why.
+                Err(_) => {
+                    drop(slices);
+                    *queue = Queue { closed: true, ..Queue::default() };
+                    self.wake.notify_one();
+                    return;
+                }
+            }
+        }
+        queue.blocked_since = None;
+        // An idle connection holds no buffer.
+        queue.frames = VecDeque::new();
+    }
+}
+
+impl Queue {
+    fn add(&mut self, frame: Bytes) {
+        if !self.closed {
+            self.bytes += frame.len();
+            self.frames.push_back(frame);
+        }
+    }
+
+    /// Forgets the first `written` bytes. Returns how many frames are done with.
+    fn remove(&mut self, mut written: usize) -> u64 {
+        self.bytes -= written;
+        let mut done = 0;
+        while let Some(frame) = self.frames.front_mut() {
+            if written < frame.len() {
+                // The rest of a frame is again shared bytes.
+                let _ = frame.split_to(written);
+                break;
+            }
+            written -= frame.len();
+            self.frames.pop_front();
+            done += 1;
+        }
+        done
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn outbox(bytes_max: usize) -> Outbox {
+        Outbox::to_owner(bytes_max, Arc::default())
+    }
+
+    #[test]
+    fn entries_are_refused_when_full_and_answers_are_not() {
+        let outbox = outbox(10);
+        assert_eq!(outbox.offer(&Bytes::from_static(b"1234")), Offer::First);
+        assert_eq!(outbox.offer(&Bytes::from_static(b"1234")), Offer::Queued);
+        assert_eq!(outbox.offer(&Bytes::from_static(b"123")), Offer::Refused);
+        outbox.push(Bytes::from_static(b"123"));
+        assert!(outbox.is_full());
+        assert_eq!(outbox.take().len(), 3);
+        assert!(!outbox.is_full());
+    }
+
+    #[test]
+    fn a_frame_above_the_bound_passes_alone() {
+        let outbox = outbox(4);
+        assert_eq!(outbox.offer(&Bytes::from_static(b"12345678")), Offer::First);
+        assert_eq!(outbox.offer(&Bytes::from_static(b"1")), Offer::Refused);
+    }
+
+    #[test]
+    fn laggards_are_given_more_when_half_is_free() {
+        let outbox = outbox(10);
+        let room: RoomId = "r".parse().unwrap();
+        assert_eq!(outbox.offer(&Bytes::from_static(b"1234567890")), Offer::First);
+        outbox.lag(room.clone());
+        outbox.lag(room.clone());
+        assert!(outbox.take_lagging().is_empty());
+        outbox.take();
+        assert_eq!(outbox.take_lagging().as_slice(), &[room]);
+        assert!(outbox.take_lagging().is_empty());
+    }
+
+    #[test]
+    fn after_the_close_frame_nothing_is_taken() {
+        let outbox = outbox(100);
+        outbox.push(Bytes::from_static(b"before"));
+        outbox.close(Close { code: 1008, reason: "forbidden".into() });
+        outbox.close(Close { code: 1000, reason: String::new() });
+        assert_eq!(outbox.begin_close().unwrap().code, 1008);
+        outbox.push(Bytes::from_static(b"after"));
+        let frames = outbox.take();
+        assert_eq!(frames.len(), 2);
+        assert_eq!(frames[1], codec::encode_close(1008, "forbidden"));
+    }
+
+    #[tokio::test]
+    async fn what_the_socket_does_not_take_is_written_later_and_in_order() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (socket, _) = listener.accept().await.unwrap();
+        let outbox = Outbox::to_socket(socket, usize::MAX, Arc::default());
+        let mut expected = Vec::new();
+        for i in 0..2_000_u32 {
+            let frame: Vec<u8> = i.to_be_bytes().repeat(2_500);
+            expected.extend_from_slice(&frame);
+            outbox.push(frame.into());
+        }
+        outbox.flush();
+        assert!(outbox.blocked_since().is_some(), "20 MB do not fit a socket's buffer");
+        let mut received = Vec::new();
+        let mut buffer = vec![0; 1 << 16];
+        while received.len() < expected.len() {
+            tokio::select! {
+                _ = client.readable() => {
+                    if let Ok(n) = client.try_read(&mut buffer) {
+                        received.extend_from_slice(&buffer[..n]);
+                    }
+                }
+                _ = outbox.socket().unwrap().writable(), if outbox.bytes() > 0 => {
+                    outbox.flush_writable();
+                }
+            }
+        }
+        assert!(received == expected);
+        assert!(outbox.blocked_since().is_none());
+    }
+}

@@ -1,0 +1,168 @@
+//! The only way in for a message: it is given an id and a time, packed, and handed to the bus.
+
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use serde::Serialize;
+use serde_json::value::RawValue;
+use shared::{
+    envelope::{Envelope, Parts, binary_bytes_max},
+    ids::{ConnectionId, MessageId, RoomId},
+    protocol::{
+        Kind,
+        answer::Person,
+        request::{Content, Message},
+        server_frame_bytes_max,
+    },
+};
+use tokio::time::Instant;
+
+use crate::{
+    bus::{Append, Appended, Bus, BusError},
+    telemetry::metrics::{Metrics, Publish},
+};
+
+/// Hands messages to the bus.
+pub struct Publisher {
+    bus: Arc<dyn Bus>,
+    metrics: Arc<Metrics>,
+    /// How long a publish may wait for the bus.
+    wait_max: Duration,
+    /// The largest message a client may send.
+    message_bytes_max: usize,
+}
+
+/// Who sends.
+#[derive(Clone, Copy, Debug)]
+pub struct Sender<'a> {
+    /// The connection.
+    pub connection: ConnectionId,
+    /// The user.
+    pub user: &'a Person,
+}
+
+/// A message on its way: what its `ack` will say of it.
+#[derive(Clone, Debug)]
+pub struct Receipt {
+    /// Its id, the client's or a new one.
+    pub id: MessageId,
+    /// When it was taken, as its readers see it.
+    pub timestamp: String,
+}
+
+/// Why a message was not handed to the bus.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PublishError {
+    /// Its readers could not be sent it in JSON, where a binary payload grows by a third.
+    #[error("a binary payload is at most {0} bytes here")]
+    BinaryTooLarge(usize),
+}
+
+/// The members of a `message` frame that do not change on its way.
+#[derive(Serialize)]
+struct Members<'a> {
+    room: &'a RoomId,
+    id: MessageId,
+    from: &'a Person,
+    kind: Kind,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    content: Option<&'a RawValue>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reply_to: Option<MessageId>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    meta: Option<&'a RawValue>,
+    timestamp: &'a str,
+}
+
+impl Publisher {
+    /// A publisher into `bus`.
+    pub fn new(
+        bus: Arc<dyn Bus>,
+        metrics: Arc<Metrics>,
+        wait_max: Duration,
+        message_bytes_max: usize,
+    ) -> Self {
+        Self { bus, metrics, wait_max, message_bytes_max }
+    }
+
+    /// Hands `message` to the bus and returns at once. `done` hears what became of it; calls of
+    /// one connection for one room are numbered in their order.
+    ///
+    /// # Errors
+    ///
+    /// [`PublishError`], and `done` is not called.
+    pub fn publish(
+        &self,
+        sender: Sender<'_>,
+        message: &Message<'_>,
+        receipt: &Receipt,
+        done: impl FnOnce(Result<Appended, BusError>) + Send + 'static,
+    ) -> Result<(), PublishError> {
+        let (content, binary) = match message.content {
+            Content::Json(content) => (Some(content), None),
+            Content::Binary(payload) => (None, Some(payload)),
+        };
+        let members = Members {
+            room: &message.room,
+            id: receipt.id,
+            from: sender.user,
+            kind: message.kind,
+            content,
+            reply_to: message.reply_to,
+            meta: message.meta,
+            timestamp: &receipt.timestamp,
+        };
+        let members = serde_json::to_string(&members).expect("names and raw JSON are JSON");
+        // Without the braces: the numbers come in front.
+        let members = &members[1..members.len() - 1];
+        let binary_max =
+            binary_bytes_max(server_frame_bytes_max(self.message_bytes_max), members.len());
+        if binary.is_some_and(|payload| payload.len() > binary_max) {
+            return Err(PublishError::BinaryTooLarge(binary_max));
+        }
+        let envelope = Envelope::pack(Parts {
+            id: receipt.id,
+            sender: sender.connection,
+            echo: message.echo,
+            members,
+            binary,
+        });
+
+        let begun = Instant::now();
+        let metrics = self.metrics.clone();
+        self.bus.append(Append {
+            room: message.room.clone(),
+            user: sender.user.id.clone(),
+            envelope,
+            deadline: begun + self.wait_max,
+            done: Box::new(move |result| {
+                metrics.publish_seconds.observe(begun.elapsed().as_secs_f64());
+                metrics.publishes.of(outcome(&result)).inc();
+                done(result);
+            }),
+        });
+        Ok(())
+    }
+}
+
+impl Receipt {
+    /// The receipt of a message that is taken now.
+    pub fn of(message: &Message<'_>) -> Self {
+        Self {
+            id: message.id.unwrap_or_else(MessageId::random),
+            timestamp: shared::timestamp(SystemTime::now()),
+        }
+    }
+}
+
+fn outcome(result: &Result<Appended, BusError>) -> Publish {
+    match result {
+        Ok(Appended { duplicate: false, .. }) => Publish::Appended,
+        Ok(Appended { duplicate: true, .. }) => Publish::Duplicate,
+        Err(BusError::Unavailable) => Publish::Unavailable,
+        Err(BusError::Overloaded) => Publish::Overloaded,
+        Err(BusError::Refused) => Publish::Failed,
+    }
+}

@@ -1,0 +1,138 @@
+//! Builds every part in order, and ends them in reverse.
+
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+
+use tokio::net::{TcpListener, TcpSocket};
+
+use crate::{
+    bus::{
+        Bus, Mailboxes,
+        memory::MemoryBus,
+        redis::{RedisBus, RedisStartError},
+    },
+    config::Config,
+    drain::Tasks,
+    http::{self, Node, listen},
+    hub::{Hub, MAILBOX_LEN},
+    publisher::Publisher,
+    session::Services,
+    telemetry::metrics::Metrics,
+};
+
+/// How long each step of a stop may take: connections say goodbye, then the rest ends.
+const STOP_STEP_MAX: Duration = Duration::from_secs(15);
+/// TCP connections beyond those that may become WebSockets: probes, pages, refused handshakes.
+const TCP_CONNECTIONS_SPARE: usize = 500;
+
+/// A gateway that runs.
+pub struct Server {
+    /// Where clients connect, with the port that was given for 0.
+    pub listen: SocketAddr,
+    /// Where metrics are served.
+    pub admin_listen: SocketAddr,
+    node: Arc<Node>,
+    tasks: Tasks,
+    drain_delay: Duration,
+}
+
+/// Why a gateway does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// An address cannot be listened on.
+    #[error("cannot listen on {address} ({key}): {error}")]
+    Listen {
+        /// The option.
+        key: &'static str,
+        /// Its value.
+        address: SocketAddr,
+        /// Why.
+        error: io::Error,
+    },
+    /// Redis cannot be used as configured.
+    #[error(transparent)]
+    Redis(#[from] RedisStartError),
+}
+
+impl Server {
+    /// Starts a gateway: reaches the bus, then listens. The admin listener answers before that,
+    /// so that a node that waits for Redis can be told from one that is dead.
+    ///
+    /// # Errors
+    ///
+    /// [`StartError`]. A Redis that is away is no error: it is waited for.
+    pub async fn start(config: Config) -> Result<Self, StartError> {
+        let tasks = Tasks::default();
+        let metrics = Arc::new(Metrics::new());
+        let (admin, admin_listen) = bind("admin.listen", config.admin_listen)?;
+        let (public, listen) = bind("server.listen", config.listen)?;
+
+        let (mailboxes, letters) = Mailboxes::new(config.shards, MAILBOX_LEN, metrics.clone());
+        let redis = match config.redis {
+            Some(options) => {
+                let (mailboxes, metrics) = (mailboxes.clone(), metrics.clone());
+                Some(Arc::new(RedisBus::start(options, mailboxes, metrics, &tasks)?))
+            }
+            None => None,
+        };
+        let bus: Arc<dyn Bus> = match &redis {
+            Some(redis) => redis.clone(),
+            None => Arc::new(MemoryBus::start(config.retention, mailboxes.clone(), &tasks)),
+        };
+        metrics.bus_up.set(i64::from(redis.is_none()));
+        let ring_bytes_max = config.ring_bytes_max;
+        let hub = Hub::start(&bus, mailboxes, letters, ring_bytes_max, &metrics, &tasks);
+        let http_limits = &config.http.limits;
+        let publisher = Publisher::new(
+            bus.clone(),
+            metrics.clone(),
+            config.session.wait_max,
+            http_limits.message_bytes_max,
+        );
+        let connections_max = http_limits.connections_max.saturating_add(TCP_CONNECTIONS_SPARE);
+        let limits = config.session;
+        let services =
+            Arc::new(Services { publisher, hub, bus, metrics: metrics.clone(), limits });
+        let node = Node::new(config.node, config.http, services, metrics, tasks.clone());
+        let node = Arc::new(node);
+
+        let router = http::admin(node.clone());
+        let admin = listen_on("admin.listen", admin_listen, admin)?;
+        let admin = listen::serve(admin, router, tasks.clone(), TCP_CONNECTIONS_SPARE);
+        tasks.spawn_service("admin", admin);
+        if let Some(redis) = redis {
+            redis.reached().await?;
+        }
+        let router = http::public(node.clone());
+        let public = listen_on("server.listen", listen, public)?;
+        let public = listen::serve(public, router, tasks.clone(), connections_max);
+        tasks.spawn_service("public", public);
+        Ok(Self { listen, admin_listen, node, tasks, drain_delay: config.drain_delay })
+    }
+
+    /// Stops in order: `ready` says 503 for `drain.delay`, then no connection is taken any more,
+    /// clients get what is queued, `reconnect` and 1012, and the rest ends. Returns whether all of
+    /// it ended in time.
+    pub async fn stop(self) -> bool {
+        self.node.start_draining();
+        tokio::time::sleep(self.drain_delay).await;
+        self.tasks.finish(STOP_STEP_MAX).await
+    }
+}
+
+fn bind(
+    key: &'static str,
+    address: SocketAddr,
+) -> Result<(TcpSocket, SocketAddr), StartError> {
+    listen::bind(address)
+        .and_then(|socket| Ok((socket.local_addr()?, socket)))
+        .map(|(address, socket)| (socket, address))
+        .map_err(|error| StartError::Listen { key, address, error })
+}
+
+fn listen_on(
+    key: &'static str,
+    address: SocketAddr,
+    socket: TcpSocket,
+) -> Result<TcpListener, StartError> {
+    listen::listen(socket).map_err(|error| StartError::Listen { key, address, error })
+}

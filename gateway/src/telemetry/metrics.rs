@@ -1,0 +1,359 @@
+//! What the gateway counts. The help texts are the documentation; a test compares them with
+//! `docs/metrics.md`.
+//!
+//! The registry is the node's own, not the process's, so that tests can run several. Labels are
+//! closed enums: cardinality is decided here and not by traffic. Children of labelled metrics are
+//! looked up once, since each look-up costs a hash and a lock.
+
+use std::collections::HashMap;
+
+use prometheus::{
+    Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
+    core::Collector,
+};
+use shared::error::ErrorCode;
+
+/// What became of a handshake.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Handshake {
+    /// 101.
+    Accepted,
+    /// Not a WebSocket handshake, or a bad one: 4xx.
+    Bad,
+    /// The page's origin is not allowed: 403.
+    Origin,
+    /// An address has too many: 429.
+    Limited,
+    /// The node is full, drains, or its bus is down: 503.
+    Unavailable,
+}
+
+/// What became of a publish.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Publish {
+    /// Appended.
+    Appended,
+    /// The id was known.
+    Duplicate,
+    /// The bus was away for too long.
+    Unavailable,
+    /// The queue towards the bus was full.
+    Overloaded,
+    /// The bus refused it.
+    Failed,
+}
+
+/// What the hub did with an entry that arrived from the bus.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Arrival {
+    /// Passed on.
+    Delivered,
+    /// Known already.
+    Duplicate,
+    /// Something before it is missing.
+    Gap,
+    /// The log has another epoch.
+    Restarted,
+    /// Nobody here follows the room.
+    Unwanted,
+}
+
+/// How the hub got what had not arrived.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Repair {
+    /// Read from the log, whole.
+    Whole,
+    /// Not to be had whole: members got a `reset`.
+    Reset,
+    /// The log could not be read; tried again.
+    Failed,
+}
+
+/// Where the entries came from that a returning client was given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ResumeSource {
+    /// The node's ring.
+    Ring,
+    /// The log.
+    Log,
+}
+
+macro_rules! labels {
+    ($enum:ident: $($variant:ident $label:literal),+) => {
+        impl Label for $enum {
+            const ALL: &'static [Self] = &[$(Self::$variant),+];
+            fn text(self) -> &'static str {
+                match self { $(Self::$variant => $label),+ }
+            }
+        }
+    };
+}
+
+/// A closed set of label values.
+pub trait Label: Copy + Eq + std::hash::Hash + 'static {
+    /// Every value.
+    const ALL: &'static [Self];
+    /// The value as it stands in the exposition.
+    fn text(self) -> &'static str;
+}
+
+labels!(Handshake: Accepted "accepted", Bad "bad", Origin "origin", Limited "limited",
+    Unavailable "unavailable");
+labels!(Publish: Appended "appended", Duplicate "duplicate", Unavailable "unavailable",
+    Overloaded "overloaded", Failed "failed");
+labels!(Arrival: Delivered "delivered", Duplicate "duplicate", Gap "gap", Restarted "restarted",
+    Unwanted "unwanted");
+labels!(Repair: Whole "whole", Reset "reset", Failed "failed");
+labels!(ResumeSource: Ring "ring", Log "log");
+
+impl Label for ErrorCode {
+    const ALL: &'static [Self] = &Self::ALL;
+    fn text(self) -> &'static str {
+        self.as_str()
+    }
+}
+
+/// A counter per label value.
+#[derive(Debug)]
+pub struct Counters<L>(HashMap<L, IntCounter>);
+
+impl<L: Label> Counters<L> {
+    /// The counter of `label`.
+    pub fn of(&self, label: L) -> &IntCounter {
+        &self.0[&label]
+    }
+}
+
+/// Everything the gateway counts.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    /// `gateway_connections`
+    pub connections: IntGauge,
+    /// `gateway_handshakes_total`
+    pub handshakes: Counters<Handshake>,
+    /// `gateway_disconnects_total`; codes a client made up count as `other`.
+    disconnects: IntCounterVec,
+    /// `gateway_frames_received_total`
+    pub frames_received: IntCounter,
+    /// `gateway_frames_sent_total`
+    pub frames_sent: IntCounter,
+    /// `gateway_bytes_received_total`
+    pub bytes_received: IntCounter,
+    /// `gateway_bytes_sent_total`
+    pub bytes_sent: IntCounter,
+    /// `gateway_errors_total`
+    pub errors: Counters<ErrorCode>,
+    /// `gateway_publishes_total`
+    pub publishes: Counters<Publish>,
+    /// `gateway_publish_seconds`
+    pub publish_seconds: Histogram,
+    /// `gateway_arrivals_total`
+    pub arrivals: Counters<Arrival>,
+    /// `gateway_deliveries_total`
+    pub deliveries: IntCounter,
+    /// `gateway_repairs_total`
+    pub repairs: Counters<Repair>,
+    /// `gateway_resumes_total`
+    pub resumes: Counters<ResumeSource>,
+    /// `gateway_lags_total`
+    pub lags: IntCounter,
+    /// `gateway_mailbox_overflows_total`
+    pub mailbox_overflows: IntCounter,
+    /// `gateway_rooms`
+    pub rooms: IntGauge,
+    /// `gateway_members`
+    pub members: IntGauge,
+    /// `gateway_ring_bytes`
+    pub ring_bytes: IntGauge,
+    /// `gateway_fan_out_seconds`
+    pub fan_out_seconds: Histogram,
+    /// `gateway_bus_up`
+    pub bus_up: IntGauge,
+    /// `gateway_bus_reconnects_total`
+    pub bus_reconnects: IntCounter,
+}
+
+impl Metrics {
+    /// Creates all metrics in a registry of their own.
+    pub fn new() -> Self {
+        let registry = Registry::new();
+        let r = &registry;
+        let process = prometheus::process_collector::ProcessCollector::for_self();
+        r.register(Box::new(process)).expect("nothing else is in a fresh registry");
+        Self {
+            connections: gauge(r, "gateway_connections", "WebSocket connections that are open"),
+            handshakes: counters(
+                r,
+                "gateway_handshakes_total",
+                "WebSocket handshakes, by what became of them",
+                "outcome",
+            ),
+            disconnects: register(
+                r,
+                IntCounterVec::new(
+                    Opts::new(
+                        "gateway_disconnects_total",
+                        "Connections that ended, by close code; 1006 is an end without one",
+                    ),
+                    &["code"],
+                )
+                .expect("name and label are constants of the right form"),
+            ),
+            frames_received: counter(
+                r,
+                "gateway_frames_received_total",
+                "Text and binary messages from clients",
+            ),
+            frames_sent: counter(
+                r,
+                "gateway_frames_sent_total",
+                "WebSocket frames written to clients",
+            ),
+            bytes_received: counter(
+                r,
+                "gateway_bytes_received_total",
+                "Bytes read from WebSocket connections",
+            ),
+            bytes_sent: counter(
+                r,
+                "gateway_bytes_sent_total",
+                "Bytes written to WebSocket connections",
+            ),
+            errors: counters(
+                r,
+                "gateway_errors_total",
+                "Frames answered by `error`, by code",
+                "code",
+            ),
+            publishes: counters(
+                r,
+                "gateway_publishes_total",
+                "Messages handed to the bus, by what became of them",
+                "outcome",
+            ),
+            publish_seconds: histogram(
+                r,
+                "gateway_publish_seconds",
+                "Time from handing a message to the bus to its answer",
+            ),
+            arrivals: counters(
+                r,
+                "gateway_arrivals_total",
+                "Entries that arrived from the bus, by what the hub did with them",
+                "outcome",
+            ),
+            deliveries: counter(
+                r,
+                "gateway_deliveries_total",
+                "Entries placed in the outbox of a member",
+            ),
+            repairs: counters(
+                r,
+                "gateway_repairs_total",
+                "Reads of a log because something had not arrived, by outcome",
+                "outcome",
+            ),
+            resumes: counters(
+                r,
+                "gateway_resumes_total",
+                "Joins with a position, by where the missed entries came from",
+                "source",
+            ),
+            lags: counter(
+                r,
+                "gateway_lags_total",
+                "Times a member's outbox was full, so that it goes on from the log",
+            ),
+            mailbox_overflows: counter(
+                r,
+                "gateway_mailbox_overflows_total",
+                "Entries dropped on a full shard mailbox, to be read from the log instead",
+            ),
+            rooms: gauge(r, "gateway_rooms", "Rooms this node follows"),
+            members: gauge(r, "gateway_members", "Memberships of local connections in rooms"),
+            ring_bytes: gauge(r, "gateway_ring_bytes", "Bytes of entries held in rings"),
+            fan_out_seconds: histogram(
+                r,
+                "gateway_fan_out_seconds",
+                "Time of one hub turn: entries placed in outboxes and written",
+            ),
+            bus_up: gauge(r, "gateway_bus_up", "1 while the bus can be published to and heard"),
+            bus_reconnects: counter(
+                r,
+                "gateway_bus_reconnects_total",
+                "Links to the bus that were lost and made again",
+            ),
+            registry,
+        }
+    }
+
+    /// Counts a connection that ended with `code`.
+    pub fn disconnected(&self, code: u16) {
+        let known = shared::close::CloseCode::ALL.iter().any(|known| known.number() == code);
+        let text = match code {
+            1005 | 1006 => code.to_string(),
+            _ if known => code.to_string(),
+            _ => "other".to_owned(),
+        };
+        self.disconnects.with_label_values(&[&text]).inc();
+    }
+
+    /// All metrics in Prometheus' text format.
+    pub fn render(&self) -> String {
+        let families = self.registry.gather();
+        prometheus::TextEncoder::new()
+            .encode_to_string(&families)
+            .expect("gathered families are complete")
+    }
+
+    /// Name, kind and help of every metric of the gateway's own, in the order of their names.
+    pub fn describe(&self) -> Vec<(String, String, String)> {
+        self.disconnects.with_label_values(&["1000"]);
+        let families = self.registry.gather();
+        families
+            .iter()
+            .filter(|family| family.name().starts_with("gateway_"))
+            .map(|family| {
+                let kind = format!("{:?}", family.get_field_type()).to_lowercase();
+                (family.name().to_owned(), kind, family.help().to_owned())
+            })
+            .collect()
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+fn register<C: Collector + Clone + 'static>(registry: &Registry, collector: C) -> C {
+    registry
+        .register(Box::new(collector.clone()))
+        .expect("each metric is registered once, in a fresh registry");
+    collector
+}
+
+fn counter(registry: &Registry, name: &str, help: &str) -> IntCounter {
+    register(registry, IntCounter::new(name, help).expect("the name is a constant"))
+}
+
+fn gauge(registry: &Registry, name: &str, help: &str) -> IntGauge {
+    register(registry, IntGauge::new(name, help).expect("the name is a constant"))
+}
+
+/// Buckets from 50 µs to 5 s: from a delivery on one machine to `publish.wait`.
+fn histogram(registry: &Registry, name: &str, help: &str) -> Histogram {
+    let buckets = [5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 0.1, 0.5, 1.0, 5.0];
+    let options = HistogramOpts::new(name, help).buckets(buckets.to_vec());
+    register(registry, Histogram::with_opts(options).expect("the buckets rise"))
+}
+
+fn counters<L: Label>(registry: &Registry, name: &str, help: &str, label: &str) -> Counters<L> {
+    let vec = IntCounterVec::new(Opts::new(name, help), &[label])
+        .expect("name and label are constants of the right form");
+    let vec = register(registry, vec);
+    let child = |value: &L| (*value, vec.with_label_values(&[value.text()]));
+    Counters(L::ALL.iter().map(child).collect())
+}

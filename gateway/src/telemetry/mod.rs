@@ -1,0 +1,28 @@
+//! What the gateway tells its operator: log lines, and [`metrics`].
+
+use tracing_subscriber::EnvFilter;
+
+pub mod metrics;
+
+/// How log lines are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people at a terminal.
+    Text,
+    /// One JSON object a line, for a log store.
+    Json,
+}
+
+/// Starts writing log lines to standard error, once per process.
+///
+/// `level` is a level (`info`) or directives as of `tracing_subscriber::EnvFilter`
+/// (`info,gateway::bus=debug`); the configuration has checked that it reads.
+pub fn start_log(format: LogFormat, level: &str) {
+    let filter = EnvFilter::new(level);
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    // A second call, as tests make it, changes nothing.
+    let _ = match format {
+        LogFormat::Text => log.try_init(),
+        LogFormat::Json => log.json().flatten_event(true).try_init(),
+    };
+}

@@ -1,0 +1,46 @@
+//! `/ws/echo`: says back what it hears, to try a connection or a WebSocket implementation by.
+
+use shared::{
+    close::CloseCode,
+    codec::{self, Opcode, Received},
+};
+
+use crate::outbox::{Close, Outbox};
+
+/// How `/ws/echo` answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EchoMode {
+    /// Text comes back behind `Echo: `, and `bye` ends the connection.
+    Prefix,
+    /// Everything comes back unchanged, for conformance suites.
+    Verbatim,
+    /// There is no `/ws/echo`.
+    Off,
+}
+
+/// The state of an echo connection: none but its mode.
+#[derive(Clone, Copy, Debug)]
+pub struct Echo {
+    /// How to answer.
+    pub mode: EchoMode,
+}
+
+impl Echo {
+    /// Answers a text or binary message.
+    pub fn handle(&mut self, message: &Received<'_>, outbox: &Outbox) {
+        match *message {
+            Received::Text(text) if self.mode == EchoMode::Verbatim => {
+                outbox.push(codec::encode(Opcode::Text, &[text.as_bytes()]));
+            }
+            Received::Text(text) if text.eq_ignore_ascii_case("bye") => {
+                let code = CloseCode::Normal.number();
+                outbox.close(Close { code, reason: String::new() });
+            }
+            Received::Text(text) => {
+                outbox.push(codec::encode(Opcode::Text, &[b"Echo: ", text.as_bytes()]));
+            }
+            Received::Binary(bytes) => outbox.push(codec::encode(Opcode::Binary, &[bytes])),
+            Received::Ping(_) | Received::Pong(_) | Received::Close(_) => {}
+        }
+    }
+}

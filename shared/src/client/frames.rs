@@ -1,0 +1,257 @@
+//! What a client says, as typed frames: the counterpart of `protocol::request`, which reads them.
+//!
+//! Everything optional is left out where it is absent or the protocol's default. The client and
+//! the tests of the gateway build their frames from these.
+
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::{
+    ids::{MessageId, RoomId},
+    position::{Position, Seq},
+    protocol::{Kind, Ref},
+};
+
+/// `join`
+#[derive(Clone, Debug, Serialize)]
+#[serde(tag = "type", rename = "join")]
+pub struct Join<'a> {
+    /// What the client calls this frame.
+    #[serde(rename = "ref", skip_serializing_if = "Option::is_none")]
+    pub reference: Option<Ref>,
+    /// The room.
+    pub room: &'a RoomId,
+    /// Where the client was.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub since: Option<&'a Position>,
+    /// How many of the newest entries to send.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub history: Option<u32>,
+}
+
+/// `leave`
+#[derive(Clone, Debug, Serialize)]
+#[serde(tag = "type", rename = "leave")]
+pub struct Leave<'a> {
+    /// What the client calls this frame.
+    #[serde(rename = "ref", skip_serializing_if = "Option::is_none")]
+    pub reference: Option<Ref>,
+    /// The room.
+    pub room: &'a RoomId,
+}
+
+/// `message`, and without `content` the header of a binary one.
+#[derive(Clone, Debug, Serialize)]
+#[serde(tag = "type", rename = "message")]
+pub struct Message<'a> {
+    /// What the client calls this frame.
+    #[serde(rename = "ref", skip_serializing_if = "Option::is_none")]
+    pub reference: Option<Ref>,
+    /// The room.
+    pub room: &'a RoomId,
+    /// The key under which a repeat is recognised.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<MessageId>,
+    /// What it is.
+    #[serde(skip_serializing_if = "is_text")]
+    pub kind: Kind,
+    /// The content; absent in a binary frame's header.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub content: Option<&'a Value>,
+    /// The message it answers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reply_to: Option<MessageId>,
+    /// More about it, an object.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub meta: Option<&'a Value>,
+    /// Whether the sending connection gets a copy.
+    #[serde(skip_serializing_if = "is_true")]
+    pub echo: bool,
+}
+
+/// `history`
+#[derive(Clone, Debug, Serialize)]
+#[serde(tag = "type", rename = "history")]
+pub struct History<'a> {
+    /// What the client calls this frame.
+    #[serde(rename = "ref", skip_serializing_if = "Option::is_none")]
+    pub reference: Option<Ref>,
+    /// The room.
+    pub room: &'a RoomId,
+    /// Entries below this one, the newest of them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub before: Option<Seq>,
+    /// Entries above this one, the oldest of them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub after: Option<Seq>,
+    /// How many, 1 to 200.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub limit: Option<u32>,
+}
+
+/// `ping`
+#[derive(Clone, Debug, Default, Serialize)]
+#[serde(tag = "type", rename = "ping")]
+pub struct Ping {
+    /// What the client calls this frame.
+    #[serde(rename = "ref", skip_serializing_if = "Option::is_none")]
+    pub reference: Option<Ref>,
+    /// The client's own time, echoed: a string or a number.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub timestamp: Option<Value>,
+}
+
+/// `pong`: the answer to a `ping` frame, which comes to those who connect with `?ping=json`.
+#[derive(Clone, Copy, Debug, Serialize)]
+#[serde(tag = "type", rename = "pong")]
+pub struct Pong {}
+
+impl<'a> Join<'a> {
+    /// A `join` that says nothing but the room.
+    pub fn to(room: &'a RoomId) -> Self {
+        Self { reference: None, room, since: None, history: None }
+    }
+}
+
+impl<'a> Leave<'a> {
+    /// A `leave`.
+    pub fn from(room: &'a RoomId) -> Self {
+        Self { reference: None, room }
+    }
+}
+
+impl<'a> Message<'a> {
+    /// A text frame with `content`.
+    pub fn to(room: &'a RoomId, content: &'a Value) -> Self {
+        Self { content: Some(content), ..Self::header(room) }
+    }
+
+    /// The header of a binary frame.
+    pub fn header(room: &'a RoomId) -> Self {
+        Self {
+            reference: None,
+            room,
+            id: None,
+            kind: Kind::Text,
+            content: None,
+            reply_to: None,
+            meta: None,
+            echo: true,
+        }
+    }
+}
+
+impl<'a> History<'a> {
+    /// The newest page.
+    pub fn of(room: &'a RoomId) -> Self {
+        Self { reference: None, room, before: None, after: None, limit: None }
+    }
+}
+
+/// A frame as the text that goes on the wire.
+///
+/// # Panics
+///
+/// Where `frame` cannot be JSON, such as a map whose keys are no strings.
+pub fn text(frame: &impl Serialize) -> String {
+    serde_json::to_string(frame).expect("a frame is a JSON object")
+}
+
+/// The JSON header of a binary frame does not fit into the 16 bits of its length.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the header of a binary frame is longer than 65,535 bytes")]
+pub struct HeaderTooLong;
+
+/// A binary frame: header length (big-endian `u16`), JSON header, payload.
+///
+/// # Errors
+///
+/// [`HeaderTooLong`]; the gateway's own limit is lower.
+///
+/// # Panics
+///
+/// As [`text`].
+pub fn binary(header: &impl Serialize, payload: &[u8]) -> Result<Vec<u8>, HeaderTooLong> {
+    let header = text(header);
+    let length = u16::try_from(header.len()).map_err(|_| HeaderTooLong)?;
+    Ok([&length.to_be_bytes()[..], header.as_bytes(), payload].concat())
+}
+
+fn is_text(kind: &Kind) -> bool {
+    *kind == Kind::Text
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes fields by reference")]
+fn is_true(yes: &bool) -> bool {
+    *yes
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::protocol::request::{Body, Content, Request};
+
+    fn room() -> RoomId {
+        "lobby".parse().unwrap()
+    }
+
+    #[test]
+    fn what_is_absent_or_default_is_left_out() {
+        let content = json!({"a": 1});
+        assert_eq!(
+            text(&Message::to(&room(), &content)),
+            r#"{"type":"message","room":"lobby","content":{"a":1}}"#
+        );
+        assert_eq!(text(&Ping::default()), r#"{"type":"ping"}"#);
+    }
+
+    #[test]
+    fn the_gateway_reads_every_frame_as_it_was_meant() {
+        let room = room();
+        let since = Position::new("e".parse().unwrap(), 7);
+        let reference = Some(Ref::number(9));
+        let join = Join { reference: reference.clone(), since: Some(&since), ..Join::to(&room) };
+        let join = text(&join);
+        let request = Request::from_text(&join).unwrap();
+        assert_eq!(request.reference, reference);
+        let Body::Join(join) = request.body else { panic!("{join}") };
+        assert_eq!((join.room, join.since), (room.clone(), Some(since)));
+
+        let meta = json!({"k": "v"});
+        let id = MessageId::random();
+        let message = Message {
+            id: Some(id),
+            kind: Kind::Custom,
+            reply_to: Some(id),
+            meta: Some(&meta),
+            echo: false,
+            ..Message::header(&room)
+        };
+        let frame = binary(&message, &[1, 2]).unwrap();
+        let Body::Message(read) = Request::from_binary(&frame).unwrap().body else { panic!() };
+        assert_eq!((read.id, read.reply_to, read.kind), (Some(id), Some(id), Kind::Custom));
+        assert!(!read.echo && read.meta.unwrap().get() == r#"{"k":"v"}"#);
+        assert!(matches!(read.content, Content::Binary([1, 2])));
+
+        let history = text(&History { after: Some(3), limit: Some(20), ..History::of(&room) });
+        let Body::History(read) = Request::from_text(&history).unwrap().body else { panic!() };
+        assert_eq!((read.before, read.after, read.limit), (None, Some(3), 20));
+
+        let leave = text(&Leave::from(&room));
+        assert!(matches!(Request::from_text(&leave).unwrap().body, Body::Leave(_)));
+        let ping = text(&Ping { timestamp: Some(json!("now")), ..Ping::default() });
+        assert!(matches!(Request::from_text(&ping).unwrap().body, Body::Ping(_)));
+        let pong = text(&Pong {});
+        assert!(matches!(Request::from_text(&pong).unwrap().body, Body::Pong));
+    }
+
+    #[test]
+    fn a_header_beyond_its_length_field_is_refused() {
+        let room = room();
+        let meta = json!({"x": "y".repeat(65_536)});
+        let header = Message { meta: Some(&meta), ..Message::header(&room) };
+        assert_eq!(binary(&header, &[]), Err(HeaderTooLong));
+    }
+}

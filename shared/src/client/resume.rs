@@ -1,0 +1,364 @@
+//! Where a client is in a room's log, and which of its own messages have no answer yet.
+//!
+//! [`Log`] judges every entry: the next one is delivered, one that was there before is dropped, and
+//! a number that was skipped is a hole, which the protocol promises never to happen. [`Sends`] keeps
+//! what was not acknowledged in sending order, across refusals and reconnects, and tells when it may
+//! be sent again.
+//!
+//! Pure: no I/O, `now` is an argument. `client::state` keeps one of each per room and obeys.
+//!
+//! Invariant: within an epoch the cursor never goes down, except where the server said that it
+//! could not continue (`joined` with `recovered:false`, `reset`).
+
+use std::{
+    collections::{HashMap, VecDeque, hash_map},
+    hash::Hash,
+    time::Duration,
+};
+
+use tokio::time::Instant;
+
+use crate::{
+    ids::{MessageId, UserId},
+    position::{Position, Seq},
+    protocol::answer::{Entry, Joined},
+};
+
+/// How many ids of a room are remembered, to know an entry that comes again under a new number.
+pub const KNOWN_IDS_MAX: usize = 1024;
+
+/// Where a client is in one room's log.
+#[derive(Debug, Default)]
+pub struct Log {
+    /// The last entry had. `None` before the first `joined`, and in rooms that keep no log.
+    cursor: Option<Position>,
+    /// The end of the recovery under way.
+    goal: Option<Seq>,
+    /// Ids are the user's own: two users may have the same.
+    known: Recent<(UserId, MessageId), Position>,
+    /// Own messages without an echo, whose acks stand in the stream.
+    silent: Recent<MessageId, ()>,
+}
+
+/// What to do with an entry.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It is the next one.
+    Deliver,
+    /// It was delivered before: under this number, or `earlier` under another one with the same id.
+    Duplicate {
+        /// Where the same id was delivered; `None` where it is the number that was had already.
+        earlier: Option<Position>,
+    },
+    /// Entries before it never came: a fault of the server's.
+    Hole {
+        /// What should have come; `None` where nothing should have, the room not being joined.
+        expected: Option<Position>,
+        /// Whether the entry itself is new.
+        deliver: bool,
+    },
+}
+
+/// How a number lies to the cursor, which it then has become unless it was passed.
+enum Place {
+    Passed,
+    Next,
+    Beyond { expected: Option<Position> },
+}
+
+impl Log {
+    /// A log to be continued from a position that the application kept.
+    pub fn starting_at(cursor: Position) -> Self {
+        Self { cursor: Some(cursor), ..Self::default() }
+    }
+
+    /// The last entry had: what a `join` says as `since`.
+    pub fn cursor(&self) -> Option<&Position> {
+        self.cursor.as_ref()
+    }
+
+    /// Whether everything up to the `seq` of the last `joined` was had, so that an own id not seen
+    /// is not in the log.
+    pub fn is_recovered(&self) -> bool {
+        self.goal.is_none()
+    }
+
+    /// Takes the `joined` of a new connection. Its history is to be judged next, then
+    /// [`Log::end_history`] to be called.
+    pub fn begin_history(&mut self, joined: &Joined<Entry>) {
+        self.goal = None;
+        if joined.recovered {
+            // The cursor stays, whatever it is: what does not join it shows as a hole.
+            if let Some(cursor) = &self.cursor
+                && cursor.epoch == joined.epoch
+                && cursor.seq < joined.seq
+            {
+                self.goal = Some(joined.seq);
+            }
+            return;
+        }
+        let first = joined.history.iter().find_map(|entry| match entry {
+            Entry::Message(message) => Some(message.seq),
+            Entry::Unknown => None,
+        });
+        let before = first.map_or(joined.seq, |first| first.saturating_sub(1));
+        self.cursor = joined.durable.then(|| Position::new(joined.epoch.clone(), before));
+    }
+
+    /// Ends what [`Log::begin_history`] began. A history that stops short of `joined.seq` without
+    /// being a recovery, whose rest would follow, has a hole at its end: what is missing first is
+    /// returned.
+    pub fn end_history(&mut self, joined: &Joined<Entry>) -> Option<Position> {
+        let cursor = self.cursor.as_mut().filter(|cursor| cursor.epoch == joined.epoch)?;
+        if joined.recovered || cursor.seq >= joined.seq {
+            return None;
+        }
+        let missing = Position::new(cursor.epoch.clone(), cursor.seq + 1);
+        cursor.seq = joined.seq;
+        Some(missing)
+    }
+
+    /// Goes on where a `reset` says, which ends a recovery. Known ids stay known: entries may come
+    /// again under new numbers.
+    pub fn reset(&mut self, position: Position) {
+        self.cursor = Some(position);
+        self.goal = None;
+    }
+
+    /// Judges an entry and moves past it.
+    pub fn judge(&mut self, position: &Position, from: &UserId, id: MessageId) -> Verdict {
+        let place = self.advance(position);
+        if matches!(place, Place::Passed) {
+            return Verdict::Duplicate { earlier: None };
+        }
+        let earlier = self.known.insert((from.clone(), id), position.clone());
+        match place {
+            Place::Beyond { expected } => Verdict::Hole { expected, deliver: earlier.is_none() },
+            Place::Next | Place::Passed if earlier.is_some() => Verdict::Duplicate { earlier },
+            Place::Next | Place::Passed => Verdict::Deliver,
+        }
+    }
+
+    /// Remembers that `id` is sent without an echo, so that its ack takes the copy's place.
+    pub fn expect_no_echo(&mut self, id: MessageId) {
+        self.silent.insert(id, ());
+    }
+
+    /// Takes an ack. Only one that stands in the stream, in place of a copy, moves the cursor;
+    /// what it skipped, if anything, is returned.
+    pub fn acknowledged(
+        &mut self,
+        position: &Position,
+        from: Option<&UserId>,
+        id: MessageId,
+        duplicate: bool,
+    ) -> Option<Option<Position>> {
+        if duplicate || !self.silent.contains(&id) {
+            return None;
+        }
+        let place = self.advance(position);
+        if let (Some(from), Place::Next | Place::Beyond { .. }) = (from, &place) {
+            self.known.insert((from.clone(), id), position.clone());
+        }
+        match place {
+            Place::Beyond { expected } => Some(expected),
+            // A reader that lagged may have had the entry from the log before.
+            Place::Next | Place::Passed => None,
+        }
+    }
+
+    fn advance(&mut self, position: &Position) -> Place {
+        let Some(cursor) = &mut self.cursor else {
+            self.cursor = Some(position.clone());
+            return Place::Beyond { expected: None };
+        };
+        if cursor.epoch == position.epoch && position.seq <= cursor.seq {
+            return Place::Passed;
+        }
+        let expected = Position::new(cursor.epoch.clone(), cursor.seq + 1);
+        let is_next = expected == *position;
+        *cursor = position.clone();
+        if self.goal.is_some_and(|goal| goal <= position.seq) {
+            self.goal = None;
+        }
+        if is_next { Place::Next } else { Place::Beyond { expected: Some(expected) } }
+    }
+}
+
+/// A map of the last [`KNOWN_IDS_MAX`] keys.
+#[derive(Debug)]
+struct Recent<K, V> {
+    values: HashMap<K, V>,
+    order: VecDeque<K>,
+}
+
+impl<K, V> Default for Recent<K, V> {
+    fn default() -> Self {
+        Self { values: HashMap::new(), order: VecDeque::new() }
+    }
+}
+
+impl<K: Clone + Eq + Hash, V: Clone> Recent<K, V> {
+    /// Adds `key` unless it is there, and returns what is there.
+    fn insert(&mut self, key: K, value: V) -> Option<V> {
+        match self.values.entry(key) {
+            hash_map::Entry::Occupied(there) => return Some(there.get().clone()),
+            hash_map::Entry::Vacant(place) => {
+                self.order.push_back(place.key().clone());
+                place.insert(value);
+            }
+        }
+        if self.order.len() > KNOWN_IDS_MAX
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.values.remove(&oldest);
+        }
+        None
+    }
+
+    fn contains(&self, key: &K) -> bool {
+        self.values.contains_key(key)
+    }
+}
+
+/// Messages to one room that were not acknowledged, in sending order. `T` is what belongs to one.
+#[derive(Debug)]
+pub struct Sends<T> {
+    queue: VecDeque<Outstanding<T>>,
+    in_flight_max: usize,
+}
+
+#[derive(Debug)]
+struct Outstanding<T> {
+    id: MessageId,
+    what: T,
+    /// When it was first on the wire: the server's deduplication counts from about there.
+    first_sent: Option<Instant>,
+    stage: Stage,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    Queued,
+    InFlight,
+    /// Refused for the time being.
+    WaitingUntil(Instant),
+}
+
+/// What comes next in a room.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Next<'a, T> {
+    /// To be sent, for the first time or again.
+    Send(MessageId, &'a mut T),
+    /// To be given up: it was sent before, has no answer, and is past the time in which the server
+    /// knows a repeat for what it is. Whether it is in the log cannot be known.
+    Uncertain(MessageId, T),
+}
+
+impl<T> Sends<T> {
+    /// Sends of which at most `in_flight_max` are on their way at a time.
+    ///
+    /// With 1 the order of sends is the order of the log whatever happens. With more, one that is
+    /// refused for the time being is overtaken by those that were on their way behind it.
+    pub fn new(in_flight_max: usize) -> Self {
+        Self { queue: VecDeque::new(), in_flight_max: in_flight_max.max(1) }
+    }
+
+    /// Whether everything has its answer.
+    pub fn is_empty(&self) -> bool {
+        self.queue.is_empty()
+    }
+
+    /// How many have no answer.
+    pub fn len(&self) -> usize {
+        self.queue.len()
+    }
+
+    /// Whether `id` has no answer yet.
+    pub fn contains(&self, id: MessageId) -> bool {
+        self.queue.iter().any(|send| send.id == id)
+    }
+
+    /// Adds one behind all others.
+    pub fn push(&mut self, id: MessageId, what: T) {
+        self.queue.push_back(Outstanding { id, what, first_sent: None, stage: Stage::Queued });
+    }
+
+    /// Takes out one that has its answer.
+    pub fn take(&mut self, id: MessageId) -> Option<T> {
+        let at = self.queue.iter().position(|send| send.id == id)?;
+        self.queue.remove(at).map(|send| send.what)
+    }
+
+    /// Sends `id` again at `at`; what stands behind it and is not on its way waits for it.
+    pub fn wait_until(&mut self, id: MessageId, at: Instant) {
+        if let Some(send) = self.queue.iter_mut().find(|send| send.id == id) {
+            send.stage = Stage::WaitingUntil(at);
+        }
+    }
+
+    /// Takes the connection for gone: nothing is on its way any more.
+    pub fn disconnected(&mut self) {
+        for send in &mut self.queue {
+            send.stage = Stage::Queued;
+        }
+    }
+
+    /// The next one to send now. It counts as on its way from here on.
+    pub fn next(&mut self, now: Instant, dedup_window: Duration) -> Option<Next<'_, T>> {
+        let at = self.sendable(now)?;
+        let too_old = |sent: Instant| now.duration_since(sent) >= dedup_window;
+        if self.queue[at].first_sent.is_some_and(too_old) {
+            return self.queue.remove(at).map(|send| Next::Uncertain(send.id, send.what));
+        }
+        let send = &mut self.queue[at];
+        send.stage = Stage::InFlight;
+        send.first_sent.get_or_insert(now);
+        Some(Next::Send(send.id, &mut send.what))
+    }
+
+    /// When to ask for the next one again, if only time has to pass.
+    pub fn due(&self) -> Option<Instant> {
+        self.queue.iter().find_map(|send| match send.stage {
+            Stage::WaitingUntil(at) => Some(at),
+            Stage::Queued | Stage::InFlight => None,
+        })
+    }
+
+    /// Those on their way.
+    pub fn in_flight(&self) -> impl Iterator<Item = (MessageId, &T)> {
+        let in_flight = |send: &&Outstanding<T>| send.stage == Stage::InFlight;
+        self.queue.iter().filter(in_flight).map(|send| (send.id, &send.what))
+    }
+
+    /// Takes out all, in order, and says of each whether it ever was on the wire.
+    pub fn drain(&mut self) -> impl Iterator<Item = (T, bool)> {
+        self.queue.drain(..).map(|send| (send.what, send.first_sent.is_some()))
+    }
+
+    /// Takes out those that never were on the wire, in order.
+    pub fn drain_unsent(&mut self) -> Vec<T> {
+        let (sent, unsent): (VecDeque<_>, VecDeque<_>) =
+            self.queue.drain(..).partition(|send| send.first_sent.is_some());
+        self.queue = sent;
+        unsent.into_iter().map(|send| send.what).collect()
+    }
+
+    fn sendable(&self, now: Instant) -> Option<usize> {
+        let mut in_flight = 0;
+        for (at, send) in self.queue.iter().enumerate() {
+            if in_flight == self.in_flight_max {
+                return None;
+            }
+            match send.stage {
+                Stage::InFlight => in_flight += 1,
+                Stage::WaitingUntil(until) if until > now => return None,
+                Stage::Queued | Stage::WaitingUntil(_) => return Some(at),
+            }
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,186 @@
+//! One room as a client holds it: where it is in the log, what it sends, who waits for an answer.
+//!
+//! Pure. `client::state` is the user.
+
+use tokio::{
+    sync::{OwnedSemaphorePermit, oneshot},
+    time::Instant,
+};
+
+use super::{
+    api::{Content, JoinError, JoinInfo, LeaveError, SendError, SendOptions, Sent, Start},
+    frames::{self, HeaderTooLong},
+    resume::{Log, Sends},
+};
+use crate::{ids::RoomId, protocol::Ref};
+
+/// A frame to write.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Outgoing {
+    Text(String),
+    Binary(Vec<u8>),
+}
+
+impl Outgoing {
+    pub(super) fn len(&self) -> usize {
+        match self {
+            Self::Text(text) => text.len(),
+            Self::Binary(bytes) => bytes.len(),
+        }
+    }
+}
+
+/// A message without its answer, and who waits for that.
+pub(super) struct Pending {
+    pub(super) send: SendOptions,
+    pub(super) bytes: u32,
+    pub(super) reply: oneshot::Sender<Result<Sent, SendError>>,
+    /// Its share of what a client may have without an answer, given back when this is dropped.
+    pub(super) _share: [OwnedSemaphorePermit; 2],
+}
+
+impl Pending {
+    /// Tells who waits. If nobody does any more, the message has its fate all the same.
+    pub(super) fn settle(self, result: Result<Sent, SendError>) {
+        let _ = self.reply.send(result);
+    }
+
+    /// The frame that sends it.
+    pub(super) fn outgoing(
+        &self,
+        room: &RoomId,
+        reference: u64,
+    ) -> Result<Outgoing, HeaderTooLong> {
+        let header = frames::Message {
+            reference: Some(Ref::number(reference)),
+            id: Some(self.send.id),
+            kind: self.send.kind,
+            reply_to: self.send.reply_to,
+            meta: self.send.meta.as_ref(),
+            echo: self.send.echo,
+            ..frames::Message::header(room)
+        };
+        match &self.send.content {
+            Content::Json(content) => {
+                let frame = frames::Message { content: Some(content), ..header };
+                Ok(Outgoing::Text(frames::text(&frame)))
+            }
+            Content::Binary(payload) => frames::binary(&header, payload).map(Outgoing::Binary),
+        }
+    }
+}
+
+/// What a room is to the present connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stage {
+    /// Wanted, and nothing was asked on this connection, if there is one.
+    Away,
+    /// `join` is on its way.
+    Joining,
+    /// `join` was refused for the time being.
+    JoinAt(Instant),
+    /// The connection takes part.
+    Joined,
+    /// `leave` is on its way.
+    Leaving,
+    /// `leave` was refused for the time being.
+    LeaveAt(Instant),
+    /// Over. Only answers to what was sent are awaited.
+    Left,
+}
+
+/// See the head of this file.
+pub(super) struct Room {
+    pub(super) stage: Stage,
+    pub(super) start: Start,
+    pub(super) log: Log,
+    pub(super) sends: Sends<Pending>,
+    pub(super) join_reply: Option<oneshot::Sender<Result<JoinInfo, JoinError>>>,
+    pub(super) leave_reply: Option<oneshot::Sender<Result<(), LeaveError>>>,
+}
+
+impl Room {
+    pub(super) fn new(start: Start, in_flight_max: usize) -> Self {
+        Self {
+            stage: Stage::Away,
+            log: log_for(&start),
+            start,
+            sends: Sends::new(in_flight_max),
+            join_reply: None,
+            leave_reply: None,
+        }
+    }
+
+    /// Joins a room again that was left.
+    pub(super) fn begin_anew(&mut self, start: Start) {
+        self.stage = Stage::Away;
+        self.log = log_for(&start);
+        self.start = start;
+    }
+
+    /// Whether the application wants to take part.
+    pub(super) fn is_wanted(&self) -> bool {
+        match self.stage {
+            Stage::Away | Stage::Joining | Stage::JoinAt(_) | Stage::Joined => true,
+            Stage::Leaving | Stage::LeaveAt(_) | Stage::Left => false,
+        }
+    }
+
+    /// When something has to be done that only waits for its time.
+    pub(super) fn due(&self) -> Option<Instant> {
+        match self.stage {
+            Stage::JoinAt(at) | Stage::LeaveAt(at) => Some(at),
+            // Until the recovery has ended nothing is sent, whatever the time.
+            Stage::Joined if self.log.is_recovered() => self.sends.due(),
+            Stage::Away | Stage::Joining | Stage::Joined | Stage::Leaving | Stage::Left => None,
+        }
+    }
+
+    /// The server has removed the connection from the room. Positions and ids are forgotten: who
+    /// joins again may want to see the same entries again.
+    pub(super) fn left(&mut self) {
+        self.stage = Stage::Left;
+        self.log = Log::default();
+        for pending in self.sends.drain_unsent() {
+            pending.settle(Err(SendError::NotJoined));
+        }
+    }
+
+    /// The connection is gone. Returns whether the room is wanted on the next one.
+    pub(super) fn disconnected(&mut self) -> bool {
+        if self.is_wanted() {
+            self.stage = Stage::Away;
+            self.sends.disconnected();
+            return true;
+        }
+        self.end(SendError::NotJoined, JoinError::Left, Ok(()));
+        false
+    }
+
+    /// Tells everybody who waits. Messages that were sent have an unknown fate; others have
+    /// `unsent`.
+    pub(super) fn end(
+        &mut self,
+        unsent: SendError,
+        join: JoinError,
+        leave: Result<(), LeaveError>,
+    ) {
+        for (pending, was_sent) in self.sends.drain() {
+            let error = if was_sent { SendError::Uncertain } else { unsent.clone() };
+            pending.settle(Err(error));
+        }
+        if let Some(reply) = self.join_reply.take() {
+            let _ = reply.send(Err(join));
+        }
+        if let Some(reply) = self.leave_reply.take() {
+            let _ = reply.send(leave);
+        }
+    }
+}
+
+fn log_for(start: &Start) -> Log {
+    match start {
+        Start::Since(position) => Log::starting_at(position.clone()),
+        Start::Now | Start::History(_) => Log::default(),
+    }
+}

@@ -1,0 +1,457 @@
+//! What a client knows: its rooms, its unanswered questions. Frames and calls go in, frames and
+//! events come out.
+//!
+//! No I/O, and `now` is an argument, so that every order of events can be tested. `client::task`
+//! moves frames between this and a connection.
+//!
+//! Invariant: nothing is sent to a room before it is joined on this connection and everything up
+//! to `joined.seq` was had, so that no message whose answer was lost is repeated while it is in the
+//! log already.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    time::Duration,
+};
+
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use bytes::Bytes;
+use serde::Deserialize;
+use tokio::time::Instant;
+
+use self::calls::HistoryReply;
+use super::{
+    api::{
+        Event, HistoryError, HistoryPage, JoinError, JoinInfo, LeaveError, SendError, Sent, Start,
+    },
+    frames,
+    resume::Verdict,
+    room::{Outgoing, Room, Stage},
+};
+use crate::{
+    ids::{MessageId, RoomId},
+    position::Position,
+    protocol::{
+        MESSAGE_BYTES_MAX, Ref,
+        answer::{Ack, Answer, Connected, Entry, Frame, Joined, Message, Reconnect, Refusal},
+    },
+};
+
+pub(super) mod calls;
+
+/// How long to wait where the server refuses for the time being and does not say how long.
+const RETRY_WAIT: Duration = Duration::from_millis(500);
+
+/// A frame that has no answer yet.
+enum Asked {
+    Join(RoomId),
+    Leave(RoomId),
+    Send(RoomId, MessageId),
+    History(HistoryReply),
+}
+
+/// See the head of this file.
+pub(super) struct State {
+    in_flight_max: usize,
+    rooms: HashMap<RoomId, Room>,
+    asked: HashMap<u64, Asked>,
+    next_reference: u64,
+    /// How long a repeat is known for what it is.
+    dedup_window: Duration,
+    message_bytes_max: usize,
+    /// The connection's first frame; `None` without a connection.
+    pub(super) connected: Option<Connected>,
+    /// The session token of that frame.
+    pub(super) session: Option<String>,
+    /// The room that the URL joins without being asked.
+    pub(super) url_room: Option<RoomId>,
+    /// What the server asked for before it closes.
+    pub(super) reconnect: Option<Reconnect>,
+    /// Frames to write.
+    pub(super) out: VecDeque<Outgoing>,
+    /// Events to hand over.
+    pub(super) events: VecDeque<Event>,
+}
+
+/// What this client reads of frames that have no type of their own.
+#[derive(Deserialize)]
+struct Loose {
+    #[serde(rename = "type")]
+    kind: Option<String>,
+    room: Option<RoomId>,
+    reason: Option<String>,
+    session: Option<String>,
+}
+
+impl State {
+    pub(super) fn new(in_flight_max: usize) -> Self {
+        Self {
+            in_flight_max,
+            rooms: HashMap::new(),
+            asked: HashMap::new(),
+            next_reference: 1,
+            dedup_window: Duration::ZERO,
+            message_bytes_max: MESSAGE_BYTES_MAX,
+            connected: None,
+            session: None,
+            url_room: None,
+            reconnect: None,
+            out: VecDeque::new(),
+            events: VecDeque::new(),
+        }
+    }
+
+    /// The last entry had in a room.
+    pub(super) fn cursor(&self, room: &RoomId) -> Option<&Position> {
+        self.rooms.get(room)?.log.cursor()
+    }
+
+    /// Takes a text frame.
+    pub(super) fn frame(&mut self, frame: Frame, text: String, now: Instant) {
+        match frame {
+            Answer::Connected(connected) => self.connected(*connected, &text),
+            Answer::Joined(joined) => self.joined(*joined, now),
+            Answer::Message(message) => self.message(message, None, now),
+            Answer::Ack(ack) => self.ack(*ack, now),
+            Answer::Left(left) => {
+                self.forget(left.reference.as_ref());
+                self.left(&left.room, loose(&text).and_then(|loose| loose.reason));
+            }
+            Answer::History(history) => {
+                let messages = history.messages.into_iter().filter_map(message_of).collect();
+                let page = HistoryPage { epoch: history.epoch, messages, more: history.more };
+                if let Some(Asked::History(reply)) = self.forget(history.reference.as_ref()) {
+                    let _ = reply.send(Ok(page));
+                }
+            }
+            Answer::Reset(reset) => {
+                if let Some(room) = self.rooms.get_mut(&reset.room) {
+                    room.log.reset(Position::new(reset.epoch.clone(), reset.seq));
+                }
+                let room = reset.room.clone();
+                self.events.push_back(Event::Reset(reset));
+                self.pump(&room, now);
+            }
+            Answer::Reconnect(reconnect) => self.reconnect = Some(reconnect),
+            Answer::Error(refusal) => self.refused(refusal, now),
+            Answer::Pong(_) => {}
+            Answer::Ping(_) => self.out.push_back(Outgoing::Text(frames::text(&frames::Pong {}))),
+            Answer::Unknown => match loose(&text) {
+                Some(Loose { kind: Some(kind), room: Some(room), reason, .. })
+                    if kind == "room_closed" =>
+                {
+                    self.left(&room, reason);
+                }
+                _ => self.events.push_back(Event::Other(text)),
+            },
+        }
+    }
+
+    /// Takes a message of a room, with its payload if it came in a binary frame.
+    pub(super) fn message(&mut self, message: Box<Message>, payload: Option<Bytes>, now: Instant) {
+        let room = message.room.clone();
+        self.entry(message, payload);
+        self.pump(&room, now);
+    }
+
+    /// When [`State::time`] has something to do.
+    pub(super) fn due(&self) -> Option<Instant> {
+        self.rooms.values().filter_map(Room::due).min()
+    }
+
+    /// Does what waited for its time.
+    pub(super) fn time(&mut self, now: Instant) {
+        let due = |(name, room): (&RoomId, &Room)| {
+            room.due().is_some_and(|at| at <= now).then(|| name.clone())
+        };
+        let due: Vec<RoomId> = self.rooms.iter().filter_map(due).collect();
+        for name in due {
+            match self.rooms.get(&name).map(|room| room.stage) {
+                Some(Stage::JoinAt(_)) => self.ask_to_join(&name),
+                Some(Stage::LeaveAt(_)) => self.ask_to_leave(&name),
+                _ => self.pump(&name, now),
+            }
+        }
+    }
+
+    /// The server found a message too big and did not say which: it is taken to be the largest.
+    pub(super) fn too_big(&mut self) {
+        let largest = self
+            .rooms
+            .iter()
+            .flat_map(|(name, room)| {
+                room.sends.in_flight().map(move |(id, pending)| (pending.bytes, name.clone(), id))
+            })
+            .max_by_key(|(bytes, ..)| *bytes);
+        if let Some((_, name, id)) = largest
+            && let Some(room) = self.rooms.get_mut(&name)
+            && let Some(pending) = room.sends.take(id)
+        {
+            pending.settle(Err(SendError::TooLarge));
+        }
+    }
+
+    /// The connection is gone. Rooms stay wanted, sends stay queued.
+    pub(super) fn disconnected(&mut self) {
+        self.connected = None;
+        self.out.clear();
+        for (_, asked) in self.asked.drain() {
+            if let Asked::History(reply) = asked {
+                let _ = reply.send(Err(HistoryError::Away));
+            }
+        }
+        self.rooms.retain(|_, room| room.disconnected());
+    }
+
+    /// The client ends: everybody who waits is told.
+    pub(super) fn end(&mut self) {
+        for (_, asked) in self.asked.drain() {
+            if let Asked::History(reply) = asked {
+                let _ = reply.send(Err(HistoryError::Ended));
+            }
+        }
+        for (_, mut room) in self.rooms.drain() {
+            room.end(SendError::Ended, JoinError::Ended, Err(LeaveError::Ended));
+        }
+    }
+
+    fn connected(&mut self, connected: Connected, text: &str) {
+        // A little less than the server's, which counts from when it took the message and compares
+        // when it takes the repeat.
+        self.dedup_window = Duration::from_secs(connected.dedup_window).mul_f64(0.95);
+        self.message_bytes_max = connected.max_message_size;
+        self.session = loose(text).and_then(|loose| loose.session).or(self.session.take());
+        self.events.push_back(Event::Connected {
+            connection_id: connected.connection_id,
+            node: connected.node.clone(),
+            user: connected.user.clone(),
+            route: connected.route.clone(),
+        });
+        self.connected = Some(connected);
+        let away: Vec<RoomId> = self
+            .rooms
+            .iter()
+            .filter(|(_, room)| room.stage == Stage::Away)
+            .map(|(name, _)| name.clone())
+            .collect();
+        for name in away {
+            if self.url_room.as_ref() == Some(&name) {
+                if let Some(room) = self.rooms.get_mut(&name) {
+                    room.stage = Stage::Joining;
+                }
+            } else {
+                self.ask_to_join(&name);
+            }
+        }
+    }
+
+    fn joined(&mut self, mut joined: Joined<Entry>, now: Instant) {
+        self.forget(joined.reference.as_ref());
+        let in_flight_max = self.in_flight_max;
+        let room = self
+            .rooms
+            .entry(joined.room.clone())
+            .or_insert_with(|| Room::new(Start::Now, in_flight_max));
+        let info = JoinInfo {
+            room: joined.room.clone(),
+            top: Position::new(joined.epoch.clone(), joined.seq),
+            recovered: joined.recovered,
+            reason: joined.reason,
+            more: joined.more,
+            durable: joined.durable,
+        };
+        if let Some(reply) = room.join_reply.take() {
+            let leaving = matches!(room.stage, Stage::Leaving | Stage::LeaveAt(_));
+            let _ = reply.send(if leaving { Err(JoinError::Left) } else { Ok(info.clone()) });
+        }
+        match room.stage {
+            // Asked for again: "changes nothing".
+            Stage::Joined => return,
+            Stage::Leaving | Stage::LeaveAt(_) => {}
+            Stage::Away | Stage::Joining | Stage::JoinAt(_) | Stage::Left => {
+                room.stage = Stage::Joined;
+            }
+        }
+        room.log.begin_history(&joined);
+        self.events.push_back(Event::Joined(info));
+        if let Some(reason) = joined.reason {
+            self.events.push_back(Event::NotRecovered { room: joined.room.clone(), reason });
+        }
+        for message in std::mem::take(&mut joined.history).into_iter().filter_map(message_of) {
+            self.entry(Box::new(message), None);
+        }
+        if let Some(room) = self.rooms.get_mut(&joined.room)
+            && let Some(expected) = room.log.end_history(&joined)
+        {
+            let got = Position::new(joined.epoch.clone(), joined.seq);
+            let (room, expected) = (joined.room.clone(), Some(expected));
+            self.events.push_back(Event::Hole { room, expected, got });
+        }
+        self.pump(&joined.room, now);
+    }
+
+    fn entry(&mut self, message: Box<Message>, payload: Option<Bytes>) {
+        let position = Position::new(message.epoch.clone(), message.seq);
+        let own = self.connected.as_ref().is_some_and(|me| me.user.id == message.from.id);
+        let verdict = match self.rooms.get_mut(&message.room) {
+            Some(room) => {
+                // In the log is as good as acknowledged, and it may be the only answer to come.
+                if own && let Some(pending) = room.sends.take(message.id) {
+                    let position = position.clone();
+                    pending.settle(Ok(Sent { id: message.id, position, duplicate: false }));
+                }
+                room.log.judge(&position, &message.from.id, message.id)
+            }
+            None => Verdict::Hole { expected: None, deliver: true },
+        };
+        let deliver = match verdict {
+            Verdict::Deliver => true,
+            Verdict::Duplicate { earlier } => {
+                let (room, id) = (message.room.clone(), message.id);
+                self.events.push_back(Event::Duplicate { room, id, position, earlier });
+                false
+            }
+            Verdict::Hole { expected, deliver } => {
+                let room = message.room.clone();
+                self.events.push_back(Event::Hole { room, expected, got: position });
+                deliver
+            }
+        };
+        if deliver {
+            let payload = payload.or_else(|| payload_of(&message));
+            self.events.push_back(Event::Message { message, payload });
+        }
+    }
+
+    fn ack(&mut self, ack: Ack, now: Instant) {
+        self.forget(ack.reference.as_ref());
+        let Some(room) = self.rooms.get_mut(&ack.room) else { return };
+        let position = Position::new(ack.epoch, ack.seq);
+        let me = self.connected.as_ref().map(|connected| &connected.user.id);
+        let skipped = room.log.acknowledged(&position, me, ack.id, ack.duplicate);
+        if let Some(expected) = skipped {
+            let (room, got) = (ack.room.clone(), position.clone());
+            self.events.push_back(Event::Hole { room, expected, got });
+        }
+        if let Some(pending) = room.sends.take(ack.id) {
+            pending.settle(Ok(Sent { id: ack.id, position, duplicate: ack.duplicate }));
+        }
+        self.pump(&ack.room, now);
+    }
+
+    /// The room is left, asked for or not. What is on its way to it still gets its answers.
+    fn left(&mut self, name: &RoomId, reason: Option<String>) {
+        let Some(room) = self.rooms.get_mut(name) else { return };
+        match room.leave_reply.take() {
+            Some(reply) => {
+                let _ = reply.send(Ok(()));
+            }
+            None if room.stage == Stage::Left => {}
+            None => self.events.push_back(Event::Left { room: name.clone(), reason }),
+        }
+        room.left();
+        self.drop_if_done(name);
+    }
+
+    fn refused(&mut self, refusal: Box<Refusal>, now: Instant) {
+        let wait = refusal.retry_after_ms.map_or(RETRY_WAIT, Duration::from_millis);
+        let again = refusal.code.is_retryable().then(|| now + wait);
+        match self.forget(refusal.reference.as_ref()) {
+            Some(Asked::Join(name)) => self.join_refused(&name, refusal, again),
+            Some(Asked::Leave(name)) => self.leave_refused(&name, refusal, again),
+            Some(Asked::Send(name, id)) => self.send_refused(&name, id, refusal, again, now),
+            Some(Asked::History(reply)) => {
+                let _ = reply.send(Err(HistoryError::Refused(refusal)));
+            }
+            None => self.events.push_back(Event::Refused(refusal)),
+        }
+    }
+
+    fn join_refused(&mut self, name: &RoomId, refusal: Box<Refusal>, again: Option<Instant>) {
+        let Some(room) = self.rooms.get_mut(name) else { return };
+        match (room.stage, again) {
+            (Stage::Joining, Some(at)) => room.stage = Stage::JoinAt(at),
+            (Stage::Joining, None) => {
+                let Some(mut room) = self.rooms.remove(name) else { return };
+                if room.join_reply.is_none() {
+                    let reason = Some(refusal.code.as_str().to_owned());
+                    self.events.push_back(Event::Left { room: name.clone(), reason });
+                }
+                room.end(SendError::NotJoined, JoinError::Refused(refusal), Ok(()));
+            }
+            // Joined all the same, or being left.
+            _ => {
+                if let Some(reply) = room.join_reply.take() {
+                    let _ = reply.send(Err(JoinError::Refused(refusal)));
+                }
+            }
+        }
+    }
+
+    fn leave_refused(&mut self, name: &RoomId, refusal: Box<Refusal>, again: Option<Instant>) {
+        let Some(room) = self.rooms.get_mut(name) else { return };
+        if room.stage != Stage::Leaving {
+            return;
+        }
+        if let Some(at) = again {
+            room.stage = Stage::LeaveAt(at);
+            return;
+        }
+        room.stage = Stage::Joined;
+        if let Some(reply) = room.leave_reply.take() {
+            let _ = reply.send(Err(LeaveError::Refused(refusal)));
+        }
+    }
+
+    fn send_refused(
+        &mut self,
+        name: &RoomId,
+        id: MessageId,
+        refusal: Box<Refusal>,
+        again: Option<Instant>,
+        now: Instant,
+    ) {
+        let Some(room) = self.rooms.get_mut(name) else { return };
+        match again {
+            Some(at) if room.is_wanted() => room.sends.wait_until(id, at),
+            _ => {
+                if let Some(pending) = room.sends.take(id) {
+                    pending.settle(Err(SendError::Refused(refusal)));
+                }
+            }
+        }
+        self.pump(name, now);
+    }
+
+    fn drop_if_done(&mut self, name: &RoomId) {
+        let done = |room: &Room| room.stage == Stage::Left && room.sends.is_empty();
+        if self.rooms.get(name).is_some_and(done) {
+            self.rooms.remove(name);
+        }
+    }
+
+    fn forget(&mut self, reference: Option<&Ref>) -> Option<Asked> {
+        self.asked.remove(&reference?.as_json().parse().ok()?)
+    }
+}
+
+fn message_of(entry: Entry) -> Option<Message> {
+    match entry {
+        Entry::Message(message) => Some(*message),
+        Entry::Unknown => None,
+    }
+}
+
+fn loose(text: &str) -> Option<Loose> {
+    serde_json::from_str(text).ok()
+}
+
+/// The payload of a binary message that stands inside JSON.
+fn payload_of(message: &Message) -> Option<Bytes> {
+    if message.encoding.as_deref() != Some("base64") {
+        return None;
+    }
+    STANDARD.decode(message.content.as_str()?).ok().map(Bytes::from)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,207 @@
+//! What an application asks of the state, and what is therefore said to the gateway.
+//!
+//! Calls are answered through the channel that came with them; what has to wait, for a connection,
+//! a room, its turn, waits in the state.
+
+use tokio::{sync::oneshot, time::Instant};
+
+use super::{Asked, State};
+use crate::{
+    client::{
+        api::{
+            HistoryError, HistoryPage, JoinError, JoinInfo, LeaveError, Page, QUESTIONS_MAX,
+            ROOMS_MAX, SendError, Start,
+        },
+        frames,
+        resume::Next,
+        room::{Outgoing, Pending, Room, Stage},
+    },
+    ids::RoomId,
+    protocol::Ref,
+};
+
+/// What an application asks.
+pub(in crate::client) enum Command {
+    Join { room: RoomId, start: Start, reply: oneshot::Sender<Result<JoinInfo, JoinError>> },
+    Leave { room: RoomId, reply: oneshot::Sender<Result<(), LeaveError>> },
+    Send { room: RoomId, pending: Pending },
+    History { room: RoomId, page: Page, limit: u32, reply: HistoryReply },
+    Token(String),
+}
+
+pub(super) type HistoryReply = oneshot::Sender<Result<HistoryPage, HistoryError>>;
+
+impl State {
+    /// Takes a call of the application.
+    pub(in crate::client) fn command(&mut self, command: Command, now: Instant) {
+        match command {
+            Command::Join { room, start, reply } => self.join(room, start, reply),
+            Command::Leave { room, reply } => self.leave(&room, reply),
+            Command::Send { room, pending } => self.send(&room, pending, now),
+            Command::History { room, page, limit, reply } => {
+                self.history(&room, page, limit, reply);
+            }
+            // Tokens are the task's affair.
+            Command::Token(_) => {}
+        }
+    }
+
+    fn join(
+        &mut self,
+        name: RoomId,
+        start: Start,
+        reply: oneshot::Sender<Result<JoinInfo, JoinError>>,
+    ) {
+        if !self.rooms.contains_key(&name) && self.rooms.len() >= ROOMS_MAX {
+            let _ = reply.send(Err(JoinError::TooMany));
+            return;
+        }
+        let in_flight_max = self.in_flight_max;
+        let room = self
+            .rooms
+            .entry(name.clone())
+            .or_insert_with(|| Room::new(start.clone(), in_flight_max));
+        let waits = room.join_reply.as_ref().is_some_and(|reply| !reply.is_closed());
+        if waits || matches!(room.stage, Stage::Leaving | Stage::LeaveAt(_)) {
+            let _ = reply.send(Err(JoinError::Underway));
+            return;
+        }
+        room.join_reply = Some(reply);
+        match room.stage {
+            Stage::Away | Stage::Joined => {}
+            Stage::Left => room.begin_anew(start),
+            // The answer is on its way.
+            Stage::Joining | Stage::JoinAt(_) | Stage::Leaving | Stage::LeaveAt(_) => return,
+        }
+        if self.connected.is_some() {
+            self.ask_to_join(&name);
+        }
+    }
+
+    fn leave(&mut self, name: &RoomId, reply: oneshot::Sender<Result<(), LeaveError>>) {
+        let Some(room) = self.rooms.get_mut(name) else {
+            let _ = reply.send(Ok(()));
+            return;
+        };
+        match room.stage {
+            Stage::Left => {
+                let _ = reply.send(Ok(()));
+            }
+            Stage::Leaving | Stage::LeaveAt(_) => {
+                let _ = reply.send(Err(LeaveError::Underway));
+            }
+            Stage::Away | Stage::JoinAt(_) => {
+                if let Some(mut room) = self.rooms.remove(name) {
+                    room.end(SendError::NotJoined, JoinError::Left, Ok(()));
+                }
+                let _ = reply.send(Ok(()));
+            }
+            Stage::Joining | Stage::Joined => {
+                room.leave_reply = Some(reply);
+                self.ask_to_leave(name);
+            }
+        }
+    }
+
+    fn send(&mut self, name: &RoomId, pending: Pending, now: Instant) {
+        let Some(room) = self.rooms.get_mut(name).filter(|room| room.is_wanted()) else {
+            pending.settle(Err(SendError::NotJoined));
+            return;
+        };
+        if room.sends.contains(pending.send.id) {
+            pending.settle(Err(SendError::IdInUse));
+            return;
+        }
+        room.sends.push(pending.send.id, pending);
+        self.pump(name, now);
+    }
+
+    fn history(&mut self, name: &RoomId, page: Page, limit: u32, reply: HistoryReply) {
+        let joined = self.rooms.get(name).is_some_and(|room| room.stage == Stage::Joined);
+        let questions = self.asked.values().filter(|asked| matches!(asked, Asked::History(_)));
+        if !joined {
+            let _ = reply.send(Err(HistoryError::Away));
+        } else if questions.count() >= QUESTIONS_MAX {
+            let _ = reply.send(Err(HistoryError::TooMany));
+        } else {
+            let reference = self.ask(Asked::History(reply));
+            let (before, after) = match page {
+                Page::Newest => (None, None),
+                Page::Before(seq) => (Some(seq), None),
+                Page::After(seq) => (None, Some(seq)),
+            };
+            let limit = Some(limit);
+            let frame = frames::History { reference, room: name, before, after, limit };
+            self.out.push_back(Outgoing::Text(frames::text(&frame)));
+        }
+    }
+
+    pub(super) fn ask_to_join(&mut self, name: &RoomId) {
+        let reference = self.ask(Asked::Join(name.clone()));
+        let Some(room) = self.rooms.get_mut(name) else { return };
+        // A room that is joined is asked for again without changing anything.
+        if room.stage != Stage::Joined {
+            room.stage = Stage::Joining;
+        }
+        let since = room.log.cursor();
+        let history = match (since, &room.start) {
+            (Some(_), _) => None,
+            (None, Start::Now | Start::Since(_)) => Some(0),
+            (None, Start::History(entries)) => Some(*entries),
+        };
+        let frame = frames::Join { reference, room: name, since, history };
+        self.out.push_back(Outgoing::Text(frames::text(&frame)));
+    }
+
+    pub(super) fn ask_to_leave(&mut self, name: &RoomId) {
+        let reference = self.ask(Asked::Leave(name.clone()));
+        if let Some(room) = self.rooms.get_mut(name) {
+            room.stage = Stage::Leaving;
+        }
+        let frame = frames::Leave { reference, room: name };
+        self.out.push_back(Outgoing::Text(frames::text(&frame)));
+    }
+
+    fn ask(&mut self, asked: Asked) -> Option<Ref> {
+        let reference = self.next_reference;
+        self.next_reference += 1;
+        self.asked.insert(reference, asked);
+        Some(Ref::number(reference))
+    }
+
+    /// Sends what may be sent to a room.
+    pub(super) fn pump(&mut self, name: &RoomId, now: Instant) {
+        self.drop_if_done(name);
+        let Some(room) = self.rooms.get_mut(name) else { return };
+        if room.stage != Stage::Joined || !room.log.is_recovered() {
+            return;
+        }
+        loop {
+            let (id, echo, outgoing) = match room.sends.next(now, self.dedup_window) {
+                None => return,
+                Some(Next::Uncertain(_, pending)) => {
+                    pending.settle(Err(SendError::Uncertain));
+                    continue;
+                }
+                Some(Next::Send(id, pending)) => {
+                    (id, pending.send.echo, pending.outgoing(name, self.next_reference))
+                }
+            };
+            match outgoing {
+                Ok(outgoing) if outgoing.len() <= self.message_bytes_max => {
+                    self.asked.insert(self.next_reference, Asked::Send(name.clone(), id));
+                    self.next_reference += 1;
+                    if !echo {
+                        room.log.expect_no_echo(id);
+                    }
+                    self.out.push_back(outgoing);
+                }
+                Ok(_) | Err(frames::HeaderTooLong) => {
+                    if let Some(pending) = room.sends.take(id) {
+                        pending.settle(Err(SendError::TooLarge));
+                    }
+                }
+            }
+        }
+    }
+}

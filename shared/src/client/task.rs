@@ -1,0 +1,402 @@
+//! The task that owns a client's connection: it connects, comes back, and moves frames between the
+//! socket and [`State`], which decides everything about rooms and messages.
+//!
+//! One loop waits for the application's calls, the socket and the clock. Events are handed over
+//! with waiting: an application that does not take them slows the client down, and the gateway
+//! then sees a slow reader, but nothing is dropped.
+
+use std::{future::Future, pin::pin, time::Duration};
+
+use tokio::{
+    sync::{mpsc, watch},
+    time::{Instant, sleep_until, timeout},
+};
+
+use super::{
+    api::{EndReason, Event, Settings},
+    backoff::Backoff,
+    connection::{Closed, Connection, Received},
+    options::{OpenError, Options},
+    room::Outgoing,
+    state::{State, calls::Command},
+};
+use crate::{
+    close::{Advice, CloseCode, advice},
+    ids::RoomId,
+};
+
+/// How long `connected` may take.
+const CONNECTED_WAIT: Duration = Duration::from_secs(10);
+/// How long writing may make no headway.
+const WRITE_WAIT: Duration = Duration::from_secs(30);
+/// How long the gateway may take to answer a close.
+const CLOSE_WAIT: Duration = Duration::from_secs(2);
+/// A connection that lasted this long was a success, so that the back-off starts over.
+const STABLE_AFTER: Duration = Duration::from_secs(5);
+
+/// See the head of this file.
+pub(super) struct Task {
+    options: Options,
+    settings: Settings,
+    commands: mpsc::Receiver<Command>,
+    events: mpsc::Sender<Event>,
+    /// Turns true when the application wants the end.
+    closing: watch::Receiver<bool>,
+    state: State,
+    backoff: Backoff,
+    /// Which of the URLs is next.
+    url: usize,
+    /// Whether the token was replaced since it was last presented.
+    token_is_new: bool,
+}
+
+impl Task {
+    pub(super) fn new(
+        options: Options,
+        settings: Settings,
+        commands: mpsc::Receiver<Command>,
+        events: mpsc::Sender<Event>,
+        closing: watch::Receiver<bool>,
+    ) -> Self {
+        let mut state = State::new(settings.in_flight_max);
+        state.url_room = url_room(&options.url);
+        Self {
+            backoff: Backoff::new(settings.backoff_base, settings.backoff_cap),
+            options,
+            settings,
+            commands,
+            events,
+            closing,
+            state,
+            url: 0,
+            token_is_new: true,
+        }
+    }
+
+    /// Runs until the end, and tells it as the last event.
+    pub(super) async fn run(mut self) {
+        let reason = match self.live().await {
+            Ok(never) => match never {},
+            Err(reason) => reason,
+        };
+        self.state.end();
+        // Handles see the end by this, also where nobody takes events any more.
+        self.commands.close();
+        while let Ok(command) = self.commands.try_recv() {
+            drop(command);
+        }
+        drop(self.commands);
+        let _ = self.events.send(Event::Ended(reason)).await;
+    }
+
+    async fn live(&mut self) -> Result<std::convert::Infallible, EndReason> {
+        loop {
+            let connection = Box::pin(self.connect()).await?;
+            let since = Instant::now();
+            let closed = Box::pin(self.converse(connection)).await?;
+            if since.elapsed() >= STABLE_AFTER {
+                self.backoff.reset();
+            }
+            self.url = 0;
+            self.recover_from(closed).await?;
+        }
+    }
+
+    /// Tries until a connection is open.
+    async fn connect(&mut self) -> Result<Connection, EndReason> {
+        loop {
+            let options = self.next_options();
+            self.token_is_new = false;
+            let error = match self.while_serving(Connection::open(&options)).await? {
+                Ok(connection) => return Ok(connection),
+                Err(error) => error,
+            };
+            let verdict = self.after_failure(&error);
+            let retry_in = verdict.as_ref().ok().copied();
+            self.state.events.push_back(Event::OpenFailed { url: options.url, error, retry_in });
+            self.hand_over().await?;
+            let wait = verdict?;
+            self.while_serving(sleep_until(Instant::now() + wait)).await?;
+        }
+    }
+
+    /// The options of the next attempt: whose turn it is, and what the last connection taught.
+    fn next_options(&self) -> Options {
+        let mut options = self.options.clone();
+        if let Some(url) = self.settings.urls.get(self.url) {
+            options.url.clone_from(url);
+        }
+        if let Some(room) = url_room(&options.url)
+            && let Some(cursor) = self.state.cursor(&room)
+        {
+            options.query.retain(|(name, _)| name != "since");
+            options.query.push(("since".to_owned(), cursor.to_string()));
+        }
+        options
+    }
+
+    /// How long to wait after an attempt that failed.
+    fn after_failure(&mut self, error: &OpenError) -> Result<Duration, EndReason> {
+        let retry_after = match error {
+            OpenError::Url { .. } | OpenError::Header { .. } => return Err(EndReason::BadOptions),
+            OpenError::Http { status: 429 | 500.., retry_after, .. } => *retry_after,
+            OpenError::Http { status, .. } => {
+                return Err(EndReason::Rejected { status: *status });
+            }
+            OpenError::NoSubprotocol
+            | OpenError::Handshake(_)
+            | OpenError::Io(_)
+            | OpenError::TimedOut(_) => None,
+        };
+        if !self.settings.reconnect {
+            return Err(EndReason::NoReconnect);
+        }
+        self.url += 1;
+        if self.url < self.settings.urls.len() {
+            return Ok(Duration::ZERO);
+        }
+        self.url = 0;
+        Ok(self.delay(retry_after))
+    }
+
+    fn delay(&mut self, at_least: Option<Duration>) -> Duration {
+        let random = rand::random();
+        match at_least {
+            Some(at_least) => self.backoff.next_after(at_least, random),
+            None => self.backoff.next(random),
+        }
+    }
+
+    /// Speaks with the gateway until the connection ends.
+    async fn converse(&mut self, mut connection: Connection) -> Result<Closed, EndReason> {
+        let mut heard = Instant::now();
+        loop {
+            if let Some(closed) = self.write(&mut connection).await {
+                return Ok(closed);
+            }
+            if let Err(reason) = self.hand_over().await {
+                say_goodbye(&mut connection).await;
+                return Err(reason);
+            }
+            let silent_at = heard + self.silence_max();
+            let wake_at = self.state.due().map_or(silent_at, |due| due.min(silent_at));
+            // Every arm is cancel-safe: a call stays in the channel, a frame in the socket's
+            // buffer. The bodies await nothing but the end.
+            tokio::select! {
+                () = close_is_asked(&mut self.closing) => {
+                    say_goodbye(&mut connection).await;
+                    return Err(EndReason::Closed);
+                }
+                command = self.commands.recv() => match command {
+                    Some(command) => self.command(command),
+                    None => {
+                        say_goodbye(&mut connection).await;
+                        return Err(EndReason::Closed);
+                    }
+                },
+                received = connection.next() => match received {
+                    Ok(received) => {
+                        heard = Instant::now();
+                        self.received(received);
+                    }
+                    Err(closed) => return Ok(closed),
+                },
+                () = sleep_until(wake_at) => {
+                    let now = Instant::now();
+                    if now >= silent_at {
+                        let reason = "nothing heard from the gateway".to_owned();
+                        return Ok(Closed { code: None, reason });
+                    }
+                    self.state.time(now);
+                }
+            }
+        }
+    }
+
+    /// How long the gateway may say nothing: two of its pings may be missed.
+    fn silence_max(&self) -> Duration {
+        match &self.state.connected {
+            Some(connected) => Duration::from_secs(connected.heartbeat_interval) * 2 + WRITE_WAIT,
+            None => CONNECTED_WAIT,
+        }
+    }
+
+    fn received(&mut self, received: Received) {
+        let now = Instant::now();
+        match received {
+            Received::Frame(frame, text) => self.state.frame(frame, text, now),
+            Received::Binary(message, payload) => self.state.message(message, Some(payload), now),
+            Received::Text(text) => self.state.events.push_back(Event::Unreadable(text)),
+            Received::Bytes(bytes) => {
+                let text = String::from_utf8_lossy(&bytes).into_owned();
+                self.state.events.push_back(Event::Unreadable(text));
+            }
+            Received::Ping(_) | Received::Pong(_) => {}
+        }
+    }
+
+    fn command(&mut self, command: Command) {
+        if let Command::Token(token) = command {
+            if let Some(known) = &mut self.options.token {
+                known.token = token;
+            }
+            self.token_is_new = true;
+            return;
+        }
+        self.state.command(command, Instant::now());
+    }
+
+    /// Writes what is to be written. Returns how the connection ended if it makes no headway.
+    async fn write(&mut self, connection: &mut Connection) -> Option<Closed> {
+        if self.state.out.is_empty() {
+            return None;
+        }
+        let out = std::mem::take(&mut self.state.out);
+        let written = async {
+            for outgoing in out {
+                match outgoing {
+                    Outgoing::Text(text) => connection.feed_text(text).await?,
+                    Outgoing::Binary(bytes) => connection.feed_bytes(bytes).await?,
+                }
+            }
+            connection.flush().await
+        };
+        match timeout(WRITE_WAIT, written).await {
+            // What failed shows in reading, after everything that the gateway still said.
+            Ok(_) => None,
+            Err(_) => Some(Closed { code: None, reason: "nothing could be written".to_owned() }),
+        }
+    }
+
+    /// Hands events to the application, waiting for room. Once nobody takes them they are dropped.
+    async fn hand_over(&mut self) -> Result<(), EndReason> {
+        while let Some(event) = self.state.events.pop_front() {
+            // Both arms are cancel-safe: an event is only sent where there is room for it.
+            let permit = tokio::select! {
+                () = close_is_asked(&mut self.closing) => return Err(EndReason::Closed),
+                permit = self.events.reserve() => permit,
+            };
+            if let Ok(permit) = permit {
+                permit.send(event);
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for `what` while the application's calls are taken.
+    async fn while_serving<T>(&mut self, what: impl Future<Output = T>) -> Result<T, EndReason> {
+        let mut what = pin!(what);
+        loop {
+            // Cancel-safe: `what` is kept over the turns, and a call stays in the channel.
+            tokio::select! {
+                () = close_is_asked(&mut self.closing) => return Err(EndReason::Closed),
+                command = self.commands.recv() => match command {
+                    Some(command) => self.command(command),
+                    None => return Err(EndReason::Closed),
+                },
+                result = &mut what => return Ok(result),
+            }
+        }
+    }
+
+    /// Takes note of the end of a connection, and waits until it is time for the next.
+    async fn recover_from(&mut self, closed: Closed) -> Result<(), EndReason> {
+        let Closed { code, reason } = closed;
+        let advice = advice(code, &reason);
+        if advice == Advice::ReconnectWithoutMessage {
+            self.state.too_big();
+        }
+        self.keep_identity();
+        let asked_to_wait = self.next_node();
+        self.state.disconnected();
+        let comes_back = match advice {
+            Advice::Reconnect | Advice::ReconnectWithoutMessage => true,
+            Advice::ReconnectWithNewToken => self.token_is_new,
+            Advice::Stay => false,
+        };
+        let retry_in = (comes_back && self.settings.reconnect).then(|| match asked_to_wait {
+            // The gateway has spread its clients over this already.
+            Some(after) => after,
+            None => self.delay(None),
+        });
+        let event = Event::Disconnected { code, reason: reason.clone(), retry_in };
+        self.state.events.push_back(event);
+        self.hand_over().await?;
+        if !self.settings.reconnect {
+            return Err(EndReason::NoReconnect);
+        }
+        match (retry_in, advice) {
+            (Some(retry_in), _) => self.while_serving(sleep_until(Instant::now() + retry_in)).await,
+            (None, Advice::ReconnectWithNewToken) => self.wait_for_token().await,
+            (None, _) => Err(EndReason::Dismissed { code: code.unwrap_or_default(), reason }),
+        }
+    }
+
+    async fn wait_for_token(&mut self) -> Result<(), EndReason> {
+        while !self.token_is_new {
+            // Cancel-safe, as in `while_serving`.
+            tokio::select! {
+                () = close_is_asked(&mut self.closing) => return Err(EndReason::Closed),
+                command = self.commands.recv() => match command {
+                    Some(command) => self.command(command),
+                    None => return Err(EndReason::Closed),
+                },
+            }
+        }
+        Ok(())
+    }
+
+    /// Stays who one is: with the session, or as the guest that the gateway made of somebody
+    /// without a name.
+    fn keep_identity(&mut self) {
+        if let Some(session) = &self.state.session {
+            self.options.session = Some(session.clone());
+        } else if let (None, None, Some(connected)) =
+            (&self.options.user, &self.options.token, &self.state.connected)
+        {
+            self.options.user = Some(connected.user.id.as_str().to_owned());
+        }
+    }
+
+    /// Remembers where to go: where the gateway sends us, else back to it. Returns how long it
+    /// asked to wait.
+    fn next_node(&mut self) -> Option<Duration> {
+        let reconnect = self.state.reconnect.take();
+        let route = self.state.connected.as_ref().map(|connected| connected.route.clone());
+        let node = reconnect.as_ref().and_then(|reconnect| reconnect.node.clone());
+        if let Some(node) = node.or(route) {
+            self.options.node = Some(node);
+        }
+        reconnect.map(|reconnect| Duration::from_millis(reconnect.after_ms))
+    }
+}
+
+async fn say_goodbye(connection: &mut Connection) {
+    let _ = timeout(CLOSE_WAIT, connection.close(CloseCode::Normal.number(), "")).await;
+}
+
+/// Waits until the application wants the end: it says so, or drops every handle. Cancel-safe.
+async fn close_is_asked(closing: &mut watch::Receiver<bool>) {
+    let _ = closing.wait_for(|closing| *closing).await;
+}
+
+/// The room that `…/ws/rooms/{room}` joins by itself.
+fn url_room(url: &str) -> Option<RoomId> {
+    let path = url.split(['?', '#']).next()?;
+    let (_, room) = path.rsplit_once("/ws/rooms/")?;
+    room.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_room_of_a_url_is_found() {
+        let room = |url| url_room(url).map(|room| room.to_string());
+        assert_eq!(room("ws://h/ws/rooms/a.b?history=3").as_deref(), Some("a.b"));
+        assert_eq!(room("ws://h/ws"), None);
+        assert_eq!(room("ws://h/ws/rooms/"), None);
+        assert_eq!(room("ws://h/ws/rooms/a/b"), None);
+    }
+}
