@@ -115,7 +115,7 @@ wait_for() { # what command...
 
 # Ours, and not one that had the port before.
 redis_answers() {
-    redis-cli -p "$redis_port" info server 2> /dev/null | grep -q "^process_id:$redis_pid[^0-9]*$"
+    redis-cli -p "$redis_port" info server 2> /dev/null | grep -q "^process_id:${redis_pid}[^0-9]*$"
 }
 
 # GET /ready answers 200. By hand, so that no HTTP client has to be installed.

@@ -23,8 +23,8 @@ make_certificate() {
         umask 077
         openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 3650 \
             -subj "/CN=${names%% *}" -addext "subjectAltName=$alternatives" \
-            -keyout "$tls/new.key" -out "$tls/new.crt"
-    ) || fail 'openssl could not make a certificate'
+            -keyout "$tls/new.key" -out "$tls/new.crt" 2> /tmp/openssl.log
+    ) || fail "openssl could not make a certificate: $(cat /tmp/openssl.log)"
     mv "$tls/new.key" "$tls/tls.key"
     mv "$tls/new.crt" "$tls/tls.crt"
     echo "nginx-start.sh: made a self-signed certificate for $names"

@@ -25,6 +25,8 @@ map:    nginx >= 1.22; gateways are the --node addresses. All paths are relative
                                      (sticky: 200, map: 0)
   --handshakes-per-second-per-ip N   sustained; twice as many in a burst; 0 = no limit (sticky: 20, map: 0)
   --real-ip-from CIDR   a proxy in front whose X-Forwarded-For is believed; may be repeated
+  --workers N           worker processes; 0 = a single process, which leaves nothing behind when it is
+                        killed, for tests (one per core)
   --worker-connections N             slots per worker process, 2 for each client (sticky: 131072, map: 16384)
 HELP
 }
@@ -81,7 +83,7 @@ route() { # node
 rendering=$1
 shift
 listen='' tls_listen='' cert='' key='' https_port='' nodes='' real_ip_from=''
-gateway=gateway:8080 resolver=127.0.0.11
+gateway=gateway:8080 resolver=127.0.0.11 workers=auto
 case $rendering in
 sticky)
     listen=80 tls_listen=443 https_port=443
@@ -109,31 +111,33 @@ while [ $# -gt 0 ]; do
     value=$2
     shift 2
     case $rendering:$option in
-    *:--listen) check_listen $option "$value" && listen=$value ;;
-    *:--tls-listen) check_listen $option "$value" && tls_listen=$value ;;
-    *:--cert) check $option "$value" 'A-Za-z0-9_./+-' 'a plain path (letters, digits, _ . / + -)' && cert=$value ;;
-    *:--key) check $option "$value" 'A-Za-z0-9_./+-' 'a plain path (letters, digits, _ . / + -)' && key=$value ;;
-    *:--https-port) check_port $option "$value" && https_port=$value ;;
-    *:--connections-per-ip) check_number $option "$value" && connections_per_ip=$value ;;
-    *:--handshakes-per-second-per-ip) check_number $option "$value" && handshakes_per_ip=$value ;;
-    *:--worker-connections) check_number $option "$value" && worker_connections=$value ;;
-    *:--real-ip-from) check $option "$value" '0-9a-fA-F.:/' 'an address or CIDR' && real_ip_from="$real_ip_from $value" ;;
+    *:--listen) check_listen "$option" "$value" && listen=$value ;;
+    *:--tls-listen) check_listen "$option" "$value" && tls_listen=$value ;;
+    *:--cert) check "$option" "$value" 'A-Za-z0-9_./+-' 'a plain path (letters, digits, _ . / + -)' && cert=$value ;;
+    *:--key) check "$option" "$value" 'A-Za-z0-9_./+-' 'a plain path (letters, digits, _ . / + -)' && key=$value ;;
+    *:--https-port) check_port "$option" "$value" && https_port=$value ;;
+    *:--connections-per-ip) check_number "$option" "$value" && connections_per_ip=$value ;;
+    *:--handshakes-per-second-per-ip) check_number "$option" "$value" && handshakes_per_ip=$value ;;
+    *:--workers) check_number "$option" "$value" && workers=$value ;;
+    *:--worker-connections) check_number "$option" "$value" && worker_connections=$value ;;
+    *:--real-ip-from) check "$option" "$value" '0-9a-fA-F.:/' 'an address or CIDR' && real_ip_from="$real_ip_from $value" ;;
     map:--node) check_node "$value" && nodes="$nodes $value" ;;
-    sticky:--gateway) check $option "$value" 'A-Za-z0-9_.:-' 'NAME:PORT' && gateway=$value ;;
-    sticky:--resolver) check $option "$value" '][0-9a-fA-F.:' 'an address' && resolver=$value ;;
+    sticky:--gateway) check "$option" "$value" 'A-Za-z0-9_.:-' 'NAME:PORT' && gateway=$value ;;
+    sticky:--resolver) check "$option" "$value" '][0-9a-fA-F.:' 'an address' && resolver=$value ;;
     *) fail "unknown option $option for the rendering '$rendering' (--help tells more)" ;;
     esac
 done
 
 [ -n "$listen$tls_listen" ] || fail 'nothing to listen on: give --listen or --tls-listen'
 if [ -n "$tls_listen" ]; then
-    [ -n "$cert" ] && [ -n "$key" ] || fail '--tls-listen needs --cert and --key'
+    { [ -n "$cert" ] && [ -n "$key" ]; } || fail '--tls-listen needs --cert and --key'
 elif [ -n "$cert$key$https_port" ]; then
     fail '--cert, --key and --https-port need --tls-listen'
 fi
 [ "$worker_connections" -ge 64 ] || fail '--worker-connections below 64 cannot work'
 if [ "$rendering" = map ]; then
     [ -n "$nodes" ] || fail 'the rendering map needs at least one --node'
+    # shellcheck disable=SC2086 # split on purpose: addresses hold no blanks
     repeated=$(printf '%s\n' $nodes | sort | uniq -d | head -n 1)
     [ -z "$repeated" ] || fail "--node $repeated is given twice"
 fi
@@ -146,6 +150,7 @@ if [ -n "$https_port" ] && [ -n "$listen" ]; then
 elif [ -n "$listen" ]; then
     holds="$holds plain "
 fi
+if [ "$workers" = 0 ]; then holds="$holds single "; else holds="$holds workers "; fi
 [ "$connections_per_ip" -eq 0 ] || holds="$holds connections_per_ip "
 [ "$handshakes_per_ip" -eq 0 ] || holds="$holds handshakes_per_ip "
 [ -z "$real_ip_from" ] || holds="$holds real_ip "
@@ -175,12 +180,13 @@ for cidr in $real_ip_from; do
     real_ip_lines="$real_ip_lines    set_real_ip_from $cidr;$newline"
 done
 pool=gateways
+# shellcheck disable=SC2016 # nginx's variable
 [ "$rendering" = sticky ] || pool='$gateway_pool'
 https_port_suffix=":$https_port"
 [ "$https_port" != 443 ] || https_port_suffix=''
 
 export RENDERING="$rendering" LISTEN="$listen" TLS_LISTEN="$tls_listen" CERT="$cert" KEY="$key" HTTPS_PORT_SUFFIX="$https_port_suffix"
-export GATEWAY="$gateway" RESOLVER="$resolver" POOL="$pool" WORKER_CONNECTIONS="$worker_connections"
+export GATEWAY="$gateway" RESOLVER="$resolver" WORKERS="$workers" POOL="$pool" WORKER_CONNECTIONS="$worker_connections"
 export SLOT_MEMORY="$(((worker_connections * 43 / 100 + 1023) / 1024)) MiB"
 export CONNECTIONS_PER_IP="$connections_per_ip" HANDSHAKES_PER_IP="$handshakes_per_ip"
 export HANDSHAKES_BURST="$((handshakes_per_ip * 2))"

@@ -203,6 +203,13 @@ impl Shard {
                 () = letters.doubt.raised() => {}
                 now = tick.tick() => self.forget_idle(now),
             }
+            // What arrived before a call was made is handed out before it: who sends and then leaves
+            // gets its own copy.
+            while entries.len() < TURN_LEN
+                && let Ok(letter) = letters.entries.try_recv()
+            {
+                entries.push(letter);
+            }
             let begun = Instant::now();
             let worth_timing = !entries.is_empty();
             for (room, entry) in entries.drain(..) {
@@ -421,6 +428,7 @@ impl Shard {
             self.note_if_idle(&name);
         }
         if let Some((subscriber, frame)) = answer {
+            subscriber.release_acks(&name);
             subscriber.outbox.push(frame);
             self.turn.touch(&subscriber);
         }

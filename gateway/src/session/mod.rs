@@ -220,8 +220,7 @@ impl Session {
         let left = text_frame(&Answer::Left(Left { reference, room: room.clone() }));
         let subscriber = self.subscriber.clone();
         let connection = subscriber.connection;
-        self.services.hub.leave(room.clone(), connection, Some((subscriber, left))).await;
-        self.subscriber.release_acks(&room);
+        self.services.hub.leave(room, connection, Some((subscriber, left))).await;
     }
 
     async fn history(&mut self, reference: Option<Ref>, wanted: request::History) {

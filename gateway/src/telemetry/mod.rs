@@ -1,5 +1,7 @@
 //! What the gateway tells its operator: log lines, and [`metrics`].
 
+use std::io::IsTerminal as _;
+
 use tracing_subscriber::EnvFilter;
 
 pub mod metrics;
@@ -19,7 +21,10 @@ pub enum LogFormat {
 /// (`info,gateway::bus=debug`); the configuration has checked that it reads.
 pub fn start_log(format: LogFormat, level: &str) {
     let filter = EnvFilter::new(level);
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr);
     // A second call, as tests make it, changes nothing.
     let _ = match format {
         LogFormat::Text => log.try_init(),

@@ -1,1 +1,23 @@
-fn main(){}
+//! The gateway from outside: through real sockets, a real redis-server, a real nginx and a real
+//! browser.
+//!
+//! One binary, so that it links once. `harness` starts servers on free ports and stops them by
+//! pid; everything else is named after what it shows.
+
+#![allow(clippy::disallowed_methods, reason = "a test's tasks end with its runtime")]
+#![allow(unreachable_pub, reason = "nothing of a test is reached from outside")]
+
+mod harness;
+mod handshake;
+mod chat;
+mod auth;
+mod limits;
+mod bus;
+mod cluster;
+mod faults;
+mod nginx;
+mod browser;
+mod stop;
+mod loadtest;
+mod docs;
+mod tidy;

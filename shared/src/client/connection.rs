@@ -29,7 +29,7 @@ use tokio_tungstenite::{
         http::{HeaderMap, Uri, header},
         protocol::{
             CloseFrame, WebSocketConfig,
-            frame::{Frame as RawFrame, coding},
+            frame::{Frame as RawFrame, FrameHeader, coding},
         },
     },
 };
@@ -227,7 +227,8 @@ impl Connection {
             Opcode::Ping => coding::OpCode::Control(coding::Control::Ping),
             Opcode::Pong => coding::OpCode::Control(coding::Control::Pong),
         };
-        let frame = RawFrame::message(payload.to_vec(), opcode, fin);
+        let header = FrameHeader { is_final: fin, opcode, ..FrameHeader::default() };
+        let frame = RawFrame::from_payload(header, Bytes::copy_from_slice(payload));
         self.socket.send(Message::Frame(frame)).await.map_err(broken)
     }
 

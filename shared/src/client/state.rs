@@ -293,6 +293,10 @@ impl State {
         let position = Position::new(message.epoch.clone(), message.seq);
         let own = self.connected.as_ref().is_some_and(|me| me.user.id == message.from.id);
         let verdict = match self.rooms.get_mut(&message.room) {
+            // Before `joined`, whose history will have it.
+            Some(room) if matches!(room.stage, Stage::Joining | Stage::JoinAt(_)) => {
+                Verdict::Hole { expected: None, deliver: false }
+            }
             Some(room) => {
                 // In the log is as good as acknowledged, and it may be the only answer to come.
                 if own && let Some(pending) = room.sends.take(message.id) {

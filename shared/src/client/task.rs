@@ -31,8 +31,9 @@ const CONNECTED_WAIT: Duration = Duration::from_secs(10);
 const WRITE_WAIT: Duration = Duration::from_secs(30);
 /// How long the gateway may take to answer a close.
 const CLOSE_WAIT: Duration = Duration::from_secs(2);
-/// A connection that lasted this long was a success, so that the back-off starts over.
-const STABLE_AFTER: Duration = Duration::from_secs(5);
+/// A connection that lasted this long was a success, so that the back-off starts over. Without it
+/// a gateway that takes everybody and drops them at once would be called upon without pause.
+const STABLE_AFTER: Duration = Duration::from_secs(1);
 
 /// See the head of this file.
 pub(super) struct Task {

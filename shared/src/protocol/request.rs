@@ -208,8 +208,10 @@ impl<'a> Request<'a> {
 
 impl<'a> Heading<'a> {
     fn read(text: &'a str) -> Result<(Self, Refusal), Box<Refusal>> {
-        let heading: Self = serde_json::from_str(text)
-            .map_err(|error| Refusal::new(ErrorCode::BadRequest, told(&error)))?;
+        let heading: Self = serde_json::from_str(text).map_err(|error| {
+            let text = format!("a frame is a JSON object: {}", told(&error));
+            Refusal::new(ErrorCode::BadRequest, text)
+        })?;
         let name = |raw: Option<&'a RawValue>| raw.and_then(string_of);
         let refusal = Refusal {
             answers: name(heading.kind).map(|kind| short(&kind).to_owned()),

@@ -370,6 +370,19 @@ async fn a_hole_is_told_and_the_entry_behind_it_delivered() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_message_before_its_joined_is_a_hole_and_left_to_the_history() {
+    let mut fixture = Fixture::joined();
+    fixture.state.disconnected();
+    fixture.connect();
+    let join = fixture.said().remove(0);
+    let early = other(6);
+    fixture.feed(early.clone());
+    assert!(matches!(fixture.events().as_slice(), [Event::Hole { expected: None, .. }]));
+    fixture.feed(joined(&join["ref"], 6, true, &[early]));
+    assert!(matches!(fixture.events().as_slice(), [Event::Joined(_), Event::Message { .. }]));
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_cannot_be_recovered_is_told_before_what_is_there() {
     let mut fixture = Fixture::joined();
     fixture.state.disconnected();

@@ -1,0 +1,344 @@
+//! The conformance suite of [`Bus`]: every implementation passes every check.
+
+use std::{sync::Arc, time::Duration};
+
+use gateway::{
+    bus::{
+        Append, Appended, Bus, BusError, Letters, Mailboxes, READ_BYTES_MAX, Range, Retention,
+        memory::MemoryBus,
+        redis::{RedisBus, RedisOptions, RedisStartError},
+    },
+    delivery::Entry,
+    drain::Tasks,
+    telemetry::metrics::Metrics,
+};
+use shared::{
+    envelope::{Envelope, Parts},
+    ids::{ConnectionId, MessageId, RoomId},
+    position::Seq,
+};
+use tokio::{sync::oneshot, time::Instant};
+
+use crate::harness::{Redis, room, within};
+
+/// A bus and the mailbox of one node on it.
+struct Fixture {
+    bus: Arc<dyn Bus>,
+    letters: Letters,
+    tasks: Tasks,
+}
+
+fn retention() -> Retention {
+    Retention {
+        entries_min: 1000,
+        window: Duration::from_secs(120),
+        bytes_max: 16 << 20,
+        ttl: Duration::from_secs(3600),
+        dedup_window: Duration::from_secs(600),
+    }
+}
+
+fn mailbox() -> (Mailboxes, Letters) {
+    let (mailboxes, mut letters) = Mailboxes::new(1, 10_000, Arc::new(Metrics::new()));
+    (mailboxes, letters.remove(0))
+}
+
+fn memory(retention: Retention) -> Fixture {
+    let (mailboxes, letters) = mailbox();
+    let tasks = Tasks::default();
+    let bus = Arc::new(MemoryBus::start(retention, mailboxes, &tasks));
+    Fixture { bus, letters, tasks }
+}
+
+async fn redis(server: &Redis, retention: Retention) -> Fixture {
+    let (mailboxes, letters) = mailbox();
+    let tasks = Tasks::default();
+    let options = RedisOptions { url: server.url(), partitions: 16, retention };
+    let bus = RedisBus::start(options, mailboxes, Arc::new(Metrics::new()), &tasks).unwrap();
+    within(bus.reached()).await.unwrap();
+    Fixture { bus: Arc::new(bus), letters, tasks }
+}
+
+/// Runs a check against each implementation.
+async fn each(retention: Retention, check: impl AsyncFn(&mut Fixture)) {
+    let server = Redis::start().await;
+    for mut fixture in [memory(retention.clone()), redis(&server, retention.clone()).await] {
+        check(&mut fixture).await;
+        assert!(fixture.tasks.finish(Duration::from_secs(5)).await, "tasks did not end");
+    }
+}
+
+fn envelope(id: MessageId, bytes: usize) -> Envelope {
+    let payload = vec![b'x'; bytes];
+    Envelope::pack(Parts {
+        id,
+        sender: ConnectionId::random(),
+        echo: true,
+        members: r#""room":"r""#,
+        binary: Some(&payload),
+    })
+}
+
+impl Fixture {
+    /// Hands an append over; the answer comes by the receiver.
+    fn begin(
+        &self,
+        room: &RoomId,
+        user: &str,
+        id: MessageId,
+        bytes: usize,
+    ) -> oneshot::Receiver<Result<Appended, BusError>> {
+        let (answer, answered) = oneshot::channel();
+        self.bus.append(Append {
+            room: room.clone(),
+            user: user.parse().unwrap(),
+            envelope: envelope(id, bytes),
+            deadline: Instant::now() + Duration::from_secs(5),
+            done: Box::new(move |result| drop(answer.send(result))),
+        });
+        answered
+    }
+
+    async fn append(&self, room: &RoomId, id: MessageId) -> Appended {
+        within(self.begin(room, "ann", id, 10)).await.unwrap().unwrap()
+    }
+
+    async fn seqs(&self, room: &RoomId, range: Range) -> Vec<Seq> {
+        let page = self.bus.read(room.clone(), range).await.unwrap();
+        page.entries.iter().map(|entry| entry.position.seq).collect()
+    }
+
+    async fn hear(&mut self) -> (RoomId, Entry) {
+        within(self.letters.entries.recv()).await.unwrap()
+    }
+}
+
+#[tokio::test]
+async fn entries_are_numbered_and_heard_in_the_order_of_the_calls() {
+    each(retention(), async |fixture| {
+        let lobby = room("lobby");
+        within(fixture.bus.follow(lobby.clone())).await.unwrap();
+        let ids: Vec<_> = (0..1000).map(|_| MessageId::random()).collect();
+        let answers: Vec<_> =
+            ids.iter().map(|id| fixture.begin(&lobby, "ann", *id, 10)).collect();
+        for (i, answer) in answers.into_iter().enumerate() {
+            let appended = within(answer).await.unwrap().unwrap();
+            assert_eq!((appended.position.seq, appended.duplicate), (i as Seq + 1, false));
+        }
+        for (i, id) in ids.iter().enumerate() {
+            let (heard_in, entry) = fixture.hear().await;
+            assert_eq!((heard_in, entry.position.seq), (lobby.clone(), i as Seq + 1));
+            assert_eq!(entry.envelope.id(), *id);
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_id_has_one_position_per_user_and_room() {
+    each(retention(), async |fixture| {
+        let (lobby, other) = (room("lobby"), room("other"));
+        let id = MessageId::random();
+        let first = fixture.append(&lobby, id).await;
+        let again = fixture.append(&lobby, id).await;
+        assert_eq!((again.position.clone(), again.duplicate), (first.position.clone(), true));
+        let elsewhere = fixture.append(&other, id).await;
+        assert!(!elsewhere.duplicate);
+        let bobs = within(fixture.begin(&lobby, "bob", id, 10)).await.unwrap().unwrap();
+        assert_eq!((bobs.position.seq, bobs.duplicate), (2, false));
+        // At once, many times: one of them is first.
+        let id = MessageId::random();
+        let answers: Vec<_> = (0..50).map(|_| fixture.begin(&lobby, "ann", id, 10)).collect();
+        let mut firsts = 0;
+        for answer in answers {
+            let appended = within(answer).await.unwrap().unwrap();
+            assert_eq!(appended.position.seq, 3);
+            firsts += usize::from(!appended.duplicate);
+        }
+        assert_eq!(firsts, 1);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_id_is_known_for_the_window_and_forgotten_some_time_after() {
+    let window = Duration::from_millis(300);
+    each(Retention { dedup_window: window, ..retention() }, async |fixture| {
+        let lobby = room("lobby");
+        let id = MessageId::random();
+        assert!(!fixture.append(&lobby, id).await.duplicate);
+        assert!(fixture.append(&lobby, id).await.duplicate);
+        let begun = Instant::now();
+        while fixture.append(&lobby, id).await.duplicate {
+            assert!(begun.elapsed() < window * 10, "never forgotten");
+            crate::harness::poll_pause().await;
+        }
+        // Two maps take turns, so that an id may be known for up to two windows.
+        assert!(begun.elapsed() < window * 4, "forgotten after {:?}", begun.elapsed());
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_log_is_read_in_parts() {
+    each(retention(), async |fixture| {
+        let lobby = room("lobby");
+        for _ in 0..100 {
+            fixture.append(&lobby, MessageId::random()).await;
+        }
+        let newest = |limit| Range::Newest { limit };
+        assert_eq!(fixture.seqs(&lobby, newest(3)).await, [98, 99, 100]);
+        assert_eq!(fixture.seqs(&lobby, newest(500)).await, (1..=100).collect::<Vec<_>>());
+        assert_eq!(fixture.seqs(&lobby, Range::After { seq: 97, limit: 10 }).await, [98, 99, 100]);
+        assert_eq!(fixture.seqs(&lobby, Range::After { seq: 0, limit: 2 }).await, [1, 2]);
+        assert!(fixture.seqs(&lobby, Range::After { seq: 100, limit: 2 }).await.is_empty());
+        assert!(fixture.seqs(&lobby, Range::After { seq: 1000, limit: 2 }).await.is_empty());
+        assert_eq!(fixture.seqs(&lobby, Range::Before { seq: 4, limit: 2 }).await, [2, 3]);
+        assert_eq!(fixture.seqs(&lobby, Range::Before { seq: 1000, limit: 1 }).await, [100]);
+        assert!(fixture.seqs(&lobby, Range::Before { seq: 1, limit: 2 }).await.is_empty());
+        let page = fixture.bus.read(lobby, newest(1)).await.unwrap();
+        assert_eq!((page.top, page.oldest), (100, 1));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_read_is_cut_where_it_is_too_much_but_gives_one_entry() {
+    each(retention(), async |fixture| {
+        let lobby = room("lobby");
+        for bytes in [READ_BYTES_MAX / 2, READ_BYTES_MAX / 3, READ_BYTES_MAX, 10] {
+            let answer = fixture.begin(&lobby, "ann", MessageId::random(), bytes);
+            within(answer).await.unwrap().unwrap();
+        }
+        assert_eq!(fixture.seqs(&lobby, Range::After { seq: 0, limit: 9 }).await, [1, 2]);
+        assert_eq!(fixture.seqs(&lobby, Range::After { seq: 2, limit: 9 }).await, [3]);
+        assert_eq!(fixture.seqs(&lobby, Range::Newest { limit: 9 }).await, [4]);
+        assert_eq!(fixture.seqs(&lobby, Range::Before { seq: 4, limit: 9 }).await, [3]);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_room_has_its_epoch_before_its_first_entry() {
+    each(retention(), async |fixture| {
+        let lobby = room("lobby");
+        let range = Range::Newest { limit: 1 };
+        let page = fixture.bus.read(lobby.clone(), range).await.unwrap();
+        assert_eq!((page.top, page.oldest, page.entries.len()), (0, 0, 0));
+        let appended = fixture.append(&lobby, MessageId::random()).await;
+        assert_eq!((appended.position.epoch, appended.position.seq), (page.epoch, 1));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn only_rooms_that_are_followed_are_heard() {
+    each(retention(), async |fixture| {
+        let (lobby, other) = (room("lobby"), room("other"));
+        within(fixture.bus.follow(lobby.clone())).await.unwrap();
+        fixture.append(&other, MessageId::random()).await;
+        fixture.append(&lobby, MessageId::random()).await;
+        assert_eq!(fixture.hear().await.0, lobby);
+        fixture.bus.unfollow(lobby.clone());
+        // The calls take effect in their order, so `lobby` is not followed when this resolves.
+        within(fixture.bus.follow(other.clone())).await.unwrap();
+        fixture.append(&lobby, MessageId::random()).await;
+        fixture.append(&other, MessageId::random()).await;
+        assert_eq!(fixture.hear().await.0, other);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn retention_keeps_what_it_says_and_no_more() {
+    let short = Retention { entries_min: 50, window: Duration::ZERO, ..retention() };
+    each(short, async |fixture| {
+        let lobby = room("lobby");
+        for _ in 0..600 {
+            fixture.append(&lobby, MessageId::random()).await;
+        }
+        let kept = fixture.seqs(&lobby, Range::After { seq: 0, limit: 1000 }).await;
+        // Redis trims whole nodes of up to 100 entries.
+        assert!((50..=200).contains(&kept.len()), "{} kept", kept.len());
+        assert!(kept.is_sorted() && kept.last() == Some(&600));
+    })
+    .await;
+    let small = Retention { bytes_max: 256 * 1024, ..retention() };
+    each(small, async |fixture| {
+        let lobby = room("lobby");
+        for _ in 0..200 {
+            let answer = fixture.begin(&lobby, "ann", MessageId::random(), 10_000);
+            within(answer).await.unwrap().unwrap();
+        }
+        let page = fixture.bus.read(lobby, Range::Newest { limit: 1 }).await.unwrap();
+        let kept = page.top - page.oldest + 1;
+        assert!((10..=100).contains(&kept), "{kept} kept of 200");
+    })
+    .await;
+    let long = Retention { entries_min: 10, ..retention() };
+    each(long, async |fixture| {
+        let lobby = room("lobby");
+        for _ in 0..500 {
+            fixture.append(&lobby, MessageId::random()).await;
+        }
+        let page = fixture.bus.read(lobby, Range::Newest { limit: 1 }).await.unwrap();
+        assert_eq!(page.oldest, 1, "what is younger than the window is kept");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_node_with_another_number_of_partitions_does_not_start() {
+    let server = Redis::start().await;
+    let first = redis(&server, retention()).await;
+    let tasks = Tasks::default();
+    let options = RedisOptions { url: server.url(), partitions: 17, retention: retention() };
+    let bus = RedisBus::start(options, mailbox().0, Arc::new(Metrics::new()), &tasks).unwrap();
+    let error = within(bus.reached()).await.unwrap_err();
+    assert!(
+        matches!(error, RedisStartError::Partitions { configured: 17, recorded: 16 }),
+        "{error}"
+    );
+    assert!(tasks.finish(Duration::from_secs(5)).await);
+    assert!(first.tasks.finish(Duration::from_secs(5)).await);
+}
+
+#[tokio::test]
+async fn appends_wait_for_redis_and_are_then_one_entry_each() {
+    let mut server = Redis::start_durable().await;
+    let fixture = redis(&server, retention()).await;
+    let lobby = room("lobby");
+    fixture.append(&lobby, MessageId::random()).await;
+    server.kill().await;
+    let waiting: Vec<_> =
+        (0..100).map(|_| fixture.begin(&lobby, "ann", MessageId::random(), 10)).collect();
+    server.restart().await;
+    for (i, answer) in waiting.into_iter().enumerate() {
+        let appended = within(answer).await.unwrap().unwrap();
+        assert_eq!(appended.position.seq, i as Seq + 2);
+    }
+    assert!(fixture.tasks.finish(Duration::from_secs(5)).await);
+}
+
+#[tokio::test]
+async fn an_append_that_cannot_be_sent_in_time_is_unavailable() {
+    let mut server = Redis::start().await;
+    let fixture = redis(&server, retention()).await;
+    server.kill().await;
+    let begun = Instant::now();
+    let answer = fixture.begin(&room("lobby"), "ann", MessageId::random(), 10);
+    assert_eq!(within(answer).await.unwrap(), Err(BusError::Unavailable));
+    let waited = begun.elapsed();
+    assert!((Duration::from_secs(4)..Duration::from_secs(9)).contains(&waited), "{waited:?}");
+    assert_eq!(fixture.bus.failing(), Some("bus"));
+    assert!(fixture.tasks.finish(Duration::from_secs(5)).await);
+}
+
+#[tokio::test]
+async fn a_redis_that_evicts_is_not_ready() {
+    let server = Redis::start().await;
+    server.command("CONFIG SET maxmemory-policy allkeys-lru").await;
+    let fixture = redis(&server, retention()).await;
+    assert_eq!(fixture.bus.failing(), Some("maxmemory_policy"));
+    assert!(fixture.tasks.finish(Duration::from_secs(5)).await);
+}

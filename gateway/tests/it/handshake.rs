@@ -1,0 +1,146 @@
+//! What a handshake has to be, and what is answered where it is not.
+
+use std::net::SocketAddr;
+
+use shared::client::{connection::Connection, options::Options};
+
+use crate::harness::{Gateway, Http, get, http_raw};
+
+const KEY: &str = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==";
+
+/// A handshake with some header lines replaced or added; an empty one is left out.
+async fn handshake(address: SocketAddr, start: &str, headers: &[&str]) -> Http {
+    let defaults = [
+        "Upgrade: websocket",
+        "Connection: Upgrade",
+        "Sec-WebSocket-Version: 13",
+        KEY,
+    ];
+    let name = |line: &str| line.split(':').next().unwrap().to_lowercase();
+    let mut lines: Vec<&str> = defaults
+        .into_iter()
+        .filter(|line| !headers.iter().any(|header| name(header) == name(line)))
+        .collect();
+    lines.extend(headers.iter().filter(|line| !line.ends_with(": -")));
+    let request = format!("{start}\r\nHost: {address}\r\n{}\r\n\r\n", lines.join("\r\n"));
+    http_raw(address, &request).await
+}
+
+#[tokio::test]
+async fn a_handshake_is_answered_as_rfc_6455_says() {
+    let gateway = Gateway::start(&[]).await;
+    let ok = handshake(gateway.address, "GET /ws HTTP/1.1", &[]).await;
+    assert_eq!(ok.status, 101, "{ok:?}");
+    // The key and its answer are those of RFC 6455, section 1.3.
+    assert_eq!(ok.header("sec-websocket-accept"), Some("s3pPLMBiTxaQ9kYGzzhZRbK+xOo="));
+    let route = ok.header("set-cookie").unwrap();
+    assert!(route.starts_with("gw_node=") && route.contains("HttpOnly"), "{route}");
+
+    for (start, headers, status) in [
+        ("GET /ws HTTP/1.1", &["Upgrade: -"][..], 426),
+        ("GET /ws HTTP/1.1", &["Upgrade: h2c"], 426),
+        ("GET /ws HTTP/1.1", &["Upgrade: h2c, WebSocket"], 101),
+        ("GET /ws HTTP/1.1", &["Connection: keep-alive"], 400),
+        ("GET /ws HTTP/1.1", &["Connection: keep-alive, upgrade"], 101),
+        ("GET /ws HTTP/1.1", &["Sec-WebSocket-Version: 8"], 426),
+        ("GET /ws HTTP/1.1", &["Sec-WebSocket-Version: -"], 426),
+        ("GET /ws HTTP/1.1", &["Sec-WebSocket-Key: -"], 400),
+        ("GET /ws HTTP/1.1", &["Sec-WebSocket-Key: c2hvcnQ="], 400),
+        ("GET /ws HTTP/1.1", &["Sec-WebSocket-Key: !!!"], 400),
+        ("GET /ws HTTP/1.1", &["Sec-WebSocket-Key: -", KEY, KEY], 400),
+        ("GET /ws HTTP/1.0", &[], 400),
+    ] {
+        let answer = handshake(gateway.address, start, headers).await;
+        assert_eq!(answer.status, status, "{start} {headers:?}: {answer:?}");
+    }
+    let post = http_raw(
+        gateway.address,
+        &format!("POST /ws HTTP/1.1\r\nHost: x\r\n{KEY}\r\nConnection: close\r\n\r\n"),
+    )
+    .await;
+    assert_eq!(post.status, 405);
+    let version = handshake(gateway.address, "GET /ws HTTP/1.1", &["Sec-WebSocket-Version: 8"]);
+    assert_eq!(version.await.header("sec-websocket-version"), Some("13"));
+    gateway.stop().await;
+}
+
+#[tokio::test]
+async fn only_pages_of_an_allowed_origin_may_connect() {
+    let own = Gateway::start(&[]).await;
+    let origin = |origin: String| async move { handshake(own.address, "GET /ws HTTP/1.1", &[&origin]).await.status };
+    assert_eq!(origin(format!("Origin: http://{}", own.address)).await, 101);
+    assert_eq!(origin("Origin: http://evil.example".into()).await, 403);
+    assert_eq!(origin("Origin: null".into()).await, 403);
+
+    let listed = Gateway::start(&[("server.allowed_origins", "https://app.example")]).await;
+    for path in ["/ws", "/ws/rooms/r", "/ws/echo"] {
+        let start = format!("GET {path} HTTP/1.1");
+        let yes = handshake(listed.address, &start, &["Origin: https://app.example"]).await;
+        let no = handshake(listed.address, &start, &["Origin: https://app.example:8443"]).await;
+        assert_eq!((yes.status, no.status), (101, 403), "{path}");
+    }
+}
+
+#[tokio::test]
+async fn the_subprotocol_is_chat_v1_or_none() {
+    let gateway = Gateway::start(&[]).await;
+    for (offered, chosen) in [
+        ("Sec-WebSocket-Protocol: chat.v1", Some("chat.v1")),
+        ("Sec-WebSocket-Protocol: other, chat.v1", Some("chat.v1")),
+        ("Sec-WebSocket-Protocol: other", None),
+        ("X-None: 1", None),
+    ] {
+        let answer = handshake(gateway.address, "GET /ws HTTP/1.1", &[offered]).await;
+        assert_eq!(answer.status, 101);
+        assert_eq!(answer.header("sec-websocket-protocol"), chosen, "{offered}");
+    }
+}
+
+#[tokio::test]
+async fn health_ready_and_metrics_are_where_they_belong() {
+    let gateway = Gateway::start(&[("node.id", "n1")]).await;
+    let health = get(gateway.address, "/health").await;
+    assert_eq!((health.status, health.body.as_str()), (200, r#"{"node":"n1","status":"ok"}"#));
+    assert_eq!(get(gateway.address, "/ready").await.body, r#"{"status":"ok"}"#);
+    assert_eq!(get(gateway.address, "/metrics").await.status, 404);
+    assert_eq!(get(gateway.address, "/nowhere").await.status, 404);
+    let metrics = get(gateway.admin, "/metrics").await;
+    assert_eq!(metrics.status, 200);
+    assert!(metrics.header("content-type").unwrap().starts_with("text/plain"));
+    assert!(metrics.body.contains("gateway_bus_up 1"), "{}", metrics.body);
+    assert_eq!(get(gateway.admin, "/ready").await.status, 200);
+    let page = get(gateway.address, "/chat").await;
+    assert!(page.status == 200 && page.body.contains("<!doctype html>"), "{page:?}");
+    assert!(page.header("content-security-policy").is_some());
+}
+
+#[tokio::test]
+async fn a_header_that_is_too_large_is_refused_and_the_node_lives() {
+    let gateway = Gateway::start(&[]).await;
+    let long = format!("X-Long: {}", "x".repeat(100_000));
+    let answer = handshake(gateway.address, "GET /ws HTTP/1.1", &[&long]).await;
+    assert_eq!(answer.status, 431, "{answer:?}");
+    assert_eq!(get(gateway.address, "/health").await.status, 200);
+}
+
+#[tokio::test]
+async fn echo_says_back_what_it_hears() {
+    use shared::client::connection::Received;
+    let gateway = Gateway::start(&[]).await;
+    let mut echo = Connection::open(&Options::to(gateway.url("/ws/echo"))).await.unwrap();
+    echo.send_text("hello").await.unwrap();
+    let Received::Text(text) = echo.next().await.unwrap() else { panic!("not a text") };
+    assert_eq!(text, "Echo: hello");
+    echo.send_bytes(vec![0, 255]).await.unwrap();
+    assert!(matches!(echo.next().await.unwrap(), Received::Bytes(bytes) if bytes[..] == [0, 255]));
+    echo.send_text("ByE").await.unwrap();
+    assert_eq!(crate::harness::closed(&mut echo).await.0, Some(1000));
+
+    let verbatim = Gateway::start(&[("server.echo", "verbatim")]).await;
+    let mut echo = Connection::open(&Options::to(verbatim.url("/ws/echo"))).await.unwrap();
+    echo.send_text("bye").await.unwrap();
+    assert!(matches!(echo.next().await.unwrap(), Received::Text(text) if text == "bye"));
+
+    let off = Gateway::start(&[("server.echo", "off")]).await;
+    assert_eq!(get(off.address, "/ws/echo").await.status, 404);
+}

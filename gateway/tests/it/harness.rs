@@ -1,0 +1,424 @@
+//! Servers for tests: a gateway in this process, gateways as processes, Redis, nginx.
+//!
+//! Each server gets a free port and is stopped by its pid when its handle is dropped.
+
+use std::{
+    future::Future,
+    net::SocketAddr,
+    path::PathBuf,
+    process::Stdio,
+    time::Duration,
+};
+
+use gateway::{
+    config::{Config, Sources},
+    server::Server,
+};
+use shared::{
+    client::{
+        connection::{Connection, Received},
+        frames,
+        options::Options,
+    },
+    ids::RoomId,
+    protocol::answer::{Ack, Answer, Frame, Message},
+};
+use tempfile::TempDir;
+use tokio::{
+    io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader, Lines},
+    net::TcpStream,
+    process::{Child, ChildStderr, Command},
+    time::{Instant, timeout},
+};
+
+/// How long anything may take before a test gives up. Far above what it takes.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Options that every gateway of a test has: free ports, no limits for the one address that all
+/// come from.
+const DEFAULTS: [(&str, &str); 6] = [
+    ("server.listen", "127.0.0.1:0"),
+    ("admin.listen", "127.0.0.1:0"),
+    ("drain.delay", "1ms"),
+    ("limits.connections_per_ip", "0"),
+    ("limits.connections_per_user", "0"),
+    ("limits.handshakes_per_minute_per_ip", "0"),
+];
+
+fn options(extra: &[(&str, &str)]) -> Vec<(String, String)> {
+    let pairs = DEFAULTS.iter().chain(extra);
+    pairs.map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
+}
+
+/// A gateway in this process.
+pub struct Gateway {
+    server: Option<Server>,
+    pub address: SocketAddr,
+    pub admin: SocketAddr,
+}
+
+impl Gateway {
+    /// A single node with `extra` options.
+    pub async fn start(extra: &[(&str, &str)]) -> Self {
+        let sources = Sources {
+            file: None,
+            environment: Some(Default::default()),
+            flags: options(extra),
+        };
+        let config = Config::load(sources).unwrap_or_else(|mistakes| panic!("{mistakes}"));
+        gateway::telemetry::start_log(config.log_format, "warn");
+        let server = Server::start(config).await.unwrap();
+        Self { address: server.listen, admin: server.admin_listen, server: Some(server) }
+    }
+
+    /// One of the nodes on `redis`.
+    pub async fn start_on(redis: &Redis, extra: &[(&str, &str)]) -> Self {
+        let url = redis.url();
+        let cluster = [("cluster.redis_url", url.as_str()), ("auth.allow_anonymous", "true")];
+        Self::start(&[&cluster, extra].concat()).await
+    }
+
+    /// Stops it in order.
+    pub async fn stop(mut self) {
+        let server = self.server.take().unwrap();
+        assert!(server.stop().await, "the gateway did not stop in time");
+    }
+
+    pub fn url(&self, path: &str) -> String {
+        format!("ws://{}{path}", self.address)
+    }
+
+    /// A connection to `/ws` as `user`, behind `connected`.
+    pub async fn connect(&self, user: &str) -> Connection {
+        connect(self.address, user).await
+    }
+}
+
+/// A connection to `/ws` at `address` as `user`, behind `connected`.
+pub async fn connect(address: SocketAddr, user: &str) -> Connection {
+    let options = Options::to(format!("ws://{address}/ws")).user(user);
+    let mut connection = Connection::open(&options).await.unwrap();
+    connection.expect_connected().await.unwrap();
+    connection
+}
+
+pub fn room(name: &str) -> RoomId {
+    name.parse().unwrap()
+}
+
+/// Sends a text and waits for its `ack`.
+pub async fn say(connection: &mut Connection, room: &RoomId, text: &str) -> Ack {
+    let content = text.into();
+    match connection.request(&frames::Message::to(room, &content)).await.unwrap() {
+        Answer::Ack(ack) => *ack,
+        other => panic!("expected an ack, got {other:?}"),
+    }
+}
+
+/// The next `message` that arrives, whatever else comes before it.
+pub async fn next_message(connection: &mut Connection) -> Message {
+    loop {
+        match within(connection.next()).await.unwrap() {
+            Received::Frame(Frame::Message(message), _) => return *message,
+            Received::Binary(message, _) => return *message,
+            _ => {}
+        }
+    }
+}
+
+/// How the connection ends, whatever else comes before.
+pub async fn closed(connection: &mut Connection) -> (Option<u16>, String) {
+    loop {
+        if let Err(closed) = within(connection.next()).await {
+            return (closed.code, closed.reason);
+        }
+    }
+}
+
+/// The output of `future`, which has to come.
+#[track_caller]
+pub fn within<T>(future: impl Future<Output = T>) -> impl Future<Output = T> {
+    let caller = std::panic::Location::caller();
+    async move {
+        match timeout(PATIENCE, future).await {
+            Ok(output) => output,
+            Err(_) => panic!("nothing came within {PATIENCE:?} at {caller}"),
+        }
+    }
+}
+
+/// Asks again and again until the answer is yes.
+pub async fn until(what: &str, mut ask: impl AsyncFnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !ask().await {
+        assert!(Instant::now() < deadline, "{what}: not within {PATIENCE:?}");
+        poll_pause().await;
+    }
+}
+
+/// The pause between two questions of a poll.
+pub async fn poll_pause() {
+    tokio::time::sleep(Duration::from_millis(10)).await;
+}
+
+/// A port that was free a moment ago.
+pub fn free_port() -> u16 {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap().port()
+}
+
+/// What an HTTP request was answered.
+#[derive(Debug)]
+pub struct Http {
+    pub status: u16,
+    pub head: String,
+    pub body: String,
+}
+
+impl Http {
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.head.lines().find_map(|line| {
+            let (key, value) = line.split_once(':')?;
+            key.eq_ignore_ascii_case(name).then(|| value.trim())
+        })
+    }
+}
+
+/// Whether an answer has its head and, where the head tells its length, its body.
+fn is_whole(answer: &str) -> bool {
+    let Some((head, body)) = answer.split_once("\r\n\r\n") else { return false };
+    let http = Http { status: 0, head: head.to_owned(), body: String::new() };
+    let length = http.header("content-length").and_then(|length| length.parse().ok());
+    head.starts_with("HTTP/1.1 101") || length.is_some_and(|length: usize| body.len() >= length)
+}
+
+/// Sends the bytes of a request and reads its answer.
+pub async fn http_raw(address: SocketAddr, request: &str) -> Http {
+    let mut socket = TcpStream::connect(address).await.unwrap();
+    socket.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = Vec::new();
+    let mut buffer = [0; 4096];
+    loop {
+        let count = within(socket.read(&mut buffer)).await.unwrap_or(0);
+        answer.extend_from_slice(&buffer[..count]);
+        if count == 0 || is_whole(&String::from_utf8_lossy(&answer)) {
+            break;
+        }
+    }
+    let answer = String::from_utf8_lossy(&answer).into_owned();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
+    let status = head.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or(0);
+    Http { status, head: head.to_owned(), body: body.to_owned() }
+}
+
+/// A GET.
+pub async fn get(address: SocketAddr, path: &str) -> Http {
+    let head = format!("GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
+    http_raw(address, &head).await
+}
+
+/// A child process with its own folder. Killed by its pid when dropped.
+pub struct Process {
+    child: Child,
+    _folder: TempDir,
+}
+
+impl Process {
+    pub fn pid(&self) -> u32 {
+        self.child.id().expect("it was not waited for")
+    }
+
+    /// Sends a signal, named as for `kill`.
+    pub fn signal(&self, signal: &str) {
+        let status = std::process::Command::new("kill")
+            .arg(format!("-{signal}"))
+            .arg(self.pid().to_string())
+            .status()
+            .unwrap();
+        assert!(status.success());
+    }
+
+    /// SIGKILL, and waits until it is gone.
+    pub async fn kill(&mut self) {
+        self.child.kill().await.unwrap();
+    }
+
+    /// Waits for its end. Returns the exit code.
+    pub async fn end(&mut self) -> Option<i32> {
+        within(self.child.wait()).await.unwrap().code()
+    }
+}
+
+/// A redis-server of a test's own.
+pub struct Redis {
+    process: Process,
+    pub port: u16,
+    folder: PathBuf,
+    keep: bool,
+}
+
+impl Redis {
+    /// A server that keeps nothing over a restart.
+    pub async fn start() -> Self {
+        Self::start_at(free_port(), TempDir::new().unwrap(), false).await
+    }
+
+    /// A server with an append-only file.
+    pub async fn start_durable() -> Self {
+        Self::start_at(free_port(), TempDir::new().unwrap(), true).await
+    }
+
+    async fn start_at(port: u16, folder: TempDir, keep: bool) -> Self {
+        let path = folder.path().to_owned();
+        let child = Command::new("redis-server")
+            .args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", ""])
+            .args(["--appendonly", if keep { "yes" } else { "no" }, "--dir"])
+            .arg(&path)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .kill_on_drop(true)
+            .spawn()
+            .expect("redis-server is installed by `make setup`");
+        let redis = Self { process: Process { child, _folder: folder }, port, folder: path, keep };
+        until("redis answers", async || redis.command("PING").await.is_some_and(|a| a == "+PONG"))
+            .await;
+        redis
+    }
+
+    /// SIGKILL.
+    pub async fn kill(&mut self) {
+        self.process.kill().await;
+    }
+
+    /// Starts it again on the same port, with what it kept or empty.
+    pub async fn restart(&mut self) {
+        let folder = TempDir::new().unwrap();
+        if self.keep {
+            copy_folder(&self.folder, folder.path());
+        }
+        *self = Self::start_at(self.port, folder, self.keep).await;
+    }
+
+    pub fn url(&self) -> String {
+        format!("redis://127.0.0.1:{}", self.port)
+    }
+
+    /// The first line of the answer to a command in Redis' inline form.
+    pub async fn command(&self, command: &str) -> Option<String> {
+        let mut socket = TcpStream::connect(("127.0.0.1", self.port)).await.ok()?;
+        socket.write_all(format!("{command}\r\n").as_bytes()).await.ok()?;
+        BufReader::new(socket).lines().next_line().await.ok()?
+    }
+}
+
+fn copy_folder(from: &std::path::Path, to: &std::path::Path) {
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let to = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            std::fs::create_dir(&to).unwrap();
+            copy_folder(&entry.path(), &to);
+        } else {
+            std::fs::copy(entry.path(), &to).unwrap();
+        }
+    }
+}
+
+/// A gateway as a process of its own.
+pub struct Node {
+    pub process: Process,
+    pub address: SocketAddr,
+    pub admin: SocketAddr,
+    log: Lines<BufReader<ChildStderr>>,
+}
+
+impl Node {
+    /// A node on `redis`. With `listen` at that address, which it had before.
+    pub async fn start(redis: &Redis, listen: Option<SocketAddr>, extra: &[(&str, &str)]) -> Self {
+        let folder = TempDir::new().unwrap();
+        let (url, listen) = (redis.url(), listen.map(|address| address.to_string()));
+        let cluster = [
+            ("cluster.redis_url", url.as_str()),
+            ("auth.allow_anonymous", "true"),
+            ("log.format", "json"),
+            ("server.listen", listen.as_deref().unwrap_or("127.0.0.1:0")),
+        ];
+        let mut command = Command::new(env!("CARGO_BIN_EXE_gateway"));
+        for (key, value) in options(&[&cluster, extra].concat()) {
+            command.arg("--set").arg(format!("{key}={value}"));
+        }
+        let mut child = command
+            .current_dir(folder.path())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        let mut log = BufReader::new(child.stderr.take().unwrap()).lines();
+        let (address, admin) = loop {
+            let line = within(log.next_line()).await.unwrap().expect("it ended before it was ready");
+            let line: serde_json::Value = serde_json::from_str(&line).unwrap_or_default();
+            if let (Some(listen), Some(admin)) = (line["listen"].as_str(), line["admin"].as_str()) {
+                break (listen.parse().unwrap(), admin.parse().unwrap());
+            }
+        };
+        Self { process: Process { child, _folder: folder }, address, admin, log }
+    }
+
+    /// Waits for its end and returns the exit code and what it had still to say.
+    pub async fn end(mut self) -> (Option<i32>, String) {
+        let mut said = String::new();
+        while let Some(line) = within(self.log.next_line()).await.unwrap() {
+            said.push_str(&line);
+            said.push('\n');
+        }
+        (self.process.end().await, said)
+    }
+}
+
+/// An nginx in front of nodes, rendered from the project's template.
+pub struct Nginx {
+    pub process: Process,
+    pub address: SocketAddr,
+}
+
+impl Nginx {
+    pub async fn start(nodes: &[SocketAddr]) -> Self {
+        let folder = TempDir::new().unwrap();
+        let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
+        let render = concat!(env!("CARGO_MANIFEST_DIR"), "/../nginx/render.sh");
+        let mut command = std::process::Command::new(render);
+        command.args(["map", "--listen", &address.to_string()]);
+        for node in nodes {
+            command.args(["--node", &node.to_string()]);
+        }
+        let rendered = command.output().unwrap();
+        assert!(rendered.status.success(), "{}", String::from_utf8_lossy(&rendered.stderr));
+        let file = folder.path().join("nginx.conf");
+        std::fs::write(&file, rendered.stdout).unwrap();
+        let child = Command::new("nginx")
+            .arg("-p")
+            .arg(folder.path())
+            .arg("-c")
+            .arg(&file)
+            .args(["-e", "error.log"])
+            .kill_on_drop(true)
+            .spawn()
+            .expect("nginx is installed by `make setup`");
+        let nginx = Self { process: Process { child, _folder: folder }, address };
+        until("nginx answers", async || {
+            let Ok(mut socket) = TcpStream::connect(address).await else { return false };
+            socket.write_all(b"GET /health HTTP/1.0\r\n\r\n").await.is_ok()
+        })
+        .await;
+        nginx
+    }
+}
+
+impl Drop for Nginx {
+    /// The master ends its workers only if it is asked to.
+    fn drop(&mut self) {
+        if self.process.child.id().is_some() {
+            self.process.signal("TERM");
+        }
+    }
+}

@@ -1,0 +1,181 @@
+//! Every limit of section 7 that is there, with the answer it has.
+
+use serde_json::json;
+use shared::{
+    client::{
+        connection::{Connection, Unexpected},
+        frames,
+        options::{OpenError, Options},
+    },
+    error::ErrorCode,
+    protocol::answer::Answer,
+};
+
+use crate::harness::{Gateway, closed, get, room, say, until};
+
+async fn http_refusal(url: &str) -> (u16, bool) {
+    match Connection::open(&Options::to(url)).await {
+        Err(OpenError::Http { status, retry_after, .. }) => (status, retry_after.is_some()),
+        other => panic!("expected a refusal, got {other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn messages_above_the_rate_are_not_taken_and_told_when_to_come() {
+    let gateway = Gateway::start(&[("limits.messages_per_second", "5")]).await;
+    let lobby = room("lobby");
+    let mut ann = gateway.connect("ann").await;
+    ann.join(&lobby).await.unwrap();
+    let content = json!(1);
+    for i in 0..15 {
+        let frame = frames::Message { echo: i % 2 == 0, ..frames::Message::to(&lobby, &content) };
+        ann.send_json(&frame).await.unwrap();
+    }
+    let (mut acks, mut refused) = (0, 0);
+    while acks + refused < 15 {
+        match ann.next_frame().await.unwrap() {
+            Answer::Ack(_) => acks += 1,
+            Answer::Error(refusal) => {
+                assert_eq!(refusal.code, ErrorCode::RateLimited);
+                assert!(refusal.retry_after_ms.is_some_and(|ms| ms > 0 && ms <= 1001));
+                refused += 1;
+            }
+            _ => {}
+        }
+    }
+    // The burst is twice the rate; a slow machine may have earned a few more.
+    assert!((10..14).contains(&acks), "{acks} taken");
+}
+
+#[tokio::test]
+async fn other_frames_have_a_rate_as_well() {
+    let gateway = Gateway::start(&[("limits.frames_per_second", "2")]).await;
+    let mut ann = gateway.connect("ann").await;
+    for _ in 0..10 {
+        ann.send_json(&json!({"type": "ping"})).await.unwrap();
+    }
+    for _ in 0..10 {
+        ann.send_text("bad").await.unwrap();
+    }
+    let mut codes = vec![];
+    while codes.len() < 10 {
+        if let Answer::Error(refusal) = ann.next_frame().await.unwrap() {
+            codes.push(refusal.code);
+        }
+    }
+    assert!(codes.contains(&ErrorCode::RateLimited), "{codes:?}");
+}
+
+#[tokio::test]
+async fn a_message_above_the_limit_closes_with_1009() {
+    let gateway = Gateway::start(&[("limits.message_bytes_max", "1000")]).await;
+    let mut ann = gateway.connect("ann").await;
+    ann.send_text(&"x".repeat(1001)).await.unwrap();
+    assert_eq!(closed(&mut ann).await.0, Some(1009));
+}
+
+#[tokio::test]
+async fn fields_above_their_limit_are_too_large() {
+    let gateway = Gateway::start(&[]).await;
+    let lobby = room("lobby");
+    let mut ann = gateway.connect("ann").await;
+    ann.join(&lobby).await.unwrap();
+    let (content, meta) = (json!(1), json!({"x": "y".repeat(8 * 1024)}));
+    let large = frames::Message { meta: Some(&meta), ..frames::Message::to(&lobby, &content) };
+    let refused = ann.request(&large).await;
+    assert!(
+        matches!(&refused, Err(Unexpected::Refused(refusal)) if refusal.code == ErrorCode::TooLarge),
+        "{refused:?}"
+    );
+    let mut header = vec![0x7F, 0xFF];
+    header.extend(vec![b' '; 0x7FFF]);
+    ann.send_bytes(header).await.unwrap();
+    let Answer::Error(refusal) = ann.next_frame().await.unwrap() else { panic!("no error") };
+    assert_eq!(refusal.code, ErrorCode::TooLarge);
+    // The largest message there may be still passes.
+    let text = "z".repeat(262_144 - 200);
+    assert_eq!(say(&mut ann, &lobby, &text).await.seq, 1);
+}
+
+#[tokio::test]
+async fn rooms_per_connection_are_limited() {
+    let gateway = Gateway::start(&[("limits.rooms_per_connection", "2")]).await;
+    let mut ann = gateway.connect("ann").await;
+    ann.join(&room("a")).await.unwrap();
+    ann.join(&room("b")).await.unwrap();
+    ann.join(&room("b")).await.unwrap();
+    let refused = ann.join(&room("c")).await;
+    assert!(
+        matches!(&refused, Err(Unexpected::Refused(r)) if r.code == ErrorCode::LimitReached),
+        "{refused:?}"
+    );
+    ann.request(&frames::Leave::from(&room("a"))).await.unwrap();
+    ann.join(&room("c")).await.unwrap();
+}
+
+#[tokio::test]
+async fn connections_of_a_user_and_of_an_address_are_limited() {
+    let gateway = Gateway::start(&[
+        ("limits.connections_per_user", "1"),
+        ("limits.connections_per_ip", "3"),
+    ])
+    .await;
+    let first = gateway.connect("ann").await;
+    let mut second =
+        Connection::open(&Options::to(gateway.url("/ws")).user("ann")).await.unwrap();
+    assert_eq!(closed(&mut second).await, (Some(1008), "too_many_connections".into()));
+    drop(second);
+    let _bob = gateway.connect("bob").await;
+    // Places are given back when a connection ends.
+    until("two places are left", async || {
+        get(gateway.admin, "/metrics").await.body.contains("gateway_connections 2")
+    })
+    .await;
+    let _cat = gateway.connect("cat").await;
+    assert_eq!(http_refusal(&gateway.url("/ws")).await, (429, true));
+    drop(first);
+    until("ann's place is free", async || {
+        Connection::open(&Options::to(gateway.url("/ws")).user("ann")).await.is_ok()
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn handshakes_of_an_address_and_in_all_are_limited() {
+    let gateway =
+        Gateway::start(&[("limits.handshakes_per_minute_per_ip", "2")]).await;
+    let url = gateway.url("/ws");
+    let _first = gateway.connect("a").await;
+    let _second = gateway.connect("b").await;
+    assert_eq!(http_refusal(&url).await, (429, true));
+
+    let gateway = Gateway::start(&[("limits.accepts_per_second", "1")]).await;
+    let url = gateway.url("/ws");
+    let _first = gateway.connect("a").await;
+    assert_eq!(http_refusal(&url).await, (503, true));
+
+    let gateway = Gateway::start(&[("limits.connections_max", "1")]).await;
+    let url = gateway.url("/ws");
+    let _first = gateway.connect("a").await;
+    assert_eq!(http_refusal(&url).await, (503, true));
+}
+
+#[tokio::test]
+async fn only_a_trusted_proxy_names_the_address_of_a_client() {
+    let limits = [("limits.connections_per_ip", "1"), ("server.trusted_proxies", "127.0.0.0/8")];
+    let gateway = Gateway::start(&limits).await;
+    let from = async |address: &str| {
+        let mut options = Options::to(gateway.url("/ws"));
+        options.headers.push(("X-Forwarded-For".into(), address.into()));
+        Connection::open(&options).await
+    };
+    let _a = from("192.0.2.1").await.unwrap();
+    let _b = from("192.0.2.2").await.unwrap();
+    assert!(from("10.0.0.1, 192.0.2.1").await.is_err());
+
+    let gateway = Gateway::start(&limits[..1]).await;
+    let _a = gateway.connect("a").await;
+    let mut forged = Options::to(gateway.url("/ws"));
+    forged.headers.push(("X-Forwarded-For".into(), "192.0.2.9".into()));
+    assert!(Connection::open(&forged).await.is_err());
+}

@@ -1,0 +1,287 @@
+//! What is given on the command line: clap's arguments, and the values that have a form of their
+//! own (a rate, a range of addresses, a URL).
+//!
+//! Pure. Whatever cannot work is refused here, in words that say what would.
+
+use std::{
+    net::{IpAddr, Ipv4Addr},
+    str::FromStr,
+    time::Duration,
+};
+
+use clap::{Args, Parser, Subcommand};
+
+/// Load generator for Skein and anything that speaks `chat.v1`.
+#[derive(Debug, Parser)]
+#[command(version, about, max_term_width = 100)]
+pub(crate) struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Opens many connections at a given rate, holds them, and reports what happened.
+    Connect(ConnectArgs),
+}
+
+/// The most connections one process may be asked for.
+pub(crate) const CONNECTIONS_MAX: u32 = 1_000_000;
+/// The longest hold.
+const HOLD_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+/// The longest time to give a connection.
+const TIMEOUT_MAX: Duration = Duration::from_secs(10 * 60);
+
+/// Opens many connections at a given rate, holds them, and reports what happened.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct ConnectArgs {
+    /// Where to connect.
+    #[arg(long, default_value = "ws://127.0.0.1:8080/ws")]
+    pub(crate) url: Target,
+    /// How many connections to open.
+    #[arg(long, short = 'n', value_parser = clap::value_parser!(u32).range(1..=i64::from(CONNECTIONS_MAX)))]
+    pub(crate) connections: u32,
+    /// How many to open per second; they are opened on time whether or not earlier ones succeeded.
+    #[arg(long, default_value = "500/s")]
+    pub(crate) rate: Rate,
+    /// How long to hold them once all are open or have failed.
+    #[arg(long, default_value = "10s", value_parser = hold)]
+    pub(crate) hold: Duration,
+    /// How long one connection may take, from TCP to `connected` (and `joined`).
+    #[arg(long, default_value = "10s", value_parser = timeout)]
+    pub(crate) timeout: Duration,
+    /// Every connection joins this room.
+    #[arg(long, conflicts_with = "rooms")]
+    pub(crate) room: Option<shared::ids::RoomId>,
+    /// The connections are dealt out to so many rooms, `load-0` and on; each joins one.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=i64::from(CONNECTIONS_MAX)))]
+    pub(crate) rooms: Option<u32>,
+    /// Connection 7 is user `<prefix>7` (anonymous mode).
+    #[arg(long, default_value = "load-")]
+    pub(crate) user_prefix: String,
+    /// A token for all connections; they are then one user's.
+    #[arg(long)]
+    pub(crate) token: Option<String>,
+    /// Addresses to connect from, such as 127.0.0.1-127.0.0.4: each has its own ports.
+    #[arg(long)]
+    pub(crate) sources: Option<Sources>,
+    /// Server processes on this machine whose memory and CPU to report.
+    #[arg(long, num_args = 1..)]
+    pub(crate) pid: Vec<u32>,
+    /// Report as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// A rate: `500/s`, `500`, `300/m`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Rate {
+    per_second: f64,
+}
+
+/// The text is no rate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a rate is a number above 0 and at most 1000000, with /s or /m: 500/s")]
+pub(crate) struct InvalidRate;
+
+impl Rate {
+    /// When the connection of this number is due, counted from the start.
+    pub(crate) fn due(self, index: u32) -> Duration {
+        Duration::from_secs_f64(f64::from(index) / self.per_second)
+    }
+}
+
+impl FromStr for Rate {
+    type Err = InvalidRate;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (number, seconds) = match text.split_once('/') {
+            None | Some((_, "s")) => (text.trim_end_matches("/s"), 1.0),
+            Some((number, "m")) => (number, 60.0),
+            Some(_) => return Err(InvalidRate),
+        };
+        let per_second = number.trim().parse::<f64>().map_err(|_| InvalidRate)? / seconds;
+        // At 1 in 1,000 s the largest run already takes years; below, its times would overflow.
+        if (0.001..=1e6).contains(&per_second) { Ok(Self { per_second }) } else { Err(InvalidRate) }
+    }
+}
+
+/// Addresses to connect from, taken in turn.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Sources {
+    first: IpAddr,
+    count: u32,
+}
+
+/// The text is no range of addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("sources are an address or a range of at most 65536 IPv4 ones: 127.0.0.1-127.0.0.4")]
+pub(crate) struct InvalidSources;
+
+impl Sources {
+    /// How many there are.
+    pub(crate) fn count(&self) -> u32 {
+        self.count
+    }
+
+    /// The address for the connection of this number.
+    pub(crate) fn address(&self, index: u32) -> IpAddr {
+        match self.first {
+            IpAddr::V4(first) => Ipv4Addr::from_bits(first.to_bits() + index % self.count).into(),
+            one @ IpAddr::V6(_) => one,
+        }
+    }
+}
+
+impl FromStr for Sources {
+    type Err = InvalidSources;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let Some((first, last)) = text.split_once('-') else {
+            return Ok(Self { first: text.parse().map_err(|_| InvalidSources)?, count: 1 });
+        };
+        let address = |text: &str| text.trim().parse::<Ipv4Addr>().map_err(|_| InvalidSources);
+        let (first, last) = (address(first)?, address(last)?);
+        match last.to_bits().checked_sub(first.to_bits()) {
+            Some(more @ 0..=0xFFFF) => Ok(Self { first: first.into(), count: more + 1 }),
+            Some(_) | None => Err(InvalidSources),
+        }
+    }
+}
+
+/// A URL taken apart.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Target {
+    /// Host and port, as `Host` has them and as they are looked up.
+    pub(crate) authority: String,
+    /// Path and query.
+    pub(crate) path: String,
+}
+
+/// The text is no URL this tool can connect to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a URL has the form ws://host[:port]/path (TLS is not spoken: test behind the proxy)")]
+pub(crate) struct InvalidTarget;
+
+impl Target {
+    /// The path with one more member of the query.
+    pub(crate) fn path_with(&self, name: &str, value: &str) -> String {
+        let sign = if self.path.contains('?') { '&' } else { '?' };
+        let mut path = format!("{}{sign}{name}=", self.path);
+        for byte in value.bytes() {
+            if byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_' | b'~') {
+                path.push(char::from(byte));
+            } else {
+                path.push_str(&format!("%{byte:02X}"));
+            }
+        }
+        path
+    }
+}
+
+impl FromStr for Target {
+    type Err = InvalidTarget;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let rest = text.strip_prefix("ws://").ok_or(InvalidTarget)?;
+        let end = rest.find(['/', '?']).unwrap_or(rest.len());
+        let (authority, path) = rest.split_at(end);
+        let plain = |b: u8| b.is_ascii_graphic() && b != b'#';
+        if authority.is_empty() || authority.contains('@') || !rest.bytes().all(plain) {
+            return Err(InvalidTarget);
+        }
+        let has_port = authority.rsplit_once(':').is_some_and(|(_, port)| !port.ends_with(']'));
+        let port = if has_port { "" } else { ":80" };
+        let slash = if path.starts_with('/') { "" } else { "/" };
+        Ok(Self { authority: format!("{authority}{port}"), path: format!("{slash}{path}") })
+    }
+}
+
+fn hold(text: &str) -> Result<Duration, String> {
+    duration(text, HOLD_MAX)
+}
+
+fn timeout(text: &str) -> Result<Duration, String> {
+    duration(text, TIMEOUT_MAX)
+}
+
+fn duration(text: &str, max: Duration) -> Result<Duration, String> {
+    match humantime::parse_duration(text) {
+        Ok(duration) if duration <= max => Ok(duration),
+        Ok(_) => Err(format!("at most {}", humantime::format_duration(max))),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rates_are_per_second_or_minute() {
+        let due = |text: &str| text.parse::<Rate>().unwrap().due(10).as_millis();
+        assert_eq!((due("500/s"), due("500"), due("30/m"), due("0.5/s")), (20, 20, 20_000, 20_000));
+        for bad in ["", "0", "-1/s", "5/h", "x/s", "1e9", "NaN", "inf", "/s", "1/s/s"] {
+            assert_eq!(bad.parse::<Rate>(), Err(InvalidRate), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn sources_are_an_address_or_a_range_taken_in_turn() {
+        let sources: Sources = "127.0.0.1-127.0.0.4".parse().unwrap();
+        let taken: Vec<String> = (3..6).map(|index| sources.address(index).to_string()).collect();
+        assert_eq!(taken, ["127.0.0.4", "127.0.0.1", "127.0.0.2"]);
+        assert_eq!("10.0.0.1".parse::<Sources>().unwrap().count(), 1);
+        assert_eq!("::1".parse::<Sources>().unwrap().address(7).to_string(), "::1");
+        assert_eq!("127.0.0.1-127.0.0.1".parse::<Sources>().unwrap().count(), 1);
+        for bad in ["", "x", "127.0.0.4-127.0.0.1", "127.0.0.1-", "0.0.0.0-1.0.0.0", "::1-::2"] {
+            assert_eq!(bad.parse::<Sources>(), Err(InvalidSources), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_url_is_taken_apart() {
+        let check = |text: &str, authority: &str, path: &str| {
+            let target: Target = text.parse().unwrap();
+            assert_eq!((target.authority.as_str(), target.path.as_str()), (authority, path));
+        };
+        check("ws://h:1/ws", "h:1", "/ws");
+        check("ws://h", "h:80", "/");
+        check("ws://h?a=b", "h:80", "/?a=b");
+        check("ws://[::1]/ws", "[::1]:80", "/ws");
+        check("ws://[::1]:8080/ws", "[::1]:8080", "/ws");
+        for bad in ["", "h:1", "wss://h/", "http://h/", "ws:///", "ws://u@h/", "ws://h/a b"] {
+            assert_eq!(bad.parse::<Target>(), Err(InvalidTarget), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn the_query_is_added_and_encoded() {
+        let target: Target = "ws://h/ws".parse().unwrap();
+        let path = target.path_with("user", "a|b");
+        assert_eq!(path, "/ws?user=a%7Cb");
+        assert_eq!(Target { path, ..target }.path_with("x", "1"), "/ws?user=a%7Cb&x=1");
+    }
+
+    #[test]
+    fn arguments_are_checked_by_clap() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+        let parse = |text: &str| Cli::try_parse_from(text.split(' '));
+        let Command::Connect(args) =
+            parse("loadtest connect -n 5 --rooms 2 --pid 1 2 --json").unwrap().command;
+        assert_eq!((args.connections, args.rooms, args.pid), (5, Some(2), vec![1, 2]));
+        for bad in [
+            "loadtest",
+            "loadtest connect",
+            "loadtest connect -n 0",
+            "loadtest connect -n 1 --room a --rooms 2",
+            "loadtest connect -n 1 --room a/b",
+            "loadtest connect -n 1 --hold 2days",
+        ] {
+            assert_eq!(parse(bad).unwrap_err().exit_code(), 2, "{bad}");
+        }
+    }
+}

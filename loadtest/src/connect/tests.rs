@@ -1,0 +1,165 @@
+//! The whole command against a server of a few lines, over real sockets.
+
+use clap::Parser;
+use futures_util::{SinkExt, StreamExt};
+use serde_json::{Value, json};
+use tokio::net::{TcpListener, TcpStream};
+use tokio_tungstenite::{
+    accept_hdr_async,
+    tungstenite::{
+        Message,
+        handshake::server::{ErrorResponse, Request, Response},
+        protocol::CloseFrame,
+    },
+};
+
+use super::*;
+use crate::args::{Cli, Command};
+
+/// What the server does with each of its connections.
+type Script = fn(number: u32) -> Deed;
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Deed {
+    /// Says `connected`, answers a `join`, then waits for the close.
+    Serve,
+    /// Answers with HTTP 429.
+    Refuse,
+    /// Closes with 1008 instead of `connected`.
+    Close,
+    /// Refuses the `join`.
+    RefuseJoin,
+    /// Serves, pings, and closes with 1012 when the pong has come.
+    Drain,
+}
+
+/// Runs `loadtest connect` with `arguments` against a server that follows `script`.
+async fn check(script: Script, arguments: &str) -> Report {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("ws://{}/ws", listener.local_addr().unwrap());
+    let command = format!("loadtest connect --url {url} --rate 1000/s {arguments}");
+    let Command::Connect(args) = Cli::try_parse_from(command.split(' ')).unwrap().command;
+    let mut peers = JoinSet::new();
+    let accept = async {
+        for number in 0.. {
+            let (stream, _) = listener.accept().await.unwrap();
+            peers.spawn(serve(stream, script(number)));
+        }
+    };
+    let report = tokio::select! {
+        report = run(args) => report.unwrap(),
+        () = accept => panic!("the server ended"),
+    };
+    while let Some(peer) = peers.join_next().await {
+        peer.unwrap();
+    }
+    report
+}
+
+async fn serve(stream: TcpStream, deed: Deed) {
+    #[expect(clippy::result_large_err, reason = "tungstenite wants it so")]
+    let callback = |request: &Request, mut response: Response| {
+        assert!(request.uri().query().unwrap().starts_with("user=load-"));
+        if deed == Deed::Refuse {
+            let mut refusal = ErrorResponse::new(None);
+            *refusal.status_mut() = 429_u16.try_into().unwrap();
+            return Err(refusal);
+        }
+        response.headers_mut().insert("sec-websocket-protocol", "chat.v1".parse().unwrap());
+        Ok(response)
+    };
+    let Ok(mut socket) = accept_hdr_async(stream, callback).await else { return };
+    let close = |code: u16, reason: &'static str| {
+        Message::Close(Some(CloseFrame { code: code.into(), reason: reason.into() }))
+    };
+    if deed == Deed::Close {
+        socket.send(close(1008, "forbidden")).await.unwrap();
+    } else {
+        socket.send(Message::text(r#"{"type":"connected"}"#)).await.unwrap();
+    }
+    if deed == Deed::Drain {
+        socket.send(Message::Ping("p".into())).await.unwrap();
+    }
+    while let Some(Ok(message)) = socket.next().await {
+        match message {
+            Message::Text(text) => {
+                let frame: Value = serde_json::from_str(&text).unwrap();
+                assert_eq!((&frame["type"], &frame["history"]), (&json!("join"), &json!(0)));
+                let answer = if deed == Deed::RefuseJoin {
+                    json!({"type": "error", "code": "room_full"})
+                } else {
+                    json!({"type": "joined", "room": frame["room"]})
+                };
+                // After a close this fails, as it should.
+                let _ = socket.send(Message::text(answer.to_string())).await;
+            }
+            Message::Pong(_) => socket.send(close(1012, "draining")).await.unwrap(),
+            _ => {}
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_is_opened_is_held_and_closed() {
+    let report = check(|_| Deed::Serve, "-n 20 --hold 10ms --rooms 3").await;
+    assert!(report.is_good(), "{report}");
+    assert_eq!((report.opened, report.held), (20, 20));
+    assert!(report.connected_ms.unwrap().p50 <= report.joined_ms.unwrap().max);
+}
+
+#[tokio::test]
+async fn without_rooms_nothing_is_joined() {
+    let report = check(|_| Deed::Serve, "-n 3 --hold 1ms").await;
+    assert!(report.is_good() && report.joined_ms.is_none(), "{report}");
+}
+
+#[tokio::test]
+async fn what_goes_wrong_is_counted_by_its_kind() {
+    let script = |number: u32| match number % 4 {
+        0 => Deed::Serve,
+        1 => Deed::Refuse,
+        2 => Deed::Close,
+        _ => Deed::RefuseJoin,
+    };
+    let report = check(script, "-n 8 --hold 1ms --room r").await;
+    assert!(!report.is_good());
+    assert_eq!((report.opened, report.held, report.refused["429"]), (2, 2, 2));
+    assert_eq!(report.failed["closed before `connected`: 1008 forbidden"], 2);
+    assert_eq!(report.failed["join refused: room_full"], 2);
+}
+
+#[tokio::test]
+async fn pings_are_answered_and_closes_during_the_hold_told_by_code() {
+    // It ends when nothing is left to hold.
+    let report = check(|_| Deed::Drain, "-n 4 --hold 1m").await;
+    assert_eq!((report.opened, report.held), (4, 0));
+    assert_eq!(report.closed_while_held["1012 draining"], 4);
+}
+
+#[tokio::test]
+async fn what_does_not_answer_times_out() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("ws://{}/", listener.local_addr().unwrap());
+    let command = format!("loadtest connect --url {url} -n 2 --timeout 20ms --hold 1ms");
+    let Command::Connect(args) = Cli::try_parse_from(command.split(' ')).unwrap().command;
+    let report = run(args).await.unwrap();
+    assert_eq!((report.opened, report.failed["timed out"]), (0, 2));
+}
+
+#[tokio::test]
+async fn what_cannot_work_is_refused_before_it_begins() {
+    let refused = async |arguments: &str| {
+        let command = format!("loadtest connect {arguments}");
+        let Command::Connect(args) = Cli::try_parse_from(command.split(' ')).unwrap().command;
+        run(args).await.unwrap_err()
+    };
+    assert!(matches!(refused("-n 1 --pid 4294967295").await, ConnectError::Process(_)));
+    let error = refused("-n 1000000").await;
+    // Which limit is met first is the machine's.
+    assert!(
+        matches!(error, ConnectError::Descriptors { .. } | ConnectError::Ports { .. }),
+        "{error}"
+    );
+    let error = refused("-n 1 --url ws://nowhere.invalid/").await;
+    assert!(error.to_string().starts_with("nowhere.invalid:80"), "{error}");
+}

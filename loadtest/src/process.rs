@@ -1,0 +1,119 @@
+//! What a process costs, read from `/proc`: its memory and its CPU time.
+//!
+//! Linux only. The parsing is pure.
+
+use std::{fs, io};
+
+/// Clock ticks per second in `/proc/PID/stat`. `USER_HZ` is 100 wherever this runs; to ask the
+/// system for it takes `unsafe` or another crate.
+const TICKS_PER_SECOND: u64 = 100;
+
+/// What a process costs at a moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Cost {
+    /// Its proportional set size: what is shared with other processes is counted in part.
+    pub(crate) pss_bytes: u64,
+    /// User and system time since it began.
+    pub(crate) cpu_ms: u64,
+}
+
+/// Why a process's cost is not known.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CostError {
+    /// There is no such process, or it is another user's.
+    #[error("/proc/{process}/{file}: {source}")]
+    Read {
+        /// The process.
+        process: String,
+        /// What was to be read.
+        file: &'static str,
+        /// Why it could not be.
+        source: io::Error,
+    },
+    /// The kernel's text is another than expected.
+    #[error("/proc/{process}/{file} is not understood")]
+    Parse {
+        /// The process.
+        process: String,
+        /// What was read.
+        file: &'static str,
+    },
+}
+
+impl Cost {
+    /// What a process costs now; `None` is this process.
+    pub(crate) fn of(pid: Option<u32>) -> Result<Self, CostError> {
+        let process = pid.map_or_else(|| "self".to_owned(), |pid| pid.to_string());
+        let read = |file: &'static str| {
+            fs::read_to_string(format!("/proc/{process}/{file}"))
+                .map_err(|source| CostError::Read { process: process.clone(), file, source })
+        };
+        let parse = |file| CostError::Parse { process: process.clone(), file };
+        Ok(Self {
+            pss_bytes: pss_bytes(&read("smaps_rollup")?).ok_or_else(|| parse("smaps_rollup"))?,
+            cpu_ms: cpu_ms(&read("stat")?).ok_or_else(|| parse("stat"))?,
+        })
+    }
+}
+
+/// The `Pss:` line of `smaps_rollup`, in bytes.
+fn pss_bytes(text: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix("Pss:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib * 1024)
+}
+
+/// Fields 14 and 15 of `stat`: user and system time in ticks.
+fn cpu_ms(text: &str) -> Option<u64> {
+    // Field 2 is the program's name in parentheses, which may hold anything, parentheses too.
+    let (_, rest) = text.rsplit_once(')')?;
+    let mut fields = rest.split_ascii_whitespace().skip(11);
+    let (user, system): (u64, u64) = (fields.next()?.parse().ok()?, fields.next()?.parse().ok()?);
+    Some((user + system) * 1000 / TICKS_PER_SECOND)
+}
+
+/// How many ports one address has for outgoing connections.
+pub(crate) fn local_ports() -> u32 {
+    const DEFAULT: u32 = 60_999 - 32_768 + 1;
+    let range = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range");
+    range.ok().and_then(|text| ports(&text)).unwrap_or(DEFAULT)
+}
+
+fn ports(text: &str) -> Option<u32> {
+    let mut ends = text.split_ascii_whitespace().map(str::parse::<u32>);
+    let (first, last) = (ends.next()?.ok()?, ends.next()?.ok()?);
+    Some(last.checked_sub(first)? + 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pss_is_found_among_its_likes() {
+        let text = "55f-7ff ---p 00000000 00:00 0 [rollup]\nRss:    5120 kB\nPss:            1234 kB\nPss_Dirty:  9 kB\n";
+        assert_eq!(pss_bytes(text), Some(1234 * 1024));
+        assert_eq!(pss_bytes("Rss: 1 kB"), None);
+    }
+
+    #[test]
+    fn cpu_time_is_found_behind_any_name() {
+        let text = "42 (a) b (c) S 1 42 42 0 -1 4194560 1 2 3 4 150 25 7 8 20 0 1 0 99 1 1";
+        assert_eq!(cpu_ms(text), Some(1750));
+        assert_eq!(cpu_ms("42 (x) S 1"), None);
+        assert_eq!(cpu_ms(""), None);
+    }
+
+    #[test]
+    fn the_range_of_ports_counts_both_ends() {
+        assert_eq!(ports("32768\t60999\n"), Some(28_232));
+        assert_eq!(ports("9 1"), None);
+    }
+
+    #[test]
+    fn this_process_has_a_cost_and_no_process_has_none() {
+        assert!(Cost::of(None).unwrap().pss_bytes > 0);
+        assert!(matches!(Cost::of(Some(u32::MAX)), Err(CostError::Read { .. })));
+        assert!(local_ports() > 0);
+    }
+}

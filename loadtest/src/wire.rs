@@ -1,0 +1,368 @@
+//! The client's half of a WebSocket, as small as it can be: the handshake's bytes, a reader of
+//! server frames that holds nothing between messages, and the few frames a client sends.
+//!
+//! Pure. It is not `shared::client`, since that is made for correctness with one connection, and
+//! this for a hundred thousand of them in one process.
+
+/// The most that the head of the handshake's answer may take.
+const HEAD_BYTES_MAX: usize = 8 * 1024;
+/// The most that a message may take while messages are read; the protocol allows the server less.
+const MESSAGE_BYTES_MAX: usize = 4 * 1024 * 1024;
+/// The key of RFC 6455's own example, and what has to answer it. A fixed key spares a SHA-1; the
+/// key is no secret, it only keeps caches from answering.
+const KEY: &str = "dGhlIHNhbXBsZSBub25jZQ==";
+const ACCEPT: &str = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=";
+/// A fixed mask. Masks keep scripts in browsers from choosing the bytes on the wire; nobody here
+/// could.
+const MASK: [u8; 4] = [0x37, 0xFA, 0x21, 0x3D];
+
+/// What the server did wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum WireError {
+    /// The answer to the handshake is no HTTP.
+    #[error("the answer to the handshake is no HTTP")]
+    NotHttp,
+    /// The answer says 101, but not to our key.
+    #[error("the handshake was answered with a wrong key")]
+    WrongKey,
+    /// A frame breaks RFC 6455.
+    #[error("a frame breaks RFC 6455")]
+    BadFrame,
+    /// A message is larger than the protocol allows.
+    #[error("a message is too large")]
+    TooLarge,
+}
+
+/// The handshake's request.
+pub(crate) fn request(host: &str, path: &str) -> Vec<u8> {
+    format!(
+        "GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+         Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {KEY}\r\n\
+         Sec-WebSocket-Protocol: {}\r\n\r\n",
+        shared::SUBPROTOCOL
+    )
+    .into_bytes()
+}
+
+/// The answer to a handshake.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Head {
+    /// 101. Frames begin after so many bytes.
+    Upgraded { end: usize },
+    /// Another HTTP status.
+    Refused { status: u16 },
+}
+
+/// Reads the answer to the handshake; `None` while it is not all there.
+pub(crate) fn head(bytes: &[u8]) -> Result<Option<Head>, WireError> {
+    let Some(end) = bytes.windows(4).position(|four| four == b"\r\n\r\n") else {
+        return if bytes.len() < HEAD_BYTES_MAX { Ok(None) } else { Err(WireError::NotHttp) };
+    };
+    let text = std::str::from_utf8(&bytes[..end]).map_err(|_| WireError::NotHttp)?;
+    let mut lines = text.split("\r\n");
+    let status = lines.next().and_then(|line| line.strip_prefix("HTTP/1.1 "));
+    let status = status.and_then(|rest| rest.get(..3)?.parse::<u16>().ok());
+    let status = status.ok_or(WireError::NotHttp)?;
+    if status != 101 {
+        return Ok(Some(Head::Refused { status }));
+    }
+    let accept = lines.filter_map(|line| line.split_once(':')).find_map(|(name, value)| {
+        name.eq_ignore_ascii_case("sec-websocket-accept").then(|| value.trim())
+    });
+    if accept == Some(ACCEPT) {
+        Ok(Some(Head::Upgraded { end: end + 4 }))
+    } else {
+        Err(WireError::WrongKey)
+    }
+}
+
+/// A text frame of a client.
+pub(crate) fn text(payload: &str) -> Vec<u8> {
+    frame(0x1, payload.as_bytes())
+}
+
+/// A pong with what the ping held.
+pub(crate) fn pong(payload: &[u8]) -> Vec<u8> {
+    frame(0xA, payload)
+}
+
+/// A close frame.
+pub(crate) fn close(code: u16) -> Vec<u8> {
+    frame(0x8, &code.to_be_bytes())
+}
+
+fn frame(opcode: u8, payload: &[u8]) -> Vec<u8> {
+    let mut frame = vec![0x80 | opcode];
+    match payload.len() {
+        short @ 0..=125 => frame.push(0x80 | short as u8),
+        medium @ 126..=0xFFFF => {
+            frame.push(0x80 | 126);
+            frame.extend_from_slice(&(medium as u16).to_be_bytes());
+        }
+        long => {
+            frame.push(0x80 | 127);
+            frame.extend_from_slice(&(long as u64).to_be_bytes());
+        }
+    }
+    frame.extend_from_slice(&MASK);
+    frame.extend(payload.iter().zip(MASK.iter().cycle()).map(|(byte, mask)| byte ^ mask));
+    frame
+}
+
+/// What arrived.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Received {
+    /// A data message; `None` where messages are not read.
+    Message(Option<Vec<u8>>),
+    /// A ping.
+    Ping(Vec<u8>),
+    /// A close frame: its code and reason.
+    Close(Option<u16>, String),
+}
+
+/// Takes server frames apart. Between messages it holds no memory of its own.
+#[derive(Debug, Default)]
+pub(crate) struct Reader {
+    /// Whether the content of messages is wanted.
+    pub(crate) reads_messages: bool,
+    /// The start of a frame that is not all there.
+    rest: Vec<u8>,
+    /// The message under way.
+    message: Vec<u8>,
+    /// How much of a payload that nobody wants is still to come, and what it completes.
+    skip: u64,
+    skip_ends_message: bool,
+}
+
+impl Reader {
+    /// Takes `bytes` and gives what they complete to `on`.
+    pub(crate) fn push(
+        &mut self,
+        bytes: &[u8],
+        mut on: impl FnMut(Received),
+    ) -> Result<(), WireError> {
+        let gathered;
+        let mut input = if self.rest.is_empty() {
+            bytes
+        } else {
+            self.rest.extend_from_slice(bytes);
+            gathered = std::mem::take(&mut self.rest);
+            &gathered
+        };
+        while !input.is_empty() {
+            if self.skip > 0 {
+                input = self.skip_over(input, &mut on);
+                continue;
+            }
+            let Some(header) = Header::read(input)? else { break };
+            let payload = &input[header.bytes..];
+            if header.opcode < 0x8 && !self.reads_messages {
+                self.skip = header.length;
+                self.skip_ends_message = header.fin;
+                if header.length == 0 && header.fin {
+                    on(Received::Message(None));
+                }
+                input = payload;
+                continue;
+            }
+            if header.length > (MESSAGE_BYTES_MAX - self.message.len()) as u64 {
+                return Err(WireError::TooLarge);
+            }
+            let length = header.length as usize;
+            let Some((payload, behind)) = payload.split_at_checked(length) else { break };
+            self.take(&header, payload, &mut on)?;
+            input = behind;
+        }
+        self.rest = input.to_vec();
+        Ok(())
+    }
+
+    fn skip_over<'a>(&mut self, input: &'a [u8], on: &mut impl FnMut(Received)) -> &'a [u8] {
+        let skipped = usize::try_from(self.skip).unwrap_or(usize::MAX).min(input.len());
+        self.skip -= skipped as u64;
+        if self.skip == 0 && self.skip_ends_message {
+            on(Received::Message(None));
+        }
+        &input[skipped..]
+    }
+
+    fn take(
+        &mut self,
+        header: &Header,
+        payload: &[u8],
+        on: &mut impl FnMut(Received),
+    ) -> Result<(), WireError> {
+        match header.opcode {
+            0x0..=0x2 => {
+                self.message.extend_from_slice(payload);
+                if header.fin {
+                    on(Received::Message(Some(std::mem::take(&mut self.message))));
+                }
+            }
+            0x8 => {
+                let code = payload.split_first_chunk::<2>();
+                let reason = code.map(|(_, reason)| String::from_utf8_lossy(reason).into_owned());
+                let code = code.map(|(code, _)| u16::from_be_bytes(*code));
+                on(Received::Close(code, reason.unwrap_or_default()));
+            }
+            0x9 => on(Received::Ping(payload.to_vec())),
+            0xA => {}
+            _ => return Err(WireError::BadFrame),
+        }
+        Ok(())
+    }
+}
+
+struct Header {
+    fin: bool,
+    opcode: u8,
+    /// How long the header is.
+    bytes: usize,
+    /// How long the payload is.
+    length: u64,
+}
+
+impl Header {
+    fn read(input: &[u8]) -> Result<Option<Self>, WireError> {
+        let &[first, second, ref rest @ ..] = input else { return Ok(None) };
+        // No extension was offered, and a server does not mask.
+        if first & 0x70 != 0 || second & 0x80 != 0 {
+            return Err(WireError::BadFrame);
+        }
+        let (bytes, length) = match second {
+            126 => match rest.first_chunk::<2>() {
+                Some(length) => (4, u64::from(u16::from_be_bytes(*length))),
+                None => return Ok(None),
+            },
+            127 => match rest.first_chunk::<8>() {
+                Some(length) => (10, u64::from_be_bytes(*length)),
+                None => return Ok(None),
+            },
+            short => (2, u64::from(short)),
+        };
+        let (fin, opcode) = (first & 0x80 != 0, first & 0x0F);
+        if opcode >= 0x8 && (length > 125 || !fin) {
+            return Err(WireError::BadFrame);
+        }
+        Ok(Some(Self { fin, opcode, bytes, length }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use shared::codec::{Decoder, Opcode, Received as Decoded, encode, encode_close};
+
+    use super::*;
+
+    const GOOD: &str = "HTTP/1.1 101 x\r\nUpgrade: websocket\r\nsec-websocket-ACCEPT:  s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n";
+
+    #[test]
+    fn the_key_and_its_answer_belong_together() {
+        use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
+        assert_eq!(derive_accept_key(KEY.as_bytes()), ACCEPT);
+        assert!(String::from_utf8(request("h", "/")).unwrap().contains(KEY));
+        assert_eq!(head(GOOD.as_bytes()), Ok(Some(Head::Upgraded { end: GOOD.len() })));
+    }
+
+    #[test]
+    fn an_answer_in_pieces_is_waited_for() {
+        for cut in 0..GOOD.len() {
+            assert_eq!(head(&GOOD.as_bytes()[..cut]), Ok(None));
+        }
+    }
+
+    #[test]
+    fn refusals_and_nonsense_are_told_apart() {
+        let refused = b"HTTP/1.1 429 Too Many\r\nRetry-After: 1\r\n\r\nbody";
+        assert_eq!(head(refused), Ok(Some(Head::Refused { status: 429 })));
+        let wrong = GOOD.replace("s3pP", "xxxx");
+        assert_eq!(head(wrong.as_bytes()), Err(WireError::WrongKey));
+        assert_eq!(head(b"SSH-2.0\r\n\r\n"), Err(WireError::NotHttp));
+        assert_eq!(head(&[b'x'; HEAD_BYTES_MAX]), Err(WireError::NotHttp));
+    }
+
+    #[test]
+    fn the_gateways_decoder_reads_what_is_sent() {
+        let mut decoder = Decoder::new(1 << 20);
+        for length in [0, 5, 125, 126, 70_000] {
+            let payload = "x".repeat(length);
+            let mut bytes = text(&payload);
+            let (_, received) = decoder.next(&mut bytes).unwrap();
+            assert_eq!(received, Some(Decoded::Text(&payload)));
+        }
+        assert_eq!(decoder.next(&mut pong(b"p")).unwrap().1, Some(Decoded::Pong(b"p")));
+        let closed = Some(Decoded::Close(Some((1000, ""))));
+        assert_eq!(decoder.next(&mut close(1000)).unwrap().1, closed);
+    }
+
+    /// What a server may send, and what it is read as.
+    fn stream() -> (Vec<u8>, Vec<Received>) {
+        let long = vec![b'y'; 70_000];
+        let mut bytes = Vec::new();
+        bytes.extend_from_slice(&encode(Opcode::Text, &[b"hello"]));
+        bytes.extend_from_slice(&encode(Opcode::Ping, &[b"p"]));
+        bytes.extend_from_slice(&encode(Opcode::Binary, &[&long]));
+        bytes.extend_from_slice(&encode(Opcode::Pong, &[]));
+        bytes.extend_from_slice(&[0x01, 2, b'a', b'b', 0x80, 1, b'c']);
+        bytes.extend_from_slice(&encode(Opcode::Text, &[]));
+        bytes.extend_from_slice(&encode_close(1012, "draining"));
+        let message = |bytes: &[u8]| Received::Message(Some(bytes.to_vec()));
+        let received = vec![
+            message(b"hello"),
+            Received::Ping(b"p".to_vec()),
+            message(&long),
+            message(b"abc"),
+            message(b""),
+            Received::Close(Some(1012), "draining".to_owned()),
+        ];
+        (bytes, received)
+    }
+
+    #[test]
+    fn frames_are_read_however_they_are_cut() {
+        let (bytes, expected) = stream();
+        for step in [1, 2, 3, 7, 1000, 200_000] {
+            let mut reader = Reader { reads_messages: true, ..Reader::default() };
+            let mut received = Vec::new();
+            for piece in bytes.chunks(step) {
+                reader.push(piece, |one| received.push(one)).unwrap();
+            }
+            assert_eq!(received, expected, "in steps of {step}");
+            assert_eq!(reader.rest.capacity() + reader.message.capacity(), 0);
+        }
+    }
+
+    #[test]
+    fn messages_that_nobody_wants_are_counted_and_not_kept() {
+        let (bytes, expected) = stream();
+        let expected: Vec<Received> = expected
+            .into_iter()
+            .map(|one| match one {
+                Received::Message(_) => Received::Message(None),
+                other => other,
+            })
+            .collect();
+        for step in [1, 5, 4096] {
+            let (mut reader, mut received) = (Reader::default(), Vec::new());
+            for piece in bytes.chunks(step) {
+                reader.push(piece, |one| received.push(one)).unwrap();
+                assert!(reader.rest.len() < 140);
+            }
+            assert_eq!(received, expected, "in steps of {step}");
+        }
+    }
+
+    #[test]
+    fn what_breaks_the_rfc_or_is_too_large_is_refused() {
+        let check = |bytes: &[u8], expected| {
+            let mut reader = Reader { reads_messages: true, ..Reader::default() };
+            assert_eq!(reader.push(bytes, |_| ()), Err(expected), "{bytes:?}");
+        };
+        check(&[0xC1, 0], WireError::BadFrame);
+        check(&[0x81, 0x80, 0, 0, 0, 0], WireError::BadFrame);
+        check(&[0x09, 0], WireError::BadFrame);
+        check(&[0x89, 126, 0, 126], WireError::BadFrame);
+        check(&[0x83, 0], WireError::BadFrame);
+        check(&[0x82, 127, 0, 0, 0, 0, 1, 0, 0, 0], WireError::TooLarge);
+    }
+}
