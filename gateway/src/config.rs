@@ -130,8 +130,7 @@ impl Config {
         Self::read(&mut reader);
         let mut table = String::from("| key | default | what |\n| --- | --- | --- |\n");
         for Described { key, default, text } in reader.described {
-            let default =
-                if default.is_empty() { String::new() } else { format!("`{default}`") };
+            let default = if default.is_empty() { String::new() } else { format!("`{default}`") };
             let _ = writeln!(table, "| `{key}` | {default} | {text} |");
         }
         table
@@ -264,8 +263,7 @@ impl Reader {
         let mut builder = config::Config::builder();
         builder = match sources.file {
             Some(path) => builder.add_source(File::from(path).format(FileFormat::Toml)),
-            None => builder
-                .add_source(File::new(DEFAULT_FILE, FileFormat::Toml).required(false)),
+            None => builder.add_source(File::new(DEFAULT_FILE, FileFormat::Toml).required(false)),
         };
         // Values stay text until an option reads them: guessing types turns the id `1e5` into
         // 100000.
@@ -498,8 +496,7 @@ mod tests {
             pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect::<Vec<_>>()
         };
         let environment = own(environment).into_iter().collect();
-        let sources =
-            Sources { file: None, environment: Some(environment), flags: own(flags) };
+        let sources = Sources { file: None, environment: Some(environment), flags: own(flags) };
         Config::load(sources).map_err(|mistakes| mistakes.to_string())
     }
 

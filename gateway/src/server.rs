@@ -90,8 +90,7 @@ impl Server {
         );
         let connections_max = http_limits.connections_max.saturating_add(TCP_CONNECTIONS_SPARE);
         let limits = config.session;
-        let services =
-            Arc::new(Services { publisher, hub, bus, metrics: metrics.clone(), limits });
+        let services = Arc::new(Services { publisher, hub, bus, metrics: metrics.clone(), limits });
         let node = Node::new(config.node, config.http, services, metrics, tasks.clone());
         let node = Arc::new(node);
 
@@ -119,10 +118,7 @@ impl Server {
     }
 }
 
-fn bind(
-    key: &'static str,
-    address: SocketAddr,
-) -> Result<(TcpSocket, SocketAddr), StartError> {
+fn bind(key: &'static str, address: SocketAddr) -> Result<(TcpSocket, SocketAddr), StartError> {
     listen::bind(address)
         .and_then(|socket| Ok((socket.local_addr()?, socket)))
         .map(|(address, socket)| (socket, address))

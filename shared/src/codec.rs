@@ -216,11 +216,7 @@ impl Decoder {
     }
 
     /// Reads a frame header, which may come in pieces, and judges it as early as possible.
-    fn read_header(
-        &mut self,
-        input: &[u8],
-        used: &mut usize,
-    ) -> Result<Option<Frame>, CodecError> {
+    fn read_header(&mut self, input: &[u8], used: &mut usize) -> Result<Option<Frame>, CodecError> {
         loop {
             let have = usize::from(self.header_len);
             if have == 2 {

@@ -57,8 +57,7 @@ impl Envelope {
     /// Packs `parts`.
     pub fn pack(parts: Parts<'_>) -> Self {
         let payload = parts.binary.unwrap_or_default();
-        let mut bytes =
-            BytesMut::with_capacity(HEADER_BYTES + parts.members.len() + payload.len());
+        let mut bytes = BytesMut::with_capacity(HEADER_BYTES + parts.members.len() + payload.len());
         bytes.put_u8(VERSION);
         let binary = if parts.binary.is_some() { BINARY } else { 0 };
         bytes.put_u8(binary | if parts.echo { 0 } else { NO_ECHO });

@@ -62,8 +62,7 @@ struct Ids {
 impl MemoryBus {
     /// An empty bus; a task of `tasks` forgets what is past `retention`.
     pub fn start(retention: Retention, mailboxes: Mailboxes, tasks: &Tasks) -> Self {
-        let bus =
-            Self { rooms: Arc::default(), retention: Arc::new(retention), mailboxes };
+        let bus = Self { rooms: Arc::default(), retention: Arc::new(retention), mailboxes };
         let (sweeper, stopped) = (bus.clone(), tasks.stopped().clone());
         tasks.spawn_service("memory_bus_sweep", async move {
             let mut every = tokio::time::interval(SWEEP_EVERY);

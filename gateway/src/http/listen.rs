@@ -89,7 +89,9 @@ fn is_of_one_connection(error: &io::Error) -> bool {
 
 /// A TCP connection's place, given back when the last of its uses is over.
 #[derive(Clone)]
-pub(super) struct TcpPlace(#[expect(dead_code, reason = "held for its drop")] Arc<OwnedSemaphorePermit>);
+pub(super) struct TcpPlace(
+    #[expect(dead_code, reason = "held for its drop")] Arc<OwnedSemaphorePermit>,
+);
 
 async fn connection(
     socket: TcpStream,

@@ -22,7 +22,11 @@ pub(super) async fn chat(State(node): State<Arc<Node>>) -> Response {
     let nonce = STANDARD.encode(rand::random::<[u8; 16]>());
     let notice = if node.options.warn_anonymous { NOTICE } else { "" };
     let page = CHAT
-        .replacen("<script type=\"module\">", &format!("<script type=\"module\" nonce=\"{nonce}\">"), 1)
+        .replacen(
+            "<script type=\"module\">",
+            &format!("<script type=\"module\" nonce=\"{nonce}\">"),
+            1,
+        )
         .replacen("<style>", &format!("<style nonce=\"{nonce}\">"), 1)
         .replacen(NOTICE_MARK, notice, 1);
     let policy = format!(

@@ -100,8 +100,7 @@ pub(super) async fn echo(
 
 /// The join that `/ws/rooms/{room}` asks for by its path and query.
 fn join_of(room: &str, params: &[(String, String)]) -> Result<Join, &'static str> {
-    let room: RoomId =
-        room.parse().map_err(|_| "a room is 1 to 128 of A-Z a-z 0-9 _ . : @ -")?;
+    let room: RoomId = room.parse().map_err(|_| "a room is 1 to 128 of A-Z a-z 0-9 _ . : @ -")?;
     let since = match param(params, "since") {
         Some(since) => Some(since.parse::<Position>().map_err(|_| "`since` is <epoch>:<seq>")?),
         None => None,
@@ -193,11 +192,8 @@ fn route(ends: Ends) -> String {
 }
 
 /// Whether the handshake is one, from a page that may, and whether there is room.
-fn admit(
-    node: &Node,
-    parts: &mut Parts,
-) -> Result<(String, Places), (Handshake, Box<Response>)> {
-    let as_bad = |response| (Handshake::Bad, Box::new(response));
+fn admit(node: &Node, parts: &mut Parts) -> Result<(String, Places), (Handshake, Box<Response>)> {
+    let as_bad = |response| (Handshake::Bad, response);
     let accept = accept_key(parts).map_err(as_bad)?;
     if !node.options.allowed_origins.allow(&parts.headers) {
         let text = "this page's origin is not in server.allowed_origins";
@@ -247,8 +243,8 @@ fn admit(
 }
 
 /// Checks a handshake (RFC 6455, section 4.2.1) and answers its key (section 4.2.2).
-fn accept_key(parts: &Parts) -> Result<String, Response> {
-    let bad = |text| refuse(StatusCode::BAD_REQUEST, "bad_request", text);
+fn accept_key(parts: &Parts) -> Result<String, Box<Response>> {
+    let bad = |text| Box::new(refuse(StatusCode::BAD_REQUEST, "bad_request", text));
     let has = |name, token: &str| {
         tokens(&parts.headers, name).any(|found| found.eq_ignore_ascii_case(token))
     };
@@ -258,7 +254,7 @@ fn accept_key(parts: &Parts) -> Result<String, Response> {
         let headers = response.headers_mut();
         headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
         headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
-        return Err(response);
+        return Err(Box::new(response));
     }
     if parts.version != Version::HTTP_11 {
         return Err(bad("a WebSocket handshake is HTTP/1.1"));
@@ -271,7 +267,7 @@ fn accept_key(parts: &Parts) -> Result<String, Response> {
         let mut response = refuse(StatusCode::UPGRADE_REQUIRED, "upgrade_required", text);
         let version = HeaderValue::from_static("13");
         response.headers_mut().insert(header::SEC_WEBSOCKET_VERSION, version);
-        return Err(response);
+        return Err(Box::new(response));
     }
     let mut keys = parts.headers.get_all(header::SEC_WEBSOCKET_KEY).iter();
     let (Some(key), None) = (keys.next(), keys.next()) else {
@@ -346,8 +342,7 @@ struct Opening {
 impl Opening {
     async fn serve(self, node: Arc<Node>, socket: TcpStream, early: Vec<u8>) {
         let limits = &node.options.limits;
-        let outbox =
-            Outbox::to_socket(socket, limits.outbox_bytes_max, node.metrics.clone());
+        let outbox = Outbox::to_socket(socket, limits.outbox_bytes_max, node.metrics.clone());
         let subscriber = Arc::new(Subscriber::new(ConnectionId::random(), outbox));
         let heartbeat = Heartbeat { json: self.json_ping, ..node.options.heartbeat.clone() };
         let connection = |handler| {

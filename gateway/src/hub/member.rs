@@ -97,30 +97,39 @@ impl Subscriber {
     /// Notes that the bus has appended `id` at `position`. Its `ack` is sent when the entry comes
     /// by, or here where it will not.
     pub fn appended(&self, id: MessageId, position: Position) {
-        let mut placed = self.placed_acks.lock();
-        let Some(ack) = placed.get_mut(&id) else { return };
-        if ack.state != PlacedState::Released {
-            ack.state = PlacedState::Appended(position);
-        } else if let Some(ack) = placed.remove(&id) {
+        let released = {
+            let mut placed = self.placed_acks.lock();
+            let Some(ack) = placed.get_mut(&id) else { return };
+            if ack.state == PlacedState::Released {
+                placed.remove(&id)
+            } else {
+                ack.state = PlacedState::Appended(position.clone());
+                None
+            }
+        };
+        if let Some(ack) = released {
             self.answer(&ack.at(id, position));
         }
     }
 
     /// Gives up the places of acks in `room`: its entries do not come by any more.
     pub fn release_acks(&self, room: &RoomId) {
-        let mut placed = self.placed_acks.lock();
-        placed.retain(|id, ack| {
+        let mut released = Vec::new();
+        self.placed_acks.lock().retain(|id, ack| {
             if ack.room != *room {
                 return true;
             }
             match std::mem::replace(&mut ack.state, PlacedState::Released) {
                 PlacedState::Appended(position) => {
-                    self.answer(&ack.clone().at(*id, position));
+                    released.push(ack.clone().at(*id, position));
                     false
                 }
                 PlacedState::Open | PlacedState::Released => true,
             }
         });
+        for ack in released {
+            self.answer(&ack);
+        }
     }
 
     /// The `ack` that stands in the place of `entry`, if this connection asked for that.

@@ -141,13 +141,7 @@ impl Room {
         }
     }
 
-    fn judge(
-        &mut self,
-        entry: Entry,
-        ring_max: usize,
-        turn: &mut Turn,
-        metrics: &Metrics,
-    ) -> Need {
+    fn judge(&mut self, entry: Entry, ring_max: usize, turn: &mut Turn, metrics: &Metrics) -> Need {
         let Some(order) = &self.order else { return Need::Nothing };
         let outcome = match order.judge(&entry.position) {
             Verdict::Deliver => {
@@ -377,11 +371,7 @@ impl Room {
 
 /// How many entries a ring may hold, given what all rings of a shard hold.
 pub(super) fn ring_entries_max(shard_bytes: usize, shard_bytes_max: usize) -> usize {
-    if shard_bytes > shard_bytes_max {
-        ring::ENTRIES_UNDER_PRESSURE
-    } else {
-        ring::ENTRIES_MAX
-    }
+    if shard_bytes > shard_bytes_max { ring::ENTRIES_UNDER_PRESSURE } else { ring::ENTRIES_MAX }
 }
 
 impl Member {

@@ -120,7 +120,11 @@ impl Session {
     }
 
     /// Handles a frame. What it returns has to be [performed](Session::perform) before the next.
-    pub fn handle(&mut self, frame: Result<Frame<'_>, Box<Refusal>>, now: Instant) -> Option<Request> {
+    pub fn handle(
+        &mut self,
+        frame: Result<Frame<'_>, Box<Refusal>>,
+        now: Instant,
+    ) -> Option<Request> {
         let frame = match frame {
             Ok(frame) => frame,
             Err(refusal) => {
@@ -172,7 +176,8 @@ impl Session {
         join: request::Join,
     ) -> Result<(), ErrorCode> {
         let room = join.room;
-        let refusal = |code, text: &str| refusal(reference.clone(), "join", Some(&room), code, text);
+        let refusal =
+            |code, text: &str| refusal(reference.clone(), "join", Some(&room), code, text);
         let again = self.rooms.contains(&room);
         if self.identity.access(&room).is_none() {
             let text = "the token does not allow this room";
@@ -283,8 +288,11 @@ impl Session {
             ..refusal(reference.clone(), "message", Some(room), code, text)
         };
         if let Err(wait) = self.messages.take(self.services.limits.messages, now) {
-            let refused = Refusal { room: Some(room.clone()), id: message.id,
-                ..rate_limited(reference, "message", wait) };
+            let refused = Refusal {
+                room: Some(room.clone()),
+                id: message.id,
+                ..rate_limited(reference, "message", wait)
+            };
             self.refuse(refused);
             return;
         }
@@ -297,8 +305,7 @@ impl Session {
             return;
         }
         let receipt = Receipt::of(message);
-        let sender =
-            Sender { connection: self.subscriber.connection, user: &self.identity.user };
+        let sender = Sender { connection: self.subscriber.connection, user: &self.identity.user };
         let outcome = Outcome {
             subscriber: self.subscriber.clone(),
             metrics: self.services.metrics.clone(),
@@ -417,9 +424,10 @@ impl Outcome {
                 "the bus is away; whether the message was taken is not known: send it again with \
                  the same id",
             ),
-            BusError::Overloaded => {
-                (ErrorCode::Overloaded, "too much waits for the bus; send it again with the same id")
-            }
+            BusError::Overloaded => (
+                ErrorCode::Overloaded,
+                "too much waits for the bus; send it again with the same id",
+            ),
             BusError::Refused => (ErrorCode::Internal, "the message could not be stored"),
         };
         let refusal = Refusal {

@@ -288,7 +288,8 @@ impl Connection {
     /// Pings, and ends a connection that is dead, stuck, or past its token.
     fn look_at_the_time(&mut self, now: Instant) {
         let outbox = &self.subscriber.outbox;
-        let over = |code: CloseCode| outbox.close(Close { code: code.number(), reason: String::new() });
+        let over =
+            |code: CloseCode| outbox.close(Close { code: code.number(), reason: String::new() });
         if self.expires.is_some_and(|expires| expires <= now) {
             over(CloseCode::TokenExpired);
         } else if outbox.stalled(now) >= self.heartbeat.stall_max {
@@ -391,9 +392,7 @@ async fn drain(socket: &TcpStream) {
     }
 }
 
-fn frame<'a>(
-    message: &Received<'a>,
-) -> Result<Frame<'a>, Box<shared::protocol::answer::Refusal>> {
+fn frame<'a>(message: &Received<'a>) -> Result<Frame<'a>, Box<shared::protocol::answer::Refusal>> {
     match *message {
         Received::Text(text) => Frame::from_text(text),
         Received::Binary(bytes) => Frame::from_binary(bytes),

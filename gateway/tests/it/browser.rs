@@ -1,1 +1,94 @@
-//! browser
+//! The chat page in a real browser: what is typed in one window appears in another.
+
+use std::time::Duration;
+
+use fantoccini::{Client, ClientBuilder, Locator, key::Key};
+use hyper_util::client::legacy::connect::HttpConnector;
+use serde_json::json;
+
+use crate::harness::{Chromedriver, Gateway, Redis, until, within};
+
+async fn browser(driver: &Chromedriver) -> Client {
+    // As root Chromium has no sandbox; without the rest it looks for hosts of its maker.
+    let arguments = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--disable-dev-shm-usage",
+        &format!("--user-data-dir={}", driver.profile.display()),
+    ];
+    let capabilities = json!({"goog:chromeOptions": {"args": arguments}});
+    let serde_json::Value::Object(capabilities) = capabilities else { unreachable!() };
+    within(ClientBuilder::new(HttpConnector::new()).capabilities(capabilities).connect(&driver.url))
+        .await
+        .expect("chromium is installed by `make setup`")
+}
+
+/// Opens the page in the present window, joins and waits until it is online.
+async fn enter(browser: &Client, url: &str, name: &str) {
+    browser.goto(&format!("{url}?user={name}&name={name}&room=lobby")).await.unwrap();
+    let join = browser.find(Locator::Css("#join")).await.unwrap();
+    join.click().await.unwrap();
+    let online = Locator::Css("#status[data-state=online]");
+    browser.wait().at_most(Duration::from_secs(10)).for_element(online).await.unwrap();
+    // The input takes text when the room is joined.
+    until("the input is enabled", async || {
+        let input = browser.find(Locator::Css("#input")).await.unwrap();
+        input.is_enabled().await.unwrap()
+    })
+    .await;
+}
+
+async fn texts(browser: &Client) -> Vec<String> {
+    let mut texts = vec![];
+    for content in browser.find_all(Locator::Css("#messages .message .content")).await.unwrap() {
+        texts.push(content.text().await.unwrap());
+    }
+    texts
+}
+
+/// Two windows, each at its page; what one types the other shows.
+async fn check(first: &str, second: &str) {
+    let driver = Chromedriver::start().await;
+    let browser = browser(&driver).await;
+    let ann = browser.window().await.unwrap();
+    enter(&browser, first, "ann").await;
+    let bob = browser.new_window(false).await.unwrap().handle;
+    browser.switch_to_window(bob.clone()).await.unwrap();
+    enter(&browser, second, "bob").await;
+
+    for (from, to, text) in [(&ann, &bob, "hello bob"), (&bob, &ann, "hello <b>ann</b>")] {
+        browser.switch_to_window(from.clone()).await.unwrap();
+        let input = browser.find(Locator::Css("#input")).await.unwrap();
+        input.send_keys(text).await.unwrap();
+        input.send_keys(&String::from(char::from(Key::Enter))).await.unwrap();
+        for window in [to, from] {
+            browser.switch_to_window(window.clone()).await.unwrap();
+            until(&format!("`{text}` is shown"), async || {
+                texts(&browser).await.iter().any(|shown| shown == text)
+            })
+            .await;
+        }
+    }
+    assert_eq!(texts(&browser).await, ["hello bob", "hello <b>ann</b>"]);
+    browser.close().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_message_typed_in_one_page_appears_in_another() {
+    let gateway = Gateway::start(&[]).await;
+    let url = format!("http://{}/", gateway.address);
+    check(&url, &url).await;
+}
+
+#[tokio::test]
+async fn also_when_the_pages_are_on_different_nodes() {
+    let redis = Redis::start().await;
+    let (one, two) = (Gateway::start_on(&redis, &[]).await, Gateway::start_on(&redis, &[]).await);
+    check(&format!("http://{}/", one.address), &format!("http://{}/chat", two.address)).await;
+}

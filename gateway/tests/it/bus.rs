@@ -119,8 +119,7 @@ async fn entries_are_numbered_and_heard_in_the_order_of_the_calls() {
         let lobby = room("lobby");
         within(fixture.bus.follow(lobby.clone())).await.unwrap();
         let ids: Vec<_> = (0..1000).map(|_| MessageId::random()).collect();
-        let answers: Vec<_> =
-            ids.iter().map(|id| fixture.begin(&lobby, "ann", *id, 10)).collect();
+        let answers: Vec<_> = ids.iter().map(|id| fixture.begin(&lobby, "ann", *id, 10)).collect();
         for (i, answer) in answers.into_iter().enumerate() {
             let appended = within(answer).await.unwrap().unwrap();
             assert_eq!((appended.position.seq, appended.duplicate), (i as Seq + 1, false));

@@ -180,8 +180,11 @@ fn seq_of(entry: &Entry) -> u64 {
 
 #[tokio::test]
 async fn what_cannot_be_continued_is_announced_with_its_reason() {
-    let gateway = Gateway::start(&[("history.max_entries", "300"), ("history.window", "0s"),
-        ("limits.messages_per_second", "0")])
+    let gateway = Gateway::start(&[
+        ("history.max_entries", "300"),
+        ("history.window", "0s"),
+        ("limits.messages_per_second", "0"),
+    ])
     .await;
     let lobby = room("lobby");
     let mut ann = gateway.connect("ann").await;
@@ -330,8 +333,9 @@ async fn a_room_called_like_an_inbox_is_a_room() {
 
 #[tokio::test]
 async fn ping_is_answered_and_the_heartbeat_finds_the_dead() {
-    let gateway = Gateway::start(&[("heartbeat.interval", "100ms"), ("heartbeat.silence_max", "300ms")])
-        .await;
+    let gateway =
+        Gateway::start(&[("heartbeat.interval", "100ms"), ("heartbeat.silence_max", "300ms")])
+            .await;
     let mut ann = gateway.connect("ann").await;
     ann.send_text(r#"{"type":"ping","timestamp":"t1","ref":9}"#).await.unwrap();
     let Answer::Pong(pong) = ann.next_frame().await.unwrap() else { panic!("no pong") };
@@ -345,7 +349,8 @@ async fn ping_is_answered_and_the_heartbeat_finds_the_dead() {
         }
     }
     // A peer that never answers.
-    let silent = Options { query: vec![("ping".into(), "json".into())], ..Options::to(gateway.url("/ws")) };
+    let silent =
+        Options { query: vec![("ping".into(), "json".into())], ..Options::to(gateway.url("/ws")) };
     let mut silent = Connection::open(&silent).await.unwrap();
     silent.expect_connected().await.unwrap();
     let Answer::Ping(_) = silent.next_frame().await.unwrap() else { panic!("no ping") };

@@ -10,12 +10,7 @@ const KEY: &str = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==";
 
 /// A handshake with some header lines replaced or added; an empty one is left out.
 async fn handshake(address: SocketAddr, start: &str, headers: &[&str]) -> Http {
-    let defaults = [
-        "Upgrade: websocket",
-        "Connection: Upgrade",
-        "Sec-WebSocket-Version: 13",
-        KEY,
-    ];
+    let defaults = ["Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13", KEY];
     let name = |line: &str| line.split(':').next().unwrap().to_lowercase();
     let mut lines: Vec<&str> = defaults
         .into_iter()
@@ -67,7 +62,9 @@ async fn a_handshake_is_answered_as_rfc_6455_says() {
 #[tokio::test]
 async fn only_pages_of_an_allowed_origin_may_connect() {
     let own = Gateway::start(&[]).await;
-    let origin = |origin: String| async move { handshake(own.address, "GET /ws HTTP/1.1", &[&origin]).await.status };
+    let origin = |origin: String| async move {
+        handshake(own.address, "GET /ws HTTP/1.1", &[&origin]).await.status
+    };
     assert_eq!(origin(format!("Origin: http://{}", own.address)).await, 101);
     assert_eq!(origin("Origin: http://evil.example".into()).await, 403);
     assert_eq!(origin("Origin: null".into()).await, 403);

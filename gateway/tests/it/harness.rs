@@ -2,13 +2,7 @@
 //!
 //! Each server gets a free port and is stopped by its pid when its handle is dropped.
 
-use std::{
-    future::Future,
-    net::SocketAddr,
-    path::PathBuf,
-    process::Stdio,
-    time::Duration,
-};
+use std::{future::Future, net::SocketAddr, path::PathBuf, process::Stdio, time::Duration};
 
 use gateway::{
     config::{Config, Sources},
@@ -60,11 +54,8 @@ pub struct Gateway {
 impl Gateway {
     /// A single node with `extra` options.
     pub async fn start(extra: &[(&str, &str)]) -> Self {
-        let sources = Sources {
-            file: None,
-            environment: Some(Default::default()),
-            flags: options(extra),
-        };
+        let sources =
+            Sources { file: None, environment: Some(Default::default()), flags: options(extra) };
         let config = Config::load(sources).unwrap_or_else(|mistakes| panic!("{mistakes}"));
         gateway::telemetry::start_log(config.log_format, "warn");
         let server = Server::start(config).await.unwrap();
@@ -324,11 +315,39 @@ fn copy_folder(from: &std::path::Path, to: &std::path::Path) {
     }
 }
 
+/// A chromedriver, through which a test drives a browser.
+pub struct Chromedriver {
+    _process: Process,
+    pub url: String,
+    /// A folder for a browser's profile.
+    pub profile: PathBuf,
+}
+
+impl Chromedriver {
+    pub async fn start() -> Self {
+        let (folder, port) = (TempDir::new().unwrap(), free_port());
+        let child = Command::new("chromedriver")
+            .arg(format!("--port={port}"))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .kill_on_drop(true)
+            .spawn()
+            .expect("chromedriver is installed by `make setup`");
+        let profile = folder.path().to_owned();
+        let url = format!("http://127.0.0.1:{port}");
+        let driver = Self { _process: Process { child, _folder: folder }, url, profile };
+        until("chromedriver answers", async || {
+            TcpStream::connect(("127.0.0.1", port)).await.is_ok()
+        })
+        .await;
+        driver
+    }
+}
+
 /// A gateway as a process of its own.
 pub struct Node {
     pub process: Process,
     pub address: SocketAddr,
-    pub admin: SocketAddr,
     log: Lines<BufReader<ChildStderr>>,
 }
 
@@ -354,14 +373,15 @@ impl Node {
             .spawn()
             .unwrap();
         let mut log = BufReader::new(child.stderr.take().unwrap()).lines();
-        let (address, admin) = loop {
-            let line = within(log.next_line()).await.unwrap().expect("it ended before it was ready");
+        let address = loop {
+            let line =
+                within(log.next_line()).await.unwrap().expect("it ended before it was ready");
             let line: serde_json::Value = serde_json::from_str(&line).unwrap_or_default();
-            if let (Some(listen), Some(admin)) = (line["listen"].as_str(), line["admin"].as_str()) {
-                break (listen.parse().unwrap(), admin.parse().unwrap());
+            if let Some(listen) = line["listen"].as_str() {
+                break listen.parse().unwrap();
             }
         };
-        Self { process: Process { child, _folder: folder }, address, admin, log }
+        Self { process: Process { child, _folder: folder }, address, log }
     }
 
     /// Waits for its end and returns the exit code and what it had still to say.
@@ -377,7 +397,7 @@ impl Node {
 
 /// An nginx in front of nodes, rendered from the project's template.
 pub struct Nginx {
-    pub process: Process,
+    _process: Process,
     pub address: SocketAddr,
 }
 
@@ -387,7 +407,8 @@ impl Nginx {
         let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
         let render = concat!(env!("CARGO_MANIFEST_DIR"), "/../nginx/render.sh");
         let mut command = std::process::Command::new(render);
-        command.args(["map", "--listen", &address.to_string()]);
+        // A single process, so that none is left over.
+        command.args(["map", "--workers", "0", "--listen", &address.to_string()]);
         for node in nodes {
             command.args(["--node", &node.to_string()]);
         }
@@ -404,21 +425,12 @@ impl Nginx {
             .kill_on_drop(true)
             .spawn()
             .expect("nginx is installed by `make setup`");
-        let nginx = Self { process: Process { child, _folder: folder }, address };
+        let nginx = Self { _process: Process { child, _folder: folder }, address };
         until("nginx answers", async || {
             let Ok(mut socket) = TcpStream::connect(address).await else { return false };
             socket.write_all(b"GET /health HTTP/1.0\r\n\r\n").await.is_ok()
         })
         .await;
         nginx
-    }
-}
-
-impl Drop for Nginx {
-    /// The master ends its workers only if it is asked to.
-    fn drop(&mut self) {
-        if self.process.child.id().is_some() {
-            self.process.signal("TERM");
-        }
     }
 }

@@ -115,14 +115,11 @@ async fn rooms_per_connection_are_limited() {
 
 #[tokio::test]
 async fn connections_of_a_user_and_of_an_address_are_limited() {
-    let gateway = Gateway::start(&[
-        ("limits.connections_per_user", "1"),
-        ("limits.connections_per_ip", "3"),
-    ])
-    .await;
+    let gateway =
+        Gateway::start(&[("limits.connections_per_user", "1"), ("limits.connections_per_ip", "3")])
+            .await;
     let first = gateway.connect("ann").await;
-    let mut second =
-        Connection::open(&Options::to(gateway.url("/ws")).user("ann")).await.unwrap();
+    let mut second = Connection::open(&Options::to(gateway.url("/ws")).user("ann")).await.unwrap();
     assert_eq!(closed(&mut second).await, (Some(1008), "too_many_connections".into()));
     drop(second);
     let _bob = gateway.connect("bob").await;
@@ -142,8 +139,7 @@ async fn connections_of_a_user_and_of_an_address_are_limited() {
 
 #[tokio::test]
 async fn handshakes_of_an_address_and_in_all_are_limited() {
-    let gateway =
-        Gateway::start(&[("limits.handshakes_per_minute_per_ip", "2")]).await;
+    let gateway = Gateway::start(&[("limits.handshakes_per_minute_per_ip", "2")]).await;
     let url = gateway.url("/ws");
     let _first = gateway.connect("a").await;
     let _second = gateway.connect("b").await;

@@ -5,6 +5,7 @@
 //! pid; everything else is named after what it shows.
 
 #![allow(clippy::disallowed_methods, reason = "a test's tasks end with its runtime")]
+#![allow(clippy::unwrap_used, reason = "a test that panics has failed")]
 #![allow(unreachable_pub, reason = "nothing of a test is reached from outside")]
 
 mod harness;

@@ -1,1 +1,198 @@
-//! tidy
+//! The shape of the code: layers, headers, limits on what a file may do.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
+}
+
+/// Every Rust file below `folder`, with its text.
+fn sources(folder: &str) -> Vec<(String, String)> {
+    let mut files = vec![];
+    let mut folders = vec![root().join(folder)];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                let name = path.strip_prefix(root()).unwrap().display().to_string();
+                files.push((name, fs::read_to_string(&path).unwrap()));
+            }
+        }
+    }
+    files.sort();
+    assert!(!files.is_empty(), "{folder}");
+    files
+}
+
+fn all() -> Vec<(String, String)> {
+    let folders = ["gateway/src", "gateway/tests", "shared/src", "loadtest/src"];
+    folders.into_iter().flat_map(sources).collect()
+}
+
+/// The layers of the gateway, lowest first, as `lib.rs` lists them.
+fn layers() -> Vec<String> {
+    let lib = fs::read_to_string(root().join("gateway/src/lib.rs")).unwrap();
+    let layer = |line: &str| Some(line.strip_prefix("pub mod ")?.strip_suffix(';')?.to_owned());
+    lib.lines().filter_map(layer).collect()
+}
+
+/// The modules of this crate that a file names.
+fn uses(text: &str) -> Vec<String> {
+    let mut names = vec![];
+    for (at, _) in text.match_indices("crate::") {
+        let rest = &text[at + "crate::".len()..];
+        if let Some(list) = rest.strip_prefix('{') {
+            // `use crate::{a::B, c::{d, e}};`: the names at the first level.
+            let (mut depth, mut name) = (0, String::new());
+            for c in list.chars() {
+                match c {
+                    '{' => depth += 1,
+                    '}' if depth == 0 => break,
+                    '}' => depth -= 1,
+                    ',' if depth == 0 => names.push(std::mem::take(&mut name)),
+                    c if depth == 0 && !c.is_whitespace() => name.push(c),
+                    _ => {}
+                }
+            }
+            names.push(name);
+        } else {
+            names.push(rest.to_owned());
+        }
+    }
+    let first = |name: String| {
+        name.split(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap_or("").to_owned()
+    };
+    names.into_iter().map(first).filter(|name| !name.is_empty()).collect()
+}
+
+#[test]
+fn a_module_uses_only_the_layers_below_it() {
+    let layers = layers();
+    let place = |name: &str| layers.iter().position(|layer| layer == name);
+    for (file, text) in sources("gateway/src") {
+        let module = file.trim_start_matches("gateway/src/");
+        let module = module.split(['/', '.']).next().unwrap();
+        let Some(own) = place(module) else {
+            assert!(["lib", "main"].contains(&module), "{file} is no layer of lib.rs");
+            continue;
+        };
+        for used in uses(&text) {
+            let used_at = place(&used).unwrap_or_else(|| panic!("{file} uses crate::{used}"));
+            assert!(used_at <= own, "{file} is in `{module}` and uses `{used}`, which is above it");
+        }
+    }
+}
+
+#[test]
+fn the_pure_parts_do_no_io_and_do_not_ask_for_the_time() {
+    let pure = |file: &str| {
+        file.starts_with("gateway/src/delivery/")
+            || file.starts_with("gateway/src/limits/")
+            || file.starts_with("shared/src/") && !file.starts_with("shared/src/client/")
+    };
+    for (file, text) in all().into_iter().filter(|(file, _)| pure(file)) {
+        let code = text.split("#[cfg(test)]").next().unwrap();
+        for banned in [
+            "Instant::now",
+            "SystemTime::now",
+            "std::fs",
+            "std::net::Tcp",
+            "tokio::net",
+            "async fn",
+        ] {
+            assert!(!code.contains(banned), "{file} has {banned}");
+        }
+    }
+}
+
+#[test]
+fn the_path_of_a_message_is_where_the_map_says() {
+    let map = fs::read_to_string(root().join("ARCHITECTURE.md")).unwrap();
+    assert!(map.lines().count() <= 150, "ARCHITECTURE.md has more than 150 lines");
+    for file in [
+        "gateway/src/transport/mod.rs",
+        "gateway/src/session/mod.rs",
+        "gateway/src/publisher.rs",
+        "gateway/src/bus/mod.rs",
+        "gateway/src/hub/mod.rs",
+        "gateway/src/outbox.rs",
+    ] {
+        assert!(root().join(file).exists(), "{file} is gone");
+        let short = file.trim_start_matches("gateway/src/");
+        assert!(map.contains(short), "ARCHITECTURE.md does not name {short}");
+    }
+}
+
+#[test]
+fn every_file_says_what_it_is_for() {
+    for (file, text) in all() {
+        let of_tests = file.ends_with("/tests.rs");
+        assert!(of_tests || text.starts_with("//! "), "{file} does not open with //!");
+    }
+}
+
+#[test]
+fn nothing_is_left_unfinished_and_no_test_is_switched_off() {
+    // Put together here, so that this file does not find itself.
+    let banned =
+        [["TO", "DO"], ["FIX", "ME"], ["#[ign", "ore"], ["should_", "panic"]].map(|p| p.concat());
+    for (file, text) in all() {
+        for banned in &banned {
+            assert!(!text.contains(banned.as_str()), "{file} has {banned}");
+        }
+    }
+}
+
+#[test]
+fn no_test_sleeps_to_wait() {
+    let sleep = ["time::", "sleep("].concat();
+    for (file, text) in sources("gateway/tests") {
+        for (number, line) in text.lines().enumerate() {
+            // The pause of a poll, and the pace of a load, are not waits for something.
+            let allowed = ["from_millis(10)", "from_millis(5)", "sleep_until"];
+            let fine = allowed.iter().any(|allowed| line.contains(allowed));
+            assert!(!line.contains(&sleep) || fine, "{file}:{}: {line}", number + 1);
+        }
+    }
+}
+
+#[test]
+fn the_top_level_is_what_was_agreed() {
+    let agreed = [
+        ".ci",
+        ".dockerignore",
+        ".env.example",
+        ".git",
+        ".gitignore",
+        "ARCHITECTURE.md",
+        "CHANGELOG.md",
+        "Cargo.lock",
+        "Cargo.toml",
+        "LICENSE-APACHE",
+        "LICENSE-MIT",
+        "Makefile",
+        "README.md",
+        "clippy.toml",
+        "deny.toml",
+        "deploy",
+        "docker-compose.yml",
+        "docs",
+        "gateway",
+        "loadtest",
+        "nginx",
+        "rustfmt.toml",
+        "shared",
+    ];
+    // What a checkout has of its owner's own: build output and private settings.
+    let private = ["target", ".env", "gateway.toml", ".vscode", ".idea"];
+    for entry in fs::read_dir(root()).unwrap() {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        let known = agreed.contains(&name.as_str()) || private.contains(&name.as_str());
+        assert!(known, "{name} is not agreed on as a top-level name");
+    }
+}

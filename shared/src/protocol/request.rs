@@ -301,9 +301,8 @@ fn ping<'a>(text: &'a str, refusal: &Refusal) -> Result<Ping<'a>, Box<Refusal>> 
             || length > REF_BYTES_MAX
             || readable_for_all(timestamp).is_err()
         {
-            let text = format!(
-                "`timestamp` is a string or a number of at most {REF_BYTES_MAX} bytes"
-            );
+            let text =
+                format!("`timestamp` is a string or a number of at most {REF_BYTES_MAX} bytes");
             return Err(bad(text));
         }
     }

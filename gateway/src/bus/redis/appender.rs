@@ -259,11 +259,8 @@ async fn connect(
         return Err((ErrorKind::Io, "the server is a replica").into());
     }
     // A hosted Redis may forbid CONFIG; there the operator answers for it.
-    let policy: RedisResult<(String, String)> = redis::cmd("CONFIG")
-        .arg("GET")
-        .arg("maxmemory-policy")
-        .query_async(&mut connection)
-        .await;
+    let policy: RedisResult<(String, String)> =
+        redis::cmd("CONFIG").arg("GET").arg("maxmemory-policy").query_async(&mut connection).await;
     let evicts = matches!(&policy, Ok((_, policy)) if policy != "noeviction");
     if evicts {
         tracing::error!(

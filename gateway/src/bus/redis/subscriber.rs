@@ -7,9 +7,7 @@
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use redis::{
-    PushInfo, PushKind, RedisError, RedisResult, Value, aio::MultiplexedConnection,
-};
+use redis::{PushInfo, PushKind, RedisError, RedisResult, Value, aio::MultiplexedConnection};
 use shared::{envelope::Envelope, ids::RoomId, position::Position};
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;

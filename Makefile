@@ -1,0 +1,46 @@
+# What there is to do with this project. CI calls nothing else.
+
+.PHONY: help setup run build test fmt lint doc deny ci cluster bench
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+setup: ## install what the tests need (Debian packages, as root or with sudo)
+	@deploy/setup.sh
+
+run: ## one node on http://127.0.0.1:8080/ that needs nothing else
+	cargo run --release -p gateway
+
+build: ## everything the tests start
+	cargo build --locked -p gateway -p loadtest
+
+test: setup build ## all tests, against a real Redis, nginx and browser
+	cargo test --locked --workspace
+
+fmt: ## format
+	cargo fmt --all
+
+lint: ## format and lints, as CI wants them
+	cargo fmt --all --check
+	cargo clippy --locked --workspace --all-targets -- -D warnings
+
+doc: ## the documentation of the code
+	RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps
+
+deny: ## licences, sources and unused dependencies
+	@command -v cargo-deny > /dev/null || cargo install --locked cargo-deny@0.20.2
+	@command -v cargo-machete > /dev/null || cargo install --locked cargo-machete@0.9.2
+	cargo deny check bans licenses sources
+	cargo machete
+
+ci: setup lint doc test deny ## the gate
+
+cluster: ## Redis, three gateways and nginx as processes of this machine
+	@deploy/setup.sh redis-server nginx
+	cargo build --release -p gateway
+	@deploy/cluster.sh
+
+bench: ## what one connection costs, measured with loadtest
+	cargo build --release -p gateway -p loadtest
+	@deploy/bench.sh
