@@ -14,6 +14,7 @@ mod chat;
 mod auth;
 mod limits;
 mod bus;
+mod hub;
 mod cluster;
 mod faults;
 mod nginx;

@@ -200,15 +200,14 @@ impl Server {
         let configured = self.keyspace.partitions;
         let mut pause = RetryPause::default();
         loop {
+            pause.wait().await;
             match self.recorded_partitions().await {
                 Ok(recorded) if recorded == configured => return Ok(()),
                 Ok(recorded) => return Err(RedisStartError::Partitions { configured, recorded }),
-                Err(error) => {
-                    if pause.is_worth_a_line() {
-                        tracing::warn!(%error, "waiting for Redis");
-                    }
-                    pause.wait().await;
+                Err(error) if pause.is_worth_a_line() => {
+                    tracing::warn!(%error, "waiting for Redis");
                 }
+                Err(_) => {}
             }
         }
     }
@@ -268,9 +267,10 @@ impl RetryPause {
         tokio::time::sleep(self.next()).await;
     }
 
-    /// Whether this attempt is to be told of: the first, and one in some ten seconds.
+    /// Whether a failed attempt is to be told of: the first, and one in some ten seconds. A link
+    /// that was lost has been told of before.
     fn is_worth_a_line(&self) -> bool {
-        self.attempts.is_multiple_of(40)
+        self.attempts % 40 == 1
     }
 }
 

@@ -1,0 +1,244 @@
+//! The hub over a link that drops, repeats and reorders: members see every entry once, in order.
+//!
+//! The log is the memory bus; what it passes on goes through a link with seeded faults before it
+//! reaches the hub, which finds out by the numbers and reads the log.
+
+use std::{sync::Arc, time::Duration};
+
+use gateway::{
+    bus::{Append, Bus, Mailboxes, Retention, memory::MemoryBus},
+    drain::Tasks,
+    hub::{Hub, join::Start, member::Subscriber},
+    outbox::Outbox,
+    telemetry::metrics::Metrics,
+};
+use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
+use shared::{
+    envelope::{Envelope, Parts},
+    ids::{ConnectionId, MessageId, RoomId},
+    position::{Position, Seq},
+};
+use tokio::time::Instant;
+
+use crate::harness::room;
+
+struct World {
+    bus: Arc<dyn Bus>,
+    hub: Hub,
+    tasks: Tasks,
+    metrics: Arc<Metrics>,
+    /// Towards the hub.
+    mailboxes: Mailboxes,
+}
+
+impl World {
+    /// A hub behind a link that does with each entry what `fault` says.
+    fn start(
+        retention: Retention,
+        mailbox_len: usize,
+        mut fault: impl FnMut() -> Fault + Send + 'static,
+    ) -> Self {
+        let (metrics, tasks) = (Arc::new(Metrics::new()), Tasks::default());
+        let (before, mut ends) = Mailboxes::new(1, 100_000, metrics.clone());
+        let (mailboxes, letters) = Mailboxes::new(1, mailbox_len, metrics.clone());
+        let bus: Arc<dyn Bus> = Arc::new(MemoryBus::start(retention, before, &tasks));
+        let after = mailboxes.clone();
+        let mut link = ends.remove(0).entries;
+        tokio::spawn(async move {
+            let mut late = None;
+            while let Some((room, entry)) = link.recv().await {
+                match fault() {
+                    Fault::None => after.put(room, entry),
+                    Fault::Drop => {}
+                    Fault::Repeat => {
+                        after.put(room.clone(), entry.clone());
+                        after.put(room, entry);
+                    }
+                    Fault::Late => late = Some((room, entry)),
+                }
+                if let Some((room, entry)) = late.take_if(|_| fault() != Fault::Late) {
+                    after.put(room, entry);
+                }
+            }
+        });
+        let hub = Hub::start(&bus, mailboxes.clone(), letters, 1 << 20, &metrics, &tasks);
+        Self { bus, hub, tasks, metrics, mailboxes }
+    }
+
+    fn say(&self, room: &RoomId) {
+        let envelope = Envelope::pack(Parts {
+            id: MessageId::random(),
+            sender: ConnectionId::random(),
+            echo: true,
+            members: r#""room":"r","content":"xxxxxxxxxxxxxxxx""#,
+            binary: None,
+        });
+        self.bus.append(Append {
+            room: room.clone(),
+            user: "ann".parse().unwrap(),
+            envelope,
+            deadline: Instant::now() + Duration::from_secs(5),
+            done: Box::new(|result| assert!(result.is_ok())),
+        });
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Fault {
+    None,
+    Drop,
+    Repeat,
+    Late,
+}
+
+/// A member whose frames are taken by the test.
+struct Member {
+    subscriber: Arc<Subscriber>,
+    cursor: Position,
+    resets: usize,
+}
+
+impl Member {
+    async fn join(world: &World, room: &RoomId, start: Start, bytes_max: usize) -> Self {
+        let outbox = Outbox::to_owner(bytes_max, world.metrics.clone());
+        let subscriber = Arc::new(Subscriber::new(ConnectionId::random(), outbox));
+        world.hub.join(room.clone(), subscriber.clone(), None, start).await.unwrap();
+        let mut frames = subscriber.outbox.take();
+        let joined = json(&frames.remove(0));
+        assert_eq!(joined["type"], "joined");
+        let epoch = joined["epoch"].as_str().unwrap().parse().unwrap();
+        let mut member = Self { subscriber, cursor: Position::new(epoch, 0), resets: 0 };
+        member.cursor.seq = match joined["history"].as_array().unwrap().last() {
+            Some(last) => last["seq"].as_u64().unwrap(),
+            None => joined["seq"].as_u64().unwrap(),
+        };
+        member.note(frames);
+        member
+    }
+
+    fn note(&mut self, frames: Vec<bytes::Bytes>) {
+        for frame in frames {
+            let frame = json(&frame);
+            let seq = frame["seq"].as_u64().unwrap();
+            match frame["type"].as_str().unwrap() {
+                "message" => {
+                    assert_eq!(seq, self.cursor.seq + 1, "a hole or a repeat: {frame}");
+                    assert_eq!(frame["epoch"], self.cursor.epoch.as_str());
+                    self.cursor.seq = seq;
+                }
+                "reset" => {
+                    self.resets += 1;
+                    self.cursor.seq = seq;
+                }
+                other => panic!("{other}"),
+            }
+        }
+    }
+
+    /// Takes what came, checks its order, and asks for more where the member is behind.
+    async fn drain(&mut self, world: &World) {
+        self.note(self.subscriber.outbox.take());
+        for room in self.subscriber.outbox.take_lagging() {
+            world.hub.catch_up(room, self.subscriber.connection).await;
+        }
+    }
+
+    async fn reach(&mut self, world: &World, seq: Seq) {
+        while self.cursor.seq < seq {
+            self.drain(world).await;
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(self.cursor.seq, seq);
+    }
+}
+
+/// The JSON of a frame as it stands on the socket.
+fn json(frame: &[u8]) -> serde_json::Value {
+    let start = match frame[1] {
+        127 => 10,
+        126 => 4,
+        _ => 2,
+    };
+    serde_json::from_slice(&frame[start..]).unwrap()
+}
+
+fn retention() -> Retention {
+    Retention {
+        entries_min: 100_000,
+        window: Duration::from_secs(120),
+        bytes_max: 1 << 30,
+        ttl: Duration::from_secs(3600),
+        dedup_window: Duration::from_secs(600),
+    }
+}
+
+fn faults(seed: u64) -> impl FnMut() -> Fault + Send + 'static {
+    let mut random = StdRng::seed_from_u64(seed);
+    move || match random.random_range(0..10) {
+        0 | 1 => Fault::Drop,
+        2 => Fault::Repeat,
+        3 => Fault::Late,
+        _ => Fault::None,
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_bad_link_costs_nobody_an_entry() {
+    for seed in 0..40 {
+        let world = World::start(retention(), 10_000, faults(seed));
+        let mut random = StdRng::seed_from_u64(seed);
+        let lobby = room("r");
+        let mut members = vec![Member::join(&world, &lobby, Start::Newest(0), 1 << 20).await];
+        for i in 1..=500 {
+            world.say(&lobby);
+            if i % 50 == 0 {
+                // Who comes in the middle, now or from somewhere before; every other one with an
+                // outbox of a few frames.
+                let since =
+                    Position::new(members[0].cursor.epoch.clone(), random.random_range(0..i));
+                let start = if i % 100 == 0 { Start::Newest(10) } else { Start::Since(since) };
+                let bytes_max = if i % 100 == 0 { 600 } else { 1 << 20 };
+                members.push(Member::join(&world, &lobby, start, bytes_max).await);
+            }
+            if random.random_range(0..4) == 0 {
+                tokio::task::yield_now().await;
+                for member in &mut members {
+                    member.drain(&world).await;
+                }
+            }
+        }
+        // What the link dropped at the very end is found by whoever finds out that it was cut.
+        tokio::task::yield_now().await;
+        world.mailboxes.doubt();
+        for member in &mut members {
+            member.reach(&world, 500).await;
+            assert_eq!(member.resets, 0, "seed {seed}");
+        }
+        assert!(world.tasks.finish(Duration::from_secs(5)).await, "seed {seed}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_mailbox_that_overflows_is_made_good_from_the_log() {
+    let world = World::start(retention(), 8, || Fault::None);
+    let lobby = room("r");
+    let mut member = Member::join(&world, &lobby, Start::Newest(0), 1 << 20).await;
+    for _ in 0..1000 {
+        world.say(&lobby);
+    }
+    member.reach(&world, 1000).await;
+    assert!(world.metrics.mailbox_overflows.get() > 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_is_behind_retention_is_told_and_goes_on_from_there() {
+    let short = Retention { bytes_max: 5_000, ..retention() };
+    let world = World::start(short, 10_000, || Fault::None);
+    let lobby = room("r");
+    let mut slow = Member::join(&world, &lobby, Start::Newest(0), 600).await;
+    for _ in 0..2000 {
+        world.say(&lobby);
+    }
+    slow.reach(&world, 2000).await;
+    assert!(slow.resets >= 1);
+}
