@@ -1,7 +1,7 @@
 //! The configuration: read in layers, checked as a whole, every mistake told at once.
 //!
 //! Defaults < the file < environment < flags. An option is declared by the one line in
-//! [`Config::read`] that reads it: its key, default, and text. `docs/configuration.md` is made of
+//! `Config::read` that reads it: its key, default, and text. `docs/configuration.md` is made of
 //! those lines, and a test compares the two.
 
 use std::{

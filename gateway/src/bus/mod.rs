@@ -10,7 +10,7 @@
 //!   room get their numbers in the order of the calls.
 //! - **Passing on** is best effort: entries may be skipped or repeated, and a follower finds that
 //!   out by their numbers. Nothing is skipped silently at the end: where arrivals were lost, the
-//!   mailbox is told that everything is [doubtful](Mailbox::doubt).
+//!   mailbox is told that everything is [doubtful](Mailboxes::doubt).
 //! - **Read** shows the log as it is at one moment.
 //! - Nothing here waits for a follower.
 

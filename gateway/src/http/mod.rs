@@ -1,7 +1,7 @@
 //! The HTTP side: which paths there are, on one page.
 //!
 //! Two listeners. The public one serves clients; the admin one has the metrics and is not for the
-//! world. [`listen`] accepts connections, [`upgrade`] turns a handshake into a WebSocket.
+//! world. [`listen`] accepts connections, `upgrade` turns a handshake into a WebSocket.
 
 use std::{
     net::SocketAddr,

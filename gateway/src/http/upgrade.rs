@@ -377,6 +377,8 @@ impl Opening {
             }
         };
 
+        let (id, user_id) = (subscriber.connection, identity.user.id.clone());
+        tracing::debug!(connection = %id, user = %user_id, "connected");
         subscriber.answer(&connected(&node, &identity, &subscriber, self.route));
         let session = Session::new(node.services.clone(), identity, subscriber.clone());
         let mut connection = connection(Handler::Chat(Box::new(session)));
@@ -419,9 +421,11 @@ async fn join_at_once(
 }
 
 async fn run(node: &Node, connection: Connection, places: Places) {
+    let id = connection.id();
     node.metrics.connections.inc();
     let code = connection.run(node.tasks.leaving().clone()).await;
     node.metrics.connections.dec();
+    tracing::debug!(connection = %id, code, "disconnected");
     node.metrics.disconnected(code);
     drop(places);
 }

@@ -198,7 +198,12 @@ impl Session {
                 self.rooms.insert(room);
                 Ok(())
             }
-            Ok(Err(_)) | Err(_) => {
+            failed => {
+                if failed.is_err() && !again {
+                    // The hub may have let it in at the very moment it was given up.
+                    let connection = self.subscriber.connection;
+                    self.services.hub.leave(room.clone(), connection, None).await;
+                }
                 let text = "the bus is away; join again later";
                 Err(self.refuse(after(refusal(ErrorCode::Unavailable, text), RETRY_AFTER)))
             }

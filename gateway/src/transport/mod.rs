@@ -16,6 +16,7 @@ use std::{
 use shared::{
     close::CloseCode,
     codec::{self, CodecError, Decoder, Opcode, Received},
+    ids::ConnectionId,
     protocol::{
         answer::{Answer, Ping, Reconnect, ReconnectReason},
         request::Request as Frame,
@@ -127,6 +128,11 @@ impl Connection {
             pinged: now,
             expires,
         }
+    }
+
+    /// Its id.
+    pub fn id(&self) -> ConnectionId {
+        self.subscriber.connection
     }
 
     /// The session of a chat connection.

@@ -1,8 +1,8 @@
 //! The bus of a cluster: logs in Redis, entries passed on by its pub/sub.
 //!
-//! Three ways to Redis, each with connections of its own. [`appender`] sends publishes, pipelined
-//! on one connection. [`subscriber`] hears what is published in the rooms followed. Reads go
-//! through a pool ([`log`]). The first two reconnect by loops of ours, for ever: a library that
+//! Three ways to Redis, each with connections of its own. `appender` sends publishes, pipelined
+//! on one connection. `subscriber` hears what is published in the rooms followed. Reads go
+//! through a pool (`log`). The first two reconnect by loops of ours, for ever: a library that
 //! reconnects below us would hide that something was missed.
 //!
 //! Keys carry a partition as hash tag, so that all of a room is in one slot of Redis Cluster:
