@@ -162,6 +162,7 @@ impl Config {
         let entries_min = r.take_in("history.max_entries", "1000", 1..=1_000_000_u32, "How many entries a room's log keeps; more while they are younger than `history.window`.");
         let window = r.take::<Span>("history.window", "2m", "How long entries above `history.max_entries` are kept.");
         let bytes_max = r.take::<Bytes>("history.max_bytes", "16MiB", "The most a room's log takes; the oldest entries go first.");
+        let memory_bytes = r.take::<Bytes>("history.memory_bytes_max", "512MiB", "The most that all logs take in a node without Redis; those used longest ago go first.");
         let ttl = r.take::<Span>("history.ttl", "24h", "How long the log of a room is kept in which nothing is said.");
 
         let shards = r.take_in("hub.shards", "0", 0..=256_usize, "Over how many tasks rooms are spread on a node. 0: one per core.");
@@ -179,7 +180,7 @@ impl Config {
         let per_user = r.take_in("limits.connections_per_user", "50", 0..=usize::MAX, "Connections of a user. More: close 1008 `too_many_connections`. 0: no limit.");
         let per_ip = r.take_in("limits.connections_per_ip", "1000", 0..=usize::MAX, "Connections of an address (IPv6: of a /64). More: HTTP 429. 0: no limit.");
         let handshakes = r.take_in("limits.handshakes_per_minute_per_ip", "600", 0..=1_000_000_u32, "Handshakes of an address. More: HTTP 429. 0: no limit.");
-        let connections_max = r.take_in("limits.connections_max", "0", 0..=usize::MAX, "Connections in all. More: HTTP 503. 0: the limit of descriptors less 1,000.");
+        let connections_max = r.take_in("limits.connections_max", "0", 0..=100_000_000_usize, "Connections in all. More: HTTP 503. 0: the limit of descriptors less 1,000.");
         let accepts = r.take_in("limits.accepts_per_second", "5000", 0..=1_000_000_u32, "Handshakes in all. More: HTTP 503. 0: no limit.");
         let outbox_bytes = r.take::<Bytes>("limits.outbox_bytes_max", "1MiB", "What may wait for one client. More: it lags, and is given what it misses from the log.");
 
@@ -194,11 +195,11 @@ impl Config {
             r.mistake("auth.mode", "`anonymous` lets anybody speak as anybody: set `jwt`, or for a cluster that is open on purpose set auth.allow_anonymous = true".into());
         }
         for (key, span) in [("publish.wait", &publish_wait), ("dedup.window", &dedup_window), ("history.ttl", &ttl), ("heartbeat.interval", &interval), ("heartbeat.silence_max", &silence), ("heartbeat.stall_max", &stall)] {
-            if span.0 < Duration::from_millis(1) {
-                r.mistake(key, "has to be at least 1ms".into());
+            if span.0 < Duration::from_millis(1) || span.0 > Duration::from_secs(10 * 365 * 86_400) {
+                r.mistake(key, "has to be 1ms to 10 years".into());
             }
         }
-        for (key, bytes) in [("limits.message_bytes_max", &message_bytes), ("limits.outbox_bytes_max", &outbox_bytes), ("history.max_bytes", &bytes_max), ("hub.ring_bytes_max", &ring_bytes)] {
+        for (key, bytes) in [("limits.message_bytes_max", &message_bytes), ("limits.outbox_bytes_max", &outbox_bytes), ("history.max_bytes", &bytes_max), ("history.memory_bytes_max", &memory_bytes), ("hub.ring_bytes_max", &ring_bytes)] {
             if bytes.0 < 128 || bytes.0 > 1 << 40 {
                 r.mistake(key, "has to be 128 bytes to 1 TiB".into());
             }
@@ -215,7 +216,7 @@ impl Config {
         if open_cluster {
             warnings.push("ANONYMOUS MODE in a cluster: anybody who reaches it can read every room and speak as anybody; set auth.mode = jwt".into());
         }
-        let retention = Retention { entries_min, window: window.0, bytes_max: bytes_max.0 as u64, ttl: ttl.0, dedup_window: dedup_window.0 };
+        let retention = Retention { entries_min, window: window.0, bytes_max: bytes_max.0 as u64, memory_bytes_max: memory_bytes.0 as u64, ttl: ttl.0, dedup_window: dedup_window.0 };
         let second = Duration::from_secs(1);
         Self {
             listen,
@@ -235,7 +236,7 @@ impl Config {
                 dedup_window: dedup_window.0,
                 heartbeat: Heartbeat { interval: interval.0, silence_max: silence.0, stall_max: stall.0, json: false },
                 limits: HttpLimits {
-                    connections_max: if connections_max == 0 { descriptors_for_clients() } else { connections_max },
+                    connections_max: if connections_max == 0 { descriptors_for_clients().min(100_000_000) } else { connections_max },
                     connections_per_ip: per_ip,
                     connections_per_user: per_user,
                     handshakes_per_ip: Rate::new(handshakes, 60 * second, handshakes),

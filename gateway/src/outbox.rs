@@ -118,6 +118,11 @@ impl Outbox {
         self.queue.lock().bytes >= self.bytes_max
     }
 
+    /// Whether at least half of the bound is free.
+    pub fn has_room(&self) -> bool {
+        self.queue.lock().bytes <= self.bytes_max / 2
+    }
+
     /// Bytes that wait.
     pub fn bytes(&self) -> usize {
         self.queue.lock().bytes
@@ -196,8 +201,11 @@ impl Outbox {
 
     /// Takes nothing any more and forgets what waits: the socket is gone.
     pub fn discard(&self) {
-        let mut queue = self.queue.lock();
-        *queue = Queue { closed: true, ..Queue::default() };
+        *self.queue.lock() = Queue { closed: true, ..Queue::default() };
+        if let Sink::Socket(socket) = &self.sink {
+            // Others may hold this outbox for a while longer.
+            let _ = socket2::SockRef::from(socket).shutdown(std::net::Shutdown::Both);
+        }
     }
 
     /// The socket, for the connection's task to read from.
@@ -252,6 +260,10 @@ impl Outbox {
         queue.blocked_since = None;
         // An idle connection holds no buffer.
         queue.frames = VecDeque::new();
+        if !queue.lagging.is_empty() {
+            // Whoever wrote, the connection's task is the one to ask for more.
+            self.wake.notify_one();
+        }
     }
 }
 

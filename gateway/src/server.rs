@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// How long each step of a stop may take: connections say goodbye, then the rest ends.
-const STOP_STEP_MAX: Duration = Duration::from_secs(15);
+const STOP_STEP_MAX: Duration = Duration::from_secs(20);
 /// TCP connections beyond those that may become WebSockets: probes, pages, refused handshakes.
 const TCP_CONNECTIONS_SPARE: usize = 500;
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::ids::RoomId;
 
@@ -14,11 +14,18 @@ pub struct Claims {
     /// The display name; the id where absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// When the token ends, in seconds since 1970 (RFC 7519, section 4.1.4).
+    /// When the token ends, in seconds since 1970, without a fraction that it may have (RFC 7519,
+    /// sections 2 and 4.1.4).
+    #[serde(deserialize_with = "whole_seconds")]
     pub exp: u64,
     /// What is allowed in which room; every room where absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rooms: Option<RoomGrants>,
+}
+
+/// Reads a NumericDate. What is below or above the range counts as its end.
+fn whole_seconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+    f64::deserialize(deserializer).map(|seconds| seconds as u64)
 }
 
 /// What a token allows in a room.

@@ -24,6 +24,11 @@ use crate::{
     drain::Tasks,
 };
 
+/// What a log and a known id take beside the entries, roughly.
+const LOG_BYTES: u64 = 512;
+const ID_BYTES: u64 = 128;
+/// How often room is made at most.
+const MAKE_ROOM_EVERY: Duration = Duration::from_millis(100);
 /// How often logs past their time are looked for.
 const SWEEP_EVERY: Duration = Duration::from_secs(30);
 
@@ -39,6 +44,10 @@ pub struct MemoryBus {
 struct Rooms {
     logs: HashMap<RoomId, Log>,
     followed: HashSet<RoomId>,
+    /// What all logs take, roughly.
+    bytes: u64,
+    /// When room was made last: it takes a look at every log.
+    room_made: Option<Instant>,
 }
 
 /// A room's log.
@@ -78,10 +87,12 @@ impl MemoryBus {
     }
 
     fn sweep(&self, now: Instant) {
-        let ttl = self.retention.ttl;
-        let Rooms { logs, followed } = &mut *self.rooms.lock();
+        let Retention { ttl, dedup_window, .. } = *self.retention;
+        let rooms = &mut *self.rooms.lock();
+        let Rooms { logs, followed, .. } = rooms;
         logs.retain(|room, log| {
             let idle = now - log.used;
+            log.ids.turn(dedup_window, now);
             if idle > ttl {
                 log.entries = VecDeque::new();
                 log.bytes = 0;
@@ -89,12 +100,48 @@ impl MemoryBus {
             // A log nobody wrote to has given no number that could be given twice.
             followed.contains(room) || (log.top > 0 && idle <= HEAD_TTL.max(ttl))
         });
+        Self::make_room(rooms, self.retention.memory_bytes_max);
+    }
+
+    /// Makes room where all logs together take more than they may: those used longest ago go
+    /// first, whole where nobody follows them. Who comes back to one is told.
+    fn make_room(rooms: &mut Rooms, bytes_max: u64) {
+        rooms.bytes = rooms.logs.values().map(Log::cost).sum();
+        if rooms.bytes <= bytes_max {
+            return;
+        }
+        let mut oldest: Vec<(Instant, RoomId)> =
+            rooms.logs.iter().map(|(room, log)| (log.used, room.clone())).collect();
+        oldest.sort_unstable_by_key(|(used, _)| *used);
+        for (_, room) in oldest {
+            // More than is needed, so that this is not done for every message.
+            if rooms.bytes <= bytes_max / 10 * 9 {
+                return;
+            }
+            let Some(log) = rooms.logs.get_mut(&room) else { continue };
+            rooms.bytes -= log.cost();
+            if rooms.followed.contains(&room) {
+                log.entries = VecDeque::new();
+                log.bytes = 0;
+                rooms.bytes += log.cost();
+            } else {
+                rooms.logs.remove(&room);
+            }
+        }
+        tracing::warn!("logs take more than history.memory_bytes_max; the oldest were dropped");
     }
 
     /// Appends under the lock, so that entries enter the mailbox in the order of their numbers.
     fn append_now(&self, append: &Append, now: Instant) -> Appended {
-        let Rooms { logs, followed } = &mut *self.rooms.lock();
+        let rooms = &mut *self.rooms.lock();
+        let too_much = rooms.bytes > self.retention.memory_bytes_max;
+        if too_much && rooms.room_made.is_none_or(|made| now - made >= MAKE_ROOM_EVERY) {
+            Self::make_room(rooms, self.retention.memory_bytes_max);
+            rooms.room_made = Some(now);
+        }
+        let Rooms { logs, followed, bytes, .. } = rooms;
         let log = logs.entry(append.room.clone()).or_insert_with(|| Log::new(now));
+        let before = log.cost();
         log.used = now;
         log.ids.turn(self.retention.dedup_window, now);
 
@@ -110,6 +157,7 @@ impl MemoryBus {
         log.bytes += entry.bytes() as u64;
         log.entries.push_back((now, entry.clone()));
         log.trim(&self.retention, now);
+        *bytes = (*bytes + log.cost()).saturating_sub(before);
         if followed.contains(&append.room) {
             self.mailboxes.put(append.room.clone(), entry);
         }
@@ -117,8 +165,12 @@ impl MemoryBus {
     }
 
     fn read_now(&self, room: RoomId, range: Range, now: Instant) -> Page {
-        let mut rooms = self.rooms.lock();
-        rooms.logs.entry(room).or_insert_with(|| Log::new(now)).page(range)
+        let Rooms { logs, bytes, .. } = &mut *self.rooms.lock();
+        let log = logs.entry(room).or_insert_with(|| {
+            *bytes += LOG_BYTES;
+            Log::new(now)
+        });
+        log.page(range)
     }
 }
 
@@ -158,6 +210,12 @@ impl Log {
             ids: Ids { newer: HashMap::new(), older: HashMap::new(), turned: now },
             used: now,
         }
+    }
+
+    /// What the log takes in memory, roughly.
+    fn cost(&self) -> u64 {
+        let ids = self.ids.newer.len() + self.ids.older.len();
+        LOG_BYTES + self.bytes + ids as u64 * ID_BYTES
     }
 
     /// Forgets the oldest entries past retention.

@@ -159,6 +159,8 @@ pub struct Retention {
     pub window: Duration,
     /// The most bytes of a log; the oldest entries go first.
     pub bytes_max: u64,
+    /// The most that all logs take where they are in a node's own memory.
+    pub memory_bytes_max: u64,
     /// How long a log without new entries is kept.
     pub ttl: Duration,
     /// How long the id of a message is known.

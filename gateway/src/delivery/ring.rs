@@ -7,12 +7,21 @@ use shared::position::Seq;
 
 use super::Entry;
 
-/// The most entries a ring holds.
-pub const ENTRIES_MAX: usize = 256;
-/// The most bytes a ring holds, one entry apart.
-pub const BYTES_MAX: usize = 256 * 1024;
-/// What a ring is cut to while the node's rings take more than their common bound.
-pub const ENTRIES_UNDER_PRESSURE: usize = 16;
+/// How much a ring holds.
+#[derive(Clone, Copy, Debug)]
+pub struct RingMax {
+    /// Entries.
+    pub entries: usize,
+    /// Bytes, one entry apart.
+    pub bytes: usize,
+}
+
+impl RingMax {
+    /// What a ring may hold.
+    pub const DEFAULT: Self = Self { entries: 256, bytes: 256 * 1024 };
+    /// What it is cut to while the node's rings take more than their common bound.
+    pub const UNDER_PRESSURE: Self = Self { entries: 16, bytes: 16 * 1024 };
+}
 
 /// The newest entries of a log, without steps.
 #[derive(Debug, Default)]
@@ -23,12 +32,11 @@ pub struct Ring {
 
 impl Ring {
     /// Adds the next entry and forgets the oldest above the limits.
-    pub fn push(&mut self, entry: Entry, entries_max: usize) {
+    pub fn push(&mut self, entry: Entry, max: RingMax) {
         debug_assert!(self.last().is_none_or(|last| last + 1 == entry.position.seq));
         self.bytes += entry.bytes();
         self.entries.push_back(entry);
-        while self.entries.len() > entries_max.max(1)
-            || (self.bytes > BYTES_MAX && self.entries.len() > 1)
+        while self.entries.len() > 1 && (self.entries.len() > max.entries || self.bytes > max.bytes)
         {
             if let Some(oldest) = self.entries.pop_front() {
                 self.bytes -= oldest.bytes();
@@ -86,7 +94,7 @@ mod tests {
     fn ring(seqs: std::ops::RangeInclusive<Seq>) -> Ring {
         let mut ring = Ring::default();
         for seq in seqs {
-            ring.push(entry("e", seq), ENTRIES_MAX);
+            ring.push(entry("e", seq), RingMax::DEFAULT);
         }
         ring
     }
@@ -109,9 +117,9 @@ mod tests {
     #[test]
     fn the_limits_hold() {
         let mut ring = ring(1..=1000);
-        assert_eq!((ring.len(), ring.first()), (ENTRIES_MAX, Some(1000 - 255)));
-        ring.push(entry("e", 1001), ENTRIES_UNDER_PRESSURE);
-        assert_eq!(ring.len(), ENTRIES_UNDER_PRESSURE);
+        assert_eq!((ring.len(), ring.first()), (256, Some(1000 - 255)));
+        ring.push(entry("e", 1001), RingMax::UNDER_PRESSURE);
+        assert_eq!(ring.len(), 16);
         assert_eq!(ring.bytes(), ring.newest(99).map(Entry::bytes).sum::<usize>());
         ring.clear();
         assert!(ring.is_empty() && ring.bytes() == 0);

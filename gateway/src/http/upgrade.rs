@@ -9,8 +9,8 @@ use std::{sync::Arc, time::SystemTime};
 
 use axum::{
     body::Body,
-    extract::{Path, Query, Request, State},
-    http::{HeaderMap, HeaderValue, StatusCode, Version, header, request::Parts},
+    extract::{Path, Query, State},
+    http::{HeaderMap, HeaderValue, Method, StatusCode, Version, header, request::Parts},
     response::Response,
 };
 use base64::{Engine as _, engine::general_purpose::STANDARD};
@@ -42,7 +42,7 @@ use crate::{
     limits::{Place, address_key},
     outbox::{Close, Outbox},
     session::{
-        Session,
+        Request, Session,
         auth::{Credentials, Identity},
     },
     telemetry::metrics::Handshake,
@@ -72,7 +72,7 @@ struct Places {
 pub(super) async fn chat(
     State(node): State<Arc<Node>>,
     Query(params): Params,
-    request: Request,
+    request: axum::extract::Request,
 ) -> Response {
     upgrade(node, request, &params, Endpoint::Chat)
 }
@@ -81,7 +81,7 @@ pub(super) async fn room(
     State(node): State<Arc<Node>>,
     Path(room): Path<String>,
     Query(params): Params,
-    request: Request,
+    request: axum::extract::Request,
 ) -> Response {
     let join = join_of(&room, &params);
     upgrade(node, request, &params, Endpoint::Room(join))
@@ -90,7 +90,7 @@ pub(super) async fn room(
 pub(super) async fn echo(
     State(node): State<Arc<Node>>,
     Query(params): Params,
-    request: Request,
+    request: axum::extract::Request,
 ) -> Response {
     if node.options.echo == EchoMode::Off {
         return super::error::not_found().await;
@@ -122,7 +122,7 @@ fn param<'a>(params: &'a [(String, String)], name: &str) -> Option<&'a str> {
 
 fn upgrade(
     node: Arc<Node>,
-    request: Request,
+    request: axum::extract::Request,
     params: &[(String, String)],
     endpoint: Endpoint,
 ) -> Response {
@@ -248,6 +248,10 @@ fn accept_key(parts: &Parts) -> Result<String, Box<Response>> {
     let has = |name, token: &str| {
         tokens(&parts.headers, name).any(|found| found.eq_ignore_ascii_case(token))
     };
+    if parts.method != Method::GET {
+        let text = "a WebSocket handshake is a GET";
+        return Err(Box::new(refuse(StatusCode::METHOD_NOT_ALLOWED, "bad_request", text)));
+    }
     if !has(header::UPGRADE, "websocket") {
         let text = "this path speaks WebSocket only";
         let mut response = refuse(StatusCode::UPGRADE_REQUIRED, "upgrade_required", text);
@@ -406,7 +410,10 @@ async fn join_at_once(
     join: Result<Join, &'static str>,
 ) -> Result<(), ErrorCode> {
     match (join, connection.session()) {
-        (Ok(join), Some(session)) => session.join(None, join).await,
+        (Ok(join), Some(session)) => {
+            let performed = session.perform(Request::Join(None, join)).await;
+            session.finish(performed)
+        }
         (Ok(_), None) => Ok(()),
         (Err(text), _) => {
             let refusal = Refusal {

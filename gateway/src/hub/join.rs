@@ -7,7 +7,7 @@ use shared::{
     position::{Position, Seq},
     protocol::{
         HISTORY_BYTES_MAX, Ref,
-        answer::{Answer, Joined, Left, NotRecovered},
+        answer::{Answer, Joined, NotRecovered},
         request::history_default,
     },
 };
@@ -126,9 +126,18 @@ impl Room {
         }
         page.keep_whole();
         let Some(since) = join.since().cloned() else {
-            // What was not passed on yet comes live.
+            // What was not passed on yet comes live; what was passed on since the page was read is
+            // neither in it nor to come.
             page.entries.retain(|entry| entry.position.seq <= top.seq);
-            return self.enter_newest(join, &page.entries, page.oldest, turn);
+            let last = page.entries.last().map_or(page.top, |last| last.position.seq);
+            if last < top.seq {
+                let Some(since) = self.ring().after(last) else {
+                    return self.join_newest(join, turn);
+                };
+                page.entries.extend(since.cloned());
+            }
+            let oldest = if page.oldest == 0 { last + 1 } else { page.oldest };
+            return self.enter_newest(join, &page.entries, oldest, turn);
         };
         if let Err(reason) = page.continues(&since) {
             join.lost = Some(reason);
@@ -197,12 +206,8 @@ impl Room {
         self.send_joined(&join, top, history, more);
         let subscriber = join.subscriber;
         turn.touch(&subscriber);
-        if join.done.send(()).is_err() {
-            // Its session has given up meanwhile and told the client so.
-            let left = Left { reference: None, room: self.name.clone() };
-            subscriber.answer(&Answer::Left(left));
-            return Step::Done;
-        }
+        // Who has given up meanwhile sends a call behind this one that takes it back.
+        let _ = join.done.send(());
         if pace == Pace::Behind {
             subscriber.outbox.lag(self.name.clone());
         }

@@ -29,14 +29,12 @@ pub struct Subscriber {
     /// Where its frames go.
     pub outbox: Outbox,
     /// Messages it sent with `echo:false` whose `ack` is to stand where the copy would.
-    placed_acks: Mutex<HashMap<MessageId, PlacedAck>>,
+    placed_acks: Mutex<HashMap<(RoomId, MessageId), PlacedAck>>,
 }
 
 /// An `ack` that is to stand in the place of a copy.
 #[derive(Clone, Debug)]
 pub struct PlacedAck {
-    /// The room.
-    pub room: RoomId,
     /// The `ref` of the message.
     pub reference: Option<Ref>,
     /// When it was taken.
@@ -56,15 +54,15 @@ enum PlacedState {
 
 impl PlacedAck {
     /// An `ack` whose entry is on its way.
-    pub fn new(room: RoomId, reference: Option<Ref>, timestamp: String) -> Self {
-        Self { room, reference, timestamp, state: PlacedState::Open }
+    pub fn new(reference: Option<Ref>, timestamp: String) -> Self {
+        Self { reference, timestamp, state: PlacedState::Open }
     }
 
-    fn at(self, id: MessageId, position: Position) -> Answer<Box<RawValue>> {
+    fn at(self, room: RoomId, id: MessageId, position: Position) -> Answer<Box<RawValue>> {
         Answer::Ack(Box::new(Ack {
             reference: self.reference,
             id,
-            room: self.room,
+            room,
             epoch: position.epoch,
             seq: position.seq,
             timestamp: self.timestamp,
@@ -84,44 +82,51 @@ impl Subscriber {
         self.outbox.push(text_frame(answer));
     }
 
-    /// Has the `ack` of `id` stand in the place of its copy.
-    pub fn place_ack(&self, id: MessageId, ack: PlacedAck) {
-        self.placed_acks.lock().insert(id, ack);
+    /// Has the `ack` of a message stand in the place of its copy. `false`: that of an earlier send
+    /// of the same id does, and this one is a repeat.
+    #[must_use]
+    pub fn place_ack(&self, room: &RoomId, id: MessageId, ack: PlacedAck) -> bool {
+        let mut placed = self.placed_acks.lock();
+        let entry = placed.entry((room.clone(), id));
+        let vacant = matches!(entry, std::collections::hash_map::Entry::Vacant(_));
+        entry.or_insert(ack);
+        vacant
     }
 
     /// Takes that back. `false`: the `ack` has been sent.
-    pub fn unplace_ack(&self, id: MessageId) -> bool {
-        self.placed_acks.lock().remove(&id).is_some()
+    pub fn unplace_ack(&self, room: &RoomId, id: MessageId) -> bool {
+        self.placed_acks.lock().remove(&(room.clone(), id)).is_some()
     }
 
     /// Notes that the bus has appended `id` at `position`. Its `ack` is sent when the entry comes
     /// by, or here where it will not.
-    pub fn appended(&self, id: MessageId, position: Position) {
+    pub fn appended(&self, room: &RoomId, id: MessageId, position: Position) {
+        let key = (room.clone(), id);
         let released = {
             let mut placed = self.placed_acks.lock();
-            let Some(ack) = placed.get_mut(&id) else { return };
+            let Some(ack) = placed.get_mut(&key) else { return };
             if ack.state == PlacedState::Released {
-                placed.remove(&id)
+                placed.remove(&key)
             } else {
                 ack.state = PlacedState::Appended(position.clone());
                 None
             }
         };
         if let Some(ack) = released {
-            self.answer(&ack.at(id, position));
+            self.answer(&ack.at(key.0, id, position));
         }
     }
 
     /// Gives up the places of acks in `room`: its entries do not come by any more.
     pub fn release_acks(&self, room: &RoomId) {
         let mut released = Vec::new();
-        self.placed_acks.lock().retain(|id, ack| {
-            if ack.room != *room {
+        self.placed_acks.lock().retain(|(of, id), ack| {
+            if of != room {
                 return true;
             }
             match std::mem::replace(&mut ack.state, PlacedState::Released) {
                 PlacedState::Appended(position) => {
-                    released.push(ack.clone().at(*id, position));
+                    released.push(ack.clone().at(room.clone(), *id, position));
                     false
                 }
                 PlacedState::Open | PlacedState::Released => true,
@@ -133,14 +138,14 @@ impl Subscriber {
     }
 
     /// The `ack` that stands in the place of `entry`, if this connection asked for that.
-    fn placed_ack(&self, entry: &Entry) -> Option<Bytes> {
+    fn placed_ack(&self, room: &RoomId, entry: &Entry) -> Option<Bytes> {
         if entry.envelope.sender_without_echo() != Some(self.connection) {
             return None;
         }
-        let id = entry.envelope.id();
+        let key = (room.clone(), entry.envelope.id());
         let placed = self.placed_acks.lock();
-        let ack = placed.get(&id).filter(|ack| ack.state != PlacedState::Released)?;
-        Some(text_frame(&ack.clone().at(id, entry.position.clone())))
+        let ack = placed.get(&key).filter(|ack| ack.state != PlacedState::Released)?;
+        Some(text_frame(&ack.clone().at(key.0, key.1, entry.position.clone())))
     }
 }
 
@@ -230,7 +235,7 @@ impl Member {
     /// Gives the member the next entry. `false`: its outbox is full, and it is behind from here.
     pub(super) fn give(&mut self, frames: &mut Frames<'_>, turn: &mut Turn) -> bool {
         let (room, entry) = (frames.room, frames.entry);
-        let placed = self.subscriber.placed_ack(entry);
+        let placed = self.subscriber.placed_ack(room, entry);
         let frame = placed.as_ref().unwrap_or_else(|| frames.shared());
         let outbox = &self.subscriber.outbox;
         let mut offer = outbox.offer(frame);
@@ -252,7 +257,7 @@ impl Member {
             }
         }
         if placed.is_some() {
-            self.subscriber.unplace_ack(entry.envelope.id());
+            self.subscriber.unplace_ack(room, entry.envelope.id());
         }
         self.seq = entry.position.seq;
         turn.deliveries += 1;

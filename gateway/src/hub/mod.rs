@@ -17,7 +17,11 @@ use std::{
 use bytes::Bytes;
 use shared::{
     ids::{ConnectionId, RoomId},
-    protocol::Ref,
+    position::Position,
+    protocol::{
+        Ref,
+        answer::{Answer, Left},
+    },
 };
 use tokio::{
     sync::{mpsc, oneshot},
@@ -37,7 +41,7 @@ mod room;
 
 use join::{Join, Start, Step};
 use member::{Subscriber, Turn};
-use room::{Need, Reading, Room};
+use room::{Fed, Need, Reading, Room};
 
 /// How long a room without members is still followed, so that who reloads a page finds it.
 pub const LINGER: Duration = Duration::from_secs(30);
@@ -47,6 +51,8 @@ const QUEUE_LEN_MAX: usize = 4096;
 pub const MAILBOX_LEN: usize = 16_384;
 /// How many letters and calls one turn takes, so that what was placed is written soon.
 const TURN_LEN: usize = 512;
+/// The most rooms a shard unfollows in a second, so that the bus keeps up.
+const UNFOLLOWS_MAX: usize = 1000;
 /// How long to wait before a log that could not be read is read again.
 const READ_AGAIN: Duration = Duration::from_millis(250);
 
@@ -71,6 +77,10 @@ enum Call {
         /// Sent behind the last entry.
         answer: Option<(Arc<Subscriber>, Bytes)>,
     },
+    GiveUp {
+        room: RoomId,
+        subscriber: Arc<Subscriber>,
+    },
     CatchUp {
         room: RoomId,
         connection: ConnectionId,
@@ -91,8 +101,8 @@ enum Purpose {
     GoOn,
     /// To answer a join.
     Join(Join),
-    /// To feed a member that is behind.
-    Feed(ConnectionId),
+    /// To feed a member that is behind, from where it was.
+    Feed(ConnectionId, Position),
 }
 
 impl Hub {
@@ -131,8 +141,7 @@ impl Hub {
 
     /// Makes a connection a member of a room. Resolves when `joined` has been sent.
     ///
-    /// Dropping the future gives the join up: a `joined` that was sent already is followed by
-    /// `left`.
+    /// Who drops the future before it resolves has to [give up](Hub::give_up) or leave.
     ///
     /// # Errors
     ///
@@ -158,6 +167,12 @@ impl Hub {
         answer: Option<(Arc<Subscriber>, Bytes)>,
     ) {
         self.call(room.clone(), Call::Leave { room, connection, answer }).await;
+    }
+
+    /// Ends a membership that a join which was given up may have brought about all the same; its
+    /// `joined` is then followed by `left`.
+    pub async fn give_up(&self, room: RoomId, subscriber: Arc<Subscriber>) {
+        self.call(room.clone(), Call::GiveUp { room, subscriber }).await;
     }
 
     /// Gives a member that is behind what its outbox has room for.
@@ -201,7 +216,7 @@ impl Shard {
                 _ = queue.recv_many(&mut calls, TURN_LEN) => {}
                 _ = letters.entries.recv_many(&mut entries, TURN_LEN) => {}
                 () = letters.doubt.raised() => {}
-                now = tick.tick() => self.forget_idle(now),
+                now = tick.tick() => self.look_around(now),
             }
             // What arrived before a call was made is handed out before it: who sends and then leaves
             // gets its own copy.
@@ -232,6 +247,7 @@ impl Shard {
         match call {
             Call::Join(room, join) => self.join(room, join),
             Call::Leave { room, connection, answer } => self.leave(room, connection, answer),
+            Call::GiveUp { room, subscriber } => self.give_up(&room, &subscriber),
             Call::CatchUp { room, connection } => self.feed(&room, connection),
             Call::Answered { room, generation, purpose, result } => {
                 self.answered(room, generation, purpose, result);
@@ -244,7 +260,7 @@ impl Shard {
             self.metrics.arrivals.of(Arrival::Unwanted).inc();
             return;
         };
-        let ring_max = room::ring_entries_max(self.ring_bytes, self.ring_bytes_max);
+        let ring_max = room::ring_max(self.ring_bytes, self.ring_bytes_max);
         let before = room.ring_bytes();
         let need = room.arrive(entry, ring_max, &mut self.turn, &self.metrics);
         let after = room.ring_bytes();
@@ -283,9 +299,8 @@ impl Shard {
         let Some(room) = self.rooms.get_mut(&name) else {
             return self.open(name, join);
         };
-        room.idle_since = None;
         if room.reading != Reading::No {
-            room.waiting.push(join);
+            room.wait(join);
             return;
         }
         let step = room.join(join, &mut self.turn, &self.metrics);
@@ -297,11 +312,12 @@ impl Shard {
         match step {
             Step::Done => self.note_if_idle(name),
             Step::Read(join, range) => {
+                room.idle_since = None;
                 let generation = room.generation;
                 self.read(name.clone(), generation, Purpose::Join(join), range);
             }
             Step::Wait(join) => {
-                room.waiting.push(join);
+                room.wait(join);
                 self.read_on(name);
             }
         }
@@ -311,7 +327,7 @@ impl Shard {
     fn open(&mut self, name: RoomId, join: Join) {
         self.generation += 1;
         let mut room = Room::opening(name.clone(), self.generation);
-        room.waiting.push(join);
+        room.wait(join);
         let range = room.next_range();
         self.rooms.insert(name.clone(), room);
         self.metrics.rooms.inc();
@@ -332,7 +348,7 @@ impl Shard {
             }
             let mut result = bus.read(room.clone(), range).await;
             // A member waits for these, and can wait: it gets what it misses when the bus is back.
-            while let (Err(_), Purpose::GoOn | Purpose::Feed(_)) = (&result, &purpose) {
+            while let (Err(_), Purpose::GoOn | Purpose::Feed(..)) = (&result, &purpose) {
                 metrics.repairs.of(Repair::Failed).inc();
                 tokio::time::sleep(READ_AGAIN).await;
                 result = bus.read(room.clone(), range).await;
@@ -374,25 +390,25 @@ impl Shard {
                 drop(join);
                 self.note_if_idle(&name);
             }
-            (Purpose::Feed(connection), Ok(page)) => {
-                if room.feed_page(connection, page, &mut self.turn) {
-                    self.feed(&name, connection);
-                } else {
-                    self.read_on(&name);
+            (Purpose::Feed(connection, from), Ok(page)) => {
+                match room.feed_page(connection, &from, page, &mut self.turn) {
+                    Fed::More => self.feed(&name, connection),
+                    Fed::Enough => {}
+                    Fed::OtherLog => self.read_on(&name),
                 }
             }
             // Those reads are repeated until they succeed.
-            (Purpose::GoOn | Purpose::Feed(_), Err(_)) => {}
+            (Purpose::GoOn | Purpose::Feed(..), Err(_)) => {}
         }
     }
 
     fn opened_or_gone_on(&mut self, name: &RoomId, page: Page) {
         let Some(room) = self.rooms.get_mut(name) else { return };
-        let ring_max = room::ring_entries_max(self.ring_bytes, self.ring_bytes_max);
+        let ring_max = room::ring_max(self.ring_bytes, self.ring_bytes_max);
         let before = room.ring_bytes();
         let need = room.read(page, ring_max, &mut self.turn, &self.metrics);
         let after = room.ring_bytes();
-        let waiting = std::mem::take(&mut room.waiting);
+        let waiting = room.take_waiting();
         let behind = room.behind();
         self.count_ring_bytes(before, after);
         if need == Need::Read {
@@ -410,10 +426,10 @@ impl Shard {
     /// Gives a member that is behind what is there for it.
     fn feed(&mut self, name: &RoomId, connection: ConnectionId) {
         let Some(room) = self.rooms.get_mut(name) else { return };
-        if let Some(seq) = room.feed(connection, &mut self.turn) {
-            let range = Range::After { seq, limit: room::READ_LEN };
+        if let Some(from) = room.feed(connection, &mut self.turn) {
+            let range = Range::After { seq: from.seq, limit: room::READ_LEN };
             let generation = room.generation;
-            self.read(name.clone(), generation, Purpose::Feed(connection), range);
+            self.read(name.clone(), generation, Purpose::Feed(connection, from), range);
         }
     }
 
@@ -434,6 +450,15 @@ impl Shard {
         }
     }
 
+    fn give_up(&mut self, name: &RoomId, subscriber: &Arc<Subscriber>) {
+        let Some(room) = self.rooms.get_mut(name) else { return };
+        if room.remove(subscriber.connection) {
+            subscriber.answer(&Answer::Left(Left { reference: None, room: name.clone() }));
+            self.turn.touch(subscriber);
+            self.note_if_idle(name);
+        }
+    }
+
     fn note_if_idle(&mut self, name: &RoomId) {
         let Some(room) = self.rooms.get_mut(name) else { return };
         if room.is_empty() && room.idle_since.is_none() {
@@ -443,11 +468,15 @@ impl Shard {
         }
     }
 
-    /// Unfollows rooms that have been without members for long enough.
-    fn forget_idle(&mut self, now: Instant) {
+    /// Unfollows rooms that have been without members for long enough, and forgets joins that
+    /// nobody waits for any more.
+    fn look_around(&mut self, now: Instant) {
+        let mut left = UNFOLLOWS_MAX;
         while let Some((since, _)) = self.lingering.front()
             && now.saturating_duration_since(*since) >= LINGER
+            && left > 0
         {
+            left -= 1;
             let Some((since, name)) = self.lingering.pop_front() else { return };
             let Some(room) = self.rooms.get(&name) else { continue };
             if room.idle_since != Some(since) || !room.is_empty() {
@@ -459,7 +488,11 @@ impl Shard {
             self.metrics.rooms.dec();
             self.bus.unfollow(name);
         }
-        let members: usize = self.rooms.values().map(Room::len).sum();
+        let mut members = 0;
+        for room in self.rooms.values_mut() {
+            room.forget_given_up();
+            members += room.len();
+        }
         self.metrics.members.add(members as i64 - self.members as i64);
         self.members = members;
     }

@@ -25,7 +25,7 @@ use crate::{
         Entry,
         order::{Order, Verdict},
         page::Page,
-        ring::{self, Ring},
+        ring::{Ring, RingMax},
     },
     telemetry::metrics::{Arrival, Metrics, Repair},
 };
@@ -52,7 +52,7 @@ pub(super) struct Room {
     members: Vec<Member>,
     places: HashMap<ConnectionId, usize>,
     /// Joins that wait for a read of the log.
-    pub(super) waiting: Vec<Join>,
+    waiting: Vec<Join>,
     /// Since when nobody is here.
     pub(super) idle_since: Option<Instant>,
 }
@@ -66,6 +66,17 @@ pub(super) enum Reading {
     Yes,
     /// It is, and once more after that: doubt arose since it began.
     Again,
+}
+
+/// What became of a page that was read for a member.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Fed {
+    /// It may be given more at once.
+    More,
+    /// It is gone, or its outbox is full, and it asks when that has drained.
+    Enough,
+    /// The log is another one, and the room has to find out first.
+    OtherLog,
 }
 
 /// What a room asks its shard to do.
@@ -122,7 +133,7 @@ impl Room {
     pub(super) fn arrive(
         &mut self,
         entry: Entry,
-        ring_max: usize,
+        ring_max: RingMax,
         turn: &mut Turn,
         metrics: &Metrics,
     ) -> Need {
@@ -141,7 +152,13 @@ impl Room {
         }
     }
 
-    fn judge(&mut self, entry: Entry, ring_max: usize, turn: &mut Turn, metrics: &Metrics) -> Need {
+    fn judge(
+        &mut self,
+        entry: Entry,
+        ring_max: RingMax,
+        turn: &mut Turn,
+        metrics: &Metrics,
+    ) -> Need {
         let Some(order) = &self.order else { return Need::Nothing };
         let outcome = match order.judge(&entry.position) {
             Verdict::Deliver => {
@@ -168,7 +185,7 @@ impl Room {
     }
 
     /// Gives the next entry to the members that are up to date, and keeps it.
-    fn pass_on(&mut self, entry: Entry, ring_max: usize, turn: &mut Turn) {
+    fn pass_on(&mut self, entry: Entry, ring_max: RingMax, turn: &mut Turn) {
         if let Some(order) = &mut self.order {
             order.advance(&entry.position);
         }
@@ -190,7 +207,7 @@ impl Room {
             .is_some_and(|known| known.envelope.id() != entry.envelope.id())
     }
 
-    fn restart_before(&mut self, entry: Entry, ring_max: usize, turn: &mut Turn) {
+    fn restart_before(&mut self, entry: Entry, ring_max: RingMax, turn: &mut Turn) {
         tracing::error!(room = %self.name, position = %entry.position,
             "the log went back behind what was delivered; its members are told");
         let seq = entry.position.seq - 1;
@@ -216,7 +233,7 @@ impl Room {
     pub(super) fn read(
         &mut self,
         mut page: Page,
-        ring_max: usize,
+        ring_max: RingMax,
         turn: &mut Turn,
         metrics: &Metrics,
     ) -> Need {
@@ -265,6 +282,23 @@ impl Room {
         if more || again { Need::Read } else { need }
     }
 
+    /// Has a join wait for a read of the log.
+    pub(super) fn wait(&mut self, join: Join) {
+        self.idle_since = None;
+        self.forget_given_up();
+        self.waiting.push(join);
+    }
+
+    /// Forgets joins that nobody waits for any more, and with them their connections.
+    pub(super) fn forget_given_up(&mut self) {
+        self.waiting.retain(|join| !join.done.is_closed());
+    }
+
+    /// The joins that waited.
+    pub(super) fn take_waiting(&mut self) -> Vec<Join> {
+        std::mem::take(&mut self.waiting)
+    }
+
     pub(super) fn add(&mut self, member: Member) {
         self.places.insert(member.subscriber.connection, self.members.len());
         self.members.push(member);
@@ -291,14 +325,19 @@ impl Room {
 
     /// Gives a member that is behind what the ring holds for it. Returns from where the log is to
     /// be read where the ring does not reach back so far.
-    pub(super) fn feed(&mut self, connection: ConnectionId, turn: &mut Turn) -> Option<Seq> {
-        let top = self.top()?.seq;
+    pub(super) fn feed(&mut self, connection: ConnectionId, turn: &mut Turn) -> Option<Position> {
+        let top = self.top()?.clone();
         let place = *self.places.get(&connection)?;
         let member = self.members.get_mut(place).filter(|member| member.pace == Pace::Behind)?;
-        if member.seq < top {
+        if member.seq < top.seq {
+            if !member.subscriber.outbox.has_room() {
+                // A read for it would be in vain. It asks again when its socket has drained.
+                member.subscriber.outbox.lag(self.name.clone());
+                return None;
+            }
             let Some(entries) = self.ring.after(member.seq) else {
                 member.pace = Pace::Reading;
-                return Some(member.seq);
+                return Some(Position::new(top.epoch, member.seq));
             };
             for entry in entries {
                 if !member.give(&mut Frames::replay(&self.name, entry), turn) {
@@ -310,37 +349,42 @@ impl Room {
         None
     }
 
-    /// Gives a member what was read of the log for it. `false`: the log is another one, and the
-    /// room has to find out first.
+    /// Gives a member what was read of the log behind `from` for it.
     pub(super) fn feed_page(
         &mut self,
         connection: ConnectionId,
+        from: &Position,
         mut page: Page,
         turn: &mut Turn,
-    ) -> bool {
-        let Some(top) = self.top().cloned() else { return true };
-        let Some(place) = self.places.get(&connection).copied() else { return true };
-        let Some(member) = self.members.get_mut(place) else { return true };
+    ) -> Fed {
+        let Some(top) = self.top().cloned() else { return Fed::Enough };
+        let Some(place) = self.places.get(&connection).copied() else { return Fed::Enough };
+        let Some(member) = self.members.get_mut(place) else { return Fed::Enough };
         if member.pace != Pace::Reading {
-            return true;
+            return Fed::Enough;
         }
         member.pace = Pace::Behind;
-        page.keep_whole();
         let cursor = Position::new(top.epoch.clone(), member.seq);
+        if cursor != *from {
+            // It was reset meanwhile, or has left and come back.
+            return Fed::More;
+        }
+        page.keep_whole();
         match page.continues(&cursor) {
-            Ok(()) => {}
+            // A log that went back has nothing for it, as one that has lost it.
+            Ok(()) | Err(NotRecovered::Ahead) => {}
             Err(NotRecovered::LogTrimmed) => {
                 let before = page.entries.first().map_or(page.top, |e| e.position.seq - 1);
                 let base = Position::new(top.epoch.clone(), before.min(top.seq));
                 member.reset(&self.name, &base, NotRecovered::LogTrimmed, turn);
             }
-            Err(NotRecovered::LogLost | NotRecovered::Ahead) => return false,
+            Err(NotRecovered::LogLost) => return Fed::OtherLog,
         }
         for entry in page.entries.iter().filter(|entry| entry.position.seq <= top.seq) {
             if entry.position.seq > member.seq
                 && !member.give(&mut Frames::replay(&self.name, entry), turn)
             {
-                return true;
+                return Fed::Enough;
             }
         }
         if member.seq == cursor.seq && member.seq < top.seq {
@@ -349,7 +393,7 @@ impl Room {
             let base = Position::new(top.epoch, before);
             member.reset(&self.name, &base, NotRecovered::LogLost, turn);
         }
-        true
+        Fed::More
     }
 
     /// The members that are behind.
@@ -369,9 +413,9 @@ impl Room {
     }
 }
 
-/// How many entries a ring may hold, given what all rings of a shard hold.
-pub(super) fn ring_entries_max(shard_bytes: usize, shard_bytes_max: usize) -> usize {
-    if shard_bytes > shard_bytes_max { ring::ENTRIES_UNDER_PRESSURE } else { ring::ENTRIES_MAX }
+/// How much a ring may hold, given what all rings of a shard hold.
+pub(super) fn ring_max(shard_bytes: usize, shard_bytes_max: usize) -> RingMax {
+    if shard_bytes > shard_bytes_max { RingMax::UNDER_PRESSURE } else { RingMax::DEFAULT }
 }
 
 impl Member {

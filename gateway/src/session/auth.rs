@@ -113,7 +113,9 @@ impl JwtKey {
         let leeway = Duration::from_secs(self.validation.leeway);
         Ok(Identity {
             user: Person { id, name },
-            expires_at: UNIX_EPOCH.checked_add(Duration::from_secs(claims.exp) + leeway),
+            // A token that ends beyond what the clock holds does not end.
+            expires_at: UNIX_EPOCH
+                .checked_add(Duration::from_secs(claims.exp).saturating_add(leeway)),
             grants: claims.rooms,
         })
     }
@@ -190,6 +192,10 @@ mod tests {
         check(serde_json::json!({"sub": "ann", "exp": now() + 60}), Ok("ann"));
         check(serde_json::json!({"sub": "ann", "exp": now() + 60, "aud": "x"}), Ok("ann"));
         check(serde_json::json!({"sub": "ann", "exp": now() - 1}), Err(AuthError::TokenExpired));
+        // In milliseconds by mistake, and with a fraction.
+        check(serde_json::json!({"sub": "ann", "exp": (now() + 60) * 1000}), Ok("ann"));
+        check(serde_json::json!({"sub": "ann", "exp": u64::MAX}), Ok("ann"));
+        check(serde_json::json!({"sub": "ann", "exp": now() as f64 + 60.5}), Ok("ann"));
         for claims in [
             serde_json::json!({"sub": "ann"}),
             serde_json::json!({"exp": now() + 60}),

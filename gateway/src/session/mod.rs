@@ -19,7 +19,7 @@ use shared::{
     ids::RoomId,
     protocol::{
         Ref,
-        answer::{Ack, Answer, History, Left, Pong, Refusal},
+        answer::{Ack, Answer, Pong, Refusal},
         request::{self, Body, Message, Request as Frame},
     },
     token::Access,
@@ -27,11 +27,10 @@ use shared::{
 use tokio::time::Instant;
 
 use crate::{
-    bus::{Appended, Bus, BusError, Range},
+    bus::{Appended, BoxFuture, Bus, BusError},
     hub::{
         Hub,
-        join::{Start, history},
-        member::{PlacedAck, Subscriber, text_frame},
+        member::{PlacedAck, Subscriber},
     },
     limits::{Pace, Rate},
     publisher::{Publisher, Receipt, Sender},
@@ -39,6 +38,7 @@ use crate::{
 };
 
 pub mod auth;
+mod perform;
 
 use auth::Identity;
 
@@ -75,6 +75,8 @@ pub struct Session {
     identity: Identity,
     subscriber: Arc<Subscriber>,
     rooms: HashSet<RoomId>,
+    /// The room whose join is being performed.
+    joining: Option<RoomId>,
     messages: Pace,
     frames: Pace,
     /// Publishes that were handed on and not answered.
@@ -92,6 +94,17 @@ pub enum Request {
     History(Option<Ref>, request::History),
 }
 
+/// What became of a [`Request`]. Its answer has been sent.
+#[derive(Debug)]
+pub enum Performed {
+    /// The connection is a member.
+    Joined,
+    /// It is not, and was told so with this code.
+    NotJoined(ErrorCode),
+    /// Nothing changed for the session.
+    Answered,
+}
+
 /// What an `unavailable` tells to wait.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
@@ -103,6 +116,7 @@ impl Session {
             identity,
             subscriber,
             rooms: HashSet::new(),
+            joining: None,
             messages: Pace::default(),
             frames: Pace::default(),
             unanswered: Arc::default(),
@@ -153,67 +167,75 @@ impl Session {
         }
     }
 
-    /// Does what a frame asks for and had to wait.
-    pub async fn perform(&mut self, request: Request) {
+    /// Begins what a frame asks for that has to wait. The future is on its own, so that the
+    /// connection can be looked after meanwhile; its output goes to [`Session::finish`].
+    pub fn perform(&mut self, request: Request) -> BoxFuture<Performed> {
+        let (services, subscriber) = (self.services.clone(), self.subscriber.clone());
         match request {
-            Request::Join(reference, join) => {
-                // The refusal has been sent, which is all a client of `/ws` needs.
-                let _ = self.join(reference, join).await;
+            Request::Join(reference, join) => match self.may_join(reference.as_ref(), &join.room) {
+                Ok(()) => {
+                    let is_member = self.rooms.contains(&join.room);
+                    self.joining = Some(join.room.clone());
+                    Box::pin(perform::join(services, subscriber, reference, join, is_member))
+                }
+                Err(refusal) => {
+                    let code = self.refuse(refusal);
+                    Box::pin(std::future::ready(Performed::NotJoined(code)))
+                }
+            },
+            Request::Leave(reference, room) => {
+                self.rooms.remove(&room);
+                Box::pin(perform::leave(services, subscriber, reference, room))
             }
-            Request::Leave(reference, room) => self.leave(reference, room).await,
-            Request::History(reference, history) => self.history(reference, history).await,
+            Request::History(reference, history) => {
+                if !self.rooms.contains(&history.room) {
+                    let (code, text) = (ErrorCode::NotJoined, "join the room first");
+                    let room = Some(&history.room);
+                    self.refuse(refusal(reference, "history", room, code, text));
+                    return Box::pin(std::future::ready(Performed::Answered));
+                }
+                Box::pin(perform::history(services, subscriber, reference, history))
+            }
         }
     }
 
-    /// Joins a room.
+    /// Takes note of what was performed.
     ///
     /// # Errors
     ///
-    /// The code of the `error` that was sent.
-    pub async fn join(
-        &mut self,
-        reference: Option<Ref>,
-        join: request::Join,
-    ) -> Result<(), ErrorCode> {
-        let room = join.room;
-        let refusal =
-            |code, text: &str| refusal(reference.clone(), "join", Some(&room), code, text);
-        let again = self.rooms.contains(&room);
-        if self.identity.access(&room).is_none() {
-            let text = "the token does not allow this room";
-            return Err(self.refuse(refusal(ErrorCode::Forbidden, text)));
-        }
-        if !again && self.rooms.len() >= self.services.limits.rooms_max {
-            let text = format!("at most {} rooms at a time", self.services.limits.rooms_max);
-            return Err(self.refuse(refusal(ErrorCode::LimitReached, &text)));
-        }
-        let start = match join.since {
-            Some(since) => Start::Since(since),
-            None => Start::Newest(join.history),
-        };
-        let hub = self.services.hub.clone();
-        let joining = hub.join(room.clone(), self.subscriber.clone(), reference.clone(), start);
-        match tokio::time::timeout(self.services.limits.wait_max, joining).await {
-            Ok(Ok(())) => {
-                self.rooms.insert(room);
+    /// The code of the `error` that a join was refused with.
+    pub fn finish(&mut self, performed: Performed) -> Result<(), ErrorCode> {
+        let joining = self.joining.take();
+        match performed {
+            Performed::Joined => {
+                self.rooms.extend(joining);
                 Ok(())
             }
-            failed => {
-                if failed.is_err() && !again {
-                    // The hub may have let it in at the very moment it was given up.
-                    let connection = self.subscriber.connection;
-                    self.services.hub.leave(room.clone(), connection, None).await;
-                }
-                let text = "the bus is away; join again later";
-                Err(self.refuse(after(refusal(ErrorCode::Unavailable, text), RETRY_AFTER)))
-            }
+            Performed::NotJoined(code) => Err(code),
+            Performed::Answered => Ok(()),
         }
+    }
+
+    fn may_join(&self, reference: Option<&Ref>, room: &RoomId) -> Result<(), Refusal> {
+        let rooms_max = self.services.limits.rooms_max;
+        let refusal =
+            |code, text: &str| refusal(reference.cloned(), "join", Some(room), code, text);
+        if self.identity.access(room).is_none() {
+            return Err(refusal(ErrorCode::Forbidden, "the token does not allow this room"));
+        }
+        if !self.rooms.contains(room) && self.rooms.len() >= rooms_max {
+            let text = format!("at most {rooms_max} rooms at a time");
+            return Err(refusal(ErrorCode::LimitReached, &text));
+        }
+        Ok(())
     }
 
     /// Ends the session: it is a member nowhere any more.
     pub async fn end(&mut self) {
         let connection = self.subscriber.connection;
-        for room in std::mem::take(&mut self.rooms) {
+        let rooms = std::mem::take(&mut self.rooms);
+        // A join that was not waited for to its end may have succeeded.
+        for room in rooms.into_iter().chain(self.joining.take()) {
             self.services.hub.leave(room, connection, None).await;
         }
     }
@@ -223,61 +245,6 @@ impl Session {
         for room in self.subscriber.outbox.take_lagging() {
             self.services.hub.catch_up(room, self.subscriber.connection).await;
         }
-    }
-
-    async fn leave(&mut self, reference: Option<Ref>, room: RoomId) {
-        self.rooms.remove(&room);
-        let left = text_frame(&Answer::Left(Left { reference, room: room.clone() }));
-        let subscriber = self.subscriber.clone();
-        let connection = subscriber.connection;
-        self.services.hub.leave(room, connection, Some((subscriber, left))).await;
-    }
-
-    async fn history(&mut self, reference: Option<Ref>, wanted: request::History) {
-        let room = wanted.room;
-        let refusal =
-            |code, text: &str| refusal(reference.clone(), "history", Some(&room), code, text);
-        if !self.rooms.contains(&room) {
-            self.refuse(refusal(ErrorCode::NotJoined, "join the room first"));
-            return;
-        }
-        let limit = wanted.limit;
-        let range = match (wanted.before, wanted.after) {
-            (_, Some(seq)) => Range::After { seq, limit },
-            (Some(seq), None) => Range::Before { seq, limit },
-            (None, None) => Range::Newest { limit },
-        };
-        let read = self.services.bus.read(room.clone(), range);
-        let page = match tokio::time::timeout(self.services.limits.wait_max, read).await {
-            Ok(Ok(page)) => page,
-            Ok(Err(_)) | Err(_) => {
-                let text = "the bus is away; ask again later";
-                self.refuse(after(refusal(ErrorCode::Unavailable, text), RETRY_AFTER));
-                return;
-            }
-        };
-        let messages = if range.keeps_newest() {
-            let mut messages = history(page.entries.iter().rev());
-            messages.reverse();
-            messages
-        } else {
-            history(page.entries.iter())
-        };
-        let more = if range.keeps_newest() {
-            let first = page.entries.len() - messages.len();
-            let first = page.entries.get(first).map_or(0, |entry| entry.position.seq);
-            page.oldest != 0 && first > page.oldest
-        } else {
-            let last = messages.len().checked_sub(1).map(|last| &page.entries[last]);
-            last.is_some_and(|last| last.position.seq < page.top)
-        };
-        self.answer(&Answer::History(Box::new(History {
-            reference,
-            room,
-            epoch: page.epoch,
-            messages,
-            more,
-        })));
     }
 
     fn pong(&self, reference: Option<Ref>, timestamp: Option<&RawValue>) {
@@ -311,16 +278,16 @@ impl Session {
         }
         let receipt = Receipt::of(message);
         let sender = Sender { connection: self.subscriber.connection, user: &self.identity.user };
-        let outcome = Outcome {
+        let mut outcome = Outcome {
             subscriber: self.subscriber.clone(),
             metrics: self.services.metrics.clone(),
             reference: reference.clone(),
             room: room.clone(),
             receipt: receipt.clone(),
-            echo: message.echo,
+            placed: false,
             unanswered: self.unanswered.clone(),
         };
-        outcome.expect();
+        outcome.expect(message.echo);
         let published = self.services.publisher.publish(sender, message, &receipt, {
             let outcome = outcome.clone();
             move |result| outcome.tell(result)
@@ -348,11 +315,16 @@ impl Session {
     }
 
     fn refuse(&self, refusal: Refusal) -> ErrorCode {
-        let code = refusal.code;
-        self.services.metrics.errors.of(code).inc();
-        self.answer(&Answer::Error(Box::new(refusal)));
-        code
+        refuse(&self.services, &self.subscriber, refusal)
     }
+}
+
+/// Sends an `error` and counts it.
+fn refuse(services: &Services, subscriber: &Subscriber, refusal: Refusal) -> ErrorCode {
+    let code = refusal.code;
+    services.metrics.errors.of(code).inc();
+    subscriber.answer(&Answer::Error(Box::new(refusal)));
+    code
 }
 
 /// What is told of a publish when its fate is known.
@@ -363,47 +335,49 @@ struct Outcome {
     reference: Option<Ref>,
     room: RoomId,
     receipt: Receipt,
-    echo: bool,
+    /// Whether the `ack` stands in the place of the copy.
+    placed: bool,
     unanswered: Arc<AtomicUsize>,
 }
 
 impl Outcome {
     /// Prepares for the answer: it may come before `publish` returns.
-    fn expect(&self) {
+    fn expect(&mut self, echo: bool) {
         self.unanswered.fetch_add(1, Ordering::AcqRel);
-        if !self.echo {
-            let (room, timestamp) = (self.room.clone(), self.receipt.timestamp.clone());
-            let ack = PlacedAck::new(room, self.reference.clone(), timestamp);
-            self.subscriber.place_ack(self.receipt.id, ack);
+        if !echo {
+            let ack = PlacedAck::new(self.reference.clone(), self.receipt.timestamp.clone());
+            self.placed = self.subscriber.place_ack(&self.room, self.receipt.id, ack);
         }
     }
 
     /// Takes [`Outcome::expect`] back.
     fn forget(&self) {
         self.unanswered.fetch_sub(1, Ordering::AcqRel);
-        if !self.echo {
-            self.subscriber.unplace_ack(self.receipt.id);
-        }
+        self.unplace();
+    }
+
+    /// Whether the `ack` is to be sent from here: it was never placed, or has not been sent from
+    /// its place.
+    fn unplace(&self) -> bool {
+        !self.placed || self.subscriber.unplace_ack(&self.room, self.receipt.id)
     }
 
     fn tell(self, result: Result<Appended, BusError>) {
         match result {
             // The hub sends the `ack` in the place of the copy.
-            Ok(Appended { duplicate: false, position }) if !self.echo => {
-                self.subscriber.appended(self.receipt.id, position);
+            Ok(Appended { duplicate: false, position }) if self.placed => {
+                self.subscriber.appended(&self.room, self.receipt.id, position);
             }
+            // A gateway's own repeat is told as a duplicate; its `ack` may have been sent.
             Ok(appended) => {
-                // A gateway's own repeat is told as a duplicate; its `ack` may have been placed.
-                let placed = !self.echo && !self.subscriber.unplace_ack(self.receipt.id);
-                if !placed {
+                if self.unplace() {
                     self.ack(appended);
                 }
             }
             Err(error) => {
-                if !self.echo {
-                    self.subscriber.unplace_ack(self.receipt.id);
+                if self.unplace() {
+                    self.refuse(error);
                 }
-                self.refuse(error);
             }
         }
         self.unanswered.fetch_sub(1, Ordering::AcqRel);

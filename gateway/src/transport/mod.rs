@@ -29,9 +29,10 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    bus::BoxFuture,
     hub::member::{Subscriber, text_frame},
     outbox::Close,
-    session::{Request, Session},
+    session::{Performed, Request, Session},
     telemetry::metrics::Metrics,
 };
 
@@ -80,6 +81,8 @@ pub struct Connection {
     metrics: Arc<Metrics>,
     /// What was received and not handled yet.
     unread: Vec<u8>,
+    /// The outbox is full, so that nothing is read and nothing can be heard.
+    full: bool,
     heard: Instant,
     pinged: Instant,
     expires: Option<Instant>,
@@ -93,8 +96,19 @@ enum Step {
     Full,
     /// This has to be done before the next frame.
     Perform(Request),
-    /// The client closes, or did what ends the connection.
-    End,
+    /// It is over, by the client's close frame or by what it did.
+    End {
+        /// Whether it closed.
+        by_client: bool,
+    },
+}
+
+/// The output of what is being performed.
+async fn next(performing: &mut Option<BoxFuture<Performed>>) -> Performed {
+    match performing {
+        Some(performing) => performing.await,
+        None => std::future::pending().await,
+    }
 }
 
 impl Connection {
@@ -124,6 +138,7 @@ impl Connection {
             heartbeat,
             metrics,
             unread: early,
+            full: false,
             heard: now,
             pinged: now,
             expires,
@@ -161,49 +176,57 @@ impl Connection {
         let Some(socket) = outbox.socket() else { return 1006 };
         let timer = tokio::time::sleep_until(self.next_look());
         tokio::pin!(timer);
+        let mut performing: Option<BoxFuture<Performed>> = None;
         loop {
             if let Some(close) = outbox.begin_close() {
                 return self.close(socket, close, false).await;
             }
-            let step = self.handle_unread();
-            outbox.flush();
-            match step {
-                Step::More | Step::Full => {}
-                Step::Perform(request) => {
-                    if let Handler::Chat(session) = &mut self.handler {
-                        session.perform(request).await;
+            if performing.is_none() {
+                let step = self.handle_unread();
+                self.full = matches!(step, Step::Full);
+                match step {
+                    Step::More | Step::Full => {}
+                    Step::Perform(request) => {
+                        performing = self.session().map(|session| session.perform(request));
                     }
-                    continue;
-                }
-                Step::End => {
-                    return match outbox.begin_close() {
-                        Some(close) => self.close(socket, close, true).await,
-                        None => 1006,
-                    };
+                    Step::End { by_client } => {
+                        return match outbox.begin_close() {
+                            Some(close) => self.close(socket, close, by_client).await,
+                            None => 1006,
+                        };
+                    }
                 }
             }
+            outbox.flush();
             if let Handler::Chat(session) = &self.handler {
                 session.catch_up().await;
             }
-            if matches!(step, Step::Full) && !outbox.is_full() {
+            let blocked = outbox.blocked_since();
+            if self.full && blocked.is_none() {
                 continue;
             }
-
-            let blocked = outbox.blocked_since();
             if blocked.is_some() {
                 self.look_no_later_than(timer.as_mut(), blocked);
             }
-            // All arms are cancel-safe; the bodies do not await.
+            let reads = performing.is_none() && !self.full;
+            // All arms are cancel-safe: what is performed is kept. The bodies do not await.
             tokio::select! {
                 biased;
                 () = leaving.cancelled() => return self.goodbye(socket).await,
                 () = outbox.woken() => {}
+                performed = next(&mut performing), if performing.is_some() => {
+                    performing = None;
+                    if let Some(session) = self.session() {
+                        // A refusal has been sent, which is all a client of `/ws` needs.
+                        let _ = session.finish(performed);
+                    }
+                }
                 ready = socket.writable(), if blocked.is_some() => {
                     if ready.is_ok() {
                         outbox.flush_writable();
                     }
                 }
-                ready = socket.readable(), if matches!(step, Step::More) => {
+                ready = socket.readable(), if reads => {
                     if ready.and_then(|()| self.read(socket)).is_err() {
                         return 1006;
                     }
@@ -257,8 +280,9 @@ impl Connection {
             let (count, received) = match self.decoder.next(&mut input[used..]) {
                 Ok(next) => next,
                 Err(error) => {
+                    tracing::debug!(connection = %self.subscriber.connection, %error, "bad frame");
                     outbox.close(close_for(error));
-                    return (used, Step::End);
+                    return (used, Step::End { by_client: false });
                 }
             };
             used += count;
@@ -271,7 +295,7 @@ impl Connection {
                 Some(Received::Close(close)) => {
                     let (code, reason) = close.unwrap_or((1005, ""));
                     outbox.close(Close { code, reason: reason.to_owned() });
-                    return (used, Step::End);
+                    return (used, Step::End { by_client: true });
                 }
                 Some(message @ (Received::Text(_) | Received::Binary(_))) => {
                     self.metrics.frames_received.inc();
@@ -408,11 +432,12 @@ fn frame<'a>(message: &Received<'a>) -> Result<Frame<'a>, Box<shared::protocol::
     }
 }
 
+/// The close of a connection whose client broke the rules; reasons are one word.
 fn close_for(error: CodecError) -> Close {
-    let code = match error {
-        CodecError::Protocol(_) => CloseCode::Protocol,
-        CodecError::BadUtf8 => CloseCode::BadUtf8,
-        CodecError::TooBig => CloseCode::TooBig,
+    let (code, reason) = match error {
+        CodecError::Protocol(_) => (CloseCode::Protocol, "protocol_error"),
+        CodecError::BadUtf8 => (CloseCode::BadUtf8, "bad_utf8"),
+        CodecError::TooBig => (CloseCode::TooBig, "too_large"),
     };
-    Close { code: code.number(), reason: error.to_string() }
+    Close { code: code.number(), reason: reason.to_owned() }
 }

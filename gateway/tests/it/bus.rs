@@ -33,6 +33,7 @@ fn retention() -> Retention {
         entries_min: 1000,
         window: Duration::from_secs(120),
         bytes_max: 16 << 20,
+        memory_bytes_max: 1 << 30,
         ttl: Duration::from_secs(3600),
         dedup_window: Duration::from_secs(600),
     }
@@ -195,6 +196,7 @@ async fn a_log_is_read_in_parts() {
         assert_eq!(fixture.seqs(&lobby, Range::Before { seq: 4, limit: 2 }).await, [2, 3]);
         assert_eq!(fixture.seqs(&lobby, Range::Before { seq: 1000, limit: 1 }).await, [100]);
         assert!(fixture.seqs(&lobby, Range::Before { seq: 1, limit: 2 }).await.is_empty());
+        assert!(fixture.seqs(&lobby, Range::Before { seq: 0, limit: 2 }).await.is_empty());
         let page = fixture.bus.read(lobby, newest(1)).await.unwrap();
         assert_eq!((page.top, page.oldest), (100, 1));
     })
@@ -339,5 +341,7 @@ async fn a_redis_that_evicts_is_not_ready() {
     server.command("CONFIG SET maxmemory-policy allkeys-lru").await;
     let fixture = redis(&server, retention()).await;
     assert_eq!(fixture.bus.failing(), Some("maxmemory_policy"));
+    server.command("CONFIG SET maxmemory-policy noeviction").await;
+    crate::harness::until("it is ready", async || fixture.bus.failing().is_none()).await;
     assert!(fixture.tasks.finish(Duration::from_secs(5)).await);
 }

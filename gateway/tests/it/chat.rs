@@ -404,3 +404,70 @@ async fn leaving_ends_the_feed() {
     bob.send_text(r#"{"type":"ping"}"#).await.unwrap();
     assert!(matches!(bob.next_frame().await.unwrap(), Frame::Pong(_)));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_joins_a_busy_room_sees_no_hole_between_history_and_live() {
+    let gateway = Gateway::start(&[("limits.messages_per_second", "0")]).await;
+    let lobby = room("lobby");
+    let mut ann = gateway.connect("ann").await;
+    ann.join(&lobby).await.unwrap();
+    for i in 0..400 {
+        say(&mut ann, &lobby, &i.to_string()).await;
+    }
+    let (over, mut is_over) = tokio::sync::oneshot::channel::<()>();
+    let (talk_in, mut talker) = (lobby.clone(), gateway.connect("talker").await);
+    talker.join(&talk_in).await.unwrap();
+    let talk = tokio::spawn(async move {
+        while is_over.try_recv().is_err() {
+            say(&mut talker, &talk_in, "more").await;
+        }
+    });
+    for i in 0..60 {
+        let mut bob = gateway.connect("bob").await;
+        let history = if i % 2 == 0 { 1000 } else { 300 };
+        let join = frames::Join { history: Some(history), ..frames::Join::to(&lobby) };
+        let joined = bob.join_with(&join).await.unwrap();
+        let mut seqs: Vec<_> = joined.history.iter().map(seq_of).collect();
+        assert_eq!(seqs.last(), Some(&joined.seq));
+        while seqs.last() < Some(&(joined.seq + 3)) {
+            seqs.push(next_message(&mut bob).await.seq);
+        }
+        assert!(seqs.windows(2).all(|pair| pair[0] + 1 == pair[1]), "{seqs:?}");
+    }
+    drop(over);
+    talk.abort();
+}
+
+#[tokio::test]
+async fn an_id_may_be_used_in_two_rooms_and_again_before_its_answer() {
+    let gateway = Gateway::start(&[]).await;
+    let mut ann = gateway.connect("ann").await;
+    for name in ["a", "b"] {
+        ann.join(&room(name)).await.unwrap();
+    }
+    for round in 1..=20_u64 {
+        let id = MessageId::random();
+        for (room, reference) in [("a", "a1"), ("b", "b1"), ("a", "a2"), ("b", "b2")] {
+            let frame = json!({"type": "message", "room": room, "ref": reference, "id": id,
+                "content": round, "echo": false});
+            ann.send_json(&frame).await.unwrap();
+        }
+        let mut acks = vec![];
+        while acks.len() < 4 {
+            match ann.next_frame().await.unwrap() {
+                Answer::Ack(ack) => {
+                    let reference = ack.reference.unwrap().as_json().to_owned();
+                    acks.push((reference, ack.room.to_string(), ack.seq, ack.duplicate));
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+        acks.sort();
+        let expected =
+            [("a1", "a", false), ("a2", "a", true), ("b1", "b", false), ("b2", "b", true)];
+        let expected = expected.map(|(reference, room, duplicate)| {
+            (format!("\"{reference}\""), room.to_owned(), round, duplicate)
+        });
+        assert_eq!(acks, expected);
+    }
+}

@@ -57,7 +57,7 @@ impl Gateway {
         let sources =
             Sources { file: None, environment: Some(Default::default()), flags: options(extra) };
         let config = Config::load(sources).unwrap_or_else(|mistakes| panic!("{mistakes}"));
-        gateway::telemetry::start_log(config.log_format, "warn");
+        gateway::telemetry::start_log(config.log_format, "off");
         let server = Server::start(config).await.unwrap();
         Self { address: server.listen, admin: server.admin_listen, server: Some(server) }
     }
@@ -279,6 +279,11 @@ impl Redis {
     /// SIGKILL.
     pub async fn kill(&mut self) {
         self.process.kill().await;
+    }
+
+    /// Sends a signal, named as for `kill`.
+    pub fn signal(&self, signal: &str) {
+        self.process.signal(signal);
     }
 
     /// Starts it again on the same port, with what it kept or empty.

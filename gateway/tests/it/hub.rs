@@ -3,10 +3,17 @@
 //! The log is the memory bus; what it passes on goes through a link with seeded faults before it
 //! reaches the hub, which finds out by the numbers and reads the log.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use gateway::{
-    bus::{Append, Bus, Mailboxes, Retention, memory::MemoryBus},
+    bus::{Append, BoxFuture, Bus, BusError, Mailboxes, Range, Retention, memory::MemoryBus},
+    delivery::page::Page,
     drain::Tasks,
     hub::{Hub, join::Start, member::Subscriber},
     outbox::Outbox,
@@ -29,6 +36,8 @@ struct World {
     metrics: Arc<Metrics>,
     /// Towards the hub.
     mailboxes: Mailboxes,
+    /// How many reads of logs there were.
+    reads: Arc<AtomicUsize>,
 }
 
 impl World {
@@ -41,7 +50,8 @@ impl World {
         let (metrics, tasks) = (Arc::new(Metrics::new()), Tasks::default());
         let (before, mut ends) = Mailboxes::new(1, 100_000, metrics.clone());
         let (mailboxes, letters) = Mailboxes::new(1, mailbox_len, metrics.clone());
-        let bus: Arc<dyn Bus> = Arc::new(MemoryBus::start(retention, before, &tasks));
+        let (memory, reads) = (MemoryBus::start(retention, before, &tasks), Arc::default());
+        let bus: Arc<dyn Bus> = Arc::new(Counting(Arc::new(memory), Arc::clone(&reads)));
         let after = mailboxes.clone();
         let mut link = ends.remove(0).entries;
         tokio::spawn(async move {
@@ -62,7 +72,7 @@ impl World {
             }
         });
         let hub = Hub::start(&bus, mailboxes.clone(), letters, 1 << 20, &metrics, &tasks);
-        Self { bus, hub, tasks, metrics, mailboxes }
+        Self { bus, hub, tasks, metrics, mailboxes, reads }
     }
 
     fn say(&self, room: &RoomId) {
@@ -89,6 +99,32 @@ enum Fault {
     Drop,
     Repeat,
     Late,
+}
+
+/// A bus that counts reads.
+struct Counting(Arc<dyn Bus>, Arc<AtomicUsize>);
+
+impl Bus for Counting {
+    fn append(&self, append: Append) {
+        self.0.append(append);
+    }
+
+    fn follow(&self, room: RoomId) -> BoxFuture<Result<(), BusError>> {
+        self.0.follow(room)
+    }
+
+    fn unfollow(&self, room: RoomId) {
+        self.0.unfollow(room);
+    }
+
+    fn read(&self, room: RoomId, range: Range) -> BoxFuture<Result<Page, BusError>> {
+        self.1.fetch_add(1, Ordering::Relaxed);
+        self.0.read(room, range)
+    }
+
+    fn failing(&self) -> Option<&'static str> {
+        self.0.failing()
+    }
 }
 
 /// A member whose frames are taken by the test.
@@ -167,6 +203,7 @@ fn retention() -> Retention {
         entries_min: 100_000,
         window: Duration::from_secs(120),
         bytes_max: 1 << 30,
+        memory_bytes_max: 1 << 30,
         ttl: Duration::from_secs(3600),
         dedup_window: Duration::from_secs(600),
     }
@@ -241,4 +278,28 @@ async fn who_is_behind_retention_is_told_and_goes_on_from_there() {
     }
     slow.reach(&world, 2000).await;
     assert!(slow.resets >= 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_member_that_reads_nothing_costs_no_reads() {
+    let world = World::start(retention(), 10_000, || Fault::None);
+    let lobby = room("r");
+    let mut slow = Member::join(&world, &lobby, Start::Newest(0), 600).await;
+    for _ in 0..2000 {
+        world.say(&lobby);
+    }
+    // It takes a little, is fed from the log until its outbox is full again, and then rests.
+    while slow.cursor.seq < 20 {
+        slow.drain(&world).await;
+        tokio::task::yield_now().await;
+    }
+    for _ in 0..100 {
+        tokio::task::yield_now().await;
+    }
+    let before = world.reads.load(Ordering::Relaxed);
+    for _ in 0..1000 {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(world.reads.load(Ordering::Relaxed), before);
+    slow.reach(&world, 2000).await;
 }

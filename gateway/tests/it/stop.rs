@@ -71,3 +71,21 @@ async fn a_second_signal_ends_at_once() {
     assert_eq!(node.end().await.0, Some(0));
     assert_eq!(closed(&mut ann).await.0, None);
 }
+
+#[tokio::test]
+async fn a_redis_that_hangs_does_not_keep_a_node_from_stopping() {
+    let redis = Redis::start().await;
+    let node = Node::start(&redis, None, &[]).await;
+    let mut ann = connect(node.address, "ann").await;
+    redis.signal("STOP");
+    for i in 0..20 {
+        let room = room(&format!("r{i}"));
+        ann.send_json(&shared::client::frames::Join::to(&room)).await.unwrap();
+    }
+    node.process.signal("TERM");
+    let begun = tokio::time::Instant::now();
+    assert_eq!(closed(&mut ann).await.0, Some(1012));
+    let (code, said) = node.end().await;
+    assert_eq!(code, Some(0));
+    assert!(begun.elapsed() < std::time::Duration::from_secs(8), "{:?}: {said}", begun.elapsed());
+}

@@ -109,6 +109,9 @@ pub struct Ping<'a> {
     pub timestamp: Option<&'a RawValue>,
 }
 
+/// How deep `content` and `meta` may be nested. Common parsers stop at 128 levels, and a message
+/// stands inside `history` inside a frame.
+pub const LEVELS_MAX: usize = 100;
 /// The most entries a `join` may ask for.
 pub const JOIN_HISTORY_MAX: u32 = 1000;
 /// The most entries a `history` may ask for.
@@ -310,15 +313,37 @@ fn ping<'a>(text: &'a str, refusal: &Refusal) -> Result<Ping<'a>, Box<Refusal>> 
 }
 
 /// Refuses JSON that is well-formed but that some receiver's parser would choke on: half a
-/// surrogate pair, a number beyond a double, more than 128 levels. It is passed on as it was
-/// written, so that one sender could otherwise break a whole room.
+/// surrogate pair, a number beyond a double, more than [`LEVELS_MAX`] levels. It is passed on as it
+/// was written, so that one sender could otherwise break a whole room.
 fn readable_for_all(raw: &RawValue) -> Result<(), serde_json::Error> {
     let json = raw.get();
+    if levels(json) > LEVELS_MAX {
+        return Err(serde_json::Error::custom(format!("more than {LEVELS_MAX} levels")));
+    }
     let plain_text = json.starts_with('"') && !json.contains(r"\u");
     if plain_text {
         return Ok(());
     }
     serde_json::from_str::<serde_json::Value>(json).map(drop)
+}
+
+/// How deep arrays and objects are nested.
+fn levels(json: &str) -> usize {
+    let (mut level, mut deepest, mut in_text, mut escaped) = (0_usize, 0, false, false);
+    for byte in json.bytes() {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if in_text => escaped = true,
+            b'"' => in_text = !in_text,
+            b'[' | b'{' if !in_text => {
+                level += 1;
+                deepest = deepest.max(level);
+            }
+            b']' | b'}' if !in_text => level = level.saturating_sub(1),
+            _ => {}
+        }
+    }
+    deepest
 }
 
 fn yes() -> bool {
@@ -418,11 +443,14 @@ mod tests {
 
     #[test]
     fn content_that_would_break_receivers_is_refused() {
-        let deep = format!("{}{}", "[".repeat(200), "]".repeat(200));
+        let deep = format!("{}{}", "[".repeat(101), "]".repeat(101));
         for content in [r#""\ud800""#, "1e999", &deep] {
             let text = format!(r#"{{"type":"message","room":"r","content":{content}}}"#);
             refused(&text, ErrorCode::BadRequest);
         }
+        let brackets =
+            format!(r#"{{"type":"message","room":"r","content":["{}\""]}}"#, "[".repeat(200));
+        assert!(Request::from_text(&brackets).is_ok());
         let emoji = r#"{"type":"message","room":"r","content":"\ud83d\udc27"}"#;
         assert!(Request::from_text(emoji).is_ok());
     }

@@ -5,7 +5,10 @@
 //! newer ones; the script answers with the position it has if it had been appended. What cannot be
 //! sent until its deadline is answered `Unavailable` and never sent later.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{
+    collections::VecDeque,
+    sync::{Arc, atomic::Ordering},
+};
 
 use futures_util::{StreamExt as _, stream::FuturesOrdered};
 use redis::{
@@ -28,6 +31,8 @@ const QUEUE_BYTES_MAX: usize = 64 << 20;
 const QUEUE_LEN_MAX: usize = 1 << 16;
 /// What an entry counts beside its own bytes, so that small ones are bounded in number.
 const ENTRY_OVERHEAD_BYTES: usize = 512;
+/// How often the link and the server's settings are looked at.
+const LOOK_EVERY: std::time::Duration = std::time::Duration::from_secs(2);
 /// The most publishes in one pipeline, and the most pipelines under way.
 const PIPELINE_LEN_MAX: usize = 256;
 const PIPELINES_MAX: usize = 16;
@@ -170,6 +175,8 @@ impl Worker {
     async fn serve(&mut self, connection: MultiplexedConnection) -> RedisError {
         let mut sent: FuturesOrdered<Sent> = FuturesOrdered::new();
         let mut queued = Vec::new();
+        let mut tick = tokio::time::interval(LOOK_EVERY);
+        let mut look: Option<BoxFuture<RedisResult<()>>> = None;
         loop {
             if !self.waiting.is_empty() && sent.len() < PIPELINES_MAX {
                 self.expire();
@@ -188,6 +195,18 @@ impl Worker {
                 {
                     self.waiting.extend(queued.drain(..));
                     continue;
+                }
+                _ = tick.tick(), if look.is_none() => {
+                    look = Some(Box::pin(look_at(connection.clone(), self.links.clone())));
+                    continue;
+                }
+                looked = next(&mut look), if look.is_some() => {
+                    look = None;
+                    match looked {
+                        Ok(()) => continue,
+                        // As if a pipeline had failed: those under way come to their end below.
+                        Err(error) => (Vec::new(), Err(error)),
+                    }
                 }
             };
             let mut again = VecDeque::new();
@@ -238,6 +257,14 @@ impl Worker {
     }
 }
 
+/// The output of a look that is under way.
+async fn next(look: &mut Option<BoxFuture<RedisResult<()>>>) -> RedisResult<()> {
+    match look {
+        Some(look) => look.await,
+        None => std::future::pending().await,
+    }
+}
+
 async fn sleep_until(deadline: Option<Instant>) {
     match deadline {
         Some(deadline) => tokio::time::sleep_until(deadline).await,
@@ -248,7 +275,7 @@ async fn sleep_until(deadline: Option<Instant>) {
 /// Connects and makes sure that this server can be appended to.
 async fn connect(
     server: &Server,
-    links: &Links,
+    links: &Arc<Links>,
     script: &redis::Script,
 ) -> Result<MultiplexedConnection, RedisError> {
     let mut connection = server.connect(config()).await?;
@@ -258,18 +285,25 @@ async fn connect(
     if !replication.contains("role:master") {
         return Err((ErrorKind::Io, "the server is a replica").into());
     }
+    look_at(connection.clone(), links.clone()).await?;
+    Ok(connection)
+}
+
+/// Whether the link lives, and whether Redis may throw acknowledged messages away.
+async fn look_at(mut connection: MultiplexedConnection, links: Arc<Links>) -> RedisResult<()> {
+    redis::cmd("PING").query_async::<()>(&mut connection).await?;
     // A hosted Redis may forbid CONFIG; there the operator answers for it.
     let policy: RedisResult<(String, String)> =
         redis::cmd("CONFIG").arg("GET").arg("maxmemory-policy").query_async(&mut connection).await;
     let evicts = matches!(&policy, Ok((_, policy)) if policy != "noeviction");
-    if evicts {
+    if evicts && !links.evicts.load(Ordering::Relaxed) {
         tracing::error!(
             "Redis has a maxmemory-policy that throws keys away, and with them acknowledged \
              messages: set it to noeviction; not ready until then"
         );
     }
-    links.evicts.store(evicts, std::sync::atomic::Ordering::Relaxed);
-    Ok(connection)
+    links.evicts.store(evicts, Ordering::Relaxed);
+    Ok(())
 }
 
 /// Answers every publish of a pipeline that has its answer; the others go to `again`.
@@ -298,13 +332,8 @@ fn settle(
                 failed = failed.and(Err(error));
             }
             Err(error) => {
-                let out_of_memory = error.code() == Some("OOM");
                 tracing::error!(%error, room = %queued.append.room, "Redis refused an append");
-                (queued.append.done)(Err(if out_of_memory {
-                    BusError::Unavailable
-                } else {
-                    BusError::Refused
-                }));
+                (queued.append.done)(Err(refused_or_away(&error)));
             }
         }
     }
@@ -324,6 +353,15 @@ fn is_of_the_server(error: &RedisError) -> bool {
                     | ServerErrorKind::MasterDown
             )
     )
+}
+
+/// Whether an error will come again with every try, or is of a time: out of memory, too few
+/// replicas, a disk that is full.
+fn refused_or_away(error: &RedisError) -> BusError {
+    match error.code() {
+        Some("ERR" | "WRONGTYPE" | "NOPERM") => BusError::Refused,
+        _ => BusError::Unavailable,
+    }
 }
 
 /// What the script answers: position, and whether it was known.

@@ -49,7 +49,7 @@ impl Log {
         let log = self.clone();
         Box::pin(async move {
             log.read_now(&room, range).await.inspect_err(|error| {
-                tracing::warn!(%room, %error, "a log could not be read");
+                tracing::debug!(%room, %error, "a log could not be read");
             })
         })
     }
@@ -88,8 +88,12 @@ impl Log {
 }
 
 fn refused_or_away(error: &RedisError) -> BusError {
-    tracing::debug!(%error, "read.lua failed");
-    if error.code() == Some("ERR") { BusError::Refused } else { BusError::Unavailable }
+    if error.code() == Some("ERR") {
+        tracing::error!(%error, "read.lua failed");
+        BusError::Refused
+    } else {
+        BusError::Unavailable
+    }
 }
 
 /// Reads what the script answers: epoch, top, oldest, entries.
@@ -101,9 +105,18 @@ fn page(answer: Value) -> Option<Page> {
         epoch: epoch_of(epoch)?,
         top: number(&top)?,
         oldest: number(&oldest)?,
-        entries: entries.into_iter().map(entry).collect::<Option<_>>()?,
+        entries: entries.into_iter().filter_map(entry_or_step).collect(),
     };
     Some(page)
+}
+
+/// An entry that this version cannot read leaves a step, which readers are told of.
+fn entry_or_step(value: Value) -> Option<Entry> {
+    let entry = entry(value);
+    if entry.is_none() {
+        tracing::error!("a log has an entry that no gateway of this version wrote");
+    }
+    entry
 }
 
 fn entry(entry: Value) -> Option<Entry> {

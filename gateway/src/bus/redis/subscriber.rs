@@ -71,7 +71,8 @@ impl Subscriber {
     pub(super) fn unfollow(&self, room: RoomId) {
         // A full queue leaves the room subscribed to: its entries are unwanted and dropped, and
         // the next follow finds it there.
-        if self.queue.try_send(Wish::Unfollow(room)).is_err() {
+        let sent = self.queue.try_send(Wish::Unfollow(room));
+        if matches!(sent, Err(mpsc::error::TrySendError::Full(_))) {
             tracing::warn!("too many subscriptions change at once; one unused one is kept");
         }
     }

@@ -26,6 +26,10 @@ local oldest = first and seq_of(first[1]) or '0'
 local forward = ARGV[1] == 'after'
 local cursor = ARGV[1] == 'newest' and '+' or '(' .. ARGV[2] .. '-0'
 local left, bytes = tonumber(ARGV[3]), tonumber(ARGV[4])
+if ARGV[1] == 'before' and tonumber(ARGV[2]) == 0 then
+    -- Nothing is below, and Redis takes `(0-0` for an error.
+    left = 0
+end
 local entries = {}
 while left > 0 and bytes > 0 do
     local count = math.min(left, 16)
