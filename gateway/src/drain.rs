@@ -31,7 +31,7 @@ impl Tasks {
         name: &'static str,
         future: impl Future<Output = ()> + Send + 'static,
     ) {
-        self.services.spawn(future.instrument(tracing::info_span!("task", name)));
+        self.services.spawn(future.instrument(tracing::info_span!("task", task = name)));
     }
 
     /// Cancelled when no new client is taken and the present ones are sent away.

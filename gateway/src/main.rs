@@ -1,6 +1,11 @@
 //! The gateway's command line: arguments, log, runtime, signals.
 
-use std::{path::PathBuf, process::ExitCode, time::Duration};
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::PathBuf,
+    process::ExitCode,
+    time::Duration,
+};
 
 use clap::Parser;
 use gateway::{
@@ -101,7 +106,7 @@ async fn run(config: Config) -> ExitCode {
         listen = %server.listen,
         admin = %server.admin_listen,
         bus = if cluster { "redis" } else { "memory" },
-        "ready; the chat page is at http://{}/", server.listen
+        "ready; the chat page is at http://{}/", reachable(server.listen)
     );
     asked_to_stop(&mut terminate, &mut interrupt).await;
     tracing::info!("stopping; a second signal ends at once");
@@ -115,6 +120,15 @@ async fn run(config: Config) -> ExitCode {
         tracing::warn!("stopped before everything had ended");
     }
     ExitCode::SUCCESS
+}
+
+/// The address as somebody on this machine would dial it.
+fn reachable(listen: SocketAddr) -> SocketAddr {
+    match listen.ip() {
+        ip if !ip.is_unspecified() => listen,
+        IpAddr::V4(_) => (Ipv4Addr::LOCALHOST, listen.port()).into(),
+        IpAddr::V6(_) => (Ipv6Addr::LOCALHOST, listen.port()).into(),
+    }
 }
 
 async fn asked_to_stop(terminate: &mut Signal, interrupt: &mut Signal) {

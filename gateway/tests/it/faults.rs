@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use crate::{
     cluster::Witness,
-    harness::{Gateway, Node, Redis, get, room, until, within},
+    harness::{Gateway, Node, Redis, get, next_message, room, say, until, within},
 };
 
 /// Clients spread over nodes that talk while something goes wrong.
@@ -135,4 +135,25 @@ async fn cut_links_are_repaired_and_clients_see_no_hole() {
     let metrics = get(one.admin, "/metrics").await.body;
     assert!(!metrics.contains("gateway_bus_reconnects_total 0"), "no link was cut: {metrics}");
     println!("20 x CLIENT KILL: {acked} acknowledged, 0 lost, 0 duplicated, 0 out of order");
+}
+
+#[tokio::test]
+async fn what_was_said_while_a_node_was_deaf_comes_when_it_hears_again() {
+    let redis = Redis::start().await;
+    let (one, two) = (Gateway::start_on(&redis, &[]).await, Gateway::start_on(&redis, &[]).await);
+    let lobby = room("lobby");
+    let (mut ann, mut bob) = (one.connect("ann").await, two.connect("bob").await);
+    ann.join(&lobby).await.unwrap();
+    bob.join(&lobby).await.unwrap();
+    redis.command("ACL SETUSER default -subscribe").await;
+    redis.command("CLIENT KILL TYPE pubsub").await;
+    for gateway in [&one, &two] {
+        until("deaf", async || get(gateway.address, "/ready").await.status == 503).await;
+    }
+    // Publishing goes on, and nothing is said after it: only the reconnect can bring it.
+    assert_eq!(say(&mut ann, &lobby, "unheard").await.seq, 1);
+    redis.command("ACL SETUSER default +subscribe").await;
+    for connection in [&mut ann, &mut bob] {
+        assert_eq!(next_message(connection).await.seq, 1);
+    }
 }

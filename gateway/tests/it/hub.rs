@@ -17,7 +17,7 @@ use gateway::{
     drain::Tasks,
     hub::{Hub, join::Start, member::Subscriber},
     outbox::Outbox,
-    telemetry::metrics::Metrics,
+    telemetry::metrics::{Arrival, Metrics},
 };
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 use shared::{
@@ -302,4 +302,23 @@ async fn a_member_that_reads_nothing_costs_no_reads() {
     }
     assert_eq!(world.reads.load(Ordering::Relaxed), before);
     slow.reach(&world, 2000).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_gap_is_filled_as_soon_as_something_comes_behind_it() {
+    let mut count = 0;
+    let world = World::start(retention(), 10_000, move || {
+        count += 1;
+        if count % 7 == 0 { Fault::Drop } else { Fault::None }
+    });
+    let lobby = room("r");
+    let mut member = Member::join(&world, &lobby, Start::Newest(0), 1 << 20).await;
+    // Nobody says that anything was lost.
+    for i in 1..=100 {
+        world.say(&lobby);
+        if i % 7 != 0 {
+            member.reach(&world, i).await;
+        }
+    }
+    assert!(world.metrics.arrivals.of(Arrival::Gap).get() >= 14);
 }
