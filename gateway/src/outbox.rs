@@ -25,6 +25,9 @@ use tokio::{net::TcpStream, sync::Notify, time::Instant};
 
 use crate::telemetry::metrics::Metrics;
 
+/// What a queued frame takes beside its own bytes: its place in the queue and its allocation. An
+/// empty pong would otherwise count two bytes and take a hundred.
+pub const FRAME_OVERHEAD_BYTES: usize = 96;
 /// The most frames in one vectored write.
 const SLICES_MAX: usize = 64;
 
@@ -105,7 +108,8 @@ impl Outbox {
     pub fn offer(&self, frame: &Bytes) -> Offer {
         let mut queue = self.queue.lock();
         // A frame larger than the whole bound must still pass when nothing else waits.
-        if queue.bytes > 0 && queue.bytes + frame.len() > self.bytes_max {
+        let bytes = frame.len() + FRAME_OVERHEAD_BYTES;
+        if queue.bytes > 0 && queue.bytes + bytes > self.bytes_max {
             return Offer::Refused;
         }
         let first = queue.frames.is_empty();
@@ -123,7 +127,7 @@ impl Outbox {
         self.queue.lock().bytes <= self.bytes_max / 2
     }
 
-    /// Bytes that wait.
+    /// Bytes that wait, [`FRAME_OVERHEAD_BYTES`] for each frame included.
     pub fn bytes(&self) -> usize {
         self.queue.lock().bytes
     }
@@ -270,7 +274,7 @@ impl Outbox {
 impl Queue {
     fn add(&mut self, frame: Bytes) {
         if !self.closed {
-            self.bytes += frame.len();
+            self.bytes += frame.len() + FRAME_OVERHEAD_BYTES;
             self.frames.push_back(frame);
         }
     }
@@ -286,6 +290,7 @@ impl Queue {
                 break;
             }
             written -= frame.len();
+            self.bytes -= FRAME_OVERHEAD_BYTES;
             self.frames.pop_front();
             done += 1;
         }
@@ -303,14 +308,25 @@ mod tests {
 
     #[test]
     fn entries_are_refused_when_full_and_answers_are_not() {
-        let outbox = outbox(10);
+        let outbox = outbox(2 * FRAME_OVERHEAD_BYTES + 10);
         assert_eq!(outbox.offer(&Bytes::from_static(b"1234")), Offer::First);
         assert_eq!(outbox.offer(&Bytes::from_static(b"1234")), Offer::Queued);
         assert_eq!(outbox.offer(&Bytes::from_static(b"123")), Offer::Refused);
-        outbox.push(Bytes::from_static(b"123"));
+        outbox.push(Bytes::from_static(b""));
         assert!(outbox.is_full());
         assert_eq!(outbox.take().len(), 3);
         assert!(!outbox.is_full());
+    }
+
+    #[test]
+    fn small_frames_count_what_they_take() {
+        let outbox = outbox(100 * FRAME_OVERHEAD_BYTES);
+        let mut pongs = 0;
+        while !outbox.is_full() {
+            outbox.push(codec::encode(Opcode::Pong, &[]));
+            pongs += 1;
+        }
+        assert!(pongs <= 100, "{pongs} empty pongs fit");
     }
 
     #[test]
@@ -322,7 +338,7 @@ mod tests {
 
     #[test]
     fn laggards_are_given_more_when_half_is_free() {
-        let outbox = outbox(10);
+        let outbox = outbox(FRAME_OVERHEAD_BYTES + 10);
         let room: RoomId = "r".parse().unwrap();
         assert_eq!(outbox.offer(&Bytes::from_static(b"1234567890")), Offer::First);
         outbox.lag(room.clone());

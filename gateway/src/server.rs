@@ -12,7 +12,10 @@ use crate::{
     },
     config::Config,
     drain::Tasks,
-    http::{self, Node, listen},
+    http::{
+        self, Node,
+        listen::{self, TcpLimits},
+    },
     hub::{Hub, MAILBOX_LEN},
     publisher::Publisher,
     session::Services,
@@ -23,6 +26,9 @@ use crate::{
 const STOP_STEP_MAX: Duration = Duration::from_secs(20);
 /// TCP connections beyond those that may become WebSockets: probes, pages, refused handshakes.
 const TCP_CONNECTIONS_SPARE: usize = 500;
+
+/// The same per address, so that who has too many WebSockets is still told by HTTP 429.
+const TCP_CONNECTIONS_PER_IP_SPARE: usize = 100;
 
 /// A gateway that runs.
 pub struct Server {
@@ -88,7 +94,14 @@ impl Server {
             config.session.wait_max,
             http_limits.message_bytes_max,
         );
-        let connections_max = http_limits.connections_max.saturating_add(TCP_CONNECTIONS_SPARE);
+        let tcp_limits = TcpLimits {
+            connections_max: http_limits.connections_max.saturating_add(TCP_CONNECTIONS_SPARE),
+            connections_per_ip: match http_limits.connections_per_ip {
+                0 => 0,
+                limit => limit.saturating_add(TCP_CONNECTIONS_PER_IP_SPARE),
+            },
+            proxies: config.http.trusted_proxies.clone(),
+        };
         let limits = config.session;
         let services = Arc::new(Services { publisher, hub, bus, metrics: metrics.clone(), limits });
         let node = Node::new(config.node, config.http, services, metrics, tasks.clone());
@@ -96,14 +109,19 @@ impl Server {
 
         let router = http::admin(node.clone());
         let admin = listen_on("admin.listen", admin_listen, admin)?;
-        let admin = listen::serve(admin, router, tasks.clone(), TCP_CONNECTIONS_SPARE);
+        let limits = TcpLimits {
+            connections_max: TCP_CONNECTIONS_SPARE,
+            connections_per_ip: 0,
+            proxies: Vec::new(),
+        };
+        let admin = listen::serve(admin, router, tasks.clone(), limits);
         tasks.spawn_service("admin", admin);
         if let Some(redis) = redis {
             redis.reached().await?;
         }
         let router = http::public(node.clone());
         let public = listen_on("server.listen", listen, public)?;
-        let public = listen::serve(public, router, tasks.clone(), connections_max);
+        let public = listen::serve(public, router, tasks.clone(), tcp_limits);
         tasks.spawn_service("public", public);
         Ok(Self { listen, admin_listen, node, tasks, drain_delay: config.drain_delay })
     }

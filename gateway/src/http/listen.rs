@@ -3,7 +3,13 @@
 //! A loop of our own, since `axum::serve` sets no timer: without one the time-out for a request's
 //! header never comes, and slow clients hold connections for ever.
 
-use std::{convert::Infallible, io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
 use axum::{Router, body::Body, http::Request};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
@@ -15,7 +21,10 @@ use tokio::{
 use tower_service::Service as _;
 
 use super::Ends;
-use crate::drain::Tasks;
+use crate::{
+    drain::Tasks,
+    limits::{Counts, Place, address_key},
+};
 
 /// How long a client may take to send a request's header.
 const HEADER_READ_MAX: Duration = Duration::from_secs(10);
@@ -47,10 +56,21 @@ pub fn listen(socket: TcpSocket) -> io::Result<TcpListener> {
     socket.listen(BACKLOG)
 }
 
-/// Serves `router` on `listener` until the gateway leaves. `connections_max` counts TCP
-/// connections, WebSockets included; further ones wait to be accepted.
-pub async fn serve(listener: TcpListener, router: Router, tasks: Tasks, connections_max: usize) {
-    let places = Arc::new(Semaphore::new(connections_max));
+/// How many TCP connections there may be, WebSockets included.
+#[derive(Clone, Debug)]
+pub struct TcpLimits {
+    /// In all; further ones wait to be accepted.
+    pub connections_max: usize,
+    /// From one address; further ones are closed at once. 0 for no limit.
+    pub connections_per_ip: usize,
+    /// Addresses that stand for many clients, so that the second limit is not theirs.
+    pub proxies: Vec<ipnet::IpNet>,
+}
+
+/// Serves `router` on `listener` until the gateway leaves.
+pub async fn serve(listener: TcpListener, router: Router, tasks: Tasks, limits: TcpLimits) {
+    let places = Arc::new(Semaphore::new(limits.connections_max));
+    let by_address = Counts::default();
     let leaving = tasks.leaving().clone();
     loop {
         let accept = async {
@@ -65,6 +85,13 @@ pub async fn serve(listener: TcpListener, router: Router, tasks: Tasks, connecti
         };
         match accepted {
             Ok((socket, peer)) => {
+                let ip = peer.ip().to_canonical();
+                let is_proxy = limits.proxies.iter().any(|net| net.contains(&ip));
+                let max = if is_proxy { 0 } else { limits.connections_per_ip };
+                let Some(of_address) = by_address.enter(address_key(peer.ip()), max) else {
+                    continue;
+                };
+                let place = TcpPlace { _all: Arc::new(place), _address: Arc::new(of_address) };
                 let connection = connection(socket, peer, place, router.clone(), tasks.clone());
                 tasks.spawn_connection(connection);
             }
@@ -89,21 +116,22 @@ fn is_of_one_connection(error: &io::Error) -> bool {
 
 /// A TCP connection's place, given back when the last of its uses is over.
 #[derive(Clone)]
-pub(super) struct TcpPlace(
-    #[expect(dead_code, reason = "held for its drop")] Arc<OwnedSemaphorePermit>,
-);
+pub(super) struct TcpPlace {
+    _all: Arc<OwnedSemaphorePermit>,
+    _address: Arc<Place<IpAddr>>,
+}
 
 async fn connection(
     socket: TcpStream,
     peer: SocketAddr,
-    place: OwnedSemaphorePermit,
+    place: TcpPlace,
     router: Router,
     tasks: Tasks,
 ) {
     let Ok(local) = socket.local_addr() else { return };
     // A frame is small and is to leave at once.
     let _ = socket.set_nodelay(true);
-    let (ends, place) = (Ends { peer, local }, TcpPlace(Arc::new(place)));
+    let ends = Ends { peer, local };
     let service = service_fn(move |mut request: Request<Incoming>| {
         request.extensions_mut().insert(ends);
         request.extensions_mut().insert(place.clone());

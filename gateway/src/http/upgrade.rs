@@ -9,7 +9,7 @@ use std::{sync::Arc, time::SystemTime};
 
 use axum::{
     body::Body,
-    extract::{Path, Query, State},
+    extract::{Path, Query, State, rejection::PathRejection},
     http::{HeaderMap, HeaderValue, Method, StatusCode, Version, header, request::Parts},
     response::Response,
 };
@@ -79,10 +79,12 @@ pub(super) async fn chat(
 
 pub(super) async fn room(
     State(node): State<Arc<Node>>,
-    Path(room): Path<String>,
+    room: Result<Path<String>, PathRejection>,
     Query(params): Params,
     request: axum::extract::Request,
 ) -> Response {
+    // What is no UTF-8 is no room either.
+    let room = room.map_or_else(|_| String::new(), |Path(room)| room);
     let join = join_of(&room, &params);
     upgrade(node, request, &params, Endpoint::Room(join))
 }
@@ -262,6 +264,17 @@ fn accept_key(parts: &Parts) -> Result<String, Box<Response>> {
     }
     if parts.version != Version::HTTP_11 {
         return Err(bad("a WebSocket handshake is HTTP/1.1"));
+    }
+    if !parts.headers.contains_key(header::HOST) {
+        return Err(bad("a request has a Host header"));
+    }
+    // The new protocol begins behind the whole request (RFC 9110, section 7.8): with a body one
+    // side's content would be the other's frames.
+    let length = parts.headers.get(header::CONTENT_LENGTH);
+    if parts.headers.contains_key(header::TRANSFER_ENCODING)
+        || length.is_some_and(|length| length.as_bytes() != b"0")
+    {
+        return Err(bad("a WebSocket handshake has no body"));
     }
     if !has(header::CONNECTION, "upgrade") {
         return Err(bad("the Connection header has no `Upgrade`"));

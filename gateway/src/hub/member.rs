@@ -48,7 +48,7 @@ enum PlacedState {
     Open,
     /// The bus has answered with this position.
     Appended(Position),
-    /// The entry will not come by: the connection has left, or its log was lost.
+    /// The entry is not waited for any more: the connection has left, or its log was lost.
     Released,
 }
 
@@ -58,7 +58,15 @@ impl PlacedAck {
         Self { reference, timestamp, state: PlacedState::Open }
     }
 
-    fn at(self, room: RoomId, id: MessageId, position: Position) -> Answer<Box<RawValue>> {
+    /// The `ack`. Out of its place it says `duplicate`, since only then a client leaves its cursor
+    /// where it is.
+    fn at(
+        self,
+        room: RoomId,
+        id: MessageId,
+        position: Position,
+        duplicate: bool,
+    ) -> Answer<Box<RawValue>> {
         Answer::Ack(Box::new(Ack {
             reference: self.reference,
             id,
@@ -66,7 +74,7 @@ impl PlacedAck {
             epoch: position.epoch,
             seq: position.seq,
             timestamp: self.timestamp,
-            duplicate: false,
+            duplicate,
         }))
     }
 }
@@ -113,7 +121,7 @@ impl Subscriber {
             }
         };
         if let Some(ack) = released {
-            self.answer(&ack.at(key.0, id, position));
+            self.answer(&ack.at(key.0, id, position, true));
         }
     }
 
@@ -126,7 +134,7 @@ impl Subscriber {
             }
             match std::mem::replace(&mut ack.state, PlacedState::Released) {
                 PlacedState::Appended(position) => {
-                    released.push(ack.clone().at(room.clone(), *id, position));
+                    released.push(ack.clone().at(room.clone(), *id, position, true));
                     false
                 }
                 PlacedState::Open | PlacedState::Released => true,
@@ -144,8 +152,8 @@ impl Subscriber {
         }
         let key = (room.clone(), entry.envelope.id());
         let placed = self.placed_acks.lock();
-        let ack = placed.get(&key).filter(|ack| ack.state != PlacedState::Released)?;
-        Some(text_frame(&ack.clone().at(key.0, key.1, entry.position.clone())))
+        let ack = placed.get(&key)?.clone();
+        Some(text_frame(&ack.at(key.0, key.1, entry.position.clone(), false)))
     }
 }
 

@@ -471,3 +471,46 @@ async fn an_id_may_be_used_in_two_rooms_and_again_before_its_answer() {
         assert_eq!(acks, expected);
     }
 }
+
+#[tokio::test]
+async fn an_ack_out_of_its_place_moves_no_cursor() {
+    let gateway = Gateway::start(&[("limits.messages_per_second", "0")]).await;
+    let lobby = room("lobby");
+    let mut ann = gateway.connect("ann").await;
+    let epoch = ann.join(&lobby).await.unwrap().epoch;
+    let text = "x".repeat(2_000);
+    for _ in 0..600 {
+        say(&mut ann, &lobby, &text).await;
+    }
+    let mut bob = gateway.connect("bob").await;
+    for frame in [
+        json!({"type": "join", "room": "lobby", "since": {"epoch": epoch, "seq": 1}}),
+        json!({"type": "message", "room": "lobby", "content": "z", "echo": false, "ref": "Z"}),
+        json!({"type": "leave", "room": "lobby"}),
+    ] {
+        bob.send_json(&frame).await.unwrap();
+    }
+    // Whatever moved bob's cursor did so without a hole.
+    let mut cursor = 1;
+    loop {
+        match bob.next_frame().await.unwrap() {
+            Answer::Joined(joined) => {
+                for entry in &joined.history {
+                    cursor += 1;
+                    assert_eq!(seq_of(entry), cursor);
+                }
+            }
+            Answer::Message(message) => {
+                cursor += 1;
+                assert_eq!(message.seq, cursor);
+            }
+            Answer::Ack(ack) if ack.duplicate => {}
+            Answer::Ack(ack) => {
+                cursor += 1;
+                assert_eq!(ack.seq, cursor, "the ack jumped");
+            }
+            Answer::Left(_) => break,
+            other => panic!("{other:?}"),
+        }
+    }
+}

@@ -43,6 +43,10 @@ async fn a_handshake_is_answered_as_rfc_6455_says() {
         ("GET /ws HTTP/1.1", &["Sec-WebSocket-Key: c2hvcnQ="], 400),
         ("GET /ws HTTP/1.1", &["Sec-WebSocket-Key: !!!"], 400),
         ("GET /ws HTTP/1.1", &["Sec-WebSocket-Key: -", KEY, KEY], 400),
+        ("GET /ws HTTP/1.1", &["Content-Length: 5"], 400),
+        ("GET /ws HTTP/1.1", &["Content-Length: 0"], 101),
+        ("GET /ws HTTP/1.1", &["Transfer-Encoding: chunked"], 400),
+        ("HEAD /ws HTTP/1.1", &[], 405),
         ("GET /ws HTTP/1.0", &[], 400),
     ] {
         let answer = handshake(gateway.address, start, headers).await;
@@ -140,4 +144,18 @@ async fn echo_says_back_what_it_hears() {
 
     let off = Gateway::start(&[("server.echo", "off")]).await;
     assert_eq!(get(off.address, "/ws/echo").await.status, 404);
+}
+
+#[tokio::test]
+async fn silent_connections_of_one_address_do_not_keep_others_out() {
+    let gateway =
+        Gateway::start(&[("limits.connections_max", "20"), ("limits.connections_per_ip", "10")])
+            .await;
+    let mut silent = vec![];
+    for _ in 0..1000 {
+        silent.push(tokio::net::TcpStream::connect(gateway.address).await.unwrap());
+    }
+    let mut options = Options::to(gateway.url("/ws"));
+    options.local = Some([127, 0, 0, 2].into());
+    Connection::open(&options).await.unwrap();
 }

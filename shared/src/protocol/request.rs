@@ -143,7 +143,7 @@ struct MessageMembers<'a> {
     id: Option<MessageId>,
     #[serde(default)]
     kind: Kind,
-    #[serde(borrow)]
+    #[serde(borrow, default, deserialize_with = "also_null")]
     content: Option<&'a RawValue>,
     reply_to: Option<MessageId>,
     #[serde(borrow)]
@@ -189,13 +189,13 @@ impl<'a> Request<'a> {
             .split_first_chunk::<2>()
             .ok_or_else(|| bad("a binary frame starts with the length of its header"))?;
         let length = usize::from(u16::from_be_bytes(*length));
+        let (header, payload) = rest
+            .split_at_checked(length)
+            .ok_or_else(|| bad("the binary header is longer than the frame"))?;
         if length > BINARY_HEADER_BYTES_MAX {
             let text = format!("a binary header is at most {BINARY_HEADER_BYTES_MAX} bytes");
             return Err(Refusal::new(ErrorCode::TooLarge, text));
         }
-        let (header, payload) = rest
-            .split_at_checked(length)
-            .ok_or_else(|| bad("the binary header is longer than the frame"))?;
         let header =
             std::str::from_utf8(header).map_err(|_| bad("the binary header is not UTF-8"))?;
         let (heading, mut refusal) = Heading::read(header)?;
@@ -350,6 +350,13 @@ fn yes() -> bool {
     true
 }
 
+/// A value that is there, be it `null`.
+fn also_null<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<&'de RawValue>, D::Error> {
+    <&RawValue>::deserialize(deserializer).map(Some)
+}
+
 fn history_in_range<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
     let history = u32::deserialize(deserializer)?;
     if history > JOIN_HISTORY_MAX {
@@ -406,6 +413,13 @@ mod tests {
         assert!(message.echo && message.id.is_none() && message.kind == Kind::Text);
         let Content::Json(content) = message.content else { panic!("binary") };
         assert_eq!(content.get(), r#"{"a": 1.0}"#);
+    }
+
+    #[test]
+    fn null_is_a_content_too() {
+        let text = r#"{"type":"message","room":"r","content":null}"#;
+        let Body::Message(message) = Request::from_text(text).unwrap().body else { panic!() };
+        assert!(matches!(message.content, Content::Json(content) if content.get() == "null"));
     }
 
     #[test]
