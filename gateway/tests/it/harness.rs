@@ -108,22 +108,28 @@ pub async fn say(connection: &mut Connection, room: &RoomId, text: &str) -> Ack 
 
 /// The next `message` that arrives, whatever else comes before it.
 pub async fn next_message(connection: &mut Connection) -> Message {
-    loop {
-        match within(connection.next()).await.unwrap() {
-            Received::Frame(Frame::Message(message), _) => return *message,
-            Received::Binary(message, _) => return *message,
-            _ => {}
+    let message = async {
+        loop {
+            match connection.next().await.unwrap() {
+                Received::Frame(Frame::Message(message), _) => return *message,
+                Received::Binary(message, _) => return *message,
+                _ => {}
+            }
         }
-    }
+    };
+    within(message).await
 }
 
 /// How the connection ends, whatever else comes before.
 pub async fn closed(connection: &mut Connection) -> (Option<u16>, String) {
-    loop {
-        if let Err(closed) = within(connection.next()).await {
-            return (closed.code, closed.reason);
+    let closed = async {
+        loop {
+            if let Err(closed) = connection.next().await {
+                return (closed.code, closed.reason);
+            }
         }
-    }
+    };
+    within(closed).await
 }
 
 /// The output of `future`, which has to come.
