@@ -79,7 +79,7 @@ async fn an_anonymous_user_with_a_bad_id_is_refused() {
 #[tokio::test]
 async fn a_connection_ends_with_its_token() {
     let gateway = Gateway::start(&JWT).await;
-    let token = token(json!({"sub": "ann"}), 2);
+    let token = token(json!({"sub": "ann"}), 4);
     let options = Options::to(gateway.url("/ws")).token(token, Placement::Query);
     let mut ann = Connection::open(&options).await.unwrap();
     ann.expect_connected().await.unwrap();

@@ -22,7 +22,7 @@ async fn http_refusal(url: &str) -> (u16, bool) {
 
 #[tokio::test]
 async fn messages_above_the_rate_are_not_taken_and_told_when_to_come() {
-    let gateway = Gateway::start(&[("limits.messages_per_second", "5")]).await;
+    let gateway = Gateway::start(&[("limits.messages_per_second", "1")]).await;
     let lobby = room("lobby");
     let mut ann = gateway.connect("ann").await;
     ann.join(&lobby).await.unwrap();
@@ -43,8 +43,8 @@ async fn messages_above_the_rate_are_not_taken_and_told_when_to_come() {
             _ => {}
         }
     }
-    // The burst is twice the rate; a slow machine may have earned a few more.
-    assert!((10..14).contains(&acks), "{acks} taken");
+    // The burst is twice the rate; on a slow machine a few more are earned meanwhile.
+    assert!((2..10).contains(&acks), "{acks} taken");
 }
 
 #[tokio::test]
