@@ -1,12 +1,10 @@
 //! The chat page in a real browser: what is typed in one window appears in another.
 
-use std::time::Duration;
-
 use fantoccini::{Client, ClientBuilder, Locator, key::Key};
 use hyper_util::client::legacy::connect::HttpConnector;
 use serde_json::json;
 
-use crate::harness::{Chromedriver, Gateway, Redis, until, within};
+use crate::harness::{Chromedriver, Gateway, PATIENCE, Redis, until, within};
 
 async fn browser(driver: &Chromedriver) -> Client {
     // As root Chromium has no sandbox; without the rest it looks for hosts of its maker.
@@ -35,7 +33,7 @@ async fn enter(browser: &Client, url: &str, name: &str) {
     let join = browser.find(Locator::Css("#join")).await.unwrap();
     join.click().await.unwrap();
     let online = Locator::Css("#status[data-state=online]");
-    browser.wait().at_most(Duration::from_secs(10)).for_element(online).await.unwrap();
+    browser.wait().at_most(PATIENCE).for_element(online).await.unwrap();
     // The input takes text when the room is joined.
     until("the input is enabled", async || {
         let input = browser.find(Locator::Css("#input")).await.unwrap();
