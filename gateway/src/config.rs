@@ -218,6 +218,7 @@ impl Config {
         }
         let retention = Retention { entries_min, window: window.0, bytes_max: bytes_max.0 as u64, memory_bytes_max: memory_bytes.0 as u64, ttl: ttl.0, dedup_window: dedup_window.0 };
         let second = Duration::from_secs(1);
+        let descriptors = descriptors_for_clients();
         Self {
             listen,
             admin_listen,
@@ -236,7 +237,7 @@ impl Config {
                 dedup_window: dedup_window.0,
                 heartbeat: Heartbeat { interval: interval.0, silence_max: silence.0, stall_max: stall.0, json: false },
                 limits: HttpLimits {
-                    connections_max: if connections_max == 0 { descriptors_for_clients().min(100_000_000) } else { connections_max },
+                    connections_max: if connections_max == 0 { descriptors } else { connections_max },
                     connections_per_ip: per_ip,
                     connections_per_user: per_user,
                     handshakes_per_ip: Rate::new(handshakes, 60 * second, handshakes),
@@ -412,12 +413,13 @@ fn default_node_id() -> NodeId {
     format!("{host}-{random}").parse().expect("made of the allowed letters")
 }
 
-/// How many descriptors clients may have.
+/// Raises this process's limit of descriptors as far as it goes. Returns how many clients may have.
 fn descriptors_for_clients() -> usize {
     let descriptors = rlimit::increase_nofile_limit(u64::MAX).unwrap_or(1024);
     // On a machine with very few, half of them.
     let kept = DESCRIPTORS_KEPT.min(descriptors / 2);
-    usize::try_from(descriptors - kept).unwrap_or(usize::MAX)
+    // More than a semaphore counts is as good as no limit.
+    usize::try_from(descriptors - kept).unwrap_or(usize::MAX).min(100_000_000)
 }
 
 /// `25s`, `10m`, `24h`.
