@@ -124,7 +124,7 @@ impl Outbox {
 
     /// Whether at least half of the bound is free.
     pub fn has_room(&self) -> bool {
-        self.queue.lock().bytes <= self.bytes_max / 2
+        self.queue.lock().has_room(self.bytes_max)
     }
 
     /// Bytes that wait, [`FRAME_OVERHEAD_BYTES`] for each frame included.
@@ -175,7 +175,7 @@ impl Outbox {
     /// The rooms to be continued, once half of the bound is free.
     pub fn take_lagging(&self) -> SmallVec<[RoomId; 1]> {
         let mut queue = self.queue.lock();
-        if queue.lagging.is_empty() || queue.bytes > self.bytes_max / 2 {
+        if queue.lagging.is_empty() || !queue.has_room(self.bytes_max) {
             return SmallVec::new();
         }
         std::mem::take(&mut queue.lagging)
@@ -272,6 +272,10 @@ impl Outbox {
 }
 
 impl Queue {
+    fn has_room(&self, bytes_max: usize) -> bool {
+        self.bytes <= bytes_max / 2
+    }
+
     fn add(&mut self, frame: Bytes) {
         if !self.closed {
             self.bytes += frame.len() + FRAME_OVERHEAD_BYTES;

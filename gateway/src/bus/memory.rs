@@ -116,7 +116,7 @@ impl MemoryBus {
         for (_, room) in oldest {
             // More than is needed, so that this is not done for every message.
             if rooms.bytes <= bytes_max / 10 * 9 {
-                return;
+                break;
             }
             let Some(log) = rooms.logs.get_mut(&room) else { continue };
             rooms.bytes -= log.cost();

@@ -46,6 +46,15 @@ pub mod redis;
 /// A future that can be named, since a trait with `async fn` cannot be an object.
 pub type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 
+/// The output of a future that may be under way; never, where none is. Cancel-safe: the future is
+/// kept, so that it can be an arm of a `select!`.
+pub async fn output_of<T>(under_way: &mut Option<BoxFuture<T>>) -> T {
+    match under_way {
+        Some(future) => future.await,
+        None => std::future::pending().await,
+    }
+}
+
 /// Where logs live. See the module for what is promised.
 pub trait Bus: Send + Sync {
     /// Appends to a room's log. Never waits: the answer goes to `append.done`, which is called

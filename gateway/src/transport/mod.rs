@@ -29,7 +29,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    bus::BoxFuture,
+    bus::{BoxFuture, output_of},
     hub::member::{Subscriber, text_frame},
     outbox::Close,
     session::{Performed, Request, Session},
@@ -101,14 +101,6 @@ enum Step {
         /// Whether it closed.
         by_client: bool,
     },
-}
-
-/// The output of what is being performed.
-async fn next(performing: &mut Option<BoxFuture<Performed>>) -> Performed {
-    match performing {
-        Some(performing) => performing.await,
-        None => std::future::pending().await,
-    }
 }
 
 impl Connection {
@@ -214,7 +206,7 @@ impl Connection {
                 biased;
                 () = leaving.cancelled() => return self.goodbye(socket).await,
                 () = outbox.woken() => {}
-                performed = next(&mut performing), if performing.is_some() => {
+                performed = output_of(&mut performing), if performing.is_some() => {
                     performing = None;
                     if let Some(session) = self.session() {
                         // A refusal has been sent, which is all a client of `/ws` needs.

@@ -287,6 +287,27 @@ async fn retention_keeps_what_it_says_and_no_more() {
 }
 
 #[tokio::test]
+async fn logs_in_memory_have_a_common_bound_and_the_oldest_go_first() {
+    let fixture = memory(Retention { memory_bytes_max: 1 << 20, ..retention() });
+    let rooms: Vec<RoomId> = (0..200).map(|i| room(&format!("r{i}"))).collect();
+    within(fixture.bus.follow(rooms[0].clone())).await.unwrap();
+    for room in &rooms {
+        let answer = fixture.begin(room, "ann", MessageId::random(), 10_000);
+        within(answer).await.unwrap().unwrap();
+    }
+    let read = async |room: &RoomId| {
+        let range = Range::Newest { limit: 1 };
+        let page = fixture.bus.read(room.clone(), range).await.unwrap();
+        (page.top, page.entries.len())
+    };
+    // A room that is followed keeps its numbers; who nobody follows goes whole.
+    assert_eq!(read(&rooms[0]).await, (1, 0));
+    assert_eq!(read(&rooms[1]).await, (0, 0));
+    assert_eq!(read(&rooms[199]).await, (1, 1));
+    assert!(fixture.tasks.finish(Duration::from_secs(5)).await);
+}
+
+#[tokio::test]
 async fn a_node_with_another_number_of_partitions_does_not_start() {
     let server = Redis::start().await;
     let first = redis(&server, retention()).await;

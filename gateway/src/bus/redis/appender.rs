@@ -20,9 +20,9 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{Link, Links, RetryPause, Server, config};
+use super::{Link, Links, RetryPause, Server, config, refused_or_away};
 use crate::{
-    bus::{Append, Appended, BoxFuture, BusError, HEAD_TTL, random_epoch},
+    bus::{Append, Appended, BoxFuture, BusError, HEAD_TTL, output_of, random_epoch},
     drain::Tasks,
 };
 
@@ -200,7 +200,7 @@ impl Worker {
                     look = Some(Box::pin(look_at(connection.clone(), self.links.clone())));
                     continue;
                 }
-                looked = next(&mut look), if look.is_some() => {
+                looked = output_of(&mut look), if look.is_some() => {
                     look = None;
                     match looked {
                         Ok(()) => continue,
@@ -254,14 +254,6 @@ impl Worker {
             .arg(HEAD_TTL.max(retention.ttl).as_millis() as u64)
             .arg(retention.dedup_window.as_millis() as u64);
         command
-    }
-}
-
-/// The output of a look that is under way.
-async fn next(look: &mut Option<BoxFuture<RedisResult<()>>>) -> RedisResult<()> {
-    match look {
-        Some(look) => look.await,
-        None => std::future::pending().await,
     }
 }
 
@@ -353,15 +345,6 @@ fn is_of_the_server(error: &RedisError) -> bool {
                     | ServerErrorKind::MasterDown
             )
     )
-}
-
-/// Whether an error will come again with every try, or is of a time: out of memory, too few
-/// replicas, a disk that is full.
-fn refused_or_away(error: &RedisError) -> BusError {
-    match error.code() {
-        Some("ERR" | "WRONGTYPE" | "NOPERM") => BusError::Refused,
-        _ => BusError::Unavailable,
-    }
 }
 
 /// What the script answers: position, and whether it was known.

@@ -11,7 +11,7 @@ use shared::{
     position::{Epoch, Position, Seq},
 };
 
-use super::{CONNECT_MAX, RESPONSE_MAX, Server, config};
+use super::{CONNECT_MAX, RESPONSE_MAX, Server, config, refused_or_away};
 use crate::{
     bus::{BoxFuture, BusError, HEAD_TTL, READ_BYTES_MAX, Range, random_epoch},
     delivery::{Entry, page::Page},
@@ -78,21 +78,18 @@ impl Log {
             .arg(ttl.as_millis() as u64)
             .invoke_async(&mut connection)
             .await
-            .map_err(|error| refused_or_away(&error))?;
+            .map_err(|error| {
+                let failed = refused_or_away(&error);
+                if failed == BusError::Refused {
+                    tracing::error!(%room, %error, "Redis refused a read");
+                }
+                failed
+            })?;
         let mut page = page(answer).ok_or(BusError::Refused)?;
         if range.keeps_newest() {
             page.entries.reverse();
         }
         Ok(page)
-    }
-}
-
-fn refused_or_away(error: &RedisError) -> BusError {
-    if error.code() == Some("ERR") {
-        tracing::error!(%error, "read.lua failed");
-        BusError::Refused
-    } else {
-        BusError::Unavailable
     }
 }
 

@@ -236,6 +236,15 @@ impl Server {
     }
 }
 
+/// Whether an error will come again with every try, or is of a time: Redis is away, out of memory,
+/// has too few replicas, or a disk that is full.
+fn refused_or_away(error: &RedisError) -> BusError {
+    match error.code() {
+        Some("ERR" | "WRONGTYPE" | "NOPERM") => BusError::Refused,
+        _ => BusError::Unavailable,
+    }
+}
+
 fn config() -> AsyncConnectionConfig {
     AsyncConnectionConfig::new()
         .set_connection_timeout(Some(CONNECT_MAX))
