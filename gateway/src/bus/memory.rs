@@ -194,6 +194,16 @@ impl Bus for MemoryBus {
         Box::pin(std::future::ready(Ok(page)))
     }
 
+    fn heads(&self, names: Vec<RoomId>) -> BoxFuture<Result<Vec<Option<Position>>, BusError>> {
+        let rooms = self.rooms.lock();
+        let head = |name| {
+            let log = rooms.logs.get(name)?;
+            Some(Position::new(log.epoch.clone(), log.top))
+        };
+        let heads = names.iter().map(head).collect();
+        Box::pin(std::future::ready(Ok(heads)))
+    }
+
     fn failing(&self) -> Option<&'static str> {
         None
     }

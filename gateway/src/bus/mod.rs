@@ -72,6 +72,11 @@ pub trait Bus: Send + Sync {
     /// known before its first entry.
     fn read(&self, room: RoomId, range: Range) -> BoxFuture<Result<Page, BusError>>;
 
+    /// The newest position of each room's log, in the order of `rooms`; `None` where there is no
+    /// log. One request for all, so that a node finds out cheaply which rooms it misses entries
+    /// of. Positions asked for are kept for another week.
+    fn heads(&self, rooms: Vec<RoomId>) -> BoxFuture<Result<Vec<Option<Position>>, BusError>>;
+
     /// What keeps this node from publishing and hearing, if anything: names for `ready`.
     fn failing(&self) -> Option<&'static str>;
 }

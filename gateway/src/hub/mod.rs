@@ -53,6 +53,9 @@ pub const MAILBOX_LEN: usize = 16_384;
 const TURN_LEN: usize = 512;
 /// The most rooms a shard unfollows in a second, so that the bus keeps up.
 const UNFOLLOWS_MAX: usize = 1000;
+/// How often the logs of rooms in which nothing arrives are compared with what was passed on. It
+/// bounds every deafness that shows in no other way: twice this at most.
+pub const COMPARE_EVERY: Duration = Duration::from_secs(5);
 /// How long to wait before a log that could not be read is read again.
 const READ_AGAIN: Duration = Duration::from_millis(250);
 
@@ -84,6 +87,10 @@ enum Call {
     CatchUp {
         room: RoomId,
         connection: ConnectionId,
+    },
+    Compared {
+        rooms: Vec<(RoomId, u64)>,
+        heads: Vec<Option<Position>>,
     },
     Answered {
         room: RoomId,
@@ -129,6 +136,8 @@ impl Hub {
                 calls: calls.clone(),
                 turn: Turn::default(),
                 lingering: VecDeque::new(),
+                comparing: Reading::No,
+                compared: Instant::now(),
                 ring_bytes: 0,
                 ring_bytes_max,
                 members: 0,
@@ -198,6 +207,10 @@ struct Shard {
     turn: Turn,
     /// Rooms without members, in the order of their becoming so.
     lingering: VecDeque<(Instant, RoomId)>,
+    /// Whether heads of logs are being asked for.
+    comparing: Reading,
+    /// When the rooms in which nothing arrives were compared last.
+    compared: Instant,
     ring_bytes: usize,
     ring_bytes_max: usize,
     /// Memberships, as last counted.
@@ -249,6 +262,7 @@ impl Shard {
             Call::Leave { room, connection, answer } => self.leave(room, connection, answer),
             Call::GiveUp { room, subscriber } => self.give_up(&room, &subscriber),
             Call::CatchUp { room, connection } => self.feed(&room, connection),
+            Call::Compared { rooms, heads } => self.compared(rooms, &heads),
             Call::Answered { room, generation, purpose, result } => {
                 self.answered(room, generation, purpose, result);
             }
@@ -277,9 +291,76 @@ impl Shard {
 
     /// Entries of any room may have been lost: all logs are compared with what was passed on.
     fn doubt(&mut self) {
-        let names: Vec<RoomId> = self.rooms.keys().cloned().collect();
-        for name in names {
-            self.read_on(&name);
+        if self.comparing != Reading::No {
+            self.comparing = Reading::Again;
+            return;
+        }
+        let mut rooms = Vec::with_capacity(self.rooms.len());
+        for (name, room) in &mut self.rooms {
+            if room.reading == Reading::No {
+                rooms.push((name.clone(), room.generation));
+            } else {
+                room.reading = Reading::Again;
+            }
+        }
+        self.compare(rooms);
+    }
+
+    /// Compares the logs of rooms in which nothing has arrived for a while, as in a doubt.
+    fn compare_silent(&mut self, now: Instant) {
+        if now - self.compared < COMPARE_EVERY || self.comparing != Reading::No {
+            return;
+        }
+        self.compared = now;
+        let mut rooms = Vec::new();
+        for (name, room) in &mut self.rooms {
+            let heard = std::mem::take(&mut room.heard);
+            if !heard && room.reading == Reading::No {
+                rooms.push((name.clone(), room.generation));
+            }
+        }
+        self.compare(rooms);
+    }
+
+    /// Asks for the heads of `rooms` in a task, until they are there.
+    fn compare(&mut self, rooms: Vec<(RoomId, u64)>) {
+        if rooms.is_empty() {
+            return;
+        }
+        self.comparing = Reading::Yes;
+        let (bus, calls, metrics) = (self.bus.clone(), self.calls.clone(), self.metrics.clone());
+        let stopped = self.tasks.stopped().clone();
+        let compare = async move {
+            let names: Vec<RoomId> = rooms.iter().map(|(name, _)| name.clone()).collect();
+            let heads = loop {
+                match bus.heads(names.clone()).await {
+                    Ok(heads) => break heads,
+                    Err(_) => metrics.repairs.of(Repair::Failed).inc(),
+                }
+                tokio::time::sleep(READ_AGAIN).await;
+            };
+            let _ = calls.send(Call::Compared { rooms, heads }).await;
+        };
+        self.tasks.spawn_service("compare_heads", async move {
+            tokio::select! {
+                () = stopped.cancelled() => {}
+                () = compare => {}
+            }
+        });
+    }
+
+    /// Reads on where a log has what was not passed on.
+    fn compared(&mut self, rooms: Vec<(RoomId, u64)>, heads: &[Option<Position>]) {
+        let again = self.comparing == Reading::Again;
+        self.comparing = Reading::No;
+        for ((name, generation), head) in rooms.into_iter().zip(heads) {
+            let room = self.rooms.get(&name).filter(|room| room.generation == generation);
+            if room.is_some_and(|room| !room.has_reached(head.as_ref())) {
+                self.read_on(&name);
+            }
+        }
+        if again {
+            self.doubt();
         }
     }
 
@@ -471,6 +552,7 @@ impl Shard {
     /// Unfollows rooms that have been without members for long enough, and forgets joins that
     /// nobody waits for any more.
     fn look_around(&mut self, now: Instant) {
+        self.compare_silent(now);
         let mut left = UNFOLLOWS_MAX;
         while let Some((since, _)) = self.lingering.front()
             && now.saturating_duration_since(*since) >= LINGER

@@ -49,6 +49,8 @@ pub(super) struct Room {
     /// Arrivals that wait for a read of the log, in the order of their coming.
     held: Vec<Entry>,
     pub(super) reading: Reading,
+    /// Whether something has arrived since this was looked at last.
+    pub(super) heard: bool,
     members: Vec<Member>,
     places: HashMap<ConnectionId, usize>,
     /// Joins that wait for a read of the log.
@@ -97,6 +99,7 @@ impl Room {
             ring_is_whole: false,
             held: Vec::new(),
             reading: Reading::Yes,
+            heard: true,
             members: Vec::new(),
             places: HashMap::new(),
             waiting: Vec::new(),
@@ -121,6 +124,13 @@ impl Room {
         self.members.is_empty() && self.waiting.is_empty()
     }
 
+    /// Whether everything up to `head`, the newest position of the log, was passed on. A head below
+    /// the top may be older than an arrival that came while it was asked for.
+    pub(super) fn has_reached(&self, head: Option<&Position>) -> bool {
+        let (Some(top), Some(head)) = (self.top(), head) else { return false };
+        top.epoch == head.epoch && top.seq >= head.seq
+    }
+
     /// Which part of the log to read to go on.
     pub(super) fn next_range(&self) -> Range {
         match self.top() {
@@ -137,6 +147,7 @@ impl Room {
         turn: &mut Turn,
         metrics: &Metrics,
     ) -> Need {
+        self.heard = true;
         if self.order.is_none() || self.reading != Reading::No {
             self.hold(entry);
             return Need::Nothing;

@@ -171,6 +171,8 @@ pub struct Metrics {
     pub bus_up: IntGauge,
     /// `gateway_bus_reconnects_total`
     pub bus_reconnects: IntCounter,
+    /// `gateway_probes_lost_total`
+    pub probes_lost: IntCounter,
 }
 
 impl Metrics {
@@ -282,6 +284,11 @@ impl Metrics {
                 r,
                 "gateway_bus_reconnects_total",
                 "Links to the bus that were lost and made again",
+            ),
+            probes_lost: counter(
+                r,
+                "gateway_probes_lost_total",
+                "Times this node did not hear its own probe within 2 s, and made both links again",
             ),
             registry,
         }

@@ -15,7 +15,7 @@ use gateway::{
     bus::{Append, BoxFuture, Bus, BusError, Mailboxes, Range, Retention, memory::MemoryBus},
     delivery::page::Page,
     drain::Tasks,
-    hub::{Hub, join::Start, member::Subscriber},
+    hub::{COMPARE_EVERY, Hub, join::Start, member::Subscriber},
     outbox::Outbox,
     telemetry::metrics::{Arrival, Metrics},
 };
@@ -123,6 +123,10 @@ impl Bus for Counting {
     fn read(&self, room: RoomId, range: Range) -> BoxFuture<Result<Page, BusError>> {
         self.1.fetch_add(1, Ordering::Relaxed);
         self.0.read(room, range)
+    }
+
+    fn heads(&self, rooms: Vec<RoomId>) -> BoxFuture<Result<Vec<Option<Position>>, BusError>> {
+        self.0.heads(rooms)
     }
 
     fn failing(&self) -> Option<&'static str> {
@@ -327,4 +331,22 @@ async fn a_gap_is_filled_as_soon_as_something_comes_behind_it() {
         }
     }
     assert!(world.metrics.arrivals.of(Arrival::Gap).get() >= 14);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_lost_at_the_end_is_found_by_comparing_heads() {
+    // Nothing arrives, and nobody says that anything was lost.
+    let world = World::start(retention(), 10_000, || Fault::Drop);
+    let lobby = room("r");
+    let mut member = Member::join(&world, &lobby, Start::Newest(0), 1 << 20).await;
+    for _ in 0..100 {
+        world.say(&lobby);
+    }
+    let said = Instant::now();
+    while member.cursor.seq < 100 {
+        tokio::time::advance(Duration::from_millis(100)).await;
+        member.drain(&world).await;
+        assert!(said.elapsed() < COMPARE_EVERY * 2 + Duration::from_secs(1), "still deaf");
+    }
+    assert_eq!(member.resets, 0);
 }

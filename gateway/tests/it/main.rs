@@ -18,6 +18,7 @@ mod hub;
 mod cluster;
 mod faults;
 mod nginx;
+mod repair;
 mod browser;
 mod stop;
 mod loadtest;

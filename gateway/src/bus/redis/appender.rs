@@ -20,7 +20,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{Link, Links, RetryPause, Server, config, refused_or_away};
+use super::{Link, Links, RetryPause, Server, config, probe::PROBE_EVERY, refused_or_away};
 use crate::{
     bus::{Append, Appended, BoxFuture, BusError, HEAD_TTL, output_of, random_epoch},
     drain::Tasks,
@@ -177,6 +177,9 @@ impl Worker {
         let mut queued = Vec::new();
         let mut tick = tokio::time::interval(LOOK_EVERY);
         let mut look: Option<BoxFuture<RedisResult<()>>> = None;
+        let mut probes = tokio::time::interval(PROBE_EVERY);
+        let mut probe: Option<BoxFuture<RedisResult<()>>> = None;
+        let links = self.links.clone();
         loop {
             if !self.waiting.is_empty() && sent.len() < PIPELINES_MAX {
                 self.expire();
@@ -199,6 +202,20 @@ impl Worker {
                 _ = tick.tick(), if look.is_none() => {
                     look = Some(Box::pin(look_at(connection.clone(), self.links.clone())));
                     continue;
+                }
+                _ = probes.tick(), if probe.is_none() => {
+                    probe = Some(Box::pin(send_probe(connection.clone(), links.clone())));
+                    continue;
+                }
+                sent = output_of(&mut probe), if probe.is_some() => {
+                    probe = None;
+                    match sent {
+                        Ok(()) => continue,
+                        Err(error) => (Vec::new(), Err(error)),
+                    }
+                }
+                () = links.probe.lost() => {
+                    (Vec::new(), Err((ErrorKind::Io, "what is published is not heard").into()))
                 }
                 looked = output_of(&mut look), if look.is_some() => {
                     look = None;
@@ -296,6 +313,12 @@ async fn look_at(mut connection: MultiplexedConnection, links: Arc<Links>) -> Re
     }
     links.evicts.store(evicts, Ordering::Relaxed);
     Ok(())
+}
+
+/// Sends a number that the subscriber has to hear.
+async fn send_probe(mut connection: MultiplexedConnection, links: Arc<Links>) -> RedisResult<()> {
+    let number = links.probe.send(Instant::now());
+    redis::cmd("PUBLISH").arg(&links.probe.channel).arg(number).query_async(&mut connection).await
 }
 
 /// Answers every publish of a pipeline that has its answer; the others go to `again`.

@@ -17,6 +17,8 @@ use crate::{
     delivery::{Entry, page::Page},
 };
 
+/// The most heads in one pipeline, so that a node with many rooms does not hold Redis up.
+const HEADS_MAX: usize = 512;
 /// How many reads go on at a time; others wait.
 const CONNECTIONS_MAX: usize = 8;
 
@@ -52,6 +54,41 @@ impl Log {
                 tracing::debug!(%room, %error, "a log could not be read");
             })
         })
+    }
+
+    pub(super) fn heads(
+        &self,
+        rooms: Vec<RoomId>,
+    ) -> BoxFuture<Result<Vec<Option<Position>>, BusError>> {
+        let log = self.clone();
+        Box::pin(async move {
+            let mut heads = Vec::with_capacity(rooms.len());
+            for rooms in rooms.chunks(HEADS_MAX) {
+                heads.extend(log.heads_now(rooms).await?);
+            }
+            Ok(heads)
+        })
+    }
+
+    async fn heads_now(&self, rooms: &[RoomId]) -> Result<Vec<Option<Position>>, BusError> {
+        let mut connection = self.pool.get().await.map_err(|error| {
+            tracing::debug!(%error, "no connection to compare logs by");
+            BusError::Unavailable
+        })?;
+        let ttl = HEAD_TTL.max(self.server.retention.ttl).as_millis() as u64;
+        let mut pipeline = redis::Pipeline::with_capacity(rooms.len() * 2);
+        for room in rooms {
+            let meta = format!("{}:meta", self.server.keyspace.channel(room));
+            pipeline.cmd("HMGET").arg(&meta).arg("e").arg("s");
+            // A room that is followed in silence does not lose its numbers.
+            pipeline.cmd("PEXPIRE").arg(&meta).arg(ttl).ignore();
+        }
+        let heads: Vec<(Option<String>, Option<Seq>)> =
+            pipeline.query_async(&mut connection).await.map_err(|error| {
+                tracing::debug!(%error, "logs could not be compared");
+                refused_or_away(&error)
+            })?;
+        Ok(heads.into_iter().map(head).collect())
     }
 
     async fn read_now(&self, room: &RoomId, range: Range) -> Result<Page, BusError> {
@@ -91,6 +128,11 @@ impl Log {
         }
         Ok(page)
     }
+}
+
+/// Reads `e` and `s` of a room's meta.
+fn head((epoch, top): (Option<String>, Option<Seq>)) -> Option<Position> {
+    Some(Position::new(epoch?.parse().ok()?, top?))
 }
 
 /// Reads what the script answers: epoch, top, oldest, entries.

@@ -20,13 +20,14 @@ use redis::{
     AsyncConnectionConfig, Client, ConnectionInfo, IntoConnectionInfo as _, ProtocolVersion,
     RedisError, aio::MultiplexedConnection, io::tcp::TcpSettings,
 };
-use shared::ids::RoomId;
+use shared::{ids::RoomId, position::Position};
 
 use super::{Append, BoxFuture, Bus, BusError, Mailboxes, Range, Retention};
 use crate::{delivery::page::Page, drain::Tasks, telemetry::metrics::Metrics};
 
 mod appender;
 mod log;
+mod probe;
 mod subscriber;
 
 /// How long Redis may take to answer before the link counts as dead. A publish whose answer is
@@ -89,6 +90,8 @@ struct Links {
     hearing: AtomicBool,
     /// Redis may throw keys away when its memory is full, and with them acknowledged messages.
     evicts: AtomicBool,
+    /// Whether what is published is heard.
+    probe: probe::Probe,
     metrics: Arc<Metrics>,
 }
 
@@ -121,6 +124,7 @@ impl RedisBus {
             appending: AtomicBool::new(false),
             hearing: AtomicBool::new(false),
             evicts: AtomicBool::new(false),
+            probe: probe::Probe::new(),
             metrics,
         });
         let log = log::Log::new(server.clone()).map_err(RedisStartError::Url)?;
@@ -159,6 +163,10 @@ impl Bus for RedisBus {
 
     fn read(&self, room: RoomId, range: Range) -> BoxFuture<Result<Page, BusError>> {
         self.log.read(room, range)
+    }
+
+    fn heads(&self, rooms: Vec<RoomId>) -> BoxFuture<Result<Vec<Option<Position>>, BusError>> {
+        self.log.heads(rooms)
     }
 
     fn failing(&self) -> Option<&'static str> {

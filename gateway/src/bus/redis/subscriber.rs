@@ -4,15 +4,18 @@
 //! loop here subscribes in batches, and after each reconnect subscribes to everything again and
 //! then raises doubt: pub/sub has no memory, so that what was missed is read from the logs.
 
-use std::{collections::HashSet, sync::Arc, time::Duration};
+use std::{collections::HashSet, sync::Arc};
 
 use bytes::Bytes;
 use redis::{PushInfo, PushKind, RedisError, RedisResult, Value, aio::MultiplexedConnection};
 use shared::{envelope::Envelope, ids::RoomId, position::Position};
-use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::{
+    sync::{Notify, mpsc, oneshot},
+    time::Instant,
+};
 use tokio_util::sync::CancellationToken;
 
-use super::{Keyspace, Link, Links, RetryPause, Server, config};
+use super::{Keyspace, Link, Links, RetryPause, Server, config, probe};
 use crate::{
     bus::{BoxFuture, BusError, Mailboxes},
     delivery::Entry,
@@ -23,8 +26,6 @@ use crate::{
 const CHANNELS_MAX: usize = 512;
 /// How many calls may wait for the loop.
 const QUEUE_LEN_MAX: usize = 4096;
-/// How often a silent link is asked whether it lives.
-const PING_EVERY: Duration = Duration::from_secs(2);
 
 /// A handle to the subscriber's task.
 pub(super) struct Subscriber {
@@ -118,8 +119,14 @@ impl Worker {
     /// nobody can wish any more (`Ok`).
     async fn listen(&mut self, pause: &mut RetryPause) -> Result<(), RedisError> {
         let lost = Arc::new(Notify::new());
-        let config = config().set_push_sender(receiver(self.mailboxes.clone(), lost.clone()));
+        let config = config().set_push_sender(receiver(
+            self.mailboxes.clone(),
+            self.links.clone(),
+            lost.clone(),
+        ));
         let mut connection = self.server.connect(config).await?;
+        self.links.probe.forget();
+        connection.subscribe(&self.links.probe.channel).await?;
         self.take_wishes();
         let rooms: Vec<RoomId> = self.followed.iter().cloned().collect();
         self.subscribe(&mut connection, &rooms).await?;
@@ -128,7 +135,7 @@ impl Worker {
         self.links.set(Link::Hearing, true);
         *pause = RetryPause::default();
 
-        let mut ping = tokio::time::interval(PING_EVERY);
+        let mut look = tokio::time::interval(probe::LOOK_EVERY);
         let mut wishes = Vec::new();
         loop {
             // Cancel-safe, all three.
@@ -140,11 +147,15 @@ impl Worker {
                         return Ok(());
                     }
                 }
-                _ = ping.tick() => {}
+                _ = look.tick() => {
+                    if self.links.probe.is_overdue(Instant::now()) {
+                        self.links.metrics.probes_lost.inc();
+                        self.links.probe.tell_lost();
+                        return Err((redis::ErrorKind::Io, "what is published is not heard").into());
+                    }
+                }
             }
-            if wishes.is_empty() {
-                redis::cmd("PING").query_async::<()>(&mut connection).await?;
-            } else {
+            if !wishes.is_empty() {
                 self.grant(&mut connection, wishes.drain(..)).await?;
             }
         }
@@ -221,12 +232,14 @@ fn link_is_lost() -> RedisError {
 /// Takes what Redis pushes. Runs on the connection's driver task and never blocks.
 fn receiver(
     mailboxes: Mailboxes,
+    links: Arc<Links>,
     lost: Arc<Notify>,
 ) -> impl Fn(PushInfo) -> Result<(), std::convert::Infallible> + Send + Sync + 'static {
     move |push| {
         match push.kind {
-            PushKind::Message => match arrival(push.data) {
-                Some((room, entry)) => mailboxes.put(room, entry),
+            PushKind::Message => match arrival(push.data, &links.probe.channel) {
+                Some(Arrival::Entry(room, entry)) => mailboxes.put(room, entry),
+                Some(Arrival::Probe(number)) => links.probe.heard(number),
                 None => tracing::warn!("a message that no gateway published was ignored"),
             },
             PushKind::Disconnection => lost.notify_one(),
@@ -236,17 +249,27 @@ fn receiver(
     }
 }
 
-/// Reads `[channel, "<epoch>:<seq>\n<envelope>"]`.
-fn arrival(data: Vec<Value>) -> Option<(RoomId, Entry)> {
+/// What gateways publish.
+enum Arrival {
+    Entry(RoomId, Entry),
+    Probe(u64),
+}
+
+/// Reads `[channel, "<epoch>:<seq>\n<envelope>"]`, or the number of a probe.
+fn arrival(data: Vec<Value>, probe_channel: &str) -> Option<Arrival> {
     let [Value::BulkString(channel), Value::BulkString(payload)]: [Value; 2] =
         data.try_into().ok()?
     else {
         return None;
     };
-    let room = Keyspace::room(std::str::from_utf8(&channel).ok()?)?;
+    let channel = std::str::from_utf8(&channel).ok()?;
+    if channel == probe_channel {
+        return Some(Arrival::Probe(std::str::from_utf8(&payload).ok()?.parse().ok()?));
+    }
+    let room = Keyspace::room(channel)?;
     let payload = Bytes::from(payload);
     let border = payload.iter().position(|byte| *byte == b'\n')?;
     let position: Position = std::str::from_utf8(&payload[..border]).ok()?.parse().ok()?;
     let envelope = Envelope::from_bytes(payload.slice(border + 1..)).ok()?;
-    Some((room, Entry { position, envelope }))
+    Some(Arrival::Entry(room, Entry { position, envelope }))
 }
