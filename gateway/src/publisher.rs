@@ -8,7 +8,7 @@ use std::{
 use serde::Serialize;
 use serde_json::value::RawValue;
 use shared::{
-    envelope::{Envelope, Parts, binary_bytes_max},
+    envelope::{Author, Envelope, Parts, binary_bytes_max},
     ids::{ConnectionId, MessageId, RoomId},
     protocol::{
         Kind,
@@ -39,6 +39,8 @@ pub struct Publisher {
 pub struct Sender<'a> {
     /// The connection.
     pub connection: ConnectionId,
+    /// The user, as entries name it.
+    pub author: Author,
     /// The user.
     pub user: &'a Person,
 }
@@ -123,6 +125,7 @@ impl Publisher {
             return Err(PublishError::BinaryTooLarge(binary_max));
         }
         let envelope = Envelope::pack(Parts {
+            author: sender.author,
             id: receipt.id,
             sender: sender.connection,
             echo: message.echo,
@@ -134,8 +137,8 @@ impl Publisher {
         let metrics = self.metrics.clone();
         self.bus.append(Append {
             room: message.room.clone(),
-            user: sender.user.id.clone(),
             envelope,
+            urgent: false,
             deadline: begun + self.wait_max,
             done: Box::new(move |result| {
                 metrics.publish_seconds.observe(begun.elapsed().as_secs_f64());

@@ -5,27 +5,29 @@
 //! members and has the frame its clients get.
 //!
 //! ```text
-//! byte 0        version, 1
+//! byte 0        version, 2
 //! byte 1        flags: bit 0 binary payload, bit 1 the sender wants no copy
-//! bytes 2..18   message id
-//! bytes 18..34  connection that sent it
-//! bytes 34..38  length of the members, big-endian
+//! bytes 2..10   author: who sent it, as a hash of the user's id
+//! bytes 10..26  message id; with the author it is what ids are told apart by
+//! bytes 26..42  connection that sent it
+//! bytes 42..46  length of the members, big-endian
 //! members       JSON members without braces: "room":"…","id":"…",…
 //! payload       the content of a binary message
 //! ```
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use bytes::{BufMut, Bytes, BytesMut};
+use sha1::{Digest as _, Sha1};
 use uuid::Uuid;
 
 use crate::{
     codec::{self, Opcode},
-    ids::{ConnectionId, MessageId},
+    ids::{ConnectionId, MessageId, UserId},
     position::Position,
 };
 
-const VERSION: u8 = 1;
-const HEADER_BYTES: usize = 38;
+const VERSION: u8 = 2;
+const HEADER_BYTES: usize = 46;
 const BINARY: u8 = 1;
 const NO_ECHO: u8 = 1 << 1;
 
@@ -33,14 +35,34 @@ const NO_ECHO: u8 = 1 << 1;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Envelope(Bytes);
 
+/// Who sent a message: the first 8 bytes of the SHA-1 of the user's id, the same on every node, so
+/// that a node that knows only the envelope knows by what its id is told apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Author([u8; 8]);
+
+impl Author {
+    /// The author `user`.
+    pub fn of(user: &UserId) -> Self {
+        let digest = Sha1::digest(user.as_str().as_bytes());
+        let mut author = [0; 8];
+        author.copy_from_slice(&digest[..8]);
+        Self(author)
+    }
+}
+
+/// What a message is known by within the dedup window: its author and its id.
+pub type IdKey = [u8; 24];
+
 /// The bytes are no envelope of this version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("not an envelope of version 1")]
+#[error("not an envelope of version 2")]
 pub struct InvalidEnvelope;
 
 /// What an envelope is made of.
 #[derive(Clone, Copy, Debug)]
 pub struct Parts<'a> {
+    /// Who sent it.
+    pub author: Author,
     /// The message's id.
     pub id: MessageId,
     /// The connection that sent it.
@@ -61,6 +83,7 @@ impl Envelope {
         bytes.put_u8(VERSION);
         let binary = if parts.binary.is_some() { BINARY } else { 0 };
         bytes.put_u8(binary | if parts.echo { 0 } else { NO_ECHO });
+        bytes.put_slice(&parts.author.0);
         bytes.put_slice(parts.id.0.as_bytes());
         bytes.put_slice(parts.sender.0.as_bytes());
         bytes.put_u32(parts.members.len() as u32);
@@ -90,12 +113,19 @@ impl Envelope {
 
     /// The message's id.
     pub fn id(&self) -> MessageId {
-        MessageId(self.uuid_at(2))
+        MessageId(self.uuid_at(10))
+    }
+
+    /// What the message is known by within the dedup window.
+    pub fn id_key(&self) -> IdKey {
+        let mut key = [0; 24];
+        key.copy_from_slice(&self.0[2..26]);
+        key
     }
 
     /// The connection that is to get an `ack` in place of a copy, if the sender asked for that.
     pub fn sender_without_echo(&self) -> Option<ConnectionId> {
-        (self.0[1] & NO_ECHO != 0).then(|| ConnectionId(self.uuid_at(18)))
+        (self.0[1] & NO_ECHO != 0).then(|| ConnectionId(self.uuid_at(26)))
     }
 
     /// The WebSocket frame that clients get live.
@@ -143,7 +173,7 @@ impl Envelope {
     }
 
     fn members_len(&self) -> usize {
-        u32::from_be_bytes([self.0[34], self.0[35], self.0[36], self.0[37]]) as usize
+        u32::from_be_bytes([self.0[42], self.0[43], self.0[44], self.0[45]]) as usize
     }
 
     fn uuid_at(&self, at: usize) -> Uuid {
@@ -177,6 +207,7 @@ mod tests {
 
     fn pack(binary: Option<&[u8]>) -> Envelope {
         Envelope::pack(Parts {
+            author: Author::of(&"ann".parse().unwrap()),
             id: MessageId(Uuid::from_u128(1)),
             sender: ConnectionId(Uuid::from_u128(2)),
             echo: false,
@@ -214,6 +245,7 @@ mod tests {
         let again = Envelope::from_bytes(envelope.as_bytes().clone()).unwrap();
         assert_eq!(again.id(), MessageId(Uuid::from_u128(1)));
         assert_eq!(again.sender_without_echo(), Some(ConnectionId(Uuid::from_u128(2))));
+        assert_eq!(again.id_key()[8..], *again.id().0.as_bytes());
         for cut in 0..envelope.as_bytes().len() {
             assert!(Envelope::from_bytes(envelope.as_bytes().slice(..cut)).is_err());
         }
@@ -225,6 +257,7 @@ mod tests {
         let size = binary_bytes_max(1_000, members.len());
         let payload = vec![0; size];
         let envelope = Envelope::pack(Parts {
+            author: Author::of(&"ann".parse().unwrap()),
             id: MessageId(Uuid::nil()),
             sender: ConnectionId(Uuid::nil()),
             echo: true,

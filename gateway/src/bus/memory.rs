@@ -10,7 +10,8 @@ use std::{
 
 use parking_lot::Mutex;
 use shared::{
-    ids::{MessageId, RoomId, UserId},
+    envelope::IdKey,
+    ids::RoomId,
     position::{Epoch, Position, Seq},
 };
 use tokio::time::Instant;
@@ -20,7 +21,7 @@ use super::{
     Retention, random_epoch,
 };
 use crate::{
-    delivery::{Entry, page::Page},
+    delivery::{Entry, Token, ordinal, page::Page},
     drain::Tasks,
 };
 
@@ -53,6 +54,8 @@ struct Rooms {
 /// A room's log.
 struct Log {
     epoch: Epoch,
+    /// The ordinal of the epoch that the last deletion began, 0 for none.
+    deleted: u64,
     top: Seq,
     entries: VecDeque<(Instant, Entry)>,
     bytes: u64,
@@ -63,8 +66,8 @@ struct Log {
 /// The ids of the dedup window: two maps that take turns, so that forgetting costs nothing. An id
 /// is known for one to two windows.
 struct Ids {
-    newer: HashMap<(UserId, MessageId), Seq>,
-    older: HashMap<(UserId, MessageId), Seq>,
+    newer: HashMap<IdKey, Seq>,
+    older: HashMap<IdKey, Seq>,
     turned: Instant,
 }
 
@@ -145,7 +148,7 @@ impl MemoryBus {
         log.used = now;
         log.ids.turn(self.retention.dedup_window, now);
 
-        let key = (append.user.clone(), append.envelope.id());
+        let key = append.envelope.id_key();
         if let Some(seq) = log.ids.known(&key) {
             let position = Position::new(log.epoch.clone(), seq);
             return Appended { position, duplicate: true };
@@ -153,7 +156,11 @@ impl MemoryBus {
         log.top += 1;
         log.ids.newer.insert(key, log.top);
         let position = Position::new(log.epoch.clone(), log.top);
-        let entry = Entry { position: position.clone(), envelope: append.envelope.clone() };
+        let entry = Entry {
+            position: position.clone(),
+            stamp: Token::default(),
+            envelope: append.envelope.clone(),
+        };
         log.bytes += entry.bytes() as u64;
         log.entries.push_back((now, entry.clone()));
         log.trim(&self.retention, now);
@@ -194,6 +201,16 @@ impl Bus for MemoryBus {
         Box::pin(std::future::ready(Ok(page)))
     }
 
+    fn delete(&self, room: RoomId) -> BoxFuture<Result<(), BusError>> {
+        let Rooms { logs, bytes, .. } = &mut *self.rooms.lock();
+        if let Some(log) = logs.get_mut(&room) {
+            let before = log.cost();
+            *log = Log::begun_by_deletion(ordinal(&log.epoch) + 1, Instant::now());
+            *bytes = (*bytes + log.cost()).saturating_sub(before);
+        }
+        Box::pin(std::future::ready(Ok(())))
+    }
+
     fn heads(&self, names: Vec<RoomId>) -> BoxFuture<Result<Vec<Option<Position>>, BusError>> {
         let rooms = self.rooms.lock();
         let head = |name| {
@@ -211,9 +228,18 @@ impl Bus for MemoryBus {
 
 impl Log {
     fn new(now: Instant) -> Self {
-        let epoch = format!("0-{}", random_epoch());
+        Self::begun(0, now)
+    }
+
+    fn begun_by_deletion(ordinal: u64, now: Instant) -> Self {
+        Self { deleted: ordinal, ..Self::begun(ordinal, now) }
+    }
+
+    fn begun(ordinal: u64, now: Instant) -> Self {
+        let epoch = format!("{ordinal}-{}", random_epoch());
         Self {
             epoch: epoch.parse().expect("made of the allowed letters"),
+            deleted: 0,
             top: 0,
             entries: VecDeque::new(),
             bytes: 0,
@@ -263,7 +289,8 @@ impl Log {
         } else {
             cut(wanted, range.limit())
         };
-        Page { epoch: self.epoch.clone(), top: self.top, oldest, entries }
+        let (epoch, top) = (self.epoch.clone(), self.top);
+        Page { epoch, former: None, deleted: self.deleted, top, oldest, entries }
     }
 }
 
@@ -282,7 +309,7 @@ fn cut<'a>(entries: impl Iterator<Item = &'a Entry>, limit: u32) -> Vec<Entry> {
 }
 
 impl Ids {
-    fn known(&self, key: &(UserId, MessageId)) -> Option<Seq> {
+    fn known(&self, key: &IdKey) -> Option<Seq> {
         self.newer.get(key).or_else(|| self.older.get(key)).copied()
     }
 

@@ -27,21 +27,24 @@ use std::{
 
 use shared::{
     envelope::Envelope,
-    ids::{RoomId, UserId},
+    ids::RoomId,
     position::{Position, Seq},
 };
 use tokio::{
-    sync::{Notify, mpsc},
+    sync::{Notify, mpsc, oneshot},
     time::Instant,
 };
 
 use crate::{
-    delivery::{Entry, page::Page},
+    delivery::{Entry, Followed, page::Page},
     telemetry::metrics::Metrics,
 };
 
 pub mod memory;
 pub mod redis;
+pub mod standing;
+
+use standing::Standing;
 
 /// A future that can be named, since a trait with `async fn` cannot be an object.
 pub type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
@@ -77,6 +80,10 @@ pub trait Bus: Send + Sync {
     /// of. Positions asked for are kept for another week.
     fn heads(&self, rooms: Vec<RoomId>) -> BoxFuture<Result<Vec<Option<Position>>, BusError>>;
 
+    /// Deletes a room's log. The room begins anew in a later epoch, and what nodes hold of the old
+    /// one is not brought back: neither by those who were cut off meanwhile.
+    fn delete(&self, room: RoomId) -> BoxFuture<Result<(), BusError>>;
+
     /// What keeps this node from publishing and hearing, if anything: names for `ready`.
     fn failing(&self) -> Option<&'static str>;
 }
@@ -85,10 +92,10 @@ pub trait Bus: Send + Sync {
 pub struct Append {
     /// The room.
     pub room: RoomId,
-    /// Who sends it: ids are told apart per user.
-    pub user: UserId,
     /// What is appended.
     pub envelope: Envelope,
+    /// Whether it goes ahead of what waits: it was in the log once, and is brought back.
+    pub urgent: bool,
     /// When to stop trying.
     pub deadline: Instant,
     /// Hears what became of it.
@@ -199,12 +206,13 @@ pub fn random_epoch() -> String {
 pub struct Mailboxes {
     shards: Arc<[Mailbox]>,
     hasher: RandomState,
+    standing: Arc<Standing>,
     metrics: Arc<Metrics>,
 }
 
 #[derive(Debug)]
 struct Mailbox {
-    entries: mpsc::Sender<(RoomId, Entry)>,
+    letters: mpsc::Sender<Letter>,
     doubt: Arc<Doubt>,
 }
 
@@ -232,27 +240,62 @@ impl Doubt {
     }
 }
 
+/// What a shard finds in its mailbox, in the order it was put there.
+#[derive(Debug)]
+pub enum Letter {
+    /// An entry of a room has arrived.
+    Entry(RoomId, Entry),
+    /// The bus asks what this shard holds: everything that arrived before is part of the answer.
+    Holdings(oneshot::Sender<Vec<Followed>>),
+}
+
 /// The shard's end of a mailbox.
 #[derive(Debug)]
 pub struct Letters {
-    /// The entries that arrived, in order per room.
-    pub entries: mpsc::Receiver<(RoomId, Entry)>,
+    /// What arrived, in order per room.
+    pub letters: mpsc::Receiver<Letter>,
     /// Raised when entries were lost.
     pub doubt: Arc<Doubt>,
+    /// Whether the node may pass anything on.
+    pub standing: Arc<Standing>,
 }
 
 impl Mailboxes {
     /// `shards` mailboxes of `capacity` entries each, and the ends to read them by.
     pub fn new(shards: usize, capacity: usize, metrics: Arc<Metrics>) -> (Self, Vec<Letters>) {
         let mut ends = Vec::with_capacity(shards);
+        let standing = Arc::new(Standing::default());
         let mailbox = |_| {
             let (sender, receiver) = mpsc::channel(capacity);
             let doubt = Arc::new(Doubt::default());
-            ends.push(Letters { entries: receiver, doubt: doubt.clone() });
-            Mailbox { entries: sender, doubt }
+            let standing = standing.clone();
+            ends.push(Letters { letters: receiver, doubt: doubt.clone(), standing });
+            Mailbox { letters: sender, doubt }
         };
         let shards = (0..shards).map(mailbox).collect();
-        (Self { shards, hasher: RandomState::new(), metrics }, ends)
+        (Self { shards, hasher: RandomState::new(), standing: standing.clone(), metrics }, ends)
+    }
+
+    /// What bus and hub know of this node's own state.
+    pub fn standing(&self) -> &Arc<Standing> {
+        &self.standing
+    }
+
+    /// Everything that the hub holds of the rooms followed, after all that was put in before.
+    /// Waits for room in the mailboxes.
+    pub async fn holdings(&self) -> Vec<Followed> {
+        let mut answers = Vec::with_capacity(self.shards.len());
+        for mailbox in &*self.shards {
+            let (answer, answered) = oneshot::channel();
+            // A shard that is gone holds nothing.
+            let _ = mailbox.letters.send(Letter::Holdings(answer)).await;
+            answers.push(answered);
+        }
+        let mut holdings = Vec::new();
+        for answered in answers {
+            holdings.extend(answered.await.unwrap_or_default());
+        }
+        holdings
     }
 
     /// Which shard a room belongs to.
@@ -263,7 +306,7 @@ impl Mailboxes {
     /// Passes an entry on, or drops it and raises doubt where the mailbox is full.
     pub fn put(&self, room: RoomId, entry: Entry) {
         let mailbox = &self.shards[self.shard_of(&room)];
-        if mailbox.entries.try_send((room, entry)).is_err() {
+        if mailbox.letters.try_send(Letter::Entry(room, entry)).is_err() {
             self.metrics.mailbox_overflows.inc();
             mailbox.doubt.raise();
         }

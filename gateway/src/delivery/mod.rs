@@ -3,26 +3,93 @@
 //!
 //! No I/O, no clock, no locks: the hub asks and obeys.
 
-use shared::{envelope::Envelope, position::Position};
+use std::{fmt, str::FromStr};
+
+use shared::{
+    envelope::{Envelope, IdKey},
+    ids::RoomId,
+    position::Position,
+};
 
 pub mod order;
 pub mod page;
 pub mod ring;
+
+/// Tells one run of a server from every other: another server, or the same one restarted or become
+/// primary again, has another token. Written as 16 hexadecimal digits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Token(u64);
+
+/// The text is no token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a token is 16 hexadecimal digits")]
+pub struct InvalidToken;
+
+impl fmt::Display for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}", self.0)
+    }
+}
+
+impl FromStr for Token {
+    type Err = InvalidToken;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        if text.len() != 16 {
+            return Err(InvalidToken);
+        }
+        u64::from_str_radix(text, 16).map(Self).map_err(|_| InvalidToken)
+    }
+}
 
 /// An entry of a log with its position. Cheap to clone.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
     /// Where it stands.
     pub position: Position,
+    /// The server it was first appended on. Two histories may have one number, and even one id at
+    /// one number, in common; with the stamp they have only what both have from before they parted.
+    pub stamp: Token,
     /// What it is.
     pub envelope: Envelope,
 }
 
 impl Entry {
+    /// Whether `other` is the same entry of the same history. Epochs are no part of that: an entry
+    /// keeps the one it was written under.
+    pub fn is(&self, other: &Self) -> bool {
+        self.position.seq == other.position.seq
+            && self.stamp == other.stamp
+            && self.envelope.id_key() == other.envelope.id_key()
+    }
+
     /// What the entry takes in memory, roughly.
     pub fn bytes(&self) -> usize {
         self.envelope.as_bytes().len()
     }
+}
+
+/// What a node holds of a room that it follows, to be given back to a server that came back without
+/// it.
+#[derive(Clone, Debug)]
+pub struct Followed {
+    /// The room.
+    pub room: RoomId,
+    /// The newest entry that was passed on, 0 for none.
+    pub top: Position,
+    /// The former epoch and its last number, where the present one continues it.
+    pub former: Option<Position>,
+    /// The newest entries without steps, the last at `top`; older than the room's retention they
+    /// are left out.
+    pub entries: Vec<Entry>,
+    /// Ids of older messages within the dedup window, and their numbers.
+    pub ids: Vec<(IdKey, Position)>,
+}
+
+/// Tells the ordinal of an epoch: epochs are `<ordinal>-<random>`, and the higher ordinal is the
+/// later one.
+pub fn ordinal(epoch: &shared::position::Epoch) -> u64 {
+    epoch.as_str().split_once('-').and_then(|(ordinal, _)| ordinal.parse().ok()).unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -30,7 +97,7 @@ pub(crate) mod samples {
     //! Entries for the tests of this module and those above it.
 
     use shared::{
-        envelope::Parts,
+        envelope::{Author, Parts},
         ids::{ConnectionId, MessageId},
         position::Seq,
     };
@@ -41,13 +108,14 @@ pub(crate) mod samples {
     /// The entry `seq` of `epoch`, with an id made of the number.
     pub(crate) fn entry(epoch: &str, seq: Seq) -> Entry {
         let envelope = Envelope::pack(Parts {
+            author: Author::of(&"ann".parse().unwrap()),
             id: MessageId(Uuid::from_u128(u128::from(seq))),
             sender: ConnectionId(Uuid::nil()),
             echo: true,
             members: r#""room":"r""#,
             binary: None,
         });
-        Entry { position: position(epoch, seq), envelope }
+        Entry { position: position(epoch, seq), stamp: Token::default(), envelope }
     }
 
     /// A position.

@@ -13,6 +13,12 @@ use super::Entry;
 pub struct Page {
     /// The log's epoch.
     pub epoch: Epoch,
+    /// The epoch before, and its last number, where this one goes on behind that: what a server
+    /// lost that not everybody could be asked about begins a new epoch, and nothing else changes.
+    pub former: Option<Position>,
+    /// The [`ordinal`](super::ordinal) of the epoch that the last deletion of the log began, 0 for
+    /// none: what a node holds of earlier epochs is not brought back.
+    pub deleted: u64,
     /// Its newest entry, 0 for none.
     pub top: Seq,
     /// Its oldest entry still kept, 0 for none.
@@ -66,7 +72,7 @@ mod tests {
 
     fn page(top: Seq, seqs: &[Seq]) -> Page {
         let entries = seqs.iter().map(|seq| entry("e", *seq)).collect();
-        Page { epoch: "e".parse().unwrap(), top, oldest: 1, entries }
+        Page { epoch: "e".parse().unwrap(), former: None, deleted: 0, top, oldest: 1, entries }
     }
 
     #[test]

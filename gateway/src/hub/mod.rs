@@ -29,7 +29,7 @@ use tokio::{
 };
 
 use crate::{
-    bus::{Bus, BusError, Letters, Mailboxes, Range},
+    bus::{Bus, BusError, Letter, Letters, Mailboxes, Range},
     delivery::{Entry, page::Page},
     drain::Tasks,
     telemetry::metrics::{Arrival, Metrics, Repair},
@@ -221,27 +221,34 @@ impl Shard {
     async fn run(mut self, mut queue: mpsc::Receiver<Call>, mut letters: Letters) {
         let stopped = self.tasks.stopped().clone();
         let mut tick = tokio::time::interval(Duration::from_secs(1));
-        let (mut calls, mut entries) = (Vec::new(), Vec::new());
+        let (mut calls, mut arrived) = (Vec::new(), Vec::new());
         loop {
             // All arms are cancel-safe.
             tokio::select! {
                 () = stopped.cancelled() => break,
                 _ = queue.recv_many(&mut calls, TURN_LEN) => {}
-                _ = letters.entries.recv_many(&mut entries, TURN_LEN) => {}
+                _ = letters.letters.recv_many(&mut arrived, TURN_LEN) => {}
                 () = letters.doubt.raised() => {}
                 now = tick.tick() => self.look_around(now),
             }
             // What arrived before a call was made is handed out before it: who sends and then leaves
             // gets its own copy.
-            while entries.len() < TURN_LEN
-                && let Ok(letter) = letters.entries.try_recv()
+            while arrived.len() < TURN_LEN
+                && let Ok(letter) = letters.letters.try_recv()
             {
-                entries.push(letter);
+                arrived.push(letter);
             }
             let begun = Instant::now();
-            let worth_timing = !entries.is_empty();
-            for (room, entry) in entries.drain(..) {
-                self.arrive(room, entry);
+            let worth_timing = !arrived.is_empty();
+            for letter in arrived.drain(..) {
+                match letter {
+                    Letter::Entry(room, entry) => self.arrive(room, entry),
+                    Letter::Holdings(answer) => {
+                        let held = self.rooms.values().filter_map(Room::held_of_log).collect();
+                        // Who asked may have met yet another server meanwhile.
+                        let _ = answer.send(held);
+                    }
+                }
             }
             if letters.doubt.take() {
                 self.doubt();

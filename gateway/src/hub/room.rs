@@ -22,7 +22,7 @@ use super::{
 use crate::{
     bus::Range,
     delivery::{
-        Entry,
+        Entry, Followed,
         order::{Order, Verdict},
         page::Page,
         ring::{Ring, RingMax},
@@ -122,6 +122,17 @@ impl Room {
 
     pub(super) fn is_empty(&self) -> bool {
         self.members.is_empty() && self.waiting.is_empty()
+    }
+
+    /// What this node holds of the room's log, once it is open.
+    pub(super) fn held_of_log(&self) -> Option<Followed> {
+        Some(Followed {
+            room: self.name.clone(),
+            top: self.top()?.clone(),
+            former: None,
+            entries: self.ring.newest(usize::MAX).cloned().collect(),
+            ids: Vec::new(),
+        })
     }
 
     /// Whether everything up to `head`, the newest position of the log, was passed on. A head below

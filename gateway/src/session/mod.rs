@@ -15,6 +15,7 @@ use std::{
 
 use serde_json::value::RawValue;
 use shared::{
+    envelope::Author,
     error::ErrorCode,
     ids::RoomId,
     protocol::{
@@ -73,6 +74,7 @@ pub struct SessionLimits {
 pub struct Session {
     services: Arc<Services>,
     identity: Identity,
+    author: Author,
     subscriber: Arc<Subscriber>,
     rooms: HashSet<RoomId>,
     /// The room whose join is being performed.
@@ -113,6 +115,7 @@ impl Session {
     pub fn new(services: Arc<Services>, identity: Identity, subscriber: Arc<Subscriber>) -> Self {
         Self {
             services,
+            author: Author::of(&identity.user.id),
             identity,
             subscriber,
             rooms: HashSet::new(),
@@ -277,7 +280,11 @@ impl Session {
             return;
         }
         let receipt = Receipt::of(message);
-        let sender = Sender { connection: self.subscriber.connection, user: &self.identity.user };
+        let sender = Sender {
+            connection: self.subscriber.connection,
+            author: self.author,
+            user: &self.identity.user,
+        };
         let mut outcome = Outcome {
             subscriber: self.subscriber.clone(),
             metrics: self.services.metrics.clone(),

@@ -4,7 +4,8 @@ use std::{sync::Arc, time::Duration};
 
 use gateway::{
     bus::{
-        Append, Appended, Bus, BusError, Letters, Mailboxes, READ_BYTES_MAX, Range, Retention,
+        Append, Appended, Bus, BusError, Letter, Letters, Mailboxes, READ_BYTES_MAX, Range,
+        Retention,
         memory::MemoryBus,
         redis::{RedisBus, RedisOptions, RedisStartError},
     },
@@ -13,7 +14,7 @@ use gateway::{
     telemetry::metrics::Metrics,
 };
 use shared::{
-    envelope::{Envelope, Parts},
+    envelope::{Author, Envelope, Parts},
     ids::{ConnectionId, MessageId, RoomId},
     position::Seq,
 };
@@ -69,9 +70,10 @@ async fn each(retention: Retention, check: impl AsyncFn(&mut Fixture)) {
     }
 }
 
-fn envelope(id: MessageId, bytes: usize) -> Envelope {
+fn envelope(user: &str, id: MessageId, bytes: usize) -> Envelope {
     let payload = vec![b'x'; bytes];
     Envelope::pack(Parts {
+        author: Author::of(&user.parse().unwrap()),
         id,
         sender: ConnectionId::random(),
         echo: true,
@@ -92,8 +94,8 @@ impl Fixture {
         let (answer, answered) = oneshot::channel();
         self.bus.append(Append {
             room: room.clone(),
-            user: user.parse().unwrap(),
-            envelope: envelope(id, bytes),
+            envelope: envelope(user, id, bytes),
+            urgent: false,
             deadline: Instant::now() + Duration::from_secs(5),
             done: Box::new(move |result| drop(answer.send(result))),
         });
@@ -110,7 +112,10 @@ impl Fixture {
     }
 
     async fn hear(&mut self) -> (RoomId, Entry) {
-        within(self.letters.entries.recv()).await.unwrap()
+        match within(self.letters.letters.recv()).await.unwrap() {
+            Letter::Entry(room, entry) => (room, entry),
+            Letter::Holdings(_) => panic!("nobody asks here"),
+        }
     }
 }
 

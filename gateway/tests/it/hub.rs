@@ -12,7 +12,9 @@ use std::{
 };
 
 use gateway::{
-    bus::{Append, BoxFuture, Bus, BusError, Mailboxes, Range, Retention, memory::MemoryBus},
+    bus::{
+        Append, BoxFuture, Bus, BusError, Letter, Mailboxes, Range, Retention, memory::MemoryBus,
+    },
     delivery::page::Page,
     drain::Tasks,
     hub::{COMPARE_EVERY, Hub, join::Start, member::Subscriber},
@@ -21,7 +23,7 @@ use gateway::{
 };
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 use shared::{
-    envelope::{Envelope, Parts},
+    envelope::{Author, Envelope, Parts},
     ids::{ConnectionId, MessageId, RoomId},
     position::{Position, Seq},
 };
@@ -53,10 +55,11 @@ impl World {
         let (memory, reads) = (MemoryBus::start(retention, before, &tasks), Arc::default());
         let bus: Arc<dyn Bus> = Arc::new(Counting(Arc::new(memory), Arc::clone(&reads)));
         let after = mailboxes.clone();
-        let mut link = ends.remove(0).entries;
+        let mut link = ends.remove(0).letters;
         tokio::spawn(async move {
             let mut late = None;
-            while let Some((room, entry)) = link.recv().await {
+            while let Some(letter) = link.recv().await {
+                let Letter::Entry(room, entry) = letter else { continue };
                 match fault() {
                     Fault::None => after.put(room, entry),
                     Fault::Drop => {}
@@ -77,6 +80,7 @@ impl World {
 
     fn say(&self, room: &RoomId) {
         let envelope = Envelope::pack(Parts {
+            author: Author::of(&"ann".parse().unwrap()),
             id: MessageId::random(),
             sender: ConnectionId::random(),
             echo: true,
@@ -85,8 +89,8 @@ impl World {
         });
         self.bus.append(Append {
             room: room.clone(),
-            user: "ann".parse().unwrap(),
             envelope,
+            urgent: false,
             deadline: Instant::now() + Duration::from_secs(5),
             done: Box::new(|result| assert!(result.is_ok())),
         });
@@ -127,6 +131,10 @@ impl Bus for Counting {
 
     fn heads(&self, rooms: Vec<RoomId>) -> BoxFuture<Result<Vec<Option<Position>>, BusError>> {
         self.0.heads(rooms)
+    }
+
+    fn delete(&self, room: RoomId) -> BoxFuture<Result<(), BusError>> {
+        self.0.delete(room)
     }
 
     fn failing(&self) -> Option<&'static str> {

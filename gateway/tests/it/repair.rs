@@ -19,7 +19,7 @@ use gateway::{
     telemetry::metrics::Metrics,
 };
 use shared::{
-    envelope::{Envelope, Parts},
+    envelope::{Author, Envelope, Parts},
     ids::{ConnectionId, MessageId, RoomId},
 };
 use tokio::{
@@ -144,14 +144,15 @@ async fn a_thousand_rooms_are_repaired_when_the_link_is_back() {
         let (done, appended) = oneshot::channel();
         bus.append(Append {
             room: room.clone(),
-            user: "ann".parse().unwrap(),
             envelope: Envelope::pack(Parts {
+                author: Author::of(&"ann".parse().unwrap()),
                 id: MessageId::random(),
                 sender: ConnectionId::random(),
                 echo: true,
                 members: r#""room":"r","content":"x""#,
                 binary: None,
             }),
+            urgent: false,
             deadline: Instant::now() + Duration::from_secs(5),
             done: Box::new(move |result| drop(done.send(result))),
         });

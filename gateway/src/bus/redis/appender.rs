@@ -261,9 +261,9 @@ impl Worker {
         }
         command
             .arg(&channel)
-            .arg(format!("{} {}", append.user, append.envelope.id()))
+            .arg(&append.envelope.id_key()[..])
             .arg(&append.envelope.as_bytes()[..])
-            .arg(format!("1-{}", random_epoch()))
+            .arg(random_epoch())
             .arg(retention.entries_min)
             .arg(retention.window.as_millis() as u64)
             .arg(retention.bytes_max)

@@ -1,9 +1,9 @@
-//! Reads of rooms' logs, through a pool: they are few, and a large one does not delay publishes.
+//! Reads of rooms' logs, over connections of their own: they are few, and a large one does not
+//! delay publishes. Each waits until the nodes have agreed on the server.
 
 use std::sync::Arc;
 
 use bytes::Bytes;
-use deadpool_redis::{Manager, Pool, Runtime, Timeouts};
 use redis::{ErrorKind, RedisError, Value};
 use shared::{
     envelope::Envelope,
@@ -11,48 +11,47 @@ use shared::{
     position::{Epoch, Position, Seq},
 };
 
-use super::{CONNECT_MAX, RESPONSE_MAX, Server, config, refused_or_away};
+use super::{Server, is_stale, refused_or_away, script, topology::Reader};
 use crate::{
-    bus::{BoxFuture, BusError, HEAD_TTL, READ_BYTES_MAX, Range, random_epoch},
-    delivery::{Entry, page::Page},
+    bus::{BoxFuture, BusError, READ_BYTES_MAX, Range, random_epoch},
+    delivery::{Entry, Token, page::Page},
 };
 
 /// The most heads in one pipeline, so that a node with many rooms does not hold Redis up.
 const HEADS_MAX: usize = 512;
-/// How many reads go on at a time; others wait.
-const CONNECTIONS_MAX: usize = 8;
 
 #[derive(Clone)]
 pub(super) struct Log {
     server: Arc<Server>,
-    pool: Pool,
-    script: redis::Script,
+    read: redis::Script,
+    delete: redis::Script,
 }
 
 impl Log {
-    pub(super) fn new(server: Arc<Server>) -> Result<Self, RedisError> {
-        let manager =
-            Manager::new_with_config(server.client.get_connection_info().clone(), config())?;
-        let pool = Pool::builder(manager)
-            .max_size(CONNECTIONS_MAX)
-            .runtime(Runtime::Tokio1)
-            .timeouts(Timeouts {
-                wait: Some(RESPONSE_MAX),
-                create: Some(CONNECT_MAX),
-                recycle: Some(CONNECT_MAX),
-            })
-            .build()
-            .map_err(|_| RedisError::from((ErrorKind::Client, "no runtime for the pool")))?;
-        let script = redis::Script::new(include_str!("scripts/read.lua"));
-        Ok(Self { server, pool, script })
+    pub(super) fn new(server: Arc<Server>) -> Self {
+        let read = script(include_str!("scripts/read.lua"));
+        let delete = script(include_str!("scripts/delete.lua"));
+        Self { server, read, delete }
     }
 
     pub(super) fn read(&self, room: RoomId, range: Range) -> BoxFuture<Result<Page, BusError>> {
         let log = self.clone();
         Box::pin(async move {
-            log.read_now(&room, range).await.inspect_err(|error| {
-                tracing::debug!(%room, %error, "a log could not be read");
-            })
+            let token = log.server.agreed().await;
+            let mut page =
+                log.ask(async |reader| log.read_by(reader, &room, range, token).await).await?;
+            if range.keeps_newest() {
+                page.entries.reverse();
+            }
+            Ok(page)
+        })
+    }
+
+    pub(super) fn delete(&self, room: RoomId) -> BoxFuture<Result<(), BusError>> {
+        let log = self.clone();
+        Box::pin(async move {
+            let token = log.server.agreed().await;
+            log.ask(async |reader| log.delete_by(reader, &room, token).await).await
         })
     }
 
@@ -62,86 +61,139 @@ impl Log {
     ) -> BoxFuture<Result<Vec<Option<Position>>, BusError>> {
         let log = self.clone();
         Box::pin(async move {
+            let token = log.server.agreed().await;
             let mut heads = Vec::with_capacity(rooms.len());
             for rooms in rooms.chunks(HEADS_MAX) {
-                heads.extend(log.heads_now(rooms).await?);
+                let some = log.ask(async |reader| log.heads_by(reader, rooms, token).await).await?;
+                heads.extend(some);
             }
             Ok(heads)
         })
     }
 
-    async fn heads_now(&self, rooms: &[RoomId]) -> Result<Vec<Option<Position>>, BusError> {
-        let mut connection = self.pool.get().await.map_err(|error| {
-            tracing::debug!(%error, "no connection to compare logs by");
+    /// Asks something over a reader, which is thrown away where it leads to another server than the
+    /// one agreed on.
+    async fn ask<T>(
+        &self,
+        question: impl AsyncFnOnce(&mut Reader) -> Result<T, RedisError>,
+    ) -> Result<T, BusError> {
+        let mut reader = self.server.dial.reader().await.map_err(|error| {
+            tracing::debug!(%error, "no connection to read a log by");
             BusError::Unavailable
         })?;
-        let ttl = HEAD_TTL.max(self.server.retention.ttl).as_millis() as u64;
-        let mut pipeline = redis::Pipeline::with_capacity(rooms.len() * 2);
+        question(&mut reader).await.map_err(|error| {
+            if is_stale(&error) || error.kind() == ErrorKind::Io {
+                reader.discard();
+                return BusError::Unavailable;
+            }
+            let failed = refused_or_away(&error);
+            if failed == BusError::Refused {
+                tracing::error!(%error, "Redis refused a read");
+            } else {
+                tracing::debug!(%error, "a log could not be read");
+            }
+            failed
+        })
+    }
+
+    async fn heads_by(
+        &self,
+        reader: &mut Reader,
+        rooms: &[RoomId],
+        token: Token,
+    ) -> Result<Vec<Option<Position>>, RedisError> {
+        let mut pipeline = redis::Pipeline::with_capacity(rooms.len() * 2 + 1);
+        pipeline.cmd("HMGET").arg(self.server.keyspace.barrier()).arg("t").arg("open");
         for room in rooms {
             let meta = format!("{}:meta", self.server.keyspace.channel(room));
             pipeline.cmd("HMGET").arg(&meta).arg("e").arg("s");
             // A room that is followed in silence does not lose its numbers.
-            pipeline.cmd("PEXPIRE").arg(&meta).arg(ttl).ignore();
+            pipeline.cmd("PEXPIRE").arg(&meta).arg(self.server.meta_ttl_ms()).ignore();
         }
-        let heads: Vec<(Option<String>, Option<Seq>)> =
-            pipeline.query_async(&mut connection).await.map_err(|error| {
-                tracing::debug!(%error, "logs could not be compared");
-                refused_or_away(&error)
-            })?;
-        Ok(heads.into_iter().map(head).collect())
+        let mut rows: Vec<(Option<String>, Option<String>)> =
+            pipeline.query_async(&mut **reader).await?;
+        let (agreed, open) = rows.remove(0);
+        if agreed != Some(token.to_string()) || open.is_none() {
+            return Err(stale());
+        }
+        let head = |(epoch, top): (Option<String>, Option<String>)| {
+            Some(Position::new(epoch?.parse().ok()?, top?.parse().ok()?))
+        };
+        Ok(rows.into_iter().map(head).collect())
     }
 
-    async fn read_now(&self, room: &RoomId, range: Range) -> Result<Page, BusError> {
-        let mut connection = self.pool.get().await.map_err(|error| {
-            tracing::debug!(%error, "no connection to read a log by");
-            BusError::Unavailable
-        })?;
-        let channel = self.server.keyspace.channel(room);
+    async fn read_by(
+        &self,
+        reader: &mut Reader,
+        room: &RoomId,
+        range: Range,
+        token: Token,
+    ) -> Result<Page, RedisError> {
+        let keyspace = &self.server.keyspace;
+        let channel = keyspace.channel(room);
         let (kind, seq) = match range {
             Range::Newest { .. } => ("newest", 0),
             Range::After { seq, .. } => ("after", seq),
             Range::Before { seq, .. } => ("before", seq),
         };
-        let ttl = HEAD_TTL.max(self.server.retention.ttl);
         let answer: Value = self
-            .script
+            .read
             .key(format!("{channel}:log"))
             .key(format!("{channel}:meta"))
+            .key(keyspace.barrier())
             .arg(kind)
             .arg(seq)
             .arg(range.limit())
             .arg(READ_BYTES_MAX)
-            .arg(format!("1-{}", random_epoch()))
-            .arg(ttl.as_millis() as u64)
-            .invoke_async(&mut connection)
-            .await
-            .map_err(|error| {
-                let failed = refused_or_away(&error);
-                if failed == BusError::Refused {
-                    tracing::error!(%room, %error, "Redis refused a read");
-                }
-                failed
-            })?;
-        let mut page = page(answer).ok_or(BusError::Refused)?;
-        if range.keeps_newest() {
-            page.entries.reverse();
+            .arg(random_epoch())
+            .arg(self.server.meta_ttl_ms())
+            .arg(token.to_string())
+            .invoke_async(&mut **reader)
+            .await?;
+        page(answer).ok_or_else(|| (ErrorKind::Parse, "read.lua answered no page").into())
+    }
+
+    async fn delete_by(
+        &self,
+        reader: &mut Reader,
+        room: &RoomId,
+        token: Token,
+    ) -> Result<(), RedisError> {
+        let keyspace = &self.server.keyspace;
+        let channel = keyspace.channel(room);
+        let mut invocation = self.delete.prepare_invoke();
+        for part in [":log", ":meta", ":ids0", ":ids1"] {
+            invocation.key(format!("{channel}{part}"));
         }
-        Ok(page)
+        invocation
+            .key(keyspace.barrier())
+            .arg(random_epoch())
+            .arg(self.server.meta_ttl_ms())
+            .arg(token.to_string())
+            .invoke_async(&mut **reader)
+            .await
     }
 }
 
-/// Reads `e` and `s` of a room's meta.
-fn head((epoch, top): (Option<String>, Option<Seq>)) -> Option<Position> {
-    Some(Position::new(epoch?.parse().ok()?, top?))
+/// As a script says that finds itself on another server.
+fn stale() -> RedisError {
+    (ErrorKind::Io, "the nodes have not agreed on this server").into()
 }
 
-/// Reads what the script answers: epoch, top, oldest, entries.
+/// Reads what the script answers.
 fn page(answer: Value) -> Option<Page> {
     let Value::Array(parts) = answer else { return None };
-    let [epoch, top, oldest, entries]: [Value; 4] = parts.try_into().ok()?;
+    let [epoch, top, oldest, former, former_top, deleted, entries]: [Value; 7] =
+        parts.try_into().ok()?;
     let Value::Array(entries) = entries else { return None };
+    let former = match text(&former)? {
+        "" => None,
+        _ => Some(Position::new(epoch_of(&former)?, number(&former_top)?)),
+    };
     let page = Page {
-        epoch: epoch_of(epoch)?,
+        epoch: epoch_of(&epoch)?,
+        former,
+        deleted: number(&deleted)?,
         top: number(&top)?,
         oldest: number(&oldest)?,
         entries: entries.into_iter().filter_map(entry_or_step).collect(),
@@ -160,18 +212,21 @@ fn entry_or_step(value: Value) -> Option<Entry> {
 
 fn entry(entry: Value) -> Option<Entry> {
     let Value::Array(parts) = entry else { return None };
-    let [seq, epoch, envelope]: [Value; 3] = parts.try_into().ok()?;
+    let [seq, epoch, stamp, envelope]: [Value; 4] = parts.try_into().ok()?;
     let Value::BulkString(envelope) = envelope else { return None };
-    let position = Position::new(epoch_of(epoch)?, number(&seq)?);
-    Some(Entry { position, envelope: Envelope::from_bytes(Bytes::from(envelope)).ok()? })
+    Some(Entry {
+        position: Position::new(epoch_of(&epoch)?, number(&seq)?),
+        stamp: text(&stamp)?.parse().ok()?,
+        envelope: Envelope::from_bytes(Bytes::from(envelope)).ok()?,
+    })
 }
 
 fn number(value: &Value) -> Option<Seq> {
     text(value)?.parse().ok()
 }
 
-fn epoch_of(value: Value) -> Option<Epoch> {
-    text(&value)?.parse().ok()
+fn epoch_of(value: &Value) -> Option<Epoch> {
+    text(value)?.parse().ok()
 }
 
 fn text(value: &Value) -> Option<&str> {

@@ -17,18 +17,26 @@ use std::{
 };
 
 use redis::{
-    AsyncConnectionConfig, Client, ConnectionInfo, IntoConnectionInfo as _, ProtocolVersion,
-    RedisError, aio::MultiplexedConnection, io::tcp::TcpSettings,
+    AsyncConnectionConfig, ConnectionInfo, IntoConnectionInfo as _, ProtocolVersion, RedisError,
+    aio::MultiplexedConnection, io::tcp::TcpSettings,
 };
 use shared::{ids::RoomId, position::Position};
+use tokio::sync::watch;
 
-use super::{Append, BoxFuture, Bus, BusError, Mailboxes, Range, Retention};
-use crate::{delivery::page::Page, drain::Tasks, telemetry::metrics::Metrics};
+use super::{Append, BoxFuture, Bus, BusError, HEAD_TTL, Mailboxes, Range, Retention};
+use crate::{
+    delivery::{Token, page::Page},
+    drain::Tasks,
+    telemetry::metrics::Metrics,
+};
 
 mod appender;
 mod log;
 mod probe;
 mod subscriber;
+pub mod topology;
+
+use topology::{Dial, Single};
 
 /// How long Redis may take to answer before the link counts as dead. A publish whose answer is
 /// late is repeated with its id, so that a false alarm costs a reconnect and nothing else.
@@ -79,9 +87,11 @@ pub struct RedisBus {
 
 /// What all parts need to know.
 struct Server {
-    client: Client,
+    dial: Arc<dyn Dial>,
     keyspace: Keyspace,
     retention: Retention,
+    /// The server that the nodes have agreed on, while they have.
+    agreed: watch::Sender<Option<Token>>,
 }
 
 /// Which of the links stand.
@@ -115,10 +125,12 @@ impl RedisBus {
         tasks: &Tasks,
     ) -> Result<Self, RedisStartError> {
         let info = connection_info(&options.url).map_err(RedisStartError::Url)?;
+        let dial = Arc::new(Single::new(info).map_err(RedisStartError::Url)?);
         let server = Arc::new(Server {
-            client: Client::open(info).map_err(RedisStartError::Url)?,
+            dial,
             keyspace: Keyspace { partitions: options.partitions },
             retention: options.retention,
+            agreed: watch::Sender::default(),
         });
         let links = Arc::new(Links {
             appending: AtomicBool::new(false),
@@ -127,7 +139,7 @@ impl RedisBus {
             probe: probe::Probe::new(),
             metrics,
         });
-        let log = log::Log::new(server.clone()).map_err(RedisStartError::Url)?;
+        let log = log::Log::new(server.clone());
         let appender = appender::start(server.clone(), links.clone(), tasks);
         let subscriber = subscriber::start(server.clone(), links.clone(), mailboxes, tasks);
         Ok(Self { server, appender, subscriber, log, links })
@@ -169,6 +181,10 @@ impl Bus for RedisBus {
         self.log.heads(rooms)
     }
 
+    fn delete(&self, room: RoomId) -> BoxFuture<Result<(), BusError>> {
+        self.log.delete(room)
+    }
+
     fn failing(&self) -> Option<&'static str> {
         if !self.links.up() {
             Some("bus")
@@ -203,6 +219,18 @@ impl Links {
 }
 
 impl Server {
+    /// The server agreed on, once it is.
+    async fn agreed(&self) -> Token {
+        let mut agreed = self.agreed.subscribe();
+        let token = agreed.wait_for(Option::is_some).await;
+        token.ok().and_then(|token| *token).unwrap_or_default()
+    }
+
+    /// How long epoch and number of a room are kept.
+    fn meta_ttl_ms(&self) -> u64 {
+        HEAD_TTL.max(self.retention.ttl).as_millis() as u64
+    }
+
     /// Records the number of partitions, or compares it with the one recorded.
     async fn agree_on_partitions(&self) -> Result<(), RedisStartError> {
         let configured = self.keyspace.partitions;
@@ -240,8 +268,18 @@ impl Server {
         &self,
         config: AsyncConnectionConfig,
     ) -> Result<MultiplexedConnection, RedisError> {
-        self.client.get_multiplexed_async_connection_with_config(&config).await
+        self.dial.connect(config).await
     }
+}
+
+/// A script behind what all of them share.
+fn script(text: &str) -> redis::Script {
+    redis::Script::new(&format!("{}\n{text}", include_str!("scripts/prelude.lua")))
+}
+
+/// Whether a script found itself on a server that the nodes have not agreed on.
+fn is_stale(error: &RedisError) -> bool {
+    error.code() == Some("STALE")
 }
 
 /// Whether an error will come again with every try, or is of a time: Redis is away, out of memory,
@@ -298,6 +336,11 @@ struct Keyspace {
 }
 
 impl Keyspace {
+    /// Where the nodes agree on a server.
+    fn barrier(self) -> &'static str {
+        "gw:barrier"
+    }
+
     fn channel(self, room: &RoomId) -> String {
         let partition = crc16(room.as_str().as_bytes()) % self.partitions;
         format!("gw:{{{partition}}}:r:{room}")

@@ -8,7 +8,7 @@ use std::{collections::HashSet, sync::Arc};
 
 use bytes::Bytes;
 use redis::{PushInfo, PushKind, RedisError, RedisResult, Value, aio::MultiplexedConnection};
-use shared::{envelope::Envelope, ids::RoomId, position::Position};
+use shared::{envelope::Envelope, ids::RoomId};
 use tokio::{
     sync::{Notify, mpsc, oneshot},
     time::Instant,
@@ -255,7 +255,7 @@ enum Arrival {
     Probe(u64),
 }
 
-/// Reads `[channel, "<epoch>:<seq>\n<envelope>"]`, or the number of a probe.
+/// Reads `[channel, "<epoch>:<seq>:<stamp>\n<envelope>"]`, or the number of a probe.
 fn arrival(data: Vec<Value>, probe_channel: &str) -> Option<Arrival> {
     let [Value::BulkString(channel), Value::BulkString(payload)]: [Value; 2] =
         data.try_into().ok()?
@@ -269,7 +269,8 @@ fn arrival(data: Vec<Value>, probe_channel: &str) -> Option<Arrival> {
     let room = Keyspace::room(channel)?;
     let payload = Bytes::from(payload);
     let border = payload.iter().position(|byte| *byte == b'\n')?;
-    let position: Position = std::str::from_utf8(&payload[..border]).ok()?.parse().ok()?;
+    let (position, stamp) = std::str::from_utf8(&payload[..border]).ok()?.rsplit_once(':')?;
+    let (position, stamp) = (position.parse().ok()?, stamp.parse().ok()?);
     let envelope = Envelope::from_bytes(payload.slice(border + 1..)).ok()?;
-    Some(Arrival::Entry(room, Entry { position, envelope }))
+    Some(Arrival::Entry(room, Entry { position, stamp, envelope }))
 }

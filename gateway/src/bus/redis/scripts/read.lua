@@ -1,19 +1,17 @@
 -- Reads part of a room's log as it is at one moment. A room without a log gets an epoch.
 --
--- KEYS  1 log (stream)  2 meta (hash)
+-- KEYS  1 log (stream)  2 meta (hash)  3 barrier
 -- ARGV  1 "newest", "after" or "before"  2 seq  3 limit  4 bytes at most, one entry apart
---       5 an epoch, used where the room has none  6 meta ttl, ms
--- Returns epoch, top, oldest entry kept (0 for none), and entries { seq, epoch, envelope }:
+--       5 random part of an epoch  6 meta ttl, ms  7 token
+-- Returns epoch, top, oldest entry kept (0 for none), the former epoch and its last seq or empty,
+-- the ordinal of the epoch that a deletion began or 0, and entries { seq, epoch, stamp, envelope }:
 -- oldest first for "after", newest first else.
 
-local meta = redis.call('HMGET', KEYS[2], 'e', 's')
-local epoch, top = meta[1], meta[2]
+local epoch, top = whole(KEYS[2], KEYS[1], KEYS[3], ARGV[7], ARGV[5], ARGV[6])
 if not epoch then
-    epoch, top = ARGV[5], '0'
-    redis.call('DEL', KEYS[1])
-    redis.call('HSET', KEYS[2], 'e', epoch, 's', top)
-    redis.call('PEXPIRE', KEYS[2], ARGV[6])
+    return stale
 end
+local meta = redis.call('HMGET', KEYS[2], 'pe', 'ps', 'd')
 
 local function seq_of(id)
     return string.sub(id, 1, string.find(id, '-', 1, true) - 1)
@@ -40,12 +38,12 @@ while left > 0 and bytes > 0 do
         some = redis.call('XREVRANGE', KEYS[1], cursor, '-', 'COUNT', count)
     end
     for _, entry in ipairs(some) do
-        local envelope = entry[2][4]
+        local envelope = entry[2][6]
         bytes = bytes - #envelope
         if bytes < 0 and #entries > 0 then
             break
         end
-        entries[#entries + 1] = { seq_of(entry[1]), entry[2][2], envelope }
+        entries[#entries + 1] = { seq_of(entry[1]), entry[2][2], entry[2][4], envelope }
     end
     if #some < count then
         break
@@ -53,4 +51,4 @@ while left > 0 and bytes > 0 do
     left = left - count
     cursor = '(' .. some[count][1]
 end
-return { epoch, top, oldest, entries }
+return { epoch, digits(top), oldest, meta[1] or '', meta[2] or '', meta[3] or '0', entries }

@@ -1,0 +1,52 @@
+-- Notes that a process has given this server back what it holds, and tells whether the server is
+-- open: whether everybody who may hold something has done so, or was waited for long enough.
+--
+-- KEYS  1 barrier (hash)
+-- ARGV  1 token  2 process  3 wait for those who are missing, ms  4 wait where nobody remembers
+--       anything, ms  5... the processes that this one knows of, itself among them; none where it
+--       has never agreed on a server and so holds nothing
+-- Returns 1 where the server is open, and the processes that are waited for.
+--
+-- Fields: `t` token, `t0` first check-in, `busy` last healing, `old` somebody remembers, `open` '1'
+-- after all were heard, '0' else, `in:<process>`, `ex:<process>` expected.
+
+if not is_here(ARGV[1]) then
+    return stale
+end
+local now = now_ms()
+if redis.call('HGET', KEYS[1], 't') ~= ARGV[1] then
+    redis.call('DEL', KEYS[1])
+    redis.call('HSET', KEYS[1], 't', ARGV[1], 't0', digits(now))
+end
+if redis.call('HGET', KEYS[1], 'open') then
+    return { 1, {} }
+end
+
+redis.call('HSET', KEYS[1], 'in:' .. ARGV[2], '1')
+for i = 5, #ARGV do
+    redis.call('HSET', KEYS[1], 'old', '1', 'ex:' .. ARGV[i], '1')
+end
+local rows = redis.call('HGETALL', KEYS[1])
+local barrier, missing = {}, {}
+for i = 1, #rows, 2 do
+    barrier[rows[i]] = rows[i + 1]
+end
+for name in pairs(barrier) do
+    if string.sub(name, 1, 3) == 'ex:' and not barrier['in:' .. string.sub(name, 4)] then
+        missing[#missing + 1] = string.sub(name, 4)
+    end
+end
+table.sort(missing)
+
+local waited = now - math.max(tonumber(barrier.t0), tonumber(barrier.busy or '0'))
+local open
+if barrier.old and #missing == 0 then
+    open = '1'
+elseif waited > tonumber(barrier.old and ARGV[3] or ARGV[4]) then
+    open = '0'
+end
+if open then
+    redis.call('HSET', KEYS[1], 'open', open)
+    return { 1, missing }
+end
+return { 0, missing }

@@ -1,0 +1,129 @@
+-- Gives a room back to a server what a node holds of it and the server lacks.
+--
+-- KEYS  1 log (stream)  2 meta (hash)  3, 4 ids  5 barrier
+-- ARGV  1 token  2 channel  3 the node's epoch  4 its top  5, 6 its former epoch and that one's last
+--       seq, or empty  7 random part of an epoch  8 log ttl, ms  9 meta ttl, ms  10 dedup window, ms
+--       11 "ask" or "give"  12 stamp and 13 id key of its top entry, or empty where it has not got it
+--       14 count of entries  then per entry: seq, epoch, stamp, envelope  then per older id: id key,
+--       position
+-- Returns "whole" (nothing was missing), "other" (the room has gone on in another epoch), "ask" (call
+-- again with "give" and the entries), "healed", or "conflict" (two histories share numbers: the room
+-- goes on in a new epoch).
+
+local token, epoch, top, random = ARGV[1], ARGV[3], tonumber(ARGV[4]), ARGV[7]
+if not is_here(token) then
+    return stale
+end
+local now = now_ms()
+local meta = redis.call('HMGET', KEYS[2], 'e', 's')
+local here, here_top = meta[1], tonumber(meta[2])
+
+local function seq_of(id)
+    return tonumber(string.sub(id, 1, string.find(id, '-', 1, true) - 1))
+end
+
+if here and here ~= epoch and ordinal(here) >= ordinal(epoch) then
+    return 'other'
+end
+if here == epoch and here_top >= top then
+    local id = digits(top) .. '-0'
+    local there = top > 0 and ARGV[12] ~= '' and redis.call('XRANGE', KEYS[1], id, id)[1]
+    if not there
+        or there[2][4] == ARGV[12] and string.sub(there[2][6], 3, 26) == ARGV[13] then
+        return 'whole'
+    end
+end
+if ARGV[11] == 'ask' then
+    return 'ask'
+end
+
+-- A conflict: numbers go on, and nothing of either history is continued.
+local function lift(above)
+    redis.call('HSET', KEYS[2], 'e', epoch_above(above, random))
+    redis.call('HDEL', KEYS[2], 'pe', 'ps')
+    redis.call('PEXPIRE', KEYS[2], ARGV[9])
+    return 'conflict'
+end
+
+local newer, older, gone = id_hashes(KEYS[3], KEYS[4], now, tonumber(ARGV[10]))
+local count = tonumber(ARGV[14])
+local entries = {}
+for i = 0, count - 1 do
+    local at = 15 + 4 * i
+    entries[i + 1] = {
+        seq = tonumber(ARGV[at]), epoch = ARGV[at + 1], stamp = ARGV[at + 2], envelope = ARGV[at + 3],
+        key = string.sub(ARGV[at + 3], 3, 26),
+    }
+end
+local first = count > 0 and entries[1].seq or top + 1
+
+local replaces = not here
+if here and here ~= epoch then
+    -- The server is at an older state, from before the node's epoch.
+    if opened(KEYS[5], token) then
+        return lift(ordinal(epoch))
+    end
+    -- What is thrown out is not known any more; what the node has is noted again below.
+    for _, entry in ipairs(redis.call('XRANGE', KEYS[1], '-', '+')) do
+        local key = string.sub(entry[2][6], 3, 26)
+        redis.call('HDEL', newer, key)
+        redis.call('HDEL', older, key)
+    end
+    replaces = true
+end
+if replaces then
+    redis.call('DEL', KEYS[1])
+    redis.call('HSET', KEYS[2], 'e', epoch, 's', digits(first - 1), 'at', digits(now),
+        'from', digits(first), 'prev', digits(first), 'r', 'healing')
+    if ARGV[5] ~= '' then
+        redis.call('HSET', KEYS[2], 'pe', ARGV[5], 'ps', ARGV[6])
+    else
+        redis.call('HDEL', KEYS[2], 'pe', 'ps')
+    end
+    here_top = first - 1
+elseif count > 0 then
+    local ids = {}
+    for _, entry in ipairs(redis.call('XRANGE', KEYS[1], digits(first) .. '-0', digits(top) .. '-0')) do
+        ids[seq_of(entry[1])] = entry[2][4] .. string.sub(entry[2][6], 3, 26)
+    end
+    for _, entry in ipairs(entries) do
+        if ids[entry.seq] and ids[entry.seq] ~= entry.stamp .. entry.key then
+            return lift(ordinal(here))
+        end
+    end
+end
+if first > here_top + 1 then
+    -- What lies between is with nobody: the log begins behind it.
+    redis.call('DEL', KEYS[1])
+end
+
+local added = false
+for _, entry in ipairs(entries) do
+    local position = entry.epoch .. ':' .. digits(entry.seq)
+    if entry.seq > here_top then
+        redis.call('XADD', KEYS[1], digits(entry.seq) .. '-0',
+            'e', entry.epoch, 't', entry.stamp, 'p', entry.envelope)
+        redis.call('PUBLISH', ARGV[2], position .. ':' .. entry.stamp .. '\n' .. entry.envelope)
+        added = true
+    end
+    if redis.call('HEXISTS', older, entry.key) == 0 then
+        redis.call('HSETNX', newer, entry.key, position)
+    end
+end
+for i = 15 + 4 * count, #ARGV, 2 do
+    if redis.call('HEXISTS', older, ARGV[i]) == 0 then
+        redis.call('HSETNX', newer, ARGV[i], ARGV[i + 1])
+    end
+end
+if top > here_top then
+    redis.call('HSET', KEYS[2], 's', digits(top))
+end
+redis.call('PEXPIREAT', newer, gone)
+if added then
+    redis.call('PEXPIRE', KEYS[1], ARGV[8])
+end
+redis.call('PEXPIRE', KEYS[2], ARGV[9])
+if redis.call('HGET', KEYS[5], 't') == token then
+    redis.call('HSET', KEYS[5], 'busy', digits(now))
+end
+return 'healed'

@@ -1,0 +1,52 @@
+-- Renews the lease of a process, and tells who else lives.
+--
+-- KEYS  1 leases (hash)
+-- ARGV  1 process  2 lease, ms  3 channel of pokes
+-- Returns 1 where every living process has seen this one, 1 where the lease is a new one, and the
+-- processes that live.
+--
+-- A field per process, "<end, ms> <number> <seen>": processes are numbered as they register, and
+-- each renewal has seen all up to the newest number. `#` is the newest number.
+
+local now = now_ms()
+local rows = redis.call('HGETALL', KEYS[1])
+local newest, own, others, gone = 0, nil, {}, {}
+for i = 1, #rows, 2 do
+    local name, row = rows[i], rows[i + 1]
+    if name == '#' then
+        newest = tonumber(row)
+    else
+        local ends, number, seen = string.match(row, '^(%d+) (%d+) (%d+)$')
+        if tonumber(ends) <= now then
+            gone[#gone + 1] = name
+        elseif name == ARGV[1] then
+            own = tonumber(number)
+        else
+            others[#others + 1] = { name, tonumber(seen) }
+        end
+    end
+end
+if #gone > 0 then
+    redis.call('HDEL', KEYS[1], unpack(gone))
+end
+
+local is_new = not own
+if is_new then
+    newest = redis.call('HINCRBY', KEYS[1], '#', 1)
+    own = newest
+end
+redis.call('HSET', KEYS[1], ARGV[1],
+    digits(now + tonumber(ARGV[2])) .. ' ' .. digits(own) .. ' ' .. digits(newest))
+if is_new and #others > 0 then
+    -- The others renew at once, so that this one is not kept waiting.
+    redis.call('PUBLISH', ARGV[3], ARGV[1])
+end
+
+local known, alive = 1, { ARGV[1] }
+for _, other in ipairs(others) do
+    alive[#alive + 1] = other[1]
+    if other[2] < own then
+        known = 0
+    end
+end
+return { known, is_new and 1 or 0, alive }
