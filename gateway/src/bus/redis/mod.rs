@@ -33,6 +33,7 @@ mod heal;
 mod links;
 mod log;
 mod probe;
+mod status;
 mod subscriber;
 pub mod topology;
 
@@ -136,7 +137,8 @@ impl RedisBus {
         let appender = appender::start(server.clone(), links.clone(), tasks);
         let subscriber = subscriber::start(server.clone(), links.clone(), mailboxes.clone(), tasks);
         let node = &options.node;
-        agreement::start(server.clone(), links.clone(), mailboxes, node, tasks);
+        agreement::start(server.clone(), links.clone(), mailboxes.clone(), node, tasks);
+        status::start(server.clone(), links.clone(), mailboxes, tasks);
         Self { server, appender, subscriber, log, links }
     }
 
