@@ -146,7 +146,8 @@ impl Client {
         let id = id(self.number, self.count);
         let place = &mut self.places[place];
         place.unacked.push_back(Own { id, echo, sent: false });
-        let wishes = if place.is_settled() { place.message(id).into_iter().collect() } else { vec![] };
+        let wishes =
+            if place.is_settled() { place.message(id).into_iter().collect() } else { vec![] };
         (id, wishes)
     }
 

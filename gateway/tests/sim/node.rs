@@ -11,13 +11,19 @@ use std::{
 };
 
 use gateway::{
-    bus::{BoxFuture, Bus, Mailboxes, output_of, redis::RedisBus},
+    bus::{
+        BoxFuture, Bus, Mailboxes, output_of,
+        redis::{RedisBus, RedisOptions},
+    },
     drain::Tasks,
     hub::{Hub, MAILBOX_LEN, member::Subscriber},
     limits::Rate,
     outbox::Outbox,
     publisher::Publisher,
-    session::{Performed, Services, Session, SessionLimits, auth::{Auth, Credentials}},
+    session::{
+        Performed, Services, Session, SessionLimits,
+        auth::{Auth, Credentials},
+    },
     telemetry::metrics::Metrics,
 };
 use parking_lot::Mutex;
@@ -85,10 +91,16 @@ impl Node {
         let metrics = Arc::new(Metrics::new());
         let dial = SimDial { node, process, gate: gate.clone(), outlet: outlet.clone() };
         let (mailboxes, letters) = Mailboxes::new(1, MAILBOX_LEN, metrics.clone());
+        let options = RedisOptions {
+            url: String::new(),
+            node: format!("n{node}"),
+            partitions: shape.partitions,
+            retention: shape.retention.clone(),
+        };
+        let told = mailboxes.standing().told();
         let redis = Arc::new(RedisBus::start_with(
             Arc::new(dial),
-            shape.partitions,
-            shape.retention.clone(),
+            options,
             mailboxes.clone(),
             metrics.clone(),
             &tasks,
@@ -99,7 +111,7 @@ impl Node {
         let none = Rate::new(0, WAIT_MAX, 0);
         let limits =
             SessionLimits { messages: none, frames: none, rooms_max: 10, wait_max: WAIT_MAX };
-        let services = Arc::new(Services { publisher, hub, bus, metrics, limits });
+        let services = Arc::new(Services { publisher, hub, bus, told, metrics, limits });
         let reached = Arc::new(AtomicBool::new(false));
         let reaches = reached.clone();
         tasks.spawn_service("reach", async move {
@@ -119,9 +131,9 @@ impl Node {
         let outbox = Outbox::to_owner(outbox_bytes, self.services.metrics.clone());
         let connection = ConnectionId(Uuid::from_u128(u128::from(number)));
         let subscriber = Arc::new(Subscriber::new(connection, outbox));
-        let credentials =
-            Credentials { token: None, user: Some(format!("u{user}")), name: None };
-        let identity = Auth::Anonymous.identify(credentials, std::time::SystemTime::now()).unwrap();
+        let user = Some(format!("u{user}"));
+        let identity = Auth::Anonymous.identify(&Credentials { user, ..Credentials::default() });
+        let identity = identity.unwrap();
         let session = Session::new(self.services.clone(), identity, subscriber.clone());
         let outlet = self.outlet.clone();
         let connection = Connection { number, session, subscriber, line, outlet };

@@ -41,17 +41,29 @@ use Fault::{
 };
 
 /// Faults of gateways, links and clients.
-const AROUND: [Fault; 10] = [
-    GatewayKill, Freeze, Cut, Partition, Deaf, Mangle, ClientCut, ClientAway, Stall, Leave,
-];
+const AROUND: [Fault; 10] =
+    [GatewayKill, Freeze, Cut, Partition, Deaf, Mangle, ClientCut, ClientAway, Stall, Leave];
 const ALL: [Fault; 16] = [
-    Restart, Empty, Tail, Failover, Zombie, GatewayKill, Freeze, Cut, Partition, Deaf, Mangle,
-    Clock, ClientCut, ClientAway, Stall, Leave,
+    Restart,
+    Empty,
+    Tail,
+    Failover,
+    Zombie,
+    GatewayKill,
+    Freeze,
+    Cut,
+    Partition,
+    Deaf,
+    Mangle,
+    Clock,
+    ClientCut,
+    ClientAway,
+    Stall,
+    Leave,
 ];
 /// Redis fails often, and gateways at the same time.
-const HARD: [Fault; 10] = [
-    Empty, Tail, Failover, Zombie, Zombie, GatewayKill, Freeze, Cut, Partition, ClientAway,
-];
+const HARD: [Fault; 10] =
+    [Empty, Tail, Failover, Zombie, Zombie, GatewayKill, Freeze, Cut, Partition, ClientAway];
 
 impl Fault {
     /// Whether Redis may lose what it has acknowledged.
@@ -84,7 +96,11 @@ pub struct Shape {
 }
 
 impl Shape {
-    fn new(name: &'static str, faults: &'static [Fault], fault_count: RangeInclusive<usize>) -> Self {
+    fn new(
+        name: &'static str,
+        faults: &'static [Fault],
+        fault_count: RangeInclusive<usize>,
+    ) -> Self {
         Self {
             name,
             gateways: 3..=3,
@@ -115,7 +131,8 @@ impl Shape {
     /// Rings and logs of a few entries.
     pub fn small() -> Self {
         let usual = Self::usual();
-        let retention = Retention { entries_min: 24, window: Duration::from_secs(1), ..usual.retention };
+        let retention =
+            Retention { entries_min: 24, window: Duration::from_secs(1), ..usual.retention };
         Self { name: "small", pause_ms: 50.0, ring_bytes_max: 1, retention, short: true, ..usual }
     }
 
