@@ -18,7 +18,13 @@ use rand::{RngExt as _, distr::Alphanumeric};
 use shared::{ids::NodeId, protocol::MESSAGE_BYTES_MAX};
 
 use crate::{
-    bus::{Retention, redis::RedisOptions},
+    bus::{
+        Retention,
+        redis::{
+            RedisOptions,
+            topology::{TlsFiles, url::Topology},
+        },
+    },
     http::{HttpLimits, HttpOptions, origin::AllowedOrigins},
     limits::Rate,
     session::{SessionLimits, auth::Auth},
@@ -154,7 +160,10 @@ impl Config {
         let auth_cookie = r.take("auth.cookie", "token", "The cookie a token may come in.");
         let _api_key = r.take::<String>("api.key", "", "The key of the server API, which is not there yet.");
 
-        let redis_url = r.take::<Option_<String>>("cluster.redis_url", "", "Redis of the cluster, as `redis://user:password@host:6379/0`. Empty: a single node that keeps logs in memory.");
+        let redis_url = r.take::<Option_<String>>("cluster.redis_url", "", "Redis of the cluster, as `redis://user:password@host:6379/0` or `redis+sentinel://user:password@s1,s2,s3/primary`; `rediss` for TLS. Empty: a single node that keeps logs in memory.");
+        let ca_file = r.take::<Option_<PathBuf>>("cluster.redis_ca_file", "", "With TLS: the authorities that may have signed Redis' certificate (PEM). Empty: the public ones.");
+        let cert_file = r.take::<Option_<PathBuf>>("cluster.redis_cert_file", "", "With TLS: the certificate that this node shows to Redis (PEM). Redis asks for one unless it has `tls-auth-clients no`.");
+        let key_file = r.take::<Option_<PathBuf>>("cluster.redis_key_file", "", "The key of `cluster.redis_cert_file` (PEM).");
         let partitions = r.take_in("cluster.partitions", "256", 1..=16_384_u16, "Over how many partitions rooms are spread in Redis. The same on all nodes, for good.");
 
         let publish_wait = r.take::<Span>("publish.wait", "5s", "How long a send, `join` or `history` waits for Redis before `unavailable`.");
@@ -188,6 +197,20 @@ impl Config {
             r.mistake("server.allowed_origins", error.to_string());
             AllowedOrigins::default()
         });
+        let topology = redis_url.0.as_ref().and_then(|url| {
+            url.parse::<Topology>().map_err(|error| r.mistake("cluster.redis_url", error.to_string())).ok()
+        });
+        if topology.as_ref().is_some_and(|topology| !topology.has_tls()) {
+            for (key, file) in [("cluster.redis_ca_file", &ca_file.0), ("cluster.redis_cert_file", &cert_file.0)] {
+                if file.is_some() {
+                    r.mistake(key, "is for TLS, and cluster.redis_url does not begin with rediss".into());
+                }
+            }
+        }
+        if cert_file.0.is_some() != key_file.0.is_some() {
+            r.mistake("cluster.redis_key_file", "goes together with cluster.redis_cert_file: set both or none".into());
+        }
+        let tls = TlsFiles { ca: ca_file.0, own: cert_file.0.zip(key_file.0) };
         if jwt && secret.is_empty() {
             r.mistake("auth.jwt_secret", "is needed where auth.mode is `jwt`".into());
         }
@@ -225,7 +248,7 @@ impl Config {
             node: node.0.unwrap_or_else(default_node_id),
             log_format,
             log_level: log_level.0,
-            redis: redis_url.0.map(|url| RedisOptions { url, partitions, retention: retention.clone() }),
+            redis: redis_url.0.map(|url| RedisOptions { url, tls, partitions, retention: retention.clone() }),
             retention,
             http: HttpOptions {
                 auth: if jwt { Auth::jwt(&secret, leeway.0) } else { Auth::Anonymous },

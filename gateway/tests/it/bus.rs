@@ -7,7 +7,7 @@ use gateway::{
         Append, Appended, Bus, BusError, Letter, Letters, Mailboxes, READ_BYTES_MAX, Range,
         Retention,
         memory::MemoryBus,
-        redis::{RedisBus, RedisOptions, RedisStartError},
+        redis::{RedisBus, RedisOptions, RedisStartError, topology::TlsFiles},
     },
     delivery::Entry,
     drain::Tasks,
@@ -55,7 +55,8 @@ fn memory(retention: Retention) -> Fixture {
 async fn redis(server: &Redis, retention: Retention) -> Fixture {
     let (mailboxes, letters) = mailbox();
     let tasks = Tasks::default();
-    let options = RedisOptions { url: server.url(), partitions: 16, retention };
+    let options =
+        RedisOptions { url: server.url(), tls: TlsFiles::default(), partitions: 16, retention };
     let bus = RedisBus::start(options, mailboxes, Arc::new(Metrics::new()), &tasks).unwrap();
     within(bus.reached()).await.unwrap();
     Fixture { bus: Arc::new(bus), letters, tasks }
@@ -317,7 +318,12 @@ async fn a_node_with_another_number_of_partitions_does_not_start() {
     let server = Redis::start().await;
     let first = redis(&server, retention()).await;
     let tasks = Tasks::default();
-    let options = RedisOptions { url: server.url(), partitions: 17, retention: retention() };
+    let options = RedisOptions {
+        url: server.url(),
+        tls: TlsFiles::default(),
+        partitions: 17,
+        retention: retention(),
+    };
     let bus = RedisBus::start(options, mailbox().0, Arc::new(Metrics::new()), &tasks).unwrap();
     let error = within(bus.reached()).await.unwrap_err();
     assert!(

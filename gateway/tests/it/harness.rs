@@ -221,6 +221,10 @@ pub struct Process {
 }
 
 impl Process {
+    pub fn of(child: Child, folder: TempDir) -> Self {
+        Self { child, _folder: folder }
+    }
+
     pub fn pid(&self) -> u32 {
         self.child.id().expect("it was not waited for")
     }

@@ -11,7 +11,7 @@ use std::{
 use gateway::{
     bus::{
         Append, Bus, Mailboxes, Retention,
-        redis::{RedisBus, RedisOptions},
+        redis::{RedisBus, RedisOptions, topology::TlsFiles},
     },
     drain::Tasks,
     hub::{Hub, MAILBOX_LEN, join::Start, member::Subscriber},
@@ -126,7 +126,8 @@ async fn a_thousand_rooms_are_repaired_when_the_link_is_back() {
         ttl: Duration::from_secs(3600),
         dedup_window: Duration::from_secs(600),
     };
-    let options = RedisOptions { url: redis.url(), partitions: 16, retention };
+    let options =
+        RedisOptions { url: redis.url(), tls: TlsFiles::default(), partitions: 16, retention };
     let bus = RedisBus::start(options, mailboxes.clone(), metrics.clone(), &tasks).unwrap();
     within(bus.reached()).await.unwrap();
     let bus: Arc<dyn Bus> = Arc::new(bus);

@@ -16,10 +16,7 @@ use std::{
     time::Duration,
 };
 
-use redis::{
-    AsyncConnectionConfig, ConnectionInfo, IntoConnectionInfo as _, ProtocolVersion, RedisError,
-    aio::MultiplexedConnection, io::tcp::TcpSettings,
-};
+use redis::{AsyncConnectionConfig, RedisError, aio::MultiplexedConnection};
 use shared::{ids::RoomId, position::Position};
 use tokio::sync::watch;
 
@@ -36,7 +33,7 @@ mod probe;
 mod subscriber;
 pub mod topology;
 
-use topology::{Dial, Single};
+use topology::{Dial, OpenError, TlsFiles};
 
 /// How long Redis may take to answer before the link counts as dead. A publish whose answer is
 /// late is repeated with its id, so that a false alarm costs a reconnect and nothing else.
@@ -49,8 +46,10 @@ const RETRY_PAUSE_MAX: Duration = Duration::from_millis(250);
 /// How to reach Redis and how rooms lie in it.
 #[derive(Clone, Debug)]
 pub struct RedisOptions {
-    /// `redis://[user:password@]host[:port][/db]`
+    /// How to reach the servers, as [`topology::url`] says.
     pub url: String,
+    /// For servers that are reached through TLS.
+    pub tls: TlsFiles,
     /// Over how many partitions rooms are spread; the same on all nodes, for good.
     pub partitions: u16,
     /// How long logs are kept.
@@ -60,9 +59,9 @@ pub struct RedisOptions {
 /// Why the bus cannot be started with these options.
 #[derive(Debug, thiserror::Error)]
 pub enum RedisStartError {
-    /// The URL does not read.
-    #[error("cluster.redis_url is no Redis URL: {0}")]
-    Url(RedisError),
+    /// No connections can be made as configured.
+    #[error(transparent)]
+    Open(#[from] OpenError),
     /// Other nodes use another number of partitions.
     #[error(
         "cluster.partitions is {configured} here, but the cluster on this Redis uses {recorded}: \
@@ -117,15 +116,14 @@ impl RedisBus {
     ///
     /// # Errors
     ///
-    /// [`RedisStartError::Url`].
+    /// [`RedisStartError::Open`].
     pub fn start(
         options: RedisOptions,
         mailboxes: Mailboxes,
         metrics: Arc<Metrics>,
         tasks: &Tasks,
     ) -> Result<Self, RedisStartError> {
-        let info = connection_info(&options.url).map_err(RedisStartError::Url)?;
-        let dial = Arc::new(Single::new(info).map_err(RedisStartError::Url)?);
+        let dial = topology::open(&options.url, &options.tls)?;
         let server = Arc::new(Server {
             dial,
             keyspace: Keyspace { partitions: options.partitions },
@@ -260,6 +258,7 @@ impl Server {
             .arg("gw:partitions")
             .query_async::<(u16,)>(&mut connection)
             .await?;
+        topology::warn_of_loose_replicas(&mut connection).await;
         Ok(recorded)
     }
 
@@ -295,14 +294,6 @@ fn config() -> AsyncConnectionConfig {
     AsyncConnectionConfig::new()
         .set_connection_timeout(Some(CONNECT_MAX))
         .set_response_timeout(Some(RESPONSE_MAX))
-}
-
-/// RESP3, so that pushes and answers share a connection; no delay, since small packets matter.
-fn connection_info(url: &str) -> Result<ConnectionInfo, RedisError> {
-    let info = url.into_connection_info()?;
-    let redis = info.redis_settings().clone().set_protocol(ProtocolVersion::RESP3);
-    let tcp = TcpSettings::default().set_nodelay(true);
-    Ok(info.set_redis_settings(redis).set_tcp_settings(tcp))
 }
 
 /// How long to wait before the next attempt: at once, then longer, up to [`RETRY_PAUSE_MAX`].
