@@ -240,15 +240,16 @@ impl Config {
             warnings.push("ANONYMOUS MODE in a cluster: anybody who reaches it can read every room and speak as anybody; set auth.mode = jwt".into());
         }
         let retention = Retention { entries_min, window: window.0, bytes_max: bytes_max.0 as u64, memory_bytes_max: memory_bytes.0 as u64, ttl: ttl.0, dedup_window: dedup_window.0 };
+        let node = node.0.unwrap_or_else(default_node_id);
         let second = Duration::from_secs(1);
         let descriptors = descriptors_for_clients();
         Self {
             listen,
             admin_listen,
-            node: node.0.unwrap_or_else(default_node_id),
+            node: node.clone(),
             log_format,
             log_level: log_level.0,
-            redis: redis_url.0.map(|url| RedisOptions { url, tls, partitions, retention: retention.clone() }),
+            redis: redis_url.0.map(|url| RedisOptions { url, tls, partitions, retention: retention.clone(), node: node.to_string() }),
             retention,
             http: HttpOptions {
                 auth: if jwt { Auth::jwt(&secret, leeway.0) } else { Auth::Anonymous },

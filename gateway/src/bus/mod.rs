@@ -43,6 +43,7 @@ use crate::{
 pub mod memory;
 pub mod redis;
 pub mod standing;
+pub mod tail;
 
 use standing::Standing;
 

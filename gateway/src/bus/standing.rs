@@ -1,11 +1,10 @@
 //! What bus and hub know of this node's own state, one telling the other: whether it may pass
-//! entries on, and which of its own publishes it has seen come back.
-
-use std::time::Duration;
+//! entries on and answer joins, and which of its own publishes it has seen come back.
 
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
+use super::tail::Tail;
 use crate::delivery::Entry;
 
 /// The state of one node. The bus writes it, the hub asks; a bus without others to agree with
@@ -13,31 +12,70 @@ use crate::delivery::Entry;
 #[derive(Debug, Default)]
 pub struct Standing {
     state: Mutex<State>,
+    tail: Tail,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    /// Until when this node may pass entries on. `None`: for ever.
-    until: Option<Instant>,
+    until: Until,
+    /// The nodes have to agree on a server first.
+    unsettled: bool,
+}
+
+/// Until when the others count on this node.
+#[derive(Debug, Default)]
+enum Until {
+    #[default]
+    Always,
+    Instant(Instant),
+    Never,
 }
 
 impl Standing {
-    /// Whether entries may be passed on, joins answered and messages published now. A node that
-    /// was frozen finds here that the others may have gone on without it.
+    /// Whether entries may be passed on now. A node that was frozen finds here that the others may
+    /// have gone on without it.
     pub fn holds(&self, now: Instant) -> bool {
-        self.state.lock().until.is_none_or(|until| now < until)
+        self.state.lock().holds(now)
+    }
+
+    /// Whether joins may be answered and messages published now.
+    pub fn serves(&self, now: Instant) -> bool {
+        let state = self.state.lock();
+        state.holds(now) && !state.unsettled
     }
 
     /// Lets this node stand until `until`.
     pub fn extend(&self, until: Instant) {
-        self.state.lock().until = Some(until);
+        self.state.lock().until = Until::Instant(until);
     }
 
     /// Takes this node's standing away, until it is extended.
-    pub fn suspend(&self, now: Instant) {
-        self.state.lock().until = Some(now.checked_sub(Duration::from_nanos(1)).unwrap_or(now));
+    pub fn suspend(&self) {
+        self.state.lock().until = Until::Never;
+    }
+
+    /// Notes whether the nodes have agreed on a server.
+    pub fn settle(&self, settled: bool) {
+        self.state.lock().unsettled = !settled;
     }
 
     /// An entry was passed on here.
-    pub fn seen(&self, _entry: &Entry) {}
+    pub fn seen(&self, entry: &Entry) {
+        self.tail.seen(&entry.envelope.id_key());
+    }
+
+    /// This node's publishes that have not come by yet.
+    pub fn tail(&self) -> &Tail {
+        &self.tail
+    }
+}
+
+impl State {
+    fn holds(&self, now: Instant) -> bool {
+        match self.until {
+            Until::Always => true,
+            Until::Instant(until) => now < until,
+            Until::Never => false,
+        }
+    }
 }

@@ -77,6 +77,34 @@ pub enum ResumeSource {
     Log,
 }
 
+/// How the nodes of a cluster came to agree on a Redis server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Agreed {
+    /// Everybody who may hold something was heard.
+    Complete,
+    /// Somebody was not: rooms go on in new epochs.
+    Incomplete,
+}
+
+impl From<bool> for Agreed {
+    fn from(complete: bool) -> Self {
+        if complete { Self::Complete } else { Self::Incomplete }
+    }
+}
+
+/// What became of a room that this node offered to give back to a server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Healed {
+    /// The server had all of it.
+    Whole,
+    /// It was given back what it lacked.
+    Healed,
+    /// It has gone on in another epoch.
+    Other,
+    /// Two histories share numbers: it goes on in a new epoch.
+    Conflict,
+}
+
 macro_rules! labels {
     ($enum:ident: $($variant:ident $label:literal),+) => {
         impl Label for $enum {
@@ -104,6 +132,8 @@ labels!(Arrival: Delivered "delivered", Duplicate "duplicate", Gap "gap", Restar
     Unwanted "unwanted");
 labels!(Repair: Whole "whole", Reset "reset", Failed "failed");
 labels!(ResumeSource: Ring "ring", Log "log");
+labels!(Agreed: Complete "complete", Incomplete "incomplete");
+labels!(Healed: Whole "whole", Healed "healed", Other "other", Conflict "conflict");
 
 impl Label for ErrorCode {
     const ALL: &'static [Self] = &Self::ALL;
@@ -173,6 +203,14 @@ pub struct Metrics {
     pub bus_reconnects: IntCounter,
     /// `gateway_probes_lost_total`
     pub probes_lost: IntCounter,
+    /// `gateway_agreements_total`
+    pub agreements: Counters<Agreed>,
+    /// `gateway_healed_rooms_total`
+    pub healed: Counters<Healed>,
+    /// `gateway_tail_repeats_total`
+    pub tail_repeats: IntCounter,
+    /// `gateway_tail_dropped_total`
+    pub tail_dropped: IntCounter,
 }
 
 impl Metrics {
@@ -289,6 +327,28 @@ impl Metrics {
                 r,
                 "gateway_probes_lost_total",
                 "Times this node did not hear its own probe within 2 s, and made both links again",
+            ),
+            agreements: counters(
+                r,
+                "gateway_agreements_total",
+                "Times the nodes agreed on a Redis server, by whether everybody was heard",
+                "outcome",
+            ),
+            healed: counters(
+                r,
+                "gateway_healed_rooms_total",
+                "Rooms offered to a Redis server that may have lost some of them, by what became of them",
+                "outcome",
+            ),
+            tail_repeats: counter(
+                r,
+                "gateway_tail_repeats_total",
+                "Acknowledged publishes sent again to another Redis server, since they had not come by",
+            ),
+            tail_dropped: counter(
+                r,
+                "gateway_tail_dropped_total",
+                "Acknowledged publishes forgotten early, since too many had not come by",
             ),
             registry,
         }

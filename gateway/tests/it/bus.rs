@@ -4,8 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use gateway::{
     bus::{
-        Append, Appended, Bus, BusError, Letter, Letters, Mailboxes, READ_BYTES_MAX, Range,
-        Retention,
+        Append, Appended, Bus, BusError, Letter, Mailboxes, READ_BYTES_MAX, Range, Retention,
         memory::MemoryBus,
         redis::{RedisBus, RedisOptions, RedisStartError, topology::TlsFiles},
     },
@@ -18,14 +17,17 @@ use shared::{
     ids::{ConnectionId, MessageId, RoomId},
     position::Seq,
 };
-use tokio::{sync::oneshot, time::Instant};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
 
 use crate::harness::{Redis, room, within};
 
 /// A bus and the mailbox of one node on it.
 struct Fixture {
     bus: Arc<dyn Bus>,
-    letters: Letters,
+    heard: mpsc::Receiver<(RoomId, Entry)>,
     tasks: Tasks,
 }
 
@@ -40,26 +42,42 @@ fn retention() -> Retention {
     }
 }
 
-fn mailbox() -> (Mailboxes, Letters) {
+/// The mailbox of a node that holds nothing, and what it hears.
+fn mailbox() -> (Mailboxes, mpsc::Receiver<(RoomId, Entry)>) {
     let (mailboxes, mut letters) = Mailboxes::new(1, 10_000, Arc::new(Metrics::new()));
-    (mailboxes, letters.remove(0))
+    let mut letters = letters.remove(0).letters;
+    let (hears, heard) = mpsc::channel(10_000);
+    tokio::spawn(async move {
+        while let Some(letter) = letters.recv().await {
+            match letter {
+                Letter::Entry(room, entry) => drop(hears.send((room, entry)).await),
+                Letter::Holdings(answer) => drop(answer.send(Vec::new())),
+            }
+        }
+    });
+    (mailboxes, heard)
 }
 
 fn memory(retention: Retention) -> Fixture {
-    let (mailboxes, letters) = mailbox();
+    let (mailboxes, heard) = mailbox();
     let tasks = Tasks::default();
     let bus = Arc::new(MemoryBus::start(retention, mailboxes, &tasks));
-    Fixture { bus, letters, tasks }
+    Fixture { bus, heard, tasks }
 }
 
 async fn redis(server: &Redis, retention: Retention) -> Fixture {
-    let (mailboxes, letters) = mailbox();
+    let (mailboxes, heard) = mailbox();
     let tasks = Tasks::default();
-    let options =
-        RedisOptions { url: server.url(), tls: TlsFiles::default(), partitions: 16, retention };
+    let options = RedisOptions {
+        url: server.url(),
+        tls: TlsFiles::default(),
+        partitions: 16,
+        retention,
+        node: "n".to_owned(),
+    };
     let bus = RedisBus::start(options, mailboxes, Arc::new(Metrics::new()), &tasks).unwrap();
     within(bus.reached()).await.unwrap();
-    Fixture { bus: Arc::new(bus), letters, tasks }
+    Fixture { bus: Arc::new(bus), heard, tasks }
 }
 
 /// Runs a check against each implementation.
@@ -113,10 +131,7 @@ impl Fixture {
     }
 
     async fn hear(&mut self) -> (RoomId, Entry) {
-        match within(self.letters.letters.recv()).await.unwrap() {
-            Letter::Entry(room, entry) => (room, entry),
-            Letter::Holdings(_) => panic!("nobody asks here"),
-        }
+        within(self.heard.recv()).await.unwrap()
     }
 }
 
@@ -323,6 +338,7 @@ async fn a_node_with_another_number_of_partitions_does_not_start() {
         tls: TlsFiles::default(),
         partitions: 17,
         retention: retention(),
+        node: "n".to_owned(),
     };
     let bus = RedisBus::start(options, mailbox().0, Arc::new(Metrics::new()), &tasks).unwrap();
     let error = within(bus.reached()).await.unwrap_err();

@@ -261,12 +261,46 @@ pub struct Redis {
 impl Redis {
     /// A server that keeps nothing over a restart.
     pub async fn start() -> Self {
-        Self::start_at(free_port(), TempDir::new().unwrap(), false).await
+        let redis = Self::start_new(false).await;
+        redis.open().await;
+        redis
     }
 
     /// A server with an append-only file.
     pub async fn start_durable() -> Self {
-        Self::start_at(free_port(), TempDir::new().unwrap(), true).await
+        let redis = Self::start_new(true).await;
+        redis.open().await;
+        redis
+    }
+
+    /// A server on which nobody has agreed: the first nodes wait for others that may remember
+    /// something.
+    pub async fn start_new(keep: bool) -> Self {
+        Self::start_at(free_port(), TempDir::new().unwrap(), keep).await
+    }
+
+    /// Tells the nodes that nobody remembers anything, so that no test has to wait for that.
+    async fn open(&self) {
+        let part = async |section: &str, name: &str| {
+            let info = self.answer(&format!("INFO {section}")).await;
+            let line = info.lines().find_map(|line| line.strip_prefix(name)).unwrap().to_owned();
+            line[..8].to_owned()
+        };
+        let run = part("server", "run_id:").await;
+        let history = part("replication", "master_replid:").await;
+        self.command(&format!("HSET gw:barrier t {run}{history} open 1")).await;
+    }
+
+    /// The bulk string that a command is answered by.
+    async fn answer(&self, command: &str) -> String {
+        let mut socket = TcpStream::connect(("127.0.0.1", self.port)).await.unwrap();
+        socket.write_all(format!("{command}\r\n").as_bytes()).await.unwrap();
+        let mut socket = BufReader::new(socket);
+        let mut length = String::new();
+        socket.read_line(&mut length).await.unwrap();
+        let mut answer = vec![0; length[1..].trim().parse().unwrap()];
+        socket.read_exact(&mut answer).await.unwrap();
+        String::from_utf8(answer).unwrap()
     }
 
     async fn start_at(port: u16, folder: TempDir, keep: bool) -> Self {

@@ -126,8 +126,13 @@ async fn a_thousand_rooms_are_repaired_when_the_link_is_back() {
         ttl: Duration::from_secs(3600),
         dedup_window: Duration::from_secs(600),
     };
-    let options =
-        RedisOptions { url: redis.url(), tls: TlsFiles::default(), partitions: 16, retention };
+    let options = RedisOptions {
+        url: redis.url(),
+        tls: TlsFiles::default(),
+        partitions: 16,
+        retention,
+        node: "n".to_owned(),
+    };
     let bus = RedisBus::start(options, mailboxes.clone(), metrics.clone(), &tasks).unwrap();
     within(bus.reached()).await.unwrap();
     let bus: Arc<dyn Bus> = Arc::new(bus);

@@ -4,6 +4,9 @@
 //! unknown, because the link died before its answer, is sent again with the same id and ahead of
 //! newer ones; the script answers with the position it has if it had been appended. What cannot be
 //! sent until its deadline is answered `Unavailable` and never sent later.
+//!
+//! Nothing is sent but to the server that the nodes have agreed on, and while this node stands. The
+//! first thing that another server gets is this node's [tail](crate::bus::tail).
 
 use std::{
     collections::VecDeque,
@@ -14,15 +17,22 @@ use futures_util::{StreamExt as _, stream::FuturesOrdered};
 use redis::{
     ErrorKind, RedisError, RedisResult, ServerErrorKind, Value, aio::MultiplexedConnection,
 };
+use shared::position::Position;
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch},
     time::Instant,
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{Link, Links, RetryPause, Server, config, probe::PROBE_EVERY, refused_or_away};
+use super::{
+    RetryPause, Server, config, is_stale,
+    links::{Link, Links},
+    probe::PROBE_EVERY,
+    refused_or_away, script,
+};
 use crate::{
-    bus::{Append, Appended, BoxFuture, BusError, HEAD_TTL, output_of, random_epoch},
+    bus::{Append, Appended, BoxFuture, BusError, output_of, random_epoch, tail::Repeat},
+    delivery::Token,
     drain::Tasks,
 };
 
@@ -36,6 +46,8 @@ const LOOK_EVERY: std::time::Duration = std::time::Duration::from_secs(2);
 /// The most publishes in one pipeline, and the most pipelines under way.
 const PIPELINE_LEN_MAX: usize = 256;
 const PIPELINES_MAX: usize = 16;
+/// How long a publish of the tail is tried.
+const REPEAT_MAX: std::time::Duration = std::time::Duration::from_secs(30);
 
 /// A handle to the appender's task.
 pub(super) struct Appender {
@@ -46,7 +58,9 @@ pub(super) struct Appender {
 /// A publish that waits; its share of the queue's bytes is given back when it is dropped.
 struct Queued {
     append: Append,
-    _room: OwnedSemaphorePermit,
+    /// Where it stood before, for one of the tail.
+    hint: Option<Position>,
+    _room: Option<OwnedSemaphorePermit>,
 }
 
 /// A pipeline that was sent, with what was in it.
@@ -58,8 +72,10 @@ pub(super) fn start(server: Arc<Server>, links: Arc<Links>, tasks: &Tasks) -> Ap
         server,
         links,
         queue: receiver,
+        urgent: VecDeque::new(),
         waiting: VecDeque::new(),
-        script: redis::Script::new(include_str!("scripts/append.lua")),
+        script: script(include_str!("scripts/append.lua")),
+        repeated_to: None,
         stopped: tasks.stopped().clone(),
     };
     tasks.spawn_service("redis_appender", worker.run());
@@ -72,7 +88,7 @@ impl Appender {
         let Ok(room) = self.room.clone().try_acquire_many_owned(bytes as u32) else {
             return (append.done)(Err(BusError::Overloaded));
         };
-        match self.queue.try_send(Queued { append, _room: room }) {
+        match self.queue.try_send(Queued { append, hint: None, _room: Some(room) }) {
             Ok(()) => {}
             Err(mpsc::error::TrySendError::Full(queued)) => {
                 (queued.append.done)(Err(BusError::Overloaded));
@@ -89,9 +105,13 @@ struct Worker {
     server: Arc<Server>,
     links: Arc<Links>,
     queue: mpsc::Receiver<Queued>,
+    /// What was in the log once and is brought back: it goes ahead of everything.
+    urgent: VecDeque<Queued>,
     /// What is to be sent before anything in `queue`: it came from there, or was sent already.
     waiting: VecDeque<Queued>,
     script: redis::Script,
+    /// The server that was given the tail last.
+    repeated_to: Option<Token>,
     stopped: CancellationToken,
 }
 
@@ -108,7 +128,7 @@ impl Worker {
         while let Ok(queued) = self.queue.try_recv() {
             self.waiting.push_back(queued);
         }
-        for queued in self.waiting.drain(..) {
+        for queued in self.urgent.drain(..).chain(self.waiting.drain(..)) {
             (queued.append.done)(Err(BusError::Unavailable));
         }
     }
@@ -117,10 +137,10 @@ impl Worker {
         let mut pause = RetryPause::default();
         loop {
             match self.connect_while_expiring(&mut pause).await {
-                Ok(connection) => {
+                Ok((connection, token, remake)) => {
                     pause = RetryPause::default();
-                    self.links.set(Link::Appending, true);
-                    let error = self.serve(connection).await;
+                    self.links.set(&self.server, Link::Appending, Some(token));
+                    let error = self.serve(connection, token, remake).await;
                     tracing::debug!(%error, "append connection ended");
                 }
                 Err(error) => {
@@ -129,7 +149,7 @@ impl Worker {
                     }
                 }
             }
-            self.links.set(Link::Appending, false);
+            self.links.set(&self.server, Link::Appending, None);
         }
     }
 
@@ -137,21 +157,24 @@ impl Worker {
     async fn connect_while_expiring(
         &mut self,
         pause: &mut RetryPause,
-    ) -> Result<MultiplexedConnection, RedisError> {
+    ) -> Result<(MultiplexedConnection, Token, watch::Receiver<u64>), RedisError> {
         let pause = pause.next();
         let (server, links, script) =
             (self.server.clone(), self.links.clone(), self.script.clone());
         let mut attempt = Box::pin(async move {
             tokio::time::sleep(pause).await;
-            connect(&server, &links, &script).await
+            let remake = links.remake.subscribe();
+            let (connection, token) = connect(&server, &links, &script).await?;
+            Ok((connection, token, remake))
         });
         loop {
             self.expire();
-            let deadline = self.waiting.front().map(|queued| queued.append.deadline);
+            let deadline = self.next_deadline();
             // Cancel-safe: `attempt` is kept, and `recv` loses nothing.
             tokio::select! {
+                biased;
                 result = &mut attempt => return result,
-                Some(queued) = self.queue.recv() => self.waiting.push_back(queued),
+                Some(queued) = self.queue.recv() => self.take_in(queued),
                 () = sleep_until(deadline) => {}
             }
         }
@@ -161,18 +184,60 @@ impl Worker {
     /// behind an older one waits for it at most as long as waits differ.
     fn expire(&mut self) {
         let now = Instant::now();
-        while let Some(queued) = self.waiting.pop_front() {
-            if queued.append.deadline > now {
-                self.waiting.push_front(queued);
-                break;
+        for queue in [&mut self.urgent, &mut self.waiting] {
+            while let Some(queued) = queue.pop_front_if(|queued| queued.append.deadline <= now) {
+                self.links.standing.tail().failed(&queued.append.envelope.id_key());
+                (queued.append.done)(Err(BusError::Unavailable));
             }
-            (queued.append.done)(Err(BusError::Unavailable));
         }
+    }
+
+    fn next_deadline(&self) -> Option<Instant> {
+        let first = self.urgent.front().into_iter().chain(self.waiting.front());
+        first.map(|queued| queued.append.deadline).min()
+    }
+
+    fn take_in(&mut self, queued: Queued) {
+        if queued.append.urgent { &mut self.urgent } else { &mut self.waiting }.push_back(queued);
+    }
+
+    /// What leaves next.
+    fn next_batch(&mut self) -> Vec<Queued> {
+        self.expire();
+        let urgent = self.urgent.len().min(PIPELINE_LEN_MAX);
+        let waiting = self.waiting.len().min(PIPELINE_LEN_MAX - urgent);
+        self.urgent.drain(..urgent).chain(self.waiting.drain(..waiting)).collect()
+    }
+
+    /// Whether anything may be sent to the server `token`. A server that was agreed on since the
+    /// last question is first given the tail.
+    fn may_send(&mut self, token: Token) -> bool {
+        let now = Instant::now();
+        if !self.server.has_agreed_on(token) || !self.links.standing.serves(now) {
+            return false;
+        }
+        if self.repeated_to.replace(token) != Some(token) {
+            let tail = self.links.standing.tail().take(now);
+            if !tail.is_empty() {
+                tracing::info!(count = tail.len(), "publishes that did not come by are repeated");
+            }
+            self.links.metrics.tail_repeats.inc_by(tail.len() as u64);
+            for repeat in tail.into_iter().rev() {
+                self.urgent.push_front(Queued::again(repeat, now));
+            }
+        }
+        true
     }
 
     /// Sends and settles until the connection fails. Returns why; what has no answer is in
     /// `waiting` again, in its order.
-    async fn serve(&mut self, connection: MultiplexedConnection) -> RedisError {
+    async fn serve(
+        &mut self,
+        connection: MultiplexedConnection,
+        token: Token,
+        mut remake: watch::Receiver<u64>,
+    ) -> RedisError {
+        let mut agreed = self.server.agreed.subscribe();
         let mut sent: FuturesOrdered<Sent> = FuturesOrdered::new();
         let mut queued = Vec::new();
         let mut tick = tokio::time::interval(LOOK_EVERY);
@@ -181,13 +246,16 @@ impl Worker {
         let mut probe: Option<BoxFuture<RedisResult<()>>> = None;
         let links = self.links.clone();
         loop {
-            if !self.waiting.is_empty() && sent.len() < PIPELINES_MAX {
-                self.expire();
-                let count = self.waiting.len().min(PIPELINE_LEN_MAX);
-                let batch = self.waiting.drain(..count).collect();
-                sent.push_back(self.send(connection.clone(), batch));
-                continue;
+            agreed.mark_unchanged();
+            if sent.len() < PIPELINES_MAX && self.may_send(token) {
+                let batch = self.next_batch();
+                if !batch.is_empty() {
+                    sent.push_back(self.send(connection.clone(), token, batch));
+                    continue;
+                }
             }
+            // What may not be sent is answered when its time is over.
+            let deadline = self.next_deadline().filter(|_| sent.len() < PIPELINES_MAX);
             // Cancel-safe: `next` keeps what is under way, and `recv_many` takes nothing unless
             // it completes.
             let (batch, result) = tokio::select! {
@@ -196,7 +264,17 @@ impl Worker {
                 _ = self.queue.recv_many(&mut queued, PIPELINE_LEN_MAX),
                     if sent.len() < PIPELINES_MAX =>
                 {
-                    self.waiting.extend(queued.drain(..));
+                    for queued in queued.drain(..) {
+                        self.take_in(queued);
+                    }
+                    continue;
+                }
+                _ = agreed.changed() => continue,
+                _ = remake.changed() => {
+                    (Vec::new(), Err((ErrorKind::Io, "all links are made again").into()))
+                }
+                () = sleep_until(deadline) => {
+                    self.expire();
                     continue;
                 }
                 _ = tick.tick(), if look.is_none() => {
@@ -227,10 +305,14 @@ impl Worker {
                 }
             };
             let mut again = VecDeque::new();
-            if let Err(error) = settle(batch, result, &mut again) {
+            if let Err(error) = self.settle(batch, result, &mut again) {
+                if is_stale(&error) {
+                    self.server.doubt_agreement_on(token);
+                    self.links.standing.settle(false);
+                }
                 // The pipelines behind it fail as well, or have answers that count.
                 while let Some((batch, result)) = sent.next().await {
-                    let _ = settle(batch, result, &mut again);
+                    let _ = self.settle(batch, result, &mut again);
                 }
                 again.append(&mut self.waiting);
                 self.waiting = again;
@@ -239,11 +321,18 @@ impl Worker {
         }
     }
 
-    fn send(&self, mut connection: MultiplexedConnection, batch: Vec<Queued>) -> Sent {
+    fn send(
+        &self,
+        mut connection: MultiplexedConnection,
+        token: Token,
+        batch: Vec<Queued>,
+    ) -> Sent {
         let mut pipeline = redis::Pipeline::with_capacity(batch.len());
         pipeline.ignore_errors();
+        let token = token.to_string();
         for queued in &batch {
-            pipeline.add_command(self.command(&queued.append));
+            self.links.standing.tail().sent(&queued.append.room, &queued.append.envelope);
+            pipeline.add_command(self.command(queued, &token));
         }
         Box::pin(async move {
             let result = pipeline.query_async(&mut connection).await;
@@ -251,15 +340,21 @@ impl Worker {
         })
     }
 
-    fn command(&self, append: &Append) -> redis::Cmd {
+    fn command(&self, queued: &Queued, token: &str) -> redis::Cmd {
+        let append = &queued.append;
         let retention = &self.server.retention;
         let channel = self.server.keyspace.channel(&append.room);
         let mut command = redis::cmd("EVALSHA");
-        command.arg(self.script.get_hash()).arg(4);
+        command.arg(self.script.get_hash()).arg(5);
         for part in [":log", ":meta", ":ids0", ":ids1"] {
             command.arg(format!("{channel}{part}"));
         }
+        let (epoch, seq) = match &queued.hint {
+            Some(at) => (at.epoch.as_str(), at.seq.to_string()),
+            None => ("", String::new()),
+        };
         command
+            .arg(self.server.keyspace.barrier())
             .arg(&channel)
             .arg(&append.envelope.id_key()[..])
             .arg(&append.envelope.as_bytes()[..])
@@ -268,9 +363,75 @@ impl Worker {
             .arg(retention.window.as_millis() as u64)
             .arg(retention.bytes_max)
             .arg(retention.ttl.as_millis() as u64)
-            .arg(HEAD_TTL.max(retention.ttl).as_millis() as u64)
-            .arg(retention.dedup_window.as_millis() as u64);
+            .arg(self.server.meta_ttl_ms())
+            .arg(retention.dedup_window.as_millis() as u64)
+            .arg(token)
+            .arg(epoch)
+            .arg(seq);
         command
+    }
+
+    /// Answers every publish of a pipeline that has its answer; the others go to `again`.
+    ///
+    /// # Errors
+    ///
+    /// The first error that says that this connection is of no more use.
+    fn settle(
+        &self,
+        batch: Vec<Queued>,
+        result: RedisResult<Vec<RedisResult<Value>>>,
+        again: &mut VecDeque<Queued>,
+    ) -> Result<(), RedisError> {
+        let values = match result {
+            Ok(values) => values,
+            Err(error) => {
+                again.extend(batch);
+                return Err(error);
+            }
+        };
+        let (tail, now) = (self.links.standing.tail(), Instant::now());
+        let mut failed = Ok(());
+        for (queued, value) in batch.into_iter().zip(values) {
+            let id = queued.append.envelope.id_key();
+            match value.and_then(appended) {
+                Ok(appended) => {
+                    // Before the sender hears of it: from then on it must not be lost.
+                    let dropped = tail.acknowledged(&id, &appended.position, now);
+                    self.links.metrics.tail_dropped.inc_by(dropped);
+                    (queued.append.done)(Ok(appended));
+                }
+                Err(error) if is_of_the_server(&error) => {
+                    again.push_back(queued);
+                    failed = failed.and(Err(error));
+                }
+                Err(error) => {
+                    tracing::error!(%error, room = %queued.append.room, "Redis refused an append");
+                    tail.failed(&id);
+                    (queued.append.done)(Err(refused_or_away(&error)));
+                }
+            }
+        }
+        failed
+    }
+}
+
+impl Queued {
+    /// A publish of the tail.
+    fn again(repeat: Repeat, now: Instant) -> Self {
+        let room = repeat.room.clone();
+        let done = move |result: Result<Appended, BusError>| {
+            if let Err(error) = result {
+                tracing::warn!(%room, %error, "an acknowledged publish could not be repeated");
+            }
+        };
+        let append = Append {
+            room: repeat.room,
+            envelope: repeat.envelope,
+            urgent: true,
+            deadline: now + REPEAT_MAX,
+            done: Box::new(done),
+        };
+        Self { append, hint: Some(repeat.at), _room: None }
     }
 }
 
@@ -286,16 +447,11 @@ async fn connect(
     server: &Server,
     links: &Arc<Links>,
     script: &redis::Script,
-) -> Result<MultiplexedConnection, RedisError> {
-    let mut connection = server.connect(config()).await?;
+) -> Result<(MultiplexedConnection, Token), RedisError> {
+    let (mut connection, token) = server.connect(config()).await?;
     script.load_async(&mut connection).await?;
-    let replication: String =
-        redis::cmd("INFO").arg("replication").query_async(&mut connection).await?;
-    if !replication.contains("role:master") {
-        return Err((ErrorKind::Io, "the server is a replica").into());
-    }
     look_at(connection.clone(), links.clone()).await?;
-    Ok(connection)
+    Ok((connection, token))
 }
 
 /// Whether the link lives, and whether Redis may throw acknowledged messages away.
@@ -321,60 +477,27 @@ async fn send_probe(mut connection: MultiplexedConnection, links: Arc<Links>) ->
     redis::cmd("PUBLISH").arg(&links.probe.channel).arg(number).query_async(&mut connection).await
 }
 
-/// Answers every publish of a pipeline that has its answer; the others go to `again`.
-///
-/// # Errors
-///
-/// The first error that says that this connection is of no more use.
-fn settle(
-    batch: Vec<Queued>,
-    result: RedisResult<Vec<RedisResult<Value>>>,
-    again: &mut VecDeque<Queued>,
-) -> Result<(), RedisError> {
-    let values = match result {
-        Ok(values) => values,
-        Err(error) => {
-            again.extend(batch);
-            return Err(error);
-        }
-    };
-    let mut failed = Ok(());
-    for (queued, value) in batch.into_iter().zip(values) {
-        match value.and_then(appended) {
-            Ok(appended) => (queued.append.done)(Ok(appended)),
-            Err(error) if is_of_the_server(&error) => {
-                again.push_back(queued);
-                failed = failed.and(Err(error));
-            }
-            Err(error) => {
-                tracing::error!(%error, room = %queued.append.room, "Redis refused an append");
-                (queued.append.done)(Err(refused_or_away(&error)));
-            }
-        }
-    }
-    failed
-}
-
 /// Whether the error is about the server's state and not about this append: it does not know the
 /// script any more, is loading, or has become a replica.
 fn is_of_the_server(error: &RedisError) -> bool {
-    matches!(
-        error.kind(),
-        ErrorKind::Io
-            | ErrorKind::Server(
-                ServerErrorKind::NoScript
-                    | ServerErrorKind::BusyLoading
-                    | ServerErrorKind::ReadOnly
-                    | ServerErrorKind::MasterDown
-            )
-    )
+    is_stale(error)
+        || matches!(
+            error.kind(),
+            ErrorKind::Io
+                | ErrorKind::Server(
+                    ServerErrorKind::NoScript
+                        | ServerErrorKind::BusyLoading
+                        | ServerErrorKind::ReadOnly
+                        | ServerErrorKind::MasterDown
+                )
+        )
 }
 
 /// What the script answers: position, and whether it was known.
 fn appended(value: Value) -> Result<Appended, RedisError> {
-    let (position, duplicate): (String, bool) = redis::from_redis_value(value)?;
-    let position = position
+    let (epoch, seq, duplicate): (String, u64, bool) = redis::from_redis_value(value)?;
+    let epoch = epoch
         .parse()
-        .map_err(|_| RedisError::from((ErrorKind::Parse, "append.lua answered no position")))?;
-    Ok(Appended { position, duplicate })
+        .map_err(|_| RedisError::from((ErrorKind::Parse, "append.lua answered no epoch")))?;
+    Ok(Appended { position: Position::new(epoch, seq), duplicate })
 }

@@ -9,14 +9,11 @@
 //! `gw:{p}:r:<room>:log`, `:meta`, `:ids0`, `:ids1`, and the channel `gw:{p}:r:<room>`.
 
 use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
-use redis::{AsyncConnectionConfig, RedisError, aio::MultiplexedConnection};
+use redis::{AsyncConnectionConfig, ErrorKind, RedisError, aio::MultiplexedConnection};
 use shared::{ids::RoomId, position::Position};
 use tokio::sync::watch;
 
@@ -27,12 +24,16 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
+mod agreement;
 mod appender;
+mod heal;
+mod links;
 mod log;
 mod probe;
 mod subscriber;
 pub mod topology;
 
+use links::Links;
 use topology::{Dial, OpenError, TlsFiles};
 
 /// How long Redis may take to answer before the link counts as dead. A publish whose answer is
@@ -54,6 +55,8 @@ pub struct RedisOptions {
     pub partitions: u16,
     /// How long logs are kept.
     pub retention: Retention,
+    /// The id of this node.
+    pub node: String,
 }
 
 /// Why the bus cannot be started with these options.
@@ -93,24 +96,6 @@ struct Server {
     agreed: watch::Sender<Option<Token>>,
 }
 
-/// Which of the links stand.
-struct Links {
-    appending: AtomicBool,
-    hearing: AtomicBool,
-    /// Redis may throw keys away when its memory is full, and with them acknowledged messages.
-    evicts: AtomicBool,
-    /// Whether what is published is heard.
-    probe: probe::Probe,
-    metrics: Arc<Metrics>,
-}
-
-/// One of the links.
-#[derive(Clone, Copy, Debug)]
-enum Link {
-    Appending,
-    Hearing,
-}
-
 impl RedisBus {
     /// Starts to connect, and keeps connected.
     ///
@@ -124,23 +109,33 @@ impl RedisBus {
         tasks: &Tasks,
     ) -> Result<Self, RedisStartError> {
         let dial = topology::open(&options.url, &options.tls)?;
+        Ok(Self::start_with(dial, options, mailboxes, metrics, tasks))
+    }
+
+    /// As [`RedisBus::start`], with connections made by `dial`.
+    pub fn start_with(
+        dial: Arc<dyn Dial>,
+        options: RedisOptions,
+        mailboxes: Mailboxes,
+        metrics: Arc<Metrics>,
+        tasks: &Tasks,
+    ) -> Self {
         let server = Arc::new(Server {
             dial,
             keyspace: Keyspace { partitions: options.partitions },
             retention: options.retention,
             agreed: watch::Sender::default(),
         });
-        let links = Arc::new(Links {
-            appending: AtomicBool::new(false),
-            hearing: AtomicBool::new(false),
-            evicts: AtomicBool::new(false),
-            probe: probe::Probe::new(),
-            metrics,
-        });
+        let standing = mailboxes.standing().clone();
+        standing.suspend();
+        standing.settle(false);
+        let links = Arc::new(Links::new(standing, metrics));
         let log = log::Log::new(server.clone());
         let appender = appender::start(server.clone(), links.clone(), tasks);
-        let subscriber = subscriber::start(server.clone(), links.clone(), mailboxes, tasks);
-        Ok(Self { server, appender, subscriber, log, links })
+        let subscriber = subscriber::start(server.clone(), links.clone(), mailboxes.clone(), tasks);
+        let node = &options.node;
+        agreement::start(server.clone(), links.clone(), mailboxes, node, tasks);
+        Self { server, appender, subscriber, log, links }
     }
 
     /// Waits until Redis has been reached and this node's view of it is the other nodes'.
@@ -151,7 +146,7 @@ impl RedisBus {
     pub async fn reached(&self) -> Result<(), RedisStartError> {
         self.server.agree_on_partitions().await?;
         let mut pause = RetryPause::default();
-        while !self.links.up() {
+        while !self.links.are_up(&self.server) {
             pause.wait().await;
         }
         Ok(())
@@ -184,35 +179,13 @@ impl Bus for RedisBus {
     }
 
     fn failing(&self) -> Option<&'static str> {
-        if !self.links.up() {
+        if !self.links.are_up(&self.server) {
             Some("bus")
         } else if self.links.evicts.load(Ordering::Relaxed) {
             Some("maxmemory_policy")
         } else {
             None
         }
-    }
-}
-
-impl Links {
-    fn set(&self, link: Link, up: bool) {
-        let state = match link {
-            Link::Appending => &self.appending,
-            Link::Hearing => &self.hearing,
-        };
-        if state.swap(up, Ordering::AcqRel) != up {
-            if up {
-                tracing::info!(?link, "Redis link is up");
-            } else {
-                self.metrics.bus_reconnects.inc();
-                tracing::warn!(?link, "Redis link is lost; reconnecting");
-            }
-        }
-        self.metrics.bus_up.set(i64::from(self.up()));
-    }
-
-    fn up(&self) -> bool {
-        self.appending.load(Ordering::Acquire) && self.hearing.load(Ordering::Acquire)
     }
 }
 
@@ -247,7 +220,7 @@ impl Server {
     }
 
     async fn recorded_partitions(&self) -> Result<u16, RedisError> {
-        let mut connection = self.connect(config()).await?;
+        let (mut connection, _) = self.connect(config()).await?;
         let (recorded,) = redis::pipe()
             .cmd("SET")
             .arg("gw:partitions")
@@ -262,12 +235,42 @@ impl Server {
         Ok(recorded)
     }
 
-    /// One connection, which does not reconnect by itself.
+    /// One connection, which does not reconnect by itself, and the server it leads to.
     async fn connect(
         &self,
         config: AsyncConnectionConfig,
-    ) -> Result<MultiplexedConnection, RedisError> {
-        self.dial.connect(config).await
+    ) -> Result<(MultiplexedConnection, Token), RedisError> {
+        let mut connection = self.dial.connect(config).await?;
+        let (run, replication): (String, String) = redis::pipe()
+            .cmd("INFO")
+            .arg("server")
+            .cmd("INFO")
+            .arg("replication")
+            .query_async(&mut connection)
+            .await?;
+        if !replication.contains("role:master") {
+            return Err((ErrorKind::Io, "the server is a replica").into());
+        }
+        let part = |info: &str, name: &str| {
+            let line = info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+            line.and_then(|id| id.get(..8)).map(str::to_owned)
+        };
+        let token = part(&run, "run_id").zip(part(&replication, "master_replid"));
+        let token = token.and_then(|(run, history)| format!("{run}{history}").parse().ok());
+        match token {
+            Some(token) => Ok((connection, token)),
+            None => Err((ErrorKind::Parse, "INFO tells no run_id and master_replid").into()),
+        }
+    }
+
+    /// Whether the nodes have agreed on this server.
+    fn has_agreed_on(&self, token: Token) -> bool {
+        *self.agreed.borrow() == Some(token)
+    }
+
+    /// Takes the agreement back, if it is on `token`.
+    fn doubt_agreement_on(&self, token: Token) {
+        self.agreed.send_if_modified(|agreed| agreed.take_if(|agreed| *agreed == token).is_some());
     }
 }
 

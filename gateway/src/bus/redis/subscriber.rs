@@ -4,7 +4,13 @@
 //! loop here subscribes in batches, and after each reconnect subscribes to everything again and
 //! then raises doubt: pub/sub has no memory, so that what was missed is read from the logs.
 
-use std::{collections::HashSet, sync::Arc};
+use std::{
+    collections::BTreeSet,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use bytes::Bytes;
 use redis::{PushInfo, PushKind, RedisError, RedisResult, Value, aio::MultiplexedConnection};
@@ -15,7 +21,13 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{Keyspace, Link, Links, RetryPause, Server, config, probe};
+use super::{
+    Keyspace, RetryPause, Server,
+    agreement::POKES,
+    config,
+    links::{Link, Links},
+    probe,
+};
 use crate::{
     bus::{BoxFuture, BusError, Mailboxes},
     delivery::Entry,
@@ -50,7 +62,7 @@ pub(super) fn start(
         links,
         mailboxes,
         queue: receiver,
-        followed: HashSet::new(),
+        followed: BTreeSet::new(),
         unheard: Vec::new(),
     };
     let stopped = tasks.stopped().clone();
@@ -85,7 +97,7 @@ struct Worker {
     links: Arc<Links>,
     mailboxes: Mailboxes,
     queue: mpsc::Receiver<Wish>,
-    followed: HashSet<RoomId>,
+    followed: BTreeSet<RoomId>,
     /// Who waits for a subscription that is not confirmed yet.
     unheard: Vec<oneshot::Sender<()>>,
 }
@@ -111,37 +123,39 @@ impl Worker {
                     }
                 }
             }
-            self.links.set(Link::Hearing, false);
+            self.links.set(&self.server, Link::Hearing, None);
         }
     }
 
     /// Connects, subscribes to everything, and serves wishes until the link dies (`Err`) or
     /// nobody can wish any more (`Ok`).
     async fn listen(&mut self, pause: &mut RetryPause) -> Result<(), RedisError> {
-        let lost = Arc::new(Notify::new());
-        let config = config().set_push_sender(receiver(
-            self.mailboxes.clone(),
-            self.links.clone(),
-            lost.clone(),
-        ));
-        let mut connection = self.server.connect(config).await?;
+        let ear = Ear::default();
+        let config =
+            config().set_push_sender(receiver(self.mailboxes.clone(), self.links.clone(), &ear));
+        let lost = ear.lost.clone();
+        let mut remake = self.links.remake.subscribe();
+        let (mut connection, token) = self.server.connect(config).await?;
         self.links.probe.forget();
-        connection.subscribe(&self.links.probe.channel).await?;
+        connection.subscribe(&[self.links.probe.channel.as_str(), POKES]).await?;
         self.take_wishes();
         let rooms: Vec<RoomId> = self.followed.iter().cloned().collect();
         self.subscribe(&mut connection, &rooms).await?;
         // Only when everything is subscribed to: what is read from now on leaves no gap.
         self.mailboxes.doubt();
-        self.links.set(Link::Hearing, true);
+        self.links.set(&self.server, Link::Hearing, Some(token));
         *pause = RetryPause::default();
 
         let mut look = tokio::time::interval(probe::LOOK_EVERY);
         let mut wishes = Vec::new();
         loop {
-            // Cancel-safe, all three.
+            // Cancel-safe, all of them.
             tokio::select! {
                 biased;
                 () = lost.notified() => return Err(link_is_lost()),
+                _ = remake.changed() => {
+                    return Err((redis::ErrorKind::Io, "all links are made again").into());
+                }
                 count = self.queue.recv_many(&mut wishes, CHANNELS_MAX) => {
                     if count == 0 {
                         return Ok(());
@@ -229,17 +243,36 @@ fn link_is_lost() -> RedisError {
     (redis::ErrorKind::Io, "the link was closed").into()
 }
 
+/// The end of a connection's pushes. Once it is dropped nothing that still comes is taken: it would
+/// arrive behind what another connection, maybe to another server, has brought.
+#[derive(Default)]
+struct Ear {
+    lost: Arc<Notify>,
+    deaf: Arc<AtomicBool>,
+}
+
+impl Drop for Ear {
+    fn drop(&mut self) {
+        self.deaf.store(true, Ordering::Release);
+    }
+}
+
 /// Takes what Redis pushes. Runs on the connection's driver task and never blocks.
 fn receiver(
     mailboxes: Mailboxes,
     links: Arc<Links>,
-    lost: Arc<Notify>,
+    ear: &Ear,
 ) -> impl Fn(PushInfo) -> Result<(), std::convert::Infallible> + Send + Sync + 'static {
+    let (lost, deaf) = (ear.lost.clone(), ear.deaf.clone());
     move |push| {
+        if deaf.load(Ordering::Acquire) {
+            return Ok(());
+        }
         match push.kind {
             PushKind::Message => match arrival(push.data, &links.probe.channel) {
                 Some(Arrival::Entry(room, entry)) => mailboxes.put(room, entry),
                 Some(Arrival::Probe(number)) => links.probe.heard(number),
+                Some(Arrival::Poke) => links.poked.notify_one(),
                 None => tracing::warn!("a message that no gateway published was ignored"),
             },
             PushKind::Disconnection => lost.notify_one(),
@@ -253,6 +286,7 @@ fn receiver(
 enum Arrival {
     Entry(RoomId, Entry),
     Probe(u64),
+    Poke,
 }
 
 /// Reads `[channel, "<epoch>:<seq>:<stamp>\n<envelope>"]`, or the number of a probe.
@@ -265,6 +299,9 @@ fn arrival(data: Vec<Value>, probe_channel: &str) -> Option<Arrival> {
     let channel = std::str::from_utf8(&channel).ok()?;
     if channel == probe_channel {
         return Some(Arrival::Probe(std::str::from_utf8(&payload).ok()?.parse().ok()?));
+    }
+    if channel == POKES {
+        return Some(Arrival::Poke);
     }
     let room = Keyspace::room(channel)?;
     let payload = Bytes::from(payload);

@@ -5,7 +5,8 @@
 -- ARGV  1 token  2 process  3 wait for those who are missing, ms  4 wait where nobody remembers
 --       anything, ms  5... the processes that this one knows of, itself among them; none where it
 --       has never agreed on a server and so holds nothing
--- Returns 1 where the server is open, and the processes that are waited for.
+-- Returns '' while the server is not open, else '1' where all were heard and '0' where not; and the
+-- processes that are missing.
 --
 -- Fields: `t` token, `t0` first check-in, `busy` last healing, `old` somebody remembers, `open` '1'
 -- after all were heard, '0' else, `in:<process>`, `ex:<process>` expected.
@@ -18,8 +19,9 @@ if redis.call('HGET', KEYS[1], 't') ~= ARGV[1] then
     redis.call('DEL', KEYS[1])
     redis.call('HSET', KEYS[1], 't', ARGV[1], 't0', digits(now))
 end
-if redis.call('HGET', KEYS[1], 'open') then
-    return { 1, {} }
+local open = redis.call('HGET', KEYS[1], 'open')
+if open then
+    return { open, {} }
 end
 
 redis.call('HSET', KEYS[1], 'in:' .. ARGV[2], '1')
@@ -39,7 +41,6 @@ end
 table.sort(missing)
 
 local waited = now - math.max(tonumber(barrier.t0), tonumber(barrier.busy or '0'))
-local open
 if barrier.old and #missing == 0 then
     open = '1'
 elseif waited > tonumber(barrier.old and ARGV[3] or ARGV[4]) then
@@ -47,6 +48,5 @@ elseif waited > tonumber(barrier.old and ARGV[3] or ARGV[4]) then
 end
 if open then
     redis.call('HSET', KEYS[1], 'open', open)
-    return { 1, missing }
 end
-return { 0, missing }
+return { open or '', missing }

@@ -1,13 +1,16 @@
 -- Renews the lease of a process, and tells who else lives.
 --
 -- KEYS  1 leases (hash)
--- ARGV  1 process  2 lease, ms  3 channel of pokes
+-- ARGV  1 process  2 lease, ms  3 channel of pokes  4 token
 -- Returns 1 where every living process has seen this one, 1 where the lease is a new one, and the
 -- processes that live.
 --
 -- A field per process, "<end, ms> <number> <seen>": processes are numbered as they register, and
 -- each renewal has seen all up to the newest number. `#` is the newest number.
 
+if not is_here(ARGV[4]) then
+    return stale
+end
 local now = now_ms()
 local rows = redis.call('HGETALL', KEYS[1])
 local newest, own, others, gone = 0, nil, {}, {}

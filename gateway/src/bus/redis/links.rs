@@ -1,0 +1,128 @@
+//! Which of a node's connections to Redis stand, and which server each leads to.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
+
+use tokio::{
+    sync::{Notify, watch},
+    time::Instant,
+};
+
+use super::{Server, probe::Probe};
+use crate::{bus::standing::Standing, delivery::Token, telemetry::metrics::Metrics};
+
+/// The state of the links.
+pub(super) struct Links {
+    /// Where the links lead.
+    pub(super) tokens: watch::Sender<Tokens>,
+    /// Counts orders to make all connections again.
+    pub(super) remake: watch::Sender<u64>,
+    /// Somebody wants to be seen.
+    pub(super) poked: Notify,
+    /// Redis may throw keys away when its memory is full, and with them acknowledged messages.
+    pub(super) evicts: AtomicBool,
+    /// Whether what is published is heard.
+    pub(super) probe: Probe,
+    pub(super) metrics: Arc<Metrics>,
+    pub(super) standing: Arc<Standing>,
+    /// Whether all was well when it was last looked at.
+    was_up: AtomicBool,
+}
+
+/// One of the links.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Link {
+    Appending,
+    Hearing,
+}
+
+/// Which server each link leads to, while it stands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Tokens {
+    appending: Option<Token>,
+    hearing: Option<Token>,
+}
+
+impl Tokens {
+    /// Whether both lead to `token`.
+    pub(super) fn lead_to(self, token: Token) -> bool {
+        self.appending == Some(token) && self.hearing == Some(token)
+    }
+
+    /// Whether one leads to another server than `token`.
+    pub(super) fn lead_elsewhere(self, token: Token) -> bool {
+        [self.appending, self.hearing].into_iter().flatten().any(|leads_to| leads_to != token)
+    }
+
+    fn stand(self) -> bool {
+        self.appending.is_some() && self.hearing.is_some()
+    }
+}
+
+impl Links {
+    pub(super) fn new(standing: Arc<Standing>, metrics: Arc<Metrics>) -> Self {
+        Self {
+            tokens: watch::Sender::default(),
+            remake: watch::Sender::default(),
+            poked: Notify::new(),
+            evicts: AtomicBool::new(false),
+            probe: Probe::new(),
+            metrics,
+            standing,
+            was_up: AtomicBool::new(false),
+        }
+    }
+
+    /// Notes that a link leads to `token`, or is lost.
+    pub(super) fn set(&self, server: &Server, link: Link, token: Option<Token>) {
+        if let Some(token) = token {
+            self.met(server, token);
+        }
+        let mut changed = false;
+        self.tokens.send_if_modified(|tokens| {
+            let leads_to = match link {
+                Link::Appending => &mut tokens.appending,
+                Link::Hearing => &mut tokens.hearing,
+            };
+            let before = std::mem::replace(leads_to, token);
+            changed = before.is_some() != token.is_some();
+            before != token
+        });
+        if changed && token.is_some() {
+            tracing::info!(?link, "Redis link is up");
+        } else if changed {
+            self.metrics.bus_reconnects.inc();
+            tracing::warn!(?link, "Redis link is lost; reconnecting");
+        }
+        self.show(server);
+    }
+
+    /// A connection has met `token`: where that is another server than the one agreed on, nothing
+    /// is to be read or written until the nodes have agreed on it.
+    pub(super) fn met(&self, server: &Server, token: Token) {
+        let other = server
+            .agreed
+            .send_if_modified(|agreed| agreed.take_if(|agreed| *agreed != token).is_some());
+        if other {
+            self.standing.settle(false);
+            self.show(server);
+        }
+    }
+
+    /// Whether this node can publish and hear, and the others count on it.
+    pub(super) fn are_up(&self, server: &Server) -> bool {
+        self.tokens.borrow().stand()
+            && server.agreed.borrow().is_some()
+            && self.standing.holds(Instant::now())
+    }
+
+    /// Shows in the metrics whether all is well.
+    pub(super) fn show(&self, server: &Server) {
+        let up = self.are_up(server);
+        if self.was_up.swap(up, Ordering::AcqRel) != up {
+            self.metrics.bus_up.set(i64::from(up));
+        }
+    }
+}
