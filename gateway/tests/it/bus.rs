@@ -82,8 +82,12 @@ async fn redis(server: &Redis, retention: Retention) -> Fixture {
 
 /// Runs a check against each implementation.
 async fn each(retention: Retention, check: impl AsyncFn(&mut Fixture)) {
-    let server = Redis::start().await;
-    for mut fixture in [memory(retention.clone()), redis(&server, retention.clone()).await] {
+    let (server, valkey) = (Redis::start().await, Redis::start_valkey().await);
+    let mut fixtures = vec![memory(retention.clone()), redis(&server, retention.clone()).await];
+    if let Some(valkey) = &valkey {
+        fixtures.push(redis(valkey, retention.clone()).await);
+    }
+    for mut fixture in fixtures {
         check(&mut fixture).await;
         assert!(fixture.tasks.finish(Duration::from_secs(5)).await, "tasks did not end");
     }

@@ -11,15 +11,19 @@ use crate::{
 };
 
 /// Clients spread over nodes that talk while something goes wrong.
-struct Talk {
+pub struct Talk {
     witnesses: Vec<Witness>,
-    room: RoomId,
+    rooms: Vec<RoomId>,
 }
 
 impl Talk {
     /// Two clients per address; each may go to the other addresses.
-    async fn start(addresses: &[std::net::SocketAddr]) -> Self {
-        let room = room("lobby");
+    pub async fn start(addresses: &[std::net::SocketAddr]) -> Self {
+        Self::start_in(addresses, vec![room("lobby")]).await
+    }
+
+    /// The same in several rooms, through which each goes round.
+    pub async fn start_in(addresses: &[std::net::SocketAddr], rooms: Vec<RoomId>) -> Self {
         let mut witnesses = vec![];
         for i in 0..addresses.len() * 2 {
             let first = i % addresses.len();
@@ -27,23 +31,26 @@ impl Talk {
                 .map(|j| format!("ws://{}/ws", addresses[(first + j) % addresses.len()]))
                 .collect();
             let witness = Witness::start(urls, &format!("u{i}"));
-            within(witness.client.join(&room, Start::Now)).await.unwrap();
+            for room in &rooms {
+                within(witness.client.join(room, Start::Now)).await.unwrap();
+            }
             witnesses.push(witness);
         }
-        Self { witnesses, room }
+        Self { witnesses, rooms }
     }
 
     /// Everybody sends until `disturb` is over, and then everybody has everything.
-    async fn check_while(self, disturb: impl Future<Output = ()>) -> usize {
+    pub async fn check_while(self, disturb: impl Future<Output = ()>) -> usize {
         let (over, is_over) = tokio::sync::watch::channel(false);
         let mut sends = vec![];
         for witness in &self.witnesses {
-            let (client, room, is_over) =
-                (witness.client.clone(), self.room.clone(), is_over.clone());
+            let (client, rooms, is_over) =
+                (witness.client.clone(), self.rooms.clone(), is_over.clone());
             sends.push(tokio::spawn(async move {
                 let mut acked = vec![];
                 for i in 0.. {
-                    let sent = client.send(&room, i).await.unwrap();
+                    let room = &rooms[i % rooms.len()];
+                    let sent = client.send(room, i).await.unwrap();
                     acked.push(((room.clone(), sent.position.seq), sent.id));
                     if *is_over.borrow() {
                         break;
@@ -67,7 +74,7 @@ impl Talk {
 }
 
 /// Lets the talk go on for a while: the time is the load, not a wait for something.
-async fn talk_for(time: Duration) {
+pub async fn talk_for(time: Duration) {
     let until = Instant::now() + time;
     tokio::time::sleep_until(until).await;
 }

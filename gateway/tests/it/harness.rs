@@ -256,6 +256,7 @@ pub struct Redis {
     pub port: u16,
     folder: PathBuf,
     keep: bool,
+    program: &'static str,
 }
 
 impl Redis {
@@ -276,7 +277,19 @@ impl Redis {
     /// A server on which nobody has agreed: the first nodes wait for others that may remember
     /// something.
     pub async fn start_new(keep: bool) -> Self {
-        Self::start_at(free_port(), TempDir::new().unwrap(), keep).await
+        Self::start_at(free_port(), TempDir::new().unwrap(), keep, "redis-server").await
+    }
+
+    /// As [`Redis::start`], of Valkey, if that is installed: not every system has a package of it.
+    pub async fn start_valkey() -> Option<Self> {
+        let program = "valkey-server";
+        if Command::new(program).arg("--version").output().await.is_err() {
+            println!("{program} is not installed: nothing is shown of it");
+            return None;
+        }
+        let valkey = Self::start_at(free_port(), TempDir::new().unwrap(), false, program).await;
+        valkey.open().await;
+        Some(valkey)
     }
 
     /// Tells the nodes that nobody remembers anything, so that no test has to wait for that.
@@ -303,9 +316,9 @@ impl Redis {
         String::from_utf8(answer).unwrap()
     }
 
-    async fn start_at(port: u16, folder: TempDir, keep: bool) -> Self {
+    async fn start_at(port: u16, folder: TempDir, keep: bool, program: &'static str) -> Self {
         let path = folder.path().to_owned();
-        let child = Command::new("redis-server")
+        let child = Command::new(program)
             .args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", ""])
             .args(["--appendonly", if keep { "yes" } else { "no" }, "--dir"])
             .arg(&path)
@@ -314,7 +327,8 @@ impl Redis {
             .kill_on_drop(true)
             .spawn()
             .expect("redis-server is installed by `make setup`");
-        let redis = Self { process: Process { child, _folder: folder }, port, folder: path, keep };
+        let process = Process { child, _folder: folder };
+        let redis = Self { process, port, folder: path, keep, program };
         until("redis answers", async || redis.command("PING").await.is_some_and(|a| a == "+PONG"))
             .await;
         redis
@@ -336,7 +350,7 @@ impl Redis {
         if self.keep {
             copy_folder(&self.folder, folder.path());
         }
-        *self = Self::start_at(self.port, folder, self.keep).await;
+        *self = Self::start_at(self.port, folder, self.keep, self.program).await;
     }
 
     pub fn url(&self) -> String {

@@ -132,6 +132,12 @@ impl Watched {
         )
     }
 
+    /// Whether a server has a replica that has caught up with it.
+    pub async fn is_followed(&self, server: usize) -> bool {
+        let info = self.servers[server].ask::<String>(&["INFO", "replication"]).await;
+        info.is_ok_and(|info| info.contains("connected_slaves:1") && info.contains("state=online"))
+    }
+
     /// Has the replica take over while the primary lives.
     pub async fn fail_over(&self, sentinel: usize) {
         let question = ["SENTINEL", "FAILOVER", PRIMARY];
