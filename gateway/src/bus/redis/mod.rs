@@ -22,7 +22,7 @@ use tokio::sync::watch;
 
 use super::{Append, BoxFuture, Bus, BusError, HEAD_TTL, Mailboxes, Range, Retention};
 use crate::{
-    delivery::{Token, page::Page},
+    delivery::{Followed, Token, page::Page},
     drain::Tasks,
     telemetry::metrics::Metrics,
 };
@@ -133,7 +133,7 @@ impl RedisBus {
         standing.suspend();
         standing.settle(false);
         let links = Arc::new(Links::new(standing, metrics));
-        let log = log::Log::new(server.clone());
+        let log = log::Log::new(server.clone(), links.metrics.clone());
         let appender = appender::start(server.clone(), links.clone(), tasks);
         let subscriber = subscriber::start(server.clone(), links.clone(), mailboxes.clone(), tasks);
         let node = &options.node;
@@ -180,6 +180,10 @@ impl Bus for RedisBus {
 
     fn delete(&self, room: RoomId) -> BoxFuture<Result<(), BusError>> {
         self.log.delete(room)
+    }
+
+    fn heal(&self, held: Followed) -> BoxFuture<Result<(), BusError>> {
+        self.log.heal(held)
     }
 
     fn failing(&self) -> Option<&'static str> {
