@@ -19,7 +19,7 @@ use tokio::sync::watch;
 
 use super::{Append, BoxFuture, Bus, BusError, HEAD_TTL, Mailboxes, Range, Retention};
 use crate::{
-    delivery::{Token, page::Page},
+    delivery::{Followed, Token, page::Page},
     drain::Tasks,
     telemetry::metrics::Metrics,
 };
@@ -30,6 +30,7 @@ mod heal;
 mod links;
 mod log;
 mod probe;
+mod status;
 mod subscriber;
 pub mod topology;
 
@@ -130,11 +131,12 @@ impl RedisBus {
         standing.suspend();
         standing.settle(false);
         let links = Arc::new(Links::new(standing, metrics));
-        let log = log::Log::new(server.clone());
+        let log = log::Log::new(server.clone(), links.metrics.clone());
         let appender = appender::start(server.clone(), links.clone(), tasks);
         let subscriber = subscriber::start(server.clone(), links.clone(), mailboxes.clone(), tasks);
         let node = &options.node;
-        agreement::start(server.clone(), links.clone(), mailboxes, node, tasks);
+        agreement::start(server.clone(), links.clone(), mailboxes.clone(), node, tasks);
+        status::start(server.clone(), links.clone(), mailboxes, tasks);
         Self { server, appender, subscriber, log, links }
     }
 
@@ -176,6 +178,10 @@ impl Bus for RedisBus {
 
     fn delete(&self, room: RoomId) -> BoxFuture<Result<(), BusError>> {
         self.log.delete(room)
+    }
+
+    fn heal(&self, held: Followed) -> BoxFuture<Result<(), BusError>> {
+        self.log.heal(held)
     }
 
     fn failing(&self) -> Option<&'static str> {
