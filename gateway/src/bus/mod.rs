@@ -40,6 +40,7 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
+pub mod home;
 pub mod memory;
 pub mod redis;
 pub mod standing;

@@ -266,7 +266,7 @@ impl Shard {
             return;
         }
         // Until the nodes have agreed on a server, what is held may not be what is gone on with.
-        let serves = !self.fenced && self.turn.standing.serves(self.turn.keep.now);
+        let serves = !self.fenced && self.turn.standing.serves(self.turn.keep.now, &name);
         let step = if serves { room.join(join, &mut self.turn) } else { Step::Wait(join) };
         self.go_on_with(&name, step);
     }

@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use gateway::bus::redis::topology::{self, Dial, TlsFiles};
+use gateway::bus::redis::topology::{self, Dial, TlsFiles, Way};
 use redis::{AsyncConnectionConfig, RedisResult};
 
 use crate::{
@@ -10,6 +10,14 @@ use crate::{
     harness::{Gateway, get, until, within},
     servers::{Encrypted, Watched},
 };
+
+fn open(url: &str, tls: &TlsFiles) -> Arc<dyn Dial> {
+    match topology::open(url, tls) {
+        Ok(Way::One(dial)) => dial,
+        Ok(Way::Many(_)) => panic!("it is no Redis Cluster"),
+        Err(error) => panic!("{error}"),
+    }
+}
 
 /// The port of the server that a new connection leads to.
 async fn port(dial: &Arc<dyn Dial>) -> RedisResult<u16> {
@@ -35,7 +43,7 @@ async fn tls_is_checked_by_both_sides_and_users_log_in() {
         ca: ca.then(|| server.ca.clone()),
         own: own.then(|| server.own.clone()),
     };
-    let open = |url: &str, files: TlsFiles| topology::open(url, &files).unwrap();
+    let open = |url: &str, files: TlsFiles| open(url, &files);
 
     let dial = open(&server.url(), files(true, true));
     assert_eq!(within(port(&dial)).await.unwrap(), server.port);
@@ -81,7 +89,7 @@ async fn files_that_are_not_there_or_no_certificates_are_told_at_the_start() {
 async fn the_primary_is_the_one_that_sentinels_name() {
     let mut watched = Watched::start().await;
     let (first, second) = (watched.servers[0].port, watched.servers[1].port);
-    let dial = topology::open(&watched.url(0), &TlsFiles::default()).unwrap();
+    let dial = open(&watched.url(0), &TlsFiles::default());
     assert!(dial.reader().await.is_err(), "where to read is known when a primary is");
     assert_eq!(within(port(&dial)).await.unwrap(), first);
     assert_eq!(within(reader_port(&dial)).await.unwrap(), first);
@@ -108,7 +116,7 @@ async fn sentinels_tell_of_each_other_and_one_that_is_frozen_holds_nobody_up() {
     let mut watched = Watched::start().await;
     let (first, second) = (watched.servers[0].port, watched.servers[1].port);
     // One is configured, and learns of the others before it dies.
-    let dial = topology::open(&watched.url(2), &TlsFiles::default()).unwrap();
+    let dial = open(&watched.url(2), &TlsFiles::default());
     assert_eq!(within(port(&dial)).await.unwrap(), first);
     watched.sentinels[2].process.kill().await;
     assert_eq!(within(port(&dial)).await.unwrap(), first);
@@ -124,7 +132,7 @@ async fn sentinels_tell_of_each_other_and_one_that_is_frozen_holds_nobody_up() {
 async fn a_name_that_sentinels_do_not_know_is_told() {
     let watched = Watched::start().await;
     let url = watched.url(0).replace("/main?", "/mian?");
-    let dial = topology::open(&url, &TlsFiles::default()).unwrap();
+    let dial = open(&url, &TlsFiles::default());
     let error = within(port(&dial)).await.unwrap_err().to_string();
     assert!(error.contains("mian"), "{error}");
 }

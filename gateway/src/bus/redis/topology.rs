@@ -1,8 +1,9 @@
 //! Where the primary is, and how connections to it are made.
 //!
-//! `url` reads how the servers are to be reached; each kind has a [`Dial`] that makes connections
-//! and tells when they lead to the wrong server: [`Single`], one address for good, and
-//! `sentinel`, where the address is asked for.
+//! `url` reads how the servers are to be reached. A [`Dial`] makes connections to one server at a
+//! time, and tells when they lead to the wrong one: `Single`, one address for good, and `sentinel`,
+//! where the address is asked for. In a Redis Cluster there are several, and [`Cluster`] tells which
+//! of them serves what.
 
 use std::{
     fs, io,
@@ -27,8 +28,10 @@ use super::{CONNECT_MAX, RESPONSE_MAX, config};
 use crate::bus::BoxFuture;
 
 pub mod url;
+mod cluster;
 mod sentinel;
 
+pub use cluster::Cluster;
 use sentinel::Sentinel;
 use url::{Address, Login, Servers, Topology, UrlError};
 
@@ -81,37 +84,43 @@ pub enum OpenError {
         /// Why.
         error: io::Error,
     },
-    /// A Redis Cluster.
-    #[error(
-        "cluster.redis_url: Redis Cluster is not there yet; write the address of one server, or Sentinels"
-    )]
-    Cluster,
     /// The files do not fit together, or are no PEM.
     #[error("the files for TLS to Redis, or the path of its socket: {0}")]
     Client(#[from] RedisError),
 }
 
-/// The dial for what a URL describes.
+/// How many servers share the rooms.
+pub enum Way {
+    /// One at a time.
+    One(Arc<dyn Dial>),
+    /// The primaries of a Redis Cluster.
+    Many(Cluster),
+}
+
+/// The way to what a URL describes.
 ///
 /// # Errors
 ///
 /// [`OpenError`]. That nobody answers there is none.
-pub fn open(url: &str, tls: &TlsFiles) -> Result<Arc<dyn Dial>, OpenError> {
+pub fn open(url: &str, tls: &TlsFiles) -> Result<Way, OpenError> {
     match url.parse()? {
         Topology::Socket(url) => {
             let info = url.into_connection_info()?;
             let redis = info.redis_settings().clone().set_protocol(ProtocolVersion::RESP3);
-            Ok(Arc::new(Single::new(info.set_redis_settings(redis))?))
+            Ok(Way::One(Arc::new(Single::new(info.set_redis_settings(redis))?)))
         }
         Topology::Single(servers) => {
             let manner = Manner::of(&servers, tls)?;
-            Ok(Arc::new(Single::new(manner.info(&servers.addresses[0])?)?))
+            Ok(Way::One(Arc::new(Single::new(manner.info(&servers.addresses[0])?)?)))
         }
         Topology::Sentinel { servers, primary, login } => {
             let manner = Manner::of(&servers, tls)?;
-            Ok(Arc::new(Sentinel::new(primary, manner, servers.addresses, &login)))
+            Ok(Way::One(Arc::new(Sentinel::new(primary, manner, servers.addresses, &login))))
         }
-        Topology::Cluster(_) => Err(OpenError::Cluster),
+        Topology::Cluster(servers) => {
+            let manner = Manner::of(&servers, tls)?;
+            Ok(Way::Many(Cluster::new(manner, servers.addresses)))
+        }
     }
 }
 
