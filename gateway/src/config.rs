@@ -20,6 +20,7 @@ use shared::{ids::NodeId, protocol::MESSAGE_BYTES_MAX};
 use crate::{
     bus::{Retention, redis::RedisOptions},
     http::{HttpLimits, HttpOptions, origin::AllowedOrigins},
+    hub::HubOptions,
     limits::Rate,
     session::{SessionLimits, auth::Auth},
     telemetry::LogFormat,
@@ -54,8 +55,8 @@ pub struct Config {
     pub session: SessionLimits,
     /// How many tasks rooms are spread over.
     pub shards: usize,
-    /// What all rings together may hold, in bytes.
-    pub ring_bytes_max: usize,
+    /// What the hub keeps.
+    pub hub: HubOptions,
     /// How long `ready` says 503 before clients are sent away.
     pub drain_delay: Duration,
     /// What works but should be known.
@@ -167,6 +168,7 @@ impl Config {
 
         let shards = r.take_in("hub.shards", "0", 0..=256_usize, "Over how many tasks rooms are spread on a node. 0: one per core.");
         let ring_bytes = r.take::<Bytes>("hub.ring_bytes_max", "256MiB", "The most that the newest entries of all rooms take in a node's memory.");
+        let ids_bytes = r.take::<Bytes>("hub.ids_bytes_max", "64MiB", "The most that the ids of messages within `dedup.window` take in a node's memory, to be given back to a Redis that lost them; the oldest go first.");
 
         let interval = r.take::<Span>("heartbeat.interval", "25s", "How often a connection is pinged.");
         let silence = r.take::<Span>("heartbeat.silence_max", "60s", "A connection from which nothing is heard for so long is closed with 4002.");
@@ -199,7 +201,7 @@ impl Config {
                 r.mistake(key, "has to be 1ms to 10 years".into());
             }
         }
-        for (key, bytes) in [("limits.message_bytes_max", &message_bytes), ("limits.outbox_bytes_max", &outbox_bytes), ("history.max_bytes", &bytes_max), ("history.memory_bytes_max", &memory_bytes), ("hub.ring_bytes_max", &ring_bytes)] {
+        for (key, bytes) in [("limits.message_bytes_max", &message_bytes), ("limits.outbox_bytes_max", &outbox_bytes), ("history.max_bytes", &bytes_max), ("history.memory_bytes_max", &memory_bytes), ("hub.ring_bytes_max", &ring_bytes), ("hub.ids_bytes_max", &ids_bytes)] {
             if bytes.0 < 128 || bytes.0 > 1 << 40 {
                 r.mistake(key, "has to be 128 bytes to 1 TiB".into());
             }
@@ -254,7 +256,7 @@ impl Config {
                 wait_max: publish_wait.0,
             },
             shards: if shards == 0 { std::thread::available_parallelism().map_or(1, usize::from) } else { shards },
-            ring_bytes_max: ring_bytes.0,
+            hub: HubOptions { ring_bytes_max: ring_bytes.0, ids_bytes_max: ids_bytes.0, dedup_window: dedup_window.0, log_ttl: ttl.0 },
             drain_delay: drain_delay.0,
             warnings,
         }

@@ -85,8 +85,7 @@ impl Server {
             None => Arc::new(MemoryBus::start(config.retention, mailboxes.clone(), &tasks)),
         };
         metrics.bus_up.set(i64::from(redis.is_none()));
-        let ring_bytes_max = config.ring_bytes_max;
-        let hub = Hub::start(&bus, mailboxes, letters, ring_bytes_max, &metrics, &tasks);
+        let hub = Hub::start(&bus, mailboxes, letters, config.hub, &metrics, &tasks);
         let http_limits = &config.http.limits;
         let publisher = Publisher::new(
             bus.clone(),

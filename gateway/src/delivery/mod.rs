@@ -11,9 +11,12 @@ use shared::{
     position::Position,
 };
 
-pub mod order;
 pub mod page;
 pub mod ring;
+pub mod ids;
+pub mod follow;
+pub mod judge;
+pub mod serve;
 
 /// Tells one run of a server from every other: another server, or the same one restarted or become
 /// primary again, has another token. Written as 16 hexadecimal digits.

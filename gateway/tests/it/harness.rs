@@ -6,6 +6,7 @@ use std::{future::Future, net::SocketAddr, path::PathBuf, process::Stdio, time::
 
 use gateway::{
     config::{Config, Sources},
+    hub::HubOptions,
     server::Server,
 };
 use shared::{
@@ -95,6 +96,16 @@ pub async fn connect(address: SocketAddr, user: &str) -> Connection {
 
 pub fn room(name: &str) -> RoomId {
     name.parse().unwrap()
+}
+
+/// What a hub that is tested by itself keeps.
+pub fn hub_options() -> HubOptions {
+    HubOptions {
+        ring_bytes_max: 1 << 28,
+        ids_bytes_max: 1 << 26,
+        dedup_window: Duration::from_secs(600),
+        log_ttl: Duration::from_secs(3600),
+    }
 }
 
 /// Sends a text and waits for its `ack`.

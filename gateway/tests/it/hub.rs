@@ -15,7 +15,7 @@ use gateway::{
     bus::{
         Append, BoxFuture, Bus, BusError, Letter, Mailboxes, Range, Retention, memory::MemoryBus,
     },
-    delivery::page::Page,
+    delivery::{Followed, page::Page},
     drain::Tasks,
     hub::{COMPARE_EVERY, Hub, join::Start, member::Subscriber},
     outbox::Outbox,
@@ -29,7 +29,7 @@ use shared::{
 };
 use tokio::time::Instant;
 
-use crate::harness::room;
+use crate::harness::{hub_options, room};
 
 struct World {
     bus: Arc<dyn Bus>,
@@ -74,7 +74,7 @@ impl World {
                 }
             }
         });
-        let hub = Hub::start(&bus, mailboxes.clone(), letters, 1 << 20, &metrics, &tasks);
+        let hub = Hub::start(&bus, mailboxes.clone(), letters, hub_options(), &metrics, &tasks);
         Self { bus, hub, tasks, metrics, mailboxes, reads }
     }
 
@@ -135,6 +135,10 @@ impl Bus for Counting {
 
     fn delete(&self, room: RoomId) -> BoxFuture<Result<(), BusError>> {
         self.0.delete(room)
+    }
+
+    fn heal(&self, held: Followed) -> BoxFuture<Result<(), BusError>> {
+        self.0.heal(held)
     }
 
     fn failing(&self) -> Option<&'static str> {

@@ -29,7 +29,7 @@ use tokio::{
     time::Instant,
 };
 
-use crate::harness::{Gateway, Redis, get, next_message, room, say, until, within};
+use crate::harness::{Gateway, Redis, get, hub_options, next_message, room, say, until, within};
 
 /// A way to Redis that can swallow what Redis sends to subscribers, while every connection stands.
 struct Wire {
@@ -131,7 +131,7 @@ async fn a_thousand_rooms_are_repaired_when_the_link_is_back() {
     let bus = RedisBus::start(options, mailboxes.clone(), metrics.clone(), &tasks).unwrap();
     within(bus.reached()).await.unwrap();
     let bus: Arc<dyn Bus> = Arc::new(bus);
-    let hub = Hub::start(&bus, mailboxes, letters, 1 << 28, &metrics, &tasks);
+    let hub = Hub::start(&bus, mailboxes, letters, hub_options(), &metrics, &tasks);
     let rooms: Vec<RoomId> = (0..ROOMS).map(|i| room(&format!("r{i}"))).collect();
     let outbox = Outbox::to_owner(64 << 20, metrics.clone());
     let member = Arc::new(Subscriber::new(ConnectionId::random(), outbox));
