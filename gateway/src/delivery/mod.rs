@@ -96,6 +96,9 @@ pub fn ordinal(epoch: &shared::position::Epoch) -> u64 {
 }
 
 #[cfg(test)]
+mod tests;
+
+#[cfg(test)]
 pub(crate) mod samples {
     //! Entries for the tests of this module and those above it.
 

@@ -23,7 +23,7 @@ use crate::{
 };
 
 /// How long to wait before a log that could not be read is read again.
-const READ_AGAIN: Duration = Duration::from_millis(250);
+pub(super) const READ_AGAIN: Duration = Duration::from_millis(250);
 /// How long an entry that the log has lost is tried to be appended.
 const ORPHAN_MAX: Duration = Duration::from_secs(30);
 /// The most reads for members that are behind that a shard has under way, so that what they bring is
@@ -114,11 +114,16 @@ impl Shard {
 
     /// Reads a room's log from its top on, or again once the read under way has come back.
     pub(super) fn read_on(&mut self, name: &RoomId) {
+        self.read_on_after(name, Duration::ZERO);
+    }
+
+    /// As [`Shard::read_on`], after a while.
+    pub(super) fn read_on_after(&mut self, name: &RoomId, pause: Duration) {
         let Some(room) = self.rooms.get_mut(name) else { return };
         if !room.follow.read_again() {
             room.follow.begin_read();
             let (generation, range) = (room.generation, room.next_range());
-            self.read(name.clone(), generation, Purpose::GoOn, range, Duration::ZERO);
+            self.read(name.clone(), generation, Purpose::GoOn, range, pause);
         }
     }
 
@@ -211,7 +216,7 @@ impl Shard {
             }
             (Purpose::Open | Purpose::GoOn, Ok(page)) => self.went_on(&name, page),
             (Purpose::Join(join), Ok(page)) => {
-                let step = if is_old {
+                let step = if is_old || !self.serves {
                     Step::Wait(join)
                 } else {
                     room.join_with_page(join, page, &mut self.turn)

@@ -80,7 +80,9 @@ impl Obey for Handing<'_> {
     }
 
     fn bump(&mut self, to: &Position) {
-        tracing::warn!(room = %self.name, %to, "a log goes on in a new epoch; nothing is skipped");
+        if !self.members.is_empty() {
+            tracing::warn!(room = %self.name, %to, "a log goes on in a new epoch; nothing is lost");
+        }
         for member in self.members.iter_mut().filter(|member| member.pace == Pace::Live) {
             member.bump(self.name, to, self.turn);
         }

@@ -19,6 +19,7 @@ use tokio::{
 
 use super::{
     COMPARE_EVERY, Call, HubOptions, LINGER, Purpose,
+    ask::READ_AGAIN,
     budget::{Budget, Taken},
     join::{Join, Step},
     member::{Subscriber, Turn},
@@ -64,7 +65,9 @@ pub(super) struct Shard {
     pub(super) doubtful: usize,
     /// Whether the node may pass nothing on.
     pub(super) fenced: bool,
-    /// How often that came to be.
+    /// Whether joins may be answered.
+    pub(super) serves: bool,
+    /// How often the fence came to be.
     pub(super) fence: u64,
     /// How many reads for members that are behind are under way.
     pub(super) stretches: usize,
@@ -107,6 +110,7 @@ impl Shard {
             settling: 0,
             doubtful: 0,
             fenced: false,
+            serves: true,
             fence: 0,
             stretches: 0,
             thirsty: VecDeque::new(),
@@ -183,6 +187,7 @@ impl Shard {
     /// missed, and members were not fed meanwhile.
     fn look_at_standing(&mut self, now: Instant) {
         let was_fenced = std::mem::replace(&mut self.fenced, !self.turn.standing.holds(now));
+        self.serves = self.turn.standing.serves(now);
         if self.fenced && !was_fenced {
             self.fence += 1;
             tracing::warn!("this node passes nothing on before it has agreed with the others");
@@ -265,7 +270,7 @@ impl Shard {
             room.wait(join);
             return;
         }
-        let step = if self.fenced { Step::Wait(join) } else { room.join(join, &mut self.turn) };
+        let step = if self.serves { room.join(join, &mut self.turn) } else { Step::Wait(join) };
         self.go_on_with(&name, step);
     }
 
@@ -281,7 +286,9 @@ impl Shard {
             }
             Step::Wait(join) => {
                 room.wait(join);
-                self.read_on(name);
+                // A read may come back before the node may answer joins.
+                let pause = if self.serves { Duration::ZERO } else { READ_AGAIN };
+                self.read_on_after(name, pause);
             }
         }
     }
