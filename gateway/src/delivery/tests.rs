@@ -181,6 +181,8 @@ struct Client {
     seen: HashSet<Position>,
     given: Vec<Entry>,
     resets: Vec<(Position, NotRecovered)>,
+    /// Those that skip nothing.
+    bumps: Vec<Position>,
     not_recovered: usize,
 }
 
@@ -195,6 +197,7 @@ impl Client {
             seen: HashSet::new(),
             given: vec![],
             resets: vec![],
+            bumps: vec![],
             not_recovered: 0,
         }
     }
@@ -226,6 +229,11 @@ impl Client {
         assert_ne!(had, *to, "a reset that changes nothing");
         assert!(had.epoch != to.epoch || had.seq < to.seq, "{had} back to {to}");
         self.resets.push((to.clone(), reason));
+    }
+
+    fn bump(&mut self, to: &Position) {
+        self.reset(to, NotRecovered::LogLost);
+        self.bumps.push(to.clone());
     }
 }
 
@@ -271,7 +279,7 @@ impl Obey for Doing<'_> {
 
     fn bump(&mut self, to: &Position) {
         for client in self.clients.iter_mut().filter(|client| client.pace == Pace::Live) {
-            client.reset(to, NotRecovered::LogLost);
+            client.bump(to);
         }
     }
 
@@ -319,7 +327,7 @@ impl Node {
                     continue;
                 }
                 Next::Bump(to) => {
-                    client.reset(&to, NotRecovered::LogLost);
+                    client.bump(&to);
                     continue;
                 }
                 Next::Nothing => {
@@ -340,7 +348,7 @@ impl Node {
                             return;
                         }
                     }
-                    Next::Bump(to) => client.reset(&to, NotRecovered::LogLost),
+                    Next::Bump(to) => client.bump(&to),
                     Next::Absent | Next::Nothing => break,
                 }
             }
@@ -577,6 +585,11 @@ impl World {
         let head = Position::new(world.log.epoch.clone(), world.log.top);
         for client in &world.node.clients {
             assert_eq!(client.has.as_ref(), Some(&head), "not at the end of the log");
+            for to in &client.bumps {
+                let skipped = |at: &Position| at.epoch == to.epoch && at.seq <= to.seq;
+                let skips = world.log.entries.iter().any(|entry| skipped(&entry.position));
+                assert!(!skips, "entries of {to} and before were skipped");
+            }
         }
         world
     }
@@ -633,6 +646,20 @@ fn many(event: impl Strategy<Value = Event>) -> impl Strategy<Value = Vec<Event>
 
 fn config() -> ProptestConfig {
     ProptestConfig { cases: 500, failure_persistence: None, ..ProptestConfig::default() }
+}
+
+#[test]
+fn a_read_that_is_older_than_what_arrived_changes_nothing() {
+    let mut world = World::new(256);
+    world.take(&Event::Say(3), 256);
+    let old = world.log.page(Part::After(0));
+    world.take(&Event::Say(3), 256);
+    world.hear(256, 6);
+    world.need(Need::Read);
+    world.page = Some(old);
+    world.answer(256);
+    assert_eq!(world.need, Need::Nothing);
+    assert_eq!((world.node.begun_anew, world.node.passed_on.len()), (0, 6));
 }
 
 proptest! {
