@@ -85,6 +85,7 @@ impl Server {
             None => Arc::new(MemoryBus::start(config.retention, mailboxes.clone(), &tasks)),
         };
         metrics.bus_up.set(i64::from(redis.is_none()));
+        let told = mailboxes.standing().told();
         let hub = Hub::start(&bus, mailboxes, letters, config.hub, &metrics, &tasks);
         let http_limits = &config.http.limits;
         let publisher = Publisher::new(
@@ -102,7 +103,9 @@ impl Server {
             proxies: config.http.trusted_proxies.clone(),
         };
         let limits = config.session;
-        let services = Arc::new(Services { publisher, hub, bus, metrics: metrics.clone(), limits });
+        let metrics_of_sessions = metrics.clone();
+        let services = Services { publisher, hub, bus, told, metrics: metrics_of_sessions, limits };
+        let services = Arc::new(services);
         let node = Node::new(config.node, config.http, services, metrics, tasks.clone());
         let node = Arc::new(node);
 

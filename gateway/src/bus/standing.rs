@@ -1,8 +1,11 @@
 //! What bus and hub know of this node's own state, one telling the other: whether it may pass
 //! entries on and answer joins, and which of its own publishes it has seen come back.
 
+use std::time::SystemTime;
+
 use parking_lot::Mutex;
-use tokio::time::Instant;
+use shared::protocol::answer::BusState;
+use tokio::{sync::watch, time::Instant};
 
 use super::tail::Tail;
 use crate::delivery::Entry;
@@ -13,6 +16,16 @@ use crate::delivery::Entry;
 pub struct Standing {
     state: Mutex<State>,
     tail: Tail,
+    told: watch::Sender<Told>,
+}
+
+/// What clients are told of the bus.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Told {
+    /// Up or down.
+    pub bus: BusState,
+    /// Since when; `None` from the start.
+    pub since: Option<SystemTime>,
 }
 
 #[derive(Debug, Default)]
@@ -62,6 +75,16 @@ impl Standing {
     /// An entry was passed on here.
     pub fn seen(&self, entry: &Entry) {
         self.tail.seen(&entry.envelope.id_key());
+    }
+
+    /// Tells clients of the bus.
+    pub fn tell(&self, told: Told) {
+        self.told.send_replace(told);
+    }
+
+    /// What clients are told of the bus.
+    pub fn told(&self) -> watch::Receiver<Told> {
+        self.told.subscribe()
     }
 
     /// This node's publishes that have not come by yet.

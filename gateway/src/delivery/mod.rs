@@ -124,6 +124,11 @@ pub(crate) mod samples {
         Entry { position: position(epoch, seq), stamp: Token::default(), envelope }
     }
 
+    /// Some time.
+    pub(crate) fn now() -> tokio::time::Instant {
+        tokio::time::Instant::now()
+    }
+
     /// A position.
     pub(crate) fn position(epoch: &str, seq: Seq) -> Position {
         Position::new(epoch.parse().unwrap(), seq)

@@ -8,7 +8,6 @@ use shared::{
     position::{Epoch, Position, Seq},
     protocol::answer::NotRecovered,
 };
-use tokio::time::Instant;
 
 use super::{
     Entry, Followed, Token,
@@ -303,7 +302,7 @@ fn keep(ring: usize) -> Keep {
         ring: RingMax { entries: ring, bytes: 1 << 20 },
         ids_for: Duration::from_secs(600),
         entries_for: Duration::from_secs(3600),
-        now: Instant::now(),
+        now: samples::now(),
     }
 }
 

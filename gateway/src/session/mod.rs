@@ -20,15 +20,15 @@ use shared::{
     ids::RoomId,
     protocol::{
         Ref,
-        answer::{Ack, Answer, Pong, Refusal},
+        answer::{Ack, Answer, BusState, Pong, Refusal, Status},
         request::{self, Body, Message, Request as Frame},
     },
     token::Access,
 };
-use tokio::time::Instant;
+use tokio::{sync::watch, time::Instant};
 
 use crate::{
-    bus::{Appended, BoxFuture, Bus, BusError},
+    bus::{Appended, BoxFuture, Bus, BusError, standing::Told},
     hub::{
         Hub,
         member::{PlacedAck, Subscriber},
@@ -51,6 +51,8 @@ pub struct Services {
     pub hub: Hub,
     /// For reads of a log.
     pub bus: Arc<dyn Bus>,
+    /// What clients are told of the bus.
+    pub told: watch::Receiver<Told>,
     /// What is counted.
     pub metrics: Arc<Metrics>,
     /// How much a session may.
@@ -124,6 +126,21 @@ impl Session {
             frames: Pace::default(),
             unanswered: Arc::default(),
         }
+    }
+
+    /// What clients are told of the bus, to be [told](Session::tell) when it changes.
+    pub fn told(&self) -> watch::Receiver<Told> {
+        let mut told = self.services.told.clone();
+        if told.borrow_and_update().bus == BusState::Down {
+            told.mark_changed();
+        }
+        told
+    }
+
+    /// Sends `status`.
+    pub fn tell(&self, told: Told) {
+        let since = shared::timestamp(told.since.unwrap_or_else(SystemTime::now));
+        self.answer(&Answer::Status(Status { bus: told.bus, since }));
     }
 
     /// When the session's token ends.

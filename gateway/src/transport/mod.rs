@@ -24,12 +24,13 @@ use shared::{
 };
 use tokio::{
     net::TcpStream,
+    sync::watch,
     time::{Instant, Sleep},
 };
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    bus::{BoxFuture, output_of},
+    bus::{BoxFuture, output_of, standing::Told},
     hub::member::{Subscriber, text_frame},
     outbox::Close,
     session::{Performed, Request, Session},
@@ -169,6 +170,7 @@ impl Connection {
         let timer = tokio::time::sleep_until(self.next_look());
         tokio::pin!(timer);
         let mut performing: Option<BoxFuture<Performed>> = None;
+        let mut told = self.session().map(|session| session.told());
         loop {
             if let Some(close) = outbox.begin_close() {
                 return self.close(socket, close, false).await;
@@ -221,6 +223,11 @@ impl Connection {
                 ready = socket.readable(), if reads => {
                     if ready.and_then(|()| self.read(socket)).is_err() {
                         return 1006;
+                    }
+                }
+                news = changed(&mut told), if told.is_some() => {
+                    if let Some(session) = self.session() {
+                        session.tell(news);
                     }
                 }
                 () = timer.as_mut() => {
@@ -396,6 +403,16 @@ impl Connection {
         }
         close.code
     }
+}
+
+/// What clients are told of the bus, when that has changed; never, where nobody is told. Cancel-safe.
+async fn changed(told: &mut Option<watch::Receiver<Told>>) -> Told {
+    if let Some(told) = told
+        && told.changed().await.is_ok()
+    {
+        return *told.borrow_and_update();
+    }
+    std::future::pending().await
 }
 
 /// Reads and forgets until the other side is done.

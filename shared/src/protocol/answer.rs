@@ -34,6 +34,8 @@ pub enum Answer<E> {
     Pong(Pong),
     /// Continuity could not be kept.
     Reset(Reset),
+    /// Whether the gateway can prove that nothing is missing.
+    Status(Status),
     /// Go to another node; close 1012 follows.
     Reconnect(Reconnect),
     /// A frame was refused.
@@ -59,6 +61,7 @@ impl<E> Answer<E> {
             Self::Connected(_)
             | Self::Message(_)
             | Self::Reset(_)
+            | Self::Status(_)
             | Self::Reconnect(_)
             | Self::Ping(_)
             | Self::Unknown => None,
@@ -261,6 +264,27 @@ pub struct Reset {
     pub seq: Seq,
     /// Why.
     pub reason: NotRecovered,
+}
+
+/// `status`: while the bus is down frames may be late; `up` follows when every room that the
+/// gateway follows is proven whole.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// Up or down.
+    pub bus: BusState,
+    /// Since when, by the gateway's clock.
+    pub since: String,
+}
+
+/// Whether the gateway hears and reaches the bus.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BusState {
+    /// It does, and nothing is missing.
+    #[default]
+    Up,
+    /// It does not, or has not made good yet what it missed.
+    Down,
 }
 
 /// `reconnect`

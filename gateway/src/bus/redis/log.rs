@@ -11,10 +11,11 @@ use shared::{
     position::{Epoch, Position, Seq},
 };
 
-use super::{Server, is_stale, refused_or_away, script, topology::Reader};
+use super::{Server, heal::Healer, is_stale, refused_or_away, script, topology::Reader};
 use crate::{
     bus::{BoxFuture, BusError, READ_BYTES_MAX, Range, random_epoch},
-    delivery::{Entry, Token, page::Page},
+    delivery::{Entry, Followed, Token, page::Page},
+    telemetry::metrics::Metrics,
 };
 
 /// The most heads in one pipeline, so that a node with many rooms does not hold Redis up.
@@ -23,15 +24,17 @@ const HEADS_MAX: usize = 512;
 #[derive(Clone)]
 pub(super) struct Log {
     server: Arc<Server>,
+    healer: Healer,
     read: redis::Script,
     delete: redis::Script,
 }
 
 impl Log {
-    pub(super) fn new(server: Arc<Server>) -> Self {
+    pub(super) fn new(server: Arc<Server>, metrics: Arc<Metrics>) -> Self {
+        let healer = Healer::new(server.clone(), metrics);
         let read = script(include_str!("scripts/read.lua"));
         let delete = script(include_str!("scripts/delete.lua"));
-        Self { server, read, delete }
+        Self { server, healer, read, delete }
     }
 
     pub(super) fn read(&self, room: RoomId, range: Range) -> BoxFuture<Result<Page, BusError>> {
@@ -52,6 +55,14 @@ impl Log {
         Box::pin(async move {
             let token = log.server.agreed().await;
             log.ask(async |reader| log.delete_by(reader, &room, token).await).await
+        })
+    }
+
+    pub(super) fn heal(&self, held: Followed) -> BoxFuture<Result<(), BusError>> {
+        let log = self.clone();
+        Box::pin(async move {
+            let token = log.server.agreed().await;
+            log.ask(async |reader| log.healer.heal(reader, token, vec![held]).await).await
         })
     }
 

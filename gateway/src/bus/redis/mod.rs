@@ -22,7 +22,7 @@ use tokio::sync::watch;
 
 use super::{Append, BoxFuture, Bus, BusError, HEAD_TTL, Mailboxes, Range, Retention};
 use crate::{
-    delivery::{Token, page::Page},
+    delivery::{Followed, Token, page::Page},
     drain::Tasks,
     telemetry::metrics::Metrics,
 };
@@ -33,6 +33,7 @@ mod heal;
 mod links;
 mod log;
 mod probe;
+mod status;
 mod subscriber;
 pub mod topology;
 
@@ -132,11 +133,12 @@ impl RedisBus {
         standing.suspend();
         standing.settle(false);
         let links = Arc::new(Links::new(standing, metrics));
-        let log = log::Log::new(server.clone());
+        let log = log::Log::new(server.clone(), links.metrics.clone());
         let appender = appender::start(server.clone(), links.clone(), tasks);
         let subscriber = subscriber::start(server.clone(), links.clone(), mailboxes.clone(), tasks);
         let node = &options.node;
-        agreement::start(server.clone(), links.clone(), mailboxes, node, tasks);
+        agreement::start(server.clone(), links.clone(), mailboxes.clone(), node, tasks);
+        status::start(server.clone(), links.clone(), mailboxes, tasks);
         Self { server, appender, subscriber, log, links }
     }
 
@@ -180,8 +182,8 @@ impl Bus for RedisBus {
         self.log.delete(room)
     }
 
-    fn heal(&self, _held: crate::delivery::Followed) -> BoxFuture<Result<(), BusError>> {
-        Box::pin(std::future::ready(Ok(())))
+    fn heal(&self, held: Followed) -> BoxFuture<Result<(), BusError>> {
+        self.log.heal(held)
     }
 
     fn failing(&self) -> Option<&'static str> {

@@ -1,0 +1,56 @@
+//! What clients are told of the bus: `down` when it has been away for a moment, `up` when every
+//! room that this node follows is proven whole.
+
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use shared::protocol::answer::BusState;
+use tokio::time::Instant;
+
+use super::{Server, links::Links};
+use crate::{
+    bus::{Mailboxes, standing::Told},
+    drain::Tasks,
+};
+
+/// How often it is looked.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// A link that is back and made good within this is nothing that clients need to hear of.
+const UNTOLD_MAX: Duration = Duration::from_millis(500);
+
+pub(super) fn start(server: Arc<Server>, links: Arc<Links>, mailboxes: Mailboxes, tasks: &Tasks) {
+    let stopped = tasks.stopped().clone();
+    tasks.spawn_service("redis_status", async move {
+        tokio::select! {
+            biased;
+            () = stopped.cancelled() => {}
+            () = watch(&server, &links, &mailboxes) => {}
+        }
+    });
+}
+
+async fn watch(server: &Server, links: &Links, mailboxes: &Mailboxes) {
+    let standing = mailboxes.standing();
+    let mut look = tokio::time::interval(LOOK_EVERY);
+    let mut since: Option<(Instant, SystemTime)> = None;
+    let mut told = BusState::Up;
+    loop {
+        look.tick().await;
+        links.show(server);
+        if links.are_up(server) && mailboxes.is_whole() {
+            if told == BusState::Down {
+                told = BusState::Up;
+                standing.tell(Told { bus: told, since: Some(SystemTime::now()) });
+            }
+            since = None;
+            continue;
+        }
+        let (began, at) = *since.get_or_insert_with(|| (Instant::now(), SystemTime::now()));
+        if told == BusState::Up && began.elapsed() >= UNTOLD_MAX {
+            told = BusState::Down;
+            standing.tell(Told { bus: told, since: Some(at) });
+        }
+    }
+}
