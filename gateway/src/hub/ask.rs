@@ -143,9 +143,12 @@ impl Shard {
         tracing::error!(room = %name, top = %held.top,
             "two histories of a room share numbers, or its log is older than what was passed on");
         room.follow.begin_read();
+        // Twice in a row: the server does not know better yet.
+        let pause = if room.healing { READ_AGAIN } else { Duration::ZERO };
+        room.healing = true;
         let (generation, range) = (room.generation, room.next_range());
         let asked = self.asked(name.clone(), generation, Purpose::GoOn);
-        self.spawn_read(asked, Some(held), range, Duration::ZERO);
+        self.spawn_read(asked, Some(held), range, pause);
     }
 
     /// Reads a log in a task, which puts the answer into this shard's queue.
@@ -168,7 +171,10 @@ impl Shard {
         let (bus, calls) = (self.bus.clone(), self.calls.clone());
         let metrics = self.turn.metrics.clone();
         let read = async move {
-            tokio::time::sleep(pause).await;
+            // A sleep of no time would take a tick of the clock.
+            if !pause.is_zero() {
+                tokio::time::sleep(pause).await;
+            }
             if let Purpose::Open = asked.purpose
                 && let Err(error) = bus.follow(asked.room.clone()).await
             {
@@ -255,6 +261,7 @@ impl Shard {
         let before = Taken::by(room);
         let need = room.read(page, &mut self.turn);
         self.budget.count(before, room, self.turn.keep.now);
+        room.healing &= need == Need::Heal;
         let waiting = room.take_waiting();
         self.meet(name, need);
         self.forget_ids();
