@@ -187,6 +187,12 @@ impl Turn {
         Self { keep, metrics, standing, orphans, touched, deliveries: 0, lags: 0 }
     }
 
+    /// Whether joins of `room` may be answered: until the nodes have agreed on a server, what is
+    /// held may not be what is gone on with.
+    pub(super) fn serves(&self, room: &RoomId) -> bool {
+        self.standing.serves(self.keep.now, room)
+    }
+
     /// Has what `subscriber` holds written at the end of the turn.
     pub(super) fn touch(&mut self, subscriber: &Arc<Subscriber>) {
         self.touched.push(subscriber.clone());

@@ -19,6 +19,7 @@ use tokio::{
 
 use super::{
     COMPARE_EVERY, Call, HubOptions, LINGER, Purpose,
+    ask::READ_AGAIN,
     budget::{Budget, Taken},
     join::{Join, Step},
     member::{Subscriber, Turn},
@@ -64,7 +65,7 @@ pub(super) struct Shard {
     pub(super) doubtful: usize,
     /// Whether the node may pass nothing on.
     pub(super) fenced: bool,
-    /// How often that came to be.
+    /// How often the fence came to be.
     pub(super) fence: u64,
     /// How many reads for members that are behind are under way.
     pub(super) stretches: usize,
@@ -265,8 +266,7 @@ impl Shard {
             room.wait(join);
             return;
         }
-        // Until the nodes have agreed on a server, what is held may not be what is gone on with.
-        let serves = !self.fenced && self.turn.standing.serves(self.turn.keep.now, &name);
+        let serves = self.turn.serves(&name);
         let step = if serves { room.join(join, &mut self.turn) } else { Step::Wait(join) };
         self.go_on_with(&name, step);
     }
@@ -283,7 +283,9 @@ impl Shard {
             }
             Step::Wait(join) => {
                 room.wait(join);
-                self.read_on(name);
+                // A read may come back before the node may answer joins.
+                let pause = if self.turn.serves(name) { Duration::ZERO } else { READ_AGAIN };
+                self.read_on_after(name, pause);
             }
         }
     }
