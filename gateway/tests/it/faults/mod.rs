@@ -58,11 +58,13 @@ async fn until_ready(nodes: &[Node]) {
     }
 }
 
-/// A metric of a node.
+/// A metric of a node; 0 where nothing was counted under its labels yet.
 async fn metric(node: &Node, name: &str) -> f64 {
     let metrics = get(node.admin, "/metrics").await.body;
+    let family = name.split('{').next().unwrap();
+    assert!(metrics.contains(family), "no {name} in {metrics}");
     let value = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-    value.unwrap_or_else(|| panic!("no {name} in {metrics}")).parse().unwrap()
+    value.map_or(0.0, |value| value.parse().unwrap())
 }
 
 /// What a node has in memory.

@@ -16,7 +16,7 @@ const SLOW: usize = 4;
 const MESSAGE_BYTES: usize = 20 * 1024;
 
 struct Trial {
-    _redis: Redis,
+    redis: Redis,
     nodes: Vec<Node>,
     /// The way of the slow client to the first node.
     wire: Wire,
@@ -42,12 +42,12 @@ async fn start(extra: &[(&str, &str)]) -> Trial {
     });
     let party = Party::start(manners).await;
     party.goes_on(100).await;
-    Trial { _redis: redis, nodes, wire, party }
+    Trial { redis, nodes, wire, party }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_slow_reader_catches_up_in_place_and_takes_bounded_memory() {
-    let Trial { nodes, wire, party, .. } = start(&[]).await;
+    let Trial { redis: _redis, nodes, wire, party } = start(&[]).await;
     let before = resident_bytes(&nodes[0]);
     let mut highest = before;
     for _ in 0..3 {
@@ -78,7 +78,7 @@ async fn a_slow_reader_catches_up_in_place_and_takes_bounded_memory() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reader_that_falls_behind_the_log_is_told() {
     let short = [("history.max_entries", "50"), ("history.window", "1s")];
-    let Trial { wire, party, .. } = start(&short).await;
+    let Trial { redis: _redis, nodes: _nodes, wire, party } = start(&short).await;
     wire.set(Mode::NoAnswers);
     party.goes_on(700).await;
     wire.set(Mode::Open);
@@ -95,7 +95,7 @@ async fn a_reader_that_falls_behind_the_log_is_told() {
 async fn a_client_that_reads_nothing_is_closed_with_4003_and_misses_nothing() {
     // 30 s in the full trial, as it is by default.
     let stall = if is_full() { "30s" } else { "3s" };
-    let Trial { nodes, wire, party, .. } =
+    let Trial { redis: _redis, nodes, wire, party } =
         start(&[("heartbeat.stall_max", stall), ("history.max_bytes", "512MiB")]).await;
     wire.set(Mode::NoAnswers);
     let closed = r#"gateway_disconnects_total{code="4003"}"#;
