@@ -38,7 +38,8 @@ impl Bare {
             ttl: Duration::from_secs(3600),
             dedup_window: Duration::from_secs(600),
         };
-        let options = RedisOptions { url: redis.url(), partitions: 256, retention };
+        let node = "bare".to_owned();
+        let options = RedisOptions { url: redis.url(), partitions: 256, retention, node };
         let bus = RedisBus::start(options, mailboxes.clone(), metrics.clone(), &tasks).unwrap();
         within(bus.reached()).await.unwrap();
         let bus: Arc<dyn Bus> = Arc::new(bus);

@@ -366,7 +366,11 @@ impl Client {
                 self.refused(&mut book, &refusal, goal.is_some(), join_at);
             }
             Received::Frame(
-                Answer::Pong(_) | Answer::Ping(_) | Answer::Unknown | Answer::Reconnect(_),
+                Answer::Pong(_)
+                | Answer::Ping(_)
+                | Answer::Status(_)
+                | Answer::Unknown
+                | Answer::Reconnect(_),
                 _,
             )
             | Received::Ping(_)
