@@ -17,7 +17,7 @@ use shared::{
 };
 
 use super::wire::{Mode, Wire};
-use crate::harness::{Gateway, Redis, get, next_message, room, say, until, within};
+use crate::harness::{Gateway, Redis, get, hub_options, next_message, room, say, until, within};
 
 /// A node without a listener, for what no frame can ask yet.
 struct Bare {
@@ -43,7 +43,7 @@ impl Bare {
         let bus = RedisBus::start(options, mailboxes.clone(), metrics.clone(), &tasks).unwrap();
         within(bus.reached()).await.unwrap();
         let bus: Arc<dyn Bus> = Arc::new(bus);
-        let hub = Hub::start(&bus, mailboxes, letters, 1 << 28, &metrics, &tasks);
+        let hub = Hub::start(&bus, mailboxes, letters, hub_options(), &metrics, &tasks);
         Self { bus, _hub: hub, tasks }
     }
 }
