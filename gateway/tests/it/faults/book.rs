@@ -146,6 +146,11 @@ impl Book {
         self.readers[reader].breaks.len()
     }
 
+    /// The first of what was wrong so far.
+    pub fn examples(&self) -> &[String] {
+        &self.examples
+    }
+
     pub fn wrong(&mut self, reader: usize, wrong: Wrong, what: impl fmt::Display) {
         *self.wrong.entry(wrong).or_default() += 1;
         if self.examples.len() < 20 {

@@ -21,6 +21,7 @@ mod slow;
 mod sends;
 mod reload;
 mod deleted;
+mod mixed;
 
 /// Options of nodes whose clients speak as fast as they like.
 const UNLIMITED: [(&str, &str); 2] =

@@ -4,16 +4,26 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{addresses, length, party::Party, ready, start_nodes, until_ready};
+use super::{
+    addresses, length,
+    party::{Party, manners},
+    ready, start_nodes, until_ready,
+};
 use crate::harness::{Redis, get, until};
 
 /// Kills Redis again and again under load, each time at another moment of it.
 async fn kill_redis(mut redis: Redis, kills: u64, what: &str) {
     let nodes = start_nodes(&redis, 2).await;
-    let party = Party::at(&addresses(&nodes)).await;
+    // Many on their way at any moment, so that some are acknowledged and nothing else.
+    let addresses = [addresses(&nodes), addresses(&nodes), addresses(&nodes)].concat();
+    let mut manners = manners(&addresses);
+    for manner in &mut manners {
+        manner.pace = Duration::from_millis(3);
+    }
+    let party = Party::start(manners).await;
     let mut whole_slowest = Duration::ZERO;
     for kill in 0..kills {
-        party.goes_on(100).await;
+        party.goes_on(300).await;
         party.talks_for(Duration::from_millis(kill * 37 % 200)).await;
         redis.kill().await;
         if kill == 0 {
@@ -67,6 +77,30 @@ async fn who_was_away_for_longer_than_the_rings_go_back_is_told() {
     // It and nobody else.
     assert_eq!((report.not_recovered, report.resets), (1, 0), "{report}");
     assert!(report.skipped > 0, "{report}");
+}
+
+/// Redis stands still, and goes on as if nothing had been.
+async fn freeze_redis(times: &[Duration]) {
+    let redis = Redis::start().await;
+    let nodes = start_nodes(&redis, 2).await;
+    let party = Party::at(&addresses(&nodes)).await;
+    for time in times {
+        party.goes_on(100).await;
+        redis.signal("STOP");
+        party.talks_for(*time).await;
+        redis.signal("CONT");
+        until_ready(&nodes).await;
+        party.goes_on(100).await;
+    }
+    let report = party.finish().await;
+    report.check_seamless(&format!("Redis SIGSTOP {times:?}"));
+    assert!(report.connections.iter().all(|count| *count == 1), "{:?}", report.connections);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_redis_that_stands_still_is_waited_for() {
+    let short = [500, 3_000, 12_000].map(Duration::from_millis);
+    freeze_redis(&short).await;
 }
 
 /// Throws connections out for a while, at this pace.
