@@ -5,20 +5,28 @@
 # something is missing.
 set -eu
 
-[ $# -gt 0 ] || set -- gcc libc6-dev redis-server nginx chromium chromium-driver openssl
+[ $# -gt 0 ] || set -- gcc libc6-dev redis-server nginx chromium chromium-driver openssl valkey-server
 
 missing=
+backports=
 for package in "$@"; do
     case $(dpkg-query -W -f '${db:Status-Status}' "$package" 2> /dev/null) in
     installed) ;;
     *)
         # Any nginx does, Debian has several.
         [ "$package" = nginx ] && [ -x /usr/sbin/nginx ] && continue
+        # Debian 12 has it among its backports, other systems have none: the tests say so then.
+        if [ "$package" = valkey-server ]; then
+            codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
+            [ "$codename" = bookworm ] && backports=$package
+            apt-cache show $package > /dev/null 2>&1 || continue
+            backports=
+        fi
         missing="$missing $package"
         ;;
     esac
 done
-[ -n "$missing" ] || exit 0
+[ -n "$missing$backports" ] || exit 0
 
 command -v apt-get > /dev/null || {
     echo "setup.sh: needs$missing, and there is no apt-get to install them: install them by hand" >&2
@@ -27,22 +35,38 @@ command -v apt-get > /dev/null || {
 as_root=
 if [ "$(id -u)" -ne 0 ]; then
     command -v sudo > /dev/null || {
+        [ -n "$missing" ] || exit 0
         echo "setup.sh: needs$missing: run 'apt-get install$missing' as root" >&2
         exit 1
     }
     as_root=sudo
 fi
 
-echo "setup.sh: installing$missing"
+echo "setup.sh: installing$missing${backports:+ $backports}"
 # A package must not start a server of its own: the tests start theirs on free ports.
 policy=/usr/sbin/policy-rc.d
+lists=$(mktemp -d)
+trap 'rm -rf "$lists"' EXIT
 if [ ! -e $policy ]; then
     printf '#!/bin/sh\nexit 101\n' | $as_root tee $policy > /dev/null
     $as_root chmod +x $policy
-    trap '$as_root rm -f $policy' EXIT
+    trap '$as_root rm -rf $policy "$lists"' EXIT
 fi
-$as_root apt-get update -qq
-# The unquoted list is one word per package.
+install() {
+    # The unquoted list is one word per package.
+    # shellcheck disable=SC2086
+    $as_root env DEBIAN_FRONTEND=noninteractive apt-get $from update -qq &&
+        $as_root env DEBIAN_FRONTEND=noninteractive apt-get $from install -y -qq --no-install-recommends "$@" > /dev/null
+}
+from=
 # shellcheck disable=SC2086
-$as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing > /dev/null
-echo "setup.sh: installed$missing"
+[ -z "$missing" ] || install $missing
+if [ -n "$backports" ]; then
+    # From a list of its own, so that the system's stays as it is. What the package needs came with redis-server.
+    mkdir -p "$lists/state" && chmod -R 755 "$lists"
+    key=/usr/share/keyrings/debian-archive-keyring.gpg
+    echo "deb [signed-by=$key] http://deb.debian.org/debian bookworm-backports main" > "$lists/backports.list"
+    from="-o Dir::Etc::sourcelist=$lists/backports.list -o Dir::Etc::sourceparts=/dev/null -o Dir::State::lists=$lists/state"
+    install "$backports" || echo "setup.sh: no $backports: the tests go without"
+fi
+echo "setup.sh: done"

@@ -18,8 +18,15 @@ use rand::{RngExt as _, distr::Alphanumeric};
 use shared::{ids::NodeId, protocol::MESSAGE_BYTES_MAX};
 
 use crate::{
-    bus::{Retention, redis::RedisOptions},
+    bus::{
+        Retention,
+        redis::{
+            RedisOptions,
+            topology::{TlsFiles, url::Topology},
+        },
+    },
     http::{HttpLimits, HttpOptions, origin::AllowedOrigins},
+    hub::HubOptions,
     limits::Rate,
     session::{SessionLimits, auth::Auth},
     telemetry::LogFormat,
@@ -54,8 +61,8 @@ pub struct Config {
     pub session: SessionLimits,
     /// How many tasks rooms are spread over.
     pub shards: usize,
-    /// What all rings together may hold, in bytes.
-    pub ring_bytes_max: usize,
+    /// What the hub keeps.
+    pub hub: HubOptions,
     /// How long `ready` says 503 before clients are sent away.
     pub drain_delay: Duration,
     /// What works but should be known.
@@ -154,7 +161,10 @@ impl Config {
         let auth_cookie = r.take("auth.cookie", "token", "The cookie a token may come in.");
         let _api_key = r.take::<String>("api.key", "", "The key of the server API, which is not there yet.");
 
-        let redis_url = r.take::<Option_<String>>("cluster.redis_url", "", "Redis of the cluster, as `redis://user:password@host:6379/0`. Empty: a single node that keeps logs in memory.");
+        let redis_url = r.take::<Option_<String>>("cluster.redis_url", "", "Redis of the cluster, as `redis://user:password@host:6379/0` or `redis+sentinel://user:password@s1,s2,s3/primary`; `rediss` for TLS. Empty: a single node that keeps logs in memory.");
+        let ca_file = r.take::<Option_<PathBuf>>("cluster.redis_ca_file", "", "With TLS: the authorities that may have signed Redis' certificate (PEM). Empty: the public ones.");
+        let cert_file = r.take::<Option_<PathBuf>>("cluster.redis_cert_file", "", "With TLS: the certificate that this node shows to Redis (PEM). Redis asks for one unless it has `tls-auth-clients no`.");
+        let key_file = r.take::<Option_<PathBuf>>("cluster.redis_key_file", "", "The key of `cluster.redis_cert_file` (PEM).");
         let partitions = r.take_in("cluster.partitions", "256", 1..=16_384_u16, "Over how many partitions rooms are spread in Redis. The same on all nodes, for good.");
 
         let publish_wait = r.take::<Span>("publish.wait", "5s", "How long a send, `join` or `history` waits for Redis before `unavailable`.");
@@ -167,6 +177,7 @@ impl Config {
 
         let shards = r.take_in("hub.shards", "0", 0..=256_usize, "Over how many tasks rooms are spread on a node. 0: one per core.");
         let ring_bytes = r.take::<Bytes>("hub.ring_bytes_max", "256MiB", "The most that the newest entries of all rooms take in a node's memory.");
+        let ids_bytes = r.take::<Bytes>("hub.ids_bytes_max", "64MiB", "The most that the ids of messages within `dedup.window` take in a node's memory, to be given back to a Redis that lost them; the oldest go first.");
 
         let interval = r.take::<Span>("heartbeat.interval", "25s", "How often a connection is pinged.");
         let silence = r.take::<Span>("heartbeat.silence_max", "60s", "A connection from which nothing is heard for so long is closed with 4002.");
@@ -188,6 +199,20 @@ impl Config {
             r.mistake("server.allowed_origins", error.to_string());
             AllowedOrigins::default()
         });
+        let topology = redis_url.0.as_ref().and_then(|url| {
+            url.parse::<Topology>().map_err(|error| r.mistake("cluster.redis_url", error.to_string())).ok()
+        });
+        if topology.as_ref().is_some_and(|topology| !topology.has_tls()) {
+            for (key, file) in [("cluster.redis_ca_file", &ca_file.0), ("cluster.redis_cert_file", &cert_file.0)] {
+                if file.is_some() {
+                    r.mistake(key, "is for TLS, and cluster.redis_url does not begin with rediss".into());
+                }
+            }
+        }
+        if cert_file.0.is_some() != key_file.0.is_some() {
+            r.mistake("cluster.redis_key_file", "goes together with cluster.redis_cert_file: set both or none".into());
+        }
+        let tls = TlsFiles { ca: ca_file.0, own: cert_file.0.zip(key_file.0) };
         if jwt && secret.is_empty() {
             r.mistake("auth.jwt_secret", "is needed where auth.mode is `jwt`".into());
         }
@@ -199,7 +224,7 @@ impl Config {
                 r.mistake(key, "has to be 1ms to 10 years".into());
             }
         }
-        for (key, bytes) in [("limits.message_bytes_max", &message_bytes), ("limits.outbox_bytes_max", &outbox_bytes), ("history.max_bytes", &bytes_max), ("history.memory_bytes_max", &memory_bytes), ("hub.ring_bytes_max", &ring_bytes)] {
+        for (key, bytes) in [("limits.message_bytes_max", &message_bytes), ("limits.outbox_bytes_max", &outbox_bytes), ("history.max_bytes", &bytes_max), ("history.memory_bytes_max", &memory_bytes), ("hub.ring_bytes_max", &ring_bytes), ("hub.ids_bytes_max", &ids_bytes)] {
             if bytes.0 < 128 || bytes.0 > 1 << 40 {
                 r.mistake(key, "has to be 128 bytes to 1 TiB".into());
             }
@@ -226,7 +251,7 @@ impl Config {
             node: node.clone(),
             log_format,
             log_level: log_level.0,
-            redis: redis_url.0.map(|url| RedisOptions { url, partitions, retention: retention.clone(), node: node.to_string() }),
+            redis: redis_url.0.map(|url| RedisOptions { url, tls, partitions, retention: retention.clone(), node: node.to_string() }),
             retention,
             http: HttpOptions {
                 auth: if jwt { Auth::jwt(&secret, leeway.0) } else { Auth::Anonymous },
@@ -254,7 +279,7 @@ impl Config {
                 wait_max: publish_wait.0,
             },
             shards: if shards == 0 { std::thread::available_parallelism().map_or(1, usize::from) } else { shards },
-            ring_bytes_max: ring_bytes.0,
+            hub: HubOptions { ring_bytes_max: ring_bytes.0, ids_bytes_max: ids_bytes.0, dedup_window: dedup_window.0, log_ttl: ttl.0 },
             drain_delay: drain_delay.0,
             warnings,
         }

@@ -62,6 +62,12 @@ impl Tasks {
         };
     }
 
+    /// The same group of tasks, whose services can be ended apart from the others by cancelling
+    /// what [`Tasks::stopped`] of it gives.
+    pub fn part(&self) -> Self {
+        Self { stopped: self.stopped.child_token(), ..self.clone() }
+    }
+
     /// Cancelled when no new client is taken and the present ones are sent away.
     pub fn leaving(&self) -> &CancellationToken {
         &self.leaving

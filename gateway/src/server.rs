@@ -86,8 +86,7 @@ impl Server {
         };
         metrics.bus_up.set(i64::from(redis.is_none()));
         let told = mailboxes.standing().told();
-        let ring_bytes_max = config.ring_bytes_max;
-        let hub = Hub::start(&bus, mailboxes, letters, ring_bytes_max, &metrics, &tasks);
+        let hub = Hub::start(&bus, mailboxes, letters, config.hub, &metrics, &tasks);
         let http_limits = &config.http.limits;
         let publisher = Publisher::new(
             bus.clone(),

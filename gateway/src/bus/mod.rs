@@ -20,7 +20,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -31,7 +31,7 @@ use shared::{
     position::{Position, Seq},
 };
 use tokio::{
-    sync::{Notify, mpsc, oneshot},
+    sync::{Notify, mpsc, oneshot, watch},
     time::Instant,
 };
 
@@ -40,6 +40,7 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
+pub mod home;
 pub mod memory;
 pub mod redis;
 pub mod standing;
@@ -84,6 +85,10 @@ pub trait Bus: Send + Sync {
     /// Deletes a room's log. The room begins anew in a later epoch, and what nodes hold of the old
     /// one is not brought back: neither by those who were cut off meanwhile.
     fn delete(&self, room: RoomId) -> BoxFuture<Result<(), BusError>>;
+
+    /// Has the log compared with what this node holds of it. What the log lacks is given back; where
+    /// two histories share numbers the log goes on in a new epoch, which a read then shows.
+    fn heal(&self, held: Followed) -> BoxFuture<Result<(), BusError>>;
 
     /// What keeps this node from publishing and hearing, if anything: names for `ready`.
     fn failing(&self) -> Option<&'static str>;
@@ -217,17 +222,21 @@ struct Mailbox {
     doubt: Arc<Doubt>,
 }
 
-/// Tells a shard that entries may have been lost on the way to it.
+/// Tells a shard that entries may have been lost on the way to it, and hears when it has made sure
+/// that it has them all.
 #[derive(Debug, Default)]
 pub struct Doubt {
-    raised: AtomicBool,
+    /// How often doubt was raised.
+    raised: AtomicU64,
     notify: Notify,
+    /// Up to which of those everything was compared and read since.
+    settled: watch::Sender<u64>,
 }
 
 impl Doubt {
-    /// Whether doubt was raised since the last call.
-    pub fn take(&self) -> bool {
-        self.raised.swap(false, Ordering::AcqRel)
+    /// How often doubt was raised.
+    pub fn count(&self) -> u64 {
+        self.raised.load(Ordering::Acquire)
     }
 
     /// Waits until doubt is raised. Cancel-safe.
@@ -235,9 +244,24 @@ impl Doubt {
         self.notify.notified().await;
     }
 
+    /// All rooms were proven whole since doubt was raised for the `count`th time.
+    pub fn settle(&self, count: u64) {
+        self.settled.send_replace(count);
+    }
+
     fn raise(&self) {
-        self.raised.store(true, Ordering::Release);
+        self.raised.fetch_add(1, Ordering::AcqRel);
         self.notify.notify_one();
+    }
+
+    fn is_settled(&self) -> bool {
+        *self.settled.borrow() >= self.count()
+    }
+
+    async fn settled(&self) {
+        let count = self.count();
+        // The sender lives as long as `self`.
+        let _ = self.settled.subscribe().wait_for(|settled| *settled >= count).await;
     }
 }
 
@@ -317,6 +341,21 @@ impl Mailboxes {
     pub fn doubt(&self) {
         for mailbox in &*self.shards {
             mailbox.doubt.raise();
+        }
+    }
+
+    /// Whether every room followed was proven whole since doubt was raised last: its log was
+    /// compared, and what that had more was read.
+    pub fn is_whole(&self) -> bool {
+        self.shards.iter().all(|mailbox| mailbox.doubt.is_settled())
+    }
+
+    /// Waits until that is so. Cancel-safe.
+    pub async fn whole(&self) {
+        while !self.is_whole() {
+            for mailbox in &*self.shards {
+                mailbox.doubt.settled().await;
+            }
         }
     }
 }

@@ -1,13 +1,13 @@
 //! What bus and hub know of this node's own state, one telling the other: whether it may pass
 //! entries on and answer joins, and which of its own publishes it has seen come back.
 
-use std::time::SystemTime;
+use std::{collections::BTreeSet, time::SystemTime};
 
 use parking_lot::Mutex;
-use shared::protocol::answer::BusState;
+use shared::{ids::RoomId, protocol::answer::BusState};
 use tokio::{sync::watch, time::Instant};
 
-use super::tail::Tail;
+use super::{home::home_of, tail::Tail};
 use crate::delivery::Entry;
 
 /// The state of one node. The bus writes it, the hub asks; a bus without others to agree with
@@ -17,6 +17,7 @@ pub struct Standing {
     state: Mutex<State>,
     tail: Tail,
     told: watch::Sender<Told>,
+    regained: watch::Sender<()>,
 }
 
 /// What clients are told of the bus.
@@ -31,8 +32,10 @@ pub struct Told {
 #[derive(Debug, Default)]
 struct State {
     until: Until,
-    /// The nodes have to agree on a server first.
-    unsettled: bool,
+    /// How many homes there are.
+    homes: u16,
+    /// Those for which the nodes have to agree on a server first.
+    unsettled: BTreeSet<u16>,
 }
 
 /// Until when the others count on this node.
@@ -51,10 +54,10 @@ impl Standing {
         self.state.lock().holds(now)
     }
 
-    /// Whether joins may be answered and messages published now.
-    pub fn serves(&self, now: Instant) -> bool {
+    /// Whether joins of a room may be answered and messages published now.
+    pub fn serves(&self, now: Instant, room: &RoomId) -> bool {
         let state = self.state.lock();
-        state.holds(now) && !state.unsettled
+        state.holds(now) && !state.unsettled.contains(&home_of(room, state.homes))
     }
 
     /// Lets this node stand until `until`.
@@ -62,14 +65,38 @@ impl Standing {
         self.state.lock().until = Until::Instant(until);
     }
 
+    /// Tells that this node stands again.
+    pub fn regain(&self) {
+        self.regained.send_replace(());
+    }
+
+    /// Changes whenever this node stands again.
+    pub fn regained(&self) -> watch::Receiver<()> {
+        self.regained.subscribe()
+    }
+
     /// Takes this node's standing away, until it is extended.
     pub fn suspend(&self) {
         self.state.lock().until = Until::Never;
     }
 
-    /// Notes whether the nodes have agreed on a server.
-    pub fn settle(&self, settled: bool) {
-        self.state.lock().unsettled = !settled;
+    /// There are so many homes, and the nodes have to agree on a server for each.
+    pub fn unsettle(&self, homes: u16) {
+        let state = &mut *self.state.lock();
+        state.homes = homes;
+        state.unsettled = (0..homes).collect();
+    }
+
+    /// Notes whether the nodes have agreed on a server for some homes.
+    pub fn settle(&self, homes: impl IntoIterator<Item = u16>, settled: bool) {
+        let unsettled = &mut self.state.lock().unsettled;
+        for home in homes {
+            if settled {
+                unsettled.remove(&home);
+            } else {
+                unsettled.insert(home);
+            }
+        }
     }
 
     /// An entry was passed on here.

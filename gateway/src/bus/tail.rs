@@ -103,12 +103,16 @@ impl Tail {
         }
     }
 
-    /// Takes what was acknowledged and has not come by, in the order it was sent.
-    pub fn take(&self, now: Instant) -> Vec<Repeat> {
+    /// Takes what was acknowledged and has not come by in some of the rooms, in the order it was
+    /// sent.
+    pub fn take(&self, now: Instant, of: impl Fn(&RoomId) -> bool) -> Vec<Repeat> {
         let kept = &mut *self.kept.lock();
         kept.forget_old(now);
-        let ids: Vec<IdKey> = kept.acknowledged.drain(..).map(|(_, id)| id).collect();
-        let mut taken: Vec<Publish> = ids.iter().filter_map(|id| kept.remove(id)).collect();
+        let wanted = |id: &IdKey| kept.publishes.get(id).is_none_or(|publish| of(&publish.room));
+        let (ids, others) =
+            kept.acknowledged.drain(..).partition::<Vec<_>, _>(|(_, id)| wanted(id));
+        kept.acknowledged = others.into();
+        let mut taken: Vec<Publish> = ids.iter().filter_map(|(_, id)| kept.remove(id)).collect();
         taken.sort_unstable_by_key(|publish| publish.number);
         let repeat = |publish: Publish| {
             let (at, _) = publish.at?;
@@ -179,8 +183,8 @@ mod tests {
         tail.seen(&ids[1]);
         tail.acknowledged(&ids[1], &position("e", 2), now);
         tail.seen(&ids[3]);
-        assert_eq!(positions(tail.take(now)), [1, 3, 5]);
-        assert!(tail.take(now).is_empty());
+        assert_eq!(positions(tail.take(now, |_| true)), [1, 3, 5]);
+        assert!(tail.take(now, |_| true).is_empty());
         assert_eq!(tail.kept.lock().bytes, 0);
     }
 
@@ -191,7 +195,7 @@ mod tests {
         tail.acknowledged(&old, &position("e", 1), now);
         tail.failed(&failed);
         tail.acknowledged(&young, &position("e", 3), now + KEPT_FOR);
-        assert_eq!(positions(tail.take(now + KEPT_FOR)), [3]);
+        assert_eq!(positions(tail.take(now + KEPT_FOR, |_| true)), [3]);
         let bytes = || tail.kept.lock().bytes;
         assert_eq!(bytes(), 0);
         for seq in 0..BYTES_MAX as u64 / 256 {

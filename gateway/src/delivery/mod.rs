@@ -11,9 +11,12 @@ use shared::{
     position::Position,
 };
 
-pub mod order;
 pub mod page;
 pub mod ring;
+pub mod ids;
+pub mod follow;
+pub mod judge;
+pub mod serve;
 
 /// Tells one run of a server from every other: another server, or the same one restarted or become
 /// primary again, has another token. Written as 16 hexadecimal digits.
@@ -93,6 +96,9 @@ pub fn ordinal(epoch: &shared::position::Epoch) -> u64 {
 }
 
 #[cfg(test)]
+mod tests;
+
+#[cfg(test)]
 pub(crate) mod samples {
     //! Entries for the tests of this module and those above it.
 
@@ -116,6 +122,11 @@ pub(crate) mod samples {
             binary: None,
         });
         Entry { position: position(epoch, seq), stamp: Token::default(), envelope }
+    }
+
+    /// Some time.
+    pub(crate) fn now() -> tokio::time::Instant {
+        tokio::time::Instant::now()
     }
 
     /// A position.

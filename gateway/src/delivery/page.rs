@@ -28,28 +28,38 @@ pub struct Page {
 }
 
 impl Page {
-    /// Whether the log goes on from `cursor` without a hole, and if not, why.
+    /// Whether the page shows all that stands behind `seq`, or at least the next of it, and if not,
+    /// why.
     ///
     /// # Errors
     ///
-    /// Why a client at `cursor` cannot be continued.
-    pub fn continues(&self, cursor: &Position) -> Result<(), NotRecovered> {
-        if cursor.epoch != self.epoch {
-            return Err(NotRecovered::LogLost);
-        }
-        if cursor.seq > self.top {
+    /// Why a client that has everything up to `seq` cannot be continued.
+    pub fn continues(&self, seq: Seq) -> Result<(), NotRecovered> {
+        if seq > self.top {
             return Err(NotRecovered::Ahead);
         }
-        if cursor.seq == self.top {
+        if seq == self.top || self.at(seq + 1).is_some() {
             return Ok(());
         }
-        match self.entries.first() {
-            Some(first) if first.position.seq == cursor.seq + 1 => Ok(()),
-            _ => Err(NotRecovered::LogTrimmed),
-        }
+        Err(NotRecovered::LogTrimmed)
     }
 
-    /// Drops what stands behind the first skipped number, so that the rest is whole in itself.
+    /// The entry `seq`, if the page shows it.
+    pub fn at(&self, seq: Seq) -> Option<&Entry> {
+        self.entries.get(self.place(seq)?)
+    }
+
+    /// Which of the entries is `seq`.
+    pub fn place(&self, seq: Seq) -> Option<usize> {
+        self.entries.binary_search_by_key(&seq, |entry| entry.position.seq).ok()
+    }
+
+    /// The newest position of the log.
+    pub fn head(&self) -> Position {
+        Position::new(self.epoch.clone(), self.top)
+    }
+
+    /// Drops what stands before the last skipped number, so that the rest is whole in itself.
     ///
     /// A log is written without steps; a step in it means that part of it was lost.
     pub fn keep_whole(&mut self) {
@@ -65,10 +75,7 @@ impl Page {
 
 #[cfg(test)]
 mod tests {
-    use super::{
-        super::samples::{entry, position},
-        *,
-    };
+    use super::{super::samples::entry, *};
 
     fn page(top: Seq, seqs: &[Seq]) -> Page {
         let entries = seqs.iter().map(|seq| entry("e", *seq)).collect();
@@ -77,13 +84,12 @@ mod tests {
 
     #[test]
     fn a_page_goes_on_only_from_right_before_it() {
-        assert_eq!(page(9, &[7, 8, 9]).continues(&position("e", 6)), Ok(()));
+        assert_eq!(page(9, &[7, 8, 9]).continues(6), Ok(()));
         let trimmed = Err(NotRecovered::LogTrimmed);
-        assert_eq!(page(9, &[7, 8, 9]).continues(&position("e", 5)), trimmed);
-        assert_eq!(page(9, &[]).continues(&position("e", 5)), trimmed);
-        assert_eq!(page(9, &[]).continues(&position("e", 9)), Ok(()));
-        assert_eq!(page(9, &[]).continues(&position("e", 10)), Err(NotRecovered::Ahead));
-        assert_eq!(page(9, &[]).continues(&position("f", 9)), Err(NotRecovered::LogLost));
+        assert_eq!(page(9, &[7, 8, 9]).continues(5), trimmed);
+        assert_eq!(page(9, &[]).continues(5), trimmed);
+        assert_eq!(page(9, &[]).continues(9), Ok(()));
+        assert_eq!(page(9, &[]).continues(10), Err(NotRecovered::Ahead));
     }
 
     #[test]
@@ -92,6 +98,6 @@ mod tests {
         page.keep_whole();
         let seqs: Vec<_> = page.entries.iter().map(|entry| entry.position.seq).collect();
         assert_eq!(seqs, [7, 8, 9]);
-        assert_eq!(page.continues(&position("e", 1)), Err(NotRecovered::LogTrimmed));
+        assert_eq!(page.continues(1), Err(NotRecovered::LogTrimmed));
     }
 }

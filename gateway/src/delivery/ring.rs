@@ -23,7 +23,8 @@ impl RingMax {
     pub const UNDER_PRESSURE: Self = Self { entries: 16, bytes: 16 * 1024 };
 }
 
-/// The newest entries of a log, without steps.
+/// The newest entries of a log, without steps. They may be of several epochs, where one goes on
+/// behind the other.
 #[derive(Debug, Default)]
 pub struct Ring {
     entries: VecDeque<Entry>,
@@ -33,7 +34,7 @@ pub struct Ring {
 impl Ring {
     /// Adds the next entry and forgets the oldest above the limits.
     pub fn push(&mut self, entry: Entry, max: RingMax) {
-        debug_assert!(self.last().is_none_or(|last| last + 1 == entry.position.seq));
+        debug_assert!(self.last().is_none_or(|last| last.position.seq + 1 == entry.position.seq));
         self.bytes += entry.bytes();
         self.entries.push_back(entry);
         while self.entries.len() > 1 && (self.entries.len() > max.entries || self.bytes > max.bytes)
@@ -69,16 +70,25 @@ impl Ring {
         self.entries.front().map(|entry| entry.position.seq)
     }
 
-    fn last(&self) -> Option<Seq> {
-        self.entries.back().map(|entry| entry.position.seq)
+    /// The newest entry held.
+    pub fn last(&self) -> Option<&Entry> {
+        self.entries.back()
+    }
+
+    /// The entry `seq`, if it is held.
+    pub fn at(&self, seq: Seq) -> Option<&Entry> {
+        self.entries.get(self.place(seq)?)
     }
 
     /// The entries behind `seq`, if the next one is held.
     pub fn after(&self, seq: Seq) -> Option<impl Iterator<Item = &Entry>> {
-        let first = self.first()?;
-        let skip = (seq + 1).checked_sub(first)?;
-        let skip = usize::try_from(skip).ok().filter(|skip| *skip < self.entries.len())?;
+        let skip = self.place(seq + 1).filter(|skip| *skip < self.entries.len())?;
         Some(self.entries.iter().skip(skip))
+    }
+
+    /// Entries are numbered without steps, so that a number is a place.
+    fn place(&self, seq: Seq) -> Option<usize> {
+        usize::try_from(seq.checked_sub(self.first()?)?).ok()
     }
 
     /// The newest `count` entries, or all there are.
@@ -110,6 +120,8 @@ mod tests {
         assert_eq!(seqs(ring.after(7).unwrap()), [8]);
         assert!(ring.after(3).is_none());
         assert!(ring.after(8).is_none());
+        assert_eq!(seqs(ring.at(5).into_iter().chain(ring.last())), [5, 8]);
+        assert!(ring.at(4).is_none() && ring.at(9).is_none());
         assert_eq!(seqs(ring.newest(2)), [7, 8]);
         assert_eq!(seqs(ring.newest(9)), [5, 6, 7, 8]);
     }

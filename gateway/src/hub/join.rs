@@ -15,12 +15,17 @@ use tokio::sync::oneshot;
 
 use super::{
     member::{Member, Pace, Subscriber, Turn},
-    room::{READ_LEN, Room},
+    room::Room,
 };
 use crate::{
     bus::Range,
-    delivery::{Entry, page::Page},
-    telemetry::metrics::{Metrics, ResumeSource},
+    delivery::{
+        Entry,
+        judge::READ_LEN,
+        page::Page,
+        serve::{self, Resume},
+    },
+    telemetry::metrics::ResumeSource,
 };
 
 /// A connection that wants to take part in a room.
@@ -78,34 +83,35 @@ impl Join {
 
 impl Room {
     /// Answers a join from what the room holds, or says what it takes.
-    pub(super) fn join(&mut self, mut join: Join, turn: &mut Turn, metrics: &Metrics) -> Step {
-        let Some(top) = self.top().cloned() else { return Step::Wait(join) };
+    pub(super) fn join(&mut self, mut join: Join, turn: &mut Turn) -> Step {
+        let Some(top) = self.follow.top().cloned() else { return Step::Wait(join) };
         if join.done.is_closed() {
             return Step::Done;
         }
-        if let Some(seq) = self.member(join.subscriber.connection).map(|member| member.seq) {
-            self.send_joined(&join, Position::new(top.epoch, seq), vec![], false);
+        if let Some(cursor) = self.cursor_of(join.subscriber.connection).cloned() {
+            self.send_joined(&join, cursor, vec![], false);
             turn.touch(&join.subscriber);
             // Who has given up waiting is a member all the same.
             let _ = join.done.send(());
             return Step::Done;
         }
         let Some(since) = join.since().cloned() else { return self.join_newest(join, turn) };
-        if since.epoch != top.epoch || since.seq > top.seq {
-            if !join.refreshed {
+        let until = match self.follow.resume(&since) {
+            Resume::Until(until) => until,
+            Resume::Unknown(_) if !join.refreshed => {
                 return Step::Wait(Join { refreshed: true, ..join });
             }
-            let ahead = since.epoch == top.epoch;
-            join.lost = Some(if ahead { NotRecovered::Ahead } else { NotRecovered::LogLost });
-            return self.join_newest(join, turn);
-        }
-        let entries: Vec<Entry> = match self.ring().after(since.seq) {
-            Some(entries) => entries.cloned().collect(),
-            None if since.seq == top.seq => vec![],
+            Resume::Unknown(reason) => {
+                join.lost = Some(reason);
+                return self.join_newest(join, turn);
+            }
+        };
+        let entries = match self.follow.ring().after(since.seq) {
+            Some(entries) => serve::of_its_epoch(entries, &since, until.seq),
+            None if since.seq == top.seq => Some(vec![]),
             None => return Step::Read(join, Range::After { seq: since.seq, limit: READ_LEN }),
         };
-        metrics.resumes.of(ResumeSource::Ring).inc();
-        self.enter_since(join, since.seq, &entries, turn)
+        self.enter_since(join, since, until, entries, ResumeSource::Ring, turn)
     }
 
     /// Answers a join with what was read of the log for it.
@@ -114,10 +120,9 @@ impl Room {
         mut join: Join,
         mut page: Page,
         turn: &mut Turn,
-        metrics: &Metrics,
     ) -> Step {
-        let Some(top) = self.top().cloned() else { return Step::Wait(join) };
-        if page.epoch != top.epoch {
+        let Some(top) = self.follow.top().cloned() else { return Step::Wait(join) };
+        if !self.follow.is_followed(&page) {
             // The room follows a log that is no more, which it finds out by reading.
             return Step::Wait(join);
         }
@@ -125,13 +130,13 @@ impl Room {
             return Step::Done;
         }
         page.keep_whole();
+        // What was not passed on yet comes live.
+        page.entries.retain(|entry| entry.position.seq <= top.seq);
         let Some(since) = join.since().cloned() else {
-            // What was not passed on yet comes live; what was passed on since the page was read is
-            // neither in it nor to come.
-            page.entries.retain(|entry| entry.position.seq <= top.seq);
+            // What was passed on since the page was read is neither in it nor to come.
             let last = page.entries.last().map_or(page.top, |last| last.position.seq);
             if last < top.seq {
-                let Some(since) = self.ring().after(last) else {
+                let Some(since) = self.follow.ring().after(last) else {
                     return self.join_newest(join, turn);
                 };
                 page.entries.extend(since.cloned());
@@ -139,40 +144,48 @@ impl Room {
             let oldest = if page.oldest == 0 { last + 1 } else { page.oldest };
             return self.enter_newest(join, &page.entries, oldest, turn);
         };
-        if let Err(reason) = page.continues(&since) {
+        let Resume::Until(until) = self.follow.resume(&since) else { return Step::Wait(join) };
+        if let Err(reason) = page.continues(since.seq)
+            && since.seq < top.seq
+        {
             join.lost = Some(reason);
             return self.join_newest(join, turn);
         }
-        page.entries.retain(|entry| entry.position.seq <= top.seq);
-        metrics.resumes.of(ResumeSource::Log).inc();
-        self.enter_since(join, since.seq, &page.entries, turn)
+        let entries = serve::of_its_epoch(page.entries.iter(), &since, until.seq);
+        self.enter_since(join, since, until, entries, ResumeSource::Log, turn)
     }
 
     fn join_newest(&mut self, join: Join, turn: &mut Turn) -> Step {
-        let count = join.newest();
-        let held = self.ring().len();
-        if count as usize >= held && !self.ring_is_whole() {
+        let (count, ring) = (join.newest(), self.follow.ring());
+        if count as usize >= ring.len() && !self.follow.ring_is_whole() {
             // One at least, to know whether there are older ones.
             return Step::Read(join, Range::Newest { limit: count.max(1) });
         }
-        let entries: Vec<Entry> = self.ring().newest(count as usize).cloned().collect();
-        let oldest = self.ring().first().unwrap_or(0);
+        let entries: Vec<Entry> = ring.newest(count as usize).cloned().collect();
+        let oldest = ring.first().unwrap_or(0);
         self.enter_newest(join, &entries, oldest, turn)
     }
 
-    /// Lets a connection in that goes on behind `given`; `entries` follow that.
+    /// Lets a connection in that goes on behind `since`, up to `until` within the epoch it knows;
+    /// `entries` are the first of what it misses of that.
     fn enter_since(
         &mut self,
-        join: Join,
-        mut given: Seq,
-        entries: &[Entry],
+        mut join: Join,
+        since: Position,
+        until: Position,
+        entries: Option<Vec<Entry>>,
+        source: ResumeSource,
         turn: &mut Turn,
     ) -> Step {
+        let Some(entries) = entries else {
+            join.lost = Some(NotRecovered::LogLost);
+            return self.join_newest(join, turn);
+        };
+        turn.metrics.resumes.of(source).inc();
         let history = history(entries.iter());
-        if let Some(last) = history.len().checked_sub(1) {
-            given = entries[last].position.seq;
-        }
-        self.enter(join, given, history, false, turn)
+        let last = history.len().checked_sub(1).and_then(|last| entries.get(last));
+        let cursor = last.map_or(since, |last| last.position.clone());
+        self.enter(join, until, cursor, history, false, turn)
     }
 
     /// Lets a connection in that goes on from now; the newest of `entries` are shown.
@@ -183,35 +196,39 @@ impl Room {
         oldest: Seq,
         turn: &mut Turn,
     ) -> Step {
+        let Some(top) = self.follow.top().cloned() else { return Step::Wait(join) };
         let count = join.newest() as usize;
         let entries = &entries[entries.len().saturating_sub(count)..];
         let mut history = history(entries.iter().rev());
         history.reverse();
-        let top = self.top().map_or(0, |top| top.seq);
-        let first = entries.get(entries.len() - history.len()).map_or(top + 1, |e| e.position.seq);
+        let shown = entries.get(entries.len() - history.len());
+        let first = shown.map_or(top.seq + 1, |entry| entry.position.seq);
         let more = oldest != 0 && oldest < first;
-        self.enter(join, top, history, more, turn)
+        self.enter(join, top.clone(), top, history, more, turn)
     }
 
+    /// Lets a connection in, which is told that it has joined at `at` and was given everything up
+    /// to `cursor`.
     fn enter(
         &mut self,
         join: Join,
-        given: Seq,
+        at: Position,
+        cursor: Position,
         history: Vec<Box<RawValue>>,
         more: bool,
         turn: &mut Turn,
     ) -> Step {
-        let Some(top) = self.top().cloned() else { return Step::Wait(join) };
-        let pace = if given == top.seq { Pace::Live } else { Pace::Behind };
-        self.send_joined(&join, top, history, more);
+        let live = self.follow.top() == Some(&cursor);
+        self.send_joined(&join, at, history, more);
         let subscriber = join.subscriber;
         turn.touch(&subscriber);
         // Who has given up meanwhile sends a call behind this one that takes it back.
         let _ = join.done.send(());
-        if pace == Pace::Behind {
+        if !live {
             subscriber.outbox.lag(self.name.clone());
         }
-        self.add(Member::at(subscriber, given, pace));
+        let pace = if live { Pace::Live } else { Pace::Behind };
+        self.add(Member::at(subscriber, cursor, pace));
         Step::Done
     }
 

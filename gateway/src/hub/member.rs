@@ -7,8 +7,9 @@ use parking_lot::Mutex;
 use serde_json::value::RawValue;
 use shared::{
     codec::{self, Opcode},
+    envelope::Envelope,
     ids::{ConnectionId, MessageId, RoomId},
-    position::{Position, Seq},
+    position::Position,
     protocol::{
         Ref,
         answer::{Ack, Answer, NotRecovered, Reset},
@@ -16,7 +17,8 @@ use shared::{
 };
 
 use crate::{
-    delivery::Entry,
+    bus::standing::Standing,
+    delivery::{Entry, follow::Keep},
     outbox::{Offer, Outbox},
     telemetry::metrics::Metrics,
 };
@@ -163,9 +165,14 @@ pub fn text_frame(answer: &Answer<Box<RawValue>>) -> Bytes {
     codec::encode(Opcode::Text, &[&json])
 }
 
-/// What a turn of the hub leaves to be done at its end.
-#[derive(Debug, Default)]
+/// What a turn of the hub goes by, and what it leaves to be done at its end.
+#[derive(Debug)]
 pub(super) struct Turn {
+    pub(super) keep: Keep,
+    pub(super) metrics: Arc<Metrics>,
+    pub(super) standing: Arc<Standing>,
+    /// Messages that a log has lost, oldest first.
+    pub(super) orphans: Vec<(RoomId, Envelope)>,
     /// Who has something to be written.
     touched: Vec<Arc<Subscriber>>,
     /// How many entries were placed in outboxes.
@@ -175,18 +182,29 @@ pub(super) struct Turn {
 }
 
 impl Turn {
+    pub(super) fn new(keep: Keep, metrics: Arc<Metrics>, standing: Arc<Standing>) -> Self {
+        let (orphans, touched) = (Vec::new(), Vec::new());
+        Self { keep, metrics, standing, orphans, touched, deliveries: 0, lags: 0 }
+    }
+
+    /// Whether joins of `room` may be answered: until the nodes have agreed on a server, what is
+    /// held may not be what is gone on with.
+    pub(super) fn serves(&self, room: &RoomId) -> bool {
+        self.standing.serves(self.keep.now, room)
+    }
+
     /// Has what `subscriber` holds written at the end of the turn.
     pub(super) fn touch(&mut self, subscriber: &Arc<Subscriber>) {
         self.touched.push(subscriber.clone());
     }
 
     /// Writes to every socket that has something, once.
-    pub(super) fn finish(&mut self, metrics: &Metrics) {
+    pub(super) fn finish(&mut self) {
         for subscriber in self.touched.drain(..) {
             subscriber.outbox.flush();
         }
-        metrics.deliveries.inc_by(std::mem::take(&mut self.deliveries));
-        metrics.lags.inc_by(std::mem::take(&mut self.lags));
+        self.metrics.deliveries.inc_by(std::mem::take(&mut self.deliveries));
+        self.metrics.lags.inc_by(std::mem::take(&mut self.lags));
     }
 }
 
@@ -194,8 +212,8 @@ impl Turn {
 #[derive(Debug)]
 pub(super) struct Member {
     pub(super) subscriber: Arc<Subscriber>,
-    /// The last entry it was given.
-    pub(super) seq: Seq,
+    /// The last entry it was given, or where it was told to go on.
+    pub(super) cursor: Position,
     pub(super) pace: Pace,
 }
 
@@ -206,7 +224,7 @@ pub(super) enum Pace {
     Live,
     /// It is given older ones first, when its outbox has room.
     Behind,
-    /// As `Behind`, and a read of the log for it is under way.
+    /// As `Behind`, and it waits for a read of the log.
     Reading,
 }
 
@@ -240,6 +258,11 @@ impl<'a> Frames<'a> {
 }
 
 impl Member {
+    /// A member that has been given everything up to `cursor`.
+    pub(super) fn at(subscriber: Arc<Subscriber>, cursor: Position, pace: Pace) -> Self {
+        Self { subscriber, cursor, pace }
+    }
+
     /// Gives the member the next entry. `false`: its outbox is full, and it is behind from here.
     pub(super) fn give(&mut self, frames: &mut Frames<'_>, turn: &mut Turn) -> bool {
         let (room, entry) = (frames.room, frames.entry);
@@ -267,7 +290,8 @@ impl Member {
         if placed.is_some() {
             self.subscriber.unplace_ack(room, entry.envelope.id());
         }
-        self.seq = entry.position.seq;
+        debug_assert_eq!(self.cursor.epoch, entry.position.epoch, "a bump is told of first");
+        self.cursor.seq = entry.position.seq;
         turn.deliveries += 1;
         true
     }
@@ -287,7 +311,12 @@ impl Member {
             seq: position.seq,
             reason,
         }));
-        self.seq = position.seq;
+        self.cursor = position.clone();
         turn.touch(&self.subscriber);
+    }
+
+    /// Tells the member, which was given everything before, that its log goes on in another epoch.
+    pub(super) fn bump(&mut self, room: &RoomId, to: &Position, turn: &mut Turn) {
+        self.reset(room, to, NotRecovered::LogLost, turn);
     }
 }

@@ -55,6 +55,8 @@ pub enum Arrival {
     Restarted,
     /// Nobody here follows the room.
     Unwanted,
+    /// The node may not pass anything on before it has agreed with the others again.
+    Fenced,
 }
 
 /// How the hub got what had not arrived.
@@ -66,6 +68,8 @@ pub enum Repair {
     Reset,
     /// The log could not be read; tried again.
     Failed,
+    /// It was compared with what this node holds: two histories shared numbers.
+    Healed,
 }
 
 /// Where the entries came from that a returning client was given.
@@ -129,8 +133,8 @@ labels!(Handshake: Accepted "accepted", Bad "bad", Origin "origin", Limited "lim
 labels!(Publish: Appended "appended", Duplicate "duplicate", Unavailable "unavailable",
     Overloaded "overloaded", Failed "failed");
 labels!(Arrival: Delivered "delivered", Duplicate "duplicate", Gap "gap", Restarted "restarted",
-    Unwanted "unwanted");
-labels!(Repair: Whole "whole", Reset "reset", Failed "failed");
+    Unwanted "unwanted", Fenced "fenced");
+labels!(Repair: Whole "whole", Reset "reset", Failed "failed", Healed "healed");
 labels!(ResumeSource: Ring "ring", Log "log");
 labels!(Agreed: Complete "complete", Incomplete "incomplete");
 labels!(Healed: Whole "whole", Healed "healed", Other "other", Conflict "conflict");
@@ -195,6 +199,12 @@ pub struct Metrics {
     pub members: IntGauge,
     /// `gateway_ring_bytes`
     pub ring_bytes: IntGauge,
+    /// `gateway_ids_bytes`
+    pub ids_bytes: IntGauge,
+    /// `gateway_ids_dropped_total`
+    pub ids_dropped: IntCounter,
+    /// `gateway_orphans_total`
+    pub orphans: IntCounter,
     /// `gateway_fan_out_seconds`
     pub fan_out_seconds: Histogram,
     /// `gateway_bus_up`
@@ -312,6 +322,21 @@ impl Metrics {
             rooms: gauge(r, "gateway_rooms", "Rooms this node follows"),
             members: gauge(r, "gateway_members", "Memberships of local connections in rooms"),
             ring_bytes: gauge(r, "gateway_ring_bytes", "Bytes of entries held in rings"),
+            ids_bytes: gauge(
+                r,
+                "gateway_ids_bytes",
+                "Bytes of ids within the dedup window, kept to be given back to a Redis that lost them",
+            ),
+            ids_dropped: counter(
+                r,
+                "gateway_ids_dropped_total",
+                "Buckets of ids within the dedup window that were forgotten for `hub.ids_bytes_max`",
+            ),
+            orphans: counter(
+                r,
+                "gateway_orphans_total",
+                "Messages that a room's log has lost and that this node appended again",
+            ),
             fan_out_seconds: histogram(
                 r,
                 "gateway_fan_out_seconds",

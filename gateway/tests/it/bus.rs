@@ -6,7 +6,7 @@ use gateway::{
     bus::{
         Append, Appended, Bus, BusError, Letter, Mailboxes, READ_BYTES_MAX, Range, Retention,
         memory::MemoryBus,
-        redis::{RedisBus, RedisOptions, RedisStartError},
+        redis::{RedisBus, RedisOptions, RedisStartError, topology::TlsFiles},
     },
     delivery::Entry,
     drain::Tasks,
@@ -68,8 +68,13 @@ fn memory(retention: Retention) -> Fixture {
 async fn redis(server: &Redis, retention: Retention) -> Fixture {
     let (mailboxes, heard) = mailbox();
     let tasks = Tasks::default();
-    let options =
-        RedisOptions { url: server.url(), partitions: 16, retention, node: "n".to_owned() };
+    let options = RedisOptions {
+        url: server.url(),
+        tls: TlsFiles::default(),
+        partitions: 16,
+        retention,
+        node: "n".to_owned(),
+    };
     let bus = RedisBus::start(options, mailboxes, Arc::new(Metrics::new()), &tasks).unwrap();
     within(bus.reached()).await.unwrap();
     Fixture { bus: Arc::new(bus), heard, tasks }
@@ -77,8 +82,12 @@ async fn redis(server: &Redis, retention: Retention) -> Fixture {
 
 /// Runs a check against each implementation.
 async fn each(retention: Retention, check: impl AsyncFn(&mut Fixture)) {
-    let server = Redis::start().await;
-    for mut fixture in [memory(retention.clone()), redis(&server, retention.clone()).await] {
+    let (server, valkey) = (Redis::start().await, Redis::start_valkey().await);
+    let mut fixtures = vec![memory(retention.clone()), redis(&server, retention.clone()).await];
+    if let Some(valkey) = &valkey {
+        fixtures.push(redis(valkey, retention.clone()).await);
+    }
+    for mut fixture in fixtures {
         check(&mut fixture).await;
         assert!(fixture.tasks.finish(Duration::from_secs(5)).await, "tasks did not end");
     }
@@ -330,6 +339,7 @@ async fn a_node_with_another_number_of_partitions_does_not_start() {
     let tasks = Tasks::default();
     let options = RedisOptions {
         url: server.url(),
+        tls: TlsFiles::default(),
         partitions: 17,
         retention: retention(),
         node: "n".to_owned(),

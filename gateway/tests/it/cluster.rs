@@ -47,6 +47,7 @@ impl Seen {
             | Event::Left { .. }
             | Event::Refused(_) => self.faults.push(format!("{event:?}")),
             Event::Joined(_)
+            | Event::Status(_)
             | Event::Other(_)
             | Event::Disconnected { .. }
             | Event::OpenFailed { .. }

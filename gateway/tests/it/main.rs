@@ -9,6 +9,7 @@
 #![allow(unreachable_pub, reason = "nothing of a test is reached from outside")]
 
 mod harness;
+mod servers;
 mod handshake;
 mod chat;
 mod auth;
@@ -17,6 +18,7 @@ mod bus;
 mod hub;
 mod cluster;
 mod faults;
+mod topology;
 mod nginx;
 mod repair;
 mod browser;

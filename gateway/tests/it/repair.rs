@@ -11,7 +11,7 @@ use std::{
 use gateway::{
     bus::{
         Append, Bus, Mailboxes, Retention,
-        redis::{RedisBus, RedisOptions},
+        redis::{RedisBus, RedisOptions, topology::TlsFiles},
     },
     drain::Tasks,
     hub::{Hub, MAILBOX_LEN, join::Start, member::Subscriber},
@@ -29,7 +29,7 @@ use tokio::{
     time::Instant,
 };
 
-use crate::harness::{Gateway, Redis, get, next_message, room, say, until, within};
+use crate::harness::{Gateway, Redis, get, hub_options, next_message, room, say, until, within};
 
 /// A way to Redis that can swallow what Redis sends to subscribers, while every connection stands.
 struct Wire {
@@ -126,12 +126,17 @@ async fn a_thousand_rooms_are_repaired_when_the_link_is_back() {
         ttl: Duration::from_secs(3600),
         dedup_window: Duration::from_secs(600),
     };
-    let options =
-        RedisOptions { url: redis.url(), partitions: 16, retention, node: "n".to_owned() };
+    let options = RedisOptions {
+        url: redis.url(),
+        tls: TlsFiles::default(),
+        partitions: 16,
+        retention,
+        node: "n".to_owned(),
+    };
     let bus = RedisBus::start(options, mailboxes.clone(), metrics.clone(), &tasks).unwrap();
     within(bus.reached()).await.unwrap();
     let bus: Arc<dyn Bus> = Arc::new(bus);
-    let hub = Hub::start(&bus, mailboxes, letters, 1 << 28, &metrics, &tasks);
+    let hub = Hub::start(&bus, mailboxes, letters, hub_options(), &metrics, &tasks);
     let rooms: Vec<RoomId> = (0..ROOMS).map(|i| room(&format!("r{i}"))).collect();
     let outbox = Outbox::to_owner(64 << 20, metrics.clone());
     let member = Arc::new(Subscriber::new(ConnectionId::random(), outbox));

@@ -14,7 +14,7 @@ use crate::{
     position::{Epoch, Position, Seq},
     protocol::{
         Kind,
-        answer::{Message, NotRecovered, Person, Refusal, Reset},
+        answer::{Message, NotRecovered, Person, Refusal, Reset, Status},
     },
 };
 
@@ -319,6 +319,8 @@ pub enum Event {
     },
     /// An `error` that answers nothing the application waits for.
     Refused(Box<Refusal>),
+    /// Whether the gateway can prove that nothing is missing.
+    Status(Status),
     /// A frame that this client passes on unread, such as `typing` or `system`.
     Other(String),
     /// A message that is no frame of the protocol: a fault of this client's or of the server's.

@@ -131,6 +131,7 @@ impl State {
                 self.events.push_back(Event::Reset(reset));
                 self.pump(&room, now);
             }
+            Answer::Status(status) => self.events.push_back(Event::Status(status)),
             Answer::Reconnect(reconnect) => self.reconnect = Some(reconnect),
             Answer::Error(refusal) => self.refused(refusal, now),
             Answer::Pong(_) => {}

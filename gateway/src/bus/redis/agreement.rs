@@ -19,12 +19,13 @@
 //! others, so it passes nothing on and publishes nothing until it has renewed and everybody who lives
 //! has seen it (a frozen process finds that out before anything else, by its clock).
 
-use std::{collections::HashSet, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
-use redis::{ErrorKind, RedisError, RedisResult, aio::MultiplexedConnection};
+use parking_lot::Mutex;
+use redis::{ErrorKind, RedisError, RedisResult, Value, aio::MultiplexedConnection};
 use tokio::time::Instant;
 
-use super::{Links, RetryPause, Server, config, heal::Healer, script};
+use super::{RetryPause, config, heal::Healer, is_of_the_slot, links::Links, server::Server};
 use crate::{
     bus::{Mailboxes, random_epoch},
     delivery::Token,
@@ -44,6 +45,29 @@ const ASK_EVERY: Duration = Duration::from_millis(50);
 /// How often a process is asked for that not everybody has seen.
 const SEEN_EVERY: Duration = Duration::from_millis(100);
 
+/// This run of this node, as the others know it; the same for all servers of a Redis Cluster.
+pub(super) struct Process {
+    name: String,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// The homes for which it has ever agreed on a server: it may hold what was acknowledged there.
+    remembers: BTreeSet<u16>,
+    /// The processes that live, as far as known.
+    peers: BTreeSet<String>,
+    /// Whether everybody who lives has seen this process since it registered.
+    known: bool,
+    renewed: Option<Instant>,
+}
+
+impl Process {
+    pub(super) fn new(node: &str) -> Self {
+        Self { name: format!("{node}/{}", random_epoch()), state: Mutex::default() }
+    }
+}
+
 /// The task that keeps this node in agreement with the others.
 pub(super) struct Agreement {
     server: Arc<Server>,
@@ -52,36 +76,24 @@ pub(super) struct Agreement {
     healer: Healer,
     checkin: redis::Script,
     lease: redis::Script,
-    /// This run of this node.
-    process: String,
-    /// Whether it has ever agreed on a server, and so may hold what was acknowledged.
-    remembers: bool,
-    /// The processes that live, as far as known.
-    peers: HashSet<String>,
-    /// Whether everybody who lives has seen this process since it registered.
-    known: bool,
-    renewed: Option<Instant>,
+    process: Arc<Process>,
 }
 
 pub(super) fn start(
     server: Arc<Server>,
     links: Arc<Links>,
     mailboxes: Mailboxes,
-    node: &str,
+    process: Arc<Process>,
     tasks: &Tasks,
 ) {
     let agreement = Agreement {
         healer: Healer::new(server.clone(), links.metrics.clone()),
+        checkin: server.keyspace.script(include_str!("scripts/checkin.lua")),
+        lease: server.keyspace.script(include_str!("scripts/lease.lua")),
         server,
         links,
         mailboxes,
-        checkin: script(include_str!("scripts/checkin.lua")),
-        lease: script(include_str!("scripts/lease.lua")),
-        process: format!("{node}/{}", random_epoch()),
-        remembers: false,
-        peers: HashSet::new(),
-        known: false,
-        renewed: None,
+        process,
     };
     let stopped = tasks.stopped().clone();
     tasks.spawn_service("redis_agreement", async move {
@@ -123,19 +135,23 @@ impl Agreement {
         pause: &mut RetryPause,
     ) -> RedisError {
         self.links.met(&self.server, token);
+        let mut moved = self.server.dial.moved();
         let mut state = self.links.tokens.subscribe();
         let mut agreed = self.server.agreed.subscribe();
+        let mut owned = self.server.owned.subscribe();
         loop {
             let tokens = *state.borrow_and_update();
             agreed.mark_unchanged();
+            owned.mark_unchanged();
+            let open = self.server.open_questions(token);
             let mut wait = ASK_EVERY;
             let done = if tokens.lead_elsewhere(token) {
                 // Which of them is right is not known here: all are made again.
                 self.links.remake.send_modify(|count| *count += 1);
                 Err((ErrorKind::Io, "the links lead to different servers").into())
-            } else if tokens.lead_to(token) && *self.server.agreed.borrow() != Some(token) {
-                self.agree(&mut connection, token).await
-            } else if *self.server.agreed.borrow() == Some(token) {
+            } else if tokens.lead_to(token) && !open.is_empty() {
+                self.agree(&mut connection, token, open).await
+            } else if open.is_empty() {
                 wait = self.pause_before_renewal();
                 Ok(())
             } else {
@@ -155,129 +171,216 @@ impl Agreement {
                 _ = remake.changed() => return (ErrorKind::Io, "all links are made again").into(),
                 _ = state.changed() => {}
                 _ = agreed.changed() => {}
-                () = self.links.poked.notified() => self.renewed = None,
+                _ = owned.changed() => {}
+                () = &mut moved => {
+                    self.links.remake.send_modify(|count| *count += 1);
+                    return (ErrorKind::Io, "the primary is elsewhere").into();
+                }
+                () = self.links.poked.notified() => self.process.state.lock().renewed = None,
                 () = tokio::time::sleep(wait) => {}
             }
         }
     }
 
+    /// Whether leases are kept on this server.
+    fn keeps_leases(&self) -> bool {
+        self.server.owns(0)
+    }
+
     fn pause_before_renewal(&self) -> Duration {
-        match self.renewed {
-            _ if !self.known => SEEN_EVERY,
+        let state = self.process.state.lock();
+        match state.renewed {
+            // Somebody else does it.
+            _ if !self.keeps_leases() => LEASE,
+            _ if !state.known => SEEN_EVERY,
             Some(renewed) => (renewed + RENEW_EVERY).saturating_duration_since(Instant::now()),
             None => Duration::ZERO,
         }
     }
 
-    /// Heals, checks in and waits until the server is open. Returns without agreement where the
-    /// links have changed meanwhile.
+    /// Heals, checks in and waits until the server is open for `homes`. Returns without agreement
+    /// where the links have changed meanwhile.
     async fn agree(
         &mut self,
         connection: &mut MultiplexedConnection,
         token: Token,
+        mut homes: Vec<u16>,
     ) -> RedisResult<()> {
         let begun = Instant::now();
-        self.renewed = None;
-        self.renew_if_due(connection, token).await?;
-        if self.remembers {
-            // What the links before brought is in the mailboxes by now, in front of this question.
-            let holdings = self.mailboxes.holdings().await;
-            self.healer.heal(connection, token, holdings).await?;
-        }
+        self.renew_at_once(connection, token).await?;
+        self.heal(connection, token, &homes).await?;
+        self.checkin.load_async(connection).await?;
         loop {
-            if !self.links.tokens.borrow().lead_to(token) {
+            homes.retain(|home| self.server.owns(*home));
+            let all_asked = self.server.open_questions(token).len() == homes.len();
+            if homes.is_empty() || !all_asked || !self.links.tokens.borrow().lead_to(token) {
                 return Ok(());
             }
-            let (open, missing) = self.check_in(connection, token).await?;
-            if !open.is_empty() {
-                self.agreed(token, open == "1", &missing, begun.elapsed());
+            let opened = self.check_in(connection, token, &homes).await?;
+            if !opened.homes.is_empty() {
+                self.agreed(token, &opened, begun.elapsed());
+                homes.retain(|home| !opened.homes.contains(home));
+                self.mailboxes.doubt();
+            }
+            if homes.is_empty() {
                 break;
             }
             tokio::time::sleep(ASK_EVERY).await;
             self.renew_if_due(connection, token).await?;
         }
-        self.renewed = None;
-        self.renew_if_due(connection, token).await?;
+        self.renew_at_once(connection, token).await?;
         self.mailboxes.doubt();
         Ok(())
     }
 
-    fn agreed(&mut self, token: Token, complete: bool, missing: &[String], took: Duration) {
-        if complete || !self.remembers {
-            tracing::info!(%token, ?took, complete, "the nodes have agreed on a Redis server");
+    /// Gives back what this process holds of some homes, where it remembers them.
+    async fn heal(
+        &self,
+        connection: &mut MultiplexedConnection,
+        token: Token,
+        homes: &[u16],
+    ) -> RedisResult<()> {
+        let mut remembered = self.process.state.lock().remembers.clone();
+        remembered.retain(|home| homes.contains(home));
+        if remembered.is_empty() {
+            return Ok(());
+        }
+        // What the links before brought is in the mailboxes by now, in front of this question.
+        let mut holdings = self.mailboxes.holdings().await;
+        holdings.retain(|held| remembered.contains(&self.server.keyspace.home(&held.room)));
+        self.healer.heal(connection, token, holdings).await
+    }
+
+    fn agreed(&self, token: Token, opened: &Opened, took: Duration) {
+        let Opened { homes, complete, missing } = opened;
+        let remembered = {
+            let state = &mut *self.process.state.lock();
+            // Who was waited for in vain is not waited for again.
+            state.peers.retain(|peer| !missing.contains(peer));
+            let remembered = homes.iter().any(|home| state.remembers.contains(home));
+            state.remembers.extend(homes);
+            remembered
+        };
+        if *complete || !remembered {
+            tracing::info!(%token, ?took, complete, homes = homes.len(),
+                "the nodes have agreed on a Redis server");
         } else {
-            tracing::warn!(%token, ?took, ?missing,
+            tracing::warn!(%token, ?took, ?missing, homes = homes.len(),
                 "the nodes have agreed on a Redis server without some that may hold more than it \
                  has: rooms go on in a new epoch, and members are told");
         }
-        self.links.metrics.agreements.of(complete.into()).inc();
-        if !complete {
-            // Who was waited for in vain is not waited for again.
-            self.peers.retain(|peer| !missing.contains(peer));
-        }
-        self.remembers = true;
-        self.server.agreed.send_replace(Some(token));
-        self.mailboxes.standing().settle(true);
-        self.links.show(&self.server);
+        self.links.metrics.agreements.of((*complete).into()).inc();
+        self.server.agree_on(token, homes);
+        self.mailboxes.standing().settle(homes.iter().copied(), true);
     }
 
+    /// Checks in for each of `homes`. Returns those that the server is open for.
     async fn check_in(
-        &mut self,
+        &self,
         connection: &mut MultiplexedConnection,
         token: Token,
-    ) -> RedisResult<(String, Vec<String>)> {
-        let mut invocation = self.checkin.prepare_invoke();
-        invocation
-            .key(self.server.keyspace.barrier())
+        homes: &[u16],
+    ) -> RedisResult<Opened> {
+        let mut pipeline = redis::Pipeline::with_capacity(homes.len());
+        pipeline.ignore_errors();
+        for home in homes {
+            pipeline.add_command(self.checkin_of(token, *home));
+        }
+        let answers: Vec<RedisResult<Value>> = pipeline.query_async(connection).await?;
+        let mut opened = Opened { homes: Vec::new(), complete: true, missing: BTreeSet::new() };
+        for (home, answer) in homes.iter().zip(answers) {
+            let (open, missing): (String, BTreeSet<String>) = match answer {
+                Ok(answer) => redis::from_redis_value(answer)?,
+                Err(error) if is_of_the_slot(&error) => {
+                    self.server.astray.notify_one();
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
+            if !open.is_empty() {
+                opened.homes.push(*home);
+                if open == "0" {
+                    opened.complete = false;
+                    opened.missing.extend(missing);
+                }
+            }
+        }
+        Ok(opened)
+    }
+
+    fn checkin_of(&self, token: Token, home: u16) -> redis::Cmd {
+        let state = &mut *self.process.state.lock();
+        let mut command = redis::cmd("EVALSHA");
+        command
+            .arg(self.checkin.get_hash())
+            .arg(1)
+            .arg(self.server.keyspace.barrier(home))
             .arg(token.to_string())
-            .arg(&self.process)
+            .arg(&self.process.name)
             .arg(LEASE.as_millis() as u64)
             .arg(FRESH_WAIT.as_millis() as u64);
-        if self.remembers {
-            self.peers.insert(self.process.clone());
-            let mut peers: Vec<_> = self.peers.iter().collect();
-            peers.sort_unstable();
-            invocation.arg(peers);
+        if state.remembers.contains(&home) {
+            state.peers.insert(self.process.name.clone());
+            command.arg(&state.peers);
         }
-        invocation.invoke_async(connection).await
+        command
+    }
+
+    async fn renew_at_once(
+        &self,
+        connection: &mut MultiplexedConnection,
+        token: Token,
+    ) -> RedisResult<()> {
+        if self.keeps_leases() {
+            self.process.state.lock().renewed = None;
+        }
+        self.renew_if_due(connection, token).await
     }
 
     /// Renews the lease where it is time, and lets this node stand while it lasts.
     async fn renew_if_due(
-        &mut self,
+        &self,
         connection: &mut MultiplexedConnection,
         token: Token,
     ) -> RedisResult<()> {
-        if self.known && self.renewed.is_some_and(|renewed| renewed.elapsed() < RENEW_EVERY) {
+        let is_due = {
+            let state = self.process.state.lock();
+            !state.known || state.renewed.is_none_or(|renewed| renewed.elapsed() >= RENEW_EVERY)
+        };
+        if !is_due || !self.keeps_leases() {
             return Ok(());
         }
         let asked = Instant::now();
+        let keyspace = self.server.keyspace;
         let (seen, new, alive): (bool, bool, Vec<String>) = self
             .lease
-            .key(LEASES)
-            .arg(&self.process)
+            .key(keyspace.leases())
+            .arg(&self.process.name)
             .arg(LEASE.as_millis() as u64)
-            .arg(POKES)
+            .arg(keyspace.pokes())
             .arg(token.to_string())
             .invoke_async(connection)
             .await?;
-        self.renewed = Some(asked);
-        if *self.server.agreed.borrow() != Some(token) {
-            // Who lives may not have come to this server yet.
-            self.peers.extend(alive);
-            return Ok(());
-        }
-        self.peers = alive.into_iter().collect();
-        self.known = seen || self.known && !new;
-        if self.known {
+        let known = {
+            let state = &mut *self.process.state.lock();
+            state.renewed = Some(asked);
+            if !self.server.has_agreed_on(token, 0) {
+                // Who lives may not have come to this server yet.
+                state.peers.extend(alive);
+                return Ok(());
+            }
+            state.peers = alive.into_iter().collect();
+            state.known = seen || state.known && !new;
+            state.known
+        };
+        if known {
             let standing = self.mailboxes.standing();
             let stood = standing.holds(Instant::now());
             standing.extend(asked + LEASE - LEASE_MARGIN);
             if !stood {
                 // What arrived meanwhile was not passed on, and publishes wait.
                 self.mailboxes.doubt();
-                self.server.agreed.send_modify(|_| {});
-                self.links.show(&self.server);
+                standing.regain();
             }
         }
         Ok(())
@@ -285,11 +388,14 @@ impl Agreement {
 
     /// Gives the lease back, so that nobody waits for a process that has ended in order.
     async fn say_goodbye(&self) {
+        if !self.keeps_leases() {
+            return;
+        }
         let goodbye = async {
             let (mut connection, _) = self.server.connect(config()).await?;
             redis::cmd("HDEL")
-                .arg(LEASES)
-                .arg(&self.process)
+                .arg(self.server.keyspace.leases())
+                .arg(&self.process.name)
                 .query_async::<()>(&mut connection)
                 .await
         };
@@ -297,7 +403,11 @@ impl Agreement {
     }
 }
 
-/// Who lives.
-const LEASES: &str = "gw:leases";
-/// Where a new process asks the others to renew, so that all have seen it.
-pub(super) const POKES: &str = "gw:pokes";
+/// What a server is open for.
+struct Opened {
+    homes: Vec<u16>,
+    /// Whether all were heard.
+    complete: bool,
+    /// Who was not.
+    missing: BTreeSet<String>,
+}

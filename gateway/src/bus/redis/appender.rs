@@ -9,7 +9,7 @@
 //! first thing that another server gets is this node's [tail](crate::bus::tail).
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeMap, VecDeque},
     sync::{Arc, atomic::Ordering},
 };
 
@@ -19,16 +19,17 @@ use redis::{
 };
 use shared::position::Position;
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch},
+    sync::{OwnedSemaphorePermit, mpsc, oneshot, watch},
     time::Instant,
 };
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    RetryPause, Server, config, is_stale,
+    RetryPause, config, is_of_the_slot, is_stale,
     links::{Link, Links},
     probe::PROBE_EVERY,
-    refused_or_away, script,
+    refused_or_away,
+    server::{Agreed, Server},
 };
 use crate::{
     bus::{Append, Appended, BoxFuture, BusError, output_of, random_epoch, tail::Repeat},
@@ -36,11 +37,11 @@ use crate::{
     drain::Tasks,
 };
 
-/// The most that may wait to be sent or answered. Above it publishes are `Overloaded`.
-const QUEUE_BYTES_MAX: usize = 64 << 20;
 const QUEUE_LEN_MAX: usize = 1 << 16;
-/// What an entry counts beside its own bytes, so that small ones are bounded in number.
-const ENTRY_OVERHEAD_BYTES: usize = 512;
+/// How many orders may wait.
+const ORDERS_MAX: usize = 16;
+/// How long publishes wait whose slot is on its way to another server, before they are tried again.
+const STUCK_FOR: std::time::Duration = std::time::Duration::from_millis(25);
 /// How often the link and the server's settings are looked at.
 const LOOK_EVERY: std::time::Duration = std::time::Duration::from_secs(2);
 /// The most publishes in one pipeline, and the most pipelines under way.
@@ -52,15 +53,21 @@ const REPEAT_MAX: std::time::Duration = std::time::Duration::from_secs(30);
 /// A handle to the appender's task.
 pub(super) struct Appender {
     queue: mpsc::Sender<Queued>,
-    room: Arc<Semaphore>,
+    orders: mpsc::Sender<Release>,
 }
 
 /// A publish that waits; its share of the queue's bytes is given back when it is dropped.
-struct Queued {
-    append: Append,
+pub(super) struct Queued {
+    pub(super) append: Append,
     /// Where it stood before, for one of the tail.
     hint: Option<Position>,
     _room: Option<OwnedSemaphorePermit>,
+}
+
+/// Asks for all that waits for some homes, which another server has from now on.
+struct Release {
+    homes: Vec<u16>,
+    answer: oneshot::Sender<Vec<Queued>>,
 }
 
 /// A pipeline that was sent, with what was in it.
@@ -68,35 +75,38 @@ type Sent = BoxFuture<(Vec<Queued>, RedisResult<Vec<RedisResult<Value>>>)>;
 
 pub(super) fn start(server: Arc<Server>, links: Arc<Links>, tasks: &Tasks) -> Appender {
     let (queue, receiver) = mpsc::channel(QUEUE_LEN_MAX);
+    let (orders, ordered) = mpsc::channel(ORDERS_MAX);
     let worker = Worker {
+        script: server.keyspace.script(include_str!("scripts/append.lua")),
         server,
         links,
         queue: receiver,
+        orders: ordered,
         urgent: VecDeque::new(),
         waiting: VecDeque::new(),
-        script: script(include_str!("scripts/append.lua")),
-        repeated_to: None,
+        stuck: BTreeMap::new(),
+        open: Agreed::default(),
         stopped: tasks.stopped().clone(),
     };
     tasks.spawn_service("redis_appender", worker.run());
-    Appender { queue, room: Arc::new(Semaphore::new(QUEUE_BYTES_MAX)) }
+    Appender { queue, orders }
 }
 
 impl Appender {
-    pub(super) fn append(&self, append: Append) {
-        let bytes = append.envelope.as_bytes().len() + ENTRY_OVERHEAD_BYTES;
-        let Ok(room) = self.room.clone().try_acquire_many_owned(bytes as u32) else {
-            return (append.done)(Err(BusError::Overloaded));
-        };
-        match self.queue.try_send(Queued { append, hint: None, _room: Some(room) }) {
-            Ok(()) => {}
-            Err(mpsc::error::TrySendError::Full(queued)) => {
-                (queued.append.done)(Err(BusError::Overloaded));
-            }
-            Err(mpsc::error::TrySendError::Closed(queued)) => {
-                (queued.append.done)(Err(BusError::Unavailable));
-            }
-        }
+    /// Queues a publish, or gives it back with what is wrong.
+    pub(super) fn send(&self, queued: Queued) -> Result<(), (Queued, BusError)> {
+        self.queue.try_send(queued).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(queued) => (queued, BusError::Overloaded),
+            mpsc::error::TrySendError::Closed(queued) => (queued, BusError::Unavailable),
+        })
+    }
+
+    /// Takes back all that waits for `homes`, in order, once nothing of them is under way.
+    pub(super) async fn release(&self, homes: Vec<u16>) -> Vec<Queued> {
+        let (answer, answered) = oneshot::channel();
+        // A worker that has ended has answered all it had.
+        let _ = self.orders.send(Release { homes, answer }).await;
+        answered.await.unwrap_or_default()
     }
 }
 
@@ -105,13 +115,16 @@ struct Worker {
     server: Arc<Server>,
     links: Arc<Links>,
     queue: mpsc::Receiver<Queued>,
+    orders: mpsc::Receiver<Release>,
     /// What was in the log once and is brought back: it goes ahead of everything.
     urgent: VecDeque<Queued>,
     /// What is to be sent before anything in `queue`: it came from there, or was sent already.
     waiting: VecDeque<Queued>,
     script: redis::Script,
-    /// The server that was given the tail last.
-    repeated_to: Option<Token>,
+    /// Homes on their way to another server, and until when they are left alone.
+    stuck: BTreeMap<u16, Instant>,
+    /// What was agreed on when it was last looked at: the tail was repeated to it.
+    open: Agreed,
     stopped: CancellationToken,
 }
 
@@ -174,6 +187,7 @@ impl Worker {
             tokio::select! {
                 biased;
                 result = &mut attempt => return result,
+                Some(order) = self.orders.recv() => self.release(order),
                 Some(queued) = self.queue.recv() => self.take_in(queued),
                 () = sleep_until(deadline) => {}
             }
@@ -204,20 +218,32 @@ impl Worker {
     /// What leaves next.
     fn next_batch(&mut self) -> Vec<Queued> {
         self.expire();
-        let urgent = self.urgent.len().min(PIPELINE_LEN_MAX);
-        let waiting = self.waiting.len().min(PIPELINE_LEN_MAX - urgent);
-        self.urgent.drain(..urgent).chain(self.waiting.drain(..waiting)).collect()
+        let now = Instant::now();
+        self.stuck.retain(|_, until| *until > now);
+        let (keyspace, open, stuck) = (self.server.keyspace, &self.open, &self.stuck);
+        let ready = |queued: &Queued| {
+            let home = keyspace.home(&queued.append.room);
+            open.homes.contains(&home) && !stuck.contains_key(&home)
+        };
+        let mut batch = take_ready(&mut self.urgent, PIPELINE_LEN_MAX, ready);
+        batch.extend(take_ready(&mut self.waiting, PIPELINE_LEN_MAX - batch.len(), ready));
+        batch
     }
 
-    /// Whether anything may be sent to the server `token`. A server that was agreed on since the
-    /// last question is first given the tail.
+    /// Whether anything may be sent to the server `token`. Where that was agreed on since the last
+    /// question it is first given the tail.
     fn may_send(&mut self, token: Token) -> bool {
         let now = Instant::now();
-        if !self.server.has_agreed_on(token) || !self.links.standing.serves(now) {
+        let agreed = self.server.agreed.borrow().clone();
+        if agreed.token != Some(token) || !self.links.standing.holds(now) {
             return false;
         }
-        if self.repeated_to.replace(token) != Some(token) {
-            let tail = self.links.standing.tail().take(now);
+        if self.open.token != Some(token) || !Arc::ptr_eq(&self.open.homes, &agreed.homes) {
+            let keyspace = self.server.keyspace;
+            let tail = self.links.standing.tail().take(now, |room| {
+                let home = keyspace.home(room);
+                agreed.is_on(token, home) && !self.open.is_on(token, home)
+            });
             if !tail.is_empty() {
                 tracing::info!(count = tail.len(), "publishes that did not come by are repeated");
             }
@@ -225,8 +251,22 @@ impl Worker {
             for repeat in tail.into_iter().rev() {
                 self.urgent.push_front(Queued::again(repeat, now));
             }
+            self.open = agreed;
         }
         true
+    }
+
+    /// Gives back all that waits for homes that are elsewhere now.
+    fn release(&mut self, order: Release) {
+        while let Ok(queued) = self.queue.try_recv() {
+            self.take_in(queued);
+        }
+        let keyspace = self.server.keyspace;
+        let released = |queued: &Queued| order.homes.contains(&keyspace.home(&queued.append.room));
+        let mut all = take_ready(&mut self.urgent, usize::MAX, released);
+        all.extend(take_ready(&mut self.waiting, usize::MAX, released));
+        // Who asked waits for the answer, or nothing matters any more.
+        let _ = order.answer.send(all);
     }
 
     /// Sends and settles until the connection fails. Returns why; what has no answer is in
@@ -238,6 +278,7 @@ impl Worker {
         mut remake: watch::Receiver<u64>,
     ) -> RedisError {
         let mut agreed = self.server.agreed.subscribe();
+        let mut regained = self.links.standing.regained();
         let mut sent: FuturesOrdered<Sent> = FuturesOrdered::new();
         let mut queued = Vec::new();
         let mut tick = tokio::time::interval(LOOK_EVERY);
@@ -247,6 +288,7 @@ impl Worker {
         let links = self.links.clone();
         loop {
             agreed.mark_unchanged();
+            regained.mark_unchanged();
             if sent.len() < PIPELINES_MAX && self.may_send(token) {
                 let batch = self.next_batch();
                 if !batch.is_empty() {
@@ -256,6 +298,7 @@ impl Worker {
             }
             // What may not be sent is answered when its time is over.
             let deadline = self.next_deadline().filter(|_| sent.len() < PIPELINES_MAX);
+            let deadline = deadline.into_iter().chain(self.stuck.values().copied()).min();
             // Cancel-safe: `next` keeps what is under way, and `recv_many` takes nothing unless
             // it completes.
             let (batch, result) = tokio::select! {
@@ -269,7 +312,17 @@ impl Worker {
                     }
                     continue;
                 }
+                Some(order) = self.orders.recv() => {
+                    // What is under way may come back unanswered, and goes along then.
+                    let settled = self.settle_all(Ok(()), VecDeque::new(), &mut sent).await;
+                    self.release(order);
+                    match settled {
+                        Ok(()) => continue,
+                        Err(error) => return error,
+                    }
+                }
                 _ = agreed.changed() => continue,
+                _ = regained.changed() => continue,
                 _ = remake.changed() => {
                     (Vec::new(), Err((ErrorKind::Io, "all links are made again").into()))
                 }
@@ -282,7 +335,7 @@ impl Worker {
                     continue;
                 }
                 _ = probes.tick(), if probe.is_none() => {
-                    probe = Some(Box::pin(send_probe(connection.clone(), links.clone())));
+                    probe = Some(Box::pin(send_probe(connection.clone(), self.server.clone(), links.clone())));
                     continue;
                 }
                 sent = output_of(&mut probe), if probe.is_some() => {
@@ -305,20 +358,33 @@ impl Worker {
                 }
             };
             let mut again = VecDeque::new();
-            if let Err(error) = self.settle(batch, result, &mut again) {
+            let mut settled = self.settle(batch, result, &mut again);
+            if settled.is_err() || !again.is_empty() {
+                settled = self.settle_all(settled, again, &mut sent).await;
+            }
+            if let Err(error) = settled {
                 if is_stale(&error) {
-                    self.server.doubt_agreement_on(token);
-                    self.links.standing.settle(false);
+                    self.links.found_stale(&self.server, token);
                 }
-                // The pipelines behind it fail as well, or have answers that count.
-                while let Some((batch, result)) = sent.next().await {
-                    let _ = self.settle(batch, result, &mut again);
-                }
-                again.append(&mut self.waiting);
-                self.waiting = again;
                 return error;
             }
         }
+    }
+
+    /// Settles all that is under way: behind one that failed the others do as well, or have answers
+    /// that count. What has no answer goes ahead of what waits.
+    async fn settle_all(
+        &mut self,
+        mut settled: Result<(), RedisError>,
+        mut again: VecDeque<Queued>,
+        sent: &mut FuturesOrdered<Sent>,
+    ) -> Result<(), RedisError> {
+        while let Some((batch, result)) = sent.next().await {
+            settled = settled.and(self.settle(batch, result, &mut again));
+        }
+        again.append(&mut self.waiting);
+        self.waiting = again;
+        settled
     }
 
     fn send(
@@ -354,7 +420,7 @@ impl Worker {
             None => ("", String::new()),
         };
         command
-            .arg(self.server.keyspace.barrier())
+            .arg(self.server.keyspace.barrier(self.server.keyspace.home(&append.room)))
             .arg(&channel)
             .arg(&append.envelope.id_key()[..])
             .arg(&append.envelope.as_bytes()[..])
@@ -377,7 +443,7 @@ impl Worker {
     ///
     /// The first error that says that this connection is of no more use.
     fn settle(
-        &self,
+        &mut self,
         batch: Vec<Queued>,
         result: RedisResult<Vec<RedisResult<Value>>>,
         again: &mut VecDeque<Queued>,
@@ -389,7 +455,8 @@ impl Worker {
                 return Err(error);
             }
         };
-        let (tail, now) = (self.links.standing.tail(), Instant::now());
+        let links = self.links.clone();
+        let (tail, now) = (links.standing.tail(), Instant::now());
         let mut failed = Ok(());
         for (queued, value) in batch.into_iter().zip(values) {
             let id = queued.append.envelope.id_key();
@@ -399,6 +466,12 @@ impl Worker {
                     let dropped = tail.acknowledged(&id, &appended.position, now);
                     self.links.metrics.tail_dropped.inc_by(dropped);
                     (queued.append.done)(Ok(appended));
+                }
+                Err(error) if is_of_the_slot(&error) => {
+                    let home = self.server.keyspace.home(&queued.append.room);
+                    self.stuck.insert(home, now + STUCK_FOR);
+                    self.server.astray.notify_one();
+                    again.push_back(queued);
                 }
                 Err(error) if is_of_the_server(&error) => {
                     again.push_back(queued);
@@ -415,7 +488,34 @@ impl Worker {
     }
 }
 
+/// Takes up to `count` from the front that are ready, and leaves the others in their order.
+fn take_ready(
+    queue: &mut VecDeque<Queued>,
+    count: usize,
+    ready: impl Fn(&Queued) -> bool,
+) -> Vec<Queued> {
+    let count = count.min(queue.len());
+    if queue.iter().take(count).all(&ready) {
+        return queue.drain(..count).collect();
+    }
+    let (mut taken, mut left) = (Vec::new(), VecDeque::new());
+    for queued in queue.drain(..) {
+        if taken.len() < count && ready(&queued) {
+            taken.push(queued);
+        } else {
+            left.push_back(queued);
+        }
+    }
+    *queue = left;
+    taken
+}
+
 impl Queued {
+    /// A publish that a session waits for.
+    pub(super) fn new(append: Append, room: OwnedSemaphorePermit) -> Self {
+        Self { append, hint: None, _room: Some(room) }
+    }
+
     /// A publish of the tail.
     fn again(repeat: Repeat, now: Instant) -> Self {
         let room = repeat.room.clone();
@@ -472,9 +572,25 @@ async fn look_at(mut connection: MultiplexedConnection, links: Arc<Links>) -> Re
 }
 
 /// Sends a number that the subscriber has to hear.
-async fn send_probe(mut connection: MultiplexedConnection, links: Arc<Links>) -> RedisResult<()> {
+async fn send_probe(
+    mut connection: MultiplexedConnection,
+    server: Arc<Server>,
+    links: Arc<Links>,
+) -> RedisResult<()> {
+    // Nobody listens yet.
+    let Some((_, channel)) = links.probe.channel() else { return Ok(()) };
     let number = links.probe.send(Instant::now());
-    redis::cmd("PUBLISH").arg(&links.probe.channel).arg(number).query_async(&mut connection).await
+    let publish = server.keyspace.publish();
+    let sent = redis::cmd(publish).arg(channel).arg(number).query_async(&mut connection).await;
+    match sent {
+        // Another channel is chosen when it is known where this one is.
+        Err(error) if is_of_the_slot(&error) => {
+            links.probe.forget();
+            server.astray.notify_one();
+            Ok(())
+        }
+        sent => sent,
+    }
 }
 
 /// Whether the error is about the server's state and not about this append: it does not know the

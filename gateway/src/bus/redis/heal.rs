@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use redis::{RedisError, RedisResult, aio::MultiplexedConnection};
 
-use super::{Server, script};
+use super::server::Server;
 use crate::{
     bus::random_epoch,
     delivery::{Followed, Token},
@@ -25,7 +25,7 @@ pub(super) struct Healer {
 
 impl Healer {
     pub(super) fn new(server: Arc<Server>, metrics: Arc<Metrics>) -> Self {
-        Self { server, script: script(include_str!("scripts/heal.lua")), metrics }
+        Self { script: server.keyspace.script(include_str!("scripts/heal.lua")), server, metrics }
     }
 
     /// Gives back what `holdings` have of their rooms and the server lacks. Rooms that are whole, all
@@ -100,7 +100,7 @@ impl Healer {
             None => ("", String::new()),
         };
         command
-            .arg(self.server.keyspace.barrier())
+            .arg(self.server.keyspace.barrier(self.server.keyspace.home(&held.room)))
             .arg(token.to_string())
             .arg(&channel)
             .arg(held.top.epoch.as_str())

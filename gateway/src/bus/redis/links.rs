@@ -1,16 +1,10 @@
 //! Which of a node's connections to Redis stand, and which server each leads to.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering},
-};
+use std::sync::{Arc, atomic::AtomicBool};
 
-use tokio::{
-    sync::{Notify, watch},
-    time::Instant,
-};
+use tokio::sync::{Notify, watch};
 
-use super::{Server, probe::Probe};
+use super::{probe::Probe, server::Server};
 use crate::{bus::standing::Standing, delivery::Token, telemetry::metrics::Metrics};
 
 /// The state of the links.
@@ -27,8 +21,6 @@ pub(super) struct Links {
     pub(super) probe: Probe,
     pub(super) metrics: Arc<Metrics>,
     pub(super) standing: Arc<Standing>,
-    /// Whether all was well when it was last looked at.
-    was_up: AtomicBool,
 }
 
 /// One of the links.
@@ -71,7 +63,6 @@ impl Links {
             probe: Probe::new(),
             metrics,
             standing,
-            was_up: AtomicBool::new(false),
         }
     }
 
@@ -96,33 +87,24 @@ impl Links {
             self.metrics.bus_reconnects.inc();
             tracing::warn!(?link, "Redis link is lost; reconnecting");
         }
-        self.show(server);
     }
 
     /// A connection has met `token`: where that is another server than the one agreed on, nothing
     /// is to be read or written until the nodes have agreed on it.
     pub(super) fn met(&self, server: &Server, token: Token) {
-        let other = server
-            .agreed
-            .send_if_modified(|agreed| agreed.take_if(|agreed| *agreed != token).is_some());
-        if other {
-            self.standing.settle(false);
-            self.show(server);
+        if server.take_back(|agreed| agreed != token) {
+            self.standing.settle(server.owned.borrow().iter().copied(), false);
         }
     }
 
-    /// Whether this node can publish and hear, and the others count on it.
-    pub(super) fn are_up(&self, server: &Server) -> bool {
+    /// The server turned out to be none that the nodes have agreed on.
+    pub(super) fn found_stale(&self, server: &Server, token: Token) {
+        server.take_back(|agreed| agreed == token);
+        self.standing.settle(server.owned.borrow().iter().copied(), false);
+    }
+
+    /// Whether both links stand.
+    pub(super) fn stand(&self) -> bool {
         self.tokens.borrow().stand()
-            && server.agreed.borrow().is_some()
-            && self.standing.holds(Instant::now())
-    }
-
-    /// Shows in the metrics whether all is well.
-    pub(super) fn show(&self, server: &Server) {
-        let up = self.are_up(server);
-        if self.was_up.swap(up, Ordering::AcqRel) != up {
-            self.metrics.bus_up.set(i64::from(up));
-        }
     }
 }

@@ -1,7 +1,7 @@
 //! Reads of rooms' logs, over connections of their own: they are few, and a large one does not
 //! delay publishes. Each waits until the nodes have agreed on the server.
 
-use std::sync::Arc;
+use std::{collections::BTreeSet, sync::Arc};
 
 use bytes::Bytes;
 use redis::{ErrorKind, RedisError, Value};
@@ -11,10 +11,13 @@ use shared::{
     position::{Epoch, Position, Seq},
 };
 
-use super::{Server, is_stale, refused_or_away, script, topology::Reader};
+use super::{
+    heal::Healer, is_of_the_slot, is_stale, refused_or_away, server::Server, topology::Reader,
+};
 use crate::{
     bus::{BoxFuture, BusError, READ_BYTES_MAX, Range, random_epoch},
-    delivery::{Entry, Token, page::Page},
+    delivery::{Entry, Followed, Token, page::Page},
+    telemetry::metrics::Metrics,
 };
 
 /// The most heads in one pipeline, so that a node with many rooms does not hold Redis up.
@@ -23,21 +26,23 @@ const HEADS_MAX: usize = 512;
 #[derive(Clone)]
 pub(super) struct Log {
     server: Arc<Server>,
+    healer: Healer,
     read: redis::Script,
     delete: redis::Script,
 }
 
 impl Log {
-    pub(super) fn new(server: Arc<Server>) -> Self {
-        let read = script(include_str!("scripts/read.lua"));
-        let delete = script(include_str!("scripts/delete.lua"));
-        Self { server, read, delete }
+    pub(super) fn new(server: Arc<Server>, metrics: Arc<Metrics>) -> Self {
+        let healer = Healer::new(server.clone(), metrics);
+        let read = server.keyspace.script(include_str!("scripts/read.lua"));
+        let delete = server.keyspace.script(include_str!("scripts/delete.lua"));
+        Self { server, healer, read, delete }
     }
 
     pub(super) fn read(&self, room: RoomId, range: Range) -> BoxFuture<Result<Page, BusError>> {
         let log = self.clone();
         Box::pin(async move {
-            let token = log.server.agreed().await;
+            let token = log.agreed(&room).await;
             let mut page =
                 log.ask(async |reader| log.read_by(reader, &room, range, token).await).await?;
             if range.keeps_newest() {
@@ -50,8 +55,16 @@ impl Log {
     pub(super) fn delete(&self, room: RoomId) -> BoxFuture<Result<(), BusError>> {
         let log = self.clone();
         Box::pin(async move {
-            let token = log.server.agreed().await;
+            let token = log.agreed(&room).await;
             log.ask(async |reader| log.delete_by(reader, &room, token).await).await
+        })
+    }
+
+    pub(super) fn heal(&self, held: Followed) -> BoxFuture<Result<(), BusError>> {
+        let log = self.clone();
+        Box::pin(async move {
+            let token = log.agreed(&held.room).await;
+            log.ask(async |reader| log.healer.heal(reader, token, vec![held]).await).await
         })
     }
 
@@ -61,14 +74,21 @@ impl Log {
     ) -> BoxFuture<Result<Vec<Option<Position>>, BusError>> {
         let log = self.clone();
         Box::pin(async move {
-            let token = log.server.agreed().await;
             let mut heads = Vec::with_capacity(rooms.len());
             for rooms in rooms.chunks(HEADS_MAX) {
+                let mut token = Token::default();
+                for room in rooms {
+                    token = log.agreed(room).await;
+                }
                 let some = log.ask(async |reader| log.heads_by(reader, rooms, token).await).await?;
                 heads.extend(some);
             }
             Ok(heads)
         })
+    }
+
+    async fn agreed(&self, room: &RoomId) -> Token {
+        self.server.agreed(self.server.keyspace.home(room)).await
     }
 
     /// Asks something over a reader, which is thrown away where it leads to another server than the
@@ -82,6 +102,10 @@ impl Log {
             BusError::Unavailable
         })?;
         question(&mut reader).await.map_err(|error| {
+            if is_of_the_slot(&error) {
+                self.server.astray.notify_one();
+                return BusError::Unavailable;
+            }
             if is_stale(&error) || error.kind() == ErrorKind::Io {
                 reader.discard();
                 return BusError::Unavailable;
@@ -102,8 +126,12 @@ impl Log {
         rooms: &[RoomId],
         token: Token,
     ) -> Result<Vec<Option<Position>>, RedisError> {
-        let mut pipeline = redis::Pipeline::with_capacity(rooms.len() * 2 + 1);
-        pipeline.cmd("HMGET").arg(self.server.keyspace.barrier()).arg("t").arg("open");
+        let keyspace = self.server.keyspace;
+        let homes: BTreeSet<u16> = rooms.iter().map(|room| keyspace.home(room)).collect();
+        let mut pipeline = redis::Pipeline::with_capacity(rooms.len() * 2 + homes.len());
+        for home in &homes {
+            pipeline.cmd("HMGET").arg(keyspace.barrier(*home)).arg("t").arg("open");
+        }
         for room in rooms {
             let meta = format!("{}:meta", self.server.keyspace.channel(room));
             pipeline.cmd("HMGET").arg(&meta).arg("e").arg("s");
@@ -112,8 +140,8 @@ impl Log {
         }
         let mut rows: Vec<(Option<String>, Option<String>)> =
             pipeline.query_async(&mut **reader).await?;
-        let (agreed, open) = rows.remove(0);
-        if agreed != Some(token.to_string()) || open.is_none() {
+        let token = Some(token.to_string());
+        if rows.drain(..homes.len()).any(|(agreed, open)| agreed != token || open.is_none()) {
             return Err(stale());
         }
         let head = |(epoch, top): (Option<String>, Option<String>)| {
@@ -140,7 +168,7 @@ impl Log {
             .read
             .key(format!("{channel}:log"))
             .key(format!("{channel}:meta"))
-            .key(keyspace.barrier())
+            .key(keyspace.barrier(keyspace.home(room)))
             .arg(kind)
             .arg(seq)
             .arg(range.limit())
@@ -166,7 +194,7 @@ impl Log {
             invocation.key(format!("{channel}{part}"));
         }
         invocation
-            .key(keyspace.barrier())
+            .key(keyspace.barrier(keyspace.home(room)))
             .arg(random_epoch())
             .arg(self.server.meta_ttl_ms())
             .arg(token.to_string())

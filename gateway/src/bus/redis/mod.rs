@@ -1,28 +1,22 @@
 //! The bus of a cluster: logs in Redis, entries passed on by its pub/sub.
 //!
-//! Three ways to Redis, each with connections of its own. `appender` sends publishes, pipelined
+//! Three ways to a server, each with connections of its own. `appender` sends publishes, pipelined
 //! on one connection. `subscriber` hears what is published in the rooms followed. Reads go
 //! through a pool (`log`). The first two reconnect by loops of ours, for ever: a library that
-//! reconnects below us would hide that something was missed.
+//! reconnects below us would hide that something was missed. `agreement` is what the nodes do before
+//! a server is used.
 //!
-//! Keys carry a partition as hash tag, so that all of a room is in one slot of Redis Cluster:
-//! `gw:{p}:r:<room>:log`, `:meta`, `:ids0`, `:ids1`, and the channel `gw:{p}:r:<room>`.
+//! In a Redis Cluster there is such a set of connections per primary, and `router` knows which room
+//! is whose.
 
-use std::{
-    sync::{Arc, atomic::Ordering},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
-use redis::{
-    AsyncConnectionConfig, ConnectionInfo, ErrorKind, IntoConnectionInfo as _, ProtocolVersion,
-    RedisError, aio::MultiplexedConnection, io::tcp::TcpSettings,
-};
+use redis::{AsyncConnectionConfig, RedisError};
 use shared::{ids::RoomId, position::Position};
-use tokio::sync::watch;
 
-use super::{Append, BoxFuture, Bus, BusError, HEAD_TTL, Mailboxes, Range, Retention};
+use super::{Append, BoxFuture, Bus, BusError, Mailboxes, Range, Retention};
 use crate::{
-    delivery::{Token, page::Page},
+    delivery::{Followed, page::Page},
     drain::Tasks,
     telemetry::metrics::Metrics,
 };
@@ -30,15 +24,19 @@ use crate::{
 mod agreement;
 mod appender;
 mod heal;
+mod keyspace;
 mod links;
 mod log;
 mod probe;
+mod router;
+mod server;
 mod status;
 mod subscriber;
 pub mod topology;
 
-use links::Links;
-use topology::{Dial, Single};
+use log::Log;
+use router::Router;
+use topology::{Dial, OpenError, TlsFiles, Way};
 
 /// How long Redis may take to answer before the link counts as dead. A publish whose answer is
 /// late is repeated with its id, so that a false alarm costs a reconnect and nothing else.
@@ -51,8 +49,10 @@ const RETRY_PAUSE_MAX: Duration = Duration::from_millis(250);
 /// How to reach Redis and how rooms lie in it.
 #[derive(Clone, Debug)]
 pub struct RedisOptions {
-    /// `redis://[user:password@]host[:port][/db]`
+    /// How to reach the servers, as [`topology::url`] says.
     pub url: String,
+    /// For servers that are reached through TLS.
+    pub tls: TlsFiles,
     /// Over how many partitions rooms are spread; the same on all nodes, for good.
     pub partitions: u16,
     /// How long logs are kept.
@@ -64,9 +64,9 @@ pub struct RedisOptions {
 /// Why the bus cannot be started with these options.
 #[derive(Debug, thiserror::Error)]
 pub enum RedisStartError {
-    /// The URL does not read.
-    #[error("cluster.redis_url is no Redis URL: {0}")]
-    Url(RedisError),
+    /// No connections can be made as configured.
+    #[error(transparent)]
+    Open(#[from] OpenError),
     /// Other nodes use another number of partitions.
     #[error(
         "cluster.partitions is {configured} here, but the cluster on this Redis uses {recorded}: \
@@ -82,20 +82,7 @@ pub enum RedisStartError {
 
 /// Logs in Redis.
 pub struct RedisBus {
-    server: Arc<Server>,
-    appender: appender::Appender,
-    subscriber: subscriber::Subscriber,
-    log: log::Log,
-    links: Arc<Links>,
-}
-
-/// What all parts need to know.
-struct Server {
-    dial: Arc<dyn Dial>,
-    keyspace: Keyspace,
-    retention: Retention,
-    /// The server that the nodes have agreed on, while they have.
-    agreed: watch::Sender<Option<Token>>,
+    router: Arc<Router>,
 }
 
 impl RedisBus {
@@ -103,19 +90,18 @@ impl RedisBus {
     ///
     /// # Errors
     ///
-    /// [`RedisStartError::Url`].
+    /// [`RedisStartError::Open`].
     pub fn start(
         options: RedisOptions,
         mailboxes: Mailboxes,
         metrics: Arc<Metrics>,
         tasks: &Tasks,
     ) -> Result<Self, RedisStartError> {
-        let info = connection_info(&options.url).map_err(RedisStartError::Url)?;
-        let dial = Arc::new(Single::new(info).map_err(RedisStartError::Url)?);
-        Ok(Self::start_with(dial, options, mailboxes, metrics, tasks))
+        let way = topology::open(&options.url, &options.tls)?;
+        Ok(Self { router: Router::start(way, options, mailboxes, metrics, tasks) })
     }
 
-    /// As [`RedisBus::start`], with connections made by `dial`.
+    /// As [`RedisBus::start`], with connections to one server made by `dial`.
     pub fn start_with(
         dial: Arc<dyn Dial>,
         options: RedisOptions,
@@ -123,23 +109,7 @@ impl RedisBus {
         metrics: Arc<Metrics>,
         tasks: &Tasks,
     ) -> Self {
-        let server = Arc::new(Server {
-            dial,
-            keyspace: Keyspace { partitions: options.partitions },
-            retention: options.retention,
-            agreed: watch::Sender::default(),
-        });
-        let standing = mailboxes.standing().clone();
-        standing.suspend();
-        standing.settle(false);
-        let links = Arc::new(Links::new(standing, metrics));
-        let log = log::Log::new(server.clone());
-        let appender = appender::start(server.clone(), links.clone(), tasks);
-        let subscriber = subscriber::start(server.clone(), links.clone(), mailboxes.clone(), tasks);
-        let node = &options.node;
-        agreement::start(server.clone(), links.clone(), mailboxes.clone(), node, tasks);
-        status::start(server.clone(), links.clone(), mailboxes, tasks);
-        Self { server, appender, subscriber, log, links }
+        Self { router: Router::start(Way::One(dial), options, mailboxes, metrics, tasks) }
     }
 
     /// Waits until Redis has been reached and this node's view of it is the other nodes'.
@@ -148,9 +118,23 @@ impl RedisBus {
     ///
     /// [`RedisStartError::Partitions`].
     pub async fn reached(&self) -> Result<(), RedisStartError> {
-        self.server.agree_on_partitions().await?;
+        let configured = self.router.keyspace().partitions;
         let mut pause = RetryPause::default();
-        while !self.links.are_up(&self.server) {
+        loop {
+            pause.wait().await;
+            // What there is once in all lies in home 0, which may move meanwhile.
+            let set = self.router.set_of(0).await;
+            match set.server.recorded_partitions().await {
+                Ok(recorded) if recorded == configured => break,
+                Ok(recorded) => return Err(RedisStartError::Partitions { configured, recorded }),
+                Err(error) if pause.is_worth_a_line() => {
+                    tracing::warn!(%error, "waiting for Redis");
+                }
+                Err(_) => {}
+            }
+        }
+        let mut pause = RetryPause::default();
+        while !self.router.is_up() {
             pause.wait().await;
         }
         Ok(())
@@ -159,33 +143,41 @@ impl RedisBus {
 
 impl Bus for RedisBus {
     fn append(&self, append: Append) {
-        self.appender.append(append);
+        self.router.append(append);
     }
 
     fn follow(&self, room: RoomId) -> BoxFuture<Result<(), BusError>> {
-        self.subscriber.follow(room)
+        Box::pin(self.router.clone().follow(room))
     }
 
     fn unfollow(&self, room: RoomId) {
-        self.subscriber.unfollow(room);
+        self.router.unfollow(room);
     }
 
     fn read(&self, room: RoomId, range: Range) -> BoxFuture<Result<Page, BusError>> {
-        self.log.read(room, range)
+        let home = self.router.keyspace().home(&room);
+        let question = move |log: &Log| log.read(room.clone(), range);
+        Box::pin(self.router.clone().ask(home, question))
     }
 
     fn heads(&self, rooms: Vec<RoomId>) -> BoxFuture<Result<Vec<Option<Position>>, BusError>> {
-        self.log.heads(rooms)
+        Box::pin(self.router.clone().heads(rooms))
     }
 
     fn delete(&self, room: RoomId) -> BoxFuture<Result<(), BusError>> {
-        self.log.delete(room)
+        let home = self.router.keyspace().home(&room);
+        Box::pin(self.router.clone().ask(home, move |log| log.delete(room.clone())))
+    }
+
+    fn heal(&self, held: Followed) -> BoxFuture<Result<(), BusError>> {
+        let home = self.router.keyspace().home(&held.room);
+        Box::pin(self.router.clone().ask(home, move |log| log.heal(held.clone())))
     }
 
     fn failing(&self) -> Option<&'static str> {
-        if !self.links.are_up(&self.server) {
+        if !self.router.is_up() {
             Some("bus")
-        } else if self.links.evicts.load(Ordering::Relaxed) {
+        } else if self.router.evicts() {
             Some("maxmemory_policy")
         } else {
             None
@@ -193,98 +185,14 @@ impl Bus for RedisBus {
     }
 }
 
-impl Server {
-    /// The server agreed on, once it is.
-    async fn agreed(&self) -> Token {
-        let mut agreed = self.agreed.subscribe();
-        let token = agreed.wait_for(Option::is_some).await;
-        token.ok().and_then(|token| *token).unwrap_or_default()
-    }
-
-    /// How long epoch and number of a room are kept.
-    fn meta_ttl_ms(&self) -> u64 {
-        HEAD_TTL.max(self.retention.ttl).as_millis() as u64
-    }
-
-    /// Records the number of partitions, or compares it with the one recorded.
-    async fn agree_on_partitions(&self) -> Result<(), RedisStartError> {
-        let configured = self.keyspace.partitions;
-        let mut pause = RetryPause::default();
-        loop {
-            pause.wait().await;
-            match self.recorded_partitions().await {
-                Ok(recorded) if recorded == configured => return Ok(()),
-                Ok(recorded) => return Err(RedisStartError::Partitions { configured, recorded }),
-                Err(error) if pause.is_worth_a_line() => {
-                    tracing::warn!(%error, "waiting for Redis");
-                }
-                Err(_) => {}
-            }
-        }
-    }
-
-    async fn recorded_partitions(&self) -> Result<u16, RedisError> {
-        let (mut connection, _) = self.connect(config()).await?;
-        let (recorded,) = redis::pipe()
-            .cmd("SET")
-            .arg("gw:partitions")
-            .arg(self.keyspace.partitions)
-            .arg("NX")
-            .ignore()
-            .cmd("GET")
-            .arg("gw:partitions")
-            .query_async::<(u16,)>(&mut connection)
-            .await?;
-        Ok(recorded)
-    }
-
-    /// One connection, which does not reconnect by itself, and the server it leads to.
-    async fn connect(
-        &self,
-        config: AsyncConnectionConfig,
-    ) -> Result<(MultiplexedConnection, Token), RedisError> {
-        let mut connection = self.dial.connect(config).await?;
-        let (run, replication): (String, String) = redis::pipe()
-            .cmd("INFO")
-            .arg("server")
-            .cmd("INFO")
-            .arg("replication")
-            .query_async(&mut connection)
-            .await?;
-        if !replication.contains("role:master") {
-            return Err((ErrorKind::Io, "the server is a replica").into());
-        }
-        let part = |info: &str, name: &str| {
-            let line = info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
-            line.and_then(|id| id.get(..8)).map(str::to_owned)
-        };
-        let token = part(&run, "run_id").zip(part(&replication, "master_replid"));
-        let token = token.and_then(|(run, history)| format!("{run}{history}").parse().ok());
-        match token {
-            Some(token) => Ok((connection, token)),
-            None => Err((ErrorKind::Parse, "INFO tells no run_id and master_replid").into()),
-        }
-    }
-
-    /// Whether the nodes have agreed on this server.
-    fn has_agreed_on(&self, token: Token) -> bool {
-        *self.agreed.borrow() == Some(token)
-    }
-
-    /// Takes the agreement back, if it is on `token`.
-    fn doubt_agreement_on(&self, token: Token) {
-        self.agreed.send_if_modified(|agreed| agreed.take_if(|agreed| *agreed == token).is_some());
-    }
-}
-
-/// A script behind what all of them share.
-fn script(text: &str) -> redis::Script {
-    redis::Script::new(&format!("{}\n{text}", include_str!("scripts/prelude.lua")))
-}
-
 /// Whether a script found itself on a server that the nodes have not agreed on.
 fn is_stale(error: &RedisError) -> bool {
     error.code() == Some("STALE")
+}
+
+/// Whether an error says that a room's slot is with another server, on the way there, or with none.
+fn is_of_the_slot(error: &RedisError) -> bool {
+    matches!(error.code(), Some("MOVED" | "ASK" | "TRYAGAIN" | "CLUSTERDOWN"))
 }
 
 /// Whether an error will come again with every try, or is of a time: Redis is away, out of memory,
@@ -300,14 +208,6 @@ fn config() -> AsyncConnectionConfig {
     AsyncConnectionConfig::new()
         .set_connection_timeout(Some(CONNECT_MAX))
         .set_response_timeout(Some(RESPONSE_MAX))
-}
-
-/// RESP3, so that pushes and answers share a connection; no delay, since small packets matter.
-fn connection_info(url: &str) -> Result<ConnectionInfo, RedisError> {
-    let info = url.into_connection_info()?;
-    let redis = info.redis_settings().clone().set_protocol(ProtocolVersion::RESP3);
-    let tcp = TcpSettings::default().set_nodelay(true);
-    Ok(info.set_redis_settings(redis).set_tcp_settings(tcp))
 }
 
 /// How long to wait before the next attempt: at once, then longer, up to [`RETRY_PAUSE_MAX`].
@@ -334,58 +234,9 @@ impl RetryPause {
     }
 }
 
-/// Where a room lies.
-#[derive(Clone, Copy, Debug)]
-struct Keyspace {
-    partitions: u16,
-}
-
-impl Keyspace {
-    /// Where the nodes agree on a server.
-    fn barrier(self) -> &'static str {
-        "gw:barrier"
-    }
-
-    fn channel(self, room: &RoomId) -> String {
-        let partition = crc16(room.as_str().as_bytes()) % self.partitions;
-        format!("gw:{{{partition}}}:r:{room}")
-    }
-
-    /// The room of a channel, without a check: only gateways publish there.
-    fn room(channel: &str) -> Option<RoomId> {
-        channel.split_once(":r:")?.1.parse().ok()
-    }
-}
-
-/// The CRC that Redis Cluster hashes keys with: CRC-16/XMODEM (Redis Cluster specification,
-/// appendix A).
-fn crc16(bytes: &[u8]) -> u16 {
-    bytes.iter().fold(0, |crc, byte| {
-        (0..8).fold(crc ^ u16::from(*byte) << 8, |crc, _| {
-            if crc & 0x8000 != 0 { crc << 1 ^ 0x1021 } else { crc << 1 }
-        })
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_crc_is_the_one_of_redis_cluster() {
-        // The check value of CRC-16/XMODEM, also given in the Redis Cluster specification.
-        assert_eq!(crc16(b"123456789"), 0x31C3);
-    }
-
-    #[test]
-    fn a_channel_names_its_room() {
-        let keyspace = Keyspace { partitions: 256 };
-        for name in ["lobby", "a:r:b", "u:bob", ":r:"] {
-            let room: RoomId = name.parse().unwrap();
-            let channel = keyspace.channel(&room);
-            assert_eq!(Keyspace::room(&channel), Some(room), "{channel}");
-        }
-    }
 
     #[test]
     fn pauses_between_attempts_start_at_nothing_and_have_a_cap() {

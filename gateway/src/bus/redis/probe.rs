@@ -11,6 +11,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio::{sync::Notify, time::Instant};
 
+use super::keyspace::Keyspace;
 use crate::bus::random_epoch;
 
 /// How often a probe goes out.
@@ -22,14 +23,16 @@ const PROBE_MAX: Duration = Duration::from_secs(2);
 
 /// The probes of one node.
 pub(super) struct Probe {
-    /// Where they go: of this process alone, and no room's.
-    pub(super) channel: String,
+    /// Of this process alone.
+    process: String,
     state: Mutex<State>,
     lost: Notify,
 }
 
 #[derive(Default)]
 struct State {
+    /// A home, and a channel there.
+    channel: Option<(u16, String)>,
     /// The last one sent.
     sent: u64,
     /// The oldest one that has not come back, and since when it is out.
@@ -38,8 +41,24 @@ struct State {
 
 impl Probe {
     pub(super) fn new() -> Self {
-        let channel = format!("gw:probe:{}", random_epoch());
-        Self { channel, state: Mutex::default(), lost: Notify::new() }
+        Self { process: random_epoch(), state: Mutex::default(), lost: Notify::new() }
+    }
+
+    /// Chooses where probes go: to a channel in a home of this server.
+    pub(super) fn choose(&self, keyspace: Keyspace, home: u16) -> String {
+        let channel = keyspace.probe(home, &self.process);
+        self.state.lock().channel = Some((home, channel.clone()));
+        channel
+    }
+
+    /// Where they go, and the home it is in, once that is chosen.
+    pub(super) fn channel(&self) -> Option<(u16, String)> {
+        self.state.lock().channel.clone()
+    }
+
+    /// Whether `channel` is the one.
+    pub(super) fn is_to(&self, channel: &str) -> bool {
+        self.state.lock().channel.as_ref().is_some_and(|(_, own)| own == channel)
     }
 
     /// The number to send now.

@@ -9,7 +9,7 @@ use std::{
 use shared::protocol::answer::BusState;
 use tokio::time::Instant;
 
-use super::{Server, links::Links};
+use super::router::Router;
 use crate::{
     bus::{Mailboxes, standing::Told},
     drain::Tasks,
@@ -20,26 +20,26 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// A link that is back and made good within this is nothing that clients need to hear of.
 const UNTOLD_MAX: Duration = Duration::from_millis(500);
 
-pub(super) fn start(server: Arc<Server>, links: Arc<Links>, mailboxes: Mailboxes, tasks: &Tasks) {
+pub(super) fn start(router: Arc<Router>, mailboxes: Mailboxes, tasks: &Tasks) {
     let stopped = tasks.stopped().clone();
     tasks.spawn_service("redis_status", async move {
         tokio::select! {
             biased;
             () = stopped.cancelled() => {}
-            () = watch(&server, &links, &mailboxes) => {}
+            () = watch(&router, &mailboxes) => {}
         }
     });
 }
 
-async fn watch(server: &Server, links: &Links, mailboxes: &Mailboxes) {
+async fn watch(router: &Router, mailboxes: &Mailboxes) {
     let standing = mailboxes.standing();
     let mut look = tokio::time::interval(LOOK_EVERY);
     let mut since: Option<(Instant, SystemTime)> = None;
     let mut told = BusState::Up;
     loop {
         look.tick().await;
-        links.show(server);
-        if links.are_up(server) && mailboxes.is_whole() {
+        router.show();
+        if router.is_up() && mailboxes.is_whole() {
             if told == BusState::Down {
                 told = BusState::Up;
                 standing.tell(Told { bus: told, since: Some(SystemTime::now()) });

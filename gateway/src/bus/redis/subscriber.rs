@@ -13,6 +13,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use redis::{PushInfo, PushKind, RedisError, RedisResult, Value, aio::MultiplexedConnection};
 use shared::{envelope::Envelope, ids::RoomId};
 use tokio::{
@@ -22,11 +23,11 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Keyspace, RetryPause, Server,
-    agreement::POKES,
-    config,
+    RetryPause, config,
+    keyspace::Keyspace,
     links::{Link, Links},
-    probe,
+    probe::{LOOK_EVERY, Probe},
+    server::Server,
 };
 use crate::{
     bus::{BoxFuture, BusError, Mailboxes},
@@ -42,6 +43,14 @@ const QUEUE_LEN_MAX: usize = 4096;
 /// A handle to the subscriber's task.
 pub(super) struct Subscriber {
     queue: mpsc::Sender<Wish>,
+    adopted: Arc<Adopted>,
+}
+
+/// Rooms that another server passed on so far. They are followed already, so nobody waits.
+#[derive(Default)]
+struct Adopted {
+    rooms: Mutex<Vec<RoomId>>,
+    notify: Notify,
 }
 
 /// What the node wants to hear, or no longer.
@@ -57,17 +66,19 @@ pub(super) fn start(
     tasks: &Tasks,
 ) -> Subscriber {
     let (queue, receiver) = mpsc::channel(QUEUE_LEN_MAX);
+    let adopted = Arc::new(Adopted::default());
     let worker = Worker {
         server,
         links,
         mailboxes,
         queue: receiver,
-        followed: BTreeSet::new(),
+        adopted: adopted.clone(),
+        followed: Arc::default(),
         unheard: Vec::new(),
     };
     let stopped = tasks.stopped().clone();
     tasks.spawn_service("redis_subscriber", worker.run(stopped));
-    Subscriber { queue }
+    Subscriber { queue, adopted }
 }
 
 impl Subscriber {
@@ -79,6 +90,12 @@ impl Subscriber {
             queue.send(wish).await.map_err(|_| BusError::Unavailable)?;
             hears.await.map_err(|_| BusError::Unavailable)
         })
+    }
+
+    /// Follows rooms from here on that were followed elsewhere before.
+    pub(super) fn adopt(&self, rooms: Vec<RoomId>) {
+        self.adopted.rooms.lock().extend(rooms);
+        self.adopted.notify.notify_one();
     }
 
     pub(super) fn unfollow(&self, room: RoomId) {
@@ -97,9 +114,11 @@ struct Worker {
     links: Arc<Links>,
     mailboxes: Mailboxes,
     queue: mpsc::Receiver<Wish>,
-    followed: BTreeSet<RoomId>,
+    adopted: Arc<Adopted>,
+    /// What is followed. Shared with the connection, which finds out when that ends by itself.
+    followed: Arc<Mutex<BTreeSet<RoomId>>>,
     /// Who waits for a subscription that is not confirmed yet.
-    unheard: Vec<oneshot::Sender<()>>,
+    unheard: Vec<(RoomId, oneshot::Sender<()>)>,
 }
 
 impl Worker {
@@ -118,6 +137,7 @@ impl Worker {
             match self.listen(&mut pause).await {
                 Ok(()) => return,
                 Err(error) => {
+                    self.server.astray.notify_one();
                     if pause.is_worth_a_line() {
                         tracing::warn!(%error, "cannot hear Redis");
                     }
@@ -131,22 +151,22 @@ impl Worker {
     /// nobody can wish any more (`Ok`).
     async fn listen(&mut self, pause: &mut RetryPause) -> Result<(), RedisError> {
         let ear = Ear::default();
-        let config =
-            config().set_push_sender(receiver(self.mailboxes.clone(), self.links.clone(), &ear));
+        let config = config().set_push_sender(self.receiver(&ear));
         let lost = ear.lost.clone();
         let mut remake = self.links.remake.subscribe();
+        let mut owned = self.server.owned.subscribe();
         let (mut connection, token) = self.server.connect(config).await?;
-        self.links.probe.forget();
-        connection.subscribe(&[self.links.probe.channel.as_str(), POKES]).await?;
+        self.listen_to_ourselves(&mut connection).await?;
         self.take_wishes();
-        let rooms: Vec<RoomId> = self.followed.iter().cloned().collect();
+        self.drop_what_is_elsewhere();
+        let rooms: Vec<RoomId> = self.followed.lock().iter().cloned().collect();
         self.subscribe(&mut connection, &rooms).await?;
         // Only when everything is subscribed to: what is read from now on leaves no gap.
         self.mailboxes.doubt();
         self.links.set(&self.server, Link::Hearing, Some(token));
         *pause = RetryPause::default();
 
-        let mut look = tokio::time::interval(probe::LOOK_EVERY);
+        let mut look = tokio::time::interval(LOOK_EVERY);
         let mut wishes = Vec::new();
         loop {
             // Cancel-safe, all of them.
@@ -160,6 +180,19 @@ impl Worker {
                     if count == 0 {
                         return Ok(());
                     }
+                }
+                _ = owned.changed() => {
+                    self.drop_what_is_elsewhere();
+                    let probed = self.links.probe.channel();
+                    if probed.is_some_and(|(home, _)| !self.server.owns(home)) {
+                        self.listen_to_ourselves(&mut connection).await?;
+                    }
+                }
+                () = self.adopted.notify.notified() => {
+                    let rooms = self.take_adopted();
+                    self.subscribe(&mut connection, &rooms).await?;
+                    // What was said in them meanwhile is in their logs.
+                    self.mailboxes.doubt();
                 }
                 _ = look.tick() => {
                     if self.links.probe.is_overdue(Instant::now()) {
@@ -177,19 +210,58 @@ impl Worker {
 
     /// Notes what was wished for while there was no connection.
     fn take_wishes(&mut self) {
+        self.take_adopted();
         while let Ok(wish) = self.queue.try_recv() {
             self.note(wish);
         }
     }
 
+    fn take_adopted(&mut self) -> Vec<RoomId> {
+        let mut rooms = std::mem::take(&mut *self.adopted.rooms.lock());
+        rooms.retain(|room| self.owns(room));
+        self.followed.lock().extend(rooms.iter().cloned());
+        rooms
+    }
+
+    fn owns(&self, room: &RoomId) -> bool {
+        self.server.owns(self.server.keyspace.home(room))
+    }
+
+    /// Forgets rooms that this server does not serve any more. It has ended their subscriptions by
+    /// itself; who waits for one asks again where they are.
+    fn drop_what_is_elsewhere(&mut self) {
+        let Self { server, followed, unheard, .. } = self;
+        let here = |room: &RoomId| server.owns(server.keyspace.home(room));
+        followed.lock().retain(here);
+        unheard.retain(|(room, _)| here(room));
+    }
+
+    /// Subscribes to this process' probes, and to pokes where they are published.
+    async fn listen_to_ourselves(
+        &self,
+        connection: &mut MultiplexedConnection,
+    ) -> Result<(), RedisError> {
+        let (keyspace, probe) = (self.server.keyspace, &self.links.probe);
+        let homes = (self.server.owned.borrow().first().copied(), self.server.owns(0));
+        let (Some(home), pokes) = homes else {
+            return Err((redis::ErrorKind::Io, "this server serves nothing").into());
+        };
+        probe.forget();
+        let mut channels = vec![probe.choose(keyspace, home)];
+        channels.extend(pokes.then(|| keyspace.pokes()));
+        subscribe_to(connection, keyspace, &channels).await
+    }
+
     fn note(&mut self, wish: Wish) {
         match wish {
-            Wish::Follow(room, heard) => {
-                self.followed.insert(room);
-                self.unheard.push(heard);
+            Wish::Follow(room, heard) if self.owns(&room) => {
+                self.followed.lock().insert(room.clone());
+                self.unheard.push((room, heard));
             }
+            // Who wished it asks again where the room is.
+            Wish::Follow(..) => {}
             Wish::Unfollow(room) => {
-                self.followed.remove(&room);
+                self.followed.lock().remove(&room);
             }
         }
     }
@@ -210,10 +282,15 @@ impl Worker {
             // The last wish for a room counts.
             more.retain(|other| *other != room);
             fewer.retain(|other| *other != room);
-            if self.followed.contains(&room) { more.push(room) } else { fewer.push(room) }
+            let followed = self.followed.lock().contains(&room);
+            if followed {
+                more.push(room);
+            } else if self.owns(&room) {
+                fewer.push(room);
+            }
         }
         for rooms in fewer.chunks(CHANNELS_MAX) {
-            connection.unsubscribe(self.channels(rooms)).await?;
+            unsubscribe_from(connection, self.server.keyspace, &self.channels(rooms)).await?;
         }
         self.subscribe(connection, &more).await
     }
@@ -225,9 +302,9 @@ impl Worker {
         rooms: &[RoomId],
     ) -> RedisResult<()> {
         for rooms in rooms.chunks(CHANNELS_MAX) {
-            connection.subscribe(self.channels(rooms)).await?;
+            subscribe_to(connection, self.server.keyspace, &self.channels(rooms)).await?;
         }
-        for heard in self.unheard.drain(..) {
+        for (_, heard) in self.unheard.drain(..) {
             // Who does not wait any more has given up on the join.
             let _ = heard.send(());
         }
@@ -236,6 +313,48 @@ impl Worker {
 
     fn channels(&self, rooms: &[RoomId]) -> Vec<String> {
         rooms.iter().map(|room| self.server.keyspace.channel(room)).collect()
+    }
+
+    /// Takes what Redis pushes. Runs on the connection's driver task and never blocks.
+    fn receiver(
+        &self,
+        ear: &Ear,
+    ) -> impl Fn(PushInfo) -> Result<(), std::convert::Infallible> + Send + Sync + 'static {
+        let (lost, deaf) = (ear.lost.clone(), ear.deaf.clone());
+        let (mailboxes, links) = (self.mailboxes.clone(), self.links.clone());
+        let (server, followed) = (self.server.clone(), self.followed.clone());
+        let pokes = server.keyspace.pokes();
+        move |push| {
+            if deaf.load(Ordering::Acquire) {
+                return Ok(());
+            }
+            match push.kind {
+                PushKind::Message | PushKind::SMessage => {
+                    match arrival(push.data, &links.probe, &pokes) {
+                        Some(Arrival::Entry(room, entry)) => {
+                            // What comes late from a server that another has replaced would stand
+                            // behind what that one says.
+                            if server.owns(server.keyspace.home(&room)) {
+                                mailboxes.put(room, entry);
+                            }
+                        }
+                        Some(Arrival::Probe(number)) => links.probe.heard(number),
+                        Some(Arrival::Poke) => links.poked.notify_one(),
+                        None => tracing::warn!("a message that no gateway published was ignored"),
+                    }
+                }
+                // The slot has moved to another server.
+                PushKind::SUnsubscribe => {
+                    if room_of(&push.data).is_some_and(|room| followed.lock().contains(&room)) {
+                        server.astray.notify_one();
+                        lost.notify_one();
+                    }
+                }
+                PushKind::Disconnection => lost.notify_one(),
+                _ => {}
+            }
+            Ok(())
+        }
     }
 }
 
@@ -257,29 +376,46 @@ impl Drop for Ear {
     }
 }
 
-/// Takes what Redis pushes. Runs on the connection's driver task and never blocks.
-fn receiver(
-    mailboxes: Mailboxes,
-    links: Arc<Links>,
-    ear: &Ear,
-) -> impl Fn(PushInfo) -> Result<(), std::convert::Infallible> + Send + Sync + 'static {
-    let (lost, deaf) = (ear.lost.clone(), ear.deaf.clone());
-    move |push| {
-        if deaf.load(Ordering::Acquire) {
-            return Ok(());
-        }
-        match push.kind {
-            PushKind::Message => match arrival(push.data, &links.probe.channel) {
-                Some(Arrival::Entry(room, entry)) => mailboxes.put(room, entry),
-                Some(Arrival::Probe(number)) => links.probe.heard(number),
-                Some(Arrival::Poke) => links.poked.notify_one(),
-                None => tracing::warn!("a message that no gateway published was ignored"),
-            },
-            PushKind::Disconnection => lost.notify_one(),
-            _ => {}
-        }
-        Ok(())
+/// Subscribes. On Redis Cluster with a command for each: a confirmation for each is what the client
+/// counts on, but for its own `SUBSCRIBE`.
+async fn subscribe_to(
+    connection: &mut MultiplexedConnection,
+    keyspace: Keyspace,
+    channels: &[String],
+) -> RedisResult<()> {
+    match keyspace.sharded {
+        false => connection.subscribe(channels).await,
+        true => each(connection, "SSUBSCRIBE", channels).await,
     }
+}
+
+async fn unsubscribe_from(
+    connection: &mut MultiplexedConnection,
+    keyspace: Keyspace,
+    channels: &[String],
+) -> RedisResult<()> {
+    match keyspace.sharded {
+        false => connection.unsubscribe(channels).await,
+        true => each(connection, "SUNSUBSCRIBE", channels).await,
+    }
+}
+
+async fn each(
+    connection: &mut MultiplexedConnection,
+    command: &str,
+    channels: &[String],
+) -> RedisResult<()> {
+    let mut pipeline = redis::Pipeline::with_capacity(channels.len());
+    for channel in channels {
+        pipeline.cmd(command).arg(channel);
+    }
+    pipeline.exec_async(connection).await
+}
+
+/// The room of `[channel, count]`.
+fn room_of(data: &[Value]) -> Option<RoomId> {
+    let [Value::BulkString(channel), _] = data else { return None };
+    Keyspace::room(std::str::from_utf8(channel).ok()?)
 }
 
 /// What gateways publish.
@@ -290,17 +426,17 @@ enum Arrival {
 }
 
 /// Reads `[channel, "<epoch>:<seq>:<stamp>\n<envelope>"]`, or the number of a probe.
-fn arrival(data: Vec<Value>, probe_channel: &str) -> Option<Arrival> {
+fn arrival(data: Vec<Value>, probe: &Probe, pokes: &str) -> Option<Arrival> {
     let [Value::BulkString(channel), Value::BulkString(payload)]: [Value; 2] =
         data.try_into().ok()?
     else {
         return None;
     };
     let channel = std::str::from_utf8(&channel).ok()?;
-    if channel == probe_channel {
+    if probe.is_to(channel) {
         return Some(Arrival::Probe(std::str::from_utf8(&payload).ok()?.parse().ok()?));
     }
-    if channel == POKES {
+    if channel == pokes {
         return Some(Arrival::Poke);
     }
     let room = Keyspace::room(channel)?;

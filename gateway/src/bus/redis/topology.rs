@@ -1,16 +1,45 @@
 //! Where the primary is, and how connections to it are made.
+//!
+//! `url` reads how the servers are to be reached. A [`Dial`] makes connections to one server at a
+//! time, and tells when they lead to the wrong one: `Single`, one address for good, and `sentinel`,
+//! where the address is asked for. In a Redis Cluster there are several, and [`Cluster`] tells which
+//! of them serves what.
 
-use std::ops::{Deref, DerefMut};
+use std::{
+    fs, io,
+    ops::{Deref, DerefMut},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
 
 use deadpool_redis::{Manager, Pool, Runtime, Timeouts};
 use redis::{
-    AsyncConnectionConfig, Client, ConnectionInfo, ErrorKind, RedisError, RedisResult,
+    AsyncConnectionConfig, Client, ClientTlsConfig, ConnectionAddr, ConnectionInfo, ErrorKind,
+    IntoConnectionInfo as _, ProtocolVersion, RedisConnectionInfo, RedisError, RedisResult,
+    TlsCertificates,
     aio::MultiplexedConnection,
+    io::tcp::{TcpSettings, socket2::TcpKeepalive},
 };
+
+use rustls::pki_types::{CertificateDer, pem::PemObject as _};
 
 use super::{CONNECT_MAX, RESPONSE_MAX, config};
 use crate::bus::BoxFuture;
 
+pub mod url;
+mod cluster;
+mod sentinel;
+
+pub use cluster::Cluster;
+use sentinel::Sentinel;
+use url::{Address, Login, Servers, Topology, UrlError};
+
+/// When a connection in silence is asked whether it lives, how often it is asked again, and how long
+/// something sent may remain unacknowledged by the other host's kernel.
+const KEEPALIVE_AFTER: Duration = Duration::from_secs(10);
+const KEEPALIVE_EVERY: Duration = Duration::from_secs(5);
+const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(10);
 /// How many reads go on at a time; others wait.
 const READERS_MAX: usize = 8;
 
@@ -25,6 +54,159 @@ pub trait Dial: Send + Sync {
     /// A connection to read by, given back when dropped. It may lead to a server that is no longer
     /// the primary: scripts find that out by the token.
     fn reader(&self) -> BoxFuture<RedisResult<Reader>>;
+
+    /// Resolves when the primary is elsewhere than where the last connection leads that was made
+    /// before the call: all connections are to be made again. Never, where there is one address
+    /// for good. Asks by itself while it is waited for, so one caller is enough.
+    fn moved(&self) -> BoxFuture<()>;
+}
+
+/// Files that TLS needs beside what is built in, all in PEM.
+#[derive(Clone, Debug, Default)]
+pub struct TlsFiles {
+    /// Whom to trust instead of the public authorities.
+    pub ca: Option<PathBuf>,
+    /// The certificate that this node shows, and its key.
+    pub own: Option<(PathBuf, PathBuf)>,
+}
+
+/// Why no connections can be made as configured.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The URL does not read.
+    #[error("cluster.redis_url: {0}")]
+    Url(#[from] UrlError),
+    /// A file of [`TlsFiles`] cannot be read.
+    #[error("{path}: {error}")]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        error: io::Error,
+    },
+    /// The files do not fit together, or are no PEM.
+    #[error("the files for TLS to Redis, or the path of its socket: {0}")]
+    Client(#[from] RedisError),
+}
+
+/// How many servers share the rooms.
+pub enum Way {
+    /// One at a time.
+    One(Arc<dyn Dial>),
+    /// The primaries of a Redis Cluster.
+    Many(Cluster),
+}
+
+/// The way to what a URL describes.
+///
+/// # Errors
+///
+/// [`OpenError`]. That nobody answers there is none.
+pub fn open(url: &str, tls: &TlsFiles) -> Result<Way, OpenError> {
+    match url.parse()? {
+        Topology::Socket(url) => {
+            let info = url.into_connection_info()?;
+            let redis = info.redis_settings().clone().set_protocol(ProtocolVersion::RESP3);
+            Ok(Way::One(Arc::new(Single::new(info.set_redis_settings(redis))?)))
+        }
+        Topology::Single(servers) => {
+            let manner = Manner::of(&servers, tls)?;
+            Ok(Way::One(Arc::new(Single::new(manner.info(&servers.addresses[0])?)?)))
+        }
+        Topology::Sentinel { servers, primary, login } => {
+            let manner = Manner::of(&servers, tls)?;
+            Ok(Way::One(Arc::new(Sentinel::new(primary, manner, servers.addresses, &login))))
+        }
+        Topology::Cluster(servers) => {
+            let manner = Manner::of(&servers, tls)?;
+            Ok(Way::Many(Cluster::new(manner, servers.addresses)))
+        }
+    }
+}
+
+/// What all connections of a topology have in common.
+#[derive(Clone)]
+struct Manner {
+    redis: RedisConnectionInfo,
+    /// An address with the parameters of TLS, where that is spoken.
+    tls: Option<ConnectionAddr>,
+}
+
+impl Manner {
+    fn of(servers: &Servers, files: &TlsFiles) -> Result<Self, OpenError> {
+        let tls = servers.tls.then(|| tls_address(files)).transpose()?;
+        // RESP3, so that pushes and answers share a connection.
+        let redis = RedisConnectionInfo::default().set_protocol(ProtocolVersion::RESP3);
+        let redis = redis.set_db(servers.db);
+        Ok(Self { redis: logged_in(redis, &servers.login), tls })
+    }
+
+    /// The same servers' network, another login, and the protocol that all versions have.
+    fn for_sentinels(&self, login: &Login) -> Self {
+        let redis = logged_in(RedisConnectionInfo::default(), login);
+        Self { redis, tls: self.tls.clone() }
+    }
+
+    fn info(&self, address: &Address) -> RedisResult<ConnectionInfo> {
+        let (host, port) = (address.host.clone(), address.port);
+        let address = match &self.tls {
+            Some(ConnectionAddr::TcpTls { insecure, tls_params, .. }) => ConnectionAddr::TcpTls {
+                host,
+                port,
+                insecure: *insecure,
+                tls_params: tls_params.clone(),
+            },
+            _ => ConnectionAddr::Tcp(host, port),
+        };
+        // Small packets matter. A host that is gone without a word is noticed also by connections
+        // that nothing is sent on.
+        let keepalive = TcpKeepalive::new()
+            .with_time(KEEPALIVE_AFTER)
+            .with_interval(KEEPALIVE_EVERY)
+            .with_retries(3);
+        let tcp = TcpSettings::default()
+            .set_nodelay(true)
+            .set_keepalive(keepalive)
+            .set_user_timeout(UNACKNOWLEDGED_MAX);
+        let info = address.into_connection_info()?;
+        Ok(info.set_redis_settings(self.redis.clone()).set_tcp_settings(tcp))
+    }
+}
+
+fn logged_in(mut redis: RedisConnectionInfo, login: &Login) -> RedisConnectionInfo {
+    if let Some(user) = &login.user {
+        redis = redis.set_username(user);
+    }
+    if let Some(password) = &login.password {
+        redis = redis.set_password(password);
+    }
+    redis
+}
+
+/// Some address with the parameters of TLS: the crate makes them only together.
+fn tls_address(files: &TlsFiles) -> Result<ConnectionAddr, OpenError> {
+    // The crate chooses none. It may have been installed before, for another bus of this process.
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    let failed = |path: &PathBuf, error| OpenError::File { path: path.clone(), error };
+    let read = |path: &PathBuf| fs::read(path).map_err(|error| failed(path, error));
+    let certificates = |path: &PathBuf| {
+        let text = read(path)?;
+        // Of a file of another kind the crate would make an authority that vouches for nobody.
+        match CertificateDer::pem_slice_iter(&text).next() {
+            Some(_) => Ok(text),
+            None => Err(failed(path, io::Error::other("there is no certificate in PEM in it"))),
+        }
+    };
+    let client_tls = match &files.own {
+        Some((cert, key)) => {
+            Some(ClientTlsConfig { client_cert: certificates(cert)?, client_key: read(key)? })
+        }
+        None => None,
+    };
+    let root_cert = files.ca.as_ref().map(certificates).transpose()?;
+    let files = TlsCertificates { client_tls, root_cert };
+    let client = Client::build_with_tls("rediss://unused", files)?;
+    Ok(client.get_connection_info().addr().clone())
 }
 
 /// A connection to read by.
@@ -86,13 +268,18 @@ impl Dial for Single {
     }
 
     fn reader(&self) -> BoxFuture<RedisResult<Reader>> {
-        let pool = self.pool.clone();
-        Box::pin(async move {
-            pool.get().await.map(Reader::Pooled).map_err(|error| {
-                RedisError::from((ErrorKind::Io, "no connection to read by", error.to_string()))
-            })
-        })
+        Box::pin(reader_of(self.pool.clone()))
     }
+
+    fn moved(&self) -> BoxFuture<()> {
+        Box::pin(std::future::pending())
+    }
+}
+
+async fn reader_of(pool: Pool) -> RedisResult<Reader> {
+    pool.get().await.map(Reader::Pooled).map_err(|error| {
+        RedisError::from((ErrorKind::Io, "no connection to read by", error.to_string()))
+    })
 }
 
 /// The connections to read by from one server.
@@ -107,4 +294,26 @@ fn pool(info: ConnectionInfo) -> Result<Pool, RedisError> {
         })
         .build()
         .map_err(|_| RedisError::from((ErrorKind::Client, "no runtime for the pool")))
+}
+
+/// Says so where a primary goes on acknowledging when its replicas do not follow any more: what it
+/// takes then is lost if one of them takes its place. A hosted Redis may forbid the question.
+pub(super) async fn warn_of_loose_replicas(connection: &mut MultiplexedConnection) {
+    let asked: RedisResult<(String, (String, u32))> = redis::pipe()
+        .cmd("INFO")
+        .arg("replication")
+        .cmd("CONFIG")
+        .arg("GET")
+        .arg("min-replicas-to-write")
+        .query_async(connection)
+        .await;
+    let Ok((replication, (_, 0))) = asked else { return };
+    let replicas = replication.lines().find_map(|line| line.strip_prefix("connected_slaves:"));
+    if replicas.is_some_and(|replicas| replicas.trim() != "0") {
+        tracing::warn!(
+            "Redis has replicas and goes on without them (min-replicas-to-write is 0): what it \
+             acknowledges while it is cut off is lost when a replica takes its place; set \
+             min-replicas-to-write 1 and min-replicas-max-lag 2"
+        );
+    }
 }

@@ -1,0 +1,118 @@
+//! Where things lie in Redis: keys, channels, and which of them share a slot of Redis Cluster.
+//!
+//! Keys carry a partition as hash tag, so that all of a room is in one slot: `gw:{p}:r:<room>:log`,
+//! `:meta`, `:ids0`, `:ids1`, and the channel `gw:{p}:r:<room>`. On Redis Cluster each partition is
+//! a [home](crate::bus::home) with a barrier of its own beside it, since a script may use keys of
+//! one slot only; what there is once in all lies with partition 0.
+
+use shared::ids::RoomId;
+
+use crate::bus::home::{crc16, home_of};
+
+/// How many slots a Redis Cluster has.
+const SLOTS: u16 = 16_384;
+
+/// Where a room lies.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Keyspace {
+    pub(super) partitions: u16,
+    /// Whether this is a Redis Cluster, with pub/sub by slots.
+    pub(super) sharded: bool,
+}
+
+impl Keyspace {
+    /// How many homes there are.
+    pub(super) fn homes(self) -> u16 {
+        if self.sharded { self.partitions } else { 1 }
+    }
+
+    pub(super) fn home(self, room: &RoomId) -> u16 {
+        home_of(room, self.homes())
+    }
+
+    /// The slot of a home.
+    pub(super) fn slot(home: u16) -> u16 {
+        crc16(home.to_string().as_bytes()) % SLOTS
+    }
+
+    /// Where the nodes agree on a server for a home.
+    pub(super) fn barrier(self, home: u16) -> String {
+        self.named(home, "barrier")
+    }
+
+    /// Who lives.
+    pub(super) fn leases(self) -> String {
+        self.named(0, "leases")
+    }
+
+    /// Where a new process asks the others to renew, so that all have seen it.
+    pub(super) fn pokes(self) -> String {
+        self.named(0, "pokes")
+    }
+
+    /// Where the number of partitions is recorded.
+    pub(super) fn recorded(self) -> String {
+        self.named(0, "partitions")
+    }
+
+    /// The channel of one process' probes; of no room.
+    pub(super) fn probe(self, home: u16, process: &str) -> String {
+        self.named(home, &format!("probe:{process}"))
+    }
+
+    fn named(self, home: u16, name: &str) -> String {
+        if self.sharded { format!("gw:{{{home}}}:{name}") } else { format!("gw:{name}") }
+    }
+
+    pub(super) fn channel(self, room: &RoomId) -> String {
+        let partition = home_of(room, self.partitions);
+        format!("gw:{{{partition}}}:r:{room}")
+    }
+
+    /// The room of a channel, without a check: only gateways publish there.
+    pub(super) fn room(channel: &str) -> Option<RoomId> {
+        channel.split_once(":r:")?.1.parse().ok()
+    }
+
+    /// The command that publishes.
+    pub(super) fn publish(self) -> &'static str {
+        if self.sharded { "SPUBLISH" } else { "PUBLISH" }
+    }
+
+    /// A script behind what all of them share.
+    pub(super) fn script(self, text: &str) -> redis::Script {
+        let text = format!("{}\n{text}", include_str!("scripts/prelude.lua"));
+        redis::Script::new(&text.replace("'PUBLISH'", &format!("'{}'", self.publish())))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ALONE: Keyspace = Keyspace { partitions: 256, sharded: false };
+    const SHARDED: Keyspace = Keyspace { partitions: 256, sharded: true };
+
+    #[test]
+    fn a_channel_names_its_room() {
+        for name in ["lobby", "a:r:b", "u:bob", ":r:"] {
+            let room: RoomId = name.parse().unwrap();
+            let channel = ALONE.channel(&room);
+            assert_eq!(Keyspace::room(&channel), Some(room), "{channel}");
+        }
+    }
+
+    #[test]
+    fn all_that_a_script_uses_shares_a_slot() {
+        let room: RoomId = "lobby".parse().unwrap();
+        let home = SHARDED.home(&room);
+        let tag = format!("{{{home}}}");
+        for key in [SHARDED.channel(&room), SHARDED.barrier(home), SHARDED.probe(home, "x")] {
+            assert!(key.contains(&tag), "{key}");
+        }
+        assert_eq!((ALONE.home(&room), ALONE.barrier(0).as_str()), (0, "gw:barrier"));
+        assert!(SHARDED.leases().contains("{0}") && SHARDED.pokes().contains("{0}"));
+        // As `CLUSTER KEYSLOT {7}` says.
+        assert_eq!(Keyspace::slot(7), 1716);
+    }
+}

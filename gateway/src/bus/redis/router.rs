@@ -1,0 +1,489 @@
+//! Which server each room is with, and the way of every call to it.
+//!
+//! Each server has a *set* of connections of its own, and each [home](crate::bus::home) a *lane* that
+//! leads to one set. Behind a single address there is one of each, for good. In a Redis Cluster there
+//! is a set per primary, and homes move between them: when a replica takes over, and when a slot
+//! migrates. Both are the same here, a *hand-over*:
+//!
+//! 1. Publishes of the home wait in its lane, and the old set takes nothing of it in any more.
+//! 2. What waits at the old set comes back, once its answers have come or its connection has ended.
+//! 3. The new set follows the rooms, and gets what came back and behind it what waited.
+//!
+//! Before that one sends anything, the nodes agree on it for this home ([`agreement`](super::agreement)).
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use parking_lot::Mutex;
+use shared::{ids::RoomId, position::Position};
+use tokio::{
+    sync::{Notify, Semaphore, watch},
+    time::Instant,
+};
+
+use super::{
+    RedisOptions,
+    agreement::{self, Process},
+    appender::{self, Appender, Queued},
+    keyspace::Keyspace,
+    links::Links,
+    log::Log,
+    server::{Agreed, Server},
+    status,
+    subscriber::{self, Subscriber},
+    topology::{Cluster, Dial, Way, url::Address},
+};
+use crate::{
+    bus::{Append, BoxFuture, BusError, Mailboxes, Retention},
+    drain::Tasks,
+    telemetry::metrics::Metrics,
+};
+
+/// The most that may wait to be sent or answered. Above it publishes are `Overloaded`.
+const QUEUE_BYTES_MAX: usize = 64 << 20;
+/// What an entry counts beside its own bytes, so that small ones are bounded in number.
+const ENTRY_OVERHEAD_BYTES: usize = 512;
+/// How often a Redis Cluster is asked who serves what, unless something shows a change.
+const ASK_EVERY: Duration = Duration::from_secs(1);
+/// How often it is asked at most.
+const ASK_PAUSE: Duration = Duration::from_millis(50);
+
+/// The connections to one server, and who uses them.
+pub(super) struct Set {
+    pub(super) server: Arc<Server>,
+    links: Arc<Links>,
+    appender: Appender,
+    subscriber: Subscriber,
+    log: Log,
+    tasks: Tasks,
+}
+
+/// What a home's calls go through.
+#[derive(Default)]
+struct Lane {
+    set: Option<Arc<Set>>,
+    /// Publishes that wait for a set.
+    held: VecDeque<Queued>,
+    followed: BTreeSet<RoomId>,
+}
+
+/// What the sets are made of.
+struct Parts {
+    keyspace: Keyspace,
+    retention: Retention,
+    mailboxes: Mailboxes,
+    metrics: Arc<Metrics>,
+    process: Arc<Process>,
+    astray: Arc<Notify>,
+    tasks: Tasks,
+}
+
+/// The lanes of all homes.
+pub(super) struct Router {
+    parts: Parts,
+    lanes: Mutex<Vec<Lane>>,
+    /// Changes when a lane does.
+    changed: watch::Sender<()>,
+    /// What the queues have room for.
+    room: Arc<Semaphore>,
+    was_up: AtomicBool,
+}
+
+impl Router {
+    pub(super) fn start(
+        way: Way,
+        options: RedisOptions,
+        mailboxes: Mailboxes,
+        metrics: Arc<Metrics>,
+        tasks: &Tasks,
+    ) -> Arc<Self> {
+        let sharded = matches!(way, Way::Many(_));
+        let keyspace = Keyspace { partitions: options.partitions, sharded };
+        let standing = mailboxes.standing();
+        standing.suspend();
+        standing.unsettle(keyspace.homes());
+        let router = Arc::new(Self {
+            parts: Parts {
+                keyspace,
+                retention: options.retention,
+                mailboxes: mailboxes.clone(),
+                metrics,
+                process: Arc::new(Process::new(&options.node)),
+                astray: Arc::default(),
+                tasks: tasks.clone(),
+            },
+            lanes: Mutex::new((0..keyspace.homes()).map(|_| Lane::default()).collect()),
+            changed: watch::Sender::default(),
+            room: Arc::new(Semaphore::new(QUEUE_BYTES_MAX)),
+            was_up: AtomicBool::new(false),
+        });
+        match way {
+            Way::One(dial) => router.lanes.lock()[0].set = Some(router.parts.set(dial, &[0])),
+            Way::Many(cluster) => {
+                let (router, stopped) = (router.clone(), tasks.stopped().clone());
+                tasks.spawn_service("redis_cluster", async move {
+                    tokio::select! {
+                        biased;
+                        () = stopped.cancelled() => {}
+                        () = router.keep_up_with(&cluster) => {}
+                    }
+                    router.answer_all_held();
+                });
+            }
+        }
+        status::start(router.clone(), mailboxes, tasks);
+        router
+    }
+
+    pub(super) fn keyspace(&self) -> Keyspace {
+        self.parts.keyspace
+    }
+
+    /// Whether this node can publish and hear, and the others count on it.
+    pub(super) fn is_up(&self) -> bool {
+        let sets = self.sets();
+        let all = sets.iter().map(|(_, homes)| homes.len()).sum::<usize>();
+        all == usize::from(self.keyspace().homes())
+            && sets.iter().all(|(set, homes)| set.is_up_for(homes))
+            && self.parts.mailboxes.standing().holds(Instant::now())
+    }
+
+    /// Shows in the metrics whether all is well.
+    pub(super) fn show(&self) {
+        let up = self.is_up();
+        if self.was_up.swap(up, Ordering::AcqRel) != up {
+            self.parts.metrics.bus_up.set(i64::from(up));
+        }
+    }
+
+    /// Whether a server throws keys away.
+    pub(super) fn evicts(&self) -> bool {
+        self.sets().iter().any(|(set, _)| set.links.evicts.load(Ordering::Relaxed))
+    }
+
+    /// All sets, with the homes that lead to them.
+    fn sets(&self) -> Vec<(Arc<Set>, Vec<u16>)> {
+        let mut sets: Vec<(Arc<Set>, Vec<u16>)> = Vec::new();
+        for (home, lane) in (0..).zip(&*self.lanes.lock()) {
+            let Some(set) = &lane.set else { continue };
+            match sets.iter_mut().find(|(known, _)| Arc::ptr_eq(known, set)) {
+                Some((_, homes)) => homes.push(home),
+                None => sets.push((set.clone(), vec![home])),
+            }
+        }
+        sets
+    }
+
+    pub(super) fn append(&self, append: Append) {
+        let bytes = append.envelope.as_bytes().len() + ENTRY_OVERHEAD_BYTES;
+        let Ok(room) = self.room.clone().try_acquire_many_owned(bytes as u32) else {
+            return (append.done)(Err(BusError::Overloaded));
+        };
+        let home = usize::from(self.keyspace().home(&append.room));
+        let queued = Queued::new(append, room);
+        let refused = {
+            let lane = &mut self.lanes.lock()[home];
+            match &lane.set {
+                Some(set) => set.appender.send(queued),
+                None => {
+                    lane.held.push_back(queued);
+                    Ok(())
+                }
+            }
+        };
+        answer(refused.err());
+    }
+
+    /// The set that a home leads to, once there is one.
+    pub(super) async fn set_of(&self, home: u16) -> Arc<Set> {
+        let mut changed = self.changed.subscribe();
+        loop {
+            if let Some(set) = self.lanes.lock()[usize::from(home)].set.clone() {
+                return set;
+            }
+            // The sender lives as long as `self`.
+            let _ = changed.changed().await;
+        }
+    }
+
+    fn leads_to(&self, home: u16, set: &Arc<Set>) -> bool {
+        let lanes = self.lanes.lock();
+        lanes[usize::from(home)].set.as_ref().is_some_and(|other| Arc::ptr_eq(other, set))
+    }
+
+    /// Waits until a home leads elsewhere. Cancel-safe.
+    async fn has_left(&self, home: u16, set: &Arc<Set>) {
+        let mut changed = self.changed.subscribe();
+        while self.leads_to(home, set) {
+            let _ = changed.changed().await;
+        }
+    }
+
+    pub(super) async fn follow(self: Arc<Self>, room: RoomId) -> Result<(), BusError> {
+        let home = self.keyspace().home(&room);
+        self.lanes.lock()[usize::from(home)].followed.insert(room.clone());
+        loop {
+            let set = self.set_of(home).await;
+            let followed = set.subscriber.follow(room.clone()).await;
+            if followed.is_ok() || self.leads_to(home, &set) {
+                return followed;
+            }
+        }
+    }
+
+    pub(super) fn unfollow(&self, room: RoomId) {
+        let set = {
+            let lane = &mut self.lanes.lock()[usize::from(self.keyspace().home(&room))];
+            lane.followed.remove(&room);
+            lane.set.clone()
+        };
+        if let Some(set) = set {
+            set.subscriber.unfollow(room);
+        }
+    }
+
+    /// Asks something of the log of a room, where it is at this moment.
+    pub(super) async fn ask<T>(
+        self: Arc<Self>,
+        home: u16,
+        question: impl Fn(&Log) -> BoxFuture<Result<T, BusError>>,
+    ) -> Result<T, BusError> {
+        loop {
+            let set = self.set_of(home).await;
+            let mut answer = question(&set.log);
+            // Where the home moves meanwhile nobody agrees on the old server any more.
+            tokio::select! {
+                biased;
+                answer = &mut answer => return answer,
+                () = self.has_left(home, &set) => {}
+            }
+        }
+    }
+
+    pub(super) async fn heads(
+        self: Arc<Self>,
+        rooms: Vec<RoomId>,
+    ) -> Result<Vec<Option<Position>>, BusError> {
+        let keyspace = self.keyspace();
+        let mut heads = vec![None; rooms.len()];
+        let mut left: Vec<usize> = (0..rooms.len()).collect();
+        while let Some(first) = left.first() {
+            let home = keyspace.home(&rooms[*first]);
+            let set = self.set_of(home).await;
+            let (here, others) =
+                left.into_iter().partition(|at| self.leads_to(keyspace.home(&rooms[*at]), &set));
+            let here: Vec<usize> = here;
+            left = others;
+            if here.is_empty() {
+                return Err(BusError::Unavailable);
+            }
+            let asked = here.iter().map(|at| rooms[*at].clone()).collect();
+            let mut answer = set.log.heads(asked);
+            let answer = tokio::select! {
+                biased;
+                answer = &mut answer => answer?,
+                () = set.has_lost_some() => return Err(BusError::Unavailable),
+            };
+            for (at, head) in here.into_iter().zip(answer) {
+                heads[at] = head;
+            }
+        }
+        Ok(heads)
+    }
+
+    /// Follows the changes of a Redis Cluster, for ever.
+    async fn keep_up_with(&self, cluster: &Cluster) {
+        let mut failures = 0_u32;
+        loop {
+            match cluster.map().await {
+                Ok(map) => {
+                    failures = 0;
+                    let slots = (0..self.keyspace().homes()).map(Keyspace::slot);
+                    let owners = slots.map(|slot| map.primary_of(slot).cloned()).collect();
+                    self.assign(cluster, owners).await;
+                }
+                Err(error) => {
+                    if failures % 40 == 0 {
+                        tracing::warn!(%error, "cannot find out who serves what in Redis Cluster");
+                    }
+                    failures += 1;
+                }
+            }
+            self.expire_held();
+            tokio::time::sleep(ASK_PAUSE).await;
+            // Cancel-safe, both.
+            tokio::select! {
+                biased;
+                () = self.parts.astray.notified() => {}
+                () = tokio::time::sleep(ASK_EVERY) => {}
+            }
+        }
+    }
+
+    /// Leads homes to their owners. A home that nobody owns stays where it is.
+    async fn assign(&self, cluster: &Cluster, owners: Vec<Option<Address>>) {
+        let mut sets: BTreeMap<Address, Arc<Set>> = BTreeMap::new();
+        let mut moves: BTreeMap<Address, Vec<u16>> = BTreeMap::new();
+        for (set, homes) in self.sets() {
+            if let Some(address) = &set.server.address {
+                sets.insert(address.clone(), set.clone());
+            }
+            for home in homes {
+                let owner = owners[usize::from(home)].as_ref();
+                if let Some(owner) =
+                    owner.filter(|owner| set.server.address.as_ref() != Some(owner))
+                {
+                    moves.entry(owner.clone()).or_default().push(home);
+                }
+            }
+        }
+        let led: BTreeSet<u16> = self.sets().into_iter().flat_map(|(_, homes)| homes).collect();
+        for (home, owner) in (0..).zip(&owners) {
+            if let Some(owner) = owner.as_ref().filter(|_| !led.contains(&home)) {
+                moves.entry(owner.clone()).or_default().push(home);
+            }
+        }
+        for (owner, homes) in moves {
+            let set = sets.get(&owner).cloned();
+            self.hand_over(cluster, &owner, set, homes).await;
+        }
+    }
+
+    async fn hand_over(
+        &self,
+        cluster: &Cluster,
+        owner: &Address,
+        set: Option<Arc<Set>>,
+        homes: Vec<u16>,
+    ) {
+        let set = match set {
+            Some(set) => set,
+            None => match cluster.dial(owner) {
+                Ok(dial) => self.parts.set_at(Some(owner.clone()), dial, &[]),
+                Err(error) => {
+                    tracing::error!(%owner, %error, "no connections can be made to a primary");
+                    return;
+                }
+            },
+        };
+        tracing::info!(%owner, homes = homes.len(), "a primary serves partitions from now on");
+        let mut released = Vec::new();
+        for (old, gone) in self.part_from(&homes) {
+            old.server.own(&[], &gone);
+            self.parts.mailboxes.standing().settle(gone.iter().copied(), false);
+            released.extend(old.appender.release(gone).await);
+            if old.server.owned.borrow().is_empty() {
+                old.tasks.stopped().cancel();
+            }
+        }
+        set.server.own(&homes, &[]);
+        let (mut refused, mut followed) = (Vec::new(), Vec::new());
+        {
+            let lanes = &mut *self.lanes.lock();
+            let mut send = |queued| refused.extend(set.appender.send(queued).err());
+            released.into_iter().for_each(&mut send);
+            for home in homes {
+                let lane = &mut lanes[usize::from(home)];
+                lane.set = Some(set.clone());
+                lane.held.drain(..).for_each(&mut send);
+                followed.extend(lane.followed.iter().cloned());
+            }
+        }
+        set.subscriber.adopt(followed);
+        answer(refused);
+        self.changed.send_replace(());
+    }
+
+    /// Takes homes from the sets that they lead to.
+    fn part_from(&self, homes: &[u16]) -> Vec<(Arc<Set>, Vec<u16>)> {
+        let mut parted = self.sets();
+        for (_, theirs) in &mut parted {
+            theirs.retain(|home| homes.contains(home));
+        }
+        parted.retain(|(_, theirs)| !theirs.is_empty());
+        for home in homes {
+            self.lanes.lock()[usize::from(*home)].set = None;
+        }
+        self.changed.send_replace(());
+        parted
+    }
+
+    /// Answers what waits in lanes and is past its deadline.
+    fn expire_held(&self) {
+        let (now, mut expired) = (Instant::now(), Vec::new());
+        for lane in &mut *self.lanes.lock() {
+            while let Some(queued) = lane.held.pop_front_if(|queued| queued.append.deadline <= now)
+            {
+                expired.push((queued, BusError::Unavailable));
+            }
+        }
+        answer(expired);
+    }
+
+    fn answer_all_held(&self) {
+        let mut held = Vec::new();
+        for lane in &mut *self.lanes.lock() {
+            held.extend(lane.held.drain(..).map(|queued| (queued, BusError::Unavailable)));
+        }
+        answer(held);
+    }
+}
+
+/// Answers publishes, outside of any lock.
+fn answer(refused: impl IntoIterator<Item = (Queued, BusError)>) {
+    for (queued, error) in refused {
+        (queued.append.done)(Err(error));
+    }
+}
+
+impl Parts {
+    /// The set of the only server there is.
+    fn set(&self, dial: Arc<dyn Dial>, homes: &[u16]) -> Arc<Set> {
+        self.set_at(None, dial, homes)
+    }
+
+    fn set_at(&self, address: Option<Address>, dial: Arc<dyn Dial>, homes: &[u16]) -> Arc<Set> {
+        let tasks = self.tasks.part();
+        let server = Arc::new(Server {
+            address,
+            dial,
+            keyspace: self.keyspace,
+            retention: self.retention.clone(),
+            owned: watch::Sender::new(homes.iter().copied().collect()),
+            agreed: watch::Sender::new(Agreed::default()),
+            astray: self.astray.clone(),
+        });
+        let standing = self.mailboxes.standing().clone();
+        let links = Arc::new(Links::new(standing, self.metrics.clone()));
+        let log = Log::new(server.clone(), self.metrics.clone());
+        let appender = appender::start(server.clone(), links.clone(), &tasks);
+        let mailboxes = self.mailboxes.clone();
+        let subscriber =
+            subscriber::start(server.clone(), links.clone(), mailboxes.clone(), &tasks);
+        let process = self.process.clone();
+        agreement::start(server.clone(), links.clone(), mailboxes, process, &tasks);
+        Arc::new(Set { server, links, appender, subscriber, log, tasks })
+    }
+}
+
+impl Set {
+    /// Whether its links stand and the nodes have agreed on it for these homes.
+    fn is_up_for(&self, homes: &[u16]) -> bool {
+        let agreed = self.server.agreed.borrow().clone();
+        self.links.stand() && homes.iter().all(|home| agreed.homes.contains(home))
+    }
+
+    /// Waits until a home is taken away. Cancel-safe.
+    async fn has_lost_some(&self) {
+        let mut owned = self.server.owned.subscribe();
+        let before = owned.borrow_and_update().clone();
+        // The sender lives as long as `self`.
+        let _ = owned.wait_for(|owned| !owned.is_superset(&before)).await;
+    }
+}

@@ -1,0 +1,166 @@
+//! One server, what it serves, and what the nodes have agreed on about it.
+
+use std::{collections::BTreeSet, sync::Arc};
+
+use redis::{AsyncConnectionConfig, ErrorKind, RedisError, aio::MultiplexedConnection};
+use tokio::sync::{Notify, watch};
+
+use super::{
+    config,
+    keyspace::Keyspace,
+    topology::{self, Dial, url::Address},
+};
+use crate::{
+    bus::{HEAD_TTL, Retention},
+    delivery::Token,
+};
+
+/// What all parts need to know.
+pub(super) struct Server {
+    /// Where it is, in a Redis Cluster.
+    pub(super) address: Option<Address>,
+    pub(super) dial: Arc<dyn Dial>,
+    pub(super) keyspace: Keyspace,
+    pub(super) retention: Retention,
+    /// The homes that it serves.
+    pub(super) owned: watch::Sender<BTreeSet<u16>>,
+    /// What the nodes have agreed on.
+    pub(super) agreed: watch::Sender<Agreed>,
+    /// Told when something shows that a home may be with another server.
+    pub(super) astray: Arc<Notify>,
+}
+
+/// The server that the nodes have agreed on, and for which homes.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Agreed {
+    pub(super) token: Option<Token>,
+    pub(super) homes: Arc<BTreeSet<u16>>,
+}
+
+impl Agreed {
+    /// Whether it is on `token`, for `home`.
+    pub(super) fn is_on(&self, token: Token, home: u16) -> bool {
+        self.token == Some(token) && self.homes.contains(&home)
+    }
+}
+
+impl Server {
+    /// The server agreed on for `home`, once it is.
+    pub(super) async fn agreed(&self, home: u16) -> Token {
+        let mut agreed = self.agreed.subscribe();
+        let agreed = agreed.wait_for(|agreed| agreed.homes.contains(&home)).await;
+        agreed.ok().and_then(|agreed| agreed.token).unwrap_or_default()
+    }
+
+    /// How long epoch and number of a room are kept.
+    pub(super) fn meta_ttl_ms(&self) -> u64 {
+        HEAD_TTL.max(self.retention.ttl).as_millis() as u64
+    }
+
+    /// The number of partitions that the first node recorded.
+    pub(super) async fn recorded_partitions(&self) -> Result<u16, RedisError> {
+        let (mut connection, _) = self.connect(config()).await?;
+        let recorded = self.keyspace.recorded();
+        let (recorded,) = redis::pipe()
+            .cmd("SET")
+            .arg(&recorded)
+            .arg(self.keyspace.partitions)
+            .arg("NX")
+            .ignore()
+            .cmd("GET")
+            .arg(&recorded)
+            .query_async::<(u16,)>(&mut connection)
+            .await?;
+        topology::warn_of_loose_replicas(&mut connection).await;
+        Ok(recorded)
+    }
+
+    /// One connection, which does not reconnect by itself, and the server it leads to.
+    pub(super) async fn connect(
+        &self,
+        config: AsyncConnectionConfig,
+    ) -> Result<(MultiplexedConnection, Token), RedisError> {
+        let connected = self.connect_and_ask(config).await;
+        if connected.is_err() {
+            self.astray.notify_one();
+        }
+        connected
+    }
+
+    async fn connect_and_ask(
+        &self,
+        config: AsyncConnectionConfig,
+    ) -> Result<(MultiplexedConnection, Token), RedisError> {
+        let mut connection = self.dial.connect(config).await?;
+        let (run, replication): (String, String) = redis::pipe()
+            .cmd("INFO")
+            .arg("server")
+            .cmd("INFO")
+            .arg("replication")
+            .query_async(&mut connection)
+            .await?;
+        if !replication.contains("role:master") {
+            return Err((ErrorKind::Io, "the server is a replica").into());
+        }
+        let part = |info: &str, name: &str| {
+            let line = info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+            line.and_then(|id| id.get(..8)).map(str::to_owned)
+        };
+        let token = part(&run, "run_id").zip(part(&replication, "master_replid"));
+        let token = token.and_then(|(run, history)| format!("{run}{history}").parse().ok());
+        match token {
+            Some(token) => Ok((connection, token)),
+            None => Err((ErrorKind::Parse, "INFO tells no run_id and master_replid").into()),
+        }
+    }
+
+    /// Whether it serves `home`, as far as known.
+    pub(super) fn owns(&self, home: u16) -> bool {
+        self.owned.borrow().contains(&home)
+    }
+
+    /// Whether the nodes have agreed on this server for `home`.
+    pub(super) fn has_agreed_on(&self, token: Token, home: u16) -> bool {
+        self.agreed.borrow().is_on(token, home)
+    }
+
+    /// Notes that the nodes have agreed on it for some more homes.
+    pub(super) fn agree_on(&self, token: Token, homes: &[u16]) {
+        self.agreed.send_modify(|agreed| {
+            let before = if agreed.token == Some(token) { &agreed.homes } else { &Arc::default() };
+            let all = before.iter().chain(homes).copied().collect();
+            *agreed = Agreed { token: Some(token), homes: Arc::new(all) };
+        });
+    }
+
+    /// Takes the agreement back, if it is one on which `gone` says so. Returns whether it was.
+    pub(super) fn take_back(&self, gone: impl Fn(Token) -> bool) -> bool {
+        self.agreed.send_if_modified(|agreed| {
+            let taken = agreed.token.is_some_and(&gone);
+            if taken {
+                *agreed = Agreed::default();
+            }
+            taken
+        })
+    }
+
+    /// Gives homes to it, or takes them away; what was agreed on for the latter does not count any
+    /// more.
+    pub(super) fn own(&self, more: &[u16], fewer: &[u16]) {
+        self.owned.send_modify(|owned| {
+            owned.extend(more);
+            owned.retain(|home| !fewer.contains(home));
+        });
+        self.agreed.send_modify(|agreed| {
+            let left = agreed.homes.iter().copied().filter(|home| !fewer.contains(home));
+            agreed.homes = Arc::new(left.collect());
+        });
+    }
+
+    /// The homes that it serves and that the nodes have not agreed on it for.
+    pub(super) fn open_questions(&self, token: Token) -> Vec<u16> {
+        let agreed = self.agreed.borrow().clone();
+        let owned = self.owned.borrow();
+        owned.iter().copied().filter(|home| !agreed.is_on(token, *home)).collect()
+    }
+}

@@ -1,0 +1,404 @@
+//! Reads `cluster.redis_url`: which servers there are, how they find together, and how to log in.
+//!
+//! ```text
+//! redis[s]://[user:password@]host[:port][/db]
+//! redis[s]+sentinel://[user:password@]host[:port],…/primary[/db][?option=value&…]
+//! redis[s]+cluster://[user:password@]host[:port],…
+//! unix:///path/to/socket[?db=…&user=…&pass=…]
+//! ```
+//!
+//! Pure: nothing is asked or opened here. Each mistake says what was wrong and what to write.
+
+use std::{fmt, str::FromStr};
+
+/// Where a Redis listens unless told otherwise.
+const REDIS_PORT: u16 = 6379;
+/// Where a Sentinel does.
+const SENTINEL_PORT: u16 = 26_379;
+
+/// How the servers of a cluster are to be reached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Topology {
+    /// One server behind a socket of this machine; the whole URL.
+    Socket(String),
+    /// One server at one address.
+    Single(Servers),
+    /// A primary that Sentinels name.
+    Sentinel {
+        /// The Sentinels' addresses; login and database are the primary's.
+        servers: Servers,
+        /// What the Sentinels call the primary.
+        primary: String,
+        /// How to log in to the Sentinels.
+        login: Login,
+    },
+    /// Several primaries, each with a share of the slots.
+    Cluster(Servers),
+}
+
+/// Addresses, and what is the same for all of them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Servers {
+    /// At least one.
+    pub addresses: Vec<Address>,
+    /// Whether they are spoken to through TLS.
+    pub tls: bool,
+    /// How to log in.
+    pub login: Login,
+    /// The number of the database.
+    pub db: i64,
+}
+
+/// Where a server listens.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Address {
+    /// A name or an IP address, without brackets.
+    pub host: String,
+    /// The port.
+    pub port: u16,
+}
+
+/// User and password, as far as they are needed.
+#[derive(Clone, Default, PartialEq, Eq)]
+pub struct Login {
+    /// A user of the ACL; the default one if absent.
+    pub user: Option<String>,
+    /// The password.
+    pub password: Option<String>,
+}
+
+/// What is wrong with a URL.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum UrlError {
+    /// It does not begin as one.
+    #[error(
+        "it has to begin with redis://, redis+sentinel:// or redis+cluster:// (rediss:// and so on \
+         for TLS), or unix:///"
+    )]
+    Scheme,
+    /// No address.
+    #[error("there is no host: write one behind :// or @, as redis://127.0.0.1:6379")]
+    Host,
+    /// Several addresses where one is meant.
+    #[error(
+        "it has several hosts: write redis+sentinel:// if they are Sentinels, redis+cluster:// if \
+         they are a Redis Cluster"
+    )]
+    Hosts,
+    /// A port that is none. Not repeated, since it may be a piece of the password.
+    #[error(
+        "the port of a host is no number of 1 to 65535; in a user's name or a password write / as \
+         %2F, ? as %3F, # as %23, @ as %40, % as %25"
+    )]
+    Port,
+    /// No name of the primary.
+    #[error(
+        "the name of the primary is missing: write what the Sentinels call it behind the hosts, as \
+         redis+sentinel://s1,s2,s3/mymaster"
+    )]
+    Primary,
+    /// A database that is no number.
+    #[error("`{0}` is no number of a database")]
+    Db(String),
+    /// A database other than 0 in Redis Cluster.
+    #[error("a Redis Cluster has no databases: nothing goes behind the hosts")]
+    ClusterDb,
+    /// Something behind `?` or `#` that means nothing.
+    #[error("`{option}` does not fit: {known}")]
+    Option {
+        /// What was written; without its value, which may be a password.
+        option: String,
+        /// What could be.
+        known: &'static str,
+    },
+    /// A `%` that is no escape.
+    #[error("it has a % that no two hexadecimal digits follow: write % itself as %25")]
+    Escape,
+}
+
+impl Topology {
+    /// Whether servers are spoken to through TLS.
+    pub fn has_tls(&self) -> bool {
+        match self {
+            Self::Socket(_) => false,
+            Self::Single(servers) | Self::Sentinel { servers, .. } | Self::Cluster(servers) => {
+                servers.tls
+            }
+        }
+    }
+}
+
+impl FromStr for Topology {
+    type Err = UrlError;
+
+    fn from_str(text: &str) -> Result<Self, UrlError> {
+        let (scheme, rest) = text.split_once("://").ok_or(UrlError::Scheme)?;
+        let (family, kind) = scheme.split_once('+').unwrap_or((scheme, ""));
+        let tls = match family {
+            "redis" | "valkey" => false,
+            "rediss" | "valkeys" => true,
+            "unix" if kind.is_empty() => return Ok(Self::Socket(text.to_owned())),
+            _ => return Err(UrlError::Scheme),
+        };
+        match kind {
+            "unix" if !tls => Ok(Self::Socket(text.to_owned())),
+            "" => single(rest, tls),
+            "sentinel" => sentinel(rest, tls),
+            "cluster" => cluster(rest, tls),
+            _ => Err(UrlError::Scheme),
+        }
+    }
+}
+
+fn single(rest: &str, tls: bool) -> Result<Topology, UrlError> {
+    let parts = Parts::of(rest, REDIS_PORT)?;
+    parts.has_no_options("nothing is told behind the ? of such a URL")?;
+    if parts.addresses.len() > 1 {
+        return Err(UrlError::Hosts);
+    }
+    let db = parts.path.first().map_or(Ok(0), |db| database(db))?;
+    let Parts { addresses, login, .. } = parts;
+    Ok(Topology::Single(Servers { addresses, tls, login, db }))
+}
+
+fn cluster(rest: &str, tls: bool) -> Result<Topology, UrlError> {
+    let parts = Parts::of(rest, REDIS_PORT)?;
+    parts.has_no_options("nothing is told behind the ? of such a URL")?;
+    if parts.path.iter().any(|db| db != "0") {
+        return Err(UrlError::ClusterDb);
+    }
+    let Parts { addresses, login, .. } = parts;
+    Ok(Topology::Cluster(Servers { addresses, tls, login, db: 0 }))
+}
+
+fn sentinel(rest: &str, mut tls: bool) -> Result<Topology, UrlError> {
+    let parts = Parts::of(rest, SENTINEL_PORT)?;
+    let mut path = parts.path.into_iter();
+    let primary = path.next().ok_or(UrlError::Primary)?;
+    let mut db = path.next().map_or(Ok(0), |db| database(&db))?;
+    let mut sentinels = Login::default();
+    for (name, value) in parts.options {
+        match (name.as_str(), value) {
+            ("db", value) => db = database(&value)?,
+            ("tls", value) if value == "true" => tls = true,
+            ("tls", value) if value == "false" && !tls => {}
+            ("sentinel_user", value) => sentinels.user = Some(value),
+            ("sentinel_password", value) => sentinels.password = Some(value),
+            (name, _) => {
+                return Err(UrlError::Option {
+                    option: name.to_owned(),
+                    known: "known are db, tls=true, sentinel_user and sentinel_password",
+                });
+            }
+        }
+    }
+    let servers = Servers { addresses: parts.addresses, tls, login: parts.login, db };
+    Ok(Topology::Sentinel { servers, primary, login: sentinels })
+}
+
+/// What stands behind `://`.
+struct Parts {
+    login: Login,
+    addresses: Vec<Address>,
+    /// What stands between slashes.
+    path: Vec<String>,
+    options: Vec<(String, String)>,
+}
+
+impl Parts {
+    fn of(rest: &str, port: u16) -> Result<Self, UrlError> {
+        let (rest, fragment) = rest.split_once('#').unwrap_or((rest, ""));
+        let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
+        let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
+        // The last one: an @ in a password is common, and none in a host.
+        let (login, hosts) = authority.rsplit_once('@').unwrap_or(("", authority));
+        if !fragment.is_empty() {
+            let known = "nothing is told behind it, and a # in a password is written %23";
+            return Err(UrlError::Option { option: "#".to_owned(), known });
+        }
+        let hosts = hosts.split(',').map(str::trim).filter(|host| !host.is_empty());
+        let addresses = hosts.map(|host| address(host, port)).collect::<Result<Vec<_>, _>>()?;
+        if addresses.is_empty() {
+            return Err(UrlError::Host);
+        }
+        let filled = |text: &&str| !text.is_empty();
+        let path = path.split('/').filter(filled).map(unescaped).collect::<Result<_, _>>()?;
+        let options = query.split('&').filter(filled).map(|option| {
+            let (name, value) = option.split_once('=').unwrap_or((option, ""));
+            Ok((unescaped(name)?, unescaped(value)?))
+        });
+        let options = options.collect::<Result<_, UrlError>>()?;
+        Ok(Self { login: login_of(login)?, addresses, path, options })
+    }
+
+    fn has_no_options(&self, known: &'static str) -> Result<(), UrlError> {
+        match self.options.first() {
+            None => Ok(()),
+            Some((name, _)) => Err(UrlError::Option { option: name.clone(), known }),
+        }
+    }
+}
+
+/// `user:password`, `:password` or `user`.
+fn login_of(text: &str) -> Result<Login, UrlError> {
+    let (user, password) = text.split_once(':').unwrap_or((text, ""));
+    let filled = |text: &str| (!text.is_empty()).then(|| unescaped(text)).transpose();
+    Ok(Login { user: filled(user)?, password: filled(password)? })
+}
+
+/// `host`, `host:port`, `[v6]` or `[v6]:port`.
+fn address(text: &str, default: u16) -> Result<Address, UrlError> {
+    let (host, port) = match text.strip_prefix('[') {
+        Some(text) => text.split_once(']').ok_or(UrlError::Port)?,
+        None => text.split_at(text.find(':').unwrap_or(text.len())),
+    };
+    let port = match port.strip_prefix(':') {
+        Some(port) => port.parse().ok().filter(|port| *port > 0).ok_or(UrlError::Port)?,
+        None if port.is_empty() => default,
+        None => return Err(UrlError::Port),
+    };
+    if host.is_empty() {
+        return Err(UrlError::Host);
+    }
+    Ok(Address { host: host.to_owned(), port })
+}
+
+fn database(text: &str) -> Result<i64, UrlError> {
+    text.parse().ok().filter(|db| *db >= 0).ok_or_else(|| UrlError::Db(text.to_owned()))
+}
+
+/// Text with its %-escapes resolved.
+fn unescaped(text: &str) -> Result<String, UrlError> {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let [byte, tail @ ..] = rest {
+        rest = tail;
+        if *byte != b'%' {
+            bytes.push(*byte);
+            continue;
+        }
+        let digits = tail.get(..2).filter(|digits| digits.iter().all(u8::is_ascii_hexdigit));
+        let digits =
+            digits.and_then(|digits| str::from_utf8(digits).ok()).ok_or(UrlError::Escape)?;
+        bytes.push(u8::from_str_radix(digits, 16).map_err(|_| UrlError::Escape)?);
+        rest = &tail[2..];
+    }
+    String::from_utf8(bytes).map_err(|_| UrlError::Escape)
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.host.contains(':') {
+            write!(f, "[{}]:{}", self.host, self.port)
+        } else {
+            write!(f, "{}:{}", self.host, self.port)
+        }
+    }
+}
+
+/// Passwords stay out of logs.
+impl fmt::Debug for Login {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let password = self.password.as_ref().map(|_| "…");
+        f.debug_struct("Login").field("user", &self.user).field("password", &password).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn servers(hosts: &[(&str, u16)]) -> Servers {
+        let address = |(host, port): &(&str, u16)| Address { host: (*host).into(), port: *port };
+        let addresses = hosts.iter().map(address).collect();
+        Servers { addresses, tls: false, login: Login::default(), db: 0 }
+    }
+
+    fn login(user: &str, password: &str) -> Login {
+        let filled = |text: &str| (!text.is_empty()).then(|| text.to_owned());
+        Login { user: filled(user), password: filled(password) }
+    }
+
+    #[track_caller]
+    fn check(url: &str, expected: Result<Topology, UrlError>) {
+        assert_eq!(url.parse(), expected, "{url}");
+    }
+
+    #[test]
+    fn a_single_server() {
+        check("redis://redis", Ok(Topology::Single(servers(&[("redis", 6379)]))));
+        check("valkey://[::1]:7/", Ok(Topology::Single(servers(&[("::1", 7)]))));
+        let me = login("me", "a@b/c%");
+        let all = Servers { tls: true, login: me, db: 3, ..servers(&[("h", 1)]) };
+        check("rediss://me:a@b%2Fc%25@h:1/3", Ok(Topology::Single(all)));
+        let password = Servers { login: login("", "secret"), ..servers(&[("h", 6379)]) };
+        check("redis://:secret@h", Ok(Topology::Single(password)));
+        for url in ["unix:///run/redis.sock?db=1", "redis+unix:///run/redis.sock"] {
+            check(url, Ok(Topology::Socket(url.into())));
+        }
+    }
+
+    #[test]
+    fn a_primary_that_sentinels_name() {
+        let sentinel = |servers: Servers, login: Login| {
+            Ok(Topology::Sentinel { servers, primary: "main".into(), login })
+        };
+        let three = servers(&[("a", 26_379), ("b", 1), ("::1", 26_379)]);
+        check("redis+sentinel://a,b:1,[::1]/main", sentinel(three.clone(), Login::default()));
+        let all = Servers { tls: true, login: login("u", "p"), db: 2, ..three };
+        let url = "redis+sentinel://u:p@a,b:1,[::1]/main?tls=true&db=2&sentinel_user=s\
+                   &sentinel_password=%26";
+        check(url, sentinel(all.clone(), login("s", "&")));
+        check("rediss+sentinel://u:p@a,b:1,[::1]/main/2", sentinel(all, Login::default()));
+    }
+
+    #[test]
+    fn a_redis_cluster() {
+        check("redis+cluster://a,b:1", Ok(Topology::Cluster(servers(&[("a", 6379), ("b", 1)]))));
+        let all = Servers { tls: true, login: login("", "p"), ..servers(&[("a", 6379)]) };
+        check("rediss+cluster://:p@a/0", Ok(Topology::Cluster(all)));
+    }
+
+    #[test]
+    fn each_mistake_is_told_apart_and_no_password_is_repeated() {
+        let cases = [
+            ("localhost:6379", UrlError::Scheme),
+            ("http://h", UrlError::Scheme),
+            ("redis+unknown://h", UrlError::Scheme),
+            ("rediss+unix:///s", UrlError::Scheme),
+            ("redis://", UrlError::Host),
+            ("redis://:secret@", UrlError::Host),
+            ("redis://:1", UrlError::Host),
+            ("redis://h:0", UrlError::Port),
+            ("redis://h:65536", UrlError::Port),
+            ("redis://[::1]7", UrlError::Port),
+            ("redis://me:secret/x@h", UrlError::Port),
+            ("redis://:secret%2@h", UrlError::Escape),
+            ("redis://:secret%+f@h", UrlError::Escape),
+            ("redis://:secret%ff@h", UrlError::Escape),
+            ("redis://a,b", UrlError::Hosts),
+            ("redis://h/main", UrlError::Db("main".into())),
+            ("redis://h/-1", UrlError::Db("-1".into())),
+            ("redis+sentinel://a,b", UrlError::Primary),
+            ("redis+sentinel://a/main/x", UrlError::Db("x".into())),
+            ("redis+cluster://a/1", UrlError::ClusterDb),
+        ];
+        for (url, expected) in cases {
+            check(url, Err(expected));
+        }
+        let urls = [
+            "redis://h?x=secret",
+            "rediss://h#secret",
+            "redis+cluster://h?tls=secret",
+            "redis+sentinel://h/m?sentinel_pass=secret",
+            "rediss+sentinel://h/m?tls=false",
+        ];
+        for url in urls {
+            let error = url.parse::<Topology>().unwrap_err();
+            assert!(matches!(error, UrlError::Option { .. }), "{url}: {error}");
+            assert!(!error.to_string().contains("secret"), "{error}");
+        }
+        let topology = format!("{:?}", "redis://me:secret@h".parse::<Topology>());
+        assert!(!topology.contains("secret"), "{topology}");
+    }
+}

@@ -1,0 +1,332 @@
+//! One room that a node follows: how far it has come in the log, and what it remembers of it.
+//!
+//! A link delivers a room's entries in order while it stands. A reconnect may repeat the last few
+//! or skip some, and another server may come back with another log. [`Follow`] turns that into the
+//! promise made to members: each number once, in order, and a word where that cannot be kept. It
+//! is told what arrives ([`Follow::arrive`]) and what was read ([`Follow::read`], in [`judge`]), has
+//! done what follows from it by an [`Obey`], and says what it needs.
+//!
+//! Invariants: within an epoch the top never goes down, and epochs only go up. The ring ends at the
+//! top or is empty. Numbers go on where a new epoch continues the one before, so that the ring may
+//! hold both; each entry keeps the epoch that it was written under.
+//!
+//! [`judge`]: super::judge
+
+use std::time::Duration;
+
+use shared::{
+    ids::RoomId,
+    position::{Epoch, Position},
+    protocol::answer::NotRecovered,
+};
+use tokio::time::Instant;
+
+use super::{
+    Entry, Followed,
+    ids::Ids,
+    ordinal,
+    ring::{Ring, RingMax},
+};
+
+/// The most arrivals held while the log is read; what is above is read again.
+const HELD_MAX: usize = 1024;
+
+/// Does what was decided.
+pub trait Obey {
+    /// An arrival was judged.
+    fn judged(&mut self, verdict: Verdict);
+    /// The next entry: for each member that has had all before it.
+    fn entry(&mut self, entry: &Entry);
+    /// The log goes on in another epoch, behind what was given last, and nothing was lost: for each
+    /// member that has had all before it.
+    fn bump(&mut self, to: &Position);
+    /// What was given so far cannot be continued: every member goes on behind `to`.
+    fn reset(&mut self, to: &Position, reason: NotRecovered);
+    /// The log has lost an entry, which is to be appended anew.
+    fn orphan(&mut self, entry: &Entry);
+}
+
+/// What to do with an arrival.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It is the next one.
+    Deliver,
+    /// It was there before.
+    Duplicate,
+    /// Others come before it that have not arrived.
+    Gap,
+    /// It is of another epoch than the one followed, or was the first to be appended on another
+    /// server: the log tells.
+    Restarted,
+    /// Its number is known for another entry: two histories share numbers.
+    Diverged,
+}
+
+/// What it takes to go on. Of two needs the greater one is met.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[must_use]
+pub enum Need {
+    /// Nothing.
+    Nothing,
+    /// That the log is read.
+    Read,
+    /// That the log is compared with what this node holds, and then read.
+    Heal,
+}
+
+/// Whether the log is being read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reading {
+    /// It is not.
+    No,
+    /// It is.
+    Yes,
+    /// It is, and once more after that: doubt arose since it began.
+    Again,
+}
+
+/// Which part of a log to read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ask {
+    /// From the newest entry held on, so that it can be compared.
+    Overlap,
+    /// From right behind the newest entry held: it has just been compared, and is so large that
+    /// nothing behind it was shown.
+    Beyond,
+    /// The numbers that the ring holds, to find out which of its entries the log has lost.
+    Ring,
+    /// The newest entries.
+    Newest,
+}
+
+/// What a node keeps of a room, and what time it is.
+#[derive(Clone, Copy, Debug)]
+pub struct Keep {
+    /// The most of a ring.
+    pub ring: RingMax,
+    /// How long ids are known.
+    pub ids_for: Duration,
+    /// How long the log of a room is kept in which nothing is said.
+    pub entries_for: Duration,
+    /// The time.
+    pub now: Instant,
+}
+
+/// A room that is followed.
+#[derive(Debug)]
+pub struct Follow {
+    /// The last entry that was passed on; `None` until the log was read once.
+    pub(super) top: Option<Position>,
+    /// The epoch before, and its last number, where the present one continues it.
+    pub(super) former: Option<Position>,
+    pub(super) ring: Ring,
+    /// Whether the ring holds all that the log holds.
+    pub(super) ring_is_whole: bool,
+    pub(super) ids: Ids,
+    /// When the newest entry came.
+    pub(super) newest_at: Option<Instant>,
+    /// Arrivals that wait for a read of the log, in the order of their coming.
+    pub(super) held: Vec<Entry>,
+    pub(super) reading: Reading,
+    pub(super) ask: Ask,
+}
+
+impl Default for Follow {
+    fn default() -> Self {
+        Self {
+            top: None,
+            former: None,
+            ring: Ring::default(),
+            ring_is_whole: false,
+            ids: Ids::default(),
+            newest_at: None,
+            held: Vec::new(),
+            reading: Reading::No,
+            ask: Ask::Newest,
+        }
+    }
+}
+
+impl Follow {
+    /// The last entry passed on, once the log was read.
+    pub fn top(&self) -> Option<&Position> {
+        self.top.as_ref()
+    }
+
+    /// The newest entries.
+    pub fn ring(&self) -> &Ring {
+        &self.ring
+    }
+
+    /// Whether the ring holds all that the log holds.
+    pub fn ring_is_whole(&self) -> bool {
+        self.ring_is_whole
+    }
+
+    /// The ids of the dedup window.
+    pub fn ids(&self) -> &Ids {
+        &self.ids
+    }
+
+    /// Forgets the oldest ids, which another room needs the memory of, or which are too old.
+    pub fn forget_oldest_ids(&mut self) {
+        self.ids.forget_oldest();
+    }
+
+    /// Whether the log is being read.
+    pub fn reading(&self) -> Reading {
+        self.reading
+    }
+
+    /// What this node holds of the room's log, once that was read.
+    pub fn held_of_log(&self, room: &RoomId, keep: &Keep) -> Option<Followed> {
+        // What is past retention is gone on purpose.
+        let entries = if self.is_past_retention(keep) { 0 } else { self.ring.len() };
+        let older_than = match self.ring.first() {
+            Some(first) if entries > 0 => first,
+            _ => self.top()?.seq + 1,
+        };
+        Some(Followed {
+            room: room.clone(),
+            top: self.top()?.clone(),
+            former: self.former.clone(),
+            entries: self.ring.newest(entries).cloned().collect(),
+            ids: self.ids.below(older_than).collect(),
+        })
+    }
+
+    /// Forgets entries past the room's retention.
+    pub fn forget_past_retention(&mut self, keep: &Keep) {
+        if !self.ring.is_empty() && self.is_past_retention(keep) {
+            self.ring.clear();
+            self.ring_is_whole = false;
+        }
+    }
+
+    fn is_past_retention(&self, keep: &Keep) -> bool {
+        self.newest_at
+            .is_some_and(|came| keep.now.saturating_duration_since(came) > keep.entries_for)
+    }
+
+    /// Whether everything up to `head`, the newest position of the log, was passed on. A head below
+    /// the top may be older than an arrival that came while it was asked for.
+    pub fn has_reached(&self, head: Option<&Position>) -> bool {
+        let (Some(top), Some(head)) = (self.top(), head) else { return false };
+        top.epoch == head.epoch && top.seq >= head.seq
+    }
+
+    /// Has what is read or compared from here on count.
+    pub fn begin_read(&mut self) {
+        self.reading = Reading::Yes;
+    }
+
+    /// Entries may have been lost: a read under way is not enough. `false`: none is.
+    pub fn read_again(&mut self) -> bool {
+        if self.reading != Reading::No {
+            self.reading = Reading::Again;
+        }
+        self.reading != Reading::No
+    }
+
+    /// Takes an entry that came from the bus.
+    pub fn arrive(&mut self, entry: Entry, keep: &Keep, obey: &mut impl Obey) -> Need {
+        if self.top.is_none() || self.reading != Reading::No {
+            self.hold(entry);
+            return Need::Nothing;
+        }
+        self.judge(entry, keep, obey)
+    }
+
+    fn hold(&mut self, entry: Entry) {
+        if self.held.len() < HELD_MAX {
+            self.held.push(entry);
+        } else if self.reading != Reading::No {
+            self.reading = Reading::Again;
+        }
+    }
+
+    /// Judges an arrival. What cannot be passed on is dropped: a read that begins after it has come
+    /// shows it, if it is in the log.
+    fn judge(&mut self, entry: Entry, keep: &Keep, obey: &mut impl Obey) -> Need {
+        let verdict = self.verdict(&entry);
+        obey.judged(verdict);
+        match verdict {
+            Verdict::Deliver => {
+                self.pass_on(entry, keep, obey);
+                Need::Nothing
+            }
+            Verdict::Duplicate => Need::Nothing,
+            Verdict::Gap | Verdict::Restarted => Need::Read,
+            Verdict::Diverged => Need::Heal,
+        }
+    }
+
+    fn verdict(&self, entry: &Entry) -> Verdict {
+        let arrived = &entry.position;
+        let Some(top) = &self.top else { return Verdict::Gap };
+        if arrived.epoch == top.epoch {
+            if arrived.seq == top.seq + 1 {
+                // Another server may have come back without what is held here.
+                let known = self.ring.last().is_none_or(|last| last.stamp == entry.stamp);
+                return if known { Verdict::Deliver } else { Verdict::Restarted };
+            }
+            if arrived.seq > top.seq {
+                return Verdict::Gap;
+            }
+            return match self.ring.at(arrived.seq) {
+                Some(held) if !held.is(entry) => Verdict::Diverged,
+                _ => Verdict::Duplicate,
+            };
+        }
+        match self.ring.at(arrived.seq) {
+            Some(held) if held.position.epoch == arrived.epoch && held.is(entry) => {
+                Verdict::Duplicate
+            }
+            _ => Verdict::Restarted,
+        }
+    }
+
+    /// Judges what was held while the log was read, up to what cannot be passed on.
+    pub(super) fn judge_held(&mut self, keep: &Keep, obey: &mut impl Obey) -> Need {
+        let mut need = Need::Nothing;
+        for entry in std::mem::take(&mut self.held) {
+            let Some(top) = &self.top else { return Need::Read };
+            if need != Need::Nothing {
+                continue;
+            }
+            if ordinal(&entry.position.epoch) < ordinal(&top.epoch) {
+                // Of an epoch that is gone, as this read has told.
+                obey.judged(Verdict::Duplicate);
+            } else {
+                need = self.judge(entry, keep, obey);
+            }
+        }
+        need
+    }
+
+    /// Goes on in another epoch, behind the top.
+    pub(super) fn bump(&mut self, epoch: Epoch, obey: &mut impl Obey) {
+        if let Some(former) = self.top.take() {
+            let to = Position::new(epoch, former.seq);
+            obey.bump(&to);
+            self.former = Some(former);
+            self.top = Some(to);
+        }
+    }
+
+    /// Gives the next entry to those who are up to date, and keeps it.
+    pub(super) fn pass_on(&mut self, entry: Entry, keep: &Keep, obey: &mut impl Obey) {
+        if let Some(top) = &self.top
+            && top.epoch != entry.position.epoch
+        {
+            self.bump(entry.position.epoch.clone(), obey);
+        }
+        self.top = Some(entry.position.clone());
+        obey.entry(&entry);
+        self.ids.note(entry.envelope.id_key(), &entry.position, keep.ids_for, keep.now);
+        self.newest_at = Some(keep.now);
+        let first = self.ring.first();
+        self.ring.push(entry, keep.ring);
+        self.ring_is_whole &= first.is_none() || self.ring.first() == first;
+    }
+}

@@ -1,0 +1,253 @@
+//! What a read of the log means for a room that is followed: whether it goes on from where the room
+//! is, goes on in another epoch, or is another history.
+//!
+//! A read begins one entry before what is wanted, so that the log's entry at the top can be compared
+//! with the one held: the same number under the same epoch may stand for another message where a
+//! server came back without its newest entries.
+
+use shared::{
+    position::{Position, Seq},
+    protocol::answer::NotRecovered,
+};
+
+use super::{
+    Entry,
+    follow::{Ask, Follow, Keep, Need, Obey, Reading},
+    ordinal,
+    page::Page,
+};
+
+/// How many entries one read of a log brings: all that a ring holds, so that one read tells which
+/// entries of a ring the log has lost.
+pub const READ_LEN: u32 = 256;
+
+/// Which part of a log is to be read: `limit` of [`READ_LEN`] entries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// The newest.
+    Newest,
+    /// The oldest behind a number.
+    After(Seq),
+}
+
+/// What became of a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Taken {
+    /// All it showed.
+    All,
+    /// Nothing: another part of the log has to be seen first.
+    Nothing(Need),
+}
+
+impl Follow {
+    /// Which part of the log to read to go on.
+    pub fn next_part(&self) -> Part {
+        match (self.ask, &self.top) {
+            (Ask::Newest, _) | (_, None) => Part::Newest,
+            (Ask::Overlap, Some(top)) => Part::After(top.seq.saturating_sub(1)),
+            (Ask::Beyond, Some(top)) => Part::After(top.seq),
+            (Ask::Ring, Some(top)) => Part::After(self.ring.first().unwrap_or(top.seq) - 1),
+        }
+    }
+
+    /// Takes what was read of the log, and then what was held meanwhile.
+    pub fn read(&mut self, mut page: Page, keep: &Keep, obey: &mut impl Obey) -> Need {
+        let again = self.reading == Reading::Again;
+        self.reading = Reading::No;
+        self.forget_past_retention(keep);
+        let head = page.head();
+        if let Taken::Nothing(need) = self.take(&mut page, keep, obey) {
+            return need;
+        }
+        let held = self.judge_held(keep, obey);
+        let more =
+            self.top.as_ref().is_none_or(|top| top.epoch != head.epoch || top.seq < head.seq);
+        // A later epoch may have come with what was held, which the next read tells.
+        if more || again { held.max(Need::Read) } else { held }
+    }
+
+    fn take(&mut self, page: &mut Page, keep: &Keep, obey: &mut impl Obey) -> Taken {
+        let asked = std::mem::replace(&mut self.ask, Ask::Overlap);
+        let Some(top) = self.top.clone() else { return self.open(page, keep, obey) };
+        let same = match (self.ring.last(), page.at(top.seq)) {
+            (Some(held), Some(there)) => Some(held.is(there)),
+            _ => None,
+        };
+        if ordinal(&page.epoch) < ordinal(&top.epoch) {
+            return Taken::Nothing(Need::Heal);
+        }
+        if page.epoch != top.epoch {
+            return self.take_of_another_epoch(page, asked, same, keep, obey);
+        }
+        if page.top < top.seq {
+            // Older than an arrival that came while it was under way.
+            return Taken::All;
+        }
+        if same == Some(false) {
+            return Taken::Nothing(Need::Heal);
+        }
+        self.former = page.former.clone();
+        let shown = page.at(top.seq).is_some();
+        rest_of(page, top.seq);
+        match page.entries.first() {
+            Some(first) if first.position.seq > top.seq + 1 => {
+                if asked == Ask::Newest {
+                    // It was not asked for what is next.
+                    return Taken::Nothing(Need::Read);
+                }
+                let base = before(first);
+                self.begin_anew(base, NotRecovered::LogTrimmed, obey);
+            }
+            None if page.top == top.seq || self.reads_on(asked, shown) => {}
+            None => self.begin_anew(page.head(), NotRecovered::LogTrimmed, obey),
+            Some(_) => {}
+        }
+        self.pass_on_all(page, keep, obey);
+        Taken::All
+    }
+
+    /// Whether another read shows what this one did not: it ended at the top since the entry there
+    /// is large, or it was made to see the entries before.
+    fn reads_on(&mut self, asked: Ask, shown: bool) -> bool {
+        if asked == Ask::Overlap && shown {
+            self.ask = Ask::Beyond;
+        }
+        shown || matches!(asked, Ask::Ring | Ask::Newest)
+    }
+
+    /// Takes the first page of a room.
+    fn open(&mut self, page: &mut Page, keep: &Keep, obey: &mut impl Obey) -> Taken {
+        page.keep_whole();
+        self.former = page.former.clone();
+        let first = page.entries.first().map_or(0, |first| first.position.seq);
+        self.pass_on_all(page, keep, obey);
+        self.ring_is_whole = first == page.oldest && self.ring.first().unwrap_or(0) == first;
+        let seq = self.top.as_ref().map_or(page.top, |top| top.seq);
+        self.top = Some(Position::new(page.epoch.clone(), seq));
+        Taken::All
+    }
+
+    fn pass_on_all(&mut self, page: &mut Page, keep: &Keep, obey: &mut impl Obey) {
+        for entry in page.entries.drain(..) {
+            self.pass_on(entry, keep, obey);
+        }
+    }
+
+    fn take_of_another_epoch(
+        &mut self,
+        page: &mut Page,
+        asked: Ask,
+        same: Option<bool>,
+        keep: &Keep,
+        obey: &mut impl Obey,
+    ) -> Taken {
+        let Some(top) = self.top.clone() else { return Taken::Nothing(Need::Read) };
+        let continued = page
+            .former
+            .clone()
+            .filter(|former| former.epoch == top.epoch && top.seq <= former.seq)
+            // What is not held cannot be compared, and what was compared need not be again.
+            .filter(|_| same == Some(true) || self.ring.is_empty() || asked == Ask::Beyond);
+        let Some(former) = continued else {
+            return self.take_of_another_history(page, asked, same, keep, obey);
+        };
+        let shown = page.at(top.seq).is_some();
+        let mut rest = page.clone();
+        rest_of(&mut rest, top.seq);
+        let reaches = match rest.entries.first() {
+            Some(first) => first.position.seq == top.seq + 1,
+            None => page.top == top.seq || page.top > top.seq && self.reads_on(asked, shown),
+        };
+        if !reaches {
+            return self.take_of_another_history(page, asked, same, keep, obey);
+        }
+        self.go_on_over(&former, rest, keep, obey);
+        Taken::All
+    }
+
+    /// Passes on what is left of the epoch that ends at `former`, and goes on in the page's.
+    fn go_on_over(&mut self, former: &Position, page: Page, keep: &Keep, obey: &mut impl Obey) {
+        for entry in page.entries {
+            self.pass_on(entry, keep, obey);
+        }
+        if self.top.as_ref() == Some(former) {
+            self.bump(page.epoch, obey);
+        }
+    }
+
+    /// Begins anew with a log that is not the one followed: what it has lost is appended again.
+    fn take_of_another_history(
+        &mut self,
+        page: &mut Page,
+        asked: Ask,
+        same: Option<bool>,
+        keep: &Keep,
+        obey: &mut impl Obey,
+    ) -> Taken {
+        let Some(top) = self.top.clone() else { return Taken::Nothing(Need::Read) };
+        let deleted = ordinal(&top.epoch) < page.deleted;
+        if !deleted && same != Some(true) && !self.ring.is_empty() {
+            if page.oldest > 0 && asked != Ask::Ring {
+                self.ask = Ask::Ring;
+                return Taken::Nothing(Need::Read);
+            }
+            let lost = self.lost_by(page);
+            for entry in self.ring.newest(lost) {
+                obey.orphan(entry);
+            }
+        }
+        // Not a second time, whatever the next read shows.
+        self.ring.clear();
+        page.keep_whole();
+        let of_epoch = |entry: &Entry| entry.position.epoch == page.epoch;
+        let old = page.entries.iter().rposition(|entry| !of_epoch(entry)).map_or(0, |at| at + 1);
+        page.entries.drain(..old);
+        let base = match (page.entries.first(), &page.former) {
+            (Some(first), _) => before(first),
+            (None, Some(former)) => Position::new(page.epoch.clone(), former.seq),
+            (None, None) if page.top > 0 && asked != Ask::Newest => {
+                self.ask = Ask::Newest;
+                return Taken::Nothing(Need::Read);
+            }
+            (None, None) => page.head(),
+        };
+        self.former = page.former.clone();
+        self.begin_anew(base, NotRecovered::LogLost, obey);
+        self.ids.clear();
+        self.pass_on_all(page, keep, obey);
+        Taken::All
+    }
+
+    /// How many entries of the ring stand behind the last one that the log has too. Where it has
+    /// none of them nothing tells whether it once had, unless the ring holds all there ever was, or
+    /// the log is empty.
+    fn lost_by(&self, page: &Page) -> usize {
+        let common = |entry: &Entry| page.at(entry.position.seq).is_some_and(|e| entry.is(e));
+        let ring = || self.ring.newest(usize::MAX);
+        match ring().rev().position(common) {
+            Some(lost) => lost,
+            None if page.oldest == 0 || self.ring.first() == Some(1) => self.ring.len(),
+            None => 0,
+        }
+    }
+
+    /// Goes on behind `base`, which does not continue what members were given.
+    fn begin_anew(&mut self, base: Position, reason: NotRecovered, obey: &mut impl Obey) {
+        obey.reset(&base, reason);
+        self.ring.clear();
+        self.ring_is_whole = false;
+        self.top = Some(base);
+    }
+}
+
+/// Leaves in the page what is whole behind `seq`.
+fn rest_of(page: &mut Page, seq: Seq) {
+    page.keep_whole();
+    let old = page.entries.partition_point(|entry| entry.position.seq <= seq);
+    page.entries.drain(..old);
+}
+
+/// The position right before an entry, in its own epoch.
+fn before(entry: &Entry) -> Position {
+    Position::new(entry.position.epoch.clone(), entry.position.seq - 1)
+}

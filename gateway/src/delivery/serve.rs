@@ -1,0 +1,117 @@
+//! What a member at a cursor is given next, and from where a client that comes back goes on.
+//!
+//! A cursor is an epoch and a number. Members are served up to the top and never beyond, from the
+//! ring or from what was read of the log; where a cursor stands at the end of an epoch that the next
+//! one continues, the member is told first, and nothing is skipped.
+
+use shared::{
+    position::{Position, Seq},
+    protocol::answer::NotRecovered,
+};
+
+use super::{Entry, follow::Follow, page::Page};
+
+/// What a member is to be given next.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Next<'a> {
+    /// An entry.
+    Entry(&'a Entry),
+    /// `reset`: the log goes on in another epoch.
+    Bump(Position),
+    /// What is not at hand.
+    Absent,
+    /// Nothing: it has everything.
+    Nothing,
+}
+
+/// What becomes of a client that wants to go on behind a position.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Resume {
+    /// It cannot, as far as this node knows; the log may know more.
+    Unknown(NotRecovered),
+    /// It can, if the log or the ring has what follows: up to this position in the epoch it knows.
+    Until(Position),
+}
+
+impl Follow {
+    /// What a member at `cursor` is given next, from the ring.
+    pub fn next(&self, cursor: &Position) -> Next<'_> {
+        self.step(cursor, self.ring.at(cursor.seq + 1))
+    }
+
+    /// What a member at `cursor` is given next, from what was read of the log.
+    pub fn next_of<'a>(&self, page: &'a Page, cursor: &Position) -> Next<'a> {
+        self.step(cursor, page.at(cursor.seq + 1))
+    }
+
+    fn step<'a>(&self, cursor: &Position, next: Option<&'a Entry>) -> Next<'a> {
+        let Some(top) = &self.top else { return Next::Nothing };
+        if cursor.seq >= top.seq {
+            return if cursor.epoch == top.epoch { Next::Nothing } else { Next::Bump(top.clone()) };
+        }
+        match next {
+            Some(entry) if entry.position.epoch == cursor.epoch => Next::Entry(entry),
+            Some(entry) => Next::Bump(Position::new(entry.position.epoch.clone(), cursor.seq)),
+            None => Next::Absent,
+        }
+    }
+
+    /// Whether a page that was read for members is of the history followed.
+    pub fn is_followed(&self, page: &Page) -> bool {
+        self.top.as_ref().is_some_and(|top| top.epoch == page.epoch)
+    }
+
+    /// Where a member goes on that the log cannot be continued for from `cursor`, given a page that
+    /// was read from there or from before and ends behind it: `None` where it can.
+    pub fn break_behind(&self, page: &Page, cursor: &Position) -> Option<(Position, NotRecovered)> {
+        let top = self.top.as_ref().filter(|top| cursor.seq < top.seq)?;
+        let before =
+            |entry: &Entry| Position::new(entry.position.epoch.clone(), entry.position.seq - 1);
+        match page.entries.first() {
+            Some(_) if page.at(cursor.seq + 1).is_some() => None,
+            Some(first) if first.position.seq > cursor.seq + 1 => {
+                let base = if first.position.seq <= top.seq { before(first) } else { top.clone() };
+                Some((base, NotRecovered::LogTrimmed))
+            }
+            // The log has lost what is missed, and the ring may not reach back to it.
+            _ => {
+                let first = self.ring.at(self.ring.first().unwrap_or(0).max(cursor.seq + 1));
+                Some((first.map_or(top.clone(), before), NotRecovered::LogLost))
+            }
+        }
+    }
+
+    /// Whether and up to where a client goes on behind `since` within the epoch it knows.
+    pub fn resume(&self, since: &Position) -> Resume {
+        let Some(top) = &self.top else { return Resume::Unknown(NotRecovered::LogLost) };
+        let former = self.former.as_ref();
+        if since.epoch == top.epoch {
+            if since.seq > top.seq {
+                return Resume::Unknown(NotRecovered::Ahead);
+            }
+            if former.is_none_or(|former| since.seq >= former.seq) {
+                return Resume::Until(top.clone());
+            }
+        }
+        match former {
+            // What stands above was seen by this client and is gone.
+            Some(former) if former.epoch == since.epoch && since.seq <= former.seq => {
+                Resume::Until(former.clone())
+            }
+            _ => Resume::Unknown(NotRecovered::LogLost),
+        }
+    }
+}
+
+/// The entries among `behind`, which follow `since`, that are of its epoch and not above `until`.
+/// `None`: the first is of another epoch although `until` is of the same: nobody was ever there.
+pub fn of_its_epoch<'a>(
+    behind: impl Iterator<Item = &'a Entry>,
+    since: &Position,
+    until: Seq,
+) -> Option<Vec<Entry>> {
+    let wanted = behind.take_while(|entry| entry.position.seq <= until);
+    let of_epoch = |entry: &&Entry| entry.position.epoch == since.epoch;
+    let entries: Vec<Entry> = wanted.take_while(of_epoch).cloned().collect();
+    (!entries.is_empty() || since.seq >= until).then_some(entries)
+}

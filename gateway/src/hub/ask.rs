@@ -1,0 +1,341 @@
+//! What a shard asks the bus: logs to be read, heads to be compared, histories to be healed. Each is
+//! a task that puts its answer into the shard's own queue.
+
+use std::time::Duration;
+
+use shared::{ids::RoomId, position::Position};
+
+use super::{
+    Asked, Call, Purpose,
+    budget::Taken,
+    join::Step,
+    laggards::{Fed, Stretch},
+    shard::Shard,
+};
+use crate::{
+    bus::{Append, BusError, Range},
+    delivery::{
+        Followed,
+        follow::{Need, Reading},
+        page::Page,
+    },
+    telemetry::metrics::Repair,
+};
+
+/// How long to wait before a log that could not be read is read again.
+pub(super) const READ_AGAIN: Duration = Duration::from_millis(250);
+/// How long an entry that the log has lost is tried to be appended.
+const ORPHAN_MAX: Duration = Duration::from_secs(30);
+/// The most reads for members that are behind that a shard has under way, so that what they bring is
+/// bounded.
+const STRETCHES_MAX: usize = 16;
+
+impl Shard {
+    /// Entries of any room may have been lost: all logs are compared with what was passed on.
+    pub(super) fn doubt(&mut self) {
+        if self.comparing != Reading::No {
+            self.comparing = Reading::Again;
+            return;
+        }
+        self.settling = self.doubted;
+        self.doubtful = self.rooms.len();
+        let mut rooms = Vec::with_capacity(self.rooms.len());
+        for (name, room) in &mut self.rooms {
+            room.doubtful = true;
+            if !room.follow.read_again() {
+                rooms.push((name.clone(), room.generation));
+            }
+        }
+        self.compare(rooms);
+        self.note_if_settled();
+    }
+
+    /// A room was proven whole since the last doubt, or is not followed any more.
+    pub(super) fn settle(&mut self, name: &RoomId) {
+        if let Some(room) = self.rooms.get_mut(name)
+            && std::mem::take(&mut room.doubtful)
+        {
+            self.doubtful -= 1;
+            self.note_if_settled();
+        }
+    }
+
+    fn note_if_settled(&self) {
+        if self.doubtful == 0 {
+            self.doubt.settle(self.settling);
+        }
+    }
+
+    /// Asks for the heads of `rooms` in a task, until they are there.
+    pub(super) fn compare(&mut self, rooms: Vec<(RoomId, u64)>) {
+        if rooms.is_empty() {
+            return;
+        }
+        self.comparing = Reading::Yes;
+        let (bus, calls, fence) = (self.bus.clone(), self.calls.clone(), self.fence);
+        let metrics = self.turn.metrics.clone();
+        let compare = async move {
+            let names: Vec<RoomId> = rooms.iter().map(|(name, _)| name.clone()).collect();
+            let heads = loop {
+                match bus.heads(names.clone()).await {
+                    Ok(heads) => break heads,
+                    Err(_) => metrics.repairs.of(Repair::Failed).inc(),
+                }
+                tokio::time::sleep(READ_AGAIN).await;
+            };
+            let _ = calls.send(Call::Compared { rooms, fence, heads }).await;
+        };
+        self.spawn("compare_heads", compare);
+    }
+
+    /// Reads on where a log has what was not passed on.
+    pub(super) fn compared(
+        &mut self,
+        rooms: Vec<(RoomId, u64)>,
+        fence: u64,
+        heads: &[Option<Position>],
+    ) {
+        let again = self.comparing == Reading::Again || self.is_from_before(fence);
+        self.comparing = Reading::No;
+        for ((name, generation), head) in rooms.into_iter().zip(heads) {
+            let room = self.rooms.get(&name).filter(|room| room.generation == generation);
+            let Some(room) = room else { continue };
+            if !room.follow.has_reached(head.as_ref()) {
+                self.read_on(&name);
+            } else if !again && room.follow.reading() == Reading::No {
+                self.settle(&name);
+            }
+        }
+        // While the node has no standing, regaining that raises doubt.
+        if again && !self.fenced {
+            self.doubt();
+        }
+    }
+
+    /// Reads a room's log from its top on, or again once the read under way has come back.
+    pub(super) fn read_on(&mut self, name: &RoomId) {
+        self.read_on_after(name, Duration::ZERO);
+    }
+
+    /// As [`Shard::read_on`], after a while.
+    pub(super) fn read_on_after(&mut self, name: &RoomId, pause: Duration) {
+        let Some(room) = self.rooms.get_mut(name) else { return };
+        if !room.follow.read_again() {
+            room.follow.begin_read();
+            let (generation, range) = (room.generation, room.next_range());
+            self.read(name.clone(), generation, Purpose::GoOn, range, pause);
+        }
+    }
+
+    /// Does what a room needs to go on.
+    pub(super) fn meet(&mut self, name: &RoomId, need: Need) {
+        match need {
+            Need::Nothing => {}
+            Need::Read => self.read_on(name),
+            Need::Heal => self.heal(name),
+        }
+    }
+
+    /// Has a room's log compared with what is held of it, and then read.
+    fn heal(&mut self, name: &RoomId) {
+        let Some(room) = self.rooms.get_mut(name) else { return };
+        let Some(held) = room.held_of_log(&self.turn) else { return };
+        tracing::error!(room = %name, top = %held.top,
+            "two histories of a room share numbers, or its log is older than what was passed on");
+        room.follow.begin_read();
+        // Twice in a row: the server does not know better yet.
+        let pause = if room.healing { READ_AGAIN } else { Duration::ZERO };
+        room.healing = true;
+        let (generation, range) = (room.generation, room.next_range());
+        let asked = self.asked(name.clone(), generation, Purpose::GoOn);
+        self.spawn_read(asked, Some(held), range, pause);
+    }
+
+    /// Reads a log in a task, which puts the answer into this shard's queue.
+    pub(super) fn read(
+        &self,
+        room: RoomId,
+        generation: u64,
+        purpose: Purpose,
+        range: Range,
+        pause: Duration,
+    ) {
+        self.spawn_read(self.asked(room, generation, purpose), None, range, pause);
+    }
+
+    fn asked(&self, room: RoomId, generation: u64, purpose: Purpose) -> Asked {
+        Asked { room, generation, fence: self.fence, purpose }
+    }
+
+    fn spawn_read(&self, asked: Asked, heal: Option<Followed>, range: Range, pause: Duration) {
+        let (bus, calls) = (self.bus.clone(), self.calls.clone());
+        let metrics = self.turn.metrics.clone();
+        let read = async move {
+            // A sleep of no time would take a tick of the clock.
+            if !pause.is_zero() {
+                tokio::time::sleep(pause).await;
+            }
+            if let Purpose::Open = asked.purpose
+                && let Err(error) = bus.follow(asked.room.clone()).await
+            {
+                let _ = calls.send(Call::Answered { asked, result: Err(error) }).await;
+                return;
+            }
+            if let Some(held) = heal {
+                while bus.heal(held.clone()).await.is_err() {
+                    metrics.repairs.of(Repair::Failed).inc();
+                    tokio::time::sleep(READ_AGAIN).await;
+                }
+            }
+            let mut result = bus.read(asked.room.clone(), range).await;
+            // A member waits for these, and can wait: it gets what it misses when the bus is back.
+            while let (Err(_), Purpose::GoOn | Purpose::Feed(_)) = (&result, &asked.purpose) {
+                metrics.repairs.of(Repair::Failed).inc();
+                tokio::time::sleep(READ_AGAIN).await;
+                result = bus.read(asked.room.clone(), range).await;
+            }
+            let _ = calls.send(Call::Answered { asked, result }).await;
+        };
+        self.spawn("read_log", read);
+    }
+
+    /// Takes the answer to a read.
+    pub(super) fn answered(&mut self, asked: Asked, result: Result<Page, BusError>) {
+        let Asked { room: name, generation, fence, purpose } = asked;
+        if let Purpose::Feed(_) = purpose {
+            self.stretch_ended();
+        }
+        let is_old = self.is_from_before(fence);
+        let Some(room) = self.rooms.get_mut(&name).filter(|room| room.generation == generation)
+        else {
+            return;
+        };
+        match (purpose, result) {
+            (Purpose::Open, Err(_)) => {
+                // Dropping the joins tells their sessions.
+                self.drop_room(&name);
+            }
+            (Purpose::Open | Purpose::GoOn, Ok(_)) if is_old => {
+                let range = room.next_range();
+                let pause = if self.fenced { READ_AGAIN } else { Duration::ZERO };
+                self.read(name, generation, Purpose::GoOn, range, pause);
+            }
+            (Purpose::Open | Purpose::GoOn, Ok(page)) => self.went_on(&name, page),
+            (Purpose::Join(join), Ok(page)) => {
+                let step = if is_old || !self.turn.serves(&name) {
+                    Step::Wait(join)
+                } else {
+                    room.join_with_page(join, page, &mut self.turn)
+                };
+                self.go_on_with(&name, step);
+            }
+            (Purpose::Join(join), Err(_)) => {
+                drop(join);
+                self.note_if_idle(&name);
+            }
+            (Purpose::Feed(_), Ok(_)) if is_old => {
+                room.stretch = Stretch::No;
+                room.give_stretch_up();
+                self.feed_all(&name);
+            }
+            (Purpose::Feed(from), Ok(page)) => {
+                room.stretch = Stretch::No;
+                match room.feed_page(from, page, &mut self.turn) {
+                    Fed::More(members) => {
+                        for member in members {
+                            room.feed(member, &mut self.turn);
+                        }
+                        self.read_for_laggards(&name);
+                    }
+                    Fed::OtherLog => self.read_on(&name),
+                }
+            }
+            // Those reads are repeated until they succeed.
+            (Purpose::GoOn | Purpose::Feed(_), Err(_)) => {}
+        }
+    }
+
+    fn went_on(&mut self, name: &RoomId, page: Page) {
+        self.turn.keep.ring = self.budget.ring_max();
+        let Some(room) = self.rooms.get_mut(name) else { return };
+        let before = Taken::by(room);
+        let need = room.read(page, &mut self.turn);
+        self.budget.count(before, room, self.turn.keep.now);
+        room.healing &= need == Need::Heal;
+        let waiting = room.take_waiting();
+        self.meet(name, need);
+        self.forget_ids();
+        if need == Need::Nothing {
+            self.settle(name);
+        }
+        self.feed_all(name);
+        for join in waiting {
+            self.join(name.clone(), join);
+        }
+        self.note_if_idle(name);
+    }
+
+    /// Reads the log for members of a room that wait for it, unless that is being done.
+    pub(super) fn read_for_laggards(&mut self, name: &RoomId) {
+        let Some(room) = self.rooms.get_mut(name) else { return };
+        if room.stretch != Stretch::No {
+            return;
+        }
+        if self.stretches >= STRETCHES_MAX {
+            if !room.thirsty.is_empty() {
+                room.stretch = Stretch::Queued;
+                self.thirsty.push_back((name.clone(), room.generation));
+            }
+            return;
+        }
+        let Some(range) = room.next_stretch() else { return };
+        let Range::After { seq, .. } = range else { return };
+        room.stretch = Stretch::Reading;
+        self.stretches += 1;
+        let generation = room.generation;
+        self.read(name.clone(), generation, Purpose::Feed(seq), range, Duration::ZERO);
+    }
+
+    /// A read for members that are behind has come back: those of another room may go on.
+    fn stretch_ended(&mut self) {
+        self.stretches -= 1;
+        while self.stretches < STRETCHES_MAX
+            && let Some((name, generation)) = self.thirsty.pop_front()
+        {
+            if let Some(room) = self.rooms.get_mut(&name)
+                && room.generation == generation
+            {
+                room.stretch = Stretch::No;
+                self.read_for_laggards(&name);
+            }
+        }
+    }
+
+    /// Appends what logs have lost, oldest first.
+    pub(super) fn append_orphans(&mut self) {
+        let deadline = self.turn.keep.now + ORPHAN_MAX;
+        for (room, envelope) in std::mem::take(&mut self.turn.orphans) {
+            self.turn.metrics.orphans.inc();
+            let (name, id) = (room.clone(), envelope.id());
+            let done = Box::new(move |result: Result<_, BusError>| {
+                if let Err(error) = result {
+                    // Another node may hold it too, and its sender may send it again.
+                    tracing::debug!(room = %name, %id, %error, "a lost message was not brought back");
+                }
+            });
+            self.bus.append(Append { room, envelope, urgent: true, deadline, done });
+        }
+    }
+
+    fn spawn(&self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
+        let stopped = self.tasks.stopped().clone();
+        self.tasks.spawn_service(name, async move {
+            // Both arms are cancel-safe: at the end nobody waits for the answer.
+            tokio::select! {
+                biased;
+                () = stopped.cancelled() => {}
+                () = task => {}
+            }
+        });
+    }
+}

@@ -1,0 +1,158 @@
+//! Members that are behind: fed from the ring, else from the log, when their sockets have drained.
+//!
+//! Where the ring does not reach back far enough, one read of the log serves all members of a room
+//! that wait for the same stretch of it, and a room has one such read at a time: a thousand slow
+//! readers cost as many reads as there are stretches, and the memory of one.
+
+use shared::{ids::ConnectionId, position::Seq};
+
+use super::{
+    member::{Frames, Pace, Turn},
+    room::Room,
+};
+use crate::{
+    bus::Range,
+    delivery::{judge::READ_LEN, page::Page, serve::Next},
+};
+
+/// The read of the log for members that are behind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stretch {
+    /// There is none.
+    No,
+    /// It waits for those of other rooms.
+    Queued,
+    /// It is under way.
+    Reading,
+}
+
+/// What became of a page that was read for members that are behind.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Fed {
+    /// These may be given more at once.
+    More(Vec<ConnectionId>),
+    /// The log is another one, and the room has to find out first.
+    OtherLog,
+}
+
+impl Room {
+    /// Gives a member that is behind what the ring holds for it, or has it wait for a read of the
+    /// log.
+    pub(super) fn feed(&mut self, connection: ConnectionId, turn: &mut Turn) {
+        let Some(place) = self.place_of(connection) else { return };
+        let Some(member) = self.members.get_mut(place) else { return };
+        if member.pace != Pace::Behind {
+            return;
+        }
+        let is_at_end = self.follow.top().is_none_or(|top| member.cursor.seq >= top.seq);
+        if !is_at_end && !member.subscriber.outbox.has_room() {
+            // A read for it would be in vain. It asks again when its socket has drained.
+            member.subscriber.outbox.lag(self.name.clone());
+            return;
+        }
+        loop {
+            match self.follow.next(&member.cursor) {
+                Next::Entry(entry) => {
+                    if !member.give(&mut Frames::replay(&self.name, entry), turn) {
+                        return;
+                    }
+                }
+                Next::Bump(to) => member.bump(&self.name, &to, turn),
+                Next::Absent => {
+                    member.pace = Pace::Reading;
+                    self.thirsty.push_back(connection);
+                    return;
+                }
+                Next::Nothing => {
+                    member.pace = Pace::Live;
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Which part of the log to read for those who wait for it: for who has waited longest, and as
+    /// many others as one read can serve with it.
+    pub(super) fn next_stretch(&mut self) -> Option<Range> {
+        let waits = |room: &Self, connection| {
+            let place = room.place_of(connection)?;
+            let member = room.members.get(place).filter(|member| member.pace == Pace::Reading)?;
+            Some(member.cursor.seq)
+        };
+        let thirsty = std::mem::take(&mut self.thirsty);
+        let cursors: Vec<(ConnectionId, Seq)> = thirsty
+            .into_iter()
+            .filter_map(|connection| Some((connection, waits(self, connection)?)))
+            .collect();
+        self.thirsty = cursors.iter().map(|(connection, _)| *connection).collect();
+        let (_, longest) = cursors.first()?;
+        let reaches = |seq: &Seq| *seq <= *longest && *seq + u64::from(READ_LEN) > *longest;
+        let seq = cursors.iter().map(|(_, seq)| *seq).filter(reaches).min()?;
+        Some(Range::After { seq, limit: READ_LEN })
+    }
+
+    /// Gives those who wait for it what was read of the log behind `from`.
+    pub(super) fn feed_page(&mut self, from: Seq, mut page: Page, turn: &mut Turn) -> Fed {
+        if !self.follow.is_followed(&page) {
+            self.give_stretch_up();
+            return Fed::OtherLog;
+        }
+        page.keep_whole();
+        let last = page.entries.last().map_or(0, |last| last.position.seq);
+        // Encoded once for all.
+        let mut frames: Vec<Frames<'_>> =
+            page.entries.iter().map(|entry| Frames::replay(&self.name, entry)).collect();
+        let mut more = Vec::new();
+        for connection in std::mem::take(&mut self.thirsty) {
+            let Some(place) = self.place_of(connection) else { continue };
+            let member = &mut self.members[place];
+            if member.pace != Pace::Reading {
+                continue;
+            }
+            let seq = member.cursor.seq;
+            if if page.entries.is_empty() { seq != from } else { seq < from || seq >= last } {
+                // The next one is for it.
+                self.thirsty.push_back(connection);
+                continue;
+            }
+            member.pace = Pace::Behind;
+            if let Some((to, reason)) = self.follow.break_behind(&page, &member.cursor) {
+                member.reset(&self.name, &to, reason, turn);
+            }
+            let is_full = loop {
+                match self.follow.next_of(&page, &member.cursor) {
+                    Next::Entry(entry) => {
+                        let place = page.place(entry.position.seq);
+                        let frames = place.and_then(|place| frames.get_mut(place));
+                        if !frames.is_some_and(|frames| member.give(frames, turn)) {
+                            break true;
+                        }
+                    }
+                    Next::Bump(to) => member.bump(&self.name, &to, turn),
+                    Next::Absent | Next::Nothing => break false,
+                }
+            };
+            if !is_full {
+                more.push(connection);
+            }
+        }
+        Fed::More(more)
+    }
+
+    /// Has those who wait for a read of the log ask anew.
+    pub(super) fn give_stretch_up(&mut self) {
+        for connection in std::mem::take(&mut self.thirsty) {
+            let Some(place) = self.place_of(connection) else { continue };
+            let member = &mut self.members[place];
+            if member.pace == Pace::Reading {
+                member.pace = Pace::Behind;
+            }
+        }
+    }
+
+    /// The members that are behind.
+    pub(super) fn behind(&self) -> Vec<ConnectionId> {
+        let behind = self.members.iter().filter(|member| member.pace == Pace::Behind);
+        behind.map(|member| member.subscriber.connection).collect()
+    }
+}

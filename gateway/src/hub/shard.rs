@@ -1,0 +1,397 @@
+//! The task that owns some of the rooms: it hands out what arrives, takes calls, and looks around
+//! once a second.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use shared::{
+    ids::{ConnectionId, RoomId},
+    protocol::answer::{Answer, Left},
+};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
+
+use super::{
+    COMPARE_EVERY, Call, HubOptions, LINGER, Purpose,
+    ask::READ_AGAIN,
+    budget::{Budget, Taken},
+    join::{Join, Step},
+    member::{Subscriber, Turn},
+    room::Room,
+};
+use crate::{
+    bus::{Bus, Doubt, Letter, Letters},
+    delivery::{
+        Entry, Followed,
+        follow::{Keep, Reading},
+    },
+    drain::Tasks,
+    telemetry::metrics::{Arrival, Metrics},
+};
+
+/// How many letters and calls one turn takes, so that what was placed is written soon.
+const TURN_LEN: usize = 512;
+/// The most rooms a shard unfollows in a second, so that the bus keeps up.
+const UNFOLLOWS_MAX: usize = 1000;
+
+/// The task of some rooms.
+pub(super) struct Shard {
+    pub(super) rooms: HashMap<RoomId, Room>,
+    /// Counts followings, so that an answer for an earlier one is not taken for a later one.
+    generation: u64,
+    pub(super) bus: Arc<dyn Bus>,
+    pub(super) tasks: Tasks,
+    pub(super) calls: mpsc::Sender<Call>,
+    pub(super) turn: Turn,
+    pub(super) budget: Budget,
+    /// Rooms without members, in the order of their becoming so.
+    lingering: VecDeque<(Instant, RoomId)>,
+    /// Whether heads of logs are being asked for.
+    pub(super) comparing: Reading,
+    /// When the rooms in which nothing arrives were compared last.
+    compared_at: Instant,
+    pub(super) doubt: Arc<Doubt>,
+    /// How many doubts were heard of.
+    pub(super) doubted: u64,
+    /// The doubt that is settled when no room is doubtful any more.
+    pub(super) settling: u64,
+    /// How many rooms are doubtful.
+    pub(super) doubtful: usize,
+    /// Whether the node may pass nothing on.
+    pub(super) fenced: bool,
+    /// How often the fence came to be.
+    pub(super) fence: u64,
+    /// How many reads for members that are behind are under way.
+    pub(super) stretches: usize,
+    /// Rooms that wait for one.
+    pub(super) thirsty: VecDeque<(RoomId, u64)>,
+    /// Memberships, as last counted.
+    members: usize,
+}
+
+impl Shard {
+    pub(super) fn new(
+        bus: Arc<dyn Bus>,
+        calls: mpsc::Sender<Call>,
+        letters: &Letters,
+        options: HubOptions,
+        metrics: Arc<Metrics>,
+        tasks: &Tasks,
+    ) -> Self {
+        let budget = Budget::new(&options, metrics.clone());
+        let now = Instant::now();
+        let keep = Keep {
+            ring: budget.ring_max(),
+            ids_for: options.dedup_window,
+            entries_for: options.log_ttl,
+            now,
+        };
+        Self {
+            rooms: HashMap::new(),
+            generation: 0,
+            bus,
+            tasks: tasks.clone(),
+            calls,
+            turn: Turn::new(keep, metrics, letters.standing.clone()),
+            budget,
+            lingering: VecDeque::new(),
+            comparing: Reading::No,
+            compared_at: now,
+            doubt: letters.doubt.clone(),
+            doubted: 0,
+            settling: 0,
+            doubtful: 0,
+            fenced: false,
+            fence: 0,
+            stretches: 0,
+            thirsty: VecDeque::new(),
+            members: 0,
+        }
+    }
+
+    pub(super) async fn run(
+        mut self,
+        mut queue: mpsc::Receiver<Call>,
+        mut letters: mpsc::Receiver<Letter>,
+    ) {
+        let (stopped, doubt) = (self.tasks.stopped().clone(), self.doubt.clone());
+        let mut tick = tokio::time::interval(Duration::from_secs(1));
+        let (mut calls, mut arrived) = (Vec::new(), Vec::new());
+        loop {
+            let mut ticked = false;
+            // All arms are cancel-safe.
+            tokio::select! {
+                () = stopped.cancelled() => break,
+                _ = queue.recv_many(&mut calls, TURN_LEN) => {}
+                _ = letters.recv_many(&mut arrived, TURN_LEN) => {}
+                () = doubt.raised() => {}
+                _ = tick.tick() => ticked = true,
+            }
+            // What arrived before a call was made is handed out before it: who sends and then leaves
+            // gets its own copy.
+            while arrived.len() < TURN_LEN
+                && let Ok(letter) = letters.try_recv()
+            {
+                arrived.push(letter);
+            }
+            let begun = Instant::now();
+            self.turn.keep.now = begun;
+            self.look_at_standing(begun);
+            let worth_timing = !arrived.is_empty();
+            for letter in arrived.drain(..) {
+                match letter {
+                    Letter::Entry(room, entry) => self.arrive(room, entry),
+                    Letter::Holdings(answer) => self.tell_holdings(answer),
+                }
+            }
+            if self.doubt.count() != self.doubted {
+                self.doubted = self.doubt.count();
+                self.doubt();
+            }
+            if ticked {
+                self.look_around(begun);
+            }
+            for call in calls.drain(..) {
+                self.take(call);
+            }
+            self.append_orphans();
+            self.turn.finish();
+            if worth_timing {
+                let seconds = begun.elapsed().as_secs_f64();
+                self.turn.metrics.fan_out_seconds.observe(seconds);
+            }
+        }
+    }
+
+    fn take(&mut self, call: Call) {
+        match call {
+            Call::Join(room, join) => self.join(room, join),
+            Call::Leave { room, connection, answer } => self.leave(room, connection, answer),
+            Call::GiveUp { room, subscriber } => self.give_up(&room, &subscriber),
+            Call::CatchUp { room, connection } => self.catch_up(&room, connection),
+            Call::Compared { rooms, fence, heads } => self.compared(rooms, fence, &heads),
+            Call::Answered { asked, result } => self.answered(asked, result),
+        }
+    }
+
+    /// Finds out whether the node may pass anything on. Where it may again, nobody knows what it
+    /// missed, and members were not fed meanwhile.
+    fn look_at_standing(&mut self, now: Instant) {
+        let was_fenced = std::mem::replace(&mut self.fenced, !self.turn.standing.holds(now));
+        if self.fenced && !was_fenced {
+            self.fence += 1;
+            tracing::warn!("this node passes nothing on before it has agreed with the others");
+        }
+        if was_fenced && !self.fenced {
+            self.doubt();
+            let names: Vec<RoomId> = self.rooms.keys().cloned().collect();
+            for name in names {
+                self.feed_all(&name);
+            }
+        }
+    }
+
+    /// Whether something was asked before the node lost its standing, or cannot be used since it
+    /// has none.
+    pub(super) fn is_from_before(&self, fence: u64) -> bool {
+        self.fenced || self.fence != fence
+    }
+
+    fn arrive(&mut self, name: RoomId, entry: Entry) {
+        if self.fenced {
+            self.turn.metrics.arrivals.of(Arrival::Fenced).inc();
+            return;
+        }
+        let Some(room) = self.rooms.get_mut(&name) else {
+            self.turn.metrics.arrivals.of(Arrival::Unwanted).inc();
+            return;
+        };
+        self.turn.keep.ring = self.budget.ring_max();
+        let before = Taken::by(room);
+        let need = room.arrive(entry, &mut self.turn);
+        self.budget.count(before, room, self.turn.keep.now);
+        self.meet(&name, need);
+        self.forget_ids();
+    }
+
+    fn tell_holdings(&self, answer: oneshot::Sender<Vec<Followed>>) {
+        let held = self.rooms.values().filter_map(|room| room.held_of_log(&self.turn)).collect();
+        // Who asked may have met yet another server meanwhile.
+        let _ = answer.send(held);
+    }
+
+    /// Forgets ids past the dedup window, and the oldest where all of them take too much.
+    pub(super) fn forget_ids(&mut self) {
+        let now = self.turn.keep.now;
+        while let Some(bucket) = self.budget.next_to_forget(now) {
+            let room = self.rooms.get_mut(&bucket.room);
+            let Some(room) = room.filter(|room| room.generation == bucket.generation) else {
+                continue;
+            };
+            if room.follow.ids().oldest() == Some(bucket.since) {
+                let before = Taken::by(room);
+                room.follow.forget_oldest_ids();
+                self.budget.count(before, room, now);
+            }
+        }
+    }
+
+    /// Compares the logs of rooms in which nothing has arrived for a while, as in a doubt.
+    fn compare_silent(&mut self, now: Instant) {
+        if self.fenced || now - self.compared_at < COMPARE_EVERY || self.comparing != Reading::No {
+            return;
+        }
+        self.compared_at = now;
+        let mut rooms = Vec::new();
+        for (name, room) in &mut self.rooms {
+            let heard = std::mem::take(&mut room.heard);
+            if !heard && room.follow.reading() == Reading::No {
+                rooms.push((name.clone(), room.generation));
+            }
+        }
+        self.compare(rooms);
+    }
+
+    pub(super) fn join(&mut self, name: RoomId, join: Join) {
+        let Some(room) = self.rooms.get_mut(&name) else {
+            return self.open(name, join);
+        };
+        if room.follow.reading() != Reading::No {
+            room.wait(join);
+            return;
+        }
+        let serves = self.turn.serves(&name);
+        let step = if serves { room.join(join, &mut self.turn) } else { Step::Wait(join) };
+        self.go_on_with(&name, step);
+    }
+
+    pub(super) fn go_on_with(&mut self, name: &RoomId, step: Step) {
+        let Some(room) = self.rooms.get_mut(name) else { return };
+        match step {
+            Step::Done => self.note_if_idle(name),
+            Step::Read(join, range) => {
+                room.idle_since = None;
+                let generation = room.generation;
+                let purpose = Purpose::Join(join);
+                self.read(name.clone(), generation, purpose, range, Duration::ZERO);
+            }
+            Step::Wait(join) => {
+                room.wait(join);
+                // A read may come back before the node may answer joins.
+                let pause = if self.turn.serves(name) { Duration::ZERO } else { READ_AGAIN };
+                self.read_on_after(name, pause);
+            }
+        }
+    }
+
+    /// Follows a room: subscribes, then reads its log.
+    fn open(&mut self, name: RoomId, join: Join) {
+        self.generation += 1;
+        let mut room = Room::opening(name.clone(), self.generation);
+        room.wait(join);
+        let range = room.next_range();
+        self.rooms.insert(name.clone(), room);
+        self.turn.metrics.rooms.inc();
+        self.read(name, self.generation, Purpose::Open, range, Duration::ZERO);
+    }
+
+    /// Ends the following of a room.
+    pub(super) fn drop_room(&mut self, name: &RoomId) {
+        self.settle(name);
+        if let Some(room) = self.rooms.remove(name) {
+            self.budget.forget(&room);
+            self.turn.metrics.rooms.dec();
+            self.bus.unfollow(room.name);
+        }
+    }
+
+    fn catch_up(&mut self, name: &RoomId, connection: ConnectionId) {
+        if self.fenced {
+            // All are fed when that is over.
+            return;
+        }
+        if let Some(room) = self.rooms.get_mut(name) {
+            room.feed(connection, &mut self.turn);
+            self.read_for_laggards(name);
+        }
+    }
+
+    /// Gives all members that are behind what is there for them.
+    pub(super) fn feed_all(&mut self, name: &RoomId) {
+        let Some(room) = self.rooms.get_mut(name).filter(|_| !self.fenced) else { return };
+        for connection in room.behind() {
+            room.feed(connection, &mut self.turn);
+        }
+        self.read_for_laggards(name);
+    }
+
+    fn leave(
+        &mut self,
+        name: RoomId,
+        connection: ConnectionId,
+        answer: Option<(Arc<Subscriber>, Bytes)>,
+    ) {
+        if let Some(room) = self.rooms.get_mut(&name) {
+            room.remove(connection);
+            self.note_if_idle(&name);
+        }
+        if let Some((subscriber, frame)) = answer {
+            subscriber.release_acks(&name);
+            subscriber.outbox.push(frame);
+            self.turn.touch(&subscriber);
+        }
+    }
+
+    fn give_up(&mut self, name: &RoomId, subscriber: &Arc<Subscriber>) {
+        let Some(room) = self.rooms.get_mut(name) else { return };
+        if room.remove(subscriber.connection) {
+            subscriber.answer(&Answer::Left(Left { reference: None, room: name.clone() }));
+            self.turn.touch(subscriber);
+            self.note_if_idle(name);
+        }
+    }
+
+    pub(super) fn note_if_idle(&mut self, name: &RoomId) {
+        let Some(room) = self.rooms.get_mut(name) else { return };
+        if room.is_empty() && room.idle_since.is_none() {
+            let now = Instant::now();
+            room.idle_since = Some(now);
+            self.lingering.push_back((now, name.clone()));
+        }
+    }
+
+    /// Unfollows rooms that have been without members for long enough, and forgets what nobody
+    /// waits for or needs any more.
+    fn look_around(&mut self, now: Instant) {
+        self.compare_silent(now);
+        let mut left = UNFOLLOWS_MAX;
+        while let Some((since, _)) = self.lingering.front()
+            && now.saturating_duration_since(*since) >= LINGER
+            && left > 0
+        {
+            left -= 1;
+            let Some((since, name)) = self.lingering.pop_front() else { return };
+            let Some(room) = self.rooms.get(&name) else { continue };
+            if room.idle_since == Some(since) && room.is_empty() {
+                self.drop_room(&name);
+            }
+        }
+        self.forget_ids();
+        let mut members = 0;
+        for room in self.rooms.values_mut() {
+            room.forget_given_up();
+            let before = Taken::by(room);
+            room.follow.forget_past_retention(&self.turn.keep);
+            self.budget.count(before, room, now);
+            members += room.len();
+        }
+        self.turn.metrics.members.add(members as i64 - self.members as i64);
+        self.members = members;
+    }
+}

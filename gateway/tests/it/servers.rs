@@ -1,0 +1,205 @@
+//! Redis servers in arrangements: behind TLS, watched by Sentinels.
+//!
+//! As in `harness`, each server has a free port and a folder of its own, and ends with its handle.
+
+use std::{
+    path::{Path, PathBuf},
+    process::Stdio,
+};
+
+use redis::{FromRedisValue, RedisResult};
+use tempfile::TempDir;
+use tokio::process::Command;
+
+use crate::harness::{Process, free_port, until};
+
+/// The password of servers that have one, and that of Sentinels.
+pub const PASSWORD: &str = "p@ss/word";
+pub const SENTINEL_PASSWORD: &str = "sentinels";
+/// The same in a URL.
+const PASSWORD_ESCAPED: &str = "p%40ss%2Fword";
+/// What the documentation gives a user of the gateway's own.
+const PERMISSIONS: &str = "+@all -@dangerous +info +config|get";
+/// What Sentinels call the primary.
+const PRIMARY: &str = "main";
+
+/// A redis-server, or one as a Sentinel.
+pub struct Instance {
+    pub process: Process,
+    pub port: u16,
+    password: &'static str,
+}
+
+impl Instance {
+    /// Starts redis-server with a configuration of these lines.
+    async fn start(password: &'static str, sentinel: bool, lines: &[String]) -> Self {
+        let (port, folder) = (free_port(), TempDir::new().unwrap());
+        let mut text = format!(
+            "port {port}\nbind 127.0.0.1\ndir {}\nrequirepass {password}\n",
+            folder.path().display()
+        );
+        for line in lines {
+            text.push_str(line);
+            text.push('\n');
+        }
+        let process = spawn(folder, sentinel, &text);
+        let instance = Self { process, port, password };
+        until("redis answers", async || instance.ask::<String>(&["PING"]).await.is_ok()).await;
+        instance
+    }
+
+    /// A server that keeps nothing on disk, as a replica of the one at `primary` if given.
+    pub async fn server(primary: Option<u16>) -> Self {
+        let mut lines = vec!["save \"\"".to_owned(), format!("masterauth {PASSWORD}")];
+        lines.extend(primary.map(|port| format!("replicaof 127.0.0.1 {port}")));
+        Self::start(PASSWORD, false, &lines).await
+    }
+
+    /// What it answers to a command.
+    pub async fn ask<T: FromRedisValue>(&self, command: &[&str]) -> RedisResult<T> {
+        let password = match self.password {
+            PASSWORD => PASSWORD_ESCAPED,
+            other => other,
+        };
+        let client = redis::Client::open(format!("redis://:{password}@127.0.0.1:{}", self.port))?;
+        let mut connection = client.get_multiplexed_async_connection().await?;
+        let mut question = redis::cmd(command[0]);
+        question.arg(&command[1..]).query_async(&mut connection).await
+    }
+}
+
+/// A redis-server in `folder` with this configuration.
+fn spawn(folder: TempDir, sentinel: bool, configuration: &str) -> Process {
+    let file = folder.path().join("redis.conf");
+    std::fs::write(&file, configuration).unwrap();
+    let child = Command::new("redis-server")
+        .arg(&file)
+        .args(sentinel.then_some("--sentinel"))
+        .stdout(Stdio::null())
+        .kill_on_drop(true)
+        .spawn()
+        .expect("redis-server is installed by `make setup`");
+    Process::of(child, folder)
+}
+
+/// A primary with one replica, and three Sentinels that watch them.
+pub struct Watched {
+    pub servers: [Instance; 2],
+    pub sentinels: [Instance; 3],
+}
+
+impl Watched {
+    pub async fn start() -> Self {
+        let primary = Instance::server(None).await;
+        let replica = Instance::server(Some(primary.port)).await;
+        let lines = [
+            format!("sentinel monitor {PRIMARY} 127.0.0.1 {} 2", primary.port),
+            format!("sentinel auth-pass {PRIMARY} {PASSWORD}"),
+            format!("sentinel down-after-milliseconds {PRIMARY} 500"),
+            format!("sentinel failover-timeout {PRIMARY} 4000"),
+            format!("sentinel sentinel-pass {SENTINEL_PASSWORD}"),
+        ];
+        let sentinel = || Instance::start(SENTINEL_PASSWORD, true, &lines);
+        let sentinels = [sentinel().await, sentinel().await, sentinel().await];
+        let watched = Self { servers: [primary, replica], sentinels };
+        for sentinel in &watched.sentinels {
+            until("the Sentinels know all", async || watched.knows_all(sentinel).await).await;
+        }
+        watched
+    }
+
+    async fn knows_all(&self, sentinel: &Instance) -> bool {
+        let ask =
+            async |what| sentinel.ask::<Vec<redis::Value>>(&["SENTINEL", what, PRIMARY]).await;
+        ask("SENTINELS").await.is_ok_and(|others| others.len() == 2)
+            && ask("REPLICAS").await.is_ok_and(|replicas| replicas.len() == 1)
+            && sentinel.ask::<String>(&["SENTINEL", "CKQUORUM", PRIMARY]).await.is_ok()
+            && self.servers[1]
+                .ask::<String>(&["INFO", "replication"])
+                .await
+                .is_ok_and(|info| info.contains("master_link_status:up"))
+    }
+
+    /// The URL with the Sentinels from `first` on.
+    pub fn url(&self, first: usize) -> String {
+        let sentinels: Vec<String> = self.sentinels[first..]
+            .iter()
+            .map(|sentinel| format!("127.0.0.1:{}", sentinel.port))
+            .collect();
+        format!(
+            "redis+sentinel://:{PASSWORD_ESCAPED}@{}/{PRIMARY}?sentinel_password={SENTINEL_PASSWORD}",
+            sentinels.join(",")
+        )
+    }
+
+    /// Whether a server has a replica that has caught up with it.
+    pub async fn is_followed(&self, server: usize) -> bool {
+        let info = self.servers[server].ask::<String>(&["INFO", "replication"]).await;
+        info.is_ok_and(|info| info.contains("connected_slaves:1") && info.contains("state=online"))
+    }
+
+    /// Has the replica take over while the primary lives.
+    pub async fn fail_over(&self, sentinel: usize) {
+        let question = ["SENTINEL", "FAILOVER", PRIMARY];
+        let asked = &self.sentinels[sentinel];
+        until("the failover begins", async || asked.ask::<String>(&question).await.is_ok()).await;
+    }
+}
+
+/// A server behind TLS with one user, and the files to reach it.
+pub struct Encrypted {
+    _process: Process,
+    pub port: u16,
+    pub ca: PathBuf,
+    pub own: (PathBuf, PathBuf),
+}
+
+impl Encrypted {
+    pub async fn start() -> Self {
+        let (port, folder) = (free_port(), TempDir::new().unwrap());
+        let file = |name: &str| folder.path().join(name);
+        make_authority(folder.path());
+        make_certificate(folder.path(), "server");
+        make_certificate(folder.path(), "gateway");
+        let text = format!(
+            "port 0\ntls-port {port}\nbind 127.0.0.1\ndir {}\nsave \"\"\n\
+             tls-ca-cert-file ca.crt\ntls-cert-file server.crt\ntls-key-file server.key\n\
+             user gateway on >{PASSWORD} ~gw:* &gw:* {PERMISSIONS}\nuser default off\n",
+            folder.path().display()
+        );
+        let (ca, own) = (file("ca.crt"), (file("gateway.crt"), file("gateway.key")));
+        let _process = spawn(folder, false, &text);
+        until("redis listens", async || {
+            tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_ok()
+        })
+        .await;
+        Self { _process, port, ca, own }
+    }
+
+    pub fn url(&self) -> String {
+        format!("rediss://gateway:{PASSWORD_ESCAPED}@127.0.0.1:{}", self.port)
+    }
+}
+
+fn openssl(folder: &Path, arguments: &str) {
+    let output = std::process::Command::new("openssl")
+        .current_dir(folder)
+        .args(arguments.split_whitespace())
+        .output()
+        .expect("openssl is installed by `make setup`");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+const NEW_KEY: &str = "req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2";
+
+fn make_authority(folder: &Path) {
+    openssl(folder, &format!("{NEW_KEY} -x509 -subj /CN=authority -keyout ca.key -out ca.crt"));
+}
+
+/// A certificate for 127.0.0.1 that the authority has signed.
+fn make_certificate(folder: &Path, name: &str) {
+    std::fs::write(folder.join("extensions"), "subjectAltName=IP:127.0.0.1\n").unwrap();
+    openssl(folder, &format!("{NEW_KEY} -subj /CN={name} -keyout {name}.key -out {name}.csr"));
+    let sign = "x509 -req -days 2 -CA ca.crt -CAkey ca.key -CAcreateserial -extfile extensions";
+    openssl(folder, &format!("{sign} -in {name}.csr -out {name}.crt"));
+}
