@@ -53,7 +53,7 @@ pub fn run(seed: u64, shape: Shape, loud: bool) -> Run {
         .build()
         .expect("a runtime without I/O needs nothing");
     let world = runtime.block_on(async move {
-        let trace = Trace { loud, ..Trace::default() };
+        let trace = Trace::new(loud);
         World::new(seed, shape, trace).run().await
     });
     drop(runtime);

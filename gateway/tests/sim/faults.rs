@@ -124,8 +124,8 @@ impl World {
             self.tell(&format!("{old_token} dies, {new_token} is the primary"));
             return self.end_server(old);
         }
-        let stays = |_| self.random.random_range(0..2) == 0;
-        let stay: Vec<usize> = (0..self.hosts.len()).filter(stays).collect();
+        let mut stay: Vec<usize> = (0..self.hosts.len()).collect();
+        stay.retain(|_| self.random.random_range(0..2) == 0);
         let time = self.random.random_range(300.0..14_000.0);
         self.tell(&format!("{new_token} is the primary, {old_token} keeps {stay:?} for {time:.0}"));
         for host in &stay {

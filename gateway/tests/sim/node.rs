@@ -13,10 +13,10 @@ use std::{
 use gateway::{
     bus::{
         BoxFuture, Bus, Mailboxes, output_of,
-        redis::{RedisBus, RedisOptions},
+        redis::{RedisBus, RedisOptions, topology::TlsFiles},
     },
     drain::Tasks,
-    hub::{Hub, MAILBOX_LEN, member::Subscriber},
+    hub::{Hub, HubOptions, MAILBOX_LEN, member::Subscriber},
     limits::Rate,
     outbox::Outbox,
     publisher::Publisher,
@@ -93,6 +93,7 @@ impl Node {
         let (mailboxes, letters) = Mailboxes::new(1, MAILBOX_LEN, metrics.clone());
         let options = RedisOptions {
             url: String::new(),
+            tls: TlsFiles::default(),
             node: format!("n{node}"),
             partitions: shape.partitions,
             retention: shape.retention.clone(),
@@ -106,7 +107,13 @@ impl Node {
             &tasks,
         ));
         let bus: Arc<dyn Bus> = redis.clone();
-        let hub = Hub::start(&bus, mailboxes, letters, shape.ring_bytes_max, &metrics, &tasks);
+        let keeps = HubOptions {
+            ring_bytes_max: shape.ring_bytes_max,
+            ids_bytes_max: 16 << 20,
+            dedup_window: shape.retention.dedup_window,
+            log_ttl: shape.retention.ttl,
+        };
+        let hub = Hub::start(&bus, mailboxes, letters, keeps, &metrics, &tasks);
         let publisher = Publisher::new(bus.clone(), metrics.clone(), WAIT_MAX, 1 << 18);
         let none = Rate::new(0, WAIT_MAX, 0);
         let limits =

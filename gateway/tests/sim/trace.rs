@@ -18,13 +18,17 @@ const LINES_MAX: usize = 400;
 #[derive(Default)]
 pub struct Trace {
     /// Whether every line is printed.
-    pub loud: bool,
+    loud: bool,
     lines: VecDeque<String>,
     hasher: DefaultHasher,
     epochs: HashMap<String, usize>,
 }
 
 impl Trace {
+    pub fn new(loud: bool) -> Self {
+        Self { loud, ..Self::default() }
+    }
+
     pub fn note(&mut self, time: f64, text: &str) {
         let line = format!("{time:10.3} {text}");
         line.hash(&mut self.hasher);

@@ -171,12 +171,12 @@ impl SimDial {
         let (done, accepted) = oneshot::channel();
         let wire = Wire { connection, inbox: inbox.clone(), outlet: outlet.clone() };
         outlet.put(Sent::Connect { node, process, connection, inbox, done });
+        let info = "redis://simulated".into_connection_info()?;
+        let info = info.redis_settings().clone().set_protocol(ProtocolVersion::RESP3);
         let open = async {
             if accepted.await.is_err() {
                 return Err((ErrorKind::Io, "connection refused").into());
             }
-            let info = "redis://simulated".into_connection_info()?;
-            let info = info.redis_settings().clone().set_protocol(ProtocolVersion::RESP3);
             MultiplexedConnection::new_with_config(&info, wire, config).await
         };
         let opened = tokio::time::timeout(CONNECT_MAX, open).await;
@@ -200,5 +200,9 @@ impl Dial for SimDial {
         let config = AsyncConnectionConfig::new().set_response_timeout(Some(CONNECT_MAX * 2));
         let connection = self.clone().open(config);
         Box::pin(async { connection.await.map(Reader::Own) })
+    }
+
+    fn moved(&self) -> BoxFuture<()> {
+        Box::pin(std::future::pending())
     }
 }
