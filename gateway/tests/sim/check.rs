@@ -128,13 +128,21 @@ pub fn judge(world: &World) -> Findings {
             findings.count("breaks told", place.witness.breaks.len());
         }
     }
-    if !world.book.faults.iter().any(|fault| fault.loses_data()) {
-        let told = findings.counts.get("breaks told").copied().unwrap_or(0);
-        if told > 0 && !world.shape.short && !world.book.faults.contains(&Fault::Clock) {
-            findings.bad("NEEDLESS_BREAK", format!("{told}, and Redis lost nothing"));
-        }
-    }
+    judge_breaks(world, &mut findings);
     findings
+}
+
+/// Nobody is told of a break where everybody was there who had what Redis lost, or Redis has stayed
+/// the same.
+fn judge_breaks(world: &World, findings: &mut Findings) {
+    let faults = &world.book.faults;
+    let missing = faults.iter().any(|fault| fault.changes_redis())
+        && faults.iter().any(|fault| fault.takes_a_gateway());
+    let told = findings.counts.get("breaks told").copied().unwrap_or(0);
+    // A clock that jumps ends leases, and so who counts on whom.
+    if told > 0 && !missing && !world.shape.short && !faults.contains(&Fault::Clock) {
+        findings.bad("NEEDLESS_BREAK", format!("{told} times with {faults:?}"));
+    }
 }
 
 fn judge_losses(world: &World, logged: &BTreeMap<Id, i32>, findings: &mut Findings) {

@@ -71,6 +71,11 @@ impl Fault {
         matches!(self, Empty | Tail | Failover | Zombie)
     }
 
+    /// Whether another Redis is behind the name after it.
+    pub fn changes_redis(self) -> bool {
+        self == Restart || self.loses_data()
+    }
+
     /// Whether a gateway may be missing when Redis comes back.
     pub fn takes_a_gateway(self) -> bool {
         matches!(self, GatewayKill | Freeze | Cut | Partition | Deaf | Mangle | Zombie)
