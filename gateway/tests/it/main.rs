@@ -18,6 +18,7 @@ mod bus;
 mod hub;
 mod cluster;
 mod faults;
+mod talk;
 mod topology;
 mod nginx;
 mod repair;

@@ -6,9 +6,9 @@ use gateway::bus::redis::topology::{self, Dial, TlsFiles, Way};
 use redis::{AsyncConnectionConfig, RedisResult};
 
 use crate::{
-    faults::{Talk, talk_for},
     harness::{Gateway, get, until, within},
     servers::{Encrypted, Watched},
+    talk::{Talk, talk_for},
 };
 
 fn open(url: &str, tls: &TlsFiles) -> Arc<dyn Dial> {
