@@ -22,6 +22,7 @@ mod talk;
 mod topology;
 mod nginx;
 mod repair;
+mod agreement;
 mod browser;
 mod stop;
 mod loadtest;
