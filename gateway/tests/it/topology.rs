@@ -195,6 +195,31 @@ async fn served_after_agreement(gateway: &Gateway, agreed: usize) {
     .await;
 }
 
+#[tokio::test]
+async fn sends_wait_while_a_primary_has_too_few_replicas() {
+    let watched = Watched::start().await;
+    let [node, _] = two_nodes(&watched.url(0)).await;
+    let lobby = room("lobby");
+    let mut ann = node.connect("ann").await;
+    ann.join(&lobby).await.unwrap();
+    let primary = &watched.servers[0];
+    let replicas = async |wanted| {
+        let question = ["CONFIG", "SET", "min-replicas-to-write", wanted];
+        primary.ask::<String>(&question).await.unwrap();
+    };
+    replicas("2").await;
+    let refused = async {
+        until("it is refused", async || {
+            let errors = primary.ask::<String>(&["INFO", "errorstats"]).await.unwrap();
+            errors.contains("errorstat_NOREPLICAS")
+        })
+        .await;
+        replicas("1").await;
+    };
+    let (ack, ()) = tokio::join!(say(&mut ann, &lobby, "1"), refused);
+    assert_eq!(ack.seq, 1);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_lost_when_sentinels_fail_over() {
     let mut watched = Watched::start().await;
@@ -219,6 +244,14 @@ async fn nothing_is_lost_when_sentinels_fail_over() {
 /// Rooms in many partitions, and with that on all primaries.
 fn many_rooms() -> Vec<RoomId> {
     (0..12).map(|i| room(&format!("room-{i}"))).collect()
+}
+
+/// How many arrivals were passed on by a node, as they came.
+async fn delivered(node: &Gateway) -> usize {
+    let metrics = get(node.admin, "/metrics").await.body;
+    let line = r#"gateway_arrivals_total{outcome="delivered"} "#;
+    let count = metrics.lines().find_map(|text| text.strip_prefix(line));
+    count.and_then(|count| count.parse().ok()).unwrap_or_else(|| panic!("{metrics}"))
 }
 
 /// The slot of a room, as the documentation of the keys says.
@@ -267,6 +300,10 @@ async fn nothing_is_lost_when_a_primary_of_a_redis_cluster_fails_over() {
             talk_for(Duration::from_millis(500)).await;
         })
         .await;
+    for node in &nodes {
+        // Most are heard, and not only found in the logs now and then.
+        assert!(delivered(node).await > acked / 2, "{} of {acked}", delivered(node).await);
+    }
     println!("3 failovers in a Redis Cluster: {acked} acknowledged, 0 lost, 0 duplicated");
 }
 

@@ -422,7 +422,7 @@ impl Worker {
                     self.links.metrics.tail_dropped.inc_by(dropped);
                     (queued.append.done)(Ok(appended));
                 }
-                Err(error) if is_of_the_slot(&error) => {
+                Err(error) if is_of_the_slot(&error) || lacks_replicas(&error) => {
                     let home = self.server.keyspace.home(&queued.append.room);
                     self.waiting.leave_alone(home, now);
                     self.server.astray.notify_one();
@@ -499,6 +499,12 @@ async fn send_probe(
         }
         sent => sent,
     }
+}
+
+/// Whether the server takes nothing while its replicas do not follow, as it was told: one of them may
+/// be about to take its place.
+fn lacks_replicas(error: &RedisError) -> bool {
+    error.code() == Some("NOREPLICAS")
 }
 
 /// Whether the error is about the server's state and not about this append: it does not know the
