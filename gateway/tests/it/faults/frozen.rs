@@ -5,8 +5,10 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use super::{
-    addresses, is_full, length,
-    party::{Manner, Party, manners},
+    addresses,
+    client::Manner,
+    is_full, length,
+    party::{Party, manners},
     start_nodes, until_ready,
     wire::{Mode, Wire},
 };
@@ -86,7 +88,7 @@ async fn a_node_whose_lease_is_over_passes_nothing_on_until_it_has_asked() {
 
 /// Redis is restarted while a node is frozen: the others wait for it as long as its lease, then go
 /// on without it, in a new epoch, announced.
-async fn freeze_while_redis_restarts(mut redis: Redis, what: &str) -> super::book::Report {
+async fn freeze_while_redis_restarts(mut redis: Redis, what: &str) -> super::report::Report {
     let nodes = start_nodes(&redis, 3).await;
     let party = party_with_one_that_stays(&nodes).await;
     party.goes_on(200).await;
