@@ -67,10 +67,11 @@ impl Shard {
     }
 
     /// Asks for the heads of `rooms` in a task, until they are there.
-    pub(super) fn compare(&mut self, rooms: Vec<(RoomId, u64)>) {
+    pub(super) fn compare(&mut self, mut rooms: Vec<(RoomId, u64)>) {
         if rooms.is_empty() {
             return;
         }
+        rooms.sort_unstable();
         self.comparing = Reading::Yes;
         let (bus, calls, fence) = (self.bus.clone(), self.calls.clone(), self.fence);
         let metrics = self.turn.metrics.clone();

@@ -1,6 +1,6 @@
 //! One connection, as the hub sees it: where its frames go, and how far it is in a room.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -31,7 +31,7 @@ pub struct Subscriber {
     /// Where its frames go.
     pub outbox: Outbox,
     /// Messages it sent with `echo:false` whose `ack` is to stand where the copy would.
-    placed_acks: Mutex<HashMap<(RoomId, MessageId), PlacedAck>>,
+    placed_acks: Mutex<BTreeMap<(RoomId, MessageId), PlacedAck>>,
 }
 
 /// An `ack` that is to stand in the place of a copy.
@@ -98,7 +98,7 @@ impl Subscriber {
     pub fn place_ack(&self, room: &RoomId, id: MessageId, ack: PlacedAck) -> bool {
         let mut placed = self.placed_acks.lock();
         let entry = placed.entry((room.clone(), id));
-        let vacant = matches!(entry, std::collections::hash_map::Entry::Vacant(_));
+        let vacant = matches!(entry, std::collections::btree_map::Entry::Vacant(_));
         entry.or_insert(ack);
         vacant
     }

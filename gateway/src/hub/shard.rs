@@ -125,13 +125,15 @@ impl Shard {
         let (mut calls, mut arrived) = (Vec::new(), Vec::new());
         loop {
             let mut ticked = false;
-            // All arms are cancel-safe.
+            // All arms are cancel-safe. None keeps another waiting: letters and doubt are looked at
+            // in every turn.
             tokio::select! {
+                biased;
                 () = stopped.cancelled() => break,
+                _ = tick.tick() => ticked = true,
                 _ = queue.recv_many(&mut calls, TURN_LEN) => {}
                 _ = letters.recv_many(&mut arrived, TURN_LEN) => {}
                 () = doubt.raised() => {}
-                _ = tick.tick() => ticked = true,
             }
             // What arrived before a call was made is handed out before it: who sends and then leaves
             // gets its own copy.
@@ -190,7 +192,8 @@ impl Shard {
         }
         if was_fenced && !self.fenced {
             self.doubt();
-            let names: Vec<RoomId> = self.rooms.keys().cloned().collect();
+            let mut names: Vec<RoomId> = self.rooms.keys().cloned().collect();
+            names.sort_unstable();
             for name in names {
                 self.feed_all(&name);
             }
@@ -221,7 +224,9 @@ impl Shard {
     }
 
     fn tell_holdings(&self, answer: oneshot::Sender<Vec<Followed>>) {
-        let held = self.rooms.values().filter_map(|room| room.held_of_log(&self.turn)).collect();
+        let held = self.rooms.values().filter_map(|room| room.held_of_log(&self.turn));
+        let mut held: Vec<Followed> = held.collect();
+        held.sort_unstable_by(|a, b| a.room.cmp(&b.room));
         // Who asked may have met yet another server meanwhile.
         let _ = answer.send(held);
     }
