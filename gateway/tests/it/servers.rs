@@ -146,6 +146,146 @@ impl Watched {
     }
 }
 
+/// A Redis Cluster of three primaries with a replica each.
+pub struct Clustered {
+    pub nodes: Vec<Instance>,
+}
+
+impl Clustered {
+    pub async fn start() -> Self {
+        let mut nodes = vec![];
+        for _ in 0..6 {
+            let lines = [
+                "save \"\"".to_owned(),
+                format!("masterauth {PASSWORD}"),
+                "cluster-enabled yes".to_owned(),
+                format!("cluster-port {}", free_port()),
+                "cluster-node-timeout 1500".to_owned(),
+            ];
+            nodes.push(Instance::start(PASSWORD, false, &lines).await);
+        }
+        let addresses = nodes.iter().map(|node| format!("127.0.0.1:{}", node.port));
+        let output = Command::new("redis-cli")
+            .args(["-a", PASSWORD, "--no-auth-warning", "--cluster", "create"])
+            .args(addresses)
+            .args(["--cluster-replicas", "1", "--cluster-yes"])
+            .output()
+            .await
+            .expect("redis-cli comes with redis-server");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+        let cluster = Self { nodes };
+        until("the cluster stands", async || {
+            for node in &cluster.nodes {
+                let info = node.ask::<String>(&["CLUSTER", "INFO"]).await.unwrap();
+                if !info.contains("cluster_state:ok") || cluster.nodes_of(node).await.len() != 6 {
+                    return false;
+                }
+            }
+            cluster.primaries().await.len() == 3
+        })
+        .await;
+        for primary in cluster.primaries().await {
+            until("a primary is followed", async || cluster.is_followed(primary).await).await;
+        }
+        cluster
+    }
+
+    pub fn url(&self) -> String {
+        let port = self.nodes[0].port;
+        format!("redis+cluster://:{PASSWORD_ESCAPED}@127.0.0.1:{port},127.0.0.1:1")
+    }
+
+    /// The lines by which a node describes all nodes.
+    async fn nodes_of(&self, node: &Instance) -> Vec<String> {
+        let text = node.ask::<String>(&["CLUSTER", "NODES"]).await.unwrap_or_default();
+        text.lines().map(str::to_owned).collect()
+    }
+
+    /// What a node answers to `INFO replication`.
+    async fn replication(&self, node: usize) -> String {
+        self.nodes[node].ask(&["INFO", "replication"]).await.unwrap_or_default()
+    }
+
+    /// The places in `nodes` of those that are primaries and answer.
+    pub async fn primaries(&self) -> Vec<usize> {
+        let mut primaries = vec![];
+        for node in 0..self.nodes.len() {
+            if self.leads(node).await {
+                primaries.push(node);
+            }
+        }
+        primaries
+    }
+
+    /// Whether a node is a primary.
+    pub async fn leads(&self, node: usize) -> bool {
+        self.replication(node).await.contains("role:master")
+    }
+
+    pub async fn is_followed(&self, node: usize) -> bool {
+        self.replication(node).await.contains("state=online")
+    }
+
+    /// The replica of a primary.
+    pub async fn replica_of(&self, primary: usize) -> usize {
+        let port = format!("master_port:{}\r", self.nodes[primary].port);
+        for node in 0..self.nodes.len() {
+            if self.replication(node).await.contains(&port) {
+                return node;
+            }
+        }
+        panic!("{primary} has no replica");
+    }
+
+    async fn id_of(&self, node: usize) -> String {
+        self.nodes[node].ask(&["CLUSTER", "MYID"]).await.unwrap()
+    }
+
+    /// The primary that serves a slot.
+    pub async fn owner_of(&self, slot: u16) -> usize {
+        let ranges: Vec<Vec<redis::Value>> =
+            self.nodes[self.primaries().await[0]].ask(&["CLUSTER", "SLOTS"]).await.unwrap();
+        for range in ranges {
+            let number = |at: usize| redis::from_redis_value::<u16>(range[at].clone()).unwrap();
+            if (number(0)..=number(1)).contains(&slot) {
+                let node: Vec<redis::Value> = redis::from_redis_value(range[2].clone()).unwrap();
+                let port: u16 = redis::from_redis_value(node[1].clone()).unwrap();
+                return self.nodes.iter().position(|node| node.port == port).unwrap();
+            }
+        }
+        panic!("nobody serves {slot}");
+    }
+
+    /// Moves a slot to another primary key by key, and calls `between` in the middle.
+    pub async fn migrate(&self, slot: u16, to: usize, mut between: impl AsyncFnMut()) {
+        let from = self.owner_of(slot).await;
+        let (source, target) = (&self.nodes[from], &self.nodes[to]);
+        let (source_id, target_id) = (self.id_of(from).await, self.id_of(to).await);
+        let slot = slot.to_string();
+        let setslot = async |node: &Instance, state: &str, id: &str| {
+            node.ask::<String>(&["CLUSTER", "SETSLOT", &slot, state, id]).await.unwrap();
+        };
+        setslot(target, "IMPORTING", &source_id).await;
+        setslot(source, "MIGRATING", &target_id).await;
+        let port = target.port.to_string();
+        let mut moved = 0;
+        loop {
+            let question = ["CLUSTER", "GETKEYSINSLOT", &slot, "1"];
+            let keys: Vec<String> = source.ask(&question).await.unwrap();
+            let Some(key) = keys.first() else { break };
+            let question = ["MIGRATE", "127.0.0.1", &port, key, "0", "5000", "AUTH", PASSWORD];
+            source.ask::<String>(&question).await.unwrap();
+            moved += 1;
+            if moved == 2 {
+                between().await;
+            }
+        }
+        assert!(moved > 2, "there was nothing in the slot");
+        setslot(target, "NODE", &target_id).await;
+        setslot(source, "NODE", &target_id).await;
+    }
+}
+
 /// A server behind TLS with one user, and the files to reach it.
 pub struct Encrypted {
     _process: Process,

@@ -2,13 +2,17 @@
 
 use std::{sync::Arc, time::Duration};
 
-use gateway::bus::redis::topology::{self, Dial, TlsFiles, Way};
+use gateway::bus::{
+    home::crc16,
+    redis::topology::{self, Dial, TlsFiles, Way},
+};
 use redis::{AsyncConnectionConfig, RedisResult};
+use shared::{client::frames, ids::RoomId, position::Position};
 
 use crate::{
-    faults::{Talk, talk_for},
-    harness::{Gateway, get, until, within},
-    servers::{Encrypted, Watched},
+    harness::{Gateway, get, next_message, room, say, until, within},
+    servers::{Clustered, Encrypted, Watched},
+    talk::{Talk, talk_for},
 };
 
 fn open(url: &str, tls: &TlsFiles) -> Arc<dyn Dial> {
@@ -65,6 +69,35 @@ async fn tls_is_checked_by_both_sides_and_users_log_in() {
         error.to_string().contains("WRONGPASS") || error.code() == Some("WRONGPASS"),
         "{error}"
     );
+}
+
+#[tokio::test]
+async fn messages_pass_through_tls_for_a_user_with_few_permissions() {
+    let server = Encrypted::start().await;
+    let path = |path: &std::path::Path| path.to_str().unwrap().to_owned();
+    let (url, ca) = (server.url(), path(&server.ca));
+    let (cert, key) = (path(&server.own.0), path(&server.own.1));
+    let options = [
+        ("cluster.redis_url", url.as_str()),
+        ("cluster.redis_ca_file", &ca),
+        ("cluster.redis_cert_file", &cert),
+        ("cluster.redis_key_file", &key),
+        ("auth.allow_anonymous", "true"),
+    ];
+    let (one, two) = (Gateway::start(&options).await, Gateway::start(&options).await);
+    let lobby = room("lobby");
+    let (mut ann, mut bob) = (one.connect("ann").await, two.connect("bob").await);
+    let joined = ann.join(&lobby).await.unwrap();
+    bob.join(&lobby).await.unwrap();
+    for text in ["1", "2"] {
+        let seq = say(&mut ann, &lobby, text).await.seq;
+        assert_eq!(next_message(&mut bob).await.seq, seq);
+    }
+    let start = Position::new(joined.epoch, 0);
+    let join = frames::Join { since: Some(&start), ..frames::Join::to(&lobby) };
+    let missed = two.connect("cyd").await.join_with(&join).await.unwrap();
+    assert_eq!(missed.history.len(), 2);
+    assert_eq!(get(one.address, "/ready").await.status, 200);
 }
 
 #[tokio::test]
@@ -162,6 +195,31 @@ async fn served_after_agreement(gateway: &Gateway, agreed: usize) {
     .await;
 }
 
+#[tokio::test]
+async fn sends_wait_while_a_primary_has_too_few_replicas() {
+    let watched = Watched::start().await;
+    let [node, _] = two_nodes(&watched.url(0)).await;
+    let lobby = room("lobby");
+    let mut ann = node.connect("ann").await;
+    ann.join(&lobby).await.unwrap();
+    let primary = &watched.servers[0];
+    let replicas = async |wanted| {
+        let question = ["CONFIG", "SET", "min-replicas-to-write", wanted];
+        primary.ask::<String>(&question).await.unwrap();
+    };
+    replicas("2").await;
+    let refused = async {
+        until("it is refused", async || {
+            let errors = primary.ask::<String>(&["INFO", "errorstats"]).await.unwrap();
+            errors.contains("errorstat_NOREPLICAS")
+        })
+        .await;
+        replicas("1").await;
+    };
+    let (ack, ()) = tokio::join!(say(&mut ann, &lobby, "1"), refused);
+    assert_eq!(ack.seq, 1);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_lost_when_sentinels_fail_over() {
     let mut watched = Watched::start().await;
@@ -181,4 +239,95 @@ async fn nothing_is_lost_when_sentinels_fail_over() {
         })
         .await;
     println!("2 failovers behind Sentinels: {acked} acknowledged, 0 lost, 0 duplicated");
+}
+
+/// Rooms in many partitions, and with that on all primaries.
+fn many_rooms() -> Vec<RoomId> {
+    (0..12).map(|i| room(&format!("room-{i}"))).collect()
+}
+
+/// How many arrivals were passed on by a node, as they came.
+async fn delivered(node: &Gateway) -> usize {
+    let metrics = get(node.admin, "/metrics").await.body;
+    let line = r#"gateway_arrivals_total{outcome="delivered"} "#;
+    let count = metrics.lines().find_map(|text| text.strip_prefix(line));
+    count.and_then(|count| count.parse().ok()).unwrap_or_else(|| panic!("{metrics}"))
+}
+
+/// The slot of a room, as the documentation of the keys says.
+fn slot_of(room: &RoomId) -> u16 {
+    slot_of_partition(crc16(room.as_str().as_bytes()) % 256)
+}
+
+fn slot_of_partition(partition: u16) -> u16 {
+    crc16(partition.to_string().as_bytes()) % 16_384
+}
+
+async fn all_ready(nodes: &[Gateway]) {
+    for node in nodes {
+        until("ready", async || get(node.address, "/ready").await.status == 200).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_lost_when_a_primary_of_a_redis_cluster_fails_over() {
+    let mut cluster = Clustered::start().await;
+    let nodes = two_nodes(&cluster.url()).await;
+    let talk = Talk::start_in(&nodes.each_ref().map(|node| node.address), many_rooms()).await;
+    let acked = talk
+        .check_while(async {
+            talk_for(Duration::from_millis(500)).await;
+            // The one that has the leases too. It lives on as a replica.
+            let first = cluster.owner_of(slot_of_partition(0)).await;
+            let second = cluster.replica_of(first).await;
+            cluster.nodes[second].ask::<String>(&["CLUSTER", "FAILOVER"]).await.unwrap();
+            until("a replica takes over", async || cluster.is_followed(second).await).await;
+            talk_for(Duration::from_millis(1500)).await;
+            all_ready(&nodes).await;
+            // It freezes, and wakes up as one that has not heard of its successor.
+            cluster.nodes[second].process.signal("STOP");
+            until("a replica takes over", async || cluster.leads(first).await).await;
+            talk_for(Duration::from_millis(1500)).await;
+            all_ready(&nodes).await;
+            cluster.nodes[second].process.signal("CONT");
+            until("the old primary follows", async || cluster.is_followed(first).await).await;
+            talk_for(Duration::from_millis(500)).await;
+            // It dies.
+            cluster.nodes[first].process.kill().await;
+            until("a replica takes over", async || cluster.leads(second).await).await;
+            talk_for(Duration::from_millis(1500)).await;
+            all_ready(&nodes).await;
+            talk_for(Duration::from_millis(500)).await;
+        })
+        .await;
+    for node in &nodes {
+        // Most are heard, and not only found in the logs now and then.
+        assert!(delivered(node).await > acked / 2, "{} of {acked}", delivered(node).await);
+    }
+    println!("3 failovers in a Redis Cluster: {acked} acknowledged, 0 lost, 0 duplicated");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_lost_when_slots_of_a_redis_cluster_migrate() {
+    let cluster = Clustered::start().await;
+    let nodes = two_nodes(&cluster.url()).await;
+    let rooms = many_rooms();
+    let talk = Talk::start_in(&nodes.each_ref().map(|node| node.address), rooms.clone()).await;
+    let acked = talk
+        .check_while(async {
+            talk_for(Duration::from_millis(500)).await;
+            for room in &rooms[..3] {
+                let (slot, primaries) = (slot_of(room), cluster.primaries().await);
+                let from = cluster.owner_of(slot).await;
+                let to = primaries.into_iter().find(|node| *node != from).unwrap();
+                // Half of it is with one, half with the other for a while.
+                cluster
+                    .migrate(slot, to, async || talk_for(Duration::from_millis(700)).await)
+                    .await;
+                talk_for(Duration::from_millis(1500)).await;
+            }
+            all_ready(&nodes).await;
+        })
+        .await;
+    println!("3 slot migrations in a Redis Cluster: {acked} acknowledged, 0 lost, 0 duplicated");
 }

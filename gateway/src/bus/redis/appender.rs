@@ -9,7 +9,7 @@
 //! first thing that another server gets is this node's [tail](crate::bus::tail).
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::VecDeque,
     sync::{Arc, atomic::Ordering},
 };
 
@@ -19,7 +19,7 @@ use redis::{
 };
 use shared::position::Position;
 use tokio::{
-    sync::{OwnedSemaphorePermit, mpsc, oneshot, watch},
+    sync::{mpsc, oneshot, watch},
     time::Instant,
 };
 use tokio_util::sync::CancellationToken;
@@ -30,9 +30,10 @@ use super::{
     probe::PROBE_EVERY,
     refused_or_away,
     server::{Agreed, Server},
+    waiting::{Queued, Waiting},
 };
 use crate::{
-    bus::{Append, Appended, BoxFuture, BusError, output_of, random_epoch, tail::Repeat},
+    bus::{Appended, BoxFuture, BusError, output_of, random_epoch},
     delivery::Token,
     drain::Tasks,
 };
@@ -40,28 +41,15 @@ use crate::{
 const QUEUE_LEN_MAX: usize = 1 << 16;
 /// How many orders may wait.
 const ORDERS_MAX: usize = 16;
-/// How long publishes wait whose slot is on its way to another server, before they are tried again.
-const STUCK_FOR: std::time::Duration = std::time::Duration::from_millis(25);
 /// How often the link and the server's settings are looked at.
 const LOOK_EVERY: std::time::Duration = std::time::Duration::from_secs(2);
 /// The most publishes in one pipeline, and the most pipelines under way.
 const PIPELINE_LEN_MAX: usize = 256;
 const PIPELINES_MAX: usize = 16;
-/// How long a publish of the tail is tried.
-const REPEAT_MAX: std::time::Duration = std::time::Duration::from_secs(30);
-
 /// A handle to the appender's task.
 pub(super) struct Appender {
     queue: mpsc::Sender<Queued>,
     orders: mpsc::Sender<Release>,
-}
-
-/// A publish that waits; its share of the queue's bytes is given back when it is dropped.
-pub(super) struct Queued {
-    pub(super) append: Append,
-    /// Where it stood before, for one of the tail.
-    hint: Option<Position>,
-    _room: Option<OwnedSemaphorePermit>,
 }
 
 /// Asks for all that waits for some homes, which another server has from now on.
@@ -77,14 +65,12 @@ pub(super) fn start(server: Arc<Server>, links: Arc<Links>, tasks: &Tasks) -> Ap
     let (queue, receiver) = mpsc::channel(QUEUE_LEN_MAX);
     let (orders, ordered) = mpsc::channel(ORDERS_MAX);
     let worker = Worker {
+        waiting: Waiting::new(server.keyspace),
         script: server.keyspace.script(include_str!("scripts/append.lua")),
         server,
         links,
         queue: receiver,
         orders: ordered,
-        urgent: VecDeque::new(),
-        waiting: VecDeque::new(),
-        stuck: BTreeMap::new(),
         open: Agreed::default(),
         stopped: tasks.stopped().clone(),
     };
@@ -94,11 +80,12 @@ pub(super) fn start(server: Arc<Server>, links: Arc<Links>, tasks: &Tasks) -> Ap
 
 impl Appender {
     /// Queues a publish, or gives it back with what is wrong.
-    pub(super) fn send(&self, queued: Queued) -> Result<(), (Queued, BusError)> {
-        self.queue.try_send(queued).map_err(|error| match error {
-            mpsc::error::TrySendError::Full(queued) => (queued, BusError::Overloaded),
-            mpsc::error::TrySendError::Closed(queued) => (queued, BusError::Unavailable),
-        })
+    pub(super) fn send(&self, queued: Queued) -> Option<(Queued, BusError)> {
+        match self.queue.try_send(queued) {
+            Ok(()) => None,
+            Err(mpsc::error::TrySendError::Full(queued)) => Some((queued, BusError::Overloaded)),
+            Err(mpsc::error::TrySendError::Closed(queued)) => Some((queued, BusError::Unavailable)),
+        }
     }
 
     /// Takes back all that waits for `homes`, in order, once nothing of them is under way.
@@ -116,13 +103,9 @@ struct Worker {
     links: Arc<Links>,
     queue: mpsc::Receiver<Queued>,
     orders: mpsc::Receiver<Release>,
-    /// What was in the log once and is brought back: it goes ahead of everything.
-    urgent: VecDeque<Queued>,
     /// What is to be sent before anything in `queue`: it came from there, or was sent already.
-    waiting: VecDeque<Queued>,
+    waiting: Waiting,
     script: redis::Script,
-    /// Homes on their way to another server, and until when they are left alone.
-    stuck: BTreeMap<u16, Instant>,
     /// What was agreed on when it was last looked at: the tail was repeated to it.
     open: Agreed,
     stopped: CancellationToken,
@@ -140,9 +123,9 @@ impl Worker {
         }
         self.queue.close();
         while let Ok(queued) = self.queue.try_recv() {
-            self.waiting.push_back(queued);
+            self.waiting.take_in(queued);
         }
-        for queued in self.urgent.drain(..).chain(self.waiting.drain(..)) {
+        for queued in self.waiting.take_all() {
             (queued.append.done)(Err(BusError::Unavailable));
         }
     }
@@ -183,52 +166,30 @@ impl Worker {
         });
         loop {
             self.expire();
-            let deadline = self.next_deadline();
+            let deadline = self.waiting.next_deadline();
             // Cancel-safe: `attempt` is kept, and `recv` loses nothing.
             tokio::select! {
                 biased;
                 result = &mut attempt => return result,
                 Some(order) = self.orders.recv() => self.release(order),
-                Some(queued) = self.queue.recv() => self.take_in(queued),
+                Some(queued) = self.queue.recv() => self.waiting.take_in(queued),
                 () = sleep_until(deadline) => {}
             }
         }
     }
 
-    /// Answers what is past its deadline. Deadlines rise along the queue, nearly: one that is
-    /// behind an older one waits for it at most as long as waits differ.
+    /// Answers what is past its deadline.
     fn expire(&mut self) {
-        let now = Instant::now();
-        for queue in [&mut self.urgent, &mut self.waiting] {
-            while let Some(queued) = queue.pop_front_if(|queued| queued.append.deadline <= now) {
-                self.links.standing.tail().failed(&queued.append.envelope.id_key());
-                (queued.append.done)(Err(BusError::Unavailable));
-            }
+        for queued in self.waiting.expired(Instant::now()) {
+            self.links.standing.tail().failed(&queued.append.envelope.id_key());
+            (queued.append.done)(Err(BusError::Unavailable));
         }
-    }
-
-    fn next_deadline(&self) -> Option<Instant> {
-        let first = self.urgent.front().into_iter().chain(self.waiting.front());
-        first.map(|queued| queued.append.deadline).min()
-    }
-
-    fn take_in(&mut self, queued: Queued) {
-        if queued.append.urgent { &mut self.urgent } else { &mut self.waiting }.push_back(queued);
     }
 
     /// What leaves next.
     fn next_batch(&mut self) -> Vec<Queued> {
         self.expire();
-        let now = Instant::now();
-        self.stuck.retain(|_, until| *until > now);
-        let (keyspace, open, stuck) = (self.server.keyspace, &self.open, &self.stuck);
-        let ready = |queued: &Queued| {
-            let home = keyspace.home(&queued.append.room);
-            open.homes.contains(&home) && !stuck.contains_key(&home)
-        };
-        let mut batch = take_ready(&mut self.urgent, PIPELINE_LEN_MAX, ready);
-        batch.extend(take_ready(&mut self.waiting, PIPELINE_LEN_MAX - batch.len(), ready));
-        batch
+        self.waiting.next_batch(PIPELINE_LEN_MAX, &self.open.homes, Instant::now())
     }
 
     /// Whether anything may be sent to the server `token`. Where that was agreed on since the last
@@ -250,7 +211,7 @@ impl Worker {
             }
             self.links.metrics.tail_repeats.inc_by(tail.len() as u64);
             for repeat in tail.into_iter().rev() {
-                self.urgent.push_front(Queued::again(repeat, now));
+                self.waiting.repeat(repeat, now);
             }
             self.open = agreed;
         }
@@ -260,14 +221,10 @@ impl Worker {
     /// Gives back all that waits for homes that are elsewhere now.
     fn release(&mut self, order: Release) {
         while let Ok(queued) = self.queue.try_recv() {
-            self.take_in(queued);
+            self.waiting.take_in(queued);
         }
-        let keyspace = self.server.keyspace;
-        let released = |queued: &Queued| order.homes.contains(&keyspace.home(&queued.append.room));
-        let mut all = take_ready(&mut self.urgent, usize::MAX, released);
-        all.extend(take_ready(&mut self.waiting, usize::MAX, released));
         // Who asked waits for the answer, or nothing matters any more.
-        let _ = order.answer.send(all);
+        let _ = order.answer.send(self.waiting.release(&order.homes));
     }
 
     /// Sends and settles until the connection fails. Returns why; what has no answer is in
@@ -298,21 +255,12 @@ impl Worker {
                 }
             }
             // What may not be sent is answered when its time is over.
-            let deadline = self.next_deadline().filter(|_| sent.len() < PIPELINES_MAX);
-            let deadline = deadline.into_iter().chain(self.stuck.values().copied()).min();
+            let deadline = self.waiting.next_deadline().filter(|_| sent.len() < PIPELINES_MAX);
             // Cancel-safe: `next` keeps what is under way, and `recv_many` takes nothing unless
             // it completes.
             let (batch, result) = tokio::select! {
                 biased;
                 Some(answered) = sent.next() => answered,
-                _ = self.queue.recv_many(&mut queued, PIPELINE_LEN_MAX),
-                    if sent.len() < PIPELINES_MAX =>
-                {
-                    for queued in queued.drain(..) {
-                        self.take_in(queued);
-                    }
-                    continue;
-                }
                 Some(order) = self.orders.recv() => {
                     // What is under way may come back unanswered, and goes along then.
                     let settled = self.settle_all(Ok(()), VecDeque::new(), &mut sent).await;
@@ -321,6 +269,14 @@ impl Worker {
                         Ok(()) => continue,
                         Err(error) => return error,
                     }
+                }
+                _ = self.queue.recv_many(&mut queued, PIPELINE_LEN_MAX),
+                    if sent.len() < PIPELINES_MAX =>
+                {
+                    for queued in queued.drain(..) {
+                        self.waiting.take_in(queued);
+                    }
+                    continue;
                 }
                 _ = agreed.changed() => continue,
                 _ = regained.changed() => continue,
@@ -383,8 +339,7 @@ impl Worker {
         while let Some((batch, result)) = sent.next().await {
             settled = settled.and(self.settle(batch, result, &mut again));
         }
-        again.append(&mut self.waiting);
-        self.waiting = again;
+        self.waiting.put_back(again);
         settled
     }
 
@@ -468,9 +423,9 @@ impl Worker {
                     self.links.metrics.tail_dropped.inc_by(dropped);
                     (queued.append.done)(Ok(appended));
                 }
-                Err(error) if is_of_the_slot(&error) => {
+                Err(error) if is_of_the_slot(&error) || lacks_replicas(&error) => {
                     let home = self.server.keyspace.home(&queued.append.room);
-                    self.stuck.insert(home, now + STUCK_FOR);
+                    self.waiting.leave_alone(home, now);
                     self.server.astray.notify_one();
                     again.push_back(queued);
                 }
@@ -486,53 +441,6 @@ impl Worker {
             }
         }
         failed
-    }
-}
-
-/// Takes up to `count` from the front that are ready, and leaves the others in their order.
-fn take_ready(
-    queue: &mut VecDeque<Queued>,
-    count: usize,
-    ready: impl Fn(&Queued) -> bool,
-) -> Vec<Queued> {
-    let count = count.min(queue.len());
-    if queue.iter().take(count).all(&ready) {
-        return queue.drain(..count).collect();
-    }
-    let (mut taken, mut left) = (Vec::new(), VecDeque::new());
-    for queued in queue.drain(..) {
-        if taken.len() < count && ready(&queued) {
-            taken.push(queued);
-        } else {
-            left.push_back(queued);
-        }
-    }
-    *queue = left;
-    taken
-}
-
-impl Queued {
-    /// A publish that a session waits for.
-    pub(super) fn new(append: Append, room: OwnedSemaphorePermit) -> Self {
-        Self { append, hint: None, _room: Some(room) }
-    }
-
-    /// A publish of the tail.
-    fn again(repeat: Repeat, now: Instant) -> Self {
-        let room = repeat.room.clone();
-        let done = move |result: Result<Appended, BusError>| {
-            if let Err(error) = result {
-                tracing::warn!(%room, %error, "an acknowledged publish could not be repeated");
-            }
-        };
-        let append = Append {
-            room: repeat.room,
-            envelope: repeat.envelope,
-            urgent: true,
-            deadline: now + REPEAT_MAX,
-            done: Box::new(done),
-        };
-        Self { append, hint: Some(repeat.at), _room: None }
     }
 }
 
@@ -592,6 +500,12 @@ async fn send_probe(
         }
         sent => sent,
     }
+}
+
+/// Whether the server takes nothing while its replicas do not follow, as it was told: one of them may
+/// be about to take its place.
+fn lacks_replicas(error: &RedisError) -> bool {
+    error.code() == Some("NOREPLICAS")
 }
 
 /// Whether the error is about the server's state and not about this append: it does not know the

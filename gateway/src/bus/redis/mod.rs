@@ -33,6 +33,7 @@ mod server;
 mod status;
 mod subscriber;
 pub mod topology;
+mod waiting;
 
 use log::Log;
 use router::Router;

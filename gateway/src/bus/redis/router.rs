@@ -30,7 +30,7 @@ use tokio::{
 use super::{
     RedisOptions,
     agreement::{self, Process},
-    appender::{self, Appender, Queued},
+    appender::{self, Appender},
     keyspace::Keyspace,
     links::Links,
     log::Log,
@@ -38,6 +38,7 @@ use super::{
     status,
     subscriber::{self, Subscriber},
     topology::{Cluster, Dial, Way, url::Address},
+    waiting::Queued,
 };
 use crate::{
     bus::{Append, BoxFuture, BusError, Mailboxes, Retention},
@@ -193,11 +194,11 @@ impl Router {
                 Some(set) => set.appender.send(queued),
                 None => {
                     lane.held.push_back(queued);
-                    Ok(())
+                    None
                 }
             }
         };
-        answer(refused.err());
+        answer(refused);
     }
 
     /// The set that a home leads to, once there is one.
@@ -309,7 +310,7 @@ impl Router {
                     self.assign(cluster, owners).await;
                 }
                 Err(error) => {
-                    if failures % 40 == 0 {
+                    if failures.is_multiple_of(40) {
                         tracing::warn!(%error, "cannot find out who serves what in Redis Cluster");
                     }
                     failures += 1;
@@ -386,7 +387,7 @@ impl Router {
         let (mut refused, mut followed) = (Vec::new(), Vec::new());
         {
             let lanes = &mut *self.lanes.lock();
-            let mut send = |queued| refused.extend(set.appender.send(queued).err());
+            let mut send = |queued| refused.extend(set.appender.send(queued));
             released.into_iter().for_each(&mut send);
             for home in homes {
                 let lane = &mut lanes[usize::from(home)];

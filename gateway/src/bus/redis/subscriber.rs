@@ -345,11 +345,11 @@ impl Worker {
                     }
                 }
                 // The slot has moved to another server.
-                PushKind::SUnsubscribe => {
-                    if room_of(&push.data).is_some_and(|room| followed.lock().contains(&room)) {
-                        server.astray.notify_one();
-                        lost.notify_one();
-                    }
+                PushKind::SUnsubscribe
+                    if room_of(&push.data).is_some_and(|room| followed.lock().contains(&room)) =>
+                {
+                    server.astray.notify_one();
+                    lost.notify_one();
                 }
                 PushKind::Disconnection => lost.notify_one(),
                 _ => {}

@@ -6,7 +6,7 @@ use shared::client::frames;
 use tokio::time::Instant;
 
 use super::{
-    UNLIMITED, addresses,
+    UNLIMITED, addresses, length,
     party::{Party, manners},
     start_nodes, until_ready,
     wire::{Mode, Wire},
@@ -37,6 +37,45 @@ async fn a_gateway_and_the_data_of_redis_are_lost_together() {
     // Who was served goes on in the new epoch, told so.
     assert!(report.resets >= 4, "{report}");
     assert!(report.unavailable > 0, "{report}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_acknowledged_and_heard_by_nobody_outlives_the_data_of_redis() {
+    let mut redis = Redis::start().await;
+    let (mut wires, mut nodes) = (vec![], vec![]);
+    for _ in 0..2 {
+        let wire = Wire::to(&redis).await;
+        let url = wire.redis_url();
+        nodes.push(Node::start(&redis, None, &[("cluster.redis_url", url.as_str())]).await);
+        wires.push(wire);
+    }
+    let lobby = room("lobby");
+    let mut ann = connect(nodes[0].address, "ann").await;
+    let mut bob = connect(nodes[1].address, "bob").await;
+    ann.join(&lobby).await.unwrap();
+    bob.join(&lobby).await.unwrap();
+    let mut seq = 0;
+    for round in 0..length(2, 10) {
+        seq += 1;
+        let epoch = say(&mut bob, &lobby, "heard by all").await.epoch;
+        for connection in [&mut ann, &mut bob] {
+            assert_eq!(next_message(connection).await.seq, seq);
+        }
+        // Redis dies behind the answer and before anybody was passed the entry.
+        wires.iter().for_each(|wire| wire.set(Mode::Deaf));
+        let ack = say(&mut ann, &lobby, "heard by nobody").await;
+        seq += 1;
+        assert_eq!((&ack.epoch, ack.seq), (&epoch, seq), "round {round}");
+        redis.kill().await;
+        wires.iter().for_each(|wire| wire.set(Mode::Cut));
+        redis.restart().await;
+        wires.iter().for_each(|wire| wire.set(Mode::Open));
+        for connection in [&mut ann, &mut bob] {
+            let message = next_message(connection).await;
+            assert_eq!((message.seq, message.id, message.epoch), (seq, ack.id, epoch.clone()));
+        }
+        until_ready(&nodes).await;
+    }
 }
 
 /// Two nodes on wires, and a Redis that came back empty while the wires were cut.

@@ -39,7 +39,13 @@ impl Bare {
             dedup_window: Duration::from_secs(600),
         };
         let node = "bare".to_owned();
-        let options = RedisOptions { url: redis.url(), partitions: 256, retention, node };
+        let options = RedisOptions {
+            url: redis.url(),
+            partitions: 256,
+            retention,
+            node,
+            tls: Default::default(),
+        };
         let bus = RedisBus::start(options, mailboxes.clone(), metrics.clone(), &tasks).unwrap();
         within(bus.reached()).await.unwrap();
         let bus: Arc<dyn Bus> = Arc::new(bus);

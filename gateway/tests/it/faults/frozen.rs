@@ -2,12 +2,17 @@
 
 use std::time::Duration;
 
+use tokio::time::{Instant, sleep_until, timeout};
+
 use super::{
-    addresses, is_full, length,
-    party::{Manner, Party, manners},
+    addresses,
+    client::Manner,
+    is_full, length,
+    party::{Party, manners},
     start_nodes, until_ready,
+    wire::{Mode, Wire},
 };
-use crate::harness::{Node, Redis};
+use crate::harness::{Node, Redis, connect, next_message, room, say};
 
 /// The usual clients, and one that stays with the first node whatever happens.
 async fn party_with_one_that_stays(nodes: &[Node]) -> Party {
@@ -48,9 +53,42 @@ async fn a_node_that_was_frozen_for_longer_than_its_lease_checks_before_it_deliv
     freeze_for(length(Duration::from_secs(12), Duration::from_secs(30))).await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_whose_lease_is_over_passes_nothing_on_until_it_has_asked() {
+    let redis = Redis::start().await;
+    let wire = Wire::to(&redis).await;
+    let url = wire.redis_url();
+    let frozen = Node::start(&redis, None, &[("cluster.redis_url", url.as_str())]).await;
+    let other = Node::start(&redis, None, &[]).await;
+    let lobby = room("lobby");
+    let mut ann = connect(frozen.address, "ann").await;
+    let mut bob = connect(other.address, "bob").await;
+    ann.join(&lobby).await.unwrap();
+    bob.join(&lobby).await.unwrap();
+    say(&mut bob, &lobby, "heard").await;
+    assert_eq!(next_message(&mut ann).await.seq, 1);
+
+    frozen.process.signal("STOP");
+    let over = Instant::now() + Duration::from_secs(10);
+    for seq in 2..=20 {
+        // They wait in the socket of the frozen node.
+        assert_eq!(say(&mut bob, &lobby, "while it is frozen").await.seq, seq);
+    }
+    sleep_until(over).await;
+    // It cannot ask whether the others went on without it, and they may have.
+    wire.set(Mode::NoRequests);
+    frozen.process.signal("CONT");
+    let too_early = timeout(Duration::from_millis(1500), next_message(&mut ann)).await;
+    assert!(too_early.is_err(), "passed on unasked: {too_early:?}");
+    wire.set(Mode::Open);
+    for seq in 2..=20 {
+        assert_eq!(next_message(&mut ann).await.seq, seq);
+    }
+}
+
 /// Redis is restarted while a node is frozen: the others wait for it as long as its lease, then go
 /// on without it, in a new epoch, announced.
-async fn freeze_while_redis_restarts(mut redis: Redis, what: &str) -> super::book::Report {
+async fn freeze_while_redis_restarts(mut redis: Redis, what: &str) -> super::report::Report {
     let nodes = start_nodes(&redis, 3).await;
     let party = party_with_one_that_stays(&nodes).await;
     party.goes_on(200).await;

@@ -10,8 +10,9 @@ use shared::{
 use tokio::time::Instant;
 
 use super::{
-    book::{Book, Wrong},
+    book::Book,
     party::Party,
+    report::{Report, Wrong},
 };
 use crate::harness::Gateway;
 
@@ -61,7 +62,7 @@ enum Shown {
 
 /// A reader that joined at (e, 0) and got 1 and 2, is shown more; `wrong` is what comes of it.
 #[track_caller]
-fn check(shown: Vec<Shown>, wrong: &[Wrong]) -> super::book::Report {
+fn check(shown: Vec<Shown>, wrong: &[Wrong]) -> Report {
     let (mut book, now) = (Book::new(1), Instant::now());
     book.joined(0, &joined("e", 0, false, Value::Null), now);
     book.message(0, &message("e", 1, 1), now);

@@ -143,7 +143,7 @@ async fn an_append_whose_answer_is_lost_is_repeated_by_the_gateway() {
         wire.set(Mode::Open);
         let ack = within(async {
             loop {
-                if let Some(Answer::Ack(ack)) = super::party::frame(ann.next().await.unwrap()) {
+                if let Some(Answer::Ack(ack)) = super::client::frame(ann.next().await.unwrap()) {
                     return ack;
                 }
             }

@@ -3,8 +3,10 @@
 use std::time::Duration;
 
 use super::{
-    UNLIMITED, addresses, is_full, metric,
-    party::{Manner, Party, manners},
+    UNLIMITED, addresses,
+    client::Manner,
+    is_full, metric,
+    party::{Party, manners},
     resident_bytes,
     wire::{Mode, Wire},
 };

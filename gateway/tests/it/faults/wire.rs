@@ -1,6 +1,12 @@
 //! A way between two processes that can be told to fail: TCP, byte by byte.
 
-use std::net::SocketAddr;
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -29,6 +35,8 @@ pub enum Mode {
     NoAnswers,
     /// Requests pass; answers are lost, and the connections with them when the mode changes.
     AnswersLost,
+    /// The same for connections that have subscribed; the others pass all on.
+    Deaf,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,9 +94,10 @@ impl Wire {
 
 async fn relay(near: TcpStream, far: TcpStream, mode: watch::Receiver<Mode>) {
     let ((near_in, near_out), (far_in, far_out)) = (near.into_split(), far.into_split());
+    let subscribed = Arc::new(AtomicBool::new(false));
     tokio::select! {
-        () = pass(near_in, far_out, Direction::Request, mode.clone()) => {}
-        () = pass(far_in, near_out, Direction::Answer, mode.clone()) => {}
+        () = pass(near_in, far_out, Direction::Request, mode.clone(), &subscribed) => {}
+        () = pass(far_in, near_out, Direction::Answer, mode.clone(), &subscribed) => {}
         () = until_mode(mode, |mode| mode == Mode::Cut) => {}
     }
 }
@@ -98,6 +107,7 @@ async fn pass(
     mut to: OwnedWriteHalf,
     direction: Direction,
     mode: watch::Receiver<Mode>,
+    subscribed: &AtomicBool,
 ) {
     let mut buffer = vec![0; 65536];
     loop {
@@ -105,10 +115,20 @@ async fn pass(
         until_mode(mode.clone(), |mode| !holds(mode, direction)).await;
         let Ok(count @ 1..) = from.read(&mut buffer).await else { return };
         until_mode(mode.clone(), |mode| !holds(mode, direction)).await;
-        if direction == Direction::Answer && *mode.borrow() == Mode::AnswersLost {
-            // What comes behind lost bytes makes no sense.
-            until_mode(mode, |mode| mode != Mode::AnswersLost).await;
-            return;
+        match direction {
+            Direction::Request if buffer[..count].windows(9).any(|word| word == b"SUBSCRIBE") => {
+                subscribed.store(true, Ordering::Relaxed);
+            }
+            Direction::Request => {}
+            Direction::Answer => {
+                let now = *mode.borrow();
+                let deaf = now == Mode::Deaf && subscribed.load(Ordering::Relaxed);
+                if deaf || now == Mode::AnswersLost {
+                    // What comes behind lost bytes makes no sense.
+                    until_mode(mode, |mode| mode != now).await;
+                    return;
+                }
+            }
         }
         if to.write_all(&buffer[..count]).await.is_err() {
             return;
@@ -121,7 +141,7 @@ fn holds(mode: Mode, direction: Direction) -> bool {
         Mode::Hole => true,
         Mode::NoRequests => direction == Direction::Request,
         Mode::NoAnswers => direction == Direction::Answer,
-        Mode::Open | Mode::Cut | Mode::AnswersLost => false,
+        Mode::Open | Mode::Cut | Mode::AnswersLost | Mode::Deaf => false,
     }
 }
 

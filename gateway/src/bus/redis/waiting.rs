@@ -1,0 +1,230 @@
+//! Publishes that wait to be sent to a server, in order.
+//!
+//! What was in a log once and is brought back goes ahead of everything. Publishes wait until the
+//! nodes have agreed on the server for their home, and a moment longer where a slot is on its way to
+//! another server; those of other homes pass them, those of the same room never do.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    time::Duration,
+};
+
+use shared::position::Position;
+use tokio::{sync::OwnedSemaphorePermit, time::Instant};
+
+use super::keyspace::Keyspace;
+use crate::bus::{Append, Appended, BusError, tail::Repeat};
+
+/// How long publishes wait whose slot is on its way to another server, before they are tried again.
+const STUCK_FOR: Duration = Duration::from_millis(25);
+/// How long a publish of the tail is tried.
+const REPEAT_MAX: Duration = Duration::from_secs(30);
+
+/// A publish that waits; its share of the queue's bytes is given back when it is dropped.
+pub(super) struct Queued {
+    pub(super) append: Append,
+    /// Where it stood before, for one of the tail.
+    pub(super) hint: Option<Position>,
+    _room: Option<OwnedSemaphorePermit>,
+}
+
+impl Queued {
+    /// A publish that a session waits for.
+    pub(super) fn new(append: Append, room: OwnedSemaphorePermit) -> Self {
+        Self { append, hint: None, _room: Some(room) }
+    }
+
+    /// A publish of the tail.
+    fn again(repeat: Repeat, now: Instant) -> Self {
+        let room = repeat.room.clone();
+        let done = move |result: Result<Appended, BusError>| {
+            if let Err(error) = result {
+                tracing::warn!(%room, %error, "an acknowledged publish could not be repeated");
+            }
+        };
+        let append = Append {
+            room: repeat.room,
+            envelope: repeat.envelope,
+            urgent: true,
+            deadline: now + REPEAT_MAX,
+            done: Box::new(done),
+        };
+        Self { append, hint: Some(repeat.at), _room: None }
+    }
+}
+
+/// All that waits for one server.
+pub(super) struct Waiting {
+    keyspace: Keyspace,
+    urgent: VecDeque<Queued>,
+    others: VecDeque<Queued>,
+    /// Homes on their way to another server, and until when they are left alone.
+    stuck: BTreeMap<u16, Instant>,
+}
+
+impl Waiting {
+    pub(super) fn new(keyspace: Keyspace) -> Self {
+        let (urgent, others) = (VecDeque::new(), VecDeque::new());
+        Self { keyspace, urgent, others, stuck: BTreeMap::new() }
+    }
+
+    pub(super) fn take_in(&mut self, queued: Queued) {
+        if queued.append.urgent { &mut self.urgent } else { &mut self.others }.push_back(queued);
+    }
+
+    /// Puts a publish of the tail in front of all.
+    pub(super) fn repeat(&mut self, repeat: Repeat, now: Instant) {
+        self.urgent.push_front(Queued::again(repeat, now));
+    }
+
+    /// Puts back what was sent and has no answer.
+    pub(super) fn put_back(&mut self, mut sent: VecDeque<Queued>) {
+        sent.append(&mut self.others);
+        self.others = sent;
+    }
+
+    /// Leaves what waits for a home alone for a moment.
+    pub(super) fn leave_alone(&mut self, home: u16, now: Instant) {
+        self.stuck.insert(home, now + STUCK_FOR);
+    }
+
+    /// Takes what is past its deadline. Deadlines rise along the queue, nearly: one that is behind an
+    /// older one waits for it at most as long as waits differ.
+    pub(super) fn expired(&mut self, now: Instant) -> Vec<Queued> {
+        let mut expired = Vec::new();
+        for queue in [&mut self.urgent, &mut self.others] {
+            while let Some(queued) = queue.pop_front_if(|queued| queued.append.deadline <= now) {
+                expired.push(queued);
+            }
+        }
+        expired
+    }
+
+    /// When to look again: something is past its deadline, or was left alone for long enough.
+    pub(super) fn next_deadline(&self) -> Option<Instant> {
+        let first = self.urgent.front().into_iter().chain(self.others.front());
+        let deadlines = first.map(|queued| queued.append.deadline);
+        deadlines.chain(self.stuck.values().copied()).min()
+    }
+
+    /// Takes what leaves next to a server that was agreed on for `open`.
+    pub(super) fn next_batch(
+        &mut self,
+        count: usize,
+        open: &BTreeSet<u16>,
+        now: Instant,
+    ) -> Vec<Queued> {
+        self.stuck.retain(|_, until| *until > now);
+        let (keyspace, stuck) = (self.keyspace, &self.stuck);
+        let ready = |queued: &Queued| {
+            let home = keyspace.home(&queued.append.room);
+            open.contains(&home) && !stuck.contains_key(&home)
+        };
+        let mut batch = take(&mut self.urgent, count, ready);
+        batch.extend(take(&mut self.others, count - batch.len(), ready));
+        batch
+    }
+
+    /// Takes all that waits for homes that are elsewhere now.
+    pub(super) fn release(&mut self, homes: &[u16]) -> Vec<Queued> {
+        let keyspace = self.keyspace;
+        let released = |queued: &Queued| homes.contains(&keyspace.home(&queued.append.room));
+        let mut all = take(&mut self.urgent, usize::MAX, released);
+        all.extend(take(&mut self.others, usize::MAX, released));
+        all
+    }
+
+    /// Takes everything.
+    pub(super) fn take_all(&mut self) -> impl Iterator<Item = Queued> {
+        self.urgent.drain(..).chain(self.others.drain(..))
+    }
+}
+
+/// Takes up to `count` from the front that are wanted, and leaves the others in their order.
+fn take(
+    queue: &mut VecDeque<Queued>,
+    count: usize,
+    wanted: impl Fn(&Queued) -> bool,
+) -> Vec<Queued> {
+    let count = count.min(queue.len());
+    if queue.iter().take(count).all(&wanted) {
+        return queue.drain(..count).collect();
+    }
+    let (mut taken, mut left) = (Vec::new(), VecDeque::new());
+    for queued in queue.drain(..) {
+        if taken.len() < count && wanted(&queued) {
+            taken.push(queued);
+        } else {
+            left.push_back(queued);
+        }
+    }
+    *queue = left;
+    taken
+}
+
+#[cfg(test)]
+mod tests {
+    use shared::ids::RoomId;
+
+    use super::*;
+    use crate::delivery::samples::entry;
+
+    const SHARDED: Keyspace = Keyspace { partitions: 256, sharded: true };
+
+    fn append(room: &RoomId, seq: u64, deadline: Instant) -> Queued {
+        let append = Append {
+            room: room.clone(),
+            envelope: entry("e", seq).envelope,
+            urgent: false,
+            deadline,
+            done: Box::new(|_| {}),
+        };
+        Queued { append, hint: None, _room: None }
+    }
+
+    fn rooms(batch: &[Queued]) -> Vec<&str> {
+        batch.iter().map(|queued| queued.append.room.as_str()).collect()
+    }
+
+    #[test]
+    fn what_cannot_be_sent_is_passed_by_other_homes_and_keeps_its_order() {
+        let (a, b): (RoomId, RoomId) = ("a".parse().unwrap(), "b".parse().unwrap());
+        let (home_a, home_b) = (SHARDED.home(&a), SHARDED.home(&b));
+        assert_ne!(home_a, home_b);
+        let now = Instant::now();
+        let late = now + Duration::from_secs(1);
+        let mut waiting = Waiting::new(SHARDED);
+        for (room, seq) in [(&a, 1), (&b, 2), (&a, 3), (&b, 4)] {
+            waiting.take_in(append(room, seq, late));
+        }
+        let ids = |batch: &[Queued]| -> Vec<_> {
+            batch.iter().map(|queued| queued.append.envelope.id()).collect()
+        };
+        let expected: Vec<_> = (1..=4).map(|seq| entry("e", seq).envelope.id()).collect();
+
+        let only_b = BTreeSet::from([home_b]);
+        let sent = waiting.next_batch(1, &only_b, now);
+        assert_eq!(ids(&sent), expected[1..2]);
+        assert!(waiting.next_batch(9, &BTreeSet::new(), now).is_empty());
+        // It came back: its slot is on its way.
+        waiting.put_back(sent.into());
+        waiting.leave_alone(home_b, now);
+        let both = BTreeSet::from([home_a, home_b]);
+        assert_eq!(waiting.next_deadline(), Some(now + STUCK_FOR));
+        assert_eq!(rooms(&waiting.next_batch(9, &both, now)), ["a", "a"]);
+        assert_eq!(ids(&waiting.release(&[home_b])), [expected[1], expected[3]]);
+        assert!(waiting.next_batch(9, &both, now + STUCK_FOR).is_empty());
+    }
+
+    #[test]
+    fn what_is_past_its_deadline_is_taken_out() {
+        let (room, now) = ("a".parse().unwrap(), Instant::now());
+        let mut waiting = Waiting::new(SHARDED);
+        for seq in 1..=3 {
+            waiting.take_in(append(&room, seq, now + Duration::from_secs(seq)));
+        }
+        assert_eq!(waiting.next_deadline(), Some(now + Duration::from_secs(1)));
+        assert_eq!(waiting.expired(now + Duration::from_secs(2)).len(), 2);
+        assert_eq!(waiting.take_all().count(), 1);
+    }
+}
