@@ -159,6 +159,17 @@ impl Shape {
         Self::new("lone", &[Restart, Empty, Tail, Failover], 1..=1)
     }
 
+    /// Redis comes back empty in the middle of much traffic.
+    pub fn abrupt() -> Self {
+        Self { pause_ms: 4.0, ..Self::new("abrupt", &[Empty, Tail], 1..=2) }
+    }
+
+    /// Gateways start anew while Redis loses what it had.
+    pub fn reborn() -> Self {
+        let faults = &[GatewayKill, GatewayKill, Partition, Empty, Tail, Failover];
+        Self::new("reborn", faults, 3..=6)
+    }
+
     pub fn all() -> [Self; 6] {
         [Self::usual(), Self::small(), Self::pair(), Self::hard(), Self::calm(), Self::lone()]
     }
