@@ -19,7 +19,11 @@
 //! others, so it passes nothing on and publishes nothing until it has renewed and everybody who lives
 //! has seen it (a frozen process finds that out before anything else, by its clock).
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use parking_lot::Mutex;
 use redis::{ErrorKind, RedisError, RedisResult, Value, aio::MultiplexedConnection};
@@ -60,6 +64,8 @@ struct State {
     /// Whether everybody who lives has seen this process since it registered.
     known: bool,
     renewed: Option<Instant>,
+    /// For each home the last term, and the last in which not everybody was heard.
+    terms: BTreeMap<u16, (u64, u64)>,
 }
 
 impl Process {
@@ -289,7 +295,7 @@ impl Agreement {
         let answers: Vec<RedisResult<Value>> = pipeline.query_async(connection).await?;
         let mut opened = Opened { homes: Vec::new(), complete: true, missing: BTreeSet::new() };
         for (home, answer) in homes.iter().zip(answers) {
-            let (open, missing): (String, BTreeSet<String>) = match answer {
+            let (open, missing, term, owed): (String, BTreeSet<String>, u64, u64) = match answer {
                 Ok(answer) => redis::from_redis_value(answer)?,
                 Err(error) if is_of_the_slot(&error) => {
                     self.server.astray.notify_one();
@@ -299,6 +305,9 @@ impl Agreement {
             };
             if !open.is_empty() {
                 opened.homes.push(*home);
+                let terms = &mut self.process.state.lock().terms;
+                let known = terms.entry(*home).or_default();
+                *known = (known.0.max(term), known.1.max(owed));
                 if open == "0" {
                     opened.complete = false;
                     opened.missing.extend(missing);
@@ -310,6 +319,7 @@ impl Agreement {
 
     fn checkin_of(&self, token: Token, home: u16) -> redis::Cmd {
         let state = &mut *self.process.state.lock();
+        let (term, owed) = state.terms.get(&home).copied().unwrap_or_default();
         let mut command = redis::cmd("EVALSHA");
         command
             .arg(self.checkin.get_hash())
@@ -318,7 +328,9 @@ impl Agreement {
             .arg(token.to_string())
             .arg(&self.process.name)
             .arg(LEASE.as_millis() as u64)
-            .arg(FRESH_WAIT.as_millis() as u64);
+            .arg(FRESH_WAIT.as_millis() as u64)
+            .arg(term)
+            .arg(owed);
         if state.remembers.contains(&home) {
             state.peers.insert(self.process.name.clone());
             command.arg(&state.peers);
