@@ -4,7 +4,7 @@
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 setup: ## install what the tests need (Debian packages, as root or with sudo)
 	@deploy/setup.sh
@@ -20,6 +20,13 @@ test: setup build ## all tests, against a real Redis, nginx and browser
 
 faults: setup build ## the trials of docs/faults.md at full length, some 10 minutes
 	SKEIN_FAULTS=full cargo test --locked -p gateway --test it faults:: -- --nocapture
+
+SEEDS ?= 10000
+sim: ## the cluster under simulated faults: make sim SEEDS=10000
+	SKEIN_SIM_SEEDS=$(SEEDS) cargo test --locked --profile sim -p gateway --test sim -- --nocapture
+
+sim-defects: ## whether the simulation finds each defect that is planted
+	cargo test --locked --profile sim -p gateway --features defects --test sim planted -- --nocapture
 
 fmt: ## format
 	cargo fmt --all

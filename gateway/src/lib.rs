@@ -11,6 +11,8 @@
 //!
 //! Modules stand in layers, lowest first; each uses only those above it in this list, and `shared`.
 
+#[cfg(feature = "defects")]
+pub mod defect;
 pub mod telemetry;
 pub mod drain;
 pub mod limits;

@@ -101,6 +101,10 @@ impl Standing {
 
     /// An entry was passed on here.
     pub fn seen(&self, entry: &Entry) {
+        #[cfg(feature = "defects")]
+        if crate::defect::planted(crate::defect::Defect::TailBySeq) {
+            self.tail.seen_at(entry.position.seq);
+        }
         self.tail.seen(&entry.envelope.id_key());
     }
 

@@ -67,6 +67,10 @@ pub struct Repeat {
 impl Tail {
     /// A publish leaves for the log.
     pub fn sent(&self, room: &RoomId, envelope: &Envelope) {
+        #[cfg(feature = "defects")]
+        if crate::defect::planted(crate::defect::Defect::NoTail) {
+            return;
+        }
         let kept = &mut *self.kept.lock();
         kept.sent += 1;
         let publish =
@@ -100,6 +104,18 @@ impl Tail {
         let kept = &mut *self.kept.lock();
         if !kept.publishes.is_empty() {
             kept.remove(id);
+        }
+    }
+
+    /// As [`Tail::seen`], but by the number.
+    #[cfg(feature = "defects")]
+    pub fn seen_at(&self, seq: shared::position::Seq) {
+        let kept = &mut *self.kept.lock();
+        let at = |publish: &Publish| publish.at.as_ref().is_some_and(|(at, _)| at.seq == seq);
+        let ids: Vec<IdKey> =
+            kept.publishes.iter().filter(|(_, publish)| at(publish)).map(|(id, _)| *id).collect();
+        for id in ids {
+            kept.remove(&id);
         }
     }
 

@@ -275,6 +275,10 @@ impl Follow {
                 return if known { Verdict::Deliver } else { Verdict::Restarted };
             }
             if arrived.seq > top.seq {
+                #[cfg(feature = "defects")]
+                if crate::defect::planted(crate::defect::Defect::SkipRepair) {
+                    return Verdict::Deliver;
+                }
                 return Verdict::Gap;
             }
             return match self.ring.at(arrived.seq) {
@@ -296,6 +300,13 @@ impl Follow {
         for entry in std::mem::take(&mut self.held) {
             let Some(top) = &self.top else { return Need::Read };
             if need != Need::Nothing {
+                continue;
+            }
+            #[cfg(feature = "defects")]
+            if crate::defect::planted(crate::defect::Defect::DoubleInjection)
+                && self.verdict(&entry) == Verdict::Duplicate
+            {
+                self.pass_on(entry, keep, obey);
                 continue;
             }
             if ordinal(&entry.position.epoch) < ordinal(&top.epoch) {

@@ -90,6 +90,11 @@ impl Follow {
         self.former = page.former.clone();
         let shown = page.at(top.seq).is_some();
         rest_of(page, top.seq);
+        #[cfg(feature = "defects")]
+        if crate::defect::planted(crate::defect::Defect::NoContiguity) {
+            self.pass_on_all(page, keep, obey);
+            return Taken::All;
+        }
         match page.entries.first() {
             Some(first) if first.position.seq > top.seq + 1 => {
                 if asked == Ask::Newest {

@@ -38,6 +38,10 @@ impl Page {
     ///
     /// Why a client that has everything up to `seq` cannot be continued.
     pub fn continues(&self, seq: Seq) -> Result<(), NotRecovered> {
+        #[cfg(feature = "defects")]
+        if crate::defect::planted(crate::defect::Defect::NoContiguity) {
+            return Ok(());
+        }
         if seq > self.top {
             return Err(NotRecovered::Ahead);
         }
@@ -66,6 +70,10 @@ impl Page {
     ///
     /// A log is written without steps; a step in it means that part of it was lost.
     pub fn keep_whole(&mut self) {
+        #[cfg(feature = "defects")]
+        if crate::defect::planted(crate::defect::Defect::NoContiguity) {
+            return;
+        }
         let step = self
             .entries
             .windows(2)

@@ -108,23 +108,21 @@ impl std::fmt::Display for Sum {
     }
 }
 
-/// Runs `seeds`, as many at a time as there are processors, until `enough` says so.
+/// Runs `seeds`, as many at a time as there are processors.
 pub fn campaign(
     seeds: std::ops::Range<u64>,
     shape_of: impl Fn(u64) -> Shape + Send + Sync + 'static,
-    enough: impl Fn(&Sum) -> bool + Send + Sync + 'static,
 ) -> Sum {
     let next = Arc::new(AtomicU64::new(seeds.start));
     let sum = Arc::new(Mutex::new(Sum::default()));
-    let (shape_of, enough) = (Arc::new(shape_of), Arc::new(enough));
+    let shape_of = Arc::new(shape_of);
     let work = || {
-        let (next, sum) = (next.clone(), sum.clone());
-        let (shape_of, enough) = (shape_of.clone(), enough.clone());
+        let (next, sum, shape_of) = (next.clone(), sum.clone(), shape_of.clone());
         let end = seeds.end;
         move || {
             loop {
                 let seed = next.fetch_add(1, Ordering::Relaxed);
-                if seed >= end || enough(&sum.lock()) {
+                if seed >= end {
                     return;
                 }
                 let run =

@@ -46,6 +46,8 @@ pub struct Place {
     /// The recovery under way ends at this number.
     until: Option<u64>,
     pub unacked: VecDeque<Own>,
+    /// The join that counts: an earlier one may still be answered.
+    join: u64,
     since: Option<Position>,
 }
 
@@ -72,6 +74,7 @@ impl Place {
             state: State::Out,
             until: None,
             unacked: VecDeque::new(),
+            join: 0,
             since: None,
         }
     }
@@ -79,7 +82,8 @@ impl Place {
     fn join(&mut self) -> Wish {
         self.state = State::Asked;
         self.since = self.witness.cursor.clone();
-        let mut join = json!({"type": "join", "room": room(self.room)});
+        self.join += 1;
+        let mut join = json!({"type": "join", "room": room(self.room), "ref": self.join});
         if let Some(since) = &self.since {
             join["since"] = json!({"epoch": since.epoch.as_str(), "seq": since.seq});
         }
@@ -188,7 +192,7 @@ impl Client {
         let place = &mut self.places[at];
         match frame["type"].as_str().unwrap_or_default() {
             "joined" => {
-                if place.state != State::Asked {
+                if place.state != State::Asked || frame["ref"] != place.join {
                     return vec![];
                 }
                 place.state = State::In;
@@ -249,7 +253,7 @@ impl Client {
             return vec![];
         }
         match frame["for"].as_str() {
-            Some("join") if place.state == State::Asked => {
+            Some("join") if place.state == State::Asked && frame["ref"] == place.join => {
                 place.state = State::Out;
                 vec![Wish::Later(AGAIN_MS, Timer::Join(at))]
             }

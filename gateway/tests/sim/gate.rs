@@ -1,27 +1,38 @@
-//! The gate that all tasks of a gateway pass at each step: a frozen gateway does nothing until it
-//! goes on, and a killed one nothing ever again.
+//! What all tasks of one gateway process run in: a frozen process does nothing until it goes on, and
+//! a killed one nothing ever again.
+//!
+//! Tasks are polled in rounds, in the order of their numbers. A runtime polls in the order of their
+//! being woken, and some of what wakes several does so in an order that no seed decides.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     future::Future,
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll, Waker},
+    task::{Context, Poll, Wake, Waker},
 };
 
 use gateway::drain::Task;
 use parking_lot::Mutex;
+use tokio::sync::oneshot;
 
-/// The gate of one process. Cheap to clone.
-#[derive(Clone, Default)]
+/// One process. Cheap to clone.
+#[derive(Clone)]
 pub struct Gate(Arc<Mutex<State>>);
 
 #[derive(Default)]
 struct State {
     way: Way,
-    tasks: u64,
-    /// Who is to be woken when the way changes: every task, by its number.
-    wakers: BTreeMap<u64, Waker>,
+    count: u64,
+    tasks: BTreeMap<u64, Running>,
+    ready: BTreeSet<u64>,
+    process: Option<Waker>,
+}
+
+struct Running {
+    task: Task,
+    waker: Waker,
+    _done: oneshot::Sender<()>,
 }
 
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
@@ -33,11 +44,28 @@ enum Way {
 }
 
 impl Gate {
-    /// `task`, behind this gate.
+    /// A process that runs.
+    pub fn open() -> Self {
+        let gate = Self(Arc::default());
+        #[allow(clippy::disallowed_methods, reason = "it ends when it is killed")]
+        tokio::spawn(Process(gate.0.clone()));
+        gate
+    }
+
+    /// Runs `task` in this process. What is returned ends with it, and need not be waited for.
     pub fn hold(&self, task: Task) -> Task {
-        let mut state = self.0.lock();
-        state.tasks += 1;
-        Box::pin(Held { gate: self.clone(), number: state.tasks, task: Some(task) })
+        let (done, ended) = oneshot::channel();
+        let state = &mut *self.0.lock();
+        state.count += 1;
+        let number = state.count;
+        let waker = Waker::from(Arc::new(Call { state: Arc::downgrade(&self.0), number }));
+        if state.way != Way::Killed {
+            state.tasks.insert(number, Running { task, waker, _done: done });
+            state.call(number);
+        }
+        Box::pin(async {
+            let _ = ended.await;
+        })
     }
 
     pub fn freeze(&self) {
@@ -48,7 +76,6 @@ impl Gate {
         self.turn(Way::Open);
     }
 
-    /// Drops every task at its next step, which comes at once.
     pub fn kill(&self) {
         self.turn(Way::Killed);
     }
@@ -59,49 +86,69 @@ impl Gate {
 
     fn turn(&self, way: Way) {
         let mut state = self.0.lock();
-        if state.way == Way::Killed {
-            return;
-        }
-        state.way = way;
-        if way != Way::Frozen {
-            state.wakers.values().for_each(Waker::wake_by_ref);
+        if state.way != Way::Killed {
+            state.way = way;
+            state.wake();
         }
     }
 }
 
-struct Held {
-    gate: Gate,
-    number: u64,
-    task: Option<Task>,
+impl State {
+    fn call(&mut self, number: u64) {
+        self.ready.insert(number);
+        self.wake();
+    }
+
+    fn wake(&self) {
+        if let Some(process) = &self.process {
+            process.wake_by_ref();
+        }
+    }
 }
 
-impl Future for Held {
+/// Has a task polled in the next round.
+struct Call {
+    state: std::sync::Weak<Mutex<State>>,
+    number: u64,
+}
+
+impl Wake for Call {
+    fn wake(self: Arc<Self>) {
+        if let Some(state) = self.state.upgrade() {
+            state.lock().call(self.number);
+        }
+    }
+}
+
+/// Polls the tasks.
+struct Process(Arc<Mutex<State>>);
+
+impl Future for Process {
     type Output = ();
 
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
-        let way = {
-            let number = self.number;
-            let mut state = self.gate.0.lock();
-            state.wakers.insert(number, context.waker().clone());
-            state.way
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
+        let (way, round) = {
+            let mut state = self.0.lock();
+            state.process = Some(context.waker().clone());
+            let round = match state.way {
+                Way::Open => std::mem::take(&mut state.ready),
+                Way::Frozen | Way::Killed => BTreeSet::new(),
+            };
+            (state.way, round)
         };
-        match (way, &mut self.task) {
-            (Way::Frozen, Some(_)) => return Poll::Pending,
-            (Way::Open, Some(task)) => {
-                if task.as_mut().poll(context).is_pending() {
-                    return Poll::Pending;
-                }
-            }
-            (Way::Killed, _) | (_, None) => {}
+        if way == Way::Killed {
+            // Dropped outside of the lock: what they hold may wake others.
+            let tasks = std::mem::take(&mut self.0.lock().tasks);
+            drop(tasks);
+            return Poll::Ready(());
         }
-        // Dropped here, outside of the lock: what it held may wake others.
-        self.task = None;
-        Poll::Ready(())
-    }
-}
-
-impl Drop for Held {
-    fn drop(&mut self) {
-        self.gate.0.lock().wakers.remove(&self.number);
+        for number in round {
+            let Some(mut running) = self.0.lock().tasks.remove(&number) else { continue };
+            let waker = running.waker.clone();
+            if running.task.as_mut().poll(&mut Context::from_waker(&waker)).is_pending() {
+                self.0.lock().tasks.insert(number, running);
+            }
+        }
+        Poll::Pending
     }
 }

@@ -83,7 +83,7 @@ impl Line {
 
 impl Node {
     pub fn start(node: usize, process: u64, shape: &Shape, outlet: &Outlet) -> Self {
-        let gate = Gate::default();
+        let gate = Gate::open();
         let tasks = {
             let gate = gate.clone();
             Tasks::within(move |task| gate.hold(task))

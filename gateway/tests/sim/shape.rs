@@ -71,6 +71,11 @@ impl Fault {
         matches!(self, Empty | Tail | Failover | Zombie)
     }
 
+    /// Whether another Redis is behind the name after it.
+    pub fn changes_redis(self) -> bool {
+        self == Restart || self.loses_data()
+    }
+
     /// Whether a gateway may be missing when Redis comes back.
     pub fn takes_a_gateway(self) -> bool {
         matches!(self, GatewayKill | Freeze | Cut | Partition | Deaf | Mangle | Zombie)
@@ -152,6 +157,17 @@ impl Shape {
     /// Only Redis fails, once.
     pub fn lone() -> Self {
         Self::new("lone", &[Restart, Empty, Tail, Failover], 1..=1)
+    }
+
+    /// Redis comes back empty in the middle of much traffic.
+    pub fn abrupt() -> Self {
+        Self { pause_ms: 4.0, ..Self::new("abrupt", &[Empty, Tail], 1..=2) }
+    }
+
+    /// Gateways start anew while Redis loses what it had.
+    pub fn reborn() -> Self {
+        let faults = &[GatewayKill, GatewayKill, Partition, Empty, Tail, Failover];
+        Self::new("reborn", faults, 3..=6)
     }
 
     pub fn all() -> [Self; 6] {

@@ -435,7 +435,7 @@ impl World {
 
     fn hear(&mut self, number: u64, frame: &[u8]) {
         let Some(talk) = self.talks.get(&number) else { return };
-        let client = talk.client;
+        let (client, process) = (talk.client, (talk.node, talk.process));
         let start = match frame[1] {
             127 => 10,
             126 => 4,
@@ -444,6 +444,7 @@ impl World {
         let frame = serde_json::from_slice(&frame[start..]).expect("gateways send JSON");
         self.trace.frame(self.now, client, &frame);
         self.book.note_ack(&frame);
+        self.book.note_holder(process, &frame);
         let wishes = self.clients[client].take(self.now, &frame);
         self.grant(client, wishes);
     }

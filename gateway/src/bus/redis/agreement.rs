@@ -333,7 +333,18 @@ impl Agreement {
             .arg(owed);
         if state.remembers.contains(&home) {
             state.peers.insert(self.process.name.clone());
+            #[cfg(feature = "defects")]
+            if crate::defect::planted(crate::defect::Defect::NoBarrier) {
+                command.arg(&self.process.name);
+                return command;
+            }
             command.arg(&state.peers);
+        }
+        #[cfg(feature = "defects")]
+        if !state.remembers.contains(&home)
+            && crate::defect::planted(crate::defect::Defect::FreshTrusted)
+        {
+            command.arg(&self.process.name);
         }
         command
     }

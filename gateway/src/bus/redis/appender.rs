@@ -198,6 +198,9 @@ impl Worker {
         let now = Instant::now();
         let agreed = self.server.agreed.borrow().clone();
         if agreed.token != Some(token) || !self.links.standing.holds(now) {
+            #[cfg(feature = "defects")]
+            return crate::defect::planted(crate::defect::Defect::NoFence);
+            #[cfg(not(feature = "defects"))]
             return false;
         }
         if self.open.token != Some(token) || !Arc::ptr_eq(&self.open.homes, &agreed.homes) {

@@ -82,6 +82,8 @@ impl Keyspace {
     /// A script behind what all of them share.
     pub(super) fn script(self, text: &str) -> redis::Script {
         let text = format!("{}\n{text}", include_str!("scripts/prelude.lua"));
+        #[cfg(feature = "defects")]
+        let text = crate::defect::script(text);
         redis::Script::new(&text.replace("'PUBLISH'", &format!("'{}'", self.publish())))
     }
 }
