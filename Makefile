@@ -1,6 +1,6 @@
 # What there is to do with this project. CI calls nothing else.
 
-.PHONY: help setup run build test fmt lint doc deny ci cluster bench
+.PHONY: help setup run build test faults fmt lint doc deny ci cluster bench
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -17,6 +17,9 @@ build: ## everything the tests start
 
 test: setup build ## all tests, against a real Redis, nginx and browser
 	cargo test --locked --workspace
+
+faults: setup build ## the trials of docs/faults.md at full length, some 10 minutes
+	SKEIN_FAULTS=full cargo test --locked -p gateway --test it faults:: -- --nocapture
 
 fmt: ## format
 	cargo fmt --all

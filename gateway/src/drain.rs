@@ -5,7 +5,7 @@
 //! two steps. `leaving` tells connections to say goodbye while hub and bus still work, so that
 //! what is queued gets out; `stopped` ends the rest.
 
-use std::{future::Future, time::Duration};
+use std::{fmt, future::Future, pin::Pin, sync::Arc, time::Duration};
 
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::Instrument as _;
@@ -17,12 +17,32 @@ pub struct Tasks {
     services: TaskTracker,
     leaving: CancellationToken,
     stopped: CancellationToken,
+    around: Around,
+}
+
+/// A task, as [`Tasks::within`] has it.
+pub type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// What stands around every task, where something does.
+#[derive(Clone, Default)]
+struct Around(Option<Arc<dyn Fn(Task) -> Task + Send + Sync>>);
+
+impl fmt::Debug for Around {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Around").field(&self.0.is_some()).finish()
+    }
 }
 
 impl Tasks {
+    /// Tasks that each run within what `around` makes of them: a simulation freezes and kills a
+    /// gateway so.
+    pub fn within(around: impl Fn(Task) -> Task + Send + Sync + 'static) -> Self {
+        Self { around: Around(Some(Arc::new(around))), ..Self::default() }
+    }
+
     /// Spawns a task that serves one client and ends by itself after [`Tasks::leaving`].
     pub fn spawn_connection(&self, future: impl Future<Output = ()> + Send + 'static) {
-        self.connections.spawn(future);
+        self.spawn(&self.connections, future);
     }
 
     /// Spawns a task that others rely on; it ends after [`Tasks::stopped`].
@@ -31,7 +51,15 @@ impl Tasks {
         name: &'static str,
         future: impl Future<Output = ()> + Send + 'static,
     ) {
-        self.services.spawn(future.instrument(tracing::info_span!("task", task = name)));
+        let span = tracing::info_span!("task", task = name);
+        self.spawn(&self.services, future.instrument(span));
+    }
+
+    fn spawn(&self, group: &TaskTracker, future: impl Future<Output = ()> + Send + 'static) {
+        match &self.around.0 {
+            None => group.spawn(future),
+            Some(around) => group.spawn(around(Box::pin(future))),
+        };
     }
 
     /// The same group of tasks, whose services can be ended apart from the others by cancelling

@@ -235,7 +235,11 @@ impl Outbox {
     }
 
     fn write(&self, queue: &mut Queue) {
-        let Sink::Socket(socket) = &self.sink else { return };
+        let Sink::Socket(socket) = &self.sink else {
+            // There is something to take.
+            self.wake.notify_one();
+            return;
+        };
         while !queue.frames.is_empty() {
             let slices: SmallVec<[IoSlice<'_>; SLICES_MAX]> =
                 queue.frames.iter().take(SLICES_MAX).map(|frame| IoSlice::new(frame)).collect();

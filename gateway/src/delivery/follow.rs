@@ -14,7 +14,11 @@
 
 use std::time::Duration;
 
-use shared::{ids::RoomId, position::Position, protocol::answer::NotRecovered};
+use shared::{
+    ids::RoomId,
+    position::{Epoch, Position},
+    protocol::answer::NotRecovered,
+};
 use tokio::time::Instant;
 
 use super::{
@@ -51,7 +55,8 @@ pub enum Verdict {
     Duplicate,
     /// Others come before it that have not arrived.
     Gap,
-    /// The log has another epoch than the one followed.
+    /// It is of another epoch than the one followed, or was the first to be appended on another
+    /// server: the log tells.
     Restarted,
     /// Its number is known for another entry: two histories share numbers.
     Diverged,
@@ -229,7 +234,7 @@ impl Follow {
             self.hold(entry);
             return Need::Nothing;
         }
-        self.judge(entry, false, keep, obey)
+        self.judge(entry, keep, obey)
     }
 
     fn hold(&mut self, entry: Entry) {
@@ -240,8 +245,9 @@ impl Follow {
         }
     }
 
-    /// Judges an arrival. `proven`: the log has just been seen to have what is held here.
-    fn judge(&mut self, entry: Entry, proven: bool, keep: &Keep, obey: &mut impl Obey) -> Need {
+    /// Judges an arrival. What cannot be passed on is dropped: a read that begins after it has come
+    /// shows it, if it is in the log.
+    fn judge(&mut self, entry: Entry, keep: &Keep, obey: &mut impl Obey) -> Need {
         let verdict = self.verdict(&entry);
         obey.judged(verdict);
         match verdict {
@@ -250,12 +256,7 @@ impl Follow {
                 Need::Nothing
             }
             Verdict::Duplicate => Need::Nothing,
-            // It may be late from a server that is gone: the log tells.
-            Verdict::Gap | Verdict::Restarted => {
-                self.hold(entry);
-                Need::Read
-            }
-            Verdict::Diverged if proven => Need::Nothing,
+            Verdict::Gap | Verdict::Restarted => Need::Read,
             Verdict::Diverged => Need::Heal,
         }
     }
@@ -265,7 +266,9 @@ impl Follow {
         let Some(top) = &self.top else { return Verdict::Gap };
         if arrived.epoch == top.epoch {
             if arrived.seq == top.seq + 1 {
-                return Verdict::Deliver;
+                // Another server may have come back without what is held here.
+                let known = self.ring.last().is_none_or(|last| last.stamp == entry.stamp);
+                return if known { Verdict::Deliver } else { Verdict::Restarted };
             }
             if arrived.seq > top.seq {
                 return Verdict::Gap;
@@ -283,29 +286,41 @@ impl Follow {
         }
     }
 
-    /// Judges what was held while the log was read.
-    pub(super) fn judge_held(&mut self, proven: bool, keep: &Keep, obey: &mut impl Obey) -> Need {
+    /// Judges what was held while the log was read, up to what cannot be passed on.
+    pub(super) fn judge_held(&mut self, keep: &Keep, obey: &mut impl Obey) -> Need {
         let mut need = Need::Nothing;
         for entry in std::mem::take(&mut self.held) {
             let Some(top) = &self.top else { return Need::Read };
-            if entry.position.epoch != top.epoch {
-                obey.judged(Verdict::Restarted);
-                // Of an epoch that came after this read, which the next tells, or of one that is
-                // gone.
-                if ordinal(&entry.position.epoch) >= ordinal(&top.epoch) {
-                    need = need.max(Need::Read);
-                }
-            } else if need == Need::Nothing {
-                need = self.judge(entry, proven, keep, obey);
+            if need != Need::Nothing {
+                continue;
+            }
+            if ordinal(&entry.position.epoch) < ordinal(&top.epoch) {
+                // Of an epoch that is gone, as this read has told.
+                obey.judged(Verdict::Duplicate);
             } else {
-                self.hold(entry);
+                need = self.judge(entry, keep, obey);
             }
         }
         need
     }
 
+    /// Goes on in another epoch, behind the top.
+    pub(super) fn bump(&mut self, epoch: Epoch, obey: &mut impl Obey) {
+        if let Some(former) = self.top.take() {
+            let to = Position::new(epoch, former.seq);
+            obey.bump(&to);
+            self.former = Some(former);
+            self.top = Some(to);
+        }
+    }
+
     /// Gives the next entry to those who are up to date, and keeps it.
     pub(super) fn pass_on(&mut self, entry: Entry, keep: &Keep, obey: &mut impl Obey) {
+        if let Some(top) = &self.top
+            && top.epoch != entry.position.epoch
+        {
+            self.bump(entry.position.epoch.clone(), obey);
+        }
         self.top = Some(entry.position.clone());
         obey.entry(&entry);
         self.ids.note(entry.envelope.id_key(), &entry.position, keep.ids_for, keep.now);

@@ -6,7 +6,7 @@
 //! server came back without its newest entries.
 
 use shared::{
-    position::{Epoch, Position, Seq},
+    position::{Position, Seq},
     protocol::answer::NotRecovered,
 };
 
@@ -33,8 +33,8 @@ pub enum Part {
 /// What became of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Taken {
-    /// All it showed. `proven`: the log's entry at the former top was the one held.
-    All { proven: bool },
+    /// All it showed.
+    All,
     /// Nothing: another part of the log has to be seen first.
     Nothing(Need),
 }
@@ -56,11 +56,10 @@ impl Follow {
         self.reading = Reading::No;
         self.forget_past_retention(keep);
         let head = page.head();
-        let proven = match self.take(&mut page, keep, obey) {
-            Taken::All { proven } => proven,
-            Taken::Nothing(need) => return need,
-        };
-        let held = self.judge_held(proven, keep, obey);
+        if let Taken::Nothing(need) = self.take(&mut page, keep, obey) {
+            return need;
+        }
+        let held = self.judge_held(keep, obey);
         let more =
             self.top.as_ref().is_none_or(|top| top.epoch != head.epoch || top.seq < head.seq);
         // A later epoch may have come with what was held, which the next read tells.
@@ -82,7 +81,7 @@ impl Follow {
         }
         if page.top < top.seq {
             // Older than an arrival that came while it was under way.
-            return Taken::All { proven: false };
+            return Taken::All;
         }
         if same == Some(false) {
             return Taken::Nothing(Need::Heal);
@@ -104,7 +103,7 @@ impl Follow {
             Some(_) => {}
         }
         self.pass_on_all(page, keep, obey);
-        Taken::All { proven: same == Some(true) }
+        Taken::All
     }
 
     /// Whether another read shows what this one did not: it ended at the top since the entry there
@@ -125,7 +124,7 @@ impl Follow {
         self.ring_is_whole = first == page.oldest && self.ring.first().unwrap_or(0) == first;
         let seq = self.top.as_ref().map_or(page.top, |top| top.seq);
         self.top = Some(Position::new(page.epoch.clone(), seq));
-        Taken::All { proven: true }
+        Taken::All
     }
 
     fn pass_on_all(&mut self, page: &mut Page, keep: &Keep, obey: &mut impl Obey) {
@@ -152,7 +151,7 @@ impl Follow {
         let Some(former) = continued else {
             return self.take_of_another_history(page, asked, same, keep, obey);
         };
-        let shown = same.is_some() || self.ring.is_empty();
+        let shown = page.at(top.seq).is_some();
         let mut rest = page.clone();
         rest_of(&mut rest, top.seq);
         let reaches = match rest.entries.first() {
@@ -163,24 +162,16 @@ impl Follow {
             return self.take_of_another_history(page, asked, same, keep, obey);
         }
         self.go_on_over(&former, rest, keep, obey);
-        Taken::All { proven: true }
+        Taken::All
     }
 
     /// Passes on what is left of the epoch that ends at `former`, and goes on in the page's.
     fn go_on_over(&mut self, former: &Position, page: Page, keep: &Keep, obey: &mut impl Obey) {
-        self.bump_at(former, &page.epoch, obey);
         for entry in page.entries {
             self.pass_on(entry, keep, obey);
-            self.bump_at(former, &page.epoch, obey);
         }
-    }
-
-    fn bump_at(&mut self, former: &Position, epoch: &Epoch, obey: &mut impl Obey) {
         if self.top.as_ref() == Some(former) {
-            let to = Position::new(epoch.clone(), former.seq);
-            self.top = Some(to.clone());
-            self.former = Some(former.clone());
-            obey.bump(&to);
+            self.bump(page.epoch, obey);
         }
     }
 
@@ -224,7 +215,7 @@ impl Follow {
         self.begin_anew(base, NotRecovered::LogLost, obey);
         self.ids.clear();
         self.pass_on_all(page, keep, obey);
-        Taken::All { proven: true }
+        Taken::All
     }
 
     /// How many entries of the ring stand behind the last one that the log has too. Where it has

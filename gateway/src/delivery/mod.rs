@@ -96,6 +96,9 @@ pub fn ordinal(epoch: &shared::position::Epoch) -> u64 {
 }
 
 #[cfg(test)]
+mod tests;
+
+#[cfg(test)]
 pub(crate) mod samples {
     //! Entries for the tests of this module and those above it.
 
@@ -119,6 +122,11 @@ pub(crate) mod samples {
             binary: None,
         });
         Entry { position: position(epoch, seq), stamp: Token::default(), envelope }
+    }
+
+    /// Some time.
+    pub(crate) fn now() -> tokio::time::Instant {
+        tokio::time::Instant::now()
     }
 
     /// A position.

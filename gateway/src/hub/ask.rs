@@ -23,7 +23,7 @@ use crate::{
 };
 
 /// How long to wait before a log that could not be read is read again.
-const READ_AGAIN: Duration = Duration::from_millis(250);
+pub(super) const READ_AGAIN: Duration = Duration::from_millis(250);
 /// How long an entry that the log has lost is tried to be appended.
 const ORPHAN_MAX: Duration = Duration::from_secs(30);
 /// The most reads for members that are behind that a shard has under way, so that what they bring is
@@ -67,10 +67,11 @@ impl Shard {
     }
 
     /// Asks for the heads of `rooms` in a task, until they are there.
-    pub(super) fn compare(&mut self, rooms: Vec<(RoomId, u64)>) {
+    pub(super) fn compare(&mut self, mut rooms: Vec<(RoomId, u64)>) {
         if rooms.is_empty() {
             return;
         }
+        rooms.sort_unstable();
         self.comparing = Reading::Yes;
         let (bus, calls, fence) = (self.bus.clone(), self.calls.clone(), self.fence);
         let metrics = self.turn.metrics.clone();
@@ -114,11 +115,16 @@ impl Shard {
 
     /// Reads a room's log from its top on, or again once the read under way has come back.
     pub(super) fn read_on(&mut self, name: &RoomId) {
+        self.read_on_after(name, Duration::ZERO);
+    }
+
+    /// As [`Shard::read_on`], after a while.
+    pub(super) fn read_on_after(&mut self, name: &RoomId, pause: Duration) {
         let Some(room) = self.rooms.get_mut(name) else { return };
         if !room.follow.read_again() {
             room.follow.begin_read();
             let (generation, range) = (room.generation, room.next_range());
-            self.read(name.clone(), generation, Purpose::GoOn, range, Duration::ZERO);
+            self.read(name.clone(), generation, Purpose::GoOn, range, pause);
         }
     }
 
@@ -138,9 +144,12 @@ impl Shard {
         tracing::error!(room = %name, top = %held.top,
             "two histories of a room share numbers, or its log is older than what was passed on");
         room.follow.begin_read();
+        // Twice in a row: the server does not know better yet.
+        let pause = if room.healing { READ_AGAIN } else { Duration::ZERO };
+        room.healing = true;
         let (generation, range) = (room.generation, room.next_range());
         let asked = self.asked(name.clone(), generation, Purpose::GoOn);
-        self.spawn_read(asked, Some(held), range, Duration::ZERO);
+        self.spawn_read(asked, Some(held), range, pause);
     }
 
     /// Reads a log in a task, which puts the answer into this shard's queue.
@@ -163,7 +172,10 @@ impl Shard {
         let (bus, calls) = (self.bus.clone(), self.calls.clone());
         let metrics = self.turn.metrics.clone();
         let read = async move {
-            tokio::time::sleep(pause).await;
+            // A sleep of no time would take a tick of the clock.
+            if !pause.is_zero() {
+                tokio::time::sleep(pause).await;
+            }
             if let Purpose::Open = asked.purpose
                 && let Err(error) = bus.follow(asked.room.clone()).await
             {
@@ -211,7 +223,7 @@ impl Shard {
             }
             (Purpose::Open | Purpose::GoOn, Ok(page)) => self.went_on(&name, page),
             (Purpose::Join(join), Ok(page)) => {
-                let step = if is_old {
+                let step = if is_old || !self.turn.serves(&name) {
                     Step::Wait(join)
                 } else {
                     room.join_with_page(join, page, &mut self.turn)
@@ -250,6 +262,7 @@ impl Shard {
         let before = Taken::by(room);
         let need = room.read(page, &mut self.turn);
         self.budget.count(before, room, self.turn.keep.now);
+        room.healing &= need == Need::Heal;
         let waiting = room.take_waiting();
         self.meet(name, need);
         self.forget_ids();

@@ -1,6 +1,6 @@
 //! One connection, as the hub sees it: where its frames go, and how far it is in a room.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -31,7 +31,7 @@ pub struct Subscriber {
     /// Where its frames go.
     pub outbox: Outbox,
     /// Messages it sent with `echo:false` whose `ack` is to stand where the copy would.
-    placed_acks: Mutex<HashMap<(RoomId, MessageId), PlacedAck>>,
+    placed_acks: Mutex<BTreeMap<(RoomId, MessageId), PlacedAck>>,
 }
 
 /// An `ack` that is to stand in the place of a copy.
@@ -98,7 +98,7 @@ impl Subscriber {
     pub fn place_ack(&self, room: &RoomId, id: MessageId, ack: PlacedAck) -> bool {
         let mut placed = self.placed_acks.lock();
         let entry = placed.entry((room.clone(), id));
-        let vacant = matches!(entry, std::collections::hash_map::Entry::Vacant(_));
+        let vacant = matches!(entry, std::collections::btree_map::Entry::Vacant(_));
         entry.or_insert(ack);
         vacant
     }
@@ -185,6 +185,12 @@ impl Turn {
     pub(super) fn new(keep: Keep, metrics: Arc<Metrics>, standing: Arc<Standing>) -> Self {
         let (orphans, touched) = (Vec::new(), Vec::new());
         Self { keep, metrics, standing, orphans, touched, deliveries: 0, lags: 0 }
+    }
+
+    /// Whether joins of `room` may be answered: until the nodes have agreed on a server, what is
+    /// held may not be what is gone on with.
+    pub(super) fn serves(&self, room: &RoomId) -> bool {
+        self.standing.serves(self.keep.now, room)
     }
 
     /// Has what `subscriber` holds written at the end of the turn.

@@ -40,6 +40,8 @@ pub(super) struct Room {
     pub(super) heard: bool,
     /// Whether entries may have been lost that no comparison has looked for yet.
     pub(super) doubtful: bool,
+    /// Whether what was read last comes from a comparison of histories.
+    pub(super) healing: bool,
     pub(super) members: Vec<Member>,
     places: HashMap<ConnectionId, usize>,
     /// Members that wait for a read of the log, those who have waited longest first.
@@ -80,7 +82,9 @@ impl Obey for Handing<'_> {
     }
 
     fn bump(&mut self, to: &Position) {
-        tracing::warn!(room = %self.name, %to, "a log goes on in a new epoch; nothing is skipped");
+        if !self.members.is_empty() {
+            tracing::warn!(room = %self.name, %to, "a log goes on in a new epoch; nothing is lost");
+        }
         for member in self.members.iter_mut().filter(|member| member.pace == Pace::Live) {
             member.bump(self.name, to, self.turn);
         }
@@ -112,6 +116,7 @@ impl Room {
             follow,
             heard: true,
             doubtful: false,
+            healing: false,
             members: Vec::new(),
             places: HashMap::new(),
             thirsty: VecDeque::new(),

@@ -19,6 +19,7 @@ use tokio::{
 
 use super::{
     COMPARE_EVERY, Call, HubOptions, LINGER, Purpose,
+    ask::READ_AGAIN,
     budget::{Budget, Taken},
     join::{Join, Step},
     member::{Subscriber, Turn},
@@ -64,7 +65,7 @@ pub(super) struct Shard {
     pub(super) doubtful: usize,
     /// Whether the node may pass nothing on.
     pub(super) fenced: bool,
-    /// How often that came to be.
+    /// How often the fence came to be.
     pub(super) fence: u64,
     /// How many reads for members that are behind are under way.
     pub(super) stretches: usize,
@@ -124,13 +125,15 @@ impl Shard {
         let (mut calls, mut arrived) = (Vec::new(), Vec::new());
         loop {
             let mut ticked = false;
-            // All arms are cancel-safe.
+            // All arms are cancel-safe. None keeps another waiting: letters and doubt are looked at
+            // in every turn.
             tokio::select! {
+                biased;
                 () = stopped.cancelled() => break,
+                _ = tick.tick() => ticked = true,
                 _ = queue.recv_many(&mut calls, TURN_LEN) => {}
                 _ = letters.recv_many(&mut arrived, TURN_LEN) => {}
                 () = doubt.raised() => {}
-                _ = tick.tick() => ticked = true,
             }
             // What arrived before a call was made is handed out before it: who sends and then leaves
             // gets its own copy.
@@ -189,7 +192,8 @@ impl Shard {
         }
         if was_fenced && !self.fenced {
             self.doubt();
-            let names: Vec<RoomId> = self.rooms.keys().cloned().collect();
+            let mut names: Vec<RoomId> = self.rooms.keys().cloned().collect();
+            names.sort_unstable();
             for name in names {
                 self.feed_all(&name);
             }
@@ -220,7 +224,9 @@ impl Shard {
     }
 
     fn tell_holdings(&self, answer: oneshot::Sender<Vec<Followed>>) {
-        let held = self.rooms.values().filter_map(|room| room.held_of_log(&self.turn)).collect();
+        let held = self.rooms.values().filter_map(|room| room.held_of_log(&self.turn));
+        let mut held: Vec<Followed> = held.collect();
+        held.sort_unstable_by(|a, b| a.room.cmp(&b.room));
         // Who asked may have met yet another server meanwhile.
         let _ = answer.send(held);
     }
@@ -265,8 +271,7 @@ impl Shard {
             room.wait(join);
             return;
         }
-        // Until the nodes have agreed on a server, what is held may not be what is gone on with.
-        let serves = !self.fenced && self.turn.standing.serves(self.turn.keep.now, &name);
+        let serves = self.turn.serves(&name);
         let step = if serves { room.join(join, &mut self.turn) } else { Step::Wait(join) };
         self.go_on_with(&name, step);
     }
@@ -283,7 +288,9 @@ impl Shard {
             }
             Step::Wait(join) => {
                 room.wait(join);
-                self.read_on(name);
+                // A read may come back before the node may answer joins.
+                let pause = if self.turn.serves(name) { Duration::ZERO } else { READ_AGAIN };
+                self.read_on_after(name, pause);
             }
         }
     }

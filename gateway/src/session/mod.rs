@@ -5,7 +5,7 @@
 //! [`Request`] that the connection's task performs before it takes the next frame.
 
 use std::{
-    collections::HashSet,
+    collections::BTreeSet,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -78,7 +78,7 @@ pub struct Session {
     identity: Identity,
     author: Author,
     subscriber: Arc<Subscriber>,
-    rooms: HashSet<RoomId>,
+    rooms: BTreeSet<RoomId>,
     /// The room whose join is being performed.
     joining: Option<RoomId>,
     messages: Pace,
@@ -120,7 +120,7 @@ impl Session {
             author: Author::of(&identity.user.id),
             identity,
             subscriber,
-            rooms: HashSet::new(),
+            rooms: BTreeSet::new(),
             joining: None,
             messages: Pace::default(),
             frames: Pace::default(),

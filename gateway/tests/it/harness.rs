@@ -20,9 +20,10 @@ use shared::{
 };
 use tempfile::TempDir;
 use tokio::{
-    io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader, Lines},
+    io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
     net::TcpStream,
-    process::{Child, ChildStderr, Command},
+    process::{Child, Command},
+    task::JoinHandle,
     time::{Instant, timeout},
 };
 
@@ -422,7 +423,9 @@ impl Chromedriver {
 pub struct Node {
     pub process: Process,
     pub address: SocketAddr,
-    log: Lines<BufReader<ChildStderr>>,
+    pub admin: SocketAddr,
+    /// Reads its log to the end, so that the pipe does not fill up and stop the gateway.
+    log: JoinHandle<String>,
 }
 
 impl Node {
@@ -447,42 +450,67 @@ impl Node {
             .spawn()
             .unwrap();
         let mut log = BufReader::new(child.stderr.take().unwrap()).lines();
-        let address = loop {
+        let (address, admin) = loop {
             let line =
                 within(log.next_line()).await.unwrap().expect("it ended before it was ready");
             let line: serde_json::Value = serde_json::from_str(&line).unwrap_or_default();
-            if let Some(listen) = line["listen"].as_str() {
-                break listen.parse().unwrap();
+            if let (Some(listen), Some(admin)) = (line["listen"].as_str(), line["admin"].as_str()) {
+                break (listen.parse().unwrap(), admin.parse().unwrap());
             }
         };
-        Self { process: Process { child, _folder: folder }, address, log }
+        let log = tokio::spawn(async move {
+            let mut said = String::new();
+            while let Ok(Some(line)) = log.next_line().await {
+                said.push_str(&line);
+                said.push('\n');
+            }
+            said
+        });
+        Self { process: Process { child, _folder: folder }, address, admin, log }
     }
 
     /// Waits for its end and returns the exit code and what it had still to say.
     pub async fn end(mut self) -> (Option<i32>, String) {
-        let mut said = String::new();
-        while let Some(line) = within(self.log.next_line()).await.unwrap() {
-            said.push_str(&line);
-            said.push('\n');
-        }
+        let said = within(self.log).await.unwrap();
         (self.process.end().await, said)
     }
 }
 
 /// An nginx in front of nodes, rendered from the project's template.
 pub struct Nginx {
-    _process: Process,
+    process: Process,
     pub address: SocketAddr,
 }
 
 impl Nginx {
+    /// A single process, so that none is left over however the test ends.
     pub async fn start(nodes: &[SocketAddr]) -> Self {
+        Self::start_with(nodes, 0).await
+    }
+
+    /// A master with one worker, which can be reloaded. Ends with [`Nginx::stop`].
+    pub async fn start_with_worker(nodes: &[SocketAddr]) -> Self {
+        Self::start_with(nodes, 1).await
+    }
+
+    /// Sends a signal, named as for `kill`.
+    pub fn signal(&self, signal: &str) {
+        self.process.signal(signal);
+    }
+
+    /// Ends the master, which ends its workers.
+    pub async fn stop(mut self) {
+        self.process.signal("TERM");
+        self.process.end().await;
+    }
+
+    async fn start_with(nodes: &[SocketAddr], workers: u32) -> Self {
         let folder = TempDir::new().unwrap();
         let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
         let render = concat!(env!("CARGO_MANIFEST_DIR"), "/../nginx/render.sh");
         let mut command = std::process::Command::new(render);
-        // A single process, so that none is left over.
-        command.args(["map", "--workers", "0", "--listen", &address.to_string()]);
+        command.args(["map", "--workers", &workers.to_string()]);
+        command.args(["--listen", &address.to_string()]);
         for node in nodes {
             command.args(["--node", &node.to_string()]);
         }
@@ -499,7 +527,7 @@ impl Nginx {
             .kill_on_drop(true)
             .spawn()
             .expect("nginx is installed by `make setup`");
-        let nginx = Self { _process: Process { child, _folder: folder }, address };
+        let nginx = Self { process: Process { child, _folder: folder }, address };
         until("nginx answers", async || {
             let Ok(mut socket) = TcpStream::connect(address).await else { return false };
             socket.write_all(b"GET /health HTTP/1.0\r\n\r\n").await.is_ok()

@@ -6,21 +6,23 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
 use gateway::{
     bus::{
-        Append, BoxFuture, Bus, BusError, Letter, Mailboxes, Range, Retention, memory::MemoryBus,
+        Append, Appended, BoxFuture, Bus, BusError, Letter, Mailboxes, Range, Retention,
+        memory::MemoryBus,
     },
-    delivery::{Followed, page::Page},
+    delivery::{Entry, Followed, Token, page::Page},
     drain::Tasks,
     hub::{COMPARE_EVERY, Hub, join::Start, member::Subscriber},
     outbox::Outbox,
     telemetry::metrics::{Arrival, Metrics},
 };
+use parking_lot::Mutex;
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 use shared::{
     envelope::{Author, Envelope, Parts},
@@ -47,13 +49,26 @@ impl World {
     fn start(
         retention: Retention,
         mailbox_len: usize,
+        fault: impl FnMut() -> Fault + Send + 'static,
+    ) -> Self {
+        let tasks = Tasks::default();
+        let bus = |mailboxes| -> Arc<dyn Bus> {
+            Arc::new(MemoryBus::start(retention, mailboxes, &tasks))
+        };
+        Self::over(bus, tasks.clone(), mailbox_len, fault)
+    }
+
+    fn over(
+        bus: impl FnOnce(Mailboxes) -> Arc<dyn Bus>,
+        tasks: Tasks,
+        mailbox_len: usize,
         mut fault: impl FnMut() -> Fault + Send + 'static,
     ) -> Self {
-        let (metrics, tasks) = (Arc::new(Metrics::new()), Tasks::default());
+        let metrics = Arc::new(Metrics::new());
         let (before, mut ends) = Mailboxes::new(1, 100_000, metrics.clone());
         let (mailboxes, letters) = Mailboxes::new(1, mailbox_len, metrics.clone());
-        let (memory, reads) = (MemoryBus::start(retention, before, &tasks), Arc::default());
-        let bus: Arc<dyn Bus> = Arc::new(Counting(Arc::new(memory), Arc::clone(&reads)));
+        let reads = Arc::default();
+        let bus: Arc<dyn Bus> = Arc::new(Counting(bus(before), Arc::clone(&reads)));
         let after = mailboxes.clone();
         let mut link = ends.remove(0).letters;
         tokio::spawn(async move {
@@ -151,6 +166,7 @@ struct Member {
     subscriber: Arc<Subscriber>,
     cursor: Position,
     resets: usize,
+    recovered: bool,
 }
 
 impl Member {
@@ -162,7 +178,9 @@ impl Member {
         let joined = json(&frames.remove(0));
         assert_eq!(joined["type"], "joined");
         let epoch = joined["epoch"].as_str().unwrap().parse().unwrap();
-        let mut member = Self { subscriber, cursor: Position::new(epoch, 0), resets: 0 };
+        let recovered = joined["recovered"].as_bool().unwrap();
+        let cursor = Position::new(epoch, 0);
+        let mut member = Self { subscriber, cursor, resets: 0, recovered };
         member.cursor.seq = match joined["history"].as_array().unwrap().last() {
             Some(last) => last["seq"].as_u64().unwrap(),
             None => joined["seq"].as_u64().unwrap(),
@@ -183,7 +201,8 @@ impl Member {
                 }
                 "reset" => {
                     self.resets += 1;
-                    self.cursor.seq = seq;
+                    let epoch = frame["epoch"].as_str().unwrap().parse().unwrap();
+                    self.cursor = Position::new(epoch, seq);
                 }
                 other => panic!("{other}"),
             }
@@ -208,6 +227,129 @@ impl Member {
         }
         assert_eq!(self.cursor.seq, seq);
     }
+
+    async fn reach_reset(&mut self, world: &World) {
+        let before = self.resets;
+        for _ in 0..TURNS_MAX {
+            if self.resets > before {
+                return;
+            }
+            self.drain(world).await;
+            tokio::task::yield_now().await;
+        }
+        panic!("no reset");
+    }
+}
+
+/// A bus over one log that can do what a server does that came back without some of its data.
+#[derive(Clone)]
+struct Fragile {
+    log: Arc<Mutex<FragileLog>>,
+    mailboxes: Mailboxes,
+}
+
+struct FragileLog {
+    ordinal: u64,
+    former: Option<Position>,
+    entries: Vec<Entry>,
+}
+
+impl FragileLog {
+    fn head(&self) -> Position {
+        let epoch = format!("{}-fragile", self.ordinal).parse().unwrap();
+        Position::new(epoch, self.entries.len() as u64)
+    }
+}
+
+impl Fragile {
+    fn new(mailboxes: Mailboxes) -> Self {
+        let log = FragileLog { ordinal: 1, former: None, entries: vec![] };
+        Self { log: Arc::new(Mutex::new(log)), mailboxes }
+    }
+
+    /// Loses the newest entries and goes on in a new epoch.
+    fn come_back_without(&self, lost: usize) {
+        let mut log = self.log.lock();
+        let kept = log.entries.len() - lost;
+        log.entries.truncate(kept);
+        log.former = Some(log.head());
+        log.ordinal += 1;
+    }
+
+    fn ids(&self) -> Vec<MessageId> {
+        self.log.lock().entries.iter().map(|entry| entry.envelope.id()).collect()
+    }
+}
+
+impl Bus for Fragile {
+    fn append(&self, append: Append) {
+        let mut log = self.log.lock();
+        let id = append.envelope.id_key();
+        let known = log.entries.iter().find(|entry| entry.envelope.id_key() == id);
+        let (position, duplicate) = match known {
+            Some(known) => (known.position.clone(), true),
+            None => {
+                let head = log.head();
+                (Position::new(head.epoch, head.seq + 1), false)
+            }
+        };
+        if !duplicate {
+            let (position, envelope) = (position.clone(), append.envelope);
+            let entry = Entry { position, stamp: Token::default(), envelope };
+            log.entries.push(entry.clone());
+            self.mailboxes.put(append.room, entry);
+        }
+        (append.done)(Ok(Appended { position, duplicate }));
+    }
+
+    fn follow(&self, _: RoomId) -> BoxFuture<Result<(), BusError>> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+
+    fn unfollow(&self, _: RoomId) {}
+
+    fn read(&self, _: RoomId, range: Range) -> BoxFuture<Result<Page, BusError>> {
+        let log = self.log.lock();
+        let entries: Vec<Entry> = match range {
+            Range::After { seq, limit } => {
+                log.entries.iter().skip(seq as usize).take(limit as usize).cloned().collect()
+            }
+            Range::Newest { limit } | Range::Before { limit, .. } => {
+                let from = log.entries.len().saturating_sub(limit as usize);
+                log.entries[from..].to_vec()
+            }
+        };
+        let (head, former) = (log.head(), log.former.clone());
+        let oldest = u64::from(head.seq > 0);
+        let page = Page { epoch: head.epoch, former, deleted: 0, top: head.seq, oldest, entries };
+        Box::pin(std::future::ready(Ok(page)))
+    }
+
+    fn heads(&self, rooms: Vec<RoomId>) -> BoxFuture<Result<Vec<Option<Position>>, BusError>> {
+        let heads = vec![Some(self.log.lock().head()); rooms.len()];
+        Box::pin(std::future::ready(Ok(heads)))
+    }
+
+    fn delete(&self, _: RoomId) -> BoxFuture<Result<(), BusError>> {
+        unreachable!("no test deletes here")
+    }
+
+    fn heal(&self, _: Followed) -> BoxFuture<Result<(), BusError>> {
+        unreachable!("no two histories share numbers here")
+    }
+
+    fn failing(&self) -> Option<&'static str> {
+        None
+    }
+}
+
+/// A world over a log that can lose entries.
+fn fragile_world() -> (World, Fragile) {
+    let mut fragile = None;
+    let bus =
+        |mailboxes| -> Arc<dyn Bus> { Arc::new(fragile.insert(Fragile::new(mailboxes)).clone()) };
+    let world = World::over(bus, Tasks::default(), 10_000, || Fault::None);
+    (world, fragile.unwrap())
 }
 
 /// The JSON of a frame as it stands on the socket.
@@ -361,4 +503,165 @@ async fn what_was_lost_at_the_end_is_found_by_comparing_heads() {
         assert!(said.elapsed() < COMPARE_EVERY * 2 + Duration::from_secs(1), "still deaf");
     }
     assert_eq!(member.resets, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_epoch_that_continues_the_log_skips_nothing_live_or_on_return() {
+    let (world, log) = fragile_world();
+    let lobby = room("r");
+    let mut member = Member::join(&world, &lobby, Start::Newest(0), 1 << 20).await;
+    let mut slow = Member::join(&world, &lobby, Start::Newest(0), 600).await;
+    (0..400).for_each(|_| world.say(&lobby));
+    member.reach(&world, 400).await;
+    let before = member.cursor.epoch.clone();
+    log.come_back_without(0);
+    (0..400).for_each(|_| world.say(&lobby));
+    member.reach(&world, 800).await;
+    assert_eq!(member.resets, 1);
+    assert_ne!(member.cursor.epoch, before);
+    // It was behind before the epoch ended, and neither ring nor one read reaches back to there.
+    slow.reach(&world, 800).await;
+    assert_eq!(slow.resets, 1);
+    for seq in [0, 300, 399, 400] {
+        let since = Position::new(before.clone(), seq);
+        let mut back = Member::join(&world, &lobby, Start::Since(since), 1 << 20).await;
+        assert!(back.recovered, "from {seq}");
+        back.reach(&world, 800).await;
+        assert_eq!((back.resets, &back.cursor), (1, &member.cursor), "from {seq}");
+    }
+    let beyond = Start::Since(Position::new(before, 401));
+    assert!(!Member::join(&world, &lobby, beyond, 1 << 20).await.recovered);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_the_log_has_lost_is_appended_again() {
+    let (world, log) = fragile_world();
+    let lobby = room("r");
+    let mut member = Member::join(&world, &lobby, Start::Newest(0), 1 << 20).await;
+    (0..10).for_each(|_| world.say(&lobby));
+    member.reach(&world, 10).await;
+    let ids = log.ids();
+    log.come_back_without(3);
+    world.mailboxes.doubt();
+    member.reach_reset(&world).await;
+    member.reach(&world, 10).await;
+    assert_eq!(log.ids(), ids);
+    assert_eq!(world.metrics.orphans.get(), 3);
+    assert_eq!(member.cursor, log.log.lock().head());
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_deleted_stays_deleted() {
+    let deaf = Arc::new(AtomicBool::new(false));
+    let is_deaf = deaf.clone();
+    let fault = move || if is_deaf.load(Ordering::Relaxed) { Fault::Drop } else { Fault::None };
+    let world = World::start(retention(), 10_000, fault);
+    let lobby = room("r");
+    let mut member = Member::join(&world, &lobby, Start::Newest(0), 1 << 20).await;
+    (0..10).for_each(|_| world.say(&lobby));
+    member.reach(&world, 10).await;
+    deaf.store(true, Ordering::Relaxed);
+    world.bus.delete(lobby.clone()).await.unwrap();
+    (0..2).for_each(|_| world.say(&lobby));
+    world.mailboxes.doubt();
+    member.reach_reset(&world).await;
+    member.reach(&world, 2).await;
+    world.mailboxes.whole().await;
+    let page = world.bus.read(lobby, Range::Newest { limit: 100 }).await.unwrap();
+    assert_eq!((page.top, page.entries.len(), world.metrics.orphans.get()), (2, 2, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_node_without_standing_passes_nothing_on_and_makes_it_good() {
+    let world = World::start(retention(), 10_000, || Fault::None);
+    let lobby = room("r");
+    let mut member = Member::join(&world, &lobby, Start::Newest(0), 1 << 20).await;
+    world.say(&lobby);
+    member.reach(&world, 1).await;
+    let standing = world.mailboxes.standing();
+    standing.suspend();
+    (0..5).for_each(|_| world.say(&lobby));
+    let joining = Member::join(&world, &lobby, Start::Newest(0), 1 << 20);
+    tokio::pin!(joining);
+    let waited = tokio::time::timeout(Duration::from_secs(8), &mut joining).await;
+    assert!(waited.is_err(), "answered without standing");
+    member.drain(&world).await;
+    assert_eq!(member.cursor.seq, 1);
+    assert_eq!(world.metrics.arrivals.of(Arrival::Fenced).get(), 5);
+    standing.extend(Instant::now() + Duration::from_secs(3600));
+    let joined = joining.await;
+    assert_eq!(joined.cursor.seq, 6);
+    let regained = Instant::now();
+    while member.cursor.seq < 6 {
+        tokio::time::advance(Duration::from_millis(100)).await;
+        member.drain(&world).await;
+        assert!(regained.elapsed() < Duration::from_secs(3), "still behind");
+    }
+    assert_eq!(member.resets, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn all_is_whole_when_every_log_was_compared() {
+    let deaf = Arc::new(AtomicBool::new(false));
+    let is_deaf = deaf.clone();
+    let fault = move || if is_deaf.load(Ordering::Relaxed) { Fault::Drop } else { Fault::None };
+    let world = World::start(retention(), 10_000, fault);
+    let rooms: Vec<RoomId> = (0..20).map(|i| room(&format!("r{i}"))).collect();
+    let mut members = vec![];
+    for room in &rooms {
+        members.push(Member::join(&world, room, Start::Newest(0), 1 << 20).await);
+    }
+    assert!(world.mailboxes.is_whole());
+    deaf.store(true, Ordering::Relaxed);
+    rooms.iter().for_each(|room| (0..300).for_each(|_| world.say(room)));
+    world.mailboxes.doubt();
+    assert!(!world.mailboxes.is_whole());
+    world.mailboxes.whole().await;
+    for member in &mut members {
+        member.drain(&world).await;
+        assert_eq!(member.cursor.seq, 300);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn readers_that_are_behind_share_what_is_read_for_them() {
+    let world = World::start(retention(), 10_000, || Fault::None);
+    let lobby = room("r");
+    let mut members = vec![];
+    for _ in 0..100 {
+        members.push(Member::join(&world, &lobby, Start::Newest(0), 20_000).await);
+    }
+    (0..2000).for_each(|_| world.say(&lobby));
+    let before = world.reads.load(Ordering::Relaxed);
+    for _ in 0..TURNS_MAX {
+        for member in &mut members {
+            member.drain(&world).await;
+        }
+        tokio::task::yield_now().await;
+        if members.iter().all(|member| member.cursor.seq == 2000) {
+            break;
+        }
+    }
+    assert!(members.iter().all(|member| member.cursor.seq == 2000 && member.resets == 0));
+    let reads = world.reads.load(Ordering::Relaxed) - before;
+    assert!((8..200).contains(&reads), "{reads} reads for 100 members");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_node_can_tell_what_it_holds() {
+    let world = World::start(retention(), 10_000, || Fault::None);
+    let lobby = room("r");
+    let mut member = Member::join(&world, &lobby, Start::Newest(0), 1 << 20).await;
+    (0..300).for_each(|_| world.say(&lobby));
+    member.reach(&world, 300).await;
+    let held = world.mailboxes.holdings().await.remove(0);
+    assert_eq!((held.entries.len(), held.ids.len()), (256, 44));
+    assert_eq!(held.top, member.cursor);
+    assert_eq!(held.ids.last().unwrap().1.seq, held.entries[0].position.seq - 1);
+    // Past the window ids are forgotten, and past retention what was said.
+    tokio::time::advance(hub_options().log_ttl + Duration::from_secs(5)).await;
+    tokio::task::yield_now().await;
+    let held = world.mailboxes.holdings().await.remove(0);
+    assert_eq!((held.entries.len(), held.ids.len(), held.top), (0, 0, member.cursor));
+    assert_eq!(world.metrics.ids_bytes.get(), 0);
 }

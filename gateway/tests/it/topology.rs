@@ -10,9 +10,9 @@ use redis::{AsyncConnectionConfig, RedisResult};
 use shared::{client::frames, ids::RoomId, position::Position};
 
 use crate::{
-    faults::{Talk, talk_for},
     harness::{Gateway, get, next_message, room, say, until, within},
     servers::{Clustered, Encrypted, Watched},
+    talk::{Talk, talk_for},
 };
 
 fn open(url: &str, tls: &TlsFiles) -> Arc<dyn Dial> {

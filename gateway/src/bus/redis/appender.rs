@@ -117,6 +117,7 @@ impl Worker {
         // `work` keeps what is unanswered in `self`, but for what was sent: its callers are gone by
         // now, and find it by its id.
         tokio::select! {
+            biased;
             () = stopped.cancelled() => {}
             () = self.work() => {}
         }

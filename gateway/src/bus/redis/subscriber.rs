@@ -125,6 +125,7 @@ impl Worker {
     async fn run(mut self, stopped: CancellationToken) {
         // Dropping the work drops the connection; nothing is owed to anybody.
         tokio::select! {
+            biased;
             () = stopped.cancelled() => {}
             () = self.work() => {}
         }

@@ -1,0 +1,749 @@
+//! What members of a room see, whatever its log and the link to it do: against a plain model of a
+//! log, a node that does what [`Follow`] says, and clients that check each frame.
+
+use std::{collections::HashSet, time::Duration};
+
+use proptest::prelude::*;
+use shared::{
+    position::{Epoch, Position, Seq},
+    protocol::answer::NotRecovered,
+};
+
+use super::{
+    Entry, Followed, Token,
+    follow::{Follow, Keep, Need, Obey, Reading, Verdict},
+    judge::{Part, READ_LEN},
+    ordinal,
+    page::Page,
+    ring::RingMax,
+    samples,
+    serve::{self, Next, Resume},
+};
+
+/// What happens.
+#[derive(Clone, Debug)]
+enum Event {
+    /// So many messages are appended, and their entries enter the link.
+    Say(u8),
+    /// So many entries leave the link.
+    Hear(u8),
+    /// The link loses its next entry.
+    Lose,
+    /// The link repeats an entry of those it had.
+    Repeat(u8),
+    /// The link changes the order of its next two.
+    Swap,
+    /// The node is told that it may have missed something.
+    Doubt,
+    /// The log is read as it is now.
+    Look,
+    /// What was read arrives at the node.
+    Answer,
+    /// A client leaves, or comes back with what it has.
+    LeaveOrReturn(u8),
+    /// A client takes frames no more, or so many.
+    Stall(u8),
+    Drain(u8, u8),
+    /// A new epoch continues the log. So many entries were lost first.
+    Bump(u8),
+    /// The log is lost as a whole.
+    Restart,
+    /// So many entries are lost, and more are written under their numbers.
+    Fork(u8),
+    /// The room is deleted.
+    Delete,
+    /// So many of the oldest entries go.
+    Trim(u8),
+}
+
+/// The log, as a server has it.
+struct Log {
+    epoch: Epoch,
+    former: Option<Position>,
+    /// Epochs, and what was former to them, that come back with an older state.
+    states: Vec<(Epoch, Option<Position>)>,
+    deleted: u64,
+    top: Seq,
+    entries: Vec<Entry>,
+    written: u64,
+    /// How many epochs there were.
+    begun: u64,
+    /// Another number for each history, as each run of a server has its own.
+    run: u64,
+}
+
+impl Log {
+    fn append(&mut self, entry: Entry) -> Option<Entry> {
+        let id = entry.envelope.id();
+        if self.entries.iter().any(|known| known.envelope.id() == id) {
+            return None;
+        }
+        self.top += 1;
+        let stamp: Token = format!("{:016x}", self.run).parse().unwrap();
+        let position = Position::new(self.epoch.clone(), self.top);
+        let entry = Entry { position, stamp, envelope: entry.envelope };
+        self.entries.push(entry.clone());
+        Some(entry)
+    }
+
+    fn say(&mut self) -> Entry {
+        self.written += 1;
+        let entry = samples::entry("0-x", self.written);
+        self.append(entry).expect("each message has an id of its own")
+    }
+
+    fn lose_tail(&mut self, count: u8) {
+        let kept = self.entries.len().saturating_sub(usize::from(count));
+        self.top -= (self.entries.len() - kept) as u64;
+        self.entries.truncate(kept);
+        self.run += 1;
+        while self.former.as_ref().is_some_and(|former| former.seq > self.top) {
+            let Some((epoch, former)) = self.states.pop() else { break };
+            (self.epoch, self.former) = (epoch, former);
+        }
+    }
+
+    fn begin_epoch(&mut self, former: Option<Position>) {
+        self.begin_epoch_above(ordinal(&self.epoch), former);
+    }
+
+    fn begin_epoch_above(&mut self, above: u64, former: Option<Position>) {
+        self.begun += 1;
+        let epoch = format!("{}-{}", above + 1, self.begun).parse().unwrap();
+        let former = std::mem::replace(&mut self.former, former);
+        self.states.push((std::mem::replace(&mut self.epoch, epoch), former));
+    }
+
+    fn lose_all(&mut self) {
+        (self.top, self.entries) = (0, Vec::new());
+        self.run += 1;
+        self.begin_epoch(None);
+    }
+
+    fn page(&self, part: Part) -> Page {
+        let entries = match part {
+            Part::Newest => {
+                let from = self.entries.len().saturating_sub(READ_LEN as usize);
+                self.entries[from..].to_vec()
+            }
+            // Small, so that what is read comes in several pages.
+            Part::After(seq) => {
+                let behind = self.entries.iter().filter(|entry| entry.position.seq > seq);
+                behind.take(5).cloned().collect()
+            }
+        };
+        let oldest = self.entries.first().map_or(0, |first| first.position.seq);
+        let (former, deleted) = (self.former.clone(), self.deleted);
+        Page { epoch: self.epoch.clone(), former, deleted, top: self.top, oldest, entries }
+    }
+
+    /// As a server does it that is given what a node holds.
+    fn heal(&mut self, held: &Followed) -> Vec<Entry> {
+        if ordinal(&held.top.epoch) > ordinal(&self.epoch) {
+            self.begin_epoch_above(ordinal(&held.top.epoch), None);
+        }
+        if held.top.epoch != self.epoch {
+            return vec![];
+        }
+        let at = |seq| self.entries.iter().find(|entry| entry.position.seq == seq);
+        let shared = |entry: &Entry| at(entry.position.seq).is_some_and(|own| !own.is(entry));
+        if held.entries.iter().any(shared) {
+            self.begin_epoch(None);
+            return vec![];
+        }
+        let top = self.top;
+        let lost: Vec<_> = held.entries.iter().filter(|e| e.position.seq > top).cloned().collect();
+        self.top = self.top.max(held.top.seq);
+        self.entries.extend(lost.iter().cloned());
+        lost
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pace {
+    Live,
+    Behind,
+    Away,
+    /// It is back, and waits for its join to be answered.
+    Joining,
+}
+
+/// A client, which checks what it is given.
+struct Client {
+    pace: Pace,
+    /// What the node takes for its cursor.
+    cursor: Position,
+    /// How many more frames it takes.
+    room: usize,
+    /// What it has, by the rules of the protocol.
+    has: Option<Position>,
+    seen: HashSet<Position>,
+    given: Vec<Entry>,
+    resets: Vec<(Position, NotRecovered)>,
+    /// Those that skip nothing.
+    bumps: Vec<Position>,
+    not_recovered: usize,
+}
+
+impl Client {
+    fn new(room: usize) -> Self {
+        let cursor = samples::position("0-x", 0);
+        Self {
+            pace: Pace::Joining,
+            cursor,
+            room,
+            has: None,
+            seen: HashSet::new(),
+            given: vec![],
+            resets: vec![],
+            bumps: vec![],
+            not_recovered: 0,
+        }
+    }
+
+    fn offer(&mut self, entry: &Entry) -> bool {
+        if self.room == 0 {
+            self.pace = Pace::Behind;
+            return false;
+        }
+        self.room -= 1;
+        self.cursor.seq = entry.position.seq;
+        assert_eq!(self.cursor, entry.position, "served in the epoch it is in");
+        self.see(entry);
+        true
+    }
+
+    /// Promises 1 and 3: ascending without a hole within an epoch, and nothing twice.
+    fn see(&mut self, entry: &Entry) {
+        let Position { epoch, seq } = self.has.take().expect("joined before");
+        assert_eq!(entry.position, Position::new(epoch, seq + 1), "a hole, or unannounced");
+        assert!(self.seen.insert(entry.position.clone()), "{} twice", entry.position);
+        self.has = Some(entry.position.clone());
+        self.given.push(entry.clone());
+    }
+
+    fn reset(&mut self, to: &Position, reason: NotRecovered) {
+        self.cursor = to.clone();
+        let had = self.has.replace(to.clone()).expect("joined before");
+        assert_ne!(had, *to, "a reset that changes nothing");
+        assert!(had.epoch != to.epoch || had.seq < to.seq, "{had} back to {to}");
+        self.resets.push((to.clone(), reason));
+    }
+
+    fn bump(&mut self, to: &Position) {
+        self.reset(to, NotRecovered::LogLost);
+        self.bumps.push(to.clone());
+    }
+}
+
+/// A log, a link, a node and clients.
+struct World {
+    log: Log,
+    link: Vec<Entry>,
+    /// Entries that left the link.
+    gone_by: Vec<Entry>,
+    node: Node,
+    /// What the node waits for, and what it will be told.
+    need: Need,
+    page: Option<Page>,
+}
+
+struct Node {
+    follow: Follow,
+    clients: Vec<Client>,
+    orphans: Vec<Entry>,
+    passed_on: Vec<Entry>,
+    /// How often nothing could be continued.
+    begun_anew: usize,
+    refreshed: bool,
+}
+
+/// What `Follow` says is done to the clients.
+struct Doing<'a> {
+    clients: &'a mut Vec<Client>,
+    orphans: &'a mut Vec<Entry>,
+    passed_on: &'a mut Vec<Entry>,
+    begun_anew: &'a mut usize,
+}
+
+impl Obey for Doing<'_> {
+    fn judged(&mut self, _: Verdict) {}
+
+    fn entry(&mut self, entry: &Entry) {
+        self.passed_on.push(entry.clone());
+        for client in self.clients.iter_mut().filter(|client| client.pace == Pace::Live) {
+            client.offer(entry);
+        }
+    }
+
+    fn bump(&mut self, to: &Position) {
+        for client in self.clients.iter_mut().filter(|client| client.pace == Pace::Live) {
+            client.bump(to);
+        }
+    }
+
+    fn reset(&mut self, to: &Position, reason: NotRecovered) {
+        *self.begun_anew += 1;
+        for client in self.clients.iter_mut() {
+            if matches!(client.pace, Pace::Live | Pace::Behind) {
+                client.reset(to, reason);
+                client.pace = Pace::Live;
+            }
+        }
+    }
+
+    fn orphan(&mut self, entry: &Entry) {
+        self.orphans.push(entry.clone());
+    }
+}
+
+fn keep(ring: usize) -> Keep {
+    Keep {
+        ring: RingMax { entries: ring, bytes: 1 << 20 },
+        ids_for: Duration::from_secs(600),
+        entries_for: Duration::from_secs(3600),
+        now: samples::now(),
+    }
+}
+
+impl Node {
+    fn parts(&mut self) -> (&mut Follow, Doing<'_>) {
+        let Self { follow, clients, orphans, passed_on, begun_anew, .. } = self;
+        (follow, Doing { clients, orphans, passed_on, begun_anew })
+    }
+
+    /// Gives a client what there is for it.
+    fn feed(&mut self, client: usize, log: &Log) {
+        let client = &mut self.clients[client];
+        // Only the first read counts as such; what the log does not go on for is a reset.
+        while client.pace == Pace::Behind {
+            let page = match self.follow.next(&client.cursor) {
+                Next::Absent => log.page(Part::After(client.cursor.seq)),
+                Next::Entry(entry) => {
+                    if !client.offer(entry) {
+                        return;
+                    }
+                    continue;
+                }
+                Next::Bump(to) => {
+                    client.bump(&to);
+                    continue;
+                }
+                Next::Nothing => {
+                    client.pace = Pace::Live;
+                    return;
+                }
+            };
+            if !self.follow.is_followed(&page) {
+                return;
+            }
+            if let Some((to, reason)) = self.follow.break_behind(&page, &client.cursor) {
+                client.reset(&to, reason);
+            }
+            loop {
+                match self.follow.next_of(&page, &client.cursor) {
+                    Next::Entry(entry) => {
+                        if !client.offer(entry) {
+                            return;
+                        }
+                    }
+                    Next::Bump(to) => client.bump(&to),
+                    Next::Absent | Next::Nothing => break,
+                }
+            }
+        }
+    }
+
+    /// Answers a join; `false`: the log is to be read first.
+    fn join(&mut self, client: usize, log: &Log) -> bool {
+        let Some(top) = self.follow.top().cloned() else { return false };
+        let client = &mut self.clients[client];
+        let Some(since) = client.has.clone() else {
+            (client.has, client.cursor, client.pace) = (Some(top.clone()), top, Pace::Live);
+            return true;
+        };
+        let lost = |client: &mut Client| {
+            client.not_recovered += 1;
+            (client.has, client.cursor, client.pace) = (Some(top.clone()), top.clone(), Pace::Live);
+            true
+        };
+        let until = match self.follow.resume(&since) {
+            Resume::Until(until) => until,
+            Resume::Unknown(_) if !self.refreshed => return false,
+            Resume::Unknown(_) => return lost(client),
+        };
+        let entries = match self.follow.ring().after(since.seq) {
+            Some(entries) => serve::of_its_epoch(entries, &since, until.seq),
+            None if since.seq == top.seq => Some(vec![]),
+            None => {
+                let mut page = log.page(Part::After(since.seq));
+                if !self.follow.is_followed(&page) {
+                    return false;
+                }
+                page.keep_whole();
+                page.entries.retain(|entry| entry.position.seq <= top.seq);
+                if page.continues(since.seq).is_err() {
+                    return lost(client);
+                }
+                serve::of_its_epoch(page.entries.iter(), &since, until.seq)
+            }
+        };
+        let Some(entries) = entries else { return lost(client) };
+        client.cursor = since;
+        for entry in entries.iter().take(3) {
+            client.see(entry);
+            client.cursor = entry.position.clone();
+        }
+        client.pace = if client.cursor == top { Pace::Live } else { Pace::Behind };
+        true
+    }
+}
+
+impl World {
+    fn new(ring: usize) -> Self {
+        let log = Log {
+            epoch: "1-e".parse().unwrap(),
+            former: None,
+            states: vec![],
+            deleted: 0,
+            top: 0,
+            entries: vec![],
+            written: 0,
+            begun: 0,
+            run: 0,
+        };
+        let mut follow = Follow::default();
+        follow.begin_read();
+        let clients = (0..4).map(|_| Client::new(usize::MAX)).collect();
+        let (orphans, passed_on) = (vec![], vec![]);
+        let node = Node { follow, clients, orphans, passed_on, begun_anew: 0, refreshed: false };
+        let (link, gone_by) = (vec![], vec![]);
+        let mut world = Self { log, link, gone_by, node, need: Need::Read, page: None };
+        world.settle(ring);
+        world
+    }
+
+    fn need(&mut self, need: Need) {
+        if need == Need::Nothing {
+            return;
+        }
+        if self.node.follow.reading() == Reading::No {
+            self.node.follow.begin_read();
+            self.need = need;
+            self.page = None;
+        } else {
+            self.node.follow.read_again();
+        }
+    }
+
+    fn hear(&mut self, ring: usize, count: usize) {
+        for entry in self.link.drain(..count.min(self.link.len())).collect::<Vec<_>>() {
+            self.gone_by.push(entry.clone());
+            let (follow, mut doing) = self.node.parts();
+            let need = follow.arrive(entry, &keep(ring), &mut doing);
+            self.need(need);
+        }
+    }
+
+    fn look(&mut self) {
+        if self.need == Need::Nothing || self.page.is_some() {
+            return;
+        }
+        if self.need == Need::Heal {
+            let held = self.node.follow.held_of_log(&"r".parse().unwrap(), &keep(9)).unwrap();
+            let given = self.log.heal(&held);
+            self.link.extend(given);
+        }
+        self.page = Some(self.log.page(self.node.follow.next_part()));
+    }
+
+    fn answer(&mut self, ring: usize) {
+        let Some(page) = self.page.take() else { return };
+        self.need = Need::Nothing;
+        let (follow, mut doing) = self.node.parts();
+        let need = follow.read(page, &keep(ring), &mut doing);
+        self.need(need);
+        for orphan in std::mem::take(&mut self.node.orphans) {
+            self.link.extend(self.log.append(orphan));
+        }
+        self.node.refreshed = true;
+        for client in 0..self.node.clients.len() {
+            self.node.feed(client, &self.log);
+        }
+        self.joins();
+        self.node.refreshed = false;
+    }
+
+    fn joins(&mut self) {
+        for client in 0..self.node.clients.len() {
+            if self.node.clients[client].pace == Pace::Joining
+                && self.node.follow.reading() == Reading::No
+            {
+                if self.node.join(client, &self.log) {
+                    self.node.feed(client, &self.log);
+                } else {
+                    self.need(Need::Read);
+                }
+            }
+        }
+    }
+
+    /// All that is on its way arrives, and all clients come back and take everything.
+    fn settle(&mut self, ring: usize) {
+        for _ in 0..1000 {
+            self.hear(ring, usize::MAX);
+            let head = Position::new(self.log.epoch.clone(), self.log.top);
+            if self.need == Need::Nothing && !self.node.follow.has_reached(Some(&head)) {
+                self.need(Need::Read);
+            }
+            self.look();
+            self.answer(ring);
+            for client in 0..self.node.clients.len() {
+                self.node.clients[client].room = usize::MAX;
+                if self.node.clients[client].pace == Pace::Away {
+                    self.node.clients[client].pace = Pace::Joining;
+                }
+                self.node.feed(client, &self.log);
+            }
+            self.joins();
+            if self.need == Need::Nothing
+                && self.link.is_empty()
+                && self.node.follow.has_reached(Some(&head))
+            {
+                return;
+            }
+        }
+        panic!("never at rest");
+    }
+
+    fn take(&mut self, event: &Event, ring: usize) {
+        match *event {
+            Event::Say(count) => {
+                for _ in 0..count {
+                    let entry = self.log.say();
+                    self.link.push(entry);
+                }
+            }
+            Event::Hear(count) => self.hear(ring, usize::from(count)),
+            Event::Lose => drop(self.link.drain(..self.link.len().min(1))),
+            Event::Repeat(back) => {
+                let at = self.gone_by.len().checked_sub(usize::from(back) + 1);
+                if let Some(entry) = at.map(|at| self.gone_by[at].clone()) {
+                    self.link.insert(0, entry);
+                }
+            }
+            Event::Swap if self.link.len() > 1 => self.link.swap(0, 1),
+            Event::Swap => {}
+            Event::Doubt => self.need(Need::Read),
+            Event::Look => self.look(),
+            Event::Answer => self.answer(ring),
+            Event::LeaveOrReturn(client) => {
+                let client = &mut self.node.clients[usize::from(client) % 4];
+                client.pace = match client.pace {
+                    Pace::Away => Pace::Joining,
+                    _ => Pace::Away,
+                };
+                self.joins();
+            }
+            Event::Stall(client) => self.node.clients[usize::from(client) % 4].room = 0,
+            Event::Drain(client, frames) => {
+                let client = usize::from(client) % 4;
+                self.node.clients[client].room = usize::from(frames);
+                self.node.feed(client, &self.log);
+            }
+            Event::Bump(lost) => {
+                if lost > 0 {
+                    self.log.lose_tail(lost);
+                }
+                let former = Position::new(self.log.epoch.clone(), self.log.top);
+                self.log.begin_epoch(Some(former));
+            }
+            Event::Restart => self.log.lose_all(),
+            Event::Fork(lost) => {
+                self.log.lose_tail(lost);
+                // More than were lost, so that it shows.
+                self.take(&Event::Say(lost + 1), ring);
+            }
+            Event::Delete => {
+                self.log.lose_all();
+                self.log.deleted = ordinal(&self.log.epoch);
+            }
+            Event::Trim(count) => {
+                let count = usize::from(count).min(self.log.entries.len());
+                self.log.entries.drain(..count);
+            }
+        }
+    }
+
+    fn run(ring: usize, events: &[Event]) -> Self {
+        let mut world = Self::new(ring);
+        for event in events {
+            world.take(event, ring);
+        }
+        world.settle(ring);
+        let head = Position::new(world.log.epoch.clone(), world.log.top);
+        for client in &world.node.clients {
+            assert_eq!(client.has.as_ref(), Some(&head), "not at the end of the log");
+            for to in &client.bumps {
+                let skipped = |at: &Position| at.epoch == to.epoch && at.seq <= to.seq;
+                let skips = world.log.entries.iter().any(|entry| skipped(&entry.position));
+                assert!(!skips, "entries of {to} and before were skipped");
+            }
+        }
+        world
+    }
+
+    fn ids(&self) -> HashSet<shared::ids::MessageId> {
+        self.log.entries.iter().map(|entry| entry.envelope.id()).collect()
+    }
+}
+
+/// What a link and clients do, and a log that loses nothing.
+fn mild() -> impl Strategy<Value = Event> {
+    prop_oneof![
+        4 => (1_u8..6).prop_map(Event::Say),
+        6 => (1_u8..8).prop_map(Event::Hear),
+        1 => Just(Event::Lose),
+        1 => (0_u8..6).prop_map(Event::Repeat),
+        1 => Just(Event::Swap),
+        1 => Just(Event::Doubt),
+        4 => Just(Event::Look),
+        4 => Just(Event::Answer),
+        2 => (0_u8..4).prop_map(Event::LeaveOrReturn),
+        1 => (0_u8..4).prop_map(Event::Stall),
+        2 => (0_u8..4, 0_u8..6).prop_map(|(client, frames)| Event::Drain(client, frames)),
+    ]
+}
+
+/// The same, and a log that goes on in new epochs.
+fn soft() -> impl Strategy<Value = Event> {
+    prop_oneof![20 => mild(), 1 => Just(Event::Bump(0))]
+}
+
+/// A log that loses something.
+fn hard() -> impl Strategy<Value = Event> {
+    prop_oneof![
+        (1_u8..8).prop_map(Event::Bump),
+        Just(Event::Restart),
+        (1_u8..8).prop_map(Event::Fork),
+    ]
+}
+
+/// Everything.
+fn any_event() -> impl Strategy<Value = Event> {
+    prop_oneof![
+        20 => soft(),
+        1 => hard(),
+        1 => Just(Event::Delete),
+        1 => (1_u8..20).prop_map(Event::Trim),
+    ]
+}
+
+fn many(event: impl Strategy<Value = Event>) -> impl Strategy<Value = Vec<Event>> {
+    proptest::collection::vec(event, 0..120)
+}
+
+fn config() -> ProptestConfig {
+    ProptestConfig { cases: 500, failure_persistence: None, ..ProptestConfig::default() }
+}
+
+#[test]
+fn a_read_that_is_older_than_what_arrived_changes_nothing() {
+    let mut world = World::new(256);
+    world.take(&Event::Say(3), 256);
+    let old = world.log.page(Part::After(0));
+    world.take(&Event::Say(3), 256);
+    world.hear(256, 6);
+    world.need(Need::Read);
+    world.page = Some(old);
+    world.answer(256);
+    assert_eq!(world.need, Need::Nothing);
+    assert_eq!((world.node.begun_anew, world.node.passed_on.len()), (0, 6));
+}
+
+proptest! {
+    #![proptest_config(config())]
+
+    /// The clients check order, holes, repeats and announcements themselves.
+    #[test]
+    fn whatever_happens_each_member_sees_order_without_holes(
+        ring in prop_oneof![Just(1_usize), Just(4), Just(256)],
+        events in many(any_event()),
+    ) {
+        World::run(ring, &events);
+    }
+
+    #[test]
+    fn a_bad_link_alone_is_never_noticed(
+        ring in prop_oneof![Just(1_usize), Just(4), Just(256)],
+        events in many(mild()),
+    ) {
+        let world = World::run(ring, &events);
+        for client in &world.node.clients {
+            prop_assert_eq!(&client.given, &world.log.entries);
+            prop_assert!(client.resets.is_empty() && client.not_recovered == 0);
+        }
+    }
+
+    /// Each epoch is told of at its place, and nothing is skipped, unless the node missed a whole
+    /// epoch.
+    #[test]
+    fn nothing_is_skipped_where_an_epoch_continues_the_one_before(
+        ring in prop_oneof![Just(1_usize), Just(4), Just(256)],
+        events in many(soft()),
+    ) {
+        let world = World::run(ring, &events);
+        let bumps = events.iter().filter(|event| matches!(event, Event::Bump(_))).count();
+        prop_assert!(world.node.begun_anew == 0 || bumps > 1);
+        let clients = world.node.clients.iter().filter(|client| client.not_recovered == 0);
+        for client in clients.filter(|_| world.node.begun_anew == 0) {
+            prop_assert_eq!(&client.given, &world.log.entries);
+            // One who was behind is not told of an epoch in which nothing was said.
+            prop_assert!((bumps.min(1)..=bumps).contains(&client.resets.len()));
+        }
+        let clients = world.node.clients.iter();
+        prop_assert!(bumps > 1 || clients.map(|client| client.not_recovered).sum::<usize>() == 0);
+    }
+
+    /// What was passed on and then lost by the log is appended again, in its order.
+    #[test]
+    fn what_a_log_has_lost_is_brought_back(
+        before in many(mild()),
+        loss in hard(),
+        after in many(mild()),
+    ) {
+        let mut world = World::new(256);
+        for event in &before {
+            world.take(event, 256);
+        }
+        let passed_on = world.node.passed_on.clone();
+        world.take(&loss, 256);
+        for event in &after {
+            world.take(event, 256);
+        }
+        world.settle(256);
+        let ids = world.ids();
+        for entry in &passed_on {
+            prop_assert!(ids.contains(&entry.envelope.id()), "{} is lost", entry.position);
+        }
+    }
+
+    #[test]
+    fn what_was_deleted_is_not_brought_back(
+        before in many(mild()),
+        after in many(soft()),
+    ) {
+        let mut world = World::new(256);
+        for event in &before {
+            world.take(event, 256);
+        }
+        let deleted = world.log.written;
+        world.take(&Event::Delete, 256);
+        for event in &after {
+            world.take(event, 256);
+        }
+        world.settle(256);
+        let is_deleted = |entry: &Entry| entry.envelope.id().0.as_u128() <= u128::from(deleted);
+        prop_assert!(!world.log.entries.iter().any(is_deleted));
+    }
+}

@@ -1,0 +1,168 @@
+//! Redis loses its data while a gateway is gone, or before the others know a new one.
+
+use std::time::Duration;
+
+use shared::client::frames;
+use tokio::time::Instant;
+
+use super::{
+    UNLIMITED, addresses, length,
+    party::{Party, manners},
+    start_nodes, until_ready,
+    wire::{Mode, Wire},
+};
+use crate::harness::{Gateway, Node, Redis, connect, get, next_message, room, say, until, within};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gateway_and_the_data_of_redis_are_lost_together() {
+    let mut redis = Redis::start().await;
+    let mut nodes = start_nodes(&redis, 3).await;
+    let party = Party::at(&addresses(&nodes)).await;
+    party.goes_on(300).await;
+    tokio::join!(nodes[0].process.kill(), redis.kill());
+    redis.restart().await;
+    let back = Instant::now();
+    party.goes_on(1).await;
+    let acknowledged_after = back.elapsed();
+    party.goes_on(200).await;
+    let report = party.finish().await;
+    println!("gateway and Redis data lost: acknowledged again after {acknowledged_after:.2?}");
+    report.check("gateway and Redis data lost within one lease");
+    assert!(acknowledged_after < Duration::from_secs(13), "{acknowledged_after:?}");
+    for reader in [1, 2, 4, 5] {
+        assert_eq!(report.connections[reader], 1);
+        assert!(report.quiet[reader] < Duration::from_secs(15), "{:?}", report.quiet);
+        assert_eq!(report.epochs[reader], 2, "one new epoch: {:?}", report.epochs);
+    }
+    // Who was served goes on in the new epoch, told so.
+    assert!(report.resets >= 4, "{report}");
+    assert!(report.unavailable > 0, "{report}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_acknowledged_and_heard_by_nobody_outlives_the_data_of_redis() {
+    let mut redis = Redis::start().await;
+    let (mut wires, mut nodes) = (vec![], vec![]);
+    for _ in 0..2 {
+        let wire = Wire::to(&redis).await;
+        let url = wire.redis_url();
+        nodes.push(Node::start(&redis, None, &[("cluster.redis_url", url.as_str())]).await);
+        wires.push(wire);
+    }
+    let lobby = room("lobby");
+    let mut ann = connect(nodes[0].address, "ann").await;
+    let mut bob = connect(nodes[1].address, "bob").await;
+    ann.join(&lobby).await.unwrap();
+    bob.join(&lobby).await.unwrap();
+    let mut seq = 0;
+    for round in 0..length(2, 10) {
+        seq += 1;
+        let epoch = say(&mut bob, &lobby, "heard by all").await.epoch;
+        for connection in [&mut ann, &mut bob] {
+            assert_eq!(next_message(connection).await.seq, seq);
+        }
+        // Redis dies behind the answer and before anybody was passed the entry.
+        wires.iter().for_each(|wire| wire.set(Mode::Deaf));
+        let ack = say(&mut ann, &lobby, "heard by nobody").await;
+        seq += 1;
+        assert_eq!((&ack.epoch, ack.seq), (&epoch, seq), "round {round}");
+        redis.kill().await;
+        wires.iter().for_each(|wire| wire.set(Mode::Cut));
+        redis.restart().await;
+        wires.iter().for_each(|wire| wire.set(Mode::Open));
+        for connection in [&mut ann, &mut bob] {
+            let message = next_message(connection).await;
+            assert_eq!((message.seq, message.id, message.epoch), (seq, ack.id, epoch.clone()));
+        }
+        until_ready(&nodes).await;
+    }
+}
+
+/// Two nodes on wires, and a Redis that came back empty while the wires were cut.
+struct Parted {
+    redis: Redis,
+    wires: Vec<Wire>,
+    nodes: Vec<Node>,
+    party: Party,
+}
+
+async fn parted_from_an_empty_redis() -> Parted {
+    let mut redis = Redis::start().await;
+    let (mut wires, mut nodes) = (vec![], vec![]);
+    for _ in 0..2 {
+        let wire = Wire::to(&redis).await;
+        let url = wire.redis_url();
+        let extra = [&UNLIMITED[..], &[("cluster.redis_url", url.as_str())]].concat();
+        nodes.push(Node::start(&redis, None, &extra).await);
+        wires.push(wire);
+    }
+    let party = Party::start(manners(&addresses(&nodes))).await;
+    party.goes_on(200).await;
+    redis.kill().await;
+    wires.iter().for_each(|wire| wire.set(Mode::Cut));
+    redis.restart().await;
+    Parted { redis, wires, nodes, party }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_node_on_an_empty_redis_waits_for_those_who_remember() {
+    let Parted { redis, wires, nodes, party } = parted_from_an_empty_redis().await;
+    let epoch = party.book.lock().cursor(0).unwrap().epoch.clone();
+    let starting = tokio::spawn(async move {
+        let new = Node::start(&redis, None, &UNLIMITED).await;
+        (redis, new)
+    });
+    // Well within the 3 s after which a Redis that nobody remembers is taken as it is.
+    party.talks_for(Duration::from_millis(1500)).await;
+    wires.iter().for_each(|wire| wire.set(Mode::Open));
+    let (_redis, new) = within(starting).await.unwrap();
+    let lobby = room("lobby");
+    let mut ann = connect(new.address, "ann").await;
+    let joined = ann.join(&lobby).await.unwrap();
+    assert_eq!(joined.epoch, epoch, "the new node began a log of its own");
+    let top = party.book.lock().cursor(0).unwrap().seq;
+    assert!(joined.seq >= top.saturating_sub(10), "{} of {top}", joined.seq);
+    assert_eq!(say(&mut ann, &lobby, "hello").await.epoch, epoch);
+    until_ready(&nodes).await;
+    party.goes_on(50).await;
+    party
+        .finish()
+        .await
+        .check_seamless("a new node on an empty Redis, the others parted for 1.5 s");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn those_who_remember_but_come_too_late_are_told() {
+    let Parted { redis, wires, nodes, party } = parted_from_an_empty_redis().await;
+    let new = Node::start(&redis, None, &UNLIMITED).await;
+    let lobby = room("lobby");
+    let mut ann = connect(new.address, "ann").await;
+    ann.join(&lobby).await.unwrap();
+    say(&mut ann, &lobby, "first of another history").await;
+    wires.iter().for_each(|wire| wire.set(Mode::Open));
+    until_ready(&nodes).await;
+    party.goes_on(50).await;
+    let report = party.finish().await;
+    report.check("a new node on an empty Redis went on alone, the others came later");
+    assert!(report.resets >= report.clients, "{report}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_cluster_on_an_empty_redis_waits_for_those_who_may_remember() {
+    let redis = Redis::start().await;
+    redis.command("FLUSHALL").await;
+    let begun = Instant::now();
+    let gateway = Gateway::start_on(&redis, &[]).await;
+    until("ready", async || get(gateway.address, "/ready").await.status == 200).await;
+    let lobby = room("lobby");
+    let mut ann = gateway.connect("ann").await;
+    let join = frames::Join { history: Some(0), ..frames::Join::to(&lobby) };
+    let joined = within(ann.join_with(&join)).await.unwrap();
+    assert_eq!((joined.seq, joined.recovered), (0, false));
+    let waited = begun.elapsed();
+    assert_eq!(say(&mut ann, &lobby, "hello").await.seq, 1);
+    assert_eq!(next_message(&mut ann).await.seq, 1);
+    println!("a new cluster on an empty Redis: open after {waited:.2?}");
+    let expected = Duration::from_millis(2900)..Duration::from_secs(8);
+    assert!(expected.contains(&waited), "{waited:?}");
+}

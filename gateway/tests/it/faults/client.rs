@@ -1,0 +1,297 @@
+//! One client on raw connections.
+//!
+//! It does what the protocol asks of one: it comes back elsewhere when its connection ends or is
+//! silent, continues from its cursor, and repeats what has no answer under the same id, after it has
+//! taken what it missed.
+
+use std::{sync::Arc, time::Duration};
+
+use parking_lot::Mutex;
+use serde_json::{Value, json};
+use shared::{
+    client::{
+        connection::{Connection, Received},
+        frames,
+        options::Options,
+    },
+    ids::{MessageId, RoomId},
+    position::Position,
+    protocol::answer::{Answer, Frame, Refusal},
+};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep_until, timeout_at},
+};
+
+use super::{book::Book, report::Wrong};
+use crate::harness::room;
+
+/// How a client behaves.
+#[derive(Clone, Debug)]
+pub struct Manner {
+    /// Where it connects, the next one after each connection.
+    pub urls: Vec<String>,
+    /// The pause between an answer and the next message.
+    pub pace: Duration,
+    /// The size of a message.
+    pub bytes: usize,
+    /// After how long a silent connection is given up. Pings make a living one talk.
+    pub patience: Duration,
+}
+
+/// What a client is to do.
+#[derive(Clone, Debug)]
+pub struct Orders {
+    pub present: bool,
+    /// How many messages it begins in all.
+    pub messages_max: usize,
+}
+
+/// A message without an answer.
+struct Outstanding {
+    id: MessageId,
+    begun: Instant,
+    sent: Option<Instant>,
+    again_at: Option<Instant>,
+}
+
+pub struct Client {
+    number: usize,
+    manner: Manner,
+    room: RoomId,
+    book: Arc<Mutex<Book>>,
+    orders: watch::Receiver<Orders>,
+    /// How many messages it has begun, and whether one has no answer.
+    begun: Arc<watch::Sender<(usize, bool)>>,
+    outstanding: Option<Outstanding>,
+    next_at: Instant,
+}
+
+impl Client {
+    pub fn new(
+        number: usize,
+        manner: Manner,
+        book: &Arc<Mutex<Book>>,
+        orders: watch::Receiver<Orders>,
+        begun: Arc<watch::Sender<(usize, bool)>>,
+    ) -> Self {
+        Self {
+            number,
+            manner,
+            room: room("lobby"),
+            book: book.clone(),
+            orders,
+            begun,
+            outstanding: None,
+            next_at: Instant::now(),
+        }
+    }
+
+    /// Connects again and again, until nobody gives orders any more.
+    pub async fn run(mut self) {
+        for at in 0.. {
+            if self.orders.wait_for(|orders| orders.present).await.is_err() {
+                return;
+            }
+            let url = self.manner.urls[at % self.manner.urls.len()].clone();
+            let mut options = Options::to(url).user(format!("u{}", self.number));
+            options.open_wait = Duration::from_secs(1);
+            if let Ok(mut connection) = Connection::open(&options).await {
+                self.talk(&mut connection).await;
+            }
+            if let Some(outstanding) = &mut self.outstanding {
+                (outstanding.sent, outstanding.again_at) = (None, None);
+            }
+            sleep_until(Instant::now() + Duration::from_millis(50)).await;
+        }
+    }
+
+    /// One connection, until it ends, is silent, or the client is sent away.
+    async fn talk(&mut self, connection: &mut Connection) {
+        // Where the recovery ends that comes first; `None` before the room is joined.
+        let mut goal: Option<Position> = None;
+        let mut join_at = Some(Instant::now());
+        let mut ping_at = Instant::now();
+        let mut heard_by = Instant::now() + self.manner.patience;
+        loop {
+            if !self.orders.borrow().present {
+                self.book.lock().away(self.number);
+                return;
+            }
+            let now = Instant::now();
+            let mut due = ping_at;
+            if now >= ping_at {
+                ping_at = now + Duration::from_millis(500);
+                due = ping_at;
+                if connection.send_json(&frames::Ping::default()).await.is_err() {
+                    return;
+                }
+            }
+            if let Some(at) = join_at {
+                due = due.min(at);
+                if now >= at {
+                    join_at = None;
+                    if self.join(connection).await.is_err() {
+                        return;
+                    }
+                }
+            } else if self.may_send(goal.as_ref()) {
+                let at = self.send_at();
+                due = due.min(at);
+                if now >= at && self.send(connection).await.is_err() {
+                    return;
+                }
+            }
+            // What is due now was done, and is due again later than now.
+            let due = due.max(now + Duration::from_millis(1)).min(heard_by);
+            match timeout_at(due, connection.next()).await {
+                Ok(Ok(received)) => {
+                    heard_by = Instant::now() + self.manner.patience;
+                    self.take(received, &mut goal, &mut join_at);
+                }
+                Ok(Err(_)) => return,
+                Err(_) if Instant::now() >= heard_by => return,
+                Err(_) => {}
+            }
+        }
+    }
+
+    async fn join(&self, connection: &mut Connection) -> Result<(), ()> {
+        let since = self.book.lock().cursor(self.number).cloned();
+        let history = since.is_none().then_some(0);
+        let join = frames::Join { since: since.as_ref(), history, ..frames::Join::to(&self.room) };
+        connection.send_json(&join).await.map_err(drop)
+    }
+
+    /// Whether the room is joined, everything up to there was had, and there is something to say.
+    fn may_send(&mut self, goal: Option<&Position>) -> bool {
+        let Some(goal) = goal else { return false };
+        let book = self.book.clone();
+        let mut book = book.lock();
+        let reached = book
+            .cursor(self.number)
+            .is_some_and(|cursor| cursor.epoch != goal.epoch || cursor.seq >= goal.seq);
+        if !reached {
+            return false;
+        }
+        if let Some(outstanding) = &self.outstanding {
+            if outstanding.sent.is_some() && outstanding.again_at.is_none() {
+                return false;
+            }
+            let place = book.seen(self.number, outstanding.id).cloned();
+            if let Some(position) = place {
+                book.taken(self.number, outstanding.id, position);
+                drop(book);
+                self.settled();
+                return false;
+            }
+            return true;
+        }
+        self.begun.borrow().0 < self.orders.borrow().messages_max
+    }
+
+    fn send_at(&self) -> Instant {
+        match &self.outstanding {
+            Some(outstanding) => outstanding.again_at.unwrap_or(outstanding.begun),
+            None => self.next_at,
+        }
+    }
+
+    async fn send(&mut self, connection: &mut Connection) -> Result<(), ()> {
+        let now = Instant::now();
+        if self.outstanding.is_none() {
+            self.begun.send_modify(|(count, waits)| (*count, *waits) = (*count + 1, true));
+        }
+        let outstanding = self.outstanding.get_or_insert_with(|| Outstanding {
+            id: MessageId::random(),
+            begun: now,
+            sent: None,
+            again_at: None,
+        });
+        (outstanding.sent, outstanding.again_at) = (Some(now), None);
+        let content: Value = json!("x".repeat(self.manner.bytes));
+        let message = frames::Message {
+            id: Some(outstanding.id),
+            ..frames::Message::to(&self.room, &content)
+        };
+        connection.send_json(&message).await.map_err(drop)
+    }
+
+    fn settled(&mut self) {
+        self.outstanding = None;
+        self.next_at = Instant::now() + self.manner.pace;
+        self.begun.send_modify(|(_, waits)| *waits = false);
+    }
+
+    fn take(
+        &mut self,
+        received: Received,
+        goal: &mut Option<Position>,
+        join_at: &mut Option<Instant>,
+    ) {
+        let (book, me, now) = (self.book.clone(), self.number, Instant::now());
+        let mut book = book.lock();
+        match received {
+            Received::Frame(Answer::Connected(_), _) => book.connected(me),
+            Received::Frame(Answer::Joined(joined), _) => {
+                book.joined(me, &joined, now);
+                *goal = Some(Position::new(joined.epoch.clone(), joined.seq));
+            }
+            Received::Frame(Answer::Message(message), _) => book.message(me, &message, now),
+            Received::Frame(Answer::Reset(reset), _) => book.reset(me, &reset),
+            Received::Frame(Answer::Ack(ack), _) => match &self.outstanding {
+                Some(Outstanding { id, sent: Some(sent), .. }) if *id == ack.id => {
+                    book.ack(me, &ack, now.duration_since(*sent));
+                    drop(book);
+                    self.settled();
+                }
+                _ => book.wrong(me, Wrong::Protocol, format!("an ack of nothing: {ack:?}")),
+            },
+            Received::Frame(Answer::Error(refusal), _) => {
+                self.refused(&mut book, &refusal, goal.is_some(), join_at);
+            }
+            Received::Frame(
+                Answer::Pong(_)
+                | Answer::Ping(_)
+                | Answer::Status(_)
+                | Answer::Unknown
+                | Answer::Reconnect(_),
+                _,
+            )
+            | Received::Ping(_)
+            | Received::Pong(_) => {}
+            other => book.wrong(me, Wrong::Protocol, format!("{other:?}")),
+        }
+    }
+
+    fn refused(
+        &mut self,
+        book: &mut Book,
+        refusal: &Refusal,
+        joined: bool,
+        join_at: &mut Option<Instant>,
+    ) {
+        let now = Instant::now();
+        if !matches!(refusal.code.as_str(), "unavailable" | "overloaded") {
+            book.wrong(self.number, Wrong::Protocol, format!("{refusal:?}"));
+        }
+        let again_at = now + Duration::from_millis(refusal.retry_after_ms.unwrap_or(500));
+        if !joined {
+            *join_at = Some(again_at);
+        } else if let Some(outstanding) = &mut self.outstanding
+            && refusal.id.is_none_or(|id| id == outstanding.id)
+            && let Some(sent) = outstanding.sent
+        {
+            book.refused(self.number, refusal.retry_after_ms, now.duration_since(sent));
+            outstanding.again_at = Some(again_at);
+        }
+    }
+}
+
+/// The frame in what was received, for tests that read themselves.
+pub fn frame(received: Received) -> Option<Frame> {
+    match received {
+        Received::Frame(frame, _) => Some(frame),
+        _ => None,
+    }
+}

@@ -1,0 +1,130 @@
+//! A gateway is stopped in its tracks and goes on later: it delivers nothing that it has not checked.
+
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep_until, timeout};
+
+use super::{
+    addresses,
+    client::Manner,
+    is_full, length,
+    party::{Party, manners},
+    start_nodes, until_ready,
+    wire::{Mode, Wire},
+};
+use crate::harness::{Node, Redis, connect, next_message, room, say};
+
+/// The usual clients, and one that stays with the first node whatever happens.
+async fn party_with_one_that_stays(nodes: &[Node]) -> Party {
+    let mut manners = manners(&addresses(nodes));
+    manners.push(Manner { patience: Duration::from_secs(3600), ..manners[0].clone() });
+    Party::start(manners).await
+}
+
+async fn freeze_for(time: Duration) {
+    let redis = Redis::start().await;
+    let nodes = start_nodes(&redis, 3).await;
+    let party = party_with_one_that_stays(&nodes).await;
+    party.goes_on(200).await;
+    nodes[0].process.signal("STOP");
+    party.talks_for(time).await;
+    nodes[0].process.signal("CONT");
+    party.goes_on(200).await;
+    until_ready(&nodes).await;
+    let report = party.finish().await;
+    report.check_seamless(&format!("gateway SIGSTOP {time:?}"));
+    // Clients of the frozen node left; the one that stayed got everything on its one connection.
+    assert!(report.connections[0] > 1 && report.connections[3] > 1, "{:?}", report.connections);
+    assert_eq!(report.connections[6], 1);
+    for reader in [1, 2, 4, 5] {
+        assert_eq!(report.connections[reader], 1);
+        // Clients that leave take 2 s to find out; the others speak meanwhile.
+        assert!(report.quiet[reader] < super::SHORT, "{:?}", report.quiet);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_of_a_node_that_freezes_shortly_continue_elsewhere() {
+    freeze_for(Duration::from_secs(4)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_was_frozen_for_longer_than_its_lease_checks_before_it_delivers() {
+    freeze_for(length(Duration::from_secs(12), Duration::from_secs(30))).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_whose_lease_is_over_passes_nothing_on_until_it_has_asked() {
+    let redis = Redis::start().await;
+    let wire = Wire::to(&redis).await;
+    let url = wire.redis_url();
+    let frozen = Node::start(&redis, None, &[("cluster.redis_url", url.as_str())]).await;
+    let other = Node::start(&redis, None, &[]).await;
+    let lobby = room("lobby");
+    let mut ann = connect(frozen.address, "ann").await;
+    let mut bob = connect(other.address, "bob").await;
+    ann.join(&lobby).await.unwrap();
+    bob.join(&lobby).await.unwrap();
+    say(&mut bob, &lobby, "heard").await;
+    assert_eq!(next_message(&mut ann).await.seq, 1);
+
+    frozen.process.signal("STOP");
+    let over = Instant::now() + Duration::from_secs(10);
+    for seq in 2..=20 {
+        // They wait in the socket of the frozen node.
+        assert_eq!(say(&mut bob, &lobby, "while it is frozen").await.seq, seq);
+    }
+    sleep_until(over).await;
+    // It cannot ask whether the others went on without it, and they may have.
+    wire.set(Mode::NoRequests);
+    frozen.process.signal("CONT");
+    let too_early = timeout(Duration::from_millis(1500), next_message(&mut ann)).await;
+    assert!(too_early.is_err(), "passed on unasked: {too_early:?}");
+    wire.set(Mode::Open);
+    for seq in 2..=20 {
+        assert_eq!(next_message(&mut ann).await.seq, seq);
+    }
+}
+
+/// Redis is restarted while a node is frozen: the others wait for it as long as its lease, then go
+/// on without it, in a new epoch, announced.
+async fn freeze_while_redis_restarts(mut redis: Redis, what: &str) -> super::report::Report {
+    let nodes = start_nodes(&redis, 3).await;
+    let party = party_with_one_that_stays(&nodes).await;
+    party.goes_on(200).await;
+    nodes[0].process.signal("STOP");
+    party.goes_on(100).await;
+    redis.kill().await;
+    redis.restart().await;
+    // It is acknowledged again only when the lease of the frozen one is over.
+    party.goes_on(200).await;
+    nodes[0].process.signal("CONT");
+    until_ready(&nodes).await;
+    party.goes_on(200).await;
+    let report = party.finish().await;
+    report.check(what);
+    for reader in [1, 2, 4, 5] {
+        assert_eq!(report.connections[reader], 1);
+        // The lease, and what it takes to send and connect again.
+        assert!(report.quiet[reader] < Duration::from_secs(15), "{:?}", report.quiet);
+    }
+    assert!(report.resets > 0, "nobody was told: {report}");
+    assert!(report.unavailable > 0, "sends were not refused meanwhile: {report}");
+    report
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn redis_restarts_while_a_node_is_frozen() {
+    let redis = Redis::start_durable().await;
+    let report = freeze_while_redis_restarts(redis, "SIGSTOP, Redis restarts with its file").await;
+    assert_eq!(report.skipped, 0, "something was skipped: {report}");
+    assert_eq!(report.not_recovered, 0, "the log was there: {report}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn redis_comes_back_empty_while_a_node_is_frozen() {
+    if is_full() {
+        let redis = Redis::start().await;
+        freeze_while_redis_restarts(redis, "SIGSTOP, Redis comes back empty").await;
+    }
+}

@@ -1,0 +1,147 @@
+//! The witness sees what it is there to see: each wrong, shown to it, is counted.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use shared::{
+    ids::MessageId,
+    protocol::answer::{Ack, Entry, Joined, Message, Reset},
+};
+use tokio::time::Instant;
+
+use super::{
+    book::Book,
+    party::Party,
+    report::{Report, Wrong},
+};
+use crate::harness::Gateway;
+
+fn id(number: u8) -> MessageId {
+    format!("00000000-0000-4000-8000-0000000000{number:02x}").parse().unwrap()
+}
+
+fn message(epoch: &str, seq: u64, number: u8) -> Message {
+    let from = json!({"id": "ann", "name": "ann"});
+    serde_json::from_value(json!({
+        "room": "lobby", "epoch": epoch, "seq": seq, "id": id(number), "from": from,
+        "kind": "text", "content": "", "timestamp": "",
+    }))
+    .unwrap()
+}
+
+fn joined(epoch: &str, seq: u64, recovered: bool, reason: Value) -> Joined<Entry> {
+    serde_json::from_value(json!({
+        "room": "lobby", "epoch": epoch, "seq": seq, "recovered": recovered, "reason": reason,
+        "history": [], "durable": true,
+    }))
+    .unwrap()
+}
+
+fn reset(epoch: &str, seq: u64) -> Reset {
+    serde_json::from_value(
+        json!({"room": "lobby", "epoch": epoch, "seq": seq, "reason": "log_lost"}),
+    )
+    .unwrap()
+}
+
+fn ack(epoch: &str, seq: u64, number: u8) -> Ack {
+    serde_json::from_value(json!({
+        "room": "lobby", "epoch": epoch, "seq": seq, "id": id(number), "timestamp": "",
+        "duplicate": false,
+    }))
+    .unwrap()
+}
+
+/// One frame, or an ack of the reader's own message.
+enum Shown {
+    Joined(Joined<Entry>),
+    Message(Message),
+    Reset(Reset),
+    Ack(Ack),
+}
+
+/// A reader that joined at (e, 0) and got 1 and 2, is shown more; `wrong` is what comes of it.
+#[track_caller]
+fn check(shown: Vec<Shown>, wrong: &[Wrong]) -> Report {
+    let (mut book, now) = (Book::new(1), Instant::now());
+    book.joined(0, &joined("e", 0, false, Value::Null), now);
+    book.message(0, &message("e", 1, 1), now);
+    book.message(0, &message("e", 2, 2), now);
+    for shown in shown {
+        match shown {
+            Shown::Joined(joined) => book.joined(0, &joined, now),
+            Shown::Message(message) => book.message(0, &message, now),
+            Shown::Reset(reset) => book.reset(0, &reset),
+            Shown::Ack(ack) => book.ack(0, &ack, Duration::ZERO),
+        }
+    }
+    let report = book.report();
+    let seen: Vec<Wrong> = report.wrong.keys().copied().collect();
+    assert_eq!(seen, wrong, "{:?}", report.examples);
+    report
+}
+
+#[test]
+fn what_is_right_is_not_held_against_anybody() {
+    check(vec![], &[]);
+    check(vec![Shown::Message(message("e", 3, 3)), Shown::Ack(ack("e", 3, 3))], &[]);
+    check(vec![Shown::Joined(joined("e", 2, true, Value::Null))], &[]);
+    // A new epoch, announced, in which an orphan comes again.
+    let shown = vec![
+        Shown::Reset(reset("f", 1)),
+        Shown::Message(message("f", 2, 2)),
+        Shown::Ack(ack("f", 2, 2)),
+    ];
+    assert_eq!(check(shown, &[]).again, 1);
+}
+
+#[test]
+fn each_wrong_is_seen() {
+    let then = |seq, number| Shown::Message(message("e", seq, number));
+    check(vec![then(2, 2)], &[Wrong::Duplicated]);
+    check(vec![then(3, 2)], &[Wrong::Duplicated, Wrong::Disagreement]);
+    check(vec![then(4, 4)], &[Wrong::Hole]);
+    check(vec![then(4, 4), then(3, 3)], &[Wrong::OutOfOrder, Wrong::Hole]);
+    check(vec![then(2, 3)], &[Wrong::Duplicated, Wrong::Disagreement]);
+    check(vec![Shown::Message(message("f", 3, 3))], &[Wrong::UnannouncedBreak]);
+    // Recovered, and nothing follows or the log is shorter.
+    check(vec![Shown::Ack(ack("e", 3, 3))], &[Wrong::Lost]);
+    check(vec![Shown::Joined(joined("e", 1, true, Value::Null))], &[Wrong::UnannouncedBreak]);
+    check(
+        vec![Shown::Joined(joined("f", 5, true, Value::Null)), Shown::Message(message("f", 6, 6))],
+        &[Wrong::UnannouncedBreak],
+    );
+    check(vec![Shown::Ack(ack("e", 2, 3))], &[Wrong::Lost, Wrong::Disagreement]);
+    check(vec![Shown::Ack(ack("e", 1, 2))], &[Wrong::Disagreement]);
+    check(vec![Shown::Joined(joined("f", 5, false, Value::Null))], &[Wrong::Protocol]);
+    // Sent one after the other, and numbered the other way round.
+    check(vec![Shown::Ack(ack("e", 2, 2)), Shown::Ack(ack("e", 1, 1))], &[Wrong::OutOfOrder]);
+}
+
+#[test]
+fn what_a_break_did_not_jump_over_is_lost_all_the_same() {
+    let break_then_ack = |position: Ack| vec![Shown::Reset(reset("f", 7)), Shown::Ack(position)];
+    assert_eq!(check(break_then_ack(ack("e", 3, 9)), &[]).skipped, 1);
+    assert_eq!(check(break_then_ack(ack("f", 7, 9)), &[]).skipped, 1);
+    check(break_then_ack(ack("f", 8, 9)), &[Wrong::Lost]);
+    let told = Shown::Joined(joined("e", 9, false, json!("log_trimmed")));
+    assert_eq!(check(vec![told, Shown::Ack(ack("e", 5, 9))], &[]).skipped, 1);
+    let told = Shown::Joined(joined("e", 9, false, json!("log_trimmed")));
+    check(vec![told, Shown::Ack(ack("e", 10, 9))], &[Wrong::Lost]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_party_without_a_fault_is_seamless() {
+    let gateway = Gateway::start(&super::UNLIMITED).await;
+    let party = Party::at(&[gateway.address; 2]).await;
+    party.goes_on(100).await;
+    party.send_away(1);
+    party.goes_on(100).await;
+    party.call_back(1);
+    party.goes_on(50).await;
+    let report = party.finish().await;
+    report.check_seamless("no fault");
+    assert_eq!(report.connections, [1, 2, 1, 1]);
+    assert_eq!(report.delivered, report.acknowledged * 4);
+    assert!(report.acknowledged > 250);
+}

@@ -1,0 +1,91 @@
+//! The link between one gateway and Redis fails in every way a link can, while Redis stays.
+
+use std::time::Duration;
+
+use super::{
+    UNLIMITED, addresses, length,
+    party::Party,
+    ready, until_ready,
+    wire::{Mode, Wire},
+};
+use crate::harness::{Gateway, Node, Redis, get, next_message, room, say, until};
+
+/// One of two nodes has its link fail for a while.
+async fn fail(mode: Mode, time: Duration, what: &str) {
+    let redis = Redis::start().await;
+    let wire = Wire::to(&redis).await;
+    let url = wire.redis_url();
+    let extra = [&UNLIMITED[..], &[("cluster.redis_url", url.as_str())]].concat();
+    let nodes =
+        [Node::start(&redis, None, &extra).await, Node::start(&redis, None, &UNLIMITED).await];
+    let party = Party::at(&addresses(&nodes)).await;
+    let rounds = length(1, 3);
+    for _ in 0..rounds {
+        party.goes_on(200).await;
+        wire.set(mode);
+        until("the node knows", async || !ready(nodes[0].address).await).await;
+        party.talks_for(time).await;
+        wire.set(Mode::Open);
+        until_ready(&nodes).await;
+        party.goes_on(200).await;
+    }
+    let report = party.finish().await;
+    report.check_seamless(&format!("{rounds} x {what} for {time:?}"));
+    // Open connections stay, and the clients of the other node hear each other all the time.
+    assert!(report.connections.iter().all(|count| *count == 1), "{:?}", report.connections);
+    for reader in [1, 3] {
+        assert!(report.quiet[reader] < super::SHORT, "{:?}", report.quiet);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_link_that_is_a_black_hole() {
+    fail(Mode::Hole, Duration::from_secs(4), "black hole").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_link_that_is_a_black_hole_for_longer_than_a_lease() {
+    let time = length(Duration::from_secs(11), Duration::from_secs(20));
+    fail(Mode::Hole, time, "black hole").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_link_that_is_cut() {
+    fail(Mode::Cut, Duration::from_secs(3), "cut").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_link_on_which_requests_do_not_pass() {
+    fail(Mode::NoRequests, Duration::from_secs(4), "one-way cut towards Redis").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_link_on_which_answers_do_not_pass() {
+    fail(Mode::NoAnswers, Duration::from_secs(4), "one-way cut from Redis").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_link_on_which_answers_are_lost() {
+    fail(Mode::AnswersLost, Duration::from_secs(4), "answers of Redis lost").await;
+}
+
+#[tokio::test]
+async fn what_was_said_while_a_node_was_deaf_comes_when_it_hears_again() {
+    let redis = Redis::start().await;
+    let (one, two) = (Gateway::start_on(&redis, &[]).await, Gateway::start_on(&redis, &[]).await);
+    let lobby = room("lobby");
+    let (mut ann, mut bob) = (one.connect("ann").await, two.connect("bob").await);
+    ann.join(&lobby).await.unwrap();
+    bob.join(&lobby).await.unwrap();
+    redis.command("ACL SETUSER default -subscribe").await;
+    redis.command("CLIENT KILL TYPE pubsub").await;
+    for gateway in [&one, &two] {
+        until("deaf", async || get(gateway.address, "/ready").await.status == 503).await;
+    }
+    // Publishing goes on, and nothing is said after it: only the reconnect can bring it.
+    assert_eq!(say(&mut ann, &lobby, "unheard").await.seq, 1);
+    redis.command("ACL SETUSER default +subscribe").await;
+    for connection in [&mut ann, &mut bob] {
+        assert_eq!(next_message(connection).await.seq, 1);
+    }
+}

@@ -1,0 +1,184 @@
+//! Faults of every kind, one after the other and two at once, by the roll of a die whose seed is
+//! printed: `SKEIN_SEED` plays it again, as far as real processes allow.
+
+use std::time::Duration;
+
+use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
+use tokio::time::{Instant, sleep_until};
+
+use super::{
+    UNLIMITED, length,
+    party::{Party, manners},
+    until_ready,
+    wire::{Mode, Wire},
+};
+use crate::harness::{Node, Redis};
+
+const NODES: usize = 3;
+
+/// What a fault does; all are over when it has been done.
+#[derive(Clone, Copy, Debug)]
+enum Fault {
+    KillNode(usize),
+    EndNode(usize),
+    Freeze(usize, u64),
+    FreezeRedis(u64),
+    Link(usize, Mode, u64),
+    KillRedis,
+    KillRedisAndNode(usize),
+    KillRedisWhileFrozen(usize, u64),
+    KillRedisWhileLinkFails(usize, Mode, u64),
+    ThrowOut(&'static str),
+}
+
+struct Cluster {
+    redis: Redis,
+    wires: Vec<Wire>,
+    nodes: Vec<Node>,
+}
+
+fn roll(die: &mut StdRng) -> Fault {
+    let node = die.random_range(0..NODES);
+    // Some shorter than anybody notices, some longer than a lease.
+    let ms = match die.random_range(0..10) {
+        0 => die.random_range(9_000..13_000),
+        1..4 => die.random_range(2_000..6_000),
+        _ => die.random_range(10..1_500),
+    };
+    let modes = [Mode::Cut, Mode::Hole, Mode::NoRequests, Mode::NoAnswers, Mode::AnswersLost];
+    let mode = modes[die.random_range(0..modes.len())];
+    match die.random_range(0..10) {
+        0 => Fault::KillNode(node),
+        1 => Fault::EndNode(node),
+        2 => Fault::Freeze(node, ms),
+        3 => Fault::FreezeRedis(ms),
+        4 => Fault::Link(node, mode, ms),
+        5 => Fault::KillRedisAndNode(node),
+        6 => Fault::KillRedisWhileFrozen(node, ms),
+        7 => Fault::KillRedisWhileLinkFails(node, mode, ms),
+        8 => Fault::ThrowOut(if ms % 2 == 0 { "pubsub" } else { "normal" }),
+        _ => Fault::KillRedis,
+    }
+}
+
+async fn pause(ms: u64) {
+    sleep_until(Instant::now() + Duration::from_millis(ms)).await;
+}
+
+impl Cluster {
+    async fn start(redis: Redis) -> Self {
+        let mut cluster = Self { redis, wires: vec![], nodes: vec![] };
+        for at in 0..NODES {
+            cluster.wires.push(Wire::to(&cluster.redis).await);
+            let node = cluster.start_node(at, None).await;
+            cluster.nodes.push(node);
+        }
+        cluster
+    }
+
+    async fn start_node(&self, at: usize, listen: Option<std::net::SocketAddr>) -> Node {
+        let url = self.wires[at].redis_url();
+        let extra = [&UNLIMITED[..], &[("cluster.redis_url", url.as_str())]].concat();
+        Node::start(&self.redis, listen, &extra).await
+    }
+
+    async fn restart_node(&mut self, at: usize) {
+        let address = self.nodes[at].address;
+        self.nodes[at] = self.start_node(at, Some(address)).await;
+    }
+
+    async fn restart_redis(&mut self) {
+        self.redis.kill().await;
+        self.redis.restart().await;
+    }
+
+    async fn suffer(&mut self, fault: Fault) {
+        match fault {
+            Fault::KillNode(at) => {
+                self.nodes[at].process.kill().await;
+                self.restart_node(at).await;
+            }
+            Fault::EndNode(at) => {
+                self.nodes[at].process.signal("TERM");
+                assert_eq!(self.nodes[at].process.end().await, Some(0));
+                self.restart_node(at).await;
+            }
+            Fault::Freeze(at, ms) => {
+                self.nodes[at].process.signal("STOP");
+                pause(ms).await;
+                self.nodes[at].process.signal("CONT");
+            }
+            Fault::FreezeRedis(ms) => {
+                self.redis.signal("STOP");
+                pause(ms).await;
+                self.redis.signal("CONT");
+            }
+            Fault::Link(at, mode, ms) => {
+                self.wires[at].set(mode);
+                pause(ms).await;
+                self.wires[at].set(Mode::Open);
+            }
+            Fault::KillRedis => self.restart_redis().await,
+            Fault::KillRedisAndNode(at) => {
+                self.nodes[at].process.kill().await;
+                self.restart_redis().await;
+                self.restart_node(at).await;
+            }
+            Fault::KillRedisWhileFrozen(at, ms) => {
+                self.nodes[at].process.signal("STOP");
+                pause(ms / 2).await;
+                self.restart_redis().await;
+                pause(ms / 2).await;
+                self.nodes[at].process.signal("CONT");
+            }
+            Fault::KillRedisWhileLinkFails(at, mode, ms) => {
+                self.wires[at].set(mode);
+                pause(ms / 2).await;
+                self.restart_redis().await;
+                pause(ms / 2).await;
+                self.wires[at].set(Mode::Open);
+            }
+            Fault::ThrowOut(kind) => {
+                self.redis.command(&format!("CLIENT KILL TYPE {kind}")).await;
+            }
+        }
+    }
+}
+
+async fn mix(redis: Redis, faults: usize, salt: u64, what: &str) {
+    let seed = std::env::var("SKEIN_SEED").ok().and_then(|seed| seed.parse().ok());
+    let seed: u64 = seed.unwrap_or_else(|| rand::rng().random());
+    println!("{what}: SKEIN_SEED={seed}");
+    let mut die = StdRng::seed_from_u64(seed ^ salt);
+    let mut cluster = Cluster::start(redis).await;
+    let addresses: Vec<_> = cluster.nodes.iter().map(|node| node.address).collect();
+    let mut manners = manners(&addresses);
+    for manner in &mut manners {
+        manner.pace = Duration::from_millis(10);
+    }
+    let party = Party::start(manners).await;
+    for number in 0..faults {
+        party.goes_on(die.random_range(1..200)).await;
+        let fault = roll(&mut die);
+        cluster.suffer(fault).await;
+        // Every other time the next one comes before this one is mended.
+        if die.random_range(0..2) == 0 {
+            until_ready(&cluster.nodes).await;
+        }
+        let wrong = party.book.lock().examples().to_vec();
+        assert!(wrong.is_empty(), "fault {number} of seed {seed}, {fault:?}: {wrong:?}");
+    }
+    until_ready(&cluster.nodes).await;
+    let report = party.finish().await;
+    report.check(&format!("{faults} faults mixed, {what}"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_lost_in_silence_with_a_redis_that_keeps_its_file() {
+    mix(Redis::start_durable().await, length(8, 60), 1, "Redis with its file").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_lost_in_silence_with_a_redis_that_forgets() {
+    mix(Redis::start().await, length(8, 60), 2, "Redis empty after a restart").await;
+}

@@ -1,0 +1,81 @@
+//! Everything that may go wrong around the nodes, with real processes: nobody misses anything that
+//! was acknowledged, or is told so. `docs/faults.md` has the table.
+//!
+//! `book` judges, a `client` talks, `wire` fails. `make test` runs short trials; `make faults` sets
+//! `SKEIN_FAULTS=full` for those at full length.
+
+use std::{net::SocketAddr, time::Duration};
+
+use crate::harness::{Node, Redis, get, until};
+
+mod report;
+mod book;
+mod judged;
+mod client;
+mod party;
+mod wire;
+mod nodes;
+mod frozen;
+mod server;
+mod both;
+mod links;
+mod slow;
+mod sends;
+mod reload;
+mod deleted;
+mod mixed;
+
+/// Options of nodes whose clients speak as fast as they like.
+const UNLIMITED: [(&str, &str); 2] =
+    [("limits.messages_per_second", "0"), ("limits.frames_per_second", "0")];
+
+/// Whether trials have their full length.
+fn is_full() -> bool {
+    std::env::var("SKEIN_FAULTS").is_ok_and(|value| value == "full")
+}
+
+/// `full` where trials have their full length, else `short`.
+fn length<T>(short: T, full: T) -> T {
+    if is_full() { full } else { short }
+}
+
+async fn start_nodes(redis: &Redis, count: usize) -> Vec<Node> {
+    let mut nodes = vec![];
+    for _ in 0..count {
+        nodes.push(Node::start(redis, None, &UNLIMITED).await);
+    }
+    nodes
+}
+
+fn addresses(nodes: &[Node]) -> Vec<SocketAddr> {
+    nodes.iter().map(|node| node.address).collect()
+}
+
+async fn ready(node: SocketAddr) -> bool {
+    get(node, "/ready").await.status == 200
+}
+
+async fn until_ready(nodes: &[Node]) {
+    for node in nodes {
+        until("ready", async || ready(node.address).await).await;
+    }
+}
+
+/// A metric of a node; 0 where nothing was counted under its labels yet.
+async fn metric(node: &Node, name: &str) -> f64 {
+    let metrics = get(node.admin, "/metrics").await.body;
+    let family = name.split('{').next().unwrap();
+    assert!(metrics.contains(family) || name.contains("{"), "no {name} in {metrics}");
+    let value = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    value.map_or(0.0, |value| value.parse().unwrap())
+}
+
+/// What a node has in memory.
+fn resident_bytes(node: &Node) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", node.process.pid())).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
+}
+
+/// For comparison with how long clients were without a delivery.
+const SHORT: Duration = Duration::from_secs(2);

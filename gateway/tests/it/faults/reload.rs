@@ -1,0 +1,38 @@
+//! nginx is reloaded under load: clients notice nothing.
+
+use std::time::Duration;
+
+use super::{
+    addresses, length,
+    party::{Party, manners},
+    start_nodes,
+};
+use crate::harness::{Nginx, Redis, connect, within};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reload_of_nginx_is_not_noticed() {
+    let redis = Redis::start().await;
+    let nodes = start_nodes(&redis, 2).await;
+    let nginx = Nginx::start_with_worker(&addresses(&nodes)).await;
+    let mut manners = manners(&addresses(&nodes));
+    for manner in &mut manners {
+        manner.urls = vec![format!("ws://{}/ws", nginx.address)];
+    }
+    let party = Party::start(manners).await;
+    let reloads = length(3, 10);
+    for i in 0..reloads {
+        party.goes_on(100).await;
+        nginx.signal("HUP");
+        // New clients come in meanwhile, to the old worker or the new one.
+        for j in 0..5 {
+            within(connect(nginx.address, &format!("new-{i}-{j}"))).await;
+            party.talks_for(Duration::from_millis(20)).await;
+        }
+    }
+    party.goes_on(100).await;
+    let report = party.finish().await;
+    nginx.stop().await;
+    report.check_seamless(&format!("{reloads} x nginx reload"));
+    assert!(report.connections.iter().all(|count| *count == 1), "{:?}", report.connections);
+    assert!(report.quiet_longest() < super::SHORT, "{:?}", report.quiet);
+}

@@ -1,0 +1,142 @@
+//! Redis is killed, comes back with its file or empty, or throws its clients out.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::{
+    addresses, length,
+    party::{Party, manners},
+    ready, start_nodes, until_ready,
+};
+use crate::harness::{Redis, get, until};
+
+/// Kills Redis again and again under load, each time at another moment of it.
+async fn kill_redis(mut redis: Redis, kills: u64, what: &str) {
+    let nodes = start_nodes(&redis, 2).await;
+    // Many on their way at any moment, so that some are acknowledged and nothing else.
+    let addresses = [addresses(&nodes), addresses(&nodes), addresses(&nodes)].concat();
+    let mut manners = manners(&addresses);
+    for manner in &mut manners {
+        manner.pace = Duration::from_millis(3);
+    }
+    let party = Party::start(manners).await;
+    let mut whole_slowest = Duration::ZERO;
+    for kill in 0..kills {
+        party.goes_on(300).await;
+        party.talks_for(Duration::from_millis(kill * 37 % 200)).await;
+        redis.kill().await;
+        if kill == 0 {
+            let health = async || get(nodes[0].address, "/ready").await;
+            until("not ready", async || health().await.status == 503).await;
+            assert!(health().await.body.contains(r#""failing":["bus"]"#));
+        }
+        redis.restart().await;
+        let back = Instant::now();
+        until_ready(&nodes).await;
+        party.goes_on(1).await;
+        whole_slowest = whole_slowest.max(back.elapsed());
+    }
+    party.goes_on(100).await;
+    let report = party.finish().await;
+    println!("{what}: acknowledged again after {whole_slowest:.2?} at most");
+    report.check_seamless(&format!("{kills} x {what}"));
+    assert!(report.connections.iter().all(|count| *count == 1), "{:?}", report.connections);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_redis_that_is_killed_and_has_its_file_loses_nothing() {
+    let redis = Redis::start_durable().await;
+    kill_redis(redis, length(5, 25), "Redis SIGKILL, restarted with its file").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_redis_that_comes_back_empty_is_given_what_the_nodes_hold() {
+    let redis = Redis::start().await;
+    kill_redis(redis, length(5, 25), "Redis SIGKILL, restarted empty").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_was_away_for_longer_than_the_rings_go_back_is_told() {
+    let mut redis = Redis::start().await;
+    let nodes = start_nodes(&redis, 2).await;
+    let party = Party::at(&addresses(&nodes)).await;
+    party.goes_on(50).await;
+    let away = 3;
+    party.send_away(away);
+    party.goes_on(600).await;
+    redis.kill().await;
+    redis.restart().await;
+    until_ready(&nodes).await;
+    party.goes_on(50).await;
+    assert_eq!(party.book.lock().breaks(away), 0);
+    party.call_back(away);
+    party.wait("it is told", |book| book.breaks(away) > 0).await;
+    let report = party.finish().await;
+    report.check("Redis restarted empty, a client away for 600 messages");
+    // It and nobody else.
+    assert_eq!((report.not_recovered, report.resets), (1, 0), "{report}");
+    assert!(report.skipped > 0, "{report}");
+}
+
+/// Redis stands still, and goes on as if nothing had been.
+async fn freeze_redis(times: &[Duration]) {
+    let redis = Redis::start().await;
+    let nodes = start_nodes(&redis, 2).await;
+    let party = Party::at(&addresses(&nodes)).await;
+    for time in times {
+        party.goes_on(100).await;
+        redis.signal("STOP");
+        party.talks_for(*time).await;
+        redis.signal("CONT");
+        until_ready(&nodes).await;
+        party.goes_on(100).await;
+    }
+    let report = party.finish().await;
+    report.check_seamless(&format!("Redis SIGSTOP {times:?}"));
+    assert!(report.connections.iter().all(|count| *count == 1), "{:?}", report.connections);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_redis_that_stands_still_is_waited_for() {
+    let short = [500, 3_000, 12_000].map(Duration::from_millis);
+    freeze_redis(&short).await;
+}
+
+/// Throws connections out for a while, at this pace.
+async fn throw_out(commands: &[&str], pace: Duration, what: &str) {
+    let redis = Redis::start().await;
+    let nodes = start_nodes(&redis, 2).await;
+    let party = Party::at(&addresses(&nodes)).await;
+    let begun = Instant::now();
+    let mut count = 0;
+    while begun.elapsed() < length(Duration::from_secs(4), Duration::from_secs(10)) {
+        party.talks_for(pace).await;
+        for command in commands {
+            redis.command(command).await;
+        }
+        count += 1;
+    }
+    party.goes_on(100).await;
+    for node in &nodes {
+        until("ready", async || ready(node.address).await).await;
+        let lost = super::metric(node, "gateway_bus_reconnects_total").await;
+        assert!(lost > 0.0, "no link was cut");
+    }
+    let report = party.finish().await;
+    report.check_seamless(&format!("{count} x {what}"));
+    assert!(report.connections.iter().all(|count| *count == 1), "{:?}", report.connections);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pubsub_link_that_is_cut_again_and_again_is_repaired() {
+    let pace = Duration::from_millis(250);
+    throw_out(&["CLIENT KILL TYPE pubsub"], pace, "CLIENT KILL of pub/sub every 250 ms").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn all_links_that_are_cut_again_and_again_are_repaired() {
+    let pace = Duration::from_millis(400);
+    let commands = ["CLIENT KILL TYPE normal", "CLIENT KILL TYPE pubsub"];
+    throw_out(&commands, pace, "CLIENT KILL of everything every 400 ms").await;
+}

@@ -1,0 +1,121 @@
+//! A client that reads slowly or not at all costs bounded memory, and nobody else anything.
+
+use std::time::Duration;
+
+use super::{
+    UNLIMITED, addresses,
+    client::Manner,
+    is_full, metric,
+    party::{Party, manners},
+    resident_bytes,
+    wire::{Mode, Wire},
+};
+use crate::harness::{Node, Redis, until};
+
+/// The number of the slow client, which stands behind the four usual ones.
+const SLOW: usize = 4;
+/// How much is said while it does not read: far more than all buffers on the way hold.
+const MESSAGE_BYTES: usize = 20 * 1024;
+
+struct Trial {
+    redis: Redis,
+    nodes: Vec<Node>,
+    /// The way of the slow client to the first node.
+    wire: Wire,
+    party: Party,
+}
+
+async fn start(extra: &[(&str, &str)]) -> Trial {
+    let redis = Redis::start().await;
+    let options = [&UNLIMITED[..], extra].concat();
+    let nodes =
+        vec![Node::start(&redis, None, &options).await, Node::start(&redis, None, &options).await];
+    let wire = Wire::between(nodes[0].address, Some(64 * 1024)).await;
+    let mut manners = manners(&addresses(&nodes));
+    for manner in &mut manners {
+        manner.bytes = MESSAGE_BYTES;
+    }
+    manners.push(Manner {
+        urls: vec![format!("ws://{}/ws", wire.address)],
+        // It listens.
+        pace: Duration::from_secs(3600),
+        bytes: 16,
+        patience: Duration::from_secs(3600),
+    });
+    let party = Party::start(manners).await;
+    party.goes_on(100).await;
+    Trial { redis, nodes, wire, party }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_reader_catches_up_in_place_and_takes_bounded_memory() {
+    let Trial { redis: _redis, nodes, wire, party } = start(&[]).await;
+    let before = resident_bytes(&nodes[0]);
+    let mut highest = before;
+    for _ in 0..3 {
+        wire.set(Mode::NoAnswers);
+        // 5 MB at a time, so that the log, of 16 MiB, still has all of it.
+        for _ in 0..5 {
+            party.goes_on(50).await;
+            highest = highest.max(resident_bytes(&nodes[0]));
+        }
+        until("it lags", async || metric(&nodes[0], "gateway_lags_total").await > 0.0).await;
+        let had = party.book.lock().had(0);
+        wire.set(Mode::Open);
+        party.wait("it has caught up", |book| book.had(SLOW) >= had).await;
+    }
+    let report = party.finish().await;
+    let grown = highest.saturating_sub(before);
+    println!("slow reader, 20 KB messages: memory grew by {} KiB", grown / 1024);
+    report.check_seamless("3 x a client that does not read for 5 MB");
+    assert_eq!(report.connections[SLOW], 1, "it was thrown out");
+    // An outbox of 1 MiB, and what the allocator makes of it.
+    assert!(grown < 16 << 20, "{grown} bytes");
+    for reader in 0..SLOW {
+        assert_eq!(report.connections[reader], 1);
+        assert!(report.quiet[reader] < super::SHORT, "{:?}", report.quiet);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reader_that_falls_behind_the_log_is_told() {
+    let short = [("history.max_entries", "50"), ("history.window", "1s")];
+    let Trial { redis: _redis, nodes: _nodes, wire, party } = start(&short).await;
+    wire.set(Mode::NoAnswers);
+    party.goes_on(700).await;
+    wire.set(Mode::Open);
+    party.wait("it is told", |book| book.breaks(SLOW) > 0).await;
+    let report = party.finish().await;
+    report.check("a client that does not read until its place is trimmed");
+    assert_eq!(report.reasons.keys().collect::<Vec<_>>(), [&"log_trimmed"], "{report}");
+    assert!(report.resets > 0 && report.not_recovered == 0 && report.skipped > 0, "{report}");
+    assert_eq!(report.connections[SLOW], 1, "it was thrown out");
+    assert!(report.quiet[..SLOW].iter().all(|quiet| *quiet < super::SHORT), "{:?}", report.quiet);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_reads_nothing_is_closed_with_4003_and_misses_nothing() {
+    // 30 s in the full trial, as it is by default.
+    let stall = if is_full() { "30s" } else { "3s" };
+    let Trial { redis: _redis, nodes, wire, party } =
+        start(&[("heartbeat.stall_max", stall), ("history.max_bytes", "512MiB")]).await;
+    wire.set(Mode::NoAnswers);
+    let closed = r#"gateway_disconnects_total{code="4003"}"#;
+    party
+        .wait("enough is said to fill all buffers", |book| book.had(0) > book.had(SLOW) + 200)
+        .await;
+    let begun = tokio::time::Instant::now();
+    let deadline = begun + Duration::from_secs(60);
+    while metric(&nodes[0], closed).await < 1.0 {
+        assert!(tokio::time::Instant::now() < deadline, "it was not closed");
+        crate::harness::poll_pause().await;
+    }
+    println!("a client that reads nothing: closed with 4003 after {:.2?}", begun.elapsed());
+    wire.set(Mode::Open);
+    let had = party.book.lock().had(0);
+    party.wait("it has come back and caught up", |book| book.had(SLOW) >= had).await;
+    let report = party.finish().await;
+    report.check_seamless("a client that reads nothing for the whole stall time");
+    assert_eq!(report.connections[SLOW], 2);
+    assert!(report.quiet[..SLOW].iter().all(|quiet| *quiet < super::SHORT), "{:?}", report.quiet);
+}

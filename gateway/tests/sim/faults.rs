@@ -1,0 +1,259 @@
+//! What goes wrong, and when: drawn before it begins from the seed, carried out here.
+
+use rand::RngExt as _;
+
+use super::{
+    shape::Fault,
+    world::{Link, World},
+};
+
+/// When the first fault comes: nodes know of each other by then.
+const FIRST_MS: f64 = 8_000.0;
+/// How much of what a closed link had carried may still arrive, ms.
+const GRACE_MS: f64 = 8.0;
+/// The most steps that a Redis loses which lost its tail, and a replica that becomes primary.
+const TAIL_MAX: usize = 30;
+const LAG_MAX: usize = 6;
+
+/// What a Redis has when it is back.
+#[derive(Clone, Copy, Debug)]
+enum Back {
+    Whole,
+    Empty,
+    Without(usize),
+}
+
+impl World {
+    pub fn plan_faults(&mut self) {
+        let mut time = FIRST_MS;
+        for _ in 0..self.random.random_range(self.shape.fault_count.clone()) {
+            let fault = self.shape.faults[self.random.random_range(0..self.shape.faults.len())];
+            self.book.faults.push(fault);
+            self.at(time, move |world| world.fail(fault));
+            let pause = [3.0, 30.0, 300.0, 1500.0, 3000.0][self.random.random_range(0..5)];
+            time += pause * self.random.random_range(0.3..1.5);
+        }
+    }
+
+    fn tell(&mut self, text: &str) {
+        self.trace.note(self.now, &format!("### {text}"));
+    }
+
+    fn fail(&mut self, fault: Fault) {
+        let host = self.random.random_range(0..self.hosts.len());
+        let client = self.random.random_range(0..self.clients.len());
+        match fault {
+            Fault::Restart => self.restart(Back::Whole),
+            Fault::Empty => self.restart(Back::Empty),
+            Fault::Tail => {
+                let steps = self.random.random_range(1..=TAIL_MAX);
+                self.restart(Back::Without(steps));
+            }
+            Fault::Failover => self.fail_over(false),
+            Fault::Zombie => self.fail_over(true),
+            Fault::GatewayKill => self.kill_gateway(host),
+            Fault::Freeze => self.freeze(host),
+            Fault::Cut => self.cut_some(host),
+            Fault::Partition => self.part(host),
+            Fault::Deaf => self.deafen(host),
+            Fault::Mangle => {
+                let until = self.now + self.random.random_range(100.0..6000.0);
+                self.tell(&format!("G{host}: pushes are mangled until {until:.0}"));
+                for link in self.links_of(|link| link.node == host) {
+                    self.links.entry(link).and_modify(|link| link.mangled_until = until);
+                }
+            }
+            Fault::Clock => {
+                let step = self.random.random_range(-1500.0..1500.0);
+                self.skew += step;
+                self.tell(&format!("Redis' clock is put by {step:.0}"));
+            }
+            Fault::ClientCut => {
+                self.tell(&format!("c{client} is cut"));
+                if let Some(talk) = self.clients[client].talk {
+                    self.close_talk(talk);
+                }
+            }
+            Fault::ClientAway => self.send_away(client),
+            Fault::Stall => self.stall(client),
+            Fault::Leave => self.leave(client),
+        }
+    }
+
+    fn restart(&mut self, back: Back) {
+        let Some(server) = self.primary.filter(|server| self.servers[*server].alive) else {
+            return;
+        };
+        let down = self.random.random_range(10.0..3000.0);
+        let token = self.token(server);
+        self.tell(&format!("{token} is killed, and back in {down:.0} with {back:?}"));
+        let mut data = std::mem::take(&mut self.servers[server].data);
+        match back {
+            Back::Whole => {}
+            Back::Empty => data.store = Default::default(),
+            Back::Without(steps) => data.store.undo(steps),
+        }
+        self.end_server(server);
+        self.primary = None;
+        self.after(down, move |world| {
+            let server = world.start_server(data);
+            world.primary = Some(server);
+            let token = world.token(server);
+            world.tell(&format!("{token} is up"));
+        });
+    }
+
+    /// Ends a server and its connections.
+    fn end_server(&mut self, server: usize) {
+        self.servers[server].alive = false;
+        for link in self.links_of(|link| link.server == server) {
+            self.cut(link, GRACE_MS, 0.0);
+        }
+    }
+
+    fn fail_over(&mut self, zombie: bool) {
+        let Some(old) = self.primary.filter(|server| self.servers[*server].alive) else { return };
+        let mut data = self.servers[old].data.clone();
+        if self.random.random_range(0..10) < 8 {
+            data.store.undo(self.random.random_range(1..=LAG_MAX));
+        }
+        let new = self.start_server(data);
+        self.primary = Some(new);
+        let (old_token, new_token) = (self.token(old), self.token(new));
+        if !zombie {
+            self.tell(&format!("{old_token} dies, {new_token} is the primary"));
+            return self.end_server(old);
+        }
+        let mut stay: Vec<usize> = (0..self.hosts.len()).collect();
+        stay.retain(|_| self.random.random_range(0..2) == 0);
+        let time = self.random.random_range(300.0..14_000.0);
+        self.tell(&format!("{new_token} is the primary, {old_token} keeps {stay:?} for {time:.0}"));
+        for host in &stay {
+            self.hosts[*host].sees = Some(old);
+        }
+        let leave = stay.clone();
+        for link in self.links_of(move |link| link.server == old && !leave.contains(&link.node)) {
+            self.cut(link, GRACE_MS, 0.0);
+        }
+        self.after(time, move |world| {
+            for host in stay {
+                world.hosts[host].sees = None;
+            }
+            world.end_server(old);
+            world.tell(&format!("{old_token} is gone"));
+        });
+    }
+
+    fn kill_gateway(&mut self, number: usize) {
+        let Some(node) = self.hosts[number].node.take() else { return };
+        let down = self.random.random_range(100.0..5000.0);
+        self.tell(&format!("G{number}.{} is killed, and back in {down:.0}", node.process));
+        node.gate.kill();
+        for talk in self.talks_of(number) {
+            let wait = self.random.random_range(0.1..5.0);
+            self.after(wait, move |world| world.close_talk(talk));
+        }
+        self.after(down, move |world| world.start_node(number));
+    }
+
+    fn talks_of(&self, node: usize) -> Vec<u64> {
+        let of = self.talks.iter().filter(|(_, talk)| talk.node == node);
+        of.map(|(number, _)| *number).collect()
+    }
+
+    fn freeze(&mut self, number: usize) {
+        let Some(node) = self.hosts[number].node.as_ref().filter(|n| !n.gate.is_frozen()) else {
+            return;
+        };
+        let gate = node.gate.clone();
+        let time = self.random.random_range(300.0..15_000.0);
+        gate.freeze();
+        self.tell(&format!("G{number} is frozen for {time:.0}"));
+        for talk in self.talks_of(number) {
+            if self.random.random_range(0..10) < 7 {
+                let wait = self.random.random_range(100.0..3000.0);
+                self.after(wait, move |world| world.close_talk(talk));
+            }
+        }
+        self.after(time, move |world| {
+            gate.thaw();
+            world.tell(&format!("G{number} goes on"));
+        });
+    }
+
+    fn cut_some(&mut self, host: usize) {
+        for link in self.links_of(|link| link.node == host) {
+            if self.random.random_range(0..10) < 7 {
+                self.tell(&format!("G{host}: link {link} is cut"));
+                self.cut(link, GRACE_MS, 0.0);
+            }
+        }
+    }
+
+    fn part(&mut self, host: usize) {
+        if self.hosts[host].parted {
+            return;
+        }
+        let time = self.random.random_range(300.0..13_000.0);
+        self.tell(&format!("G{host} does not reach Redis for {time:.0}"));
+        self.hosts[host].parted = true;
+        for link in self.links_of(|link| link.node == host) {
+            // Some find out by a reset, others by their own time limits.
+            let notice = if self.random.random_range(0..2) == 0 { 500.0 } else { 60_000.0 };
+            self.cut(link, 0.0, notice);
+        }
+        self.after(time, move |world| {
+            world.hosts[host].parted = false;
+            world.tell(&format!("G{host} reaches Redis again"));
+        });
+    }
+
+    fn deafen(&mut self, host: usize) {
+        let until = self.now + self.random.random_range(300.0..9000.0);
+        let deafen = |link: &mut Link| link.deaf_until = until;
+        for link in self.links_of(|link| link.node == host) {
+            if self.random.random_range(0..10) < 7 {
+                self.tell(&format!("G{host}: link {link} passes nothing until {until:.0}"));
+                self.links.entry(link).and_modify(deafen);
+            }
+        }
+    }
+
+    fn send_away(&mut self, client: usize) {
+        if self.clients[client].away {
+            return;
+        }
+        let time = self.random.random_range(1000.0..12_000.0);
+        self.tell(&format!("c{client} is away for {time:.0}"));
+        self.clients[client].away = true;
+        if let Some(talk) = self.clients[client].talk {
+            self.close_talk(talk);
+        }
+        self.after(time, move |world| {
+            world.clients[client].away = false;
+            world.connect_client(client);
+        });
+    }
+
+    fn stall(&mut self, client: usize) {
+        let Some(number) = self.clients[client].talk else { return };
+        let time = self.random.random_range(300.0..9000.0);
+        self.tell(&format!("c{client} reads nothing for {time:.0}"));
+        let Some(talk) = self.talks.get(&number) else { return };
+        let line = talk.line.clone();
+        line.stall(true);
+        self.after(time, move |_| line.stall(false));
+    }
+
+    fn leave(&mut self, client: usize) {
+        let place = self.random.random_range(0..self.clients[client].places.len());
+        let time = self.random.random_range(100.0..6000.0);
+        self.tell(&format!("c{client} leaves a room for {time:.0}"));
+        let wish = self.clients[client].leave(place);
+        self.grant(client, wish.into_iter().collect());
+        self.after(time, move |world| {
+            world.clients[client].places[place].wanted = true;
+            world.remind(client, super::client::Timer::Join(place));
+        });
+    }
+}

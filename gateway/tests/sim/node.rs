@@ -1,0 +1,208 @@
+//! A gateway of the simulation: the real hub, publisher, bus and sessions, on connections of the
+//! simulated network.
+
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use gateway::{
+    bus::{
+        BoxFuture, Bus, Mailboxes, output_of,
+        redis::{RedisBus, RedisOptions, topology::TlsFiles},
+    },
+    drain::Tasks,
+    hub::{Hub, HubOptions, MAILBOX_LEN, member::Subscriber},
+    limits::Rate,
+    outbox::Outbox,
+    publisher::Publisher,
+    session::{
+        Performed, Services, Session, SessionLimits,
+        auth::{Auth, Credentials},
+    },
+    telemetry::metrics::Metrics,
+};
+use parking_lot::Mutex;
+use shared::{ids::ConnectionId, protocol::request::Request};
+use tokio::{sync::Notify, time::Instant};
+use uuid::Uuid;
+
+use super::{
+    gate::Gate,
+    shape::Shape,
+    wire::{Outlet, Sent, SimDial},
+};
+
+/// How long a frame may wait for the bus, as `publish.wait` has it.
+const WAIT_MAX: Duration = Duration::from_secs(5);
+
+/// One process of a gateway.
+pub struct Node {
+    pub process: u64,
+    pub gate: Gate,
+    tasks: Tasks,
+    services: Arc<Services>,
+    outlet: Outlet,
+    reached: Arc<AtomicBool>,
+}
+
+/// What a client has sent on one connection and the gateway has not read. Cheap to clone.
+#[derive(Clone, Default)]
+pub struct Line(Arc<(Mutex<Unread>, Notify)>);
+
+#[derive(Default)]
+struct Unread {
+    frames: VecDeque<String>,
+    closed: bool,
+    /// The client reads nothing.
+    stalled: bool,
+}
+
+impl Line {
+    pub fn put(&self, frame: String) {
+        self.change(|unread| unread.frames.push_back(frame));
+    }
+
+    pub fn close(&self) {
+        self.change(|unread| unread.closed = true);
+    }
+
+    pub fn stall(&self, stalled: bool) {
+        self.change(|unread| unread.stalled = stalled);
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Unread)) {
+        change(&mut self.0.0.lock());
+        self.0.1.notify_one();
+    }
+}
+
+impl Node {
+    pub fn start(node: usize, process: u64, shape: &Shape, outlet: &Outlet) -> Self {
+        let gate = Gate::default();
+        let tasks = {
+            let gate = gate.clone();
+            Tasks::within(move |task| gate.hold(task))
+        };
+        let metrics = Arc::new(Metrics::new());
+        let dial = SimDial { node, process, gate: gate.clone(), outlet: outlet.clone() };
+        let (mailboxes, letters) = Mailboxes::new(1, MAILBOX_LEN, metrics.clone());
+        let options = RedisOptions {
+            url: String::new(),
+            tls: TlsFiles::default(),
+            node: format!("n{node}"),
+            partitions: shape.partitions,
+            retention: shape.retention.clone(),
+        };
+        let told = mailboxes.standing().told();
+        let redis = Arc::new(RedisBus::start_with(
+            Arc::new(dial),
+            options,
+            mailboxes.clone(),
+            metrics.clone(),
+            &tasks,
+        ));
+        let bus: Arc<dyn Bus> = redis.clone();
+        let keeps = HubOptions {
+            ring_bytes_max: shape.ring_bytes_max,
+            ids_bytes_max: 16 << 20,
+            dedup_window: shape.retention.dedup_window,
+            log_ttl: shape.retention.ttl,
+        };
+        let hub = Hub::start(&bus, mailboxes, letters, keeps, &metrics, &tasks);
+        let publisher = Publisher::new(bus.clone(), metrics.clone(), WAIT_MAX, 1 << 18);
+        let none = Rate::new(0, WAIT_MAX, 0);
+        let limits =
+            SessionLimits { messages: none, frames: none, rooms_max: 10, wait_max: WAIT_MAX };
+        let services = Arc::new(Services { publisher, hub, bus, told, metrics, limits });
+        let reached = Arc::new(AtomicBool::new(false));
+        let reaches = reached.clone();
+        tasks.spawn_service("reach", async move {
+            redis.reached().await.unwrap();
+            reaches.store(true, Ordering::Relaxed);
+        });
+        Self { process, gate, tasks, services, outlet: outlet.clone(), reached }
+    }
+
+    /// Whether a handshake would be taken.
+    pub fn is_ready(&self) -> bool {
+        self.reached.load(Ordering::Relaxed) && self.services.bus.failing().is_none()
+    }
+
+    /// Takes a client's connection.
+    pub fn accept(&self, number: u64, user: usize, outbox_bytes: usize, line: Line) {
+        let outbox = Outbox::to_owner(outbox_bytes, self.services.metrics.clone());
+        let connection = ConnectionId(Uuid::from_u128(u128::from(number)));
+        let subscriber = Arc::new(Subscriber::new(connection, outbox));
+        let user = Some(format!("u{user}"));
+        let identity = Auth::Anonymous.identify(&Credentials { user, ..Credentials::default() });
+        let identity = identity.unwrap();
+        let session = Session::new(self.services.clone(), identity, subscriber.clone());
+        let outlet = self.outlet.clone();
+        let connection = Connection { number, session, subscriber, line, outlet };
+        self.tasks.spawn_connection(connection.run());
+    }
+}
+
+/// A client's connection, as `transport` drives it.
+struct Connection {
+    number: u64,
+    session: Session,
+    subscriber: Arc<Subscriber>,
+    line: Line,
+    outlet: Outlet,
+}
+
+impl Connection {
+    async fn run(mut self) {
+        let subscriber = self.subscriber.clone();
+        let outbox = &subscriber.outbox;
+        let line = self.line.clone();
+        let mut performing: Option<BoxFuture<Performed>> = None;
+        loop {
+            let mut full = false;
+            while performing.is_none() && !full {
+                if line.0.0.lock().closed {
+                    self.session.end().await;
+                    outbox.discard();
+                    return;
+                }
+                full = outbox.is_full();
+                if !full {
+                    let Some(frame) = line.0.0.lock().frames.pop_front() else { break };
+                    let frame = Request::from_text(&frame);
+                    let request = self.session.handle(frame, Instant::now());
+                    performing = request.map(|request| self.session.perform(request));
+                }
+            }
+            if outbox.begin_close().is_some() {
+                self.outlet.put(Sent::Ended(self.number));
+                line.close();
+            }
+            if !line.0.0.lock().stalled {
+                let frames = outbox.take();
+                if !frames.is_empty() {
+                    self.outlet.put(Sent::Frames(self.number, frames));
+                    if full {
+                        continue;
+                    }
+                }
+            }
+            self.session.catch_up().await;
+            // All arms are cancel-safe: what is performed is kept.
+            tokio::select! {
+                biased;
+                () = line.0.1.notified() => {}
+                () = outbox.woken() => {}
+                performed = output_of(&mut performing), if performing.is_some() => {
+                    performing = None;
+                    let _ = self.session.finish(performed);
+                }
+            }
+        }
+    }
+}

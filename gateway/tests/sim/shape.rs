@@ -1,0 +1,167 @@
+//! What kind of cluster is simulated, and what goes wrong in it.
+
+use std::{ops::RangeInclusive, time::Duration};
+
+use gateway::bus::Retention;
+
+/// Something that goes wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// Redis is killed and comes back with all it had, with nothing, or without the last of it.
+    Restart,
+    Empty,
+    Tail,
+    /// A replica that lacks the last of it becomes the primary.
+    Failover,
+    /// The same, and some gateways stay with the old one for a while.
+    Zombie,
+    GatewayKill,
+    Freeze,
+    /// Connections of a gateway to Redis are closed.
+    Cut,
+    /// A gateway does not reach Redis for a while.
+    Partition,
+    /// A connection stands and passes nothing on for a while.
+    Deaf,
+    /// Pushes are dropped, repeated or late on the way to one gateway.
+    Mangle,
+    /// The clock of Redis' host is put forward or back.
+    Clock,
+    ClientCut,
+    ClientAway,
+    /// A client reads nothing for a while.
+    Stall,
+    /// A client leaves a room and comes back to it.
+    Leave,
+}
+
+use Fault::{
+    ClientAway, ClientCut, Clock, Cut, Deaf, Empty, Failover, Freeze, GatewayKill, Leave, Mangle,
+    Partition, Restart, Stall, Tail, Zombie,
+};
+
+/// Faults of gateways, links and clients.
+const AROUND: [Fault; 10] =
+    [GatewayKill, Freeze, Cut, Partition, Deaf, Mangle, ClientCut, ClientAway, Stall, Leave];
+const ALL: [Fault; 16] = [
+    Restart,
+    Empty,
+    Tail,
+    Failover,
+    Zombie,
+    GatewayKill,
+    Freeze,
+    Cut,
+    Partition,
+    Deaf,
+    Mangle,
+    Clock,
+    ClientCut,
+    ClientAway,
+    Stall,
+    Leave,
+];
+/// Redis fails often, and gateways at the same time.
+const HARD: [Fault; 10] =
+    [Empty, Tail, Failover, Zombie, Zombie, GatewayKill, Freeze, Cut, Partition, ClientAway];
+
+impl Fault {
+    /// Whether Redis may lose what it has acknowledged.
+    pub fn loses_data(self) -> bool {
+        matches!(self, Empty | Tail | Failover | Zombie)
+    }
+
+    /// Whether a gateway may be missing when Redis comes back.
+    pub fn takes_a_gateway(self) -> bool {
+        matches!(self, GatewayKill | Freeze | Cut | Partition | Deaf | Mangle | Zombie)
+    }
+}
+
+/// A kind of simulation.
+#[derive(Clone)]
+pub struct Shape {
+    pub name: &'static str,
+    pub gateways: RangeInclusive<usize>,
+    pub clients: RangeInclusive<usize>,
+    pub rooms: usize,
+    pub faults: &'static [Fault],
+    pub fault_count: RangeInclusive<usize>,
+    /// The mean pause between two messages, all clients together.
+    pub pause_ms: f64,
+    pub ring_bytes_max: usize,
+    pub partitions: u16,
+    pub retention: Retention,
+    /// Whether the log is so short that acknowledged messages go out of it.
+    pub short: bool,
+}
+
+impl Shape {
+    fn new(
+        name: &'static str,
+        faults: &'static [Fault],
+        fault_count: RangeInclusive<usize>,
+    ) -> Self {
+        Self {
+            name,
+            gateways: 3..=3,
+            clients: 3..=5,
+            rooms: 2,
+            faults,
+            fault_count,
+            pause_ms: 120.0,
+            ring_bytes_max: 64 << 20,
+            partitions: 4,
+            retention: Retention {
+                entries_min: 1000,
+                window: Duration::from_secs(120),
+                bytes_max: 16 << 20,
+                memory_bytes_max: 16 << 20,
+                ttl: Duration::from_secs(24 * 60 * 60),
+                dedup_window: Duration::from_secs(600),
+            },
+            short: false,
+        }
+    }
+
+    /// Everything may go wrong.
+    pub fn usual() -> Self {
+        Self::new("usual", &ALL, 2..=4)
+    }
+
+    /// Rings and logs of a few entries.
+    pub fn small() -> Self {
+        let usual = Self::usual();
+        let retention =
+            Retention { entries_min: 24, window: Duration::from_secs(1), ..usual.retention };
+        Self { name: "small", pause_ms: 50.0, ring_bytes_max: 1, retention, short: true, ..usual }
+    }
+
+    pub fn pair() -> Self {
+        Self { gateways: 2..=2, ..Self::new("pair", &ALL, 2..=4) }
+    }
+
+    pub fn hard() -> Self {
+        Self::new("hard", &HARD, 2..=5)
+    }
+
+    /// Redis keeps what it has.
+    pub fn calm() -> Self {
+        Self::new("calm", &AROUND, 2..=5)
+    }
+
+    /// Only Redis fails, once.
+    pub fn lone() -> Self {
+        Self::new("lone", &[Restart, Empty, Tail, Failover], 1..=1)
+    }
+
+    pub fn all() -> [Self; 6] {
+        [Self::usual(), Self::small(), Self::pair(), Self::hard(), Self::calm(), Self::lone()]
+    }
+
+    /// The shape of a seed: every kind in turn.
+    pub fn of(seed: u64) -> Self {
+        let shapes = Self::all();
+        let place = (seed % shapes.len() as u64) as usize;
+        shapes[place].clone()
+    }
+}
