@@ -29,7 +29,9 @@ use parking_lot::Mutex;
 use redis::{ErrorKind, RedisError, RedisResult, Value, aio::MultiplexedConnection};
 use tokio::time::Instant;
 
-use super::{RetryPause, config, heal::Healer, is_of_the_slot, links::Links, server::Server};
+use super::{
+    RetryPause, config, heal::Healer, is_of_the_slot, links::Links, server::Server, topology,
+};
 use crate::{
     bus::{Mailboxes, random_epoch},
     delivery::Token,
@@ -83,6 +85,8 @@ pub(super) struct Agreement {
     checkin: redis::Script,
     lease: redis::Script,
     process: Arc<Process>,
+    /// Whether it was looked at how closely replicas follow.
+    looked_at_replicas: bool,
 }
 
 pub(super) fn start(
@@ -100,6 +104,7 @@ pub(super) fn start(
         links,
         mailboxes,
         process,
+        looked_at_replicas: false,
     };
     let stopped = tasks.stopped().clone();
     tasks.spawn_service("redis_agreement", async move {
@@ -141,6 +146,9 @@ impl Agreement {
         pause: &mut RetryPause,
     ) -> RedisError {
         self.links.met(&self.server, token);
+        if !std::mem::replace(&mut self.looked_at_replicas, true) {
+            topology::warn_of_loose_replicas(&mut connection).await;
+        }
         let mut moved = self.server.dial.moved();
         let mut state = self.links.tokens.subscribe();
         let mut agreed = self.server.agreed.subscribe();
