@@ -161,7 +161,7 @@ impl Config {
         let auth_cookie = r.take("auth.cookie", "token", "The cookie a token may come in.");
         let _api_key = r.take::<String>("api.key", "", "The key of the server API, which is not there yet.");
 
-        let redis_url = r.take::<Option_<String>>("cluster.redis_url", "", "Redis of the cluster, as `redis://user:password@host:6379/0` or `redis+sentinel://user:password@s1,s2,s3/primary`; `rediss` for TLS. Empty: a single node that keeps logs in memory.");
+        let redis_url = r.take::<Option_<String>>("cluster.redis_url", "", "Redis of the cluster, as `redis://user:password@host:6379/0`, `redis+sentinel://user:password@s1,s2,s3/primary` or `redis+cluster://user:password@h1,h2,h3`; `rediss` for TLS. Empty: a single node that keeps logs in memory.");
         let ca_file = r.take::<Option_<PathBuf>>("cluster.redis_ca_file", "", "With TLS: the authorities that may have signed Redis' certificate (PEM). Empty: the public ones.");
         let cert_file = r.take::<Option_<PathBuf>>("cluster.redis_cert_file", "", "With TLS: the certificate that this node shows to Redis (PEM). Redis asks for one unless it has `tls-auth-clients no`.");
         let key_file = r.take::<Option_<PathBuf>>("cluster.redis_key_file", "", "The key of `cluster.redis_cert_file` (PEM).");

@@ -119,6 +119,8 @@ pub struct Follow {
     pub(super) top: Option<Position>,
     /// The epoch before, and its last number, where the present one continues it.
     pub(super) former: Option<Position>,
+    /// The term in which the room was declared whole last.
+    pub(super) term: u64,
     pub(super) ring: Ring,
     /// Whether the ring holds all that the log holds.
     pub(super) ring_is_whole: bool,
@@ -136,6 +138,7 @@ impl Default for Follow {
         Self {
             top: None,
             former: None,
+            term: 0,
             ring: Ring::default(),
             ring_is_whole: false,
             ids: Ids::default(),
@@ -190,6 +193,7 @@ impl Follow {
             room: room.clone(),
             top: self.top()?.clone(),
             former: self.former.clone(),
+            term: self.term,
             entries: self.ring.newest(entries).cloned().collect(),
             ids: self.ids.below(older_than).collect(),
         })

@@ -55,10 +55,11 @@ impl Follow {
         let again = self.reading == Reading::Again;
         self.reading = Reading::No;
         self.forget_past_retention(keep);
-        let head = page.head();
+        let (head, term) = (page.head(), page.term);
         if let Taken::Nothing(need) = self.take(&mut page, keep, obey) {
             return need;
         }
+        self.term = self.term.max(term);
         let held = self.judge_held(keep, obey);
         let more =
             self.top.as_ref().is_none_or(|top| top.epoch != head.epoch || top.seq < head.seq);

@@ -82,6 +82,8 @@ pub struct Followed {
     pub top: Position,
     /// The former epoch and its last number, where the present one continues it.
     pub former: Option<Position>,
+    /// The term in which the room was declared whole last.
+    pub term: u64,
     /// The newest entries without steps, the last at `top`; older than the room's retention they
     /// are left out.
     pub entries: Vec<Entry>,

@@ -19,6 +19,9 @@ pub struct Page {
     /// The [`ordinal`](super::ordinal) of the epoch that the last deletion of the log began, 0 for
     /// none: what a node holds of earlier epochs is not brought back.
     pub deleted: u64,
+    /// The term in which the room was declared whole last: the agreements of the nodes on a server
+    /// are counted.
+    pub term: u64,
     /// Its newest entry, 0 for none.
     pub top: Seq,
     /// Its oldest entry still kept, 0 for none.
@@ -87,7 +90,15 @@ mod tests {
 
     fn page(top: Seq, seqs: &[Seq]) -> Page {
         let entries = seqs.iter().map(|seq| entry("e", *seq)).collect();
-        Page { epoch: "e".parse().unwrap(), former: None, deleted: 0, top, oldest: 1, entries }
+        Page {
+            epoch: "e".parse().unwrap(),
+            former: None,
+            deleted: 0,
+            term: 0,
+            top,
+            oldest: 1,
+            entries,
+        }
     }
 
     #[test]

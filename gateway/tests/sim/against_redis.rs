@@ -204,9 +204,9 @@ async fn the_scripts_run_as_on_redis() {
     let mut pair = Pair::start().await;
     let mut random = StdRng::seed_from_u64(7);
     let token = pair.token.clone();
-    pair.script(LEASE, &["leases"], &words(&["n1", "60000", "pokes"])).await;
-    pair.script(LEASE, &["leases"], &words(&["n2", "60000", "pokes"])).await;
-    pair.script(LEASE, &["leases"], &words(&["n1", "60000", "pokes"])).await;
+    pair.script(LEASE, &["leases"], &words(&["n1", "60000", "pokes", &token])).await;
+    pair.script(LEASE, &["leases"], &words(&["n2", "60000", "pokes", &token])).await;
+    pair.script(LEASE, &["leases"], &words(&["n1", "60000", "pokes", &token])).await;
     let append = |n: u128, token: &str| {
         let envelope = Envelope::pack(Parts {
             author: Author::of(&"ann".parse().unwrap()),
@@ -228,11 +228,13 @@ async fn the_scripts_run_as_on_redis() {
     };
     let stale = pair.script(APPEND, &ROOM, &append(1, &token)).await;
     assert!(matches!(stale, Reply::Error(text) if text.starts_with("STALE")));
-    let checkin = words(&[&token, "n1", "60000", "60000", "n1", "n2"]);
+    let checkin = words(&[&token, "n1", "60000", "60000", "0", "0", "n1", "n2"]);
     pair.script(CHECKIN, &["barrier"], &checkin).await;
-    let checkin = words(&[&token, "n2", "60000", "60000", "n2"]);
+    let checkin = words(&[&token, "n2", "60000", "60000", "0", "0", "n2"]);
     let open = pair.script(CHECKIN, &["barrier"], &checkin).await;
-    assert_eq!(open, Reply::Array(vec![Reply::Int(1), Reply::Array(vec![])]));
+    let everybody = Reply::Bulk(Bytes::from_static(b"1"));
+    let answer = [everybody, Reply::Array(vec![]), Reply::Int(1), Reply::Int(0)];
+    assert_eq!(open, Reply::Array(answer.into()));
     for _ in 0..300 {
         let append = append(random.random_range(0..250), &token);
         pair.script(APPEND, &ROOM, &append).await;
@@ -245,7 +247,7 @@ async fn the_scripts_run_as_on_redis() {
     ] {
         let args = words(&[kind, seq, limit, "4000", "random", "60000", &token]);
         let page = pair.script(READ, &["log", "meta", "barrier"], &args).await;
-        assert!(matches!(page, Reply::Array(parts) if parts.len() == 7));
+        assert!(matches!(page, Reply::Array(parts) if parts.len() == 8));
     }
     let page = words(&["newest", "0", "20", "400000", "random", "60000", &token]);
     let Reply::Array(page) = pair.script(READ, &["log", "meta", "barrier"], &page).await else {
@@ -259,7 +261,7 @@ async fn the_scripts_run_as_on_redis() {
             pair.script(HEAL, &ROOM, &heal).await;
         }
         pair.compare(&words(&["XRANGE", "log", "-", "+"])).await;
-        pair.compare(&words(&["HMGET", "meta", "e", "s", "r", "pe", "ps"])).await;
+        pair.compare(&words(&["HMGET", "meta", "e", "s", "r", "n", "pe", "ps"])).await;
         let append = append(random.random_range(1000..2000), &token);
         pair.script(APPEND, &ROOM, &append).await;
     }
@@ -277,13 +279,14 @@ fn heal_args(page: &[Reply], token: &str, step: &str) -> Vec<Bytes> {
         Reply::Array(items) => items.clone(),
         other => panic!("{other:?}"),
     };
-    let entries: Vec<Vec<Reply>> = rows(&page[6]).iter().rev().map(rows).collect();
+    let entries: Vec<Vec<Reply>> = rows(&page[7]).iter().rev().map(rows).collect();
     let newest = entries.last().unwrap();
     let key = text(&newest[3]).slice(2..26);
     let mut args = words(&[token, "channel"]);
     args.extend([text(&page[0]), text(&page[1])]);
     args.extend(words(&["", "", "random", "60000", "60000", "100000000000000", step]));
     args.extend([text(&newest[2]), key]);
+    args.push(Bytes::from_static(b"1"));
     args.push(entries.len().to_string().into());
     for entry in &entries {
         args.extend(entry.iter().map(text));

@@ -19,13 +19,19 @@
 //! others, so it passes nothing on and publishes nothing until it has renewed and everybody who lives
 //! has seen it (a frozen process finds that out before anything else, by its clock).
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use parking_lot::Mutex;
 use redis::{ErrorKind, RedisError, RedisResult, Value, aio::MultiplexedConnection};
 use tokio::time::Instant;
 
-use super::{RetryPause, config, heal::Healer, is_of_the_slot, links::Links, server::Server};
+use super::{
+    RetryPause, config, heal::Healer, is_of_the_slot, links::Links, server::Server, topology,
+};
 use crate::{
     bus::{Mailboxes, random_epoch},
     delivery::Token,
@@ -60,6 +66,8 @@ struct State {
     /// Whether everybody who lives has seen this process since it registered.
     known: bool,
     renewed: Option<Instant>,
+    /// For each home the last term, and the last in which not everybody was heard.
+    terms: BTreeMap<u16, (u64, u64)>,
 }
 
 impl Process {
@@ -77,6 +85,8 @@ pub(super) struct Agreement {
     checkin: redis::Script,
     lease: redis::Script,
     process: Arc<Process>,
+    /// Whether it was looked at how closely replicas follow.
+    looked_at_replicas: bool,
 }
 
 pub(super) fn start(
@@ -94,6 +104,7 @@ pub(super) fn start(
         links,
         mailboxes,
         process,
+        looked_at_replicas: false,
     };
     let stopped = tasks.stopped().clone();
     tasks.spawn_service("redis_agreement", async move {
@@ -135,6 +146,9 @@ impl Agreement {
         pause: &mut RetryPause,
     ) -> RedisError {
         self.links.met(&self.server, token);
+        if !std::mem::replace(&mut self.looked_at_replicas, true) {
+            topology::warn_of_loose_replicas(&mut connection).await;
+        }
         let mut moved = self.server.dial.moved();
         let mut state = self.links.tokens.subscribe();
         let mut agreed = self.server.agreed.subscribe();
@@ -289,7 +303,7 @@ impl Agreement {
         let answers: Vec<RedisResult<Value>> = pipeline.query_async(connection).await?;
         let mut opened = Opened { homes: Vec::new(), complete: true, missing: BTreeSet::new() };
         for (home, answer) in homes.iter().zip(answers) {
-            let (open, missing): (String, BTreeSet<String>) = match answer {
+            let (open, missing, term, owed): (String, BTreeSet<String>, u64, u64) = match answer {
                 Ok(answer) => redis::from_redis_value(answer)?,
                 Err(error) if is_of_the_slot(&error) => {
                     self.server.astray.notify_one();
@@ -299,6 +313,9 @@ impl Agreement {
             };
             if !open.is_empty() {
                 opened.homes.push(*home);
+                let terms = &mut self.process.state.lock().terms;
+                let known = terms.entry(*home).or_default();
+                *known = (known.0.max(term), known.1.max(owed));
                 if open == "0" {
                     opened.complete = false;
                     opened.missing.extend(missing);
@@ -310,6 +327,7 @@ impl Agreement {
 
     fn checkin_of(&self, token: Token, home: u16) -> redis::Cmd {
         let state = &mut *self.process.state.lock();
+        let (term, owed) = state.terms.get(&home).copied().unwrap_or_default();
         let mut command = redis::cmd("EVALSHA");
         command
             .arg(self.checkin.get_hash())
@@ -318,7 +336,9 @@ impl Agreement {
             .arg(token.to_string())
             .arg(&self.process.name)
             .arg(LEASE.as_millis() as u64)
-            .arg(FRESH_WAIT.as_millis() as u64);
+            .arg(FRESH_WAIT.as_millis() as u64)
+            .arg(term)
+            .arg(owed);
         if state.remembers.contains(&home) {
             state.peers.insert(self.process.name.clone());
             #[cfg(feature = "defects")]

@@ -120,6 +120,7 @@ impl Healer {
                 command.arg("").arg("");
             }
         }
+        command.arg(held.term);
         if !give {
             command.arg(0);
             return command;

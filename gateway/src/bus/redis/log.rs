@@ -211,7 +211,7 @@ fn stale() -> RedisError {
 /// Reads what the script answers.
 fn page(answer: Value) -> Option<Page> {
     let Value::Array(parts) = answer else { return None };
-    let [epoch, top, oldest, former, former_top, deleted, entries]: [Value; 7] =
+    let [epoch, top, oldest, former, former_top, deleted, term, entries]: [Value; 8] =
         parts.try_into().ok()?;
     let Value::Array(entries) = entries else { return None };
     let former = match text(&former)? {
@@ -222,6 +222,7 @@ fn page(answer: Value) -> Option<Page> {
         epoch: epoch_of(&epoch)?,
         former,
         deleted: number(&deleted)?,
+        term: number(&term)?,
         top: number(&top)?,
         oldest: number(&oldest)?,
         entries: entries.into_iter().filter_map(entry_or_step).collect(),

@@ -8,7 +8,7 @@ use tokio::sync::{Notify, watch};
 use super::{
     config,
     keyspace::Keyspace,
-    topology::{self, Dial, url::Address},
+    topology::{Dial, url::Address},
 };
 use crate::{
     bus::{HEAD_TTL, Retention},
@@ -71,7 +71,6 @@ impl Server {
             .arg(&recorded)
             .query_async::<(u16,)>(&mut connection)
             .await?;
-        topology::warn_of_loose_replicas(&mut connection).await;
         Ok(recorded)
     }
 

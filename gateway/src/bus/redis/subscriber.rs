@@ -190,10 +190,7 @@ impl Worker {
                     }
                 }
                 () = self.adopted.notify.notified() => {
-                    let rooms = self.take_adopted();
-                    self.subscribe(&mut connection, &rooms).await?;
-                    // What was said in them meanwhile is in their logs.
-                    self.mailboxes.doubt();
+                    self.grant(&mut connection, std::iter::empty()).await?;
                 }
                 _ = look.tick() => {
                     if self.links.probe.is_overdue(Instant::now()) {
@@ -274,7 +271,8 @@ impl Worker {
         wishes: impl Iterator<Item = Wish>,
     ) -> Result<(), RedisError> {
         // All are noted first: where the link dies in between, the next one has them all.
-        let (mut more, mut fewer) = (Vec::new(), Vec::new());
+        let (mut more, mut fewer) = (self.take_adopted(), Vec::new());
+        let adopted = !more.is_empty();
         for wish in wishes {
             let room = match &wish {
                 Wish::Follow(room, _) | Wish::Unfollow(room) => room.clone(),
@@ -293,7 +291,12 @@ impl Worker {
         for rooms in fewer.chunks(CHANNELS_MAX) {
             unsubscribe_from(connection, self.server.keyspace, &self.channels(rooms)).await?;
         }
-        self.subscribe(connection, &more).await
+        self.subscribe(connection, &more).await?;
+        if adopted {
+            // What was said in them meanwhile is in their logs.
+            self.mailboxes.doubt();
+        }
+        Ok(())
     }
 
     /// Subscribes to the channels of `rooms`, waits for the confirmation and passes it on.

@@ -3,29 +3,35 @@
 --
 -- KEYS  1 barrier (hash)
 -- ARGV  1 token  2 process  3 wait for those who are missing, ms  4 wait where nobody remembers
---       anything, ms  5... the processes that this one knows of, itself among them; none where it
+--       anything, ms  5 the last term that it knows of  6 the last in which not everybody was heard
+--       7... the processes that this one knows of, itself among them; none where it
 --       has never agreed on a server and so holds nothing
--- Returns '' while the server is not open, else '1' where all were heard and '0' where not; and the
--- processes that are missing.
+-- Returns '' while the server is not open, else '1' where all were heard and '0' where not; the
+-- processes that are missing; the term, and the last term in which not everybody was heard.
 --
 -- Fields: `t` token, `t0` first check-in, `busy` last healing, `old` somebody remembers, `open` '1'
--- after all were heard, '0' else, `in:<process>`, `ex:<process>` expected.
+-- after all were heard, '0' else, `n` term, `owed` last term in which not everybody was heard, `in:<process>`, `ex:<process>` expected.
 
 if not is_here(ARGV[1]) then
     return stale
 end
 local now = now_ms()
-if redis.call('HGET', KEYS[1], 't') ~= ARGV[1] then
+local before = redis.call('HMGET', KEYS[1], 't', 'open', 'n', 'owed')
+local term, owed = tonumber(before[3] or '0'), tonumber(before[4] or '0')
+local open = before[1] == ARGV[1] and before[2]
+if open then
+    return { open, {}, term, owed }
+end
+if before[1] ~= ARGV[1] then
+    -- The terms of a server that was here before go on.
     redis.call('DEL', KEYS[1])
     redis.call('HSET', KEYS[1], 't', ARGV[1], 't0', digits(now))
 end
-local open = redis.call('HGET', KEYS[1], 'open')
-if open then
-    return { open, {} }
-end
+term, owed = math.max(term, tonumber(ARGV[5])), math.max(owed, tonumber(ARGV[6]))
+redis.call('HSET', KEYS[1], 'n', digits(term), 'owed', digits(owed))
 
 redis.call('HSET', KEYS[1], 'in:' .. ARGV[2], '1')
-for i = 5, #ARGV do
+for i = 7, #ARGV do
     redis.call('HSET', KEYS[1], 'old', '1', 'ex:' .. ARGV[i], '1')
 end
 local rows = redis.call('HGETALL', KEYS[1])
@@ -47,6 +53,10 @@ elseif waited > tonumber(barrier.old and ARGV[3] or ARGV[4]) then
     open = '0'
 end
 if open then
-    redis.call('HSET', KEYS[1], 'open', open)
+    term = term + 1
+    if open == '0' then
+        owed = term
+    end
+    redis.call('HSET', KEYS[1], 'open', open, 'n', digits(term), 'owed', digits(owed))
 end
-return { open or '', missing }
+return { open or '', missing, term, owed }

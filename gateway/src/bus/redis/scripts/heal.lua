@@ -4,7 +4,8 @@
 -- ARGV  1 token  2 channel  3 the node's epoch  4 its top  5, 6 its former epoch and that one's last
 --       seq, or empty  7 random part of an epoch  8 log ttl, ms  9 meta ttl, ms  10 dedup window, ms
 --       11 "ask" or "give"  12 stamp and 13 id key of its top entry, or empty where it has not got it
---       14 count of entries  then per entry: seq, epoch, stamp, envelope  then per older id: id key,
+--       14 the term in which the node knows the room to have been declared whole last
+--       15 count of entries  then per entry: seq, epoch, stamp, envelope  then per older id: id key,
 --       position
 -- Returns "whole" (nothing was missing), "other" (the room has gone on in another epoch), "ask" (call
 -- again with "give" and the entries), "healed", or "conflict" (two histories share numbers: the room
@@ -46,10 +47,10 @@ local function lift(above)
 end
 
 local newer, older, gone = id_hashes(KEYS[3], KEYS[4], now, tonumber(ARGV[10]))
-local count = tonumber(ARGV[14])
+local count = tonumber(ARGV[15])
 local entries = {}
 for i = 0, count - 1 do
-    local at = 15 + 4 * i
+    local at = 16 + 4 * i
     entries[i + 1] = {
         seq = tonumber(ARGV[at]), epoch = ARGV[at + 1], stamp = ARGV[at + 2], envelope = ARGV[at + 3],
         key = string.sub(ARGV[at + 3], 3, 26),
@@ -74,7 +75,8 @@ end
 if replaces then
     redis.call('DEL', KEYS[1])
     redis.call('HSET', KEYS[2], 'e', epoch, 's', digits(first - 1), 'at', digits(now),
-        'from', digits(first), 'prev', digits(first), 'r', 'healing')
+        'from', digits(first), 'prev', digits(first), 'r', 'healing',
+        'n', ARGV[14])
     if ARGV[5] ~= '' then
         redis.call('HSET', KEYS[2], 'pe', ARGV[5], 'ps', ARGV[6])
     else
@@ -110,7 +112,7 @@ for _, entry in ipairs(entries) do
         redis.call('HSETNX', newer, entry.key, position)
     end
 end
-for i = 15 + 4 * count, #ARGV, 2 do
+for i = 16 + 4 * count, #ARGV, 2 do
     if redis.call('HEXISTS', older, ARGV[i]) == 0 then
         redis.call('HSETNX', newer, ARGV[i], ARGV[i + 1])
     end

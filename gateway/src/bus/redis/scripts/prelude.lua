@@ -24,11 +24,12 @@ end
 
 local stale = redis.error_reply('STALE the nodes have not agreed on this server under this token')
 
--- Whether the nodes have agreed on this server: nil, or '1' where all were heard, else '0'.
+-- Whether the nodes have agreed on this server: nil, or the term of that agreement, and the last term
+-- in which not everybody was heard. Terms count agreements, over all servers.
 local function opened(barrier, token)
-    local agreed = redis.call('HMGET', barrier, 't', 'open')
+    local agreed = redis.call('HMGET', barrier, 't', 'open', 'n', 'owed')
     if agreed[1] == token and agreed[2] then
-        return agreed[2]
+        return tonumber(agreed[3] or '0'), tonumber(agreed[4] or '0')
     end
 end
 
@@ -48,29 +49,32 @@ local function epoch_above(number, random)
 end
 
 -- The room's epoch and top, nothing where the nodes have not agreed on this server. The first touch
--- after that declares the room whole under the token. Where somebody was not heard who may have had
--- more of it, the room goes on in a new epoch, which remembers the former one.
+-- after that declares the room whole under the token and in its term. Where somebody was not heard
+-- since it was so declared last, who may have had more of it, the room goes on in a new epoch, which
+-- remembers the former one: also where that was on a server that is gone, and nobody touched the room
+-- there.
 local function whole(meta_key, log_key, barrier, token, random, meta_ttl)
-    local meta = redis.call('HMGET', meta_key, 'e', 's', 'r')
+    local meta = redis.call('HMGET', meta_key, 'e', 's', 'r', 'n')
     local epoch, top = meta[1], tonumber(meta[2])
     if epoch and meta[3] == token then
         return epoch, top
     end
-    local complete = opened(barrier, token)
-    if not complete then
+    local term, owed = opened(barrier, token)
+    if not term then
         return nil
     end
     if not epoch then
         -- The numbers are lost, and a log that may be left cannot be continued.
         redis.call('DEL', log_key)
         epoch, top = epoch_above(0, random), 0
-        redis.call('HSET', meta_key, 'e', epoch, 's', '0', 'r', token)
-    elseif complete == '1' then
-        redis.call('HSET', meta_key, 'r', token)
+        redis.call('HSET', meta_key, 'e', epoch, 's', '0', 'r', token, 'n', digits(term))
+    elseif tonumber(meta[4] or '0') >= owed then
+        redis.call('HSET', meta_key, 'r', token, 'n', digits(term))
     else
         local former = epoch
         epoch = epoch_above(ordinal(former), random)
-        redis.call('HSET', meta_key, 'e', epoch, 'r', token, 'pe', former, 'ps', digits(top))
+        redis.call('HSET', meta_key, 'e', epoch, 'r', token, 'n', digits(term),
+            'pe', former, 'ps', digits(top))
     end
     redis.call('PEXPIRE', meta_key, meta_ttl)
     return epoch, top

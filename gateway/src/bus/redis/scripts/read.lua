@@ -4,14 +4,15 @@
 -- ARGV  1 "newest", "after" or "before"  2 seq  3 limit  4 bytes at most, one entry apart
 --       5 random part of an epoch  6 meta ttl, ms  7 token
 -- Returns epoch, top, oldest entry kept (0 for none), the former epoch and its last seq or empty,
--- the ordinal of the epoch that a deletion began or 0, and entries { seq, epoch, stamp, envelope }:
+-- the ordinal of the epoch that a deletion began or 0, the term in which the room was declared whole
+-- last, and entries { seq, epoch, stamp, envelope }:
 -- oldest first for "after", newest first else.
 
 local epoch, top = whole(KEYS[2], KEYS[1], KEYS[3], ARGV[7], ARGV[5], ARGV[6])
 if not epoch then
     return stale
 end
-local meta = redis.call('HMGET', KEYS[2], 'pe', 'ps', 'd')
+local meta = redis.call('HMGET', KEYS[2], 'pe', 'ps', 'd', 'n')
 
 local function seq_of(id)
     return string.sub(id, 1, string.find(id, '-', 1, true) - 1)
@@ -51,4 +52,4 @@ while left > 0 and bytes > 0 do
     left = left - count
     cursor = '(' .. some[count][1]
 end
-return { epoch, digits(top), oldest, meta[1] or '', meta[2] or '', meta[3] or '0', entries }
+return { epoch, digits(top), oldest, meta[1] or '', meta[2] or '', meta[3] or '0', meta[4] or '0', entries }
