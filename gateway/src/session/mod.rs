@@ -308,10 +308,11 @@ impl Session {
             reference: reference.clone(),
             room: room.clone(),
             receipt: receipt.clone(),
+            echo: message.echo,
             placed: false,
             unanswered: self.unanswered.clone(),
         };
-        outcome.expect(message.echo);
+        outcome.expect();
         let published = self.services.publisher.publish(sender, message, &receipt, {
             let outcome = outcome.clone();
             move |result| outcome.tell(result)
@@ -359,6 +360,8 @@ struct Outcome {
     reference: Option<Ref>,
     room: RoomId,
     receipt: Receipt,
+    /// Whether the sender wants a copy.
+    echo: bool,
     /// Whether the `ack` stands in the place of the copy.
     placed: bool,
     unanswered: Arc<AtomicUsize>,
@@ -366,9 +369,9 @@ struct Outcome {
 
 impl Outcome {
     /// Prepares for the answer: it may come before `publish` returns.
-    fn expect(&mut self, echo: bool) {
+    fn expect(&mut self) {
         self.unanswered.fetch_add(1, Ordering::AcqRel);
-        if !echo {
+        if !self.echo {
             let ack = PlacedAck::new(self.reference.clone(), self.receipt.timestamp.clone());
             self.placed = self.subscriber.place_ack(&self.room, self.receipt.id, ack);
         }
@@ -392,10 +395,13 @@ impl Outcome {
             Ok(Appended { duplicate: false, position }) if self.placed => {
                 self.subscriber.appended(&self.room, self.receipt.id, position);
             }
-            // A gateway's own repeat is told as a duplicate; its `ack` may have been sent.
-            Ok(appended) => {
+            // A gateway's own repeat is told as a duplicate; its `ack` may have been sent. One that
+            // should stand in the place of the copy and does not is one too: by any other a client
+            // would move its cursor.
+            Ok(Appended { position, duplicate }) => {
                 if self.unplace() {
-                    self.ack(appended);
+                    let duplicate = duplicate || !self.echo;
+                    self.ack(Appended { position, duplicate });
                 }
             }
             Err(error) => {

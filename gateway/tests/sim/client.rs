@@ -1,7 +1,7 @@
 //! A client that follows section 5 of the protocol to the letter: a state that is given frames and
 //! moments, and says what to send and when to be asked again.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 
 use serde_json::{Value, json};
 use shared::position::Position;
@@ -34,6 +34,8 @@ pub struct Client {
     pub outbox_bytes: usize,
     pub places: Vec<Place>,
     count: u64,
+    /// What it wanted no copy of: the `ack` stands in its place, whenever that comes.
+    silent: BTreeSet<Id>,
 }
 
 /// A client in a room.
@@ -128,7 +130,15 @@ impl Place {
 impl Client {
     pub fn new(number: usize, outbox_bytes: usize, rooms: Vec<usize>) -> Self {
         let places = rooms.into_iter().map(Place::new).collect();
-        Self { number, talk: None, away: false, outbox_bytes, places, count: 0 }
+        Self {
+            number,
+            talk: None,
+            away: false,
+            outbox_bytes,
+            places,
+            count: 0,
+            silent: BTreeSet::new(),
+        }
     }
 
     /// The connection stands.
@@ -148,6 +158,9 @@ impl Client {
     pub fn say(&mut self, place: usize, echo: bool) -> (Id, Vec<Wish>) {
         self.count += 1;
         let id = id(self.number, self.count);
+        if !echo {
+            self.silent.insert(id);
+        }
         let place = &mut self.places[place];
         place.unacked.push_back(Own { id, echo, sent: false });
         let wishes =
@@ -219,10 +232,11 @@ impl Client {
             }
             "ack" => {
                 let (id, position) = (id_of(frame), position(frame));
-                let own = place.unacked.iter().find(|own| own.id == id);
-                let echo = own.is_none_or(|own| own.echo);
                 place.acked(id);
-                if !echo && frame["duplicate"] == false && place.state == State::In {
+                if self.silent.contains(&id)
+                    && frame["duplicate"] == false
+                    && place.state == State::In
+                {
                     place.witness.next(time, position.clone(), id);
                 }
                 place.witness.acks.entry(id).or_default().push(position);

@@ -159,7 +159,8 @@ impl Shape {
         Self::new("lone", &[Restart, Empty, Tail, Failover], 1..=1)
     }
 
-    /// Redis comes back empty in the middle of much traffic.
+    /// Redis comes back without some of it in the middle of much traffic: for what hides in the
+    /// moment between an answer and what is passed on. Who lags may be told of a break here.
     pub fn abrupt() -> Self {
         Self { pause_ms: 4.0, ..Self::new("abrupt", &[Empty, Tail], 1..=2) }
     }
@@ -170,8 +171,16 @@ impl Shape {
         Self::new("reborn", faults, 3..=6)
     }
 
-    pub fn all() -> [Self; 6] {
-        [Self::usual(), Self::small(), Self::pair(), Self::hard(), Self::calm(), Self::lone()]
+    pub fn all() -> [Self; 7] {
+        [
+            Self::usual(),
+            Self::small(),
+            Self::pair(),
+            Self::hard(),
+            Self::calm(),
+            Self::lone(),
+            Self::reborn(),
+        ]
     }
 
     /// The shape of a seed: every kind in turn.

@@ -46,28 +46,36 @@ pub enum Sent {
 
 /// The way out of all gateways. Cheap to clone.
 #[derive(Clone, Default)]
-pub struct Outlet(Arc<(Mutex<(VecDeque<Sent>, u64)>, Notify)>);
+pub struct Outlet(Arc<Out>);
+
+#[derive(Default)]
+struct Out {
+    sent: Mutex<VecDeque<Sent>>,
+    /// The number that a connection was given last.
+    number: Mutex<u64>,
+    filled: Notify,
+}
 
 impl Outlet {
     pub fn put(&self, sent: Sent) {
-        self.0.0.lock().0.push_back(sent);
-        self.0.1.notify_one();
+        self.0.sent.lock().push_back(sent);
+        self.0.filled.notify_one();
     }
 
     pub fn take(&self) -> Option<Sent> {
-        self.0.0.lock().0.pop_front()
+        self.0.sent.lock().pop_front()
     }
 
     /// Waits until there may be something to take.
     pub async fn filled(&self) {
-        self.0.1.notified().await;
+        self.0.filled.notified().await;
     }
 
     /// A new number for a connection.
     pub fn number(&self) -> u64 {
-        let state = &mut self.0.0.lock().1;
-        *state += 1;
-        *state
+        let mut number = self.0.number.lock();
+        *number += 1;
+        *number
     }
 }
 
