@@ -3,7 +3,7 @@
 //! An answer can reach this node although nobody was passed the entry: Redis dies between the two,
 //! or the link of a subscriber does. If Redis then comes back without the entry, nobody has it any
 //! more but its publisher. So each publish is kept from when it is sent until its *id* was passed
-//! on here, or for [`KEPT_FOR`] after its answer; when the nodes have agreed on another server, what
+//! on here, or for `KEPT_FOR` after its answer; when the nodes have agreed on another server, what
 //! is kept is appended once more, with the same id and a hint of where it stood. A number would not
 //! do: another message may have got it.
 

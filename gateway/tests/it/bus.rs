@@ -22,7 +22,10 @@ use tokio::{
     time::Instant,
 };
 
-use crate::harness::{Redis, room, within};
+use crate::{
+    harness::{Redis, room, within},
+    servers::alone_in_a_cluster,
+};
 
 /// A bus and the mailbox of one node on it.
 struct Fixture {
@@ -65,13 +68,20 @@ fn memory(retention: Retention) -> Fixture {
     Fixture { bus, heard, tasks }
 }
 
+/// Over how many partitions rooms are spread here.
+const PARTITIONS: u16 = 16;
+
 async fn redis(server: &Redis, retention: Retention) -> Fixture {
+    redis_at(server.url(), retention).await
+}
+
+async fn redis_at(url: String, retention: Retention) -> Fixture {
     let (mailboxes, heard) = mailbox();
     let tasks = Tasks::default();
     let options = RedisOptions {
-        url: server.url(),
+        url,
         tls: TlsFiles::default(),
-        partitions: 16,
+        partitions: PARTITIONS,
         retention,
         node: "n".to_owned(),
     };
@@ -87,6 +97,8 @@ async fn each(retention: Retention, check: impl AsyncFn(&mut Fixture)) {
     if let Some(valkey) = &valkey {
         fixtures.push(redis(valkey, retention.clone()).await);
     }
+    let node = alone_in_a_cluster(PARTITIONS).await;
+    fixtures.push(redis_at(node.cluster_url(), retention).await);
     for mut fixture in fixtures {
         check(&mut fixture).await;
         assert!(fixture.tasks.finish(Duration::from_secs(5)).await, "tasks did not end");

@@ -55,6 +55,11 @@ impl Instance {
         Self::start(PASSWORD, false, &lines).await
     }
 
+    /// As a node of a Redis Cluster.
+    pub fn cluster_url(&self) -> String {
+        format!("redis+cluster://:{PASSWORD_ESCAPED}@127.0.0.1:{}", self.port)
+    }
+
     /// What it answers to a command.
     pub async fn ask<T: FromRedisValue>(&self, command: &[&str]) -> RedisResult<T> {
         let password = match self.password {
@@ -144,6 +149,33 @@ impl Watched {
         let asked = &self.sentinels[sentinel];
         until("the failover begins", async || asked.ask::<String>(&question).await.is_ok()).await;
     }
+}
+
+/// A Redis Cluster of one node, on which nobody remembers anything of so many partitions.
+pub async fn alone_in_a_cluster(partitions: u16) -> Instance {
+    let lines = [
+        "save \"\"".to_owned(),
+        "cluster-enabled yes".to_owned(),
+        format!("cluster-port {}", free_port()),
+    ];
+    let node = Instance::start(PASSWORD, false, &lines).await;
+    node.ask::<String>(&["CLUSTER", "ADDSLOTSRANGE", "0", "16383"]).await.unwrap();
+    until("the cluster stands", async || {
+        let info = node.ask::<String>(&["CLUSTER", "INFO"]).await.unwrap();
+        info.contains("cluster_state:ok")
+    })
+    .await;
+    let info = node.ask::<String>(&["INFO"]).await.unwrap();
+    let part = |name: &str| {
+        let line = info.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        line[..8].to_owned()
+    };
+    let token = format!("{}{}", part("run_id:"), part("master_replid:"));
+    for partition in 0..partitions {
+        let barrier = format!("gw:{{{partition}}}:barrier");
+        node.ask::<u8>(&["HSET", &barrier, "t", &token, "open", "1"]).await.unwrap();
+    }
+    node
 }
 
 /// A Redis Cluster of three primaries with a replica each.
