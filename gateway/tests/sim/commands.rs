@@ -181,7 +181,7 @@ fn hash(data: &mut Data, name: &[u8], args: &[Bytes]) -> Outcome {
             Ok(Reply::Int(i64::from(there)))
         }
         b"HSET" => {
-            if args.len() % 2 == 0 {
+            if args.len().is_multiple_of(2) {
                 return err("wrong number of arguments for 'hset' command");
             }
             let mut new = 0;
@@ -276,7 +276,7 @@ fn add(data: &mut Data, args: &[Bytes]) -> Outcome {
     }
     let id = id_of(&args[at])?;
     let fields = &args[at + 1..];
-    if fields.is_empty() || fields.len() % 2 != 0 {
+    if fields.is_empty() || !fields.len().is_multiple_of(2) {
         return err("wrong number of arguments for 'xadd' command");
     }
     if id == 0 {

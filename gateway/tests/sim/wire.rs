@@ -5,7 +5,10 @@ use std::{
     collections::VecDeque,
     io,
     pin::Pin,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     task::{Context, Poll, Waker},
     time::Duration,
 };
@@ -46,28 +49,33 @@ pub enum Sent {
 
 /// The way out of all gateways. Cheap to clone.
 #[derive(Clone, Default)]
-pub struct Outlet(Arc<(Mutex<(VecDeque<Sent>, u64)>, Notify)>);
+pub struct Outlet(Arc<Way>);
+
+#[derive(Default)]
+struct Way {
+    sent: Mutex<VecDeque<Sent>>,
+    numbers: AtomicU64,
+    filled: Notify,
+}
 
 impl Outlet {
     pub fn put(&self, sent: Sent) {
-        self.0.0.lock().0.push_back(sent);
-        self.0.1.notify_one();
+        self.0.sent.lock().push_back(sent);
+        self.0.filled.notify_one();
     }
 
     pub fn take(&self) -> Option<Sent> {
-        self.0.0.lock().0.pop_front()
+        self.0.sent.lock().pop_front()
     }
 
     /// Waits until there may be something to take.
     pub async fn filled(&self) {
-        self.0.1.notified().await;
+        self.0.filled.notified().await;
     }
 
     /// A new number for a connection.
     pub fn number(&self) -> u64 {
-        let state = &mut self.0.0.lock().1;
-        *state += 1;
-        *state
+        self.0.numbers.fetch_add(1, Ordering::Relaxed)
     }
 }
 
