@@ -2,10 +2,7 @@
 
 use rand::RngExt as _;
 
-use super::{
-    shape::Fault,
-    world::{Link, World},
-};
+use super::{links::Link, shape::Fault, world::World};
 
 /// When the first fault comes: nodes know of each other by then.
 const FIRST_MS: f64 = 8_000.0;

@@ -18,6 +18,7 @@ mod client;
 mod shape;
 mod trace;
 mod world;
+mod links;
 mod faults;
 mod check;
 mod campaign;

@@ -5,7 +5,10 @@ use std::{
     collections::VecDeque,
     io,
     pin::Pin,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     task::{Context, Poll, Waker},
     time::Duration,
 };
@@ -46,13 +49,12 @@ pub enum Sent {
 
 /// The way out of all gateways. Cheap to clone.
 #[derive(Clone, Default)]
-pub struct Outlet(Arc<Out>);
+pub struct Outlet(Arc<Way>);
 
 #[derive(Default)]
-struct Out {
+struct Way {
     sent: Mutex<VecDeque<Sent>>,
-    /// The number that a connection was given last.
-    number: Mutex<u64>,
+    numbers: AtomicU64,
     filled: Notify,
 }
 
@@ -73,9 +75,7 @@ impl Outlet {
 
     /// A new number for a connection.
     pub fn number(&self) -> u64 {
-        let mut number = self.0.number.lock();
-        *number += 1;
-        *number
+        self.0.numbers.fetch_add(1, Ordering::Relaxed)
     }
 }
 

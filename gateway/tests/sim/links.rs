@@ -1,0 +1,187 @@
+//! Between gateways and Redis: what is said arrives later, in order, or not at all.
+
+use bytes::Bytes;
+use rand::RngExt as _;
+use tokio::sync::oneshot;
+
+use super::{
+    commands::Data,
+    redis::Redis,
+    wire::{Inbox, Sent},
+    world::World,
+};
+
+/// The wall clock at the beginning.
+const WALL_MS: f64 = 1_700_000_000_000.0;
+
+/// A connection between a gateway and a Redis.
+pub struct Link {
+    pub node: usize,
+    pub server: usize,
+    pub inbox: Inbox,
+    up: f64,
+    down: f64,
+    /// Nothing that arrives after this gets through.
+    pub cut: Option<f64>,
+    /// Nothing arrives before this.
+    pub deaf_until: f64,
+    /// Messages of channels are dropped, repeated and delayed before this.
+    pub mangled_until: f64,
+}
+
+impl World {
+    /// Starts a server with `data` and a new run id. Returns its number.
+    pub fn start_server(&mut self, data: Data) -> usize {
+        let mut name =
+            || (0..40).map(|_| format!("{:x}", self.random.random_range(0..16))).collect();
+        let data = Data { run_id: name(), replid: name(), ..data };
+        self.servers.push(Redis::start(data));
+        self.servers.len() - 1
+    }
+
+    pub fn token(&self, server: usize) -> String {
+        format!("R{server}")
+    }
+
+    pub fn take(&mut self, sent: Sent) {
+        match sent {
+            Sent::Connect { node, process, connection, inbox, done } => {
+                let wait = self.latency();
+                self.after(wait, move |world| world.accept(node, process, connection, inbox, done));
+            }
+            Sent::Bytes(connection, bytes) => {
+                let latency = self.latency();
+                let now = self.now;
+                let Some(link) = self.links.get_mut(&connection).filter(|l| l.cut.is_none()) else {
+                    return;
+                };
+                let time = (now + latency).max(link.up + 1e-3).max(link.deaf_until);
+                link.up = time;
+                self.at(time, move |world| world.arrive(connection, &bytes));
+            }
+            Sent::Gone(connection) => {
+                let latency = self.latency();
+                let Some(link) = self.links.get(&connection) else { return };
+                let time = (self.now + latency).max(link.up + 1e-3);
+                self.at(time, move |world| world.forget(connection));
+            }
+            Sent::Frames(talk, frames) => self.send_frames(talk, frames),
+            Sent::Ended(talk) => {
+                let latency = self.latency();
+                self.after(latency, move |world| world.close_talk(talk));
+            }
+        }
+    }
+
+    fn accept(
+        &mut self,
+        node: usize,
+        process: u64,
+        connection: u64,
+        inbox: Inbox,
+        done: oneshot::Sender<()>,
+    ) {
+        let host = &self.hosts[node];
+        if host.process != process {
+            return;
+        }
+        if host.parted {
+            self.hung.push(done);
+            return;
+        }
+        let server = host.sees.or(self.primary).filter(|server| self.servers[*server].alive);
+        let Some(server) = server else { return };
+        let time = self.now;
+        let (cut, deaf_until, mangled_until) = (None, 0.0, 0.0);
+        let link =
+            Link { node, server, inbox, up: time, down: time, cut, deaf_until, mangled_until };
+        self.links.insert(connection, link);
+        self.servers[server].connect(connection);
+        let latency = self.latency();
+        self.after(latency, move |_| {
+            let _ = done.send(());
+        });
+    }
+
+    /// Bytes arrive at a server.
+    fn arrive(&mut self, connection: u64, bytes: &[u8]) {
+        let Some(link) = self.links.get(&connection).filter(|link| link.cut.is_none()) else {
+            return;
+        };
+        let server = link.server;
+        if !self.servers[server].alive {
+            return;
+        }
+        self.servers[server].data.now = (WALL_MS + self.now + self.skew) as u64;
+        let out = self.servers[server].receive(connection, bytes);
+        let added = std::mem::take(&mut self.servers[server].data.store.added);
+        for (key, _, payload) in added {
+            self.book.appended(self.now, &key, payload);
+        }
+        for out in out {
+            self.send_down(out.connection, out.bytes, out.is_message);
+        }
+    }
+
+    fn send_down(&mut self, connection: u64, bytes: Bytes, is_message: bool) {
+        let latency = self.latency();
+        let dice = self.random.random_range(0..10);
+        let now = self.now;
+        let Some(link) = self.links.get_mut(&connection).filter(|link| link.cut.is_none()) else {
+            return;
+        };
+        let mut time = (now + latency).max(link.down + 1e-3).max(link.deaf_until);
+        if is_message && now < link.mangled_until {
+            match dice {
+                0..3 => return,
+                3..5 => {
+                    let bytes = bytes.clone();
+                    self.at(time, move |world| world.deliver(connection, &bytes));
+                    time += 0.5;
+                }
+                // Late, and behind what was sent after it.
+                5..7 => {
+                    let time = time + latency * 20.0;
+                    return self.at(time, move |world| world.deliver(connection, &bytes));
+                }
+                _ => {}
+            }
+        }
+        if let Some(link) = self.links.get_mut(&connection) {
+            link.down = time;
+        }
+        self.at(time, move |world| world.deliver(connection, &bytes));
+    }
+
+    fn deliver(&mut self, connection: u64, bytes: &[u8]) {
+        let Some(link) = self.links.get(&connection) else { return };
+        if link.cut.is_none_or(|cut| self.now <= cut) {
+            link.inbox.put(bytes);
+        }
+    }
+
+    /// A server finds that a connection was closed.
+    fn forget(&mut self, connection: u64) {
+        if let Some(link) = self.links.remove(&connection) {
+            self.servers[link.server].disconnect(connection);
+        }
+    }
+
+    /// Ends a link: what is in the gateway's buffer by `grace` still arrives.
+    pub fn cut(&mut self, connection: u64, grace: f64, notice: f64) {
+        let grace = self.random.random_range(0.0..=grace);
+        let cut = self.now + grace;
+        let Some(link) = self.links.get_mut(&connection).filter(|link| link.cut.is_none()) else {
+            return;
+        };
+        link.cut = Some(cut);
+        let (server, inbox) = (link.server, link.inbox.clone());
+        self.servers[server].disconnect(connection);
+        self.at(cut + 0.01 + notice, move |_| inbox.close());
+    }
+
+    pub fn links_of(&self, of: impl Fn(&Link) -> bool) -> Vec<u64> {
+        let open = self.links.iter().filter(|(_, link)| link.cut.is_none() && of(link));
+        open.map(|(connection, _)| *connection).collect()
+    }
+}
