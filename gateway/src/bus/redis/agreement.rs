@@ -48,6 +48,8 @@ const SEEN_EVERY: Duration = Duration::from_millis(100);
 /// This run of this node, as the others know it; the same for all servers of a Redis Cluster.
 pub(super) struct Process {
     name: String,
+    /// What the names of all runs of this node begin with.
+    node: String,
     state: Mutex<State>,
 }
 
@@ -60,11 +62,15 @@ struct State {
     /// Whether everybody who lives has seen this process since it registered.
     known: bool,
     renewed: Option<Instant>,
+    /// Whether it has ever had a lease. With the first one it says that earlier runs of this node
+    /// have ended; later ones do not, since by then another with the same id may have started.
+    registered: bool,
 }
 
 impl Process {
     pub(super) fn new(node: &str) -> Self {
-        Self { name: format!("{node}/{}", random_epoch()), state: Mutex::default() }
+        let node = format!("{node}/");
+        Self { name: format!("{node}{}", random_epoch()), node, state: Mutex::default() }
     }
 }
 
@@ -343,9 +349,10 @@ impl Agreement {
         connection: &mut MultiplexedConnection,
         token: Token,
     ) -> RedisResult<()> {
-        let is_due = {
+        let (is_due, is_first) = {
             let state = self.process.state.lock();
-            !state.known || state.renewed.is_none_or(|renewed| renewed.elapsed() >= RENEW_EVERY)
+            let is_late = state.renewed.is_none_or(|renewed| renewed.elapsed() >= RENEW_EVERY);
+            (!state.known || is_late, !state.registered)
         };
         if !is_due || !self.keeps_leases() {
             return Ok(());
@@ -359,11 +366,13 @@ impl Agreement {
             .arg(LEASE.as_millis() as u64)
             .arg(keyspace.pokes())
             .arg(token.to_string())
+            .arg(if is_first { &self.process.node } else { "" })
             .invoke_async(connection)
             .await?;
         let known = {
             let state = &mut *self.process.state.lock();
             state.renewed = Some(asked);
+            state.registered = true;
             if !self.server.has_agreed_on(token, 0) {
                 // Who lives may not have come to this server yet.
                 state.peers.extend(alive);
