@@ -3,7 +3,7 @@
 //! An answer can reach this node although nobody was passed the entry: Redis dies between the two,
 //! or the link of a subscriber does. If Redis then comes back without the entry, nobody has it any
 //! more but its publisher. So each publish is kept from when it is sent until its *id* was passed
-//! on here, or for `KEPT_FOR` after its answer; when the nodes have agreed on another server, what
+//! on here, or for `KEPT_FOR` after its answer, as long as logs answer; when the nodes have agreed on another server, what
 //! is kept is appended once more, with the same id and a hint of where it stood. A number would not
 //! do: another message may have got it.
 
@@ -120,10 +120,9 @@ impl Tail {
     }
 
     /// Takes what was acknowledged and has not come by in some of the rooms, in the order it was
-    /// sent.
-    pub fn take(&self, now: Instant, of: impl Fn(&RoomId) -> bool) -> Vec<Repeat> {
+    /// sent. None is too old for that: time in which no log answers does not count.
+    pub fn take(&self, of: impl Fn(&RoomId) -> bool) -> Vec<Repeat> {
         let kept = &mut *self.kept.lock();
-        kept.forget_old(now);
         let wanted = |id: &IdKey| kept.publishes.get(id).is_none_or(|publish| of(&publish.room));
         let (ids, others) =
             kept.acknowledged.drain(..).partition::<Vec<_>, _>(|(_, id)| wanted(id));
@@ -199,8 +198,8 @@ mod tests {
         tail.seen(&ids[1]);
         tail.acknowledged(&ids[1], &position("e", 2), now);
         tail.seen(&ids[3]);
-        assert_eq!(positions(tail.take(now, |_| true)), [1, 3, 5]);
-        assert!(tail.take(now, |_| true).is_empty());
+        assert_eq!(positions(tail.take(|_| true)), [1, 3, 5]);
+        assert!(tail.take(|_| true).is_empty());
         assert_eq!(tail.kept.lock().bytes, 0);
     }
 
@@ -211,7 +210,7 @@ mod tests {
         tail.acknowledged(&old, &position("e", 1), now);
         tail.failed(&failed);
         tail.acknowledged(&young, &position("e", 3), now + KEPT_FOR);
-        assert_eq!(positions(tail.take(now + KEPT_FOR, |_| true)), [3]);
+        assert_eq!(positions(tail.take(|_| true)), [3]);
         let bytes = || tail.kept.lock().bytes;
         assert_eq!(bytes(), 0);
         for seq in 0..BYTES_MAX as u64 / 256 {

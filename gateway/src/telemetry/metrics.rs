@@ -107,6 +107,8 @@ pub enum Healed {
     Other,
     /// Two histories share numbers: it goes on in a new epoch.
     Conflict,
+    /// The server answered with an error that will not pass.
+    Refused,
 }
 
 macro_rules! labels {
@@ -137,7 +139,8 @@ labels!(Arrival: Delivered "delivered", Duplicate "duplicate", Gap "gap", Restar
 labels!(Repair: Whole "whole", Reset "reset", Failed "failed", Healed "healed");
 labels!(ResumeSource: Ring "ring", Log "log");
 labels!(Agreed: Complete "complete", Incomplete "incomplete");
-labels!(Healed: Whole "whole", Healed "healed", Other "other", Conflict "conflict");
+labels!(Healed: Whole "whole", Healed "healed", Other "other", Conflict "conflict",
+    Refused "refused");
 
 impl Label for ErrorCode {
     const ALL: &'static [Self] = &Self::ALL;

@@ -8,7 +8,7 @@ use shared::{
 };
 use tokio::time::Instant;
 
-use crate::harness::{Gateway, Redis, next_message, room, say, within};
+use crate::harness::{Gateway, Redis, next_message, room, say, until, within};
 
 /// The next `status` that arrives.
 async fn next_status(connection: &mut Connection) -> Status {
@@ -60,4 +60,21 @@ async fn a_new_redis_waits_for_those_who_may_remember_something() {
     bob.join(&lobby).await.unwrap();
     assert_eq!(say(&mut ann, &lobby, "first").await.seq, 1);
     assert_eq!(next_message(&mut bob).await.seq, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_redis_that_is_flushed_while_nobody_speaks_is_agreed_on_again() {
+    let redis = Redis::start().await;
+    let (one, two) = (Gateway::start_on(&redis, &[]).await, Gateway::start_on(&redis, &[]).await);
+    let (lobby, other) = (room("lobby"), room("other"));
+    let (mut ann, mut bob) = (one.connect("ann").await, two.connect("bob").await);
+    ann.join(&lobby).await.unwrap();
+    bob.join(&lobby).await.unwrap();
+    assert_eq!(say(&mut ann, &lobby, "before").await.seq, 1);
+    assert_eq!(next_message(&mut bob).await.seq, 1);
+    redis.command("FLUSHALL").await;
+    // It needs the bus, and is answered without anybody publishing.
+    until("a join is answered", async || bob.join(&other).await.is_ok()).await;
+    assert_eq!(say(&mut ann, &lobby, "after").await.seq, 2);
+    assert_eq!(next_message(&mut bob).await.seq, 2);
 }

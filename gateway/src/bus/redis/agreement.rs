@@ -54,6 +54,8 @@ const SEEN_EVERY: Duration = Duration::from_millis(100);
 /// This run of this node, as the others know it; the same for all servers of a Redis Cluster.
 pub(super) struct Process {
     name: String,
+    /// What the names of all runs of this node begin with.
+    node: String,
     state: Mutex<State>,
 }
 
@@ -68,11 +70,15 @@ struct State {
     renewed: Option<Instant>,
     /// For each home the last term, and the last in which not everybody was heard.
     terms: BTreeMap<u16, (u64, u64)>,
+    /// Whether it has ever had a lease. With the first one it says that earlier runs of this node
+    /// have ended; later ones do not, since by then another with the same id may have started.
+    registered: bool,
 }
 
 impl Process {
     pub(super) fn new(node: &str) -> Self {
-        Self { name: format!("{node}/{}", random_epoch()), state: Mutex::default() }
+        let node = format!("{node}/");
+        Self { name: format!("{node}{}", random_epoch()), node, state: Mutex::default() }
     }
 }
 
@@ -374,9 +380,10 @@ impl Agreement {
         connection: &mut MultiplexedConnection,
         token: Token,
     ) -> RedisResult<()> {
-        let is_due = {
+        let (is_due, is_first) = {
             let state = self.process.state.lock();
-            !state.known || state.renewed.is_none_or(|renewed| renewed.elapsed() >= RENEW_EVERY)
+            let is_late = state.renewed.is_none_or(|renewed| renewed.elapsed() >= RENEW_EVERY);
+            (!state.known || is_late, !state.registered)
         };
         if !is_due || !self.keeps_leases() {
             return Ok(());
@@ -390,20 +397,27 @@ impl Agreement {
             .arg(LEASE.as_millis() as u64)
             .arg(keyspace.pokes())
             .arg(token.to_string())
+            .arg(if is_first { &self.process.node } else { "" })
             .invoke_async(connection)
             .await?;
         let known = {
             let state = &mut *self.process.state.lock();
             state.renewed = Some(asked);
+            state.registered = true;
+            // A lease that has lapsed is a new one: the others may have gone on without this process.
+            state.known = seen || state.known && !new;
             if !self.server.has_agreed_on(token, 0) {
                 // Who lives may not have come to this server yet.
                 state.peers.extend(alive);
                 return Ok(());
             }
             state.peers = alive.into_iter().collect();
-            state.known = seen || state.known && !new;
             state.known
         };
+        if !known {
+            self.mailboxes.standing().suspend();
+        }
+        self.look_at_barrier(connection, token).await?;
         if known {
             let standing = self.mailboxes.standing();
             let stood = standing.holds(Instant::now());
@@ -413,6 +427,25 @@ impl Agreement {
                 self.mailboxes.doubt();
                 standing.regain();
             }
+        }
+        Ok(())
+    }
+
+    /// Takes the agreement back where the server does not know of it any more: it was flushed. Who
+    /// appends finds that out by the scripts; who only reads would be refused for ever.
+    async fn look_at_barrier(
+        &self,
+        connection: &mut MultiplexedConnection,
+        token: Token,
+    ) -> RedisResult<()> {
+        let (agreed, open): (Option<String>, Option<String>) = redis::cmd("HMGET")
+            .arg(self.server.keyspace.barrier(0))
+            .arg("t")
+            .arg("open")
+            .query_async(connection)
+            .await?;
+        if agreed != Some(token.to_string()) || open.is_none() {
+            self.links.found_stale(&self.server, token);
         }
         Ok(())
     }

@@ -180,8 +180,17 @@ impl Worker {
 
     /// Answers what is past its deadline.
     fn expire(&mut self) {
-        for queued in self.waiting.expired(Instant::now()) {
-            self.links.standing.tail().failed(&queued.append.envelope.id_key());
+        let (tail, now) = (self.links.standing.tail(), Instant::now());
+        for queued in self.waiting.expired(now) {
+            let id = queued.append.envelope.id_key();
+            match &queued.hint {
+                // It was acknowledged once: the next server is given it.
+                Some(at) => {
+                    let dropped = tail.acknowledged(&id, at, now);
+                    self.links.metrics.tail_dropped.inc_by(dropped);
+                }
+                None => tail.failed(&id),
+            }
             (queued.append.done)(Err(BusError::Unavailable));
         }
     }
@@ -205,7 +214,7 @@ impl Worker {
         }
         if self.open.token != Some(token) || !Arc::ptr_eq(&self.open.homes, &agreed.homes) {
             let keyspace = self.server.keyspace;
-            let tail = self.links.standing.tail().take(now, |room| {
+            let tail = self.links.standing.tail().take(|room| {
                 let home = keyspace.home(room);
                 agreed.is_on(token, home) && !self.open.is_on(token, home)
             });
@@ -426,7 +435,11 @@ impl Worker {
                     self.links.metrics.tail_dropped.inc_by(dropped);
                     (queued.append.done)(Ok(appended));
                 }
-                Err(error) if is_of_the_slot(&error) || lacks_replicas(&error) => {
+                Err(error)
+                    if is_of_the_slot(&error)
+                        || lacks_replicas(&error)
+                        || queued.hint.is_some() && is_for_a_time(&error) =>
+                {
                     let home = self.server.keyspace.home(&queued.append.room);
                     self.waiting.leave_alone(home, now);
                     self.server.astray.notify_one();
@@ -445,6 +458,12 @@ impl Worker {
         }
         failed
     }
+}
+
+/// Whether the server refused for a reason that may pass, as a full memory does. Whoever sent it may
+/// try again; what was acknowledged before is tried again here.
+fn is_for_a_time(error: &RedisError) -> bool {
+    !is_of_the_server(error) && refused_or_away(error) == BusError::Unavailable
 }
 
 async fn sleep_until(deadline: Option<Instant>) {

@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use redis::{RedisError, RedisResult, aio::MultiplexedConnection};
 
-use super::server::Server;
+use super::{refused_or_away, server::Server};
 use crate::{
-    bus::random_epoch,
+    bus::{BusError, random_epoch},
     delivery::{Followed, Token},
     telemetry::metrics::{Healed, Metrics},
 };
@@ -84,7 +84,17 @@ impl Healer {
         for room in rooms {
             pipeline.add_command(self.command(token, room, give));
         }
-        pipeline.query_async(connection).await
+        pipeline.ignore_errors();
+        let answers: Vec<RedisResult<String>> = pipeline.query_async(connection).await?;
+        let answer = |(room, answer): (&Followed, RedisResult<String>)| match answer {
+            // It will be so with every try, and keeps the others from nothing.
+            Err(error) if refused_or_away(&error) == BusError::Refused => {
+                tracing::error!(room = %room.room, %error, "Redis refused to be given a room back");
+                Ok("refused".to_owned())
+            }
+            answer => answer,
+        };
+        rooms.iter().zip(answers).map(answer).collect()
     }
 
     fn command(&self, token: Token, held: &Followed, give: bool) -> redis::Cmd {
@@ -144,6 +154,7 @@ impl Healer {
             "whole" => Healed::Whole,
             "healed" => Healed::Healed,
             "conflict" => Healed::Conflict,
+            "refused" => Healed::Refused,
             _ => Healed::Other,
         };
         if outcome == Healed::Conflict {

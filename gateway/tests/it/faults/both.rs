@@ -166,3 +166,17 @@ async fn a_new_cluster_on_an_empty_redis_waits_for_those_who_may_remember() {
     let expected = Duration::from_millis(2900)..Duration::from_secs(8);
     assert!(expected.contains(&waited), "{waited:?}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clock_that_is_set_back_keeps_no_server_closed() {
+    let redis = Redis::start().await;
+    redis.command("FLUSHALL").await;
+    let gateway = Gateway::start_on(&redis, &[]).await;
+    until("checked in", async || {
+        redis.command("HEXISTS gw:barrier t0").await.as_deref() == Some(":1")
+    })
+    .await;
+    // As if the clock of Redis' host had been set back by years since.
+    redis.command("HSET gw:barrier t0 9999999999999").await;
+    until("ready", async || get(gateway.address, "/ready").await.status == 200).await;
+}

@@ -2,8 +2,12 @@
 
 use std::time::Duration;
 
-use super::{SHORT, UNLIMITED, addresses, length, party::Party, start_nodes, until_ready};
-use crate::harness::{Node, Redis};
+use tokio::time::Instant;
+
+use super::{
+    SHORT, UNLIMITED, addresses, length, metric, party::Party, ready, start_nodes, until_ready,
+};
+use crate::harness::{Node, Redis, until};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_node_that_is_killed_takes_nothing_with_it() {
@@ -60,4 +64,42 @@ async fn a_node_that_is_told_to_go_sends_its_clients_on() {
             assert!(report.quiet[reader] < SHORT, "{:?}", report.quiet);
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_is_killed_and_started_at_once_does_not_wait_for_its_own_lease() {
+    let redis = Redis::start().await;
+    let other = Node::start(&redis, None, &[("node.id", "gw-2")]).await;
+    let named = [("node.id", "gw-1")];
+    let mut node = Node::start(&redis, None, &named).await;
+    until_ready(std::slice::from_ref(&other)).await;
+    until("ready", async || ready(node.address).await).await;
+    let address = node.address;
+    node.process.kill().await;
+    let killed = Instant::now();
+    let node = Node::start(&redis, Some(address), &named).await;
+    until("ready", async || ready(node.address).await).await;
+    assert!(killed.elapsed() < Duration::from_secs(2), "{:?}", killed.elapsed());
+}
+
+/// Whether the lease of a run that was killed still counts, though the next run does not wait for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_is_killed_and_started_at_once_is_missed_when_redis_is_emptied() {
+    let mut redis = Redis::start().await;
+    let other = Node::start(&redis, None, &[("node.id", "gw-2")]).await;
+    let named = [("node.id", "gw-1")];
+    let mut node = Node::start(&redis, None, &named).await;
+    until_ready(std::slice::from_ref(&other)).await;
+    until("ready", async || ready(node.address).await).await;
+    let incomplete = "gateway_agreements_total{outcome=\"incomplete\"}";
+    let before = metric(&other, incomplete).await;
+    node.process.kill().await;
+    let node = Node::start(&redis, None, &named).await;
+    until("ready", async || ready(node.address).await).await;
+    redis.kill().await;
+    redis.restart().await;
+    until("agreed without the one that is gone", async || {
+        metric(&other, incomplete).await > before
+    })
+    .await;
 }

@@ -46,6 +46,11 @@ for name in pairs(barrier) do
 end
 table.sort(missing)
 
+if tonumber(barrier.t0) > now then
+    -- The clock was set back; nobody is waited for as long as that.
+    barrier.t0, barrier.busy = digits(now), '0'
+    redis.call('HSET', KEYS[1], 't0', barrier.t0, 'busy', '0')
+end
 local waited = now - math.max(tonumber(barrier.t0), tonumber(barrier.busy or '0'))
 if barrier.old and #missing == 0 then
     open = '1'

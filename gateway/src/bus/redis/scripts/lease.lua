@@ -2,6 +2,7 @@
 --
 -- KEYS  1 leases (hash)
 -- ARGV  1 process  2 lease, ms  3 channel of pokes  4 token
+--       5 the start of the names of this process' predecessors, which have ended, or empty
 -- Returns 1 where every living process has seen this one, 1 where the lease is a new one, and the
 -- processes that live.
 --
@@ -25,6 +26,12 @@ for i = 1, #rows, 2 do
         elseif name == ARGV[1] then
             own = tonumber(number)
         else
+            if ARGV[5] ~= '' and string.sub(name, 1, #ARGV[5]) == ARGV[5] then
+                -- It sees nobody any more, so nobody waits for that. What it held is missing all
+                -- the same, and it is counted on until its lease ends.
+                seen = '9007199254740991'
+                redis.call('HSET', KEYS[1], name, ends .. ' ' .. number .. ' ' .. seen)
+            end
             others[#others + 1] = { name, tonumber(seen) }
         end
     end
