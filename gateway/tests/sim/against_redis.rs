@@ -204,9 +204,9 @@ async fn the_scripts_run_as_on_redis() {
     let mut pair = Pair::start().await;
     let mut random = StdRng::seed_from_u64(7);
     let token = pair.token.clone();
-    pair.script(LEASE, &["leases"], &words(&["n1", "60000", "pokes", &token])).await;
-    pair.script(LEASE, &["leases"], &words(&["n2", "60000", "pokes", &token])).await;
-    pair.script(LEASE, &["leases"], &words(&["n1", "60000", "pokes", &token])).await;
+    pair.script(LEASE, &["leases"], &words(&["n1", "60000", "pokes", &token, ""])).await;
+    pair.script(LEASE, &["leases"], &words(&["n2", "60000", "pokes", &token, ""])).await;
+    pair.script(LEASE, &["leases"], &words(&["n1", "60000", "pokes", &token, ""])).await;
     let append = |n: u128, token: &str| {
         let envelope = Envelope::pack(Parts {
             author: Author::of(&"ann".parse().unwrap()),
