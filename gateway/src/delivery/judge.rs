@@ -225,15 +225,20 @@ impl Follow {
     }
 
     /// How many entries of the ring stand behind the last one that the log has too. Where it has
-    /// none of them nothing tells whether it once had, unless the ring holds all there ever was, or
-    /// the log is empty.
+    /// none of them, those were lost that stand where its present epoch does under another one; of
+    /// the others nothing tells whether it once had them, unless the ring holds all there ever was,
+    /// or the log is empty.
     fn lost_by(&self, page: &Page) -> usize {
         let common = |entry: &Entry| page.at(entry.position.seq).is_some_and(|e| entry.is(e));
+        let forked = |entry: &&Entry| {
+            let Position { epoch, seq } = &entry.position;
+            *epoch != page.epoch && page.former.as_ref().is_some_and(|former| former.seq < *seq)
+        };
         let ring = || self.ring.newest(usize::MAX);
         match ring().rev().position(common) {
             Some(lost) => lost,
             None if page.oldest == 0 || self.ring.first() == Some(1) => self.ring.len(),
-            None => 0,
+            None => ring().rev().take_while(forked).count(),
         }
     }
 
