@@ -72,6 +72,11 @@ impl Tail {
             return;
         }
         let kept = &mut *self.kept.lock();
+        let known = kept.publishes.get(&envelope.id_key());
+        if known.is_some_and(|publish| publish.at.is_some()) {
+            // Its sender repeats what was acknowledged: that must not be lost if the repeat fails.
+            return;
+        }
         kept.sent += 1;
         let publish =
             Publish { room: room.clone(), envelope: envelope.clone(), number: kept.sent, at: None };
@@ -201,6 +206,16 @@ mod tests {
         assert_eq!(positions(tail.take(|_| true)), [1, 3, 5]);
         assert!(tail.take(|_| true).is_empty());
         assert_eq!(tail.kept.lock().bytes, 0);
+    }
+
+    #[test]
+    fn a_repeat_that_fails_takes_nothing_of_what_was_acknowledged() {
+        let (tail, now) = (Tail::default(), Instant::now());
+        let id = send(&tail, 1);
+        tail.acknowledged(&id, &position("e", 1), now);
+        send(&tail, 1);
+        tail.failed(&id);
+        assert_eq!(positions(tail.take(|_| true)), [1]);
     }
 
     #[test]

@@ -186,6 +186,7 @@ impl Worker {
             match &queued.hint {
                 // It was acknowledged once: the next server is given it.
                 Some(at) => {
+                    tail.sent(&queued.append.room, &queued.append.envelope);
                     let dropped = tail.acknowledged(&id, at, now);
                     self.links.metrics.tail_dropped.inc_by(dropped);
                 }

@@ -171,12 +171,17 @@ async fn a_new_cluster_on_an_empty_redis_waits_for_those_who_may_remember() {
 async fn a_clock_that_is_set_back_keeps_no_server_closed() {
     let redis = Redis::start().await;
     redis.command("FLUSHALL").await;
-    let gateway = Gateway::start_on(&redis, &[]).await;
-    until("checked in", async || {
-        redis.command("HEXISTS gw:barrier t0").await.as_deref() == Some(":1")
-    })
-    .await;
-    // As if the clock of Redis' host had been set back by years since.
-    redis.command("HSET gw:barrier t0 9999999999999").await;
-    until("ready", async || get(gateway.address, "/ready").await.status == 200).await;
+    // It has started when the server is open, 3 s later.
+    let starting = Gateway::start_on(&redis, &[]);
+    let setting_back = async {
+        let has = async |field: &str| {
+            redis.command(&format!("HEXISTS gw:barrier {field}")).await.as_deref() == Some(":1")
+        };
+        until("checked in", async || has("t0").await).await;
+        assert!(!has("open").await, "too late to be set back");
+        // As if the clock of Redis' host had been set back by years since.
+        redis.command("HSET gw:barrier t0 9999999999999").await;
+    };
+    let (gateway, ()) = within(async { tokio::join!(starting, setting_back) }).await;
+    assert_eq!(get(gateway.address, "/ready").await.status, 200);
 }
