@@ -67,10 +67,10 @@ pub fn script(text: String) -> String {
     match PLANTED.get() {
         Some(Defect::NoFence) => {
             let text = replaced(text, "if epoch and meta[3] == token then", "if epoch then");
-            replaced(text, "if not complete then", "if false then")
+            replaced(text, "if not term then", "term, owed = term or 0, owed or 0 if false then")
         }
         Some(Defect::NoBump) => {
-            replaced(text, "elseif complete == '1' then", "elseif complete then")
+            replaced(text, "elseif tonumber(meta[4] or '0') >= owed then", "elseif owed then")
         }
         _ => text,
     }
