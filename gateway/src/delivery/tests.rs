@@ -64,6 +64,8 @@ struct Log {
     states: Vec<(Epoch, Option<Position>)>,
     deleted: u64,
     top: Seq,
+    /// The highest number that a loss has taken back.
+    highest: Seq,
     entries: Vec<Entry>,
     written: u64,
     /// How many epochs there were.
@@ -93,6 +95,7 @@ impl Log {
     }
 
     fn lose_tail(&mut self, count: u8) {
+        self.highest = self.highest.max(self.top);
         let kept = self.entries.len().saturating_sub(usize::from(count));
         self.top -= (self.entries.len() - kept) as u64;
         self.entries.truncate(kept);
@@ -407,6 +410,7 @@ impl World {
             states: vec![],
             deleted: 0,
             top: 0,
+            highest: 0,
             entries: vec![],
             written: 0,
             begun: 0,
@@ -561,8 +565,14 @@ impl World {
             Event::Restart => self.log.lose_all(),
             Event::Fork(lost) => {
                 self.log.lose_tail(lost);
-                // More than were lost, so that it shows.
-                self.take(&Event::Say(lost + 1), ring);
+                // Beyond all that was ever heard, so that it shows: losses before this one may have
+                // gone unnoticed. That a log ends below what is held is found when servers change.
+                loop {
+                    self.take(&Event::Say(1), ring);
+                    if self.log.top > self.log.highest {
+                        break;
+                    }
+                }
             }
             Event::Delete => {
                 self.log.lose_all();
@@ -645,6 +655,22 @@ fn many(event: impl Strategy<Value = Event>) -> impl Strategy<Value = Vec<Event>
 
 fn config() -> ProptestConfig {
     ProptestConfig { cases: 500, failure_persistence: None, ..ProptestConfig::default() }
+}
+
+#[test]
+fn what_was_lost_behind_the_end_of_an_epoch_is_brought_back_as_far_as_the_ring_goes() {
+    let mut world = World::new(4);
+    world.take(&Event::Say(10), 4);
+    world.hear(4, 10);
+    let passed_on = world.node.passed_on.clone();
+    // The ring has nothing in common with what is left.
+    world.take(&Event::Bump(5), 4);
+    world.take(&Event::Say(2), 4);
+    world.settle(4);
+    let ids = world.ids();
+    let back: Vec<_> = passed_on.iter().map(|entry| ids.contains(&entry.envelope.id())).collect();
+    assert_eq!(passed_on.len(), 10);
+    assert_eq!(back[6..], [true; 4], "{back:?}");
 }
 
 #[test]

@@ -26,6 +26,7 @@ mod campaign;
 mod defects;
 
 use campaign::{campaign, run};
+use gateway::telemetry::LogFormat;
 use shape::Shape;
 
 /// A number from the environment.
@@ -47,10 +48,12 @@ fn shape_of(seed: u64) -> Shape {
 }
 
 /// `SKEIN_SIM_SEEDS` seeds from `SKEIN_SIM_FROM` on, or a small share of them. `SKEIN_SIM_SEED` is
-/// one seed, told in full.
+/// one seed, told in full, with the gateways' own lines where `SKEIN_SIM_LOG` is a level.
 #[test]
 fn what_is_promised_holds_under_every_seed() {
     if let Some(seed) = number("SKEIN_SIM_SEED") {
+        let level = std::env::var("SKEIN_SIM_LOG").unwrap_or_else(|_| "off".to_owned());
+        gateway::telemetry::start_log(LogFormat::Text, &level);
         let run = run(seed, shape_of(seed), true);
         println!("{:?}\n{:#?}", run.findings.counts, run.findings.violations);
         assert!(run.findings.violations.is_empty());

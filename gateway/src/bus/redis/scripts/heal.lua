@@ -76,7 +76,8 @@ if replaces then
     redis.call('DEL', KEYS[1])
     redis.call('HSET', KEYS[2], 'e', epoch, 's', digits(first - 1), 'at', digits(now),
         'from', digits(first), 'prev', digits(first), 'r', 'healing',
-        'n', ARGV[14])
+        -- Who gives it back to a server that is open was not heard there: others may have had more.
+        'n', opened(KEYS[5], token) and '-1' or ARGV[14])
     if ARGV[5] ~= '' then
         redis.call('HSET', KEYS[2], 'pe', ARGV[5], 'ps', ARGV[6])
     else
