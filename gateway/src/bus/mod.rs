@@ -31,7 +31,7 @@ use shared::{
     position::{Position, Seq},
 };
 use tokio::{
-    sync::{Notify, mpsc, oneshot, watch},
+    sync::{Notify, mpsc, oneshot},
     time::Instant,
 };
 
@@ -230,7 +230,7 @@ pub struct Doubt {
     raised: AtomicU64,
     notify: Notify,
     /// Up to which of those everything was compared and read since.
-    settled: watch::Sender<u64>,
+    settled: AtomicU64,
 }
 
 impl Doubt {
@@ -246,7 +246,7 @@ impl Doubt {
 
     /// All rooms were proven whole since doubt was raised for the `count`th time.
     pub fn settle(&self, count: u64) {
-        self.settled.send_replace(count);
+        self.settled.store(count, Ordering::Release);
     }
 
     fn raise(&self) {
@@ -255,13 +255,7 @@ impl Doubt {
     }
 
     fn is_settled(&self) -> bool {
-        *self.settled.borrow() >= self.count()
-    }
-
-    async fn settled(&self) {
-        let count = self.count();
-        // The sender lives as long as `self`.
-        let _ = self.settled.subscribe().wait_for(|settled| *settled >= count).await;
+        self.settled.load(Ordering::Acquire) >= self.count()
     }
 }
 
@@ -348,14 +342,5 @@ impl Mailboxes {
     /// compared, and what that had more was read.
     pub fn is_whole(&self) -> bool {
         self.shards.iter().all(|mailbox| mailbox.doubt.is_settled())
-    }
-
-    /// Waits until that is so. Cancel-safe.
-    pub async fn whole(&self) {
-        while !self.is_whole() {
-            for mailbox in &*self.shards {
-                mailbox.doubt.settled().await;
-            }
-        }
     }
 }

@@ -23,7 +23,7 @@ use tokio::{
 };
 
 use crate::{
-    harness::{Redis, room, within},
+    harness::{Redis, retention, room, within},
     servers::alone_in_a_cluster,
 };
 
@@ -32,17 +32,6 @@ struct Fixture {
     bus: Arc<dyn Bus>,
     heard: mpsc::Receiver<(RoomId, Entry)>,
     tasks: Tasks,
-}
-
-fn retention() -> Retention {
-    Retention {
-        entries_min: 1000,
-        window: Duration::from_secs(120),
-        bytes_max: 16 << 20,
-        memory_bytes_max: 1 << 30,
-        ttl: Duration::from_secs(3600),
-        dedup_window: Duration::from_secs(600),
-    }
 }
 
 /// The mailbox of a node that holds nothing, and what it hears.

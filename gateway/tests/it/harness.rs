@@ -5,6 +5,7 @@
 use std::{future::Future, net::SocketAddr, path::PathBuf, process::Stdio, time::Duration};
 
 use gateway::{
+    bus::Retention,
     config::{Config, Sources},
     hub::HubOptions,
     server::Server,
@@ -106,6 +107,18 @@ pub fn hub_options() -> HubOptions {
         ids_bytes_max: 1 << 26,
         dedup_window: Duration::from_secs(600),
         log_ttl: Duration::from_secs(3600),
+    }
+}
+
+/// How long the logs of a bus without a gateway are kept: longer than any test.
+pub fn retention() -> Retention {
+    Retention {
+        entries_min: 1000,
+        window: Duration::from_secs(120),
+        bytes_max: 16 << 20,
+        memory_bytes_max: 1 << 30,
+        ttl: Duration::from_secs(3600),
+        dedup_window: Duration::from_secs(600),
     }
 }
 

@@ -10,7 +10,7 @@ use std::{
 
 use gateway::{
     bus::{
-        Append, Bus, Mailboxes, Retention,
+        Append, Bus, Mailboxes,
         redis::{RedisBus, RedisOptions, topology::TlsFiles},
     },
     drain::Tasks,
@@ -29,7 +29,9 @@ use tokio::{
     time::Instant,
 };
 
-use crate::harness::{Gateway, Redis, get, hub_options, next_message, room, say, until, within};
+use crate::harness::{
+    Gateway, Redis, get, hub_options, next_message, retention, room, say, until, within,
+};
 
 /// A way to Redis that can swallow what Redis sends to subscribers, while every connection stands.
 struct Wire {
@@ -118,19 +120,11 @@ async fn a_thousand_rooms_are_repaired_when_the_link_is_back() {
     let redis = Redis::start().await;
     let (metrics, tasks) = (Arc::new(Metrics::new()), Tasks::default());
     let (mailboxes, letters) = Mailboxes::new(2, MAILBOX_LEN, metrics.clone());
-    let retention = Retention {
-        entries_min: 1000,
-        window: Duration::from_secs(120),
-        bytes_max: 16 << 20,
-        memory_bytes_max: 1 << 30,
-        ttl: Duration::from_secs(3600),
-        dedup_window: Duration::from_secs(600),
-    };
     let options = RedisOptions {
         url: redis.url(),
         tls: TlsFiles::default(),
         partitions: 16,
-        retention,
+        retention: retention(),
         node: "n".to_owned(),
     };
     let bus = RedisBus::start(options, mailboxes.clone(), metrics.clone(), &tasks).unwrap();

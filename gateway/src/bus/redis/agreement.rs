@@ -164,16 +164,13 @@ impl Agreement {
             agreed.mark_unchanged();
             owned.mark_unchanged();
             let open = self.server.open_questions(token);
-            let mut wait = ASK_EVERY;
+            let is_settled = open.is_empty();
             let done = if tokens.lead_elsewhere(token) {
                 // Which of them is right is not known here: all are made again.
                 self.links.remake.send_modify(|count| *count += 1);
                 Err((ErrorKind::Io, "the links lead to different servers").into())
-            } else if tokens.lead_to(token) && !open.is_empty() {
+            } else if tokens.lead_to(token) && !is_settled {
                 self.agree(&mut connection, token, open).await
-            } else if open.is_empty() {
-                wait = self.pause_before_renewal();
-                Ok(())
             } else {
                 Ok(())
             };
@@ -185,6 +182,7 @@ impl Agreement {
                 return error;
             }
             *pause = RetryPause::default();
+            let wait = if is_settled { self.pause_before_renewal() } else { ASK_EVERY };
             // All arms are cancel-safe.
             tokio::select! {
                 biased;
@@ -248,9 +246,7 @@ impl Agreement {
             tokio::time::sleep(ASK_EVERY).await;
             self.renew_if_due(connection, token).await?;
         }
-        self.renew_at_once(connection, token).await?;
-        self.mailboxes.doubt();
-        Ok(())
+        self.renew_at_once(connection, token).await
     }
 
     /// Gives back what this process holds of some homes, where it remembers them.

@@ -25,7 +25,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    RetryPause, config, is_of_the_slot, is_stale,
+    RetryPause, as_arguments, config, is_of_the_slot, is_stale,
     links::{Link, Links},
     probe::PROBE_EVERY,
     refused_or_away,
@@ -380,16 +380,11 @@ impl Worker {
         let retention = &self.server.retention;
         let channel = self.server.keyspace.channel(&append.room);
         let mut command = redis::cmd("EVALSHA");
-        command.arg(self.script.get_hash()).arg(5);
-        for part in [":log", ":meta", ":ids0", ":ids1"] {
-            command.arg(format!("{channel}{part}"));
-        }
-        let (epoch, seq) = match &queued.hint {
-            Some(at) => (at.epoch.as_str(), at.seq.to_string()),
-            None => ("", String::new()),
-        };
+        let (epoch, seq) = as_arguments(queued.hint.as_ref());
         command
-            .arg(self.server.keyspace.barrier(self.server.keyspace.home(&append.room)))
+            .arg(self.script.get_hash())
+            .arg(5)
+            .arg(&self.server.keyspace.keys(&append.room))
             .arg(&channel)
             .arg(&append.envelope.id_key()[..])
             .arg(&append.envelope.as_bytes()[..])

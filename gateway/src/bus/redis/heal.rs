@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use redis::{RedisError, RedisResult, aio::MultiplexedConnection};
 
-use super::{refused_or_away, server::Server};
+use super::{as_arguments, refused_or_away, server::Server};
 use crate::{
     bus::{BusError, random_epoch},
     delivery::{Followed, Token},
@@ -101,16 +101,11 @@ impl Healer {
         let retention = &self.server.retention;
         let channel = self.server.keyspace.channel(&held.room);
         let mut command = redis::cmd("EVALSHA");
-        command.arg(self.script.get_hash()).arg(5);
-        for part in [":log", ":meta", ":ids0", ":ids1"] {
-            command.arg(format!("{channel}{part}"));
-        }
-        let (former, former_top) = match &held.former {
-            Some(former) => (former.epoch.as_str(), former.seq.to_string()),
-            None => ("", String::new()),
-        };
+        let (former, former_top) = as_arguments(held.former.as_ref());
         command
-            .arg(self.server.keyspace.barrier(self.server.keyspace.home(&held.room)))
+            .arg(self.script.get_hash())
+            .arg(5)
+            .arg(&self.server.keyspace.keys(&held.room))
             .arg(token.to_string())
             .arg(&channel)
             .arg(held.top.epoch.as_str())

@@ -69,6 +69,14 @@ impl Keyspace {
         format!("gw:{{{partition}}}:r:{room}")
     }
 
+    /// What the scripts that write use of a room, in their order: log, meta, both hashes of ids, and
+    /// the barrier of its home.
+    pub(super) fn keys(self, room: &RoomId) -> [String; 5] {
+        let channel = self.channel(room);
+        let key = |part| format!("{channel}:{part}");
+        [key("log"), key("meta"), key("ids0"), key("ids1"), self.barrier(self.home(room))]
+    }
+
     /// The room of a channel, without a check: only gateways publish there.
     pub(super) fn room(channel: &str) -> Option<RoomId> {
         channel.split_once(":r:")?.1.parse().ok()

@@ -187,14 +187,8 @@ impl Log {
         room: &RoomId,
         token: Token,
     ) -> Result<(), RedisError> {
-        let keyspace = &self.server.keyspace;
-        let channel = keyspace.channel(room);
-        let mut invocation = self.delete.prepare_invoke();
-        for part in [":log", ":meta", ":ids0", ":ids1"] {
-            invocation.key(format!("{channel}{part}"));
-        }
-        invocation
-            .key(keyspace.barrier(keyspace.home(room)))
+        self.delete
+            .key(&self.server.keyspace.keys(room))
             .arg(random_epoch())
             .arg(self.server.meta_ttl_ms())
             .arg(token.to_string())

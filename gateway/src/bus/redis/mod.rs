@@ -186,6 +186,11 @@ impl Bus for RedisBus {
     }
 }
 
+/// A position as two arguments of a script, both empty where there is none.
+fn as_arguments(position: Option<&Position>) -> (&str, String) {
+    position.map_or(("", String::new()), |at| (at.epoch.as_str(), at.seq.to_string()))
+}
+
 /// Whether a script found itself on a server that the nodes have not agreed on.
 fn is_stale(error: &RedisError) -> bool {
     error.code() == Some("STALE")

@@ -14,6 +14,7 @@ use std::{
 };
 
 use deadpool_redis::{Manager, Pool, Runtime, Timeouts};
+use futures_util::{StreamExt as _, stream::FuturesUnordered};
 use redis::{
     AsyncConnectionConfig, Client, ClientTlsConfig, ConnectionAddr, ConnectionInfo, ErrorKind,
     IntoConnectionInfo as _, ProtocolVersion, RedisConnectionInfo, RedisError, RedisResult,
@@ -21,8 +22,8 @@ use redis::{
     aio::MultiplexedConnection,
     io::tcp::{TcpSettings, socket2::TcpKeepalive},
 };
-
 use rustls::pki_types::{CertificateDer, pem::PemObject as _};
+use tokio::time::timeout_at;
 
 use super::{CONNECT_MAX, RESPONSE_MAX, config};
 use crate::bus::BoxFuture;
@@ -35,6 +36,8 @@ pub use cluster::Cluster;
 use sentinel::Sentinel;
 use url::{Address, Login, Servers, Topology, UrlError};
 
+/// How long the others that are asked have to answer after the first has.
+const OTHERS_MAX: Duration = Duration::from_millis(200);
 /// When a connection in silence is asked whether it lives, how often it is asked again, and how long
 /// something sent may remain unacknowledged by the other host's kernel.
 const KEEPALIVE_AFTER: Duration = Duration::from_secs(10);
@@ -316,4 +319,29 @@ pub(super) async fn warn_of_loose_replicas(connection: &mut MultiplexedConnectio
              min-replicas-to-write 1 and min-replicas-max-lag 2"
         );
     }
+}
+
+/// What those answer that are asked at once: the first that does, and who answers soon after.
+///
+/// # Errors
+///
+/// The last failure where nobody answers, `none` where nobody was asked.
+async fn answers_of<T>(
+    asked: impl IntoIterator<Item = impl Future<Output = RedisResult<T>>>,
+    none: RedisError,
+) -> RedisResult<Vec<T>> {
+    let mut asked: FuturesUnordered<_> = asked.into_iter().collect();
+    let (mut answers, mut failed) = (Vec::new(), none);
+    while answers.is_empty() {
+        match asked.next().await {
+            Some(Ok(answer)) => answers.push(answer),
+            Some(Err(error)) => failed = error,
+            None => return Err(failed),
+        }
+    }
+    let deadline = tokio::time::Instant::now() + OTHERS_MAX;
+    while let Ok(Some(answer)) = timeout_at(deadline, asked.next()).await {
+        answers.extend(answer);
+    }
+    Ok(answers)
 }

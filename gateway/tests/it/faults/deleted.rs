@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use gateway::{
     bus::{
-        Bus, Mailboxes, Range, Retention,
+        Bus, Mailboxes, Range,
         redis::{RedisBus, RedisOptions},
     },
     drain::Tasks,
@@ -17,7 +17,9 @@ use shared::{
 };
 
 use super::wire::{Mode, Wire};
-use crate::harness::{Gateway, Redis, get, hub_options, next_message, room, say, until, within};
+use crate::harness::{
+    Gateway, Redis, get, hub_options, next_message, retention, room, say, until, within,
+};
 
 /// A node without a listener, for what no frame can ask yet.
 struct Bare {
@@ -30,19 +32,11 @@ impl Bare {
     async fn start(redis: &Redis) -> Self {
         let (metrics, tasks) = (Arc::new(Metrics::new()), Tasks::default());
         let (mailboxes, letters) = Mailboxes::new(1, MAILBOX_LEN, metrics.clone());
-        let retention = Retention {
-            entries_min: 1000,
-            window: Duration::from_secs(120),
-            bytes_max: 16 << 20,
-            memory_bytes_max: 1 << 30,
-            ttl: Duration::from_secs(3600),
-            dedup_window: Duration::from_secs(600),
-        };
         let node = "bare".to_owned();
         let options = RedisOptions {
             url: redis.url(),
             partitions: 256,
-            retention,
+            retention: retention(),
             node,
             tls: Default::default(),
         };

@@ -10,7 +10,7 @@
 -- All checks come first, and XADD is the first write: an error leaves everything as it was.
 
 local token = ARGV[11]
-local epoch, top = whole(KEYS[2], KEYS[1], KEYS[5], token, ARGV[4], ARGV[9])
+local epoch, top, meta = whole(KEYS[2], KEYS[1], KEYS[5], token, ARGV[4], ARGV[9])
 if not epoch then
     return stale
 end
@@ -35,8 +35,7 @@ end
 -- of the window before. What stands before `prev` is older than a window.
 local seq = top + 1
 local number = digits(seq)
-local meta = redis.call('HMGET', KEYS[2], 'at', 'from', 'prev')
-local at, from, prev = tonumber(meta[1]), tonumber(meta[2]), tonumber(meta[3])
+local at, from, prev = tonumber(meta[5]), tonumber(meta[6]), tonumber(meta[7])
 local turned = not at or now - at >= tonumber(ARGV[6]) or now < at
 if turned then
     at, from, prev = now, seq, from or seq

@@ -10,7 +10,8 @@
 -- processes that are missing; the term, and the last term in which not everybody was heard.
 --
 -- Fields: `t` token, `t0` first check-in, `busy` last healing, `old` somebody remembers, `open` '1'
--- after all were heard, '0' else, `n` term, `owed` last term in which not everybody was heard, `in:<process>`, `ex:<process>` expected.
+-- after all were heard, '0' else, `n` term, `owed` last term in which not everybody was heard,
+-- `in:<process>`, `ex:<process>` expected.
 
 if not is_here(ARGV[1]) then
     return stale

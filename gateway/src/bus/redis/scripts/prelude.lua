@@ -48,16 +48,16 @@ local function epoch_above(number, random)
     return digits(number + 1) .. '-' .. random
 end
 
--- The room's epoch and top, nothing where the nodes have not agreed on this server. The first touch
+-- The room's epoch and top, and the fields of its meta as they were read; nothing where the nodes have not agreed on this server. The first touch
 -- after that declares the room whole under the token and in its term. Where somebody was not heard
 -- since it was so declared last, who may have had more of it, the room goes on in a new epoch, which
 -- remembers the former one: also where that was on a server that is gone, and nobody touched the room
 -- there.
 local function whole(meta_key, log_key, barrier, token, random, meta_ttl)
-    local meta = redis.call('HMGET', meta_key, 'e', 's', 'r', 'n')
+    local meta = redis.call('HMGET', meta_key, 'e', 's', 'r', 'n', 'at', 'from', 'prev')
     local epoch, top = meta[1], tonumber(meta[2])
     if epoch and meta[3] == token then
-        return epoch, top
+        return epoch, top, meta
     end
     local term, owed = opened(barrier, token)
     if not term then
@@ -77,5 +77,5 @@ local function whole(meta_key, log_key, barrier, token, random, meta_ttl)
             'pe', former, 'ps', digits(top))
     end
     redis.call('PEXPIRE', meta_key, meta_ttl)
-    return epoch, top
+    return epoch, top, meta
 end

@@ -7,19 +7,14 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
-    time::Duration,
 };
 
-use futures_util::{StreamExt as _, stream::FuturesUnordered};
 use parking_lot::Mutex;
 use redis::{Client, ErrorKind, RedisError, RedisResult};
-use tokio::time::timeout_at;
 
-use super::{Address, Dial, Manner, Single};
+use super::{Address, Dial, Manner, Single, answers_of};
 use crate::bus::redis::config;
 
-/// How long the others have to answer after the first has.
-const OTHERS_MAX: Duration = Duration::from_millis(200);
 /// The most nodes asked; those beyond are learned of from them.
 const ASKED_MAX: usize = 16;
 
@@ -71,21 +66,8 @@ impl Cluster {
     pub(in crate::bus::redis) async fn map(&self) -> RedisResult<Map> {
         let known: Vec<Address> = self.nodes.lock().iter().cloned().collect();
         let nodes: BTreeSet<&Address> = self.configured.iter().chain(&known).collect();
-        let mut asked: FuturesUnordered<_> =
-            nodes.into_iter().take(ASKED_MAX).map(|node| self.ask(node)).collect();
-        let mut views: Vec<View> = Vec::new();
-        let mut failed = no_cluster("no node of the Redis Cluster answers");
-        while views.is_empty() {
-            match asked.next().await {
-                Some(Ok(view)) => views.push(view),
-                Some(Err(error)) => failed = error,
-                None => return Err(failed),
-            }
-        }
-        let deadline = tokio::time::Instant::now() + OTHERS_MAX;
-        while let Ok(Some(answer)) = timeout_at(deadline, asked.next()).await {
-            views.extend(answer);
-        }
+        let asked = nodes.into_iter().take(ASKED_MAX).map(|node| self.ask(node));
+        let views = answers_of(asked, no_cluster("no node of the Redis Cluster answers")).await?;
         let told = views.iter().flat_map(|view| view.nodes.iter().cloned()).collect();
         *self.nodes.lock() = told;
         Ok(merged(views))

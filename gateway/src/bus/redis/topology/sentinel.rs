@@ -11,21 +11,18 @@
 use std::{future, sync::Arc, time::Duration};
 
 use deadpool_redis::Pool;
-use futures_util::{StreamExt as _, stream::FuturesUnordered};
 use parking_lot::Mutex;
 use redis::{
     AsyncConnectionConfig, Client, ErrorKind, RedisError, RedisResult, Value,
     aio::MultiplexedConnection, from_redis_value,
 };
-use tokio::time::{MissedTickBehavior, timeout_at};
+use tokio::time::MissedTickBehavior;
 
-use super::{Address, Dial, Login, Manner, Reader, pool, reader_of};
+use super::{Address, Dial, Login, Manner, Reader, answers_of, pool, reader_of};
 use crate::bus::{BoxFuture, redis::config};
 
 /// How often the Sentinels are asked while connections stand.
 const ASK_EVERY: Duration = Duration::from_secs(2);
-/// How long the others have to answer after the first has.
-const OTHERS_MAX: Duration = Duration::from_millis(200);
 /// The most Sentinels known; further ones are not learned of.
 const SENTINELS_MAX: usize = 16;
 
@@ -156,21 +153,8 @@ impl Inner {
     /// What those say that answer soon: one at least.
     async fn ask_all(&self) -> RedisResult<Vec<View>> {
         let sentinels = self.state.lock().sentinels.clone();
-        let mut asked: FuturesUnordered<_> =
-            sentinels.iter().map(|sentinel| self.ask(sentinel)).collect();
-        let mut views = Vec::new();
-        let mut failed = no_primary("no Sentinel answers");
-        while views.is_empty() {
-            match asked.next().await {
-                Some(Ok(view)) => views.push(view),
-                Some(Err(error)) => failed = error,
-                None => return Err(failed),
-            }
-        }
-        let deadline = tokio::time::Instant::now() + OTHERS_MAX;
-        while let Ok(Some(answer)) = timeout_at(deadline, asked.next()).await {
-            views.extend(answer);
-        }
+        let asked = sentinels.iter().map(|sentinel| self.ask(sentinel));
+        let views = answers_of(asked, no_primary("no Sentinel answers")).await?;
         Ok(views)
     }
 
