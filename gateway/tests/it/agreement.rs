@@ -3,7 +3,11 @@
 use std::time::Duration;
 
 use shared::{
-    client::connection::{Connection, Received},
+    client::{
+        connection::{Connection, Received, Unexpected},
+        frames,
+    },
+    error::ErrorCode,
     protocol::answer::{BusState, Frame, Status},
 };
 use tokio::time::Instant;
@@ -75,6 +79,28 @@ async fn a_redis_that_is_flushed_while_nobody_speaks_is_agreed_on_again() {
     redis.command("FLUSHALL").await;
     // It needs the bus, and is answered without anybody publishing.
     until("a join is answered", async || bob.join(&other).await.is_ok()).await;
+    assert_eq!(say(&mut ann, &lobby, "after").await.seq, 2);
+    assert_eq!(next_message(&mut bob).await.seq, 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_redis_takes_no_message_and_everything_else_goes_on() {
+    let redis = Redis::start().await;
+    let one = Gateway::start_on(&redis, &[]).await;
+    let lobby = room("lobby");
+    let mut ann = one.connect("ann").await;
+    ann.join(&lobby).await.unwrap();
+    assert_eq!(say(&mut ann, &lobby, "before").await.seq, 1);
+    redis.command("CONFIG SET maxmemory 1").await;
+    let two = Gateway::start_on(&redis, &[]).await;
+    let mut bob = two.connect("bob").await;
+    let joined = bob.join(&lobby).await.unwrap();
+    assert_eq!(joined.seq, 1);
+    let content = "too much".into();
+    let refused = ann.request(&frames::Message::to(&lobby, &content)).await;
+    let Err(Unexpected::Refused(refusal)) = refused else { panic!("{refused:?}") };
+    assert_eq!(refusal.code, ErrorCode::Unavailable);
+    redis.command("CONFIG SET maxmemory 0").await;
     assert_eq!(say(&mut ann, &lobby, "after").await.seq, 2);
     assert_eq!(next_message(&mut bob).await.seq, 2);
 }

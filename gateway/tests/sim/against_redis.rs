@@ -101,7 +101,12 @@ impl Pair {
     }
 
     async fn script(&mut self, text: &str, keys: &[&str], args: &[Bytes]) -> Reply {
-        let text = format!("{}\n{text}", include_str!("../../src/bus/redis/scripts/prelude.lua"));
+        let (flags, text) = match text.split_once('\n') {
+            Some((flags, text)) if flags.starts_with("#!") => (format!("{flags}\n"), text),
+            _ => (String::new(), text),
+        };
+        let prelude = include_str!("../../src/bus/redis/scripts/prelude.lua");
+        let text = format!("{flags}{prelude}\n{text}");
         let mut command = words(&["EVAL", &text, &keys.len().to_string()]);
         command.extend(words(keys));
         command.extend_from_slice(args);
@@ -204,9 +209,9 @@ async fn the_scripts_run_as_on_redis() {
     let mut pair = Pair::start().await;
     let mut random = StdRng::seed_from_u64(7);
     let token = pair.token.clone();
-    pair.script(LEASE, &["leases"], &words(&["n1", "60000", "pokes", &token, ""])).await;
-    pair.script(LEASE, &["leases"], &words(&["n2", "60000", "pokes", &token, ""])).await;
-    pair.script(LEASE, &["leases"], &words(&["n1", "60000", "pokes", &token, ""])).await;
+    pair.script(LEASE, &["leases", "barrier"], &words(&["n1", "60000", "pokes", &token, ""])).await;
+    pair.script(LEASE, &["leases", "barrier"], &words(&["n2", "60000", "pokes", &token, ""])).await;
+    pair.script(LEASE, &["leases", "barrier"], &words(&["n1", "60000", "pokes", &token, ""])).await;
     let append = |n: u128, token: &str| {
         let envelope = Envelope::pack(Parts {
             author: Author::of(&"ann".parse().unwrap()),
@@ -280,13 +285,14 @@ fn heal_args(page: &[Reply], token: &str, step: &str) -> Vec<Bytes> {
         other => panic!("{other:?}"),
     };
     let entries: Vec<Vec<Reply>> = rows(&page[7]).iter().rev().map(rows).collect();
-    let newest = entries.last().unwrap();
-    let key = text(&newest[3]).slice(2..26);
+    let key = |entry: &[Reply]| text(&entry[3]).slice(2..26);
+    let (oldest, newest) = (&entries[0], entries.last().unwrap());
     let mut args = words(&[token, "channel"]);
     args.extend([text(&page[0]), text(&page[1])]);
     args.extend(words(&["", "", "random", "60000", "60000", "100000000000000", step]));
-    args.extend([text(&newest[2]), key]);
+    args.extend([text(&newest[2]), key(newest)]);
     args.push(Bytes::from_static(b"1"));
+    args.extend([text(&oldest[0]), text(&oldest[2]), key(oldest)]);
     args.push(entries.len().to_string().into());
     for entry in &entries {
         args.extend(entry.iter().map(text));

@@ -78,6 +78,9 @@ fn what_was_found_stays_mended() {
         (Shape::small(), 2971),
         (Shape::pair(), 3062),
         (Shape::usual(), 5820),
+        (Shape::of(1261), 1261),
+        (Shape::of(21_696), 21_696),
+        (Shape::of(25_475), 25_475),
     ];
     for (shape, seed) in found {
         let name = shape.name;

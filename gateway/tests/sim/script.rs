@@ -46,7 +46,12 @@ pub fn load(text: &[u8]) -> Result<String, String> {
     let name = name_of(text);
     LUA.with(|scripts| {
         if !scripts.compiled.borrow().contains_key(&name) {
-            let chunk = scripts.lua.load(text).set_name("@user_script");
+            // The flags are for a Redis that can be full.
+            let flags = match text.strip_prefix(b"#!") {
+                Some(_) => text.iter().position(|byte| *byte == b'\n').unwrap_or_default(),
+                None => 0,
+            };
+            let chunk = scripts.lua.load(&text[flags..]).set_name("@user_script");
             let script = chunk.into_function().map_err(|error| error.to_string())?;
             scripts.compiled.borrow_mut().insert(name.clone(), script);
         }

@@ -389,6 +389,7 @@ impl Agreement {
         let (seen, new, alive): (bool, bool, Vec<String>) = self
             .lease
             .key(keyspace.leases())
+            .key(keyspace.barrier(0))
             .arg(&self.process.name)
             .arg(LEASE.as_millis() as u64)
             .arg(keyspace.pokes())

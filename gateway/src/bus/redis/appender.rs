@@ -43,6 +43,8 @@ const QUEUE_LEN_MAX: usize = 1 << 16;
 const ORDERS_MAX: usize = 16;
 /// How often the link and the server's settings are looked at.
 const LOOK_EVERY: std::time::Duration = std::time::Duration::from_secs(2);
+/// How often it is said that Redis refuses all.
+const TELL_EVERY: std::time::Duration = std::time::Duration::from_secs(10);
 /// The most publishes in one pipeline, and the most pipelines under way.
 const PIPELINE_LEN_MAX: usize = 256;
 const PIPELINES_MAX: usize = 16;
@@ -72,6 +74,7 @@ pub(super) fn start(server: Arc<Server>, links: Arc<Links>, tasks: &Tasks) -> Ap
         queue: receiver,
         orders: ordered,
         open: Agreed::default(),
+        told: None,
         stopped: tasks.stopped().clone(),
     };
     tasks.spawn_service("redis_appender", worker.run());
@@ -108,6 +111,8 @@ struct Worker {
     script: redis::Script,
     /// What was agreed on when it was last looked at: the tail was repeated to it.
     open: Agreed,
+    /// When it was last told of that Redis takes nothing for a time, as when it is full.
+    told: Option<Instant>,
     stopped: CancellationToken,
 }
 
@@ -446,13 +451,25 @@ impl Worker {
                     failed = failed.and(Err(error));
                 }
                 Err(error) => {
-                    tracing::error!(%error, room = %queued.append.room, "Redis refused an append");
+                    self.tell(&error, &queued, now);
                     tail.failed(&id);
                     (queued.append.done)(Err(refused_or_away(&error)));
                 }
             }
         }
         failed
+    }
+
+    /// Logs that Redis refused a publish: each that it will always refuse, and now and then one where
+    /// it refuses all, as when it is full.
+    fn tell(&mut self, error: &RedisError, queued: &Queued, now: Instant) {
+        if is_for_a_time(error) {
+            if self.told.is_some_and(|told| now - told < TELL_EVERY) {
+                return;
+            }
+            self.told = Some(now);
+        }
+        tracing::error!(%error, room = %queued.append.room, "Redis refused an append");
     }
 }
 

@@ -126,6 +126,17 @@ impl Healer {
             }
         }
         command.arg(held.term);
+        match held.entries.first() {
+            Some(oldest) => {
+                command
+                    .arg(oldest.position.seq)
+                    .arg(oldest.stamp.to_string())
+                    .arg(&oldest.envelope.id_key()[..]);
+            }
+            None => {
+                command.arg(0).arg("").arg("");
+            }
+        }
         if !give {
             command.arg(0);
             return command;
@@ -154,7 +165,8 @@ impl Healer {
         };
         if outcome == Healed::Conflict {
             tracing::error!(room = %room.room, top = %room.top,
-                "two histories share numbers; the room goes on in a new epoch");
+                "two servers have taken entries for this room at the same time; it goes on in a new \
+                 epoch");
         }
         self.metrics.healed.of(outcome).inc();
     }

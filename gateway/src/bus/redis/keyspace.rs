@@ -87,9 +87,13 @@ impl Keyspace {
         if self.sharded { "SPUBLISH" } else { "PUBLISH" }
     }
 
-    /// A script behind what all of them share.
+    /// A script behind what all of them share. A first line that begins with `#!`, by which a script
+    /// says what Redis may let it do, stays the first.
     pub(super) fn script(self, text: &str) -> redis::Script {
-        let text = format!("{}\n{text}", include_str!("scripts/prelude.lua"));
+        let is_flags = |line: &&str| line.starts_with("#!");
+        let flags = text.split_inclusive('\n').next().filter(is_flags).unwrap_or_default();
+        let text = &text[flags.len()..];
+        let text = format!("{flags}{}\n{text}", include_str!("scripts/prelude.lua"));
         #[cfg(feature = "defects")]
         let text = crate::defect::script(text);
         redis::Script::new(&text.replace("'PUBLISH'", &format!("'{}'", self.publish())))

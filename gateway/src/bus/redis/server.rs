@@ -61,17 +61,18 @@ impl Server {
     pub(super) async fn recorded_partitions(&self) -> Result<u16, RedisError> {
         let (mut connection, _) = self.connect(config()).await?;
         let recorded = self.keyspace.recorded();
-        let (recorded,) = redis::pipe()
-            .cmd("SET")
+        // Asked first, since a Redis that is full takes no SET, not even one that would do nothing.
+        let get = redis::cmd("GET").arg(&recorded).to_owned();
+        if let Some(recorded) = get.query_async(&mut connection).await? {
+            return Ok(recorded);
+        }
+        redis::cmd("SET")
             .arg(&recorded)
             .arg(self.keyspace.partitions)
             .arg("NX")
-            .ignore()
-            .cmd("GET")
-            .arg(&recorded)
-            .query_async::<(u16,)>(&mut connection)
+            .query_async::<()>(&mut connection)
             .await?;
-        Ok(recorded)
+        get.query_async(&mut connection).await
     }
 
     /// One connection, which does not reconnect by itself, and the server it leads to.

@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Notes that a process has given this server back what it holds, and tells whether the server is
 -- open: whether everybody who may hold something has done so, or was waited for long enough.
 --

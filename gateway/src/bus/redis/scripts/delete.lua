@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Deletes a room's log. The room begins anew in a later epoch, and remembers that this was meant.
 --
 -- KEYS  1 log (stream)  2 meta (hash)  3, 4 ids  5 barrier

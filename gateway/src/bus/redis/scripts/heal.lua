@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Gives a room back to a server what a node holds of it and the server lacks.
 --
 -- KEYS  1 log (stream)  2 meta (hash)  3, 4 ids  5 barrier
@@ -5,11 +6,12 @@
 --       seq, or empty  7 random part of an epoch  8 log ttl, ms  9 meta ttl, ms  10 dedup window, ms
 --       11 "ask" or "give"  12 stamp and 13 id key of its top entry, or empty where it has not got it
 --       14 the term in which the node knows the room to have been declared whole last
---       15 count of entries  then per entry: seq, epoch, stamp, envelope  then per older id: id key,
+--       15 seq, 16 stamp and 17 id key of the oldest entry it has, or 0 and empty
+--       18 count of entries  then per entry: seq, epoch, stamp, envelope  then per older id: id key,
 --       position
 -- Returns "whole" (nothing was missing), "other" (the room has gone on in another epoch), "ask" (call
--- again with "give" and the entries), "healed", or "conflict" (two histories share numbers: the room
--- goes on in a new epoch).
+-- again with "give" and the entries), "healed", or "conflict" (two histories share numbers, or the
+-- node passed more on than it still has and the log lacks it: the room goes on in a new epoch).
 
 local token, epoch, top, random = ARGV[1], ARGV[3], tonumber(ARGV[4]), ARGV[7]
 if not is_here(token) then
@@ -23,7 +25,38 @@ local function seq_of(id)
     return tonumber(string.sub(id, 1, string.find(id, '-', 1, true) - 1))
 end
 
+-- A conflict: numbers go on, and nothing of either history is continued.
+local function lift(above)
+    redis.call('HSET', KEYS[2], 'e', epoch_above(above, random))
+    redis.call('HDEL', KEYS[2], 'pe', 'ps')
+    redis.call('PEXPIRE', KEYS[2], ARGV[9])
+    return 'conflict'
+end
+
+-- Whether the node has passed entries on that are neither in the log, which has gone on in another
+-- epoch, nor with the node any more: another server took them meanwhile, and too many to be held.
+-- Members elsewhere may have been told of the new epoch before those were acknowledged, so they are
+-- told once more. `xe` and `xs` of the meta: up to where this was done, in which epoch.
+local function has_lost_more_than_it_holds()
+    local meta = redis.call('HMGET', KEYS[2], 'd', 'pe', 'ps', 'xe', 'xs')
+    local oldest = tonumber(ARGV[15])
+    if oldest <= 1 or ordinal(epoch) < tonumber(meta[1] or '0')
+        or meta[4] == epoch and top <= tonumber(meta[5]) then
+        return false
+    end
+    if meta[2] == epoch then
+        return oldest > tonumber(meta[3]) + 1
+    end
+    local id = ARGV[15] .. '-0'
+    local there = redis.call('XRANGE', KEYS[1], id, id)[1]
+    return not there or there[2][4] ~= ARGV[16] or string.sub(there[2][6], 3, 26) ~= ARGV[17]
+end
+
 if here and here ~= epoch and ordinal(here) >= ordinal(epoch) then
+    if has_lost_more_than_it_holds() then
+        redis.call('HSET', KEYS[2], 'xe', epoch, 'xs', digits(top))
+        return lift(ordinal(here))
+    end
     return 'other'
 end
 if here == epoch and here_top >= top then
@@ -38,19 +71,11 @@ if ARGV[11] == 'ask' then
     return 'ask'
 end
 
--- A conflict: numbers go on, and nothing of either history is continued.
-local function lift(above)
-    redis.call('HSET', KEYS[2], 'e', epoch_above(above, random))
-    redis.call('HDEL', KEYS[2], 'pe', 'ps')
-    redis.call('PEXPIRE', KEYS[2], ARGV[9])
-    return 'conflict'
-end
-
 local newer, older, gone = id_hashes(KEYS[3], KEYS[4], now, tonumber(ARGV[10]))
-local count = tonumber(ARGV[15])
+local count = tonumber(ARGV[18])
 local entries = {}
 for i = 0, count - 1 do
-    local at = 16 + 4 * i
+    local at = 19 + 4 * i
     entries[i + 1] = {
         seq = tonumber(ARGV[at]), epoch = ARGV[at + 1], stamp = ARGV[at + 2], envelope = ARGV[at + 3],
         key = string.sub(ARGV[at + 3], 3, 26),
@@ -113,7 +138,7 @@ for _, entry in ipairs(entries) do
         redis.call('HSETNX', newer, entry.key, position)
     end
 end
-for i = 16 + 4 * count, #ARGV, 2 do
+for i = 19 + 4 * count, #ARGV, 2 do
     if redis.call('HEXISTS', older, ARGV[i]) == 0 then
         redis.call('HSETNX', newer, ARGV[i], ARGV[i + 1])
     end

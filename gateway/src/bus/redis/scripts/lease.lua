@@ -1,6 +1,7 @@
+#!lua flags=allow-oom
 -- Renews the lease of a process, and tells who else lives.
 --
--- KEYS  1 leases (hash)
+-- KEYS  1 leases (hash)  2 barrier
 -- ARGV  1 process  2 lease, ms  3 channel of pokes  4 token
 --       5 the start of the names of this process' predecessors, which have ended, or empty
 -- Returns 1 where every living process has seen this one, 1 where the lease is a new one, and the
@@ -8,21 +9,27 @@
 --
 -- A field per process, "<end, ms> <number> <seen>": processes are numbered as they register, and
 -- each renewal has seen all up to the newest number. `#` is the newest number.
+--
+-- On a server that the nodes have not agreed on yet those live, too, whose lease has ended: they did
+-- when what this server has was written, and may hold what it lacks, however late that is noticed.
 
 if not is_here(ARGV[4]) then
     return stale
 end
 local now = now_ms()
+local is_open = opened(KEYS[2], ARGV[4])
 local rows = redis.call('HGETALL', KEYS[1])
-local newest, own, others, gone = 0, nil, {}, {}
+local newest, own, others, gone, late = 0, nil, {}, {}, {}
 for i = 1, #rows, 2 do
     local name, row = rows[i], rows[i + 1]
     if name == '#' then
         newest = tonumber(row)
     else
         local ends, number, seen = string.match(row, '^(%d+) (%d+) (%d+)$')
-        if tonumber(ends) <= now then
+        if tonumber(ends) <= now and (is_open or name == ARGV[1]) then
             gone[#gone + 1] = name
+        elseif tonumber(ends) <= now then
+            late[#late + 1] = name
         elseif name == ARGV[1] then
             own = tonumber(number)
         else
@@ -58,5 +65,8 @@ for _, other in ipairs(others) do
     if other[2] < own then
         known = 0
     end
+end
+for _, name in ipairs(late) do
+    alive[#alive + 1] = name
 end
 return { known, is_new and 1 or 0, alive }
