@@ -136,3 +136,18 @@ pub(crate) mod samples {
         Position::new(epoch.parse().unwrap(), seq)
     }
 }
+
+#[cfg(test)]
+mod entry_tests {
+    use super::{samples::entry, *};
+
+    #[test]
+    fn one_message_under_one_number_of_two_histories_is_two_entries() {
+        let written = entry("1-e", 7);
+        let again = Entry { stamp: "0123456789abcdef".parse().unwrap(), ..written.clone() };
+        assert!(written.is(&written) && !written.is(&again));
+        let continued = Entry { position: samples::position("2-f", 7), ..written.clone() };
+        assert!(written.is(&continued), "an epoch that continues it changes nothing");
+        assert!(!written.is(&entry("1-e", 8)));
+    }
+}

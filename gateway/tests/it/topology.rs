@@ -348,3 +348,25 @@ async fn nothing_is_lost_when_slots_of_a_redis_cluster_migrate() {
     }
     println!("3 slot migrations in a Redis Cluster: {acked} acknowledged, 0 lost, 0 duplicated");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_primary_of_a_redis_cluster_that_is_flushed_is_agreed_on_again() {
+    let cluster = Clustered::start().await;
+    let [node, _] = two_nodes(&cluster.url()).await;
+    let leases = cluster.owner_of(slot_of_partition(0)).await;
+    let mut elsewhere = vec![];
+    for room in many_rooms() {
+        let owner = cluster.owner_of(slot_of(&room)).await;
+        if owner != leases && elsewhere.first().is_none_or(|(_, first)| *first == owner) {
+            elsewhere.push((room, owner));
+        }
+    }
+    let [(room, owner), (other, _), ..] = &elsewhere[..] else { panic!("{elsewhere:?}") };
+    let mut ann = node.connect("ann").await;
+    ann.join(room).await.unwrap();
+    assert_eq!(say(&mut ann, room, "before").await.seq, 1);
+    cluster.nodes[*owner].ask::<String>(&["FLUSHALL"]).await.unwrap();
+    // It needs that server, and is answered without anybody publishing there.
+    until("a join is answered", async || ann.join(other).await.is_ok()).await;
+    assert_eq!(say(&mut ann, room, "after").await.seq, 2);
+}

@@ -175,7 +175,8 @@ impl Agreement {
                 Ok(())
             };
             let done = match done {
-                Ok(()) => self.renew_if_due(&mut connection, token).await,
+                Ok(()) if self.keeps_leases() => self.renew_if_due(&mut connection, token).await,
+                Ok(()) => self.look_at_barrier(&mut connection, token).await,
                 failed => failed,
             };
             if let Err(error) = done {
@@ -435,12 +436,23 @@ impl Agreement {
         connection: &mut MultiplexedConnection,
         token: Token,
     ) -> RedisResult<()> {
-        let (agreed, open): (Option<String>, Option<String>) = redis::cmd("HMGET")
-            .arg(self.server.keyspace.barrier(0))
+        let agreed_on = |home: &u16| self.server.has_agreed_on(token, *home);
+        let Some(home) = self.server.owned.borrow().iter().copied().find(agreed_on) else {
+            return Ok(());
+        };
+        let asked: RedisResult<(Option<String>, Option<String>)> = redis::cmd("HMGET")
+            .arg(self.server.keyspace.barrier(home))
             .arg("t")
             .arg("open")
             .query_async(connection)
-            .await?;
+            .await;
+        let (agreed, open) = match asked {
+            Err(error) if is_of_the_slot(&error) => {
+                self.server.astray.notify_one();
+                return Ok(());
+            }
+            asked => asked?,
+        };
         if agreed != Some(token.to_string()) || open.is_none() {
             self.links.found_stale(&self.server, token);
         }
