@@ -62,28 +62,34 @@ pub struct Repeat {
     pub envelope: Envelope,
     /// Where it stood.
     pub at: Position,
+    /// Its place in the order in which publishes were sent first.
+    pub number: u64,
 }
 
 impl Tail {
-    /// A publish leaves for the log.
-    pub fn sent(&self, room: &RoomId, envelope: &Envelope) {
-        #[cfg(feature = "defects")]
-        if crate::defect::planted(crate::defect::Defect::NoTail) {
-            return;
-        }
+    /// A publish leaves for the log: again, where it has a number. Returns its place in the order in
+    /// which publishes were sent first.
+    pub fn sent(&self, room: &RoomId, envelope: &Envelope, number: Option<u64>) -> u64 {
         let kept = &mut *self.kept.lock();
         let known = kept.publishes.get(&envelope.id_key());
-        if known.is_some_and(|publish| publish.at.is_some()) {
+        if let Some(publish) = known.filter(|publish| publish.at.is_some()) {
             // Its sender repeats what was acknowledged: that must not be lost if the repeat fails.
-            return;
+            return publish.number;
         }
-        kept.sent += 1;
-        let publish =
-            Publish { room: room.clone(), envelope: envelope.clone(), number: kept.sent, at: None };
+        let number = number.unwrap_or_else(|| {
+            kept.sent += 1;
+            kept.sent
+        });
+        #[cfg(feature = "defects")]
+        if crate::defect::planted(crate::defect::Defect::NoTail) {
+            return number;
+        }
+        let publish = Publish { room: room.clone(), envelope: envelope.clone(), number, at: None };
         let bytes = publish.bytes();
         let before = kept.publishes.insert(envelope.id_key(), publish);
         kept.bytes += bytes;
         kept.bytes -= before.map_or(0, |publish| publish.bytes());
+        number
     }
 
     /// The log has answered. Returns how many others were forgotten to keep this one.
@@ -136,7 +142,8 @@ impl Tail {
         taken.sort_unstable_by_key(|publish| publish.number);
         let repeat = |publish: Publish| {
             let (at, _) = publish.at?;
-            Some(Repeat { room: publish.room, envelope: publish.envelope, at })
+            let Publish { room, envelope, number, .. } = publish;
+            Some(Repeat { room, envelope, at, number })
         };
         taken.into_iter().filter_map(repeat).collect()
     }
@@ -183,7 +190,7 @@ mod tests {
 
     fn send(tail: &Tail, seq: u64) -> IdKey {
         let envelope = entry("e", seq).envelope;
-        tail.sent(&"r".parse().unwrap(), &envelope);
+        tail.sent(&"r".parse().unwrap(), &envelope, None);
         envelope.id_key()
     }
 

@@ -33,7 +33,7 @@ use super::{
     waiting::{Queued, Waiting},
 };
 use crate::{
-    bus::{Appended, BoxFuture, BusError, output_of, random_epoch},
+    bus::{Append, Appended, BoxFuture, BusError, output_of, random_epoch},
     delivery::Token,
     drain::Tasks,
 };
@@ -191,7 +191,7 @@ impl Worker {
             match &queued.hint {
                 // It was acknowledged once: the next server is given it.
                 Some(at) => {
-                    tail.sent(&queued.append.room, &queued.append.envelope);
+                    tail.sent(&queued.append.room, &queued.append.envelope, queued.number);
                     let dropped = tail.acknowledged(&id, at, now);
                     self.links.metrics.tail_dropped.inc_by(dropped);
                 }
@@ -228,9 +228,7 @@ impl Worker {
                 tracing::info!(count = tail.len(), "publishes that did not come by are repeated");
             }
             self.links.metrics.tail_repeats.inc_by(tail.len() as u64);
-            for repeat in tail.into_iter().rev() {
-                self.waiting.repeat(repeat, now);
-            }
+            self.waiting.repeat(tail, now);
             self.open = agreed;
         }
         true
@@ -365,13 +363,14 @@ impl Worker {
         &self,
         mut connection: MultiplexedConnection,
         token: Token,
-        batch: Vec<Queued>,
+        mut batch: Vec<Queued>,
     ) -> Sent {
         let mut pipeline = redis::Pipeline::with_capacity(batch.len());
         pipeline.ignore_errors();
         let token = token.to_string();
-        for queued in &batch {
-            self.links.standing.tail().sent(&queued.append.room, &queued.append.envelope);
+        for queued in &mut batch {
+            let Append { room, envelope, .. } = &queued.append;
+            queued.number = Some(self.links.standing.tail().sent(room, envelope, queued.number));
             pipeline.add_command(self.command(queued, &token));
         }
         Box::pin(async move {

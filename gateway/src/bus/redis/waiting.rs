@@ -25,13 +25,15 @@ pub(super) struct Queued {
     pub(super) append: Append,
     /// Where it stood before, for one of the tail.
     pub(super) hint: Option<Position>,
+    /// Its place in the order in which publishes were sent first, for one that was sent.
+    pub(super) number: Option<u64>,
     _room: Option<OwnedSemaphorePermit>,
 }
 
 impl Queued {
     /// A publish that a session waits for.
     pub(super) fn new(append: Append, room: OwnedSemaphorePermit) -> Self {
-        Self { append, hint: None, _room: Some(room) }
+        Self { append, hint: None, number: None, _room: Some(room) }
     }
 
     /// A publish of the tail.
@@ -49,14 +51,17 @@ impl Queued {
             deadline: now + REPEAT_MAX,
             done: Box::new(done),
         };
-        Self { append, hint: Some(repeat.at), _room: None }
+        Self { append, hint: Some(repeat.at), number: Some(repeat.number), _room: None }
     }
 }
 
 /// All that waits for one server.
 pub(super) struct Waiting {
     keyspace: Keyspace,
+    /// What was sent before, and what members wait for.
     urgent: VecDeque<Queued>,
+    /// When the first of those is past its deadline, or before.
+    urgent_until: Option<Instant>,
     others: VecDeque<Queued>,
     /// Homes on their way to another server, and until when they are left alone.
     stuck: BTreeMap<u16, Instant>,
@@ -65,22 +70,38 @@ pub(super) struct Waiting {
 impl Waiting {
     pub(super) fn new(keyspace: Keyspace) -> Self {
         let (urgent, others) = (VecDeque::new(), VecDeque::new());
-        Self { keyspace, urgent, others, stuck: BTreeMap::new() }
+        Self { keyspace, urgent, urgent_until: None, others, stuck: BTreeMap::new() }
     }
 
     pub(super) fn take_in(&mut self, queued: Queued) {
-        if queued.append.urgent { &mut self.urgent } else { &mut self.others }.push_back(queued);
+        if queued.append.urgent {
+            self.is_urgent_until(queued.append.deadline);
+            self.urgent.push_back(queued);
+        } else {
+            self.others.push_back(queued);
+        }
     }
 
-    /// Puts a publish of the tail in front of all.
-    pub(super) fn repeat(&mut self, repeat: Repeat, now: Instant) {
-        self.urgent.push_front(Queued::again(repeat, now));
+    fn is_urgent_until(&mut self, deadline: Instant) {
+        self.urgent_until = self.urgent_until.into_iter().chain([deadline]).min();
     }
 
-    /// Puts back what was sent and has no answer.
-    pub(super) fn put_back(&mut self, mut sent: VecDeque<Queued>) {
-        sent.append(&mut self.others);
-        self.others = sent;
+    /// Puts publishes of the tail in front of all. What was sent with them and has no answer goes
+    /// along: all of it in the order in which it was sent first.
+    pub(super) fn repeat(&mut self, repeats: Vec<Repeat>, now: Instant) {
+        let mut sent: Vec<Queued> =
+            repeats.into_iter().map(|repeat| Queued::again(repeat, now)).collect();
+        sent.extend(take(&mut self.urgent, usize::MAX, |queued| queued.number.is_some()));
+        sent.sort_by_key(|queued| queued.number);
+        self.put_back(sent.into());
+    }
+
+    /// Puts what was sent and has no answer in front of all.
+    pub(super) fn put_back(&mut self, sent: VecDeque<Queued>) {
+        for queued in sent.into_iter().rev() {
+            self.is_urgent_until(queued.append.deadline);
+            self.urgent.push_front(queued);
+        }
     }
 
     /// Leaves what waits for a home alone for a moment.
@@ -88,23 +109,25 @@ impl Waiting {
         self.stuck.insert(home, now + STUCK_FOR);
     }
 
-    /// Takes what is past its deadline. Deadlines rise along the queue, nearly: one that is behind an
-    /// older one waits for it at most as long as waits differ.
+    /// Takes what is past its deadline. Those of what is not urgent rise along the queue, nearly: one
+    /// that is behind an older one waits for it at most as long as waits differ.
     pub(super) fn expired(&mut self, now: Instant) -> Vec<Queued> {
         let mut expired = Vec::new();
-        for queue in [&mut self.urgent, &mut self.others] {
-            while let Some(queued) = queue.pop_front_if(|queued| queued.append.deadline <= now) {
-                expired.push(queued);
-            }
+        if self.urgent_until.is_some_and(|until| until <= now) {
+            expired = take(&mut self.urgent, usize::MAX, |queued| queued.append.deadline <= now);
+            self.urgent_until = self.urgent.iter().map(|queued| queued.append.deadline).min();
+        }
+        while let Some(queued) = self.others.pop_front_if(|queued| queued.append.deadline <= now) {
+            expired.push(queued);
         }
         expired
     }
 
     /// When to look again: something is past its deadline, or was left alone for long enough.
     pub(super) fn next_deadline(&self) -> Option<Instant> {
-        let first = self.urgent.front().into_iter().chain(self.others.front());
-        let deadlines = first.map(|queued| queued.append.deadline);
-        deadlines.chain(self.stuck.values().copied()).min()
+        let urgent = self.urgent_until.filter(|_| !self.urgent.is_empty());
+        let others = self.others.front().map(|queued| queued.append.deadline);
+        urgent.into_iter().chain(others).chain(self.stuck.values().copied()).min()
     }
 
     /// Takes what leaves next to a server that was agreed on for `open`.
@@ -167,7 +190,7 @@ mod tests {
     use shared::ids::RoomId;
 
     use super::*;
-    use crate::delivery::samples::entry;
+    use crate::delivery::samples::{entry, position};
 
     const SHARDED: Keyspace = Keyspace { partitions: 256, sharded: true };
 
@@ -179,7 +202,7 @@ mod tests {
             deadline,
             done: Box::new(|_| {}),
         };
-        Queued { append, hint: None, _room: None }
+        Queued { append, hint: None, number: None, _room: None }
     }
 
     fn rooms(batch: &[Queued]) -> Vec<&str> {
@@ -226,5 +249,32 @@ mod tests {
         assert_eq!(waiting.next_deadline(), Some(now + Duration::from_secs(1)));
         assert_eq!(waiting.expired(now + Duration::from_secs(2)).len(), 2);
         assert_eq!(waiting.take_all().count(), 1);
+    }
+
+    #[test]
+    fn what_has_no_answer_is_repeated_where_it_was_between_what_has_one() {
+        let (room, now): (RoomId, _) = ("a".parse().unwrap(), Instant::now());
+        let sent = |seq, number| Queued { number, ..append(&room, seq, now + STUCK_FOR) };
+        let mut waiting = Waiting::new(SHARDED);
+        waiting.take_in(sent(5, None));
+        waiting.put_back([sent(1, Some(1)), sent(3, Some(3))].into());
+        let repeat = |number| Repeat {
+            room: room.clone(),
+            envelope: entry("e", number).envelope,
+            at: position("1-e", number),
+            number,
+        };
+        waiting.repeat(vec![repeat(2), repeat(4)], now);
+        assert_eq!(waiting.next_deadline(), Some(now + STUCK_FOR));
+        let home = BTreeSet::from([SHARDED.home(&room)]);
+        let order = waiting.next_batch(9, &home, now);
+        let order: Vec<_> = order.iter().map(|queued| queued.append.envelope.id()).collect();
+        let expected: Vec<_> = (1..=5).map(|seq| entry("e", seq).envelope.id()).collect();
+        assert_eq!(order, expected);
+        // One that is waited for longer holds none up whose time is over.
+        waiting.put_back([sent(7, Some(7))].into());
+        waiting.repeat(vec![repeat(6)], now);
+        assert_eq!(waiting.expired(now + STUCK_FOR).len(), 1);
+        assert_eq!(waiting.next_deadline(), Some(now + REPEAT_MAX));
     }
 }
