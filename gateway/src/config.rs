@@ -10,6 +10,7 @@ use std::{
     net::SocketAddr,
     path::PathBuf,
     str::FromStr,
+    sync::Arc,
     time::Duration,
 };
 
@@ -261,7 +262,7 @@ impl Config {
                 echo,
                 warn_anonymous: open_cluster,
                 dedup_window: dedup_window.0,
-                heartbeat: Heartbeat { interval: interval.0, silence_max: silence.0, stall_max: stall.0, json: false },
+                heartbeat: Arc::new(Heartbeat { interval: interval.0, silence_max: silence.0, stall_max: stall.0 }),
                 limits: HttpLimits {
                     connections_max: if connections_max == 0 { descriptors } else { connections_max },
                     connections_per_ip: per_ip,

@@ -108,6 +108,14 @@ impl Server {
         let services = Arc::new(services);
         let node = Node::new(config.node, config.http, services, metrics, tasks.clone());
         let node = Arc::new(node);
+        let (turning, stopped) = (node.wheel.clone(), tasks.stopped().clone());
+        tasks.spawn_service("wheel", async move {
+            tokio::select! {
+                biased;
+                () = stopped.cancelled() => {}
+                () = turning.turn() => {}
+            }
+        });
 
         let router = http::admin(node.clone());
         let admin = listen_on("admin.listen", admin_listen, admin)?;

@@ -21,7 +21,7 @@ use crate::{
     limits::{Counts, Paces, Rate},
     session::{Services, auth::Auth},
     telemetry::metrics::Metrics,
-    transport::{Heartbeat, echo::EchoMode},
+    transport::{Heartbeat, echo::EchoMode, wheel::Wheel},
 };
 
 pub mod listen;
@@ -50,7 +50,7 @@ pub struct HttpOptions {
     /// Told to clients as `dedup_window`.
     pub dedup_window: Duration,
     /// When connections are pinged and given up.
-    pub heartbeat: Heartbeat,
+    pub heartbeat: Arc<Heartbeat>,
     /// How much there may be.
     pub limits: HttpLimits,
 }
@@ -86,6 +86,8 @@ pub struct Node {
     pub metrics: Arc<Metrics>,
     /// Who runs.
     pub tasks: Tasks,
+    /// What wakes connections when there is something to look at.
+    pub wheel: Arc<Wheel>,
     state: State,
 }
 
@@ -118,7 +120,8 @@ impl Node {
         metrics: Arc<Metrics>,
         tasks: Tasks,
     ) -> Self {
-        Self { id, options, services, metrics, tasks, state: State::default() }
+        let (wheel, state) = Default::default();
+        Self { id, options, services, metrics, tasks, wheel, state }
     }
 
     /// Takes no new client from here on; `ready` says so.

@@ -22,7 +22,7 @@ use shared::{
     SUBPROTOCOL,
     close::CloseCode,
     error::ErrorCode,
-    ids::{ConnectionId, RoomId},
+    ids::{ConnectionId, RoomId, UserId},
     position::Position,
     protocol::{
         answer::{Answer, Connected, Refusal},
@@ -47,7 +47,7 @@ use crate::{
     },
     telemetry::metrics::Handshake,
     transport::{
-        Connection, Handler, Heartbeat,
+        self, Connection, Handler,
         echo::{Echo, EchoMode},
     },
 };
@@ -145,13 +145,13 @@ fn upgrade(
 
     let offered = subprotocols(&parts.headers);
     let route = route(ends);
-    let opening = Opening {
+    let opening = Box::new(Opening {
         credentials: credentials(&node, &parts.headers, params, &offered),
         endpoint,
         route: route.clone(),
         json_ping: param(params, "ping") == Some("json"),
         places,
-    };
+    });
     node.clone().tasks.spawn_connection(async move {
         let upgraded = match on_upgrade.await {
             Ok(upgraded) => upgraded,
@@ -164,7 +164,9 @@ fn upgrade(
         // hyper's read buffer must not live as long as the connection.
         let early = parts.read_buf.to_vec();
         drop(parts.read_buf);
-        opening.serve(node, parts.io.into_inner(), early).await;
+        // What opening it takes must not live as long either.
+        let opening = Box::pin(opening.open(node.clone(), parts.io.into_inner(), early));
+        opening.await.serve(&node).await;
     });
     switching(&accept, &offered, &route)
 }
@@ -356,19 +358,36 @@ struct Opening {
     places: Places,
 }
 
+/// A connection that is to be served, and what it holds of the limits.
+struct Opened {
+    connection: Connection,
+    _places: Places,
+    _user: Option<Place<UserId>>,
+}
+
 impl Opening {
-    async fn serve(self, node: Arc<Node>, socket: TcpStream, early: Vec<u8>) {
+    async fn open(
+        self: Box<Self>,
+        node: Arc<Node>,
+        socket: TcpStream,
+        early: Vec<u8>,
+    ) -> Box<Opened> {
         let limits = &node.options.limits;
         let outbox = Outbox::to_socket(socket, limits.outbox_bytes_max, node.metrics.clone());
         let subscriber = Arc::new(Subscriber::new(ConnectionId::random(), outbox));
-        let heartbeat = Heartbeat { json: self.json_ping, ..node.options.heartbeat.clone() };
-        let connection = |handler| {
-            let (max, metrics) = (limits.message_bytes_max, node.metrics.clone());
-            Connection::new(subscriber.clone(), handler, max, heartbeat, metrics, early)
+        let options = transport::Options {
+            message_bytes_max: limits.message_bytes_max,
+            heartbeat: node.options.heartbeat.clone(),
+            json_ping: self.json_ping,
+        };
+        let opened = |handler, places, user| {
+            let (wheel, metrics) = (node.wheel.clone(), node.metrics.clone());
+            let subscriber = subscriber.clone();
+            let connection = Connection::new(subscriber, handler, options, wheel, metrics, early);
+            Box::new(Opened { connection, _places: places, _user: user })
         };
         if let Endpoint::Echo = self.endpoint {
-            let handler = Handler::Echo(Echo { mode: node.options.echo });
-            return run(&node, connection(handler), self.places).await;
+            return opened(Handler::Echo(Echo { mode: node.options.echo }), self.places, None);
         }
 
         let identified = node.options.auth.identify(&self.credentials);
@@ -389,8 +408,7 @@ impl Opening {
             (reason, _) => {
                 let (code, reason) = (CloseCode::Policy.number(), reason.unwrap_or_default());
                 subscriber.outbox.close(Close { code, reason });
-                let handler = Handler::Echo(Echo { mode: EchoMode::Off });
-                return run(&node, connection(handler), self.places).await;
+                return opened(Handler::Echo(Echo { mode: EchoMode::Off }), self.places, None);
             }
         };
 
@@ -398,10 +416,11 @@ impl Opening {
         tracing::debug!(connection = %id, user = %user_id, "connected");
         subscriber.answer(&connected(&node, &identity, &subscriber, self.route));
         let session = Session::new(node.services.clone(), identity, subscriber.clone());
-        let mut connection = connection(Handler::Chat(Box::new(session)));
+        let mut opened = opened(Handler::Chat(Box::new(session)), self.places, user);
         if let Endpoint::Room(join) = self.endpoint {
             subscriber.outbox.flush();
-            if let Err(code) = join_at_once(&node, &mut connection, &subscriber, join).await {
+            let joined = join_at_once(&node, &mut opened.connection, &subscriber, join).await;
+            if let Err(code) = joined {
                 let close = match code {
                     ErrorCode::Unavailable => CloseCode::Overload,
                     _ => CloseCode::Policy,
@@ -410,8 +429,17 @@ impl Opening {
                 subscriber.outbox.close(Close { code: close.number(), reason });
             }
         }
-        run(&node, connection, self.places).await;
-        drop(user);
+        opened
+    }
+}
+
+impl Opened {
+    async fn serve(mut self: Box<Self>, node: &Node) {
+        node.metrics.connections.inc();
+        let code = self.connection.run(node.tasks.leaving()).await;
+        node.metrics.connections.dec();
+        tracing::debug!(connection = %self.connection.id(), code, "disconnected");
+        node.metrics.disconnected(code);
     }
 }
 
@@ -438,16 +466,6 @@ async fn join_at_once(
             Err(ErrorCode::BadRequest)
         }
     }
-}
-
-async fn run(node: &Node, connection: Connection, places: Places) {
-    let id = connection.id();
-    node.metrics.connections.inc();
-    let code = connection.run(node.tasks.leaving().clone()).await;
-    node.metrics.connections.dec();
-    tracing::debug!(connection = %id, code, "disconnected");
-    node.metrics.disconnected(code);
-    drop(places);
 }
 
 fn connected(

@@ -260,6 +260,11 @@ impl Session {
         }
     }
 
+    /// Whether there is a room that [`Session::catch_up`] would have continued.
+    pub fn is_behind(&self) -> bool {
+        self.subscriber.outbox.lags()
+    }
+
     /// Has the rooms continued in which this session is behind, if its outbox has room.
     pub async fn catch_up(&self) {
         for room in self.subscriber.outbox.take_lagging() {

@@ -22,11 +22,7 @@ use shared::{
         request::Request as Frame,
     },
 };
-use tokio::{
-    net::TcpStream,
-    sync::watch,
-    time::{Instant, Sleep},
-};
+use tokio::{net::TcpStream, sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -38,8 +34,10 @@ use crate::{
 };
 
 pub mod echo;
+pub mod wheel;
 
 use echo::Echo;
+use wheel::{Alarm, Wheel};
 
 /// How much one read takes. The buffer belongs to the thread, so that its size costs nothing.
 const READ_BYTES: usize = 64 * 1024;
@@ -61,8 +59,17 @@ pub struct Heartbeat {
     pub silence_max: Duration,
     /// Nothing could be written for so long: 4003.
     pub stall_max: Duration,
+}
+
+/// How a connection is served.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The most bytes of a message.
+    pub message_bytes_max: usize,
+    /// The heartbeat.
+    pub heartbeat: Arc<Heartbeat>,
     /// Whether to ask by a `ping` frame in JSON instead of a protocol-level ping.
-    pub json: bool,
+    pub json_ping: bool,
 }
 
 /// Who the frames are for.
@@ -78,7 +85,10 @@ pub struct Connection {
     subscriber: Arc<Subscriber>,
     handler: Handler,
     decoder: Decoder,
-    heartbeat: Heartbeat,
+    heartbeat: Arc<Heartbeat>,
+    /// Whether to ask by a `ping` frame in JSON instead of a protocol-level ping.
+    json_ping: bool,
+    alarm: Alarm,
     metrics: Arc<Metrics>,
     /// What was received and not handled yet.
     unread: Vec<u8>,
@@ -104,6 +114,16 @@ enum Step {
     },
 }
 
+/// How serving a connection ended.
+enum End {
+    /// The socket is gone.
+    Gone,
+    /// By a close frame, which is queued.
+    Close { close: Close, by_client: bool },
+    /// The gateway stops.
+    Leave,
+}
+
 impl Connection {
     /// A connection whose handshake is done; `early` was received with it.
     ///
@@ -111,8 +131,8 @@ impl Connection {
     pub fn new(
         subscriber: Arc<Subscriber>,
         handler: Handler,
-        message_bytes_max: usize,
-        heartbeat: Heartbeat,
+        options: Options,
+        wheel: Arc<Wheel>,
         metrics: Arc<Metrics>,
         early: Vec<u8>,
     ) -> Self {
@@ -124,11 +144,14 @@ impl Connection {
         let expires = expires_at.and_then(|at| {
             now.checked_add(at.duration_since(SystemTime::now()).unwrap_or_default())
         });
+        let alarm = Alarm::new(wheel, subscriber.clone());
         Self {
             subscriber,
             handler,
-            decoder: Decoder::new(message_bytes_max),
-            heartbeat,
+            decoder: Decoder::new(options.message_bytes_max),
+            heartbeat: options.heartbeat,
+            json_ping: options.json_ping,
+            alarm,
             metrics,
             unread: early,
             full: false,
@@ -152,28 +175,33 @@ impl Connection {
     }
 
     /// Serves the connection until it ends. Returns the close code, 1006 for none.
-    pub async fn run(mut self, leaving: CancellationToken) -> u16 {
-        let code = self.serve(&leaving).await;
+    ///
+    /// What happens once in a connection's life is boxed, so that its task, which lives as long,
+    /// is no larger than serving needs.
+    pub async fn run(&mut self, leaving: &CancellationToken) -> u16 {
+        let code = match self.serve(leaving).await {
+            End::Gone => 1006,
+            End::Close { close, by_client } => Box::pin(self.close(close, by_client)).await,
+            End::Leave => Box::pin(self.goodbye()).await,
+        };
         let subscriber = self.subscriber.clone();
         if let Some(session) = self.session() {
-            session.end().await;
+            Box::pin(session.end()).await;
         }
         // The hub may hold the subscriber for a moment longer.
         subscriber.outbox.discard();
         code
     }
 
-    async fn serve(&mut self, leaving: &CancellationToken) -> u16 {
+    async fn serve(&mut self, leaving: &CancellationToken) -> End {
         let subscriber = self.subscriber.clone();
         let outbox = &subscriber.outbox;
-        let Some(socket) = outbox.socket() else { return 1006 };
-        let timer = tokio::time::sleep_until(self.next_look());
-        tokio::pin!(timer);
+        let Some(socket) = outbox.socket() else { return End::Gone };
         let mut performing: Option<BoxFuture<Performed>> = None;
         let mut told = self.session().map(|session| session.told());
         loop {
             if let Some(close) = outbox.begin_close() {
-                return self.close(socket, close, false).await;
+                return End::Close { close, by_client: false };
             }
             if performing.is_none() {
                 let step = self.handle_unread();
@@ -184,29 +212,27 @@ impl Connection {
                         performing = self.session().map(|session| session.perform(request));
                     }
                     Step::End { by_client } => {
-                        return match outbox.begin_close() {
-                            Some(close) => self.close(socket, close, by_client).await,
-                            None => 1006,
-                        };
+                        let close = outbox.begin_close();
+                        return close.map_or(End::Gone, |close| End::Close { close, by_client });
                     }
                 }
             }
             outbox.flush();
-            if let Handler::Chat(session) = &self.handler {
-                session.catch_up().await;
+            if let Handler::Chat(session) = &self.handler
+                && session.is_behind()
+            {
+                Box::pin(session.catch_up()).await;
             }
             let blocked = outbox.blocked_since();
             if self.full && blocked.is_none() {
                 continue;
             }
-            if blocked.is_some() {
-                self.look_no_later_than(timer.as_mut(), blocked);
-            }
+            self.watch_the_time(blocked);
             let reads = performing.is_none() && !self.full;
             // All arms are cancel-safe: what is performed is kept. The bodies do not await.
             tokio::select! {
                 biased;
-                () = leaving.cancelled() => return self.goodbye(socket).await,
+                () = leaving.cancelled() => return End::Leave,
                 () = outbox.woken() => {}
                 performed = output_of(&mut performing), if performing.is_some() => {
                     performing = None;
@@ -222,17 +248,13 @@ impl Connection {
                 }
                 ready = socket.readable(), if reads => {
                     if ready.and_then(|()| self.read(socket)).is_err() {
-                        return 1006;
+                        return End::Gone;
                     }
                 }
                 news = changed(&mut told), if told.is_some() => {
                     if let Some(session) = self.session() {
                         session.tell(news);
                     }
-                }
-                () = timer.as_mut() => {
-                    self.look_at_the_time(Instant::now());
-                    timer.as_mut().reset(self.next_look());
                 }
             }
         }
@@ -314,6 +336,17 @@ impl Connection {
         (used, Step::More)
     }
 
+    /// Looks at the time if that is due, and is woken when it is next.
+    fn watch_the_time(&mut self, blocked: Option<Instant>) {
+        let now = Instant::now();
+        let stalled = blocked.map(|since| since + self.heartbeat.stall_max);
+        let next = |next: Instant| stalled.map_or(next, |stalled| next.min(stalled));
+        if next(self.next_look()) <= now {
+            self.look_at_the_time(now);
+        }
+        self.alarm.set(next(self.next_look()), now);
+    }
+
     /// Pings, and ends a connection that is dead, stuck, or past its token.
     fn look_at_the_time(&mut self, now: Instant) {
         let outbox = &self.subscriber.outbox;
@@ -333,7 +366,7 @@ impl Connection {
     }
 
     fn ping(&self) -> bytes::Bytes {
-        if self.heartbeat.json {
+        if self.json_ping {
             let timestamp = shared::timestamp(SystemTime::now());
             text_frame(&Answer::Ping(Ping { timestamp }))
         } else {
@@ -349,16 +382,8 @@ impl Connection {
         self.expires.map_or(next, |expires| next.min(expires))
     }
 
-    fn look_no_later_than(&self, timer: std::pin::Pin<&mut Sleep>, blocked: Option<Instant>) {
-        if let Some(stalled) = blocked.map(|since| since + self.heartbeat.stall_max)
-            && stalled < timer.deadline()
-        {
-            timer.reset(stalled);
-        }
-    }
-
     /// Sends the client to another node: what it sent is answered, then `reconnect` and 1012.
-    async fn goodbye(&mut self, socket: &TcpStream) -> u16 {
+    async fn goodbye(&mut self) -> u16 {
         let subscriber = self.subscriber.clone();
         let outbox = &subscriber.outbox;
         if let Handler::Chat(session) = &self.handler {
@@ -377,15 +402,16 @@ impl Connection {
         }
         outbox.close(Close { code: CloseCode::Restart.number(), reason: "draining".to_owned() });
         match outbox.begin_close() {
-            Some(close) => self.close(socket, close, false).await,
+            Some(close) => self.close(close, false).await,
             None => 1006,
         }
     }
 
     /// Writes what is queued, the close frame last, and ends the TCP connection in order: after
     /// the last byte its own direction, then all of it when the client has closed.
-    async fn close(&mut self, socket: &TcpStream, close: Close, client_closed: bool) -> u16 {
+    async fn close(&mut self, close: Close, client_closed: bool) -> u16 {
         let outbox = &self.subscriber.outbox;
+        let Some(socket) = outbox.socket() else { return 1006 };
         let write = async {
             loop {
                 outbox.flush_writable();
