@@ -144,7 +144,7 @@ mod tests {
         let turning = wheel.clone();
         tokio::spawn(async move { turning.turn().await });
         let mut alarm = alarm(&wheel);
-        for millis in [0, 1, 99, 100, 101, 12_345, 25_000, 60_000, 102_300] {
+        for millis in [0, 1, 99, 100, 101, 12_345, 25_000, 60_000, 102_000] {
             advance(Duration::from_millis(37)).await;
             let (now, wait) = (Instant::now(), Duration::from_millis(millis));
             alarm.set(now + wait, now);
