@@ -66,13 +66,15 @@ def arguments() -> argparse.Namespace:
     add("--members", type=at_least_one, default=6, help="how many (default 6)")
     add("--rooms", type=at_least_one, default=3, help="how many (default 3)")
     add("--prefix", default="outside", help="of the names of members and rooms (default outside)")
-    add("--rate", type=above_zero, default=100, help="messages a second, of all (default 100)")
+    add("--rate", type=above_zero, default=100, help="messages a second (default 100)")
     add("--seconds", type=above_zero, default=10, help="for how long they talk (default 10)")
     add("--until-eof", action="store_true", help="they talk until standard input ends instead")
     add("--settle", type=above_zero, default=60, help="seconds to wait at the end (default 60)")
     add("--patience", type=above_zero, default=Manner.patience,
         help="seconds of silence after which a connection is given up (default 3)")  # fmt: skip
     add("--stay", type=int, default=0, help="so many members never give up a silent connection")
+    add("--roam", type=float, default=0, metavar="SECONDS",
+        help="mean time until a member leaves and comes back (default: never)")  # fmt: skip
     add("--no-echo", type=share, default=Manner.no_echo, help="share with echo:false (default 0.2)")
     add("--binary", type=share, default=Manner.binary, help="share as binary frames (default 0.1)")
     add("--content-bytes", type=int, default=Manner.content_bytes, help="of a text (default 40)")
@@ -97,6 +99,7 @@ class Checker:
             no_echo=options.no_echo,
             binary=options.binary,
             content_bytes=options.content_bytes,
+            roam=options.roam,
         )
         self.rooms = [f"{options.prefix}-{number}" for number in range(options.rooms)]
         self.members = []
@@ -139,8 +142,6 @@ class Checker:
             await self._settle()
         else:
             self._unsettled(lambda view: view.cursor is None, "never joined")
-        for member in self.members:
-            member.close()
         for task in tasks:
             task.cancel()
         for outcome in await asyncio.gather(*tasks, return_exceptions=True):
@@ -211,7 +212,8 @@ class Checker:
         kinds = {kind.value: 0 for kind in Kind}
         for violation in judge.violations:
             kinds[violation.kind.value] += 1
-        names = ("acknowledged", "delivered", "resets", "recovered_false", "skipped", "again")
+        names = ["acknowledged", "delivered", "resets", "recovered_false", "skipped", "again"]
+        names.append("histories_over_epochs")
         return {
             "members": len(self.members),
             "rooms": len(self.rooms),

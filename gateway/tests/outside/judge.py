@@ -158,7 +158,10 @@ class Judge:
         for entry in history:
             self.message(view, entry, anew=not recovered)
         if not recovered and view.cursor != top:
-            self.wrong(Kind.HOLE, view, top, f"the history ends at {view.cursor}")
+            if view.cursor and view.cursor.seq == top.seq:
+                self._former_epoch(view, top)
+            else:
+                self.wrong(Kind.HOLE, view, top, f"the history ends at {view.cursor}")
             view.cursor = top
 
     def reset(self, view: View, frame: dict[str, Any]) -> None:
@@ -221,6 +224,8 @@ class Judge:
         cursor = view.cursor
         if cursor is None:
             self.wrong(Kind.PROTOCOL, view, place, "before joined")
+        elif anew and place.epoch != cursor.epoch and place.seq == cursor.seq + 1:
+            self._former_epoch(view, place)
         elif place.epoch != cursor.epoch:
             self.wrong(Kind.UNANNOUNCED, view, place, f"behind {cursor}")
         elif place in view.had and not anew:
@@ -240,6 +245,12 @@ class Judge:
             self.counts["again"] += 1
         self._agree(view, place, id)
 
+    def _former_epoch(self, view: View, to: Position) -> None:
+        """A history loaded anew began in an epoch that the one of `to` continues."""
+        self.counts["histories_over_epochs"] += 1
+        if view.cursor:
+            view.breaks.append((view.cursor, Position(to.epoch, view.cursor.seq)))
+
     def _agree(self, view: View, place: Position, id: str) -> None:
         other = self._at.setdefault((view.room, place), id)
         if other != id:
@@ -254,8 +265,8 @@ class Judge:
         """Whether an id came to a member, or a break that it was told of jumped over it."""
         if id in view.places:
             return True
-        at = self.sent[id].acked_at
-        return at is not None and view.was_told_of(at)
+        sent = self.sent.get(id)
+        return bool(sent and sent.acked_at and view.was_told_of(sent.acked_at))
 
     def finish(self) -> None:
         """When everything has come that will: what is missing, and the order of senders."""

@@ -23,6 +23,8 @@ from websocket import Broken, Closed, Refused, WebSocket
 
 PROTOCOL = "chat.v1"
 BACK_OFF_BASE, BACK_OFF_CAP = 0.5, 30.0
+# How long a server may take to say goodbye.
+CLOSE_SECONDS = 3.0
 # After these a client comes back by itself; after any other it does not.
 COME_BACK = {1001, 1005, 1006, 1011, 1012, 1013, 4002, 4003}
 # A send that is answered by one of these is sent again with the same id.
@@ -63,6 +65,8 @@ class Manner:
     no_echo: float = 0.2
     binary: float = 0.1
     content_bytes: int = 40
+    # Seconds, on average, after which a member leaves by itself and comes back; 0: never.
+    roam: float = 0.0
 
 
 @dataclass
@@ -143,7 +147,7 @@ class Member:
             await self._listen(socket, after)
         except Closed as closed:
             self._trace(self.name, "closed", f"{url} {closed}")
-            if closed.code not in COME_BACK:
+            if closed.code not in COME_BACK and not socket.was_left():
                 self._give_up(str(closed))
         except (Broken, ValueError, KeyError, TypeError) as error:
             self._protocol(f"{type(error).__name__}: {error}")
@@ -156,10 +160,22 @@ class Member:
         return after[0]
 
     async def _watch(self, socket: WebSocket) -> None:
-        """Asks for a sign of life, and gives a silent connection up."""
+        """Asks for signs of life; gives up what is silent, or what it has had enough of."""
         loop = asyncio.get_running_loop()
+        roam = self._manner.roam
+        leave_at = loop.time() + self._rng.expovariate(1 / roam) if roam else float("inf")
         while loop.time() - socket.heard_at < self._manner.patience:
-            await asyncio.sleep(min(1.0, self._manner.patience / 3))
+            if loop.time() >= leave_at:
+                self._trace(self.name, "leaves", "")
+                self._stats.counts["left"] += 1
+                # In the middle of whatever is on its way, or politely.
+                if self._rng.random() < 0.5:
+                    socket.close()
+                    await asyncio.sleep(CLOSE_SECONDS)
+                socket.abort()
+                return
+            pause = min(1.0, self._manner.patience / 3)
+            await asyncio.sleep(min(pause, max(0, leave_at - loop.time())))
             socket.send('{"type":"ping"}')
         self._trace(self.name, "silent", "")
         self._stats.counts["given_up_silent"] += 1
@@ -184,10 +200,6 @@ class Member:
         cursor = self.rooms[name].view.cursor
         since = {"since": cursor._asdict()} if cursor else {}
         self._send({"type": "join", "room": name, **since})
-
-    def close(self) -> None:
-        if self._socket:
-            self._socket.close()
 
     def _give_up(self, why: str) -> None:
         self.closed_for_good = True

@@ -107,6 +107,15 @@ class Trace(unittest.TestCase):
         self.show(BOB, *both)
         self.verdict()
 
+    def test_a_history_loaded_anew_may_begin_in_a_former_epoch(self) -> None:
+        history = [entry("b", 8, "m1"), entry("c", 9, "m2")]
+        self.show(BOB, joined("c", 9, False, "log_lost", *history), entry("c", 10, "m3"))
+        self.verdict()
+        history = [entry("c", 9, "m2"), entry("c", 10, "m3")]
+        self.show(ANN, joined("d", 10, False, "log_lost", *history), entry("d", 11, "m4"))
+        self.verdict()
+        self.assertEqual(self.judge.counts["histories_over_epochs"], 2)
+
     # What is wrong.
 
     def test_lost(self) -> None:
@@ -154,6 +163,10 @@ class Trace(unittest.TestCase):
 
     def test_another_epoch_without_a_word(self) -> None:
         self.show(BOB, entry("a", 1, "m1"), entry("b", 2, "m2"))
+        self.verdict(Kind.UNANNOUNCED)
+
+    def test_another_epoch_within_a_recovery(self) -> None:
+        self.show(BOB, joined("a", 2, True, None, entry("a", 1, "m1"), entry("b", 2, "m2")))
         self.verdict(Kind.UNANNOUNCED)
 
     def test_a_recovery_in_another_epoch(self) -> None:

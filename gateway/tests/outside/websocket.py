@@ -81,6 +81,7 @@ class WebSocket:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
         self._writer = writer
+        self._left = False
         self.heard_at = asyncio.get_running_loop().time()
 
     @classmethod
@@ -179,14 +180,19 @@ class WebSocket:
             self._send(BINARY, message)
 
     def _send(self, opcode: int, payload: bytes) -> None:
-        if not self._writer.is_closing():
+        if not self._left and not self._writer.is_closing():
             self._writer.write(encode(opcode, payload, os.urandom(4)))
+
+    def was_left(self) -> bool:
+        """Whether this side has ended it."""
+        return self._left
 
     def abort(self) -> None:
         """Ends the connection without a word; `receive` raises Closed."""
+        self._left = True
         self._writer.transport.abort()
 
     def close(self) -> None:
-        """Says goodbye and does not wait for the answer."""
+        """Says goodbye; `receive` raises Closed when the server has answered."""
         self._send(CLOSE, (1000).to_bytes(2))
-        self._writer.close()
+        self._left = True
