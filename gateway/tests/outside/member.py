@@ -23,8 +23,8 @@ from websocket import Broken, Closed, Refused, WebSocket
 
 PROTOCOL = "chat.v1"
 BACK_OFF_BASE, BACK_OFF_CAP = 0.5, 30.0
-# How long a server may take to say goodbye.
-CLOSE_SECONDS = 3.0
+# How long a server may take to shake hands, and to say goodbye.
+HANDSHAKE_SECONDS, CLOSE_SECONDS = 5.0, 3.0
 # After these a client comes back by itself; after any other it does not.
 COME_BACK = {1001, 1005, 1006, 1011, 1012, 1013, 4002, 4003}
 # A send that is answered by one of these is sent again with the same id.
@@ -106,6 +106,8 @@ class Member:
         self._session: str | None = None
         self._failures = 0
         self._delivered_at: float | None = None
+        # What the last `reconnect` asked for, in seconds.
+        self._after = 0.0
 
     # Connections.
 
@@ -124,7 +126,7 @@ class Member:
         """Lives through one connection. Returns how long the server wants to be left alone."""
         query = {"user": self.name} | ({"session": self._session} if self._session else {})
         try:
-            async with asyncio.timeout(self._manner.patience):
+            async with asyncio.timeout(HANDSHAKE_SECONDS):
                 socket = await WebSocket.open(f"{url}?{urllib.parse.urlencode(query)}", PROTOCOL)
         except Refused as refused:
             self._trace(self.name, "refused", f"{url} {refused}")
@@ -135,16 +137,16 @@ class Member:
         except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
             self._trace(self.name, "no connection", f"{url} {error!r}")
             return 0
-        except Broken as broken:
+        except (Broken, ValueError, IndexError) as broken:
             self._give_up(str(broken))
             return 0
         self._connections += 1
         self._stats.counts["connections"] += 1
         self._socket = socket
         watch = asyncio.create_task(self._watch(socket))
-        after = [0.0]
+        self._after = 0.0
         try:
-            await self._listen(socket, after)
+            await self._listen(socket)
         except Closed as closed:
             self._trace(self.name, "closed", f"{url} {closed}")
             if closed.code not in COME_BACK and not socket.was_left():
@@ -157,7 +159,7 @@ class Member:
             socket.abort()
             for room in self.rooms.values():
                 room.joined = room.is_open = False
-        return after[0]
+        return self._after
 
     async def _watch(self, socket: WebSocket) -> None:
         """Asks for signs of life; gives up what is silent, or what it has had enough of."""
@@ -181,7 +183,7 @@ class Member:
         self._stats.counts["given_up_silent"] += 1
         socket.abort()
 
-    async def _listen(self, socket: WebSocket, after: list[float]) -> None:
+    async def _listen(self, socket: WebSocket) -> None:
         first = self._decode(await socket.receive())
         if first["type"] != "connected" or first["user"]["id"] != self.name:
             raise Broken(f"the first frame is {first}")
@@ -192,7 +194,7 @@ class Member:
         while True:
             frame = self._decode(await socket.receive())
             if frame["type"] == "reconnect":
-                after[0] = frame["after_ms"] / 1000
+                self._after = frame["after_ms"] / 1000
             self._take(frame)
             self._changed()
 
