@@ -18,7 +18,7 @@ build: ## everything the tests start
 test: setup build ## all tests, against a real Redis, nginx and browser
 	cargo test --locked --workspace
 
-faults: setup build ## the trials of docs/faults.md at full length, some 10 minutes
+faults: setup build ## the trials of docs/faults.md at full length, some 15 minutes
 	SKEIN_FAULTS=full cargo test --locked -p gateway --test it faults:: -- --nocapture
 
 SEEDS ?= 10000

@@ -5,7 +5,7 @@
 # something is missing.
 set -eu
 
-[ $# -gt 0 ] || set -- gcc libc6-dev redis-server nginx chromium chromium-driver openssl valkey-server
+[ $# -gt 0 ] || set -- gcc libc6-dev redis-server nginx chromium chromium-driver openssl python3 valkey-server
 
 missing=
 backports=
@@ -15,6 +15,8 @@ for package in "$@"; do
     *)
         # Any nginx does, Debian has several.
         [ "$package" = nginx ] && [ -x /usr/sbin/nginx ] && continue
+        # So does any Python that is new enough.
+        [ "$package" = python3 ] && python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null && continue
         # Debian 12 has it among its backports, other systems have none: the tests say so then.
         if [ "$package" = valkey-server ]; then
             codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")

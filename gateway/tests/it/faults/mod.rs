@@ -24,6 +24,7 @@ mod sends;
 mod reload;
 mod deleted;
 mod mixed;
+mod outside;
 
 /// Options of nodes whose clients speak as fast as they like.
 const UNLIMITED: [(&str, &str); 2] =

@@ -1,0 +1,346 @@
+//! The same faults before an outside witness: `tests/outside/checker.py` shares no code with this
+//! project, so that a mistake in what both ends of the trials use does not hide from them.
+
+use std::{path::Path, process::Stdio, time::Duration};
+
+use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
+use serde_json::Value;
+use tempfile::TempDir;
+use tokio::{
+    io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader},
+    process::{Child, Command},
+    sync::watch,
+    task::JoinHandle,
+    time::{Instant, sleep_until, timeout},
+};
+
+use super::{UNLIMITED, addresses, length, ready, start_nodes, until_ready};
+use crate::harness::{Node, Redis, until};
+
+/// How long it may take until messages are acknowledged again, through the longest outage there is.
+/// Members come back after 30 s at most, and may find a node that waits for a lease then.
+const END_MAX: Duration = Duration::from_secs(120);
+/// Seconds that the checker itself waits at its end, twice at most.
+const SETTLE_SECONDS: &str = "60";
+
+fn python() -> Command {
+    let mut command = Command::new("python3");
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/outside");
+    // Without `-B` it leaves its compiled modules among the sources.
+    command.arg("-B").current_dir(folder).kill_on_drop(true);
+    command
+}
+
+const INSTALLED: &str = "python3, 3.11 or later, is installed by `make setup`";
+
+/// A checker that runs: members that talk until they are told to end.
+struct Outside {
+    child: Child,
+    counts: watch::Receiver<Value>,
+    violations: JoinHandle<String>,
+    /// Where it writes every frame.
+    folder: TempDir,
+}
+
+impl Outside {
+    /// Six members in three rooms. Returns when all have joined.
+    async fn at(nodes: &[Node], extra: &[&str]) -> Self {
+        let folder = TempDir::new().unwrap();
+        let mut command = python();
+        command.args(["checker.py", "--until-eof", "--progress", "--settle", SETTLE_SECONDS]);
+        command.args(["--rate", "200"]).args(extra).arg("--trace").arg(folder.path().join("trace"));
+        command.args(addresses(nodes).iter().map(|address| format!("ws://{address}/ws")));
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect(INSTALLED);
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let mut stderr = child.stderr.take().unwrap();
+        let (sender, counts) = watch::channel(Value::Null);
+        tokio::spawn(async move {
+            while let Ok(Some(line)) = lines.next_line().await {
+                sender.send_replace(serde_json::from_str(&line).unwrap());
+            }
+        });
+        let violations = tokio::spawn(async move {
+            let mut said = String::new();
+            stderr.read_to_string(&mut said).await.unwrap();
+            said
+        });
+        let mut outside = Self { child, counts, violations, folder };
+        outside.wait("everybody is in the rooms", |counts| counts["joined"] == true).await;
+        outside
+    }
+
+    fn acknowledged(&self) -> u64 {
+        self.counts.borrow()["acknowledged"].as_u64().unwrap()
+    }
+
+    fn keep_trace(&mut self) -> String {
+        self.folder.disable_cleanup(true);
+        self.folder.path().join("trace").display().to_string()
+    }
+
+    async fn wait(&mut self, what: &str, holds: impl Fn(&Value) -> bool) {
+        let came = matches!(timeout(END_MAX, self.counts.wait_for(holds)).await, Ok(Ok(_)));
+        if !came {
+            let _ = self.child.start_kill();
+            let violations = (&mut self.violations).await.unwrap();
+            let counts = self.counts.borrow().clone();
+            let trace = self.keep_trace();
+            panic!(
+                "{what}: not within {END_MAX:?}, {counts}, every frame in {trace}\n{violations}"
+            );
+        }
+    }
+
+    /// Waits until so many more messages have been acknowledged.
+    async fn goes_on(&mut self, messages: u64) {
+        let enough = self.acknowledged() + messages;
+        let holds = |counts: &Value| counts["acknowledged"].as_u64() >= Some(enough);
+        self.wait("messages are acknowledged", holds).await;
+    }
+
+    /// Has the members end what they began, prints the counts, and panics where anything was wrong.
+    async fn check(mut self, fault: &str) -> Value {
+        drop(self.child.stdin.take());
+        let status = timeout(END_MAX * 2, self.child.wait()).await.expect("it ends").unwrap();
+        let violations = (&mut self.violations).await.unwrap();
+        // Its last line is there when its end of the pipe is closed.
+        while self.counts.changed().await.is_ok() {}
+        let counts = self.counts.borrow().clone();
+        println!("outside, {fault}: {}", summary(&counts));
+        if !status.success() {
+            let trace = self.keep_trace();
+            panic!("{fault}: {status}, {counts}, every frame in {trace}\n{violations}");
+        }
+        assert_eq!(counts["violations"], 0, "{violations}");
+        assert!(counts["acknowledged"].as_u64() > Some(0), "{fault}: nothing was sent");
+        counts
+    }
+
+    /// The same, and nobody was told of a break.
+    async fn check_seamless(self, fault: &str) -> Value {
+        let counts = self.check(fault).await;
+        let breaks = (&counts["resets"], &counts["recovered_false"]);
+        assert_eq!(breaks, (&0.into(), &0.into()), "{fault}: {counts}");
+        counts
+    }
+}
+
+fn summary(counts: &Value) -> String {
+    let count = |name: &str| counts[name].as_u64().unwrap_or(0);
+    format!(
+        "{} members in {} rooms, {} acknowledged, {} delivered, {} lost, {} duplicated, {} out of \
+         order, {} holes, {} unannounced breaks, {} disagreements, {} acks with two positions, {} \
+         against the order of sending; announced: {} reset, {} recovered:false ({} skipped, {} \
+         again); {} connections; longest without delivery {} ms; slowest ack {} ms; {} unavailable",
+        count("members"),
+        count("rooms"),
+        count("acknowledged"),
+        count("delivered"),
+        count("lost"),
+        count("duplicated"),
+        count("out_of_order"),
+        count("holes"),
+        count("unannounced_breaks"),
+        count("disagreements"),
+        count("acks_with_two_positions"),
+        count("sender_order"),
+        count("resets"),
+        count("recovered_false"),
+        count("skipped"),
+        count("again"),
+        count("connections"),
+        count("quiet_longest_ms"),
+        count("ack_slowest_ms"),
+        count("refused_unavailable"),
+    )
+}
+
+async fn pause(ms: u64) {
+    sleep_until(Instant::now() + Duration::from_millis(ms)).await;
+}
+
+#[tokio::test]
+async fn its_judge_sees_each_wrong() {
+    let output = python().args(["-m", "unittest", "-q"]).output().await.expect(INSTALLED);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && said.contains("OK"), "{said}");
+}
+
+#[tokio::test]
+async fn it_refuses_what_it_does_not_understand() {
+    let output = python().args(["checker.py", "http://127.0.0.1/"]).output().await.unwrap();
+    assert_eq!(output.status.code(), Some(2));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_is_killed() {
+    let redis = Redis::start().await;
+    let mut nodes = start_nodes(&redis, 3).await;
+    let mut outside = Outside::at(&nodes, &[]).await;
+    let kills = length(1, 10);
+    for kill in 0..kills {
+        outside.goes_on(100).await;
+        let at = kill % nodes.len();
+        nodes[at].process.kill().await;
+        outside.goes_on(200).await;
+        if kill + 1 < kills {
+            let address = nodes[at].address;
+            nodes[at] = Node::start(&redis, Some(address), &UNLIMITED).await;
+        }
+    }
+    let counts = outside.check_seamless(&format!("{kills} x gateway SIGKILL")).await;
+    assert!(counts["connections"].as_u64() > counts["members"].as_u64(), "{counts}");
+}
+
+/// Kills Redis again and again while they talk.
+async fn kill_redis(mut redis: Redis, kills: u64, what: &str) {
+    let nodes = start_nodes(&redis, 2).await;
+    let mut outside = Outside::at(&nodes, &["--rate", "400"]).await;
+    for kill in 0..kills {
+        outside.goes_on(100).await;
+        // Each time at another moment of the load.
+        pause(kill * 37 % 200).await;
+        redis.kill().await;
+        redis.restart().await;
+        until_ready(&nodes).await;
+    }
+    outside.goes_on(100).await;
+    outside.check_seamless(&format!("{kills} x {what}")).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_redis_that_is_killed_and_has_its_file() {
+    let redis = Redis::start_durable().await;
+    kill_redis(redis, length(2, 25), "Redis SIGKILL, restarted with its file").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_redis_that_comes_back_empty() {
+    let redis = Redis::start().await;
+    kill_redis(redis, length(2, 25), "Redis SIGKILL, restarted empty").await;
+}
+
+/// Throws connections out for a while, at this pace.
+async fn throw_out(commands: &[&str], pace_ms: u64, what: &str) {
+    let redis = Redis::start().await;
+    let nodes = start_nodes(&redis, 2).await;
+    let mut outside = Outside::at(&nodes, &[]).await;
+    let times = length(6, 40);
+    for _ in 0..times {
+        pause(pace_ms).await;
+        for command in commands {
+            redis.command(command).await;
+        }
+    }
+    outside.goes_on(50).await;
+    for node in &nodes {
+        until("ready", async || ready(node.address).await).await;
+        let lost = super::metric(node, "gateway_bus_reconnects_total").await;
+        assert!(lost > 0.0, "no link was cut");
+    }
+    let counts = outside.check_seamless(&format!("{times} x {what}")).await;
+    assert_eq!(counts["connections"], counts["members"], "{counts}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pubsub_link_that_is_cut() {
+    throw_out(&["CLIENT KILL TYPE pubsub"], 250, "CLIENT KILL of pub/sub every 250 ms").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn all_links_that_are_cut() {
+    let commands = ["CLIENT KILL TYPE normal", "CLIENT KILL TYPE pubsub"];
+    throw_out(&commands, 400, "CLIENT KILL of everything every 400 ms").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_freezes() {
+    let redis = Redis::start().await;
+    let nodes = start_nodes(&redis, 3).await;
+    // The first member stays with the frozen node; the fourth, which is there too, leaves.
+    let mut outside = Outside::at(&nodes, &["--stay", "1", "--patience", "2"]).await;
+    outside.goes_on(100).await;
+    let seconds = length(4, 30);
+    nodes[0].process.signal("STOP");
+    pause(seconds * 1000).await;
+    nodes[0].process.signal("CONT");
+    outside.goes_on(200).await;
+    let counts = outside.check_seamless(&format!("gateway SIGSTOP {seconds} s")).await;
+    assert!(counts["given_up_silent"].as_u64() > Some(0), "nobody noticed: {counts}");
+}
+
+/// Kills, stops and cuts by the roll of a die: `SKEIN_SEED` plays it again.
+async fn mix(mut redis: Redis, faults: usize, salt: u64, what: &str) {
+    let seed = std::env::var("SKEIN_SEED").ok().and_then(|seed| seed.parse().ok());
+    let seed: u64 = seed.unwrap_or_else(|| rand::rng().random());
+    println!("outside, {what}: SKEIN_SEED={seed}");
+    let mut die = StdRng::seed_from_u64(seed ^ salt);
+    let mut nodes = start_nodes(&redis, 3).await;
+    let mut outside = Outside::at(&nodes, &["--stay", "1", "--roam", "3"]).await;
+    for _ in 0..faults {
+        outside.goes_on(die.random_range(1..150)).await;
+        let (at, ms) = (die.random_range(0..nodes.len()), die.random_range(10..1_500));
+        let address = nodes[at].address;
+        match die.random_range(0..length(6, 8)) {
+            0 => {
+                nodes[at].process.kill().await;
+                nodes[at] = Node::start(&redis, Some(address), &UNLIMITED).await;
+            }
+            1 => {
+                nodes[at].process.signal("TERM");
+                assert_eq!(nodes[at].process.end().await, Some(0));
+                nodes[at] = Node::start(&redis, Some(address), &UNLIMITED).await;
+            }
+            2 => {
+                nodes[at].process.signal("STOP");
+                pause(ms).await;
+                nodes[at].process.signal("CONT");
+            }
+            3 => {
+                redis.signal("STOP");
+                pause(ms).await;
+                redis.signal("CONT");
+            }
+            4 => {
+                redis.command("CLIENT KILL TYPE normal").await;
+                redis.command("CLIENT KILL TYPE pubsub").await;
+            }
+            5 => {
+                redis.kill().await;
+                redis.restart().await;
+            }
+            // These two take as long as a lease.
+            6 => {
+                nodes[at].process.kill().await;
+                redis.kill().await;
+                redis.restart().await;
+                nodes[at] = Node::start(&redis, Some(address), &UNLIMITED).await;
+            }
+            _ => {
+                nodes[at].process.signal("STOP");
+                redis.kill().await;
+                redis.restart().await;
+                pause(ms * 8).await;
+                nodes[at].process.signal("CONT");
+            }
+        }
+        // Every other time the next one comes before this one is mended.
+        if die.random_range(0..2) == 0 {
+            until_ready(&nodes).await;
+        }
+    }
+    until_ready(&nodes).await;
+    outside.goes_on(50).await;
+    outside.check(&format!("{faults} faults mixed, {what}")).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn faults_mixed_with_a_redis_that_keeps_its_file() {
+    mix(Redis::start_durable().await, length(4, 40), 3, "Redis with its file").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn faults_mixed_with_a_redis_that_forgets() {
+    mix(Redis::start().await, length(4, 40), 4, "Redis empty after a restart").await;
+}
