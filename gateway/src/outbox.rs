@@ -12,7 +12,7 @@
 //!   reads no further frame until there is room, so that answers are bounded by what one read
 //!   brought.
 
-use std::{collections::VecDeque, io, io::IoSlice, sync::Arc, time::Duration};
+use std::{io, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -25,11 +25,13 @@ use tokio::{net::TcpStream, sync::Notify, time::Instant};
 
 use crate::telemetry::metrics::Metrics;
 
+mod frames;
+
+use frames::Frames;
+
 /// What a queued frame takes beside its own bytes: its place in the queue and its allocation. An
 /// empty pong would otherwise count two bytes and take a hundred.
 pub const FRAME_OVERHEAD_BYTES: usize = 96;
-/// The most frames in one vectored write.
-const SLICES_MAX: usize = 64;
 
 /// Where the frames of an outbox go.
 #[derive(Debug)]
@@ -73,7 +75,7 @@ pub struct Outbox {
 
 #[derive(Debug, Default)]
 struct Queue {
-    frames: VecDeque<Bytes>,
+    frames: Frames,
     bytes: usize,
     /// Since when the socket has taken nothing. While it is set only the connection's task writes.
     blocked_since: Option<Instant>,
@@ -232,7 +234,7 @@ impl Outbox {
     pub fn take(&self) -> Vec<Bytes> {
         let mut queue = self.queue.lock();
         queue.bytes = 0;
-        queue.frames.drain(..).collect()
+        queue.frames.take()
     }
 
     /// How long the socket has taken nothing.
@@ -247,24 +249,23 @@ impl Outbox {
             return;
         };
         while !queue.frames.is_empty() {
-            let slices: SmallVec<[IoSlice<'_>; SLICES_MAX]> =
-                queue.frames.iter().take(SLICES_MAX).map(|frame| IoSlice::new(frame)).collect();
-            match socket.try_write_vectored(&slices) {
+            let written = match queue.frames.only() {
+                Some(frame) => socket.try_write(frame),
+                None => socket.try_write_vectored(&queue.frames.slices()),
+            };
+            match written {
                 Ok(written) => {
-                    drop(slices);
                     let frames = queue.remove(written);
                     queue.blocked_since = None;
                     self.metrics.frames_sent.inc_by(frames);
                     self.metrics.bytes_sent.inc_by(written as u64);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    drop(slices);
                     queue.blocked_since.get_or_insert_with(Instant::now);
                     return;
                 }
                 // The reading side meets the same end and tells why.
                 Err(_) => {
-                    drop(slices);
                     *queue = Queue { closed: true, ..Queue::default() };
                     self.wake.notify_one();
                     return;
@@ -272,8 +273,6 @@ impl Outbox {
             }
         }
         queue.blocked_since = None;
-        // An idle connection holds no buffer.
-        queue.frames = VecDeque::new();
         if !queue.lagging.is_empty() {
             // Whoever wrote, the connection's task is the one to ask for more.
             self.wake.notify_one();
@@ -289,25 +288,14 @@ impl Queue {
     fn add(&mut self, frame: Bytes) {
         if !self.closed {
             self.bytes += frame.len() + FRAME_OVERHEAD_BYTES;
-            self.frames.push_back(frame);
+            self.frames.push(frame);
         }
     }
 
     /// Forgets the first `written` bytes. Returns how many frames are done with.
-    fn remove(&mut self, mut written: usize) -> u64 {
-        self.bytes -= written;
-        let mut done = 0;
-        while let Some(frame) = self.frames.front_mut() {
-            if written < frame.len() {
-                // The rest of a frame is again shared bytes.
-                let _ = frame.split_to(written);
-                break;
-            }
-            written -= frame.len();
-            self.bytes -= FRAME_OVERHEAD_BYTES;
-            self.frames.pop_front();
-            done += 1;
-        }
+    fn remove(&mut self, written: usize) -> u64 {
+        let done = self.frames.remove(written);
+        self.bytes -= written + done as usize * FRAME_OVERHEAD_BYTES;
         done
     }
 }
