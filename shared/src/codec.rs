@@ -8,6 +8,10 @@
 
 use bytes::{BufMut, Bytes, BytesMut};
 
+mod payload;
+
+use payload::{received, unmask};
+
 /// The kind of a frame (RFC 6455, section 5.2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -122,7 +126,7 @@ pub struct Decoder {
     valid: usize,
     /// The control frame that is being gathered: it may come between fragments.
     control: Vec<u8>,
-    /// What was handed out from `gathered` or `control` is dropped at the next call.
+    /// What was handed out from `gathered` or `control` is not needed any more.
     spent: bool,
 }
 
@@ -162,7 +166,7 @@ impl Decoder {
         &'a mut self,
         input: &'a mut [u8],
     ) -> Result<(usize, Option<Received<'a>>), CodecError> {
-        self.drop_spent();
+        self.release();
         let mut used = 0;
         loop {
             let frame = match self.frame {
@@ -239,9 +243,13 @@ impl Decoder {
             127 => header[2..10].iter().fold(0, |length, byte| length << 8 | u64::from(*byte)),
             length => u64::from(length),
         };
-        // RFC 6455, section 5.2: the most significant bit of a 64-bit length must be 0.
+        // RFC 6455, section 5.2: the most significant bit of a 64-bit length must be 0, and the
+        // shortest form must be used.
         if length >> 63 == 1 {
             return Err(CodecError::Protocol("frame length out of range"));
+        }
+        if (have == 8 && length < 126) || (have == 14 && length < 0x1_0000) {
+            return Err(CodecError::Protocol("frame length in more bytes than it needs"));
         }
         let opcode = Opcode::of(header[0] & 0x0F).ok_or(CodecError::Protocol("opcode"))?;
         let held = if opcode.is_control() { 0 } else { self.gathered.len() };
@@ -302,9 +310,9 @@ impl Decoder {
         Ok(())
     }
 
-    /// Forgets what the last call handed out, and gives its memory back: idle connections hold
-    /// none.
-    fn drop_spent(&mut self) {
+    /// Forgets what the last call handed out, and gives its memory back. To be called when all that
+    /// was received is handled, so that idle connections hold none.
+    pub fn release(&mut self) {
         if !std::mem::take(&mut self.spent) {
             return;
         }
@@ -323,47 +331,6 @@ fn header_bytes(header: &[u8]) -> usize {
         Some(126) => 2 + 2 + 4,
         Some(127) => 2 + 8 + 4,
         Some(_) => 2 + 4,
-    }
-}
-
-/// A whole payload as what it is.
-fn received(opcode: Opcode, payload: &[u8]) -> Result<Received<'_>, CodecError> {
-    Ok(match opcode {
-        Opcode::Text => {
-            Received::Text(std::str::from_utf8(payload).map_err(|_| CodecError::BadUtf8)?)
-        }
-        Opcode::Binary | Opcode::Continuation => Received::Binary(payload),
-        Opcode::Ping => Received::Ping(payload),
-        Opcode::Pong => Received::Pong(payload),
-        Opcode::Close => Received::Close(close_of(payload)?),
-    })
-}
-
-/// The code and reason of a close frame (RFC 6455, sections 5.5.1 and 7.4).
-fn close_of(payload: &[u8]) -> Result<Option<(u16, &str)>, CodecError> {
-    let (code, reason) = match payload {
-        [] => return Ok(None),
-        [_] => return Err(CodecError::Protocol("close frame with half a code")),
-        [high, low, reason @ ..] => (u16::from_be_bytes([*high, *low]), reason),
-    };
-    // 1012 to 1014 are registered with IANA since; 1004 to 1006 and 1015 never stand in a frame.
-    if !matches!(code, 1000..=1003 | 1007..=1014 | 3000..=4999) {
-        return Err(CodecError::Protocol("close code that may not be sent"));
-    }
-    let reason = std::str::from_utf8(reason).map_err(|_| CodecError::BadUtf8)?;
-    Ok(Some((code, reason)))
-}
-
-/// Masks or unmasks `payload` (RFC 6455, section 5.3), eight bytes at a time.
-fn unmask(payload: &mut [u8], mask: [u8; 4]) {
-    let [a, b, c, d] = mask;
-    let wide = u64::from_ne_bytes([a, b, c, d, a, b, c, d]);
-    let (words, rest) = payload.as_chunks_mut::<8>();
-    for word in words {
-        *word = (u64::from_ne_bytes(*word) ^ wide).to_ne_bytes();
-    }
-    for (byte, mask) in rest.iter_mut().zip([a, b, c, d, a, b, c]) {
-        *byte ^= mask;
     }
 }
 

@@ -1,0 +1,108 @@
+//! Mutated streams through the decoder, without end: `make fuzz N=100000000`. A small share of it
+//! runs with every `cargo test`.
+//!
+//! cargo-fuzz needs a nightly compiler, which this project does not. So this is a mutation fuzzer
+//! of its own: a corpus of valid streams, mutated in the ways that have found faults in such
+//! decoders, each cut into reads anywhere and compared with tungstenite. A seed makes the whole
+//! run; it is printed with what was found.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
+
+use super::{differential, frame};
+
+/// How many inputs `cargo test` tries.
+const SHARE: u64 = 20_000;
+
+/// How many inputs to try, and the seed: as the environment says, else few and always the same.
+pub(super) fn share(share: u64) -> (u64, u64) {
+    let number = |name| std::env::var(name).ok().and_then(|text| text.parse().ok());
+    match number("SKEIN_FUZZ") {
+        Some(inputs) => {
+            let clock = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+            (inputs, number("SKEIN_FUZZ_SEED").unwrap_or_else(clock))
+        }
+        None => (share, 1),
+    }
+}
+
+/// Runs `try_one` on as many inputs as wanted; each has its own seed, which reproduces it.
+pub(super) fn run(
+    name: &str,
+    share_of_tests: u64,
+    mut try_one: impl FnMut(&mut StdRng) -> Result<(), String>,
+) {
+    let (inputs, first) = share(share_of_tests);
+    for seed in first..first + inputs {
+        if let Err(found) = try_one(&mut StdRng::seed_from_u64(seed)) {
+            panic!("{name}, SKEIN_FUZZ=1 SKEIN_FUZZ_SEED={seed}:\n{found}");
+        }
+    }
+    println!("{name}: {inputs} inputs from seed {first} on");
+}
+
+/// A stream of valid frames: messages whole and in fragments, control frames between them.
+fn valid(random: &mut StdRng) -> Vec<u8> {
+    const TEXTS: [&str; 6] = ["", "a", "grüße 🐧", "κόσμε", "\u{10FFFF}\u{D7FF}\u{E000}", "{}"];
+    let mut bytes = Vec::new();
+    for _ in 0..random.random_range(1..5) {
+        let mut payload = TEXTS[random.random_range(0..TEXTS.len())].as_bytes().to_vec();
+        if random.random_ratio(1, 4) {
+            payload = payload.repeat(random.random_range(1..60));
+        }
+        let mut opcode = random.random_range(1..3_u8);
+        let mut rest = &payload[..];
+        while random.random_ratio(1, 2) {
+            let (part, behind) = rest.split_at(random.random_range(0..=rest.len()));
+            bytes.extend(frame(false, opcode, part));
+            (opcode, rest) = (0, behind);
+            if random.random_ratio(1, 4) {
+                bytes.extend(frame(true, random.random_range(9..11), b"p"));
+            }
+        }
+        bytes.extend(frame(true, opcode, rest));
+    }
+    if random.random_ratio(1, 4) {
+        let code = random.random_range(0..5_000_u16);
+        bytes.extend(frame(true, 8, &[&code.to_be_bytes()[..], b"bye"].concat()));
+    }
+    bytes
+}
+
+/// Changes `bytes` in one way.
+pub(super) fn mutate(bytes: &mut Vec<u8>, random: &mut StdRng) {
+    const TELLING: [u8; 10] = [0x00, 0x7E, 0x7F, 0x80, 0xC0, 0xED, 0xF4, 0xFE, 0xFF, 0x88];
+    if bytes.is_empty() {
+        bytes.push(random.random());
+        return;
+    }
+    let at = random.random_range(0..bytes.len());
+    let to = random.random_range(at..=bytes.len().min(at + 20));
+    match random.random_range(0..8) {
+        0 | 1 => bytes[at] ^= 1 << random.random_range(0..8),
+        2 => bytes[at] = random.random(),
+        3 => bytes[at] = TELLING[random.random_range(0..TELLING.len())],
+        4 => bytes.insert(at, random.random()),
+        5 => drop(bytes.drain(at..to)),
+        6 => {
+            let copy = bytes[at..to].to_vec();
+            let place = random.random_range(0..=bytes.len());
+            bytes.splice(place..place, copy);
+        }
+        _ => bytes.truncate(at),
+    }
+}
+
+#[test]
+fn mutated_streams_are_decoded_as_tungstenite_does() {
+    run("frames", SHARE, |random| {
+        let mut bytes = valid(random);
+        for _ in 0..random.random_range(0..4) {
+            mutate(&mut bytes, random);
+        }
+        let max = if random.random_ratio(1, 2) { 64 } else { 4096 };
+        let longest = random.random_range(1..40);
+        differential::compare(&bytes, max, || random.random_range(1..=longest))
+    });
+}
