@@ -43,9 +43,10 @@ use echo::Echo;
 
 /// How much one read takes. The buffer belongs to the thread, so that its size costs nothing.
 const READ_BYTES: usize = 64 * 1024;
-/// How long the closing handshake may take.
+/// How long each step of the closing handshake may take: what is queued goes out, and the client
+/// answers the close frame.
 const CLOSE_MAX: Duration = Duration::from_secs(5);
-/// How long a client is given to close after the gateway's close frame is out.
+/// How long a client is given to end the TCP connection once both close frames are out.
 const LINGER_MAX: Duration = Duration::from_secs(1);
 
 thread_local! {
@@ -97,11 +98,20 @@ enum Step {
     Full,
     /// This has to be done before the next frame.
     Perform(Request),
-    /// It is over, by the client's close frame or by what it did.
-    End {
-        /// Whether it closed.
-        by_client: bool,
-    },
+    /// It is over.
+    End(Ending),
+}
+
+/// Who ends a connection, which decides what is still read of it (RFC 6455, sections 5.5.1 and
+/// 7.1.7).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ending {
+    /// The client, whose close frame is answered.
+    ByClient,
+    /// The gateway, which waits for the client's close frame.
+    ByGateway,
+    /// The client broke the rules: nothing of it is read any more.
+    Failed,
 }
 
 impl Connection {
@@ -173,7 +183,7 @@ impl Connection {
         let mut told = self.session().map(|session| session.told());
         loop {
             if let Some(close) = outbox.begin_close() {
-                return self.close(socket, close, false).await;
+                return self.close(socket, close, Ending::ByGateway).await;
             }
             if performing.is_none() {
                 let step = self.handle_unread();
@@ -183,9 +193,9 @@ impl Connection {
                     Step::Perform(request) => {
                         performing = self.session().map(|session| session.perform(request));
                     }
-                    Step::End { by_client } => {
+                    Step::End(ending) => {
                         return match outbox.begin_close() {
-                            Some(close) => self.close(socket, close, by_client).await,
+                            Some(close) => self.close(socket, close, ending).await,
                             None => 1006,
                         };
                     }
@@ -260,6 +270,7 @@ impl Connection {
         }
         let mut input = std::mem::take(&mut self.unread);
         let (used, step) = self.handle(&mut input);
+        self.decoder.release();
         if used < input.len() {
             input.drain(..used);
             self.unread = input;
@@ -281,7 +292,7 @@ impl Connection {
                 Err(error) => {
                     tracing::debug!(connection = %self.subscriber.connection, %error, "bad frame");
                     outbox.close(close_for(error));
-                    return (used, Step::End { by_client: false });
+                    return (used, Step::End(Ending::Failed));
                 }
             };
             used += count;
@@ -294,7 +305,7 @@ impl Connection {
                 Some(Received::Close(close)) => {
                     let (code, reason) = close.unwrap_or((1005, ""));
                     outbox.close(Close { code, reason: reason.to_owned() });
-                    return (used, Step::End { by_client: true });
+                    return (used, Step::End(Ending::ByClient));
                 }
                 Some(message @ (Received::Text(_) | Received::Binary(_))) => {
                     self.metrics.frames_received.inc();
@@ -377,15 +388,16 @@ impl Connection {
         }
         outbox.close(Close { code: CloseCode::Restart.number(), reason: "draining".to_owned() });
         match outbox.begin_close() {
-            Some(close) => self.close(socket, close, false).await,
+            Some(close) => self.close(socket, close, Ending::ByGateway).await,
             None => 1006,
         }
     }
 
-    /// Writes what is queued, the close frame last, and ends the TCP connection in order: after
-    /// the last byte its own direction, then all of it when the client has closed.
-    async fn close(&mut self, socket: &TcpStream, close: Close, client_closed: bool) -> u16 {
-        let outbox = &self.subscriber.outbox;
+    /// Writes what is queued, the close frame last, waits for the client's, and ends the TCP
+    /// connection in order: its own direction, then all of it when the client has ended the other.
+    async fn close(&mut self, socket: &TcpStream, close: Close, ending: Ending) -> u16 {
+        let subscriber = self.subscriber.clone();
+        let outbox = &subscriber.outbox;
         let write = async {
             loop {
                 outbox.flush_writable();
@@ -395,13 +407,39 @@ impl Connection {
             }
         };
         let written = tokio::time::timeout(CLOSE_MAX, write).await.is_ok();
+        if written && ending == Ending::ByGateway {
+            let _ = tokio::time::timeout(CLOSE_MAX, self.until_closed(socket)).await;
+        }
         let _ = socket2::SockRef::from(socket).shutdown(std::net::Shutdown::Write);
         if written {
             // Closing with bytes unread would have the kernel drop what is on its way.
-            let max = if client_closed { LINGER_MAX } else { CLOSE_MAX };
+            let max = if ending == Ending::Failed { CLOSE_MAX } else { LINGER_MAX };
             let _ = tokio::time::timeout(max, drain(socket)).await;
         }
         close.code
+    }
+
+    /// Waits for the client's close frame. What comes before it is dropped.
+    async fn until_closed(&mut self, socket: &TcpStream) {
+        while !self.skip_to_close() {
+            if socket.readable().await.and_then(|()| self.read(socket)).is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Whether what was received ends in a close frame, or in what is no frame at all.
+    fn skip_to_close(&mut self) -> bool {
+        let mut input = std::mem::take(&mut self.unread);
+        let mut used = 0;
+        while used < input.len() {
+            match self.decoder.next(&mut input[used..]) {
+                Ok((_, Some(Received::Close(_)))) | Err(_) => return true,
+                Ok((count, _)) => used += count,
+            }
+        }
+        self.decoder.release();
+        false
     }
 }
 
