@@ -121,7 +121,7 @@ impl Connection {
     pub fn new(
         subscriber: Arc<Subscriber>,
         handler: Handler,
-        message_bytes_max: usize,
+        decoder: Decoder,
         heartbeat: Heartbeat,
         metrics: Arc<Metrics>,
         early: Vec<u8>,
@@ -137,7 +137,7 @@ impl Connection {
         Self {
             subscriber,
             handler,
-            decoder: Decoder::new(message_bytes_max),
+            decoder,
             heartbeat,
             metrics,
             unread: early,
@@ -484,6 +484,7 @@ fn close_for(error: CodecError) -> Close {
     let (code, reason) = match error {
         CodecError::Protocol(_) => (CloseCode::Protocol, "protocol_error"),
         CodecError::BadUtf8 => (CloseCode::BadUtf8, "bad_utf8"),
+        CodecError::BadDeflate => (CloseCode::BadUtf8, "bad_deflate"),
         CodecError::TooBig => (CloseCode::TooBig, "too_large"),
     };
     Close { code: code.number(), reason: reason.to_owned() }

@@ -1,5 +1,5 @@
 //! RFC 6455, byte by byte: what Autobahn's groups 1 to 7, 9 and 10 ask for, against `/ws/echo` as
-//! `server.echo = "verbatim"` has it.
+//! `server.echo = "verbatim"` has it. Compression is in `rfc/deflate.rs`.
 
 use std::net::SocketAddr;
 
@@ -8,6 +8,7 @@ use tokio::time::Instant;
 use crate::harness::{Gateway, Nginx};
 
 mod client;
+mod deflate;
 
 use client::{BINARY, CLOSE, CONTINUATION, Client, FIN, PING, PONG, TEXT, close, frame, text};
 
@@ -39,8 +40,13 @@ fn case(name: impl Into<String>, sent: &[Vec<u8>], back: &[(u8, &[u8])], end: En
 impl Case {
     /// Plays the case, its bytes sent in pieces.
     async fn play(&self, address: SocketAddr, piece: usize) {
+        self.play_with(address, &[], piece).await;
+    }
+
+    /// The same, with these headers in the handshake.
+    async fn play_with(&self, address: SocketAddr, headers: &[&str], piece: usize) {
         let name = format!("{} in pieces of {piece}", self.name);
-        let mut client = Client::open(address, "/ws/echo", &[]).await;
+        let mut client = Client::open(address, "/ws/echo", headers).await;
         for piece in self.sent.chunks(piece) {
             client.send(piece).await;
         }

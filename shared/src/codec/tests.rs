@@ -26,7 +26,7 @@ fn own(received: Received<'_>) -> Got {
 }
 
 /// A client's frame, masked.
-fn frame(fin: bool, opcode: u8, payload: &[u8]) -> Vec<u8> {
+pub(super) fn frame(fin: bool, opcode: u8, payload: &[u8]) -> Vec<u8> {
     let mask = [0x37, 0xFA, 0x21, 0x3D];
     let mut frame = vec![if fin { 0x80 } else { 0 } | opcode];
     match payload.len() {

@@ -11,6 +11,7 @@ use tokio::{
 use crate::harness::within;
 
 pub const FIN: u8 = 0x80;
+pub const RSV1: u8 = 0x40;
 pub const CONTINUATION: u8 = 0x0;
 pub const TEXT: u8 = 0x1;
 pub const BINARY: u8 = 0x2;

@@ -150,7 +150,7 @@ fn ours(bytes: &[u8], max: usize, mut piece: impl FnMut() -> usize) -> Outcome {
                 Err(error) => {
                     let failure = match error {
                         CodecError::Protocol(_) => Failure::Protocol,
-                        CodecError::BadUtf8 => Failure::BadUtf8,
+                        CodecError::BadUtf8 | CodecError::BadDeflate => Failure::BadUtf8,
                         CodecError::TooBig => Failure::TooBig,
                     };
                     return Outcome { got, failure: Some(failure) };
