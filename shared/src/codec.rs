@@ -110,6 +110,17 @@ pub enum Received<'a> {
     Close(Option<(u16, &'a str)>),
 }
 
+impl Received<'_> {
+    /// How many bytes it carries.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::Text(text) => text.len(),
+            Self::Binary(bytes) | Self::Ping(bytes) | Self::Pong(bytes) => bytes.len(),
+            Self::Close(close) => close.map_or(0, |(_, reason)| 2 + reason.len()),
+        }
+    }
+}
+
 /// What the client did wrong. The connection cannot go on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CodecError {

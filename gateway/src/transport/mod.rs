@@ -15,10 +15,10 @@ use std::{
 
 use shared::{
     close::CloseCode,
-    codec::{self, CodecError, Decoder, Opcode, Received},
+    codec::{self, Decoder, Opcode, Received},
     ids::ConnectionId,
     protocol::{
-        answer::{Answer, Ping, Reconnect, ReconnectReason},
+        answer::{Answer, Ping},
         request::Request as Frame,
     },
 };
@@ -38,16 +38,16 @@ use crate::{
 };
 
 pub mod echo;
+mod closing;
 
+use closing::{Ending, close_for};
 use echo::Echo;
 
 /// How much one read takes. The buffer belongs to the thread, so that its size costs nothing.
 const READ_BYTES: usize = 64 * 1024;
-/// How long each step of the closing handshake may take: what is queued goes out, and the client
-/// answers the close frame.
-const CLOSE_MAX: Duration = Duration::from_secs(5);
-/// How long a client is given to end the TCP connection once both close frames are out.
-const LINGER_MAX: Duration = Duration::from_secs(1);
+
+/// How much is handled at once. One read alone is less, unless it is inflated.
+const TURN_BYTES: usize = 4 * READ_BYTES;
 
 thread_local! {
     static READ: RefCell<Vec<u8>> = RefCell::new(vec![0; READ_BYTES]);
@@ -96,22 +96,12 @@ enum Step {
     More,
     /// The outbox is full: the client has to take its answers first.
     Full,
+    /// There is more, but others are to have their turn.
+    Enough,
     /// This has to be done before the next frame.
     Perform(Request),
     /// It is over.
     End(Ending),
-}
-
-/// Who ends a connection, which decides what is still read of it (RFC 6455, sections 5.5.1 and
-/// 7.1.7).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Ending {
-    /// The client, whose close frame is answered.
-    ByClient,
-    /// The gateway, which waits for the client's close frame.
-    ByGateway,
-    /// The client broke the rules: nothing of it is read any more.
-    Failed,
 }
 
 impl Connection {
@@ -190,6 +180,11 @@ impl Connection {
                 self.full = matches!(step, Step::Full);
                 match step {
                     Step::More | Step::Full => {}
+                    Step::Enough => {
+                        outbox.flush();
+                        tokio::task::yield_now().await;
+                        continue;
+                    }
                     Step::Perform(request) => {
                         performing = self.session().map(|session| session.perform(request));
                     }
@@ -282,10 +277,13 @@ impl Connection {
     fn handle(&mut self, input: &mut [u8]) -> (usize, Step) {
         let now = Instant::now();
         let outbox = &self.subscriber.outbox;
-        let mut used = 0;
+        let (mut used, mut messages_bytes) = (0, 0);
         while used < input.len() {
             if outbox.is_full() {
                 return (used, Step::Full);
+            }
+            if messages_bytes > TURN_BYTES {
+                return (used, Step::Enough);
             }
             let (count, received) = match self.decoder.next(&mut input[used..]) {
                 Ok(next) => next,
@@ -309,6 +307,7 @@ impl Connection {
                 }
                 Some(message @ (Received::Text(_) | Received::Binary(_))) => {
                     self.metrics.frames_received.inc();
+                    messages_bytes += message.bytes();
                     match &mut self.handler {
                         Handler::Chat(session) => session.handle(frame(&message), now),
                         Handler::Echo(echo) => {
@@ -367,80 +366,6 @@ impl Connection {
             timer.reset(stalled);
         }
     }
-
-    /// Sends the client to another node: what it sent is answered, then `reconnect` and 1012.
-    async fn goodbye(&mut self, socket: &TcpStream) -> u16 {
-        let subscriber = self.subscriber.clone();
-        let outbox = &subscriber.outbox;
-        if let Handler::Chat(session) = &self.handler {
-            let settled = async {
-                while !session.is_settled() {
-                    outbox.woken().await;
-                }
-            };
-            let _ = tokio::time::timeout(CLOSE_MAX, settled).await;
-            subscriber.answer(&Answer::Reconnect(Reconnect {
-                // Spread over a second, since all of a node's clients are told at once.
-                after_ms: rand::random_range(0..1000),
-                reason: ReconnectReason::Draining,
-                node: None,
-            }));
-        }
-        outbox.close(Close { code: CloseCode::Restart.number(), reason: "draining".to_owned() });
-        match outbox.begin_close() {
-            Some(close) => self.close(socket, close, Ending::ByGateway).await,
-            None => 1006,
-        }
-    }
-
-    /// Writes what is queued, the close frame last, waits for the client's, and ends the TCP
-    /// connection in order: its own direction, then all of it when the client has ended the other.
-    async fn close(&mut self, socket: &TcpStream, close: Close, ending: Ending) -> u16 {
-        let subscriber = self.subscriber.clone();
-        let outbox = &subscriber.outbox;
-        let write = async {
-            loop {
-                outbox.flush_writable();
-                if outbox.bytes() == 0 || socket.writable().await.is_err() {
-                    break;
-                }
-            }
-        };
-        let written = tokio::time::timeout(CLOSE_MAX, write).await.is_ok();
-        if written && ending == Ending::ByGateway {
-            let _ = tokio::time::timeout(CLOSE_MAX, self.until_closed(socket)).await;
-        }
-        let _ = socket2::SockRef::from(socket).shutdown(std::net::Shutdown::Write);
-        if written {
-            // Closing with bytes unread would have the kernel drop what is on its way.
-            let max = if ending == Ending::Failed { CLOSE_MAX } else { LINGER_MAX };
-            let _ = tokio::time::timeout(max, drain(socket)).await;
-        }
-        close.code
-    }
-
-    /// Waits for the client's close frame. What comes before it is dropped.
-    async fn until_closed(&mut self, socket: &TcpStream) {
-        while !self.skip_to_close() {
-            if socket.readable().await.and_then(|()| self.read(socket)).is_err() {
-                return;
-            }
-        }
-    }
-
-    /// Whether what was received ends in a close frame, or in what is no frame at all.
-    fn skip_to_close(&mut self) -> bool {
-        let mut input = std::mem::take(&mut self.unread);
-        let mut used = 0;
-        while used < input.len() {
-            match self.decoder.next(&mut input[used..]) {
-                Ok((_, Some(Received::Close(_)))) | Err(_) => return true,
-                Ok((count, _)) => used += count,
-            }
-        }
-        self.decoder.release();
-        false
-    }
 }
 
 /// What clients are told of the bus, when that has changed; never, where nobody is told. Cancel-safe.
@@ -453,22 +378,6 @@ async fn changed(told: &mut Option<watch::Receiver<Told>>) -> Told {
     std::future::pending().await
 }
 
-/// Reads and forgets until the other side is done.
-async fn drain(socket: &TcpStream) {
-    loop {
-        if socket.readable().await.is_err() {
-            return;
-        }
-        let read = READ.with_borrow_mut(|buffer| socket.try_read(buffer));
-        match read {
-            Ok(0) => return,
-            Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(_) => return,
-        }
-    }
-}
-
 fn frame<'a>(message: &Received<'a>) -> Result<Frame<'a>, Box<shared::protocol::answer::Refusal>> {
     match *message {
         Received::Text(text) => Frame::from_text(text),
@@ -479,13 +388,5 @@ fn frame<'a>(message: &Received<'a>) -> Result<Frame<'a>, Box<shared::protocol::
     }
 }
 
-/// The close of a connection whose client broke the rules; reasons are one word.
-fn close_for(error: CodecError) -> Close {
-    let (code, reason) = match error {
-        CodecError::Protocol(_) => (CloseCode::Protocol, "protocol_error"),
-        CodecError::BadUtf8 => (CloseCode::BadUtf8, "bad_utf8"),
-        CodecError::BadDeflate => (CloseCode::BadUtf8, "bad_deflate"),
-        CodecError::TooBig => (CloseCode::TooBig, "too_large"),
-    };
-    Close { code: code.number(), reason: reason.to_owned() }
-}
+#[cfg(test)]
+mod tests;

@@ -18,6 +18,9 @@ const LAST_BLOCK: [u8; 5] = [0x01, 0x00, 0x00, 0xFF, 0xFF];
 const WINDOW_BYTES: usize = 1 << 15;
 /// The smallest window that zlib compresses raw data with.
 const ZLIB_BITS_MIN: u8 = 9;
+/// How many windows long a message may be: each costs zlib-rs a pass over tables of a fixed size, so
+/// that small ones would be a way to have a little of a client's work cost much of ours.
+const WINDOWS_MAX: usize = 64;
 /// Fast, since a room waits while its message is compressed. Level 1 has no codes of the message's
 /// own: it is twice as fast, and a message of 300 bytes comes out a fifth larger.
 const LEVEL: Compression = Compression::new(2);
@@ -38,12 +41,15 @@ pub fn payload(frame: &[u8]) -> &[u8] {
 }
 
 /// A data frame of [`encode`](super::encode), its payload compressed to be inflated with a window of
-/// `window`. `None` where it does not get smaller that way.
+/// `window`. `None` where it does not get smaller that way, or takes too long.
 pub fn deflated(frame: &[u8], window: WindowBits) -> Option<Bytes> {
     let payload = payload(frame);
     // Asked for a window of 256 bytes zlib takes one of 512, but refers only to what is 262 bytes
     // within it: 250 bytes back. A test holds that.
     let bits = window.get().max(ZLIB_BITS_MIN);
+    if payload.len() > WINDOWS_MAX << bits {
+        return None;
+    }
     let mut out = Vec::with_capacity(deflated_bytes_max(payload.len()));
     DEFLATERS.with_borrow_mut(|deflaters| {
         let kept = &mut deflaters[usize::from(bits - ZLIB_BITS_MIN)];

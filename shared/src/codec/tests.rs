@@ -1,3 +1,4 @@
+use flate2::FlushCompress;
 use proptest::prelude::*;
 
 use super::*;
@@ -156,8 +157,11 @@ fn the_limit_counts_the_message_not_the_frame_and_is_told_by_the_header() {
 
 #[test]
 fn nothing_is_held_once_all_is_handled() {
-    let mut decoder = Decoder::new(1 << 20);
+    let mut decoder = Decoder::inflating(1 << 20);
+    let compressed = deflate::tests::compress(&[&[7; 100_000]], 15, 6, FlushCompress::Sync);
     for stream in [
+        frame(true, 0x42, &compressed),
+        [frame(false, 0x42, &compressed[..20]), frame(true, 0, &compressed[20..])].concat(),
         [frame(false, 2, &[7; 5000]), frame(true, 0, &[7; 5000])].concat(),
         frame(true, 1, &[b'x'; 5000]),
         frame(true, 9, &[7; 125]),

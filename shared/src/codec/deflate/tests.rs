@@ -147,11 +147,22 @@ fn what_does_not_get_smaller_is_left_as_it_is() {
 }
 
 #[test]
+fn small_windows_are_not_used_for_large_messages() {
+    for (bits, largest) in [(8, 32 << 10), (9, 32 << 10), (12, 256 << 10), (15, 2 << 20)] {
+        let compressed = |length| {
+            let frame = encode(Opcode::Text, &[&vec![b'x'; length]]);
+            deflated(&frame, window(bits)).is_some()
+        };
+        assert!(compressed(largest) && !compressed(largest + 1), "{bits} bits");
+    }
+}
+
+#[test]
 fn what_cannot_be_compressed_leaves_nothing_behind() {
     // zlib-rs 0.6 panics here where a deflater is reset that has not given out everything.
     let noise = noise(200_000);
-    let text = b"compressible ".repeat(20_000);
     for window in [window(9), window(15)] {
+        let text = b"compressible ".repeat(2_000);
         for length in (0..noise.len()).step_by(7_001) {
             assert_eq!(deflated(&encode(Opcode::Binary, &[&noise[..length]]), window), None);
             let frame = deflated(&encode(Opcode::Binary, &[&text]), window).unwrap();
