@@ -28,6 +28,10 @@ sim: ## the cluster under simulated faults: make sim SEEDS=10000
 sim-defects: ## whether the simulation finds each defect that is planted
 	cargo test --locked --profile sim -p gateway --features defects --test sim planted -- --nocapture
 
+N ?= 10000000
+fuzz: ## mutated input for the parsers of what clients send: make fuzz N=100000000
+	SKEIN_FUZZ=$(N) cargo test --locked --profile sim -p shared fuzz -- --nocapture
+
 fmt: ## format
 	cargo fmt --all
 

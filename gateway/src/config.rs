@@ -183,6 +183,8 @@ impl Config {
         let interval = r.take::<Span>("heartbeat.interval", "25s", "How often a connection is pinged.");
         let silence = r.take::<Span>("heartbeat.silence_max", "60s", "A connection from which nothing is heard for so long is closed with 4002.");
         let stall = r.take::<Span>("heartbeat.stall_max", "30s", "A connection to which nothing can be written for so long is closed with 4003.");
+        let deflate = r.take::<bool>("transport.deflate", "true", "Whether messages are compressed with clients that offer permessage-deflate.");
+        let deflate_bytes = r.take::<Bytes>("transport.deflate_bytes_min", "256", "Messages smaller than this are sent as they are.");
         let drain_delay = r.take::<Span>("drain.delay", "1s", "After SIGTERM, how long `/ready` says 503 before clients are sent away.");
 
         let message_bytes = r.take::<Bytes>("limits.message_bytes_max", &MESSAGE_BYTES_MAX.to_string(), "The largest WebSocket message. More: close 1009.");
@@ -262,6 +264,7 @@ impl Config {
                 echo,
                 warn_anonymous: open_cluster,
                 dedup_window: dedup_window.0,
+                deflate_bytes_min: deflate.then_some(deflate_bytes.0),
                 heartbeat: Arc::new(Heartbeat { interval: interval.0, silence_max: silence.0, stall_max: stall.0 }),
                 limits: HttpLimits {
                     connections_max: if connections_max == 0 { descriptors } else { connections_max },

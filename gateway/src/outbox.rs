@@ -25,8 +25,10 @@ use tokio::{net::TcpStream, sync::Notify, time::Instant};
 
 use crate::telemetry::metrics::Metrics;
 
+pub mod deflate;
 mod frames;
 
+use deflate::Deflating;
 use frames::Frames;
 
 /// What a queued frame takes beside its own bytes: its place in the queue and its allocation. An
@@ -67,6 +69,7 @@ pub enum Offer {
 pub struct Outbox {
     sink: Sink,
     bytes_max: usize,
+    deflating: Option<Deflating>,
     metrics: Arc<Metrics>,
     queue: Mutex<Queue>,
     /// Wakes the connection's task: the socket is to be waited for, someone lags, or it is over.
@@ -98,15 +101,31 @@ impl Outbox {
     }
 
     fn new(sink: Sink, bytes_max: usize, metrics: Arc<Metrics>) -> Self {
-        Self { sink, bytes_max, metrics, queue: Mutex::default(), wake: Notify::new() }
+        let (queue, wake) = (Mutex::default(), Notify::new());
+        Self { sink, bytes_max, deflating: None, metrics, queue, wake }
+    }
+
+    /// The same, to a client that takes compressed messages.
+    pub fn deflating(mut self, deflating: Option<Deflating>) -> Self {
+        self.deflating = deflating;
+        self
+    }
+
+    /// How messages to this client are compressed, if they are.
+    pub fn deflates(&self) -> Option<Deflating> {
+        self.deflating
     }
 
     /// Queues an answer to the client's own frame, whatever the queue holds.
     pub fn push(&self, frame: Bytes) {
+        let frame = match self.deflating {
+            Some(deflating) => deflating.frame(&frame, &self.metrics),
+            None => frame,
+        };
         self.queue.lock().add(frame);
     }
 
-    /// Queues an entry of a log, unless the queue is full.
+    /// Queues an entry of a log, as it is, unless the queue is full.
     pub fn offer(&self, frame: &Bytes) -> Offer {
         let mut queue = self.queue.lock();
         // A frame larger than the whole bound must still pass when nothing else waits.

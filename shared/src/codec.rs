@@ -4,9 +4,17 @@
 //! the same bytes for every receiver: a message is encoded once and shared. A client's frames are
 //! unmasked in place in the caller's buffer; a whole message in one frame is handed out from there
 //! without a copy. Only fragments and messages cut by a read are gathered, never more bytes than
-//! arrived and never more than the limit.
+//! arrived and never more than the limit. A compressed message ([`deflate`]) is inflated when it is
+//! whole.
 
 use bytes::{BufMut, Bytes, BytesMut};
+
+pub mod extension;
+pub mod deflate;
+mod payload;
+
+use deflate::{deflated_bytes_max, inflate};
+use payload::{received, unmask};
 
 /// The kind of a frame (RFC 6455, section 5.2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,11 +55,20 @@ impl Opcode {
 /// The most a control frame may carry (RFC 6455, section 5.5).
 pub const CONTROL_BYTES_MAX: usize = 125;
 
+const FIN: u8 = 0x80;
+/// Says that a message is compressed (RFC 7692, section 6); in its first frame only.
+const RSV1: u8 = 0x40;
+
 /// One unfragmented, unmasked frame around `parts`, in their order.
 pub fn encode(opcode: Opcode, parts: &[&[u8]]) -> Bytes {
+    encode_first(FIN | opcode as u8, parts)
+}
+
+/// As [`encode`], with the first byte given.
+fn encode_first(first: u8, parts: &[&[u8]]) -> Bytes {
     let length: usize = parts.iter().map(|part| part.len()).sum();
     let mut frame = BytesMut::with_capacity(length + 10);
-    frame.put_u8(0x80 | opcode as u8);
+    frame.put_u8(first);
     match length {
         0..=125 => frame.put_u8(length as u8),
         126..=0xFFFF => {
@@ -93,6 +110,17 @@ pub enum Received<'a> {
     Close(Option<(u16, &'a str)>),
 }
 
+impl Received<'_> {
+    /// How many bytes it carries.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::Text(text) => text.len(),
+            Self::Binary(bytes) | Self::Ping(bytes) | Self::Pong(bytes) => bytes.len(),
+            Self::Close(close) => close.map_or(0, |(_, reason)| 2 + reason.len()),
+        }
+    }
+}
+
 /// What the client did wrong. The connection cannot go on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CodecError {
@@ -102,7 +130,11 @@ pub enum CodecError {
     /// A text message or a close reason is not UTF-8. Close code 1007.
     #[error("text is not UTF-8")]
     BadUtf8,
-    /// A message is larger than the limit. Close code 1009.
+    /// A compressed message cannot be inflated. Close code 1007, as for what is no UTF-8: the bytes
+    /// are not what the message says they are.
+    #[error("compressed message cannot be inflated")]
+    BadDeflate,
+    /// A message is larger than the limit, inflated if it is compressed. Close code 1009.
     #[error("message is larger than the limit")]
     TooBig,
 }
@@ -111,6 +143,8 @@ pub enum CodecError {
 #[derive(Debug)]
 pub struct Decoder {
     message_bytes_max: usize,
+    /// Whether messages may be compressed.
+    deflate: bool,
     header: [u8; 14],
     header_len: u8,
     /// The frame whose payload is arriving.
@@ -118,17 +152,21 @@ pub struct Decoder {
     /// The data message that is being gathered, and its kind.
     gathered: Vec<u8>,
     gathering: Option<Opcode>,
+    /// Whether that message is compressed.
+    compressed: bool,
     /// How far `gathered` is known to be UTF-8.
     valid: usize,
     /// The control frame that is being gathered: it may come between fragments.
     control: Vec<u8>,
-    /// What was handed out from `gathered` or `control` is dropped at the next call.
+    /// What was handed out from `gathered` or `control` is not needed any more.
     spent: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
 struct Frame {
     fin: bool,
+    /// Whether its message is compressed; of a continuation, that of the first frame.
+    compressed: bool,
     opcode: Opcode,
     mask: [u8; 4],
     remaining: usize,
@@ -139,15 +177,22 @@ impl Decoder {
     pub fn new(message_bytes_max: usize) -> Self {
         Self {
             message_bytes_max,
+            deflate: false,
             header: [0; 14],
             header_len: 0,
             frame: None,
             gathered: Vec::new(),
             gathering: None,
+            compressed: false,
             valid: 0,
             control: Vec::new(),
             spent: false,
         }
+    }
+
+    /// The same, of a connection on which permessage-deflate was agreed on.
+    pub fn inflating(message_bytes_max: usize) -> Self {
+        Self { deflate: true, ..Self::new(message_bytes_max) }
     }
 
     /// Takes the first message or control frame off the front of `input`, unmasking in place.
@@ -162,7 +207,7 @@ impl Decoder {
         &'a mut self,
         input: &'a mut [u8],
     ) -> Result<(usize, Option<Received<'a>>), CodecError> {
-        self.drop_spent();
+        self.release();
         let mut used = 0;
         loop {
             let frame = match self.frame {
@@ -182,7 +227,12 @@ impl Decoder {
 
             if whole && self.is_untouched(frame) {
                 self.frame = None;
-                return Ok((used, Some(received(frame.opcode, &input[range])?)));
+                if !frame.compressed {
+                    return Ok((used, Some(received(frame.opcode, &input[range])?)));
+                }
+                self.gathered = inflate(&input[range], self.message_bytes_max)?;
+                self.spent = true;
+                return Ok((used, Some(received(frame.opcode, &self.gathered)?)));
             }
 
             self.gather(frame, &input[range])?;
@@ -200,6 +250,9 @@ impl Decoder {
             }
             if frame.fin {
                 let opcode = self.gathering.take().unwrap_or(frame.opcode);
+                if frame.compressed {
+                    self.gathered = inflate(&self.gathered, self.message_bytes_max)?;
+                }
                 self.spent = true;
                 return Ok((used, Some(received(opcode, &self.gathered)?)));
             }
@@ -239,32 +292,48 @@ impl Decoder {
             127 => header[2..10].iter().fold(0, |length, byte| length << 8 | u64::from(*byte)),
             length => u64::from(length),
         };
-        // RFC 6455, section 5.2: the most significant bit of a 64-bit length must be 0.
+        // RFC 6455, section 5.2: the most significant bit of a 64-bit length must be 0, and the
+        // shortest form must be used.
         if length >> 63 == 1 {
             return Err(CodecError::Protocol("frame length out of range"));
         }
+        if (have == 8 && length < 126) || (have == 14 && length < 0x1_0000) {
+            return Err(CodecError::Protocol("frame length in more bytes than it needs"));
+        }
         let opcode = Opcode::of(header[0] & 0x0F).ok_or(CodecError::Protocol("opcode"))?;
+        let compressed = match opcode {
+            Opcode::Continuation => self.compressed,
+            _ => header[0] & RSV1 != 0,
+        };
+        let bytes_max = match compressed {
+            true => deflated_bytes_max(self.message_bytes_max),
+            false => self.message_bytes_max,
+        };
         let held = if opcode.is_control() { 0 } else { self.gathered.len() };
-        if length > (self.message_bytes_max.saturating_sub(held)) as u64 && !opcode.is_control() {
+        if length > bytes_max.saturating_sub(held) as u64 && !opcode.is_control() {
             return Err(CodecError::TooBig);
         }
         let mut mask = [0; 4];
         mask.copy_from_slice(&header[have - 4..]);
-        Ok(Some(Frame { fin: header[0] & 0x80 != 0, opcode, mask, remaining: length as usize }))
+        let (fin, remaining) = (header[0] & FIN != 0, length as usize);
+        Ok(Some(Frame { fin, compressed, opcode, mask, remaining }))
     }
 
     /// Judges the first two bytes of a header.
     fn judge_start(&self) -> Result<(), CodecError> {
         let [first, second, ..] = self.header;
-        if first & 0x70 != 0 {
+        if first & 0x30 != 0 || (first & RSV1 != 0 && !self.deflate) {
             return Err(CodecError::Protocol("reserved bit set without an extension"));
         }
         let opcode = Opcode::of(first & 0x0F).ok_or(CodecError::Protocol("unknown opcode"))?;
         if second & 0x80 == 0 {
             return Err(CodecError::Protocol("client frame without a mask"));
         }
-        let fin = first & 0x80 != 0;
+        let fin = first & FIN != 0;
         match opcode {
+            _ if first & RSV1 != 0 && !matches!(opcode, Opcode::Text | Opcode::Binary) => {
+                Err(CodecError::Protocol("RSV1 on a frame that begins no message"))
+            }
             _ if opcode.is_control() && !fin => {
                 Err(CodecError::Protocol("fragmented control frame"))
             }
@@ -289,9 +358,10 @@ impl Decoder {
         }
         if frame.opcode != Opcode::Continuation {
             self.gathering = Some(frame.opcode);
+            self.compressed = frame.compressed;
         }
         self.gathered.extend_from_slice(piece);
-        if self.gathering == Some(Opcode::Text) {
+        if self.gathering == Some(Opcode::Text) && !self.compressed {
             // Fails at the first bad byte, not at the message's end; a character may be cut.
             match std::str::from_utf8(&self.gathered[self.valid..]) {
                 Ok(_) => self.valid = self.gathered.len(),
@@ -302,9 +372,9 @@ impl Decoder {
         Ok(())
     }
 
-    /// Forgets what the last call handed out, and gives its memory back: idle connections hold
-    /// none.
-    fn drop_spent(&mut self) {
+    /// Forgets what the last call handed out, and gives its memory back. To be called when all that
+    /// was received is handled, so that idle connections hold none.
+    pub fn release(&mut self) {
         if !std::mem::take(&mut self.spent) {
             return;
         }
@@ -323,47 +393,6 @@ fn header_bytes(header: &[u8]) -> usize {
         Some(126) => 2 + 2 + 4,
         Some(127) => 2 + 8 + 4,
         Some(_) => 2 + 4,
-    }
-}
-
-/// A whole payload as what it is.
-fn received(opcode: Opcode, payload: &[u8]) -> Result<Received<'_>, CodecError> {
-    Ok(match opcode {
-        Opcode::Text => {
-            Received::Text(std::str::from_utf8(payload).map_err(|_| CodecError::BadUtf8)?)
-        }
-        Opcode::Binary | Opcode::Continuation => Received::Binary(payload),
-        Opcode::Ping => Received::Ping(payload),
-        Opcode::Pong => Received::Pong(payload),
-        Opcode::Close => Received::Close(close_of(payload)?),
-    })
-}
-
-/// The code and reason of a close frame (RFC 6455, sections 5.5.1 and 7.4).
-fn close_of(payload: &[u8]) -> Result<Option<(u16, &str)>, CodecError> {
-    let (code, reason) = match payload {
-        [] => return Ok(None),
-        [_] => return Err(CodecError::Protocol("close frame with half a code")),
-        [high, low, reason @ ..] => (u16::from_be_bytes([*high, *low]), reason),
-    };
-    // 1012 to 1014 are registered with IANA since; 1004 to 1006 and 1015 never stand in a frame.
-    if !matches!(code, 1000..=1003 | 1007..=1014 | 3000..=4999) {
-        return Err(CodecError::Protocol("close code that may not be sent"));
-    }
-    let reason = std::str::from_utf8(reason).map_err(|_| CodecError::BadUtf8)?;
-    Ok(Some((code, reason)))
-}
-
-/// Masks or unmasks `payload` (RFC 6455, section 5.3), eight bytes at a time.
-fn unmask(payload: &mut [u8], mask: [u8; 4]) {
-    let [a, b, c, d] = mask;
-    let wide = u64::from_ne_bytes([a, b, c, d, a, b, c, d]);
-    let (words, rest) = payload.as_chunks_mut::<8>();
-    for word in words {
-        *word = (u64::from_ne_bytes(*word) ^ wide).to_ne_bytes();
-    }
-    for (byte, mask) in rest.iter_mut().zip([a, b, c, d, a, b, c]) {
-        *byte ^= mask;
     }
 }
 

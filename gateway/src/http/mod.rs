@@ -30,6 +30,7 @@ pub mod origin;
 mod error;
 mod health;
 mod page;
+mod extensions;
 mod upgrade;
 
 /// What the HTTP side is told by the configuration.
@@ -49,6 +50,8 @@ pub struct HttpOptions {
     pub warn_anonymous: bool,
     /// Told to clients as `dedup_window`.
     pub dedup_window: Duration,
+    /// Whether messages are compressed with clients that can, and from how many bytes on.
+    pub deflate_bytes_min: Option<usize>,
     /// When connections are pinged and given up.
     pub heartbeat: Arc<Heartbeat>,
     /// How much there may be.

@@ -21,6 +21,7 @@ use sha1::Sha1;
 use shared::{
     SUBPROTOCOL,
     close::CloseCode,
+    codec::extension::Deflate,
     error::ErrorCode,
     ids::{ConnectionId, RoomId, UserId},
     position::Position,
@@ -35,12 +36,13 @@ use super::{
     Ends, Node,
     address::client_address,
     error::{refuse, refuse_for},
+    extensions,
     listen::TcpPlace,
 };
 use crate::{
     hub::member::Subscriber,
     limits::{Place, address_key},
-    outbox::{Close, Outbox},
+    outbox::{Close, Outbox, deflate::Deflating},
     session::{
         Request, Session,
         auth::{Credentials, Identity},
@@ -129,7 +131,7 @@ fn upgrade(
     endpoint: Endpoint,
 ) -> Response {
     let (mut parts, _) = request.into_parts();
-    let (accept, places) = match admit(&node, &mut parts) {
+    let (handshake, places) = match admit(&node, &mut parts) {
         Ok(admitted) => admitted,
         Err((outcome, response)) => {
             node.metrics.handshakes.of(outcome).inc();
@@ -142,12 +144,14 @@ fn upgrade(
         return refuse(StatusCode::BAD_REQUEST, "bad_request", "this connection cannot upgrade");
     };
     node.metrics.handshakes.of(Handshake::Accepted).inc();
+    node.metrics.deflate_handshakes.inc_by(handshake.deflate.iter().len() as u64);
 
     let offered = subprotocols(&parts.headers);
     let route = route(ends);
     let opening = Box::new(Opening {
         credentials: credentials(&node, &parts.headers, params, &offered),
         endpoint,
+        deflate: handshake.deflate,
         route: route.clone(),
         json_ping: param(params, "ping") == Some("json"),
         places,
@@ -168,22 +172,32 @@ fn upgrade(
         let opening = Box::pin(opening.open(node.clone(), parts.io.into_inner(), early));
         opening.await.serve(&node).await;
     });
-    switching(&accept, &offered, &route)
+    switching(&handshake, &offered, &route)
+}
+
+/// What a handshake is answered.
+struct Agreed {
+    accept: String,
+    deflate: Option<Deflate>,
 }
 
 /// 101, with the sticky cookie.
-fn switching(accept: &str, offered: &[String], route: &str) -> Response {
+fn switching(agreed: &Agreed, offered: &[String], route: &str) -> Response {
     let mut response = Response::builder()
         .status(StatusCode::SWITCHING_PROTOCOLS)
         .header(header::UPGRADE, "websocket")
         .header(header::CONNECTION, "Upgrade")
-        .header(header::SEC_WEBSOCKET_ACCEPT, accept)
+        .header(header::SEC_WEBSOCKET_ACCEPT, &agreed.accept)
         .header(header::SET_COOKIE, format!("gw_node={route}; Path=/; HttpOnly; SameSite=Lax"))
         .body(Body::empty())
         .expect("the values are ASCII");
     if offered.iter().any(|protocol| protocol == SUBPROTOCOL) {
         let value = HeaderValue::from_static(SUBPROTOCOL);
         response.headers_mut().insert(header::SEC_WEBSOCKET_PROTOCOL, value);
+    }
+    if let Some(deflate) = agreed.deflate {
+        let value = deflate.to_string().try_into().expect("the answer is ASCII");
+        response.headers_mut().insert(header::SEC_WEBSOCKET_EXTENSIONS, value);
     }
     response
 }
@@ -196,9 +210,11 @@ fn route(ends: Ends) -> String {
 }
 
 /// Whether the handshake is one, from a page that may, and whether there is room.
-fn admit(node: &Node, parts: &mut Parts) -> Result<(String, Places), (Handshake, Box<Response>)> {
+fn admit(node: &Node, parts: &mut Parts) -> Result<(Agreed, Places), (Handshake, Box<Response>)> {
     let as_bad = |response| (Handshake::Bad, response);
     let accept = accept_key(parts).map_err(as_bad)?;
+    let deflates = node.options.deflate_bytes_min.is_some();
+    let deflate = extensions::negotiate(&parts.headers, deflates).map_err(as_bad)?;
     if !node.options.allowed_origins.allow(&parts.headers) {
         let text = "this page's origin is not in server.allowed_origins";
         let response = refuse(StatusCode::FORBIDDEN, "forbidden", text);
@@ -243,7 +259,7 @@ fn admit(node: &Node, parts: &mut Parts) -> Result<(String, Places), (Handshake,
         .enter((), limits.connections_max)
         .ok_or_else(|| unavailable("this node is full"))?;
     let tcp = parts.extensions.get::<TcpPlace>().cloned();
-    Ok((accept, Places { _all: all, _address: by_address, _tcp: tcp }))
+    Ok((Agreed { accept, deflate }, Places { _all: all, _address: by_address, _tcp: tcp }))
 }
 
 /// Checks a handshake (RFC 6455, section 4.2.1) and answers its key (section 4.2.2).
@@ -353,6 +369,7 @@ fn credentials(
 struct Opening {
     credentials: Credentials,
     endpoint: Endpoint,
+    deflate: Option<Deflate>,
     route: String,
     json_ping: bool,
     places: Places,
@@ -373,7 +390,11 @@ impl Opening {
         early: Vec<u8>,
     ) -> Box<Opened> {
         let limits = &node.options.limits;
-        let outbox = Outbox::to_socket(socket, limits.outbox_bytes_max, node.metrics.clone());
+        let deflating = self.deflate.zip(node.options.deflate_bytes_min);
+        let deflating =
+            deflating.map(|(deflate, bytes_min)| Deflating { window: deflate.window(), bytes_min });
+        let outbox = Outbox::to_socket(socket, limits.outbox_bytes_max, node.metrics.clone())
+            .deflating(deflating);
         let subscriber = Arc::new(Subscriber::new(ConnectionId::random(), outbox));
         let options = transport::Options {
             message_bytes_max: limits.message_bytes_max,

@@ -53,7 +53,7 @@ impl Room {
         loop {
             match self.follow.next(&member.cursor) {
                 Next::Entry(entry) => {
-                    if !member.give(&mut Frames::replay(&self.name, entry), turn) {
+                    if !member.give(&mut Frames::replay_to_one(&self.name, entry), turn) {
                         return;
                     }
                 }
@@ -99,7 +99,7 @@ impl Room {
         }
         page.keep_whole();
         let last = page.entries.last().map_or(0, |last| last.position.seq);
-        // Encoded once for all.
+        // Encoded and compressed once for all.
         let mut frames: Vec<Frames<'_>> =
             page.entries.iter().map(|entry| Frames::replay(&self.name, entry)).collect();
         let mut more = Vec::new();

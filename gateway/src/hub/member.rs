@@ -15,11 +15,12 @@ use shared::{
         answer::{Ack, Answer, NotRecovered, Reset},
     },
 };
+use smallvec::SmallVec;
 
 use crate::{
     bus::standing::Standing,
     delivery::{Entry, follow::Keep},
-    outbox::{Offer, Outbox},
+    outbox::{Offer, Outbox, deflate::Deflating},
     telemetry::metrics::Metrics,
 };
 
@@ -228,32 +229,50 @@ pub(super) enum Pace {
     Reading,
 }
 
-/// Frames of one entry, each encoded when first needed.
+/// Frames of one entry, each encoded and compressed when first needed, and shared by all who need
+/// it.
 pub(super) struct Frames<'a> {
     room: &'a RoomId,
     entry: &'a Entry,
     replay: bool,
-    shared: Option<Bytes>,
+    plain: Option<Bytes>,
+    /// One for each window that somebody asked for; `None` where nothing is compressed.
+    deflated: Option<SmallVec<[(Deflating, Bytes); 1]>>,
 }
 
 impl<'a> Frames<'a> {
     pub(super) fn live(room: &'a RoomId, entry: &'a Entry) -> Self {
-        Self { room, entry, replay: false, shared: None }
+        Self { room, entry, replay: false, plain: None, deflated: Some(SmallVec::new()) }
     }
 
     pub(super) fn replay(room: &'a RoomId, entry: &'a Entry) -> Self {
-        Self { room, entry, replay: true, shared: None }
+        Self { replay: true, ..Self::live(room, entry) }
     }
 
-    fn shared(&mut self) -> &Bytes {
+    /// A replay for one member alone. It is not compressed: every slow reader would cost the room
+    /// as much as all others together.
+    pub(super) fn replay_to_one(room: &'a RoomId, entry: &'a Entry) -> Self {
+        Self { deflated: None, ..Self::replay(room, entry) }
+    }
+
+    /// The frame that goes into `outbox`.
+    fn to(&mut self, outbox: &Outbox, metrics: &Metrics) -> &Bytes {
         let Self { entry, replay, .. } = *self;
-        self.shared.get_or_insert_with(|| {
+        let plain = self.plain.get_or_insert_with(|| {
             if replay {
                 entry.envelope.replay_frame(&entry.position)
             } else {
                 entry.envelope.live_frame(&entry.position)
             }
-        })
+        });
+        let (Some(deflating), Some(all)) = (outbox.deflates(), &mut self.deflated) else {
+            return plain;
+        };
+        let place = all.iter().position(|(of, _)| *of == deflating).unwrap_or_else(|| {
+            all.push((deflating, deflating.frame(plain, metrics)));
+            all.len() - 1
+        });
+        &all[place].1
     }
 }
 
@@ -267,8 +286,11 @@ impl Member {
     pub(super) fn give(&mut self, frames: &mut Frames<'_>, turn: &mut Turn) -> bool {
         let (room, entry) = (frames.room, frames.entry);
         let placed = self.subscriber.placed_ack(room, entry);
-        let frame = placed.as_ref().unwrap_or_else(|| frames.shared());
         let outbox = &self.subscriber.outbox;
+        let frame = match &placed {
+            Some(ack) => ack,
+            None => frames.to(outbox, &turn.metrics),
+        };
         let mut offer = outbox.offer(frame);
         if offer == Offer::Refused {
             // What gathered in this turn may be all that is in the way.

@@ -178,6 +178,14 @@ pub struct Metrics {
     pub bytes_received: IntCounter,
     /// `gateway_bytes_sent_total`
     pub bytes_sent: IntCounter,
+    /// `gateway_deflate_handshakes_total`
+    pub deflate_handshakes: IntCounter,
+    /// `gateway_deflated_messages_total`
+    pub deflated_messages: IntCounter,
+    /// `gateway_deflate_input_bytes_total`
+    pub deflate_input_bytes: IntCounter,
+    /// `gateway_deflate_output_bytes_total`
+    pub deflate_output_bytes: IntCounter,
     /// `gateway_errors_total`
     pub errors: Counters<ErrorCode>,
     /// `gateway_publishes_total`
@@ -271,6 +279,26 @@ impl Metrics {
                 r,
                 "gateway_bytes_sent_total",
                 "Bytes written to WebSocket connections",
+            ),
+            deflate_handshakes: counter(
+                r,
+                "gateway_deflate_handshakes_total",
+                "Handshakes in which compression was agreed on",
+            ),
+            deflated_messages: counter(
+                r,
+                "gateway_deflated_messages_total",
+                "Messages to clients that were compressed, each once for all who get it that way",
+            ),
+            deflate_input_bytes: counter(
+                r,
+                "gateway_deflate_input_bytes_total",
+                "Bytes of messages that were compressed, before",
+            ),
+            deflate_output_bytes: counter(
+                r,
+                "gateway_deflate_output_bytes_total",
+                "Bytes of messages that were compressed, after",
             ),
             errors: counters(
                 r,

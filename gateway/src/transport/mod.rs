@@ -15,10 +15,10 @@ use std::{
 
 use shared::{
     close::CloseCode,
-    codec::{self, CodecError, Decoder, Opcode, Received},
+    codec::{self, Decoder, Opcode, Received},
     ids::ConnectionId,
     protocol::{
-        answer::{Answer, Ping, Reconnect, ReconnectReason},
+        answer::{Answer, Ping},
         request::Request as Frame,
     },
 };
@@ -34,17 +34,18 @@ use crate::{
 };
 
 pub mod echo;
+mod closing;
 pub mod wheel;
 
+use closing::{Ending, close_for};
 use echo::Echo;
 use wheel::{Alarm, Wheel};
 
 /// How much one read takes. The buffer belongs to the thread, so that its size costs nothing.
 const READ_BYTES: usize = 64 * 1024;
-/// How long the closing handshake may take.
-const CLOSE_MAX: Duration = Duration::from_secs(5);
-/// How long a client is given to close after the gateway's close frame is out.
-const LINGER_MAX: Duration = Duration::from_secs(1);
+
+/// How much is handled at once. One read alone is less, unless it is inflated.
+const TURN_BYTES: usize = 4 * READ_BYTES;
 
 thread_local! {
     static READ: RefCell<Vec<u8>> = RefCell::new(vec![0; READ_BYTES]);
@@ -105,13 +106,12 @@ enum Step {
     More,
     /// The outbox is full: the client has to take its answers first.
     Full,
+    /// There is more, but others are to have their turn.
+    Enough,
     /// This has to be done before the next frame.
     Perform(Request),
-    /// It is over, by the client's close frame or by what it did.
-    End {
-        /// Whether it closed.
-        by_client: bool,
-    },
+    /// It is over.
+    End(Ending),
 }
 
 /// How serving a connection ended.
@@ -119,7 +119,7 @@ enum End {
     /// The socket is gone.
     Gone,
     /// By a close frame, which is queued.
-    Close { close: Close, by_client: bool },
+    Close { close: Close, ending: Ending },
     /// The gateway stops.
     Leave,
 }
@@ -145,10 +145,14 @@ impl Connection {
             now.checked_add(at.duration_since(SystemTime::now()).unwrap_or_default())
         });
         let alarm = Alarm::new(wheel, subscriber.clone());
+        let decoder = match subscriber.outbox.deflates() {
+            Some(_) => Decoder::inflating(options.message_bytes_max),
+            None => Decoder::new(options.message_bytes_max),
+        };
         Self {
             subscriber,
             handler,
-            decoder: Decoder::new(options.message_bytes_max),
+            decoder,
             heartbeat: options.heartbeat,
             json_ping: options.json_ping,
             alarm,
@@ -181,7 +185,7 @@ impl Connection {
     pub async fn run(&mut self, leaving: &CancellationToken) -> u16 {
         let code = match self.serve(leaving).await {
             End::Gone => 1006,
-            End::Close { close, by_client } => Box::pin(self.close(close, by_client)).await,
+            End::Close { close, ending } => Box::pin(self.close(close, ending)).await,
             End::Leave => Box::pin(self.goodbye()).await,
         };
         let subscriber = self.subscriber.clone();
@@ -201,19 +205,24 @@ impl Connection {
         let mut told = self.session().map(|session| session.told());
         loop {
             if let Some(close) = outbox.begin_close() {
-                return End::Close { close, by_client: false };
+                return End::Close { close, ending: Ending::ByGateway };
             }
             if performing.is_none() {
                 let step = self.handle_unread();
                 self.full = matches!(step, Step::Full);
                 match step {
                     Step::More | Step::Full => {}
+                    Step::Enough => {
+                        outbox.flush();
+                        tokio::task::yield_now().await;
+                        continue;
+                    }
                     Step::Perform(request) => {
                         performing = self.session().map(|session| session.perform(request));
                     }
-                    Step::End { by_client } => {
+                    Step::End(ending) => {
                         let close = outbox.begin_close();
-                        return close.map_or(End::Gone, |close| End::Close { close, by_client });
+                        return close.map_or(End::Gone, |close| End::Close { close, ending });
                     }
                 }
             }
@@ -282,6 +291,7 @@ impl Connection {
         }
         let mut input = std::mem::take(&mut self.unread);
         let (used, step) = self.handle(&mut input);
+        self.decoder.release();
         if used < input.len() {
             input.drain(..used);
             self.unread = input;
@@ -293,17 +303,20 @@ impl Connection {
     fn handle(&mut self, input: &mut [u8]) -> (usize, Step) {
         let now = Instant::now();
         let outbox = &self.subscriber.outbox;
-        let mut used = 0;
+        let (mut used, mut messages_bytes) = (0, 0);
         while used < input.len() {
             if outbox.is_full() {
                 return (used, Step::Full);
+            }
+            if messages_bytes > TURN_BYTES {
+                return (used, Step::Enough);
             }
             let (count, received) = match self.decoder.next(&mut input[used..]) {
                 Ok(next) => next,
                 Err(error) => {
                     tracing::debug!(connection = %self.subscriber.connection, %error, "bad frame");
                     outbox.close(close_for(error));
-                    return (used, Step::End { by_client: false });
+                    return (used, Step::End(Ending::Failed));
                 }
             };
             used += count;
@@ -316,10 +329,11 @@ impl Connection {
                 Some(Received::Close(close)) => {
                     let (code, reason) = close.unwrap_or((1005, ""));
                     outbox.close(Close { code, reason: reason.to_owned() });
-                    return (used, Step::End { by_client: true });
+                    return (used, Step::End(Ending::ByClient));
                 }
                 Some(message @ (Received::Text(_) | Received::Binary(_))) => {
                     self.metrics.frames_received.inc();
+                    messages_bytes += message.bytes();
                     match &mut self.handler {
                         Handler::Chat(session) => session.handle(frame(&message), now),
                         Handler::Echo(echo) => {
@@ -381,54 +395,6 @@ impl Connection {
         let next = ping.min(dead);
         self.expires.map_or(next, |expires| next.min(expires))
     }
-
-    /// Sends the client to another node: what it sent is answered, then `reconnect` and 1012.
-    async fn goodbye(&mut self) -> u16 {
-        let subscriber = self.subscriber.clone();
-        let outbox = &subscriber.outbox;
-        if let Handler::Chat(session) = &self.handler {
-            let settled = async {
-                while !session.is_settled() {
-                    outbox.woken().await;
-                }
-            };
-            let _ = tokio::time::timeout(CLOSE_MAX, settled).await;
-            subscriber.answer(&Answer::Reconnect(Reconnect {
-                // Spread over a second, since all of a node's clients are told at once.
-                after_ms: rand::random_range(0..1000),
-                reason: ReconnectReason::Draining,
-                node: None,
-            }));
-        }
-        outbox.close(Close { code: CloseCode::Restart.number(), reason: "draining".to_owned() });
-        match outbox.begin_close() {
-            Some(close) => self.close(close, false).await,
-            None => 1006,
-        }
-    }
-
-    /// Writes what is queued, the close frame last, and ends the TCP connection in order: after
-    /// the last byte its own direction, then all of it when the client has closed.
-    async fn close(&mut self, close: Close, client_closed: bool) -> u16 {
-        let outbox = &self.subscriber.outbox;
-        let Some(socket) = outbox.socket() else { return 1006 };
-        let write = async {
-            loop {
-                outbox.flush_writable();
-                if outbox.bytes() == 0 || socket.writable().await.is_err() {
-                    break;
-                }
-            }
-        };
-        let written = tokio::time::timeout(CLOSE_MAX, write).await.is_ok();
-        let _ = socket2::SockRef::from(socket).shutdown(std::net::Shutdown::Write);
-        if written {
-            // Closing with bytes unread would have the kernel drop what is on its way.
-            let max = if client_closed { LINGER_MAX } else { CLOSE_MAX };
-            let _ = tokio::time::timeout(max, drain(socket)).await;
-        }
-        close.code
-    }
 }
 
 /// What clients are told of the bus, when that has changed; never, where nobody is told. Cancel-safe.
@@ -441,22 +407,6 @@ async fn changed(told: &mut Option<watch::Receiver<Told>>) -> Told {
     std::future::pending().await
 }
 
-/// Reads and forgets until the other side is done.
-async fn drain(socket: &TcpStream) {
-    loop {
-        if socket.readable().await.is_err() {
-            return;
-        }
-        let read = READ.with_borrow_mut(|buffer| socket.try_read(buffer));
-        match read {
-            Ok(0) => return,
-            Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(_) => return,
-        }
-    }
-}
-
 fn frame<'a>(message: &Received<'a>) -> Result<Frame<'a>, Box<shared::protocol::answer::Refusal>> {
     match *message {
         Received::Text(text) => Frame::from_text(text),
@@ -467,12 +417,5 @@ fn frame<'a>(message: &Received<'a>) -> Result<Frame<'a>, Box<shared::protocol::
     }
 }
 
-/// The close of a connection whose client broke the rules; reasons are one word.
-fn close_for(error: CodecError) -> Close {
-    let (code, reason) = match error {
-        CodecError::Protocol(_) => (CloseCode::Protocol, "protocol_error"),
-        CodecError::BadUtf8 => (CloseCode::BadUtf8, "bad_utf8"),
-        CodecError::TooBig => (CloseCode::TooBig, "too_large"),
-    };
-    Close { code: code.number(), reason: reason.to_owned() }
-}
+#[cfg(test)]
+mod tests;

@@ -11,6 +11,7 @@
 mod harness;
 mod servers;
 mod handshake;
+mod rfc;
 mod chat;
 mod auth;
 mod limits;

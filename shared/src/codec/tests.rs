@@ -1,6 +1,10 @@
+use flate2::FlushCompress;
 use proptest::prelude::*;
 
 use super::*;
+
+mod differential;
+mod fuzz;
 
 /// An owned copy of what arrived, to compare.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,7 +27,7 @@ fn own(received: Received<'_>) -> Got {
 }
 
 /// A client's frame, masked.
-fn frame(fin: bool, opcode: u8, payload: &[u8]) -> Vec<u8> {
+pub(super) fn frame(fin: bool, opcode: u8, payload: &[u8]) -> Vec<u8> {
     let mask = [0x37, 0xFA, 0x21, 0x3D];
     let mut frame = vec![if fin { 0x80 } else { 0 } | opcode];
     match payload.len() {
@@ -121,6 +125,10 @@ fn what_breaks_the_rfc_is_refused() {
     protocol(&[frame(true, 0, b"")]);
     protocol(&[frame(false, 1, b""), frame(true, 1, b"")]);
     protocol(&[frame(true, 8, b"x")]);
+    // Lengths that would fit a shorter form, and one beyond 63 bits.
+    protocol(&[vec![0x82, 0x80 | 126, 0, 125, 1, 2, 3, 4]]);
+    protocol(&[vec![0x82, 0x80 | 127, 0, 0, 0, 0, 0, 0, 0xFF, 0xFF, 1, 2, 3, 4]]);
+    protocol(&[vec![0x82, 0x80 | 127, 0x80, 0, 0, 0, 0, 0, 0, 0, 1, 2, 3, 4]]);
     for code in [0_u16, 999, 1004, 1005, 1006, 1015, 1016, 2999, 5000] {
         protocol(&[frame(true, 8, &code.to_be_bytes())]);
     }
@@ -145,6 +153,37 @@ fn the_limit_counts_the_message_not_the_frame_and_is_told_by_the_header() {
     assert_eq!(decode(&frame(true, 2, &[0; 11])[..6], 6, 10), Err(CodecError::TooBig));
     // A control frame has a limit of its own.
     assert!(decode(&frame(true, 9, &[0; 125]), 6, 10).is_ok());
+}
+
+#[test]
+fn nothing_is_held_once_all_is_handled() {
+    let mut decoder = Decoder::inflating(1 << 20);
+    let compressed = deflate::tests::compress(&[&[7; 100_000]], 15, 6, FlushCompress::Sync);
+    for stream in [
+        frame(true, 0x42, &compressed),
+        [frame(false, 0x42, &compressed[..20]), frame(true, 0, &compressed[20..])].concat(),
+        [frame(false, 2, &[7; 5000]), frame(true, 0, &[7; 5000])].concat(),
+        frame(true, 1, &[b'x'; 5000]),
+        frame(true, 9, &[7; 125]),
+    ] {
+        for size in [3, 1000, stream.len()] {
+            let mut arrived = 0;
+            for piece in stream.chunks(size) {
+                arrived += piece.len();
+                let mut piece = piece.to_vec();
+                let mut used = 0;
+                while used < piece.len() {
+                    used += decoder.next(&mut piece[used..]).unwrap().0;
+                }
+                decoder.release();
+                let held = decoder.gathered.capacity() + decoder.control.capacity();
+                // A vector grows by doubling.
+                assert!(held <= 2 * arrived, "{held} bytes are held of {arrived}");
+            }
+            let held = decoder.gathered.capacity() + decoder.control.capacity();
+            assert_eq!(held, 0, "in pieces of {size}");
+        }
+    }
 }
 
 #[test]

@@ -1,0 +1,306 @@
+//! `Sec-WebSocket-Extensions`: what a client offers of permessage-deflate, and what is answered
+//! (RFC 6455, section 9.1; RFC 7692, sections 5 and 7).
+//!
+//! A list that breaks the grammar fails the handshake. An offer that a server may not accept
+//! (a parameter that is unknown, stands twice, or has a bad value) is declined, and the next one is
+//! looked at: clients list their offers by preference.
+
+use std::fmt;
+
+/// The name of the one extension there is.
+const DEFLATE: &str = "permessage-deflate";
+
+/// How far back compressed data may refer, as the base-2 logarithm of bytes: 8 to 15.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WindowBits(u8);
+
+impl WindowBits {
+    /// The largest window, which is that of who asked for none.
+    pub const MAX: Self = Self(15);
+
+    /// Takes a number for what it is.
+    pub fn new(bits: u8) -> Option<Self> {
+        (8..=15).contains(&bits).then_some(Self(bits))
+    }
+
+    /// The number.
+    pub fn get(self) -> u8 {
+        self.0
+    }
+
+    /// RFC 7692, section 7.1.2: a decimal number without leading zeros.
+    fn parse(text: &str) -> Option<Self> {
+        let digits = text.bytes().all(|byte| byte.is_ascii_digit()) && !text.starts_with('0');
+        text.parse().ok().filter(|_| digits).and_then(Self::new)
+    }
+}
+
+/// What was agreed on: every message is compressed by itself, in both directions, so that nothing
+/// is kept between messages and one compressed message serves many.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Deflate {
+    /// The window that the client asked the server to keep to.
+    asked: Option<WindowBits>,
+}
+
+impl Deflate {
+    /// The window to compress with.
+    pub fn window(self) -> WindowBits {
+        self.asked.unwrap_or(WindowBits::MAX)
+    }
+}
+
+/// As the answer's header has it.
+impl fmt::Display for Deflate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{DEFLATE}; server_no_context_takeover; client_no_context_takeover")?;
+        match self.asked {
+            Some(window) => write!(f, "; server_max_window_bits={}", window.0),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The header is no list of extensions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("Sec-WebSocket-Extensions is no list of extensions")]
+pub struct MalformedExtensions;
+
+/// Chooses the first offer of permessage-deflate that can be accepted. The header may come in
+/// several lines.
+///
+/// # Errors
+///
+/// [`MalformedExtensions`], also where an acceptable offer stands before what is malformed.
+pub fn negotiate<'a>(
+    lines: impl IntoIterator<Item = &'a str>,
+) -> Result<Option<Deflate>, MalformedExtensions> {
+    let mut chosen = None;
+    for line in lines {
+        let mut list = List { rest: line };
+        while let Some(name) = list.next_extension()? {
+            let mut offer = Offer::default();
+            while let Some((parameter, value)) = list.next_parameter()? {
+                offer.take(parameter, value.as_deref());
+            }
+            if name == DEFLATE && !offer.declined {
+                chosen = chosen.or(Some(Deflate { asked: offer.server_window }));
+            }
+        }
+    }
+    Ok(chosen)
+}
+
+/// The parameters of one offer.
+#[derive(Default)]
+struct Offer<'a> {
+    seen: Vec<&'a str>,
+    server_window: Option<WindowBits>,
+    declined: bool,
+}
+
+impl<'a> Offer<'a> {
+    fn take(&mut self, parameter: &'a str, value: Option<&str>) {
+        let known = match (parameter, value) {
+            ("server_no_context_takeover" | "client_no_context_takeover", None) => true,
+            ("server_max_window_bits", Some(bits)) => {
+                self.server_window = WindowBits::parse(bits);
+                self.server_window.is_some()
+            }
+            // A hint, or the permission to limit the client's window, of which no use is made:
+            // what clients send is inflated with the largest window.
+            ("client_max_window_bits", None) => true,
+            ("client_max_window_bits", Some(bits)) => WindowBits::parse(bits).is_some(),
+            _ => false,
+        };
+        self.declined |= !known || self.seen.contains(&parameter);
+        self.seen.push(parameter);
+    }
+}
+
+/// Reads a line of the header. Blanks may stand between any two parts of it.
+struct List<'a> {
+    rest: &'a str,
+}
+
+impl<'a> List<'a> {
+    /// The next extension's name, behind empty elements of the list.
+    fn next_extension(&mut self) -> Result<Option<&'a str>, MalformedExtensions> {
+        while self.take(',') {}
+        if self.rest.is_empty() {
+            return Ok(None);
+        }
+        self.token().map(Some)
+    }
+
+    /// The next parameter of the extension that was begun, and its value.
+    fn next_parameter(&mut self) -> Result<Option<(&'a str, Option<String>)>, MalformedExtensions> {
+        if !self.take(';') {
+            let ends = self.rest.is_empty() || self.rest.starts_with(',');
+            return if ends { Ok(None) } else { Err(MalformedExtensions) };
+        }
+        let name = self.token()?;
+        if !self.take('=') {
+            return Ok(Some((name, None)));
+        }
+        let value =
+            if self.rest.starts_with('"') { self.quoted()? } else { self.token()?.to_owned() };
+        Ok(Some((name, Some(value))))
+    }
+
+    /// Takes `mark` off, and the blanks around it.
+    fn take(&mut self, mark: char) -> bool {
+        self.skip_blanks();
+        let Some(rest) = self.rest.strip_prefix(mark) else { return false };
+        self.rest = rest;
+        self.skip_blanks();
+        true
+    }
+
+    fn skip_blanks(&mut self) {
+        self.rest = self.rest.trim_start_matches([' ', '\t']);
+    }
+
+    fn token(&mut self) -> Result<&'a str, MalformedExtensions> {
+        let end = self.rest.find(|c| !is_token(c)).unwrap_or(self.rest.len());
+        let (token, rest) = self.rest.split_at(end);
+        self.rest = rest;
+        self.skip_blanks();
+        if token.is_empty() { Err(MalformedExtensions) } else { Ok(token) }
+    }
+
+    /// A quoted string, which unquoted has to be a token.
+    fn quoted(&mut self) -> Result<String, MalformedExtensions> {
+        let mut value = String::new();
+        let mut chars = self.rest.char_indices().skip(1);
+        while let Some((at, c)) = chars.next() {
+            let c = match c {
+                '"' => {
+                    self.rest = &self.rest[at + 1..];
+                    self.skip_blanks();
+                    return if value.is_empty() { Err(MalformedExtensions) } else { Ok(value) };
+                }
+                '\\' => chars.next().ok_or(MalformedExtensions)?.1,
+                c => c,
+            };
+            if !is_token(c) {
+                return Err(MalformedExtensions);
+            }
+            value.push(c);
+        }
+        Err(MalformedExtensions)
+    }
+}
+
+/// Whether a token may have this character (RFC 9110, section 5.6.2).
+fn is_token(c: char) -> bool {
+    c.is_ascii_alphanumeric() || "!#$%&'*+-.^_`|~".contains(c)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(lines: &[&str], answer: Result<Option<&str>, MalformedExtensions>) {
+        const PREFIX: &str =
+            "permessage-deflate; server_no_context_takeover; client_no_context_takeover";
+        let got = negotiate(lines.iter().copied());
+        let got = got.map(|deflate| deflate.map(|deflate| deflate.to_string()));
+        let answer = answer.map(|rest| rest.map(|rest| format!("{PREFIX}{rest}")));
+        assert_eq!(got, answer, "{lines:?}");
+    }
+
+    #[test]
+    fn an_offer_is_accepted_with_the_window_it_asks_for() {
+        for plain in [
+            "permessage-deflate",
+            "permessage-deflate; client_max_window_bits",
+            "permessage-deflate; client_max_window_bits=8",
+            "permessage-deflate; server_no_context_takeover; client_no_context_takeover",
+            "permessage-deflate;client_max_window_bits=\"1\\5\"",
+            " ,\tpermessage-deflate ;\tclient_max_window_bits = 15 , ,",
+        ] {
+            check(&[plain], Ok(Some("")));
+        }
+        for bits in 8..=15 {
+            let answer = format!("; server_max_window_bits={bits}");
+            for quote in ["", "\""] {
+                let offer =
+                    format!("permessage-deflate; server_max_window_bits={quote}{bits}{quote}");
+                check(&[&offer], Ok(Some(&answer)));
+            }
+        }
+    }
+
+    #[test]
+    fn the_first_acceptable_offer_is_chosen_wherever_it_stands() {
+        check(&[], Ok(None));
+        check(&[""], Ok(None));
+        check(&["x-webkit-deflate-frame, permessage-foo; a=\"b\""], Ok(None));
+        check(
+            &["foo", "permessage-deflate; server_max_window_bits=10", "permessage-deflate"],
+            Ok(Some("; server_max_window_bits=10")),
+        );
+        check(
+            &["permessage-deflate; server_max_window_bits=9, permessage-deflate"],
+            Ok(Some("; server_max_window_bits=9")),
+        );
+        check(&["permessage-deflate; unknown, permessage-deflate"], Ok(Some("")));
+    }
+
+    #[test]
+    fn what_a_server_must_decline_is_declined() {
+        for parameters in [
+            "unknown",
+            "unknown=1",
+            "server_no_context_takeover=1",
+            "client_no_context_takeover=true",
+            "server_max_window_bits",
+            "server_max_window_bits=7",
+            "server_max_window_bits=16",
+            "server_max_window_bits=08",
+            "server_max_window_bits=+9",
+            "server_max_window_bits=9a",
+            "server_max_window_bits=999999999999",
+            "client_max_window_bits=0",
+            "client_max_window_bits=16",
+            "client_max_window_bits=\"010\"",
+            "server_no_context_takeover; server_no_context_takeover",
+            "server_max_window_bits=10; server_max_window_bits=10",
+            "client_max_window_bits; client_max_window_bits=10",
+        ] {
+            check(&[&format!("permessage-deflate; {parameters}")], Ok(None));
+            check(
+                &[&format!("permessage-deflate; {parameters}, permessage-deflate")],
+                Ok(Some("")),
+            );
+        }
+        check(&["Permessage-Deflate"], Ok(None));
+    }
+
+    #[test]
+    fn what_is_no_list_of_extensions_fails_wherever_it_stands() {
+        for bad in [
+            ";",
+            "=",
+            "permessage-deflate;",
+            "permessage-deflate; ;",
+            "permessage-deflate; =9",
+            "permessage-deflate; server_max_window_bits=",
+            "permessage-deflate; server_max_window_bits=\"\"",
+            "permessage-deflate; server_max_window_bits=\"9",
+            "permessage-deflate; server_max_window_bits=\"9 \"",
+            "permessage-deflate; server_max_window_bits=\"9\"9",
+            "permessage-deflate; a=b=c",
+            "permessage-deflate client_max_window_bits",
+            "permessage-deflate; a, b c",
+            "per(message)",
+            "größe",
+            "a=b",
+        ] {
+            check(&[bad], Err(MalformedExtensions));
+            check(&["permessage-deflate", bad], Err(MalformedExtensions));
+        }
+    }
+}

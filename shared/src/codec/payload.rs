@@ -1,0 +1,44 @@
+//! What stands in a frame: unmasked, and read as what its opcode says.
+
+use super::{CodecError, Opcode, Received};
+
+/// A whole payload as what it is.
+pub(super) fn received(opcode: Opcode, payload: &[u8]) -> Result<Received<'_>, CodecError> {
+    Ok(match opcode {
+        Opcode::Text => {
+            Received::Text(std::str::from_utf8(payload).map_err(|_| CodecError::BadUtf8)?)
+        }
+        Opcode::Binary | Opcode::Continuation => Received::Binary(payload),
+        Opcode::Ping => Received::Ping(payload),
+        Opcode::Pong => Received::Pong(payload),
+        Opcode::Close => Received::Close(close_of(payload)?),
+    })
+}
+
+/// The code and reason of a close frame (RFC 6455, sections 5.5.1 and 7.4).
+fn close_of(payload: &[u8]) -> Result<Option<(u16, &str)>, CodecError> {
+    let (code, reason) = match payload {
+        [] => return Ok(None),
+        [_] => return Err(CodecError::Protocol("close frame with half a code")),
+        [high, low, reason @ ..] => (u16::from_be_bytes([*high, *low]), reason),
+    };
+    // 1012 to 1014 are registered with IANA since; 1004 to 1006 and 1015 never stand in a frame.
+    if !matches!(code, 1000..=1003 | 1007..=1014 | 3000..=4999) {
+        return Err(CodecError::Protocol("close code that may not be sent"));
+    }
+    let reason = std::str::from_utf8(reason).map_err(|_| CodecError::BadUtf8)?;
+    Ok(Some((code, reason)))
+}
+
+/// Masks or unmasks `payload` (RFC 6455, section 5.3), eight bytes at a time.
+pub(super) fn unmask(payload: &mut [u8], mask: [u8; 4]) {
+    let [a, b, c, d] = mask;
+    let wide = u64::from_ne_bytes([a, b, c, d, a, b, c, d]);
+    let (words, rest) = payload.as_chunks_mut::<8>();
+    for word in words {
+        *word = (u64::from_ne_bytes(*word) ^ wide).to_ne_bytes();
+    }
+    for (byte, mask) in rest.iter_mut().zip([a, b, c, d, a, b, c]) {
+        *byte ^= mask;
+    }
+}
