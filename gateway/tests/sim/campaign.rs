@@ -52,12 +52,15 @@ pub fn run(seed: u64, shape: Shape, loud: bool) -> Run {
         .start_paused(true)
         .build()
         .expect("a runtime without I/O needs nothing");
-    let world = runtime.block_on(async move {
+    let mut world = runtime.block_on(async move {
         let trace = Trace::new(loud);
         World::new(seed, shape, trace).run().await
     });
     drop(runtime);
     let mut findings = judge(&world);
+    for node in world.hosts.iter_mut().filter_map(|host| host.node.take()) {
+        node.gate.end();
+    }
     let panics = PANICS.take();
     if !panics.is_empty() {
         findings.violations.insert("PANIC", panics);

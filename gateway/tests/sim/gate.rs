@@ -80,6 +80,14 @@ impl Gate {
         self.turn(Way::Killed);
     }
 
+    /// Drops all tasks: each holds the gate it goes through, so that nothing else would end them.
+    pub fn end(&self) {
+        self.kill();
+        // Outside of the lock: what they hold may wake others.
+        let tasks = std::mem::take(&mut self.0.lock().tasks);
+        drop(tasks);
+    }
+
     pub fn is_frozen(&self) -> bool {
         self.0.lock().way == Way::Frozen
     }
