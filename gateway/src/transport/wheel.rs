@@ -119,7 +119,7 @@ mod tests {
     use tokio::time::{advance, timeout};
 
     use super::*;
-    use crate::{outbox::Outbox, telemetry::metrics::Metrics};
+    use crate::{drain::Tasks, outbox::Outbox, telemetry::metrics::Metrics};
 
     fn alarm(wheel: &Arc<Wheel>) -> Alarm {
         let outbox = Outbox::to_owner(1000, Arc::new(Metrics::default()));
@@ -142,7 +142,8 @@ mod tests {
     async fn a_connection_is_woken_when_it_asked_for_and_little_later() {
         let wheel = Arc::new(Wheel::default());
         let turning = wheel.clone();
-        tokio::spawn(async move { turning.turn().await });
+        let tasks = Tasks::default();
+        tasks.spawn_service("wheel", async move { turning.turn().await });
         let mut alarm = alarm(&wheel);
         for millis in [0, 1, 99, 100, 101, 12_345, 25_000, 60_000, 102_000] {
             advance(Duration::from_millis(37)).await;
