@@ -89,6 +89,8 @@ impl Connection {
             if socket.readable().await.and_then(|()| self.read(socket)).is_err() {
                 return;
             }
+            // A little that is received may be much inflated.
+            tokio::task::yield_now().await;
         }
     }
 

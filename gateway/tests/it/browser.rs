@@ -4,7 +4,7 @@ use fantoccini::{Client, ClientBuilder, Locator, key::Key};
 use hyper_util::client::legacy::connect::HttpConnector;
 use serde_json::json;
 
-use crate::harness::{Chromedriver, Gateway, PATIENCE, Redis, until, within};
+use crate::harness::{Chromedriver, Gateway, PATIENCE, Redis, get, until, within};
 
 async fn browser(driver: &Chromedriver) -> Client {
     // As root Chromium has no sandbox; without the rest it looks for hosts of its maker.
@@ -82,6 +82,17 @@ async fn a_message_typed_in_one_page_appears_in_another() {
     let gateway = Gateway::start(&[]).await;
     let url = format!("http://{}/", gateway.address);
     check(&url, &url).await;
+    // Browsers offer compression, and compress whatever they send.
+    let metrics = get(gateway.admin, "/metrics").await.body;
+    let count = |name: &str| -> u64 {
+        let value = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        value.and_then(|value| value.parse().ok()).unwrap_or(0)
+    };
+    assert_eq!(
+        count("gateway_deflate_handshakes_total"),
+        count("gateway_handshakes_total{outcome=\"accepted\"}")
+    );
+    assert!(count("gateway_deflated_messages_total") > 0, "`connected` is large enough");
 }
 
 #[tokio::test]

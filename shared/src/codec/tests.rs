@@ -135,6 +135,47 @@ fn what_breaks_the_rfc_is_refused() {
 }
 
 #[test]
+fn rsv1_stands_on_the_first_frame_of_a_message_and_only_where_that_was_agreed_on() {
+    let compressed = [0xF2, 0x48, 0xCD, 0xC9, 0xC9, 0x07, 0x00];
+    let decode = |decoder: Decoder, frames: &[Vec<u8>]| {
+        let (mut decoder, mut bytes) = (decoder, frames.concat());
+        let (mut used, mut got) = (0, vec![]);
+        while used < bytes.len() {
+            let (more, received) = decoder.next(&mut bytes[used..])?;
+            used += more;
+            got.extend(received.map(own));
+        }
+        Ok(got)
+    };
+    let whole = [frame(true, 0x41, &compressed)];
+    let split = [frame(false, 0x41, &compressed[..2]), frame(true, 0, &compressed[2..])];
+    for frames in [&whole[..], &split] {
+        assert_eq!(decode(Decoder::inflating(100), frames), Ok(vec![text("Hello")]));
+        let refused = decode(Decoder::new(100), frames);
+        assert!(matches!(refused, Err(CodecError::Protocol(_))), "{refused:?}");
+    }
+    for frames in [
+        &[frame(true, 0x49, b"")][..],
+        &[frame(true, 0x4A, b"")],
+        &[frame(true, 0x48, b"")],
+        &[frame(true, 0x43, b"")],
+        &[frame(true, 0x61, b"")],
+        &[frame(true, 0x51, b"")],
+        &[frame(false, 0x41, &compressed[..2]), frame(true, 0x40, &compressed[2..])],
+        &[frame(false, 0x01, b"a"), frame(true, 0x40, b"b")],
+    ] {
+        let refused = decode(Decoder::inflating(100), frames);
+        assert!(matches!(refused, Err(CodecError::Protocol(_))), "{frames:02x?}: {refused:?}");
+    }
+    let bad = decode(Decoder::inflating(100), &[frame(true, 0x42, b"\x06")]);
+    assert_eq!(bad, Err(CodecError::BadDeflate));
+    // The character is whole only once it is inflated, and only then judged.
+    let cut = deflate::tests::compress(&[&[0xC3]], 15, 6, FlushCompress::Sync);
+    let bad = decode(Decoder::inflating(100), &[frame(true, 0x41, &cut)]);
+    assert_eq!(bad, Err(CodecError::BadUtf8));
+}
+
+#[test]
 fn close_frames_carry_code_and_reason() {
     check(&[frame(true, 8, b"")], Ok(&[Got::Close(None)]));
     let payload = [&1000_u16.to_be_bytes()[..], b"bye"].concat();
