@@ -95,10 +95,8 @@ async fn measure_row(ground: &Ground, row: &Row, args: &BenchArgs) -> Result<Rou
         // Little CPU is used, and it is told in steps of 10 ms.
         times.measured *= 2;
     }
-    let mut rounds: Rounds =
-        [Contender::Floor, Contender::Naive, Contender::Skein].map(|who| (who, Vec::new())).into();
-    // A script has no other that does the same.
-    rounds.retain(|(who, _)| !matches!((shape, who), (Shape::Publish(_), Contender::Naive)));
+    let mut rounds: Rounds = Contender::ALL.map(|who| (who, Vec::new())).into();
+    rounds.retain(|(who, _)| shape.has(*who));
     for _ in 0..args.rounds {
         for (who, samples) in &mut rounds {
             samples.push(sample(ground, shape, *who, times).await?);

@@ -4,7 +4,7 @@
 
 use clap::ValueEnum;
 
-use super::measure::Measure;
+use super::{measure::Measure, servers::Contender};
 
 /// The name of a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -194,6 +194,19 @@ pub(crate) const ROWS: &[Row] = &[
 ];
 
 impl Shape {
+    /// Whether somebody is measured in it.
+    pub(crate) fn has(self, who: Contender) -> bool {
+        match who {
+            Contender::Floor | Contender::Skein => true,
+            // A script has no other that does the same.
+            Contender::Naive => !matches!(self, Self::Publish(_)),
+            // Where little is under way, little gathers.
+            Contender::Coalescing => {
+                matches!(self, Self::Talk(Talk { nodes: 1, pace: Pace::Saturated { .. }, .. }))
+            }
+        }
+    }
+
     /// Whether messages go out at set times.
     pub(crate) fn is_paced(self) -> bool {
         matches!(self, Self::Talk(Talk { pace: Pace::PerSecond(_), .. }))

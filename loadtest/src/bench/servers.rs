@@ -51,6 +51,8 @@ pub(crate) const GATEWAY_OPTIONS: [&str; 5] = [
 pub(crate) enum Contender {
     /// One `write(2)` per frame and socket.
     Floor,
+    /// The same, and what gathers leaves in one write.
+    Coalescing,
     /// A chat by hand with axum and tokio.
     Naive,
     /// The gateway.
@@ -90,10 +92,21 @@ pub(crate) struct Spent {
     pub(crate) redis_ms: u64,
 }
 
+impl Contender {
+    /// All of them, in the order of the table.
+    pub(crate) const ALL: [Self; 4] = [Self::Floor, Self::Coalescing, Self::Naive, Self::Skein];
+
+    /// Whether it is one process that does nothing but write.
+    fn is_floor(self) -> bool {
+        matches!(self, Self::Floor | Self::Coalescing)
+    }
+}
+
 impl fmt::Display for Contender {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Floor => "floor",
+            Self::Coalescing => "coalescing floor",
             Self::Naive => "naive axum",
             Self::Skein => "Skein",
         })
@@ -130,16 +143,16 @@ impl Ground {
         // The floor is one process: what the writes alone cost.
         let redis = match who {
             Contender::Naive | Contender::Skein if nodes > 1 => Some(self.redis(scratch.path())?),
-            Contender::Floor | Contender::Naive | Contender::Skein => None,
+            _ => None,
         };
         let url = redis.as_ref().map(|redis| format!("redis://{}", redis.address));
-        let count = if who == Contender::Floor { 1 } else { nodes };
+        let count = if who.is_floor() { 1 } else { nodes };
         let start = |number: usize| {
             let command = self.command(who, url.as_deref(), token);
             self.launch(command, &scratch.path().join(format!("node-{number}.log")))
         };
         let nodes = (0..count).map(start).collect::<Result<Vec<_>, _>>()?;
-        if who != Contender::Floor {
+        if !who.is_floor() {
             nodes.iter().try_for_each(Server::wait_until_ready)?;
         }
         Ok(Servers { nodes, redis, _scratch: scratch })
@@ -154,7 +167,7 @@ impl Ground {
 
     fn command(&self, who: Contender, redis: Option<&str>, token: bool) -> Command {
         let program = match who {
-            Contender::Floor => "examples/floor",
+            Contender::Floor | Contender::Coalescing => "examples/floor",
             Contender::Naive => "examples/naive_chat",
             Contender::Skein => "gateway",
         };
@@ -179,6 +192,9 @@ impl Ground {
                 for option in options {
                     command.arg("--set").arg(option);
                 }
+            }
+            (Contender::Coalescing, _) => {
+                command.arg("--coalesce");
             }
             (Contender::Floor | Contender::Naive, _) => {}
         }
