@@ -186,13 +186,8 @@ impl Swarm {
         Ok(())
     }
 
-    /// How many deliveries there should be, and how many of them are wrong.
     fn account(&self) -> (u64, u64) {
-        let rooms = self.sent.len();
-        let expected = self.sent_in_all * self.talk.members as u64;
-        let wrong =
-            |(index, member): (usize, &Member)| member.received.abs_diff(self.sent[index % rooms]);
-        (expected, self.connections.iter().enumerate().map(wrong).sum())
+        account(&self.sent, self.connections.iter().map(|member| member.received))
     }
 
     fn take(&mut self, events: &mut Events, wait: Duration) -> Result<(), ClientError> {
@@ -292,6 +287,15 @@ impl Tally {
     }
 }
 
+/// How many deliveries there should be, and how many are missing or too many. Connection `i` is in
+/// room `i % rooms`, and gets what is sent there.
+fn account(sent: &[u64], received: impl Iterator<Item = u64>) -> (u64, u64) {
+    received.enumerate().fold((0, 0), |(expected, wrong), (index, received)| {
+        let sent = sent[index % sent.len()];
+        (expected + sent, wrong + received.abs_diff(sent))
+    })
+}
+
 /// Of times in nanoseconds.
 pub(crate) fn histogram() -> Histogram<u64> {
     Histogram::new_with_max(LATENCY_MAX.as_nanos() as u64, 3)
@@ -309,4 +313,48 @@ fn message(room: &str, number: u64, stamp: Stamp) -> Vec<u8> {
     wire::text(&format!(
         r#"{{"type":"message","room":"{room}","id":"00000000-0000-4000-8000-{number:012x}","content":"{content}"}}"#
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_missing_does_not_hide_behind_what_came_twice() {
+        // Rooms 0 and 1 in turn.
+        assert_eq!(account(&[10, 3], [10, 3, 10, 3].into_iter()), (26, 0));
+        assert_eq!(account(&[10, 3], [9, 4, 10, 3].into_iter()), (26, 2));
+    }
+
+    #[test]
+    fn percentiles_are_told_to_three_digits_and_the_longest_is_a_minute() {
+        let mut times = histogram();
+        for us in 1..=10_000 {
+            times.saturating_record(us * 1_000);
+        }
+        let near = |quantile, us: u64| {
+            let ns = times.value_at_quantile(quantile);
+            assert!(ns.abs_diff(us * 1_000) <= us, "{ns} ns are not {us} µs");
+        };
+        near(0.5, 5_000);
+        near(0.99, 9_900);
+        near(0.999, 9_990);
+        times.saturating_record(u64::MAX);
+        assert!(times.max() >= LATENCY_MAX.as_nanos() as u64);
+    }
+
+    #[test]
+    fn a_message_is_one_that_the_gateway_takes() {
+        use shared::{
+            codec::Decoder,
+            protocol::request::{Body, Request},
+        };
+        let stamp = Stamp { sender: 7, due_ns: 9 };
+        let mut frame = message(&room(3), 1 << 40, stamp);
+        let mut decoder = Decoder::new(1 << 16);
+        let (_, received) = decoder.next(&mut frame).unwrap();
+        let Some(shared::codec::Received::Text(text)) = received else { panic!("{received:?}") };
+        assert!(matches!(Request::from_text(text).unwrap().body, Body::Message(_)));
+        assert_eq!(Stamp::find(text.as_bytes()), Some(stamp));
+    }
 }
