@@ -1,6 +1,6 @@
 # What there is to do with this project. CI calls nothing else.
 
-.PHONY: help setup run build test faults fmt lint doc deny ci cluster bench
+.PHONY: help setup run build test faults fmt lint doc deny ci cluster bench bench-micro
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -13,7 +13,7 @@ run: ## one node on http://127.0.0.1:8080/ that needs nothing else
 	cargo run --release -p gateway
 
 build: ## everything the tests start
-	cargo build --locked -p gateway -p loadtest
+	cargo build --locked -p gateway -p loadtest --bins --examples
 
 test: setup build ## all tests, against a real Redis, nginx and browser
 	cargo test --locked --workspace
@@ -55,6 +55,13 @@ cluster: ## Redis, three gateways and nginx as processes of this machine
 	cargo build --release -p gateway
 	@deploy/cluster.sh
 
-bench: ## what one connection costs, measured with loadtest
-	cargo build --release -p gateway -p loadtest
-	@deploy/bench.sh
+# The gateway is built alone: together with examples and tests it would have their features.
+ROWS ?=
+bench: ## speed and size beside a floor and a naive chat, some 10 minutes; make bench ROWS="fanout idle"
+	@deploy/setup.sh redis-server
+	cargo build --locked --release -p gateway
+	cargo build --locked --release -p loadtest --bins --examples
+	target/release/loadtest bench --json target/bench.json $(ROWS)
+
+bench-micro: ## encode, decode, fan-out in memory
+	cargo bench --locked -p shared -p gateway

@@ -5,11 +5,14 @@
 
 use std::{
     net::{IpAddr, Ipv4Addr},
+    path::PathBuf,
     str::FromStr,
     time::Duration,
 };
 
 use clap::{Args, Parser, Subcommand};
+
+use crate::bench::RowName;
 
 /// Load generator for Skein and anything that speaks `chat.v1`.
 #[derive(Debug, Parser)]
@@ -25,6 +28,8 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Opens many connections at a given rate, holds them, and reports what happened.
     Connect(ConnectArgs),
+    /// Measures the gateway beside a floor and a naive chat, and prints a table: `make bench`.
+    Bench(BenchArgs),
 }
 
 /// The most connections one process may be asked for.
@@ -73,6 +78,29 @@ pub(crate) struct ConnectArgs {
     /// Report as JSON.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// Measures the gateway beside a floor and a naive chat, and prints a table: `make bench`.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct BenchArgs {
+    /// Which rows; all where none is given.
+    #[arg(value_enum)]
+    pub(crate) rows: Vec<RowName>,
+    /// How often everything is measured; the table has the medians.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub(crate) rounds: u32,
+    /// How long one measurement is, behind a quarter of it that does not count.
+    #[arg(long, default_value = "2s", value_parser = timeout)]
+    pub(crate) measured: Duration,
+    /// So many times fewer connections and messages: to try the bench, not to measure.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) divide_by: u32,
+    /// Where `gateway` is, and the floor and the naive chat in `examples`.
+    #[arg(long, default_value = "target/release")]
+    pub(crate) programs: PathBuf,
+    /// Writes the table into this file as well, as JSON.
+    #[arg(long)]
+    pub(crate) json: Option<PathBuf>,
 }
 
 /// A rate: `500/s`, `500`, `300/m`.
@@ -271,7 +299,10 @@ mod tests {
         Cli::command().debug_assert();
         let parse = |text: &str| Cli::try_parse_from(text.split(' '));
         let Command::Connect(args) =
-            parse("loadtest connect -n 5 --rooms 2 --pid 1 2 --json").unwrap().command;
+            parse("loadtest connect -n 5 --rooms 2 --pid 1 2 --json").unwrap().command
+        else {
+            panic!("another command")
+        };
         assert_eq!((args.connections, args.rooms, args.pid), (5, Some(2), vec![1, 2]));
         for bad in [
             "loadtest",

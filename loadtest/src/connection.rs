@@ -171,7 +171,7 @@ async fn open(plan: &Plan, index: u32, due: Instant) -> Result<Opened, OpenError
     reader.reads_messages = true;
     let mut times = Vec::with_capacity(2);
     let mut received = Vec::new();
-    reader.push(&early, |one| received.push(one))?;
+    reader.push(&early, |one| received.push(one.into_owned()))?;
     loop {
         let mut closed = None;
         for one in received.drain(..) {
@@ -195,7 +195,7 @@ async fn open(plan: &Plan, index: u32, due: Instant) -> Result<Opened, OpenError
         if let Some(how) = closed {
             return Err(OpenError::Closed(how));
         }
-        read(&stream, |bytes| reader.push(bytes, |one| received.push(one))).await??;
+        read(&stream, |bytes| reader.push(bytes, |one| received.push(one.into_owned()))).await??;
     }
 }
 

@@ -3,7 +3,7 @@
 //! Exit code 0 where everything asked for happened, 1 where not, 2 where the command cannot work
 //! as it was given.
 
-use std::process::ExitCode;
+use std::{fmt::Display, process::ExitCode};
 
 use clap::Parser;
 
@@ -15,12 +15,13 @@ mod process;
 mod connection;
 mod report;
 mod connect;
+mod bench;
 
 /// The command cannot work as it was given.
 const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
-    let Cli { command: Command::Connect(args) } = Cli::parse();
+    let command = Cli::parse().command;
     // One thread: it takes one core at most and leaves the others to the server.
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
@@ -29,21 +30,33 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let json = args.json;
-    let report = match runtime.block_on(connect::run(args)) {
-        Ok(report) => report,
+    match command {
+        Command::Connect(args) => {
+            let json = args.json;
+            end(runtime.block_on(connect::run(args)), |report| {
+                if json {
+                    println!("{}", serde_json::to_string(report).expect("its keys are text"));
+                } else {
+                    print!("{report}");
+                }
+                report.is_good()
+            })
+        }
+        Command::Bench(args) => end(runtime.block_on(bench::run(args)), |table| {
+            print!("{table}");
+            table.is_good()
+        }),
+    }
+}
+
+/// Has a result told, and makes an exit code of it.
+fn end<T, E: Display>(result: Result<T, E>, tell: impl FnOnce(&T) -> bool) -> ExitCode {
+    match result {
+        Ok(result) if tell(&result) => ExitCode::SUCCESS,
+        Ok(_) => ExitCode::FAILURE,
         Err(error) => {
             eprintln!("loadtest: {error}");
-            return ExitCode::from(USAGE);
+            ExitCode::from(USAGE)
         }
-    };
-    if json {
-        match serde_json::to_string(&report) {
-            Ok(json) => println!("{json}"),
-            Err(error) => eprintln!("loadtest: {error}"),
-        }
-    } else {
-        print!("{report}");
     }
-    if report.is_good() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

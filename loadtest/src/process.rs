@@ -8,6 +8,15 @@ use std::{fs, io};
 /// system for it takes `unsafe` or another crate.
 const TICKS_PER_SECOND: u64 = 100;
 
+/// Time that a process was given by the CPUs since it began.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Cpu {
+    /// In its own code.
+    pub(crate) user_ms: u64,
+    /// In the kernel, on its behalf.
+    pub(crate) system_ms: u64,
+}
+
 /// What a process costs at a moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Cost {
@@ -40,19 +49,36 @@ pub(crate) enum CostError {
     },
 }
 
+impl Cpu {
+    /// What a process was given until now; `None` is this process.
+    pub(crate) fn of(pid: Option<u32>) -> Result<Self, CostError> {
+        read(pid, "stat", cpu)
+    }
+
+    /// Both.
+    pub(crate) fn total_ms(self) -> u64 {
+        self.user_ms + self.system_ms
+    }
+}
+
 impl Cost {
     /// What a process costs now; `None` is this process.
     pub(crate) fn of(pid: Option<u32>) -> Result<Self, CostError> {
-        let process = pid.map_or_else(|| "self".to_owned(), |pid| pid.to_string());
-        let read = |file: &'static str| {
-            fs::read_to_string(format!("/proc/{process}/{file}"))
-                .map_err(|source| CostError::Read { process: process.clone(), file, source })
-        };
-        let parse = |file| CostError::Parse { process: process.clone(), file };
-        Ok(Self {
-            pss_bytes: pss_bytes(&read("smaps_rollup")?).ok_or_else(|| parse("smaps_rollup"))?,
-            cpu_ms: cpu_ms(&read("stat")?).ok_or_else(|| parse("stat"))?,
-        })
+        let pss_bytes = read(pid, "smaps_rollup", pss_bytes)?;
+        Ok(Self { pss_bytes, cpu_ms: Cpu::of(pid)?.total_ms() })
+    }
+}
+
+/// Reads a file that `/proc` has of a process.
+fn read<T>(
+    pid: Option<u32>,
+    file: &'static str,
+    parse: impl FnOnce(&str) -> Option<T>,
+) -> Result<T, CostError> {
+    let process = pid.map_or_else(|| "self".to_owned(), |pid| pid.to_string());
+    match fs::read_to_string(format!("/proc/{process}/{file}")) {
+        Ok(text) => parse(&text).ok_or(CostError::Parse { process, file }),
+        Err(source) => Err(CostError::Read { process, file, source }),
     }
 }
 
@@ -64,12 +90,12 @@ fn pss_bytes(text: &str) -> Option<u64> {
 }
 
 /// Fields 14 and 15 of `stat`: user and system time in ticks.
-fn cpu_ms(text: &str) -> Option<u64> {
+fn cpu(text: &str) -> Option<Cpu> {
     // Field 2 is the program's name in parentheses, which may hold anything, parentheses too.
     let (_, rest) = text.rsplit_once(')')?;
     let mut fields = rest.split_ascii_whitespace().skip(11);
-    let (user, system): (u64, u64) = (fields.next()?.parse().ok()?, fields.next()?.parse().ok()?);
-    Some((user + system) * 1000 / TICKS_PER_SECOND)
+    let mut ms = || Some(fields.next()?.parse::<u64>().ok()? * 1000 / TICKS_PER_SECOND);
+    Some(Cpu { user_ms: ms()?, system_ms: ms()? })
 }
 
 /// How many ports one address has for outgoing connections.
@@ -99,9 +125,9 @@ mod tests {
     #[test]
     fn cpu_time_is_found_behind_any_name() {
         let text = "42 (a) b (c) S 1 42 42 0 -1 4194560 1 2 3 4 150 25 7 8 20 0 1 0 99 1 1";
-        assert_eq!(cpu_ms(text), Some(1750));
-        assert_eq!(cpu_ms("42 (x) S 1"), None);
-        assert_eq!(cpu_ms(""), None);
+        assert_eq!(cpu(text), Some(Cpu { user_ms: 1500, system_ms: 250 }));
+        assert_eq!(cpu("42 (x) S 1"), None);
+        assert_eq!(cpu(""), None);
     }
 
     #[test]

@@ -38,7 +38,9 @@ async fn check(script: Script, arguments: &str) -> Report {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("ws://{}/ws", listener.local_addr().unwrap());
     let command = format!("loadtest connect --url {url} --rate 1000/s {arguments}");
-    let Command::Connect(args) = Cli::try_parse_from(command.split(' ')).unwrap().command;
+    let Command::Connect(args) = Cli::try_parse_from(command.split(' ')).unwrap().command else {
+        panic!("another command")
+    };
     let mut peers = JoinSet::new();
     let accept = async {
         for number in 0.. {
@@ -141,7 +143,9 @@ async fn what_does_not_answer_times_out() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("ws://{}/", listener.local_addr().unwrap());
     let command = format!("loadtest connect --url {url} -n 2 --timeout 20ms --hold 1ms");
-    let Command::Connect(args) = Cli::try_parse_from(command.split(' ')).unwrap().command;
+    let Command::Connect(args) = Cli::try_parse_from(command.split(' ')).unwrap().command else {
+        panic!("another command")
+    };
     let report = run(args).await.unwrap();
     assert_eq!((report.opened, report.failed["timed out"]), (0, 2));
 }
@@ -150,7 +154,10 @@ async fn what_does_not_answer_times_out() {
 async fn what_cannot_work_is_refused_before_it_begins() {
     let refused = async |arguments: &str| {
         let command = format!("loadtest connect {arguments}");
-        let Command::Connect(args) = Cli::try_parse_from(command.split(' ')).unwrap().command;
+        let Command::Connect(args) = Cli::try_parse_from(command.split(' ')).unwrap().command
+        else {
+            panic!("another command")
+        };
         run(args).await.unwrap_err()
     };
     assert!(matches!(refused("-n 1 --pid 4294967295").await, ConnectError::Process(_)));

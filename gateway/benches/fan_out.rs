@@ -1,0 +1,118 @@
+//! How long it takes to place one message in 1,000 outboxes. `make bench-micro` runs it.
+//!
+//! No sockets: what a write costs is the kernel's, and `make bench` measures it.
+
+#![allow(clippy::unwrap_used, reason = "a bench that panics has failed")]
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use divan::{Bencher, counter::ItemsCount};
+use gateway::{
+    bus::{Append, Bus, Mailboxes, Retention, memory::MemoryBus},
+    drain::Tasks,
+    hub::{Hub, HubOptions, join::Start, member::Subscriber},
+    outbox::Outbox,
+    telemetry::metrics::Metrics,
+};
+use shared::{
+    codec::{Opcode, encode},
+    envelope::{Author, Envelope, Parts},
+    ids::{ConnectionId, MessageId, RoomId},
+};
+use tokio::time::Instant;
+
+const MEMBERS: usize = 1_000;
+
+fn main() {
+    divan::main();
+}
+
+/// The queues alone: a frame that is shared is placed in each, and taken out again.
+#[divan::bench]
+fn outboxes(bencher: Bencher<'_, '_>) {
+    let outboxes: Vec<Outbox> =
+        (0..MEMBERS).map(|_| Outbox::to_owner(1 << 20, Arc::default())).collect();
+    let frame: Bytes = encode(Opcode::Text, &[&[b'x'; 430]]);
+    bencher.counter(ItemsCount::new(MEMBERS)).bench_local(|| {
+        for outbox in &outboxes {
+            let _ = outbox.offer(&frame);
+        }
+        outboxes.iter().map(|outbox| outbox.take().len()).sum::<usize>()
+    });
+}
+
+/// A publish through log, mailbox, order and ring to all members of a room.
+#[divan::bench]
+fn hub(bencher: Bencher<'_, '_>) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let room: RoomId = "bench".parse().unwrap();
+    let world = runtime.block_on(World::start(&room));
+    bencher.counter(ItemsCount::new(MEMBERS)).bench_local(|| {
+        runtime.block_on(world.publish(&room));
+    });
+}
+
+struct World {
+    bus: Arc<dyn Bus>,
+    _hub: Hub,
+    members: Vec<Arc<Subscriber>>,
+}
+
+impl World {
+    async fn start(room: &RoomId) -> Self {
+        let (tasks, metrics) = (Tasks::default(), Arc::new(Metrics::new()));
+        let (mailboxes, letters) = Mailboxes::new(1, 16_384, metrics.clone());
+        let bus: Arc<dyn Bus> = Arc::new(MemoryBus::start(retention(), mailboxes.clone(), &tasks));
+        let options = HubOptions {
+            ring_bytes_max: 1 << 28,
+            ids_bytes_max: 1 << 26,
+            dedup_window: Duration::from_secs(600),
+            log_ttl: Duration::from_secs(3600),
+        };
+        let hub = Hub::start(&bus, mailboxes, letters, options, &metrics, &tasks);
+        let mut members = Vec::new();
+        for _ in 0..MEMBERS {
+            let outbox = Outbox::to_owner(1 << 20, metrics.clone());
+            let member = Arc::new(Subscriber::new(ConnectionId::random(), outbox));
+            hub.join(room.clone(), member.clone(), None, Start::Newest(0)).await.unwrap();
+            member.outbox.take();
+            members.push(member);
+        }
+        Self { bus, _hub: hub, members }
+    }
+
+    async fn publish(&self, room: &RoomId) {
+        let content = "x".repeat(128);
+        self.bus.append(Append {
+            room: room.clone(),
+            envelope: Envelope::pack(Parts {
+                author: Author::of(&"ann".parse().unwrap()),
+                id: MessageId::random(),
+                sender: ConnectionId::random(),
+                echo: true,
+                members: &format!(r#""room":"bench","content":"{content}""#),
+                binary: None,
+            }),
+            urgent: false,
+            deadline: Instant::now() + Duration::from_secs(5),
+            done: Box::new(|appended| assert!(appended.is_ok())),
+        });
+        for member in &self.members {
+            while member.outbox.take().is_empty() {
+                tokio::task::yield_now().await;
+            }
+        }
+    }
+}
+
+fn retention() -> Retention {
+    Retention {
+        entries_min: 1000,
+        window: Duration::from_secs(120),
+        bytes_max: 16 << 20,
+        memory_bytes_max: 1 << 30,
+        ttl: Duration::from_secs(3600),
+        dedup_window: Duration::from_secs(600),
+    }
+}

@@ -1,0 +1,263 @@
+//! The floor that `loadtest bench` measures beside everything else: what remains of a chat server
+//! when nothing is left but one `write(2)` per frame and socket.
+//!
+//! One thread, one epoll, no queue, no log, no limits. It knows of `chat.v1` what the load
+//! generator needs: `connected`, `join` → `joined`, and each `message` goes as it came to every
+//! member of its sender's room; `/ws/echo` says back what it hears. What it relays is padded to the
+//! size that a gateway's frames have, so that the kernel copies as much.
+//!
+//! With `--coalesce` what gathers in one turn of the epoll leaves in one write per socket: what a
+//! server can reach that writes less often.
+//!
+//! A member whose socket takes no more is dropped, and the load generator finds deliveries missing.
+
+use std::{
+    collections::HashMap,
+    error::Error,
+    io::{self, Read as _, Write as _},
+    net::SocketAddr,
+};
+
+use mio::{
+    Events, Interest, Poll, Token,
+    net::{TcpListener, TcpStream},
+};
+use shared::codec::{Decoder, Opcode, Received, encode};
+use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
+
+/// The payload of a gateway's frame around 128 bytes of content.
+const PAYLOAD_BYTES: usize = 430;
+const LISTENER: Token = Token(usize::MAX);
+
+#[derive(Debug)]
+struct Connection {
+    stream: TcpStream,
+    /// What leaves at the end of the turn.
+    gathered: Vec<u8>,
+    /// The request, until it is all there.
+    head: Vec<u8>,
+    decoder: Decoder,
+    stage: Stage,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Stage {
+    Handshake,
+    Lobby,
+    Room(usize),
+    Echo,
+}
+
+/// What a frame leads to.
+enum Deed {
+    Join(String),
+    Relay(Vec<u8>),
+    Echo(Vec<u8>),
+    Leave,
+}
+
+#[derive(Default)]
+struct Floor {
+    /// By token; closed ones leave a hole that the next takes.
+    connections: Vec<Option<Connection>>,
+    free: Vec<usize>,
+    names: HashMap<String, usize>,
+    rooms: Vec<Vec<usize>>,
+    /// Who is written to at the end of the turn, where writes wait for it.
+    gathering: Option<Vec<usize>>,
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    rlimit::increase_nofile_limit(u64::MAX)?;
+    let mut listener = TcpListener::bind(SocketAddr::from(([127, 0, 0, 1], 0)))?;
+    // In the words of the gateway, which are looked for.
+    eprintln!(r#"{{"listen":"{}"}}"#, listener.local_addr()?);
+    let mut poll = Poll::new()?;
+    poll.registry().register(&mut listener, LISTENER, Interest::READABLE)?;
+    let mut events = Events::with_capacity(1024);
+    let coalesce = std::env::args().any(|argument| argument == "--coalesce");
+    let mut floor = Floor { gathering: coalesce.then(Vec::new), ..Floor::default() };
+    let mut buffer = vec![0; 64 * 1024];
+    loop {
+        poll.poll(&mut events, None)?;
+        for event in &events {
+            if event.token() == LISTENER {
+                floor.accept(&listener, &poll)?;
+            } else {
+                floor.read(event.token().0, &mut buffer);
+            }
+        }
+        floor.end_turn();
+    }
+}
+
+impl Floor {
+    fn accept(&mut self, listener: &TcpListener, poll: &Poll) -> io::Result<()> {
+        loop {
+            let mut stream = match listener.accept() {
+                Ok((stream, _)) => stream,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) => return Err(error),
+            };
+            stream.set_nodelay(true)?;
+            let index = self.free.pop().unwrap_or(self.connections.len());
+            poll.registry().register(&mut stream, Token(index), Interest::READABLE)?;
+            let connection = Connection {
+                stream,
+                gathered: Vec::new(),
+                head: Vec::new(),
+                decoder: Decoder::new(1 << 16),
+                stage: Stage::Handshake,
+            };
+            if index == self.connections.len() {
+                self.connections.push(Some(connection));
+            } else {
+                self.connections[index] = Some(connection);
+            }
+        }
+    }
+
+    fn read(&mut self, index: usize, buffer: &mut [u8]) {
+        loop {
+            let Some(Some(connection)) = self.connections.get_mut(index) else { return };
+            let count = match connection.stream.read(buffer) {
+                Ok(count) if count > 0 => count,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Ok(_) | Err(_) => return self.drop_connection(index),
+            };
+            if connection.stage == Stage::Handshake {
+                match connection.shake_hands(&buffer[..count]) {
+                    Some(answer) => self.write(index, &answer),
+                    None => continue,
+                }
+            } else {
+                for deed in connection.deeds(&mut buffer[..count]) {
+                    self.act(index, deed);
+                }
+            }
+            // A short read has emptied the socket.
+            if count < buffer.len() {
+                return;
+            }
+        }
+    }
+
+    fn act(&mut self, index: usize, deed: Deed) {
+        match deed {
+            Deed::Join(name) => {
+                let room = *self.names.entry(name).or_insert_with(|| {
+                    self.rooms.push(Vec::new());
+                    self.rooms.len() - 1
+                });
+                self.rooms[room].push(index);
+                if let Some(Some(connection)) = self.connections.get_mut(index) {
+                    connection.stage = Stage::Room(room);
+                }
+                self.write(index, &encode(Opcode::Text, &[br#"{"type":"joined"}"#]));
+            }
+            Deed::Relay(payload) => {
+                let padding = [b' '; PAYLOAD_BYTES];
+                let padding = &padding[payload.len().min(PAYLOAD_BYTES)..];
+                let frame = encode(Opcode::Text, &[&payload, padding]);
+                let Some(Some(Connection { stage: Stage::Room(room), .. })) =
+                    self.connections.get(index)
+                else {
+                    return;
+                };
+                let room = *room;
+                for place in 0..self.rooms[room].len() {
+                    self.write(self.rooms[room][place], &frame);
+                }
+            }
+            Deed::Echo(payload) => self.write(index, &encode(Opcode::Text, &[&payload])),
+            Deed::Leave => self.drop_connection(index),
+        }
+    }
+
+    fn write(&mut self, index: usize, frame: &[u8]) {
+        let Some(Some(connection)) = self.connections.get_mut(index) else { return };
+        if let Some(gathering) = &mut self.gathering {
+            if connection.gathered.is_empty() {
+                gathering.push(index);
+            }
+            connection.gathered.extend_from_slice(frame);
+        } else {
+            connection.write(frame);
+        }
+    }
+
+    fn end_turn(&mut self) {
+        for index in self.gathering.iter_mut().flat_map(|gathering| gathering.drain(..)) {
+            if let Some(Some(connection)) = self.connections.get_mut(index) {
+                let gathered = std::mem::take(&mut connection.gathered);
+                connection.write(&gathered);
+                connection.gathered = gathered;
+                connection.gathered.clear();
+            }
+        }
+    }
+
+    fn drop_connection(&mut self, index: usize) {
+        let Some(connection) = self.connections[index].take() else { return };
+        if let Stage::Room(room) = connection.stage {
+            self.rooms[room].retain(|member| *member != index);
+        }
+        self.free.push(index);
+    }
+}
+
+impl Connection {
+    fn write(&mut self, bytes: &[u8]) {
+        if !matches!(self.stream.write(bytes), Ok(count) if count == bytes.len()) {
+            eprintln!("a connection takes no more");
+            let _ = self.stream.shutdown(std::net::Shutdown::Both);
+        }
+    }
+
+    /// Takes more of the request. When it is all there, the answer, and `connected` behind it.
+    fn shake_hands(&mut self, bytes: &[u8]) -> Option<Vec<u8>> {
+        self.head.extend_from_slice(bytes);
+        let head = std::str::from_utf8(&self.head).ok()?.strip_suffix("\r\n\r\n")?;
+        let key = head.lines().find_map(|line| line.strip_prefix("Sec-WebSocket-Key: "))?;
+        let mut answer = format!(
+            "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
+             Sec-WebSocket-Accept: {}\r\n\r\n",
+            derive_accept_key(key.as_bytes())
+        )
+        .into_bytes();
+        let echo = head.starts_with("GET /ws/echo");
+        self.stage = if echo { Stage::Echo } else { Stage::Lobby };
+        if !echo {
+            answer.extend_from_slice(&encode(Opcode::Text, &[br#"{"type":"connected"}"#]));
+        }
+        self.head = Vec::new();
+        Some(answer)
+    }
+
+    fn deeds(&mut self, mut input: &mut [u8]) -> Vec<Deed> {
+        let mut deeds = Vec::new();
+        while !input.is_empty() {
+            let (used, deed) = match self.decoder.next(input) {
+                Ok((used, Some(Received::Text(text)))) => (used, deed_of(self.stage, text)),
+                Ok((used, Some(Received::Close(_)))) => (used, Some(Deed::Leave)),
+                Ok((used, _)) => (used, None),
+                Err(_) => (input.len(), Some(Deed::Leave)),
+            };
+            deeds.extend(deed);
+            input = &mut input[used..];
+        }
+        deeds
+    }
+}
+
+fn deed_of(stage: Stage, text: &str) -> Option<Deed> {
+    match stage {
+        Stage::Handshake => None,
+        Stage::Lobby => {
+            let (_, rest) = text.split_once(r#""room":""#)?;
+            Some(Deed::Join(rest.split_once('"')?.0.to_owned()))
+        }
+        Stage::Room(_) => Some(Deed::Relay(text.as_bytes().to_vec())),
+        Stage::Echo => Some(Deed::Echo(text.as_bytes().to_vec())),
+    }
+}

@@ -1,0 +1,156 @@
+//! The chat that one writes with axum and tokio in an afternoon, as the documents of both show it:
+//! a broadcast channel per room, two tasks per connection. `loadtest bench` measures it beside the
+//! gateway. With `REDIS=redis://…` a message goes through Redis' pub/sub to every node.
+//!
+//! It keeps no log, has no limits, and whoever falls 4,096 messages behind is cut off without a word.
+
+#![allow(clippy::disallowed_methods, reason = "this is how it is done without a rule against it")]
+
+use std::{collections::HashMap, sync::Arc};
+
+use axum::{
+    Router,
+    extract::{
+        Query, State,
+        ws::{Message, Utf8Bytes, WebSocket, WebSocketUpgrade},
+    },
+    response::Response,
+    routing::get,
+    serve::ListenerExt as _,
+};
+use futures_util::{SinkExt as _, StreamExt as _};
+use parking_lot::Mutex;
+use redis::{AsyncTypedCommands as _, aio::MultiplexedConnection};
+use serde::{Deserialize, Serialize};
+use tokio::sync::broadcast;
+
+type Rooms = Arc<Mutex<HashMap<String, broadcast::Sender<Utf8Bytes>>>>;
+type Failure = Box<dyn std::error::Error>;
+
+#[derive(Clone)]
+struct Chat {
+    rooms: Rooms,
+    redis: Option<MultiplexedConnection>,
+}
+
+#[derive(Deserialize)]
+struct Hello {
+    user: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+enum Said {
+    Join { room: String },
+    Message { id: String, content: String },
+}
+
+#[derive(Serialize)]
+struct Heard<'a> {
+    r#type: &'static str,
+    room: &'a str,
+    id: &'a str,
+    from: &'a str,
+    content: &'a str,
+    timestamp: String,
+}
+
+#[tokio::main]
+async fn main() -> Result<(), Failure> {
+    rlimit::increase_nofile_limit(u64::MAX)?;
+    let rooms = Rooms::default();
+    let redis = match std::env::var("REDIS") {
+        Ok(url) => Some(connect(&url, rooms.clone()).await?),
+        Err(_) => None,
+    };
+    let router = Router::new()
+        .route("/ws", get(chat))
+        .route("/ws/echo", get(echo))
+        .route("/ready", get(async || "ready"))
+        .with_state(Chat { rooms, redis });
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+    eprintln!(r#"{{"listen":"{}"}}"#, listener.local_addr()?);
+    let listener = listener.tap_io(|stream| {
+        let _ = stream.set_nodelay(true);
+    });
+    axum::serve(listener, router).await?;
+    Ok(())
+}
+
+/// The connection to publish on; what other nodes and this one publish goes into the rooms.
+async fn connect(url: &str, rooms: Rooms) -> Result<MultiplexedConnection, Failure> {
+    let client = redis::Client::open(url)?;
+    let mut subscription = client.get_async_pubsub().await?;
+    subscription.psubscribe("*").await?;
+    tokio::spawn(async move {
+        let mut messages = subscription.into_on_message();
+        while let Some(message) = messages.next().await {
+            let room = rooms.lock().get(message.get_channel_name()).cloned();
+            if let (Some(room), Ok(payload)) = (room, message.get_payload::<String>()) {
+                let _ = room.send(payload.into());
+            }
+        }
+    });
+    Ok(client.get_multiplexed_async_connection().await?)
+}
+
+async fn chat(State(chat): State<Chat>, hello: Query<Hello>, ws: WebSocketUpgrade) -> Response {
+    let user = hello.0.user.unwrap_or_else(|| "anonymous".to_owned());
+    ws.protocols([shared::SUBPROTOCOL]).on_upgrade(|socket| serve(socket, user, chat))
+}
+
+async fn serve(socket: WebSocket, user: String, mut chat: Chat) {
+    let (mut sender, mut receiver) = socket.split();
+    if sender.send(Message::Text(r#"{"type":"connected"}"#.into())).await.is_err() {
+        return;
+    }
+    let Some(Ok(Message::Text(text))) = receiver.next().await else { return };
+    let Ok(Said::Join { room }) = serde_json::from_str(&text) else { return };
+    let here = chat.rooms.lock().entry(room.clone()).or_insert_with(new_room).clone();
+    let mut messages = here.subscribe();
+    if sender.send(Message::Text(r#"{"type":"joined"}"#.into())).await.is_err() {
+        return;
+    }
+    let mut sending = tokio::spawn(async move {
+        while let Ok(message) = messages.recv().await {
+            if sender.send(Message::Text(message)).await.is_err() {
+                return;
+            }
+        }
+    });
+    let mut receiving = tokio::spawn(async move {
+        while let Some(Ok(Message::Text(text))) = receiver.next().await {
+            let Ok(Said::Message { id, content }) = serde_json::from_str(&text) else { continue };
+            let timestamp = shared::timestamp(std::time::SystemTime::now());
+            let (room, id, content) = (&room, &id, &content);
+            let heard = Heard { r#type: "message", room, id, from: &user, content, timestamp };
+            let Ok(heard) = serde_json::to_string(&heard) else { continue };
+            match &mut chat.redis {
+                Some(redis) => {
+                    let _ = redis.publish(room, heard).await;
+                }
+                None => {
+                    let _ = here.send(heard.into());
+                }
+            }
+        }
+    });
+    tokio::select! {
+        _ = &mut sending => receiving.abort(),
+        _ = &mut receiving => sending.abort(),
+    }
+}
+
+fn new_room() -> broadcast::Sender<Utf8Bytes> {
+    broadcast::channel(4096).0
+}
+
+async fn echo(ws: WebSocketUpgrade) -> Response {
+    ws.on_upgrade(async |mut socket| {
+        while let Some(Ok(Message::Text(text))) = socket.recv().await {
+            if socket.send(Message::Text(text)).await.is_err() {
+                return;
+            }
+        }
+    })
+}

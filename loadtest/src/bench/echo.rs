@@ -1,0 +1,47 @@
+//! One connection that says something and waits until it comes back.
+
+use std::{net::SocketAddr, time::Duration};
+
+use hdrhistogram::Histogram;
+use tokio::time::Instant;
+
+use super::{
+    client::{Client, ClientError},
+    stamp::Stamp,
+    swarm::{Times, histogram},
+};
+
+/// What came of it.
+pub(crate) struct Echoed<T> {
+    /// What `look` saw at the beginning and at the end of what was measured.
+    pub(crate) looks: (T, T),
+    pub(crate) round_trips_ns: Histogram<u64>,
+}
+
+/// Goes to and fro for a while.
+pub(crate) fn echo<T, E: From<ClientError>>(
+    address: SocketAddr,
+    times: Times,
+    look: impl Fn() -> Result<T, E>,
+) -> Result<Echoed<T>, E> {
+    let mut client = Client::connect(address, "/ws/echo")?;
+    let began = Instant::now();
+    while began.elapsed() < times.warm {
+        round_trip(&mut client)?;
+    }
+    let mut round_trips_ns = histogram();
+    let before = look()?;
+    let began = Instant::now();
+    while began.elapsed() < times.measured {
+        let took = round_trip(&mut client)?;
+        round_trips_ns.saturating_record(took.as_nanos() as u64);
+    }
+    Ok(Echoed { looks: (before, look()?), round_trips_ns })
+}
+
+fn round_trip(client: &mut Client) -> Result<Duration, ClientError> {
+    let began = Instant::now();
+    client.say(&Stamp { sender: 0, due_ns: 0 }.content())?;
+    client.wait_until("the echo", |message| Stamp::find(message).is_some())?;
+    Ok(began.elapsed())
+}

@@ -1,0 +1,248 @@
+//! `loadtest bench`: the table of speed and size. Every row is measured for the gateway, for the
+//! floor (one `write(2)` per frame and socket, `examples/floor.rs`) and for a naive chat
+//! (`examples/naive_chat.rs`), in turns, with new processes for each round.
+
+use std::{fs, io, time::Duration};
+
+use clap::Parser as _;
+use hdrhistogram::Histogram;
+
+use crate::{
+    args::{BenchArgs, Cli, Command},
+    connect,
+    process::CostError,
+};
+
+mod rows;
+mod measure;
+mod stamp;
+mod client;
+mod swarm;
+mod echo;
+mod script;
+mod servers;
+mod machine;
+mod table;
+
+pub(crate) use rows::RowName;
+
+use client::ClientError;
+use machine::Machine;
+use measure::{Measure, Sample};
+use rows::{Pace, ROWS, Row, Shape, Talk};
+use servers::{Contender, Ground, Servers, Spent};
+use swarm::{Swarm, Times};
+use table::{Rounds, Table, TableRow};
+
+/// Descriptors that servers and load want; servers inherit the limit.
+const DESCRIPTORS: u64 = 20_000;
+/// Where messages go out later than this, the latency is the load's own.
+const LATENESS_MAX: Duration = Duration::from_millis(1);
+
+/// Why nothing was measured.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum BenchError {
+    /// A server cannot be started.
+    #[error("{what}: {source}")]
+    Start { what: String, source: io::Error },
+    /// A server does not serve.
+    #[error("{what} is not ready: {log}")]
+    NotReady { what: String, log: String },
+    /// There is no place for logs.
+    #[error("a place for logs: {0}")]
+    Scratch(#[source] io::Error),
+    /// The load does not work.
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    /// Redis does not answer as it should.
+    #[error("Redis: {0}")]
+    Redis(#[from] io::Error),
+    /// The cost of a process cannot be read.
+    #[error(transparent)]
+    Cost(#[from] CostError),
+    /// Connections cannot be opened.
+    #[error(transparent)]
+    Connect(#[from] connect::ConnectError),
+    /// The result cannot be kept.
+    #[error("{path}: {source}")]
+    Json { path: String, source: io::Error },
+}
+
+/// Measures what was asked for.
+pub(crate) async fn run(args: BenchArgs) -> Result<Table, BenchError> {
+    // What is not given shows where connections fail.
+    let _ = rlimit::increase_nofile_limit(DESCRIPTORS);
+    let ground = Ground::new(args.programs.clone());
+    let machine = Machine::look(&ground);
+    let mut table = Table::new(machine, args.rounds, args.measured.as_millis());
+    for row in ROWS.iter().filter(|row| args.rows.is_empty() || args.rows.contains(&row.name)) {
+        let rounds = measure_row(&ground, row, &args).await?;
+        table.rows.push(TableRow::new(row, &rounds));
+        eprintln!("{}", table.rows.last().map(ToString::to_string).unwrap_or_default());
+    }
+    if let Some(path) = &args.json {
+        let json = serde_json::to_string_pretty(&table).expect("a table has only text as keys");
+        let failed = |source| BenchError::Json { path: path.display().to_string(), source };
+        fs::write(path, json).map_err(failed)?;
+    }
+    Ok(table)
+}
+
+async fn measure_row(ground: &Ground, row: &Row, args: &BenchArgs) -> Result<Rounds, BenchError> {
+    let shape = row.shape.divided(args.divide_by);
+    let mut times = Times { warm: args.measured / 4, measured: args.measured };
+    if shape.is_paced() {
+        // Little CPU is used, and it is told in steps of 10 ms.
+        times.measured *= 2;
+    }
+    let mut rounds: Rounds = Contender::ALL.map(|who| (who, Vec::new())).into();
+    rounds.retain(|(who, _)| shape.has(*who));
+    for _ in 0..args.rounds {
+        for (who, samples) in &mut rounds {
+            samples.push(sample(ground, shape, *who, times).await?);
+        }
+    }
+    Ok(rounds)
+}
+
+async fn sample(
+    ground: &Ground,
+    shape: Shape,
+    who: Contender,
+    times: Times,
+) -> Result<Sample, BenchError> {
+    match shape {
+        Shape::Talk(talk) => {
+            let servers = ground.start(who, talk.nodes, false)?;
+            talk_sample(&servers, talk, times)
+        }
+        Shape::Publish(talk) if who == Contender::Floor => {
+            script_sample(&ground.start_redis()?, talk, times)
+        }
+        Shape::Publish(talk) => publish_sample(&ground.start(who, talk.nodes, false)?, talk, times),
+        Shape::Connect { connections, per_second, token } => {
+            let servers = ground.start(who, 1, token)?;
+            connect_sample(&servers, connections, per_second, token).await
+        }
+        Shape::Echo => echo_sample(&ground.start(who, 1, false)?, times),
+    }
+}
+
+fn talk_sample(servers: &Servers, talk: Talk, times: Times) -> Result<Sample, BenchError> {
+    let mut swarm = Swarm::open(talk, &servers.addresses())?;
+    let talked = swarm.talk(times, || servers.spent())?;
+    let (before, after) = talked.looks;
+    let spent = after.since(before);
+    let mut sample = Sample::default();
+    sample.put_cpu(spent, talked.deliveries, talk.nodes > 1);
+    sample.put(Measure::Deliveries, talked.deliveries as f64 / talked.measured.as_secs_f64());
+    if let Pace::PerSecond(_) = talk.pace {
+        // Where the next message waits for the last there is no time at which it was due.
+        sample.put_latency(&talked.latency_ns);
+        let late = Duration::from_nanos(talked.lateness_ns.value_at_quantile(0.99));
+        if late > LATENESS_MAX {
+            sample.flaws.push(format!("the load was late: its p99 is {late:.1?}"));
+        }
+    }
+    if talked.wrong > 0 {
+        sample.flaws.push(format!(
+            "of {} deliveries {} are missing or too many",
+            talked.expected, talked.wrong
+        ));
+    }
+    Ok(sample)
+}
+
+fn publish_sample(servers: &Servers, talk: Talk, times: Times) -> Result<Sample, BenchError> {
+    let mut sample = talk_sample(servers, talk, times)?;
+    let redis_us = sample.values.get(&Measure::RedisCpu).copied().unwrap_or_default();
+    sample.values.clear();
+    // Each message has one reader: its sender.
+    sample.put(Measure::Publishes, 1e6 / redis_us);
+    Ok(sample)
+}
+
+fn script_sample(redis: &Servers, talk: Talk, times: Times) -> Result<Sample, BenchError> {
+    let mut sample = Sample::default();
+    if let Some(address) = redis.redis_address() {
+        let scripted = script::publish(address, talk, times, || redis.spent())?;
+        let (before, after) = scripted.looks;
+        let seconds = after.since(before).redis_ms as f64 / 1e3;
+        sample.put(Measure::Publishes, scripted.publishes as f64 / seconds);
+    }
+    Ok(sample)
+}
+
+fn echo_sample(servers: &Servers, times: Times) -> Result<Sample, BenchError> {
+    let mut sample = Sample::default();
+    for address in servers.addresses() {
+        let echoed = echo::echo(address, times, || servers.spent())?;
+        let (before, after) = echoed.looks;
+        sample.put_cpu(after.since(before), echoed.round_trips_ns.len(), false);
+        sample.put_latency(&echoed.round_trips_ns);
+    }
+    Ok(sample)
+}
+
+/// As `loadtest connect` does it.
+async fn connect_sample(
+    servers: &Servers,
+    connections: u32,
+    per_second: u32,
+    token: bool,
+) -> Result<Sample, BenchError> {
+    let mut command = vec!["loadtest".to_owned(), "connect".to_owned()];
+    let mut option = |name: &str, value: String| command.extend([format!("--{name}"), value]);
+    for (address, pid) in servers.addresses().iter().zip(servers.pids()) {
+        option("url", format!("ws://{address}/ws"));
+        option("pid", pid.to_string());
+    }
+    option("connections", connections.to_string());
+    option("rate", format!("{per_second}/s"));
+    option("rooms", connections.div_ceil(10).to_string());
+    option("hold", "1s".to_owned());
+    if token {
+        option("token", servers::TOKEN.to_owned());
+    }
+    let Command::Connect(args) = Cli::parse_from(command).command else {
+        unreachable!("`connect` is said above")
+    };
+    let report = connect::run(args).await?;
+    let mut sample = Sample::default();
+    if let Some(server) = report.servers.first() {
+        let cpu = server.cpu_opening_per_connection_us as f64;
+        sample.put(Measure::CpuPerConnection, cpu);
+        if let Some(memory) = server.memory_per_connection_bytes {
+            sample.put(Measure::Memory, memory as f64 / 1024.0);
+        }
+    }
+    sample.put(Measure::Connections, f64::from(report.opened) / report.opening_s);
+    if !report.is_good() {
+        let (held, asked) = (report.held, report.asked);
+        sample.flaws.push(format!("only {held} of {asked} connections were held"));
+    }
+    Ok(sample)
+}
+
+impl Sample {
+    fn put(&mut self, measure: Measure, value: f64) {
+        self.values.insert(measure, value);
+    }
+
+    fn put_latency(&mut self, times_ns: &Histogram<u64>) {
+        for (measure, quantile) in
+            [(Measure::P50, 0.5), (Measure::P99, 0.99), (Measure::P999, 0.999)]
+        {
+            self.put(measure, times_ns.value_at_quantile(quantile) as f64 / 1e3);
+        }
+    }
+
+    fn put_cpu(&mut self, spent: Spent, deliveries: u64, redis: bool) {
+        let each = |ms: u64| ms as f64 * 1e3 / deliveries as f64;
+        self.put(Measure::Cpu, each(spent.total_ms()));
+        self.put(Measure::UserCpu, each(spent.user_ms));
+        if redis {
+            self.put(Measure::RedisCpu, each(spent.redis_ms));
+        }
+    }
+}

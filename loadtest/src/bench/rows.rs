@@ -1,0 +1,238 @@
+//! The rows of the table: what is measured, and what is wanted of it.
+//!
+//! Pure. A further row is one more entry of [`ROWS`].
+
+use clap::ValueEnum;
+
+use super::{measure::Measure, servers::Contender};
+
+/// The name of a row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum RowName {
+    /// One room of 1,000, saturated.
+    Fanout,
+    /// Rooms of 10 in which everybody talks, saturated.
+    Rooms,
+    /// The same, one message at a time in each room.
+    RoomsOne,
+    /// The same at 10,000 deliveries a second.
+    Paced,
+    /// Three nodes and Redis, rooms of 9, 1,000 messages a second.
+    Cluster,
+    /// The same, saturated.
+    ClusterSaturated,
+    /// Three nodes and Redis, a room of 30, 100 messages a second.
+    ClusterLatency,
+    /// Memory of a connection that is joined and silent.
+    Idle,
+    /// To connect with a token and to join.
+    Connect,
+    /// The echo endpoint, one message at a time.
+    Echo,
+    /// Publishes through one Redis, beside the script alone.
+    Redis,
+}
+
+/// A row.
+#[derive(Debug)]
+pub(crate) struct Row {
+    pub(crate) name: RowName,
+    pub(crate) title: &'static str,
+    pub(crate) shape: Shape,
+    pub(crate) targets: &'static [(Measure, Target)],
+}
+
+/// What happens in a row.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Shape {
+    /// Members of rooms talk.
+    Talk(Talk),
+    /// So many connections open, join, and are silent.
+    Connect {
+        connections: u32,
+        per_second: u32,
+        /// Whether they show a token that is checked.
+        token: bool,
+    },
+    /// One connection says something and waits until it comes back.
+    Echo,
+    /// As `Talk`, and the floor is the script alone.
+    Publish(Talk),
+}
+
+/// Who talks how.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Talk {
+    /// Gateways; where there are several, Redis is between them.
+    pub(crate) nodes: usize,
+    pub(crate) rooms: usize,
+    /// In each room, spread over the nodes.
+    pub(crate) members: usize,
+    pub(crate) pace: Pace,
+}
+
+/// How fast.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Pace {
+    /// As fast as it goes: so many members of each room have so many messages under way, and send
+    /// the next when their own copy of one has come.
+    Saturated { talkers: usize, in_flight: usize },
+    /// So many messages a second, of all members in turn, whatever became of earlier ones.
+    PerSecond(u32),
+}
+
+/// What a measure should be.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Target {
+    Max(f64),
+    Min(f64),
+    /// So many times the floor's of the same round.
+    MaxTimesFloor(f64),
+    MinTimesFloor(f64),
+}
+
+/// All rows, in the order of the table.
+pub(crate) const ROWS: &[Row] = &[
+    Row {
+        name: RowName::Fanout,
+        title: "fan-out: 1 room of 1,000, saturated (8 talkers, 8 messages each under way)",
+        shape: Shape::Talk(Talk {
+            nodes: 1,
+            rooms: 1,
+            members: 1000,
+            pace: Pace::Saturated { talkers: 8, in_flight: 8 },
+        }),
+        targets: &[(Measure::Cpu, Target::MaxTimesFloor(0.25))],
+    },
+    Row {
+        name: RowName::Rooms,
+        title: "100 rooms of 10, everybody talks, saturated (each member 1 message under way)",
+        shape: Shape::Talk(Talk {
+            nodes: 1,
+            rooms: 100,
+            members: 10,
+            pace: Pace::Saturated { talkers: 10, in_flight: 1 },
+        }),
+        targets: &[(Measure::Cpu, Target::MaxTimesFloor(1.2))],
+    },
+    Row {
+        name: RowName::RoomsOne,
+        title: "the same, saturated with 1 message under way in each room",
+        shape: Shape::Talk(Talk {
+            nodes: 1,
+            rooms: 100,
+            members: 10,
+            pace: Pace::Saturated { talkers: 1, in_flight: 1 },
+        }),
+        targets: &[(Measure::Cpu, Target::MaxTimesFloor(1.2))],
+    },
+    Row {
+        name: RowName::Paced,
+        title: "100 rooms of 10 at 10,000 deliveries/s",
+        shape: Shape::Talk(Talk { nodes: 1, rooms: 100, members: 10, pace: Pace::PerSecond(1000) }),
+        targets: &[
+            (Measure::Cpu, Target::MaxTimesFloor(1.15)),
+            (Measure::P50, Target::MaxTimesFloor(1.1)),
+            (Measure::P99, Target::MaxTimesFloor(1.3)),
+        ],
+    },
+    Row {
+        name: RowName::Cluster,
+        title: "3 nodes + Redis, 100 rooms of 9 at 1,000 messages/s",
+        shape: Shape::Talk(Talk { nodes: 3, rooms: 100, members: 9, pace: Pace::PerSecond(1000) }),
+        targets: &[(Measure::Cpu, Target::Max(45.0))],
+    },
+    Row {
+        name: RowName::ClusterSaturated,
+        title: "3 nodes + Redis on one core, 100 rooms of 9, everybody talks, saturated",
+        shape: Shape::Talk(Talk {
+            nodes: 3,
+            rooms: 100,
+            members: 9,
+            pace: Pace::Saturated { talkers: 9, in_flight: 1 },
+        }),
+        targets: &[(Measure::Deliveries, Target::Min(60_000.0))],
+    },
+    Row {
+        name: RowName::ClusterLatency,
+        title: "3 nodes + Redis, 1 room of 30 at 100 messages/s",
+        shape: Shape::Talk(Talk { nodes: 3, rooms: 1, members: 30, pace: Pace::PerSecond(100) }),
+        targets: &[(Measure::P50, Target::Max(800.0)), (Measure::P99, Target::Max(5_000.0))],
+    },
+    Row {
+        name: RowName::Idle,
+        title: "10,000 connections, joined (rooms of 10) and silent",
+        shape: Shape::Connect { connections: 10_000, per_second: 3_000, token: false },
+        targets: &[(Measure::Memory, Target::Max(4.0))],
+    },
+    Row {
+        name: RowName::Connect,
+        title: "connect and join (rooms of 10), with a token checked, saturated",
+        shape: Shape::Connect { connections: 10_000, per_second: 20_000, token: true },
+        targets: &[
+            (Measure::CpuPerConnection, Target::Max(80.0)),
+            (Measure::Connections, Target::Min(8_000.0)),
+        ],
+    },
+    Row {
+        name: RowName::Echo,
+        title: "echo round trip, 1 connection",
+        shape: Shape::Echo,
+        targets: &[(Measure::P50, Target::MaxTimesFloor(1.2))],
+    },
+    Row {
+        name: RowName::Redis,
+        title: "publishes through one Redis, log and dedup on (floor: the script alone)",
+        shape: Shape::Publish(Talk {
+            nodes: 3,
+            rooms: 99,
+            members: 1,
+            pace: Pace::Saturated { talkers: 1, in_flight: 8 },
+        }),
+        targets: &[(Measure::Publishes, Target::MinTimesFloor(0.8))],
+    },
+];
+
+impl Shape {
+    /// Whether somebody is measured in it.
+    pub(crate) fn has(self, who: Contender) -> bool {
+        match who {
+            Contender::Floor | Contender::Skein => true,
+            // A script has no other that does the same.
+            Contender::Naive => !matches!(self, Self::Publish(_)),
+            // Where little is under way, little gathers.
+            Contender::Coalescing => {
+                matches!(self, Self::Talk(Talk { nodes: 1, pace: Pace::Saturated { .. }, .. }))
+            }
+        }
+    }
+
+    /// Whether messages go out at set times.
+    pub(crate) fn is_paced(self) -> bool {
+        matches!(self, Self::Talk(Talk { pace: Pace::PerSecond(_), .. }))
+    }
+
+    /// The same with so many times fewer connections and messages, to try it out.
+    pub(crate) fn divided(self, by: u32) -> Self {
+        let few = |many: usize| many.div_ceil(by as usize);
+        let talk = |talk: Talk| {
+            let rooms = few(talk.rooms);
+            let members = if talk.rooms == 1 { few(talk.members) } else { talk.members };
+            let pace = match talk.pace {
+                Pace::Saturated { talkers, in_flight } => {
+                    Pace::Saturated { talkers: talkers.min(members), in_flight }
+                }
+                Pace::PerSecond(rate) => Pace::PerSecond(rate.div_ceil(by)),
+            };
+            Talk { rooms, members, pace, ..talk }
+        };
+        match self {
+            Self::Talk(one) => Self::Talk(talk(one)),
+            Self::Publish(one) => Self::Publish(talk(one)),
+            Self::Connect { connections, per_second, token } => {
+                Self::Connect { connections: connections.div_ceil(by), per_second, token }
+            }
+            Self::Echo => Self::Echo,
+        }
+    }
+}

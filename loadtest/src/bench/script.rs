@@ -1,0 +1,140 @@
+//! The script that appends, alone: how often Redis runs it when nobody but this asks.
+
+use std::{
+    io::{self, BufRead as _, BufReader, Read as _, Write as _},
+    net::{SocketAddr, TcpStream},
+    time::Duration,
+};
+
+use tokio::time::Instant;
+
+use super::{
+    rows::Talk,
+    stamp::{CONTENT_BYTES, Stamp},
+    swarm::Times,
+};
+
+/// The gateway's own text of it.
+const SCRIPT: &str = concat!(
+    include_str!("../../../gateway/src/bus/redis/scripts/prelude.lua"),
+    "\n",
+    include_str!("../../../gateway/src/bus/redis/scripts/append.lua"),
+);
+/// How many calls are under way.
+const PIPELINE_LEN: usize = 128;
+/// The server that the nodes agreed on, as far as the script sees.
+const TOKEN: &str = "0123456789abcdef";
+/// An envelope around the content: header, room, id, author, time.
+const ENVELOPE_BYTES: usize = CONTENT_BYTES + 240;
+
+/// What came of it.
+pub(crate) struct Scripted<T> {
+    pub(crate) looks: (T, T),
+    pub(crate) publishes: u64,
+}
+
+/// Calls the script for a while, for as many rooms as the talk has.
+pub(crate) fn publish<T, E: From<io::Error>>(
+    address: SocketAddr,
+    talk: Talk,
+    times: Times,
+    look: impl Fn() -> Result<T, E>,
+) -> Result<Scripted<T>, E> {
+    let stream = TcpStream::connect(address)?;
+    stream.set_nodelay(true)?;
+    let mut redis =
+        Redis { answers: BufReader::with_capacity(1 << 18, stream.try_clone()?), stream };
+    redis.ask(&[&["HSET", "gw:barrier", "t", TOKEN, "open", "1"]])?;
+    let sha = redis.ask(&[&["SCRIPT", "LOAD", SCRIPT]])?.swap_remove(0);
+    let mut number = 0;
+    let mut run = |until: Duration, began: Instant| -> io::Result<u64> {
+        let mut publishes = 0;
+        while began.elapsed() < until {
+            let calls: Vec<Vec<String>> = (number..number + PIPELINE_LEN)
+                .map(|number| call(&sha, number % talk.rooms, number))
+                .collect();
+            number += PIPELINE_LEN;
+            let calls: Vec<Vec<&str>> =
+                calls.iter().map(|call| call.iter().map(String::as_str).collect()).collect();
+            let calls: Vec<&[&str]> = calls.iter().map(Vec::as_slice).collect();
+            publishes += redis.ask(&calls)?.len() as u64;
+        }
+        Ok(publishes)
+    };
+    run(times.warm, Instant::now())?;
+    let before = look()?;
+    let publishes = run(times.measured, Instant::now())?;
+    Ok(Scripted { looks: (before, look()?), publishes })
+}
+
+/// The arguments that a gateway gives to the script, with its defaults.
+fn call(sha: &str, room: usize, number: usize) -> Vec<String> {
+    let key = |name: &str| format!("gw:{{0}}:r:bench-{room:04}:{name}");
+    let id = format!("bench-{number:018x}");
+    let stamp = Stamp { sender: 0, due_ns: number as u64 };
+    // Bytes 3 to 26 of an envelope are its id key.
+    let envelope = format!("{:x<ENVELOPE_BYTES$}", format!("xx{id}{}", stamp.content()));
+    let arguments = [
+        "EVALSHA",
+        sha,
+        "5",
+        &key("log"),
+        &key("meta"),
+        &key("ids0"),
+        &key("ids1"),
+        "gw:barrier",
+        &format!("gw:{{0}}:r:bench-{room:04}"),
+        &id,
+        &envelope,
+        "abcdefgh",
+        "1000",
+        "120000",
+        "16777216",
+        "86400000",
+        "86400000",
+        "600000",
+        TOKEN,
+        "",
+        "",
+    ];
+    arguments.map(str::to_owned).into()
+}
+
+struct Redis {
+    stream: TcpStream,
+    answers: BufReader<TcpStream>,
+}
+
+impl Redis {
+    /// Sends commands in one write and takes the answer of each.
+    fn ask(&mut self, commands: &[&[&str]]) -> io::Result<Vec<String>> {
+        let mut bytes = Vec::new();
+        for command in commands {
+            write!(bytes, "*{}\r\n", command.len())?;
+            for part in *command {
+                write!(bytes, "${}\r\n{part}\r\n", part.len())?;
+            }
+        }
+        self.stream.write_all(&bytes)?;
+        commands.iter().map(|_| self.answer()).collect()
+    }
+
+    /// The last text of one answer; what is an error in it is one here.
+    fn answer(&mut self) -> io::Result<String> {
+        let mut line = String::new();
+        self.answers.read_line(&mut line)?;
+        let invalid = |text: &str| io::Error::new(io::ErrorKind::InvalidData, text.to_owned());
+        let (kind, rest) = line.trim_end().split_at_checked(1).ok_or_else(|| invalid("nothing"))?;
+        let length = || rest.parse::<usize>().map_err(|_| invalid(&line));
+        match kind {
+            "+" | ":" => Ok(rest.to_owned()),
+            "$" => {
+                let mut text = vec![0; length()? + 2];
+                self.answers.read_exact(&mut text)?;
+                Ok(String::from_utf8_lossy(&text).trim_end().to_owned())
+            }
+            "*" => (0..length()?).try_fold(String::new(), |_, _| self.answer()),
+            _ => Err(invalid(&line)),
+        }
+    }
+}

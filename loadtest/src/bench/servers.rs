@@ -1,0 +1,357 @@
+//! The servers that are measured, as processes on a CPU of their own.
+//!
+//! Each is started anew for every round, on ports of its own, and killed by its pid.
+
+use std::{
+    fmt,
+    fs::File,
+    io::{self, BufRead as _, BufReader, Read as _, Write as _},
+    net::{SocketAddr, TcpListener, TcpStream},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use serde::Serialize;
+use tempfile::TempDir;
+use tokio::time::Instant;
+
+use super::BenchError;
+use crate::process::Cpu;
+
+/// The CPU of the servers. The load has the other.
+const SERVER_CPU: &str = "0";
+const LOAD_CPU: &str = "1";
+/// How long a server may take until it serves. Nodes on a new Redis wait for others that may know
+/// it.
+const READY_MAX: Duration = Duration::from_secs(40);
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
+
+/// The secret of the tokens in the row that has them checked, and a token for it:
+/// `{"sub":"bench","exp":4102444800}`.
+const SECRET: &str = "a secret for nothing but the bench";
+pub(crate) const TOKEN: &str = concat!(
+    "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJzdWIiOiJiZW5jaCIsImV4cCI6NDEwMjQ0NDgwMH0",
+    ".mMWUI-w3ESTRd_e3lrO2fOmp4qOZgqlZ7x1K-nVqilc"
+);
+
+/// What the gateway is given beside its addresses: it is measured as it is, but for the limits that
+/// a load from one address would meet.
+pub(crate) const GATEWAY_OPTIONS: [&str; 5] = [
+    "limits.connections_per_ip=0",
+    "limits.handshakes_per_minute_per_ip=0",
+    "limits.connections_per_user=0",
+    "limits.messages_per_second=0",
+    "limits.accepts_per_second=0",
+];
+
+/// Who is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Contender {
+    /// One `write(2)` per frame and socket.
+    Floor,
+    /// The same, and what gathers leaves in one write.
+    Coalescing,
+    /// A chat by hand with axum and tokio.
+    Naive,
+    /// The gateway.
+    Skein,
+}
+
+/// Where the programs are, and where they run.
+#[derive(Debug)]
+pub(crate) struct Ground {
+    /// The folder of `gateway` and `examples/`.
+    pub(crate) programs: PathBuf,
+    /// Whether servers and load have a CPU each.
+    pub(crate) pinned: bool,
+}
+
+/// A process.
+#[derive(Debug)]
+struct Server {
+    child: Child,
+    address: SocketAddr,
+}
+
+/// All servers of one contender.
+#[derive(Debug)]
+pub(crate) struct Servers {
+    nodes: Vec<Server>,
+    redis: Option<Server>,
+    // Last, so that it is there as long as those who write into it.
+    _scratch: TempDir,
+}
+
+/// CPU time of all servers, and the part of it that is Redis'.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Spent {
+    pub(crate) user_ms: u64,
+    pub(crate) system_ms: u64,
+    pub(crate) redis_ms: u64,
+}
+
+impl Contender {
+    /// All of them, in the order of the table.
+    pub(crate) const ALL: [Self; 4] = [Self::Floor, Self::Coalescing, Self::Naive, Self::Skein];
+
+    /// Whether it is one process that does nothing but write.
+    fn is_floor(self) -> bool {
+        matches!(self, Self::Floor | Self::Coalescing)
+    }
+}
+
+impl fmt::Display for Contender {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Floor => "floor",
+            Self::Coalescing => "coalescing floor",
+            Self::Naive => "naive axum",
+            Self::Skein => "Skein",
+        })
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Ground {
+    /// Puts this process on the CPU of the load, where there is more than one.
+    pub(crate) fn new(programs: PathBuf) -> Self {
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        let own = std::process::id().to_string();
+        let mut taskset = Command::new("taskset");
+        taskset.args(["-cp", LOAD_CPU, &own]).stdout(Stdio::null()).stderr(Stdio::null());
+        let pinned = cpus > 1 && taskset.status().is_ok_and(|status| status.success());
+        Self { programs, pinned }
+    }
+
+    /// Starts a contender with so many nodes.
+    pub(crate) fn start(
+        &self,
+        who: Contender,
+        nodes: usize,
+        token: bool,
+    ) -> Result<Servers, BenchError> {
+        let scratch = TempDir::new().map_err(BenchError::Scratch)?;
+        // The floor is one process: what the writes alone cost.
+        let redis = match who {
+            Contender::Naive | Contender::Skein if nodes > 1 => Some(self.redis(scratch.path())?),
+            _ => None,
+        };
+        let url = redis.as_ref().map(|redis| format!("redis://{}", redis.address));
+        let count = if who.is_floor() { 1 } else { nodes };
+        let start = |number: usize| {
+            let command = self.command(who, url.as_deref(), token);
+            self.launch(command, &scratch.path().join(format!("node-{number}.log")))
+        };
+        let nodes = (0..count).map(start).collect::<Result<Vec<_>, _>>()?;
+        if !who.is_floor() {
+            nodes.iter().try_for_each(Server::wait_until_ready)?;
+        }
+        Ok(Servers { nodes, redis, _scratch: scratch })
+    }
+
+    /// A Redis as `make cluster` starts it.
+    pub(crate) fn start_redis(&self) -> Result<Servers, BenchError> {
+        let scratch = TempDir::new().map_err(BenchError::Scratch)?;
+        let redis = self.redis(scratch.path())?;
+        Ok(Servers { nodes: Vec::new(), redis: Some(redis), _scratch: scratch })
+    }
+
+    fn command(&self, who: Contender, redis: Option<&str>, token: bool) -> Command {
+        let program = match who {
+            Contender::Floor | Contender::Coalescing => "examples/floor",
+            Contender::Naive => "examples/naive_chat",
+            Contender::Skein => "gateway",
+        };
+        let mut command = self.on_its_cpu(&self.programs.join(program));
+        match (who, redis) {
+            (Contender::Naive, Some(redis)) => {
+                command.env("REDIS", redis);
+            }
+            (Contender::Skein, redis) => {
+                let own =
+                    ["server.listen=127.0.0.1:0", "admin.listen=127.0.0.1:0", "log.format=json"];
+                let mut options: Vec<String> =
+                    own.into_iter().chain(GATEWAY_OPTIONS).map(str::to_owned).collect();
+                if let Some(redis) = redis {
+                    options.push(format!("cluster.redis_url={redis}"));
+                    options.push("auth.allow_anonymous=true".to_owned());
+                }
+                if token {
+                    options.push("auth.mode=jwt".to_owned());
+                    options.push(format!("auth.jwt_secret={SECRET}"));
+                }
+                for option in options {
+                    command.arg("--set").arg(option);
+                }
+            }
+            (Contender::Coalescing, _) => {
+                command.arg("--coalesce");
+            }
+            (Contender::Floor | Contender::Naive, _) => {}
+        }
+        command
+    }
+
+    fn on_its_cpu(&self, program: &Path) -> Command {
+        if !self.pinned {
+            return Command::new(program);
+        }
+        // It becomes the program, so that the pid is the program's.
+        let mut command = Command::new("taskset");
+        command.args(["-c", SERVER_CPU]).arg(program);
+        command
+    }
+
+    /// Starts a program that says in its log where it listens.
+    fn launch(&self, mut command: Command, log: &Path) -> Result<Server, BenchError> {
+        let what = format!("{command:?}");
+        let failed = |source| BenchError::Start { what: what.clone(), source };
+        let file = File::create(log).map_err(BenchError::Scratch)?;
+        let mut child = command.stdin(Stdio::null()).stderr(file).spawn().map_err(failed)?;
+        let deadline = Instant::now() + READY_MAX;
+        loop {
+            let text = std::fs::read_to_string(log).map_err(BenchError::Scratch)?;
+            if let Some(address) = listen_address(&text) {
+                return Ok(Server { child, address });
+            }
+            if deadline < Instant::now() || child.try_wait().map_err(failed)?.is_some() {
+                let _ = child.kill();
+                let _ = child.wait();
+                return Err(BenchError::NotReady { what, log: text });
+            }
+            pause();
+        }
+    }
+
+    fn redis(&self, scratch: &Path) -> Result<Server, BenchError> {
+        // Redis takes no port 0: one that was free a moment ago.
+        let address = TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr());
+        let address = address.map_err(BenchError::Scratch)?;
+        let mut command = self.on_its_cpu(Path::new("redis-server"));
+        command
+            .args(["--bind", "127.0.0.1", "--port", &address.port().to_string(), "--save", ""])
+            .args(["--appendonly", "yes", "--maxmemory-policy", "noeviction", "--dir"])
+            .arg(scratch)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null());
+        let what = format!("{command:?}");
+        let child = command.spawn();
+        let child = child.map_err(|source| BenchError::Start { what: what.clone(), source })?;
+        let server = Server { child, address };
+        server.wait_for(b"PING\r\n", "+PONG")?;
+        Ok(server)
+    }
+}
+
+impl Server {
+    fn wait_until_ready(&self) -> Result<(), BenchError> {
+        self.wait_for(
+            b"GET /ready HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n",
+            "HTTP/1.1 200",
+        )
+    }
+
+    /// Asks until the first line of the answer begins as it should.
+    fn wait_for(&self, question: &[u8], answer: &str) -> Result<(), BenchError> {
+        let ask = || -> io::Result<String> {
+            let mut stream = TcpStream::connect(self.address)?;
+            stream.set_read_timeout(Some(READY_MAX))?;
+            stream.write_all(question)?;
+            let mut line = String::new();
+            BufReader::new(stream.take(1024)).read_line(&mut line)?;
+            Ok(line)
+        };
+        let deadline = Instant::now() + READY_MAX;
+        loop {
+            let said = ask();
+            if said.as_ref().is_ok_and(|line| line.starts_with(answer)) {
+                return Ok(());
+            }
+            if deadline < Instant::now() {
+                let what = format!("the server at {}", self.address);
+                return Err(BenchError::NotReady { what, log: format!("{said:?}") });
+            }
+            pause();
+        }
+    }
+}
+
+impl Servers {
+    /// Where clients connect.
+    pub(crate) fn addresses(&self) -> Vec<SocketAddr> {
+        self.nodes.iter().map(|node| node.address).collect()
+    }
+
+    /// Where Redis is.
+    pub(crate) fn redis_address(&self) -> Option<SocketAddr> {
+        Some(self.redis.as_ref()?.address)
+    }
+
+    /// The processes that clients connect to.
+    pub(crate) fn pids(&self) -> Vec<u32> {
+        self.nodes.iter().map(|node| node.child.id()).collect()
+    }
+
+    /// What all of them were given by the CPUs until now.
+    pub(crate) fn spent(&self) -> Result<Spent, BenchError> {
+        let mut spent = Spent::default();
+        let cpu = |server: &Server| Cpu::of(Some(server.child.id()));
+        for server in self.nodes.iter().chain(&self.redis) {
+            let cpu = cpu(server)?;
+            spent.user_ms += cpu.user_ms;
+            spent.system_ms += cpu.system_ms;
+        }
+        if let Some(redis) = &self.redis {
+            spent.redis_ms = cpu(redis)?.total_ms();
+        }
+        Ok(spent)
+    }
+}
+
+impl Spent {
+    /// What was spent since an earlier look.
+    pub(crate) fn since(self, before: Self) -> Self {
+        Self {
+            user_ms: self.user_ms - before.user_ms,
+            system_ms: self.system_ms - before.system_ms,
+            redis_ms: self.redis_ms - before.redis_ms,
+        }
+    }
+
+    /// User and system time.
+    pub(crate) fn total_ms(self) -> u64 {
+        self.user_ms + self.system_ms
+    }
+}
+
+/// The address in the line of a log that says where a server listens.
+fn listen_address(log: &str) -> Option<SocketAddr> {
+    let (_, rest) = log.split_once(r#""listen":""#)?;
+    rest.split_once('"')?.0.parse().ok()
+}
+
+#[expect(clippy::disallowed_methods, reason = "the bench has its thread for itself")]
+fn pause() {
+    std::thread::sleep(LOOK_AGAIN);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_address_is_found_in_a_log() {
+        let log = "{\"level\":\"WARN\"}\n{\"message\":\"ready\",\"listen\":\"127.0.0.1:81\"}\n";
+        assert_eq!(listen_address(log), Some(SocketAddr::from(([127, 0, 0, 1], 81))));
+        assert_eq!(listen_address("{\"listen\":\"127.0."), None);
+    }
+}

@@ -1,0 +1,71 @@
+//! What a message of the load carries in its content: who sent it, and when it was to be sent.
+//!
+//! Pure. A stamp is found in whatever frame a server puts around the content, since nothing else in
+//! a frame has its mark.
+
+/// The content of every message: a stamp, and filler behind it.
+pub(crate) const CONTENT_BYTES: usize = 128;
+
+const MARK: u8 = b'~';
+const SENDER_DIGITS: usize = 8;
+const TIME_DIGITS: usize = 16;
+
+/// Who sent a message, and when it was to be sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Stamp {
+    /// The number of the sending connection.
+    pub(crate) sender: u32,
+    /// Nanoseconds of the load's clock.
+    pub(crate) due_ns: u64,
+}
+
+impl Stamp {
+    /// The content that carries it.
+    pub(crate) fn content(self) -> String {
+        let Self { sender, due_ns } = self;
+        let stamp = format!("{}{sender:08x}{due_ns:016x}", char::from(MARK));
+        format!("{stamp:x<CONTENT_BYTES$}")
+    }
+
+    /// The stamp in a frame; nothing where the frame carries no message of the load.
+    pub(crate) fn find(frame: &[u8]) -> Option<Self> {
+        let rest = &frame[memchr::memchr(MARK, frame)? + 1..];
+        let (sender, rest) = rest.split_at_checked(SENDER_DIGITS)?;
+        let time = rest.get(..TIME_DIGITS)?;
+        Some(Self { sender: u32::try_from(hex(sender)?).ok()?, due_ns: hex(time)? })
+    }
+}
+
+/// A number of lower-case hexadecimal digits.
+fn hex(digits: &[u8]) -> Option<u64> {
+    digits.iter().try_fold(0, |number: u64, digit| {
+        let digit = match digit {
+            b'0'..=b'9' => digit - b'0',
+            b'a'..=b'f' => digit - b'a' + 10,
+            _ => return None,
+        };
+        Some(number << 4 | u64::from(digit))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stamp_is_found_in_any_frame() {
+        let stamp = Stamp { sender: 0x12_ABCD, due_ns: u64::MAX - 7 };
+        let content = stamp.content();
+        assert_eq!(content.len(), CONTENT_BYTES);
+        let frame = format!(r#"{{"type":"message","seq":7,"content":"{content}"}}"#);
+        assert_eq!(Stamp::find(frame.as_bytes()), Some(stamp));
+        assert_eq!(Stamp::find(content.as_bytes()), Some(stamp));
+    }
+
+    #[test]
+    fn other_frames_have_none() {
+        for frame in [r#"{"type":"ack","seq":7}"#, "", "~", "~0000000g0000000000000000", "~12"] {
+            assert_eq!(Stamp::find(frame.as_bytes()), None, "{frame}");
+        }
+    }
+}

@@ -1,0 +1,360 @@
+//! The load: many connections on one thread and one epoll, which send, receive and count.
+//!
+//! It is not tokio's, since a task and a wake-up for each read would cost more than the servers it
+//! measures, and since tokio's timers go by the millisecond: where messages are due at set times
+//! this waits for them by asking the clock again and again. It wants a core of its own.
+//!
+//! Latency counts from when a message was *due*. What was sent and what arrived is counted for each
+//! room and each connection, and what is missing at the end is told.
+
+use std::{
+    io::{self, Read as _, Write as _},
+    net::SocketAddr,
+    time::Duration,
+};
+
+use hdrhistogram::Histogram;
+use mio::{Events, Interest, Poll, Token, net::TcpStream};
+use tokio::time::Instant;
+
+use super::{
+    client::{self, ClientError},
+    rows::{Pace, Talk},
+    stamp::Stamp,
+};
+use crate::wire::{self, Reader, Received};
+
+/// How long messages under way have to arrive when no more are sent.
+const ARRIVE_MAX: Duration = Duration::from_secs(5);
+/// The longest wait for an event, so that the clock is looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(5);
+/// A message that is due within this time is waited for without sleeping.
+const SPIN: Duration = Duration::from_millis(2);
+/// The longest latency that is told apart.
+const LATENCY_MAX: Duration = Duration::from_secs(60);
+
+/// Connections in rooms.
+pub(crate) struct Swarm {
+    poll: Poll,
+    /// Number `i` is in room `i % rooms`.
+    connections: Vec<Member>,
+    /// Messages sent into each room, and all of them.
+    sent: Vec<u64>,
+    sent_in_all: u64,
+    talk: Talk,
+    began: Instant,
+    buffer: Box<[u8]>,
+    tally: Tally,
+    /// Whether who receives the own copy sends the next message.
+    goes_on: bool,
+}
+
+struct Member {
+    stream: TcpStream,
+    reader: Reader,
+    /// What the socket did not take.
+    unsent: Vec<u8>,
+    received: u64,
+    /// The server has closed.
+    over: bool,
+}
+
+/// What is counted while it is measured.
+struct Tally {
+    deliveries: u64,
+    latency_ns: Histogram<u64>,
+    /// How late messages were sent.
+    lateness_ns: Histogram<u64>,
+}
+
+/// What came of it.
+pub(crate) struct Talked<T> {
+    /// What `look` saw at the beginning and at the end of what was measured.
+    pub(crate) looks: (T, T),
+    pub(crate) measured: Duration,
+    pub(crate) deliveries: u64,
+    pub(crate) latency_ns: Histogram<u64>,
+    pub(crate) lateness_ns: Histogram<u64>,
+    /// Over the whole of it: what should have arrived, and what did not, or too often.
+    pub(crate) expected: u64,
+    pub(crate) wrong: u64,
+}
+
+/// How long to talk.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Times {
+    /// Before anything is measured.
+    pub(crate) warm: Duration,
+    pub(crate) measured: Duration,
+}
+
+impl Swarm {
+    /// Opens all connections, one after the other, and has them join.
+    pub(crate) fn open(talk: Talk, addresses: &[SocketAddr]) -> Result<Self, ClientError> {
+        let poll = Poll::new()?;
+        let mut connections = Vec::new();
+        for index in 0..talk.rooms * talk.members {
+            let address = addresses[index / talk.rooms % addresses.len()];
+            let (stream, reader) = client::join(address, index, &room(index % talk.rooms))?;
+            stream.set_nonblocking(true)?;
+            let mut stream = TcpStream::from_std(stream);
+            let interest = Interest::READABLE | Interest::WRITABLE;
+            poll.registry().register(&mut stream, Token(index), interest)?;
+            let unsent = Vec::new();
+            connections.push(Member { stream, reader, unsent, received: 0, over: false });
+        }
+        Ok(Self {
+            poll,
+            connections,
+            sent: vec![0; talk.rooms],
+            sent_in_all: 0,
+            talk,
+            began: Instant::now(),
+            buffer: vec![0; 256 * 1024].into(),
+            tally: Tally::new(),
+            goes_on: false,
+        })
+    }
+
+    /// Talks for a while. `look` is asked before and after what is measured.
+    pub(crate) fn talk<T, E: From<ClientError>>(
+        &mut self,
+        times: Times,
+        look: impl Fn() -> Result<T, E>,
+    ) -> Result<Talked<T>, E> {
+        self.began = Instant::now();
+        let mut next = 0;
+        if let Pace::Saturated { talkers, in_flight } = self.talk.pace {
+            self.goes_on = true;
+            for _ in 0..in_flight {
+                for index in 0..talkers * self.talk.rooms {
+                    self.send(index, self.now());
+                }
+            }
+        }
+        self.run(times.warm, &mut next)?;
+        let before = look()?;
+        self.tally = Tally::new();
+        let begin = self.began.elapsed();
+        self.run(times.warm + times.measured, &mut next)?;
+        let after = look()?;
+        let measured = self.began.elapsed() - begin;
+        let tally = std::mem::replace(&mut self.tally, Tally::new());
+        self.goes_on = false;
+        self.wait_for_the_rest()?;
+        let (expected, wrong) = self.account();
+        Ok(Talked {
+            looks: (before, after),
+            measured,
+            deliveries: tally.deliveries,
+            latency_ns: tally.latency_ns,
+            lateness_ns: tally.lateness_ns,
+            expected,
+            wrong,
+        })
+    }
+
+    /// Sends what is due and takes what arrives, until a time.
+    fn run(&mut self, until: Duration, next: &mut u64) -> Result<(), ClientError> {
+        let mut events = Events::with_capacity(1024);
+        loop {
+            let now = self.began.elapsed();
+            if until <= now {
+                return Ok(());
+            }
+            let mut wait = (until - now).min(LOOK_EVERY);
+            if let Pace::PerSecond(rate) = self.talk.pace {
+                let due = |next: u64| Duration::from_secs_f64(next as f64 / f64::from(rate));
+                while due(*next) <= now {
+                    let index = (*next % self.connections.len() as u64) as usize;
+                    self.send(index, due(*next).as_nanos() as u64);
+                    *next += 1;
+                }
+                wait = wait.min((due(*next) - now).saturating_sub(SPIN));
+            }
+            self.take(&mut events, wait)?;
+        }
+    }
+
+    /// Takes what arrives until everything has, or nothing has for too long.
+    fn wait_for_the_rest(&mut self) -> Result<(), ClientError> {
+        let mut events = Events::with_capacity(1024);
+        let deadline = Instant::now() + ARRIVE_MAX;
+        while self.account().1 > 0 && Instant::now() < deadline {
+            self.take(&mut events, LOOK_EVERY)?;
+        }
+        Ok(())
+    }
+
+    fn account(&self) -> (u64, u64) {
+        account(&self.sent, self.connections.iter().map(|member| member.received))
+    }
+
+    fn take(&mut self, events: &mut Events, wait: Duration) -> Result<(), ClientError> {
+        match self.poll.poll(events, Some(wait)) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(()),
+            other => other?,
+        }
+        for event in &*events {
+            let index = event.token().0;
+            self.connections[index].flush()?;
+            if event.is_readable() {
+                self.receive(index)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn receive(&mut self, index: usize) -> Result<(), ClientError> {
+        loop {
+            let member = &mut self.connections[index];
+            let count = match member.stream.read(&mut self.buffer) {
+                Ok(0) => {
+                    member.over = true;
+                    return Ok(());
+                }
+                Ok(count) => count,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) => return Err(error.into()),
+            };
+            let now_ns = self.began.elapsed().as_nanos() as u64;
+            let (tally, mut own, mut pongs) = (&mut self.tally, 0, Vec::new());
+            member.reader.push(&self.buffer[..count], |received| match received {
+                Received::Message(message) => {
+                    let Some(stamp) = message.and_then(|message| Stamp::find(&message)) else {
+                        return;
+                    };
+                    member.received += 1;
+                    tally.deliveries += 1;
+                    tally.latency_ns.saturating_record(now_ns.saturating_sub(stamp.due_ns));
+                    own += usize::from(stamp.sender as usize == index);
+                }
+                Received::Ping(payload) => pongs.extend(wire::pong(&payload)),
+                Received::Close(..) => member.over = true,
+            })?;
+            if !pongs.is_empty() {
+                member.send(&pongs)?;
+            }
+            if self.goes_on {
+                for _ in 0..own {
+                    self.send(index, now_ns);
+                }
+            }
+            // A short read has emptied the socket.
+            if count < self.buffer.len() {
+                return Ok(());
+            }
+        }
+    }
+
+    fn send(&mut self, index: usize, due_ns: u64) {
+        let in_room = index % self.talk.rooms;
+        let stamp = Stamp { sender: index as u32, due_ns };
+        let frame = message(&room(in_room), self.sent_in_all, stamp);
+        self.sent[in_room] += 1;
+        self.sent_in_all += 1;
+        self.tally.lateness_ns.saturating_record(self.now().saturating_sub(due_ns));
+        // A connection that is gone shows in what does not arrive.
+        let _ = self.connections[index].send(&frame);
+    }
+
+    fn now(&self) -> u64 {
+        self.began.elapsed().as_nanos() as u64
+    }
+}
+
+impl Member {
+    fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.unsent.extend_from_slice(bytes);
+        self.flush()
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        while !self.unsent.is_empty() && !self.over {
+            match self.stream.write(&self.unsent) {
+                Ok(count) => drop(self.unsent.drain(..count)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Tally {
+    fn new() -> Self {
+        Self { deliveries: 0, latency_ns: histogram(), lateness_ns: histogram() }
+    }
+}
+
+/// How many deliveries there should be, and how many are missing or too many. Connection `i` is in
+/// room `i % rooms`, and gets what is sent there.
+fn account(sent: &[u64], received: impl Iterator<Item = u64>) -> (u64, u64) {
+    received.enumerate().fold((0, 0), |(expected, wrong), (index, received)| {
+        let sent = sent[index % sent.len()];
+        (expected + sent, wrong + received.abs_diff(sent))
+    })
+}
+
+/// Of times in nanoseconds.
+pub(crate) fn histogram() -> Histogram<u64> {
+    Histogram::new_with_max(LATENCY_MAX.as_nanos() as u64, 3)
+        .expect("three digits up to a minute are possible")
+}
+
+/// The name of a room.
+fn room(number: usize) -> String {
+    format!("bench-{number:04}")
+}
+
+/// A `message` frame with an id of its own.
+fn message(room: &str, number: u64, stamp: Stamp) -> Vec<u8> {
+    let content = stamp.content();
+    wire::text(&format!(
+        r#"{{"type":"message","room":"{room}","id":"00000000-0000-4000-8000-{number:012x}","content":"{content}"}}"#
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_missing_does_not_hide_behind_what_came_twice() {
+        // Rooms 0 and 1 in turn.
+        assert_eq!(account(&[10, 3], [10, 3, 10, 3].into_iter()), (26, 0));
+        assert_eq!(account(&[10, 3], [9, 4, 10, 3].into_iter()), (26, 2));
+    }
+
+    #[test]
+    fn percentiles_are_told_to_three_digits_and_the_longest_is_a_minute() {
+        let mut times = histogram();
+        for us in 1..=10_000 {
+            times.saturating_record(us * 1_000);
+        }
+        let near = |quantile, us: u64| {
+            let ns = times.value_at_quantile(quantile);
+            assert!(ns.abs_diff(us * 1_000) <= us, "{ns} ns are not {us} µs");
+        };
+        near(0.5, 5_000);
+        near(0.99, 9_900);
+        near(0.999, 9_990);
+        times.saturating_record(u64::MAX);
+        assert!(times.max() >= LATENCY_MAX.as_nanos() as u64);
+    }
+
+    #[test]
+    fn a_message_is_one_that_the_gateway_takes() {
+        use shared::{
+            codec::Decoder,
+            protocol::request::{Body, Request},
+        };
+        let stamp = Stamp { sender: 7, due_ns: 9 };
+        let mut frame = message(&room(3), 1 << 40, stamp);
+        let mut decoder = Decoder::new(1 << 16);
+        let (_, received) = decoder.next(&mut frame).unwrap();
+        let Some(shared::codec::Received::Text(text)) = received else { panic!("{received:?}") };
+        assert!(matches!(Request::from_text(text).unwrap().body, Body::Message(_)));
+        assert_eq!(Stamp::find(text.as_bytes()), Some(stamp));
+    }
+}

@@ -1,0 +1,232 @@
+//! The table, for people in Markdown and for programs in JSON.
+//!
+//! Pure.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+};
+
+use serde::Serialize;
+
+use super::{
+    machine::Machine,
+    measure::{Measure, Sample, Spread},
+    rows::{Row, Target},
+    servers::{Contender, GATEWAY_OPTIONS},
+};
+
+/// All that was measured.
+#[derive(Debug, Serialize)]
+pub(crate) struct Table {
+    pub(crate) machine: Machine,
+    pub(crate) rounds: u32,
+    pub(crate) measured_ms: u128,
+    pub(crate) gateway_options: [&'static str; 5],
+    pub(crate) rows: Vec<TableRow>,
+}
+
+/// A row that was measured.
+#[derive(Debug, Serialize)]
+pub(crate) struct TableRow {
+    pub(crate) title: &'static str,
+    pub(crate) lines: Vec<Line>,
+    pub(crate) flaws: Vec<Flaw>,
+}
+
+/// What is wrong with what was measured of one contender.
+#[derive(Debug, Serialize)]
+pub(crate) struct Flaw {
+    pub(crate) who: Contender,
+    /// In how many rounds something was.
+    pub(crate) rounds: usize,
+    /// Of the first of these.
+    pub(crate) what: String,
+}
+
+/// A measure of a row.
+#[derive(Debug, Serialize)]
+pub(crate) struct Line {
+    pub(crate) measure: Measure,
+    pub(crate) floor: Option<Cell>,
+    pub(crate) coalescing: Option<Cell>,
+    pub(crate) naive: Option<Cell>,
+    pub(crate) skein: Option<Cell>,
+    pub(crate) target: Option<String>,
+    pub(crate) met: Option<bool>,
+}
+
+/// A value, and how many times the floor's it is.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(crate) struct Cell {
+    pub(crate) value: Spread,
+    /// Not of the floor itself.
+    pub(crate) times_floor: Option<Spread>,
+}
+
+/// The rounds of one row, by contender.
+pub(crate) type Rounds = Vec<(Contender, Vec<Sample>)>;
+
+impl Table {
+    /// A table without rows yet.
+    pub(crate) fn new(machine: Machine, rounds: u32, measured_ms: u128) -> Self {
+        let gateway_options = GATEWAY_OPTIONS;
+        Self { machine, rounds, measured_ms, gateway_options, rows: Vec::new() }
+    }
+
+    /// Whether every row counts.
+    pub(crate) fn is_good(&self) -> bool {
+        self.rows.iter().all(TableRow::counts)
+    }
+}
+
+impl TableRow {
+    /// Sums up the rounds of a row.
+    pub(crate) fn new(row: &Row, rounds: &Rounds) -> Self {
+        let all = rounds.iter().flat_map(|(_, samples)| samples);
+        let measures: BTreeSet<Measure> =
+            all.flat_map(|sample| sample.values.keys().copied()).collect();
+        let targets: BTreeMap<Measure, Target> = row.targets.iter().copied().collect();
+        let line = |measure| Line::new(measure, rounds, targets.get(&measure).copied());
+        let flaws = rounds.iter().filter_map(|(who, samples)| Flaw::of(*who, samples)).collect();
+        Self { title: row.title, lines: measures.into_iter().map(line).collect(), flaws }
+    }
+
+    /// Whether both sides of the comparison are sound. The others stand beside it.
+    fn counts(&self) -> bool {
+        let compared = [Contender::Floor, Contender::Skein];
+        self.flaws.iter().all(|flaw| !compared.contains(&flaw.who))
+    }
+}
+
+impl Flaw {
+    fn of(who: Contender, samples: &[Sample]) -> Option<Self> {
+        let mut told = samples.iter().filter_map(|sample| sample.flaws.first());
+        let what = told.next()?.clone();
+        Some(Self { who, rounds: 1 + told.count(), what })
+    }
+}
+
+impl Line {
+    fn new(measure: Measure, rounds: &Rounds, target: Option<Target>) -> Self {
+        let of = |who| rounds.iter().find(|(one, _)| *one == who).map(|(_, samples)| samples);
+        let floor = of(Contender::Floor);
+        let cell = |who| {
+            let samples = of(who)?;
+            let value = Spread::of_measure(samples, measure)?;
+            let times_floor = floor
+                .filter(|_| who != Contender::Floor)
+                .and_then(|floor| Spread::times_floor(samples, floor, measure));
+            Some(Cell { value, times_floor })
+        };
+        let skein = cell(Contender::Skein);
+        let met = target.and_then(|target| {
+            target.is_met(skein.map(|cell| cell.value), skein.and_then(|cell| cell.times_floor))
+        });
+        Self {
+            measure,
+            floor: cell(Contender::Floor),
+            coalescing: cell(Contender::Coalescing),
+            naive: cell(Contender::Naive),
+            skein,
+            target: target.map(|target| target.to_string()),
+            met,
+        }
+    }
+}
+
+impl fmt::Display for Table {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Machine { cpu, cores, kernel, gateway, redis, commit, load_before, pinned } =
+            &self.machine;
+        writeln!(f, "{cpu}, {cores} cores, Linux {kernel}; {gateway} ({commit}); {redis}")?;
+        let places = if *pinned { "servers on CPU 0, load on CPU 1" } else { "nothing is pinned" };
+        writeln!(f, "{places}; load average before: {load_before}")?;
+        writeln!(
+            f,
+            "median of {} rounds of {} ms (least to most); × is to the floor of the same round",
+            self.rounds, self.measured_ms,
+        )?;
+        writeln!(f, "the gateway as it is, but {}\n", self.gateway_options.join(", "))?;
+        writeln!(f, "| what | floor | coalescing floor | naive axum | Skein | target |")?;
+        writeln!(f, "| --- | --- | --- | --- | --- | --- |")?;
+        self.rows.iter().try_for_each(|row| write!(f, "{row}"))
+    }
+}
+
+impl fmt::Display for TableRow {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mark = if self.counts() { "" } else { " (does not count)" };
+        writeln!(f, "| **{}**{mark} | | | | | |", self.title)?;
+        self.lines.iter().try_for_each(|line| write!(f, "{line}"))?;
+        self.flaws.iter().try_for_each(|Flaw { who, rounds, what }| {
+            writeln!(f, "| ⚠ {who}, {rounds} round(s): {what} | | | | | |")
+        })
+    }
+}
+
+impl fmt::Display for Line {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let cell = |cell: Option<Cell>| match cell {
+            Some(Cell { value, times_floor: Some(times) }) => {
+                format!("{} = {}×", spread(value), Measure::write(times.median))
+            }
+            Some(Cell { value, times_floor: None }) => spread(value),
+            None => String::new(),
+        };
+        let (floor, coalescing) = (cell(self.floor), cell(self.coalescing));
+        let (naive, skein) = (cell(self.naive), cell(self.skein));
+        let met = match self.met {
+            Some(true) => " ✓",
+            Some(false) => " ✗",
+            None => "",
+        };
+        let target = self.target.as_deref().unwrap_or_default();
+        let title = self.measure.title();
+        writeln!(f, "| {title} | {floor} | {coalescing} | {naive} | {skein} | {target}{met} |")
+    }
+}
+
+fn spread(spread: Spread) -> String {
+    let Spread { median, min, max } = spread;
+    let write = Measure::write;
+    if min < max {
+        format!("{} ({}–{})", write(median), write(min), write(max))
+    } else {
+        write(median)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::rows::ROWS;
+
+    fn rounds(floor: f64, skein: f64, flaw: Option<&str>) -> Rounds {
+        let sample = |value| Sample {
+            values: BTreeMap::from([(Measure::Cpu, value)]),
+            flaws: flaw.map(str::to_owned).into_iter().collect(),
+        };
+        vec![(Contender::Floor, vec![sample(floor)]), (Contender::Skein, vec![sample(skein)])]
+    }
+
+    #[test]
+    fn a_line_has_values_ratios_and_the_verdict() {
+        let check = |skein, expected: &str| {
+            let row = TableRow::new(&ROWS[0], &rounds(8.0, skein, None)).to_string();
+            assert!(row.ends_with(expected), "{row}");
+        };
+        check(1.6, "| server CPU per delivery, µs | 8.00 |  |  | 1.60 = 0.20× | ≤ 0.25× ✓ |\n");
+        check(4.0, "| server CPU per delivery, µs | 8.00 |  |  | 4.00 = 0.50× | ≤ 0.25× ✗ |\n");
+    }
+
+    #[test]
+    fn a_row_with_a_flaw_says_so() {
+        let row = TableRow::new(&ROWS[0], &rounds(8.0, 1.0, Some("7 deliveries are missing")));
+        let text = row.to_string();
+        assert!(
+            text.contains("does not count") && text.contains("Skein, 1 round(s): 7 deliveries"),
+            "{text}"
+        );
+    }
+}
