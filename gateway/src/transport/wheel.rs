@@ -142,6 +142,7 @@ mod tests {
     async fn a_connection_is_woken_when_it_asked_for_and_little_later() {
         let wheel = Arc::new(Wheel::default());
         let turning = wheel.clone();
+        #[allow(clippy::disallowed_methods, reason = "it ends with the test's runtime")]
         tokio::spawn(async move { turning.turn().await });
         let mut alarm = alarm(&wheel);
         for millis in [0, 1, 99, 100, 101, 12_345, 25_000, 60_000, 102_000] {
