@@ -1,6 +1,6 @@
 # What there is to do with this project. CI calls nothing else.
 
-.PHONY: help setup run build test faults fmt lint doc deny ci cluster bench bench-micro
+.PHONY: help setup run build test faults soak sim sim-defects fuzz fmt lint doc deny ci cluster bench bench-micro
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -20,6 +20,11 @@ test: setup build ## all tests, against a real Redis, nginx and browser
 
 faults: setup build ## the trials of docs/faults.md at full length, some 15 minutes
 	SKEIN_FAULTS=full cargo test --locked -p gateway --test it faults:: -- --nocapture
+
+soak: setup ## a million connections come and go, 15,000 leave at once; some 15 minutes
+	cargo build --locked --release -p gateway
+	SKEIN_GATEWAY=$(CURDIR)/target/release/gateway SKEIN_SOAK=full \
+		cargo test --locked -p gateway --test it soak:: -- --nocapture --test-threads 1
 
 SEEDS ?= 10000
 sim: ## the cluster under simulated faults: make sim SEEDS=10000

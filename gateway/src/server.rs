@@ -124,14 +124,14 @@ impl Server {
             connections_per_ip: 0,
             proxies: Vec::new(),
         };
-        let admin = listen::serve(admin, router, tasks.clone(), limits);
+        let admin = listen::serve(admin, router, tasks.clone(), limits, node.metrics.clone());
         tasks.spawn_service("admin", admin);
         if let Some(redis) = redis {
             redis.reached().await?;
         }
         let router = http::public(node.clone());
         let public = listen_on("server.listen", listen, public)?;
-        let public = listen::serve(public, router, tasks.clone(), tcp_limits);
+        let public = listen::serve(public, router, tasks.clone(), tcp_limits, node.metrics.clone());
         tasks.spawn_service("public", public);
         Ok(Self { listen, admin_listen, node, tasks, drain_delay: config.drain_delay })
     }

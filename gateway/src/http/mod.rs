@@ -25,6 +25,8 @@ use crate::{
 };
 
 pub mod listen;
+mod begun;
+mod guests;
 pub mod address;
 pub mod origin;
 mod error;

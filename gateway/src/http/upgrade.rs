@@ -15,7 +15,6 @@ use axum::{
 };
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use hyper::upgrade::OnUpgrade;
-use hyper_util::rt::TokioIo;
 use md5::{Digest as _, Md5};
 use sha1::Sha1;
 use shared::{
@@ -35,6 +34,7 @@ use tokio::{net::TcpStream, time::Instant};
 use super::{
     Ends, Node,
     address::client_address,
+    begun::Begun,
     error::{refuse, refuse_for},
     extensions,
     listen::TcpPlace,
@@ -164,12 +164,12 @@ fn upgrade(
                 return;
             }
         };
-        let Ok(parts) = upgraded.downcast::<TokioIo<TcpStream>>() else { return };
+        let Ok(parts) = upgraded.downcast::<Begun>() else { return };
+        let (socket, unread) = parts.io.into_parts();
         // hyper's read buffer must not live as long as the connection.
-        let early = parts.read_buf.to_vec();
-        drop(parts.read_buf);
+        let early = [parts.read_buf, unread].concat();
         // What opening it takes must not live as long either.
-        let opening = Box::pin(opening.open(node.clone(), parts.io.into_inner(), early));
+        let opening = Box::pin(opening.open(node.clone(), socket, early));
         opening.await.serve(&node).await;
     });
     switching(&handshake, &offered, &route)

@@ -34,6 +34,7 @@ pub mod join;
 mod room;
 mod laggards;
 mod budget;
+mod lingering;
 mod shard;
 mod ask;
 

@@ -52,6 +52,9 @@ pub(super) struct Room {
     waiting: Vec<Join>,
     /// Since when nobody is here.
     pub(super) idle_since: Option<Instant>,
+    /// Under which time the room is among those that may be without members. Somebody may have come
+    /// since.
+    pub(super) lingers_since: Option<Instant>,
 }
 
 /// Gives members what was decided.
@@ -123,6 +126,7 @@ impl Room {
             stretch: Stretch::No,
             waiting: Vec::new(),
             idle_since: None,
+            lingers_since: None,
         }
     }
 

@@ -18,10 +18,11 @@ use tokio::{
 };
 
 use super::{
-    COMPARE_EVERY, Call, HubOptions, LINGER, Purpose,
+    COMPARE_EVERY, Call, HubOptions, Purpose,
     ask::READ_AGAIN,
     budget::{Budget, Taken},
     join::{Join, Step},
+    lingering::Lingering,
     member::{Subscriber, Turn},
     room::Room,
 };
@@ -50,8 +51,7 @@ pub(super) struct Shard {
     pub(super) calls: mpsc::Sender<Call>,
     pub(super) turn: Turn,
     pub(super) budget: Budget,
-    /// Rooms without members, in the order of their becoming so.
-    lingering: VecDeque<(Instant, RoomId)>,
+    lingering: Lingering,
     /// Whether heads of logs are being asked for.
     pub(super) comparing: Reading,
     /// When the rooms in which nothing arrives were compared last.
@@ -100,7 +100,7 @@ impl Shard {
             calls,
             turn: Turn::new(keep, metrics, letters.standing.clone()),
             budget,
-            lingering: VecDeque::new(),
+            lingering: Lingering::default(),
             comparing: Reading::No,
             compared_at: now,
             doubt: letters.doubt.clone(),
@@ -315,8 +315,9 @@ impl Shard {
     /// Ends the following of a room.
     pub(super) fn drop_room(&mut self, name: &RoomId) {
         self.settle(name);
-        if let Some(room) = self.rooms.remove(name) {
+        if let Some(mut room) = self.rooms.remove(name) {
             self.budget.forget(&room);
+            self.lingering.leave(&mut room);
             self.turn.metrics.rooms.dec();
             self.bus.unfollow(room.name);
         }
@@ -373,7 +374,7 @@ impl Shard {
         if room.is_empty() && room.idle_since.is_none() {
             let now = Instant::now();
             room.idle_since = Some(now);
-            self.lingering.push_back((now, name.clone()));
+            self.lingering.enter(room, now);
         }
     }
 
@@ -382,14 +383,13 @@ impl Shard {
     fn look_around(&mut self, now: Instant) {
         self.compare_silent(now);
         let mut left = UNFOLLOWS_MAX;
-        while let Some((since, _)) = self.lingering.front()
-            && now.saturating_duration_since(*since) >= LINGER
-            && left > 0
+        while left > 0
+            && let Some((since, name)) = self.lingering.next_due(now)
         {
-            left -= 1;
-            let Some((since, name)) = self.lingering.pop_front() else { return };
-            let Some(room) = self.rooms.get(&name) else { continue };
+            let Some(room) = self.rooms.get_mut(&name) else { continue };
+            room.lingers_since = None;
             if room.idle_since == Some(since) && room.is_empty() {
+                left -= 1;
                 self.drop_room(&name);
             }
         }

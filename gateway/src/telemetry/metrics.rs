@@ -27,6 +27,17 @@ pub enum Handshake {
     Unavailable,
 }
 
+/// Why a TCP connection was dropped before it was a WebSocket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Dropped {
+    /// Its address has too many.
+    Address,
+    /// Its request's header did not come in time.
+    Header,
+    /// It was the oldest when there was no place for another one.
+    Room,
+}
+
 /// What became of a publish.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Publish {
@@ -132,6 +143,7 @@ pub trait Label: Copy + Eq + std::hash::Hash + 'static {
 
 labels!(Handshake: Accepted "accepted", Bad "bad", Origin "origin", Limited "limited",
     Unavailable "unavailable");
+labels!(Dropped: Address "address", Header "header", Room "room");
 labels!(Publish: Appended "appended", Duplicate "duplicate", Unavailable "unavailable",
     Overloaded "overloaded", Failed "failed");
 labels!(Arrival: Delivered "delivered", Duplicate "duplicate", Gap "gap", Restarted "restarted",
@@ -166,6 +178,10 @@ pub struct Metrics {
     registry: Registry,
     /// `gateway_connections`
     pub connections: IntGauge,
+    /// `gateway_tasks`
+    tasks: IntGauge,
+    /// `gateway_http_dropped_total`
+    pub http_dropped: Counters<Dropped>,
     /// `gateway_handshakes_total`
     pub handshakes: Counters<Handshake>,
     /// `gateway_disconnects_total`; codes a client made up count as `other`.
@@ -243,6 +259,13 @@ impl Metrics {
         r.register(Box::new(process)).expect("nothing else is in a fresh registry");
         Self {
             connections: gauge(r, "gateway_connections", "WebSocket connections that are open"),
+            tasks: gauge(r, "gateway_tasks", "Tasks of the runtime that have not ended"),
+            http_dropped: counters(
+                r,
+                "gateway_http_dropped_total",
+                "TCP connections dropped before they were WebSockets, by why",
+                "reason",
+            ),
             handshakes: counters(
                 r,
                 "gateway_handshakes_total",
@@ -423,6 +446,10 @@ impl Metrics {
 
     /// All metrics in Prometheus' text format.
     pub fn render(&self) -> String {
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            let tasks = runtime.metrics().num_alive_tasks();
+            self.tasks.set(i64::try_from(tasks).unwrap_or(i64::MAX));
+        }
         let families = self.registry.gather();
         prometheus::TextEncoder::new()
             .encode_to_string(&families)

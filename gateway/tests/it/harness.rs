@@ -441,19 +441,40 @@ pub struct Node {
     log: JoinHandle<String>,
 }
 
+/// The gateway's binary: this build's, or the one that `SKEIN_GATEWAY` names, so that a test that is
+/// not optimised can drive one that is.
+fn gateway_binary() -> PathBuf {
+    std::env::var_os("SKEIN_GATEWAY").map_or(env!("CARGO_BIN_EXE_gateway").into(), PathBuf::from)
+}
+
 impl Node {
     /// A node on `redis`. With `listen` at that address, which it had before.
     pub async fn start(redis: &Redis, listen: Option<SocketAddr>, extra: &[(&str, &str)]) -> Self {
-        let folder = TempDir::new().unwrap();
         let (url, listen) = (redis.url(), listen.map(|address| address.to_string()));
         let cluster = [
             ("cluster.redis_url", url.as_str()),
             ("auth.allow_anonymous", "true"),
-            ("log.format", "json"),
             ("server.listen", listen.as_deref().unwrap_or("127.0.0.1:0")),
         ];
-        let mut command = Command::new(env!("CARGO_BIN_EXE_gateway"));
-        for (key, value) in options(&[&cluster, extra].concat()) {
+        Self::run(Command::new(gateway_binary()), &[&cluster, extra].concat()).await
+    }
+
+    /// A node that needs nothing else.
+    pub async fn start_alone(extra: &[(&str, &str)]) -> Self {
+        Self::run(Command::new(gateway_binary()), extra).await
+    }
+
+    /// The same with no more than `descriptors` of them.
+    pub async fn start_within(descriptors: u32, extra: &[(&str, &str)]) -> Self {
+        let mut command = Command::new("sh");
+        let script = format!("ulimit -n {descriptors} && exec \"$0\" \"$@\"");
+        command.args(["-c", &script]).arg(gateway_binary());
+        Self::run(command, extra).await
+    }
+
+    async fn run(mut command: Command, extra: &[(&str, &str)]) -> Self {
+        let folder = TempDir::new().unwrap();
+        for (key, value) in options(&[&[("log.format", "json")], extra].concat()) {
             command.arg("--set").arg(format!("{key}={value}"));
         }
         let mut child = command

@@ -18,7 +18,7 @@ use gateway::{
     },
     delivery::{Entry, Followed, Token, page::Page},
     drain::Tasks,
-    hub::{COMPARE_EVERY, Hub, join::Start, member::Subscriber},
+    hub::{COMPARE_EVERY, Hub, LINGER, join::Start, member::Subscriber},
     outbox::Outbox,
     telemetry::metrics::{Arrival, Metrics},
 };
@@ -669,4 +669,26 @@ async fn a_node_can_tell_what_it_holds() {
     let held = world.mailboxes.holdings().await.remove(0);
     assert_eq!((held.entries.len(), held.ids.len(), held.top), (0, 0, member.cursor));
     assert_eq!(world.metrics.ids_bytes.get(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_room_that_empties_again_and_again_does_not_keep_others_followed() {
+    let world = World::start(retention(), 10_000, || Fault::None);
+    let (busy, quiet) = (room("busy"), room("quiet"));
+    let ann = Member::join(&world, &busy, Start::Newest(0), 1 << 20).await.subscriber;
+    for _ in 0..5_000 {
+        world.hub.leave(busy.clone(), ann.connection, None).await;
+        world.hub.join(busy.clone(), ann.clone(), None, Start::Newest(0)).await.unwrap();
+        ann.outbox.take();
+    }
+    let bob = Member::join(&world, &quiet, Start::Newest(0), 1 << 20).await.subscriber;
+    world.hub.leave(quiet, bob.connection, None).await;
+    for _ in 0..LINGER.as_secs() + 2 {
+        assert!(world.metrics.rooms.get() <= 2);
+        tokio::time::advance(Duration::from_secs(1)).await;
+        for _ in 0..10 {
+            tokio::task::yield_now().await;
+        }
+    }
+    assert_eq!(world.metrics.rooms.get(), 1, "only the busy room is still followed");
 }

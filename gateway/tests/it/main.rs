@@ -27,5 +27,7 @@ mod agreement;
 mod browser;
 mod stop;
 mod loadtest;
+mod hardening;
+mod soak;
 mod docs;
 mod tidy;

@@ -1,0 +1,182 @@
+//! Connections that come and go, in every way there is, and what is left of them: nothing.
+
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use tokio::{task::JoinSet, time::Instant};
+
+use super::{
+    Held, is_full, of,
+    wire::{Wire, close_frame, handshake, join_frame, message_frame},
+};
+use crate::harness::{Node, Redis};
+
+/// How many come and go at the same time.
+const AT_ONCE: usize = 200;
+/// Rooms that many share; some join one of their own beside that.
+const ROOMS: usize = 500;
+/// After how many tenths memory is as large as it gets: rooms stay for 30 s after their last member,
+/// and what a bus in memory has of them for up to 30 s more.
+const WARM_AFTER: usize = 4;
+/// What memory may grow by from then to the end: what varies from one look to the next.
+const GROWTH_MAX_KIB: u64 = 6 * 1024;
+
+/// What the pool of connections that read logs from Redis may have more at the end, in descriptors
+/// and in tasks.
+const READERS_MAX: usize = 8;
+
+/// Few entries, so that the logs of a node without Redis are as large as they get after a tenth.
+const SMALL_LOGS: [(&str, &str); 5] = [
+    ("limits.accepts_per_second", "0"),
+    ("history.max_entries", "10"),
+    ("history.window", "1s"),
+    ("history.ttl", "1s"),
+    ("dedup.window", "1s"),
+];
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_comes_and_goes_leaves_nothing() {
+    let node = Node::start_alone(&SMALL_LOGS).await;
+    churn(node, of(1_000_000, 5_000), 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_comes_and_goes_leaves_nothing_with_redis_as_the_bus() {
+    let redis = Redis::start().await;
+    let node = Node::start(&redis, None, &SMALL_LOGS).await;
+    churn(node, of(100_000, 2_000), READERS_MAX).await;
+}
+
+/// `count` come and go; the node may have `more` descriptors and tasks than before.
+async fn churn(node: Node, count: usize, more: usize) {
+    let mut fresh = Held::by(&node).await;
+    println!("fresh: {fresh:?}");
+    fresh.descriptors += more;
+    fresh.tasks += more as i64;
+    let (mut warm, mut last) = (fresh, fresh);
+    for tenth in 0..10 {
+        let begun = Instant::now();
+        come_and_go(&node, tenth * count / 10..(tenth + 1) * count / 10).await;
+        let took = begun.elapsed();
+        let none_is_left = |held: &Held| {
+            (held.connections, held.members) == (0, 0)
+                && held.descriptors <= fresh.descriptors
+                && held.tasks <= fresh.tasks
+        };
+        last = Held::once(&node, "all are gone", none_is_left).await;
+        println!("{:>8} in {took:.1?}: {last:?}", (tenth + 1) * count / 10);
+        if tenth + 1 == WARM_AFTER {
+            warm = last;
+        }
+    }
+    // Rooms are followed for 30 s after their last member: too long for a share of this.
+    if is_full() {
+        last = Held::once(&node, "no room is followed", |held| held.rooms == 0).await;
+        println!("at rest: {last:?}");
+    }
+    assert!(
+        last.pss_kib <= warm.pss_kib + GROWTH_MAX_KIB,
+        "{} KiB after {count}, {} after {WARM_AFTER} tenths of them",
+        last.pss_kib,
+        warm.pss_kib
+    );
+    node.process.signal("TERM");
+    let (code, said) = node.end().await;
+    assert_eq!(code, Some(0));
+    assert!(!said.contains("did not end in time") && !said.contains("panicked"), "{said}");
+}
+
+async fn come_and_go(node: &Node, range: std::ops::Range<usize>) {
+    let next = Arc::new(AtomicUsize::new(range.start));
+    let mut workers = JoinSet::new();
+    for _ in 0..AT_ONCE {
+        let (next, address) = (next.clone(), node.address);
+        workers.spawn(async move {
+            loop {
+                let index = next.fetch_add(1, Ordering::Relaxed);
+                if index >= range.end {
+                    return;
+                }
+                let visited = visit(address, index).await;
+                visited.unwrap_or_else(|error| panic!("visit {index}: {error}"));
+            }
+        });
+    }
+    workers.join_all().await;
+}
+
+/// One connection from its beginning to its end, which depends on its number.
+async fn visit(address: std::net::SocketAddr, index: usize) -> io::Result<()> {
+    let room = format!("r{}", index % ROOMS);
+    match index % 12 {
+        0 => {
+            let mut wire = Wire::dial(address, index).await?;
+            wire.send(&handshake("half").as_bytes()[..60]).await?;
+            if index.is_multiple_of(24) {
+                wire.reset();
+            } else {
+                wire.finish();
+            }
+            return Ok(());
+        }
+        1 => {
+            // Everything is sent and nothing is waited for.
+            let mut wire = Wire::dial(address, index).await?;
+            let mut bytes = handshake("hasty").into_bytes();
+            bytes.extend(join_frame(&room));
+            bytes.extend(message_frame(&room, "gone already"));
+            wire.send(&bytes).await?;
+            if index % 24 == 1 {
+                wire.reset();
+            } else {
+                wire.finish();
+            }
+            return Ok(());
+        }
+        2 => {
+            drop(Wire::dial(address, index).await?);
+            return Ok(());
+        }
+        _ => {}
+    }
+    let mut wire = Wire::join(address, index, &room).await?;
+    if index % 40 == 7 {
+        wire.send(&join_frame(&format!("own-{index}"))).await?;
+        wire.expect(r#""type":"joined""#).await?;
+    }
+    match index % 12 {
+        3..=5 => {
+            wire.send(&message_frame(&room, "hello")).await?;
+            wire.expect(r#""type":"ack""#).await?;
+            wire.send(&close_frame()).await?;
+            wire.read_to_end().await?;
+        }
+        6 => wire.reset(),
+        7 => wire.finish(),
+        8 => {
+            // Half a frame.
+            wire.send(&message_frame(&room, "never whole")[..20]).await?;
+            wire.finish();
+        }
+        9 => {
+            // A frame without a mask: closed with 1002.
+            wire.send(&[0x81, 0x02, b'{', b'}']).await?;
+            wire.expect("protocol_error").await?;
+            wire.read_to_end().await?;
+        }
+        10 => {
+            wire.send(&message_frame(&room, "not waited for")).await?;
+            wire.reset();
+        }
+        _ => {
+            wire.send(&close_frame()).await?;
+            wire.finish();
+        }
+    }
+    Ok(())
+}

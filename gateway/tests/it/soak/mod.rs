@@ -1,0 +1,80 @@
+//! Many connections that come and go: whether leaving holds up who arrives, and whether what they
+//! took is given back.
+//!
+//! The gateway is a process of its own. `make test` runs a small share; `make soak` runs all of it
+//! (it sets `SKEIN_SOAK=full`) against an optimised gateway and prints the figures.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::harness::{Node, get};
+
+pub mod wire;
+mod leave;
+mod churn;
+mod strangers;
+
+/// What is to be done: all of it, or a share.
+fn of(full: usize, share: usize) -> usize {
+    if is_full() { full } else { share }
+}
+
+fn is_full() -> bool {
+    std::env::var("SKEIN_SOAK").is_ok_and(|value| value == "full")
+}
+
+/// How long the gateway may take to settle after many have left: rooms are followed for 30 s more.
+const SETTLE_MAX: Duration = Duration::from_secs(120);
+
+/// What a gateway holds.
+#[derive(Clone, Copy, Debug, Default)]
+struct Held {
+    connections: i64,
+    members: i64,
+    rooms: i64,
+    tasks: i64,
+    descriptors: usize,
+    pss_kib: u64,
+}
+
+impl Held {
+    async fn by(node: &Node) -> Self {
+        let page = get(node.admin, "/metrics").await.body;
+        let gauge = |name: &str| {
+            let line = page.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+            line.unwrap_or_else(|| panic!("no {name}")).parse::<f64>().unwrap() as i64
+        };
+        let process = format!("/proc/{}", node.process.pid());
+        let memory = std::fs::read_to_string(format!("{process}/smaps_rollup")).unwrap();
+        let pss = memory.lines().find_map(|line| line.strip_prefix("Pss:")).unwrap();
+        Self {
+            connections: gauge("gateway_connections"),
+            members: gauge("gateway_members"),
+            rooms: gauge("gateway_rooms"),
+            tasks: gauge("gateway_tasks"),
+            descriptors: std::fs::read_dir(format!("{process}/fd")).unwrap().count(),
+            pss_kib: pss.trim().trim_end_matches(" kB").parse().unwrap(),
+        }
+    }
+
+    /// What it holds once `is_settled`.
+    async fn once(node: &Node, what: &str, is_settled: impl Fn(&Self) -> bool) -> Self {
+        let begun = Instant::now();
+        loop {
+            let held = Self::by(node).await;
+            if is_settled(&held) {
+                return held;
+            }
+            assert!(begun.elapsed() < SETTLE_MAX, "{what}: not within {SETTLE_MAX:?}: {held:?}");
+            crate::harness::poll_pause().await;
+        }
+    }
+}
+
+/// Some quantiles of times, as text.
+fn quantiles(times: &mut [Duration]) -> String {
+    times.sort_unstable();
+    let at = |share: f64| times[((times.len() - 1) as f64 * share) as usize].as_secs_f64() * 1e3;
+    format!("p50 {:.1} ms, p99 {:.1} ms, max {:.1} ms", at(0.5), at(0.99), at(1.0))
+}
