@@ -69,4 +69,4 @@ bench: ## speed and size beside a floor and a naive chat, some 10 minutes; make 
 	target/release/loadtest bench --json target/bench.json $(ROWS)
 
 bench-micro: ## encode, decode, fan-out in memory
-	cargo bench --locked -p shared -p gateway
+	cargo bench --locked -p shared -p gateway --bench codec --bench fan_out
