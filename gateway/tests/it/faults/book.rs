@@ -151,14 +151,31 @@ impl Book {
         }
         for entry in &joined.history {
             match entry {
-                Entry::Message(message) => self.message(reader, message, now),
+                Entry::Message(message) => {
+                    if !joined.recovered {
+                        self.go_on_in(reader, &message.epoch, message.seq.saturating_sub(1));
+                    }
+                    self.message(reader, message, now);
+                }
                 Entry::Unknown => self.wrong(reader, Wrong::Protocol, "an unknown entry"),
             }
+        }
+        if !joined.recovered {
+            self.go_on_in(reader, &top.epoch, top.seq);
         }
         if !joined.recovered && self.readers[reader].cursor.as_ref() != Some(&top) {
             let cursor = self.readers[reader].cursor.clone();
             self.wrong(reader, Wrong::Hole, format!("history ends at {cursor:?}, not {top}"));
             self.jump(reader, top);
+        }
+    }
+
+    /// What is shown first, with the word that it is no continuation, may begin in an epoch that a
+    /// later one continues: the numbers go on.
+    fn go_on_in(&mut self, reader: usize, epoch: &Epoch, behind: Seq) {
+        let cursor = &self.readers[reader].cursor;
+        if cursor.as_ref().is_some_and(|at| at.epoch != *epoch && at.seq == behind) {
+            self.jump(reader, Position::new(epoch.clone(), behind));
         }
     }
 

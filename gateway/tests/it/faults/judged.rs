@@ -37,6 +37,15 @@ fn joined(epoch: &str, seq: u64, recovered: bool, reason: Value) -> Joined<Entry
     .unwrap()
 }
 
+/// As [`joined`] where the log cannot be continued, shown these of the log.
+fn shown(epoch: &str, seq: u64, history: &[(&str, u64, u8)]) -> Joined<Entry> {
+    let entry = |(epoch, seq, number): &(&str, u64, u8)| {
+        Entry::Message(Box::new(message(epoch, *seq, *number)))
+    };
+    let history = history.iter().map(entry).collect();
+    Joined { history, ..joined(epoch, seq, false, json!("log_lost")) }
+}
+
 fn reset(epoch: &str, seq: u64) -> Reset {
     serde_json::from_value(
         json!({"room": "lobby", "epoch": epoch, "seq": seq, "reason": "log_lost"}),
@@ -93,6 +102,15 @@ fn what_is_right_is_not_held_against_anybody() {
         Shown::Ack(ack("f", 2, 2)),
     ];
     assert_eq!(check(shown, &[]).again, 1);
+}
+
+#[test]
+fn what_is_shown_first_may_begin_in_a_former_epoch_without_a_step() {
+    let check = |joined, wrong: &[Wrong]| check(vec![Shown::Joined(joined)], wrong);
+    check(shown("g", 9, &[("f", 7, 7), ("f", 8, 8), ("g", 9, 9)]), &[]);
+    check(shown("g", 8, &[("f", 7, 7), ("f", 8, 8)]), &[]);
+    check(shown("g", 9, &[("f", 7, 7), ("g", 9, 9)]), &[Wrong::UnannouncedBreak]);
+    check(shown("g", 9, &[("f", 7, 7), ("f", 8, 8)]), &[Wrong::Hole]);
 }
 
 #[test]
