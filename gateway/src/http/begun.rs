@@ -1,28 +1,36 @@
-//! A connection of which the first bytes were read already.
+//! A connection of which the first bytes were read already, and whose answers have to be taken.
 //!
 //! hyper takes 16 KiB for its buffers as soon as it has a connection. Whoever connects and says
 //! nothing, or little and slowly, is not worth that: the first request's header is collected here,
-//! in as many bytes as came, and hyper gets the connection when it is whole.
+//! in as many bytes as came, and hyper gets the connection when it is whole. Nor has hyper a limit
+//! for who asks and does not read what it is answered.
 
 use std::{
+    future::Future as _,
     io,
     pin::Pin,
     task::{Context, Poll},
+    time::Duration,
 };
 
 use bytes::{Buf as _, Bytes};
 use hyper::rt::{Read, ReadBufCursor, Write};
 use hyper_util::rt::TokioIo;
-use tokio::net::TcpStream;
+use tokio::{net::TcpStream, time::Sleep};
 
 /// How much one read takes.
 const PIECE_BYTES: usize = 4096;
+
+/// How long a peer may take nothing of an answer.
+const STALL_MAX: Duration = Duration::from_secs(10);
 
 /// A connection, and what of it was read and not used.
 #[derive(Debug)]
 pub(super) struct Begun {
     head: Bytes,
     socket: TokioIo<TcpStream>,
+    /// Until when the peer has to take something, where it takes nothing.
+    stalled: Option<Pin<Box<Sleep>>>,
 }
 
 impl Begun {
@@ -32,10 +40,28 @@ impl Begun {
         let mut head = Vec::new();
         loop {
             socket.readable().await?;
-            if read_piece(&socket, &mut head)? && (is_whole(&head) || head.len() > bytes_max) {
-                return Ok(Self { head: head.into(), socket: TokioIo::new(socket) });
+            let seen = head.len();
+            read_piece(&socket, &mut head)?;
+            if head.len() > seen && (is_whole(&head, seen) || head.len() > bytes_max) {
+                let socket = TokioIo::new(socket);
+                return Ok(Self { head: head.into(), socket, stalled: None });
             }
         }
+    }
+
+    /// What a write has brought, or an error where nothing could be written for too long.
+    fn written(
+        &mut self,
+        context: &mut Context<'_>,
+        written: Poll<io::Result<usize>>,
+    ) -> Poll<io::Result<usize>> {
+        if written.is_ready() {
+            self.stalled = None;
+            return written;
+        }
+        let new = || Box::pin(tokio::time::sleep(STALL_MAX));
+        let until = self.stalled.get_or_insert_with(new);
+        until.as_mut().poll(context).map(|()| Err(io::ErrorKind::TimedOut.into()))
     }
 
     /// The socket, and what was read of it and not used.
@@ -44,36 +70,35 @@ impl Begun {
     }
 }
 
-/// Returns whether there was something to read.
-fn read_piece(socket: &TcpStream, head: &mut Vec<u8>) -> io::Result<bool> {
+/// Adds what there is to read.
+fn read_piece(socket: &TcpStream, head: &mut Vec<u8>) -> io::Result<()> {
     let mut piece = [0; PIECE_BYTES];
     match socket.try_read(&mut piece) {
         Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
         Ok(count) => {
-            let piece = &piece[..count];
             // Empty lines before a request mean nothing (RFC 9112, section 2.2).
-            let is_new_line = |byte: &u8| matches!(byte, b'\r' | b'\n');
-            let skip = if head.is_empty() {
-                piece.iter().take_while(|b| is_new_line(b)).count()
+            let is_new_line = |byte: &&u8| matches!(byte, b'\r' | b'\n');
+            let lines = if head.is_empty() {
+                piece[..count].iter().take_while(is_new_line).count()
             } else {
                 0
             };
-            head.extend_from_slice(&piece[skip..]);
-            Ok(!head.is_empty())
+            head.extend_from_slice(&piece[lines..count]);
+            Ok(())
         }
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
         Err(error) => Err(error),
     }
 }
 
-/// Whether a header is there up to its empty line, or what cannot be one. As an HTTP parser has it,
-/// a line may end in LF alone.
-fn is_whole(head: &[u8]) -> bool {
+/// Whether a header is there up to its empty line, or what cannot be one; it was not in the first
+/// `seen` bytes. As an HTTP parser has it, a line may end in LF alone.
+fn is_whole(head: &[u8], seen: usize) -> bool {
     let is_http = head.first().is_some_and(u8::is_ascii_alphabetic);
-    // An empty line ends in what came last, or stands further in front where more followed.
+    let new = &head[seen.saturating_sub(2)..];
     !is_http
-        || head.windows(2).any(|two| two == b"\n\n")
-        || head.windows(3).any(|three| three == b"\n\r\n")
+        || new.windows(2).any(|end| end == b"\n\n")
+        || new.windows(3).any(|end| end == b"\n\r\n")
 }
 
 impl Read for Begun {
@@ -98,7 +123,8 @@ impl Write for Begun {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.socket).poll_write(context, bytes)
+        let written = Pin::new(&mut self.socket).poll_write(context, bytes);
+        self.written(context, written)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -118,7 +144,8 @@ impl Write for Begun {
         context: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.socket).poll_write_vectored(context, slices)
+        let written = Pin::new(&mut self.socket).poll_write_vectored(context, slices);
+        self.written(context, written)
     }
 }
 
@@ -130,10 +157,19 @@ mod tests {
     fn a_header_is_whole_with_its_empty_line_or_when_it_is_none() {
         for whole in ["GET / HTTP/1.1\r\n\r\n", "GET /\n\n", "GET /\n\r\nrest", "\u{16}\u{3}", "{"]
         {
-            assert!(is_whole(whole.as_bytes()), "{whole:?}");
+            assert!(is_whole(whole.as_bytes(), 0), "{whole:?}");
         }
         for begun in ["G", "GET / HTTP/1.1\r\n", "GET / HTTP/1.1\r\nA: b\r\n\r", "GET /\r\r"] {
-            assert!(!is_whole(begun.as_bytes()), "{begun:?}");
+            assert!(!is_whole(begun.as_bytes(), 0), "{begun:?}");
+        }
+    }
+
+    #[test]
+    fn it_is_found_wherever_it_was_cut() {
+        for whole in ["GET / HTTP/1.1\r\nA: b\r\n\r\n", "GET /\n\n", "GET /\n\r\n"] {
+            for seen in 0..whole.len() {
+                assert!(is_whole(whole.as_bytes(), seen), "{whole:?} after {seen}");
+            }
         }
     }
 }

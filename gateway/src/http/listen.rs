@@ -214,10 +214,19 @@ impl Http {
         if let Err(error) = result {
             if error.is_timeout() {
                 metrics.http_dropped.of(Dropped::Header).inc();
+            } else if is_stalled(&error) {
+                metrics.http_dropped.of(Dropped::Answer).inc();
             }
             tracing::debug!(%error, %peer, "an HTTP connection ended");
         }
     }
+}
+
+/// Whether the peer did not take its answer.
+fn is_stalled(error: &hyper::Error) -> bool {
+    let source = std::error::Error::source(error);
+    let io_error = source.and_then(|source| source.downcast_ref::<io::Error>());
+    io_error.is_some_and(|error| error.kind() == io::ErrorKind::TimedOut)
 }
 
 async fn answer(router: &mut Router, request: Request<Incoming>) -> http::Response<Body> {

@@ -283,8 +283,8 @@ fn accept_key(parts: &Parts) -> Result<String, Box<Response>> {
     if parts.version != Version::HTTP_11 {
         return Err(bad("a WebSocket handshake is HTTP/1.1"));
     }
-    if !parts.headers.contains_key(header::HOST) {
-        return Err(bad("a request has a Host header"));
+    if parts.headers.get_all(header::HOST).iter().count() != 1 {
+        return Err(bad("a request has one Host header"));
     }
     // The new protocol begins behind the whole request (RFC 9110, section 7.8): with a body one
     // side's content would be the other's frames.

@@ -32,6 +32,8 @@ pub enum Handshake {
 pub enum Dropped {
     /// Its address has too many.
     Address,
+    /// It took nothing of an answer for too long.
+    Answer,
     /// Its request's header did not come in time.
     Header,
     /// It was the oldest when there was no place for another one.
@@ -143,7 +145,7 @@ pub trait Label: Copy + Eq + std::hash::Hash + 'static {
 
 labels!(Handshake: Accepted "accepted", Bad "bad", Origin "origin", Limited "limited",
     Unavailable "unavailable");
-labels!(Dropped: Address "address", Header "header", Room "room");
+labels!(Dropped: Address "address", Answer "answer", Header "header", Room "room");
 labels!(Publish: Appended "appended", Duplicate "duplicate", Unavailable "unavailable",
     Overloaded "overloaded", Failed "failed");
 labels!(Arrival: Delivered "delivered", Duplicate "duplicate", Gap "gap", Restarted "restarted",

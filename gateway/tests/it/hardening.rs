@@ -140,6 +140,19 @@ async fn a_body_that_never_comes_is_not_waited_for() {
 }
 
 #[tokio::test]
+async fn who_asks_and_does_not_read_is_dropped() {
+    let gateway = Gateway::start(&[]).await;
+    let socket = TcpStream::connect(gateway.address).await.unwrap();
+    socket.writable().await.unwrap();
+    socket.try_write("GET / HTTP/1.1\r\nHost: x\r\n\r\n".repeat(5_000).as_bytes()).unwrap();
+    until("it is dropped", async || {
+        let metrics = get(gateway.admin, "/metrics").await.body;
+        metrics.contains(r#"gateway_http_dropped_total{reason="answer"} 1"#)
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn silent_connections_of_many_addresses_do_not_keep_others_out() {
     // 520 places in all, 110 for one address.
     let gateway =

@@ -19,7 +19,7 @@ use crate::harness::{Node, Redis};
 /// How many come and go at the same time.
 const AT_ONCE: usize = 200;
 /// Rooms that many share; some join one of their own beside that.
-const ROOMS: usize = 500;
+const ROOMS: usize = 50;
 /// After how many tenths memory is as large as it gets: rooms stay for 30 s after their last member,
 /// and what a bus in memory has of them for up to 30 s more.
 const WARM_AFTER: usize = 4;
@@ -49,7 +49,7 @@ async fn what_comes_and_goes_leaves_nothing() {
 async fn what_comes_and_goes_leaves_nothing_with_redis_as_the_bus() {
     let redis = Redis::start().await;
     let node = Node::start(&redis, None, &SMALL_LOGS).await;
-    churn(node, of(100_000, 2_000), READERS_MAX).await;
+    churn(node, of(1_000_000, 2_000), READERS_MAX).await;
 }
 
 /// `count` come and go; the node may have `more` descriptors and tasks than before.
@@ -145,7 +145,7 @@ async fn visit(address: std::net::SocketAddr, index: usize) -> io::Result<()> {
         _ => {}
     }
     let mut wire = Wire::join(address, index, &room).await?;
-    if index % 40 == 7 {
+    if index % 400 == 7 {
         wire.send(&join_frame(&format!("own-{index}"))).await?;
         wire.expect(r#""type":"joined""#).await?;
     }

@@ -97,8 +97,10 @@ async fn arrive(address: SocketAddr, count: usize) -> Vec<Duration> {
     for index in 0..count {
         let due = ticks.tick().await;
         arriving.spawn(async move {
-            let mut wire = Wire::join(address, index, "arrivals").await.unwrap();
-            wire.send(&message_frame("arrivals", "here")).await.unwrap();
+            // Several rooms, so that some are of the same shard as those that are left.
+            let room = format!("arrivals-{}", index % 8);
+            let mut wire = Wire::join(address, index, &room).await.unwrap();
+            wire.send(&message_frame(&room, "here")).await.unwrap();
             wire.expect(r#""type":"ack""#).await.unwrap();
             let waited = due.elapsed();
             wire.reset();

@@ -8,8 +8,11 @@ use super::{
 };
 use crate::harness::Node;
 
-/// What a peer may cost that has sent no whole request: targets of the design.
+/// What a peer may cost that has sent no whole request.
 const STRANGER_MAX_KIB: f64 = 4.0;
+/// What a peer may cost that asks and does not take its answers: hyper's buffers, and the answer
+/// that is on its way.
+const GREEDY_MAX_KIB: f64 = 128.0;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_sent_no_whole_request_costs_little() {
@@ -33,4 +36,28 @@ async fn who_sent_no_whole_request_costs_little() {
         Held::once(&node, "all have gone", gone).await;
         assert!(each <= STRANGER_MAX_KIB, "{each} KiB for one that sent {what}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_asks_without_end_and_reads_nothing_costs_little() {
+    let node = Node::start_alone(&[]).await;
+    let before = Held::by(&node).await;
+    let requests = "GET / HTTP/1.1\r\nHost: soak\r\n\r\n".repeat(5_000);
+    let mut greedy = Vec::new();
+    for index in 0..200 {
+        let wire = Wire::dial(node.address, index).await.unwrap();
+        wire.send_now(requests.as_bytes());
+        greedy.push(wire);
+    }
+    // The page does not fit the sockets' buffers so often: each of them is stuck, and others are not.
+    let mut during = Held::by(&node).await;
+    for _ in 0..50 {
+        Wire::join(node.address, 1, "lobby").await.unwrap().reset();
+        during = Held::by(&node).await;
+    }
+    let each = during.pss_kib.saturating_sub(before.pss_kib) as f64 / greedy.len() as f64;
+    println!("{} that ask and do not read: {each:.1} KiB each", greedy.len());
+    drop(greedy);
+    Held::once(&node, "all have gone", |held| held.descriptors <= before.descriptors).await;
+    assert!(each <= GREEDY_MAX_KIB, "{each} KiB for one that does not read");
 }
