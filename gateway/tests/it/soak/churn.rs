@@ -80,10 +80,10 @@ async fn churn(node: Node, count: usize, more: usize) {
         println!("at rest: {last:?}");
     }
     assert!(
-        last.pss_kib <= warm.pss_kib + GROWTH_MAX_KIB,
+        last.memory_kib <= warm.memory_kib + GROWTH_MAX_KIB,
         "{} KiB after {count}, {} after {WARM_AFTER} tenths of them",
-        last.pss_kib,
-        warm.pss_kib
+        last.memory_kib,
+        warm.memory_kib
     );
     node.process.signal("TERM");
     let (code, said) = node.end().await;

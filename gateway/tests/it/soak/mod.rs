@@ -35,7 +35,8 @@ struct Held {
     rooms: i64,
     tasks: i64,
     descriptors: usize,
-    pss_kib: u64,
+    /// Without what is shared with others who run the same code.
+    memory_kib: u64,
 }
 
 impl Held {
@@ -47,14 +48,14 @@ impl Held {
         };
         let process = format!("/proc/{}", node.process.pid());
         let memory = std::fs::read_to_string(format!("{process}/smaps_rollup")).unwrap();
-        let pss = memory.lines().find_map(|line| line.strip_prefix("Pss:")).unwrap();
+        let memory = memory.lines().find_map(|line| line.strip_prefix("Anonymous:")).unwrap();
         Self {
             connections: gauge("gateway_connections"),
             members: gauge("gateway_members"),
             rooms: gauge("gateway_rooms"),
             tasks: gauge("gateway_tasks"),
             descriptors: std::fs::read_dir(format!("{process}/fd")).unwrap().count(),
-            pss_kib: pss.trim().trim_end_matches(" kB").parse().unwrap(),
+            memory_kib: memory.trim().trim_end_matches(" kB").parse().unwrap(),
         }
     }
 

@@ -29,7 +29,7 @@ async fn who_sent_no_whole_request_costs_little() {
             stream::iter(0..count).map(stranger).buffer_unordered(100).collect().await;
         let there = |held: &Held| held.descriptors >= before.descriptors + count;
         let during = Held::once(&node, "all were accepted", there).await;
-        let each = (during.pss_kib.saturating_sub(before.pss_kib)) as f64 / count as f64;
+        let each = (during.memory_kib.saturating_sub(before.memory_kib)) as f64 / count as f64;
         println!("{count} that sent {what}: {each:.1} KiB each");
         drop(strangers);
         let gone = |held: &Held| held.descriptors <= before.descriptors;
@@ -55,7 +55,7 @@ async fn who_asks_without_end_and_reads_nothing_costs_little() {
         Wire::join(node.address, 1, "lobby").await.unwrap().reset();
         during = Held::by(&node).await;
     }
-    let each = during.pss_kib.saturating_sub(before.pss_kib) as f64 / greedy.len() as f64;
+    let each = during.memory_kib.saturating_sub(before.memory_kib) as f64 / greedy.len() as f64;
     println!("{} that ask and do not read: {each:.1} KiB each", greedy.len());
     drop(greedy);
     Held::once(&node, "all have gone", |held| held.descriptors <= before.descriptors).await;
