@@ -20,6 +20,8 @@ use shared::{
 };
 use tokio::time::Instant;
 
+use crate::delivery::{Entry, Token};
+
 /// How long an acknowledged publish is kept that does not come by: above that it is in the logs of
 /// replicas and files, as far as it ever will be.
 const KEPT_FOR: Duration = Duration::from_secs(30);
@@ -51,6 +53,8 @@ struct Publish {
     number: u64,
     /// Where the log answered it stands.
     at: Option<(Position, Instant)>,
+    /// The server that appended it, if that answer was the first.
+    stamp: Option<Token>,
 }
 
 /// A publish that is to be repeated.
@@ -84,19 +88,28 @@ impl Tail {
         if crate::defect::planted(crate::defect::Defect::NoTail) {
             return number;
         }
-        let publish = Publish { room: room.clone(), envelope: envelope.clone(), number, at: None };
+        let (room, envelope) = (room.clone(), envelope.clone());
+        let publish = Publish { room, envelope, number, at: None, stamp: None };
         let bytes = publish.bytes();
-        let before = kept.publishes.insert(envelope.id_key(), publish);
+        let before = kept.publishes.insert(publish.envelope.id_key(), publish);
         kept.bytes += bytes;
         kept.bytes -= before.map_or(0, |publish| publish.bytes());
         number
     }
 
-    /// The log has answered. Returns how many others were forgotten to keep this one.
-    pub fn acknowledged(&self, id: &IdKey, at: &Position, now: Instant) -> u64 {
+    /// The log has answered; `stamp` is the server that appended it, if it was not there before.
+    /// Returns how many others were forgotten to keep this one.
+    pub fn acknowledged(
+        &self,
+        id: &IdKey,
+        at: &Position,
+        stamp: Option<Token>,
+        now: Instant,
+    ) -> u64 {
         let kept = &mut *self.kept.lock();
         if let Some(publish) = kept.publishes.get_mut(id) {
             publish.at = Some((at.clone(), now));
+            publish.stamp = stamp;
             kept.acknowledged.push_back((now, *id));
         }
         kept.forget_old(now)
@@ -128,6 +141,20 @@ impl Tail {
         for id in ids {
             kept.remove(&id);
         }
+    }
+
+    /// What was appended and has not come by, as the log had it, in the order of the numbers.
+    pub fn unheard(&self) -> Vec<(RoomId, Entry)> {
+        let kept = self.kept.lock();
+        let entry = |publish: &Publish| {
+            let (position, _) = publish.at.clone()?;
+            let entry =
+                Entry { position, stamp: publish.stamp?, envelope: publish.envelope.clone() };
+            Some((publish.room.clone(), entry))
+        };
+        let mut unheard: Vec<_> = kept.publishes.values().filter_map(entry).collect();
+        unheard.sort_by_key(|(_, entry)| entry.position.seq);
+        unheard
     }
 
     /// Takes what was acknowledged and has not come by in some of the rooms, in the order it was
@@ -204,11 +231,11 @@ mod tests {
         let ids: Vec<_> = (1..=5).map(|seq| send(&tail, seq)).collect();
         // Answers may be known in another order than publishes were sent.
         for seq in [3, 1, 4, 5] {
-            tail.acknowledged(&ids[seq - 1], &position("e", seq as u64), now);
+            tail.acknowledged(&ids[seq - 1], &position("e", seq as u64), None, now);
         }
         // The copy of one came before its answer, that of another after it.
         tail.seen(&ids[1]);
-        tail.acknowledged(&ids[1], &position("e", 2), now);
+        tail.acknowledged(&ids[1], &position("e", 2), None, now);
         tail.seen(&ids[3]);
         assert_eq!(positions(tail.take(|_| true)), [1, 3, 5]);
         assert!(tail.take(|_| true).is_empty());
@@ -216,10 +243,27 @@ mod tests {
     }
 
     #[test]
+    fn what_was_appended_and_not_heard_is_known_as_the_log_had_it() {
+        let (tail, now) = (Tail::default(), Instant::now());
+        let ids: Vec<_> = (1..=4).map(|seq| send(&tail, seq)).collect();
+        let stamp = Some(Token::default());
+        for seq in [3, 1] {
+            tail.acknowledged(&ids[seq - 1], &position("e", seq as u64), stamp, now);
+        }
+        // One was there before: who appended it is not known. Another has no answer.
+        tail.acknowledged(&ids[1], &position("e", 2), None, now);
+        let unheard = tail.unheard();
+        let seqs: Vec<_> = unheard.iter().map(|(_, entry)| entry.position.seq).collect();
+        assert_eq!(seqs, [1, 3]);
+        tail.seen(&ids[0]);
+        assert_eq!(tail.unheard().len(), 1);
+    }
+
+    #[test]
     fn a_repeat_that_fails_takes_nothing_of_what_was_acknowledged() {
         let (tail, now) = (Tail::default(), Instant::now());
         let id = send(&tail, 1);
-        tail.acknowledged(&id, &position("e", 1), now);
+        tail.acknowledged(&id, &position("e", 1), None, now);
         send(&tail, 1);
         tail.failed(&id);
         assert_eq!(positions(tail.take(|_| true)), [1]);
@@ -229,15 +273,15 @@ mod tests {
     fn nothing_is_kept_for_ever() {
         let (tail, now) = (Tail::default(), Instant::now());
         let (old, failed, young) = (send(&tail, 1), send(&tail, 2), send(&tail, 3));
-        tail.acknowledged(&old, &position("e", 1), now);
+        tail.acknowledged(&old, &position("e", 1), None, now);
         tail.failed(&failed);
-        tail.acknowledged(&young, &position("e", 3), now + KEPT_FOR);
+        tail.acknowledged(&young, &position("e", 3), None, now + KEPT_FOR);
         assert_eq!(positions(tail.take(|_| true)), [3]);
         let bytes = || tail.kept.lock().bytes;
         assert_eq!(bytes(), 0);
         for seq in 0..BYTES_MAX as u64 / 256 {
             let id = send(&tail, seq);
-            tail.acknowledged(&id, &position("e", seq), now);
+            tail.acknowledged(&id, &position("e", seq), None, now);
         }
         assert!(bytes() <= BYTES_MAX);
     }

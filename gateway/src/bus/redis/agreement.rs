@@ -20,13 +20,14 @@
 //! has seen it (a frozen process finds that out before anything else, by its clock).
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::Arc,
     time::Duration,
 };
 
 use parking_lot::Mutex;
 use redis::{ErrorKind, RedisError, RedisResult, Value, aio::MultiplexedConnection};
+use shared::ids::RoomId;
 use tokio::time::Instant;
 
 use super::{
@@ -265,6 +266,18 @@ impl Agreement {
         // What the links before brought is in the mailboxes by now, in front of this question.
         let mut holdings = self.mailboxes.holdings().await;
         holdings.retain(|held| remembered.contains(&self.server.keyspace.home(&held.room)));
+        // What was appended and reached nobody stands behind that: given back with it, it keeps its
+        // number, which others would take as soon as the server is open.
+        let places: HashMap<RoomId, usize> =
+            holdings.iter().enumerate().map(|(at, held)| (held.room.clone(), at)).collect();
+        for (room, entry) in self.links.standing.tail().unheard() {
+            let Some(held) = places.get(&room).map(|at| &mut holdings[*at]) else { continue };
+            let is_next = held.top.seq + 1 == entry.position.seq;
+            if is_next && held.top.epoch == entry.position.epoch {
+                held.top = entry.position.clone();
+                held.entries.push(entry);
+            }
+        }
         self.healer.heal(connection, token, holdings).await
     }
 

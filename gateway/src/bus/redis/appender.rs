@@ -74,6 +74,7 @@ pub(super) fn start(server: Arc<Server>, links: Arc<Links>, tasks: &Tasks) -> Ap
         queue: receiver,
         orders: ordered,
         open: Agreed::default(),
+        serving: None,
         told: None,
         stopped: tasks.stopped().clone(),
     };
@@ -111,6 +112,8 @@ struct Worker {
     script: redis::Script,
     /// What was agreed on when it was last looked at: the tail was repeated to it.
     open: Agreed,
+    /// The server that is or was last sent to.
+    serving: Option<Token>,
     /// When it was last told of that Redis takes nothing for a time, as when it is full.
     told: Option<Instant>,
     stopped: CancellationToken,
@@ -192,7 +195,7 @@ impl Worker {
                 // It was acknowledged once: the next server is given it.
                 Some(at) => {
                     tail.sent(&queued.append.room, &queued.append.envelope, queued.number);
-                    let dropped = tail.acknowledged(&id, at, now);
+                    let dropped = tail.acknowledged(&id, at, None, now);
                     self.links.metrics.tail_dropped.inc_by(dropped);
                 }
                 None => tail.failed(&id),
@@ -251,6 +254,7 @@ impl Worker {
         token: Token,
         mut remake: watch::Receiver<u64>,
     ) -> RedisError {
+        self.serving = Some(token);
         let mut agreed = self.server.agreed.subscribe();
         let mut regained = self.links.standing.regained();
         let mut sent: FuturesOrdered<Sent> = FuturesOrdered::new();
@@ -431,7 +435,8 @@ impl Worker {
             match value.and_then(appended) {
                 Ok(appended) => {
                     // Before the sender hears of it: from then on it must not be lost.
-                    let dropped = tail.acknowledged(&id, &appended.position, now);
+                    let stamp = self.serving.filter(|_| !appended.duplicate);
+                    let dropped = tail.acknowledged(&id, &appended.position, stamp, now);
                     self.links.metrics.tail_dropped.inc_by(dropped);
                     (queued.append.done)(Ok(appended));
                 }
