@@ -193,12 +193,6 @@ impl Outbox {
         }
     }
 
-    /// Whether there are rooms to be continued, and room for it.
-    pub fn lags(&self) -> bool {
-        let queue = self.queue.lock();
-        !queue.lagging.is_empty() && queue.has_room(self.bytes_max)
-    }
-
     /// The rooms to be continued, once half of the bound is free.
     pub fn take_lagging(&self) -> SmallVec<[RoomId; 1]> {
         let mut queue = self.queue.lock();

@@ -25,6 +25,7 @@ use shared::{
     },
     token::Access,
 };
+use smallvec::SmallVec;
 use tokio::{sync::watch, time::Instant};
 
 use crate::{
@@ -260,14 +261,15 @@ impl Session {
         }
     }
 
-    /// Whether there is a room that [`Session::catch_up`] would have continued.
-    pub fn is_behind(&self) -> bool {
-        self.subscriber.outbox.lags()
+    /// The rooms in which this session is behind, if its outbox has room: each is to be given to
+    /// [`Session::catch_up`].
+    pub fn take_behind(&self) -> SmallVec<[RoomId; 1]> {
+        self.subscriber.outbox.take_lagging()
     }
 
-    /// Has the rooms continued in which this session is behind, if its outbox has room.
-    pub async fn catch_up(&self) {
-        for room in self.subscriber.outbox.take_lagging() {
+    /// Has rooms continued.
+    pub async fn catch_up(&self, rooms: SmallVec<[RoomId; 1]>) {
+        for room in rooms {
             self.services.hub.catch_up(room, self.subscriber.connection).await;
         }
     }

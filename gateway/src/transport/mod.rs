@@ -227,10 +227,11 @@ impl Connection {
                 }
             }
             outbox.flush();
-            if let Handler::Chat(session) = &self.handler
-                && session.is_behind()
-            {
-                Box::pin(session.catch_up()).await;
+            if let Handler::Chat(session) = &self.handler {
+                let behind = session.take_behind();
+                if !behind.is_empty() {
+                    Box::pin(session.catch_up(behind)).await;
+                }
             }
             let blocked = outbox.blocked_since();
             if self.full && blocked.is_none() {

@@ -70,9 +70,9 @@ impl Wheel {
         (at.saturating_duration_since(self.begun).as_millis() / TICK.as_millis()) as u64
     }
 
-    /// The slot whose turn is next at `at` or after it, as far as the wheel reaches.
-    fn slot_for(&self, at: Instant) -> usize {
-        let furthest = self.ticks_until(Instant::now()) + SLOTS as u64 - 1;
+    /// The slot whose turn is next at `at` or after it, as far as the wheel reaches from `now`.
+    fn slot_for(&self, at: Instant, now: Instant) -> usize {
+        let furthest = self.ticks_until(now) + SLOTS as u64 - 1;
         slot((self.ticks_until(at) + 1).min(furthest))
     }
 }
@@ -92,7 +92,7 @@ impl Alarm {
             return;
         }
         self.clear();
-        let slot = self.wheel.slot_for(at.max(now));
+        let slot = self.wheel.slot_for(at.max(now), now);
         let key = self.wheel.slots[slot].lock().insert(self.subscriber.clone());
         self.set = Some(Set { at, slot, key });
     }

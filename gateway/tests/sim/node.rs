@@ -192,7 +192,7 @@ impl Connection {
                     }
                 }
             }
-            self.session.catch_up().await;
+            self.session.catch_up(self.session.take_behind()).await;
             // All arms are cancel-safe: what is performed is kept.
             tokio::select! {
                 biased;

@@ -20,18 +20,22 @@
 //! has seen it (a frozen process finds that out before anything else, by its clock).
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet},
     sync::Arc,
     time::Duration,
 };
 
 use parking_lot::Mutex;
 use redis::{ErrorKind, RedisError, RedisResult, Value, aio::MultiplexedConnection};
-use shared::ids::RoomId;
 use tokio::time::Instant;
 
 use super::{
-    RetryPause, config, heal::Healer, is_of_the_slot, links::Links, server::Server, topology,
+    RetryPause, config,
+    heal::{Healer, add_unheard},
+    is_of_the_slot,
+    links::Links,
+    server::Server,
+    topology,
 };
 use crate::{
     bus::{Mailboxes, random_epoch},
@@ -266,18 +270,7 @@ impl Agreement {
         // What the links before brought is in the mailboxes by now, in front of this question.
         let mut holdings = self.mailboxes.holdings().await;
         holdings.retain(|held| remembered.contains(&self.server.keyspace.home(&held.room)));
-        // What was appended and reached nobody stands behind that: given back with it, it keeps its
-        // number, which others would take as soon as the server is open.
-        let places: HashMap<RoomId, usize> =
-            holdings.iter().enumerate().map(|(at, held)| (held.room.clone(), at)).collect();
-        for (room, entry) in self.links.standing.tail().unheard() {
-            let Some(held) = places.get(&room).map(|at| &mut holdings[*at]) else { continue };
-            let is_next = held.top.seq + 1 == entry.position.seq;
-            if is_next && held.top.epoch == entry.position.epoch {
-                held.top = entry.position.clone();
-                held.entries.push(entry);
-            }
-        }
+        add_unheard(&mut holdings, self.links.standing.tail().unheard());
         self.healer.heal(connection, token, holdings).await
     }
 

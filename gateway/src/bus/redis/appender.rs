@@ -74,7 +74,6 @@ pub(super) fn start(server: Arc<Server>, links: Arc<Links>, tasks: &Tasks) -> Ap
         queue: receiver,
         orders: ordered,
         open: Agreed::default(),
-        serving: None,
         told: None,
         stopped: tasks.stopped().clone(),
     };
@@ -112,8 +111,6 @@ struct Worker {
     script: redis::Script,
     /// What was agreed on when it was last looked at: the tail was repeated to it.
     open: Agreed,
-    /// The server that is or was last sent to.
-    serving: Option<Token>,
     /// When it was last told of that Redis takes nothing for a time, as when it is full.
     told: Option<Instant>,
     stopped: CancellationToken,
@@ -254,7 +251,6 @@ impl Worker {
         token: Token,
         mut remake: watch::Receiver<u64>,
     ) -> RedisError {
-        self.serving = Some(token);
         let mut agreed = self.server.agreed.subscribe();
         let mut regained = self.links.standing.regained();
         let mut sent: FuturesOrdered<Sent> = FuturesOrdered::new();
@@ -283,7 +279,7 @@ impl Worker {
                 Some(answered) = sent.next() => answered,
                 Some(order) = self.orders.recv() => {
                     // What is under way may come back unanswered, and goes along then.
-                    let settled = self.settle_all(Ok(()), VecDeque::new(), &mut sent).await;
+                    let settled = self.settle_all(token, Ok(()), VecDeque::new(), &mut sent).await;
                     self.release(order);
                     match settled {
                         Ok(()) => continue,
@@ -335,9 +331,9 @@ impl Worker {
                 }
             };
             let mut again = VecDeque::new();
-            let mut settled = self.settle(batch, result, &mut again);
+            let mut settled = self.settle(token, batch, result, &mut again);
             if settled.is_err() || !again.is_empty() {
-                settled = self.settle_all(settled, again, &mut sent).await;
+                settled = self.settle_all(token, settled, again, &mut sent).await;
             }
             if let Err(error) = settled {
                 if is_stale(&error) {
@@ -352,12 +348,13 @@ impl Worker {
     /// that count. What has no answer goes ahead of what waits.
     async fn settle_all(
         &mut self,
+        token: Token,
         mut settled: Result<(), RedisError>,
         mut again: VecDeque<Queued>,
         sent: &mut FuturesOrdered<Sent>,
     ) -> Result<(), RedisError> {
         while let Some((batch, result)) = sent.next().await {
-            settled = settled.and(self.settle(batch, result, &mut again));
+            settled = settled.and(self.settle(token, batch, result, &mut again));
         }
         self.waiting.put_back(again);
         settled
@@ -416,6 +413,7 @@ impl Worker {
     /// The first error that says that this connection is of no more use.
     fn settle(
         &mut self,
+        token: Token,
         batch: Vec<Queued>,
         result: RedisResult<Vec<RedisResult<Value>>>,
         again: &mut VecDeque<Queued>,
@@ -435,7 +433,7 @@ impl Worker {
             match value.and_then(appended) {
                 Ok(appended) => {
                     // Before the sender hears of it: from then on it must not be lost.
-                    let stamp = self.serving.filter(|_| !appended.duplicate);
+                    let stamp = (!appended.duplicate).then_some(token);
                     let dropped = tail.acknowledged(&id, &appended.position, stamp, now);
                     self.links.metrics.tail_dropped.inc_by(dropped);
                     (queued.append.done)(Ok(appended));

@@ -1,13 +1,14 @@
 //! Giving rooms back to a server that came back without some of what it had acknowledged.
 
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc};
 
 use redis::{RedisError, RedisResult, aio::MultiplexedConnection};
+use shared::ids::RoomId;
 
 use super::{as_arguments, refused_or_away, server::Server};
 use crate::{
     bus::{BusError, random_epoch},
-    delivery::{Followed, Token},
+    delivery::{Entry, Followed, Token},
     telemetry::metrics::{Healed, Metrics},
 };
 
@@ -117,26 +118,11 @@ impl Healer {
             .arg(self.server.meta_ttl_ms())
             .arg(retention.dedup_window.as_millis() as u64)
             .arg(if give { "give" } else { "ask" });
-        match held.entries.last().filter(|last| last.position.seq == held.top.seq) {
-            Some(top) => {
-                command.arg(top.stamp.to_string()).arg(&top.envelope.id_key()[..]);
-            }
-            None => {
-                command.arg("").arg("");
-            }
-        }
-        command.arg(held.term);
-        match held.entries.first() {
-            Some(oldest) => {
-                command
-                    .arg(oldest.position.seq)
-                    .arg(oldest.stamp.to_string())
-                    .arg(&oldest.envelope.id_key()[..]);
-            }
-            None => {
-                command.arg(0).arg("").arg("");
-            }
-        }
+        let newest = held.entries.last().filter(|last| last.position.seq == held.top.seq);
+        identify(&mut command, newest);
+        let oldest = held.entries.first();
+        command.arg(held.term).arg(oldest.map_or(0, |oldest| oldest.position.seq));
+        identify(&mut command, oldest);
         if !give {
             command.arg(0);
             return command;
@@ -169,5 +155,63 @@ impl Healer {
                  epoch");
         }
         self.metrics.healed.of(outcome).inc();
+    }
+}
+
+/// Adds the stamp and the id key of an entry, by which the script knows it again.
+fn identify(command: &mut redis::Cmd, entry: Option<&Entry>) {
+    match entry {
+        Some(entry) => command.arg(entry.stamp.to_string()).arg(&entry.envelope.id_key()[..]),
+        None => command.arg("").arg(""),
+    };
+}
+
+/// Adds what was appended and reached nobody, where it stands right behind what is held: given back
+/// with it, it keeps its number, which others would take as soon as the server is open.
+pub(super) fn add_unheard(holdings: &mut [Followed], unheard: Vec<(RoomId, Entry)>) {
+    if unheard.is_empty() {
+        return;
+    }
+    let mut rooms: HashMap<RoomId, &mut Followed> =
+        holdings.iter_mut().map(|held| (held.room.clone(), held)).collect();
+    for (room, entry) in unheard {
+        let Some(held) = rooms.get_mut(&room) else { continue };
+        let is_next = held.top.seq + 1 == entry.position.seq;
+        if is_next && held.top.epoch == entry.position.epoch {
+            held.top = entry.position.clone();
+            held.entries.push(entry);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::delivery::samples::{entry, position};
+
+    #[test]
+    fn what_reached_nobody_is_added_as_far_as_it_goes_on_without_a_step() {
+        let room = |name: &str| name.parse::<RoomId>().unwrap();
+        let held = |name, seq| Followed {
+            room: room(name),
+            top: position("1-e", seq),
+            former: None,
+            term: 1,
+            entries: vec![entry("1-e", seq)],
+            ids: vec![],
+        };
+        let mut holdings = [held("a", 7), held("b", 7), held("c", 7)];
+        let unheard = [
+            ("a", "1-e", 8),
+            ("a", "1-e", 9),
+            ("a", "1-e", 11),
+            ("b", "2-f", 8),
+            ("c", "1-e", 9),
+            ("elsewhere", "1-e", 8),
+        ];
+        let unheard = unheard.map(|(name, epoch, seq)| (room(name), entry(epoch, seq)));
+        add_unheard(&mut holdings, unheard.into());
+        let tops = holdings.each_ref().map(|held| (held.top.seq, held.entries.len()));
+        assert_eq!(tops, [(9, 3), (7, 1), (7, 1)]);
     }
 }

@@ -25,6 +25,15 @@ local function seq_of(id)
     return tonumber(string.sub(id, 1, string.find(id, '-', 1, true) - 1))
 end
 
+-- Whether the log's entry `seq` is that with this stamp and id key; nil where the log does not have one.
+local function holds(seq, stamp, key)
+    local id = seq .. '-0'
+    local there = redis.call('XRANGE', KEYS[1], id, id)[1]
+    if there then
+        return there[2][4] == stamp and string.sub(there[2][6], 3, 26) == key
+    end
+end
+
 -- A conflict: numbers go on, and nothing of either history is continued.
 local function lift(above)
     redis.call('HSET', KEYS[2], 'e', epoch_above(above, random))
@@ -47,9 +56,7 @@ local function has_lost_more_than_it_holds()
     if meta[2] == epoch then
         return oldest > tonumber(meta[3]) + 1
     end
-    local id = ARGV[15] .. '-0'
-    local there = redis.call('XRANGE', KEYS[1], id, id)[1]
-    return not there or there[2][4] ~= ARGV[16] or string.sub(there[2][6], 3, 26) ~= ARGV[17]
+    return not holds(ARGV[15], ARGV[16], ARGV[17])
 end
 
 if here and here ~= epoch and ordinal(here) >= ordinal(epoch) then
@@ -60,10 +67,8 @@ if here and here ~= epoch and ordinal(here) >= ordinal(epoch) then
     return 'other'
 end
 if here == epoch and here_top >= top then
-    local id = digits(top) .. '-0'
-    local there = top > 0 and ARGV[12] ~= '' and redis.call('XRANGE', KEYS[1], id, id)[1]
-    if not there
-        or there[2][4] == ARGV[12] and string.sub(there[2][6], 3, 26) == ARGV[13] then
+    local is_known = top > 0 and ARGV[12] ~= ''
+    if not is_known or holds(digits(top), ARGV[12], ARGV[13]) ~= false then
         return 'whole'
     end
 end
