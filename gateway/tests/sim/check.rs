@@ -220,12 +220,38 @@ fn judge_positions(world: &World, findings: &mut Findings) {
             }
         }
     }
+    judge_named(world, &at, findings);
+}
+
+/// What an answer said is at a position is what members got there, unless its sender was told of a
+/// break since.
+fn judge_named(world: &World, at: &BTreeMap<(usize, String, u64), Id>, findings: &mut Findings) {
+    for client in &world.clients {
+        for place in &client.places {
+            for (id, acks) in &place.witness.acks {
+                for (time, Position { epoch, seq }) in acks {
+                    let Some(there) = at.get(&(place.room, epoch.as_str().to_owned(), *seq)) else {
+                        continue;
+                    };
+                    let (who, is_told) =
+                        (client.number, place.witness.breaks.iter().any(|b| b >= time));
+                    if there != id && is_told {
+                        findings.count("another at an acknowledged number, told", 1);
+                    } else if there != id {
+                        let text =
+                            format!("c{who}: {epoch}:{seq} is {} and {}", name(*id), name(*there));
+                        findings.bad("ACK_TAKEN", text);
+                    }
+                }
+            }
+        }
+    }
 }
 
 fn judge_acks(who: &str, witness: &Witness, findings: &mut Findings) {
-    for (id, positions) in &witness.acks {
-        if positions.iter().any(|position| *position != positions[0]) {
-            let text = format!("{who}: {} at {positions:?}", name(*id));
+    for (id, acks) in &witness.acks {
+        if acks.iter().any(|(_, position)| *position != acks[0].1) {
+            let text = format!("{who}: {} at {acks:?}", name(*id));
             if witness.breaks.is_empty() {
                 findings.bad("ACK_TWO_POSITIONS", text);
             } else {

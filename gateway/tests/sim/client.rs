@@ -239,7 +239,7 @@ impl Client {
                 {
                     place.witness.next(time, position.clone(), id);
                 }
-                place.witness.acks.entry(id).or_default().push(position);
+                place.witness.acks.entry(id).or_default().push((time, position));
                 if place.until.is_some() { place.settle() } else { vec![] }
             }
             "left" => {

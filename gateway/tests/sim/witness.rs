@@ -37,7 +37,8 @@ pub struct Witness {
     /// When it was told that continuity was not kept.
     pub breaks: Vec<f64>,
     pub joined_at: Option<f64>,
-    pub acks: BTreeMap<Id, Vec<Position>>,
+    /// Where its own messages were said to be, and when.
+    pub acks: BTreeMap<Id, Vec<(f64, Position)>>,
     /// What it sent more than once, which has no order with the rest.
     pub resent: BTreeSet<Id>,
     pub bad: Vec<(&'static str, String)>,
