@@ -12,6 +12,8 @@ pub enum Defect {
     NoBarrier,
     /// Publishers keep nothing of what was acknowledged.
     NoTail,
+    /// A number that was acknowledged and reached nobody goes to whoever comes first.
+    NumbersTaken,
     /// A publish counts as come by when another entry with its number does.
     TailBySeq,
     /// Rooms go on in their epoch although somebody was not heard.
@@ -30,10 +32,11 @@ pub enum Defect {
 
 impl Defect {
     /// All of them.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::NoFence,
         Self::NoBarrier,
         Self::NoTail,
+        Self::NumbersTaken,
         Self::TailBySeq,
         Self::NoBump,
         Self::NoContiguity,
@@ -70,7 +73,7 @@ pub fn script(text: String) -> String {
             replaced(text, "if not term then", "term, owed = term or 0, owed or 0 if false then")
         }
         Some(Defect::NoBump) => {
-            replaced(text, "elseif tonumber(meta[4] or '0') >= owed then", "elseif owed then")
+            replaced(text, "if not (all_heard and is_whole) then", "if false then")
         }
         _ => text,
     }

@@ -5,10 +5,11 @@
 //! more but its publisher. So each publish is kept from when it is sent until its *id* was passed
 //! on here, or for `KEPT_FOR` after its answer, as long as logs answer; when the nodes have agreed on another server, what
 //! is kept is appended once more, with the same id and a hint of where it stood. A number would not
-//! do: another message may have got it.
+//! do: another message may have got it. Before they agree, what is kept is given back, so that what
+//! was acknowledged keeps its number where that can be.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{BTreeMap, HashMap, VecDeque},
     time::Duration,
 };
 
@@ -20,7 +21,7 @@ use shared::{
 };
 use tokio::time::Instant;
 
-use crate::delivery::{Entry, Token};
+use crate::delivery::{Entry, Token, ordinal};
 
 /// How long an acknowledged publish is kept that does not come by: above that it is in the logs of
 /// replicas and files, as far as it ever will be.
@@ -51,10 +52,17 @@ struct Publish {
     room: RoomId,
     envelope: Envelope,
     number: u64,
+    acknowledged: Option<Acknowledged>,
+}
+
+#[derive(Debug)]
+struct Acknowledged {
     /// Where the log answered it stands.
-    at: Option<(Position, Instant)>,
-    /// The server that appended it, if that answer was the first.
-    stamp: Option<Token>,
+    at: Position,
+    /// The server that answered so first.
+    stamp: Token,
+    /// When it answered, or when it was repeated last.
+    since: Instant,
 }
 
 /// A publish that is to be repeated.
@@ -70,13 +78,24 @@ pub struct Repeat {
     pub number: u64,
 }
 
+/// What this node has published in a room and not heard since.
+#[derive(Debug)]
+pub struct Unheard {
+    /// The room.
+    pub room: RoomId,
+    /// What was acknowledged, as the log had it, in the order of the numbers.
+    pub acknowledged: Vec<Entry>,
+    /// What has no answer, in the order in which it was sent first, each with its place in that.
+    pub unanswered: Vec<(u64, Envelope)>,
+}
+
 impl Tail {
     /// A publish leaves for the log: again, where it has a number. Returns its place in the order in
     /// which publishes were sent first.
     pub fn sent(&self, room: &RoomId, envelope: &Envelope, number: Option<u64>) -> u64 {
         let kept = &mut *self.kept.lock();
         let known = kept.publishes.get(&envelope.id_key());
-        if let Some(publish) = known.filter(|publish| publish.at.is_some()) {
+        if let Some(publish) = known.filter(|publish| publish.acknowledged.is_some()) {
             // Its sender repeats what was acknowledged: that must not be lost if the repeat fails.
             return publish.number;
         }
@@ -89,7 +108,7 @@ impl Tail {
             return number;
         }
         let (room, envelope) = (room.clone(), envelope.clone());
-        let publish = Publish { room, envelope, number, at: None, stamp: None };
+        let publish = Publish { room, envelope, number, acknowledged: None };
         let bytes = publish.bytes();
         let before = kept.publishes.insert(publish.envelope.id_key(), publish);
         kept.bytes += bytes;
@@ -97,19 +116,14 @@ impl Tail {
         number
     }
 
-    /// The log has answered; `stamp` is the server that appended it, if it was not there before.
-    /// Returns how many others were forgotten to keep this one.
-    pub fn acknowledged(
-        &self,
-        id: &IdKey,
-        at: &Position,
-        stamp: Option<Token>,
-        now: Instant,
-    ) -> u64 {
+    /// The log of the server `stamp` has answered. Returns how many others were forgotten to keep
+    /// this one.
+    pub fn acknowledged(&self, id: &IdKey, at: &Position, stamp: Token, now: Instant) -> u64 {
         let kept = &mut *self.kept.lock();
         if let Some(publish) = kept.publishes.get_mut(id) {
-            publish.at = Some((at.clone(), now));
-            publish.stamp = stamp;
+            let before = publish.acknowledged.take().filter(|before| before.at == *at);
+            let stamp = before.map_or(stamp, |before| before.stamp);
+            publish.acknowledged = Some(Acknowledged { at: at.clone(), stamp, since: now });
             kept.acknowledged.push_back((now, *id));
         }
         kept.forget_old(now)
@@ -118,7 +132,7 @@ impl Tail {
     /// The log has refused it, or it was given up: nobody was told that it is there.
     pub fn failed(&self, id: &IdKey) {
         let kept = &mut *self.kept.lock();
-        if kept.publishes.get(id).is_some_and(|publish| publish.at.is_none()) {
+        if kept.publishes.get(id).is_some_and(|publish| publish.acknowledged.is_none()) {
             kept.remove(id);
         }
     }
@@ -135,7 +149,9 @@ impl Tail {
     #[cfg(feature = "defects")]
     pub fn seen_at(&self, seq: shared::position::Seq) {
         let kept = &mut *self.kept.lock();
-        let at = |publish: &Publish| publish.at.as_ref().is_some_and(|(at, _)| at.seq == seq);
+        let at = |publish: &Publish| {
+            publish.acknowledged.as_ref().is_some_and(|acknowledged| acknowledged.at.seq == seq)
+        };
         let ids: Vec<IdKey> =
             kept.publishes.iter().filter(|(_, publish)| at(publish)).map(|(id, _)| *id).collect();
         for id in ids {
@@ -143,36 +159,57 @@ impl Tail {
         }
     }
 
-    /// What was appended and has not come by, as the log had it, in the order of the numbers.
-    pub fn unheard(&self) -> Vec<(RoomId, Entry)> {
+    /// What was published in some of the rooms and has not come by.
+    pub fn unheard(&self, of: impl Fn(&RoomId) -> bool) -> Vec<Unheard> {
         let kept = self.kept.lock();
-        let entry = |publish: &Publish| {
-            let (position, _) = publish.at.clone()?;
-            let entry =
-                Entry { position, stamp: publish.stamp?, envelope: publish.envelope.clone() };
-            Some((publish.room.clone(), entry))
-        };
-        let mut unheard: Vec<_> = kept.publishes.values().filter_map(entry).collect();
-        unheard.sort_by_key(|(_, entry)| entry.position.seq);
-        unheard
+        let mut publishes: Vec<&Publish> =
+            kept.publishes.values().filter(|publish| of(&publish.room)).collect();
+        publishes.sort_unstable_by_key(|publish| publish.number);
+        let mut rooms: BTreeMap<&RoomId, Unheard> = BTreeMap::new();
+        for publish in publishes {
+            let unheard = rooms.entry(&publish.room).or_insert_with(|| Unheard {
+                room: publish.room.clone(),
+                acknowledged: Vec::new(),
+                unanswered: Vec::new(),
+            });
+            let envelope = publish.envelope.clone();
+            match &publish.acknowledged {
+                Some(Acknowledged { at, stamp, .. }) => {
+                    let (position, stamp) = (at.clone(), *stamp);
+                    unheard.acknowledged.push(Entry { position, stamp, envelope });
+                }
+                None => unheard.unanswered.push((publish.number, envelope)),
+            }
+        }
+        let mut rooms: Vec<Unheard> = rooms.into_values().collect();
+        for unheard in &mut rooms {
+            unheard.acknowledged.sort_by_key(|entry| {
+                (ordinal(&entry.position.epoch), entry.position.seq)
+            });
+        }
+        rooms
     }
 
-    /// Takes what was acknowledged and has not come by in some of the rooms, in the order it was
-    /// sent. None is too old for that: time in which no log answers does not count.
-    pub fn take(&self, of: impl Fn(&RoomId) -> bool) -> Vec<Repeat> {
+    /// What was acknowledged and has not come by in some of the rooms, to be repeated, in the order
+    /// it was sent. None is too old for that: time in which no log answers does not count.
+    pub fn repeats(&self, of: impl Fn(&RoomId) -> bool, now: Instant) -> Vec<Repeat> {
         let kept = &mut *self.kept.lock();
-        let wanted = |id: &IdKey| kept.publishes.get(id).is_none_or(|publish| of(&publish.room));
-        let (ids, others) =
-            kept.acknowledged.drain(..).partition::<Vec<_>, _>(|(_, id)| wanted(id));
-        kept.acknowledged = others.into();
-        let mut taken: Vec<Publish> = ids.iter().filter_map(|(_, id)| kept.remove(id)).collect();
-        taken.sort_unstable_by_key(|publish| publish.number);
-        let repeat = |publish: Publish| {
-            let (at, _) = publish.at?;
-            let Publish { room, envelope, number, .. } = publish;
-            Some(Repeat { room, envelope, at, number })
-        };
-        taken.into_iter().filter_map(repeat).collect()
+        let mut repeats = Vec::new();
+        for (id, publish) in &mut kept.publishes {
+            let Some(acknowledged) = &mut publish.acknowledged else { continue };
+            if of(&publish.room) {
+                acknowledged.since = now;
+                kept.acknowledged.push_back((now, *id));
+                repeats.push(Repeat {
+                    room: publish.room.clone(),
+                    envelope: publish.envelope.clone(),
+                    at: acknowledged.at.clone(),
+                    number: publish.number,
+                });
+            }
+        }
+        repeats.sort_unstable_by_key(|repeat| repeat.number);
+        repeats
     }
 }
 
@@ -188,8 +225,9 @@ impl Kept {
         let mut early = 0;
         while let Some((since, id)) = self.acknowledged.front().copied() {
             // It may have come by, or been answered a second time since.
-            let this = |publish: &Publish| publish.at.as_ref().is_some_and(|(_, at)| *at == since);
-            let is_kept = self.publishes.get(&id).is_some_and(this);
+            let publish = self.publishes.get(&id);
+            let acknowledged = publish.and_then(|publish| publish.acknowledged.as_ref());
+            let is_kept = acknowledged.is_some_and(|acknowledged| acknowledged.since == since);
             let old = now.saturating_duration_since(since) >= KEPT_FOR;
             if is_kept && !old && self.bytes <= BYTES_MAX {
                 break;
@@ -221,8 +259,12 @@ mod tests {
         envelope.id_key()
     }
 
-    fn positions(repeats: Vec<Repeat>) -> Vec<u64> {
-        repeats.into_iter().map(|repeat| repeat.at.seq).collect()
+    fn repeated(tail: &Tail, now: Instant) -> Vec<u64> {
+        tail.repeats(|_| true, now).into_iter().map(|repeat| repeat.at.seq).collect()
+    }
+
+    fn stamp() -> Token {
+        Token::default()
     }
 
     #[test]
@@ -231,58 +273,69 @@ mod tests {
         let ids: Vec<_> = (1..=5).map(|seq| send(&tail, seq)).collect();
         // Answers may be known in another order than publishes were sent.
         for seq in [3, 1, 4, 5] {
-            tail.acknowledged(&ids[seq - 1], &position("e", seq as u64), None, now);
+            tail.acknowledged(&ids[seq - 1], &position("e", seq as u64), stamp(), now);
         }
         // The copy of one came before its answer, that of another after it.
         tail.seen(&ids[1]);
-        tail.acknowledged(&ids[1], &position("e", 2), None, now);
+        tail.acknowledged(&ids[1], &position("e", 2), stamp(), now);
         tail.seen(&ids[3]);
-        assert_eq!(positions(tail.take(|_| true)), [1, 3, 5]);
-        assert!(tail.take(|_| true).is_empty());
+        assert_eq!(repeated(&tail, now), [1, 3, 5]);
+        // Another server comes before there was an answer.
+        assert_eq!(repeated(&tail, now), [1, 3, 5]);
+        for id in &ids {
+            tail.seen(id);
+        }
+        assert!(repeated(&tail, now).is_empty());
         assert_eq!(tail.kept.lock().bytes, 0);
     }
 
     #[test]
-    fn what_was_appended_and_not_heard_is_known_as_the_log_had_it() {
+    fn what_was_published_and_not_heard_is_known_as_the_log_had_it() {
         let (tail, now) = (Tail::default(), Instant::now());
-        let ids: Vec<_> = (1..=4).map(|seq| send(&tail, seq)).collect();
-        let stamp = Some(Token::default());
+        let ids: Vec<_> = (1..=5).map(|seq| send(&tail, seq)).collect();
         for seq in [3, 1] {
-            tail.acknowledged(&ids[seq - 1], &position("e", seq as u64), stamp, now);
+            tail.acknowledged(&ids[seq - 1], &position("e", seq as u64), stamp(), now);
         }
-        // One was there before: who appended it is not known. Another has no answer.
-        tail.acknowledged(&ids[1], &position("e", 2), None, now);
-        let unheard = tail.unheard();
-        let seqs: Vec<_> = unheard.iter().map(|(_, entry)| entry.position.seq).collect();
+        // Repeated to another server, which has it where it was: that one did not append it.
+        let other: Token = "0123456789abcdef".parse().unwrap();
+        tail.acknowledged(&ids[2], &position("e", 3), other, now);
+        let [unheard] = &tail.unheard(|_| true)[..] else { panic!("one room") };
+        let seqs: Vec<_> = unheard.acknowledged.iter().map(|entry| entry.position.seq).collect();
         assert_eq!(seqs, [1, 3]);
-        tail.seen(&ids[0]);
-        assert_eq!(tail.unheard().len(), 1);
+        assert!(unheard.acknowledged.iter().all(|entry| entry.stamp == stamp()));
+        let numbers: Vec<_> = unheard.unanswered.iter().map(|(number, _)| *number).collect();
+        assert_eq!(numbers, [2, 4, 5]);
+        ids.iter().for_each(|id| tail.seen(id));
+        assert!(tail.unheard(|_| true).is_empty());
     }
 
     #[test]
     fn a_repeat_that_fails_takes_nothing_of_what_was_acknowledged() {
         let (tail, now) = (Tail::default(), Instant::now());
         let id = send(&tail, 1);
-        tail.acknowledged(&id, &position("e", 1), None, now);
+        tail.acknowledged(&id, &position("e", 1), stamp(), now);
         send(&tail, 1);
         tail.failed(&id);
-        assert_eq!(positions(tail.take(|_| true)), [1]);
+        assert_eq!(repeated(&tail, now), [1]);
     }
 
     #[test]
     fn nothing_is_kept_for_ever() {
         let (tail, now) = (Tail::default(), Instant::now());
         let (old, failed, young) = (send(&tail, 1), send(&tail, 2), send(&tail, 3));
-        tail.acknowledged(&old, &position("e", 1), None, now);
+        tail.acknowledged(&old, &position("e", 1), stamp(), now);
         tail.failed(&failed);
-        tail.acknowledged(&young, &position("e", 3), None, now + KEPT_FOR);
-        assert_eq!(positions(tail.take(|_| true)), [3]);
-        let bytes = || tail.kept.lock().bytes;
-        assert_eq!(bytes(), 0);
+        tail.acknowledged(&young, &position("e", 3), stamp(), now + KEPT_FOR);
+        assert_eq!(repeated(&tail, now + KEPT_FOR), [3]);
+        // Time in which no log answers does not count.
+        let (later, newest) = (now + 3 * KEPT_FOR, send(&tail, 4));
+        assert_eq!(repeated(&tail, later), [3]);
+        tail.acknowledged(&newest, &position("e", 4), stamp(), later);
+        assert_eq!(repeated(&tail, later), [3, 4]);
         for seq in 0..BYTES_MAX as u64 / 256 {
             let id = send(&tail, seq);
-            tail.acknowledged(&id, &position("e", seq), None, now);
+            tail.acknowledged(&id, &position("e", seq), stamp(), now);
         }
-        assert!(bytes() <= BYTES_MAX);
+        assert!(tail.kept.lock().bytes <= BYTES_MAX);
     }
 }

@@ -204,7 +204,8 @@ async fn the_scripts_run_as_on_redis() {
     const CHECKIN: &str = include_str!("../../src/bus/redis/scripts/checkin.lua");
     const LEASE: &str = include_str!("../../src/bus/redis/scripts/lease.lua");
     const DELETE: &str = include_str!("../../src/bus/redis/scripts/delete.lua");
-    const ROOM: [&str; 5] = ["log", "meta", "ids0", "ids1", "barrier"];
+    const UNHEARD: &str = include_str!("../../src/bus/redis/scripts/unheard.lua");
+    const ROOM: [&str; 6] = ["log", "meta", "ids0", "ids1", "barrier", "unheard"];
 
     let mut pair = Pair::start().await;
     let mut random = StdRng::seed_from_u64(7);
@@ -213,22 +214,11 @@ async fn the_scripts_run_as_on_redis() {
     pair.script(LEASE, &["leases", "barrier"], &words(&["n2", "60000", "pokes", &token, ""])).await;
     pair.script(LEASE, &["leases", "barrier"], &words(&["n1", "60000", "pokes", &token, ""])).await;
     let append = |n: u128, token: &str| {
-        let envelope = Envelope::pack(Parts {
-            author: Author::of(&"ann".parse().unwrap()),
-            id: MessageId(Uuid::from_u128(n)),
-            sender: ConnectionId(Uuid::nil()),
-            echo: true,
-            members: r#""room":"r""#,
-            binary: None,
-        });
-        let mut args = vec![
-            Bytes::from_static(b"channel"),
-            Bytes::copy_from_slice(&envelope.id_key()),
-            envelope.as_bytes().clone(),
-        ];
-        // A window of ids so wide that both clocks are in the same one.
-        args.extend(words(&["random", "200", "60000", "1000000000", "60000", "60000"]));
-        args.extend(words(&["100000000000000", token, "", ""]));
+        let envelope = envelope(n);
+        let mut args = common(token);
+        args.push(Bytes::copy_from_slice(&envelope.id_key()));
+        args.push(envelope.as_bytes().clone());
+        args.extend(words(&["200", "60000", "1000000000", "", ""]));
         args
     };
     let stale = pair.script(APPEND, &ROOM, &append(1, &token)).await;
@@ -250,14 +240,12 @@ async fn the_scripts_run_as_on_redis() {
         ("before", "30", "40"),
         ("after", "9999", "5"),
     ] {
-        let args = words(&[kind, seq, limit, "4000", "random", "60000", &token]);
-        let page = pair.script(READ, &["log", "meta", "barrier"], &args).await;
+        let args = [common(&token), words(&[kind, seq, limit, "4000"])].concat();
+        let page = pair.script(READ, &ROOM, &args).await;
         assert!(matches!(page, Reply::Array(parts) if parts.len() == 8));
     }
-    let page = words(&["newest", "0", "20", "400000", "random", "60000", &token]);
-    let Reply::Array(page) = pair.script(READ, &["log", "meta", "barrier"], &page).await else {
-        panic!("no page")
-    };
+    let page = [common(&token), words(&["newest", "0", "20", "400000"])].concat();
+    let Reply::Array(page) = pair.script(READ, &ROOM, &page).await else { panic!("no page") };
     // The same server without the room, and one that has some of it: all of it comes back.
     for missing in ["DEL log meta ids0 ids1", "XTRIM log MAXLEN 10"] {
         pair.compare(&words(&missing.split(' ').collect::<Vec<_>>())).await;
@@ -270,8 +258,70 @@ async fn the_scripts_run_as_on_redis() {
         let append = append(random.random_range(1000..2000), &token);
         pair.script(APPEND, &ROOM, &append).await;
     }
-    pair.script(DELETE, &ROOM, &words(&["random", "60000", &token])).await;
+    for steps_missing in [false, true] {
+        give_numbers_back(&mut pair, UNHEARD, &ROOM, steps_missing).await;
+        let epoch = words(&["HGET", "meta", "e"]);
+        let before = pair.compare(&epoch).await;
+        pair.script(APPEND, &ROOM, &append(u128::from(steps_missing) + 3000, &token)).await;
+        assert_eq!(pair.compare(&epoch).await != before, steps_missing);
+        pair.compare(&words(&["XREVRANGE", "log", "+", "-", "COUNT", "12"])).await;
+        pair.compare(&words(&["HMGET", "meta", "e", "s", "r", "n", "pe", "ps"])).await;
+        pair.compare(&words(&["EXISTS", "unheard"])).await;
+    }
+    pair.script(DELETE, &ROOM, &common(&token)).await;
     pair.script(APPEND, &ROOM, &append(5, &token)).await;
+}
+
+/// Two nodes give back what they have published, to a server that nobody has touched the room on:
+/// two numbers that were acknowledged, and publishes without an answer for one of those between.
+async fn give_numbers_back(pair: &mut Pair, script: &str, room: &[&str], steps_missing: bool) {
+    let token = pair.token.clone();
+    pair.compare(&words(&["HSET", "meta", "r", "another"])).await;
+    let head = pair.compare(&words(&["HMGET", "meta", "e", "s"])).await;
+    let Reply::Array(head) = head else { panic!("{head:?}") };
+    let [Reply::Bulk(epoch), Reply::Bulk(top)] = &head[..] else { panic!("{head:?}") };
+    let (epoch, top) = (String::from_utf8_lossy(epoch), String::from_utf8_lossy(top));
+    let top: u64 = top.parse().unwrap();
+    let give = |process: &str, acknowledged: &[(u64, u128)], unanswered: &[u128]| {
+        let at = |step: u64| format!("{epoch}:{}", top + step);
+        let last = acknowledged.last().map(|(step, _)| at(*step)).unwrap_or_default();
+        let mut args = common(&token);
+        args.extend(words(&[process, &last, &acknowledged.len().to_string()]));
+        for (step, n) in acknowledged {
+            args.extend(words(&[&at(*step), "stamp"]));
+            args.push(envelope(*n).as_bytes().clone());
+        }
+        for (number, n) in unanswered.iter().enumerate() {
+            args.push(number.to_string().into());
+            args.push(envelope(*n).as_bytes().clone());
+        }
+        args
+    };
+    let from = 4000 + u128::from(steps_missing) * 100;
+    let far = if steps_missing { 9 } else { 4 };
+    let ann = give("ann", &[(1, from), (far, from + 1)], &[from + 2]);
+    let bob = give("bob", &[], &[from + 3, from, from + 4, from + 5]);
+    for args in [ann, bob] {
+        let taken = pair.script(script, room, &args).await;
+        assert_eq!(taken, Reply::bulk("taken"));
+    }
+}
+
+fn envelope(n: u128) -> Envelope {
+    Envelope::pack(Parts {
+        author: Author::of(&"ann".parse().unwrap()),
+        id: MessageId(Uuid::from_u128(n)),
+        sender: ConnectionId(Uuid::nil()),
+        echo: true,
+        members: r#""room":"r""#,
+        binary: None,
+    })
+}
+
+/// What the scripts of a room have in common, with a window of ids so wide that both clocks are in
+/// the same one.
+fn common(token: &str) -> Vec<Bytes> {
+    words(&[token, "channel", "random", "60000", "60000", "100000000000000"])
 }
 
 /// What a node says that holds the entries of `page`, newest first.
@@ -287,9 +337,9 @@ fn heal_args(page: &[Reply], token: &str, step: &str) -> Vec<Bytes> {
     let entries: Vec<Vec<Reply>> = rows(&page[7]).iter().rev().map(rows).collect();
     let key = |entry: &[Reply]| text(&entry[3]).slice(2..26);
     let (oldest, newest) = (&entries[0], entries.last().unwrap());
-    let mut args = words(&[token, "channel"]);
+    let mut args = common(token);
     args.extend([text(&page[0]), text(&page[1])]);
-    args.extend(words(&["", "", "random", "60000", "60000", "100000000000000", step]));
+    args.extend(words(&["", "", step]));
     args.extend([text(&newest[2]), key(newest)]);
     args.push(Bytes::from_static(b"1"));
     args.extend([text(&oldest[0]), text(&oldest[2]), key(oldest)]);

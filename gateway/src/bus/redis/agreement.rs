@@ -6,7 +6,8 @@
 //! 1. Each connection knows which server it leads to, by a *token*: the server's run and what it
 //!    replicates. A node goes on only when all of its connections lead to one server.
 //! 2. It *heals*: what its rings hold of followed rooms and the server lacks is appended, with the
-//!    same numbers.
+//!    same numbers; what it published and nobody may have heard of is given back, too, so
+//!    that what was acknowledged keeps its number.
 //! 3. It *checks in* at the barrier, with the processes it knows of. The server opens when all of
 //!    those have checked in, or when they were waited for longer than a lease lasts; then rooms go
 //!    on in a new epoch, since somebody may have had more of them.
@@ -27,11 +28,12 @@ use std::{
 
 use parking_lot::Mutex;
 use redis::{ErrorKind, RedisError, RedisResult, Value, aio::MultiplexedConnection};
+use shared::ids::RoomId;
 use tokio::time::Instant;
 
 use super::{
     RetryPause, config,
-    heal::{Healer, add_unheard},
+    heal::Healer,
     is_of_the_slot,
     links::Links,
     server::Server,
@@ -269,9 +271,15 @@ impl Agreement {
         }
         // What the links before brought is in the mailboxes by now, in front of this question.
         let mut holdings = self.mailboxes.holdings().await;
-        holdings.retain(|held| remembered.contains(&self.server.keyspace.home(&held.room)));
-        add_unheard(&mut holdings, self.links.standing.tail().unheard());
-        self.healer.heal(connection, token, holdings).await
+        let here = |room: &RoomId| remembered.contains(&self.server.keyspace.home(room));
+        holdings.retain(|held| here(&held.room));
+        self.healer.heal(connection, token, holdings).await?;
+        #[cfg(feature = "defects")]
+        if crate::defect::planted(crate::defect::Defect::NumbersTaken) {
+            return Ok(());
+        }
+        let unheard = self.links.standing.tail().unheard(here);
+        self.healer.give_unheard(connection, token, &self.process.name, unheard).await
     }
 
     fn agreed(&self, token: Token, opened: &Opened, took: Duration) {

@@ -33,7 +33,7 @@ use super::{
     waiting::{Queued, Waiting},
 };
 use crate::{
-    bus::{Append, Appended, BoxFuture, BusError, output_of, random_epoch},
+    bus::{Append, Appended, BoxFuture, BusError, output_of},
     delivery::Token,
     drain::Tasks,
 };
@@ -187,16 +187,8 @@ impl Worker {
     fn expire(&mut self) {
         let (tail, now) = (self.links.standing.tail(), Instant::now());
         for queued in self.waiting.expired(now) {
-            let id = queued.append.envelope.id_key();
-            match &queued.hint {
-                // It was acknowledged once: the next server is given it.
-                Some(at) => {
-                    tail.sent(&queued.append.room, &queued.append.envelope, queued.number);
-                    let dropped = tail.acknowledged(&id, at, None, now);
-                    self.links.metrics.tail_dropped.inc_by(dropped);
-                }
-                None => tail.failed(&id),
-            }
+            // What was acknowledged once stays there: the next server is given it.
+            tail.failed(&queued.append.envelope.id_key());
             (queued.append.done)(Err(BusError::Unavailable));
         }
     }
@@ -220,10 +212,13 @@ impl Worker {
         }
         if self.open.token != Some(token) || !Arc::ptr_eq(&self.open.homes, &agreed.homes) {
             let keyspace = self.server.keyspace;
-            let tail = self.links.standing.tail().take(|room| {
-                let home = keyspace.home(room);
-                agreed.is_on(token, home) && !self.open.is_on(token, home)
-            });
+            let tail = self.links.standing.tail().repeats(
+                |room| {
+                    let home = keyspace.home(room);
+                    agreed.is_on(token, home) && !self.open.is_on(token, home)
+                },
+                now,
+            );
             if !tail.is_empty() {
                 tracing::info!(count = tail.len(), "publishes that did not come by are repeated");
             }
@@ -368,11 +363,10 @@ impl Worker {
     ) -> Sent {
         let mut pipeline = redis::Pipeline::with_capacity(batch.len());
         pipeline.ignore_errors();
-        let token = token.to_string();
         for queued in &mut batch {
             let Append { room, envelope, .. } = &queued.append;
             queued.number = Some(self.links.standing.tail().sent(room, envelope, queued.number));
-            pipeline.add_command(self.command(queued, &token));
+            pipeline.add_command(self.command(queued, token));
         }
         Box::pin(async move {
             let result = pipeline.query_async(&mut connection).await;
@@ -380,27 +374,17 @@ impl Worker {
         })
     }
 
-    fn command(&self, queued: &Queued, token: &str) -> redis::Cmd {
+    fn command(&self, queued: &Queued, token: Token) -> redis::Cmd {
         let append = &queued.append;
         let retention = &self.server.retention;
-        let channel = self.server.keyspace.channel(&append.room);
-        let mut command = redis::cmd("EVALSHA");
         let (epoch, seq) = as_arguments(queued.hint.as_ref());
+        let mut command = self.server.call(&self.script, &append.room, token);
         command
-            .arg(self.script.get_hash())
-            .arg(5)
-            .arg(&self.server.keyspace.keys(&append.room))
-            .arg(&channel)
             .arg(&append.envelope.id_key()[..])
             .arg(&append.envelope.as_bytes()[..])
-            .arg(random_epoch())
             .arg(retention.entries_min)
             .arg(retention.window.as_millis() as u64)
             .arg(retention.bytes_max)
-            .arg(retention.ttl.as_millis() as u64)
-            .arg(self.server.meta_ttl_ms())
-            .arg(retention.dedup_window.as_millis() as u64)
-            .arg(token)
             .arg(epoch)
             .arg(seq);
         command
@@ -433,8 +417,7 @@ impl Worker {
             match value.and_then(appended) {
                 Ok(appended) => {
                     // Before the sender hears of it: from then on it must not be lost.
-                    let stamp = (!appended.duplicate).then_some(token);
-                    let dropped = tail.acknowledged(&id, &appended.position, stamp, now);
+                    let dropped = tail.acknowledged(&id, &appended.position, token, now);
                     self.links.metrics.tail_dropped.inc_by(dropped);
                     (queued.append.done)(Ok(appended));
                 }

@@ -1,13 +1,13 @@
 //! Giving rooms back to a server that came back without some of what it had acknowledged.
 
-use std::{collections::HashMap, sync::Arc};
+use std::sync::Arc;
 
 use redis::{RedisError, RedisResult, aio::MultiplexedConnection};
 use shared::ids::RoomId;
 
 use super::{as_arguments, refused_or_away, server::Server};
 use crate::{
-    bus::{BusError, random_epoch},
+    bus::{BusError, tail::Unheard},
     delivery::{Entry, Followed, Token},
     telemetry::metrics::{Healed, Metrics},
 };
@@ -16,17 +16,20 @@ use crate::{
 const ROOMS_MAX: usize = 256;
 const BYTES_MAX: usize = 1 << 20;
 
-/// Heals rooms by `heal.lua`.
+/// Heals rooms by `heal.lua`, and gives numbers back by `unheard.lua`.
 #[derive(Clone)]
 pub(super) struct Healer {
     server: Arc<Server>,
     script: redis::Script,
+    unheard: redis::Script,
     metrics: Arc<Metrics>,
 }
 
 impl Healer {
     pub(super) fn new(server: Arc<Server>, metrics: Arc<Metrics>) -> Self {
-        Self { script: server.keyspace.script(include_str!("scripts/heal.lua")), server, metrics }
+        let script = server.keyspace.script(include_str!("scripts/heal.lua"));
+        let unheard = server.keyspace.script(include_str!("scripts/unheard.lua"));
+        Self { server, script, unheard, metrics }
     }
 
     /// Gives back what `holdings` have of their rooms and the server lacks. Rooms that are whole, all
@@ -78,45 +81,53 @@ impl Healer {
         rooms: &[Followed],
         give: bool,
     ) -> Result<Vec<String>, RedisError> {
-        if rooms.is_empty() {
-            return Ok(Vec::new());
-        }
-        let mut pipeline = redis::Pipeline::with_capacity(rooms.len());
-        for room in rooms {
-            pipeline.add_command(self.command(token, room, give));
-        }
-        pipeline.ignore_errors();
-        let answers: Vec<RedisResult<String>> = pipeline.query_async(connection).await?;
-        let answer = |(room, answer): (&Followed, RedisResult<String>)| match answer {
-            // It will be so with every try, and keeps the others from nothing.
-            Err(error) if refused_or_away(&error) == BusError::Refused => {
-                tracing::error!(room = %room.room, %error, "Redis refused to be given a room back");
-                Ok("refused".to_owned())
+        let command = |held: &Followed| (held.room.clone(), self.command(token, held, give));
+        call_all(connection, rooms.iter().map(command).collect()).await
+    }
+
+    /// Gives back what this node has published and not heard since, by which numbers that were
+    /// acknowledged are kept: `process` says whose it is.
+    pub(super) async fn give_unheard(
+        &self,
+        connection: &mut MultiplexedConnection,
+        token: Token,
+        process: &str,
+        rooms: Vec<Unheard>,
+    ) -> RedisResult<()> {
+        self.unheard.load_async(connection).await?;
+        let mut calls = Vec::new();
+        let mut bytes = 0;
+        for Unheard { room, acknowledged, unanswered } in rooms {
+            let last = acknowledged.last().map(|entry| entry.position.to_string());
+            let mut command = self.server.call(&self.unheard, &room, token);
+            command.arg(process).arg(last.unwrap_or_default()).arg(acknowledged.len());
+            for entry in &acknowledged {
+                command
+                    .arg(entry.position.to_string())
+                    .arg(entry.stamp.to_string())
+                    .arg(&entry.envelope.as_bytes()[..]);
             }
-            answer => answer,
-        };
-        rooms.iter().zip(answers).map(answer).collect()
+            for (number, envelope) in &unanswered {
+                command.arg(number).arg(&envelope.as_bytes()[..]);
+            }
+            bytes += command.get_packed_command().len();
+            calls.push((room, command));
+            if bytes >= BYTES_MAX {
+                call_all(connection, std::mem::take(&mut calls)).await?;
+                bytes = 0;
+            }
+        }
+        call_all(connection, calls).await.map(drop)
     }
 
     fn command(&self, token: Token, held: &Followed, give: bool) -> redis::Cmd {
-        let retention = &self.server.retention;
-        let channel = self.server.keyspace.channel(&held.room);
-        let mut command = redis::cmd("EVALSHA");
+        let mut command = self.server.call(&self.script, &held.room, token);
         let (former, former_top) = as_arguments(held.former.as_ref());
         command
-            .arg(self.script.get_hash())
-            .arg(5)
-            .arg(&self.server.keyspace.keys(&held.room))
-            .arg(token.to_string())
-            .arg(&channel)
             .arg(held.top.epoch.as_str())
             .arg(held.top.seq)
             .arg(former)
             .arg(former_top)
-            .arg(random_epoch())
-            .arg(retention.ttl.as_millis() as u64)
-            .arg(self.server.meta_ttl_ms())
-            .arg(retention.dedup_window.as_millis() as u64)
             .arg(if give { "give" } else { "ask" });
         let newest = held.entries.last().filter(|last| last.position.seq == held.top.seq);
         identify(&mut command, newest);
@@ -158,60 +169,36 @@ impl Healer {
     }
 }
 
+/// Calls scripts of rooms in one pipeline. Returns what each answered.
+async fn call_all(
+    connection: &mut MultiplexedConnection,
+    calls: Vec<(RoomId, redis::Cmd)>,
+) -> RedisResult<Vec<String>> {
+    if calls.is_empty() {
+        return Ok(Vec::new());
+    }
+    let mut pipeline = redis::Pipeline::with_capacity(calls.len());
+    pipeline.ignore_errors();
+    let (rooms, commands): (Vec<RoomId>, Vec<redis::Cmd>) = calls.into_iter().unzip();
+    for command in commands {
+        pipeline.add_command(command);
+    }
+    let answers: Vec<RedisResult<String>> = pipeline.query_async(connection).await?;
+    let answer = |(room, answer): (RoomId, RedisResult<String>)| match answer {
+        // It will be so with every try, and keeps the others from nothing.
+        Err(error) if refused_or_away(&error) == BusError::Refused => {
+            tracing::error!(%room, %error, "Redis refused to be given a room back");
+            Ok("refused".to_owned())
+        }
+        answer => answer,
+    };
+    rooms.into_iter().zip(answers).map(answer).collect()
+}
+
 /// Adds the stamp and the id key of an entry, by which the script knows it again.
 fn identify(command: &mut redis::Cmd, entry: Option<&Entry>) {
     match entry {
         Some(entry) => command.arg(entry.stamp.to_string()).arg(&entry.envelope.id_key()[..]),
         None => command.arg("").arg(""),
     };
-}
-
-/// Adds what was appended and reached nobody, where it stands right behind what is held: given back
-/// with it, it keeps its number, which others would take as soon as the server is open.
-pub(super) fn add_unheard(holdings: &mut [Followed], unheard: Vec<(RoomId, Entry)>) {
-    if unheard.is_empty() {
-        return;
-    }
-    let mut rooms: HashMap<RoomId, &mut Followed> =
-        holdings.iter_mut().map(|held| (held.room.clone(), held)).collect();
-    for (room, entry) in unheard {
-        let Some(held) = rooms.get_mut(&room) else { continue };
-        let is_next = held.top.seq + 1 == entry.position.seq;
-        if is_next && held.top.epoch == entry.position.epoch {
-            held.top = entry.position.clone();
-            held.entries.push(entry);
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::delivery::samples::{entry, position};
-
-    #[test]
-    fn what_reached_nobody_is_added_as_far_as_it_goes_on_without_a_step() {
-        let room = |name: &str| name.parse::<RoomId>().unwrap();
-        let held = |name, seq| Followed {
-            room: room(name),
-            top: position("1-e", seq),
-            former: None,
-            term: 1,
-            entries: vec![entry("1-e", seq)],
-            ids: vec![],
-        };
-        let mut holdings = [held("a", 7), held("b", 7), held("c", 7)];
-        let unheard = [
-            ("a", "1-e", 8),
-            ("a", "1-e", 9),
-            ("a", "1-e", 11),
-            ("b", "2-f", 8),
-            ("c", "1-e", 9),
-            ("elsewhere", "1-e", 8),
-        ];
-        let unheard = unheard.map(|(name, epoch, seq)| (room(name), entry(epoch, seq)));
-        add_unheard(&mut holdings, unheard.into());
-        let tops = holdings.each_ref().map(|held| (held.top.seq, held.entries.len()));
-        assert_eq!(tops, [(9, 3), (7, 1), (7, 1)]);
-    }
 }

@@ -1,7 +1,7 @@
 //! Where things lie in Redis: keys, channels, and which of them share a slot of Redis Cluster.
 //!
 //! Keys carry a partition as hash tag, so that all of a room is in one slot: `gw:{p}:r:<room>:log`,
-//! `:meta`, `:ids0`, `:ids1`, and the channel `gw:{p}:r:<room>`. On Redis Cluster each partition is
+//! `:meta`, `:ids0`, `:ids1`, `:unheard`, and the channel `gw:{p}:r:<room>`. On Redis Cluster each partition is
 //! a [home](crate::bus::home) with a barrier of its own beside it, since a script may use keys of
 //! one slot only; what there is once in all lies with partition 0.
 
@@ -69,12 +69,13 @@ impl Keyspace {
         format!("gw:{{{partition}}}:r:{room}")
     }
 
-    /// What the scripts that write use of a room, in their order: log, meta, both hashes of ids, and
-    /// the barrier of its home.
-    pub(super) fn keys(self, room: &RoomId) -> [String; 5] {
+    /// What a room's scripts use, in their order: log, meta, both hashes of ids, the barrier of its
+    /// home, and what was published and not heard.
+    pub(super) fn keys(self, room: &RoomId) -> [String; 6] {
         let channel = self.channel(room);
         let key = |part| format!("{channel}:{part}");
-        [key("log"), key("meta"), key("ids0"), key("ids1"), self.barrier(self.home(room))]
+        let barrier = self.barrier(self.home(room));
+        [key("log"), key("meta"), key("ids0"), key("ids1"), barrier, key("unheard")]
     }
 
     /// The room of a channel, without a check: only gateways publish there.

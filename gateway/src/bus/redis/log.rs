@@ -15,7 +15,7 @@ use super::{
     heal::Healer, is_of_the_slot, is_stale, refused_or_away, server::Server, topology::Reader,
 };
 use crate::{
-    bus::{BoxFuture, BusError, READ_BYTES_MAX, Range, random_epoch},
+    bus::{BoxFuture, BusError, READ_BYTES_MAX, Range},
     delivery::{Entry, Followed, Token, page::Page},
     telemetry::metrics::Metrics,
 };
@@ -157,8 +157,6 @@ impl Log {
         range: Range,
         token: Token,
     ) -> Result<Page, RedisError> {
-        let keyspace = &self.server.keyspace;
-        let channel = keyspace.channel(room);
         let (kind, seq) = match range {
             Range::Newest { .. } => ("newest", 0),
             Range::After { seq, .. } => ("after", seq),
@@ -166,16 +164,12 @@ impl Log {
         };
         let answer: Value = self
             .read
-            .key(format!("{channel}:log"))
-            .key(format!("{channel}:meta"))
-            .key(keyspace.barrier(keyspace.home(room)))
+            .key(&self.server.keyspace.keys(room))
+            .arg(self.server.common(room, token))
             .arg(kind)
             .arg(seq)
             .arg(range.limit())
             .arg(READ_BYTES_MAX)
-            .arg(random_epoch())
-            .arg(self.server.meta_ttl_ms())
-            .arg(token.to_string())
             .invoke_async(&mut **reader)
             .await?;
         page(answer).ok_or_else(|| (ErrorKind::Parse, "read.lua answered no page").into())
@@ -189,9 +183,7 @@ impl Log {
     ) -> Result<(), RedisError> {
         self.delete
             .key(&self.server.keyspace.keys(room))
-            .arg(random_epoch())
-            .arg(self.server.meta_ttl_ms())
-            .arg(token.to_string())
+            .arg(self.server.common(room, token))
             .invoke_async(&mut **reader)
             .await
     }

@@ -2,7 +2,10 @@
 
 use std::{collections::BTreeSet, sync::Arc};
 
-use redis::{AsyncConnectionConfig, ErrorKind, RedisError, aio::MultiplexedConnection};
+use redis::{
+    AsyncConnectionConfig, ErrorKind, RedisError, ToRedisArgs, aio::MultiplexedConnection,
+};
+use shared::ids::RoomId;
 use tokio::sync::{Notify, watch};
 
 use super::{
@@ -11,7 +14,7 @@ use super::{
     topology::{Dial, url::Address},
 };
 use crate::{
-    bus::{HEAD_TTL, Retention},
+    bus::{HEAD_TTL, Retention, random_epoch},
     delivery::Token,
 };
 
@@ -55,6 +58,23 @@ impl Server {
     /// How long epoch and number of a room are kept.
     pub(super) fn meta_ttl_ms(&self) -> u64 {
         HEAD_TTL.max(self.retention.ttl).as_millis() as u64
+    }
+
+    /// The first arguments of each script of a room.
+    pub(super) fn common(&self, room: &RoomId, token: Token) -> impl ToRedisArgs + use<> {
+        let ms = |time: std::time::Duration| time.as_millis() as u64;
+        let Retention { ttl, dedup_window, .. } = self.retention;
+        let channel = self.keyspace.channel(room);
+        let meta_ttl = self.meta_ttl_ms();
+        (token.to_string(), channel, random_epoch(), ms(ttl), meta_ttl, ms(dedup_window))
+    }
+
+    /// A call of a room's script, which the server has to know, as far as it is the same for all.
+    pub(super) fn call(&self, script: &redis::Script, room: &RoomId, token: Token) -> redis::Cmd {
+        let keys = self.keyspace.keys(room);
+        let mut command = redis::cmd("EVALSHA");
+        command.arg(script.get_hash()).arg(keys.len()).arg(&keys).arg(self.common(room, token));
+        command
     }
 
     /// The number of partitions that the first node recorded.

@@ -93,6 +93,8 @@ impl Waiting {
             repeats.into_iter().map(|repeat| Queued::again(repeat, now)).collect();
         sent.extend(take(&mut self.urgent, usize::MAX, |queued| queued.number.is_some()));
         sent.sort_by_key(|queued| queued.number);
+        // Some were to be repeated to the server before this one, and had no answer yet.
+        sent.dedup_by(|b, a| a.number == b.number && a.hint.is_some() && b.hint.is_some());
         self.put_back(sent.into());
     }
 

@@ -1,9 +1,8 @@
 #!lua flags=allow-oom
 -- Gives a room back to a server what a node holds of it and the server lacks.
 --
--- KEYS  1 log (stream)  2 meta (hash)  3, 4 ids  5 barrier
--- ARGV  1 token  2 channel  3 the node's epoch  4 its top  5, 6 its former epoch and that one's last
---       seq, or empty  7 random part of an epoch  8 log ttl, ms  9 meta ttl, ms  10 dedup window, ms
+-- KEYS, ARGV to 6 as in the prelude
+-- ARGV  7 the node's epoch  8 its top  9, 10 its former epoch and that one's last seq, or empty
 --       11 "ask" or "give"  12 stamp and 13 id key of its top entry, or empty where it has not got it
 --       14 the term in which the node knows the room to have been declared whole last
 --       15 seq, 16 stamp and 17 id key of the oldest entry it has, or 0 and empty
@@ -13,7 +12,7 @@
 -- again with "give" and the entries), "healed", or "conflict" (two histories share numbers, or the
 -- node passed more on than it still has and the log lacks it: the room goes on in a new epoch).
 
-local token, epoch, top, random = ARGV[1], ARGV[3], tonumber(ARGV[4]), ARGV[7]
+local token, epoch, top, random = ARGV[1], ARGV[7], tonumber(ARGV[8]), ARGV[3]
 if not is_here(token) then
     return stale
 end
@@ -27,10 +26,9 @@ end
 
 -- Whether the log's entry `seq` is that with this stamp and id key; nil where the log does not have one.
 local function holds(seq, stamp, key)
-    local id = seq .. '-0'
-    local there = redis.call('XRANGE', KEYS[1], id, id)[1]
+    local _, there_stamp, there = entry_at(tonumber(seq))
     if there then
-        return there[2][4] == stamp and string.sub(there[2][6], 3, 26) == key
+        return there_stamp == stamp and key_of(there) == key
     end
 end
 
@@ -38,7 +36,7 @@ end
 local function lift(above)
     redis.call('HSET', KEYS[2], 'e', epoch_above(above, random))
     redis.call('HDEL', KEYS[2], 'pe', 'ps')
-    redis.call('PEXPIRE', KEYS[2], ARGV[9])
+    redis.call('PEXPIRE', KEYS[2], ARGV[5])
     return 'conflict'
 end
 
@@ -68,7 +66,7 @@ if here and here ~= epoch and ordinal(here) >= ordinal(epoch) then
 end
 if here == epoch and here_top >= top then
     local is_known = top > 0 and ARGV[12] ~= ''
-    if not is_known or holds(digits(top), ARGV[12], ARGV[13]) ~= false then
+    if not is_known or holds(top, ARGV[12], ARGV[13]) ~= false then
         return 'whole'
     end
 end
@@ -76,14 +74,14 @@ if ARGV[11] == 'ask' then
     return 'ask'
 end
 
-local newer, older, gone = id_hashes(KEYS[3], KEYS[4], now, tonumber(ARGV[10]))
+local newer, older, gone = id_hashes(KEYS[3], KEYS[4], now, tonumber(ARGV[6]))
 local count = tonumber(ARGV[18])
 local entries = {}
 for i = 0, count - 1 do
     local at = 19 + 4 * i
     entries[i + 1] = {
         seq = tonumber(ARGV[at]), epoch = ARGV[at + 1], stamp = ARGV[at + 2], envelope = ARGV[at + 3],
-        key = string.sub(ARGV[at + 3], 3, 26),
+        key = key_of(ARGV[at + 3]),
     }
 end
 local first = count > 0 and entries[1].seq or top + 1
@@ -96,7 +94,7 @@ if here and here ~= epoch then
     end
     -- What is thrown out is not known any more; what the node has is noted again below.
     for _, entry in ipairs(redis.call('XRANGE', KEYS[1], '-', '+')) do
-        local key = string.sub(entry[2][6], 3, 26)
+        local key = key_of(entry[2][6])
         redis.call('HDEL', newer, key)
         redis.call('HDEL', older, key)
     end
@@ -108,8 +106,8 @@ if replaces then
         'from', digits(first), 'prev', digits(first), 'r', 'healing',
         -- Who gives it back to a server that is open was not heard there: others may have had more.
         'n', opened(KEYS[5], token) and '-1' or ARGV[14])
-    if ARGV[5] ~= '' then
-        redis.call('HSET', KEYS[2], 'pe', ARGV[5], 'ps', ARGV[6])
+    if ARGV[9] ~= '' then
+        redis.call('HSET', KEYS[2], 'pe', ARGV[9], 'ps', ARGV[10])
     else
         redis.call('HDEL', KEYS[2], 'pe', 'ps')
     end
@@ -117,7 +115,7 @@ if replaces then
 elseif count > 0 then
     local ids = {}
     for _, entry in ipairs(redis.call('XRANGE', KEYS[1], digits(first) .. '-0', digits(top) .. '-0')) do
-        ids[seq_of(entry[1])] = entry[2][4] .. string.sub(entry[2][6], 3, 26)
+        ids[seq_of(entry[1])] = entry[2][4] .. key_of(entry[2][6])
     end
     for _, entry in ipairs(entries) do
         if ids[entry.seq] and ids[entry.seq] ~= entry.stamp .. entry.key then
@@ -153,9 +151,9 @@ if top > here_top then
 end
 redis.call('PEXPIREAT', newer, gone)
 if added then
-    redis.call('PEXPIRE', KEYS[1], ARGV[8])
+    redis.call('PEXPIRE', KEYS[1], ARGV[4])
 end
-redis.call('PEXPIRE', KEYS[2], ARGV[9])
+redis.call('PEXPIRE', KEYS[2], ARGV[5])
 if redis.call('HGET', KEYS[5], 't') == token then
     redis.call('HSET', KEYS[5], 'busy', digits(now))
 end

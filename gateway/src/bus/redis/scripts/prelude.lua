@@ -48,34 +48,138 @@ local function epoch_above(number, random)
     return digits(number + 1) .. '-' .. random
 end
 
--- The room's epoch and top, and the fields of its meta as they were read; nothing where the nodes have not agreed on this server. The first touch
--- after that declares the room whole under the token and in its term. Where somebody was not heard
--- since it was so declared last, who may have had more of it, the room goes on in a new epoch, which
--- remembers the former one: also where that was on a server that is gone, and nobody touched the room
--- there.
-local function whole(meta_key, log_key, barrier, token, random, meta_ttl)
-    local meta = redis.call('HMGET', meta_key, 'e', 's', 'r', 'n', 'at', 'from', 'prev')
+-- What the scripts of a room share:
+--
+-- KEYS  1 log (stream)  2 meta (hash)  3, 4 ids (two hashes that take turns)  5 barrier
+--       6 unheard (hash): what unheard.lua was given
+-- ARGV  1 token  2 channel  3 random part of an epoch  4 log ttl, ms  5 meta ttl, ms
+--       6 dedup window, ms; a script's own from 7 on
+--
+-- Bytes 3 to 26 of an envelope are its id key.
+local function key_of(envelope)
+    return string.sub(envelope, 3, 26)
+end
+
+-- The entry at a number of the log: its epoch, stamp and envelope; nil where there is none.
+local function entry_at(seq)
+    local id = digits(seq) .. '-0'
+    local there = redis.call('XRANGE', KEYS[1], id, id)[1]
+    if there then
+        return there[2][2], there[2][4], there[2][6]
+    end
+end
+
+-- Puts what was acknowledged and reached nobody where it was, as far as numbers follow the top. A
+-- number that lies between belonged to a publish that has no answer: where `may_fill`, any of those
+-- takes it. Returns the top, and whether all is where it was acknowledged.
+--
+-- Fields: `t` token, `<epoch>:<seq>` stamp and envelope of what was acknowledged there,
+-- `?<process>:<number>` of what has no answer: last position at which that process was acknowledged,
+-- or nothing, and envelope.
+local function give_numbers_back(epoch, top, may_fill)
+    local rows = redis.call('HGETALL', KEYS[6])
+    local known, acknowledged, unanswered, last = {}, {}, {}, 0
+    for i = 1, #rows, 2 do
+        local field, value = rows[i], rows[i + 1]
+        if field == 't' and value ~= ARGV[1] then
+            -- Given to a server that was here before.
+            return top, true
+        elseif field ~= 't' then
+            local break_at = string.find(value, '\n', 1, true)
+            local head, envelope = string.sub(value, 1, break_at - 1), string.sub(value, break_at + 1)
+            local process, number = string.match(field, '^%?(.*):(%d+)$')
+            if process then
+                local of, seq = string.match(head, '^(.*):(%d+)$')
+                unanswered[#unanswered + 1] = {
+                    process = process, number = tonumber(number), envelope = envelope,
+                    after = of == epoch and tonumber(seq) or 0,
+                }
+            else
+                local of, seq = string.match(field, '^(.*):(%d+)$')
+                if of == epoch then
+                    last = math.max(last, tonumber(seq))
+                    acknowledged[tonumber(seq)] = { stamp = head, envelope = envelope }
+                    known[key_of(envelope)] = true
+                end
+            end
+        end
+    end
+    local is_whole = true
+    for seq, entry in pairs(acknowledged) do
+        local _, _, there = entry_at(seq)
+        if seq <= top and there and key_of(there) ~= key_of(entry.envelope) then
+            is_whole = false
+        end
+    end
+
+    local newer, older, gone = id_hashes(KEYS[3], KEYS[4], now_ms(), tonumber(ARGV[6]))
+    table.sort(unanswered, function(a, b)
+        return a.process < b.process or a.process == b.process and a.number < b.number
+    end)
+    local next_at = 1
+    local function next_unanswered(seq)
+        while next_at <= #unanswered do
+            local one = unanswered[next_at]
+            local key = key_of(one.envelope)
+            if one.after < seq and not known[key] and redis.call('HEXISTS', newer, key) == 0
+                and redis.call('HEXISTS', older, key) == 0 then
+                known[key] = true
+                return { stamp = ARGV[1], envelope = one.envelope }
+            end
+            next_at = next_at + 1
+        end
+    end
+    while top < last do
+        local entry = acknowledged[top + 1] or may_fill and next_unanswered(top + 1)
+        if not entry then
+            return top, false
+        end
+        top = top + 1
+        local position = epoch .. ':' .. digits(top)
+        redis.call('XADD', KEYS[1], digits(top) .. '-0', 'e', epoch, 't', entry.stamp, 'p', entry.envelope)
+        redis.call('HSET', KEYS[2], 's', digits(top))
+        redis.call('HSET', newer, key_of(entry.envelope), position)
+        redis.call('PEXPIREAT', newer, gone)
+        redis.call('PEXPIRE', KEYS[1], ARGV[4])
+        redis.call('PUBLISH', ARGV[2], position .. ':' .. entry.stamp .. '\n' .. entry.envelope)
+    end
+    return top, is_whole
+end
+
+-- The room's epoch and top, and the fields of its meta as they were read; nothing where the nodes
+-- have not agreed on this server. The first touch after that gives numbers back, and declares the
+-- room whole under the token and in its term. Where somebody was not heard since it was so declared
+-- last, who may have had more of it, or where a number that was acknowledged is another's, the room
+-- goes on in a new epoch, which remembers the former one: also where that was on a server that is
+-- gone, and nobody touched the room there.
+local function whole()
+    local token = ARGV[1]
+    local meta = redis.call('HMGET', KEYS[2], 'e', 's', 'r', 'n', 'at', 'from', 'prev')
     local epoch, top = meta[1], tonumber(meta[2])
     if epoch and meta[3] == token then
         return epoch, top, meta
     end
-    local term, owed = opened(barrier, token)
+    local term, owed = opened(KEYS[5], token)
     if not term then
         return nil
     end
     if not epoch then
         -- The numbers are lost, and a log that may be left cannot be continued.
-        redis.call('DEL', log_key)
-        epoch, top = epoch_above(0, random), 0
-        redis.call('HSET', meta_key, 'e', epoch, 's', '0', 'r', token, 'n', digits(term))
-    elseif tonumber(meta[4] or '0') >= owed then
-        redis.call('HSET', meta_key, 'r', token, 'n', digits(term))
+        redis.call('DEL', KEYS[1])
+        epoch, top = epoch_above(0, ARGV[3]), 0
+        redis.call('HSET', KEYS[2], 'e', epoch, 's', '0', 'r', token, 'n', digits(term))
     else
-        local former = epoch
-        epoch = epoch_above(ordinal(former), random)
-        redis.call('HSET', meta_key, 'e', epoch, 'r', token, 'n', digits(term),
-            'pe', former, 'ps', digits(top))
+        local all_heard = tonumber(meta[4] or '0') >= owed
+        local is_whole
+        top, is_whole = give_numbers_back(epoch, top, all_heard)
+        redis.call('HSET', KEYS[2], 'r', token, 'n', digits(term))
+        if not (all_heard and is_whole) then
+            local former = epoch
+            epoch = epoch_above(ordinal(former), ARGV[3])
+            redis.call('HSET', KEYS[2], 'e', epoch, 'pe', former, 'ps', digits(top))
+        end
     end
-    redis.call('PEXPIRE', meta_key, meta_ttl)
+    redis.call('DEL', KEYS[6])
+    redis.call('PEXPIRE', KEYS[2], ARGV[5])
     return epoch, top, meta
 end

@@ -1,14 +1,13 @@
 -- Reads part of a room's log as it is at one moment. A room without a log gets an epoch.
 --
--- KEYS  1 log (stream)  2 meta (hash)  3 barrier
--- ARGV  1 "newest", "after" or "before"  2 seq  3 limit  4 bytes at most, one entry apart
---       5 random part of an epoch  6 meta ttl, ms  7 token
+-- KEYS, ARGV to 6 as in the prelude
+-- ARGV  7 "newest", "after" or "before"  8 seq  9 limit  10 bytes at most, one entry apart
 -- Returns epoch, top, oldest entry kept (0 for none), the former epoch and its last seq or empty,
 -- the ordinal of the epoch that a deletion began or 0, the term in which the room was declared whole
 -- last, and entries { seq, epoch, stamp, envelope }:
 -- oldest first for "after", newest first else.
 
-local epoch, top = whole(KEYS[2], KEYS[1], KEYS[3], ARGV[7], ARGV[5], ARGV[6])
+local epoch, top = whole()
 if not epoch then
     return stale
 end
@@ -22,10 +21,10 @@ local first = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)[1]
 local oldest = first and seq_of(first[1]) or '0'
 
 -- Entries differ in size a thousandfold, so they are fetched a few at a time until it is enough.
-local forward = ARGV[1] == 'after'
-local cursor = ARGV[1] == 'newest' and '+' or '(' .. ARGV[2] .. '-0'
-local left, bytes = tonumber(ARGV[3]), tonumber(ARGV[4])
-if ARGV[1] == 'before' and tonumber(ARGV[2]) == 0 then
+local forward = ARGV[7] == 'after'
+local cursor = ARGV[7] == 'newest' and '+' or '(' .. ARGV[8] .. '-0'
+local left, bytes = tonumber(ARGV[9]), tonumber(ARGV[10])
+if ARGV[7] == 'before' and tonumber(ARGV[8]) == 0 then
     -- Nothing is below, and Redis takes `(0-0` for an error.
     left = 0
 end
