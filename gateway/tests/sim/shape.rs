@@ -94,6 +94,8 @@ pub struct Shape {
     /// The mean pause between two messages, all clients together.
     pub pause_ms: f64,
     pub ring_bytes_max: usize,
+    /// What the outbox of a client may hold, one of these: those with little lag.
+    pub outbox_bytes: &'static [usize],
     pub partitions: u16,
     pub retention: Retention,
     /// Whether the log is so short that acknowledged messages go out of it.
@@ -115,6 +117,7 @@ impl Shape {
             fault_count,
             pause_ms: 120.0,
             ring_bytes_max: 64 << 20,
+            outbox_bytes: &[1200, 4000, 1 << 20],
             partitions: 4,
             retention: Retention {
                 entries_min: 1000,
@@ -160,9 +163,10 @@ impl Shape {
     }
 
     /// Redis comes back without some of it in the middle of much traffic: for what hides in the
-    /// moment between an answer and what is passed on. Who lags may be told of a break here.
+    /// moment between an answer and what is passed on. Nobody lags: a ring is short for so much.
     pub fn abrupt() -> Self {
-        Self { pause_ms: 4.0, ..Self::new("abrupt", &[Empty, Tail], 1..=2) }
+        let outbox_bytes = &[1 << 20];
+        Self { pause_ms: 4.0, outbox_bytes, ..Self::new("abrupt", &[Empty, Tail], 1..=2) }
     }
 
     /// Gateways start anew while Redis loses what it had.

@@ -80,7 +80,8 @@ impl World {
         let hosts = random.random_range(shape.gateways.clone());
         let clients = random.random_range(shape.clients.clone());
         let clients = (0..clients).map(|number| {
-            let outbox_bytes = [1200, 4000, 1 << 20][random.random_range(0..3)];
+            let some = shape.outbox_bytes;
+            let outbox_bytes = some[random.random_range(0..some.len())];
             let mut rooms: Vec<usize> = (0..shape.rooms).collect();
             if random.random_range(0..3) == 0 {
                 rooms.swap_remove(random.random_range(0..rooms.len()));
