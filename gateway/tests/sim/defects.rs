@@ -11,7 +11,8 @@ const SEEDS_MAX: u64 = 1000;
 fn shape(defect: Defect) -> Shape {
     match defect {
         Defect::NoFence => Shape::lone(),
-        Defect::NoTail | Defect::NumbersTaken | Defect::TailBySeq => Shape::abrupt(),
+        Defect::NoTail | Defect::NumbersTaken => Shape::abrupt(),
+        Defect::TailBySeq => Shape::cut_off(),
         Defect::FreshTrusted => Shape::reborn(),
         Defect::NoBarrier | Defect::NoBump | Defect::OrphanDropped => Shape::hard(),
         Defect::NoContiguity => Shape::small(),

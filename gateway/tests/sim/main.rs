@@ -41,7 +41,7 @@ fn shape_of(seed: u64) -> Shape {
         Err(_) => Shape::of(seed),
         Ok(name) => Shape::all()
             .into_iter()
-            .chain([Shape::abrupt()])
+            .chain([Shape::abrupt(), Shape::cut_off()])
             .find(|shape| shape.name == name)
             .unwrap_or_else(|| panic!("there is no shape {name}")),
     }
@@ -81,6 +81,8 @@ fn what_was_found_stays_mended() {
         (Shape::of(1261), 1261),
         (Shape::of(21_696), 21_696),
         (Shape::of(25_475), 25_475),
+        (Shape::abrupt(), 37),
+        (Shape::abrupt(), 44),
     ];
     for (shape, seed) in found {
         let name = shape.name;
