@@ -135,6 +135,12 @@ impl Shard {
                 _ = letters.recv_many(&mut arrived, TURN_LEN) => {}
                 () = doubt.raised() => {}
             }
+            if !arrived.is_empty() {
+                // Who sent the first of them woke this task, which would run next and find one. All
+                // others that are ready have their turn before, and what they send leaves in one
+                // write per socket: 3 to 6 times less CPU under load (docs/adr/0011).
+                tokio::task::yield_now().await;
+            }
             // What arrived before a call was made is handed out before it: who sends and then leaves
             // gets its own copy.
             while arrived.len() < TURN_LEN
