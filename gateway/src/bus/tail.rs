@@ -183,9 +183,9 @@ impl Tail {
         }
         let mut rooms: Vec<Unheard> = rooms.into_values().collect();
         for unheard in &mut rooms {
-            unheard.acknowledged.sort_by_key(|entry| {
-                (ordinal(&entry.position.epoch), entry.position.seq)
-            });
+            unheard
+                .acknowledged
+                .sort_by_key(|entry| (ordinal(&entry.position.epoch), entry.position.seq));
         }
         rooms
     }

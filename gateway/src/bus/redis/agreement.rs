@@ -32,12 +32,7 @@ use shared::ids::RoomId;
 use tokio::time::Instant;
 
 use super::{
-    RetryPause, config,
-    heal::Healer,
-    is_of_the_slot,
-    links::Links,
-    server::Server,
-    topology,
+    RetryPause, config, heal::Healer, is_of_the_slot, links::Links, server::Server, topology,
 };
 use crate::{
     bus::{Mailboxes, random_epoch},
