@@ -3,7 +3,13 @@
 //!
 //! It is coarse on purpose. Heartbeats are a matter of seconds, and an entry takes two words.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use parking_lot::Mutex;
 use slab::Slab;
@@ -20,6 +26,8 @@ const SLOTS: usize = 1024;
 #[derive(Debug)]
 pub struct Wheel {
     begun: Instant,
+    /// The tick whose slot is being emptied, or was last.
+    done: AtomicU64,
     slots: Box<[Mutex<Slab<Arc<Subscriber>>>]>,
 }
 
@@ -41,7 +49,7 @@ struct Set {
 impl Default for Wheel {
     fn default() -> Self {
         let slots = (0..SLOTS).map(|_| Mutex::default()).collect();
-        Self { begun: Instant::now(), slots }
+        Self { begun: Instant::now(), done: AtomicU64::new(0), slots }
     }
 }
 
@@ -50,18 +58,18 @@ impl Wheel {
     pub async fn turn(&self) {
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
-        let mut done = 0;
         loop {
             ticks.tick().await;
-            let now = self.ticks_until(Instant::now());
+            let (done, now) = (self.done.load(Ordering::Acquire), self.ticks_until(Instant::now()));
             // More than a turn, after the machine was suspended, is one turn.
             for tick in done.max(now.saturating_sub(SLOTS as u64)) + 1..=now {
+                // First, so that nobody is put into a slot that has been emptied.
+                self.done.store(tick, Ordering::Release);
                 let due = std::mem::take(&mut *self.slots[slot(tick)].lock());
                 for (_, subscriber) in due {
                     subscriber.outbox.wake();
                 }
             }
-            done = now;
         }
     }
 
@@ -70,10 +78,18 @@ impl Wheel {
         (at.saturating_duration_since(self.begun).as_millis() / TICK.as_millis()) as u64
     }
 
-    /// The slot whose turn is next at `at` or after it, as far as the wheel reaches from `now`.
-    fn slot_for(&self, at: Instant, now: Instant) -> usize {
-        let furthest = self.ticks_until(now) + SLOTS as u64 - 1;
-        slot((self.ticks_until(at) + 1).min(furthest))
+    /// Puts a connection into the slot whose turn is next at `at` or after it, as far as the wheel
+    /// reaches. Returns slot and place.
+    fn insert(&self, at: Instant, subscriber: &Arc<Subscriber>) -> (usize, usize) {
+        let wanted = self.ticks_until(at) + 1;
+        loop {
+            let done = self.done.load(Ordering::Acquire);
+            let tick = wanted.clamp(done + 1, done + SLOTS as u64 - 1);
+            let mut entries = self.slots[slot(tick)].lock();
+            if self.done.load(Ordering::Acquire) < tick {
+                return (slot(tick), entries.insert(subscriber.clone()));
+            }
+        }
     }
 }
 
@@ -92,8 +108,7 @@ impl Alarm {
             return;
         }
         self.clear();
-        let slot = self.wheel.slot_for(at.max(now), now);
-        let key = self.wheel.slots[slot].lock().insert(self.subscriber.clone());
+        let (slot, key) = self.wheel.insert(at, &self.subscriber);
         self.set = Some(Set { at, slot, key });
     }
 
@@ -152,6 +167,12 @@ mod tests {
             let took = woken(&alarm).await;
             assert!(took >= wait && took <= wait + 2 * TICK, "{took:?} for {wait:?}");
         }
+        // The time has passed when it asks, and so has the slot.
+        let now = Instant::now();
+        advance(3 * TICK).await;
+        tokio::task::yield_now().await;
+        alarm.set(now, now);
+        assert!(woken(&alarm).await <= TICK);
         // What is further away than the wheel reaches is looked at once a turn.
         let now = Instant::now();
         alarm.set(now + Duration::from_secs(3600), now);
