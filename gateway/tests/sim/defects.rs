@@ -12,7 +12,7 @@ fn shape(defect: Defect) -> Shape {
     match defect {
         Defect::NoFence => Shape::lone(),
         Defect::NoTail | Defect::NumbersTaken => Shape::abrupt(),
-        Defect::TailBySeq => Shape::cut_off(),
+        Defect::TailBySeq => Shape::abrupt_in_rooms(),
         Defect::FreshTrusted => Shape::reborn(),
         Defect::NoBarrier | Defect::NoBump | Defect::OrphanDropped => Shape::hard(),
         Defect::NoContiguity => Shape::small(),

@@ -41,7 +41,7 @@ fn shape_of(seed: u64) -> Shape {
         Err(_) => Shape::of(seed),
         Ok(name) => Shape::all()
             .into_iter()
-            .chain([Shape::abrupt(), Shape::cut_off()])
+            .chain([Shape::abrupt(), Shape::abrupt_in_rooms()])
             .find(|shape| shape.name == name)
             .unwrap_or_else(|| panic!("there is no shape {name}")),
     }

@@ -169,10 +169,9 @@ impl Shape {
         Self { pause_ms: 4.0, outbox_bytes, ..Self::new("abrupt", &[Empty, Tail], 1..=2) }
     }
 
-    /// The same, and gateways are cut off meanwhile.
-    pub fn cut_off() -> Self {
-        let faults = &[Partition, Partition, Zombie, Empty, Tail, Failover];
-        Self { name: "cut off", faults, fault_count: 3..=5, ..Self::abrupt() }
+    /// The same in many rooms, whose numbers are about the same.
+    pub fn abrupt_in_rooms() -> Self {
+        Self { name: "abrupt in rooms", rooms: 6, ..Self::abrupt() }
     }
 
     /// Gateways start anew while Redis loses what it had.
