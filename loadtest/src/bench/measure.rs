@@ -32,6 +32,10 @@ pub(crate) enum Measure {
     Connections,
     /// For a second of Redis' CPU time.
     Publishes,
+    /// Until members of a node that was killed have gone on elsewhere: 99 of 100, ms.
+    Back,
+    /// The p99 of the others in the seconds after it: how many times that before.
+    Noticed,
 }
 
 /// What one round showed of one server.
@@ -65,6 +69,8 @@ impl Measure {
             Self::CpuPerConnection => "server CPU per connection, µs",
             Self::Connections => "connections/s",
             Self::Publishes => "publishes per second of Redis' CPU",
+            Self::Back => "gone on elsewhere, p99, ms",
+            Self::Noticed => "p99 of the others, times that before",
         }
     }
 
@@ -100,6 +106,8 @@ impl Serialize for Measure {
             Self::CpuPerConnection => "cpu_per_connection_us",
             Self::Connections => "connections_per_second",
             Self::Publishes => "publishes_per_redis_cpu_second",
+            Self::Back => "gone_on_elsewhere_p99_ms",
+            Self::Noticed => "others_p99_times_before",
         };
         serializer.serialize_str(name)
     }

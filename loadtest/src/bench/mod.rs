@@ -119,6 +119,7 @@ async fn sample(
         Shape::Publish(talk) if who == Contender::Floor => {
             script_sample(&ground.start_redis()?, talk, times)
         }
+        Shape::Kill(talk) => kill_sample(ground.start(who, talk.nodes, false)?, talk, times),
         Shape::Publish(talk) => publish_sample(&ground.start(who, talk.nodes, false)?, talk, times),
         Shape::Connect { connections, per_second, token } => {
             let servers = ground.start(who, 1, token)?;
@@ -139,10 +140,7 @@ fn talk_sample(servers: &Servers, talk: Talk, times: Times) -> Result<Sample, Be
     if let Pace::PerSecond(_) = talk.pace {
         // Where the next message waits for the last there is no time at which it was due.
         sample.put_latency(&talked.latency_ns);
-        let late = Duration::from_nanos(talked.lateness_ns.value_at_quantile(0.99));
-        if late > LATENESS_MAX {
-            sample.flaws.push(format!("the load was late: its p99 is {late:.1?}"));
-        }
+        sample.put_lateness(&talked.lateness_ns);
     }
     if talked.wrong > 0 {
         sample.flaws.push(format!(
@@ -159,6 +157,30 @@ fn publish_sample(servers: &Servers, talk: Talk, times: Times) -> Result<Sample,
     sample.values.clear();
     // Each message has one reader: its sender.
     sample.put(Measure::Publishes, 1e6 / redis_us);
+    Ok(sample)
+}
+
+fn kill_sample(mut servers: Servers, talk: Talk, times: Times) -> Result<Sample, BenchError> {
+    let addresses = servers.addresses();
+    let mut swarm = Swarm::open(talk, &addresses)?;
+    let last = talk.nodes - 1;
+    let killed = swarm.talk_and_kill(times, &addresses, last, || servers.kill(last))?;
+    let mut sample = Sample::default();
+    let (before, after) = &killed.latency_ns;
+    let p99 = |times_ns: &Histogram<u64>| times_ns.value_at_quantile(0.99) as f64;
+    sample.put(Measure::Back, p99(&killed.back_ns) / 1e6);
+    sample.put(Measure::Noticed, p99(after) / p99(before));
+    sample.put_latency(after);
+    sample.put_lateness(&killed.lateness_ns);
+    for (count, what) in [
+        (killed.not_recovered, "members had lost their place"),
+        (killed.away as u64, "members are not back"),
+        (killed.wrong, "deliveries are missing or too many"),
+    ] {
+        if count > 0 {
+            sample.flaws.push(format!("{count} {what}, of {} deliveries", killed.expected));
+        }
+    }
     Ok(sample)
 }
 
@@ -234,6 +256,14 @@ impl Sample {
             [(Measure::P50, 0.5), (Measure::P99, 0.99), (Measure::P999, 0.999)]
         {
             self.put(measure, times_ns.value_at_quantile(quantile) as f64 / 1e3);
+        }
+    }
+
+    /// Latency that is the load's own does not count.
+    fn put_lateness(&mut self, times_ns: &Histogram<u64>) {
+        let late = Duration::from_nanos(times_ns.value_at_quantile(0.99));
+        if late > LATENESS_MAX {
+            self.flaws.push(format!("the load was late: its p99 is {late:.1?}"));
         }
     }
 

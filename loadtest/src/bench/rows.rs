@@ -31,6 +31,8 @@ pub(crate) enum RowName {
     Echo,
     /// Publishes through one Redis, beside the script alone.
     Redis,
+    /// One of three nodes is killed.
+    Kill,
 }
 
 /// A row.
@@ -58,6 +60,8 @@ pub(crate) enum Shape {
     Echo,
     /// As `Talk`, and the floor is the script alone.
     Publish(Talk),
+    /// As `Talk`, and the last of the nodes is killed meanwhile.
+    Kill(Talk),
 }
 
 /// Who talks how.
@@ -191,13 +195,22 @@ pub(crate) const ROWS: &[Row] = &[
         }),
         targets: &[(Measure::Publishes, Target::MinTimesFloor(0.8))],
     },
+    Row {
+        name: RowName::Kill,
+        title: "3 nodes + Redis, 1,500 rooms of 10 at 500 messages/s, one node gets SIGKILL",
+        shape: Shape::Kill(Talk { nodes: 3, rooms: 1500, members: 10, pace: Pace::PerSecond(500) }),
+        targets: &[(Measure::Back, Target::Max(5_000.0)), (Measure::Noticed, Target::Max(2.0))],
+    },
 ];
 
 impl Shape {
     /// Whether somebody is measured in it.
     pub(crate) fn has(self, who: Contender) -> bool {
         match who {
-            Contender::Floor | Contender::Skein => true,
+            Contender::Skein => true,
+            // Who comes back there has nothing to go on from.
+            _ if matches!(self, Self::Kill(_)) => false,
+            Contender::Floor => true,
             // A script has no other that does the same.
             Contender::Naive => !matches!(self, Self::Publish(_)),
             // Where little is under way, little gathers.
@@ -209,7 +222,7 @@ impl Shape {
 
     /// Whether messages go out at set times.
     pub(crate) fn is_paced(self) -> bool {
-        matches!(self, Self::Talk(Talk { pace: Pace::PerSecond(_), .. }))
+        matches!(self, Self::Talk(Talk { pace: Pace::PerSecond(_), .. }) | Self::Kill(_))
     }
 
     /// The same with so many times fewer connections and messages, to try it out.
@@ -229,6 +242,7 @@ impl Shape {
         match self {
             Self::Talk(one) => Self::Talk(talk(one)),
             Self::Publish(one) => Self::Publish(talk(one)),
+            Self::Kill(one) => Self::Kill(talk(one)),
             Self::Connect { connections, per_second, token } => {
                 Self::Connect { connections: connections.div_ceil(by), per_second, token }
             }

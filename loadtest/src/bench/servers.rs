@@ -296,6 +296,11 @@ impl Servers {
         Some(self.redis.as_ref()?.address)
     }
 
+    /// Ends a node at once. It may have ended by itself.
+    pub(crate) fn kill(&mut self, node: usize) {
+        let _ = self.nodes[node].child.kill();
+    }
+
     /// The processes that clients connect to.
     pub(crate) fn pids(&self) -> Vec<u32> {
         self.nodes.iter().map(|node| node.child.id()).collect()

@@ -34,6 +34,12 @@ impl Stamp {
         let time = rest.get(..TIME_DIGITS)?;
         Some(Self { sender: u32::try_from(hex(sender)?).ok()?, due_ns: hex(time)? })
     }
+
+    /// How many are in a frame.
+    pub(crate) fn count(frame: &[u8]) -> u64 {
+        let marks = memchr::memchr_iter(MARK, frame);
+        marks.filter(|mark| Self::find(&frame[*mark..]).is_some()).count() as u64
+    }
 }
 
 /// A number of lower-case hexadecimal digits.
@@ -60,6 +66,7 @@ mod tests {
         let frame = format!(r#"{{"type":"message","seq":7,"content":"{content}"}}"#);
         assert_eq!(Stamp::find(frame.as_bytes()), Some(stamp));
         assert_eq!(Stamp::find(content.as_bytes()), Some(stamp));
+        assert_eq!(Stamp::count(format!("{frame},~,{frame}").as_bytes()), 2);
     }
 
     #[test]

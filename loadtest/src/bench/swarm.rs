@@ -24,6 +24,10 @@ use super::{
 };
 use crate::wire::{self, Reader, Received};
 
+pub(crate) mod kill;
+
+use kill::Doomed;
+
 /// How long messages under way have to arrive when no more are sent.
 const ARRIVE_MAX: Duration = Duration::from_secs(5);
 /// The longest wait for an event, so that the clock is looked at.
@@ -47,6 +51,9 @@ pub(crate) struct Swarm {
     tally: Tally,
     /// Whether who receives the own copy sends the next message.
     goes_on: bool,
+    /// How many of the connections send at a rate: the first ones.
+    senders: usize,
+    doomed: Option<Doomed>,
 }
 
 struct Member {
@@ -105,6 +112,7 @@ impl Swarm {
         }
         Ok(Self {
             poll,
+            senders: connections.len(),
             connections,
             sent: vec![0; talk.rooms],
             sent_in_all: 0,
@@ -113,7 +121,16 @@ impl Swarm {
             buffer: vec![0; 256 * 1024].into(),
             tally: Tally::new(),
             goes_on: false,
+            doomed: None,
         })
+    }
+
+    fn begin(&mut self) {
+        self.began = Instant::now();
+    }
+
+    fn take_tally(&mut self) -> Tally {
+        std::mem::replace(&mut self.tally, Tally::new())
     }
 
     /// Talks for a while. `look` is asked before and after what is measured.
@@ -122,7 +139,7 @@ impl Swarm {
         times: Times,
         look: impl Fn() -> Result<T, E>,
     ) -> Result<Talked<T>, E> {
-        self.began = Instant::now();
+        self.begin();
         let mut next = 0;
         if let Pace::Saturated { talkers, in_flight } = self.talk.pace {
             self.goes_on = true;
@@ -134,12 +151,12 @@ impl Swarm {
         }
         self.run(times.warm, &mut next)?;
         let before = look()?;
-        self.tally = Tally::new();
+        let _ = self.take_tally();
         let begin = self.began.elapsed();
         self.run(times.warm + times.measured, &mut next)?;
         let after = look()?;
         let measured = self.began.elapsed() - begin;
-        let tally = std::mem::replace(&mut self.tally, Tally::new());
+        let tally = self.take_tally();
         self.goes_on = false;
         self.wait_for_the_rest()?;
         let (expected, wrong) = self.account();
@@ -166,12 +183,13 @@ impl Swarm {
             if let Pace::PerSecond(rate) = self.talk.pace {
                 let due = |next: u64| Duration::from_secs_f64(next as f64 / f64::from(rate));
                 while due(*next) <= now {
-                    let index = (*next % self.connections.len() as u64) as usize;
+                    let index = (*next % self.senders as u64) as usize;
                     self.send(index, due(*next).as_nanos() as u64);
                     *next += 1;
                 }
                 wait = wait.min((due(*next) - now).saturating_sub(SPIN));
             }
+            self.come_back()?;
             self.take(&mut events, wait)?;
         }
     }
@@ -197,7 +215,10 @@ impl Swarm {
         }
         for event in &*events {
             let index = event.token().0;
-            self.connections[index].flush()?;
+            match self.connections[index].flush() {
+                Err(_) if self.is_lost(index) => continue,
+                flushed => flushed?,
+            }
             if event.is_readable() {
                 self.receive(index)?;
             }
@@ -211,40 +232,60 @@ impl Swarm {
             let count = match member.stream.read(&mut self.buffer) {
                 Ok(0) => {
                     member.over = true;
+                    self.is_lost(index);
                     return Ok(());
                 }
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(_) if self.is_lost(index) => return Ok(()),
                 Err(error) => return Err(error.into()),
             };
-            let now_ns = self.began.elapsed().as_nanos() as u64;
-            let (tally, mut own, mut pongs) = (&mut self.tally, 0, Vec::new());
-            member.reader.push(&self.buffer[..count], |received| match received {
-                Received::Message(message) => {
-                    let Some(stamp) = message.and_then(|message| Stamp::find(&message)) else {
-                        return;
-                    };
-                    member.received += 1;
-                    tally.deliveries += 1;
-                    tally.latency_ns.saturating_record(now_ns.saturating_sub(stamp.due_ns));
-                    own += usize::from(stamp.sender as usize == index);
-                }
-                Received::Ping(payload) => pongs.extend(wire::pong(&payload)),
-                Received::Close(..) => member.over = true,
-            })?;
-            if !pongs.is_empty() {
-                member.send(&pongs)?;
-            }
-            if self.goes_on {
-                for _ in 0..own {
-                    self.send(index, now_ns);
-                }
-            }
+            let buffer = std::mem::take(&mut self.buffer);
+            let went_on = self.read(index, &buffer[..count]);
+            self.buffer = buffer;
             // A short read has emptied the socket.
-            if count < self.buffer.len() {
+            if !went_on? || count < self.buffer.len() {
                 return Ok(());
             }
         }
+    }
+
+    /// Takes what has arrived. Returns whether there may be more.
+    fn read(&mut self, index: usize, bytes: &[u8]) -> Result<bool, ClientError> {
+        let Some(bytes) = self.shake_hands(index, bytes)? else { return Ok(false) };
+        let member = &mut self.connections[index];
+        let now = self.began.elapsed();
+        let now_ns = now.as_nanos() as u64;
+        let (tally, mut own, mut pongs) = (&mut self.tally, 0, Vec::new());
+        let doomed = &mut self.doomed;
+        member.reader.push(bytes, |received| match received {
+            Received::Message(message) => {
+                let Some(message) = message else { return };
+                if let Some(doomed) = doomed
+                    && let Some(count) = doomed.take(index, &message, now)
+                {
+                    member.received += count;
+                    tally.deliveries += count;
+                    return;
+                }
+                let Some(stamp) = Stamp::find(&message) else { return };
+                member.received += 1;
+                tally.deliveries += 1;
+                tally.latency_ns.saturating_record(now_ns.saturating_sub(stamp.due_ns));
+                own += usize::from(stamp.sender as usize == index);
+            }
+            Received::Ping(payload) => pongs.extend(wire::pong(&payload)),
+            Received::Close(..) => member.over = true,
+        })?;
+        if !pongs.is_empty() {
+            member.send(&pongs)?;
+        }
+        if self.goes_on {
+            for _ in 0..own {
+                self.send(index, now_ns);
+            }
+        }
+        Ok(true)
     }
 
     fn send(&mut self, index: usize, due_ns: u64) {
