@@ -45,7 +45,7 @@ async fn it_measures_every_kind_of_row() {
     let json = tempfile::NamedTempFile::new().unwrap();
     let programs = loadtest().parent().unwrap().to_owned();
     let output = Command::new(loadtest())
-        .args(["bench", "rooms", "cluster", "connect", "echo", "redis"])
+        .args(["bench", "rooms", "cluster", "connect", "echo", "redis", "kill"])
         .args(["--rounds", "1", "--measured", "100ms", "--divide-by", "50", "--programs"])
         .arg(programs)
         .arg("--json")
@@ -59,7 +59,7 @@ async fn it_measures_every_kind_of_row() {
     assert!(!said.contains("missing or too many"), "{said}");
     let table: serde_json::Value = serde_json::from_reader(json).unwrap();
     let rows = table["rows"].as_array().unwrap();
-    assert_eq!(rows.len(), 5, "{table}");
+    assert_eq!(rows.len(), 6, "{table}");
     for row in rows {
         let measured = |line: &serde_json::Value| line["skein"]["value"]["median"].is_number();
         assert!(row["lines"].as_array().unwrap().iter().any(measured), "{row}");
