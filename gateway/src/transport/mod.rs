@@ -8,7 +8,7 @@
 
 use std::{
     cell::RefCell,
-    io,
+    io::{self, Read as _},
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -22,7 +22,7 @@ use shared::{
         request::Request as Frame,
     },
 };
-use tokio::{net::TcpStream, sync::watch, time::Instant};
+use tokio::{io::Interest, net::TcpStream, sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -270,14 +270,24 @@ impl Connection {
         }
     }
 
-    /// Reads what the socket has and handles it; the rest is left in `unread`.
+    /// Takes what the socket has into `unread`.
     fn read(&mut self, socket: &TcpStream) -> io::Result<()> {
         READ.with_borrow_mut(|buffer| {
-            let count = match socket.try_read(buffer) {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(count) => count,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                Err(error) => return Err(error),
+            let mut count = None;
+            // A socket that had less than was asked for is empty: to say so here saves the read that
+            // would find nothing. What comes after this one is a new event (epoll(7), question 9).
+            let read = socket.try_io(Interest::READABLE, || {
+                let read = (&*socket2::SockRef::from(socket)).read(buffer)?;
+                count = Some(read);
+                if read < buffer.len() { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
+            });
+            let count = match (count, read) {
+                (Some(0), _) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                (Some(count), _) => count,
+                (None, Err(error)) if error.kind() != io::ErrorKind::WouldBlock => {
+                    return Err(error);
+                }
+                (None, _) => return Ok(()),
             };
             self.heard = Instant::now();
             self.metrics.bytes_received.inc_by(count as u64);
