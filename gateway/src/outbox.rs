@@ -85,6 +85,8 @@ struct Queue {
     /// Rooms in which this connection has to be given more once there is room.
     lagging: SmallVec<[RoomId; 1]>,
     close: Option<Close>,
+    /// An `ack` is queued whose copy is on its way.
+    acked: bool,
     /// The socket is gone or the close frame is queued: nothing more is taken.
     closed: bool,
 }
@@ -167,6 +169,17 @@ impl Outbox {
     /// As [`Outbox::flush`], by the connection's task, which has seen that the socket takes more.
     pub fn flush_writable(&self) {
         self.write(&mut self.queue.lock());
+    }
+
+    /// As [`Outbox::wake`], with an `ack` queued whose copy is on its way: both may leave together.
+    pub fn wake_for_ack(&self) {
+        self.queue.lock().acked = true;
+        self.wake.notify_one();
+    }
+
+    /// Whether [`Outbox::wake_for_ack`] was called since this was last asked.
+    pub fn take_acked(&self) -> bool {
+        std::mem::take(&mut self.queue.lock().acked)
     }
 
     /// Has the connection's task flush: for pushes from elsewhere that may come in numbers.

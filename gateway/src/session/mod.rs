@@ -418,7 +418,7 @@ impl Outcome {
             }
         }
         self.unanswered.fetch_sub(1, Ordering::AcqRel);
-        self.subscriber.outbox.wake();
+        self.subscriber.outbox.wake_for_ack();
     }
 
     fn ack(&self, Appended { position, duplicate }: Appended) {

@@ -226,6 +226,12 @@ impl Connection {
                     }
                 }
             }
+            if outbox.take_acked() {
+                // The shard that has the copy waits a turn itself, to gather. After two both are queued
+                // here, and leave in one write (docs/adr/0011).
+                tokio::task::yield_now().await;
+                tokio::task::yield_now().await;
+            }
             outbox.flush();
             if let Handler::Chat(session) = &self.handler {
                 let behind = session.take_behind();
@@ -281,14 +287,15 @@ impl Connection {
                 count = Some(read);
                 if read < buffer.len() { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
             });
-            let count = match (count, read) {
-                (Some(0), _) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                (Some(count), _) => count,
-                (None, Err(error)) if error.kind() != io::ErrorKind::WouldBlock => {
-                    return Err(error);
-                }
-                (None, _) => return Ok(()),
+            let Some(count) = count else {
+                return match read {
+                    Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(error),
+                    _ => Ok(()),
+                };
             };
+            if count == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
             self.heard = Instant::now();
             self.metrics.bytes_received.inc_by(count as u64);
             self.unread.extend_from_slice(&buffer[..count]);
