@@ -19,6 +19,10 @@ use tokio::{
     signal::unix::{Signal, SignalKind, signal},
 };
 
+// What it gives and costs: docs/adr/0011.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// The Skein gateway. Without any argument: a single node on 127.0.0.1:8080 that needs nothing
 /// else.
 ///
