@@ -262,6 +262,26 @@ impl Process {
             .status()
             .unwrap();
         assert!(status.success());
+        if signal == "STOP" {
+            self.until_frozen();
+        }
+    }
+
+    /// `kill(2)` gives SIGSTOP to one thread; the others run until that one has had its turn, which
+    /// on a busy machine is long enough to pass a message on.
+    fn until_frozen(&self) {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let is_stopped = |task: std::io::Result<std::fs::DirEntry>| {
+            // A thread that has ended meanwhile has none any more.
+            let stat = std::fs::read_to_string(task.unwrap().path().join("stat"));
+            // The state is behind the name, which may hold anything (proc(5)).
+            stat.map_or(true, |stat| stat.rsplit_once(") ").unwrap().1.starts_with('T'))
+        };
+        let tasks = format!("/proc/{}/task", self.pid());
+        while !std::fs::read_dir(&tasks).unwrap().all(is_stopped) {
+            assert!(Instant::now() < deadline, "it does not freeze");
+            std::thread::yield_now();
+        }
     }
 
     /// SIGKILL, and waits until it is gone.
