@@ -85,7 +85,7 @@ struct Queue {
     /// Rooms in which this connection has to be given more once there is room.
     lagging: SmallVec<[RoomId; 1]>,
     close: Option<Close>,
-    /// An `ack` is queued whose copy is on its way.
+    /// What became of a publish is queued; the copy, if there is one, is on its way.
     acked: bool,
     /// The socket is gone or the close frame is queued: nothing more is taken.
     closed: bool,
@@ -171,7 +171,8 @@ impl Outbox {
         self.write(&mut self.queue.lock());
     }
 
-    /// As [`Outbox::wake`], with an `ack` queued whose copy is on its way: both may leave together.
+    /// As [`Outbox::wake`], with what became of a publish queued. An `ack` may leave with the copy,
+    /// which is on its way.
     pub fn wake_for_ack(&self) {
         self.queue.lock().acked = true;
         self.wake.notify_one();
@@ -182,7 +183,7 @@ impl Outbox {
         std::mem::take(&mut self.queue.lock().acked)
     }
 
-    /// Has the connection's task flush: for pushes from elsewhere that may come in numbers.
+    /// Has the connection's task flush and look at the time.
     pub fn wake(&self) {
         self.wake.notify_one();
     }
