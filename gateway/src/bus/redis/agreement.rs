@@ -413,18 +413,21 @@ impl Agreement {
             state.registered = true;
             // A lease that has lapsed is a new one: the others may have gone on without this process.
             state.known = seen || state.known && !new;
+            // Who lives may not have come to this server yet, or not since it was flushed.
+            state.peers.extend(alive.iter().cloned());
             if !self.server.has_agreed_on(token, 0) {
-                // Who lives may not have come to this server yet.
-                state.peers.extend(alive);
                 return Ok(());
             }
-            state.peers = alive.into_iter().collect();
             state.known
         };
         if !known {
             self.mailboxes.standing().suspend();
         }
         self.look_at_barrier(connection, token).await?;
+        if self.server.has_agreed_on(token, 0) {
+            // Whose lease is over is waited for no longer.
+            self.process.state.lock().peers = alive.into_iter().collect();
+        }
         if known {
             let standing = self.mailboxes.standing();
             let stood = standing.holds(Instant::now());

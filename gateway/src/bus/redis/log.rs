@@ -128,26 +128,33 @@ impl Log {
     ) -> Result<Vec<Option<Position>>, RedisError> {
         let keyspace = self.server.keyspace;
         let homes: BTreeSet<u16> = rooms.iter().map(|room| keyspace.home(room)).collect();
-        let mut pipeline = redis::Pipeline::with_capacity(rooms.len() * 2 + homes.len());
+        let mut pipeline = redis::Pipeline::with_capacity(rooms.len() * 3 + homes.len());
         for home in &homes {
             pipeline.cmd("HMGET").arg(keyspace.barrier(*home)).arg("t").arg("open");
         }
         for room in rooms {
-            let meta = format!("{}:meta", self.server.keyspace.channel(room));
+            let [_, meta, .., unheard] = keyspace.keys(room);
             pipeline.cmd("HMGET").arg(&meta).arg("e").arg("s");
+            pipeline.cmd("HMGET").arg(unheard).arg("t");
             // A room that is followed in silence does not lose its numbers.
-            pipeline.cmd("PEXPIRE").arg(&meta).arg(self.server.meta_ttl_ms()).ignore();
+            pipeline.cmd("PEXPIRE").arg(meta).arg(self.server.meta_ttl_ms()).ignore();
         }
-        let mut rows: Vec<(Option<String>, Option<String>)> =
-            pipeline.query_async(&mut **reader).await?;
+        let rows: Vec<Vec<Option<String>>> = pipeline.query_async(&mut **reader).await?;
         let token = Some(token.to_string());
-        if rows.drain(..homes.len()).any(|(agreed, open)| agreed != token || open.is_none()) {
+        let (agreed, rooms) = rows.split_at(homes.len());
+        if agreed.iter().any(|row| row.first() != Some(&token) || row.get(1) == Some(&None)) {
             return Err(stale());
         }
-        let head = |(epoch, top): (Option<String>, Option<String>)| {
-            Some(Position::new(epoch?.parse().ok()?, top?.parse().ok()?))
+        let head = |row: &[Vec<Option<String>>]| {
+            let [place, handed_in] = row else { return None };
+            // Who was to put that where it was may have ended, so that a read has to.
+            if handed_in.first() == Some(&token) {
+                return None;
+            }
+            let [Some(epoch), Some(top)] = place.as_slice() else { return None };
+            Some(Position::new(epoch.parse().ok()?, top.parse().ok()?))
         };
-        Ok(rows.into_iter().map(head).collect())
+        Ok(rooms.chunks(2).map(head).collect())
     }
 
     async fn read_by(

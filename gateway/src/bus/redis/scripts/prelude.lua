@@ -69,9 +69,19 @@ local function entry_at(seq)
     end
 end
 
+local function append(epoch, seq, entry, ids, gone)
+    local position = epoch .. ':' .. digits(seq)
+    redis.call('XADD', KEYS[1], digits(seq) .. '-0', 'e', epoch, 't', entry.stamp, 'p', entry.envelope)
+    redis.call('HSET', KEYS[2], 's', digits(seq))
+    redis.call('HSET', ids, key_of(entry.envelope), position)
+    redis.call('PEXPIREAT', ids, gone)
+    redis.call('PEXPIRE', KEYS[1], ARGV[4])
+    redis.call('PUBLISH', ARGV[2], position .. ':' .. entry.stamp .. '\n' .. entry.envelope)
+end
+
 -- Puts what was acknowledged and reached nobody where it was, as far as numbers follow the top. A
--- number that lies between belonged to a publish that has no answer: where `may_fill`, any of those
--- takes it. Returns the top, and whether all is where it was acknowledged.
+-- number that lies between belonged to a publish that has no answer: where `may_fill`, one of those
+-- takes it. Returns the top; whether all is where it was acknowledged; and what is not, in its order.
 --
 -- Fields: `t` token, `<epoch>:<seq>` stamp and envelope of what was acknowledged there,
 -- `?<process>:<number>` of what has no answer: last position at which that process was acknowledged,
@@ -83,7 +93,7 @@ local function give_numbers_back(epoch, top, may_fill)
         local field, value = rows[i], rows[i + 1]
         if field == 't' and value ~= ARGV[1] then
             -- Given to a server that was here before.
-            return top, true
+            return top, true, {}
         elseif field ~= 't' then
             local break_at = string.find(value, '\n', 1, true)
             local head, envelope = string.sub(value, 1, break_at - 1), string.sub(value, break_at + 1)
@@ -113,45 +123,62 @@ local function give_numbers_back(epoch, top, may_fill)
     end
 
     local newer, older, gone = id_hashes(KEYS[3], KEYS[4], now_ms(), tonumber(ARGV[6]))
+    -- By process, since what one of them waits for may be further on, and another's is next.
     table.sort(unanswered, function(a, b)
         return a.process < b.process or a.process == b.process and a.number < b.number
     end)
-    local next_at = 1
+    local queues = {}
+    for _, one in ipairs(unanswered) do
+        local queue = queues[#queues]
+        if not queue or queue.process ~= one.process then
+            queue = { process = one.process, next_at = 1 }
+            queues[#queues + 1] = queue
+        end
+        queue[#queue + 1] = one
+    end
     local function next_unanswered(seq)
-        while next_at <= #unanswered do
-            local one = unanswered[next_at]
-            local key = key_of(one.envelope)
-            if one.after < seq and not known[key] and redis.call('HEXISTS', newer, key) == 0
-                and redis.call('HEXISTS', older, key) == 0 then
-                known[key] = true
-                return { stamp = ARGV[1], envelope = one.envelope }
+        for _, queue in ipairs(queues) do
+            while queue[queue.next_at] and queue[queue.next_at].after < seq do
+                local one = queue[queue.next_at]
+                local key = key_of(one.envelope)
+                queue.next_at = queue.next_at + 1
+                if not known[key] and redis.call('HEXISTS', newer, key) == 0
+                    and redis.call('HEXISTS', older, key) == 0 then
+                    known[key] = true
+                    return { stamp = ARGV[1], envelope = one.envelope }
+                end
             end
-            next_at = next_at + 1
         end
     end
     while top < last do
         local entry = acknowledged[top + 1] or may_fill and next_unanswered(top + 1)
         if not entry then
-            return top, false
+            is_whole = false
+            break
         end
         top = top + 1
-        local position = epoch .. ':' .. digits(top)
-        redis.call('XADD', KEYS[1], digits(top) .. '-0', 'e', epoch, 't', entry.stamp, 'p', entry.envelope)
-        redis.call('HSET', KEYS[2], 's', digits(top))
-        redis.call('HSET', newer, key_of(entry.envelope), position)
-        redis.call('PEXPIREAT', newer, gone)
-        redis.call('PEXPIRE', KEYS[1], ARGV[4])
-        redis.call('PUBLISH', ARGV[2], position .. ':' .. entry.stamp .. '\n' .. entry.envelope)
+        append(epoch, top, entry, newer, gone)
     end
-    return top, is_whole
+    if is_whole then
+        return top, true, {}
+    end
+    local left = {}
+    for seq, entry in pairs(acknowledged) do
+        local key = key_of(entry.envelope)
+        if redis.call('HEXISTS', newer, key) == 0 and redis.call('HEXISTS', older, key) == 0 then
+            left[#left + 1] = { seq = seq, stamp = entry.stamp, envelope = entry.envelope }
+        end
+    end
+    table.sort(left, function(a, b) return a.seq < b.seq end)
+    return top, false, left
 end
 
 -- The room's epoch and top, and the fields of its meta as they were read; nothing where the nodes
 -- have not agreed on this server. The first touch after that gives numbers back, and declares the
 -- room whole under the token and in its term. Where somebody was not heard since it was so declared
 -- last, who may have had more of it, or where a number that was acknowledged is another's, the room
--- goes on in a new epoch, which remembers the former one: also where that was on a server that is
--- gone, and nobody touched the room there.
+-- goes on in a new epoch, with what was acknowledged and has no number else. The epoch remembers the
+-- former one: also where that was on a server that is gone, and nobody touched the room there.
 local function whole()
     local token = ARGV[1]
     local meta = redis.call('HMGET', KEYS[2], 'e', 's', 'r', 'n', 'at', 'from', 'prev')
@@ -170,13 +197,18 @@ local function whole()
         redis.call('HSET', KEYS[2], 'e', epoch, 's', '0', 'r', token, 'n', digits(term))
     else
         local all_heard = tonumber(meta[4] or '0') >= owed
-        local is_whole
-        top, is_whole = give_numbers_back(epoch, top, all_heard)
+        local is_whole, left
+        top, is_whole, left = give_numbers_back(epoch, top, all_heard)
         redis.call('HSET', KEYS[2], 'r', token, 'n', digits(term))
         if not (all_heard and is_whole) then
             local former = epoch
             epoch = epoch_above(ordinal(former), ARGV[3])
             redis.call('HSET', KEYS[2], 'e', epoch, 'pe', former, 'ps', digits(top))
+            local newer, _, gone = id_hashes(KEYS[3], KEYS[4], now_ms(), tonumber(ARGV[6]))
+            for _, entry in ipairs(left) do
+                top = top + 1
+                append(epoch, top, entry, newer, gone)
+            end
         end
     end
     redis.call('DEL', KEYS[6])
