@@ -28,6 +28,10 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Opens many connections at a given rate, holds them, and reports what happened.
     Connect(ConnectArgs),
+    /// Members of rooms talk at a rate; every message is accounted for.
+    Ledger(LedgerArgs),
+    /// The same against a cluster of its own in which things go wrong.
+    Chaos(ChaosArgs),
     /// Measures the gateway beside a floor and a naive chat, and prints a table: `make bench`.
     Bench(BenchArgs),
 }
@@ -78,6 +82,62 @@ pub(crate) struct ConnectArgs {
     /// Report as JSON.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// Who talks how in a trial.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct LoadArgs {
+    /// How many rooms.
+    #[arg(long, default_value_t = 10, value_parser = count)]
+    pub(crate) rooms: usize,
+    /// How many members each has.
+    #[arg(long, default_value_t = 10, value_parser = count)]
+    pub(crate) members: usize,
+    /// How many messages all of them send; each is due at a set time, whatever became of earlier
+    /// ones.
+    #[arg(long, default_value = "100/s")]
+    pub(crate) rate: Rate,
+    /// How long they talk.
+    #[arg(long, default_value = "60s", value_parser = hold)]
+    pub(crate) duration: Duration,
+    /// The size of a message's content.
+    #[arg(long, default_value_t = 128, value_parser = count)]
+    pub(crate) bytes: usize,
+    /// After how long without a sign of life a member gives its connection up.
+    #[arg(long, default_value = "4s", value_parser = timeout)]
+    pub(crate) patience: Duration,
+    /// Report as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Members of rooms talk at a rate; every message is accounted for.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct LedgerArgs {
+    /// Where to connect; members are spread over all that are given, and go on to the next.
+    #[arg(long, default_value = "ws://127.0.0.1:8080/ws")]
+    pub(crate) url: Vec<String>,
+    #[command(flatten)]
+    pub(crate) load: LoadArgs,
+}
+
+/// The same against a cluster of its own in which things go wrong.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct ChaosArgs {
+    /// What the plan is drawn from: the same seed is the same plan.
+    #[arg(long, default_value_t = 1)]
+    pub(crate) seed: u64,
+    /// How many gateways.
+    #[arg(long, default_value_t = 3, value_parser = count)]
+    pub(crate) nodes: usize,
+    /// The gateway.
+    #[arg(long, default_value = "target/release/gateway")]
+    pub(crate) gateway: PathBuf,
+    /// The script that makes nginx' configuration.
+    #[arg(long, default_value = "nginx/render.sh")]
+    pub(crate) nginx_render: PathBuf,
+    #[command(flatten)]
+    pub(crate) load: LoadArgs,
 }
 
 /// Measures the gateway beside a floor and a naive chat, and prints a table: `make bench`.
@@ -224,6 +284,13 @@ impl FromStr for Target {
         let port = if has_port { "" } else { ":80" };
         let slash = if path.starts_with('/') { "" } else { "/" };
         Ok(Self { authority: format!("{authority}{port}"), path: format!("{slash}{path}") })
+    }
+}
+
+fn count(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(count @ 1..=10_000) => Ok(count),
+        _ => Err("a number from 1 to 10000".to_owned()),
     }
 }
 

@@ -16,6 +16,8 @@ mod connection;
 mod report;
 mod connect;
 mod bench;
+mod trial;
+mod chaos;
 
 /// The command cannot work as it was given.
 const USAGE: u8 = 2;
@@ -42,11 +44,29 @@ fn main() -> ExitCode {
                 report.is_good()
             })
         }
+        Command::Ledger(args) => {
+            let json = args.load.json;
+            end(runtime.block_on(trial::run(args)), |report| tell(report, json))
+        }
+        Command::Chaos(args) => {
+            let json = args.load.json;
+            end(runtime.block_on(chaos::run(args)), |report| tell(report, json))
+        }
         Command::Bench(args) => end(runtime.block_on(bench::run(args)), |table| {
             print!("{table}");
             table.is_good()
         }),
     }
+}
+
+/// Prints what came of a trial. Returns whether it is good.
+fn tell(report: &trial::Report, json: bool) -> bool {
+    if json {
+        println!("{}", serde_json::to_string(report).expect("its keys are text"));
+    } else {
+        print!("{report}");
+    }
+    report.is_good()
 }
 
 /// Has a result told, and makes an exit code of it.

@@ -1,7 +1,8 @@
 //! A way between two processes that can be told to fail: TCP, byte by byte.
 
 use std::{
-    net::SocketAddr,
+    io,
+    net::{Ipv4Addr, SocketAddr},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -15,18 +16,18 @@ use tokio::{
         tcp::{OwnedReadHalf, OwnedWriteHalf},
     },
     sync::watch,
+    task::JoinSet,
+    time::{Duration, sleep},
 };
 
-use crate::harness::Redis;
-
-/// What a wire does with the bytes on it.
+/// What a proxy does with the bytes on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
     /// It passes all on.
     Open,
     /// Connections end, and none is made.
     Cut,
-    /// Nothing passes in either direction; what was sent comes when the wire is open again, as it
+    /// Nothing passes in either direction; what was sent comes when the proxy is open again, as it
     /// does through a network that was parted.
     Hole,
     /// What the dialling side says is held back; answers pass.
@@ -37,6 +38,8 @@ pub enum Mode {
     AnswersLost,
     /// The same for connections that have subscribed; the others pass all on.
     Deaf,
+    /// What passes is late by this and, where more comes meanwhile, by up to twice of it.
+    Delay(Duration),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,43 +48,51 @@ enum Direction {
     Answer,
 }
 
-/// A port that leads to another.
-pub struct Wire {
+/// A port that leads to another, until it is dropped.
+#[derive(Debug)]
+pub struct Proxy {
+    /// Where it listens.
     pub address: SocketAddr,
     mode: watch::Sender<Mode>,
+    _tasks: JoinSet<()>,
 }
 
-impl Wire {
-    /// A wire to a Redis.
-    pub async fn to(redis: &Redis) -> Self {
-        Self::between(SocketAddr::from(([127, 0, 0, 1], redis.port)), None).await
+impl Proxy {
+    /// A proxy in front of a server.
+    ///
+    /// # Errors
+    ///
+    /// Those of `bind(2)`.
+    pub async fn to(server: SocketAddr) -> io::Result<Self> {
+        Self::with_buffer(server, None).await
     }
 
-    /// A wire to a server. With `buffer_bytes` the socket towards it takes no more than that.
-    pub async fn between(server: SocketAddr, buffer_bytes: Option<u32>) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
+    /// As [`Proxy::to`]. With `buffer_bytes` the socket towards the server takes no more than that.
+    ///
+    /// # Errors
+    ///
+    /// Those of `bind(2)`.
+    pub async fn with_buffer(server: SocketAddr, buffer_bytes: Option<u32>) -> io::Result<Self> {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
+        let address = listener.local_addr()?;
         let (mode, seen) = watch::channel(Mode::Open);
-        tokio::spawn(async move {
-            while let Ok((near, _)) = listener.accept().await {
-                let mode = seen.clone();
-                tokio::spawn(async move {
-                    let far = TcpSocket::new_v4().unwrap();
-                    if let Some(bytes) = buffer_bytes {
-                        far.set_recv_buffer_size(bytes).unwrap();
-                    }
-                    if *mode.borrow() == Mode::Cut {
-                        return;
-                    }
-                    if let Ok(far) = far.connect(server).await {
-                        relay(near, far, mode).await;
-                    }
-                });
+        let mut tasks = JoinSet::new();
+        tasks.spawn(async move {
+            let mut connections = JoinSet::new();
+            loop {
+                // Cancel-safe, both.
+                tokio::select! {
+                    accepted = listener.accept() => if let Ok((near, _)) = accepted {
+                        connections.spawn(connect(near, server, buffer_bytes, seen.clone()));
+                    },
+                    Some(_) = connections.join_next() => {}
+                }
             }
         });
-        Self { address, mode }
+        Ok(Self { address, mode, _tasks: tasks })
     }
 
+    /// Has all its connections, and those to come, fail like this.
     pub fn set(&self, mode: Mode) {
         self.mode.send_replace(mode);
     }
@@ -89,6 +100,26 @@ impl Wire {
     /// Its address as that of a Redis.
     pub fn redis_url(&self) -> String {
         format!("redis://{}", self.address)
+    }
+}
+
+async fn connect(
+    near: TcpStream,
+    server: SocketAddr,
+    buffer_bytes: Option<u32>,
+    mode: watch::Receiver<Mode>,
+) {
+    if *mode.borrow() == Mode::Cut {
+        return;
+    }
+    let Ok(far) = TcpSocket::new_v4() else { return };
+    if let Some(bytes) = buffer_bytes
+        && far.set_recv_buffer_size(bytes).is_err()
+    {
+        return;
+    }
+    if let Ok(far) = far.connect(server).await {
+        relay(near, far, mode).await;
     }
 }
 
@@ -115,6 +146,10 @@ async fn pass(
         until_mode(mode.clone(), |mode| !holds(mode, direction)).await;
         let Ok(count @ 1..) = from.read(&mut buffer).await else { return };
         until_mode(mode.clone(), |mode| !holds(mode, direction)).await;
+        let now = *mode.borrow();
+        if let Mode::Delay(delay) = now {
+            sleep(delay).await;
+        }
         match direction {
             Direction::Request if buffer[..count].windows(9).any(|word| word == b"SUBSCRIBE") => {
                 subscribed.store(true, Ordering::Relaxed);
@@ -141,13 +176,13 @@ fn holds(mode: Mode, direction: Direction) -> bool {
         Mode::Hole => true,
         Mode::NoRequests => direction == Direction::Request,
         Mode::NoAnswers => direction == Direction::Answer,
-        Mode::Open | Mode::Cut | Mode::AnswersLost | Mode::Deaf => false,
+        Mode::Open | Mode::Cut | Mode::AnswersLost | Mode::Deaf | Mode::Delay(_) => false,
     }
 }
 
 async fn until_mode(mut mode: watch::Receiver<Mode>, wanted: impl Fn(Mode) -> bool) {
     if mode.wait_for(|mode| wanted(*mode)).await.is_err() {
-        // The wire is gone, and with it its connections.
+        // The proxy is gone, and with it its connections.
         std::future::pending::<()>().await;
     }
 }

@@ -398,8 +398,12 @@ impl Redis {
         *self = Self::start_at(self.port, folder, self.keep, self.program).await;
     }
 
+    pub fn address(&self) -> SocketAddr {
+        SocketAddr::from(([127, 0, 0, 1], self.port))
+    }
+
     pub fn url(&self) -> String {
-        format!("redis://127.0.0.1:{}", self.port)
+        format!("redis://{}", self.address())
     }
 
     /// The first line of the answer to a command in Redis' inline form.

@@ -1,8 +1,8 @@
 //! The load generator against a real gateway, small.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
-use tokio::process::Command;
+use tokio::{process::Command, time::timeout};
 
 use crate::harness::{Gateway, within};
 
@@ -64,4 +64,50 @@ async fn it_measures_every_kind_of_row() {
         let measured = |line: &serde_json::Value| line["skein"]["value"]["median"].is_number();
         assert!(row["lines"].as_array().unwrap().iter().any(measured), "{row}");
     }
+}
+
+/// What `ledger` or `chaos` reported. Its exit code is 1 on a machine too busy for its times to count.
+async fn reported(arguments: &[&str]) -> serde_json::Value {
+    let output = Command::new(loadtest()).args(arguments).arg("--json").output();
+    let output = timeout(Duration::from_secs(120), output).await.expect("it ends").unwrap();
+    let (said, noted) =
+        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(matches!(output.status.code(), Some(0 | 1)), "{said}\n{noted}");
+    let report: serde_json::Value = serde_json::from_str(said.trim()).unwrap();
+    for wrong in ["lost", "duplicated", "out_of_order", "holes", "unannounced_breaks"] {
+        assert_eq!(report[wrong], 0, "{wrong}: {report}");
+    }
+    assert_eq!(report["unfinished"], serde_json::json!([]), "{report}");
+    report
+}
+
+#[tokio::test]
+async fn it_accounts_for_every_message() {
+    let gateway = Gateway::start(&[]).await;
+    let url = gateway.url("/ws");
+    let load = ["--rooms", "3", "--members", "4", "--rate", "100/s", "--duration", "2s"];
+    let report = reported(&[&["ledger", "--url", &url], &load[..]].concat()).await;
+    let acknowledged = report["acknowledged"].as_u64().unwrap();
+    assert!(acknowledged > 150, "{report}");
+    assert_eq!(report["delivered"], acknowledged * 4, "{report}");
+}
+
+#[tokio::test]
+async fn it_breaks_a_cluster_of_its_own_and_accounts_for_every_message() {
+    let render = concat!(env!("CARGO_MANIFEST_DIR"), "/../nginx/render.sh");
+    let report = reported(&[
+        "chaos",
+        "--seed",
+        "1",
+        "--duration",
+        "16s",
+        "--rate",
+        "50/s",
+        "--gateway",
+        env!("CARGO_BIN_EXE_gateway"),
+        "--nginx-render",
+        render,
+    ])
+    .await;
+    assert!(report["faults"].as_array().unwrap().len() >= 3, "{report}");
 }

@@ -16,38 +16,60 @@ use shared::{
     },
     ids::{MessageId, RoomId},
     position::Position,
-    protocol::answer::{Answer, Frame, Refusal},
+    protocol::answer::{Answer, Refusal},
 };
 use tokio::{
     sync::watch,
     time::{Instant, sleep_until, timeout_at},
 };
 
-use super::{book::Book, report::Wrong};
-use crate::harness::room;
+use super::{Ledger, verdict::Wrong};
 
 /// How a client behaves.
 #[derive(Clone, Debug)]
 pub struct Manner {
     /// Where it connects, the next one after each connection.
     pub urls: Vec<String>,
-    /// The pause between an answer and the next message.
-    pub pace: Duration,
+    /// Who it is.
+    pub user: String,
+    /// Its room.
+    pub room: RoomId,
+    /// When it speaks.
+    pub pace: Pace,
     /// The size of a message.
     pub bytes: usize,
-    /// After how long a silent connection is given up. Pings make a living one talk.
+    /// After how long a silent connection is given up.
     pub patience: Duration,
+    /// How often it asks, so that a living one is not silent.
+    pub ping_every: Duration,
+}
+
+/// When a client speaks. It has one message on its way at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pace {
+    /// So long after its last message was answered.
+    AfterAnswer(Duration),
+    /// At set times, whatever became of earlier messages: what could not be sent in time is sent
+    /// as soon as it can be, and its latency counts from when it was due.
+    Every {
+        /// When the first is due, from when it is first allowed to speak.
+        first: Duration,
+        /// The time between two.
+        interval: Duration,
+    },
 }
 
 /// What a client is to do.
 #[derive(Clone, Debug)]
 pub struct Orders {
+    /// Whether it is connected, or tries to be.
     pub present: bool,
     /// How many messages it begins in all.
     pub messages_max: usize,
 }
 
 /// A message without an answer.
+#[derive(Debug)]
 struct Outstanding {
     id: MessageId,
     begun: Instant,
@@ -55,35 +77,37 @@ struct Outstanding {
     again_at: Option<Instant>,
 }
 
-pub struct Client {
+/// One client.
+#[derive(Debug)]
+pub struct Member {
     number: usize,
     manner: Manner,
-    room: RoomId,
-    book: Arc<Mutex<Book>>,
+    ledger: Arc<Mutex<Ledger>>,
     orders: watch::Receiver<Orders>,
     /// How many messages it has begun, and whether one has no answer.
     begun: Arc<watch::Sender<(usize, bool)>>,
     outstanding: Option<Outstanding>,
-    next_at: Instant,
+    /// When the next message is due; `None` before it may speak.
+    next_at: Option<Instant>,
 }
 
-impl Client {
+impl Member {
+    /// The client of this number in the ledger.
     pub fn new(
         number: usize,
         manner: Manner,
-        book: &Arc<Mutex<Book>>,
+        ledger: &Arc<Mutex<Ledger>>,
         orders: watch::Receiver<Orders>,
         begun: Arc<watch::Sender<(usize, bool)>>,
     ) -> Self {
         Self {
             number,
             manner,
-            room: room("lobby"),
-            book: book.clone(),
+            ledger: ledger.clone(),
             orders,
             begun,
             outstanding: None,
-            next_at: Instant::now(),
+            next_at: None,
         }
     }
 
@@ -94,7 +118,7 @@ impl Client {
                 return;
             }
             let url = self.manner.urls[at % self.manner.urls.len()].clone();
-            let mut options = Options::to(url).user(format!("u{}", self.number));
+            let mut options = Options::to(url).user(self.manner.user.clone());
             options.open_wait = Duration::from_secs(1);
             if let Ok(mut connection) = Connection::open(&options).await {
                 self.talk(&mut connection).await;
@@ -115,13 +139,13 @@ impl Client {
         let mut heard_by = Instant::now() + self.manner.patience;
         loop {
             if !self.orders.borrow().present {
-                self.book.lock().away(self.number);
+                self.ledger.lock().away(self.number);
                 return;
             }
             let now = Instant::now();
             let mut due = ping_at;
             if now >= ping_at {
-                ping_at = now + Duration::from_millis(500);
+                ping_at = now + self.manner.ping_every;
                 due = ping_at;
                 if connection.send_json(&frames::Ping::default()).await.is_err() {
                     return;
@@ -157,18 +181,19 @@ impl Client {
     }
 
     async fn join(&self, connection: &mut Connection) -> Result<(), ()> {
-        let since = self.book.lock().cursor(self.number).cloned();
+        let since = self.ledger.lock().cursor(self.number).cloned();
         let history = since.is_none().then_some(0);
-        let join = frames::Join { since: since.as_ref(), history, ..frames::Join::to(&self.room) };
+        let join =
+            frames::Join { since: since.as_ref(), history, ..frames::Join::to(&self.manner.room) };
         connection.send_json(&join).await.map_err(drop)
     }
 
     /// Whether the room is joined, everything up to there was had, and there is something to say.
     fn may_send(&mut self, goal: Option<&Position>) -> bool {
         let Some(goal) = goal else { return false };
-        let book = self.book.clone();
-        let mut book = book.lock();
-        let reached = book
+        let ledger = self.ledger.clone();
+        let mut ledger = ledger.lock();
+        let reached = ledger
             .cursor(self.number)
             .is_some_and(|cursor| cursor.epoch != goal.epoch || cursor.seq >= goal.seq);
         if !reached {
@@ -178,22 +203,29 @@ impl Client {
             if outstanding.sent.is_some() && outstanding.again_at.is_none() {
                 return false;
             }
-            let place = book.seen(self.number, outstanding.id).cloned();
+            let place = ledger.seen(self.number, outstanding.id).cloned();
             if let Some(position) = place {
-                book.taken(self.number, outstanding.id, position);
-                drop(book);
+                ledger.taken(self.number, outstanding.id, position);
+                drop(ledger);
                 self.settled();
                 return false;
             }
             return true;
         }
-        self.begun.borrow().0 < self.orders.borrow().messages_max
+        if self.begun.borrow().0 >= self.orders.borrow().messages_max {
+            return false;
+        }
+        self.next_at.get_or_insert_with(|| match self.manner.pace {
+            Pace::AfterAnswer(_) => Instant::now(),
+            Pace::Every { first, .. } => Instant::now() + first,
+        });
+        true
     }
 
     fn send_at(&self) -> Instant {
         match &self.outstanding {
             Some(outstanding) => outstanding.again_at.unwrap_or(outstanding.begun),
-            None => self.next_at,
+            None => self.next_at.unwrap_or_else(Instant::now),
         }
     }
 
@@ -204,22 +236,29 @@ impl Client {
         }
         let outstanding = self.outstanding.get_or_insert_with(|| Outstanding {
             id: MessageId::random(),
-            begun: now,
+            begun: self.next_at.unwrap_or(now),
             sent: None,
             again_at: None,
         });
+        if outstanding.sent.is_none() {
+            self.ledger.lock().begun(outstanding.id, outstanding.begun);
+        }
         (outstanding.sent, outstanding.again_at) = (Some(now), None);
         let content: Value = json!("x".repeat(self.manner.bytes));
         let message = frames::Message {
             id: Some(outstanding.id),
-            ..frames::Message::to(&self.room, &content)
+            ..frames::Message::to(&self.manner.room, &content)
         };
         connection.send_json(&message).await.map_err(drop)
     }
 
     fn settled(&mut self) {
         self.outstanding = None;
-        self.next_at = Instant::now() + self.manner.pace;
+        let now = Instant::now();
+        self.next_at = Some(match self.manner.pace {
+            Pace::AfterAnswer(pause) => now + pause,
+            Pace::Every { interval, .. } => self.next_at.unwrap_or(now) + interval,
+        });
         self.begun.send_modify(|(_, waits)| *waits = false);
     }
 
@@ -229,26 +268,26 @@ impl Client {
         goal: &mut Option<Position>,
         join_at: &mut Option<Instant>,
     ) {
-        let (book, me, now) = (self.book.clone(), self.number, Instant::now());
-        let mut book = book.lock();
+        let (ledger, me, now) = (self.ledger.clone(), self.number, Instant::now());
+        let mut ledger = ledger.lock();
         match received {
-            Received::Frame(Answer::Connected(_), _) => book.connected(me),
+            Received::Frame(Answer::Connected(_), _) => ledger.connected(me),
             Received::Frame(Answer::Joined(joined), _) => {
-                book.joined(me, &joined, now);
+                ledger.joined(me, &joined, now);
                 *goal = Some(Position::new(joined.epoch.clone(), joined.seq));
             }
-            Received::Frame(Answer::Message(message), _) => book.message(me, &message, now),
-            Received::Frame(Answer::Reset(reset), _) => book.reset(me, &reset),
+            Received::Frame(Answer::Message(message), _) => ledger.message(me, &message, now),
+            Received::Frame(Answer::Reset(reset), _) => ledger.reset(me, &reset),
             Received::Frame(Answer::Ack(ack), _) => match &self.outstanding {
                 Some(Outstanding { id, sent: Some(sent), .. }) if *id == ack.id => {
-                    book.ack(me, &ack, now.duration_since(*sent));
-                    drop(book);
+                    ledger.ack(me, &ack, now.duration_since(*sent));
+                    drop(ledger);
                     self.settled();
                 }
-                _ => book.wrong(me, Wrong::Protocol, format!("an ack of nothing: {ack:?}")),
+                _ => ledger.wrong(me, Wrong::Protocol, format!("an ack of nothing: {ack:?}")),
             },
             Received::Frame(Answer::Error(refusal), _) => {
-                self.refused(&mut book, &refusal, goal.is_some(), join_at);
+                self.refused(&mut ledger, &refusal, goal.is_some(), join_at);
             }
             Received::Frame(
                 Answer::Pong(_)
@@ -260,20 +299,20 @@ impl Client {
             )
             | Received::Ping(_)
             | Received::Pong(_) => {}
-            other => book.wrong(me, Wrong::Protocol, format!("{other:?}")),
+            other => ledger.wrong(me, Wrong::Protocol, format!("{other:?}")),
         }
     }
 
     fn refused(
         &mut self,
-        book: &mut Book,
+        ledger: &mut Ledger,
         refusal: &Refusal,
         joined: bool,
         join_at: &mut Option<Instant>,
     ) {
         let now = Instant::now();
         if !matches!(refusal.code.as_str(), "unavailable" | "overloaded") {
-            book.wrong(self.number, Wrong::Protocol, format!("{refusal:?}"));
+            ledger.wrong(self.number, Wrong::Protocol, format!("{refusal:?}"));
         }
         let again_at = now + Duration::from_millis(refusal.retry_after_ms.unwrap_or(500));
         if !joined {
@@ -282,16 +321,8 @@ impl Client {
             && refusal.id.is_none_or(|id| id == outstanding.id)
             && let Some(sent) = outstanding.sent
         {
-            book.refused(self.number, refusal.retry_after_ms, now.duration_since(sent));
+            ledger.refused(self.number, refusal.retry_after_ms, now.duration_since(sent));
             outstanding.again_at = Some(again_at);
         }
-    }
-}
-
-/// The frame in what was received, for tests that read themselves.
-pub fn frame(received: Received) -> Option<Frame> {
-    match received {
-        Received::Frame(frame, _) => Some(frame),
-        _ => None,
     }
 }

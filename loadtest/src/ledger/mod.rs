@@ -13,9 +13,11 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     fmt,
+    sync::Arc,
     time::Duration,
 };
 
+use parking_lot::Mutex;
 use shared::{
     ids::MessageId,
     position::{Epoch, Position, Seq},
@@ -23,7 +25,15 @@ use shared::{
 };
 use tokio::time::Instant;
 
-use super::report::{Report, Wrong};
+use self::{
+    timeline::Timeline,
+    verdict::{Verdict, Wrong},
+};
+
+pub mod member;
+pub mod party;
+pub mod timeline;
+pub mod verdict;
 
 /// A place where the server said that continuity was lost.
 #[derive(Debug)]
@@ -51,11 +61,13 @@ struct Reader {
 
 /// What all clients have seen.
 #[derive(Debug, Default)]
-pub struct Book {
+pub struct Ledger {
     readers: Vec<Reader>,
     ids: HashMap<Position, MessageId>,
     numbers: HashMap<(MessageId, Epoch), Seq>,
     acked: HashMap<MessageId, Position>,
+    due: HashMap<MessageId, Instant>,
+    timeline: Arc<Mutex<Timeline>>,
     wrong: BTreeMap<Wrong, usize>,
     examples: Vec<String>,
     reasons: BTreeMap<&'static str, usize>,
@@ -66,10 +78,16 @@ pub struct Book {
     refusal_slowest: Duration,
 }
 
-impl Book {
+impl Ledger {
+    /// A ledger of so many readers.
     pub fn new(readers: usize) -> Self {
+        Self::on(Arc::default(), readers)
+    }
+
+    /// The same, which shares its timeline with others.
+    pub fn on(timeline: Arc<Mutex<Timeline>>, readers: usize) -> Self {
         let readers = (0..readers).map(|_| Reader::default()).collect();
-        Self { readers, ..Self::default() }
+        Self { readers, timeline, ..Self::default() }
     }
 
     /// Where a reader is.
@@ -87,6 +105,7 @@ impl Book {
         self.readers[reader].own.as_ref().map(|(id, _)| *id)
     }
 
+    /// How many messages were acknowledged.
     pub fn acked(&self) -> usize {
         self.acked.len()
     }
@@ -106,6 +125,7 @@ impl Book {
         &self.examples
     }
 
+    /// Notes something wrong.
     pub fn wrong(&mut self, reader: usize, wrong: Wrong, what: impl fmt::Display) {
         *self.wrong.entry(wrong).or_default() += 1;
         if self.examples.len() < 20 {
@@ -116,6 +136,7 @@ impl Book {
     /// A reader has a new connection.
     pub fn connected(&mut self, reader: usize) {
         self.readers[reader].connections += 1;
+        self.timeline.lock().at(Instant::now()).connects += 1;
     }
 
     /// A reader stays away on purpose: that nothing comes meanwhile is nobody's fault.
@@ -123,6 +144,7 @@ impl Book {
         self.readers[reader].last_arrival = None;
     }
 
+    /// A reader was told `joined`.
     pub fn joined(&mut self, reader: usize, joined: &Joined<Entry>, now: Instant) {
         let top = Position::new(joined.epoch.clone(), joined.seq);
         let first = joined.history.iter().find_map(|entry| match entry {
@@ -179,9 +201,12 @@ impl Book {
         }
     }
 
+    /// A reader got an entry.
     pub fn message(&mut self, reader: usize, message: &Message, now: Instant) {
         let position = Position::new(message.epoch.clone(), message.seq);
         self.delivered += 1;
+        let due = self.due.get(&message.id);
+        self.timeline.lock().delivered(now, due.map(|due| now.saturating_duration_since(*due)));
         let seen = &mut self.readers[reader];
         if let Some(last) = seen.last_arrival.replace(now) {
             seen.quiet_longest = seen.quiet_longest.max(now.duration_since(last));
@@ -218,6 +243,7 @@ impl Book {
         self.agree(reader, position, message.id);
     }
 
+    /// A reader was told that continuity was lost.
     pub fn reset(&mut self, reader: usize, reset: &Reset) {
         self.readers[reader].resets += 1;
         self.reason(reset.reason);
@@ -226,6 +252,11 @@ impl Book {
             Some(from) => self.broken(reader, from, to),
             None => self.wrong(reader, Wrong::Protocol, "reset before joined"),
         }
+    }
+
+    /// A message was sent that was due then.
+    pub fn begun(&mut self, id: MessageId, due: Instant) {
+        self.due.insert(id, due);
     }
 
     /// An own message was acknowledged, so long after it was sent.
@@ -243,12 +274,15 @@ impl Book {
             self.wrong(reader, Wrong::OutOfOrder, format!("{position} sent after {own}"));
         }
         self.agree(reader, position.clone(), id);
-        self.acked.insert(id, position);
+        if self.acked.insert(id, position).is_none() {
+            self.timeline.lock().at(Instant::now()).acks += 1;
+        }
     }
 
     /// A send was refused for the time being.
     pub fn refused(&mut self, reader: usize, retry_after_ms: Option<u64>, after: Duration) {
         self.unavailable += 1;
+        self.timeline.lock().at(Instant::now()).refusals += 1;
         self.refusal_slowest = self.refusal_slowest.max(after);
         if retry_after_ms.is_none() {
             self.wrong(reader, Wrong::Protocol, "a refusal without retry_after_ms");
@@ -289,7 +323,7 @@ impl Book {
     }
 
     /// The counts, when everybody has everything that will come.
-    pub fn report(&mut self) -> Report {
+    pub fn verdict(&mut self) -> Verdict {
         let mut skipped = 0;
         for reader in 0..self.readers.len() {
             let missed: Vec<(MessageId, Position)> = self
@@ -307,7 +341,7 @@ impl Book {
             }
         }
         let readers = &self.readers;
-        Report {
+        Verdict {
             clients: readers.len(),
             acknowledged: self.acked.len(),
             delivered: self.delivered,

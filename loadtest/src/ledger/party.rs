@@ -1,31 +1,44 @@
-//! Clients that talk while something goes wrong, each watched by the book.
+//! Clients that talk while something goes wrong, each watched by the ledger.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 use tokio::{
     sync::watch,
-    task::JoinHandle,
-    time::{Instant, sleep_until},
+    task::JoinSet,
+    time::{Instant, sleep},
 };
 
 use super::{
-    book::Book,
-    client::{Client, Manner, Orders},
-    report::Report,
+    Ledger,
+    member::{Manner, Member, Orders, Pace},
+    timeline::Timeline,
+    verdict::Verdict,
 };
-use crate::harness::poll_pause;
 
-/// All clients of a trial.
+/// All clients of one room. They end with it.
+#[derive(Debug)]
 pub struct Party {
-    pub book: Arc<Mutex<Book>>,
+    /// What they have seen.
+    pub ledger: Arc<Mutex<Ledger>>,
     orders: Vec<watch::Sender<Orders>>,
     begun: Vec<Arc<watch::Sender<(usize, bool)>>>,
-    tasks: Vec<JoinHandle<()>>,
+    tasks: JoinSet<()>,
 }
 
 /// How long a client may take to send a message at the end, through the longest outage there is.
 const END_MAX: Duration = Duration::from_secs(60);
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
+
+/// What was waited for did not happen.
+#[derive(Debug, thiserror::Error)]
+#[error("{what}: not within a minute: {verdict}")]
+pub struct Stuck {
+    /// What was waited for.
+    pub what: &'static str,
+    /// The counts so far.
+    pub verdict: Box<Verdict>,
+}
 
 /// Two clients for each address, that go on to the other addresses.
 pub fn manners(addresses: &[SocketAddr]) -> Vec<Manner> {
@@ -33,65 +46,102 @@ pub fn manners(addresses: &[SocketAddr]) -> Vec<Manner> {
         let nth = |j: usize| format!("ws://{}/ws", addresses[(i + j) % addresses.len()]);
         Manner {
             urls: (0..addresses.len()).map(nth).collect(),
-            pace: Duration::from_millis(20),
+            user: format!("u{i}"),
+            room: "lobby".parse().expect("a name"),
+            pace: Pace::AfterAnswer(Duration::from_millis(20)),
             bytes: 16,
             patience: Duration::from_secs(2),
+            ping_every: Duration::from_millis(500),
         }
     };
     (0..addresses.len() * 2).map(manner).collect()
 }
 
 impl Party {
-    /// Starts the clients. Nobody speaks before all are in the room.
-    pub async fn start(manners: Vec<Manner>) -> Self {
-        let book = Arc::new(Mutex::new(Book::new(manners.len())));
-        let mut party = Self { book, orders: vec![], begun: vec![], tasks: vec![] };
+    /// Starts the clients. None of them speaks yet.
+    pub fn start(manners: Vec<Manner>, timeline: Arc<Mutex<Timeline>>) -> Self {
+        let ledger = Arc::new(Mutex::new(Ledger::on(timeline, manners.len())));
+        let mut party = Self { ledger, orders: vec![], begun: vec![], tasks: JoinSet::new() };
         for (number, manner) in manners.into_iter().enumerate() {
             let (orders, orders_seen) = watch::channel(Orders { present: true, messages_max: 0 });
             let begun = Arc::new(watch::Sender::new((0, false)));
-            let client = Client::new(number, manner, &party.book, orders_seen, begun.clone());
-            party.tasks.push(tokio::spawn(client.run()));
+            let client = Member::new(number, manner, &party.ledger, orders_seen, begun.clone());
+            party.tasks.spawn(client.run());
             party.orders.push(orders);
             party.begun.push(begun);
         }
-        let clients = party.orders.len();
         party
-            .wait("everybody is in the room", |book| {
-                (0..clients).all(|client| book.cursor(client).is_some())
-            })
-            .await;
-        for orders in &party.orders {
+    }
+
+    /// How many have not been in the room yet.
+    pub fn away(&self) -> usize {
+        let ledger = self.ledger.lock();
+        (0..self.orders.len()).filter(|client| ledger.cursor(*client).is_none()).count()
+    }
+
+    /// Has everybody speak from here on.
+    pub fn speak(&self) {
+        for orders in &self.orders {
             orders.send_modify(|orders| orders.messages_max = usize::MAX);
         }
-        party
+    }
+
+    /// Starts the clients, and has them speak when all are in the room.
+    ///
+    /// # Errors
+    ///
+    /// [`Stuck`]
+    pub async fn begin(manners: Vec<Manner>) -> Result<Self, Stuck> {
+        let party = Self::start(manners, Arc::default());
+        party.wait("everybody is in the room", |party| party.away() == 0).await?;
+        party.speak();
+        Ok(party)
     }
 
     /// The usual clients at these addresses.
-    pub async fn at(addresses: &[SocketAddr]) -> Self {
-        Self::start(manners(addresses)).await
+    ///
+    /// # Errors
+    ///
+    /// [`Stuck`]
+    pub async fn at(addresses: &[SocketAddr]) -> Result<Self, Stuck> {
+        Self::begin(manners(addresses)).await
     }
 
-    /// Waits for something in the book.
-    pub async fn wait(&self, what: &str, holds: impl Fn(&Book) -> bool) {
+    /// Waits for something of the party.
+    ///
+    /// # Errors
+    ///
+    /// [`Stuck`] after a minute.
+    pub async fn wait(
+        &self,
+        what: &'static str,
+        holds: impl Fn(&Self) -> bool,
+    ) -> Result<(), Stuck> {
         let deadline = Instant::now() + END_MAX;
-        while !holds(&self.book.lock()) {
+        while !holds(self) {
             if Instant::now() > deadline {
-                let report = self.book.lock().report();
-                panic!("{what}: not within {END_MAX:?}: {report}\n{}", report.examples.join("\n"));
+                let verdict = Box::new(self.ledger.lock().verdict());
+                return Err(Stuck { what, verdict });
             }
-            poll_pause().await;
+            sleep(LOOK_AGAIN).await;
         }
+        Ok(())
     }
 
     /// Waits until so many more messages have been acknowledged.
-    pub async fn goes_on(&self, messages: usize) {
-        let before = self.book.lock().acked();
-        self.wait("messages are acknowledged", |book| book.acked() >= before + messages).await;
+    ///
+    /// # Errors
+    ///
+    /// [`Stuck`]
+    pub async fn goes_on(&self, messages: usize) -> Result<(), Stuck> {
+        let before = self.ledger.lock().acked();
+        let enough = |party: &Self| party.ledger.lock().acked() >= before + messages;
+        self.wait("messages are acknowledged", enough).await
     }
 
     /// Lets the party talk for a while: the time is the load, not a wait for something.
     pub async fn talks_for(&self, time: Duration) {
-        sleep_until(Instant::now() + time).await;
+        sleep(time).await;
     }
 
     /// A client closes its connection and stays away.
@@ -113,28 +163,28 @@ impl Party {
 
     /// Everybody ends what was begun; then one last message shows that all are at the end of the
     /// log, whose numbers ascend, so that nothing before it is still to come.
-    pub async fn finish(self) -> Report {
+    ///
+    /// # Errors
+    ///
+    /// [`Stuck`]
+    pub async fn finish(self) -> Result<Verdict, Stuck> {
         self.hush();
         // Who had looked at its orders before begins one more.
-        poll_pause().await;
-        self.wait("what was begun is acknowledged", |_| self.is_idle()).await;
+        sleep(LOOK_AGAIN).await;
+        self.wait("what was begun is acknowledged", Self::is_idle).await?;
         let speaker = 0;
         let last = self.begun[speaker].borrow().0 + 1;
         self.orders[speaker].send_modify(|orders| orders.messages_max = last);
-        self.wait("the last message is acknowledged", |_| {
-            self.begun[speaker].borrow().0 >= last && self.is_idle()
-        })
-        .await;
+        let said = |party: &Self| party.begun[speaker].borrow().0 >= last && party.is_idle();
+        self.wait("the last message is acknowledged", said).await?;
         let clients = self.orders.len();
-        self.wait("everybody has the last message", |book| {
-            let top = book.newest(speaker);
-            (0..clients).all(|client| top.is_some_and(|id| book.seen(client, id).is_some()))
+        self.wait("everybody has the last message", |party| {
+            let ledger = party.ledger.lock();
+            let top = ledger.newest(speaker);
+            (0..clients).all(|client| top.is_some_and(|id| ledger.seen(client, id).is_some()))
         })
-        .await;
-        for task in &self.tasks {
-            task.abort();
-        }
-        self.book.lock().report()
+        .await?;
+        Ok(self.ledger.lock().verdict())
     }
 
     fn is_idle(&self) -> bool {

@@ -22,24 +22,33 @@ pub enum Wrong {
 }
 
 /// The counts of a trial.
-#[derive(Debug)]
-pub struct Report {
+#[derive(Debug, Default)]
+pub struct Verdict {
+    /// Readers.
     pub clients: usize,
+    /// Messages that were acknowledged.
     pub acknowledged: usize,
+    /// Entries that arrived, all readers together.
     pub delivered: usize,
+    /// What was wrong, and how often.
     pub wrong: BTreeMap<Wrong, usize>,
+    /// The first of it, in words.
     pub examples: Vec<String>,
     /// Acknowledged messages that a break jumped over, once for each client.
     pub skipped: usize,
     /// Entries that came again behind a break, under another number.
     pub again: usize,
+    /// How often `reset` was told.
     pub resets: usize,
+    /// How often `recovered:false` was told.
     pub not_recovered: usize,
     /// How often each reason was given for a break.
     pub reasons: BTreeMap<&'static str, usize>,
     /// Sends answered by `unavailable` or the like.
     pub unavailable: usize,
+    /// The longest time until an `ack`.
     pub answer_slowest: Duration,
+    /// The longest time until a refusal.
     pub refusal_slowest: Duration,
     /// The longest time without a delivery, for each client.
     pub quiet: Vec<Duration>,
@@ -49,16 +58,46 @@ pub struct Report {
     pub epochs: Vec<usize>,
 }
 
-impl Report {
+impl Verdict {
+    /// Adds what was seen in another room.
+    pub fn add(&mut self, other: Self) {
+        self.clients += other.clients;
+        self.acknowledged += other.acknowledged;
+        self.delivered += other.delivered;
+        for (wrong, count) in other.wrong {
+            *self.wrong.entry(wrong).or_default() += count;
+        }
+        self.examples.extend(other.examples);
+        self.skipped += other.skipped;
+        self.again += other.again;
+        self.resets += other.resets;
+        self.not_recovered += other.not_recovered;
+        for (reason, count) in other.reasons {
+            *self.reasons.entry(reason).or_default() += count;
+        }
+        self.unavailable += other.unavailable;
+        self.answer_slowest = self.answer_slowest.max(other.answer_slowest);
+        self.refusal_slowest = self.refusal_slowest.max(other.refusal_slowest);
+        self.quiet.extend(other.quiet);
+        self.connections.extend(other.connections);
+        self.epochs.extend(other.epochs);
+    }
+
+    /// How often this was wrong.
     pub fn count(&self, wrong: Wrong) -> usize {
         self.wrong.get(&wrong).copied().unwrap_or(0)
     }
 
+    /// The longest time that any reader was without a delivery.
     pub fn quiet_longest(&self) -> Duration {
         self.quiet.iter().copied().max().unwrap_or_default()
     }
 
-    /// Prints the counts. Panics where anything was wrong.
+    /// Prints the counts of a trial, for tests.
+    ///
+    /// # Panics
+    ///
+    /// Where anything was wrong, or nothing was sent.
     #[track_caller]
     pub fn check(&self, fault: &str) {
         println!("{fault}: {self}");
@@ -67,6 +106,10 @@ impl Report {
     }
 
     /// The same, and nobody was told of a break.
+    ///
+    /// # Panics
+    ///
+    /// Where [`Verdict::check`] does, and where somebody was told.
     #[track_caller]
     pub fn check_seamless(&self, fault: &str) {
         self.check(fault);
@@ -75,7 +118,7 @@ impl Report {
     }
 }
 
-impl fmt::Display for Report {
+impl fmt::Display for Verdict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,

@@ -8,8 +8,8 @@ use tokio::time::Instant;
 use super::{
     UNLIMITED, addresses, length,
     party::{Party, manners},
+    proxy::{Mode, Proxy},
     start_nodes, until_ready,
-    wire::{Mode, Wire},
 };
 use crate::harness::{Gateway, Node, Redis, connect, get, next_message, room, say, until, within};
 
@@ -17,15 +17,15 @@ use crate::harness::{Gateway, Node, Redis, connect, get, next_message, room, say
 async fn a_gateway_and_the_data_of_redis_are_lost_together() {
     let mut redis = Redis::start().await;
     let mut nodes = start_nodes(&redis, 3).await;
-    let party = Party::at(&addresses(&nodes)).await;
-    party.goes_on(300).await;
+    let party = Party::at(&addresses(&nodes)).await.unwrap();
+    party.goes_on(300).await.unwrap();
     tokio::join!(nodes[0].process.kill(), redis.kill());
     redis.restart().await;
     let back = Instant::now();
-    party.goes_on(1).await;
+    party.goes_on(1).await.unwrap();
     let acknowledged_after = back.elapsed();
-    party.goes_on(200).await;
-    let report = party.finish().await;
+    party.goes_on(200).await.unwrap();
+    let report = party.finish().await.unwrap();
     println!("gateway and Redis data lost: acknowledged again after {acknowledged_after:.2?}");
     report.check("gateway and Redis data lost within one lease");
     assert!(acknowledged_after < Duration::from_secs(13), "{acknowledged_after:?}");
@@ -42,12 +42,12 @@ async fn a_gateway_and_the_data_of_redis_are_lost_together() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_was_acknowledged_and_heard_by_nobody_outlives_the_data_of_redis() {
     let mut redis = Redis::start().await;
-    let (mut wires, mut nodes) = (vec![], vec![]);
+    let (mut proxies, mut nodes) = (vec![], vec![]);
     for _ in 0..2 {
-        let wire = Wire::to(&redis).await;
-        let url = wire.redis_url();
+        let proxy = Proxy::to(redis.address()).await.unwrap();
+        let url = proxy.redis_url();
         nodes.push(Node::start(&redis, None, &[("cluster.redis_url", url.as_str())]).await);
-        wires.push(wire);
+        proxies.push(proxy);
     }
     let lobby = room("lobby");
     let mut ann = connect(nodes[0].address, "ann").await;
@@ -62,14 +62,14 @@ async fn what_was_acknowledged_and_heard_by_nobody_outlives_the_data_of_redis() 
             assert_eq!(next_message(connection).await.seq, seq);
         }
         // Redis dies behind the answer and before anybody was passed the entry.
-        wires.iter().for_each(|wire| wire.set(Mode::Deaf));
+        proxies.iter().for_each(|proxy| proxy.set(Mode::Deaf));
         let ack = say(&mut ann, &lobby, "heard by nobody").await;
         seq += 1;
         assert_eq!((&ack.epoch, ack.seq), (&epoch, seq), "round {round}");
         redis.kill().await;
-        wires.iter().for_each(|wire| wire.set(Mode::Cut));
+        proxies.iter().for_each(|proxy| proxy.set(Mode::Cut));
         redis.restart().await;
-        wires.iter().for_each(|wire| wire.set(Mode::Open));
+        proxies.iter().for_each(|proxy| proxy.set(Mode::Open));
         for connection in [&mut ann, &mut bob] {
             let message = next_message(connection).await;
             assert_eq!((message.seq, message.id, message.epoch), (seq, ack.id, epoch.clone()));
@@ -78,71 +78,72 @@ async fn what_was_acknowledged_and_heard_by_nobody_outlives_the_data_of_redis() 
     }
 }
 
-/// Two nodes on wires, and a Redis that came back empty while the wires were cut.
+/// Two nodes on proxies, and a Redis that came back empty while the proxies were cut.
 struct Parted {
     redis: Redis,
-    wires: Vec<Wire>,
+    proxies: Vec<Proxy>,
     nodes: Vec<Node>,
     party: Party,
 }
 
 async fn parted_from_an_empty_redis() -> Parted {
     let mut redis = Redis::start().await;
-    let (mut wires, mut nodes) = (vec![], vec![]);
+    let (mut proxies, mut nodes) = (vec![], vec![]);
     for _ in 0..2 {
-        let wire = Wire::to(&redis).await;
-        let url = wire.redis_url();
+        let proxy = Proxy::to(redis.address()).await.unwrap();
+        let url = proxy.redis_url();
         let extra = [&UNLIMITED[..], &[("cluster.redis_url", url.as_str())]].concat();
         nodes.push(Node::start(&redis, None, &extra).await);
-        wires.push(wire);
+        proxies.push(proxy);
     }
-    let party = Party::start(manners(&addresses(&nodes))).await;
-    party.goes_on(200).await;
+    let party = Party::begin(manners(&addresses(&nodes))).await.unwrap();
+    party.goes_on(200).await.unwrap();
     redis.kill().await;
-    wires.iter().for_each(|wire| wire.set(Mode::Cut));
+    proxies.iter().for_each(|proxy| proxy.set(Mode::Cut));
     redis.restart().await;
-    Parted { redis, wires, nodes, party }
+    Parted { redis, proxies, nodes, party }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_new_node_on_an_empty_redis_waits_for_those_who_remember() {
-    let Parted { redis, wires, nodes, party } = parted_from_an_empty_redis().await;
-    let epoch = party.book.lock().cursor(0).unwrap().epoch.clone();
+    let Parted { redis, proxies, nodes, party } = parted_from_an_empty_redis().await;
+    let epoch = party.ledger.lock().cursor(0).unwrap().epoch.clone();
     let starting = tokio::spawn(async move {
         let new = Node::start(&redis, None, &UNLIMITED).await;
         (redis, new)
     });
     // Well within the 3 s after which a Redis that nobody remembers is taken as it is.
     party.talks_for(Duration::from_millis(1500)).await;
-    wires.iter().for_each(|wire| wire.set(Mode::Open));
+    proxies.iter().for_each(|proxy| proxy.set(Mode::Open));
     let (_redis, new) = within(starting).await.unwrap();
     let lobby = room("lobby");
     let mut ann = connect(new.address, "ann").await;
     let joined = ann.join(&lobby).await.unwrap();
     assert_eq!(joined.epoch, epoch, "the new node began a log of its own");
-    let top = party.book.lock().cursor(0).unwrap().seq;
+    let top = party.ledger.lock().cursor(0).unwrap().seq;
     assert!(joined.seq >= top.saturating_sub(10), "{} of {top}", joined.seq);
     assert_eq!(say(&mut ann, &lobby, "hello").await.epoch, epoch);
     until_ready(&nodes).await;
-    party.goes_on(50).await;
+    party.goes_on(50).await.unwrap();
     party
         .finish()
         .await
+        .unwrap()
         .check_seamless("a new node on an empty Redis, the others parted for 1.5 s");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn those_who_remember_but_come_too_late_are_told() {
-    let Parted { redis, wires, nodes, party } = parted_from_an_empty_redis().await;
+    let Parted { redis, proxies, nodes, party } = parted_from_an_empty_redis().await;
     let new = Node::start(&redis, None, &UNLIMITED).await;
     let lobby = room("lobby");
     let mut ann = connect(new.address, "ann").await;
     ann.join(&lobby).await.unwrap();
     say(&mut ann, &lobby, "first of another history").await;
-    wires.iter().for_each(|wire| wire.set(Mode::Open));
+    proxies.iter().for_each(|proxy| proxy.set(Mode::Open));
     until_ready(&nodes).await;
-    party.goes_on(50).await;
-    let report = party.finish().await;
+    party.goes_on(50).await.unwrap();
+    let report = party.finish().await.unwrap();
     report.check("a new node on an empty Redis went on alone, the others came later");
     assert!(report.resets >= report.clients, "{report}");
 }

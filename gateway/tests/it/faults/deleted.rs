@@ -16,7 +16,7 @@ use shared::{
     protocol::answer::{Answer, Reset},
 };
 
-use super::wire::{Mode, Wire};
+use super::proxy::{Mode, Proxy};
 use crate::harness::{
     Gateway, Redis, get, hub_options, next_message, retention, room, say, until, within,
 };
@@ -50,8 +50,8 @@ impl Bare {
 
 /// Ann's node is cut off while her room is deleted, and `meanwhile` happens.
 async fn delete_while_cut_off(mut redis: Redis, restarts: bool) {
-    let wire = Wire::to(&redis).await;
-    let url = wire.redis_url();
+    let proxy = Proxy::to(redis.address()).await.unwrap();
+    let url = proxy.redis_url();
     let cut_off = Gateway::start_on(&redis, &[("cluster.redis_url", url.as_str())]).await;
     let other = Bare::start(&redis).await;
     let lobby = room("lobby");
@@ -61,14 +61,14 @@ async fn delete_while_cut_off(mut redis: Redis, restarts: bool) {
         assert_eq!(say(&mut ann, &lobby, "secret").await.seq, seq);
         next_message(&mut ann).await;
     }
-    wire.set(Mode::Cut);
+    proxy.set(Mode::Cut);
     until("cut off", async || get(cut_off.address, "/ready").await.status == 503).await;
     within(other.bus.delete(lobby.clone())).await.unwrap();
     if restarts {
         redis.kill().await;
         redis.restart().await;
     }
-    wire.set(Mode::Open);
+    proxy.set(Mode::Open);
     until("back", async || get(cut_off.address, "/ready").await.status == 200).await;
 
     let told = async {

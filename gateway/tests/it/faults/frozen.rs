@@ -5,12 +5,11 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use super::{
-    addresses,
-    client::Manner,
-    is_full, length,
+    addresses, is_full, length,
+    member::Manner,
     party::{Party, manners},
+    proxy::{Mode, Proxy},
     start_nodes, until_ready,
-    wire::{Mode, Wire},
 };
 use crate::harness::{Node, Redis, connect, next_message, room, say};
 
@@ -18,20 +17,20 @@ use crate::harness::{Node, Redis, connect, next_message, room, say};
 async fn party_with_one_that_stays(nodes: &[Node]) -> Party {
     let mut manners = manners(&addresses(nodes));
     manners.push(Manner { patience: Duration::from_secs(3600), ..manners[0].clone() });
-    Party::start(manners).await
+    Party::begin(manners).await.unwrap()
 }
 
 async fn freeze_for(time: Duration) {
     let redis = Redis::start().await;
     let nodes = start_nodes(&redis, 3).await;
     let party = party_with_one_that_stays(&nodes).await;
-    party.goes_on(200).await;
+    party.goes_on(200).await.unwrap();
     nodes[0].process.signal("STOP");
     party.talks_for(time).await;
     nodes[0].process.signal("CONT");
-    party.goes_on(200).await;
+    party.goes_on(200).await.unwrap();
     until_ready(&nodes).await;
-    let report = party.finish().await;
+    let report = party.finish().await.unwrap();
     report.check_seamless(&format!("gateway SIGSTOP {time:?}"));
     // Clients of the frozen node left; the one that stayed got everything on its one connection.
     assert!(report.connections[0] > 1 && report.connections[3] > 1, "{:?}", report.connections);
@@ -56,8 +55,8 @@ async fn a_node_that_was_frozen_for_longer_than_its_lease_checks_before_it_deliv
 #[tokio::test(flavor = "multi_thread")]
 async fn a_node_whose_lease_is_over_passes_nothing_on_until_it_has_asked() {
     let redis = Redis::start().await;
-    let wire = Wire::to(&redis).await;
-    let url = wire.redis_url();
+    let proxy = Proxy::to(redis.address()).await.unwrap();
+    let url = proxy.redis_url();
     let frozen = Node::start(&redis, None, &[("cluster.redis_url", url.as_str())]).await;
     let other = Node::start(&redis, None, &[]).await;
     let lobby = room("lobby");
@@ -76,11 +75,11 @@ async fn a_node_whose_lease_is_over_passes_nothing_on_until_it_has_asked() {
     }
     sleep_until(over).await;
     // It cannot ask whether the others went on without it, and they may have.
-    wire.set(Mode::NoRequests);
+    proxy.set(Mode::NoRequests);
     frozen.process.signal("CONT");
     let too_early = timeout(Duration::from_millis(1500), next_message(&mut ann)).await;
     assert!(too_early.is_err(), "passed on unasked: {too_early:?}");
-    wire.set(Mode::Open);
+    proxy.set(Mode::Open);
     for seq in 2..=20 {
         assert_eq!(next_message(&mut ann).await.seq, seq);
     }
@@ -88,20 +87,23 @@ async fn a_node_whose_lease_is_over_passes_nothing_on_until_it_has_asked() {
 
 /// Redis is restarted while a node is frozen: the others wait for it as long as its lease, then go
 /// on without it, in a new epoch, announced.
-async fn freeze_while_redis_restarts(mut redis: Redis, what: &str) -> super::report::Report {
+async fn freeze_while_redis_restarts(
+    mut redis: Redis,
+    what: &str,
+) -> loadtest::ledger::verdict::Verdict {
     let nodes = start_nodes(&redis, 3).await;
     let party = party_with_one_that_stays(&nodes).await;
-    party.goes_on(200).await;
+    party.goes_on(200).await.unwrap();
     nodes[0].process.signal("STOP");
-    party.goes_on(100).await;
+    party.goes_on(100).await.unwrap();
     redis.kill().await;
     redis.restart().await;
     // It is acknowledged again only when the lease of the frozen one is over.
-    party.goes_on(200).await;
+    party.goes_on(200).await.unwrap();
     nodes[0].process.signal("CONT");
     until_ready(&nodes).await;
-    party.goes_on(200).await;
-    let report = party.finish().await;
+    party.goes_on(200).await.unwrap();
+    let report = party.finish().await.unwrap();
     report.check(what);
     for reader in [1, 2, 4, 5] {
         assert_eq!(report.connections[reader], 1);

@@ -10,9 +10,9 @@ use shared::{
 use tokio::time::Instant;
 
 use super::{
-    book::Book,
+    ledger::Ledger,
     party::Party,
-    report::{Report, Wrong},
+    verdict::{Verdict, Wrong},
 };
 use crate::harness::Gateway;
 
@@ -71,20 +71,20 @@ enum Shown {
 
 /// A reader that joined at (e, 0) and got 1 and 2, is shown more; `wrong` is what comes of it.
 #[track_caller]
-fn check(shown: Vec<Shown>, wrong: &[Wrong]) -> Report {
-    let (mut book, now) = (Book::new(1), Instant::now());
-    book.joined(0, &joined("e", 0, false, Value::Null), now);
-    book.message(0, &message("e", 1, 1), now);
-    book.message(0, &message("e", 2, 2), now);
+fn check(shown: Vec<Shown>, wrong: &[Wrong]) -> Verdict {
+    let (mut ledger, now) = (Ledger::new(1), Instant::now());
+    ledger.joined(0, &joined("e", 0, false, Value::Null), now);
+    ledger.message(0, &message("e", 1, 1), now);
+    ledger.message(0, &message("e", 2, 2), now);
     for shown in shown {
         match shown {
-            Shown::Joined(joined) => book.joined(0, &joined, now),
-            Shown::Message(message) => book.message(0, &message, now),
-            Shown::Reset(reset) => book.reset(0, &reset),
-            Shown::Ack(ack) => book.ack(0, &ack, Duration::ZERO),
+            Shown::Joined(joined) => ledger.joined(0, &joined, now),
+            Shown::Message(message) => ledger.message(0, &message, now),
+            Shown::Reset(reset) => ledger.reset(0, &reset),
+            Shown::Ack(ack) => ledger.ack(0, &ack, Duration::ZERO),
         }
     }
-    let report = book.report();
+    let report = ledger.verdict();
     let seen: Vec<Wrong> = report.wrong.keys().copied().collect();
     assert_eq!(seen, wrong, "{:?}", report.examples);
     report
@@ -151,13 +151,13 @@ fn what_a_break_did_not_jump_over_is_lost_all_the_same() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_party_without_a_fault_is_seamless() {
     let gateway = Gateway::start(&super::UNLIMITED).await;
-    let party = Party::at(&[gateway.address; 2]).await;
-    party.goes_on(100).await;
+    let party = Party::at(&[gateway.address; 2]).await.unwrap();
+    party.goes_on(100).await.unwrap();
     party.send_away(1);
-    party.goes_on(100).await;
+    party.goes_on(100).await.unwrap();
     party.call_back(1);
-    party.goes_on(50).await;
-    let report = party.finish().await;
+    party.goes_on(50).await.unwrap();
+    let report = party.finish().await.unwrap();
     report.check_seamless("no fault");
     assert_eq!(report.connections, [1, 2, 1, 1]);
     assert_eq!(report.delivered, report.acknowledged * 4);

@@ -5,31 +5,31 @@ use std::time::Duration;
 use super::{
     UNLIMITED, addresses, length,
     party::Party,
+    proxy::{Mode, Proxy},
     ready, until_ready,
-    wire::{Mode, Wire},
 };
 use crate::harness::{Gateway, Node, Redis, get, next_message, room, say, until};
 
 /// One of two nodes has its link fail for a while.
 async fn fail(mode: Mode, time: Duration, what: &str) {
     let redis = Redis::start().await;
-    let wire = Wire::to(&redis).await;
-    let url = wire.redis_url();
+    let proxy = Proxy::to(redis.address()).await.unwrap();
+    let url = proxy.redis_url();
     let extra = [&UNLIMITED[..], &[("cluster.redis_url", url.as_str())]].concat();
     let nodes =
         [Node::start(&redis, None, &extra).await, Node::start(&redis, None, &UNLIMITED).await];
-    let party = Party::at(&addresses(&nodes)).await;
+    let party = Party::at(&addresses(&nodes)).await.unwrap();
     let rounds = length(1, 3);
     for _ in 0..rounds {
-        party.goes_on(200).await;
-        wire.set(mode);
+        party.goes_on(200).await.unwrap();
+        proxy.set(mode);
         until("the node knows", async || !ready(nodes[0].address).await).await;
         party.talks_for(time).await;
-        wire.set(Mode::Open);
+        proxy.set(Mode::Open);
         until_ready(&nodes).await;
-        party.goes_on(200).await;
+        party.goes_on(200).await.unwrap();
     }
-    let report = party.finish().await;
+    let report = party.finish().await.unwrap();
     report.check_seamless(&format!("{rounds} x {what} for {time:?}"));
     // Open connections stay, and the clients of the other node hear each other all the time.
     assert!(report.connections.iter().all(|count| *count == 1), "{:?}", report.connections);

@@ -8,9 +8,10 @@ use tokio::time::{Instant, sleep_until};
 
 use super::{
     UNLIMITED, length,
+    member::Pace,
     party::{Party, manners},
+    proxy::{Mode, Proxy},
     until_ready,
-    wire::{Mode, Wire},
 };
 use crate::harness::{Node, Redis};
 
@@ -33,7 +34,7 @@ enum Fault {
 
 struct Cluster {
     redis: Redis,
-    wires: Vec<Wire>,
+    proxies: Vec<Proxy>,
     nodes: Vec<Node>,
 }
 
@@ -67,9 +68,9 @@ async fn pause(ms: u64) {
 
 impl Cluster {
     async fn start(redis: Redis) -> Self {
-        let mut cluster = Self { redis, wires: vec![], nodes: vec![] };
+        let mut cluster = Self { redis, proxies: vec![], nodes: vec![] };
         for at in 0..NODES {
-            cluster.wires.push(Wire::to(&cluster.redis).await);
+            cluster.proxies.push(Proxy::to(cluster.redis.address()).await.unwrap());
             let node = cluster.start_node(at, None).await;
             cluster.nodes.push(node);
         }
@@ -77,7 +78,7 @@ impl Cluster {
     }
 
     async fn start_node(&self, at: usize, listen: Option<std::net::SocketAddr>) -> Node {
-        let url = self.wires[at].redis_url();
+        let url = self.proxies[at].redis_url();
         let extra = [&UNLIMITED[..], &[("cluster.redis_url", url.as_str())]].concat();
         Node::start(&self.redis, listen, &extra).await
     }
@@ -114,9 +115,9 @@ impl Cluster {
                 self.redis.signal("CONT");
             }
             Fault::Link(at, mode, ms) => {
-                self.wires[at].set(mode);
+                self.proxies[at].set(mode);
                 pause(ms).await;
-                self.wires[at].set(Mode::Open);
+                self.proxies[at].set(Mode::Open);
             }
             Fault::KillRedis => self.restart_redis().await,
             Fault::KillRedisAndNode(at) => {
@@ -132,11 +133,11 @@ impl Cluster {
                 self.nodes[at].process.signal("CONT");
             }
             Fault::KillRedisWhileLinkFails(at, mode, ms) => {
-                self.wires[at].set(mode);
+                self.proxies[at].set(mode);
                 pause(ms / 2).await;
                 self.restart_redis().await;
                 pause(ms / 2).await;
-                self.wires[at].set(Mode::Open);
+                self.proxies[at].set(Mode::Open);
             }
             Fault::ThrowOut(kind) => {
                 self.redis.command(&format!("CLIENT KILL TYPE {kind}")).await;
@@ -154,22 +155,22 @@ async fn mix(redis: Redis, faults: usize, salt: u64, what: &str) {
     let addresses: Vec<_> = cluster.nodes.iter().map(|node| node.address).collect();
     let mut manners = manners(&addresses);
     for manner in &mut manners {
-        manner.pace = Duration::from_millis(10);
+        manner.pace = Pace::AfterAnswer(Duration::from_millis(10));
     }
-    let party = Party::start(manners).await;
+    let party = Party::begin(manners).await.unwrap();
     for number in 0..faults {
-        party.goes_on(die.random_range(1..200)).await;
+        party.goes_on(die.random_range(1..200)).await.unwrap();
         let fault = roll(&mut die);
         cluster.suffer(fault).await;
         // Every other time the next one comes before this one is mended.
         if die.random_range(0..2) == 0 {
             until_ready(&cluster.nodes).await;
         }
-        let wrong = party.book.lock().examples().to_vec();
+        let wrong = party.ledger.lock().examples().to_vec();
         assert!(wrong.is_empty(), "fault {number} of seed {seed}, {fault:?}: {wrong:?}");
     }
     until_ready(&cluster.nodes).await;
-    let report = party.finish().await;
+    let report = party.finish().await.unwrap();
     report.check(&format!("{faults} faults mixed, {what}"));
 }
 

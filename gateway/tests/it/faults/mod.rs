@@ -1,19 +1,19 @@
 //! Everything that may go wrong around the nodes, with real processes: nobody misses anything that
 //! was acknowledged, or is told so. `docs/faults.md` has the table.
 //!
-//! `book` judges, a `client` talks, `wire` fails. `make test` runs short trials; `make faults` sets
+//! [`ledger`] judges what its members see, [`proxy`] fails. `make test` runs short trials; `make faults` sets
 //! `SKEIN_FAULTS=full` for those at full length.
 
 use std::{net::SocketAddr, time::Duration};
 
+use loadtest::{
+    ledger::{self, member, party, verdict},
+    proxy,
+};
+
 use crate::harness::{Node, Redis, get, until};
 
-mod report;
-mod book;
 mod judged;
-mod client;
-mod party;
-mod wire;
 mod nodes;
 mod frozen;
 mod server;

@@ -18,10 +18,10 @@ async fn a_reload_of_nginx_is_not_noticed() {
     for manner in &mut manners {
         manner.urls = vec![format!("ws://{}/ws", nginx.address)];
     }
-    let party = Party::start(manners).await;
+    let party = Party::begin(manners).await.unwrap();
     let reloads = length(3, 10);
     for i in 0..reloads {
-        party.goes_on(100).await;
+        party.goes_on(100).await.unwrap();
         nginx.signal("HUP");
         // New clients come in meanwhile, to the old worker or the new one.
         for j in 0..5 {
@@ -29,8 +29,8 @@ async fn a_reload_of_nginx_is_not_noticed() {
             party.talks_for(Duration::from_millis(20)).await;
         }
     }
-    party.goes_on(100).await;
-    let report = party.finish().await;
+    party.goes_on(100).await.unwrap();
+    let report = party.finish().await.unwrap();
     nginx.stop().await;
     report.check_seamless(&format!("{reloads} x nginx reload"));
     assert!(report.connections.iter().all(|count| *count == 1), "{:?}", report.connections);

@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_json::json;
 use shared::{
     client::{
-        connection::{Connection, Unexpected},
+        connection::{Connection, Received, Unexpected},
         frames,
         options::{OpenError, Options},
     },
@@ -15,7 +15,7 @@ use shared::{
 };
 use tokio::time::Instant;
 
-use super::wire::{Mode, Wire};
+use super::proxy::{Mode, Proxy};
 use crate::harness::{Node, Redis, connect, next_message, room, say, until, within};
 
 async fn send(connection: &mut Connection, id: MessageId) -> Result<Ack, Box<Refusal>> {
@@ -85,24 +85,24 @@ async fn a_send_without_redis_waits_is_refused_and_repeated_is_one_entry() {
     assert_eq!(next_message(&mut ann).await.seq, 3);
 }
 
-/// Ann is on a node behind a wire, Bob on one without.
-async fn ann_and_bob(redis: &Redis, wait: &str) -> (Wire, [Node; 2], Connection, Connection) {
-    let wire = Wire::to(redis).await;
-    let url = wire.redis_url();
+/// Ann is on a node behind a proxy, Bob on one without.
+async fn ann_and_bob(redis: &Redis, wait: &str) -> (Proxy, [Node; 2], Connection, Connection) {
+    let proxy = Proxy::to(redis.address()).await.unwrap();
+    let url = proxy.redis_url();
     let extra = [("cluster.redis_url", url.as_str()), ("publish.wait", wait)];
     let nodes = [Node::start(redis, None, &extra).await, Node::start(redis, None, &[]).await];
     let mut ann = connect(nodes[0].address, "ann").await;
     let mut bob = connect(nodes[1].address, "bob").await;
     ann.join(&room("lobby")).await.unwrap();
     bob.join(&room("lobby")).await.unwrap();
-    (wire, nodes, ann, bob)
+    (proxy, nodes, ann, bob)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_append_whose_answer_is_lost_is_one_entry_when_the_client_repeats_it() {
     let redis = Redis::start().await;
-    let (wire, nodes, mut ann, mut bob) = ann_and_bob(&redis, "2s").await;
-    wire.set(Mode::AnswersLost);
+    let (proxy, nodes, mut ann, mut bob) = ann_and_bob(&redis, "2s").await;
+    proxy.set(Mode::AnswersLost);
     let (id, begun) = (MessageId::random(), Instant::now());
     let refusal = send(&mut ann, id).await.unwrap_err();
     check_refusal(&refusal, id, begun.elapsed(), Duration::from_secs(2));
@@ -115,7 +115,7 @@ async fn an_append_whose_answer_is_lost_is_one_entry_when_the_client_repeats_it(
     elsewhere.join(&room("lobby")).await.unwrap();
     let ack = send(&mut elsewhere, id).await.unwrap();
     assert_eq!((ack.seq, ack.duplicate), (1, true));
-    wire.set(Mode::Open);
+    proxy.set(Mode::Open);
     let ack = send_until_taken(&mut ann, id).await;
     assert_eq!((ack.seq, ack.duplicate), (1, true));
     assert_eq!(say(&mut bob, &room("lobby"), "next").await.seq, 2);
@@ -130,20 +130,20 @@ async fn an_append_whose_answer_is_lost_is_one_entry_when_the_client_repeats_it(
 #[tokio::test(flavor = "multi_thread")]
 async fn an_append_whose_answer_is_lost_is_repeated_by_the_gateway() {
     let redis = Redis::start().await;
-    let (wire, _nodes, mut ann, mut bob) = ann_and_bob(&redis, "20s").await;
+    let (proxy, _nodes, mut ann, mut bob) = ann_and_bob(&redis, "20s").await;
     let lobby = room("lobby");
     for round in 0..5 {
-        wire.set(Mode::AnswersLost);
+        proxy.set(Mode::AnswersLost);
         let id = MessageId::random();
         let content = json!(round);
         let message = frames::Message { id: Some(id), ..frames::Message::to(&lobby, &content) };
         ann.send_json(&message).await.unwrap();
         let heard = next_message(&mut bob).await;
         assert_eq!((heard.seq, heard.id), (round + 1, id));
-        wire.set(Mode::Open);
+        proxy.set(Mode::Open);
         let ack = within(async {
             loop {
-                if let Some(Answer::Ack(ack)) = super::client::frame(ann.next().await.unwrap()) {
+                if let Received::Frame(Answer::Ack(ack), _) = ann.next().await.unwrap() {
                     return ack;
                 }
             }

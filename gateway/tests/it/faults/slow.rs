@@ -3,12 +3,12 @@
 use std::time::Duration;
 
 use super::{
-    UNLIMITED, addresses,
-    client::Manner,
-    is_full, metric,
+    UNLIMITED, addresses, is_full,
+    member::{Manner, Pace},
+    metric,
     party::{Party, manners},
+    proxy::{Mode, Proxy},
     resident_bytes,
-    wire::{Mode, Wire},
 };
 use crate::harness::{Node, Redis, until};
 
@@ -21,7 +21,7 @@ struct Trial {
     redis: Redis,
     nodes: Vec<Node>,
     /// The way of the slow client to the first node.
-    wire: Wire,
+    proxy: Proxy,
     party: Party,
 }
 
@@ -30,41 +30,43 @@ async fn start(extra: &[(&str, &str)]) -> Trial {
     let options = [&UNLIMITED[..], extra].concat();
     let nodes =
         vec![Node::start(&redis, None, &options).await, Node::start(&redis, None, &options).await];
-    let wire = Wire::between(nodes[0].address, Some(64 * 1024)).await;
+    let proxy = Proxy::with_buffer(nodes[0].address, Some(64 * 1024)).await.unwrap();
     let mut manners = manners(&addresses(&nodes));
     for manner in &mut manners {
         manner.bytes = MESSAGE_BYTES;
     }
     manners.push(Manner {
-        urls: vec![format!("ws://{}/ws", wire.address)],
+        urls: vec![format!("ws://{}/ws", proxy.address)],
+        user: "slow".to_owned(),
         // It listens.
-        pace: Duration::from_secs(3600),
+        pace: Pace::AfterAnswer(Duration::from_secs(3600)),
         bytes: 16,
         patience: Duration::from_secs(3600),
+        ..manners[0].clone()
     });
-    let party = Party::start(manners).await;
-    party.goes_on(100).await;
-    Trial { redis, nodes, wire, party }
+    let party = Party::begin(manners).await.unwrap();
+    party.goes_on(100).await.unwrap();
+    Trial { redis, nodes, proxy, party }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_slow_reader_catches_up_in_place_and_takes_bounded_memory() {
-    let Trial { redis: _redis, nodes, wire, party } = start(&[]).await;
+    let Trial { redis: _redis, nodes, proxy, party } = start(&[]).await;
     let before = resident_bytes(&nodes[0]);
     let mut highest = before;
     for _ in 0..3 {
-        wire.set(Mode::NoAnswers);
+        proxy.set(Mode::NoAnswers);
         // 5 MB at a time, so that the log, of 16 MiB, still has all of it.
         for _ in 0..5 {
-            party.goes_on(50).await;
+            party.goes_on(50).await.unwrap();
             highest = highest.max(resident_bytes(&nodes[0]));
         }
         until("it lags", async || metric(&nodes[0], "gateway_lags_total").await > 0.0).await;
-        let had = party.book.lock().had(0);
-        wire.set(Mode::Open);
-        party.wait("it has caught up", |book| book.had(SLOW) >= had).await;
+        let had = party.ledger.lock().had(0);
+        proxy.set(Mode::Open);
+        party.wait("it has caught up", |party| party.ledger.lock().had(SLOW) >= had).await.unwrap();
     }
-    let report = party.finish().await;
+    let report = party.finish().await.unwrap();
     let grown = highest.saturating_sub(before);
     println!("slow reader, 20 KB messages: memory grew by {} KiB", grown / 1024);
     report.check_seamless("3 x a client that does not read for 5 MB");
@@ -80,12 +82,12 @@ async fn a_slow_reader_catches_up_in_place_and_takes_bounded_memory() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reader_that_falls_behind_the_log_is_told() {
     let short = [("history.max_entries", "50"), ("history.window", "1s")];
-    let Trial { redis: _redis, nodes: _nodes, wire, party } = start(&short).await;
-    wire.set(Mode::NoAnswers);
-    party.goes_on(700).await;
-    wire.set(Mode::Open);
-    party.wait("it is told", |book| book.breaks(SLOW) > 0).await;
-    let report = party.finish().await;
+    let Trial { redis: _redis, nodes: _nodes, proxy, party } = start(&short).await;
+    proxy.set(Mode::NoAnswers);
+    party.goes_on(700).await.unwrap();
+    proxy.set(Mode::Open);
+    party.wait("it is told", |party| party.ledger.lock().breaks(SLOW) > 0).await.unwrap();
+    let report = party.finish().await.unwrap();
     report.check("a client that does not read until its place is trimmed");
     assert_eq!(report.reasons.keys().collect::<Vec<_>>(), [&"log_trimmed"], "{report}");
     assert!(report.resets > 0 && report.not_recovered == 0 && report.skipped > 0, "{report}");
@@ -97,13 +99,17 @@ async fn a_reader_that_falls_behind_the_log_is_told() {
 async fn a_client_that_reads_nothing_is_closed_with_4003_and_misses_nothing() {
     // 30 s in the full trial, as it is by default.
     let stall = if is_full() { "30s" } else { "3s" };
-    let Trial { redis: _redis, nodes, wire, party } =
+    let Trial { redis: _redis, nodes, proxy, party } =
         start(&[("heartbeat.stall_max", stall), ("history.max_bytes", "512MiB")]).await;
-    wire.set(Mode::NoAnswers);
+    proxy.set(Mode::NoAnswers);
     let closed = r#"gateway_disconnects_total{code="4003"}"#;
     party
-        .wait("enough is said to fill all buffers", |book| book.had(0) > book.had(SLOW) + 200)
-        .await;
+        .wait("enough is said to fill all buffers", |party| {
+            let ledger = party.ledger.lock();
+            ledger.had(0) > ledger.had(SLOW) + 200
+        })
+        .await
+        .unwrap();
     let begun = tokio::time::Instant::now();
     let deadline = begun + Duration::from_secs(60);
     while metric(&nodes[0], closed).await < 1.0 {
@@ -111,10 +117,13 @@ async fn a_client_that_reads_nothing_is_closed_with_4003_and_misses_nothing() {
         crate::harness::poll_pause().await;
     }
     println!("a client that reads nothing: closed with 4003 after {:.2?}", begun.elapsed());
-    wire.set(Mode::Open);
-    let had = party.book.lock().had(0);
-    party.wait("it has come back and caught up", |book| book.had(SLOW) >= had).await;
-    let report = party.finish().await;
+    proxy.set(Mode::Open);
+    let had = party.ledger.lock().had(0);
+    party
+        .wait("it has come back and caught up", |party| party.ledger.lock().had(SLOW) >= had)
+        .await
+        .unwrap();
+    let report = party.finish().await.unwrap();
     report.check_seamless("a client that reads nothing for the whole stall time");
     assert_eq!(report.connections[SLOW], 2);
     assert!(report.quiet[..SLOW].iter().all(|quiet| *quiet < super::SHORT), "{:?}", report.quiet);

@@ -1,0 +1,364 @@
+//! Redis, gateways, nginx and the links between them, as processes of this machine.
+//!
+//! Each has ports of its own, is stopped by its pid, and ends with the cluster.
+
+use std::{
+    fs::File,
+    io,
+    net::{Ipv4Addr, SocketAddr, TcpListener},
+    path::{Path, PathBuf},
+    process::Stdio,
+    time::Duration,
+};
+
+use loadtest::proxy::Proxy;
+use tempfile::TempDir;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+    process::{Child, Command},
+    time::{Instant, sleep, timeout},
+};
+
+/// How long a server may take until it serves. Nodes on a new Redis wait for others that may know
+/// it.
+const READY_MAX: Duration = Duration::from_secs(60);
+/// How long a server may take to end in order.
+const END_MAX: Duration = Duration::from_secs(60);
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
+
+/// Why a cluster does not start, or a part of it not again.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ClusterError {
+    /// A program is not there or not to be run.
+    #[error("cannot start {what}: {source}")]
+    Start {
+        /// The program.
+        what: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// It does not serve.
+    #[error("{what} is not ready after {} s; its log ends: {log}", READY_MAX.as_secs())]
+    NotReady {
+        /// The program.
+        what: String,
+        /// The end of what it said.
+        log: String,
+    },
+    /// nginx' configuration cannot be made.
+    #[error("{what}: {said}")]
+    Render {
+        /// The script.
+        what: String,
+        /// What it says.
+        said: String,
+    },
+    /// A folder or a port of this machine.
+    #[error("cannot prepare the cluster: {0}")]
+    Prepare(#[from] io::Error),
+}
+
+/// Where the programs are.
+#[derive(Clone, Debug)]
+pub(crate) struct Programs {
+    /// The gateway.
+    pub(crate) gateway: PathBuf,
+    /// The script that makes nginx' configuration.
+    pub(crate) render: PathBuf,
+}
+
+/// A process.
+#[derive(Debug)]
+struct Process {
+    name: String,
+    child: Child,
+    log: PathBuf,
+}
+
+/// A gateway, and the links to it and from it.
+#[derive(Debug)]
+pub(crate) struct Node {
+    process: Process,
+    listen: SocketAddr,
+    /// Between it and Redis.
+    pub(crate) bus: Proxy,
+    /// Between it and the clients that do not come through nginx.
+    pub(crate) clients: Proxy,
+}
+
+/// All of it.
+#[derive(Debug)]
+pub(crate) struct Cluster {
+    programs: Programs,
+    redis: Process,
+    redis_address: SocketAddr,
+    pub(crate) nodes: Vec<Node>,
+    nginx: Process,
+    nginx_address: SocketAddr,
+    // Last, so that it is there as long as those who write into it.
+    scratch: TempDir,
+}
+
+impl Process {
+    /// Starts a program whose output goes behind what is in its log.
+    fn start(name: String, mut command: Command, scratch: &Path) -> Result<Self, ClusterError> {
+        let log = scratch.join(format!("{name}.log"));
+        let file = File::options().create(true).append(true).open(&log)?;
+        let command = command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
+        let child = command.kill_on_drop(true).spawn();
+        let child = child.map_err(|source| ClusterError::Start { what: name.clone(), source })?;
+        Ok(Self { name, child, log })
+    }
+
+    /// Sends a signal, named as for `kill`.
+    async fn signal(&self, signal: &str) {
+        let Some(pid) = self.child.id() else { return };
+        // It may have ended by itself.
+        let _ = Command::new("kill").args(["-s", signal, &pid.to_string()]).status().await;
+    }
+
+    async fn kill(&mut self) {
+        let _ = self.child.kill().await;
+    }
+
+    /// Ends it in order, or at once where it does not.
+    async fn end(&mut self) {
+        self.signal("TERM").await;
+        if timeout(END_MAX, self.child.wait()).await.is_err() {
+            self.kill().await;
+        }
+    }
+
+    /// Asks until the answer begins as it should.
+    async fn wait_for(
+        &self,
+        address: SocketAddr,
+        question: &str,
+        answer: &str,
+    ) -> Result<(), ClusterError> {
+        let deadline = Instant::now() + READY_MAX;
+        loop {
+            let said = timeout(Duration::from_secs(1), ask(address, question, answer.len())).await;
+            if said.is_ok_and(|said| said.is_ok_and(|said| said.starts_with(answer))) {
+                return Ok(());
+            }
+            if deadline < Instant::now() {
+                let log = std::fs::read_to_string(&self.log).unwrap_or_default();
+                let log = log.lines().rev().take(5).collect::<Vec<_>>().join(" | ");
+                return Err(ClusterError::NotReady { what: self.name.clone(), log });
+            }
+            sleep(LOOK_AGAIN).await;
+        }
+    }
+}
+
+/// The first bytes of an answer.
+async fn ask(address: SocketAddr, question: &str, count: usize) -> io::Result<String> {
+    let mut stream = TcpStream::connect(address).await?;
+    stream.write_all(question.as_bytes()).await?;
+    let mut answer = vec![0; count];
+    stream.read_exact(&mut answer).await?;
+    Ok(String::from_utf8_lossy(&answer).into_owned())
+}
+
+/// An address that was free a moment ago.
+fn free_address() -> io::Result<SocketAddr> {
+    TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()
+}
+
+impl Cluster {
+    /// Starts Redis, which keeps a file, so many gateways, and nginx.
+    pub(crate) async fn start(programs: Programs, nodes: usize) -> Result<Self, ClusterError> {
+        let scratch = TempDir::new()?;
+        let redis_address = free_address()?;
+        let redis = start_redis(redis_address, scratch.path()).await?;
+        let mut started = Vec::new();
+        for number in 0..nodes {
+            let listen = free_address()?;
+            let bus = Proxy::to(redis_address).await?;
+            let clients = Proxy::to(listen).await?;
+            let process = start_gateway(&programs, number, listen, &bus, scratch.path())?;
+            started.push(Node { process, listen, bus, clients });
+        }
+        let nginx_address = free_address()?;
+        let listens = started.iter().map(|node| node.listen);
+        let nginx = start_nginx(&programs, nginx_address, listens, scratch.path()).await?;
+        let cluster =
+            Self { programs, redis, redis_address, nodes: started, nginx, nginx_address, scratch };
+        cluster.wait_until_ready().await?;
+        Ok(cluster)
+    }
+
+    /// Where clients connect, in turn: nginx, then each gateway past it.
+    pub(crate) fn urls(&self) -> Vec<String> {
+        let past = self.nodes.iter().map(|node| node.clients.address);
+        let all = std::iter::once(self.nginx_address).chain(past);
+        all.map(|address| format!("ws://{address}/ws")).collect()
+    }
+
+    /// Waits until every gateway says that it is ready.
+    pub(crate) async fn wait_until_ready(&self) -> Result<(), ClusterError> {
+        let question = "GET /ready HTTP/1.1\r\nHost: chaos\r\nConnection: close\r\n\r\n";
+        for node in &self.nodes {
+            node.process.wait_for(node.listen, question, "HTTP/1.1 200").await?;
+        }
+        Ok(())
+    }
+
+    /// Sends a gateway a signal.
+    pub(crate) async fn signal_gateway(&self, node: usize, signal: &str) {
+        self.nodes[node].process.signal(signal).await;
+    }
+
+    /// Ends a gateway, by SIGKILL or in order, and starts it again.
+    pub(crate) async fn restart_gateway(
+        &mut self,
+        number: usize,
+        kill: bool,
+    ) -> Result<(), ClusterError> {
+        let node = &mut self.nodes[number];
+        if kill {
+            node.process.kill().await;
+        } else {
+            node.process.end().await;
+        }
+        let scratch = self.scratch.path();
+        node.process = start_gateway(&self.programs, number, node.listen, &node.bus, scratch)?;
+        Ok(())
+    }
+
+    /// Sends Redis a signal.
+    pub(crate) async fn signal_redis(&self, signal: &str) {
+        self.redis.signal(signal).await;
+    }
+
+    /// Ends Redis, by SIGKILL or in order, and starts it again, with or without its file.
+    pub(crate) async fn restart_redis(
+        &mut self,
+        kill: bool,
+        empty: bool,
+    ) -> Result<(), ClusterError> {
+        if kill {
+            self.redis.kill().await;
+        } else {
+            self.redis.end().await;
+        }
+        if empty {
+            let files = self.scratch.path().join("appendonlydir");
+            match std::fs::remove_dir_all(files) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
+                _ => {}
+            }
+        }
+        self.redis = start_redis(self.redis_address, self.scratch.path()).await?;
+        Ok(())
+    }
+
+    /// Gives Redis a command in its inline form. It may not answer.
+    pub(crate) async fn tell_redis(&self, command: &str) {
+        let command = format!("{command}\r\n");
+        let _ = timeout(Duration::from_secs(1), ask(self.redis_address, &command, 1)).await;
+    }
+
+    /// Has nginx read its configuration again.
+    pub(crate) async fn reload_nginx(&self) {
+        self.nginx.signal("HUP").await;
+    }
+
+    /// Ends all of it: gateways first, so that they can say goodbye while Redis is there.
+    pub(crate) async fn stop(mut self) {
+        for node in &self.nodes {
+            node.process.signal("TERM").await;
+        }
+        for node in &mut self.nodes {
+            node.process.end().await;
+        }
+        self.nginx.end().await;
+        self.redis.end().await;
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        // SIGKILL, which the others get, would leave the worker behind.
+        let Some(pid) = self.nginx.child.id() else { return };
+        let _ = std::process::Command::new("kill").args(["-s", "TERM", &pid.to_string()]).status();
+        for _ in 0..100 {
+            if !matches!(self.nginx.child.try_wait(), Ok(None)) {
+                return;
+            }
+            #[expect(clippy::disallowed_methods, reason = "nothing else is left to do")]
+            std::thread::sleep(LOOK_AGAIN);
+        }
+    }
+}
+
+async fn start_redis(address: SocketAddr, scratch: &Path) -> Result<Process, ClusterError> {
+    let mut command = Command::new("redis-server");
+    command
+        .args(["--bind", "127.0.0.1", "--port", &address.port().to_string(), "--save", ""])
+        // Every write is in the file before it is answered: what was acknowledged is there again.
+        .args(["--appendonly", "yes", "--appendfsync", "always"])
+        .args(["--maxmemory-policy", "noeviction", "--dir"])
+        .arg(scratch);
+    let redis = Process::start("redis".to_owned(), command, scratch)?;
+    redis.wait_for(address, "PING\r\n", "+PONG").await?;
+    Ok(redis)
+}
+
+fn start_gateway(
+    programs: &Programs,
+    number: usize,
+    listen: SocketAddr,
+    bus: &Proxy,
+    scratch: &Path,
+) -> Result<Process, ClusterError> {
+    let mut command = Command::new(&programs.gateway);
+    let (listen, redis) = (format!("server.listen={listen}"), bus.redis_url());
+    let redis = format!("cluster.redis_url={redis}");
+    let options = [
+        listen.as_str(),
+        redis.as_str(),
+        "admin.listen=127.0.0.1:0",
+        "auth.allow_anonymous=true",
+        "drain.delay=200ms",
+        "log.format=json",
+        // All clients have one address.
+        "limits.connections_per_ip=0",
+        "limits.handshakes_per_minute_per_ip=0",
+        "limits.connections_per_user=0",
+    ];
+    for option in options {
+        command.args(["--set", option]);
+    }
+    Process::start(format!("gateway-{number}"), command, scratch)
+}
+
+async fn start_nginx(
+    programs: &Programs,
+    address: SocketAddr,
+    gateways: impl Iterator<Item = SocketAddr>,
+    scratch: &Path,
+) -> Result<Process, ClusterError> {
+    let mut render = Command::new(&programs.render);
+    // Started by root, a master would give its workers another user, who has no way to its files.
+    render.args(["map", "--workers", "1", "--listen", &address.to_string()]);
+    for gateway in gateways {
+        render.args(["--node", &gateway.to_string()]);
+    }
+    let what = programs.render.display().to_string();
+    let rendered = render.output().await;
+    let rendered = rendered.map_err(|source| ClusterError::Start { what: what.clone(), source })?;
+    if !rendered.status.success() {
+        let said = String::from_utf8_lossy(&rendered.stderr).into_owned();
+        return Err(ClusterError::Render { what, said });
+    }
+    let file = scratch.join("nginx.conf");
+    std::fs::write(&file, rendered.stdout)?;
+    let mut command = Command::new("nginx");
+    command.arg("-p").arg(scratch).arg("-c").arg(&file).args(["-e", "error.log"]);
+    let nginx = Process::start("nginx".to_owned(), command, scratch)?;
+    nginx.wait_for(address, "GET /health HTTP/1.0\r\n\r\n", "HTTP/1.").await?;
+    Ok(nginx)
+}

@@ -1,0 +1,4 @@
+//! What the program `loadtest` judges and disturbs with, for tests in Rust.
+
+pub mod ledger;
+pub mod proxy;
