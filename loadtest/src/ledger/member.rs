@@ -20,7 +20,7 @@ use shared::{
 };
 use tokio::{
     sync::watch,
-    time::{Instant, sleep_until, timeout_at},
+    time::{Instant, sleep_until},
 };
 
 use super::{Ledger, verdict::Wrong};
@@ -168,14 +168,16 @@ impl Member {
             }
             // What is due now was done, and is due again later than now.
             let due = due.max(now + Duration::from_millis(1)).min(heard_by);
-            match timeout_at(due, connection.next()).await {
-                Ok(Ok(received)) => {
+            // All arms are cancel-safe.
+            tokio::select! {
+                biased;
+                received = connection.next() => {
+                    let Ok(received) = received else { return };
                     heard_by = Instant::now() + self.manner.patience;
                     self.take(received, &mut goal, &mut join_at);
                 }
-                Ok(Err(_)) => return,
-                Err(_) if Instant::now() >= heard_by => return,
-                Err(_) => {}
+                changed = self.orders.changed() => if changed.is_err() { return },
+                () = sleep_until(due) => if Instant::now() >= heard_by { return },
             }
         }
     }

@@ -17,7 +17,8 @@ const GREEDY_MAX_KIB: f64 = 128.0;
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_sent_no_whole_request_costs_little() {
     let node = Node::start_alone(&[]).await;
-    let count = of(5_000, 1_000);
+    // So many that what the process takes once, some MiB of the allocator, is little of each.
+    let count = of(5_000, 3_000);
     for (what, bytes) in [("nothing", 0), ("half a header", 100)] {
         let before = Held::by(&node).await;
         let stranger = |index| async move {
@@ -27,7 +28,8 @@ async fn who_sent_no_whole_request_costs_little() {
         };
         let strangers: Vec<Wire> =
             stream::iter(0..count).map(stranger).buffer_unordered(100).collect().await;
-        let there = |held: &Held| held.descriptors >= before.descriptors + count;
+        // A question of an earlier look may have been among those before.
+        let there = |held: &Held| held.descriptors + 5 >= before.descriptors + count;
         let during = Held::once(&node, "all were accepted", there).await;
         let each = (during.memory_kib.saturating_sub(before.memory_kib)) as f64 / count as f64;
         println!("{count} that sent {what}: {each:.1} KiB each");
