@@ -267,6 +267,15 @@ async fn the_scripts_run_as_on_redis() {
         pair.compare(&words(&["XREVRANGE", "log", "+", "-", "COUNT", "12"])).await;
         pair.compare(&words(&["HMGET", "meta", "e", "s", "r", "n", "pe", "ps"])).await;
         pair.compare(&words(&["EXISTS", "unheard"])).await;
+        // The one behind the missing numbers was acknowledged, and is there under another number.
+        let far = envelope(4001 + u128::from(steps_missing) * 100);
+        let mut known = false;
+        for ids in ["ids0", "ids1"] {
+            let id = Bytes::copy_from_slice(&far.id_key());
+            let place = [words(&["HGET", ids]), vec![id]].concat();
+            known |= matches!(pair.compare(&place).await, Reply::Bulk(_));
+        }
+        assert!(known, "steps missing: {steps_missing}");
     }
     pair.script(DELETE, &ROOM, &common(&token)).await;
     pair.script(APPEND, &ROOM, &append(5, &token)).await;
