@@ -1,8 +1,11 @@
-//! What a process costs, read from `/proc`: its memory and its CPU time.
+//! What a process costs, read from `/proc`: its memory and its CPU time; and where one may listen.
 //!
 //! Linux only. The parsing is pure.
 
-use std::{fs, io};
+use std::{
+    fs, io,
+    net::{Ipv4Addr, SocketAddr, TcpListener},
+};
 
 /// Clock ticks per second in `/proc/PID/stat`. `USER_HZ` is 100 wherever this runs; to ask the
 /// system for it takes `unsafe` or another crate.
@@ -96,6 +99,11 @@ fn cpu(text: &str) -> Option<Cpu> {
     let mut fields = rest.split_ascii_whitespace().skip(11);
     let mut ms = || Some(fields.next()?.parse::<u64>().ok()? * 1000 / TICKS_PER_SECOND);
     Some(Cpu { user_ms: ms()?, system_ms: ms()? })
+}
+
+/// An address of loopback that was free a moment ago, for servers that take no port 0.
+pub(crate) fn free_address() -> io::Result<SocketAddr> {
+    TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()
 }
 
 /// How many ports one address has for outgoing connections.

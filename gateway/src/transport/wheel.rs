@@ -19,8 +19,9 @@ use crate::hub::member::Subscriber;
 
 /// How coarse it is: a connection is woken so much later than it asked for, at most.
 const TICK: Duration = Duration::from_millis(100);
-/// How far it reaches, in ticks: some 100 s. Who asks for later is woken then, and asks again.
+/// How many ticks it holds.
 const SLOTS: usize = 1024;
+/// How far it reaches: some 100 s. Who asks for later is woken then, and asks again.
 const REACH: Duration = TICK.saturating_mul(SLOTS as u32 - 2);
 
 /// The wheel.

@@ -6,7 +6,7 @@ use std::{
     fmt,
     fs::File,
     io::{self, BufRead as _, BufReader, Read as _, Write as _},
-    net::{SocketAddr, TcpListener, TcpStream},
+    net::{SocketAddr, TcpStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::Duration,
@@ -17,7 +17,7 @@ use tempfile::TempDir;
 use tokio::time::Instant;
 
 use super::BenchError;
-use crate::process::Cpu;
+use crate::process::{Cpu, free_address};
 
 /// The CPU of the servers. The load has the other.
 const SERVER_CPU: &str = "0";
@@ -233,9 +233,7 @@ impl Ground {
     }
 
     fn redis(&self, scratch: &Path) -> Result<Server, BenchError> {
-        // Redis takes no port 0: one that was free a moment ago.
-        let address = TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr());
-        let address = address.map_err(BenchError::Scratch)?;
+        let address = free_address().map_err(BenchError::Scratch)?;
         let mut command = self.on_its_cpu(Path::new("redis-server"));
         command
             .args(["--bind", "127.0.0.1", "--port", &address.port().to_string(), "--save", ""])

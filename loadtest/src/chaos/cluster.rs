@@ -5,7 +5,7 @@
 use std::{
     fs::File,
     io,
-    net::{Ipv4Addr, SocketAddr, TcpListener},
+    net::SocketAddr,
     path::{Path, PathBuf},
     process::Stdio,
     time::Duration,
@@ -19,6 +19,8 @@ use tokio::{
     process::{Child, Command},
     time::{Instant, sleep, timeout},
 };
+
+use crate::process::free_address;
 
 /// How long a server may take until it serves. Nodes on a new Redis wait for others that may know
 /// it.
@@ -160,11 +162,6 @@ async fn ask(address: SocketAddr, question: &str, count: usize) -> io::Result<St
     let mut answer = vec![0; count];
     stream.read_exact(&mut answer).await?;
     Ok(String::from_utf8_lossy(&answer).into_owned())
-}
-
-/// An address that was free a moment ago.
-fn free_address() -> io::Result<SocketAddr> {
-    TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()
 }
 
 impl Cluster {
@@ -342,7 +339,7 @@ async fn start_nginx(
     scratch: &Path,
 ) -> Result<Process, ClusterError> {
     let mut render = Command::new(&programs.render);
-    // Started by root, a master would give its workers another user, who has no way to its files.
+    // A single process, without a worker, cannot be reloaded.
     render.args(["map", "--workers", "1", "--listen", &address.to_string()]);
     for gateway in gateways {
         render.args(["--node", &gateway.to_string()]);

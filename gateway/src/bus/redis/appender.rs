@@ -204,11 +204,12 @@ impl Worker {
     fn may_send(&mut self, token: Token) -> bool {
         let now = Instant::now();
         let agreed = self.server.agreed.borrow().clone();
-        if agreed.token != Some(token) {
+        let is_agreed = agreed.token == Some(token);
+        if !is_agreed {
             // Where the same server is agreed on again, it was flushed meanwhile.
             self.open = Agreed::default();
         }
-        if agreed.token != Some(token) || !self.links.standing.holds(now) {
+        if !is_agreed || !self.links.standing.holds(now) {
             #[cfg(feature = "defects")]
             return crate::defect::planted(crate::defect::Defect::NoFence);
             #[cfg(not(feature = "defects"))]

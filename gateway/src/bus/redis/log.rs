@@ -133,9 +133,10 @@ impl Log {
             pipeline.cmd("HMGET").arg(keyspace.barrier(*home)).arg("t").arg("open");
         }
         for room in rooms {
-            let [_, meta, .., unheard] = keyspace.keys(room);
+            let channel = keyspace.channel(room);
+            let meta = format!("{channel}:meta");
             pipeline.cmd("HMGET").arg(&meta).arg("e").arg("s");
-            pipeline.cmd("HMGET").arg(unheard).arg("t");
+            pipeline.cmd("HMGET").arg(format!("{channel}:unheard")).arg("t");
             // A room that is followed in silence does not lose its numbers.
             pipeline.cmd("PEXPIRE").arg(meta).arg(self.server.meta_ttl_ms()).ignore();
         }

@@ -69,14 +69,20 @@ local function entry_at(seq)
     end
 end
 
-local function append(epoch, seq, entry, ids, gone)
+-- `ids`: `newer`, `older` and `gone` of id_hashes.
+local function append(epoch, seq, entry, ids)
     local position = epoch .. ':' .. digits(seq)
     redis.call('XADD', KEYS[1], digits(seq) .. '-0', 'e', epoch, 't', entry.stamp, 'p', entry.envelope)
     redis.call('HSET', KEYS[2], 's', digits(seq))
-    redis.call('HSET', ids, key_of(entry.envelope), position)
-    redis.call('PEXPIREAT', ids, gone)
+    redis.call('HSET', ids.newer, key_of(entry.envelope), position)
+    redis.call('PEXPIREAT', ids.newer, ids.gone)
     redis.call('PEXPIRE', KEYS[1], ARGV[4])
     redis.call('PUBLISH', ARGV[2], position .. ':' .. entry.stamp .. '\n' .. entry.envelope)
+end
+
+local function is_logged(envelope, ids)
+    local key = key_of(envelope)
+    return redis.call('HEXISTS', ids.newer, key) == 1 or redis.call('HEXISTS', ids.older, key) == 1
 end
 
 -- Puts what was acknowledged and reached nobody where it was, as far as numbers follow the top. A
@@ -86,7 +92,7 @@ end
 -- Fields: `t` token, `<epoch>:<seq>` stamp and envelope of what was acknowledged there,
 -- `?<process>:<number>` of what has no answer: last position at which that process was acknowledged,
 -- or nothing, and envelope.
-local function give_numbers_back(epoch, top, may_fill)
+local function give_numbers_back(epoch, top, may_fill, ids)
     local rows = redis.call('HGETALL', KEYS[6])
     local known, acknowledged, unanswered, last = {}, {}, {}, 0
     for i = 1, #rows, 2 do
@@ -108,7 +114,7 @@ local function give_numbers_back(epoch, top, may_fill)
                 local of, seq = string.match(field, '^(.*):(%d+)$')
                 if of == epoch then
                     last = math.max(last, tonumber(seq))
-                    acknowledged[tonumber(seq)] = { stamp = head, envelope = envelope }
+                    acknowledged[tonumber(seq)] = { seq = tonumber(seq), stamp = head, envelope = envelope }
                     known[key_of(envelope)] = true
                 end
             end
@@ -122,7 +128,6 @@ local function give_numbers_back(epoch, top, may_fill)
         end
     end
 
-    local newer, older, gone = id_hashes(KEYS[3], KEYS[4], now_ms(), tonumber(ARGV[6]))
     -- By process, since what one of them waits for may be further on, and another's is next.
     table.sort(unanswered, function(a, b)
         return a.process < b.process or a.process == b.process and a.number < b.number
@@ -142,8 +147,7 @@ local function give_numbers_back(epoch, top, may_fill)
                 local one = queue[queue.next_at]
                 local key = key_of(one.envelope)
                 queue.next_at = queue.next_at + 1
-                if not known[key] and redis.call('HEXISTS', newer, key) == 0
-                    and redis.call('HEXISTS', older, key) == 0 then
+                if not known[key] and not is_logged(one.envelope, ids) then
                     known[key] = true
                     return { stamp = ARGV[1], envelope = one.envelope }
                 end
@@ -157,16 +161,15 @@ local function give_numbers_back(epoch, top, may_fill)
             break
         end
         top = top + 1
-        append(epoch, top, entry, newer, gone)
+        append(epoch, top, entry, ids)
     end
     if is_whole then
         return top, true, {}
     end
     local left = {}
-    for seq, entry in pairs(acknowledged) do
-        local key = key_of(entry.envelope)
-        if redis.call('HEXISTS', newer, key) == 0 and redis.call('HEXISTS', older, key) == 0 then
-            left[#left + 1] = { seq = seq, stamp = entry.stamp, envelope = entry.envelope }
+    for _, entry in pairs(acknowledged) do
+        if not is_logged(entry.envelope, ids) then
+            left[#left + 1] = entry
         end
     end
     table.sort(left, function(a, b) return a.seq < b.seq end)
@@ -197,17 +200,17 @@ local function whole()
         redis.call('HSET', KEYS[2], 'e', epoch, 's', '0', 'r', token, 'n', digits(term))
     else
         local all_heard = tonumber(meta[4] or '0') >= owed
-        local is_whole, left
-        top, is_whole, left = give_numbers_back(epoch, top, all_heard)
+        local ids, is_whole, left = {}
+        ids.newer, ids.older, ids.gone = id_hashes(KEYS[3], KEYS[4], now_ms(), tonumber(ARGV[6]))
+        top, is_whole, left = give_numbers_back(epoch, top, all_heard, ids)
         redis.call('HSET', KEYS[2], 'r', token, 'n', digits(term))
         if not (all_heard and is_whole) then
             local former = epoch
             epoch = epoch_above(ordinal(former), ARGV[3])
             redis.call('HSET', KEYS[2], 'e', epoch, 'pe', former, 'ps', digits(top))
-            local newer, _, gone = id_hashes(KEYS[3], KEYS[4], now_ms(), tonumber(ARGV[6]))
             for _, entry in ipairs(left) do
                 top = top + 1
-                append(epoch, top, entry, newer, gone)
+                append(epoch, top, entry, ids)
             end
         end
     end
