@@ -12,7 +12,7 @@ use std::{
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::bench::RowName;
+use crate::{bench::RowName, crowd::parts::Share};
 
 /// Load generator for Skein and anything that speaks `chat.v1`.
 #[derive(Debug, Parser)]
@@ -28,45 +28,50 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Opens many connections at a given rate, holds them, and reports what happened.
     Connect(ConnectArgs),
+    /// Cuts all connections at once, and has them come back at once, again and again.
+    Storm(StormArgs),
+    /// One publisher, and a room of many members.
+    Fanout(FanoutArgs),
+    /// Many rooms in which everybody talks.
+    Rooms(RoomsArgs),
+    /// The same, while some members do not read.
+    Slow(SlowArgs),
+    /// Finds the highest rate at which p99 stays under a bound.
+    Sweep(SweepArgs),
+    /// People who come, talk, pause, look at the history and go.
+    Chat(ChatArgs),
     /// Members of rooms talk at a rate; every message is accounted for.
     Ledger(LedgerArgs),
     /// The same against a cluster of its own in which things go wrong.
     Chaos(ChaosArgs),
+    /// Lays two reports of --json beside each other.
+    Compare(CompareArgs),
     /// Measures the gateway beside a floor and a naive chat, and prints a table: `make bench`.
     Bench(BenchArgs),
 }
 
-/// The most connections one process may be asked for.
+/// The most connections that may be asked for.
 pub(crate) const CONNECTIONS_MAX: u32 = 1_000_000;
+/// The most processes.
+const PROCESSES_MAX: i64 = 64;
 /// The longest hold.
 const HOLD_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 /// The longest time to give a connection.
 const TIMEOUT_MAX: Duration = Duration::from_secs(10 * 60);
 
-/// Opens many connections at a given rate, holds them, and reports what happened.
+/// How connections are opened.
 #[derive(Clone, Debug, Args)]
-pub(crate) struct ConnectArgs {
+#[command(next_help_heading = "Connections")]
+pub(crate) struct OpenArgs {
     /// Where to connect.
     #[arg(long, default_value = "ws://127.0.0.1:8080/ws")]
     pub(crate) url: Target,
-    /// How many connections to open.
-    #[arg(long, short = 'n', value_parser = clap::value_parser!(u32).range(1..=i64::from(CONNECTIONS_MAX)))]
-    pub(crate) connections: u32,
     /// How many to open per second; they are opened on time whether or not earlier ones succeeded.
     #[arg(long, default_value = "500/s")]
-    pub(crate) rate: Rate,
-    /// How long to hold them once all are open or have failed.
-    #[arg(long, default_value = "10s", value_parser = hold)]
-    pub(crate) hold: Duration,
+    pub(crate) ramp: Rate,
     /// How long one connection may take, from TCP to `connected` (and `joined`).
     #[arg(long, default_value = "10s", value_parser = timeout)]
     pub(crate) timeout: Duration,
-    /// Every connection joins this room.
-    #[arg(long, conflicts_with = "rooms")]
-    pub(crate) room: Option<shared::ids::RoomId>,
-    /// The connections are dealt out to so many rooms, `load-0` and on; each joins one.
-    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=i64::from(CONNECTIONS_MAX)))]
-    pub(crate) rooms: Option<u32>,
     /// Connection 7 is user `<prefix>7` (anonymous mode).
     #[arg(long, default_value = "load-")]
     pub(crate) user_prefix: String,
@@ -76,12 +81,247 @@ pub(crate) struct ConnectArgs {
     /// Addresses to connect from, such as 127.0.0.1-127.0.0.4: each has its own ports.
     #[arg(long)]
     pub(crate) sources: Option<Sources>,
+}
+
+/// What to look at while it runs.
+#[derive(Clone, Debug, Default, Args)]
+#[command(next_help_heading = "Servers")]
+pub(crate) struct WatchArgs {
     /// Server processes on this machine whose memory and CPU to report.
     #[arg(long, num_args = 1..)]
     pub(crate) pid: Vec<u32>,
+    /// Pages of metrics whose gauges to report, such as http://127.0.0.1:9090/metrics.
+    #[arg(long, num_args = 1..)]
+    pub(crate) metrics: Vec<String>,
+}
+
+/// What is asked of the servers.
+#[derive(Clone, Debug, Default, Args)]
+#[command(next_help_heading = "Thresholds")]
+pub(crate) struct Bounds {
+    /// A delivery that takes longer than this is late.
+    #[arg(long, default_value = "100ms", value_parser = timeout)]
+    pub(crate) late_after: Duration,
+    /// How many percent of deliveries may be late.
+    #[arg(long, value_parser = percent)]
+    pub(crate) late_max_percent: Option<f64>,
+    /// What the p99 of the latency may be.
+    #[arg(long, value_parser = timeout)]
+    pub(crate) p99_max: Option<Duration>,
+}
+
+/// How the result is told.
+#[derive(Clone, Debug, Default, Args)]
+#[command(next_help_heading = "Report")]
+pub(crate) struct OutputArgs {
     /// Report as JSON.
     #[arg(long)]
     pub(crate) json: bool,
+    /// Writes the report as a page with plots into this file as well.
+    #[arg(long)]
+    pub(crate) html: Option<PathBuf>,
+}
+
+/// What all scenarios of raw connections have in common.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct CrowdArgs {
+    #[command(flatten)]
+    pub(crate) open: OpenArgs,
+    #[command(flatten)]
+    pub(crate) watch: WatchArgs,
+    #[command(flatten)]
+    pub(crate) bounds: Bounds,
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
+}
+
+/// How many processes do it.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct ManyArgs {
+    /// Shares the connections out to so many processes.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=PROCESSES_MAX))]
+    pub(crate) processes: u32,
+    /// Which of them this is.
+    #[arg(long, hide = true)]
+    pub(crate) part: Option<Share>,
+}
+
+impl ManyArgs {
+    /// This process alone.
+    pub(crate) const ONE: Self = Self { processes: 1, part: None };
+}
+
+/// How many rooms, and how large.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct SizeArgs {
+    /// How many rooms.
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub(crate) rooms: u32,
+    /// How many members each has.
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub(crate) members: u32,
+}
+
+impl SizeArgs {
+    /// How many connections that is.
+    pub(crate) fn connections(self) -> u32 {
+        self.rooms * self.members
+    }
+}
+
+/// Who says how much.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct TalkArgs {
+    /// How many messages all of them send; each is due at a set time, whatever became of earlier
+    /// ones.
+    #[arg(long, default_value = "100/s")]
+    pub(crate) rate: Rate,
+    /// How long they talk.
+    #[arg(long, default_value = "10s", value_parser = hold)]
+    pub(crate) duration: Duration,
+    /// The size of a message's content.
+    #[arg(long, default_value_t = 128, value_parser = bytes)]
+    pub(crate) bytes: usize,
+}
+
+/// Opens many connections at a given rate, holds them, and reports what happened.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct ConnectArgs {
+    /// How many connections to open.
+    #[arg(long, short = 'n', value_parser = clap::value_parser!(u32).range(1..=i64::from(CONNECTIONS_MAX)))]
+    pub(crate) connections: u32,
+    /// How long to hold them once all are open or have failed.
+    #[arg(long, default_value = "10s", value_parser = hold)]
+    pub(crate) hold: Duration,
+    /// Every connection joins this room.
+    #[arg(long, conflicts_with = "rooms")]
+    pub(crate) room: Option<shared::ids::RoomId>,
+    /// The connections are dealt out to so many rooms, `load-0` and on; each joins one.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=i64::from(CONNECTIONS_MAX)))]
+    pub(crate) rooms: Option<u32>,
+    #[command(flatten)]
+    pub(crate) many: ManyArgs,
+    #[command(flatten)]
+    pub(crate) crowd: CrowdArgs,
+}
+
+/// Cuts all connections at once, and has them come back at once, again and again.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct StormArgs {
+    /// How many connections.
+    #[arg(long, short = 'n', value_parser = clap::value_parser!(u32).range(1..=i64::from(CONNECTIONS_MAX)))]
+    pub(crate) connections: u32,
+    /// They are dealt out to so many rooms, `load-0` and on; each joins one.
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=i64::from(CONNECTIONS_MAX)))]
+    pub(crate) rooms: u32,
+    /// How often they are cut.
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub(crate) rounds: u32,
+    /// How many come back per second; as many as this tool can open where it is not given.
+    #[arg(long)]
+    pub(crate) back: Option<Rate>,
+    /// How long they are left alone between two rounds.
+    #[arg(long, default_value = "2s", value_parser = hold)]
+    pub(crate) pause: Duration,
+    /// How long it may take until all are back.
+    #[arg(long, default_value = "30s", value_parser = timeout)]
+    pub(crate) back_max: Duration,
+    /// How many bytes a server may keep of each connection that is gone.
+    #[arg(long, default_value_t = 50)]
+    pub(crate) leak_max: u32,
+    #[command(flatten)]
+    pub(crate) crowd: CrowdArgs,
+}
+
+/// One publisher, and a room of many members.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct FanoutArgs {
+    /// How many members; the first is the publisher.
+    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=i64::from(CONNECTIONS_MAX)))]
+    pub(crate) members: u32,
+    #[command(flatten)]
+    pub(crate) talk: TalkArgs,
+    #[command(flatten)]
+    pub(crate) many: ManyArgs,
+    #[command(flatten)]
+    pub(crate) crowd: CrowdArgs,
+}
+
+/// Many rooms in which everybody talks.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct RoomsArgs {
+    #[command(flatten)]
+    pub(crate) size: SizeArgs,
+    #[command(flatten)]
+    pub(crate) talk: TalkArgs,
+    #[command(flatten)]
+    pub(crate) many: ManyArgs,
+    #[command(flatten)]
+    pub(crate) crowd: CrowdArgs,
+}
+
+/// The same, while some members do not read.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct SlowArgs {
+    /// How many percent of each room do not read until the end.
+    #[arg(long, default_value = "10", value_parser = percent)]
+    pub(crate) stalled_percent: f64,
+    #[command(flatten)]
+    pub(crate) size: SizeArgs,
+    #[command(flatten)]
+    pub(crate) talk: TalkArgs,
+    #[command(flatten)]
+    pub(crate) crowd: CrowdArgs,
+}
+
+/// Finds the highest rate at which p99 stays under a bound.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct SweepArgs {
+    /// The first rate, which is doubled until something does not hold.
+    #[arg(long, default_value = "100/s")]
+    pub(crate) from: Rate,
+    /// What the p99 of the latency may be.
+    #[arg(long = "bound", default_value = "50ms", value_parser = timeout)]
+    pub(crate) bound: Duration,
+    /// How long each rate is tried.
+    #[arg(long, default_value = "5s", value_parser = hold)]
+    pub(crate) step: Duration,
+    /// The size of a message's content.
+    #[arg(long, default_value_t = 128, value_parser = bytes)]
+    pub(crate) bytes: usize,
+    #[command(flatten)]
+    pub(crate) size: SizeArgs,
+    #[command(flatten)]
+    pub(crate) crowd: CrowdArgs,
+}
+
+/// People who come, talk, pause, look at the history and go.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct ChatArgs {
+    /// Where to connect; people are spread over all that are given.
+    #[arg(long, default_value = "ws://127.0.0.1:8080/ws")]
+    pub(crate) url: Vec<String>,
+    /// How many people.
+    #[arg(long, default_value_t = 100, value_parser = count)]
+    pub(crate) people: usize,
+    /// How many rooms there are; everybody is in one to three of them.
+    #[arg(long, default_value_t = 20, value_parser = count)]
+    pub(crate) rooms: usize,
+    /// How long somebody pauses between two deeds, on average.
+    #[arg(long, default_value = "5s", value_parser = hold)]
+    pub(crate) think: Duration,
+    /// How long they are there.
+    #[arg(long, default_value = "60s", value_parser = hold)]
+    pub(crate) duration: Duration,
+    /// What everybody's pauses and deeds are drawn from.
+    #[arg(long, default_value_t = 1)]
+    pub(crate) seed: u64,
+    #[command(flatten)]
+    pub(crate) watch: WatchArgs,
+    #[command(flatten)]
+    pub(crate) bounds: Bounds,
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
 }
 
 /// Who talks how in a trial.
@@ -101,14 +341,15 @@ pub(crate) struct LoadArgs {
     #[arg(long, default_value = "60s", value_parser = hold)]
     pub(crate) duration: Duration,
     /// The size of a message's content.
-    #[arg(long, default_value_t = 128, value_parser = count)]
+    #[arg(long, default_value_t = 128, value_parser = bytes)]
     pub(crate) bytes: usize,
     /// After how long without a sign of life a member gives its connection up.
     #[arg(long, default_value = "4s", value_parser = timeout)]
     pub(crate) patience: Duration,
-    /// Report as JSON.
-    #[arg(long)]
-    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) bounds: Bounds,
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
 }
 
 /// Members of rooms talk at a rate; every message is accounted for.
@@ -117,6 +358,8 @@ pub(crate) struct LedgerArgs {
     /// Where to connect; members are spread over all that are given, and go on to the next.
     #[arg(long, default_value = "ws://127.0.0.1:8080/ws")]
     pub(crate) url: Vec<String>,
+    #[command(flatten)]
+    pub(crate) watch: WatchArgs,
     #[command(flatten)]
     pub(crate) load: LoadArgs,
 }
@@ -138,6 +381,15 @@ pub(crate) struct ChaosArgs {
     pub(crate) nginx_render: PathBuf,
     #[command(flatten)]
     pub(crate) load: LoadArgs,
+}
+
+/// Lays two reports of --json beside each other.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct CompareArgs {
+    /// The first.
+    pub(crate) first: PathBuf,
+    /// The second.
+    pub(crate) second: PathBuf,
 }
 
 /// Measures the gateway beside a floor and a naive chat, and prints a table: `make bench`.
@@ -175,9 +427,19 @@ pub(crate) struct Rate {
 pub(crate) struct InvalidRate;
 
 impl Rate {
-    /// When the connection of this number is due, counted from the start.
-    pub(crate) fn due(self, index: u32) -> Duration {
-        Duration::from_secs_f64(f64::from(index) / self.per_second)
+    /// So many in each second.
+    pub(crate) const fn per_second(per_second: f64) -> Self {
+        Self { per_second }
+    }
+
+    /// How many in each second.
+    pub(crate) fn each_second(self) -> f64 {
+        self.per_second
+    }
+
+    /// When the one of this number is due, counted from the start.
+    pub(crate) fn due(self, index: u64) -> Duration {
+        Duration::from_secs_f64(index as f64 / self.per_second)
     }
 }
 
@@ -294,6 +556,20 @@ fn count(text: &str) -> Result<usize, String> {
     }
 }
 
+fn bytes(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(bytes @ 1..=1_000_000) => Ok(bytes),
+        _ => Err("a number of bytes from 1 to 1000000".to_owned()),
+    }
+}
+
+fn percent(text: &str) -> Result<f64, String> {
+    match text.trim_end_matches('%').trim().parse() {
+        Ok(percent) if (0.0..=100.0).contains(&percent) => Ok(percent),
+        _ => Err("a number from 0 to 100".to_owned()),
+    }
+}
+
 fn hold(text: &str) -> Result<Duration, String> {
     duration(text, HOLD_MAX)
 }
@@ -370,7 +646,7 @@ mod tests {
         else {
             panic!("another command")
         };
-        assert_eq!((args.connections, args.rooms, args.pid), (5, Some(2), vec![1, 2]));
+        assert_eq!((args.connections, args.rooms, args.crowd.watch.pid), (5, Some(2), vec![1, 2]));
         for bad in [
             "loadtest",
             "loadtest connect",

@@ -1,22 +1,31 @@
 //! `loadtest`: puts load on a gateway and tells what it saw.
 //!
-//! Exit code 0 where everything asked for happened, 1 where not, 2 where the command cannot work
-//! as it was given.
+//! Exit code 0 where everything asked for happened, 1 where not, or where the result does not count,
+//! 2 where the command cannot work as it was given.
 
-use std::{fmt::Display, process::ExitCode};
+use std::{fmt::Display, fs, process::ExitCode};
 
 use clap::Parser;
+use tokio::signal::unix::{SignalKind, signal};
 
-use crate::args::{Cli, Command};
+use crate::{
+    args::{Cli, Command, OutputArgs},
+    report::{Report, compare, html},
+};
 
 mod args;
 mod wire;
+mod stamp;
+mod clock;
 mod process;
-mod connection;
 mod report;
-mod connect;
+mod progress;
+mod watch;
+mod crowd;
+mod scenario;
 mod bench;
 mod trial;
+mod chat;
 mod chaos;
 
 /// The command cannot work as it was given.
@@ -32,41 +41,78 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
+    runtime.block_on(run(command))
+}
+
+async fn run(command: Command) -> ExitCode {
     match command {
         Command::Connect(args) => {
-            let json = args.json;
-            end(runtime.block_on(connect::run(args)), |report| {
-                if json {
-                    println!("{}", serde_json::to_string(report).expect("its keys are text"));
-                } else {
-                    print!("{report}");
-                }
-                report.is_good()
-            })
+            let output = args.crowd.output.clone();
+            told(scenario::connect::run(args).await, &output)
+        }
+        Command::Storm(args) => {
+            let output = args.crowd.output.clone();
+            told(scenario::storm::run(args).await, &output)
+        }
+        Command::Fanout(args) => {
+            let output = args.crowd.output.clone();
+            told(scenario::talk::fanout(args).await, &output)
+        }
+        Command::Rooms(args) => {
+            let output = args.crowd.output.clone();
+            told(scenario::talk::rooms(args).await, &output)
+        }
+        Command::Slow(args) => {
+            let output = args.crowd.output.clone();
+            told(scenario::talk::slow(args).await, &output)
+        }
+        Command::Sweep(args) => {
+            let output = args.crowd.output.clone();
+            told(scenario::sweep::run(args).await, &output)
+        }
+        Command::Chat(args) => {
+            let output = args.output.clone();
+            told(chat::run(args).await.map(Some), &output)
         }
         Command::Ledger(args) => {
-            let json = args.load.json;
-            end(runtime.block_on(trial::run(args)), |report| tell(report, json))
+            let output = args.load.output.clone();
+            told(trial::run(args).await.map(Some), &output)
         }
         Command::Chaos(args) => {
-            let json = args.load.json;
-            end(runtime.block_on(chaos::run(args)), |report| tell(report, json))
+            let output = args.load.output.clone();
+            told(chaos::run(args).await.map(Some), &output)
         }
-        Command::Bench(args) => end(runtime.block_on(bench::run(args)), |table| {
+        Command::Compare(args) => end(compare::run(&args.first, &args.second), |comparison| {
+            print!("{comparison}");
+            comparison.is_good()
+        }),
+        Command::Bench(args) => end(bench::run(args).await, |table| {
             print!("{table}");
             table.is_good()
         }),
     }
 }
 
-/// Prints what came of a trial. Returns whether it is good.
-fn tell(report: &trial::Report, json: bool) -> bool {
-    if json {
-        println!("{}", serde_json::to_string(report).expect("its keys are text"));
-    } else {
-        print!("{report}");
-    }
-    report.is_good()
+/// Prints a report, and writes it as a page where that is wanted. Where this is one of several
+/// processes there is none.
+fn told<E: Display>(result: Result<Option<Report>, E>, output: &OutputArgs) -> ExitCode {
+    end(result, |report| {
+        let Some(report) = report else { return true };
+        if output.json {
+            println!("{}", serde_json::to_string(report).expect("its keys are text"));
+        } else {
+            print!("{report}");
+        }
+        let Some(file) = &output.html else { return report.good };
+        let page = html::page(report).map_err(|error| error.to_string());
+        match page.and_then(|page| fs::write(file, page).map_err(|error| error.to_string())) {
+            Ok(()) => report.good,
+            Err(error) => {
+                eprintln!("loadtest: {}: {error}", file.display());
+                false
+            }
+        }
+    })
 }
 
 /// Has a result told, and makes an exit code of it.
@@ -78,5 +124,19 @@ fn end<T, E: Display>(result: Result<T, E>, tell: impl FnOnce(&T) -> bool) -> Ex
             eprintln!("loadtest: {error}");
             ExitCode::from(USAGE)
         }
+    }
+}
+
+/// Ends when somebody presses Ctrl-C or asks this process to end.
+async fn interrupted() {
+    let (interrupt, terminate) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()));
+    let (Ok(mut interrupt), Ok(mut terminate)) = (interrupt, terminate) else {
+        // Without a place to hear of signals they do what they do to any process.
+        return std::future::pending().await;
+    };
+    // Both arms are cancel-safe.
+    tokio::select! {
+        _ = interrupt.recv() => {}
+        _ = terminate.recv() => {}
     }
 }

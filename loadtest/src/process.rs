@@ -101,6 +101,13 @@ fn cpu(text: &str) -> Option<Cpu> {
     Some(Cpu { user_ms: ms()?, system_ms: ms()? })
 }
 
+/// The memory of a process that is in RAM, what it shares included.
+pub(crate) fn resident_bytes(pid: u32) -> Result<u64, CostError> {
+    const PAGE_BYTES: u64 = 4096;
+    let pages = |text: &str| text.split_ascii_whitespace().nth(1)?.parse::<u64>().ok();
+    Ok(read(Some(pid), "statm", pages)? * PAGE_BYTES)
+}
+
 /// An address of loopback that was free a moment ago, for servers that take no port 0.
 pub(crate) fn free_address() -> io::Result<SocketAddr> {
     TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()

@@ -123,6 +123,7 @@ pub(crate) enum Received<'a> {
     Close(Option<u16>, String),
 }
 
+#[cfg(test)]
 impl Received<'_> {
     /// The same with bytes of its own.
     pub(crate) fn into_owned(self) -> Received<'static> {

@@ -6,10 +6,11 @@ use hdrhistogram::Histogram;
 use tokio::time::Instant;
 
 use super::{
+    CONTENT_BYTES,
     client::{Client, ClientError},
-    stamp::Stamp,
     swarm::{Times, histogram},
 };
+use crate::stamp::Stamp;
 
 /// What came of it.
 pub(crate) struct Echoed<T> {
@@ -41,7 +42,7 @@ pub(crate) fn echo<T, E: From<ClientError>>(
 
 fn round_trip(client: &mut Client) -> Result<Duration, ClientError> {
     let began = Instant::now();
-    client.say(&Stamp { sender: 0, due_ns: 0 }.content())?;
+    client.say(&Stamp { sender: 0, due_ns: 0 }.content(CONTENT_BYTES))?;
     client.wait_until("the echo", |message| Stamp::find(message).is_some())?;
     Ok(began.elapsed())
 }

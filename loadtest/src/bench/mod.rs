@@ -9,13 +9,12 @@ use hdrhistogram::Histogram;
 
 use crate::{
     args::{BenchArgs, Cli, Command},
-    connect,
     process::CostError,
+    scenario::{ScenarioError, connect},
 };
 
 mod rows;
 mod measure;
-mod stamp;
 mod client;
 mod swarm;
 mod echo;
@@ -34,6 +33,8 @@ use servers::{Contender, Ground, Servers, Spent};
 use swarm::{Swarm, Times};
 use table::{Rounds, Table, TableRow};
 
+/// The content of every message: a stamp, and filler behind it.
+const CONTENT_BYTES: usize = 128;
 /// Descriptors that servers and load want; servers inherit the limit.
 const DESCRIPTORS: u64 = 20_000;
 /// Where messages go out later than this, the latency is the load's own.
@@ -62,7 +63,7 @@ pub(crate) enum BenchError {
     Cost(#[from] CostError),
     /// Connections cannot be opened.
     #[error(transparent)]
-    Connect(#[from] connect::ConnectError),
+    Connect(#[from] ScenarioError),
     /// The result cannot be kept.
     #[error("{path}: {source}")]
     Json { path: String, source: io::Error },
@@ -220,7 +221,7 @@ async fn connect_sample(
         option("pid", pid.to_string());
     }
     option("connections", connections.to_string());
-    option("rate", format!("{per_second}/s"));
+    option("ramp", format!("{per_second}/s"));
     option("rooms", connections.div_ceil(10).to_string());
     option("hold", "1s".to_owned());
     if token {
@@ -231,18 +232,22 @@ async fn connect_sample(
     };
     let report = connect::run(args).await?;
     let mut sample = Sample::default();
+    let Some((report, connections)) =
+        report.as_ref().and_then(|report| Some((report, report.connections.as_ref()?)))
+    else {
+        return Ok(sample);
+    };
     if let Some(server) = report.servers.first() {
-        let cpu = server.cpu_opening_per_connection_us as f64;
-        sample.put(Measure::CpuPerConnection, cpu);
+        let opening = server.phases.first().and_then(|phase| phase.cpu_each_us);
+        if let Some(cpu_us) = opening {
+            sample.put(Measure::CpuPerConnection, cpu_us);
+        }
         if let Some(memory) = server.memory_per_connection_bytes {
             sample.put(Measure::Memory, memory as f64 / 1024.0);
         }
     }
-    sample.put(Measure::Connections, f64::from(report.opened) / report.opening_s);
-    if !report.is_good() {
-        let (held, asked) = (report.held, report.asked);
-        sample.flaws.push(format!("only {held} of {asked} connections were held"));
-    }
+    sample.put(Measure::Connections, connections.opened as f64 / connections.opening_s);
+    sample.flaws.extend(report.failures.iter().cloned());
     Ok(sample)
 }
 

@@ -8,11 +8,8 @@ use std::{
 
 use tokio::time::Instant;
 
-use super::{
-    rows::Talk,
-    stamp::{CONTENT_BYTES, Stamp},
-    swarm::Times,
-};
+use super::{CONTENT_BYTES, rows::Talk, swarm::Times};
+use crate::stamp::Stamp;
 
 /// The gateway's own text of it.
 const SCRIPT: &str = concat!(
@@ -73,7 +70,8 @@ fn call(sha: &str, room: usize, number: usize) -> Vec<String> {
     let id = format!("bench-{number:018x}");
     let stamp = Stamp { sender: 0, due_ns: number as u64 };
     // Bytes 3 to 26 of an envelope are its id key.
-    let envelope = format!("{:x<ENVELOPE_BYTES$}", format!("xx{id}{}", stamp.content()));
+    let envelope =
+        format!("{:x<ENVELOPE_BYTES$}", format!("xx{id}{}", stamp.content(CONTENT_BYTES)));
     let arguments = [
         "EVALSHA",
         sha,

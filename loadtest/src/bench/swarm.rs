@@ -18,11 +18,14 @@ use mio::{Events, Interest, Poll, Token, net::TcpStream};
 use tokio::time::Instant;
 
 use super::{
+    CONTENT_BYTES,
     client::{self, ClientError},
     rows::{Pace, Talk},
-    stamp::Stamp,
 };
-use crate::wire::{self, Reader, Received};
+use crate::{
+    stamp::Stamp,
+    wire::{self, Reader, Received},
+};
 
 pub(crate) mod kill;
 
@@ -350,7 +353,7 @@ fn room(number: usize) -> String {
 
 /// A `message` frame with an id of its own.
 fn message(room: &str, number: u64, stamp: Stamp) -> Vec<u8> {
-    let content = stamp.content();
+    let content = stamp.content(CONTENT_BYTES);
     wire::text(&format!(
         r#"{{"type":"message","room":"{room}","id":"00000000-0000-4000-8000-{number:012x}","content":"{content}"}}"#
     ))

@@ -3,15 +3,16 @@
 use std::time::Duration;
 
 use loadtest::proxy::Mode;
-use tokio::time::{sleep, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until};
 
 use self::{
     cluster::{Cluster, ClusterError, Programs},
     plan::{Fault, Kind},
 };
 use crate::{
-    args::ChaosArgs,
-    trial::{Mark, Report, Trial, TrialError},
+    args::{ChaosArgs, LoadArgs},
+    report::{Mark, Report},
+    trial::{Trial, TrialError},
 };
 
 mod cluster;
@@ -26,6 +27,9 @@ pub(crate) enum ChaosError {
     /// The members do not.
     #[error(transparent)]
     Trial(#[from] TrialError),
+    /// Somebody stopped it.
+    #[error("interrupted")]
+    Interrupted,
 }
 
 /// Starts a cluster, has members talk, does what the plan has, and tells what they saw.
@@ -33,21 +37,54 @@ pub(crate) async fn run(args: ChaosArgs) -> Result<Report, ChaosError> {
     let faults = plan::plan(args.seed, args.load.duration, args.nodes);
     let programs = Programs { gateway: args.gateway, render: args.nginx_render };
     let mut cluster = Cluster::start(programs, args.nodes).await?;
-    let trial = Trial::start(cluster.urls(), &args.load).await?;
+    let report = suffer(&mut cluster, &faults, args.seed, &args.load).await;
+    // Whatever came of it.
+    cluster.stop().await;
+    report
+}
+
+async fn suffer(
+    cluster: &mut Cluster,
+    faults: &[Fault],
+    seed: u64,
+    load: &LoadArgs,
+) -> Result<Report, ChaosError> {
+    let trial = Trial::start(cluster.urls(), load).await?;
     let began = trial.began();
-    let mut marks = Vec::new();
+    let (mut marks, mut failed) = (Vec::new(), None);
+    let over = async {
+        failed = break_and_mend(cluster, faults, began, &mut marks).await.err();
+        if failed.is_none() {
+            sleep_until(began + load.duration).await;
+        }
+    };
+    let is_interrupted = trial.shown_until(over).await;
+    if let Some(error) = failed {
+        return Err(error.into());
+    }
+    if is_interrupted {
+        // What was under way is not mended, and nothing could be counted.
+        return Err(ChaosError::Interrupted);
+    }
+    let mut report = trial.finish("chaos", &load.bounds).await?;
+    (report.faults, report.seed) = (marks, Some(seed));
+    report.judge(&load.bounds);
+    Ok(report)
+}
+
+async fn break_and_mend(
+    cluster: &mut Cluster,
+    faults: &[Fault],
+    began: Instant,
+    marks: &mut Vec<Mark>,
+) -> Result<(), ClusterError> {
     for fault in faults {
         sleep_until(began + Duration::from_millis(fault.at_ms)).await;
         let from = began.elapsed();
-        inject(&mut cluster, fault).await?;
-        marks.push(Mark { what: name(fault), from, until: began.elapsed() });
-        trial.say(&format!("{} done", name(fault)));
+        inject(cluster, *fault).await?;
+        marks.push(Mark { what: name(*fault), from, until: began.elapsed() });
     }
-    cluster.wait_until_ready().await?;
-    sleep_until(began + args.load.duration).await;
-    let report = trial.finish(marks, Some(args.seed)).await;
-    cluster.stop().await;
-    Ok(report?)
+    cluster.wait_until_ready().await
 }
 
 fn name(fault: Fault) -> String {

@@ -121,7 +121,11 @@ impl Member {
             let mut options = Options::to(url).user(self.manner.user.clone());
             options.open_wait = Duration::from_secs(1);
             if let Ok(mut connection) = Connection::open(&options).await {
-                self.talk(&mut connection).await;
+                let mut is_connected = false;
+                self.talk(&mut connection, &mut is_connected).await;
+                if is_connected {
+                    self.ledger.lock().disconnected();
+                }
             }
             if let Some(outstanding) = &mut self.outstanding {
                 (outstanding.sent, outstanding.again_at) = (None, None);
@@ -131,7 +135,7 @@ impl Member {
     }
 
     /// One connection, until it ends, is silent, or the client is sent away.
-    async fn talk(&mut self, connection: &mut Connection) {
+    async fn talk(&mut self, connection: &mut Connection, is_connected: &mut bool) {
         // Where the recovery ends that comes first; `None` before the room is joined.
         let mut goal: Option<Position> = None;
         let mut join_at = Some(Instant::now());
@@ -174,6 +178,7 @@ impl Member {
                 received = connection.next() => {
                     let Ok(received) = received else { return };
                     heard_by = Instant::now() + self.manner.patience;
+                    *is_connected |= matches!(&received, Received::Frame(Answer::Connected(_), _));
                     self.take(received, &mut goal, &mut join_at);
                 }
                 changed = self.orders.changed() => if changed.is_err() { return },

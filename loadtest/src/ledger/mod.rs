@@ -136,7 +136,12 @@ impl Ledger {
     /// A reader has a new connection.
     pub fn connected(&mut self, reader: usize) {
         self.readers[reader].connections += 1;
-        self.timeline.lock().at(Instant::now()).connects += 1;
+        self.timeline.lock().connected(Instant::now());
+    }
+
+    /// A reader's connection has ended.
+    pub fn disconnected(&mut self) {
+        self.timeline.lock().ended(Instant::now());
     }
 
     /// A reader stays away on purpose: that nothing comes meanwhile is nobody's fault.
@@ -275,14 +280,14 @@ impl Ledger {
         }
         self.agree(reader, position.clone(), id);
         if self.acked.insert(id, position).is_none() {
-            self.timeline.lock().at(Instant::now()).acks += 1;
+            self.timeline.lock().acknowledged(Instant::now());
         }
     }
 
     /// A send was refused for the time being.
     pub fn refused(&mut self, reader: usize, retry_after_ms: Option<u64>, after: Duration) {
         self.unavailable += 1;
-        self.timeline.lock().at(Instant::now()).refusals += 1;
+        self.timeline.lock().refused(Instant::now());
         self.refusal_slowest = self.refusal_slowest.max(after);
         if retry_after_ms.is_none() {
             self.wrong(reader, Wrong::Protocol, "a refusal without retry_after_ms");

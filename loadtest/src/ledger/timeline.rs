@@ -1,6 +1,10 @@
-//! What happened in each second of a trial.
+//! What happened in each second of a run.
+//!
+//! Pure. Latencies are kept as the values that occurred and how often, so that seconds, and
+//! processes, can be added without guessing.
 
 use hdrhistogram::Histogram;
+use serde::{Deserialize, Serialize};
 use tokio::time::{Duration, Instant};
 
 /// The longest latency that is told apart; longer ones count as this.
@@ -10,11 +14,15 @@ const LATENCY_MAX_US: u64 = 3_600_000_000;
 #[derive(Debug)]
 pub struct Timeline {
     began: Instant,
-    seconds: Vec<Second>,
+    /// Seconds that are over.
+    past: Vec<Second>,
+    now: Second,
+    now_us: Histogram<u64>,
+    open: u64,
 }
 
 /// What happened in one second.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 pub struct Second {
     /// Entries that arrived.
     pub deliveries: u64,
@@ -24,30 +32,47 @@ pub struct Second {
     pub refusals: u64,
     /// Connections that were opened.
     pub connects: u64,
-    /// From when a message was due until a copy of it arrived, in µs.
-    pub latency_us: Histogram<u64>,
+    /// Connections that are open at its end.
+    pub open: u64,
+    /// From when a message was due until a copy of it arrived, in µs: values and how often.
+    pub latency_us: Vec<(u64, u64)>,
 }
 
 impl Second {
-    fn empty() -> Self {
-        let latency_us = Histogram::new_with_max(LATENCY_MAX_US, 2).expect("2 digits are possible");
-        Self { deliveries: 0, acks: 0, refusals: 0, connects: 0, latency_us }
-    }
-
-    /// Adds what happened elsewhere, or in another second.
+    /// Adds what another process saw in the same second.
     pub fn add(&mut self, other: &Self) {
         self.deliveries += other.deliveries;
         self.acks += other.acks;
         self.refusals += other.refusals;
         self.connects += other.connects;
-        self.latency_us.add(&other.latency_us).expect("of the same make");
+        self.open += other.open;
+        self.latency_us.extend_from_slice(&other.latency_us);
+    }
+
+    /// Its latencies.
+    pub fn latencies(&self) -> Histogram<u64> {
+        histogram([self])
     }
 }
 
+/// The latencies of some seconds together, in µs, to two digits.
+pub fn histogram<'a>(seconds: impl IntoIterator<Item = &'a Second>) -> Histogram<u64> {
+    let mut all = empty();
+    for (value, count) in seconds.into_iter().flat_map(|second| &second.latency_us) {
+        all.saturating_record_n(*value, *count);
+    }
+    all
+}
+
+fn empty() -> Histogram<u64> {
+    Histogram::new_with_max(LATENCY_MAX_US, 2).expect("2 digits are possible")
+}
+
 impl Timeline {
-    /// A timeline that begins now.
-    pub fn new() -> Self {
-        Self { began: Instant::now(), seconds: Vec::new() }
+    /// A timeline that begins now, with so many connections open.
+    pub fn new(open: u64) -> Self {
+        let now = Second { open, ..Second::default() };
+        Self { began: Instant::now(), past: Vec::new(), now, now_us: empty(), open }
     }
 
     /// When it began.
@@ -55,39 +80,112 @@ impl Timeline {
         self.began
     }
 
-    /// All seconds until the last in which something happened.
-    pub fn seconds(&self) -> &[Second] {
-        &self.seconds
+    /// How many connections are open.
+    pub fn open(&self) -> u64 {
+        self.open
     }
 
-    /// Everything together.
-    pub fn total(&self) -> Second {
-        let mut total = Second::empty();
-        self.seconds.iter().for_each(|second| total.add(second));
-        total
+    /// How many messages have arrived.
+    pub fn deliveries(&self) -> u64 {
+        self.past.iter().map(|second| second.deliveries).sum::<u64>() + self.now.deliveries
     }
 
-    /// The second of a moment.
-    pub fn at(&mut self, now: Instant) -> &mut Second {
-        let number = now.saturating_duration_since(self.began).as_secs() as usize;
-        if number >= self.seconds.len() {
-            self.seconds.resize_with(number + 1, Second::empty);
-        }
-        &mut self.seconds[number]
+    /// All seconds, the one under way last.
+    pub fn seconds(&mut self) -> Vec<Second> {
+        self.settle();
+        let mut seconds = self.past.clone();
+        seconds.push(self.now.clone());
+        seconds
+    }
+
+    /// The second that was over last.
+    pub fn last(&self) -> Option<&Second> {
+        self.past.last()
     }
 
     /// A copy arrived, so long after its message was due.
-    pub fn delivered(&mut self, now: Instant, latency: Option<Duration>) {
-        let second = self.at(now);
-        second.deliveries += 1;
+    pub fn delivered(&mut self, at: Instant, latency: Option<Duration>) {
+        self.go_to(at).deliveries += 1;
         if let Some(latency) = latency {
-            second.latency_us.saturating_record(latency.as_micros() as u64);
+            self.now_us.saturating_record(latency.as_micros() as u64);
         }
+    }
+
+    /// A message was acknowledged.
+    pub fn acknowledged(&mut self, at: Instant) {
+        self.go_to(at).acks += 1;
+    }
+
+    /// A send was refused for the time being.
+    pub fn refused(&mut self, at: Instant) {
+        self.go_to(at).refusals += 1;
+    }
+
+    /// A connection was opened.
+    pub fn connected(&mut self, at: Instant) {
+        self.open += 1;
+        let open = self.open;
+        let second = self.go_to(at);
+        (second.connects, second.open) = (second.connects + 1, open);
+    }
+
+    /// A connection ended.
+    pub fn ended(&mut self, at: Instant) {
+        self.open = self.open.saturating_sub(1);
+        let open = self.open;
+        self.go_to(at).open = open;
+    }
+
+    /// The second of a moment. What is older than the one under way counts into that one.
+    pub fn go_to(&mut self, at: Instant) -> &mut Second {
+        let number = at.saturating_duration_since(self.began).as_secs() as usize;
+        while self.past.len() < number {
+            self.settle();
+            let next = Second { open: self.now.open, ..Second::default() };
+            self.past.push(std::mem::replace(&mut self.now, next));
+            self.now_us.reset();
+        }
+        &mut self.now
+    }
+
+    fn settle(&mut self) {
+        let pairs = self.now_us.iter_recorded();
+        let pair = |one: hdrhistogram::iterators::IterationValue<u64>| {
+            (one.value_iterated_to(), one.count_at_value())
+        };
+        self.now.latency_us = pairs.map(pair).collect();
     }
 }
 
 impl Default for Timeline {
     fn default() -> Self {
-        Self::new()
+        Self::new(0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn seconds_and_processes_add_up() {
+        let mut timeline = Timeline::new(2);
+        let began = timeline.began();
+        let ms = Duration::from_millis;
+        timeline.delivered(began + ms(10), Some(ms(1)));
+        timeline.connected(began + ms(500));
+        timeline.delivered(began + ms(3_100), Some(ms(5)));
+        timeline.delivered(began + ms(3_200), Some(ms(5)));
+        timeline.ended(began + ms(3_300));
+        let seconds = timeline.seconds();
+        let counts: Vec<_> =
+            seconds.iter().map(|second| (second.deliveries, second.open)).collect();
+        assert_eq!(counts, [(1, 3), (0, 3), (0, 3), (2, 2)]);
+        let mut sum = seconds[0].clone();
+        sum.add(&seconds[3]);
+        let latencies = sum.latencies();
+        assert_eq!((latencies.len(), sum.open), (3, 5));
+        assert!(latencies.value_at_quantile(0.34).abs_diff(5_000) < 50);
+        assert_eq!(histogram(&seconds).len(), 3);
     }
 }

@@ -20,7 +20,7 @@ use shared::{
 
 use super::{ClientError, Swarm, Times, histogram, room};
 use crate::{
-    bench::stamp::Stamp,
+    stamp::Stamp,
     wire::{self, Head, Reader},
 };
 

@@ -3,9 +3,6 @@
 //! Pure. A stamp is found in whatever frame a server puts around the content, since nothing else in
 //! a frame has its mark.
 
-/// The content of every message: a stamp, and filler behind it.
-pub(crate) const CONTENT_BYTES: usize = 128;
-
 const MARK: u8 = b'~';
 const SENDER_DIGITS: usize = 8;
 const TIME_DIGITS: usize = 16;
@@ -20,11 +17,11 @@ pub(crate) struct Stamp {
 }
 
 impl Stamp {
-    /// The content that carries it.
-    pub(crate) fn content(self) -> String {
+    /// The content that carries it, of so many bytes or the few more that it needs.
+    pub(crate) fn content(self, bytes: usize) -> String {
         let Self { sender, due_ns } = self;
         let stamp = format!("{}{sender:08x}{due_ns:016x}", char::from(MARK));
-        format!("{stamp:x<CONTENT_BYTES$}")
+        format!("{stamp:x<bytes$}")
     }
 
     /// The stamp in a frame; nothing where the frame carries no message of the load.
@@ -61,8 +58,8 @@ mod tests {
     #[test]
     fn a_stamp_is_found_in_any_frame() {
         let stamp = Stamp { sender: 0x12_ABCD, due_ns: u64::MAX - 7 };
-        let content = stamp.content();
-        assert_eq!(content.len(), CONTENT_BYTES);
+        let content = stamp.content(128);
+        assert_eq!(content.len(), 128);
         let frame = format!(r#"{{"type":"message","seq":7,"content":"{content}"}}"#);
         assert_eq!(Stamp::find(frame.as_bytes()), Some(stamp));
         assert_eq!(Stamp::find(content.as_bytes()), Some(stamp));

@@ -1,0 +1,584 @@
+//! Many connections on one thread and one epoll: they open when they are due, join a room, send,
+//! and what arrives is counted.
+//!
+//! It is not tokio's, since a task and a wake-up for each read would cost more than the servers it
+//! measures. Everything is open-loop: what is due is begun when it is due, whatever became of what
+//! was before, and times count from then.
+
+use std::{
+    collections::VecDeque,
+    io::{self, Read as _},
+    net::{IpAddr, SocketAddr},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use mio::{Events, Interest, Poll, Token, unix::SourceFd};
+use shared::{client::frames, ids::RoomId};
+use tokio::time::{Duration, Instant};
+
+use crate::{
+    args::{OpenArgs, Rate},
+    clock::{self, Timer},
+    progress::Progress,
+    report::connections::{Outcome, Tally},
+    stamp::Stamp,
+    wire::{self, Head, Reader, Received},
+};
+
+mod member;
+pub(crate) mod parts;
+pub(crate) mod seen;
+
+use member::{Member, Phase, dial};
+use parts::Share;
+use seen::{Kind, Seen};
+
+/// The alarm among the sockets.
+const ALARM: Token = Token(usize::MAX);
+/// How long it is waited at most, so that somebody who wants to stop is heard.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+/// What one read takes.
+const READ_BYTES: usize = 256 * 1024;
+
+/// Where a crowd connects, and as whom.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    /// What was asked for on the command line.
+    pub(crate) open: OpenArgs,
+    /// The address that the URL's host has.
+    pub(crate) address: SocketAddr,
+    /// How many rooms the connections are dealt out to; none where they join none.
+    pub(crate) rooms: Rooms,
+    /// How many connections there are, those of other processes included.
+    pub(crate) connections: u32,
+    /// Which of them are this process'.
+    pub(crate) share: Share,
+}
+
+/// What rooms the connections join.
+#[derive(Clone, Debug)]
+pub(crate) enum Rooms {
+    /// None.
+    None,
+    /// All the same one.
+    One(RoomId),
+    /// `load-0` and on, in turn.
+    Many(u32),
+}
+
+impl Plan {
+    /// How many connections are this process'.
+    pub(crate) fn own(&self) -> u32 {
+        self.share.of(self.connections)
+    }
+
+    /// How many rooms there are.
+    pub(crate) fn rooms(&self) -> usize {
+        match self.rooms {
+            Rooms::None | Rooms::One(_) => 1,
+            Rooms::Many(rooms) => rooms as usize,
+        }
+    }
+
+    /// The number of a room that an own connection joins.
+    pub(crate) fn room_of(&self, member: usize) -> usize {
+        self.share.number(member) as usize % self.rooms()
+    }
+
+    /// The name of a room.
+    fn room(&self, number: usize) -> Option<RoomId> {
+        match &self.rooms {
+            Rooms::None => None,
+            Rooms::One(room) => Some(room.clone()),
+            Rooms::Many(_) => format!("load-{number}").parse().ok(),
+        }
+    }
+
+    fn path(&self, member: usize) -> String {
+        let OpenArgs { url, token, user_prefix, .. } = &self.open;
+        match token {
+            Some(token) => url.path_with("token", token),
+            None => url.path_with("user", &format!("{user_prefix}{}", self.share.number(member))),
+        }
+    }
+
+    fn source(&self, member: usize) -> Option<IpAddr> {
+        let number = self.share.number(member);
+        self.open.sources.as_ref().map(|sources| sources.address(number))
+    }
+}
+
+/// Connections.
+pub(crate) struct Crowd {
+    pub(crate) plan: Plan,
+    /// What became of connections.
+    pub(crate) tally: Tally,
+    /// What was seen of messages.
+    pub(crate) seen: Seen,
+    /// Whether messages are looked at, and not just passed over.
+    reads: bool,
+    stop: Arc<AtomicBool>,
+    poll: Poll,
+    events: Option<Events>,
+    timer: Timer,
+    members: Vec<Member>,
+    /// Who has to be open when, the earliest first.
+    opening: VecDeque<(Instant, usize, u32)>,
+    buffer: Box<[u8]>,
+    /// The same moment by both clocks.
+    origin: (Instant, u64),
+    silent_since: Instant,
+    /// Messages that were ever sent, so that none has the id of an earlier one.
+    sent: usize,
+    progress: Progress,
+}
+
+impl Crowd {
+    /// Connections that are all away.
+    pub(crate) fn new(plan: Plan, reads: bool, stop: Arc<AtomicBool>) -> io::Result<Self> {
+        let (poll, timer, now) = (Poll::new()?, Timer::new()?, Instant::now());
+        poll.registry().register(&mut SourceFd(&timer.fd()), ALARM, Interest::READABLE)?;
+        let members = (0..plan.own()).map(|_| Member::new(now)).collect();
+        let alone = plan.share == Share::ALL;
+        let progress = if alone { Progress::new() } else { Progress::hidden() };
+        Ok(Self {
+            seen: Seen::new(plan.rooms(), 0),
+            plan,
+            tally: Tally::default(),
+            reads,
+            stop,
+            poll,
+            events: Some(Events::with_capacity(1024)),
+            timer,
+            members,
+            opening: VecDeque::new(),
+            buffer: vec![0; READ_BYTES].into(),
+            origin: (now, clock::now_ns()),
+            silent_since: now,
+            sent: 0,
+            progress,
+        })
+    }
+
+    /// Whether somebody wants it to stop.
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
+    /// How many are open.
+    pub(crate) fn open_count(&self) -> u64 {
+        self.seen.timeline.open()
+    }
+
+    /// Whether a connection is open.
+    pub(crate) fn is_open(&self, member: usize) -> bool {
+        self.members[member].phase == Phase::Open
+    }
+
+    /// The number of the last message that a connection got.
+    pub(crate) fn seq(&self, member: usize) -> u64 {
+        self.members[member].seq
+    }
+
+    /// The highest number that was seen in a room.
+    pub(crate) fn top(&self, room: usize) -> u64 {
+        let in_room = |(member, _): &(usize, &Member)| self.plan.room_of(*member) == room;
+        let members = self.members.iter().enumerate().filter(in_room);
+        members.map(|(_, member)| member.seq).max().unwrap_or(0)
+    }
+
+    /// What an open connection got since it was opened, for each that is open and reads.
+    pub(crate) fn received(&self) -> impl Iterator<Item = (usize, u64)> {
+        let open = |(_, member): &(usize, &Member)| member.phase == Phase::Open && !member.stalled;
+        let all = self.members.iter().enumerate().filter(open);
+        all.map(|(index, member)| (index, member.received))
+    }
+
+    /// Forgets what was seen so far, to measure from here on.
+    pub(crate) fn begin(&mut self) {
+        self.seen = Seen::new(self.plan.rooms(), self.open_count());
+        self.members.iter_mut().for_each(|member| member.received = 0);
+        self.silent_since = Instant::now();
+    }
+
+    /// Opens all that are away until each is open or has failed: each when it is due, or, without a
+    /// rate, one after the other as fast as this goes.
+    pub(crate) fn open_all(&mut self, ramp: Option<Rate>) -> io::Result<Duration> {
+        let began = Instant::now();
+        let away = self.members.iter().enumerate();
+        let away = away.filter(|(_, member)| member.phase == Phase::Away);
+        let away: Vec<usize> = away.map(|(index, _)| index).collect();
+        let mut next = 0;
+        loop {
+            let mut wake = began + LOOK_EVERY + began.elapsed();
+            while let Some(&index) = away.get(next) {
+                let now = Instant::now();
+                // Dealt out over all processes, so that together they keep the rate.
+                let turn = self.plan.share.number(next);
+                let due = ramp.map_or(now, |ramp| began + ramp.due(turn.into()));
+                if due > now {
+                    wake = due;
+                    break;
+                }
+                self.seen.done(due, now);
+                self.dial(index, due);
+                next += 1;
+            }
+            let is_over = next == away.len() && !self.members.iter().any(Member::is_opening);
+            if is_over || self.is_stopped() {
+                return Ok(began.elapsed());
+            }
+            self.step(wake)?;
+        }
+    }
+
+    /// Takes what arrives until a moment.
+    pub(crate) fn run_until(&mut self, end: Instant) -> io::Result<()> {
+        while Instant::now() < end && !self.is_stopped() {
+            self.step(end)?;
+        }
+        Ok(())
+    }
+
+    /// Waits for what arrives, or for a moment, and takes it. Returns at the latest after some
+    /// time, to be asked again.
+    pub(crate) fn step(&mut self, wake: Instant) -> io::Result<()> {
+        self.give_up_late();
+        self.progress.show(&mut self.seen.timeline);
+        let mut wake = wake.min(Instant::now() + LOOK_EVERY);
+        if let Some((deadline, ..)) = self.opening.front() {
+            wake = wake.min(*deadline);
+        }
+        self.timer.set(wake.saturating_duration_since(Instant::now()))?;
+        let mut events = self.events.take().expect("put back below");
+        let polled = self.poll.poll(&mut events, None);
+        match polled {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => events.clear(),
+            other => other?,
+        }
+        for event in &events {
+            let token = event.token();
+            if token != ALARM {
+                self.on_event(token.0, event.is_readable(), event.is_writable());
+            }
+        }
+        self.events = Some(events);
+        Ok(())
+    }
+
+    fn dial(&mut self, index: usize, due: Instant) {
+        let source = self.plan.source(index);
+        let mut stream = match dial(self.plan.address, source) {
+            Ok(stream) => stream,
+            Err(error) => {
+                let why = format!("connect: {}", error.kind());
+                self.tally.add(Outcome::Failed { why });
+                return;
+            }
+        };
+        let interest = Interest::READABLE | Interest::WRITABLE;
+        if let Err(error) = self.poll.registry().register(&mut stream, Token(index), interest) {
+            self.tally.add(Outcome::Failed { why: error.to_string() });
+            return;
+        }
+        let member = &mut self.members[index];
+        let attempt = member.attempt + 1;
+        *member = Member { stream: Some(stream), attempt, due, ..Member::new(due) };
+        member.phase = Phase::Connecting;
+        member.reader.reads_messages = true;
+        self.opening.push_back((Instant::now() + self.plan.open.timeout, index, attempt));
+    }
+
+    /// Gives up what has taken too long to open.
+    fn give_up_late(&mut self) {
+        let now = Instant::now();
+        while let Some(&(deadline, index, attempt)) = self.opening.front() {
+            let member = &self.members[index];
+            let is_over = member.attempt != attempt || !member.is_opening();
+            if !is_over && deadline > now {
+                return;
+            }
+            self.opening.pop_front();
+            if !is_over {
+                self.fail(index, "timed out".to_owned());
+            }
+        }
+    }
+
+    fn on_event(&mut self, index: usize, readable: bool, writable: bool) {
+        if self.members[index].stream.is_none() {
+            return;
+        }
+        let mut done = Ok(());
+        if writable {
+            done = self.on_writable(index);
+        }
+        if done.is_ok() && readable && !self.members[index].stalled {
+            done = self.receive(index);
+        }
+        if let Err(why) = done {
+            self.fail(index, why);
+        }
+    }
+
+    fn on_writable(&mut self, index: usize) -> Result<(), String> {
+        let member = &mut self.members[index];
+        if member.phase == Phase::Connecting {
+            let Some(stream) = &member.stream else { return Ok(()) };
+            if let Some(error) = stream.take_error().ok().flatten() {
+                return Err(format!("connect: {}", error.kind()));
+            }
+            // Both say so while TCP is not done.
+            if stream.peer_addr().is_err() {
+                return Ok(());
+            }
+            member.phase = Phase::Upgrading;
+            let request = wire::request(&self.plan.open.url.authority, &self.plan.path(index));
+            return self.members[index].send(&request).map_err(|error| broken(&error));
+        }
+        member.flush().map_err(|error| broken(&error))
+    }
+
+    fn receive(&mut self, index: usize) -> Result<(), String> {
+        loop {
+            let mut buffer = std::mem::take(&mut self.buffer);
+            let member = &mut self.members[index];
+            let read = match &mut member.stream {
+                Some(stream) => stream.read(&mut buffer),
+                None => Err(io::ErrorKind::WouldBlock.into()),
+            };
+            let done = match read {
+                Ok(0) => Err(broken(&io::ErrorKind::UnexpectedEof.into())),
+                // A short read has emptied the socket.
+                Ok(count) => self.take(index, &buffer[..count]).map(|()| count == buffer.len()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(true),
+                Err(error) => Err(broken(&error)),
+            };
+            self.buffer = buffer;
+            if !done? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Takes what has arrived on a connection.
+    fn take(&mut self, index: usize, bytes: &[u8]) -> Result<(), String> {
+        let member = &mut self.members[index];
+        let head;
+        let mut bytes = bytes;
+        if member.phase == Phase::Upgrading {
+            member.head.extend_from_slice(bytes);
+            match wire::head(&member.head).map_err(|error| format!("handshake: {error}"))? {
+                None => return Ok(()),
+                Some(Head::Refused { status }) => {
+                    self.close(index, Outcome::Refused { status });
+                    return Ok(());
+                }
+                Some(Head::Upgraded { end }) => {
+                    head = std::mem::take(&mut member.head);
+                    bytes = &head[end..];
+                    member.phase = Phase::Greeting;
+                }
+            }
+        }
+        let mut reader = std::mem::take(&mut self.members[index].reader);
+        let (now, mut pongs, mut closed) = (Instant::now(), Vec::new(), None);
+        let mut done = Ok(());
+        let pushed = reader.push(bytes, |received| match received {
+            Received::Message(Some(message)) if done.is_ok() => {
+                done = self.on_message(index, &message, now);
+            }
+            Received::Message(_) => {}
+            Received::Ping(payload) => pongs.extend(wire::pong(&payload)),
+            Received::Close(code, reason) => closed = Some(told(code, &reason)),
+        });
+        // Who is open and only held passes messages over.
+        reader.reads_messages = self.reads || self.members[index].phase != Phase::Open;
+        self.members[index].reader = reader;
+        pushed.map_err(|error| format!("frames: {error}"))?;
+        done?;
+        if !pongs.is_empty() {
+            self.members[index].send(&pongs).map_err(|error| broken(&error))?;
+        }
+        match (closed, self.members[index].phase) {
+            (None, _) => Ok(()),
+            (Some(how), Phase::Open) => Err(how),
+            (Some(how), _) => Err(format!("closed before it was open: {how}")),
+        }
+    }
+
+    fn on_message(&mut self, index: usize, message: &[u8], now: Instant) -> Result<(), String> {
+        let kind = Kind::of(message);
+        let member = &mut self.members[index];
+        match (member.phase, kind) {
+            (Phase::Greeting, Kind::Connected) => {
+                member.connected = now.saturating_duration_since(member.due);
+                let Some(room) = self.plan.room(self.plan.room_of(index)) else {
+                    self.opened(index, now);
+                    return Ok(());
+                };
+                let join = frames::Join { history: Some(0), ..frames::Join::to(&room) };
+                let member = &mut self.members[index];
+                member.phase = Phase::Joining;
+                let join = wire::text(&frames::text(&join));
+                return member.send(&join).map_err(|error| broken(&error));
+            }
+            (Phase::Joining, Kind::Joined) => {
+                member.seq = seen::top(message)?;
+                self.opened(index, now);
+            }
+            (Phase::Joining, Kind::Error) => {
+                return Err(format!("join refused: {}", code(message)));
+            }
+            (Phase::Open, Kind::Message) => self.on_entry(index, message, now),
+            (Phase::Open, Kind::Ack) => {
+                let room = self.plan.room_of(index);
+                self.seen.counts.acknowledged[room] += 1;
+                self.seen.timeline.acknowledged(now);
+            }
+            (Phase::Open, Kind::Error) => {
+                self.seen.counts.refused += 1;
+                self.seen.timeline.refused(now);
+                self.seen.counts.example(|| format!("refused: {}", code(message)));
+            }
+            (Phase::Open, Kind::Reset) => {
+                member.seq = seen::top(message)?;
+                self.seen.counts.announced_breaks += 1;
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn on_entry(&mut self, index: usize, message: &[u8], now: Instant) {
+        let member = &mut self.members[index];
+        if let Some(seq) = seen::seq(message) {
+            self.seen.counts.judge(index, member.seq, seq);
+            member.seq = seq;
+        }
+        member.received += 1;
+        let (origin, origin_ns) = self.origin;
+        let now_ns = origin_ns + now.saturating_duration_since(origin).as_nanos() as u64;
+        // That a message waited for who did not read says nothing about a server.
+        let stamp = Stamp::find(message).filter(|_| !member.has_stalled);
+        let latency = stamp.map(|stamp| Duration::from_nanos(now_ns.saturating_sub(stamp.due_ns)));
+        self.seen.delivered(now, latency);
+        let silence = now.saturating_duration_since(self.silent_since).as_millis() as u64;
+        self.silent_since = now;
+        let longest = &mut self.seen.counts.longest_silence_ms;
+        *longest = (*longest).max(silence);
+    }
+
+    fn opened(&mut self, index: usize, now: Instant) {
+        let member = &mut self.members[index];
+        let joined =
+            (member.phase == Phase::Joining).then(|| now.saturating_duration_since(member.due));
+        member.phase = Phase::Open;
+        self.tally.add(Outcome::Opened { connected: member.connected, joined });
+        self.seen.timeline.connected(now);
+    }
+
+    /// Has an own connection send a message that was due then.
+    pub(crate) fn send(&mut self, index: usize, due: Instant, bytes: usize) {
+        let now = Instant::now();
+        self.seen.done(due, now);
+        if self.members[index].phase != Phase::Open {
+            self.seen.counts.refused += 1;
+            self.seen.counts.example(|| "not sent: its sender is not connected".to_owned());
+            return;
+        }
+        let number = self.plan.share.number(self.sent);
+        self.sent += 1;
+        self.seen.counts.sent += 1;
+        let (origin, origin_ns) = self.origin;
+        let due_ns = origin_ns + due.saturating_duration_since(origin).as_nanos() as u64;
+        let stamp = Stamp { sender: self.plan.share.number(index), due_ns };
+        let Some(room) = self.plan.room(self.plan.room_of(index)) else { return };
+        // Random as any id of this version, and different in each run.
+        let run = origin_ns & 0xFFFF_FFFF;
+        let content = stamp.content(bytes);
+        let frame = wire::text(&format!(
+            r#"{{"type":"message","room":"{room}","id":"{run:08x}-0000-4000-8000-{number:012x}","content":"{content}"}}"#
+        ));
+        if let Err(error) = self.members[index].send(&frame) {
+            self.fail(index, broken(&error));
+        }
+    }
+
+    /// Has a connection leave what arrives in its socket, or take it again.
+    pub(crate) fn stall(&mut self, index: usize, stalled: bool) {
+        let member = &mut self.members[index];
+        member.stalled = stalled;
+        member.has_stalled |= stalled;
+        if !stalled && self.members[index].stream.is_some() {
+            // What came meanwhile is no news to epoll.
+            self.on_event(index, true, true);
+        }
+    }
+
+    /// Closes all at once and without a word, as if their network were gone, or all their servers.
+    pub(crate) fn cut_all(&mut self) {
+        let now = Instant::now();
+        for member in &mut self.members {
+            if member.phase == Phase::Open {
+                self.seen.timeline.ended(now);
+            }
+            let attempt = member.attempt;
+            *member = Member { attempt, ..Member::new(now) };
+        }
+        // Their outcomes belong to the round before.
+        self.tally = Tally::default();
+        self.opening.clear();
+    }
+
+    /// Says goodbye on all that are open.
+    pub(crate) fn farewell(&mut self) {
+        for member in &mut self.members {
+            if member.phase == Phase::Open {
+                // The server may have gone first.
+                let _ = member.send(&wire::close(1000));
+            }
+        }
+    }
+
+    fn fail(&mut self, index: usize, why: String) {
+        let outcome = match self.members[index].phase {
+            Phase::Open => Outcome::Ended { how: why },
+            _ => Outcome::Failed { why },
+        };
+        self.close(index, outcome);
+    }
+
+    fn close(&mut self, index: usize, outcome: Outcome) {
+        let member = &mut self.members[index];
+        if member.phase == Phase::Open {
+            self.seen.timeline.ended(Instant::now());
+        }
+        (member.stream, member.phase) = (None, Phase::Away);
+        (member.unsent, member.head, member.reader) = (Vec::new(), Vec::new(), Reader::default());
+        self.tally.add(outcome);
+    }
+}
+
+fn broken(error: &io::Error) -> String {
+    format!("no close frame: {}", error.kind())
+}
+
+fn told(code: Option<u16>, reason: &str) -> String {
+    match (code, reason) {
+        (None, _) => "1005".to_owned(),
+        (Some(code), "") => code.to_string(),
+        (Some(code), reason) => format!("{code} {reason}"),
+    }
+}
+
+/// The code of an `error`.
+fn code(message: &[u8]) -> String {
+    let frame: Option<serde_json::Value> = serde_json::from_slice(message).ok();
+    let code = frame.as_ref().and_then(|frame| frame["code"].as_str());
+    code.unwrap_or("an error without a code").to_owned()
+}

@@ -1,0 +1,197 @@
+//! What a crowd has seen of messages.
+
+use hdrhistogram::Histogram;
+use loadtest::ledger::timeline::{Second, Timeline};
+use memchr::memmem;
+use serde::{Deserialize, Serialize};
+use tokio::time::{Duration, Instant};
+
+/// How many examples are kept.
+const EXAMPLES_MAX: usize = 20;
+/// The longest delay that is told apart, µs.
+const LAG_MAX_US: u64 = 60_000_000;
+
+/// A frame, as far as a crowd looks at it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Message,
+    Ack,
+    Error,
+    Reset,
+    Connected,
+    Joined,
+    Other,
+}
+
+impl Kind {
+    const ALL: [(&str, Self); 6] = [
+        ("message", Self::Message),
+        ("ack", Self::Ack),
+        ("error", Self::Error),
+        ("reset", Self::Reset),
+        ("connected", Self::Connected),
+        ("joined", Self::Joined),
+    ];
+
+    /// By its beginning where `type` comes first, as with the gateway; else all of it is read.
+    pub(super) fn of(frame: &[u8]) -> Self {
+        let read;
+        let name = match frame.strip_prefix(br#"{"type":""#) {
+            Some(rest) => rest.split(|byte| *byte == b'"').next().unwrap_or_default(),
+            None => {
+                read = serde_json::from_slice::<Typed>(frame).unwrap_or_default();
+                read.kind.as_bytes()
+            }
+        };
+        let kind = Self::ALL.into_iter().find(|(of, _)| of.as_bytes() == name);
+        kind.map_or(Self::Other, |(_, kind)| kind)
+    }
+}
+
+#[derive(Default, Deserialize)]
+struct Typed {
+    #[serde(rename = "type")]
+    kind: String,
+}
+
+#[derive(Deserialize)]
+struct Numbered {
+    seq: u64,
+}
+
+/// The number that a `joined` or `reset` has, wherever it stands.
+pub(super) fn top(frame: &[u8]) -> Result<u64, String> {
+    let numbered: Result<Numbered, _> = serde_json::from_slice(frame);
+    numbered.map(|numbered| numbered.seq).map_err(|error| format!("no `seq`: {error}"))
+}
+
+/// The number of a `message`, which stands before any content.
+pub(super) fn seq(frame: &[u8]) -> Option<u64> {
+    let at = memmem::find(frame, br#""seq":"#)? + 6;
+    let digits = frame[at..].iter().take_while(|byte| byte.is_ascii_digit());
+    digits.map(|digit| u64::from(digit - b'0')).fold(None, |number: Option<u64>, digit| {
+        Some(number.unwrap_or(0).wrapping_mul(10).wrapping_add(digit))
+    })
+}
+
+/// What was seen, to be added to what other processes saw.
+#[derive(Debug)]
+pub(crate) struct Seen {
+    pub(crate) counts: Counts,
+    /// How late what was due was done, µs.
+    pub(crate) lag_us: Histogram<u64>,
+    pub(crate) timeline: Timeline,
+}
+
+/// Plain counts.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+pub(crate) struct Counts {
+    pub(crate) sent: u64,
+    /// Of each room.
+    pub(crate) acknowledged: Vec<u64>,
+    pub(crate) delivered: u64,
+    pub(crate) refused: u64,
+    pub(crate) duplicated: u64,
+    pub(crate) out_of_order: u64,
+    pub(crate) holes: u64,
+    pub(crate) announced_breaks: u64,
+    pub(crate) lost: u64,
+    pub(crate) longest_silence_ms: u64,
+    pub(crate) examples: Vec<String>,
+}
+
+impl Counts {
+    /// Adds what another process counted.
+    pub(crate) fn add(&mut self, other: Self) {
+        self.acknowledged.resize(other.acknowledged.len().max(self.acknowledged.len()), 0);
+        let rooms = self.acknowledged.iter_mut().zip(other.acknowledged);
+        rooms.for_each(|(sum, more)| *sum += more);
+        self.sent += other.sent;
+        self.delivered += other.delivered;
+        self.refused += other.refused;
+        self.duplicated += other.duplicated;
+        self.out_of_order += other.out_of_order;
+        self.holes += other.holes;
+        self.announced_breaks += other.announced_breaks;
+        self.lost += other.lost;
+        self.longest_silence_ms = self.longest_silence_ms.max(other.longest_silence_ms);
+        self.examples.extend(other.examples);
+        self.examples.truncate(EXAMPLES_MAX);
+    }
+
+    pub(super) fn example(&mut self, what: impl FnOnce() -> String) {
+        if self.examples.len() < EXAMPLES_MAX {
+            self.examples.push(what());
+        }
+    }
+
+    /// Judges the number of a message by the one before.
+    pub(super) fn judge(&mut self, member: usize, last: u64, seq: u64) {
+        if seq == last + 1 {
+            return;
+        }
+        let count = match seq {
+            same if same == last => &mut self.duplicated,
+            lower if lower < last => &mut self.out_of_order,
+            _ => &mut self.holes,
+        };
+        *count += 1;
+        self.example(|| format!("member {member}: {seq} behind {last}"));
+    }
+}
+
+impl Seen {
+    /// Nothing yet.
+    pub(crate) fn new(rooms: usize, open: u64) -> Self {
+        let counts = Counts { acknowledged: vec![0; rooms], ..Counts::default() };
+        Self { counts, lag_us: lags(), timeline: Timeline::new(open) }
+    }
+
+    /// Something that was due then was done at `now`.
+    pub(crate) fn done(&mut self, due: Instant, now: Instant) {
+        let late = now.saturating_duration_since(due);
+        self.lag_us.saturating_record(late.as_micros() as u64);
+    }
+
+    /// What happened in each second.
+    pub(crate) fn seconds(&mut self) -> Vec<Second> {
+        self.timeline.seconds()
+    }
+
+    pub(super) fn delivered(&mut self, now: Instant, latency: Option<Duration>) {
+        self.counts.delivered += 1;
+        self.timeline.delivered(now, latency);
+    }
+}
+
+/// Of delays, in µs.
+pub(crate) fn lags() -> Histogram<u64> {
+    Histogram::new_with_max(LAG_MAX_US, 3).expect("3 digits are possible")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_number_is_that_of_the_entry() {
+        let frame = br#"{"type":"message","epoch":"e","seq":1207,"content":{"seq":9}}"#;
+        assert_eq!((Kind::of(frame), seq(frame)), (Kind::Message, Some(1207)));
+        assert_eq!(seq(br#"{"seq":"x"}"#), None);
+        assert_eq!(seq(b"{}"), None);
+        assert_eq!(Kind::of(b"{}"), Kind::Other);
+        assert_eq!(Kind::of(br#"{"seq":1,"type":"ack"}"#), Kind::Ack);
+        assert_eq!(top(br#"{"history":[{"seq":3}],"seq":7}"#), Ok(7));
+        assert!(top(b"{}").is_err());
+    }
+
+    #[test]
+    fn numbers_are_judged_by_the_one_before() {
+        let mut counts = Counts::default();
+        for (last, seq) in [(1, 2), (2, 2), (2, 1), (2, 4)] {
+            counts.judge(0, last, seq);
+        }
+        assert_eq!((counts.duplicated, counts.out_of_order, counts.holes), (1, 1, 1));
+        assert_eq!(counts.examples.len(), 3);
+    }
+}

@@ -1,0 +1,52 @@
+//! How far a run is, for who watches: one line on the terminal, rewritten.
+
+use indicatif::{ProgressBar, ProgressStyle};
+use loadtest::ledger::timeline::Timeline;
+use tokio::time::{Duration, Instant};
+
+/// How often the line is rewritten.
+const EVERY: Duration = Duration::from_millis(200);
+
+/// A line on the terminal; nothing where standard error is none.
+#[derive(Debug)]
+pub(crate) struct Progress {
+    bar: ProgressBar,
+    shown: Option<Instant>,
+}
+
+impl Progress {
+    /// Nothing to see: one of several processes.
+    pub(crate) fn hidden() -> Self {
+        Self { bar: ProgressBar::hidden(), shown: None }
+    }
+
+    /// An empty line.
+    pub(crate) fn new() -> Self {
+        let style = ProgressStyle::with_template("{elapsed:>4} {msg}").expect("it is a constant");
+        Self { bar: ProgressBar::new_spinner().with_style(style), shown: None }
+    }
+
+    /// Rewrites it, unless it was rewritten just now.
+    pub(crate) fn show(&mut self, timeline: &mut Timeline) {
+        let now = Instant::now();
+        if self.bar.is_hidden() || self.shown.is_some_and(|at| now.duration_since(at) < EVERY) {
+            return;
+        }
+        self.shown = Some(now);
+        timeline.go_to(now);
+        let open = timeline.open();
+        let last = timeline.last().map(|second| {
+            let p99 = second.latencies().value_at_quantile(0.99) as f64 / 1e3;
+            let (acks, deliveries) = (second.acks, second.deliveries);
+            format!(", {acks} acknowledged/s, {deliveries} delivered/s, p99 {p99:.1} ms")
+        });
+        self.bar.set_message(format!("{open} connections{}", last.unwrap_or_default()));
+        self.bar.tick();
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
+}

@@ -1,0 +1,264 @@
+//! What became of connections.
+//!
+//! Pure.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use serde::{Deserialize, Serialize};
+
+/// How many different texts are counted one by one; the rest goes into one line.
+const TEXTS_MAX: usize = 50;
+const THE_REST: &str = "others";
+
+/// What became of a connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// It is open. Times count from when it was due, so that a server which makes others wait does
+    /// not look fast.
+    Opened {
+        /// Until `connected`.
+        connected: Duration,
+        /// Until `joined`, where a room was asked for.
+        joined: Option<Duration>,
+    },
+    /// The handshake was answered with another status than 101.
+    Refused {
+        /// The HTTP status.
+        status: u16,
+    },
+    /// It did not come to be otherwise.
+    Failed {
+        /// Why, in few different words.
+        why: String,
+    },
+    /// It was open and ended before it was told to.
+    Ended {
+        /// How: a close code, or what went wrong.
+        how: String,
+    },
+}
+
+/// Counts what becomes of connections.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+pub(crate) struct Tally {
+    opened: u64,
+    refused: BTreeMap<String, u64>,
+    failed: BTreeMap<String, u64>,
+    ended: BTreeMap<String, u64>,
+    connected_us: Vec<u64>,
+    joined_us: Vec<u64>,
+}
+
+impl Tally {
+    /// Counts one outcome.
+    pub(crate) fn add(&mut self, outcome: Outcome) {
+        match outcome {
+            Outcome::Opened { connected, joined } => {
+                self.opened += 1;
+                self.connected_us.push(connected.as_micros() as u64);
+                self.joined_us.extend(joined.map(|joined| joined.as_micros() as u64));
+            }
+            Outcome::Refused { status } => count(&mut self.refused, status.to_string(), 1),
+            Outcome::Failed { why } => count(&mut self.failed, why, 1),
+            Outcome::Ended { how } => count(&mut self.ended, how, 1),
+        }
+    }
+
+    /// Adds what another process counted.
+    pub(crate) fn merge(&mut self, other: Self) {
+        self.opened += other.opened;
+        let pairs = [
+            (&mut self.refused, other.refused),
+            (&mut self.failed, other.failed),
+            (&mut self.ended, other.ended),
+        ];
+        for (counts, others) in pairs {
+            others.into_iter().for_each(|(text, many)| count(counts, text, many));
+        }
+        self.connected_us.extend(other.connected_us);
+        self.joined_us.extend(other.joined_us);
+    }
+
+    /// How many are open now.
+    pub(crate) fn held(&self) -> u64 {
+        self.opened - total(&self.ended).min(self.opened)
+    }
+
+    /// How many were opened in all.
+    pub(crate) fn opened(&self) -> u64 {
+        self.opened
+    }
+}
+
+fn count(counts: &mut BTreeMap<String, u64>, text: String, many: u64) {
+    let known = counts.contains_key(&text) || counts.len() < TEXTS_MAX;
+    *counts.entry(if known { text } else { THE_REST.to_owned() }).or_default() += many;
+}
+
+fn total(counts: &BTreeMap<String, u64>) -> u64 {
+    counts.values().sum()
+}
+
+/// What became of connections.
+#[derive(Clone, Debug, Default, Serialize)]
+pub(crate) struct Connections {
+    pub(crate) asked: u64,
+    pub(crate) opened: u64,
+    /// Open from then until the end.
+    pub(crate) held: u64,
+    /// By HTTP status.
+    pub(crate) refused: BTreeMap<String, u64>,
+    /// By what went wrong.
+    pub(crate) failed: BTreeMap<String, u64>,
+    /// By close code and reason.
+    pub(crate) closed_while_held: BTreeMap<String, u64>,
+    /// From when the connection was due.
+    pub(crate) connected_ms: Option<Times>,
+    pub(crate) joined_ms: Option<Times>,
+    pub(crate) opening_s: f64,
+}
+
+/// A distribution, in milliseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub(crate) struct Times {
+    pub(crate) p50: f64,
+    pub(crate) p99: f64,
+    pub(crate) max: f64,
+}
+
+impl Connections {
+    /// Of so many that were asked for.
+    pub(crate) fn of(tally: Tally, asked: u64, opening: Duration) -> Self {
+        Self {
+            asked,
+            opened: tally.opened,
+            held: tally.held(),
+            refused: tally.refused,
+            failed: tally.failed,
+            closed_while_held: tally.ended,
+            connected_ms: Times::of(tally.connected_us),
+            joined_ms: Times::of(tally.joined_us),
+            opening_s: opening.as_secs_f64(),
+        }
+    }
+
+    /// What does not hold: all that was asked for is to be opened and held.
+    pub(super) fn failures(&self) -> Vec<String> {
+        let mut failures = Vec::new();
+        if self.held != self.asked {
+            failures.push(format!("{} of {} connections were held", self.held, self.asked));
+        }
+        failures
+    }
+
+    pub(super) fn lines(&self) -> Vec<(String, String)> {
+        let mut lines = Vec::new();
+        let mut line = |name: &str, value: String| lines.push((name.to_owned(), value));
+        line("opened", format!("{} of {} in {:.1} s", self.opened, self.asked, self.opening_s));
+        line("held", self.held.to_string());
+        for (status, many) in &self.refused {
+            line("refused", format!("{many} with HTTP {status}"));
+        }
+        for (why, many) in &self.failed {
+            line("failed", format!("{many}: {why}"));
+        }
+        for (how, many) in &self.closed_while_held {
+            line("closed while held", format!("{many}: {how}"));
+        }
+        for (name, times) in [("connected", self.connected_ms), ("joined", self.joined_ms)] {
+            if let Some(times) = times {
+                line(&format!("time to {name}"), times.to_string());
+            }
+        }
+        lines
+    }
+}
+
+impl Times {
+    /// The distribution of times in µs; `None` where there are none.
+    pub(crate) fn of(mut times_us: Vec<u64>) -> Option<Self> {
+        times_us.sort_unstable();
+        let at = |share| percentile(&times_us, share).map(|us| us as f64 / 1e3);
+        Some(Self { p50: at(0.5)?, p99: at(0.99)?, max: at(1.0)? })
+    }
+}
+
+impl std::fmt::Display for Times {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { p50, p99, max } = self;
+        write!(f, "p50 {p50:.1} ms, p99 {p99:.1} ms, max {max:.1} ms")
+    }
+}
+
+/// The smallest of the sorted values that at least `share` of them do not exceed.
+fn percentile<T: Copy>(sorted: &[T], share: f64) -> Option<T> {
+    let rank = (sorted.len() as f64 * share).ceil() as usize;
+    sorted.get(rank.max(1) - 1).copied()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn opened() -> Outcome {
+        let ms = Duration::from_millis;
+        Outcome::Opened { connected: ms(3), joined: Some(ms(5)) }
+    }
+
+    fn connections(outcomes: &[Outcome]) -> Connections {
+        let mut tally = Tally::default();
+        outcomes.iter().for_each(|outcome| tally.add(outcome.clone()));
+        Connections::of(tally, 2, SECOND)
+    }
+
+    #[test]
+    fn a_percentile_is_a_value_that_was_measured() {
+        let hundred: Vec<u32> = (1..=100).collect();
+        let at = |share| percentile(&hundred, share);
+        assert_eq!((at(0.0), at(0.5), at(0.99), at(1.0)), (Some(1), Some(50), Some(99), Some(100)));
+        assert_eq!(percentile(&[7], 0.99), Some(7));
+        assert_eq!(percentile::<u32>(&[], 0.5), None);
+    }
+
+    #[test]
+    fn all_opened_and_held_is_good_and_nothing_else() {
+        let check = |outcomes: &[Outcome], expected: &[&str]| {
+            assert_eq!(connections(outcomes).failures(), expected);
+        };
+        let one = "1 of 2 connections were held";
+        check(&[opened(), opened()], &[]);
+        check(&[opened()], &[one]);
+        check(&[opened(), Outcome::Refused { status: 429 }], &[one]);
+        let ended = Outcome::Ended { how: "1012 draining".to_owned() };
+        check(&[opened(), opened(), ended], &[one]);
+    }
+
+    #[test]
+    fn each_outcome_has_its_line() {
+        let mut tally = Tally::default();
+        tally.add(opened());
+        tally.add(Outcome::Refused { status: 503 });
+        tally.add(Outcome::Failed { why: "timed out".to_owned() });
+        assert_eq!((tally.opened(), tally.held()), (1, 1));
+        let lines = Connections::of(tally, 3, 2 * SECOND).lines();
+        let text: Vec<String> =
+            lines.iter().map(|(name, value)| format!("{name} {value}")).collect();
+        for part in ["opened 1 of 3 in 2.0 s", "1 with HTTP 503", "1: timed out", "max 3.0 ms"] {
+            assert!(text.iter().any(|line| line.contains(part)), "{part:?} is not in {text:?}");
+        }
+    }
+
+    #[test]
+    fn endless_kinds_of_failure_are_counted_together() {
+        let mut tally = Tally::default();
+        for number in 0..200 {
+            tally.add(Outcome::Failed { why: number.to_string() });
+        }
+        let mut both = tally.clone();
+        both.merge(tally);
+        assert_eq!((both.failed.len(), total(&both.failed)), (TEXTS_MAX + 1, 400));
+        assert_eq!(both.failed[THE_REST], 300);
+    }
+}

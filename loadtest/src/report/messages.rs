@@ -1,0 +1,258 @@
+//! What became of messages.
+//!
+//! Pure.
+
+use std::time::Duration;
+
+use hdrhistogram::Histogram;
+use loadtest::ledger::verdict::{Verdict, Wrong};
+use serde::Serialize;
+
+use crate::args::Bounds;
+
+/// The percentiles of a curve, in percent: closer to each other towards the end.
+const CURVE: [f64; 16] = [
+    0.0, 10.0, 25.0, 50.0, 75.0, 90.0, 95.0, 97.5, 99.0, 99.5, 99.75, 99.9, 99.95, 99.99, 99.999,
+    100.0,
+];
+
+/// What became of messages.
+#[derive(Clone, Debug, Default, Serialize)]
+pub(crate) struct Messages {
+    /// Who was to get them.
+    pub(crate) members: usize,
+    pub(crate) acknowledged: u64,
+    pub(crate) delivered: u64,
+    pub(crate) lost: u64,
+    pub(crate) duplicated: u64,
+    pub(crate) out_of_order: u64,
+    pub(crate) holes: u64,
+    pub(crate) unannounced_breaks: u64,
+    pub(crate) disagreements: u64,
+    /// Anything else that the protocol does not allow.
+    pub(crate) other_violations: u64,
+    /// Rooms in which not all had what was sent when the run was over, and why.
+    pub(crate) unfinished: Vec<String>,
+    /// The first of what was wrong, in words.
+    pub(crate) examples: Vec<String>,
+    /// How often continuity was lost and that was told.
+    pub(crate) announced_breaks: u64,
+    /// Acknowledged messages that such a break jumped over, once for each member.
+    pub(crate) skipped: u64,
+    /// Sends that were refused.
+    pub(crate) sends_refused: u64,
+    /// Deliveries later than `late_after_ms`, in percent.
+    pub(crate) late_percent: f64,
+    pub(crate) late_after_ms: u64,
+    /// The longest time that a member was without a delivery.
+    pub(crate) longest_silence_ms: u64,
+    /// How long it was talked.
+    pub(crate) talked_s: f64,
+    /// From when a message was due until a copy of it arrived.
+    pub(crate) latency: Latency,
+}
+
+/// Latencies, in µs.
+#[derive(Clone, Debug, Default, Serialize)]
+pub(crate) struct Latency {
+    pub(crate) p50_us: u64,
+    pub(crate) p90_us: u64,
+    pub(crate) p99_us: u64,
+    pub(crate) p999_us: u64,
+    pub(crate) max_us: u64,
+    /// Percent, and what that many do not exceed.
+    pub(crate) curve: Vec<(f64, u64)>,
+}
+
+impl Latency {
+    /// Of times in µs.
+    pub(crate) fn of(times_us: &Histogram<u64>) -> Self {
+        let at = |percent| times_us.value_at_percentile(percent);
+        Self {
+            p50_us: at(50.0),
+            p90_us: at(90.0),
+            p99_us: at(99.0),
+            p999_us: at(99.9),
+            max_us: times_us.max(),
+            curve: CURVE.iter().map(|percent| (*percent, at(*percent))).collect(),
+        }
+    }
+}
+
+/// The share of `times_us` above `after`, in percent.
+pub(crate) fn late_percent(times_us: &Histogram<u64>, after: Duration) -> f64 {
+    if times_us.is_empty() {
+        return 0.0;
+    }
+    let late = times_us.count_between(after.as_micros() as u64, u64::MAX);
+    late as f64 / times_us.len() as f64 * 100.0
+}
+
+impl Messages {
+    /// The counts of a ledger.
+    pub(crate) fn of(verdict: Verdict, unfinished: Vec<String>) -> Self {
+        let wrong = |wrong| verdict.count(wrong) as u64;
+        Self {
+            members: verdict.clients,
+            acknowledged: verdict.acknowledged as u64,
+            delivered: verdict.delivered as u64,
+            lost: wrong(Wrong::Lost),
+            duplicated: wrong(Wrong::Duplicated),
+            out_of_order: wrong(Wrong::OutOfOrder),
+            holes: wrong(Wrong::Hole),
+            unannounced_breaks: wrong(Wrong::UnannouncedBreak),
+            disagreements: wrong(Wrong::Disagreement),
+            other_violations: wrong(Wrong::Protocol),
+            announced_breaks: (verdict.resets + verdict.not_recovered) as u64,
+            skipped: verdict.skipped as u64,
+            sends_refused: verdict.unavailable as u64,
+            longest_silence_ms: verdict.quiet_longest().as_millis() as u64,
+            examples: verdict.examples,
+            unfinished,
+            ..Self::default()
+        }
+    }
+
+    /// Adds how long deliveries took.
+    pub(crate) fn with_latency(
+        self,
+        times_us: &Histogram<u64>,
+        talked: Duration,
+        bounds: &Bounds,
+    ) -> Self {
+        Self {
+            latency: Latency::of(times_us),
+            late_percent: late_percent(times_us, bounds.late_after),
+            late_after_ms: bounds.late_after.as_millis() as u64,
+            talked_s: talked.as_secs_f64(),
+            ..self
+        }
+    }
+
+    /// What was wrong, by its name, and how often.
+    fn wrong(&self) -> [(&'static str, u64); 7] {
+        [
+            ("lost", self.lost),
+            ("duplicated", self.duplicated),
+            ("out of order", self.out_of_order),
+            ("holes", self.holes),
+            ("unannounced breaks", self.unannounced_breaks),
+            ("disagreements", self.disagreements),
+            ("other violations", self.other_violations),
+        ]
+    }
+
+    /// What does not hold of what was asked for.
+    pub(super) fn failures(&self, bounds: &Bounds) -> Vec<String> {
+        let mut failures = self.unfinished.clone();
+        let wrong = self.wrong().into_iter().filter(|(_, count)| *count > 0);
+        failures.extend(wrong.map(|(name, count)| format!("{count} {name}")));
+        if self.acknowledged == 0 {
+            failures.push("nothing was acknowledged".to_owned());
+        }
+        if let Some(max) = bounds.late_max_percent
+            && self.late_percent > max
+        {
+            let Self { late_percent, late_after_ms, .. } = self;
+            failures.push(format!(
+                "{late_percent:.2} % of deliveries took longer than {late_after_ms} ms, {max} % may"
+            ));
+        }
+        if let Some(max) = bounds.p99_max
+            && u128::from(self.latency.p99_us) > max.as_micros()
+        {
+            let p99 = milliseconds(self.latency.p99_us);
+            failures.push(format!("p99 is {p99}, {} is the most", humantime::format_duration(max)));
+        }
+        failures
+    }
+
+    pub(super) fn lines(&self) -> Vec<(String, String)> {
+        let mut lines = vec![("members".to_owned(), self.members.to_string())];
+        let mut line = |name: &str, value: String| lines.push((name.to_owned(), value));
+        let rate = |count: u64| {
+            let each = if self.talked_s > 0.0 { count as f64 / self.talked_s } else { 0.0 };
+            format!("{count} ({each:.0}/s)")
+        };
+        line("acknowledged", rate(self.acknowledged));
+        line("delivered", rate(self.delivered));
+        for (name, count) in self.wrong() {
+            line(name, count.to_string());
+        }
+        line("unfinished rooms", self.unfinished.len().to_string());
+        let Self { announced_breaks, skipped, .. } = self;
+        line("announced breaks", format!("{announced_breaks} (jumped over {skipped} deliveries)"));
+        line("sends refused", self.sends_refused.to_string());
+        let Latency { p50_us, p90_us, p99_us, p999_us, max_us, .. } = self.latency;
+        let [p50, p90, p99, p999, max] =
+            [p50_us, p90_us, p99_us, p999_us, max_us].map(milliseconds);
+        line("latency", format!("p50 {p50}, p90 {p90}, p99 {p99}, p99.9 {p999}, max {max}"));
+        let late = format!("{:.3} % above {} ms", self.late_percent, self.late_after_ms);
+        line("late", late);
+        line("longest silence", format!("{:.1} s", self.longest_silence_ms as f64 / 1e3));
+        lines
+    }
+}
+
+/// Microseconds as people read them.
+pub(crate) fn milliseconds(us: u64) -> String {
+    let ms = us as f64 / 1e3;
+    if ms < 10.0 { format!("{ms:.2} ms") } else { format!("{ms:.0} ms") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bounds() -> Bounds {
+        Bounds {
+            late_after: Duration::from_millis(100),
+            late_max_percent: Some(1.0),
+            p99_max: Some(Duration::from_millis(150)),
+        }
+    }
+
+    fn times(slow: u64) -> Histogram<u64> {
+        let mut times = Histogram::new(3).unwrap();
+        times.record_n(2_000, 1_000 - slow).unwrap();
+        times.record_n(200_000, slow).unwrap();
+        times
+    }
+
+    fn of(slow: u64) -> Messages {
+        let verdict = Verdict { acknowledged: 1, ..Verdict::default() };
+        let (times, second) = (times(slow), Duration::from_secs(1));
+        Messages::of(verdict, Vec::new()).with_latency(&times, second, &bounds())
+    }
+
+    #[test]
+    fn what_is_later_than_allowed_fails() {
+        assert_eq!(of(9).failures(&bounds()), [""; 0]);
+        let failures = of(20).failures(&bounds());
+        assert_eq!(failures.len(), 2, "{failures:?}");
+        assert!(failures[0].starts_with("2.00 % of deliveries took longer than 100 ms"));
+        assert!(failures[1].starts_with("p99 is 200 ms, 150ms"), "{failures:?}");
+    }
+
+    #[test]
+    fn each_kind_of_wrong_fails() {
+        let all = [
+            Wrong::Lost,
+            Wrong::Duplicated,
+            Wrong::OutOfOrder,
+            Wrong::Hole,
+            Wrong::UnannouncedBreak,
+            Wrong::Disagreement,
+            Wrong::Protocol,
+        ];
+        for wrong in all {
+            let verdict =
+                Verdict { acknowledged: 1, wrong: [(wrong, 3)].into(), ..Verdict::default() };
+            let failures = Messages::of(verdict, Vec::new()).failures(&bounds());
+            assert_eq!(failures.len(), 1, "{wrong:?}: {failures:?}");
+            assert!(failures[0].starts_with("3 "), "{failures:?}");
+        }
+        let nothing = Messages::of(Verdict::default(), vec!["room 1".to_owned()]);
+        assert_eq!(nothing.failures(&bounds()), ["room 1", "nothing was acknowledged"]);
+    }
+}

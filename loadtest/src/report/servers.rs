@@ -1,0 +1,137 @@
+//! What server processes cost while a scenario ran.
+//!
+//! Pure.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+use crate::process::Cost;
+
+/// What a process cost.
+#[derive(Clone, Debug, Default, Serialize)]
+pub(crate) struct Server {
+    pub(crate) pid: u32,
+    pub(crate) memory_before_bytes: u64,
+    pub(crate) memory_after_bytes: u64,
+    /// What it grew by, for each connection that is open; nothing where none is.
+    pub(crate) memory_per_connection_bytes: Option<i64>,
+    /// The parts of the scenario.
+    pub(crate) phases: Vec<Phase>,
+    /// One for each second.
+    pub(crate) samples: Vec<Sample>,
+}
+
+/// What a process cost in a part of a scenario.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(crate) struct Phase {
+    /// Which.
+    pub(crate) what: &'static str,
+    pub(crate) cpu_ms: u64,
+    /// For each of these.
+    pub(crate) of: &'static str,
+    /// CPU time for each; nothing where there was none.
+    pub(crate) cpu_each_us: Option<f64>,
+}
+
+/// What a process cost in a second.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub(crate) struct Sample {
+    /// When, from the start of the scenario.
+    pub(crate) at_s: f64,
+    /// Of a core.
+    pub(crate) cpu_percent: f64,
+    /// Resident, shared pages included: to read the proportional size each second would disturb.
+    pub(crate) resident_bytes: u64,
+}
+
+/// What a server tells of itself by `/metrics`: for each gauge its values, all labels together.
+#[derive(Clone, Debug, Default, Serialize)]
+pub(crate) struct Gauges {
+    pub(crate) url: String,
+    /// Seconds from the start of the scenario, and the value.
+    pub(crate) series: BTreeMap<String, Vec<(f64, f64)>>,
+}
+
+impl Server {
+    /// A process that cost this before anything began.
+    pub(crate) fn new(pid: u32, before: Cost) -> Self {
+        Self { pid, memory_before_bytes: before.pss_bytes, ..Self::default() }
+    }
+
+    /// Notes what it costs now, with so many connections open.
+    pub(crate) fn held(&mut self, now: Cost, open: u64) {
+        self.memory_after_bytes = now.pss_bytes;
+        let grown = now.pss_bytes as i64 - self.memory_before_bytes as i64;
+        self.memory_per_connection_bytes = grown.checked_div(open as i64);
+    }
+
+    /// Adds a part of the scenario in which this many of something happened.
+    pub(crate) fn phase(&mut self, what: &'static str, cpu_ms: u64, of: &'static str, count: u64) {
+        let cpu_each_us = (count > 0).then(|| cpu_ms as f64 * 1000.0 / count as f64);
+        self.phases.push(Phase { what, cpu_ms, of, cpu_each_us });
+    }
+
+    pub(super) fn lines(&self) -> Vec<(String, String)> {
+        let name = format!("server {}", self.pid);
+        let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+        let (before, after) = (mib(self.memory_before_bytes), mib(self.memory_after_bytes));
+        let mib = format!("{before:.1} to {after:.1} MiB");
+        let memory = match self.memory_per_connection_bytes {
+            Some(each) => format!("{:.1} KiB per connection ({mib})", each as f64 / 1024.0),
+            None => mib,
+        };
+        let mut lines = vec![(format!("{name} memory"), memory)];
+        for Phase { what, cpu_ms, of, cpu_each_us } in &self.phases {
+            let each = cpu_each_us.map(|us| format!(", {us:.1} µs per {of}")).unwrap_or_default();
+            lines.push((format!("{name} CPU"), format!("{cpu_ms} ms {what}{each}")));
+        }
+        lines
+    }
+}
+
+/// The gauges of a page in Prometheus' text format, all labels of one added up.
+pub(crate) fn gauges(page: &str) -> BTreeMap<String, f64> {
+    let mut values = BTreeMap::new();
+    let mut gauge = "";
+    for line in page.lines() {
+        if let Some(rest) = line.strip_prefix("# TYPE ") {
+            gauge = rest.strip_suffix(" gauge").unwrap_or("");
+        } else if !line.starts_with('#')
+            && let Some((name, value)) = line.rsplit_once(' ')
+            && !gauge.is_empty()
+            && name.split('{').next() == Some(gauge)
+            && let Ok(value) = value.parse::<f64>()
+        {
+            *values.entry(gauge.to_owned()).or_default() += value;
+        }
+    }
+    values
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cost_is_told_for_each() {
+        let mut server = Server::new(7, Cost { pss_bytes: 1 << 20, cpu_ms: 0 });
+        server.phase("opening", 200, "connection", 3);
+        server.phase("held", 50, "connection", 0);
+        server.held(Cost { pss_bytes: 2 << 20, cpu_ms: 0 }, 1);
+        let lines: Vec<String> = server.lines().into_iter().map(|(_, value)| value).collect();
+        let opening = "200 ms opening, 66666.7 µs per connection";
+        let memory = "1024.0 KiB per connection (1.0 to 2.0 MiB)";
+        assert_eq!(lines, [memory, opening, "50 ms held"]);
+        server.held(Cost::default(), 0);
+        assert_eq!(server.memory_per_connection_bytes, None);
+    }
+
+    #[test]
+    fn gauges_are_read_and_nothing_else() {
+        let page = "# HELP a b\n# TYPE a gauge\na{x=\"1\"} 2\na{x=\"2\"} 3.5\n# TYPE c counter\nc 9\n\
+                    # TYPE d gauge\nd 1e3\n";
+        let expected = [("a".to_owned(), 5.5), ("d".to_owned(), 1000.0)];
+        assert_eq!(gauges(page), expected.into());
+    }
+}

@@ -1,0 +1,290 @@
+//! The scenarios that a crowd plays, and what they have in common: where to connect, whether there
+//! are descriptors and ports enough, and the report.
+
+use std::{
+    io,
+    net::{SocketAddr, ToSocketAddrs as _},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use loadtest::ledger::timeline;
+
+use crate::{
+    args::{CrowdArgs, ManyArgs, OpenArgs},
+    crowd::{
+        Crowd, Plan, Rooms,
+        parts::{self, Others, Own, Part, Phase, Share, Sum},
+    },
+    process::{self, CostError},
+    report::{Generator, Report, Step, connections::Connections, messages::Messages},
+    watch::Watch,
+};
+
+pub(crate) mod connect;
+pub(crate) mod storm;
+pub(crate) mod sweep;
+pub(crate) mod talk;
+
+/// Descriptors for everything that is no connection.
+const SPARE_DESCRIPTORS: u64 = 64;
+/// How long servers have to see that connections say goodbye.
+const FAREWELL: Duration = Duration::from_millis(200);
+
+/// Why a scenario has no result.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ScenarioError {
+    /// There are fewer descriptors than connections.
+    #[error(
+        "{connections} connections in one process need {needed} open files, and it may have \
+         {have}: share them out (--processes), raise the limit (`ulimit -Hn`, LimitNOFILE) or ask \
+         for fewer"
+    )]
+    Descriptors {
+        /// In one process.
+        connections: u32,
+        /// That many files.
+        needed: u64,
+        /// Of so many.
+        have: u64,
+    },
+    /// The limit could not be read or raised.
+    #[error("the limit of open files: {0}")]
+    Limit(#[source] io::Error),
+    /// There are fewer ports than connections.
+    #[error(
+        "{connections} connections from {addresses} address(es) of {ports} ports each are too \
+         many: give more addresses, such as --sources 127.0.0.1-127.0.0.{enough}"
+    )]
+    Ports {
+        /// In all.
+        connections: u32,
+        /// From so many addresses.
+        addresses: u32,
+        /// Of so many ports.
+        ports: u32,
+        /// How many addresses would be enough.
+        enough: u32,
+    },
+    /// The URL's host has no address.
+    #[error("{authority}: {source}")]
+    Lookup {
+        /// Host and port.
+        authority: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// The cost of a server process cannot be read.
+    #[error("{0} (is the process there, and is it yours?)")]
+    Process(#[from] CostError),
+    /// Sockets, or other processes of the load.
+    #[error("the load: {0}")]
+    Io(#[from] io::Error),
+    /// The thread of the load.
+    #[error("the load ended in panic")]
+    Panic,
+}
+
+/// What a scenario leaves in one process.
+pub(crate) struct Played {
+    /// What was seen. Nothing where another process tells all.
+    all: Option<(Part, Watch)>,
+    /// What it tells besides.
+    steps: Vec<Step>,
+}
+
+/// A scenario in one process.
+pub(crate) struct Stage {
+    pub(crate) crowd: Crowd,
+    pub(crate) others: Others,
+    pub(crate) own: Own,
+    opening: Duration,
+    talked: Duration,
+}
+
+impl Stage {
+    /// Opens all connections, and measures what they cost. Where messages are to be read they are
+    /// counted from here on.
+    fn open(
+        args: &CrowdArgs,
+        part: Option<Share>,
+        rooms: Rooms,
+        connections: u32,
+        reads: bool,
+        stop: &Arc<AtomicBool>,
+    ) -> Result<Self, ScenarioError> {
+        let own = Own::new();
+        let plan = plan(&args.open, part.unwrap_or(Share::ALL), rooms, connections)?;
+        let watch = Watch::begin(&args.watch)?;
+        let crowd = Crowd::new(plan, reads, stop.clone())?;
+        let others = Others::of(part, watch);
+        let (opening, talked) = (Duration::ZERO, Duration::ZERO);
+        let mut stage = Self { crowd, others, own, opening, talked };
+        stage.own.begin();
+        stage.opening = stage.crowd.open_all(Some(args.open.ramp))?;
+        stage.own.end();
+        stage.own.held();
+        if reads {
+            // Before others may send: what they send is to be counted.
+            stage.crowd.begin();
+        }
+        stage.meet(Phase::Opening)?;
+        Ok(stage)
+    }
+
+    /// Ends a phase together with the others.
+    fn meet(&mut self, phase: Phase) -> Result<Sum, ScenarioError> {
+        let (counts, open) = (&self.crowd.seen.counts, self.crowd.open_count());
+        let done = match phase {
+            Phase::Opening => self.crowd.tally.opened(),
+            Phase::Held | Phase::Back => open,
+            Phase::Talking => counts.delivered,
+        };
+        let mine = Sum { open, done, acknowledged: counts.acknowledged.clone() };
+        Ok(self.others.meet(&mut self.crowd, phase, mine)?)
+    }
+
+    /// Says goodbye, and tells what was seen.
+    fn end(mut self, steps: Vec<Step>) -> Result<Played, ScenarioError> {
+        let part = Part {
+            opening_s: self.opening.as_secs_f64(),
+            talked_s: self.talked.as_secs_f64(),
+            ..Part::of(&mut self.crowd, &self.own)
+        };
+        self.crowd.farewell();
+        let end = tokio::time::Instant::now() + FAREWELL;
+        while tokio::time::Instant::now() < end && self.crowd.open_count() > 0 {
+            self.crowd.step(end)?;
+        }
+        Ok(Played { all: self.others.tell(part)?, steps })
+    }
+}
+
+/// Plays a scenario, in this process or in several, and makes a report of what they saw. `None`:
+/// this is one of several.
+pub(crate) async fn play<F>(
+    scenario: &'static str,
+    args: CrowdArgs,
+    many: ManyArgs,
+    asked: u32,
+    talks: bool,
+    play: F,
+) -> Result<Option<Report>, ScenarioError>
+where
+    F: FnOnce(Arc<AtomicBool>) -> Result<Played, ScenarioError> + Send + 'static,
+{
+    let stop = Arc::new(AtomicBool::new(false));
+    let played = async {
+        if many.processes > 1 && many.part.is_none() {
+            let mut watch = Watch::begin(&args.watch)?;
+            let part = parts::in_others(many.processes, &mut watch).await?;
+            return Ok(Played { all: Some((part, watch)), steps: Vec::new() });
+        }
+        let stop = stop.clone();
+        let played = tokio::task::spawn_blocking(move || play(stop)).await;
+        played.map_err(|_| ScenarioError::Panic)?
+    };
+    let Played { all, steps } = ending_early(&stop, played).await?;
+    let Some((part, watch)) = all else { return Ok(None) };
+    Ok(Some(report(scenario, part, watch, steps, asked, talks, &args)))
+}
+
+/// Waits for something that ends soon where `stop` is set, and sets it when somebody interrupts.
+async fn ending_early<T>(stop: &AtomicBool, future: impl Future<Output = T>) -> T {
+    let mut future = std::pin::pin!(future);
+    // Both arms are cancel-safe: the future goes on where it was.
+    tokio::select! {
+        done = &mut future => return done,
+        () = crate::interrupted() => stop.store(true, Ordering::Relaxed),
+    }
+    future.await
+}
+
+fn report(
+    scenario: &str,
+    part: Part,
+    watch: Watch,
+    steps: Vec<Step>,
+    asked: u32,
+    talks: bool,
+    args: &CrowdArgs,
+) -> Report {
+    let (servers, gauges) = watch.finish();
+    let lag_p99_us = part.lag_p99_us();
+    let held = part.tally.held();
+    let messages = talks.then(|| {
+        let counts = &part.counts;
+        let messages = Messages {
+            members: asked as usize,
+            acknowledged: counts.acknowledged.iter().sum(),
+            delivered: counts.delivered,
+            lost: counts.lost,
+            duplicated: counts.duplicated,
+            out_of_order: counts.out_of_order,
+            holes: counts.holes,
+            announced_breaks: counts.announced_breaks,
+            sends_refused: counts.refused,
+            longest_silence_ms: counts.longest_silence_ms,
+            examples: counts.examples.clone(),
+            ..Messages::default()
+        };
+        let talked = Duration::from_secs_f64(part.talked_s);
+        messages.with_latency(&timeline::histogram(&part.seconds), talked, &args.bounds)
+    });
+    let opening = Duration::from_secs_f64(part.opening_s);
+    let mut report = Report {
+        generator: Generator {
+            processes: part.processes,
+            cpu_percent: part.cpu_percent,
+            lag_p99_us,
+            memory_per_connection_bytes: part.grown_bytes.checked_div(held as i64),
+        },
+        connections: Some(Connections::of(part.tally, asked.into(), opening)),
+        interrupted: part.interrupted,
+        messages,
+        seconds: part.seconds,
+        servers,
+        gauges,
+        steps,
+        ..Report::of(scenario)
+    };
+    report.judge(&args.bounds);
+    report
+}
+
+fn plan(
+    args: &OpenArgs,
+    share: Share,
+    rooms: Rooms,
+    connections: u32,
+) -> Result<Plan, ScenarioError> {
+    check_limits(args, connections, share)?;
+    let address = lookup(args)?;
+    Ok(Plan { open: args.clone(), address, rooms, connections, share })
+}
+
+fn check_limits(args: &OpenArgs, connections: u32, share: Share) -> Result<(), ScenarioError> {
+    let own = share.of(connections);
+    let needed = u64::from(own) + SPARE_DESCRIPTORS;
+    let have = rlimit::increase_nofile_limit(needed).map_err(ScenarioError::Limit)?;
+    if have < needed {
+        return Err(ScenarioError::Descriptors { connections: own, needed, have });
+    }
+    let addresses = args.sources.as_ref().map_or(1, |sources| sources.count());
+    let ports = process::local_ports();
+    if u64::from(connections) > u64::from(ports) * u64::from(addresses) {
+        let enough = connections.div_ceil(ports.max(1));
+        return Err(ScenarioError::Ports { connections, addresses, ports, enough });
+    }
+    Ok(())
+}
+
+fn lookup(args: &OpenArgs) -> Result<SocketAddr, ScenarioError> {
+    let authority = &args.url.authority;
+    let failed = |source| ScenarioError::Lookup { authority: authority.clone(), source };
+    let mut addresses = authority.to_socket_addrs().map_err(failed)?;
+    addresses.next().ok_or_else(|| failed(io::ErrorKind::NotFound.into()))
+}

@@ -1,0 +1,144 @@
+//! `loadtest sweep`: the highest rate at which p99 stays under a bound.
+//!
+//! The rate doubles until something does not hold, then the gap is halved a few times. Where this
+//! tool is what does not keep up, it says so and stops there.
+
+use std::{
+    sync::{Arc, atomic::AtomicBool},
+    time::Duration,
+};
+
+use loadtest::ledger::timeline;
+
+use super::{Played, ScenarioError, Stage, play, talk::Talk};
+use crate::{
+    args::{ManyArgs, Rate, SweepArgs},
+    crowd::{Rooms, parts::Part},
+    report::{
+        Generator, Report, Step,
+        messages::{Latency, milliseconds},
+    },
+};
+
+/// How often the gap is halved.
+const HALVINGS: u32 = 4;
+/// What connections rest between two rates, so that one does not pay for the other.
+const REST: Duration = Duration::from_millis(500);
+
+/// What a rate came to.
+#[derive(Debug, PartialEq)]
+enum Came {
+    Held,
+    /// The servers did not keep up.
+    Broke,
+    /// This tool did not.
+    ToolBroke,
+}
+
+/// Runs it.
+pub(crate) async fn run(args: SweepArgs) -> Result<Option<Report>, ScenarioError> {
+    let (crowd, connections) = (args.crowd.clone(), args.size.connections());
+    let run = move |stop| sweep(&args, connections, &stop);
+    play("sweep", crowd, ManyArgs::ONE, connections, true, run).await
+}
+
+fn sweep(
+    args: &SweepArgs,
+    connections: u32,
+    stop: &Arc<AtomicBool>,
+) -> Result<Played, ScenarioError> {
+    let rooms = Rooms::Many(args.size.rooms);
+    let mut stage = Stage::open(&args.crowd, None, rooms, connections, true, stop)?;
+    let (mut steps, mut best) = (Vec::new(), None);
+    let mut try_rate = |stage: &mut Stage, rate: f64| -> Result<Came, ScenarioError> {
+        let talk = Talk {
+            senders: connections.into(),
+            rate: Rate::per_second(rate),
+            duration: args.step,
+            bytes: args.bytes,
+        };
+        stage.crowd.run_until(tokio::time::Instant::now() + REST)?;
+        stage.crowd.begin();
+        stage.talk(talk)?;
+        let part = Part::of(&mut stage.crowd, &stage.own);
+        let latency = Latency::of(&timeline::histogram(&part.seconds));
+        let came = came(&part, &latency, args.bound);
+        let deliveries = part.counts.delivered as f64 / args.step.as_secs_f64();
+        let (p50, p99) = (milliseconds(latency.p50_us), milliseconds(latency.p99_us));
+        let word = match came {
+            Came::Held => "",
+            Came::Broke => ": too much",
+            Came::ToolBroke => ": too much for this tool",
+        };
+        steps.push(Step {
+            what: format!("{rate:.0} messages/s"),
+            came: format!("{deliveries:.0} deliveries/s, p50 {p50}, p99 {p99}{word}"),
+            good: true,
+        });
+        if came == Came::Held {
+            best = Some((rate, deliveries, part));
+        }
+        Ok(came)
+    };
+    let mut good = 0.0;
+    let mut rate = args.from.each_second();
+    let mut end = loop {
+        let came = try_rate(&mut stage, rate)?;
+        if came != Came::Held || stage.crowd.is_stopped() {
+            break came;
+        }
+        good = rate;
+        rate *= 2.0;
+    };
+    for _ in 0..if good > 0.0 { HALVINGS } else { 0 } {
+        if stage.crowd.is_stopped() {
+            break;
+        }
+        let middle = f64::midpoint(good, rate);
+        match try_rate(&mut stage, middle)? {
+            Came::Held => good = middle,
+            other => (rate, end) = (middle, other),
+        }
+    }
+    let bound = humantime::format_duration(args.bound);
+    let (came, good) = match &best {
+        Some((rate, deliveries, _)) if end == Came::Broke => {
+            (format!("{rate:.0} messages/s, {deliveries:.0} deliveries/s"), true)
+        }
+        Some((rate, deliveries, _)) => {
+            let text = format!(
+                "at least {rate:.0} messages/s, {deliveries:.0} deliveries/s: more is too much for \
+                 this tool"
+            );
+            (text, true)
+        }
+        None => ("not even the lowest rate".to_owned(), false),
+    };
+    steps.push(Step { what: format!("p99 ≤ {bound}"), came, good });
+    let mut played = stage.end(steps)?;
+    // The report is of the best rate, whatever was tried after it.
+    if let (Some((part, _)), Some((.., of_best))) = (&mut played.all, best) {
+        let (tally, opening_s) = (std::mem::take(&mut part.tally), part.opening_s);
+        let talked_s = args.step.as_secs_f64();
+        *part = Part { tally, opening_s, talked_s, ..of_best };
+    }
+    Ok(played)
+}
+
+fn came(part: &Part, latency: &Latency, p99_max: Duration) -> Came {
+    let own = Generator {
+        processes: 1,
+        cpu_percent: part.cpu_percent,
+        lag_p99_us: part.lag_p99_us(),
+        memory_per_connection_bytes: None,
+    };
+    let counts = &part.counts;
+    let wrong = counts.lost + counts.duplicated + counts.out_of_order + counts.holes;
+    if own.flaw().is_some() {
+        Came::ToolBroke
+    } else if wrong + counts.refused > 0 || u128::from(latency.p99_us) > p99_max.as_micros() {
+        Came::Broke
+    } else {
+        Came::Held
+    }
+}

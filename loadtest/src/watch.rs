@@ -1,0 +1,144 @@
+//! Looks at server processes while a scenario runs: what they cost, and what they tell.
+
+use std::{
+    io::{self, Read as _, Write as _},
+    net::{TcpStream, ToSocketAddrs as _},
+    sync::{Arc, mpsc},
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use parking_lot::Mutex;
+use tokio::time::Instant;
+
+use crate::{
+    args::WatchArgs,
+    crowd::parts::{Phase, Sum},
+    process::{self, Cost, CostError, Cpu},
+    report::servers::{Gauges, Sample, Server, gauges},
+};
+
+/// How often.
+const EVERY: Duration = Duration::from_secs(1);
+/// How long a server may take to tell.
+const ANSWER_MAX: Duration = Duration::from_secs(1);
+/// The longest page that is read.
+const PAGE_BYTES_MAX: u64 = 4 << 20;
+
+/// Looks at servers until it is finished.
+pub(crate) struct Watch {
+    servers: Vec<Server>,
+    cpu_ms: Vec<u64>,
+    samples: Arc<Mutex<Samples>>,
+    thread: Option<(mpsc::SyncSender<()>, JoinHandle<()>)>,
+}
+
+#[derive(Default)]
+struct Samples {
+    of_servers: Vec<Vec<Sample>>,
+    gauges: Vec<Gauges>,
+}
+
+impl Watch {
+    /// Begins.
+    pub(crate) fn begin(args: &WatchArgs) -> Result<Self, CostError> {
+        let costs: Vec<Cost> =
+            args.pid.iter().map(|pid| Cost::of(Some(*pid))).collect::<Result<_, _>>()?;
+        let servers = args.pid.iter().zip(&costs).map(|(pid, cost)| Server::new(*pid, *cost));
+        let url = |url: &String| Gauges { url: url.clone(), ..Gauges::default() };
+        let samples = Samples {
+            of_servers: vec![Vec::new(); args.pid.len()],
+            gauges: args.metrics.iter().map(url).collect(),
+        };
+        let samples = Arc::new(Mutex::new(samples));
+        let thread = (!args.pid.is_empty() || !args.metrics.is_empty()).then(|| {
+            let (stop, stopped) = mpsc::sync_channel(1);
+            let (pids, samples) = (args.pid.clone(), samples.clone());
+            (stop, std::thread::spawn(move || look(&pids, &samples, &stopped)))
+        });
+        Ok(Self {
+            servers: servers.collect(),
+            cpu_ms: costs.iter().map(|cost| cost.cpu_ms).collect(),
+            samples,
+            thread,
+        })
+    }
+
+    /// A phase is over.
+    pub(crate) fn mark(&mut self, phase: Phase, sum: &Sum) {
+        let (what, of) = match phase {
+            Phase::Opening => ("opening", "connection"),
+            Phase::Held => ("while held", "connection"),
+            Phase::Back => ("coming back", "connection"),
+            Phase::Talking => ("talking", "delivery"),
+        };
+        for (server, before) in self.servers.iter_mut().zip(&mut self.cpu_ms) {
+            // A server that died is reported as what it was.
+            if let Ok(now) = Cost::of(Some(server.pid)) {
+                server.phase(what, now.cpu_ms.saturating_sub(*before), of, sum.done);
+                server.held(now, sum.open);
+                *before = now.cpu_ms;
+            }
+        }
+    }
+
+    /// Ends, and tells.
+    pub(crate) fn finish(mut self) -> (Vec<Server>, Vec<Gauges>) {
+        if let Some((stop, thread)) = self.thread.take() {
+            drop(stop);
+            // It has nothing to tell but what is in `samples`.
+            let _ = thread.join();
+        }
+        let mut samples = std::mem::take(&mut *self.samples.lock());
+        for (server, samples) in self.servers.iter_mut().zip(&mut samples.of_servers) {
+            server.samples = std::mem::take(samples);
+        }
+        (self.servers, samples.gauges)
+    }
+}
+
+fn look(pids: &[u32], samples: &Mutex<Samples>, stopped: &mpsc::Receiver<()>) {
+    let began = Instant::now();
+    let urls: Vec<String> = samples.lock().gauges.iter().map(|gauges| gauges.url.clone()).collect();
+    let mut before: Vec<(f64, u64)> = vec![(0.0, 0); pids.len()];
+    for (pid, before) in pids.iter().zip(&mut before) {
+        before.1 = Cpu::of(Some(*pid)).unwrap_or_default().total_ms();
+    }
+    while stopped.recv_timeout(EVERY) == Err(mpsc::RecvTimeoutError::Timeout) {
+        for (number, (pid, before)) in pids.iter().zip(&mut before).enumerate() {
+            let at_s = began.elapsed().as_secs_f64();
+            let (Ok(cpu), Ok(resident_bytes)) =
+                (Cpu::of(Some(*pid)), process::resident_bytes(*pid))
+            else {
+                continue;
+            };
+            let spent = cpu.total_ms().saturating_sub(before.1) as f64;
+            let cpu_percent = spent / 10.0 / (at_s - before.0);
+            *before = (at_s, cpu.total_ms());
+            let sample = Sample { at_s, cpu_percent, resident_bytes };
+            samples.lock().of_servers[number].push(sample);
+        }
+        for (number, url) in urls.iter().enumerate() {
+            // One that does not answer has no value in this second.
+            let Ok(page) = fetch(url) else { continue };
+            let at_s = began.elapsed().as_secs_f64();
+            let series = &mut samples.lock().gauges[number].series;
+            for (name, value) in gauges(&page) {
+                series.entry(name).or_default().push((at_s, value));
+            }
+        }
+    }
+}
+
+/// What a server answers to a GET.
+fn fetch(url: &str) -> io::Result<String> {
+    let rest = url.strip_prefix("http://").ok_or(io::ErrorKind::InvalidInput)?;
+    let (host, path) = rest.split_once('/').unwrap_or((rest, "metrics"));
+    let address = host.to_socket_addrs()?.next().ok_or(io::ErrorKind::NotFound)?;
+    let mut stream = TcpStream::connect_timeout(&address, ANSWER_MAX)?;
+    stream.set_read_timeout(Some(ANSWER_MAX))?;
+    write!(stream, "GET /{path} HTTP/1.0\r\nHost: {host}\r\n\r\n")?;
+    let mut page = String::new();
+    stream.take(PAGE_BYTES_MAX).read_to_string(&mut page)?;
+    Ok(page)
+}
