@@ -1,7 +1,23 @@
-//! Defects to be planted, so that a simulation can show that it finds them. No release has this
-//! module: it is behind the feature `defects`.
+//! Defects to be planted, so that what looks for defects can show that it finds them. No release has
+//! this module: it is behind the feature `defects`.
+//!
+//! A [`Defect`] is planted in a thread, for the simulation; a [`Misdelivery`] in a process, by the
+//! variable `SKEIN_DEFECT`, for `loadtest`.
 
-use std::cell::Cell;
+use std::{
+    cell::Cell,
+    sync::{
+        OnceLock,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use shared::ids::ConnectionId;
+
+use crate::outbox::Outbox;
 
 /// A part of the agreement between nodes, or of the order in a room, that is left out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,5 +92,85 @@ pub fn script(text: String) -> String {
             replaced(text, "if not (all_heard and is_whole) then", "if false then")
         }
         _ => text,
+    }
+}
+
+/// Something that a gateway does wrong with what it has to deliver, or with who it delivers to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Misdelivery {
+    /// One delivery of 10,000 is dropped.
+    Drop,
+    /// One of 1,000 is made twice.
+    Duplicate,
+    /// One of 1,000 is made behind the next on the same connection.
+    Swap,
+    /// One of 1,000 is waited with for 200 ms, and all behind it.
+    Stall,
+    /// 100 bytes of each connection are kept for ever.
+    Leak,
+}
+
+impl Misdelivery {
+    /// All of them, by the names that `SKEIN_DEFECT` has for them.
+    pub const ALL: [(&str, Self); 5] = [
+        ("drop", Self::Drop),
+        ("duplicate", Self::Duplicate),
+        ("swap", Self::Swap),
+        ("stall", Self::Stall),
+        ("leak", Self::Leak),
+    ];
+
+    fn planted() -> Option<Self> {
+        static PLANTED: OnceLock<Option<Misdelivery>> = OnceLock::new();
+        *PLANTED.get_or_init(|| {
+            let name = std::env::var("SKEIN_DEFECT").ok()?;
+            let known = Self::ALL.into_iter().find(|(known, _)| *known == name);
+            Some(known.unwrap_or_else(|| panic!("there is no defect {name}")).1)
+        })
+    }
+}
+
+/// Does to a delivery what the planted defect does. `false`: it is not to be made.
+pub fn deliver(connection: ConnectionId, outbox: &Outbox, frame: &Bytes) -> bool {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    static HELD: Mutex<Option<(ConnectionId, Bytes)>> = Mutex::new(None);
+    let Some(planted) = Misdelivery::planted() else { return true };
+    let every = |many: u64| COUNT.fetch_add(1, Ordering::Relaxed) % many == many - 1;
+    match planted {
+        Misdelivery::Drop => !every(10_000),
+        Misdelivery::Duplicate => {
+            if every(1_000) {
+                outbox.push(frame.clone());
+            }
+            true
+        }
+        Misdelivery::Swap => {
+            let mut held = HELD.lock();
+            if held.as_ref().is_some_and(|(of, _)| *of == connection) {
+                outbox.push(frame.clone());
+                outbox.push(held.take().expect("it is some").1);
+                return false;
+            }
+            if held.is_none() && every(1_000) {
+                *held = Some((connection, frame.clone()));
+                return false;
+            }
+            true
+        }
+        Misdelivery::Stall => {
+            if every(1_000) {
+                #[expect(clippy::disallowed_methods, reason = "that is the defect")]
+                std::thread::sleep(Duration::from_millis(200));
+            }
+            true
+        }
+        Misdelivery::Leak => true,
+    }
+}
+
+/// Does to a new connection what the planted defect does.
+pub fn connect() {
+    if Misdelivery::planted() == Some(Misdelivery::Leak) {
+        std::mem::forget(vec![1_u8; 100]);
     }
 }

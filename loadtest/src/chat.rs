@@ -6,7 +6,10 @@
 
 use std::{sync::Arc, time::Duration};
 
-use loadtest::ledger::timeline::{self, Timeline};
+use loadtest::{
+    clock::{self, Alarm},
+    ledger::timeline::{self, Timeline},
+};
 use parking_lot::Mutex;
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 use shared::{
@@ -25,7 +28,6 @@ use tokio::{
 
 use crate::{
     args::ChatArgs,
-    clock,
     crowd::parts::{Own, Phase, Sum},
     crowd::seen::lags,
     process::CostError,
@@ -183,6 +185,7 @@ struct Person {
     die: StdRng,
     rooms: Vec<RoomId>,
     due: Instant,
+    alarm: Alarm,
 }
 
 impl Person {
@@ -190,7 +193,7 @@ impl Person {
         let mut die = StdRng::seed_from_u64(args.seed ^ (number as u64) << 20);
         // They come within the time that they pause, not all at once.
         let due = began + args.think.mul_f64(die.random_range(0.0..1.0));
-        Self { number, args: args.clone(), seen, die, rooms: Vec::new(), due }
+        Self { number, args: args.clone(), seen, die, rooms: Vec::new(), due, alarm: Alarm::new() }
     }
 
     /// Comes, and does one thing after the other until the end.
@@ -227,7 +230,7 @@ impl Person {
             // Pauses as of people who do not know of each other.
             let pause = self.args.think.mul_f64(-self.die.random_range(f64::EPSILON..1.0).ln());
             self.due = self.due.max(Instant::now()) + pause;
-            sleep_until(self.due.min(end)).await;
+            self.alarm.until(self.due.min(end)).await;
             if Instant::now() >= end {
                 return;
             }

@@ -11,40 +11,128 @@ use rustix::time::{
     ClockId, Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, clock_gettime,
     timerfd_create, timerfd_settime,
 };
+use tokio::{
+    io::unix::AsyncFd,
+    time::{Instant, sleep_until},
+};
 
 /// Nanoseconds of the clock that all processes of this machine share (`CLOCK_MONOTONIC`), so that
 /// what one sends can be timed by another.
-pub(crate) fn now_ns() -> u64 {
+pub fn now_ns() -> u64 {
     let now = clock_gettime(ClockId::Monotonic);
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
 /// An alarm to wait for among sockets.
 #[derive(Debug)]
-pub(crate) struct Timer {
+pub struct Timer {
     fd: OwnedFd,
 }
 
 impl Timer {
     /// One that is not set.
-    pub(crate) fn new() -> io::Result<Self> {
+    ///
+    /// # Errors
+    ///
+    /// There is no descriptor for it.
+    pub fn new() -> io::Result<Self> {
         let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
         Ok(Self { fd: timerfd_create(TimerfdClockId::Monotonic, flags)? })
     }
 
     /// What to wait for.
-    pub(crate) fn fd(&self) -> RawFd {
+    pub fn fd(&self) -> RawFd {
         self.fd.as_raw_fd()
     }
 
     /// Has it go off after this time. An earlier setting, and that it went off, is forgotten.
-    pub(crate) fn set(&self, after: Duration) -> io::Result<()> {
-        // Zero would take it back.
-        let after = after.max(Duration::from_nanos(1));
-        let value = Timespec { tv_sec: after.as_secs() as _, tv_nsec: after.subsec_nanos().into() };
-        let setting =
-            Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value: value };
-        timerfd_settime(&self.fd, TimerfdTimerFlags::empty(), &setting)?;
-        Ok(())
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    pub fn set(&self, after: Duration) -> io::Result<()> {
+        set(&self.fd, after)
+    }
+}
+
+/// An alarm for a task.
+#[derive(Debug)]
+pub struct Alarm {
+    /// `None` where there is no descriptor for it: then it goes by the millisecond.
+    timer: Option<AsyncFd<OwnedFd>>,
+}
+
+impl Alarm {
+    /// One that is not set.
+    ///
+    /// # Panics
+    ///
+    /// Outside a tokio runtime.
+    pub fn new() -> Self {
+        // An `OwnedFd` is what is asked for; `AsyncFd::register` is unsafe, which is forbidden here.
+        #[expect(deprecated, reason = "unsound only with types that give their descriptor away")]
+        let timer = Timer::new().and_then(|timer| AsyncFd::new(timer.fd));
+        Self { timer: timer.ok() }
+    }
+
+    /// Waits until a moment. Cancel-safe.
+    pub async fn until(&self, at: Instant) {
+        let Some(timer) = &self.timer else { return sleep_until(at).await };
+        loop {
+            let after = at.saturating_duration_since(Instant::now());
+            if after.is_zero() {
+                return;
+            }
+            let awaited = match set(timer.get_ref(), after) {
+                Ok(()) => timer.readable().await,
+                Err(error) => Err(error),
+            };
+            // To set it again takes back that it went off.
+            let Ok(mut went_off) = awaited else { return sleep_until(at).await };
+            went_off.clear_ready();
+        }
+    }
+}
+
+impl Default for Alarm {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+fn set(fd: &OwnedFd, after: Duration) -> io::Result<()> {
+    // Zero would take it back.
+    let after = after.max(Duration::from_nanos(1));
+    let value = Timespec { tv_sec: after.as_secs() as _, tv_nsec: after.subsec_nanos().into() };
+    let setting = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value: value };
+    timerfd_settime(fd, TimerfdTimerFlags::empty(), &setting)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_alarm_goes_off_again_and_again_and_never_early() {
+        let alarm = Alarm::new();
+        for us in [0, 300, 1_500, 50] {
+            let at = Instant::now() + Duration::from_micros(us);
+            alarm.until(at).await;
+            assert!(Instant::now() >= at, "{us}");
+        }
+    }
+
+    #[tokio::test]
+    async fn who_stops_waiting_leaves_nothing_behind() {
+        let alarm = Alarm::new();
+        let soon = Instant::now() + Duration::from_millis(1);
+        let later = Instant::now() + Duration::from_millis(3);
+        tokio::select! {
+            () = alarm.until(later) => panic!("that is later"),
+            () = sleep_until(soon) => {}
+        }
+        alarm.until(later).await;
+        assert!(Instant::now() >= later);
     }
 }

@@ -16,7 +16,6 @@ use crate::{
 mod args;
 mod wire;
 mod stamp;
-mod clock;
 mod process;
 mod report;
 mod progress;

@@ -85,6 +85,8 @@ impl PlacedAck {
 impl Subscriber {
     /// A connection without rooms.
     pub fn new(connection: ConnectionId, outbox: Outbox) -> Self {
+        #[cfg(feature = "defects")]
+        crate::defect::connect();
         Self { connection, outbox, placed_acks: Mutex::default() }
     }
 
@@ -291,6 +293,12 @@ impl Member {
             Some(ack) => ack,
             None => frames.to(outbox, &turn.metrics),
         };
+        #[cfg(feature = "defects")]
+        if !crate::defect::deliver(self.subscriber.connection, outbox, frame) {
+            turn.touch(&self.subscriber);
+            self.cursor.seq = entry.position.seq;
+            return true;
+        }
         let mut offer = outbox.offer(frame);
         if offer == Offer::Refused {
             // What gathered in this turn may be all that is in the way.

@@ -488,6 +488,14 @@ impl Node {
         Self::run(Command::new(gateway_binary()), extra).await
     }
 
+    /// The same with a defect planted, of `gateway::defect::Misdelivery`.
+    #[cfg(feature = "defects")]
+    pub async fn start_defective(defect: &str, extra: &[(&str, &str)]) -> Self {
+        let mut command = Command::new(gateway_binary());
+        command.env("SKEIN_DEFECT", defect);
+        Self::run(command, extra).await
+    }
+
     /// The same with no more than `descriptors` of them.
     pub async fn start_within(descriptors: u32, extra: &[(&str, &str)]) -> Self {
         let mut command = Command::new("sh");

@@ -27,6 +27,8 @@ mod agreement;
 mod browser;
 mod stop;
 mod loadtest;
+#[cfg(feature = "defects")]
+mod defects;
 mod hardening;
 mod soak;
 mod docs;

@@ -15,13 +15,13 @@ use std::{
     },
 };
 
+use loadtest::clock::{self, Timer};
 use mio::{Events, Interest, Poll, Token, unix::SourceFd};
 use shared::{client::frames, ids::RoomId};
 use tokio::time::{Duration, Instant};
 
 use crate::{
     args::{OpenArgs, Rate},
-    clock::{self, Timer},
     progress::Progress,
     report::connections::{Outcome, Tally},
     stamp::Stamp,

@@ -24,6 +24,7 @@ use tokio::{
 };
 
 use super::{Ledger, verdict::Wrong};
+use crate::clock::Alarm;
 
 /// How a client behaves.
 #[derive(Clone, Debug)]
@@ -89,6 +90,10 @@ pub struct Member {
     outstanding: Option<Outstanding>,
     /// When the next message is due; `None` before it may speak.
     next_at: Option<Instant>,
+    /// Whether it has spoken and may not for now.
+    is_hushed: bool,
+    /// Wakes it when it is to speak.
+    alarm: Alarm,
 }
 
 impl Member {
@@ -108,6 +113,8 @@ impl Member {
             begun,
             outstanding: None,
             next_at: None,
+            is_hushed: false,
+            alarm: Alarm::new(),
         }
     }
 
@@ -171,7 +178,7 @@ impl Member {
                 }
             }
             // What is due now was done, and is due again later than now.
-            let due = due.max(now + Duration::from_millis(1)).min(heard_by);
+            let due = due.max(now + Duration::from_micros(50)).min(heard_by);
             // All arms are cancel-safe.
             tokio::select! {
                 biased;
@@ -182,7 +189,7 @@ impl Member {
                     self.take(received, &mut goal, &mut join_at);
                 }
                 changed = self.orders.changed() => if changed.is_err() { return },
-                () = sleep_until(due) => if Instant::now() >= heard_by { return },
+                () = self.alarm.until(due) => if Instant::now() >= heard_by { return },
             }
         }
     }
@@ -220,7 +227,12 @@ impl Member {
             return true;
         }
         if self.begun.borrow().0 >= self.orders.borrow().messages_max {
+            // What was due meanwhile is due no more.
+            self.is_hushed = self.next_at.is_some();
             return false;
+        }
+        if std::mem::take(&mut self.is_hushed) {
+            self.next_at = Some(Instant::now());
         }
         self.next_at.get_or_insert_with(|| match self.manner.pace {
             Pace::AfterAnswer(_) => Instant::now(),
