@@ -1,6 +1,6 @@
 # What there is to do with this project. CI calls nothing else.
 
-.PHONY: help setup run build test faults soak sim sim-defects fuzz fmt lint doc deny ci cluster bench bench-micro
+.PHONY: help setup run build test faults soak sim sim-defects loadtest-defects fuzz fmt lint doc deny ci cluster bench bench-micro
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -17,6 +17,7 @@ build: ## everything the tests start
 
 test: setup build ## all tests, against a real Redis, nginx and browser
 	cargo test --locked --workspace
+	cargo test --locked -p gateway --features defects --test it defects::
 
 faults: setup build ## the trials of docs/faults.md at full length, some 15 minutes
 	SKEIN_FAULTS=full cargo test --locked -p gateway --test it faults:: -- --nocapture
@@ -32,6 +33,9 @@ sim: ## the cluster under simulated faults: make sim SEEDS=10000
 
 sim-defects: ## whether the simulation finds each defect that is planted
 	cargo test --locked --profile sim -p gateway --features defects --test sim planted -- --nocapture
+
+loadtest-defects: setup build ## whether loadtest finds each defect that is planted, and none in twenty runs without
+	SKEIN_DEFECTS=full cargo test --locked -p gateway --features defects --test it defects:: -- --nocapture
 
 N ?= 10000000
 fuzz: ## mutated input for the parsers of what clients send: make fuzz N=100000000
