@@ -380,7 +380,25 @@ pub(crate) struct ChaosArgs {
     #[arg(long, default_value = "nginx/render.sh")]
     pub(crate) nginx_render: PathBuf,
     #[command(flatten)]
+    pub(crate) given: GivenArgs,
+    #[command(flatten)]
     pub(crate) load: LoadArgs,
+}
+
+/// A cluster that somebody else runs. Nothing is done to it that would have to be started again.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "A cluster that is there")]
+pub(crate) struct GivenArgs {
+    /// Where members connect, through a proxy that fails, instead of a cluster of its own; may be
+    /// repeated.
+    #[arg(long)]
+    pub(crate) url: Vec<Target>,
+    /// Gateways of it on this machine, which are stopped and go on.
+    #[arg(long, num_args = 1.., requires = "url")]
+    pub(crate) gateway_pid: Vec<u32>,
+    /// Its Redis, which closes connections.
+    #[arg(long, requires = "url")]
+    pub(crate) redis: Option<std::net::SocketAddr>,
 }
 
 /// Lays two reports of --json beside each other.

@@ -5,7 +5,7 @@ use std::{path::PathBuf, time::Duration};
 use serde_json::{Value, json};
 use tokio::{process::Command, time::timeout};
 
-use crate::harness::{Gateway, within};
+use crate::harness::{Gateway, Node, Redis, within};
 
 /// The binary beside this test's own; `make test` builds it.
 fn loadtest() -> PathBuf {
@@ -179,4 +179,32 @@ async fn it_breaks_a_cluster_of_its_own_and_accounts_for_every_message() {
     ])
     .await;
     assert!(report["faults"].as_array().unwrap().len() >= 3, "{report}");
+}
+
+#[tokio::test]
+async fn it_breaks_what_it_can_of_a_cluster_that_is_there() {
+    let redis = Redis::start().await;
+    let nodes = [Node::start(&redis, None, &[]).await, Node::start(&redis, None, &[]).await];
+    let urls = [0, 1].map(|node: usize| format!("ws://{}/ws", nodes[node].address));
+    let pids = [0, 1].map(|node: usize| nodes[node].process.pid().to_string());
+    let redis = redis.address().to_string();
+    let report = well(&[
+        "chaos",
+        "--url",
+        &urls[0],
+        "--url",
+        &urls[1],
+        "--gateway-pid",
+        &pids[0],
+        &pids[1],
+        "--redis",
+        &redis,
+        "--duration",
+        "16s",
+        "--rate",
+        "50/s",
+    ])
+    .await;
+    assert!(report["faults"].as_array().unwrap().len() >= 3, "{report}");
+    assert!(report["acknowledged"].as_u64().unwrap() > 500, "{report}");
 }

@@ -254,8 +254,7 @@ impl Cluster {
 
     /// Gives Redis a command in its inline form. It may not answer.
     pub(crate) async fn tell_redis(&self, command: &str) {
-        let command = format!("{command}\r\n");
-        let _ = timeout(Duration::from_secs(1), ask(self.redis_address, &command, 1)).await;
+        tell(self.redis_address, command).await;
     }
 
     /// Has nginx read its configuration again.
@@ -289,6 +288,11 @@ impl Drop for Cluster {
             std::thread::sleep(LOOK_AGAIN);
         }
     }
+}
+
+/// Gives a Redis a command in its inline form. It may not answer.
+pub(super) async fn tell(redis: SocketAddr, command: &str) {
+    let _ = timeout(Duration::from_secs(1), ask(redis, &format!("{command}\r\n"), 1)).await;
 }
 
 async fn start_redis(address: SocketAddr, scratch: &Path) -> Result<Process, ClusterError> {

@@ -1,4 +1,4 @@
-//! A cluster of its own, members who talk, and a plan of what goes wrong meanwhile.
+//! A cluster, its own or one that is there, members who talk, and a plan of what goes wrong meanwhile.
 
 use std::time::Duration;
 
@@ -7,6 +7,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 use self::{
     cluster::{Cluster, ClusterError, Programs},
+    given::Given,
     plan::{Fault, Kind},
 };
 use crate::{
@@ -16,7 +17,11 @@ use crate::{
 };
 
 mod cluster;
+mod given;
 mod plan;
+
+/// How late what clients send, and get, is while it is delayed.
+const CLIENT_DELAY: Duration = Duration::from_millis(200);
 
 /// Why a run has no result.
 #[derive(Debug, thiserror::Error)]
@@ -32,28 +37,63 @@ pub(crate) enum ChaosError {
     Interrupted,
 }
 
-/// Starts a cluster, has members talk, does what the plan has, and tells what they saw.
+/// What members talk through, and faults are done to.
+enum Ground {
+    /// It was started for this.
+    Own(Box<Cluster>),
+    /// It was there.
+    Given(Given),
+}
+
+impl Ground {
+    async fn inject(&mut self, fault: Fault) -> Result<(), ClusterError> {
+        match self {
+            Self::Own(cluster) => inject(cluster, fault).await,
+            Self::Given(given) => {
+                given.inject(fault).await;
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Has members talk, does what the plan has, and tells what they saw.
 pub(crate) async fn run(args: ChaosArgs) -> Result<Report, ChaosError> {
-    let faults = plan::plan(args.seed, args.load.duration, args.nodes);
-    let programs = Programs { gateway: args.gateway, render: args.nginx_render };
-    let mut cluster = Cluster::start(programs, args.nodes).await?;
-    let report = suffer(&mut cluster, &faults, args.seed, &args.load).await;
-    // Whatever came of it.
-    cluster.stop().await;
+    let ChaosArgs { seed, given, load, .. } = args;
+    if given.url.is_empty() {
+        let faults = plan::plan(seed, load.duration, args.nodes, &Kind::ALL);
+        let programs = Programs { gateway: args.gateway, render: args.nginx_render };
+        let cluster = Box::new(Cluster::start(programs, args.nodes).await?);
+        let (urls, mut ground) = (cluster.urls(), Ground::Own(cluster));
+        let report = suffer(&mut ground, urls, &faults, seed, &load).await;
+        if let Ground::Own(cluster) = ground {
+            // Whatever came of it.
+            cluster.stop().await;
+        }
+        return report;
+    }
+    let given = Given::new(&given).await?;
+    let faults = plan::plan(seed, load.duration, given.nodes(), &given.kinds());
+    let (urls, mut ground) = (given.urls(), Ground::Given(given));
+    let report = suffer(&mut ground, urls, &faults, seed, &load).await;
+    if let Ground::Given(given) = ground {
+        given.mend().await;
+    }
     report
 }
 
 async fn suffer(
-    cluster: &mut Cluster,
+    ground: &mut Ground,
+    urls: Vec<String>,
     faults: &[Fault],
     seed: u64,
     load: &LoadArgs,
 ) -> Result<Report, ChaosError> {
-    let trial = Trial::start(cluster.urls(), load).await?;
+    let trial = Trial::start(urls, load).await?;
     let began = trial.began();
     let (mut marks, mut failed) = (Vec::new(), None);
     let over = async {
-        failed = break_and_mend(cluster, faults, began, &mut marks).await.err();
+        failed = break_and_mend(ground, faults, began, &mut marks).await.err();
         if failed.is_none() {
             sleep_until(began + load.duration).await;
         }
@@ -73,7 +113,7 @@ async fn suffer(
 }
 
 async fn break_and_mend(
-    cluster: &mut Cluster,
+    ground: &mut Ground,
     faults: &[Fault],
     began: Instant,
     marks: &mut Vec<Mark>,
@@ -81,10 +121,13 @@ async fn break_and_mend(
     for fault in faults {
         sleep_until(began + Duration::from_millis(fault.at_ms)).await;
         let from = began.elapsed();
-        inject(cluster, *fault).await?;
+        ground.inject(*fault).await?;
         marks.push(Mark { what: name(*fault), from, until: began.elapsed() });
     }
-    cluster.wait_until_ready().await
+    match ground {
+        Ground::Own(cluster) => cluster.wait_until_ready().await,
+        Ground::Given(_) => Ok(()),
+    }
 }
 
 fn name(fault: Fault) -> String {
@@ -145,7 +188,7 @@ async fn inject(cluster: &mut Cluster, fault: Fault) -> Result<(), ClusterError>
         Kind::BusOneWay => bus(cluster, Mode::NoRequests).await,
         Kind::ClientCut => clients(cluster, Mode::Cut).await,
         Kind::ClientBlackHole => clients(cluster, Mode::Hole).await,
-        Kind::ClientDelay => clients(cluster, Mode::Delay(Duration::from_millis(200))).await,
+        Kind::ClientDelay => clients(cluster, Mode::Delay(CLIENT_DELAY)).await,
     }
     Ok(())
 }
