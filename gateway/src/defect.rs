@@ -17,8 +17,6 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use shared::ids::ConnectionId;
 
-use crate::outbox::Outbox;
-
 /// A part of the agreement between nodes, or of the order in a room, that is left out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Defect {
@@ -130,41 +128,38 @@ impl Misdelivery {
     }
 }
 
-/// Does to a delivery what the planted defect does. `false`: it is not to be made.
-pub fn deliver(connection: ConnectionId, outbox: &Outbox, frame: &Bytes) -> bool {
+/// What becomes of a delivery by the planted defect: the frames that are sent in its place. `None`:
+/// it is made as it should be.
+pub fn deliver(connection: ConnectionId, frame: &Bytes) -> Option<Vec<Bytes>> {
     static COUNT: AtomicU64 = AtomicU64::new(0);
     static HELD: Mutex<Option<(ConnectionId, Bytes)>> = Mutex::new(None);
-    let Some(planted) = Misdelivery::planted() else { return true };
     let every = |many: u64| COUNT.fetch_add(1, Ordering::Relaxed) % many == many - 1;
-    match planted {
-        Misdelivery::Drop => !every(10_000),
-        Misdelivery::Duplicate => {
-            if every(1_000) {
-                outbox.push(frame.clone());
-            }
-            true
-        }
+    match Misdelivery::planted()? {
+        Misdelivery::Drop => every(10_000).then(Vec::new),
+        Misdelivery::Duplicate => every(1_000).then(|| vec![frame.clone(); 2]),
         Misdelivery::Swap => {
             let mut held = HELD.lock();
-            if held.as_ref().is_some_and(|(of, _)| *of == connection) {
-                outbox.push(frame.clone());
-                outbox.push(held.take().expect("it is some").1);
-                return false;
+            match held.take() {
+                Some((of, earlier)) if of == connection => Some(vec![frame.clone(), earlier]),
+                Some(other) => {
+                    *held = Some(other);
+                    None
+                }
+                None if every(1_000) => {
+                    *held = Some((connection, frame.clone()));
+                    Some(Vec::new())
+                }
+                None => None,
             }
-            if held.is_none() && every(1_000) {
-                *held = Some((connection, frame.clone()));
-                return false;
-            }
-            true
         }
         Misdelivery::Stall => {
             if every(1_000) {
                 #[expect(clippy::disallowed_methods, reason = "that is the defect")]
                 std::thread::sleep(Duration::from_millis(200));
             }
-            true
+            None
         }
-        Misdelivery::Leak => true,
+        Misdelivery::Leak => None,
     }
 }
 

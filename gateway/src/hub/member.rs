@@ -294,7 +294,8 @@ impl Member {
             None => frames.to(outbox, &turn.metrics),
         };
         #[cfg(feature = "defects")]
-        if !crate::defect::deliver(self.subscriber.connection, outbox, frame) {
+        if let Some(frames) = crate::defect::deliver(self.subscriber.connection, frame) {
+            frames.into_iter().for_each(|frame| outbox.push(frame));
             turn.touch(&self.subscriber);
             self.cursor.seq = entry.position.seq;
             return true;

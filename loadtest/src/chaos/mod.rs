@@ -63,7 +63,11 @@ pub(crate) async fn run(args: ChaosArgs) -> Result<Report, ChaosError> {
     if given.url.is_empty() {
         let faults = plan::plan(seed, load.duration, args.nodes, &Kind::ALL);
         let programs = Programs { gateway: args.gateway, render: args.nginx_render };
-        let cluster = Box::new(Cluster::start(programs, args.nodes).await?);
+        // Cancelled, it ends what it has started.
+        let cluster = tokio::select! {
+            cluster = Cluster::start(programs, args.nodes) => Box::new(cluster?),
+            () = crate::interrupted() => return Err(ChaosError::Interrupted),
+        };
         let (urls, mut ground) = (cluster.urls(), Ground::Own(cluster));
         let report = suffer(&mut ground, urls, &faults, seed, &load).await;
         if let Ground::Own(cluster) = ground {
