@@ -487,6 +487,7 @@ impl Crowd {
         let now = Instant::now();
         self.seen.done(due, now);
         if self.members[index].phase != Phase::Open {
+            self.seen.counts.sent += 1;
             self.seen.counts.refused += 1;
             self.seen.counts.example(|| "not sent: its sender is not connected".to_owned());
             return;

@@ -96,6 +96,8 @@ pub(crate) struct Counts {
     pub(crate) holes: u64,
     pub(crate) announced_breaks: u64,
     pub(crate) lost: u64,
+    /// Messages that were neither acknowledged nor refused.
+    pub(crate) unanswered: u64,
     pub(crate) longest_silence_ms: u64,
     pub(crate) examples: Vec<String>,
 }
@@ -114,6 +116,7 @@ impl Counts {
         self.holes += other.holes;
         self.announced_breaks += other.announced_breaks;
         self.lost += other.lost;
+        self.unanswered += other.unanswered;
         self.longest_silence_ms = self.longest_silence_ms.max(other.longest_silence_ms);
         self.examples.extend(other.examples);
         self.examples.truncate(EXAMPLES_MAX);

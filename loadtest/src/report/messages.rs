@@ -31,6 +31,8 @@ pub(crate) struct Messages {
     pub(crate) disagreements: u64,
     /// Anything else that the protocol does not allow.
     pub(crate) other_violations: u64,
+    /// Messages that were neither acknowledged nor refused.
+    pub(crate) unanswered: u64,
     /// Rooms in which not all had what was sent when the run was over, and why.
     pub(crate) unfinished: Vec<String>,
     /// The first of what was wrong, in words.
@@ -130,7 +132,7 @@ impl Messages {
     }
 
     /// What was wrong, by its name, and how often.
-    fn wrong(&self) -> [(&'static str, u64); 7] {
+    fn wrong(&self) -> [(&'static str, u64); 8] {
         [
             ("lost", self.lost),
             ("duplicated", self.duplicated),
@@ -139,6 +141,7 @@ impl Messages {
             ("unannounced breaks", self.unannounced_breaks),
             ("disagreements", self.disagreements),
             ("other violations", self.other_violations),
+            ("unanswered", self.unanswered),
         ]
     }
 

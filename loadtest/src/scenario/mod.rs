@@ -227,6 +227,7 @@ fn report(
             holes: counts.holes,
             announced_breaks: counts.announced_breaks,
             sends_refused: counts.refused,
+            unanswered: counts.unanswered,
             longest_silence_ms: counts.longest_silence_ms,
             examples: counts.examples.clone(),
             ..Messages::default()

@@ -133,7 +133,8 @@ fn came(part: &Part, latency: &Latency, p99_max: Duration) -> Came {
         memory_per_connection_bytes: None,
     };
     let counts = &part.counts;
-    let wrong = counts.lost + counts.duplicated + counts.out_of_order + counts.holes;
+    let wrong =
+        counts.lost + counts.duplicated + counts.out_of_order + counts.holes + counts.unanswered;
     if own.flaw().is_some() {
         Came::ToolBroke
     } else if wrong + counts.refused > 0 || u128::from(latency.p99_us) > p99_max.as_micros() {

@@ -119,11 +119,13 @@ impl Stage {
         }
         self.talked = began.elapsed();
         self.own.end();
-        let answered = |stage: &Self| {
+        let unanswered = |stage: &Self| {
             let counts = &stage.crowd.seen.counts;
-            counts.acknowledged.iter().sum::<u64>() + counts.refused >= counts.sent
+            let answered = counts.acknowledged.iter().sum::<u64>() + counts.refused;
+            counts.sent.saturating_sub(answered)
         };
-        self.wait(ARRIVE_MAX, answered)?;
+        self.wait(ARRIVE_MAX, |stage| unanswered(stage) == 0)?;
+        self.crowd.seen.counts.unanswered = unanswered(self);
         let sum = self.meet(Phase::Talking)?;
         let room_of = |stage: &Self, member| sum.acknowledged[stage.crowd.plan.room_of(member)];
         self.wait(ARRIVE_MAX, |stage| {
