@@ -112,21 +112,8 @@ pub(crate) async fn run(args: ChatArgs) -> Result<Report, CostError> {
     for number in 0..args.people {
         people.spawn(Person::new(number, &args, seen.clone(), began).live(end));
     }
-    let mut progress = Progress::new();
-    let mut interrupted = std::pin::pin!(crate::interrupted());
     let over = sleep_until(end);
-    let mut over = std::pin::pin!(over);
-    let is_interrupted = loop {
-        // All arms are cancel-safe.
-        tokio::select! {
-            () = &mut over => break false,
-            () = &mut interrupted => break true,
-            () = tokio::time::sleep(Duration::from_millis(250)) => {
-                progress.show(&mut seen.lock().timeline);
-            }
-        }
-    };
-    drop(progress);
+    let is_interrupted = Progress::new().until(over, |show| show(&mut seen.lock().timeline)).await;
     own.end();
     let talked = began.elapsed();
     let (open, done) = {

@@ -2,7 +2,7 @@
 
 use indicatif::{ProgressBar, ProgressStyle};
 use loadtest::ledger::timeline::Timeline;
-use tokio::time::{Duration, Instant};
+use tokio::time::{Duration, Instant, sleep};
 
 /// How often the line is rewritten.
 const EVERY: Duration = Duration::from_millis(200);
@@ -24,6 +24,25 @@ impl Progress {
     pub(crate) fn new() -> Self {
         let style = ProgressStyle::with_template("{elapsed:>4} {msg}").expect("it is a constant");
         Self { bar: ProgressBar::new_spinner().with_style(style), shown: None }
+    }
+
+    /// Shows how far it is until something is over, or somebody interrupts it. `look` is given what
+    /// shows a timeline. Returns whether somebody did.
+    pub(crate) async fn until(
+        mut self,
+        over: impl Future<Output = ()>,
+        look: impl Fn(&mut dyn FnMut(&mut Timeline)),
+    ) -> bool {
+        let mut over = std::pin::pin!(over);
+        let mut interrupted = std::pin::pin!(crate::interrupted());
+        loop {
+            // All arms are cancel-safe.
+            tokio::select! {
+                () = &mut over => return false,
+                () = &mut interrupted => return true,
+                () = sleep(EVERY) => look(&mut |timeline| self.show(timeline)),
+            }
+        }
     }
 
     /// Rewrites it, unless it was rewritten just now.

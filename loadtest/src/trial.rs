@@ -30,8 +30,6 @@ const JOIN_MAX: Duration = Duration::from_secs(60);
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 /// How often it is looked how late this program is.
 const LAG_EVERY: Duration = Duration::from_millis(1);
-/// How often it is told how far it is.
-const TELL_EVERY: Duration = Duration::from_millis(250);
 
 /// Why a trial has no result.
 #[derive(Debug, thiserror::Error)]
@@ -140,17 +138,7 @@ impl Trial {
     /// Shows how far it is until something is over, or somebody interrupts it. Returns whether
     /// somebody did.
     pub(crate) async fn shown_until(&self, over: impl Future<Output = ()>) -> bool {
-        let mut progress = Progress::new();
-        let mut over = std::pin::pin!(over);
-        let mut stopped = std::pin::pin!(crate::interrupted());
-        loop {
-            // All arms are cancel-safe.
-            tokio::select! {
-                () = &mut over => return false,
-                () = &mut stopped => return true,
-                () = sleep(TELL_EVERY) => progress.show(&mut self.timeline.lock()),
-            }
-        }
+        Progress::new().until(over, |show| show(&mut self.timeline.lock())).await
     }
 
     /// Has everybody end what was begun, and counts.

@@ -116,8 +116,7 @@ impl Process {
     /// Sends a signal, named as for `kill`.
     async fn signal(&self, signal: &str) {
         let Some(pid) = self.child.id() else { return };
-        // It may have ended by itself.
-        let _ = Command::new("kill").args(["-s", signal, &pid.to_string()]).status().await;
+        self::signal(pid, signal).await;
     }
 
     async fn kill(&mut self) {
@@ -288,6 +287,11 @@ impl Drop for Cluster {
             std::thread::sleep(LOOK_AGAIN);
         }
     }
+}
+
+/// Sends a process a signal, named as for `kill`. It may have ended by itself.
+pub(super) async fn signal(pid: u32, signal: &str) {
+    let _ = Command::new("kill").args(["-s", signal, &pid.to_string()]).status().await;
 }
 
 /// Gives a Redis a command in its inline form. It may not answer.

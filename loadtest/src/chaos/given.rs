@@ -3,10 +3,10 @@
 use std::{io, net::SocketAddr, time::Duration};
 
 use loadtest::proxy::{Mode, Proxy};
-use tokio::{net::lookup_host, process::Command, time::sleep};
+use tokio::{net::lookup_host, time::sleep};
 
 use super::{
-    cluster::{ClusterError, tell},
+    cluster::{ClusterError, signal, tell},
     plan::{Fault, Kind},
 };
 use crate::args::{GivenArgs, Target};
@@ -96,9 +96,4 @@ impl Given {
             tell(address, command).await;
         }
     }
-}
-
-async fn signal(pid: u32, signal: &str) {
-    // One that is gone shows by what its members see.
-    let _ = Command::new("kill").args(["-s", signal, &pid.to_string()]).status().await;
 }

@@ -183,11 +183,14 @@ impl Crowd {
         self.members[member].seq
     }
 
-    /// The highest number that was seen in a room.
-    pub(crate) fn top(&self, room: usize) -> u64 {
-        let in_room = |(member, _): &(usize, &Member)| self.plan.room_of(*member) == room;
-        let members = self.members.iter().enumerate().filter(in_room);
-        members.map(|(_, member)| member.seq).max().unwrap_or(0)
+    /// The highest number that was seen in each room.
+    pub(crate) fn tops(&self) -> Vec<u64> {
+        let mut tops = vec![0; self.plan.rooms()];
+        for (index, member) in self.members.iter().enumerate() {
+            let top = &mut tops[self.plan.room_of(index)];
+            *top = member.seq.max(*top);
+        }
+        tops
     }
 
     /// What an open connection got since it was opened, for each that is open and reads.
@@ -455,14 +458,13 @@ impl Crowd {
     }
 
     fn on_entry(&mut self, index: usize, message: &[u8], now: Instant) {
+        let now_ns = self.ns(now);
         let member = &mut self.members[index];
         if let Some(seq) = seen::seq(message) {
             self.seen.counts.judge(index, member.seq, seq);
             member.seq = seq;
         }
         member.received += 1;
-        let (origin, origin_ns) = self.origin;
-        let now_ns = origin_ns + now.saturating_duration_since(origin).as_nanos() as u64;
         // That a message waited for who did not read says nothing about a server.
         let stamp = Stamp::find(message).filter(|_| !member.has_stalled);
         let latency = stamp.map(|stamp| Duration::from_nanos(now_ns.saturating_sub(stamp.due_ns)));
@@ -482,6 +484,12 @@ impl Crowd {
         self.seen.timeline.connected(now);
     }
 
+    /// A moment by the clock that all processes share.
+    fn ns(&self, at: Instant) -> u64 {
+        let (origin, origin_ns) = self.origin;
+        origin_ns + at.saturating_duration_since(origin).as_nanos() as u64
+    }
+
     /// Has an own connection send a message that was due then.
     pub(crate) fn send(&mut self, index: usize, due: Instant, bytes: usize) {
         let now = Instant::now();
@@ -495,12 +503,10 @@ impl Crowd {
         let number = self.plan.share.number(self.sent);
         self.sent += 1;
         self.seen.counts.sent += 1;
-        let (origin, origin_ns) = self.origin;
-        let due_ns = origin_ns + due.saturating_duration_since(origin).as_nanos() as u64;
-        let stamp = Stamp { sender: self.plan.share.number(index), due_ns };
+        let stamp = Stamp { sender: self.plan.share.number(index), due_ns: self.ns(due) };
         let Some(room) = self.plan.room(self.plan.room_of(index)) else { return };
         // Random as any id of this version, and different in each run.
-        let run = origin_ns & 0xFFFF_FFFF;
+        let run = self.origin.1 & 0xFFFF_FFFF;
         let content = stamp.content(bytes);
         let frame = wire::text(&format!(
             r#"{{"type":"message","room":"{room}","id":"{run:08x}-0000-4000-8000-{number:012x}","content":"{content}"}}"#

@@ -13,7 +13,7 @@ use std::{
     sync::mpsc,
 };
 
-use loadtest::ledger::timeline::Second;
+use loadtest::ledger::timeline::{self, Second};
 use serde::{Deserialize, Serialize};
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, Lines},
@@ -130,13 +130,10 @@ impl Part {
     /// What a crowd saw.
     pub(crate) fn of(crowd: &mut Crowd, own: &Own) -> Self {
         let Seen { counts, lag_us, .. } = &crowd.seen;
-        let pair = |one: hdrhistogram::iterators::IterationValue<u64>| {
-            (one.value_iterated_to(), one.count_at_value())
-        };
         Self {
             tally: crowd.tally.clone(),
             counts: counts.clone(),
-            lag_us: lag_us.iter_recorded().map(pair).collect(),
+            lag_us: timeline::pairs(lag_us),
             seconds: crowd.seen.seconds(),
             cpu_percent: own.cpu_percent(),
             grown_bytes: own.grown_bytes,

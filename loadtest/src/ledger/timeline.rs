@@ -64,6 +64,12 @@ pub fn histogram<'a>(seconds: impl IntoIterator<Item = &'a Second>) -> Histogram
     all
 }
 
+/// The values of a histogram and how often each occurred, to be added to those of another.
+pub fn pairs(histogram: &Histogram<u64>) -> Vec<(u64, u64)> {
+    let recorded = histogram.iter_recorded();
+    recorded.map(|one| (one.value_iterated_to(), one.count_at_value())).collect()
+}
+
 fn empty() -> Histogram<u64> {
     Histogram::new_with_max(LATENCY_MAX_US, 2).expect("2 digits are possible")
 }
@@ -149,11 +155,7 @@ impl Timeline {
     }
 
     fn settle(&mut self) {
-        let pairs = self.now_us.iter_recorded();
-        let pair = |one: hdrhistogram::iterators::IterationValue<u64>| {
-            (one.value_iterated_to(), one.count_at_value())
-        };
-        self.now.latency_us = pairs.map(pair).collect();
+        self.now.latency_us = pairs(&self.now_us);
     }
 }
 

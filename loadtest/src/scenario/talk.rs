@@ -152,8 +152,7 @@ impl Stage {
         for member in stalled {
             self.crowd.stall(*member, false);
         }
-        let rooms = self.crowd.plan.rooms();
-        let tops: Vec<u64> = (0..rooms).map(|room| self.crowd.top(room)).collect();
+        let tops = self.crowd.tops();
         let caught_up = |stage: &Self, member: usize| {
             stage.crowd.seq(member) >= tops[stage.crowd.plan.room_of(member)]
         };
