@@ -14,9 +14,9 @@ use crate::{
     report::{Report, Step, connections::Connections},
 };
 
-/// Memory comes and goes in pieces of this size where the kernel has huge pages: what is less says
-/// nothing.
-const STEP_BYTES: u64 = 2 << 20;
+/// Memory comes and goes in pieces of 2 MiB where the kernel has huge pages: one piece more or less
+/// says nothing, and a run in which the bound is less than two cannot tell.
+const STEPS_BYTES: u64 = 4 << 20;
 
 /// Runs it.
 pub(crate) async fn run(args: StormArgs) -> Result<Option<Report>, ScenarioError> {
@@ -55,7 +55,7 @@ fn storm(args: &StormArgs, stop: &Arc<AtomicBool>) -> Result<Played, ScenarioErr
             memory.iter().filter_map(|round| round.get(number)).copied().collect();
         let Some(each) = left_behind(&bytes, args.connections) else { continue };
         let gone = u64::from(args.connections) * (bytes.len() / 2) as u64;
-        let tells = gone * u64::from(args.leak_max) >= STEP_BYTES;
+        let tells = gone * u64::from(args.leak_max) >= STEPS_BYTES;
         let of = if tells { "that is gone" } else { "that is gone, but they are too few to tell" };
         steps.push(Step {
             what: format!("server {pid} keeps"),
