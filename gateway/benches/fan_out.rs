@@ -13,6 +13,7 @@ use gateway::{
     drain::Tasks,
     hub::{Hub, HubOptions, join::Start, member::Subscriber},
     outbox::Outbox,
+    presence::{Presence, PresenceOptions},
     telemetry::metrics::Metrics,
 };
 use shared::{
@@ -63,19 +64,24 @@ impl World {
     async fn start(room: &RoomId) -> Self {
         let (tasks, metrics) = (Tasks::default(), Arc::new(Metrics::new()));
         let (mailboxes, letters) = Mailboxes::new(1, 16_384, metrics.clone());
-        let bus: Arc<dyn Bus> = Arc::new(MemoryBus::start(retention(), mailboxes.clone(), &tasks));
+        let memory = MemoryBus::start(retention(), &Default::default(), mailboxes.clone(), &tasks);
+        let presence =
+            Presence::start(Arc::new(memory.clone()), PresenceOptions::default(), &tasks);
+        let bus: Arc<dyn Bus> = Arc::new(memory);
         let options = HubOptions {
             ring_bytes_max: 1 << 28,
             ids_bytes_max: 1 << 26,
             dedup_window: Duration::from_secs(600),
             log_ttl: Duration::from_secs(3600),
         };
-        let hub = Hub::start(&bus, mailboxes, letters, options, &metrics, &tasks);
+        let people = (&bus, &presence, &Default::default());
+        let hub = Hub::start(people, mailboxes, letters, options, &metrics, &tasks);
         let mut members = Vec::new();
         for _ in 0..MEMBERS {
             let outbox = Outbox::to_owner(1 << 20, metrics.clone());
             let member = Arc::new(Subscriber::new(ConnectionId::random(), outbox));
-            hub.join(room.clone(), member.clone(), None, Start::Newest(0)).await.unwrap();
+            let (start, entered) = (Start::Newest(0), Default::default());
+            hub.join(room.clone(), member.clone(), None, start, entered).await.unwrap();
             member.outbox.take();
             members.push(member);
         }

@@ -25,10 +25,13 @@ use crate::{
             RedisOptions,
             topology::{TlsFiles, url::Topology},
         },
+        registry::RegistryOptions,
     },
     http::{HttpLimits, HttpOptions, origin::AllowedOrigins},
     hub::HubOptions,
     limits::Rate,
+    presence::PresenceOptions,
+    rooms::RoomRules,
     session::{SessionLimits, auth::Auth},
     telemetry::LogFormat,
     transport::{Heartbeat, echo::EchoMode},
@@ -56,6 +59,12 @@ pub struct Config {
     pub redis: Option<RedisOptions>,
     /// How long logs are kept.
     pub retention: Retention,
+    /// How long what is known of rooms is kept.
+    pub registry: RegistryOptions,
+    /// What holds for rooms by their names.
+    pub rooms: RoomRules,
+    /// Who is present.
+    pub presence: PresenceOptions,
     /// The HTTP side.
     pub http: HttpOptions,
     /// Sessions.
@@ -168,6 +177,12 @@ impl Config {
         let key_file = r.take::<Option_<PathBuf>>("cluster.redis_key_file", "", "The key of `cluster.redis_cert_file` (PEM).");
         let partitions = r.take_in("cluster.partitions", "256", 1..=16_384_u16, "Over how many partitions rooms are spread in Redis. The same on all nodes, for good.");
 
+        let create_on_join = r.take::<bool>("rooms.create_on_join", "true", "Whether a room that is not there is made by being joined. Otherwise: `not_found`.");
+        let empty_ttl = r.take::<Span>("rooms.empty_ttl", "24h", "How long a managed room stays that nobody is in.");
+        let ephemeral = r.take::<List<String>>("rooms.ephemeral", "", "Rooms that keep no log, by name or prefix, as `cursors,live:*`: messages are passed on once and not kept. The same on all nodes.");
+        let grace = r.take::<Span>("presence.grace", "3s", "How long a user stays present whose last connection has gone, so that a page can be loaded again.");
+        let individual_max = r.take_in("presence.individual_max", "100", 0..=10_000_usize, "Up to how many members a room tells one by one who comes and goes; above it `presence_diff`, at most every 250 ms.");
+        let presence_public = r.take::<bool>("presence.public", "true", "Whether clients may ask who is connected to the cluster, or only how many.");
         let publish_wait = r.take::<Span>("publish.wait", "5s", "How long a send, `join` or `history` waits for Redis before `unavailable`.");
         let dedup_window = r.take::<Span>("dedup.window", "10m", "How long the `id` of a message is known.");
         let entries_min = r.take_in("history.max_entries", "1000", 1..=1_000_000_u32, "How many entries a room's log keeps; more while they are younger than `history.window`.");
@@ -222,7 +237,7 @@ impl Config {
         if !jwt && redis_url.0.is_some() && !allow_anonymous {
             r.mistake("auth.mode", "`anonymous` lets anybody speak as anybody: set `jwt`, or for a cluster that is open on purpose set auth.allow_anonymous = true".into());
         }
-        for (key, span) in [("publish.wait", &publish_wait), ("dedup.window", &dedup_window), ("history.ttl", &ttl), ("heartbeat.interval", &interval), ("heartbeat.silence_max", &silence), ("heartbeat.stall_max", &stall)] {
+        for (key, span) in [("publish.wait", &publish_wait), ("dedup.window", &dedup_window), ("history.ttl", &ttl), ("heartbeat.interval", &interval), ("heartbeat.silence_max", &silence), ("heartbeat.stall_max", &stall), ("rooms.empty_ttl", &empty_ttl)] {
             if span.0 < Duration::from_millis(1) || span.0 > Duration::from_secs(10 * 365 * 86_400) {
                 r.mistake(key, "has to be 1ms to 10 years".into());
             }
@@ -254,8 +269,11 @@ impl Config {
             node: node.clone(),
             log_format,
             log_level: log_level.0,
-            redis: redis_url.0.map(|url| RedisOptions { url, tls, partitions, retention: retention.clone(), node: node.to_string() }),
+            redis: redis_url.0.map(|url| RedisOptions { url, tls, partitions, retention: retention.clone(), registry: RegistryOptions { empty_ttl: empty_ttl.0 }, node: node.to_string() }),
             retention,
+            registry: RegistryOptions { empty_ttl: empty_ttl.0 },
+            rooms: RoomRules { ephemeral: ephemeral.0, create_on_join },
+            presence: PresenceOptions { grace: grace.0, individual_max, public: presence_public },
             http: HttpOptions {
                 auth: if jwt { Auth::jwt(&secret, leeway.0) } else { Auth::Anonymous },
                 auth_cookie,

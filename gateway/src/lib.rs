@@ -19,6 +19,8 @@ pub mod limits;
 pub mod outbox;
 pub mod delivery;
 pub mod bus;
+pub mod rooms;
+pub mod presence;
 pub mod publisher;
 pub mod hub;
 pub mod session;

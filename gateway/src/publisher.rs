@@ -20,13 +20,19 @@ use shared::{
 use tokio::time::Instant;
 
 use crate::{
-    bus::{Append, Appended, Bus, BusError},
+    bus::{
+        Append, Appended, Bus, BusError, Done,
+        registry::{Notice, Registry},
+    },
+    rooms::RoomRules,
     telemetry::metrics::{Metrics, Publish},
 };
 
 /// Hands messages to the bus.
 pub struct Publisher {
     bus: Arc<dyn Bus>,
+    registry: Arc<dyn Registry>,
+    rules: Arc<RoomRules>,
     metrics: Arc<Metrics>,
     /// How long a publish may wait for the bus.
     wait_max: Duration,
@@ -82,15 +88,18 @@ impl Publisher {
     /// A publisher into `bus`.
     pub fn new(
         bus: Arc<dyn Bus>,
+        registry: Arc<dyn Registry>,
+        rules: Arc<RoomRules>,
         metrics: Arc<Metrics>,
         wait_max: Duration,
         message_bytes_max: usize,
     ) -> Self {
-        Self { bus, metrics, wait_max, message_bytes_max }
+        Self { bus, registry, rules, metrics, wait_max, message_bytes_max }
     }
 
     /// Hands `message` to the bus and returns at once. `done` hears what became of it; calls of
-    /// one connection for one room are numbered in their order.
+    /// one connection for one room are numbered in their order. In a room without a log it is passed
+    /// on and not kept, and its position is none.
     ///
     /// # Errors
     ///
@@ -135,17 +144,17 @@ impl Publisher {
 
         let begun = Instant::now();
         let metrics = self.metrics.clone();
-        self.bus.append(Append {
-            room: message.room.clone(),
-            envelope,
-            urgent: false,
-            deadline: begun + self.wait_max,
-            done: Box::new(move |result| {
-                metrics.publish_seconds.observe(begun.elapsed().as_secs_f64());
-                metrics.publishes.of(outcome(&result)).inc();
-                done(result);
-            }),
+        let done: Done = Box::new(move |result| {
+            metrics.publish_seconds.observe(begun.elapsed().as_secs_f64());
+            metrics.publishes.of(outcome(&result)).inc();
+            done(result);
         });
+        let (room, deadline) = (message.room.clone(), begun + self.wait_max);
+        if self.rules.is_durable(&room) {
+            self.bus.append(Append { room, envelope, urgent: false, deadline, done });
+        } else {
+            self.registry.pass_on(room, Notice::Message(envelope), done);
+        }
         Ok(())
     }
 }

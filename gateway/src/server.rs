@@ -9,6 +9,7 @@ use crate::{
         Bus, Mailboxes,
         memory::MemoryBus,
         redis::{RedisBus, RedisStartError},
+        registry::Registry,
     },
     config::Config,
     drain::Tasks,
@@ -17,6 +18,7 @@ use crate::{
         listen::{self, TcpLimits},
     },
     hub::{Hub, MAILBOX_LEN},
+    presence::Presence,
     publisher::Publisher,
     session::Services,
     telemetry::metrics::Metrics,
@@ -80,16 +82,25 @@ impl Server {
             }
             None => None,
         };
-        let bus: Arc<dyn Bus> = match &redis {
-            Some(redis) => redis.clone(),
-            None => Arc::new(MemoryBus::start(config.retention, mailboxes.clone(), &tasks)),
+        let (bus, registry): (Arc<dyn Bus>, Arc<dyn Registry>) = match &redis {
+            Some(redis) => (redis.clone(), redis.clone()),
+            None => {
+                let (retention, registry) = (config.retention, &config.registry);
+                let memory = MemoryBus::start(retention, registry, mailboxes.clone(), &tasks);
+                (Arc::new(memory.clone()), Arc::new(memory))
+            }
         };
+        let presence = Presence::start(registry.clone(), config.presence, &tasks);
+        let rules = Arc::new(config.rooms);
         metrics.bus_up.set(i64::from(redis.is_none()));
         let told = mailboxes.standing().told();
-        let hub = Hub::start(&bus, mailboxes, letters, config.hub, &metrics, &tasks);
+        let hub =
+            Hub::start((&bus, &presence, &rules), mailboxes, letters, config.hub, &metrics, &tasks);
         let http_limits = &config.http.limits;
         let publisher = Publisher::new(
             bus.clone(),
+            registry,
+            rules.clone(),
             metrics.clone(),
             config.session.wait_max,
             http_limits.message_bytes_max,
@@ -104,7 +115,17 @@ impl Server {
         };
         let limits = config.session;
         let metrics_of_sessions = metrics.clone();
-        let services = Services { publisher, hub, bus, told, metrics: metrics_of_sessions, limits };
+        let services = Services {
+            publisher,
+            hub,
+            bus,
+            presence,
+            rules,
+            passwords: Arc::default(),
+            told,
+            metrics: metrics_of_sessions,
+            limits,
+        };
         let services = Arc::new(services);
         let node = Node::new(config.node, config.http, services, metrics, tasks.clone());
         let node = Arc::new(node);

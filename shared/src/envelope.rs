@@ -187,6 +187,9 @@ const REPLAY: &str = r#""replay":true,"#;
 
 fn opening(position: &Position, replay: &str) -> String {
     let Position { epoch, seq } = position;
+    if epoch.is_none() {
+        return r#"{"type":"message","#.to_owned();
+    }
     format!(r#"{{"type":"message","epoch":"{epoch}","seq":{seq},{replay}"#)
 }
 
@@ -237,6 +240,12 @@ mod tests {
         assert_eq!(&frame[4 + length..], &[0xFF, 0]);
         let json: serde_json::Value = serde_json::from_str(&envelope.json(&position())).unwrap();
         assert_eq!((&json["encoding"], &json["content"]), (&"base64".into(), &"/wA=".into()));
+    }
+
+    #[test]
+    fn a_room_without_a_log_has_no_numbers() {
+        let frame = pack(None).live_frame(&Position::new(crate::position::Epoch::none(), 0));
+        assert_eq!(&frame[2..], br#"{"type":"message","room":"r","content":1}"#);
     }
 
     #[test]

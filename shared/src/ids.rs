@@ -27,6 +27,13 @@ macro_rules! name {
             }
         }
 
+        /// Ordered and told apart by its text.
+        impl std::borrow::Borrow<str> for $name {
+            fn borrow(&self) -> &str {
+                &self.0
+            }
+        }
+
         impl FromStr for $name {
             type Err = $invalid;
 

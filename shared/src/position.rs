@@ -28,7 +28,20 @@ impl Epoch {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+
+    /// Stands for the epoch that a room without a log does not have.
+    pub fn none() -> Self {
+        Self(NO_EPOCH.into())
+    }
+
+    /// Whether it is [`Epoch::none`].
+    pub fn is_none(&self) -> bool {
+        &*self.0 == NO_EPOCH
+    }
 }
+
+/// No log has it: epochs begin with a number.
+const NO_EPOCH: &str = "-";
 
 impl FromStr for Epoch {
     type Err = InvalidEpoch;

@@ -16,9 +16,13 @@ use shared::{
 };
 use tokio::time::Instant;
 
+mod registry;
+
+use registry::Registered;
+
 use super::{
     Append, Appended, BoxFuture, Bus, BusError, HEAD_TTL, Mailboxes, READ_BYTES_MAX, Range,
-    Retention, random_epoch,
+    Retention, random_epoch, registry::RegistryOptions,
 };
 use crate::{
     delivery::{Entry, Followed, Token, ordinal, page::Page},
@@ -33,11 +37,13 @@ const MAKE_ROOM_EVERY: Duration = Duration::from_millis(100);
 /// How often logs past their time are looked for.
 const SWEEP_EVERY: Duration = Duration::from_secs(30);
 
-/// Logs in memory. Cheap to clone.
+/// Logs and registry in memory. Cheap to clone.
 #[derive(Clone)]
 pub struct MemoryBus {
     rooms: Arc<Mutex<Rooms>>,
+    registered: Arc<Mutex<Registered>>,
     retention: Arc<Retention>,
+    empty_ttl: Duration,
     mailboxes: Mailboxes,
 }
 
@@ -73,8 +79,19 @@ struct Ids {
 
 impl MemoryBus {
     /// An empty bus; a task of `tasks` forgets what is past `retention`.
-    pub fn start(retention: Retention, mailboxes: Mailboxes, tasks: &Tasks) -> Self {
-        let bus = Self { rooms: Arc::default(), retention: Arc::new(retention), mailboxes };
+    pub fn start(
+        retention: Retention,
+        registry: &RegistryOptions,
+        mailboxes: Mailboxes,
+        tasks: &Tasks,
+    ) -> Self {
+        let bus = Self {
+            rooms: Arc::default(),
+            registered: Arc::default(),
+            retention: Arc::new(retention),
+            empty_ttl: registry.empty_ttl,
+            mailboxes,
+        };
         let (sweeper, stopped) = (bus.clone(), tasks.stopped().clone());
         tasks.spawn_service("memory_bus_sweep", async move {
             let mut every = tokio::time::interval(SWEEP_EVERY);
@@ -90,8 +107,10 @@ impl MemoryBus {
     }
 
     fn sweep(&self, now: Instant) {
+        self.registered.lock().sweep(self.empty_ttl, now);
         let Retention { ttl, dedup_window, .. } = *self.retention;
-        let rooms = &mut *self.rooms.lock();
+        let mut guard = self.rooms.lock();
+        let rooms = &mut *guard;
         let Rooms { logs, followed, .. } = rooms;
         logs.retain(|room, log| {
             let idle = now - log.used;
@@ -104,6 +123,9 @@ impl MemoryBus {
             followed.contains(room) || (log.top > 0 && idle <= HEAD_TTL.max(ttl))
         });
         Self::make_room(rooms, self.retention.memory_bytes_max);
+        let kept: HashSet<RoomId> = rooms.logs.keys().cloned().collect();
+        drop(guard);
+        self.registered.lock().sweep_marks(|room| kept.contains(room));
     }
 
     /// Makes room where all logs together take more than they may: those used longest ago go
@@ -181,6 +203,17 @@ impl MemoryBus {
     }
 }
 
+impl MemoryBus {
+    fn delete_log(&self, room: &RoomId) {
+        let Rooms { logs, bytes, .. } = &mut *self.rooms.lock();
+        if let Some(log) = logs.get_mut(room) {
+            let before = log.cost();
+            *log = Log::begun_by_deletion(ordinal(&log.epoch) + 1, Instant::now());
+            *bytes = (*bytes + log.cost()).saturating_sub(before);
+        }
+    }
+}
+
 impl Bus for MemoryBus {
     fn append(&self, append: Append) {
         let appended = self.append_now(&append, Instant::now());
@@ -202,12 +235,7 @@ impl Bus for MemoryBus {
     }
 
     fn delete(&self, room: RoomId) -> BoxFuture<Result<(), BusError>> {
-        let Rooms { logs, bytes, .. } = &mut *self.rooms.lock();
-        if let Some(log) = logs.get_mut(&room) {
-            let before = log.cost();
-            *log = Log::begun_by_deletion(ordinal(&log.epoch) + 1, Instant::now());
-            *bytes = (*bytes + log.cost()).saturating_sub(before);
-        }
+        self.delete_log(&room);
         Box::pin(std::future::ready(Ok(())))
     }
 

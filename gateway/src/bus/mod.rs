@@ -43,9 +43,11 @@ use crate::{
 pub mod home;
 pub mod memory;
 pub mod redis;
+pub mod registry;
 pub mod standing;
 pub mod tail;
 
+use registry::Notice;
 use standing::Standing;
 
 /// A future that can be named, since a trait with `async fn` cannot be an object.
@@ -264,6 +266,8 @@ impl Doubt {
 pub enum Letter {
     /// An entry of a room has arrived.
     Entry(RoomId, Entry),
+    /// Something else has that was said in a room.
+    Notice(RoomId, Notice),
     /// The bus asks what this shard holds: everything that arrived before is part of the answer.
     Holdings(oneshot::Sender<Vec<Followed>>),
 }
@@ -324,8 +328,17 @@ impl Mailboxes {
 
     /// Passes an entry on, or drops it and raises doubt where the mailbox is full.
     pub fn put(&self, room: RoomId, entry: Entry) {
-        let mailbox = &self.shards[self.shard_of(&room)];
-        if mailbox.letters.try_send(Letter::Entry(room, entry)).is_err() {
+        self.send(self.shard_of(&room), Letter::Entry(room, entry));
+    }
+
+    /// As [`Mailboxes::put`], what is no entry.
+    pub fn notify(&self, room: RoomId, notice: Notice) {
+        self.send(self.shard_of(&room), Letter::Notice(room, notice));
+    }
+
+    fn send(&self, shard: usize, letter: Letter) {
+        let mailbox = &self.shards[shard];
+        if mailbox.letters.try_send(letter).is_err() {
             self.metrics.mailbox_overflows.inc();
             mailbox.doubt.raise();
         }

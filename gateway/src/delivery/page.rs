@@ -31,6 +31,19 @@ pub struct Page {
 }
 
 impl Page {
+    /// What a room without a log shows: nothing, at no position.
+    pub fn of_no_log() -> Self {
+        Self {
+            epoch: Epoch::none(),
+            former: None,
+            deleted: 0,
+            term: 0,
+            top: 0,
+            oldest: 0,
+            entries: Vec::new(),
+        }
+    }
+
     /// Whether the page shows all that stands behind `seq`, or at least the next of it, and if not,
     /// why.
     ///

@@ -117,7 +117,8 @@ fn join_of(room: &str, params: &[(String, String)]) -> Result<Join, &'static str
             .ok_or("`history` is 0 to 1000")?,
         None => history_default(),
     };
-    Ok(Join { room, since, history })
+    let password = param(params, "password").map(str::to_owned);
+    Ok(Join { room, since, history, password })
 }
 
 fn param<'a>(params: &'a [(String, String)], name: &str) -> Option<&'a str> {
@@ -395,7 +396,12 @@ impl Opening {
             deflating.map(|(deflate, bytes_min)| Deflating { window: deflate.window(), bytes_min });
         let outbox = Outbox::to_socket(socket, limits.outbox_bytes_max, node.metrics.clone())
             .deflating(deflating);
-        let subscriber = Arc::new(Subscriber::new(ConnectionId::random(), outbox));
+        let mut subscriber = Subscriber::new(ConnectionId::random(), outbox);
+        let identified = node.options.auth.identify(&self.credentials);
+        if let Ok(identity) = &identified {
+            subscriber = subscriber.of(identity.user.id.clone());
+        }
+        let subscriber = Arc::new(subscriber);
         let options = transport::Options {
             message_bytes_max: limits.message_bytes_max,
             heartbeat: node.options.heartbeat.clone(),
@@ -411,7 +417,6 @@ impl Opening {
             return opened(Handler::Echo(Echo { mode: node.options.echo }), self.places, None);
         }
 
-        let identified = node.options.auth.identify(&self.credentials);
         let user = match &identified {
             Ok(identity) => {
                 let id = identity.user.id.clone();
@@ -435,8 +440,11 @@ impl Opening {
 
         let (id, user_id) = (subscriber.connection, identity.user.id.clone());
         tracing::debug!(connection = %id, user = %user_id, "connected");
+        // When the client hears `connected` everybody can see that its user is.
+        let (presence, wait) = (&node.services.presence, node.services.limits.wait_max);
+        let online = presence.appear(&identity.user, wait).await;
         subscriber.answer(&connected(&node, &identity, &subscriber, self.route));
-        let session = Session::new(node.services.clone(), identity, subscriber.clone());
+        let session = Session::new(node.services.clone(), identity, subscriber.clone(), online);
         let mut opened = opened(Handler::Chat(Box::new(session)), self.places, user);
         if let Endpoint::Room(join) = self.endpoint {
             subscriber.outbox.flush();

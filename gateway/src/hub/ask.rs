@@ -38,9 +38,9 @@ impl Shard {
             return;
         }
         self.settling = self.doubted;
-        self.doubtful = self.rooms.len();
-        let mut rooms = Vec::with_capacity(self.rooms.len());
-        for (name, room) in &mut self.rooms {
+        self.doubtful = self.rooms.values().filter(|room| room.durable).count();
+        let mut rooms = Vec::with_capacity(self.doubtful);
+        for (name, room) in self.rooms.iter_mut().filter(|(_, room)| room.durable) {
             room.doubtful = true;
             if !room.follow.read_again() {
                 rooms.push((name.clone(), room.generation));
@@ -48,6 +48,7 @@ impl Shard {
         }
         self.compare(rooms);
         self.note_if_settled();
+        self.read_rosters(self.rooms.keys().cloned().collect());
     }
 
     /// A room was proven whole since the last doubt, or is not followed any more.
@@ -171,6 +172,7 @@ impl Shard {
     fn spawn_read(&self, asked: Asked, heal: Option<Followed>, range: Range, pause: Duration) {
         let (bus, calls) = (self.bus.clone(), self.calls.clone());
         let metrics = self.turn.metrics.clone();
+        let durable = self.rules.is_durable(&asked.room);
         let read = async move {
             // A sleep of no time would take a tick of the clock.
             if !pause.is_zero() {
@@ -180,6 +182,10 @@ impl Shard {
                 && let Err(error) = bus.follow(asked.room.clone()).await
             {
                 let _ = calls.send(Call::Answered { asked, result: Err(error) }).await;
+                return;
+            }
+            if !durable {
+                let _ = calls.send(Call::Answered { asked, result: Ok(Page::of_no_log()) }).await;
                 return;
             }
             if let Some(held) = heal {
@@ -207,6 +213,10 @@ impl Shard {
             self.stretch_ended();
         }
         let is_old = self.is_from_before(fence);
+        if let (Purpose::Open, Ok(_)) = (&purpose, &result) {
+            // The room is followed by now, so that no change falls between the two.
+            self.read_rosters(vec![name.clone()]);
+        }
         let Some(room) = self.rooms.get_mut(&name).filter(|room| room.generation == generation)
         else {
             return;
@@ -332,7 +342,11 @@ impl Shard {
         }
     }
 
-    fn spawn(&self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
+    pub(super) fn spawn(
+        &self,
+        name: &'static str,
+        task: impl Future<Output = ()> + Send + 'static,
+    ) {
         let stopped = self.tasks.stopped().clone();
         self.tasks.spawn_service(name, async move {
             // Both arms are cancel-safe: at the end nobody waits for the answer.

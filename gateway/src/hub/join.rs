@@ -15,10 +15,11 @@ use tokio::sync::oneshot;
 
 use super::{
     member::{Member, Pace, Subscriber, Turn},
+    people::count_for,
     room::Room,
 };
 use crate::{
-    bus::Range,
+    bus::{Range, registry::Entered},
     delivery::{
         Entry,
         judge::READ_LEN,
@@ -34,6 +35,8 @@ pub(super) struct Join {
     pub(super) subscriber: Arc<Subscriber>,
     pub(super) reference: Option<Ref>,
     pub(super) start: Start,
+    /// What its user was told on entering.
+    pub(super) entered: Entered,
     /// Hears when `joined` has been sent; dropped where the room cannot be followed.
     pub(super) done: oneshot::Sender<()>,
     /// Whether the log was read anew for this join: another node may have delivered what this one
@@ -220,30 +223,33 @@ impl Room {
     ) -> Step {
         let live = self.follow.top() == Some(&cursor);
         self.send_joined(&join, at, history, more);
-        let subscriber = join.subscriber;
+        let Join { subscriber, entered, done, .. } = join;
         turn.touch(&subscriber);
         // Who has given up meanwhile sends a call behind this one that takes it back.
-        let _ = join.done.send(());
+        let _ = done.send(());
         if !live {
             subscriber.outbox.lag(self.name.clone());
         }
         let pace = if live { Pace::Live } else { Pace::Behind };
-        self.add(Member::at(subscriber, cursor, pace));
+        self.add(Member { knows: entered.version, ..Member::at(subscriber, cursor, pace) });
         Step::Done
     }
 
     fn send_joined(&self, join: &Join, at: Position, history: Vec<Box<RawValue>>, more: bool) {
         let again = self.is_member(join.subscriber.connection);
+        let entered = join.entered;
         join.subscriber.answer(&Answer::Joined(Box::new(Joined {
             reference: join.reference.clone(),
             room: self.name.clone(),
             epoch: at.epoch,
             seq: at.seq,
+            members: count_for(entered, &self.people.roster),
             recovered: again || join.since().is_some(),
             reason: join.lost.filter(|_| !again),
             history,
             more,
-            durable: true,
+            read: entered.read,
+            durable: self.durable,
         })));
     }
 }

@@ -8,7 +8,7 @@ use serde_json::value::RawValue;
 use shared::{
     codec::{self, Opcode},
     envelope::Envelope,
-    ids::{ConnectionId, MessageId, RoomId},
+    ids::{ConnectionId, MessageId, RoomId, UserId},
     position::Position,
     protocol::{
         Ref,
@@ -18,7 +18,7 @@ use shared::{
 use smallvec::SmallVec;
 
 use crate::{
-    bus::standing::Standing,
+    bus::{registry::Version, standing::Standing},
     delivery::{Entry, follow::Keep},
     outbox::{Offer, Outbox, deflate::Deflating},
     telemetry::metrics::Metrics,
@@ -29,6 +29,8 @@ use crate::{
 pub struct Subscriber {
     /// Its id.
     pub connection: ConnectionId,
+    /// Whose it is.
+    user: Option<UserId>,
     /// Where its frames go.
     pub outbox: Outbox,
     /// Messages it sent with `echo:false` whose `ack` is to stand where the copy would.
@@ -87,7 +89,17 @@ impl Subscriber {
     pub fn new(connection: ConnectionId, outbox: Outbox) -> Self {
         #[cfg(feature = "defects")]
         crate::defect::connect();
-        Self { connection, outbox, placed_acks: Mutex::default() }
+        Self { connection, user: None, outbox, placed_acks: Mutex::default() }
+    }
+
+    /// The same, of `user`.
+    pub fn of(self, user: UserId) -> Self {
+        Self { user: Some(user), ..self }
+    }
+
+    /// Whether it is `user`'s.
+    pub fn is_of(&self, user: &UserId) -> bool {
+        self.user.as_ref() == Some(user)
     }
 
     /// Sends a frame that answers the client's own.
@@ -218,6 +230,8 @@ pub(super) struct Member {
     /// The last entry it was given, or where it was told to go on.
     pub(super) cursor: Position,
     pub(super) pace: Pace,
+    /// What it was told of who is present when it came: older changes are part of that.
+    pub(super) knows: Version,
 }
 
 /// Whether a member gets entries as they come.
@@ -231,43 +245,22 @@ pub(super) enum Pace {
     Reading,
 }
 
-/// Frames of one entry, each encoded and compressed when first needed, and shared by all who need
-/// it.
-pub(super) struct Frames<'a> {
-    room: &'a RoomId,
-    entry: &'a Entry,
-    replay: bool,
-    plain: Option<Bytes>,
-    /// One for each window that somebody asked for; `None` where nothing is compressed.
+/// A frame that many get: encoded once, and compressed once for each window that somebody asked for.
+pub(super) struct Shared {
+    plain: Bytes,
+    /// `None` where nothing is compressed.
     deflated: Option<SmallVec<[(Deflating, Bytes); 1]>>,
 }
 
-impl<'a> Frames<'a> {
-    pub(super) fn live(room: &'a RoomId, entry: &'a Entry) -> Self {
-        Self { room, entry, replay: false, plain: None, deflated: Some(SmallVec::new()) }
-    }
-
-    pub(super) fn replay(room: &'a RoomId, entry: &'a Entry) -> Self {
-        Self { replay: true, ..Self::live(room, entry) }
-    }
-
-    /// A replay for one member alone. It is not compressed: every slow reader would cost the room
-    /// as much as all others together.
-    pub(super) fn replay_to_one(room: &'a RoomId, entry: &'a Entry) -> Self {
-        Self { deflated: None, ..Self::replay(room, entry) }
+impl Shared {
+    pub(super) fn new(plain: Bytes) -> Self {
+        Self { plain, deflated: Some(SmallVec::new()) }
     }
 
     /// The frame that goes into `outbox`.
     fn to(&mut self, outbox: &Outbox, metrics: &Metrics) -> &Bytes {
-        let Self { entry, replay, .. } = *self;
-        let plain = self.plain.get_or_insert_with(|| {
-            if replay {
-                entry.envelope.replay_frame(&entry.position)
-            } else {
-                entry.envelope.live_frame(&entry.position)
-            }
-        });
-        let (Some(deflating), Some(all)) = (outbox.deflates(), &mut self.deflated) else {
+        let Self { plain, deflated } = self;
+        let (Some(deflating), Some(all)) = (outbox.deflates(), deflated) else {
             return plain;
         };
         let place = all.iter().position(|(of, _)| *of == deflating).unwrap_or_else(|| {
@@ -278,10 +271,80 @@ impl<'a> Frames<'a> {
     }
 }
 
+/// The frame of one entry, encoded when first needed, and shared by all who need it.
+pub(super) struct Frames<'a> {
+    room: &'a RoomId,
+    entry: &'a Entry,
+    replay: bool,
+    compress: bool,
+    shared: Option<Shared>,
+}
+
+impl<'a> Frames<'a> {
+    pub(super) fn live(room: &'a RoomId, entry: &'a Entry) -> Self {
+        Self { room, entry, replay: false, compress: true, shared: None }
+    }
+
+    pub(super) fn replay(room: &'a RoomId, entry: &'a Entry) -> Self {
+        Self { replay: true, ..Self::live(room, entry) }
+    }
+
+    /// A replay for one member alone. It is not compressed: every slow reader would cost the room
+    /// as much as all others together.
+    pub(super) fn replay_to_one(room: &'a RoomId, entry: &'a Entry) -> Self {
+        Self { compress: false, ..Self::replay(room, entry) }
+    }
+
+    /// The frame that goes into `outbox`.
+    fn to(&mut self, outbox: &Outbox, metrics: &Metrics) -> &Bytes {
+        let Self { entry, replay, compress, .. } = *self;
+        let shared = self.shared.get_or_insert_with(|| {
+            let plain = if replay {
+                entry.envelope.replay_frame(&entry.position)
+            } else {
+                entry.envelope.live_frame(&entry.position)
+            };
+            Shared { plain, deflated: compress.then(SmallVec::new) }
+        });
+        shared.to(outbox, metrics)
+    }
+}
+
 impl Member {
     /// A member that has been given everything up to `cursor`.
     pub(super) fn at(subscriber: Arc<Subscriber>, cursor: Position, pace: Pace) -> Self {
-        Self { subscriber, cursor, pace }
+        Self { subscriber, cursor, pace, knows: Version::default() }
+    }
+
+    /// Whether a change of who is present is news.
+    pub(super) fn lacks(&self, version: Version) -> bool {
+        self.knows.epoch != version.epoch || self.knows.number < version.number
+    }
+
+    /// Gives the member something that it may go without: where its outbox is full it is dropped.
+    pub(super) fn notify(&self, frame: &mut Shared, turn: &mut Turn) {
+        let frame = frame.to(&self.subscriber.outbox, &turn.metrics);
+        self.offer(frame, turn);
+    }
+
+    /// As [`Member::notify`], a message of a room without a log.
+    pub(super) fn pass(&self, frames: &mut Frames<'_>, turn: &mut Turn) {
+        if frames.entry.envelope.sender_without_echo() != Some(self.subscriber.connection) {
+            let frame = frames.to(&self.subscriber.outbox, &turn.metrics);
+            self.offer(frame, turn);
+        }
+    }
+
+    fn offer(&self, frame: &Bytes, turn: &mut Turn) {
+        match self.subscriber.outbox.offer(frame) {
+            Offer::First => turn.touch(&self.subscriber),
+            Offer::Queued => {}
+            Offer::Refused => {
+                turn.metrics.notices_dropped.inc();
+                return;
+            }
+        }
+        turn.metrics.notices.inc();
     }
 
     /// Gives the member the next entry. `false`: its outbox is full, and it is behind from here.

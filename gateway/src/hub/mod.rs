@@ -16,16 +16,24 @@ use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use shared::{
-    ids::{ConnectionId, RoomId},
+    ids::{ConnectionId, RoomId, UserId},
     position::{Position, Seq},
     protocol::Ref,
 };
-use tokio::sync::{mpsc, oneshot};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
 
 use crate::{
-    bus::{Bus, BusError, Letters, Mailboxes},
+    bus::{
+        Bus, BusError, Letters, Mailboxes,
+        registry::{Details, Entered, Snapshot},
+    },
     delivery::page::Page,
     drain::Tasks,
+    presence::Presence,
+    rooms::RoomRules,
     telemetry::metrics::Metrics,
 };
 
@@ -37,9 +45,11 @@ mod budget;
 mod lingering;
 mod shard;
 mod ask;
+pub mod people;
 
 use join::{Join, Start};
 use member::Subscriber;
+use people::Asking;
 use shard::Shard;
 
 /// How long a room without members is still followed, so that who reloads a page finds it.
@@ -94,6 +104,20 @@ enum Call {
         room: RoomId,
         connection: ConnectionId,
     },
+    UsersBehind {
+        room: RoomId,
+        after: String,
+        limit: usize,
+        answer: oneshot::Sender<Vec<UserId>>,
+    },
+    AskPresence {
+        room: RoomId,
+        asks: Asking,
+    },
+    Rosters {
+        rooms: Vec<(RoomId, u64)>,
+        snapshots: Vec<Snapshot>,
+    },
     Compared {
         rooms: Vec<(RoomId, u64)>,
         fence: u64,
@@ -131,7 +155,7 @@ enum Purpose {
 impl Hub {
     /// Starts a task per mailbox.
     pub fn start(
-        bus: &Arc<dyn Bus>,
+        (bus, presence, rules): (&Arc<dyn Bus>, &Arc<Presence>, &Arc<RoomRules>),
         mailboxes: Mailboxes,
         letters: Vec<Letters>,
         options: HubOptions,
@@ -146,16 +170,17 @@ impl Hub {
         };
         let start = |letters: Letters| {
             let (calls, queue) = mpsc::channel(QUEUE_LEN_MAX);
-            let (bus, calls_back) = (bus.clone(), calls.clone());
-            let shard =
-                Shard::new(bus, calls_back, &letters, options.clone(), metrics.clone(), tasks);
+            let services = (bus.clone(), presence.clone(), rules.clone());
+            let (options, metrics) = (options.clone(), metrics.clone());
+            let shard = Shard::new(services, calls.clone(), &letters, options, metrics, tasks);
             tasks.spawn_service("hub_shard", shard.run(queue, letters.letters));
             calls
         };
         Self { shards: letters.into_iter().map(start).collect(), mailboxes }
     }
 
-    /// Makes a connection a member of a room. Resolves when `joined` has been sent.
+    /// Makes a connection a member of a room that its user has `entered`. Resolves when `joined` has
+    /// been sent.
     ///
     /// Who drops the future before it resolves has to [give up](Hub::give_up) or leave.
     ///
@@ -168,9 +193,11 @@ impl Hub {
         subscriber: Arc<Subscriber>,
         reference: Option<Ref>,
         start: Start,
+        entered: Entered,
     ) -> Result<(), NotFollowed> {
         let (done, joined) = oneshot::channel();
-        let join = Join { subscriber, reference, start, done, refreshed: false, lost: None };
+        let join =
+            Join { subscriber, reference, start, entered, done, refreshed: false, lost: None };
         self.call(room.clone(), Call::Join(room, join)).await;
         joined.await.map_err(|_| NotFollowed)
     }
@@ -194,6 +221,28 @@ impl Hub {
     /// Gives a member that is behind what its outbox has room for.
     pub async fn catch_up(&self, room: RoomId, connection: ConnectionId) {
         self.call(room.clone(), Call::CatchUp { room, connection }).await;
+    }
+
+    /// At most `limit` of those present in a room, as its members here know them, that follow `after`.
+    pub async fn users_behind(&self, room: RoomId, after: String, limit: usize) -> Vec<UserId> {
+        let (answer, answered) = oneshot::channel();
+        self.call(room.clone(), Call::UsersBehind { room, after, limit, answer }).await;
+        answered.await.unwrap_or_default()
+    }
+
+    /// Sends a member `presence`: exactly who is present as far as members here were told, when that
+    /// is at least the state of `details`.
+    pub async fn tell_presence(
+        &self,
+        room: RoomId,
+        subscriber: Arc<Subscriber>,
+        reference: Option<Ref>,
+        (after, limit): (String, usize),
+        details: Details,
+    ) {
+        let since = Instant::now();
+        let asks = Asking { subscriber, reference, after, limit, details, since };
+        self.call(room.clone(), Call::AskPresence { room, asks }).await;
     }
 
     async fn call(&self, room: RoomId, call: Call) {

@@ -17,6 +17,7 @@ use super::{
     join::Join,
     laggards::Stretch,
     member::{Frames, Member, Pace, Turn},
+    people::People,
 };
 use crate::{
     bus::Range,
@@ -36,6 +37,9 @@ pub(super) struct Room {
     /// Tells this following of the room from an earlier one, for answers that come late.
     pub(super) generation: u64,
     pub(super) follow: Follow,
+    /// Whether it keeps a log.
+    pub(super) durable: bool,
+    pub(super) people: People,
     /// Whether something has arrived since this was looked at last.
     pub(super) heard: bool,
     /// Whether entries may have been lost that no comparison has looked for yet.
@@ -110,13 +114,15 @@ impl Obey for Handing<'_> {
 }
 
 impl Room {
-    pub(super) fn opening(name: RoomId, generation: u64) -> Self {
+    pub(super) fn opening(name: RoomId, generation: u64, durable: bool) -> Self {
         let mut follow = Follow::default();
         follow.begin_read();
         Self {
             name,
             generation,
             follow,
+            durable,
+            people: People::default(),
             heard: true,
             doubtful: false,
             healing: false,
@@ -136,6 +142,7 @@ impl Room {
 
     /// What this node holds of the room's log, once it is open.
     pub(super) fn held_of_log(&self, turn: &Turn) -> Option<Followed> {
+        self.durable.then_some(())?;
         self.follow.held_of_log(&self.name, &turn.keep)
     }
 

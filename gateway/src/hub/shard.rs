@@ -2,7 +2,7 @@
 //! once a second.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{BTreeSet, HashMap, VecDeque},
     sync::Arc,
     time::Duration,
 };
@@ -33,6 +33,8 @@ use crate::{
         follow::{Keep, Reading},
     },
     drain::Tasks,
+    presence::Presence,
+    rooms::RoomRules,
     telemetry::metrics::{Arrival, Metrics},
 };
 
@@ -41,12 +43,22 @@ const TURN_LEN: usize = 512;
 /// The most rooms a shard unfollows in a second, so that the bus keeps up.
 const UNFOLLOWS_MAX: usize = 1000;
 
+/// Resolves at that time, or never. Cancel-safe.
+async fn at(time: Option<Instant>) {
+    match time {
+        Some(time) => tokio::time::sleep_until(time).await,
+        None => std::future::pending().await,
+    }
+}
+
 /// The task of some rooms.
 pub(super) struct Shard {
     pub(super) rooms: HashMap<RoomId, Room>,
     /// Counts followings, so that an answer for an earlier one is not taken for a later one.
     generation: u64,
     pub(super) bus: Arc<dyn Bus>,
+    pub(super) presence: Arc<Presence>,
+    pub(super) rules: Arc<RoomRules>,
     pub(super) tasks: Tasks,
     pub(super) calls: mpsc::Sender<Call>,
     pub(super) turn: Turn,
@@ -73,11 +85,15 @@ pub(super) struct Shard {
     pub(super) thirsty: VecDeque<(RoomId, u64)>,
     /// Memberships, as last counted.
     members: usize,
+    /// When there is something to be looked at among the people of a room.
+    pub(super) people_due: BTreeSet<(Instant, RoomId)>,
+    /// When rosters in which some may be missing are read again.
+    pub(super) rosters_again: Option<Instant>,
 }
 
 impl Shard {
     pub(super) fn new(
-        bus: Arc<dyn Bus>,
+        (bus, presence, rules): (Arc<dyn Bus>, Arc<Presence>, Arc<RoomRules>),
         calls: mpsc::Sender<Call>,
         letters: &Letters,
         options: HubOptions,
@@ -96,6 +112,8 @@ impl Shard {
             rooms: HashMap::new(),
             generation: 0,
             bus,
+            presence,
+            rules,
             tasks: tasks.clone(),
             calls,
             turn: Turn::new(keep, metrics, letters.standing.clone()),
@@ -112,6 +130,8 @@ impl Shard {
             stretches: 0,
             thirsty: VecDeque::new(),
             members: 0,
+            people_due: BTreeSet::new(),
+            rosters_again: None,
         }
     }
 
@@ -134,6 +154,7 @@ impl Shard {
                 _ = queue.recv_many(&mut calls, TURN_LEN) => {}
                 _ = letters.recv_many(&mut arrived, TURN_LEN) => {}
                 () = doubt.raised() => {}
+                () = at(self.next_people_due()) => {}
             }
             if !arrived.is_empty() {
                 // Who sent the first of them woke this task, which would run next and find one. All
@@ -155,6 +176,7 @@ impl Shard {
             for letter in arrived.drain(..) {
                 match letter {
                     Letter::Entry(room, entry) => self.arrive(room, entry),
+                    Letter::Notice(room, notice) => self.hear(&room, notice),
                     Letter::Holdings(answer) => self.tell_holdings(answer),
                 }
             }
@@ -168,6 +190,7 @@ impl Shard {
             for call in calls.drain(..) {
                 self.take(call);
             }
+            self.look_at_people(begun);
             self.append_orphans();
             self.turn.finish();
             if worth_timing {
@@ -183,6 +206,12 @@ impl Shard {
             Call::Leave { room, connection, answer } => self.leave(room, connection, answer),
             Call::GiveUp { room, subscriber } => self.give_up(&room, &subscriber),
             Call::CatchUp { room, connection } => self.catch_up(&room, connection),
+            Call::UsersBehind { room, after, limit, answer } => {
+                // Who asked may have gone.
+                let _ = answer.send(self.users_behind(&room, &after, limit));
+            }
+            Call::AskPresence { room, asks } => self.ask_presence(&room, asks),
+            Call::Rosters { rooms, snapshots } => self.take_rosters(rooms, snapshots),
             Call::Compared { rooms, fence, heads } => self.compared(rooms, fence, &heads),
             Call::Answered { asked, result } => self.answered(asked, result),
         }
@@ -262,7 +291,7 @@ impl Shard {
         let mut rooms = Vec::new();
         for (name, room) in &mut self.rooms {
             let heard = std::mem::take(&mut room.heard);
-            if !heard && room.follow.reading() == Reading::No {
+            if room.durable && !heard && room.follow.reading() == Reading::No {
                 rooms.push((name.clone(), room.generation));
             }
         }
@@ -304,7 +333,8 @@ impl Shard {
     /// Follows a room: subscribes, then reads its log.
     fn open(&mut self, name: RoomId, join: Join) {
         self.generation += 1;
-        let mut room = Room::opening(name.clone(), self.generation);
+        let durable = self.rules.is_durable(&name);
+        let mut room = Room::opening(name.clone(), self.generation, durable);
         room.wait(join);
         let range = room.next_range();
         self.rooms.insert(name.clone(), room);
@@ -393,6 +423,7 @@ impl Shard {
                 self.drop_room(&name);
             }
         }
+        self.look_at_rosters(now);
         self.forget_ids();
         let mut members = 0;
         for room in self.rooms.values_mut() {

@@ -1,11 +1,10 @@
 //! One client's state, and what each of its frames does: [`Session::handle`] is one match.
 //!
 //! Frames are handled in the order sent. What needs no waiting is done at once, and a publish is
-//! handed on without waiting for its `ack`. What has to wait (`join`, `leave`, `history`) is a
+//! handed on without waiting for its `ack`. What has to wait (`join`, `history` and the like) is a
 //! [`Request`] that the connection's task performs before it takes the next frame.
 
 use std::{
-    collections::BTreeSet,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -21,7 +20,10 @@ use shared::{
     protocol::{
         Ref,
         answer::{Ack, Answer, BusState, Pong, Refusal, Status},
-        request::{self, Body, Message, Request as Frame},
+        request::{
+            Body, CreateRoom, History, Join, Message, Presence as Who, Read, Request as Frame,
+            Rooms, Typing,
+        },
     },
     token::Access,
 };
@@ -29,18 +31,25 @@ use smallvec::SmallVec;
 use tokio::{sync::watch, time::Instant};
 
 use crate::{
-    bus::{Appended, BoxFuture, Bus, BusError, standing::Told},
+    bus::{
+        Appended, BoxFuture, Bus, BusError,
+        registry::{Notice, Record, millis_now},
+        standing::Told,
+    },
     hub::{
         Hub,
         member::{PlacedAck, Subscriber},
     },
     limits::{Pace, Rate},
+    presence::{Presence, Stay},
     publisher::{Publisher, Receipt, Sender},
+    rooms::{Passwords, RoomRules},
     telemetry::metrics::Metrics,
 };
 
 pub mod auth;
 mod perform;
+mod rooms;
 
 use auth::Identity;
 
@@ -52,6 +61,12 @@ pub struct Services {
     pub hub: Hub,
     /// For reads of a log.
     pub bus: Arc<dyn Bus>,
+    /// Who is where.
+    pub presence: Arc<Presence>,
+    /// What holds for rooms.
+    pub rules: Arc<RoomRules>,
+    /// Passwords of rooms.
+    pub passwords: Arc<Passwords>,
     /// What clients are told of the bus.
     pub told: watch::Receiver<Told>,
     /// What is counted.
@@ -79,7 +94,10 @@ pub struct Session {
     identity: Identity,
     author: Author,
     subscriber: Arc<Subscriber>,
-    rooms: BTreeSet<RoomId>,
+    /// The user is connected as long as this is there.
+    _online: Stay,
+    /// In the order of their names.
+    rooms: Vec<Box<Membership>>,
     /// The room whose join is being performed.
     joining: Option<RoomId>,
     messages: Pace,
@@ -88,40 +106,65 @@ pub struct Session {
     unanswered: Arc<AtomicUsize>,
 }
 
+/// This connection's part in a room.
+struct Membership {
+    room: RoomId,
+    stay: Stay,
+    /// What was passed on last of the user's typing, and when.
+    typed: Option<(bool, Instant)>,
+}
+
 /// A frame that has to wait for something.
 #[derive(Debug)]
 pub enum Request {
     /// `join`
-    Join(Option<Ref>, request::Join),
+    Join(Option<Ref>, Join),
     /// `leave`
     Leave(Option<Ref>, RoomId),
     /// `history`
-    History(Option<Ref>, request::History),
+    History(Option<Ref>, History),
+    /// `presence`
+    Presence(Option<Ref>, Who),
+    /// `create_room`; the record has no hash yet where there is a password.
+    CreateRoom(Option<Ref>, RoomId, Box<Record>, Option<String>),
+    /// `delete_room`
+    DeleteRoom(Option<Ref>, RoomId),
+    /// `room_info`
+    RoomInfo(Option<Ref>, RoomId),
+    /// `rooms`
+    Rooms(Option<Ref>, Rooms),
 }
 
 /// What became of a [`Request`]. Its answer has been sent.
-#[derive(Debug)]
 pub enum Performed {
-    /// The connection is a member.
-    Joined,
+    /// The connection is a member. The stay is a new one, unless it was one before.
+    Joined(Option<Stay>),
     /// It is not, and was told so with this code.
     NotJoined(ErrorCode),
     /// Nothing changed for the session.
     Answered,
 }
 
+/// How far apart a user's typing is passed on while it stays the same.
+const TYPING_EVERY: Duration = Duration::from_secs(1);
 /// What an `unavailable` tells to wait.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 impl Session {
     /// A session of `identity`, whose frames go to `subscriber`.
-    pub fn new(services: Arc<Services>, identity: Identity, subscriber: Arc<Subscriber>) -> Self {
+    pub fn new(
+        services: Arc<Services>,
+        identity: Identity,
+        subscriber: Arc<Subscriber>,
+        online: Stay,
+    ) -> Self {
         Self {
             services,
             author: Author::of(&identity.user.id),
             identity,
             subscriber,
-            rooms: BTreeSet::new(),
+            _online: online,
+            rooms: Vec::new(),
             joining: None,
             messages: Pace::default(),
             frames: Pace::default(),
@@ -173,31 +216,113 @@ impl Session {
             return None;
         }
         if let Err(wait) = self.frames.take(self.services.limits.frames, now) {
-            self.refuse(rate_limited(reference, kind_of(&frame.body), wait));
+            self.refuse(rate_limited(reference, frame.body.kind(), wait));
             return None;
         }
         match frame.body {
-            Body::Join(join) => Some(Request::Join(reference, join)),
-            Body::Leave(leave) => Some(Request::Leave(reference, leave.room)),
-            Body::History(history) => Some(Request::History(reference, history)),
-            Body::Ping(ping) => {
-                self.pong(reference, ping.timestamp);
-                None
-            }
-            Body::Message(_) | Body::Pong => None,
+            Body::Join(join) => return Some(Request::Join(reference, join)),
+            Body::Leave(leave) => return Some(Request::Leave(reference, leave.room)),
+            Body::History(history) => return Some(Request::History(reference, history)),
+            Body::Presence(who) => return Some(Request::Presence(reference, who)),
+            Body::CreateRoom(create) => return self.create_room(reference, create),
+            Body::DeleteRoom(delete) => return Some(Request::DeleteRoom(reference, delete.room)),
+            Body::RoomInfo(info) => return Some(Request::RoomInfo(reference, info.room)),
+            Body::Rooms(rooms) => return Some(Request::Rooms(reference, rooms)),
+            Body::Typing(typing) => self.typing(reference, &typing, now),
+            Body::Read(read) => self.read(reference, read),
+            Body::Ping(ping) => self.pong(reference, ping.timestamp),
+            Body::Message(_) | Body::Pong => {}
         }
+        None
+    }
+
+    /// This connection's part in a room, if it has one.
+    fn membership(&mut self, room: &RoomId) -> Option<&mut Membership> {
+        let place = self.place_of(room).ok()?;
+        if self.rooms[place].stay.is_closed() {
+            self.rooms.remove(place);
+            return None;
+        }
+        Some(&mut *self.rooms[place])
+    }
+
+    fn place_of(&self, room: &RoomId) -> Result<usize, usize> {
+        self.rooms.binary_search_by(|membership| membership.room.cmp(room))
+    }
+
+    /// Notes that the user did something in a room, or refuses what wants it joined.
+    fn in_room(&mut self, reference: Option<&Ref>, kind: &str, room: &RoomId) -> bool {
+        if let Some(membership) = self.membership(room) {
+            membership.stay.touch();
+            return true;
+        }
+        let (code, text) = (ErrorCode::NotJoined, "join the room first");
+        self.refuse(refusal(reference.cloned(), kind, Some(room), code, text));
+        false
+    }
+
+    fn typing(&mut self, reference: Option<Ref>, typing: &Typing, now: Instant) {
+        let Typing { room, is_typing } = typing;
+        if !self.in_room(reference.as_ref(), "typing", room) {
+            return;
+        }
+        if self.identity.access(room) != Some(Access::ReadWrite) {
+            let (code, text) = (ErrorCode::Forbidden, "the token allows to read here only");
+            self.refuse(refusal(reference, "typing", Some(room), code, text));
+            return;
+        }
+        let Some(membership) = self.membership(room) else { return };
+        let told = membership.typed.is_some_and(|(typed, at)| {
+            typed == *is_typing && now.saturating_duration_since(at) < TYPING_EVERY
+        });
+        if !told {
+            membership.typed = Some((*is_typing, now));
+            let (user, is_typing) = (self.identity.user.id.clone(), *is_typing);
+            let notice = Notice::Typing { user, is_typing };
+            // Nobody waits for it, and it may be lost.
+            self.services.presence.registry().pass_on(room.clone(), notice, Box::new(drop));
+        }
+    }
+
+    fn read(&mut self, reference: Option<Ref>, read: Read) {
+        if self.in_room(reference.as_ref(), "read", &read.room) {
+            let (user, by) = (self.identity.user.id.clone(), self.subscriber.connection);
+            self.services.presence.registry().mark(read.room, user, read.seq, by);
+        }
+    }
+
+    fn create_room(&mut self, reference: Option<Ref>, create: CreateRoom<'_>) -> Option<Request> {
+        let room = create.room;
+        if self.identity.access(&room) != Some(Access::ReadWrite) {
+            let (code, text) = (ErrorCode::Forbidden, "the token does not allow to send here");
+            self.refuse(refusal(reference, "create_room", Some(&room), code, text));
+            return None;
+        }
+        let record = Record {
+            name: create.name.unwrap_or_else(|| rooms::name_of(&room)),
+            owner: self.identity.user.id.clone(),
+            public: create.public,
+            password: None,
+            max_members: create.max_members,
+            created: millis_now(),
+            meta: create.meta.map_or("{}", RawValue::get).to_owned(),
+        };
+        Some(Request::CreateRoom(reference, room, Box::new(record), create.password))
     }
 
     /// Begins what a frame asks for that has to wait. The future is on its own, so that the
     /// connection can be looked after meanwhile; its output goes to [`Session::finish`].
     pub fn perform(&mut self, request: Request) -> BoxFuture<Performed> {
         let (services, subscriber) = (self.services.clone(), self.subscriber.clone());
+        let user = &self.identity.user;
+        let asked = |reference| perform::Asked { services, subscriber, reference };
         match request {
             Request::Join(reference, join) => match self.may_join(reference.as_ref(), &join.room) {
                 Ok(()) => {
-                    let is_member = self.rooms.contains(&join.room);
                     self.joining = Some(join.room.clone());
-                    Box::pin(perform::join(services, subscriber, reference, join, is_member))
+                    let again = self.membership(&join.room).map(|member| member.stay.look_again());
+                    let user = self.identity.user.clone();
+                    Box::pin(perform::join(asked(reference), join, user, again))
                 }
                 Err(refusal) => {
                     let code = self.refuse(refusal);
@@ -205,17 +330,41 @@ impl Session {
                 }
             },
             Request::Leave(reference, room) => {
-                self.rooms.remove(&room);
-                Box::pin(perform::leave(services, subscriber, reference, room))
+                if let Ok(place) = self.place_of(&room) {
+                    self.rooms.remove(place).stay.leave();
+                }
+                Box::pin(perform::leave(asked(reference), room))
             }
             Request::History(reference, history) => {
-                if !self.rooms.contains(&history.room) {
-                    let (code, text) = (ErrorCode::NotJoined, "join the room first");
-                    let room = Some(&history.room);
-                    self.refuse(refusal(reference, "history", room, code, text));
-                    return Box::pin(std::future::ready(Performed::Answered));
+                if self.in_room(reference.as_ref(), "history", &history.room) {
+                    return Box::pin(perform::history(asked(reference), history));
                 }
-                Box::pin(perform::history(services, subscriber, reference, history))
+                Box::pin(std::future::ready(Performed::Answered))
+            }
+            Request::Presence(reference, who) => match &who.room {
+                Some(room) if !self.in_room(reference.as_ref(), "presence", room) => {
+                    Box::pin(std::future::ready(Performed::Answered))
+                }
+                Some(room) => {
+                    let room = room.clone();
+                    Box::pin(perform::presence_in(asked(reference), room, who.cursor, who.limit))
+                }
+                None => Box::pin(perform::online(asked(reference), who.cursor, who.limit)),
+            },
+            Request::CreateRoom(reference, room, record, password) => {
+                Box::pin(rooms::create(asked(reference), room, *record, password))
+            }
+            Request::DeleteRoom(reference, room) => {
+                Box::pin(rooms::delete(asked(reference), room, user.id.clone()))
+            }
+            Request::RoomInfo(reference, room) => {
+                let (user, is_member) = (user.id.clone(), self.membership(&room).is_some());
+                let is_open = self.identity.access(&room).is_some();
+                Box::pin(rooms::info(asked(reference), room, user, is_member, is_open))
+            }
+            Request::Rooms(reference, wanted) => {
+                let identity = self.identity.clone();
+                Box::pin(rooms::list(asked(reference), wanted, identity))
             }
         }
     }
@@ -228,8 +377,18 @@ impl Session {
     pub fn finish(&mut self, performed: Performed) -> Result<(), ErrorCode> {
         let joining = self.joining.take();
         match performed {
-            Performed::Joined => {
-                self.rooms.extend(joining);
+            Performed::Joined(stay) => {
+                if let (Some(room), Some(stay)) = (joining, stay) {
+                    let membership = Box::new(Membership { room, stay, typed: None });
+                    match self.place_of(&membership.room) {
+                        Ok(place) => self.rooms[place] = membership,
+                        Err(place) => {
+                            // Most connections are in one room.
+                            self.rooms.reserve_exact(usize::from(self.rooms.is_empty()));
+                            self.rooms.insert(place, membership);
+                        }
+                    }
+                }
                 Ok(())
             }
             Performed::NotJoined(code) => Err(code),
@@ -237,14 +396,17 @@ impl Session {
         }
     }
 
-    fn may_join(&self, reference: Option<&Ref>, room: &RoomId) -> Result<(), Refusal> {
+    fn may_join(&mut self, reference: Option<&Ref>, room: &RoomId) -> Result<(), Refusal> {
         let rooms_max = self.services.limits.rooms_max;
         let refusal =
             |code, text: &str| refusal(reference.cloned(), "join", Some(room), code, text);
         if self.identity.access(room).is_none() {
             return Err(refusal(ErrorCode::Forbidden, "the token does not allow this room"));
         }
-        if !self.rooms.contains(room) && self.rooms.len() >= rooms_max {
+        if self.rooms.len() >= rooms_max {
+            self.rooms.retain(|membership| !membership.stay.is_closed());
+        }
+        if self.membership(room).is_none() && self.rooms.len() >= rooms_max {
             let text = format!("at most {rooms_max} rooms at a time");
             return Err(refusal(ErrorCode::LimitReached, &text));
         }
@@ -256,8 +418,8 @@ impl Session {
         let connection = self.subscriber.connection;
         let rooms = std::mem::take(&mut self.rooms);
         // A join that was not waited for to its end may have succeeded.
-        for room in rooms.into_iter().chain(self.joining.take()) {
-            self.services.hub.leave(room, connection, None).await;
+        for room in rooms.iter().map(|membership| &membership.room).chain(&self.joining) {
+            self.services.hub.leave(room.clone(), connection, None).await;
         }
     }
 
@@ -295,10 +457,11 @@ impl Session {
             self.refuse(refused);
             return;
         }
-        if !self.rooms.contains(room) {
+        let Some(membership) = self.membership(room) else {
             self.refuse(refusal(ErrorCode::NotJoined, "join the room first"));
             return;
-        }
+        };
+        membership.stay.touch();
         if self.identity.access(room) != Some(Access::ReadWrite) {
             self.refuse(refusal(ErrorCode::Forbidden, "the token allows to read here only"));
             return;
@@ -316,6 +479,7 @@ impl Session {
             room: room.clone(),
             receipt: receipt.clone(),
             echo: message.echo,
+            durable: self.services.rules.is_durable(room),
             placed: false,
             unanswered: self.unanswered.clone(),
         };
@@ -369,6 +533,8 @@ struct Outcome {
     receipt: Receipt,
     /// Whether the sender wants a copy.
     echo: bool,
+    /// Whether the room keeps a log. Without one an `ack` has no place.
+    durable: bool,
     /// Whether the `ack` stands in the place of the copy.
     placed: bool,
     unanswered: Arc<AtomicUsize>,
@@ -378,7 +544,7 @@ impl Outcome {
     /// Prepares for the answer: it may come before `publish` returns.
     fn expect(&mut self) {
         self.unanswered.fetch_add(1, Ordering::AcqRel);
-        if !self.echo {
+        if !self.echo && self.durable {
             let ack = PlacedAck::new(self.reference.clone(), self.receipt.timestamp.clone());
             self.placed = self.subscriber.place_ack(&self.room, self.receipt.id, ack);
         }
@@ -407,7 +573,7 @@ impl Outcome {
             // would move its cursor.
             Ok(Appended { position, duplicate }) => {
                 if self.unplace() {
-                    let duplicate = duplicate || !self.echo;
+                    let duplicate = duplicate || self.durable && !self.echo;
                     self.ack(Appended { position, duplicate });
                 }
             }
@@ -481,15 +647,4 @@ fn after(refusal: Refusal, wait: Duration) -> Refusal {
 fn rate_limited(reference: Option<Ref>, answers: &str, wait: Duration) -> Refusal {
     let text = "too many frames in too short a time; this one was not taken";
     after(refusal(reference, answers, None, ErrorCode::RateLimited, text), wait)
-}
-
-fn kind_of(body: &Body<'_>) -> &'static str {
-    match body {
-        Body::Join(_) => "join",
-        Body::Leave(_) => "leave",
-        Body::Message(_) => "message",
-        Body::History(_) => "history",
-        Body::Ping(_) => "ping",
-        Body::Pong => "pong",
-    }
 }

@@ -1,90 +1,224 @@
-//! What has to wait for the hub or the bus: `join`, `leave`, `history`. Each ends by its answer.
+//! What has to wait for the hub or the bus. Each ends by its answer.
 
-use std::sync::Arc;
+use std::{future::ready, sync::Arc};
 
+use serde_json::value::RawValue;
 use shared::{
     error::ErrorCode,
     ids::RoomId,
     protocol::{
         Ref,
-        answer::{Answer, History, Left},
+        answer::{Answer, History, Left, Person, Presence, Present},
         request,
     },
 };
 
 use super::{Performed, RETRY_AFTER, Services, after, refusal, refuse};
 use crate::{
-    bus::{BusError, Range},
+    bus::{
+        BoxFuture, BusError, Range,
+        registry::{EnterError, Entered, Place, Rules},
+    },
     delivery::page::Page,
     hub::{
         join::{Start, history as whole_frames},
         member::{Subscriber, text_frame},
+        people::at,
     },
+    presence::Stay,
 };
 
-pub(super) async fn join(
-    services: Arc<Services>,
-    subscriber: Arc<Subscriber>,
-    reference: Option<Ref>,
-    join: request::Join,
-    is_member: bool,
-) -> Performed {
-    let room = join.room;
-    let start = match join.since {
-        Some(since) => Start::Since(since),
-        None => Start::Newest(join.history),
-    };
-    let joining = services.hub.join(room.clone(), subscriber.clone(), reference.clone(), start);
-    match tokio::time::timeout(services.limits.wait_max, joining).await {
-        Ok(Ok(())) => return Performed::Joined,
-        // The hub may have let it in at the very moment it was given up.
-        Err(_) if !is_member => services.hub.give_up(room.clone(), subscriber.clone()).await,
-        Ok(Err(_)) | Err(_) => {}
-    }
-    let (code, text) = (ErrorCode::Unavailable, "the bus is away; join again later");
-    let refusal = after(refusal(reference, "join", Some(&room), code, text), RETRY_AFTER);
-    Performed::NotJoined(refuse(&services, &subscriber, refusal))
+/// Who asked, and what there is to answer with.
+pub(super) struct Asked {
+    pub(super) services: Arc<Services>,
+    pub(super) subscriber: Arc<Subscriber>,
+    pub(super) reference: Option<Ref>,
 }
 
-pub(super) async fn leave(
-    services: Arc<Services>,
-    subscriber: Arc<Subscriber>,
-    reference: Option<Ref>,
-    room: RoomId,
+impl Asked {
+    pub(super) fn answer(&self, answer: &Answer<Box<RawValue>>) {
+        self.subscriber.answer(answer);
+    }
+
+    /// Sends an `error` for the frame `kind`; one that may be tried again says when.
+    pub(super) fn refuse(
+        &self,
+        kind: &str,
+        room: Option<&RoomId>,
+        code: ErrorCode,
+        text: &str,
+    ) -> ErrorCode {
+        let refusal = refusal(self.reference.clone(), kind, room, code, text);
+        let refusal = if code.is_retryable() { after(refusal, RETRY_AFTER) } else { refusal };
+        refuse(&self.services, &self.subscriber, refusal)
+    }
+
+    /// What the bus answers, if it does within the time that a frame may wait.
+    pub(super) async fn wait<T>(
+        &self,
+        question: impl Future<Output = Result<T, BusError>>,
+    ) -> Result<T, (ErrorCode, &'static str)> {
+        match tokio::time::timeout(self.services.limits.wait_max, question).await {
+            Ok(Ok(answer)) => Ok(answer),
+            Ok(Err(BusError::Refused)) => Err((ErrorCode::Internal, "the bus refused it")),
+            Ok(Err(BusError::Unavailable | BusError::Overloaded)) | Err(_) => Err(AWAY),
+        }
+    }
+}
+
+/// What is told where the bus does not answer.
+const AWAY: (ErrorCode, &str) = (ErrorCode::Unavailable, "the bus is away; try again later");
+
+/// `again`: for a member already, what it would be told on entering now.
+pub(super) async fn join(
+    asked: Asked,
+    join: request::Join,
+    user: Person,
+    again: Option<BoxFuture<Result<Entered, EnterError>>>,
 ) -> Performed {
+    let (is_member, room) = (again.is_some(), join.room.clone());
+    let wait_max = asked.services.limits.wait_max;
+    let joining = async {
+        let (stay, entered) = match again {
+            Some(again) => (None, again.await?),
+            None => {
+                let (stay, entered) = enter(&asked, &join, &user).await?;
+                (Some(stay), entered)
+            }
+        };
+        let start = match join.since {
+            Some(since) => Start::Since(since),
+            None => Start::Newest(join.history),
+        };
+        let (subscriber, reference) = (asked.subscriber.clone(), asked.reference.clone());
+        let joined = asked.services.hub.join(join.room, subscriber, reference, start, entered);
+        joined.await.map_err(|_| EnterError::Bus(BusError::Unavailable))?;
+        Ok(stay)
+    };
+    let error = match tokio::time::timeout(wait_max, joining).await {
+        Ok(Ok(stay)) => return Performed::Joined(stay),
+        Ok(Err(error)) => error,
+        Err(_) => {
+            // The hub may have let it in at the very moment it was given up.
+            if !is_member {
+                asked.services.hub.give_up(room.clone(), asked.subscriber.clone()).await;
+            }
+            EnterError::Bus(BusError::Unavailable)
+        }
+    };
+    let (code, text) = match error {
+        EnterError::WrongPassword => (ErrorCode::WrongPassword, "the room has another password"),
+        EnterError::Full => (ErrorCode::RoomFull, "the room has as many members as it may have"),
+        EnterError::NotFound => (ErrorCode::NotFound, "there is no such room: create it first"),
+        EnterError::Bus(BusError::Refused) => (ErrorCode::Internal, "the bus refused it"),
+        EnterError::Bus(_) => AWAY,
+    };
+    Performed::NotJoined(asked.refuse("join", Some(&room), code, text))
+}
+
+/// Has the user enter, with the password that the room asks for.
+async fn enter(
+    asked: &Asked,
+    join: &request::Join,
+    user: &Person,
+) -> Result<(Stay, Entered), EnterError> {
+    let Services { presence, rules, passwords, .. } = &*asked.services;
+    let mut keep_to = Rules { fits: None, create: rules.create_on_join };
+    if let Some(password) = &join.password {
+        let found = presence.registry().find(join.room.clone()).await?;
+        if let Some(hash) = found.and_then(|found| found.record?.password) {
+            if !passwords.fits(hash.clone(), password.clone()).await {
+                return Err(EnterError::WrongPassword);
+            }
+            keep_to.fits = Some(hash);
+        }
+    }
+    presence.enter(Place::Room(join.room.clone()), user, Some(keep_to)).await
+}
+
+pub(super) async fn leave(asked: Asked, room: RoomId) -> Performed {
+    let Asked { services, subscriber, reference } = asked;
     let left = text_frame(&Answer::Left(Left { reference, room: room.clone() }));
     let connection = subscriber.connection;
     services.hub.leave(room, connection, Some((subscriber, left))).await;
     Performed::Answered
 }
 
-pub(super) async fn history(
-    services: Arc<Services>,
-    subscriber: Arc<Subscriber>,
-    reference: Option<Ref>,
-    wanted: request::History,
+/// Who is in a room: asked for by id as members here know them, and told as they know them then.
+pub(super) async fn presence_in(
+    asked: Asked,
+    room: RoomId,
+    cursor: Option<String>,
+    limit: u32,
 ) -> Performed {
+    let (hub, registry) = (&asked.services.hub, asked.services.presence.registry());
+    let (after, limit) = (cursor.unwrap_or_default(), limit as usize);
+    let users = hub.users_behind(room.clone(), after.clone(), limit).await;
+    let mut details = match asked.wait(registry.details(room.clone(), users)).await {
+        Ok(details) => details,
+        Err((code, text)) => {
+            asked.refuse("presence", Some(&room), code, text);
+            return Performed::Answered;
+        }
+    };
+    let place = Place::Room(room.clone());
+    for detail in &mut details.users {
+        let active = asked.services.presence.active(&place, &detail.user.id).unwrap_or_default();
+        detail.active = detail.active.max(active);
+    }
+    let (subscriber, reference) = (asked.subscriber.clone(), asked.reference.clone());
+    hub.tell_presence(room, subscriber, reference, (after, limit), details).await;
+    Performed::Answered
+}
+
+/// Who is connected to any node.
+pub(super) async fn online(asked: Asked, cursor: Option<String>, limit: u32) -> Performed {
+    let presence = &asked.services.presence;
+    let limit = if presence.options().public { limit as usize } else { 0 };
+    let page = presence.registry().online(cursor.unwrap_or_default(), limit);
+    let page = match asked.wait(page).await {
+        Ok(page) => page,
+        Err((code, text)) => {
+            asked.refuse("presence", None, code, text);
+            return Performed::Answered;
+        }
+    };
+    let present = |detail: crate::bus::registry::Detail| {
+        let active = presence.active(&Place::Cluster, &detail.user.id).unwrap_or_default();
+        Present {
+            id: detail.user.id,
+            name: detail.user.name,
+            connections: detail.connections,
+            since: at(detail.since),
+            last_active: at(detail.active.max(active)),
+            read: None,
+        }
+    };
+    let users: Vec<Present> = page.users.into_iter().map(present).collect();
+    let last = users.last().map(|user| user.id.to_string());
+    let cursor = last.filter(|_| page.more);
+    let (reference, count) = (asked.reference.clone(), page.count);
+    let answer = Presence { reference, room: None, users, count, cursor };
+    asked.answer(&Answer::Presence(Box::new(answer)));
+    Performed::Answered
+}
+
+pub(super) async fn history(asked: Asked, wanted: request::History) -> Performed {
     let (room, limit) = (wanted.room, wanted.limit);
     let range = match (wanted.before, wanted.after) {
         (_, Some(seq)) => Range::After { seq, limit },
         (Some(seq), None) => Range::Before { seq, limit },
         (None, None) => Range::Newest { limit },
     };
-    let read = services.bus.read(room.clone(), range);
-    let page = tokio::time::timeout(services.limits.wait_max, read).await;
-    let (code, text) = match page {
-        Ok(Ok(page)) => {
-            subscriber.answer(&answer(reference, room, range, &page));
-            return Performed::Answered;
-        }
-        Ok(Err(BusError::Refused)) => (ErrorCode::Internal, "the log could not be read"),
-        Ok(Err(BusError::Unavailable | BusError::Overloaded)) | Err(_) => {
-            (ErrorCode::Unavailable, "the bus is away; ask again later")
-        }
+    let read: BoxFuture<_> = if asked.services.rules.is_durable(&room) {
+        asked.services.bus.read(room.clone(), range)
+    } else {
+        Box::pin(ready(Ok(Page::of_no_log())))
     };
-    let refusal = refusal(reference, "history", Some(&room), code, text);
-    let refusal = if code.is_retryable() { after(refusal, RETRY_AFTER) } else { refusal };
-    refuse(&services, &subscriber, refusal);
+    match asked.wait(read).await {
+        Ok(page) => asked.answer(&answer(asked.reference.clone(), room, range, &page)),
+        Err((code, text)) => drop(asked.refuse("history", Some(&room), code, text)),
+    }
     Performed::Answered
 }
 
@@ -94,7 +228,7 @@ fn answer(
     room: RoomId,
     range: Range,
     page: &Page,
-) -> Answer<Box<serde_json::value::RawValue>> {
+) -> Answer<Box<RawValue>> {
     let entries = &page.entries;
     let (messages, more) = if range.keeps_newest() {
         let mut messages = whole_frames(entries.iter().rev());

@@ -214,6 +214,10 @@ pub struct Metrics {
     pub arrivals: Counters<Arrival>,
     /// `gateway_deliveries_total`
     pub deliveries: IntCounter,
+    /// `gateway_notices_total`
+    pub notices: IntCounter,
+    /// `gateway_notices_dropped_total`
+    pub notices_dropped: IntCounter,
     /// `gateway_repairs_total`
     pub repairs: Counters<Repair>,
     /// `gateway_resumes_total`
@@ -352,6 +356,16 @@ impl Metrics {
                 r,
                 "gateway_deliveries_total",
                 "Entries placed in the outbox of a member",
+            ),
+            notices: counter(
+                r,
+                "gateway_notices_total",
+                "Frames of presence, typing, reading and rooms without a log placed in the outbox of a member",
+            ),
+            notices_dropped: counter(
+                r,
+                "gateway_notices_dropped_total",
+                "The same, dropped since the outbox was full",
             ),
             repairs: counters(
                 r,

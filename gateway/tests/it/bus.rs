@@ -43,6 +43,7 @@ fn mailbox() -> (Mailboxes, mpsc::Receiver<(RoomId, Entry)>) {
         while let Some(letter) = letters.recv().await {
             match letter {
                 Letter::Entry(room, entry) => drop(hears.send((room, entry)).await),
+                Letter::Notice(..) => {}
                 Letter::Holdings(answer) => drop(answer.send(Vec::new())),
             }
         }
@@ -53,7 +54,7 @@ fn mailbox() -> (Mailboxes, mpsc::Receiver<(RoomId, Entry)>) {
 fn memory(retention: Retention) -> Fixture {
     let (mailboxes, heard) = mailbox();
     let tasks = Tasks::default();
-    let bus = Arc::new(MemoryBus::start(retention, mailboxes, &tasks));
+    let bus = Arc::new(MemoryBus::start(retention, &Default::default(), mailboxes, &tasks));
     Fixture { bus, heard, tasks }
 }
 
@@ -72,6 +73,7 @@ async fn redis_at(url: String, retention: Retention) -> Fixture {
         tls: TlsFiles::default(),
         partitions: PARTITIONS,
         retention,
+        registry: Default::default(),
         node: "n".to_owned(),
     };
     let bus = RedisBus::start(options, mailboxes, Arc::new(Metrics::new()), &tasks).unwrap();
@@ -343,6 +345,7 @@ async fn a_node_with_another_number_of_partitions_does_not_start() {
         tls: TlsFiles::default(),
         partitions: 17,
         retention: retention(),
+        registry: Default::default(),
         node: "n".to_owned(),
     };
     let bus = RedisBus::start(options, mailbox().0, Arc::new(Metrics::new()), &tasks).unwrap();

@@ -116,6 +116,7 @@ async fn without_echo_the_ack_stands_in_the_place_of_the_copy() {
                 seqs.push(message.seq);
             }
             Answer::Ack(ack) => seqs.push(ack.seq),
+            Answer::MemberJoined(_) => {}
             other => panic!("{other:?}"),
         }
     }

@@ -2,13 +2,18 @@
 //!
 //! Each server gets a free port and is stopped by its pid when its handle is dropped.
 
-use std::{future::Future, net::SocketAddr, path::PathBuf, process::Stdio, time::Duration};
+use std::{
+    future::Future, net::SocketAddr, path::PathBuf, process::Stdio, sync::Arc, time::Duration,
+};
 
 use gateway::{
-    bus::Retention,
+    bus::{Mailboxes, Retention, memory::MemoryBus, registry::RegistryOptions},
     config::{Config, Sources},
+    drain::Tasks,
     hub::HubOptions,
+    presence::{Presence, PresenceOptions},
     server::Server,
+    telemetry::metrics::Metrics,
 };
 use shared::{
     client::{
@@ -108,6 +113,13 @@ pub fn hub_options() -> HubOptions {
         dedup_window: Duration::from_secs(600),
         log_ttl: Duration::from_secs(3600),
     }
+}
+
+/// Presence of nobody, for a hub whose members only hear a log.
+pub fn nobody(tasks: &Tasks) -> Arc<Presence> {
+    let (mailboxes, _) = Mailboxes::new(1, 1, Arc::new(Metrics::new()));
+    let registry = MemoryBus::start(retention(), &RegistryOptions::default(), mailboxes, tasks);
+    Presence::start(Arc::new(registry), PresenceOptions::default(), tasks)
 }
 
 /// How long the logs of a bus without a gateway are kept: longer than any test.

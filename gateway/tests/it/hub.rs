@@ -31,7 +31,7 @@ use shared::{
 };
 use tokio::time::Instant;
 
-use crate::harness::{self, hub_options, room};
+use crate::harness::{self, hub_options, nobody, room};
 
 struct World {
     bus: Arc<dyn Bus>,
@@ -53,7 +53,7 @@ impl World {
     ) -> Self {
         let tasks = Tasks::default();
         let bus = |mailboxes| -> Arc<dyn Bus> {
-            Arc::new(MemoryBus::start(retention, mailboxes, &tasks))
+            Arc::new(MemoryBus::start(retention, &Default::default(), mailboxes, &tasks))
         };
         Self::over(bus, tasks.clone(), mailbox_len, fault)
     }
@@ -89,7 +89,8 @@ impl World {
                 }
             }
         });
-        let hub = Hub::start(&bus, mailboxes.clone(), letters, hub_options(), &metrics, &tasks);
+        let people = (&bus, &nobody(&tasks), &Default::default());
+        let hub = Hub::start(people, mailboxes.clone(), letters, hub_options(), &metrics, &tasks);
         Self { bus, hub, tasks, metrics, mailboxes, reads }
     }
 
@@ -184,7 +185,8 @@ impl Member {
     async fn join(world: &World, room: &RoomId, start: Start, bytes_max: usize) -> Self {
         let outbox = Outbox::to_owner(bytes_max, world.metrics.clone());
         let subscriber = Arc::new(Subscriber::new(ConnectionId::random(), outbox));
-        world.hub.join(room.clone(), subscriber.clone(), None, start).await.unwrap();
+        let entered = Default::default();
+        world.hub.join(room.clone(), subscriber.clone(), None, start, entered).await.unwrap();
         let mut frames = subscriber.outbox.take();
         let joined = json(&frames.remove(0));
         assert_eq!(joined["type"], "joined");
@@ -678,7 +680,8 @@ async fn a_room_that_empties_again_and_again_does_not_keep_others_followed() {
     let ann = Member::join(&world, &busy, Start::Newest(0), 1 << 20).await.subscriber;
     for _ in 0..5_000 {
         world.hub.leave(busy.clone(), ann.connection, None).await;
-        world.hub.join(busy.clone(), ann.clone(), None, Start::Newest(0)).await.unwrap();
+        let (start, entered) = (Start::Newest(0), Default::default());
+        world.hub.join(busy.clone(), ann.clone(), None, start, entered).await.unwrap();
         ann.outbox.take();
     }
     let bob = Member::join(&world, &quiet, Start::Newest(0), 1 << 20).await.subscriber;

@@ -13,6 +13,7 @@ mod servers;
 mod handshake;
 mod rfc;
 mod chat;
+mod people;
 mod auth;
 mod limits;
 mod bus;

@@ -30,7 +30,7 @@ use tokio::{
 };
 
 use crate::harness::{
-    Gateway, Redis, get, hub_options, next_message, retention, room, say, until, within,
+    Gateway, Redis, get, hub_options, next_message, nobody, retention, room, say, until, within,
 };
 
 /// A way to Redis that can swallow what Redis sends to subscribers, while every connection stands.
@@ -125,17 +125,21 @@ async fn a_thousand_rooms_are_repaired_when_the_link_is_back() {
         tls: TlsFiles::default(),
         partitions: 16,
         retention: retention(),
+        registry: Default::default(),
         node: "n".to_owned(),
     };
     let bus = RedisBus::start(options, mailboxes.clone(), metrics.clone(), &tasks).unwrap();
     within(bus.reached()).await.unwrap();
     let bus: Arc<dyn Bus> = Arc::new(bus);
-    let hub = Hub::start(&bus, mailboxes, letters, hub_options(), &metrics, &tasks);
+    let people = (&bus, &nobody(&tasks), &Default::default());
+    let hub = Hub::start(people, mailboxes, letters, hub_options(), &metrics, &tasks);
     let rooms: Vec<RoomId> = (0..ROOMS).map(|i| room(&format!("r{i}"))).collect();
     let outbox = Outbox::to_owner(64 << 20, metrics.clone());
     let member = Arc::new(Subscriber::new(ConnectionId::random(), outbox));
     for room in &rooms {
-        within(hub.join(room.clone(), member.clone(), None, Start::Newest(0))).await.unwrap();
+        let joined =
+            hub.join(room.clone(), member.clone(), None, Start::Newest(0), Default::default());
+        within(joined).await.unwrap();
     }
     redis.command("ACL SETUSER default -subscribe").await;
     redis.command("CLIENT KILL TYPE pubsub").await;

@@ -19,7 +19,9 @@ use gateway::{
     hub::{Hub, HubOptions, MAILBOX_LEN, member::Subscriber},
     limits::Rate,
     outbox::Outbox,
+    presence::{Presence, PresenceOptions},
     publisher::Publisher,
+    rooms::RoomRules,
     session::{
         Performed, Services, Session, SessionLimits,
         auth::{Auth, Credentials},
@@ -97,6 +99,7 @@ impl Node {
             node: format!("n{node}"),
             partitions: shape.partitions,
             retention: shape.retention.clone(),
+            registry: Default::default(),
         };
         let told = mailboxes.standing().told();
         let redis = Arc::new(RedisBus::start_with(
@@ -113,12 +116,32 @@ impl Node {
             dedup_window: shape.retention.dedup_window,
             log_ttl: shape.retention.ttl,
         };
-        let hub = Hub::start(&bus, mailboxes, letters, keeps, &metrics, &tasks);
-        let publisher = Publisher::new(bus.clone(), metrics.clone(), WAIT_MAX, 1 << 18);
+        let presence = Presence::start(redis.clone(), PresenceOptions::default(), &tasks);
+        let rules = Arc::new(RoomRules::default());
+        let people = (&bus, &presence, &rules);
+        let hub = Hub::start(people, mailboxes, letters, keeps, &metrics, &tasks);
+        let publisher = Publisher::new(
+            bus.clone(),
+            redis.clone(),
+            rules.clone(),
+            metrics.clone(),
+            WAIT_MAX,
+            1 << 18,
+        );
         let none = Rate::new(0, WAIT_MAX, 0);
         let limits =
             SessionLimits { messages: none, frames: none, rooms_max: 10, wait_max: WAIT_MAX };
-        let services = Arc::new(Services { publisher, hub, bus, told, metrics, limits });
+        let services = Arc::new(Services {
+            publisher,
+            hub,
+            bus,
+            presence,
+            rules,
+            passwords: Arc::default(),
+            told,
+            metrics,
+            limits,
+        });
         let reached = Arc::new(AtomicBool::new(false));
         let reaches = reached.clone();
         tasks.spawn_service("reach", async move {
@@ -141,7 +164,8 @@ impl Node {
         let user = Some(format!("u{user}"));
         let identity = Auth::Anonymous.identify(&Credentials { user, ..Credentials::default() });
         let identity = identity.unwrap();
-        let session = Session::new(self.services.clone(), identity, subscriber.clone());
+        let online = self.services.presence.appear_soon(&identity.user);
+        let session = Session::new(self.services.clone(), identity, subscriber.clone(), online);
         let outlet = self.outlet.clone();
         let connection = Connection { number, session, subscriber, line, outlet };
         self.tasks.spawn_connection(connection.run());

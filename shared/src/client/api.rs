@@ -321,7 +321,8 @@ pub enum Event {
     Refused(Box<Refusal>),
     /// Whether the gateway can prove that nothing is missing.
     Status(Status),
-    /// A frame that this client passes on unread, such as `typing` or `system`.
+    /// A frame that this client passes on as it came: presence, `typing`, `read`, what is told of
+    /// rooms, and what it does not know.
     Other(String),
     /// A message that is no frame of the protocol: a fault of this client's or of the server's.
     Unreadable(String),

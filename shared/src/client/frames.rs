@@ -27,6 +27,9 @@ pub struct Join<'a> {
     /// How many of the newest entries to send.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub history: Option<u32>,
+    /// The room's password.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub password: Option<&'a str>,
 }
 
 /// `leave`
@@ -109,7 +112,7 @@ pub struct Pong {}
 impl<'a> Join<'a> {
     /// A `join` that says nothing but the room.
     pub fn to(room: &'a RoomId) -> Self {
-        Self { reference: None, room, since: None, history: None }
+        Self { reference: None, room, since: None, history: None, password: None }
     }
 }
 

@@ -85,8 +85,31 @@ impl Client {
     ///
     /// [`JoinError`]. What is refused for the time being is asked again.
     pub async fn join(&self, room: &RoomId, start: Start) -> Result<JoinInfo, JoinError> {
+        self.join_with(room, start, None).await
+    }
+
+    /// As [`Client::join`], a room that asks for a password.
+    ///
+    /// # Errors
+    ///
+    /// As [`Client::join`].
+    pub async fn join_protected(
+        &self,
+        room: &RoomId,
+        start: Start,
+        password: String,
+    ) -> Result<JoinInfo, JoinError> {
+        self.join_with(room, start, Some(password)).await
+    }
+
+    async fn join_with(
+        &self,
+        room: &RoomId,
+        start: Start,
+        password: Option<String>,
+    ) -> Result<JoinInfo, JoinError> {
         let (reply, answer) = oneshot::channel();
-        let command = Command::Join { room: room.clone(), start, reply };
+        let command = Command::Join { room: room.clone(), start, password, reply };
         self.ask(command, answer).await.unwrap_or(Err(JoinError::Ended))
     }
 

@@ -93,6 +93,8 @@ pub(super) enum Stage {
 pub(super) struct Room {
     pub(super) stage: Stage,
     pub(super) start: Start,
+    /// What the room asks for, also when it is joined again after a reconnect.
+    pub(super) password: Option<String>,
     pub(super) log: Log,
     pub(super) sends: Sends<Pending>,
     pub(super) join_reply: Option<oneshot::Sender<Result<JoinInfo, JoinError>>>,
@@ -105,6 +107,7 @@ impl Room {
             stage: Stage::Away,
             log: log_for(&start),
             start,
+            password: None,
             sends: Sends::new(in_flight_max),
             join_reply: None,
             leave_reply: None,

@@ -75,9 +75,6 @@ pub(super) struct State {
 /// What this client reads of frames that have no type of their own.
 #[derive(Deserialize)]
 struct Loose {
-    #[serde(rename = "type")]
-    kind: Option<String>,
-    room: Option<RoomId>,
     reason: Option<String>,
     session: Option<String>,
 }
@@ -136,14 +133,18 @@ impl State {
             Answer::Error(refusal) => self.refused(refusal, now),
             Answer::Pong(_) => {}
             Answer::Ping(_) => self.out.push_back(Outgoing::Text(frames::text(&frames::Pong {}))),
-            Answer::Unknown => match loose(&text) {
-                Some(Loose { kind: Some(kind), room: Some(room), reason, .. })
-                    if kind == "room_closed" =>
-                {
-                    self.left(&room, reason);
-                }
-                _ => self.events.push_back(Event::Other(text)),
-            },
+            Answer::RoomClosed(closed) => {
+                self.left(&closed.room, loose(&text).and_then(|loose| loose.reason));
+            }
+            Answer::MemberJoined(_)
+            | Answer::MemberLeft(_)
+            | Answer::PresenceDiff(_)
+            | Answer::Presence(_)
+            | Answer::Typing(_)
+            | Answer::Read(_)
+            | Answer::RoomInfo(_)
+            | Answer::Rooms(_)
+            | Answer::Unknown => self.events.push_back(Event::Other(text)),
         }
     }
 
@@ -292,6 +293,12 @@ impl State {
 
     fn entry(&mut self, message: Box<Message>, payload: Option<Bytes>) {
         let position = Position::new(message.epoch.clone(), message.seq);
+        if position.epoch.is_none() {
+            // A room without a log: there is nothing to judge by.
+            let payload = payload.or_else(|| payload_of(&message));
+            self.events.push_back(Event::Message { message, payload });
+            return;
+        }
         let own = self.connected.as_ref().is_some_and(|me| me.user.id == message.from.id);
         let verdict = match self.rooms.get_mut(&message.room) {
             // Before `joined`, whose history will have it.
@@ -332,7 +339,9 @@ impl State {
         let Some(room) = self.rooms.get_mut(&ack.room) else { return };
         let position = Position::new(ack.epoch, ack.seq);
         let me = self.connected.as_ref().map(|connected| &connected.user.id);
-        let skipped = room.log.acknowledged(&position, me, ack.id, ack.duplicate);
+        let numbered = !position.epoch.is_none();
+        let skipped =
+            numbered.then(|| room.log.acknowledged(&position, me, ack.id, ack.duplicate)).flatten();
         if let Some(expected) = skipped {
             let (room, got) = (ack.room.clone(), position.clone());
             self.events.push_back(Event::Hole { room, expected, got });

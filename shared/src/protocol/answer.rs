@@ -26,6 +26,24 @@ pub enum Answer<E> {
     Ack(Box<Ack>),
     /// The connection no longer takes part in a room.
     Left(Left),
+    /// A user is in the room who was not.
+    MemberJoined(Box<MemberMoved>),
+    /// A user is no longer in the room.
+    MemberLeft(Box<MemberMoved>),
+    /// Who came and went in a large room.
+    PresenceDiff(Box<PresenceDiff>),
+    /// Who is there.
+    Presence(Box<Presence>),
+    /// Whether a user types.
+    Typing(Typing),
+    /// How far a user has read.
+    Read(Read),
+    /// What a room is like.
+    RoomInfo(Box<RoomInfo>),
+    /// The public rooms.
+    Rooms(Rooms),
+    /// The room was deleted.
+    RoomClosed(RoomClosed),
     /// A page of a room's log.
     History(Box<History<E>>),
     /// A question whether the client lives, for clients that asked for it in JSON.
@@ -56,10 +74,19 @@ impl<E> Answer<E> {
             Self::Ack(ack) => ack.reference.as_ref(),
             Self::Left(left) => left.reference.as_ref(),
             Self::History(history) => history.reference.as_ref(),
+            Self::Presence(presence) => presence.reference.as_ref(),
+            Self::RoomInfo(info) => info.reference.as_ref(),
+            Self::Rooms(rooms) => rooms.reference.as_ref(),
+            Self::RoomClosed(closed) => closed.reference.as_ref(),
             Self::Pong(pong) => pong.reference.as_ref(),
             Self::Error(refusal) => refusal.reference.as_ref(),
             Self::Connected(_)
             | Self::Message(_)
+            | Self::MemberJoined(_)
+            | Self::MemberLeft(_)
+            | Self::PresenceDiff(_)
+            | Self::Typing(_)
+            | Self::Read(_)
             | Self::Reset(_)
             | Self::Status(_)
             | Self::Reconnect(_)
@@ -127,6 +154,9 @@ pub struct Joined<E> {
     pub epoch: Epoch,
     /// The newest entry; after a repeated `join` the last one given to this connection.
     pub seq: Seq,
+    /// How many users are in the room.
+    #[serde(default)]
+    pub members: u64,
     /// Whether the log goes on from `since`.
     pub recovered: bool,
     /// Why not.
@@ -137,6 +167,9 @@ pub struct Joined<E> {
     /// Whether older entries are there.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub more: bool,
+    /// How far this user has read.
+    #[serde(default)]
+    pub read: Seq,
     /// Whether the room keeps a log.
     pub durable: bool,
 }
@@ -158,9 +191,11 @@ pub enum NotRecovered {
 pub struct Message {
     /// The room.
     pub room: RoomId,
-    /// The epoch that `seq` counts in.
+    /// The epoch that `seq` counts in; [`Epoch::none`] in a room without a log.
+    #[serde(default = "Epoch::none", skip_serializing_if = "Epoch::is_none")]
     pub epoch: Epoch,
-    /// The number of the entry.
+    /// The number of the entry, 0 in a room without a log.
+    #[serde(default, skip_serializing_if = "is_zero")]
     pub seq: Seq,
     /// The id of the message.
     pub id: MessageId,
@@ -197,9 +232,11 @@ pub struct Ack {
     pub id: MessageId,
     /// The room.
     pub room: RoomId,
-    /// The epoch that `seq` counts in.
+    /// The epoch that `seq` counts in; [`Epoch::none`] in a room without a log.
+    #[serde(default = "Epoch::none", skip_serializing_if = "Epoch::is_none")]
     pub epoch: Epoch,
-    /// The number the message got.
+    /// The number the message got, 0 in a room without a log.
+    #[serde(default, skip_serializing_if = "is_zero")]
     pub seq: Seq,
     /// When the gateway took it.
     pub timestamp: String,
@@ -215,6 +252,155 @@ pub struct Left {
     pub reference: Option<Ref>,
     /// The room.
     pub room: RoomId,
+}
+
+/// `member_joined` and `member_left`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemberMoved {
+    /// The room.
+    pub room: RoomId,
+    /// The user.
+    pub user: UserId,
+    /// What people read.
+    pub name: DisplayName,
+    /// How many users are in the room now.
+    pub count: u64,
+    /// The server's clock.
+    pub timestamp: String,
+}
+
+/// `presence_diff`: what changed since the last one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PresenceDiff {
+    /// The room.
+    pub room: RoomId,
+    /// Who is there and was not.
+    pub joined: Vec<UserId>,
+    /// Who was there and is not.
+    pub left: Vec<UserId>,
+    /// How many users are in the room now.
+    pub count: u64,
+}
+
+/// `presence`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Presence {
+    /// The `ref` of the request.
+    #[serde(default, rename = "ref", skip_serializing_if = "Option::is_none")]
+    pub reference: Option<Ref>,
+    /// The room; without it, the cluster.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub room: Option<RoomId>,
+    /// A page of who is there, by id.
+    pub users: Vec<Present>,
+    /// How many users are there in all.
+    pub count: u64,
+    /// Asks for the next page, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cursor: Option<String>,
+}
+
+/// A user who is there.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Present {
+    /// The user.
+    pub id: UserId,
+    /// What people read.
+    pub name: DisplayName,
+    /// Over how many connections.
+    pub connections: u64,
+    /// Since when.
+    pub since: String,
+    /// When the user did something last.
+    pub last_active: String,
+    /// How far the user has read; of a room only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub read: Option<Seq>,
+}
+
+/// `typing`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Typing {
+    /// The room.
+    pub room: RoomId,
+    /// The user.
+    pub user: UserId,
+    /// Whether the user types.
+    pub is_typing: bool,
+}
+
+/// `read`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Read {
+    /// The room.
+    pub room: RoomId,
+    /// The user.
+    pub user: UserId,
+    /// The newest entry that the user has read.
+    pub seq: Seq,
+}
+
+/// `room_info`, and an entry of `rooms`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RoomInfo {
+    /// The `ref` of the request.
+    #[serde(default, rename = "ref", skip_serializing_if = "Option::is_none")]
+    pub reference: Option<Ref>,
+    /// The room.
+    pub room: RoomId,
+    /// What people read.
+    pub name: DisplayName,
+    /// Who made it; nobody, where it came to be by being joined.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owner: Option<UserId>,
+    /// Whether `rooms` lists it.
+    pub public: bool,
+    /// Whether it has a password.
+    pub protected: bool,
+    /// The most users that may be in it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_members: Option<u32>,
+    /// How many are.
+    pub members: u64,
+    /// Whether it keeps a log.
+    pub durable: bool,
+    /// When it was made, or joined first.
+    pub created_at: String,
+    /// More about it.
+    pub meta: serde_json::Map<String, serde_json::Value>,
+}
+
+/// `rooms`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rooms {
+    /// The `ref` of the request.
+    #[serde(default, rename = "ref", skip_serializing_if = "Option::is_none")]
+    pub reference: Option<Ref>,
+    /// A page of them, by id.
+    pub rooms: Vec<RoomInfo>,
+    /// Asks for the next page, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cursor: Option<String>,
+}
+
+/// `room_closed`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RoomClosed {
+    /// The `ref` of the `delete_room`, to who asked.
+    #[serde(default, rename = "ref", skip_serializing_if = "Option::is_none")]
+    pub reference: Option<Ref>,
+    /// The room.
+    pub room: RoomId,
+    /// Why.
+    pub reason: ClosedReason,
+}
+
+/// Why a room is no more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ClosedReason {
+    /// It was deleted.
+    Deleted,
 }
 
 /// `history`
@@ -353,13 +539,19 @@ impl Refusal {
     }
 }
 
+/// For numbers that are left out where there is none.
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes fields by reference")]
+fn is_zero(seq: &Seq) -> bool {
+    *seq == 0
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn clients_ignore_types_they_do_not_know() {
-        let frame: Frame = serde_json::from_str(r#"{"type":"typing","room":"r"}"#).unwrap();
+        let frame: Frame = serde_json::from_str(r#"{"type":"nonsense","room":"r"}"#).unwrap();
         assert!(matches!(frame, Answer::Unknown));
     }
 
@@ -378,15 +570,17 @@ mod tests {
             room: "r".parse().unwrap(),
             epoch: "e".parse().unwrap(),
             seq: 4,
+            members: 2,
             recovered: false,
             reason: None,
             history: vec![raw.unwrap()],
             more: true,
+            read: 3,
             durable: true,
         }));
         assert_eq!(
             serde_json::to_string(&joined).unwrap(),
-            r#"{"type":"joined","ref":3,"room":"r","epoch":"e","seq":4,"recovered":false,"history":[{"type":"message","x": 1}],"more":true,"durable":true}"#
+            r#"{"type":"joined","ref":3,"room":"r","epoch":"e","seq":4,"members":2,"recovered":false,"history":[{"type":"message","x": 1}],"more":true,"read":3,"durable":true}"#
         );
     }
 }

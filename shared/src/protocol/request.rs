@@ -4,11 +4,12 @@ use serde::{Deserialize, Deserializer, de::Error as _};
 use serde_json::value::RawValue;
 
 use super::{
-    BINARY_HEADER_BYTES_MAX, Kind, META_BYTES_MAX, REF_BYTES_MAX, Ref, answer::Refusal, string_of,
+    BINARY_HEADER_BYTES_MAX, Kind, META_BYTES_MAX, NAME_CHARS_MAX, PASSWORD_BYTES_MAX,
+    REF_BYTES_MAX, Ref, answer::Refusal, string_of,
 };
 use crate::{
     error::ErrorCode,
-    ids::{MessageId, RoomId},
+    ids::{DisplayName, MessageId, RoomId},
     position::{Position, Seq, seq_in_range},
 };
 
@@ -27,15 +28,50 @@ pub enum Body<'a> {
     /// `join`
     Join(Join),
     /// `leave`
-    Leave(Leave),
+    Leave(OneRoom),
     /// `message`
     Message(Message<'a>),
+    /// `typing`
+    Typing(Typing),
+    /// `read`
+    Read(Read),
     /// `history`
     History(History),
+    /// `presence`
+    Presence(Presence),
+    /// `create_room`
+    CreateRoom(CreateRoom<'a>),
+    /// `delete_room`
+    DeleteRoom(OneRoom),
+    /// `room_info`
+    RoomInfo(OneRoom),
+    /// `rooms`
+    Rooms(Rooms),
     /// `ping`
     Ping(Ping<'a>),
     /// `pong`
     Pong,
+}
+
+impl Body<'_> {
+    /// The `type`.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Join(_) => "join",
+            Self::Leave(_) => "leave",
+            Self::Message(_) => "message",
+            Self::Typing(_) => "typing",
+            Self::Read(_) => "read",
+            Self::History(_) => "history",
+            Self::Presence(_) => "presence",
+            Self::CreateRoom(_) => "create_room",
+            Self::DeleteRoom(_) => "delete_room",
+            Self::RoomInfo(_) => "room_info",
+            Self::Rooms(_) => "rooms",
+            Self::Ping(_) => "ping",
+            Self::Pong => "pong",
+        }
+    }
 }
 
 /// `join`: take part in a room, from now or from where one was.
@@ -48,11 +84,13 @@ pub struct Join {
     /// How many of the newest entries to send; ignored with `since`.
     #[serde(default = "history_default", deserialize_with = "history_in_range")]
     pub history: u32,
+    /// The room's password, where it has one.
+    pub password: Option<String>,
 }
 
-/// `leave`
+/// A frame that names a room and nothing else: `leave`, `room_info`, `delete_room`.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
-pub struct Leave {
+pub struct OneRoom {
     /// The room.
     pub room: RoomId,
 }
@@ -83,6 +121,66 @@ pub enum Content<'a> {
     Json(&'a RawValue),
     /// The payload of a binary frame.
     Binary(&'a [u8]),
+}
+
+/// `typing`
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+pub struct Typing {
+    /// The room.
+    pub room: RoomId,
+    /// Whether the user types, or has stopped.
+    pub is_typing: bool,
+}
+
+/// `read`: how far the user has read.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+pub struct Read {
+    /// The room.
+    pub room: RoomId,
+    /// The newest entry that was read; above the top it counts as the top.
+    #[serde(deserialize_with = "seq_in_range")]
+    pub seq: Seq,
+}
+
+/// `presence`: who is in a room, or on any node at all.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+pub struct Presence {
+    /// The room; without it, the cluster.
+    pub room: Option<RoomId>,
+    /// Where the page before ended.
+    pub cursor: Option<String>,
+    /// How many users, 1 to 200.
+    #[serde(default = "list_limit_default", deserialize_with = "limit_in_range")]
+    pub limit: u32,
+}
+
+/// `create_room`
+#[derive(Clone, Debug)]
+pub struct CreateRoom<'a> {
+    /// The room.
+    pub room: RoomId,
+    /// What it is called in front of people; its id where that is absent.
+    pub name: Option<DisplayName>,
+    /// The most users that may be in it.
+    pub max_members: Option<u32>,
+    /// Whether `rooms` lists it.
+    pub public: bool,
+    /// What who joins has to know.
+    pub password: Option<String>,
+    /// More about it, a JSON object.
+    pub meta: Option<&'a RawValue>,
+}
+
+/// `rooms`: the public rooms, by name.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+pub struct Rooms {
+    /// What their ids begin with.
+    pub prefix: Option<String>,
+    /// Where the page before ended.
+    pub cursor: Option<String>,
+    /// How many, 1 to 200.
+    #[serde(default = "list_limit_default", deserialize_with = "limit_in_range")]
+    pub limit: u32,
 }
 
 /// `history`: a page of a room's log, backwards or forwards.
@@ -122,6 +220,11 @@ pub fn history_default() -> u32 {
     50
 }
 
+/// How many users or rooms a page of `presence` and `rooms` has where nothing is asked.
+pub fn list_limit_default() -> u32 {
+    100
+}
+
 /// What every frame may have, and what an `error` names. Values are looked at one by one, so that
 /// a bad one does not hide the others.
 #[derive(Deserialize)]
@@ -152,6 +255,19 @@ struct MessageMembers<'a> {
     echo: bool,
 }
 
+/// The members of a `create_room`, as JSON has them.
+#[derive(Deserialize)]
+struct CreateRoomMembers<'a> {
+    room: RoomId,
+    name: Option<String>,
+    max_members: Option<u32>,
+    #[serde(default = "yes")]
+    public: bool,
+    password: Option<String>,
+    #[serde(borrow)]
+    meta: Option<&'a RawValue>,
+}
+
 impl<'a> Request<'a> {
     /// Reads a text frame.
     ///
@@ -167,7 +283,14 @@ impl<'a> Request<'a> {
             "join" => Body::Join(serde_json::from_str(text).map_err(bad)?),
             "leave" => Body::Leave(serde_json::from_str(text).map_err(bad)?),
             "message" => Body::Message(message(text, None, &refusal)?),
+            "typing" => Body::Typing(serde_json::from_str(text).map_err(bad)?),
+            "read" => Body::Read(serde_json::from_str(text).map_err(bad)?),
             "history" => Body::History(history(text, &refusal)?),
+            "presence" => Body::Presence(serde_json::from_str(text).map_err(bad)?),
+            "create_room" => Body::CreateRoom(create_room(text, &refusal)?),
+            "delete_room" => Body::DeleteRoom(serde_json::from_str(text).map_err(bad)?),
+            "room_info" => Body::RoomInfo(serde_json::from_str(text).map_err(bad)?),
+            "rooms" => Body::Rooms(serde_json::from_str(text).map_err(bad)?),
             "ping" => Body::Ping(ping(text, &refusal)?),
             "pong" => Body::Pong,
             _ => {
@@ -252,14 +375,7 @@ fn message<'a>(
         return Err(bad("messages of kind `system` come from the server only".into()));
     }
     if let Some(meta) = members.meta {
-        if !meta.get().starts_with('{') {
-            return Err(bad("`meta` is an object".into()));
-        }
-        if meta.get().len() > META_BYTES_MAX {
-            let text = format!("`meta` is at most {META_BYTES_MAX} bytes");
-            return Err(refusal.because(ErrorCode::TooLarge, text));
-        }
-        readable_for_all(meta).map_err(|error| bad(format!("`meta`: {}", told(&error))))?;
+        meta_is_good(meta, refusal)?;
     }
     let content = match (members.content, payload) {
         (Some(content), None) => {
@@ -281,6 +397,56 @@ fn message<'a>(
         reply_to: members.reply_to,
         meta: members.meta,
         echo: members.echo,
+    })
+}
+
+/// Checks `meta`, of a message or of a room.
+fn meta_is_good(meta: &RawValue, refusal: &Refusal) -> Result<(), Box<Refusal>> {
+    let bad = |text: String| refusal.because(ErrorCode::BadRequest, text);
+    if !meta.get().starts_with('{') {
+        return Err(bad("`meta` is an object".into()));
+    }
+    if meta.get().len() > META_BYTES_MAX {
+        let text = format!("`meta` is at most {META_BYTES_MAX} bytes");
+        return Err(refusal.because(ErrorCode::TooLarge, text));
+    }
+    readable_for_all(meta).map_err(|error| bad(format!("`meta`: {}", told(&error))))
+}
+
+fn create_room<'a>(text: &'a str, refusal: &Refusal) -> Result<CreateRoom<'a>, Box<Refusal>> {
+    let bad = |text: String| refusal.because(ErrorCode::BadRequest, text);
+    let members: CreateRoomMembers<'_> =
+        serde_json::from_str(text).map_err(|error| bad(told(&error)))?;
+    let too_large = |text: String| refusal.because(ErrorCode::TooLarge, text);
+    let name = match members.name {
+        Some(name) if name.chars().count() > NAME_CHARS_MAX => {
+            return Err(too_large(format!("`name` is at most {NAME_CHARS_MAX} characters")));
+        }
+        Some(name) => Some(name.parse().map_err(|error| bad(format!("`name`: {error}")))?),
+        None => None,
+    };
+    if members.max_members == Some(0) {
+        return Err(bad("`max_members` is 1 or more".into()));
+    }
+    match &members.password {
+        Some(password) if password.is_empty() => {
+            return Err(bad("`password` is not empty; leave it out for a room without".into()));
+        }
+        Some(password) if password.len() > PASSWORD_BYTES_MAX => {
+            return Err(too_large(format!("`password` is at most {PASSWORD_BYTES_MAX} bytes")));
+        }
+        _ => {}
+    }
+    if let Some(meta) = members.meta {
+        meta_is_good(meta, refusal)?;
+    }
+    Ok(CreateRoom {
+        room: members.room,
+        name,
+        max_members: members.max_members,
+        public: members.public,
+        password: members.password,
+        meta: members.meta,
     })
 }
 
@@ -474,6 +640,39 @@ mod tests {
         let meta = format!(r#"{{"x":"{}"}}"#, "y".repeat(META_BYTES_MAX));
         let text = format!(r#"{{"type":"message","room":"r","content":1,"meta":{meta}}}"#);
         refused(&text, ErrorCode::TooLarge);
+    }
+
+    #[test]
+    fn a_room_is_created_with_what_its_limits_allow() {
+        let text = r#"{"type":"create_room","room":"r","password":"p","meta":{"a": 1}}"#;
+        let Body::CreateRoom(room) = Request::from_text(text).unwrap().body else { panic!() };
+        assert!(room.public && room.name.is_none() && room.max_members.is_none());
+        assert_eq!(
+            (room.password.as_deref(), room.meta.unwrap().get()),
+            (Some("p"), r#"{"a": 1}"#)
+        );
+        let with = |more: &str| format!(r#"{{"type":"create_room","room":"r",{more}}}"#);
+        refused(&with(r#""max_members":0"#), ErrorCode::BadRequest);
+        refused(&with(r#""max_members":-1"#), ErrorCode::BadRequest);
+        refused(&with(r#""password":"""#), ErrorCode::BadRequest);
+        refused(&with(r#""name":"a\u0007""#), ErrorCode::BadRequest);
+        refused(&with(r#""meta":[]"#), ErrorCode::BadRequest);
+        refused(&with(&format!(r#""name":"{}""#, "n".repeat(65))), ErrorCode::TooLarge);
+        refused(&with(&format!(r#""password":"{}""#, "p".repeat(1025))), ErrorCode::TooLarge);
+        let meta = format!(r#""meta":{{"x":"{}"}}"#, "y".repeat(META_BYTES_MAX));
+        refused(&with(&meta), ErrorCode::TooLarge);
+    }
+
+    #[test]
+    fn what_is_said_about_people_is_checked() {
+        refused(r#"{"type":"typing","room":"r"}"#, ErrorCode::BadRequest);
+        refused(r#"{"type":"read","room":"r","seq":-1}"#, ErrorCode::BadRequest);
+        refused(r#"{"type":"read","room":"r"}"#, ErrorCode::BadRequest);
+        refused(r#"{"type":"presence","limit":201}"#, ErrorCode::BadRequest);
+        let Body::Presence(all) = Request::from_text(r#"{"type":"presence"}"#).unwrap().body else {
+            panic!()
+        };
+        assert_eq!((all.room, all.cursor, all.limit), (None, None, 100));
     }
 
     #[test]

@@ -55,7 +55,7 @@ const SEEN_EVERY: Duration = Duration::from_millis(100);
 
 /// This run of this node, as the others know it; the same for all servers of a Redis Cluster.
 pub(super) struct Process {
-    name: String,
+    pub(super) name: String,
     /// What the names of all runs of this node begin with.
     node: String,
     state: Mutex<State>,
@@ -75,12 +75,21 @@ struct State {
     /// Whether it has ever had a lease. With the first one it says that earlier runs of this node
     /// have ended; later ones do not, since by then another with the same id may have started.
     registered: bool,
+    /// Under which name its seats are in the registry.
+    incarnation: Option<String>,
 }
 
 impl Process {
     pub(super) fn new(node: &str) -> Self {
         let node = format!("{node}/");
         Self { name: format!("{node}{}", random_epoch()), node, state: Mutex::default() }
+    }
+
+    /// A new name for its seats in the registry.
+    pub(super) fn begin_incarnation(&self) -> String {
+        let incarnation = format!("{}.{}", self.name, random_epoch());
+        self.state.lock().incarnation = Some(incarnation.clone());
+        incarnation
     }
 }
 
@@ -471,18 +480,25 @@ impl Agreement {
         Ok(())
     }
 
-    /// Gives the lease back, so that nobody waits for a process that has ended in order.
+    /// Gives the lease back, so that nobody waits for a process that has ended in order. Before that
+    /// it is noted when, so that its users are not taken for gone while they go elsewhere.
     async fn say_goodbye(&self) {
         if !self.keeps_leases() {
             return;
         }
         let goodbye = async {
             let (mut connection, _) = self.server.connect(config()).await?;
-            redis::cmd("HDEL")
-                .arg(self.server.keyspace.leases())
-                .arg(&self.process.name)
-                .query_async::<()>(&mut connection)
-                .await
+            let keyspace = self.server.keyspace;
+            let (seconds, micros): (u64, u64) =
+                redis::cmd("TIME").query_async(&mut connection).await?;
+            let now = seconds * 1000 + micros / 1000;
+            let mut goodbye = redis::pipe();
+            if let Some(incarnation) = self.process.state.lock().incarnation.clone() {
+                let row = format!("{} {now}", self.process.name);
+                goodbye.cmd("HSET").arg(keyspace.incarnations()).arg(incarnation).arg(row);
+            }
+            goodbye.cmd("HDEL").arg(keyspace.leases()).arg(&self.process.name);
+            goodbye.query_async::<()>(&mut connection).await
         };
         let _: RedisResult<()> = goodbye.await;
     }

@@ -30,6 +30,11 @@ impl Keyspace {
         home_of(room, self.homes())
     }
 
+    /// The home of what is named by something else than a room.
+    pub(super) fn home_of_text(self, text: &str) -> u16 {
+        crc16(text.as_bytes()) % self.homes()
+    }
+
     /// The slot of a home.
     pub(super) fn slot(home: u16) -> u16 {
         crc16(home.to_string().as_bytes()) % SLOTS
@@ -60,7 +65,7 @@ impl Keyspace {
         self.named(home, &format!("probe:{process}"))
     }
 
-    fn named(self, home: u16, name: &str) -> String {
+    pub(super) fn named(self, home: u16, name: &str) -> String {
         if self.sharded { format!("gw:{{{home}}}:{name}") } else { format!("gw:{name}") }
     }
 

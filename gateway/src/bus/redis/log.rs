@@ -7,7 +7,7 @@ use bytes::Bytes;
 use redis::{ErrorKind, RedisError, Value};
 use shared::{
     envelope::Envelope,
-    ids::RoomId,
+    ids::{ConnectionId, RoomId, UserId},
     position::{Epoch, Position, Seq},
 };
 
@@ -15,7 +15,7 @@ use super::{
     heal::Healer, is_of_the_slot, is_stale, refused_or_away, server::Server, topology::Reader,
 };
 use crate::{
-    bus::{BoxFuture, BusError, READ_BYTES_MAX, Range},
+    bus::{BoxFuture, BusError, READ_BYTES_MAX, Range, registry::Deletion},
     delivery::{Entry, Followed, Token, page::Page},
     telemetry::metrics::Metrics,
 };
@@ -56,7 +56,23 @@ impl Log {
         let log = self.clone();
         Box::pin(async move {
             let token = log.agreed(&room).await;
-            log.ask(async |reader| log.delete_by(reader, &room, token).await).await
+            log.ask(async |reader| log.delete_by(reader, &room, token, None).await).await?;
+            Ok(())
+        })
+    }
+
+    /// Deletes a room as a whole: its log, its record, and who is in it.
+    pub(super) fn delete_room(
+        &self,
+        room: RoomId,
+        owner: Option<UserId>,
+        by: Option<ConnectionId>,
+    ) -> BoxFuture<Result<Deletion, BusError>> {
+        let log = self.clone();
+        Box::pin(async move {
+            let token = log.agreed(&room).await;
+            let asked = Some((owner, by));
+            log.ask(async |reader| log.delete_by(reader, &room, token, asked).await).await
         })
     }
 
@@ -188,12 +204,25 @@ impl Log {
         reader: &mut Reader,
         room: &RoomId,
         token: Token,
-    ) -> Result<(), RedisError> {
-        self.delete
-            .key(&self.server.keyspace.keys(room))
-            .arg(self.server.common(room, token))
-            .invoke_async(&mut **reader)
-            .await
+        whole: Option<(Option<UserId>, Option<ConnectionId>)>,
+    ) -> Result<Deletion, RedisError> {
+        let keyspace = self.server.keyspace;
+        let mut delete = self.delete.key(&keyspace.keys(room));
+        delete.arg(self.server.common(room, token));
+        if let Some((owner, by)) = whole {
+            let channel = keyspace.channel(room);
+            delete.key(format!("{channel}:who")).key(format!("{channel}:record"));
+            delete.key(keyspace.rooms(keyspace.home(room))).key(format!("{channel}:marks"));
+            delete.arg(room.as_str()).arg(owner.as_ref().map_or("", UserId::as_str));
+            delete.arg(by.map(|by| by.to_string()).unwrap_or_default());
+        }
+        let answer: String = delete.invoke_async(&mut **reader).await?;
+        match answer.as_str() {
+            "deleted" => Ok(Deletion::Deleted),
+            "not_owner" => Ok(Deletion::NotOwner),
+            "not_found" => Ok(Deletion::NotFound),
+            _ => Err((ErrorKind::Parse, "delete.lua answered something else").into()),
+        }
     }
 }
 

@@ -12,9 +12,18 @@
 use std::{sync::Arc, time::Duration};
 
 use redis::{AsyncConnectionConfig, RedisError};
-use shared::{ids::RoomId, position::Position};
+use shared::{
+    ids::{ConnectionId, RoomId, UserId},
+    position::{Position, Seq},
+};
 
-use super::{Append, BoxFuture, Bus, BusError, Mailboxes, Range, Retention};
+use super::{
+    Append, BoxFuture, Bus, BusError, Done, Mailboxes, Range, Retention,
+    registry::{
+        Deletion, Details, EnterError, Entered, Found, Listing, Notice, Online, Record, Registry,
+        RegistryOptions, Rules, Seat, Snapshot,
+    },
+};
 use crate::{
     delivery::{Followed, page::Page},
     drain::Tasks,
@@ -27,7 +36,9 @@ mod heal;
 mod keyspace;
 mod links;
 mod log;
+mod notice;
 mod probe;
+mod registry;
 mod router;
 mod server;
 mod status;
@@ -36,6 +47,7 @@ pub mod topology;
 mod waiting;
 
 use log::Log;
+use registry::Registrar;
 use router::Router;
 use topology::{Dial, OpenError, TlsFiles, Way};
 
@@ -58,6 +70,8 @@ pub struct RedisOptions {
     pub partitions: u16,
     /// How long logs are kept.
     pub retention: Retention,
+    /// How long what is known of rooms is kept.
+    pub registry: RegistryOptions,
     /// The id of this node.
     pub node: String,
 }
@@ -81,9 +95,10 @@ pub enum RedisStartError {
     },
 }
 
-/// Logs in Redis.
+/// Logs and registry in Redis.
 pub struct RedisBus {
     router: Arc<Router>,
+    registrar: Arc<Registrar>,
 }
 
 impl RedisBus {
@@ -99,7 +114,7 @@ impl RedisBus {
         tasks: &Tasks,
     ) -> Result<Self, RedisStartError> {
         let way = topology::open(&options.url, &options.tls)?;
-        Ok(Self { router: Router::start(way, options, mailboxes, metrics, tasks) })
+        Ok(Self::start_on(way, options, mailboxes, metrics, tasks))
     }
 
     /// As [`RedisBus::start`], with connections to one server made by `dial`.
@@ -110,7 +125,21 @@ impl RedisBus {
         metrics: Arc<Metrics>,
         tasks: &Tasks,
     ) -> Self {
-        Self { router: Router::start(Way::One(dial), options, mailboxes, metrics, tasks) }
+        Self::start_on(Way::One(dial), options, mailboxes, metrics, tasks)
+    }
+
+    fn start_on(
+        way: Way,
+        options: RedisOptions,
+        mailboxes: Mailboxes,
+        metrics: Arc<Metrics>,
+        tasks: &Tasks,
+    ) -> Self {
+        let registry = options.registry.clone();
+        let router = Router::start(way, options, mailboxes, metrics, tasks);
+        let process = router.process().clone();
+        let registrar = Registrar::start(router.clone(), process, registry, tasks);
+        Self { router, registrar }
     }
 
     /// Waits until Redis has been reached and this node's view of it is the other nodes'.
@@ -183,6 +212,64 @@ impl Bus for RedisBus {
         } else {
             None
         }
+    }
+}
+
+impl Registry for RedisBus {
+    fn seat(&self, seat: Seat) {
+        self.registrar.seat(seat);
+    }
+
+    fn enter(&self, seat: Seat, rules: Option<Rules>) -> BoxFuture<Result<Entered, EnterError>> {
+        self.registrar.enter(seat, rules)
+    }
+
+    fn snapshots(&self, rooms: Vec<RoomId>) -> BoxFuture<Result<Vec<Snapshot>, BusError>> {
+        Box::pin(self.registrar.clone().snapshots(rooms))
+    }
+
+    fn details(&self, room: RoomId, users: Vec<UserId>) -> BoxFuture<Result<Details, BusError>> {
+        Box::pin(self.registrar.clone().details(room, users))
+    }
+
+    fn online(&self, after: String, limit: usize) -> BoxFuture<Result<Online, BusError>> {
+        Box::pin(self.registrar.clone().online(after, limit))
+    }
+
+    fn mark(&self, room: RoomId, user: UserId, seq: Seq, by: ConnectionId) {
+        self.registrar.mark(room, user, seq, by);
+    }
+
+    fn pass_on(&self, room: RoomId, notice: Notice, done: Done) {
+        self.registrar.pass_on(room, &notice, done);
+    }
+
+    fn create(&self, room: RoomId, record: Record) -> BoxFuture<Result<bool, BusError>> {
+        Box::pin(self.registrar.clone().create(room, record))
+    }
+
+    fn find(&self, room: RoomId) -> BoxFuture<Result<Option<Found>, BusError>> {
+        Box::pin(self.registrar.clone().find(room))
+    }
+
+    fn list(
+        &self,
+        prefix: String,
+        after: String,
+        limit: usize,
+    ) -> BoxFuture<Result<Listing, BusError>> {
+        Box::pin(self.registrar.clone().list(prefix, after, limit))
+    }
+
+    fn delete_room(
+        &self,
+        room: RoomId,
+        owner: Option<UserId>,
+        by: Option<ConnectionId>,
+    ) -> BoxFuture<Result<Deletion, BusError>> {
+        let home = self.router.keyspace().home(&room);
+        let question = move |log: &Log| log.delete_room(room.clone(), owner.clone(), by);
+        Box::pin(self.router.clone().ask(home, question))
     }
 }
 

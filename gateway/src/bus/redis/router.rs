@@ -41,7 +41,8 @@ use super::{
     waiting::Queued,
 };
 use crate::{
-    bus::{Append, BoxFuture, BusError, Mailboxes, Retention},
+    bus::{Append, BoxFuture, BusError, HEAD_TTL, Mailboxes, Retention, standing::Standing},
+    delivery::Token,
     drain::Tasks,
     telemetry::metrics::Metrics,
 };
@@ -140,6 +141,41 @@ impl Router {
         }
         status::start(router.clone(), mailboxes, tasks);
         router
+    }
+
+    /// What is known of this node's own state.
+    pub(super) fn standing(&self) -> &Arc<Standing> {
+        self.parts.mailboxes.standing()
+    }
+
+    /// This run of this node.
+    pub(super) fn process(&self) -> &Arc<Process> {
+        &self.parts.process
+    }
+
+    /// How long it is kept how far users have read: as long as the numbers of a log.
+    pub(super) fn marks_ttl(&self) -> Duration {
+        HEAD_TTL.max(self.parts.retention.ttl)
+    }
+
+    /// The server that a home is with, if the nodes have agreed on it.
+    pub(super) fn agreed_server(&self, home: u16) -> Option<Arc<Server>> {
+        let set = self.lanes.lock()[usize::from(home)].set.clone()?;
+        let has_agreed = set.server.agreed.borrow().homes.contains(&home);
+        has_agreed.then(|| set.server.clone())
+    }
+
+    /// The server of each home, once the nodes have agreed on all.
+    pub(super) fn agreed_tokens(&self) -> Option<BTreeMap<u16, Token>> {
+        let mut tokens = BTreeMap::new();
+        for (set, homes) in self.sets() {
+            let agreed = set.server.agreed.borrow().clone();
+            tokens.extend(homes.iter().filter_map(|home| {
+                let token = agreed.token.filter(|_| agreed.homes.contains(home))?;
+                Some((*home, token))
+            }));
+        }
+        (tokens.len() == usize::from(self.keyspace().homes())).then_some(tokens)
     }
 
     pub(super) fn keyspace(&self) -> Keyspace {

@@ -26,11 +26,12 @@ use super::{
     RetryPause, config,
     keyspace::Keyspace,
     links::{Link, Links},
+    notice,
     probe::{LOOK_EVERY, Probe},
     server::Server,
 };
 use crate::{
-    bus::{BoxFuture, BusError, Mailboxes},
+    bus::{BoxFuture, BusError, Mailboxes, registry::Notice},
     delivery::Entry,
     drain::Tasks,
 };
@@ -342,6 +343,11 @@ impl Worker {
                                 mailboxes.put(room, entry);
                             }
                         }
+                        Some(Arrival::Notice(room, notice)) => {
+                            if server.owns(server.keyspace.home(&room)) {
+                                mailboxes.notify(room, notice);
+                            }
+                        }
                         Some(Arrival::Probe(number)) => links.probe.heard(number),
                         Some(Arrival::Poke) => links.poked.notify_one(),
                         None => tracing::warn!("a message that no gateway published was ignored"),
@@ -425,11 +431,12 @@ fn room_of(data: &[Value]) -> Option<RoomId> {
 /// What gateways publish.
 enum Arrival {
     Entry(RoomId, Entry),
+    Notice(RoomId, Notice),
     Probe(u64),
     Poke,
 }
 
-/// Reads `[channel, "<epoch>:<seq>:<stamp>\n<envelope>"]`, or the number of a probe.
+/// Reads `[channel, "<epoch>:<seq>:<stamp>\n<envelope>"]`, a notice, or the number of a probe.
 fn arrival(data: Vec<Value>, probe: &Probe, pokes: &str) -> Option<Arrival> {
     let [Value::BulkString(channel), Value::BulkString(payload)]: [Value; 2] =
         data.try_into().ok()?
@@ -445,6 +452,9 @@ fn arrival(data: Vec<Value>, probe: &Probe, pokes: &str) -> Option<Arrival> {
     }
     let room = Keyspace::room(channel)?;
     let payload = Bytes::from(payload);
+    if payload.first() == Some(&b'!') {
+        return Some(Arrival::Notice(room, notice::unpack(&payload)?));
+    }
     let border = payload.iter().position(|byte| *byte == b'\n')?;
     let (position, stamp) = std::str::from_utf8(&payload[..border]).ok()?.rsplit_once(':')?;
     let (position, stamp) = (position.parse().ok()?, stamp.parse().ok()?);

@@ -18,7 +18,7 @@ use shared::{
 
 use super::proxy::{Mode, Proxy};
 use crate::harness::{
-    Gateway, Redis, get, hub_options, next_message, retention, room, say, until, within,
+    Gateway, Redis, get, hub_options, next_message, nobody, retention, room, say, until, within,
 };
 
 /// A node without a listener, for what no frame can ask yet.
@@ -37,13 +37,15 @@ impl Bare {
             url: redis.url(),
             partitions: 256,
             retention: retention(),
+            registry: Default::default(),
             node,
             tls: Default::default(),
         };
         let bus = RedisBus::start(options, mailboxes.clone(), metrics.clone(), &tasks).unwrap();
         within(bus.reached()).await.unwrap();
         let bus: Arc<dyn Bus> = Arc::new(bus);
-        let hub = Hub::start(&bus, mailboxes, letters, hub_options(), &metrics, &tasks);
+        let people = (&bus, &nobody(&tasks), &Default::default());
+        let hub = Hub::start(people, mailboxes, letters, hub_options(), &metrics, &tasks);
         Self { bus, _hub: hub, tasks }
     }
 }

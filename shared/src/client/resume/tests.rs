@@ -42,6 +42,8 @@ fn joined(epoch: &str, seq: Seq, recovered: bool, history: &[(Seq, u64)]) -> Joi
         reason: (!recovered).then_some(NotRecovered::LogLost),
         history: history.iter().map(entry).collect(),
         more: false,
+        members: 1,
+        read: 0,
         durable: true,
     }
 }

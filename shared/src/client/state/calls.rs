@@ -22,10 +22,26 @@ use crate::{
 
 /// What an application asks.
 pub(in crate::client) enum Command {
-    Join { room: RoomId, start: Start, reply: oneshot::Sender<Result<JoinInfo, JoinError>> },
-    Leave { room: RoomId, reply: oneshot::Sender<Result<(), LeaveError>> },
-    Send { room: RoomId, pending: Pending },
-    History { room: RoomId, page: Page, limit: u32, reply: HistoryReply },
+    Join {
+        room: RoomId,
+        start: Start,
+        password: Option<String>,
+        reply: oneshot::Sender<Result<JoinInfo, JoinError>>,
+    },
+    Leave {
+        room: RoomId,
+        reply: oneshot::Sender<Result<(), LeaveError>>,
+    },
+    Send {
+        room: RoomId,
+        pending: Pending,
+    },
+    History {
+        room: RoomId,
+        page: Page,
+        limit: u32,
+        reply: HistoryReply,
+    },
     Token(String),
 }
 
@@ -35,7 +51,9 @@ impl State {
     /// Takes a call of the application.
     pub(in crate::client) fn command(&mut self, command: Command, now: Instant) {
         match command {
-            Command::Join { room, start, reply } => self.join(room, start, reply),
+            Command::Join { room, start, password, reply } => {
+                self.join(room, start, password, reply);
+            }
             Command::Leave { room, reply } => self.leave(&room, reply),
             Command::Send { room, pending } => self.send(&room, pending, now),
             Command::History { room, page, limit, reply } => {
@@ -50,6 +68,7 @@ impl State {
         &mut self,
         name: RoomId,
         start: Start,
+        password: Option<String>,
         reply: oneshot::Sender<Result<JoinInfo, JoinError>>,
     ) {
         if !self.rooms.contains_key(&name) && self.rooms.len() >= ROOMS_MAX {
@@ -67,6 +86,7 @@ impl State {
             return;
         }
         room.join_reply = Some(reply);
+        room.password = password;
         match room.stage {
             Stage::Away | Stage::Joined => {}
             Stage::Left => room.begin_anew(start),
@@ -149,7 +169,8 @@ impl State {
             (None, Start::Now | Start::Since(_)) => Some(0),
             (None, Start::History(entries)) => Some(*entries),
         };
-        let frame = frames::Join { reference, room: name, since, history };
+        let password = room.password.as_deref();
+        let frame = frames::Join { reference, room: name, since, history, password };
         self.out.push_back(Outgoing::Text(frames::text(&frame)));
     }
 

@@ -69,7 +69,7 @@ impl Fixture {
     fn join(&mut self, room: &str, start: Start) -> Answer<JoinInfo, JoinError> {
         let (reply, answer) = oneshot::channel();
         let room = room.parse().unwrap();
-        self.state.command(Command::Join { room, start, reply }, self.now);
+        self.state.command(Command::Join { room, start, password: None, reply }, self.now);
         answer
     }
 

@@ -1,0 +1,327 @@
+//! The registry of a single node, in this process's memory. The reference for [`Registry`].
+
+use std::{
+    borrow::Borrow,
+    collections::{BTreeMap, HashMap},
+    ops::Bound,
+    time::Duration,
+};
+
+use rand::RngExt as _;
+use shared::{
+    ids::{ConnectionId, DisplayName, RoomId, UserId},
+    position::{Epoch, Position, Seq},
+    protocol::answer::{ClosedReason, Person},
+};
+use tokio::time::Instant;
+
+use super::MemoryBus;
+use crate::bus::{
+    Appended, BoxFuture, BusError, Done,
+    registry::{
+        Change, Deletion, Detail, Details, EnterError, Entered, Found, Listing, Millis, Notice,
+        Online, Place, Record, Registry, Rules, Seat, Snapshot, Version,
+    },
+};
+
+/// What the registry has. Rooms that nobody is in and nobody manages are not here.
+#[derive(Default)]
+pub(super) struct Registered {
+    rooms: BTreeMap<RoomId, Room>,
+    cluster: Present,
+    marks: HashMap<RoomId, BTreeMap<UserId, Seq>>,
+}
+
+#[derive(Default)]
+struct Room {
+    present: Present,
+    record: Option<Record>,
+    /// When somebody came, where it was empty.
+    since: Millis,
+    /// Since when nobody is there.
+    empty_since: Option<Instant>,
+}
+
+/// Who is at one place.
+#[derive(Default)]
+struct Present {
+    version: Version,
+    users: BTreeMap<UserId, Row>,
+}
+
+struct Row {
+    name: DisplayName,
+    connections: u32,
+    since: Millis,
+    active: Millis,
+}
+
+impl Present {
+    /// Takes a seat in, and tells what changed by that.
+    fn take(&mut self, seat: Seat) -> Option<Change> {
+        let Seat { user, connections, since, active, .. } = seat;
+        let (mut joined, mut left) = (Vec::new(), Vec::new());
+        if connections == 0 {
+            self.users.remove(&user.id)?;
+            left.push(user.id);
+        } else if let Some(row) = self.users.get_mut(&user.id) {
+            row.connections = connections;
+            row.active = row.active.max(active);
+            return None;
+        } else {
+            let row = Row { name: user.name.clone(), connections, since, active };
+            if self.users.is_empty() {
+                self.version = Version { epoch: rand::rng().random_range(1..1 << 53), number: 0 };
+            }
+            self.users.insert(user.id.clone(), row);
+            joined.push(user);
+        }
+        self.version.number += 1;
+        Some(Change { version: self.version, joined, left })
+    }
+
+    fn snapshot(&self) -> Snapshot {
+        let person = |(id, row): (&UserId, &Row)| Person { id: id.clone(), name: row.name.clone() };
+        let users = self.users.iter().map(person).collect();
+        Snapshot { version: self.version, users, settled: true }
+    }
+
+    fn detail(&self, user: &UserId, read: Seq) -> Option<Detail> {
+        let Row { name, connections, since, active } = self.users.get(user)?;
+        let user = Person { id: user.clone(), name: name.clone() };
+        let (connections, since, active) = (u64::from(*connections), *since, *active);
+        Some(Detail { user, connections, since, active, read })
+    }
+}
+
+impl Registered {
+    /// Forgets managed rooms that have been empty for longer than `ttl`.
+    pub(super) fn sweep(&mut self, ttl: Duration, now: Instant) {
+        self.rooms.retain(|_, room| room.empty_since.is_none_or(|since| now - since <= ttl));
+    }
+
+    /// Forgets how far was read in rooms whose log is no more.
+    pub(super) fn sweep_marks(&mut self, is_kept: impl Fn(&RoomId) -> bool) {
+        self.marks.retain(|room, _| is_kept(room));
+    }
+
+    fn mark_of(&self, room: &RoomId, user: &UserId, top: Seq) -> Seq {
+        let mark = self.marks.get(room).and_then(|marks| marks.get(user));
+        mark.copied().unwrap_or(0).min(top)
+    }
+
+    fn seat(&mut self, seat: Seat, now: Instant) -> Option<(RoomId, Change)> {
+        let name = match &seat.place {
+            Place::Cluster => {
+                self.cluster.take(seat);
+                return None;
+            }
+            Place::Room(room) => room.clone(),
+        };
+        if seat.connections == 0 && !self.rooms.contains_key(&name) {
+            return None;
+        }
+        let room = self.rooms.entry(name.clone()).or_default();
+        if room.present.users.is_empty() {
+            room.since = seat.since;
+        }
+        let change = room.present.take(seat);
+        room.empty_since = room.present.users.is_empty().then_some(now);
+        if room.empty_since.is_some() && room.record.is_none() {
+            self.rooms.remove(&name);
+        }
+        Some((name, change?))
+    }
+
+    fn admits(&self, name: &RoomId, user: &UserId, rules: &Rules) -> Result<(), EnterError> {
+        let Some(room) = self.rooms.get(name) else {
+            return if rules.create { Ok(()) } else { Err(EnterError::NotFound) };
+        };
+        let Some(record) = &room.record else { return Ok(()) };
+        if record.password.is_some() && record.password != rules.fits {
+            return Err(EnterError::WrongPassword);
+        }
+        let members = room.present.users.len();
+        let full = record.max_members.is_some_and(|max| members >= max as usize);
+        if full && !room.present.users.contains_key(user) {
+            return Err(EnterError::Full);
+        }
+        Ok(())
+    }
+}
+
+impl Room {
+    fn found(&self, room: RoomId) -> Found {
+        let members = self.present.users.len() as u64;
+        Found { room, record: self.record.clone(), members, since: self.since }
+    }
+}
+
+impl MemoryBus {
+    fn top(&self, room: &RoomId) -> Seq {
+        self.rooms.lock().logs.get(room).map_or(0, |log| log.top)
+    }
+
+    /// What is passed on leaves under the lock, so that changes enter the mailbox in their order.
+    fn enter_now(&self, seat: Seat, rules: Option<&Rules>) -> Result<Entered, EnterError> {
+        let Place::Room(room) = seat.place.clone() else {
+            self.registered.lock().seat(seat, Instant::now());
+            return Ok(Entered::default());
+        };
+        let (user, top) = (seat.user.id.clone(), self.top(&room));
+        let registered = &mut *self.registered.lock();
+        if let Some(rules) = rules {
+            registered.admits(&room, &user, rules)?;
+        }
+        if let Some((room, change)) = registered.seat(seat, Instant::now()) {
+            self.mailboxes.notify(room, Notice::Presence(change));
+        }
+        let present = registered.rooms.get(&room).map(|room| &room.present);
+        Ok(Entered {
+            version: present.map(|present| present.version).unwrap_or_default(),
+            count: present.map_or(0, |present| present.users.len() as u64),
+            read: registered.mark_of(&room, &user, top),
+        })
+    }
+
+    fn delete_now(
+        &self,
+        room: &RoomId,
+        owner: Option<&UserId>,
+        by: Option<ConnectionId>,
+    ) -> Deletion {
+        let has_log = self.top(room) > 0;
+        {
+            let registered = &mut *self.registered.lock();
+            let found = registered.rooms.get(room);
+            let record = found.and_then(|found| found.record.as_ref());
+            match owner {
+                Some(owner) if record.is_none_or(|record| record.owner != *owner) => {
+                    let known = found.is_some();
+                    return if known { Deletion::NotOwner } else { Deletion::NotFound };
+                }
+                None if found.is_none() && !has_log => return Deletion::NotFound,
+                _ => {}
+            }
+            registered.rooms.remove(room);
+            registered.marks.remove(room);
+            self.mailboxes
+                .notify(room.clone(), Notice::Closed { reason: ClosedReason::Deleted, by });
+        }
+        self.delete_log(room);
+        Deletion::Deleted
+    }
+}
+
+fn ready<T: Send + 'static>(value: T) -> BoxFuture<T> {
+    Box::pin(std::future::ready(value))
+}
+
+/// The keys behind `after` and not before `from`.
+fn behind<'a, K: Ord + Borrow<str>, V>(
+    map: &'a BTreeMap<K, V>,
+    from: &str,
+    after: &str,
+) -> impl Iterator<Item = (&'a K, &'a V)> + use<'a, K, V> {
+    let bound = if after >= from { Bound::Excluded(after) } else { Bound::Included(from) };
+    map.range::<str, _>((bound, Bound::Unbounded))
+}
+
+impl Registry for MemoryBus {
+    fn seat(&self, seat: Seat) {
+        // Without rules nobody is refused.
+        let _ = self.enter_now(seat, None);
+    }
+
+    fn enter(&self, seat: Seat, rules: Option<Rules>) -> BoxFuture<Result<Entered, EnterError>> {
+        ready(self.enter_now(seat, rules.as_ref()))
+    }
+
+    fn snapshots(&self, rooms: Vec<RoomId>) -> BoxFuture<Result<Vec<Snapshot>, BusError>> {
+        let registered = self.registered.lock();
+        let snapshot = |room| match registered.rooms.get(room) {
+            Some(Room { present, .. }) => present.snapshot(),
+            None => Present::default().snapshot(),
+        };
+        ready(Ok(rooms.iter().map(snapshot).collect()))
+    }
+
+    fn details(&self, room: RoomId, users: Vec<UserId>) -> BoxFuture<Result<Details, BusError>> {
+        let top = self.top(&room);
+        let registered = self.registered.lock();
+        let mut details = Details::default();
+        if let Some(Room { present, .. }) = registered.rooms.get(&room) {
+            details.version = present.version;
+            let detail = |user| present.detail(user, registered.mark_of(&room, user, top));
+            details.users = users.iter().filter_map(detail).collect();
+        }
+        ready(Ok(details))
+    }
+
+    fn online(&self, after: String, limit: usize) -> BoxFuture<Result<Online, BusError>> {
+        let cluster = &self.registered.lock().cluster;
+        let mut users = behind(&cluster.users, "", &after);
+        let page = users.by_ref().take(limit);
+        let page = page.filter_map(|(user, _)| cluster.detail(user, 0)).collect();
+        let (count, more) = (cluster.users.len() as u64, users.next().is_some());
+        ready(Ok(Online { users: page, count, more }))
+    }
+
+    fn mark(&self, room: RoomId, user: UserId, seq: Seq, by: ConnectionId) {
+        let top = self.top(&room);
+        let registered = &mut *self.registered.lock();
+        let seq = seq.min(top);
+        if seq > registered.mark_of(&room, &user, top) {
+            registered.marks.entry(room.clone()).or_default().insert(user.clone(), seq);
+            self.mailboxes.notify(room, Notice::Read { user, seq, by });
+        }
+    }
+
+    fn pass_on(&self, room: RoomId, notice: Notice, done: Done) {
+        self.mailboxes.notify(room, notice);
+        done(Ok(Appended { position: Position::new(Epoch::none(), 0), duplicate: false }));
+    }
+
+    fn create(&self, room: RoomId, record: Record) -> BoxFuture<Result<bool, BusError>> {
+        let has_log = self.top(&room) > 0;
+        let rooms = &mut self.registered.lock().rooms;
+        let free = !has_log && !rooms.contains_key(&room);
+        if free {
+            let empty_since = Some(Instant::now());
+            let room_of = Room { record: Some(record), empty_since, ..Room::default() };
+            rooms.insert(room, room_of);
+        }
+        ready(Ok(free))
+    }
+
+    fn find(&self, room: RoomId) -> BoxFuture<Result<Option<Found>, BusError>> {
+        let registered = self.registered.lock();
+        ready(Ok(registered.rooms.get(&room).map(|found| found.found(room))))
+    }
+
+    fn list(
+        &self,
+        prefix: String,
+        after: String,
+        limit: usize,
+    ) -> BoxFuture<Result<Listing, BusError>> {
+        let registered = self.registered.lock();
+        let is_public = |room: &Room| room.record.as_ref().is_none_or(|record| record.public);
+        let mut rooms = behind(&registered.rooms, &prefix, &after)
+            .take_while(|(name, _)| name.as_str().starts_with(&prefix))
+            .filter(|(_, room)| is_public(room));
+        let page = rooms.by_ref().take(limit);
+        let page = page.map(|(name, room)| room.found(name.clone())).collect();
+        let more = rooms.next().is_some();
+        ready(Ok(Listing { rooms: page, more }))
+    }
+
+    fn delete_room(
+        &self,
+        room: RoomId,
+        owner: Option<UserId>,
+        by: Option<ConnectionId>,
+    ) -> BoxFuture<Result<Deletion, BusError>> {
+        ready(Ok(self.delete_now(&room, owner.as_ref(), by)))
+    }
+}

@@ -1,0 +1,17 @@
+#!lua flags=allow-oom
+-- Notes how far a user has read, and passes it on where that is further than before.
+--
+-- KEYS  1 marks (hash)  2 meta of the room's log
+-- ARGV  1 user  2 number of the entry  3 channel  4 connection  5 ttl, ms
+
+local top = tonumber(redis.call('HGET', KEYS[2], 's') or '0')
+local seq = math.min(tonumber(ARGV[2]), top)
+local before = math.min(tonumber(redis.call('HGET', KEYS[1], ARGV[1]) or '0'), top)
+if seq > before then
+    redis.call('HSET', KEYS[1], ARGV[1], digits(seq))
+    redis.call('PUBLISH', ARGV[3], '!r ' .. ARGV[1] .. ' ' .. digits(seq) .. ' ' .. ARGV[4])
+end
+if seq > 0 then
+    redis.call('PEXPIRE', KEYS[1], ARGV[5])
+end
+return 1

@@ -1,0 +1,61 @@
+-- Notes how many connections a user has at a place on one process.
+--
+-- KEYS  as in present.lua  6 how far users have read (hash)  7 meta of the room's log
+-- ARGV  as in present.lua
+--       4 user  5 name  6 connections  7 since, ms  8 when the user did something last, ms
+--       9 a random number  10 whether to keep to rules: 1 or empty
+--       11 the hash that the password fits, or empty  12 whether the room may be made: 1 or empty
+-- Returns what became of it, and for `ok` epoch, number, how many are present, how far the user has
+-- read.
+
+local user, name, here = ARGV[4], ARGV[5], tonumber(ARGV[6])
+local total, since, active = row_of(user)
+local was_present = total ~= nil
+local epoch, number, begun = version()
+local count = epoch and redis.call('HLEN', KEYS[1]) - 1 or 0
+
+if ARGV[10] == '1' then
+    local record = redis.call('HMGET', KEYS[4], 'owner', 'password', 'max')
+    if not record[1] and not epoch and ARGV[12] ~= '1' then
+        return { 'not_found' }
+    end
+    if record[2] and record[2] ~= ARGV[11] then
+        return { 'wrong_password' }
+    end
+    if record[3] and not was_present and count >= tonumber(record[3]) then
+        return { 'full' }
+    end
+end
+
+if was_present then
+    total = total + here - tonumber(redis.call('HGET', KEYS[2], user) or '0')
+    active = tonumber(ARGV[8]) > tonumber(active) and ARGV[8] or active
+else
+    -- What the process had here before was of a room that is no more.
+    total, since, active = here, ARGV[7], ARGV[8]
+end
+seat(user, here)
+if total > 0 then
+    redis.call('HSET', KEYS[1], user, digits(total) .. ' ' .. since .. ' ' .. active .. ' ' .. name)
+    if not was_present then
+        if not epoch then
+            epoch, number, begun = ARGV[9], 0, ARGV[7]
+            redis.call('PERSIST', KEYS[4])
+        end
+        redis.call('ZADD', KEYS[5], 0, is_room and ARGV[1] or user)
+        number, count = number + 1, count + 1
+        redis.call('HSET', KEYS[1], '#', epoch .. ' 0 ' .. begun)
+        changed(epoch, number, begun, '+' .. user .. ' ' .. name .. '\n')
+    end
+elseif was_present then
+    redis.call('HDEL', KEYS[1], user)
+    if not is_room then
+        redis.call('ZREM', KEYS[5], user)
+    end
+    number, count = number + 1, count - 1
+    changed(epoch, number, begun, '-' .. user .. '\n')
+end
+
+local read = is_room and tonumber(redis.call('HGET', KEYS[6], user) or '0') or 0
+local top = is_room and tonumber(redis.call('HGET', KEYS[7], 's') or '0') or 0
+return { 'ok', epoch or '0', digits(number or 0), count, digits(math.min(read, top)) }

@@ -1,0 +1,302 @@
+//! The registry: who is in which room on which node, how rooms are managed, and how far each user
+//! has read. What of it changes is passed to the nodes that follow the room, as a [`Notice`].
+//!
+//! A [`Registry`] is told by each node how many connections a user has in a room *there*, as a
+//! number and not as a step, so that telling it again changes nothing. A user is present while any
+//! node has one. What is passed on is best effort: changes of who is present are numbered
+//! ([`Version`]), so that a follower finds out that it missed one and reads all of it.
+//!
+//! Two implementations, as of the [bus](super): in memory and in Redis.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use shared::{
+    envelope::Envelope,
+    ids::{ConnectionId, DisplayName, RoomId, UserId},
+    position::Seq,
+    protocol::answer::{ClosedReason, Person},
+};
+
+use super::{BoxFuture, BusError, Done};
+
+/// Where users are counted.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Place {
+    /// A room.
+    Room(RoomId),
+    /// The cluster: whoever is connected.
+    Cluster,
+}
+
+/// Milliseconds since 1970, by the clock of who wrote it.
+pub type Millis = u64;
+
+/// A user as one node has it at one place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Seat {
+    /// Where.
+    pub place: Place,
+    /// Who.
+    pub user: Person,
+    /// How many connections the user has there on this node; 0 has the user leave.
+    pub connections: u32,
+    /// Since when.
+    pub since: Millis,
+    /// When the user did something last.
+    pub active: Millis,
+}
+
+/// What a join has to keep to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Rules {
+    /// The hash that the password was found to fit. The room's is compared with it, so that a room
+    /// that was made anew meanwhile is not entered with the old password.
+    pub fits: Option<String>,
+    /// Whether a room that is not there is made.
+    pub create: bool,
+}
+
+/// Tells one state of who is present from another.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Version {
+    /// Begins anew, by chance, where a place was empty or its state was lost.
+    pub epoch: u64,
+    /// Counts changes.
+    pub number: u64,
+}
+
+/// What who enters is told.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Entered {
+    /// The state with this user in it.
+    pub version: Version,
+    /// How many users are present.
+    pub count: u64,
+    /// How far the user has read.
+    pub read: Seq,
+}
+
+/// Why a user does not enter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum EnterError {
+    /// The room has another password, or one was given too few.
+    #[error("the room has another password")]
+    WrongPassword,
+    /// As many users are there as may be.
+    #[error("the room has as many members as it may have")]
+    Full,
+    /// There is no such room, and none is made by being joined.
+    #[error("there is no such room")]
+    NotFound,
+    /// The registry did not do it.
+    #[error(transparent)]
+    Bus(#[from] BusError),
+}
+
+/// A user who is present, as a listing has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Detail {
+    /// Who.
+    pub user: Person,
+    /// Over how many connections, on all nodes.
+    pub connections: u64,
+    /// Since when.
+    pub since: Millis,
+    /// When the user did something last.
+    pub active: Millis,
+    /// How far the user has read.
+    pub read: Seq,
+}
+
+/// Who is present, at one moment.
+#[derive(Clone, Debug, Default)]
+pub struct Snapshot {
+    /// Which state.
+    pub version: Version,
+    /// All of them.
+    pub users: Vec<Person>,
+    /// Whether every node has told who it has. Until then somebody may be missing who is there.
+    pub settled: bool,
+}
+
+/// Some who are present.
+#[derive(Clone, Debug, Default)]
+pub struct Details {
+    /// Which state.
+    pub version: Version,
+    /// Those asked for that are there.
+    pub users: Vec<Detail>,
+}
+
+/// Who is connected to any node.
+#[derive(Clone, Debug, Default)]
+pub struct Online {
+    /// A page, by id.
+    pub users: Vec<Detail>,
+    /// How many there are in all.
+    pub count: u64,
+    /// Whether more follow.
+    pub more: bool,
+}
+
+/// A change of who is present.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Change {
+    /// The state after it.
+    pub version: Version,
+    /// Who is present now and was not.
+    pub joined: Vec<Person>,
+    /// Who was and is not.
+    pub left: Vec<UserId>,
+}
+
+/// What is passed on in a room beside entries of its log; at most once.
+#[derive(Clone, Debug)]
+pub enum Notice {
+    /// Somebody came or left.
+    Presence(Change),
+    /// Somebody types, or has stopped.
+    Typing {
+        /// Who.
+        user: UserId,
+        /// Whether.
+        is_typing: bool,
+    },
+    /// Somebody has read on.
+    Read {
+        /// Who.
+        user: UserId,
+        /// Up to where.
+        seq: Seq,
+        /// The connection that said so.
+        by: ConnectionId,
+    },
+    /// A message of a room without a log.
+    Message(Envelope),
+    /// The room is no more.
+    Closed {
+        /// Why.
+        reason: ClosedReason,
+        /// The connection that asked for it, which is told by an answer.
+        by: Option<ConnectionId>,
+    },
+}
+
+/// How a room is managed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// What people read.
+    pub name: DisplayName,
+    /// Who made it.
+    pub owner: UserId,
+    /// Whether it is listed.
+    pub public: bool,
+    /// The hash of its password (PHC string).
+    pub password: Option<String>,
+    /// The most users.
+    pub max_members: Option<u32>,
+    /// When it was made.
+    pub created: Millis,
+    /// A JSON object.
+    pub meta: String,
+}
+
+/// A room that is there: it is managed, or somebody is in it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Found {
+    /// The room.
+    pub room: RoomId,
+    /// How it is managed, if it is.
+    pub record: Option<Record>,
+    /// How many users are present.
+    pub members: u64,
+    /// When somebody came, where it was empty.
+    pub since: Millis,
+}
+
+/// A page of rooms.
+#[derive(Clone, Debug, Default)]
+pub struct Listing {
+    /// By id.
+    pub rooms: Vec<Found>,
+    /// Whether more follow.
+    pub more: bool,
+}
+
+/// What became of a deletion.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Deletion {
+    /// The room and its log are no more.
+    Deleted,
+    /// Somebody else made it, or nobody.
+    NotOwner,
+    /// There is none.
+    NotFound,
+}
+
+/// This moment, as the registry writes it.
+pub fn millis_now() -> Millis {
+    let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH);
+    since_1970.unwrap_or_default().as_millis() as Millis
+}
+
+/// How long what the registry has is kept.
+#[derive(Clone, Debug)]
+pub struct RegistryOptions {
+    /// How long a managed room stays that nobody is in.
+    pub empty_ttl: Duration,
+}
+
+impl Default for RegistryOptions {
+    fn default() -> Self {
+        Self { empty_ttl: Duration::from_secs(24 * 60 * 60) }
+    }
+}
+
+/// Where it is known who is where. See the module.
+pub trait Registry: Send + Sync {
+    /// Tells how many connections a user has at a place on this node, without waiting.
+    fn seat(&self, seat: Seat);
+
+    /// As [`Registry::seat`], for who enters: `rules` are checked in the same step, and nothing is
+    /// changed where they are not kept to. Without rules nothing is checked.
+    fn enter(&self, seat: Seat, rules: Option<Rules>) -> BoxFuture<Result<Entered, EnterError>>;
+
+    /// Who is present in each of some rooms, in their order.
+    fn snapshots(&self, rooms: Vec<RoomId>) -> BoxFuture<Result<Vec<Snapshot>, BusError>>;
+
+    /// What is known of some who are present in a room.
+    fn details(&self, room: RoomId, users: Vec<UserId>) -> BoxFuture<Result<Details, BusError>>;
+
+    /// Who is connected to any node: at most `limit` whose ids follow `after`.
+    fn online(&self, after: String, limit: usize) -> BoxFuture<Result<Online, BusError>>;
+
+    /// Notes how far a user has read, and passes it on where that is further than before.
+    fn mark(&self, room: RoomId, user: UserId, seq: Seq, by: ConnectionId);
+
+    /// Passes something on, without keeping it. The answer goes to `done`, with no position.
+    fn pass_on(&self, room: RoomId, notice: Notice, done: Done);
+
+    /// Makes a room managed. `false`: it is there, with members or a log.
+    fn create(&self, room: RoomId, record: Record) -> BoxFuture<Result<bool, BusError>>;
+
+    /// What is known of a room; `None` where nobody is in it and nobody manages it.
+    fn find(&self, room: RoomId) -> BoxFuture<Result<Option<Found>, BusError>>;
+
+    /// At most `limit` public rooms whose ids begin with `prefix` and follow `after`.
+    fn list(
+        &self,
+        prefix: String,
+        after: String,
+        limit: usize,
+    ) -> BoxFuture<Result<Listing, BusError>>;
+
+    /// Deletes a room with its log, has its members leave, and passes that on; by its owner, or
+    /// with `None` by the server.
+    fn delete_room(
+        &self,
+        room: RoomId,
+        owner: Option<UserId>,
+        by: Option<ConnectionId>,
+    ) -> BoxFuture<Result<Deletion, BusError>>;
+}

@@ -1,0 +1,497 @@
+//! What members are told of each other: who comes and goes, who types, how far others have read. All
+//! of it may be dropped on the way to a slow reader; entries of the log never are.
+
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use serde_json::value::RawValue;
+use shared::{
+    error::ErrorCode,
+    ids::{ConnectionId, RoomId, UserId},
+    position::{Epoch, Position, Seq},
+    protocol::{
+        Ref,
+        answer::{
+            Answer, ClosedReason, MemberMoved, Presence, PresenceDiff, Present, Read, Refusal,
+            RoomClosed, Typing,
+        },
+    },
+};
+use tokio::time::Instant;
+
+use super::{
+    Call,
+    ask::READ_AGAIN,
+    member::{Frames, Shared, Subscriber, Turn, text_frame},
+    room::Room,
+    shard::Shard,
+};
+use crate::{
+    bus::registry::{Detail, Details, Entered, Millis, Notice, Snapshot, millis_now},
+    delivery::{Entry, Token},
+    presence::roster::{Move, Roster},
+};
+
+/// How far apart `presence_diff`s of a room are at least.
+const DIFF_EVERY: Duration = Duration::from_millis(250);
+/// The most users that one `presence_diff` names: 132 bytes each, within the largest frame.
+const DIFF_LEN_MAX: usize = 2000;
+/// How far apart `typing` frames about one user are at least.
+const TYPING_EVERY: Duration = Duration::from_secs(1);
+/// How long a user types who says nothing more of it.
+const TYPING_MAX: Duration = Duration::from_secs(6);
+/// How long a listing waits for changes that are on their way here.
+const CATCH_UP_MAX: Duration = Duration::from_secs(2);
+/// How many listings of a room wait for that.
+const ASKING_MAX: usize = 1024;
+/// When rosters that were not whole are read again: by then every node that lives has told who it
+/// has, and those that do not have lost their lease.
+const UNSETTLED_FOR: Duration = Duration::from_secs(10);
+
+/// The people of a room, as its members here know them.
+#[derive(Debug, Default)]
+pub(super) struct People {
+    pub(super) roster: Roster,
+    /// Who came (`true`) or went since the last `presence_diff`.
+    pending: BTreeMap<UserId, bool>,
+    diffed_at: Option<Instant>,
+    typists: BTreeMap<UserId, Typist>,
+    asking: Vec<Asking>,
+    /// When there is next something to be looked at.
+    due: Option<Instant>,
+}
+
+/// A user of whom it was said lately whether they type.
+#[derive(Debug)]
+struct Typist {
+    /// What members were told last, and when.
+    shown: bool,
+    shown_at: Option<Instant>,
+    /// What was said last.
+    wanted: bool,
+    /// When that ends by itself.
+    ends: Instant,
+}
+
+/// A member that wants to know who is present.
+#[derive(Debug)]
+pub(super) struct Asking {
+    pub(super) subscriber: Arc<Subscriber>,
+    pub(super) reference: Option<Ref>,
+    pub(super) after: String,
+    pub(super) limit: usize,
+    pub(super) details: Details,
+    pub(super) since: Instant,
+}
+
+impl Typist {
+    /// When it is next to be looked at; `None`: it can be forgotten.
+    fn due(&self) -> Option<Instant> {
+        let again = self.shown_at.map(|at| at + TYPING_EVERY);
+        match (self.shown, self.wanted) {
+            (true, true) => Some(self.ends),
+            (false, false) => None,
+            _ => again.or(Some(self.ends)),
+        }
+    }
+
+    /// What members are to be told now, if anything.
+    fn look(&mut self, now: Instant) -> Option<bool> {
+        if self.ends <= now {
+            self.wanted = false;
+        }
+        let rests = self.shown_at.is_none_or(|at| at + TYPING_EVERY <= now);
+        if self.shown == self.wanted || !rests {
+            return None;
+        }
+        (self.shown, self.shown_at) = (self.wanted, Some(now));
+        Some(self.shown)
+    }
+}
+
+impl Room {
+    /// Takes what was said beside the log. Returns whether the roster is to be read.
+    fn hear(&mut self, notice: Notice, individual_max: usize, turn: &mut Turn) -> bool {
+        match notice {
+            Notice::Presence(change) => {
+                let (moves, read) = self.people.roster.hear(change);
+                self.tell_moves(moves, individual_max, turn);
+                self.answer_who_asks(turn);
+                return read;
+            }
+            Notice::Typing { user, is_typing } => self.hear_typing(user, is_typing, turn),
+            Notice::Read { user, seq, by } => self.tell_read(user, seq, by, turn),
+            Notice::Message(envelope) => {
+                let position = Position::new(Epoch::none(), 0);
+                let entry = Entry { position, stamp: Token::default(), envelope };
+                let mut frames = Frames::live(&self.name, &entry);
+                for member in &self.members {
+                    member.pass(&mut frames, turn);
+                }
+            }
+            // The shard does that.
+            Notice::Closed { .. } => {}
+        }
+        false
+    }
+
+    fn tell(
+        &self,
+        answer: &Answer<Box<RawValue>>,
+        but: impl Fn(&Subscriber) -> bool,
+        turn: &mut Turn,
+    ) {
+        let mut frame = Shared::new(text_frame(answer));
+        for member in self.members.iter().filter(|member| !but(&member.subscriber)) {
+            member.notify(&mut frame, turn);
+        }
+    }
+
+    /// Tells who came and went: one by one in a small room, in a large one with the next
+    /// `presence_diff`.
+    fn tell_moves(&mut self, moves: Vec<Move>, individual_max: usize, turn: &mut Turn) {
+        if moves.is_empty() {
+            return;
+        }
+        let timestamp = shared::timestamp(SystemTime::now());
+        for Move { user, joined, count, version } in moves {
+            let largest = if joined { count } else { count + 1 };
+            if largest > individual_max as u64 || !self.people.pending.is_empty() {
+                let opposite = self.people.pending.remove(&user.id).is_some();
+                if !opposite {
+                    self.people.pending.insert(user.id, joined);
+                }
+                continue;
+            }
+            let moved = Box::new(MemberMoved {
+                room: self.name.clone(),
+                user: user.id.clone(),
+                name: user.name,
+                count,
+                timestamp: timestamp.clone(),
+            });
+            let answer =
+                if joined { Answer::MemberJoined(moved) } else { Answer::MemberLeft(moved) };
+            let mut frame = Shared::new(text_frame(&answer));
+            for member in &self.members {
+                if member.lacks(version) && !member.subscriber.is_of(&user.id) {
+                    member.notify(&mut frame, turn);
+                }
+            }
+        }
+        if !self.people.pending.is_empty() {
+            let now = turn.keep.now;
+            let at = self.people.diffed_at.map_or(now, |at| (at + DIFF_EVERY).max(now));
+            self.people.note_due(at);
+        }
+    }
+
+    fn tell_diff(&mut self, turn: &mut Turn) {
+        let pending = std::mem::take(&mut self.people.pending);
+        let count = self.people.roster.len() as u64;
+        self.people.diffed_at = Some(turn.keep.now);
+        let mut pending = pending.into_iter().peekable();
+        while pending.peek().is_some() {
+            let (mut joined, mut left) = (Vec::new(), Vec::new());
+            for (user, came) in pending.by_ref().take(DIFF_LEN_MAX) {
+                if came { joined.push(user) } else { left.push(user) }
+            }
+            let diff = PresenceDiff { room: self.name.clone(), joined, left, count };
+            self.tell(&Answer::PresenceDiff(Box::new(diff)), |_| false, turn);
+        }
+    }
+
+    fn hear_typing(&mut self, user: UserId, is_typing: bool, turn: &mut Turn) {
+        let now = turn.keep.now;
+        let typist = self.people.typists.entry(user.clone()).or_insert(Typist {
+            shown: false,
+            shown_at: None,
+            wanted: false,
+            ends: now,
+        });
+        typist.wanted = is_typing;
+        if is_typing {
+            typist.ends = now + TYPING_MAX;
+        }
+        // Said again after a while it is told again, to those who came since.
+        let again = typist.shown && is_typing;
+        if again && typist.shown_at.is_some_and(|at| at + TYPING_EVERY <= now) {
+            typist.shown = false;
+        }
+        self.look_at_typist(&user, turn);
+    }
+
+    fn look_at_typist(&mut self, user: &UserId, turn: &mut Turn) {
+        let Some(typist) = self.people.typists.get_mut(user) else { return };
+        let told = typist.look(turn.keep.now);
+        match typist.due() {
+            Some(due) => self.people.note_due(due),
+            None => drop(self.people.typists.remove(user)),
+        }
+        if let Some(is_typing) = told {
+            let typing = Typing { room: self.name.clone(), user: user.clone(), is_typing };
+            self.tell(&Answer::Typing(typing), |subscriber| subscriber.is_of(user), turn);
+        }
+    }
+
+    fn tell_read(&self, user: UserId, seq: Seq, by: ConnectionId, turn: &mut Turn) {
+        let read = Answer::Read(Read { room: self.name.clone(), user, seq });
+        self.tell(&read, |subscriber| subscriber.connection == by, turn);
+    }
+
+    /// Does what is due.
+    fn look_at_people(&mut self, turn: &mut Turn) {
+        let now = turn.keep.now;
+        let diff_at = self.people.diffed_at.map_or(now, |at| at + DIFF_EVERY);
+        if !self.people.pending.is_empty() {
+            if diff_at <= now {
+                self.tell_diff(turn);
+            } else {
+                self.people.note_due(diff_at);
+            }
+        }
+        for user in self.people.typists.keys().cloned().collect::<Vec<_>>() {
+            self.look_at_typist(&user, turn);
+        }
+    }
+
+    fn read_roster(&mut self, snapshot: Snapshot, individual_max: usize, turn: &mut Turn) -> bool {
+        let (moves, again) = self.people.roster.read(snapshot);
+        self.tell_moves(moves, individual_max, turn);
+        self.answer_who_asks(turn);
+        again
+    }
+
+    /// Answers those who ask who is present, as far as what they are to see has come to pass here.
+    fn answer_who_asks(&mut self, turn: &mut Turn) {
+        let People { roster, asking, .. } = &mut self.people;
+        let (now, mut left) = (turn.keep.now, Vec::new());
+        for asks in asking.drain(..) {
+            let waits = !roster.has_reached(asks.details.version)
+                && now.saturating_duration_since(asks.since) < CATCH_UP_MAX;
+            if waits {
+                left.push(asks);
+                continue;
+            }
+            let (subscriber, answer) = listing(&self.name, roster, asks);
+            subscriber.answer(&answer);
+            turn.touch(&subscriber);
+        }
+        *asking = left;
+    }
+
+    /// Whether somebody asks who is present and waits for what is on its way here.
+    fn is_asked(&self) -> bool {
+        !self.people.asking.is_empty()
+    }
+}
+
+impl People {
+    fn note_due(&mut self, at: Instant) {
+        self.due = Some(self.due.map_or(at, |due| due.min(at)));
+    }
+}
+
+/// Exactly who is on the roster; what is not known of one who came at this moment is of this moment.
+fn listing(
+    room: &RoomId,
+    roster: &Roster,
+    asks: Asking,
+) -> (Arc<Subscriber>, Answer<Box<RawValue>>) {
+    let Asking { subscriber, reference, after, limit, details, .. } = asks;
+    let mut known: BTreeMap<UserId, Detail> =
+        details.users.into_iter().map(|detail| (detail.user.id.clone(), detail)).collect();
+    let mut behind = roster.behind(&after);
+    let users: Vec<Present> = behind
+        .by_ref()
+        .take(limit)
+        .map(|(id, name)| {
+            let detail = known.remove(id);
+            let now = millis_now();
+            let (since, active) =
+                detail.as_ref().map_or((now, now), |detail| (detail.since, detail.active));
+            Present {
+                id: id.clone(),
+                name: name.clone(),
+                connections: detail.as_ref().map_or(1, |detail| detail.connections),
+                since: at(since),
+                last_active: at(active),
+                read: Some(detail.map_or(0, |detail| detail.read)),
+            }
+        })
+        .collect();
+    let last = users.last().map(|user| user.id.to_string());
+    let cursor = behind.next().and(last);
+    let count = roster.len() as u64;
+    let room = Some(room.clone());
+    let presence = Presence { reference, room, users, count, cursor };
+    (subscriber, Answer::Presence(Box::new(presence)))
+}
+
+/// A time of the registry's as it stands on the wire.
+pub fn at(millis: Millis) -> String {
+    shared::timestamp(SystemTime::UNIX_EPOCH + Duration::from_millis(millis))
+}
+
+impl Shard {
+    pub(super) fn hear(&mut self, name: &RoomId, notice: Notice) {
+        if self.fenced {
+            return;
+        }
+        if let Notice::Closed { reason, by } = notice {
+            return self.close_room(name, reason, by);
+        }
+        let individual_max = self.presence.options().individual_max;
+        let Some(room) = self.rooms.get_mut(name) else { return };
+        let read = room.hear(notice, individual_max, &mut self.turn);
+        self.note_people_due(name);
+        if read {
+            self.read_rosters(vec![name.clone()]);
+        }
+    }
+
+    /// Notes when there is next something to be looked at in a room.
+    fn note_people_due(&mut self, name: &RoomId) {
+        if let Some(due) = self.rooms.get(name).and_then(|room| room.people.due) {
+            self.people_due.insert((due, name.clone()));
+        }
+    }
+
+    /// When there is next something to be looked at in any room.
+    pub(super) fn next_people_due(&self) -> Option<Instant> {
+        self.people_due.first().map(|(due, _)| *due)
+    }
+
+    /// Does in all rooms what is due.
+    pub(super) fn look_at_people(&mut self, now: Instant) {
+        while let Some((due, _)) = self.people_due.first()
+            && *due <= now
+        {
+            let Some((due, name)) = self.people_due.pop_first() else { return };
+            let Some(room) = self.rooms.get_mut(&name) else { continue };
+            // Noted more than once, it is done at the first.
+            if room.people.due != Some(due) {
+                continue;
+            }
+            room.people.due = None;
+            room.look_at_people(&mut self.turn);
+            self.note_people_due(&name);
+        }
+    }
+
+    /// Reads who is present in some rooms, in a task, until that is known.
+    pub(super) fn read_rosters(&mut self, mut names: Vec<RoomId>) {
+        names.retain(|name| {
+            self.rooms.get_mut(name).is_some_and(|room| room.people.roster.begin_read())
+        });
+        if names.is_empty() {
+            return;
+        }
+        let rooms: Vec<(RoomId, u64)> = names
+            .iter()
+            .filter_map(|name| Some((name.clone(), self.rooms.get(name)?.generation)))
+            .collect();
+        let (registry, calls) = (self.presence.registry().clone(), self.calls.clone());
+        self.spawn("read_rosters", async move {
+            let snapshots = loop {
+                match registry.snapshots(names.clone()).await {
+                    Ok(snapshots) => break snapshots,
+                    Err(_) => tokio::time::sleep(READ_AGAIN).await,
+                }
+            };
+            let _ = calls.send(Call::Rosters { rooms, snapshots }).await;
+        });
+    }
+
+    /// Takes who is present in some rooms.
+    pub(super) fn take_rosters(&mut self, rooms: Vec<(RoomId, u64)>, snapshots: Vec<Snapshot>) {
+        let individual_max = self.presence.options().individual_max;
+        let mut again = Vec::new();
+        for ((name, generation), snapshot) in rooms.into_iter().zip(snapshots) {
+            let room = self.rooms.get_mut(&name);
+            let Some(room) = room.filter(|room| room.generation == generation) else { continue };
+            if !snapshot.settled {
+                let at = self.turn.keep.now + UNSETTLED_FOR;
+                self.rosters_again.get_or_insert(at);
+            }
+            if room.read_roster(snapshot, individual_max, &mut self.turn) {
+                again.push(name.clone());
+            }
+            self.note_people_due(&name);
+        }
+        self.read_rosters(again);
+    }
+
+    /// Reads rosters again of which some may be missing, and those that somebody waits for.
+    pub(super) fn look_at_rosters(&mut self, now: Instant) {
+        let all = self.rosters_again.take_if(|at| *at <= now).is_some();
+        let mut names = Vec::new();
+        for (name, room) in &mut self.rooms {
+            let late = room.is_asked();
+            if late {
+                room.answer_who_asks(&mut self.turn);
+            }
+            if late || all && !room.people.roster.is_settled() {
+                names.push(name.clone());
+            }
+        }
+        names.sort_unstable();
+        self.read_rosters(names);
+    }
+
+    /// Those who may be asked for in a page of a room's people.
+    pub(super) fn users_behind(&self, name: &RoomId, after: &str, limit: usize) -> Vec<UserId> {
+        let Some(room) = self.rooms.get(name) else { return Vec::new() };
+        room.people.roster.behind(after).take(limit).map(|(user, _)| user.clone()).collect()
+    }
+
+    /// Answers who is present, once what was asked about it has come to pass here.
+    pub(super) fn ask_presence(&mut self, name: &RoomId, asks: Asking) {
+        let Some(room) = self.rooms.get_mut(name) else {
+            let refusal = Refusal {
+                reference: asks.reference,
+                answers: Some("presence".to_owned()),
+                room: Some(name.clone()),
+                ..*Refusal::new(ErrorCode::NotJoined, "join the room first")
+            };
+            asks.subscriber.answer(&Answer::Error(Box::new(refusal)));
+            return self.turn.touch(&asks.subscriber);
+        };
+        // Too many to wait are answered with what is known.
+        let wait = room.people.asking.len() < ASKING_MAX;
+        room.people.asking.push(if wait {
+            asks
+        } else {
+            Asking { details: Details::default(), ..asks }
+        });
+        room.answer_who_asks(&mut self.turn);
+    }
+
+    /// Has everybody leave a room that is no more.
+    fn close_room(&mut self, name: &RoomId, reason: ClosedReason, by: Option<ConnectionId>) {
+        // First, so that what who was told says next is refused.
+        self.presence.close(name);
+        let Some(room) = self.rooms.get_mut(name) else { return };
+        let closed = RoomClosed { reference: None, room: name.clone(), reason };
+        let answer = Answer::RoomClosed(closed);
+        for member in std::mem::take(&mut room.members) {
+            let subscriber = member.subscriber;
+            subscriber.release_acks(name);
+            if Some(subscriber.connection) != by {
+                subscriber.answer(&answer);
+            }
+            self.turn.touch(&subscriber);
+        }
+        self.drop_room(name);
+    }
+}
+
+/// What a member that joins is told of how many are present.
+pub(super) fn count_for(entered: Entered, roster: &Roster) -> u64 {
+    // A server that came back without what it knew counts too few for a while.
+    let known = if roster.is_settled() { 0 } else { roster.len() as u64 };
+    entered.count.max(known)
+}

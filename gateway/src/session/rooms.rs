@@ -1,0 +1,158 @@
+//! `create_room`, `delete_room`, `room_info`, `rooms`.
+
+use shared::{
+    error::ErrorCode,
+    ids::{DisplayName, RoomId, UserId},
+    protocol::{
+        HISTORY_BYTES_MAX, NAME_CHARS_MAX,
+        answer::{Answer, ClosedReason, RoomClosed, RoomInfo, Rooms},
+        request,
+    },
+};
+
+use super::{Performed, auth::Identity, perform::Asked};
+use crate::{
+    bus::registry::{Deletion, Found, Record},
+    hub::people::at,
+    rooms::RoomRules,
+};
+
+/// What a room is called that has no name: its id, as far as that goes.
+pub(super) fn name_of(room: &RoomId) -> DisplayName {
+    let name = &room.as_str()[..room.as_str().len().min(NAME_CHARS_MAX)];
+    name.parse().expect("the letters of a room are those of a name")
+}
+
+fn info_of(found: Found, rules: &RoomRules) -> RoomInfo {
+    let Found { room, record, members, since } = found;
+    let durable = rules.is_durable(&room);
+    let info = RoomInfo {
+        reference: None,
+        name: name_of(&room),
+        owner: None,
+        public: true,
+        protected: false,
+        max_members: None,
+        members,
+        durable,
+        created_at: at(since),
+        meta: serde_json::Map::new(),
+        room,
+    };
+    match record {
+        None => info,
+        Some(record) => RoomInfo {
+            name: record.name,
+            owner: Some(record.owner),
+            public: record.public,
+            protected: record.password.is_some(),
+            max_members: record.max_members,
+            created_at: at(record.created),
+            // It was checked when the room was made.
+            meta: serde_json::from_str(&record.meta).unwrap_or_default(),
+            ..info
+        },
+    }
+}
+
+pub(super) async fn create(
+    asked: Asked,
+    room: RoomId,
+    mut record: Record,
+    password: Option<String>,
+) -> Performed {
+    if let Some(password) = password {
+        record.password = Some(asked.services.passwords.hash(password).await);
+    }
+    let registry = asked.services.presence.registry();
+    match asked.wait(registry.create(room.clone(), record.clone())).await {
+        Ok(true) => {
+            let found = Found { room, since: record.created, record: Some(record), members: 0 };
+            let info = info_of(found, &asked.services.rules);
+            let info = RoomInfo { reference: asked.reference.clone(), ..info };
+            asked.answer(&Answer::RoomInfo(Box::new(info)));
+        }
+        Ok(false) => {
+            let text = "a room of that name is there, with members or a log";
+            asked.refuse("create_room", Some(&room), ErrorCode::RoomExists, text);
+        }
+        Err((code, text)) => drop(asked.refuse("create_room", Some(&room), code, text)),
+    }
+    Performed::Answered
+}
+
+pub(super) async fn delete(asked: Asked, room: RoomId, user: UserId) -> Performed {
+    let registry = asked.services.presence.registry();
+    let by = Some(asked.subscriber.connection);
+    let (code, text) = match asked.wait(registry.delete_room(room.clone(), Some(user), by)).await {
+        Ok(Deletion::Deleted) => {
+            let (reference, reason) = (asked.reference.clone(), ClosedReason::Deleted);
+            asked.answer(&Answer::RoomClosed(RoomClosed { reference, room, reason }));
+            return Performed::Answered;
+        }
+        Ok(Deletion::NotOwner) => (ErrorCode::Forbidden, "only its owner may delete a room"),
+        Ok(Deletion::NotFound) => NOT_FOUND,
+        Err(failed) => failed,
+    };
+    asked.refuse("delete_room", Some(&room), code, text);
+    Performed::Answered
+}
+
+const NOT_FOUND: (ErrorCode, &str) = (ErrorCode::NotFound, "there is no such room");
+
+/// A private room is there for its members and its owner only.
+pub(super) async fn info(
+    asked: Asked,
+    room: RoomId,
+    user: UserId,
+    is_member: bool,
+    is_open: bool,
+) -> Performed {
+    let registry = asked.services.presence.registry();
+    let (code, text) = match asked.wait(registry.find(room.clone())).await {
+        Ok(Some(found)) => {
+            let info = info_of(found, &asked.services.rules);
+            let is_owner = info.owner.as_ref() == Some(&user);
+            if is_open && (info.public || is_member || is_owner) {
+                let info = RoomInfo { reference: asked.reference.clone(), ..info };
+                asked.answer(&Answer::RoomInfo(Box::new(info)));
+                return Performed::Answered;
+            }
+            NOT_FOUND
+        }
+        Ok(None) => NOT_FOUND,
+        Err(failed) => failed,
+    };
+    asked.refuse("room_info", Some(&room), code, text);
+    Performed::Answered
+}
+
+/// The public rooms that are open to the user, as many as a frame holds.
+pub(super) async fn list(asked: Asked, wanted: request::Rooms, identity: Identity) -> Performed {
+    let registry = asked.services.presence.registry();
+    let (prefix, after) = (wanted.prefix.unwrap_or_default(), wanted.cursor.unwrap_or_default());
+    let listing = match asked.wait(registry.list(prefix, after, wanted.limit as usize)).await {
+        Ok(listing) => listing,
+        Err((code, text)) => {
+            asked.refuse("rooms", None, code, text);
+            return Performed::Answered;
+        }
+    };
+    let (mut more, mut last, mut bytes) = (listing.more, None, 0);
+    let mut rooms = Vec::new();
+    for found in listing.rooms {
+        let meta = found.record.as_ref().map_or(0, |record| record.meta.len());
+        if bytes > 0 && bytes + meta > HISTORY_BYTES_MAX {
+            more = true;
+            break;
+        }
+        bytes += meta + 1;
+        last = Some(found.room.to_string());
+        if identity.access(&found.room).is_some() {
+            rooms.push(info_of(found, &asked.services.rules));
+        }
+    }
+    let cursor = last.filter(|_| more);
+    asked.answer(&Answer::Rooms(Rooms { reference: asked.reference.clone(), rooms, cursor }));
+    Performed::Answered
+}
