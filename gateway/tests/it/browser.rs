@@ -1,4 +1,4 @@
-//! The chat page in a real browser: what is typed in one window appears in another.
+//! The chat page in a real browser: what is done in one window shows in another.
 
 use fantoccini::{Client, ClientBuilder, Locator, key::Key};
 use hyper_util::client::legacy::connect::HttpConnector;
@@ -48,6 +48,52 @@ async fn texts(browser: &Client) -> Vec<String> {
         texts.push(content.text().await.unwrap());
     }
     texts
+}
+
+/// Waits until an element that `css` selects shows exactly `text`.
+async fn shows(browser: &Client, css: &str, text: &str) {
+    until(&format!("{css} shows `{text}`"), async || {
+        let found = browser.find_all(Locator::Css(css)).await.unwrap();
+        for element in found {
+            // The page may have drawn it anew meanwhile.
+            if element.text().await.is_ok_and(|shown| shown == text) {
+                return true;
+            }
+        }
+        false
+    })
+    .await;
+}
+
+/// Waits until nothing that is displayed is selected by `css`.
+async fn hides(browser: &Client, css: &str) {
+    until(&format!("{css} is gone"), async || {
+        for element in browser.find_all(Locator::Css(css)).await.unwrap() {
+            if element.is_displayed().await.unwrap_or(true) {
+                return false;
+            }
+        }
+        true
+    })
+    .await;
+}
+
+/// Clicks on what `css` selects, once it is there and takes clicks.
+async fn click(browser: &Client, css: &str) {
+    until(&format!("{css} is clicked"), async || {
+        let Ok(element) = browser.find(Locator::Css(css)).await else { return false };
+        element.is_enabled().await.unwrap_or(false) && element.click().await.is_ok()
+    })
+    .await;
+}
+
+async fn fill(browser: &Client, css: &str, text: &str) {
+    click(browser, css).await;
+    browser.find(Locator::Css(css)).await.unwrap().send_keys(text).await.unwrap();
+}
+
+async fn press_enter(browser: &Client, css: &str) {
+    fill(browser, css, &String::from(char::from(Key::Enter))).await;
 }
 
 /// Two windows, each at its page; what one types the other shows.
@@ -100,4 +146,72 @@ async fn also_when_the_pages_are_on_different_nodes() {
     let redis = Redis::start().await;
     let (one, two) = (Gateway::start_on(&redis, &[]).await, Gateway::start_on(&redis, &[]).await);
     check(&format!("http://{}/", one.address), &format!("http://{}/chat", two.address)).await;
+}
+
+#[tokio::test]
+async fn people_typing_read_marks_and_managed_rooms_show_on_another_node() {
+    let redis = Redis::start().await;
+    let (one, two) = (Gateway::start_on(&redis, &[]).await, Gateway::start_on(&redis, &[]).await);
+    let driver = Chromedriver::start().await;
+    let browser = browser(&driver).await;
+    let ann = browser.window().await.unwrap();
+    enter(&browser, &format!("http://{}/", one.address), "ann").await;
+    let bob = browser.new_window(false).await.unwrap().handle;
+    browser.switch_to_window(bob.clone()).await.unwrap();
+    enter(&browser, &format!("http://{}/", two.address), "bob").await;
+    let to = async |window: &fantoccini::wd::WindowHandle| {
+        browser.switch_to_window(window.clone()).await.unwrap();
+    };
+
+    // Who was there is listed, and who comes is told.
+    shows(&browser, "#people", "ann\nbob (you)").await;
+    shows(&browser, "#people-title", "2 people here").await;
+    shows(&browser, "#online", "2 people online").await;
+    to(&ann).await;
+    shows(&browser, "#people", "ann (you)\nbob").await;
+
+    fill(&browser, "#input", "hello").await;
+    to(&bob).await;
+    shows(&browser, "#typing", "ann is typing…").await;
+    to(&ann).await;
+    press_enter(&browser, "#input").await;
+    to(&bob).await;
+    shows(&browser, ".message .content", "hello").await;
+    // Sending ends it, not the six seconds after which it would end by itself.
+    let typing = browser.find(Locator::Css("#typing")).await.unwrap();
+    assert_eq!(typing.text().await.unwrap(), "");
+    to(&ann).await;
+    shows(&browser, ".message.own .readers", "read by bob").await;
+
+    click(&browser, "#create summary").await;
+    fill(&browser, "#new-room", "den").await;
+    fill(&browser, "#new-password", "secret").await;
+    click(&browser, "#create-room").await;
+    shows(&browser, "#title", "den").await;
+    shows(&browser, "#about", "made by you, with a password").await;
+
+    to(&bob).await;
+    click(&browser, "#refresh").await;
+    click(&browser, "#public-rooms [data-room=den]").await;
+    shows(&browser, "#problem", "This room asks for a password.").await;
+    fill(&browser, "#again-password", "guess").await;
+    press_enter(&browser, "#again-password").await;
+    shows(&browser, "#problem", "That is not the password of this room.").await;
+    fill(&browser, "#again-password", "secret").await;
+    press_enter(&browser, "#again-password").await;
+    shows(&browser, "#people", "ann\nbob (you)").await;
+    hides(&browser, "#problem, #delete").await;
+
+    to(&ann).await;
+    shows(&browser, "#people-title", "2 people here").await;
+    click(&browser, "#delete").await;
+    within(browser.accept_alert()).await.unwrap();
+    shows(&browser, "#hint-text", "You deleted the room den.").await;
+    to(&bob).await;
+    shows(&browser, "#hint-text", "The room den was closed (deleted).").await;
+    // The other room is still there, and it is the one that is shown.
+    shows(&browser, "#rooms", "lobby").await;
+    shows(&browser, "#title", "lobby").await;
+    assert_eq!(texts(&browser).await, ["hello"]);
+    browser.close().await.unwrap();
 }
