@@ -323,6 +323,14 @@ impl Stay {
         self.shared.closed.load(Ordering::Acquire)
     }
 
+    /// The room; `None` for the cluster.
+    pub fn room(&self) -> Option<&RoomId> {
+        match &self.place {
+            Place::Room(room) => Some(room),
+            Place::Cluster => None,
+        }
+    }
+
     /// Leaves, on purpose: the user's last connection does so at once.
     pub fn leave(mut self) {
         self.left = true;

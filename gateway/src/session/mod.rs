@@ -97,7 +97,7 @@ pub struct Session {
     /// The user is connected as long as this is there.
     _online: Stay,
     /// In the order of their names.
-    rooms: Vec<Box<Membership>>,
+    rooms: Vec<Membership>,
     /// The room whose join is being performed.
     joining: Option<RoomId>,
     messages: Pace,
@@ -108,7 +108,6 @@ pub struct Session {
 
 /// This connection's part in a room.
 struct Membership {
-    room: RoomId,
     stay: Stay,
     /// What was passed on last of the user's typing, and when.
     typed: Option<(bool, Instant)>,
@@ -243,11 +242,11 @@ impl Session {
             self.rooms.remove(place);
             return None;
         }
-        Some(&mut *self.rooms[place])
+        Some(&mut self.rooms[place])
     }
 
     fn place_of(&self, room: &RoomId) -> Result<usize, usize> {
-        self.rooms.binary_search_by(|membership| membership.room.cmp(room))
+        self.rooms.binary_search_by(|membership| membership.stay.room().cmp(&Some(room)))
     }
 
     /// Notes that the user did something in a room, or refuses what wants it joined.
@@ -379,8 +378,8 @@ impl Session {
         match performed {
             Performed::Joined(stay) => {
                 if let (Some(room), Some(stay)) = (joining, stay) {
-                    let membership = Box::new(Membership { room, stay, typed: None });
-                    match self.place_of(&membership.room) {
+                    let membership = Membership { stay, typed: None };
+                    match self.place_of(&room) {
                         Ok(place) => self.rooms[place] = membership,
                         Err(place) => {
                             // Most connections are in one room.
@@ -418,7 +417,9 @@ impl Session {
         let connection = self.subscriber.connection;
         let rooms = std::mem::take(&mut self.rooms);
         // A join that was not waited for to its end may have succeeded.
-        for room in rooms.iter().map(|membership| &membership.room).chain(&self.joining) {
+        for room in
+            rooms.iter().filter_map(|membership| membership.stay.room()).chain(&self.joining)
+        {
             self.services.hub.leave(room.clone(), connection, None).await;
         }
     }

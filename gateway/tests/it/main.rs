@@ -14,6 +14,7 @@ mod handshake;
 mod rfc;
 mod chat;
 mod people;
+mod managed;
 mod auth;
 mod limits;
 mod bus;

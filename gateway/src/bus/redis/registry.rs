@@ -123,6 +123,9 @@ enum Op {
     Reap(Vec<String>),
 }
 
+/// Calls with their numbers in the queue.
+type Numbered = Vec<(usize, Op)>;
+
 /// What a call needs to know of where a place lies.
 struct Keys {
     who: String,
@@ -433,8 +436,8 @@ impl Registrar {
             let is_done = names.is_empty();
             return if is_done { Vec::new() } else { ops };
         }
-        let mut groups: Vec<(Arc<Server>, Vec<(usize, Op)>)> = Vec::new();
-        let mut left: Vec<(usize, Op)> = Vec::new();
+        let mut groups: Vec<(Arc<Server>, Numbered)> = Vec::new();
+        let mut left: Numbered = Vec::new();
         for (number, op) in ops.into_iter().enumerate() {
             let home = op.home(self.router.keyspace());
             match self.router.agreed_server(home) {
@@ -454,12 +457,7 @@ impl Registrar {
         left.into_iter().map(|(_, op)| op).collect()
     }
 
-    async fn perform_on(
-        &self,
-        server: &Server,
-        ops: Vec<(usize, Op)>,
-        incarnation: &str,
-    ) -> Vec<(usize, Op)> {
+    async fn perform_on(&self, server: &Server, ops: Numbered, incarnation: &str) -> Numbered {
         let Ok(mut reader) = server.dial.reader().await else { return ops };
         let mut pipeline = redis::Pipeline::with_capacity(ops.len());
         pipeline.ignore_errors();

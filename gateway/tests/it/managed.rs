@@ -1,0 +1,358 @@
+//! Managed rooms, rooms that come to be by being joined, and rooms without a log; on a single node
+//! and on three of a cluster.
+
+use serde_json::{Value, json};
+use shared::{
+    client::{connection::Connection, connection::Received, frames, options::Options},
+    error::ErrorCode,
+    position::Position,
+    protocol::{
+        Kind,
+        answer::{Answer, NotRecovered, RoomInfo},
+    },
+};
+
+use crate::{
+    harness::{closed, next_message, room, say, within},
+    people::{World, ask, heard, refused},
+};
+
+async fn info(connection: &mut Connection, frame: Value) -> RoomInfo {
+    match ask(connection, frame).await.unwrap() {
+        Answer::RoomInfo(info) => *info,
+        other => panic!("{other:?}"),
+    }
+}
+
+async fn info_of(connection: &mut Connection, name: &str) -> RoomInfo {
+    info(connection, json!({"type": "room_info", "room": name})).await
+}
+
+/// The ids of the public rooms, in pages of `limit`.
+async fn listed(connection: &mut Connection, prefix: &str, limit: u32) -> Vec<String> {
+    let (mut names, mut cursor) = (Vec::new(), None::<String>);
+    loop {
+        let frame = json!({"type": "rooms", "prefix": prefix, "limit": limit, "cursor": cursor});
+        let Answer::Rooms(page) = ask(connection, frame).await.unwrap() else { panic!("no rooms") };
+        names.extend(page.rooms.iter().map(|room| room.room.to_string()));
+        cursor = page.cursor;
+        if cursor.is_none() {
+            return names;
+        }
+    }
+}
+
+async fn join_with(connection: &mut Connection, name: &str, password: &str) -> Option<ErrorCode> {
+    let password = Some(password).filter(|password| !password.is_empty());
+    let frame = json!({"type": "join", "room": name, "password": password});
+    ask(connection, frame).await.err().map(|refusal| refusal.code)
+}
+
+#[tokio::test]
+async fn a_room_is_created_told_about_and_listed_everywhere() {
+    World::each(&[], async |world| {
+        let mut ann = world.connect(0, "ann").await;
+        let mut bob = world.connect(1, "bob").await;
+        let create = json!({
+            "type": "create_room", "room": "team:one", "name": "Team One", "max_members": 5,
+            "password": "sesame", "meta": {"topic": "all"},
+        });
+        let made = info(&mut ann, create.clone()).await;
+        assert_eq!((made.name.as_str(), made.members), ("Team One", 0));
+        assert_eq!(made.owner.as_ref().map(|owner| owner.as_str()), Some("ann"));
+        assert!(made.public && made.protected && made.durable);
+        assert_eq!((made.max_members, &made.meta["topic"]), (Some(5), &json!("all")));
+        assert_eq!(
+            RoomInfo { reference: None, ..info_of(&mut bob, "team:one").await },
+            RoomInfo { reference: None, ..made }
+        );
+        assert_eq!(refused(&mut bob, create).await, ErrorCode::RoomExists);
+        // A private one is there for its owner and its members only.
+        let private = json!({"type": "create_room", "room": "team:two", "public": false});
+        info(&mut ann, private).await;
+        let asks = json!({"type": "room_info", "room": "team:two"});
+        assert_eq!(refused(&mut bob, asks.clone()).await, ErrorCode::NotFound);
+        assert_eq!(listed(&mut bob, "team:", 1).await, ["team:one"]);
+        bob.join(&room("team:two")).await.unwrap();
+        assert_eq!(info(&mut bob, asks).await.members, 1);
+        assert!(!info_of(&mut ann, "team:two").await.public);
+        let nothing = json!({"type": "room_info", "room": "nothing"});
+        assert_eq!(refused(&mut bob, nothing).await, ErrorCode::NotFound);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_room_with_members_or_a_log_cannot_be_created() {
+    World::each(&[("presence.grace", "0s")], async |world| {
+        let mut ann = world.connect(0, "ann").await;
+        let mut bob = world.connect(1, "bob").await;
+        ann.join(&room("lobby")).await.unwrap();
+        let create = json!({"type": "create_room", "room": "lobby"});
+        assert_eq!(refused(&mut bob, create.clone()).await, ErrorCode::RoomExists);
+        say(&mut ann, &room("lobby"), "kept").await;
+        ann.request(&frames::Leave::from(&room("lobby"))).await.unwrap();
+        assert_eq!(refused(&mut bob, create).await, ErrorCode::RoomExists);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_protected_room_is_joined_with_its_password_only() {
+    World::each(&[], async |world| {
+        let mut ann = world.connect(0, "ann").await;
+        let create = json!({"type": "create_room", "room": "vault", "password": "sesame"});
+        info(&mut ann, create).await;
+        for node in 0..3 {
+            let mut bob = world.connect(node, &format!("bob{node}")).await;
+            assert_eq!(join_with(&mut bob, "vault", "").await, Some(ErrorCode::WrongPassword));
+            assert_eq!(
+                join_with(&mut bob, "vault", "barley").await,
+                Some(ErrorCode::WrongPassword)
+            );
+            // The connection lives on, not joined.
+            let message = json!({"type": "message", "room": "vault", "content": 1});
+            assert_eq!(refused(&mut bob, message).await, ErrorCode::NotJoined);
+            assert_eq!(join_with(&mut bob, "vault", "sesame").await, None);
+            say(&mut bob, &room("vault"), "in").await;
+        }
+        // The owner too has to know it.
+        assert_eq!(join_with(&mut ann, "vault", "").await, Some(ErrorCode::WrongPassword));
+        for (query, code) in [("password=sesame", None), ("password=x", Some("wrong_password"))] {
+            let node = world.nodes.last().unwrap();
+            let url = node.url(&format!("/ws/rooms/vault?{query}"));
+            let mut cat = Connection::open(&Options::to(url).user("cat")).await.unwrap();
+            cat.expect_connected().await.unwrap();
+            let frame = cat.next_frame().await.unwrap();
+            match code {
+                None => assert!(matches!(frame, Answer::Joined(_)), "{frame:?}"),
+                Some(code) => assert_eq!(closed(&mut cat).await, (Some(1008), code.to_owned())),
+            }
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn no_more_join_than_may_whichever_node_they_come_to() {
+    World::each(&[("presence.grace", "0s")], async |world| {
+        let mut ann = world.connect(0, "ann").await;
+        info(&mut ann, json!({"type": "create_room", "room": "small", "max_members": 5})).await;
+        let mut joins = Vec::new();
+        for number in 0..30 {
+            let mut connection = world.connect(number, &format!("u{number}")).await;
+            joins.push(async move {
+                let refused = join_with(&mut connection, "small", "").await;
+                (connection, refused)
+            });
+        }
+        let joined = futures_util::future::join_all(joins).await;
+        let (inside, outside): (Vec<_>, Vec<_>) =
+            joined.into_iter().partition(|(_, refused)| refused.is_none());
+        assert_eq!(inside.len(), 5);
+        assert!(outside.iter().all(|(_, refused)| *refused == Some(ErrorCode::RoomFull)));
+        assert_eq!(info_of(&mut ann, "small").await.members, 5);
+        // Who is counted already comes in with another device.
+        let inside_user = {
+            let mut of_it = inside;
+            let (mut connection, _) = of_it.pop().unwrap();
+            let presence = ask(&mut connection, json!({"type": "presence", "room": "small"})).await;
+            let Answer::Presence(presence) = presence.unwrap() else { panic!("no presence") };
+            let user = presence.users[0].id.to_string();
+            let mut again = world.connect(2, &user).await;
+            assert_eq!(join_with(&mut again, "small", "").await, None);
+            // A place that is left is free at once.
+            connection.request(&frames::Leave::from(&room("small"))).await.unwrap();
+            of_it
+        };
+        let mut late = world.connect(1, "late").await;
+        within(async {
+            while join_with(&mut late, "small", "").await.is_some() {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await;
+        drop(inside_user);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_deleted_room_is_closed_for_all_and_begins_anew() {
+    World::each(&[], async |world| {
+        let vault = room("vault");
+        let mut ann = world.connect(0, "ann").await;
+        let create = json!({"type": "create_room", "room": "vault"});
+        info(&mut ann, create.clone()).await;
+        let mut members = Vec::new();
+        for node in 0..3 {
+            let mut member = world.connect(node, &format!("m{node}")).await;
+            member.join(&vault).await.unwrap();
+            members.push(member);
+        }
+        let epoch = ann.join(&vault).await.unwrap().epoch;
+        let said = say(&mut members[1], &vault, "gone soon").await;
+        let delete = json!({"type": "delete_room", "room": "vault"});
+        assert_eq!(refused(&mut members[0], delete.clone()).await, ErrorCode::Forbidden);
+        let answer = ask(&mut ann, delete.clone()).await.unwrap();
+        let Answer::RoomClosed(closed) = answer else { panic!("{answer:?}") };
+        assert!(closed.reference.is_some() && closed.room == vault);
+        for member in &mut members {
+            let closed = heard(member, |frame| match frame {
+                Answer::RoomClosed(closed) => Some(closed),
+                _ => None,
+            })
+            .await;
+            assert_eq!((closed.room, closed.reference), (vault.clone(), None));
+            let message = json!({"type": "message", "room": "vault", "content": 1});
+            assert_eq!(refused(member, message).await, ErrorCode::NotJoined);
+        }
+        assert_eq!(refused(&mut ann, delete).await, ErrorCode::NotFound);
+        let again = info(&mut members[2], create).await;
+        assert_eq!(again.owner.unwrap().as_str(), "m2");
+        let joined = members[0].join(&vault).await.unwrap();
+        assert_eq!((joined.seq, joined.members, joined.read), (0, 1, 0));
+        assert_ne!(joined.epoch, epoch);
+        // Who was there before is told that its position is of another log.
+        let since = Position::new(epoch, said.seq);
+        let join = frames::Join { since: Some(&since), ..frames::Join::to(&vault) };
+        let joined = members[1].join_with(&join).await.unwrap();
+        assert_eq!((joined.recovered, joined.reason), (false, Some(NotRecovered::LogLost)));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_empty_room_leaves_the_lists_and_a_managed_one_later() {
+    let options = [("presence.grace", "0s"), ("rooms.empty_ttl", "1s")];
+    World::each(&options, async |world| {
+        let mut ann = world.connect(0, "ann").await;
+        let mut bob = world.connect(1, "bob").await;
+        ann.join(&room("adhoc")).await.unwrap();
+        info(&mut ann, json!({"type": "create_room", "room": "kept"})).await;
+        ann.join(&room("kept")).await.unwrap();
+        assert_eq!(listed(&mut bob, "", 1).await, ["adhoc", "kept"]);
+        say(&mut ann, &room("adhoc"), "it keeps its log").await;
+        for name in ["adhoc", "kept"] {
+            ann.request(&frames::Leave::from(&room(name))).await.unwrap();
+        }
+        within(async {
+            while listed(&mut bob, "", 10).await != ["kept"] {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await;
+        assert_eq!(bob.join(&room("adhoc")).await.unwrap().seq, 1);
+        bob.request(&frames::Leave::from(&room("adhoc"))).await.unwrap();
+        if world.redis.is_some() {
+            within(async {
+                while !listed(&mut bob, "", 10).await.is_empty() {
+                    tokio::task::yield_now().await;
+                }
+            })
+            .await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn where_rooms_are_not_made_by_joining_an_unknown_one_is_not_found() {
+    World::each(&[("rooms.create_on_join", "false")], async |world| {
+        let mut ann = world.connect(0, "ann").await;
+        assert_eq!(join_with(&mut ann, "lobby", "").await, Some(ErrorCode::NotFound));
+        info(&mut ann, json!({"type": "create_room", "room": "lobby"})).await;
+        let mut bob = world.connect(1, "bob").await;
+        assert_eq!(join_with(&mut bob, "lobby", "").await, None);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_room_without_a_log_passes_on_and_keeps_nothing() {
+    World::each(&[("rooms.ephemeral", "live:*,cursors")], async |world| {
+        let live = room("live:1");
+        let mut ann = world.connect(0, "ann").await;
+        let mut bob = world.connect(1, "bob").await;
+        let joined = ann.join(&live).await.unwrap();
+        assert_eq!((joined.durable, joined.seq, joined.members), (false, 0, 1));
+        bob.join(&live).await.unwrap();
+        assert!(!info_of(&mut bob, "live:1").await.durable);
+        let send = json!({
+            "type": "message", "room": "live:1", "content": "now",
+            "id": "6f1c2a0e-93c4-4c59-a9f5-5f3f2d1b7c10",
+        });
+        for _ in 0..2 {
+            // An id is not de-duplicated where nothing is kept.
+            ann.send_json(&send).await.unwrap();
+            let (text, frame) = within(async {
+                loop {
+                    if let Received::Frame(Answer::Ack(ack), text) = ann.next().await.unwrap() {
+                        return (text, ack);
+                    }
+                }
+            })
+            .await;
+            assert!(!frame.duplicate && !text.contains("epoch") && !text.contains("seq"), "{text}");
+            assert_eq!(next_message(&mut bob).await.content, "now");
+        }
+        let content = json!("quiet");
+        let quiet = frames::Message { echo: false, ..frames::Message::to(&live, &content) };
+        let Answer::Ack(ack) = ann.request(&quiet).await.unwrap() else { panic!("no ack") };
+        assert!(!ack.duplicate);
+        assert_eq!(next_message(&mut bob).await.content, "quiet");
+        let answer = ask(&mut bob, json!({"type": "history", "room": "live:1"})).await.unwrap();
+        let Answer::History(page) = answer else { panic!("{answer:?}") };
+        assert!(page.messages.is_empty() && !page.more);
+        let since = Position::new("1-abc".parse().unwrap(), 7);
+        let mut cat = world.connect(2, "cat").await;
+        let join = frames::Join { since: Some(&since), ..frames::Join::to(&live) };
+        let joined = cat.join_with(&join).await.unwrap();
+        assert!(!joined.recovered && joined.history.is_empty() && joined.seq == 0);
+        // Order holds here too.
+        for number in 0..50 {
+            ann.send_json(&json!({"type": "message", "room": "live:1", "content": number}))
+                .await
+                .unwrap();
+        }
+        for number in 0..50 {
+            assert_eq!(next_message(&mut cat).await.content, number);
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn kinds_answers_and_meta_reach_everybody_as_they_were_sent() {
+    World::each(&[], async |world| {
+        let lobby = room("lobby");
+        let mut ann = world.connect(0, "ann").await;
+        let mut bob = world.connect(1, "bob").await;
+        ann.join(&lobby).await.unwrap();
+        bob.join(&lobby).await.unwrap();
+        let mut last = None;
+        for (kind, name) in [
+            (Kind::Text, "text"),
+            (Kind::Image, "image"),
+            (Kind::File, "file"),
+            (Kind::Custom, "custom"),
+        ] {
+            let mut frame = json!({
+                "type": "message", "room": "lobby", "kind": name, "content": {"url": "x"},
+                "meta": {"name": "poke", "size": 1.5},
+            });
+            if let Some(id) = last {
+                frame["reply_to"] = json!(id);
+            }
+            let answer = ask(&mut ann, frame).await.unwrap();
+            let Answer::Ack(ack) = answer else { panic!("{answer:?}") };
+            let message = next_message(&mut bob).await;
+            assert_eq!((message.id, message.kind, message.reply_to), (ack.id, kind, last));
+            assert_eq!(message.meta, Some(json!({"name": "poke", "size": 1.5})));
+            last = Some(message.id);
+        }
+        let system = json!({"type": "message", "room": "lobby", "kind": "system", "content": 1});
+        assert_eq!(refused(&mut ann, system).await, ErrorCode::BadRequest);
+    })
+    .await;
+}
