@@ -384,6 +384,7 @@ impl Shard {
 
     /// Reads who is present in some rooms, in a task, until that is known.
     pub(super) fn read_rosters(&mut self, mut names: Vec<RoomId>) {
+        names.sort_unstable();
         names.retain(|name| {
             self.rooms.get_mut(name).is_some_and(|room| room.people.roster.begin_read())
         });
@@ -438,7 +439,6 @@ impl Shard {
                 names.push(name.clone());
             }
         }
-        names.sort_unstable();
         self.read_rosters(names);
     }
 

@@ -156,7 +156,9 @@ async fn commands_are_answered_as_by_redis() {
         XTRIM s MAXLEN 2; XRANGE s - +; XADD s MINID 9-0 10-0 e 4; XRANGE s - +; XTRIM s MAXLEN 0; \
         XLEN s; XADD s 3-0 e 1; XADD s 11-0 e 1; XADD a 1-0 e 1; HSET s f 1; XRANGE a - +; XLEN none; \
         PEXPIRE s 100000; PEXPIRE none 1; PEXPIREAT s 1; EXISTS s; PEXPIRE a x; DEL a b none; \
-        PUBLISH c x; NOSUCH 1 2; EVALSHA 0000000000000000000000000000000000000000 0";
+        PUBLISH c x; HSET h f 1 g 2; HKEYS h; HKEYS none; HSCAN h 0 COUNT 5; HSCAN none 0; \
+        ZADD z 0 b; ZADD z 0 a; ZADD z 0 b; ZCARD z; ZREM z a c; ZREM z b; ZCARD z; ZADD z 0; \
+        PERSIST h; PEXPIRE h 100000; PERSIST h; PERSIST none; EXISTS h none h; NOSUCH 1 2; EVALSHA 0000000000000000000000000000000000000000 0";
     for command in commands.split(';') {
         let command: Vec<_> = command.split_whitespace().collect();
         // A server of 7.0 does not know SETINFO, which clients take for no failure.
@@ -279,6 +281,69 @@ async fn the_scripts_run_as_on_redis() {
     }
     pair.script(DELETE, &ROOM, &common(&token)).await;
     pair.script(APPEND, &ROOM, &append(5, &token)).await;
+}
+
+/// Users come and go on two nodes, one of which ends; a room is managed, read and deleted.
+#[tokio::test]
+async fn the_scripts_of_the_registry_run_as_on_redis() {
+    let present = include_str!("../../src/bus/redis/scripts/present.lua");
+    let seat = format!("{present}\n{}", include_str!("../../src/bus/redis/scripts/seat.lua"));
+    let reap = format!("{present}\n{}", include_str!("../../src/bus/redis/scripts/reap.lua"));
+    let mark = include_str!("../../src/bus/redis/scripts/mark.lua");
+    let create = include_str!("../../src/bus/redis/scripts/create.lua");
+    let name = include_str!("../../src/bus/redis/scripts/name.lua");
+
+    let mut pair = Pair::start().await;
+    let mut random = StdRng::seed_from_u64(11);
+    pair.script(name, &["incarnations"], &words(&["n0.x", "n0"])).await;
+    let record = ["room", "86400000", "owner", "u1", "password", "hash", "max", "4"];
+    for expected in [1, 0] {
+        let made = pair.script(create, &["who", "record", "index", "log"], &words(&record)).await;
+        assert_eq!(made, Reply::Int(expected));
+    }
+    pair.compare(&words(&["HSET", "meta", "s", "9"])).await;
+    for place in ["room", "*"] {
+        for step in 0..400 {
+            let node = random.random_range(0..2);
+            let (here, places) = (format!("on{node}{place}"), format!("places{node}"));
+            let who = format!("who{place}");
+            let keys = [&*who, &here, &places, "record", "index", "marks", "meta"];
+            let user = format!("u{}", random.random_range(0..6));
+            let connections = random.random_range(0..3).to_string();
+            let rules = if random.random_bool(0.3) && connections != "0" { "1" } else { "" };
+            let fits = if random.random_bool(0.8) { "hash" } else { "" };
+            let active = step.to_string();
+            let args = [
+                place,
+                "channel",
+                "60000",
+                &user,
+                "A Name",
+                &connections,
+                "5",
+                &active,
+                "77",
+                rules,
+                fits,
+                "1",
+            ];
+            pair.script(&seat, &keys, &words(&args)).await;
+            let read = random.random_range(0..12).to_string();
+            pair.script(mark, &["marks", "meta"], &words(&[&user, &read, "channel", "c", "9999"]))
+                .await;
+            if step % 50 == 49 {
+                // Some at a time, until nobody is left.
+                let args = words(&[place, "channel", "60000", "500"]);
+                let left = pair.script(&reap, &keys[..5], &args).await;
+                assert_eq!(left, Reply::Int(0));
+                pair.compare(&words(&["EXISTS", &here])).await;
+            }
+            pair.compare(&words(&["HLEN", &who])).await;
+            pair.compare(&words(&["HGET", &who, &user])).await;
+            pair.compare(&words(&["HGET", &who, "#"])).await;
+            pair.compare(&words(&["ZCARD", "index"])).await;
+        }
+    }
 }
 
 /// Two nodes give back what they have published, to a server that nobody has touched the room on:

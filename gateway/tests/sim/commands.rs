@@ -79,7 +79,11 @@ pub fn execute(data: &mut Data, words: &[Bytes]) -> Outcome {
             args.iter().for_each(|key| data.store.expire(key, now));
             Ok(Reply::Int(args.iter().filter(|key| data.store.delete(key)).count() as i64))
         }
-        b"EXISTS" => Ok(Reply::Int(i64::from(data.store.exists(&args[0])))),
+        b"EXISTS" => {
+            args.iter().for_each(|key| data.store.expire(key, now));
+            Ok(Reply::Int(args.iter().filter(|key| data.store.exists(key)).count() as i64))
+        }
+        b"PERSIST" => Ok(Reply::Int(i64::from(data.store.persist(&args[0])))),
         b"PUBLISH" => {
             let hearers = data.channels.get(&args[0]).map_or(0, BTreeSet::len);
             data.published.push((args[0].clone(), args[1].clone()));
@@ -100,6 +104,7 @@ pub fn execute(data: &mut Data, words: &[Bytes]) -> Outcome {
         }
         [b'H', ..] => hash(data, &name, args),
         [b'X', ..] => stream(data, &name, args),
+        [b'Z', ..] => sorted_set(data, &name, args),
         _ => {
             let name = String::from_utf8_lossy(&words[0]).into_owned();
             let rest: Vec<_> =
@@ -111,7 +116,10 @@ pub fn execute(data: &mut Data, words: &[Bytes]) -> Outcome {
 
 fn least_args(name: &[u8]) -> Option<usize> {
     Some(match name {
-        b"GET" | b"DEL" | b"EXISTS" | b"HGETALL" | b"HLEN" | b"XLEN" => 1,
+        b"GET" | b"DEL" | b"EXISTS" | b"HGETALL" | b"HKEYS" | b"HLEN" | b"XLEN" => 1,
+        b"PERSIST" | b"ZCARD" => 1,
+        b"HSCAN" | b"ZREM" => 2,
+        b"ZADD" => 3,
         b"SET" | b"PUBLISH" | b"PEXPIRE" | b"PEXPIREAT" | b"MEMORY" => 2,
         b"HGET" | b"HMGET" | b"HDEL" | b"HEXISTS" => 2,
         b"HSET" | b"HINCRBY" | b"HSETNX" | b"XRANGE" | b"XREVRANGE" | b"XTRIM" => 3,
@@ -175,6 +183,17 @@ fn hash(data: &mut Data, name: &[u8], args: &[Bytes]) -> Outcome {
             let pair = |(field, value)| (Reply::Bulk(field), Reply::Bulk(value));
             Ok(Reply::Map(rows.into_iter().map(pair).collect()))
         }
+        b"HKEYS" => {
+            let rows = store.hash(key)?.map(|hash| hash.rows().to_vec()).unwrap_or_default();
+            Ok(Reply::Array(rows.into_iter().map(|(field, _)| Reply::Bulk(field)).collect()))
+        }
+        // All at once, as Redis does with a small one.
+        b"HSCAN" => {
+            let rows = store.hash(key)?.map(|hash| hash.rows().to_vec()).unwrap_or_default();
+            let flat = rows.into_iter().flat_map(|(field, value)| [field, value]);
+            let flat = flat.map(Reply::Bulk).collect();
+            Ok(Reply::Array(vec![Reply::bulk("0"), Reply::Array(flat)]))
+        }
         b"HLEN" => Ok(Reply::Int(store.hash(key)?.map_or(0, |hash| hash.rows().len()) as i64)),
         b"HEXISTS" => {
             let there = store.hash(key)?.is_some_and(|hash| hash.get(&args[1]).is_some());
@@ -216,6 +235,28 @@ fn hash(data: &mut Data, name: &[u8], args: &[Bytes]) -> Outcome {
             Ok(Reply::Int(gone))
         }
         _ => err("unknown command of hashes"),
+    }
+}
+
+/// Sorted sets whose members all have the score 0, kept as hashes.
+fn sorted_set(data: &mut Data, name: &[u8], args: &[Bytes]) -> Outcome {
+    let (store, key) = (&mut data.store, &args[0]);
+    match name {
+        b"ZADD" => {
+            if &args[1][..] != b"0" {
+                return err("only the score 0 is simulated");
+            }
+            Ok(Reply::Int(i64::from(store.set_field(key, args[2].clone(), args[1].clone())?)))
+        }
+        b"ZREM" => {
+            let mut gone = 0;
+            for member in &args[1..] {
+                gone += i64::from(store.remove_field(key, member)?);
+            }
+            Ok(Reply::Int(gone))
+        }
+        b"ZCARD" => Ok(Reply::Int(store.hash(key)?.map_or(0, |hash| hash.rows().len()) as i64)),
+        _ => err("unknown command of sorted sets"),
     }
 }
 

@@ -172,6 +172,14 @@ impl Store {
         true
     }
 
+    pub fn persist(&mut self, key: &Bytes) -> bool {
+        let Some(slot) = self.keys.get_mut(key).filter(|slot| slot.ends.is_some()) else {
+            return false;
+        };
+        self.step.push(Undo::Ends(key.clone(), slot.ends.take()));
+        true
+    }
+
     pub fn text(&self, key: &[u8]) -> Result<Option<&Bytes>, WrongType> {
         match self.keys.get(key).map(|slot| &slot.value) {
             None => Ok(None),

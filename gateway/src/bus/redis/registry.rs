@@ -15,6 +15,7 @@ use std::{
 };
 
 use parking_lot::Mutex;
+use rand::RngExt as _;
 use redis::{Cmd, RedisError, RedisResult, Script, Value, aio::MultiplexedConnection};
 use shared::{
     ids::{ConnectionId, RoomId, UserId},
@@ -523,7 +524,8 @@ impl Registrar {
                 let mut command = evalsha(&self.scripts.seat, &keys.of_seat());
                 self.common(&mut command, &keys);
                 command.arg(user.as_str()).arg(name).arg(connections).arg(since).arg(active);
-                command.arg(rand::random::<u32>().max(1));
+                // Of a length, like all that is by chance.
+                command.arg(rand::rng().random_range(1_000_000_000..=u32::MAX));
                 let fits = rules.as_ref().and_then(|rules| rules.fits.as_deref());
                 let creates = rules.as_ref().is_some_and(|rules| rules.create);
                 command.arg(flag(rules.is_some())).arg(fits.unwrap_or("")).arg(flag(creates));
@@ -607,7 +609,7 @@ impl Registrar {
         let mut reader = server.dial.reader().await?;
         let (time, incarnations, leases): (
             (u64, u64),
-            BTreeMap<String, String>,
+            Vec<(String, String)>,
             BTreeMap<String, String>,
         ) = redis::pipe()
             .cmd("TIME")

@@ -23,6 +23,7 @@ mod slow;
 mod sends;
 mod reload;
 mod deleted;
+mod presence;
 mod mixed;
 mod outside;
 
