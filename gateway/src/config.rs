@@ -182,6 +182,7 @@ impl Config {
         let ephemeral = r.take::<List<String>>("rooms.ephemeral", "", "Rooms that keep no log, by name or prefix, as `cursors,live:*`: messages are passed on once and not kept. The same on all nodes.");
         let grace = r.take::<Span>("presence.grace", "3s", "How long a user stays present whose last connection has gone, so that a page can be loaded again.");
         let individual_max = r.take_in("presence.individual_max", "100", 0..=10_000_usize, "Up to how many members a room tells one by one who comes and goes; above it `presence_diff`, at most every 250 ms.");
+        let named_max = r.take_in("presence.named_max", "1000", 0..=100_000_usize, "Up to how many members `presence_diff` names; above it only `count` is told, since otherwise each member would be sent the name of every other.");
         let presence_public = r.take::<bool>("presence.public", "true", "Whether clients may ask who is connected to the cluster, or only how many.");
         let publish_wait = r.take::<Span>("publish.wait", "5s", "How long a send, `join` or `history` waits for Redis before `unavailable`.");
         let dedup_window = r.take::<Span>("dedup.window", "10m", "How long the `id` of a message is known.");
@@ -273,7 +274,7 @@ impl Config {
             retention,
             registry: RegistryOptions { empty_ttl: empty_ttl.0 },
             rooms: RoomRules { ephemeral: ephemeral.0, create_on_join },
-            presence: PresenceOptions { grace: grace.0, individual_max, public: presence_public },
+            presence: PresenceOptions { grace: grace.0, individual_max, named_max, public: presence_public },
             http: HttpOptions {
                 auth: if jwt { Auth::jwt(&secret, leeway.0) } else { Auth::Anonymous },
                 auth_cookie,

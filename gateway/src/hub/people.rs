@@ -189,10 +189,15 @@ impl Room {
         }
     }
 
-    fn tell_diff(&mut self, turn: &mut Turn) {
+    fn tell_diff(&mut self, named_max: usize, turn: &mut Turn) {
         let pending = std::mem::take(&mut self.people.pending);
         let count = self.people.roster.len() as u64;
         self.people.diffed_at = Some(turn.keep.now);
+        if count > named_max as u64 {
+            let (joined, left) = (Vec::new(), Vec::new());
+            let diff = PresenceDiff { room: self.name.clone(), joined, left, count };
+            return self.tell(&Answer::PresenceDiff(Box::new(diff)), |_| false, turn);
+        }
         let mut pending = pending.into_iter().peekable();
         while pending.peek().is_some() {
             let (mut joined, mut left) = (Vec::new(), Vec::new());
@@ -243,12 +248,12 @@ impl Room {
     }
 
     /// Does what is due.
-    fn look_at_people(&mut self, turn: &mut Turn) {
+    fn look_at_people(&mut self, named_max: usize, turn: &mut Turn) {
         let now = turn.keep.now;
         let diff_at = self.people.diffed_at.map_or(now, |at| at + DIFF_EVERY);
         if !self.people.pending.is_empty() {
             if diff_at <= now {
-                self.tell_diff(turn);
+                self.tell_diff(named_max, turn);
             } else {
                 self.people.note_due(diff_at);
             }
@@ -367,6 +372,7 @@ impl Shard {
 
     /// Does in all rooms what is due.
     pub(super) fn look_at_people(&mut self, now: Instant) {
+        let named_max = self.presence.options().named_max;
         while let Some((due, _)) = self.people_due.first()
             && *due <= now
         {
@@ -377,7 +383,7 @@ impl Shard {
                 continue;
             }
             room.people.due = None;
-            room.look_at_people(&mut self.turn);
+            room.look_at_people(named_max, &mut self.turn);
             self.note_people_due(&name);
         }
     }

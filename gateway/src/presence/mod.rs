@@ -43,13 +43,15 @@ pub struct PresenceOptions {
     pub grace: Duration,
     /// Up to how many members who comes and goes is told one by one.
     pub individual_max: usize,
+    /// Up to how many members it is told by name; above it, how many there are.
+    pub named_max: usize,
     /// Whether clients are told who is connected to the cluster.
     pub public: bool,
 }
 
 impl Default for PresenceOptions {
     fn default() -> Self {
-        Self { grace: Duration::from_secs(3), individual_max: 100, public: true }
+        Self { grace: Duration::from_secs(3), individual_max: 100, named_max: 1000, public: true }
     }
 }
 

@@ -293,6 +293,36 @@ async fn in_a_large_room_changes_come_gathered() {
 }
 
 #[tokio::test]
+async fn in_a_very_large_room_only_the_count_is_told() {
+    let options =
+        [("presence.individual_max", "2"), ("presence.named_max", "5"), ("presence.grace", "0s")];
+    World::each(&options, async |world| {
+        let mut ann = world.connect(0, "ann").await;
+        join(&mut ann, "lobby").await;
+        let mut others = Vec::new();
+        for number in 0..20 {
+            let mut other = world.connect(number, &format!("u{number:02}")).await;
+            join(&mut other, "lobby").await;
+            others.push(other);
+        }
+        let mut until = async |count: u64| {
+            heard(&mut ann, |frame| {
+                let Answer::PresenceDiff(diff) = frame else { return None };
+                assert!(diff.count <= 5 || diff.joined.is_empty() && diff.left.is_empty());
+                (diff.count == count).then_some(())
+            })
+            .await;
+        };
+        until(21).await;
+        others.truncate(8);
+        until(9).await;
+        let presence = present_in(&mut ann, "lobby").await;
+        assert_eq!((presence.count, presence.users.len()), (9, 9));
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn who_is_connected_to_the_cluster_is_known_or_only_how_many() {
     World::each(&[("presence.grace", "0s")], async |world| {
         let mut ann = world.connect(0, "ann").await;

@@ -370,6 +370,7 @@ impl Crowd {
 
     /// Takes what has arrived on a connection.
     fn take(&mut self, index: usize, bytes: &[u8]) -> Result<(), String> {
+        self.tally.received(bytes.len());
         let member = &mut self.members[index];
         let head;
         let mut bytes = bytes;

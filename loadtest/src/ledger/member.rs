@@ -312,6 +312,9 @@ impl Member {
                 Answer::Pong(_)
                 | Answer::Ping(_)
                 | Answer::Status(_)
+                | Answer::MemberJoined(_)
+                | Answer::MemberLeft(_)
+                | Answer::PresenceDiff(_)
                 | Answer::Unknown
                 | Answer::Reconnect(_),
                 _,

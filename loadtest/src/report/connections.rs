@@ -47,9 +47,15 @@ pub(crate) struct Tally {
     ended: BTreeMap<String, u64>,
     connected_us: Vec<u64>,
     joined_us: Vec<u64>,
+    received_bytes: u64,
 }
 
 impl Tally {
+    /// Counts what servers sent.
+    pub(crate) fn received(&mut self, bytes: usize) {
+        self.received_bytes += bytes as u64;
+    }
+
     /// Counts one outcome.
     pub(crate) fn add(&mut self, outcome: Outcome) {
         match outcome {
@@ -75,6 +81,7 @@ impl Tally {
         for (counts, others) in pairs {
             others.into_iter().for_each(|(text, many)| count(counts, text, many));
         }
+        self.received_bytes += other.received_bytes;
         self.connected_us.extend(other.connected_us);
         self.joined_us.extend(other.joined_us);
     }
@@ -115,6 +122,8 @@ pub(crate) struct Connections {
     /// From when the connection was due.
     pub(crate) connected_ms: Option<Times>,
     pub(crate) joined_ms: Option<Times>,
+    /// What servers sent, handshakes included.
+    pub(crate) received_bytes: u64,
     pub(crate) opening_s: f64,
 }
 
@@ -138,6 +147,7 @@ impl Connections {
             closed_while_held: tally.ended,
             connected_ms: Times::of(tally.connected_us),
             joined_ms: Times::of(tally.joined_us),
+            received_bytes: tally.received_bytes,
             opening_s: opening.as_secs_f64(),
         }
     }
@@ -170,6 +180,8 @@ impl Connections {
                 line(&format!("time to {name}"), times.to_string());
             }
         }
+        let each = self.received_bytes as f64 / 1024.0 / self.opened.max(1) as f64;
+        line("received", format!("{each:.2} KiB per connection"));
         lines
     }
 }
