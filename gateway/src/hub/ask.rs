@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use shared::{ids::RoomId, position::Position};
+use shared::{ids::RoomId, position::Position, protocol::answer::ClosedReason};
 
 use super::{
     Asked, Call, Purpose,
@@ -269,6 +269,10 @@ impl Shard {
     fn went_on(&mut self, name: &RoomId, page: Page) {
         self.turn.keep.ring = self.budget.ring_max();
         let Some(room) = self.rooms.get_mut(name) else { return };
+        if room.was_deleted(&page) {
+            // This node was cut off when that was passed on.
+            return self.close_room(name, ClosedReason::Deleted, None);
+        }
         let before = Taken::by(room);
         let need = room.read(page, &mut self.turn);
         self.budget.count(before, room, self.turn.keep.now);

@@ -477,7 +477,12 @@ impl Shard {
     }
 
     /// Has everybody leave a room that is no more.
-    fn close_room(&mut self, name: &RoomId, reason: ClosedReason, by: Option<ConnectionId>) {
+    pub(super) fn close_room(
+        &mut self,
+        name: &RoomId,
+        reason: ClosedReason,
+        by: Option<ConnectionId>,
+    ) {
         // First, so that what who was told says next is refused.
         self.presence.close(name);
         let Some(room) = self.rooms.get_mut(name) else { return };

@@ -25,6 +25,7 @@ use crate::{
         Entry, Followed,
         follow::{Follow, Need, Obey, Verdict},
         judge::{Part, READ_LEN},
+        ordinal,
         page::Page,
     },
     telemetry::metrics::{Arrival, Repair},
@@ -160,6 +161,11 @@ impl Room {
         let keep = turn.keep;
         let Self { name, members, .. } = self;
         self.follow.arrive(entry, &keep, &mut Handing { name, members, turn, reset: false })
+    }
+
+    /// Whether the room was deleted since this node follows it.
+    pub(super) fn was_deleted(&self, page: &Page) -> bool {
+        self.follow.top().is_some_and(|top| ordinal(&top.epoch) < page.deleted)
     }
 
     /// Takes what was read of the log from the top on, and then what was held.

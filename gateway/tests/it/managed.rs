@@ -244,7 +244,7 @@ async fn an_empty_room_leaves_the_lists_and_a_managed_one_later() {
         .await;
         assert_eq!(bob.join(&room("adhoc")).await.unwrap().seq, 1);
         bob.request(&frames::Leave::from(&room("adhoc"))).await.unwrap();
-        if world.redis.is_some() {
+        if world.is_cluster {
             within(async {
                 while !listed(&mut bob, "", 10).await.is_empty() {
                     tokio::task::yield_now().await;

@@ -16,17 +16,27 @@ use shared::{
 };
 use tokio::time::{Duration, Instant};
 
-use crate::harness::{Gateway, Node, Redis, next_message, room, say, within};
+use crate::{
+    harness::{Gateway, Node, Redis, next_message, room, say, within},
+    servers::{Instance, alone_in_a_cluster},
+};
 
-/// A single node, or three of a cluster.
+/// A single node, three of a cluster, or two on a Redis Cluster.
 pub struct World {
-    pub redis: Option<Redis>,
     pub nodes: Vec<Gateway>,
+    /// Whether more than one node is there.
+    pub is_cluster: bool,
+    _redis: Option<Redis>,
+    _sharded: Option<Instance>,
 }
+
+/// Over how many partitions rooms are spread on a Redis Cluster here.
+const PARTITIONS: u16 = 16;
 
 impl World {
     async fn embedded(options: &[(&str, &str)]) -> Self {
-        Self { redis: None, nodes: vec![Gateway::start(options).await] }
+        let nodes = vec![Gateway::start(options).await];
+        Self { nodes, is_cluster: false, _redis: None, _sharded: None }
     }
 
     async fn cluster(options: &[(&str, &str)]) -> Self {
@@ -35,13 +45,29 @@ impl World {
         for _ in 0..3 {
             nodes.push(Gateway::start_on(&redis, options).await);
         }
-        Self { redis: Some(redis), nodes }
+        Self { nodes, is_cluster: true, _redis: Some(redis), _sharded: None }
     }
 
-    /// Runs a check on a single node and on a cluster.
+    async fn sharded(options: &[(&str, &str)]) -> Self {
+        let server = alone_in_a_cluster(PARTITIONS).await;
+        let (url, partitions) = (server.cluster_url(), PARTITIONS.to_string());
+        let cluster = [
+            ("cluster.redis_url", url.as_str()),
+            ("cluster.partitions", partitions.as_str()),
+            ("auth.allow_anonymous", "true"),
+        ];
+        let mut nodes = Vec::new();
+        for _ in 0..2 {
+            nodes.push(Gateway::start(&[&cluster, options].concat()).await);
+        }
+        Self { nodes, is_cluster: true, _redis: None, _sharded: Some(server) }
+    }
+
+    /// Runs a check on a single node, on a cluster, and on one with a Redis Cluster.
     pub async fn each(options: &[(&str, &str)], check: impl AsyncFn(&World)) {
         check(&Self::embedded(options).await).await;
         check(&Self::cluster(options).await).await;
+        check(&Self::sharded(options).await).await;
     }
 
     /// A connection to the `node`th node, or to the only one.

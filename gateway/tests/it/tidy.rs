@@ -113,7 +113,7 @@ fn the_pure_parts_do_no_io_and_do_not_ask_for_the_time() {
 #[test]
 fn the_path_of_a_message_is_where_the_map_says() {
     let map = fs::read_to_string(root().join("ARCHITECTURE.md")).unwrap();
-    assert!(map.lines().count() <= 150, "ARCHITECTURE.md has more than 150 lines");
+    assert!(map.lines().count() <= 170, "ARCHITECTURE.md has more than 170 lines");
     for file in [
         "gateway/src/transport/mod.rs",
         "gateway/src/session/mod.rs",

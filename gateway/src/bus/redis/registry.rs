@@ -607,11 +607,8 @@ impl Registrar {
         let Some(server) = self.router.agreed_server(0) else { return Ok(Vec::new()) };
         let keyspace = self.router.keyspace();
         let mut reader = server.dial.reader().await?;
-        let (time, incarnations, leases): (
-            (u64, u64),
-            Vec<(String, String)>,
-            BTreeMap<String, String>,
-        ) = redis::pipe()
+        type Rows = Vec<(String, String)>;
+        let (time, incarnations, leases): ((u64, u64), Rows, Rows) = redis::pipe()
             .cmd("TIME")
             .cmd("HGETALL")
             .arg(keyspace.incarnations())
@@ -619,6 +616,7 @@ impl Registrar {
             .arg(keyspace.leases())
             .query_async(&mut *reader)
             .await?;
+        let leases: BTreeMap<String, String> = leases.into_iter().collect();
         let now = time.0 * 1000 + time.1 / 1000;
         let number = |text: &str| text.parse::<u64>().unwrap_or(0);
         let ended = incarnations.into_iter().filter(|(_, row)| {

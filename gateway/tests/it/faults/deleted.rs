@@ -12,8 +12,12 @@ use gateway::{
     telemetry::metrics::Metrics,
 };
 use shared::{
-    client::connection::Received,
-    protocol::answer::{Answer, Reset},
+    client::{
+        connection::{Received, Unexpected},
+        frames,
+    },
+    error::ErrorCode,
+    protocol::answer::Answer,
 };
 
 use super::proxy::{Mode, Proxy};
@@ -75,14 +79,19 @@ async fn delete_while_cut_off(mut redis: Redis, restarts: bool) {
 
     let told = async {
         loop {
-            if let Received::Frame(Answer::Reset(reset), _) = ann.next().await.unwrap() {
-                return reset;
+            if let Received::Frame(Answer::RoomClosed(closed), _) = ann.next().await.unwrap() {
+                return closed;
             }
         }
     };
-    let Reset { epoch, seq, .. } = within(told).await;
+    assert_eq!(within(told).await.room, lobby);
+    let frame = frames::Message::to(&lobby, &serde_json::Value::Null);
+    let refused = ann.request(&frame).await.unwrap_err();
+    assert!(matches!(refused, Unexpected::Refused(no) if no.code == ErrorCode::NotJoined));
+    let again = ann.join(&lobby).await.unwrap();
+    let epoch = again.epoch;
     assert_ne!(epoch, joined.epoch);
-    assert_eq!(seq, 0);
+    assert_eq!(again.seq, 0);
     let page = within(other.bus.read(lobby.clone(), Range::Newest { limit: 100 })).await.unwrap();
     assert!(page.entries.is_empty(), "what was deleted is back: {} entries", page.entries.len());
     assert_eq!(page.epoch, epoch);
