@@ -9,7 +9,7 @@
 //! What changes goes through one queue, in order, pipelined; what fails is tried again.
 
 use std::{
-    collections::{BTreeMap, HashSet, VecDeque},
+    collections::{BTreeMap, BTreeSet, HashSet, VecDeque},
     sync::Arc,
     time::Duration,
 };
@@ -28,7 +28,7 @@ use tokio::{
 };
 
 use super::{
-    RetryPause,
+    RETRY_PAUSE_MAX, RetryPause,
     agreement::{LEASE, Process},
     is_of_the_slot,
     keyspace::Keyspace,
@@ -95,7 +95,7 @@ struct State {
     /// Names from before, to be taken away once all is written under the present one.
     old: Vec<String>,
     /// The servers that the seats were written to, by home.
-    servers: BTreeMap<u16, Token>,
+    servers: BTreeMap<u16, (Token, u64)>,
     /// Whether the others can know of the incarnation.
     is_registered: bool,
     /// From when on every node that lives has written its seats to them.
@@ -325,12 +325,12 @@ impl Registrar {
                 biased;
                 () = self.wake.notified() => {}
                 _ = regained.changed() => self.renew(),
-                () = tokio::time::sleep(LOOK_EVERY) => {}
+                () = tokio::time::sleep(self.pause()) => {}
             }
             loop {
                 self.look_at_servers();
                 self.expire();
-                let ops = self.take();
+                let ops = self.take(&self.router.agreed_homes());
                 if ops.is_empty() {
                     break;
                 }
@@ -343,6 +343,11 @@ impl Registrar {
                 }
             }
         }
+    }
+
+    /// How long to wait until it is looked again whether what waits can be done.
+    fn pause(&self) -> Duration {
+        if self.state.lock().queue.is_empty() { LOOK_EVERY } else { RETRY_PAUSE_MAX }
     }
 
     /// Begins a new incarnation where the nodes have agreed on a server anew.
@@ -388,25 +393,35 @@ impl Registrar {
         }
     }
 
-    /// Takes the next calls out of the queue. What has to be behind all others comes alone.
-    fn take(&self) -> Vec<Op> {
+    /// Takes the next calls to some homes out of the queue, so that those to others hold up nobody.
+    /// What has to be behind all others comes alone.
+    fn take(&self, homes: &BTreeSet<u16>) -> Vec<Op> {
         let State { queue, touched, .. } = &mut *self.state.lock();
-        let mut ops = Vec::new();
+        let keyspace = self.router.keyspace();
+        let (mut ops, mut kept) = (Vec::new(), VecDeque::new());
         while ops.len() < BATCH_MAX
-            && let Some(next) = queue.front()
+            && let Some(op) = queue.pop_front()
         {
-            let is_last = matches!(next, Op::Reap(_));
-            if is_last && !ops.is_empty() {
+            if let Op::Reap(_) = op {
+                let is_next = ops.is_empty() && kept.is_empty();
+                if is_next {
+                    ops.push(op);
+                } else {
+                    kept.push_back(op);
+                }
                 break;
             }
-            let Some(op) = queue.pop_front() else { break };
+            if !homes.contains(&op.home(keyspace)) {
+                kept.push_back(op);
+                continue;
+            }
             if let Op::Seat { key, reply: None, .. } = &op {
                 touched.remove(key);
             }
             ops.push(op);
-            if is_last {
-                break;
-            }
+        }
+        while let Some(op) = kept.pop_back() {
+            queue.push_front(op);
         }
         ops
     }

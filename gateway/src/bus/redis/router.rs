@@ -165,14 +165,24 @@ impl Router {
         has_agreed.then(|| set.server.clone())
     }
 
-    /// The server of each home, once the nodes have agreed on all.
-    pub(super) fn agreed_tokens(&self) -> Option<BTreeMap<u16, Token>> {
+    /// The homes whose servers the nodes have agreed on.
+    pub(super) fn agreed_homes(&self) -> BTreeSet<u16> {
+        let sets = self.sets();
+        let agreed = sets.iter().flat_map(|(set, homes)| {
+            let agreed = set.server.agreed.borrow().homes.clone();
+            homes.iter().copied().filter(move |home| agreed.contains(home))
+        });
+        agreed.collect()
+    }
+
+    /// The server of each home, once the nodes have agreed on all, and how often they had by then.
+    pub(super) fn agreed_tokens(&self) -> Option<BTreeMap<u16, (Token, u64)>> {
         let mut tokens = BTreeMap::new();
         for (set, homes) in self.sets() {
             let agreed = set.server.agreed.borrow().clone();
             tokens.extend(homes.iter().filter_map(|home| {
                 let token = agreed.token.filter(|_| agreed.homes.contains(home))?;
-                Some((*home, token))
+                Some((*home, (token, agreed.times)))
             }));
         }
         (tokens.len() == usize::from(self.keyspace().homes())).then_some(tokens)

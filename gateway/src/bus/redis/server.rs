@@ -38,6 +38,8 @@ pub(super) struct Server {
 pub(super) struct Agreed {
     pub(super) token: Option<Token>,
     pub(super) homes: Arc<BTreeSet<u16>>,
+    /// How often they have, on whichever: a server that was flushed is agreed on again.
+    pub(super) times: u64,
 }
 
 impl Agreed {
@@ -149,7 +151,8 @@ impl Server {
         self.agreed.send_modify(|agreed| {
             let before = if agreed.token == Some(token) { &agreed.homes } else { &Arc::default() };
             let all = before.iter().chain(homes).copied().collect();
-            *agreed = Agreed { token: Some(token), homes: Arc::new(all) };
+            let times = agreed.times + 1;
+            *agreed = Agreed { token: Some(token), homes: Arc::new(all), times };
         });
     }
 
@@ -158,7 +161,7 @@ impl Server {
         self.agreed.send_if_modified(|agreed| {
             let taken = agreed.token.is_some_and(&gone);
             if taken {
-                *agreed = Agreed::default();
+                *agreed = Agreed { times: agreed.times, ..Agreed::default() };
             }
             taken
         })

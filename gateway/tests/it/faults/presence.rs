@@ -160,6 +160,31 @@ async fn a_redis_that_comes_back_empty_moves_nobody_who_is_there() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_redis_that_is_flushed_moves_nobody() {
+    let redis = Redis::start().await;
+    let nodes =
+        [Gateway::start_on(&redis, &NO_GRACE).await, Gateway::start_on(&redis, &NO_GRACE).await];
+    let _stays = member(&nodes[1], "stays").await;
+    let mut watcher = Watcher::join(nodes[0].connect("w0").await).await;
+    watcher.sees(&["stays", "w0"]).await;
+    redis.command("FLUSHALL").await;
+    // A listing of the registry itself has everybody again.
+    let online = async |connection: &mut Connection| {
+        let Answer::Presence(presence) =
+            connection.request(&json!({"type": "presence"})).await.unwrap()
+        else {
+            panic!("no presence")
+        };
+        presence.count
+    };
+    let mut asks = nodes[1].connect("asks").await;
+    until("all are there again", async || online(&mut asks).await == 3).await;
+    let _comes = member(&nodes[0], "comes").await;
+    watcher.sees(&["comes", "stays", "w0"]).await;
+    watcher.is_right().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_a_cut_link_did_not_tell_is_told_when_it_is_back() {
     let redis = Redis::start().await;
     let proxy = Proxy::to(redis.address()).await.unwrap();
@@ -226,6 +251,8 @@ async fn who_goes_elsewhere_when_a_node_stops_does_not_leave() {
     watcher.sees(&["goes", "moves", "w0"]).await;
     stops.stop().await;
     drop((moves, goes));
+    // A client waits before it comes back; the others look for who is gone every second.
+    tokio::time::sleep(Duration::from_millis(1500)).await;
     let moves = member(&other, "moves").await;
     // That "moves" had never left shows, since it would be no news that it comes.
     watcher.sees(&["moves", "w0"]).await;
