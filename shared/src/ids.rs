@@ -8,6 +8,8 @@ use std::{borrow::Cow, fmt, str::FromStr, sync::Arc};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 use uuid::Uuid;
 
+use crate::protocol::NAME_CHARS_MAX;
+
 /// A name made of a fixed alphabet: the type, its text form, its check, its error.
 macro_rules! name {
     ($(#[$doc:meta])* $name:ident, $invalid:ident, $rule:literal, $check:expr) => {
@@ -87,6 +89,18 @@ name! {
     /// The id of a gateway process, as given by `node.id`.
     NodeId, InvalidNodeId, "a node id is 1 to 64 of A-Z a-z 0-9 _ . : -",
     |text| made_of(text, 64, |b| matches!(b, b'_' | b'.' | b':' | b'-'))
+}
+
+impl From<&UserId> for DisplayName {
+    /// The id as a name, as far as that goes; a short one shares its memory.
+    fn from(id: &UserId) -> Self {
+        // Letters of an id are single bytes, and none is a control.
+        if id.0.len() <= NAME_CHARS_MAX {
+            Self(id.0.clone())
+        } else {
+            Self(id.0[..NAME_CHARS_MAX].into())
+        }
+    }
 }
 
 impl UserId {

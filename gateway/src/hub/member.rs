@@ -1,6 +1,12 @@
 //! One connection, as the hub sees it: where its frames go, and how far it is in a room.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -33,6 +39,8 @@ pub struct Subscriber {
     user: Option<UserId>,
     /// Where its frames go.
     pub outbox: Outbox,
+    /// How many publishes were handed on and not answered.
+    unanswered: AtomicU32,
     /// Messages it sent with `echo:false` whose `ack` is to stand where the copy would.
     placed_acks: Mutex<BTreeMap<(RoomId, MessageId), PlacedAck>>,
 }
@@ -89,7 +97,8 @@ impl Subscriber {
     pub fn new(connection: ConnectionId, outbox: Outbox) -> Self {
         #[cfg(feature = "defects")]
         crate::defect::connect();
-        Self { connection, user: None, outbox, placed_acks: Mutex::default() }
+        let (unanswered, placed_acks) = (0.into(), Mutex::default());
+        Self { connection, user: None, outbox, unanswered, placed_acks }
     }
 
     /// The same, of `user`.
@@ -100,6 +109,21 @@ impl Subscriber {
     /// Whether it is `user`'s.
     pub fn is_of(&self, user: &UserId) -> bool {
         self.user.as_ref() == Some(user)
+    }
+
+    /// A publish is handed on, and its answer is to come.
+    pub fn expect_answer(&self) {
+        self.unanswered.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// It has come.
+    pub fn had_answer(&self) {
+        self.unanswered.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// Whether every publish was answered.
+    pub fn is_answered(&self) -> bool {
+        self.unanswered.load(Ordering::Acquire) == 0
     }
 
     /// Sends a frame that answers the client's own.

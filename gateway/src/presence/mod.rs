@@ -5,17 +5,22 @@
 //! so that who reloads a page does not leave and come back for everybody else.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    borrow::Borrow,
+    collections::{BTreeSet, VecDeque},
+    ops::Bound::{Included, Unbounded},
     sync::{
         Arc, LazyLock,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{
+            AtomicBool, AtomicU32, AtomicU64,
+            Ordering::{Acquire, Relaxed, Release},
+        },
     },
     time::Duration,
 };
 
 use parking_lot::Mutex;
 use shared::{
-    ids::{DisplayName, RoomId, UserId},
+    ids::{RoomId, UserId},
     protocol::answer::Person,
 };
 use tokio::{sync::Notify, time::Instant};
@@ -68,50 +73,132 @@ pub struct Presence {
 
 #[derive(Default)]
 struct Seats {
-    seated: BTreeMap<(Place, UserId), Seated>,
-    /// Seats whose last connection has gone, in that order.
-    leaving: VecDeque<(Instant, Place, UserId)>,
+    /// Ordered by place and user.
+    seated: BTreeSet<BySeat>,
+    /// Seats whose last connection has gone, in that order, with what they were kept under.
+    leaving: VecDeque<(Instant, Arc<Seated>, u32)>,
+    /// How often a seat was kept.
+    kept: u32,
 }
 
-/// A user at one place of this node.
+/// A user at one place of this node. There is one for each connection and room, so that its size
+/// counts. What may change does so while the seats are locked, but for `active` and `typed`.
+#[derive(Debug)]
 struct Seated {
-    name: DisplayName,
-    connections: u32,
+    place: Place,
+    user: Person,
     since: Millis,
-    shared: Arc<Shared>,
-    /// When the registry was told last that the user did something.
-    told: Millis,
-    /// Until when the seat is kept without a connection.
-    kept_until: Option<Instant>,
-}
-
-/// What the stays of one user at one place share.
-#[derive(Debug, Default)]
-struct Shared {
+    connections: AtomicU32,
+    /// Under which number the seat is kept without a connection; 0: it is not.
+    kept: AtomicU32,
+    /// When the user did something last.
     active: AtomicU64,
+    /// When it was passed on last that the user types, and whether: ms, shifted by one.
+    typed: AtomicU64,
+    /// Whether the registry has not been told of `active` yet.
+    is_news: AtomicBool,
+    /// The room is no more.
     closed: AtomicBool,
 }
 
 /// One connection's part in a place. The user leaves some time after the last is dropped.
 pub struct Stay {
-    presence: Arc<Presence>,
-    place: Place,
-    user: UserId,
-    shared: Arc<Shared>,
-    left: bool,
+    /// `None`: it has left on purpose.
+    presence: Option<Arc<Presence>>,
+    seated: Arc<Seated>,
+}
+
+/// What seats are ordered by.
+trait ByPlaceAndUser {
+    fn key(&self) -> (&Place, &UserId);
+}
+
+struct BySeat(Arc<Seated>);
+
+impl ByPlaceAndUser for BySeat {
+    fn key(&self) -> (&Place, &UserId) {
+        (&self.0.place, &self.0.user.id)
+    }
+}
+
+impl ByPlaceAndUser for (&Place, &UserId) {
+    fn key(&self) -> (&Place, &UserId) {
+        *self
+    }
+}
+
+impl Ord for dyn ByPlaceAndUser + '_ {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        self.key().cmp(&other.key())
+    }
+}
+
+impl PartialOrd for dyn ByPlaceAndUser + '_ {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl PartialEq for dyn ByPlaceAndUser + '_ {
+    fn eq(&self, other: &Self) -> bool {
+        self.key() == other.key()
+    }
+}
+
+impl Eq for dyn ByPlaceAndUser + '_ {}
+
+impl Ord for BySeat {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        self.key().cmp(&other.key())
+    }
+}
+
+impl PartialOrd for BySeat {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl PartialEq for BySeat {
+    fn eq(&self, other: &Self) -> bool {
+        self.key() == other.key()
+    }
+}
+
+impl Eq for BySeat {}
+
+impl<'a> Borrow<dyn ByPlaceAndUser + 'a> for BySeat {
+    fn borrow(&self) -> &(dyn ByPlaceAndUser + 'a) {
+        self
+    }
+}
+
+impl Seats {
+    fn get(&self, place: &Place, user: &UserId) -> Option<&Arc<Seated>> {
+        let key: &dyn ByPlaceAndUser = &(place, user);
+        self.seated.get(key).map(|seat| &seat.0)
+    }
+
+    /// The seats at a place.
+    fn at<'a>(&'a self, place: &'a Place) -> impl Iterator<Item = &'a Arc<Seated>> {
+        let first = (place, &*LOWEST_USER);
+        let first: &dyn ByPlaceAndUser = &first;
+        let here = self.seated.range::<dyn ByPlaceAndUser, _>((Included(first), Unbounded));
+        here.map(|seat| &seat.0).take_while(move |seat| seat.place == *place)
+    }
 }
 
 type Entering = BoxFuture<Result<Entered, EnterError>>;
 
 impl Seated {
-    fn seat(&self, place: &Place, user: &UserId) -> Seat {
-        let kept = u32::from(self.kept_until.is_some());
+    fn seat(&self) -> Seat {
+        let kept = u32::from(self.kept.load(Relaxed) != 0);
         Seat {
-            place: place.clone(),
-            user: Person { id: user.clone(), name: self.name.clone() },
-            connections: self.connections.max(kept),
+            place: self.place.clone(),
+            user: self.user.clone(),
+            connections: self.connections.load(Relaxed).max(kept),
             since: self.since,
-            active: self.shared.active.load(Ordering::Relaxed),
+            active: self.active.load(Relaxed),
         }
     }
 }
@@ -189,71 +276,76 @@ impl Presence {
         person: &Person,
         rules: Option<Rules>,
     ) -> (Stay, Entering, bool) {
-        let user = person.id.clone();
+        let now = millis_now();
         let mut seats = self.seats.lock();
-        let mut was_here = true;
-        let seated = seats.seated.entry((place.clone(), user.clone())).or_insert_with(|| {
-            was_here = false;
-            let now = millis_now();
-            let shared = Shared { active: now.into(), closed: false.into() };
-            let (shared, name) = (Arc::new(shared), person.name.clone());
-            Seated { name, connections: 0, since: now, shared, told: now, kept_until: None }
+        let known = seats.get(&place, &person.id).cloned();
+        let was_here = known.is_some();
+        let seated = known.unwrap_or_else(|| {
+            // The names of a room are one in memory.
+            let one = seats.at(&place).next().map(|other| other.place.clone());
+            let place = one.unwrap_or(place);
+            let seated = Arc::new(Seated {
+                place,
+                user: person.clone(),
+                since: now,
+                connections: 0.into(),
+                kept: 0.into(),
+                active: now.into(),
+                typed: 0.into(),
+                is_news: false.into(),
+                closed: false.into(),
+            });
+            seats.seated.insert(BySeat(seated.clone()));
+            seated
         });
-        seated.connections += 1;
-        seated.kept_until = None;
-        seated.shared.active.store(millis_now(), Ordering::Relaxed);
-        let (seat, shared) = (seated.seat(&place, &user), seated.shared.clone());
-        let entering = self.registry.enter(seat, rules);
+        seated.connections.fetch_add(1, Relaxed);
+        seated.kept.store(0, Relaxed);
+        seated.active.store(now, Relaxed);
+        let entering = self.registry.enter(seated.seat(), rules);
         drop(seats);
-        let stay = Stay { presence: self.clone(), place, user, shared, left: false };
-        (stay, entering, was_here)
+        (Stay { presence: Some(self.clone()), seated }, entering, was_here)
     }
 
     /// When a user did something last at a place of this node.
     pub fn active(&self, place: &Place, user: &UserId) -> Option<Millis> {
-        let seats = self.seats.lock();
-        let seated = seats.seated.get(&(place.clone(), user.clone()))?;
-        Some(seated.shared.active.load(Ordering::Relaxed))
+        Some(self.seats.lock().get(place, user)?.active.load(Relaxed))
     }
 
     /// Ends all stays in a room, which is no more.
     pub fn close(&self, room: &RoomId) {
         let place = Place::Room(room.clone());
-        let Seats { seated, .. } = &mut *self.seats.lock();
-        let first = (place.clone(), LOWEST_USER.clone());
-        let here = seated.range(first..).map(|(key, _)| key).take_while(|(at, _)| *at == place);
-        for key in here.cloned().collect::<Vec<_>>() {
-            if let Some(mut seated) = seated.remove(&key) {
-                seated.shared.closed.store(true, Ordering::Release);
-                (seated.connections, seated.kept_until) = (0, None);
-                self.registry.seat(seated.seat(&key.0, &key.1));
-            }
+        let seats = &mut *self.seats.lock();
+        for seated in seats.at(&place).cloned().collect::<Vec<_>>() {
+            seated.closed.store(true, Release);
+            seated.connections.store(0, Relaxed);
+            seated.kept.store(0, Relaxed);
+            self.registry.seat(seated.seat());
+            seats.seated.remove(&BySeat(seated));
         }
     }
 
     /// One connection less. The last one keeps the seat for a while where `grace` says so.
-    fn unseat(&self, stay: &Stay, grace: bool) {
-        let key = (stay.place.clone(), stay.user.clone());
+    fn unseat(&self, seated: &Arc<Seated>, grace: bool) {
         let mut guard = self.seats.lock();
         let seats = &mut *guard;
-        let Some(seated) = seats.seated.get_mut(&key) else { return };
-        // The room was closed, and the user has come back to another one of its name.
-        if !Arc::ptr_eq(&seated.shared, &stay.shared) {
+        // Its room was closed; the user may have come back to another one of its name.
+        if seated.closed.load(Acquire) {
             return;
         }
-        seated.connections = seated.connections.saturating_sub(1);
-        if seated.connections == 0 && grace && !self.options.grace.is_zero() {
+        let before = seated.connections.fetch_sub(1, Relaxed);
+        if before == 1 && grace && !self.options.grace.is_zero() {
+            seats.kept = seats.kept.wrapping_add(1).max(1);
+            seated.kept.store(seats.kept, Relaxed);
             let until = Instant::now() + self.options.grace;
-            seated.kept_until = Some(until);
-            seats.leaving.push_back((until, key.0, key.1));
+            seats.leaving.push_back((until, seated.clone(), seats.kept));
             self.leaves.notify_one();
             return;
         }
-        let seat = seated.seat(&key.0, &key.1);
-        if seat.connections == 0 {
-            seats.seated.remove(&key);
+        if before == 1 {
+            let key: &dyn ByPlaceAndUser = &(&seated.place, &seated.user.id);
+            seats.seated.remove(key);
         }
-        self.registry.seat(seat);
+        self.registry.seat(seated.seat());
     }
 
     /// Has users leave whose time has come, and tells now and then when users did something.
@@ -278,27 +370,21 @@ impl Presence {
 
     fn let_leave(&self, now: Instant) {
         let mut guard = self.seats.lock();
-        let Seats { seated, leaving } = &mut *guard;
-        while let Some((until, place, user)) = leaving.pop_front_if(|(until, ..)| *until <= now) {
-            let key = (place, user);
-            let Some(seat) = seated.get_mut(&key) else { continue };
-            // Who came back and left once more has another time.
-            if seat.kept_until == Some(until) {
-                seat.kept_until = None;
-                let seat = seat.seat(&key.0, &key.1);
-                seated.remove(&key);
-                self.registry.seat(seat);
+        let seats = &mut *guard;
+        while let Some((_, seated, kept)) = seats.leaving.pop_front_if(|(until, ..)| *until <= now)
+        {
+            // Who came back and left once more is kept under another number.
+            if seated.kept.compare_exchange(kept, 0, Relaxed, Relaxed).is_ok() {
+                self.registry.seat(seated.seat());
+                seats.seated.remove(&BySeat(seated));
             }
         }
     }
 
     fn tell_active(&self) {
-        let mut guard = self.seats.lock();
-        for ((place, user), seated) in &mut guard.seated {
-            let active = seated.shared.active.load(Ordering::Relaxed);
-            if active > seated.told {
-                seated.told = active;
-                self.registry.seat(seated.seat(place, user));
+        for BySeat(seated) in &self.seats.lock().seated {
+            if seated.is_news.swap(false, Relaxed) {
+                self.registry.seat(seated.seat());
             }
         }
     }
@@ -307,27 +393,42 @@ impl Presence {
 impl Stay {
     /// Asks what the user would be told on entering now.
     pub fn look_again(&self) -> BoxFuture<Result<Entered, EnterError>> {
-        let seats = self.presence.seats.lock();
-        let seated = seats.seated.get(&(self.place.clone(), self.user.clone()));
-        match seated.map(|seated| seated.seat(&self.place, &self.user)) {
-            Some(seat) => self.presence.registry.enter(seat, None),
-            None => Box::pin(std::future::ready(Err(EnterError::NotFound))),
+        let not_found = || Box::pin(std::future::ready(Err(EnterError::NotFound)));
+        let Some(presence) = &self.presence else { return not_found() };
+        let _seats = presence.seats.lock();
+        if self.is_closed() {
+            return not_found();
         }
+        presence.registry.enter(self.seated.seat(), None)
     }
 
     /// The user did something.
     pub fn touch(&self) {
-        self.shared.active.store(millis_now(), Ordering::Relaxed);
+        self.seated.active.store(millis_now(), Relaxed);
+        self.seated.is_news.store(true, Relaxed);
+    }
+
+    /// Whether it is to be passed on that the user types, or has stopped: when that has changed, and
+    /// again after `every`.
+    pub fn types(&self, is_typing: bool, every: Duration) -> bool {
+        let (now, typed) = (millis_now(), self.seated.typed.load(Relaxed));
+        let same = typed & 1 == u64::from(is_typing);
+        let rests = now.saturating_sub(typed >> 1) >= every.as_millis() as u64;
+        if same && !rests {
+            return false;
+        }
+        self.seated.typed.store(now << 1 | u64::from(is_typing), Relaxed);
+        true
     }
 
     /// Whether the room was closed since.
     pub fn is_closed(&self) -> bool {
-        self.shared.closed.load(Ordering::Acquire)
+        self.seated.closed.load(Acquire)
     }
 
     /// The room; `None` for the cluster.
     pub fn room(&self) -> Option<&RoomId> {
-        match &self.place {
+        match &self.seated.place {
             Place::Room(room) => Some(room),
             Place::Cluster => None,
         }
@@ -335,15 +436,16 @@ impl Stay {
 
     /// Leaves, on purpose: the user's last connection does so at once.
     pub fn leave(mut self) {
-        self.left = true;
-        self.presence.unseat(&self, false);
+        if let Some(presence) = self.presence.take() {
+            presence.unseat(&self.seated, false);
+        }
     }
 }
 
 impl Drop for Stay {
     fn drop(&mut self) {
-        if !self.left {
-            self.presence.unseat(self, true);
+        if let Some(presence) = self.presence.take() {
+            presence.unseat(&self.seated, true);
         }
     }
 }

@@ -108,7 +108,7 @@ impl JwtKey {
         let id = user(&claims.sub).ok_or(AuthError::TokenInvalid)?;
         let name = match claims.name {
             Some(name) => name.parse().map_err(invalid)?,
-            None => name_of(&id),
+            None => DisplayName::from(&id),
         };
         let leeway = Duration::from_secs(self.validation.leeway);
         Ok(Identity {
@@ -138,7 +138,7 @@ fn anonymous(credentials: &Credentials) -> Result<Identity, AuthError> {
     };
     let name = match credentials.name.as_deref() {
         Some(name) if !name.is_empty() => name.parse().map_err(|_| AuthError::UserInvalid)?,
-        _ => name_of(&id),
+        _ => DisplayName::from(&id),
     };
     Ok(Identity { user: Person { id, name }, expires_at: None, grants: None })
 }
@@ -155,12 +155,6 @@ fn guest() -> UserId {
         .map(|letter| char::from(letter).to_ascii_lowercase())
         .collect();
     format!("guest-{letters}").parse().expect("made of the allowed letters")
-}
-
-/// The name of a user who gave none: the id, as far as a name may go.
-fn name_of(id: &UserId) -> DisplayName {
-    let text = id.as_str();
-    text[..text.len().min(64)].parse().expect("an id is ASCII without controls")
 }
 
 #[cfg(test)]

@@ -5,10 +5,7 @@
 //! [`Request`] that the connection's task performs before it takes the next frame.
 
 use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
@@ -97,20 +94,11 @@ pub struct Session {
     /// The user is connected as long as this is there.
     _online: Stay,
     /// In the order of their names.
-    rooms: Vec<Membership>,
+    rooms: Vec<Stay>,
     /// The room whose join is being performed.
     joining: Option<RoomId>,
     messages: Pace,
     frames: Pace,
-    /// Publishes that were handed on and not answered.
-    unanswered: Arc<AtomicUsize>,
-}
-
-/// This connection's part in a room.
-struct Membership {
-    stay: Stay,
-    /// What was passed on last of the user's typing, and when.
-    typed: Option<(bool, Instant)>,
 }
 
 /// A frame that has to wait for something.
@@ -167,7 +155,6 @@ impl Session {
             joining: None,
             messages: Pace::default(),
             frames: Pace::default(),
-            unanswered: Arc::default(),
         }
     }
 
@@ -193,7 +180,7 @@ impl Session {
 
     /// Whether everything that was handed on has been answered.
     pub fn is_settled(&self) -> bool {
-        self.unanswered.load(Ordering::Acquire) == 0
+        self.subscriber.is_answered()
     }
 
     /// Handles a frame. What it returns has to be [performed](Session::perform) before the next.
@@ -227,7 +214,7 @@ impl Session {
             Body::DeleteRoom(delete) => return Some(Request::DeleteRoom(reference, delete.room)),
             Body::RoomInfo(info) => return Some(Request::RoomInfo(reference, info.room)),
             Body::Rooms(rooms) => return Some(Request::Rooms(reference, rooms)),
-            Body::Typing(typing) => self.typing(reference, &typing, now),
+            Body::Typing(typing) => self.typing(reference, &typing),
             Body::Read(read) => self.read(reference, read),
             Body::Ping(ping) => self.pong(reference, ping.timestamp),
             Body::Message(_) | Body::Pong => {}
@@ -236,23 +223,23 @@ impl Session {
     }
 
     /// This connection's part in a room, if it has one.
-    fn membership(&mut self, room: &RoomId) -> Option<&mut Membership> {
+    fn stay_in(&mut self, room: &RoomId) -> Option<&Stay> {
         let place = self.place_of(room).ok()?;
-        if self.rooms[place].stay.is_closed() {
+        if self.rooms[place].is_closed() {
             self.rooms.remove(place);
             return None;
         }
-        Some(&mut self.rooms[place])
+        Some(&self.rooms[place])
     }
 
     fn place_of(&self, room: &RoomId) -> Result<usize, usize> {
-        self.rooms.binary_search_by(|membership| membership.stay.room().cmp(&Some(room)))
+        self.rooms.binary_search_by(|stay| stay.room().cmp(&Some(room)))
     }
 
     /// Notes that the user did something in a room, or refuses what wants it joined.
     fn in_room(&mut self, reference: Option<&Ref>, kind: &str, room: &RoomId) -> bool {
-        if let Some(membership) = self.membership(room) {
-            membership.stay.touch();
+        if let Some(stay) = self.stay_in(room) {
+            stay.touch();
             return true;
         }
         let (code, text) = (ErrorCode::NotJoined, "join the room first");
@@ -260,7 +247,7 @@ impl Session {
         false
     }
 
-    fn typing(&mut self, reference: Option<Ref>, typing: &Typing, now: Instant) {
+    fn typing(&mut self, reference: Option<Ref>, typing: &Typing) {
         let Typing { room, is_typing } = typing;
         if !self.in_room(reference.as_ref(), "typing", room) {
             return;
@@ -270,12 +257,8 @@ impl Session {
             self.refuse(refusal(reference, "typing", Some(room), code, text));
             return;
         }
-        let Some(membership) = self.membership(room) else { return };
-        let told = membership.typed.is_some_and(|(typed, at)| {
-            typed == *is_typing && now.saturating_duration_since(at) < TYPING_EVERY
-        });
-        if !told {
-            membership.typed = Some((*is_typing, now));
+        let types = self.stay_in(room).is_some_and(|stay| stay.types(*is_typing, TYPING_EVERY));
+        if types {
             let (user, is_typing) = (self.identity.user.id.clone(), *is_typing);
             let notice = Notice::Typing { user, is_typing };
             // Nobody waits for it, and it may be lost.
@@ -319,7 +302,7 @@ impl Session {
             Request::Join(reference, join) => match self.may_join(reference.as_ref(), &join.room) {
                 Ok(()) => {
                     self.joining = Some(join.room.clone());
-                    let again = self.membership(&join.room).map(|member| member.stay.look_again());
+                    let again = self.stay_in(&join.room).map(Stay::look_again);
                     let user = self.identity.user.clone();
                     Box::pin(perform::join(asked(reference), join, user, again))
                 }
@@ -330,7 +313,7 @@ impl Session {
             },
             Request::Leave(reference, room) => {
                 if let Ok(place) = self.place_of(&room) {
-                    self.rooms.remove(place).stay.leave();
+                    self.rooms.remove(place).leave();
                 }
                 Box::pin(perform::leave(asked(reference), room))
             }
@@ -357,7 +340,7 @@ impl Session {
                 Box::pin(rooms::delete(asked(reference), room, user.id.clone()))
             }
             Request::RoomInfo(reference, room) => {
-                let (user, is_member) = (user.id.clone(), self.membership(&room).is_some());
+                let (user, is_member) = (user.id.clone(), self.stay_in(&room).is_some());
                 let is_open = self.identity.access(&room).is_some();
                 Box::pin(rooms::info(asked(reference), room, user, is_member, is_open))
             }
@@ -378,13 +361,12 @@ impl Session {
         match performed {
             Performed::Joined(stay) => {
                 if let (Some(room), Some(stay)) = (joining, stay) {
-                    let membership = Membership { stay, typed: None };
                     match self.place_of(&room) {
-                        Ok(place) => self.rooms[place] = membership,
+                        Ok(place) => self.rooms[place] = stay,
                         Err(place) => {
                             // Most connections are in one room.
                             self.rooms.reserve_exact(usize::from(self.rooms.is_empty()));
-                            self.rooms.insert(place, membership);
+                            self.rooms.insert(place, stay);
                         }
                     }
                 }
@@ -403,9 +385,9 @@ impl Session {
             return Err(refusal(ErrorCode::Forbidden, "the token does not allow this room"));
         }
         if self.rooms.len() >= rooms_max {
-            self.rooms.retain(|membership| !membership.stay.is_closed());
+            self.rooms.retain(|stay| !stay.is_closed());
         }
-        if self.membership(room).is_none() && self.rooms.len() >= rooms_max {
+        if self.stay_in(room).is_none() && self.rooms.len() >= rooms_max {
             let text = format!("at most {rooms_max} rooms at a time");
             return Err(refusal(ErrorCode::LimitReached, &text));
         }
@@ -417,9 +399,7 @@ impl Session {
         let connection = self.subscriber.connection;
         let rooms = std::mem::take(&mut self.rooms);
         // A join that was not waited for to its end may have succeeded.
-        for room in
-            rooms.iter().filter_map(|membership| membership.stay.room()).chain(&self.joining)
-        {
+        for room in rooms.iter().filter_map(Stay::room).chain(&self.joining) {
             self.services.hub.leave(room.clone(), connection, None).await;
         }
     }
@@ -458,11 +438,11 @@ impl Session {
             self.refuse(refused);
             return;
         }
-        let Some(membership) = self.membership(room) else {
+        let Some(stay) = self.stay_in(room) else {
             self.refuse(refusal(ErrorCode::NotJoined, "join the room first"));
             return;
         };
-        membership.stay.touch();
+        stay.touch();
         if self.identity.access(room) != Some(Access::ReadWrite) {
             self.refuse(refusal(ErrorCode::Forbidden, "the token allows to read here only"));
             return;
@@ -482,7 +462,6 @@ impl Session {
             echo: message.echo,
             durable: self.services.rules.is_durable(room),
             placed: false,
-            unanswered: self.unanswered.clone(),
         };
         outcome.expect();
         let published = self.services.publisher.publish(sender, message, &receipt, {
@@ -538,13 +517,12 @@ struct Outcome {
     durable: bool,
     /// Whether the `ack` stands in the place of the copy.
     placed: bool,
-    unanswered: Arc<AtomicUsize>,
 }
 
 impl Outcome {
     /// Prepares for the answer: it may come before `publish` returns.
     fn expect(&mut self) {
-        self.unanswered.fetch_add(1, Ordering::AcqRel);
+        self.subscriber.expect_answer();
         if !self.echo && self.durable {
             let ack = PlacedAck::new(self.reference.clone(), self.receipt.timestamp.clone());
             self.placed = self.subscriber.place_ack(&self.room, self.receipt.id, ack);
@@ -553,7 +531,7 @@ impl Outcome {
 
     /// Takes [`Outcome::expect`] back.
     fn forget(&self) {
-        self.unanswered.fetch_sub(1, Ordering::AcqRel);
+        self.subscriber.had_answer();
         self.unplace();
     }
 
@@ -584,7 +562,7 @@ impl Outcome {
                 }
             }
         }
-        self.unanswered.fetch_sub(1, Ordering::AcqRel);
+        self.subscriber.had_answer();
         self.subscriber.outbox.wake_for_ack();
     }
 

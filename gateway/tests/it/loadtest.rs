@@ -136,7 +136,7 @@ async fn it_measures_every_kind_of_row() {
         .arg(json.path())
         .output();
     // It starts 17 servers one after the other, and some 28 s are what that takes.
-    let output = tokio::time::timeout(4 * PATIENCE, output).await.expect("it ends");
+    let output = timeout(4 * PATIENCE, output).await.expect("it ends");
     let output = output.expect("`make build` builds it and what it starts");
     let said = String::from_utf8_lossy(&output.stdout);
     let noted = String::from_utf8_lossy(&output.stderr);
