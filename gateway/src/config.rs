@@ -256,6 +256,9 @@ impl Config {
         if jwt && secret.len() < 32 {
             warnings.push("auth.jwt_secret is shorter than the 32 bytes that HS256 asks for (RFC 7518, section 3.2): it can be guessed".into());
         }
+        if ttl.0 > empty_ttl.0 {
+            warnings.push("history.ttl is longer than rooms.empty_ttl: the log of a managed room outlives its password, and who joins it then reads it".into());
+        }
         let open_cluster = !jwt && redis_url.0.is_some();
         if open_cluster {
             warnings.push("ANONYMOUS MODE in a cluster: anybody who reaches it can read every room and speak as anybody; set auth.mode = jwt".into());

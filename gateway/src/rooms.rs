@@ -45,14 +45,14 @@ impl RoomRules {
 /// outside of the runtime's own threads.
 #[derive(Debug)]
 pub struct Passwords {
-    checks: Semaphore,
+    checks: Arc<Semaphore>,
     /// Digests of a hash and a password that fits it, in two maps that take turns.
     fitting: Mutex<[HashMap<[u8; 20], ()>; 2]>,
 }
 
 impl Default for Passwords {
     fn default() -> Self {
-        Self { checks: Semaphore::new(CHECKS_MAX), fitting: Mutex::default() }
+        Self { checks: Arc::new(Semaphore::new(CHECKS_MAX)), fitting: Mutex::default() }
     }
 }
 
@@ -94,7 +94,12 @@ impl Passwords {
     }
 
     async fn compute<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
-        let _turn = self.checks.acquire().await.expect("it is never closed");
+        let turn = self.checks.clone().acquire_owned().await.expect("it is never closed");
+        let work = move || {
+            // Also where nobody waits for the outcome any more.
+            let _turn = turn;
+            work()
+        };
         tokio::task::spawn_blocking(work).await.expect("it does not panic")
     }
 }

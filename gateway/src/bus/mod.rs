@@ -331,9 +331,17 @@ impl Mailboxes {
         self.send(self.shard_of(&room), Letter::Entry(room, entry));
     }
 
-    /// As [`Mailboxes::put`], what is no entry.
+    /// As [`Mailboxes::put`], what is no entry. Where the mailbox is nearly full what may be lost is, so
+    /// that entries need not be read from their logs.
     pub fn notify(&self, room: RoomId, notice: Notice) {
-        self.send(self.shard_of(&room), Letter::Notice(room, notice));
+        let shard = self.shard_of(&room);
+        let letters = &self.shards[shard].letters;
+        let is_spare = !matches!(notice, Notice::Presence(_) | Notice::Closed { .. });
+        if is_spare && letters.capacity() < letters.max_capacity() / 4 {
+            self.metrics.notices_dropped.inc();
+            return;
+        }
+        self.send(shard, Letter::Notice(room, notice));
     }
 
     fn send(&self, shard: usize, letter: Letter) {

@@ -44,6 +44,8 @@ pub struct Seat {
     pub since: Millis,
     /// When the user did something last.
     pub active: Millis,
+    /// Whether the user was let in. Until then telling this makes nobody present who is not.
+    pub admitted: bool,
 }
 
 /// What a join has to keep to.
@@ -74,6 +76,9 @@ pub struct Entered {
     pub count: u64,
     /// How far the user has read.
     pub read: Seq,
+    /// The [`ordinal`](crate::delivery::ordinal) of the epoch that the room's last deletion began: one
+    /// that is deleted after that is another room.
+    pub deleted: u64,
 }
 
 /// Why a user does not enter.
@@ -219,8 +224,8 @@ pub struct Found {
 pub struct Listing {
     /// By id.
     pub rooms: Vec<Found>,
-    /// Whether more follow.
-    pub more: bool,
+    /// Behind which name to go on, where more may follow.
+    pub next: Option<String>,
 }
 
 /// What became of a deletion.

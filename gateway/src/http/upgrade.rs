@@ -25,6 +25,7 @@ use shared::{
     ids::{ConnectionId, RoomId, UserId},
     position::Position,
     protocol::{
+        PASSWORD_BYTES_MAX,
         answer::{Answer, Connected, Refusal},
         request::{JOIN_HISTORY_MAX, Join, history_default},
     },
@@ -118,6 +119,9 @@ fn join_of(room: &str, params: &[(String, String)]) -> Result<Join, &'static str
         None => history_default(),
     };
     let password = param(params, "password").map(str::to_owned);
+    if password.as_ref().is_some_and(|password| password.len() > PASSWORD_BYTES_MAX) {
+        return Err("`password` is too long");
+    }
     Ok(Join { room, since, history, password })
 }
 

@@ -26,6 +26,7 @@ use crate::{
         page::Page,
         serve::{self, Resume},
     },
+    presence::Still,
     telemetry::metrics::ResumeSource,
 };
 
@@ -35,8 +36,8 @@ pub(super) struct Join {
     pub(super) subscriber: Arc<Subscriber>,
     pub(super) reference: Option<Ref>,
     pub(super) start: Start,
-    /// What its user was told on entering.
-    pub(super) entered: Entered,
+    /// As what its user has entered.
+    pub(super) admission: Admission,
     /// Hears when `joined` has been sent; dropped where the room cannot be followed.
     pub(super) done: oneshot::Sender<()>,
     /// Whether the log was read anew for this join: another node may have delivered what this one
@@ -44,6 +45,15 @@ pub(super) struct Join {
     pub(super) refreshed: bool,
     /// Why it cannot go on from its position, once that is known.
     pub(super) lost: Option<NotRecovered>,
+}
+
+/// What a user was told on entering, and whether that still holds.
+#[derive(Clone, Debug, Default)]
+pub struct Admission {
+    /// What the user was told.
+    pub entered: Entered,
+    /// Tells whether the room was closed since.
+    pub still: Option<Still>,
 }
 
 /// From where a connection wants to go on.
@@ -88,8 +98,12 @@ impl Room {
     /// Answers a join from what the room holds, or says what it takes.
     pub(super) fn join(&mut self, mut join: Join, turn: &mut Turn) -> Step {
         let Some(top) = self.follow.top().cloned() else { return Step::Wait(join) };
-        if join.done.is_closed() {
+        if join.done.is_closed() || !self.admits(&join.admission) {
+            // Dropping it tells the session.
             return Step::Done;
+        }
+        if !self.durable && matches!(join.start, Start::Since(_)) {
+            join.lost = Some(NotRecovered::LogLost);
         }
         if let Some(cursor) = self.cursor_of(join.subscriber.connection).cloned() {
             self.send_joined(&join, cursor, vec![], false);
@@ -129,7 +143,7 @@ impl Room {
             // The room follows a log that is no more, which it finds out by reading.
             return Step::Wait(join);
         }
-        if join.done.is_closed() {
+        if join.done.is_closed() || !self.admits(&join.admission) {
             return Step::Done;
         }
         page.keep_whole();
@@ -156,6 +170,12 @@ impl Room {
         }
         let entries = serve::of_its_epoch(page.entries.iter(), &since, until.seq);
         self.enter_since(join, since, until, entries, ResumeSource::Log, turn)
+    }
+
+    /// Whether the room is still the one that the user has entered.
+    fn admits(&self, admission: &Admission) -> bool {
+        let closed = admission.still.as_ref().is_some_and(Still::is_closed);
+        !closed && admission.entered.deleted >= self.deleted || admission.still.is_none()
     }
 
     fn join_newest(&mut self, join: Join, turn: &mut Turn) -> Step {
@@ -223,7 +243,7 @@ impl Room {
     ) -> Step {
         let live = self.follow.top() == Some(&cursor);
         self.send_joined(&join, at, history, more);
-        let Join { subscriber, entered, done, .. } = join;
+        let Join { subscriber, admission, done, .. } = join;
         turn.touch(&subscriber);
         // Who has given up meanwhile sends a call behind this one that takes it back.
         let _ = done.send(());
@@ -231,13 +251,16 @@ impl Room {
             subscriber.outbox.lag(self.name.clone());
         }
         let pace = if live { Pace::Live } else { Pace::Behind };
-        self.add(Member { knows: entered.version, ..Member::at(subscriber, cursor, pace) });
+        self.add(Member {
+            knows: admission.entered.version,
+            ..Member::at(subscriber, cursor, pace)
+        });
         Step::Done
     }
 
     fn send_joined(&self, join: &Join, at: Position, history: Vec<Box<RawValue>>, more: bool) {
         let again = self.is_member(join.subscriber.connection);
-        let entered = join.entered;
+        let entered = join.admission.entered;
         join.subscriber.answer(&Answer::Joined(Box::new(Joined {
             reference: join.reference.clone(),
             room: self.name.clone(),

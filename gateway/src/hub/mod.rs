@@ -28,7 +28,7 @@ use tokio::{
 use crate::{
     bus::{
         Bus, BusError, Letters, Mailboxes,
-        registry::{Details, Entered, Snapshot},
+        registry::{Details, Snapshot},
     },
     delivery::page::Page,
     drain::Tasks,
@@ -47,7 +47,7 @@ mod shard;
 mod ask;
 pub mod people;
 
-use join::{Join, Start};
+use join::{Admission, Join, Start};
 use member::Subscriber;
 use people::Asking;
 use shard::Shard;
@@ -186,18 +186,19 @@ impl Hub {
     ///
     /// # Errors
     ///
-    /// [`NotFollowed`], and the connection is no member.
+    /// [`NotFollowed`], and the connection is no member: the bus is away, or the room was deleted since
+    /// its user has entered it.
     pub async fn join(
         &self,
         room: RoomId,
         subscriber: Arc<Subscriber>,
         reference: Option<Ref>,
         start: Start,
-        entered: Entered,
+        admission: Admission,
     ) -> Result<(), NotFollowed> {
         let (done, joined) = oneshot::channel();
         let join =
-            Join { subscriber, reference, start, entered, done, refreshed: false, lost: None };
+            Join { subscriber, reference, start, admission, done, refreshed: false, lost: None };
         self.call(room.clone(), Call::Join(room, join)).await;
         joined.await.map_err(|_| NotFollowed)
     }

@@ -89,11 +89,12 @@ pub(super) struct Asking {
 
 impl Typist {
     /// When it is next to be looked at; `None`: it can be forgotten.
-    fn due(&self) -> Option<Instant> {
+    fn due(&self, now: Instant) -> Option<Instant> {
         let again = self.shown_at.map(|at| at + TYPING_EVERY);
         match (self.shown, self.wanted) {
             (true, true) => Some(self.ends),
-            (false, false) => None,
+            // Not before it may be told again, so that it is known when that is.
+            (false, false) => again.filter(|again| *again > now),
             _ => again.or(Some(self.ends)),
         }
     }
@@ -232,7 +233,7 @@ impl Room {
     fn look_at_typist(&mut self, user: &UserId, turn: &mut Turn) {
         let Some(typist) = self.people.typists.get_mut(user) else { return };
         let told = typist.look(turn.keep.now);
-        match typist.due() {
+        match typist.due(turn.keep.now) {
             Some(due) => self.people.note_due(due),
             None => drop(self.people.typists.remove(user)),
         }
@@ -343,11 +344,12 @@ pub fn at(millis: Millis) -> String {
 
 impl Shard {
     pub(super) fn hear(&mut self, name: &RoomId, notice: Notice) {
-        if self.fenced {
-            return;
-        }
+        // Also while this node may pass nothing on: who is told this reads nothing more.
         if let Notice::Closed { reason, by } = notice {
             return self.close_room(name, reason, by);
+        }
+        if self.fenced {
+            return;
         }
         let individual_max = self.presence.options().individual_max;
         let Some(room) = self.rooms.get_mut(name) else { return };
@@ -486,6 +488,7 @@ impl Shard {
         // First, so that what who was told says next is refused.
         self.presence.close(name);
         let Some(room) = self.rooms.get_mut(name) else { return };
+        let asking = std::mem::take(&mut room.people.asking);
         let closed = RoomClosed { reference: None, room: name.clone(), reason };
         let answer = Answer::RoomClosed(closed);
         for member in std::mem::take(&mut room.members) {
@@ -497,6 +500,10 @@ impl Shard {
             self.turn.touch(&subscriber);
         }
         self.drop_room(name);
+        for asks in asking {
+            // There is no such room any more.
+            self.ask_presence(name, asks);
+        }
     }
 }
 

@@ -40,6 +40,8 @@ pub(super) struct Room {
     pub(super) follow: Follow,
     /// Whether it keeps a log.
     pub(super) durable: bool,
+    /// The ordinal of the epoch that its last deletion began, as far as known.
+    pub(super) deleted: u64,
     pub(super) people: People,
     /// Whether something has arrived since this was looked at last.
     pub(super) heard: bool,
@@ -123,6 +125,7 @@ impl Room {
             generation,
             follow,
             durable,
+            deleted: 0,
             people: People::default(),
             heard: true,
             doubtful: false,
@@ -171,6 +174,7 @@ impl Room {
     /// Takes what was read of the log from the top on, and then what was held.
     pub(super) fn read(&mut self, page: Page, turn: &mut Turn) -> Need {
         let keep = turn.keep;
+        self.deleted = self.deleted.max(page.deleted);
         let opens = self.follow.top().is_none();
         let Self { name, members, .. } = self;
         let mut handing = Handing { name, members, turn, reset: false };

@@ -95,6 +95,8 @@ struct Seated {
     active: AtomicU64,
     /// When it was passed on last that the user types, and whether: ms, shifted by one.
     typed: AtomicU64,
+    /// Whether the user was let in.
+    admitted: AtomicBool,
     /// Whether the registry has not been told of `active` yet.
     is_news: AtomicBool,
     /// The room is no more.
@@ -106,6 +108,17 @@ pub struct Stay {
     /// `None`: it has left on purpose.
     presence: Option<Arc<Presence>>,
     seated: Arc<Seated>,
+}
+
+/// Whether a stay is one still.
+#[derive(Clone, Debug)]
+pub struct Still(Arc<Seated>);
+
+impl Still {
+    /// Whether the room was closed.
+    pub fn is_closed(&self) -> bool {
+        self.0.closed.load(Acquire)
+    }
 }
 
 /// What seats are ordered by.
@@ -199,6 +212,7 @@ impl Seated {
             connections: self.connections.load(Relaxed).max(kept),
             since: self.since,
             active: self.active.load(Relaxed),
+            admitted: self.admitted.load(Relaxed),
         }
     }
 }
@@ -247,7 +261,10 @@ impl Presence {
     ) -> Result<(Stay, Entered), EnterError> {
         let (stay, entering, was_here) = self.sit(place, person, rules);
         match entering.await {
-            Ok(entered) => Ok((stay, entered)),
+            Ok(entered) => {
+                stay.seated.admitted.store(true, Relaxed);
+                Ok((stay, entered))
+            }
             Err(error) => {
                 if !was_here {
                     stay.leave();
@@ -261,13 +278,16 @@ impl Presence {
     /// longer than `wait`: then it will be.
     pub async fn appear(self: &Arc<Self>, person: &Person, wait: Duration) -> Stay {
         let (stay, entering, _) = self.sit(Place::Cluster, person, None);
+        stay.seated.admitted.store(true, Relaxed);
         let _ = tokio::time::timeout(wait, entering).await;
         stay
     }
 
     /// As [`Presence::appear`], without waiting.
     pub fn appear_soon(self: &Arc<Self>, person: &Person) -> Stay {
-        self.sit(Place::Cluster, person, None).0
+        let stay = self.sit(Place::Cluster, person, None).0;
+        stay.seated.admitted.store(true, Relaxed);
+        stay
     }
 
     fn sit(
@@ -292,6 +312,7 @@ impl Presence {
                 kept: 0.into(),
                 active: now.into(),
                 typed: 0.into(),
+                admitted: false.into(),
                 is_news: false.into(),
                 closed: false.into(),
             });
@@ -424,6 +445,11 @@ impl Stay {
     /// Whether the room was closed since.
     pub fn is_closed(&self) -> bool {
         self.seated.closed.load(Acquire)
+    }
+
+    /// Tells later whether the room was closed since, without keeping the user there.
+    pub fn still(&self) -> Still {
+        Still(self.seated.clone())
     }
 
     /// The room; `None` for the cluster.

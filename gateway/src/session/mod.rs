@@ -5,7 +5,7 @@
 //! [`Request`] that the connection's task performs before it takes the next frame.
 
 use std::{
-    sync::Arc,
+    sync::{Arc, LazyLock},
     time::{Duration, SystemTime},
 };
 
@@ -92,13 +92,15 @@ pub struct Session {
     author: Author,
     subscriber: Arc<Subscriber>,
     /// The user is connected as long as this is there.
-    _online: Stay,
+    online: Stay,
     /// In the order of their names.
     rooms: Vec<Stay>,
     /// The room whose join is being performed.
     joining: Option<RoomId>,
     messages: Pace,
     frames: Pace,
+    /// Of frames with a password.
+    passwords: Pace,
 }
 
 /// A frame that has to wait for something.
@@ -132,6 +134,9 @@ pub enum Performed {
     Answered,
 }
 
+/// How many passwords a connection may try, since each takes some 20 ms of a core: one in two seconds, and
+/// five at once.
+static PASSWORDS: LazyLock<Rate> = LazyLock::new(|| Rate::new(1, Duration::from_secs(2), 5));
 /// How far apart a user's typing is passed on while it stays the same.
 const TYPING_EVERY: Duration = Duration::from_secs(1);
 /// What an `unavailable` tells to wait.
@@ -150,11 +155,12 @@ impl Session {
             author: Author::of(&identity.user.id),
             identity,
             subscriber,
-            _online: online,
+            online,
             rooms: Vec::new(),
             joining: None,
             messages: Pace::default(),
             frames: Pace::default(),
+            passwords: Pace::default(),
         }
     }
 
@@ -202,6 +208,13 @@ impl Session {
             return None;
         }
         if let Err(wait) = self.frames.take(self.services.limits.frames, now) {
+            self.refuse(rate_limited(reference, frame.body.kind(), wait));
+            return None;
+        }
+        self.online.touch();
+        if frame.body.has_password()
+            && let Err(wait) = self.passwords.take(*PASSWORDS, now)
+        {
             self.refuse(rate_limited(reference, frame.body.kind(), wait));
             return None;
         }
@@ -302,7 +315,8 @@ impl Session {
             Request::Join(reference, join) => match self.may_join(reference.as_ref(), &join.room) {
                 Ok(()) => {
                     self.joining = Some(join.room.clone());
-                    let again = self.stay_in(&join.room).map(Stay::look_again);
+                    let again =
+                        self.stay_in(&join.room).map(|stay| (stay.still(), stay.look_again()));
                     let user = self.identity.user.clone();
                     Box::pin(perform::join(asked(reference), join, user, again))
                 }
@@ -443,6 +457,7 @@ impl Session {
             return;
         };
         stay.touch();
+        self.online.touch();
         if self.identity.access(room) != Some(Access::ReadWrite) {
             self.refuse(refusal(ErrorCode::Forbidden, "the token allows to read here only"));
             return;

@@ -21,11 +21,11 @@ use crate::{
     },
     delivery::page::Page,
     hub::{
-        join::{Start, history as whole_frames},
+        join::{Admission, Start, history as whole_frames},
         member::{Subscriber, text_frame},
         people::at,
     },
-    presence::Stay,
+    presence::{Stay, Still},
 };
 
 /// Who asked, and what there is to answer with.
@@ -74,16 +74,17 @@ pub(super) async fn join(
     asked: Asked,
     join: request::Join,
     user: Person,
-    again: Option<BoxFuture<Result<Entered, EnterError>>>,
+    again: Option<(Still, BoxFuture<Result<Entered, EnterError>>)>,
 ) -> Performed {
     let (is_member, room) = (again.is_some(), join.room.clone());
     let wait_max = asked.services.limits.wait_max;
     let joining = async {
-        let (stay, entered) = match again {
-            Some(again) => (None, again.await?),
+        let (stay, admission) = match again {
+            Some((still, again)) => (None, Admission { entered: again.await?, still: Some(still) }),
             None => {
                 let (stay, entered) = enter(&asked, &join, &user).await?;
-                (Some(stay), entered)
+                let still = Some(stay.still());
+                (Some(stay), Admission { entered, still })
             }
         };
         let start = match join.since {
@@ -91,7 +92,7 @@ pub(super) async fn join(
             None => Start::Newest(join.history),
         };
         let (subscriber, reference) = (asked.subscriber.clone(), asked.reference.clone());
-        let joined = asked.services.hub.join(join.room, subscriber, reference, start, entered);
+        let joined = asked.services.hub.join(join.room, subscriber, reference, start, admission);
         joined.await.map_err(|_| EnterError::Bus(BusError::Unavailable))?;
         Ok(stay)
     };

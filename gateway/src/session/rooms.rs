@@ -62,7 +62,16 @@ pub(super) async fn create(
     password: Option<String>,
 ) -> Performed {
     if let Some(password) = password {
-        record.password = Some(asked.services.passwords.hash(password).await);
+        let passwords = &asked.services.passwords;
+        let hash = async { Ok(passwords.hash(password).await) };
+        record.password = match asked.wait(hash).await {
+            Ok(hash) => Some(hash),
+            Err(_) => {
+                let text = "too many passwords are being checked; try again later";
+                asked.refuse("create_room", Some(&room), ErrorCode::Overloaded, text);
+                return Performed::Answered;
+            }
+        };
     }
     let registry = asked.services.presence.registry();
     match asked.wait(registry.create(room.clone(), record.clone())).await {
@@ -138,12 +147,12 @@ pub(super) async fn list(asked: Asked, wanted: request::Rooms, identity: Identit
             return Performed::Answered;
         }
     };
-    let (mut more, mut last, mut bytes) = (listing.more, None, 0);
+    let (mut cursor, mut last, mut bytes) = (listing.next, None, 0);
     let mut rooms = Vec::new();
     for found in listing.rooms {
         let meta = found.record.as_ref().map_or(0, |record| record.meta.len());
         if bytes > 0 && bytes + meta > HISTORY_BYTES_MAX {
-            more = true;
+            cursor = last;
             break;
         }
         bytes += meta + 1;
@@ -152,7 +161,6 @@ pub(super) async fn list(asked: Asked, wanted: request::Rooms, identity: Identit
             rooms.push(info_of(found, &asked.services.rules));
         }
     }
-    let cursor = last.filter(|_| more);
     asked.answer(&Answer::Rooms(Rooms { reference: asked.reference.clone(), rooms, cursor }));
     Performed::Answered
 }

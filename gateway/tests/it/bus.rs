@@ -7,6 +7,7 @@ use gateway::{
         Append, Appended, Bus, BusError, Letter, Mailboxes, READ_BYTES_MAX, Range, Retention,
         memory::MemoryBus,
         redis::{RedisBus, RedisOptions, RedisStartError, topology::TlsFiles},
+        registry::{Place, Registry as _, Seat},
     },
     delivery::Entry,
     drain::Tasks,
@@ -14,8 +15,9 @@ use gateway::{
 };
 use shared::{
     envelope::{Author, Envelope, Parts},
-    ids::{ConnectionId, MessageId, RoomId},
+    ids::{ConnectionId, DisplayName, MessageId, RoomId, UserId},
     position::Seq,
+    protocol::answer::Person,
 };
 use tokio::{
     sync::{mpsc, oneshot},
@@ -23,7 +25,7 @@ use tokio::{
 };
 
 use crate::{
-    harness::{Redis, retention, room, within},
+    harness::{Redis, retention, room, until, within},
     servers::alone_in_a_cluster,
 };
 
@@ -335,6 +337,62 @@ async fn logs_in_memory_have_a_common_bound_and_the_oldest_go_first() {
     assert!(fixture.tasks.finish(Duration::from_secs(5)).await);
 }
 
+/// So many that a hash of them is scanned through many empty places.
+const MANY: usize = 12_000;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_many_users_of_a_node_that_has_ended_leave() {
+    let server = Redis::start().await;
+    let (stays, ends) =
+        (RedisRegistry::start(&server, "stays").await, RedisRegistry::start(&server, "ends").await);
+    let lobby = room("lobby");
+    for number in 0..MANY {
+        for place in [Place::Room(lobby.clone()), Place::Cluster] {
+            let user: UserId = format!("user-{number}").parse().unwrap();
+            let name = DisplayName::from(&user);
+            let user = Person { id: user, name };
+            let (connections, since, active, admitted) = (1, 1, 1, true);
+            ends.bus.seat(Seat { place, user, connections, since, active, admitted });
+        }
+    }
+    let present = async || {
+        let snapshots = stays.bus.snapshots(vec![lobby.clone()]).await.unwrap();
+        let online = stays.bus.online(String::new(), 1).await.unwrap();
+        (snapshots[0].users.len(), online.count)
+    };
+    until("all are there", async || present().await == (MANY, MANY as u64)).await;
+    assert!(ends.tasks.finish(Duration::from_secs(5)).await);
+    until("all have left", async || present().await == (0, 0)).await;
+    for pattern in ["*:on:*", "*places:*"] {
+        let script = format!("EVAL \"return #redis.call('KEYS', '{pattern}')\" 0");
+        assert_eq!(server.command(&script).await.as_deref(), Some(":0"), "{pattern}");
+    }
+}
+
+/// A node on Redis, of which the registry is asked.
+struct RedisRegistry {
+    bus: RedisBus,
+    tasks: Tasks,
+}
+
+impl RedisRegistry {
+    async fn start(server: &Redis, node: &str) -> Self {
+        let tasks = Tasks::default();
+        let options = RedisOptions {
+            url: server.url(),
+            tls: TlsFiles::default(),
+            partitions: PARTITIONS,
+            retention: retention(),
+            registry: Default::default(),
+            node: node.to_owned(),
+        };
+        let (mailboxes, metrics) = (mailbox().0, Arc::new(Metrics::new()));
+        let bus = RedisBus::start(options, mailboxes, metrics, &tasks).unwrap();
+        within(bus.reached()).await.unwrap();
+        Self { bus, tasks }
+    }
+}
+
 #[tokio::test]
 async fn a_node_with_another_number_of_partitions_does_not_start() {
     let server = Redis::start().await;
@@ -396,6 +454,6 @@ async fn a_redis_that_evicts_is_not_ready() {
     let fixture = redis(&server, retention()).await;
     assert_eq!(fixture.bus.failing(), Some("maxmemory_policy"));
     server.command("CONFIG SET maxmemory-policy noeviction").await;
-    crate::harness::until("it is ready", async || fixture.bus.failing().is_none()).await;
+    until("it is ready", async || fixture.bus.failing().is_none()).await;
     assert!(fixture.tasks.finish(Duration::from_secs(5)).await);
 }

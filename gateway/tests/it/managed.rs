@@ -13,7 +13,7 @@ use shared::{
 };
 
 use crate::{
-    harness::{closed, next_message, room, say, within},
+    harness::{closed, next_message, poll_pause, room, say, within},
     people::{World, ask, heard, refused},
 };
 
@@ -168,11 +168,72 @@ async fn no_more_join_than_may_whichever_node_they_come_to() {
         let mut late = world.connect(1, "late").await;
         within(async {
             while join_with(&mut late, "small", "").await.is_some() {
-                tokio::task::yield_now().await;
+                poll_pause().await;
             }
         })
         .await;
         drop(inside_user);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn who_is_refused_was_never_there() {
+    World::each(&[], async |world| {
+        let mut ann = world.connect(0, "ann").await;
+        info(&mut ann, json!({"type": "create_room", "room": "one", "max_members": 1})).await;
+        ann.join(&room("one")).await.unwrap();
+        let mut devices = [world.connect(1, "bob").await, world.connect(1, "bob").await];
+        // All at once, so that each is asked while another is being refused.
+        for round in 0..20 {
+            for device in &mut devices {
+                device
+                    .send_json(&json!({"type": "join", "room": "one", "ref": round}))
+                    .await
+                    .unwrap();
+            }
+        }
+        for device in &mut devices {
+            for _ in 0..20 {
+                let code = heard(device, |frame| match frame {
+                    Answer::Error(refusal) => Some(refusal.code),
+                    Answer::Joined(_) => panic!("let in"),
+                    _ => None,
+                });
+                assert_eq!(code.await, ErrorCode::RoomFull);
+            }
+        }
+        say(&mut ann, &room("one"), "alone").await;
+        let told = heard(&mut ann, |frame| match frame {
+            Answer::MemberJoined(moved) => Some(Some(moved)),
+            Answer::Message(_) => Some(None),
+            _ => None,
+        });
+        assert_eq!(told.await, None);
+        assert_eq!(info_of(&mut ann, "one").await.members, 1);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn who_joins_behind_a_deletion_is_in_the_new_room_or_in_none() {
+    World::each(&[], async |world| {
+        for round in 0..20 {
+            let name = format!("again{round}");
+            let mut ann = world.connect(round, "ann").await;
+            info(&mut ann, json!({"type": "create_room", "room": name})).await;
+            ann.join(&room(&name)).await.unwrap();
+            ann.send_json(&json!({"type": "delete_room", "room": name})).await.unwrap();
+            // A client that is told to try again later does.
+            within(async {
+                while let Some(code) = join_with(&mut ann, &name, "").await {
+                    assert_eq!(code, ErrorCode::Unavailable);
+                }
+            })
+            .await;
+            say(&mut ann, &room(&name), "anew").await;
+            assert_eq!(next_message(&mut ann).await.seq, 1);
+        }
     })
     .await;
 }
@@ -238,7 +299,7 @@ async fn an_empty_room_leaves_the_lists_and_a_managed_one_later() {
         }
         within(async {
             while listed(&mut bob, "", 10).await != ["kept"] {
-                tokio::task::yield_now().await;
+                poll_pause().await;
             }
         })
         .await;
@@ -247,7 +308,7 @@ async fn an_empty_room_leaves_the_lists_and_a_managed_one_later() {
         if world.is_cluster {
             within(async {
                 while !listed(&mut bob, "", 10).await.is_empty() {
-                    tokio::task::yield_now().await;
+                    poll_pause().await;
                 }
             })
             .await;

@@ -312,6 +312,7 @@ async fn the_scripts_of_the_registry_run_as_on_redis() {
             let connections = random.random_range(0..3).to_string();
             let rules = if random.random_bool(0.3) && connections != "0" { "1" } else { "" };
             let fits = if random.random_bool(0.8) { "hash" } else { "" };
+            let lets_in = if random.random_bool(0.9) { "1" } else { "" };
             let active = step.to_string();
             let args = [
                 place,
@@ -326,6 +327,7 @@ async fn the_scripts_of_the_registry_run_as_on_redis() {
                 rules,
                 fits,
                 "1",
+                lets_in,
             ];
             pair.script(&seat, &keys, &words(&args)).await;
             let read = random.random_range(0..12).to_string();

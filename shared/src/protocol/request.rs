@@ -54,6 +54,15 @@ pub enum Body<'a> {
 }
 
 impl Body<'_> {
+    /// Whether it holds the password of a room.
+    pub fn has_password(&self) -> bool {
+        match self {
+            Self::Join(join) => join.password.is_some(),
+            Self::CreateRoom(create) => create.password.is_some(),
+            _ => false,
+        }
+    }
+
     /// The `type`.
     pub fn kind(&self) -> &'static str {
         match self {
@@ -85,6 +94,7 @@ pub struct Join {
     #[serde(default = "history_default", deserialize_with = "history_in_range")]
     pub history: u32,
     /// The room's password, where it has one.
+    #[serde(default, deserialize_with = "short_password")]
     pub password: Option<String>,
 }
 
@@ -148,6 +158,7 @@ pub struct Presence {
     /// The room; without it, the cluster.
     pub room: Option<RoomId>,
     /// Where the page before ended.
+    #[serde(default, deserialize_with = "short_text")]
     pub cursor: Option<String>,
     /// How many users, 1 to 200.
     #[serde(default = "list_limit_default", deserialize_with = "limit_in_range")]
@@ -175,8 +186,10 @@ pub struct CreateRoom<'a> {
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 pub struct Rooms {
     /// What their ids begin with.
+    #[serde(default, deserialize_with = "short_text")]
     pub prefix: Option<String>,
     /// Where the page before ended.
+    #[serde(default, deserialize_with = "short_text")]
     pub cursor: Option<String>,
     /// How many, 1 to 200.
     #[serde(default = "list_limit_default", deserialize_with = "limit_in_range")]
@@ -539,6 +552,23 @@ fn limit_in_range<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::
     Ok(limit)
 }
 
+/// A name, or what one begins with: 128 bytes at most.
+fn short_text<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    let text = Option::<String>::deserialize(deserializer)?;
+    if text.as_ref().is_some_and(|text| text.len() > 128) {
+        return Err(D::Error::custom("`cursor` and `prefix` are at most 128 bytes"));
+    }
+    Ok(text)
+}
+
+fn short_password<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    let password = Option::<String>::deserialize(deserializer)?;
+    if password.as_ref().is_some_and(|password| password.len() > PASSWORD_BYTES_MAX) {
+        return Err(D::Error::custom(format!("`password` is at most {PASSWORD_BYTES_MAX} bytes")));
+    }
+    Ok(password)
+}
+
 fn optional_seq<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Seq>, D::Error> {
     #[derive(Deserialize)]
     struct InRange(#[serde(deserialize_with = "seq_in_range")] Seq);
@@ -669,6 +699,12 @@ mod tests {
         refused(r#"{"type":"read","room":"r","seq":-1}"#, ErrorCode::BadRequest);
         refused(r#"{"type":"read","room":"r"}"#, ErrorCode::BadRequest);
         refused(r#"{"type":"presence","limit":201}"#, ErrorCode::BadRequest);
+        let long = "x".repeat(129);
+        refused(&format!(r#"{{"type":"presence","cursor":"{long}"}}"#), ErrorCode::BadRequest);
+        refused(&format!(r#"{{"type":"rooms","prefix":"{long}"}}"#), ErrorCode::BadRequest);
+        let long = "x".repeat(PASSWORD_BYTES_MAX + 1);
+        let join = format!(r#"{{"type":"join","room":"r","password":"{long}"}}"#);
+        refused(&join, ErrorCode::BadRequest);
         let Body::Presence(all) = Request::from_text(r#"{"type":"presence"}"#).unwrap().body else {
             panic!()
         };

@@ -59,7 +59,7 @@ struct Row {
 impl Present {
     /// Takes a seat in, and tells what changed by that.
     fn take(&mut self, seat: Seat) -> Option<Change> {
-        let Seat { user, connections, since, active, .. } = seat;
+        let Seat { user, connections, since, active, admitted, .. } = seat;
         let (mut joined, mut left) = (Vec::new(), Vec::new());
         if connections == 0 {
             self.users.remove(&user.id)?;
@@ -67,6 +67,8 @@ impl Present {
         } else if let Some(row) = self.users.get_mut(&user.id) {
             row.connections = connections;
             row.active = row.active.max(active);
+            return None;
+        } else if !admitted {
             return None;
         } else {
             let row = Row { name: user.name.clone(), connections, since, active };
@@ -159,20 +161,32 @@ impl Room {
 
 impl MemoryBus {
     fn top(&self, room: &RoomId) -> Seq {
-        self.rooms.lock().logs.get(room).map_or(0, |log| log.top)
+        self.top_and_deletion(room).0
+    }
+
+    fn top_and_deletion(&self, room: &RoomId) -> (Seq, u64) {
+        self.rooms.lock().logs.get(room).map_or((0, 0), |log| (log.top, log.deleted))
     }
 
     /// What is passed on leaves under the lock, so that changes enter the mailbox in their order.
-    fn enter_now(&self, seat: Seat, rules: Option<&Rules>) -> Result<Entered, EnterError> {
+    fn enter_now(
+        &self,
+        seat: Seat,
+        rules: Option<&Rules>,
+        lets_in: bool,
+    ) -> Result<Entered, EnterError> {
         let Place::Room(room) = seat.place.clone() else {
-            self.registered.lock().seat(seat, Instant::now());
+            self.registered.lock().seat(Seat { admitted: true, ..seat }, Instant::now());
             return Ok(Entered::default());
         };
-        let (user, top) = (seat.user.id.clone(), self.top(&room));
+        let user = seat.user.id.clone();
+        let (top, deleted) = self.top_and_deletion(&room);
         let registered = &mut *self.registered.lock();
         if let Some(rules) = rules {
             registered.admits(&room, &user, rules)?;
         }
+        // Who has kept to the rules is let in.
+        let seat = Seat { admitted: seat.admitted || lets_in, ..seat };
         if let Some((room, change)) = registered.seat(seat, Instant::now()) {
             self.mailboxes.notify(room, Notice::Presence(change));
         }
@@ -181,6 +195,7 @@ impl MemoryBus {
             version: present.map(|present| present.version).unwrap_or_default(),
             count: present.map_or(0, |present| present.users.len() as u64),
             read: registered.mark_of(&room, &user, top),
+            deleted,
         })
     }
 
@@ -230,11 +245,11 @@ fn behind<'a, K: Ord + Borrow<str>, V>(
 impl Registry for MemoryBus {
     fn seat(&self, seat: Seat) {
         // Without rules nobody is refused.
-        let _ = self.enter_now(seat, None);
+        let _ = self.enter_now(seat, None, false);
     }
 
     fn enter(&self, seat: Seat, rules: Option<Rules>) -> BoxFuture<Result<Entered, EnterError>> {
-        ready(self.enter_now(seat, rules.as_ref()))
+        ready(self.enter_now(seat, rules.as_ref(), true))
     }
 
     fn snapshots(&self, rooms: Vec<RoomId>) -> BoxFuture<Result<Vec<Snapshot>, BusError>> {
@@ -311,9 +326,10 @@ impl Registry for MemoryBus {
             .take_while(|(name, _)| name.as_str().starts_with(&prefix))
             .filter(|(_, room)| is_public(room));
         let page = rooms.by_ref().take(limit);
-        let page = page.map(|(name, room)| room.found(name.clone())).collect();
-        let more = rooms.next().is_some();
-        ready(Ok(Listing { rooms: page, more }))
+        let page: Vec<Found> = page.map(|(name, room)| room.found(name.clone())).collect();
+        let last = page.last().map(|found| found.room.to_string());
+        let next = rooms.next().and(last);
+        ready(Ok(Listing { rooms: page, next }))
     }
 
     fn delete_room(

@@ -81,6 +81,7 @@ struct Scripts {
     reap: Script,
     mark: Script,
     create: Script,
+    unlist: Script,
 }
 
 #[derive(Default)]
@@ -94,6 +95,8 @@ struct State {
     incarnation: Option<String>,
     /// Names from before, to be taken away once all is written under the present one.
     old: Vec<String>,
+    /// Those of them for which that is so.
+    reapable: BTreeSet<String>,
     /// The servers that the seats were written to, by home.
     servers: BTreeMap<u16, (Token, u64)>,
     /// Whether the others can know of the incarnation.
@@ -234,6 +237,7 @@ impl Registrar {
             reap: of_places(include_str!("scripts/reap.lua")),
             mark: script(include_str!("scripts/mark.lua")),
             create: script(include_str!("scripts/create.lua")),
+            unlist: script(include_str!("scripts/unlist.lua")),
         };
         let (state, wake) = (Mutex::default(), Notify::new());
         let registrar = Arc::new(Self { router, process, options, scripts, state, wake });
@@ -281,7 +285,10 @@ impl Registrar {
             // Its name is not needed any more.
             state.seats.remove(&key);
         } else {
-            state.seats.insert(key.clone(), seat);
+            // Who may be let in is told so by the answer to who asked first.
+            let admitted = seat.admitted || state.seats.get(&key).is_some_and(|of| of.admitted);
+            let admitted = admitted || seat.place == Place::Cluster;
+            state.seats.insert(key.clone(), Seat { admitted, ..seat });
         }
         if reply.is_some() || state.touched.insert(key.clone()) {
             state.queue.push_back(Op::Seat { key, rules, reply });
@@ -364,6 +371,7 @@ impl Registrar {
         let incarnation = self.process.begin_incarnation();
         let state = &mut *self.state.lock();
         state.old.extend(state.incarnation.replace(incarnation));
+        state.reapable.clear();
         state.is_registered = false;
         state.settled_at = Some(Instant::now() + LEASE);
         let State { queue, touched, seats, old, .. } = state;
@@ -376,11 +384,18 @@ impl Registrar {
         queue.push_back(Op::Reap(old.clone()));
     }
 
-    /// Answers messages that could not be passed on in time.
+    /// Answers messages that could not be passed on in time, and forgets who does not wait any more.
     fn expire(&self) {
         let (now, mut expired) = (Instant::now(), Vec::new());
         {
-            let queue = &mut self.state.lock().queue;
+            let State { queue, touched, .. } = &mut *self.state.lock();
+            queue.retain_mut(|op| match op {
+                Op::Seat { key, rules, reply } if reply.as_ref().is_some_and(|r| r.is_closed()) => {
+                    (*rules, *reply) = (None, None);
+                    touched.insert(key.clone())
+                }
+                _ => true,
+            });
             let is_late = |op: &Op| matches!(op, Op::PassOn { deadline, .. } if *deadline <= now);
             if queue.iter().any(is_late) {
                 let (late, rest): (Vec<Op>, _) =
@@ -394,22 +409,21 @@ impl Registrar {
     }
 
     /// Takes the next calls to some homes out of the queue, so that those to others hold up nobody.
-    /// What has to be behind all others comes alone.
+    /// Where all before it is done, the old names are given to who takes them away.
     fn take(&self, homes: &BTreeSet<u16>) -> Vec<Op> {
-        let State { queue, touched, .. } = &mut *self.state.lock();
+        let State { queue, touched, reapable, .. } = &mut *self.state.lock();
         let keyspace = self.router.keyspace();
         let (mut ops, mut kept) = (Vec::new(), VecDeque::new());
         while ops.len() < BATCH_MAX
             && let Some(op) = queue.pop_front()
         {
-            if let Op::Reap(_) = op {
-                let is_next = ops.is_empty() && kept.is_empty();
-                if is_next {
-                    ops.push(op);
+            if let Op::Reap(names) = op {
+                if ops.is_empty() && kept.is_empty() {
+                    reapable.extend(names);
                 } else {
-                    kept.push_back(op);
+                    kept.push_back(Op::Reap(names));
                 }
-                break;
+                continue;
             }
             if !homes.contains(&op.home(keyspace)) {
                 kept.push_back(op);
@@ -429,29 +443,16 @@ impl Registrar {
     fn put_back(&self, ops: Vec<Op>) {
         let State { queue, touched, .. } = &mut *self.state.lock();
         for op in ops.into_iter().rev() {
-            if let Op::Seat { key, reply: None, .. } = &op
-                && !touched.insert(key.clone())
-            {
-                continue;
+            if let Op::Seat { key, reply: None, .. } = &op {
+                touched.insert(key.clone());
             }
             queue.push_front(op);
         }
     }
 
     /// Does what can be done. Returns what is to be tried again, in its order.
-    async fn perform(&self, mut ops: Vec<Op>) -> Vec<Op> {
+    async fn perform(&self, ops: Vec<Op>) -> Vec<Op> {
         let Some(incarnation) = self.registered().await else { return ops };
-        if let [Op::Reap(names)] = &mut ops[..] {
-            for name in std::mem::take(names) {
-                if self.reap(&name).await.is_err() {
-                    names.push(name);
-                } else {
-                    self.state.lock().old.retain(|old| *old != name);
-                }
-            }
-            let is_done = names.is_empty();
-            return if is_done { Vec::new() } else { ops };
-        }
         let mut groups: Vec<(Arc<Server>, Numbered)> = Vec::new();
         let mut left: Numbered = Vec::new();
         for (number, op) in ops.into_iter().enumerate() {
@@ -495,7 +496,10 @@ impl Registrar {
         let (mut left, mut unknown) = (Vec::new(), false);
         for ((number, op), answer) in ops.into_iter().zip(answers) {
             match answer {
-                Ok(answer) => op.done(&answer),
+                Ok(answer) => {
+                    self.note_admission(&op, &answer);
+                    op.done(&answer);
+                }
                 Err(error) if error.code() == Some("NOSCRIPT") => {
                     unknown = true;
                     left.push((number, op));
@@ -522,6 +526,16 @@ impl Registrar {
         left
     }
 
+    /// A user who has kept to the rules is let in: what is told of the seat from now on counts.
+    fn note_admission(&self, op: &Op, answer: &Value) {
+        if let Op::Seat { key, rules: Some(_), .. } = op
+            && entered(answer).is_ok()
+            && let Some(seat) = self.state.lock().seats.get_mut(key)
+        {
+            seat.admitted = true;
+        }
+    }
+
     fn command(&self, op: &Op, incarnation: &str) -> Cmd {
         let keyspace = self.router.keyspace();
         match op {
@@ -536,6 +550,7 @@ impl Registrar {
                     }
                     None => ("", 0, 0, 0),
                 };
+                let lets_in = rules.is_some() || seat.as_ref().is_some_and(|seat| seat.admitted);
                 let mut command = evalsha(&self.scripts.seat, &keys.of_seat());
                 self.common(&mut command, &keys);
                 command.arg(user.as_str()).arg(name).arg(connections).arg(since).arg(active);
@@ -544,6 +559,7 @@ impl Registrar {
                 let fits = rules.as_ref().and_then(|rules| rules.fits.as_deref());
                 let creates = rules.as_ref().is_some_and(|rules| rules.create);
                 command.arg(flag(rules.is_some())).arg(fits.unwrap_or("")).arg(flag(creates));
+                command.arg(flag(lets_in));
                 command
             }
             Op::Mark { room, user, seq, by } => {
@@ -600,6 +616,15 @@ impl Registrar {
     async fn reap_all(&self) {
         loop {
             tokio::time::sleep(LOOK_EVERY).await;
+            let old = self.state.lock().reapable.clone();
+            for name in old {
+                if self.reap(&name).await.is_err() {
+                    break;
+                }
+                let state = &mut *self.state.lock();
+                state.reapable.remove(&name);
+                state.old.retain(|old| *old != name);
+            }
             if !self.is_settled() || !self.router.standing().holds(Instant::now()) {
                 continue;
             }
@@ -914,6 +939,15 @@ impl Registrar {
         Ok(found)
     }
 
+    /// Takes a managed room whose time is over from the index.
+    async fn unlist(&self, home: u16, room: &RoomId) -> Result<(), BusError> {
+        let keyspace = self.router.keyspace();
+        let channel = keyspace.channel(room);
+        let mut unlist = self.scripts.unlist.key(keyspace.rooms(home));
+        unlist.key(format!("{channel}:who")).key(format!("{channel}:record")).arg(room.as_str());
+        self.ask(home, async |connection| unlist.invoke_async(connection).await).await
+    }
+
     pub(super) async fn list(
         self: Arc<Self>,
         prefix: String,
@@ -922,6 +956,7 @@ impl Registrar {
     ) -> Result<Listing, BusError> {
         let keyspace = self.router.keyspace();
         let mut rooms: Vec<Found> = Vec::new();
+        let mut next = None;
         for _ in 0..FILL_MAX {
             let from = match (after >= prefix && !after.is_empty(), prefix.is_empty()) {
                 (true, _) => format!("({after}"),
@@ -933,23 +968,30 @@ impl Registrar {
             let wanted = limit - rooms.len();
             let (members, more, _) =
                 self.page(|home| keyspace.rooms(home), (&from, &to), wanted).await?;
-            let Some(last) = members.last().cloned() else {
-                return Ok(Listing { rooms, more: false });
-            };
-            for member in members {
-                let Ok(room) = member.parse::<RoomId>() else { continue };
-                let home = keyspace.home(&room);
-                let found = self.find_some(home, vec![room]).await?.pop().flatten();
-                // A managed one whose time is over is only in the index.
-                let is_public = |found: &Found| found.record.as_ref().is_none_or(|of| of.public);
-                rooms.extend(found.filter(is_public));
+            let Some(last) = members.last().cloned() else { break };
+            let mut by_home: BTreeMap<u16, Vec<RoomId>> = BTreeMap::new();
+            for room in members.iter().filter_map(|member| member.parse::<RoomId>().ok()) {
+                by_home.entry(keyspace.home(&room)).or_default().push(room);
             }
+            let mut page = Vec::new();
+            for (home, names) in by_home {
+                for (room, found) in names.iter().zip(self.find_some(home, names.clone()).await?) {
+                    match found {
+                        Some(found) => page.push(found),
+                        None => self.unlist(home, room).await?,
+                    }
+                }
+            }
+            page.retain(|found| found.record.as_ref().is_none_or(|record| record.public));
+            page.sort_unstable_by(|a, b| a.room.cmp(&b.room));
+            rooms.extend(page);
+            next = more.then(|| last.clone());
             after = last;
             if !more || rooms.len() >= limit {
-                return Ok(Listing { rooms, more });
+                break;
             }
         }
-        Ok(Listing { rooms, more: true })
+        Ok(Listing { rooms, next })
     }
 }
 
@@ -1018,6 +1060,7 @@ fn entered(answer: &Value) -> Result<Entered, EnterError> {
             version: Version { epoch: number(1).unwrap_or(0), number: number(2).unwrap_or(0) },
             count: number(3).unwrap_or(0),
             read: number(4).unwrap_or(0),
+            deleted: number(5).unwrap_or(0),
         }),
         Some("wrong_password") => Err(EnterError::WrongPassword),
         Some("full") => Err(EnterError::Full),

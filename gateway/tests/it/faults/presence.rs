@@ -252,7 +252,8 @@ async fn who_goes_elsewhere_when_a_node_stops_does_not_leave() {
     stops.stop().await;
     drop((moves, goes));
     // A client waits before it comes back; the others look for who is gone every second.
-    tokio::time::sleep(Duration::from_millis(1500)).await;
+    let (stopped, back_off) = (Instant::now(), Duration::from_millis(1500));
+    until("its turn", async || stopped.elapsed() >= back_off).await;
     let moves = member(&other, "moves").await;
     // That "moves" had never left shows, since it would be no news that it comes.
     watcher.sees(&["moves", "w0"]).await;

@@ -2,7 +2,7 @@
 --
 -- KEYS  1 who (hash): of each user "<connections> <since> <active> <name>", and under `#` the version,
 --       "<epoch> <number> <since>"
---       2 of one process (hash): of each user that it has at the place how many connections
+--       2 of one process (hash): of each user that it has at the place "<epoch> <connections>"
 --       3 the places where that process has somebody (hash)
 --       4 record of a managed room (hash)  5 index (sorted set): rooms, or the users of the cluster
 -- ARGV  1 place, `*` for the cluster  2 channel  3 how long an empty managed room stays, ms
@@ -26,10 +26,17 @@ local function version()
     end
 end
 
+-- How many connections a process has of a user, in this epoch: what it had before was of a room that
+-- is no more.
+local function had(row, epoch)
+    local of, connections = string.match(row or '', '^(%d+) (%d+)$')
+    return of == epoch and tonumber(connections) or 0
+end
+
 -- Notes how many connections a process has of a user.
-local function seat(user, connections)
+local function seat(user, connections, epoch)
     if connections > 0 then
-        redis.call('HSET', KEYS[2], user, connections)
+        redis.call('HSET', KEYS[2], user, epoch .. ' ' .. digits(connections))
         redis.call('HSET', KEYS[3], ARGV[1], 1)
     else
         redis.call('HDEL', KEYS[2], user)

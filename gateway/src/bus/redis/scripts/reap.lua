@@ -3,13 +3,19 @@
 -- KEYS, ARGV as in present.lua; ARGV 4: how many at most
 -- Returns how many are left.
 
-local rows = redis.call('HSCAN', KEYS[2], '0', 'COUNT', ARGV[4])[2]
+-- A hash that was large is scanned through many places that are empty.
+local cursor, rows = '0'
+repeat
+    cursor, rows = unpack(redis.call('HSCAN', KEYS[2], cursor, 'COUNT', ARGV[4]))
+until #rows > 0 or cursor == '0'
 local epoch, number, begun = version()
 local left = {}
 for i = 1, #rows, 2 do
-    local user, connections = rows[i], tonumber(rows[i + 1])
+    local user, connections = rows[i], had(rows[i + 1], epoch)
     local total, since, active, name = row_of(user)
-    if total and total > connections then
+    if total and connections == 0 then
+        -- It had the user in a room that is no more.
+    elseif total and total > connections then
         total = digits(total - connections)
         redis.call('HSET', KEYS[1], user, total .. ' ' .. since .. ' ' .. active .. ' ' .. name)
     elseif total then
@@ -19,12 +25,13 @@ for i = 1, #rows, 2 do
             redis.call('ZREM', KEYS[5], user)
         end
     end
-    seat(user, 0)
+    seat(user, 0, epoch)
 end
 if #left > 0 then
     changed(epoch, number + 1, begun, '-' .. table.concat(left, '\n-') .. '\n')
 end
-if #rows == 0 then
+local rest = redis.call('HLEN', KEYS[2])
+if rest == 0 then
     redis.call('HDEL', KEYS[3], ARGV[1])
 end
-return redis.call('HLEN', KEYS[2])
+return rest

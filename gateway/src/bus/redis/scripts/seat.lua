@@ -5,11 +5,12 @@
 --       4 user  5 name  6 connections  7 since, ms  8 when the user did something last, ms
 --       9 a random number  10 whether to keep to rules: 1 or empty
 --       11 the hash that the password fits, or empty  12 whether the room may be made: 1 or empty
+--       13 whether the user may come to be present by this: 1 or empty
 -- Returns what became of it, and for `ok` epoch, number, how many are present, how far the user has
--- read.
+-- read, and the ordinal of the epoch that the room's last deletion began.
 
 local user, name, here = ARGV[4], ARGV[5], tonumber(ARGV[6])
-local total, since, active = row_of(user)
+local total, since, active, known_as = row_of(user)
 local was_present = total ~= nil
 local epoch, number, begun = version()
 local count = epoch and redis.call('HLEN', KEYS[1]) - 1 or 0
@@ -28,18 +29,23 @@ if ARGV[10] == '1' then
 end
 
 if was_present then
-    total = total + here - tonumber(redis.call('HGET', KEYS[2], user) or '0')
+    total = total + here - had(redis.call('HGET', KEYS[2], user), epoch)
     active = tonumber(ARGV[8]) > tonumber(active) and ARGV[8] or active
+    -- Who leaves here and is elsewhere tells no name.
+    name = name ~= '' and name or known_as
 else
-    -- What the process had here before was of a room that is no more.
+    here = ARGV[13] == '1' and here or 0
     total, since, active = here, ARGV[7], ARGV[8]
 end
-seat(user, here)
+local is_first = total > 0 and not epoch
+if is_first then
+    epoch, number, begun = ARGV[9], 0, ARGV[7]
+end
+seat(user, here, epoch)
 if total > 0 then
     redis.call('HSET', KEYS[1], user, digits(total) .. ' ' .. since .. ' ' .. active .. ' ' .. name)
     if not was_present then
-        if not epoch then
-            epoch, number, begun = ARGV[9], 0, ARGV[7]
+        if is_first then
             redis.call('PERSIST', KEYS[4])
         end
         redis.call('ZADD', KEYS[5], 0, is_room and ARGV[1] or user)
@@ -57,5 +63,6 @@ elseif was_present then
 end
 
 local read = is_room and tonumber(redis.call('HGET', KEYS[6], user) or '0') or 0
-local top = is_room and tonumber(redis.call('HGET', KEYS[7], 's') or '0') or 0
-return { 'ok', epoch or '0', digits(number or 0), count, digits(math.min(read, top)) }
+local meta = is_room and redis.call('HMGET', KEYS[7], 's', 'd') or {}
+local top, deleted = tonumber(meta[1] or '0'), meta[2] or '0'
+return { 'ok', epoch or '0', digits(number or 0), count, digits(math.min(read, top)), deleted }
