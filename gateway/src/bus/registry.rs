@@ -273,8 +273,9 @@ pub trait Registry: Send + Sync {
     /// What is known of some who are present in a room.
     fn details(&self, room: RoomId, users: Vec<UserId>) -> BoxFuture<Result<Details, BusError>>;
 
-    /// Who is connected to any node: at most `limit` whose ids follow `after`.
-    fn online(&self, after: String, limit: usize) -> BoxFuture<Result<Online, BusError>>;
+    /// Who is connected to any node: at most `limit` whose ids follow `after`. `None` where this node is
+    /// the only one, and knows best itself.
+    fn online(&self, after: String, limit: usize) -> BoxFuture<Result<Option<Online>, BusError>>;
 
     /// Notes how far a user has read, and passes it on where that is further than before.
     fn mark(&self, room: RoomId, user: UserId, seq: Seq, by: ConnectionId);

@@ -255,6 +255,7 @@ impl Room {
         if !self.people.pending.is_empty() {
             if diff_at <= now {
                 self.tell_diff(named_max, turn);
+                self.answer_who_asks(turn);
             } else {
                 self.people.note_due(diff_at);
             }
@@ -273,10 +274,11 @@ impl Room {
 
     /// Answers those who ask who is present, as far as what they are to see has come to pass here.
     fn answer_who_asks(&mut self, turn: &mut Turn) {
-        let People { roster, asking, .. } = &mut self.people;
+        let People { roster, pending, asking, .. } = &mut self.people;
         let (now, mut left) = (turn.keep.now, Vec::new());
         for asks in asking.drain(..) {
-            let waits = !roster.has_reached(asks.details.version)
+            // What is told next must be news to who has the listing.
+            let waits = (!pending.is_empty() || !roster.has_reached(asks.details.version))
                 && now.saturating_duration_since(asks.since) < CATCH_UP_MAX;
             if waits {
                 left.push(asks);

@@ -27,8 +27,10 @@ use tokio::{sync::Notify, time::Instant};
 
 use crate::{
     bus::{
-        BoxFuture,
-        registry::{EnterError, Entered, Millis, Place, Registry, Rules, Seat, millis_now},
+        BoxFuture, BusError,
+        registry::{
+            Detail, EnterError, Entered, Millis, Online, Place, Registry, Rules, Seat, millis_now,
+        },
     },
     drain::Tasks,
 };
@@ -79,6 +81,8 @@ struct Seats {
     leaving: VecDeque<(Instant, Arc<Seated>, u32)>,
     /// How often a seat was kept.
     kept: u32,
+    /// How many of the seats are the cluster's.
+    connected: u64,
 }
 
 /// A user at one place of this node. There is one for each connection and room, so that its size
@@ -190,6 +194,18 @@ impl Seats {
     fn get(&self, place: &Place, user: &UserId) -> Option<&Arc<Seated>> {
         let key: &dyn ByPlaceAndUser = &(place, user);
         self.seated.get(key).map(|seat| &seat.0)
+    }
+
+    fn insert(&mut self, seated: &Arc<Seated>) {
+        self.connected += u64::from(seated.place == Place::Cluster);
+        self.seated.insert(BySeat(seated.clone()));
+    }
+
+    fn remove(&mut self, seated: &Seated) {
+        let key: &dyn ByPlaceAndUser = &(&seated.place, &seated.user.id);
+        if self.seated.remove(key) {
+            self.connected -= u64::from(seated.place == Place::Cluster);
+        }
     }
 
     /// The seats at a place.
@@ -316,7 +332,7 @@ impl Presence {
                 is_news: false.into(),
                 closed: false.into(),
             });
-            seats.seated.insert(BySeat(seated.clone()));
+            seats.insert(&seated);
             seated
         });
         seated.connections.fetch_add(1, Relaxed);
@@ -325,6 +341,25 @@ impl Presence {
         let entering = self.registry.enter(seated.seat(), rules);
         drop(seats);
         (Stay { presence: Some(self.clone()), seated }, entering, was_here)
+    }
+
+    /// Who is connected to any node: at most `limit` whose ids follow `after`.
+    ///
+    /// # Errors
+    ///
+    /// [`BusError`], where the other nodes cannot be asked.
+    pub async fn online(&self, after: String, limit: usize) -> Result<Online, BusError> {
+        if let Some(online) = self.registry.online(after.clone(), limit).await? {
+            return Ok(online);
+        }
+        let seats = self.seats.lock();
+        let mut here = seats.at(&Place::Cluster).filter(|seated| seated.user.id.as_str() > &*after);
+        let detail = |seated: &Arc<Seated>| {
+            let Seat { user, connections, since, active, .. } = seated.seat();
+            Detail { user, connections: connections.into(), since, active, read: 0 }
+        };
+        let users = here.by_ref().take(limit).map(detail).collect();
+        Ok(Online { users, count: seats.connected, more: here.next().is_some() })
     }
 
     /// When a user did something last at a place of this node.
@@ -341,7 +376,7 @@ impl Presence {
             seated.connections.store(0, Relaxed);
             seated.kept.store(0, Relaxed);
             self.registry.seat(seated.seat());
-            seats.seated.remove(&BySeat(seated));
+            seats.remove(&seated);
         }
     }
 
@@ -363,8 +398,7 @@ impl Presence {
             return;
         }
         if before == 1 {
-            let key: &dyn ByPlaceAndUser = &(&seated.place, &seated.user.id);
-            seats.seated.remove(key);
+            seats.remove(seated);
         }
         self.registry.seat(seated.seat());
     }
@@ -397,7 +431,7 @@ impl Presence {
             // Who came back and left once more is kept under another number.
             if seated.kept.compare_exchange(kept, 0, Relaxed, Relaxed).is_ok() {
                 self.registry.seat(seated.seat());
-                seats.seated.remove(&BySeat(seated));
+                seats.remove(&seated);
             }
         }
     }

@@ -176,7 +176,7 @@ pub(super) async fn presence_in(
 pub(super) async fn online(asked: Asked, cursor: Option<String>, limit: u32) -> Performed {
     let presence = &asked.services.presence;
     let limit = if presence.options().public { limit as usize } else { 0 };
-    let page = presence.registry().online(cursor.unwrap_or_default(), limit);
+    let page = presence.online(cursor.unwrap_or_default(), limit);
     let page = match asked.wait(page).await {
         Ok(page) => page,
         Err((code, text)) => {

@@ -179,6 +179,7 @@ struct Member {
     cursor: Position,
     resets: usize,
     recovered: bool,
+    closed: bool,
 }
 
 impl Member {
@@ -193,7 +194,7 @@ impl Member {
         let epoch = joined["epoch"].as_str().unwrap().parse().unwrap();
         let recovered = joined["recovered"].as_bool().unwrap();
         let cursor = Position::new(epoch, 0);
-        let mut member = Self { subscriber, cursor, resets: 0, recovered };
+        let mut member = Self { subscriber, cursor, resets: 0, recovered, closed: false };
         member.cursor.seq = match joined["history"].as_array().unwrap().last() {
             Some(last) => last["seq"].as_u64().unwrap(),
             None => joined["seq"].as_u64().unwrap(),
@@ -205,6 +206,10 @@ impl Member {
     fn note(&mut self, frames: Vec<bytes::Bytes>) {
         for frame in frames {
             let frame = json(&frame);
+            if frame["type"] == "room_closed" {
+                self.closed = true;
+                continue;
+            }
             let seq = frame["seq"].as_u64().unwrap();
             match frame["type"].as_str().unwrap() {
                 "message" => {
@@ -571,8 +576,17 @@ async fn what_was_deleted_stays_deleted() {
     world.bus.delete(lobby.clone()).await.unwrap();
     (0..2).for_each(|_| world.say(&lobby));
     world.mailboxes.doubt();
-    member.reach_reset(&world).await;
-    member.reach(&world, 2).await;
+    for _ in 0..TURNS_MAX {
+        tokio::time::advance(Duration::from_millis(1)).await;
+        member.drain(&world).await;
+        if member.closed {
+            break;
+        }
+    }
+    assert!(member.closed && member.resets == 0);
+    deaf.store(false, Ordering::Relaxed);
+    let mut anew = Member::join(&world, &lobby, Start::Newest(10), 1 << 20).await;
+    anew.reach(&world, 2).await;
     world.until_whole().await;
     let page = world.bus.read(lobby, Range::Newest { limit: 100 }).await.unwrap();
     assert_eq!((page.top, page.entries.len(), world.metrics.orphans.get()), (2, 2, 0));

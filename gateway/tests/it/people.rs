@@ -328,6 +328,8 @@ async fn in_a_large_room_changes_come_gathered() {
             })
             .await;
         }
+        // A listing is whole, and what is told behind it is news.
+        assert_eq!(present_in(&mut ann, "lobby").await.count, 31);
         let most = 2 + begun.elapsed().as_millis() / 250;
         assert!(diffs <= most + 12, "{diffs} diffs");
         for other in others.drain(..20) {

@@ -28,7 +28,6 @@ use crate::bus::{
 #[derive(Default)]
 pub(super) struct Registered {
     rooms: BTreeMap<RoomId, Room>,
-    cluster: Present,
     marks: HashMap<RoomId, BTreeMap<UserId, Seq>>,
 }
 
@@ -114,10 +113,8 @@ impl Registered {
 
     fn seat(&mut self, seat: Seat, now: Instant) -> Option<(RoomId, Change)> {
         let name = match &seat.place {
-            Place::Cluster => {
-                self.cluster.take(seat);
-                return None;
-            }
+            // Its node knows.
+            Place::Cluster => return None,
             Place::Room(room) => room.clone(),
         };
         if seat.connections == 0 && !self.rooms.contains_key(&name) {
@@ -176,7 +173,6 @@ impl MemoryBus {
         lets_in: bool,
     ) -> Result<Entered, EnterError> {
         let Place::Room(room) = seat.place.clone() else {
-            self.registered.lock().seat(Seat { admitted: true, ..seat }, Instant::now());
             return Ok(Entered::default());
         };
         let user = seat.user.id.clone();
@@ -273,13 +269,8 @@ impl Registry for MemoryBus {
         ready(Ok(details))
     }
 
-    fn online(&self, after: String, limit: usize) -> BoxFuture<Result<Online, BusError>> {
-        let cluster = &self.registered.lock().cluster;
-        let mut users = behind(&cluster.users, "", &after);
-        let page = users.by_ref().take(limit);
-        let page = page.filter_map(|(user, _)| cluster.detail(user, 0)).collect();
-        let (count, more) = (cluster.users.len() as u64, users.next().is_some());
-        ready(Ok(Online { users: page, count, more }))
+    fn online(&self, _: String, _: usize) -> BoxFuture<Result<Option<Online>, BusError>> {
+        ready(Ok(None))
     }
 
     fn mark(&self, room: RoomId, user: UserId, seq: Seq, by: ConnectionId) {

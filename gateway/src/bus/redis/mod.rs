@@ -232,8 +232,9 @@ impl Registry for RedisBus {
         Box::pin(self.registrar.clone().details(room, users))
     }
 
-    fn online(&self, after: String, limit: usize) -> BoxFuture<Result<Online, BusError>> {
-        Box::pin(self.registrar.clone().online(after, limit))
+    fn online(&self, after: String, limit: usize) -> BoxFuture<Result<Option<Online>, BusError>> {
+        let online = self.registrar.clone().online(after, limit);
+        Box::pin(async move { online.await.map(Some) })
     }
 
     fn mark(&self, room: RoomId, user: UserId, seq: Seq, by: ConnectionId) {
