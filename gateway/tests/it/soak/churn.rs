@@ -30,8 +30,10 @@ const GROWTH_MAX_KIB: u64 = 6 * 1024;
 /// and in tasks.
 const READERS_MAX: usize = 8;
 
-/// Few entries, so that the logs of a node without Redis are as large as they get after a tenth.
-const SMALL_LOGS: [(&str, &str); 5] = [
+/// Few entries, so that the logs of a node without Redis are as large as they get after a tenth; and no
+/// grace, or all who have gone would leave together when a share of this is nearly over.
+const SMALL_LOGS: [(&str, &str); 6] = [
+    ("presence.grace", "0s"),
     ("limits.accepts_per_second", "0"),
     ("history.max_entries", "10"),
     ("history.window", "1s"),
