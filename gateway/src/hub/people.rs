@@ -39,8 +39,9 @@ use crate::{
 const DIFF_EVERY: Duration = Duration::from_millis(250);
 /// The most users that one `presence_diff` names: 132 bytes each, within the largest frame.
 const DIFF_LEN_MAX: usize = 2000;
-/// How far apart `typing` frames about one user are at least.
-const TYPING_EVERY: Duration = Duration::from_secs(1);
+/// How far apart `typing` frames about one user are at least, and what is passed on while it stays the
+/// same.
+pub const TYPING_EVERY: Duration = Duration::from_secs(1);
 /// How long a user types who says nothing more of it.
 const TYPING_MAX: Duration = Duration::from_secs(6);
 /// How long a listing waits for changes that are on their way here.

@@ -294,16 +294,13 @@ impl Presence {
     /// longer than `wait`: then it will be.
     pub async fn appear(self: &Arc<Self>, person: &Person, wait: Duration) -> Stay {
         let (stay, entering, _) = self.sit(Place::Cluster, person, None);
-        stay.seated.admitted.store(true, Relaxed);
         let _ = tokio::time::timeout(wait, entering).await;
         stay
     }
 
     /// As [`Presence::appear`], without waiting.
     pub fn appear_soon(self: &Arc<Self>, person: &Person) -> Stay {
-        let stay = self.sit(Place::Cluster, person, None).0;
-        stay.seated.admitted.store(true, Relaxed);
-        stay
+        self.sit(Place::Cluster, person, None).0
     }
 
     fn sit(
@@ -320,6 +317,8 @@ impl Presence {
             // The names of a room are one in memory.
             let one = seats.at(&place).next().map(|other| other.place.clone());
             let place = one.unwrap_or(place);
+            // Who is connected keeps to no rules.
+            let admitted = place == Place::Cluster;
             let seated = Arc::new(Seated {
                 place,
                 user: person.clone(),
@@ -328,7 +327,7 @@ impl Presence {
                 kept: 0.into(),
                 active: now.into(),
                 typed: 0.into(),
-                admitted: false.into(),
+                admitted: admitted.into(),
                 is_news: false.into(),
                 closed: false.into(),
             });

@@ -3,7 +3,7 @@
 //! Changes are numbered. One that does not continue what is known has the roster read anew, and what
 //! differs is told: members never see a state that their notices do not lead to.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use shared::{
     ids::{DisplayName, UserId},
@@ -132,9 +132,8 @@ impl Roster {
         self.version = snapshot.version;
         self.settled = snapshot.settled;
         if snapshot.settled {
-            let there: BTreeMap<&UserId, ()> =
-                snapshot.users.iter().map(|user| (&user.id, ())).collect();
-            let gone = self.users.keys().filter(|user| !there.contains_key(user));
+            let there: BTreeSet<&UserId> = snapshot.users.iter().map(|user| &user.id).collect();
+            let gone = self.users.keys().filter(|user| !there.contains(user));
             for user in gone.cloned().collect::<Vec<_>>() {
                 self.remove(&user, &mut moves);
             }
@@ -144,18 +143,13 @@ impl Roster {
         }
         let mut missed = false;
         for change in std::mem::take(&mut self.held) {
-            let (more, read) = self.hear_again(change);
+            let (more, read) = self.hear(change);
             moves.extend(more);
             missed |= read;
         }
-        (moves, again || missed)
-    }
-
-    fn hear_again(&mut self, change: Change) -> (Vec<Move>, bool) {
-        let answer = self.hear(change);
         // What is still ahead, or of another epoch, is in the next read.
         self.held.clear();
-        answer
+        (moves, again || missed)
     }
 
     fn hold(&mut self, change: Change) {

@@ -36,6 +36,7 @@ use crate::{
     hub::{
         Hub,
         member::{PlacedAck, Subscriber},
+        people::TYPING_EVERY,
     },
     limits::{Pace, Rate},
     presence::{Presence, Stay},
@@ -137,8 +138,6 @@ pub enum Performed {
 /// How many passwords a connection may try, since each takes some 20 ms of a core: one in two seconds, and
 /// five at once.
 static PASSWORDS: LazyLock<Rate> = LazyLock::new(|| Rate::new(1, Duration::from_secs(2), 5));
-/// How far apart a user's typing is passed on while it stays the same.
-const TYPING_EVERY: Duration = Duration::from_secs(1);
 /// What an `unavailable` tells to wait.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 

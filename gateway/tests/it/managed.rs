@@ -13,7 +13,7 @@ use shared::{
 };
 
 use crate::{
-    harness::{closed, next_message, poll_pause, room, say, within},
+    harness::{closed, next_message, room, say, until, within},
     people::{World, ask, heard, refused},
 };
 
@@ -166,12 +166,7 @@ async fn no_more_join_than_may_whichever_node_they_come_to() {
             of_it
         };
         let mut late = world.connect(1, "late").await;
-        within(async {
-            while join_with(&mut late, "small", "").await.is_some() {
-                poll_pause().await;
-            }
-        })
-        .await;
+        until("let in", async || join_with(&mut late, "small", "").await.is_none()).await;
         drop(inside_user);
     })
     .await;
@@ -225,10 +220,10 @@ async fn who_joins_behind_a_deletion_is_in_the_new_room_or_in_none() {
             ann.join(&room(&name)).await.unwrap();
             ann.send_json(&json!({"type": "delete_room", "room": name})).await.unwrap();
             // A client that is told to try again later does.
-            within(async {
-                while let Some(code) = join_with(&mut ann, &name, "").await {
-                    assert_eq!(code, ErrorCode::Unavailable);
-                }
+            until("joined", async || {
+                let refused = join_with(&mut ann, &name, "").await;
+                assert!(matches!(refused, None | Some(ErrorCode::Unavailable)), "{refused:?}");
+                refused.is_none()
             })
             .await;
             say(&mut ann, &room(&name), "anew").await;
@@ -297,21 +292,11 @@ async fn an_empty_room_leaves_the_lists_and_a_managed_one_later() {
         for name in ["adhoc", "kept"] {
             ann.request(&frames::Leave::from(&room(name))).await.unwrap();
         }
-        within(async {
-            while listed(&mut bob, "", 10).await != ["kept"] {
-                poll_pause().await;
-            }
-        })
-        .await;
+        until("one is left", async || listed(&mut bob, "", 10).await == ["kept"]).await;
         assert_eq!(bob.join(&room("adhoc")).await.unwrap().seq, 1);
         bob.request(&frames::Leave::from(&room("adhoc"))).await.unwrap();
         if world.is_cluster {
-            within(async {
-                while !listed(&mut bob, "", 10).await.is_empty() {
-                    poll_pause().await;
-                }
-            })
-            .await;
+            until("none is left", async || listed(&mut bob, "", 10).await.is_empty()).await;
         }
     })
     .await;

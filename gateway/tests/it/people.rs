@@ -17,7 +17,7 @@ use shared::{
 use tokio::time::{Duration, Instant};
 
 use crate::{
-    harness::{Gateway, Node, Redis, next_message, poll_pause, room, say, within},
+    harness::{Gateway, Node, Redis, next_message, room, say, until, within},
     servers::{Instance, alone_in_a_cluster},
 };
 
@@ -167,10 +167,8 @@ async fn who_goes_on_at_another_node_is_who_they_were() {
         let mut laptop = world.connect(1, "bob").await;
         join(&mut laptop, "lobby").await;
         phone.close(1000, "").await;
-        within(async {
-            while present_in(&mut laptop, "lobby").await.users[0].connections > 1 {
-                poll_pause().await;
-            }
+        until("one device is left", async || {
+            present_in(&mut laptop, "lobby").await.users[0].connections <= 1
         })
         .await;
         // A node that reads all of it for the first time.
@@ -229,12 +227,7 @@ async fn who_has_joined_is_in_the_listing_of_every_node() {
             }
             connection.request(&frames::Leave::from(&room("lobby"))).await.unwrap();
             for watcher in &mut watchers {
-                within(async {
-                    while present_in(watcher, "lobby").await.count > 3 {
-                        poll_pause().await;
-                    }
-                })
-                .await;
+                until("gone", async || present_in(watcher, "lobby").await.count <= 3).await;
             }
         }
     })
@@ -252,12 +245,8 @@ async fn a_listing_tells_connections_times_and_marks() {
         let seq = say(&mut ann, &lobby, "hello").await.seq;
         ann.send_json(&json!({"type": "read", "room": "lobby", "seq": seq})).await.unwrap();
         // Its answer comes behind the mark.
-        within(async {
-            while present_in(&mut ann, "lobby").await.users[0].read != Some(seq) {
-                poll_pause().await;
-            }
-        })
-        .await;
+        until("marked", async || present_in(&mut ann, "lobby").await.users[0].read == Some(seq))
+            .await;
         let presence = present_in(&mut again, "lobby").await;
         let [user] = &presence.users[..] else { panic!("{presence:?}") };
         assert_eq!((user.connections, presence.count, user.name.as_str()), (2, 1, "ann"));
@@ -388,12 +377,8 @@ async fn who_is_connected_to_the_cluster_is_known_or_only_how_many() {
         let all = present(&mut ann, json!({"type": "presence"})).await;
         assert_eq!((names(&all.users), all.count, all.room), (vec!["ann", "bob"], 2, None));
         drop(bob);
-        within(async {
-            while present(&mut ann, json!({"type": "presence"})).await.count > 1 {
-                poll_pause().await;
-            }
-        })
-        .await;
+        until("gone", async || present(&mut ann, json!({"type": "presence"})).await.count <= 1)
+            .await;
     })
     .await;
     World::each(&[("presence.public", "false")], async |world| {

@@ -1,13 +1,17 @@
 //! Where things lie in Redis: keys, channels, and which of them share a slot of Redis Cluster.
 //!
 //! Keys carry a partition as hash tag, so that all of a room is in one slot: `gw:{p}:r:<room>:log`,
-//! `:meta`, `:ids0`, `:ids1`, `:unheard`, and the channel `gw:{p}:r:<room>`. On Redis Cluster each partition is
+//! `:meta`, `:ids0`, `:ids1`, `:unheard`, and the channel `gw:{p}:r:<room>`. Who is in it lies beside that
+//! ([`PlaceKeys`]), and who is in the cluster in one place for each home. On Redis Cluster each partition is
 //! a [home](crate::bus::home) with a barrier of its own beside it, since a script may use keys of
 //! one slot only; what there is once in all lies with partition 0.
 
-use shared::ids::RoomId;
+use shared::ids::{RoomId, UserId};
 
-use crate::bus::home::{crc16, home_of};
+use crate::bus::{
+    home::{crc16, home_of},
+    registry::Place,
+};
 
 /// How many slots a Redis Cluster has.
 const SLOTS: u16 = 16_384;
@@ -103,6 +107,92 @@ impl Keyspace {
         #[cfg(feature = "defects")]
         let text = crate::defect::script(text);
         redis::Script::new(&text.replace("'PUBLISH'", &format!("'{}'", self.publish())))
+    }
+}
+
+/// What a call needs to know of where a place lies.
+pub(super) struct PlaceKeys {
+    who: String,
+    here: String,
+    places: String,
+    record: String,
+    index: String,
+    marks: String,
+    meta: String,
+    pub(super) channel: String,
+    pub(super) name: String,
+}
+
+impl Keyspace {
+    pub(super) fn home_of_place(self, place: &Place, user: &UserId) -> u16 {
+        match place {
+            Place::Room(room) => self.home(room),
+            Place::Cluster => self.home_of_text(user.as_str()),
+        }
+    }
+
+    /// The set of places where an incarnation has somebody.
+    pub(super) fn places(self, home: u16, incarnation: &str) -> String {
+        self.named(home, &format!("places:{incarnation}"))
+    }
+
+    /// The index of rooms.
+    pub(super) fn rooms(self, home: u16) -> String {
+        self.named(home, "rooms")
+    }
+
+    /// The index of users who are connected.
+    pub(super) fn users(self, home: u16) -> String {
+        self.named(home, "users")
+    }
+
+    /// What keys of who is connected begin with.
+    pub(super) fn online(self, home: u16) -> String {
+        self.named(home, "online")
+    }
+
+    /// Whose incarnations there are.
+    pub(super) fn incarnations(self) -> String {
+        self.named(0, "incarnations")
+    }
+
+    /// What a call at a place uses; `None` where that is no name of a room.
+    pub(super) fn keys_of(self, home: u16, place: &str, incarnation: &str) -> Option<PlaceKeys> {
+        let (base, index, channel) = if place == CLUSTER {
+            (self.online(home), self.users(home), String::new())
+        } else {
+            let channel = self.channel(&place.parse().ok()?);
+            (channel.clone(), self.rooms(home), channel)
+        };
+        Some(PlaceKeys {
+            who: format!("{base}:who"),
+            here: format!("{base}:on:{incarnation}"),
+            places: self.places(home, incarnation),
+            record: format!("{base}:record"),
+            index,
+            marks: format!("{base}:marks"),
+            meta: format!("{base}:meta"),
+            channel,
+            name: place.to_owned(),
+        })
+    }
+}
+
+/// The name of the cluster as a place; no room has it.
+const CLUSTER: &str = "*";
+
+pub(super) fn name_of(place: &Place) -> &str {
+    match place {
+        Place::Room(room) => room.as_str(),
+        Place::Cluster => CLUSTER,
+    }
+}
+
+impl PlaceKeys {
+    /// In the order of the scripts.
+    pub(super) fn of_seat(&self) -> [&str; 7] {
+        let Self { who, here, places, record, index, marks, meta, .. } = self;
+        [who, here, places, record, index, marks, meta]
     }
 }
 

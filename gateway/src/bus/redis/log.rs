@@ -11,9 +11,7 @@ use shared::{
     position::{Epoch, Position, Seq},
 };
 
-use super::{
-    heal::Healer, is_of_the_slot, is_stale, refused_or_away, server::Server, topology::Reader,
-};
+use super::{heal::Healer, server::Server, topology::Reader};
 use crate::{
     bus::{BoxFuture, BusError, READ_BYTES_MAX, Range, registry::Deletion},
     delivery::{Entry, Followed, Token, page::Page},
@@ -43,8 +41,10 @@ impl Log {
         let log = self.clone();
         Box::pin(async move {
             let token = log.agreed(&room).await;
-            let mut page =
-                log.ask(async |reader| log.read_by(reader, &room, range, token).await).await?;
+            let mut page = log
+                .server
+                .ask(async |reader| log.read_by(reader, &room, range, token).await)
+                .await?;
             if range.keeps_newest() {
                 page.entries.reverse();
             }
@@ -56,7 +56,7 @@ impl Log {
         let log = self.clone();
         Box::pin(async move {
             let token = log.agreed(&room).await;
-            log.ask(async |reader| log.delete_by(reader, &room, token, None).await).await?;
+            log.server.ask(async |reader| log.delete_by(reader, &room, token, None).await).await?;
             Ok(())
         })
     }
@@ -72,7 +72,7 @@ impl Log {
         Box::pin(async move {
             let token = log.agreed(&room).await;
             let asked = Some((owner, by));
-            log.ask(async |reader| log.delete_by(reader, &room, token, asked).await).await
+            log.server.ask(async |reader| log.delete_by(reader, &room, token, asked).await).await
         })
     }
 
@@ -80,7 +80,7 @@ impl Log {
         let log = self.clone();
         Box::pin(async move {
             let token = log.agreed(&held.room).await;
-            log.ask(async |reader| log.healer.heal(reader, token, vec![held]).await).await
+            log.server.ask(async |reader| log.healer.heal(reader, token, vec![held]).await).await
         })
     }
 
@@ -96,7 +96,8 @@ impl Log {
                 for room in rooms {
                     token = log.agreed(room).await;
                 }
-                let some = log.ask(async |reader| log.heads_by(reader, rooms, token).await).await?;
+                let some =
+                    log.server.ask(async |reader| log.heads_by(reader, rooms, token).await).await?;
                 heads.extend(some);
             }
             Ok(heads)
@@ -105,35 +106,6 @@ impl Log {
 
     async fn agreed(&self, room: &RoomId) -> Token {
         self.server.agreed(self.server.keyspace.home(room)).await
-    }
-
-    /// Asks something over a reader, which is thrown away where it leads to another server than the
-    /// one agreed on.
-    async fn ask<T>(
-        &self,
-        question: impl AsyncFnOnce(&mut Reader) -> Result<T, RedisError>,
-    ) -> Result<T, BusError> {
-        let mut reader = self.server.dial.reader().await.map_err(|error| {
-            tracing::debug!(%error, "no connection to read a log by");
-            BusError::Unavailable
-        })?;
-        question(&mut reader).await.map_err(|error| {
-            if is_of_the_slot(&error) {
-                self.server.astray.notify_one();
-                return BusError::Unavailable;
-            }
-            if is_stale(&error) || error.kind() == ErrorKind::Io {
-                reader.discard();
-                return BusError::Unavailable;
-            }
-            let failed = refused_or_away(&error);
-            if failed == BusError::Refused {
-                tracing::error!(%error, "Redis refused a read");
-            } else {
-                tracing::debug!(%error, "a log could not be read");
-            }
-            failed
-        })
     }
 
     async fn heads_by(

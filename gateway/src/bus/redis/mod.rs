@@ -137,8 +137,7 @@ impl RedisBus {
     ) -> Self {
         let registry = options.registry.clone();
         let router = Router::start(way, options, mailboxes, metrics, tasks);
-        let process = router.process().clone();
-        let registrar = Registrar::start(router.clone(), process, registry, tasks);
+        let registrar = Registrar::start(router.clone(), registry, tasks);
         Self { router, registrar }
     }
 

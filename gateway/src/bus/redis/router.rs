@@ -41,7 +41,7 @@ use super::{
     waiting::Queued,
 };
 use crate::{
-    bus::{Append, BoxFuture, BusError, HEAD_TTL, Mailboxes, Retention, standing::Standing},
+    bus::{Append, BoxFuture, BusError, Mailboxes, Retention, standing::Standing},
     delivery::Token,
     drain::Tasks,
     telemetry::metrics::Metrics,
@@ -151,11 +151,6 @@ impl Router {
     /// This run of this node.
     pub(super) fn process(&self) -> &Arc<Process> {
         &self.parts.process
-    }
-
-    /// How long it is kept how far users have read: as long as the numbers of a log.
-    pub(super) fn marks_ttl(&self) -> Duration {
-        HEAD_TTL.max(self.parts.retention.ttl)
     }
 
     /// The server that a home is with, if the nodes have agreed on it.

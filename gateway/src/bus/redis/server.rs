@@ -9,12 +9,13 @@ use shared::ids::RoomId;
 use tokio::sync::{Notify, watch};
 
 use super::{
-    config,
+    config, is_of_the_slot, is_stale,
     keyspace::Keyspace,
-    topology::{Dial, url::Address},
+    refused_or_away,
+    topology::{Dial, Reader, url::Address},
 };
 use crate::{
-    bus::{HEAD_TTL, Retention, random_epoch},
+    bus::{BusError, HEAD_TTL, Retention, random_epoch},
     delivery::Token,
 };
 
@@ -134,6 +135,35 @@ impl Server {
             Some(token) => Ok((connection, token)),
             None => Err((ErrorKind::Parse, "INFO tells no run_id and master_replid").into()),
         }
+    }
+
+    /// Asks something over a reader, which is thrown away where it leads to another server than the
+    /// one agreed on.
+    pub(super) async fn ask<T>(
+        &self,
+        question: impl AsyncFnOnce(&mut Reader) -> Result<T, RedisError>,
+    ) -> Result<T, BusError> {
+        let mut reader = self.dial.reader().await.map_err(|error| {
+            tracing::debug!(%error, "no connection to ask by");
+            BusError::Unavailable
+        })?;
+        question(&mut reader).await.map_err(|error| {
+            if is_of_the_slot(&error) {
+                self.astray.notify_one();
+                return BusError::Unavailable;
+            }
+            if is_stale(&error) || error.kind() == ErrorKind::Io {
+                reader.discard();
+                return BusError::Unavailable;
+            }
+            let failed = refused_or_away(&error);
+            if failed == BusError::Refused {
+                tracing::error!(%error, "Redis refused what it was asked");
+            } else {
+                tracing::debug!(%error, "Redis could not be asked");
+            }
+            failed
+        })
     }
 
     /// Whether it serves `home`, as far as known.

@@ -1,0 +1,327 @@
+//! Questions to the registry: who is there, what rooms are like, and one that makes a room.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use redis::{RedisResult, Value, aio::MultiplexedConnection};
+use shared::{
+    ids::{RoomId, UserId},
+    position::Seq,
+    protocol::answer::Person,
+};
+
+use super::{BATCH_MAX, Registrar};
+use crate::bus::{
+    BusError,
+    registry::{Detail, Details, Found, Listing, Online, Record, Snapshot, Version},
+};
+
+/// How often a page of rooms is filled up where many of them are not public.
+const FILL_MAX: usize = 16;
+
+impl Registrar {
+    /// Asks something of the server that a home is with, once the nodes have agreed on it.
+    async fn ask<T>(
+        &self,
+        home: u16,
+        question: impl AsyncFnOnce(&mut MultiplexedConnection) -> RedisResult<T>,
+    ) -> Result<T, BusError> {
+        let server = self.router.set_of(home).await.server.clone();
+        server.agreed(home).await;
+        server.ask(async |reader| question(&mut *reader).await).await
+    }
+
+    pub(in crate::bus::redis) async fn snapshots(
+        self: Arc<Self>,
+        rooms: Vec<RoomId>,
+    ) -> Result<Vec<Snapshot>, BusError> {
+        let keyspace = self.router.keyspace();
+        let mut snapshots = vec![Snapshot::default(); rooms.len()];
+        for (home, places) in by_home(0..rooms.len(), |at| keyspace.home(&rooms[*at])) {
+            for places in places.chunks(BATCH_MAX / 8) {
+                // Before it is read, so that it is settled for what was written until then.
+                let settled = self.is_settled();
+                let rows: Vec<Vec<(String, String)>> = self
+                    .ask(home, async |connection| {
+                        let mut pipeline = redis::Pipeline::with_capacity(places.len());
+                        for at in places {
+                            let channel = keyspace.channel(&rooms[*at]);
+                            pipeline.cmd("HGETALL").arg(format!("{channel}:who"));
+                        }
+                        pipeline.query_async(connection).await
+                    })
+                    .await?;
+                for (at, rows) in places.iter().zip(rows) {
+                    snapshots[*at] = snapshot(rows, settled);
+                }
+            }
+        }
+        Ok(snapshots)
+    }
+
+    pub(in crate::bus::redis) async fn details(
+        self: Arc<Self>,
+        room: RoomId,
+        users: Vec<UserId>,
+    ) -> Result<Details, BusError> {
+        let keyspace = self.router.keyspace();
+        let channel = keyspace.channel(&room);
+        let names: Vec<&str> = users.iter().map(UserId::as_str).collect();
+        let answer: (Vec<Option<String>>, Vec<Option<Seq>>, Option<Seq>) = self
+            .ask(keyspace.home(&room), async |connection| {
+                let mut pipeline = redis::pipe();
+                pipeline.atomic().cmd("HMGET").arg(format!("{channel}:who")).arg("#");
+                pipeline.arg(&names);
+                pipeline.cmd("HMGET").arg(format!("{channel}:marks")).arg("#").arg(&names);
+                pipeline.cmd("HGET").arg(format!("{channel}:meta")).arg("s");
+                pipeline.query_async(connection).await
+            })
+            .await?;
+        let (rows, marks, top) = answer;
+        let version =
+            rows.first().and_then(Option::as_deref).map_or(Version::default(), version_of);
+        let users = users.into_iter().zip(rows.into_iter().skip(1)).zip(marks.into_iter().skip(1));
+        let detail = |((user, row), mark): ((UserId, Option<String>), Option<Seq>)| {
+            let read = mark.unwrap_or(0).min(top.unwrap_or(0));
+            Some(Detail { read, ..detail_of(user, &row?)? })
+        };
+        Ok(Details { version, users: users.filter_map(detail).collect() })
+    }
+
+    /// At most `limit` members behind `from` of an index that every home has, whether more follow,
+    /// and how many there are in all.
+    async fn page(
+        &self,
+        index: impl Fn(u16) -> String,
+        (from, to): (&str, &str),
+        limit: usize,
+    ) -> Result<(Vec<String>, bool, u64), BusError> {
+        let (mut members, mut count) = (Vec::new(), 0);
+        for home in 0..self.router.keyspace().homes() {
+            let (some, all): (Vec<String>, u64) = self
+                .ask(home, async |connection| {
+                    redis::pipe()
+                        .cmd("ZRANGEBYLEX")
+                        .arg(index(home))
+                        .arg(from)
+                        .arg(to)
+                        .arg("LIMIT")
+                        .arg(0)
+                        .arg(limit + 1)
+                        .cmd("ZCARD")
+                        .arg(index(home))
+                        .query_async(connection)
+                        .await
+                })
+                .await?;
+            members.extend(some);
+            count += all;
+        }
+        members.sort_unstable();
+        let more = members.len() > limit;
+        members.truncate(limit);
+        Ok((members, more, count))
+    }
+
+    pub(in crate::bus::redis) async fn online(
+        self: Arc<Self>,
+        after: String,
+        limit: usize,
+    ) -> Result<Online, BusError> {
+        let keyspace = self.router.keyspace();
+        let from = if after.is_empty() { "-".to_owned() } else { format!("({after}") };
+        let (members, more, count) =
+            self.page(|home| keyspace.users(home), (&from, "+"), limit).await?;
+        let members = members.iter().filter_map(|member| member.parse::<UserId>().ok());
+        let mut users: Vec<Detail> = Vec::new();
+        for (home, some) in by_home(members, |user| keyspace.home_of_text(user.as_str())) {
+            let names: Vec<&str> = some.iter().map(UserId::as_str).collect();
+            let rows: Vec<Option<String>> = self
+                .ask(home, async |connection| {
+                    let mut command = redis::cmd("HMGET");
+                    command.arg(format!("{}:who", keyspace.online(home))).arg(&names);
+                    command.query_async(connection).await
+                })
+                .await?;
+            let details = some.into_iter().zip(rows);
+            users.extend(details.filter_map(|(user, row)| detail_of(user, &row?)));
+        }
+        users.sort_unstable_by(|a, b| a.user.id.cmp(&b.user.id));
+        Ok(Online { users, count, more })
+    }
+
+    pub(in crate::bus::redis) async fn create(
+        self: Arc<Self>,
+        room: RoomId,
+        record: Record,
+    ) -> Result<bool, BusError> {
+        let keyspace = self.router.keyspace();
+        let (home, channel) = (keyspace.home(&room), keyspace.channel(&room));
+        let mut create = self.scripts.create.prepare_invoke();
+        for part in ["who", "record"] {
+            create.key(format!("{channel}:{part}"));
+        }
+        create.key(keyspace.rooms(home)).key(format!("{channel}:log"));
+        create.arg(room.as_str()).arg(self.options.empty_ttl.as_millis() as u64);
+        create.arg("owner").arg(record.owner.as_str()).arg("name").arg(record.name.as_str());
+        create.arg("public").arg(u8::from(record.public)).arg("created").arg(record.created);
+        create.arg("meta").arg(record.meta);
+        if let Some(password) = record.password {
+            create.arg("password").arg(password);
+        }
+        if let Some(max) = record.max_members {
+            create.arg("max").arg(max);
+        }
+        let made: u8 =
+            self.ask(home, async |connection| create.invoke_async(connection).await).await?;
+        Ok(made == 1)
+    }
+
+    pub(in crate::bus::redis) async fn find(
+        self: Arc<Self>,
+        room: RoomId,
+    ) -> Result<Option<Found>, BusError> {
+        let home = self.router.keyspace().home(&room);
+        let found = self.find_some(home, vec![room]).await?;
+        Ok(found.into_iter().next().flatten())
+    }
+
+    /// What is known of rooms of one home.
+    async fn find_some(
+        &self,
+        home: u16,
+        rooms: Vec<RoomId>,
+    ) -> Result<Vec<Option<Found>>, BusError> {
+        let keyspace = self.router.keyspace();
+        let rows: Vec<Value> = self
+            .ask(home, async |connection| {
+                let mut pipeline = redis::Pipeline::with_capacity(rooms.len() * 3);
+                for room in &rooms {
+                    let channel = keyspace.channel(room);
+                    pipeline.cmd("HGETALL").arg(format!("{channel}:record"));
+                    pipeline.cmd("HLEN").arg(format!("{channel}:who"));
+                    pipeline.cmd("HGET").arg(format!("{channel}:who")).arg("#");
+                }
+                pipeline.query_async(connection).await
+            })
+            .await?;
+        let mut rows = rows.into_iter();
+        let mut found = Vec::with_capacity(rooms.len());
+        for room in rooms {
+            let (Some(record), Some(members), Some(version)) =
+                (rows.next(), rows.next(), rows.next())
+            else {
+                return Err(BusError::Refused);
+            };
+            let record: BTreeMap<String, String> =
+                redis::from_redis_value(record).unwrap_or_default();
+            let members: u64 = redis::from_redis_value(members).unwrap_or(0);
+            let version: Option<String> = redis::from_redis_value(version).unwrap_or(None);
+            let since = version.and_then(|row| row.rsplit_once(' ')?.1.parse().ok()).unwrap_or(0);
+            let record = record_of(&record);
+            let is_there = record.is_some() || members > 0;
+            let members = members.saturating_sub(1);
+            found.push(is_there.then_some(Found { room, record, members, since }));
+        }
+        Ok(found)
+    }
+
+    /// Takes a managed room whose time is over from the index.
+    async fn unlist(&self, home: u16, room: &RoomId) -> Result<(), BusError> {
+        let keyspace = self.router.keyspace();
+        let channel = keyspace.channel(room);
+        let mut unlist = self.scripts.unlist.key(keyspace.rooms(home));
+        unlist.key(format!("{channel}:who")).key(format!("{channel}:record")).arg(room.as_str());
+        self.ask(home, async |connection| unlist.invoke_async(connection).await).await
+    }
+
+    pub(in crate::bus::redis) async fn list(
+        self: Arc<Self>,
+        prefix: String,
+        mut after: String,
+        limit: usize,
+    ) -> Result<Listing, BusError> {
+        let keyspace = self.router.keyspace();
+        let mut rooms: Vec<Found> = Vec::new();
+        let mut next = None;
+        for _ in 0..FILL_MAX {
+            let from = match (after >= prefix && !after.is_empty(), prefix.is_empty()) {
+                (true, _) => format!("({after}"),
+                (false, false) => format!("[{prefix}"),
+                (false, true) => "-".to_owned(),
+            };
+            // Names are ASCII, so that this byte is behind all that begin so.
+            let to = if prefix.is_empty() { "+".to_owned() } else { format!("({prefix}~") };
+            let wanted = limit - rooms.len();
+            let (members, more, _) =
+                self.page(|home| keyspace.rooms(home), (&from, &to), wanted).await?;
+            let Some(last) = members.last().cloned() else { break };
+            let names = members.iter().filter_map(|member| member.parse::<RoomId>().ok());
+            let mut page = Vec::new();
+            for (home, names) in by_home(names, |room| keyspace.home(room)) {
+                for (room, found) in names.iter().zip(self.find_some(home, names.clone()).await?) {
+                    match found {
+                        Some(found) => page.push(found),
+                        None => self.unlist(home, room).await?,
+                    }
+                }
+            }
+            page.retain(|found| found.record.as_ref().is_none_or(|record| record.public));
+            page.sort_unstable_by(|a, b| a.room.cmp(&b.room));
+            rooms.extend(page);
+            next = more.then(|| last.clone());
+            after = last;
+            if !more || rooms.len() >= limit {
+                break;
+            }
+        }
+        Ok(Listing { rooms, next })
+    }
+}
+
+/// What is asked of each home, in its order.
+fn by_home<T>(all: impl Iterator<Item = T>, home: impl Fn(&T) -> u16) -> BTreeMap<u16, Vec<T>> {
+    let mut by_home: BTreeMap<u16, Vec<T>> = BTreeMap::new();
+    for one in all {
+        by_home.entry(home(&one)).or_default().push(one);
+    }
+    by_home
+}
+
+fn version_of(row: &str) -> Version {
+    let mut parts = row.split(' ').map(|part| part.parse().unwrap_or(0));
+    Version { epoch: parts.next().unwrap_or(0), number: parts.next().unwrap_or(0) }
+}
+
+/// Reads `<connections> <since> <active> <name>`.
+fn detail_of(user: UserId, row: &str) -> Option<Detail> {
+    let mut parts = row.splitn(4, ' ');
+    let mut number = || parts.next()?.parse().ok();
+    let (connections, since, active) = (number()?, number()?, number()?);
+    let user = Person { id: user, name: parts.next()?.parse().ok()? };
+    Some(Detail { user, connections, since, active, read: 0 })
+}
+
+fn snapshot(rows: Vec<(String, String)>, settled: bool) -> Snapshot {
+    let mut snapshot = Snapshot { settled, ..Snapshot::default() };
+    for (user, row) in rows {
+        if user == "#" {
+            snapshot.version = version_of(&row);
+        } else if let Ok(user) = user.parse() {
+            snapshot.users.extend(detail_of(user, &row).map(|detail| detail.user));
+        }
+    }
+    snapshot
+}
+
+fn record_of(fields: &BTreeMap<String, String>) -> Option<Record> {
+    let field = |name: &str| fields.get(name).map(String::as_str);
+    Some(Record {
+        name: field("name")?.parse().ok()?,
+        owner: field("owner")?.parse().ok()?,
+        public: field("public") == Some("1"),
+        password: field("password").map(str::to_owned),
+        max_members: field("max").and_then(|max| max.parse().ok()),
+        created: field("created")?.parse().ok()?,
+        meta: field("meta")?.to_owned(),
+    })
+}

@@ -1,0 +1,127 @@
+//! Has those leave whose node has ended, or of whom only the server knows.
+
+use std::collections::BTreeMap;
+
+use redis::{RedisError, RedisResult};
+use tokio::time::Instant;
+
+use super::{super::topology::Reader, LOOK_EVERY, Registrar};
+
+/// How many users leave in one step.
+const REAP_MAX: usize = 500;
+/// How long a node that has ended in order is waited for: its clients come back on another.
+const GOODBYE_GRACE_MS: u64 = 3_000;
+
+impl Registrar {
+    /// Has those leave whose process has ended, for ever.
+    pub(super) async fn reap_all(&self) {
+        loop {
+            tokio::time::sleep(LOOK_EVERY).await;
+            let old = {
+                let state = self.state.lock();
+                if state.is_rewritten { state.old.clone() } else { Vec::new() }
+            };
+            for name in old {
+                if self.reap(&name).await.is_err() {
+                    break;
+                }
+                self.state.lock().old.retain(|old| *old != name);
+            }
+            if !self.is_settled() || !self.router.standing().holds(Instant::now()) {
+                continue;
+            }
+            match self.ended().await {
+                Ok(ended) => {
+                    for incarnation in ended {
+                        tracing::info!(%incarnation, "a node has ended; who was there leaves");
+                        if self.reap(&incarnation).await.is_err() {
+                            break;
+                        }
+                    }
+                }
+                Err(error) => tracing::debug!(%error, "it is not known which nodes have ended"),
+            }
+        }
+    }
+
+    /// The incarnations whose process lives no more.
+    async fn ended(&self) -> RedisResult<Vec<String>> {
+        let Some(server) = self.router.agreed_server(0) else { return Ok(Vec::new()) };
+        let keyspace = self.router.keyspace();
+        let mut reader = server.dial.reader().await?;
+        type Rows = Vec<(String, String)>;
+        let (time, incarnations, leases): ((u64, u64), Rows, Rows) = redis::pipe()
+            .cmd("TIME")
+            .cmd("HGETALL")
+            .arg(keyspace.incarnations())
+            .cmd("HGETALL")
+            .arg(keyspace.leases())
+            .query_async(&mut *reader)
+            .await?;
+        let leases: BTreeMap<String, String> = leases.into_iter().collect();
+        let now = time.0 * 1000 + time.1 / 1000;
+        let number = |text: &str| text.parse::<u64>().unwrap_or(0);
+        let ended = incarnations.into_iter().filter(|(_, row)| {
+            let (process, said_goodbye) = row.rsplit_once(' ').unwrap_or((row, "0"));
+            let lease = leases.get(process).and_then(|row| row.split(' ').next());
+            let lives = process == self.router.process().name
+                || lease.is_some_and(|ends| number(ends) > now);
+            let waits = match number(said_goodbye) {
+                0 => false,
+                at => now < at + GOODBYE_GRACE_MS,
+            };
+            !lives && !waits
+        });
+        Ok(ended.map(|(incarnation, _)| incarnation).collect())
+    }
+
+    /// Has all leave that one incarnation had. Whoever does so at the same time finds less to do.
+    async fn reap(&self, incarnation: &str) -> RedisResult<()> {
+        let keyspace = self.router.keyspace();
+        for home in 0..keyspace.homes() {
+            let Some(server) = self.router.agreed_server(home) else { return Err(away()) };
+            let mut reader = server.dial.reader().await?;
+            let reaped = self.reap_home(&mut reader, home, incarnation).await;
+            if let Err(error) = reaped {
+                reader.discard();
+                return Err(error);
+            }
+        }
+        let Some(server) = self.router.agreed_server(0) else { return Err(away()) };
+        let mut reader = server.dial.reader().await?;
+        let mut command = redis::cmd("HDEL");
+        command.arg(keyspace.incarnations()).arg(incarnation);
+        command.query_async(&mut *reader).await
+    }
+
+    async fn reap_home(
+        &self,
+        reader: &mut Reader,
+        home: u16,
+        incarnation: &str,
+    ) -> RedisResult<()> {
+        let keyspace = self.router.keyspace();
+        let mut command = redis::cmd("HKEYS");
+        command.arg(keyspace.places(home, incarnation));
+        let places: Vec<String> = command.query_async(&mut **reader).await?;
+        for place in places {
+            let Some(keys) = keyspace.keys_of(home, &place, incarnation) else { continue };
+            loop {
+                let mut reap = self.scripts.reap.prepare_invoke();
+                for key in &keys.of_seat()[..5] {
+                    reap.key(key);
+                }
+                reap.arg(self.common(&keys)).arg(REAP_MAX);
+                let left: u64 = reap.invoke_async(&mut **reader).await?;
+                if left == 0 {
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn away() -> RedisError {
+    (redis::ErrorKind::Io, "the nodes have not agreed on a server").into()
+}
