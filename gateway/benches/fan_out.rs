@@ -64,7 +64,13 @@ impl World {
     async fn start(room: &RoomId) -> Self {
         let (tasks, metrics) = (Tasks::default(), Arc::new(Metrics::new()));
         let (mailboxes, letters) = Mailboxes::new(1, 16_384, metrics.clone());
-        let memory = MemoryBus::start(retention(), &Default::default(), mailboxes.clone(), &tasks);
+        let memory = MemoryBus::start(
+            retention(),
+            &Default::default(),
+            &Default::default(),
+            mailboxes.clone(),
+            &tasks,
+        );
         let presence =
             Presence::start(Arc::new(memory.clone()), PresenceOptions::default(), &tasks);
         let bus: Arc<dyn Bus> = Arc::new(memory);
@@ -93,6 +99,7 @@ impl World {
         self.bus.append(Append {
             room: room.clone(),
             envelope: Envelope::pack(Parts {
+                frame: Default::default(),
                 author: Author::of(&"ann".parse().unwrap()),
                 id: MessageId::random(),
                 sender: ConnectionId::random(),
@@ -120,5 +127,6 @@ fn retention() -> Retention {
         memory_bytes_max: 1 << 30,
         ttl: Duration::from_secs(3600),
         dedup_window: Duration::from_secs(600),
+        inboxes: Default::default(),
     }
 }

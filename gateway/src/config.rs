@@ -20,12 +20,13 @@ use shared::{ids::NodeId, protocol::MESSAGE_BYTES_MAX};
 
 use crate::{
     bus::{
-        Retention,
+        Kept, Retention,
         redis::{
             RedisOptions,
             topology::{TlsFiles, url::Topology},
         },
         registry::RegistryOptions,
+        sessions::SessionOptions,
     },
     http::{HttpLimits, HttpOptions, origin::AllowedOrigins},
     hub::HubOptions,
@@ -61,10 +62,14 @@ pub struct Config {
     pub retention: Retention,
     /// How long what is known of rooms is kept.
     pub registry: RegistryOptions,
+    /// How long sessions are kept.
+    pub sessions: SessionOptions,
     /// What holds for rooms by their names.
     pub rooms: RoomRules,
     /// Who is present.
     pub presence: PresenceOptions,
+    /// How clients are told apart.
+    pub auth: Auth,
     /// The HTTP side.
     pub http: HttpOptions,
     /// Sessions.
@@ -192,6 +197,10 @@ impl Config {
         let memory_bytes = r.take::<Bytes>("history.memory_bytes_max", "512MiB", "The most that all logs take in a node without Redis; those used longest ago go first.");
         let ttl = r.take::<Span>("history.ttl", "24h", "How long the log of a room is kept in which nothing is said.");
 
+        let inbox_entries = r.take_in("inbox.max_entries", "1000", 1..=1_000_000_u32, "How many entries a user's inbox keeps.");
+        let inbox_ttl = r.take::<Span>("inbox.ttl", "30d", "How long an inbox is kept to which nothing comes.");
+        let session_ttl = r.take::<Span>("sessions.ttl", "24h", "How long a session is kept after its last use.");
+
         let shards = r.take_in("hub.shards", "0", 0..=256_usize, "Over how many tasks rooms are spread on a node. 0: one per core.");
         let ring_bytes = r.take::<Bytes>("hub.ring_bytes_max", "256MiB", "The most that the newest entries of all rooms take in a node's memory.");
         let ids_bytes = r.take::<Bytes>("hub.ids_bytes_max", "64MiB", "The most that the ids of messages within `dedup.window` take in a node's memory, to be given back to a Redis that lost them; the oldest go first.");
@@ -207,6 +216,7 @@ impl Config {
         let messages = r.take_in("limits.messages_per_second", "50", 0..=1_000_000_u32, "`message` frames per connection, twice as many at once. More: `rate_limited`. 0: no limit.");
         let frames = r.take_in("limits.frames_per_second", "200", 0..=1_000_000_u32, "Other frames per connection, five times as many at once. More: `rate_limited`. 0: no limit.");
         let rooms_max = r.take_in("limits.rooms_per_connection", "500", 1..=100_000_usize, "Rooms a connection may be in. More: `limit_reached`.");
+        let watches_max = r.take_in("limits.watches_per_connection", "1000", 0..=100_000_usize, "Users a connection may watch, those it exchanges directs with among them. More: `limit_reached`.");
         let per_user = r.take_in("limits.connections_per_user", "50", 0..=usize::MAX, "Connections of a user. More: close 1008 `too_many_connections`. 0: no limit.");
         let per_ip = r.take_in("limits.connections_per_ip", "1000", 0..=usize::MAX, "Connections of an address (IPv6: of a /64). More: HTTP 429. 0: no limit.");
         let handshakes = r.take_in("limits.handshakes_per_minute_per_ip", "600", 0..=1_000_000_u32, "Handshakes of an address. More: HTTP 429. 0: no limit.");
@@ -238,7 +248,7 @@ impl Config {
         if !jwt && redis_url.0.is_some() && !allow_anonymous {
             r.mistake("auth.mode", "`anonymous` lets anybody speak as anybody: set `jwt`, or for a cluster that is open on purpose set auth.allow_anonymous = true".into());
         }
-        for (key, span) in [("publish.wait", &publish_wait), ("dedup.window", &dedup_window), ("history.ttl", &ttl), ("heartbeat.interval", &interval), ("heartbeat.silence_max", &silence), ("heartbeat.stall_max", &stall), ("rooms.empty_ttl", &empty_ttl)] {
+        for (key, span) in [("publish.wait", &publish_wait), ("dedup.window", &dedup_window), ("history.ttl", &ttl), ("heartbeat.interval", &interval), ("heartbeat.silence_max", &silence), ("heartbeat.stall_max", &stall), ("rooms.empty_ttl", &empty_ttl), ("inbox.ttl", &inbox_ttl), ("sessions.ttl", &session_ttl)] {
             if span.0 < Duration::from_millis(1) || span.0 > Duration::from_secs(10 * 365 * 86_400) {
                 r.mistake(key, "has to be 1ms to 10 years".into());
             }
@@ -263,7 +273,8 @@ impl Config {
         if open_cluster {
             warnings.push("ANONYMOUS MODE in a cluster: anybody who reaches it can read every room and speak as anybody; set auth.mode = jwt".into());
         }
-        let retention = Retention { entries_min, window: window.0, bytes_max: bytes_max.0 as u64, memory_bytes_max: memory_bytes.0 as u64, ttl: ttl.0, dedup_window: dedup_window.0 };
+        let retention = Retention { entries_min, window: window.0, bytes_max: bytes_max.0 as u64, memory_bytes_max: memory_bytes.0 as u64, ttl: ttl.0, dedup_window: dedup_window.0, inboxes: Kept { entries_min: inbox_entries, ttl: inbox_ttl.0 } };
+        let sessions = SessionOptions { ttl: session_ttl.0 };
         let node = node.0.unwrap_or_else(default_node_id);
         let second = Duration::from_secs(1);
         let descriptors = descriptors_for_clients();
@@ -273,13 +284,14 @@ impl Config {
             node: node.clone(),
             log_format,
             log_level: log_level.0,
-            redis: redis_url.0.map(|url| RedisOptions { url, tls, partitions, retention: retention.clone(), registry: RegistryOptions { empty_ttl: empty_ttl.0 }, node: node.to_string() }),
+            redis: redis_url.0.map(|url| RedisOptions { url, tls, partitions, retention: retention.clone(), registry: RegistryOptions { empty_ttl: empty_ttl.0 }, sessions: sessions.clone(), node: node.to_string() }),
             retention,
             registry: RegistryOptions { empty_ttl: empty_ttl.0 },
+            sessions,
             rooms: RoomRules { ephemeral: ephemeral.0, create_on_join },
             presence: PresenceOptions { grace: grace.0, individual_max, named_max, public: presence_public },
+            auth: if jwt { Auth::jwt(&secret, leeway.0) } else { Auth::Anonymous },
             http: HttpOptions {
-                auth: if jwt { Auth::jwt(&secret, leeway.0) } else { Auth::Anonymous },
                 auth_cookie,
                 allowed_origins,
                 trusted_proxies: proxies.0,
@@ -302,6 +314,7 @@ impl Config {
                 messages: Rate::new(messages, second, messages.saturating_mul(2)),
                 frames: Rate::new(frames, second, frames.saturating_mul(5)),
                 rooms_max,
+                watches_max,
                 wait_max: publish_wait.0,
             },
             shards: if shards == 0 { std::thread::available_parallelism().map_or(1, usize::from) } else { shards },

@@ -82,7 +82,8 @@ struct Queue {
     bytes: usize,
     /// Since when the socket has taken nothing. While it is set only the connection's task writes.
     blocked_since: Option<Instant>,
-    /// Rooms in which this connection has to be given more once there is room.
+    /// Rooms in which this connection has to be given more once there is room; and those in which
+    /// the status of users is told with whom it has just begun to talk.
     lagging: SmallVec<[RoomId; 1]>,
     close: Option<Close>,
     /// What became of a publish is queued; the copy, if there is one, is on its way.

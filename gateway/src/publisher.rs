@@ -8,12 +8,12 @@ use std::{
 use serde::Serialize;
 use serde_json::value::RawValue;
 use shared::{
-    envelope::{Author, Envelope, Parts, binary_bytes_max},
-    ids::{ConnectionId, MessageId, RoomId},
+    envelope::{Author, Envelope, FrameType, Parts, binary_bytes_max},
+    ids::{ConnectionId, MessageId, RoomId, UserId},
     protocol::{
         Kind,
         answer::Person,
-        request::{Content, Message},
+        request::{Content, Message, Recipient},
         server_frame_bytes_max,
     },
 };
@@ -68,12 +68,15 @@ pub enum PublishError {
     BinaryTooLarge(usize),
 }
 
-/// The members of a `message` frame that do not change on its way.
+/// The members of a `message` or `direct` frame that do not change on its way.
 #[derive(Serialize)]
 struct Members<'a> {
-    room: &'a RoomId,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    room: Option<&'a RoomId>,
     id: MessageId,
     from: &'a Person,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    to: Option<&'a UserId>,
     kind: Kind,
     #[serde(skip_serializing_if = "Option::is_none")]
     content: Option<&'a RawValue>,
@@ -99,7 +102,8 @@ impl Publisher {
 
     /// Hands `message` to the bus and returns at once. `done` hears what became of it; calls of
     /// one connection for one room are numbered in their order. In a room without a log it is passed
-    /// on and not kept, and its position is none.
+    /// on and not kept, and its position is none. A direct goes to the receiver's inbox, and then to the
+    /// sender's, where its position is.
     ///
     /// # Errors
     ///
@@ -115,10 +119,15 @@ impl Publisher {
             Content::Json(content) => (Some(content), None),
             Content::Binary(payload) => (None, Some(payload)),
         };
+        let (frame, to) = match &message.to {
+            Recipient::Room(_) => (FrameType::Message, None),
+            Recipient::User(user) => (FrameType::Direct, Some(user)),
+        };
         let members = Members {
-            room: &message.room,
+            room: message.to.room(),
             id: receipt.id,
             from: sender.user,
+            to,
             kind: message.kind,
             content,
             reply_to: message.reply_to,
@@ -134,6 +143,7 @@ impl Publisher {
             return Err(PublishError::BinaryTooLarge(binary_max));
         }
         let envelope = Envelope::pack(Parts {
+            frame,
             author: sender.author,
             id: receipt.id,
             sender: sender.connection,
@@ -149,13 +159,36 @@ impl Publisher {
             metrics.publishes.of(outcome(&result)).inc();
             done(result);
         });
-        let (room, deadline) = (message.room.clone(), begun + self.wait_max);
-        if self.rules.is_durable(&room) {
-            self.bus.append(Append { room, envelope, urgent: false, deadline, done });
-        } else {
-            self.registry.pass_on(room, Notice::Message(envelope), done);
+        let deadline = begun + self.wait_max;
+        let append =
+            move |room, envelope, done| Append { room, envelope, urgent: false, deadline, done };
+        match &message.to {
+            Recipient::Room(room) if self.rules.is_durable(room) => {
+                self.bus.append(append(room.clone(), envelope, done));
+            }
+            Recipient::Room(room) => {
+                self.registry.pass_on(room.clone(), Notice::Message(envelope), done);
+            }
+            Recipient::User(user) => {
+                let (to, own) = (RoomId::inbox_of(user), RoomId::inbox_of(&sender.user.id));
+                let done = match own == to {
+                    true => done,
+                    // A repeat may have been appended to one of them only.
+                    false => self.then_append(append(own, envelope.clone(), done)),
+                };
+                self.bus.append(append(to, envelope, done));
+            }
         }
         Ok(())
+    }
+
+    /// Appends something once another append was done, unless that failed.
+    fn then_append(&self, next: Append) -> Done {
+        let bus = self.bus.clone();
+        Box::new(move |result| match result {
+            Ok(_) => bus.append(next),
+            Err(error) => (next.done)(Err(error)),
+        })
     }
 }
 

@@ -7,7 +7,7 @@ use argon2::{
 };
 use parking_lot::Mutex;
 use sha1::{Digest as _, Sha1};
-use shared::ids::RoomId;
+use shared::ids::{RoomId, RoomKind};
 use tokio::sync::Semaphore;
 
 /// How many passwords are remembered as fitting, since each check takes some 20 ms of a core.
@@ -33,6 +33,9 @@ impl Default for RoomRules {
 impl RoomRules {
     /// Whether a room keeps a log.
     pub fn is_durable(&self, room: &RoomId) -> bool {
+        if room.kind() != RoomKind::Joined {
+            return room.kind() == RoomKind::Inbox;
+        }
         let name = room.as_str();
         !self.ephemeral.iter().any(|pattern| match pattern.strip_suffix('*') {
             Some(prefix) => name.starts_with(prefix),

@@ -10,6 +10,7 @@ use crate::{
         memory::MemoryBus,
         redis::{RedisBus, RedisStartError},
         registry::Registry,
+        sessions::Sessions,
     },
     config::Config,
     drain::Tasks,
@@ -82,14 +83,17 @@ impl Server {
             }
             None => None,
         };
-        let (bus, registry): (Arc<dyn Bus>, Arc<dyn Registry>) = match &redis {
-            Some(redis) => (redis.clone(), redis.clone()),
-            None => {
-                let (retention, registry) = (config.retention, &config.registry);
-                let memory = MemoryBus::start(retention, registry, mailboxes.clone(), &tasks);
-                (Arc::new(memory.clone()), Arc::new(memory))
-            }
-        };
+        let (bus, registry, sessions): (Arc<dyn Bus>, Arc<dyn Registry>, Arc<dyn Sessions>) =
+            match &redis {
+                Some(redis) => (redis.clone(), redis.clone(), redis.clone()),
+                None => {
+                    let (registry, sessions) = (&config.registry, &config.sessions);
+                    let mailboxes = mailboxes.clone();
+                    let memory =
+                        MemoryBus::start(config.retention, registry, sessions, mailboxes, &tasks);
+                    (Arc::new(memory.clone()), Arc::new(memory.clone()), Arc::new(memory))
+                }
+            };
         let presence = Presence::start(registry.clone(), config.presence, &tasks);
         let rules = Arc::new(config.rooms);
         metrics.bus_up.set(i64::from(redis.is_none()));
@@ -120,6 +124,8 @@ impl Server {
             hub,
             bus,
             presence,
+            sessions,
+            auth: config.auth,
             rules,
             passwords: Arc::default(),
             told,

@@ -31,6 +31,7 @@ fn encode_frame(bencher: Bencher<'_, '_>, size: usize) {
 fn encode_live_frame(bencher: Bencher<'_, '_>) {
     let members = format!(r#""room":"lobby","id":"x","content":"{}""#, "x".repeat(128));
     let envelope = Envelope::pack(Parts {
+        frame: Default::default(),
         author: author(),
         id: MessageId::random(),
         sender: ConnectionId::random(),

@@ -1,12 +1,14 @@
 //! An entry of a room's log, as it is kept in the log and passed between gateways.
 //!
-//! The bytes hold everything of a `message` frame but its `epoch` and `seq`, which the log gives.
+//! The bytes hold everything of a `message`, `direct` or `notification` frame but its `epoch` and `seq`,
+//! which the log gives.
 //! A gateway that receives an entry parses no JSON: it puts the two numbers in front of the stored
 //! members and has the frame its clients get.
 //!
 //! ```text
 //! byte 0        version, 2
-//! byte 1        flags: bit 0 binary payload, bit 1 the sender wants no copy
+//! byte 1        flags: bit 0 binary payload, bit 1 the sender wants no copy,
+//!               bits 2 and 3 the frame's type: 0 `message`, 1 `direct`, 2 `notification`
 //! bytes 2..10   author: who sent it, as a hash of the user's id
 //! bytes 10..26  message id; with the author it is what ids are told apart by
 //! bytes 26..42  connection that sent it
@@ -30,6 +32,7 @@ const VERSION: u8 = 2;
 const HEADER_BYTES: usize = 46;
 const BINARY: u8 = 1;
 const NO_ECHO: u8 = 1 << 1;
+const FRAME_SHIFT: u8 = 2;
 
 /// An entry without its position. Cheap to clone.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,12 +44,42 @@ pub struct Envelope(Bytes);
 pub struct Author([u8; 8]);
 
 impl Author {
+    /// As it stands in an envelope.
+    pub fn as_bytes(&self) -> &[u8; 8] {
+        &self.0
+    }
+
     /// The author `user`.
     pub fn of(user: &UserId) -> Self {
         let digest = Sha1::digest(user.as_str().as_bytes());
         let mut author = [0; 8];
         author.copy_from_slice(&digest[..8]);
         Self(author)
+    }
+}
+
+/// The type of the frame that readers get.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum FrameType {
+    /// `message`, of a room.
+    #[default]
+    Message,
+    /// `direct`, of an inbox.
+    Direct,
+    /// `notification`, of an inbox.
+    Notification,
+}
+
+impl FrameType {
+    const ALL: [Self; 3] = [Self::Message, Self::Direct, Self::Notification];
+
+    /// As it stands in `type`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Message => "message",
+            Self::Direct => "direct",
+            Self::Notification => "notification",
+        }
     }
 }
 
@@ -61,6 +94,8 @@ pub struct InvalidEnvelope;
 /// What an envelope is made of.
 #[derive(Clone, Copy, Debug)]
 pub struct Parts<'a> {
+    /// What its readers get.
+    pub frame: FrameType,
     /// Who sent it.
     pub author: Author,
     /// The message's id.
@@ -82,7 +117,8 @@ impl Envelope {
         let mut bytes = BytesMut::with_capacity(HEADER_BYTES + parts.members.len() + payload.len());
         bytes.put_u8(VERSION);
         let binary = if parts.binary.is_some() { BINARY } else { 0 };
-        bytes.put_u8(binary | if parts.echo { 0 } else { NO_ECHO });
+        let echo = if parts.echo { 0 } else { NO_ECHO };
+        bytes.put_u8(binary | echo | (parts.frame as u8) << FRAME_SHIFT);
         bytes.put_slice(&parts.author.0);
         bytes.put_slice(parts.id.0.as_bytes());
         bytes.put_slice(parts.sender.0.as_bytes());
@@ -100,10 +136,28 @@ impl Envelope {
     pub fn from_bytes(bytes: Bytes) -> Result<Self, InvalidEnvelope> {
         let envelope = Self(bytes);
         let header = envelope.0.get(..HEADER_BYTES).ok_or(InvalidEnvelope)?;
-        if header[0] != VERSION || envelope.0.len() < HEADER_BYTES + envelope.members_len() {
+        if header[0] != VERSION
+            || usize::from(header[1] >> FRAME_SHIFT) >= FrameType::ALL.len()
+            || envelope.0.len() < HEADER_BYTES + envelope.members_len()
+        {
             return Err(InvalidEnvelope);
         }
         Ok(envelope)
+    }
+
+    /// What its readers get.
+    pub fn frame_type(&self) -> FrameType {
+        FrameType::ALL[usize::from(self.0[1] >> FRAME_SHIFT)]
+    }
+
+    /// Whether `author` sent it.
+    pub fn is_by(&self, author: Author) -> bool {
+        self.0[2..10] == author.0
+    }
+
+    /// The frame's JSON members without braces, `type`, `epoch` and `seq`.
+    pub fn members(&self) -> &[u8] {
+        self.members_and_payload().0
     }
 
     /// The packed bytes.
@@ -141,7 +195,7 @@ impl Envelope {
     /// The JSON text that stands in `history`: the whole frame, a binary one in base64.
     pub fn json(&self, position: &Position) -> String {
         let (members, payload) = self.members_and_payload();
-        let mut json = opening(position, REPLAY);
+        let mut json = self.opening(position, REPLAY);
         json.push_str(&String::from_utf8_lossy(members));
         if self.is_binary() {
             json.push_str(r#","encoding":"base64","content":""#);
@@ -153,7 +207,7 @@ impl Envelope {
     }
 
     fn frame(&self, position: &Position, replay: &str) -> Bytes {
-        let opening = opening(position, replay);
+        let opening = self.opening(position, replay);
         let (members, payload) = self.members_and_payload();
         if !self.is_binary() {
             return codec::encode(Opcode::Text, &[opening.as_bytes(), members, b"}"]);
@@ -162,6 +216,14 @@ impl Envelope {
         let header_len = header_len.to_be_bytes();
         let parts = [&header_len, opening.as_bytes(), members, b"}", payload];
         codec::encode(Opcode::Binary, &parts)
+    }
+
+    fn opening(&self, position: &Position, replay: &str) -> String {
+        let (Position { epoch, seq }, kind) = (position, self.frame_type().as_str());
+        if epoch.is_none() {
+            return format!(r#"{{"type":"{kind}","#);
+        }
+        format!(r#"{{"type":"{kind}","epoch":"{epoch}","seq":{seq},{replay}"#)
     }
 
     fn is_binary(&self) -> bool {
@@ -185,14 +247,6 @@ impl Envelope {
 
 const REPLAY: &str = r#""replay":true,"#;
 
-fn opening(position: &Position, replay: &str) -> String {
-    let Position { epoch, seq } = position;
-    if epoch.is_none() {
-        return r#"{"type":"message","#.to_owned();
-    }
-    format!(r#"{{"type":"message","epoch":"{epoch}","seq":{seq},{replay}"#)
-}
-
 /// The largest binary payload whose frame still fits into `frame_bytes_max` in base64, beside a
 /// header of `members_bytes`.
 pub fn binary_bytes_max(frame_bytes_max: usize, members_bytes: usize) -> usize {
@@ -210,6 +264,7 @@ mod tests {
 
     fn pack(binary: Option<&[u8]>) -> Envelope {
         Envelope::pack(Parts {
+            frame: FrameType::Message,
             author: Author::of(&"ann".parse().unwrap()),
             id: MessageId(Uuid::from_u128(1)),
             sender: ConnectionId(Uuid::from_u128(2)),
@@ -249,6 +304,25 @@ mod tests {
     }
 
     #[test]
+    fn an_entry_of_an_inbox_has_another_type() {
+        let envelope = Envelope::pack(Parts {
+            frame: FrameType::Direct,
+            author: Author::of(&"ann".parse().unwrap()),
+            id: MessageId(Uuid::nil()),
+            sender: ConnectionId(Uuid::nil()),
+            echo: true,
+            members: r#""to":"bob""#,
+            binary: None,
+        });
+        let json = br#"{"type":"direct","epoch":"e1","seq":7,"to":"bob"}"#;
+        assert_eq!(&envelope.live_frame(&position())[2..], json);
+        assert!(envelope.is_by(Author::of(&"ann".parse().unwrap())));
+        let mut unknown = envelope.as_bytes().to_vec();
+        unknown[1] |= 3 << FRAME_SHIFT;
+        assert!(Envelope::from_bytes(unknown.into()).is_err());
+    }
+
+    #[test]
     fn what_was_packed_is_read_back() {
         let envelope = pack(None);
         let again = Envelope::from_bytes(envelope.as_bytes().clone()).unwrap();
@@ -266,6 +340,7 @@ mod tests {
         let size = binary_bytes_max(1_000, members.len());
         let payload = vec![0; size];
         let envelope = Envelope::pack(Parts {
+            frame: FrameType::Message,
             author: Author::of(&"ann".parse().unwrap()),
             id: MessageId(Uuid::nil()),
             sender: ConnectionId(Uuid::nil()),

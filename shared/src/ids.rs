@@ -66,7 +66,8 @@ macro_rules! name {
 }
 
 name! {
-    /// The name of a room.
+    /// The name of a room. What has no other name but that of a user is a room too, which no client
+    /// can name: see [`RoomKind`].
     RoomId, InvalidRoomId, "a room is 1 to 128 of A-Z a-z 0-9 _ . : @ -",
     |text| made_of(text, 128, |b| matches!(b, b'_' | b'.' | b':' | b'@' | b'-'))
 }
@@ -100,6 +101,56 @@ impl From<&UserId> for DisplayName {
         } else {
             Self(id.0[..NAME_CHARS_MAX].into())
         }
+    }
+}
+
+/// What a room is for. The sign that stands in front of a user's id is none that a room may have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RoomKind {
+    /// Users join it by its name.
+    Joined,
+    /// A user's inbox: the log of what is for this user alone. All connections of the user are in it.
+    Inbox,
+    /// Whether a user is connected: those who watch the user are in it. It has no log.
+    Status,
+}
+
+const INBOX: char = '=';
+const STATUS: char = '+';
+
+impl RoomId {
+    /// The inbox of a user.
+    pub fn inbox_of(user: &UserId) -> Self {
+        Self(format!("{INBOX}{user}").into())
+    }
+
+    /// Where it is told whether a user is connected.
+    pub fn status_of(user: &UserId) -> Self {
+        Self(format!("{STATUS}{user}").into())
+    }
+
+    /// What the room is for.
+    pub fn kind(&self) -> RoomKind {
+        match self.0.as_bytes().first() {
+            Some(b'=') => RoomKind::Inbox,
+            Some(b'+') => RoomKind::Status,
+            _ => RoomKind::Joined,
+        }
+    }
+
+    /// The room as clients name it; `None` for an inbox and the like, which have no name there.
+    pub fn named(&self) -> Option<Self> {
+        (self.kind() == RoomKind::Joined).then(|| self.clone())
+    }
+
+    /// The name without the sign in front: the room's own, or the id of its user.
+    pub fn bare(&self) -> &str {
+        self.0.strip_prefix([INBOX, STATUS]).unwrap_or(&self.0)
+    }
+
+    /// Whose inbox or status it is.
+    pub fn user(&self) -> Option<UserId> {
+        (self.kind() != RoomKind::Joined).then(|| UserId(self.bare().into()))
     }
 }
 
@@ -164,6 +215,32 @@ impl<'de> Deserialize<'de> for MessageId {
     }
 }
 
+/// The id of a session, which outlives its connections. It is no secret: see
+/// [`ResumeToken`](crate::token::ResumeToken).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct SessionId(pub Uuid);
+
+impl SessionId {
+    /// A new random id (UUID version 4).
+    pub fn random() -> Self {
+        Self(Uuid::new_v4())
+    }
+}
+
+impl fmt::Display for SessionId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.as_hyphenated().fmt(f)
+    }
+}
+
+impl FromStr for SessionId {
+    type Err = uuid::Error;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Uuid::try_parse(text).map(Self)
+    }
+}
+
 /// The id of one connection, made by the gateway that holds it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct ConnectionId(pub Uuid);
@@ -199,6 +276,19 @@ mod tests {
         for bad in ["", "a b", "a/b", "a|b", "ä", "a\n", "a{b}"] {
             check_room(bad, false);
         }
+    }
+
+    #[test]
+    fn no_client_can_name_what_is_of_one_user() {
+        let bob: UserId = "bob|1".parse().unwrap();
+        let (inbox, status) = (RoomId::inbox_of(&bob), RoomId::status_of(&bob));
+        assert_eq!((inbox.kind(), status.kind()), (RoomKind::Inbox, RoomKind::Status));
+        for room in [&inbox, &status] {
+            assert!(room.as_str().parse::<RoomId>().is_err() && room.named().is_none());
+            assert_eq!((room.bare(), room.user()), ("bob|1", Some(bob.clone())));
+        }
+        let room: RoomId = "u:bob".parse().unwrap();
+        assert_eq!((room.kind(), room.bare(), room.user()), (RoomKind::Joined, "u:bob", None));
     }
 
     #[test]

@@ -1,10 +1,13 @@
-//! What a token says: who the user is, until when, and which rooms are open to it.
+//! What a token says: who the user is, until when, and which rooms are open to it. And the token by
+//! which a session is resumed.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, fmt, str::FromStr};
 
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use serde::{Deserialize, Deserializer, Serialize};
+use uuid::Uuid;
 
-use crate::ids::RoomId;
+use crate::ids::{RoomId, SessionId, UserId};
 
 /// The claims of a JWT that this protocol reads. Others are ignored.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -61,9 +64,76 @@ impl RoomGrants {
     }
 }
 
+/// What a client presents to resume its session: a secret, the session, and its user. Written in
+/// base64url without padding, so that it can stand in a query and among subprotocols; opaque to clients.
+#[derive(Clone, PartialEq, Eq)]
+pub struct ResumeToken {
+    /// 128 random bits.
+    pub secret: [u8; 16],
+    /// The session.
+    pub session: SessionId,
+    /// Whose it is.
+    pub user: UserId,
+}
+
+/// The text is no resume token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("not a resume token")]
+pub struct InvalidResumeToken;
+
+impl fmt::Debug for ResumeToken {
+    /// Without the secret.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ResumeToken of {} ({})", self.session, self.user)
+    }
+}
+
+impl fmt::Display for ResumeToken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let parts = [&self.secret[..], self.session.0.as_bytes(), self.user.as_str().as_bytes()];
+        f.write_str(&URL_SAFE_NO_PAD.encode(parts.concat()))
+    }
+}
+
+impl FromStr for ResumeToken {
+    type Err = InvalidResumeToken;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        // The longest user id has 128 bytes.
+        if text.len() > 512 {
+            return Err(InvalidResumeToken);
+        }
+        let bytes = URL_SAFE_NO_PAD.decode(text).map_err(|_| InvalidResumeToken)?;
+        let (secret, rest) = bytes.split_first_chunk::<16>().ok_or(InvalidResumeToken)?;
+        let (session, user) = rest.split_first_chunk::<16>().ok_or(InvalidResumeToken)?;
+        let user = std::str::from_utf8(user).ok().and_then(|user| user.parse().ok());
+        Ok(Self {
+            secret: *secret,
+            session: SessionId(Uuid::from_bytes(*session)),
+            user: user.ok_or(InvalidResumeToken)?,
+        })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_resume_token_reads_back_and_hides_its_secret() {
+        let user: UserId = "x".repeat(128).parse().unwrap();
+        let token = ResumeToken { secret: [0xA5; 16], session: SessionId(Uuid::nil()), user };
+        let text = token.to_string();
+        assert!(
+            text.len() <= 512
+                && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b))
+        );
+        assert_eq!(text.parse(), Ok(token.clone()));
+        assert!(!format!("{token:?}").contains("165"));
+        for bad in ["", "x", "AAAA", &text[..40], &"A".repeat(513)] {
+            assert_eq!(bad.parse::<ResumeToken>(), Err(InvalidResumeToken), "{bad}");
+        }
+    }
 
     #[track_caller]
     fn check(grants: &str, room: &str, expected: Option<Access>) {

@@ -17,12 +17,14 @@ use shared::{
 use tokio::time::Instant;
 
 mod registry;
+mod sessions;
 
 use registry::Registered;
+use sessions::Stored;
 
 use super::{
-    Append, Appended, BoxFuture, Bus, BusError, HEAD_TTL, Mailboxes, READ_BYTES_MAX, Range,
-    Retention, random_epoch, registry::RegistryOptions,
+    Append, Appended, BoxFuture, Bus, BusError, Kept, Mailboxes, READ_BYTES_MAX, Range, Retention,
+    random_epoch, registry::RegistryOptions, sessions::SessionOptions,
 };
 use crate::{
     delivery::{Entry, Followed, Token, ordinal, page::Page},
@@ -42,8 +44,10 @@ const SWEEP_EVERY: Duration = Duration::from_secs(30);
 pub struct MemoryBus {
     rooms: Arc<Mutex<Rooms>>,
     registered: Arc<Mutex<Registered>>,
+    stored: Arc<Mutex<Stored>>,
     retention: Arc<Retention>,
     empty_ttl: Duration,
+    session_ttl: Duration,
     mailboxes: Mailboxes,
 }
 
@@ -63,6 +67,8 @@ struct Log {
     /// The ordinal of the epoch that the last deletion began, 0 for none.
     deleted: u64,
     top: Seq,
+    /// Of an inbox: up to where it is acknowledged.
+    acked: Seq,
     entries: VecDeque<(Instant, Entry)>,
     bytes: u64,
     ids: Ids,
@@ -82,14 +88,17 @@ impl MemoryBus {
     pub fn start(
         retention: Retention,
         registry: &RegistryOptions,
+        sessions: &SessionOptions,
         mailboxes: Mailboxes,
         tasks: &Tasks,
     ) -> Self {
         let bus = Self {
             rooms: Arc::default(),
             registered: Arc::default(),
+            stored: Arc::default(),
             retention: Arc::new(retention),
             empty_ttl: registry.empty_ttl,
+            session_ttl: sessions.ttl,
             mailboxes,
         };
         let (sweeper, stopped) = (bus.clone(), tasks.stopped().clone());
@@ -108,19 +117,20 @@ impl MemoryBus {
 
     fn sweep(&self, now: Instant) {
         self.registered.lock().sweep(self.empty_ttl, now);
-        let Retention { ttl, dedup_window, .. } = *self.retention;
+        self.stored.lock().sweep(self.session_ttl);
+        let dedup_window = self.retention.dedup_window;
         let mut guard = self.rooms.lock();
         let rooms = &mut *guard;
         let Rooms { logs, followed, .. } = rooms;
         logs.retain(|room, log| {
-            let idle = now - log.used;
+            let (idle, kept) = (now - log.used, self.retention.of(room));
             log.ids.turn(dedup_window, now);
-            if idle > ttl {
+            if idle > kept.ttl {
                 log.entries = VecDeque::new();
                 log.bytes = 0;
             }
             // A log nobody wrote to has given no number that could be given twice.
-            followed.contains(room) || (log.top > 0 && idle <= HEAD_TTL.max(ttl))
+            followed.contains(room) || (log.top > 0 && idle <= kept.head_ttl())
         });
         Self::make_room(rooms, self.retention.memory_bytes_max);
         let kept: HashSet<RoomId> = rooms.logs.keys().cloned().collect();
@@ -185,7 +195,7 @@ impl MemoryBus {
         };
         log.bytes += entry.bytes() as u64;
         log.entries.push_back((now, entry.clone()));
-        log.trim(&self.retention, now);
+        log.trim(&self.retention, self.retention.of(&append.room), now);
         *bytes = (*bytes + log.cost()).saturating_sub(before);
         if followed.contains(&append.room) {
             self.mailboxes.put(append.room.clone(), entry);
@@ -193,13 +203,22 @@ impl MemoryBus {
         Appended { position, duplicate: false }
     }
 
-    fn read_now(&self, room: RoomId, range: Range, now: Instant) -> Page {
-        let Rooms { logs, bytes, .. } = &mut *self.rooms.lock();
-        let log = logs.entry(room).or_insert_with(|| {
-            *bytes += LOG_BYTES;
+    fn read_now(&self, room: &RoomId, range: Range, now: Instant) -> Page {
+        self.rooms.lock().log_at(room, now).page(range)
+    }
+}
+
+impl Rooms {
+    /// A room's log; an empty one where there is none.
+    fn log(&mut self, room: &RoomId) -> &mut Log {
+        self.log_at(room, Instant::now())
+    }
+
+    fn log_at(&mut self, room: &RoomId, now: Instant) -> &mut Log {
+        self.logs.entry(room.clone()).or_insert_with(|| {
+            self.bytes += LOG_BYTES;
             Log::new(now)
-        });
-        log.page(range)
+        })
     }
 }
 
@@ -230,7 +249,7 @@ impl Bus for MemoryBus {
     }
 
     fn read(&self, room: RoomId, range: Range) -> BoxFuture<Result<Page, BusError>> {
-        let page = self.read_now(room, range, Instant::now());
+        let page = self.read_now(&room, range, Instant::now());
         Box::pin(std::future::ready(Ok(page)))
     }
 
@@ -274,6 +293,7 @@ impl Log {
             epoch: epoch.parse().expect("made of the allowed letters"),
             deleted: 0,
             top: 0,
+            acked: 0,
             entries: VecDeque::new(),
             bytes: 0,
             ids: Ids { newer: HashMap::new(), older: HashMap::new(), turned: now },
@@ -288,9 +308,9 @@ impl Log {
     }
 
     /// Forgets the oldest entries past retention.
-    fn trim(&mut self, retention: &Retention, now: Instant) {
+    fn trim(&mut self, retention: &Retention, kept: Kept, now: Instant) {
         while let Some((since, oldest)) = self.entries.front() {
-            let above = self.entries.len() > retention.entries_min as usize;
+            let above = self.entries.len() > kept.entries_min as usize;
             let old = now - *since > retention.window;
             let large = self.bytes > retention.bytes_max && self.entries.len() > 1;
             if !(above && old || large) {

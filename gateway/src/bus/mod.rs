@@ -27,7 +27,7 @@ use std::{
 
 use shared::{
     envelope::Envelope,
-    ids::RoomId,
+    ids::{RoomId, RoomKind},
     position::{Position, Seq},
 };
 use tokio::{
@@ -44,6 +44,7 @@ pub mod home;
 pub mod memory;
 pub mod redis;
 pub mod registry;
+pub mod sessions;
 pub mod standing;
 pub mod tail;
 
@@ -184,16 +185,53 @@ pub const READ_BYTES_MAX: usize = 256 * 1024;
 pub struct Retention {
     /// Entries kept however old they are, within `ttl` and `bytes_max`.
     pub entries_min: u32,
+    /// How long a log without new entries is kept.
+    pub ttl: Duration,
+    /// The same two of inboxes.
+    pub inboxes: Kept,
     /// How long further entries are kept: a reader that stalls or reconnects comes back within.
     pub window: Duration,
     /// The most bytes of a log; the oldest entries go first.
     pub bytes_max: u64,
     /// The most that all logs take where they are in a node's own memory.
     pub memory_bytes_max: u64,
-    /// How long a log without new entries is kept.
-    pub ttl: Duration,
     /// How long the id of a message is known.
     pub dedup_window: Duration,
+}
+
+/// How long logs of a kind are kept.
+#[derive(Clone, Copy, Debug)]
+pub struct Kept {
+    /// Entries kept however old they are, within `ttl` and `bytes_max`.
+    pub entries_min: u32,
+    /// How long a log without new entries is kept.
+    pub ttl: Duration,
+}
+
+impl Default for Kept {
+    /// What holds for inboxes where nothing else is configured.
+    fn default() -> Self {
+        Self { entries_min: 1000, ttl: Duration::from_secs(30 * 24 * 60 * 60) }
+    }
+}
+
+impl Kept {
+    /// How long epoch and number are kept after the last entry.
+    pub fn head_ttl(self) -> Duration {
+        HEAD_TTL.max(self.ttl)
+    }
+}
+
+impl Retention {
+    /// What holds for a room's log.
+    pub fn of(&self, room: &RoomId) -> Kept {
+        match room.kind() {
+            RoomKind::Inbox => self.inboxes,
+            RoomKind::Joined | RoomKind::Status => {
+                Kept { entries_min: self.entries_min, ttl: self.ttl }
+            }
+        }
+    }
 }
 
 /// How long epoch and number of a log are kept after its entries have gone, so that numbers are
@@ -336,7 +374,8 @@ impl Mailboxes {
     pub fn notify(&self, room: RoomId, notice: Notice) {
         let shard = self.shard_of(&room);
         let letters = &self.shards[shard].letters;
-        let is_spare = !matches!(notice, Notice::Presence(_) | Notice::Closed { .. });
+        let is_spare =
+            matches!(notice, Notice::Typing { .. } | Notice::Read { .. } | Notice::Message(_));
         if is_spare && letters.capacity() < letters.max_capacity() / 4 {
             self.metrics.notices_dropped.inc();
             return;

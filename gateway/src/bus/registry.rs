@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use shared::{
     envelope::Envelope,
-    ids::{ConnectionId, DisplayName, RoomId, UserId},
+    ids::{ConnectionId, DisplayName, RoomId, SessionId, UserId},
     position::Seq,
     protocol::answer::{ClosedReason, Person},
 };
@@ -155,6 +155,15 @@ pub struct Change {
     pub left: Vec<UserId>,
 }
 
+/// Whether a user is connected.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Status {
+    /// To any node.
+    pub online: bool,
+    /// When the user did something last, where that is known.
+    pub active: Option<Millis>,
+}
+
 /// What is passed on in a room beside entries of its log; at most once.
 #[derive(Clone, Debug)]
 pub enum Notice {
@@ -176,6 +185,15 @@ pub enum Notice {
         /// The connection that said so.
         by: ConnectionId,
     },
+    /// A connection has taken a session over, and the one before is to end. In an inbox.
+    Replaced {
+        /// The session.
+        session: SessionId,
+        /// The connection that has it now.
+        by: ConnectionId,
+    },
+    /// Whether the user is connected has changed. In the user's status.
+    Status,
     /// A message of a room without a log.
     Message(Envelope),
     /// The room is no more.
@@ -276,6 +294,10 @@ pub trait Registry: Send + Sync {
     /// Who is connected to any node: at most `limit` whose ids follow `after`. `None` where this node is
     /// the only one, and knows best itself.
     fn online(&self, after: String, limit: usize) -> BoxFuture<Result<Option<Online>, BusError>>;
+
+    /// Whether users are connected to any node; of a single node, when they were, since it knows best
+    /// itself whether they are.
+    fn statuses(&self, users: Vec<UserId>) -> BoxFuture<Result<Vec<Status>, BusError>>;
 
     /// Notes how far a user has read, and passes it on where that is further than before.
     fn mark(&self, room: RoomId, user: UserId, seq: Seq, by: ConnectionId);

@@ -116,6 +116,7 @@ pub(crate) mod samples {
     /// The entry `seq` of `epoch`, with an id made of the number.
     pub(crate) fn entry(epoch: &str, seq: Seq) -> Entry {
         let envelope = Envelope::pack(Parts {
+            frame: Default::default(),
             author: Author::of(&"ann".parse().unwrap()),
             id: MessageId(Uuid::from_u128(u128::from(seq))),
             sender: ConnectionId(Uuid::nil()),

@@ -19,7 +19,7 @@ use crate::{
     bus::Bus,
     drain::Tasks,
     limits::{Counts, Paces, Rate},
-    session::{Services, auth::Auth},
+    session::Services,
     telemetry::metrics::Metrics,
     transport::{Heartbeat, echo::EchoMode, wheel::Wheel},
 };
@@ -38,8 +38,6 @@ mod upgrade;
 /// What the HTTP side is told by the configuration.
 #[derive(Clone)]
 pub struct HttpOptions {
-    /// How clients are told apart.
-    pub auth: Auth,
     /// The cookie a token may come in.
     pub auth_cookie: String,
     /// Which pages of other origins may connect.

@@ -22,13 +22,14 @@ use shared::{
     close::CloseCode,
     codec::extension::Deflate,
     error::ErrorCode,
-    ids::{ConnectionId, RoomId, UserId},
-    position::Position,
+    ids::{ConnectionId, RoomId, SessionId, UserId},
+    position::{InvalidPosition, Position},
     protocol::{
         PASSWORD_BYTES_MAX,
-        answer::{Answer, Connected, Refusal},
+        answer::{Answer, Connected, Inbox, Refusal},
         request::{JOIN_HISTORY_MAX, Join, history_default},
     },
+    token::ResumeToken,
 };
 use tokio::{net::TcpStream, time::Instant};
 
@@ -41,12 +42,17 @@ use super::{
     listen::TcpPlace,
 };
 use crate::{
-    hub::member::Subscriber,
+    bus::sessions::{self, About, Opened, SecretDigest},
+    hub::{
+        NotFollowed,
+        join::{Admission, Start},
+        member::{Owner, Subscriber},
+    },
     limits::{Place, address_key},
     outbox::{Close, Outbox, deflate::Deflating},
     session::{
-        Request, Session,
-        auth::{Credentials, Identity},
+        Request, Services, Session,
+        auth::{Auth, Credentials, Identity},
     },
     telemetry::metrics::Handshake,
     transport::{
@@ -63,6 +69,15 @@ enum Endpoint {
     Chat,
     Room(Result<Join, &'static str>),
     Echo,
+}
+
+/// What a client asks for in its query and headers, beside who it is.
+struct Wishes {
+    /// `?session=` or the subprotocol `session.<token>`.
+    session: Option<ResumeToken>,
+    /// `?inbox=`: what this device has of the inbox.
+    inbox: Option<Result<Position, InvalidPosition>>,
+    json_ping: bool,
 }
 
 /// What a connection holds as long as it lives, so that limits count it.
@@ -153,12 +168,19 @@ fn upgrade(
 
     let offered = subprotocols(&parts.headers);
     let route = route(ends);
+    let session = || offered.iter().find_map(|offer| offer.strip_prefix("session."));
     let opening = Box::new(Opening {
         credentials: credentials(&node, &parts.headers, params, &offered),
+        wishes: Wishes {
+            session: param(params, "session").or_else(session).and_then(|text| text.parse().ok()),
+            inbox: param(params, "inbox").map(str::parse),
+            json_ping: param(params, "ping") == Some("json"),
+        },
         endpoint,
         deflate: handshake.deflate,
         route: route.clone(),
-        json_ping: param(params, "ping") == Some("json"),
+        address: client_address(ends.peer.ip(), &parts.headers, &node.options.trusted_proxies),
+        user_agent: user_agent(&parts.headers),
         places,
     });
     node.clone().tasks.spawn_connection(async move {
@@ -370,18 +392,41 @@ fn credentials(
     }
 }
 
+/// What a client calls itself, as far as that is kept.
+fn user_agent(headers: &HeaderMap) -> Option<Box<str>> {
+    const CHARS_MAX: usize = 200;
+    let text = headers.get(header::USER_AGENT)?.to_str().ok()?;
+    Some(text.chars().take(CHARS_MAX).collect::<String>().into())
+}
+
 /// A connection between its 101 and its first frame.
 struct Opening {
     credentials: Credentials,
+    wishes: Wishes,
     endpoint: Endpoint,
     deflate: Option<Deflate>,
     route: String,
-    json_ping: bool,
+    address: std::net::IpAddr,
+    user_agent: Option<Box<str>>,
     places: Places,
 }
 
+/// A client that is let in.
+struct Entered {
+    identity: Identity,
+    /// Its place among the connections of its user.
+    place: Place<UserId>,
+    opened: Opened,
+    /// The secret of its session.
+    secret: [u8; 16],
+    about: Arc<About>,
+}
+
+/// Why a client is not let in after its handshake: the close code and the reason.
+type Refused = (CloseCode, String);
+
 /// A connection that is to be served, and what it holds of the limits.
-struct Opened {
+struct Served {
     connection: Connection,
     _places: Places,
     _user: Option<Place<UserId>>,
@@ -393,63 +438,60 @@ impl Opening {
         node: Arc<Node>,
         socket: TcpStream,
         early: Vec<u8>,
-    ) -> Box<Opened> {
+    ) -> Box<Served> {
         let limits = &node.options.limits;
         let deflating = self.deflate.zip(node.options.deflate_bytes_min);
         let deflating =
             deflating.map(|(deflate, bytes_min)| Deflating { window: deflate.window(), bytes_min });
         let outbox = Outbox::to_socket(socket, limits.outbox_bytes_max, node.metrics.clone())
             .deflating(deflating);
-        let mut subscriber = Subscriber::new(ConnectionId::random(), outbox);
-        let identified = node.options.auth.identify(&self.credentials);
-        if let Ok(identity) = &identified {
-            subscriber = subscriber.of(identity.user.id.clone());
-        }
-        let subscriber = Arc::new(subscriber);
+        let subscriber = Subscriber::new(ConnectionId::random(), outbox);
         let options = transport::Options {
             message_bytes_max: limits.message_bytes_max,
             heartbeat: node.options.heartbeat.clone(),
-            json_ping: self.json_ping,
+            json_ping: self.wishes.json_ping,
         };
-        let opened = |handler, places, user| {
+        let served = |subscriber, handler, places, user| {
             let (wheel, metrics) = (node.wheel.clone(), node.metrics.clone());
-            let subscriber = subscriber.clone();
             let connection = Connection::new(subscriber, handler, options, wheel, metrics, early);
-            Box::new(Opened { connection, _places: places, _user: user })
+            Box::new(Served { connection, _places: places, _user: user })
         };
         if let Endpoint::Echo = self.endpoint {
-            return opened(Handler::Echo(Echo { mode: node.options.echo }), self.places, None);
+            let echo = Handler::Echo(Echo { mode: node.options.echo });
+            return served(Arc::new(subscriber), echo, self.places, None);
         }
 
-        let user = match &identified {
-            Ok(identity) => {
-                let id = identity.user.id.clone();
-                node.state.by_user.enter(id, limits.connections_per_user)
-            }
-            Err(_) => None,
-        };
-        let refused = match &identified {
-            Err(error) => Some(error.to_string()),
-            Ok(_) if user.is_none() => Some("too_many_connections".to_owned()),
-            Ok(_) => None,
-        };
-        let identity = match (refused, identified) {
-            (None, Ok(identity)) => identity,
-            (reason, _) => {
-                let (code, reason) = (CloseCode::Policy.number(), reason.unwrap_or_default());
-                subscriber.outbox.close(Close { code, reason });
-                return opened(Handler::Echo(Echo { mode: EchoMode::Off }), self.places, None);
+        let entered = match self.enter(&node, subscriber.connection).await {
+            Ok(entered) => entered,
+            Err((code, reason)) => {
+                subscriber.outbox.close(Close { code: code.number(), reason });
+                let nobody = Handler::Echo(Echo { mode: EchoMode::Off });
+                return served(Arc::new(subscriber), nobody, self.places, None);
             }
         };
-
-        let (id, user_id) = (subscriber.connection, identity.user.id.clone());
-        tracing::debug!(connection = %id, user = %user_id, "connected");
+        let (id, user) = (subscriber.connection, entered.identity.user.clone());
+        tracing::debug!(connection = %id, user = %user.id, "connected");
+        let subscriber = Arc::new(subscriber.of(Owner {
+            user: user.id.clone(),
+            session: entered.opened.session,
+            since: entered.opened.at,
+            about: entered.about.clone(),
+        }));
         // When the client hears `connected` everybody can see that its user is.
         let (presence, wait) = (&node.services.presence, node.services.limits.wait_max);
-        let online = presence.appear(&identity.user, wait).await;
-        subscriber.answer(&connected(&node, &identity, &subscriber, self.route));
-        let session = Session::new(node.services.clone(), identity, subscriber.clone(), online);
-        let mut opened = opened(Handler::Chat(Box::new(session)), self.places, user);
+        let online = presence.appear(&user, wait).await;
+        subscriber.answer(&connected(&node, &entered, &subscriber, self.route));
+        let Entered { identity, place, opened: Opened { session, inbox, .. }, .. } = entered;
+        let follows = follow_inbox(&node, &subscriber, &user.id, inbox, self.wishes.inbox);
+        if tokio::time::timeout(wait, follows).await.is_err() {
+            // It comes back, to this node or one that hears.
+            let (code, reason) = (CloseCode::Overload.number(), "unavailable".to_owned());
+            subscriber.outbox.close(Close { code, reason });
+        }
+        let services = node.services.clone();
+        let session = Session::new(services, identity, session, subscriber.clone(), online);
+        let chat = Handler::Chat(Box::new(session));
+        let mut opened = served(subscriber.clone(), chat, self.places, Some(place));
         if let Endpoint::Room(join) = self.endpoint {
             subscriber.outbox.flush();
             let joined = join_at_once(&node, &mut opened.connection, &subscriber, join).await;
@@ -464,9 +506,89 @@ impl Opening {
         }
         opened
     }
+
+    /// Finds out who the client is, and gives it its session. In anonymous mode a session tells the
+    /// user, where the client does not.
+    async fn enter(&self, node: &Node, connection: ConnectionId) -> Result<Entered, Refused> {
+        let Services { auth, .. } = &*node.services;
+        let token = self.wishes.session.as_ref();
+        if let (Auth::Anonymous, None, Some(token)) = (auth, &self.credentials.user, token) {
+            let user = Some(token.user.to_string());
+            let credentials = Credentials { user, ..self.credentials.clone() };
+            let mut entered = self.enter_as(node, connection, &credentials).await?;
+            if let Some(before) = &entered.opened.resumed {
+                if self.credentials.name.is_none() {
+                    entered.identity.user.name = before.name.clone();
+                }
+                return Ok(entered);
+            }
+        }
+        self.enter_as(node, connection, &self.credentials).await
+    }
+
+    async fn enter_as(
+        &self,
+        node: &Node,
+        connection: ConnectionId,
+        credentials: &Credentials,
+    ) -> Result<Entered, Refused> {
+        let Services { auth, sessions, limits, .. } = &*node.services;
+        let policy = |reason: String| (CloseCode::Policy, reason);
+        let identity = auth.identify(credentials).map_err(|error| policy(error.to_string()))?;
+        let user = identity.user.id.clone();
+        let place =
+            node.state.by_user.enter(user.clone(), node.options.limits.connections_per_user);
+        let place = place.ok_or_else(|| policy("too_many_connections".to_owned()))?;
+
+        let about = Arc::new(About {
+            name: identity.user.name.clone(),
+            node: node.id.clone(),
+            address: self.address,
+            user_agent: self.user_agent.clone(),
+        });
+        let session = SessionId::random();
+        let fresh = ResumeToken { secret: rand::random(), session, user: user.clone() };
+        let presented = self.wishes.session.as_ref().filter(|token| token.user == user);
+        let opening = sessions.open(sessions::Opening {
+            user,
+            connection,
+            resume: presented.map(|token| (token.session, SecretDigest::of(token))),
+            fresh: (session, SecretDigest::of(&fresh)),
+            about: about.clone(),
+        });
+        match tokio::time::timeout(limits.wait_max, opening).await {
+            Ok(Ok(opened)) => {
+                let token = presented.filter(|_| opened.resumed.is_some()).unwrap_or(&fresh);
+                let secret = token.secret;
+                Ok(Entered { identity, place, opened, secret, about })
+            }
+            _ => Err((CloseCode::Overload, "unavailable".to_owned())),
+        }
+    }
 }
 
-impl Opened {
+/// Has a connection given what its device lacks of the inbox, and what comes.
+async fn follow_inbox(
+    node: &Node,
+    subscriber: &Arc<Subscriber>,
+    user: &UserId,
+    inbox: Inbox,
+    device: Option<Result<Position, InvalidPosition>>,
+) -> Result<(), NotFollowed> {
+    if let Some(Err(_)) = device {
+        let text = "`inbox` is <epoch>:<seq>; the acknowledged position is taken";
+        node.metrics.errors.of(ErrorCode::BadRequest).inc();
+        subscriber.answer(&Answer::Error(Refusal::new(ErrorCode::BadRequest, text)));
+    }
+    // What has expired unread was told of by `connected`.
+    let unread = inbox.acked.max(inbox.oldest - 1).min(inbox.seq);
+    let since = device.and_then(Result::ok).unwrap_or(Position::new(inbox.epoch, unread));
+    let (room, start) = (RoomId::inbox_of(user), Start::Behind(since, unread));
+    let hub = &node.services.hub;
+    hub.join(room, subscriber.clone(), None, start, Admission::default()).await
+}
+
+impl Served {
     async fn serve(mut self: Box<Self>, node: &Node) {
         node.metrics.connections.inc();
         let code = self.connection.run(node.tasks.leaving()).await;
@@ -503,13 +625,19 @@ async fn join_at_once(
 
 fn connected(
     node: &Node,
-    identity: &Identity,
+    entered: &Entered,
     subscriber: &Subscriber,
     route: String,
 ) -> Answer<Box<serde_json::value::RawValue>> {
+    let Entered { identity, opened, secret, .. } = entered;
+    let user = identity.user.clone();
+    let token = ResumeToken { secret: *secret, session: opened.session, user: user.id.clone() };
     Answer::Connected(Box::new(Connected {
         connection_id: subscriber.connection,
-        user: identity.user.clone(),
+        user,
+        session: token.to_string(),
+        session_id: opened.session,
+        resumed: opened.resumed.is_some(),
         node: node.id.clone(),
         route,
         protocol: SUBPROTOCOL.to_owned(),
@@ -518,5 +646,6 @@ fn connected(
         heartbeat_interval: node.options.heartbeat.interval.as_secs(),
         dedup_window: node.options.dedup_window.as_secs(),
         max_message_size: node.options.limits.message_bytes_max,
+        inbox: opened.inbox.clone(),
     }))
 }

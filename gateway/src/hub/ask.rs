@@ -49,6 +49,7 @@ impl Shard {
         self.compare(rooms);
         self.note_if_settled();
         self.read_rosters(self.rooms.keys().cloned().collect());
+        self.doubt_statuses();
     }
 
     /// A room was proven whole since the last doubt, or is not followed any more.

@@ -63,6 +63,9 @@ pub enum Start {
     Newest(u32),
     /// From behind a position.
     Since(Position),
+    /// As `Since`, of an inbox: all that follows comes as entries, and there is no `joined`. Where the
+    /// position cannot be gone on from, `reset` is told and it goes on behind a number.
+    Behind(Position, Seq),
 }
 
 /// What is to be done for a join.
@@ -89,7 +92,7 @@ impl Join {
     fn newest(&self) -> u32 {
         match self.start {
             Start::Newest(count) => count,
-            Start::Since(_) => history_default(),
+            Start::Since(_) | Start::Behind(..) => history_default(),
         }
     }
 }
@@ -112,6 +115,10 @@ impl Room {
             let _ = join.done.send(());
             return Step::Done;
         }
+        if let Start::Behind(since, or) = &join.start {
+            let (since, or) = (since.clone(), *or);
+            return self.join_behind(join, since, or, turn);
+        }
         let Some(since) = join.since().cloned() else { return self.join_newest(join, turn) };
         let until = match self.follow.resume(&since) {
             Resume::Until(until) => until,
@@ -129,6 +136,41 @@ impl Room {
             None => return Step::Read(join, Range::After { seq: since.seq, limit: READ_LEN }),
         };
         self.enter_since(join, since, until, entries, ResumeSource::Ring, turn)
+    }
+
+    /// Lets a connection in that is given all behind `since` as entries, or behind `or`.
+    fn join_behind(&mut self, join: Join, since: Position, or: Seq, turn: &mut Turn) -> Step {
+        let Some(top) = self.follow.top().cloned() else { return Step::Wait(join) };
+        let lost = match self.follow.resume(&since) {
+            Resume::Until(_) => None,
+            Resume::Unknown(_) if !join.refreshed => {
+                return Step::Wait(Join { refreshed: true, ..join });
+            }
+            Resume::Unknown(NotRecovered::LogTrimmed) => Some(NotRecovered::LogTrimmed),
+            Resume::Unknown(_) => Some(NotRecovered::LogLost),
+        };
+        let mut member = Member::at(join.subscriber.clone(), since, Pace::Live);
+        if let Some(reason) = lost {
+            let at = Position::new(top.epoch.clone(), or.min(top.seq));
+            member.reset(&self.name, &at, reason, turn);
+        } else {
+            turn.metrics.resumes.of(ResumeSource::Ring).inc();
+        }
+        self.admit(member, join.done, turn);
+        Step::Done
+    }
+
+    /// Makes a connection a member that was given everything up to its cursor.
+    fn admit(&mut self, mut member: Member, done: oneshot::Sender<()>, turn: &mut Turn) {
+        let live = self.follow.top() == Some(&member.cursor);
+        turn.touch(&member.subscriber);
+        // Who has given up meanwhile sends a call behind this one that takes it back.
+        let _ = done.send(());
+        if !live {
+            member.subscriber.outbox.lag(self.name.clone());
+        }
+        member.pace = if live { Pace::Live } else { Pace::Behind };
+        self.add(member);
     }
 
     /// Answers a join with what was read of the log for it.
@@ -241,20 +283,10 @@ impl Room {
         more: bool,
         turn: &mut Turn,
     ) -> Step {
-        let live = self.follow.top() == Some(&cursor);
         self.send_joined(&join, at, history, more);
         let Join { subscriber, admission, done, .. } = join;
-        turn.touch(&subscriber);
-        // Who has given up meanwhile sends a call behind this one that takes it back.
-        let _ = done.send(());
-        if !live {
-            subscriber.outbox.lag(self.name.clone());
-        }
-        let pace = if live { Pace::Live } else { Pace::Behind };
-        self.add(Member {
-            knows: admission.entered.version,
-            ..Member::at(subscriber, cursor, pace)
-        });
+        let member = Member::at(subscriber, cursor, Pace::Live);
+        self.admit(Member { knows: admission.entered.version, ..member }, done, turn);
         Step::Done
     }
 

@@ -14,7 +14,7 @@ use serde_json::value::RawValue;
 use shared::{
     codec::{self, Opcode},
     envelope::Envelope,
-    ids::{ConnectionId, MessageId, RoomId, UserId},
+    ids::{ConnectionId, MessageId, RoomId, SessionId, UserId},
     position::Position,
     protocol::{
         Ref,
@@ -24,7 +24,11 @@ use shared::{
 use smallvec::SmallVec;
 
 use crate::{
-    bus::{registry::Version, standing::Standing},
+    bus::{
+        registry::Version,
+        sessions::{About, Micros},
+        standing::Standing,
+    },
     delivery::{Entry, follow::Keep},
     outbox::{Offer, Outbox, deflate::Deflating},
     telemetry::metrics::Metrics,
@@ -35,8 +39,8 @@ use crate::{
 pub struct Subscriber {
     /// Its id.
     pub connection: ConnectionId,
-    /// Whose it is.
-    user: Option<UserId>,
+    /// Whose it is, and since when. Diagnostic connections have nobody.
+    owner: Option<Owner>,
     /// Where its frames go.
     pub outbox: Outbox,
     /// How many publishes were handed on and not answered.
@@ -45,11 +49,26 @@ pub struct Subscriber {
     placed_acks: Mutex<BTreeMap<(RoomId, MessageId), PlacedAck>>,
 }
 
+/// Whose a connection is.
+#[derive(Debug)]
+pub struct Owner {
+    /// The user.
+    pub user: UserId,
+    /// The session.
+    pub session: SessionId,
+    /// When it was opened, by the clock that orders are given by.
+    pub since: Micros,
+    /// What is told of it.
+    pub about: Arc<About>,
+}
+
 /// An `ack` that is to stand in the place of a copy.
 #[derive(Clone, Debug)]
 pub struct PlacedAck {
     /// The `ref` of the message.
     pub reference: Option<Ref>,
+    /// Who a `direct` is for.
+    pub to: Option<UserId>,
     /// When it was taken.
     pub timestamp: String,
     state: PlacedState,
@@ -67,15 +86,15 @@ enum PlacedState {
 
 impl PlacedAck {
     /// An `ack` whose entry is on its way.
-    pub fn new(reference: Option<Ref>, timestamp: String) -> Self {
-        Self { reference, timestamp, state: PlacedState::Open }
+    pub fn new(reference: Option<Ref>, to: Option<UserId>, timestamp: String) -> Self {
+        Self { reference, to, timestamp, state: PlacedState::Open }
     }
 
     /// The `ack`. Out of its place it says `duplicate`, since only then a client leaves its cursor
     /// where it is.
     fn at(
         self,
-        room: RoomId,
+        room: &RoomId,
         id: MessageId,
         position: Position,
         duplicate: bool,
@@ -83,7 +102,8 @@ impl PlacedAck {
         Answer::Ack(Box::new(Ack {
             reference: self.reference,
             id,
-            room,
+            room: room.named(),
+            to: self.to,
             epoch: position.epoch,
             seq: position.seq,
             timestamp: self.timestamp,
@@ -98,17 +118,22 @@ impl Subscriber {
         #[cfg(feature = "defects")]
         crate::defect::connect();
         let (unanswered, placed_acks) = (0.into(), Mutex::default());
-        Self { connection, user: None, outbox, unanswered, placed_acks }
+        Self { connection, owner: None, outbox, unanswered, placed_acks }
     }
 
-    /// The same, of `user`.
-    pub fn of(self, user: UserId) -> Self {
-        Self { user: Some(user), ..self }
+    /// The same, of a user.
+    pub fn of(self, owner: Owner) -> Self {
+        Self { owner: Some(owner), ..self }
+    }
+
+    /// Whose it is.
+    pub fn owner(&self) -> Option<&Owner> {
+        self.owner.as_ref()
     }
 
     /// Whether it is `user`'s.
     pub fn is_of(&self, user: &UserId) -> bool {
-        self.user.as_ref() == Some(user)
+        self.owner.as_ref().is_some_and(|owner| owner.user == *user)
     }
 
     /// A publish is handed on, and its answer is to come.
@@ -162,7 +187,7 @@ impl Subscriber {
             }
         };
         if let Some(ack) = released {
-            self.answer(&ack.at(key.0, id, position, true));
+            self.answer(&ack.at(&key.0, id, position, true));
         }
     }
 
@@ -175,7 +200,7 @@ impl Subscriber {
             }
             match std::mem::replace(&mut ack.state, PlacedState::Released) {
                 PlacedState::Appended(position) => {
-                    released.push(ack.clone().at(room.clone(), *id, position, true));
+                    released.push(ack.clone().at(room, *id, position, true));
                     false
                 }
                 PlacedState::Open | PlacedState::Released => true,
@@ -194,7 +219,7 @@ impl Subscriber {
         let key = (room.clone(), entry.envelope.id());
         let placed = self.placed_acks.lock();
         let ack = placed.get(&key)?.clone();
-        Some(text_frame(&ack.at(key.0, key.1, entry.position.clone(), false)))
+        Some(text_frame(&ack.at(&key.0, key.1, entry.position.clone(), false)))
     }
 }
 
@@ -424,7 +449,7 @@ impl Member {
     ) {
         self.subscriber.release_acks(room);
         self.subscriber.answer(&Answer::Reset(Reset {
-            room: room.clone(),
+            room: room.named(),
             epoch: position.epoch.clone(),
             seq: position.seq,
             reason,

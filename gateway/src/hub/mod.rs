@@ -28,7 +28,7 @@ use tokio::{
 use crate::{
     bus::{
         Bus, BusError, Letters, Mailboxes,
-        registry::{Details, Snapshot},
+        registry::{Details, Snapshot, Status},
     },
     delivery::page::Page,
     drain::Tasks,
@@ -45,6 +45,7 @@ mod budget;
 mod lingering;
 mod shard;
 mod ask;
+mod status;
 pub mod people;
 
 use join::{Admission, Join, Start};
@@ -109,6 +110,20 @@ enum Call {
         after: String,
         limit: usize,
         answer: oneshot::Sender<Vec<UserId>>,
+    },
+    Watch {
+        user: UserId,
+        subscriber: Arc<Subscriber>,
+        /// Whether it is told at once, as the answer to what.
+        asks: Option<Option<Ref>>,
+    },
+    Unwatch {
+        user: UserId,
+        connection: ConnectionId,
+    },
+    Statuses {
+        users: Vec<UserId>,
+        statuses: Vec<Status>,
     },
     AskPresence {
         room: RoomId,
@@ -229,6 +244,21 @@ impl Hub {
         let (answer, answered) = oneshot::channel();
         self.call(room.clone(), Call::UsersBehind { room, after, limit, answer }).await;
         answered.await.unwrap_or_default()
+    }
+
+    /// Has a connection told whether a user is connected: now, where it `asks`, and on every change.
+    pub async fn watch(
+        &self,
+        user: UserId,
+        subscriber: Arc<Subscriber>,
+        asks: Option<Option<Ref>>,
+    ) {
+        self.call(RoomId::status_of(&user), Call::Watch { user, subscriber, asks }).await;
+    }
+
+    /// Ends that.
+    pub async fn unwatch(&self, user: UserId, connection: ConnectionId) {
+        self.call(RoomId::status_of(&user), Call::Unwatch { user, connection }).await;
     }
 
     /// Sends a member `presence`: exactly who is present as far as members here were told, when that

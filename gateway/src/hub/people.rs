@@ -9,8 +9,9 @@ use std::{
 
 use serde_json::value::RawValue;
 use shared::{
+    close::CloseCode,
     error::ErrorCode,
-    ids::{ConnectionId, RoomId, UserId},
+    ids::{ConnectionId, RoomId, RoomKind, SessionId, UserId},
     position::{Epoch, Position, Seq},
     protocol::{
         Ref,
@@ -25,13 +26,14 @@ use tokio::time::Instant;
 use super::{
     Call,
     ask::READ_AGAIN,
-    member::{Frames, Shared, Subscriber, Turn, text_frame},
+    member::{Frames, Member, Shared, Subscriber, Turn, text_frame},
     room::Room,
     shard::Shard,
 };
 use crate::{
     bus::registry::{Detail, Details, Entered, Millis, Notice, Snapshot, millis_now},
     delivery::{Entry, Token},
+    outbox::Close,
     presence::roster::{Move, Roster},
 };
 
@@ -134,10 +136,22 @@ impl Room {
                     member.pass(&mut frames, turn);
                 }
             }
+            Notice::Replaced { session, by } => self.end_replaced(session, by),
             // The shard does that.
-            Notice::Closed { .. } => {}
+            Notice::Closed { .. } | Notice::Status => {}
         }
         false
+    }
+
+    /// Ends the connection that had a session which another has taken over.
+    fn end_replaced(&self, session: SessionId, by: ConnectionId) {
+        for Member { subscriber, .. } in &self.members {
+            let has_it = subscriber.owner().is_some_and(|owner| owner.session == session);
+            if has_it && subscriber.connection != by {
+                let (code, reason) = (CloseCode::SessionReplaced.number(), String::new());
+                subscriber.outbox.close(Close { code, reason });
+            }
+        }
     }
 
     fn tell(
@@ -354,6 +368,9 @@ impl Shard {
         if self.fenced {
             return;
         }
+        if let Notice::Status = notice {
+            return self.status_changed(name);
+        }
         let individual_max = self.presence.options().individual_max;
         let Some(room) = self.rooms.get_mut(name) else { return };
         let read = room.hear(notice, individual_max, &mut self.turn);
@@ -397,7 +414,9 @@ impl Shard {
     pub(super) fn read_rosters(&mut self, mut names: Vec<RoomId>) {
         names.sort_unstable();
         names.retain(|name| {
-            self.rooms.get_mut(name).is_some_and(|room| room.people.roster.begin_read())
+            // Of an inbox it is known who is there.
+            name.kind() == RoomKind::Joined
+                && self.rooms.get_mut(name).is_some_and(|room| room.people.roster.begin_read())
         });
         if names.is_empty() {
             return;

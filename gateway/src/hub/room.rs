@@ -6,10 +6,12 @@
 
 use std::collections::{HashMap, VecDeque};
 
+use serde::Deserialize;
 use shared::{
-    ids::{ConnectionId, RoomId},
+    envelope::FrameType,
+    ids::{ConnectionId, RoomId, UserId},
     position::Position,
-    protocol::answer::NotRecovered,
+    protocol::answer::{NotRecovered, Person},
 };
 use tokio::time::Instant;
 
@@ -86,6 +88,11 @@ impl Obey for Handing<'_> {
     fn entry(&mut self, entry: &Entry) {
         self.turn.standing.seen(entry);
         let mut frames = Frames::live(self.name, entry);
+        if let Some(partner) = partner_in(self.name, entry) {
+            // Its connection's task has the partner watched.
+            let status = RoomId::status_of(&partner);
+            self.members.iter().for_each(|member| member.subscriber.outbox.lag(status.clone()));
+        }
         for member in self.members.iter_mut().filter(|member| member.pace == Pace::Live) {
             member.give(&mut frames, self.turn);
         }
@@ -114,6 +121,21 @@ impl Obey for Handing<'_> {
     fn orphan(&mut self, entry: &Entry) {
         self.turn.orphans.push((self.name.clone(), entry.envelope.clone()));
     }
+}
+
+/// Who has sent the direct that an entry of an inbox is; nobody, where it is the inbox' own user or is
+/// none.
+fn partner_in(inbox: &RoomId, entry: &Entry) -> Option<UserId> {
+    #[derive(Deserialize)]
+    struct Members {
+        from: Person,
+    }
+    if entry.envelope.frame_type() != FrameType::Direct {
+        return None;
+    }
+    let members = [b"{", entry.envelope.members(), b"}"].concat();
+    let from = serde_json::from_slice::<Members>(&members).ok()?.from.id;
+    (inbox.bare() != from.as_str()).then_some(from)
 }
 
 impl Room {

@@ -9,7 +9,7 @@ use std::{
 
 use bytes::Bytes;
 use shared::{
-    ids::{ConnectionId, RoomId},
+    ids::{ConnectionId, RoomId, UserId},
     protocol::answer::{Answer, Left},
 };
 use tokio::{
@@ -25,6 +25,7 @@ use super::{
     lingering::Lingering,
     member::{Subscriber, Turn},
     room::Room,
+    status::Watched,
 };
 use crate::{
     bus::{Bus, Doubt, Letter, Letters},
@@ -89,6 +90,10 @@ pub(super) struct Shard {
     pub(super) people_due: BTreeSet<(Instant, RoomId)>,
     /// When rosters in which some may be missing are read again.
     pub(super) rosters_again: Option<Instant>,
+    /// Users whose status somebody here wants to know.
+    pub(super) watched: Watched,
+    /// Those of whom it is to be read.
+    pub(super) statuses_due: Vec<UserId>,
 }
 
 impl Shard {
@@ -132,6 +137,8 @@ impl Shard {
             members: 0,
             people_due: BTreeSet::new(),
             rosters_again: None,
+            watched: Watched::default(),
+            statuses_due: Vec::new(),
         }
     }
 
@@ -191,6 +198,7 @@ impl Shard {
                 self.take(call);
             }
             self.look_at_people(begun);
+            self.read_statuses();
             self.append_orphans();
             self.turn.finish();
             if worth_timing {
@@ -210,6 +218,9 @@ impl Shard {
                 // Who asked may have gone.
                 let _ = answer.send(self.users_behind(&room, &after, limit));
             }
+            Call::Watch { user, subscriber, asks } => self.watch(user, subscriber, asks),
+            Call::Unwatch { user, connection } => self.unwatch(&user, connection),
+            Call::Statuses { users, statuses } => self.take_statuses(users, statuses),
             Call::AskPresence { room, asks } => self.ask_presence(&room, asks),
             Call::Rosters { rooms, snapshots } => self.take_rosters(rooms, snapshots),
             Call::Compared { rooms, fence, heads } => self.compared(rooms, fence, &heads),
@@ -393,8 +404,10 @@ impl Shard {
     fn give_up(&mut self, name: &RoomId, subscriber: &Arc<Subscriber>) {
         let Some(room) = self.rooms.get_mut(name) else { return };
         if room.remove(subscriber.connection) {
-            subscriber.answer(&Answer::Left(Left { reference: None, room: name.clone() }));
-            self.turn.touch(subscriber);
+            if let Some(room) = name.named() {
+                subscriber.answer(&Answer::Left(Left { reference: None, room, reason: None }));
+                self.turn.touch(subscriber);
+            }
             self.note_if_idle(name);
         }
     }
@@ -424,6 +437,7 @@ impl Shard {
             }
         }
         self.look_at_rosters(now);
+        self.forget_unwatched();
         self.forget_ids();
         let mut members = 0;
         for room in self.rooms.values_mut() {

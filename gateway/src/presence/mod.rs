@@ -29,7 +29,8 @@ use crate::{
     bus::{
         BoxFuture, BusError,
         registry::{
-            Detail, EnterError, Entered, Millis, Online, Place, Registry, Rules, Seat, millis_now,
+            Detail, EnterError, Entered, Millis, Online, Place, Registry, Rules, Seat, Status,
+            millis_now,
         },
     },
     drain::Tasks,
@@ -359,6 +360,23 @@ impl Presence {
         };
         let users = here.by_ref().take(limit).map(detail).collect();
         Ok(Online { users, count: seats.connected, more: here.next().is_some() })
+    }
+
+    /// Whether users are connected to any node, and when each did something last.
+    ///
+    /// # Errors
+    ///
+    /// [`BusError`], where the other nodes cannot be asked.
+    pub async fn statuses(&self, users: Vec<UserId>) -> Result<Vec<Status>, BusError> {
+        let mut statuses = self.registry.statuses(users.clone()).await?;
+        let seats = self.seats.lock();
+        for (user, status) in users.iter().zip(&mut statuses) {
+            if let Some(seated) = seats.get(&Place::Cluster, user) {
+                let active = seated.active.load(Relaxed);
+                *status = Status { online: true, active: status.active.max(Some(active)) };
+            }
+        }
+        Ok(statuses)
     }
 
     /// When a user did something last at a place of this node.

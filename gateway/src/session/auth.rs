@@ -11,6 +11,7 @@ use std::{
 use jsonwebtoken::{Algorithm, DecodingKey, Validation};
 use rand::{RngExt as _, distr::Alphanumeric};
 use shared::{
+    error::ErrorCode,
     ids::{DisplayName, RoomId, UserId},
     protocol::answer::Person,
     token::{Access, Claims, RoomGrants},
@@ -90,6 +91,23 @@ impl Auth {
         match self {
             Self::Anonymous => anonymous(credentials),
             Self::Jwt(key) => key.identify(credentials.token.as_deref()),
+        }
+    }
+}
+
+impl Auth {
+    /// Who a client is that brings another token.
+    ///
+    /// # Errors
+    ///
+    /// What the `error` says.
+    pub fn identify_again(&self, token: &str) -> Result<Identity, (ErrorCode, &'static str)> {
+        match self {
+            Self::Anonymous => Err((ErrorCode::BadRequest, "this gateway takes no tokens")),
+            Self::Jwt(key) => key.identify(Some(token)).map_err(|error| match error {
+                AuthError::TokenExpired => (ErrorCode::Unauthorized, "the token has ended"),
+                _ => (ErrorCode::Unauthorized, "the token is not a good one"),
+            }),
         }
     }
 }

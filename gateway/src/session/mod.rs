@@ -5,6 +5,7 @@
 //! [`Request`] that the connection's task performs before it takes the next frame.
 
 use std::{
+    collections::BTreeSet,
     sync::{Arc, LazyLock},
     time::{Duration, SystemTime},
 };
@@ -13,13 +14,13 @@ use serde_json::value::RawValue;
 use shared::{
     envelope::Author,
     error::ErrorCode,
-    ids::RoomId,
+    ids::{RoomId, RoomKind, SessionId, UserId},
     protocol::{
         Ref,
         answer::{Ack, Answer, BusState, Pong, Refusal, Status},
         request::{
-            Body, CreateRoom, History, Join, Message, Presence as Who, Read, Request as Frame,
-            Rooms, Typing,
+            Body, CreateRoom, History, Join, Message, Presence as Who, Read, Recipient, Refresh,
+            Request as Frame, Rooms, SessionSet, Typing, Users,
         },
     },
     token::Access,
@@ -31,6 +32,7 @@ use crate::{
     bus::{
         Appended, BoxFuture, Bus, BusError,
         registry::{Notice, Record, millis_now},
+        sessions::Sessions,
         standing::Told,
     },
     hub::{
@@ -46,10 +48,11 @@ use crate::{
 };
 
 pub mod auth;
+mod directs;
 mod perform;
 mod rooms;
 
-use auth::Identity;
+use auth::{Auth, Identity};
 
 /// What sessions share.
 pub struct Services {
@@ -61,6 +64,10 @@ pub struct Services {
     pub bus: Arc<dyn Bus>,
     /// Who is where.
     pub presence: Arc<Presence>,
+    /// Where sessions are kept.
+    pub sessions: Arc<dyn Sessions>,
+    /// How clients are told apart.
+    pub auth: Auth,
     /// What holds for rooms.
     pub rules: Arc<RoomRules>,
     /// Passwords of rooms.
@@ -82,6 +89,8 @@ pub struct SessionLimits {
     pub frames: Rate,
     /// Rooms at a time.
     pub rooms_max: usize,
+    /// Users watched at a time.
+    pub watches_max: usize,
     /// How long a frame may wait for the bus.
     pub wait_max: Duration,
 }
@@ -91,7 +100,12 @@ pub struct Session {
     services: Arc<Services>,
     identity: Identity,
     author: Author,
+    session: SessionId,
+    /// The user's, which this connection is in as long as it lives.
+    inbox: RoomId,
     subscriber: Arc<Subscriber>,
+    /// Whose status it is told.
+    watching: BTreeSet<UserId>,
     /// The user is connected as long as this is there.
     online: Stay,
     /// In the order of their names.
@@ -115,6 +129,16 @@ pub enum Request {
     History(Option<Ref>, History),
     /// `presence`
     Presence(Option<Ref>, Who),
+    /// `watch`
+    Watch(Option<Ref>, Users),
+    /// `unwatch`
+    Unwatch(Users),
+    /// Nothing that was asked for: a direct was sent to this user.
+    Meet(UserId),
+    /// `session_get`, and with data `session_set`
+    Session(Option<Ref>, Option<SessionSet>),
+    /// `refresh`
+    Refresh(Option<Ref>, Refresh),
     /// `create_room`; the record has no hash yet where there is a password.
     CreateRoom(Option<Ref>, RoomId, Box<Record>, Option<String>),
     /// `delete_room`
@@ -146,14 +170,18 @@ impl Session {
     pub fn new(
         services: Arc<Services>,
         identity: Identity,
+        session: SessionId,
         subscriber: Arc<Subscriber>,
         online: Stay,
     ) -> Self {
         Self {
             services,
             author: Author::of(&identity.user.id),
+            inbox: RoomId::inbox_of(&identity.user.id),
             identity,
+            session,
             subscriber,
+            watching: BTreeSet::new(),
             online,
             rooms: Vec::new(),
             joining: None,
@@ -203,8 +231,13 @@ impl Session {
         };
         let reference = frame.reference;
         if let Body::Message(message) = &frame.body {
-            self.message(reference, message, now);
-            return None;
+            let taken = self.message(reference, message, now);
+            return match &message.to {
+                Recipient::User(user) if taken && !self.watching.contains(user) => {
+                    Some(Request::Meet(user.clone()))
+                }
+                _ => None,
+            };
         }
         if let Err(wait) = self.frames.take(self.services.limits.frames, now) {
             self.refuse(rate_limited(reference, frame.body.kind(), wait));
@@ -222,6 +255,15 @@ impl Session {
             Body::Leave(leave) => return Some(Request::Leave(reference, leave.room)),
             Body::History(history) => return Some(Request::History(reference, history)),
             Body::Presence(who) => return Some(Request::Presence(reference, who)),
+            Body::Watch(users) => return Some(Request::Watch(reference, users)),
+            Body::Unwatch(users) => return Some(Request::Unwatch(users)),
+            Body::SessionGet => return Some(Request::Session(reference, None)),
+            Body::SessionSet(set) => return Some(Request::Session(reference, Some(set))),
+            Body::Refresh(refresh) => return Some(Request::Refresh(reference, refresh)),
+            Body::Ack(ack) => {
+                let user = self.identity.user.id.clone();
+                self.services.sessions.acknowledge(user, ack.epoch, ack.seq);
+            }
             Body::CreateRoom(create) => return self.create_room(reference, create),
             Body::DeleteRoom(delete) => return Some(Request::DeleteRoom(reference, delete.room)),
             Body::RoomInfo(info) => return Some(Request::RoomInfo(reference, info.room)),
@@ -308,15 +350,15 @@ impl Session {
     /// connection can be looked after meanwhile; its output goes to [`Session::finish`].
     pub fn perform(&mut self, request: Request) -> BoxFuture<Performed> {
         let (services, subscriber) = (self.services.clone(), self.subscriber.clone());
-        let user = &self.identity.user;
+        let user = self.identity.user.clone();
         let asked = |reference| perform::Asked { services, subscriber, reference };
+        let answered: BoxFuture<_> = Box::pin(std::future::ready(Performed::Answered));
         match request {
             Request::Join(reference, join) => match self.may_join(reference.as_ref(), &join.room) {
                 Ok(()) => {
                     self.joining = Some(join.room.clone());
                     let again =
                         self.stay_in(&join.room).map(|stay| (stay.still(), stay.look_again()));
-                    let user = self.identity.user.clone();
                     Box::pin(perform::join(asked(reference), join, user, again))
                 }
                 Err(refusal) => {
@@ -330,16 +372,52 @@ impl Session {
                 }
                 Box::pin(perform::leave(asked(reference), room))
             }
-            Request::History(reference, history) => {
-                if self.in_room(reference.as_ref(), "history", &history.room) {
-                    return Box::pin(perform::history(asked(reference), history));
+            Request::History(reference, history) => match (history.room.clone(), &history.with) {
+                (Some(room), _) if !self.in_room(reference.as_ref(), "history", &room) => answered,
+                (Some(room), _) => Box::pin(perform::history(asked(reference), room, history)),
+                (None, Some(with)) => {
+                    let (user, with) = (user.id, with.clone());
+                    Box::pin(directs::history(asked(reference), user, with, history))
                 }
-                Box::pin(std::future::ready(Performed::Answered))
+                // It names one of them.
+                (None, None) => answered,
+            },
+            Request::Watch(reference, Users { users }) => {
+                let more = users.iter().filter(|user| !self.watching.contains(*user));
+                let more = more.collect::<BTreeSet<_>>().len();
+                let watches_max = self.services.limits.watches_max;
+                if self.watching.len() + more > watches_max {
+                    let text = format!("at most {watches_max} users are watched at a time");
+                    let code = ErrorCode::LimitReached;
+                    self.refuse(refusal(reference, "watch", None, code, &text));
+                    return answered;
+                }
+                self.watching.extend(users.iter().cloned());
+                Box::pin(directs::watch(asked(reference), users))
             }
-            Request::Presence(reference, who) => match &who.room {
-                Some(room) if !self.in_room(reference.as_ref(), "presence", room) => {
-                    Box::pin(std::future::ready(Performed::Answered))
+            Request::Unwatch(Users { mut users }) => {
+                users.retain(|user| self.watching.remove(user));
+                Box::pin(directs::unwatch(asked(None), users))
+            }
+            Request::Meet(user) => match self.may_watch(&user) {
+                true => Box::pin(directs::meet(asked(None), user)),
+                false => answered,
+            },
+            Request::Session(reference, set) => {
+                let (user, session) = (user.id, self.session);
+                Box::pin(directs::session(asked(reference), user, session, set))
+            }
+            Request::Refresh(reference, refresh) => match self.refresh(&refresh) {
+                Ok((expires_at, left)) => {
+                    Box::pin(perform::refreshed(asked(reference), expires_at, left))
                 }
+                Err((code, text)) => {
+                    self.refuse(refusal(reference, "refresh", None, code, text));
+                    answered
+                }
+            },
+            Request::Presence(reference, who) => match &who.room {
+                Some(room) if !self.in_room(reference.as_ref(), "presence", room) => answered,
                 Some(room) => {
                     let room = room.clone();
                     Box::pin(perform::presence_in(asked(reference), room, who.cursor, who.limit))
@@ -350,10 +428,10 @@ impl Session {
                 Box::pin(rooms::create(asked(reference), room, *record, password))
             }
             Request::DeleteRoom(reference, room) => {
-                Box::pin(rooms::delete(asked(reference), room, user.id.clone()))
+                Box::pin(rooms::delete(asked(reference), room, user.id))
             }
             Request::RoomInfo(reference, room) => {
-                let (user, is_member) = (user.id.clone(), self.stay_in(&room).is_some());
+                let (user, is_member) = (user.id, self.stay_in(&room).is_some());
                 let is_open = self.identity.access(&room).is_some();
                 Box::pin(rooms::info(asked(reference), room, user, is_member, is_open))
             }
@@ -412,9 +490,44 @@ impl Session {
         let connection = self.subscriber.connection;
         let rooms = std::mem::take(&mut self.rooms);
         // A join that was not waited for to its end may have succeeded.
-        for room in rooms.iter().filter_map(Stay::room).chain(&self.joining) {
-            self.services.hub.leave(room.clone(), connection, None).await;
+        let hub = &self.services.hub;
+        for room in rooms.iter().filter_map(Stay::room).chain(&self.joining).chain([&self.inbox]) {
+            hub.leave(room.clone(), connection, None).await;
         }
+        for user in std::mem::take(&mut self.watching) {
+            hub.unwatch(user, connection).await;
+        }
+        let user = self.identity.user.id.clone();
+        self.services.sessions.close(user, self.session, connection);
+    }
+
+    /// Notes that a user is watched because of what was said; not above the limit, and not twice.
+    fn may_watch(&mut self, user: &UserId) -> bool {
+        self.watching.len() < self.services.limits.watches_max && self.watching.insert(user.clone())
+    }
+
+    /// Takes another token. Returns when it ends, and the rooms that it does not allow any more.
+    fn refresh(
+        &mut self,
+        refresh: &Refresh,
+    ) -> Result<(SystemTime, Vec<RoomId>), (ErrorCode, &'static str)> {
+        let identity = self.services.auth.identify_again(&refresh.token)?;
+        if identity.user.id != self.identity.user.id {
+            return Err((ErrorCode::Forbidden, "the token is another user's"));
+        }
+        let expires_at = identity.expires_at.unwrap_or(SystemTime::UNIX_EPOCH);
+        self.identity = identity;
+        let (stays, gone) = std::mem::take(&mut self.rooms)
+            .into_iter()
+            .partition(|stay| stay.room().is_none_or(|room| self.identity.access(room).is_some()));
+        self.rooms = stays;
+        let leave = |stay: Stay| {
+            let room = stay.room().cloned();
+            stay.leave();
+            room
+        };
+        let gone: Vec<Stay> = gone;
+        Ok((expires_at, gone.into_iter().filter_map(leave).collect()))
     }
 
     /// The rooms in which this session is behind, if its outbox has room: each is to be given to
@@ -423,10 +536,16 @@ impl Session {
         self.subscriber.outbox.take_lagging()
     }
 
-    /// Has rooms continued.
-    pub async fn catch_up(&self, rooms: SmallVec<[RoomId; 1]>) {
+    /// Has rooms continued, and those watched with whom this connection has begun to talk.
+    pub async fn catch_up(&mut self, rooms: SmallVec<[RoomId; 1]>) {
         for room in rooms {
-            self.services.hub.catch_up(room, self.subscriber.connection).await;
+            match room.user().filter(|_| room.kind() == RoomKind::Status) {
+                None => self.services.hub.catch_up(room, self.subscriber.connection).await,
+                Some(user) if self.may_watch(&user) => {
+                    self.services.hub.watch(user, self.subscriber.clone(), None).await;
+                }
+                Some(_) => {}
+            }
         }
     }
 
@@ -436,30 +555,33 @@ impl Session {
         self.answer(&Answer::Pong(Pong { reference, timestamp, original_timestamp }));
     }
 
-    fn message(&mut self, reference: Option<Ref>, message: &Message<'_>, now: Instant) {
-        let room = &message.room;
+    /// Takes a `message` or `direct`. Returns whether it was handed on.
+    fn message(&mut self, reference: Option<Ref>, message: &Message<'_>, now: Instant) -> bool {
+        let (kind, room) = (message.to.kind(), message.to.room());
         let refusal = |code, text: &str| Refusal {
             id: message.id,
-            ..refusal(reference.clone(), "message", Some(room), code, text)
+            ..refusal(reference.clone(), kind, room, code, text)
         };
         if let Err(wait) = self.messages.take(self.services.limits.messages, now) {
             let refused = Refusal {
-                room: Some(room.clone()),
+                room: room.cloned(),
                 id: message.id,
-                ..rate_limited(reference, "message", wait)
+                ..rate_limited(reference, kind, wait)
             };
             self.refuse(refused);
-            return;
+            return false;
         }
-        let Some(stay) = self.stay_in(room) else {
-            self.refuse(refusal(ErrorCode::NotJoined, "join the room first"));
-            return;
-        };
-        stay.touch();
         self.online.touch();
-        if self.identity.access(room) != Some(Access::ReadWrite) {
-            self.refuse(refusal(ErrorCode::Forbidden, "the token allows to read here only"));
-            return;
+        if let Some(room) = room {
+            let Some(stay) = self.stay_in(room) else {
+                self.refuse(refusal(ErrorCode::NotJoined, "join the room first"));
+                return false;
+            };
+            stay.touch();
+            if self.identity.access(room) != Some(Access::ReadWrite) {
+                self.refuse(refusal(ErrorCode::Forbidden, "the token allows to read here only"));
+                return false;
+            }
         }
         let receipt = Receipt::of(message);
         let sender = Sender {
@@ -471,10 +593,11 @@ impl Session {
             subscriber: self.subscriber.clone(),
             metrics: self.services.metrics.clone(),
             reference: reference.clone(),
-            room: room.clone(),
+            to: message.to.clone(),
+            log: room.unwrap_or(&self.inbox).clone(),
             receipt: receipt.clone(),
             echo: message.echo,
-            durable: self.services.rules.is_durable(room),
+            durable: room.is_none_or(|room| self.services.rules.is_durable(room)),
             placed: false,
         };
         outcome.expect();
@@ -485,7 +608,9 @@ impl Session {
         if let Err(error) = published {
             outcome.forget();
             self.refuse(refusal(ErrorCode::TooLarge, &error.to_string()));
+            return false;
         }
+        true
     }
 
     fn answer(&self, answer: &Answer<Box<RawValue>>) {
@@ -523,7 +648,9 @@ struct Outcome {
     subscriber: Arc<Subscriber>,
     metrics: Arc<Metrics>,
     reference: Option<Ref>,
-    room: RoomId,
+    to: Recipient,
+    /// Where the copy comes by, and the position is: the room, or the sender's inbox.
+    log: RoomId,
     receipt: Receipt,
     /// Whether the sender wants a copy.
     echo: bool,
@@ -538,8 +665,16 @@ impl Outcome {
     fn expect(&mut self) {
         self.subscriber.expect_answer();
         if !self.echo && self.durable {
-            let ack = PlacedAck::new(self.reference.clone(), self.receipt.timestamp.clone());
-            self.placed = self.subscriber.place_ack(&self.room, self.receipt.id, ack);
+            let (reference, timestamp) = (self.reference.clone(), self.receipt.timestamp.clone());
+            let ack = PlacedAck::new(reference, self.to_user(), timestamp);
+            self.placed = self.subscriber.place_ack(&self.log, self.receipt.id, ack);
+        }
+    }
+
+    fn to_user(&self) -> Option<UserId> {
+        match &self.to {
+            Recipient::Room(_) => None,
+            Recipient::User(user) => Some(user.clone()),
         }
     }
 
@@ -552,14 +687,14 @@ impl Outcome {
     /// Whether the `ack` is to be sent from here: it was never placed, or has not been sent from
     /// its place.
     fn unplace(&self) -> bool {
-        !self.placed || self.subscriber.unplace_ack(&self.room, self.receipt.id)
+        !self.placed || self.subscriber.unplace_ack(&self.log, self.receipt.id)
     }
 
     fn tell(self, result: Result<Appended, BusError>) {
         match result {
             // The hub sends the `ack` in the place of the copy.
             Ok(Appended { duplicate: false, position }) if self.placed => {
-                self.subscriber.appended(&self.room, self.receipt.id, position);
+                self.subscriber.appended(&self.log, self.receipt.id, position);
             }
             // A gateway's own repeat is told as a duplicate; its `ack` may have been sent. One that
             // should stand in the place of the copy and does not is one too: by any other a client
@@ -584,7 +719,8 @@ impl Outcome {
         self.subscriber.answer(&Answer::Ack(Box::new(Ack {
             reference: self.reference.clone(),
             id: self.receipt.id,
-            room: self.room.clone(),
+            room: self.to.room().cloned(),
+            to: self.to_user(),
             epoch: position.epoch,
             seq: position.seq,
             timestamp: self.receipt.timestamp.clone(),
@@ -607,7 +743,7 @@ impl Outcome {
         };
         let refusal = Refusal {
             id: Some(self.receipt.id),
-            ..refusal(self.reference.clone(), "message", Some(&self.room), code, text)
+            ..refusal(self.reference.clone(), self.to.kind(), self.to.room(), code, text)
         };
         let refusal = if code.is_retryable() { after(refusal, RETRY_AFTER) } else { refusal };
         self.metrics.errors.of(code).inc();

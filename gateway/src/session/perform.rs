@@ -1,6 +1,6 @@
 //! What has to wait for the hub or the bus. Each ends by its answer.
 
-use std::{future::ready, sync::Arc};
+use std::{future::ready, sync::Arc, time::SystemTime};
 
 use serde_json::value::RawValue;
 use shared::{
@@ -8,7 +8,7 @@ use shared::{
     ids::RoomId,
     protocol::{
         Ref,
-        answer::{Answer, History, Left, Person, Presence, Present},
+        answer::{Answer, History, Left, LeftReason, Person, Presence, Present, Refreshed},
         request,
     },
 };
@@ -139,7 +139,7 @@ async fn enter(
 
 pub(super) async fn leave(asked: Asked, room: RoomId) -> Performed {
     let Asked { services, subscriber, reference } = asked;
-    let left = text_frame(&Answer::Left(Left { reference, room: room.clone() }));
+    let left = text_frame(&Answer::Left(Left { reference, room: room.clone(), reason: None }));
     let connection = subscriber.connection;
     services.hub.leave(room, connection, Some((subscriber, left))).await;
     Performed::Answered
@@ -204,13 +204,40 @@ pub(super) async fn online(asked: Asked, cursor: Option<String>, limit: u32) -> 
     Performed::Answered
 }
 
-pub(super) async fn history(asked: Asked, wanted: request::History) -> Performed {
-    let (room, limit) = (wanted.room, wanted.limit);
-    let range = match (wanted.before, wanted.after) {
+/// The connection has another token, which does not allow some rooms any more.
+pub(super) async fn refreshed(
+    asked: Asked,
+    expires_at: SystemTime,
+    left: Vec<RoomId>,
+) -> Performed {
+    for room in left {
+        let reason = Some(LeftReason::Forbidden);
+        let answer =
+            text_frame(&Answer::Left(Left { reference: None, room: room.clone(), reason }));
+        let subscriber = asked.subscriber.clone();
+        asked
+            .services
+            .hub
+            .leave(room, subscriber.connection, Some((subscriber.clone(), answer)))
+            .await;
+    }
+    let (reference, expires_at) = (asked.reference.clone(), shared::timestamp(expires_at));
+    asked.answer(&Answer::Refreshed(Refreshed { reference, expires_at }));
+    Performed::Answered
+}
+
+/// The part of a log that a `history` asks for.
+pub(super) fn range_of(wanted: &request::History) -> Range {
+    let limit = wanted.limit;
+    match (wanted.before, wanted.after) {
         (_, Some(seq)) => Range::After { seq, limit },
         (Some(seq), None) => Range::Before { seq, limit },
         (None, None) => Range::Newest { limit },
-    };
+    }
+}
+
+pub(super) async fn history(asked: Asked, room: RoomId, wanted: request::History) -> Performed {
+    let range = range_of(&wanted);
     let read: BoxFuture<_> = if asked.services.rules.is_durable(&room) {
         asked.services.bus.read(room.clone(), range)
     } else {
@@ -244,5 +271,6 @@ fn answer(
         (messages, more)
     };
     let epoch = page.epoch.clone();
-    Answer::History(Box::new(History { reference, room, epoch, messages, more }))
+    let room = Some(room);
+    Answer::History(Box::new(History { reference, room, with: None, epoch, messages, more }))
 }

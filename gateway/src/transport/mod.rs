@@ -137,13 +137,7 @@ impl Connection {
         early: Vec<u8>,
     ) -> Self {
         let now = Instant::now();
-        let expires_at = match &handler {
-            Handler::Chat(session) => session.expires_at(),
-            Handler::Echo(_) => None,
-        };
-        let expires = expires_at.and_then(|at| {
-            now.checked_add(at.duration_since(SystemTime::now()).unwrap_or_default())
-        });
+        let expires = expires_of(&handler);
         let alarm = Alarm::new(wheel, subscriber.clone());
         let decoder = match subscriber.outbox.deflates() {
             Some(_) => Decoder::inflating(options.message_bytes_max),
@@ -219,6 +213,8 @@ impl Connection {
                     }
                     Step::Perform(request) => {
                         performing = self.session().map(|session| session.perform(request));
+                        // It may have been another token.
+                        self.expires = expires_of(&self.handler);
                     }
                     Step::End(ending) => {
                         let close = outbox.begin_close();
@@ -233,7 +229,7 @@ impl Connection {
                 tokio::task::yield_now().await;
             }
             outbox.flush();
-            if let Handler::Chat(session) = &self.handler {
+            if let Handler::Chat(session) = &mut self.handler {
                 let behind = session.take_behind();
                 if !behind.is_empty() {
                     Box::pin(session.catch_up(behind)).await;
@@ -413,6 +409,13 @@ impl Connection {
         let next = ping.min(dead);
         self.expires.map_or(next, |expires| next.min(expires))
     }
+}
+
+/// When the client's token ends.
+fn expires_of(handler: &Handler) -> Option<Instant> {
+    let Handler::Chat(session) = handler else { return None };
+    let left = session.expires_at()?.duration_since(SystemTime::now()).unwrap_or_default();
+    Instant::now().checked_add(left)
 }
 
 /// What clients are told of the bus, when that has changed; never, where nobody is told. Cancel-safe.

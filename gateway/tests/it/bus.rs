@@ -56,7 +56,13 @@ fn mailbox() -> (Mailboxes, mpsc::Receiver<(RoomId, Entry)>) {
 fn memory(retention: Retention) -> Fixture {
     let (mailboxes, heard) = mailbox();
     let tasks = Tasks::default();
-    let bus = Arc::new(MemoryBus::start(retention, &Default::default(), mailboxes, &tasks));
+    let bus = Arc::new(MemoryBus::start(
+        retention,
+        &Default::default(),
+        &Default::default(),
+        mailboxes,
+        &tasks,
+    ));
     Fixture { bus, heard, tasks }
 }
 
@@ -76,6 +82,7 @@ async fn redis_at(url: String, retention: Retention) -> Fixture {
         partitions: PARTITIONS,
         retention,
         registry: Default::default(),
+        sessions: Default::default(),
         node: "n".to_owned(),
     };
     let bus = RedisBus::start(options, mailboxes, Arc::new(Metrics::new()), &tasks).unwrap();
@@ -101,6 +108,7 @@ async fn each(retention: Retention, check: impl AsyncFn(&mut Fixture)) {
 fn envelope(user: &str, id: MessageId, bytes: usize) -> Envelope {
     let payload = vec![b'x'; bytes];
     Envelope::pack(Parts {
+        frame: Default::default(),
         author: Author::of(&user.parse().unwrap()),
         id,
         sender: ConnectionId::random(),
@@ -384,6 +392,7 @@ impl RedisRegistry {
             partitions: PARTITIONS,
             retention: retention(),
             registry: Default::default(),
+            sessions: Default::default(),
             node: node.to_owned(),
         };
         let (mailboxes, metrics) = (mailbox().0, Arc::new(Metrics::new()));
@@ -404,6 +413,7 @@ async fn a_node_with_another_number_of_partitions_does_not_start() {
         partitions: 17,
         retention: retention(),
         registry: Default::default(),
+        sessions: Default::default(),
         node: "n".to_owned(),
     };
     let bus = RedisBus::start(options, mailbox().0, Arc::new(Metrics::new()), &tasks).unwrap();

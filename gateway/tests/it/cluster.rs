@@ -46,7 +46,9 @@ impl Seen {
             | Event::Reset(_)
             | Event::Left { .. }
             | Event::Refused(_) => self.faults.push(format!("{event:?}")),
-            Event::Joined(_)
+            Event::Direct { .. }
+            | Event::Notification(_)
+            | Event::Joined(_)
             | Event::Status(_)
             | Event::Other(_)
             | Event::Disconnected { .. }

@@ -118,7 +118,13 @@ pub fn hub_options() -> HubOptions {
 /// Presence of nobody, for a hub whose members only hear a log.
 pub fn nobody(tasks: &Tasks) -> Arc<Presence> {
     let (mailboxes, _) = Mailboxes::new(1, 1, Arc::new(Metrics::new()));
-    let registry = MemoryBus::start(retention(), &RegistryOptions::default(), mailboxes, tasks);
+    let registry = MemoryBus::start(
+        retention(),
+        &RegistryOptions::default(),
+        &Default::default(),
+        mailboxes,
+        tasks,
+    );
     Presence::start(Arc::new(registry), PresenceOptions::default(), tasks)
 }
 
@@ -131,6 +137,7 @@ pub fn retention() -> Retention {
         memory_bytes_max: 1 << 30,
         ttl: Duration::from_secs(3600),
         dedup_window: Duration::from_secs(600),
+        inboxes: Default::default(),
     }
 }
 

@@ -53,7 +53,13 @@ impl World {
     ) -> Self {
         let tasks = Tasks::default();
         let bus = |mailboxes| -> Arc<dyn Bus> {
-            Arc::new(MemoryBus::start(retention, &Default::default(), mailboxes, &tasks))
+            Arc::new(MemoryBus::start(
+                retention,
+                &Default::default(),
+                &Default::default(),
+                mailboxes,
+                &tasks,
+            ))
         };
         Self::over(bus, tasks.clone(), mailbox_len, fault)
     }
@@ -107,6 +113,7 @@ impl World {
 
     fn say(&self, room: &RoomId) {
         let envelope = Envelope::pack(Parts {
+            frame: Default::default(),
             author: Author::of(&"ann".parse().unwrap()),
             id: MessageId::random(),
             sender: ConnectionId::random(),

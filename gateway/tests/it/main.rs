@@ -15,6 +15,7 @@ mod rfc;
 mod chat;
 mod people;
 mod managed;
+mod directs;
 mod auth;
 mod limits;
 mod bus;

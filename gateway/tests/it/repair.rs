@@ -126,6 +126,7 @@ async fn a_thousand_rooms_are_repaired_when_the_link_is_back() {
         partitions: 16,
         retention: retention(),
         registry: Default::default(),
+        sessions: Default::default(),
         node: "n".to_owned(),
     };
     let bus = RedisBus::start(options, mailboxes.clone(), metrics.clone(), &tasks).unwrap();
@@ -149,6 +150,7 @@ async fn a_thousand_rooms_are_repaired_when_the_link_is_back() {
         bus.append(Append {
             room: room.clone(),
             envelope: Envelope::pack(Parts {
+                frame: Default::default(),
                 author: Author::of(&"ann".parse().unwrap()),
                 id: MessageId::random(),
                 sender: ConnectionId::random(),

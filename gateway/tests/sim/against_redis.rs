@@ -385,6 +385,7 @@ async fn give_numbers_back(pair: &mut Pair, script: &str, room: &[&str], steps_m
 
 fn envelope(n: u128) -> Envelope {
     Envelope::pack(Parts {
+        frame: Default::default(),
         author: Author::of(&"ann".parse().unwrap()),
         id: MessageId(Uuid::from_u128(n)),
         sender: ConnectionId(Uuid::nil()),

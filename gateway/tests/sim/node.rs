@@ -29,7 +29,10 @@ use gateway::{
     telemetry::metrics::Metrics,
 };
 use parking_lot::Mutex;
-use shared::{ids::ConnectionId, protocol::request::Request};
+use shared::{
+    ids::{ConnectionId, SessionId},
+    protocol::request::Request,
+};
 use tokio::{sync::Notify, time::Instant};
 use uuid::Uuid;
 
@@ -100,6 +103,7 @@ impl Node {
             partitions: shape.partitions,
             retention: shape.retention.clone(),
             registry: Default::default(),
+            sessions: Default::default(),
         };
         let told = mailboxes.standing().told();
         let redis = Arc::new(RedisBus::start_with(
@@ -129,13 +133,20 @@ impl Node {
             1 << 18,
         );
         let none = Rate::new(0, WAIT_MAX, 0);
-        let limits =
-            SessionLimits { messages: none, frames: none, rooms_max: 10, wait_max: WAIT_MAX };
+        let limits = SessionLimits {
+            messages: none,
+            frames: none,
+            rooms_max: 10,
+            watches_max: 10,
+            wait_max: WAIT_MAX,
+        };
         let services = Arc::new(Services {
             publisher,
             hub,
             bus,
             presence,
+            sessions: redis.clone(),
+            auth: Auth::Anonymous,
             rules,
             passwords: Arc::default(),
             told,
@@ -165,7 +176,9 @@ impl Node {
         let identity = Auth::Anonymous.identify(&Credentials { user, ..Credentials::default() });
         let identity = identity.unwrap();
         let online = self.services.presence.appear_soon(&identity.user);
-        let session = Session::new(self.services.clone(), identity, subscriber.clone(), online);
+        let session = SessionId(connection.0);
+        let services = self.services.clone();
+        let session = Session::new(services, identity, session, subscriber.clone(), online);
         let outlet = self.outlet.clone();
         let connection = Connection { number, session, subscriber, line, outlet };
         self.tasks.spawn_connection(connection.run());

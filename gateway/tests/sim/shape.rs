@@ -126,6 +126,7 @@ impl Shape {
                 memory_bytes_max: 16 << 20,
                 ttl: Duration::from_secs(24 * 60 * 60),
                 dedup_window: Duration::from_secs(600),
+                inboxes: Default::default(),
             },
             short: false,
         }

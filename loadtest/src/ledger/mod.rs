@@ -156,7 +156,7 @@ impl Ledger {
             Entry::Message(message) => {
                 Some(Position::new(message.epoch.clone(), message.seq.saturating_sub(1)))
             }
-            Entry::Unknown => None,
+            Entry::Direct(_) | Entry::Unknown => None,
         });
         match (self.readers[reader].cursor.clone(), joined.recovered) {
             (None, _) => self.jump(reader, first.unwrap_or(top.clone())),
@@ -184,7 +184,9 @@ impl Ledger {
                     }
                     self.message(reader, message, now);
                 }
-                Entry::Unknown => self.wrong(reader, Wrong::Protocol, "an unknown entry"),
+                Entry::Direct(_) | Entry::Unknown => {
+                    self.wrong(reader, Wrong::Protocol, "an unknown entry");
+                }
             }
         }
         if !joined.recovered {

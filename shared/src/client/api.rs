@@ -14,7 +14,7 @@ use crate::{
     position::{Epoch, Position, Seq},
     protocol::{
         Kind,
-        answer::{Message, NotRecovered, Person, Refusal, Reset, Status},
+        answer::{Direct, Message, NotRecovered, Notification, Person, Refusal, Reset, Status},
     },
 };
 
@@ -279,6 +279,17 @@ pub enum Event {
         /// The content of a binary message, whether it came as a binary frame or inside JSON.
         payload: Option<Bytes>,
     },
+    /// An entry of the inbox from another user, or from another device of this one; each once and in
+    /// order. It is acknowledged by itself.
+    Direct {
+        /// The frame. `replay` tells that it comes from the log.
+        direct: Box<Direct>,
+        /// The content of a binary one that came as a binary frame.
+        payload: Option<Bytes>,
+    },
+    /// An entry of the inbox from the application. One with `require_ack` is acknowledged by
+    /// [`Client::seen`](super::Client::seen), and what follows it with it.
+    Notification(Box<Notification>),
     /// An entry came again and was dropped.
     Duplicate {
         /// The room.

@@ -59,6 +59,8 @@ pub enum Received {
     Frame(Frame, String),
     /// A binary message of a room's log: its header and its payload.
     Binary(Box<answer::Message>, Bytes),
+    /// A binary direct of the inbox: its header and its payload.
+    BinaryDirect(Box<answer::Direct>, Bytes),
     /// Text that is no frame of the protocol.
     Text(String),
     /// Bytes that are no frame of the protocol.
@@ -425,11 +427,14 @@ fn broken(error: tungstenite::Error) -> Closed {
     Closed { code: None, reason: error.to_string() }
 }
 
-/// Reads a binary frame as a message of a room's log, if it is one.
+/// Reads a binary frame as an entry of a log, if it is one.
 fn binary(bytes: Bytes) -> Received {
     match binary_header(&bytes) {
         Some((Entry::Message(message), payload_at)) => {
             Received::Binary(message, bytes.slice(payload_at..))
+        }
+        Some((Entry::Direct(direct), payload_at)) => {
+            Received::BinaryDirect(direct, bytes.slice(payload_at..))
         }
         Some((Entry::Unknown, _)) | None => Received::Bytes(bytes),
     }

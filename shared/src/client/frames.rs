@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::{
     ids::{MessageId, RoomId},
-    position::{Position, Seq},
+    position::{Epoch, Position, Seq},
     protocol::{Kind, Ref},
 };
 
@@ -90,6 +90,16 @@ pub struct History<'a> {
     /// How many, 1 to 200.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub limit: Option<u32>,
+}
+
+/// `ack`: the inbox was received up to here.
+#[derive(Clone, Debug, Serialize)]
+#[serde(tag = "type", rename = "ack")]
+pub struct Ack {
+    /// The newest entry.
+    pub seq: Seq,
+    /// The epoch that `seq` counts in.
+    pub epoch: Epoch,
 }
 
 /// `ping`

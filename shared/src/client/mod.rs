@@ -27,7 +27,7 @@ use self::{
     state::calls::Command,
     task::Task,
 };
-use crate::ids::RoomId;
+use crate::{ids::RoomId, position::Seq};
 
 pub mod backoff;
 pub mod frames;
@@ -35,6 +35,7 @@ pub mod options;
 pub mod connection;
 pub mod resume;
 pub mod api;
+mod inbox;
 mod room;
 mod state;
 mod task;
@@ -172,6 +173,13 @@ impl Client {
         let (reply, answer) = oneshot::channel();
         let command = Command::History { room: room.clone(), page, limit, reply };
         self.ask(command, answer).await.unwrap_or(Err(HistoryError::Ended))
+    }
+
+    /// Tells that a person has seen the inbox up to `seq`: notifications with `require_ack` up to there
+    /// count as received.
+    pub async fn seen(&self, seq: Seq) {
+        // A client that has ended tells nobody.
+        let _ = self.commands.send(Command::Seen(seq)).await;
     }
 
     /// Replaces the token of [`Options`] for the connections to come. A client whose token has

@@ -11,7 +11,7 @@ use tokio_tungstenite::tungstenite::{
     http::{HeaderMap, HeaderName, HeaderValue, Uri, header},
 };
 
-use crate::SUBPROTOCOL;
+use crate::{SUBPROTOCOL, position::Position};
 
 /// How long opening may take, unless [`Options`] say otherwise.
 pub const OPEN_WAIT: Duration = Duration::from_secs(10);
@@ -29,6 +29,8 @@ pub struct Options {
     pub node: Option<String>,
     /// `?session=`
     pub session: Option<String>,
+    /// `?inbox=`: what this device has of the inbox.
+    pub inbox: Option<Position>,
     /// More of the query, such as `since` or `ping`.
     pub query: Vec<(String, String)>,
     /// The token, and where it is put.
@@ -124,6 +126,7 @@ impl Options {
             name: None,
             node: None,
             session: None,
+            inbox: None,
             query: Vec::new(),
             token: None,
             subprotocols: vec![SUBPROTOCOL.to_owned()],
@@ -157,7 +160,9 @@ impl Options {
             url.push_str(&percent_encode(value));
         };
         let token = self.token.as_ref().filter(|token| token.placement == Placement::Query);
+        let inbox = self.inbox.as_ref().map(Position::to_string);
         let named = [
+            ("inbox", inbox.as_ref()),
             ("user", self.user.as_ref()),
             ("name", self.name.as_ref()),
             ("token", token.map(|token| &token.token)),

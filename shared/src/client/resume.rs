@@ -99,7 +99,7 @@ impl Log {
         }
         let first = joined.history.iter().find_map(|entry| match entry {
             Entry::Message(message) => Some(message.seq),
-            Entry::Unknown => None,
+            Entry::Direct(_) | Entry::Unknown => None,
         });
         let before = first.map_or(joined.seq, |first| first.saturating_sub(1));
         self.cursor = joined.durable.then(|| Position::new(joined.epoch.clone(), before));

@@ -24,6 +24,7 @@ use super::{
         Event, HistoryError, HistoryPage, JoinError, JoinInfo, LeaveError, SendError, Sent, Start,
     },
     frames,
+    inbox::Inbox,
     resume::Verdict,
     room::{Outgoing, Room, Stage},
 };
@@ -32,7 +33,10 @@ use crate::{
     position::Position,
     protocol::{
         MESSAGE_BYTES_MAX, Ref,
-        answer::{Ack, Answer, Connected, Entry, Frame, Joined, Message, Reconnect, Refusal},
+        answer::{
+            Ack, Answer, Connected, Direct, Entry, Frame, Joined, Message, Notification, Reconnect,
+            Refusal,
+        },
     },
 };
 
@@ -53,6 +57,7 @@ enum Asked {
 pub(super) struct State {
     in_flight_max: usize,
     rooms: HashMap<RoomId, Room>,
+    pub(super) inbox: Inbox,
     asked: HashMap<u64, Asked>,
     next_reference: u64,
     /// How long a repeat is known for what it is.
@@ -76,7 +81,6 @@ pub(super) struct State {
 #[derive(Deserialize)]
 struct Loose {
     reason: Option<String>,
-    session: Option<String>,
 }
 
 impl State {
@@ -84,6 +88,7 @@ impl State {
         Self {
             in_flight_max,
             rooms: HashMap::new(),
+            inbox: Inbox::default(),
             asked: HashMap::new(),
             next_reference: 1,
             dedup_window: Duration::ZERO,
@@ -105,7 +110,7 @@ impl State {
     /// Takes a text frame.
     pub(super) fn frame(&mut self, frame: Frame, text: String, now: Instant) {
         match frame {
-            Answer::Connected(connected) => self.connected(*connected, &text),
+            Answer::Connected(connected) => self.connected(*connected),
             Answer::Joined(joined) => self.joined(*joined, now),
             Answer::Message(message) => self.message(message, None, now),
             Answer::Ack(ack) => self.ack(*ack, now),
@@ -121,12 +126,20 @@ impl State {
                 }
             }
             Answer::Reset(reset) => {
-                if let Some(room) = self.rooms.get_mut(&reset.room) {
-                    room.log.reset(Position::new(reset.epoch.clone(), reset.seq));
+                let name = reset.room.clone();
+                let to = Position::new(reset.epoch.clone(), reset.seq);
+                match &name {
+                    Some(name) => {
+                        if let Some(room) = self.rooms.get_mut(name) {
+                            room.log.reset(to);
+                        }
+                    }
+                    None => self.inbox.reset(to),
                 }
-                let room = reset.room.clone();
                 self.events.push_back(Event::Reset(reset));
-                self.pump(&room, now);
+                if let Some(name) = name {
+                    self.pump(&name, now);
+                }
             }
             Answer::Status(status) => self.events.push_back(Event::Status(status)),
             Answer::Reconnect(reconnect) => self.reconnect = Some(reconnect),
@@ -136,7 +149,13 @@ impl State {
             Answer::RoomClosed(closed) => {
                 self.left(&closed.room, loose(&text).and_then(|loose| loose.reason));
             }
-            Answer::MemberJoined(_)
+            Answer::Direct(direct) => self.direct(direct, None),
+            Answer::Notification(notification) => self.notification(notification),
+            Answer::Broadcast(_)
+            | Answer::UserStatus(_)
+            | Answer::Session(_)
+            | Answer::Refreshed(_)
+            | Answer::MemberJoined(_)
             | Answer::MemberLeft(_)
             | Answer::PresenceDiff(_)
             | Answer::Presence(_)
@@ -153,6 +172,35 @@ impl State {
         let room = message.room.clone();
         self.entry(message, payload);
         self.pump(&room, now);
+    }
+
+    /// Takes a direct, with its payload if it came in a binary frame.
+    pub(super) fn direct(&mut self, direct: Box<Direct>, payload: Option<Bytes>) {
+        let position = Position::new(direct.epoch.clone(), direct.seq);
+        if self.inbox.judge(&position, &direct.from.id, direct.id) {
+            self.events.push_back(Event::Direct { direct, payload });
+        }
+        self.acknowledge();
+    }
+
+    fn notification(&mut self, notification: Box<Notification>) {
+        let position = Position::new(notification.epoch.clone(), notification.seq);
+        // Nobody has that id: it is the server's.
+        let from = "_api".parse().expect("an id");
+        if self.inbox.judge(&position, &from, notification.id) {
+            if notification.require_ack {
+                self.inbox.wait_for(&position);
+            }
+            self.events.push_back(Event::Notification(notification));
+        }
+        self.acknowledge();
+    }
+
+    /// Tells the server how far the inbox was received, if that is further than before.
+    pub(super) fn acknowledge(&mut self) {
+        if let Some(Position { epoch, seq }) = self.inbox.next_ack() {
+            self.out.push_back(Outgoing::Text(frames::text(&frames::Ack { seq, epoch })));
+        }
     }
 
     /// When [`State::time`] has something to do.
@@ -216,12 +264,13 @@ impl State {
         }
     }
 
-    fn connected(&mut self, connected: Connected, text: &str) {
+    fn connected(&mut self, connected: Connected) {
         // A little less than the server's, which counts from when it took the message and compares
         // when it takes the repeat.
         self.dedup_window = Duration::from_secs(connected.dedup_window).mul_f64(0.95);
         self.message_bytes_max = connected.max_message_size;
-        self.session = loose(text).and_then(|loose| loose.session).or(self.session.take());
+        self.session = Some(connected.session.clone());
+        self.inbox.connected(&connected.inbox);
         self.events.push_back(Event::Connected {
             connection_id: connected.connection_id,
             node: connected.node.clone(),
@@ -336,20 +385,21 @@ impl State {
 
     fn ack(&mut self, ack: Ack, now: Instant) {
         self.forget(ack.reference.as_ref());
-        let Some(room) = self.rooms.get_mut(&ack.room) else { return };
+        let Some(name) = ack.room else { return };
+        let Some(room) = self.rooms.get_mut(&name) else { return };
         let position = Position::new(ack.epoch, ack.seq);
         let me = self.connected.as_ref().map(|connected| &connected.user.id);
         let numbered = !position.epoch.is_none();
         let skipped =
             numbered.then(|| room.log.acknowledged(&position, me, ack.id, ack.duplicate)).flatten();
         if let Some(expected) = skipped {
-            let (room, got) = (ack.room.clone(), position.clone());
+            let (room, got) = (name.clone(), position.clone());
             self.events.push_back(Event::Hole { room, expected, got });
         }
         if let Some(pending) = room.sends.take(ack.id) {
             pending.settle(Ok(Sent { id: ack.id, position, duplicate: ack.duplicate }));
         }
-        self.pump(&ack.room, now);
+        self.pump(&name, now);
     }
 
     /// The room is left, asked for or not. What is on its way to it still gets its answers.
@@ -451,7 +501,7 @@ impl State {
 fn message_of(entry: Entry) -> Option<Message> {
     match entry {
         Entry::Message(message) => Some(*message),
-        Entry::Unknown => None,
+        Entry::Direct(_) | Entry::Unknown => None,
     }
 }
 

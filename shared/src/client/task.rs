@@ -227,6 +227,9 @@ impl Task {
         match received {
             Received::Frame(frame, text) => self.state.frame(frame, text, now),
             Received::Binary(message, payload) => self.state.message(message, Some(payload), now),
+            Received::BinaryDirect(direct, payload) => {
+                self.state.direct(direct, Some(payload));
+            }
             Received::Text(text) => self.state.events.push_back(Event::Unreadable(text)),
             Received::Bytes(bytes) => {
                 let text = String::from_utf8_lossy(&bytes).into_owned();
@@ -352,6 +355,7 @@ impl Task {
     fn keep_identity(&mut self) {
         if let Some(session) = &self.state.session {
             self.options.session = Some(session.clone());
+            self.options.inbox = self.state.inbox.cursor().cloned();
         } else if let (None, None, Some(connected)) =
             (&self.options.user, &self.options.token, &self.state.connected)
         {

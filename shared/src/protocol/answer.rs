@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::{Kind, Ref};
 use crate::{
     error::ErrorCode,
-    ids::{ConnectionId, DisplayName, MessageId, NodeId, RoomId, UserId},
+    ids::{ConnectionId, DisplayName, MessageId, NodeId, RoomId, SessionId, UserId},
     position::{Epoch, Seq},
 };
 
@@ -22,6 +22,12 @@ pub enum Answer<E> {
     Joined(Box<Joined<E>>),
     /// An entry of a room's log.
     Message(Box<Message>),
+    /// An entry of the inbox that another user, or another device of this one, has sent.
+    Direct(Box<Direct>),
+    /// An entry of the inbox from the application.
+    Notification(Box<Notification>),
+    /// From the application to every connection there is.
+    Broadcast(Box<Broadcast>),
     /// A message was taken.
     Ack(Box<Ack>),
     /// The connection no longer takes part in a room.
@@ -34,6 +40,8 @@ pub enum Answer<E> {
     PresenceDiff(Box<PresenceDiff>),
     /// Who is there.
     Presence(Box<Presence>),
+    /// Whether a user is connected.
+    UserStatus(UserStatus),
     /// Whether a user types.
     Typing(Typing),
     /// How far a user has read.
@@ -44,6 +52,10 @@ pub enum Answer<E> {
     Rooms(Rooms),
     /// The room was deleted.
     RoomClosed(RoomClosed),
+    /// What the session holds.
+    Session(Session),
+    /// The token was taken.
+    Refreshed(Refreshed),
     /// A page of a room's log.
     History(Box<History<E>>),
     /// A question whether the client lives, for clients that asked for it in JSON.
@@ -78,10 +90,16 @@ impl<E> Answer<E> {
             Self::RoomInfo(info) => info.reference.as_ref(),
             Self::Rooms(rooms) => rooms.reference.as_ref(),
             Self::RoomClosed(closed) => closed.reference.as_ref(),
+            Self::UserStatus(status) => status.reference.as_ref(),
+            Self::Session(session) => session.reference.as_ref(),
+            Self::Refreshed(refreshed) => refreshed.reference.as_ref(),
             Self::Pong(pong) => pong.reference.as_ref(),
             Self::Error(refusal) => refusal.reference.as_ref(),
             Self::Connected(_)
             | Self::Message(_)
+            | Self::Direct(_)
+            | Self::Notification(_)
+            | Self::Broadcast(_)
             | Self::MemberJoined(_)
             | Self::MemberLeft(_)
             | Self::PresenceDiff(_)
@@ -102,6 +120,8 @@ impl<E> Answer<E> {
 pub enum Entry {
     /// An entry of a room's log.
     Message(Box<Message>),
+    /// An entry of an inbox.
+    Direct(Box<Direct>),
     /// A type this side does not know.
     #[serde(other)]
     Unknown,
@@ -123,6 +143,12 @@ pub struct Connected {
     pub connection_id: ConnectionId,
     /// Who the gateway takes the client for.
     pub user: Person,
+    /// By which the session is resumed; a secret.
+    pub session: String,
+    /// The session, for everybody.
+    pub session_id: SessionId,
+    /// Whether the session was there before.
+    pub resumed: bool,
     /// The gateway.
     pub node: NodeId,
     /// The sticky hint: sent back as `?node=`, it leads to the same gateway.
@@ -140,6 +166,23 @@ pub struct Connected {
     pub dedup_window: u64,
     /// The largest message taken, in bytes.
     pub max_message_size: usize,
+    /// The user's inbox at this moment.
+    pub inbox: Inbox,
+}
+
+/// The inbox of a user, as `connected` has it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Inbox {
+    /// The epoch of its log.
+    pub epoch: Epoch,
+    /// The newest entry, 0 for none.
+    pub seq: Seq,
+    /// Up to where it is acknowledged. Below `oldest` − 1 something has expired unread.
+    pub acked: Seq,
+    /// The oldest entry that is kept; `seq` + 1 where none is.
+    pub oldest: Seq,
+    /// How many entries above `acked` are from others.
+    pub unread: u64,
 }
 
 /// `joined`
@@ -222,6 +265,71 @@ pub struct Message {
     pub replay: bool,
 }
 
+/// `direct`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Direct {
+    /// The epoch that `seq` counts in.
+    pub epoch: Epoch,
+    /// The number of the entry in the inbox of who gets this.
+    pub seq: Seq,
+    /// The id of the message.
+    pub id: MessageId,
+    /// Who sent it.
+    pub from: Person,
+    /// Who it is for.
+    pub to: UserId,
+    /// What it is.
+    pub kind: Kind,
+    /// The content; absent in the header of a binary frame.
+    #[serde(default)]
+    pub content: serde_json::Value,
+    /// `base64` where `content` is a binary payload inside JSON.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub encoding: Option<String>,
+    /// The message it answers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reply_to: Option<MessageId>,
+    /// More about it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub meta: Option<serde_json::Value>,
+    /// When the gateway took it.
+    pub timestamp: String,
+    /// Whether it comes from the log.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub replay: bool,
+}
+
+/// `notification`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Notification {
+    /// The epoch that `seq` counts in.
+    pub epoch: Epoch,
+    /// The number of the entry in the inbox.
+    pub seq: Seq,
+    /// Its id.
+    pub id: MessageId,
+    /// What it says.
+    pub payload: serde_json::Value,
+    /// Whether it waits for a person: a client acknowledges the inbox by itself, but never past it.
+    pub require_ack: bool,
+    /// When the gateway took it.
+    pub timestamp: String,
+    /// Whether it comes from the log.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub replay: bool,
+}
+
+/// `broadcast`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Broadcast {
+    /// Its id.
+    pub id: MessageId,
+    /// What it says.
+    pub payload: serde_json::Value,
+    /// When the gateway took it.
+    pub timestamp: String,
+}
+
 /// `ack`
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Ack {
@@ -230,8 +338,12 @@ pub struct Ack {
     pub reference: Option<Ref>,
     /// The id of the message.
     pub id: MessageId,
-    /// The room.
-    pub room: RoomId,
+    /// The room of a `message`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub room: Option<RoomId>,
+    /// Who a `direct` is for; `seq` is that of the sender's inbox.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub to: Option<UserId>,
     /// The epoch that `seq` counts in; [`Epoch::none`] in a room without a log.
     #[serde(default = "Epoch::none", skip_serializing_if = "Epoch::is_none")]
     pub epoch: Epoch,
@@ -252,6 +364,19 @@ pub struct Left {
     pub reference: Option<Ref>,
     /// The room.
     pub room: RoomId,
+    /// Why, where the client has not asked for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<LeftReason>,
+}
+
+/// Why a connection was taken out of a room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LeftReason {
+    /// The application removed the user.
+    Kicked,
+    /// The token does not allow the room any more.
+    Forbidden,
 }
 
 /// `member_joined` and `member_left`
@@ -316,6 +441,51 @@ pub struct Present {
     /// How far the user has read; of a room only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub read: Option<Seq>,
+}
+
+/// `user_status`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UserStatus {
+    /// The `ref` of the `watch`.
+    #[serde(default, rename = "ref", skip_serializing_if = "Option::is_none")]
+    pub reference: Option<Ref>,
+    /// The user.
+    pub user: UserId,
+    /// Whether the user is connected, to any node.
+    pub status: Online,
+    /// When the user did something last; absent where that is not known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_active: Option<String>,
+}
+
+/// Whether a user is connected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Online {
+    /// By one connection at least.
+    Online,
+    /// By none.
+    Offline,
+}
+
+/// `session`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Session {
+    /// The `ref` of the request.
+    #[serde(default, rename = "ref", skip_serializing_if = "Option::is_none")]
+    pub reference: Option<Ref>,
+    /// What it holds.
+    pub data: serde_json::Map<String, serde_json::Value>,
+}
+
+/// `refreshed`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refreshed {
+    /// The `ref` of the request.
+    #[serde(default, rename = "ref", skip_serializing_if = "Option::is_none")]
+    pub reference: Option<Ref>,
+    /// When the token ends.
+    pub expires_at: String,
 }
 
 /// `typing`
@@ -410,7 +580,11 @@ pub struct History<E> {
     #[serde(default, rename = "ref", skip_serializing_if = "Option::is_none")]
     pub reference: Option<Ref>,
     /// The room.
-    pub room: RoomId,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub room: Option<RoomId>,
+    /// The user, in place of a room.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub with: Option<UserId>,
     /// The epoch of its log.
     pub epoch: Epoch,
     /// Entries, oldest first.
@@ -442,8 +616,9 @@ pub struct Pong {
 /// `reset`: the room stays joined and goes on at `seq` + 1.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reset {
-    /// The room.
-    pub room: RoomId,
+    /// The room; the inbox where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub room: Option<RoomId>,
     /// The epoch from here on.
     pub epoch: Epoch,
     /// The position right before the next frame.

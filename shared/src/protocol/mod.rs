@@ -19,6 +19,8 @@ pub const HISTORY_BYTES_MAX: usize = 256 * 1024;
 pub const META_BYTES_MAX: usize = 8 * 1024;
 /// The most that the JSON header of a binary frame may take.
 pub const BINARY_HEADER_BYTES_MAX: usize = 16 * 1024;
+/// The most that the data of a session may take, as JSON text.
+pub const SESSION_BYTES_MAX: usize = 16 * 1024;
 /// The most characters of a name.
 pub const NAME_CHARS_MAX: usize = 64;
 /// The most bytes of a room's password.

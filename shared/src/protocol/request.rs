@@ -5,12 +5,12 @@ use serde_json::value::RawValue;
 
 use super::{
     BINARY_HEADER_BYTES_MAX, Kind, META_BYTES_MAX, NAME_CHARS_MAX, PASSWORD_BYTES_MAX,
-    REF_BYTES_MAX, Ref, answer::Refusal, string_of,
+    REF_BYTES_MAX, Ref, SESSION_BYTES_MAX, answer::Refusal, string_of,
 };
 use crate::{
     error::ErrorCode,
-    ids::{DisplayName, MessageId, RoomId},
-    position::{Position, Seq, seq_in_range},
+    ids::{DisplayName, MessageId, RoomId, UserId},
+    position::{Epoch, Position, Seq, seq_in_range},
 };
 
 /// A frame from a client.
@@ -29,16 +29,22 @@ pub enum Body<'a> {
     Join(Join),
     /// `leave`
     Leave(OneRoom),
-    /// `message`
+    /// `message` and `direct`
     Message(Message<'a>),
     /// `typing`
     Typing(Typing),
     /// `read`
     Read(Read),
+    /// `ack`
+    Ack(Ack),
     /// `history`
     History(History),
     /// `presence`
     Presence(Presence),
+    /// `watch`
+    Watch(Users),
+    /// `unwatch`
+    Unwatch(Users),
     /// `create_room`
     CreateRoom(CreateRoom<'a>),
     /// `delete_room`
@@ -47,6 +53,12 @@ pub enum Body<'a> {
     RoomInfo(OneRoom),
     /// `rooms`
     Rooms(Rooms),
+    /// `session_get`
+    SessionGet,
+    /// `session_set`
+    SessionSet(SessionSet),
+    /// `refresh`
+    Refresh(Refresh),
     /// `ping`
     Ping(Ping<'a>),
     /// `pong`
@@ -68,15 +80,21 @@ impl Body<'_> {
         match self {
             Self::Join(_) => "join",
             Self::Leave(_) => "leave",
-            Self::Message(_) => "message",
+            Self::Message(message) => message.to.kind(),
             Self::Typing(_) => "typing",
             Self::Read(_) => "read",
+            Self::Ack(_) => "ack",
             Self::History(_) => "history",
             Self::Presence(_) => "presence",
+            Self::Watch(_) => "watch",
+            Self::Unwatch(_) => "unwatch",
             Self::CreateRoom(_) => "create_room",
             Self::DeleteRoom(_) => "delete_room",
             Self::RoomInfo(_) => "room_info",
             Self::Rooms(_) => "rooms",
+            Self::SessionGet => "session_get",
+            Self::SessionSet(_) => "session_set",
+            Self::Refresh(_) => "refresh",
             Self::Ping(_) => "ping",
             Self::Pong => "pong",
         }
@@ -105,11 +123,38 @@ pub struct OneRoom {
     pub room: RoomId,
 }
 
-/// `message`: an entry for a room's log.
+/// Where a message goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Recipient {
+    /// To the members of a room: a `message`.
+    Room(RoomId),
+    /// To a user, on all devices: a `direct`.
+    User(UserId),
+}
+
+impl Recipient {
+    /// The `type` of the frame.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Room(_) => "message",
+            Self::User(_) => "direct",
+        }
+    }
+
+    /// The room, as an `error` names it.
+    pub fn room(&self) -> Option<&RoomId> {
+        match self {
+            Self::Room(room) => Some(room),
+            Self::User(_) => None,
+        }
+    }
+}
+
+/// `message`: an entry for a room's log. `direct`: one for the inboxes of receiver and sender.
 #[derive(Debug)]
 pub struct Message<'a> {
-    /// The room.
-    pub room: RoomId,
+    /// Where it goes.
+    pub to: Recipient,
     /// The client's own id for it: the key under which a repeat is recognised.
     pub id: Option<MessageId>,
     /// What it is.
@@ -150,6 +195,46 @@ pub struct Read {
     /// The newest entry that was read; above the top it counts as the top.
     #[serde(deserialize_with = "seq_in_range")]
     pub seq: Seq,
+}
+
+/// `ack`: everything up to an entry of the inbox was received.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+pub struct Ack {
+    /// The newest entry; above the top it counts as the top.
+    #[serde(deserialize_with = "seq_in_range")]
+    pub seq: Seq,
+    /// The epoch that `seq` counts in; the present one where absent.
+    pub epoch: Option<Epoch>,
+}
+
+/// `watch` and `unwatch`
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+pub struct Users {
+    /// Whose status to be told, 100 at most.
+    #[serde(deserialize_with = "some_users")]
+    pub users: Vec<UserId>,
+}
+
+/// `session_set`
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+pub struct SessionSet {
+    /// Merged into what the session holds: members that are there are replaced, those that are `null`
+    /// removed (RFC 7386, one level deep).
+    pub data: serde_json::Map<String, serde_json::Value>,
+}
+
+/// `refresh`: another token for this connection.
+#[derive(Clone, PartialEq, Deserialize)]
+pub struct Refresh {
+    /// The token.
+    pub token: String,
+}
+
+impl std::fmt::Debug for Refresh {
+    /// Without the token.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Refresh")
+    }
 }
 
 /// `presence`: who is in a room, or on any node at all.
@@ -196,11 +281,13 @@ pub struct Rooms {
     pub limit: u32,
 }
 
-/// `history`: a page of a room's log, backwards or forwards.
+/// `history`: a page of a room's log, backwards or forwards; or of what was exchanged with a user.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 pub struct History {
     /// The room.
-    pub room: RoomId,
+    pub room: Option<RoomId>,
+    /// The user, in place of a room: directs to and from.
+    pub with: Option<UserId>,
     /// Entries below this one, the newest of them.
     #[serde(default, deserialize_with = "optional_seq")]
     pub before: Option<Seq>,
@@ -227,6 +314,8 @@ pub const LEVELS_MAX: usize = 100;
 pub const JOIN_HISTORY_MAX: u32 = 1000;
 /// The most entries a `history` may ask for.
 pub const HISTORY_LIMIT_MAX: u32 = 200;
+/// The most users that one `watch` names.
+pub const WATCH_USERS_MAX: usize = 100;
 
 /// How many entries `join` and `history` give where nothing is asked.
 pub fn history_default() -> u32 {
@@ -252,10 +341,11 @@ struct Heading<'a> {
     id: Option<&'a RawValue>,
 }
 
-/// The members of a `message`, as JSON has them.
+/// The members of a `message` or `direct`, as JSON has them.
 #[derive(Deserialize)]
 struct MessageMembers<'a> {
-    room: RoomId,
+    room: Option<RoomId>,
+    to: Option<UserId>,
     id: Option<MessageId>,
     #[serde(default)]
     kind: Kind,
@@ -266,6 +356,13 @@ struct MessageMembers<'a> {
     meta: Option<&'a RawValue>,
     #[serde(default = "yes")]
     echo: bool,
+}
+
+/// The members of a `session_set`, as JSON has them.
+#[derive(Deserialize)]
+struct SessionSetMembers<'a> {
+    #[serde(borrow)]
+    data: &'a RawValue,
 }
 
 /// The members of a `create_room`, as JSON has them.
@@ -295,15 +392,21 @@ impl<'a> Request<'a> {
         let body = match kind.as_ref() {
             "join" => Body::Join(serde_json::from_str(text).map_err(bad)?),
             "leave" => Body::Leave(serde_json::from_str(text).map_err(bad)?),
-            "message" => Body::Message(message(text, None, &refusal)?),
+            "message" | "direct" => Body::Message(message(&kind, text, None, &refusal)?),
             "typing" => Body::Typing(serde_json::from_str(text).map_err(bad)?),
             "read" => Body::Read(serde_json::from_str(text).map_err(bad)?),
+            "ack" => Body::Ack(serde_json::from_str(text).map_err(bad)?),
             "history" => Body::History(history(text, &refusal)?),
             "presence" => Body::Presence(serde_json::from_str(text).map_err(bad)?),
+            "watch" => Body::Watch(serde_json::from_str(text).map_err(bad)?),
+            "unwatch" => Body::Unwatch(serde_json::from_str(text).map_err(bad)?),
             "create_room" => Body::CreateRoom(create_room(text, &refusal)?),
             "delete_room" => Body::DeleteRoom(serde_json::from_str(text).map_err(bad)?),
             "room_info" => Body::RoomInfo(serde_json::from_str(text).map_err(bad)?),
             "rooms" => Body::Rooms(serde_json::from_str(text).map_err(bad)?),
+            "session_get" => Body::SessionGet,
+            "session_set" => Body::SessionSet(session_set(text, &refusal)?),
+            "refresh" => Body::Refresh(serde_json::from_str(text).map_err(bad)?),
             "ping" => Body::Ping(ping(text, &refusal)?),
             "pong" => Body::Pong,
             _ => {
@@ -337,11 +440,12 @@ impl<'a> Request<'a> {
         let (heading, mut refusal) = Heading::read(header)?;
         let reference = heading.reference(&mut refusal)?;
         let kind = heading.kind(&refusal)?;
-        if kind != "message" {
-            let text = format!("a binary frame is a `message`, not `{}`", short(&kind));
+        if kind != "message" && kind != "direct" {
+            let text = format!("a binary frame is a `message` or `direct`, not `{}`", short(&kind));
             return Err(refusal.because(ErrorCode::BadRequest, text));
         }
-        Ok(Self { reference, body: Body::Message(message(header, Some(payload), &refusal)?) })
+        let message = message(&kind, header, Some(payload), &refusal)?;
+        Ok(Self { reference, body: Body::Message(message) })
     }
 }
 
@@ -377,6 +481,7 @@ impl<'a> Heading<'a> {
 }
 
 fn message<'a>(
+    kind: &str,
     text: &'a str,
     payload: Option<&'a [u8]>,
     refusal: &Refusal,
@@ -402,8 +507,17 @@ fn message<'a>(
             return Err(bad("the header of a binary frame has no `content`".into()));
         }
     };
+    let to = match (kind, members.room, members.to) {
+        ("direct", _, Some(user)) if user.is_reserved() => {
+            return Err(bad("ids with a leading `_` are the server's; nobody reads there".into()));
+        }
+        ("direct", _, Some(user)) => Recipient::User(user),
+        ("direct", _, None) => return Err(bad("missing field `to`".into())),
+        (_, Some(room), _) => Recipient::Room(room),
+        (_, None, _) => return Err(bad("missing field `room`".into())),
+    };
     Ok(Message {
-        room: members.room,
+        to,
         id: members.id,
         kind: members.kind,
         content,
@@ -466,10 +580,24 @@ fn create_room<'a>(text: &'a str, refusal: &Refusal) -> Result<CreateRoom<'a>, B
 fn history(text: &str, refusal: &Refusal) -> Result<History, Box<Refusal>> {
     let bad = |text: String| refusal.because(ErrorCode::BadRequest, text);
     let history: History = serde_json::from_str(text).map_err(|error| bad(told(&error)))?;
+    if history.room.is_some() == history.with.is_some() {
+        return Err(bad("`history` is of a `room`, or `with` a user".into()));
+    }
     if history.before.is_some() && history.after.is_some() {
         return Err(bad("`before` and `after` exclude each other".into()));
     }
     Ok(history)
+}
+
+fn session_set(text: &str, refusal: &Refusal) -> Result<SessionSet, Box<Refusal>> {
+    let bad = |error: serde_json::Error| refusal.because(ErrorCode::BadRequest, told(&error));
+    let raw: SessionSetMembers<'_> = serde_json::from_str(text).map_err(bad)?;
+    if raw.data.get().len() > SESSION_BYTES_MAX {
+        let text = format!("`data` of a session is at most {SESSION_BYTES_MAX} bytes");
+        return Err(refusal.because(ErrorCode::TooLarge, text));
+    }
+    readable_for_all(raw.data).map_err(bad)?;
+    serde_json::from_str(text).map_err(bad)
 }
 
 fn ping<'a>(text: &'a str, refusal: &Refusal) -> Result<Ping<'a>, Box<Refusal>> {
@@ -550,6 +678,14 @@ fn limit_in_range<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::
         return Err(D::Error::custom(format!("`limit` is 1 to {HISTORY_LIMIT_MAX}")));
     }
     Ok(limit)
+}
+
+fn some_users<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<UserId>, D::Error> {
+    let users = Vec::<UserId>::deserialize(deserializer)?;
+    if users.len() > WATCH_USERS_MAX {
+        return Err(D::Error::custom(format!("`users` are at most {WATCH_USERS_MAX}")));
+    }
+    Ok(users)
 }
 
 /// A name, or what one begins with: 128 bytes at most.
@@ -649,6 +785,39 @@ mod tests {
             r#"{"type":"message","room":"r","content":1,"kind":"system"}"#,
             ErrorCode::BadRequest,
         );
+    }
+
+    #[test]
+    fn what_is_for_one_user_is_checked() {
+        let Body::Message(direct) =
+            Request::from_text(r#"{"type":"direct","to":"bob","content":1}"#).unwrap().body
+        else {
+            panic!()
+        };
+        assert_eq!(direct.to, Recipient::User("bob".parse().unwrap()));
+        for text in [
+            r#"{"type":"direct","content":1}"#,
+            r#"{"type":"direct","room":"r","content":1}"#,
+            r#"{"type":"direct","to":"_api","content":1}"#,
+            r#"{"type":"message","to":"bob","content":1}"#,
+            r#"{"type":"ack"}"#,
+            r#"{"type":"ack","seq":"1"}"#,
+            r#"{"type":"watch"}"#,
+            r#"{"type":"watch","users":["a b"]}"#,
+            r#"{"type":"history"}"#,
+            r#"{"type":"history","room":"r","with":"bob"}"#,
+            r#"{"type":"session_set","data":[]}"#,
+            r#"{"type":"session_set"}"#,
+            r#"{"type":"refresh"}"#,
+        ] {
+            refused(text, ErrorCode::BadRequest);
+        }
+        let users = vec!["bob"; WATCH_USERS_MAX + 1];
+        let watch = serde_json::json!({"type": "watch", "users": users}).to_string();
+        refused(&watch, ErrorCode::BadRequest);
+        let data = "y".repeat(SESSION_BYTES_MAX);
+        let set = serde_json::json!({"type": "session_set", "data": {"x": data}}).to_string();
+        refused(&set, ErrorCode::TooLarge);
     }
 
     #[test]

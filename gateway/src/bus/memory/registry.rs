@@ -20,7 +20,7 @@ use crate::bus::{
     Appended, BoxFuture, BusError, Done,
     registry::{
         Change, Deletion, Detail, Details, EnterError, Entered, Found, Listing, Millis, Notice,
-        Online, Place, Record, Registry, Rules, Seat, Snapshot, Version,
+        Online, Place, Record, Registry, Rules, Seat, Snapshot, Status, Version,
     },
 };
 
@@ -29,7 +29,12 @@ use crate::bus::{
 pub(super) struct Registered {
     rooms: BTreeMap<RoomId, Room>,
     marks: HashMap<RoomId, BTreeMap<UserId, Seq>>,
+    /// When users who have left did something last.
+    seen: HashMap<UserId, Millis>,
 }
+
+/// Of how many users who have left it is known when they did something last.
+const SEEN_MAX: usize = 10_000;
 
 #[derive(Default)]
 struct Room {
@@ -111,10 +116,28 @@ impl Registered {
         mark.copied().unwrap_or(0).min(top)
     }
 
+    /// A user has come, or left.
+    fn note_seen(&mut self, seat: &Seat) {
+        if seat.connections > 0 {
+            self.seen.remove(&seat.user.id);
+            return;
+        }
+        if self.seen.len() >= SEEN_MAX {
+            let mut times: Vec<Millis> = self.seen.values().copied().collect();
+            times.sort_unstable();
+            let half = times[times.len() / 2];
+            self.seen.retain(|_, active| *active > half);
+        }
+        self.seen.insert(seat.user.id.clone(), seat.active);
+    }
+
     fn seat(&mut self, seat: Seat, now: Instant) -> Option<(RoomId, Change)> {
         let name = match &seat.place {
-            // Its node knows.
-            Place::Cluster => return None,
+            // Its node knows who is connected.
+            Place::Cluster => {
+                self.note_seen(&seat);
+                return None;
+            }
             Place::Room(room) => room.clone(),
         };
         if seat.connections == 0 && !self.rooms.contains_key(&name) {
@@ -173,6 +196,11 @@ impl MemoryBus {
         lets_in: bool,
     ) -> Result<Entered, EnterError> {
         let Place::Room(room) = seat.place.clone() else {
+            let status = RoomId::status_of(&seat.user.id);
+            self.registered.lock().seat(seat, Instant::now());
+            if self.rooms.lock().followed.contains(&status) {
+                self.mailboxes.notify(status, Notice::Status);
+            }
             return Ok(Entered::default());
         };
         let user = seat.user.id.clone();
@@ -271,6 +299,12 @@ impl Registry for MemoryBus {
 
     fn online(&self, _: String, _: usize) -> BoxFuture<Result<Option<Online>, BusError>> {
         ready(Ok(None))
+    }
+
+    fn statuses(&self, users: Vec<UserId>) -> BoxFuture<Result<Vec<Status>, BusError>> {
+        let registered = self.registered.lock();
+        let status = |user| Status { online: false, active: registered.seen.get(user).copied() };
+        ready(Ok(users.iter().map(status).collect()))
     }
 
     fn mark(&self, room: RoomId, user: UserId, seq: Seq, by: ConnectionId) {

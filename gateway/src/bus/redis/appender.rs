@@ -387,7 +387,7 @@ impl Worker {
         command
             .arg(&append.envelope.id_key()[..])
             .arg(&append.envelope.as_bytes()[..])
-            .arg(retention.entries_min)
+            .arg(retention.of(&append.room).entries_min)
             .arg(retention.window.as_millis() as u64)
             .arg(retention.bytes_max)
             .arg(epoch)

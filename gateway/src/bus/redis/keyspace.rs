@@ -2,11 +2,12 @@
 //!
 //! Keys carry a partition as hash tag, so that all of a room is in one slot: `gw:{p}:r:<room>:log`,
 //! `:meta`, `:ids0`, `:ids1`, `:unheard`, and the channel `gw:{p}:r:<room>`. Who is in it lies beside that
-//! ([`PlaceKeys`]), and who is in the cluster in one place for each home. On Redis Cluster each partition is
+//! ([`PlaceKeys`]), and who is in the cluster in one place for each home. What is of one user lies the
+//! same way under `gw:{p}:u:<user>`: the log of the inbox, and sessions. On Redis Cluster each partition is
 //! a [home](crate::bus::home) with a barrier of its own beside it, since a script may use keys of
 //! one slot only; what there is once in all lies with partition 0.
 
-use shared::ids::{RoomId, UserId};
+use shared::ids::{RoomId, RoomKind, UserId};
 
 use crate::bus::{
     home::{crc16, home_of},
@@ -73,9 +74,20 @@ impl Keyspace {
         if self.sharded { format!("gw:{{{home}}}:{name}") } else { format!("gw:{name}") }
     }
 
+    /// The channel of a room, with which its keys begin. That of a user's status is named so that a
+    /// script that changes who is connected knows it: see `present.lua`.
     pub(super) fn channel(self, room: &RoomId) -> String {
-        let partition = home_of(room, self.partitions);
-        format!("gw:{{{partition}}}:r:{room}")
+        let (partition, name) = (home_of(room, self.partitions), room.bare());
+        match room.kind() {
+            RoomKind::Joined => format!("gw:{{{partition}}}:r:{name}"),
+            RoomKind::Inbox => format!("gw:{{{partition}}}:u:{name}"),
+            RoomKind::Status => format!("{}{name}", self.statuses(self.home(room))),
+        }
+    }
+
+    /// What the channels begin with in which it is told whether users of a home are connected.
+    pub(super) fn statuses(self, home: u16) -> String {
+        self.named(home, "s:")
     }
 
     /// What a room's scripts use, in their order: log, meta, both hashes of ids, the barrier of its
@@ -87,9 +99,19 @@ impl Keyspace {
         [key("log"), key("meta"), key("ids0"), key("ids1"), barrier, key("unheard")]
     }
 
-    /// The room of a channel, without a check: only gateways publish there.
+    /// The room of a channel: only gateways publish there.
     pub(super) fn room(channel: &str) -> Option<RoomId> {
-        channel.split_once(":r:")?.1.parse().ok()
+        let name = channel.strip_prefix("gw:")?;
+        let name = match name.strip_prefix('{') {
+            Some(tagged) => tagged.split_once("}:")?.1,
+            None => name,
+        };
+        match name.split_once(':')? {
+            ("r", room) => room.parse().ok(),
+            ("u", user) => Some(RoomId::inbox_of(&user.parse().ok()?)),
+            ("s", user) => Some(RoomId::status_of(&user.parse().ok()?)),
+            _ => None,
+        }
     }
 
     /// The command that publishes.
@@ -117,6 +139,7 @@ pub(super) struct PlaceKeys {
     places: String,
     record: String,
     index: String,
+    seen: String,
     marks: String,
     meta: String,
     pub(super) channel: String,
@@ -159,7 +182,7 @@ impl Keyspace {
     /// What a call at a place uses; `None` where that is no name of a room.
     pub(super) fn keys_of(self, home: u16, place: &str, incarnation: &str) -> Option<PlaceKeys> {
         let (base, index, channel) = if place == CLUSTER {
-            (self.online(home), self.users(home), String::new())
+            (self.online(home), self.users(home), self.statuses(home))
         } else {
             let channel = self.channel(&place.parse().ok()?);
             (channel.clone(), self.rooms(home), channel)
@@ -170,6 +193,7 @@ impl Keyspace {
             places: self.places(home, incarnation),
             record: format!("{base}:record"),
             index,
+            seen: format!("{base}:seen"),
             marks: format!("{base}:marks"),
             meta: format!("{base}:meta"),
             channel,
@@ -189,11 +213,14 @@ pub(super) fn name_of(place: &Place) -> &str {
 }
 
 impl PlaceKeys {
-    /// In the order of the scripts.
-    pub(super) fn of_seat(&self) -> [&str; 7] {
-        let Self { who, here, places, record, index, marks, meta, .. } = self;
-        [who, here, places, record, index, marks, meta]
+    /// In the order of the scripts; the first [`PlaceKeys::OF_PLACES`] are those of present.lua.
+    pub(super) fn of_seat(&self) -> [&str; 8] {
+        let Self { who, here, places, record, index, seen, marks, meta, .. } = self;
+        [who, here, places, record, index, seen, marks, meta]
     }
+
+    /// How many keys every script of a place has.
+    pub(super) const OF_PLACES: usize = 6;
 }
 
 #[cfg(test)]
@@ -205,10 +232,26 @@ mod tests {
 
     #[test]
     fn a_channel_names_its_room() {
-        for name in ["lobby", "a:r:b", "u:bob", ":r:"] {
-            let room: RoomId = name.parse().unwrap();
-            let channel = ALONE.channel(&room);
-            assert_eq!(Keyspace::room(&channel), Some(room), "{channel}");
+        let user: UserId = "u:bob|s:".parse().unwrap();
+        let mut rooms = vec![RoomId::inbox_of(&user), RoomId::status_of(&user)];
+        rooms.extend(["lobby", "a:r:b", "u:bob", ":r:"].map(|name| name.parse().unwrap()));
+        for room in rooms {
+            for keyspace in [ALONE, SHARDED] {
+                let channel = keyspace.channel(&room);
+                assert_eq!(Keyspace::room(&channel), Some(room.clone()), "{channel}");
+            }
+        }
+        assert_eq!(Keyspace::room("gw:probe:x"), None);
+    }
+
+    #[test]
+    fn all_of_a_user_is_in_one_home() {
+        let user: UserId = "bob|1".parse().unwrap();
+        let home = SHARDED.home_of_place(&Place::Cluster, &user);
+        let tag = format!("{{{home}}}");
+        for room in [RoomId::inbox_of(&user), RoomId::status_of(&user)] {
+            assert_eq!(SHARDED.home(&room), home);
+            assert!(SHARDED.channel(&room).contains(&tag));
         }
     }
 

@@ -126,7 +126,7 @@ impl Log {
             pipeline.cmd("HMGET").arg(&meta).arg("e").arg("s");
             pipeline.cmd("HMGET").arg(format!("{channel}:unheard")).arg("t");
             // A room that is followed in silence does not lose its numbers.
-            pipeline.cmd("PEXPIRE").arg(meta).arg(self.server.meta_ttl_ms()).ignore();
+            pipeline.cmd("PEXPIRE").arg(meta).arg(self.server.meta_ttl_ms(room)).ignore();
         }
         let rows: Vec<Vec<Option<String>>> = pipeline.query_async(&mut **reader).await?;
         let token = Some(token.to_string());

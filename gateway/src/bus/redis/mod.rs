@@ -12,17 +12,19 @@
 use std::{sync::Arc, time::Duration};
 
 use redis::{AsyncConnectionConfig, RedisError};
+use serde_json::{Map, Value};
 use shared::{
-    ids::{ConnectionId, RoomId, UserId},
-    position::{Position, Seq},
+    ids::{ConnectionId, RoomId, SessionId, UserId},
+    position::{Epoch, Position, Seq},
 };
 
 use super::{
     Append, BoxFuture, Bus, BusError, Done, Mailboxes, Range, Retention,
     registry::{
         Deletion, Details, EnterError, Entered, Found, Listing, Notice, Online, Record, Registry,
-        RegistryOptions, Rules, Seat, Snapshot,
+        RegistryOptions, Rules, Seat, Snapshot, Status,
     },
+    sessions::{DataError, KeptSession, Opened, Opening, SessionOptions, Sessions, Which},
 };
 use crate::{
     delivery::{Followed, page::Page},
@@ -41,6 +43,7 @@ mod probe;
 mod registry;
 mod router;
 mod server;
+mod sessions;
 mod status;
 mod subscriber;
 pub mod topology;
@@ -72,6 +75,8 @@ pub struct RedisOptions {
     pub retention: Retention,
     /// How long what is known of rooms is kept.
     pub registry: RegistryOptions,
+    /// How long sessions are kept.
+    pub sessions: SessionOptions,
     /// The id of this node.
     pub node: String,
 }
@@ -135,9 +140,9 @@ impl RedisBus {
         metrics: Arc<Metrics>,
         tasks: &Tasks,
     ) -> Self {
-        let registry = options.registry.clone();
+        let (registry, sessions) = (options.registry.clone(), options.sessions.clone());
         let router = Router::start(way, options, mailboxes, metrics, tasks);
-        let registrar = Registrar::start(router.clone(), registry, tasks);
+        let registrar = Registrar::start(router.clone(), registry, sessions, tasks);
         Self { router, registrar }
     }
 
@@ -236,6 +241,10 @@ impl Registry for RedisBus {
         Box::pin(async move { online.await.map(Some) })
     }
 
+    fn statuses(&self, users: Vec<UserId>) -> BoxFuture<Result<Vec<Status>, BusError>> {
+        Box::pin(self.registrar.clone().statuses(users))
+    }
+
     fn mark(&self, room: RoomId, user: UserId, seq: Seq, by: ConnectionId) {
         self.registrar.mark(room, user, seq, by);
     }
@@ -270,6 +279,37 @@ impl Registry for RedisBus {
         let home = self.router.keyspace().home(&room);
         let question = move |log: &Log| log.delete_room(room.clone(), owner.clone(), by);
         Box::pin(self.router.clone().ask(home, question))
+    }
+}
+
+impl Sessions for RedisBus {
+    fn open(&self, opening: Opening) -> BoxFuture<Result<Opened, BusError>> {
+        Box::pin(self.registrar.clone().open(opening))
+    }
+
+    fn close(&self, user: UserId, session: SessionId, connection: ConnectionId) {
+        self.registrar.close_session(user, session, connection);
+    }
+
+    fn data(
+        &self,
+        user: UserId,
+        session: SessionId,
+        change: Option<Map<String, Value>>,
+    ) -> BoxFuture<Result<Map<String, Value>, DataError>> {
+        Box::pin(self.registrar.clone().data(user, session, change))
+    }
+
+    fn list(&self, user: UserId) -> BoxFuture<Result<Vec<KeptSession>, BusError>> {
+        Box::pin(self.registrar.clone().sessions(user))
+    }
+
+    fn revoke(&self, user: UserId, which: Which) -> BoxFuture<Result<usize, BusError>> {
+        Box::pin(self.registrar.clone().revoke(user, which))
+    }
+
+    fn acknowledge(&self, user: UserId, epoch: Option<Epoch>, seq: Seq) {
+        self.registrar.acknowledge(user, epoch, seq);
     }
 }
 

@@ -6,6 +6,8 @@
 //! !t <user> <0 or 1>      typing
 //! !r <user> <seq> <connection>    read on; by a script
 //! !c deleted <connection> the room is no more, and the connection that asked for it; by a script
+//! !s                      whether a user is connected has changed; by scripts, to a status
+//! !x <session> <connection>  a connection has taken a session over; by a script, to an inbox
 //! !m\n<envelope>          a message of a room without a log
 //! ```
 
@@ -26,9 +28,11 @@ pub(super) fn pack(notice: &Notice) -> Vec<u8> {
             format!("!t {user} {}", u8::from(*is_typing)).into_bytes()
         }
         Notice::Message(envelope) => [b"!m\n", &envelope.as_bytes()[..]].concat(),
-        Notice::Presence(_) | Notice::Read { .. } | Notice::Closed { .. } => {
-            unreachable!("scripts pass it on")
-        }
+        Notice::Presence(_)
+        | Notice::Read { .. }
+        | Notice::Closed { .. }
+        | Notice::Replaced { .. }
+        | Notice::Status => unreachable!("scripts pass it on"),
     }
 }
 
@@ -38,6 +42,9 @@ pub(super) fn unpack(payload: &Bytes) -> Option<Notice> {
     if *kind == b'm' {
         let envelope = payload.slice(payload.len() - rest.len() + 1..);
         return Some(Notice::Message(Envelope::from_bytes(envelope).ok()?));
+    }
+    if *kind == b's' && rest.is_empty() {
+        return Some(Notice::Status);
     }
     let text = std::str::from_utf8(rest).ok()?.strip_prefix(' ')?;
     let mut words = text.split(' ');
@@ -49,6 +56,10 @@ pub(super) fn unpack(payload: &Bytes) -> Option<Notice> {
         b'r' => {
             let (user, seq) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
             Some(Notice::Read { user, seq, by: connection(words.next()?)? })
+        }
+        b'x' => {
+            let session = words.next()?.parse().ok()?;
+            Some(Notice::Replaced { session, by: connection(words.next()?)? })
         }
         b'c' => {
             let by = words.nth(1).and_then(connection);
@@ -101,6 +112,9 @@ mod tests {
         let id = "6f1c2a0e-93c4-4c59-a9f5-5f3f2d1b7c10";
         let Notice::Read { seq: 5, by, .. } = read(&format!("!r ann 5 {id}")) else { panic!() };
         assert_eq!(by.to_string(), id);
+        assert!(matches!(read("!s"), Notice::Status));
+        let replaced = read(&format!("!x {id} {id}"));
+        assert!(matches!(replaced, Notice::Replaced { by, .. } if by.to_string() == id));
         assert!(matches!(read(&format!("!c deleted {id}")), Notice::Closed { by: Some(_), .. }));
         assert!(matches!(read("!c deleted "), Notice::Closed { by: None, .. }));
     }
@@ -111,6 +125,7 @@ mod tests {
         let packed = pack(&Notice::Typing { user, is_typing: true });
         let Some(Notice::Typing { is_typing: true, .. }) = unpack(&packed.into()) else { panic!() };
         let envelope = Envelope::pack(Parts {
+            frame: Default::default(),
             author: Author::of(&"ann".parse().unwrap()),
             id: shared::ids::MessageId(Uuid::from_u128(1)),
             sender: ConnectionId(Uuid::from_u128(2)),

@@ -37,11 +37,13 @@ use super::{
     notice, refused_or_away,
     router::Router,
     server::Server,
+    sessions::SessionOp,
 };
 use crate::{
     bus::{
         Appended, BoxFuture, BusError, Done,
         registry::{EnterError, Entered, Notice, Place, RegistryOptions, Rules, Seat, Version},
+        sessions::SessionOptions,
     },
     delivery::Token,
     drain::Tasks,
@@ -58,15 +60,20 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// The registry's part of the bus.
 pub(super) struct Registrar {
-    router: Arc<Router>,
+    pub(super) router: Arc<Router>,
     options: RegistryOptions,
-    scripts: Scripts,
+    sessions: SessionOptions,
+    pub(super) scripts: Scripts,
     state: Mutex<State>,
     /// There is something to be done.
     wake: Notify,
 }
 
-struct Scripts {
+pub(super) struct Scripts {
+    pub(super) open: Script,
+    pub(super) close: Script,
+    pub(super) acknowledge: Script,
+    pub(super) data: Script,
     name: Script,
     seat: Script,
     reap: Script,
@@ -96,7 +103,8 @@ struct State {
     settled_at: Option<Instant>,
 }
 
-enum Op {
+pub(super) enum Op {
+    Session(SessionOp),
     Seat {
         key: (Place, UserId),
         rules: Option<Rules>,
@@ -122,7 +130,12 @@ enum Op {
 type Numbered = Vec<(usize, Op)>;
 
 impl Registrar {
-    pub(super) fn start(router: Arc<Router>, options: RegistryOptions, tasks: &Tasks) -> Arc<Self> {
+    pub(super) fn start(
+        router: Arc<Router>,
+        options: RegistryOptions,
+        sessions: SessionOptions,
+        tasks: &Tasks,
+    ) -> Arc<Self> {
         let keyspace = router.keyspace();
         let script = |text: &str| keyspace.script(text);
         let of_places = |text: &str| {
@@ -130,6 +143,10 @@ impl Registrar {
             script(&format!("#!lua flags=allow-oom\n{present}\n{text}"))
         };
         let scripts = Scripts {
+            open: script(include_str!("scripts/open.lua")),
+            close: script(include_str!("scripts/close.lua")),
+            acknowledge: script(include_str!("scripts/acknowledge.lua")),
+            data: script(include_str!("scripts/data.lua")),
             name: script(include_str!("scripts/name.lua")),
             seat: of_places(include_str!("scripts/seat.lua")),
             reap: of_places(include_str!("scripts/reap.lua")),
@@ -138,7 +155,7 @@ impl Registrar {
             unlist: script(include_str!("scripts/unlist.lua")),
         };
         let (state, wake) = (Mutex::default(), Notify::new());
-        let registrar = Arc::new(Self { router, options, scripts, state, wake });
+        let registrar = Arc::new(Self { router, options, sessions, scripts, state, wake });
         let (working, reaping) = (registrar.clone(), registrar.clone());
         let work: BoxFuture<()> = Box::pin(async move { working.work().await });
         let reap: BoxFuture<()> = Box::pin(async move { reaping.reap_all().await });
@@ -199,6 +216,16 @@ impl Registrar {
             state.queue.push_back(Op::Mark { room, user, seq, by });
             self.wake.notify_one();
         }
+    }
+
+    /// Queues what is one each: there are as many as connections.
+    pub(super) fn queue(&self, op: Op) {
+        self.state.lock().queue.push_back(op);
+        self.wake.notify_one();
+    }
+
+    pub(super) fn session_ttl_ms(&self) -> u64 {
+        self.sessions.ttl.as_millis() as u64
     }
 
     pub(super) fn pass_on(&self, room: RoomId, notice: &Notice, done: Done) {
@@ -292,6 +319,7 @@ impl Registrar {
                         expired.push(op);
                         continue;
                     }
+                    Op::Session(op) if op.is_given_up() => continue,
                     Op::Seat { key, rules, reply: reply @ Some(_) }
                         if reply.as_ref().is_some_and(oneshot::Sender::is_closed) =>
                     {
@@ -419,7 +447,8 @@ impl Registrar {
             }
         }
         if unknown {
-            for script in [&self.scripts.seat, &self.scripts.mark] {
+            let Scripts { open, close, acknowledge, seat, mark, .. } = &self.scripts;
+            for script in [open, close, acknowledge, seat, mark] {
                 // Where that fails too it is tried again with the calls.
                 let _ = script.load_async(&mut *reader).await;
             }
@@ -440,6 +469,7 @@ impl Registrar {
     fn command(&self, op: &Op, server: &Server, incarnation: &str) -> Cmd {
         let keyspace = self.router.keyspace();
         match op {
+            Op::Session(op) => self.session_command(op, server),
             Op::Seat { key: (place, user), rules, .. } => {
                 let home = keyspace.home_of_place(place, user);
                 let keys = keyspace.keys_of(home, name_of(place), incarnation);
@@ -469,7 +499,7 @@ impl Registrar {
                 let mut command = evalsha(&self.scripts.mark, &keys);
                 command.arg(user.as_str()).arg(seq).arg(channel).arg(by.to_string());
                 // As long as the numbers that are marked.
-                command.arg(server.meta_ttl_ms());
+                command.arg(server.meta_ttl_ms(room));
                 command
             }
             Op::PassOn { room, payload, .. } => {
@@ -517,6 +547,7 @@ impl Registrar {
 impl Op {
     fn home(&self, keyspace: Keyspace) -> u16 {
         match self {
+            Self::Session(op) => keyspace.home_of_text(op.user().as_str()),
             Self::Seat { key: (place, user), .. } => keyspace.home_of_place(place, user),
             Self::Mark { room, .. } | Self::PassOn { room, .. } => keyspace.home(room),
             Self::Rewritten => unreachable!("it is never taken"),
@@ -525,6 +556,7 @@ impl Op {
 
     fn done(self, answer: &Value) {
         match self {
+            Self::Session(op) => op.done(answer),
             Self::Seat { reply: Some(reply), .. } => {
                 // Who does not wait any more has given up on it.
                 let _ = reply.send(entered(answer));
@@ -538,6 +570,7 @@ impl Op {
 
     fn fail(self, error: BusError) {
         match self {
+            Self::Session(op) => op.fail(error),
             Self::Seat { reply: Some(reply), .. } => drop(reply.send(Err(error.into()))),
             Self::PassOn { done, .. } => done(Err(error)),
             Self::Seat { .. } | Self::Mark { .. } | Self::Rewritten => {}
@@ -545,7 +578,7 @@ impl Op {
     }
 }
 
-fn evalsha<K: AsRef<str>>(script: &Script, keys: &[K]) -> Cmd {
+pub(super) fn evalsha<K: AsRef<str>>(script: &Script, keys: &[K]) -> Cmd {
     let mut command = redis::cmd("EVALSHA");
     command.arg(script.get_hash()).arg(keys.len());
     for key in keys {
@@ -554,7 +587,7 @@ fn evalsha<K: AsRef<str>>(script: &Script, keys: &[K]) -> Cmd {
     command
 }
 
-fn flag(is_set: bool) -> &'static str {
+pub(super) fn flag(is_set: bool) -> &'static str {
     if is_set { "1" } else { "" }
 }
 

@@ -15,7 +15,7 @@ use super::{
     topology::{Dial, Reader, url::Address},
 };
 use crate::{
-    bus::{BusError, HEAD_TTL, Retention, random_epoch},
+    bus::{BusError, Retention, random_epoch},
     delivery::Token,
 };
 
@@ -59,16 +59,16 @@ impl Server {
     }
 
     /// How long epoch and number of a room are kept.
-    pub(super) fn meta_ttl_ms(&self) -> u64 {
-        HEAD_TTL.max(self.retention.ttl).as_millis() as u64
+    pub(super) fn meta_ttl_ms(&self, room: &RoomId) -> u64 {
+        self.retention.of(room).head_ttl().as_millis() as u64
     }
 
     /// The first arguments of each script of a room.
     pub(super) fn common(&self, room: &RoomId, token: Token) -> impl ToRedisArgs + use<> {
         let ms = |time: std::time::Duration| time.as_millis() as u64;
-        let Retention { ttl, dedup_window, .. } = self.retention;
+        let (ttl, dedup_window) = (self.retention.of(room).ttl, self.retention.dedup_window);
         let channel = self.keyspace.channel(room);
-        let meta_ttl = self.meta_ttl_ms();
+        let meta_ttl = self.meta_ttl_ms(room);
         (token.to_string(), channel, random_epoch(), ms(ttl), meta_ttl, ms(dedup_window))
     }
 

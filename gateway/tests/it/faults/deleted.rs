@@ -42,6 +42,7 @@ impl Bare {
             partitions: 256,
             retention: retention(),
             registry: Default::default(),
+            sessions: Default::default(),
             node,
             tls: Default::default(),
         };

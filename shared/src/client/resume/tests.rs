@@ -56,7 +56,7 @@ fn join(log: &mut Log, joined: &Joined<Entry>) -> (Vec<Verdict>, Option<Position
             let position = Position::new(message.epoch.clone(), message.seq);
             log.judge(&position, &message.from.id, message.id)
         }
-        Entry::Unknown => panic!("not made here"),
+        Entry::Direct(_) | Entry::Unknown => panic!("not made here"),
     };
     let verdicts = joined.history.iter().map(judge).collect();
     (verdicts, log.end_history(joined))

@@ -17,6 +17,7 @@ use crate::{
         room::{Outgoing, Pending, Room, Stage},
     },
     ids::RoomId,
+    position::Seq,
     protocol::Ref,
 };
 
@@ -42,6 +43,8 @@ pub(in crate::client) enum Command {
         limit: u32,
         reply: HistoryReply,
     },
+    /// A person has seen the inbox up to there.
+    Seen(Seq),
     Token(String),
 }
 
@@ -58,6 +61,10 @@ impl State {
             Command::Send { room, pending } => self.send(&room, pending, now),
             Command::History { room, page, limit, reply } => {
                 self.history(&room, page, limit, reply);
+            }
+            Command::Seen(seq) => {
+                self.inbox.seen(seq);
+                self.acknowledge();
             }
             // Tokens are the task's affair.
             Command::Token(_) => {}

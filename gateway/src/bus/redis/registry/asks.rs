@@ -12,7 +12,7 @@ use shared::{
 use super::{BATCH_MAX, Registrar};
 use crate::bus::{
     BusError,
-    registry::{Detail, Details, Found, Listing, Online, Record, Snapshot, Version},
+    registry::{Detail, Details, Found, Listing, Online, Record, Snapshot, Status, Version},
 };
 
 /// How often a page of rooms is filled up where many of them are not public.
@@ -20,7 +20,7 @@ const FILL_MAX: usize = 16;
 
 impl Registrar {
     /// Asks something of the server that a home is with, once the nodes have agreed on it.
-    async fn ask<T>(
+    pub(in crate::bus::redis) async fn ask<T>(
         &self,
         home: u16,
         question: impl AsyncFnOnce(&mut MultiplexedConnection) -> RedisResult<T>,
@@ -85,6 +85,36 @@ impl Registrar {
             Some(Detail { read, ..detail_of(user, &row?)? })
         };
         Ok(Details { version, users: users.filter_map(detail).collect() })
+    }
+
+    pub(in crate::bus::redis) async fn statuses(
+        self: Arc<Self>,
+        users: Vec<UserId>,
+    ) -> Result<Vec<Status>, BusError> {
+        let keyspace = self.router.keyspace();
+        let mut statuses = vec![Status::default(); users.len()];
+        let home_of = |at: &usize| keyspace.home_of_text(users[*at].as_str());
+        for (home, places) in by_home(0..users.len(), home_of) {
+            let names: Vec<&str> = places.iter().map(|at| users[*at].as_str()).collect();
+            let online = keyspace.online(home);
+            let (rows, seen): (Vec<Option<String>>, Vec<Option<f64>>) = self
+                .ask(home, async |connection| {
+                    let mut pipeline = redis::pipe();
+                    pipeline.atomic().cmd("HMGET").arg(format!("{online}:who")).arg(&names);
+                    pipeline.cmd("ZMSCORE").arg(format!("{online}:seen")).arg(&names);
+                    pipeline.query_async(connection).await
+                })
+                .await?;
+            for ((at, row), seen) in places.into_iter().zip(rows).zip(seen) {
+                let detail = row.and_then(|row| detail_of(users[at].clone(), &row));
+                let active = detail.as_ref().map(|detail| detail.active);
+                statuses[at] = Status {
+                    online: detail.is_some(),
+                    active: active.or(seen.map(|seen| seen as u64)),
+                };
+            }
+        }
+        Ok(statuses)
     }
 
     /// At most `limit` members behind `from` of an index that every home has, whether more follow,

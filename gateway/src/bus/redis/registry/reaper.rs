@@ -5,7 +5,10 @@ use std::collections::BTreeMap;
 use redis::{RedisError, RedisResult};
 use tokio::time::Instant;
 
-use super::{super::topology::Reader, LOOK_EVERY, Registrar};
+use super::{
+    super::{keyspace::PlaceKeys, topology::Reader},
+    LOOK_EVERY, Registrar,
+};
 
 /// How many users leave in one step.
 const REAP_MAX: usize = 500;
@@ -108,7 +111,7 @@ impl Registrar {
             let Some(keys) = keyspace.keys_of(home, &place, incarnation) else { continue };
             loop {
                 let mut reap = self.scripts.reap.prepare_invoke();
-                for key in &keys.of_seat()[..5] {
+                for key in &keys.of_seat()[..PlaceKeys::OF_PLACES] {
                     reap.key(key);
                 }
                 reap.arg(self.common(&keys)).arg(REAP_MAX);

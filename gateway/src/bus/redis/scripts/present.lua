@@ -5,7 +5,9 @@
 --       2 of one process (hash): of each user that it has at the place "<epoch> <connections>"
 --       3 the places where that process has somebody (hash)
 --       4 record of a managed room (hash)  5 index (sorted set): rooms, or the users of the cluster
--- ARGV  1 place, `*` for the cluster  2 channel  3 how long an empty managed room stays, ms
+--       6 of the cluster, when users who have left did something last (sorted set)
+-- ARGV  1 place, `*` for the cluster  2 channel of the room; of the cluster, what the channels of
+--       users' statuses begin with  3 how long an empty managed room stays, ms
 
 local is_room = ARGV[1] ~= '*'
 
@@ -44,6 +46,17 @@ local function seat(user, connections, epoch)
             redis.call('HDEL', KEYS[3], ARGV[1])
         end
     end
+end
+
+-- A user has come to the cluster, or left it, having done something last at `active`.
+local function tell_status(user, active)
+    if active then
+        local kept_ms, kept_max = 30 * 24 * 3600 * 1000, 1000000
+        redis.call('ZADD', KEYS[6], active, user)
+        redis.call('ZREMRANGEBYSCORE', KEYS[6], '-inf', digits(tonumber(active) - kept_ms))
+        redis.call('ZREMRANGEBYRANK', KEYS[6], 0, -kept_max - 1)
+    end
+    redis.call('PUBLISH', ARGV[2] .. user, '!s')
 end
 
 -- Notes that the users who were there have changed, as `lines` say, and passes that on.

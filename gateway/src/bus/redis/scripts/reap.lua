@@ -23,6 +23,7 @@ for i = 1, #rows, 2 do
         left[#left + 1] = user
         if not is_room then
             redis.call('ZREM', KEYS[5], user)
+            tell_status(user, active)
         end
     end
     seat(user, 0, epoch)

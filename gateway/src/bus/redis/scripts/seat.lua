@@ -1,6 +1,6 @@
 -- Notes how many connections a user has at a place on one process.
 --
--- KEYS  as in present.lua  6 how far users have read (hash)  7 meta of the room's log
+-- KEYS  as in present.lua  7 how far users have read (hash)  8 meta of the room's log
 -- ARGV  as in present.lua
 --       4 user  5 name  6 connections  7 since, ms  8 when the user did something last, ms
 --       9 a random number  10 whether to keep to rules: 1 or empty
@@ -52,17 +52,21 @@ if total > 0 then
         number, count = number + 1, count + 1
         redis.call('HSET', KEYS[1], '#', epoch .. ' 0 ' .. begun)
         changed(epoch, number, begun, '+' .. user .. ' ' .. name .. '\n')
+        if not is_room then
+            tell_status(user)
+        end
     end
 elseif was_present then
     redis.call('HDEL', KEYS[1], user)
     if not is_room then
         redis.call('ZREM', KEYS[5], user)
+        tell_status(user, active)
     end
     number, count = number + 1, count - 1
     changed(epoch, number, begun, '-' .. user .. '\n')
 end
 
-local read = is_room and tonumber(redis.call('HGET', KEYS[6], user) or '0') or 0
-local meta = is_room and redis.call('HMGET', KEYS[7], 's', 'd') or {}
+local read = is_room and tonumber(redis.call('HGET', KEYS[7], user) or '0') or 0
+local meta = is_room and redis.call('HMGET', KEYS[8], 's', 'd') or {}
 local top, deleted = tonumber(meta[1] or '0'), meta[2] or '0'
 return { 'ok', epoch or '0', digits(number or 0), count, digits(math.min(read, top)), deleted }

@@ -1,0 +1,234 @@
+//! Sessions of a single node, in this process's memory. The reference for [`Sessions`].
+
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use serde_json::{Map, Value};
+use shared::{
+    envelope::Author,
+    ids::{ConnectionId, RoomId, SessionId, UserId},
+    position::{Epoch, Seq},
+    protocol::answer::Inbox,
+};
+
+use super::{Log, MemoryBus};
+use crate::bus::{
+    BoxFuture, BusError,
+    registry::{Millis, Notice, millis_now},
+    sessions::{
+        About, DataError, KeptSession, Micros, Opened, Opening, SESSIONS_MAX, SecretDigest,
+        Sessions, Which, merged,
+    },
+};
+
+/// The most sessions of all users, some 300 bytes each and their data; above it those used longest ago
+/// go.
+const STORED_MAX: usize = 100_000;
+
+/// The sessions there are.
+#[derive(Default)]
+pub(super) struct Stored {
+    /// Most users have one.
+    users: HashMap<UserId, Vec<Row>>,
+}
+
+struct Row {
+    session: SessionId,
+    digest: SecretDigest,
+    created: Millis,
+    used: Millis,
+    connection: Option<ConnectionId>,
+    about: Arc<About>,
+    data: Option<Box<str>>,
+}
+
+impl Row {
+    fn is_over(&self, ttl: Duration, now: Millis) -> bool {
+        self.connection.is_none() && self.used + (ttl.as_millis() as Millis) <= now
+    }
+}
+
+impl Stored {
+    /// Forgets sessions that were not used for longer than `ttl`, and more where there are too many.
+    pub(super) fn sweep(&mut self, ttl: Duration) {
+        let now = millis_now();
+        let mut count = 0;
+        self.users.retain(|_, rows| {
+            rows.retain(|row| !row.is_over(ttl, now));
+            count += rows.len();
+            !rows.is_empty()
+        });
+        if count > STORED_MAX {
+            let idle = self.users.values().flatten().filter(|row| row.connection.is_none());
+            let mut used: Vec<Millis> = idle.map(|row| row.used).collect();
+            used.sort_unstable();
+            let until = used.get(count - STORED_MAX).copied().unwrap_or(now);
+            self.users.retain(|_, rows| {
+                rows.retain(|row| row.connection.is_some() || row.used > until);
+                !rows.is_empty()
+            });
+        }
+    }
+
+    fn row(&mut self, user: &UserId, session: SessionId) -> Option<&mut Row> {
+        self.users.get_mut(user)?.iter_mut().find(|row| row.session == session)
+    }
+
+    /// Gives the session presented to `opening`'s connection. Returns what was known of the one before.
+    fn resume(
+        &mut self,
+        opening: &Opening,
+        ttl: Duration,
+    ) -> Option<(SessionId, Option<ConnectionId>, Arc<About>)> {
+        let (session, digest) = opening.resume?;
+        let now = millis_now();
+        let row = self.row(&opening.user, session)?;
+        if row.digest != digest || row.is_over(ttl, now) {
+            return None;
+        }
+        let before = row.connection.replace(opening.connection);
+        row.used = now;
+        let about = std::mem::replace(&mut row.about, opening.about.clone());
+        Some((session, before, about))
+    }
+
+    fn begin(&mut self, opening: &Opening) -> SessionId {
+        let ((session, digest), now) = (opening.fresh, millis_now());
+        let rows = self.users.entry(opening.user.clone()).or_default();
+        if rows.len() >= SESSIONS_MAX
+            && let Some(oldest) = (0..rows.len()).min_by_key(|at| rows[*at].used)
+        {
+            rows.swap_remove(oldest);
+        }
+        rows.reserve_exact(1);
+        rows.push(Row {
+            session,
+            digest,
+            created: now,
+            used: now,
+            connection: Some(opening.connection),
+            about: opening.about.clone(),
+            data: None,
+        });
+        session
+    }
+}
+
+impl MemoryBus {
+    /// The inbox of a user as it is now.
+    fn inbox(&self, user: &UserId) -> Inbox {
+        let name = RoomId::inbox_of(user);
+        let rooms = &mut *self.rooms.lock();
+        let log = rooms.log(&name);
+        let first = log.entries.front().map(|(_, entry)| entry.position.seq);
+        let author = Author::of(user);
+        let acked = log.acked.min(log.top);
+        let above = log.entries.iter().rev().map(|(_, entry)| entry);
+        let above = above.take_while(|entry| entry.position.seq > acked);
+        Inbox {
+            epoch: log.epoch.clone(),
+            seq: log.top,
+            acked,
+            oldest: first.unwrap_or(log.top + 1),
+            unread: above.filter(|entry| !entry.envelope.is_by(author)).count() as u64,
+        }
+    }
+}
+
+fn micros_now() -> Micros {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_micros() as Micros
+}
+
+fn ready<T: Send + 'static>(value: T) -> BoxFuture<T> {
+    Box::pin(std::future::ready(value))
+}
+
+impl Sessions for MemoryBus {
+    fn open(&self, opening: Opening) -> BoxFuture<Result<Opened, BusError>> {
+        let (session, resumed) = {
+            let stored = &mut *self.stored.lock();
+            match stored.resume(&opening, self.session_ttl) {
+                Some((session, before, about)) => {
+                    if before.is_some_and(|before| before != opening.connection) {
+                        let notice = Notice::Replaced { session, by: opening.connection };
+                        self.mailboxes.notify(RoomId::inbox_of(&opening.user), notice);
+                    }
+                    (session, Some(about))
+                }
+                None => (stored.begin(&opening), None),
+            }
+        };
+        let inbox = self.inbox(&opening.user);
+        ready(Ok(Opened { session, resumed, at: micros_now(), inbox }))
+    }
+
+    fn close(&self, user: UserId, session: SessionId, connection: ConnectionId) {
+        let stored = &mut *self.stored.lock();
+        if let Some(row) = stored.row(&user, session)
+            && row.connection == Some(connection)
+        {
+            (row.connection, row.used) = (None, millis_now());
+        }
+    }
+
+    fn data(
+        &self,
+        user: UserId,
+        session: SessionId,
+        change: Option<Map<String, Value>>,
+    ) -> BoxFuture<Result<Map<String, Value>, DataError>> {
+        let stored = &mut *self.stored.lock();
+        let Some(row) = stored.row(&user, session) else {
+            return ready(Err(DataError::NoSession));
+        };
+        let data = row.data.as_deref().and_then(|data| serde_json::from_str(data).ok());
+        let data = data.unwrap_or_default();
+        let Some(change) = change else { return ready(Ok(data)) };
+        ready(match merged(data, change) {
+            Some((data, text)) => {
+                row.data = Some(text.into());
+                Ok(data)
+            }
+            None => Err(DataError::TooLarge),
+        })
+    }
+
+    fn list(&self, user: UserId) -> BoxFuture<Result<Vec<KeptSession>, BusError>> {
+        let stored = self.stored.lock();
+        let now = millis_now();
+        let rows = stored.users.get(&user).into_iter().flatten();
+        let kept = rows.filter(|row| !row.is_over(self.session_ttl, now)).map(|row| KeptSession {
+            session: row.session,
+            created: row.created,
+            used: row.used,
+            connection: row.connection,
+            about: row.about.clone(),
+        });
+        let mut kept: Vec<KeptSession> = kept.collect();
+        kept.sort_by_key(|kept| std::cmp::Reverse(kept.used));
+        ready(Ok(kept))
+    }
+
+    fn revoke(&self, user: UserId, which: Which) -> BoxFuture<Result<usize, BusError>> {
+        let stored = &mut *self.stored.lock();
+        let Some(rows) = stored.users.get_mut(&user) else { return ready(Ok(0)) };
+        let before = rows.len();
+        rows.retain(|row| !which.has(row.session));
+        let revoked = before - rows.len();
+        if rows.is_empty() {
+            stored.users.remove(&user);
+        }
+        ready(Ok(revoked))
+    }
+
+    fn acknowledge(&self, user: UserId, epoch: Option<Epoch>, seq: Seq) {
+        let rooms = &mut *self.rooms.lock();
+        let log: &mut Log = rooms.log(&RoomId::inbox_of(&user));
+        if epoch.is_none_or(|epoch| epoch == log.epoch) {
+            log.acked = log.acked.max(seq.min(log.top));
+        }
+    }
+}

@@ -1,0 +1,23 @@
+#!lua flags=allow-oom
+-- Notes up to where a user has received the inbox.
+--
+-- KEYS  1 meta of the inbox
+-- ARGV  1 epoch or empty  2 number of the entry  3 ttl, ms
+
+local meta = redis.call('HMGET', KEYS[1], 'e', 's', 'a', 'pe', 'ps')
+if not meta[1] then
+    return 0
+end
+local seq = math.min(tonumber(ARGV[2]), tonumber(meta[2] or '0'))
+if ARGV[1] ~= '' and ARGV[1] ~= meta[1] then
+    if ARGV[1] ~= meta[4] then
+        return 0
+    end
+    -- The present epoch continues that one.
+    seq = math.min(seq, tonumber(meta[5] or '0'))
+end
+if seq > tonumber(meta[3] or '0') then
+    redis.call('HSET', KEYS[1], 'a', digits(seq))
+end
+redis.call('PEXPIRE', KEYS[1], ARGV[3])
+return 1

@@ -1,0 +1,19 @@
+#!lua flags=allow-oom
+-- Notes that a connection has ended, or still has its session.
+--
+-- KEYS  1 sessions (hash)  2 data of sessions (hash)
+-- ARGV  1 session  2 connection  3 how long a session is kept, ms  4 whether it has ended: 1 or empty
+
+local row = redis.call('HGET', KEYS[1], ARGV[1])
+if not row then
+    return 0
+end
+local digest, created, connection, about = string.match(row, '^(%x+) (%d+) %d+ (%S+) (.*)$')
+if connection == ARGV[2] then
+    local left = ARGV[4] == '1' and '-' or connection
+    local now = digits(now_ms())
+    redis.call('HSET', KEYS[1], ARGV[1], digest .. ' ' .. created .. ' ' .. now .. ' ' .. left .. ' ' .. about)
+    redis.call('PEXPIRE', KEYS[1], ARGV[3])
+    redis.call('PEXPIRE', KEYS[2], ARGV[3])
+end
+return 1

@@ -1,0 +1,81 @@
+-- Has a connection take its session, or makes one; and looks at the user's inbox.
+--
+-- KEYS, ARGV to 6 as in the prelude, of the inbox
+-- KEYS  7 sessions (hash): "<digest> <created> <used> <connection or -> <about>" of each
+--       8 data of sessions (hash)
+-- ARGV  7 author: the user, as envelopes name it  8 session presented or empty  9 its digest
+--       10 session that is made otherwise  11 its digest  12 connection  13 about it
+--       14 how long a session is kept, ms  15 the most sessions
+-- Returns session, about of the connection before or nothing, time in microseconds, and of the inbox
+-- epoch, top, acknowledged, oldest entry kept or 0, unread.
+
+local epoch, top = whole()
+if not epoch then
+    return stale
+end
+
+local time = redis.call('TIME')
+local now, ttl = time[1] * 1000 + math.floor(time[2] / 1000), tonumber(ARGV[14])
+
+local function parts_of(row)
+    local digest, created, used, connection, about = string.match(row, '^(%x+) (%d+) (%d+) (%S+) (.*)$')
+    return digest, created, tonumber(used), connection, about
+end
+
+local session, former, created
+local row = ARGV[8] ~= '' and redis.call('HGET', KEYS[7], ARGV[8])
+if row then
+    local digest, began, used, connection, about = parts_of(row)
+    if digest == ARGV[9] and used + ttl > now then
+        session, former, created = ARGV[8], about, began
+        if connection ~= '-' and connection ~= ARGV[12] then
+            redis.call('PUBLISH', ARGV[2], '!x ' .. session .. ' ' .. ARGV[12])
+        end
+    end
+end
+local digest = ARGV[9]
+if not session then
+    session, digest, created = ARGV[10], ARGV[11], digits(now)
+    -- Room for it: those whose time is over go, and the one used longest ago where there are too many.
+    local rows = redis.call('HGETALL', KEYS[7])
+    local count, oldest, oldest_used = 0
+    for i = 1, #rows, 2 do
+        local _, _, used = parts_of(rows[i + 1])
+        if used + ttl <= now then
+            redis.call('HDEL', KEYS[7], rows[i])
+            redis.call('HDEL', KEYS[8], rows[i])
+        else
+            count = count + 1
+            if not oldest or used < oldest_used then
+                oldest, oldest_used = rows[i], used
+            end
+        end
+    end
+    if count >= tonumber(ARGV[15]) then
+        redis.call('HDEL', KEYS[7], oldest)
+        redis.call('HDEL', KEYS[8], oldest)
+    end
+end
+redis.call('HSET', KEYS[7], session,
+    digest .. ' ' .. created .. ' ' .. digits(now) .. ' ' .. ARGV[12] .. ' ' .. ARGV[13])
+redis.call('PEXPIRE', KEYS[7], ttl)
+redis.call('PEXPIRE', KEYS[8], ttl)
+
+local acked = math.min(tonumber(redis.call('HGET', KEYS[2], 'a') or '0'), top)
+local unread, cursor = 0, '(' .. digits(acked) .. '-0'
+while acked < top do
+    local some = redis.call('XRANGE', KEYS[1], cursor, '+', 'COUNT', 100)
+    for _, entry in ipairs(some) do
+        if string.sub(entry[2][6], 3, 10) ~= ARGV[7] then
+            unread = unread + 1
+        end
+    end
+    if #some < 100 then
+        break
+    end
+    cursor = '(' .. some[100][1]
+end
+local first = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)[1]
+local oldest = first and string.match(first[1], '^%d+') or '0'
+local micros = digits(time[1] * 1000000 + time[2])
+return { session, former or false, micros, epoch, digits(top), digits(acked), oldest, digits(unread) }

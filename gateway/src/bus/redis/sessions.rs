@@ -1,0 +1,259 @@
+//! Sessions of a cluster, in Redis: beside the inbox of their user, so that one script does both.
+//!
+//! Connections that open, close or acknowledge go through the registry's queue, pipelined with who is
+//! present; the rest is asked.
+
+use std::sync::Arc;
+
+use redis::{Cmd, RedisResult, Value};
+use serde_json::{Map, Value as Json};
+use shared::{
+    envelope::Author,
+    ids::{ConnectionId, RoomId, SessionId, UserId},
+    position::{Epoch, Seq},
+    protocol::answer::Inbox,
+};
+use tokio::sync::oneshot;
+
+use super::{
+    keyspace::Keyspace,
+    registry::{Op, Registrar, evalsha, flag},
+    server::Server,
+};
+use crate::bus::{
+    BusError,
+    sessions::{
+        About, DataError, KeptSession, Opened, Opening, SESSIONS_MAX, SecretDigest, Which, merged,
+    },
+};
+
+/// How often a change of data is tried that others change at the same time.
+const TRIES_MAX: usize = 8;
+
+/// What a connection wants of its user's sessions or inbox.
+pub(super) enum SessionOp {
+    Open { opening: Box<Opening>, reply: oneshot::Sender<Result<Opened, BusError>> },
+    Close { user: UserId, session: SessionId, connection: ConnectionId },
+    Acknowledge { user: UserId, epoch: Option<Epoch>, seq: Seq },
+}
+
+impl SessionOp {
+    pub(super) fn user(&self) -> &UserId {
+        match self {
+            Self::Open { opening, .. } => &opening.user,
+            Self::Close { user, .. } | Self::Acknowledge { user, .. } => user,
+        }
+    }
+
+    /// Whether nobody waits for it any more.
+    pub(super) fn is_given_up(&self) -> bool {
+        matches!(self, Self::Open { reply, .. } if reply.is_closed())
+    }
+
+    pub(super) fn done(self, answer: &Value) {
+        if let Self::Open { reply, .. } = self {
+            // Who does not wait any more has given up on it.
+            let _ = reply.send(opened(answer).ok_or(BusError::Refused));
+        }
+    }
+
+    pub(super) fn fail(self, error: BusError) {
+        if let Self::Open { reply, .. } = self {
+            let _ = reply.send(Err(error));
+        }
+    }
+}
+
+/// The keys of a user's sessions and of their data.
+fn keys_of(keyspace: Keyspace, user: &UserId) -> [String; 2] {
+    let channel = keyspace.channel(&RoomId::inbox_of(user));
+    [format!("{channel}:sessions"), format!("{channel}:data")]
+}
+
+impl Registrar {
+    pub(super) fn open(
+        self: Arc<Self>,
+        opening: Opening,
+    ) -> impl Future<Output = Result<Opened, BusError>> {
+        let (reply, replied) = oneshot::channel();
+        self.queue(Op::Session(SessionOp::Open { opening: Box::new(opening), reply }));
+        async move { replied.await.unwrap_or(Err(BusError::Unavailable)) }
+    }
+
+    pub(super) fn close_session(&self, user: UserId, session: SessionId, connection: ConnectionId) {
+        self.queue(Op::Session(SessionOp::Close { user, session, connection }));
+    }
+
+    pub(super) fn acknowledge(&self, user: UserId, epoch: Option<Epoch>, seq: Seq) {
+        self.queue(Op::Session(SessionOp::Acknowledge { user, epoch, seq }));
+    }
+
+    /// The call of a script.
+    pub(super) fn session_command(&self, op: &SessionOp, server: &Server) -> Cmd {
+        let keyspace = self.router.keyspace();
+        let ttl = self.session_ttl_ms();
+        match op {
+            SessionOp::Open { opening, .. } => {
+                let inbox = RoomId::inbox_of(&opening.user);
+                let keys = [&keyspace.keys(&inbox)[..], &keys_of(keyspace, &opening.user)].concat();
+                let token = server.agreed.borrow().token.unwrap_or_default();
+                let mut command = evalsha(&self.scripts.open, &keys);
+                command.arg(server.common(&inbox, token));
+                command.arg(&Author::of(&opening.user).as_bytes()[..]);
+                let text = |(session, digest): (SessionId, SecretDigest)| {
+                    (session.to_string(), digest.to_text())
+                };
+                command.arg(opening.resume.map(text).unwrap_or_default());
+                command.arg(text(opening.fresh)).arg(opening.connection.to_string());
+                let about = serde_json::to_string(&*opening.about).expect("it is made of names");
+                command.arg(about).arg(ttl).arg(SESSIONS_MAX);
+                command
+            }
+            SessionOp::Close { user, session, connection } => {
+                let mut command = evalsha(&self.scripts.close, &keys_of(keyspace, user));
+                command
+                    .arg(session.to_string())
+                    .arg(connection.to_string())
+                    .arg(ttl)
+                    .arg(flag(true));
+                command
+            }
+            SessionOp::Acknowledge { user, epoch, seq } => {
+                let inbox = RoomId::inbox_of(user);
+                let meta = format!("{}:meta", keyspace.channel(&inbox));
+                let mut command = evalsha(&self.scripts.acknowledge, &[meta]);
+                command.arg(epoch.as_ref().map_or("", Epoch::as_str)).arg(seq);
+                command.arg(server.meta_ttl_ms(&inbox));
+                command
+            }
+        }
+    }
+
+    pub(super) async fn data(
+        self: Arc<Self>,
+        user: UserId,
+        session: SessionId,
+        change: Option<Map<String, Json>>,
+    ) -> Result<Map<String, Json>, DataError> {
+        let keyspace = self.router.keyspace();
+        let (home, keys) = (keyspace.home_of_text(user.as_str()), keys_of(keyspace, &user));
+        for _ in 0..TRIES_MAX {
+            let (is_there, before): (bool, Option<String>) = self
+                .ask(home, async |connection| {
+                    redis::pipe()
+                        .cmd("HEXISTS")
+                        .arg(&keys[0])
+                        .arg(session.to_string())
+                        .cmd("HGET")
+                        .arg(&keys[1])
+                        .arg(session.to_string())
+                        .query_async(connection)
+                        .await
+                })
+                .await?;
+            if !is_there {
+                return Err(DataError::NoSession);
+            }
+            let before = before.unwrap_or_default();
+            let data: Map<String, Json> = serde_json::from_str(&before).unwrap_or_default();
+            let Some(change) = &change else { return Ok(data) };
+            let (data, text) = merged(data, change.clone()).ok_or(DataError::TooLarge)?;
+            let mut set = self.scripts.data.key(&keys[..]);
+            set.arg(session.to_string()).arg(before).arg(text).arg(self.session_ttl_ms());
+            let set: i64 =
+                self.ask(home, async |connection| set.invoke_async(connection).await).await?;
+            match set {
+                1 => return Ok(data),
+                0 => {}
+                _ => return Err(DataError::NoSession),
+            }
+        }
+        Err(BusError::Overloaded.into())
+    }
+
+    pub(super) async fn sessions(
+        self: Arc<Self>,
+        user: UserId,
+    ) -> Result<Vec<KeptSession>, BusError> {
+        let keyspace = self.router.keyspace();
+        let (home, [sessions, _]) =
+            (keyspace.home_of_text(user.as_str()), keys_of(keyspace, &user));
+        let (time, rows): ((u64, u64), Vec<(String, String)>) = self
+            .ask(home, async |connection| {
+                let mut pipeline = redis::pipe();
+                pipeline.cmd("TIME").cmd("HGETALL").arg(sessions).query_async(connection).await
+            })
+            .await?;
+        let now = time.0 * 1000 + time.1 / 1000;
+        let kept = rows.iter().filter_map(|(session, row)| kept_of(session, row));
+        let mut kept: Vec<KeptSession> =
+            kept.filter(|kept| kept.used + self.session_ttl_ms() > now).collect();
+        kept.sort_by_key(|kept| std::cmp::Reverse(kept.used));
+        Ok(kept)
+    }
+
+    pub(super) async fn revoke(
+        self: Arc<Self>,
+        user: UserId,
+        which: Which,
+    ) -> Result<usize, BusError> {
+        let kept = self.clone().sessions(user.clone()).await?;
+        let revoked = kept.into_iter().map(|kept| kept.session).filter(|one| which.has(*one));
+        let revoked: Vec<String> = revoked.map(|session| session.to_string()).collect();
+        if revoked.is_empty() {
+            return Ok(0);
+        }
+        let keyspace = self.router.keyspace();
+        let (home, keys) = (keyspace.home_of_text(user.as_str()), keys_of(keyspace, &user));
+        let (gone, _): (usize, usize) = self
+            .ask(home, async |connection| {
+                let mut pipeline = redis::pipe();
+                pipeline.cmd("HDEL").arg(&keys[0]).arg(&revoked);
+                pipeline.cmd("HDEL").arg(&keys[1]).arg(&revoked);
+                pipeline.query_async(connection).await
+            })
+            .await?;
+        Ok(gone)
+    }
+}
+
+/// Reads `<digest> <created> <used> <connection or -> <about>`.
+fn kept_of(session: &str, row: &str) -> Option<KeptSession> {
+    let mut parts = row.splitn(5, ' ').skip(1);
+    let mut part = || parts.next();
+    Some(KeptSession {
+        session: session.parse().ok()?,
+        created: part()?.parse().ok()?,
+        used: part()?.parse().ok()?,
+        connection: part()?.parse().ok().map(ConnectionId),
+        about: Arc::new(serde_json::from_str(part()?).ok()?),
+    })
+}
+
+/// Reads what `open.lua` answers.
+fn opened(answer: &Value) -> Option<Opened> {
+    type Answer = (String, Option<String>, u64, String, Seq, Seq, Seq, u64);
+    let answer: RedisResult<Answer> = redis::from_redis_value(answer.clone()).map_err(Into::into);
+    let (session, former, at, epoch, seq, acked, oldest, unread) = answer.ok()?;
+    let about = former.and_then(|about| serde_json::from_str::<About>(&about).ok());
+    let oldest = if oldest == 0 { seq + 1 } else { oldest };
+    let inbox = Inbox { epoch: epoch.parse().ok()?, seq, acked, oldest, unread };
+    Some(Opened { session: session.parse().ok()?, resumed: about.map(Arc::new), at, inbox })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_is_read_with_and_without_a_connection() {
+        let about = r#"{"name":"Ann Lee","node":"gw-1","address":"::1","user_agent":"a b"}"#;
+        let session = "6f1c2a0e-93c4-4c59-a9f5-5f3f2d1b7c10";
+        let kept = kept_of(session, &format!("ab12 5 7 - {about}")).unwrap();
+        assert_eq!((kept.created, kept.used, kept.connection), (5, 7, None));
+        assert_eq!(kept.about.name.as_str(), "Ann Lee");
+        let kept = kept_of(session, &format!("ab12 5 7 {session} {about}")).unwrap();
+        assert_eq!(kept.connection.unwrap().to_string(), session);
+        assert!(kept_of(session, "ab12 5").is_none());
+    }
+}

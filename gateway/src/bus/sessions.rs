@@ -1,0 +1,220 @@
+//! Sessions: what outlives a user's connections, and how far the inbox is acknowledged.
+//!
+//! A client gets a secret with its first connection. Presenting it on a later one, on any node, gives
+//! it back its session: its user and data. A session has one connection at a time: who presents it
+//! takes it over, and the connection before is [told](super::registry::Notice::Replaced). Only a digest
+//! of the secret is kept.
+//!
+//! Two implementations, as of the [bus](super): in memory and in Redis.
+
+use std::{fmt::Write as _, net::IpAddr, sync::Arc, time::Duration};
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use sha1::{Digest as _, Sha1};
+use shared::{
+    ids::{ConnectionId, DisplayName, NodeId, SessionId, UserId},
+    position::{Epoch, Seq},
+    protocol::answer::Inbox,
+    token::ResumeToken,
+};
+
+use super::{BoxFuture, BusError, registry::Millis};
+
+/// The most sessions of a user; above it the one used longest ago goes. More than
+/// `limits.connections_per_user` by default.
+pub const SESSIONS_MAX: usize = 100;
+
+/// How long sessions are kept.
+#[derive(Clone, Debug)]
+pub struct SessionOptions {
+    /// After the last use.
+    pub ttl: Duration,
+}
+
+impl Default for SessionOptions {
+    fn default() -> Self {
+        Self { ttl: Duration::from_secs(24 * 60 * 60) }
+    }
+}
+
+/// What is kept of a secret: its SHA-1. The secret has 128 random bits, so that nothing is to be found
+/// by guessing.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct SecretDigest([u8; 20]);
+
+impl SecretDigest {
+    /// The digest of a token's secret.
+    pub fn of(token: &ResumeToken) -> Self {
+        Self(Sha1::digest(token.secret).into())
+    }
+
+    /// In hexadecimal.
+    pub fn to_text(self) -> String {
+        self.0.iter().fold(String::with_capacity(40), |mut text, byte| {
+            // Writing to a string does not fail.
+            let _ = write!(text, "{byte:02x}");
+            text
+        })
+    }
+}
+
+/// What is told of the connection that has a session.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct About {
+    /// What the user is called.
+    pub name: DisplayName,
+    /// The node.
+    pub node: NodeId,
+    /// The client's address.
+    pub address: IpAddr,
+    /// The client, as it says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user_agent: Option<Box<str>>,
+}
+
+/// A connection that wants a session.
+#[derive(Clone)]
+pub struct Opening {
+    /// Whose.
+    pub user: UserId,
+    /// The connection.
+    pub connection: ConnectionId,
+    /// The session presented, and what its secret has to fit.
+    pub resume: Option<(SessionId, SecretDigest)>,
+    /// The session that is made where that is not to be had.
+    pub fresh: (SessionId, SecretDigest),
+    /// What is told of the connection.
+    pub about: Arc<About>,
+}
+
+/// A connection with its session.
+#[derive(Clone, Debug)]
+pub struct Opened {
+    /// The session.
+    pub session: SessionId,
+    /// What was known of the connection before, where the session was there.
+    pub resumed: Option<Arc<About>>,
+    /// When, by the clock of the store, in microseconds: what was ordered before does not concern
+    /// this connection.
+    pub at: Micros,
+    /// The user's inbox at this moment.
+    pub inbox: Inbox,
+}
+
+/// Microseconds since 1970, by the clock of the store: it orders connections and what is ordered.
+pub type Micros = u64;
+
+/// A session, as a listing has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeptSession {
+    /// Which.
+    pub session: SessionId,
+    /// When it was made.
+    pub created: Millis,
+    /// When it was used last.
+    pub used: Millis,
+    /// The connection that has it.
+    pub connection: Option<ConnectionId>,
+    /// What is told of the last one that had it.
+    pub about: Arc<About>,
+}
+
+/// Which sessions of a user.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Which {
+    /// All.
+    All,
+    /// One.
+    One(SessionId),
+    /// All but one.
+    AllBut(SessionId),
+}
+
+impl Which {
+    /// Whether `session` is among them.
+    pub fn has(self, session: SessionId) -> bool {
+        match self {
+            Self::All => true,
+            Self::One(one) => one == session,
+            Self::AllBut(but) => but != session,
+        }
+    }
+}
+
+/// Why a session's data was not changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DataError {
+    /// The session was revoked.
+    #[error("the session is no more")]
+    NoSession,
+    /// With this it would be larger than it may be.
+    #[error("the data of a session is at most {} bytes", shared::protocol::SESSION_BYTES_MAX)]
+    TooLarge,
+    /// The store did not do it.
+    #[error(transparent)]
+    Bus(#[from] BusError),
+}
+
+/// Where sessions are kept. See the module.
+pub trait Sessions: Send + Sync {
+    /// Has a connection take its session, or makes one; and looks at the inbox.
+    fn open(&self, opening: Opening) -> BoxFuture<Result<Opened, BusError>>;
+
+    /// The connection has ended: its session, if it still has it, was used until now.
+    fn close(&self, user: UserId, session: SessionId, connection: ConnectionId);
+
+    /// The session's data, after `change` was merged into it: what is `null` is removed.
+    fn data(
+        &self,
+        user: UserId,
+        session: SessionId,
+        change: Option<Map<String, Value>>,
+    ) -> BoxFuture<Result<Map<String, Value>, DataError>>;
+
+    /// The sessions of a user, those used last first.
+    fn list(&self, user: UserId) -> BoxFuture<Result<Vec<KeptSession>, BusError>>;
+
+    /// Forgets sessions. Their connections are not closed by this. Returns how many there were.
+    fn revoke(&self, user: UserId, which: Which) -> BoxFuture<Result<usize, BusError>>;
+
+    /// Notes up to where a user has received the inbox; of another epoch than `epoch` it is not.
+    fn acknowledge(&self, user: UserId, epoch: Option<Epoch>, seq: Seq);
+}
+
+/// Merges a change into data. `None`: it would be too large.
+pub(super) fn merged(
+    mut data: Map<String, Value>,
+    change: Map<String, Value>,
+) -> Option<(Map<String, Value>, String)> {
+    for (key, value) in change {
+        match value {
+            Value::Null => drop(data.remove(&key)),
+            value => drop(data.insert(key, value)),
+        }
+    }
+    let text = serde_json::to_string(&data).ok()?;
+    (text.len() <= shared::protocol::SESSION_BYTES_MAX).then_some((data, text))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_change_replaces_adds_and_removes() {
+        let of = |text: &str| serde_json::from_str::<Map<String, Value>>(text).unwrap();
+        let (data, text) =
+            merged(of(r#"{"a":1,"b":2}"#), of(r#"{"a":null,"b":{"x":[]},"c":3}"#)).unwrap();
+        assert_eq!(text, r#"{"b":{"x":[]},"c":3}"#);
+        let large = format!(r#"{{"d":"{}"}}"#, "x".repeat(shared::protocol::SESSION_BYTES_MAX));
+        assert!(merged(data, of(&large)).is_none());
+    }
+
+    #[test]
+    fn sessions_are_picked_by_what_is_asked() {
+        let (one, two) = (SessionId::random(), SessionId::random());
+        assert!(Which::All.has(one) && Which::One(one).has(one) && !Which::One(one).has(two));
+        assert!(!Which::AllBut(one).has(one) && Which::AllBut(one).has(two));
+    }
+}

@@ -1,0 +1,205 @@
+//! Whether users are connected, for those who watch them.
+//!
+//! What is passed on says only that something has changed: the status is read then, so that what comes
+//! late or twice tells nobody anything wrong. Users are read who were asked about in the same turn
+//! together.
+
+use std::{collections::HashMap, sync::Arc};
+
+use futures_util::future::join_all;
+use shared::{
+    ids::{ConnectionId, RoomId, UserId},
+    protocol::{
+        Ref,
+        answer::{Answer, Online, UserStatus},
+    },
+};
+
+use super::{
+    Call,
+    ask::READ_AGAIN,
+    member::{Subscriber, text_frame},
+    people::at,
+    shard::Shard,
+};
+use crate::bus::registry::Status;
+
+/// Users who are watched here.
+pub(super) type Watched = HashMap<UserId, Watch>;
+
+/// A user who is watched.
+#[derive(Debug, Default)]
+pub(super) struct Watch {
+    watchers: Vec<Watcher>,
+    /// What they were told last.
+    told: Option<bool>,
+    /// Whether the status is followed.
+    followed: bool,
+    /// How many reads were begun.
+    begun: u64,
+    /// Whether one is under way, and whether another has to follow.
+    reading: bool,
+    again: bool,
+}
+
+#[derive(Debug)]
+struct Watcher {
+    subscriber: Arc<Subscriber>,
+    /// The read whose outcome it is told in any case, and as the answer to what.
+    waits: Option<(u64, Option<Ref>)>,
+}
+
+impl Watch {
+    /// The status is to be read. Returns whether that is to be begun, and the number of the read.
+    fn want(&mut self) -> (bool, u64) {
+        if self.reading {
+            self.again = true;
+            return (false, self.begun + 1);
+        }
+        self.reading = true;
+        self.begun += 1;
+        (true, self.begun)
+    }
+}
+
+impl Shard {
+    /// Has a connection told whether a user is connected: now, where it `asks`, and on every change.
+    pub(super) fn watch(
+        &mut self,
+        user: UserId,
+        subscriber: Arc<Subscriber>,
+        asks: Option<Option<Ref>>,
+    ) {
+        let watch = self.watched.entry(user.clone()).or_default();
+        let known =
+            watch.watchers.iter().position(|w| w.subscriber.connection == subscriber.connection);
+        let place = known.unwrap_or_else(|| {
+            watch.watchers.push(Watcher { subscriber, waits: None });
+            watch.watchers.len() - 1
+        });
+        if asks.is_none() && watch.told.is_some() {
+            return;
+        }
+        // Who has just connected is to be seen: what was known before is not enough.
+        let (begins, read) = watch.want();
+        if let Some(reference) = asks {
+            watch.watchers[place].waits = Some((read, reference));
+        }
+        if begins {
+            self.statuses_due.push(user);
+        }
+    }
+
+    /// Ends that.
+    pub(super) fn unwatch(&mut self, user: &UserId, connection: ConnectionId) {
+        // What nobody watches is forgotten at the next look around: it may be asked for at this moment.
+        if let Some(watch) = self.watched.get_mut(user) {
+            watch.watchers.retain(|watcher| watcher.subscriber.connection != connection);
+        }
+    }
+
+    /// Something has changed for a user who may be watched.
+    pub(super) fn status_changed(&mut self, room: &RoomId) {
+        let Some(user) = room.user() else { return };
+        if let Some(watch) = self.watched.get_mut(&user)
+            && watch.want().0
+        {
+            self.statuses_due.push(user);
+        }
+    }
+
+    /// Changes may have been missed.
+    pub(super) fn doubt_statuses(&mut self) {
+        for (user, watch) in &mut self.watched {
+            if watch.want().0 {
+                self.statuses_due.push(user.clone());
+            }
+        }
+    }
+
+    /// Reads what is due, in a task, until it is known.
+    pub(super) fn read_statuses(&mut self) {
+        let users = std::mem::take(&mut self.statuses_due);
+        if users.is_empty() {
+            return;
+        }
+        let follow = users.iter().filter(|user| {
+            let watch = self.watched.get_mut(*user);
+            watch.is_some_and(|watch| !std::mem::replace(&mut watch.followed, true))
+        });
+        let follow: Vec<RoomId> = follow.map(RoomId::status_of).collect();
+        let (bus, presence, calls) = (self.bus.clone(), self.presence.clone(), self.calls.clone());
+        self.spawn("read_statuses", async move {
+            // Followed first, so that no change falls between the two.
+            join_all(follow.into_iter().map(async |room| {
+                while bus.follow(room.clone()).await.is_err() {
+                    tokio::time::sleep(READ_AGAIN).await;
+                }
+            }))
+            .await;
+            let statuses = loop {
+                match presence.statuses(users.clone()).await {
+                    Ok(statuses) => break statuses,
+                    Err(_) => tokio::time::sleep(READ_AGAIN).await,
+                }
+            };
+            let _ = calls.send(Call::Statuses { users, statuses }).await;
+        });
+    }
+
+    /// Tells what was read to those who wait for it, and what has changed to all.
+    pub(super) fn take_statuses(&mut self, users: Vec<UserId>, statuses: Vec<Status>) {
+        for (user, status) in users.into_iter().zip(statuses) {
+            let Some(watch) = self.watched.get_mut(&user) else { continue };
+            watch.reading = false;
+            let changed = watch.told.is_some_and(|told| told != status.online);
+            watch.told = Some(status.online);
+            let mut frame = None;
+            for watcher in &mut watch.watchers {
+                let read = watch.begun;
+                let answers = watcher.waits.take_if(|(waits, _)| *waits <= read);
+                if !changed && answers.is_none() {
+                    continue;
+                }
+                match answers {
+                    Some((_, Some(reference))) => {
+                        watcher.subscriber.answer(&told(&user, &status, Some(reference)));
+                    }
+                    _ => {
+                        let frame =
+                            frame.get_or_insert_with(|| text_frame(&told(&user, &status, None)));
+                        watcher.subscriber.outbox.push(frame.clone());
+                    }
+                }
+                self.turn.touch(&watcher.subscriber);
+            }
+            if std::mem::take(&mut watch.again) && watch.want().0 {
+                self.statuses_due.push(user);
+            }
+        }
+    }
+
+    /// Forgets users whom nobody watches any more.
+    pub(super) fn forget_unwatched(&mut self) {
+        self.watched.retain(|user, watch| {
+            let is_watched = !watch.watchers.is_empty() || watch.reading;
+            if !is_watched && watch.followed {
+                self.bus.unfollow(RoomId::status_of(user));
+            }
+            is_watched
+        });
+    }
+}
+
+fn told(
+    user: &UserId,
+    status: &Status,
+    reference: Option<Ref>,
+) -> Answer<Box<serde_json::value::RawValue>> {
+    Answer::UserStatus(UserStatus {
+        reference,
+        user: user.clone(),
+        status: if status.online { Online::Online } else { Online::Offline },
+        last_active: status.active.map(at),
+    })
+}
