@@ -81,7 +81,14 @@ impl World {
             log_ttl: Duration::from_secs(3600),
         };
         let people = (&bus, &presence, &Default::default());
-        let hub = Hub::start(people, mailboxes, letters, options, &metrics, &tasks);
+        let hub = Hub::start(
+            people,
+            mailboxes,
+            letters,
+            options,
+            (&metrics, &Default::default()),
+            &tasks,
+        );
         let mut members = Vec::new();
         for _ in 0..MEMBERS {
             let outbox = Outbox::to_owner(1 << 20, metrics.clone());

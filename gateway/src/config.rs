@@ -28,7 +28,7 @@ use crate::{
         registry::RegistryOptions,
         sessions::SessionOptions,
     },
-    http::{HttpLimits, HttpOptions, origin::AllowedOrigins},
+    http::{HttpLimits, HttpOptions, api::ApiKeys, origin::AllowedOrigins},
     hub::HubOptions,
     limits::Rate,
     presence::PresenceOptions,
@@ -174,7 +174,8 @@ impl Config {
         let secret = r.take::<String>("auth.jwt_secret", "", "The key of tokens (HS256), at least 32 bytes. Needed in `jwt` mode.");
         let leeway = r.take::<Span>("auth.leeway", "0s", "How long a token counts after its `exp`.");
         let auth_cookie = r.take("auth.cookie", "token", "The cookie a token may come in.");
-        let _api_key = r.take::<String>("api.key", "", "The key of the server API, which is not there yet.");
+        let api_keys = r.take::<List<NamedKey>>("api.keys", "", "Keys of the server API with the names they have in the log, as `web:<key>,ops:<key>`. Empty: nobody may use it.");
+        let api_docs = r.take::<bool>("api.docs", "true", "Whether `/api/docs` and `/api/openapi.json` are served, without a key.");
 
         let redis_url = r.take::<Option_<String>>("cluster.redis_url", "", "Redis of the cluster, as `redis://user:password@host:6379/0`, `redis+sentinel://user:password@s1,s2,s3/primary` or `redis+cluster://user:password@h1,h2,h3`; `rediss` for TLS. Empty: a single node that keeps logs in memory.");
         let ca_file = r.take::<Option_<PathBuf>>("cluster.redis_ca_file", "", "With TLS: the authorities that may have signed Redis' certificate (PEM). Empty: the public ones.");
@@ -293,6 +294,7 @@ impl Config {
             auth: if jwt { Auth::jwt(&secret, leeway.0) } else { Auth::Anonymous },
             http: HttpOptions {
                 auth_cookie,
+                api: ApiKeys::new(api_keys.0.into_iter().map(|NamedKey(name, key)| (name, key)), api_docs),
                 allowed_origins,
                 trusted_proxies: proxies.0,
                 echo,
@@ -530,6 +532,21 @@ impl<T: FromStr> FromStr for List<T> {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let items = text.split(',').map(str::trim).filter(|item| !item.is_empty());
         items.map(str::parse).collect::<Result<_, _>>().map(Self)
+    }
+}
+
+/// `<name>:<key>`.
+struct NamedKey(String, String);
+
+impl FromStr for NamedKey {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (name, key) = text.split_once(':').ok_or("a key is <name>:<key>")?;
+        if name.is_empty() || key.len() < 16 {
+            return Err("a key is <name>:<key>, and has 16 characters or more");
+        }
+        Ok(Self(name.to_owned(), key.to_owned()))
     }
 }
 

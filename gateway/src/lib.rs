@@ -23,6 +23,7 @@ pub mod rooms;
 pub mod presence;
 pub mod publisher;
 pub mod hub;
+pub mod control;
 pub mod session;
 pub mod transport;
 pub mod http;

@@ -18,7 +18,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use shared::{
     codec::{self, Opcode},
-    ids::RoomId,
+    ids::{RoomId, RoomKind},
 };
 use smallvec::SmallVec;
 use tokio::{net::TcpStream, sync::Notify, time::Instant};
@@ -206,6 +206,11 @@ impl Outbox {
             queue.lagging.push(room);
             self.wake.notify_one();
         }
+    }
+
+    /// Whether there are rooms to be continued.
+    pub fn is_lagging(&self) -> bool {
+        self.queue.lock().lagging.iter().any(|room| room.kind() != RoomKind::Status)
     }
 
     /// The rooms to be continued, once half of the bound is free.

@@ -18,6 +18,7 @@ use shared::{
     },
 };
 use tokio::time::Instant;
+use uuid::Uuid;
 
 use crate::{
     bus::{
@@ -25,7 +26,10 @@ use crate::{
         registry::{Notice, Registry},
     },
     rooms::RoomRules,
-    telemetry::metrics::{Metrics, Publish},
+    telemetry::{
+        metrics::{Metrics, Publish},
+        trail::Trails,
+    },
 };
 
 /// Hands messages to the bus.
@@ -34,6 +38,7 @@ pub struct Publisher {
     registry: Arc<dyn Registry>,
     rules: Arc<RoomRules>,
     metrics: Arc<Metrics>,
+    trails: Arc<Trails>,
     /// How long a publish may wait for the bus.
     wait_max: Duration,
     /// The largest message a client may send.
@@ -87,17 +92,29 @@ struct Members<'a> {
     timestamp: &'a str,
 }
 
+/// The members of a `notification` frame that do not change on its way.
+#[derive(Serialize)]
+struct Notification<'a> {
+    id: MessageId,
+    payload: &'a RawValue,
+    require_ack: bool,
+    timestamp: &'a str,
+}
+
+/// Who sends where the application does, and names nobody else.
+pub const API_USER: &str = "_api";
+
 impl Publisher {
     /// A publisher into `bus`.
     pub fn new(
         bus: Arc<dyn Bus>,
         registry: Arc<dyn Registry>,
         rules: Arc<RoomRules>,
-        metrics: Arc<Metrics>,
+        (metrics, trails): (Arc<Metrics>, Arc<Trails>),
         wait_max: Duration,
         message_bytes_max: usize,
     ) -> Self {
-        Self { bus, registry, rules, metrics, wait_max, message_bytes_max }
+        Self { bus, registry, rules, metrics, trails, wait_max, message_bytes_max }
     }
 
     /// Hands `message` to the bus and returns at once. `done` hears what became of it; calls of
@@ -152,19 +169,10 @@ impl Publisher {
             binary,
         });
 
-        let begun = Instant::now();
-        let metrics = self.metrics.clone();
-        let done: Done = Box::new(move |result| {
-            metrics.publish_seconds.observe(begun.elapsed().as_secs_f64());
-            metrics.publishes.of(outcome(&result)).inc();
-            done(result);
-        });
-        let deadline = begun + self.wait_max;
-        let append =
-            move |room, envelope, done| Append { room, envelope, urgent: false, deadline, done };
+        let done = self.counted(Box::new(done));
         match &message.to {
             Recipient::Room(room) if self.rules.is_durable(room) => {
-                self.bus.append(append(room.clone(), envelope, done));
+                self.bus.append(self.append(room.clone(), envelope, done));
             }
             Recipient::Room(room) => {
                 self.registry.pass_on(room.clone(), Notice::Message(envelope), done);
@@ -174,12 +182,60 @@ impl Publisher {
                 let done = match own == to {
                     true => done,
                     // A repeat may have been appended to one of them only.
-                    false => self.then_append(append(own, envelope.clone(), done)),
+                    false => self.then_append(self.append(own, envelope.clone(), done)),
                 };
-                self.bus.append(append(to, envelope, done));
+                self.bus.append(self.append(to, envelope, done));
             }
         }
         Ok(())
+    }
+
+    /// Counts what becomes of a publish, and how long that takes.
+    fn counted(&self, done: Done) -> Done {
+        let (begun, metrics) = (Instant::now(), self.metrics.clone());
+        Box::new(move |result| {
+            metrics.publish_seconds.observe(begun.elapsed().as_secs_f64());
+            metrics.publishes.of(outcome(&result)).inc();
+            done(result);
+        })
+    }
+
+    /// An append that is tried from now on, and leaves a trail.
+    fn append(&self, room: RoomId, envelope: Envelope, done: Done) -> Append {
+        let deadline = Instant::now() + self.wait_max;
+        let (trails, log, id) = (self.trails.clone(), room.clone(), envelope.id());
+        let done: Done = Box::new(move |result| {
+            if let Ok(appended) = &result {
+                trails.appended(&log, id, &appended.position);
+            }
+            done(result);
+        });
+        Append { room, envelope, urgent: false, deadline, done }
+    }
+
+    /// Appends a notification to a user's inbox.
+    pub fn notify(
+        &self,
+        user: &UserId,
+        id: MessageId,
+        payload: &RawValue,
+        require_ack: bool,
+        done: impl FnOnce(Result<Appended, BusError>) + Send + 'static,
+    ) {
+        let timestamp = shared::timestamp(SystemTime::now());
+        let notification = Notification { id, payload, require_ack, timestamp: &timestamp };
+        let members = serde_json::to_string(&notification).expect("raw JSON is JSON");
+        let envelope = Envelope::pack(Parts {
+            frame: FrameType::Notification,
+            author: Author::of(&API_USER.parse().expect("an id")),
+            id,
+            sender: ConnectionId(Uuid::nil()),
+            echo: true,
+            members: &members[1..members.len() - 1],
+            binary: None,
+        });
+        let done = self.counted(Box::new(done));
+        self.bus.append(self.append(RoomId::inbox_of(user), envelope, done));
     }
 
     /// Appends something once another append was done, unless that failed.

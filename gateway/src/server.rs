@@ -8,11 +8,13 @@ use crate::{
     bus::{
         Bus, Mailboxes,
         memory::MemoryBus,
+        orders::Orders,
         redis::{RedisBus, RedisStartError},
         registry::Registry,
         sessions::Sessions,
     },
     config::Config,
+    control::Control,
     drain::Tasks,
     http::{
         self, Node,
@@ -22,7 +24,7 @@ use crate::{
     presence::Presence,
     publisher::Publisher,
     session::Services,
-    telemetry::metrics::Metrics,
+    telemetry::{metrics::Metrics, trail::Trails},
 };
 
 /// How long each step of a stop may take: connections say goodbye, then the rest ends.
@@ -83,29 +85,38 @@ impl Server {
             }
             None => None,
         };
-        let (bus, registry, sessions): (Arc<dyn Bus>, Arc<dyn Registry>, Arc<dyn Sessions>) =
-            match &redis {
-                Some(redis) => (redis.clone(), redis.clone(), redis.clone()),
-                None => {
-                    let (registry, sessions) = (&config.registry, &config.sessions);
-                    let mailboxes = mailboxes.clone();
-                    let memory =
-                        MemoryBus::start(config.retention, registry, sessions, mailboxes, &tasks);
-                    (Arc::new(memory.clone()), Arc::new(memory.clone()), Arc::new(memory))
-                }
-            };
+        let Stores { bus, registry, sessions, orders } = match &redis {
+            Some(redis) => Stores::of(redis.clone()),
+            None => {
+                let (registry, sessions) = (&config.registry, &config.sessions);
+                let (retention, mailboxes) = (config.retention, mailboxes.clone());
+                Stores::of(Arc::new(MemoryBus::start(
+                    retention, registry, sessions, mailboxes, &tasks,
+                )))
+            }
+        };
         let presence = Presence::start(registry.clone(), config.presence, &tasks);
         let rules = Arc::new(config.rooms);
         metrics.bus_up.set(i64::from(redis.is_none()));
         let told = mailboxes.standing().told();
-        let hub =
-            Hub::start((&bus, &presence, &rules), mailboxes, letters, config.hub, &metrics, &tasks);
+        let trails = Arc::<Trails>::default();
+        let telemetry = (&metrics, &trails);
+        let people = (&bus, &presence, &rules);
+        let hub = Hub::start(people, mailboxes, letters, config.hub, telemetry, &tasks);
+        let control = Control::start(
+            config.node.clone(),
+            (orders, sessions.clone()),
+            hub.clone(),
+            presence.clone(),
+            (metrics.clone(), trails.clone()),
+            &tasks,
+        );
         let http_limits = &config.http.limits;
         let publisher = Publisher::new(
             bus.clone(),
             registry,
             rules.clone(),
-            metrics.clone(),
+            (metrics.clone(), trails),
             config.session.wait_max,
             http_limits.message_bytes_max,
         );
@@ -133,8 +144,9 @@ impl Server {
             limits,
         };
         let services = Arc::new(services);
-        let node = Node::new(config.node, config.http, services, metrics, tasks.clone());
+        let node = Node::new(config.node, config.http, services, control, metrics, tasks.clone());
         let node = Arc::new(node);
+        tasks.spawn_service("drain", drain_when_ordered(node.clone(), config.drain_delay));
         let (turning, stopped) = (node.wheel.clone(), tasks.stopped().clone());
         tasks.spawn_service("wheel", async move {
             tokio::select! {
@@ -171,6 +183,35 @@ impl Server {
         tokio::time::sleep(self.drain_delay).await;
         self.tasks.finish(STOP_STEP_MAX).await
     }
+}
+
+/// Where logs, who is where, sessions and orders are kept: one store for all.
+struct Stores {
+    bus: Arc<dyn Bus>,
+    registry: Arc<dyn Registry>,
+    sessions: Arc<dyn Sessions>,
+    orders: Arc<dyn Orders>,
+}
+
+impl Stores {
+    fn of<T: Bus + Registry + Sessions + Orders + 'static>(store: Arc<T>) -> Self {
+        let (bus, registry, sessions) = (store.clone(), store.clone(), store.clone());
+        Self { bus, registry, sessions, orders: store }
+    }
+}
+
+/// Has the node take no client any more, and send those it has to others, once that is ordered.
+async fn drain_when_ordered(node: Arc<Node>, delay: Duration) {
+    let stopped = node.tasks.stopped().clone();
+    // Both arms are cancel-safe.
+    tokio::select! {
+        biased;
+        () = stopped.cancelled() => return,
+        () = node.control.draining().cancelled() => {}
+    }
+    node.start_draining();
+    tokio::time::sleep(delay).await;
+    node.away.cancel();
 }
 
 fn bind(key: &'static str, address: SocketAddr) -> Result<(TcpSocket, SocketAddr), StartError> {

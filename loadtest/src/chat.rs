@@ -319,7 +319,8 @@ async fn listen(mut events: mpsc::Receiver<Event>, seen: Arc<Mutex<Seen>>) {
                 seen.holes += 1;
                 seen.example(|| format!("{room}: {got} instead of {expected:?}"));
             }
-            Event::NotRecovered { .. } | Event::Reset(_) => seen.breaks += 1,
+            Event::NotRecovered { .. } => seen.breaks += 1,
+            Event::Reset(reset) if reset.room.is_some() => seen.breaks += 1,
             Event::Refused(refusal) => seen.failed("refused", &refusal.code.as_str()),
             _ => {}
         }

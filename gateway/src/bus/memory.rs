@@ -14,11 +14,13 @@ use shared::{
     ids::RoomId,
     position::{Epoch, Position, Seq},
 };
-use tokio::time::Instant;
+use tokio::{sync::Notify, time::Instant};
 
+mod orders;
 mod registry;
 mod sessions;
 
+use orders::Book;
 use registry::Registered;
 use sessions::Stored;
 
@@ -45,6 +47,9 @@ pub struct MemoryBus {
     rooms: Arc<Mutex<Rooms>>,
     registered: Arc<Mutex<Registered>>,
     stored: Arc<Mutex<Stored>>,
+    book: Arc<Mutex<Book>>,
+    /// There are orders to be taken.
+    ordered: Arc<Notify>,
     retention: Arc<Retention>,
     empty_ttl: Duration,
     session_ttl: Duration,
@@ -96,6 +101,8 @@ impl MemoryBus {
             rooms: Arc::default(),
             registered: Arc::default(),
             stored: Arc::default(),
+            book: Arc::default(),
+            ordered: Arc::default(),
             retention: Arc::new(retention),
             empty_ttl: registry.empty_ttl,
             session_ttl: sessions.ttl,

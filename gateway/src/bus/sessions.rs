@@ -121,7 +121,8 @@ pub struct KeptSession {
 }
 
 /// Which sessions of a user.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Which {
     /// All.
     All,

@@ -14,9 +14,11 @@ use std::{
 
 use axum::{Router, routing::get};
 use shared::ids::{NodeId, UserId};
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     bus::Bus,
+    control::Control,
     drain::Tasks,
     limits::{Counts, Paces, Rate},
     session::Services,
@@ -34,6 +36,7 @@ mod health;
 mod page;
 mod extensions;
 mod upgrade;
+pub mod api;
 
 /// What the HTTP side is told by the configuration.
 #[derive(Clone)]
@@ -42,6 +45,8 @@ pub struct HttpOptions {
     pub auth_cookie: String,
     /// Which pages of other origins may connect.
     pub allowed_origins: origin::AllowedOrigins,
+    /// Who may use the server API.
+    pub api: api::ApiKeys,
     /// Whose `X-Forwarded-For` counts.
     pub trusted_proxies: Vec<ipnet::IpNet>,
     /// How `/ws/echo` answers.
@@ -85,10 +90,14 @@ pub struct Node {
     pub options: HttpOptions,
     /// What sessions share.
     pub services: Arc<Services>,
+    /// What the application orders.
+    pub control: Control,
     /// What is counted.
     pub metrics: Arc<Metrics>,
     /// Who runs.
     pub tasks: Tasks,
+    /// Cancelled when clients are sent to other nodes: at the end, or because it was ordered.
+    pub away: CancellationToken,
     /// What wakes connections when there is something to look at.
     pub wheel: Arc<Wheel>,
     state: State,
@@ -120,11 +129,13 @@ impl Node {
         id: NodeId,
         options: HttpOptions,
         services: Arc<Services>,
+        control: Control,
         metrics: Arc<Metrics>,
         tasks: Tasks,
     ) -> Self {
         let (wheel, state) = Default::default();
-        Self { id, options, services, metrics, tasks, wheel, state }
+        let away = tasks.leaving().child_token();
+        Self { id, options, services, control, metrics, tasks, away, wheel, state }
     }
 
     /// Takes no new client from here on; `ready` says so.
@@ -154,6 +165,7 @@ pub fn public(node: Arc<Node>) -> Router {
         .route("/ws/echo", get(upgrade::echo))
         .route("/health", get(health::health))
         .route("/ready", get(health::ready))
+        .merge(api::router(node.clone()))
         .fallback(error::not_found)
         .with_state(node)
 }

@@ -591,7 +591,7 @@ async fn follow_inbox(
 impl Served {
     async fn serve(mut self: Box<Self>, node: &Node) {
         node.metrics.connections.inc();
-        let code = self.connection.run(node.tasks.leaving()).await;
+        let code = self.connection.run(&node.away).await;
         node.metrics.connections.dec();
         tracing::debug!(connection = %self.connection.id(), code, "disconnected");
         node.metrics.disconnected(code);

@@ -4,8 +4,9 @@ use std::{
     collections::BTreeMap,
     sync::{
         Arc,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicU32, AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -14,7 +15,7 @@ use serde_json::value::RawValue;
 use shared::{
     codec::{self, Opcode},
     envelope::Envelope,
-    ids::{ConnectionId, MessageId, RoomId, SessionId, UserId},
+    ids::{ConnectionId, MessageId, RoomId, RoomKind, SessionId, UserId},
     position::Position,
     protocol::{
         Ref,
@@ -25,13 +26,13 @@ use smallvec::SmallVec;
 
 use crate::{
     bus::{
-        registry::Version,
+        registry::{Millis, Version},
         sessions::{About, Micros},
         standing::Standing,
     },
     delivery::{Entry, follow::Keep},
     outbox::{Offer, Outbox, deflate::Deflating},
-    telemetry::metrics::Metrics,
+    telemetry::{metrics::Metrics, trail::Trails},
 };
 
 /// A connection that can take part in rooms.
@@ -43,10 +44,42 @@ pub struct Subscriber {
     owner: Option<Owner>,
     /// Where its frames go.
     pub outbox: Outbox,
+    /// Whether it lives.
+    pub health: Health,
     /// How many publishes were handed on and not answered.
     unanswered: AtomicU32,
     /// Messages it sent with `echo:false` whose `ack` is to stand where the copy would.
     placed_acks: Mutex<BTreeMap<(RoomId, MessageId), PlacedAck>>,
+}
+
+/// Whether a connection lives, as far as its client lets itself be heard.
+#[derive(Debug, Default)]
+pub struct Health {
+    heard: AtomicU64,
+    /// The last round trip, in milliseconds and one more; 0 where there was none.
+    rtt: AtomicU32,
+}
+
+impl Health {
+    /// The client was heard.
+    pub fn hear(&self, now: Millis) {
+        self.heard.store(now, Ordering::Relaxed);
+    }
+
+    /// When the client was heard last.
+    pub fn heard(&self) -> Millis {
+        self.heard.load(Ordering::Relaxed)
+    }
+
+    /// A ping has come back.
+    pub fn measured(&self, rtt: Duration) {
+        self.rtt.store((rtt.as_millis() as u32).saturating_add(1), Ordering::Relaxed);
+    }
+
+    /// How long the last ping took.
+    pub fn rtt_ms(&self) -> Option<u32> {
+        self.rtt.load(Ordering::Relaxed).checked_sub(1)
+    }
 }
 
 /// Whose a connection is.
@@ -118,7 +151,8 @@ impl Subscriber {
         #[cfg(feature = "defects")]
         crate::defect::connect();
         let (unanswered, placed_acks) = (0.into(), Mutex::default());
-        Self { connection, owner: None, outbox, unanswered, placed_acks }
+        let health = Health::default();
+        Self { connection, owner: None, outbox, health, unanswered, placed_acks }
     }
 
     /// The same, of a user.
@@ -234,6 +268,7 @@ pub fn text_frame(answer: &Answer<Box<RawValue>>) -> Bytes {
 pub(super) struct Turn {
     pub(super) keep: Keep,
     pub(super) metrics: Arc<Metrics>,
+    pub(super) trails: Arc<Trails>,
     pub(super) standing: Arc<Standing>,
     /// Messages that a log has lost, oldest first.
     pub(super) orphans: Vec<(RoomId, Envelope)>,
@@ -246,9 +281,13 @@ pub(super) struct Turn {
 }
 
 impl Turn {
-    pub(super) fn new(keep: Keep, metrics: Arc<Metrics>, standing: Arc<Standing>) -> Self {
+    pub(super) fn new(
+        keep: Keep,
+        (metrics, trails): (Arc<Metrics>, Arc<Trails>),
+        standing: Arc<Standing>,
+    ) -> Self {
         let (orphans, touched) = (Vec::new(), Vec::new());
-        Self { keep, metrics, standing, orphans, touched, deliveries: 0, lags: 0 }
+        Self { keep, metrics, trails, standing, orphans, touched, deliveries: 0, lags: 0 }
     }
 
     /// Whether joins of `room` may be answered: until the nodes have agreed on a server, what is
@@ -260,6 +299,14 @@ impl Turn {
     /// Has what `subscriber` holds written at the end of the turn.
     pub(super) fn touch(&mut self, subscriber: &Arc<Subscriber>) {
         self.touched.push(subscriber.clone());
+    }
+
+    /// Counts a room that is followed from now on, or not any more.
+    pub(super) fn count_room(&self, room: &RoomId, more: i64) {
+        match room.kind() {
+            RoomKind::Inbox => self.metrics.inboxes.add(more),
+            RoomKind::Joined | RoomKind::Status => self.metrics.rooms.add(more),
+        }
     }
 
     /// Writes to every socket that has something, once.

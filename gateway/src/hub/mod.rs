@@ -29,12 +29,14 @@ use crate::{
     bus::{
         Bus, BusError, Letters, Mailboxes,
         registry::{Details, Snapshot, Status},
+        sessions::{Micros, Which},
     },
     delivery::page::Page,
     drain::Tasks,
+    outbox::Close,
     presence::Presence,
     rooms::RoomRules,
-    telemetry::metrics::Metrics,
+    telemetry::{metrics::Metrics, trail::Trails},
 };
 
 pub mod member;
@@ -46,6 +48,7 @@ mod lingering;
 mod shard;
 mod ask;
 mod status;
+mod orders;
 pub mod people;
 
 use join::{Admission, Join, Start};
@@ -111,6 +114,29 @@ enum Call {
         limit: usize,
         answer: oneshot::Sender<Vec<UserId>>,
     },
+    Close {
+        room: RoomId,
+        which: Which,
+        before: Micros,
+        close: Close,
+        done: oneshot::Sender<()>,
+    },
+    Remove {
+        room: RoomId,
+        user: UserId,
+        before: Micros,
+        done: oneshot::Sender<()>,
+    },
+    Broadcast(Bytes),
+    Connections {
+        room: Option<RoomId>,
+        answer: oneshot::Sender<Vec<Arc<Subscriber>>>,
+    },
+    Cursors {
+        room: RoomId,
+        user: UserId,
+        answer: oneshot::Sender<Vec<(ConnectionId, Position)>>,
+    },
     Watch {
         user: UserId,
         subscriber: Arc<Subscriber>,
@@ -174,7 +200,7 @@ impl Hub {
         mailboxes: Mailboxes,
         letters: Vec<Letters>,
         options: HubOptions,
-        metrics: &Arc<Metrics>,
+        telemetry: (&Arc<Metrics>, &Arc<Trails>),
         tasks: &Tasks,
     ) -> Self {
         let shards = letters.len().max(1);
@@ -186,8 +212,9 @@ impl Hub {
         let start = |letters: Letters| {
             let (calls, queue) = mpsc::channel(QUEUE_LEN_MAX);
             let services = (bus.clone(), presence.clone(), rules.clone());
-            let (options, metrics) = (options.clone(), metrics.clone());
-            let shard = Shard::new(services, calls.clone(), &letters, options, metrics, tasks);
+            let telemetry = (telemetry.0.clone(), telemetry.1.clone());
+            let options = options.clone();
+            let shard = Shard::new(services, calls.clone(), &letters, options, telemetry, tasks);
             tasks.spawn_service("hub_shard", shard.run(queue, letters.letters));
             calls
         };
@@ -243,6 +270,52 @@ impl Hub {
     pub async fn users_behind(&self, room: RoomId, after: String, limit: usize) -> Vec<UserId> {
         let (answer, answered) = oneshot::channel();
         self.call(room.clone(), Call::UsersBehind { room, after, limit, answer }).await;
+        answered.await.unwrap_or_default()
+    }
+
+    /// Closes connections of a user that were opened before a time, those of some sessions. Resolves
+    /// when that is under way.
+    pub async fn close(&self, user: &UserId, which: Which, before: Micros, close: Close) {
+        let (done, closed) = oneshot::channel();
+        let room = RoomId::inbox_of(user);
+        self.call(room.clone(), Call::Close { room, which, before, close, done }).await;
+        // A shard that is gone has no connections.
+        let _ = closed.await;
+    }
+
+    /// Takes those connections of a user out of a room that were opened before a time.
+    pub async fn remove(&self, room: RoomId, user: UserId, before: Micros) {
+        let (done, removed) = oneshot::channel();
+        self.call(room.clone(), Call::Remove { room, user, before, done }).await;
+        let _ = removed.await;
+    }
+
+    /// Sends a frame to every connection, once.
+    pub async fn broadcast(&self, frame: Bytes) {
+        for shard in &*self.shards {
+            let _ = shard.send(Call::Broadcast(frame.clone())).await;
+        }
+    }
+
+    /// The connections of a user, or all.
+    pub async fn connections(&self, user: Option<&UserId>) -> Vec<Arc<Subscriber>> {
+        let room = user.map(RoomId::inbox_of);
+        let mut connections = Vec::new();
+        for (place, shard) in self.shards.iter().enumerate() {
+            if room.as_ref().is_some_and(|room| self.mailboxes.shard_of(room) != place) {
+                continue;
+            }
+            let (answer, answered) = oneshot::channel();
+            let _ = shard.send(Call::Connections { room: room.clone(), answer }).await;
+            connections.extend(answered.await.unwrap_or_default());
+        }
+        connections
+    }
+
+    /// How far the connections of a user are in a room or inbox.
+    pub async fn cursors(&self, room: RoomId, user: UserId) -> Vec<(ConnectionId, Position)> {
+        let (answer, answered) = oneshot::channel();
+        self.call(room.clone(), Call::Cursors { room, user, answer }).await;
         answered.await.unwrap_or_default()
     }
 

@@ -30,7 +30,10 @@ use crate::{
         ordinal,
         page::Page,
     },
-    telemetry::metrics::{Arrival, Repair},
+    telemetry::{
+        metrics::{Arrival, Repair},
+        trail::Handed,
+    },
 };
 
 /// A room that is followed.
@@ -93,9 +96,20 @@ impl Obey for Handing<'_> {
             let status = RoomId::status_of(&partner);
             self.members.iter().for_each(|member| member.subscriber.outbox.lag(status.clone()));
         }
-        for member in self.members.iter_mut().filter(|member| member.pace == Pace::Live) {
-            member.give(&mut frames, self.turn);
+        let mut handed = Handed::default();
+        let silent = entry.envelope.sender_without_echo();
+        for member in self.members.iter_mut() {
+            if member.pace != Pace::Live {
+                handed.behind += 1;
+            } else if !member.give(&mut frames, self.turn) {
+                handed.lagged += 1;
+            } else if silent == Some(member.subscriber.connection) {
+                handed.without_echo += 1;
+            } else {
+                handed.queued += 1;
+            }
         }
+        self.turn.trails.handed(self.name, entry.envelope.id(), &entry.position, handed);
     }
 
     fn bump(&mut self, to: &Position) {

@@ -9,7 +9,7 @@ use std::{
 
 use bytes::Bytes;
 use shared::{
-    ids::{ConnectionId, RoomId, UserId},
+    ids::{ConnectionId, RoomId, RoomKind, UserId},
     protocol::answer::{Answer, Left},
 };
 use tokio::{
@@ -36,7 +36,10 @@ use crate::{
     drain::Tasks,
     presence::Presence,
     rooms::RoomRules,
-    telemetry::metrics::{Arrival, Metrics},
+    telemetry::{
+        metrics::{Arrival, Metrics},
+        trail::Trails,
+    },
 };
 
 /// How many letters and calls one turn takes, so that what was placed is written soon.
@@ -102,7 +105,7 @@ impl Shard {
         calls: mpsc::Sender<Call>,
         letters: &Letters,
         options: HubOptions,
-        metrics: Arc<Metrics>,
+        (metrics, trails): (Arc<Metrics>, Arc<Trails>),
         tasks: &Tasks,
     ) -> Self {
         let budget = Budget::new(&options, metrics.clone());
@@ -121,7 +124,7 @@ impl Shard {
             rules,
             tasks: tasks.clone(),
             calls,
-            turn: Turn::new(keep, metrics, letters.standing.clone()),
+            turn: Turn::new(keep, (metrics, trails), letters.standing.clone()),
             budget,
             lingering: Lingering::default(),
             comparing: Reading::No,
@@ -217,6 +220,21 @@ impl Shard {
             Call::UsersBehind { room, after, limit, answer } => {
                 // Who asked may have gone.
                 let _ = answer.send(self.users_behind(&room, &after, limit));
+            }
+            Call::Close { room, which, before, close, done } => {
+                self.close_connections(&room, which, before, &close);
+                let _ = done.send(());
+            }
+            Call::Remove { room, user, before, done } => {
+                self.remove(&room, &user, before);
+                let _ = done.send(());
+            }
+            Call::Broadcast(frame) => self.broadcast(frame),
+            Call::Connections { room, answer } => {
+                let _ = answer.send(self.connections(room.as_ref()));
+            }
+            Call::Cursors { room, user, answer } => {
+                let _ = answer.send(self.cursors(&room, &user));
             }
             Call::Watch { user, subscriber, asks } => self.watch(user, subscriber, asks),
             Call::Unwatch { user, connection } => self.unwatch(&user, connection),
@@ -348,8 +366,8 @@ impl Shard {
         let mut room = Room::opening(name.clone(), self.generation, durable);
         room.wait(join);
         let range = room.next_range();
+        self.turn.count_room(&name, 1);
         self.rooms.insert(name.clone(), room);
-        self.turn.metrics.rooms.inc();
         self.read(name, self.generation, Purpose::Open, range, Duration::ZERO);
     }
 
@@ -359,7 +377,7 @@ impl Shard {
         if let Some(mut room) = self.rooms.remove(name) {
             self.budget.forget(&room);
             self.lingering.leave(&mut room);
-            self.turn.metrics.rooms.dec();
+            self.turn.count_room(name, -1);
             self.bus.unfollow(room.name);
         }
     }
@@ -445,7 +463,9 @@ impl Shard {
             let before = Taken::by(room);
             room.follow.forget_past_retention(&self.turn.keep);
             self.budget.count(before, room, now);
-            members += room.len();
+            if room.name.kind() == RoomKind::Joined {
+                members += room.len();
+            }
         }
         self.turn.metrics.members.add(members as i64 - self.members as i64);
         self.members = members;

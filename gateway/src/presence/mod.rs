@@ -32,6 +32,7 @@ use crate::{
             Detail, EnterError, Entered, Millis, Online, Place, Registry, Rules, Seat, Status,
             millis_now,
         },
+        sessions::Micros,
     },
     drain::Tasks,
 };
@@ -389,12 +390,37 @@ impl Presence {
         let place = Place::Room(room.clone());
         let seats = &mut *self.seats.lock();
         for seated in seats.at(&place).cloned().collect::<Vec<_>>() {
-            seated.closed.store(true, Release);
-            seated.connections.store(0, Relaxed);
-            seated.kept.store(0, Relaxed);
-            self.registry.seat(seated.seat());
-            seats.remove(&seated);
+            self.end(seats, &seated);
         }
+    }
+
+    /// Ends the stay of one user in a room, who has been there since before a time.
+    pub fn remove(&self, room: &RoomId, user: &UserId, before: Micros) {
+        let seats = &mut *self.seats.lock();
+        let seated = seats.get(&Place::Room(room.clone()), user).cloned();
+        if let Some(seated) = seated.filter(|seated| seated.since * 1000 <= before) {
+            self.end(seats, &seated);
+        }
+    }
+
+    fn end(&self, seats: &mut Seats, seated: &Arc<Seated>) {
+        seated.closed.store(true, Release);
+        seated.connections.store(0, Relaxed);
+        seated.kept.store(0, Relaxed);
+        self.registry.seat(seated.seat());
+        seats.remove(seated);
+    }
+
+    /// The rooms that a user is in on this node.
+    pub fn rooms_of(&self, user: &UserId) -> Vec<RoomId> {
+        let seats = self.seats.lock();
+        let of_user = seats.seated.iter().map(|seat| &seat.0).filter(|seat| seat.user.id == *user);
+        of_user
+            .filter_map(|seated| match &seated.place {
+                Place::Room(room) => Some(room.clone()),
+                Place::Cluster => None,
+            })
+            .collect()
     }
 
     /// One connection less. The last one keeps the seat for a while where `grace` says so.

@@ -53,6 +53,8 @@ mod perform;
 mod rooms;
 
 use auth::{Auth, Identity};
+pub use perform::history_of;
+pub use rooms::{info_of, name_of as room_name};
 
 /// What sessions share.
 pub struct Services {

@@ -250,15 +250,11 @@ pub(super) async fn history(asked: Asked, room: RoomId, wanted: request::History
     Performed::Answered
 }
 
-/// The `history` frame of a page, and whether more is there in the direction asked for.
-fn answer(
-    reference: Option<Ref>,
-    room: RoomId,
-    range: Range,
-    page: &Page,
-) -> Answer<Box<RawValue>> {
+/// The frames of a page, as many as an answer holds, and whether more are there in the direction asked
+/// for.
+pub fn history_of(range: Range, page: &Page) -> (Vec<Box<RawValue>>, bool) {
     let entries = &page.entries;
-    let (messages, more) = if range.keeps_newest() {
+    if range.keeps_newest() {
         let mut messages = whole_frames(entries.iter().rev());
         messages.reverse();
         let first = entries.get(entries.len() - messages.len());
@@ -269,8 +265,16 @@ fn answer(
         let last = messages.len().checked_sub(1).map(|last| &entries[last]);
         let more = last.is_some_and(|last| last.position.seq < page.top);
         (messages, more)
-    };
-    let epoch = page.epoch.clone();
-    let room = Some(room);
+    }
+}
+
+fn answer(
+    reference: Option<Ref>,
+    room: RoomId,
+    range: Range,
+    page: &Page,
+) -> Answer<Box<RawValue>> {
+    let (messages, more) = history_of(range, page);
+    let (epoch, room) = (page.epoch.clone(), Some(room));
     Answer::History(Box::new(History { reference, room, with: None, epoch, messages, more }))
 }

@@ -18,12 +18,13 @@ use crate::{
 };
 
 /// What a room is called that has no name: its id, as far as that goes.
-pub(super) fn name_of(room: &RoomId) -> DisplayName {
+pub fn name_of(room: &RoomId) -> DisplayName {
     let name = &room.as_str()[..room.as_str().len().min(NAME_CHARS_MAX)];
     name.parse().expect("the letters of a room are those of a name")
 }
 
-fn info_of(found: Found, rules: &RoomRules) -> RoomInfo {
+/// What is told of a room.
+pub fn info_of(found: Found, rules: &RoomRules) -> RoomInfo {
     let Found { room, record, members, since } = found;
     let durable = rules.is_durable(&room);
     let info = RoomInfo {

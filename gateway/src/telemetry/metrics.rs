@@ -172,6 +172,11 @@ impl<L: Label> Counters<L> {
     pub fn of(&self, label: L) -> &IntCounter {
         &self.0[&label]
     }
+
+    /// All of them together.
+    pub fn sum(&self) -> u64 {
+        self.0.values().map(IntCounter::get).sum()
+    }
 }
 
 /// Everything the gateway counts.
@@ -228,6 +233,8 @@ pub struct Metrics {
     pub mailbox_overflows: IntCounter,
     /// `gateway_rooms`
     pub rooms: IntGauge,
+    /// `gateway_inboxes`
+    pub inboxes: IntGauge,
     /// `gateway_members`
     pub members: IntGauge,
     /// `gateway_ring_bytes`
@@ -390,6 +397,11 @@ impl Metrics {
                 "Entries dropped on a full shard mailbox, to be read from the log instead",
             ),
             rooms: gauge(r, "gateway_rooms", "Rooms this node follows"),
+            inboxes: gauge(
+                r,
+                "gateway_inboxes",
+                "Inboxes this node follows, of users who are or were connected to it",
+            ),
             members: gauge(r, "gateway_members", "Memberships of local connections in rooms"),
             ring_bytes: gauge(r, "gateway_ring_bytes", "Bytes of entries held in rings"),
             ids_bytes: gauge(

@@ -26,7 +26,7 @@ use tokio::{io::Interest, net::TcpStream, sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    bus::{BoxFuture, output_of, standing::Told},
+    bus::{BoxFuture, output_of, registry::millis_now, standing::Told},
     hub::member::{Subscriber, text_frame},
     outbox::Close,
     session::{Performed, Request, Session},
@@ -293,6 +293,7 @@ impl Connection {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
             self.heard = Instant::now();
+            self.subscriber.health.hear(millis_now());
             self.metrics.bytes_received.inc_by(count as u64);
             self.unread.extend_from_slice(&buffer[..count]);
             Ok(())
@@ -335,7 +336,11 @@ impl Connection {
             };
             used += count;
             let request = match received {
-                None | Some(Received::Pong(_)) => None,
+                Some(Received::Pong(_)) => {
+                    self.subscriber.health.measured(now.saturating_duration_since(self.pinged));
+                    None
+                }
+                None => None,
                 Some(Received::Ping(payload)) => {
                     outbox.push(codec::encode(Opcode::Pong, &[payload]));
                     None

@@ -96,7 +96,14 @@ impl World {
             }
         });
         let people = (&bus, &nobody(&tasks), &Default::default());
-        let hub = Hub::start(people, mailboxes.clone(), letters, hub_options(), &metrics, &tasks);
+        let hub = Hub::start(
+            people,
+            mailboxes.clone(),
+            letters,
+            hub_options(),
+            (&metrics, &Default::default()),
+            &tasks,
+        );
         Self { bus, hub, tasks, metrics, mailboxes, reads }
     }
 

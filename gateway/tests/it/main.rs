@@ -16,6 +16,7 @@ mod chat;
 mod people;
 mod managed;
 mod directs;
+mod api;
 mod auth;
 mod limits;
 mod bus;

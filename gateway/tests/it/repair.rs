@@ -133,7 +133,14 @@ async fn a_thousand_rooms_are_repaired_when_the_link_is_back() {
     within(bus.reached()).await.unwrap();
     let bus: Arc<dyn Bus> = Arc::new(bus);
     let people = (&bus, &nobody(&tasks), &Default::default());
-    let hub = Hub::start(people, mailboxes, letters, hub_options(), &metrics, &tasks);
+    let hub = Hub::start(
+        people,
+        mailboxes,
+        letters,
+        hub_options(),
+        (&metrics, &Default::default()),
+        &tasks,
+    );
     let rooms: Vec<RoomId> = (0..ROOMS).map(|i| room(&format!("r{i}"))).collect();
     let outbox = Outbox::to_owner(64 << 20, metrics.clone());
     let member = Arc::new(Subscriber::new(ConnectionId::random(), outbox));

@@ -157,7 +157,7 @@ async fn commands_are_answered_as_by_redis() {
         XLEN s; XADD s 3-0 e 1; XADD s 11-0 e 1; XADD a 1-0 e 1; HSET s f 1; XRANGE a - +; XLEN none; \
         PEXPIRE s 100000; PEXPIRE none 1; PEXPIREAT s 1; EXISTS s; PEXPIRE a x; DEL a b none; \
         PUBLISH c x; HSET h f 1 g 2; HKEYS h; HKEYS none; HSCAN h 0 COUNT 5; HSCAN none 0; \
-        ZADD z 0 b; ZADD z 0 a; ZADD z 0 b; ZCARD z; ZREM z a c; ZREM z b; ZCARD z; ZADD z 0; \
+        ZADD z 5 b; ZADD z 0 a; ZADD z 7 b; ZREMRANGEBYSCORE z -inf 4; ZCARD z; ZADD z 0 a; ZREMRANGEBYRANK z 0 -10; ZREM z a c; ZREM z b; ZCARD z; ZADD z 0; \
         PERSIST h; PEXPIRE h 100000; PERSIST h; PERSIST none; EXISTS h none h; NOSUCH 1 2; EVALSHA 0000000000000000000000000000000000000000 0";
     for command in commands.split(';') {
         let command: Vec<_> = command.split_whitespace().collect();
@@ -307,7 +307,7 @@ async fn the_scripts_of_the_registry_run_as_on_redis() {
             let node = random.random_range(0..2);
             let (here, places) = (format!("on{node}{place}"), format!("places{node}"));
             let who = format!("who{place}");
-            let keys = [&*who, &here, &places, "record", "index", "marks", "meta"];
+            let keys = [&*who, &here, &places, "record", "index", "seen", "marks", "meta"];
             let user = format!("u{}", random.random_range(0..6));
             let connections = random.random_range(0..3).to_string();
             let rules = if random.random_bool(0.3) && connections != "0" { "1" } else { "" };
@@ -336,7 +336,7 @@ async fn the_scripts_of_the_registry_run_as_on_redis() {
             if step % 50 == 49 {
                 // Some at a time, until nobody is left.
                 let args = words(&[place, "channel", "60000", "500"]);
-                let left = pair.script(&reap, &keys[..5], &args).await;
+                let left = pair.script(&reap, &keys[..6], &args).await;
                 assert_eq!(left, Reply::Int(0));
                 pair.compare(&words(&["EXISTS", &here])).await;
             }
@@ -344,6 +344,7 @@ async fn the_scripts_of_the_registry_run_as_on_redis() {
             pair.compare(&words(&["HGET", &who, &user])).await;
             pair.compare(&words(&["HGET", &who, "#"])).await;
             pair.compare(&words(&["ZCARD", "index"])).await;
+            pair.compare(&words(&["ZCARD", "seen"])).await;
         }
     }
 }

@@ -114,12 +114,16 @@ pub fn execute(data: &mut Data, words: &[Bytes]) -> Outcome {
     }
 }
 
+fn score(text: &[u8]) -> i64 {
+    std::str::from_utf8(text).ok().and_then(|text| text.parse().ok()).unwrap_or(0)
+}
+
 fn least_args(name: &[u8]) -> Option<usize> {
     Some(match name {
         b"GET" | b"DEL" | b"EXISTS" | b"HGETALL" | b"HKEYS" | b"HLEN" | b"XLEN" => 1,
         b"PERSIST" | b"ZCARD" => 1,
         b"HSCAN" | b"ZREM" => 2,
-        b"ZADD" => 3,
+        b"ZADD" | b"ZREMRANGEBYSCORE" | b"ZREMRANGEBYRANK" => 3,
         b"SET" | b"PUBLISH" | b"PEXPIRE" | b"PEXPIREAT" | b"MEMORY" => 2,
         b"HGET" | b"HMGET" | b"HDEL" | b"HEXISTS" => 2,
         b"HSET" | b"HINCRBY" | b"HSETNX" | b"XRANGE" | b"XREVRANGE" | b"XTRIM" => 3,
@@ -238,14 +242,28 @@ fn hash(data: &mut Data, name: &[u8], args: &[Bytes]) -> Outcome {
     }
 }
 
-/// Sorted sets whose members all have the score 0, kept as hashes.
+/// Sorted sets, kept as hashes of scores, which are whole numbers here.
 fn sorted_set(data: &mut Data, name: &[u8], args: &[Bytes]) -> Outcome {
     let (store, key) = (&mut data.store, &args[0]);
     match name {
-        b"ZADD" => {
-            if &args[1][..] != b"0" {
-                return err("only the score 0 is simulated");
+        b"ZREMRANGEBYSCORE" => {
+            if &args[1][..] != b"-inf" {
+                return err("only ranges from -inf on are simulated");
             }
+            let max = score(&args[2]);
+            let rows = store.hash(key)?.map(|hash| hash.rows().to_vec()).unwrap_or_default();
+            let mut gone = 0;
+            for (member, _) in rows.iter().filter(|(_, of)| score(of) <= max) {
+                gone += i64::from(store.remove_field(key, member)?);
+            }
+            Ok(Reply::Int(gone))
+        }
+        // Those kept are more than any simulation has.
+        b"ZREMRANGEBYRANK" => {
+            store.hash(key)?;
+            Ok(Reply::Int(0))
+        }
+        b"ZADD" => {
             Ok(Reply::Int(i64::from(store.set_field(key, args[2].clone(), args[1].clone())?)))
         }
         b"ZREM" => {

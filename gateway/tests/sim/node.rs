@@ -123,12 +123,13 @@ impl Node {
         let presence = Presence::start(redis.clone(), PresenceOptions::default(), &tasks);
         let rules = Arc::new(RoomRules::default());
         let people = (&bus, &presence, &rules);
-        let hub = Hub::start(people, mailboxes, letters, keeps, &metrics, &tasks);
+        let hub =
+            Hub::start(people, mailboxes, letters, keeps, (&metrics, &Default::default()), &tasks);
         let publisher = Publisher::new(
             bus.clone(),
             redis.clone(),
             rules.clone(),
-            metrics.clone(),
+            (metrics.clone(), Default::default()),
             WAIT_MAX,
             1 << 18,
         );

@@ -16,6 +16,7 @@ use std::{
 };
 
 use loadtest::clock::{self, Timer};
+use memchr::memmem;
 use mio::{Events, Interest, Poll, Token, unix::SourceFd};
 use shared::{client::frames, ids::RoomId};
 use tokio::time::{Duration, Instant};
@@ -452,7 +453,8 @@ impl Crowd {
                 self.seen.timeline.refused(now);
                 self.seen.counts.example(|| format!("refused: {}", code(message)));
             }
-            (Phase::Open, Kind::Reset) => {
+            // Without a room it is of the inbox, in which nothing is said here.
+            (Phase::Open, Kind::Reset) if memmem::find(message, br#""room":"#).is_some() => {
                 member.seq = seen::top(message)?;
                 self.seen.counts.announced_breaks += 1;
             }

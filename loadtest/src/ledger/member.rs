@@ -296,7 +296,10 @@ impl Member {
                 *goal = Some(Position::new(joined.epoch.clone(), joined.seq));
             }
             Received::Frame(Answer::Message(message), _) => ledger.message(me, &message, now),
-            Received::Frame(Answer::Reset(reset), _) => ledger.reset(me, &reset),
+            // Without a room it is of the inbox, which is not judged.
+            Received::Frame(Answer::Reset(reset), _) if reset.room.is_some() => {
+                ledger.reset(me, &reset);
+            }
             Received::Frame(Answer::Ack(ack), _) => match &self.outstanding {
                 Some(Outstanding { id, sent: Some(sent), .. }) if *id == ack.id => {
                     ledger.ack(me, &ack, now.duration_since(*sent));

@@ -350,13 +350,12 @@ impl Task {
         Ok(())
     }
 
-    /// Stays who one is: with the session, or as the guest that the gateway made of somebody
-    /// without a name.
+    /// Stays who one is: with the session, and as the guest that the gateway made of somebody
+    /// without a name, should the session be lost.
     fn keep_identity(&mut self) {
-        if let Some(session) = &self.state.session {
-            self.options.session = Some(session.clone());
-            self.options.inbox = self.state.inbox.cursor().cloned();
-        } else if let (None, None, Some(connected)) =
+        self.options.session.clone_from(&self.state.session);
+        self.options.inbox = self.state.inbox.cursor().cloned();
+        if let (None, None, Some(connected)) =
             (&self.options.user, &self.options.token, &self.state.connected)
         {
             self.options.user = Some(connected.user.id.as_str().to_owned());

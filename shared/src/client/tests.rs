@@ -154,6 +154,8 @@ fn connected() -> Value {
         "user": {"id": "guest-1", "name": "guest-1"}, "node": "n1", "route": "r1",
         "protocol": "chat.v1", "timestamp": "t", "heartbeat_interval": 25,
         "dedup_window": 600, "max_message_size": 262_144,
+        "session": "c2VjcmV0", "session_id": "6f1c2a0e-93c4-4c59-a9f5-5f3f2d1b7c11", "resumed": false,
+        "inbox": {"epoch": "i", "seq": 0, "acked": 0, "oldest": 1, "unread": 0},
     })
 }
 
@@ -242,7 +244,7 @@ async fn a_lost_connection_is_replaced_and_everything_goes_on() {
         drop(peer);
         let mut peer = server.welcome().await;
         // Back to where it was, as the guest it was.
-        assert_eq!(peer.uri, "/ws?user=guest-1&node=r1");
+        assert_eq!(peer.uri, "/ws?inbox=i%3A0&user=guest-1&node=r1&session=c2VjcmV0");
         let join = peer.admit(1, true).await;
         assert_eq!(join["since"], json!({"epoch": "e", "seq": 1}));
         let again = peer.hear("message").await;
@@ -389,7 +391,10 @@ async fn the_room_of_the_url_is_resumed_through_the_url() {
     assert_eq!((message["content"].as_str(), sent.unwrap().position.seq), (Some("x"), 4));
     peer.close(1012, "").await;
     let again = server.accept().await;
-    assert_eq!(again.uri, "/ws/rooms/r?history=2&user=guest-1&node=r1&since=e%3A3");
+    assert_eq!(
+        again.uri,
+        "/ws/rooms/r?history=2&inbox=i%3A0&user=guest-1&node=r1&session=c2VjcmV0&since=e%3A3"
+    );
 }
 
 #[tokio::test]

@@ -622,7 +622,11 @@ fn ping<'a>(text: &'a str, refusal: &Refusal) -> Result<Ping<'a>, Box<Refusal>> 
 /// Refuses JSON that is well-formed but that some receiver's parser would choke on: half a
 /// surrogate pair, a number beyond a double, more than [`LEVELS_MAX`] levels. It is passed on as it
 /// was written, so that one sender could otherwise break a whole room.
-fn readable_for_all(raw: &RawValue) -> Result<(), serde_json::Error> {
+///
+/// # Errors
+///
+/// What is wrong with it.
+pub fn readable_for_all(raw: &RawValue) -> Result<(), serde_json::Error> {
     let json = raw.get();
     if levels(json) > LEVELS_MAX {
         return Err(serde_json::Error::custom(format!("more than {LEVELS_MAX} levels")));

@@ -497,6 +497,7 @@ impl Agreement {
                 let row = format!("{} {now}", self.process.name);
                 goodbye.cmd("HSET").arg(keyspace.incarnations()).arg(incarnation).arg(row);
             }
+            goodbye.cmd("HDEL").arg(keyspace.orders(":nodes")).arg(&self.process.name);
             goodbye.cmd("HDEL").arg(keyspace.leases()).arg(&self.process.name);
             goodbye.query_async::<()>(&mut connection).await
         };

@@ -174,6 +174,11 @@ impl Keyspace {
         self.named(home, "online")
     }
 
+    /// What is ordered, and what belongs to that.
+    pub(super) fn orders(self, name: &str) -> String {
+        self.named(0, &format!("orders{name}"))
+    }
+
     /// Whose incarnations there are.
     pub(super) fn incarnations(self) -> String {
         self.named(0, "incarnations")

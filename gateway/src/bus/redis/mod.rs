@@ -20,6 +20,7 @@ use shared::{
 
 use super::{
     Append, BoxFuture, Bus, BusError, Done, Mailboxes, Range, Retention,
+    orders::{Order, OrderId, Orders, Outcome, Taken},
     registry::{
         Deletion, Details, EnterError, Entered, Found, Listing, Notice, Online, Record, Registry,
         RegistryOptions, Rules, Seat, Snapshot, Status,
@@ -39,6 +40,7 @@ mod keyspace;
 mod links;
 mod log;
 mod notice;
+mod orders;
 mod probe;
 mod registry;
 mod router;
@@ -50,6 +52,7 @@ pub mod topology;
 mod waiting;
 
 use log::Log;
+use orders::OrderBook;
 use registry::Registrar;
 use router::Router;
 use topology::{Dial, OpenError, TlsFiles, Way};
@@ -104,6 +107,7 @@ pub enum RedisStartError {
 pub struct RedisBus {
     router: Arc<Router>,
     registrar: Arc<Registrar>,
+    book: Arc<OrderBook>,
 }
 
 impl RedisBus {
@@ -143,7 +147,8 @@ impl RedisBus {
         let (registry, sessions) = (options.registry.clone(), options.sessions.clone());
         let router = Router::start(way, options, mailboxes, metrics, tasks);
         let registrar = Registrar::start(router.clone(), registry, sessions, tasks);
-        Self { router, registrar }
+        let book = Arc::new(OrderBook::new(registrar.clone()));
+        Self { router, registrar, book }
     }
 
     /// Waits until Redis has been reached and this node's view of it is the other nodes'.
@@ -279,6 +284,32 @@ impl Registry for RedisBus {
         let home = self.router.keyspace().home(&room);
         let question = move |log: &Log| log.delete_room(room.clone(), owner.clone(), by);
         Box::pin(self.router.clone().ask(home, question))
+    }
+}
+
+impl Orders for RedisBus {
+    fn give(&self, order: Order) -> BoxFuture<Result<OrderId, BusError>> {
+        Box::pin(self.book.clone().give(order))
+    }
+
+    fn take(&self) -> BoxFuture<Taken> {
+        Box::pin(self.book.clone().take())
+    }
+
+    fn applied(&self, id: OrderId) -> BoxFuture<Result<(), BusError>> {
+        Box::pin(self.book.clone().applied(id))
+    }
+
+    fn answer(&self, id: OrderId, answer: String) -> BoxFuture<Result<(), BusError>> {
+        Box::pin(self.book.clone().answer(id, answer))
+    }
+
+    fn outcome(&self, id: OrderId) -> BoxFuture<Result<Outcome, BusError>> {
+        Box::pin(self.book.clone().outcome(id))
+    }
+
+    fn answers(&self, id: OrderId) -> BoxFuture<Result<Vec<String>, BusError>> {
+        Box::pin(self.book.clone().answers(id))
     }
 }
 

@@ -50,7 +50,14 @@ impl Bare {
         within(bus.reached()).await.unwrap();
         let bus: Arc<dyn Bus> = Arc::new(bus);
         let people = (&bus, &nobody(&tasks), &Default::default());
-        let hub = Hub::start(people, mailboxes, letters, hub_options(), &metrics, &tasks);
+        let hub = Hub::start(
+            people,
+            mailboxes,
+            letters,
+            hub_options(),
+            (&metrics, &Default::default()),
+            &tasks,
+        );
         Self { bus, _hub: hub, tasks }
     }
 }

@@ -32,7 +32,9 @@ const READERS_MAX: usize = 8;
 
 /// Few entries, so that the logs of a node without Redis are as large as they get after a tenth; and no
 /// grace, or all who have gone would leave together when a share of this is nearly over.
-const SMALL_LOGS: [(&str, &str); 6] = [
+const SMALL_LOGS: [(&str, &str); 8] = [
+    ("sessions.ttl", "1s"),
+    ("inbox.ttl", "1s"),
     ("presence.grace", "0s"),
     ("limits.accepts_per_second", "0"),
     ("history.max_entries", "10"),

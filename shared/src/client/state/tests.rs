@@ -52,6 +52,8 @@ impl Fixture {
             "heartbeat_interval": 25,
             "dedup_window": 600,
             "max_message_size": 1_000,
+            "session": "c2VjcmV0", "session_id": "6f1c2a0e-93c4-4c59-a9f5-5f3f2d1b7c11", "resumed": false,
+            "inbox": {"epoch": "i", "seq": 0, "acked": 0, "oldest": 1, "unread": 0},
         }));
         assert!(matches!(self.events().as_slice(), [Event::Connected { .. }]));
     }

@@ -1,0 +1,131 @@
+//! Orders: what the application wants done on every node, at least once; and questions to all nodes.
+//!
+//! An order stands in one list that every node takes from, each from where it was, and tells up to
+//! where it has applied it. So who gives one can say on how many of how many nodes it was, and a node
+//! that was cut off applies it when it is back. An order concerns connections that are older than
+//! itself: who has come back meanwhile stays.
+//!
+//! A question goes the same way, but is answered only by those who take it at once.
+//!
+//! Two implementations, as of the [bus](super): in memory and in Redis.
+
+use serde::{Deserialize, Serialize};
+use shared::ids::{MessageId, NodeId, RoomId, UserId};
+
+use super::{BoxFuture, BusError, sessions::Micros, sessions::Which};
+
+/// Where an order stands: later ones are greater.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct OrderId(pub u64, pub u64);
+
+/// What is to be done.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "do", rename_all = "snake_case")]
+pub enum Order {
+    /// Close connections of a user.
+    Close {
+        /// Whose.
+        user: UserId,
+        /// Those of which sessions.
+        which: Which,
+        /// The close code.
+        code: u16,
+        /// The reason.
+        reason: String,
+    },
+    /// Take a user out of a room.
+    Remove {
+        /// The room.
+        room: RoomId,
+        /// The user.
+        user: UserId,
+    },
+    /// Have a node take no client any more, and send those it has to others.
+    Drain {
+        /// Which.
+        node: NodeId,
+    },
+    /// Send something to every connection. At most once: who takes it late does not.
+    Broadcast {
+        /// Its id.
+        id: MessageId,
+        /// What it says, JSON.
+        payload: String,
+        /// When it was taken.
+        timestamp: String,
+    },
+    /// Answer something. Who takes it late does not.
+    Ask(Question),
+}
+
+/// What nodes are asked. The answer of each is JSON.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "ask", rename_all = "snake_case")]
+pub enum Question {
+    /// Which connections a user has there, and in which rooms.
+    User {
+        /// The user.
+        user: UserId,
+    },
+    /// How the node is.
+    Node,
+    /// What became of a message there.
+    Trail {
+        /// Its id.
+        id: MessageId,
+        /// Of whom it is asked in particular.
+        user: Option<UserId>,
+    },
+}
+
+/// An order that was given.
+#[derive(Clone, Debug)]
+pub struct Given {
+    /// Where it stands.
+    pub id: OrderId,
+    /// When it was given, by the clock of the store.
+    pub at: Micros,
+    /// Whether it was given just now.
+    pub is_fresh: bool,
+    /// What is to be done.
+    pub order: Order,
+}
+
+/// How many nodes have done what was ordered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Outcome {
+    /// These.
+    pub applied: usize,
+    /// Of so many that live, or were heard of within the last minute.
+    pub nodes: usize,
+}
+
+/// What a node finds to be done.
+#[derive(Clone, Debug, Default)]
+pub struct Taken {
+    /// Oldest first.
+    pub orders: Vec<Given>,
+    /// Whether some were forgotten before this node has taken them: it was away for too long.
+    pub missed: bool,
+}
+
+/// Where orders are kept. See the module.
+pub trait Orders: Send + Sync {
+    /// Gives an order.
+    fn give(&self, order: Order) -> BoxFuture<Result<OrderId, BusError>>;
+
+    /// Waits for orders that this node has not taken. One task calls this.
+    fn take(&self) -> BoxFuture<Taken>;
+
+    /// This node has applied everything up to `id`.
+    fn applied(&self, id: OrderId) -> BoxFuture<Result<(), BusError>>;
+
+    /// This node's answer to a question.
+    fn answer(&self, id: OrderId, answer: String) -> BoxFuture<Result<(), BusError>>;
+
+    /// How many have applied an order by now.
+    fn outcome(&self, id: OrderId) -> BoxFuture<Result<Outcome, BusError>>;
+
+    /// What was answered to a question by now.
+    fn answers(&self, id: OrderId) -> BoxFuture<Result<Vec<String>, BusError>>;
+}

@@ -1,0 +1,279 @@
+//! Orders to the nodes of a cluster: a stream in Redis, which each node looks at every
+//! [`LOOK_EVERY`] from where it was.
+//!
+//! `gw:orders` (stream), `gw:orders:list` (which list it is: another one, where Redis lost it),
+//! `gw:orders:nodes` (hash: of each process "<id applied> <when it was heard of, ms>"),
+//! `gw:orders:answers:<id>` (list).
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use parking_lot::Mutex;
+use tokio::time::Instant;
+
+use super::registry::Registrar;
+use crate::bus::{
+    BusError,
+    orders::{Given, Order, OrderId, Outcome, Taken},
+    random_epoch,
+};
+
+/// How often a node looks for orders.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// How often it lets the others know that it is there, where there is nothing to be done.
+const HEARD_EVERY: Duration = Duration::from_secs(3);
+/// How long one that is not heard of counts.
+const COUNTS_FOR_MS: u64 = 60_000;
+/// How many orders are kept.
+const ORDERS_MAX: usize = 10_000;
+/// The most orders taken at once.
+const TAKE_MAX: usize = 100;
+/// How long broadcasts and questions are worth anything.
+const FRESH_FOR_MS: u64 = 5_000;
+/// How long answers are kept.
+const ANSWERS_TTL_MS: u64 = 10_000;
+
+/// A node's place in the list.
+pub(super) struct OrderBook {
+    registrar: Arc<Registrar>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// Up to where orders were taken; `None` before the first look.
+    cursor: Option<OrderId>,
+    /// Up to where they were applied.
+    applied: OrderId,
+    /// Of which list.
+    list: Option<String>,
+    heard: Option<Instant>,
+}
+
+/// What one look finds.
+struct Look {
+    now_ms: u64,
+    list: Option<String>,
+    /// The last of the list, 0 for none.
+    last: OrderId,
+    /// Up to where orders were forgotten.
+    forgotten: OrderId,
+    entries: Vec<Row>,
+}
+
+/// An entry of the stream: its id and its fields.
+type Row = (String, BTreeMap<String, String>);
+
+fn text_of(OrderId(ms, number): OrderId) -> String {
+    format!("{ms}-{number}")
+}
+
+fn id_of(text: &str) -> Option<OrderId> {
+    let (ms, number) = text.split_once('-')?;
+    Some(OrderId(ms.parse().ok()?, number.parse().ok()?))
+}
+
+impl OrderBook {
+    pub(super) fn new(registrar: Arc<Registrar>) -> Self {
+        Self { registrar, state: Mutex::default() }
+    }
+
+    fn key(&self, name: &str) -> String {
+        self.registrar.router.keyspace().orders(name)
+    }
+
+    pub(super) async fn give(self: Arc<Self>, order: Order) -> Result<OrderId, BusError> {
+        let order = serde_json::to_string(&order).expect("an order is made of names");
+        let mut give = self.registrar.scripts.order.key(self.key(""));
+        give.key(self.key(":list")).arg(order).arg(ORDERS_MAX).arg(random_epoch());
+        let id: String =
+            self.registrar.ask(0, async |connection| give.invoke_async(connection).await).await?;
+        id_of(&id).ok_or(BusError::Refused)
+    }
+
+    /// Waits for orders, for ever.
+    pub(super) async fn take(self: Arc<Self>) -> Taken {
+        loop {
+            match self.look().await {
+                Ok(look) => {
+                    let taken = self.taken(look);
+                    if !taken.orders.is_empty() || taken.missed {
+                        return taken;
+                    }
+                    self.be_heard().await;
+                }
+                Err(error) => tracing::debug!(%error, "it is not known what is ordered"),
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    }
+
+    async fn look(&self) -> Result<Look, BusError> {
+        type Info = BTreeMap<String, redis::Value>;
+        let cursor = self.state.lock().cursor.unwrap_or_default();
+        let stream = self.key("");
+        let (time, list, exists, entries): ((u64, u64), Option<String>, bool, Vec<Row>) = self
+            .registrar
+            .ask(0, async |connection| {
+                let mut pipeline = redis::pipe();
+                pipeline.cmd("TIME").cmd("GET").arg(self.key(":list"));
+                pipeline.cmd("EXISTS").arg(&stream);
+                pipeline.cmd("XRANGE").arg(&stream).arg(format!("({}", text_of(cursor)));
+                pipeline.arg("+").arg("COUNT").arg(TAKE_MAX);
+                pipeline.query_async(connection).await
+            })
+            .await?;
+        let is_known = {
+            let state = self.state.lock();
+            state.cursor.is_some() && state.list == list
+        };
+        let mut look = Look {
+            now_ms: time.0 * 1000 + time.1 / 1000,
+            list,
+            last: OrderId::default(),
+            forgotten: OrderId::default(),
+            entries,
+        };
+        if exists && (!is_known || !look.entries.is_empty()) {
+            let info: Info = self
+                .registrar
+                .ask(0, async |connection| {
+                    redis::cmd("XINFO").arg("STREAM").arg(&stream).query_async(connection).await
+                })
+                .await?;
+            let id = |name: &str| {
+                let text = redis::from_redis_value::<String>(info.get(name)?.clone()).ok()?;
+                id_of(&text)
+            };
+            look.last = id("last-generated-id").unwrap_or_default();
+            look.forgotten = id("max-deleted-entry-id").unwrap_or_default();
+        }
+        Ok(look)
+    }
+
+    fn taken(&self, look: Look) -> Taken {
+        let state = &mut *self.state.lock();
+        let Some(cursor) = state.cursor else {
+            // A node that begins has no connection that an order could concern.
+            (state.cursor, state.applied, state.list) = (Some(look.last), look.last, look.list);
+            return Taken::default();
+        };
+        if state.list != look.list {
+            // Redis lost the list: all of the new one was given since.
+            (state.cursor, state.list) = (Some(OrderId::default()), look.list);
+            state.applied = OrderId::default();
+            return Taken::default();
+        }
+        let mut taken = Taken { missed: look.forgotten > cursor, ..Taken::default() };
+        for (entry, fields) in look.entries {
+            let Some(id) = id_of(&entry) else { continue };
+            state.cursor = Some(id);
+            let order = fields.get("o").and_then(|order| serde_json::from_str(order).ok());
+            let Some(order) = order else {
+                tracing::error!(id = entry, "an order that no gateway of this version gives");
+                continue;
+            };
+            let at = fields.get("at").and_then(|at| at.parse().ok()).unwrap_or(id.0 * 1000);
+            let is_fresh = id.0 + FRESH_FOR_MS > look.now_ms;
+            taken.orders.push(Given { id, at, is_fresh, order });
+        }
+        taken
+    }
+
+    /// Lets the others know that this node is there.
+    async fn be_heard(&self) {
+        let (applied, is_due) = {
+            let state = self.state.lock();
+            (state.applied, state.heard.is_none_or(|at| at.elapsed() >= HEARD_EVERY))
+        };
+        if is_due && self.note(applied).await.is_err() {
+            tracing::debug!("the others do not hear of this node");
+        }
+    }
+
+    async fn note(&self, applied: OrderId) -> Result<(), BusError> {
+        let (nodes, process) = (self.key(":nodes"), &self.registrar.router.process().name);
+        self.registrar
+            .ask(0, async |connection| {
+                let (seconds, micros): (u64, u64) =
+                    redis::cmd("TIME").query_async(connection).await?;
+                let row = format!("{} {}", text_of(applied), seconds * 1000 + micros / 1000);
+                redis::cmd("HSET")
+                    .arg(nodes)
+                    .arg(process)
+                    .arg(row)
+                    .query_async::<()>(connection)
+                    .await
+            })
+            .await?;
+        self.state.lock().heard = Some(Instant::now());
+        Ok(())
+    }
+
+    pub(super) async fn applied(self: Arc<Self>, id: OrderId) -> Result<(), BusError> {
+        self.state.lock().applied = id;
+        self.note(id).await
+    }
+
+    pub(super) async fn answer(
+        self: Arc<Self>,
+        id: OrderId,
+        answer: String,
+    ) -> Result<(), BusError> {
+        let key = self.key(&format!(":answers:{}", text_of(id)));
+        self.registrar
+            .ask(0, async |connection| {
+                let mut pipeline = redis::pipe();
+                pipeline.cmd("RPUSH").arg(&key).arg(answer).ignore();
+                pipeline.cmd("PEXPIRE").arg(&key).arg(ANSWERS_TTL_MS).ignore();
+                pipeline.query_async(connection).await
+            })
+            .await
+    }
+
+    pub(super) async fn outcome(self: Arc<Self>, id: OrderId) -> Result<Outcome, BusError> {
+        let nodes = self.key(":nodes");
+        let (time, rows): ((u64, u64), Vec<(String, String)>) = self
+            .registrar
+            .ask(0, async |connection| {
+                let mut pipeline = redis::pipe();
+                pipeline.cmd("TIME").cmd("HGETALL").arg(&nodes).query_async(connection).await
+            })
+            .await?;
+        let now = time.0 * 1000 + time.1 / 1000;
+        let (mut nodes_of, mut gone) = (BTreeMap::new(), Vec::new());
+        for (process, row) in rows {
+            let parts = row
+                .split_once(' ')
+                .and_then(|(applied, heard)| Some((heard.parse::<u64>().ok()?, id_of(applied)?)));
+            match parts {
+                Some((heard, applied)) if heard + COUNTS_FOR_MS > now => {
+                    // Of a node that was started anew the run that was heard of last counts.
+                    let node = process.split('/').next().unwrap_or_default().to_owned();
+                    let newest = nodes_of.entry(node).or_insert((heard, applied));
+                    *newest = (*newest).max((heard, applied));
+                }
+                _ => gone.push(process),
+            }
+        }
+        let applied = nodes_of.values().filter(|(_, applied)| *applied >= id).count();
+        let outcome = Outcome { applied, nodes: nodes_of.len() };
+        if !gone.is_empty() {
+            self.registrar
+                .ask(0, async |connection| {
+                    let mut forget = redis::cmd("HDEL");
+                    forget.arg(&nodes).arg(&gone).query_async::<()>(connection).await
+                })
+                .await?;
+        }
+        Ok(outcome)
+    }
+
+    pub(super) async fn answers(self: Arc<Self>, id: OrderId) -> Result<Vec<String>, BusError> {
+        let key = self.key(&format!(":answers:{}", text_of(id)));
+        self.registrar
+            .ask(0, async |connection| {
+                redis::cmd("LRANGE").arg(&key).arg(0).arg(-1).query_async(connection).await
+            })
+            .await
+    }
+}

@@ -1,0 +1,260 @@
+//! Takes what the application orders, and does it on this node; and gives orders, telling on how many
+//! nodes they were applied.
+
+use std::{sync::Arc, time::Duration};
+
+use serde_json::json;
+use shared::{
+    close::CloseCode,
+    ids::{ConnectionId, NodeId, RoomId, UserId},
+    position::Position,
+    protocol::answer::{Answer, Broadcast},
+};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    bus::{
+        BusError,
+        orders::{Given, Order, Orders, Outcome, Question, Taken},
+        sessions::{Sessions, Which},
+    },
+    drain::Tasks,
+    hub::{
+        Hub,
+        member::{Subscriber, text_frame},
+        people::at,
+    },
+    outbox::Close,
+    presence::Presence,
+    telemetry::{metrics::Metrics, trail::Trails},
+};
+
+/// How long who gives an order waits until all nodes have applied it.
+const APPLY_MAX: Duration = Duration::from_secs(2);
+/// How often it looks meanwhile.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+
+/// Gives orders and applies them. Cheap to clone.
+#[derive(Clone)]
+pub struct Control {
+    node: NodeId,
+    orders: Arc<dyn Orders>,
+    sessions: Arc<dyn Sessions>,
+    hub: Hub,
+    presence: Arc<Presence>,
+    metrics: Arc<Metrics>,
+    trails: Arc<Trails>,
+    /// Cancelled where this node is to take no client any more.
+    draining: CancellationToken,
+}
+
+impl Control {
+    /// Starts the task that applies orders on this node.
+    pub fn start(
+        node: NodeId,
+        (orders, sessions): (Arc<dyn Orders>, Arc<dyn Sessions>),
+        hub: Hub,
+        presence: Arc<Presence>,
+        (metrics, trails): (Arc<Metrics>, Arc<Trails>),
+        tasks: &Tasks,
+    ) -> Self {
+        let draining = CancellationToken::new();
+        let control = Self { node, orders, sessions, hub, presence, metrics, trails, draining };
+        let (applying, stopped) = (control.clone(), tasks.stopped().clone());
+        tasks.spawn_service("control", async move {
+            // Both arms are cancel-safe: what was not applied is taken again by the next run.
+            tokio::select! {
+                biased;
+                () = stopped.cancelled() => {}
+                () = applying.apply_all() => {}
+            }
+        });
+        control
+    }
+
+    /// Cancelled where this node was ordered to take no client any more.
+    pub fn draining(&self) -> &CancellationToken {
+        &self.draining
+    }
+
+    /// Gives an order, and waits some time until all nodes have applied it.
+    ///
+    /// # Errors
+    ///
+    /// [`BusError`]: it is not known whether it was given.
+    pub async fn order(&self, order: Order) -> Result<Outcome, BusError> {
+        let id = self.orders.give(order).await?;
+        let until = Instant::now() + APPLY_MAX;
+        loop {
+            let outcome = self.orders.outcome(id).await?;
+            if outcome.applied >= outcome.nodes || Instant::now() >= until {
+                return Ok(outcome);
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    }
+
+    /// Closes connections of a user, and where their sessions are not kept forgets those.
+    ///
+    /// # Errors
+    ///
+    /// [`BusError`]: it is not known whether that was done.
+    pub async fn close(
+        &self,
+        user: UserId,
+        which: Which,
+        keep_sessions: bool,
+        close: Close,
+    ) -> Result<Outcome, BusError> {
+        if !keep_sessions {
+            // First, so that who comes back at once finds it gone.
+            self.sessions.revoke(user.clone(), which).await?;
+        }
+        let Close { code, reason } = close;
+        self.order(Order::Close { user, which, code, reason }).await
+    }
+
+    /// Asks all nodes. Who does not answer in time is not waited for.
+    ///
+    /// # Errors
+    ///
+    /// [`BusError`].
+    pub async fn ask(&self, question: Question) -> Result<(Vec<String>, Outcome), BusError> {
+        let id = self.orders.give(Order::Ask(question)).await?;
+        let until = Instant::now() + APPLY_MAX;
+        loop {
+            let outcome = self.orders.outcome(id).await?;
+            if outcome.applied >= outcome.nodes || Instant::now() >= until {
+                return Ok((self.orders.answers(id).await?, outcome));
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    }
+
+    /// Applies what is ordered, for ever.
+    async fn apply_all(&self) {
+        loop {
+            let Taken { orders, missed } = self.orders.take().await;
+            if missed {
+                self.look_at_sessions().await;
+            }
+            for given in orders {
+                let id = given.id;
+                self.apply(given).await;
+                while self.orders.applied(id).await.is_err() {
+                    tokio::time::sleep(LOOK_EVERY).await;
+                }
+            }
+        }
+    }
+
+    async fn apply(&self, Given { id, at, is_fresh, order }: Given) {
+        match order {
+            Order::Close { user, which, code, reason } => {
+                self.hub.close(&user, which, at, Close { code, reason }).await;
+            }
+            Order::Remove { room, user } => self.hub.remove(room, user, at).await,
+            Order::Drain { node } if node == self.node => self.draining.cancel(),
+            Order::Broadcast { id, payload, timestamp } if is_fresh => {
+                let Ok(payload) = serde_json::from_str(&payload) else { return };
+                let broadcast = Box::new(Broadcast { id, payload, timestamp });
+                self.hub.broadcast(text_frame(&Answer::Broadcast(broadcast))).await;
+            }
+            Order::Ask(question) if is_fresh => {
+                let answer = self.answer(question).await.to_string();
+                if let Err(error) = self.orders.answer(id, answer).await {
+                    tracing::debug!(%error, "a question was not answered");
+                }
+            }
+            Order::Drain { .. } | Order::Broadcast { .. } | Order::Ask(_) => {}
+        }
+    }
+
+    /// Orders were forgotten before this node has seen them: connections whose session is no more are
+    /// closed.
+    async fn look_at_sessions(&self) {
+        tracing::warn!(
+            "this node was away for so long that orders were forgotten; its clients' sessions are looked at"
+        );
+        for subscriber in self.hub.connections(None).await {
+            let Some(owner) = subscriber.owner() else { continue };
+            let Ok(kept) = self.sessions.list(owner.user.clone()).await else { continue };
+            if !kept.iter().any(|kept| kept.session == owner.session) {
+                subscriber.outbox.close(kicked());
+            }
+        }
+    }
+
+    async fn answer(&self, question: Question) -> serde_json::Value {
+        match question {
+            Question::User { user } => {
+                let connections = self.hub.connections(Some(&user)).await;
+                let connections: Vec<_> =
+                    connections.iter().filter_map(|connection| self.info_of(connection)).collect();
+                json!({ "connections": connections, "rooms": self.presence.rooms_of(&user) })
+            }
+            Question::Node => {
+                let connections = self.hub.connections(None).await.len();
+                json!({
+                    "node": self.node,
+                    "connections": connections,
+                    "draining": self.draining.is_cancelled(),
+                    "rooms": self.metrics.rooms.get(),
+                    "publishes": self.metrics.publishes.sum(),
+                    "deliveries": self.metrics.deliveries.get(),
+                })
+            }
+            Question::Trail { id, user } => {
+                let mut logs = Vec::new();
+                for trail in self.trails.of(id) {
+                    let mut told = trail.to_json();
+                    if let Some(user) = &user {
+                        told["user"] = self.how_far(trail.log, user.clone(), &trail.position).await;
+                    }
+                    logs.push(told);
+                }
+                json!({ "node": self.node, "logs": logs })
+            }
+        }
+    }
+
+    /// Why a user has got an entry here, or has not.
+    async fn how_far(&self, log: RoomId, user: UserId, at: &Position) -> serde_json::Value {
+        let connections = self.hub.cursors(log, user).await;
+        let connection = |(id, cursor): &(ConnectionId, Position)| {
+            let fate = match cursor.epoch == at.epoch {
+                true if cursor.seq >= at.seq => "queued, or there before the connection was",
+                true => "behind: it comes from the log",
+                false => "the log goes on in another epoch",
+            };
+            json!({ "connection_id": id, "fate": fate, "epoch": cursor.epoch, "seq": cursor.seq })
+        };
+        let why =
+            connections.is_empty().then_some("no connection of the user is there on this node");
+        let connections: Vec<_> = connections.iter().map(connection).collect();
+        json!({ "connections": connections, "why": why })
+    }
+
+    fn info_of(&self, subscriber: &Subscriber) -> Option<serde_json::Value> {
+        let owner = subscriber.owner()?;
+        let about = &owner.about;
+        Some(json!({
+            "connection_id": subscriber.connection,
+            "session_id": owner.session,
+            "node": self.node,
+            "address": about.address,
+            "user_agent": about.user_agent,
+            "connected_at": at(owner.since / 1000),
+            "last_seen": at(subscriber.health.heard()),
+            "rtt_ms": subscriber.health.rtt_ms(),
+            "queued_bytes": subscriber.outbox.bytes(),
+            "lagging": subscriber.outbox.is_lagging(),
+        }))
+    }
+}
+
+/// How a connection ends that the application has closed and gave no reason.
+pub fn kicked() -> Close {
+    Close { code: CloseCode::Policy.number(), reason: "kicked".to_owned() }
+}

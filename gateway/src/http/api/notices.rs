@@ -1,0 +1,190 @@
+//! Notifications to users, whose inboxes keep them, and broadcasts to every connection.
+
+use std::{sync::Arc, time::SystemTime};
+
+use axum::{
+    Json,
+    extract::{Path, State},
+    http::StatusCode,
+};
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+use shared::{error::ErrorCode, ids::MessageId};
+use tokio::sync::oneshot;
+use utoipa::ToSchema;
+
+use super::{
+    Body, Common, Failed, Problem,
+    messages::{BATCH_MAX, Sent, fate, id_of, is_readable},
+    user,
+};
+use crate::{bus::orders::Order, http::Node};
+
+/// A notification.
+#[derive(Debug, Deserialize, ToSchema)]
+pub(super) struct Notification {
+    /// Any JSON.
+    #[schema(value_type = Value)]
+    payload: Box<RawValue>,
+    /// Whether it waits for a person.
+    #[serde(default)]
+    require_ack: Option<bool>,
+    /// The key under which a repeat is recognised.
+    #[schema(format = Uuid)]
+    #[serde(default)]
+    id: Option<String>,
+}
+
+/// A notification to many.
+#[derive(Debug, Deserialize, ToSchema)]
+pub(super) struct ToMany {
+    /// At most 1,000.
+    #[schema(max_items = 1000)]
+    users: Vec<String>,
+    /// Any JSON.
+    #[schema(value_type = Value)]
+    payload: Box<RawValue>,
+    /// Whether it waits for a person.
+    #[serde(default)]
+    require_ack: Option<bool>,
+    /// The key under which a repeat is recognised.
+    #[schema(format = Uuid)]
+    #[serde(default)]
+    id: Option<String>,
+}
+
+/// Something for every connection.
+#[derive(Debug, Deserialize, ToSchema)]
+pub(super) struct ToAll {
+    /// Any JSON.
+    #[schema(value_type = Value)]
+    payload: Box<RawValue>,
+}
+
+/// What became of it for one user.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(untagged)]
+enum Fate {
+    Sent {
+        /// The user.
+        user: String,
+        #[serde(flatten)]
+        sent: Sent,
+    },
+    Failed {
+        /// The user.
+        user: String,
+        #[serde(flatten)]
+        problem: Problem,
+    },
+}
+
+/// What became of it.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct Fates {
+    /// In the order of `users`.
+    results: Vec<Fate>,
+}
+
+/// A broadcast that is under way.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct Sending {
+    /// Its id.
+    #[schema(format = Uuid)]
+    id: String,
+    /// How many nodes have sent it to their connections.
+    applied: usize,
+    /// Of so many.
+    nodes: usize,
+}
+
+fn checked(node: &Node, payload: &RawValue) -> Result<(), Failed> {
+    let bytes_max = node.options.limits.message_bytes_max;
+    if payload.get().len() > bytes_max {
+        let text = format!("`payload` is at most {bytes_max} bytes");
+        return Err(Failed::new(ErrorCode::TooLarge, text));
+    }
+    is_readable("payload", payload)
+}
+
+impl Notification {
+    async fn send(&self, node: &Node, to: &str, id: MessageId) -> Result<Sent, Failed> {
+        let to = user(to)?;
+        let (done, appended) = oneshot::channel();
+        let done = move |result| {
+            // Who asked may have given up on it.
+            let _ = done.send(result);
+        };
+        let require_ack = self.require_ack.unwrap_or_default();
+        node.services.publisher.notify(&to, id, &self.payload, require_ack, done);
+        fate(node, id, appended).await
+    }
+
+    fn id(&self) -> Result<MessageId, Failed> {
+        Ok(id_of(self.id.as_deref())?.unwrap_or_else(MessageId::random))
+    }
+}
+
+/// Notify a user, on all devices, now or when there is one.
+#[utoipa::path(
+    post, path = "/api/v1/users/{user}/notifications", tag = "notifications",
+    params(("user" = String, Path, description = "The user")),
+    responses(
+        (status = 201, description = "It was appended to the inbox.", body = Sent),
+        (status = 200, description = "It had been, under the same id.", body = Sent),
+        Common,
+    )
+)]
+pub(super) async fn notify(
+    State(node): State<Arc<Node>>,
+    Path(to): Path<String>,
+    Body(notification): Body<Notification>,
+) -> Result<(StatusCode, Json<Sent>), Failed> {
+    checked(&node, &notification.payload)?;
+    let sent = notification.send(&node, &to, notification.id()?).await?;
+    Ok((sent.status(), Json(sent)))
+}
+
+/// Notify many users. Each has its own fate.
+#[utoipa::path(
+    post, path = "/api/v1/notifications", tag = "notifications",
+    responses((status = 200, description = "What became of each.", body = Fates), Common)
+)]
+pub(super) async fn notify_many(
+    State(node): State<Arc<Node>>,
+    Body(ToMany { users, payload, require_ack, id }): Body<ToMany>,
+) -> Result<Json<Fates>, Failed> {
+    // serde cannot have raw JSON in what is flattened.
+    let notification = Notification { payload, require_ack, id };
+    checked(&node, &notification.payload)?;
+    if users.len() > BATCH_MAX {
+        return Err(Failed::bad(format!("at most {BATCH_MAX} users")));
+    }
+    let id = notification.id()?;
+    // All are handed on before the first is waited for.
+    let sends = users.iter().map(|to| notification.send(&node, to, id));
+    let sends = futures_util::future::join_all(sends).await;
+    let fate = |(user, sent): (String, Result<Sent, Failed>)| match sent {
+        Ok(sent) => Fate::Sent { user, sent },
+        Err(failed) => Fate::Failed { user, problem: failed.to_problem() },
+    };
+    Ok(Json(Fates { results: users.into_iter().zip(sends).map(fate).collect() }))
+}
+
+/// Send something to every connection there is, at most once.
+#[utoipa::path(
+    post, path = "/api/v1/broadcast", tag = "notifications",
+    responses((status = 201, description = "It is on its way.", body = Sending), Common)
+)]
+pub(super) async fn broadcast(
+    State(node): State<Arc<Node>>,
+    Body(ToAll { payload }): Body<ToAll>,
+) -> Result<(StatusCode, Json<Sending>), Failed> {
+    checked(&node, &payload)?;
+    let id = MessageId::random();
+    let timestamp = shared::timestamp(SystemTime::now());
+    let order = Order::Broadcast { id, payload: payload.get().to_owned(), timestamp };
+    let outcome = node.control.order(order).await?;
+    let (applied, nodes) = (outcome.applied, outcome.nodes);
+    Ok((StatusCode::CREATED, Json(Sending { id: id.to_string(), applied, nodes })))
+}
