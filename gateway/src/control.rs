@@ -61,13 +61,14 @@ impl Control {
     ) -> Self {
         let draining = CancellationToken::new();
         let control = Self { node, orders, sessions, hub, presence, metrics, trails, draining };
-        let (applying, stopped) = (control.clone(), tasks.stopped().clone());
+        let (working, stopped) = (control.clone(), tasks.stopped().clone());
         tasks.spawn_service("control", async move {
-            // Both arms are cancel-safe: what was not applied is taken again by the next run.
+            // All arms are cancel-safe: what was not applied no node that ends is asked for.
             tokio::select! {
                 biased;
                 () = stopped.cancelled() => {}
-                () = applying.apply_all() => {}
+                () = working.apply_all() => {}
+                () = working.keep_sessions() => {}
             }
         });
         control
@@ -144,6 +145,19 @@ impl Control {
                 self.apply(given).await;
                 while self.orders.applied(id).await.is_err() {
                     tokio::time::sleep(LOOK_EVERY).await;
+                }
+            }
+        }
+    }
+
+    /// Lets it be known now and then that sessions are in use, for ever.
+    async fn keep_sessions(&self) {
+        let every = self.sessions.ttl() / 4;
+        loop {
+            tokio::time::sleep(every.max(Duration::from_millis(100))).await;
+            for subscriber in self.hub.connections(None).await {
+                if let Some(owner) = subscriber.owner() {
+                    self.sessions.keep(owner.user.clone(), owner.session, subscriber.connection);
                 }
             }
         }

@@ -162,6 +162,12 @@ pub trait Sessions: Send + Sync {
     /// Has a connection take its session, or makes one; and looks at the inbox.
     fn open(&self, opening: Opening) -> BoxFuture<Result<Opened, BusError>>;
 
+    /// How long a session is kept after its last use.
+    fn ttl(&self) -> Duration;
+
+    /// The connection still has its session, which is therefore in use. One that was revoked stays so.
+    fn keep(&self, user: UserId, session: SessionId, connection: ConnectionId);
+
     /// The connection has ended: its session, if it still has it, was used until now.
     fn close(&self, user: UserId, session: SessionId, connection: ConnectionId);
 

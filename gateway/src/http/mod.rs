@@ -35,7 +35,10 @@ mod error;
 mod health;
 mod page;
 mod extensions;
+mod places;
+mod client;
 mod upgrade;
+mod sse;
 pub mod api;
 
 /// What the HTTP side is told by the configuration.
@@ -163,6 +166,7 @@ pub fn public(node: Arc<Node>) -> Router {
         .route("/ws", get(upgrade::chat))
         .route("/ws/rooms/{room}", get(upgrade::room))
         .route("/ws/echo", get(upgrade::echo))
+        .route("/sse", get(sse::stream))
         .route("/health", get(health::health))
         .route("/ready", get(health::ready))
         .merge(api::router(node.clone()))

@@ -424,7 +424,7 @@ fn expires_of(handler: &Handler) -> Option<Instant> {
 }
 
 /// What clients are told of the bus, when that has changed; never, where nobody is told. Cancel-safe.
-async fn changed(told: &mut Option<watch::Receiver<Told>>) -> Told {
+pub async fn changed(told: &mut Option<watch::Receiver<Told>>) -> Told {
     if let Some(told) = told
         && told.changed().await.is_ok()
     {

@@ -23,7 +23,12 @@ const OPTIONS: [(&str, &str); 2] = [
 ];
 
 /// A request with a key.
-async fn call_as(key: Option<&str>, address: SocketAddr, call: &str, body: Option<Value>) -> Http {
+pub async fn call_as(
+    key: Option<&str>,
+    address: SocketAddr,
+    call: &str,
+    body: Option<Value>,
+) -> Http {
     let body = body.map(|body| body.to_string()).unwrap_or_default();
     let key = key.map(|key| format!("Authorization: Bearer {key}\r\n")).unwrap_or_default();
     let head = format!(

@@ -10,14 +10,18 @@ use shared::{
         options::{Options, Placement},
     },
     error::ErrorCode,
+    protocol::answer::{Answer, LeftReason},
 };
 
-use crate::harness::{Gateway, closed, room, say};
+use crate::{
+    harness::{Gateway, closed, room, say},
+    people::{ask, heard, refused},
+};
 
 const SECRET: &str = "a secret of at least thirty-two bytes";
-const JWT: [(&str, &str); 2] = [("auth.mode", "jwt"), ("auth.jwt_secret", SECRET)];
+pub const JWT: [(&str, &str); 2] = [("auth.mode", "jwt"), ("auth.jwt_secret", SECRET)];
 
-fn token(mut claims: Value, lives_s: i64) -> String {
+pub fn token(mut claims: Value, lives_s: i64) -> String {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
     claims["exp"] = json!(now.saturating_add_signed(lives_s));
     let key = jsonwebtoken::EncodingKey::from_secret(SECRET.as_bytes());
@@ -103,5 +107,42 @@ async fn a_token_opens_the_rooms_it_names() {
     ] {
         let Err(Unexpected::Refused(refusal)) = refused else { panic!("{refused:?}") };
         assert_eq!(refusal.code, ErrorCode::Forbidden);
+    }
+}
+
+#[tokio::test]
+async fn another_token_holds_at_once_and_a_bad_one_changes_nothing() {
+    let gateway = Gateway::start(&JWT).await;
+    let first = token(json!({"sub": "ann", "rooms": {"a": "rw", "b": "rw"}}), 3);
+    let options = Options::to(gateway.url("/ws")).token(first, Placement::Query);
+    let mut ann = Connection::open(&options).await.unwrap();
+    ann.expect_connected().await.unwrap();
+    for name in ["a", "b"] {
+        ann.join(&room(name)).await.unwrap();
+    }
+    let refresh = |claims, lives_s| json!({"type": "refresh", "token": token(claims, lives_s)});
+    let others = refresh(json!({"sub": "bob"}), 60);
+    assert_eq!(refused(&mut ann, others).await, ErrorCode::Forbidden);
+    for bad in [refresh(json!({"sub": "ann"}), -5), json!({"type": "refresh", "token": "x"})] {
+        assert_eq!(refused(&mut ann, bad).await, ErrorCode::Unauthorized);
+    }
+    say(&mut ann, &room("a"), "still the old one").await;
+    let narrower = refresh(json!({"sub": "ann", "rooms": {"a": "r", "c": "rw"}}), 60);
+    let Answer::Refreshed(refreshed) = ask(&mut ann, narrower).await.unwrap() else { panic!() };
+    assert!(refreshed.expires_at.ends_with('Z'));
+    let left = heard(&mut ann, |frame| match frame {
+        Answer::Left(left) => Some((left.room, left.reason)),
+        _ => None,
+    });
+    assert_eq!(left.await, (room("b"), Some(LeftReason::Forbidden)));
+    let content = json!("read only now");
+    let message = serde_json::to_value(frames::Message::to(&room("a"), &content)).unwrap();
+    assert_eq!(refused(&mut ann, message).await, ErrorCode::Forbidden);
+    ann.join(&room("c")).await.unwrap();
+    // The first token ends, and with it nothing: what is asked later is answered.
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(4);
+    while std::time::Instant::now() < until {
+        ask(&mut ann, json!({"type": "ping"})).await.unwrap();
+        crate::harness::poll_pause().await;
     }
 }

@@ -17,6 +17,7 @@ mod people;
 mod managed;
 mod directs;
 mod api;
+mod sse;
 mod auth;
 mod limits;
 mod bus;

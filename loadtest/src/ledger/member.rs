@@ -296,9 +296,11 @@ impl Member {
                 *goal = Some(Position::new(joined.epoch.clone(), joined.seq));
             }
             Received::Frame(Answer::Message(message), _) => ledger.message(me, &message, now),
-            // Without a room it is of the inbox, which is not judged.
-            Received::Frame(Answer::Reset(reset), _) if reset.room.is_some() => {
-                ledger.reset(me, &reset);
+            Received::Frame(Answer::Reset(reset), _) => {
+                // Without a room it is of the inbox, which is not judged.
+                if reset.room.is_some() {
+                    ledger.reset(me, &reset);
+                }
             }
             Received::Frame(Answer::Ack(ack), _) => match &self.outstanding {
                 Some(Outstanding { id, sent: Some(sent), .. }) if *id == ack.id => {

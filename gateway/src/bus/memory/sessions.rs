@@ -165,6 +165,14 @@ impl Sessions for MemoryBus {
         ready(Ok(Opened { session, resumed, at: micros_now(), inbox }))
     }
 
+    fn ttl(&self) -> Duration {
+        self.session_ttl
+    }
+
+    fn keep(&self, _: UserId, _: SessionId, _: ConnectionId) {
+        // One that has a connection is not forgotten.
+    }
+
     fn close(&self, user: UserId, session: SessionId, connection: ConnectionId) {
         let stored = &mut *self.stored.lock();
         if let Some(row) = stored.row(&user, session)

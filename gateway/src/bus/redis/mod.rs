@@ -318,8 +318,16 @@ impl Sessions for RedisBus {
         Box::pin(self.registrar.clone().open(opening))
     }
 
+    fn ttl(&self) -> Duration {
+        self.registrar.session_ttl()
+    }
+
+    fn keep(&self, user: UserId, session: SessionId, connection: ConnectionId) {
+        self.registrar.use_session(user, session, connection, false);
+    }
+
     fn close(&self, user: UserId, session: SessionId, connection: ConnectionId) {
-        self.registrar.close_session(user, session, connection);
+        self.registrar.use_session(user, session, connection, true);
     }
 
     fn data(

@@ -71,7 +71,7 @@ pub(super) struct Registrar {
 
 pub(super) struct Scripts {
     pub(super) open: Script,
-    pub(super) close: Script,
+    pub(super) use_session: Script,
     pub(super) acknowledge: Script,
     pub(super) data: Script,
     pub(super) order: Script,
@@ -145,7 +145,7 @@ impl Registrar {
         };
         let scripts = Scripts {
             open: script(include_str!("scripts/open.lua")),
-            close: script(include_str!("scripts/close.lua")),
+            use_session: script(include_str!("scripts/use.lua")),
             acknowledge: script(include_str!("scripts/acknowledge.lua")),
             data: script(include_str!("scripts/data.lua")),
             order: script(include_str!("scripts/order.lua")),
@@ -226,8 +226,8 @@ impl Registrar {
         self.wake.notify_one();
     }
 
-    pub(super) fn session_ttl_ms(&self) -> u64 {
-        self.sessions.ttl.as_millis() as u64
+    pub(super) fn session_ttl(&self) -> Duration {
+        self.sessions.ttl
     }
 
     pub(super) fn pass_on(&self, room: RoomId, notice: &Notice, done: Done) {
@@ -449,8 +449,8 @@ impl Registrar {
             }
         }
         if unknown {
-            let Scripts { open, close, acknowledge, seat, mark, .. } = &self.scripts;
-            for script in [open, close, acknowledge, seat, mark] {
+            let Scripts { open, use_session, acknowledge, seat, mark, .. } = &self.scripts;
+            for script in [open, use_session, acknowledge, seat, mark] {
                 // Where that fails too it is tried again with the calls.
                 let _ = script.load_async(&mut *reader).await;
             }

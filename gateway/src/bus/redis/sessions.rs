@@ -32,16 +32,29 @@ const TRIES_MAX: usize = 8;
 
 /// What a connection wants of its user's sessions or inbox.
 pub(super) enum SessionOp {
-    Open { opening: Box<Opening>, reply: oneshot::Sender<Result<Opened, BusError>> },
-    Close { user: UserId, session: SessionId, connection: ConnectionId },
-    Acknowledge { user: UserId, epoch: Option<Epoch>, seq: Seq },
+    Open {
+        opening: Box<Opening>,
+        reply: oneshot::Sender<Result<Opened, BusError>>,
+    },
+    Use {
+        user: UserId,
+        session: SessionId,
+        connection: ConnectionId,
+        /// Whether that was the end of it.
+        ends: bool,
+    },
+    Acknowledge {
+        user: UserId,
+        epoch: Option<Epoch>,
+        seq: Seq,
+    },
 }
 
 impl SessionOp {
     pub(super) fn user(&self) -> &UserId {
         match self {
             Self::Open { opening, .. } => &opening.user,
-            Self::Close { user, .. } | Self::Acknowledge { user, .. } => user,
+            Self::Use { user, .. } | Self::Acknowledge { user, .. } => user,
         }
     }
 
@@ -80,8 +93,18 @@ impl Registrar {
         async move { replied.await.unwrap_or(Err(BusError::Unavailable)) }
     }
 
-    pub(super) fn close_session(&self, user: UserId, session: SessionId, connection: ConnectionId) {
-        self.queue(Op::Session(SessionOp::Close { user, session, connection }));
+    pub(super) fn use_session(
+        &self,
+        user: UserId,
+        session: SessionId,
+        connection: ConnectionId,
+        ends: bool,
+    ) {
+        self.queue(Op::Session(SessionOp::Use { user, session, connection, ends }));
+    }
+
+    fn session_ttl_ms(&self) -> u64 {
+        self.session_ttl().as_millis() as u64
     }
 
     pub(super) fn acknowledge(&self, user: UserId, epoch: Option<Epoch>, seq: Seq) {
@@ -109,13 +132,13 @@ impl Registrar {
                 command.arg(about).arg(ttl).arg(SESSIONS_MAX);
                 command
             }
-            SessionOp::Close { user, session, connection } => {
-                let mut command = evalsha(&self.scripts.close, &keys_of(keyspace, user));
+            SessionOp::Use { user, session, connection, ends } => {
+                let mut command = evalsha(&self.scripts.use_session, &keys_of(keyspace, user));
                 command
                     .arg(session.to_string())
                     .arg(connection.to_string())
                     .arg(ttl)
-                    .arg(flag(true));
+                    .arg(flag(*ends));
                 command
             }
             SessionOp::Acknowledge { user, epoch, seq } => {

@@ -24,6 +24,7 @@ mod sends;
 mod reload;
 mod deleted;
 mod presence;
+mod one_user;
 mod mixed;
 mod outside;
 

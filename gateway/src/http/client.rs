@@ -1,0 +1,282 @@
+//! Who a client is, what it asks for in its handshake, and how it comes to have a session: the same for a
+//! WebSocket and an event stream.
+
+use std::{sync::Arc, time::SystemTime};
+
+use axum::{
+    extract::Query,
+    http::{HeaderMap, header},
+};
+use serde_json::value::RawValue;
+use shared::{
+    SUBPROTOCOL,
+    close::CloseCode,
+    error::ErrorCode,
+    ids::{ConnectionId, RoomId, SessionId, UserId},
+    position::{InvalidPosition, Position},
+    protocol::answer::{Answer, Connected, Inbox, Refusal},
+    token::ResumeToken,
+};
+
+use super::{Ends, Node, address::client_address};
+use crate::{
+    bus::sessions::{self, About, Opened, SecretDigest},
+    hub::{
+        NotFollowed,
+        join::{Admission, Start},
+        member::{Owner, Subscriber},
+    },
+    limits::Place,
+    session::{
+        Services,
+        auth::{Auth, AuthError, Credentials, Identity},
+    },
+};
+
+/// The query of a handshake, in the order sent; the first of a name counts.
+pub(super) type Params = Query<Vec<(String, String)>>;
+
+/// What a client says in its handshake.
+pub(super) struct Client {
+    credentials: Credentials,
+    /// `?session=` or the subprotocol `session.<token>`.
+    session: Option<ResumeToken>,
+    /// `?inbox=`: what this device has of the inbox.
+    pub(super) inbox: Option<Result<Position, InvalidPosition>>,
+    address: std::net::IpAddr,
+    user_agent: Option<Box<str>>,
+}
+
+/// A client that is let in.
+pub(super) struct Entered {
+    pub(super) identity: Identity,
+    /// Its place among the connections of its user.
+    pub(super) place: Place<UserId>,
+    pub(super) opened: Opened,
+    /// The secret of its session.
+    secret: [u8; 16],
+    pub(super) about: Arc<About>,
+}
+
+/// Why a client is not let in.
+pub(super) enum Refused {
+    /// It is nobody.
+    Nobody(AuthError),
+    /// Its user has as many connections as may be.
+    TooMany,
+    /// The bus is away.
+    Unavailable,
+}
+
+impl Refused {
+    /// The close code and the reason, after the upgrade.
+    pub(super) fn close(&self) -> (CloseCode, String) {
+        match self {
+            Self::Nobody(error) => (CloseCode::Policy, error.to_string()),
+            Self::TooMany => (CloseCode::Policy, "too_many_connections".to_owned()),
+            Self::Unavailable => (CloseCode::Overload, "unavailable".to_owned()),
+        }
+    }
+}
+
+impl Client {
+    /// Reads a handshake.
+    pub(super) fn read(
+        node: &Node,
+        headers: &HeaderMap,
+        params: &[(String, String)],
+        ends: Ends,
+    ) -> Self {
+        let offered = subprotocols(headers);
+        let session = || offered.iter().find_map(|offer| offer.strip_prefix("session."));
+        Self {
+            session: param(params, "session").or_else(session).and_then(|text| text.parse().ok()),
+            inbox: param(params, "inbox").map(str::parse),
+            credentials: credentials(node, headers, params, &offered),
+            address: client_address(ends.peer.ip(), headers, &node.options.trusted_proxies),
+            user_agent: user_agent(headers),
+        }
+    }
+
+    /// Finds out who the client is, and gives it its session. In anonymous mode a session tells the
+    /// user, where the client does not.
+    pub(super) async fn enter(
+        &self,
+        node: &Node,
+        connection: ConnectionId,
+    ) -> Result<Entered, Refused> {
+        let Services { auth, .. } = &*node.services;
+        let token = self.session.as_ref();
+        if let (Auth::Anonymous, None, Some(token)) = (auth, &self.credentials.user, token) {
+            let user = Some(token.user.to_string());
+            let credentials = Credentials { user, ..self.credentials.clone() };
+            let mut entered = self.enter_as(node, connection, &credentials).await?;
+            if let Some(before) = &entered.opened.resumed {
+                if self.credentials.name.is_none() {
+                    entered.identity.user.name = before.name.clone();
+                }
+                return Ok(entered);
+            }
+        }
+        self.enter_as(node, connection, &self.credentials).await
+    }
+
+    async fn enter_as(
+        &self,
+        node: &Node,
+        connection: ConnectionId,
+        credentials: &Credentials,
+    ) -> Result<Entered, Refused> {
+        let Services { auth, sessions, limits, .. } = &*node.services;
+        let identity = auth.identify(credentials).map_err(Refused::Nobody)?;
+        let user = identity.user.id.clone();
+        let place =
+            node.state.by_user.enter(user.clone(), node.options.limits.connections_per_user);
+        let place = place.ok_or(Refused::TooMany)?;
+
+        let about = Arc::new(About {
+            name: identity.user.name.clone(),
+            node: node.id.clone(),
+            address: self.address,
+            user_agent: self.user_agent.clone(),
+        });
+        let session = SessionId::random();
+        let fresh = ResumeToken { secret: rand::random(), session, user: user.clone() };
+        let presented = self.session.as_ref().filter(|token| token.user == user);
+        let opening = sessions.open(sessions::Opening {
+            user,
+            connection,
+            resume: presented.map(|token| (token.session, SecretDigest::of(token))),
+            fresh: (session, SecretDigest::of(&fresh)),
+            about: about.clone(),
+        });
+        match tokio::time::timeout(limits.wait_max, opening).await {
+            Ok(Ok(opened)) => {
+                let token = presented.filter(|_| opened.resumed.is_some()).unwrap_or(&fresh);
+                let secret = token.secret;
+                Ok(Entered { identity, place, opened, secret, about })
+            }
+            _ => Err(Refused::Unavailable),
+        }
+    }
+}
+
+impl Entered {
+    /// Whose the connection is.
+    pub(super) fn owner(&self) -> Owner {
+        Owner {
+            user: self.identity.user.id.clone(),
+            session: self.opened.session,
+            since: self.opened.at,
+            about: self.about.clone(),
+        }
+    }
+}
+
+/// Has a connection given what its device lacks of the inbox, and what comes.
+pub(super) async fn follow_inbox(
+    node: &Node,
+    subscriber: &Arc<Subscriber>,
+    user: &UserId,
+    inbox: Inbox,
+    device: Option<Result<Position, InvalidPosition>>,
+) -> Result<(), NotFollowed> {
+    if let Some(Err(_)) = device {
+        let text = "`inbox` is <epoch>:<seq>; the acknowledged position is taken";
+        node.metrics.errors.of(ErrorCode::BadRequest).inc();
+        subscriber.answer(&Answer::Error(Refusal::new(ErrorCode::BadRequest, text)));
+    }
+    // What has expired unread was told of by `connected`.
+    let unread = inbox.acked.max(inbox.oldest - 1).min(inbox.seq);
+    let since = device.and_then(Result::ok).unwrap_or(Position::new(inbox.epoch, unread));
+    let (room, start) = (RoomId::inbox_of(user), Start::Behind(since, unread));
+    let hub = &node.services.hub;
+    hub.join(room, subscriber.clone(), None, start, Admission::default()).await
+}
+
+/// The first frame of a connection.
+pub(super) fn connected(
+    node: &Node,
+    entered: &Entered,
+    subscriber: &Subscriber,
+    route: String,
+) -> Answer<Box<RawValue>> {
+    let Entered { identity, opened, secret, .. } = entered;
+    let user = identity.user.clone();
+    let token = ResumeToken { secret: *secret, session: opened.session, user: user.id.clone() };
+    Answer::Connected(Box::new(Connected {
+        connection_id: subscriber.connection,
+        user,
+        session: token.to_string(),
+        session_id: opened.session,
+        resumed: opened.resumed.is_some(),
+        node: node.id.clone(),
+        route,
+        protocol: SUBPROTOCOL.to_owned(),
+        timestamp: shared::timestamp(SystemTime::now()),
+        expires_at: identity.expires_at.map(shared::timestamp),
+        heartbeat_interval: node.options.heartbeat.interval.as_secs(),
+        dedup_window: node.options.dedup_window.as_secs(),
+        max_message_size: node.options.limits.message_bytes_max,
+        inbox: opened.inbox.clone(),
+    }))
+}
+
+/// The elements of a header that is a list (RFC 9110, section 5.6.1).
+pub(super) fn tokens(headers: &HeaderMap, name: header::HeaderName) -> impl Iterator<Item = &str> {
+    headers
+        .get_all(name)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .map(str::trim)
+        .filter(|token| !token.is_empty())
+}
+
+pub(super) fn subprotocols(headers: &HeaderMap) -> Vec<String> {
+    tokens(headers, header::SEC_WEBSOCKET_PROTOCOL).map(str::to_owned).collect()
+}
+
+/// What the client says of itself. The first source of a token decides.
+fn credentials(
+    node: &Node,
+    headers: &HeaderMap,
+    params: &[(String, String)],
+    offered: &[String],
+) -> Credentials {
+    let bearer = || {
+        let value = headers.get(header::AUTHORIZATION)?.to_str().ok()?;
+        let (scheme, token) = value.split_once(' ')?;
+        scheme.eq_ignore_ascii_case("bearer").then(|| token.trim().to_owned())
+    };
+    let cookie = || {
+        let mut cookies = headers.get_all(header::COOKIE).iter().filter_map(|v| v.to_str().ok());
+        cookies.find_map(|value| {
+            let mut pairs = value.split(';').filter_map(|pair| pair.trim().split_once('='));
+            let (_, token) = pairs.find(|(name, _)| *name == node.options.auth_cookie)?;
+            Some(token.to_owned())
+        })
+    };
+    let subprotocol = || {
+        let token = offered.iter().find_map(|offer| offer.strip_prefix("bearer."))?;
+        Some(token.to_owned())
+    };
+    let query = param(params, "token").map(str::to_owned);
+    Credentials {
+        token: query.or_else(bearer).or_else(cookie).or_else(subprotocol),
+        user: param(params, "user").map(str::to_owned),
+        name: param(params, "name").map(str::to_owned),
+    }
+}
+
+/// What a client calls itself, as far as that is kept.
+fn user_agent(headers: &HeaderMap) -> Option<Box<str>> {
+    const CHARS_MAX: usize = 200;
+    let text = headers.get(header::USER_AGENT)?.to_str().ok()?;
+    Some(text.chars().take(CHARS_MAX).collect::<String>().into())
+}
+
+/// The first parameter of a name.
+pub(super) fn param<'a>(params: &'a [(String, String)], name: &str) -> Option<&'a str> {
+    params.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str())
+}

@@ -1,0 +1,81 @@
+//! What a client holds of the limits as long as it is connected, and whether there is room for one more.
+//!
+//! A 503 makes nginx try the next node and counts against this one, so it is kept for what is this node's
+//! own: drain, overload, bus down.
+
+use axum::{
+    http::{StatusCode, request::Parts},
+    response::Response,
+};
+use tokio::time::Instant;
+
+use super::{
+    Ends, Node,
+    address::client_address,
+    error::{refuse, refuse_for},
+    listen::TcpPlace,
+};
+use crate::{
+    limits::{Place, address_key},
+    telemetry::metrics::Handshake,
+};
+
+/// What a connection holds as long as it lives, so that limits count it.
+pub(super) struct Places {
+    _all: Place<()>,
+    _address: Place<std::net::IpAddr>,
+    _tcp: Option<TcpPlace>,
+}
+
+impl Places {
+    /// Takes a place for a client from a page that may, or says in HTTP why there is none.
+    pub(super) fn take(node: &Node, parts: &Parts) -> Result<Self, (Handshake, Box<Response>)> {
+        if !node.options.allowed_origins.allow(&parts.headers) {
+            let text = "this page's origin is not in server.allowed_origins";
+            let response = refuse(StatusCode::FORBIDDEN, "forbidden", text);
+            return Err((Handshake::Origin, Box::new(response)));
+        }
+        let unavailable = |text| {
+            let (status, wait) =
+                (StatusCode::SERVICE_UNAVAILABLE, std::time::Duration::from_secs(1));
+            (Handshake::Unavailable, Box::new(refuse_for(status, "unavailable", text, wait)))
+        };
+        if let Some(failing) = node.failing().first() {
+            return Err(unavailable(match *failing {
+                "drain" => "this node is stopping",
+                _ => "this node cannot reach the others",
+            }));
+        }
+
+        let limits = &node.options.limits;
+        let peer =
+            parts.extensions.get::<Ends>().map_or([0, 0, 0, 0].into(), |ends| ends.peer.ip());
+        let address = client_address(peer, &parts.headers, &node.options.trusted_proxies);
+        let address = address_key(address);
+        let now = Instant::now();
+        let limited = |text, wait| {
+            let status = StatusCode::TOO_MANY_REQUESTS;
+            (Handshake::Limited, Box::new(refuse_for(status, "rate_limited", text, wait)))
+        };
+        node.state
+            .handshakes
+            .take(address, limits.handshakes_per_ip, now)
+            .map_err(|wait| limited("too many handshakes from this address", wait))?;
+        let by_address =
+            node.state.by_address.enter(address, limits.connections_per_ip).ok_or_else(|| {
+                let wait = std::time::Duration::from_secs(5);
+                limited("too many connections from this address", wait)
+            })?;
+        node.state
+            .accepts
+            .take((), limits.accepts, now)
+            .map_err(|_| unavailable("too many handshakes at once"))?;
+        let all = node
+            .state
+            .all
+            .enter((), limits.connections_max)
+            .ok_or_else(|| unavailable("this node is full"))?;
+        let tcp = parts.extensions.get::<TcpPlace>().cloned();
+        Ok(Self { _all: all, _address: by_address, _tcp: tcp })
+    }
+}
