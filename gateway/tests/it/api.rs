@@ -441,3 +441,32 @@ async fn nodes_are_listed_counted_and_taken_out_of_service() {
     })
     .await;
 }
+
+/// What is sent is made of the document by a tool that shares no code with this (PyPI: schemathesis):
+/// valid, not quite valid, in sequences. Whatever is answered has to be in the document.
+#[tokio::test]
+async fn nothing_that_the_document_allows_or_forbids_brings_an_answer_that_it_does_not_have() {
+    let gateway = crate::harness::Gateway::start(&OPTIONS).await;
+    let home = std::env::var("HOME").unwrap();
+    let cache = std::env::var("XDG_CACHE_HOME").unwrap_or(format!("{home}/.cache"));
+    let tool = format!("{cache}/skein/schemathesis-4.32.5/bin/schemathesis");
+    let folder = tempfile::tempdir().unwrap();
+    let examples = if std::env::var("SKEIN_API").as_deref() == Ok("full") { "200" } else { "10" };
+    let output = tokio::process::Command::new(&tool)
+        .current_dir(folder.path())
+        .arg("run")
+        .arg(format!("http://{}/api/openapi.json", gateway.address))
+        .args(["-H", &format!("Authorization: Bearer {KEY}"), "--max-examples", examples])
+        // Some rules are not of the schema: that `before` and `after` exclude each other.
+        .args(["--checks", "all", "--exclude-checks", "positive_data_acceptance", "--seed", "1"])
+        // The node would serve nobody any more.
+        .args(["--exclude-path", "/api/v1/nodes/{id}/drain"])
+        .output()
+        .await
+        .expect("schemathesis is installed by `make setup`");
+    let told = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{told}");
+    assert!(told.contains("Tested: 22"), "{told}");
+    // It is as well as before.
+    assert_eq!(call_as(Some(KEY), gateway.address, "GET /api/v1/online", None).await.status, 200);
+}

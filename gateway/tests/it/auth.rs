@@ -140,8 +140,8 @@ async fn another_token_holds_at_once_and_a_bad_one_changes_nothing() {
     assert_eq!(refused(&mut ann, message).await, ErrorCode::Forbidden);
     ann.join(&room("c")).await.unwrap();
     // The first token ends, and with it nothing: what is asked later is answered.
-    let until = std::time::Instant::now() + std::time::Duration::from_secs(4);
-    while std::time::Instant::now() < until {
+    let until = tokio::time::Instant::now() + tokio::time::Duration::from_secs(4);
+    while tokio::time::Instant::now() < until {
         ask(&mut ann, json!({"type": "ping"})).await.unwrap();
         crate::harness::poll_pause().await;
     }

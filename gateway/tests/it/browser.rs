@@ -215,3 +215,51 @@ async fn people_typing_read_marks_and_managed_rooms_show_on_another_node() {
     assert_eq!(texts(&browser).await, ["hello"]);
     browser.close().await.unwrap();
 }
+
+#[tokio::test]
+async fn directs_show_with_unread_counts_on_another_node() {
+    let redis = Redis::start().await;
+    let (one, two) = (Gateway::start_on(&redis, &[]).await, Gateway::start_on(&redis, &[]).await);
+    let driver = Chromedriver::start().await;
+    let browser = browser(&driver).await;
+    let ann = browser.window().await.unwrap();
+    enter(&browser, &format!("http://{}/", one.address), "ann").await;
+    let bob = browser.new_window(false).await.unwrap().handle;
+    browser.switch_to_window(bob.clone()).await.unwrap();
+    enter(&browser, &format!("http://{}/", two.address), "bob").await;
+    let to = async |window: &fantoccini::wd::WindowHandle| {
+        browser.switch_to_window(window.clone()).await.unwrap();
+    };
+
+    // From within a room; what was sent is shown as the conversation that it belongs to.
+    to(&ann).await;
+    fill(&browser, "#input", "@bob hi").await;
+    press_enter(&browser, "#input").await;
+    shows(&browser, "#title", "bob").await;
+    shows(&browser, ".message.own[data-state=sent] .content", "hi").await;
+    shows(&browser, "#about", "online").await;
+
+    // The other one hears of it while reading a room, which has nothing of it.
+    to(&bob).await;
+    shows(&browser, "#directs [data-user=ann] .unread", "1").await;
+    assert!(texts(&browser).await.is_empty());
+    click(&browser, "#directs [data-user=ann]").await;
+    shows(&browser, "#title", "ann").await;
+    shows(&browser, ".message .content", "hi").await;
+    hides(&browser, "#directs .unread").await;
+    fill(&browser, "#input", "hi <b>ann</b>").await;
+    press_enter(&browser, "#input").await;
+    shows(&browser, ".message.own[data-state=sent] .content", "hi <b>ann</b>").await;
+
+    to(&ann).await;
+    shows(&browser, ".message .content", "hi <b>ann</b>").await;
+    assert_eq!(texts(&browser).await, ["hi", "hi <b>ann</b>"]);
+    hides(&browser, "#directs .unread").await;
+
+    // Loaded again, the page still knows with whom there was a conversation, and asks for it.
+    enter(&browser, &format!("http://{}/", one.address), "ann").await;
+    click(&browser, "#directs [data-user=bob]").await;
+    until("the conversation is whole", async || texts(&browser).await == ["hi", "hi <b>ann</b>"])
+        .await;
+    browser.close().await.unwrap();
+}

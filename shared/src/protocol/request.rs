@@ -451,6 +451,10 @@ impl<'a> Request<'a> {
 
 impl<'a> Heading<'a> {
     fn read(text: &'a str) -> Result<(Self, Refusal), Box<Refusal>> {
+        // serde reads a list as the members of a struct in their order.
+        if !text.trim_ascii_start().starts_with('{') {
+            return Err(Refusal::new(ErrorCode::BadRequest, "a frame is a JSON object"));
+        }
         let heading: Self = serde_json::from_str(text).map_err(|error| {
             let text = format!("a frame is a JSON object: {}", told(&error));
             Refusal::new(ErrorCode::BadRequest, text)
@@ -772,7 +776,16 @@ mod tests {
 
     #[test]
     fn bad_frames_are_told_apart() {
-        for text in ["", "x", "[]", "1", "{}", r#"{"type":1}"#, r#"{"type":"join"}"#] {
+        for text in [
+            "",
+            "x",
+            "[]",
+            "1",
+            r#"["pong",1,null,null]"#,
+            "{}",
+            r#"{"type":1}"#,
+            r#"{"type":"join"}"#,
+        ] {
             refused(text, ErrorCode::BadRequest);
         }
         refused(r#"{"type":"nonsense"}"#, ErrorCode::UnknownType);

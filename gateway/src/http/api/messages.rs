@@ -73,13 +73,11 @@ enum MessageKind {
 #[derive(Debug, Deserialize, ToSchema)]
 struct Addressed {
     /// The room.
-    #[schema(max_length = 128, pattern = "^[A-Za-z0-9_.:@-]+$")]
     room: String,
     /// Any JSON.
     #[schema(value_type = Value)]
     content: Box<RawValue>,
     /// The user it is from; `_api` where absent.
-    #[schema(max_length = 128, pattern = "^[A-Za-z0-9_.:@|+=-]+$")]
     #[serde(default)]
     from: Option<String>,
     /// The key under which a repeat is recognised.
@@ -91,7 +89,7 @@ struct Addressed {
     #[serde(default)]
     kind: Option<Kind>,
     /// More about it, a JSON object of at most 8 KiB.
-    #[schema(value_type = Option<Object>)]
+    #[schema(value_type = Option<Value>)]
     #[serde(default)]
     meta: Option<Box<RawValue>>,
 }
@@ -148,16 +146,16 @@ impl Sent {
 /// What became of a message of a batch.
 #[derive(Debug, Serialize, ToSchema)]
 #[serde(untagged)]
-pub(super) enum Fate {
+pub(super) enum MessageFate {
     Sent(Sent),
     Failed(Problem),
 }
 
 /// What became of a batch.
 #[derive(Debug, Serialize, ToSchema)]
-pub(super) struct Fates {
+pub(super) struct MessageFates {
     /// In the order of `messages`.
-    results: Vec<Fate>,
+    results: Vec<MessageFate>,
 }
 
 /// An id that the application gave.
@@ -229,7 +227,8 @@ pub(super) async fn fate(node: &Node, id: MessageId, appending: Appending) -> Re
 /// Send a message to a room.
 #[utoipa::path(
     post, path = "/api/v1/rooms/{room}/messages", tag = "messages",
-    params(("room" = String, Path, description = "The room")),
+    params(("room" = String, Path, description = "The room", pattern = "^[A-Za-z0-9_.:@-]{1,128}$")),
+    request_body = Outgoing,
     responses(
         (status = 201, description = "It was appended.", body = Sent),
         (status = 200, description = "It had been, under the same id.", body = Sent),
@@ -250,12 +249,13 @@ pub(super) async fn send(
 /// numbered in their order.
 #[utoipa::path(
     post, path = "/api/v1/publish", tag = "messages",
-    responses((status = 200, description = "What became of each.", body = Fates), Common)
+    request_body = Batch,
+    responses((status = 200, description = "What became of each.", body = MessageFates), Common)
 )]
 pub(super) async fn publish(
     State(node): State<Arc<Node>>,
     Body(batch): Body<Batch>,
-) -> Result<Json<Fates>, Failed> {
+) -> Result<Json<MessageFates>, Failed> {
     if batch.messages.len() > BATCH_MAX {
         return Err(Failed::bad(format!("at most {BATCH_MAX} messages")));
     }
@@ -271,9 +271,11 @@ pub(super) async fn publish(
             Ok((id, appending)) => fate(&node, id, appending).await,
             Err(failed) => Err(failed),
         };
-        results.push(sent.map_or_else(|failed| Fate::Failed(failed.to_problem()), Fate::Sent));
+        results.push(
+            sent.map_or_else(|failed| MessageFate::Failed(failed.to_problem()), MessageFate::Sent),
+        );
     }
-    Ok(Json(Fates { results }))
+    Ok(Json(MessageFates { results }))
 }
 
 /// Of whom it is asked in particular.
@@ -282,6 +284,7 @@ pub(super) async fn publish(
 pub(super) struct Asked {
     /// A user who should have got the message.
     #[serde(default)]
+    #[param(max_length = 128, pattern = "^[A-Za-z0-9_.:@|+=-]+$")]
     user: Option<String>,
 }
 
@@ -303,7 +306,7 @@ pub(super) struct Trail {
 /// more than some thousand messages.
 #[utoipa::path(
     get, path = "/api/v1/messages/{id}/trail", tag = "messages",
-    params(("id" = String, Path, description = "The id of the message"), Asked),
+    params(("id" = String, Path, description = "The id of the message", format = Uuid), Asked),
     responses((status = 200, description = "What is known.", body = Trail), Common)
 )]
 pub(super) async fn trail(

@@ -164,7 +164,12 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
             };
             Failed::new(code, error.body_text())
         })?;
-        let body = if body.is_empty() { &b"{}"[..] } else { &body };
+        let text = body.trim_ascii();
+        let body = if text.is_empty() || text == b"null" { &b"{}"[..] } else { text };
+        // serde reads a list as the members of a struct in their order.
+        if !body.starts_with(b"{") {
+            return Err(Failed::bad("the body is a JSON object"));
+        }
         serde_json::from_slice(body).map(Self).map_err(|error| Failed::bad(error.to_string()))
     }
 }

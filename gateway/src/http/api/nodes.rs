@@ -77,7 +77,7 @@ pub(super) async fn list(State(node): State<Arc<Node>>) -> Result<Json<Nodes>, F
 /// others. It serves again when it is started again.
 #[utoipa::path(
     post, path = "/api/v1/nodes/{id}/drain", tag = "nodes",
-    params(("id" = String, Path, description = "The node")),
+    params(("id" = String, Path, description = "The node", pattern = "^[A-Za-z0-9_.:-]{1,64}$")),
     responses((status = 200, description = "On how many nodes the order was taken.", body = Outcome), Common)
 )]
 pub(super) async fn drain(

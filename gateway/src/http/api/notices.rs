@@ -64,7 +64,7 @@ pub(super) struct ToAll {
 /// What became of it for one user.
 #[derive(Debug, Serialize, ToSchema)]
 #[serde(untagged)]
-enum Fate {
+enum NotificationFate {
     Sent {
         /// The user.
         user: String,
@@ -81,9 +81,9 @@ enum Fate {
 
 /// What became of it.
 #[derive(Debug, Serialize, ToSchema)]
-pub(super) struct Fates {
+pub(super) struct NotificationFates {
     /// In the order of `users`.
-    results: Vec<Fate>,
+    results: Vec<NotificationFate>,
 }
 
 /// A broadcast that is under way.
@@ -128,7 +128,8 @@ impl Notification {
 /// Notify a user, on all devices, now or when there is one.
 #[utoipa::path(
     post, path = "/api/v1/users/{user}/notifications", tag = "notifications",
-    params(("user" = String, Path, description = "The user")),
+    params(("user" = String, Path, description = "The user", pattern = "^[A-Za-z0-9.:@|+=-][A-Za-z0-9_.:@|+=-]{0,127}$")),
+    request_body = Notification,
     responses(
         (status = 201, description = "It was appended to the inbox.", body = Sent),
         (status = 200, description = "It had been, under the same id.", body = Sent),
@@ -148,12 +149,13 @@ pub(super) async fn notify(
 /// Notify many users. Each has its own fate.
 #[utoipa::path(
     post, path = "/api/v1/notifications", tag = "notifications",
-    responses((status = 200, description = "What became of each.", body = Fates), Common)
+    request_body = ToMany,
+    responses((status = 200, description = "What became of each.", body = NotificationFates), Common)
 )]
 pub(super) async fn notify_many(
     State(node): State<Arc<Node>>,
     Body(ToMany { users, payload, require_ack, id }): Body<ToMany>,
-) -> Result<Json<Fates>, Failed> {
+) -> Result<Json<NotificationFates>, Failed> {
     // serde cannot have raw JSON in what is flattened.
     let notification = Notification { payload, require_ack, id };
     checked(&node, &notification.payload)?;
@@ -165,15 +167,16 @@ pub(super) async fn notify_many(
     let sends = users.iter().map(|to| notification.send(&node, to, id));
     let sends = futures_util::future::join_all(sends).await;
     let fate = |(user, sent): (String, Result<Sent, Failed>)| match sent {
-        Ok(sent) => Fate::Sent { user, sent },
-        Err(failed) => Fate::Failed { user, problem: failed.to_problem() },
+        Ok(sent) => NotificationFate::Sent { user, sent },
+        Err(failed) => NotificationFate::Failed { user, problem: failed.to_problem() },
     };
-    Ok(Json(Fates { results: users.into_iter().zip(sends).map(fate).collect() }))
+    Ok(Json(NotificationFates { results: users.into_iter().zip(sends).map(fate).collect() }))
 }
 
 /// Send something to every connection there is, at most once.
 #[utoipa::path(
     post, path = "/api/v1/broadcast", tag = "notifications",
+    request_body = ToAll,
     responses((status = 201, description = "It is on its way.", body = Sending), Common)
 )]
 pub(super) async fn broadcast(

@@ -91,11 +91,12 @@ pub(super) struct Rooms {
 /// How a room is to be.
 #[derive(Debug, Deserialize, ToSchema)]
 pub(super) struct Made {
-    /// What people read; its id where absent.
-    #[schema(min_length = 1, max_length = 64)]
+    /// What people read, 64 characters at most; its id where absent.
+    #[schema(min_length = 1, pattern = "^[^\\x00-\\x1f\\x7f-\\x9f]*$")]
     #[serde(default)]
     name: Option<String>,
     /// Who may delete it beside the application; `_api` where absent.
+    #[schema(max_length = 128, pattern = "^[A-Za-z0-9_.:@|+=-]+$")]
     #[serde(default)]
     owner: Option<String>,
     /// The most users that may be in it.
@@ -105,8 +106,8 @@ pub(super) struct Made {
     /// Whether clients see it in `rooms`; they do where absent.
     #[serde(default)]
     public: Option<bool>,
-    /// What who joins has to know.
-    #[schema(min_length = 1, max_length = 1024)]
+    /// What who joins has to know: 1,024 bytes at most.
+    #[schema(min_length = 1)]
     #[serde(default)]
     password: Option<String>,
     /// More about it, a JSON object of at most 8 KiB.
@@ -128,11 +129,11 @@ pub(super) struct Deleted {
 pub(super) struct Which {
     /// Entries below this number, the newest of them.
     #[serde(default)]
-    #[param(minimum = 0)]
+    #[param(minimum = 0, maximum = 9007199254740991_u64)]
     before: Option<u64>,
     /// Entries above this number, the oldest of them.
     #[serde(default)]
-    #[param(minimum = 0)]
+    #[param(minimum = 0, maximum = 9007199254740991_u64)]
     after: Option<u64>,
     /// How many, 1 to 200.
     #[serde(default)]
@@ -191,7 +192,7 @@ pub(super) async fn list(
 /// What a room is like.
 #[utoipa::path(
     get, path = "/api/v1/rooms/{room}", tag = "rooms",
-    params(("room" = String, Path, description = "The room")),
+    params(("room" = String, Path, description = "The room", pattern = "^[A-Za-z0-9_.:@-]{1,128}$")),
     responses((status = 200, description = "The room.", body = Room), Common)
 )]
 pub(super) async fn info(
@@ -254,7 +255,8 @@ impl Made {
 /// Make a managed room. One with members or a log is there already.
 #[utoipa::path(
     put, path = "/api/v1/rooms/{room}", tag = "rooms",
-    params(("room" = String, Path, description = "The room")),
+    params(("room" = String, Path, description = "The room", pattern = "^[A-Za-z0-9_.:@-]{1,128}$")),
+    request_body(content = Option<Made>, description = "May be empty."),
     responses(
         (status = 201, description = "It was made.", body = Room),
         (status = 409, description = "There is one.", body = super::Problem),
@@ -280,7 +282,7 @@ pub(super) async fn create(
 /// Delete a room with its log. Its members are told.
 #[utoipa::path(
     delete, path = "/api/v1/rooms/{room}", tag = "rooms",
-    params(("room" = String, Path, description = "The room")),
+    params(("room" = String, Path, description = "The room", pattern = "^[A-Za-z0-9_.:@-]{1,128}$")),
     responses((status = 200, description = "It is no more.", body = Deleted), Common)
 )]
 pub(super) async fn delete(
@@ -297,7 +299,7 @@ pub(super) async fn delete(
 /// What was said in a room.
 #[utoipa::path(
     get, path = "/api/v1/rooms/{room}/history", tag = "rooms",
-    params(("room" = String, Path, description = "The room"), Which),
+    params(("room" = String, Path, description = "The room", pattern = "^[A-Za-z0-9_.:@-]{1,128}$"), Which),
     responses((status = 200, description = "A page.", body = History), Common)
 )]
 pub(super) async fn history(
@@ -333,7 +335,7 @@ pub(super) async fn history(
 /// Who is in a room.
 #[utoipa::path(
     get, path = "/api/v1/rooms/{room}/presence", tag = "rooms",
-    params(("room" = String, Path, description = "The room"), Paging),
+    params(("room" = String, Path, description = "The room", pattern = "^[A-Za-z0-9_.:@-]{1,128}$"), Paging),
     responses((status = 200, description = "A page.", body = Presence), Common)
 )]
 pub(super) async fn presence(
@@ -364,8 +366,8 @@ pub(super) async fn presence(
 #[utoipa::path(
     delete, path = "/api/v1/rooms/{room}/members/{user}", tag = "rooms",
     params(
-        ("room" = String, Path, description = "The room"),
-        ("user" = String, Path, description = "The user"),
+        ("room" = String, Path, description = "The room", pattern = "^[A-Za-z0-9_.:@-]{1,128}$"),
+        ("user" = String, Path, description = "The user", pattern = "^[A-Za-z0-9.:@|+=-][A-Za-z0-9_.:@|+=-]{0,127}$"),
     ),
     responses((status = 200, description = "On how many nodes it was applied.", body = Outcome), Common)
 )]

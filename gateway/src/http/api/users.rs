@@ -150,9 +150,9 @@ pub(super) struct Sessions {
 pub(super) struct Closing {
     /// The close code: 1000, 1008, or 3000 to 4999; 1008 where absent.
     #[serde(default)]
-    #[schema(minimum = 1000, maximum = 4999)]
+    #[schema(minimum = 3000, maximum = 4999)]
     code: Option<u16>,
-    /// The reason, at most 123 bytes; `kicked` where absent.
+    /// The reason, at most 123 bytes in UTF-8; `kicked` where absent.
     #[serde(default)]
     #[schema(max_length = 123)]
     reason: Option<String>,
@@ -228,7 +228,7 @@ pub(super) async fn online(State(node): State<Arc<Node>>) -> Result<Json<Online>
 /// A user: whether connected, over which connections and how they are, and in which rooms.
 #[utoipa::path(
     get, path = "/api/v1/users/{user}", tag = "users",
-    params(("user" = String, Path, description = "The user")),
+    params(("user" = String, Path, description = "The user", pattern = "^[A-Za-z0-9.:@|+=-][A-Za-z0-9_.:@|+=-]{0,127}$")),
     responses((status = 200, description = "The user.", body = User), Common)
 )]
 pub(super) async fn info(
@@ -256,8 +256,8 @@ pub(super) async fn info(
 /// no ban.
 #[utoipa::path(
     post, path = "/api/v1/users/{user}/disconnect", tag = "users",
-    params(("user" = String, Path, description = "The user")),
-    request_body(content = Closing, description = "May be empty."),
+    params(("user" = String, Path, description = "The user", pattern = "^[A-Za-z0-9.:@|+=-][A-Za-z0-9_.:@|+=-]{0,127}$")),
+    request_body(content = Option<Closing>, description = "May be empty."),
     responses((status = 200, description = "On how many nodes it was applied.", body = Outcome), Common)
 )]
 pub(super) async fn disconnect(
@@ -282,7 +282,7 @@ pub(super) async fn disconnect(
 /// The sessions of a user.
 #[utoipa::path(
     get, path = "/api/v1/users/{user}/sessions", tag = "users",
-    params(("user" = String, Path, description = "The user")),
+    params(("user" = String, Path, description = "The user", pattern = "^[A-Za-z0-9.:@|+=-][A-Za-z0-9_.:@|+=-]{0,127}$")),
     responses((status = 200, description = "All of them.", body = Sessions), Common)
 )]
 pub(super) async fn sessions(
@@ -305,7 +305,7 @@ pub(super) async fn sessions(
 /// Revoke the sessions of a user, all or all but one, and close their connections.
 #[utoipa::path(
     delete, path = "/api/v1/users/{user}/sessions", tag = "users",
-    params(("user" = String, Path, description = "The user"), Except),
+    params(("user" = String, Path, description = "The user", pattern = "^[A-Za-z0-9.:@|+=-][A-Za-z0-9_.:@|+=-]{0,127}$"), Except),
     responses((status = 200, description = "On how many nodes it was applied.", body = Outcome), Common)
 )]
 pub(super) async fn revoke(
@@ -324,7 +324,7 @@ pub(super) async fn revoke(
 #[utoipa::path(
     delete, path = "/api/v1/users/{user}/sessions/{id}", tag = "users",
     params(
-        ("user" = String, Path, description = "The user"),
+        ("user" = String, Path, description = "The user", pattern = "^[A-Za-z0-9.:@|+=-][A-Za-z0-9_.:@|+=-]{0,127}$"),
         ("id" = String, Path, description = "The session", format = Uuid),
     ),
     responses((status = 200, description = "On how many nodes it was applied.", body = Outcome), Common)
