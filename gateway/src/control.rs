@@ -16,8 +16,8 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     bus::{
         BusError,
-        orders::{Given, Order, Orders, Outcome, Question, Taken},
-        sessions::{Sessions, Which},
+        orders::{Given, Order, OrderId, Orders, Outcome, Question, Taken},
+        sessions::{Holder, Sessions, Which},
     },
     drain::Tasks,
     hub::{
@@ -32,6 +32,8 @@ use crate::{
 
 /// How long who gives an order waits until all nodes have applied it.
 const APPLY_MAX: Duration = Duration::from_secs(2);
+/// How often at least sessions are looked after: what a node did not hear of one is found by then.
+const KEEP_EVERY: Duration = Duration::from_secs(60);
 /// How often it looks meanwhile.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
@@ -45,6 +47,8 @@ pub struct Control {
     presence: Arc<Presence>,
     metrics: Arc<Metrics>,
     trails: Arc<Trails>,
+    /// How long a call may wait for the bus.
+    wait_max: Duration,
     /// Cancelled where this node is to take no client any more.
     draining: CancellationToken,
 }
@@ -57,10 +61,12 @@ impl Control {
         hub: Hub,
         presence: Arc<Presence>,
         (metrics, trails): (Arc<Metrics>, Arc<Trails>),
+        wait_max: Duration,
         tasks: &Tasks,
     ) -> Self {
         let draining = CancellationToken::new();
-        let control = Self { node, orders, sessions, hub, presence, metrics, trails, draining };
+        let control =
+            Self { node, orders, sessions, hub, presence, metrics, trails, wait_max, draining };
         let (working, stopped) = (control.clone(), tasks.stopped().clone());
         tasks.spawn_service("control", async move {
             // All arms are cancel-safe: what was not applied no node that ends is asked for.
@@ -85,15 +91,31 @@ impl Control {
     ///
     /// [`BusError`]: it is not known whether it was given.
     pub async fn order(&self, order: Order) -> Result<Outcome, BusError> {
-        let id = self.orders.give(order).await?;
-        let until = Instant::now() + APPLY_MAX;
-        loop {
-            let outcome = self.orders.outcome(id).await?;
-            if outcome.applied >= outcome.nodes || Instant::now() >= until {
-                return Ok(outcome);
+        Ok(self.give(order).await?.1)
+    }
+
+    async fn give(&self, order: Order) -> Result<(OrderId, Outcome), BusError> {
+        let given = async {
+            let id = self.orders.give(order).await?;
+            let until = Instant::now() + APPLY_MAX;
+            loop {
+                let outcome = self.orders.outcome(id).await?;
+                if outcome.applied >= outcome.nodes || Instant::now() >= until {
+                    return Ok((id, outcome));
+                }
+                tokio::time::sleep(LOOK_EVERY).await;
             }
-            tokio::time::sleep(LOOK_EVERY).await;
-        }
+        };
+        self.in_time(given).await
+    }
+
+    /// What the bus answers, if it does within the time that a call may wait.
+    async fn in_time<T>(
+        &self,
+        call: impl Future<Output = Result<T, BusError>>,
+    ) -> Result<T, BusError> {
+        let call = tokio::time::timeout(self.wait_max, call).await;
+        call.unwrap_or(Err(BusError::Unavailable))
     }
 
     /// Closes connections of a user, and where their sessions are not kept forgets those.
@@ -110,7 +132,7 @@ impl Control {
     ) -> Result<Outcome, BusError> {
         if !keep_sessions {
             // First, so that who comes back at once finds it gone.
-            self.sessions.revoke(user.clone(), which).await?;
+            self.in_time(self.sessions.revoke(user.clone(), which)).await?;
         }
         let Close { code, reason } = close;
         self.order(Order::Close { user, which, code, reason }).await
@@ -122,15 +144,8 @@ impl Control {
     ///
     /// [`BusError`].
     pub async fn ask(&self, question: Question) -> Result<(Vec<String>, Outcome), BusError> {
-        let id = self.orders.give(Order::Ask(question)).await?;
-        let until = Instant::now() + APPLY_MAX;
-        loop {
-            let outcome = self.orders.outcome(id).await?;
-            if outcome.applied >= outcome.nodes || Instant::now() >= until {
-                return Ok((self.orders.answers(id).await?, outcome));
-            }
-            tokio::time::sleep(LOOK_EVERY).await;
-        }
+        let (id, outcome) = self.give(Order::Ask(question)).await?;
+        Ok((self.in_time(self.orders.answers(id)).await?, outcome))
     }
 
     /// Applies what is ordered, for ever.
@@ -152,14 +167,23 @@ impl Control {
 
     /// Lets it be known now and then that sessions are in use, for ever.
     async fn keep_sessions(&self) {
-        let every = self.sessions.ttl() / 4;
+        let every = (self.sessions.ttl() / 4).min(KEEP_EVERY);
         loop {
-            tokio::time::sleep(every.max(Duration::from_millis(100))).await;
+            tokio::time::sleep(every).await;
             for subscriber in self.hub.connections(None).await {
-                if let Some(owner) = subscriber.owner() {
-                    self.sessions.keep(owner.user.clone(), owner.session, subscriber.connection);
-                }
+                self.hold_session(&subscriber).await;
             }
+        }
+    }
+
+    /// Ends a connection whose session another has taken over without this node having heard of it. One
+    /// that is not there may have been lost with the rest of what Redis had.
+    async fn hold_session(&self, subscriber: &Subscriber) {
+        let Some(owner) = subscriber.owner() else { return };
+        let holder = self.sessions.holder(owner.user.clone(), owner.session, subscriber.connection);
+        if let Ok(Holder::Another) = holder.await {
+            let (code, reason) = (CloseCode::SessionReplaced.number(), String::new());
+            subscriber.outbox.close(Close { code, reason });
         }
     }
 

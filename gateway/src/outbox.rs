@@ -231,6 +231,12 @@ impl Outbox {
         }
     }
 
+    /// Whether a close was asked for, or nothing is taken any more.
+    pub fn is_closing(&self) -> bool {
+        let queue = self.queue.lock();
+        queue.closed || queue.close.is_some()
+    }
+
     /// The close that was asked for, once: its frame is queued, and nothing is taken after it.
     pub fn begin_close(&self) -> Option<Close> {
         let mut queue = self.queue.lock();

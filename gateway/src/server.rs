@@ -109,6 +109,7 @@ impl Server {
             hub.clone(),
             presence.clone(),
             (metrics.clone(), trails.clone()),
+            config.session.wait_max,
             &tasks,
         );
         let http_limits = &config.http.limits;

@@ -56,14 +56,24 @@ pub struct MemoryBus {
     mailboxes: Mailboxes,
 }
 
-#[derive(Default)]
 struct Rooms {
     logs: HashMap<RoomId, Log>,
-    followed: HashSet<RoomId>,
+    /// Rooms that are followed, and of those without a log the epoch that was told: it begins in that.
+    followed: HashMap<RoomId, Option<Epoch>>,
+    /// The epoch of logs that have no entry yet, so that an inbox to which nothing came costs nothing.
+    /// A new one once any log was dropped, whose numbers could be given again.
+    silent: Epoch,
     /// What all logs take, roughly.
     bytes: u64,
     /// When room was made last: it takes a look at every log.
     room_made: Option<Instant>,
+}
+
+impl Default for Rooms {
+    fn default() -> Self {
+        let (logs, followed, silent) = (HashMap::new(), HashMap::new(), epoch_of(0));
+        Self { logs, followed, silent, bytes: 0, room_made: None }
+    }
 }
 
 /// A room's log.
@@ -109,8 +119,10 @@ impl MemoryBus {
             mailboxes,
         };
         let (sweeper, stopped) = (bus.clone(), tasks.stopped().clone());
+        // Sessions that are kept for a short time are looked for as often.
+        let every = sessions.ttl.clamp(Duration::from_secs(1), SWEEP_EVERY);
         tasks.spawn_service("memory_bus_sweep", async move {
-            let mut every = tokio::time::interval(SWEEP_EVERY);
+            let mut every = tokio::time::interval(every);
             // Both arms are cancel-safe.
             loop {
                 tokio::select! {
@@ -128,7 +140,8 @@ impl MemoryBus {
         let dedup_window = self.retention.dedup_window;
         let mut guard = self.rooms.lock();
         let rooms = &mut *guard;
-        let Rooms { logs, followed, .. } = rooms;
+        let Rooms { logs, followed, silent, .. } = rooms;
+        let before = logs.len();
         logs.retain(|room, log| {
             let (idle, kept) = (now - log.used, self.retention.of(room));
             log.ids.turn(dedup_window, now);
@@ -136,9 +149,11 @@ impl MemoryBus {
                 log.entries = VecDeque::new();
                 log.bytes = 0;
             }
-            // A log nobody wrote to has given no number that could be given twice.
-            followed.contains(room) || (log.top > 0 && idle <= kept.head_ttl())
+            followed.contains_key(room) || idle <= kept.head_ttl()
         });
+        if logs.len() < before {
+            *silent = epoch_of(0);
+        }
         Self::make_room(rooms, self.retention.memory_bytes_max);
         let kept: HashSet<RoomId> = rooms.logs.keys().cloned().collect();
         drop(guard);
@@ -162,12 +177,13 @@ impl MemoryBus {
             }
             let Some(log) = rooms.logs.get_mut(&room) else { continue };
             rooms.bytes -= log.cost();
-            if rooms.followed.contains(&room) {
+            if rooms.followed.contains_key(&room) {
                 log.entries = VecDeque::new();
                 log.bytes = 0;
                 rooms.bytes += log.cost();
             } else {
                 rooms.logs.remove(&room);
+                rooms.silent = epoch_of(0);
             }
         }
         tracing::warn!("logs take more than history.memory_bytes_max; the oldest were dropped");
@@ -181,8 +197,11 @@ impl MemoryBus {
             Self::make_room(rooms, self.retention.memory_bytes_max);
             rooms.room_made = Some(now);
         }
-        let Rooms { logs, followed, bytes, .. } = rooms;
-        let log = logs.entry(append.room.clone()).or_insert_with(|| Log::new(now));
+        let Rooms { logs, followed, bytes, silent, .. } = rooms;
+        let told = || followed.get(&append.room).cloned().flatten();
+        let log = logs
+            .entry(append.room.clone())
+            .or_insert_with(|| Log::begun(told().unwrap_or_else(|| silent.clone()), now));
         let before = log.cost();
         log.used = now;
         log.ids.turn(self.retention.dedup_window, now);
@@ -204,37 +223,44 @@ impl MemoryBus {
         log.entries.push_back((now, entry.clone()));
         log.trim(&self.retention, self.retention.of(&append.room), now);
         *bytes = (*bytes + log.cost()).saturating_sub(before);
-        if followed.contains(&append.room) {
+        if followed.contains_key(&append.room) {
             self.mailboxes.put(append.room.clone(), entry);
         }
         Appended { position, duplicate: false }
     }
 
     fn read_now(&self, room: &RoomId, range: Range, now: Instant) -> Page {
-        self.rooms.lock().log_at(room, now).page(range)
+        let rooms = &mut *self.rooms.lock();
+        match rooms.logs.get(room) {
+            Some(log) => log.page(range),
+            None => Log::begun(rooms.silent_epoch(room), now).page(range),
+        }
     }
 }
 
 impl Rooms {
-    /// A room's log; an empty one where there is none.
-    fn log(&mut self, room: &RoomId) -> &mut Log {
-        self.log_at(room, Instant::now())
-    }
-
-    fn log_at(&mut self, room: &RoomId, now: Instant) -> &mut Log {
-        self.logs.entry(room.clone()).or_insert_with(|| {
-            self.bytes += LOG_BYTES;
-            Log::new(now)
-        })
+    /// The epoch of a room that has no log.
+    fn silent_epoch(&mut self, room: &RoomId) -> Epoch {
+        let silent = self.silent.clone();
+        match self.followed.get_mut(room) {
+            Some(told) => told.get_or_insert(silent).clone(),
+            None => silent,
+        }
     }
 }
 
 impl MemoryBus {
     fn delete_log(&self, room: &RoomId) {
-        let Rooms { logs, bytes, .. } = &mut *self.rooms.lock();
+        let Rooms { logs, followed, bytes, .. } = &mut *self.rooms.lock();
+        let now = Instant::now();
+        if followed.contains_key(room) && !logs.contains_key(room) {
+            // Who follows it has been told an epoch.
+            *bytes += LOG_BYTES;
+            logs.insert(room.clone(), Log::begun(epoch_of(0), now));
+        }
         if let Some(log) = logs.get_mut(room) {
             let before = log.cost();
-            *log = Log::begun_by_deletion(ordinal(&log.epoch) + 1, Instant::now());
+            *log = Log::begun_by_deletion(ordinal(&log.epoch) + 1, now);
             *bytes = (*bytes + log.cost()).saturating_sub(before);
         }
     }
@@ -247,7 +273,7 @@ impl Bus for MemoryBus {
     }
 
     fn follow(&self, room: RoomId) -> BoxFuture<Result<(), BusError>> {
-        self.rooms.lock().followed.insert(room);
+        self.rooms.lock().followed.entry(room).or_default();
         Box::pin(std::future::ready(Ok(())))
     }
 
@@ -266,10 +292,10 @@ impl Bus for MemoryBus {
     }
 
     fn heads(&self, names: Vec<RoomId>) -> BoxFuture<Result<Vec<Option<Position>>, BusError>> {
-        let rooms = self.rooms.lock();
-        let head = |name| {
-            let log = rooms.logs.get(name)?;
-            Some(Position::new(log.epoch.clone(), log.top))
+        let rooms = &mut *self.rooms.lock();
+        let head = |name| match rooms.logs.get(name) {
+            Some(log) => Some(Position::new(log.epoch.clone(), log.top)),
+            None => Some(Position::new(rooms.silent_epoch(name), 0)),
         };
         let heads = names.iter().map(head).collect();
         Box::pin(std::future::ready(Ok(heads)))
@@ -286,18 +312,13 @@ impl Bus for MemoryBus {
 }
 
 impl Log {
-    fn new(now: Instant) -> Self {
-        Self::begun(0, now)
-    }
-
     fn begun_by_deletion(ordinal: u64, now: Instant) -> Self {
-        Self { deleted: ordinal, ..Self::begun(ordinal, now) }
+        Self { deleted: ordinal, ..Self::begun(epoch_of(ordinal), now) }
     }
 
-    fn begun(ordinal: u64, now: Instant) -> Self {
-        let epoch = format!("{ordinal}-{}", random_epoch());
+    fn begun(epoch: Epoch, now: Instant) -> Self {
         Self {
-            epoch: epoch.parse().expect("made of the allowed letters"),
+            epoch,
             deleted: 0,
             top: 0,
             acked: 0,
@@ -352,6 +373,11 @@ impl Log {
         let (epoch, top) = (self.epoch.clone(), self.top);
         Page { epoch, former: None, deleted: self.deleted, term: 0, top, oldest, entries }
     }
+}
+
+/// A new epoch of this ordinal.
+fn epoch_of(ordinal: u64) -> Epoch {
+    format!("{ordinal}-{}", random_epoch()).parse().expect("made of the allowed letters")
 }
 
 /// As many entries as a read may answer.

@@ -162,6 +162,8 @@ pub struct Status {
     pub online: bool,
     /// When the user did something last, where that is known.
     pub active: Option<Millis>,
+    /// Whether every node has told who it has. Until then somebody may be online who seems not to be.
+    pub settled: bool,
 }
 
 /// What is passed on in a room beside entries of its log; at most once.
@@ -311,12 +313,14 @@ pub trait Registry: Send + Sync {
     /// What is known of a room; `None` where nobody is in it and nobody manages it.
     fn find(&self, room: RoomId) -> BoxFuture<Result<Option<Found>, BusError>>;
 
-    /// At most `limit` public rooms whose ids begin with `prefix` and follow `after`.
+    /// At most `limit` rooms whose ids begin with `prefix` and follow `after`; private ones only where
+    /// `all` says so.
     fn list(
         &self,
         prefix: String,
         after: String,
         limit: usize,
+        all: bool,
     ) -> BoxFuture<Result<Listing, BusError>>;
 
     /// Deletes a room with its log, has its members leave, and passes that on; by its owner, or

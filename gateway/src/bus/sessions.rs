@@ -120,6 +120,17 @@ pub struct KeptSession {
     pub about: Arc<About>,
 }
 
+/// Which connection has a session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Holder {
+    /// The one that asks.
+    This,
+    /// Another, which has presented it since.
+    Another,
+    /// None: it was revoked, or lost.
+    Gone,
+}
+
 /// Which sessions of a user.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -162,11 +173,24 @@ pub trait Sessions: Send + Sync {
     /// Has a connection take its session, or makes one; and looks at the inbox.
     fn open(&self, opening: Opening) -> BoxFuture<Result<Opened, BusError>>;
 
+    /// What is told of the connection that a session was for last, where the secret fits.
+    fn find(
+        &self,
+        user: UserId,
+        session: SessionId,
+        digest: SecretDigest,
+    ) -> BoxFuture<Result<Option<Arc<About>>, BusError>>;
+
+    /// Whose a session is. Where it is this connection's it is in use.
+    fn holder(
+        &self,
+        user: UserId,
+        session: SessionId,
+        connection: ConnectionId,
+    ) -> BoxFuture<Result<Holder, BusError>>;
+
     /// How long a session is kept after its last use.
     fn ttl(&self) -> Duration;
-
-    /// The connection still has its session, which is therefore in use. One that was revoked stays so.
-    fn keep(&self, user: UserId, session: SessionId, connection: ConnectionId);
 
     /// The connection has ended: its session, if it still has it, was used until now.
     fn close(&self, user: UserId, session: SessionId, connection: ConnectionId);

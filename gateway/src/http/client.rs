@@ -13,25 +13,31 @@ use shared::{
     close::CloseCode,
     error::ErrorCode,
     ids::{ConnectionId, RoomId, SessionId, UserId},
-    position::{InvalidPosition, Position},
+    position::{InvalidPosition, Position, Seq},
     protocol::answer::{Answer, Connected, Inbox, Refusal},
     token::ResumeToken,
 };
 
+use tokio::time::{Duration, Instant};
+
 use super::{Ends, Node, address::client_address};
 use crate::{
-    bus::sessions::{self, About, Opened, SecretDigest},
+    bus::sessions::{self, About, Holder, Opened, SecretDigest},
     hub::{
         NotFollowed,
         join::{Admission, Start},
         member::{Owner, Subscriber},
     },
     limits::Place,
+    outbox::Close,
     session::{
         Services,
         auth::{Auth, AuthError, Credentials, Identity},
     },
 };
+
+/// How soon an inbox is tried again that could not be followed.
+const JOIN_AGAIN: Duration = Duration::from_millis(100);
 
 /// The query of a handshake, in the order sent; the first of a name counts.
 pub(super) type Params = Query<Vec<(String, String)>>;
@@ -105,20 +111,23 @@ impl Client {
         node: &Node,
         connection: ConnectionId,
     ) -> Result<Entered, Refused> {
-        let Services { auth, .. } = &*node.services;
-        let token = self.session.as_ref();
-        if let (Auth::Anonymous, None, Some(token)) = (auth, &self.credentials.user, token) {
-            let user = Some(token.user.to_string());
-            let credentials = Credentials { user, ..self.credentials.clone() };
-            let mut entered = self.enter_as(node, connection, &credentials).await?;
-            if let Some(before) = &entered.opened.resumed {
-                if self.credentials.name.is_none() {
-                    entered.identity.user.name = before.name.clone();
+        let Services { auth, sessions, limits, .. } = &*node.services;
+        let credentials = match (auth, &self.credentials.user, &self.session) {
+            (Auth::Anonymous, None, Some(token)) => {
+                let digest = SecretDigest::of(token);
+                let found = sessions.find(token.user.clone(), token.session, digest);
+                match tokio::time::timeout(limits.wait_max, found).await {
+                    Ok(Ok(found)) => found.map(|before| Credentials {
+                        user: Some(token.user.to_string()),
+                        name: self.credentials.name.clone().or(Some(before.name.to_string())),
+                        ..self.credentials.clone()
+                    }),
+                    _ => return Err(Refused::Unavailable),
                 }
-                return Ok(entered);
             }
-        }
-        self.enter_as(node, connection, &self.credentials).await
+            _ => None,
+        };
+        self.enter_as(node, connection, credentials.as_ref().unwrap_or(&self.credentials)).await
     }
 
     async fn enter_as(
@@ -186,12 +195,43 @@ pub(super) async fn follow_inbox(
         node.metrics.errors.of(ErrorCode::BadRequest).inc();
         subscriber.answer(&Answer::Error(Refusal::new(ErrorCode::BadRequest, text)));
     }
-    // What has expired unread was told of by `connected`.
-    let unread = inbox.acked.max(inbox.oldest - 1).min(inbox.seq);
+    let unread = unread_from(&inbox);
     let since = device.and_then(Result::ok).unwrap_or(Position::new(inbox.epoch, unread));
     let (room, start) = (RoomId::inbox_of(user), Start::Behind(since, unread));
-    let hub = &node.services.hub;
-    hub.join(room, subscriber.clone(), None, start, Admission::default()).await
+    let Services { hub, limits, .. } = &*node.services;
+    let until = Instant::now() + limits.wait_max;
+    loop {
+        let (subscriber, start) = (subscriber.clone(), start.clone());
+        let joining = hub.join(room.clone(), subscriber, None, start, Admission::default());
+        match tokio::time::timeout_at(until, joining).await {
+            Ok(Ok(())) => return Ok(()),
+            // One failed attempt to read it, which may be over in a moment.
+            Ok(Err(NotFollowed)) if Instant::now() + JOIN_AGAIN < until => {
+                tokio::time::sleep(JOIN_AGAIN).await;
+            }
+            _ => return Err(NotFollowed),
+        }
+    }
+}
+
+/// The position behind which there is something unread. What has expired so is told of by `connected`.
+pub(super) fn unread_from(inbox: &Inbox) -> Seq {
+    inbox.acked.max(inbox.oldest - 1).min(inbox.seq)
+}
+
+/// Makes sure that a connection which is in its inbox now still has its session: an order to close it, or
+/// another that presented it, may have come before it was to be found there.
+pub(super) async fn hold_session(node: &Node, subscriber: &Subscriber) {
+    let Some(owner) = subscriber.owner() else { return };
+    let sessions = &node.services.sessions;
+    let holder = sessions.holder(owner.user.clone(), owner.session, subscriber.connection);
+    let (code, reason) = match holder.await {
+        Ok(Holder::This) => return,
+        Ok(Holder::Another) => (CloseCode::SessionReplaced, ""),
+        // It comes back and is given another, or is refused again.
+        Ok(Holder::Gone) | Err(_) => (CloseCode::Overload, "unavailable"),
+    };
+    subscriber.outbox.close(Close { code: code.number(), reason: reason.to_owned() });
 }
 
 /// The first frame of a connection.

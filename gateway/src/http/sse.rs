@@ -29,13 +29,19 @@ use shared::{
         request::{Join, history_default},
     },
 };
-use tokio::{sync::mpsc, time::Instant};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
 
 use super::{
     Ends, Node,
-    client::{Client, Entered, Params, Refused, connected, follow_inbox, param},
+    client::{
+        Client, Entered, Params, Refused, connected, follow_inbox, hold_session, param, unread_from,
+    },
     error::{refuse, refuse_for},
     places::Places,
+    upgrade::route,
 };
 use crate::{
     bus::{registry::millis_now, standing::Told},
@@ -196,20 +202,34 @@ pub(super) async fn stream(
     let id = parts.headers.get("last-event-id").and_then(|value| value.to_str().ok());
     let cursors = Cursors::of_id(id.or(param(&params, "last_event_id")).unwrap_or_default());
 
-    let (stream, pieces) = match Stream::open(&node, client, rooms, cursors, places).await {
-        Ok(opened) => opened,
-        Err(refused) => {
+    let (answer, opened) = oneshot::channel();
+    let route = route(ends);
+    let served = node.clone();
+    // A task of its own, which ends what it has begun wherever the client goes.
+    node.tasks.spawn_connection(async move {
+        let node = served;
+        match Stream::open(&node, client, rooms, (cursors, route), places).await {
+            Ok((mut stream, pieces)) => {
+                if answer.send(Ok(pieces)).is_err() {
+                    return stream.session.end().await;
+                }
+                node.metrics.connections.inc();
+                stream.run(&node).await;
+                node.metrics.connections.dec();
+            }
+            Err(refused) => drop(answer.send(Err(refused))),
+        }
+    });
+    let pieces = match opened.await {
+        Ok(Ok(pieces)) => pieces,
+        Ok(Err(refused)) => {
             node.metrics.handshakes.of(Handshake::Bad).inc();
             return *refused;
         }
+        // The node ends.
+        Err(_) => return *refused(ErrorCode::Unavailable, "this node is stopping"),
     };
     node.metrics.handshakes.of(Handshake::Accepted).inc();
-    let served = node.clone();
-    node.tasks.spawn_connection(async move {
-        served.metrics.connections.inc();
-        stream.run(&served).await;
-        served.metrics.connections.dec();
-    });
     let pieces = futures_util::stream::unfold(pieces, async |mut pieces| {
         let piece: Bytes = pieces.recv().await?;
         Some((Ok::<_, std::convert::Infallible>(piece), pieces))
@@ -256,6 +276,9 @@ struct Stream {
     _user: Place<shared::ids::UserId>,
 }
 
+/// The stream is to end, or its client has gone.
+struct Ended;
+
 /// A refusal in HTTP.
 type Answered = Box<Response>;
 
@@ -283,7 +306,7 @@ impl Stream {
         node: &Node,
         client: Client,
         rooms: Vec<RoomId>,
-        cursors: Cursors,
+        (mut cursors, route): (Cursors, String),
         places: Places,
     ) -> Result<(Self, mpsc::Receiver<Bytes>), Answered> {
         let connection = ConnectionId::random();
@@ -300,11 +323,13 @@ impl Stream {
         let subscriber = Arc::new(Subscriber::new(connection, outbox).of(entered.owner()));
         let (user, wait) = (entered.identity.user.clone(), node.services.limits.wait_max);
         let online = node.services.presence.appear(&user, wait).await;
-        subscriber.answer(&connected(node, &entered, &subscriber, String::new()));
+        subscriber.answer(&connected(node, &entered, &subscriber, route));
         let Entered { identity, place, opened, .. } = entered;
         let inbox = cursors.inbox.clone().map(Ok).or(client.inbox);
-        let follows = follow_inbox(node, &subscriber, &user.id, opened.inbox, inbox);
-        let follows = tokio::time::timeout(wait, follows).await;
+        // Where the inbox begins is part of every position from now on.
+        let begins = Position::new(opened.inbox.epoch.clone(), unread_from(&opened.inbox));
+        cursors.inbox = Some(inbox.clone().and_then(Result::ok).unwrap_or(begins));
+        let follows = follow_inbox(node, &subscriber, &user.id, opened.inbox, inbox).await;
         let services = node.services.clone();
         let session = Session::new(services, identity, opened.session, subscriber.clone(), online);
         let expires = session.expires_at().and_then(|at| {
@@ -327,7 +352,7 @@ impl Stream {
                 return Err(refused(code, "a room could not be joined"));
             }
         }
-        // Of rooms that are not asked for any more nothing is to be told.
+        hold_session(node, &stream.subscriber).await;
         Ok((stream, taken))
     }
 
@@ -343,14 +368,14 @@ impl Stream {
         let outbox = &subscriber.outbox;
         let mut ping = tokio::time::interval(PING_EVERY);
         ping.reset();
-        if self.send(format!("retry: {RETRY_MS}\n\n")).await.is_err() {
+        if self.send(node, format!("retry: {RETRY_MS}\n\n")).await.is_err() {
             return;
         }
         loop {
             let frames = outbox.take();
             if !frames.is_empty() {
                 let text: String = frames.iter().filter_map(|frame| self.event_of(frame)).collect();
-                if self.send(text).await.is_err() {
+                if self.send(node, text).await.is_err() {
                     return;
                 }
             }
@@ -362,12 +387,7 @@ impl Stream {
                 tracing::debug!(connection = %subscriber.connection, code, "an event stream ends");
                 return;
             }
-            let expires = async {
-                match self.expires {
-                    Some(at) => tokio::time::sleep_until(at).await,
-                    None => std::future::pending().await,
-                }
-            };
+            let expires = self.expired();
             // All arms are cancel-safe.
             tokio::select! {
                 biased;
@@ -380,7 +400,8 @@ impl Stream {
                     self.session.end().await;
                     let last: String =
                         outbox.take().iter().filter_map(|frame| self.event_of(frame)).collect();
-                    let _ = self.send(last).await;
+                    // Who does not take it now comes back by itself.
+                    let _ = self.pieces.try_send(last.into());
                     return;
                 }
                 () = self.pieces.closed() => return,
@@ -391,7 +412,7 @@ impl Stream {
                 () = outbox.woken() => {}
                 news = changed(told) => self.session.tell(news),
                 _ = ping.tick() => {
-                    if self.send(": ping\n\n".to_owned()).await.is_err() {
+                    if self.send(node, ": ping\n\n".to_owned()).await.is_err() {
                         return;
                     }
                 }
@@ -399,9 +420,34 @@ impl Stream {
         }
     }
 
-    /// Hands a piece to the connection, which takes it when it can.
-    async fn send(&self, text: String) -> Result<(), mpsc::error::SendError<Bytes>> {
-        self.pieces.send(text.into()).await?;
+    /// Resolves when the client's token ends.
+    fn expired(&self) -> impl Future<Output = ()> + use<> {
+        let expires = self.expires;
+        async move {
+            match expires {
+                Some(at) => tokio::time::sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        }
+    }
+
+    /// Hands a piece to the connection, which takes it when it can; unless the stream is to end before
+    /// that.
+    async fn send(&self, node: &Node, text: String) -> Result<(), Ended> {
+        let outbox = &self.subscriber.outbox;
+        let closing = async {
+            while !outbox.is_closing() {
+                outbox.woken().await;
+            }
+        };
+        // All arms are cancel-safe, as far as a stream that ends needs it.
+        tokio::select! {
+            biased;
+            sent = self.pieces.send(text.into()) => sent.map_err(|_| Ended)?,
+            () = node.away.cancelled() => return Err(Ended),
+            () = self.expired() => return Err(Ended),
+            () = closing => return Err(Ended),
+        }
         self.subscriber.health.hear(millis_now());
         Ok(())
     }

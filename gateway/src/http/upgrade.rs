@@ -35,14 +35,16 @@ use tokio::net::TcpStream;
 use super::{
     Ends, Node,
     begun::Begun,
-    client::{Client, Entered, Params, connected, follow_inbox, param, subprotocols, tokens},
+    client::{
+        Client, Entered, Params, connected, follow_inbox, hold_session, param, subprotocols, tokens,
+    },
     error::refuse,
     extensions,
     places::Places,
 };
 use crate::{
     bus::sessions::Opened,
-    hub::member::Subscriber,
+    hub::{NotFollowed, member::Subscriber},
     limits::Place,
     outbox::{Close, Outbox, deflate::Deflating},
     session::{Request, Session},
@@ -193,7 +195,7 @@ fn switching(agreed: &Agreed, offered: &[String], route: &str) -> Response {
 
 /// The name of this node for nginx: what its `sticky route` computes of the address it dialled
 /// (the MD5 of `ip:port` in hexadecimal).
-fn route(ends: Ends) -> String {
+pub(super) fn route(ends: Ends) -> String {
     let digest = Md5::digest(ends.local.to_string());
     digest.iter().map(|byte| format!("{byte:02x}")).collect()
 }
@@ -327,11 +329,13 @@ impl Opening {
         let online = presence.appear(&user, wait).await;
         subscriber.answer(&connected(&node, &entered, &subscriber, self.route));
         let Entered { identity, place, opened: Opened { session, inbox, .. }, .. } = entered;
-        let follows = follow_inbox(&node, &subscriber, &user.id, inbox, self.client.inbox);
-        if tokio::time::timeout(wait, follows).await.is_err() {
-            // It comes back, to this node or one that hears.
-            let (code, reason) = (CloseCode::Overload.number(), "unavailable".to_owned());
-            subscriber.outbox.close(Close { code, reason });
+        match follow_inbox(&node, &subscriber, &user.id, inbox, self.client.inbox).await {
+            Ok(()) => hold_session(&node, &subscriber).await,
+            Err(NotFollowed) => {
+                // It comes back, to this node or one that hears.
+                let (code, reason) = (CloseCode::Overload.number(), "unavailable".to_owned());
+                subscriber.outbox.close(Close { code, reason });
+            }
         }
         let services = node.services.clone();
         let session = Session::new(services, identity, session, subscriber.clone(), online);

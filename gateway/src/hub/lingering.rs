@@ -2,12 +2,12 @@
 
 use std::collections::BTreeSet;
 
-use shared::ids::RoomId;
-use tokio::time::Instant;
+use shared::ids::{RoomId, RoomKind};
+use tokio::time::{Duration, Instant};
 
-use super::{LINGER, room::Room};
+use super::{INBOX_LINGER, LINGER, room::Room};
 
-/// In the order of their becoming empty. A room knows under which time it is here.
+/// By when they are not followed any more. A room knows under which time it is here.
 #[derive(Debug, Default)]
 pub(super) struct Lingering(BTreeSet<(Instant, RoomId)>);
 
@@ -15,23 +15,32 @@ impl Lingering {
     /// The room has become empty.
     pub(super) fn enter(&mut self, room: &mut Room, now: Instant) {
         self.leave(room);
-        room.lingers_since = Some(now);
-        self.0.insert((now, room.name.clone()));
+        let until = now + linger_of(&room.name);
+        room.lingers_until = Some(until);
+        self.0.insert((until, room.name.clone()));
     }
 
     /// The room is not followed any more.
     pub(super) fn leave(&mut self, room: &mut Room) {
-        if let Some(since) = room.lingers_since.take() {
-            self.0.remove(&(since, room.name.clone()));
+        if let Some(until) = room.lingers_until.take() {
+            self.0.remove(&(until, room.name.clone()));
         }
     }
 
-    /// Takes out a room that emptied [`LINGER`] ago, and says when. Somebody may have come since.
-    pub(super) fn next_due(&mut self, now: Instant) -> Option<(Instant, RoomId)> {
-        let (since, _) = self.0.first()?;
-        if now.saturating_duration_since(*since) < LINGER {
+    /// Takes out a room whose time is over. Somebody may have come since.
+    pub(super) fn next_due(&mut self, now: Instant) -> Option<RoomId> {
+        let (until, _) = self.0.first()?;
+        if *until > now {
             return None;
         }
-        self.0.pop_first()
+        self.0.pop_first().map(|(_, room)| room)
+    }
+}
+
+/// How long a room without members is still followed.
+pub(super) fn linger_of(room: &RoomId) -> Duration {
+    match room.kind() {
+        RoomKind::Inbox => INBOX_LINGER,
+        RoomKind::Joined | RoomKind::Status => LINGER,
     }
 }

@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     sync::{
         Arc,
-        atomic::{AtomicU32, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -26,7 +26,7 @@ use smallvec::SmallVec;
 
 use crate::{
     bus::{
-        registry::{Millis, Version},
+        registry::{Millis, Version, millis_now},
         sessions::{About, Micros},
         standing::Standing,
     },
@@ -48,6 +48,10 @@ pub struct Subscriber {
     pub health: Health,
     /// How many publishes were handed on and not answered.
     unanswered: AtomicU32,
+    /// Rooms that it was taken out of, and whose stays its session has to end.
+    taken_out: Mutex<Vec<RoomId>>,
+    /// Whether there are any.
+    is_taken_out: AtomicBool,
     /// Messages it sent with `echo:false` whose `ack` is to stand where the copy would.
     placed_acks: Mutex<BTreeMap<(RoomId, MessageId), PlacedAck>>,
 }
@@ -152,11 +156,22 @@ impl Subscriber {
         crate::defect::connect();
         let (unanswered, placed_acks) = (0.into(), Mutex::default());
         let health = Health::default();
-        Self { connection, owner: None, outbox, health, unanswered, placed_acks }
+        let (taken_out, is_taken_out) = (Mutex::default(), false.into());
+        Self {
+            connection,
+            owner: None,
+            outbox,
+            health,
+            unanswered,
+            taken_out,
+            is_taken_out,
+            placed_acks,
+        }
     }
 
     /// The same, of a user.
     pub fn of(self, owner: Owner) -> Self {
+        self.health.hear(millis_now());
         Self { owner: Some(owner), ..self }
     }
 
@@ -168,6 +183,21 @@ impl Subscriber {
     /// Whether it is `user`'s.
     pub fn is_of(&self, user: &UserId) -> bool {
         self.owner.as_ref().is_some_and(|owner| owner.user == *user)
+    }
+
+    /// Has the session end its stay in a room.
+    pub(super) fn taken_out_of(&self, room: &RoomId) {
+        self.taken_out.lock().push(room.clone());
+        self.is_taken_out.store(true, Ordering::Release);
+        self.outbox.wake();
+    }
+
+    /// The rooms that it was taken out of since this was last asked.
+    pub fn take_taken_out(&self) -> Vec<RoomId> {
+        if !self.is_taken_out.swap(false, Ordering::AcqRel) {
+            return Vec::new();
+        }
+        std::mem::take(&mut *self.taken_out.lock())
     }
 
     /// A publish is handed on, and its answer is to come.

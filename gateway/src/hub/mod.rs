@@ -58,6 +58,8 @@ use shard::Shard;
 
 /// How long a room without members is still followed, so that who reloads a page finds it.
 pub const LINGER: Duration = Duration::from_secs(30);
+/// The same of an inbox: long enough to come back after a cut, and not longer, since each user has one.
+pub const INBOX_LINGER: Duration = Duration::from_secs(5);
 /// How many calls may wait for a shard; more wait with their caller.
 const QUEUE_LEN_MAX: usize = 4096;
 /// How many entries a shard's mailbox holds; above it they are read from the log instead.

@@ -45,8 +45,6 @@ impl Shard {
     }
 
     pub(super) fn remove(&mut self, name: &RoomId, user: &UserId, before: Micros) {
-        // First, so that what who was told says next is refused.
-        self.presence.remove(name, user, before);
         let Some(room) = self.rooms.get_mut(name) else { return };
         let removed = room.members.iter().map(|member| &member.subscriber);
         let removed: Vec<Arc<Subscriber>> = removed
@@ -58,6 +56,8 @@ impl Shard {
         for subscriber in removed {
             room.remove(subscriber.connection);
             subscriber.release_acks(name);
+            // First, so that what who was told says next is refused.
+            subscriber.taken_out_of(name);
             subscriber.outbox.push(left.clone());
             self.turn.touch(&subscriber);
         }

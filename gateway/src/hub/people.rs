@@ -52,7 +52,7 @@ const CATCH_UP_MAX: Duration = Duration::from_secs(2);
 const ASKING_MAX: usize = 1024;
 /// When rosters that were not whole are read again: by then every node that lives has told who it
 /// has, and those that do not have lost their lease.
-const UNSETTLED_FOR: Duration = Duration::from_secs(10);
+pub(super) const UNSETTLED_FOR: Duration = Duration::from_secs(10);
 
 /// The people of a room, as its members here know them.
 #[derive(Debug, Default)]
@@ -459,6 +459,9 @@ impl Shard {
     /// Reads rosters again of which some may be missing, and those that somebody waits for.
     pub(super) fn look_at_rosters(&mut self, now: Instant) {
         let all = self.rosters_again.take_if(|at| *at <= now).is_some();
+        if all {
+            self.doubt_statuses();
+        }
         let mut names = Vec::new();
         for (name, room) in &mut self.rooms {
             let late = room.is_asked();

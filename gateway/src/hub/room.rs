@@ -36,6 +36,9 @@ use crate::{
     },
 };
 
+/// Up to how many members a room is looked through for one: a map costs more than that.
+const LOOKED_THROUGH_MAX: usize = 8;
+
 /// A room that is followed.
 #[derive(Debug)]
 pub(super) struct Room {
@@ -55,6 +58,7 @@ pub(super) struct Room {
     /// Whether what was read last comes from a comparison of histories.
     pub(super) healing: bool,
     pub(super) members: Vec<Member>,
+    /// Where a member is among them; not kept in a small room, which is looked through.
     places: HashMap<ConnectionId, usize>,
     /// Members that wait for a read of the log, those who have waited longest first.
     pub(super) thirsty: VecDeque<ConnectionId>,
@@ -66,7 +70,7 @@ pub(super) struct Room {
     pub(super) idle_since: Option<Instant>,
     /// Under which time the room is among those that may be without members. Somebody may have come
     /// since.
-    pub(super) lingers_since: Option<Instant>,
+    pub(super) lingers_until: Option<Instant>,
 }
 
 /// Gives members what was decided.
@@ -172,7 +176,7 @@ impl Room {
             stretch: Stretch::No,
             waiting: Vec::new(),
             idle_since: None,
-            lingers_since: None,
+            lingers_until: None,
         }
     }
 
@@ -246,12 +250,23 @@ impl Room {
     }
 
     pub(super) fn add(&mut self, member: Member) {
-        self.places.insert(member.subscriber.connection, self.members.len());
+        // Most inboxes have one.
+        self.members.reserve_exact(usize::from(self.members.is_empty()));
         self.members.push(member);
+        if self.members.len() > LOOKED_THROUGH_MAX || !self.places.is_empty() {
+            let from = if self.places.is_empty() { 0 } else { self.members.len() - 1 };
+            for (place, member) in self.members.iter().enumerate().skip(from) {
+                self.places.insert(member.subscriber.connection, place);
+            }
+        }
         self.idle_since = None;
     }
 
     pub(super) fn place_of(&self, connection: ConnectionId) -> Option<usize> {
+        if self.places.is_empty() {
+            let is_it = |member: &Member| member.subscriber.connection == connection;
+            return self.members.iter().position(is_it);
+        }
         self.places.get(&connection).copied()
     }
 
@@ -260,13 +275,15 @@ impl Room {
     }
 
     pub(super) fn is_member(&self, connection: ConnectionId) -> bool {
-        self.places.contains_key(&connection)
+        self.place_of(connection).is_some()
     }
 
     pub(super) fn remove(&mut self, connection: ConnectionId) -> bool {
-        let Some(place) = self.places.remove(&connection) else { return false };
+        let Some(place) = self.place_of(connection) else { return false };
         self.members.swap_remove(place);
-        if let Some(moved) = self.members.get(place) {
+        if self.places.remove(&connection).is_some()
+            && let Some(moved) = self.members.get(place)
+        {
             self.places.insert(moved.subscriber.connection, place);
         }
         true

@@ -22,7 +22,7 @@ use super::{
     ask::READ_AGAIN,
     budget::{Budget, Taken},
     join::{Join, Step},
-    lingering::Lingering,
+    lingering::{Lingering, linger_of},
     member::{Subscriber, Turn},
     room::Room,
     status::Watched,
@@ -57,7 +57,8 @@ async fn at(time: Option<Instant>) {
 
 /// The task of some rooms.
 pub(super) struct Shard {
-    pub(super) rooms: HashMap<RoomId, Room>,
+    /// Boxed, since a map has places for more than it holds.
+    pub(super) rooms: HashMap<RoomId, Box<Room>>,
     /// Counts followings, so that an answer for an earlier one is not taken for a later one.
     generation: u64,
     pub(super) bus: Arc<dyn Bus>,
@@ -363,7 +364,7 @@ impl Shard {
     fn open(&mut self, name: RoomId, join: Join) {
         self.generation += 1;
         let durable = self.rules.is_durable(&name);
-        let mut room = Room::opening(name.clone(), self.generation, durable);
+        let mut room = Box::new(Room::opening(name.clone(), self.generation, durable));
         room.wait(join);
         let range = room.next_range();
         self.turn.count_room(&name, 1);
@@ -445,11 +446,12 @@ impl Shard {
         self.compare_silent(now);
         let mut left = UNFOLLOWS_MAX;
         while left > 0
-            && let Some((since, name)) = self.lingering.next_due(now)
+            && let Some(name) = self.lingering.next_due(now)
         {
             let Some(room) = self.rooms.get_mut(&name) else { continue };
-            room.lingers_since = None;
-            if room.idle_since == Some(since) && room.is_empty() {
+            room.lingers_until = None;
+            let until = room.idle_since.map(|since| since + linger_of(&name));
+            if room.is_empty() && until.is_some_and(|until| until <= now) {
                 left -= 1;
                 self.drop_room(&name);
             }

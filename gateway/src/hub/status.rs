@@ -19,7 +19,7 @@ use super::{
     Call,
     ask::READ_AGAIN,
     member::{Subscriber, text_frame},
-    people::at,
+    people::{UNSETTLED_FOR, at},
     shard::Shard,
 };
 use crate::bus::registry::Status;
@@ -30,7 +30,7 @@ pub(super) type Watched = HashMap<UserId, Watch>;
 /// A user who is watched.
 #[derive(Debug, Default)]
 pub(super) struct Watch {
-    watchers: Vec<Watcher>,
+    watchers: HashMap<ConnectionId, Watcher>,
     /// What they were told last.
     told: Option<bool>,
     /// Whether the status is followed.
@@ -45,8 +45,8 @@ pub(super) struct Watch {
 #[derive(Debug)]
 struct Watcher {
     subscriber: Arc<Subscriber>,
-    /// The read whose outcome it is told in any case, and as the answer to what.
-    waits: Option<(u64, Option<Ref>)>,
+    /// The reads whose outcome it is told in any case, and as the answers to what.
+    waits: Vec<(u64, Option<Ref>)>,
 }
 
 impl Watch {
@@ -71,19 +71,17 @@ impl Shard {
         asks: Option<Option<Ref>>,
     ) {
         let watch = self.watched.entry(user.clone()).or_default();
-        let known =
-            watch.watchers.iter().position(|w| w.subscriber.connection == subscriber.connection);
-        let place = known.unwrap_or_else(|| {
-            watch.watchers.push(Watcher { subscriber, waits: None });
-            watch.watchers.len() - 1
-        });
+        let connection = subscriber.connection;
+        watch.watchers.entry(connection).or_insert(Watcher { subscriber, waits: Vec::new() });
         if asks.is_none() && watch.told.is_some() {
             return;
         }
         // Who has just connected is to be seen: what was known before is not enough.
         let (begins, read) = watch.want();
-        if let Some(reference) = asks {
-            watch.watchers[place].waits = Some((read, reference));
+        if let Some(reference) = asks
+            && let Some(watcher) = watch.watchers.get_mut(&connection)
+        {
+            watcher.waits.push((read, reference));
         }
         if begins {
             self.statuses_due.push(user);
@@ -94,7 +92,7 @@ impl Shard {
     pub(super) fn unwatch(&mut self, user: &UserId, connection: ConnectionId) {
         // What nobody watches is forgotten at the next look around: it may be asked for at this moment.
         if let Some(watch) = self.watched.get_mut(user) {
-            watch.watchers.retain(|watcher| watcher.subscriber.connection != connection);
+            watch.watchers.remove(&connection);
         }
     }
 
@@ -152,26 +150,33 @@ impl Shard {
         for (user, status) in users.into_iter().zip(statuses) {
             let Some(watch) = self.watched.get_mut(&user) else { continue };
             watch.reading = false;
-            let changed = watch.told.is_some_and(|told| told != status.online);
-            watch.told = Some(status.online);
-            let mut frame = None;
-            for watcher in &mut watch.watchers {
-                let read = watch.begun;
-                let answers = watcher.waits.take_if(|(waits, _)| *waits <= read);
-                if !changed && answers.is_none() {
-                    continue;
+            if !status.settled {
+                // Who seems to have gone may not have been told of yet.
+                self.rosters_again.get_or_insert(self.turn.keep.now + UNSETTLED_FOR);
+            }
+            let seems_gone = !status.online && watch.told == Some(true);
+            let changed = watch.told.is_some_and(|told| told != status.online)
+                && (status.settled || !seems_gone);
+            if changed || watch.told.is_none() {
+                watch.told = Some(status.online);
+            }
+            let (mut frame, read) = (None, watch.begun);
+            for watcher in watch.watchers.values_mut() {
+                let (answers, waits): (Vec<_>, _) =
+                    std::mem::take(&mut watcher.waits).into_iter().partition(|(at, _)| *at <= read);
+                watcher.waits = waits;
+                let is_told = !answers.is_empty();
+                for (_, reference) in answers {
+                    watcher.subscriber.answer(&told(&user, &status, reference));
                 }
-                match answers {
-                    Some((_, Some(reference))) => {
-                        watcher.subscriber.answer(&told(&user, &status, Some(reference)));
-                    }
-                    _ => {
-                        let frame =
-                            frame.get_or_insert_with(|| text_frame(&told(&user, &status, None)));
-                        watcher.subscriber.outbox.push(frame.clone());
-                    }
+                if changed && !is_told {
+                    let frame =
+                        frame.get_or_insert_with(|| text_frame(&told(&user, &status, None)));
+                    watcher.subscriber.outbox.push(frame.clone());
                 }
-                self.turn.touch(&watcher.subscriber);
+                if changed || is_told {
+                    self.turn.touch(&watcher.subscriber);
+                }
             }
             if std::mem::take(&mut watch.again) && watch.want().0 {
                 self.statuses_due.push(user);

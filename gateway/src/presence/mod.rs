@@ -32,7 +32,6 @@ use crate::{
             Detail, EnterError, Entered, Millis, Online, Place, Registry, Rules, Seat, Status,
             millis_now,
         },
-        sessions::Micros,
     },
     drain::Tasks,
 };
@@ -374,7 +373,8 @@ impl Presence {
         for (user, status) in users.iter().zip(&mut statuses) {
             if let Some(seated) = seats.get(&Place::Cluster, user) {
                 let active = seated.active.load(Relaxed);
-                *status = Status { online: true, active: status.active.max(Some(active)) };
+                let active = status.active.max(Some(active));
+                *status = Status { online: true, active, settled: true };
             }
         }
         Ok(statuses)
@@ -390,15 +390,6 @@ impl Presence {
         let place = Place::Room(room.clone());
         let seats = &mut *self.seats.lock();
         for seated in seats.at(&place).cloned().collect::<Vec<_>>() {
-            self.end(seats, &seated);
-        }
-    }
-
-    /// Ends the stay of one user in a room, who has been there since before a time.
-    pub fn remove(&self, room: &RoomId, user: &UserId, before: Micros) {
-        let seats = &mut *self.seats.lock();
-        let seated = seats.get(&Place::Room(room.clone()), user).cloned();
-        if let Some(seated) = seated.filter(|seated| seated.since * 1000 <= before) {
             self.end(seats, &seated);
         }
     }

@@ -1,5 +1,7 @@
 //! What is of one user: `history` with another, who is watched, what the session holds.
 
+use std::collections::BTreeSet;
+
 use serde::Deserialize;
 use shared::{
     error::ErrorCode,
@@ -15,7 +17,7 @@ use super::{
     perform::{Asked, range_of},
 };
 use crate::{
-    bus::{Range, sessions::DataError},
+    bus::{BusError, Range, sessions::DataError},
     delivery::Entry,
     hub::join::history as whole_frames,
 };
@@ -55,33 +57,37 @@ pub(super) async fn history(
     let mut range = range_of(&request::History { limit: HISTORY_LIMIT_MAX, ..wanted });
     let backwards = range.keeps_newest();
     // In the direction asked for, and one more than that.
-    let (mut found, mut epoch): (Vec<Entry>, _) = (Vec::new(), None);
-    for _ in 0..PAGES_MAX {
-        let read = asked.services.bus.read(inbox.clone(), range);
-        let mut page = match asked.wait(read).await {
-            Ok(page) => page,
-            Err((code, text)) => {
-                asked.refuse("history", None, code, text);
-                return Performed::Answered;
+    let reading = async {
+        let mut found: Vec<Entry> = Vec::new();
+        for pages in 1.. {
+            let mut page = asked.services.bus.read(inbox.clone(), range).await?;
+            if backwards {
+                page.entries.reverse();
             }
-        };
-        if backwards {
-            page.entries.reverse();
+            let last = page.entries.last().map(|last| last.position.seq);
+            let between = page.entries.into_iter().filter(|entry| is_between(entry, &user, &with));
+            found.extend(between.take(limit + 1 - found.len()));
+            let next = last.filter(|_| found.len() <= limit);
+            let Some(seq) = next.filter(|_| pages < PAGES_MAX) else {
+                return Ok((found, page.epoch, next.is_some()));
+            };
+            let limit = range.limit();
+            range = match backwards {
+                true => Range::Before { seq, limit },
+                false => Range::After { seq, limit },
+            };
         }
-        let last = page.entries.last().map(|last| last.position.seq);
-        epoch = Some(page.epoch);
-        let between = page.entries.into_iter().filter(|entry| is_between(entry, &user, &with));
-        found.extend(between.take(limit + 1 - found.len()));
-        let Some(seq) = last.filter(|_| found.len() <= limit) else { break };
-        let limit = range.limit();
-        range = match backwards {
-            true => Range::Before { seq, limit },
-            false => Range::After { seq, limit },
-        };
-    }
-    let Some(epoch) = epoch else { return Performed::Answered };
+        Err(BusError::Refused)
+    };
+    let (found, epoch, unread) = match asked.wait(reading).await {
+        Ok(read) => read,
+        Err((code, text)) => {
+            asked.refuse("history", None, code, text);
+            return Performed::Answered;
+        }
+    };
     let mut messages = whole_frames(found.iter().take(limit));
-    let more = messages.len() < found.len();
+    let more = messages.len() < found.len() || unread;
     if backwards {
         messages.reverse();
     }
@@ -91,7 +97,7 @@ pub(super) async fn history(
     Performed::Answered
 }
 
-pub(super) async fn watch(asked: Asked, users: Vec<UserId>) -> Performed {
+pub(super) async fn watch(asked: Asked, users: BTreeSet<UserId>) -> Performed {
     for user in users {
         let (subscriber, reference) = (asked.subscriber.clone(), asked.reference.clone());
         asked.services.hub.watch(user, subscriber, Some(reference)).await;

@@ -278,8 +278,18 @@ impl Session {
         None
     }
 
+    /// Ends the stays in rooms that this connection was taken out of.
+    fn end_stays(&mut self) {
+        for room in self.subscriber.take_taken_out() {
+            if let Ok(place) = self.place_of(&room) {
+                self.rooms.remove(place).leave();
+            }
+        }
+    }
+
     /// This connection's part in a room, if it has one.
     fn stay_in(&mut self, room: &RoomId) -> Option<&Stay> {
+        self.end_stays();
         let place = self.place_of(room).ok()?;
         if self.rooms[place].is_closed() {
             self.rooms.remove(place);
@@ -385,8 +395,8 @@ impl Session {
                 (None, None) => answered,
             },
             Request::Watch(reference, Users { users }) => {
-                let more = users.iter().filter(|user| !self.watching.contains(*user));
-                let more = more.collect::<BTreeSet<_>>().len();
+                let users: BTreeSet<UserId> = users.into_iter().collect();
+                let more = users.iter().filter(|user| !self.watching.contains(*user)).count();
                 let watches_max = self.services.limits.watches_max;
                 if self.watching.len() + more > watches_max {
                     let text = format!("at most {watches_max} users are watched at a time");
@@ -533,8 +543,9 @@ impl Session {
     }
 
     /// The rooms in which this session is behind, if its outbox has room: each is to be given to
-    /// [`Session::catch_up`].
-    pub fn take_behind(&self) -> SmallVec<[RoomId; 1]> {
+    /// [`Session::catch_up`]. Those it was taken out of it is no member of any more.
+    pub fn take_behind(&mut self) -> SmallVec<[RoomId; 1]> {
+        self.end_stays();
         self.subscriber.outbox.take_lagging()
     }
 

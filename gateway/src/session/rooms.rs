@@ -141,7 +141,8 @@ pub(super) async fn info(
 pub(super) async fn list(asked: Asked, wanted: request::Rooms, identity: Identity) -> Performed {
     let registry = asked.services.presence.registry();
     let (prefix, after) = (wanted.prefix.unwrap_or_default(), wanted.cursor.unwrap_or_default());
-    let listing = match asked.wait(registry.list(prefix, after, wanted.limit as usize)).await {
+    let listing = match asked.wait(registry.list(prefix, after, wanted.limit as usize, false)).await
+    {
         Ok(listing) => listing,
         Err((code, text)) => {
             asked.refuse("rooms", None, code, text);

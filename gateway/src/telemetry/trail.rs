@@ -17,6 +17,8 @@ use tokio::time::Instant;
 
 /// How many messages are remembered, some 200 bytes each.
 const MESSAGES_MAX: usize = 4096;
+/// In how many logs one is followed: one that goes to many is a trail of the first.
+const LOGS_MAX: usize = 8;
 /// For how long.
 const KEPT_FOR: Duration = Duration::from_secs(600);
 
@@ -84,12 +86,16 @@ impl Trails {
             order.push_back((Instant::now(), id));
             SmallVec::new()
         });
-        let place = trails.iter().position(|trail| trail.log == *log).unwrap_or_else(|| {
-            let (log, position) = (log.clone(), position.clone());
-            trails.push(Trail { log, position, appended: None, handed: None });
-            trails.len() - 1
-        });
-        note(&mut trails[place]);
+        match trails.iter().position(|trail| trail.log == *log) {
+            Some(place) => note(&mut trails[place]),
+            None if trails.len() < LOGS_MAX => {
+                let (log, position) = (log.clone(), position.clone());
+                let mut trail = Trail { log, position, appended: None, handed: None };
+                note(&mut trail);
+                trails.push(trail);
+            }
+            None => {}
+        }
         while order.len() > MESSAGES_MAX
             || order.front().is_some_and(|(since, _)| since.elapsed() > KEPT_FOR)
         {

@@ -167,6 +167,8 @@ async fn rooms_are_made_listed_looked_into_and_deleted() {
         for n in 0..5 {
             say(&mut bob, &room("other"), &n.to_string()).await;
         }
+        let private = world.call(1, "GET /api/v1/rooms?prefix=made", None, 200).await;
+        assert_eq!(private["rooms"][0]["public"], false);
         let rooms = world.call(0, "GET /api/v1/rooms?prefix=o", None, 200).await;
         assert_eq!(
             (rooms["rooms"][0]["room"].as_str(), rooms["rooms"][0]["members"].as_u64()),

@@ -473,6 +473,74 @@ async fn a_session_is_resumed_on_any_node_with_its_user_and_data() {
 }
 
 #[tokio::test]
+async fn the_name_of_a_session_is_kept_however_often_it_is_resumed() {
+    World::each(&[], async |world| {
+        let ann = Device::open(world, 0, "ann", |to| to.name = Some("Ann Lee".into())).await;
+        let token = ann.connected.session.clone();
+        drop(ann);
+        for node in 0..3 {
+            let options = Options {
+                session: Some(token.clone()),
+                ..Options::to(world.nodes[node % world.nodes.len()].url("/ws"))
+            };
+            let mut connection = Connection::open(&options).await.unwrap();
+            let connected = connection.expect_connected().await.unwrap();
+            assert_eq!((connected.resumed, connected.user.name.as_str()), (true, "Ann Lee"));
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn of_two_that_present_a_session_at_once_one_stays() {
+    World::each(&[], async |world| {
+        for _ in 0..10 {
+            let ann = Device::new(world, 0, "ann").await;
+            let token = ann.connected.session.clone();
+            drop(ann);
+            let open = |node: usize| {
+                let token = token.clone();
+                Device::open(world, node, "ann", move |to| to.session = Some(token))
+            };
+            let (first, second) = tokio::join!(open(0), open(1));
+            let mut ends = Vec::new();
+            for mut device in [first, second] {
+                let ping = device.connection.request(&json!({"type": "ping"})).await;
+                ends.push(device);
+                drop(ping);
+            }
+            // One is told 4000, sooner or later; the other one is not.
+            let [mut one, mut other]: [Device; 2] = ends.try_into().ok().unwrap();
+            let (code, stays) = within(async {
+                tokio::select! {
+                    (code, _) = closed(&mut one.connection) => (code, &mut other),
+                    (code, _) = closed(&mut other.connection) => (code, &mut one),
+                }
+            })
+            .await;
+            assert_eq!(code, Some(4000));
+            stays.nothing_else().await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_user_has_so_many_sessions_and_those_in_use_go_last() {
+    World::each(&[("limits.handshakes_per_minute_per_ip", "0")], async |world| {
+        let in_use = Device::new(world, 0, "ann").await;
+        let token = in_use.connected.session.clone();
+        for _ in 0..110 {
+            drop(Device::new(world, 0, "ann").await);
+        }
+        drop(in_use);
+        let back = Device::open(world, 1, "ann", |to| to.session = Some(token)).await;
+        assert!(back.connected.resumed);
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_session_token_that_does_not_count_makes_a_new_session() {
     World::each(&[], async |world| {
         let ann = Device::new(world, 0, "ann").await;

@@ -126,6 +126,47 @@ async fn a_stream_has_the_frames_of_its_rooms_and_the_inbox_and_goes_on_where_it
 }
 
 #[tokio::test]
+async fn what_another_device_acknowledged_is_not_missed_by_a_stream_that_comes_back() {
+    World::each(&[], async |world| {
+        let address = |node: usize| world.nodes[node % world.nodes.len()].address;
+        let mut ann = world.connect(0, "ann").await;
+        ann.join(&room("a")).await.unwrap();
+        let mut stream = Stream::open(address(1), "rooms=a&user=bob", None).await;
+        stream.frame_of("joined").await;
+        // Nothing of the inbox has come, and its position is part of the id all the same.
+        say(&mut ann, &room("a"), "of the room").await;
+        stream.frame_of("message").await;
+        let id = stream.id.clone();
+        drop(stream);
+        ann.request(&json!({"type": "direct", "to": "bob", "content": "missed?"})).await.unwrap();
+        let mut phone = world.connect(2, "bob").await;
+        phone.send_text(r#"{"type":"ack","seq":1}"#).await.unwrap();
+        phone.request(&json!({"type": "ping"})).await.unwrap();
+        let mut stream = Stream::open(address(2), "rooms=a&user=bob", Some(&id)).await;
+        assert_eq!(stream.frame_of("direct").await["content"], "missed?");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn clients_that_leave_while_a_stream_opens_leave_nothing() {
+    let gateway = Gateway::start(&[("presence.grace", "0s")]).await;
+    let rooms = (0..20).map(|n| format!("r{n}")).collect::<Vec<_>>().join(",");
+    for _ in 0..50 {
+        let mut socket = TcpStream::connect(gateway.address).await.unwrap();
+        let request =
+            format!("GET /sse?rooms={rooms} HTTP/1.1\r\nHost: {}\r\n\r\n", gateway.address);
+        socket.write_all(request.as_bytes()).await.unwrap();
+    }
+    crate::harness::until("nobody is left", async || {
+        let metrics = get(gateway.admin, "/metrics").await.body;
+        let is = |line: &str| metrics.lines().any(|found| found == line);
+        is("gateway_members 0") && is("gateway_connections 0")
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn what_is_not_allowed_is_refused_in_http() {
     let limits = [("limits.connections_per_user", "1"), ("rooms.create_on_join", "false")];
     let gateway = Gateway::start(&[&crate::auth::JWT[..], &limits].concat()).await;

@@ -230,7 +230,8 @@ impl Connection {
                     }
                 }
             }
-            self.session.catch_up(self.session.take_behind()).await;
+            let behind = self.session.take_behind();
+            self.session.catch_up(behind).await;
             // All arms are cancel-safe: what is performed is kept.
             tokio::select! {
                 biased;

@@ -198,7 +198,7 @@ impl MemoryBus {
         let Place::Room(room) = seat.place.clone() else {
             let status = RoomId::status_of(&seat.user.id);
             self.registered.lock().seat(seat, Instant::now());
-            if self.rooms.lock().followed.contains(&status) {
+            if self.rooms.lock().followed.contains_key(&status) {
                 self.mailboxes.notify(status, Notice::Status);
             }
             return Ok(Entered::default());
@@ -303,7 +303,10 @@ impl Registry for MemoryBus {
 
     fn statuses(&self, users: Vec<UserId>) -> BoxFuture<Result<Vec<Status>, BusError>> {
         let registered = self.registered.lock();
-        let status = |user| Status { online: false, active: registered.seen.get(user).copied() };
+        let status = |user| {
+            let active = registered.seen.get(user).copied();
+            Status { online: false, active, settled: true }
+        };
         ready(Ok(users.iter().map(status).collect()))
     }
 
@@ -344,12 +347,13 @@ impl Registry for MemoryBus {
         prefix: String,
         after: String,
         limit: usize,
+        all: bool,
     ) -> BoxFuture<Result<Listing, BusError>> {
         let registered = self.registered.lock();
         let is_public = |room: &Room| room.record.as_ref().is_none_or(|record| record.public);
         let mut rooms = behind(&registered.rooms, &prefix, &after)
             .take_while(|(name, _)| name.as_str().starts_with(&prefix))
-            .filter(|(_, room)| is_public(room));
+            .filter(|(_, room)| all || is_public(room));
         let page = rooms.by_ref().take(limit);
         let page: Vec<Found> = page.map(|(name, room)| room.found(name.clone())).collect();
         let last = page.last().map(|found| found.room.to_string());

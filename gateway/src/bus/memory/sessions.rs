@@ -14,12 +14,12 @@ use shared::{
     protocol::answer::Inbox,
 };
 
-use super::{Log, MemoryBus};
+use super::MemoryBus;
 use crate::bus::{
     BoxFuture, BusError,
     registry::{Millis, Notice, millis_now},
     sessions::{
-        About, DataError, KeptSession, Micros, Opened, Opening, SESSIONS_MAX, SecretDigest,
+        About, DataError, Holder, KeptSession, Micros, Opened, Opening, SESSIONS_MAX, SecretDigest,
         Sessions, Which, merged,
     },
 };
@@ -99,7 +99,8 @@ impl Stored {
         let ((session, digest), now) = (opening.fresh, millis_now());
         let rows = self.users.entry(opening.user.clone()).or_default();
         if rows.len() >= SESSIONS_MAX
-            && let Some(oldest) = (0..rows.len()).min_by_key(|at| rows[*at].used)
+            && let Some(oldest) =
+                (0..rows.len()).min_by_key(|at| (rows[*at].connection.is_some(), rows[*at].used))
         {
             rows.swap_remove(oldest);
         }
@@ -122,7 +123,10 @@ impl MemoryBus {
     fn inbox(&self, user: &UserId) -> Inbox {
         let name = RoomId::inbox_of(user);
         let rooms = &mut *self.rooms.lock();
-        let log = rooms.log(&name);
+        let Some(log) = rooms.logs.get(&name) else {
+            let epoch = rooms.silent_epoch(&name);
+            return Inbox { epoch, seq: 0, acked: 0, oldest: 1, unread: 0 };
+        };
         let first = log.entries.front().map(|(_, entry)| entry.position.seq);
         let author = Author::of(user);
         let acked = log.acked.min(log.top);
@@ -169,8 +173,29 @@ impl Sessions for MemoryBus {
         self.session_ttl
     }
 
-    fn keep(&self, _: UserId, _: SessionId, _: ConnectionId) {
-        // One that has a connection is not forgotten.
+    fn find(
+        &self,
+        user: UserId,
+        session: SessionId,
+        digest: SecretDigest,
+    ) -> BoxFuture<Result<Option<Arc<About>>, BusError>> {
+        let (stored, now) = (&mut *self.stored.lock(), millis_now());
+        let fits = |row: &&mut Row| row.digest == digest && !row.is_over(self.session_ttl, now);
+        let row = stored.row(&user, session).filter(fits);
+        ready(Ok(row.map(|row| row.about.clone())))
+    }
+
+    fn holder(
+        &self,
+        user: UserId,
+        session: SessionId,
+        connection: ConnectionId,
+    ) -> BoxFuture<Result<Holder, BusError>> {
+        ready(Ok(match self.stored.lock().row(&user, session) {
+            Some(row) if row.connection == Some(connection) => Holder::This,
+            Some(_) => Holder::Another,
+            None => Holder::Gone,
+        }))
     }
 
     fn close(&self, user: UserId, session: SessionId, connection: ConnectionId) {
@@ -234,7 +259,7 @@ impl Sessions for MemoryBus {
 
     fn acknowledge(&self, user: UserId, epoch: Option<Epoch>, seq: Seq) {
         let rooms = &mut *self.rooms.lock();
-        let log: &mut Log = rooms.log(&RoomId::inbox_of(&user));
+        let Some(log) = rooms.logs.get_mut(&RoomId::inbox_of(&user)) else { return };
         if epoch.is_none_or(|epoch| epoch == log.epoch) {
             log.acked = log.acked.max(seq.min(log.top));
         }

@@ -25,7 +25,10 @@ use super::{
         Deletion, Details, EnterError, Entered, Found, Listing, Notice, Online, Record, Registry,
         RegistryOptions, Rules, Seat, Snapshot, Status,
     },
-    sessions::{DataError, KeptSession, Opened, Opening, SessionOptions, Sessions, Which},
+    sessions::{
+        About, DataError, Holder, KeptSession, Opened, Opening, SecretDigest, SessionOptions,
+        Sessions, Which,
+    },
 };
 use crate::{
     delivery::{Followed, page::Page},
@@ -271,8 +274,9 @@ impl Registry for RedisBus {
         prefix: String,
         after: String,
         limit: usize,
+        all: bool,
     ) -> BoxFuture<Result<Listing, BusError>> {
-        Box::pin(self.registrar.clone().list(prefix, after, limit))
+        Box::pin(self.registrar.clone().list(prefix, after, limit, all))
     }
 
     fn delete_room(
@@ -322,12 +326,26 @@ impl Sessions for RedisBus {
         self.registrar.session_ttl()
     }
 
-    fn keep(&self, user: UserId, session: SessionId, connection: ConnectionId) {
-        self.registrar.use_session(user, session, connection, false);
+    fn find(
+        &self,
+        user: UserId,
+        session: SessionId,
+        digest: SecretDigest,
+    ) -> BoxFuture<Result<Option<Arc<About>>, BusError>> {
+        Box::pin(self.registrar.clone().find_session(user, session, digest))
+    }
+
+    fn holder(
+        &self,
+        user: UserId,
+        session: SessionId,
+        connection: ConnectionId,
+    ) -> BoxFuture<Result<Holder, BusError>> {
+        Box::pin(self.registrar.use_session(user, session, connection))
     }
 
     fn close(&self, user: UserId, session: SessionId, connection: ConnectionId) {
-        self.registrar.use_session(user, session, connection, true);
+        self.registrar.close_session(user, session, connection);
     }
 
     fn data(

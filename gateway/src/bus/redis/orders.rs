@@ -23,8 +23,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 const HEARD_EVERY: Duration = Duration::from_secs(3);
 /// How long one that is not heard of counts.
 const COUNTS_FOR_MS: u64 = 60_000;
-/// How many orders are kept.
-const ORDERS_MAX: usize = 10_000;
+/// How many orders are kept, some 200 bytes each: questions are among them.
+const ORDERS_MAX: usize = 50_000;
 /// The most orders taken at once.
 const TAKE_MAX: usize = 100;
 /// How long broadcasts and questions are worth anything.
@@ -55,8 +55,6 @@ struct Look {
     list: Option<String>,
     /// The last of the list, 0 for none.
     last: OrderId,
-    /// Up to where orders were forgotten.
-    forgotten: OrderId,
     entries: Vec<Row>,
 }
 
@@ -82,6 +80,23 @@ impl OrderBook {
     }
 
     pub(super) async fn give(self: Arc<Self>, order: Order) -> Result<OrderId, BusError> {
+        // Large, and worth something for seconds: it is kept apart, and not as long as orders are.
+        if let Order::Broadcast { id, payload, .. } = &order {
+            let key = self.key(&format!(":broadcast:{id}"));
+            self.registrar
+                .ask(0, async |connection| {
+                    let mut set = redis::cmd("SET");
+                    set.arg(key).arg(payload).arg("PX").arg(ANSWERS_TTL_MS);
+                    set.query_async::<()>(connection).await
+                })
+                .await?;
+        }
+        let order = match order {
+            Order::Broadcast { id, timestamp, .. } => {
+                Order::Broadcast { id, timestamp, payload: String::new() }
+            }
+            order => order,
+        };
         let order = serde_json::to_string(&order).expect("an order is made of names");
         let mut give = self.registrar.scripts.order.key(self.key(""));
         give.key(self.key(":list")).arg(order).arg(ORDERS_MAX).arg(random_epoch());
@@ -95,7 +110,8 @@ impl OrderBook {
         loop {
             match self.look().await {
                 Ok(look) => {
-                    let taken = self.taken(look);
+                    let mut taken = self.taken(look);
+                    self.fetch_broadcasts(&mut taken).await;
                     if !taken.orders.is_empty() || taken.missed {
                         return taken;
                     }
@@ -107,47 +123,40 @@ impl OrderBook {
         }
     }
 
+    async fn fetch_broadcasts(&self, taken: &mut Taken) {
+        for given in &mut taken.orders {
+            let Order::Broadcast { id, payload, .. } = &mut given.order else { continue };
+            let key = self.key(&format!(":broadcast:{id}"));
+            let fetched: Result<Option<String>, _> = self
+                .registrar
+                .ask(0, async |connection| redis::cmd("GET").arg(key).query_async(connection).await)
+                .await;
+            match fetched {
+                Ok(Some(fetched)) => *payload = fetched,
+                // It is too late for it.
+                _ => given.is_fresh = false,
+            }
+        }
+    }
+
     async fn look(&self) -> Result<Look, BusError> {
-        type Info = BTreeMap<String, redis::Value>;
         let cursor = self.state.lock().cursor.unwrap_or_default();
         let stream = self.key("");
-        let (time, list, exists, entries): ((u64, u64), Option<String>, bool, Vec<Row>) = self
+        type Rows = Vec<Row>;
+        let (time, list, last, entries): ((u64, u64), Option<String>, Rows, Rows) = self
             .registrar
             .ask(0, async |connection| {
                 let mut pipeline = redis::pipe();
-                pipeline.cmd("TIME").cmd("GET").arg(self.key(":list"));
-                pipeline.cmd("EXISTS").arg(&stream);
-                pipeline.cmd("XRANGE").arg(&stream).arg(format!("({}", text_of(cursor)));
-                pipeline.arg("+").arg("COUNT").arg(TAKE_MAX);
+                pipeline.atomic().cmd("TIME").cmd("GET").arg(self.key(":list"));
+                pipeline.cmd("XREVRANGE").arg(&stream).arg("+").arg("-").arg("COUNT").arg(1);
+                // The last one taken as well: it tells whether the list has been cut behind it.
+                pipeline.cmd("XRANGE").arg(&stream).arg(text_of(cursor)).arg("+");
+                pipeline.arg("COUNT").arg(TAKE_MAX + 1);
                 pipeline.query_async(connection).await
             })
             .await?;
-        let is_known = {
-            let state = self.state.lock();
-            state.cursor.is_some() && state.list == list
-        };
-        let mut look = Look {
-            now_ms: time.0 * 1000 + time.1 / 1000,
-            list,
-            last: OrderId::default(),
-            forgotten: OrderId::default(),
-            entries,
-        };
-        if exists && (!is_known || !look.entries.is_empty()) {
-            let info: Info = self
-                .registrar
-                .ask(0, async |connection| {
-                    redis::cmd("XINFO").arg("STREAM").arg(&stream).query_async(connection).await
-                })
-                .await?;
-            let id = |name: &str| {
-                let text = redis::from_redis_value::<String>(info.get(name)?.clone()).ok()?;
-                id_of(&text)
-            };
-            look.last = id("last-generated-id").unwrap_or_default();
-            look.forgotten = id("max-deleted-entry-id").unwrap_or_default();
-        }
-        Ok(look)
+        let last = last.first().and_then(|(id, _)| id_of(id)).unwrap_or_default();
+        Ok(Look { now_ms: time.0 * 1000 + time.1 / 1000, list, last, entries })
     }
 
     fn taken(&self, look: Look) -> Taken {
@@ -163,9 +172,16 @@ impl OrderBook {
             state.applied = OrderId::default();
             return Taken::default();
         }
-        let mut taken = Taken { missed: look.forgotten > cursor, ..Taken::default() };
+        if look.last < cursor {
+            // Redis lost the end of it.
+            (state.cursor, state.applied) = (Some(look.last), look.last);
+            return Taken::default();
+        }
+        let first = look.entries.first().and_then(|(id, _)| id_of(id));
+        let missed = cursor != OrderId::default() && first != Some(cursor);
+        let mut taken = Taken { missed, ..Taken::default() };
         for (entry, fields) in look.entries {
-            let Some(id) = id_of(&entry) else { continue };
+            let Some(id) = id_of(&entry).filter(|id| *id > cursor) else { continue };
             state.cursor = Some(id);
             let order = fields.get("o").and_then(|order| serde_json::from_str(order).ok());
             let Some(order) = order else {

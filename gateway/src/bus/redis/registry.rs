@@ -9,7 +9,7 @@
 //! What changes goes through one queue, in order, pipelined; what fails is tried again.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashSet, VecDeque},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque, hash_map::Entry},
     sync::Arc,
     time::Duration,
 };
@@ -88,6 +88,8 @@ struct State {
     queue: VecDeque<Op>,
     /// Seats in the queue that nobody waits for.
     touched: HashSet<(Place, UserId)>,
+    /// Up to where users have acknowledged their inboxes, of those in the queue.
+    acks: HashMap<UserId, (Option<Epoch>, Seq)>,
     /// The seats of this node.
     seats: BTreeMap<(Place, UserId), Seat>,
     /// Under which name they are written.
@@ -226,6 +228,22 @@ impl Registrar {
         self.wake.notify_one();
     }
 
+    /// Notes what is to be acknowledged. Returns whether nothing waits for the user yet.
+    pub(super) fn note_ack(&self, user: &UserId, (epoch, seq): (Option<Epoch>, Seq)) -> bool {
+        match self.state.lock().acks.entry(user.clone()) {
+            Entry::Vacant(place) => {
+                place.insert((epoch, seq));
+                true
+            }
+            Entry::Occupied(mut known) => {
+                let (of, up_to) = known.get_mut();
+                *up_to = if *of == epoch { (*up_to).max(seq) } else { seq };
+                *of = epoch;
+                false
+            }
+        }
+    }
+
     pub(super) fn session_ttl(&self) -> Duration {
         self.sessions.ttl
     }
@@ -343,11 +361,11 @@ impl Registrar {
     /// Takes the next calls to some homes out of the queue, so that those to others hold up nobody.
     /// Where all is written under the present name, the old ones may be taken away.
     fn take(&self, homes: &BTreeSet<u16>) -> Vec<Op> {
-        let State { queue, touched, is_rewritten, .. } = &mut *self.state.lock();
+        let State { queue, touched, acks, is_rewritten, .. } = &mut *self.state.lock();
         let keyspace = self.router.keyspace();
         let (mut ops, mut kept) = (Vec::new(), VecDeque::new());
         while ops.len() < BATCH_MAX
-            && let Some(op) = queue.pop_front()
+            && let Some(mut op) = queue.pop_front()
         {
             if let Op::Rewritten = op {
                 *is_rewritten = ops.is_empty() && kept.is_empty();
@@ -360,8 +378,12 @@ impl Registrar {
                 kept.push_back(op);
                 continue;
             }
-            if let Op::Seat { key, reply: None, .. } = &op {
-                touched.remove(key);
+            match &mut op {
+                Op::Seat { key, reply: None, .. } => drop(touched.remove(key)),
+                Op::Session(SessionOp::Acknowledge { user, up_to }) => {
+                    *up_to = acks.remove(user).or(up_to.take());
+                }
+                _ => {}
             }
             ops.push(op);
         }

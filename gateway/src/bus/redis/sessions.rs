@@ -23,7 +23,8 @@ use super::{
 use crate::bus::{
     BusError,
     sessions::{
-        About, DataError, KeptSession, Opened, Opening, SESSIONS_MAX, SecretDigest, Which, merged,
+        About, DataError, Holder, KeptSession, Opened, Opening, SESSIONS_MAX, SecretDigest, Which,
+        merged,
     },
 };
 
@@ -40,13 +41,13 @@ pub(super) enum SessionOp {
         user: UserId,
         session: SessionId,
         connection: ConnectionId,
-        /// Whether that was the end of it.
-        ends: bool,
+        /// Who wants to know whose it is; nobody, where the connection has ended.
+        reply: Option<oneshot::Sender<Result<Holder, BusError>>>,
     },
+    /// What is to be noted, once it was taken out of the queue.
     Acknowledge {
         user: UserId,
-        epoch: Option<Epoch>,
-        seq: Seq,
+        up_to: Option<(Option<Epoch>, Seq)>,
     },
 }
 
@@ -60,19 +61,33 @@ impl SessionOp {
 
     /// Whether nobody waits for it any more.
     pub(super) fn is_given_up(&self) -> bool {
-        matches!(self, Self::Open { reply, .. } if reply.is_closed())
+        match self {
+            Self::Open { reply, .. } => reply.is_closed(),
+            Self::Use { reply: Some(reply), .. } => reply.is_closed(),
+            Self::Use { .. } | Self::Acknowledge { .. } => false,
+        }
     }
 
     pub(super) fn done(self, answer: &Value) {
-        if let Self::Open { reply, .. } = self {
+        match self {
             // Who does not wait any more has given up on it.
-            let _ = reply.send(opened(answer).ok_or(BusError::Refused));
+            Self::Open { reply, .. } => {
+                drop(reply.send(opened(answer).ok_or(BusError::Refused)));
+            }
+            Self::Use { reply: Some(reply), .. } => drop(reply.send(Ok(match answer {
+                Value::Int(1) => Holder::This,
+                Value::Int(2) => Holder::Another,
+                _ => Holder::Gone,
+            }))),
+            Self::Use { .. } | Self::Acknowledge { .. } => {}
         }
     }
 
     pub(super) fn fail(self, error: BusError) {
-        if let Self::Open { reply, .. } = self {
-            let _ = reply.send(Err(error));
+        match self {
+            Self::Open { reply, .. } => drop(reply.send(Err(error))),
+            Self::Use { reply: Some(reply), .. } => drop(reply.send(Err(error))),
+            Self::Use { .. } | Self::Acknowledge { .. } => {}
         }
     }
 }
@@ -98,9 +113,38 @@ impl Registrar {
         user: UserId,
         session: SessionId,
         connection: ConnectionId,
-        ends: bool,
-    ) {
-        self.queue(Op::Session(SessionOp::Use { user, session, connection, ends }));
+    ) -> impl Future<Output = Result<Holder, BusError>> + use<> {
+        let (reply, replied) = oneshot::channel();
+        let reply = Some(reply);
+        self.queue(Op::Session(SessionOp::Use { user, session, connection, reply }));
+        async move { replied.await.unwrap_or(Err(BusError::Unavailable)) }
+    }
+
+    pub(super) fn close_session(&self, user: UserId, session: SessionId, connection: ConnectionId) {
+        self.queue(Op::Session(SessionOp::Use { user, session, connection, reply: None }));
+    }
+
+    pub(super) async fn find_session(
+        self: Arc<Self>,
+        user: UserId,
+        session: SessionId,
+        digest: SecretDigest,
+    ) -> Result<Option<Arc<About>>, BusError> {
+        let keyspace = self.router.keyspace();
+        let (home, [sessions, _]) =
+            (keyspace.home_of_text(user.as_str()), keys_of(keyspace, &user));
+        let (time, row): ((u64, u64), Option<String>) = self
+            .ask(home, async |connection| {
+                let mut pipeline = redis::pipe();
+                pipeline.cmd("TIME").cmd("HGET").arg(sessions).arg(session.to_string());
+                pipeline.query_async(connection).await
+            })
+            .await?;
+        let now = time.0 * 1000 + time.1 / 1000;
+        let row = row.filter(|row| row.split(' ').next() == Some(&*digest.to_text()));
+        let kept = row.and_then(|row| kept_of(&session.to_string(), &row));
+        let kept = kept.filter(|kept| kept.used + self.session_ttl_ms() > now);
+        Ok(kept.map(|kept| kept.about))
     }
 
     fn session_ttl_ms(&self) -> u64 {
@@ -108,7 +152,10 @@ impl Registrar {
     }
 
     pub(super) fn acknowledge(&self, user: UserId, epoch: Option<Epoch>, seq: Seq) {
-        self.queue(Op::Session(SessionOp::Acknowledge { user, epoch, seq }));
+        // One waits for each user, however often it is said.
+        if self.note_ack(&user, (epoch, seq)) {
+            self.queue(Op::Session(SessionOp::Acknowledge { user, up_to: None }));
+        }
     }
 
     /// The call of a script.
@@ -132,16 +179,17 @@ impl Registrar {
                 command.arg(about).arg(ttl).arg(SESSIONS_MAX);
                 command
             }
-            SessionOp::Use { user, session, connection, ends } => {
+            SessionOp::Use { user, session, connection, reply } => {
                 let mut command = evalsha(&self.scripts.use_session, &keys_of(keyspace, user));
                 command
                     .arg(session.to_string())
                     .arg(connection.to_string())
                     .arg(ttl)
-                    .arg(flag(*ends));
+                    .arg(flag(reply.is_none()));
                 command
             }
-            SessionOp::Acknowledge { user, epoch, seq } => {
+            SessionOp::Acknowledge { user, up_to } => {
+                let (epoch, seq) = up_to.clone().unwrap_or_default();
                 let inbox = RoomId::inbox_of(user);
                 let meta = format!("{}:meta", keyspace.channel(&inbox));
                 let mut command = evalsha(&self.scripts.acknowledge, &[meta]);

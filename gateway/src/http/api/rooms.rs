@@ -184,7 +184,7 @@ pub(super) async fn list(
 ) -> Result<Json<Rooms>, Failed> {
     let (prefix, after, limit) = query(paging)?.checked()?;
     let registry = node.services.presence.registry();
-    let listing = wait(&node, registry.list(prefix, after, limit)).await?;
+    let listing = wait(&node, registry.list(prefix, after, limit, true)).await?;
     let rooms = listing.rooms.into_iter().map(|found| Room::of(&node, found)).collect();
     Ok(Json(Rooms { rooms, cursor: listing.next }))
 }

@@ -335,10 +335,12 @@ pub(super) async fn revoke_one(
 ) -> Result<Json<Outcome>, Failed> {
     let (id, session): (UserId, SessionId) = (user(&id)?, name(&session)?);
     let kept = wait(&node, node.services.sessions.list(id.clone())).await?;
+    // Also where it is not there: what was tried before may have been done by half.
+    let outcome = node.control.close(id, Which::One(session), false, kicked()).await?;
     if !kept.iter().any(|kept| kept.session == session) {
         return Err(Failed::new(ErrorCode::NotFound, "there is no such session"));
     }
-    Ok(Json(node.control.close(id, Which::One(session), false, kicked()).await?.into()))
+    Ok(Json(outcome.into()))
 }
 
 #[cfg(test)]

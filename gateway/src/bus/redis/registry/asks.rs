@@ -96,6 +96,8 @@ impl Registrar {
         let home_of = |at: &usize| keyspace.home_of_text(users[*at].as_str());
         for (home, places) in by_home(0..users.len(), home_of) {
             let names: Vec<&str> = places.iter().map(|at| users[*at].as_str()).collect();
+            // Before it is read, so that it is settled for what was written until then.
+            let settled = self.is_settled();
             let online = keyspace.online(home);
             let (rows, seen): (Vec<Option<String>>, Vec<Option<f64>>) = self
                 .ask(home, async |connection| {
@@ -111,6 +113,7 @@ impl Registrar {
                 statuses[at] = Status {
                     online: detail.is_some(),
                     active: active.or(seen.map(|seen| seen as u64)),
+                    settled,
                 };
             }
         }
@@ -269,6 +272,7 @@ impl Registrar {
         prefix: String,
         mut after: String,
         limit: usize,
+        all: bool,
     ) -> Result<Listing, BusError> {
         let keyspace = self.router.keyspace();
         let mut rooms: Vec<Found> = Vec::new();
@@ -295,7 +299,7 @@ impl Registrar {
                     }
                 }
             }
-            page.retain(|found| found.record.as_ref().is_none_or(|record| record.public));
+            page.retain(|found| all || found.record.as_ref().is_none_or(|record| record.public));
             page.sort_unstable_by(|a, b| a.room.cmp(&b.room));
             rooms.extend(page);
             next = more.then(|| last.clone());

@@ -40,14 +40,16 @@ if not session then
     local rows = redis.call('HGETALL', KEYS[7])
     local count, oldest, oldest_used = 0
     for i = 1, #rows, 2 do
-        local _, _, used = parts_of(rows[i + 1])
+        local _, _, used, connection = parts_of(rows[i + 1])
+        -- Those that are in use go last.
+        local rank = used and used + (connection == '-' and 0 or ttl)
         if used + ttl <= now then
             redis.call('HDEL', KEYS[7], rows[i])
             redis.call('HDEL', KEYS[8], rows[i])
         else
             count = count + 1
-            if not oldest or used < oldest_used then
-                oldest, oldest_used = rows[i], used
+            if not oldest or rank < oldest_used then
+                oldest, oldest_used = rows[i], rank
             end
         end
     end
@@ -62,18 +64,24 @@ redis.call('PEXPIRE', KEYS[7], ttl)
 redis.call('PEXPIRE', KEYS[8], ttl)
 
 local acked = math.min(tonumber(redis.call('HGET', KEYS[2], 'a') or '0'), top)
-local unread, cursor = 0, '(' .. digits(acked) .. '-0'
+-- Large ones are not all looked at: above a MiB the others count as from somebody else.
+local unread, bytes, cursor = 0, 1048576, '(' .. digits(acked) .. '-0'
 while acked < top do
-    local some = redis.call('XRANGE', KEYS[1], cursor, '+', 'COUNT', 100)
+    local some = redis.call('XRANGE', KEYS[1], cursor, '+', 'COUNT', 16)
     for _, entry in ipairs(some) do
+        bytes = bytes - #entry[2][6]
         if string.sub(entry[2][6], 3, 10) ~= ARGV[7] then
             unread = unread + 1
         end
     end
-    if #some < 100 then
+    if #some < 16 then
         break
     end
-    cursor = '(' .. some[100][1]
+    if bytes < 0 then
+        unread = unread + top - tonumber(string.match(some[16][1], '^%d+'))
+        break
+    end
+    cursor = '(' .. some[16][1]
 end
 local first = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)[1]
 local oldest = first and string.match(first[1], '^%d+') or '0'

@@ -1,5 +1,6 @@
 #!lua flags=allow-oom
--- Notes that a connection has ended, or still has its session.
+-- Notes that a connection has ended, or still has its session. Returns whose that is: 1 of this
+-- connection, 2 of another, 0 of nobody.
 --
 -- KEYS  1 sessions (hash)  2 data of sessions (hash)
 -- ARGV  1 session  2 connection  3 how long a session is kept, ms  4 whether it has ended: 1 or empty
@@ -9,7 +10,9 @@ if not row then
     return 0
 end
 local digest, created, connection, about = string.match(row, '^(%x+) (%d+) %d+ (%S+) (.*)$')
-if connection == ARGV[2] then
+if connection ~= ARGV[2] then
+    return 2
+else
     local left = ARGV[4] == '1' and '-' or connection
     local now = digits(now_ms())
     redis.call('HSET', KEYS[1], ARGV[1], digest .. ' ' .. created .. ' ' .. now .. ' ' .. left .. ' ' .. about)
