@@ -20,8 +20,8 @@ use crate::harness::{Node, Redis};
 const AT_ONCE: usize = 200;
 /// Rooms that many share; some join one of their own beside that.
 const ROOMS: usize = 50;
-/// After how many tenths memory is as large as it gets: rooms stay for 30 s after their last member, inboxes
-/// for 5 s, and what a bus in memory has of them for up to 30 s more.
+/// After how many tenths memory is as large as it gets: rooms stay for 30 s after their last member,
+/// and what a bus in memory has of them for up to 30 s more.
 const WARM_AFTER: usize = 4;
 /// What memory may grow by from then to the end: what varies from one look to the next.
 const GROWTH_MAX_KIB: u64 = 6 * 1024;
@@ -46,14 +46,16 @@ const SMALL_LOGS: [(&str, &str); 8] = [
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_comes_and_goes_leaves_nothing() {
     let node = Node::start_alone(&SMALL_LOGS).await;
-    churn(node, of(1_000_000, 24_000), 0).await;
+    churn(node, of(1_000_000, 10_000), 0).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_comes_and_goes_leaves_nothing_with_redis_as_the_bus() {
     let redis = Redis::start().await;
-    let node = Node::start(&redis, None, &SMALL_LOGS).await;
-    churn(node, of(1_000_000, 8_000), READERS_MAX).await;
+    // Redis keeps sessions, and does not count here; a connection may take longer than a second.
+    let options = [&SMALL_LOGS[..], &[("sessions.ttl", "1m")]].concat();
+    let node = Node::start(&redis, None, &options).await;
+    churn(node, of(1_000_000, 3_000), READERS_MAX).await;
 }
 
 /// `count` come and go; the node may have `more` descriptors and tasks than before.
@@ -73,6 +75,10 @@ async fn churn(node: Node, count: usize, more: usize) {
                 && held.tasks <= fresh.tasks
         };
         last = Held::once(&node, "all are gone", none_is_left).await;
+        // Inboxes are followed for some seconds more: as many as came in that time.
+        if [WARM_AFTER, 10].contains(&(tenth + 1)) {
+            last = Held::once(&node, "no inbox is followed", |held| held.inboxes == 0).await;
+        }
         println!("{:>8} in {took:.1?}: {last:?}", (tenth + 1) * count / 10);
         if tenth + 1 == WARM_AFTER {
             warm = last;
@@ -83,12 +89,10 @@ async fn churn(node: Node, count: usize, more: usize) {
         last = Held::once(&node, "no room is followed", |held| held.rooms == 0).await;
         println!("at rest: {last:?}");
     }
-    assert!(
-        last.memory_kib <= warm.memory_kib + GROWTH_MAX_KIB,
-        "{} KiB after {count}, {} after {WARM_AFTER} tenths of them",
-        last.memory_kib,
-        warm.memory_kib
-    );
+    // The allocator gives back what it has in its own time.
+    let max = warm.memory_kib + GROWTH_MAX_KIB;
+    let what = format!("{} KiB, after {WARM_AFTER} tenths {}", last.memory_kib, warm.memory_kib);
+    Held::once(&node, &what, |held| held.memory_kib <= max).await;
     node.process.signal("TERM");
     let (code, said) = node.end().await;
     assert_eq!(code, Some(0));

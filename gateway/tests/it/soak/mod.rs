@@ -33,6 +33,7 @@ struct Held {
     connections: i64,
     members: i64,
     rooms: i64,
+    inboxes: i64,
     tasks: i64,
     descriptors: usize,
     /// Without what is shared with others who run the same code.
@@ -53,6 +54,7 @@ impl Held {
             connections: gauge("gateway_connections"),
             members: gauge("gateway_members"),
             rooms: gauge("gateway_rooms"),
+            inboxes: gauge("gateway_inboxes"),
             tasks: gauge("gateway_tasks"),
             descriptors: std::fs::read_dir(format!("{process}/fd")).unwrap().count(),
             memory_kib: memory.trim().trim_end_matches(" kB").parse().unwrap(),
