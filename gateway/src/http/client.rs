@@ -223,13 +223,14 @@ pub(super) fn unread_from(inbox: &Inbox) -> Seq {
 /// another that presented it, may have come before it was to be found there.
 pub(super) async fn hold_session(node: &Node, subscriber: &Subscriber) {
     let Some(owner) = subscriber.owner() else { return };
-    let sessions = &node.services.sessions;
+    let Services { sessions, limits, .. } = &*node.services;
     let holder = sessions.holder(owner.user.clone(), owner.session, subscriber.connection);
-    let (code, reason) = match holder.await {
-        Ok(Holder::This) => return,
-        Ok(Holder::Another) => (CloseCode::SessionReplaced, ""),
+    let (code, reason) = match tokio::time::timeout(limits.wait_max, holder).await {
+        Ok(Ok(Holder::Another)) => (CloseCode::SessionReplaced, ""),
         // It comes back and is given another, or is refused again.
-        Ok(Holder::Gone) | Err(_) => (CloseCode::Overload, "unavailable"),
+        Ok(Ok(Holder::Gone)) => (CloseCode::Overload, "unavailable"),
+        // Where that cannot be found out now it is within a minute.
+        Ok(Ok(Holder::This) | Err(_)) | Err(_) => return,
     };
     subscriber.outbox.close(Close { code: code.number(), reason: reason.to_owned() });
 }

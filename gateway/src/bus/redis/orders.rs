@@ -2,8 +2,8 @@
 //! [`LOOK_EVERY`] from where it was.
 //!
 //! `gw:orders` (stream), `gw:orders:list` (which list it is: another one, where Redis lost it),
-//! `gw:orders:nodes` (hash: of each process "<id applied> <when it was heard of, ms>"),
-//! `gw:orders:answers:<id>` (list).
+//! `gw:orders:nodes` (hash: of each process `<id applied> <when it was heard of, ms>`),
+//! `gw:orders:answers:<id>` (list), `gw:orders:broadcast:<id>`.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
