@@ -131,7 +131,7 @@ async fn a_batch_has_a_fate_for_each_message_in_its_order() {
             (0..50).map(|n| json!({"room": "r", "content": n})).collect();
         messages.insert(10, json!({"room": "not a room", "content": 0}));
         let body = json!({"messages": messages});
-        let results = world.call(0, "POST /api/v1/publish", Some(body), 200).await;
+        let results = world.call(0, "POST /api/v1/publish", Some(body), 201).await;
         let results = results["results"].as_array().unwrap();
         assert_eq!(results[10]["error"]["code"], "bad_request");
         let seqs: Vec<_> = results.iter().filter_map(|result| result["seq"].as_u64()).collect();
@@ -218,7 +218,7 @@ async fn notifications_reach_all_devices_now_or_later_and_once() {
             assert_eq!(Some(told.seq), sent["seq"].as_u64());
         }
         let many = json!({"users": ["ann", "bob", "_no"], "payload": "all"});
-        let results = world.call(1, "POST /api/v1/notifications", Some(many), 200).await;
+        let results = world.call(1, "POST /api/v1/notifications", Some(many), 201).await;
         let results = results["results"].as_array().unwrap();
         assert_eq!(
             (results[0]["user"].as_str(), results[0]["seq"].as_u64()),

@@ -541,6 +541,33 @@ async fn a_user_has_so_many_sessions_and_those_in_use_go_last() {
 }
 
 #[tokio::test]
+async fn a_session_is_kept_while_it_is_in_use_and_for_its_time_after() {
+    World::each(&[("sessions.ttl", "2s")], async |world| {
+        let mut ann = Device::new(world, 0, "ann").await;
+        let token = ann.connected.session.clone();
+        // Longer in use than that: it is kept.
+        let until = tokio::time::Instant::now() + tokio::time::Duration::from_secs(3);
+        while tokio::time::Instant::now() < until {
+            ask(&mut ann.connection, json!({"type": "ping"})).await.unwrap();
+            crate::harness::poll_pause().await;
+        }
+        drop(ann);
+        let resume = async || {
+            let token = token.clone();
+            Device::open(world, 1, "ann", move |to| to.session = Some(token)).await.connected
+        };
+        assert!(resume().await.resumed);
+        // Asking is using it, so that it is asked once when its time should be over.
+        let until = tokio::time::Instant::now() + tokio::time::Duration::from_secs(4);
+        while tokio::time::Instant::now() < until {
+            crate::harness::poll_pause().await;
+        }
+        assert!(!resume().await.resumed);
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_session_token_that_does_not_count_makes_a_new_session() {
     World::each(&[], async |world| {
         let ann = Device::new(world, 0, "ann").await;

@@ -123,7 +123,7 @@ pub(super) struct Sent {
     #[serde(skip_serializing_if = "Option::is_none")]
     epoch: Option<String>,
     /// Whether the id was known, so that nothing was appended.
-    duplicate: bool,
+    pub(super) duplicate: bool,
 }
 
 impl Sent {
@@ -250,12 +250,16 @@ pub(super) async fn send(
 #[utoipa::path(
     post, path = "/api/v1/publish", tag = "messages",
     request_body = Batch,
-    responses((status = 200, description = "What became of each.", body = MessageFates), Common)
+    responses(
+        (status = 201, description = "What became of each; one at least was appended.", body = MessageFates),
+        (status = 200, description = "What became of each; none was appended.", body = MessageFates),
+        Common,
+    )
 )]
 pub(super) async fn publish(
     State(node): State<Arc<Node>>,
     Body(batch): Body<Batch>,
-) -> Result<Json<MessageFates>, Failed> {
+) -> Result<(StatusCode, Json<MessageFates>), Failed> {
     if batch.messages.len() > BATCH_MAX {
         return Err(Failed::bad(format!("at most {BATCH_MAX} messages")));
     }
@@ -266,16 +270,20 @@ pub(super) async fn publish(
     // All are handed on before the first is waited for.
     let published: Vec<_> = batch.messages.into_iter().map(publish).collect();
     let mut results = Vec::with_capacity(published.len());
+    let mut status = StatusCode::OK;
     for published in published {
         let sent = match published {
             Ok((id, appending)) => fate(&node, id, appending).await,
             Err(failed) => Err(failed),
         };
+        if sent.as_ref().is_ok_and(|sent| !sent.duplicate) {
+            status = StatusCode::CREATED;
+        }
         results.push(
             sent.map_or_else(|failed| MessageFate::Failed(failed.to_problem()), MessageFate::Sent),
         );
     }
-    Ok(Json(MessageFates { results }))
+    Ok((status, Json(MessageFates { results })))
 }
 
 /// Of whom it is asked in particular.

@@ -150,12 +150,16 @@ pub(super) async fn notify(
 #[utoipa::path(
     post, path = "/api/v1/notifications", tag = "notifications",
     request_body = ToMany,
-    responses((status = 200, description = "What became of each.", body = NotificationFates), Common)
+    responses(
+        (status = 201, description = "What became of each; one at least was appended.", body = NotificationFates),
+        (status = 200, description = "What became of each; none was appended.", body = NotificationFates),
+        Common,
+    )
 )]
 pub(super) async fn notify_many(
     State(node): State<Arc<Node>>,
     Body(ToMany { users, payload, require_ack, id }): Body<ToMany>,
-) -> Result<Json<NotificationFates>, Failed> {
+) -> Result<(StatusCode, Json<NotificationFates>), Failed> {
     // serde cannot have raw JSON in what is flattened.
     let notification = Notification { payload, require_ack, id };
     checked(&node, &notification.payload)?;
@@ -166,11 +170,16 @@ pub(super) async fn notify_many(
     // All are handed on before the first is waited for.
     let sends = users.iter().map(|to| notification.send(&node, to, id));
     let sends = futures_util::future::join_all(sends).await;
+    let is_new = sends.iter().any(|sent| sent.as_ref().is_ok_and(|sent| !sent.duplicate));
+    let status = if is_new { StatusCode::CREATED } else { StatusCode::OK };
     let fate = |(user, sent): (String, Result<Sent, Failed>)| match sent {
         Ok(sent) => NotificationFate::Sent { user, sent },
         Err(failed) => NotificationFate::Failed { user, problem: failed.to_problem() },
     };
-    Ok(Json(NotificationFates { results: users.into_iter().zip(sends).map(fate).collect() }))
+    Ok((
+        status,
+        Json(NotificationFates { results: users.into_iter().zip(sends).map(fate).collect() }),
+    ))
 }
 
 /// Send something to every connection there is, at most once.
