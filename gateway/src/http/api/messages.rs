@@ -123,7 +123,7 @@ pub(super) struct Sent {
     #[serde(skip_serializing_if = "Option::is_none")]
     epoch: Option<String>,
     /// Whether the id was known, so that nothing was appended.
-    pub(super) duplicate: bool,
+    duplicate: bool,
 }
 
 impl Sent {
@@ -137,9 +137,10 @@ impl Sent {
         }
     }
 
-    /// 201 where something came to be.
-    pub(super) fn status(&self) -> StatusCode {
-        if self.duplicate { StatusCode::OK } else { StatusCode::CREATED }
+    /// 201 where something came to be, else 200.
+    pub(super) fn status<'a>(sent: impl IntoIterator<Item = &'a Self>) -> StatusCode {
+        let is_new = sent.into_iter().any(|sent| !sent.duplicate);
+        if is_new { StatusCode::CREATED } else { StatusCode::OK }
     }
 }
 
@@ -170,6 +171,16 @@ pub(super) fn is_readable(what: &str, raw: &RawValue) -> Result<(), Failed> {
 
 /// What is appended, once it is.
 type Appending = oneshot::Receiver<Result<Appended, BusError>>;
+
+/// What the publisher calls with what became of an append, and where that can be waited for.
+pub(super) fn appending() -> (impl FnOnce(Result<Appended, BusError>) + Send + 'static, Appending) {
+    let (done, appending) = oneshot::channel();
+    let done = move |result| {
+        // Who asked may have given up on it.
+        let _ = done.send(result);
+    };
+    (done, appending)
+}
 
 impl Outgoing {
     /// Hands the message to the bus.
@@ -207,14 +218,10 @@ impl Outgoing {
             author: Author::of(&user.id),
             user: &user,
         };
-        let (done, appended) = oneshot::channel();
-        let done = move |result| {
-            // Who asked may have given up on it.
-            let _ = done.send(result);
-        };
+        let (done, appending) = appending();
         let published = node.services.publisher.publish(sender, &message, &receipt, done);
         published.map_err(|error| Failed::new(ErrorCode::TooLarge, error.to_string()))?;
-        Ok((receipt.id, appended))
+        Ok((receipt.id, appending))
     }
 }
 
@@ -242,7 +249,7 @@ pub(super) async fn send(
 ) -> Result<(StatusCode, Json<Sent>), Failed> {
     let (id, appending) = message.publish(&node, name(&room)?)?;
     let sent = fate(&node, id, appending).await?;
-    Ok((sent.status(), Json(sent)))
+    Ok((Sent::status([&sent]), Json(sent)))
 }
 
 /// Send many messages, to one room or to many. Each has its own fate, and those to one room are
@@ -269,20 +276,18 @@ pub(super) async fn publish(
     };
     // All are handed on before the first is waited for.
     let published: Vec<_> = batch.messages.into_iter().map(publish).collect();
-    let mut results = Vec::with_capacity(published.len());
-    let mut status = StatusCode::OK;
+    let mut sends = Vec::with_capacity(published.len());
     for published in published {
-        let sent = match published {
+        sends.push(match published {
             Ok((id, appending)) => fate(&node, id, appending).await,
             Err(failed) => Err(failed),
-        };
-        if sent.as_ref().is_ok_and(|sent| !sent.duplicate) {
-            status = StatusCode::CREATED;
-        }
-        results.push(
-            sent.map_or_else(|failed| MessageFate::Failed(failed.to_problem()), MessageFate::Sent),
-        );
+        });
     }
+    let status = Sent::status(sends.iter().flatten());
+    let fate = |sent: Result<Sent, Failed>| {
+        sent.map_or_else(|failed| MessageFate::Failed(failed.to_problem()), MessageFate::Sent)
+    };
+    let results = sends.into_iter().map(fate).collect();
     Ok((status, Json(MessageFates { results })))
 }
 

@@ -10,12 +10,11 @@ use axum::{
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use shared::{error::ErrorCode, ids::MessageId};
-use tokio::sync::oneshot;
 use utoipa::ToSchema;
 
 use super::{
     Body, Common, Failed, Problem,
-    messages::{BATCH_MAX, Sent, fate, id_of, is_readable},
+    messages::{BATCH_MAX, Sent, appending, fate, id_of, is_readable},
     user,
 };
 use crate::{bus::orders::Order, http::Node};
@@ -110,14 +109,10 @@ fn checked(node: &Node, payload: &RawValue) -> Result<(), Failed> {
 impl Notification {
     async fn send(&self, node: &Node, to: &str, id: MessageId) -> Result<Sent, Failed> {
         let to = user(to)?;
-        let (done, appended) = oneshot::channel();
-        let done = move |result| {
-            // Who asked may have given up on it.
-            let _ = done.send(result);
-        };
+        let (done, appending) = appending();
         let require_ack = self.require_ack.unwrap_or_default();
         node.services.publisher.notify(&to, id, &self.payload, require_ack, done);
-        fate(node, id, appended).await
+        fate(node, id, appending).await
     }
 
     fn id(&self) -> Result<MessageId, Failed> {
@@ -143,7 +138,7 @@ pub(super) async fn notify(
 ) -> Result<(StatusCode, Json<Sent>), Failed> {
     checked(&node, &notification.payload)?;
     let sent = notification.send(&node, &to, notification.id()?).await?;
-    Ok((sent.status(), Json(sent)))
+    Ok((Sent::status([&sent]), Json(sent)))
 }
 
 /// Notify many users. Each has its own fate.
@@ -170,16 +165,13 @@ pub(super) async fn notify_many(
     // All are handed on before the first is waited for.
     let sends = users.iter().map(|to| notification.send(&node, to, id));
     let sends = futures_util::future::join_all(sends).await;
-    let is_new = sends.iter().any(|sent| sent.as_ref().is_ok_and(|sent| !sent.duplicate));
-    let status = if is_new { StatusCode::CREATED } else { StatusCode::OK };
+    let status = Sent::status(sends.iter().flatten());
     let fate = |(user, sent): (String, Result<Sent, Failed>)| match sent {
         Ok(sent) => NotificationFate::Sent { user, sent },
         Err(failed) => NotificationFate::Failed { user, problem: failed.to_problem() },
     };
-    Ok((
-        status,
-        Json(NotificationFates { results: users.into_iter().zip(sends).map(fate).collect() }),
-    ))
+    let results = users.into_iter().zip(sends).map(fate).collect();
+    Ok((status, Json(NotificationFates { results })))
 }
 
 /// Send something to every connection there is, at most once.
