@@ -28,6 +28,7 @@ use crate::{
         registry::RegistryOptions,
         sessions::SessionOptions,
     },
+    drain::departure,
     http::{HttpLimits, HttpOptions, api::ApiKeys, origin::AllowedOrigins},
     hub::HubOptions,
     limits::Rate,
@@ -212,6 +213,7 @@ impl Config {
         let deflate = r.take::<bool>("transport.deflate", "true", "Whether messages are compressed with clients that offer permessage-deflate.");
         let deflate_bytes = r.take::<Bytes>("transport.deflate_bytes_min", "256", "Messages smaller than this are sent as they are.");
         let drain_delay = r.take::<Span>("drain.delay", "1s", "After SIGTERM, how long `/ready` says 503 before clients are sent away.");
+        let drain_window = r.take::<Span>("drain.window", "20s", "The longest time over which clients are sent away, a few at a time. They leave half as fast as `limits.accepts_per_second` lets another node take them, so that few clients take milliseconds.");
 
         let message_bytes = r.take::<Bytes>("limits.message_bytes_max", &MESSAGE_BYTES_MAX.to_string(), "The largest WebSocket message. More: close 1009.");
         let messages = r.take_in("limits.messages_per_second", "50", 0..=1_000_000_u32, "`message` frames per connection, twice as many at once. More: `rate_limited`. 0: no limit.");
@@ -298,6 +300,7 @@ impl Config {
                 allowed_origins,
                 trusted_proxies: proxies.0,
                 echo,
+                pace_of_departure: departure::Pace { window: drain_window.0, per_second: per_second_away(accepts) },
                 warn_anonymous: open_cluster,
                 dedup_window: dedup_window.0,
                 deflate_bytes_min: deflate.then_some(deflate_bytes.0),
@@ -460,6 +463,14 @@ fn nearest<'a>(key: &str, known: &[&'a str]) -> Option<&'a str> {
         ends(key) == ends(known) || common * 4 >= longest * 3
     };
     known.iter().copied().find(|known| same(known))
+}
+
+/// How many clients a second are sent to the other nodes, each of which accepts `accepts`: half of that, since others come
+/// as well, and clients do not come evenly.
+fn per_second_away(accepts: u32) -> u32 {
+    const WITHOUT_LIMIT: u32 = 5000;
+    let accepts = if accepts == 0 { WITHOUT_LIMIT } else { accepts };
+    (accepts / 2).max(1)
 }
 
 /// The host's name and four random characters.

@@ -2,21 +2,32 @@
 //!
 //! Every task of the gateway is spawned through [`Tasks`], so that none is forgotten at the end:
 //! upgraded sockets in particular are no part of any HTTP server's graceful shutdown. A stop has
-//! two steps. `leaving` tells connections to say goodbye while hub and bus still work, so that
-//! what is queued gets out; `stopped` ends the rest.
+//! three steps. `leaving` tells connections to say goodbye while hub and bus still work, so that
+//! what is queued gets out; `stopped` ends the services; `ended` ends the listeners, which answer
+//! 503 until then.
 
 use std::{fmt, future::Future, pin::Pin, sync::Arc, time::Duration};
 
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::{
+    sync::CancellationToken,
+    task::{TaskTracker, task_tracker::TaskTrackerToken},
+};
 use tracing::Instrument as _;
 
-/// The tasks of a gateway, in two groups that end one after the other.
+pub mod departure;
+
+/// How long the listeners' last answers may take once everything else has ended.
+const LAST_ANSWERS_MAX: Duration = Duration::from_secs(5);
+
+/// The tasks of a gateway, in three groups that end one after the other.
 #[derive(Clone, Debug, Default)]
 pub struct Tasks {
     connections: TaskTracker,
     services: TaskTracker,
+    listeners: TaskTracker,
     leaving: CancellationToken,
     stopped: CancellationToken,
+    ended: CancellationToken,
     around: Around,
 }
 
@@ -55,6 +66,17 @@ impl Tasks {
         self.spawn(&self.services, future.instrument(span));
     }
 
+    /// Spawns a task that answers HTTP requests; it ends after [`Tasks::ended`].
+    pub fn spawn_listener(&self, future: impl Future<Output = ()> + Send + 'static) {
+        self.spawn(&self.listeners, future);
+    }
+
+    /// Counts a request as a connection until the token is dropped: the services it needs do not
+    /// end before.
+    pub fn hold(&self) -> TaskTrackerToken {
+        self.connections.token()
+    }
+
     fn spawn(&self, group: &TaskTracker, future: impl Future<Output = ()> + Send + 'static) {
         match &self.around.0 {
             None => group.spawn(future),
@@ -78,6 +100,11 @@ impl Tasks {
         &self.stopped
     }
 
+    /// Cancelled when all services have ended.
+    pub fn ended(&self) -> &CancellationToken {
+        &self.ended
+    }
+
     /// Ends everything in order, each step within `step_max`. Returns whether all tasks ended.
     pub async fn finish(&self, step_max: Duration) -> bool {
         self.leaving.cancel();
@@ -89,6 +116,9 @@ impl Tasks {
         self.stopped.cancel();
         self.services.close();
         let services = tokio::time::timeout(step_max, self.services.wait()).await;
-        connections.is_ok() && services.is_ok()
+        self.ended.cancel();
+        self.listeners.close();
+        let listeners = tokio::time::timeout(LAST_ANSWERS_MAX, self.listeners.wait()).await;
+        connections.is_ok() && services.is_ok() && listeners.is_ok()
     }
 }

@@ -164,24 +164,25 @@ impl Server {
             connections_per_ip: 0,
             proxies: Vec::new(),
         };
-        let admin = listen::serve(admin, router, tasks.clone(), limits, node.metrics.clone());
+        let admin = listen::serve(admin, router, node.clone(), limits);
         tasks.spawn_service("admin", admin);
         if let Some(redis) = redis {
             redis.reached().await?;
         }
         let router = http::public(node.clone());
         let public = listen_on("server.listen", listen, public)?;
-        let public = listen::serve(public, router, tasks.clone(), tcp_limits, node.metrics.clone());
+        let public = listen::serve(public, router, node.clone(), tcp_limits);
         tasks.spawn_service("public", public);
         Ok(Self { listen, admin_listen, node, tasks, drain_delay: config.drain_delay })
     }
 
-    /// Stops in order: `ready` says 503 for `drain.delay`, then no connection is taken any more,
-    /// clients get what is queued, `reconnect` and 1012, and the rest ends. Returns whether all of
-    /// it ended in time.
+    /// Stops in order: `ready` says 503 for `drain.delay`, then clients are sent away in batches
+    /// with what is queued, `reconnect` and 1012, and the rest ends, the listeners last. Returns
+    /// whether all of it ended in time.
     pub async fn stop(self) -> bool {
         self.node.start_draining();
         tokio::time::sleep(self.drain_delay).await;
+        self.node.send_clients_away().await;
         self.tasks.finish(STOP_STEP_MAX).await
     }
 }
@@ -211,8 +212,17 @@ async fn drain_when_ordered(node: Arc<Node>, delay: Duration) {
         () = node.control.draining().cancelled() => {}
     }
     node.start_draining();
-    tokio::time::sleep(delay).await;
-    node.away.cancel();
+    // Cancel-safe: a stop says goodbye to all who are still there.
+    let send_away = async {
+        tokio::time::sleep(delay).await;
+        node.send_clients_away().await;
+    };
+    tokio::select! {
+        biased;
+        () = stopped.cancelled() => return,
+        () = send_away => {}
+    }
+    stopped.cancelled().await;
 }
 
 fn bind(key: &'static str, address: SocketAddr) -> Result<(TcpSocket, SocketAddr), StartError> {

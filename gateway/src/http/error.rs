@@ -28,6 +28,12 @@ pub(super) fn refuse_for(
     response
 }
 
+/// When a client may come back that was refused together with many others: 1 to 3 s, so that they do
+/// not come back together.
+pub(super) fn come_back_after() -> Duration {
+    Duration::from_secs(rand::random_range(1..=3))
+}
+
 pub(super) async fn not_found() -> Response {
     refuse(StatusCode::NOT_FOUND, "not_found", "there is nothing at this path")
 }

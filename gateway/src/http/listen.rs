@@ -11,7 +11,11 @@ use std::{
     time::Duration,
 };
 
-use axum::{Router, body::Body, http::Request};
+use axum::{
+    Router,
+    body::Body,
+    http::{HeaderValue, Request, Response, StatusCode, header},
+};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::TokioTimer;
 use tokio::{
@@ -22,14 +26,14 @@ use tokio::{
 use tower_service::Service as _;
 
 use super::{
-    Ends,
+    Ends, Node,
     begun::Begun,
+    error::{come_back_after, refuse_for},
     guests::{Guest, Guests},
 };
 use crate::{
-    drain::Tasks,
     limits::{Counts, Place, address_key},
-    telemetry::metrics::{Dropped, Metrics},
+    telemetry::metrics::Dropped,
 };
 
 /// How long a client may take to send a request's header.
@@ -42,6 +46,11 @@ const BACKLOG: u32 = 4096;
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 /// How long the log says nothing more of that.
 const SAY_AGAIN: Duration = Duration::from_secs(60);
+
+/// How much of a request's body is read before the request is refused, and for how long: a client
+/// whose body is not read may never see the answer.
+const REFUSED_BODY_MAX: usize = 1 << 20;
+const REFUSED_BODY_WAIT: Duration = Duration::from_secs(1);
 
 /// Takes an address, so that it is this process's; nobody can connect before [`listen`].
 ///
@@ -75,59 +84,84 @@ pub struct TcpLimits {
     pub proxies: Vec<ipnet::IpNet>,
 }
 
-/// Serves `router` on `listener` until the gateway leaves.
-pub async fn serve(
+/// Serves `router` on `listener` until the process ends. From the end of the drain on new
+/// connections are answered 503, so that no client finds the port closed.
+pub async fn serve(listener: TcpListener, router: Router, node: Arc<Node>, limits: TcpLimits) {
+    let stopped = node.tasks.stopped().clone();
+    let entrance = Entrance {
+        listener,
+        router,
+        places: Arc::new(Semaphore::new(limits.connections_max)),
+        limits,
+        by_address: Counts::default(),
+        guests: Guests::default(),
+        node,
+    };
+    tokio::select! {
+        biased;
+        () = stopped.cancelled() => {}
+        () = entrance.accept() => {}
+    }
+    let (tasks, ended) = (entrance.node.tasks.clone(), entrance.node.tasks.ended().clone());
+    tasks.spawn_listener(async move {
+        tokio::select! {
+            biased;
+            () = ended.cancelled() => {}
+            () = entrance.accept() => {}
+        }
+    });
+}
+
+/// A listener and what its connections share.
+struct Entrance {
     listener: TcpListener,
     router: Router,
-    tasks: Tasks,
+    node: Arc<Node>,
     limits: TcpLimits,
-    metrics: Arc<Metrics>,
-) {
-    let places = Arc::new(Semaphore::new(limits.connections_max));
-    let (by_address, guests) = (Counts::default(), Guests::default());
-    let leaving = tasks.leaving().clone();
-    let mut said: Option<Instant> = None;
-    loop {
-        // Cancel-safe: `accept` loses no connection.
-        let accepted = tokio::select! {
-            biased;
-            () = leaving.cancelled() => return,
-            accepted = listener.accept() => accepted,
-        };
-        let (socket, peer) = match accepted {
-            Ok(accepted) => accepted,
-            Err(error) if is_of_one_connection(&error) => continue,
-            Err(error) => {
-                if said.is_none_or(|said| said.elapsed() >= SAY_AGAIN) {
-                    said = Some(Instant::now());
-                    tracing::error!(%error, "cannot accept; is the limit of descriptors reached?");
+    places: Arc<Semaphore>,
+    by_address: Counts<IpAddr>,
+    guests: Guests,
+}
+
+impl Entrance {
+    /// Accepts connections, for ever. Cancel-safe but for a connection that waits for a place, which
+    /// is closed.
+    async fn accept(&self) {
+        let mut said: Option<Instant> = None;
+        loop {
+            let (socket, peer) = match self.listener.accept().await {
+                Ok(accepted) => accepted,
+                Err(error) if is_of_one_connection(&error) => continue,
+                Err(error) => {
+                    if said.is_none_or(|said| said.elapsed() >= SAY_AGAIN) {
+                        said = Some(Instant::now());
+                        tracing::error!(%error, "cannot accept; is the limit of descriptors reached?");
+                    }
+                    // Nobody is dismissed: `accept` fails so with nobody there to be accepted, too.
+                    tokio::time::sleep(ACCEPT_AGAIN).await;
+                    continue;
                 }
-                // Nobody is dismissed: `accept` fails so with nobody there to be accepted, too.
-                tokio::time::sleep(ACCEPT_AGAIN).await;
+            };
+            let ip = peer.ip().to_canonical();
+            let is_proxy = self.limits.proxies.iter().any(|net| net.contains(&ip));
+            let max = if is_proxy { 0 } else { self.limits.connections_per_ip };
+            let Some(of_address) = self.by_address.enter(address_key(peer.ip()), max) else {
+                self.node.metrics.http_dropped.of(Dropped::Address).inc();
                 continue;
+            };
+            if self.places.available_permits() == 0 {
+                self.guests.dismiss_oldest();
             }
-        };
-        let ip = peer.ip().to_canonical();
-        let is_proxy = limits.proxies.iter().any(|net| net.contains(&ip));
-        let max = if is_proxy { 0 } else { limits.connections_per_ip };
-        let Some(of_address) = by_address.enter(address_key(peer.ip()), max) else {
-            metrics.http_dropped.of(Dropped::Address).inc();
-            continue;
-        };
-        if places.available_permits() == 0 {
-            guests.dismiss_oldest();
+            // Where all places are WebSockets' one is waited for, and nobody else is accepted meanwhile.
+            let place = self.places.clone().acquire_owned().await.expect("never closed");
+            let place = TcpPlace { _all: Arc::new(place), _address: Arc::new(of_address) };
+            let guest = self.guests.enter();
+            let (router, node) = (self.router.clone(), self.node.clone());
+            let is_late = node.tasks.leaving().is_cancelled();
+            let tasks = node.tasks.clone();
+            let connection = Http { peer, place, router, node, is_late };
+            tasks.spawn_listener(connection.serve(socket, guest));
         }
-        // Cancel-safe: a place that is dropped is free again. Where all are WebSockets' it is waited
-        // for, and nobody else is accepted meanwhile.
-        let place = tokio::select! {
-            biased;
-            () = leaving.cancelled() => return,
-            place = places.clone().acquire_owned() => place.expect("never closed"),
-        };
-        let place = TcpPlace { _all: Arc::new(place), _address: Arc::new(of_address) };
-        let guest = guests.enter();
-        let connection = Http { peer, place, router: router.clone(), metrics: metrics.clone() };
-        tasks.spawn_connection(connection.serve(socket, guest, tasks.clone()));
     }
 }
 
@@ -153,22 +187,24 @@ struct Http {
     peer: SocketAddr,
     place: TcpPlace,
     router: Router,
-    metrics: Arc<Metrics>,
+    node: Arc<Node>,
+    /// It came when the node's own clients had been sent away.
+    is_late: bool,
 }
 
 impl Http {
     /// Serves it until it ends, becomes a WebSocket, or has to go.
-    async fn serve(self, socket: TcpStream, mut guest: Guest, tasks: Tasks) {
-        let metrics = self.metrics.clone();
+    async fn serve(self, socket: TcpStream, mut guest: Guest) {
+        let node = self.node.clone();
         // Nothing is to be finished for who is dropped.
         tokio::select! {
             biased;
-            () = guest.dismissed() => metrics.http_dropped.of(Dropped::Room).inc(),
-            () = self.serve_requests(socket, tasks) => {}
+            () = guest.dismissed() => node.metrics.http_dropped.of(Dropped::Room).inc(),
+            () = self.serve_requests(socket) => {}
         }
     }
 
-    async fn serve_requests(self, socket: TcpStream, tasks: Tasks) {
+    async fn serve_requests(self, socket: TcpStream) {
         let Ok(local) = socket.local_addr() else { return };
         // A frame is small and is to leave at once.
         let _ = socket.set_nodelay(true);
@@ -177,23 +213,24 @@ impl Http {
         let first = tokio::select! {
             biased;
             first = first => first,
-            () = tasks.leaving().cancelled() => return,
+            () = self.node.tasks.ended().cancelled() => return,
         };
         match first {
             // What the rest takes is not there before.
-            Ok(Ok(begun)) => Box::pin(self.answer_requests(begun, ends, tasks)).await,
+            Ok(Ok(begun)) => Box::pin(self.answer_requests(begun, ends)).await,
             Ok(Err(_)) => {}
-            Err(_) => self.metrics.http_dropped.of(Dropped::Header).inc(),
+            Err(_) => self.node.metrics.http_dropped.of(Dropped::Header).inc(),
         }
     }
 
-    async fn answer_requests(self, begun: Begun, ends: Ends, tasks: Tasks) {
-        let Self { peer, place, router, metrics } = self;
+    async fn answer_requests(self, begun: Begun, ends: Ends) {
+        let Self { peer, place, router, node, is_late } = self;
+        let answering = node.clone();
         let service = service_fn(move |mut request: Request<Incoming>| {
             request.extensions_mut().insert(ends);
             request.extensions_mut().insert(place.clone());
-            let mut router = router.clone();
-            async move { Ok::<_, Infallible>(answer(&mut router, request).await) }
+            let (router, node) = (router.clone(), answering.clone());
+            async move { Ok::<_, Infallible>(answer(router, request, &node, is_late).await) }
         });
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
@@ -202,20 +239,21 @@ impl Http {
             .serve_connection(begun, service)
             .with_upgrades();
         tokio::pin!(connection);
-        let leaving = tasks.leaving();
-        // The future is kept over the first arm, so that a request under way is answered.
+        // The future is kept over the first arm, so that a request under way is answered. Idle
+        // connections stay until the end: each answer of a draining node has `Connection: close`, and
+        // a request that comes too late for one is answered all the same.
         let result = tokio::select! {
             result = connection.as_mut() => result,
-            () = leaving.cancelled() => {
+            () = node.tasks.ended().cancelled() => {
                 connection.as_mut().graceful_shutdown();
                 connection.await
             }
         };
         if let Err(error) = result {
             if error.is_timeout() {
-                metrics.http_dropped.of(Dropped::Header).inc();
+                node.metrics.http_dropped.of(Dropped::Header).inc();
             } else if is_stalled(&error) {
-                metrics.http_dropped.of(Dropped::Answer).inc();
+                node.metrics.http_dropped.of(Dropped::Answer).inc();
             }
             tracing::debug!(%error, %peer, "an HTTP connection ended");
         }
@@ -229,9 +267,41 @@ fn is_stalled(error: &hyper::Error) -> bool {
     io_error.is_some_and(|error| error.kind() == io::ErrorKind::TimedOut)
 }
 
-async fn answer(router: &mut Router, request: Request<Incoming>) -> http::Response<Body> {
-    match router.call(request).await {
-        Ok(response) => response,
-        Err(never) => match never {},
+/// Answers a request. From the start of a drain on each answer ends its connection.
+async fn answer(
+    mut router: Router,
+    request: Request<Incoming>,
+    node: &Node,
+    is_late: bool,
+) -> Response<Body> {
+    let is_over = is_late || node.tasks.stopped().is_cancelled();
+    let mut response = if is_over && !is_answered_late(request.uri().path()) {
+        refuse_late(request).await
+    } else {
+        // The services that the answer needs stay for it.
+        let _held = node.tasks.hold();
+        match router.call(request).await {
+            Ok(response) => response,
+            Err(never) => match never {},
+        }
+    };
+    if node.is_draining() && response.status() != StatusCode::SWITCHING_PROTOCOLS {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
+    response
+}
+
+/// Whether a path is answered without services: it tells how the node is, or refuses in its own way.
+fn is_answered_late(path: &str) -> bool {
+    matches!(path, "/health" | "/ready" | "/metrics" | "/sse")
+        || path == "/ws"
+        || path.starts_with("/ws/")
+}
+
+/// 503 and when to come back, once what the client still sends has been read.
+async fn refuse_late(request: Request<Incoming>) -> Response<Body> {
+    let body = axum::body::to_bytes(Body::new(request.into_body()), REFUSED_BODY_MAX);
+    let _ = timeout(REFUSED_BODY_WAIT, body).await;
+    let (status, text) = (StatusCode::SERVICE_UNAVAILABLE, "this node is stopping");
+    refuse_for(status, "unavailable", text, come_back_after())
 }

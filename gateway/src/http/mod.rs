@@ -14,12 +14,14 @@ use std::{
 
 use axum::{Router, routing::get};
 use shared::ids::{NodeId, UserId};
-use tokio_util::sync::CancellationToken;
 
 use crate::{
     bus::Bus,
     control::Control,
-    drain::Tasks,
+    drain::{
+        Tasks,
+        departure::{Departure, Pace},
+    },
     limits::{Counts, Paces, Rate},
     session::Services,
     telemetry::metrics::Metrics,
@@ -64,6 +66,8 @@ pub struct HttpOptions {
     pub heartbeat: Arc<Heartbeat>,
     /// How much there may be.
     pub limits: HttpLimits,
+    /// How fast clients are sent away at the end.
+    pub pace_of_departure: Pace,
 }
 
 /// How much there may be, on this node.
@@ -99,8 +103,8 @@ pub struct Node {
     pub metrics: Arc<Metrics>,
     /// Who runs.
     pub tasks: Tasks,
-    /// Cancelled when clients are sent to other nodes: at the end, or because it was ordered.
-    pub away: CancellationToken,
+    /// Sends clients to other nodes: at the end, or because it was ordered.
+    pub departure: Departure,
     /// What wakes connections when there is something to look at.
     pub wheel: Arc<Wheel>,
     state: State,
@@ -137,13 +141,18 @@ impl Node {
         tasks: Tasks,
     ) -> Self {
         let (wheel, state) = Default::default();
-        let away = tasks.leaving().child_token();
-        Self { id, options, services, control, metrics, tasks, away, wheel, state }
+        let departure = Departure::new(tasks.leaving());
+        Self { id, options, services, control, metrics, tasks, departure, wheel, state }
     }
 
     /// Takes no new client from here on; `ready` says so.
     pub fn start_draining(&self) {
         self.state.draining.store(true, Ordering::Release);
+    }
+
+    /// Sends the clients that are here to other nodes, no faster than those take them.
+    pub async fn send_clients_away(&self) {
+        self.departure.run(self.options.pace_of_departure, || self.state.all.count(&())).await;
     }
 
     /// Whether new clients are refused because the node stops.

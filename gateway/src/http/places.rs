@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use super::{
     Ends, Node,
     address::client_address,
-    error::{refuse, refuse_for},
+    error::{come_back_after, refuse, refuse_for},
     listen::TcpPlace,
 };
 use crate::{
@@ -36,8 +36,7 @@ impl Places {
             return Err((Handshake::Origin, Box::new(response)));
         }
         let unavailable = |text| {
-            let (status, wait) =
-                (StatusCode::SERVICE_UNAVAILABLE, std::time::Duration::from_secs(1));
+            let (status, wait) = (StatusCode::SERVICE_UNAVAILABLE, come_back_after());
             (Handshake::Unavailable, Box::new(refuse_for(status, "unavailable", text, wait)))
         };
         if let Some(failing) = node.failing().first() {

@@ -366,6 +366,7 @@ impl Stream {
     async fn serve(&mut self, node: &Node, told: &mut Option<tokio::sync::watch::Receiver<Told>>) {
         let subscriber = self.subscriber.clone();
         let outbox = &subscriber.outbox;
+        let batch = node.departure.batch(subscriber.connection);
         let mut ping = tokio::time::interval(PING_EVERY);
         ping.reset();
         if self.send(node, format!("retry: {RETRY_MS}\n\n")).await.is_err() {
@@ -391,15 +392,19 @@ impl Stream {
             // All arms are cancel-safe.
             tokio::select! {
                 biased;
-                () = node.away.cancelled() => {
+                () = batch.left() => {
+                    let after_ms = batch.after_ms();
                     subscriber.answer(&Answer::Reconnect(Reconnect {
-                        after_ms: rand::random_range(0..1000),
+                        after_ms,
                         reason: ReconnectReason::Draining,
                         node: None,
                     }));
                     self.session.end().await;
+                    let frames = outbox.take();
+                    let last = frames.iter().filter_map(|frame| self.event_of(frame));
+                    // Browsers read no `reconnect`: this is what spreads them.
                     let last: String =
-                        outbox.take().iter().filter_map(|frame| self.event_of(frame)).collect();
+                        last.chain([format!("retry: {}\n\n", RETRY_MS + after_ms)]).collect();
                     // Who does not take it now comes back by itself.
                     let _ = self.pieces.try_send(last.into());
                     return;
@@ -444,7 +449,7 @@ impl Stream {
         tokio::select! {
             biased;
             sent = self.pieces.send(text.into()) => sent.map_err(|_| Ended)?,
-            () = node.away.cancelled() => return Err(Ended),
+            () = node.departure.batch(self.subscriber.connection).left() => return Err(Ended),
             () = self.expired() => return Err(Ended),
             () = closing => return Err(Ended),
         }

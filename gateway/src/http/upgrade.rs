@@ -360,7 +360,8 @@ impl Opening {
 impl Served {
     async fn serve(mut self: Box<Self>, node: &Node) {
         node.metrics.connections.inc();
-        let code = self.connection.run(&node.away).await;
+        let batch = node.departure.batch(self.connection.id());
+        let code = self.connection.run(batch).await;
         node.metrics.connections.dec();
         tracing::debug!(connection = %self.connection.id(), code, "disconnected");
         node.metrics.disconnected(code);

@@ -127,6 +127,11 @@ impl<K: Hash + Eq + Clone> Counts<K> {
         *count += 1;
         Some(Place { counts: self.0.clone(), key: Some(key) })
     }
+
+    /// How many places of `key` are taken.
+    pub fn count(&self, key: &K) -> usize {
+        self.0.lock().get(key).copied().unwrap_or_default()
+    }
 }
 
 impl<K: Hash + Eq> Drop for Place<K> {

@@ -10,7 +10,7 @@ use shared::{
 use tokio::net::TcpStream;
 
 use super::{Connection, Handler, READ};
-use crate::outbox::Close;
+use crate::{drain::departure::Batch, outbox::Close};
 
 /// How long each step of the closing handshake may take: what is queued goes out, and the client
 /// answers the close frame.
@@ -32,7 +32,7 @@ pub(super) enum Ending {
 
 impl Connection {
     /// Sends the client to another node: what it sent is answered, then `reconnect` and 1012.
-    pub(super) async fn goodbye(&mut self) -> u16 {
+    pub(super) async fn goodbye(&mut self, batch: &Batch) -> u16 {
         let subscriber = self.subscriber.clone();
         let outbox = &subscriber.outbox;
         if let Handler::Chat(session) = &self.handler {
@@ -43,8 +43,7 @@ impl Connection {
             };
             let _ = tokio::time::timeout(CLOSE_MAX, settled).await;
             subscriber.answer(&Answer::Reconnect(Reconnect {
-                // Spread over a second, since all of a node's clients are told at once.
-                after_ms: rand::random_range(0..1000),
+                after_ms: batch.after_ms(),
                 reason: ReconnectReason::Draining,
                 node: None,
             }));

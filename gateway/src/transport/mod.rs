@@ -23,10 +23,10 @@ use shared::{
     },
 };
 use tokio::{io::Interest, net::TcpStream, sync::watch, time::Instant};
-use tokio_util::sync::CancellationToken;
 
 use crate::{
     bus::{BoxFuture, output_of, registry::millis_now, standing::Told},
+    drain::departure::Batch,
     hub::member::{Subscriber, text_frame},
     outbox::Close,
     session::{Performed, Request, Session},
@@ -176,11 +176,11 @@ impl Connection {
     ///
     /// What happens once in a connection's life is boxed, so that its task, which lives as long,
     /// is no larger than serving needs.
-    pub async fn run(&mut self, leaving: &CancellationToken) -> u16 {
-        let code = match self.serve(leaving).await {
+    pub async fn run(&mut self, batch: &Batch) -> u16 {
+        let code = match self.serve(batch).await {
             End::Gone => 1006,
             End::Close { close, ending } => Box::pin(self.close(close, ending)).await,
-            End::Leave => Box::pin(self.goodbye()).await,
+            End::Leave => Box::pin(self.goodbye(batch)).await,
         };
         let subscriber = self.subscriber.clone();
         if let Some(session) = self.session() {
@@ -191,7 +191,7 @@ impl Connection {
         code
     }
 
-    async fn serve(&mut self, leaving: &CancellationToken) -> End {
+    async fn serve(&mut self, batch: &Batch) -> End {
         let subscriber = self.subscriber.clone();
         let outbox = &subscriber.outbox;
         let Some(socket) = outbox.socket() else { return End::Gone };
@@ -244,7 +244,7 @@ impl Connection {
             // All arms are cancel-safe: what is performed is kept. The bodies do not await.
             tokio::select! {
                 biased;
-                () = leaving.cancelled() => return End::Leave,
+                () = batch.left() => return End::Leave,
                 () = outbox.woken() => {}
                 performed = output_of(&mut performing), if performing.is_some() => {
                     performing = None;

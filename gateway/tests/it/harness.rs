@@ -523,6 +523,14 @@ impl Node {
         Self::run(command, extra).await
     }
 
+    /// The same with `signal` ignored from the start, as `nohup` has it.
+    pub async fn start_ignoring(signal: &str, extra: &[(&str, &str)]) -> Self {
+        let mut command = Command::new("sh");
+        let script = format!("trap '' {signal} && exec \"$0\" \"$@\"");
+        command.args(["-c", &script]).arg(gateway_binary());
+        Self::run(command, extra).await
+    }
+
     async fn run(mut command: Command, extra: &[(&str, &str)]) -> Self {
         let folder = TempDir::new().unwrap();
         for (key, value) in options(&[&[("log.format", "json")], extra].concat()) {

@@ -3,7 +3,7 @@
 //! Every path is declared beside its handler, and the router and `/api/openapi.json` are made of the
 //! same declarations, so that there is none that the document does not have.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use axum::{
     Json, Router,
@@ -31,8 +31,6 @@ mod users;
 
 /// The largest body of a request: a batch of messages.
 const BODY_BYTES_MAX: usize = 8 * 1024 * 1024;
-/// How long a request that the bus holds up is to wait before it is made again.
-const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// Who may use the API: names and keys.
 #[derive(Clone, Default)]
@@ -133,7 +131,8 @@ impl IntoResponse for Failed {
         let problem = self.to_problem();
         if self.code.is_retryable() {
             let (code, message) = (problem.error.code, problem.error.message);
-            return super::error::refuse_for(status, &code, &message, RETRY_AFTER);
+            let wait = super::error::come_back_after();
+            return super::error::refuse_for(status, &code, &message, wait);
         }
         (status, Json(problem)).into_response()
     }
