@@ -164,8 +164,9 @@ pub enum Performed {
 /// How many passwords a connection may try, since each takes some 20 ms of a core: one in two seconds, and
 /// five at once.
 static PASSWORDS: LazyLock<Rate> = LazyLock::new(|| Rate::new(1, Duration::from_secs(2), 5));
-/// What an `unavailable` tells to wait.
-const RETRY_AFTER: Duration = Duration::from_secs(1);
+/// The least and the most that an `unavailable` tells to wait: all clients of a bus that is away are told
+/// so in the same moment, and are not to come back in one.
+const RETRY_AFTER: std::ops::Range<Duration> = Duration::from_secs(1)..Duration::from_secs(2);
 
 impl Session {
     /// A session of `identity`, whose frames go to `subscriber`.
@@ -758,7 +759,7 @@ impl Outcome {
             id: Some(self.receipt.id),
             ..refusal(self.reference.clone(), self.to.kind(), self.to.room(), code, text)
         };
-        let refusal = if code.is_retryable() { after(refusal, RETRY_AFTER) } else { refusal };
+        let refusal = if code.is_retryable() { after_outage(refusal) } else { refusal };
         self.metrics.errors.of(code).inc();
         self.subscriber.answer(&Answer::Error(Box::new(refusal)));
     }
@@ -784,6 +785,11 @@ fn after(refusal: Refusal, wait: Duration) -> Refusal {
     // Rounded up, since a client that waits as told must not be too early.
     let retry_after_ms = Some(wait.as_millis() as u64 + 1);
     Refusal { retry_after_ms, ..refusal }
+}
+
+/// A refusal that says to try again later, to one client sooner than to another.
+fn after_outage(refusal: Refusal) -> Refusal {
+    after(refusal, rand::random_range(RETRY_AFTER))
 }
 
 fn rate_limited(reference: Option<Ref>, answers: &str, wait: Duration) -> Refusal {

@@ -13,7 +13,7 @@ use shared::{
     },
 };
 
-use super::{Performed, RETRY_AFTER, Services, after, refusal, refuse};
+use super::{Performed, Services, after_outage, refusal, refuse};
 use crate::{
     bus::{
         BoxFuture, BusError, Range,
@@ -49,7 +49,7 @@ impl Asked {
         text: &str,
     ) -> ErrorCode {
         let refusal = refusal(self.reference.clone(), kind, room, code, text);
-        let refusal = if code.is_retryable() { after(refusal, RETRY_AFTER) } else { refusal };
+        let refusal = if code.is_retryable() { after_outage(refusal) } else { refusal };
         refuse(&self.services, &self.subscriber, refusal)
     }
 
