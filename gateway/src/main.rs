@@ -40,7 +40,7 @@ struct Arguments {
     /// Prints every option with its default, and ends.
     #[arg(long)]
     options: bool,
-    /// Asks the gateway on this machine whether it is ready, and ends with 0 or 1.
+    /// Asks the gateway at `admin.listen` whether it is ready, and ends with 0 or 1.
     #[arg(long)]
     health_check: bool,
 }
@@ -82,7 +82,7 @@ fn main() -> ExitCode {
         }
     };
     if arguments.health_check {
-        return runtime.block_on(health_check(config.admin_listen.port()));
+        return runtime.block_on(health_check(reachable(config.admin_listen)));
     }
     telemetry::start_log(config.log_format, &config.log_level);
     runtime.block_on(run(config))
@@ -92,17 +92,18 @@ async fn run(config: Config) -> ExitCode {
     for warning in &config.warnings {
         tracing::warn!("{warning}");
     }
-    let (Ok(mut terminate), Ok(mut interrupt)) =
-        (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
-    else {
-        tracing::error!("cannot listen for signals");
-        return ExitCode::FAILURE;
+    let mut signals = match Signals::listen() {
+        Ok(signals) => signals,
+        Err(error) => {
+            tracing::error!(%error, "cannot listen for signals");
+            return ExitCode::FAILURE;
+        }
     };
     let (node, cluster) = (config.node.clone(), config.redis.is_some());
     let starting = Server::start(config);
     let server = tokio::select! {
         server = starting => server,
-        () = asked_to_stop(&mut terminate, &mut interrupt) => return ExitCode::SUCCESS,
+        _ = signals.stop() => return ExitCode::SUCCESS,
     };
     let server = match server {
         Ok(server) => server,
@@ -118,11 +119,11 @@ async fn run(config: Config) -> ExitCode {
         bus = if cluster { "redis" } else { "memory" },
         "ready; the chat page is at http://{}/", reachable(server.listen)
     );
-    asked_to_stop(&mut terminate, &mut interrupt).await;
-    tracing::info!("stopping; a second signal ends at once");
+    let signal = signals.stop().await;
+    tracing::info!(signal, "stopping; a second signal ends at once");
     let stopped = tokio::select! {
         stopped = server.stop() => stopped,
-        () = asked_to_stop(&mut terminate, &mut interrupt) => false,
+        _ = signals.stop() => false,
     };
     if stopped {
         tracing::info!("stopped");
@@ -141,17 +142,60 @@ fn reachable(listen: SocketAddr) -> SocketAddr {
     }
 }
 
-async fn asked_to_stop(terminate: &mut Signal, interrupt: &mut Signal) {
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+/// The signals whose default would end the process without a word to its clients.
+struct Signals {
+    /// They stop it in order.
+    stop: Vec<(&'static str, Signal)>,
+    /// They mean nothing here: a log rotation that sends one must not end a gateway.
+    _ignored: [Signal; 2],
+}
+
+impl Signals {
+    fn listen() -> std::io::Result<Self> {
+        let named = [
+            ("SIGTERM", SignalKind::terminate()),
+            ("SIGINT", SignalKind::interrupt()),
+            ("SIGQUIT", SignalKind::quit()),
+            ("SIGHUP", SignalKind::hangup()),
+        ];
+        let named = named.into_iter().filter(|(name, kind)| {
+            // `nohup` asks for that.
+            *name != "SIGHUP" || !is_ignored(*kind)
+        });
+        let stop = named.map(|(name, kind)| Ok((name, signal(kind)?)));
+        Ok(Self {
+            stop: stop.collect::<std::io::Result<_>>()?,
+            _ignored: [signal(SignalKind::user_defined1())?, signal(SignalKind::user_defined2())?],
+        })
+    }
+
+    /// Waits for one that asks to stop. Returns its name. Cancel-safe.
+    async fn stop(&mut self) -> &'static str {
+        std::future::poll_fn(|context| {
+            let due = |(name, signal): &mut (&'static str, Signal)| {
+                signal.poll_recv(context).is_ready().then_some(*name)
+            };
+            match self.stop.iter_mut().find_map(due) {
+                Some(name) => std::task::Poll::Ready(name),
+                None => std::task::Poll::Pending,
+            }
+        })
+        .await
     }
 }
 
+/// Whether the process was started with the signal ignored (proc(5)).
+fn is_ignored(kind: SignalKind) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or_default();
+    mask >> (kind.as_raw_value() - 1) & 1 == 1
+}
+
 /// Asks `/ready` on this machine. An image without curl has nothing else to ask with.
-async fn health_check(port: u16) -> ExitCode {
+async fn health_check(admin: SocketAddr) -> ExitCode {
     let ask = async {
-        let mut socket = TcpStream::connect(("127.0.0.1", port)).await?;
+        let mut socket = TcpStream::connect(admin).await?;
         let request = "GET /ready HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
         socket.write_all(request.as_bytes()).await?;
         let mut answer = String::new();
@@ -165,11 +209,11 @@ async fn health_check(port: u16) -> ExitCode {
             ExitCode::FAILURE
         }
         Ok(Err(error)) => {
-            eprintln!("not ready: {error}");
+            eprintln!("not ready: {admin}: {error}");
             ExitCode::FAILURE
         }
         Err(_) => {
-            eprintln!("not ready: no answer within 2 s");
+            eprintln!("not ready: {admin}: no answer within 2 s");
             ExitCode::FAILURE
         }
     }
