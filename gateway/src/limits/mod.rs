@@ -45,16 +45,49 @@ impl Pace {
     ///
     /// The time to wait. Nothing is used up then.
     pub fn take(&mut self, rate: Rate, now: Instant) -> Result<(), Duration> {
-        if rate.interval.is_zero() {
+        self.take_many(1, rate, now)
+    }
+
+    /// Takes `count` events at once, or says how long to wait until they may be taken. More than the
+    /// burst are taken by a source that has rested, which then has to rest for as long as all of them
+    /// last.
+    ///
+    /// # Errors
+    ///
+    /// The time to wait. Nothing is used up then.
+    pub fn take_many(&mut self, count: u32, rate: Rate, now: Instant) -> Result<(), Duration> {
+        if rate.interval.is_zero() || count == 0 {
             return Ok(());
         }
-        let due = self.0.map_or(now, |due| due.max(now));
-        let early = due - now;
-        if early > rate.burst {
-            return Err(early - rate.burst);
+        let further = rate.interval.saturating_mul(count - 1).min(rate.burst);
+        let wait = (self.early(now) + further).saturating_sub(rate.burst);
+        if wait > Duration::ZERO {
+            return Err(wait);
         }
-        self.0 = Some(due + rate.interval);
+        self.charge(count, rate, now);
         Ok(())
+    }
+
+    /// How long to wait until one event may be taken.
+    pub fn wait(&self, rate: Rate, now: Instant) -> Duration {
+        self.early(now).saturating_sub(rate.burst)
+    }
+
+    /// Takes `count` events that have happened, also where that is more than may be taken.
+    pub fn charge(&mut self, count: u32, rate: Rate, now: Instant) {
+        if !rate.interval.is_zero() {
+            self.0 = Some(now + self.early(now) + rate.interval.saturating_mul(count));
+        }
+    }
+
+    /// Gives back `count` events that were taken.
+    pub fn give_back(&mut self, count: u32, rate: Rate) {
+        self.0 = self.0.and_then(|due| due.checked_sub(rate.interval.saturating_mul(count)));
+    }
+
+    /// How far ahead of the rate the source is.
+    fn early(&self, now: Instant) -> Duration {
+        self.0.map_or(Duration::ZERO, |due| due.saturating_duration_since(now))
     }
 
     /// Whether the source has rested for so long that its state says nothing.
@@ -85,16 +118,48 @@ impl<K: Hash + Eq> Paces<K> {
     ///
     /// The time to wait.
     pub fn take(&self, key: K, rate: Rate, now: Instant) -> Result<(), Duration> {
+        self.take_many(key, 1, rate, now)
+    }
+
+    /// As [`Pace::take_many`], for `key`.
+    ///
+    /// # Errors
+    ///
+    /// The time to wait.
+    pub fn take_many(&self, key: K, count: u32, rate: Rate, now: Instant) -> Result<(), Duration> {
         if rate.interval.is_zero() {
             return Ok(());
         }
+        self.with(key, now, |pace| pace.take_many(count, rate, now))
+    }
+
+    /// As [`Pace::charge`], for `key`.
+    pub fn charge(&self, key: K, count: u32, rate: Rate, now: Instant) {
+        if !rate.interval.is_zero() {
+            self.with(key, now, |pace| pace.charge(count, rate, now));
+        }
+    }
+
+    /// As [`Pace::wait`], for `key`.
+    pub fn wait(&self, key: &K, rate: Rate, now: Instant) -> Duration {
+        self.paces.lock().0.get(key).map_or(Duration::ZERO, |pace| pace.wait(rate, now))
+    }
+
+    /// As [`Pace::give_back`], for `key`.
+    pub fn give_back(&self, key: &K, count: u32, rate: Rate) {
+        if let Some(pace) = self.paces.lock().0.get_mut(key) {
+            pace.give_back(count, rate);
+        }
+    }
+
+    fn with<T>(&self, key: K, now: Instant, change: impl FnOnce(&mut Pace) -> T) -> T {
         let (paces, sweep_at) = &mut *self.paces.lock();
         if paces.len() >= *sweep_at {
             paces.retain(|_, pace| !pace.is_rested(now));
             paces.shrink_to(paces.len() * 2);
             *sweep_at = (paces.len() * 2).max(SWEEP_FROM);
         }
-        paces.entry(key).or_default().take(rate, now)
+        change(paces.entry(key).or_default())
     }
 }
 
@@ -181,6 +246,27 @@ mod tests {
         for _ in 0..3 {
             assert_eq!(pace.take(rate, start + secs(60)), Ok(()));
         }
+    }
+
+    #[test]
+    fn many_events_cost_as_much_as_the_same_one_by_one() {
+        let rate = Rate::new(2, secs(1), 10);
+        let start = Instant::now();
+        let mut pace = Pace::default();
+        assert_eq!(pace.take_many(6, rate, start), Ok(()));
+        assert_eq!(pace.take_many(6, rate, start), Err(secs(1)), "four are left, and two a second");
+        assert_eq!(pace.take_many(4, rate, start), Ok(()));
+        assert_eq!(pace.take(rate, start), Err(Duration::from_millis(500)));
+        assert_eq!(pace.take_many(0, rate, start), Ok(()));
+        pace.give_back(1, rate);
+        assert_eq!(pace.take(rate, start), Ok(()));
+
+        // More than the burst, by who has rested; then it rests for as long as they last.
+        let rested = start + secs(60);
+        assert_eq!(pace.take_many(20, rate, rested), Ok(()));
+        assert_eq!(pace.wait(rate, rested), Duration::from_millis(5500));
+        pace.charge(2, rate, rested);
+        assert_eq!(pace.take(rate, rested), Err(Duration::from_millis(6500)));
     }
 
     #[test]
