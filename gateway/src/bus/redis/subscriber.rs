@@ -1,11 +1,16 @@
 //! The ear of a node: one connection that is subscribed to the channels of the rooms followed.
 //!
 //! What arrives goes straight from the connection's driver to the mailboxes, which never block. The
-//! loop here subscribes in batches, and after each reconnect subscribes to everything again and
-//! then raises doubt: pub/sub has no memory, so that what was missed is read from the logs.
+//! loop here subscribes and unsubscribes in batches, and after each reconnect subscribes to everything
+//! again and then raises doubt: pub/sub has no memory, so that what was missed is read from the logs.
+//!
+//! Changes of subscriptions wait in [`Wishes`], each room once: an unsubscription is never lost, and
+//! rooms and inboxes that somebody waits for go ahead of the status of users.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeSet, HashMap, VecDeque},
+    convert::Infallible,
+    mem,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -15,9 +20,13 @@ use std::{
 use bytes::Bytes;
 use parking_lot::Mutex;
 use redis::{PushInfo, PushKind, RedisError, RedisResult, Value, aio::MultiplexedConnection};
-use shared::{envelope::Envelope, ids::RoomId};
+use shared::{
+    envelope::Envelope,
+    ids::{RoomId, RoomKind},
+};
+use smallvec::SmallVec;
 use tokio::{
-    sync::{Notify, mpsc, oneshot},
+    sync::{Notify, oneshot},
     time::Instant,
 };
 use tokio_util::sync::CancellationToken;
@@ -38,13 +47,89 @@ use crate::{
 
 /// The most channels in one SUBSCRIBE, so that a node with many rooms does not hold Redis up.
 const CHANNELS_MAX: usize = 512;
-/// How many calls may wait for the loop.
-const QUEUE_LEN_MAX: usize = 4096;
+/// How many of them are of rooms and inboxes to be subscribed to, where other changes wait as well.
+const FIRST_MAX: usize = CHANNELS_MAX / 4 * 3;
 
 /// A handle to the subscriber's task.
 pub(super) struct Subscriber {
-    queue: mpsc::Sender<Wish>,
+    queue: Arc<Queue>,
     adopted: Arc<Adopted>,
+}
+
+/// The changes that wait for the loop.
+#[derive(Default)]
+struct Queue {
+    wishes: Mutex<Wishes>,
+    notify: Notify,
+}
+
+/// What the node wants to hear, or no longer, and does not yet: the last wish for each room. As large as
+/// what the hub has of rooms and watched users.
+#[derive(Default)]
+struct Wishes {
+    rooms: HashMap<RoomId, Wish>,
+    /// The order in which they are granted: rooms and inboxes to be followed, and all else. What is in
+    /// neither of the wishes any more was granted before.
+    first: VecDeque<RoomId>,
+    others: VecDeque<RoomId>,
+    /// The loop has ended, so that nothing is granted any more.
+    is_closed: bool,
+}
+
+/// What is wished for a room.
+#[derive(Default)]
+struct Wish {
+    follow: bool,
+    /// Whether it stands among the first.
+    is_first: bool,
+    /// Who waits for the subscription.
+    waiting: SmallVec<[oneshot::Sender<()>; 1]>,
+}
+
+impl Wishes {
+    fn follow(&mut self, room: RoomId, heard: oneshot::Sender<()>) {
+        if self.is_closed {
+            return;
+        }
+        let is_new = !self.rooms.contains_key(&room);
+        let wish = self.rooms.entry(room.clone()).or_default();
+        wish.follow = true;
+        wish.waiting.push(heard);
+        if room.kind() == RoomKind::Status {
+            if is_new {
+                self.others.push_back(room);
+            }
+        } else if !mem::replace(&mut wish.is_first, true) {
+            self.first.push_back(room);
+        }
+    }
+
+    fn unfollow(&mut self, room: RoomId) {
+        if self.is_closed {
+            return;
+        }
+        match self.rooms.get_mut(&room) {
+            Some(wish) => wish.follow = false,
+            None => {
+                self.rooms.insert(room.clone(), Wish::default());
+                self.others.push_back(room);
+            }
+        }
+    }
+
+    /// Takes the next wishes out, `max` at most.
+    fn take(&mut self, max: usize) -> Vec<(RoomId, Wish)> {
+        let mut taken = Vec::with_capacity(max.min(self.rooms.len()));
+        for (from_first, max) in [(true, FIRST_MAX.min(max)), (false, max), (true, max)] {
+            let queue = if from_first { &mut self.first } else { &mut self.others };
+            while taken.len() < max
+                && let Some(room) = queue.pop_front()
+            {
+                taken.extend(self.rooms.remove_entry(&room));
+            }
+        }
+        taken
+    }
 }
 
 /// Rooms that another server passed on so far. They are followed already, so nobody waits.
@@ -54,25 +139,19 @@ struct Adopted {
     notify: Notify,
 }
 
-/// What the node wants to hear, or no longer.
-enum Wish {
-    Follow(RoomId, oneshot::Sender<()>),
-    Unfollow(RoomId),
-}
-
 pub(super) fn start(
     server: Arc<Server>,
     links: Arc<Links>,
     mailboxes: Mailboxes,
     tasks: &Tasks,
 ) -> Subscriber {
-    let (queue, receiver) = mpsc::channel(QUEUE_LEN_MAX);
+    let queue = Arc::new(Queue::default());
     let adopted = Arc::new(Adopted::default());
     let worker = Worker {
         server,
         links,
         mailboxes,
-        queue: receiver,
+        queue: queue.clone(),
         adopted: adopted.clone(),
         followed: Arc::default(),
         unheard: Vec::new(),
@@ -84,13 +163,10 @@ pub(super) fn start(
 
 impl Subscriber {
     pub(super) fn follow(&self, room: RoomId) -> BoxFuture<Result<(), BusError>> {
-        let queue = self.queue.clone();
-        Box::pin(async move {
-            let (heard, hears) = oneshot::channel();
-            let wish = Wish::Follow(room, heard);
-            queue.send(wish).await.map_err(|_| BusError::Unavailable)?;
-            hears.await.map_err(|_| BusError::Unavailable)
-        })
+        let (heard, hears) = oneshot::channel();
+        self.queue.wishes.lock().follow(room, heard);
+        self.queue.notify.notify_one();
+        Box::pin(async move { hears.await.map_err(|_| BusError::Unavailable) })
     }
 
     /// Follows rooms from here on that were followed elsewhere before.
@@ -100,12 +176,8 @@ impl Subscriber {
     }
 
     pub(super) fn unfollow(&self, room: RoomId) {
-        // A full queue leaves the room subscribed to: its entries are unwanted and dropped, and
-        // the next follow finds it there.
-        let sent = self.queue.try_send(Wish::Unfollow(room));
-        if matches!(sent, Err(mpsc::error::TrySendError::Full(_))) {
-            tracing::warn!("too many subscriptions change at once; one unused one is kept");
-        }
+        self.queue.wishes.lock().unfollow(room);
+        self.queue.notify.notify_one();
     }
 }
 
@@ -114,12 +186,19 @@ struct Worker {
     server: Arc<Server>,
     links: Arc<Links>,
     mailboxes: Mailboxes,
-    queue: mpsc::Receiver<Wish>,
+    queue: Arc<Queue>,
     adopted: Arc<Adopted>,
     /// What is followed. Shared with the connection, which finds out when that ends by itself.
     followed: Arc<Mutex<BTreeSet<RoomId>>>,
     /// Who waits for a subscription that is not confirmed yet.
     unheard: Vec<(RoomId, oneshot::Sender<()>)>,
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        // Callers that wait for a subscription ask again where the room is.
+        *self.queue.wishes.lock() = Wishes { is_closed: true, ..Wishes::default() };
+    }
 }
 
 impl Worker {
@@ -136,22 +215,17 @@ impl Worker {
         let mut pause = RetryPause::default();
         loop {
             pause.wait().await;
-            match self.listen(&mut pause).await {
-                Ok(()) => return,
-                Err(error) => {
-                    self.server.astray.notify_one();
-                    if pause.is_worth_a_line() {
-                        tracing::warn!(%error, "cannot hear Redis");
-                    }
-                }
+            let Err(error) = self.listen(&mut pause).await;
+            self.server.astray.notify_one();
+            if pause.is_worth_a_line() {
+                tracing::warn!(%error, "cannot hear Redis");
             }
             self.links.set(&self.server, Link::Hearing, None);
         }
     }
 
-    /// Connects, subscribes to everything, and serves wishes until the link dies (`Err`) or
-    /// nobody can wish any more (`Ok`).
-    async fn listen(&mut self, pause: &mut RetryPause) -> Result<(), RedisError> {
+    /// Connects, subscribes to everything, and serves wishes until the link dies.
+    async fn listen(&mut self, pause: &mut RetryPause) -> Result<Infallible, RedisError> {
         let ear = Ear::default();
         let config = config().set_push_sender(self.receiver(&ear));
         let lost = ear.lost.clone();
@@ -169,19 +243,13 @@ impl Worker {
         *pause = RetryPause::default();
 
         let mut look = tokio::time::interval(LOOK_EVERY);
-        let mut wishes = Vec::new();
         loop {
-            // Cancel-safe, all of them.
+            // Cancel-safe, all of them. Wishes come last, since there may be more and more of them.
             tokio::select! {
                 biased;
                 () = lost.notified() => return Err(link_is_lost()),
                 _ = remake.changed() => {
                     return Err((redis::ErrorKind::Io, "all links are made again").into());
-                }
-                count = self.queue.recv_many(&mut wishes, CHANNELS_MAX) => {
-                    if count == 0 {
-                        return Ok(());
-                    }
                 }
                 _ = owned.changed() => {
                     self.drop_what_is_elsewhere();
@@ -190,9 +258,6 @@ impl Worker {
                         self.listen_to_ourselves(&mut connection).await?;
                     }
                 }
-                () = self.adopted.notify.notified() => {
-                    self.grant(&mut connection, std::iter::empty()).await?;
-                }
                 _ = look.tick() => {
                     if self.links.probe.is_overdue(Instant::now()) {
                         self.links.metrics.probes_lost.inc();
@@ -200,9 +265,8 @@ impl Worker {
                         return Err((redis::ErrorKind::Io, "what is published is not heard").into());
                     }
                 }
-            }
-            if !wishes.is_empty() {
-                self.grant(&mut connection, wishes.drain(..)).await?;
+                () = self.adopted.notify.notified() => self.grant(&mut connection).await?,
+                () = self.queue.notify.notified() => self.grant(&mut connection).await?,
             }
         }
     }
@@ -210,13 +274,14 @@ impl Worker {
     /// Notes what was wished for while there was no connection.
     fn take_wishes(&mut self) {
         self.take_adopted();
-        while let Ok(wish) = self.queue.try_recv() {
-            self.note(wish);
+        let wishes = self.queue.wishes.lock().take(usize::MAX);
+        for (room, wish) in wishes {
+            self.note(room, wish);
         }
     }
 
     fn take_adopted(&mut self) -> Vec<RoomId> {
-        let mut rooms = std::mem::take(&mut *self.adopted.rooms.lock());
+        let mut rooms = mem::take(&mut *self.adopted.rooms.lock());
         rooms.retain(|room| self.owns(room));
         self.followed.lock().extend(rooms.iter().cloned());
         rooms
@@ -251,46 +316,42 @@ impl Worker {
         subscribe_to(connection, keyspace, &channels).await
     }
 
-    fn note(&mut self, wish: Wish) {
-        match wish {
-            Wish::Follow(room, heard) if self.owns(&room) => {
-                self.followed.lock().insert(room.clone());
-                self.unheard.push((room, heard));
-            }
-            // Who wished it asks again where the room is.
-            Wish::Follow(..) => {}
-            Wish::Unfollow(room) => {
+    fn note(&mut self, room: RoomId, wish: Wish) {
+        // Who wished it asks again where the room is.
+        if self.owns(&room) {
+            self.unheard.extend(wish.waiting.into_iter().map(|heard| (room.clone(), heard)));
+            if wish.follow {
+                self.followed.lock().insert(room);
+            } else {
                 self.followed.lock().remove(&room);
             }
         }
     }
 
-    /// Subscribes and unsubscribes as wished for, in the order of the wishes.
-    async fn grant(
-        &mut self,
-        connection: &mut MultiplexedConnection,
-        wishes: impl Iterator<Item = Wish>,
-    ) -> Result<(), RedisError> {
+    /// Subscribes and unsubscribes as wished for, as far as one batch goes.
+    async fn grant(&mut self, connection: &mut MultiplexedConnection) -> Result<(), RedisError> {
+        let (wishes, is_all) = {
+            let mut wishes = self.queue.wishes.lock();
+            (wishes.take(CHANNELS_MAX), wishes.rooms.is_empty())
+        };
+        if !is_all {
+            self.queue.notify.notify_one();
+        }
         // All are noted first: where the link dies in between, the next one has them all.
         let (mut more, mut fewer) = (self.take_adopted(), Vec::new());
         let adopted = !more.is_empty();
-        for wish in wishes {
-            let room = match &wish {
-                Wish::Follow(room, _) | Wish::Unfollow(room) => room.clone(),
-            };
-            self.note(wish);
-            // The last wish for a room counts.
-            more.retain(|other| *other != room);
-            fewer.retain(|other| *other != room);
-            let followed = self.followed.lock().contains(&room);
-            if followed {
+        for (room, wish) in wishes {
+            let follow = wish.follow;
+            self.note(room.clone(), wish);
+            if follow && self.owns(&room) {
                 more.push(room);
             } else if self.owns(&room) {
+                more.retain(|adopted| *adopted != room);
                 fewer.push(room);
             }
         }
-        for rooms in fewer.chunks(CHANNELS_MAX) {
-            unsubscribe_from(connection, self.server.keyspace, &self.channels(rooms)).await?;
+        if !fewer.is_empty() {
+            unsubscribe_from(connection, self.server.keyspace, &self.channels(&fewer)).await?;
         }
         self.subscribe(connection, &more).await?;
         if adopted {
@@ -324,7 +385,7 @@ impl Worker {
     fn receiver(
         &self,
         ear: &Ear,
-    ) -> impl Fn(PushInfo) -> Result<(), std::convert::Infallible> + Send + Sync + 'static {
+    ) -> impl Fn(PushInfo) -> Result<(), Infallible> + Send + Sync + 'static {
         let (lost, deaf) = (ear.lost.clone(), ear.deaf.clone());
         let (mailboxes, links) = (self.mailboxes.clone(), self.links.clone());
         let (server, followed) = (self.server.clone(), self.followed.clone());
@@ -460,4 +521,69 @@ fn arrival(data: Vec<Value>, probe: &Probe, pokes: &str) -> Option<Arrival> {
     let (position, stamp) = (position.parse().ok()?, stamp.parse().ok()?);
     let envelope = Envelope::from_bytes(payload.slice(border + 1..)).ok()?;
     Some(Arrival::Entry(room, Entry { position, stamp, envelope }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rooms(kind: &str, count: usize) -> impl Iterator<Item = RoomId> {
+        (0..count).map(move |number| {
+            let name = format!("{kind}{number}");
+            match kind {
+                "status" => RoomId::status_of(&name.parse().unwrap()),
+                _ => name.parse().unwrap(),
+            }
+        })
+    }
+
+    fn heard() -> oneshot::Sender<()> {
+        oneshot::channel().0
+    }
+
+    #[test]
+    fn no_unsubscription_is_lost_however_many_wait() {
+        let mut wishes = Wishes::default();
+        for room in rooms("room", 100_000) {
+            wishes.unfollow(room);
+        }
+        let mut taken = BTreeSet::new();
+        while !wishes.rooms.is_empty() {
+            let some = wishes.take(CHANNELS_MAX);
+            assert!(some.len() <= CHANNELS_MAX && some.iter().all(|(_, wish)| !wish.follow));
+            taken.extend(some.into_iter().map(|(room, _)| room));
+        }
+        assert_eq!(taken.len(), 100_000);
+    }
+
+    #[test]
+    fn rooms_go_ahead_of_statuses_and_both_go_on() {
+        let mut wishes = Wishes::default();
+        for room in rooms("status", 10_000) {
+            wishes.follow(room, heard());
+        }
+        for room in rooms("room", 1000) {
+            wishes.follow(room, heard());
+        }
+        let first = wishes.take(CHANNELS_MAX);
+        let of_rooms = first.iter().filter(|(room, _)| room.kind() == RoomKind::Joined).count();
+        assert_eq!((of_rooms, first.len()), (FIRST_MAX, CHANNELS_MAX));
+    }
+
+    #[test]
+    fn the_last_wish_for_a_room_counts_and_is_granted_once() {
+        let (mut wishes, room) = (Wishes::default(), rooms("room", 1).next().unwrap());
+        for _ in 0..3 {
+            wishes.unfollow(room.clone());
+            wishes.follow(room.clone(), heard());
+        }
+        let taken = wishes.take(CHANNELS_MAX);
+        assert!(
+            matches!(&taken[..], [(_, Wish { follow: true, waiting, .. })] if waiting.len() == 3)
+        );
+        assert!(wishes.take(CHANNELS_MAX).is_empty());
+        wishes.follow(room.clone(), heard());
+        wishes.unfollow(room);
+        assert!(matches!(&wishes.take(CHANNELS_MAX)[..], [(_, Wish { follow: false, .. })]));
+    }
 }
