@@ -207,6 +207,10 @@ impl Config {
         let ring_bytes = r.take::<Bytes>("hub.ring_bytes_max", "256MiB", "The most that the newest entries of all rooms take in a node's memory.");
         let ids_bytes = r.take::<Bytes>("hub.ids_bytes_max", "64MiB", "The most that the ids of messages within `dedup.window` take in a node's memory, to be given back to a Redis that lost them; the oldest go first.");
 
+        let hub_rooms = r.take_in("hub.rooms_max", "500000", 1..=100_000_000_usize, "Rooms that a node follows, with members or since a moment ago. A `join` of a further one: `limit_reached`.");
+        let lingering_rooms = r.take_in("hub.lingering_rooms_max", "50000", 0..=100_000_000_usize, "Of those and of inboxes, how many without members are still followed for a while; above it those that have been empty for longest are not.");
+        let watched_users = r.take_in("hub.watched_users_max", "200000", 1..=100_000_000_usize, "Users whose status a node follows for its connections. A `watch` of a further one: `limit_reached`.");
+
         let interval = r.take::<Span>("heartbeat.interval", "25s", "How often a connection is pinged.");
         let silence = r.take::<Span>("heartbeat.silence_max", "60s", "A connection from which nothing is heard for so long is closed with 4002.");
         let stall = r.take::<Span>("heartbeat.stall_max", "30s", "A connection to which nothing can be written for so long is closed with 4003.");
@@ -217,7 +221,7 @@ impl Config {
 
         let message_bytes = r.take::<Bytes>("limits.message_bytes_max", &MESSAGE_BYTES_MAX.to_string(), "The largest WebSocket message. More: close 1009.");
         let messages = r.take_in("limits.messages_per_second", "50", 0..=1_000_000_u32, "`message` frames per connection, twice as many at once. More: `rate_limited`. 0: no limit.");
-        let frames = r.take_in("limits.frames_per_second", "200", 0..=1_000_000_u32, "Other frames per connection, five times as many at once. More: `rate_limited`. 0: no limit.");
+        let frames = r.take_in("limits.frames_per_second", "200", 0..=1_000_000_u32, "Other frames per connection, five times as many at once; of `watch` and `unwatch` four names count as one more. More: `rate_limited`. 0: no limit.");
         let rooms_max = r.take_in("limits.rooms_per_connection", "500", 1..=100_000_usize, "Rooms a connection may be in. More: `limit_reached`.");
         let watches_max = r.take_in("limits.watches_per_connection", "1000", 0..=100_000_usize, "Users a connection may watch, those it exchanges directs with among them. More: `limit_reached`.");
         let per_user = r.take_in("limits.connections_per_user", "50", 0..=usize::MAX, "Connections of a user. More: close 1008 `too_many_connections`. 0: no limit.");
@@ -323,7 +327,7 @@ impl Config {
                 wait_max: publish_wait.0,
             },
             shards: if shards == 0 { std::thread::available_parallelism().map_or(1, usize::from) } else { shards },
-            hub: HubOptions { ring_bytes_max: ring_bytes.0, ids_bytes_max: ids_bytes.0, dedup_window: dedup_window.0, log_ttl: ttl.0 },
+            hub: HubOptions { ring_bytes_max: ring_bytes.0, ids_bytes_max: ids_bytes.0, dedup_window: dedup_window.0, log_ttl: ttl.0, rooms_max: hub_rooms, lingering_rooms_max: lingering_rooms, watched_users_max: watched_users },
             drain_delay: drain_delay.0,
             warnings,
         }

@@ -44,6 +44,11 @@ impl Page {
         }
     }
 
+    /// How many bytes of envelopes it has.
+    pub fn bytes(&self) -> usize {
+        self.entries.iter().map(|entry| entry.envelope.as_bytes().len()).sum()
+    }
+
     /// Whether the page shows all that stands behind `seq`, or at least the next of it, and if not,
     /// why.
     ///

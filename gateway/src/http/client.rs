@@ -204,7 +204,7 @@ pub(super) async fn follow_inbox(
         let (subscriber, start) = (subscriber.clone(), start.clone());
         let joining = hub.join(room.clone(), subscriber, None, start, Admission::default());
         match tokio::time::timeout_at(until, joining).await {
-            Ok(Ok(())) => return Ok(()),
+            Ok(Ok(_)) => return Ok(()),
             // One failed attempt to read it, which may be over in a moment.
             Ok(Err(NotFollowed)) if Instant::now() + JOIN_AGAIN < until => {
                 tokio::time::sleep(JOIN_AGAIN).await;

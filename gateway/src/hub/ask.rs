@@ -195,7 +195,17 @@ impl Shard {
                     tokio::time::sleep(READ_AGAIN).await;
                 }
             }
-            let mut result = bus.read(asked.room.clone(), range).await;
+            let mut asked = asked;
+            let read = bus.read(asked.room.clone(), range);
+            let mut result = match &mut asked.purpose {
+                // Not for a connection that has left meanwhile.
+                Purpose::Join(join) => tokio::select! {
+                    biased;
+                    () = join.done.closed() => Err(BusError::Unavailable),
+                    result = read => result,
+                },
+                _ => read.await,
+            };
             // A member waits for these, and can wait: it gets what it misses when the bus is back.
             while let (Err(_), Purpose::GoOn | Purpose::Feed(_)) = (&result, &asked.purpose) {
                 metrics.repairs.of(Repair::Failed).inc();
@@ -275,6 +285,7 @@ impl Shard {
             return self.close_room(name, ClosedReason::Deleted, None);
         }
         let before = Taken::by(room);
+        let bytes = page.bytes();
         let need = room.read(page, &mut self.turn);
         self.budget.count(before, room, self.turn.keep.now);
         room.healing &= need == Need::Heal;
@@ -285,7 +296,9 @@ impl Shard {
             self.settle(name);
         }
         self.feed_all(name);
-        for join in waiting {
+        for (number, mut join) in waiting.into_iter().enumerate() {
+            // The first has it read.
+            join.bytes_read += if number == 0 { bytes } else { 0 };
             self.join(name.clone(), join);
         }
         self.note_if_idle(name);

@@ -14,6 +14,7 @@ use shared::{
 use tokio::sync::oneshot;
 
 use super::{
+    JoinOutcome,
     member::{Member, Pace, Subscriber, Turn},
     people::count_for,
     room::Room,
@@ -39,7 +40,9 @@ pub(super) struct Join {
     /// As what its user has entered.
     pub(super) admission: Admission,
     /// Hears when `joined` has been sent; dropped where the room cannot be followed.
-    pub(super) done: oneshot::Sender<()>,
+    pub(super) done: oneshot::Sender<JoinOutcome>,
+    /// What was read of the room's log for it.
+    pub(super) bytes_read: usize,
     /// Whether the log was read anew for this join: another node may have delivered what this one
     /// has not heard yet, so that a position is judged only then.
     pub(super) refreshed: bool,
@@ -112,7 +115,7 @@ impl Room {
             self.send_joined(&join, cursor, vec![], false);
             turn.touch(&join.subscriber);
             // Who has given up waiting is a member all the same.
-            let _ = join.done.send(());
+            let _ = join.done.send(JoinOutcome::Member { bytes_read: join.bytes_read });
             return Step::Done;
         }
         if let Start::Behind(since, or) = &join.start {
@@ -156,16 +159,22 @@ impl Room {
         } else {
             turn.metrics.resumes.of(ResumeSource::Ring).inc();
         }
-        self.admit(member, join.done, turn);
+        self.admit(member, join.done, join.bytes_read, turn);
         Step::Done
     }
 
     /// Makes a connection a member that was given everything up to its cursor.
-    fn admit(&mut self, mut member: Member, done: oneshot::Sender<()>, turn: &mut Turn) {
+    fn admit(
+        &mut self,
+        mut member: Member,
+        done: oneshot::Sender<JoinOutcome>,
+        bytes_read: usize,
+        turn: &mut Turn,
+    ) {
         let live = self.follow.top() == Some(&member.cursor);
         turn.touch(&member.subscriber);
         // Who has given up meanwhile sends a call behind this one that takes it back.
-        let _ = done.send(());
+        let _ = done.send(JoinOutcome::Member { bytes_read });
         if !live {
             member.subscriber.outbox.lag(self.name.clone());
         }
@@ -188,6 +197,7 @@ impl Room {
         if join.done.is_closed() || !self.admits(&join.admission) {
             return Step::Done;
         }
+        join.bytes_read += page.bytes();
         page.keep_whole();
         // What was not passed on yet comes live.
         page.entries.retain(|entry| entry.position.seq <= top.seq);
@@ -284,9 +294,9 @@ impl Room {
         turn: &mut Turn,
     ) -> Step {
         self.send_joined(&join, at, history, more);
-        let Join { subscriber, admission, done, .. } = join;
+        let Join { subscriber, admission, done, bytes_read, .. } = join;
         let member = Member::at(subscriber, cursor, Pace::Live);
-        self.admit(Member { knows: admission.entered.version, ..member }, done, turn);
+        self.admit(Member { knows: admission.entered.version, ..member }, done, bytes_read, turn);
         Step::Done
     }
 

@@ -27,13 +27,23 @@ impl Lingering {
         }
     }
 
+    /// How many rooms are here.
+    pub(super) fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Takes out the room that has been here for longest. Somebody may have come since.
+    pub(super) fn pop_oldest(&mut self) -> Option<RoomId> {
+        self.0.pop_first().map(|(_, room)| room)
+    }
+
     /// Takes out a room whose time is over. Somebody may have come since.
     pub(super) fn next_due(&mut self, now: Instant) -> Option<RoomId> {
         let (until, _) = self.0.first()?;
         if *until > now {
             return None;
         }
-        self.0.pop_first().map(|(_, room)| room)
+        self.pop_oldest()
     }
 }
 

@@ -79,6 +79,12 @@ pub struct HubOptions {
     pub dedup_window: Duration,
     /// How long the log of a room is kept in which nothing is said.
     pub log_ttl: Duration,
+    /// The most rooms that a node follows, inboxes not counted. Joins of further ones are refused.
+    pub rooms_max: usize,
+    /// The most rooms and inboxes without members that are still followed.
+    pub lingering_rooms_max: usize,
+    /// The most users who are watched.
+    pub watched_users_max: usize,
 }
 
 /// A handle to the hub. Cheap to clone.
@@ -92,6 +98,18 @@ pub struct Hub {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the room cannot be followed while the bus is away")]
 pub struct NotFollowed;
+
+/// What became of a join.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum JoinOutcome {
+    /// The connection is a member.
+    Member {
+        /// What was read of the room's log for it.
+        bytes_read: usize,
+    },
+    /// The room is not followed here, and the node follows as many as it may.
+    TooManyRooms,
+}
 
 /// What a shard is asked to do.
 enum Call {
@@ -140,13 +158,15 @@ enum Call {
         answer: oneshot::Sender<Vec<(ConnectionId, Position)>>,
     },
     Watch {
-        user: UserId,
+        users: Vec<UserId>,
         subscriber: Arc<Subscriber>,
         /// Whether it is told at once, as the answer to what.
         asks: Option<Option<Ref>>,
+        /// Hears for whom there was no place.
+        refused: oneshot::Sender<Vec<UserId>>,
     },
     Unwatch {
-        user: UserId,
+        users: Vec<UserId>,
         connection: ConnectionId,
     },
     Statuses {
@@ -209,6 +229,9 @@ impl Hub {
         let options = HubOptions {
             ring_bytes_max: options.ring_bytes_max / shards,
             ids_bytes_max: options.ids_bytes_max / shards,
+            rooms_max: options.rooms_max.div_ceil(shards),
+            lingering_rooms_max: options.lingering_rooms_max.div_ceil(shards),
+            watched_users_max: options.watched_users_max.div_ceil(shards),
             ..options
         };
         let start = |letters: Letters| {
@@ -224,7 +247,7 @@ impl Hub {
     }
 
     /// Makes a connection a member of a room that its user has `entered`. Resolves when `joined` has
-    /// been sent.
+    /// been sent, or the room is one too many.
     ///
     /// Who drops the future before it resolves has to [give up](Hub::give_up) or leave.
     ///
@@ -239,10 +262,11 @@ impl Hub {
         reference: Option<Ref>,
         start: Start,
         admission: Admission,
-    ) -> Result<(), NotFollowed> {
+    ) -> Result<JoinOutcome, NotFollowed> {
         let (done, joined) = oneshot::channel();
+        let (refreshed, lost, bytes_read) = (false, None, 0);
         let join =
-            Join { subscriber, reference, start, admission, done, refreshed: false, lost: None };
+            Join { subscriber, reference, start, admission, done, refreshed, lost, bytes_read };
         self.call(room.clone(), Call::Join(room, join)).await;
         joined.await.map_err(|_| NotFollowed)
     }
@@ -321,19 +345,46 @@ impl Hub {
         answered.await.unwrap_or_default()
     }
 
-    /// Has a connection told whether a user is connected: now, where it `asks`, and on every change.
+    /// Has a connection told whether users are connected: now, where it `asks`, and on every change.
+    /// Returns those for whom there was no place, since the node watches as many as it may.
     pub async fn watch(
         &self,
-        user: UserId,
-        subscriber: Arc<Subscriber>,
+        users: impl IntoIterator<Item = UserId>,
+        subscriber: &Arc<Subscriber>,
         asks: Option<Option<Ref>>,
-    ) {
-        self.call(RoomId::status_of(&user), Call::Watch { user, subscriber, asks }).await;
+    ) -> Vec<UserId> {
+        let mut answers = Vec::new();
+        for (shard, users) in self.by_shard(users) {
+            let (refused, answer) = oneshot::channel();
+            let (subscriber, asks) = (subscriber.clone(), asks.clone());
+            let _ = shard.send(Call::Watch { users, subscriber, asks, refused }).await;
+            answers.push(answer);
+        }
+        let mut refused = Vec::new();
+        for answer in answers {
+            // A shard is gone only when the process stops.
+            refused.extend(answer.await.unwrap_or_default());
+        }
+        refused
     }
 
     /// Ends that.
-    pub async fn unwatch(&self, user: UserId, connection: ConnectionId) {
-        self.call(RoomId::status_of(&user), Call::Unwatch { user, connection }).await;
+    pub async fn unwatch(&self, users: impl IntoIterator<Item = UserId>, connection: ConnectionId) {
+        for (shard, users) in self.by_shard(users) {
+            let _ = shard.send(Call::Unwatch { users, connection }).await;
+        }
+    }
+
+    /// Users with the shards that their statuses belong to.
+    fn by_shard(
+        &self,
+        users: impl IntoIterator<Item = UserId>,
+    ) -> impl Iterator<Item = (&mpsc::Sender<Call>, Vec<UserId>)> {
+        let mut by_shard = vec![Vec::new(); self.shards.len()];
+        for user in users {
+            by_shard[self.mailboxes.shard_of(&RoomId::status_of(&user))].push(user);
+        }
+        self.shards.iter().zip(by_shard).filter(|(_, users)| !users.is_empty())
     }
 
     /// Sends a member `presence`: exactly who is present as far as members here were told, when that

@@ -18,7 +18,7 @@ use tokio::{
 };
 
 use super::{
-    COMPARE_EVERY, Call, HubOptions, Purpose,
+    COMPARE_EVERY, Call, HubOptions, JoinOutcome, Purpose,
     ask::READ_AGAIN,
     budget::{Budget, Taken},
     join::{Join, Step},
@@ -44,8 +44,10 @@ use crate::{
 
 /// How many letters and calls one turn takes, so that what was placed is written soon.
 const TURN_LEN: usize = 512;
-/// The most rooms a shard unfollows in a second, so that the bus keeps up.
-const UNFOLLOWS_MAX: usize = 1000;
+/// The most rooms a shard unfollows in a second, so that a turn stays short.
+const UNFOLLOWS_MAX: usize = 5000;
+/// How many rooms without members are looked at for a place for another room.
+const LOOKED_AT_FOR_PLACE_MAX: usize = 16;
 
 /// Resolves at that time, or never. Cancel-safe.
 async fn at(time: Option<Instant>) {
@@ -69,6 +71,10 @@ pub(super) struct Shard {
     pub(super) turn: Turn,
     pub(super) budget: Budget,
     lingering: Lingering,
+    lingering_rooms_max: usize,
+    /// How many of the rooms are no inboxes.
+    joined_rooms: usize,
+    rooms_max: usize,
     /// Whether heads of logs are being asked for.
     pub(super) comparing: Reading,
     /// When the rooms in which nothing arrives were compared last.
@@ -96,6 +102,9 @@ pub(super) struct Shard {
     pub(super) rosters_again: Option<Instant>,
     /// Users whose status somebody here wants to know.
     pub(super) watched: Watched,
+    pub(super) watched_users_max: usize,
+    /// How many they were when that was counted last.
+    pub(super) watched_told: usize,
     /// Those of whom it is to be read.
     pub(super) statuses_due: Vec<UserId>,
 }
@@ -128,6 +137,9 @@ impl Shard {
             turn: Turn::new(keep, (metrics, trails), letters.standing.clone()),
             budget,
             lingering: Lingering::default(),
+            lingering_rooms_max: options.lingering_rooms_max,
+            joined_rooms: 0,
+            rooms_max: options.rooms_max,
             comparing: Reading::No,
             compared_at: now,
             doubt: letters.doubt.clone(),
@@ -142,6 +154,8 @@ impl Shard {
             people_due: BTreeSet::new(),
             rosters_again: None,
             watched: Watched::default(),
+            watched_users_max: options.watched_users_max,
+            watched_told: 0,
             statuses_due: Vec::new(),
         }
     }
@@ -237,8 +251,14 @@ impl Shard {
             Call::Cursors { room, user, answer } => {
                 let _ = answer.send(self.cursors(&room, &user));
             }
-            Call::Watch { user, subscriber, asks } => self.watch(user, subscriber, asks),
-            Call::Unwatch { user, connection } => self.unwatch(&user, connection),
+            Call::Watch { mut users, subscriber, asks, refused } => {
+                users.retain(|user| !self.watch(user.clone(), subscriber.clone(), asks.clone()));
+                // Who asked may have gone.
+                let _ = refused.send(users);
+            }
+            Call::Unwatch { users, connection } => {
+                users.iter().for_each(|user| self.unwatch(user, connection));
+            }
             Call::Statuses { users, statuses } => self.take_statuses(users, statuses),
             Call::AskPresence { room, asks } => self.ask_presence(&room, asks),
             Call::Rosters { rooms, snapshots } => self.take_rosters(rooms, snapshots),
@@ -329,6 +349,10 @@ impl Shard {
     }
 
     pub(super) fn join(&mut self, name: RoomId, join: Join) {
+        if join.done.is_closed() {
+            // Its connection has left while it waited here.
+            return self.note_if_idle(&name);
+        }
         let Some(room) = self.rooms.get_mut(&name) else {
             return self.open(name, join);
         };
@@ -362,6 +386,12 @@ impl Shard {
 
     /// Follows a room: subscribes, then reads its log.
     fn open(&mut self, name: RoomId, join: Join) {
+        let is_joined = name.kind() == RoomKind::Joined;
+        if is_joined && !self.has_place_for_room() {
+            let _ = join.done.send(JoinOutcome::TooManyRooms);
+            return;
+        }
+        self.joined_rooms += usize::from(is_joined);
         self.generation += 1;
         let durable = self.rules.is_durable(&name);
         let mut room = Box::new(Room::opening(name.clone(), self.generation, durable));
@@ -372,10 +402,39 @@ impl Shard {
         self.read(name, self.generation, Purpose::Open, range, Duration::ZERO);
     }
 
+    /// Whether one more room may be followed. One that lingers makes place for it.
+    fn has_place_for_room(&mut self) -> bool {
+        for _ in 0..LOOKED_AT_FOR_PLACE_MAX {
+            if self.joined_rooms < self.rooms_max {
+                break;
+            }
+            match self.lingering.pop_oldest() {
+                Some(name) => self.drop_if_empty(&name, None),
+                None => break,
+            };
+        }
+        self.joined_rooms < self.rooms_max
+    }
+
+    /// Ends the following of a room that was taken out of those that linger, if it is without members,
+    /// for long enough where a time is given. Returns whether it was.
+    fn drop_if_empty(&mut self, name: &RoomId, now: Option<Instant>) -> bool {
+        let Some(room) = self.rooms.get_mut(name) else { return false };
+        room.lingers_until = None;
+        let until = room.idle_since.map(|since| since + linger_of(name));
+        let is_over = now.is_none_or(|now| until.is_some_and(|until| until <= now));
+        let drops = room.is_empty() && is_over;
+        if drops {
+            self.drop_room(name);
+        }
+        drops
+    }
+
     /// Ends the following of a room.
     pub(super) fn drop_room(&mut self, name: &RoomId) {
         self.settle(name);
         if let Some(mut room) = self.rooms.remove(name) {
+            self.joined_rooms -= usize::from(name.kind() == RoomKind::Joined);
             self.budget.forget(&room);
             self.lingering.leave(&mut room);
             self.turn.count_room(name, -1);
@@ -438,6 +497,11 @@ impl Shard {
             room.idle_since = Some(now);
             self.lingering.enter(room, now);
         }
+        while self.lingering.len() > self.lingering_rooms_max
+            && let Some(name) = self.lingering.pop_oldest()
+        {
+            self.drop_if_empty(&name, None);
+        }
     }
 
     /// Unfollows rooms that have been without members for long enough, and forgets what nobody
@@ -448,13 +512,7 @@ impl Shard {
         while left > 0
             && let Some(name) = self.lingering.next_due(now)
         {
-            let Some(room) = self.rooms.get_mut(&name) else { continue };
-            room.lingers_until = None;
-            let until = room.idle_since.map(|since| since + linger_of(&name));
-            if room.is_empty() && until.is_some_and(|until| until <= now) {
-                left -= 1;
-                self.drop_room(&name);
-            }
+            left -= usize::from(self.drop_if_empty(&name, Some(now)));
         }
         self.look_at_rosters(now);
         self.forget_unwatched();

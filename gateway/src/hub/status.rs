@@ -64,17 +64,21 @@ impl Watch {
 
 impl Shard {
     /// Has a connection told whether a user is connected: now, where it `asks`, and on every change.
+    /// `false`: as many users are watched as may be.
     pub(super) fn watch(
         &mut self,
         user: UserId,
         subscriber: Arc<Subscriber>,
         asks: Option<Option<Ref>>,
-    ) {
+    ) -> bool {
+        if self.watched.len() >= self.watched_users_max && !self.watched.contains_key(&user) {
+            return false;
+        }
         let watch = self.watched.entry(user.clone()).or_default();
         let connection = subscriber.connection;
         watch.watchers.entry(connection).or_insert(Watcher { subscriber, waits: Vec::new() });
         if asks.is_none() && watch.told.is_some() {
-            return;
+            return true;
         }
         // Who has just connected is to be seen: what was known before is not enough.
         let (begins, read) = watch.want();
@@ -86,6 +90,7 @@ impl Shard {
         if begins {
             self.statuses_due.push(user);
         }
+        true
     }
 
     /// Ends that.
@@ -117,7 +122,14 @@ impl Shard {
 
     /// Reads what is due, in a task, until it is known.
     pub(super) fn read_statuses(&mut self) {
-        let users = std::mem::take(&mut self.statuses_due);
+        let mut users = std::mem::take(&mut self.statuses_due);
+        // Whom nobody watches any more is not asked about.
+        users.retain(|user| {
+            let Some(watch) = self.watched.get_mut(user) else { return false };
+            watch.reading = !watch.watchers.is_empty();
+            watch.again &= watch.reading;
+            watch.reading
+        });
         if users.is_empty() {
             return;
         }
@@ -186,6 +198,7 @@ impl Shard {
 
     /// Forgets users whom nobody watches any more.
     pub(super) fn forget_unwatched(&mut self) {
+        let before = self.watched.len();
         self.watched.retain(|user, watch| {
             let is_watched = !watch.watchers.is_empty() || watch.reading;
             if !is_watched && watch.followed {
@@ -193,6 +206,12 @@ impl Shard {
             }
             is_watched
         });
+        if self.watched.len() < before / 2 {
+            self.watched.shrink_to_fit();
+        }
+        let (now, told) = (self.watched.len(), &mut self.watched_told);
+        self.turn.metrics.watched_users.add(now as i64 - *told as i64);
+        *told = now;
     }
 }
 

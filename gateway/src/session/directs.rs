@@ -98,24 +98,27 @@ pub(super) async fn history(
 }
 
 pub(super) async fn watch(asked: Asked, users: BTreeSet<UserId>) -> Performed {
-    for user in users {
-        let (subscriber, reference) = (asked.subscriber.clone(), asked.reference.clone());
-        asked.services.hub.watch(user, subscriber, Some(reference)).await;
+    let asks = Some(asked.reference.clone());
+    let refused = asked.services.hub.watch(users, &asked.subscriber, asks).await;
+    if !refused.is_empty() {
+        let count = refused.len();
+        let text = format!(
+            "this node watches as many users as it may (hub.watched_users_max): {count} of these are \
+             not watched"
+        );
+        asked.refuse("watch", None, ErrorCode::LimitReached, &text);
     }
-    Performed::Answered
+    Performed::NotWatched(refused)
 }
 
 pub(super) async fn unwatch(asked: Asked, users: Vec<UserId>) -> Performed {
-    for user in users {
-        asked.services.hub.unwatch(user, asked.subscriber.connection).await;
-    }
+    asked.services.hub.unwatch(users, asked.subscriber.connection).await;
     Performed::Answered
 }
 
 /// Has a user watched whom this connection talks to: told of changes only.
 pub(super) async fn meet(asked: Asked, user: UserId) -> Performed {
-    asked.services.hub.watch(user, asked.subscriber.clone(), None).await;
-    Performed::Answered
+    Performed::NotWatched(asked.services.hub.watch([user], &asked.subscriber, None).await)
 }
 
 pub(super) async fn session(

@@ -157,6 +157,8 @@ pub enum Performed {
     Joined(Option<Stay>),
     /// It is not, and was told so with this code.
     NotJoined(ErrorCode),
+    /// These users are not watched, since the node watches as many as it may.
+    NotWatched(Vec<UserId>),
     /// Nothing changed for the session.
     Answered,
 }
@@ -242,7 +244,8 @@ impl Session {
                 _ => None,
             };
         }
-        if let Err(wait) = self.frames.take(self.services.limits.frames, now) {
+        let cost = cost_of(&frame.body);
+        if let Err(wait) = self.frames.take_many(cost, self.services.limits.frames, now) {
             self.refuse(rate_limited(reference, frame.body.kind(), wait));
             return None;
         }
@@ -477,6 +480,12 @@ impl Session {
                 Ok(())
             }
             Performed::NotJoined(code) => Err(code),
+            Performed::NotWatched(users) => {
+                for user in &users {
+                    self.watching.remove(user);
+                }
+                Ok(())
+            }
             Performed::Answered => Ok(()),
         }
     }
@@ -507,9 +516,7 @@ impl Session {
         for room in rooms.iter().filter_map(Stay::room).chain(&self.joining).chain([&self.inbox]) {
             hub.leave(room.clone(), connection, None).await;
         }
-        for user in std::mem::take(&mut self.watching) {
-            hub.unwatch(user, connection).await;
-        }
+        hub.unwatch(std::mem::take(&mut self.watching), connection).await;
         let user = self.identity.user.id.clone();
         self.services.sessions.close(user, self.session, connection);
     }
@@ -556,7 +563,8 @@ impl Session {
             match room.user().filter(|_| room.kind() == RoomKind::Status) {
                 None => self.services.hub.catch_up(room, self.subscriber.connection).await,
                 Some(user) if self.may_watch(&user) => {
-                    self.services.hub.watch(user, self.subscriber.clone(), None).await;
+                    let refused = self.services.hub.watch([user], &self.subscriber, None).await;
+                    self.watching.retain(|user| !refused.contains(user));
                 }
                 Some(_) => {}
             }
@@ -645,6 +653,20 @@ impl Session {
 
     fn refuse(&self, refusal: Refusal) -> ErrorCode {
         refuse(&self.services, &self.subscriber, refusal)
+    }
+}
+
+/// How many users one `watch` or `unwatch` names for the price of one more frame: each of them is
+/// subscribed to and read, in batches.
+const NAMES_PER_FRAME: usize = 4;
+
+/// As how many frames a frame counts.
+fn cost_of(body: &Body<'_>) -> u32 {
+    match body {
+        Body::Watch(Users { users }) | Body::Unwatch(Users { users }) => {
+            u32::try_from(1 + users.len() / NAMES_PER_FRAME).unwrap_or(u32::MAX)
+        }
+        _ => 1,
     }
 }
 

@@ -21,6 +21,7 @@ use crate::{
     },
     delivery::page::Page,
     hub::{
+        JoinOutcome,
         join::{Admission, Start, history as whole_frames},
         member::{Subscriber, text_frame},
         people::at,
@@ -93,11 +94,18 @@ pub(super) async fn join(
         };
         let (subscriber, reference) = (asked.subscriber.clone(), asked.reference.clone());
         let joined = asked.services.hub.join(join.room, subscriber, reference, start, admission);
-        joined.await.map_err(|_| EnterError::Bus(BusError::Unavailable))?;
-        Ok(stay)
+        match joined.await.map_err(|_| EnterError::Bus(BusError::Unavailable))? {
+            JoinOutcome::Member { .. } => Ok(Some(stay)),
+            JoinOutcome::TooManyRooms => Ok(None),
+        }
     };
     let error = match tokio::time::timeout(wait_max, joining).await {
-        Ok(Ok(stay)) => return Performed::Joined(stay),
+        Ok(Ok(Some(stay))) => return Performed::Joined(stay),
+        Ok(Ok(None)) => {
+            let text = "this node follows as many rooms as it may (hub.rooms_max)";
+            let code = ErrorCode::LimitReached;
+            return Performed::NotJoined(asked.refuse("join", Some(&room), code, text));
+        }
         Ok(Err(error)) => error,
         Err(_) => {
             // The hub may have let it in at the very moment it was given up.

@@ -237,6 +237,8 @@ pub struct Metrics {
     pub inboxes: IntGauge,
     /// `gateway_members`
     pub members: IntGauge,
+    /// `gateway_watched_users`
+    pub watched_users: IntGauge,
     /// `gateway_ring_bytes`
     pub ring_bytes: IntGauge,
     /// `gateway_ids_bytes`
@@ -403,6 +405,11 @@ impl Metrics {
                 "Inboxes this node follows, of users who are or were connected to it",
             ),
             members: gauge(r, "gateway_members", "Memberships of local connections in rooms"),
+            watched_users: gauge(
+                r,
+                "gateway_watched_users",
+                "Users whose status this node follows for its connections",
+            ),
             ring_bytes: gauge(r, "gateway_ring_bytes", "Bytes of entries held in rings"),
             ids_bytes: gauge(
                 r,

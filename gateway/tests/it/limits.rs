@@ -11,7 +11,7 @@ use shared::{
     protocol::answer::Answer,
 };
 
-use crate::harness::{Gateway, closed, get, room, say, until};
+use crate::harness::{Gateway, Redis, closed, get, room, say, until};
 
 async fn http_refusal(url: &str) -> (u16, bool) {
     match Connection::open(&Options::to(url)).await {
@@ -111,6 +111,70 @@ async fn rooms_per_connection_are_limited() {
     );
     ann.request(&frames::Leave::from(&room("a"))).await.unwrap();
     ann.join(&room("c")).await.unwrap();
+}
+
+#[tokio::test]
+async fn rooms_of_a_node_are_limited_and_empty_ones_make_place() {
+    let limits = [("hub.rooms_max", "2"), ("hub.lingering_rooms_max", "1"), ("hub.shards", "1")];
+    let gateway = Gateway::start(&limits).await;
+    let mut ann = gateway.connect("ann").await;
+    ann.join(&room("a")).await.unwrap();
+    ann.join(&room("b")).await.unwrap();
+    let refused = ann.join(&room("c")).await;
+    assert!(
+        matches!(&refused, Err(Unexpected::Refused(r)) if r.code == ErrorCode::LimitReached),
+        "{refused:?}"
+    );
+    ann.request(&frames::Leave::from(&room("a"))).await.unwrap();
+    ann.join(&room("c")).await.unwrap();
+    // Of two that are left at once, one is still followed.
+    ann.request(&frames::Leave::from(&room("b"))).await.unwrap();
+    ann.request(&frames::Leave::from(&room("c"))).await.unwrap();
+    let metrics = get(gateway.admin, "/metrics").await.body;
+    assert!(metrics.contains("gateway_rooms 1\n"), "{metrics}");
+}
+
+#[tokio::test]
+async fn names_of_a_watch_cost_frames_and_leave_nothing_behind() {
+    let redis = Redis::start().await;
+    let limits = [("hub.watched_users_max", "150"), ("hub.shards", "1")];
+    let gateway = Gateway::start_on(&redis, &limits).await;
+    let mut ann = gateway.connect("ann").await;
+    let names = |kind: &str, from: usize| {
+        let users: Vec<_> = (from..from + 100).map(|number| format!("u{number}")).collect();
+        json!({"type": kind, "users": users})
+    };
+    ann.send_json(&names("watch", 0)).await.unwrap();
+    ann.send_json(&names("watch", 100)).await.unwrap();
+    let (mut told, mut refused) = (0, 0);
+    while told < 150 || refused == 0 {
+        match ann.next_frame().await.unwrap() {
+            Answer::UserStatus(_) => told += 1,
+            Answer::Error(refusal) => {
+                assert_eq!(refusal.code, ErrorCode::LimitReached);
+                refused += 1;
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    let channels = async || redis.command("PUBSUB CHANNELS gw:s:*").await.unwrap();
+    assert_eq!((told, refused, &*channels().await), (150, 1, "*150"));
+    // A frame of 100 names counts as 26: 38 of them are the burst.
+    for number in 0..30 {
+        ann.send_json(&names("unwatch", number * 100)).await.unwrap();
+        ann.send_json(&names("watch", number * 100 + 100)).await.unwrap();
+    }
+    loop {
+        if let Answer::Error(refusal) = ann.next_frame().await.unwrap()
+            && refusal.code == ErrorCode::RateLimited
+        {
+            break;
+        }
+    }
+    drop(ann);
+    until("no status is subscribed to", async || channels().await == "*0").await;
+    let metrics = get(gateway.admin, "/metrics").await.body;
+    assert!(metrics.contains("gateway_watched_users 0\n"), "{metrics}");
 }
 
 #[tokio::test]

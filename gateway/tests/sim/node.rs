@@ -119,6 +119,9 @@ impl Node {
             ids_bytes_max: 16 << 20,
             dedup_window: shape.retention.dedup_window,
             log_ttl: shape.retention.ttl,
+            rooms_max: 1000,
+            lingering_rooms_max: 1000,
+            watched_users_max: 1000,
         };
         let presence = Presence::start(redis.clone(), PresenceOptions::default(), &tasks);
         let rules = Arc::new(RoomRules::default());
