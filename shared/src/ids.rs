@@ -10,9 +10,9 @@ use uuid::Uuid;
 
 use crate::protocol::NAME_CHARS_MAX;
 
-/// A name made of a fixed alphabet: the type, its text form, its check, its error.
+/// A name: the type, its text form, its error. How it is parsed stands beside.
 macro_rules! name {
-    ($(#[$doc:meta])* $name:ident, $invalid:ident, $rule:literal, $check:expr) => {
+    ($(#[$doc:meta])* $name:ident, $invalid:ident, $rule:literal) => {
         $(#[$doc])*
         #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
         pub struct $name(Arc<str>);
@@ -36,15 +36,6 @@ macro_rules! name {
             }
         }
 
-        impl FromStr for $name {
-            type Err = $invalid;
-
-            fn from_str(text: &str) -> Result<Self, Self::Err> {
-                let check: fn(&str) -> bool = $check;
-                if check(text) { Ok(Self(text.into())) } else { Err($invalid) }
-            }
-        }
-
         impl fmt::Display for $name {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str(&self.0)
@@ -54,6 +45,19 @@ macro_rules! name {
         impl Serialize for $name {
             fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
                 serializer.serialize_str(&self.0)
+            }
+        }
+    };
+    // One of a fixed alphabet.
+    ($(#[$doc:meta])* $name:ident, $invalid:ident, $rule:literal, $check:expr) => {
+        name! { $(#[$doc])* $name, $invalid, $rule }
+
+        impl FromStr for $name {
+            type Err = $invalid;
+
+            fn from_str(text: &str) -> Result<Self, Self::Err> {
+                let check: fn(&str) -> bool = $check;
+                if check(text) { Ok(Self(text.into())) } else { Err($invalid) }
             }
         }
 
@@ -68,27 +72,94 @@ macro_rules! name {
 name! {
     /// The name of a room. What has no other name but that of a user is a room too, which no client
     /// can name: see [`RoomKind`].
-    RoomId, InvalidRoomId, "a room is 1 to 128 of A-Z a-z 0-9 _ . : @ -",
+    RoomId, InvalidRoomId, "a room is 1 to 128 of A-Z a-z 0-9 _ . : @ -, and neither `.` nor `..`",
     |text| made_of(text, 128, |b| matches!(b, b'_' | b'.' | b':' | b'@' | b'-'))
 }
 
 name! {
     /// The id of a user. Ids with a leading `_` are the server's; see [`UserId::is_reserved`].
-    UserId, InvalidUserId, "a user id is 1 to 128 of A-Z a-z 0-9 _ . : @ | + = -",
+    UserId, InvalidUserId, "a user id is 1 to 128 of A-Z a-z 0-9 _ . : @ | + = -, and neither `.` nor `..`",
     |text| made_of(text, 128, |b| {
         matches!(b, b'_' | b'.' | b':' | b'@' | b'|' | b'+' | b'=' | b'-')
     })
 }
 
 name! {
-    /// What a user is called in front of people.
-    DisplayName, InvalidDisplayName, "a display name is 1 to 64 characters without controls",
-    |text| !text.is_empty() && text.chars().count() <= 64 && !text.chars().any(char::is_control)
+    /// The name of a user that people read, in Unicode's composed form (NFC).
+    DisplayName, InvalidDisplayName,
+    "a display name is 1 to 64 characters, not only spaces, without controls, bidi controls and \
+     zero-width characters"
+}
+
+impl FromStr for DisplayName {
+    type Err = InvalidDisplayName;
+
+    /// Composes the characters, and takes nothing away: a name that has to be changed beyond that is
+    /// an error. See [`DisplayName::cleaned`].
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let text = composed(text);
+        let fits = text.chars().take(NAME_CHARS_MAX + 1).count() <= NAME_CHARS_MAX;
+        let shows = !text.chars().all(is_blank);
+        if fits && shows && !text.chars().any(is_unprintable) {
+            Ok(Self(text.into()))
+        } else {
+            Err(InvalidDisplayName)
+        }
+    }
+}
+
+impl DisplayName {
+    /// Takes out of `text` what a display name must not have, and cuts it to its length. `None` where
+    /// nothing is left to be seen.
+    pub fn cleaned(text: &str) -> Option<Self> {
+        let kept: String = text.chars().filter(|c| !is_unprintable(*c)).collect();
+        let kept: String = composed(&kept).chars().take(NAME_CHARS_MAX).collect();
+        kept.parse().ok()
+    }
+}
+
+impl<'de> Deserialize<'de> for DisplayName {
+    /// Reads a name that a server wrote. Those of an older version may have characters that are
+    /// refused today, which are taken out.
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = Cow::<str>::deserialize(deserializer)?;
+        let name = text.parse().ok().or_else(|| Self::cleaned(&text));
+        name.ok_or_else(|| D::Error::custom(InvalidDisplayName))
+    }
+}
+
+/// The text in Unicode's composed form (NFC, Unicode Standard Annex 15).
+fn composed(text: &str) -> Cow<'_, str> {
+    if text.is_ascii() {
+        return text.into();
+    }
+    icu_normalizer::ComposingNormalizerBorrowed::new_nfc().normalize(text)
+}
+
+/// Whether a character is a control, or is not seen although it changes what is seen: it sets the
+/// direction of the text around it, breaks the line, or has no width. With these one name can be made
+/// to look like another.
+fn is_unprintable(c: char) -> bool {
+    c.is_control()
+        || matches!(c,
+            // Soft hyphen, grapheme joiner, Mongolian selectors.
+            '\u{AD}' | '\u{34F}' | '\u{180B}'..='\u{180F}'
+            // Zero-width space, joiners, marks of direction; separators, embeddings, overrides.
+            | '\u{61C}' | '\u{200B}'..='\u{200F}' | '\u{2028}'..='\u{202E}'
+            // Word joiner, invisible operators, isolates, deprecated controls.
+            | '\u{2060}'..='\u{206F}'
+            // Byte order mark, annotations, tags.
+            | '\u{FEFF}' | '\u{FFF9}'..='\u{FFFB}' | '\u{E0000}'..='\u{E007F}')
+}
+
+/// Whether a character leaves nothing but a gap: spaces, Hangul fillers, the empty Braille pattern.
+fn is_blank(c: char) -> bool {
+    c.is_whitespace() || matches!(c, '\u{115F}' | '\u{1160}' | '\u{3164}' | '\u{FFA0}' | '\u{2800}')
 }
 
 name! {
     /// The id of a gateway process, as given by `node.id`.
-    NodeId, InvalidNodeId, "a node id is 1 to 64 of A-Z a-z 0-9 _ . : -",
+    NodeId, InvalidNodeId, "a node id is 1 to 64 of A-Z a-z 0-9 _ . : -, and neither `.` nor `..`",
     |text| made_of(text, 64, |b| matches!(b, b'_' | b'.' | b':' | b'-'))
 }
 
@@ -161,9 +232,10 @@ impl UserId {
     }
 }
 
-/// Whether `text` is 1 to `len_max` letters, digits, and what `also` allows.
+/// Whether `text` is 1 to `len_max` letters, digits, and what `also` allows. `.` and `..` are steps
+/// of a path, which a URL never keeps (RFC 3986, section 5.2.4), so that nothing can be named so.
 fn made_of(text: &str, len_max: usize, also: fn(u8) -> bool) -> bool {
-    !text.is_empty()
+    !matches!(text, "" | "." | "..")
         && text.len() <= len_max
         && text.bytes().all(|b| b.is_ascii_alphanumeric() || also(b))
 }
@@ -279,6 +351,18 @@ mod tests {
     }
 
     #[test]
+    fn no_id_is_a_step_of_a_path() {
+        for step in [".", ".."] {
+            check_room(step, false);
+            assert!(step.parse::<UserId>().is_err() && step.parse::<NodeId>().is_err(), "{step}");
+        }
+        for name in ["...", ".a", "a.", "..a"] {
+            check_room(name, true);
+            assert!(name.parse::<UserId>().is_ok() && name.parse::<NodeId>().is_ok(), "{name}");
+        }
+    }
+
+    #[test]
     fn no_client_can_name_what_is_of_one_user() {
         let bob: UserId = "bob|1".parse().unwrap();
         let (inbox, status) = (RoomId::inbox_of(&bob), RoomId::status_of(&bob));
@@ -299,12 +383,55 @@ mod tests {
         assert!("a b".parse::<UserId>().is_err());
     }
 
+    #[track_caller]
+    fn check_name(text: &str, strict: Option<&str>, cleaned: Option<&str>) {
+        let parsed = text.parse::<DisplayName>().ok();
+        assert_eq!(parsed.as_ref().map(DisplayName::as_str), strict, "{text:?}");
+        let clean = DisplayName::cleaned(text);
+        assert_eq!(clean.as_ref().map(DisplayName::as_str), cleaned, "{text:?} cleaned");
+        let read: Option<DisplayName> = serde_json::from_value(text.into()).ok();
+        assert_eq!(read, parsed.or(clean), "{text:?} read");
+    }
+
     #[test]
     fn display_names_count_characters_not_bytes() {
-        assert!("ä".repeat(64).parse::<DisplayName>().is_ok());
-        assert!("ä".repeat(65).parse::<DisplayName>().is_err());
-        assert!("a\u{7}b".parse::<DisplayName>().is_err());
-        assert!("".parse::<DisplayName>().is_err());
+        let longest = "ä".repeat(64);
+        check_name(&longest, Some(&longest), Some(&longest));
+        check_name(&format!("{longest}x"), None, Some(&longest));
+        // Composed, it is not too long.
+        check_name(&"a\u{308}".repeat(64), Some(&longest), Some(&longest));
+    }
+
+    #[test]
+    fn display_names_are_composed_and_show_what_they_are() {
+        check_name("Ann", Some("Ann"), Some("Ann"));
+        check_name(" Zoë  Ω 名前 👍🏽 ", Some(" Zoë  Ω 名前 👍🏽 "), Some(" Zoë  Ω 名前 👍🏽 "));
+        check_name("Zoe\u{308}", Some("Zoë"), Some("Zoë"));
+        for hidden in [
+            '\0',
+            '\n',
+            '\u{7}',
+            '\u{85}',
+            '\u{AD}',
+            '\u{61C}',
+            '\u{200B}',
+            '\u{200D}',
+            '\u{200E}',
+            '\u{2028}',
+            '\u{202E}',
+            '\u{2060}',
+            '\u{2066}',
+            '\u{2069}',
+            '\u{FEFF}',
+            '\u{E0041}',
+        ] {
+            check_name(&format!("A{hidden}nn"), None, Some("Ann"));
+        }
+        // Between a letter and its mark it would hide the mark's composition.
+        check_name("e\u{200B}\u{301}", None, Some("é"));
+        for nothing in ["", " ", "\u{3000}\u{A0}", "\u{3164}", "\u{2800}", "\u{200B}", "\n"] {
+            check_name(nothing, None, None);
+        }
     }
 
     #[test]
