@@ -34,7 +34,10 @@ use crate::{
     limits::Rate,
     presence::PresenceOptions,
     rooms::RoomRules,
-    session::{SessionLimits, auth::Auth},
+    session::{
+        SessionLimits,
+        auth::{Auth, JwtOptions},
+    },
     telemetry::LogFormat,
     transport::{Heartbeat, echo::EchoMode},
 };
@@ -162,7 +165,7 @@ impl Config {
     #[rustfmt::skip]
     fn read(r: &mut Reader) -> Self {
         let listen = r.take("server.listen", "127.0.0.1:8080", "Where clients connect.");
-        let origins = r.take::<List<String>>("server.allowed_origins", "", "Origins of web pages that may connect, as `https://app.example`; `*` for any. Empty: pages from the gateway's own host and port.");
+        let origins = r.take::<List<String>>("server.allowed_origins", "", "Origins of web pages that may connect beside the gateway's own, as `https://app.example`; `https://*.app.example` for all hosts below a name, `null` for pages without an origin, `*` for any. Cookies of pages that only `null` or `*` allows are not looked at.");
         let proxies = r.take::<List<ipnet::IpNet>>("server.trusted_proxies", "", "Networks whose `X-Forwarded-For` counts, as `10.0.0.0/8`.");
         let echo = r.take_of("server.echo", "prefix", &[("prefix", EchoMode::Prefix), ("verbatim", EchoMode::Verbatim), ("off", EchoMode::Off)], "How `/ws/echo` answers: `prefix`, `verbatim` (for conformance suites) or `off`.");
         let admin_listen = r.take("admin.listen", "127.0.0.1:9100", "Where metrics are served. Not for the world.");
@@ -173,7 +176,9 @@ impl Config {
         let jwt = r.take_of("auth.mode", "anonymous", &[("anonymous", false), ("jwt", true)], "How users are told apart: `anonymous` (by what they say) or `jwt` (by a token).");
         let allow_anonymous = r.take::<bool>("auth.allow_anonymous", "false", "Whether a cluster may run in `anonymous` mode. Changes nothing in `jwt` mode.");
         let secret = r.take::<String>("auth.jwt_secret", "", "The key of tokens (HS256), at least 32 bytes. Needed in `jwt` mode.");
-        let leeway = r.take::<Span>("auth.leeway", "0s", "How long a token counts after its `exp`.");
+        let leeway = r.take::<Span>("auth.leeway", "5s", "How far clocks may differ: for so long a token counts after its `exp` and before its `nbf`.");
+        let audience = r.take::<List<String>>("auth.audience", "", "Names of this gateway in `aud`: a token has to name one of them. Empty: a token with an `aud` is refused.");
+        let issuer = r.take::<List<String>>("auth.issuer", "", "Issuers that tokens are taken from: `iss` has to be one of them. Empty: any.");
         let auth_cookie = r.take("auth.cookie", "token", "The cookie a token may come in.");
         let api_keys = r.take::<List<NamedKey>>("api.keys", "", "Keys of the server API with the names they have in the log, as `web:<key>,ops:<key>`. Empty: nobody may use it.");
         let api_docs = r.take::<bool>("api.docs", "true", "Whether `/api/docs` and `/api/openapi.json` are served, without a key.");
@@ -297,7 +302,7 @@ impl Config {
             sessions,
             rooms: RoomRules { ephemeral: ephemeral.0, create_on_join },
             presence: PresenceOptions { grace: grace.0, individual_max, named_max, public: presence_public },
-            auth: if jwt { Auth::jwt(&secret, leeway.0) } else { Auth::Anonymous },
+            auth: if jwt { Auth::jwt(JwtOptions { secret, leeway: leeway.0, audience: audience.0, issuer: issuer.0 }) } else { Auth::Anonymous },
             http: HttpOptions {
                 auth_cookie,
                 api: ApiKeys::new(api_keys.0.into_iter().map(|NamedKey(name, key)| (name, key)), api_docs),

@@ -14,21 +14,67 @@ use crate::ids::{RoomId, SessionId, UserId};
 pub struct Claims {
     /// The user id.
     pub sub: String,
-    /// The display name; the id where absent.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    /// The display name; the id where absent, or where it is no text.
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "text")]
     pub name: Option<String>,
     /// When the token ends, in seconds since 1970, without a fraction that it may have (RFC 7519,
     /// sections 2 and 4.1.4).
     #[serde(deserialize_with = "whole_seconds")]
     pub exp: u64,
+    /// When the token begins to count, in seconds since 1970, a fraction rounded up (RFC 7519,
+    /// section 4.1.5).
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "next_second")]
+    pub nbf: Option<u64>,
+    /// When the token was made. It is not compared with the time, but has to be a number (RFC 7519,
+    /// section 4.1.6).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub iat: Option<f64>,
+    /// The issuer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub iss: Option<String>,
+    /// The audience: a token counts only for those that it names (RFC 7519, section 4.1.3).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub aud: Option<Audience>,
     /// What is allowed in which room; every room where absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rooms: Option<RoomGrants>,
 }
 
+/// The claim `aud`: one name, or a list of them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Audience {
+    /// One name.
+    One(String),
+    /// A list of names.
+    Many(Vec<String>),
+}
+
+impl Audience {
+    /// Whether this name is among them.
+    pub fn names(&self, name: &str) -> bool {
+        match self {
+            Self::One(found) => found == name,
+            Self::Many(found) => found.iter().any(|found| found == name),
+        }
+    }
+}
+
 /// Reads a NumericDate. What is below or above the range counts as its end.
 fn whole_seconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
     f64::deserialize(deserializer).map(|seconds| seconds as u64)
+}
+
+/// Reads a text, and anything else as none.
+fn text<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    let value = serde_json::Value::deserialize(deserializer)?;
+    Ok(value.as_str().map(str::to_owned))
+}
+
+/// Reads a NumericDate that may be absent, up to the next whole second.
+fn next_second<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+    let seconds = Option::<f64>::deserialize(deserializer)?;
+    Ok(seconds.map(|seconds| seconds.ceil() as u64))
 }
 
 /// What a token allows in a room.

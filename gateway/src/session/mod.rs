@@ -211,9 +211,9 @@ impl Session {
         self.answer(&Answer::Status(Status { bus: told.bus, since }));
     }
 
-    /// When the session's token ends.
+    /// When the session's token ends, leeway included.
     pub fn expires_at(&self) -> Option<SystemTime> {
-        self.identity.expires_at
+        self.identity.ends_at()
     }
 
     /// Whether everything that was handed on has been answered.
@@ -271,7 +271,7 @@ impl Session {
                 self.services.sessions.acknowledge(user, ack.epoch, ack.seq);
             }
             Body::CreateRoom(create) => return self.create_room(reference, create),
-            Body::DeleteRoom(delete) => return Some(Request::DeleteRoom(reference, delete.room)),
+            Body::DeleteRoom(delete) => return self.delete_room(reference, delete.room),
             Body::RoomInfo(info) => return Some(Request::RoomInfo(reference, info.room)),
             Body::Rooms(rooms) => return Some(Request::Rooms(reference, rooms)),
             Body::Typing(typing) => self.typing(reference, &typing),
@@ -322,9 +322,7 @@ impl Session {
         if !self.in_room(reference.as_ref(), "typing", room) {
             return;
         }
-        if self.identity.access(room) != Some(Access::ReadWrite) {
-            let (code, text) = (ErrorCode::Forbidden, "the token allows to read here only");
-            self.refuse(refusal(reference, "typing", Some(room), code, text));
+        if !self.may_write(reference.as_ref(), "typing", room) {
             return;
         }
         let types = self.stay_in(room).is_some_and(|stay| stay.types(*is_typing, TYPING_EVERY));
@@ -343,11 +341,26 @@ impl Session {
         }
     }
 
+    /// Whether the token allows to change a room; refuses the frame where it does not.
+    fn may_write(&self, reference: Option<&Ref>, kind: &str, room: &RoomId) -> bool {
+        let text = match self.identity.access(room) {
+            Some(Access::ReadWrite) => return true,
+            Some(Access::Read) => "the token allows to read here only",
+            None => "the token does not allow this room",
+        };
+        let code = ErrorCode::Forbidden;
+        self.refuse(refusal(reference.cloned(), kind, Some(room), code, text));
+        false
+    }
+
+    fn delete_room(&self, reference: Option<Ref>, room: RoomId) -> Option<Request> {
+        let may = self.may_write(reference.as_ref(), "delete_room", &room);
+        may.then_some(Request::DeleteRoom(reference, room))
+    }
+
     fn create_room(&mut self, reference: Option<Ref>, create: CreateRoom<'_>) -> Option<Request> {
         let room = create.room;
-        if self.identity.access(&room) != Some(Access::ReadWrite) {
-            let (code, text) = (ErrorCode::Forbidden, "the token does not allow to send here");
-            self.refuse(refusal(reference, "create_room", Some(&room), code, text));
+        if !self.may_write(reference.as_ref(), "create_room", &room) {
             return None;
         }
         let record = Record {
@@ -505,6 +518,15 @@ impl Session {
             return Err(refusal(ErrorCode::LimitReached, &text));
         }
         Ok(())
+    }
+
+    /// Whether the token and the limits allow to join a room, before that is asked for.
+    ///
+    /// # Errors
+    ///
+    /// The code that the join would be refused with.
+    pub fn check_join(&mut self, room: &RoomId) -> Result<(), ErrorCode> {
+        self.may_join(None, room).map_err(|refusal| refusal.code)
     }
 
     /// Ends the session: it is a member nowhere any more.
