@@ -6,24 +6,23 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use axum::http::HeaderMap;
+use axum::http::{HeaderMap, HeaderName};
 use ipnet::IpNet;
+
+use super::headers::elements;
+
+const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 
 /// The address of the client behind `peer`.
 pub fn client_address(peer: IpAddr, headers: &HeaderMap, trusted: &[IpNet]) -> IpAddr {
     let is_trusted = |address: &IpAddr| trusted.iter().any(|net| net.contains(address));
     let mut client = peer.to_canonical();
-    let forwarded: Vec<&str> = headers
-        .get_all("x-forwarded-for")
-        .iter()
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(','))
-        .collect();
+    let forwarded: Vec<&[u8]> = elements(headers, FORWARDED_FOR).collect();
     for hop in forwarded.into_iter().rev() {
         if !is_trusted(&client) {
             break;
         }
-        let Some(address) = parse(hop.trim()) else { break };
+        let Some(address) = std::str::from_utf8(hop).ok().and_then(parse) else { break };
         client = address.to_canonical();
     }
     client
@@ -37,13 +36,15 @@ fn parse(hop: &str) -> Option<IpAddr> {
 
 #[cfg(test)]
 mod tests {
+    use axum::http::HeaderValue;
+
     use super::*;
 
     #[track_caller]
     fn check(peer: &str, forwarded: &[&str], trusted: &[&str], expected: &str) {
         let mut headers = HeaderMap::new();
         for value in forwarded {
-            headers.append("x-forwarded-for", value.parse().unwrap());
+            headers.append(FORWARDED_FOR, HeaderValue::from_bytes(value.as_bytes()).unwrap());
         }
         let trusted: Vec<IpNet> = trusted.iter().map(|net| net.parse().unwrap()).collect();
         let client = client_address(peer.parse().unwrap(), &headers, &trusted);
@@ -69,5 +70,8 @@ mod tests {
     fn what_is_no_address_ends_the_walk_at_the_last_one_known() {
         check("127.0.0.1", &["198.51.100.7, unknown"], &["127.0.0.1/32"], "127.0.0.1");
         check("127.0.0.1", &[], &["127.0.0.1/32"], "127.0.0.1");
+        // A client that writes anything into the header is still told from its proxy.
+        check("127.0.0.1", &["Zürich, 198.51.100.7"], &["127.0.0.1/32"], "198.51.100.7");
+        check("127.0.0.1", &["198.51.100.7, ü"], &["127.0.0.1/32"], "127.0.0.1");
     }
 }

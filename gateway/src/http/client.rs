@@ -1,7 +1,7 @@
 //! Who a client is, what it asks for in its handshake, and how it comes to have a session: the same for a
 //! WebSocket and an event stream.
 
-use std::{sync::Arc, time::SystemTime};
+use std::{borrow::Cow, sync::Arc, time::SystemTime};
 
 use axum::{
     extract::Query,
@@ -20,7 +20,12 @@ use shared::{
 
 use tokio::time::{Duration, Instant};
 
-use super::{Ends, Node, address::client_address};
+use super::{
+    Ends, Node,
+    address::client_address,
+    headers::{bearer, cookie, elements},
+    origin::Allowed,
+};
 use crate::{
     bus::sessions::{self, About, Holder, Opened, SecretDigest},
     hub::{
@@ -92,13 +97,14 @@ impl Client {
         headers: &HeaderMap,
         params: &[(String, String)],
         ends: Ends,
+        allowed: Allowed,
     ) -> Self {
         let offered = subprotocols(headers);
         let session = || offered.iter().find_map(|offer| offer.strip_prefix("session."));
         Self {
             session: param(params, "session").or_else(session).and_then(|text| text.parse().ok()),
             inbox: param(params, "inbox").map(str::parse),
-            credentials: credentials(node, headers, params, &offered),
+            credentials: credentials(node, headers, params, &offered, allowed),
             address: client_address(ends.peer.ip(), headers, &node.options.trusted_proxies),
             user_agent: user_agent(headers),
         }
@@ -263,19 +269,10 @@ pub(super) fn connected(
     }))
 }
 
-/// The elements of a header that is a list (RFC 9110, section 5.6.1).
-pub(super) fn tokens(headers: &HeaderMap, name: header::HeaderName) -> impl Iterator<Item = &str> {
-    headers
-        .get_all(name)
-        .iter()
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(','))
-        .map(str::trim)
-        .filter(|token| !token.is_empty())
-}
-
+/// What the client offers in `Sec-WebSocket-Protocol`.
 pub(super) fn subprotocols(headers: &HeaderMap) -> Vec<String> {
-    tokens(headers, header::SEC_WEBSOCKET_PROTOCOL).map(str::to_owned).collect()
+    let offered = elements(headers, header::SEC_WEBSOCKET_PROTOCOL);
+    offered.map(|offer| String::from_utf8_lossy(offer).into_owned()).collect()
 }
 
 /// What the client says of itself. The first source of a token decides.
@@ -284,19 +281,15 @@ fn credentials(
     headers: &HeaderMap,
     params: &[(String, String)],
     offered: &[String],
+    allowed: Allowed,
 ) -> Credentials {
-    let bearer = || {
-        let value = headers.get(header::AUTHORIZATION)?.to_str().ok()?;
-        let (scheme, token) = value.split_once(' ')?;
-        scheme.eq_ignore_ascii_case("bearer").then(|| token.trim().to_owned())
-    };
-    let cookie = || {
-        let mut cookies = headers.get_all(header::COOKIE).iter().filter_map(|v| v.to_str().ok());
-        cookies.find_map(|value| {
-            let mut pairs = value.split(';').filter_map(|pair| pair.trim().split_once('='));
-            let (_, token) = pairs.find(|(name, _)| *name == node.options.auth_cookie)?;
-            Some(token.to_owned())
-        })
+    let bearer = || bearer(headers).map(Cow::into_owned);
+    // A browser sends the visitor's cookies whichever page asks: where any page may, they say nothing.
+    let cookie = || match allowed {
+        Allowed::WithoutCredentials => None,
+        Allowed::NoOrigin | Allowed::WithCredentials => {
+            cookie(headers, &node.options.auth_cookie).map(Cow::into_owned)
+        }
     };
     let subprotocol = || {
         let token = offered.iter().find_map(|offer| offer.strip_prefix("bearer."))?;
@@ -313,7 +306,7 @@ fn credentials(
 /// What a client calls itself, as far as that is kept.
 fn user_agent(headers: &HeaderMap) -> Option<Box<str>> {
     const CHARS_MAX: usize = 200;
-    let text = headers.get(header::USER_AGENT)?.to_str().ok()?;
+    let text = String::from_utf8_lossy(headers.get(header::USER_AGENT)?.as_bytes());
     Some(text.chars().take(CHARS_MAX).collect::<String>().into())
 }
 

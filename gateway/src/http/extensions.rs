@@ -6,7 +6,7 @@ use axum::{
 };
 use shared::codec::extension::{self, Deflate, MalformedExtensions};
 
-use super::error::refuse;
+use super::{error::refuse, headers::utf8};
 
 /// Chooses among what the client offers; nothing, where `is_on` says that this node has none of it.
 pub(super) fn negotiate(
@@ -14,8 +14,9 @@ pub(super) fn negotiate(
     is_on: bool,
 ) -> Result<Option<Deflate>, Box<Response>> {
     let lines = headers.get_all(header::SEC_WEBSOCKET_EXTENSIONS).iter();
-    let lines: Result<Vec<&str>, _> = lines.map(|value| value.to_str()).collect();
-    let chosen = lines.map_err(|_| MalformedExtensions).and_then(extension::negotiate);
+    // This header's own grammar is ASCII: what is not breaks it, and nothing else.
+    let lines: Option<Vec<&str>> = lines.map(utf8).collect();
+    let chosen = lines.ok_or(MalformedExtensions).and_then(extension::negotiate);
     match chosen {
         Ok(deflate) => Ok(deflate.filter(|_| is_on)),
         // RFC 6455, section 9.1: what breaks the grammar fails the connection.

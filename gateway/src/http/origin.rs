@@ -1,19 +1,32 @@
-//! Which web pages may open a WebSocket here.
+//! Which web pages may open a WebSocket or an event stream here.
 //!
 //! Browsers send the page's origin with the handshake, and cookies with it whoever the page is
 //! from: without this check any page could speak as its visitor (RFC 6455, section 10.2). Programs
 //! that are no browsers send none and are not asked.
 
-use axum::http::HeaderMap;
+use std::{borrow::Cow, fmt, net::Ipv6Addr};
 
-/// Origins other than the gateway's own host that may connect.
+use axum::http::{HeaderMap, HeaderValue, header};
+
+use super::headers::utf8;
+
+/// Origins that may connect beside the gateway's own pages.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct AllowedOrigins {
     any: bool,
-    origins: Vec<Origin>,
+    null: bool,
+    origins: Vec<Pattern>,
 }
 
-/// Scheme, host and port of a page.
+/// One origin, or those of all hosts below a name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Pattern {
+    origin: Origin,
+    /// The host stands for those with one or more labels in front of it.
+    below: bool,
+}
+
+/// Scheme, host and port of a page, in ASCII and lower case.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Origin {
     scheme: String,
@@ -21,44 +34,157 @@ struct Origin {
     port: u16,
 }
 
-/// The text is no origin.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("an origin is `https://host`, `https://host:port` or `*`, without a path")]
-pub struct InvalidOrigin;
+/// What a page of an allowed origin is allowed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Allowed {
+    /// There is no origin: the client is no browser, or its request is of no page.
+    NoOrigin,
+    /// The page may use what the browser has of its visitor.
+    WithCredentials,
+    /// The page may come from anywhere, so that the visitor's cookies must not speak for it.
+    WithoutCredentials,
+}
+
+/// The origin of a page that may not connect, and what it was compared with, for the log.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refused {
+    /// `Origin`
+    pub origin: String,
+    /// `Host`
+    pub host: String,
+}
+
+/// An entry of `server.allowed_origins` that no page's origin can equal.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("no page has the origin `{entry}`: {advice}")]
+pub struct InvalidOrigin {
+    entry: String,
+    advice: Advice,
+}
+
+/// What to write instead.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Advice {
+    Write(String),
+    Shape,
+}
+
+impl fmt::Display for Advice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Write(entry) => write!(f, "write `{entry}`"),
+            Self::Shape => f.write_str(
+                "write `https://host`, `https://host:port`, `https://*.domain`, `null`, or `*` for any",
+            ),
+        }
+    }
+}
 
 impl AllowedOrigins {
-    /// Reads a list of origins; `*` allows any. An empty list allows the gateway's own host.
+    /// Reads a list of origins; `*` allows any, `https://*.example.org` those of hosts below a name,
+    /// `null` pages that have none, such as files and sandboxed frames.
     ///
     /// # Errors
     ///
-    /// [`InvalidOrigin`] where an entry is none.
+    /// [`InvalidOrigin`] for the first entry that can never be that of a page.
     pub fn parse<'a>(entries: impl Iterator<Item = &'a str>) -> Result<Self, InvalidOrigin> {
         let mut allowed = Self::default();
         for entry in entries {
-            if entry == "*" {
-                allowed.any = true;
-            } else {
-                allowed.origins.push(Origin::parse(entry).ok_or(InvalidOrigin)?);
+            match entry {
+                "*" => allowed.any = true,
+                "null" => allowed.null = true,
+                entry => allowed.origins.push(
+                    pattern(entry)
+                        .map_err(|advice| InvalidOrigin { entry: entry.to_owned(), advice })?,
+                ),
             }
         }
         Ok(allowed)
     }
 
-    /// Whether a handshake with these headers may go on.
-    pub fn allow(&self, headers: &HeaderMap) -> bool {
-        let mut origins = headers.get_all("origin").iter();
-        let Some(origin) = origins.next() else { return true };
-        if self.any {
-            return true;
+    /// What a page with these headers is allowed. Its own pages always are: their origin has the host
+    /// and port of `Host`, by http or, behind a proxy that ends TLS, by https.
+    ///
+    /// # Errors
+    ///
+    /// [`Refused`] where the page may not connect.
+    pub fn allow(&self, headers: &HeaderMap) -> Result<Allowed, Refused> {
+        let mut origins = headers.get_all(header::ORIGIN).iter();
+        let Some(value) = origins.next() else { return Ok(Allowed::NoOrigin) };
+        let is_one = origins.next().is_none();
+        let origin = utf8(value).filter(|_| is_one).and_then(Origin::parse);
+        if let Some(origin) = &origin
+            && (origin.is_own(headers) || self.origins.iter().any(|known| known.allows(origin)))
+        {
+            return Ok(Allowed::WithCredentials);
         }
-        let origin = origin.to_str().ok().and_then(Origin::parse);
-        let (Some(origin), None) = (origin, origins.next()) else { return false };
-        if !self.origins.is_empty() {
-            return self.origins.contains(&origin);
+        let is_null = is_one && value.as_bytes() == b"null";
+        if self.any || self.null && is_null {
+            return Ok(Allowed::WithoutCredentials);
         }
-        let host = headers.get("host").and_then(|host| host.to_str().ok());
-        let own = host.and_then(|host| authority(host, origin.default_port()));
-        own.is_some_and(|(host, port)| host == origin.host && port == origin.port)
+        let host = headers.get(header::HOST);
+        Err(Refused { origin: shown(Some(value)), host: shown(host) })
+    }
+}
+
+/// As much of a header as is worth a place in the log.
+fn shown(value: Option<&HeaderValue>) -> String {
+    const CHARS_MAX: usize = 200;
+    let text = value.map_or(Cow::Borrowed("-"), |value| String::from_utf8_lossy(value.as_bytes()));
+    text.chars().take(CHARS_MAX).collect()
+}
+
+/// Reads an entry of the configuration.
+fn pattern(entry: &str) -> Result<Pattern, Advice> {
+    let Some((scheme, rest)) = entry.split_once("://") else {
+        let would = format!("https://{entry}");
+        return Err(match pattern(&would) {
+            Ok(_) => Advice::Write(would),
+            // `example.org/path` has two mistakes.
+            Err(Advice::Write(would)) => Advice::Write(would),
+            Err(Advice::Shape) => Advice::Shape,
+        });
+    };
+    match scheme.to_ascii_lowercase().as_str() {
+        "ws" => return Err(Advice::Write(format!("http://{rest}"))),
+        "wss" => return Err(Advice::Write(format!("https://{rest}"))),
+        "file" => return Err(Advice::Write("null".to_owned())),
+        _ => {}
+    }
+    if let Some(end) = rest.find(['/', '?', '#']) {
+        let would = format!("{scheme}://{}", &rest[..end]);
+        return Err(pattern(&would).map_or(Advice::Shape, |_| Advice::Write(would)));
+    }
+    let below = rest.strip_prefix("*.");
+    let bare = format!("{scheme}://{}", below.unwrap_or(rest));
+    let origin = Origin::parse(&bare).ok_or(Advice::Shape)?;
+    if rest == "*" {
+        return Err(Advice::Write("*".to_owned()));
+    }
+    if origin.host.starts_with('.') {
+        return Err(Advice::Write(format!("{scheme}://*{rest}")));
+    }
+    let is_address =
+        origin.host.starts_with('[') || origin.host.parse::<std::net::Ipv4Addr>().is_ok();
+    let has_gap = origin.host.trim_end_matches('.').split('.').any(str::is_empty);
+    if has_gap || origin.host.contains('*') || below.is_some() && is_address {
+        return Err(Advice::Shape);
+    }
+    Ok(Pattern { origin, below: below.is_some() })
+}
+
+impl Pattern {
+    fn allows(&self, origin: &Origin) -> bool {
+        let Origin { scheme, host, port } = &self.origin;
+        if *scheme != origin.scheme || *port != origin.port {
+            return false;
+        }
+        if !self.below {
+            return *host == origin.host;
+        }
+        let label =
+            origin.host.strip_suffix(host.as_str()).and_then(|front| front.strip_suffix('.'));
+        label.is_some_and(|labels| !labels.is_empty() && !labels.starts_with('.'))
     }
 }
 
@@ -70,81 +196,201 @@ impl Origin {
         Some(Self { scheme, host, port })
     }
 
-    fn default_port(&self) -> u16 {
-        default_port(&self.scheme).unwrap_or(0)
+    /// Whether the page came from this gateway, as `Host` names it.
+    fn is_own(&self, headers: &HeaderMap) -> bool {
+        let (true, Some(default)) =
+            (matches!(&*self.scheme, "http" | "https"), default_port(&self.scheme))
+        else {
+            return false;
+        };
+        let host = headers.get(header::HOST).and_then(utf8);
+        let own = host.and_then(|host| authority(host, default));
+        own.is_some_and(|(host, port)| host == self.host && port == self.port)
     }
 }
 
 fn default_port(scheme: &str) -> Option<u16> {
+    let is_scheme = scheme.starts_with(|c: char| c.is_ascii_alphabetic())
+        && scheme.bytes().all(|b| b.is_ascii_alphanumeric() || b"+-.".contains(&b));
     match scheme {
+        _ if !is_scheme => None,
         "http" => Some(80),
         "https" => Some(443),
         // Pages of applications (`tauri://localhost`) have no port.
-        _ if scheme.is_empty() => None,
         _ => Some(0),
     }
 }
 
-/// `host` or `host:port`, in lower case.
+/// `host` or `host:port`, in ASCII (UTS 46, as URLs have it) and lower case.
 fn authority(text: &str, default_port: u16) -> Option<(String, u16)> {
-    if text.is_empty() || text.contains(['/', '?', '#', '@', ' ']) {
-        return None;
-    }
     let port_at = match text.rfind(']') {
         Some(end) => text[end..].find(':').map(|at| end + at),
         None => text.find(':'),
     };
-    let (host, port) = match port_at {
-        Some(at) => (&text[..at], text[at + 1..].parse().ok()?),
+    let (host, port) = match port_at.map(|at| (&text[..at], &text[at + 1..])) {
+        Some((host, "")) => (host, default_port),
+        Some((host, port)) if port.bytes().all(|b| b.is_ascii_digit()) => {
+            (host, port.parse().ok()?)
+        }
+        Some(_) => return None,
         None => (text, default_port),
     };
-    (!host.is_empty()).then(|| (host.to_ascii_lowercase(), port))
+    if let Some(address) = host.strip_prefix('[') {
+        let address: Ipv6Addr = address.strip_suffix(']')?.parse().ok()?;
+        return Some((format!("[{address}]"), port));
+    }
+    let deny = idna::AsciiDenyList::URL;
+    let host = idna::domain_to_ascii_cow(host.as_bytes(), deny).ok()?;
+    (!host.is_empty()).then(|| (host.into_owned(), port))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[track_caller]
-    fn check(allowed: &[&str], origin: Option<&str>, host: &str, expected: bool) {
-        let allowed = AllowedOrigins::parse(allowed.iter().copied()).unwrap();
+    fn allowed(entries: &[&str]) -> AllowedOrigins {
+        AllowedOrigins::parse(entries.iter().copied()).unwrap()
+    }
+
+    fn headers(origin: Option<&str>, host: &str) -> HeaderMap {
         let mut headers = HeaderMap::new();
-        headers.insert("host", host.parse().unwrap());
+        headers.insert("host", HeaderValue::from_bytes(host.as_bytes()).unwrap());
         if let Some(origin) = origin {
-            headers.insert("origin", origin.parse().unwrap());
+            headers.insert("origin", HeaderValue::from_bytes(origin.as_bytes()).unwrap());
         }
-        assert_eq!(allowed.allow(&headers), expected, "{origin:?} at {host}");
+        headers
     }
 
+    #[track_caller]
+    fn check(entries: &[&str], origin: Option<&str>, host: &str, expected: Option<Allowed>) {
+        let found = allowed(entries).allow(&headers(origin, host));
+        assert_eq!(found.ok(), expected, "{origin:?} at {host}, allowed {entries:?}");
+    }
+
+    const YES: Option<Allowed> = Some(Allowed::WithCredentials);
+    const ANY: Option<Allowed> = Some(Allowed::WithoutCredentials);
+
     #[test]
-    fn by_default_host_and_port_have_to_be_the_gateways() {
-        check(&[], None, "a:8080", true);
-        check(&[], Some("http://a:8080"), "a:8080", true);
-        check(&[], Some("http://A:8080"), "a:8080", true);
-        check(&[], Some("https://a"), "a", true);
-        check(&[], Some("https://a:443"), "a", true);
-        check(&[], Some("http://[::1]:8080"), "[::1]:8080", true);
-        for bad in ["http://a", "http://a:8081", "http://b:8080", "http://a:8080.b", "null", "a"] {
-            check(&[], Some(bad), "a:8080", false);
+    fn pages_of_the_gateway_itself_may_connect_whatever_is_listed() {
+        for list in [&[][..], &["https://app.example"], &["*"]] {
+            check(list, None, "a:8080", Some(Allowed::NoOrigin));
+            check(list, Some("http://a:8080"), "a:8080", YES);
+            check(list, Some("https://A:8080"), "a:8080", YES);
+            check(list, Some("https://a"), "a", YES);
+            check(list, Some("https://a"), "a:443", YES);
+            check(list, Some("https://a:443"), "a", YES);
+            check(list, Some("http://a"), "a:80", YES);
+            check(list, Some("http://[::1]:8080"), "[0:0::1]:8080", YES);
+            check(list, Some("http://xn--mnchen-3ya.example"), "MÜNCHEN.example", YES);
         }
-        check(&[], Some("https://a"), "a:8443", false);
+        for bad in
+            ["http://a", "http://a:8081", "http://b:8080", "http://a:8080.b", "null", "a", ""]
+        {
+            check(&[], Some(bad), "a:8080", None);
+        }
+        check(&[], Some("https://a"), "a:8443", None);
+        check(&[], Some("https://a"), "a:80", None);
+        // Another scheme is no page of a gateway.
+        check(&[], Some("ftp://a:8080"), "a:8080", None);
+        check(&[], Some("app://a"), "a", None);
     }
 
     #[test]
-    fn a_list_takes_the_place_of_the_own_host() {
-        let list = &["https://app.example", "http://localhost:3000"];
-        check(list, Some("https://app.example"), "gw", true);
-        check(list, Some("http://localhost:3000"), "gw", true);
-        check(list, Some("http://app.example"), "gw", false);
-        check(list, Some("https://gw"), "gw", false);
-        check(&["*"], Some("https://anything"), "gw", true);
-        check(&["*"], Some("null"), "gw", true);
+    fn listed_origins_may_connect_beside_the_own_pages() {
+        let list = &["https://app.example", "http://localhost:3000", "tauri://localhost"];
+        for good in ["https://app.example", "http://localhost:3000", "tauri://localhost"] {
+            check(list, Some(good), "gw", YES);
+        }
+        for bad in ["http://app.example", "https://app.example:8443", "null", "https://\u{FC}"] {
+            check(list, Some(bad), "gw", None);
+        }
     }
 
     #[test]
-    fn an_entry_that_is_no_origin_is_refused() {
-        for bad in ["app.example", "https://", "https://a/path", "https://a:x", ""] {
-            assert!(AllowedOrigins::parse([bad].into_iter()).is_err(), "{bad:?}");
+    fn any_origin_may_connect_without_credentials() {
+        let list = &["*", "https://app.example"];
+        check(list, Some("https://app.example"), "gw", YES);
+        for any in ["https://anything", "null", "nonsense", "http://gw:1"] {
+            check(list, Some(any), "gw", ANY);
+        }
+        check(&["null"], Some("null"), "gw", ANY);
+        check(&["null"], Some("https://a"), "gw", None);
+    }
+
+    #[test]
+    fn a_star_stands_for_one_label_or_more() {
+        let list = &["https://*.example.org", "http://*.dev.test:8080"];
+        for good in ["https://a.example.org", "https://A.b.Example.ORG", "http://x.dev.test:8080"] {
+            check(list, Some(good), "gw", YES);
+        }
+        for bad in [
+            "https://example.org",
+            "https://.example.org",
+            "https://aexample.org",
+            "http://a.example.org",
+            "https://a.example.org:8443",
+            "https://a.example.org.evil.test",
+            "http://x.dev.test",
+        ] {
+            check(list, Some(bad), "gw", None);
+        }
+    }
+
+    #[test]
+    fn international_hosts_are_compared_in_ascii() {
+        let list = &["https://bücher.example", "https://*.例え.テスト"];
+        check(list, Some("https://xn--bcher-kva.example"), "gw", YES);
+        check(list, Some("https://a.xn--r8jz45g.xn--zckzah"), "gw", YES);
+        check(&["https://xn--bcher-kva.example"], Some("https://xn--bcher-kva.example"), "gw", YES);
+        check(list, Some("https://bucher.example"), "gw", None);
+    }
+
+    #[test]
+    fn two_origins_are_none() {
+        let mut two = headers(Some("https://a"), "a");
+        two.append("origin", "https://a".parse().unwrap());
+        assert!(allowed(&[]).allow(&two).is_err());
+    }
+
+    #[test]
+    fn a_refusal_says_what_was_compared() {
+        let refused = allowed(&[]).allow(&headers(Some("https://b"), "a:80")).unwrap_err();
+        assert_eq!((&*refused.origin, &*refused.host), ("https://b", "a:80"));
+    }
+
+    #[test]
+    fn an_entry_that_no_page_has_is_refused_with_what_to_write() {
+        let long = "https://host";
+        for (entry, advice) in [
+            ("app.example", "write `https://app.example`"),
+            ("*.app.example", "write `https://*.app.example`"),
+            ("https://a/", "write `https://a`"),
+            ("https://a/path?x", "write `https://a`"),
+            ("a/path", "write `https://a`"),
+            ("wss://a:1", "write `https://a:1`"),
+            ("ws://a", "write `http://a`"),
+            ("file:///x", "write `null`"),
+            ("https://*", "write `*`"),
+            ("https://.example", "write `https://*.example`"),
+            ("https://a..example", long),
+            ("https://", long),
+            ("https://a:x", long),
+            ("https://a:65536", long),
+            ("https://a.*.example", long),
+            ("https://*a.example", long),
+            ("https://*.*.example", long),
+            ("https://*.127.0.0.1", long),
+            ("https://a b", long),
+            ("https://u@a", long),
+            ("https://[::1", long),
+            ("ht tp://a", long),
+            ("**", long),
+        ] {
+            let Err(error) = AllowedOrigins::parse([entry].into_iter()) else {
+                panic!("{entry} is taken")
+            };
+            let told = error.to_string();
+            assert!(told.contains(advice) && told.contains(entry), "{entry}: {told}");
         }
     }
 }

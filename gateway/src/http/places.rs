@@ -14,6 +14,7 @@ use super::{
     address::client_address,
     error::{come_back_after, refuse, refuse_for},
     listen::TcpPlace,
+    origin::{self, Allowed},
 };
 use crate::{
     limits::{Place, address_key},
@@ -22,6 +23,8 @@ use crate::{
 
 /// What a connection holds as long as it lives, so that limits count it.
 pub(super) struct Places {
+    /// What the page it comes from is allowed.
+    pub(super) allowed: Allowed,
     _all: Place<()>,
     _address: Place<std::net::IpAddr>,
     _tcp: Option<TcpPlace>,
@@ -30,11 +33,21 @@ pub(super) struct Places {
 impl Places {
     /// Takes a place for a client from a page that may, or says in HTTP why there is none.
     pub(super) fn take(node: &Node, parts: &Parts) -> Result<Self, (Handshake, Box<Response>)> {
-        if !node.options.allowed_origins.allow(&parts.headers) {
+        let allowed = node.options.allowed_origins.allow(&parts.headers).map_err(|refused| {
+            if let Some(unsaid) = node.state.origins_refused.is_due() {
+                let origin::Refused { origin, host } = refused;
+                tracing::warn!(
+                    ?origin,
+                    ?host,
+                    unsaid,
+                    "a page was refused: its origin is neither this host nor in \
+                     server.allowed_origins; does the proxy pass on the Host header?"
+                );
+            }
             let text = "this page's origin is not in server.allowed_origins";
             let response = refuse(StatusCode::FORBIDDEN, "forbidden", text);
-            return Err((Handshake::Origin, Box::new(response)));
-        }
+            (Handshake::Origin, Box::new(response))
+        })?;
         let unavailable = |text| {
             let (status, wait) = (StatusCode::SERVICE_UNAVAILABLE, come_back_after());
             (Handshake::Unavailable, Box::new(refuse_for(status, "unavailable", text, wait)))
@@ -75,6 +88,6 @@ impl Places {
             .enter((), limits.connections_max)
             .ok_or_else(|| unavailable("this node is full"))?;
         let tcp = parts.extensions.get::<TcpPlace>().cloned();
-        Ok(Self { _all: all, _address: by_address, _tcp: tcp })
+        Ok(Self { allowed, _all: all, _address: by_address, _tcp: tcp })
     }
 }

@@ -35,11 +35,10 @@ use tokio::net::TcpStream;
 use super::{
     Ends, Node,
     begun::Begun,
-    client::{
-        Client, Entered, Params, connected, follow_inbox, hold_session, param, subprotocols, tokens,
-    },
+    client::{Client, Entered, Params, connected, follow_inbox, hold_session, param, subprotocols},
     error::refuse,
     extensions,
+    headers::has_element,
     places::Places,
 };
 use crate::{
@@ -122,7 +121,7 @@ fn upgrade(
     endpoint: Endpoint,
 ) -> Response {
     let (mut parts, _) = request.into_parts();
-    let (handshake, places) = match admit(&node, &mut parts) {
+    let (handshake, places) = match admit(&node, &mut parts, params) {
         Ok(admitted) => admitted,
         Err((outcome, response)) => {
             node.metrics.handshakes.of(outcome).inc();
@@ -137,10 +136,9 @@ fn upgrade(
     node.metrics.handshakes.of(Handshake::Accepted).inc();
     node.metrics.deflate_handshakes.inc_by(handshake.deflate.iter().len() as u64);
 
-    let offered = subprotocols(&parts.headers);
     let route = route(ends);
     let opening = Box::new(Opening {
-        client: Client::read(&node, &parts.headers, params, ends),
+        client: Client::read(&node, &parts.headers, params, ends, places.allowed),
         json_ping: param(params, "ping") == Some("json"),
         endpoint,
         deflate: handshake.deflate,
@@ -163,17 +161,19 @@ fn upgrade(
         let opening = Box::pin(opening.open(node.clone(), socket, early));
         opening.await.serve(&node).await;
     });
-    switching(&handshake, &offered, &route)
+    switching(&handshake, &route)
 }
 
 /// What a handshake is answered.
 struct Agreed {
     accept: String,
+    /// Whether the client offered a subprotocol, so that one has to be chosen.
+    subprotocol: bool,
     deflate: Option<Deflate>,
 }
 
 /// 101, with the sticky cookie.
-fn switching(agreed: &Agreed, offered: &[String], route: &str) -> Response {
+fn switching(agreed: &Agreed, route: &str) -> Response {
     let mut response = Response::builder()
         .status(StatusCode::SWITCHING_PROTOCOLS)
         .header(header::UPGRADE, "websocket")
@@ -182,7 +182,7 @@ fn switching(agreed: &Agreed, offered: &[String], route: &str) -> Response {
         .header(header::SET_COOKIE, format!("gw_node={route}; Path=/; HttpOnly; SameSite=Lax"))
         .body(Body::empty())
         .expect("the values are ASCII");
-    if offered.iter().any(|protocol| protocol == SUBPROTOCOL) {
+    if agreed.subprotocol {
         let value = HeaderValue::from_static(SUBPROTOCOL);
         response.headers_mut().insert(header::SEC_WEBSOCKET_PROTOCOL, value);
     }
@@ -201,21 +201,38 @@ pub(super) fn route(ends: Ends) -> String {
 }
 
 /// Whether the handshake is one, from a page that may, and whether there is room.
-fn admit(node: &Node, parts: &mut Parts) -> Result<(Agreed, Places), (Handshake, Box<Response>)> {
+fn admit(
+    node: &Node,
+    parts: &mut Parts,
+    params: &[(String, String)],
+) -> Result<(Agreed, Places), (Handshake, Box<Response>)> {
     let as_bad = |response| (Handshake::Bad, response);
     let accept = accept_key(parts).map_err(as_bad)?;
-    let deflates = node.options.deflate_bytes_min.is_some();
+    let subprotocol = choose_subprotocol(parts).map_err(as_bad)?;
+    // Some clients agree on messages that are compressed each by itself, and then do not keep to it.
+    let is_wanted = param(params, "deflate") != Some("off");
+    let deflates = is_wanted && node.options.deflate_bytes_min.is_some();
     let deflate = extensions::negotiate(&parts.headers, deflates).map_err(as_bad)?;
     let places = Places::take(node, parts)?;
-    Ok((Agreed { accept, deflate }, places))
+    Ok((Agreed { accept, subprotocol, deflate }, places))
+}
+
+/// Whether `chat.v1` is to be chosen among the subprotocols offered. Where there are only others no
+/// answer is right: a browser fails a handshake that chooses none, and tells its page nothing.
+fn choose_subprotocol(parts: &Parts) -> Result<bool, Box<Response>> {
+    let offered = subprotocols(&parts.headers);
+    if offered.is_empty() || offered.iter().any(|offer| offer == SUBPROTOCOL) {
+        return Ok(!offered.is_empty());
+    }
+    let text = "offer the subprotocol `chat.v1` as well, as in `Sec-WebSocket-Protocol: chat.v1, \
+                bearer.<token>`, or none";
+    Err(Box::new(refuse(StatusCode::BAD_REQUEST, "bad_request", text)))
 }
 
 /// Checks a handshake (RFC 6455, section 4.2.1) and answers its key (section 4.2.2).
 fn accept_key(parts: &Parts) -> Result<String, Box<Response>> {
     let bad = |text| Box::new(refuse(StatusCode::BAD_REQUEST, "bad_request", text));
-    let has = |name, token: &str| {
-        tokens(&parts.headers, name).any(|found| found.eq_ignore_ascii_case(token))
-    };
+    let has = |name, element| has_element(&parts.headers, name, element);
     if parts.method != Method::GET {
         let text = "a WebSocket handshake is a GET";
         return Err(Box::new(refuse(StatusCode::METHOD_NOT_ALLOWED, "bad_request", text)));

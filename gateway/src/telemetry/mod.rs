@@ -5,6 +5,7 @@ use std::io::IsTerminal as _;
 use tracing_subscriber::EnvFilter;
 
 pub mod metrics;
+pub mod seldom;
 pub mod trail;
 
 /// How log lines are written.

@@ -80,7 +80,14 @@ async fn only_pages_of_an_allowed_origin_may_connect() {
     assert_eq!(origin("Origin: http://evil.example".into()).await, 403);
     assert_eq!(origin("Origin: null".into()).await, 403);
 
-    let listed = Gateway::start(&[("server.allowed_origins", "https://app.example")]).await;
+    let origins = "https://app.example,https://*.bücher.example";
+    let listed = Gateway::start(&[("server.allowed_origins", origins)]).await;
+    let own = format!("Origin: https://{}", listed.address);
+    let below = "Origin: https://a.xn--bcher-kva.example";
+    for origin in [&*own, below] {
+        let answer = handshake(listed.address, "GET /ws HTTP/1.1", &[origin]).await;
+        assert_eq!(answer.status, 101, "{origin}");
+    }
     for path in ["/ws", "/ws/rooms/r", "/ws/echo"] {
         let start = format!("GET {path} HTTP/1.1");
         let yes = handshake(listed.address, &start, &["Origin: https://app.example"]).await;
@@ -95,12 +102,36 @@ async fn the_subprotocol_is_chat_v1_or_none() {
     for (offered, chosen) in [
         ("Sec-WebSocket-Protocol: chat.v1", Some("chat.v1")),
         ("Sec-WebSocket-Protocol: other, chat.v1", Some("chat.v1")),
-        ("Sec-WebSocket-Protocol: other", None),
+        ("Sec-WebSocket-Protocol: zürich, chat.v1", Some("chat.v1")),
         ("X-None: 1", None),
     ] {
         let answer = handshake(gateway.address, "GET /ws HTTP/1.1", &[offered]).await;
         assert_eq!(answer.status, 101);
         assert_eq!(answer.header("sec-websocket-protocol"), chosen, "{offered}");
+    }
+    // A browser fails a handshake in which none is chosen, and tells its page nothing.
+    for path in ["/ws", "/ws/rooms/r", "/ws/echo"] {
+        for offered in ["bearer.x", "session.x, bearer.x", "other", "Chat.V1", "zürich"] {
+            let header = format!("Sec-WebSocket-Protocol: {offered}");
+            let start = format!("GET {path} HTTP/1.1");
+            let answer = handshake(gateway.address, &start, &[&header]).await;
+            assert_eq!(answer.status, 400, "{path} {offered}: {answer:?}");
+            assert!(answer.body.contains("chat.v1"), "{answer:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn compression_is_left_out_where_the_client_asks_for_that() {
+    let gateway = Gateway::start(&[]).await;
+    for path in ["/ws", "/ws/rooms/r", "/ws/echo"] {
+        for (query, agreed) in [("", true), ("?deflate=off", false), ("?deflate=on", true)] {
+            let start = format!("GET {path}{query} HTTP/1.1");
+            let offer = "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits";
+            let answer = handshake(gateway.address, &start, &[offer]).await;
+            let extension = answer.header("sec-websocket-extensions");
+            assert_eq!((answer.status, extension.is_some()), (101, agreed), "{start}");
+        }
     }
 }
 

@@ -36,7 +36,7 @@ use tokio_tungstenite::{
 
 use super::{
     frames,
-    options::{OpenError, Options},
+    options::{OpenError, Options, text_of},
 };
 use crate::{
     codec::Opcode,
@@ -146,7 +146,7 @@ impl Connection {
 
     /// A header of the server's answer to the handshake.
     pub fn header(&self, name: &str) -> Option<&str> {
-        self.headers.get(name).and_then(|value| value.to_str().ok())
+        self.headers.get(name).and_then(text_of)
     }
 
     /// The subprotocol the server chose.

@@ -241,11 +241,16 @@ fn refused(response: Response) -> OpenError {
     let retry_after = response
         .headers()
         .get(header::RETRY_AFTER)
-        .and_then(|value| value.to_str().ok()?.parse().ok())
+        .and_then(|value| text_of(value)?.parse().ok())
         .map(Duration::from_secs);
     let body = response.into_body().unwrap_or_default();
     let body = String::from_utf8_lossy(&body).into_owned();
     OpenError::Http { status, retry_after, body }
+}
+
+/// A header's value, where it is UTF-8.
+pub(super) fn text_of(value: &HeaderValue) -> Option<&str> {
+    std::str::from_utf8(value.as_bytes()).ok()
 }
 
 fn header_value(name: &str, value: &str) -> Result<HeaderValue, OpenError> {
@@ -288,7 +293,7 @@ mod tests {
         let options = Options::to("ws://h/ws");
         let with = |placement| options.clone().token("s3cret", placement);
         let header = |options: &Options, name: &str| {
-            request(options).headers().get(name).map(|value| value.to_str().unwrap().to_owned())
+            request(options).headers().get(name).map(|value| text_of(value).unwrap().to_owned())
         };
         let bearer = header(&with(Placement::Header), "authorization");
         assert_eq!(bearer.as_deref(), Some("Bearer s3cret"));

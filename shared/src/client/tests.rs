@@ -22,7 +22,7 @@ use tokio_tungstenite::{
 use super::{
     api::{EndReason, Event, SendError, Settings, Start},
     connection::{Closed, Connection, Received, Unexpected},
-    options::{OpenError, Options, Placement},
+    options::{OpenError, Options, Placement, text_of},
     *,
 };
 use crate::{codec::Opcode, error::ErrorCode, protocol::answer::Answer};
@@ -64,9 +64,9 @@ impl Server {
         let callback = |request: &Request, mut response: Response| {
             uri = request.uri().to_string();
             let header = request.headers().get("authorization");
-            authorization = header.map(|value| value.to_str().unwrap().to_owned());
+            authorization = header.map(|value| text_of(value).unwrap().to_owned());
             let offered = request.headers().get("sec-websocket-protocol");
-            if offered.is_some_and(|offered| offered.to_str().unwrap().contains("chat.v1")) {
+            if offered.is_some_and(|offered| text_of(offered).unwrap().contains("chat.v1")) {
                 let headers = response.headers_mut();
                 headers.insert("sec-websocket-protocol", "chat.v1".parse().unwrap());
             }

@@ -20,7 +20,7 @@ use shared::error::ErrorCode;
 use utoipa::{OpenApi, ToSchema};
 use utoipa_axum::{router::OpenApiRouter, routes};
 
-use super::Node;
+use super::{Node, headers::bearer};
 use crate::bus::{BusError, orders};
 
 mod messages;
@@ -250,22 +250,22 @@ impl From<orders::Outcome> for Outcome {
 pub(super) enum Common {
     /// The request is not what this says.
     #[response(status = 400)]
-    BadRequest(#[to_schema] Problem),
+    BadRequest(Problem),
     /// There is no API key, or another.
     #[response(status = 401)]
-    Unauthorized(#[to_schema] Problem),
+    Unauthorized(Problem),
     /// The gateway has no API key: see `api.keys`.
     #[response(status = 403)]
-    Forbidden(#[to_schema] Problem),
+    Forbidden(Problem),
     /// There is no such thing.
     #[response(status = 404)]
-    NotFound(#[to_schema] Problem),
+    NotFound(Problem),
     /// A body or a field is larger than it may be.
     #[response(status = 413)]
-    TooLarge(#[to_schema] Problem),
+    TooLarge(Problem),
     /// The bus is away: try again after `Retry-After`.
     #[response(status = 503)]
-    Unavailable(#[to_schema] Problem),
+    Unavailable(Problem),
 }
 
 #[derive(OpenApi)]
@@ -274,6 +274,9 @@ pub(super) enum Common {
         title = "Skein server API",
         description = "What an application asks and orders of a Skein cluster. Any node answers for all. Errors are `{\"error\":{\"code\",\"message\"}}`.",
     ),
+    // Relative to the document, so that a proxy may put a path in front of both.
+    servers((url = "..", description = "The node that this document is from")),
+    components(schemas(Problem)),
     security(("api_key" = [])),
     modifiers(&BearerKey),
 )]
@@ -353,12 +356,7 @@ async fn authorize(
         let text = "this gateway has no API key: set api.keys";
         return Failed::new(ErrorCode::Forbidden, text).into_response();
     }
-    let header = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
-    let key = header.and_then(|value| {
-        let (scheme, key) = value.split_once(' ')?;
-        scheme.eq_ignore_ascii_case("bearer").then(|| key.trim())
-    });
-    match key.and_then(|key| keys.name_of(key)) {
+    match bearer(&headers).and_then(|key| keys.name_of(&key)) {
         Some(name) => {
             tracing::debug!(key = name, method = %request.method(), path = request.uri().path(), "API");
             next.run(request).await

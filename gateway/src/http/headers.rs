@@ -1,0 +1,101 @@
+//! Request headers, read as bytes.
+//!
+//! A header value is bytes, not text (RFC 9110, section 5.5): one byte above ASCII in a cookie that
+//! another application set must not hide the cookie beside it. Each function here splits bytes and
+//! looks at the wanted part only. `HeaderValue::to_str`, which fails for the whole value, is
+//! forbidden in this crate (`clippy.toml`).
+
+use std::borrow::Cow;
+
+use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
+
+/// Yields the elements of a header that is a list (RFC 9110, section 5.6.1), over all of its lines.
+pub(super) fn elements(headers: &HeaderMap, name: HeaderName) -> impl Iterator<Item = &[u8]> {
+    let lines = headers.get_all(name).into_iter();
+    lines
+        .flat_map(|value| value.as_bytes().split(|byte| *byte == b','))
+        .map(<[u8]>::trim_ascii)
+        .filter(|element| !element.is_empty())
+}
+
+/// Whether a list header has this element, in either case.
+pub(super) fn has_element(headers: &HeaderMap, name: HeaderName, element: &str) -> bool {
+    elements(headers, name).any(|found| found.eq_ignore_ascii_case(element.as_bytes()))
+}
+
+/// The credentials of the first `Authorization: Bearer` (RFC 6750, section 2.1).
+pub(super) fn bearer(headers: &HeaderMap) -> Option<Cow<'_, str>> {
+    headers.get_all(header::AUTHORIZATION).into_iter().find_map(|value| {
+        let value = value.as_bytes().trim_ascii_start();
+        let space = value.iter().position(u8::is_ascii_whitespace)?;
+        let (scheme, token) = value.split_at(space);
+        let is_bearer = scheme.eq_ignore_ascii_case(b"bearer");
+        is_bearer.then(|| String::from_utf8_lossy(token.trim_ascii()))
+    })
+}
+
+/// The value of a cookie, without the quotation marks it may have (RFC 6265, section 4.1.1).
+pub(super) fn cookie<'a>(headers: &'a HeaderMap, name: &str) -> Option<Cow<'a, str>> {
+    let lines = headers.get_all(header::COOKIE).into_iter();
+    let mut pairs = lines.flat_map(|value| value.as_bytes().split(|byte| *byte == b';'));
+    pairs.find_map(|pair| {
+        let equals = pair.iter().position(|byte| *byte == b'=')?;
+        let (found, value) = (pair[..equals].trim_ascii(), pair[equals + 1..].trim_ascii());
+        let bare = value.strip_prefix(b"\"").and_then(|value| value.strip_suffix(b"\""));
+        let is_wanted = found == name.as_bytes();
+        is_wanted.then(|| String::from_utf8_lossy(bare.unwrap_or(value)))
+    })
+}
+
+/// A value as text, where it is UTF-8.
+pub(super) fn utf8(value: &HeaderValue) -> Option<&str> {
+    std::str::from_utf8(value.as_bytes()).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn headers(lines: &[(&'static str, &[u8])]) -> HeaderMap {
+        let value = |bytes: &[u8]| HeaderValue::from_bytes(bytes).unwrap();
+        lines.iter().map(|(name, bytes)| (HeaderName::from_static(name), value(bytes))).collect()
+    }
+
+    #[track_caller]
+    fn check_cookie(lines: &[&[u8]], expected: Option<&str>) {
+        let lines: Vec<_> = lines.iter().map(|line| ("cookie", *line)).collect();
+        assert_eq!(cookie(&headers(&lines), "token").as_deref(), expected, "{lines:?}");
+    }
+
+    #[test]
+    fn a_cookie_is_found_beside_others_of_any_bytes() {
+        check_cookie(&["city=Zürich; token=good".as_bytes()], Some("good"));
+        check_cookie(&[b"city=Z\xFCrich; token=good"], Some("good"));
+        check_cookie(&[b"\xFF\xFE", b"a; =b; token=\"good\";"], Some("good"));
+        check_cookie(&[b"xtoken=a;token=b=c; token=d"], Some("b=c"));
+        check_cookie(&[b"token=\xFF"], Some("\u{FFFD}"));
+        check_cookie(&[b"Token=a; token"], None);
+    }
+
+    #[test]
+    fn a_bearer_token_is_found_beside_other_schemes() {
+        let both: [(_, &[u8]); 2] =
+            [("authorization", b"Basic Zm9v\xFC"), ("authorization", b"bEaReR  good")];
+        assert_eq!(bearer(&headers(&both)).as_deref(), Some("good"));
+        // A token that is there and bad decides, as one that is signed by another key does.
+        let bad: [(_, &[u8]); 1] = [("authorization", b"Bearer g\xFCt")];
+        assert_eq!(bearer(&headers(&bad)).as_deref(), Some("g\u{FFFD}t"));
+        for none in [&b"Bearer"[..], b"Basic x", b""] {
+            assert_eq!(bearer(&headers(&[("authorization", none)])), None);
+        }
+    }
+
+    #[test]
+    fn a_list_element_that_is_no_ascii_hides_no_other() {
+        let lines: [(_, &[u8]); 2] =
+            [("sec-websocket-protocol", b"\xFC, chat.v1,,"), ("sec-websocket-protocol", b" b ")];
+        let found = headers(&lines);
+        let found: Vec<_> = elements(&found, header::SEC_WEBSOCKET_PROTOCOL).collect();
+        assert_eq!(found, [&b"\xFC"[..], b"chat.v1", b"b"]);
+    }
+}
