@@ -80,6 +80,8 @@ pub struct Outbox {
 struct Queue {
     frames: Frames,
     bytes: usize,
+    /// Of `bytes`, what the owner of an outbox without a socket has taken and still holds.
+    held: usize,
     /// Since when the socket has taken nothing. While it is set only the connection's task writes.
     blocked_since: Option<Instant>,
     /// Rooms in which this connection has to be given more once there is room; and those in which
@@ -272,8 +274,47 @@ impl Outbox {
     /// Everything that waits, for the owner of an outbox without a socket.
     pub fn take(&self) -> Vec<Bytes> {
         let mut queue = self.queue.lock();
-        queue.bytes = 0;
+        queue.bytes = queue.held;
         queue.frames.take()
+    }
+
+    /// Takes as many frames as `bytes_max` holds, and at least one, for the owner of an outbox without
+    /// a socket. The owner counts what it makes of them with [`Outbox::hold`].
+    pub fn take_some(&self, bytes_max: usize) -> Vec<Bytes> {
+        let mut queue = self.queue.lock();
+        let (mut taken, mut bytes) = (Vec::new(), 0);
+        while let Some(frame) = queue.frames.first() {
+            bytes += frame.len() + FRAME_OVERHEAD_BYTES;
+            if bytes > bytes_max && !taken.is_empty() {
+                break;
+            }
+            queue.bytes -= frame.len() + FRAME_OVERHEAD_BYTES;
+            taken.extend(queue.frames.pop());
+        }
+        taken
+    }
+
+    /// Counts bytes that an owner holds until its client has taken them, so that the bound of the
+    /// queue is that of both.
+    pub fn hold(&self, bytes: usize) {
+        let mut queue = self.queue.lock();
+        queue.held += bytes;
+        queue.bytes += bytes;
+    }
+
+    /// Counts bytes no more that were [held](Outbox::hold), and wakes the owner.
+    pub fn release(&self, bytes: usize) {
+        let mut queue = self.queue.lock();
+        // All is forgotten once the outbox is discarded.
+        let bytes = bytes.min(queue.held);
+        queue.held -= bytes;
+        queue.bytes -= bytes;
+        self.wake.notify_one();
+    }
+
+    /// Whether the owner holds something that its client has not taken.
+    pub fn is_held(&self) -> bool {
+        self.queue.lock().held > 0
     }
 
     /// How long the socket has taken nothing.
@@ -388,6 +429,25 @@ mod tests {
         outbox.take();
         assert_eq!(outbox.take_lagging().as_slice(), &[room]);
         assert!(outbox.take_lagging().is_empty());
+    }
+
+    #[test]
+    fn what_an_owner_holds_counts_until_it_is_released() {
+        let outbox = outbox(4 * FRAME_OVERHEAD_BYTES);
+        for frame in ["1", "2", "3"] {
+            assert_ne!(outbox.offer(&Bytes::from_static(frame.as_bytes())), Offer::Refused);
+        }
+        assert_eq!(outbox.take_some(2 * FRAME_OVERHEAD_BYTES + 2), ["1", "2"]);
+        outbox.hold(300);
+        assert!(outbox.is_held() && outbox.is_full() == (300 + FRAME_OVERHEAD_BYTES + 1 >= 384));
+        assert_eq!(outbox.offer(&Bytes::from_static(b"4")), Offer::Refused);
+        assert_eq!(outbox.take_some(0), ["3"]);
+        outbox.release(300);
+        assert_eq!((outbox.bytes(), outbox.is_held()), (0, false));
+        outbox.hold(10);
+        outbox.discard();
+        outbox.release(10);
+        assert_eq!(outbox.bytes(), 0);
     }
 
     #[test]

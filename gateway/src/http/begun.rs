@@ -9,6 +9,10 @@ use std::{
     future::Future as _,
     io,
     pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
     task::{Context, Poll},
     time::Duration,
 };
@@ -21,8 +25,40 @@ use tokio::{net::TcpStream, time::Sleep};
 /// How much one read takes.
 const PIECE_BYTES: usize = 4096;
 
-/// How long a peer may take nothing of an answer.
+/// How long a peer may take nothing of an answer, unless the answer says otherwise.
 const STALL_MAX: Duration = Duration::from_secs(10);
+
+/// How long a connection's peer may take nothing, shared with what answers its requests.
+#[derive(Clone, Debug)]
+pub(super) struct StallLimit(Arc<Stall>);
+
+#[derive(Debug)]
+struct Stall {
+    max_ms: AtomicU64,
+    is_over: AtomicBool,
+}
+
+impl StallLimit {
+    fn new() -> Self {
+        let max_ms = AtomicU64::new(STALL_MAX.as_millis() as u64);
+        Self(Arc::new(Stall { max_ms, is_over: AtomicBool::new(false) }))
+    }
+
+    /// Replaces the limit, from the next write on that has to wait.
+    pub(super) fn set(&self, max: Duration) {
+        let max_ms = u64::try_from(max.as_millis()).unwrap_or(u64::MAX);
+        self.0.max_ms.store(max_ms, Ordering::Relaxed);
+    }
+
+    fn get(&self) -> Duration {
+        Duration::from_millis(self.0.max_ms.load(Ordering::Relaxed))
+    }
+
+    /// Whether the connection ended because its peer took nothing for so long.
+    pub(super) fn is_over(&self) -> bool {
+        self.0.is_over.load(Ordering::Acquire)
+    }
+}
 
 /// A connection, and what of it was read and not used.
 #[derive(Debug)]
@@ -31,6 +67,7 @@ pub(super) struct Begun {
     socket: TokioIo<TcpStream>,
     /// Until when the peer has to take something, where it takes nothing.
     stalled: Option<Pin<Box<Sleep>>>,
+    limit: StallLimit,
 }
 
 impl Begun {
@@ -44,7 +81,8 @@ impl Begun {
             read_piece(&socket, &mut head)?;
             if head.len() > seen && (is_whole(&head, seen) || head.len() > bytes_max) {
                 let socket = TokioIo::new(socket);
-                return Ok(Self { head: head.into(), socket, stalled: None });
+                let limit = StallLimit::new();
+                return Ok(Self { head: head.into(), socket, stalled: None, limit });
             }
         }
     }
@@ -59,9 +97,17 @@ impl Begun {
             self.stalled = None;
             return written;
         }
-        let new = || Box::pin(tokio::time::sleep(STALL_MAX));
+        let new = || Box::pin(tokio::time::sleep(self.limit.get()));
         let until = self.stalled.get_or_insert_with(new);
-        until.as_mut().poll(context).map(|()| Err(io::ErrorKind::TimedOut.into()))
+        until.as_mut().poll(context).map(|()| {
+            self.limit.0.is_over.store(true, Ordering::Release);
+            Err(io::ErrorKind::TimedOut.into())
+        })
+    }
+
+    /// How long the peer may take nothing.
+    pub(super) fn stall_limit(&self) -> StallLimit {
+        self.limit.clone()
     }
 
     /// The socket, and what was read of it and not used.

@@ -40,6 +40,8 @@ use crate::{
 const HEADER_READ_MAX: Duration = Duration::from_secs(10);
 /// The most bytes of a request's header. More is answered by 431.
 const HEADER_BYTES_MAX: usize = 16 * 1024;
+/// How much the kernel takes that it cannot send yet.
+const UNSENT_BYTES_MAX: u32 = 64 * 1024;
 /// How many connections may wait to be accepted.
 const BACKLOG: u32 = 4096;
 /// How long to wait when no descriptor is free.
@@ -208,6 +210,9 @@ impl Http {
         let Ok(local) = socket.local_addr() else { return };
         // A frame is small and is to leave at once.
         let _ = socket.set_nodelay(true);
+        // What a peer does not read waits where limits count it. A kernel that knows no such bound
+        // holds more, and serves all the same.
+        let _ = socket2::SockRef::from(&socket).set_tcp_notsent_lowat(UNSENT_BYTES_MAX);
         let ends = Ends { peer: self.peer, local };
         let first = timeout(HEADER_READ_MAX, Begun::read(socket, HEADER_BYTES_MAX));
         let first = tokio::select! {
@@ -226,8 +231,10 @@ impl Http {
     async fn answer_requests(self, begun: Begun, ends: Ends) {
         let Self { peer, place, router, node, is_late } = self;
         let answering = node.clone();
+        let stall_limit = begun.stall_limit();
         let service = service_fn(move |mut request: Request<Incoming>| {
             request.extensions_mut().insert(ends);
+            request.extensions_mut().insert(stall_limit.clone());
             request.extensions_mut().insert(place.clone());
             let (router, node) = (router.clone(), answering.clone());
             async move { Ok::<_, Infallible>(answer(router, request, &node, is_late).await) }

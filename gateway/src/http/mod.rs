@@ -24,7 +24,7 @@ use crate::{
     },
     limits::{Counts, Paces, Rate},
     session::Services,
-    telemetry::metrics::Metrics,
+    telemetry::{metrics::Metrics, seldom::Seldom},
     transport::{Heartbeat, echo::EchoMode, wheel::Wheel},
 };
 
@@ -37,6 +37,7 @@ mod error;
 mod health;
 mod page;
 mod extensions;
+mod headers;
 mod places;
 mod client;
 mod upgrade;
@@ -114,6 +115,8 @@ pub struct Node {
 #[derive(Default)]
 struct State {
     draining: AtomicBool,
+    /// Log lines on pages whose origin may not connect.
+    origins_refused: Seldom,
     all: Counts<()>,
     by_address: Counts<std::net::IpAddr>,
     by_user: Counts<UserId>,
@@ -175,7 +178,7 @@ pub fn public(node: Arc<Node>) -> Router {
         .route("/ws", get(upgrade::chat))
         .route("/ws/rooms/{room}", get(upgrade::room))
         .route("/ws/echo", get(upgrade::echo))
-        .route("/sse", get(sse::stream))
+        .route("/sse", sse::methods(node.clone()))
         .route("/health", get(health::health))
         .route("/ready", get(health::ready))
         .merge(api::router(node.clone()))

@@ -3,15 +3,28 @@
 //!
 //! A stream is a session like any other, whose outbox is read here: each frame becomes one event. Those
 //! of a log carry the positions in all rooms and the inbox as their id, by which the client goes on
-//! elsewhere. Whoever reads slowly lags, as any client does.
+//! elsewhere. A client that reads slowly lags, as any client does: the stream is made piece by piece,
+//! the next one when the kernel has taken the one before, and what is under way counts in the outbox.
+//! Rooms are joined one after the other, each when there is room for its history.
+//!
+//! A browser gives up for good on any answer but 200 (`EventSource`, section 9.2.3), so that refusals
+//! which pass are streams as well, which say when to come back and end.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, VecDeque},
+    fmt::Write as _,
+    sync::Arc,
+    time::Duration,
+};
 
 use axum::{
     body::Body,
     extract::{Query, State},
-    http::{HeaderMap, HeaderValue, StatusCode, header},
+    http::{HeaderName, HeaderValue, Method, StatusCode, header},
+    middleware::{self, Next},
     response::Response,
+    routing::{MethodRouter, get},
 };
 use base64::{
     Engine as _,
@@ -19,6 +32,7 @@ use base64::{
 };
 use bytes::Bytes;
 use serde::Deserialize;
+use serde_json::json;
 use shared::{
     close::CloseCode,
     error::ErrorCode,
@@ -36,19 +50,25 @@ use tokio::{
 
 use super::{
     Ends, Node,
+    begun::StallLimit,
     client::{
         Client, Entered, Params, Refused, connected, follow_inbox, hold_session, param, unread_from,
     },
     error::{refuse, refuse_for},
+    headers::utf8,
+    origin::Allowed,
     places::Places,
     upgrade::route,
 };
 use crate::{
-    bus::{registry::millis_now, standing::Told},
-    hub::member::Subscriber,
+    bus::{
+        registry::{Found, Record, millis_now},
+        standing::Told,
+    },
+    hub::{NotFollowed, member::Subscriber},
     limits::Place,
-    outbox::{Close, Outbox},
-    session::{Request, Session},
+    outbox::{Close, FRAME_OVERHEAD_BYTES, Outbox},
+    session::{Request, Session, auth::AuthError},
     telemetry::metrics::Handshake,
     transport::changed,
 };
@@ -57,12 +77,16 @@ use crate::{
 const ROOMS_MAX: usize = 20;
 /// How often something is sent that means nothing, so that a proxy does not take the stream for dead.
 const PING_EVERY: Duration = Duration::from_secs(25);
-/// What a client is told to wait before it comes back, in milliseconds.
-const RETRY_MS: u64 = 3000;
+/// What a client is told to wait before it comes back.
+const RETRY: Duration = Duration::from_secs(3);
 /// The longest position that is looked at: 20 rooms with the longest names.
 const CURSOR_BYTES_MAX: usize = 8 * 1024;
-/// How many pieces of a stream wait for the connection to take them.
-const PIECES_MAX: usize = 4;
+/// How much of what waits is made into one piece of the stream.
+const PIECE_BYTES: usize = 32 * 1024;
+/// How many pieces wait for the connection to take them: one, and one with which the stream ends.
+const PIECES_MAX: usize = 2;
+/// The longest body of a refusal.
+const REFUSAL_BYTES_MAX: usize = 4 * 1024;
 
 /// How far a client is, in rooms and in the inbox.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -80,7 +104,7 @@ impl Cursors {
     }
 
     /// What of an id can be read. One that cannot is as none: the client is told where it begins.
-    fn of_id(id: &str) -> Self {
+    fn of_id(id: &[u8]) -> Self {
         let mut cursors = Self::default();
         let text =
             (id.len() <= CURSOR_BYTES_MAX).then(|| URL_SAFE_NO_PAD.decode(id).ok()).flatten();
@@ -149,7 +173,7 @@ struct Shown {
 
 /// The JSON of a frame as it stands in an outbox: unmasked and whole (RFC 6455, section 5.2). A binary
 /// one has its payload in base64.
-fn json_of(frame: &[u8]) -> Option<String> {
+fn json_of(frame: &[u8]) -> Option<Cow<'_, str>> {
     let (head, rest) = frame.split_first_chunk::<2>()?;
     let payload = match head[1] & 0x7F {
         126 => rest.get(2..)?,
@@ -157,28 +181,135 @@ fn json_of(frame: &[u8]) -> Option<String> {
         _ => rest,
     };
     match head[0] & 0x0F {
-        1 => String::from_utf8(payload.to_vec()).ok(),
+        1 => std::str::from_utf8(payload).ok().map(Cow::Borrowed),
         2 => {
             let (length, rest) = payload.split_first_chunk::<2>()?;
             let (header, content) = rest.split_at_checked(u16::from_be_bytes(*length).into())?;
             let header = std::str::from_utf8(header).ok()?.strip_suffix('}')?;
             let content = STANDARD.encode(content);
-            Some(format!(r#"{header},"encoding":"base64","content":"{content}"}}"#))
+            Some(format!(r#"{header},"encoding":"base64","content":"{content}"}}"#).into())
         }
         // Pings are of this stream's own.
         _ => None,
     }
 }
 
-fn event(json: &str, id: Option<&str>) -> String {
-    match id {
-        Some(id) => format!("id: {id}\ndata: {json}\n\n"),
-        None => format!("data: {json}\n\n"),
+/// The `retry` field: when the client comes back once the stream has ended.
+fn retry(wait: Duration) -> String {
+    format!("retry: {}\n\n", wait.as_millis())
+}
+
+/// The methods of `/sse`, with what all of its answers have.
+pub(super) fn methods(node: Arc<Node>) -> MethodRouter<Arc<Node>> {
+    get(stream)
+        .head(method_not_allowed)
+        .options(preflight)
+        .fallback(method_not_allowed)
+        .layer(middleware::from_fn_with_state(node, complete))
+}
+
+async fn method_not_allowed() -> Response {
+    let status = StatusCode::METHOD_NOT_ALLOWED;
+    let mut response = refuse(status, "bad_request", "an event stream is a GET");
+    response.headers_mut().insert(header::ALLOW, METHODS);
+    response
+}
+
+const METHODS: HeaderValue = HeaderValue::from_static("GET, OPTIONS");
+
+/// The question that a browser asks before it sends a header of the page's own (Fetch Standard,
+/// section 3.3.2). Whether the page may is said by [`complete`].
+async fn preflight(request: axum::extract::Request) -> Response {
+    const HEADERS: HeaderValue = HeaderValue::from_static("Authorization, Last-Event-ID");
+    let wanted = request.headers().get(header::ACCESS_CONTROL_REQUEST_HEADERS);
+    let mut response = Response::new(Body::empty());
+    *response.status_mut() = StatusCode::NO_CONTENT;
+    let headers = response.headers_mut();
+    headers.insert(header::ALLOW, METHODS);
+    headers.insert(header::ACCESS_CONTROL_ALLOW_METHODS, METHODS);
+    headers.insert(header::ACCESS_CONTROL_ALLOW_HEADERS, wanted.cloned().unwrap_or(HEADERS));
+    headers.insert(header::ACCESS_CONTROL_MAX_AGE, HeaderValue::from_static("600"));
+    response
+}
+
+/// Adds what every answer of this path has: leave for the page to read it, where its origin is
+/// allowed, and that nobody keeps or changes it on the way. A refusal that passes becomes a stream.
+async fn complete(
+    State(node): State<Arc<Node>>,
+    request: axum::extract::Request,
+    next: Next,
+) -> Response {
+    let allowed = node.options.allowed_origins.allow(request.headers());
+    let origin = request.headers().get(header::ORIGIN).cloned();
+    let is_get = request.method() == Method::GET;
+    let mut response = next.run(request).await;
+    if is_get && matches!(response.status().as_u16(), 429 | 503) {
+        response = come_back(response).await;
     }
+    let headers = response.headers_mut();
+    let cors = |name: &'static str| HeaderName::from_static(name);
+    match (allowed, origin) {
+        (Ok(Allowed::WithCredentials), Some(origin)) => {
+            headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin);
+            let yes = HeaderValue::from_static("true");
+            headers.insert(cors("access-control-allow-credentials"), yes);
+        }
+        (Ok(Allowed::WithoutCredentials), _) => {
+            let any = HeaderValue::from_static("*");
+            headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, any);
+        }
+        (Ok(_) | Err(_), _) => {}
+    }
+    headers.insert(header::VARY, HeaderValue::from_static("Origin"));
+    let kept = HeaderValue::from_static("no-store, no-transform");
+    headers.insert(header::CACHE_CONTROL, kept);
+    response
+}
+
+/// A stream that says why there is none now, and when to come back, in place of a refusal that passes.
+async fn come_back(refusal: Response) -> Response {
+    let wait = refusal.headers().get(header::RETRY_AFTER).and_then(utf8);
+    let wait = wait.and_then(|seconds| seconds.parse().ok()).map_or(RETRY, Duration::from_secs);
+    // Not all at once, who are refused at once.
+    let wait = wait.max(RETRY) + rand::random_range(Duration::ZERO..RETRY);
+    let body = axum::body::to_bytes(refusal.into_body(), REFUSAL_BYTES_MAX).await;
+    let refused = body.ok().and_then(|body| serde_json::from_slice::<RefusalBody>(&body).ok());
+    let mut text = retry(wait);
+    if let Some(RefusalBody { error: Problem { code, message } }) = refused {
+        let error = json!({
+            "type": "error",
+            "code": code,
+            "message": message,
+            "retry_after_ms": wait.as_millis() as u64,
+        });
+        let _ = write!(text, "data: {error}\n\n");
+    }
+    event_stream(Body::from(text))
+}
+
+/// What is read of a refusal in HTTP.
+#[derive(Deserialize)]
+struct RefusalBody {
+    error: Problem,
+}
+
+#[derive(Deserialize)]
+struct Problem {
+    code: String,
+    message: String,
+}
+
+fn event_stream(body: Body) -> Response {
+    let mut response = Response::new(body);
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+    // nginx would hold events back until it has many.
+    headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+    response
 }
 
 /// `GET /sse`
-pub(super) async fn stream(
+async fn stream(
     State(node): State<Arc<Node>>,
     Query(params): Params,
     request: axum::extract::Request,
@@ -198,9 +329,12 @@ pub(super) async fn stream(
     let ends = parts.extensions.get::<Ends>().copied();
     let ends =
         ends.unwrap_or(Ends { peer: ([0, 0, 0, 0], 0).into(), local: ([0, 0, 0, 0], 0).into() });
-    let client = Client::read(&node, &parts.headers, &params, ends);
-    let id = parts.headers.get("last-event-id").and_then(|value| value.to_str().ok());
-    let cursors = Cursors::of_id(id.or(param(&params, "last_event_id")).unwrap_or_default());
+    let client = Client::read(&node, &parts.headers, &params, ends, places.allowed);
+    let id = parts.headers.get("last-event-id").map(HeaderValue::as_bytes);
+    let id = id.or(param(&params, "last_event_id").map(str::as_bytes));
+    let cursors = Cursors::of_id(id.unwrap_or_default());
+
+    let stall_limit = parts.extensions.get::<StallLimit>().cloned();
 
     let (answer, opened) = oneshot::channel();
     let route = route(ends);
@@ -214,8 +348,9 @@ pub(super) async fn stream(
                     return stream.session.end().await;
                 }
                 node.metrics.connections.inc();
-                stream.run(&node).await;
+                let code = stream.run(&node, stall_limit).await;
                 node.metrics.connections.dec();
+                node.metrics.disconnected(code);
             }
             Err(refused) => drop(answer.send(Err(refused))),
         }
@@ -234,23 +369,7 @@ pub(super) async fn stream(
         let piece: Bytes = pieces.recv().await?;
         Some((Ok::<_, std::convert::Infallible>(piece), pieces))
     });
-    let mut response = Response::new(Body::from_stream(pieces));
-    let headers = response.headers_mut();
-    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
-    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
-    // nginx would hold events back until it has many.
-    headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
-    allow_origin(&parts.headers, headers);
-    response
-}
-
-/// Its origin was allowed (`server.allowed_origins`), so that a page there may read the answer.
-fn allow_origin(asked: &HeaderMap, headers: &mut HeaderMap) {
-    if let Some(origin) = asked.get(header::ORIGIN) {
-        headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin.clone());
-        headers.insert(header::ACCESS_CONTROL_ALLOW_CREDENTIALS, HeaderValue::from_static("true"));
-        headers.insert(header::VARY, HeaderValue::from_static("Origin"));
-    }
+    event_stream(Body::from_stream(pieces))
 }
 
 fn rooms_of(params: &[(String, String)]) -> Result<Vec<RoomId>, &'static str> {
@@ -270,14 +389,43 @@ struct Stream {
     session: Session,
     subscriber: Arc<Subscriber>,
     cursors: Cursors,
+    /// Rooms to be joined when there is room for their history.
+    waiting: VecDeque<RoomId>,
     pieces: mpsc::Sender<Bytes>,
     expires: Option<Instant>,
     _places: Places,
     _user: Place<shared::ids::UserId>,
 }
 
-/// The stream is to end, or its client has gone.
-struct Ended;
+/// A part of a stream. It counts in the outbox until the kernel has taken it, or the client has gone.
+struct Piece {
+    text: String,
+    subscriber: Arc<Subscriber>,
+}
+
+impl Piece {
+    fn bytes(&self) -> usize {
+        self.text.capacity() + FRAME_OVERHEAD_BYTES
+    }
+}
+
+impl AsRef<[u8]> for Piece {
+    fn as_ref(&self) -> &[u8] {
+        self.text.as_bytes()
+    }
+}
+
+impl Drop for Piece {
+    fn drop(&mut self) {
+        self.subscriber.outbox.release(self.bytes());
+    }
+}
+
+/// How a stream ended, as a close code says it.
+struct Ended(u16);
+
+/// The client has gone without a word.
+const GONE: Ended = Ended(1006);
 
 /// A refusal in HTTP.
 type Answered = Box<Response>;
@@ -311,9 +459,13 @@ impl Stream {
     ) -> Result<(Self, mpsc::Receiver<Bytes>), Answered> {
         let connection = ConnectionId::random();
         let entered = client.enter(node, connection).await.map_err(|error| match error {
-            Refused::Nobody(error) => {
-                refused(ErrorCode::Unauthorized, &format!("you are nobody here: {error}"))
-            }
+            Refused::Nobody(error) => refused(
+                ErrorCode::Unauthorized,
+                &match error {
+                    AuthError::TokenInvalid(why) => format!("token_invalid: {why}"),
+                    error => format!("authentication required: {error}"),
+                },
+            ),
             Refused::TooMany => {
                 refused(ErrorCode::LimitReached, "this user has too many connections")
             }
@@ -337,47 +489,97 @@ impl Stream {
             Instant::now().checked_add(left)
         });
         let (pieces, taken) = mpsc::channel(PIECES_MAX);
-        let (_places, _user) = (places, place);
-        let mut stream = Self { session, subscriber, cursors, pieces, expires, _places, _user };
-        if follows.is_err() {
+        let (_places, _user, waiting) = (places, place, rooms.into());
+        let mut stream =
+            Self { session, subscriber, cursors, waiting, pieces, expires, _places, _user };
+        let joined = match follows {
+            Ok(()) => stream.join_all(node).await,
+            Err(NotFollowed) => Err(refused(ErrorCode::Unavailable, "the bus is away")),
+        };
+        if let Err(refused) = joined {
             stream.session.end().await;
-            return Err(refused(ErrorCode::Unavailable, "the bus is away"));
-        }
-        for room in rooms {
-            let since = stream.cursors.rooms.get(&room).cloned();
-            let join = Join { room, since, history: history_default(), password: None };
-            let performed = stream.session.perform(Request::Join(None, join)).await;
-            if let Err(code) = stream.session.finish(performed) {
-                stream.session.end().await;
-                return Err(refused(code, "a room could not be joined"));
-            }
+            return Err(refused);
         }
         hold_session(node, &stream.subscriber).await;
         Ok((stream, taken))
     }
 
-    async fn run(mut self, node: &Node) {
-        let mut told = Some(self.session.told());
-        self.serve(node, &mut told).await;
-        self.session.end().await;
-        self.subscriber.outbox.discard();
+    /// Joins as many rooms as the outbox has room for, and makes sure of the others that they can be
+    /// joined, since a refusal can be told in HTTP now only.
+    async fn join_all(&mut self, node: &Node) -> Result<(), Answered> {
+        let refused = |code| refused(code, "a room could not be joined");
+        for room in &self.waiting {
+            self.session.check_join(room).map_err(refused)?;
+        }
+        while self.subscriber.outbox.has_room()
+            && let Some(room) = self.waiting.pop_front()
+        {
+            self.join(room).await.map_err(refused)?;
+        }
+        let (rules, registry) = (&node.services.rules, node.services.presence.registry());
+        for room in &self.waiting {
+            let found = registry.find(room.clone());
+            let found = match tokio::time::timeout(node.services.limits.wait_max, found).await {
+                Ok(Ok(found)) => found,
+                Ok(Err(_)) | Err(_) => return Err(refused(ErrorCode::Unavailable)),
+            };
+            match found {
+                None if !rules.create_on_join => return Err(refused(ErrorCode::NotFound)),
+                Some(Found { record: Some(Record { password: Some(_), .. }), .. }) => {
+                    return Err(refused(ErrorCode::WrongPassword));
+                }
+                None | Some(_) => {}
+            }
+        }
+        Ok(())
     }
 
-    async fn serve(&mut self, node: &Node, told: &mut Option<tokio::sync::watch::Receiver<Told>>) {
+    /// Joins a room; a refusal is told by a frame.
+    async fn join(&mut self, room: RoomId) -> Result<(), ErrorCode> {
+        let since = self.cursors.rooms.get(&room).cloned();
+        let join = Join { room, since, history: history_default(), password: None };
+        let performed = self.session.perform(Request::Join(None, join)).await;
+        self.session.finish(performed)
+    }
+
+    /// Serves the stream until it ends. Returns the close code that a WebSocket would have had.
+    async fn run(mut self, node: &Node, stall_limit: Option<StallLimit>) -> u16 {
+        if let Some(limit) = &stall_limit {
+            limit.set(node.options.heartbeat.stall_max);
+        }
+        let mut told = Some(self.session.told());
+        let Ended(code) = self.serve(node, &mut told).await;
+        self.session.end().await;
+        self.subscriber.outbox.discard();
+        match stall_limit.is_some_and(|limit| limit.is_over()) {
+            true => CloseCode::Stalled.number(),
+            false => code,
+        }
+    }
+
+    async fn serve(
+        &mut self,
+        node: &Node,
+        told: &mut Option<tokio::sync::watch::Receiver<Told>>,
+    ) -> Ended {
         let subscriber = self.subscriber.clone();
         let outbox = &subscriber.outbox;
         let batch = node.departure.batch(subscriber.connection);
         let mut ping = tokio::time::interval(PING_EVERY);
         ping.reset();
-        if self.send(node, format!("retry: {RETRY_MS}\n\n")).await.is_err() {
-            return;
-        }
+        let mut is_held = true;
+        self.send(retry(RETRY));
         loop {
-            let frames = outbox.take();
-            if !frames.is_empty() {
-                let text: String = frames.iter().filter_map(|frame| self.event_of(frame)).collect();
-                if self.send(node, text).await.is_err() {
-                    return;
+            if !outbox.is_held() {
+                if std::mem::take(&mut is_held) {
+                    subscriber.health.hear(millis_now());
+                }
+                // What waits goes out before the end.
+                let bytes_max = if outbox.is_closing() { usize::MAX } else { PIECE_BYTES };
+                let text = self.events(bytes_max);
+                if !text.is_empty() {
+                    self.send(text);
+                    is_held = true;
                 }
             }
             let behind = self.session.take_behind();
@@ -386,7 +588,17 @@ impl Stream {
             }
             if let Some(Close { code, .. }) = outbox.begin_close() {
                 tracing::debug!(connection = %subscriber.connection, code, "an event stream ends");
-                return;
+                return Ended(code);
+            }
+            if outbox.has_room()
+                && let Some(room) = self.waiting.pop_front()
+            {
+                if let Err(code) = Box::pin(self.join(room)).await {
+                    // It comes back, and is refused in HTTP where that does not pass.
+                    let (code, reason) = (CloseCode::Policy.number(), code.as_str().to_owned());
+                    outbox.close(Close { code, reason });
+                }
+                continue;
             }
             let expires = self.expired();
             // All arms are cancel-safe.
@@ -400,26 +612,23 @@ impl Stream {
                         node: None,
                     }));
                     self.session.end().await;
-                    let frames = outbox.take();
-                    let last = frames.iter().filter_map(|frame| self.event_of(frame));
                     // Browsers read no `reconnect`: this is what spreads them.
-                    let last: String =
-                        last.chain([format!("retry: {}\n\n", RETRY_MS + after_ms)]).collect();
-                    // Who does not take it now comes back by itself.
-                    let _ = self.pieces.try_send(last.into());
-                    return;
+                    let wait = RETRY + Duration::from_millis(after_ms);
+                    let last = self.events(usize::MAX);
+                    self.send(retry(wait) + &last);
+                    return Ended(CloseCode::Restart.number());
                 }
-                () = self.pieces.closed() => return,
+                () = self.pieces.closed() => return GONE,
                 () = expires => {
                     let code = CloseCode::TokenExpired.number();
                     outbox.close(Close { code, reason: String::new() });
                 }
                 () = outbox.woken() => {}
                 news = changed(told) => self.session.tell(news),
-                _ = ping.tick() => {
-                    if self.send(node, ": ping\n\n".to_owned()).await.is_err() {
-                        return;
-                    }
+                // Where a piece is under way it says the same.
+                _ = ping.tick() => if !outbox.is_held() {
+                    self.send(": ping\n\n".to_owned());
+                    is_held = true;
                 }
             }
         }
@@ -436,32 +645,26 @@ impl Stream {
         }
     }
 
-    /// Hands a piece to the connection, which takes it when it can; unless the stream is to end before
-    /// that.
-    async fn send(&self, node: &Node, text: String) -> Result<(), Ended> {
-        let outbox = &self.subscriber.outbox;
-        let closing = async {
-            while !outbox.is_closing() {
-                outbox.woken().await;
-            }
-        };
-        // All arms are cancel-safe, as far as a stream that ends needs it.
-        tokio::select! {
-            biased;
-            sent = self.pieces.send(text.into()) => sent.map_err(|_| Ended)?,
-            () = node.departure.batch(self.subscriber.connection).left() => return Err(Ended),
-            () = self.expired() => return Err(Ended),
-            () = closing => return Err(Ended),
-        }
-        self.subscriber.health.hear(millis_now());
-        Ok(())
+    /// Hands a piece to the connection, which takes it when it can.
+    fn send(&self, text: String) {
+        let piece = Piece { text, subscriber: self.subscriber.clone() };
+        self.subscriber.outbox.hold(piece.bytes());
+        // One at a time is under way, and a last one. Where the client has gone `closed` tells.
+        let _ = self.pieces.try_send(Bytes::from_owner(piece));
     }
 
-    fn event_of(&mut self, frame: &[u8]) -> Option<String> {
-        let json = json_of(frame)?;
-        let moved = serde_json::from_str(&json).is_ok_and(|frame| self.cursors.note(&frame));
-        let id = moved.then(|| self.cursors.to_id());
-        Some(event(&json, id.as_deref()))
+    /// The next frames of the outbox as events, of about `bytes_max`.
+    fn events(&mut self, bytes_max: usize) -> String {
+        let mut text = String::new();
+        for frame in self.subscriber.outbox.take_some(bytes_max) {
+            let Some(json) = json_of(&frame) else { continue };
+            text.reserve(json.len() + 64);
+            if serde_json::from_str(&json).is_ok_and(|frame| self.cursors.note(&frame)) {
+                let _ = writeln!(text, "id: {}", self.cursors.to_id());
+            }
+            let _ = write!(text, "data: {json}\n\n");
+        }
+        text
     }
 }
 
@@ -480,9 +683,9 @@ mod tests {
         let mut cursors = Cursors { inbox: Some(at("i", 3)), ..Cursors::default() };
         cursors.rooms.insert("a:b".parse().unwrap(), at("1-e_x", 7));
         cursors.rooms.insert("r".parse().unwrap(), at("e", 0));
-        assert_eq!(Cursors::of_id(&cursors.to_id()), cursors);
+        assert_eq!(Cursors::of_id(cursors.to_id().as_bytes()), cursors);
         for bad in ["", "!", "AAAA", &URL_SAFE_NO_PAD.encode("a b~e:1,r~x,~"), &"A".repeat(9000)] {
-            assert_eq!(Cursors::of_id(bad), Cursors::default(), "{bad}");
+            assert_eq!(Cursors::of_id(bad.as_bytes()), Cursors::default(), "{bad}");
         }
     }
 

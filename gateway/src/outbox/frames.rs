@@ -61,6 +61,16 @@ impl Frames {
         done
     }
 
+    /// The next frame, to be taken.
+    pub(super) fn first(&self) -> Option<&Bytes> {
+        self.first.as_ref()
+    }
+
+    /// Takes the next frame.
+    pub(super) fn pop(&mut self) -> Option<Bytes> {
+        std::mem::replace(&mut self.first, self.others.pop_front())
+    }
+
     /// Takes all of them.
     pub(super) fn take(&mut self) -> Vec<Bytes> {
         let Self { first, others } = std::mem::take(self);

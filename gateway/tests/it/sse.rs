@@ -9,7 +9,7 @@ use tokio::{
 };
 
 use crate::{
-    harness::{Gateway, get, room, say, within},
+    harness::{Gateway, Http, get, http_raw, room, say, within},
     people::World,
 };
 
@@ -181,6 +181,203 @@ async fn what_is_not_allowed_is_refused_in_http() {
     assert_eq!(status(&format!("rooms={many}&token={token}")).await, 400);
     let open = Stream::open(gateway.address, &format!("token={token}"), None).await;
     assert!(open.head.starts_with("HTTP/1.1 200"));
+    // What passes is a stream that says when to come back: a browser gives up on any other answer.
     let full = get(gateway.address, &format!("/sse?token={token}")).await;
-    assert!(full.status == 429 && full.header("retry-after").is_some(), "{full:?}");
+    assert_come_back(&full, "limit_reached");
+}
+
+#[track_caller]
+fn assert_come_back(answer: &Http, code: &str) {
+    assert_eq!(answer.status, 200, "{answer:?}");
+    assert_eq!(answer.header("content-type"), Some("text/event-stream"));
+    let wait: u64 =
+        answer.body.lines().find_map(|line| line.strip_prefix("retry: ")).unwrap().parse().unwrap();
+    assert!((3000..70_000).contains(&wait), "{wait}");
+    let frame = answer.body.lines().find_map(|line| line.strip_prefix("data: ")).unwrap();
+    let frame: Value = serde_json::from_str(frame).unwrap();
+    assert_eq!((&frame["type"], &frame["code"]), (&json!("error"), &json!(code)), "{frame}");
+    assert_eq!(frame["retry_after_ms"], wait);
+}
+
+#[tokio::test]
+async fn refusals_that_pass_are_streams_that_end() {
+    let full = Gateway::start(&[("limits.connections_max", "1")]).await;
+    let mut ann = full.connect("ann").await;
+    ann.request(&json!({"type": "ping"})).await.unwrap();
+    assert_come_back(&get(full.address, "/sse").await, "unavailable");
+    let busy = Gateway::start(&[("limits.handshakes_per_minute_per_ip", "1")]).await;
+    assert_eq!(get(busy.address, "/sse?rooms=a%20b").await.status, 400);
+    assert_come_back(&get(busy.address, "/sse").await, "rate_limited");
+}
+
+#[tokio::test]
+async fn a_stream_of_a_node_that_stops_says_when_to_come_back() {
+    let gateway = Gateway::start(&[("drain.delay", "0s")]).await;
+    let mut stream = Stream::open(gateway.address, "rooms=a", None).await;
+    stream.frame_of("joined").await;
+    let stopping = gateway.stop();
+    let told = async {
+        let mut retry = None;
+        loop {
+            let line = stream.line().await;
+            retry = line.strip_prefix("retry: ").map(str::to_owned).or(retry);
+            if line.contains(r#""reconnect""#) {
+                let frame: Value = serde_json::from_str(&line["data: ".len()..]).unwrap();
+                return (retry, frame["after_ms"].as_u64().unwrap());
+            }
+        }
+    };
+    let (_, (retry, after_ms)) = tokio::join!(stopping, told);
+    assert_eq!(retry.and_then(|retry| retry.parse().ok()), Some(3000 + after_ms));
+}
+
+#[tokio::test]
+async fn pages_of_allowed_origins_may_read_every_answer() {
+    let origins = [("server.allowed_origins", "https://app.example")];
+    let listed = Gateway::start(&[&crate::auth::JWT[..], &origins].concat()).await;
+    let any = [("server.allowed_origins", "*")];
+    let any = Gateway::start(&[&crate::auth::JWT[..], &any].concat()).await;
+    let ask = async |address: SocketAddr, start: &str, origin: &str| {
+        let request = format!(
+            "{start} HTTP/1.1\r\nHost: {address}\r\nOrigin: {origin}\r\nContent-Length: 0\r\n\
+             Access-Control-Request-Method: GET\r\n\
+             Access-Control-Request-Headers: last-event-id,x-y\r\nConnection: close\r\n\r\n"
+        );
+        let answer = http_raw(address, &request).await;
+        assert_eq!(answer.header("vary"), Some("Origin"), "{start}");
+        assert_eq!(answer.header("cache-control"), Some("no-store, no-transform"), "{start}");
+        answer
+    };
+    let token = crate::auth::token(json!({"sub": "ann", "rooms": {"a": "r"}}), 60);
+    let app = "https://app.example";
+    for (start, status) in [
+        ("OPTIONS /sse?rooms=a".to_owned(), 204),
+        ("GET /sse".to_owned(), 401),
+        ("GET /sse?rooms=a%20b".to_owned(), 400),
+        (format!("GET /sse?rooms=b&token={token}"), 403),
+        ("POST /sse".to_owned(), 405),
+        ("HEAD /sse".to_owned(), 405),
+    ] {
+        let answer = ask(listed.address, &start, app).await;
+        assert_eq!(answer.status, status, "{start}: {answer:?}");
+        assert_eq!(answer.header("access-control-allow-origin"), Some(app), "{start}");
+        assert_eq!(answer.header("access-control-allow-credentials"), Some("true"));
+        let evil = ask(listed.address, &start, "https://evil.example").await;
+        assert_eq!(evil.header("access-control-allow-origin"), None, "{start}: {evil:?}");
+        let anybody = ask(any.address, &start, "https://evil.example").await;
+        assert_eq!(anybody.header("access-control-allow-origin"), Some("*"), "{start}");
+        assert_eq!(anybody.header("access-control-allow-credentials"), None, "{start}");
+    }
+    let preflight = ask(listed.address, "OPTIONS /sse", app).await;
+    assert_eq!(preflight.header("access-control-allow-headers"), Some("last-event-id,x-y"));
+    assert_eq!(preflight.header("access-control-allow-methods"), Some("GET, OPTIONS"));
+    let evil = ask(listed.address, "GET /sse", "https://evil.example").await;
+    assert_eq!(evil.status, 403);
+    let mut open = TcpStream::connect(any.address).await.unwrap();
+    let request =
+        format!("GET /sse?token={token} HTTP/1.1\r\nHost: x\r\nOrigin: https://a\r\n\r\n");
+    open.write_all(request.as_bytes()).await.unwrap();
+    let mut head = BufReader::new(open).lines();
+    let mut lines = Vec::new();
+    while let Some(line) = within(head.next_line()).await.unwrap().filter(|line| !line.is_empty()) {
+        lines.push(line.to_lowercase());
+    }
+    for expected in [
+        "http/1.1 200 ok",
+        "content-type: text/event-stream",
+        "cache-control: no-store, no-transform",
+        "x-accel-buffering: no",
+        "access-control-allow-origin: *",
+    ] {
+        assert!(lines.iter().any(|line| line == expected), "{expected}: {lines:?}");
+    }
+}
+
+/// The history of 20 rooms is 5 MiB, of which a stream that is not read holds what an outbox may.
+#[tokio::test]
+async fn a_stream_that_is_not_read_holds_no_more_than_an_outbox() {
+    const KEY: &str = "a key of the application";
+    const OUTBOX: u64 = 64 * 1024;
+    let options =
+        [("api.keys", "t:a key of the application"), ("limits.outbox_bytes_max", "64KiB")];
+    let gateway = Gateway::start(&options).await;
+    let content = "x".repeat(5_000);
+    let rooms: Vec<String> = (0..20).map(|n| format!("r{n:02}")).collect();
+    for room in &rooms {
+        let message = json!({"room": room, "content": content});
+        let body = json!({"messages": vec![message; 52]}).to_string();
+        let length = body.len();
+        let host = gateway.address;
+        let request = format!(
+            "POST /api/v1/publish HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {KEY}\r\n\
+             Content-Length: {length}\r\nConnection: close\r\n\r\n{body}"
+        );
+        assert_eq!(http_raw(host, &request).await.status, 201);
+    }
+    let query = format!("user=ann&rooms={}", rooms.join(","));
+    let mut stream = Stream::open(gateway.address, &query, None).await;
+    let queued = async || {
+        let host = gateway.address;
+        let request = format!(
+            "GET /api/v1/users/ann HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {KEY}\r\n\
+             Connection: close\r\n\r\n"
+        );
+        let user: Value = serde_json::from_str(&http_raw(host, &request).await.body).unwrap();
+        user["connections"][0]["queued_bytes"].as_u64().unwrap()
+    };
+    // One `joined` may stand above the bound, which has 256 KiB of history at most.
+    let (mut last, mut most) = (0, 0);
+    crate::harness::until("the kernel takes no more", async || {
+        let now = queued().await;
+        most = now.max(most);
+        std::mem::replace(&mut last, now) == now && now > OUTBOX / 2
+    })
+    .await;
+    assert!(most <= OUTBOX + 300 * 1024, "{most} bytes wait");
+    // Live entries wait in the log.
+    let mut joined = Vec::new();
+    while joined.len() < rooms.len() {
+        let frame = stream.frame_of("joined").await;
+        assert_eq!(frame["history"].as_array().unwrap().len(), 50);
+        joined.push(frame["room"].as_str().unwrap().to_owned());
+    }
+    assert_eq!(joined, rooms);
+    crate::harness::until("all has been taken", async || queued().await == 0).await;
+}
+
+#[tokio::test]
+async fn a_stream_whose_client_takes_nothing_is_cut_off() {
+    let gateway = Gateway::start(&[("heartbeat.stall_max", "200ms")]).await;
+    let mut ann = gateway.connect("ann").await;
+    ann.join(&room("a")).await.unwrap();
+    let _stream = Stream::open(gateway.address, "rooms=a", None).await;
+    let content = "x".repeat(200_000);
+    let mut said = 0;
+    crate::harness::until("the stream is given up", async || {
+        // Until the buffers of both kernels are full.
+        if said < 60 {
+            say(&mut ann, &room("a"), &content).await;
+            said += 1;
+        }
+        let metrics = get(gateway.admin, "/metrics").await.body;
+        metrics.lines().any(|line| line == r#"gateway_disconnects_total{code="4003"} 1"#)
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn what_can_be_known_of_rooms_that_wait_is_told_in_http() {
+    let options = [("limits.outbox_bytes_max", "1KiB"), ("rooms.create_on_join", "false")];
+    let gateway = Gateway::start(&options).await;
+    let mut ann = gateway.connect("ann").await;
+    for name in ["a", "b"] {
+        ann.request(&json!({"type": "create_room", "room": name})).await.unwrap();
+    }
+    ann.join(&room("a")).await.unwrap();
+    say(&mut ann, &room("a"), &"x".repeat(5_000)).await;
+    let status = async |rooms: &str| get(gateway.address, &format!("/sse?rooms={rooms}")).await;
+    assert_eq!(status("a,d").await.status, 404);
+    let mut stream = Stream::open(gateway.address, "rooms=a,b", None).await;
+    assert_eq!(stream.frame_of("joined").await["room"], "a");
+    assert_eq!(stream.frame_of("joined").await["room"], "b");
 }
