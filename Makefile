@@ -1,6 +1,6 @@
 # What there is to do with this project. CI calls nothing else.
 
-.PHONY: help setup run build test faults soak sim sim-defects loadtest-defects fuzz fmt lint doc deny ci cluster bench bench-micro
+.PHONY: help setup run build test test-full faults soak abuse sim sim-defects loadtest-defects fuzz fmt lint doc deny ci cluster bench bench-micro
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -20,6 +20,9 @@ test: setup build ## all tests, against a real Redis, nginx and browser
 	cargo test --locked --workspace
 	cargo test --locked -p gateway --features defects --test it defects::
 
+# What runs alone comes last, so that nothing else takes the CPU from it.
+test-full: test faults soak abuse ## all of it at full length, some two hours; the slow link as root
+
 faults: setup build ## the trials of docs/faults.md at full length, some 15 minutes
 	SKEIN_FAULTS=full cargo test --locked -p gateway --test it faults:: -- --nocapture
 
@@ -27,6 +30,14 @@ soak: setup ## a million connections come and go, 15,000 leave at once; some 15 
 	cargo build --locked --release -p gateway
 	SKEIN_GATEWAY=$(CURDIR)/target/release/gateway SKEIN_SOAK=full \
 		cargo test --locked -p gateway --test it soak:: -- --nocapture --test-threads 1
+
+# The gateway is built alone: together with other packages it would have their features.
+ATTACKS ?=
+abuse: setup ## every attack of loadtest abuse, some 40 minutes; make abuse ATTACKS="a1 slow-link"
+	cargo build --locked --release -p gateway
+	cargo build --locked --release -p loadtest --bin loadtest
+	target/release/loadtest abuse --html target/abuse.html $(ATTACKS)
+	target/release/loadtest abuse --redis-maxmemory 64mb --seconds 30 --html target/abuse-64mb.html b
 
 SEEDS ?= 10000
 sim: ## the cluster under simulated faults: make sim SEEDS=10000

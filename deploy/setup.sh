@@ -5,7 +5,7 @@
 # something is missing.
 set -eu
 
-[ $# -gt 0 ] || set -- gcc libc6-dev redis-server nginx chromium chromium-driver openssl python3 valkey-server
+[ $# -gt 0 ] || set -- gcc libc6-dev redis-server nginx chromium chromium-driver openssl python3 valkey-server iproute2
 
 missing=
 backports=

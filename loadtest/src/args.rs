@@ -44,6 +44,8 @@ pub(crate) enum Command {
     Ledger(LedgerArgs),
     /// The same against a cluster of its own in which things go wrong.
     Chaos(ChaosArgs),
+    /// Attacks a gateway while honest clients use it and a second one, and judges what they notice.
+    Abuse(AbuseArgs),
     /// Lays two reports of --json beside each other.
     Compare(CompareArgs),
     /// Measures the gateway beside a floor and a naive chat, and prints a table: `make bench`.
@@ -399,6 +401,54 @@ pub(crate) struct GivenArgs {
     /// Its Redis, which closes connections.
     #[arg(long, requires = "url")]
     pub(crate) redis: Option<std::net::SocketAddr>,
+}
+
+/// Attacks a gateway while honest clients use it and a second one, and judges what they notice.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct AbuseArgs {
+    /// Attacks by name (`echo-pings`) or group (`a`, `A1`); the whole catalogue where none is given.
+    pub(crate) attacks: Vec<String>,
+    /// Lists the catalogue and attacks nothing.
+    #[arg(long)]
+    pub(crate) list: bool,
+    /// How many seconds each attack lasts.
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=600))]
+    pub(crate) seconds: u32,
+    /// How long after an attack everything may take to be back.
+    #[arg(long, default_value = "60s", value_parser = timeout)]
+    pub(crate) recovery: Duration,
+    /// How many honest clients each of the two gateways has, in rooms of ten.
+    #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(10..=5_000))]
+    pub(crate) clients: u32,
+    /// How many messages the honest clients of each gateway send.
+    #[arg(long, default_value = "100/s")]
+    pub(crate) rate: Rate,
+    /// How much longer than the control's p99 the honest p99 may be, where twice of it is less.
+    #[arg(long, default_value = "0s", value_parser = timeout)]
+    pub(crate) slack: Duration,
+    /// How late this tool may be (p99) for a result to count.
+    #[arg(long, default_value = "1ms", value_parser = timeout)]
+    pub(crate) lag_max: Duration,
+    /// The gateway that is started twice.
+    #[arg(long, default_value = "target/release/gateway")]
+    pub(crate) gateway: PathBuf,
+    /// A further option of the gateways, as KEY=VALUE; may be repeated.
+    #[arg(long)]
+    pub(crate) set: Vec<String>,
+    /// `maxmemory` of each Redis, such as 64mb.
+    #[arg(long)]
+    pub(crate) redis_maxmemory: Option<String>,
+    /// The rate of the slow link, as for `tc`.
+    #[arg(long, default_value = "96kbit")]
+    pub(crate) link_rate: String,
+    /// How many bytes the client behind it catches up; a room keeps a thousand messages of 8 KB.
+    #[arg(long, default_value_t = 4_000_000, value_parser = clap::value_parser!(u64).range(100_000..=8_000_000))]
+    pub(crate) link_bytes: u64,
+    /// How long that may take.
+    #[arg(long, default_value = "10m", value_parser = timeout)]
+    pub(crate) link_patience: Duration,
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
 }
 
 /// Lays two reports of --json beside each other.

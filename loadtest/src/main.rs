@@ -26,6 +26,7 @@ mod bench;
 mod trial;
 mod chat;
 mod chaos;
+mod abuse;
 
 /// The command cannot work as it was given.
 const USAGE: u8 = 2;
@@ -80,6 +81,14 @@ async fn run(command: Command) -> ExitCode {
         Command::Chaos(args) => {
             let output = args.load.output.clone();
             told(chaos::run(args).await.map(Some), &output)
+        }
+        Command::Abuse(args) if args.list => {
+            print!("{}", abuse::list());
+            ExitCode::SUCCESS
+        }
+        Command::Abuse(args) => {
+            let output = args.output.clone();
+            told(abuse::run(args).await.map(Some), &output)
         }
         Command::Compare(args) => end(compare::run(&args.first, &args.second), |comparison| {
             print!("{comparison}");

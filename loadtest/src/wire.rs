@@ -37,10 +37,15 @@ pub(crate) enum WireError {
 
 /// The handshake's request.
 pub(crate) fn request(host: &str, path: &str) -> Vec<u8> {
+    request_with(host, path, "")
+}
+
+/// The same with further header lines, each with its line end.
+pub(crate) fn request_with(host: &str, path: &str, lines: &str) -> Vec<u8> {
     format!(
         "GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
          Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {KEY}\r\n\
-         Sec-WebSocket-Protocol: {}\r\n\r\n",
+         Sec-WebSocket-Protocol: {}\r\n{lines}\r\n",
         shared::SUBPROTOCOL
     )
     .into_bytes()
@@ -83,6 +88,11 @@ pub(crate) fn text(payload: &str) -> Vec<u8> {
     frame(0x1, payload.as_bytes())
 }
 
+/// A ping.
+pub(crate) fn ping(payload: &[u8]) -> Vec<u8> {
+    frame(0x9, payload)
+}
+
 /// A pong with what the ping held.
 pub(crate) fn pong(payload: &[u8]) -> Vec<u8> {
     frame(0xA, payload)
@@ -119,6 +129,8 @@ pub(crate) enum Received<'a> {
     Message(Option<Cow<'a, [u8]>>),
     /// A ping.
     Ping(Vec<u8>),
+    /// A pong.
+    Pong(Vec<u8>),
     /// A close frame: its code and reason.
     Close(Option<u16>, String),
 }
@@ -132,6 +144,7 @@ impl Received<'_> {
                 Received::Message(message.map(|message| Cow::Owned(message.into_owned())))
             }
             Self::Ping(payload) => Received::Ping(payload),
+            Self::Pong(payload) => Received::Pong(payload),
             Self::Close(code, reason) => Received::Close(code, reason),
         }
     }
@@ -152,6 +165,11 @@ pub(crate) struct Reader {
 }
 
 impl Reader {
+    /// One that gives the content of messages.
+    pub(crate) fn of_messages() -> Self {
+        Self { reads_messages: true, ..Self::default() }
+    }
+
     /// Takes `bytes` and gives what they complete to `on`.
     pub(crate) fn push(
         &mut self,
@@ -226,7 +244,7 @@ impl Reader {
                 on(Received::Close(code, reason.unwrap_or_default()));
             }
             0x9 => on(Received::Ping(payload.to_vec())),
-            0xA => {}
+            0xA => on(Received::Pong(payload.to_vec())),
             _ => return Err(WireError::BadFrame),
         }
         Ok(())
@@ -331,6 +349,7 @@ mod tests {
             message(b"hello"),
             Received::Ping(b"p".to_vec()),
             message(&long),
+            Received::Pong(Vec::new()),
             message(b"abc"),
             message(b""),
             Received::Close(Some(1012), "draining".to_owned()),

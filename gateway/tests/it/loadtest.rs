@@ -217,3 +217,43 @@ async fn it_breaks_what_it_can_of_a_cluster_that_is_there() {
     assert!(report["faults"].as_array().unwrap().len() >= 3, "{report}");
     assert!(report["acknowledged"].as_u64().unwrap() > 500, "{report}");
 }
+
+/// A share of the catalogue, so short and lenient that it says only that attacks are made, honest
+/// clients are measured and answered, and everything is back: `make abuse` judges times.
+#[tokio::test]
+async fn attacks_are_made_and_honest_clients_answered() {
+    let gateway = env!("CARGO_BIN_EXE_gateway");
+    let attacks = ["abuse", "none", "echo-pings", "sse-unread", "partial-frames"];
+    let short = ["--seconds", "1", "--clients", "20", "--rate", "40/s", "--gateway", gateway];
+    let lenient = ["--slack", "4s", "--lag-max", "1s"];
+    let report = reported(&[&attacks[..], &short[..], &lenient[..]].concat()).await;
+    let attacked = report["attacks"].as_array().unwrap();
+    assert_eq!(attacked.len(), 4, "{report}");
+    for attack in attacked {
+        let (honest, control) = (&attack["honest"], &attack["control"]);
+        for clients in [honest, control] {
+            assert!(clients["sent"].as_u64() >= Some(30), "{attack}");
+            assert_eq!(
+                (&clients["unanswered"], &clients["lost"]),
+                (&json!(0), &json!(0)),
+                "{attack}"
+            );
+        }
+        let is_attacked = attack["sent_bytes"].as_u64() > Some(1_000);
+        assert_eq!(is_attacked, attack["name"] != "none", "{attack}");
+        assert!(attack["back_ms"].is_number(), "{attack}");
+    }
+}
+
+#[tokio::test]
+async fn the_catalogue_of_attacks_is_listed_and_nothing_else_is_attacked() {
+    let output = Command::new(loadtest()).args(["abuse", "--list"]).output();
+    let said = String::from_utf8(within(output).await.unwrap().stdout).unwrap();
+    for attack in ["echo-pings", "history-gone", "watch-churn", "large-directs", "slow-link"] {
+        assert!(said.contains(attack), "{said}");
+    }
+    let output = Command::new(loadtest()).args(["abuse", "no-such-attack"]).output();
+    let output = within(output).await.unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("--list"), "{output:?}");
+}

@@ -97,7 +97,7 @@ impl Client {
             self.reader.push(&self.buffer[..count], |received| match received {
                 Received::Message(message) => came |= message.is_some_and(|message| is(&message)),
                 Received::Close(..) => closed = true,
-                Received::Ping(_) => {}
+                Received::Ping(_) | Received::Pong(_) => {}
             })?;
             if came {
                 return Ok(());

@@ -278,6 +278,7 @@ impl Swarm {
                 own += usize::from(stamp.sender as usize == index);
             }
             Received::Ping(payload) => pongs.extend(wire::pong(&payload)),
+            Received::Pong(_) => {}
             Received::Close(..) => member.over = true,
         })?;
         if !pongs.is_empty() {

@@ -72,7 +72,7 @@ pub(crate) struct Programs {
 
 /// A process.
 #[derive(Debug)]
-struct Process {
+pub(crate) struct Process {
     name: String,
     child: Child,
     log: PathBuf,
@@ -104,13 +104,32 @@ pub(crate) struct Cluster {
 
 impl Process {
     /// Starts a program whose output goes behind what is in its log.
-    fn start(name: String, mut command: Command, scratch: &Path) -> Result<Self, ClusterError> {
+    pub(crate) fn start(
+        name: String,
+        mut command: Command,
+        scratch: &Path,
+    ) -> Result<Self, ClusterError> {
         let log = scratch.join(format!("{name}.log"));
         let file = File::options().create(true).append(true).open(&log)?;
         let command = command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
         let child = command.kill_on_drop(true).spawn();
         let child = child.map_err(|source| ClusterError::Start { what: name.clone(), source })?;
         Ok(Self { name, child, log })
+    }
+
+    /// Its process id, until it has ended.
+    pub(crate) fn pid(&self) -> Option<u32> {
+        self.child.id()
+    }
+
+    /// Whether it has ended.
+    pub(crate) fn has_ended(&mut self) -> bool {
+        !matches!(self.child.try_wait(), Ok(None))
+    }
+
+    /// The file of its output.
+    pub(crate) fn log(&self) -> &Path {
+        &self.log
     }
 
     /// Sends a signal, named as for `kill`.
@@ -124,7 +143,7 @@ impl Process {
     }
 
     /// Ends it in order, or at once where it does not.
-    async fn end(&mut self) {
+    pub(crate) async fn end(&mut self) {
         self.signal("TERM").await;
         if timeout(END_MAX, self.child.wait()).await.is_err() {
             self.kill().await;
@@ -132,7 +151,7 @@ impl Process {
     }
 
     /// Asks until the answer begins as it should.
-    async fn wait_for(
+    pub(crate) async fn wait_for(
         &self,
         address: SocketAddr,
         question: &str,
@@ -300,11 +319,20 @@ pub(super) async fn tell(redis: SocketAddr, command: &str) {
 }
 
 async fn start_redis(address: SocketAddr, scratch: &Path) -> Result<Process, ClusterError> {
+    // Every write is in the file before it is answered: what was acknowledged is there again.
+    start_redis_with(address, scratch, &["--appendonly", "yes", "--appendfsync", "always"]).await
+}
+
+/// Starts a Redis that evicts nothing, with further options.
+pub(crate) async fn start_redis_with(
+    address: SocketAddr,
+    scratch: &Path,
+    options: &[&str],
+) -> Result<Process, ClusterError> {
     let mut command = Command::new("redis-server");
     command
         .args(["--bind", "127.0.0.1", "--port", &address.port().to_string(), "--save", ""])
-        // Every write is in the file before it is answered: what was acknowledged is there again.
-        .args(["--appendonly", "yes", "--appendfsync", "always"])
+        .args(options)
         .args(["--maxmemory-policy", "noeviction", "--dir"])
         .arg(scratch);
     let redis = Process::start("redis".to_owned(), command, scratch)?;

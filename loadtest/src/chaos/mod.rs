@@ -16,7 +16,7 @@ use crate::{
     trial::{Trial, TrialError},
 };
 
-mod cluster;
+pub(crate) mod cluster;
 mod given;
 mod plan;
 

@@ -397,7 +397,7 @@ impl Crowd {
             Received::Message(Some(message)) if done.is_ok() => {
                 done = self.on_message(index, &message, now);
             }
-            Received::Message(_) => {}
+            Received::Message(_) | Received::Pong(_) => {}
             Received::Ping(payload) => pongs.extend(wire::pong(&payload)),
             Received::Close(code, reason) => closed = Some(told(code, &reason)),
         });

@@ -5,7 +5,7 @@
 use std::fmt::Write as _;
 
 use super::{
-    Report,
+    Report, attacks,
     plot::{Plot, PlotError},
     servers::Gauges,
 };
@@ -53,6 +53,17 @@ pub(crate) fn page(report: &Report) -> Result<String, PlotError> {
             put(format_args!("<li>{}</li>", escaped(line)));
         }
         put(format_args!("</ul>"));
+    }
+    if !report.attacks.is_empty() {
+        put(format_args!("<h2>Attacks</h2>\n<table><tr>"));
+        attacks::HEADINGS.iter().for_each(|heading| put(format_args!("<th>{heading}")));
+        put(format_args!("</tr>"));
+        for row in &report.attacks {
+            put(format_args!("<tr>"));
+            row.cells().iter().for_each(|cell| put(format_args!("<td>{}", escaped(cell))));
+            put(format_args!("</tr>"));
+        }
+        put(format_args!("</table>"));
     }
     put(format_args!("<h2>Result</h2>\n<table>"));
     for (name, value) in report.lines() {

@@ -9,12 +9,14 @@ use loadtest::ledger::timeline::Second;
 use serde::{Serialize, Serializer};
 
 use self::{
+    attacks::AttackRow,
     connections::Connections,
     messages::Messages,
     servers::{Gauges, Server},
 };
 use crate::args::Bounds;
 
+pub(crate) mod attacks;
 pub(crate) mod compare;
 pub(crate) mod connections;
 pub(crate) mod html;
@@ -44,6 +46,9 @@ pub(crate) struct Report {
     /// What was done to the servers.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) faults: Vec<Mark>,
+    /// What attacks did, where there were some.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) attacks: Vec<AttackRow>,
     /// What became of connections, where they were what it was about.
     #[serde(flatten)]
     pub(crate) connections: Option<Connections>,
@@ -242,6 +247,9 @@ impl Generator {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.attacks.is_empty() {
+            writeln!(f, "{}", attacks::table(&self.attacks))?;
+        }
         for (name, value) in self.lines() {
             writeln!(f, "{name:<22} {value}")?;
         }

@@ -108,7 +108,7 @@ pub(crate) struct Stage {
 impl Stage {
     /// Opens all connections, and measures what they cost. Where messages are to be read they are
     /// counted from here on.
-    fn open(
+    pub(crate) fn open(
         args: &CrowdArgs,
         part: Option<Share>,
         rooms: Rooms,
@@ -193,7 +193,7 @@ where
 }
 
 /// Waits for something that ends soon where `stop` is set, and sets it when somebody interrupts.
-async fn ending_early<T>(stop: &AtomicBool, future: impl Future<Output = T>) -> T {
+pub(crate) async fn ending_early<T>(stop: &AtomicBool, future: impl Future<Output = T>) -> T {
     let mut future = std::pin::pin!(future);
     // Both arms are cancel-safe: the future goes on where it was.
     tokio::select! {
@@ -256,7 +256,7 @@ fn report(
     report
 }
 
-fn plan(
+pub(crate) fn plan(
     args: &OpenArgs,
     share: Share,
     rooms: Rooms,

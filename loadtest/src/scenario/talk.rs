@@ -24,14 +24,14 @@ const LOOK_EVERY: Duration = Duration::from_millis(5);
 
 /// Who talks, and how.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Talk {
+pub(crate) struct Talk {
     /// How many of the connections send, the first ones, in turn.
-    pub(super) senders: u64,
+    pub(crate) senders: u64,
     /// Messages of all together.
-    pub(super) rate: Rate,
-    pub(super) duration: Duration,
+    pub(crate) rate: Rate,
+    pub(crate) duration: Duration,
     /// The size of a content.
-    pub(super) bytes: usize,
+    pub(crate) bytes: usize,
 }
 
 impl Talk {
@@ -96,7 +96,7 @@ pub(crate) async fn slow(args: SlowArgs) -> Result<Option<Report>, ScenarioError
 
 impl Stage {
     /// Talks, and waits until what was acknowledged has arrived everywhere.
-    pub(super) fn talk(&mut self, talk: Talk) -> Result<(), ScenarioError> {
+    pub(crate) fn talk(&mut self, talk: Talk) -> Result<(), ScenarioError> {
         self.own.begin();
         let began = Instant::now();
         let end = began + talk.duration;

@@ -1,0 +1,534 @@
+//! The attacker's connections on one thread and one epoll.
+//!
+//! It holds as many connections as its scripts name, writes as fast as sockets take or at the pace of
+//! the script, and counts what it sent and how the server ended connections. It is no measuring
+//! client: honest clients measure in threads of their own ([`super::honest`]).
+
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, BinaryHeap, VecDeque},
+    io::{self, Read as _, Write as _},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use mio::{Events, Interest, Poll, Token, net::TcpStream};
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::time::{Duration, Instant};
+
+use super::script::{Opening, Script, Stream, Then};
+use crate::wire::{self, Head, Reader, Received};
+
+/// The first source address of attackers; a script takes as many in turn as it names.
+const SOURCES: Ipv4Addr = Ipv4Addr::new(127, 3, 0, 1);
+/// How much of one connection is written before another has its turn.
+const TURN_BYTES: usize = 64 * 1024;
+/// What one read takes.
+const READ_BYTES: usize = 64 * 1024;
+/// How long an attacker waits before it opens a connection again that was refused or closed.
+const REOPEN_AFTER: Duration = Duration::from_millis(250);
+/// How often it looks whether it is to stop.
+const LOOK_EVERY: Duration = Duration::from_millis(10);
+/// How long the preparation of an attack may take.
+const PREPARE_MAX: Duration = Duration::from_secs(30);
+/// How long the server has to handle what the preparation sent.
+const SETTLE: Duration = Duration::from_millis(700);
+/// How many different ends are counted one by one.
+const ENDS_MAX: usize = 20;
+
+/// What an attack sent, and what became of its connections.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Spent {
+    /// Bytes that sockets took.
+    pub(crate) sent_bytes: u64,
+    /// Bytes that were read.
+    pub(crate) received_bytes: u64,
+    /// Connections that were opened.
+    pub(crate) opened: u64,
+    /// The most that were open at once.
+    pub(crate) open_peak: u64,
+    /// How the server ended connections: close codes, HTTP statuses, and how often.
+    pub(crate) ends: BTreeMap<String, u64>,
+}
+
+impl Spent {
+    fn end(&mut self, how: String) {
+        let known = self.ends.contains_key(&how) || self.ends.len() < ENDS_MAX;
+        *self.ends.entry(if known { how } else { "others".to_owned() }).or_default() += 1;
+    }
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum State {
+    Connecting,
+    Upgrading(Vec<u8>),
+    Open,
+}
+
+struct Connection {
+    stream: TcpStream,
+    script: usize,
+    serial: u32,
+    state: State,
+    /// Bytes that wait for the socket, and how far they are sent.
+    out: Vec<u8>,
+    sent: usize,
+    /// Chunks that were made.
+    chunks: u64,
+    /// When the next chunk is due, where the script has a pace.
+    due: Instant,
+    is_finished: bool,
+    is_queued: bool,
+    reader: Reader,
+}
+
+/// The attacker's connections.
+pub(crate) struct Attacker {
+    target: SocketAddr,
+    poll: Poll,
+    events: Option<Events>,
+    scripts: Vec<Script>,
+    /// Of each script: how many were opened since it began, and how many are open.
+    begun: Vec<(u64, u32)>,
+    connections: Vec<Option<Connection>>,
+    free: Vec<usize>,
+    /// Connections whose sockets may take more.
+    ready: VecDeque<usize>,
+    /// When a connection's next chunk is due.
+    paced: BinaryHeap<Reverse<(Instant, usize, u32)>>,
+    /// When a script may open a connection again.
+    reopening: VecDeque<(Instant, usize)>,
+    serial: u32,
+    open: u64,
+    buffer: Box<[u8]>,
+    pub(crate) spent: Spent,
+    stop: Arc<AtomicBool>,
+}
+
+impl Attacker {
+    /// An attacker without connections.
+    pub(crate) fn new(target: SocketAddr, stop: Arc<AtomicBool>) -> io::Result<Self> {
+        Ok(Self {
+            target,
+            poll: Poll::new()?,
+            events: Some(Events::with_capacity(1024)),
+            scripts: Vec::new(),
+            begun: Vec::new(),
+            connections: Vec::new(),
+            free: Vec::new(),
+            ready: VecDeque::new(),
+            paced: BinaryHeap::new(),
+            reopening: VecDeque::new(),
+            serial: 0,
+            open: 0,
+            buffer: vec![0; READ_BYTES].into(),
+            spent: Spent::default(),
+            stop,
+        })
+    }
+
+    /// Runs scripts until every connection is open and has sent its all.
+    pub(crate) fn prepare(&mut self, scripts: &[Script]) -> io::Result<()> {
+        if scripts.is_empty() {
+            return Ok(());
+        }
+        self.scripts = scripts.to_vec();
+        self.begun = vec![(0, 0); scripts.len()];
+        let began = Instant::now();
+        while !self.is_prepared() && began.elapsed() < PREPARE_MAX && !self.is_stopped() {
+            self.step(began)?;
+        }
+        let settled = Instant::now() + SETTLE;
+        while Instant::now() < settled {
+            self.step(began)?;
+        }
+        // What holds these connections stays; nothing more is opened for them.
+        self.reopening.clear();
+        Ok(())
+    }
+
+    fn is_prepared(&self) -> bool {
+        let all = self.scripts.iter().zip(&self.begun);
+        let all_opened =
+            all.into_iter().all(|(script, begun)| begun.0 >= u64::from(script.connections));
+        let finished = |connection: &Connection| {
+            connection.state == State::Open
+                && connection.is_finished
+                && connection.sent == connection.out.len()
+        };
+        all_opened && self.reopening.is_empty() && self.connections.iter().flatten().all(finished)
+    }
+
+    /// Runs scripts until a moment, beside what was prepared, and closes everything.
+    pub(crate) fn attack(
+        &mut self,
+        scripts: &[Script],
+        drops_prepared: bool,
+        until: Instant,
+    ) -> io::Result<()> {
+        if drops_prepared {
+            self.close_all();
+        }
+        let base = self.scripts.len();
+        self.scripts.extend_from_slice(scripts);
+        // The prepared ones open nothing more.
+        self.begun.iter_mut().for_each(|begun| begun.0 = u64::MAX);
+        self.begun.resize(base + scripts.len(), (0, 0));
+        let began = Instant::now();
+        while Instant::now() < until && !self.is_stopped() {
+            self.step(began)?;
+        }
+        self.close_all();
+        Ok(())
+    }
+
+    /// Closes everything without a close frame.
+    fn close_all(&mut self) {
+        self.connections.clear();
+        self.free.clear();
+        self.ready.clear();
+        self.paced.clear();
+        self.reopening.clear();
+        self.begun.iter_mut().for_each(|begun| begun.1 = 0);
+        self.open = 0;
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
+    fn step(&mut self, began: Instant) -> io::Result<()> {
+        let now = Instant::now();
+        self.open_due(began, now)?;
+        while let Some(&Reverse((due, index, serial))) = self.paced.peek()
+            && due <= now
+        {
+            self.paced.pop();
+            if self.connections[index].as_ref().is_some_and(|one| one.serial == serial) {
+                self.queue(index);
+            }
+        }
+        for _ in 0..self.ready.len().min(64) {
+            let Some(index) = self.ready.pop_front() else { break };
+            self.write(index);
+        }
+        let wait = if self.ready.is_empty() {
+            let due = self.paced.peek().map(|Reverse((due, ..))| *due);
+            let wait = due.map_or(LOOK_EVERY, |due| due.saturating_duration_since(now));
+            wait.min(LOOK_EVERY)
+        } else {
+            Duration::ZERO
+        };
+        let mut events = self.events.take().expect("put back below");
+        match self.poll.poll(&mut events, Some(wait)) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => events.clear(),
+            other => other?,
+        }
+        for event in &events {
+            let index = event.token().0;
+            if event.is_writable() {
+                self.on_writable(index);
+            }
+            if event.is_readable() || event.is_read_closed() || event.is_error() {
+                self.read(index, event.is_error() || event.is_write_closed());
+            }
+        }
+        self.events = Some(events);
+        Ok(())
+    }
+
+    fn open_due(&mut self, began: Instant, now: Instant) -> io::Result<()> {
+        let elapsed = now.saturating_duration_since(began).as_secs_f64();
+        for number in 0..self.scripts.len() {
+            let script = &self.scripts[number];
+            let due = (elapsed * f64::from(script.opens_per_second)) as u64 + 1;
+            let again = script.then == Then::Again;
+            let (connections, most) = (script.connections, u64::from(script.connections));
+            while self.begun[number].0 < due
+                && (again || self.begun[number].0 < most)
+                && self.begun[number].1 < connections
+            {
+                self.begun[number].0 += 1;
+                self.dial(number);
+            }
+        }
+        while let Some(&(due, number)) = self.reopening.front()
+            && due <= now
+        {
+            self.reopening.pop_front();
+            self.dial(number);
+        }
+        Ok(())
+    }
+
+    fn dial(&mut self, number: usize) {
+        let script = &self.scripts[number];
+        let serial = self.serial;
+        self.serial += 1;
+        let source = Ipv4Addr::from_bits(SOURCES.to_bits() + serial % script.addresses.max(1));
+        let dialled = dial(self.target, source.into(), script.receive_buffer);
+        let mut stream = match dialled {
+            Ok(stream) => stream,
+            Err(error) => return self.spent.end(format!("connect: {}", error.kind())),
+        };
+        let index = self.free.pop().unwrap_or_else(|| {
+            self.connections.push(None);
+            self.connections.len() - 1
+        });
+        let interest = Interest::READABLE | Interest::WRITABLE;
+        if let Err(error) = self.poll.registry().register(&mut stream, Token(index), interest) {
+            self.free.push(index);
+            return self.spent.end(error.to_string());
+        }
+        self.begun[number].1 += 1;
+        self.open += 1;
+        self.spent.opened += 1;
+        self.spent.open_peak = self.spent.open_peak.max(self.open);
+        self.connections[index] = Some(Connection {
+            stream,
+            script: number,
+            serial,
+            state: State::Connecting,
+            out: Vec::new(),
+            sent: 0,
+            chunks: 0,
+            due: Instant::now(),
+            is_finished: false,
+            is_queued: false,
+            reader: Reader::default(),
+        });
+    }
+
+    fn on_writable(&mut self, index: usize) {
+        let Some(connection) = self.connections.get_mut(index).and_then(Option::as_mut) else {
+            return;
+        };
+        if connection.state == State::Connecting {
+            if let Some(error) = connection.stream.take_error().ok().flatten() {
+                return self.ended(index, format!("connect: {}", error.kind()));
+            }
+            // Both say so while TCP is not done.
+            if connection.stream.peer_addr().is_err() {
+                return;
+            }
+            let script = &self.scripts[connection.script];
+            let path = (script.path)(connection.serial);
+            let host = self.target.to_string();
+            connection.out = match script.opening {
+                Opening::Raw => Vec::new(),
+                Opening::WebSocket | Opening::Blind => wire::request(&host, &path),
+                Opening::Deflate => wire::request_with(
+                    &host,
+                    &path,
+                    "Sec-WebSocket-Extensions: permessage-deflate\r\n",
+                ),
+            };
+            connection.state = State::Upgrading(Vec::new());
+            if matches!(script.opening, Opening::Raw | Opening::Blind) {
+                self.opened(index);
+            }
+        }
+        self.queue(index);
+    }
+
+    /// The connection may send what its script has.
+    fn opened(&mut self, index: usize) {
+        let Some(connection) = self.connections[index].as_mut() else { return };
+        let script = &self.scripts[connection.script];
+        connection.state = State::Open;
+        connection.out.extend_from_slice(&(script.first)(connection.serial));
+        connection.due = Instant::now();
+        connection.reader = Reader::default();
+        self.queue(index);
+    }
+
+    fn queue(&mut self, index: usize) {
+        if let Some(connection) = self.connections[index].as_mut()
+            && !connection.is_queued
+        {
+            connection.is_queued = true;
+            self.ready.push_back(index);
+        }
+    }
+
+    /// Writes until the socket takes no more, the next chunk is not due, or the turn is over.
+    fn write(&mut self, index: usize) {
+        let Some(connection) = self.connections.get_mut(index).and_then(Option::as_mut) else {
+            return;
+        };
+        connection.is_queued = false;
+        let script = &self.scripts[connection.script];
+        let mut turn = 0;
+        loop {
+            if connection.sent < connection.out.len() {
+                match connection.stream.write(&connection.out[connection.sent..]) {
+                    Ok(count) => {
+                        connection.sent += count;
+                        turn += count;
+                        self.spent.sent_bytes += count as u64;
+                    }
+                    // `on_writable` goes on.
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    Err(_) => return self.read(index, true),
+                }
+                if turn > TURN_BYTES {
+                    return self.queue(index);
+                }
+                continue;
+            }
+            if connection.state != State::Open || connection.is_finished {
+                return;
+            }
+            if let Some(pace) = script.pace {
+                let now = Instant::now();
+                if connection.due > now {
+                    self.paced.push(Reverse((connection.due, index, connection.serial)));
+                    return;
+                }
+                // One that was held up does not make up for it in a burst.
+                connection.due = (connection.due + pace).max(now);
+            }
+            let number = connection.chunks;
+            connection.chunks += 1;
+            connection.sent = 0;
+            match &script.stream {
+                Stream::Nothing => connection.is_finished = true,
+                // Made once, sent again and again.
+                Stream::Repeat(bytes) if number == 0 => connection.out.clone_from(bytes),
+                Stream::Repeat(_) => {}
+                Stream::Each(each) => match each(connection.serial, number) {
+                    Some(chunk) => connection.out = chunk,
+                    None => connection.is_finished = true,
+                },
+            }
+            if connection.is_finished {
+                connection.out = Vec::new();
+                if script.then != Then::Hold {
+                    self.close(index);
+                }
+                return;
+            }
+        }
+    }
+
+    fn read(&mut self, index: usize, is_broken: bool) {
+        loop {
+            let Some(connection) = self.connections.get_mut(index).and_then(Option::as_mut) else {
+                return;
+            };
+            let script = &self.scripts[connection.script];
+            let waits = matches!(connection.state, State::Upgrading(_));
+            // One that does not read learns of its end when it writes.
+            if !script.reads && !waits && !is_broken {
+                return;
+            }
+            match connection.stream.read(&mut self.buffer) {
+                Ok(0) => return self.ended(index, "no close frame".to_owned()),
+                Ok(count) => {
+                    self.spent.received_bytes += count as u64;
+                    if let Some(how) = self.take(index, count) {
+                        return self.ended(index, how);
+                    }
+                    if count < self.buffer.len() {
+                        return;
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock && is_broken => {
+                    return self.ended(index, "no close frame".to_owned());
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return self.ended(index, error.kind().to_string()),
+            }
+        }
+    }
+
+    /// Takes what was read; `Some` where it says that the connection is over.
+    fn take(&mut self, index: usize, count: usize) -> Option<String> {
+        let bytes = &self.buffer[..count];
+        let connection = self.connections[index].as_mut()?;
+        let opening = self.scripts[connection.script].opening;
+        let mut rest = None;
+        if let State::Upgrading(head) = &mut connection.state {
+            head.extend_from_slice(bytes);
+            match wire::head(head) {
+                Ok(None) => return None,
+                Ok(Some(Head::Upgraded { end })) => rest = Some(head.split_off(end)),
+                Ok(Some(Head::Refused { status })) => return Some(format!("HTTP {status}")),
+                Err(error) => return Some(error.to_string()),
+            }
+        } else if matches!(opening, Opening::Raw | Opening::Blind) {
+            for at in memchr::memmem::find_iter(bytes, b"HTTP/1.1 ") {
+                let status = bytes.get(at + 9..at + 12).unwrap_or_default();
+                self.spent.end(format!("HTTP {}", String::from_utf8_lossy(status)));
+            }
+            return None;
+        }
+        let mut closed = None;
+        let is_upgraded = rest.is_some();
+        let read = connection.reader.push(rest.as_deref().unwrap_or(bytes), |received| {
+            if let Received::Close(code, reason) = received {
+                let code = code.map_or_else(|| "1005".to_owned(), |code| code.to_string());
+                closed = Some(format!("{code} {reason}").trim_end().to_owned());
+            }
+        });
+        if read.is_err() {
+            // A compressed message: nothing in it is wanted.
+            connection.reader = Reader::default();
+        }
+        if is_upgraded {
+            let reader = std::mem::take(&mut connection.reader);
+            self.opened(index);
+            if let Some(connection) = &mut self.connections[index] {
+                connection.reader = reader;
+            }
+        }
+        closed
+    }
+
+    /// The server, or the network, has ended a connection.
+    fn ended(&mut self, index: usize, how: String) {
+        self.spent.end(how);
+        let script = self.connections[index].as_ref().map(|connection| connection.script);
+        self.close(index);
+        // A script that opens one after the other does so anyway.
+        if let Some(number) = script
+            && self.scripts[number].reopens
+            && self.scripts[number].then != Then::Again
+            && self.begun[number].0 != u64::MAX
+        {
+            self.reopening.push_back((Instant::now() + REOPEN_AFTER, number));
+        }
+    }
+
+    fn close(&mut self, index: usize) {
+        if let Some(connection) = self.connections[index].take() {
+            self.begun[connection.script].1 -= 1;
+            self.open -= 1;
+            self.free.push(index);
+        }
+    }
+}
+
+/// Begins a connection, without waiting for it.
+fn dial(target: SocketAddr, source: IpAddr, buffer: Option<usize>) -> io::Result<TcpStream> {
+    let socket = Socket::new(Domain::for_address(target), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_nonblocking(true)?;
+    socket.set_tcp_nodelay(true)?;
+    if let Some(bytes) = buffer {
+        socket.set_recv_buffer_size(bytes)?;
+    }
+    socket.bind(&SocketAddr::new(source, 0).into())?;
+    match socket.connect(&target.into()) {
+        Err(error)
+            if error.raw_os_error() != Some(rustix::io::Errno::INPROGRESS.raw_os_error()) =>
+        {
+            Err(error)
+        }
+        _ => Ok(TcpStream::from_std(socket.into())),
+    }
+}

@@ -1,0 +1,814 @@
+//! The catalogue: every attack as a small entry of data.
+//!
+//! Groups are those of the project's threat list: A unfair scheduling and unmetered input, B durable
+//! state that clients make the cluster keep, E connections that stay open and do little.
+//!
+//! Pure.
+
+use super::{
+    script::{Opening, Script, Then, binary, frame, frame_header, text},
+    verdict::Allowance,
+};
+
+/// One attack.
+pub(crate) struct Attack {
+    /// Its name on the command line.
+    pub(crate) name: &'static str,
+    /// Its group.
+    pub(crate) group: &'static str,
+    /// What the attacker does.
+    pub(crate) what: &'static str,
+    /// Connections that are opened, and what they send, before honest clients are measured.
+    pub(crate) prepare: fn(Scale) -> Vec<Script>,
+    /// What is done while they are measured.
+    pub(crate) attack: fn(Scale) -> Vec<Script>,
+    /// Whether the prepared connections are closed at once when the attack begins.
+    pub(crate) drops_prepared: bool,
+    /// What the attack may cost.
+    pub(crate) allowed: fn(Scale) -> Allowance,
+}
+
+/// How much this machine allows.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Scale {
+    /// The most connections that the attacker may hold.
+    pub(crate) connections_max: u32,
+}
+
+impl Scale {
+    /// So many connections, or as many as the machine allows.
+    fn of(self, connections: u32) -> u32 {
+        connections.min(self.connections_max)
+    }
+}
+
+/// The entry that an attack differs from.
+const PLAIN: Attack = Attack {
+    name: "",
+    group: "",
+    what: "",
+    prepare: |_| Vec::new(),
+    attack: |_| Vec::new(),
+    drops_prepared: false,
+    allowed: |_| Allowance { users: 8, ..NOTHING },
+};
+
+const NOTHING: Allowance =
+    Allowance { streams: 0, users: 0, records: 0, record_bytes: 0, close: None };
+
+/// All attacks.
+pub(crate) const CATALOGUE: &[Attack] = &[
+    Attack { name: "none", group: "-", what: "nothing: what the two nodes differ by", ..PLAIN },
+    // A1: input that costs more than it weighs.
+    Attack {
+        name: "echo-pings",
+        group: "A1",
+        what: "2 connections to /ws/echo repeat an empty masked ping",
+        attack: |_| vec![Script::websocket(2, echo).repeating(&frame(0x89, b""))],
+        ..PLAIN
+    },
+    Attack {
+        name: "bad-text",
+        group: "A1",
+        what: "8 connections repeat the text frame `x`",
+        attack: |_| vec![Script::websocket(8, user).repeating(&text("x"))],
+        ..PLAIN
+    },
+    Attack {
+        name: "bad-text-unread",
+        group: "A1",
+        what: "the same, and read no error",
+        attack: |_| vec![unread(Script::websocket(8, user).repeating(&text("x")))],
+        allowed: |_| Allowance { users: 8, streams: 8, ..NOTHING },
+        ..PLAIN
+    },
+    Attack {
+        name: "continuations",
+        group: "A1",
+        what: "8 connections begin a message and repeat empty continuation frames",
+        attack: |_| {
+            let begun = Script { first: |_| frame(0x01, b"a"), ..Script::websocket(8, user) };
+            vec![begun.repeating(&frame(0x00, b""))]
+        },
+        ..PLAIN
+    },
+    Attack {
+        name: "tiny-fragments",
+        group: "A1",
+        what: "8 connections send messages in fragments of one byte",
+        attack: |_| {
+            let mut message = frame(0x01, b"{");
+            (0..500).for_each(|_| message.extend(frame(0x00, b" ")));
+            message.extend(frame(0x80, b"}"));
+            vec![Script::websocket(8, user).repeating(&message)]
+        },
+        ..PLAIN
+    },
+    Attack {
+        name: "pongs",
+        group: "A1",
+        what: "8 connections repeat an empty pong",
+        attack: |_| vec![Script::websocket(8, user).repeating(&frame(0x8A, b""))],
+        ..PLAIN
+    },
+    Attack {
+        name: "unread-pings",
+        group: "A1",
+        what: "8 connections repeat a ping of 125 bytes and read no pong",
+        attack: |_| vec![unread(Script::websocket(8, user).repeating(&frame(0x89, &[b'p'; 125])))],
+        allowed: |_| Allowance { users: 8, streams: 8, ..NOTHING },
+        ..PLAIN
+    },
+    Attack {
+        name: "json-pings",
+        group: "A1",
+        what: "8 connections repeat the frame `ping`",
+        attack: |_| vec![Script::websocket(8, user).repeating(&text(r#"{"type":"ping"}"#))],
+        ..PLAIN
+    },
+    Attack {
+        name: "messages",
+        group: "A1",
+        what: "8 connections send messages of 100 bytes far above the rate",
+        attack: |_| {
+            let first = |_| text(r#"{"type":"join","room":"a1-messages"}"#);
+            let script = Script { first, ..Script::websocket(8, user) };
+            let content = "x".repeat(60);
+            vec![script.repeating(&text(&format!(
+                r#"{{"type":"message","room":"a1-messages","content":"{content}"}}"#
+            )))]
+        },
+        allowed: |_| Allowance { users: 8, records: 8, record_bytes: 1 << 20, ..NOTHING },
+        ..PLAIN
+    },
+    Attack {
+        name: "large-json",
+        group: "A1",
+        what: "8 connections repeat a JSON frame of 250 KB with an unknown type",
+        attack: |_| {
+            let numbers = "1,".repeat(124_000);
+            let json = format!(r#"{{"list":[{numbers}1],"type":"nothing"}}"#);
+            vec![Script::websocket(8, user).repeating(&text(&json))]
+        },
+        ..PLAIN
+    },
+    Attack {
+        name: "deep-json",
+        group: "A1",
+        what: "8 connections repeat a JSON frame of 120,000 levels",
+        attack: |_| {
+            let (open, close) = ("[".repeat(120_000), "]".repeat(120_000));
+            let json = format!(r#"{{"type":"message","room":"r","content":{open}{close}}}"#);
+            vec![Script::websocket(8, user).repeating(&text(&json))]
+        },
+        ..PLAIN
+    },
+    Attack {
+        name: "empty-deflate",
+        group: "A1",
+        what: "8 connections repeat a compressed message of 10,000 empty blocks",
+        attack: |_| {
+            let mut blocks = [0x00, 0x00, 0x00, 0xFF, 0xFF].repeat(10_000);
+            blocks.push(0x00);
+            let script = Script { opening: Opening::Deflate, ..Script::websocket(8, user) };
+            vec![script.repeating(&frame(0xC1, &blocks))]
+        },
+        ..PLAIN
+    },
+    Attack {
+        name: "bad-binary",
+        group: "A1",
+        what: "8 connections repeat binary frames whose header is no JSON",
+        attack: |_| vec![Script::websocket(8, user).repeating(&binary("{nothing", b"payload"))],
+        ..PLAIN
+    },
+    Attack {
+        name: "echo-text",
+        group: "A1",
+        what: "8 connections to /ws/echo repeat a text of 100 bytes",
+        attack: |_| vec![Script::websocket(8, echo).repeating(&text(&"y".repeat(100)))],
+        ..PLAIN
+    },
+    // A2: work for connections that have gone.
+    Attack {
+        name: "history-gone",
+        group: "A2",
+        what: "5 connections send 1,400 `history` of a full inbox and close",
+        prepare: |_| vec![full_inbox()],
+        attack: |_| {
+            let asks = Script::websocket(5, |_| "/ws?user=a2-reader".to_owned());
+            vec![Script { then: Then::Close, reopens: false, ..asks.sending(histories) }]
+        },
+        allowed: |_| Allowance { users: 2, records: 2, record_bytes: 1 << 20, ..NOTHING },
+        ..PLAIN
+    },
+    Attack {
+        name: "history-again",
+        group: "A2",
+        what: "the same again and again, 2 times a second",
+        prepare: |_| vec![full_inbox()],
+        attack: |_| {
+            let asks = Script::websocket(5, |_| "/ws?user=a2-reader".to_owned());
+            let asks = asks.sending(histories);
+            vec![Script { then: Then::Again, opens_per_second: 2, ..asks }]
+        },
+        allowed: |_| Allowance { users: 2, records: 2, record_bytes: 1 << 20, ..NOTHING },
+        ..PLAIN
+    },
+    Attack {
+        name: "gone-handshakes",
+        group: "A2",
+        what: "2,500 connections a second from 500 addresses send a handshake and close",
+        attack: |_| vec![gone(2_500, 500)],
+        allowed: |_| Allowance { users: 1, ..NOTHING },
+        ..PLAIN
+    },
+    Attack {
+        name: "handshakes",
+        group: "A2",
+        what: "1,000 handshakes a second from one address",
+        attack: |_| {
+            let script = Script::websocket(50, |_| "/ws?user=a2-again".to_owned());
+            vec![Script { then: Then::Again, ..script }]
+        },
+        allowed: |_| Allowance { users: 1, ..NOTHING },
+        ..PLAIN
+    },
+    // A3: names in a frame.
+    Attack {
+        name: "watch-churn",
+        group: "A3",
+        what: "5 connections watch and unwatch 100 new names, 190 frames a second each",
+        attack: |_| vec![Script::websocket(5, user).sending(watches).per_second(190)],
+        ..PLAIN
+    },
+    Attack {
+        name: "room-churn",
+        group: "A3",
+        what: "5 connections join and leave new rooms, 95 a second each",
+        attack: |_| {
+            vec![
+                Script::websocket(5, user)
+                    .sending(|serial, number| {
+                        let room = format!("a3-{serial}-{number}");
+                        Some([frame_of("join", &room), frame_of("leave", &room)].concat())
+                    })
+                    .per_second(95),
+            ]
+        },
+        allowed: |_| Allowance { users: 5, records: 500, record_bytes: 1024, ..NOTHING },
+        ..PLAIN
+    },
+    // A4: streams that are not read.
+    Attack {
+        name: "sse-unread",
+        group: "A4",
+        what: "100 event streams of 20 rooms with full history, nothing read",
+        prepare: |_| vec![full_rooms()],
+        attack: |_| vec![unread(Script { addresses: 2, ..Script::raw(100, stream_of_rooms) })],
+        allowed: |_| full_rooms_and(100),
+        ..PLAIN
+    },
+    Attack {
+        name: "sse-unread-300",
+        group: "A4",
+        what: "300 such event streams",
+        prepare: |_| vec![full_rooms()],
+        attack: |_| vec![unread(Script { addresses: 4, ..Script::raw(300, stream_of_rooms) })],
+        allowed: |_| full_rooms_and(300),
+        ..PLAIN
+    },
+    Attack {
+        name: "history-unread",
+        group: "A4",
+        what: "100 WebSockets join 20 rooms with full history, nothing read",
+        prepare: |_| vec![full_rooms()],
+        attack: |_| {
+            let first = |_| (0..20).flat_map(|room| frame_of("join", &full_room(room))).collect();
+            let script = Script { first, addresses: 2, ..Script::websocket(100, user) };
+            vec![unread(script)]
+        },
+        allowed: |_| full_rooms_and(100),
+        ..PLAIN
+    },
+    Attack {
+        name: "loud-unread",
+        group: "A4",
+        what: "100 WebSockets in a room of 45 messages of 16 KiB a second, nothing read",
+        attack: |_| {
+            let first = |_| frame_of("join", "a4-loud");
+            let members = Script { first, addresses: 2, ..Script::websocket(100, user) };
+            let talker = Script { first, ..Script::websocket(1, user) };
+            let talker = talker.sending(|_, _| Some(message("a4-loud", 16 * 1024)));
+            vec![unread(members), talker.per_second(45)]
+        },
+        allowed: |_| Allowance {
+            users: 101,
+            streams: 101,
+            records: 1,
+            record_bytes: 32 << 20,
+            ..NOTHING
+        },
+        ..PLAIN
+    },
+    // A5: guessing, and what is asked without a key.
+    Attack {
+        name: "password-guessing",
+        group: "A5",
+        what: "700 connections of 4 addresses guess the password of a room, 3 times a second each",
+        prepare: |_| {
+            let first =
+                |_| text(r#"{"type":"create_room","room":"a5-locked","password":"correct-horse"}"#);
+            vec![Script { first, ..Script::websocket(1, |_| "/ws?user=a5-owner".to_owned()) }]
+        },
+        attack: |_| {
+            let guesses = Script::websocket(700, user).sending(|serial, number| {
+                Some(text(&format!(
+                    r#"{{"type":"join","room":"a5-locked","password":"{serial}-{number}"}}"#
+                )))
+            });
+            vec![Script { addresses: 4, ..guesses }.per_second(3)]
+        },
+        allowed: |_| Allowance { users: 702, records: 4, record_bytes: 16 << 10, ..NOTHING },
+        ..PLAIN
+    },
+    Attack {
+        name: "api-without-key",
+        group: "A5",
+        what: "8 connections repeat an API request without a key",
+        attack: |_| vec![request("GET /api/v1/online HTTP/1.1\r\nHost: h\r\n\r\n")],
+        ..PLAIN
+    },
+    Attack {
+        name: "api-wrong-key",
+        group: "A5",
+        what: "8 connections repeat an API request with a wrong key",
+        attack: |_| {
+            let lines = "Host: h\r\nAuthorization: Bearer not-the-key-of-anybody\r\n\r\n";
+            vec![request(&format!("GET /api/v1/online HTTP/1.1\r\n{lines}"))]
+        },
+        ..PLAIN
+    },
+    Attack {
+        name: "http-pages",
+        group: "A5",
+        what: "8 connections repeat GET /",
+        attack: |_| vec![request("GET / HTTP/1.1\r\nHost: h\r\n\r\n")],
+        ..PLAIN
+    },
+    Attack {
+        name: "http-connections",
+        group: "A5",
+        what: "2,000 connections a second from 50 addresses ask for /health and close",
+        attack: |_| {
+            let first =
+                |_| b"GET /health HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n".to_vec();
+            let script = Script::raw(400, first);
+            vec![Script { addresses: 50, opens_per_second: 2_000, then: Then::Again, ..script }]
+        },
+        ..PLAIN
+    },
+    // A6: many at once.
+    Attack {
+        name: "leave-at-once",
+        group: "A6",
+        what: "15,000 members of rooms leave at once",
+        prepare: |scale| vec![members(scale.of(15_000))],
+        drops_prepared: true,
+        allowed: |scale| Allowance { users: scale.of(15_000).into(), ..NOTHING },
+        ..PLAIN
+    },
+    Attack {
+        name: "return-at-once",
+        group: "A6",
+        what: "5,000 members of rooms leave and return at once",
+        prepare: |scale| vec![members(scale.of(5_000))],
+        drops_prepared: true,
+        attack: |scale| vec![Script { opens_per_second: 1_000_000, ..members(scale.of(5_000)) }],
+        allowed: |scale| Allowance { users: u64::from(scale.of(5_000)) * 2, ..NOTHING },
+    },
+    // B: state that outlives its maker.
+    Attack {
+        name: "large-directs",
+        group: "B1",
+        what: "one connection sends directs of 250 KB to ever new users, 48 a second",
+        attack: |_| {
+            vec![
+                Script::websocket(1, |_| "/ws?user=b1-large".to_owned())
+                    .sending(|serial, number| {
+                        Some(direct(&format!("b1-l-{serial}-{number}"), 250_000))
+                    })
+                    .per_second(48),
+            ]
+        },
+        allowed: |_| Allowance { users: 1, records: 200, record_bytes: 256 << 10, ..NOTHING },
+        ..PLAIN
+    },
+    Attack {
+        name: "small-directs",
+        group: "B1",
+        what: "4 connections send directs of 1 byte to ever new users, 50 a second each",
+        attack: |_| {
+            vec![
+                Script::websocket(4, user)
+                    .sending(|serial, number| Some(direct(&format!("b1-s-{serial}-{number}"), 1)))
+                    .per_second(50),
+            ]
+        },
+        allowed: |_| Allowance { users: 4, records: 400, record_bytes: 6 << 10, ..NOTHING },
+        ..PLAIN
+    },
+    Attack {
+        name: "room-logs",
+        group: "B1",
+        what: "2 connections join a new room, say 4 KB there and leave, 45 times a second each",
+        attack: |_| {
+            vec![
+                Script::websocket(2, user)
+                    .sending(|serial, number| {
+                        let room = format!("b1-log-{serial}-{number}");
+                        let (join, leave) = (frame_of("join", &room), frame_of("leave", &room));
+                        Some([join, message(&room, 4096), leave].concat())
+                    })
+                    .per_second(45),
+            ]
+        },
+        allowed: |_| Allowance { users: 2, records: 400, record_bytes: 8 << 10, ..NOTHING },
+        ..PLAIN
+    },
+    Attack {
+        name: "large-messages",
+        group: "B1",
+        what: "one connection sends messages of 250 KB into 40 rooms, 48 a second",
+        attack: |_| {
+            let first =
+                |_| (0..40).flat_map(|n| frame_of("join", &format!("b1-big-{n}"))).collect();
+            vec![
+                Script { first, ..Script::websocket(1, user) }
+                    .sending(|_, number| Some(message(&format!("b1-big-{}", number % 40), 250_000)))
+                    .per_second(48),
+            ]
+        },
+        allowed: |_| Allowance { users: 1, records: 160, record_bytes: 256 << 10, ..NOTHING },
+        ..PLAIN
+    },
+    Attack {
+        name: "create-rooms",
+        group: "B1",
+        what: "2 connections create rooms with 8 KB of meta, 100 a second each",
+        attack: |_| {
+            vec![Script::websocket(2, user)
+                .sending(|serial, number| {
+                    let pad = "m".repeat(8_000);
+                    Some(text(&format!(
+                        r#"{{"type":"create_room","room":"b1-made-{serial}-{number}","meta":{{"pad":"{pad}"}}}}"#
+                    )))
+                })
+                .per_second(100)]
+        },
+        allowed: |_| Allowance { users: 2, records: 400, record_bytes: 16 << 10, ..NOTHING },
+        ..PLAIN
+    },
+    Attack {
+        name: "new-users",
+        group: "B1",
+        what: "100 connections a second from 20 addresses, each as a new user",
+        attack: |_| {
+            let ping = |_, number| (number == 0).then(|| text(r#"{"type":"ping"}"#));
+            let script = Script::websocket(20, user).sending(ping).per_second(10);
+            vec![Script { addresses: 20, opens_per_second: 100, then: Then::Again, ..script }]
+        },
+        allowed: |_| Allowance { users: 800, ..NOTHING },
+        ..PLAIN
+    },
+    Attack {
+        name: "sessions",
+        group: "B1",
+        what: "one user makes sessions of 16 KB, 20 a second from 4 addresses",
+        attack: |_| {
+            let script = Script::websocket(10, |_| "/ws?user=b1-sessions".to_owned());
+            let script = script.sending(session_data).per_second(10);
+            vec![Script { addresses: 4, opens_per_second: 20, then: Then::Again, ..script }]
+        },
+        allowed: |_| Allowance { users: 1, records: 100, record_bytes: 20 << 10, ..NOTHING },
+        ..PLAIN
+    },
+    Attack {
+        name: "session-data",
+        group: "B1",
+        what: "ever new users keep 16 KB of session data, 100 a second from 20 addresses",
+        attack: |_| {
+            let script = Script::websocket(20, user).sending(session_data).per_second(10);
+            vec![Script { addresses: 20, opens_per_second: 100, then: Then::Again, ..script }]
+        },
+        allowed: |_| Allowance { users: 800, records: 800, record_bytes: 20 << 10, ..NOTHING },
+        ..PLAIN
+    },
+    Attack {
+        name: "read-marks",
+        group: "B1",
+        what: "5 connections join 400 rooms and move their marks, 190 frames a second each",
+        attack: |_| {
+            vec![
+                Script::websocket(5, user)
+                    .sending(|serial, number| {
+                        let room = format!("b1-mark-{serial}-{}", number % 400);
+                        Some(match number {
+                            0..400 => frame_of("join", &room),
+                            _ => text(&format!(
+                                r#"{{"type":"read","room":"{room}","seq":{number}}}"#
+                            )),
+                        })
+                    })
+                    .per_second(190),
+            ]
+        },
+        allowed: |_| Allowance { users: 5, records: 2_000 * 3, record_bytes: 512, ..NOTHING },
+        ..PLAIN
+    },
+    // E: connections that stay open and do little.
+    Attack {
+        name: "silent",
+        group: "E",
+        what: "500 TCP connections of 5 addresses that send nothing",
+        attack: |_| vec![Script { addresses: 5, ..Script::raw(500, |_| Vec::new()) }],
+        ..PLAIN
+    },
+    Attack {
+        name: "slow-headers",
+        group: "E",
+        what: "500 handshakes of 5 addresses that send a header line a second",
+        attack: |_| {
+            let first = |_| b"GET /ws HTTP/1.1\r\nHost: h\r\n".to_vec();
+            let script = Script { addresses: 5, ..Script::raw(500, first) };
+            vec![
+                script
+                    .sending(|_, number| Some(format!("X-{number}: y\r\n").into_bytes()))
+                    .per_second(1),
+            ]
+        },
+        ..PLAIN
+    },
+    Attack {
+        name: "slow-bodies",
+        group: "E",
+        what: "100 API requests that announce 200 KB and send a byte a second",
+        attack: |_| {
+            let first = |_| {
+                b"POST /api/v1/broadcast HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer no\r\n\
+                  Content-Type: application/json\r\nContent-Length: 200000\r\n\r\n"
+                    .to_vec()
+            };
+            vec![Script::raw(100, first).sending(|_, _| Some(b" ".to_vec())).per_second(1)]
+        },
+        ..PLAIN
+    },
+    Attack {
+        name: "announced-frames",
+        group: "E",
+        what: "500 WebSockets announce a frame of 250 KB and send one byte of it",
+        attack: |_| {
+            let first = |_| [frame_header(0x81, 250_000), b"{".to_vec()].concat();
+            vec![Script { first, addresses: 5, ..Script::websocket(500, user) }]
+        },
+        allowed: |_| Allowance { users: 500, ..NOTHING },
+        ..PLAIN
+    },
+    Attack {
+        name: "partial-frames",
+        group: "E",
+        what: "200 WebSockets send 200 KB of a frame of 250 KB and hold it",
+        attack: |_| {
+            let first = |_| [frame_header(0x81, 250_000), vec![b' '; 200_000]].concat();
+            vec![Script { first, addresses: 2, ..Script::websocket(200, user) }]
+        },
+        allowed: |_| Allowance { users: 200, ..NOTHING },
+        ..PLAIN
+    },
+    Attack {
+        name: "partial-messages",
+        group: "E",
+        what: "200 WebSockets send 200 KB in fragments and no last one",
+        attack: |_| {
+            let first = |_| {
+                let fragment = frame(0x00, &[b' '; 10_000]);
+                [frame(0x01, b"{"), fragment.repeat(20)].concat()
+            };
+            vec![Script { first, addresses: 2, ..Script::websocket(200, user) }]
+        },
+        allowed: |_| Allowance { users: 200, ..NOTHING },
+        ..PLAIN
+    },
+    Attack {
+        name: "too-large",
+        group: "E",
+        what: "10 connections send messages of 4 MB, and have to see 1009",
+        attack: |_| {
+            let first = |_| frame(0x81, &vec![b'x'; 4 << 20]);
+            vec![Script { first, ..Script::websocket(10, user) }]
+        },
+        allowed: |_| Allowance { users: 500, close: Some("1009"), ..NOTHING },
+        ..PLAIN
+    },
+    Attack {
+        name: "never-closing",
+        group: "E",
+        what: "500 WebSockets send a close frame and keep the TCP connection",
+        attack: |_| {
+            let first = |_| frame(0x88, &1000_u16.to_be_bytes());
+            vec![Script { first, addresses: 5, reads: false, ..Script::websocket(500, user) }]
+        },
+        allowed: |_| Allowance { users: 500, ..NOTHING },
+        ..PLAIN
+    },
+];
+
+/// The attacks whose name or group was asked for; all of them for none.
+pub(crate) fn selected(asked: &[String]) -> Result<Vec<&'static Attack>, String> {
+    let matches = |attack: &Attack, one: &str| {
+        let group = attack.group.to_ascii_lowercase();
+        attack.name == one || group == one || (one.len() == 1 && group.starts_with(one))
+    };
+    for one in asked {
+        let one = one.to_ascii_lowercase();
+        if !CATALOGUE.iter().any(|attack| matches(attack, &one)) {
+            return Err(format!("{one}: no such attack or group; --list shows all"));
+        }
+    }
+    let is_asked = |attack: &&Attack| {
+        asked.is_empty() || asked.iter().any(|one| matches(attack, &one.to_ascii_lowercase()))
+    };
+    Ok(CATALOGUE.iter().filter(is_asked).collect())
+}
+
+fn user(serial: u32) -> String {
+    format!("/ws?user=attacker-{serial}")
+}
+
+fn echo(_: u32) -> String {
+    "/ws/echo".to_owned()
+}
+
+/// The attacker reads nothing, and its socket takes little.
+fn unread(script: Script) -> Script {
+    Script { reads: false, receive_buffer: Some(4096), ..script }
+}
+
+fn frame_of(kind: &str, room: &str) -> Vec<u8> {
+    text(&format!(r#"{{"type":"{kind}","room":"{room}"}}"#))
+}
+
+fn message(room: &str, bytes: usize) -> Vec<u8> {
+    let content = "z".repeat(bytes);
+    text(&format!(r#"{{"type":"message","room":"{room}","content":"{content}"}}"#))
+}
+
+fn direct(to: &str, bytes: usize) -> Vec<u8> {
+    let content = "z".repeat(bytes);
+    text(&format!(r#"{{"type":"direct","to":"{to}","content":"{content}"}}"#))
+}
+
+/// A user fills its own inbox with 70 directs of 3 KB.
+fn full_inbox() -> Script {
+    let script = Script::websocket(1, |_| "/ws?user=a2-reader".to_owned());
+    script.sending(|_, number| (number < 70).then(|| direct("a2-peer", 3_000)))
+}
+
+/// 1,400 questions for the history with a user, 41 bytes each.
+fn histories(_: u32, number: u64) -> Option<Vec<u8>> {
+    (number == 0).then(|| text(r#"{"type":"history","with":"a2-peer"}"#).repeat(1_400))
+}
+
+fn watches(serial: u32, number: u64) -> Option<Vec<u8>> {
+    let kind = if number.is_multiple_of(2) { "watch" } else { "unwatch" };
+    let names: Vec<String> =
+        (0..100).map(|name| format!(r#""a3-{serial}-{}-{name}""#, number / 2)).collect();
+    Some(text(&format!(r#"{{"type":"{kind}","users":[{}]}}"#, names.join(","))))
+}
+
+/// Handshakes whose sender has gone before they are answered.
+fn gone(per_second: u32, addresses: u32) -> Script {
+    Script {
+        opening: Opening::Blind,
+        addresses,
+        opens_per_second: per_second,
+        then: Then::Again,
+        reads: false,
+        ..Script::websocket(1_000, |_| "/ws?user=a2-gone".to_owned())
+    }
+}
+
+/// 20 rooms, each with 60 messages of 6 KB.
+fn full_rooms() -> Script {
+    let first = |serial: u32| {
+        let rooms = [serial % 10 * 2, serial % 10 * 2 + 1].map(full_room);
+        rooms.iter().flat_map(|room| frame_of("join", room)).collect()
+    };
+    let script =
+        Script { first, ..Script::websocket(10, |serial| format!("/ws?user=a4-{}", serial % 10)) };
+    script.sending(|serial, number| {
+        let room = full_room(serial % 10 * 2 + (number % 2) as u32);
+        (number < 90).then(|| message(&room, 8_000))
+    })
+}
+
+fn full_room(number: u32) -> String {
+    format!("a4-full-{number}")
+}
+
+fn full_rooms_and(streams: u64) -> Allowance {
+    Allowance { users: streams + 10, streams, records: 60, record_bytes: 1 << 20, ..NOTHING }
+}
+
+fn stream_of_rooms(serial: u32) -> Vec<u8> {
+    let rooms: Vec<String> = (0..20).map(full_room).collect();
+    let rooms = rooms.join(",");
+    format!("GET /sse?rooms={rooms}&user=stream-{serial} HTTP/1.1\r\nHost: h\r\n\r\n").into_bytes()
+}
+
+/// 8 connections that repeat an HTTP request without waiting for answers.
+fn request(bytes: &str) -> Script {
+    Script::raw(8, |_| Vec::new()).repeating(bytes.as_bytes())
+}
+
+/// Members of rooms of ten, from enough addresses for the limits of each.
+fn members(connections: u32) -> Script {
+    Script {
+        first: |serial| frame_of("join", &format!("a6-{}", serial / 10)),
+        addresses: 250,
+        opens_per_second: 1_000,
+        ..Script::websocket(connections, user)
+    }
+}
+
+/// 16 KB of session data.
+fn session_data(_: u32, number: u64) -> Option<Vec<u8>> {
+    (number == 0).then(|| {
+        let pad = "d".repeat(16_000);
+        text(&format!(r#"{{"type":"session_set","data":{{"pad":"{pad}"}}}}"#))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use shared::ids::UserId;
+
+    use super::*;
+    use crate::abuse::script::Stream;
+
+    const SCALE: Scale = Scale { connections_max: 1_000 };
+
+    #[test]
+    fn names_are_unique_and_groups_are_those_of_the_catalogue() {
+        let names: BTreeSet<&str> = CATALOGUE.iter().map(|attack| attack.name).collect();
+        assert_eq!(names.len(), CATALOGUE.len());
+        let groups: BTreeSet<&str> = CATALOGUE.iter().map(|attack| attack.group).collect();
+        assert_eq!(Vec::from_iter(groups), ["-", "A1", "A2", "A3", "A4", "A5", "A6", "B1", "E"]);
+    }
+
+    #[test]
+    fn attacks_are_selected_by_name_and_group() {
+        let names = |asked: &[&str]| -> Vec<&str> {
+            let asked: Vec<String> = asked.iter().map(|one| (*one).to_owned()).collect();
+            selected(&asked).unwrap().iter().map(|attack| attack.name).collect()
+        };
+        assert_eq!(names(&[]).len(), CATALOGUE.len());
+        assert_eq!(names(&["A3"]), ["watch-churn", "room-churn"]);
+        assert!(names(&["b"]).contains(&"small-directs"));
+        assert_eq!(names(&["silent", "pongs"]), ["pongs", "silent"]);
+        assert!(selected(&["ping".to_owned()]).is_err());
+    }
+
+    #[test]
+    fn every_attack_stays_within_what_the_machine_allows() {
+        for attack in CATALOGUE {
+            let scripts = [(attack.prepare)(SCALE), (attack.attack)(SCALE)].concat();
+            let most: u32 = scripts.iter().map(|script| script.connections).sum();
+            assert!(most <= 2_000, "{}: {most}", attack.name);
+            for script in &scripts {
+                if let Stream::Each(each) = script.stream {
+                    assert!(each(0, 0).is_some_and(|chunk| chunk.len() < 512 * 1024));
+                }
+                assert!(script.opens_per_second > 0 && script.addresses > 0, "{}", attack.name);
+            }
+            assert!(
+                attack.drops_prepared
+                    || attack.name == "none"
+                    || !(attack.attack)(SCALE).is_empty()
+            );
+        }
+    }
+
+    #[test]
+    fn frames_of_the_catalogue_are_what_the_protocol_has() {
+        let history = histories(0, 0).unwrap();
+        assert_eq!(history.len(), 1_400 * 41, "41 bytes each");
+        let watch = watches(1, 4).unwrap();
+        let text = String::from_utf8_lossy(&watch);
+        assert!(text.contains(r#""type":"watch""#) && text.contains("a3-1-2-99"));
+        assert!("a3-1-2-99".parse::<UserId>().is_ok());
+        assert!(String::from_utf8_lossy(&watches(1, 5).unwrap()).contains("unwatch"));
+    }
+}

@@ -1,0 +1,304 @@
+//! The honest clients of one node: members of rooms who talk, newcomers, and probes of `/health` and
+//! `/ready`. Each of the three has a thread of its own, which goes before the attacker's where this
+//! process may say so.
+
+use std::{
+    io::{self, Read as _, Write as _},
+    net::{SocketAddr, TcpStream},
+    process::{Command, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use loadtest::ledger::timeline;
+use tokio::{sync::oneshot, time::Instant};
+
+use super::verdict::Honest;
+use crate::{
+    args::{Bounds, CrowdArgs, OpenArgs, OutputArgs, Rate, Sources, Target, WatchArgs},
+    crowd::{Crowd, Rooms, parts::Share},
+    report::connections::{Connections, Tally, Times},
+    scenario::{ScenarioError, Stage, plan, talk::Talk},
+};
+
+/// How long a client may wait for what it asked.
+const ANSWER_MAX: Duration = Duration::from_secs(5);
+/// How many newcomers, and probes, each second.
+const NEWCOMERS: Rate = Rate::per_second(10.0);
+const PROBES: Rate = Rate::per_second(10.0);
+/// How members are opened.
+const RAMP: Rate = Rate::per_second(400.0);
+const CONTENT_BYTES: usize = 128;
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+
+/// How many they are.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Size {
+    /// Members.
+    pub(crate) members: u32,
+    /// Rooms that they are dealt out to.
+    pub(crate) rooms: u32,
+    /// Messages of all together.
+    pub(crate) rate: Rate,
+}
+
+/// What the thread of the members is asked.
+enum Order {
+    /// Open what is away, and say how many are open.
+    Open(oneshot::Sender<u64>),
+    /// Talk for so long, and say what was seen.
+    Measure(Duration, oneshot::Sender<Result<Honest, ScenarioError>>),
+}
+
+/// The honest clients of one node.
+pub(crate) struct HonestClients {
+    orders: Option<mpsc::SyncSender<Order>>,
+    thread: Option<JoinHandle<()>>,
+    size: Size,
+}
+
+impl HonestClients {
+    /// Opens the members and has them wait.
+    pub(crate) fn start(
+        address: SocketAddr,
+        size: Size,
+        stop: Arc<AtomicBool>,
+    ) -> Result<Self, ScenarioError> {
+        let (orders, ordered) = mpsc::sync_channel(1);
+        let (opened, is_open) = mpsc::sync_channel(1);
+        let thread = std::thread::Builder::new().name("honest".to_owned()).spawn(move || {
+            go_first();
+            let stage = Stage::open(
+                &crowd_args(address, "127.2.0.1-127.2.0.16", "honest-"),
+                None,
+                Rooms::Many(size.rooms),
+                size.members,
+                true,
+                &stop,
+            );
+            match stage {
+                Ok(mut stage) => {
+                    // Whoever started this waits for it.
+                    let _ = opened.send(Ok(()));
+                    serve(&mut stage, address, size, &ordered, &stop);
+                }
+                Err(error) => drop(opened.send(Err(error))),
+            }
+        })?;
+        is_open.recv().map_err(|_| ScenarioError::Panic)??;
+        Ok(Self { orders: Some(orders), thread: Some(thread), size })
+    }
+
+    /// Opens the members that are away; `false` where not all of them get in.
+    pub(crate) async fn open(&self) -> bool {
+        let (reply, opened) = oneshot::channel();
+        self.order(Order::Open(reply));
+        opened.await.is_ok_and(|open| open == u64::from(self.size.members))
+    }
+
+    /// Has them talk, come and ask for so long.
+    pub(crate) async fn measure(&self, duration: Duration) -> Result<Honest, ScenarioError> {
+        let (reply, measured) = oneshot::channel();
+        self.order(Order::Measure(duration, reply));
+        measured.await.map_err(|_| ScenarioError::Panic)?
+    }
+
+    fn order(&self, order: Order) {
+        // The channel has room: one order at a time is under way. A thread that is gone answers none.
+        if let Some(orders) = &self.orders {
+            let _ = orders.send(order);
+        }
+    }
+}
+
+impl Drop for HonestClients {
+    fn drop(&mut self) {
+        self.orders = None;
+        if let Some(thread) = self.thread.take() {
+            // It has nothing to tell.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Has this thread run as soon as it has something to do, whatever else there is: the attacker, above
+/// all. `nice` orders threads within a session only. Where it is not allowed, times are later, and the
+/// report says how late.
+fn go_first() {
+    let own = rustix::thread::gettid().as_raw_nonzero().to_string();
+    let mut chrt = Command::new("chrt");
+    chrt.args(["--fifo", "--pid", "1", &own]).stdout(Stdio::null()).stderr(Stdio::null());
+    let _ = chrt.status();
+}
+
+fn crowd_args(address: SocketAddr, sources: &str, user_prefix: &str) -> CrowdArgs {
+    let target = |authority: String| Target { authority, path: "/ws".to_owned() };
+    CrowdArgs {
+        open: OpenArgs {
+            url: target(address.to_string()),
+            ramp: RAMP,
+            timeout: ANSWER_MAX,
+            user_prefix: user_prefix.to_owned(),
+            token: None,
+            sources: sources.parse::<Sources>().ok(),
+        },
+        watch: WatchArgs::default(),
+        bounds: Bounds::default(),
+        output: OutputArgs::default(),
+    }
+}
+
+fn serve(
+    stage: &mut Stage,
+    address: SocketAddr,
+    size: Size,
+    ordered: &mpsc::Receiver<Order>,
+    stop: &Arc<AtomicBool>,
+) {
+    loop {
+        match ordered.try_recv() {
+            Ok(Order::Open(reply)) => {
+                // What it could not open is told by the number.
+                let _ = stage.crowd.open_all(Some(RAMP));
+                let _ = reply.send(stage.crowd.open_count());
+            }
+            Ok(Order::Measure(duration, reply)) => {
+                let _ = reply.send(measure(stage, address, size, duration, stop));
+            }
+            Err(mpsc::TryRecvError::Empty) => {
+                // Pings are answered meanwhile.
+                if stage.crowd.step(Instant::now() + LOOK_EVERY).is_err() {
+                    return;
+                }
+            }
+            Err(mpsc::TryRecvError::Disconnected) => return stage.crowd.farewell(),
+        }
+    }
+}
+
+fn measure(
+    stage: &mut Stage,
+    address: SocketAddr,
+    size: Size,
+    duration: Duration,
+    stop: &Arc<AtomicBool>,
+) -> Result<Honest, ScenarioError> {
+    stage.crowd.begin();
+    stage.crowd.tally = Tally::default();
+    let newcomers = std::thread::Builder::new().name("newcomers".to_owned()).spawn({
+        let stop = stop.clone();
+        move || newcomers(address, size.rooms, duration, stop)
+    })?;
+    let probes = std::thread::Builder::new().name("probes".to_owned()).spawn({
+        let stop = stop.clone();
+        move || probes(address, duration, &stop)
+    })?;
+    let talk =
+        Talk { senders: size.members.into(), rate: size.rate, duration, bytes: CONTENT_BYTES };
+    stage.talk(talk)?;
+    let (came, asked) = newcomers.join().map_err(|_| ScenarioError::Panic)??;
+    let probed = probes.join().map_err(|_| ScenarioError::Panic)?;
+    let seconds = stage.crowd.seen.seconds();
+    let (latency_us, seen) = (timeline::histogram(&seconds), &stage.crowd.seen);
+    let ms = |share: f64| latency_us.value_at_quantile(share) as f64 / 1e3;
+    let ended = Connections::of(stage.crowd.tally.clone(), 0, duration).closed_while_held;
+    let counts = &seen.counts;
+    let ends = ended.iter().map(|(how, many)| format!("{many} ended: {how}"));
+    let came = Connections::of(came, asked, duration);
+    let refused = came.refused.iter().map(|(how, many)| format!("{many} newcomers: HTTP {how}"));
+    let failed = came.failed.iter().map(|(how, many)| format!("{many} newcomers: {how}"));
+    Ok(Honest {
+        sent: counts.sent,
+        p50_ms: ms(0.5),
+        p99_ms: ms(0.99),
+        unanswered: counts.unanswered,
+        refused: counts.refused,
+        lost: counts.lost,
+        ended: ended.values().sum(),
+        newcomers_failed: asked.saturating_sub(came.opened),
+        newcomers_p99_ms: came.joined_ms.map_or(0.0, |times| times.p99),
+        probes_failed: probed.failed,
+        probes_p99_ms: Times::of(probed.times_us).map_or(0.0, |times| times.p99),
+        lag_p99_us: seen.lag_us.value_at_quantile(0.99),
+        examples: ends
+            .chain(refused)
+            .chain(failed)
+            .chain(probed.example)
+            .chain(counts.examples.iter().take(3).cloned())
+            .collect(),
+    })
+}
+
+/// Clients that connect and join a room, each when it is due.
+fn newcomers(
+    address: SocketAddr,
+    rooms: u32,
+    duration: Duration,
+    stop: Arc<AtomicBool>,
+) -> Result<(Tally, u64), ScenarioError> {
+    go_first();
+    let asked = (duration.as_secs_f64() * NEWCOMERS.each_second()).ceil() as u32;
+    let args = crowd_args(address, "127.2.1.1-127.2.1.16", "newcomer-");
+    let plan = plan(&args.open, Share::ALL, Rooms::Many(rooms), asked)?;
+    let mut crowd = Crowd::new(plan, false, stop)?;
+    crowd.open_all(Some(NEWCOMERS))?;
+    crowd.farewell();
+    Ok((crowd.tally.clone(), asked.into()))
+}
+
+/// What probes saw.
+#[derive(Default)]
+struct Probed {
+    failed: u64,
+    times_us: Vec<u64>,
+    example: Option<String>,
+}
+
+/// Asks for `/health` and `/ready` in turn, on a new connection each time.
+fn probes(address: SocketAddr, duration: Duration, stop: &AtomicBool) -> Probed {
+    go_first();
+    let (began, mut probed) = (Instant::now(), Probed::default());
+    for number in 0.. {
+        let due = began + PROBES.due(number);
+        if due >= began + duration || stop.load(Ordering::Relaxed) {
+            break;
+        }
+        let wait = due.saturating_duration_since(Instant::now());
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "the probes have their thread for themselves"
+        )]
+        std::thread::sleep(wait);
+        let path = if number % 2 == 0 { "/health" } else { "/ready" };
+        match ask(address, path) {
+            Ok(200) => probed.times_us.push(due.elapsed().as_micros() as u64),
+            Ok(status) => {
+                probed.failed += 1;
+                probed.example.get_or_insert(format!("{path}: HTTP {status}"));
+            }
+            Err(error) => {
+                probed.failed += 1;
+                probed.example.get_or_insert(format!("{path}: {}", error.kind()));
+            }
+        }
+    }
+    probed
+}
+
+/// The status of an answer.
+fn ask(address: SocketAddr, path: &str) -> io::Result<u16> {
+    let mut stream = TcpStream::connect_timeout(&address, ANSWER_MAX)?;
+    stream.set_read_timeout(Some(ANSWER_MAX))?;
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")?;
+    let mut head = [0; 12];
+    stream.read_exact(&mut head)?;
+    let status = head
+        .strip_prefix(b"HTTP/1.1 ")
+        .and_then(|status| std::str::from_utf8(status).ok()?.parse().ok());
+    status.ok_or_else(|| io::ErrorKind::InvalidData.into())
+}

@@ -1,0 +1,372 @@
+//! `loadtest abuse`: attacks one of two gateways while honest clients use both, and judges whether the
+//! attacked one served its honest clients as well as the other, and let go of what it held.
+
+use std::{
+    fmt::Write as _,
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::{
+    task::JoinError,
+    time::{Instant, sleep},
+};
+
+use self::{
+    attacker::{Attacker, Spent},
+    catalogue::{Attack, CATALOGUE, Scale},
+    honest::{HonestClients, Size},
+    slow_link::LinkError,
+    testbed::{Node, NodeOptions},
+    verdict::{Bounds, Measured, Usage, Verdict},
+};
+use crate::{
+    args::AbuseArgs,
+    chaos::cluster::ClusterError,
+    crowd::parts::Own,
+    report::{Generator, Report, Step, attacks::AttackRow},
+    scenario::{ScenarioError, ending_early},
+};
+
+mod attacker;
+mod catalogue;
+mod honest;
+mod script;
+mod slow_link;
+mod testbed;
+pub(crate) mod verdict;
+
+/// Members of each honest room.
+const ROOM_MEMBERS: u32 = 10;
+/// How often usage is looked at while an attack runs.
+const SAMPLE_EVERY: Duration = Duration::from_millis(250);
+/// How often it is looked whether everything is back.
+const BACK_EVERY: Duration = Duration::from_millis(500);
+/// How long honest clients talk on a node that was just started, so that its memory is in use.
+const WARM_UP: Duration = Duration::from_secs(3);
+/// How long the attack runs before honest clients are measured.
+const BEFORE: Duration = Duration::from_millis(300);
+/// The most connections of the attacker, whatever descriptors there are.
+const CONNECTIONS_MAX: u64 = 15_000;
+/// Descriptors of this process, and of the gateway, that are not the attacker's.
+const DESCRIPTORS_SPARE: u64 = 2_500;
+
+/// Why there is no result.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum AbuseError {
+    /// An attack that is not in the catalogue.
+    #[error("{0}")]
+    Unknown(String),
+    /// The gateways or their Redis do not run.
+    #[error(transparent)]
+    Cluster(#[from] ClusterError),
+    /// The honest clients do not.
+    #[error(transparent)]
+    Honest(#[from] ScenarioError),
+    /// There is no slow link on this machine.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// The attacker's sockets.
+    #[error("the attacker: {0}")]
+    Attacker(#[from] io::Error),
+    /// The attacker's thread.
+    #[error("the attacker ended in panic")]
+    Panic(#[from] JoinError),
+}
+
+/// The catalogue in words.
+pub(crate) fn list() -> String {
+    let mut list = String::new();
+    let mut line = |name: &str, group: &str, what: &str| {
+        writeln!(list, "{group:<3} {name:<18} {what}").expect("a String takes all");
+    };
+    for Attack { name, group, what, .. } in CATALOGUE {
+        line(name, group, what);
+    }
+    line(slow_link::NAME, slow_link::GROUP, slow_link::WHAT);
+    list
+}
+
+/// Whether the slow link is among what was asked for.
+fn asks_for_link(asked: &[String]) -> bool {
+    let names = [slow_link::NAME, "e1", "e"];
+    asked.is_empty() || asked.iter().any(|one| names.contains(&one.to_ascii_lowercase().as_str()))
+}
+
+/// Runs the attacks that were asked for, one after the other, and tells what came of them.
+pub(crate) async fn run(args: AbuseArgs) -> Result<Report, AbuseError> {
+    let (mut asked, is_link_asked) = (args.attacks.clone(), asks_for_link(&args.attacks));
+    asked.retain(|one| ![slow_link::NAME, "e1", "E1"].contains(&one.as_str()));
+    let attacks = match (args.attacks.is_empty(), asked.is_empty()) {
+        (false, true) => Vec::new(),
+        _ => catalogue::selected(&asked).map_err(AbuseError::Unknown)?,
+    };
+    let stop = Arc::new(AtomicBool::new(false));
+    let mut report = Report::of("abuse");
+    let mut own = Own::new();
+    own.begin();
+    let rows = ending_early(&stop, Box::pin(run_all(&args, &attacks, &stop))).await?;
+    own.end();
+    if is_link_asked && !stop.load(Ordering::Relaxed) {
+        match ending_early(&stop, Box::pin(slow_link::try_it(&args, &stop))).await? {
+            Ok(steps) => report.steps = steps,
+            // Where it was asked for by name, it is a failure that it cannot be tried.
+            Err(error) if args.attacks.iter().any(|one| one == slow_link::NAME) => {
+                return Err(error.into());
+            }
+            Err(error) => report.steps.push(Step {
+                what: slow_link::NAME.to_owned(),
+                came: format!("skipped: {error}"),
+                good: true,
+            }),
+        }
+    }
+    report.interrupted = stop.load(Ordering::Relaxed);
+    let lag = |row: &AttackRow| row.measured.honest.lag_p99_us.max(row.measured.control.lag_p99_us);
+    report.generator = Generator {
+        processes: 1,
+        // The attacker's is in it: what counts is how late honest clients were.
+        cpu_percent: own.cpu_percent(),
+        lag_p99_us: rows.iter().map(lag).max().unwrap_or_default(),
+        memory_per_connection_bytes: None,
+    };
+    if report.interrupted {
+        report.failures.push("interrupted".to_owned());
+    }
+    for row in &rows {
+        let failures = row.verdict.failures.iter();
+        report.failures.extend(failures.map(|failure| format!("{}: {failure}", row.name)));
+    }
+    let failed = report.steps.iter().filter(|step| !step.good);
+    let failed = failed.map(|step| format!("{}: {}", step.what, step.came));
+    report.failures.extend(failed.collect::<Vec<_>>());
+    let invalid: Vec<&str> =
+        rows.iter().filter(|row| row.verdict.invalid.is_some()).map(|row| row.name).collect();
+    report.invalid =
+        (!invalid.is_empty()).then(|| format!("this tool was late during {}", invalid.join(", ")));
+    report.good = report.failures.is_empty() && report.invalid.is_none();
+    report.attacks = rows;
+    Ok(report)
+}
+
+async fn run_all(
+    args: &AbuseArgs,
+    attacks: &[&Attack],
+    stop: &Arc<AtomicBool>,
+) -> Result<Vec<AttackRow>, AbuseError> {
+    let descriptors = rlimit::increase_nofile_limit(u64::MAX)?;
+    let most = descriptors.saturating_sub(DESCRIPTORS_SPARE).clamp(100, CONNECTIONS_MAX);
+    let scale = Scale { connections_max: most as u32 };
+    let (mut rows, mut testbed): (_, Option<Testbed>) = (Vec::new(), None);
+    for attack in attacks {
+        if stop.load(Ordering::Relaxed) {
+            break;
+        }
+        let mut ready = match testbed.take() {
+            Some(testbed) => testbed,
+            None => Testbed::start(args, stop).await?,
+        };
+        let measured = ready.suffer(attack, scale, args).await?;
+        let bounds = Bounds { slack: args.slack, lag_max: args.lag_max };
+        let verdict = measured.judge(&(attack.allowed)(scale), &bounds);
+        tell(attack, &measured, &verdict);
+        // A node that is not as before is no place for the next attack.
+        if measured.back.is_some() && ready.open().await {
+            testbed = Some(ready);
+        } else {
+            ready.stop().await;
+        }
+        rows.push(AttackRow { group: attack.group, name: attack.name, measured, verdict });
+    }
+    if let Some(testbed) = testbed {
+        testbed.stop().await;
+    }
+    Ok(rows)
+}
+
+/// Tells on standard error how far it is.
+fn tell(attack: &Attack, measured: &Measured, verdict: &Verdict) {
+    eprintln!("{:<18} {verdict}", attack.name);
+    if !measured.ends.is_empty() {
+        eprintln!("{:<18}   attacker: {:?}", "", measured.ends);
+    }
+    for example in measured.honest.examples.iter().take(5) {
+        eprintln!("{:<18}   honest: {example}", "");
+    }
+}
+
+/// Both nodes and their honest clients.
+struct Testbed {
+    // First, so that clients end before what they use.
+    attacked: HonestClients,
+    control: HonestClients,
+    nodes: [Node; 2],
+    stop: Arc<AtomicBool>,
+}
+
+impl Testbed {
+    async fn start(args: &AbuseArgs, stop: &Arc<AtomicBool>) -> Result<Self, AbuseError> {
+        let options = NodeOptions {
+            gateway: args.gateway.clone(),
+            redis_maxmemory: args.redis_maxmemory.clone(),
+            set: args.set.clone(),
+        };
+        let nodes =
+            tokio::try_join!(Node::start("attacked", &options), Node::start("control", &options),)?;
+        let nodes = [nodes.0, nodes.1];
+        let rooms = (args.clients / ROOM_MEMBERS).max(1);
+        let size = Size { members: args.clients, rooms, rate: args.rate };
+        let start = async |node: &Node| {
+            let (address, stop) = (node.listen, stop.clone());
+            let started =
+                tokio::task::spawn_blocking(move || HonestClients::start(address, size, stop));
+            started.await?.map_err(AbuseError::from)
+        };
+        let (attacked, control) = (start(&nodes[0]).await?, start(&nodes[1]).await?);
+        let testbed = Self { attacked, control, nodes, stop: stop.clone() };
+        let warm_up = WARM_UP.min(Duration::from_secs(args.seconds.into()));
+        testbed.measure_both(warm_up).await?;
+        Ok(testbed)
+    }
+
+    /// Opens honest connections that are away; `false` where that does not succeed.
+    async fn open(&self) -> bool {
+        let (attacked, control) = tokio::join!(self.attacked.open(), self.control.open());
+        attacked && control
+    }
+
+    async fn measure_both(
+        &self,
+        duration: Duration,
+    ) -> Result<(verdict::Honest, verdict::Honest), ScenarioError> {
+        tokio::try_join!(self.attacked.measure(duration), self.control.measure(duration))
+    }
+
+    /// What each node uses.
+    async fn usage(&self) -> [Usage; 2] {
+        let (attacked, control) = tokio::join!(self.nodes[0].usage(), self.nodes[1].usage());
+        [attacked, control]
+    }
+
+    /// Attacks one node, measures both, and waits until the attacked one is as before.
+    async fn suffer(
+        &mut self,
+        attack: &Attack,
+        scale: Scale,
+        args: &AbuseArgs,
+    ) -> Result<Measured, AbuseError> {
+        let before = self.usage().await;
+        let mut attacker = Attacker::new(self.nodes[0].listen, self.stop.clone())?;
+        let prepare = (attack.prepare)(scale);
+        let mut attacker = tokio::task::spawn_blocking(move || {
+            attacker.prepare(&prepare)?;
+            io::Result::Ok(attacker)
+        })
+        .await??;
+        let (began, spent_before) = (Instant::now(), self.usage().await);
+        let duration = Duration::from_secs(args.seconds.into());
+        let (until, scripts) = (began + BEFORE + duration, (attack.attack)(scale));
+        let drops = attack.drops_prepared;
+        let attacking = tokio::task::spawn_blocking(move || {
+            attacker.attack(&scripts, drops, until)?;
+            io::Result::Ok((attacker.spent, Instant::now()))
+        });
+        let honest = async {
+            sleep(BEFORE).await;
+            self.measure_both(duration).await
+        };
+        let sampled = self.sample_until(until, spent_before);
+        let (spent, honest, (peak, at_end)) = tokio::join!(attacking, honest, sampled);
+        let ((spent, ended), (honest, control)) = (spent??, honest?);
+        let lasted = ended.duration_since(began).as_secs_f64();
+        let (back, kept) = self.wait_until_back(attack, scale, before, ended, args.recovery).await;
+        let died = self.nodes[0].has_ended();
+        let percent = |now: u64, before: u64| (now.saturating_sub(before)) as f64 / 10.0 / lasted;
+        let cpu = |node: usize, of: fn(&Usage) -> u64| {
+            percent(of(&at_end[node]), of(&spent_before[node]))
+        };
+        let held = net(peak, before);
+        let Spent { sent_bytes, open_peak, ends, .. } = spent;
+        Ok(Measured {
+            honest,
+            control,
+            sent_bytes,
+            connections: open_peak,
+            ends,
+            held,
+            kept,
+            back,
+            gateway_cpu_percent: cpu(0, |usage| usage.gateway_cpu_ms),
+            redis_cpu_percent: cpu(0, |usage| usage.redis_cpu_ms),
+            control_cpu_percent: cpu(1, |usage| usage.gateway_cpu_ms),
+            died,
+        })
+    }
+
+    /// The most that each node used until a moment, and what it used then.
+    async fn sample_until(&self, until: Instant, first: [Usage; 2]) -> ([Usage; 2], [Usage; 2]) {
+        let (mut peak, mut last) = (first, first);
+        while Instant::now() < until && !self.stop.load(Ordering::Relaxed) {
+            let left = until.saturating_duration_since(Instant::now());
+            sleep(SAMPLE_EVERY.min(left)).await;
+            last = self.usage().await;
+            peak = [peak[0].peak(last[0]), peak[1].peak(last[1])];
+        }
+        (peak, last)
+    }
+
+    /// Waits until the attacked node holds no more than may stay, and tells how long after the attack
+    /// that was, and what is left.
+    async fn wait_until_back(
+        &self,
+        attack: &Attack,
+        scale: Scale,
+        before: [Usage; 2],
+        ended: Instant,
+        most: Duration,
+    ) -> (Option<Duration>, Usage) {
+        let allowed = (attack.allowed)(scale);
+        loop {
+            let kept = net(self.usage().await, before);
+            if allowed.is_back(&kept) {
+                return (Some(ended.elapsed()), kept);
+            }
+            if ended.elapsed() > most || self.stop.load(Ordering::Relaxed) {
+                return (None, kept);
+            }
+            sleep(BACK_EVERY).await;
+        }
+    }
+
+    async fn stop(self) {
+        let Self { attacked, control, nodes: [first, second], .. } = self;
+        drop((attacked, control));
+        tokio::join!(first.stop(), second.stop());
+    }
+}
+
+/// What the attacked node uses more than before, less what the control uses more.
+fn net(now: [Usage; 2], before: [Usage; 2]) -> Usage {
+    now[0].since(before[0]).since(now[1].since(before[1]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_honest_clients_cost_both_nodes_is_not_held_by_the_attack() {
+        let usage = |keys| Usage { keys, ..Usage::default() };
+        assert_eq!(net([usage(150), usage(30)], [usage(10), usage(20)]), usage(130));
+        assert_eq!(net([usage(10), usage(30)], [usage(10), usage(20)]), usage(0));
+    }
+
+    #[test]
+    fn the_list_has_a_line_for_each_attack() {
+        assert_eq!(list().lines().count(), CATALOGUE.len() + 1);
+    }
+}

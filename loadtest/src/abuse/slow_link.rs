@@ -1,0 +1,511 @@
+//! A client behind a real slow link: a network namespace, a pair of virtual Ethernet devices, and a
+//! token bucket (`tc … tbf`) on both of them.
+//!
+//! The client joins with a `since` that leaves it megabytes behind. All of it has to arrive, in order,
+//! on one connection; the user has to stay online for others meanwhile; its own acknowledgements and
+//! the pongs have to overtake the bulk. For the first half the client says nothing but the pongs that it
+//! owes, so that only the bytes that flow show that it lives. Needs root, `ip` and `tc`.
+
+use std::{
+    fmt, fs, io,
+    io::{Read as _, Write as _},
+    net::{Ipv4Addr, SocketAddr, TcpStream},
+    path::PathBuf,
+    process::{Command, Output},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use serde_json::{Value, json};
+use tokio::time::Instant;
+
+use super::{
+    AbuseError,
+    testbed::{API_KEY, Node, NodeOptions},
+};
+use crate::{
+    args::AbuseArgs,
+    process::free_address,
+    report::Step,
+    wire::{self, Head, Reader, Received},
+};
+
+/// Its name on the command line, its group, and what it does.
+pub(crate) const NAME: &str = "slow-link";
+pub(crate) const GROUP: &str = "E1";
+pub(crate) const WHAT: &str = "a client behind a link of 96 kbit/s catches up 4 MB (root only)";
+
+/// The size of a message's content.
+const CONTENT_BYTES: u64 = 8_000;
+/// Messages of one request to the server API.
+const BATCH: u64 = 10;
+/// How long an own `ack`, and a pong, may take.
+const ANSWER_MAX: Duration = Duration::from_secs(3);
+/// How often the client sends a ping.
+const PING_EVERY: Duration = Duration::from_secs(2);
+/// How many messages the client sends while it catches up.
+const OWN_MESSAGES: u64 = 5;
+/// How long a request on loopback may take.
+const LOOPBACK_MAX: Duration = Duration::from_secs(10);
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+const ROOM: &str = "slow-link";
+const USER: &str = "slow-link-client";
+
+/// Why the slow link cannot be tried here.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum LinkError {
+    /// A command of iproute2 failed or is not there.
+    #[error(
+        "a network namespace with `tbf` needs root, CAP_NET_ADMIN and iproute2: {command}: {said}"
+    )]
+    Command {
+        /// What was run.
+        command: String,
+        /// What it said.
+        said: String,
+    },
+}
+
+/// A network namespace behind a slow link. It ends with this.
+struct Link {
+    namespace: String,
+    /// The address of this side.
+    host: Ipv4Addr,
+}
+
+impl Link {
+    fn up(rate: &str) -> Result<Self, LinkError> {
+        let own = std::process::id();
+        let namespace = format!("skein-{own}");
+        let (near, far) = (format!("sk{own}a"), format!("sk{own}b"));
+        // Each process has a network of its own.
+        let [_, _, high, low] = own.to_be_bytes();
+        let host = Ipv4Addr::new(10, 213, high, low & 0xFC | 1);
+        let client = Ipv4Addr::new(10, 213, high, low & 0xFC | 2);
+        run(&format!("ip netns add {namespace}"))?;
+        let link = Self { namespace, host };
+        let inside = format!("ip netns exec {}", link.namespace);
+        let bucket = format!("root tbf rate {rate} burst 4kb latency 500ms");
+        for command in [
+            format!("ip link add {near} type veth peer name {far} netns {}", link.namespace),
+            format!("ip addr add {host}/30 dev {near}"),
+            format!("ip link set {near} up"),
+            format!("{inside} ip addr add {client}/30 dev {far}"),
+            format!("{inside} ip link set {far} up"),
+            format!("tc qdisc add dev {near} {bucket}"),
+            format!("{inside} tc qdisc add dev {far} {bucket}"),
+        ] {
+            run(&command)?;
+        }
+        Ok(link)
+    }
+
+    /// Puts this thread behind the link, for good.
+    fn enter(namespace: &str) -> io::Result<()> {
+        let file = fs::File::open(PathBuf::from("/var/run/netns").join(namespace))?;
+        let kind = rustix::thread::LinkNameSpaceType::Network;
+        Ok(rustix::thread::move_into_link_name_space(std::os::fd::AsFd::as_fd(&file), Some(kind))?)
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        // The pair of devices goes with it.
+        let _ = run(&format!("ip netns del {}", self.namespace));
+    }
+}
+
+fn run(command: &str) -> Result<(), LinkError> {
+    let mut words = command.split(' ');
+    let program = words.next().unwrap_or_default();
+    let failed = |said: String| LinkError::Command { command: command.to_owned(), said };
+    match Command::new(program).args(words).output() {
+        Ok(Output { status, .. }) if status.success() => Ok(()),
+        Ok(output) => Err(failed(String::from_utf8_lossy(&output.stderr).trim().to_owned())),
+        Err(error) => Err(failed(error.to_string())),
+    }
+}
+
+/// What the client behind the link, and the one who watches it, saw.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Seen {
+    /// Entries that were to be caught up, own messages included.
+    expected: u64,
+    /// Entries that arrived in order.
+    received: u64,
+    /// Entries that did not follow the one before.
+    out_of_order: u64,
+    /// How the connection ended before all was there.
+    ended: Option<String>,
+    took: Duration,
+    acks: Vec<Duration>,
+    /// Own messages without an answer.
+    unanswered: u64,
+    pongs: Vec<Duration>,
+    /// Pings without a pong within [`ANSWER_MAX`].
+    pongs_missing: u64,
+    /// Whether others were told that the user is there.
+    online: bool,
+    /// How often they were told that it has gone.
+    offline: u64,
+}
+
+impl Seen {
+    /// What it comes to.
+    fn steps(&self) -> Vec<Step> {
+        let step =
+            |what: &str, came: String, good| Step { what: format!("{NAME}, {what}"), came, good };
+        let longest = |times: &[Duration]| times.iter().max().copied().unwrap_or_default();
+        let told = |times: &[Duration], missing: u64| {
+            format!(
+                "{} within {:.1} s, {missing} missing",
+                times.len(),
+                longest(times).as_secs_f64()
+            )
+        };
+        let in_time = |times: &[Duration], missing: u64| {
+            !times.is_empty() && missing == 0 && longest(times) <= ANSWER_MAX
+        };
+        let Self { expected, received, out_of_order, .. } = *self;
+        let caught_up = format!(
+            "{received} of {expected} entries, {out_of_order} out of order, in {:.0} s",
+            self.took.as_secs_f64()
+        );
+        let offline = match self.online {
+            true => format!("{} times", self.offline),
+            false => "it was never shown online".to_owned(),
+        };
+        let ended = self.ended.clone().unwrap_or_else(|| "no".to_owned());
+        vec![
+            step("caught up", caught_up, expected > 0 && received == expected && out_of_order == 0),
+            step("connection cut", ended, self.ended.is_none()),
+            step(
+                "own acks",
+                told(&self.acks, self.unanswered),
+                in_time(&self.acks, self.unanswered),
+            ),
+            step(
+                "pongs",
+                told(&self.pongs, self.pongs_missing),
+                in_time(&self.pongs, self.pongs_missing),
+            ),
+            step("shown offline", offline, self.online && self.offline == 0),
+        ]
+    }
+}
+
+/// Tries it, and tells what came of it.
+pub(crate) async fn try_it(
+    args: &AbuseArgs,
+    stop: &Arc<AtomicBool>,
+) -> Result<Result<Vec<Step>, LinkError>, AbuseError> {
+    let link = match Link::up(&args.link_rate) {
+        Ok(link) => link,
+        Err(error) => return Ok(Err(error)),
+    };
+    let listen = SocketAddr::from((link.host, free_address()?.port()));
+    let options = NodeOptions {
+        gateway: args.gateway.clone(),
+        redis_maxmemory: args.redis_maxmemory.clone(),
+        set: args.set.clone(),
+    };
+    let node = Node::start_at("slow-link", &options, listen).await?;
+    let entries = args.link_bytes.div_ceil(CONTENT_BYTES);
+    let stop = stop.clone();
+    let (namespace, most) = (link.namespace.clone(), args.link_patience);
+    let seen =
+        tokio::task::spawn_blocking(move || catch_up(listen, &namespace, entries, most, &stop));
+    let seen = seen.await?;
+    node.stop().await;
+    drop(link);
+    Ok(Ok(seen?.steps()))
+}
+
+/// Fills a room, has a client behind the link catch it up, and watches its user from outside.
+fn catch_up(
+    address: SocketAddr,
+    namespace: &str,
+    entries: u64,
+    most: Duration,
+    stop: &Arc<AtomicBool>,
+) -> io::Result<Seen> {
+    let mut watcher = Client::connect(address, "/ws?user=slow-link-watcher")?;
+    watcher.send(&json!({"type": "join", "room": ROOM, "history": 0}))?;
+    let joined = watcher.wait_for("joined")?;
+    let since = json!({"epoch": joined["epoch"], "seq": joined["seq"]});
+    let begins = joined["seq"].as_u64().unwrap_or_default();
+    for batch in 0..entries.div_ceil(BATCH) {
+        publish(address, BATCH.min(entries - batch * BATCH))?;
+    }
+    watcher.send(&json!({"type": "watch", "users": [USER]}))?;
+    let is_over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let client = std::thread::Builder::new().spawn_scoped(scope, || {
+            let seen = Link::enter(namespace)
+                .and_then(|()| behind_the_link(address, &since, begins, entries, most, stop));
+            is_over.store(true, Ordering::Relaxed);
+            seen
+        })?;
+        let (mut online, mut offline) = (false, 0);
+        while !is_over.load(Ordering::Relaxed) {
+            watcher.receive(LOOK_EVERY, &mut |received| {
+                let Incoming::Frame(frame) = received else { return };
+                let is_user = frame["user"] == USER;
+                let kind = frame["type"].as_str().unwrap_or_default();
+                online |= is_user && (kind == "member_joined" || frame["status"] == "online");
+                let is_gone = kind == "member_left" || frame["status"] == "offline";
+                offline += u64::from(online && is_user && is_gone);
+            })?;
+        }
+        let seen = client.join().map_err(|_| io::Error::other("the client ended in panic"))??;
+        Ok(Seen { online, offline, ..seen })
+    })
+}
+
+/// Appends messages through the server API.
+fn publish(address: SocketAddr, count: u64) -> io::Result<()> {
+    let content = "x".repeat(CONTENT_BYTES as usize);
+    let message = json!({"room": ROOM, "content": content});
+    let body = json!({"messages": vec![message; count as usize]}).to_string();
+    let mut stream = TcpStream::connect_timeout(&address, LOOPBACK_MAX)?;
+    stream.set_read_timeout(Some(LOOPBACK_MAX))?;
+    write!(
+        stream,
+        "POST /api/v1/publish HTTP/1.1\r\nHost: {address}\r\nAuthorization: Bearer {API_KEY}\r\n\
+         Content-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
+        body.len()
+    )?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    if answer.starts_with("HTTP/1.1 20") && !answer.contains(r#""error""#) {
+        return Ok(());
+    }
+    Err(io::Error::other(format!("publish: {}", answer.lines().next().unwrap_or_default())))
+}
+
+fn behind_the_link(
+    address: SocketAddr,
+    since: &Value,
+    begins: u64,
+    entries: u64,
+    most: Duration,
+    stop: &AtomicBool,
+) -> io::Result<Seen> {
+    let mut client = Client::connect(address, &format!("/ws?user={USER}"))?;
+    client.send(&json!({"type": "join", "room": ROOM, "since": since}))?;
+    let began = Instant::now();
+    let mut seen = Seen { expected: entries, ..Seen::default() };
+    let (mut last, mut pinged, mut pings) = (begins, began, Vec::new());
+    let mut own: Vec<(Instant, bool)> = Vec::new();
+    while seen.received < seen.expected && began.elapsed() < most && !stop.load(Ordering::Relaxed) {
+        let now = Instant::now();
+        let talks = seen.received * 2 >= entries;
+        if talks && (pinged.elapsed() >= PING_EVERY || pings.is_empty()) {
+            client.write(&wire::ping(&(pings.len() as u32).to_be_bytes()))?;
+            pings.push((now, false));
+            pinged = now;
+        }
+        // Own messages at the same distances on the second half of the way.
+        let sent = own.len() as u64;
+        let at = entries / 2 + entries / 2 * sent / (OWN_MESSAGES + 1);
+        if talks && sent < OWN_MESSAGES && seen.received >= at {
+            let frame = json!({"type": "message", "room": ROOM, "content": "mine", "ref": sent});
+            client.send(&frame)?;
+            own.push((now, false));
+            seen.expected += 1;
+        }
+        let mut take = |seq: Option<u64>| {
+            let Some(seq) = seq else { return };
+            seen.received += u64::from(seq == last + 1);
+            seen.out_of_order += u64::from(seq != last + 1);
+            last = seq;
+        };
+        let received = client.receive(LOOK_EVERY, &mut |received| match received {
+            Incoming::Pong(payload) => {
+                let number = <[u8; 4]>::try_from(payload).map(u32::from_be_bytes);
+                if let Some((at, answered)) =
+                    number.ok().and_then(|number| pings.get_mut(number as usize))
+                {
+                    *answered = true;
+                    seen.pongs.push(at.elapsed());
+                }
+            }
+            Incoming::Frame(frame) => match frame["type"].as_str().unwrap_or_default() {
+                "joined" => {
+                    let history = frame["history"].as_array();
+                    history.into_iter().flatten().for_each(|entry| take(entry["seq"].as_u64()));
+                }
+                "message" => take(frame["seq"].as_u64()),
+                "ack" => {
+                    let number = frame["ref"].as_u64().unwrap_or(u64::MAX) as usize;
+                    if let Some((at, answered)) = own.get_mut(number) {
+                        *answered = true;
+                        seen.acks.push(at.elapsed());
+                    }
+                }
+                _ => {}
+            },
+        });
+        if let Err(error) = received {
+            seen.ended = Some(error.to_string());
+            break;
+        }
+    }
+    seen.took = began.elapsed();
+    seen.unanswered = own.iter().filter(|(_, answered)| !answered).count() as u64;
+    let late = |(at, answered): &&(Instant, bool)| !answered && at.elapsed() > ANSWER_MAX;
+    seen.pongs_missing = pings.iter().filter(late).count() as u64;
+    Ok(seen)
+}
+
+/// What a client gets, but pings, which it answers.
+enum Incoming<'a> {
+    Frame(Value),
+    Pong(&'a [u8]),
+}
+
+/// A client on a thread of its own.
+struct Client {
+    stream: TcpStream,
+    reader: Reader,
+    buffer: Vec<u8>,
+    /// Bytes behind the handshake's answer.
+    rest: Vec<u8>,
+}
+
+impl Client {
+    fn connect(address: SocketAddr, path: &str) -> io::Result<Self> {
+        let mut stream = TcpStream::connect_timeout(&address, LOOPBACK_MAX)?;
+        stream.set_nodelay(true)?;
+        stream.set_read_timeout(Some(LOOPBACK_MAX))?;
+        stream.write_all(&wire::request(&address.to_string(), path))?;
+        let (mut head, mut buffer) = (Vec::new(), vec![0; 64 * 1024]);
+        loop {
+            let count = stream.read(&mut buffer)?;
+            if count == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            head.extend_from_slice(&buffer[..count]);
+            match wire::head(&head).map_err(io::Error::other)? {
+                None => {}
+                Some(Head::Refused { status }) => {
+                    return Err(io::Error::other(format!("handshake: HTTP {status}")));
+                }
+                Some(Head::Upgraded { end }) => {
+                    let reader = Reader::of_messages();
+                    return Ok(Self { stream, reader, buffer, rest: head.split_off(end) });
+                }
+            }
+        }
+    }
+
+    fn send(&mut self, frame: &Value) -> io::Result<()> {
+        self.write(&wire::text(&frame.to_string()))
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.stream.write_all(bytes)
+    }
+
+    /// Takes what arrives within some time.
+    fn receive(&mut self, wait: Duration, on: &mut dyn FnMut(Incoming<'_>)) -> io::Result<()> {
+        let bytes = if self.rest.is_empty() {
+            self.stream.set_read_timeout(Some(wait))?;
+            match self.stream.read(&mut self.buffer) {
+                Ok(0) => return Err(io::Error::other("no close frame")),
+                Ok(count) => self.buffer[..count].to_vec(),
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::WouldBlock
+                            | io::ErrorKind::TimedOut
+                            | io::ErrorKind::Interrupted
+                    ) =>
+                {
+                    return Ok(());
+                }
+                Err(error) => return Err(error),
+            }
+        } else {
+            std::mem::take(&mut self.rest)
+        };
+        let (mut pongs, mut closed) = (Vec::new(), None);
+        let pushed = self.reader.push(&bytes, |received| match received {
+            Received::Message(Some(message)) => {
+                on(Incoming::Frame(serde_json::from_slice(&message).unwrap_or_default()));
+            }
+            Received::Message(None) => {}
+            Received::Ping(payload) => pongs.extend(wire::pong(&payload)),
+            Received::Pong(payload) => on(Incoming::Pong(&payload)),
+            Received::Close(code, reason) => closed = Some(format!("close {code:?} {reason}")),
+        });
+        pushed.map_err(io::Error::other)?;
+        if !pongs.is_empty() {
+            self.stream.write_all(&pongs)?;
+        }
+        closed.map_or(Ok(()), |how| Err(io::Error::other(how)))
+    }
+
+    fn wait_for(&mut self, kind: &str) -> io::Result<Value> {
+        let (deadline, mut found) = (Instant::now() + LOOPBACK_MAX, None);
+        while found.is_none() && Instant::now() < deadline {
+            self.receive(LOOK_EVERY, &mut |received| {
+                if let Incoming::Frame(frame) = received
+                    && frame["type"] == kind
+                {
+                    found.get_or_insert(frame);
+                }
+            })?;
+        }
+        found.ok_or_else(|| io::ErrorKind::TimedOut.into())
+    }
+}
+
+impl fmt::Debug for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Client").field("stream", &self.stream).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn good() -> Seen {
+        Seen {
+            expected: 505,
+            received: 505,
+            took: Duration::from_secs(350),
+            acks: vec![Duration::from_secs(1); 5],
+            pongs: vec![Duration::from_millis(2_900)],
+            online: true,
+            ..Seen::default()
+        }
+    }
+
+    #[test]
+    fn each_part_of_the_promise_can_fail() {
+        let failed = |change: fn(&mut Seen)| -> Vec<String> {
+            let mut seen = good();
+            change(&mut seen);
+            let steps = seen.steps().into_iter();
+            steps.filter(|step| !step.good).map(|step| step.what).collect()
+        };
+        assert_eq!(failed(|_| ()), [""; 0]);
+        assert_eq!(failed(|seen| seen.received = 504), ["slow-link, caught up"]);
+        assert_eq!(failed(|seen| seen.out_of_order = 1), ["slow-link, caught up"]);
+        assert_eq!(
+            failed(|seen| seen.ended = Some("4003".to_owned())),
+            ["slow-link, connection cut"]
+        );
+        assert_eq!(failed(|seen| seen.acks[2] = Duration::from_secs(61)), ["slow-link, own acks"]);
+        assert_eq!(failed(|seen| seen.unanswered = 1), ["slow-link, own acks"]);
+        assert_eq!(failed(|seen| seen.acks.clear()), ["slow-link, own acks"]);
+        assert_eq!(failed(|seen| seen.pongs_missing = 1), ["slow-link, pongs"]);
+        assert_eq!(failed(|seen| seen.offline = 1), ["slow-link, shown offline"]);
+        assert_eq!(failed(|seen| seen.online = false), ["slow-link, shown offline"]);
+    }
+}

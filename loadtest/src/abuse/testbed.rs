@@ -1,0 +1,208 @@
+//! Two gateways, each with a Redis of its own: one is attacked, the other is the control.
+//!
+//! They share the machine, so that the control shows what the attack costs by taking CPU time, and the
+//! difference between the two is what the attack does to the gateway itself.
+
+use std::{
+    io,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use tempfile::TempDir;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+    process::Command,
+    time::timeout,
+};
+
+use super::verdict::Usage;
+use crate::{
+    chaos::cluster::{ClusterError, Process, start_redis_with},
+    process::{Cost, Cpu, free_address},
+};
+
+/// The key of the server API, which attackers do not know.
+pub(crate) const API_KEY: &str = "abuse-7f3a9c51d2e84b06";
+/// How long Redis may take to answer `INFO`.
+const INFO_MAX: Duration = Duration::from_secs(5);
+
+/// How the nodes are started.
+#[derive(Clone, Debug)]
+pub(crate) struct NodeOptions {
+    /// The gateway's program.
+    pub(crate) gateway: PathBuf,
+    /// Redis' `maxmemory`.
+    pub(crate) redis_maxmemory: Option<String>,
+    /// Further options of the gateway, as `KEY=VALUE`.
+    pub(crate) set: Vec<String>,
+}
+
+/// A gateway and its Redis.
+#[derive(Debug)]
+pub(crate) struct Node {
+    gateway: Process,
+    redis: Process,
+    redis_address: SocketAddr,
+    /// Where clients connect.
+    pub(crate) listen: SocketAddr,
+    // Last, so that it is there as long as those who write into it.
+    _scratch: TempDir,
+}
+
+impl Node {
+    /// Starts both and waits until the gateway is ready.
+    pub(crate) async fn start(name: &str, options: &NodeOptions) -> Result<Self, ClusterError> {
+        Self::start_at(name, options, free_address()?).await
+    }
+
+    /// As [`Node::start`], with the address where clients connect.
+    pub(crate) async fn start_at(
+        name: &str,
+        options: &NodeOptions,
+        listen: SocketAddr,
+    ) -> Result<Self, ClusterError> {
+        let scratch = TempDir::new()?;
+        let redis_address = free_address()?;
+        let mut redis_options = vec!["--appendonly", "no"];
+        if let Some(bytes) = &options.redis_maxmemory {
+            redis_options.extend(["--maxmemory", bytes]);
+        }
+        let redis = start_redis_with(redis_address, scratch.path(), &redis_options).await?;
+        let gateway = start_gateway(name, options, listen, redis_address, scratch.path())?;
+        let question = "GET /ready HTTP/1.1\r\nHost: abuse\r\nConnection: close\r\n\r\n";
+        gateway.wait_for(listen, question, "HTTP/1.1 200").await?;
+        Ok(Self { gateway, redis, redis_address, listen, _scratch: scratch })
+    }
+
+    /// Whether the gateway or its Redis has ended by itself.
+    pub(crate) fn has_ended(&mut self) -> bool {
+        self.gateway.has_ended() || self.redis.has_ended()
+    }
+
+    /// What the node uses now. A process that has ended uses nothing.
+    pub(crate) async fn usage(&self) -> Usage {
+        let gateway = self.gateway.pid();
+        let info = timeout(INFO_MAX, info(self.redis_address)).await;
+        let redis = info.ok().and_then(Result::ok).map(|text| RedisInfo::read(&text));
+        let redis = redis.unwrap_or_default();
+        let log = std::fs::metadata(self.gateway.log()).map_or(0, |file| file.len());
+        Usage {
+            gateway_bytes: Cost::of(gateway).unwrap_or_default().pss_bytes,
+            redis_bytes: redis.used_bytes,
+            descriptors: gateway.map_or(0, descriptors),
+            keys: redis.keys,
+            subscriptions: redis.subscriptions,
+            log_bytes: log,
+            gateway_cpu_ms: Cpu::of(gateway).unwrap_or_default().total_ms(),
+            redis_cpu_ms: Cpu::of(self.redis.pid()).unwrap_or_default().total_ms(),
+        }
+    }
+
+    /// Ends both in order.
+    pub(crate) async fn stop(mut self) {
+        self.gateway.end().await;
+        self.redis.end().await;
+    }
+}
+
+fn start_gateway(
+    name: &str,
+    options: &NodeOptions,
+    listen: SocketAddr,
+    redis: SocketAddr,
+    scratch: &Path,
+) -> Result<Process, ClusterError> {
+    // Everything else, limits above all, is as shipped: that is what is attacked.
+    let own = [
+        format!("server.listen={listen}"),
+        format!("cluster.redis_url=redis://{redis}"),
+        "admin.listen=127.0.0.1:0".to_owned(),
+        "auth.allow_anonymous=true".to_owned(),
+        format!("api.keys=abuse:{API_KEY}"),
+        "drain.delay=0s".to_owned(),
+        "log.format=json".to_owned(),
+    ];
+    let mut command = Command::new(&options.gateway);
+    for option in own.iter().chain(&options.set) {
+        command.args(["--set", option]);
+    }
+    Process::start(name.to_owned(), command, scratch)
+}
+
+/// How many files a process has open.
+fn descriptors(pid: u32) -> u64 {
+    std::fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, |files| files.count() as u64)
+}
+
+/// What Redis tells of itself.
+async fn info(redis: SocketAddr) -> io::Result<String> {
+    let mut stream = TcpStream::connect(redis).await?;
+    stream.write_all(b"INFO\r\n").await?;
+    let (mut text, mut buffer) = (Vec::new(), vec![0; 16 * 1024]);
+    loop {
+        let count = stream.read(&mut buffer).await?;
+        text.extend_from_slice(&buffer[..count]);
+        // `$<length>`, the text, and a line end.
+        let length = text.strip_prefix(b"$").and_then(|rest| {
+            let end = rest.windows(2).position(|two| two == b"\r\n")?;
+            let digits = std::str::from_utf8(&rest[..end]).ok()?;
+            Some(1 + end + 2 + digits.parse::<usize>().ok()? + 2)
+        });
+        if count == 0 || length.is_some_and(|length| text.len() >= length) {
+            return Ok(String::from_utf8_lossy(&text).into_owned());
+        }
+    }
+}
+
+/// The values of `INFO` that tell what clients have made it keep.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct RedisInfo {
+    used_bytes: u64,
+    keys: u64,
+    subscriptions: u64,
+}
+
+impl RedisInfo {
+    fn read(text: &str) -> Self {
+        let mut info = Self::default();
+        for line in text.lines() {
+            let Some((name, value)) = line.split_once(':') else { continue };
+            let number = || value.trim().parse::<u64>().unwrap_or_default();
+            match name {
+                "used_memory" => info.used_bytes = number(),
+                "pubsub_channels" | "pubsub_patterns" | "pubsubshard_channels" => {
+                    info.subscriptions += number();
+                }
+                _ if name.starts_with("db") => {
+                    let keys = value.split(',').find_map(|part| part.strip_prefix("keys="));
+                    info.keys += keys.and_then(|keys| keys.parse::<u64>().ok()).unwrap_or_default();
+                }
+                _ => {}
+            }
+        }
+        info
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn info_has_memory_keys_and_subscriptions() {
+        let text = "# Memory\r\nused_memory:1234\r\nused_memory_peak:9\r\npubsub_channels:5\r\n\
+                    pubsub_patterns:1\r\npubsubshard_channels:2\r\ndb0:keys=7,expires=1\r\ndb1:keys=1,x=2\r\n";
+        let expected = RedisInfo { used_bytes: 1234, keys: 8, subscriptions: 8 };
+        assert_eq!(RedisInfo::read(text), expected);
+        assert_eq!(RedisInfo::read("-ERR"), RedisInfo::default());
+    }
+
+    #[test]
+    fn descriptors_of_this_process_are_counted() {
+        assert!(descriptors(std::process::id()) > 2);
+        assert_eq!(descriptors(u32::MAX), 0);
+    }
+}

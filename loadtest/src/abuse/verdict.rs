@@ -1,0 +1,430 @@
+//! What was measured of an attack, and whether the node withstood it.
+//!
+//! Pure.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use serde::Serialize;
+
+/// How many times the control's p99 that of the attacked node may be.
+const P99_TIMES: f64 = 2.0;
+/// How many bytes the gateway and Redis may hold for each byte of the attacker.
+const HELD_TIMES: f64 = 2.0;
+/// What the gateway may hold for each open connection beside that.
+const CONNECTION_BYTES: u64 = 16 * 1024;
+/// `limits.outbox_bytes_max`, which the gateway may hold for each stream that is not read.
+const OUTBOX_BYTES: u64 = 1 << 20;
+/// What memory differs by from one look to the next without an attack: the allocator's arenas and
+/// their delayed return to the system, rings of the honest rooms.
+const GATEWAY_SPARE_BYTES: u64 = 24 << 20;
+/// The same of Redis.
+const REDIS_SPARE_BYTES: u64 = 2 << 20;
+/// Descriptors, keys and subscriptions that come and go by themselves.
+const SPARE_COUNT: u64 = 16;
+/// Keys that a user name keeps in Redis: inbox, position, sessions, session data.
+const KEYS_PER_USER: u64 = 4;
+/// What newcomers and probes may take whatever the control's take: some tens of samples have no p99.
+const PROBE_MAX_MS: f64 = 250.0;
+/// What a gateway may log under an attack.
+const LOG_BYTES_MAX: u64 = 256 * 1024;
+
+/// What a node uses at a moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub(crate) struct Usage {
+    /// The gateway's proportional set size.
+    pub(crate) gateway_bytes: u64,
+    /// Redis' `used_memory`.
+    pub(crate) redis_bytes: u64,
+    /// Descriptors of the gateway.
+    pub(crate) descriptors: u64,
+    /// Keys in Redis.
+    pub(crate) keys: u64,
+    /// Channels and patterns that are subscribed to in Redis.
+    pub(crate) subscriptions: u64,
+    /// The size of the gateway's log.
+    pub(crate) log_bytes: u64,
+    /// CPU time of the gateway since it started.
+    pub(crate) gateway_cpu_ms: u64,
+    /// CPU time of Redis since it started.
+    pub(crate) redis_cpu_ms: u64,
+}
+
+impl Usage {
+    /// The larger of each value.
+    pub(crate) fn peak(self, other: Self) -> Self {
+        Self {
+            gateway_bytes: self.gateway_bytes.max(other.gateway_bytes),
+            redis_bytes: self.redis_bytes.max(other.redis_bytes),
+            descriptors: self.descriptors.max(other.descriptors),
+            keys: self.keys.max(other.keys),
+            subscriptions: self.subscriptions.max(other.subscriptions),
+            log_bytes: self.log_bytes.max(other.log_bytes),
+            gateway_cpu_ms: self.gateway_cpu_ms.max(other.gateway_cpu_ms),
+            redis_cpu_ms: self.redis_cpu_ms.max(other.redis_cpu_ms),
+        }
+    }
+
+    /// What was added since an earlier look; nothing where it is less.
+    pub(crate) fn since(self, before: Self) -> Self {
+        let more = |get: fn(&Self) -> u64| get(&self).saturating_sub(get(&before));
+        Self {
+            gateway_bytes: more(|usage| usage.gateway_bytes),
+            redis_bytes: more(|usage| usage.redis_bytes),
+            descriptors: more(|usage| usage.descriptors),
+            keys: more(|usage| usage.keys),
+            subscriptions: more(|usage| usage.subscriptions),
+            log_bytes: more(|usage| usage.log_bytes),
+            gateway_cpu_ms: more(|usage| usage.gateway_cpu_ms),
+            redis_cpu_ms: more(|usage| usage.redis_cpu_ms),
+        }
+    }
+}
+
+/// What the honest clients of one node saw.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub(crate) struct Honest {
+    /// Messages that were sent.
+    pub(crate) sent: u64,
+    /// From when a message was due until a copy arrived.
+    pub(crate) p50_ms: f64,
+    pub(crate) p99_ms: f64,
+    /// Neither acknowledged nor refused within 5 s.
+    pub(crate) unanswered: u64,
+    /// Refused.
+    pub(crate) refused: u64,
+    /// Acknowledged, and not delivered to a member within 5 s.
+    pub(crate) lost: u64,
+    /// Connections that the server ended.
+    pub(crate) ended: u64,
+    /// Newcomers that did not get into their room within 5 s.
+    pub(crate) newcomers_failed: u64,
+    /// From when a newcomer was due until it was in its room.
+    pub(crate) newcomers_p99_ms: f64,
+    /// `/health` or `/ready` that was not 200 within 5 s.
+    pub(crate) probes_failed: u64,
+    pub(crate) probes_p99_ms: f64,
+    /// How late this tool was with what was due, p99.
+    pub(crate) lag_p99_us: u64,
+    /// The first of what was wrong.
+    pub(crate) examples: Vec<String>,
+}
+
+/// All that was measured of an attack.
+#[derive(Clone, Debug, Default, Serialize)]
+pub(crate) struct Measured {
+    /// Of the attacked node.
+    pub(crate) honest: Honest,
+    /// Of the control.
+    pub(crate) control: Honest,
+    /// Bytes that the attacker sent.
+    pub(crate) sent_bytes: u64,
+    /// Connections the attacker had open at once.
+    pub(crate) connections: u64,
+    /// How the server ended the attacker's connections.
+    pub(crate) ends: BTreeMap<String, u64>,
+    /// What the attacked node used more than before at the most, less what the control used more.
+    pub(crate) held: Usage,
+    /// What it still used more when the recovery was over.
+    pub(crate) kept: Usage,
+    /// How long after the attack everything was back; `None`: not within the time it had.
+    #[serde(rename = "back_ms", serialize_with = "millis")]
+    pub(crate) back: Option<Duration>,
+    /// CPU time in percent of a core while the attack ran.
+    pub(crate) gateway_cpu_percent: f64,
+    pub(crate) redis_cpu_percent: f64,
+    pub(crate) control_cpu_percent: f64,
+    /// Whether the gateway or Redis ended.
+    pub(crate) died: bool,
+}
+
+fn millis<S: serde::Serializer>(back: &Option<Duration>, serializer: S) -> Result<S::Ok, S::Error> {
+    back.map(|back| back.as_millis() as u64).serialize(serializer)
+}
+
+/// What an attack may cost beside what its bytes allow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub(crate) struct Allowance {
+    /// Streams that the attacker does not read.
+    pub(crate) streams: u64,
+    /// Different users that the attacker connects as.
+    pub(crate) users: u64,
+    /// Records in Redis that clients may leave, by `docs/limits.md`: beside those of the users.
+    pub(crate) records: u64,
+    /// What one of them may take.
+    pub(crate) record_bytes: u64,
+    /// A close code that the attacker has to see.
+    pub(crate) close: Option<&'static str>,
+}
+
+/// What is asked of the node beside the constants above.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Bounds {
+    /// What p99 may differ by from the control's at the least.
+    #[serde(skip)]
+    pub(crate) slack: Duration,
+    /// How late this tool may be for times to count.
+    #[serde(skip)]
+    pub(crate) lag_max: Duration,
+}
+
+/// What came of an attack.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub(crate) struct Verdict {
+    /// What does not hold. Empty where the node withstood it.
+    pub(crate) failures: Vec<String>,
+    /// Why times say more about this tool than about the node.
+    pub(crate) invalid: Option<String>,
+}
+
+impl Allowance {
+    /// Bytes that Redis may keep beside those that the attacker's bytes allow.
+    fn redis_bytes(&self) -> u64 {
+        REDIS_SPARE_BYTES + self.records * self.record_bytes + self.users * KEYS_PER_USER * 1024
+    }
+
+    /// Keys that may stay.
+    fn keys(&self) -> u64 {
+        SPARE_COUNT + self.records + self.users * KEYS_PER_USER
+    }
+
+    /// Whether what is left of an attack is no more than may stay.
+    pub(crate) fn is_back(&self, kept: &Usage) -> bool {
+        self.not_back(kept).is_empty()
+    }
+
+    fn not_back(&self, kept: &Usage) -> Vec<String> {
+        let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+        let mut failures = Vec::new();
+        if kept.gateway_bytes > GATEWAY_SPARE_BYTES {
+            failures.push(format!("the gateway keeps {:.1} MiB", mib(kept.gateway_bytes)));
+        }
+        // What users leave may stay as long as the limits say.
+        if kept.redis_bytes > self.redis_bytes() {
+            failures.push(format!("Redis keeps {:.1} MiB", mib(kept.redis_bytes)));
+        }
+        for (count, max, what) in [
+            (kept.descriptors, SPARE_COUNT, "descriptors"),
+            (kept.keys, self.keys(), "keys in Redis"),
+            (kept.subscriptions, SPARE_COUNT, "subscriptions"),
+        ] {
+            if count > max {
+                failures.push(format!("{count} {what} stay, at most {max} may"));
+            }
+        }
+        failures
+    }
+}
+
+impl Measured {
+    /// Bytes that the gateway and Redis held at the most.
+    pub(crate) fn held_bytes(&self) -> u64 {
+        self.held.gateway_bytes + self.held.redis_bytes
+    }
+
+    /// The same for each byte that the attacker sent.
+    pub(crate) fn held_per_byte(&self) -> f64 {
+        self.held_bytes() as f64 / self.sent_bytes.max(1) as f64
+    }
+
+    /// Holds it against what is asked.
+    pub(crate) fn judge(&self, allowed: &Allowance, bounds: &Bounds) -> Verdict {
+        let mut failures = Vec::new();
+        if self.died {
+            failures.push("the gateway or Redis ended".to_owned());
+        }
+        self.judge_honest(bounds, &mut failures);
+        self.judge_held(allowed, &mut failures);
+        match self.back {
+            Some(_) => {}
+            None => {
+                let left = allowed.not_back(&self.kept);
+                let left = if left.is_empty() { "not known".to_owned() } else { left.join(", ") };
+                failures.push(format!("not back in time: {left}"));
+            }
+        }
+        if let Some(close) = allowed.close
+            && !self.ends.keys().any(|end| end.starts_with(close))
+        {
+            failures.push(format!("no connection of the attacker was closed with {close}"));
+        }
+        let lag = Duration::from_micros(self.honest.lag_p99_us.max(self.control.lag_p99_us));
+        let invalid = (lag > bounds.lag_max).then(|| {
+            let (lag, max) = (lag.as_micros(), bounds.lag_max.as_micros());
+            format!("this tool was {lag} µs late (p99), {max} is the most")
+        });
+        if self.honest.sent == 0 || self.control.sent == 0 {
+            failures.push("no honest client could send".to_owned());
+        }
+        Verdict { failures, invalid }
+    }
+
+    fn judge_honest(&self, bounds: &Bounds, failures: &mut Vec<String>) {
+        let (honest, control) = (&self.honest, &self.control);
+        let slack = bounds.slack.as_secs_f64() * 1e3;
+        let most = (P99_TIMES * control.p99_ms).max(control.p99_ms + slack);
+        if honest.p99_ms > most {
+            let times = honest.p99_ms / control.p99_ms.max(0.001);
+            failures.push(format!("honest p99 is {times:.1} times the control's"));
+        }
+        for (count, what) in [
+            (honest.unanswered, "honest messages unanswered"),
+            (honest.refused, "honest messages refused"),
+            (honest.lost, "honest deliveries missing"),
+            (honest.ended, "honest connections ended"),
+            (honest.newcomers_failed, "newcomers did not get in"),
+            (honest.probes_failed, "probes of /health and /ready failed"),
+        ] {
+            if count > 0 {
+                failures.push(format!("{count} {what}"));
+            }
+        }
+        for (ours, theirs, what) in [
+            (honest.newcomers_p99_ms, control.newcomers_p99_ms, "newcomers"),
+            (honest.probes_p99_ms, control.probes_p99_ms, "/health and /ready"),
+        ] {
+            if ours > (P99_TIMES * theirs).max(PROBE_MAX_MS + slack) {
+                failures.push(format!("{what} took {ours:.0} ms, the control's {theirs:.0}"));
+            }
+        }
+    }
+
+    fn judge_held(&self, allowed: &Allowance, failures: &mut Vec<String>) {
+        let mib = |bytes: f64| bytes / f64::from(1 << 20);
+        let bytes = HELD_TIMES * self.sent_bytes as f64;
+        let gateway = bytes
+            + (GATEWAY_SPARE_BYTES
+                + self.connections * CONNECTION_BYTES
+                + allowed.streams * OUTBOX_BYTES) as f64;
+        let redis = bytes + allowed.redis_bytes() as f64;
+        for (held, most, what) in [
+            (self.held.gateway_bytes as f64, gateway, "the gateway"),
+            (self.held.redis_bytes as f64, redis, "Redis"),
+        ] {
+            if held > most {
+                let (held, most) = (mib(held), mib(most));
+                failures.push(format!("{what} held {held:.1} MiB, {most:.1} is the most"));
+            }
+        }
+        if self.held.log_bytes > LOG_BYTES_MAX {
+            failures.push(format!("{:.1} MiB of log", mib(self.held.log_bytes as f64)));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    fn bounds() -> Bounds {
+        Bounds { slack: Duration::ZERO, lag_max: Duration::from_millis(1) }
+    }
+
+    fn withstood() -> Measured {
+        let control = Honest { sent: 800, p50_ms: 1.0, p99_ms: 2.0, ..Honest::default() };
+        Measured {
+            honest: Honest { p99_ms: 3.9, ..control.clone() },
+            control,
+            sent_bytes: 10 * MIB,
+            connections: 10,
+            back: Some(Duration::from_secs(2)),
+            ..Measured::default()
+        }
+    }
+
+    fn failures(change: impl FnOnce(&mut Measured), allowed: Allowance) -> Vec<String> {
+        let mut measured = withstood();
+        change(&mut measured);
+        measured.judge(&allowed, &bounds()).failures
+    }
+
+    #[test]
+    fn a_node_that_withstands_has_no_failures() {
+        assert_eq!(failures(|_| (), Allowance::default()), [""; 0]);
+    }
+
+    #[test]
+    fn every_measured_value_can_fail() {
+        type Change = fn(&mut Measured);
+        let cases: [(Change, &str); 18] = [
+            (|m| m.honest.p99_ms = 4.1, "honest p99 is 2.0 times the control's"),
+            (|m| m.honest.unanswered = 1, "1 honest messages unanswered"),
+            (|m| m.honest.refused = 2, "2 honest messages refused"),
+            (|m| m.honest.lost = 3, "3 honest deliveries missing"),
+            (|m| m.honest.ended = 1, "1 honest connections ended"),
+            (|m| m.honest.newcomers_failed = 1, "1 newcomers did not get in"),
+            (|m| m.honest.newcomers_p99_ms = 251.0, "newcomers took 251 ms, the control's 0"),
+            (|m| m.honest.probes_failed = 1, "1 probes of /health and /ready failed"),
+            (|m| m.honest.probes_p99_ms = 900.0, "/health and /ready took 900 ms, the control's 0"),
+            (|m| m.held.gateway_bytes = 45 * MIB, "the gateway held 45.0 MiB, 44.2 is the most"),
+            (|m| m.held.redis_bytes = 23 * MIB, "Redis held 23.0 MiB, 22.0 is the most"),
+            (|m| m.held.log_bytes = MIB, "1.0 MiB of log"),
+            (|m| m.died = true, "the gateway or Redis ended"),
+            (|m| m.honest.sent = 0, "no honest client could send"),
+            (
+                |m| (m.back, m.kept.subscriptions) = (None, 348_576),
+                "not back in time: 348576 subscriptions stay, at most 16 may",
+            ),
+            (
+                |m| (m.back, m.kept.keys) = (None, 17),
+                "not back in time: 17 keys in Redis stay, at most 16 may",
+            ),
+            (
+                |m| (m.back, m.kept.descriptors) = (None, 17),
+                "not back in time: 17 descriptors stay, at most 16 may",
+            ),
+            (
+                |m| (m.back, m.kept.gateway_bytes) = (None, 25 * MIB),
+                "not back in time: the gateway keeps 25.0 MiB",
+            ),
+        ];
+        for (change, expected) in cases {
+            assert_eq!(failures(change, Allowance::default()), [expected]);
+        }
+    }
+
+    #[test]
+    fn an_allowance_counts_streams_users_and_records() {
+        let allowed = Allowance {
+            streams: 300,
+            users: 10,
+            records: 100,
+            record_bytes: 8192,
+            ..Allowance::default()
+        };
+        let held = |m: &mut Measured| m.held.gateway_bytes = 340 * MIB;
+        assert_eq!(failures(held, allowed), [""; 0]);
+        assert_eq!(failures(held, Allowance { streams: 1, ..allowed }).len(), 1);
+        let kept = |keys| Usage { keys, ..Usage::default() };
+        assert!(allowed.is_back(&kept(16 + 100 + 40)) && !allowed.is_back(&kept(157)));
+    }
+
+    #[test]
+    fn a_close_code_that_is_asked_for_has_to_come() {
+        let allowed = Allowance { close: Some("1009"), ..Allowance::default() };
+        let none = ["no connection of the attacker was closed with 1009"];
+        assert_eq!(failures(|_| (), allowed), none);
+        let ends = |m: &mut Measured| m.ends = [("1009 too big".to_owned(), 3)].into();
+        assert_eq!(failures(ends, allowed), [""; 0]);
+    }
+
+    #[test]
+    fn slack_widens_times_only_and_lateness_makes_them_invalid() {
+        let mut measured = withstood();
+        measured.honest.p99_ms = 90.0;
+        let lenient = Bounds { slack: Duration::from_millis(100), ..bounds() };
+        assert_eq!(measured.judge(&Allowance::default(), &lenient), Verdict::default());
+        measured.control.lag_p99_us = 1_500;
+        let verdict = measured.judge(&Allowance::default(), &lenient);
+        assert!(verdict.invalid.is_some_and(|why| why.contains("1500 µs late")));
+    }
+
+    #[test]
+    fn usage_is_compared_value_by_value() {
+        let before = Usage { keys: 5, descriptors: 9, ..Usage::default() };
+        let now = Usage { keys: 7, descriptors: 3, ..Usage::default() };
+        assert_eq!(now.since(before), Usage { keys: 2, ..Usage::default() });
+        assert_eq!(now.peak(before), Usage { keys: 7, descriptors: 9, ..Usage::default() });
+    }
+}

@@ -1,0 +1,127 @@
+//! What attacks did, as rows of a table.
+//!
+//! Pure.
+
+use serde::Serialize;
+
+use crate::abuse::verdict::{Measured, Verdict};
+
+/// One attack.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct AttackRow {
+    /// Its group.
+    pub(crate) group: &'static str,
+    /// Its name.
+    pub(crate) name: &'static str,
+    /// What was measured.
+    #[serde(flatten)]
+    pub(crate) measured: Measured,
+    /// What came of it.
+    pub(crate) verdict: Verdict,
+}
+
+/// The columns.
+pub(crate) const HEADINGS: [&str; 13] = [
+    "attack",
+    "sent",
+    "held: gateway",
+    "held: Redis",
+    "per byte",
+    "fds",
+    "CPU: gateway",
+    "Redis",
+    "control",
+    "honest p50/p99",
+    "control p50/p99",
+    "back",
+    "verdict",
+];
+
+impl AttackRow {
+    /// The values, as the headings have them.
+    pub(crate) fn cells(&self) -> [String; HEADINGS.len()] {
+        let Self { group, name, measured, verdict } = self;
+        let times = |p50: f64, p99: f64| format!("{p50:.1}/{p99:.1} ms");
+        let percent = |share: f64| format!("{share:.0} %");
+        let back = measured.back.map(|back| format!("{:.0} s", back.as_secs_f64()));
+        [
+            format!("{group} {name}"),
+            bytes(measured.sent_bytes),
+            bytes(measured.held.gateway_bytes),
+            bytes(measured.held.redis_bytes),
+            if measured.sent_bytes > 0 {
+                format!("{:.2}", measured.held_per_byte())
+            } else {
+                "–".to_owned()
+            },
+            format!("+{}", measured.held.descriptors),
+            percent(measured.gateway_cpu_percent),
+            percent(measured.redis_cpu_percent),
+            percent(measured.control_cpu_percent),
+            times(measured.honest.p50_ms, measured.honest.p99_ms),
+            times(measured.control.p50_ms, measured.control.p99_ms),
+            back.unwrap_or_else(|| "no".to_owned()),
+            verdict.to_string(),
+        ]
+    }
+}
+
+impl std::fmt::Display for Verdict {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match (&self.invalid, self.failures.as_slice()) {
+            (None, []) => f.write_str("holds"),
+            (Some(why), []) => write!(f, "INVALID: {why}"),
+            (None, failures) => write!(f, "FAILED: {}", failures.join("; ")),
+            (Some(why), failures) => write!(f, "FAILED: {} ({why})", failures.join("; ")),
+        }
+    }
+}
+
+/// The table in Markdown.
+pub(crate) fn table(rows: &[AttackRow]) -> String {
+    let line = |cells: &[String]| format!("| {} |\n", cells.join(" | "));
+    let mut table = line(&HEADINGS.map(str::to_owned));
+    table.push_str(&line(&HEADINGS.map(|_| "---".to_owned())));
+    rows.iter().for_each(|row| table.push_str(&line(&row.cells())));
+    table
+}
+
+fn bytes(bytes: u64) -> String {
+    let bytes = bytes as f64;
+    match bytes {
+        0.0..1e4 => format!("{bytes:.0} B"),
+        1e4..1e6 => format!("{:.1} KB", bytes / 1e3),
+        _ => format!("{:.1} MB", bytes / 1e6),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_has_a_cell_for_each_heading() {
+        let verdict = Verdict { failures: vec!["1 lost".to_owned()], invalid: None };
+        let measured = Measured { sent_bytes: 12_345_678, ..Measured::default() };
+        let row = AttackRow { group: "A1", name: "pongs", measured, verdict };
+        let table = table(&[row]);
+        let lines: Vec<&str> = table.lines().collect();
+        assert_eq!(lines.len(), 3);
+        assert!(lines[2].starts_with("| A1 pongs | 12.3 MB | 0 B | 0 B | 0.00 | +0 |"), "{table}");
+        assert!(lines[2].ends_with("| no | FAILED: 1 lost |"));
+        let bars = |line: &str| line.matches('|').count();
+        assert!(lines.iter().all(|line| bars(line) == bars(lines[0])));
+    }
+
+    #[test]
+    fn a_verdict_is_told_in_a_word() {
+        let told = |failures: &[&str], invalid: Option<&str>| {
+            let failures = failures.iter().map(|one| (*one).to_owned()).collect();
+            Verdict { failures, invalid: invalid.map(str::to_owned) }.to_string()
+        };
+        assert_eq!(told(&[], None), "holds");
+        assert_eq!(told(&[], Some("late")), "INVALID: late");
+        assert_eq!(told(&["a", "b"], None), "FAILED: a; b");
+        assert_eq!(told(&["a"], Some("late")), "FAILED: a (late)");
+    }
+}
