@@ -223,12 +223,12 @@ async fn it_breaks_what_it_can_of_a_cluster_that_is_there() {
 #[tokio::test]
 async fn attacks_are_made_and_honest_clients_answered() {
     let gateway = env!("CARGO_BIN_EXE_gateway");
-    let attacks = ["abuse", "none", "echo-pings", "sse-unread", "partial-frames"];
+    let attacks = ["abuse", "echo-pings", "sse-unread", "partial-frames"];
     let short = ["--seconds", "1", "--clients", "20", "--rate", "40/s", "--gateway", gateway];
     let lenient = ["--slack", "4s", "--lag-max", "1s"];
     let report = reported(&[&attacks[..], &short[..], &lenient[..]].concat()).await;
     let attacked = report["attacks"].as_array().unwrap();
-    assert_eq!(attacked.len(), 4, "{report}");
+    assert_eq!(attacked.len(), 3, "{report}");
     for attack in attacked {
         let (honest, control) = (&attack["honest"], &attack["control"]);
         for clients in [honest, control] {
@@ -239,8 +239,7 @@ async fn attacks_are_made_and_honest_clients_answered() {
                 "{attack}"
             );
         }
-        let is_attacked = attack["sent_bytes"].as_u64() > Some(1_000);
-        assert_eq!(is_attacked, attack["name"] != "none", "{attack}");
+        assert!(attack["sent_bytes"].as_u64() > Some(100_000), "{attack}");
         assert!(attack["back_ms"].is_number(), "{attack}");
     }
 }

@@ -46,6 +46,8 @@ const ROOM_MEMBERS: u32 = 10;
 const SAMPLE_EVERY: Duration = Duration::from_millis(250);
 /// How often it is looked whether everything is back.
 const BACK_EVERY: Duration = Duration::from_millis(500);
+/// How often usage is asked for before an attack, where Redis does not answer.
+const USAGE_TRIES: u32 = 20;
 /// How long honest clients talk on a node that was just started, so that its memory is in use.
 const WARM_UP: Duration = Duration::from_secs(3);
 /// How long the attack runs before honest clients are measured.
@@ -259,7 +261,7 @@ impl Testbed {
         scale: Scale,
         args: &AbuseArgs,
     ) -> Result<Measured, AbuseError> {
-        let before = self.usage().await;
+        let before = self.known_usage().await;
         let mut attacker = Attacker::new(self.nodes[0].listen, self.stop.clone())?;
         let prepare = (attack.prepare)(scale);
         let mut attacker = tokio::task::spawn_blocking(move || {
@@ -267,7 +269,8 @@ impl Testbed {
             io::Result::Ok(attacker)
         })
         .await??;
-        let (began, spent_before) = (Instant::now(), self.usage().await);
+        let spent_before = self.usage().await;
+        let began = Instant::now();
         let duration = Duration::from_secs(args.seconds.into());
         let (until, scripts) = (began + BEFORE + duration, (attack.attack)(scale));
         let drops = attack.drops_prepared;
@@ -283,13 +286,15 @@ impl Testbed {
         let (spent, honest, (peak, at_end)) = tokio::join!(attacking, honest, sampled);
         let ((spent, ended), (honest, control)) = (spent??, honest?);
         let lasted = ended.duration_since(began).as_secs_f64();
-        let (back, kept) = self.wait_until_back(attack, scale, before, ended, args.recovery).await;
+        let (back, kept, later) =
+            self.wait_until_back(attack, scale, before, ended, args.recovery).await;
         let died = self.nodes[0].has_ended();
         let percent = |now: u64, before: u64| (now.saturating_sub(before)) as f64 / 10.0 / lasted;
         let cpu = |node: usize, of: fn(&Usage) -> u64| {
             percent(of(&at_end[node]), of(&spent_before[node]))
         };
-        let held = net(peak, before);
+        // What was sent before the end may cost most after it.
+        let held = net(peak, before).peak(later);
         let Spent { sent_bytes, open_peak, ends, .. } = spent;
         Ok(Measured {
             honest,
@@ -309,18 +314,32 @@ impl Testbed {
 
     /// The most that each node used until a moment, and what it used then.
     async fn sample_until(&self, until: Instant, first: [Usage; 2]) -> ([Usage; 2], [Usage; 2]) {
-        let (mut peak, mut last) = (first, first);
-        while Instant::now() < until && !self.stop.load(Ordering::Relaxed) {
+        let mut peak = first;
+        loop {
             let left = until.saturating_duration_since(Instant::now());
             sleep(SAMPLE_EVERY.min(left)).await;
-            last = self.usage().await;
+            let last = self.usage().await;
             peak = [peak[0].peak(last[0]), peak[1].peak(last[1])];
+            if Instant::now() >= until || self.stop.load(Ordering::Relaxed) {
+                return (peak, last);
+            }
         }
-        (peak, last)
+    }
+
+    /// The same, once all of it can be read; after some tries as it is.
+    async fn known_usage(&self) -> [Usage; 2] {
+        for _ in 0..USAGE_TRIES {
+            let usage = self.usage().await;
+            if usage.iter().all(|usage| usage.is_known) || self.stop.load(Ordering::Relaxed) {
+                return usage;
+            }
+            sleep(BACK_EVERY).await;
+        }
+        self.usage().await
     }
 
     /// Waits until the attacked node holds no more than may stay, and tells how long after the attack
-    /// that was, and what is left.
+    /// that was, what is left, and what was held at the most until then.
     async fn wait_until_back(
         &self,
         attack: &Attack,
@@ -328,15 +347,16 @@ impl Testbed {
         before: [Usage; 2],
         ended: Instant,
         most: Duration,
-    ) -> (Option<Duration>, Usage) {
-        let allowed = (attack.allowed)(scale);
+    ) -> (Option<Duration>, Usage, Usage) {
+        let (allowed, mut peak) = ((attack.allowed)(scale), Usage::default());
         loop {
             let kept = net(self.usage().await, before);
+            peak = peak.peak(kept);
             if allowed.is_back(&kept) {
-                return (Some(ended.elapsed()), kept);
+                return (Some(ended.elapsed()), kept, peak);
             }
             if ended.elapsed() > most || self.stop.load(Ordering::Relaxed) {
-                return (None, kept);
+                return (None, kept, peak);
             }
             sleep(BACK_EVERY).await;
         }
@@ -360,7 +380,7 @@ mod tests {
 
     #[test]
     fn what_honest_clients_cost_both_nodes_is_not_held_by_the_attack() {
-        let usage = |keys| Usage { keys, ..Usage::default() };
+        let usage = |keys| Usage { keys, is_known: true, ..Usage::default() };
         assert_eq!(net([usage(150), usage(30)], [usage(10), usage(20)]), usage(130));
         assert_eq!(net([usage(10), usage(30)], [usage(10), usage(20)]), usage(0));
     }

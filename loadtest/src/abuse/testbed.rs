@@ -82,22 +82,27 @@ impl Node {
         self.gateway.has_ended() || self.redis.has_ended()
     }
 
-    /// What the node uses now. A process that has ended uses nothing.
+    /// What the node uses now.
     pub(crate) async fn usage(&self) -> Usage {
-        let gateway = self.gateway.pid();
+        // Without a process there is no cost; `None` would be this one.
+        let gateway = Some(self.gateway.pid().unwrap_or(u32::MAX));
+        let redis_pid = Some(self.redis.pid().unwrap_or(u32::MAX));
         let info = timeout(INFO_MAX, info(self.redis_address)).await;
         let redis = info.ok().and_then(Result::ok).map(|text| RedisInfo::read(&text));
+        let cost = Cost::of(gateway);
+        let is_known = redis.is_some() && cost.is_ok();
         let redis = redis.unwrap_or_default();
         let log = std::fs::metadata(self.gateway.log()).map_or(0, |file| file.len());
         Usage {
-            gateway_bytes: Cost::of(gateway).unwrap_or_default().pss_bytes,
+            gateway_bytes: cost.unwrap_or_default().pss_bytes,
             redis_bytes: redis.used_bytes,
             descriptors: gateway.map_or(0, descriptors),
             keys: redis.keys,
             subscriptions: redis.subscriptions,
             log_bytes: log,
             gateway_cpu_ms: Cpu::of(gateway).unwrap_or_default().total_ms(),
-            redis_cpu_ms: Cpu::of(self.redis.pid()).unwrap_or_default().total_ms(),
+            redis_cpu_ms: Cpu::of(redis_pid).unwrap_or_default().total_ms(),
+            is_known,
         }
     }
 

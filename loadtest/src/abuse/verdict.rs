@@ -47,6 +47,9 @@ pub(crate) struct Usage {
     pub(crate) gateway_cpu_ms: u64,
     /// CPU time of Redis since it started.
     pub(crate) redis_cpu_ms: u64,
+    /// Whether all of this could be read: a Redis that does not answer has no values.
+    #[serde(skip)]
+    pub(crate) is_known: bool,
 }
 
 impl Usage {
@@ -61,6 +64,7 @@ impl Usage {
             log_bytes: self.log_bytes.max(other.log_bytes),
             gateway_cpu_ms: self.gateway_cpu_ms.max(other.gateway_cpu_ms),
             redis_cpu_ms: self.redis_cpu_ms.max(other.redis_cpu_ms),
+            is_known: self.is_known || other.is_known,
         }
     }
 
@@ -76,6 +80,7 @@ impl Usage {
             log_bytes: more(|usage| usage.log_bytes),
             gateway_cpu_ms: more(|usage| usage.gateway_cpu_ms),
             redis_cpu_ms: more(|usage| usage.redis_cpu_ms),
+            is_known: self.is_known && before.is_known,
         }
     }
 }
@@ -194,6 +199,9 @@ impl Allowance {
 
     fn not_back(&self, kept: &Usage) -> Vec<String> {
         let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+        if !kept.is_known {
+            return vec!["the gateway or Redis does not answer".to_owned()];
+        }
         let mut failures = Vec::new();
         if kept.gateway_bytes > GATEWAY_SPARE_BYTES {
             failures.push(format!("the gateway keeps {:.1} MiB", mib(kept.gateway_bytes)));
@@ -237,8 +245,7 @@ impl Measured {
         match self.back {
             Some(_) => {}
             None => {
-                let left = allowed.not_back(&self.kept);
-                let left = if left.is_empty() { "not known".to_owned() } else { left.join(", ") };
+                let left = allowed.not_back(&self.kept).join(", ");
                 failures.push(format!("not back in time: {left}"));
             }
         }
@@ -329,6 +336,7 @@ mod tests {
             sent_bytes: 10 * MIB,
             connections: 10,
             back: Some(Duration::from_secs(2)),
+            kept: Usage { is_known: true, ..Usage::default() },
             ..Measured::default()
         }
     }
@@ -347,7 +355,7 @@ mod tests {
     #[test]
     fn every_measured_value_can_fail() {
         type Change = fn(&mut Measured);
-        let cases: [(Change, &str); 18] = [
+        let cases: [(Change, &str); 19] = [
             (|m| m.honest.p99_ms = 4.1, "honest p99 is 2.0 times the control's"),
             (|m| m.honest.unanswered = 1, "1 honest messages unanswered"),
             (|m| m.honest.refused = 2, "2 honest messages refused"),
@@ -365,6 +373,10 @@ mod tests {
             (
                 |m| (m.back, m.kept.subscriptions) = (None, 348_576),
                 "not back in time: 348576 subscriptions stay, at most 16 may",
+            ),
+            (
+                |m| (m.back, m.kept.is_known) = (None, false),
+                "not back in time: the gateway or Redis does not answer",
             ),
             (
                 |m| (m.back, m.kept.keys) = (None, 17),
@@ -396,8 +408,9 @@ mod tests {
         let held = |m: &mut Measured| m.held.gateway_bytes = 340 * MIB;
         assert_eq!(failures(held, allowed), [""; 0]);
         assert_eq!(failures(held, Allowance { streams: 1, ..allowed }).len(), 1);
-        let kept = |keys| Usage { keys, ..Usage::default() };
+        let kept = |keys| Usage { keys, is_known: true, ..Usage::default() };
         assert!(allowed.is_back(&kept(16 + 100 + 40)) && !allowed.is_back(&kept(157)));
+        assert!(!allowed.is_back(&Usage::default()), "what is not known is not back");
     }
 
     #[test]
