@@ -13,6 +13,8 @@ use std::{
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
+pub mod durable;
+
 /// So many in so long a time, with a burst. Zero per period switches the limit off.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Rate {
