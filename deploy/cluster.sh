@@ -138,6 +138,7 @@ export GATEWAY__AUTH__MODE=anonymous GATEWAY__AUTH__ALLOW_ANONYMOUS=true
 # All clients come from one address here, and nginx is the one that names it.
 export GATEWAY__SERVER__TRUSTED_PROXIES=127.0.0.1/32
 export GATEWAY__LIMITS__CONNECTIONS_PER_IP=0 GATEWAY__LIMITS__HANDSHAKES_PER_MINUTE_PER_IP=0
+export GATEWAY__LIMITS__DURABLE_BYTES_PER_MINUTE=0 GATEWAY__LIMITS__NEW_ROOMS_PER_MINUTE=0
 
 node_arguments=()
 for ((i = 0; i < nodes; i++)); do

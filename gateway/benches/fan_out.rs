@@ -118,6 +118,7 @@ impl World {
                 binary: None,
             }),
             urgent: false,
+            unseen: Default::default(),
             deadline: Instant::now() + Duration::from_secs(5),
             done: Box::new(|appended| assert!(appended.is_ok())),
         });
@@ -138,5 +139,6 @@ fn retention() -> Retention {
         ttl: Duration::from_secs(3600),
         dedup_window: Duration::from_secs(600),
         inboxes: Default::default(),
+        bounds: Default::default(),
     }
 }

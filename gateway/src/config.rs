@@ -20,7 +20,7 @@ use shared::{ids::NodeId, protocol::MESSAGE_BYTES_MAX};
 
 use crate::{
     bus::{
-        Kept, Retention,
+        Bounds, Kept, Retention, UnseenInbox,
         redis::{
             RedisOptions,
             topology::{TlsFiles, url::Topology},
@@ -31,7 +31,7 @@ use crate::{
     drain::departure,
     http::{HttpLimits, HttpOptions, api::ApiKeys, origin::AllowedOrigins},
     hub::HubOptions,
-    limits::Rate,
+    limits::{Rate, durable::QuotaOptions},
     presence::PresenceOptions,
     rooms::RoomRules,
     session::{
@@ -78,6 +78,8 @@ pub struct Config {
     pub http: HttpOptions,
     /// Sessions.
     pub session: SessionLimits,
+    /// What clients may have kept.
+    pub quotas: QuotaOptions,
     /// How many tasks rooms are spread over.
     pub shards: usize,
     /// What the hub keeps.
@@ -189,8 +191,13 @@ impl Config {
         let key_file = r.take::<Option_<PathBuf>>("cluster.redis_key_file", "", "The key of `cluster.redis_cert_file` (PEM).");
         let partitions = r.take_in("cluster.partitions", "256", 1..=16_384_u16, "Over how many partitions rooms are spread in Redis. The same on all nodes, for good.");
 
+        let memory_max = r.take::<Bytes>("cluster.memory_max", "0", "How much memory each Redis server may use where it has no `maxmemory`. 0: not known, and then there is no watermark.");
+        let watermark = r.take_in("cluster.memory_watermark", "80", 10..=99_u8, "Above how many percent of its memory a Redis server takes nothing new: rooms, inboxes and records that are not there are refused with `overloaded`, and logs take no more than before.");
+
         let create_on_join = r.take::<bool>("rooms.create_on_join", "true", "Whether a room that is not there is made by being joined. Otherwise: `not_found`.");
         let empty_ttl = r.take::<Span>("rooms.empty_ttl", "24h", "How long a managed room stays that nobody is in.");
+        let managed_max = r.take_in("rooms.managed_per_owner", "100", 0..=1_000_000_usize, "Managed rooms that a user may own. More: `limit_reached`. 0: no limit.");
+        let marks_max = r.take_in("rooms.marks_max", "10000", 1..=10_000_000_u32, "Of how many users a room notes how far they have read; marks of others are not kept.");
         let ephemeral = r.take::<List<String>>("rooms.ephemeral", "", "Rooms that keep no log, by name or prefix, as `cursors,live:*`: messages are passed on once and not kept. The same on all nodes.");
         let grace = r.take::<Span>("presence.grace", "3s", "How long a user stays present whose last connection has gone, so that a page can be loaded again.");
         let individual_max = r.take_in("presence.individual_max", "100", 0..=10_000_usize, "Up to how many members a room tells one by one who comes and goes; above it `presence_diff`, at most every 250 ms.");
@@ -206,6 +213,11 @@ impl Config {
 
         let inbox_entries = r.take_in("inbox.max_entries", "1000", 1..=1_000_000_u32, "How many entries a user's inbox keeps.");
         let inbox_ttl = r.take::<Span>("inbox.ttl", "30d", "How long an inbox is kept to which nothing comes.");
+        let inbox_bytes = r.take::<Bytes>("inbox.max_bytes", "4MiB", "The most an inbox takes; the oldest entries go first.");
+        let unseen_entries = r.take_in("inbox.unseen_max_entries", "20", 1..=1_000_000_u32, "How many entries are kept for a user who was never connected, as far as is remembered; the oldest go first.");
+        let unseen_bytes = r.take::<Bytes>("inbox.unseen_max_bytes", "64KiB", "The most bytes of those. A larger message to such a user: `limit_reached`.");
+        let unseen_ttl = r.take::<Span>("inbox.unseen_ttl", "24h", "How long the inbox of a user who was never connected is kept to which nothing comes.");
+        let session_data = r.take::<Bytes>("sessions.data_max_bytes", "128KiB", "The most that the data of all sessions of a user take. More: `limit_reached`.");
         let session_ttl = r.take::<Span>("sessions.ttl", "24h", "How long a session is kept after its last use.");
 
         let shards = r.take_in("hub.shards", "0", 0..=256_usize, "Over how many tasks rooms are spread on a node. 0: one per core.");
@@ -234,6 +246,9 @@ impl Config {
         let handshakes = r.take_in("limits.handshakes_per_minute_per_ip", "600", 0..=1_000_000_u32, "Handshakes of an address. More: HTTP 429. 0: no limit.");
         let connections_max = r.take_in("limits.connections_max", "0", 0..=100_000_000_usize, "Connections in all. More: HTTP 503. 0: the limit of descriptors less 1,000.");
         let accepts = r.take_in("limits.accepts_per_second", "5000", 0..=1_000_000_u32, "Handshakes in all. More: HTTP 503. 0: no limit.");
+        let kept_bytes = r.take::<Bytes>("limits.durable_bytes_per_minute", "8MiB", "Bytes that a user may have kept in a minute, twice as many at once; an address eight times as many. More: `rate_limited`. 0: no limit.");
+        let new_inboxes = r.take_in("limits.new_inboxes_per_hour", "100", 0..=10_000_000_u32, "Users who were never connected that a user may send directs to in an hour; an address eight times as many. More: `rate_limited`. 0: no limit.");
+        let new_rooms = r.take_in("limits.new_rooms_per_minute", "120", 0..=10_000_000_u32, "Rooms that come to be by a user's joining them in a minute, five times as many at once; an address eight times as many. More: `rate_limited`. 0: no limit.");
         let outbox_bytes = r.take::<Bytes>("limits.outbox_bytes_max", "1MiB", "What may wait for one client. More: it lags, and is given what it misses from the log.");
 
         let allowed_origins = AllowedOrigins::parse(origins.0.iter().map(String::as_str)).unwrap_or_else(|error| {
@@ -260,18 +275,22 @@ impl Config {
         if !jwt && redis_url.0.is_some() && !allow_anonymous {
             r.mistake("auth.mode", "`anonymous` lets anybody speak as anybody: set `jwt`, or for a cluster that is open on purpose set auth.allow_anonymous = true".into());
         }
-        for (key, span) in [("publish.wait", &publish_wait), ("dedup.window", &dedup_window), ("history.ttl", &ttl), ("heartbeat.interval", &interval), ("heartbeat.silence_max", &silence), ("heartbeat.stall_max", &stall), ("rooms.empty_ttl", &empty_ttl), ("inbox.ttl", &inbox_ttl), ("sessions.ttl", &session_ttl)] {
+        for (key, span) in [("publish.wait", &publish_wait), ("dedup.window", &dedup_window), ("history.ttl", &ttl), ("heartbeat.interval", &interval), ("heartbeat.silence_max", &silence), ("heartbeat.stall_max", &stall), ("rooms.empty_ttl", &empty_ttl), ("inbox.ttl", &inbox_ttl), ("sessions.ttl", &session_ttl), ("inbox.unseen_ttl", &unseen_ttl)] {
             if span.0 < Duration::from_millis(1) || span.0 > Duration::from_secs(10 * 365 * 86_400) {
                 r.mistake(key, "has to be 1ms to 10 years".into());
             }
         }
-        for (key, bytes) in [("limits.message_bytes_max", &message_bytes), ("limits.outbox_bytes_max", &outbox_bytes), ("history.max_bytes", &bytes_max), ("history.memory_bytes_max", &memory_bytes), ("hub.ring_bytes_max", &ring_bytes), ("hub.ids_bytes_max", &ids_bytes)] {
+        for (key, bytes) in [("limits.message_bytes_max", &message_bytes), ("limits.outbox_bytes_max", &outbox_bytes), ("history.max_bytes", &bytes_max), ("history.memory_bytes_max", &memory_bytes), ("hub.ring_bytes_max", &ring_bytes), ("hub.ids_bytes_max", &ids_bytes), ("inbox.max_bytes", &inbox_bytes), ("inbox.unseen_max_bytes", &unseen_bytes), ("sessions.data_max_bytes", &session_data)] {
             if bytes.0 < 128 || bytes.0 > 1 << 40 {
                 r.mistake(key, "has to be 128 bytes to 1 TiB".into());
             }
         }
         if message_bytes.0 > 16 << 20 {
             r.mistake("limits.message_bytes_max", "has to be at most 16MiB: a message passes through Redis and every node whole".into());
+        }
+
+        if kept_bytes.0 > 1 << 31 {
+            r.mistake("limits.durable_bytes_per_minute", "has to be at most 2GiB".into());
         }
 
         let mut warnings = Vec::new();
@@ -285,7 +304,9 @@ impl Config {
         if open_cluster {
             warnings.push("ANONYMOUS MODE in a cluster: anybody who reaches it can read every room and speak as anybody; set auth.mode = jwt".into());
         }
-        let retention = Retention { entries_min, window: window.0, bytes_max: bytes_max.0 as u64, memory_bytes_max: memory_bytes.0 as u64, ttl: ttl.0, dedup_window: dedup_window.0, inboxes: Kept { entries_min: inbox_entries, ttl: inbox_ttl.0 } };
+        let unseen = UnseenInbox { entries_max: unseen_entries, bytes_max: unseen_bytes.0 as u64, ttl: unseen_ttl.0 };
+        let bounds = Bounds { unseen, marks_max, session_data_max: session_data.0 as u64, memory_max: memory_max.0 as u64, watermark_percent: watermark };
+        let retention = Retention { entries_min, window: window.0, bytes_max: bytes_max.0 as u64, memory_bytes_max: memory_bytes.0 as u64, ttl: ttl.0, dedup_window: dedup_window.0, inboxes: Kept { entries_min: inbox_entries, ttl: inbox_ttl.0, bytes_max: inbox_bytes.0 as u64 }, bounds };
         let sessions = SessionOptions { ttl: session_ttl.0 };
         let node = node.0.unwrap_or_else(default_node_id);
         let second = Duration::from_secs(1);
@@ -329,8 +350,10 @@ impl Config {
                 frames: Rate::new(frames, second, frames.saturating_mul(5)),
                 rooms_max,
                 watches_max,
+                managed_max,
                 wait_max: publish_wait.0,
             },
+            quotas: QuotaOptions { bytes_per_minute: kept_bytes.0 as u32, new_inboxes_per_hour: new_inboxes, new_rooms_per_minute: new_rooms },
             shards: if shards == 0 { std::thread::available_parallelism().map_or(1, usize::from) } else { shards },
             hub: HubOptions { ring_bytes_max: ring_bytes.0, ids_bytes_max: ids_bytes.0, dedup_window: dedup_window.0, log_ttl: ttl.0, rooms_max: hub_rooms, lingering_rooms_max: lingering_rooms, watched_users_max: watched_users },
             drain_delay: drain_delay.0,

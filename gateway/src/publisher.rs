@@ -22,18 +22,21 @@ use uuid::Uuid;
 
 use crate::{
     bus::{
-        Append, Appended, Bus, BusError, Done,
+        Append, Appended, Bus, BusError, Done, Unseen,
         registry::{Notice, Registry},
     },
+    limits::durable::{ENTRY_BYTES, Quotas, Writer},
     rooms::RoomRules,
     telemetry::{
-        metrics::{Metrics, Publish},
+        metrics::{DurableBound, Metrics, Publish},
         trail::Trails,
     },
 };
 
 /// Hands messages to the bus.
 pub struct Publisher {
+    /// What clients may have kept.
+    quotas: Arc<Quotas>,
     bus: Arc<dyn Bus>,
     registry: Arc<dyn Registry>,
     rules: Arc<RoomRules>,
@@ -54,6 +57,8 @@ pub struct Sender<'a> {
     pub author: Author,
     /// The user.
     pub user: &'a Person,
+    /// Whose quotas it uses up; nobody's, where the application sends.
+    pub writer: Option<&'a Writer>,
 }
 
 /// A message on its way: what its `ack` will say of it.
@@ -71,6 +76,9 @@ pub enum PublishError {
     /// Its readers could not be sent it in JSON, where a binary payload grows by a third.
     #[error("a binary payload is at most {0} bytes here")]
     BinaryTooLarge(usize),
+    /// The sender, or its address, has had too many bytes kept; and how long to wait.
+    #[error("too many bytes to be kept in too short a time; this message was not taken")]
+    Quota(Duration),
 }
 
 /// The members of a `message` or `direct` frame that do not change on its way.
@@ -111,10 +119,50 @@ impl Publisher {
         registry: Arc<dyn Registry>,
         rules: Arc<RoomRules>,
         (metrics, trails): (Arc<Metrics>, Arc<Trails>),
+        quotas: Arc<Quotas>,
         wait_max: Duration,
         message_bytes_max: usize,
     ) -> Self {
-        Self { bus, registry, rules, metrics, trails, wait_max, message_bytes_max }
+        Self { quotas, bus, registry, rules, metrics, trails, wait_max, message_bytes_max }
+    }
+
+    /// Takes from the sender's quota what a message takes in logs: a direct is in two of them.
+    fn take_quota(
+        &self,
+        writer: &Writer,
+        to: &Recipient,
+        envelope: &Envelope,
+    ) -> Result<(), PublishError> {
+        let logs = match to {
+            Recipient::Room(room) => usize::from(self.rules.is_durable(room)),
+            Recipient::User(_) => 2,
+        };
+        let bytes = logs * (envelope.as_bytes().len() + ENTRY_BYTES);
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.quotas.take_bytes(writer, bytes, Instant::now()).map_err(|wait| {
+            self.metrics.durable_refusals.of(DurableBound::Bytes).inc();
+            PublishError::Quota(wait)
+        })
+    }
+
+    /// What is done with a direct to somebody who was never connected, and what hears that it has opened
+    /// an inbox.
+    fn unseen(&self, writer: Option<&Writer>, done: Done) -> (Unseen, Done) {
+        let Some(writer) = writer else { return (Unseen::Keep, done) };
+        let unseen = match self.quotas.may_open_inbox(writer, Instant::now()) {
+            Ok(()) => Unseen::Small,
+            Err(_) => Unseen::Refuse,
+        };
+        let (quotas, writer) = (self.quotas.clone(), writer.clone());
+        let done: Done = Box::new(move |result| {
+            if matches!(result, Ok(Appended { opened: true, .. })) {
+                quotas.opened_inbox(&writer, Instant::now());
+            }
+            done(result);
+        });
+        (unseen, done)
     }
 
     /// Hands `message` to the bus and returns at once. `done` hears what became of it; calls of
@@ -169,6 +217,9 @@ impl Publisher {
             binary,
         });
 
+        if let Some(writer) = sender.writer {
+            self.take_quota(writer, &message.to, &envelope)?;
+        }
         let done = self.counted(Box::new(done));
         match &message.to {
             Recipient::Room(room) if self.rules.is_durable(room) => {
@@ -179,12 +230,14 @@ impl Publisher {
             }
             Recipient::User(user) => {
                 let (to, own) = (RoomId::inbox_of(user), RoomId::inbox_of(&sender.user.id));
-                let done = match own == to {
-                    true => done,
-                    // A repeat may have been appended to one of them only.
-                    false => self.then_append(self.append(own, envelope.clone(), done)),
-                };
-                self.bus.append(self.append(to, envelope, done));
+                if own == to {
+                    self.bus.append(self.append(to, envelope, done));
+                    return Ok(());
+                }
+                // A repeat may have been appended to one of them only.
+                let done = self.then_append(self.append(own, envelope.clone(), done));
+                let (unseen, done) = self.unseen(sender.writer, done);
+                self.bus.append(Append { unseen, ..self.append(to, envelope, done) });
             }
         }
         Ok(())
@@ -196,6 +249,9 @@ impl Publisher {
         Box::new(move |result| {
             metrics.publish_seconds.observe(begun.elapsed().as_secs_f64());
             metrics.publishes.of(outcome(&result)).inc();
+            if let Some(bound) = result.as_ref().err().and_then(|error| bound_of(*error)) {
+                metrics.durable_refusals.of(bound).inc();
+            }
             done(result);
         })
     }
@@ -210,7 +266,7 @@ impl Publisher {
             }
             done(result);
         });
-        Append { room, envelope, urgent: false, deadline, done }
+        Append { room, envelope, urgent: false, unseen: Unseen::Keep, deadline, done }
     }
 
     /// Appends a notification to a user's inbox.
@@ -265,5 +321,16 @@ fn outcome(result: &Result<Appended, BusError>) -> Publish {
         Err(BusError::Unavailable) => Publish::Unavailable,
         Err(BusError::Overloaded) => Publish::Overloaded,
         Err(BusError::Refused) => Publish::Failed,
+        Err(BusError::Full | BusError::UnseenQuota | BusError::UnseenBytes) => Publish::Bounded,
+    }
+}
+
+/// The bound that was reached, if one was.
+pub fn bound_of(error: BusError) -> Option<DurableBound> {
+    match error {
+        BusError::Full => Some(DurableBound::Memory),
+        BusError::UnseenQuota => Some(DurableBound::UnseenInboxes),
+        BusError::UnseenBytes => Some(DurableBound::UnseenBytes),
+        BusError::Unavailable | BusError::Overloaded | BusError::Refused => None,
     }
 }

@@ -21,6 +21,7 @@ use crate::{
         listen::{self, TcpLimits},
     },
     hub::{Hub, MAILBOX_LEN},
+    limits::durable::Quotas,
     presence::Presence,
     publisher::Publisher,
     session::Services,
@@ -113,11 +114,13 @@ impl Server {
             &tasks,
         );
         let http_limits = &config.http.limits;
+        let quotas = Arc::new(Quotas::new(config.quotas));
         let publisher = Publisher::new(
             bus.clone(),
             registry,
             rules.clone(),
             (metrics.clone(), trails),
+            quotas.clone(),
             config.session.wait_max,
             http_limits.message_bytes_max,
         );
@@ -142,6 +145,7 @@ impl Server {
             passwords: Arc::default(),
             told,
             metrics: metrics_of_sessions,
+            quotas,
             limits,
         };
         let services = Arc::new(services);

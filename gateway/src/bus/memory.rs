@@ -11,7 +11,7 @@ use std::{
 use parking_lot::Mutex;
 use shared::{
     envelope::IdKey,
-    ids::RoomId,
+    ids::{RoomId, UserId},
     position::{Epoch, Position, Seq},
 };
 use tokio::{sync::Notify, time::Instant};
@@ -26,7 +26,9 @@ use sessions::Stored;
 
 use super::{
     Append, Appended, BoxFuture, Bus, BusError, Kept, Mailboxes, READ_BYTES_MAX, Range, Retention,
-    random_epoch, registry::RegistryOptions, sessions::SessionOptions,
+    Unseen, UnseenInbox, random_epoch,
+    registry::{Notice, RegistryOptions},
+    sessions::SessionOptions,
 };
 use crate::{
     delivery::{Entry, Followed, Token, ordinal, page::Page},
@@ -88,6 +90,8 @@ struct Log {
     bytes: u64,
     ids: Ids,
     used: Instant,
+    /// Whether it is the inbox of a user who was never connected.
+    unseen: bool,
 }
 
 /// The ids of the dedup window: two maps that take turns, so that forgetting costs nothing. An id
@@ -138,6 +142,7 @@ impl MemoryBus {
         self.registered.lock().sweep(self.empty_ttl, now);
         self.stored.lock().sweep(self.session_ttl);
         let dedup_window = self.retention.dedup_window;
+        let unseen_ttl = self.retention.bounds.unseen.ttl;
         let mut guard = self.rooms.lock();
         let rooms = &mut *guard;
         let Rooms { logs, followed, silent, .. } = rooms;
@@ -149,7 +154,8 @@ impl MemoryBus {
                 log.entries = VecDeque::new();
                 log.bytes = 0;
             }
-            followed.contains_key(room) || idle <= kept.head_ttl()
+            let head_ttl = if log.unseen { unseen_ttl } else { kept.head_ttl() };
+            followed.contains_key(room) || idle <= head_ttl
         });
         if logs.len() < before {
             *silent = epoch_of(0);
@@ -160,16 +166,17 @@ impl MemoryBus {
         self.registered.lock().sweep_marks(|room| kept.contains(room));
     }
 
-    /// Makes room where all logs together take more than they may: those used longest ago go
-    /// first, whole where nobody follows them. Who comes back to one is told.
+    /// Makes room where all logs together take more than they may: inboxes of users who were never
+    /// connected go first, then those used longest ago, whole where nobody follows them. Who comes back to
+    /// one is told.
     fn make_room(rooms: &mut Rooms, bytes_max: u64) {
         rooms.bytes = rooms.logs.values().map(Log::cost).sum();
         if rooms.bytes <= bytes_max {
             return;
         }
-        let mut oldest: Vec<(Instant, RoomId)> =
-            rooms.logs.iter().map(|(room, log)| (log.used, room.clone())).collect();
-        oldest.sort_unstable_by_key(|(used, _)| *used);
+        let mut oldest: Vec<((bool, Instant), RoomId)> =
+            rooms.logs.iter().map(|(room, log)| ((!log.unseen, log.used), room.clone())).collect();
+        oldest.sort_unstable_by_key(|(rank, _)| *rank);
         for (_, room) in oldest {
             // More than is needed, so that this is not done for every message.
             if rooms.bytes <= bytes_max / 10 * 9 {
@@ -190,7 +197,10 @@ impl MemoryBus {
     }
 
     /// Appends under the lock, so that entries enter the mailbox in the order of their numbers.
-    fn append_now(&self, append: &Append, now: Instant) -> Appended {
+    fn append_now(&self, append: &Append, now: Instant) -> Result<Appended, BusError> {
+        let user = append.room.user().filter(|_| append.unseen != Unseen::Keep);
+        let unseen = user.is_some_and(|user| !self.was_connected(&user));
+        let bounds = self.retention.bounds.unseen;
         let rooms = &mut *self.rooms.lock();
         let too_much = rooms.bytes > self.retention.memory_bytes_max;
         if too_much && rooms.room_made.is_none_or(|made| now - made >= MAKE_ROOM_EVERY) {
@@ -198,18 +208,30 @@ impl MemoryBus {
             rooms.room_made = Some(now);
         }
         let Rooms { logs, followed, bytes, silent, .. } = rooms;
+        let had_entries = logs.get(&append.room).is_some_and(|log| !log.entries.is_empty());
+        // Once it is kept as any it stays that.
+        let unseen = unseen && logs.get(&append.room).is_none_or(|log| log.unseen || log.top == 0);
+        if unseen {
+            if append.envelope.as_bytes().len() as u64 > bounds.bytes_max {
+                return Err(BusError::UnseenBytes);
+            }
+            if !had_entries && append.unseen == Unseen::Refuse {
+                return Err(BusError::UnseenQuota);
+            }
+        }
         let told = || followed.get(&append.room).cloned().flatten();
         let log = logs
             .entry(append.room.clone())
             .or_insert_with(|| Log::begun(told().unwrap_or_else(|| silent.clone()), now));
         let before = log.cost();
         log.used = now;
+        log.unseen = unseen;
         log.ids.turn(self.retention.dedup_window, now);
 
         let key = append.envelope.id_key();
         if let Some(seq) = log.ids.known(&key) {
             let position = Position::new(log.epoch.clone(), seq);
-            return Appended { position, duplicate: true };
+            return Ok(Appended { position, duplicate: true, opened: false });
         }
         log.top += 1;
         log.ids.newer.insert(key, log.top);
@@ -222,11 +244,19 @@ impl MemoryBus {
         log.bytes += entry.bytes() as u64;
         log.entries.push_back((now, entry.clone()));
         log.trim(&self.retention, self.retention.of(&append.room), now);
+        if unseen {
+            log.trim_unseen(&bounds);
+        }
         *bytes = (*bytes + log.cost()).saturating_sub(before);
         if followed.contains_key(&append.room) {
             self.mailboxes.put(append.room.clone(), entry);
         }
-        Appended { position, duplicate: false }
+        Ok(Appended { position, duplicate: false, opened: unseen && !had_entries })
+    }
+
+    /// Whether a user is or was connected, as far as is remembered.
+    fn was_connected(&self, user: &UserId) -> bool {
+        self.stored.lock().has(user) || self.registered.lock().was_seen(user)
     }
 
     fn read_now(&self, room: &RoomId, range: Range, now: Instant) -> Page {
@@ -269,7 +299,7 @@ impl MemoryBus {
 impl Bus for MemoryBus {
     fn append(&self, append: Append) {
         let appended = self.append_now(&append, Instant::now());
-        (append.done)(Ok(appended));
+        (append.done)(appended);
     }
 
     fn follow(&self, room: RoomId) -> BoxFuture<Result<(), BusError>> {
@@ -288,6 +318,9 @@ impl Bus for MemoryBus {
 
     fn delete(&self, room: RoomId) -> BoxFuture<Result<(), BusError>> {
         self.delete_log(&room);
+        if self.rooms.lock().followed.contains_key(&room) {
+            self.mailboxes.notify(room, Notice::Emptied);
+        }
         Box::pin(std::future::ready(Ok(())))
     }
 
@@ -326,6 +359,7 @@ impl Log {
             bytes: 0,
             ids: Ids { newer: HashMap::new(), older: HashMap::new(), turned: now },
             used: now,
+            unseen: false,
         }
     }
 
@@ -340,12 +374,21 @@ impl Log {
         while let Some((since, oldest)) = self.entries.front() {
             let above = self.entries.len() > kept.entries_min as usize;
             let old = now - *since > retention.window;
-            let large = self.bytes > retention.bytes_max && self.entries.len() > 1;
+            let large = self.bytes > kept.bytes_max && self.entries.len() > 1;
             if !(above && old || large) {
                 break;
             }
             self.bytes -= oldest.bytes() as u64;
             self.entries.pop_front();
+        }
+    }
+
+    /// Forgets the oldest entries, and their ids, of a user who was never connected.
+    fn trim_unseen(&mut self, bounds: &UnseenInbox) {
+        while self.entries.len() > bounds.entries_max as usize || self.bytes > bounds.bytes_max {
+            let Some((_, oldest)) = self.entries.pop_front() else { break };
+            self.bytes -= oldest.bytes() as u64;
+            self.ids.forget(&oldest.envelope.id_key());
         }
     }
 
@@ -397,6 +440,11 @@ fn cut<'a>(entries: impl Iterator<Item = &'a Entry>, limit: u32) -> Vec<Entry> {
 impl Ids {
     fn known(&self, key: &IdKey) -> Option<Seq> {
         self.newer.get(key).or_else(|| self.older.get(key)).copied()
+    }
+
+    fn forget(&mut self, key: &IdKey) {
+        self.newer.remove(key);
+        self.older.remove(key);
     }
 
     fn turn(&mut self, window: Duration, now: Instant) {

@@ -106,10 +106,24 @@ pub struct Append {
     pub envelope: Envelope,
     /// Whether it goes ahead of what waits: it was in the log once, and is brought back.
     pub urgent: bool,
+    /// What is done with it where it is for the inbox of a user who was never connected.
+    pub unseen: Unseen,
     /// When to stop trying.
     pub deadline: Instant,
     /// Hears what became of it.
     pub done: Done,
+}
+
+/// What is done with an entry for the inbox of a user who was never connected, as far as is remembered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Unseen {
+    /// [`BusError::UnseenQuota`], unless the inbox has entries: its author has opened too many.
+    Refuse,
+    /// The inbox is kept small and short ([`UnseenInbox`]).
+    Small,
+    /// The inbox is kept as any: the application writes, or the inbox is the author's own.
+    #[default]
+    Keep,
 }
 
 /// Called once with what became of an append.
@@ -122,6 +136,8 @@ pub struct Appended {
     pub position: Position,
     /// Whether it was there before.
     pub duplicate: bool,
+    /// Whether it has opened the inbox of a user who was never connected.
+    pub opened: bool,
 }
 
 /// Why the bus did not do what it was asked.
@@ -136,6 +152,22 @@ pub enum BusError {
     /// It answered with an error; the log has more.
     #[error("the bus refused it")]
     Refused,
+    /// Memory is above the watermark, and this would take more of it. Nothing was done.
+    #[error("memory is above the watermark: nothing is kept that needs more of it")]
+    Full,
+    /// The author has opened the inboxes of too many users who were never connected. Nothing was done.
+    #[error("too many messages to users who were never connected")]
+    UnseenQuota,
+    /// Larger than the inbox of a user who was never connected may be. Nothing was done.
+    #[error("larger than the inbox of a user who was never connected may be")]
+    UnseenBytes,
+}
+
+impl BusError {
+    /// Whether a bound was reached: nothing was done, and the bus is well.
+    pub fn is_of_a_bound(self) -> bool {
+        matches!(self, Self::Full | Self::UnseenQuota | Self::UnseenBytes)
+    }
 }
 
 /// Which part of a log.
@@ -198,6 +230,48 @@ pub struct Retention {
     pub memory_bytes_max: u64,
     /// How long the id of a message is known.
     pub dedup_window: Duration,
+    /// Bounds of what clients have kept beside entries of rooms.
+    pub bounds: Bounds,
+}
+
+/// Bounds of what clients have kept, in every implementation. `docs/limits.md` lists them.
+#[derive(Clone, Debug)]
+pub struct Bounds {
+    /// Inboxes of users who were never connected.
+    pub unseen: UnseenInbox,
+    /// How many users' read marks a room has.
+    pub marks_max: u32,
+    /// The most that the data of all sessions of a user take.
+    pub session_data_max: u64,
+    /// How much memory Redis may take where it has no `maxmemory`; 0: not known.
+    pub memory_max: u64,
+    /// Above how many percent of its memory nothing new is kept.
+    pub watermark_percent: u8,
+}
+
+/// What is kept of the inbox of a user who was never connected: nobody may ever read it.
+#[derive(Clone, Copy, Debug)]
+pub struct UnseenInbox {
+    /// The most entries; the oldest go first.
+    pub entries_max: u32,
+    /// The most bytes of them.
+    pub bytes_max: u64,
+    /// How long it is kept after the last entry.
+    pub ttl: Duration,
+}
+
+impl Default for Bounds {
+    /// What holds where nothing else is configured.
+    fn default() -> Self {
+        let day = Duration::from_secs(24 * 60 * 60);
+        Self {
+            unseen: UnseenInbox { entries_max: 20, bytes_max: 64 << 10, ttl: day },
+            marks_max: 10_000,
+            session_data_max: 128 << 10,
+            memory_max: 0,
+            watermark_percent: 80,
+        }
+    }
 }
 
 /// How long logs of a kind are kept.
@@ -207,12 +281,14 @@ pub struct Kept {
     pub entries_min: u32,
     /// How long a log without new entries is kept.
     pub ttl: Duration,
+    /// The most bytes of a log; the oldest entries go first.
+    pub bytes_max: u64,
 }
 
 impl Default for Kept {
     /// What holds for inboxes where nothing else is configured.
     fn default() -> Self {
-        Self { entries_min: 1000, ttl: Duration::from_secs(30 * 24 * 60 * 60) }
+        Self { entries_min: 1000, ttl: Duration::from_secs(30 * 24 * 60 * 60), bytes_max: 4 << 20 }
     }
 }
 
@@ -229,7 +305,7 @@ impl Retention {
         match room.kind() {
             RoomKind::Inbox => self.inboxes,
             RoomKind::Joined | RoomKind::Status => {
-                Kept { entries_min: self.entries_min, ttl: self.ttl }
+                Kept { entries_min: self.entries_min, ttl: self.ttl, bytes_max: self.bytes_max }
             }
         }
     }
@@ -238,6 +314,9 @@ impl Retention {
 /// How long epoch and number of a log are kept after its entries have gone, so that numbers are
 /// not given twice: 7 days.
 pub const HEAD_TTL: Duration = Duration::from_secs(7 * 24 * 60 * 60);
+/// How long the epoch of a log is kept that has no entry: nothing has a number in it. Nodes that follow the
+/// room renew it every few seconds.
+pub const EMPTY_HEAD_TTL: Duration = Duration::from_secs(5 * 60);
 
 /// A new random part of an epoch: 60 bits in letters and digits.
 pub fn random_epoch() -> String {
@@ -358,6 +437,11 @@ impl Mailboxes {
             holdings.extend(answered.await.unwrap_or_default());
         }
         holdings
+    }
+
+    /// What is counted.
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
     }
 
     /// Which shard a room belongs to.

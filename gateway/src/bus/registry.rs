@@ -56,6 +56,8 @@ pub struct Rules {
     pub fits: Option<String>,
     /// Whether a room that is not there is made.
     pub create: bool,
+    /// Whether that is within the user's quota, and nobody is refused by it whose room is there.
+    pub within_quota: bool,
 }
 
 /// Tells one state of who is present from another.
@@ -79,6 +81,8 @@ pub struct Entered {
     /// The [`ordinal`](crate::delivery::ordinal) of the epoch that the room's last deletion began: one
     /// that is deleted after that is another room.
     pub deleted: u64,
+    /// Whether the room has come to be by this.
+    pub made: bool,
 }
 
 /// Why a user does not enter.
@@ -93,6 +97,9 @@ pub enum EnterError {
     /// There is no such room, and none is made by being joined.
     #[error("there is no such room")]
     NotFound,
+    /// The room would come to be by this, and the user's quota of such rooms is used up.
+    #[error("too many rooms have come to be in too short a time")]
+    Quota,
     /// The registry did not do it.
     #[error(transparent)]
     Bus(#[from] BusError),
@@ -196,6 +203,8 @@ pub enum Notice {
     },
     /// Whether the user is connected has changed. In the user's status.
     Status,
+    /// The log was emptied, and begins anew. In an inbox.
+    Emptied,
     /// A message of a room without a log.
     Message(Envelope),
     /// The room is no more.
@@ -246,6 +255,17 @@ pub struct Listing {
     pub rooms: Vec<Found>,
     /// Behind which name to go on, where more may follow.
     pub next: Option<String>,
+}
+
+/// What became of the making of a managed room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Creation {
+    /// It is there now.
+    Made,
+    /// It was there, with members or a log.
+    Exists,
+    /// Its owner has as many as may be.
+    TooMany,
 }
 
 /// What became of a deletion.
@@ -307,8 +327,13 @@ pub trait Registry: Send + Sync {
     /// Passes something on, without keeping it. The answer goes to `done`, with no position.
     fn pass_on(&self, room: RoomId, notice: Notice, done: Done);
 
-    /// Makes a room managed. `false`: it is there, with members or a log.
-    fn create(&self, room: RoomId, record: Record) -> BoxFuture<Result<bool, BusError>>;
+    /// Makes a room managed, unless its owner has `owned_max` managed rooms.
+    fn create(
+        &self,
+        room: RoomId,
+        record: Record,
+        owned_max: Option<usize>,
+    ) -> BoxFuture<Result<Creation, BusError>>;
 
     /// What is known of a room; `None` where nobody is in it and nobody manages it.
     fn find(&self, room: RoomId) -> BoxFuture<Result<Option<Found>, BusError>>;

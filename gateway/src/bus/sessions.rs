@@ -163,6 +163,9 @@ pub enum DataError {
     /// With this it would be larger than it may be.
     #[error("the data of a session is at most {} bytes", shared::protocol::SESSION_BYTES_MAX)]
     TooLarge,
+    /// With this all sessions of the user would have more than they may.
+    #[error("the data of all sessions of a user is at most {0} bytes")]
+    TooMuch(u64),
     /// The store did not do it.
     #[error(transparent)]
     Bus(#[from] BusError),

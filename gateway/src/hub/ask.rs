@@ -13,7 +13,7 @@ use super::{
     shard::Shard,
 };
 use crate::{
-    bus::{Append, BusError, Range},
+    bus::{Append, BusError, Range, Unseen},
     delivery::{
         Followed,
         follow::{Need, Reading},
@@ -356,7 +356,8 @@ impl Shard {
                     tracing::debug!(room = %name, %id, %error, "a lost message was not brought back");
                 }
             });
-            self.bus.append(Append { room, envelope, urgent: true, deadline, done });
+            let unseen = Unseen::Keep;
+            self.bus.append(Append { room, envelope, urgent: true, unseen, deadline, done });
         }
     }
 

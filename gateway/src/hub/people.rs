@@ -138,7 +138,7 @@ impl Room {
             }
             Notice::Replaced { session, by } => self.end_replaced(session, by),
             // The shard does that.
-            Notice::Closed { .. } | Notice::Status => {}
+            Notice::Closed { .. } | Notice::Status | Notice::Emptied => {}
         }
         false
     }
@@ -370,6 +370,9 @@ impl Shard {
         }
         if let Notice::Status = notice {
             return self.status_changed(name);
+        }
+        if let Notice::Emptied = notice {
+            return self.read_on(name);
         }
         let individual_max = self.presence.options().individual_max;
         let Some(room) = self.rooms.get_mut(name) else { return };

@@ -9,7 +9,7 @@ use std::collections::{HashMap, VecDeque};
 use serde::Deserialize;
 use shared::{
     envelope::FrameType,
-    ids::{ConnectionId, RoomId, UserId},
+    ids::{ConnectionId, RoomId, RoomKind, UserId},
     position::Position,
     protocol::answer::{NotRecovered, Person},
 };
@@ -206,9 +206,11 @@ impl Room {
         self.follow.arrive(entry, &keep, &mut Handing { name, members, turn, reset: false })
     }
 
-    /// Whether the room was deleted since this node follows it.
+    /// Whether the room was deleted since this node follows it. An inbox is only emptied: its connections
+    /// are reset.
     pub(super) fn was_deleted(&self, page: &Page) -> bool {
-        self.follow.top().is_some_and(|top| ordinal(&top.epoch) < page.deleted)
+        self.name.kind() == RoomKind::Joined
+            && self.follow.top().is_some_and(|top| ordinal(&top.epoch) < page.deleted)
     }
 
     /// Takes what was read of the log from the top on, and then what was held.

@@ -20,6 +20,7 @@ use crate::{
     bus::{BusError, Range, sessions::DataError},
     delivery::Entry,
     hub::join::history as whole_frames,
+    telemetry::metrics::DurableBound,
 };
 
 /// The most reads of an inbox for one `history`: it has some 1,000 entries.
@@ -145,6 +146,10 @@ pub(super) async fn session(
         Ok(Err(error)) => {
             let code = match error {
                 DataError::NoSession => ErrorCode::NotFound,
+                DataError::TooMuch(_) => {
+                    asked.services.metrics.durable_refusals.of(DurableBound::SessionData).inc();
+                    ErrorCode::LimitReached
+                }
                 _ => ErrorCode::TooLarge,
             };
             asked.refuse(kind, None, code, &error.to_string());

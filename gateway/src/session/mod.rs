@@ -40,11 +40,14 @@ use crate::{
         member::{PlacedAck, Subscriber},
         people::TYPING_EVERY,
     },
-    limits::{Pace, Rate},
+    limits::{
+        Pace, Rate,
+        durable::{ENTRY_BYTES, Quotas, Writer},
+    },
     presence::{Presence, Stay},
-    publisher::{Publisher, Receipt, Sender},
+    publisher::{PublishError, Publisher, Receipt, Sender},
     rooms::{Passwords, RoomRules},
-    telemetry::metrics::Metrics,
+    telemetry::metrics::{DurableBound, Metrics},
 };
 
 pub mod auth;
@@ -78,6 +81,8 @@ pub struct Services {
     pub told: watch::Receiver<Told>,
     /// What is counted.
     pub metrics: Arc<Metrics>,
+    /// What clients may have kept.
+    pub quotas: Arc<Quotas>,
     /// How much a session may.
     pub limits: SessionLimits,
 }
@@ -93,6 +98,8 @@ pub struct SessionLimits {
     pub rooms_max: usize,
     /// Users watched at a time.
     pub watches_max: usize,
+    /// Managed rooms of an owner; 0: no limit.
+    pub managed_max: usize,
     /// How long a frame may wait for the bus.
     pub wait_max: Duration,
 }
@@ -106,6 +113,8 @@ pub struct Session {
     /// The user's, which this connection is in as long as it lives.
     inbox: RoomId,
     subscriber: Arc<Subscriber>,
+    /// Whose quotas are used up.
+    writer: Writer,
     /// Whose status it is told.
     watching: BTreeSet<UserId>,
     /// The user is connected as long as this is there.
@@ -169,6 +178,9 @@ static PASSWORDS: LazyLock<Rate> = LazyLock::new(|| Rate::new(1, Duration::from_
 /// The least and the most that an `unavailable` tells to wait: all clients of a bus that is away are told
 /// so in the same moment, and are not to come back in one.
 const RETRY_AFTER: std::ops::Range<Duration> = Duration::from_secs(1)..Duration::from_secs(2);
+/// The same where a bound of durable state was reached: it is reached for longer.
+const BOUND_RETRY_AFTER: std::ops::Range<Duration> =
+    Duration::from_secs(10)..Duration::from_secs(20);
 
 impl Session {
     /// A session of `identity`, whose frames go to `subscriber`.
@@ -179,8 +191,10 @@ impl Session {
         subscriber: Arc<Subscriber>,
         online: Stay,
     ) -> Self {
+        let address = subscriber.owner().map(|owner| owner.about.address);
         Self {
             services,
+            writer: Writer::new(identity.user.id.clone(), address),
             author: Author::of(&identity.user.id),
             inbox: RoomId::inbox_of(&identity.user.id),
             identity,
@@ -264,13 +278,25 @@ impl Session {
             Body::Watch(users) => return Some(Request::Watch(reference, users)),
             Body::Unwatch(users) => return Some(Request::Unwatch(users)),
             Body::SessionGet => return Some(Request::Session(reference, None)),
-            Body::SessionSet(set) => return Some(Request::Session(reference, Some(set))),
+            Body::SessionSet(set) => {
+                let bytes = serde_json::to_string(&set.data).map_or(0, |data| data.len());
+                if !self.takes_quota(reference.as_ref(), "session_set", bytes, now) {
+                    return None;
+                }
+                return Some(Request::Session(reference, Some(set)));
+            }
             Body::Refresh(refresh) => return Some(Request::Refresh(reference, refresh)),
             Body::Ack(ack) => {
                 let user = self.identity.user.id.clone();
                 self.services.sessions.acknowledge(user, ack.epoch, ack.seq);
             }
-            Body::CreateRoom(create) => return self.create_room(reference, create),
+            Body::CreateRoom(create) => {
+                let bytes = create.meta.map_or(0, |meta| meta.get().len());
+                if !self.takes_quota(reference.as_ref(), "create_room", bytes, now) {
+                    return None;
+                }
+                return self.create_room(reference, create);
+            }
             Body::DeleteRoom(delete) => return self.delete_room(reference, delete.room),
             Body::RoomInfo(info) => return Some(Request::RoomInfo(reference, info.room)),
             Body::Rooms(rooms) => return Some(Request::Rooms(reference, rooms)),
@@ -280,6 +306,15 @@ impl Session {
             Body::Message(_) | Body::Pong => {}
         }
         None
+    }
+
+    /// Takes the bytes of what is to be kept from the user's quota, or refuses the frame.
+    fn takes_quota(&self, reference: Option<&Ref>, kind: &str, bytes: usize, now: Instant) -> bool {
+        let taken = self.services.quotas.take_bytes(&self.writer, bytes + ENTRY_BYTES, now);
+        let Err(wait) = taken else { return true };
+        self.services.metrics.durable_refusals.of(DurableBound::Bytes).inc();
+        self.refuse(rate_limited(reference.cloned(), kind, wait));
+        false
     }
 
     /// Ends the stays in rooms that this connection was taken out of.
@@ -380,7 +415,8 @@ impl Session {
     pub fn perform(&mut self, request: Request) -> BoxFuture<Performed> {
         let (services, subscriber) = (self.services.clone(), self.subscriber.clone());
         let user = self.identity.user.clone();
-        let asked = |reference| perform::Asked { services, subscriber, reference };
+        let writer = self.writer.clone();
+        let asked = |reference| perform::Asked { services, subscriber, reference, writer };
         let answered: BoxFuture<_> = Box::pin(std::future::ready(Performed::Answered));
         match request {
             Request::Join(reference, join) => match self.may_join(reference.as_ref(), &join.room) {
@@ -632,6 +668,7 @@ impl Session {
             connection: self.subscriber.connection,
             author: self.author,
             user: &self.identity.user,
+            writer: Some(&self.writer),
         };
         let mut outcome = Outcome {
             subscriber: self.subscriber.clone(),
@@ -651,7 +688,15 @@ impl Session {
         });
         if let Err(error) = published {
             outcome.forget();
-            self.refuse(refusal(ErrorCode::TooLarge, &error.to_string()));
+            let text = error.to_string();
+            match error {
+                PublishError::BinaryTooLarge(_) => {
+                    self.refuse(refusal(ErrorCode::TooLarge, &text));
+                }
+                PublishError::Quota(wait) => {
+                    self.refuse(after(refusal(ErrorCode::RateLimited, &text), wait));
+                }
+            }
             return false;
         }
         true
@@ -751,16 +796,16 @@ impl Outcome {
     fn tell(self, result: Result<Appended, BusError>) {
         match result {
             // The hub sends the `ack` in the place of the copy.
-            Ok(Appended { duplicate: false, position }) if self.placed => {
+            Ok(Appended { duplicate: false, position, .. }) if self.placed => {
                 self.subscriber.appended(&self.log, self.receipt.id, position);
             }
             // A gateway's own repeat is told as a duplicate; its `ack` may have been sent. One that
             // should stand in the place of the copy and does not is one too: by any other a client
             // would move its cursor.
-            Ok(Appended { position, duplicate }) => {
+            Ok(Appended { position, duplicate, opened }) => {
                 if self.unplace() {
                     let duplicate = duplicate || self.durable && !self.echo;
-                    self.ack(Appended { position, duplicate });
+                    self.ack(Appended { position, duplicate, opened });
                 }
             }
             Err(error) => {
@@ -773,7 +818,7 @@ impl Outcome {
         self.subscriber.outbox.wake_for_ack();
     }
 
-    fn ack(&self, Appended { position, duplicate }: Appended) {
+    fn ack(&self, Appended { position, duplicate, .. }: Appended) {
         self.subscriber.answer(&Answer::Ack(Box::new(Ack {
             reference: self.reference.clone(),
             id: self.receipt.id,
@@ -798,12 +843,19 @@ impl Outcome {
                 "too much waits for the bus; send it again with the same id",
             ),
             BusError::Refused => (ErrorCode::Internal, "the message could not be stored"),
+            BusError::Full | BusError::UnseenQuota | BusError::UnseenBytes => {
+                perform::text_of_bound(error)
+            }
         };
         let refusal = Refusal {
             id: Some(self.receipt.id),
             ..refusal(self.reference.clone(), self.to.kind(), self.to.room(), code, text)
         };
-        let refusal = if code.is_retryable() { after_outage(refusal) } else { refusal };
+        let waits = if error.is_of_a_bound() { BOUND_RETRY_AFTER } else { RETRY_AFTER };
+        let refusal = match code.is_retryable() {
+            true => after(refusal, rand::random_range(waits)),
+            false => refusal,
+        };
         self.metrics.errors.of(code).inc();
         self.subscriber.answer(&Answer::Error(Box::new(refusal)));
     }

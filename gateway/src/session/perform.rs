@@ -12,6 +12,7 @@ use shared::{
         request,
     },
 };
+use tokio::time::Instant;
 
 use super::{Performed, Services, after_outage, refusal, refuse};
 use crate::{
@@ -26,7 +27,10 @@ use crate::{
         member::{Subscriber, text_frame},
         people::at,
     },
+    limits::durable::Writer,
     presence::{Stay, Still},
+    publisher::bound_of,
+    telemetry::metrics::{DurableBound, Metrics},
 };
 
 /// Who asked, and what there is to answer with.
@@ -34,6 +38,8 @@ pub(super) struct Asked {
     pub(super) services: Arc<Services>,
     pub(super) subscriber: Arc<Subscriber>,
     pub(super) reference: Option<Ref>,
+    /// Whose quotas are used up.
+    pub(super) writer: Writer,
 }
 
 impl Asked {
@@ -62,8 +68,37 @@ impl Asked {
         match tokio::time::timeout(self.services.limits.wait_max, question).await {
             Ok(Ok(answer)) => Ok(answer),
             Ok(Err(BusError::Refused)) => Err((ErrorCode::Internal, "the bus refused it")),
-            Ok(Err(BusError::Unavailable | BusError::Overloaded)) | Err(_) => Err(AWAY),
+            Ok(Err(error)) if error.is_of_a_bound() => {
+                Err(refused_by_bound(&self.services.metrics, error))
+            }
+            Ok(Err(_)) | Err(_) => Err(AWAY),
         }
+    }
+}
+
+/// Counts that a bound was reached, and says what is told.
+pub(super) fn refused_by_bound(metrics: &Metrics, error: BusError) -> (ErrorCode, &'static str) {
+    if let Some(bound) = bound_of(error) {
+        metrics.durable_refusals.of(bound).inc();
+    }
+    text_of_bound(error)
+}
+
+/// What is told where a bound was reached.
+pub(super) fn text_of_bound(error: BusError) -> (ErrorCode, &'static str) {
+    match error {
+        BusError::UnseenQuota => (
+            ErrorCode::RateLimited,
+            "too many messages to users who were never connected; this one was not taken",
+        ),
+        BusError::UnseenBytes => (
+            ErrorCode::LimitReached,
+            "the inbox of a user who was never connected does not hold a message of this size",
+        ),
+        _ => (
+            ErrorCode::Overloaded,
+            "the cluster's memory is nearly used up: nothing is kept that needs more of it",
+        ),
     }
 }
 
@@ -119,7 +154,14 @@ pub(super) async fn join(
         EnterError::WrongPassword => (ErrorCode::WrongPassword, "the room has another password"),
         EnterError::Full => (ErrorCode::RoomFull, "the room has as many members as it may have"),
         EnterError::NotFound => (ErrorCode::NotFound, "there is no such room: create it first"),
+        EnterError::Quota => {
+            asked.services.metrics.durable_refusals.of(DurableBound::NewRooms).inc();
+            (ErrorCode::RateLimited, "too many new rooms in too short a time")
+        }
         EnterError::Bus(BusError::Refused) => (ErrorCode::Internal, "the bus refused it"),
+        EnterError::Bus(error) if error.is_of_a_bound() => {
+            refused_by_bound(&asked.services.metrics, error)
+        }
         EnterError::Bus(_) => AWAY,
     };
     Performed::NotJoined(asked.refuse("join", Some(&room), code, text))
@@ -131,8 +173,10 @@ async fn enter(
     join: &request::Join,
     user: &Person,
 ) -> Result<(Stay, Entered), EnterError> {
-    let Services { presence, rules, passwords, .. } = &*asked.services;
-    let mut keep_to = Rules { fits: None, create: rules.create_on_join };
+    let Services { presence, rules, passwords, quotas, .. } = &*asked.services;
+    let within_quota = quotas.may_make_room(&asked.writer, Instant::now());
+    let mut keep_to =
+        Rules { fits: None, create: rules.create_on_join, within_quota: within_quota.is_ok() };
     if let Some(password) = &join.password {
         let found = presence.registry().find(join.room.clone()).await?;
         if let Some(hash) = found.and_then(|found| found.record?.password) {
@@ -142,11 +186,16 @@ async fn enter(
             keep_to.fits = Some(hash);
         }
     }
-    presence.enter(Place::Room(join.room.clone()), user, Some(keep_to)).await
+    let (stay, entered) =
+        presence.enter(Place::Room(join.room.clone()), user, Some(keep_to)).await?;
+    if entered.made {
+        quotas.made_room(&asked.writer, Instant::now());
+    }
+    Ok((stay, entered))
 }
 
 pub(super) async fn leave(asked: Asked, room: RoomId) -> Performed {
-    let Asked { services, subscriber, reference } = asked;
+    let Asked { services, subscriber, reference, .. } = asked;
     let left = text_frame(&Answer::Left(Left { reference, room: room.clone(), reason: None }));
     let connection = subscriber.connection;
     services.hub.leave(room, connection, Some((subscriber, left))).await;

@@ -12,9 +12,10 @@ use shared::{
 
 use super::{Performed, auth::Identity, perform::Asked};
 use crate::{
-    bus::registry::{Deletion, Found, Record},
+    bus::registry::{Creation, Deletion, Found, Record},
     hub::people::at,
     rooms::RoomRules,
+    telemetry::metrics::DurableBound,
 };
 
 /// What a room is called that has no name: its id, as far as that goes.
@@ -75,16 +76,23 @@ pub(super) async fn create(
         };
     }
     let registry = asked.services.presence.registry();
-    match asked.wait(registry.create(room.clone(), record.clone())).await {
-        Ok(true) => {
+    let owned_max = asked.services.limits.managed_max;
+    let owned_max = Some(owned_max).filter(|max| *max > 0);
+    match asked.wait(registry.create(room.clone(), record.clone(), owned_max)).await {
+        Ok(Creation::Made) => {
             let found = Found { room, since: record.created, record: Some(record), members: 0 };
             let info = info_of(found, &asked.services.rules);
             let info = RoomInfo { reference: asked.reference.clone(), ..info };
             asked.answer(&Answer::RoomInfo(Box::new(info)));
         }
-        Ok(false) => {
+        Ok(Creation::Exists) => {
             let text = "a room of that name is there, with members or a log";
             asked.refuse("create_room", Some(&room), ErrorCode::RoomExists, text);
+        }
+        Ok(Creation::TooMany) => {
+            asked.services.metrics.durable_refusals.of(DurableBound::ManagedRooms).inc();
+            let text = "you own as many managed rooms as you may: delete one first";
+            asked.refuse("create_room", Some(&room), ErrorCode::LimitReached, text);
         }
         Err((code, text)) => drop(asked.refuse("create_room", Some(&room), code, text)),
     }

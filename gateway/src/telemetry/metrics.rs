@@ -53,6 +53,8 @@ pub enum Publish {
     Overloaded,
     /// The bus refused it.
     Failed,
+    /// A bound of durable state was reached: see `gateway_durable_refusals_total`.
+    Bounded,
 }
 
 /// What the hub did with an entry that arrived from the bus.
@@ -124,6 +126,27 @@ pub enum Healed {
     Refused,
 }
 
+/// Which bound of durable state was reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DurableBound {
+    /// Bytes that a user or an address may have kept in a time.
+    Bytes,
+    /// Rooms that may come to be in a time.
+    NewRooms,
+    /// Managed rooms of an owner.
+    ManagedRooms,
+    /// Inboxes of users who were never connected that may be opened in a time.
+    UnseenInboxes,
+    /// Bytes of one of those.
+    UnseenBytes,
+    /// Data of all sessions of a user.
+    SessionData,
+    /// Users whose read marks a room has.
+    Marks,
+    /// Memory is above the watermark.
+    Memory,
+}
+
 macro_rules! labels {
     ($enum:ident: $($variant:ident $label:literal),+) => {
         impl Label for $enum {
@@ -147,9 +170,12 @@ labels!(Handshake: Accepted "accepted", Bad "bad", Origin "origin", Limited "lim
     Unavailable "unavailable");
 labels!(Dropped: Address "address", Answer "answer", Header "header", Room "room");
 labels!(Publish: Appended "appended", Duplicate "duplicate", Unavailable "unavailable",
-    Overloaded "overloaded", Failed "failed");
+    Overloaded "overloaded", Failed "failed", Bounded "bounded");
 labels!(Arrival: Delivered "delivered", Duplicate "duplicate", Gap "gap", Restarted "restarted",
     Unwanted "unwanted", Fenced "fenced");
+labels!(DurableBound: Bytes "bytes", NewRooms "new_rooms", ManagedRooms "managed_rooms",
+    UnseenInboxes "unseen_inboxes", UnseenBytes "unseen_bytes", SessionData "session_data",
+    Marks "marks", Memory "memory");
 labels!(Repair: Whole "whole", Reset "reset", Failed "failed", Healed "healed");
 labels!(ResumeSource: Ring "ring", Log "log");
 labels!(Agreed: Complete "complete", Incomplete "incomplete");
@@ -263,6 +289,14 @@ pub struct Metrics {
     pub tail_repeats: IntCounter,
     /// `gateway_tail_dropped_total`
     pub tail_dropped: IntCounter,
+    /// `gateway_durable_refusals_total`
+    pub durable_refusals: Counters<DurableBound>,
+    /// `gateway_redis_memory_used_bytes`
+    pub redis_memory_used: IntGauge,
+    /// `gateway_redis_memory_max_bytes`
+    pub redis_memory_max: IntGauge,
+    /// `gateway_redis_memory_pressure`
+    pub redis_memory_pressure: IntGauge,
 }
 
 impl Metrics {
@@ -463,6 +497,27 @@ impl Metrics {
                 r,
                 "gateway_tail_dropped_total",
                 "Acknowledged publishes forgotten early, since too many had not come by",
+            ),
+            durable_refusals: counters(
+                r,
+                "gateway_durable_refusals_total",
+                "Requests refused because they would have kept more than a bound of docs/limits.md allows",
+                "bound",
+            ),
+            redis_memory_used: gauge(
+                r,
+                "gateway_redis_memory_used_bytes",
+                "Memory used by the Redis server with the least left",
+            ),
+            redis_memory_max: gauge(
+                r,
+                "gateway_redis_memory_max_bytes",
+                "Memory that server may use: its `maxmemory`, else `cluster.memory_max`; 0: not known",
+            ),
+            redis_memory_pressure: gauge(
+                r,
+                "gateway_redis_memory_pressure",
+                "0 below `cluster.memory_watermark`, 1 above it (new state is refused), 2 with no memory left",
             ),
             registry,
         }

@@ -132,6 +132,7 @@ impl Fixture {
             room: room.clone(),
             envelope: envelope(user, id, bytes),
             urgent: false,
+            unseen: Default::default(),
             deadline: Instant::now() + Duration::from_secs(5),
             done: Box::new(move |result| drop(answer.send(result))),
         });

@@ -45,7 +45,7 @@ impl Device {
     }
 
     /// The next direct.
-    async fn direct(&mut self) -> Direct {
+    pub async fn direct(&mut self) -> Direct {
         heard(&mut self.connection, |frame| match frame {
             Answer::Direct(direct) => Some(*direct),
             _ => None,
@@ -73,7 +73,7 @@ impl Device {
         }
     }
 
-    async fn tell(&mut self, frame: Value) {
+    pub async fn tell(&mut self, frame: Value) {
         self.connection.send_json(&frame).await.unwrap();
         // Frames are handled in order: when this is answered that was.
         ask(&mut self.connection, json!({"type": "ping"})).await.unwrap();
@@ -299,6 +299,8 @@ async fn an_inbox_keeps_so_many_entries_and_tells_what_has_expired() {
     ];
     World::each(&few, async |world| {
         let mut ann = Device::new(world, 0, "ann").await;
+        // Who was never connected has a smaller one.
+        drop(Device::new(world, 1, "bob").await);
         for n in 1..=300 {
             ann.send("bob", &n.to_string()).await;
         }

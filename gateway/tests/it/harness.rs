@@ -38,13 +38,16 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Options that every gateway of a test has: free ports, no limits for the one address that all
 /// come from.
-const DEFAULTS: [(&str, &str); 6] = [
+const DEFAULTS: [(&str, &str); 9] = [
     ("server.listen", "127.0.0.1:0"),
     ("admin.listen", "127.0.0.1:0"),
     ("drain.delay", "1ms"),
     ("limits.connections_per_ip", "0"),
     ("limits.connections_per_user", "0"),
     ("limits.handshakes_per_minute_per_ip", "0"),
+    ("limits.durable_bytes_per_minute", "0"),
+    ("limits.new_inboxes_per_hour", "0"),
+    ("limits.new_rooms_per_minute", "0"),
 ];
 
 fn options(extra: &[(&str, &str)]) -> Vec<(String, String)> {
@@ -141,6 +144,7 @@ pub fn retention() -> Retention {
         ttl: Duration::from_secs(3600),
         dedup_window: Duration::from_secs(600),
         inboxes: Default::default(),
+        bounds: Default::default(),
     }
 }
 
@@ -372,7 +376,7 @@ impl Redis {
     }
 
     /// The bulk string that a command is answered by.
-    async fn answer(&self, command: &str) -> String {
+    pub async fn answer(&self, command: &str) -> String {
         let mut socket = TcpStream::connect(("127.0.0.1", self.port)).await.unwrap();
         socket.write_all(format!("{command}\r\n").as_bytes()).await.unwrap();
         let mut socket = BufReader::new(socket);

@@ -132,6 +132,7 @@ impl World {
             room: room.clone(),
             envelope,
             urgent: false,
+            unseen: Default::default(),
             deadline: Instant::now() + Duration::from_secs(5),
             done: Box::new(|result| assert!(result.is_ok())),
         });
@@ -331,7 +332,7 @@ impl Bus for Fragile {
             log.entries.push(entry.clone());
             self.mailboxes.put(append.room, entry);
         }
-        (append.done)(Ok(Appended { position, duplicate }));
+        (append.done)(Ok(Appended { position, duplicate, opened: false }));
     }
 
     fn follow(&self, _: RoomId) -> BoxFuture<Result<(), BusError>> {

@@ -20,6 +20,7 @@ mod api;
 mod sse;
 mod auth;
 mod limits;
+mod durable;
 mod bus;
 mod hub;
 mod cluster;

@@ -166,6 +166,7 @@ async fn a_thousand_rooms_are_repaired_when_the_link_is_back() {
                 binary: None,
             }),
             urgent: false,
+            unseen: Default::default(),
             deadline: Instant::now() + Duration::from_secs(5),
             done: Box::new(move |result| drop(done.send(result))),
         });

@@ -92,11 +92,23 @@ pub fn execute(data: &mut Data, words: &[Bytes]) -> Outcome {
         b"PEXPIRE" | b"PEXPIREAT" => {
             let Ok(time) = number(&args[1]) else { return err(NO_INTEGER) };
             let ends = if name.len() == 7 { now as i64 + time } else { time };
+            if args.get(2).is_some_and(|option| option.eq_ignore_ascii_case(b"GT")) {
+                // What does not expire lasts longer than anything.
+                let before = data.store.ends(&args[0]);
+                if before.is_none_or(|before| ends <= before as i64) {
+                    return Ok(Reply::Int(0));
+                }
+            }
             if ends <= now as i64 {
                 return Ok(Reply::Int(i64::from(data.store.delete(&args[0]))));
             }
             Ok(Reply::Int(i64::from(data.store.set_ends(&args[0], ends as u64))))
         }
+        b"PTTL" => Ok(Reply::Int(match data.store.ends(&args[0]) {
+            _ if !data.store.exists(&args[0]) => -2,
+            None => -1,
+            Some(ends) => ends as i64 - now as i64,
+        })),
         b"MEMORY" => {
             data.store.expire(&args[1], now);
             let stream = data.store.stream(&args[1])?;
@@ -121,8 +133,8 @@ fn score(text: &[u8]) -> i64 {
 fn least_args(name: &[u8]) -> Option<usize> {
     Some(match name {
         b"GET" | b"DEL" | b"EXISTS" | b"HGETALL" | b"HKEYS" | b"HLEN" | b"XLEN" => 1,
-        b"PERSIST" | b"ZCARD" => 1,
-        b"HSCAN" | b"ZREM" => 2,
+        b"PERSIST" | b"PTTL" | b"ZCARD" | b"HVALS" => 1,
+        b"HSCAN" | b"ZREM" | b"ZSCORE" => 2,
         b"ZADD" | b"ZREMRANGEBYSCORE" | b"ZREMRANGEBYRANK" => 3,
         b"SET" | b"PUBLISH" | b"PEXPIRE" | b"PEXPIREAT" | b"MEMORY" => 2,
         b"HGET" | b"HMGET" | b"HDEL" | b"HEXISTS" => 2,
@@ -140,6 +152,9 @@ fn info(data: &Data, sections: &[Bytes]) -> String {
     let mut text = String::new();
     if wants("server") {
         text += &format!("# Server\r\nredis_version:7.0.15\r\nrun_id:{}\r\n", data.run_id);
+    }
+    if wants("memory") {
+        text += "# Memory\r\nused_memory:1000000\r\nmaxmemory:0\r\n";
     }
     if wants("replication") {
         let role = if data.is_replica { "slave" } else { "master" };
@@ -190,6 +205,10 @@ fn hash(data: &mut Data, name: &[u8], args: &[Bytes]) -> Outcome {
         b"HKEYS" => {
             let rows = store.hash(key)?.map(|hash| hash.rows().to_vec()).unwrap_or_default();
             Ok(Reply::Array(rows.into_iter().map(|(field, _)| Reply::Bulk(field)).collect()))
+        }
+        b"HVALS" => {
+            let rows = store.hash(key)?.map(|hash| hash.rows().to_vec()).unwrap_or_default();
+            Ok(Reply::Array(rows.into_iter().map(|(_, value)| Reply::Bulk(value)).collect()))
         }
         // All at once, as Redis does with a small one.
         b"HSCAN" => {
@@ -263,6 +282,9 @@ fn sorted_set(data: &mut Data, name: &[u8], args: &[Bytes]) -> Outcome {
             store.hash(key)?;
             Ok(Reply::Int(0))
         }
+        b"ZSCORE" => {
+            Ok(Reply::maybe(store.hash(key)?.and_then(|hash| hash.get(&args[1])).cloned()))
+        }
         b"ZADD" => {
             Ok(Reply::Int(i64::from(store.set_field(key, args[2].clone(), args[1].clone())?)))
         }
@@ -284,8 +306,13 @@ fn stream(data: &mut Data, name: &[u8], args: &[Bytes]) -> Outcome {
         b"XLEN" => Ok(Reply::Int(data.store.stream(key)?.map_or(0, |s| s.entries.len()) as i64)),
         b"XADD" => add(data, args),
         b"XTRIM" => {
+            let last = args.last().unwrap_or(key);
             let keep = match &args[1].to_ascii_uppercase()[..] {
-                b"MAXLEN" => number(args.last().unwrap_or(key)),
+                b"MAXLEN" => number(last),
+                b"MINID" => {
+                    let first = id_of(last)?;
+                    return Ok(Reply::Int(data.store.trim(key, first) as i64));
+                }
                 _ => return err(SYNTAX),
             };
             let Ok(keep) = keep else { return err(NO_INTEGER) };

@@ -133,11 +133,13 @@ impl Node {
             redis.clone(),
             rules.clone(),
             (metrics.clone(), Default::default()),
+            Arc::default(),
             WAIT_MAX,
             1 << 18,
         );
         let none = Rate::new(0, WAIT_MAX, 0);
         let limits = SessionLimits {
+            managed_max: 0,
             messages: none,
             frames: none,
             rooms_max: 10,
@@ -145,6 +147,7 @@ impl Node {
             wait_max: WAIT_MAX,
         };
         let services = Arc::new(Services {
+            quotas: Arc::default(),
             publisher,
             hub,
             bus,

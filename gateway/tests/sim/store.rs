@@ -172,6 +172,11 @@ impl Store {
         true
     }
 
+    /// When a key expires, if it does.
+    pub fn ends(&self, key: &Bytes) -> Option<u64> {
+        self.keys.get(key)?.ends
+    }
+
     pub fn persist(&mut self, key: &Bytes) -> bool {
         let Some(slot) = self.keys.get_mut(key).filter(|slot| slot.ends.is_some()) else {
             return false;

@@ -37,12 +37,15 @@ pub(crate) const TOKEN: &str = concat!(
 
 /// What the gateway is given beside its addresses: it is measured as it is, but for the limits that
 /// a load from one address would meet.
-pub(crate) const GATEWAY_OPTIONS: [&str; 5] = [
+pub(crate) const GATEWAY_OPTIONS: [&str; 8] = [
     "limits.connections_per_ip=0",
     "limits.handshakes_per_minute_per_ip=0",
     "limits.connections_per_user=0",
     "limits.messages_per_second=0",
     "limits.accepts_per_second=0",
+    "limits.durable_bytes_per_minute=0",
+    "limits.new_inboxes_per_hour=0",
+    "limits.new_rooms_per_minute=0",
 ];
 
 /// Who is measured.

@@ -361,6 +361,9 @@ fn start_gateway(
         "limits.connections_per_ip=0",
         "limits.handshakes_per_minute_per_ip=0",
         "limits.connections_per_user=0",
+        "limits.durable_bytes_per_minute=0",
+        "limits.new_inboxes_per_hour=0",
+        "limits.new_rooms_per_minute=0",
     ];
     for option in options {
         command.args(["--set", option]);

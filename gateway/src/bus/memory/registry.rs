@@ -16,12 +16,16 @@ use shared::{
 use tokio::time::Instant;
 
 use super::MemoryBus;
-use crate::bus::{
-    Appended, BoxFuture, BusError, Done,
-    registry::{
-        Change, Deletion, Detail, Details, EnterError, Entered, Found, Listing, Millis, Notice,
-        Online, Place, Record, Registry, Rules, Seat, Snapshot, Status, Version,
+use crate::{
+    bus::{
+        Appended, BoxFuture, BusError, Done,
+        registry::{
+            Change, Creation, Deletion, Detail, Details, EnterError, Entered, Found, Listing,
+            Millis, Notice, Online, Place, Record, Registry, Rules, Seat, Snapshot, Status,
+            Version,
+        },
     },
+    telemetry::metrics::DurableBound,
 };
 
 /// What the registry has. Rooms that nobody is in and nobody manages are not here.
@@ -31,6 +35,8 @@ pub(super) struct Registered {
     marks: HashMap<RoomId, BTreeMap<UserId, Seq>>,
     /// When users who have left did something last.
     seen: HashMap<UserId, Millis>,
+    /// How many managed rooms each owner has.
+    owned: HashMap<UserId, usize>,
 }
 
 /// Of how many users who have left it is known when they did something last.
@@ -103,7 +109,19 @@ impl Present {
 impl Registered {
     /// Forgets managed rooms that have been empty for longer than `ttl`.
     pub(super) fn sweep(&mut self, ttl: Duration, now: Instant) {
-        self.rooms.retain(|_, room| room.empty_since.is_none_or(|since| now - since <= ttl));
+        let owned = &mut self.owned;
+        self.rooms.retain(|_, room| {
+            let is_kept = room.empty_since.is_none_or(|since| now - since <= ttl);
+            if !is_kept {
+                disown(owned, room);
+            }
+            is_kept
+        });
+    }
+
+    /// Whether it is known when a user who has left did something last.
+    pub(super) fn was_seen(&self, user: &UserId) -> bool {
+        self.seen.contains_key(user)
     }
 
     /// Forgets how far was read in rooms whose log is no more.
@@ -155,9 +173,20 @@ impl Registered {
         Some((name, change?))
     }
 
-    fn admits(&self, name: &RoomId, user: &UserId, rules: &Rules) -> Result<(), EnterError> {
+    /// `has_log`: whether something was said in the room.
+    fn admits(
+        &self,
+        name: &RoomId,
+        user: &UserId,
+        rules: &Rules,
+        has_log: bool,
+    ) -> Result<(), EnterError> {
         let Some(room) = self.rooms.get(name) else {
-            return if rules.create { Ok(()) } else { Err(EnterError::NotFound) };
+            return match rules.create {
+                true if rules.within_quota || has_log => Ok(()),
+                true => Err(EnterError::Quota),
+                false => Err(EnterError::NotFound),
+            };
         };
         let Some(record) = &room.record else { return Ok(()) };
         if record.password.is_some() && record.password != rules.fits {
@@ -169,6 +198,17 @@ impl Registered {
             return Err(EnterError::Full);
         }
         Ok(())
+    }
+}
+
+/// A room is no more: its owner has one less.
+fn disown(owned: &mut HashMap<UserId, usize>, room: &Room) {
+    let Some(record) = &room.record else { return };
+    if let Some(count) = owned.get_mut(&record.owner) {
+        *count -= 1;
+        if *count == 0 {
+            owned.remove(&record.owner);
+        }
     }
 }
 
@@ -206,8 +246,9 @@ impl MemoryBus {
         let user = seat.user.id.clone();
         let (top, deleted) = self.top_and_deletion(&room);
         let registered = &mut *self.registered.lock();
+        let made = rules.is_some() && top == 0 && !registered.rooms.contains_key(&room);
         if let Some(rules) = rules {
-            registered.admits(&room, &user, rules)?;
+            registered.admits(&room, &user, rules, top > 0)?;
         }
         // Who has kept to the rules is let in.
         let seat = Seat { admitted: seat.admitted || lets_in, ..seat };
@@ -220,6 +261,7 @@ impl MemoryBus {
             count: present.map_or(0, |present| present.users.len() as u64),
             read: registered.mark_of(&room, &user, top),
             deleted,
+            made,
         })
     }
 
@@ -242,7 +284,9 @@ impl MemoryBus {
                 None if found.is_none() && !has_log => return Deletion::NotFound,
                 _ => {}
             }
-            registered.rooms.remove(room);
+            if let Some(room) = registered.rooms.remove(room) {
+                disown(&mut registered.owned, &room);
+            }
             registered.marks.remove(room);
             self.mailboxes
                 .notify(room.clone(), Notice::Closed { reason: ClosedReason::Deleted, by });
@@ -315,26 +359,42 @@ impl Registry for MemoryBus {
         let registered = &mut *self.registered.lock();
         let seq = seq.min(top);
         if seq > registered.mark_of(&room, &user, top) {
-            registered.marks.entry(room.clone()).or_default().insert(user.clone(), seq);
+            let marks = registered.marks.entry(room.clone()).or_default();
+            let marks_max = self.retention.bounds.marks_max as usize;
+            if marks.len() >= marks_max && !marks.contains_key(&user) {
+                self.mailboxes.metrics().durable_refusals.of(DurableBound::Marks).inc();
+                return;
+            }
+            marks.insert(user.clone(), seq);
             self.mailboxes.notify(room, Notice::Read { user, seq, by });
         }
     }
 
     fn pass_on(&self, room: RoomId, notice: Notice, done: Done) {
         self.mailboxes.notify(room, notice);
-        done(Ok(Appended { position: Position::new(Epoch::none(), 0), duplicate: false }));
+        let position = Position::new(Epoch::none(), 0);
+        done(Ok(Appended { position, duplicate: false, opened: false }));
     }
 
-    fn create(&self, room: RoomId, record: Record) -> BoxFuture<Result<bool, BusError>> {
+    fn create(
+        &self,
+        room: RoomId,
+        record: Record,
+        owned_max: Option<usize>,
+    ) -> BoxFuture<Result<Creation, BusError>> {
         let has_log = self.top(&room) > 0;
-        let rooms = &mut self.registered.lock().rooms;
-        let free = !has_log && !rooms.contains_key(&room);
-        if free {
-            let empty_since = Some(Instant::now());
-            let room_of = Room { record: Some(record), empty_since, ..Room::default() };
-            rooms.insert(room, room_of);
+        let Registered { rooms, owned, .. } = &mut *self.registered.lock();
+        if has_log || rooms.contains_key(&room) {
+            return ready(Ok(Creation::Exists));
         }
-        ready(Ok(free))
+        let count = owned.get(&record.owner).copied().unwrap_or(0);
+        if owned_max.is_some_and(|max| count >= max) {
+            return ready(Ok(Creation::TooMany));
+        }
+        owned.insert(record.owner.clone(), count + 1);
+        let empty_since = Some(Instant::now());
+        rooms.insert(room, Room { record: Some(record), empty_since, ..Room::default() });
+        ready(Ok(Creation::Made))
     }
 
     fn find(&self, room: RoomId) -> BoxFuture<Result<Option<Found>, BusError>> {

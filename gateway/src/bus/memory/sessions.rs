@@ -73,6 +73,17 @@ impl Stored {
         }
     }
 
+    /// Whether a user has sessions.
+    pub(super) fn has(&self, user: &UserId) -> bool {
+        self.users.contains_key(user)
+    }
+
+    /// What the data of all sessions of a user take.
+    fn data_bytes(&self, user: &UserId) -> u64 {
+        let rows = self.users.get(user).into_iter().flatten();
+        rows.filter_map(|row| row.data.as_ref()).map(|data| data.len() as u64).sum()
+    }
+
     fn row(&mut self, user: &UserId, session: SessionId) -> Option<&mut Row> {
         self.users.get_mut(user)?.iter_mut().find(|row| row.session == session)
     }
@@ -119,14 +130,15 @@ impl Stored {
 }
 
 impl MemoryBus {
-    /// The inbox of a user as it is now.
+    /// The inbox of a user, who is connected, as it is now.
     fn inbox(&self, user: &UserId) -> Inbox {
         let name = RoomId::inbox_of(user);
         let rooms = &mut *self.rooms.lock();
-        let Some(log) = rooms.logs.get(&name) else {
+        let Some(log) = rooms.logs.get_mut(&name) else {
             let epoch = rooms.silent_epoch(&name);
             return Inbox { epoch, seq: 0, acked: 0, oldest: 1, unread: 0 };
         };
+        log.unseen = false;
         let first = log.entries.front().map(|(_, entry)| entry.position.seq);
         let author = Author::of(user);
         let acked = log.acked.min(log.top);
@@ -214,13 +226,21 @@ impl Sessions for MemoryBus {
         change: Option<Map<String, Value>>,
     ) -> BoxFuture<Result<Map<String, Value>, DataError>> {
         let stored = &mut *self.stored.lock();
+        let all = stored.data_bytes(&user);
         let Some(row) = stored.row(&user, session) else {
             return ready(Err(DataError::NoSession));
         };
+        let before = row.data.as_ref().map_or(0, |data| data.len() as u64);
+        let bytes_max = self.retention.bounds.session_data_max;
         let data = row.data.as_deref().and_then(|data| serde_json::from_str(data).ok());
         let data = data.unwrap_or_default();
         let Some(change) = change else { return ready(Ok(data)) };
         ready(match merged(data, change) {
+            Some((_, text))
+                if text.len() as u64 > before.max(bytes_max.saturating_sub(all - before)) =>
+            {
+                Err(DataError::TooMuch(bytes_max))
+            }
             Some((data, text)) => {
                 row.data = Some(text.into());
                 Ok(data)

@@ -17,7 +17,7 @@ use futures_util::{StreamExt as _, stream::FuturesOrdered};
 use redis::{
     ErrorKind, RedisError, RedisResult, ServerErrorKind, Value, aio::MultiplexedConnection,
 };
-use shared::position::Position;
+use shared::{ids::RoomKind, position::Position};
 use tokio::{
     sync::{mpsc, oneshot, watch},
     time::Instant,
@@ -27,13 +27,14 @@ use tokio_util::sync::CancellationToken;
 use super::{
     RetryPause, as_arguments, config, is_of_the_slot, is_stale,
     links::{Link, Links},
+    memory::Pressure,
     probe::PROBE_EVERY,
     refused_or_away,
     server::{Agreed, Server},
     waiting::{Queued, Waiting},
 };
 use crate::{
-    bus::{Append, Appended, BoxFuture, BusError, output_of},
+    bus::{Append, Appended, BoxFuture, BusError, Unseen, output_of},
     delivery::Token,
     drain::Tasks,
 };
@@ -69,6 +70,9 @@ pub(super) fn start(server: Arc<Server>, links: Arc<Links>, tasks: &Tasks) -> Ap
     let worker = Worker {
         waiting: Waiting::new(server.keyspace),
         script: server.keyspace.script(include_str!("scripts/append.lua")),
+        script_when_tight: server
+            .keyspace
+            .script(concat!("#!lua flags=allow-oom\n", include_str!("scripts/append.lua"))),
         server,
         links,
         queue: receiver,
@@ -109,6 +113,8 @@ struct Worker {
     /// What is to be sent before anything in `queue`: it came from there, or was sent already.
     waiting: Waiting,
     script: redis::Script,
+    /// The same, which Redis lets run where it is full: it makes room first.
+    script_when_tight: redis::Script,
     /// What was agreed on when it was last looked at: the tail was repeated to it.
     open: Agreed,
     /// When it was last told of that Redis takes nothing for a time, as when it is full.
@@ -161,12 +167,12 @@ impl Worker {
         pause: &mut RetryPause,
     ) -> Result<(MultiplexedConnection, Token, watch::Receiver<u64>), RedisError> {
         let pause = pause.next();
-        let (server, links, script) =
-            (self.server.clone(), self.links.clone(), self.script.clone());
+        let (server, links) = (self.server.clone(), self.links.clone());
+        let scripts = [self.script.clone(), self.script_when_tight.clone()];
         let mut attempt = Box::pin(async move {
             tokio::time::sleep(pause).await;
             let remake = links.remake.subscribe();
-            let (connection, token) = connect(&server, &links, &script).await?;
+            let (connection, token) = connect(&server, &links, &scripts).await?;
             Ok((connection, token, remake))
         });
         loop {
@@ -383,15 +389,39 @@ impl Worker {
         let append = &queued.append;
         let retention = &self.server.retention;
         let (epoch, seq) = as_arguments(queued.hint.as_ref());
-        let mut command = self.server.call(&self.script, &append.room, token);
+        let pressure = self.server.memory.pressure();
+        let script = if pressure.is_tight() { &self.script_when_tight } else { &self.script };
+        // What was acknowledged once, or was in a log, is not refused.
+        let is_again = queued.hint.is_some() || append.urgent;
+        let pressure = if is_again { Pressure::None } else { pressure };
+        let user = append.room.user().filter(|_| append.room.kind() == RoomKind::Inbox);
+        let keyspace = self.server.keyspace;
+        let further = user.as_ref().map(|_| keyspace.seen_and_online(&append.room));
+        let further = further.as_ref().map_or(&[][..], |keys| &keys[..]);
+        let kept = retention.of(&append.room);
+        let mut command = self.server.call_with(script, &append.room, token, further);
         command
             .arg(&append.envelope.id_key()[..])
             .arg(&append.envelope.as_bytes()[..])
-            .arg(retention.of(&append.room).entries_min)
+            .arg(kept.entries_min)
             .arg(retention.window.as_millis() as u64)
-            .arg(retention.bytes_max)
+            .arg(kept.bytes_max)
             .arg(epoch)
-            .arg(seq);
+            .arg(seq)
+            .arg(pressure.argument());
+        if let Some(user) = user {
+            let unseen = &retention.bounds.unseen;
+            command
+                .arg(user.as_str())
+                .arg(match append.unseen {
+                    Unseen::Refuse if !is_again => "refuse",
+                    Unseen::Refuse | Unseen::Small => "small",
+                    Unseen::Keep => "keep",
+                })
+                .arg(unseen.entries_max)
+                .arg(unseen.bytes_max)
+                .arg(unseen.ttl.as_millis() as u64);
+        }
         command
     }
 
@@ -440,6 +470,11 @@ impl Worker {
                     again.push_back(queued);
                     failed = failed.and(Err(error));
                 }
+                // It is sent again by the script that makes room.
+                Err(error) if error.code() == Some("OOM") => {
+                    self.server.memory.found_full();
+                    again.push_back(queued);
+                }
                 Err(error) => {
                     self.tell(&error, &queued, now);
                     tail.failed(&id);
@@ -453,6 +488,9 @@ impl Worker {
     /// Logs that Redis refused a publish: each that it will always refuse, and now and then one where
     /// it refuses all, as when it is full.
     fn tell(&mut self, error: &RedisError, queued: &Queued, now: Instant) {
+        if refused_or_away(error).is_of_a_bound() {
+            return;
+        }
         if is_for_a_time(error) {
             if self.told.is_some_and(|told| now - told < TELL_EVERY) {
                 return;
@@ -480,10 +518,12 @@ async fn sleep_until(deadline: Option<Instant>) {
 async fn connect(
     server: &Server,
     links: &Arc<Links>,
-    script: &redis::Script,
+    scripts: &[redis::Script],
 ) -> Result<(MultiplexedConnection, Token), RedisError> {
     let (mut connection, token) = server.connect(config()).await?;
-    script.load_async(&mut connection).await?;
+    for script in scripts {
+        script.load_async(&mut connection).await?;
+    }
     look_at(connection.clone(), links.clone()).await?;
     Ok((connection, token))
 }
@@ -551,9 +591,10 @@ fn is_of_the_server(error: &RedisError) -> bool {
 
 /// What the script answers: position, and whether it was known.
 fn appended(value: Value) -> Result<Appended, RedisError> {
-    let (epoch, seq, duplicate): (String, u64, bool) = redis::from_redis_value(value)?;
+    let (epoch, seq, kind): (String, u64, u8) = redis::from_redis_value(value)?;
     let epoch = epoch
         .parse()
         .map_err(|_| RedisError::from((ErrorKind::Parse, "append.lua answered no epoch")))?;
-    Ok(Appended { position: Position::new(epoch, seq), duplicate })
+    let position = Position::new(epoch, seq);
+    Ok(Appended { position, duplicate: kind == 1, opened: kind == 2 })
 }

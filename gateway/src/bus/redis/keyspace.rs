@@ -99,6 +99,18 @@ impl Keyspace {
         [key("log"), key("meta"), key("ids0"), key("ids1"), barrier, key("unheard")]
     }
 
+    /// What tells whether the user of an inbox was ever connected: when those who have left did something
+    /// last, and who is connected.
+    pub(super) fn seen_and_online(self, inbox: &RoomId) -> [String; 2] {
+        let online = self.online(self.home(inbox));
+        [format!("{online}:seen"), format!("{online}:who")]
+    }
+
+    /// The managed rooms of an owner.
+    pub(super) fn owned(self, owner: &UserId) -> String {
+        format!("{}:rooms", self.channel(&RoomId::inbox_of(owner)))
+    }
+
     /// The room of a channel: only gateways publish there.
     pub(super) fn room(channel: &str) -> Option<RoomId> {
         let name = channel.strip_prefix("gw:")?;

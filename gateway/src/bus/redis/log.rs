@@ -13,7 +13,7 @@ use shared::{
 
 use super::{heal::Healer, server::Server, topology::Reader};
 use crate::{
-    bus::{BoxFuture, BusError, READ_BYTES_MAX, Range, registry::Deletion},
+    bus::{BoxFuture, BusError, EMPTY_HEAD_TTL, READ_BYTES_MAX, Range, registry::Deletion},
     delivery::{Entry, Followed, Token, page::Page},
     telemetry::metrics::Metrics,
 };
@@ -122,28 +122,51 @@ impl Log {
         }
         for room in rooms {
             let channel = keyspace.channel(room);
-            let meta = format!("{channel}:meta");
-            pipeline.cmd("HMGET").arg(&meta).arg("e").arg("s");
+            pipeline.cmd("HMGET").arg(format!("{channel}:meta")).arg("e").arg("s").arg("d");
             pipeline.cmd("HMGET").arg(format!("{channel}:unheard")).arg("t");
-            // A room that is followed in silence does not lose its numbers.
-            pipeline.cmd("PEXPIRE").arg(meta).arg(self.server.meta_ttl_ms(room)).ignore();
         }
         let rows: Vec<Vec<Option<String>>> = pipeline.query_async(&mut **reader).await?;
         let token = Some(token.to_string());
-        let (agreed, rooms) = rows.split_at(homes.len());
+        let (agreed, rows) = rows.split_at(homes.len());
         if agreed.iter().any(|row| row.first() != Some(&token) || row.get(1) == Some(&None)) {
             return Err(stale());
         }
+        self.keep_heads(reader, rooms, rows).await?;
         let head = |row: &[Vec<Option<String>>]| {
             let [place, handed_in] = row else { return None };
             // Who was to put that where it was may have ended, so that a read has to.
             if handed_in.first() == Some(&token) {
                 return None;
             }
-            let [Some(epoch), Some(top)] = place.as_slice() else { return None };
+            let [Some(epoch), Some(top), _] = place.as_slice() else { return None };
             Some(Position::new(epoch.parse().ok()?, top.parse().ok()?))
         };
-        Ok(rooms.chunks(2).map(head).collect())
+        Ok(rows.chunks(2).map(head).collect())
+    }
+
+    /// A room that is followed in silence does not lose its numbers, or its epoch where it has none.
+    async fn keep_heads(
+        &self,
+        reader: &mut Reader,
+        rooms: &[RoomId],
+        rows: &[Vec<Option<String>>],
+    ) -> Result<(), RedisError> {
+        let mut pipeline = redis::Pipeline::with_capacity(rooms.len());
+        for (room, place) in rooms.iter().zip(rows.chunks(2)) {
+            let meta = format!("{}:meta", self.server.keyspace.channel(room));
+            let has_numbers = match place.first().map(Vec::as_slice) {
+                Some([_, top, deleted]) => {
+                    deleted.is_some() || top.as_deref().is_some_and(|top| top != "0")
+                }
+                _ => false,
+            };
+            let ttl = match has_numbers {
+                true => self.server.meta_ttl_ms(room),
+                false => (EMPTY_HEAD_TTL.as_millis() as u64).min(self.server.meta_ttl_ms(room)),
+            };
+            pipeline.cmd("PEXPIRE").arg(meta).arg(ttl).ignore();
+        }
+        pipeline.query_async(&mut **reader).await
     }
 
     async fn read_by(

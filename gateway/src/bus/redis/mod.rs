@@ -22,8 +22,8 @@ use super::{
     Append, BoxFuture, Bus, BusError, Done, Mailboxes, Range, Retention,
     orders::{Order, OrderId, Orders, Outcome, Taken},
     registry::{
-        Deletion, Details, EnterError, Entered, Found, Listing, Notice, Online, Record, Registry,
-        RegistryOptions, Rules, Seat, Snapshot, Status,
+        Creation, Deletion, Details, EnterError, Entered, Found, Listing, Notice, Online, Record,
+        Registry, RegistryOptions, Rules, Seat, Snapshot, Status,
     },
     sessions::{
         About, DataError, Holder, KeptSession, Opened, Opening, SecretDigest, SessionOptions,
@@ -42,6 +42,7 @@ mod heal;
 mod keyspace;
 mod links;
 mod log;
+mod memory;
 mod notice;
 mod orders;
 mod probe;
@@ -261,8 +262,13 @@ impl Registry for RedisBus {
         self.registrar.pass_on(room, &notice, done);
     }
 
-    fn create(&self, room: RoomId, record: Record) -> BoxFuture<Result<bool, BusError>> {
-        Box::pin(self.registrar.clone().create(room, record))
+    fn create(
+        &self,
+        room: RoomId,
+        record: Record,
+        owned_max: Option<usize>,
+    ) -> BoxFuture<Result<Creation, BusError>> {
+        Box::pin(self.registrar.clone().create(room, record, owned_max))
     }
 
     fn find(&self, room: RoomId) -> BoxFuture<Result<Option<Found>, BusError>> {
@@ -389,6 +395,9 @@ fn is_of_the_slot(error: &RedisError) -> bool {
 /// has too few replicas, or a disk that is full.
 fn refused_or_away(error: &RedisError) -> BusError {
     match error.code() {
+        Some("FULL") => BusError::Full,
+        Some("UNSEENQUOTA") => BusError::UnseenQuota,
+        Some("UNSEENBYTES") => BusError::UnseenBytes,
         Some("ERR" | "WRONGTYPE" | "NOPERM") => BusError::Refused,
         _ => BusError::Unavailable,
     }

@@ -6,6 +6,7 @@
 //! !t <user> <0 or 1>      typing
 //! !r <user> <seq> <connection>    read on; by a script
 //! !c deleted <connection> the room is no more, and the connection that asked for it; by a script
+//! !e                      the inbox was emptied; by a script
 //! !s                      whether a user is connected has changed; by scripts, to a status
 //! !x <session> <connection>  a connection has taken a session over; by a script, to an inbox
 //! !m\n<envelope>          a message of a room without a log
@@ -32,6 +33,7 @@ pub(super) fn pack(notice: &Notice) -> Vec<u8> {
         | Notice::Read { .. }
         | Notice::Closed { .. }
         | Notice::Replaced { .. }
+        | Notice::Emptied
         | Notice::Status => unreachable!("scripts pass it on"),
     }
 }
@@ -45,6 +47,9 @@ pub(super) fn unpack(payload: &Bytes) -> Option<Notice> {
     }
     if *kind == b's' && rest.is_empty() {
         return Some(Notice::Status);
+    }
+    if *kind == b'e' && rest.is_empty() {
+        return Some(Notice::Emptied);
     }
     let text = std::str::from_utf8(rest).ok()?.strip_prefix(' ')?;
     let mut words = text.split(' ');
@@ -113,6 +118,7 @@ mod tests {
         let Notice::Read { seq: 5, by, .. } = read(&format!("!r ann 5 {id}")) else { panic!() };
         assert_eq!(by.to_string(), id);
         assert!(matches!(read("!s"), Notice::Status));
+        assert!(matches!(read("!e"), Notice::Emptied));
         let replaced = read(&format!("!x {id} {id}"));
         assert!(matches!(replaced, Notice::Replaced { by, .. } if by.to_string() == id));
         assert!(matches!(read(&format!("!c deleted {id}")), Notice::Closed { by: Some(_), .. }));

@@ -47,6 +47,7 @@ use crate::{
     },
     delivery::Token,
     drain::Tasks,
+    telemetry::metrics::DurableBound,
 };
 
 /// The most calls in one pipeline.
@@ -80,6 +81,7 @@ pub(super) struct Scripts {
     reap: Script,
     mark: Script,
     create: Script,
+    owned: Script,
     unlist: Script,
 }
 
@@ -156,6 +158,7 @@ impl Registrar {
             reap: of_places(include_str!("scripts/reap.lua")),
             mark: script(include_str!("scripts/mark.lua")),
             create: script(include_str!("scripts/create.lua")),
+            owned: script(include_str!("scripts/owned.lua")),
             unlist: script(include_str!("scripts/unlist.lua")),
         };
         let (state, wake) = (Mutex::default(), Notify::new());
@@ -450,6 +453,9 @@ impl Registrar {
         for ((number, op), answer) in ops.into_iter().zip(answers) {
             match answer {
                 Ok(answer) => {
+                    if let (Op::Mark { .. }, Value::Int(0)) = (&op, &answer) {
+                        self.router.metrics().durable_refusals.of(DurableBound::Marks).inc();
+                    }
                     self.note_admission(&op, &answer);
                     op.done(&answer);
                 }
@@ -515,6 +521,11 @@ impl Registrar {
                 let creates = rules.as_ref().is_some_and(|rules| rules.create);
                 command.arg(flag(rules.is_some())).arg(fits.unwrap_or("")).arg(flag(creates));
                 command.arg(flag(lets_in));
+                let within_quota = rules.as_ref().is_some_and(|rules| rules.within_quota);
+                command.arg(match server.memory.pressure().is_tight() {
+                    true => "tight",
+                    false => flag(within_quota),
+                });
                 command
             }
             Op::Mark { room, user, seq, by } => {
@@ -524,6 +535,11 @@ impl Registrar {
                 command.arg(user.as_str()).arg(seq).arg(channel).arg(by.to_string());
                 // As long as the numbers that are marked.
                 command.arg(server.meta_ttl_ms(room));
+                // Those that have a mark move it above the watermark as well.
+                command.arg(match server.memory.pressure().is_tight() {
+                    true => 0,
+                    false => server.retention.bounds.marks_max,
+                });
                 command
             }
             Op::PassOn { room, payload, .. } => {
@@ -586,7 +602,8 @@ impl Op {
                 let _ = reply.send(entered(answer));
             }
             Self::PassOn { done, .. } => {
-                done(Ok(Appended { position: Position::new(Epoch::none(), 0), duplicate: false }));
+                let position = Position::new(Epoch::none(), 0);
+                done(Ok(Appended { position, duplicate: false, opened: false }));
             }
             Self::Seat { .. } | Self::Mark { .. } | Self::Rewritten => {}
         }
@@ -625,10 +642,13 @@ fn entered(answer: &Value) -> Result<Entered, EnterError> {
             count: number(3).unwrap_or(0),
             read: number(4).unwrap_or(0),
             deleted: number(5).unwrap_or(0),
+            made: number(6) == Some(1),
         }),
         Some("wrong_password") => Err(EnterError::WrongPassword),
         Some("full") => Err(EnterError::Full),
         Some("not_found") => Err(EnterError::NotFound),
+        Some("quota") => Err(EnterError::Quota),
+        Some("tight") => Err(BusError::Full.into()),
         _ => Err(BusError::Refused.into()),
     }
 }

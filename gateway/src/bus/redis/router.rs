@@ -34,6 +34,7 @@ use super::{
     keyspace::Keyspace,
     links::Links,
     log::Log,
+    memory::{self, Usages},
     server::{Agreed, Server},
     status,
     subscriber::{self, Subscriber},
@@ -83,6 +84,7 @@ struct Parts {
     metrics: Arc<Metrics>,
     process: Arc<Process>,
     astray: Arc<Notify>,
+    usages: Arc<Usages>,
     tasks: Tasks,
 }
 
@@ -118,6 +120,7 @@ impl Router {
                 metrics,
                 process: Arc::new(Process::new(&options.node)),
                 astray: Arc::default(),
+                usages: Arc::default(),
                 tasks: tasks.clone(),
             },
             lanes: Mutex::new((0..keyspace.homes()).map(|_| Lane::default()).collect()),
@@ -181,6 +184,10 @@ impl Router {
             }));
         }
         (tokens.len() == usize::from(self.keyspace().homes())).then_some(tokens)
+    }
+
+    pub(super) fn metrics(&self) -> &Metrics {
+        &self.parts.metrics
     }
 
     pub(super) fn keyspace(&self) -> Keyspace {
@@ -497,6 +504,7 @@ impl Parts {
             dial,
             keyspace: self.keyspace,
             retention: self.retention.clone(),
+            memory: Default::default(),
             owned: watch::Sender::new(homes.iter().copied().collect()),
             agreed: watch::Sender::new(Agreed::default()),
             astray: self.astray.clone(),
@@ -510,6 +518,7 @@ impl Parts {
             subscriber::start(server.clone(), links.clone(), mailboxes.clone(), &tasks);
         let process = self.process.clone();
         agreement::start(server.clone(), links.clone(), mailboxes, process, &tasks);
+        memory::start(server.clone(), self.usages.clone(), self.metrics.clone(), &tasks);
         Arc::new(Set { server, links, appender, subscriber, log, tasks })
     }
 }

@@ -11,6 +11,7 @@ use tokio::sync::{Notify, watch};
 use super::{
     config, is_of_the_slot, is_stale,
     keyspace::Keyspace,
+    memory::Memory,
     refused_or_away,
     topology::{Dial, Reader, url::Address},
 };
@@ -26,6 +27,8 @@ pub(super) struct Server {
     pub(super) dial: Arc<dyn Dial>,
     pub(super) keyspace: Keyspace,
     pub(super) retention: Retention,
+    /// How much memory it has left.
+    pub(super) memory: Memory,
     /// The homes that it serves.
     pub(super) owned: watch::Sender<BTreeSet<u16>>,
     /// What the nodes have agreed on.
@@ -74,9 +77,21 @@ impl Server {
 
     /// A call of a room's script, which the server has to know, as far as it is the same for all.
     pub(super) fn call(&self, script: &redis::Script, room: &RoomId, token: Token) -> redis::Cmd {
+        self.call_with(script, room, token, &[])
+    }
+
+    /// The same with further keys.
+    pub(super) fn call_with(
+        &self,
+        script: &redis::Script,
+        room: &RoomId,
+        token: Token,
+        further: &[String],
+    ) -> redis::Cmd {
         let keys = self.keyspace.keys(room);
         let mut command = redis::cmd("EVALSHA");
-        command.arg(script.get_hash()).arg(keys.len()).arg(&keys).arg(self.common(room, token));
+        command.arg(script.get_hash()).arg(keys.len() + further.len()).arg(&keys).arg(further);
+        command.arg(self.common(room, token));
         command
     }
 

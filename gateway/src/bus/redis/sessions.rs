@@ -17,6 +17,7 @@ use tokio::sync::oneshot;
 
 use super::{
     keyspace::Keyspace,
+    memory::NEW_SESSIONS_TTL,
     registry::{Op, Registrar, evalsha, flag},
     server::Server,
 };
@@ -176,7 +177,7 @@ impl Registrar {
                 command.arg(opening.resume.map(text).unwrap_or_default());
                 command.arg(text(opening.fresh)).arg(opening.connection.to_string());
                 let about = serde_json::to_string(&*opening.about).expect("it is made of names");
-                command.arg(about).arg(ttl).arg(SESSIONS_MAX);
+                command.arg(about).arg(ttl).arg(SESSIONS_MAX).arg(new_ttl(server, ttl));
                 command
             }
             SessionOp::Use { user, session, connection, reply } => {
@@ -185,7 +186,8 @@ impl Registrar {
                     .arg(session.to_string())
                     .arg(connection.to_string())
                     .arg(ttl)
-                    .arg(flag(reply.is_none()));
+                    .arg(flag(reply.is_none()))
+                    .arg(new_ttl(server, ttl));
                 command
             }
             SessionOp::Acknowledge { user, up_to } => {
@@ -229,13 +231,19 @@ impl Registrar {
             let data: Map<String, Json> = serde_json::from_str(&before).unwrap_or_default();
             let Some(change) = &change else { return Ok(data) };
             let (data, text) = merged(data, change.clone()).ok_or(DataError::TooLarge)?;
+            let server = self.router.set_of(home).await.server.clone();
+            if text.len() > before.len() && server.memory.pressure().is_tight() {
+                return Err(BusError::Full.into());
+            }
             let mut set = self.scripts.data.key(&keys[..]);
             set.arg(session.to_string()).arg(before).arg(text).arg(self.session_ttl_ms());
+            set.arg(server.retention.bounds.session_data_max);
             let set: i64 =
                 self.ask(home, async |connection| set.invoke_async(connection).await).await?;
             match set {
                 1 => return Ok(data),
                 0 => {}
+                -2 => return Err(DataError::TooMuch(server.retention.bounds.session_data_max)),
                 _ => return Err(DataError::NoSession),
             }
         }
@@ -285,6 +293,14 @@ impl Registrar {
             })
             .await?;
         Ok(gone)
+    }
+}
+
+/// How long the sessions of a user who has none are kept where that is shorter than usual, in ms.
+fn new_ttl(server: &Server, ttl: u64) -> String {
+    match server.memory.pressure().is_tight() {
+        true => ttl.min(NEW_SESSIONS_TTL.as_millis() as u64).to_string(),
+        false => String::new(),
     }
 }
 

@@ -13,7 +13,7 @@ use shared::position::Position;
 use tokio::{sync::OwnedSemaphorePermit, time::Instant};
 
 use super::keyspace::Keyspace;
-use crate::bus::{Append, Appended, BusError, tail::Repeat};
+use crate::bus::{Append, Appended, BusError, Unseen, tail::Repeat};
 
 /// How long publishes wait whose slot is on its way to another server, before they are tried again.
 const STUCK_FOR: Duration = Duration::from_millis(25);
@@ -48,6 +48,7 @@ impl Queued {
             room: repeat.room,
             envelope: repeat.envelope,
             urgent: true,
+            unseen: Unseen::Keep,
             deadline: now + REPEAT_MAX,
             done: Box::new(done),
         };
@@ -201,6 +202,7 @@ mod tests {
             room: room.clone(),
             envelope: entry("e", seq).envelope,
             urgent: false,
+            unseen: Unseen::Keep,
             deadline,
             done: Box::new(|_| {}),
         };

@@ -127,7 +127,7 @@ pub(super) struct Sent {
 }
 
 impl Sent {
-    pub(super) fn of(id: MessageId, Appended { position, duplicate }: Appended) -> Self {
+    pub(super) fn of(id: MessageId, Appended { position, duplicate, .. }: Appended) -> Self {
         let numbered = !position.epoch.is_none();
         Self {
             id: id.to_string(),
@@ -217,6 +217,7 @@ impl Outgoing {
             connection: ConnectionId(Uuid::nil()),
             author: Author::of(&user.id),
             user: &user,
+            writer: None,
         };
         let (done, appending) = appending();
         let published = node.services.publisher.publish(sender, &message, &receipt, done);

@@ -111,6 +111,12 @@ impl From<BusError> for Failed {
                 Self::new(ErrorCode::Overloaded, "too much waits for the bus; try again later")
             }
             BusError::Refused => Self::new(ErrorCode::Internal, "the bus refused it"),
+            BusError::Full => Self::new(
+                ErrorCode::Overloaded,
+                "memory is above the watermark: nothing is kept that needs more of it; try again later",
+            ),
+            BusError::UnseenQuota => Self::new(ErrorCode::RateLimited, error.to_string()),
+            BusError::UnseenBytes => Self::new(ErrorCode::LimitReached, error.to_string()),
         }
     }
 }

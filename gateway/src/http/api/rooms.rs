@@ -24,7 +24,7 @@ use crate::{
     bus::{
         Range,
         orders::Order,
-        registry::{Deletion, Detail, Found, Record, millis_now},
+        registry::{Creation, Deletion, Detail, Found, Record, millis_now},
     },
     delivery::page::Page,
     http::Node,
@@ -271,7 +271,7 @@ pub(super) async fn create(
     let room: RoomId = name(&room)?;
     let record = made.checked(&node, &room).await?;
     let registry = node.services.presence.registry();
-    if !wait(&node, registry.create(room.clone(), record.clone())).await? {
+    if wait(&node, registry.create(room.clone(), record.clone(), None)).await? != Creation::Made {
         let text = "a room of that name is there, with members or a log";
         return Err(Failed::new(ErrorCode::RoomExists, text));
     }

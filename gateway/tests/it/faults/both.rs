@@ -183,6 +183,6 @@ async fn a_clock_that_is_set_back_keeps_no_server_closed() {
         // As if the clock of Redis' host had been set back by years since.
         redis.command("HSET gw:barrier t0 9999999999999").await;
     };
-    let (gateway, ()) = within(async { tokio::join!(starting, setting_back) }).await;
+    let (gateway, ()) = within(Box::pin(async { tokio::join!(starting, setting_back) })).await;
     assert_eq!(get(gateway.address, "/ready").await.status, 200);
 }

@@ -33,7 +33,7 @@ const UNLIMITED: [(&str, &str); 2] =
     [("limits.messages_per_second", "0"), ("limits.frames_per_second", "0")];
 
 /// Whether trials have their full length.
-fn is_full() -> bool {
+pub fn is_full() -> bool {
     std::env::var("SKEIN_FAULTS").is_ok_and(|value| value == "full")
 }
 

@@ -1,6 +1,6 @@
 //! Questions to the registry: who is there, what rooms are like, and one that makes a room.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use redis::{RedisResult, Value, aio::MultiplexedConnection};
 use shared::{
@@ -12,8 +12,22 @@ use shared::{
 use super::{BATCH_MAX, Registrar};
 use crate::bus::{
     BusError,
-    registry::{Detail, Details, Found, Listing, Online, Record, Snapshot, Status, Version},
+    registry::{
+        Creation, Detail, Details, Found, Listing, Online, Record, Snapshot, Status, Version,
+    },
 };
+
+/// How long it is noted whose a managed room is, after the owner has made the last: above that it does not
+/// count any more.
+const OWNED_TTL: Duration = Duration::from_secs(30 * 24 * 60 * 60);
+
+/// What became of a note that a user is to own a room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Owned {
+    Now,
+    Before,
+    TooMany,
+}
 
 /// How often a page of rooms is filled up where many of them are not public.
 const FILL_MAX: usize = 16;
@@ -186,9 +200,21 @@ impl Registrar {
         self: Arc<Self>,
         room: RoomId,
         record: Record,
-    ) -> Result<bool, BusError> {
+        owned_max: Option<usize>,
+    ) -> Result<Creation, BusError> {
         let keyspace = self.router.keyspace();
         let (home, channel) = (keyspace.home(&room), keyspace.channel(&room));
+        if self.router.set_of(home).await.server.memory.pressure().is_tight() {
+            return Err(BusError::Full);
+        }
+        let owner = record.owner.clone();
+        let noted = match owned_max {
+            Some(max) => self.note_owned(&owner, &room, max).await?,
+            None => Owned::Before,
+        };
+        if noted == Owned::TooMany {
+            return Ok(Creation::TooMany);
+        }
         let mut create = self.scripts.create.prepare_invoke();
         for part in ["who", "record"] {
             create.key(format!("{channel}:{part}"));
@@ -206,7 +232,76 @@ impl Registrar {
         }
         let made: u8 =
             self.ask(home, async |connection| create.invoke_async(connection).await).await?;
-        Ok(made == 1)
+        if made == 1 {
+            return Ok(Creation::Made);
+        }
+        if noted == Owned::Now {
+            self.forget_owned(&owner, &[room]).await?;
+        }
+        Ok(Creation::Exists)
+    }
+
+    /// Notes that a user is to own one room more. Where that would be too many those are forgotten first
+    /// that are no more: nobody tells when their time is over.
+    async fn note_owned(
+        &self,
+        owner: &UserId,
+        room: &RoomId,
+        max: usize,
+    ) -> Result<Owned, BusError> {
+        let keyspace = self.router.keyspace();
+        let home = keyspace.home_of_text(owner.as_str());
+        let mut owned = self.scripts.owned.key(keyspace.owned(owner));
+        owned.arg(room.as_str()).arg(max).arg(OWNED_TTL.as_millis() as u64);
+        for is_first in [true, false] {
+            let noted: u8 =
+                self.ask(home, async |connection| owned.invoke_async(connection).await).await?;
+            match noted {
+                1 => return Ok(Owned::Now),
+                2 => return Ok(Owned::Before),
+                _ if is_first => self.forget_gone(owner).await?,
+                _ => {}
+            }
+        }
+        Ok(Owned::TooMany)
+    }
+
+    /// Forgets those of an owner's rooms that are no more.
+    async fn forget_gone(&self, owner: &UserId) -> Result<(), BusError> {
+        let keyspace = self.router.keyspace();
+        let home = keyspace.home_of_text(owner.as_str());
+        let owned = keyspace.owned(owner);
+        let rooms: Vec<String> = self
+            .ask(home, async |connection| {
+                redis::cmd("ZRANGE").arg(&owned).arg(0).arg(-1).query_async(connection).await
+            })
+            .await?;
+        let rooms = rooms.iter().filter_map(|room| room.parse::<RoomId>().ok());
+        let mut gone = Vec::new();
+        for (home, rooms) in by_home(rooms, |room| keyspace.home(room)) {
+            let found = self.find_some(home, rooms.clone()).await?;
+            let is_gone = |found: &Option<Found>| {
+                let record = found.as_ref().and_then(|found| found.record.as_ref());
+                record.is_none_or(|record| record.owner != *owner)
+            };
+            gone.extend(rooms.into_iter().zip(found).filter(|(_, found)| is_gone(found)));
+        }
+        let gone: Vec<RoomId> = gone.into_iter().map(|(room, _)| room).collect();
+        self.forget_owned(owner, &gone).await
+    }
+
+    async fn forget_owned(&self, owner: &UserId, rooms: &[RoomId]) -> Result<(), BusError> {
+        if rooms.is_empty() {
+            return Ok(());
+        }
+        let keyspace = self.router.keyspace();
+        let home = keyspace.home_of_text(owner.as_str());
+        let rooms: Vec<&str> = rooms.iter().map(RoomId::as_str).collect();
+        self.ask(home, async |connection| {
+            let mut forget = redis::cmd("ZREM");
+            forget.arg(keyspace.owned(owner)).arg(&rooms).query_async::<()>(connection).await
+        })
+        .await
     }
 
     pub(in crate::bus::redis) async fn find(

@@ -19,5 +19,7 @@ end
 if seq > tonumber(meta[3] or '0') then
     redis.call('HSET', KEYS[1], 'a', digits(seq))
 end
-redis.call('PEXPIRE', KEYS[1], ARGV[3])
+if seq > 0 then
+    redis.call('PEXPIRE', KEYS[1], ARGV[3])
+end
 return 1

@@ -22,12 +22,14 @@ if KEYS[7] then
 end
 local begun = ordinal(epoch) + 1
 redis.call('DEL', KEYS[1], KEYS[3], KEYS[4])
-redis.call('HDEL', KEYS[2], 'pe', 'ps', 'at', 'from', 'prev')
+redis.call('HDEL', KEYS[2], 'pe', 'ps', 'at', 'from', 'prev', 'a')
 redis.call('HSET', KEYS[2], 'e', epoch_above(begun - 1, ARGV[3]), 's', '0', 'd', digits(begun))
 redis.call('PEXPIRE', KEYS[2], ARGV[5])
 if KEYS[7] then
     redis.call('DEL', KEYS[7], KEYS[8], KEYS[10])
     redis.call('ZREM', KEYS[9], ARGV[7])
     redis.call('PUBLISH', ARGV[2], '!c deleted ' .. ARGV[9])
+else
+    redis.call('PUBLISH', ARGV[2], '!e')
 end
 return 'deleted'

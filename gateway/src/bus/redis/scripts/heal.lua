@@ -103,7 +103,7 @@ end
 if replaces then
     redis.call('DEL', KEYS[1])
     redis.call('HSET', KEYS[2], 'e', epoch, 's', digits(first - 1), 'at', digits(now),
-        'from', digits(first), 'prev', digits(first), 'r', 'healing',
+        'from', digits(first), 'prev', digits(first), 'r', 'healing', 'u', '1',
         -- Who gives it back to a server that is open was not heard there: others may have had more.
         'n', opened(KEYS[5], token) and '-1' or ARGV[14])
     if ARGV[9] ~= '' then

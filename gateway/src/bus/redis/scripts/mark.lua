@@ -2,11 +2,16 @@
 -- Notes how far a user has read, and passes it on where that is further than before.
 --
 -- KEYS  1 marks (hash)  2 meta of the room's log
--- ARGV  1 user  2 number of the entry  3 channel  4 connection  5 ttl, ms
+-- ARGV  1 user  2 number of the entry  3 channel  4 connection  5 ttl, ms  6 of how many users
+-- Returns 1, or 0 where no more users are noted.
 
 local top = tonumber(redis.call('HGET', KEYS[2], 's') or '0')
 local seq = math.min(tonumber(ARGV[2]), top)
-local before = math.min(tonumber(redis.call('HGET', KEYS[1], ARGV[1]) or '0'), top)
+local noted = redis.call('HGET', KEYS[1], ARGV[1])
+local before = math.min(tonumber(noted or '0'), top)
+if seq > before and not noted and redis.call('HLEN', KEYS[1]) >= tonumber(ARGV[6]) then
+    return 0
+end
 if seq > before then
     redis.call('HSET', KEYS[1], ARGV[1], digits(seq))
     redis.call('PUBLISH', ARGV[3], '!r ' .. ARGV[1] .. ' ' .. digits(seq) .. ' ' .. ARGV[4])

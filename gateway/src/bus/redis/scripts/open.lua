@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Has a connection take its session, or makes one; and looks at the user's inbox.
 --
 -- KEYS, ARGV to 6 as in the prelude, of the inbox
@@ -6,12 +7,16 @@
 -- ARGV  7 author: the user, as envelopes name it  8 session presented or empty  9 its digest
 --       10 session that is made otherwise  11 its digest  12 connection  13 about it
 --       14 how long a session is kept, ms  15 the most sessions
+--       16 above the watermark of memory: how long the sessions of a user are kept who has none, ms, or empty
 -- Returns session, about of the connection before or nothing, time in microseconds, and of the inbox
 -- epoch, top, acknowledged, oldest entry kept or 0, unread.
 
-local epoch, top = whole()
+local epoch, top, meta = whole()
 if not epoch then
     return stale
+end
+if not meta[9] then
+    keep_as_any()
 end
 
 local time = redis.call('TIME')
@@ -60,8 +65,7 @@ if not session then
 end
 redis.call('HSET', KEYS[7], session,
     digest .. ' ' .. created .. ' ' .. digits(now) .. ' ' .. ARGV[12] .. ' ' .. ARGV[13])
-redis.call('PEXPIRE', KEYS[7], ttl)
-redis.call('PEXPIRE', KEYS[8], ttl)
+keep_sessions(KEYS[7], KEYS[8], ARGV[14], ARGV[16])
 
 local acked = math.min(tonumber(redis.call('HGET', KEYS[2], 'a') or '0'), top)
 -- Large ones are not all looked at: above a MiB the others count as from somebody else.

@@ -40,6 +40,20 @@ local function is_here(token)
     return token == string.sub(run, 1, 8) .. string.sub(history, 1, 8)
 end
 
+-- Has the sessions of a user be kept from now on. `new_ttl`: how long, where the user had none; those that
+-- were there are not kept for a shorter time by that.
+local function keep_sessions(sessions, data, ttl, new_ttl)
+    for _, key in ipairs({ sessions, data }) do
+        if new_ttl == '' then
+            redis.call('PEXPIRE', key, ttl)
+        elseif redis.call('PTTL', key) == -1 then
+            redis.call('PEXPIRE', key, new_ttl)
+        else
+            redis.call('PEXPIRE', key, new_ttl, 'GT')
+        end
+    end
+end
+
 local function ordinal(epoch)
     return tonumber(string.match(epoch, '^(%d+)-')) or 0
 end
@@ -78,6 +92,25 @@ local function append(epoch, seq, entry, ids)
     redis.call('PEXPIREAT', ids.newer, ids.gone)
     redis.call('PEXPIRE', KEYS[1], ARGV[4])
     redis.call('PUBLISH', ARGV[2], position .. ':' .. entry.stamp .. '\n' .. entry.envelope)
+end
+
+-- An inbox was kept as that of a user who was never connected, whose ids are looked for in the log itself.
+-- From now on it is kept as any.
+local function keep_as_any()
+    local ids = {}
+    ids.newer, ids.older, ids.gone = id_hashes(KEYS[3], KEYS[4], now_ms(), tonumber(ARGV[6]))
+    redis.call('HSET', KEYS[2], 'u', '1')
+    local count = redis.call('XLEN', KEYS[1])
+    if count == 0 or count > 1000 then
+        return
+    end
+    for _, entry in ipairs(redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 64)) do
+        local position = entry[2][2] .. ':' .. string.match(entry[1], '^%d+')
+        redis.call('HSET', ids.newer, key_of(entry[2][6]), position)
+    end
+    redis.call('PEXPIREAT', ids.newer, ids.gone)
+    redis.call('PEXPIRE', KEYS[1], ARGV[4])
+    redis.call('PEXPIRE', KEYS[2], ARGV[5])
 end
 
 local function is_logged(envelope, ids)
@@ -176,6 +209,15 @@ local function give_numbers_back(epoch, top, may_fill, ids)
     return top, false, left
 end
 
+-- How long the meta of a room is kept, ms: for minutes where nothing has a number in its epoch, and no
+-- deletion has to be remembered.
+local function head_ttl(top, deleted)
+    if top > 0 or deleted then
+        return ARGV[5]
+    end
+    return digits(math.min(tonumber(ARGV[5]), 300000))
+end
+
 -- The room's epoch and top, and the fields of its meta as they were read; nothing where the nodes
 -- have not agreed on this server. The first touch after that gives numbers back, and declares the
 -- room whole under the token and in its term. Where somebody was not heard since it was so declared
@@ -184,7 +226,7 @@ end
 -- former one: also where that was on a server that is gone, and nobody touched the room there.
 local function whole()
     local token = ARGV[1]
-    local meta = redis.call('HMGET', KEYS[2], 'e', 's', 'r', 'n', 'at', 'from', 'prev')
+    local meta = redis.call('HMGET', KEYS[2], 'e', 's', 'r', 'n', 'at', 'from', 'prev', 'd', 'u')
     local epoch, top = meta[1], tonumber(meta[2])
     if epoch and meta[3] == token then
         return epoch, top, meta
@@ -215,6 +257,6 @@ local function whole()
         end
     end
     redis.call('DEL', KEYS[6])
-    redis.call('PEXPIRE', KEYS[2], ARGV[5])
+    redis.call('PEXPIRE', KEYS[2], head_ttl(top, meta[8]))
     return epoch, top, meta
 end

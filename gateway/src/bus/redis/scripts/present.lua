@@ -51,7 +51,7 @@ end
 -- A user has come to the cluster, or left it, having done something last at `active`.
 local function tell_status(user, active)
     if active then
-        local kept_ms, kept_max = 30 * 24 * 3600 * 1000, 1000000
+        local kept_ms, kept_max = 30 * 24 * 3600 * 1000, 200000
         redis.call('ZADD', KEYS[6], active, user)
         redis.call('ZREMRANGEBYSCORE', KEYS[6], '-inf', digits(tonumber(active) - kept_ms))
         redis.call('ZREMRANGEBYRANK', KEYS[6], 0, -kept_max - 1)

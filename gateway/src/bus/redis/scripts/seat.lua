@@ -6,14 +6,16 @@
 --       9 a random number  10 whether to keep to rules: 1 or empty
 --       11 the hash that the password fits, or empty  12 whether the room may be made: 1 or empty
 --       13 whether the user may come to be present by this: 1 or empty
+--       14 with rules, whether a room may come to be that is not there: 1, `tight` or empty
 -- Returns what became of it, and for `ok` epoch, number, how many are present, how far the user has
--- read, and the ordinal of the epoch that the room's last deletion began.
+-- read, the ordinal of the epoch that the room's last deletion began, and 1 where the room has come to be.
 
 local user, name, here = ARGV[4], ARGV[5], tonumber(ARGV[6])
 local total, since, active, known_as = row_of(user)
 local was_present = total ~= nil
 local epoch, number, begun = version()
 local count = epoch and redis.call('HLEN', KEYS[1]) - 1 or 0
+local is_made = false
 
 if ARGV[10] == '1' then
     local record = redis.call('HMGET', KEYS[4], 'owner', 'password', 'max')
@@ -25,6 +27,10 @@ if ARGV[10] == '1' then
     end
     if record[3] and not was_present and count >= tonumber(record[3]) then
         return { 'full' }
+    end
+    is_made = not record[1] and not epoch and redis.call('EXISTS', KEYS[8]) == 0
+    if is_made and ARGV[14] ~= '1' then
+        return { ARGV[14] == 'tight' and 'tight' or 'quota' }
     end
 end
 
@@ -69,4 +75,5 @@ end
 local read = is_room and tonumber(redis.call('HGET', KEYS[7], user) or '0') or 0
 local meta = is_room and redis.call('HMGET', KEYS[8], 's', 'd') or {}
 local top, deleted = tonumber(meta[1] or '0'), meta[2] or '0'
-return { 'ok', epoch or '0', digits(number or 0), count, digits(math.min(read, top)), deleted }
+local made = is_made and '1' or '0'
+return { 'ok', epoch or '0', digits(number or 0), count, digits(math.min(read, top)), deleted, made }

@@ -4,6 +4,7 @@
 --
 -- KEYS  1 sessions (hash)  2 data of sessions (hash)
 -- ARGV  1 session  2 connection  3 how long a session is kept, ms  4 whether it has ended: 1 or empty
+--       5 above the watermark of memory: how long those of a user are kept who had none, ms, or empty
 
 local row = redis.call('HGET', KEYS[1], ARGV[1])
 if not row then
@@ -16,7 +17,6 @@ else
     local left = ARGV[4] == '1' and '-' or connection
     local now = digits(now_ms())
     redis.call('HSET', KEYS[1], ARGV[1], digest .. ' ' .. created .. ' ' .. now .. ' ' .. left .. ' ' .. about)
-    redis.call('PEXPIRE', KEYS[1], ARGV[3])
-    redis.call('PEXPIRE', KEYS[2], ARGV[3])
+    keep_sessions(KEYS[1], KEYS[2], ARGV[3], ARGV[5])
 end
 return 1
