@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use shared::{
     client::connection::{Connection, Received},
     ids::MessageId,
+    position::Position,
     protocol::answer::{Answer, LeftReason, Notification},
 };
 
@@ -422,6 +423,46 @@ async fn the_trail_of_a_message_says_where_it_went() {
 }
 
 #[tokio::test]
+async fn an_inbox_is_emptied_and_its_connections_are_reset() {
+    World::each(&OPTIONS, async |world| {
+        let mut ann = world.connect(0, "ann").await;
+        let mut bob = Device::open(world, 1, "bob", |_| {}).await;
+        let send = |text: &str| json!({"type": "direct", "to": "bob", "content": text});
+        for text in ["one", "two"] {
+            ask(&mut ann, send(text)).await.unwrap();
+        }
+        bob.tell(json!({"type": "ack", "seq": 1})).await;
+        let emptied = world.call(2, "DELETE /api/v1/users/bob/inbox", None, 200).await;
+        assert_eq!(emptied, json!({"user": "bob"}));
+        let reset = heard(&mut bob.connection, |frame| match frame {
+            Answer::Reset(reset) => Some(reset),
+            _ => None,
+        })
+        .await;
+        assert_eq!((reset.room, reset.seq), (None, 0));
+        ask(&mut ann, send("three")).await.unwrap();
+        let direct = bob.direct().await;
+        assert_eq!((direct.content.as_str(), direct.seq), (Some("three"), 1));
+        assert_eq!(direct.epoch, reset.epoch);
+        // Another device that has an old position is told, and gets what is there.
+        let had = Position::new(bob.connected.inbox.epoch.clone(), 1);
+        let mut other = Device::open(world, 0, "bob", |to| to.inbox = Some(had)).await;
+        let inbox = &other.connected.inbox;
+        assert_eq!((inbox.seq, inbox.acked, inbox.unread), (1, 0, 1));
+        let reset = heard(&mut other.connection, |frame| match frame {
+            Answer::Reset(reset) => Some(reset),
+            Answer::Direct(direct) => panic!("{direct:?} without a reset"),
+            _ => None,
+        })
+        .await;
+        assert_eq!(reset.epoch, direct.epoch);
+        // One that is not there is empty as well.
+        world.call(0, "DELETE /api/v1/users/nobody/inbox", None, 200).await;
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn nodes_are_listed_counted_and_taken_out_of_service() {
     World::each(&OPTIONS, async |world| {
         let mut ann = world.connect(0, "ann").await;
@@ -468,7 +509,7 @@ async fn nothing_that_the_document_allows_or_forbids_brings_an_answer_that_it_do
         .expect("schemathesis is installed by `make setup`");
     let told = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{told}");
-    assert!(told.contains("Tested: 22"), "{told}");
+    assert!(told.contains("Tested: 23"), "{told}");
     // It is as well as before.
     assert_eq!(call_as(Some(KEY), gateway.address, "GET /api/v1/online", None).await.status, 200);
 }

@@ -317,6 +317,7 @@ fn paths() -> OpenApiRouter<Arc<Node>> {
         .routes(routes!(users::disconnect))
         .routes(routes!(users::sessions, users::revoke))
         .routes(routes!(users::revoke_one))
+        .routes(routes!(users::empty_inbox))
         .routes(routes!(users::online))
         .routes(routes!(nodes::list))
         .routes(routes!(nodes::drain))

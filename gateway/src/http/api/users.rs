@@ -9,7 +9,7 @@ use axum::{
 use serde::{Deserialize, Serialize};
 use shared::{
     error::ErrorCode,
-    ids::{SessionId, UserId},
+    ids::{RoomId, SessionId, UserId},
 };
 use utoipa::ToSchema;
 
@@ -159,6 +159,13 @@ pub(super) struct Closing {
     /// Whether the client may resume its session.
     #[serde(default)]
     keep_session: Option<bool>,
+}
+
+/// Whose inbox was emptied.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct Emptied {
+    /// The user.
+    user: String,
 }
 
 /// Which sessions to keep.
@@ -341,6 +348,22 @@ pub(super) async fn revoke_one(
         return Err(Failed::new(ErrorCode::NotFound, "there is no such session"));
     }
     Ok(Json(outcome.into()))
+}
+
+/// Empty the inbox of a user: all of its entries, read or not. Connections of the user are told by
+/// `reset` and go on with what comes.
+#[utoipa::path(
+    delete, path = "/api/v1/users/{user}/inbox", tag = "users",
+    params(("user" = String, Path, description = "The user", pattern = "^[A-Za-z0-9.:@|+=-][A-Za-z0-9_.:@|+=-]{0,127}$")),
+    responses((status = 200, description = "It is empty, also where there was none.", body = Emptied), Common)
+)]
+pub(super) async fn empty_inbox(
+    State(node): State<Arc<Node>>,
+    Path(id): Path<String>,
+) -> Result<Json<Emptied>, Failed> {
+    let inbox = RoomId::inbox_of(&user(&id)?);
+    wait(&node, node.services.bus.delete(inbox)).await?;
+    Ok(Json(Emptied { user: id }))
 }
 
 #[cfg(test)]
