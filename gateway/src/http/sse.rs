@@ -85,6 +85,9 @@ const CURSOR_BYTES_MAX: usize = 8 * 1024;
 const PIECE_BYTES: usize = 32 * 1024;
 /// How many pieces wait for the connection to take them: one, and one with which the stream ends.
 const PIECES_MAX: usize = 2;
+/// Sent by a proxy that asks the next node where this one says 503, and tells browsers itself when to
+/// come back where none is left.
+const FAILOVER: HeaderName = HeaderName::from_static("x-skein-failover");
 /// The longest body of a refusal.
 const REFUSAL_BYTES_MAX: usize = 4 * 1024;
 
@@ -242,8 +245,14 @@ async fn complete(
     let allowed = node.options.allowed_origins.allow(request.headers());
     let origin = request.headers().get(header::ORIGIN).cloned();
     let is_get = request.method() == Method::GET;
+    let fails_over = request.headers().contains_key(FAILOVER);
     let mut response = next.run(request).await;
-    if is_get && matches!(response.status().as_u16(), 429 | 503) {
+    let passes = match response.status() {
+        StatusCode::TOO_MANY_REQUESTS => is_get,
+        StatusCode::SERVICE_UNAVAILABLE => is_get && !fails_over,
+        _ => false,
+    };
+    if passes {
         response = come_back(response).await;
     }
     let headers = response.headers_mut();

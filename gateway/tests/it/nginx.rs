@@ -9,7 +9,10 @@ use shared::client::{
 };
 use tokio::time::Instant;
 
-use crate::harness::{Http, Nginx, Node, Redis, get, http_raw, until, within};
+use crate::{
+    harness::{Http, Nginx, Node, Redis, free_port, get, http_raw, until, within},
+    sse::Stream,
+};
 
 struct Cluster {
     nodes: Vec<Node>,
@@ -143,6 +146,19 @@ async fn a_node_that_stops_is_passed_over() {
     })
     .await;
     assert_ne!(cluster.connect(with_cookie(&client.route)).await.node, "n2");
+    let query = format!("node={}", client.route);
+    let mut stream = Stream::open(cluster.nginx.address, &query, None).await;
+    assert_ne!(stream.frame().await["node"], "n2");
+}
+
+#[tokio::test]
+async fn browsers_with_event_streams_are_told_to_come_back_when_no_node_is_there() {
+    let nowhere = SocketAddr::from(([127, 0, 0, 1], free_port()));
+    let nginx = Nginx::start(&[nowhere]).await;
+    let mut stream = Stream::open(nginx.address, "rooms=a", None).await;
+    assert!(stream.head.starts_with("HTTP/1.1 200"), "{}", stream.head);
+    assert!(stream.head.contains("text/event-stream"), "{}", stream.head);
+    assert_eq!(stream.line().await, "retry: 5000");
 }
 
 #[tokio::test]

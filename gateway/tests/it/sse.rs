@@ -14,15 +14,15 @@ use crate::{
 };
 
 /// An open stream.
-struct Stream {
+pub struct Stream {
     reader: BufReader<TcpStream>,
-    head: String,
+    pub head: String,
     /// The id of the last event that had one.
     id: String,
 }
 
 impl Stream {
-    async fn open(address: SocketAddr, query: &str, last: Option<&str>) -> Self {
+    pub async fn open(address: SocketAddr, query: &str, last: Option<&str>) -> Self {
         let mut socket = TcpStream::connect(address).await.unwrap();
         let last = last.map(|id| format!("Last-Event-ID: {id}\r\n")).unwrap_or_default();
         let request = format!("GET /sse?{query} HTTP/1.1\r\nHost: {address}\r\n{last}\r\n");
@@ -39,14 +39,14 @@ impl Stream {
         }
     }
 
-    async fn line(&mut self) -> String {
+    pub async fn line(&mut self) -> String {
         let mut line = String::new();
         within(self.reader.read_line(&mut line)).await.unwrap();
         line.trim_end().to_owned()
     }
 
     /// The next frame. Sizes of chunks stand between, which no event begins like.
-    async fn frame(&mut self) -> Value {
+    pub async fn frame(&mut self) -> Value {
         loop {
             let line = self.line().await;
             if let Some(id) = line.strip_prefix("id: ") {
@@ -205,6 +205,11 @@ async fn refusals_that_pass_are_streams_that_end() {
     let mut ann = full.connect("ann").await;
     ann.request(&json!({"type": "ping"})).await.unwrap();
     assert_come_back(&get(full.address, "/sse").await, "unavailable");
+    // A proxy that asks the next node is to know.
+    let proxied =
+        "GET /sse HTTP/1.1\r\nHost: x\r\nX-Skein-Failover: 503\r\nConnection: close\r\n\r\n";
+    let proxied = http_raw(full.address, proxied).await;
+    assert!(proxied.status == 503 && proxied.header("retry-after").is_some(), "{proxied:?}");
     let busy = Gateway::start(&[("limits.handshakes_per_minute_per_ip", "1")]).await;
     assert_eq!(get(busy.address, "/sse?rooms=a%20b").await.status, 400);
     assert_come_back(&get(busy.address, "/sse").await, "rate_limited");
