@@ -30,6 +30,11 @@ async fn browser(driver: &Chromedriver) -> Client {
 /// Opens the page in the present window, joins and waits until it is online.
 async fn enter(browser: &Client, url: &str, name: &str) {
     browser.goto(&format!("{url}?user={name}&name={name}&room=lobby")).await.unwrap();
+    join(browser).await;
+}
+
+/// Joins in the page that is open and waits until it is online.
+async fn join(browser: &Client) {
     let join = browser.find(Locator::Css("#join")).await.unwrap();
     join.click().await.unwrap();
     let online = Locator::Css("#status[data-state=online]");
@@ -139,6 +144,41 @@ async fn a_message_typed_in_one_page_appears_in_another() {
         count("gateway_handshakes_total{outcome=\"accepted\"}")
     );
     assert!(count("gateway_deflated_messages_total") > 0, "`connected` is large enough");
+}
+
+/// A browser that does not keep to the compression it agreed on is closed with 1007.
+#[tokio::test]
+async fn the_page_comes_back_without_compression_once() {
+    let gateway = Gateway::start(&[]).await;
+    let driver = Chromedriver::start().await;
+    let browser = browser(&driver).await;
+    browser
+        .goto(&format!("http://{}/?user=ann&name=ann&room=lobby", gateway.address))
+        .await
+        .unwrap();
+    let keep = "window.sockets = []; const Real = WebSocket; window.WebSocket = class extends Real { \
+                constructor(...all) { super(...all); sockets.push(this); } };";
+    browser.execute(keep, vec![]).await.unwrap();
+    join(&browser).await;
+    let end = async |number: usize| {
+        let end = format!("sockets[{number}].onclose({{ code: 1007, reason: 'bad_deflate' }})");
+        browser.execute(&end, vec![]).await.unwrap();
+    };
+    let urls = async || {
+        let urls = browser.execute("return sockets.map(({ url }) => url)", vec![]).await.unwrap();
+        serde_json::from_value::<Vec<String>>(urls).unwrap()
+    };
+    end(0).await;
+    until("the page is back", async || urls().await.len() == 2).await;
+    let online = Locator::Css("#status[data-state=online]");
+    browser.wait().at_most(PATIENCE).for_element(online).await.unwrap();
+    let asked: Vec<bool> = urls().await.iter().map(|url| url.contains("deflate=off")).collect();
+    assert_eq!(asked, [false, true]);
+    end(1).await;
+    shows(&browser, "#status", "The server could not read what this page sent. Reload the page.")
+        .await;
+    assert_eq!(urls().await.len(), 2);
+    browser.close().await.unwrap();
 }
 
 #[tokio::test]
