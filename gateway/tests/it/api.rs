@@ -485,14 +485,114 @@ async fn nodes_are_listed_counted_and_taken_out_of_service() {
     .await;
 }
 
+/// The document as generators want it: operations that can be told apart, one error, a server.
+#[tokio::test]
+async fn the_document_names_its_operations_its_error_and_its_server() {
+    let gateway = crate::harness::Gateway::start(&OPTIONS).await;
+    let document = crate::harness::get(gateway.address, "/api/openapi.json").await.body;
+    let document: Value = serde_json::from_str(&document).unwrap();
+    let mut ids = Vec::new();
+    for (path, methods) in document["paths"].as_object().unwrap() {
+        for (method, call) in methods.as_object().unwrap() {
+            ids.push(call["operationId"].as_str().unwrap());
+            for (status, answer) in call["responses"].as_object().unwrap() {
+                let schema = &answer["content"]["application/json"]["schema"];
+                let error = json!({"$ref": "#/components/schemas/Problem"});
+                let is_error = status.as_str() >= "400";
+                assert_eq!(*schema == error, is_error, "{method} {path} {status}: {schema}");
+            }
+        }
+    }
+    ids.sort_unstable();
+    ids.dedup();
+    assert_eq!(ids.len(), 23, "{ids:?}");
+    // The second is relative to the document, so that both may lie below any path.
+    let servers = [&document["servers"][0]["url"], &document["servers"][1]["url"]];
+    assert_eq!(servers, ["/", ".."]);
+    let page = crate::harness::get(gateway.address, "/api/docs").await;
+    assert!(page.status == 200 && !page.body.contains("\"/api"), "{}", page.body);
+    // Also where the path cannot be read.
+    let bad = call_as(Some(KEY), gateway.address, "GET /api/v1/rooms/%FF", None).await;
+    let problem: Value = serde_json::from_str(&bad.body).unwrap();
+    assert_eq!((bad.status, &problem["error"]["code"]), (400, &json!("bad_request")));
+}
+
+/// The folder of a tool that `make setup` has installed.
+fn tool(name: &str) -> String {
+    let home = std::env::var("HOME").unwrap();
+    let cache = std::env::var("XDG_CACHE_HOME").unwrap_or(format!("{home}/.cache"));
+    format!("{cache}/skein/{name}")
+}
+
+/// Runs a command, which has to succeed, and returns what it printed.
+async fn run(folder: &std::path::Path, program: &str, arguments: &[&str]) -> String {
+    let output = tokio::process::Command::new(program)
+        .current_dir(folder)
+        .args(arguments)
+        .output()
+        .await
+        .unwrap_or_else(|error| panic!("{program} is installed by `make setup`: {error}"));
+    let told = String::from_utf8_lossy(&output.stdout).into_owned();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{program} {arguments:?}: {told}{errors}");
+    told
+}
+
+/// Clients that are generated of the document (PyPI: openapi-python-client; npm: openapi-typescript) are
+/// whole, compile, and call every operation.
+#[tokio::test]
+async fn generated_clients_call_every_operation() {
+    let outside = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/outside");
+    let (python, typescript) =
+        (tool("openapi-python-client-0.29.1"), tool("openapi-typescript-7.13.0"));
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let [first, second] = [
+        crate::harness::Gateway::start(&OPTIONS).await,
+        crate::harness::Gateway::start(&OPTIONS).await,
+    ];
+    let document = crate::harness::get(first.address, "/api/openapi.json").await.body;
+    std::fs::write(folder.join("openapi.json"), document).unwrap();
+
+    let in_python = async {
+        let generator = format!("{python}/bin/openapi-python-client");
+        // Its formatter stands beside it.
+        let path = format!("PATH={python}/bin:{}", std::env::var("PATH").unwrap());
+        let mut generate = vec![&*path, &*generator, "generate", "--path", "openapi.json"];
+        generate.extend(["--meta", "none", "--output-path", "skein", "--fail-on-warning"]);
+        run(folder, "env", &generate).await;
+        let script = format!("{outside}/generated_client.py");
+        let url = format!("http://{}", first.address);
+        run(folder, &format!("{python}/bin/python"), &[&script, ".", &url, KEY]).await
+    };
+    let in_typescript = async {
+        let bin = |name: &str| format!("{typescript}/node_modules/.bin/{name}");
+        std::os::unix::fs::symlink(
+            format!("{typescript}/node_modules"),
+            folder.join("node_modules"),
+        )
+        .unwrap();
+        let source = folder.join("generated_client.mts");
+        std::fs::copy(format!("{outside}/generated_client.ts"), source).unwrap();
+        run(folder, &bin("openapi-typescript"), &["openapi.json", "-o", "skein.ts"]).await;
+        let strict = ["--strict", "--noUncheckedIndexedAccess", "--skipLibCheck"];
+        let target = ["--module", "nodenext", "--target", "es2022", "--lib", "es2022,dom"];
+        let source = ["generated_client.mts"];
+        run(folder, &bin("tsc"), &[&strict[..], &target, &source].concat()).await;
+        let url = format!("http://{}", second.address);
+        run(folder, "node", &["generated_client.mjs", &url, KEY]).await
+    };
+    let (in_python, in_typescript) = tokio::join!(in_python, in_typescript);
+    assert_eq!(in_python.lines().count(), 23, "{in_python}");
+    assert_eq!(in_python, in_typescript);
+}
+
 /// What is sent is made of the document by a tool that shares no code with this (PyPI: schemathesis):
 /// valid, not quite valid, in sequences. Whatever is answered has to be in the document.
 #[tokio::test]
 async fn nothing_that_the_document_allows_or_forbids_brings_an_answer_that_it_does_not_have() {
     let gateway = crate::harness::Gateway::start(&OPTIONS).await;
-    let home = std::env::var("HOME").unwrap();
-    let cache = std::env::var("XDG_CACHE_HOME").unwrap_or(format!("{home}/.cache"));
-    let tool = format!("{cache}/skein/schemathesis-4.32.5/bin/schemathesis");
+    let tool = tool("schemathesis-4.32.5/bin/schemathesis");
     let folder = tempfile::tempdir().unwrap();
     let examples = if std::env::var("SKEIN_API").as_deref() == Ok("full") { "200" } else { "10" };
     let output = tokio::process::Command::new(&tool)

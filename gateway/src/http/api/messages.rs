@@ -235,6 +235,7 @@ pub(super) async fn fate(node: &Node, id: MessageId, appending: Appending) -> Re
 /// Send a message to a room.
 #[utoipa::path(
     post, path = "/api/v1/rooms/{room}/messages", tag = "messages",
+    operation_id = "send_message",
     params(("room" = String, Path, description = "The room", pattern = "^[A-Za-z0-9_.:@-]{1,128}$")),
     request_body = Outgoing,
     responses(
@@ -257,6 +258,7 @@ pub(super) async fn send(
 /// numbered in their order.
 #[utoipa::path(
     post, path = "/api/v1/publish", tag = "messages",
+    operation_id = "publish_messages",
     request_body = Batch,
     responses(
         (status = 201, description = "What became of each; one at least was appended.", body = MessageFates),
@@ -320,6 +322,7 @@ pub(super) struct Trail {
 /// more than some thousand messages.
 #[utoipa::path(
     get, path = "/api/v1/messages/{id}/trail", tag = "messages",
+    operation_id = "message_trail",
     params(("id" = String, Path, description = "The id of the message", format = Uuid), Asked),
     responses((status = 200, description = "What is known.", body = Trail), Common)
 )]

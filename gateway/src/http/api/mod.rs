@@ -280,8 +280,11 @@ pub(super) enum Common {
         title = "Skein server API",
         description = "What an application asks and orders of a Skein cluster. Any node answers for all. Errors are `{\"error\":{\"code\",\"message\"}}`.",
     ),
-    // Relative to the document, so that a proxy may put a path in front of both.
-    servers((url = "..", description = "The node that this document is from")),
+    servers(
+        (url = "/", description = "The node that this document is from"),
+        // Relative to the document.
+        (url = "..", description = "The same, where a proxy has put a path in front of it"),
+    ),
     components(schemas(Problem)),
     security(("api_key" = [])),
     modifiers(&BearerKey),
@@ -334,7 +337,8 @@ pub(super) fn router(node: Arc<Node>) -> Router<Arc<Node>> {
     if !node.options.api.docs {
         return api;
     }
-    let json = document.to_json().expect("a document is JSON");
+    // Shared, so that a client which asks and does not read holds no copy.
+    let json = Bytes::from(document.to_json().expect("a document is JSON"));
     let serve = move || {
         let json = json.clone();
         async { ([(header::CONTENT_TYPE, "application/json")], json) }
@@ -364,6 +368,10 @@ async fn authorize(
         return Failed::new(ErrorCode::Forbidden, text).into_response();
     }
     match bearer(&headers).and_then(|key| keys.name_of(&key)) {
+        // What a path's extractor would say has no code.
+        Some(_) if !is_utf8(request.uri().path()) => {
+            Failed::bad("the path is no UTF-8").into_response()
+        }
         Some(name) => {
             tracing::debug!(key = name, method = %request.method(), path = request.uri().path(), "API");
             next.run(request).await
@@ -378,9 +386,37 @@ async fn authorize(
     }
 }
 
+/// Whether a path is UTF-8 once its escapes are decoded (RFC 3986, section 2.1).
+fn is_utf8(path: &str) -> bool {
+    let mut bytes = Vec::with_capacity(path.len());
+    let mut rest = path.as_bytes();
+    while let Some((first, behind)) = rest.split_first() {
+        let digits = behind.first_chunk::<2>().filter(|_| *first == b'%');
+        let digits = digits.and_then(|digits| std::str::from_utf8(digits).ok());
+        if let Some(byte) = digits.and_then(|digits| u8::from_str_radix(digits, 16).ok()) {
+            bytes.push(byte);
+            rest = &behind[2..];
+        } else {
+            bytes.push(*first);
+            rest = behind;
+        }
+    }
+    std::str::from_utf8(&bytes).is_ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_path_is_read_with_its_escapes() {
+        for good in ["/a", "/a%20b", "/%C3%BC", "/%", "/%2", "/%zz"] {
+            assert!(is_utf8(good), "{good}");
+        }
+        for bad in ["/%FF", "/a%c3", "/%C3%28"] {
+            assert!(!is_utf8(bad), "{bad}");
+        }
+    }
 
     #[test]
     fn a_key_is_known_by_its_name_and_another_is_not() {

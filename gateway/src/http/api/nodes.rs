@@ -67,6 +67,7 @@ pub(super) async fn ask(node: &Node) -> Result<Vec<NodeInfo>, Failed> {
 /// List the nodes.
 #[utoipa::path(
     get, path = "/api/v1/nodes", tag = "nodes",
+    operation_id = "list_nodes",
     responses((status = 200, description = "Those that have answered.", body = Nodes), Common)
 )]
 pub(super) async fn list(State(node): State<Arc<Node>>) -> Result<Json<Nodes>, Failed> {
@@ -77,6 +78,7 @@ pub(super) async fn list(State(node): State<Arc<Node>>) -> Result<Json<Nodes>, F
 /// others. It serves again when it is started again.
 #[utoipa::path(
     post, path = "/api/v1/nodes/{id}/drain", tag = "nodes",
+    operation_id = "drain_node",
     params(("id" = String, Path, description = "The node", pattern = "^[A-Za-z0-9_.:-]{1,64}$")),
     responses((status = 200, description = "On how many nodes the order was taken.", body = Outcome), Common)
 )]
@@ -94,6 +96,7 @@ pub(super) async fn drain(
 /// The cluster in numbers.
 #[utoipa::path(
     get, path = "/api/v1/stats", tag = "nodes",
+    operation_id = "stats",
     responses((status = 200, description = "Sums over the nodes that have answered.", body = Stats), Common)
 )]
 pub(super) async fn stats(State(node): State<Arc<Node>>) -> Result<Json<Stats>, Failed> {

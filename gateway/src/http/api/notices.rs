@@ -64,18 +64,26 @@ pub(super) struct ToAll {
 #[derive(Debug, Serialize, ToSchema)]
 #[serde(untagged)]
 enum NotificationFate {
-    Sent {
-        /// The user.
-        user: String,
-        #[serde(flatten)]
-        sent: Sent,
-    },
-    Failed {
-        /// The user.
-        user: String,
-        #[serde(flatten)]
-        problem: Problem,
-    },
+    Sent(Notified),
+    Failed(NotNotified),
+}
+
+/// Where one user's notification stands.
+#[derive(Debug, Serialize, ToSchema)]
+struct Notified {
+    /// The user.
+    user: String,
+    #[serde(flatten)]
+    sent: Sent,
+}
+
+/// Why one user's notification was not sent.
+#[derive(Debug, Serialize, ToSchema)]
+struct NotNotified {
+    /// The user.
+    user: String,
+    #[serde(flatten)]
+    problem: Problem,
 }
 
 /// What became of it.
@@ -123,6 +131,7 @@ impl Notification {
 /// Notify a user, on all devices, now or when there is one.
 #[utoipa::path(
     post, path = "/api/v1/users/{user}/notifications", tag = "notifications",
+    operation_id = "notify_user",
     params(("user" = String, Path, description = "The user", pattern = "^[A-Za-z0-9.:@|+=-][A-Za-z0-9_.:@|+=-]{0,127}$")),
     request_body = Notification,
     responses(
@@ -144,6 +153,7 @@ pub(super) async fn notify(
 /// Notify many users. Each has its own fate.
 #[utoipa::path(
     post, path = "/api/v1/notifications", tag = "notifications",
+    operation_id = "notify_users",
     request_body = ToMany,
     responses(
         (status = 201, description = "What became of each; one at least was appended.", body = NotificationFates),
@@ -167,8 +177,8 @@ pub(super) async fn notify_many(
     let sends = futures_util::future::join_all(sends).await;
     let status = Sent::status(sends.iter().flatten());
     let fate = |(user, sent): (String, Result<Sent, Failed>)| match sent {
-        Ok(sent) => NotificationFate::Sent { user, sent },
-        Err(failed) => NotificationFate::Failed { user, problem: failed.to_problem() },
+        Ok(sent) => NotificationFate::Sent(Notified { user, sent }),
+        Err(failed) => NotificationFate::Failed(NotNotified { user, problem: failed.to_problem() }),
     };
     let results = users.into_iter().zip(sends).map(fate).collect();
     Ok((status, Json(NotificationFates { results })))
@@ -177,6 +187,7 @@ pub(super) async fn notify_many(
 /// Send something to every connection there is, at most once.
 #[utoipa::path(
     post, path = "/api/v1/broadcast", tag = "notifications",
+    operation_id = "broadcast",
     request_body = ToAll,
     responses((status = 201, description = "It is on its way.", body = Sending), Common)
 )]

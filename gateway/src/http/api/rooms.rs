@@ -175,7 +175,8 @@ fn not_found() -> Failed {
 
 /// List rooms: those that are managed, and those that somebody is in.
 #[utoipa::path(
-    get, path = "/api/v1/rooms", tag = "rooms", params(Paging),
+    get, path = "/api/v1/rooms", tag = "rooms",
+    operation_id = "list_rooms", params(Paging),
     responses((status = 200, description = "A page.", body = Rooms), Common)
 )]
 pub(super) async fn list(
@@ -192,6 +193,7 @@ pub(super) async fn list(
 /// What a room is like.
 #[utoipa::path(
     get, path = "/api/v1/rooms/{room}", tag = "rooms",
+    operation_id = "get_room",
     params(("room" = String, Path, description = "The room", pattern = "^[A-Za-z0-9_.:@-]{1,128}$")),
     responses((status = 200, description = "The room.", body = Room), Common)
 )]
@@ -255,6 +257,7 @@ impl Made {
 /// Make a managed room. One with members or a log is there already.
 #[utoipa::path(
     put, path = "/api/v1/rooms/{room}", tag = "rooms",
+    operation_id = "create_room",
     params(("room" = String, Path, description = "The room", pattern = "^[A-Za-z0-9_.:@-]{1,128}$")),
     request_body(content = Option<Made>, description = "May be empty."),
     responses(
@@ -282,6 +285,7 @@ pub(super) async fn create(
 /// Delete a room with its log. Its members are told.
 #[utoipa::path(
     delete, path = "/api/v1/rooms/{room}", tag = "rooms",
+    operation_id = "delete_room",
     params(("room" = String, Path, description = "The room", pattern = "^[A-Za-z0-9_.:@-]{1,128}$")),
     responses((status = 200, description = "It is no more.", body = Deleted), Common)
 )]
@@ -299,6 +303,7 @@ pub(super) async fn delete(
 /// What was said in a room.
 #[utoipa::path(
     get, path = "/api/v1/rooms/{room}/history", tag = "rooms",
+    operation_id = "room_history",
     params(("room" = String, Path, description = "The room", pattern = "^[A-Za-z0-9_.:@-]{1,128}$"), Which),
     responses((status = 200, description = "A page.", body = History), Common)
 )]
@@ -335,6 +340,7 @@ pub(super) async fn history(
 /// Who is in a room.
 #[utoipa::path(
     get, path = "/api/v1/rooms/{room}/presence", tag = "rooms",
+    operation_id = "room_presence",
     params(("room" = String, Path, description = "The room", pattern = "^[A-Za-z0-9_.:@-]{1,128}$"), Paging),
     responses((status = 200, description = "A page.", body = Presence), Common)
 )]
@@ -365,6 +371,7 @@ pub(super) async fn presence(
 /// Take a user out of a room, on all nodes and devices. This is no ban.
 #[utoipa::path(
     delete, path = "/api/v1/rooms/{room}/members/{user}", tag = "rooms",
+    operation_id = "remove_member",
     params(
         ("room" = String, Path, description = "The room", pattern = "^[A-Za-z0-9_.:@-]{1,128}$"),
         ("user" = String, Path, description = "The user", pattern = "^[A-Za-z0-9.:@|+=-][A-Za-z0-9_.:@|+=-]{0,127}$"),

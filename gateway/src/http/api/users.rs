@@ -189,7 +189,8 @@ pub(super) struct Online {
 
 /// List who is connected to any node.
 #[utoipa::path(
-    get, path = "/api/v1/users", tag = "users", params(Paging),
+    get, path = "/api/v1/users", tag = "users",
+    operation_id = "list_users", params(Paging),
     responses((status = 200, description = "A page.", body = Users), Common)
 )]
 pub(super) async fn list(
@@ -223,6 +224,7 @@ fn right_before(prefix: &str) -> String {
 /// How many are connected, users and connections.
 #[utoipa::path(
     get, path = "/api/v1/online", tag = "users",
+    operation_id = "count_online",
     responses((status = 200, description = "How many.", body = Online), Common)
 )]
 pub(super) async fn online(State(node): State<Arc<Node>>) -> Result<Json<Online>, Failed> {
@@ -235,6 +237,7 @@ pub(super) async fn online(State(node): State<Arc<Node>>) -> Result<Json<Online>
 /// A user: whether connected, over which connections and how they are, and in which rooms.
 #[utoipa::path(
     get, path = "/api/v1/users/{user}", tag = "users",
+    operation_id = "get_user",
     params(("user" = String, Path, description = "The user", pattern = "^[A-Za-z0-9.:@|+=-][A-Za-z0-9_.:@|+=-]{0,127}$")),
     responses((status = 200, description = "The user.", body = User), Common)
 )]
@@ -263,6 +266,7 @@ pub(super) async fn info(
 /// no ban.
 #[utoipa::path(
     post, path = "/api/v1/users/{user}/disconnect", tag = "users",
+    operation_id = "disconnect_user",
     params(("user" = String, Path, description = "The user", pattern = "^[A-Za-z0-9.:@|+=-][A-Za-z0-9_.:@|+=-]{0,127}$")),
     request_body(content = Option<Closing>, description = "May be empty."),
     responses((status = 200, description = "On how many nodes it was applied.", body = Outcome), Common)
@@ -289,6 +293,7 @@ pub(super) async fn disconnect(
 /// The sessions of a user.
 #[utoipa::path(
     get, path = "/api/v1/users/{user}/sessions", tag = "users",
+    operation_id = "list_sessions",
     params(("user" = String, Path, description = "The user", pattern = "^[A-Za-z0-9.:@|+=-][A-Za-z0-9_.:@|+=-]{0,127}$")),
     responses((status = 200, description = "All of them.", body = Sessions), Common)
 )]
@@ -312,6 +317,7 @@ pub(super) async fn sessions(
 /// Revoke the sessions of a user, all or all but one, and close their connections.
 #[utoipa::path(
     delete, path = "/api/v1/users/{user}/sessions", tag = "users",
+    operation_id = "revoke_sessions",
     params(("user" = String, Path, description = "The user", pattern = "^[A-Za-z0-9.:@|+=-][A-Za-z0-9_.:@|+=-]{0,127}$"), Except),
     responses((status = 200, description = "On how many nodes it was applied.", body = Outcome), Common)
 )]
@@ -330,6 +336,7 @@ pub(super) async fn revoke(
 /// Revoke one session of a user, and close its connection.
 #[utoipa::path(
     delete, path = "/api/v1/users/{user}/sessions/{id}", tag = "users",
+    operation_id = "revoke_session",
     params(
         ("user" = String, Path, description = "The user", pattern = "^[A-Za-z0-9.:@|+=-][A-Za-z0-9_.:@|+=-]{0,127}$"),
         ("id" = String, Path, description = "The session", format = Uuid),
