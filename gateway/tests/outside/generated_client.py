@@ -64,6 +64,7 @@ assert not call("get_user", user).online
 assert call("disconnect_user", user, body=models.Closing(code=4321, reason="bye")).nodes == 1
 assert call("list_sessions", user).sessions == []
 assert call("revoke_sessions", user).applied == 1
+assert call("empty_inbox", user).user == user
 assert call("revoke_session", user, str(uuid.uuid4()), status=404).error.code == "not_found"
 nodes = call("list_nodes").nodes
 assert len(nodes) == 1 and call("stats").users == 0

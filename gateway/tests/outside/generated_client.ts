@@ -58,6 +58,7 @@ check(!(await ok("get_user", 200, GET("/api/v1/users/{user}", { params: { path: 
 await ok("disconnect_user", 200, POST("/api/v1/users/{user}/disconnect", { params: { path: user }, body: { code: 4321 } }));
 await ok("list_sessions", 200, GET("/api/v1/users/{user}/sessions", { params: { path: user } }));
 await ok("revoke_sessions", 200, DELETE("/api/v1/users/{user}/sessions", { params: { path: user } }));
+await ok("empty_inbox", 200, DELETE("/api/v1/users/{user}/inbox", { params: { path: user } }));
 const gone = await DELETE("/api/v1/users/{user}/sessions/{id}", { params: { path: { ...user, id } } });
 check(gone.response.status === 404 && gone.error?.error.code === "not_found", "revoke_session");
 called.add("revoke_session");

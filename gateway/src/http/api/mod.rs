@@ -269,6 +269,9 @@ pub(super) enum Common {
     /// A body or a field is larger than it may be.
     #[response(status = 413)]
     TooLarge(Problem),
+    /// Too much in too short a time: try again after `Retry-After`.
+    #[response(status = 429)]
+    RateLimited(Problem),
     /// The bus is away: try again after `Retry-After`.
     #[response(status = 503)]
     Unavailable(Problem),

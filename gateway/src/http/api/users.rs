@@ -361,6 +361,7 @@ pub(super) async fn revoke_one(
 /// `reset` and go on with what comes.
 #[utoipa::path(
     delete, path = "/api/v1/users/{user}/inbox", tag = "users",
+    operation_id = "empty_inbox",
     params(("user" = String, Path, description = "The user", pattern = "^[A-Za-z0-9.:@|+=-][A-Za-z0-9_.:@|+=-]{0,127}$")),
     responses((status = 200, description = "It is empty, also where there was none.", body = Emptied), Common)
 )]
