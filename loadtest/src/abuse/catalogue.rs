@@ -56,6 +56,14 @@ const PLAIN: Attack = Attack {
 const NOTHING: Allowance =
     Allowance { streams: 0, users: 0, records: 0, record_bytes: 0, close: None };
 
+/// Keys of a log in Redis: entries, position, two hashes of ids.
+const KEYS_PER_LOG: u64 = 4;
+/// Inboxes of users who were never connected that one user may begin in an hour
+/// (`limits.new_inboxes_per_hour`).
+const NEW_INBOXES: u64 = 100;
+/// Rooms that one user may begin in a minute, and at once (`limits.new_rooms_per_minute`).
+const NEW_ROOMS: u64 = 120 + 600;
+
 /// All attacks.
 pub(crate) const CATALOGUE: &[Attack] = &[
     Attack { name: "none", group: "-", what: "nothing: what the two nodes differ by", ..PLAIN },
@@ -256,7 +264,7 @@ pub(crate) const CATALOGUE: &[Attack] = &[
                     .per_second(95),
             ]
         },
-        allowed: |_| Allowance { users: 5, records: 500, record_bytes: 1024, ..NOTHING },
+        allowed: |_| rooms_of(5, 2),
         ..PLAIN
     },
     // A4: streams that are not read.
@@ -401,7 +409,7 @@ pub(crate) const CATALOGUE: &[Attack] = &[
                     .per_second(48),
             ]
         },
-        allowed: |_| Allowance { users: 1, records: 200, record_bytes: 256 << 10, ..NOTHING },
+        allowed: |_| inboxes_of(1),
         ..PLAIN
     },
     Attack {
@@ -415,7 +423,7 @@ pub(crate) const CATALOGUE: &[Attack] = &[
                     .per_second(50),
             ]
         },
-        allowed: |_| Allowance { users: 4, records: 400, record_bytes: 6 << 10, ..NOTHING },
+        allowed: |_| inboxes_of(4),
         ..PLAIN
     },
     Attack {
@@ -433,7 +441,7 @@ pub(crate) const CATALOGUE: &[Attack] = &[
                     .per_second(45),
             ]
         },
-        allowed: |_| Allowance { users: 2, records: 400, record_bytes: 8 << 10, ..NOTHING },
+        allowed: |_| rooms_of(2, KEYS_PER_LOG),
         ..PLAIN
     },
     Attack {
@@ -449,7 +457,7 @@ pub(crate) const CATALOGUE: &[Attack] = &[
                     .per_second(48),
             ]
         },
-        allowed: |_| Allowance { users: 1, records: 160, record_bytes: 256 << 10, ..NOTHING },
+        allowed: |_| Allowance { users: 1, records: 160, record_bytes: 128 << 10, ..NOTHING },
         ..PLAIN
     },
     Attack {
@@ -466,7 +474,7 @@ pub(crate) const CATALOGUE: &[Attack] = &[
                 })
                 .per_second(100)]
         },
-        allowed: |_| Allowance { users: 2, records: 400, record_bytes: 16 << 10, ..NOTHING },
+        allowed: |_| Allowance { users: 2, records: 200 * 4, record_bytes: 4 << 10, ..NOTHING },
         ..PLAIN
     },
     Attack {
@@ -523,7 +531,7 @@ pub(crate) const CATALOGUE: &[Attack] = &[
                     .per_second(190),
             ]
         },
-        allowed: |_| Allowance { users: 5, records: 2_000 * 3, record_bytes: 512, ..NOTHING },
+        allowed: |_| rooms_of(5, KEYS_PER_LOG),
         ..PLAIN
     },
     // E: connections that stay open and do little.
@@ -639,6 +647,17 @@ pub(crate) fn selected(asked: &[String]) -> Result<Vec<&'static Attack>, String>
         asked.is_empty() || asked.iter().any(|one| matches(attack, &one.to_ascii_lowercase()))
     };
     Ok(CATALOGUE.iter().filter(is_asked).collect())
+}
+
+/// What users leave who may begin so many inboxes.
+fn inboxes_of(users: u64) -> Allowance {
+    let records = users * NEW_INBOXES * KEYS_PER_LOG;
+    Allowance { users, records, record_bytes: 2048, ..NOTHING }
+}
+
+/// What users leave who may begin so many rooms, each of so many keys.
+fn rooms_of(users: u64, keys: u64) -> Allowance {
+    Allowance { users, records: users * NEW_ROOMS * keys, record_bytes: 1024, ..NOTHING }
 }
 
 fn user(serial: u32) -> String {

@@ -2,6 +2,8 @@
 //!
 //! Pure.
 
+use std::collections::BTreeMap;
+
 use serde::Serialize;
 
 use crate::abuse::verdict::{Measured, Verdict};
@@ -21,7 +23,7 @@ pub(crate) struct AttackRow {
 }
 
 /// The columns.
-pub(crate) const HEADINGS: [&str; 13] = [
+pub(crate) const HEADINGS: [&str; 14] = [
     "attack",
     "sent",
     "held: gateway",
@@ -33,6 +35,7 @@ pub(crate) const HEADINGS: [&str; 13] = [
     "control",
     "honest p50/p99",
     "control p50/p99",
+    "attacker was told",
     "back",
     "verdict",
 ];
@@ -60,6 +63,7 @@ impl AttackRow {
             percent(measured.control_cpu_percent),
             times(measured.honest.p50_ms, measured.honest.p99_ms),
             times(measured.control.p50_ms, measured.control.p99_ms),
+            told(&measured.ends),
             back.unwrap_or_else(|| "no".to_owned()),
             verdict.to_string(),
         ]
@@ -86,6 +90,12 @@ pub(crate) fn table(rows: &[AttackRow]) -> String {
     table
 }
 
+/// The most frequent of the ends that connections of the attacker came to.
+fn told(ends: &BTreeMap<String, u64>) -> String {
+    let most = ends.iter().max_by_key(|(_, many)| **many);
+    most.map(|(how, many)| format!("{many} × {how}")).unwrap_or_else(|| "–".to_owned())
+}
+
 fn bytes(bytes: u64) -> String {
     let bytes = bytes as f64;
     match bytes {
@@ -102,13 +112,14 @@ mod tests {
     #[test]
     fn a_row_has_a_cell_for_each_heading() {
         let verdict = Verdict { failures: vec!["1 lost".to_owned()], invalid: None };
-        let measured = Measured { sent_bytes: 12_345_678, ..Measured::default() };
+        let ends = [("1008 rate_limited".to_owned(), 9), ("HTTP 429".to_owned(), 2)].into();
+        let measured = Measured { sent_bytes: 12_345_678, ends, ..Measured::default() };
         let row = AttackRow { group: "A1", name: "pongs", measured, verdict };
         let table = table(&[row]);
         let lines: Vec<&str> = table.lines().collect();
         assert_eq!(lines.len(), 3);
         assert!(lines[2].starts_with("| A1 pongs | 12.3 MB | 0 B | 0 B | 0.00 | +0 |"), "{table}");
-        assert!(lines[2].ends_with("| no | FAILED: 1 lost |"));
+        assert!(lines[2].ends_with("| 9 × 1008 rate_limited | no | FAILED: 1 lost |"), "{table}");
         let bars = |line: &str| line.matches('|').count();
         assert!(lines.iter().all(|line| bars(line) == bars(lines[0])));
     }
