@@ -22,7 +22,7 @@ pub(crate) struct Table {
     pub(crate) machine: Machine,
     pub(crate) rounds: u32,
     pub(crate) measured_ms: u128,
-    pub(crate) gateway_options: [&'static str; 5],
+    pub(crate) gateway_options: [&'static str; GATEWAY_OPTIONS.len()],
     pub(crate) rows: Vec<TableRow>,
 }
 
