@@ -24,6 +24,7 @@ use crate::{
     limits::durable::Quotas,
     presence::Presence,
     publisher::Publisher,
+    rooms::passwords::Passwords,
     session::Services,
     telemetry::{metrics::Metrics, trail::Trails},
 };
@@ -142,7 +143,7 @@ impl Server {
             sessions,
             auth: config.auth,
             rules,
-            passwords: Arc::default(),
+            passwords: Passwords::new(config.passwords, metrics.clone()),
             told,
             metrics: metrics_of_sessions,
             quotas,

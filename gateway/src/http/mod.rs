@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use axum::{Router, routing::get};
+use axum::{Router, middleware, routing::get};
 use shared::ids::{NodeId, UserId};
 
 use crate::{
@@ -39,6 +39,7 @@ mod page;
 mod extensions;
 mod headers;
 mod places;
+mod requests;
 mod client;
 mod upgrade;
 mod sse;
@@ -84,6 +85,10 @@ pub struct HttpLimits {
     pub handshakes_per_ip: Rate,
     /// Handshakes in all.
     pub accepts: Rate,
+    /// Plain HTTP requests of one address.
+    pub requests_per_ip: Rate,
+    /// Calls of the server API without a good key, of one address.
+    pub api_refusals_per_ip: Rate,
     /// One WebSocket message, in bytes.
     pub message_bytes_max: usize,
     /// What waits for one client, in bytes.
@@ -122,6 +127,9 @@ struct State {
     by_user: Counts<UserId>,
     handshakes: Paces<std::net::IpAddr>,
     accepts: Paces<()>,
+    requests: Paces<(std::net::IpAddr, requests::Pool)>,
+    api_log: Seldom,
+    requests_log: Seldom,
 }
 
 /// The two ends of a TCP connection.
@@ -183,6 +191,7 @@ pub fn public(node: Arc<Node>) -> Router {
         .route("/ready", get(health::ready))
         .merge(api::router(node.clone()))
         .fallback(error::not_found)
+        .layer(middleware::from_fn_with_state(node.clone(), requests::pace))
         .with_state(node)
 }
 

@@ -363,7 +363,7 @@ impl Opening {
             let joined = join_at_once(&node, &mut opened.connection, &subscriber, join).await;
             if let Err(code) = joined {
                 let close = match code {
-                    ErrorCode::Unavailable => CloseCode::Overload,
+                    ErrorCode::Unavailable | ErrorCode::RateLimited => CloseCode::Overload,
                     _ => CloseCode::Policy,
                 };
                 let reason = code.as_str().to_owned();

@@ -46,7 +46,7 @@ use crate::{
     },
     presence::{Presence, Stay},
     publisher::{PublishError, Publisher, Receipt, Sender},
-    rooms::{Passwords, RoomRules},
+    rooms::{RoomRules, passwords::Passwords},
     telemetry::metrics::{DurableBound, Metrics},
 };
 

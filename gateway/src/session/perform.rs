@@ -1,6 +1,11 @@
 //! What has to wait for the hub or the bus. Each ends by its answer.
 
-use std::{future::ready, sync::Arc, time::SystemTime};
+use std::{
+    future::ready,
+    net::IpAddr,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use serde_json::value::RawValue;
 use shared::{
@@ -14,7 +19,7 @@ use shared::{
 };
 use tokio::time::Instant;
 
-use super::{Performed, Services, after_outage, refusal, refuse};
+use super::{Performed, Services, after, after_outage, refusal, refuse};
 use crate::{
     bus::{
         BoxFuture, BusError, Range,
@@ -27,9 +32,10 @@ use crate::{
         member::{Subscriber, text_frame},
         people::at,
     },
-    limits::durable::Writer,
+    limits::{address_key, durable::Writer},
     presence::{Stay, Still},
     publisher::bound_of,
+    rooms::passwords::{Checked, Guess},
     telemetry::metrics::{DurableBound, Metrics},
 };
 
@@ -58,6 +64,24 @@ impl Asked {
         let refusal = refusal(self.reference.clone(), kind, room, code, text);
         let refusal = if code.is_retryable() { after_outage(refusal) } else { refusal };
         refuse(&self.services, &self.subscriber, refusal)
+    }
+
+    /// As [`Asked::refuse`], of what may be tried again after `wait`.
+    pub(super) fn limit(
+        &self,
+        kind: &str,
+        room: Option<&RoomId>,
+        wait: Duration,
+        text: &str,
+    ) -> ErrorCode {
+        let code = ErrorCode::RateLimited;
+        let refusal = after(refusal(self.reference.clone(), kind, room, code, text), wait);
+        refuse(&self.services, &self.subscriber, refusal)
+    }
+
+    /// The client's address, as limits count it.
+    pub(super) fn address(&self) -> Option<IpAddr> {
+        self.subscriber.owner().map(|owner| address_key(owner.about.address))
     }
 
     /// What the bus answers, if it does within the time that a frame may wait.
@@ -104,6 +128,30 @@ pub(super) fn text_of_bound(error: BusError) -> (ErrorCode, &'static str) {
 
 /// What is told where the bus does not answer.
 const AWAY: (ErrorCode, &str) = (ErrorCode::Unavailable, "the bus is away; try again later");
+/// What is told where passwords are not checked for a while.
+pub(super) const TOO_MANY_PASSWORDS: &str =
+    "too many passwords were wrong, or are being checked; this one was not looked at";
+
+/// Why a user could not enter a room.
+enum NotEntered {
+    Enter(EnterError),
+    /// The password was not checked.
+    PasswordLater(Duration),
+    /// This node follows as many rooms as it may.
+    TooManyRooms,
+}
+
+impl From<EnterError> for NotEntered {
+    fn from(error: EnterError) -> Self {
+        Self::Enter(error)
+    }
+}
+
+impl From<BusError> for NotEntered {
+    fn from(error: BusError) -> Self {
+        Self::Enter(error.into())
+    }
+}
 
 /// `again`: for a member already, what it would be told on entering now.
 pub(super) async fn join(
@@ -129,19 +177,23 @@ pub(super) async fn join(
         };
         let (subscriber, reference) = (asked.subscriber.clone(), asked.reference.clone());
         let joined = asked.services.hub.join(join.room, subscriber, reference, start, admission);
-        match joined.await.map_err(|_| EnterError::Bus(BusError::Unavailable))? {
-            JoinOutcome::Member { .. } => Ok(Some(stay)),
-            JoinOutcome::TooManyRooms => Ok(None),
+        match joined.await.map_err(|_| BusError::Unavailable)? {
+            JoinOutcome::Member { .. } => Ok(stay),
+            JoinOutcome::TooManyRooms => Err(NotEntered::TooManyRooms),
         }
     };
     let error = match tokio::time::timeout(wait_max, joining).await {
-        Ok(Ok(Some(stay))) => return Performed::Joined(stay),
-        Ok(Ok(None)) => {
+        Ok(Ok(stay)) => return Performed::Joined(stay),
+        Ok(Err(NotEntered::Enter(error))) => error,
+        Ok(Err(NotEntered::PasswordLater(wait))) => {
+            let code = asked.limit("join", Some(&room), wait, TOO_MANY_PASSWORDS);
+            return Performed::NotJoined(code);
+        }
+        Ok(Err(NotEntered::TooManyRooms)) => {
             let text = "this node follows as many rooms as it may (hub.rooms_max)";
             let code = ErrorCode::LimitReached;
             return Performed::NotJoined(asked.refuse("join", Some(&room), code, text));
         }
-        Ok(Err(error)) => error,
         Err(_) => {
             // The hub may have let it in at the very moment it was given up.
             if !is_member {
@@ -172,7 +224,7 @@ async fn enter(
     asked: &Asked,
     join: &request::Join,
     user: &Person,
-) -> Result<(Stay, Entered), EnterError> {
+) -> Result<(Stay, Entered), NotEntered> {
     let Services { presence, rules, passwords, quotas, .. } = &*asked.services;
     let within_quota = quotas.may_make_room(&asked.writer, Instant::now());
     let mut keep_to =
@@ -180,10 +232,13 @@ async fn enter(
     if let Some(password) = &join.password {
         let found = presence.registry().find(join.room.clone()).await?;
         if let Some(hash) = found.and_then(|found| found.record?.password) {
-            if !passwords.fits(hash.clone(), password.clone()).await {
-                return Err(EnterError::WrongPassword);
+            let (user, room) = (user.id.clone(), join.room.clone());
+            let guess = Guess { address: asked.address(), user, room };
+            match passwords.check(guess, hash.clone(), password.clone()).await {
+                Checked::Fits => keep_to.fits = Some(hash),
+                Checked::Wrong => return Err(EnterError::WrongPassword.into()),
+                Checked::Later(wait) => return Err(NotEntered::PasswordLater(wait)),
             }
-            keep_to.fits = Some(hash);
         }
     }
     let (stay, entered) =

@@ -10,7 +10,11 @@ use shared::{
     },
 };
 
-use super::{Performed, auth::Identity, perform::Asked};
+use super::{
+    Performed,
+    auth::Identity,
+    perform::{Asked, TOO_MANY_PASSWORDS},
+};
 use crate::{
     bus::registry::{Creation, Deletion, Found, Record},
     hub::people::at,
@@ -65,12 +69,10 @@ pub(super) async fn create(
 ) -> Performed {
     if let Some(password) = password {
         let passwords = &asked.services.passwords;
-        let hash = async { Ok(passwords.hash(password).await) };
-        record.password = match asked.wait(hash).await {
+        record.password = match passwords.hash(asked.address(), password).await {
             Ok(hash) => Some(hash),
-            Err(_) => {
-                let text = "too many passwords are being checked; try again later";
-                asked.refuse("create_room", Some(&room), ErrorCode::Overloaded, text);
+            Err(wait) => {
+                asked.limit("create_room", Some(&room), wait, TOO_MANY_PASSWORDS);
                 return Performed::Answered;
             }
         };

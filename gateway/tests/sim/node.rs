@@ -21,7 +21,7 @@ use gateway::{
     outbox::Outbox,
     presence::{Presence, PresenceOptions},
     publisher::Publisher,
-    rooms::RoomRules,
+    rooms::{RoomRules, passwords::Passwords},
     session::{
         Performed, Services, Session, SessionLimits,
         auth::{Auth, Credentials},
@@ -155,7 +155,7 @@ impl Node {
             sessions: redis.clone(),
             auth: Auth::Anonymous,
             rules,
-            passwords: Arc::default(),
+            passwords: Passwords::new(Default::default(), metrics.clone()),
             told,
             metrics,
             limits,
