@@ -255,6 +255,7 @@ impl Config {
         let api_refusals = r.take_in("limits.api_refusals_per_second_per_ip", "10", 0..=1_000_000_u32, "Calls of the server API without a good key, of an address, five times as many at once. More: HTTP 429, and the connection is closed. 0: no limit.");
         let password_ip = r.take_in("limits.password_failures_per_minute_per_ip", "30", 0..=1_000_000_u32, "Wrong passwords of rooms from an address, by users who have failed lately; and as many by others. More: `rate_limited`. 0: no limit.");
         let password_room = r.take_in("limits.password_failures_per_minute_per_room", "60", 0..=1_000_000_u32, "The same for one room, from all addresses. 0: no limit.");
+        let read_bytes = r.take::<Bytes>("limits.read_bytes_per_second", "4MiB", "What may be read of logs and lists for a connection (`history`, `presence`, `rooms`, joins), eight times as much at once; for a user twice as much. More: it waits, then `rate_limited`. 0: no limit.");
         let outbox_bytes = r.take::<Bytes>("limits.outbox_bytes_max", "1MiB", "What may wait for one client. More: it lags, and is given what it misses from the log.");
 
         let allowed_origins = AllowedOrigins::parse(origins.0.iter().map(String::as_str)).unwrap_or_else(|error| {
@@ -361,6 +362,7 @@ impl Config {
                 watches_max,
                 managed_max,
                 wait_max: publish_wait.0,
+                read_bytes_per_second: read_bytes.0,
             },
             quotas: QuotaOptions { bytes_per_minute: kept_bytes.0 as u32, new_inboxes_per_hour: new_inboxes, new_rooms_per_minute: new_rooms },
             shards: if shards == 0 { std::thread::available_parallelism().map_or(1, usize::from) } else { shards },

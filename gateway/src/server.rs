@@ -21,11 +21,11 @@ use crate::{
         listen::{self, TcpLimits},
     },
     hub::{Hub, MAILBOX_LEN},
-    limits::durable::Quotas,
+    limits::{durable::Quotas, reads::Reads},
     presence::Presence,
     publisher::Publisher,
     rooms::passwords::Passwords,
-    session::Services,
+    session::{Services, peers::Peers},
     telemetry::{metrics::Metrics, trail::Trails},
 };
 
@@ -144,6 +144,8 @@ impl Server {
             auth: config.auth,
             rules,
             passwords: Passwords::new(config.passwords, metrics.clone()),
+            reads: Reads::new(limits.read_bytes_per_second),
+            peers: Peers::default(),
             told,
             metrics: metrics_of_sessions,
             quotas,

@@ -296,6 +296,10 @@ pub struct Metrics {
     pub inboxes: IntGauge,
     /// `gateway_members`
     pub members: IntGauge,
+    /// `gateway_client_read_bytes_total`
+    pub client_read_bytes: IntCounter,
+    /// `gateway_client_reads_delayed_total`
+    pub client_reads_delayed: IntCounter,
     /// `gateway_watched_users`
     pub watched_users: IntGauge,
     /// `gateway_ring_bytes`
@@ -489,6 +493,16 @@ impl Metrics {
                 "Inboxes this node follows, of users who are or were connected to it",
             ),
             members: gauge(r, "gateway_members", "Memberships of local connections in rooms"),
+            client_read_bytes: counter(
+                r,
+                "gateway_client_read_bytes_total",
+                "Bytes of logs and lists read because clients asked for them",
+            ),
+            client_reads_delayed: counter(
+                r,
+                "gateway_client_reads_delayed_total",
+                "Reads for clients that waited for `limits.read_bytes_per_second`",
+            ),
             watched_users: gauge(
                 r,
                 "gateway_watched_users",

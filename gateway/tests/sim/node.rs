@@ -17,7 +17,7 @@ use gateway::{
     },
     drain::Tasks,
     hub::{Hub, HubOptions, MAILBOX_LEN, member::Subscriber},
-    limits::Rate,
+    limits::{Rate, reads::Reads},
     outbox::Outbox,
     presence::{Presence, PresenceOptions},
     publisher::Publisher,
@@ -145,6 +145,7 @@ impl Node {
             rooms_max: 10,
             watches_max: 10,
             wait_max: WAIT_MAX,
+            read_bytes_per_second: 0,
         };
         let services = Arc::new(Services {
             quotas: Arc::default(),
@@ -156,6 +157,8 @@ impl Node {
             auth: Auth::Anonymous,
             rules,
             passwords: Passwords::new(Default::default(), metrics.clone()),
+            reads: Reads::new(0),
+            peers: Default::default(),
             told,
             metrics,
             limits,
