@@ -250,6 +250,8 @@ pub struct Metrics {
     pub password_checks: Counters<PasswordCheck>,
     /// `gateway_handshakes_total`
     pub handshakes: Counters<Handshake>,
+    /// `gateway_handshakes_abandoned_total`
+    pub handshakes_abandoned: IntCounter,
     /// `gateway_disconnects_total`; codes a client made up count as `other`.
     disconnects: IntCounterVec,
     /// `gateway_frames_received_total`
@@ -374,6 +376,11 @@ impl Metrics {
                 "gateway_handshakes_total",
                 "WebSocket handshakes, by what became of them",
                 "outcome",
+            ),
+            handshakes_abandoned: counter(
+                r,
+                "gateway_handshakes_abandoned_total",
+                "Accepted handshakes whose client left before the connection was open",
             ),
             disconnects: register(
                 r,
