@@ -220,7 +220,7 @@ async fn the_scripts_run_as_on_redis() {
         let mut args = common(token);
         args.push(Bytes::copy_from_slice(&envelope.id_key()));
         args.push(envelope.as_bytes().clone());
-        args.extend(words(&["200", "60000", "1000000000", "", ""]));
+        args.extend(words(&["200", "60000", "1000000000", "", "", ""]));
         args
     };
     let stale = pair.script(APPEND, &ROOM, &append(1, &token)).await;
@@ -328,11 +328,16 @@ async fn the_scripts_of_the_registry_run_as_on_redis() {
                 fits,
                 "1",
                 lets_in,
+                "1",
             ];
             pair.script(&seat, &keys, &words(&args)).await;
             let read = random.random_range(0..12).to_string();
-            pair.script(mark, &["marks", "meta"], &words(&[&user, &read, "channel", "c", "9999"]))
-                .await;
+            pair.script(
+                mark,
+                &["marks", "meta"],
+                &words(&[&user, &read, "channel", "c", "9999", "4"]),
+            )
+            .await;
             if step % 50 == 49 {
                 // Some at a time, until nobody is left.
                 let args = words(&[place, "channel", "60000", "500"]);
