@@ -95,7 +95,7 @@ pub fn encode_close(code: u16, reason: &str) -> Bytes {
     encode(Opcode::Close, &[&code.to_be_bytes(), &reason.as_bytes()[..end]])
 }
 
-/// What arrived: a whole message, or a control frame.
+/// What arrived: a whole message, a control frame, or a part of a message.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Received<'a> {
     /// A text message.
@@ -108,6 +108,9 @@ pub enum Received<'a> {
     Pong(&'a [u8]),
     /// A close frame: its code and reason, if it has them.
     Close(Option<(u16, &'a str)>),
+    /// A whole frame that does not end its message, with the length of its payload in bytes. The
+    /// decoder keeps the payload.
+    Fragment(usize),
 }
 
 impl Received<'_> {
@@ -117,6 +120,7 @@ impl Received<'_> {
             Self::Text(text) => text.len(),
             Self::Binary(bytes) | Self::Ping(bytes) | Self::Pong(bytes) => bytes.len(),
             Self::Close(close) => close.map_or(0, |(_, reason)| 2 + reason.len()),
+            Self::Fragment(bytes) => *bytes,
         }
     }
 }
@@ -160,6 +164,8 @@ pub struct Decoder {
     control: Vec<u8>,
     /// What was handed out from `gathered` or `control` is not needed any more.
     spent: bool,
+    /// How much of the payload of a frame that was refused for its length has not been skipped.
+    skipping: u64,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -169,6 +175,7 @@ struct Frame {
     compressed: bool,
     opcode: Opcode,
     mask: [u8; 4],
+    length: usize,
     remaining: usize,
 }
 
@@ -187,6 +194,7 @@ impl Decoder {
             valid: 0,
             control: Vec::new(),
             spent: false,
+            skipping: 0,
         }
     }
 
@@ -195,67 +203,112 @@ impl Decoder {
         Self { deflate: true, ..Self::new(message_bytes_max) }
     }
 
-    /// Takes the first message or control frame off the front of `input`, unmasking in place.
+    /// Takes the first frame off the front of `input`, unmasking in place.
     ///
-    /// Returns how many bytes were used, and what they completed. With `None` all of `input` was
+    /// Returns how many bytes were used, and what they completed. One call completes one frame at
+    /// most, so that a caller can meter frames that carry nothing. With `None` all of `input` was
     /// used and more is needed.
     ///
     /// # Errors
     ///
-    /// [`CodecError`], after which the decoder is not to be used again.
+    /// [`CodecError`], after which the decoder only [skips](Decoder::skip_to_close).
     pub fn next<'a>(
         &'a mut self,
         input: &'a mut [u8],
     ) -> Result<(usize, Option<Received<'a>>), CodecError> {
         self.release();
         let mut used = 0;
-        loop {
-            let frame = match self.frame {
+        let frame = match self.frame {
+            Some(frame) => frame,
+            None => match self.read_header(input, &mut used)? {
                 Some(frame) => frame,
-                None => match self.read_header(input, &mut used)? {
-                    Some(frame) => frame,
-                    None => return Ok((used, None)),
-                },
-            };
+                None => return Ok((used, None)),
+            },
+        };
 
-            let whole = frame.remaining <= input.len() - used;
-            let taken = frame.remaining.min(input.len() - used);
-            let range = used..used + taken;
-            let mask = frame.mask;
-            unmask(&mut input[range.clone()], mask);
-            used += taken;
+        let whole = frame.remaining <= input.len() - used;
+        let taken = frame.remaining.min(input.len() - used);
+        let range = used..used + taken;
+        let mask = frame.mask;
+        unmask(&mut input[range.clone()], mask);
+        used += taken;
 
-            if whole && self.is_untouched(frame) {
-                self.frame = None;
-                if !frame.compressed {
-                    return Ok((used, Some(received(frame.opcode, &input[range])?)));
-                }
-                self.gathered = inflate(&input[range], self.message_bytes_max)?;
-                self.spent = true;
-                return Ok((used, Some(received(frame.opcode, &self.gathered)?)));
-            }
-
-            self.gather(frame, &input[range])?;
-            if !whole {
-                let mut mask = mask;
-                mask.rotate_left(taken % 4);
-                self.frame = Some(Frame { mask, remaining: frame.remaining - taken, ..frame });
-                return Ok((used, None));
-            }
-
+        if whole && self.is_untouched(frame) {
             self.frame = None;
-            if frame.opcode.is_control() {
-                self.spent = true;
-                return Ok((used, Some(received(frame.opcode, &self.control)?)));
+            if !frame.compressed {
+                return Ok((used, Some(received(frame.opcode, &input[range])?)));
             }
-            if frame.fin {
-                let opcode = self.gathering.take().unwrap_or(frame.opcode);
-                if frame.compressed {
-                    self.gathered = inflate(&self.gathered, self.message_bytes_max)?;
-                }
-                self.spent = true;
-                return Ok((used, Some(received(opcode, &self.gathered)?)));
+            self.gathered = inflate(&input[range], self.message_bytes_max)?;
+            self.spent = true;
+            return Ok((used, Some(received(frame.opcode, &self.gathered)?)));
+        }
+
+        self.gather(frame, &input[range])?;
+        if !whole {
+            let mut mask = mask;
+            mask.rotate_left(taken % 4);
+            self.frame = Some(Frame { mask, remaining: frame.remaining - taken, ..frame });
+            return Ok((used, None));
+        }
+
+        self.frame = None;
+        if frame.opcode.is_control() {
+            self.spent = true;
+            return Ok((used, Some(received(frame.opcode, &self.control)?)));
+        }
+        if !frame.fin {
+            return Ok((used, Some(Received::Fragment(frame.length))));
+        }
+        let opcode = self.gathering.take().unwrap_or(frame.opcode);
+        if frame.compressed {
+            self.gathered = inflate(&self.gathered, self.message_bytes_max)?;
+        }
+        self.spent = true;
+        Ok((used, Some(received(opcode, &self.gathered)?)))
+    }
+
+    /// Drops frames up to a close frame, whatever they carry: nothing is gathered, inflated or
+    /// judged. Returns whether a close frame was passed; otherwise all of `input` was used.
+    ///
+    /// For a connection that is being closed, also after an error of [`Decoder::next`]. Bytes that are
+    /// no frames may pass for some, and the close frame is then missed.
+    pub fn skip_to_close(&mut self, mut input: &[u8]) -> bool {
+        self.gathered = Vec::new();
+        self.control = Vec::new();
+        if let Some(frame) = self.frame.take() {
+            if frame.opcode == Opcode::Close {
+                return true;
             }
+            self.skipping = frame.remaining as u64;
+        }
+        loop {
+            let skipped = self.skipping.min(input.len() as u64);
+            self.skipping -= skipped;
+            input = &input[skipped as usize..];
+            if self.skipping > 0 {
+                return false;
+            }
+            let Some(header) = self.gather_header(&mut input) else { return false };
+            // Its payload may come later: nothing comes after it.
+            if header[0] & 0x0F == Opcode::Close as u8 {
+                return true;
+            }
+            self.skipping = payload_bytes(header);
+            self.header_len = 0;
+        }
+    }
+
+    /// Takes a frame's header off the front of `input`, as far as it is there.
+    fn gather_header(&mut self, input: &mut &[u8]) -> Option<&[u8]> {
+        loop {
+            let have = usize::from(self.header_len);
+            if have == header_bytes(&self.header[..have]) {
+                return Some(&self.header[..have]);
+            }
+            let (byte, rest) = input.split_first()?;
+            self.header[have] = *byte;
+            self.header_len += 1;
+            *input = rest;
         }
     }
 
@@ -287,11 +340,7 @@ impl Decoder {
 
         let have = usize::from(std::mem::take(&mut self.header_len));
         let header = &self.header[..have];
-        let length = match header[1] & 0x7F {
-            126 => u64::from(u16::from_be_bytes([header[2], header[3]])),
-            127 => header[2..10].iter().fold(0, |length, byte| length << 8 | u64::from(*byte)),
-            length => u64::from(length),
-        };
+        let length = payload_bytes(header);
         // RFC 6455, section 5.2: the most significant bit of a 64-bit length must be 0, and the
         // shortest form must be used.
         if length >> 63 == 1 {
@@ -311,12 +360,13 @@ impl Decoder {
         };
         let held = if opcode.is_control() { 0 } else { self.gathered.len() };
         if length > bytes_max.saturating_sub(held) as u64 && !opcode.is_control() {
+            self.skipping = length;
             return Err(CodecError::TooBig);
         }
         let mut mask = [0; 4];
         mask.copy_from_slice(&header[have - 4..]);
-        let (fin, remaining) = (header[0] & FIN != 0, length as usize);
-        Ok(Some(Frame { fin, compressed, opcode, mask, remaining }))
+        let (fin, length) = (header[0] & FIN != 0, length as usize);
+        Ok(Some(Frame { fin, compressed, opcode, mask, length, remaining: length }))
     }
 
     /// Judges the first two bytes of a header.
@@ -383,6 +433,15 @@ impl Decoder {
             self.valid = 0;
         }
         self.control = Vec::new();
+    }
+}
+
+/// How long the payload behind a whole header is.
+fn payload_bytes(header: &[u8]) -> u64 {
+    match header[1] & 0x7F {
+        126 => u64::from(u16::from_be_bytes([header[2], header[3]])),
+        127 => header[2..10].iter().fold(0, |length, byte| length << 8 | u64::from(*byte)),
+        length => u64::from(length),
     }
 }
 

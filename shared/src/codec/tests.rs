@@ -16,14 +16,16 @@ enum Got {
     Close(Option<(u16, String)>),
 }
 
-fn own(received: Received<'_>) -> Got {
-    match received {
+/// What a caller takes note of. A fragment is none: its message is to come.
+fn own(received: Received<'_>) -> Option<Got> {
+    Some(match received {
         Received::Text(text) => Got::Text(text.into()),
         Received::Binary(bytes) => Got::Binary(bytes.into()),
         Received::Ping(bytes) => Got::Ping(bytes.into()),
         Received::Pong(bytes) => Got::Pong(bytes.into()),
         Received::Close(close) => Got::Close(close.map(|(code, reason)| (code, reason.into()))),
-    }
+        Received::Fragment(_) => return None,
+    })
 }
 
 /// A client's frame, masked.
@@ -56,7 +58,7 @@ fn decode(bytes: &[u8], piece: usize, max: usize) -> Result<Vec<Got>, CodecError
         while used < piece.len() {
             let (more, received) = decoder.next(&mut piece[used..])?;
             used += more;
-            got.extend(received.map(own));
+            got.extend(received.and_then(own));
         }
     }
     Ok(got)
@@ -143,7 +145,7 @@ fn rsv1_stands_on_the_first_frame_of_a_message_and_only_where_that_was_agreed_on
         while used < bytes.len() {
             let (more, received) = decoder.next(&mut bytes[used..])?;
             used += more;
-            got.extend(received.map(own));
+            got.extend(received.and_then(own));
         }
         Ok(got)
     };
@@ -267,5 +269,58 @@ proptest! {
     #[test]
     fn any_bytes_are_survived(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
         let _ = decode(&bytes, 7, 256);
+    }
+}
+
+#[test]
+fn each_call_completes_one_frame_at_most() {
+    let fragments = [frame(false, 1, b"a"), frame(false, 0, b""), frame(false, 0, b"bc")];
+    let stream = [&fragments[..], &[frame(true, 9, b""), frame(true, 0, b"d")]].concat();
+    let mut bytes = stream.concat();
+    let mut decoder = Decoder::new(100);
+    let mut used = 0;
+    for (frame, expected) in stream.iter().zip([
+        Received::Fragment(1),
+        Received::Fragment(0),
+        Received::Fragment(2),
+        Received::Ping(b""),
+        Received::Text("abcd"),
+    ]) {
+        let (count, received) = decoder.next(&mut bytes[used..]).unwrap();
+        assert_eq!((count, received), (frame.len(), Some(expected)));
+        used += count;
+    }
+}
+
+#[test]
+fn a_closing_connection_skips_to_the_close_frame() {
+    let big = frame(true, 2, &[7; 3000]);
+    let before = [frame(true, 1, b"a"), frame(false, 1, b"\xFF"), frame(true, 9, b"p")].concat();
+    let stream = [&big[..], &before, &frame(true, 8, &1009_u16.to_be_bytes())].concat();
+    for size in [1, 3, 7, 100, stream.len()] {
+        for limit in [1000, 1 << 20] {
+            let mut decoder = Decoder::new(limit);
+            let mut pieces = stream.chunks(size);
+            // The first piece is decoded; it ends the connection where the frame is too big.
+            let mut first = pieces.next().unwrap().to_vec();
+            let used = match decoder.next(&mut first) {
+                Ok((used, _)) => used,
+                // The header was used.
+                Err(CodecError::TooBig) => 8,
+                Err(error) => panic!("{error}"),
+            };
+            let mut closed = decoder.skip_to_close(&first[used.min(first.len())..]);
+            let mut left = 0;
+            for piece in pieces {
+                assert!(!closed, "in pieces of {size}");
+                closed = decoder.skip_to_close(piece);
+                left += usize::from(closed);
+                if closed {
+                    break;
+                }
+            }
+            assert!(closed && left <= 1, "in pieces of {size}, at most {limit}");
+            assert_eq!(decoder.gathered.capacity() + decoder.control.capacity(), 0);
+        }
     }
 }

@@ -145,7 +145,7 @@ fn ours(bytes: &[u8], max: usize, mut piece: impl FnMut() -> usize) -> Outcome {
             match decoder.next(&mut piece[used..]) {
                 Ok((more, received)) => {
                     used += more;
-                    got.extend(received.map(own));
+                    got.extend(received.and_then(own));
                 }
                 Err(error) => {
                     let failure = match error {
