@@ -35,6 +35,14 @@ use frames::Frames;
 /// empty pong would otherwise count two bytes and take a hundred.
 pub const FRAME_OVERHEAD_BYTES: usize = 96;
 
+/// How many bytes the kernel holds of a connection before they are sent (`TCP_NOTSENT_LOWAT`, tcp(7)).
+/// What is in the kernel cannot be overtaken by an answer, and at 96 kbit/s this much takes 1.4 s.
+const KERNEL_BYTES: u32 = 16 * 1024;
+
+/// How many frames are put ahead of what waits before a further pong replaces the one before it
+/// (RFC 6455, section 5.5.3, allows to answer the latest ping only).
+const AHEAD_MAX: u32 = 16;
+
 /// Where the frames of an outbox go.
 #[derive(Debug)]
 enum Sink {
@@ -84,6 +92,11 @@ struct Queue {
     held: usize,
     /// Since when the socket has taken nothing. While it is set only the connection's task writes.
     blocked_since: Option<Instant>,
+    /// When the socket last took something after it had taken nothing: its peer had acknowledged
+    /// bytes until then.
+    progressed: Option<Instant>,
+    /// The latest pong, while too much is ahead of the others already.
+    pong: Option<Box<Bytes>>,
     /// Rooms in which this connection has to be given more once there is room; and those in which
     /// the status of users is told with whom it has just begun to talk.
     lagging: SmallVec<[RoomId; 1]>,
@@ -97,6 +110,8 @@ struct Queue {
 impl Outbox {
     /// An outbox that writes to `socket` and refuses entries above `bytes_max`.
     pub fn to_socket(socket: TcpStream, bytes_max: usize, metrics: Arc<Metrics>) -> Self {
+        // Where the system has no such option answers come later, and nothing else changes.
+        let _ = socket2::SockRef::from(&socket).set_tcp_notsent_lowat(KERNEL_BYTES);
         Self::new(Sink::Socket(socket), bytes_max, metrics)
     }
 
@@ -123,11 +138,32 @@ impl Outbox {
 
     /// Queues an answer to the client's own frame, whatever the queue holds.
     pub fn push(&self, frame: Bytes) {
-        let frame = match self.deflating {
+        let frame = self.deflated(frame);
+        self.queue.lock().add(frame);
+    }
+
+    /// Queues an answer that has no order with anything else, as [`Outbox::push`]: where the socket
+    /// takes less than there is, it goes ahead of the rest.
+    pub fn push_ahead(&self, frame: Bytes) {
+        let frame = self.deflated(frame);
+        self.queue.lock().add_ahead(frame);
+    }
+
+    /// Queues a pong. A client that does not read gets no more than a few and the latest.
+    pub fn push_pong(&self, frame: Bytes) {
+        let mut queue = self.queue.lock();
+        if queue.frames.ahead() < AHEAD_MAX {
+            queue.add_ahead(frame);
+        } else if !queue.closed {
+            queue.pong = Some(Box::new(frame));
+        }
+    }
+
+    fn deflated(&self, frame: Bytes) -> Bytes {
+        match self.deflating {
             Some(deflating) => deflating.frame(&frame, &self.metrics),
             None => frame,
-        };
-        self.queue.lock().add(frame);
+        }
     }
 
     /// Queues an entry of a log, as it is, unless the queue is full.
@@ -199,6 +235,12 @@ impl Outbox {
     /// Since when the socket has taken nothing although something waits.
     pub fn blocked_since(&self) -> Option<Instant> {
         self.queue.lock().blocked_since
+    }
+
+    /// When the peer was last seen to acknowledge bytes: the socket took something after it had taken
+    /// nothing. `None` where it never was full.
+    pub fn progressed(&self) -> Option<Instant> {
+        self.queue.lock().progressed
     }
 
     /// Notes that the connection has to be given more of `room` once there is room.
@@ -336,7 +378,9 @@ impl Outbox {
             match written {
                 Ok(written) => {
                     let frames = queue.remove(written);
-                    queue.blocked_since = None;
+                    if queue.blocked_since.take().is_some() {
+                        queue.progressed = Some(Instant::now());
+                    }
                     self.metrics.frames_sent.inc_by(frames);
                     self.metrics.bytes_sent.inc_by(written as u64);
                 }
@@ -372,10 +416,26 @@ impl Queue {
         }
     }
 
+    /// As [`Queue::add`], ahead of what waits for a socket that takes nothing.
+    fn add_ahead(&mut self, frame: Bytes) {
+        if self.blocked_since.is_none() {
+            self.add(frame);
+        } else if !self.closed {
+            self.bytes += frame.len() + FRAME_OVERHEAD_BYTES;
+            self.frames.push_ahead(frame);
+        }
+    }
+
     /// Forgets the first `written` bytes. Returns how many frames are done with.
     fn remove(&mut self, written: usize) -> u64 {
         let done = self.frames.remove(written);
         self.bytes -= written + done as usize * FRAME_OVERHEAD_BYTES;
+        if self.frames.ahead() == 0
+            && let Some(pong) = self.pong.take()
+        {
+            self.bytes += pong.len() + FRAME_OVERHEAD_BYTES;
+            self.frames.push_ahead(*pong);
+        }
         done
     }
 }
@@ -461,6 +521,40 @@ mod tests {
         let frames = outbox.take();
         assert_eq!(frames.len(), 2);
         assert_eq!(frames[1], codec::encode_close(1008, "forbidden"));
+    }
+
+    #[test]
+    fn answers_overtake_entries_that_the_socket_does_not_take() {
+        let outbox = outbox(1 << 20);
+        let frame = |text: &'static str| Bytes::from_static(text.as_bytes());
+        assert_eq!(outbox.offer(&frame("1")), Offer::First);
+        outbox.push_ahead(frame("2"));
+        assert_eq!(outbox.take(), ["1", "2"], "the socket takes all of it anyway");
+        outbox.queue.lock().blocked_since = Some(Instant::now());
+        assert_eq!(outbox.offer(&frame("entry")), Offer::First);
+        outbox.push(frame("joined"));
+        outbox.push_ahead(frame("ack 1"));
+        outbox.push_pong(frame("pong"));
+        outbox.push_ahead(frame("ack 2"));
+        assert_eq!(outbox.take(), ["ack 1", "pong", "ack 2", "entry", "joined"]);
+        assert_eq!(outbox.bytes(), 0);
+    }
+
+    #[test]
+    fn pongs_that_are_not_read_take_little_and_the_latest_is_sent() {
+        let outbox = outbox(1 << 20);
+        outbox.queue.lock().blocked_since = Some(Instant::now());
+        outbox.push(Bytes::from_static(b"bulk"));
+        for i in 0..10_000_u16 {
+            outbox.push_pong(codec::encode(Opcode::Pong, &[&i.to_be_bytes()]));
+        }
+        assert!(outbox.bytes() < 2000, "{} bytes", outbox.bytes());
+        // The socket takes what is ahead.
+        let mut queue = outbox.queue.lock();
+        queue.remove(4 * AHEAD_MAX as usize);
+        drop(queue);
+        let latest = codec::encode(Opcode::Pong, &[&9_999_u16.to_be_bytes()]);
+        assert_eq!(outbox.take(), [latest, Bytes::from_static(b"bulk")]);
     }
 
     #[tokio::test]

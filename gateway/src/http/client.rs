@@ -266,6 +266,7 @@ pub(super) fn connected(
         dedup_window: node.options.dedup_window.as_secs(),
         max_message_size: node.options.limits.message_bytes_max,
         inbox: opened.inbox.clone(),
+        limits: node.services.limits.rates.announced(),
     }))
 }
 

@@ -25,6 +25,8 @@ use crate::{
 pub(super) struct Places {
     /// What the page it comes from is allowed.
     pub(super) allowed: Allowed,
+    /// The address, as limits count it.
+    pub(super) address: std::net::IpAddr,
     _all: Place<()>,
     _address: Place<std::net::IpAddr>,
     _tcp: Option<TcpPlace>,
@@ -88,6 +90,6 @@ impl Places {
             .enter((), limits.connections_max)
             .ok_or_else(|| unavailable("this node is full"))?;
         let tcp = parts.extensions.get::<TcpPlace>().cloned();
-        Ok(Self { allowed, _all: all, _address: by_address, _tcp: tcp })
+        Ok(Self { allowed, address, _all: all, _address: by_address, _tcp: tcp })
     }
 }

@@ -5,7 +5,7 @@
 //! nothing of a refused handshake. A 503 makes nginx try the next node and counts against this one,
 //! so it is kept for what is this node's own: drain, overload, bus down.
 
-use std::{io, sync::Arc};
+use std::sync::Arc;
 
 use axum::{
     body::Body,
@@ -30,7 +30,7 @@ use shared::{
         request::{JOIN_HISTORY_MAX, Join, history_default},
     },
 };
-use tokio::{io::Interest, net::TcpStream};
+use tokio::net::TcpStream;
 
 use super::{
     Ends, Node,
@@ -44,7 +44,10 @@ use super::{
 use crate::{
     bus::sessions::Opened,
     hub::{NotFollowed, member::Subscriber},
-    limits::Place,
+    limits::{
+        Place,
+        meter::{Meter, MeterRates},
+    },
     outbox::{Close, Outbox, deflate::Deflating},
     session::{Request, Session},
     telemetry::metrics::Handshake,
@@ -158,8 +161,10 @@ fn upgrade(
         // hyper's read buffer must not live as long as the connection.
         let early = [parts.read_buf, unread].concat();
         // What opening it takes must not live as long either.
-        let opening = Box::pin(opening.open(node.clone(), socket, early));
-        let Some(served) = opening.await else { return node.metrics.handshakes_abandoned.inc() };
+        let served = {
+            let _turn = node.state.opening.acquire().await;
+            Box::pin(opening.open(node.clone(), socket, early)).await
+        };
         served.serve(&node).await;
     });
     switching(&handshake, &route)
@@ -307,10 +312,9 @@ impl Opening {
         node: Arc<Node>,
         socket: TcpStream,
         early: Vec<u8>,
-    ) -> Option<Box<Served>> {
-        let Self { client, json_ping, endpoint, deflate, route, places } = *self;
+    ) -> Box<Served> {
         let limits = &node.options.limits;
-        let deflating = deflate.zip(node.options.deflate_bytes_min);
+        let deflating = self.deflate.zip(node.options.deflate_bytes_min);
         let deflating =
             deflating.map(|(deflate, bytes_min)| Deflating { window: deflate.window(), bytes_min });
         let outbox = Outbox::to_socket(socket, limits.outbox_bytes_max, node.metrics.clone())
@@ -319,147 +323,75 @@ impl Opening {
         let options = transport::Options {
             message_bytes_max: limits.message_bytes_max,
             heartbeat: node.options.heartbeat.clone(),
-            json_ping,
+            json_ping: self.json_ping,
         };
-        let served = |subscriber, handler, places, user, early| {
+        let rates = match (&self.endpoint, node.options.echo) {
+            // A conformance suite sends what nobody else does.
+            (Endpoint::Echo, EchoMode::Verbatim) => Arc::new(MeterRates::unlimited()),
+            _ => node.services.limits.rates.clone(),
+        };
+        let meter = Meter::new(rates, Some((node.state.meters.clone(), self.places.address)));
+        let served = |subscriber, handler, places, user| {
             let (wheel, metrics) = (node.wheel.clone(), node.metrics.clone());
-            let connection = Connection::new(subscriber, handler, options, wheel, metrics, early);
-            Some(Box::new(Served { connection, _places: places, _user: user }))
+            let connection =
+                Connection::new(subscriber, handler, options, meter, wheel, metrics, early);
+            Box::new(Served { connection, _places: places, _user: user })
         };
-        if let Endpoint::Echo = endpoint {
+        if let Endpoint::Echo = self.endpoint {
             let echo = Handler::Echo(Echo { mode: node.options.echo });
-            return served(Arc::new(subscriber), echo, places, None, early);
+            return served(Arc::new(subscriber), echo, self.places, None);
         }
 
-        let mut early = early;
-        let nobody = || Handler::Echo(Echo { mode: EchoMode::Off });
-        let entering = client.enter(&node, subscriber.connection);
-        let entered = match unless_gone(entering, &subscriber.outbox, Some(&mut early)).await {
-            Some(Ok(entered)) => entered,
-            None => return None,
-            Some(Err(refused)) => {
+        let entered = match self.client.enter(&node, subscriber.connection).await {
+            Ok(entered) => entered,
+            Err(refused) => {
                 let (code, reason) = refused.close();
                 subscriber.outbox.close(Close { code: code.number(), reason });
-                return served(Arc::new(subscriber), nobody(), places, None, early);
+                let nobody = Handler::Echo(Echo { mode: EchoMode::Off });
+                return served(Arc::new(subscriber), nobody, self.places, None);
             }
         };
         let (id, user) = (subscriber.connection, entered.identity.user.clone());
         tracing::debug!(connection = %id, user = %user.id, "connected");
         let subscriber = Arc::new(subscriber.of(entered.owner()));
+        // When the client hears `connected` everybody can see that its user is.
         let (presence, wait) = (&node.services.presence, node.services.limits.wait_max);
-        let connected = connected(&node, &entered, &subscriber, route);
+        let online = presence.appear(&user, wait).await;
+        subscriber.answer(&connected(&node, &entered, &subscriber, self.route));
         let Entered { identity, place, opened: Opened { session, inbox, .. }, .. } = entered;
-        let opening = async {
-            // When the client hears `connected` everybody can see that its user is.
-            let online = presence.appear(&user, wait).await;
-            subscriber.answer(&connected);
-            match follow_inbox(&node, &subscriber, &user.id, inbox, client.inbox).await {
-                Ok(()) => hold_session(&node, &subscriber).await,
-                Err(NotFollowed) => {
-                    // It comes back, to this node or one that hears.
-                    let (code, reason) = (CloseCode::Overload.number(), "unavailable".to_owned());
-                    subscriber.outbox.close(Close { code, reason });
-                }
+        match follow_inbox(&node, &subscriber, &user.id, inbox, self.client.inbox).await {
+            Ok(()) => hold_session(&node, &subscriber).await,
+            Err(NotFollowed) => {
+                // It comes back, to this node or one that hears.
+                let (code, reason) = (CloseCode::Overload.number(), "unavailable".to_owned());
+                subscriber.outbox.close(Close { code, reason });
             }
-            online
-        };
-        let Some(online) = unless_gone(opening, &subscriber.outbox, Some(&mut early)).await else {
-            node.services.hub.leave(RoomId::inbox_of(&user.id), id, None).await;
-            node.services.sessions.close(user.id, session, id);
-            subscriber.outbox.discard();
-            return None;
-        };
+        }
         let services = node.services.clone();
         let session = Session::new(services, identity, session, subscriber.clone(), online);
         let chat = Handler::Chat(Box::new(session));
-        let mut opened = served(subscriber.clone(), chat, places, Some(place), early)?;
-        if let Endpoint::Room(join) = endpoint {
+        let mut opened = served(subscriber.clone(), chat, self.places, Some(place));
+        if let Endpoint::Room(join) = self.endpoint {
             subscriber.outbox.flush();
-            let joining = join_at_once(&node, &mut opened.connection, &subscriber, join);
-            // Where the peer goes meanwhile, serving it ends what it began.
-            if let Some(Err(code)) = unless_gone(joining, &subscriber.outbox, None).await {
+            let joined = join_at_once(&node, &mut opened.connection, &subscriber, join).await;
+            if let Err(code) = joined {
                 let close = match code {
-                    ErrorCode::Unavailable | ErrorCode::RateLimited => CloseCode::Overload,
+                    ErrorCode::Unavailable => CloseCode::Overload,
                     _ => CloseCode::Policy,
                 };
                 let reason = code.as_str().to_owned();
                 subscriber.outbox.close(Close { code: close.number(), reason });
             }
         }
-        Some(opened)
+        opened
     }
-}
-
-/// How much is taken of what a client sends before its connection is open.
-const EARLY_BYTES_MAX: usize = 64 * 1024;
-
-/// The output of a step that opens a connection; `None`, and the step is dropped, where the peer goes
-/// before. What it sends early goes to `early`; without one it stays where it is, and hides its going.
-async fn unless_gone<T>(
-    step: impl Future<Output = T>,
-    outbox: &Outbox,
-    early: Option<&mut Vec<u8>>,
-) -> Option<T> {
-    let Some(socket) = outbox.socket() else { return Some(step.await) };
-    // Both are cancel-safe, or at their end.
-    tokio::select! {
-        biased;
-        () = gone(socket, early) => None,
-        output = step => Some(output),
-    }
-}
-
-/// Resolves when the peer has closed. Cancel-safe.
-async fn gone(socket: &TcpStream, mut early: Option<&mut Vec<u8>>) {
-    loop {
-        if has_closed(socket) {
-            return;
-        }
-        match &mut early {
-            Some(early) if early.len() < EARLY_BYTES_MAX => match read_early(socket, early) {
-                Ok(()) => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(_) => return,
-            },
-            _ => match socket.try_io(Interest::READABLE, || peek(socket)) {
-                Ok(0) => return,
-                // It stays where it is, and nothing more is to be found out.
-                Ok(_) => return std::future::pending().await,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(_) => return,
-            },
-        }
-        if socket.readable().await.is_err() {
-            return;
-        }
-    }
-}
-
-/// Looks whether the peer has closed: nothing is read.
-fn has_closed(socket: &TcpStream) -> bool {
-    match peek(socket) {
-        Ok(count) => count == 0,
-        Err(error) => error.kind() != io::ErrorKind::WouldBlock,
-    }
-}
-
-fn peek(socket: &TcpStream) -> io::Result<usize> {
-    // Not through the runtime, which may not have heard of it yet.
-    socket2::SockRef::from(socket).peek(&mut [std::mem::MaybeUninit::uninit(); 1])
-}
-
-fn read_early(socket: &TcpStream, early: &mut Vec<u8>) -> io::Result<()> {
-    let mut piece = [0; 4096];
-    let count = socket.try_read(&mut piece)?;
-    early.extend_from_slice(&piece[..count]);
-    Ok(())
 }
 
 impl Served {
     async fn serve(mut self: Box<Self>, node: &Node) {
         node.metrics.connections.inc();
         let batch = node.departure.batch(self.connection.id());
-        let code = self.connection.run(batch).await;
+        let code = self.connection.run(batch, &node.state.ending).await;
         node.metrics.connections.dec();
         tracing::debug!(connection = %self.connection.id(), code, "disconnected");
         node.metrics.disconnected(code);

@@ -48,6 +48,8 @@ pub struct Subscriber {
     pub health: Health,
     /// How many publishes were handed on and not answered.
     unanswered: AtomicU32,
+    /// How many frames were refused for what they are, and not counted by the meter yet.
+    refused: AtomicU32,
     /// Rooms that it was taken out of, and whose stays its session has to end.
     taken_out: Mutex<Vec<RoomId>>,
     /// Whether there are any.
@@ -154,7 +156,7 @@ impl Subscriber {
     pub fn new(connection: ConnectionId, outbox: Outbox) -> Self {
         #[cfg(feature = "defects")]
         crate::defect::connect();
-        let (unanswered, placed_acks) = (0.into(), Mutex::default());
+        let (unanswered, refused, placed_acks) = (0.into(), 0.into(), Mutex::default());
         let health = Health::default();
         let (taken_out, is_taken_out) = (Mutex::default(), false.into());
         Self {
@@ -163,6 +165,7 @@ impl Subscriber {
             outbox,
             health,
             unanswered,
+            refused,
             taken_out,
             is_taken_out,
             placed_acks,
@@ -213,6 +216,25 @@ impl Subscriber {
     /// Whether every publish was answered.
     pub fn is_answered(&self) -> bool {
         self.unanswered.load(Ordering::Acquire) == 0
+    }
+
+    /// Counts a frame that was refused for what it is.
+    pub fn count_refused(&self) {
+        self.refused.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How many frames were refused since this was last asked.
+    pub fn take_refused(&self) -> u32 {
+        match self.refused.load(Ordering::Relaxed) {
+            0 => 0,
+            _ => self.refused.swap(0, Ordering::Relaxed),
+        }
+    }
+
+    /// Sends a frame that answers the client's own and has no order with anything else: it goes ahead
+    /// of what a slow socket does not take.
+    pub fn answer_ahead(&self, answer: &Answer<Box<RawValue>>) {
+        self.outbox.push_ahead(text_frame(answer));
     }
 
     /// Sends a frame that answers the client's own.

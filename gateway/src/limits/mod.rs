@@ -1,8 +1,7 @@
-//! How much is too much: rates ([`Rate`], [`Pace`], [`Paces`]) and counts ([`Counts`]).
+//! How much is too much: rates ([`Rate`], [`Pace`], [`Paces`]), counts ([`Counts`]), and what one
+//! connection may send ([`meter`]).
 //!
 //! Pure but for the locks around the maps: `now` is an argument. All limits hold per node.
-
-pub mod reads;
 
 use std::{
     collections::HashMap,
@@ -16,6 +15,7 @@ use parking_lot::Mutex;
 use tokio::time::Instant;
 
 pub mod durable;
+pub mod meter;
 
 /// So many in so long a time, with a burst. Zero per period switches the limit off.
 #[derive(Clone, Copy, Debug, PartialEq)]

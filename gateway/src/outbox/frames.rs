@@ -15,6 +15,10 @@ pub(super) struct Frames {
     first: Option<Bytes>,
     /// Empty while there is no first one.
     others: VecDeque<Bytes>,
+    /// How many of the next whole frames were put ahead of the others.
+    ahead: u32,
+    /// A part of the first frame is written already.
+    is_begun: bool,
 }
 
 impl Frames {
@@ -28,6 +32,26 @@ impl Frames {
         } else {
             self.others.push_back(frame);
         }
+    }
+
+    /// Puts a frame ahead of all that waits, behind the frame that is being written and behind those
+    /// that were put ahead before.
+    pub(super) fn push_ahead(&mut self, frame: Bytes) {
+        let place = self.ahead as usize + usize::from(self.is_begun);
+        self.ahead += 1;
+        match place {
+            0 => {
+                if let Some(first) = self.first.replace(frame) {
+                    self.others.push_front(first);
+                }
+            }
+            place => self.others.insert(place - 1, frame),
+        }
+    }
+
+    /// How many frames wait that were put ahead of others.
+    pub(super) fn ahead(&self) -> u32 {
+        self.ahead
     }
 
     /// The only frame, if there is one.
@@ -45,6 +69,9 @@ impl Frames {
     pub(super) fn remove(&mut self, mut written: usize) -> u64 {
         let mut done = 0;
         while let Some(frame) = &mut self.first {
+            if written > 0 && !std::mem::replace(&mut self.is_begun, true) {
+                self.ahead = self.ahead.saturating_sub(1);
+            }
             if written < frame.len() {
                 // The rest of a frame is again shared bytes.
                 let _ = frame.split_to(written);
@@ -52,6 +79,7 @@ impl Frames {
             }
             written -= frame.len();
             self.first = self.others.pop_front();
+            self.is_begun = false;
             done += 1;
         }
         if self.others.is_empty() {
@@ -73,7 +101,7 @@ impl Frames {
 
     /// Takes all of them.
     pub(super) fn take(&mut self) -> Vec<Bytes> {
-        let Self { first, others } = std::mem::take(self);
+        let Self { first, others, .. } = std::mem::take(self);
         first.into_iter().chain(others).collect()
     }
 }
@@ -98,5 +126,26 @@ mod tests {
         frames.push(Bytes::from_static(b""));
         frames.push(Bytes::from_static(b"x"));
         assert_eq!(frames.take(), ["", "x"]);
+    }
+
+    #[test]
+    fn a_frame_put_ahead_leaves_at_the_next_border_of_a_frame() {
+        let text = Bytes::from_static;
+        let mut frames = Frames::default();
+        frames.push_ahead(text(b"0"));
+        assert_eq!((frames.remove(1), frames.ahead(), frames.is_empty()), (1, 0, true));
+        frames.push(text(b"bulk1"));
+        frames.push(text(b"bulk2"));
+        frames.push_ahead(text(b"a"));
+        assert_eq!((frames.remove(1), frames.ahead()), (1, 0), "nothing was begun");
+        assert_eq!(frames.remove(2), 0);
+        frames.push_ahead(text(b"bb"));
+        frames.push_ahead(text(b"c"));
+        frames.push(text(b"bulk3"));
+        assert_eq!((frames.remove(4), frames.ahead()), (1, 1), "`bb` is begun");
+        frames.push_ahead(text(b"d"));
+        assert_eq!(frames.ahead(), 2);
+        assert_eq!(frames.take(), ["b", "c", "d", "bulk2", "bulk3"]);
+        assert_eq!(frames.ahead(), 0);
     }
 }

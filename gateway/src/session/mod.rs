@@ -6,7 +6,7 @@
 
 use std::{
     collections::BTreeSet,
-    sync::{Arc, LazyLock},
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
@@ -41,24 +41,21 @@ use crate::{
         people::TYPING_EVERY,
     },
     limits::{
-        Pace, Rate,
         durable::{ENTRY_BYTES, Quotas, Writer},
-        reads::Reads,
+        meter::{Meter, MeterRates},
     },
     presence::{Presence, Stay},
     publisher::{PublishError, Publisher, Receipt, Sender},
-    rooms::{RoomRules, passwords::Passwords},
+    rooms::{Passwords, RoomRules},
     telemetry::metrics::{DurableBound, Metrics},
 };
 
 pub mod auth;
 mod directs;
-pub mod peers;
 mod perform;
 mod rooms;
 
 use auth::{Auth, Identity};
-use peers::Peers;
 pub use perform::history_of;
 pub use rooms::{info_of, name_of as room_name};
 
@@ -80,10 +77,6 @@ pub struct Services {
     pub rules: Arc<RoomRules>,
     /// Passwords of rooms.
     pub passwords: Arc<Passwords>,
-    /// How much may be read for clients.
-    pub reads: Reads,
-    /// With whom the entries of inboxes are.
-    pub peers: Peers,
     /// What clients are told of the bus.
     pub told: watch::Receiver<Told>,
     /// What is counted.
@@ -97,10 +90,8 @@ pub struct Services {
 /// How much a session may.
 #[derive(Clone, Debug)]
 pub struct SessionLimits {
-    /// `message` frames.
-    pub messages: Rate,
-    /// All other frames.
-    pub frames: Rate,
+    /// What a connection may send.
+    pub rates: Arc<MeterRates>,
     /// Rooms at a time.
     pub rooms_max: usize,
     /// Users watched at a time.
@@ -109,8 +100,6 @@ pub struct SessionLimits {
     pub managed_max: usize,
     /// How long a frame may wait for the bus.
     pub wait_max: Duration,
-    /// What may be read for a connection; 0 for no limit.
-    pub read_bytes_per_second: usize,
 }
 
 /// A client, from `connected` to its end.
@@ -132,10 +121,6 @@ pub struct Session {
     rooms: Vec<Stay>,
     /// The room whose join is being performed.
     joining: Option<RoomId>,
-    messages: Pace,
-    frames: Pace,
-    /// Of frames with a password.
-    passwords: Pace,
 }
 
 /// A frame that has to wait for something.
@@ -169,6 +154,22 @@ pub enum Request {
     Rooms(Option<Ref>, Rooms),
 }
 
+impl Request {
+    /// Whether it changes nothing, so that it is pointless for a client that does not hear the answer.
+    pub fn is_question(&self) -> bool {
+        matches!(
+            self,
+            Self::History(..)
+                | Self::Presence(..)
+                | Self::Watch(..)
+                | Self::Meet(_)
+                | Self::Session(_, None)
+                | Self::RoomInfo(..)
+                | Self::Rooms(..)
+        )
+    }
+}
+
 /// What became of a [`Request`]. Its answer has been sent.
 pub enum Performed {
     /// The connection is a member. The stay is a new one, unless it was one before.
@@ -181,9 +182,6 @@ pub enum Performed {
     Answered,
 }
 
-/// How many passwords a connection may try, since each takes some 20 ms of a core: one in two seconds, and
-/// five at once.
-static PASSWORDS: LazyLock<Rate> = LazyLock::new(|| Rate::new(1, Duration::from_secs(2), 5));
 /// The least and the most that an `unavailable` tells to wait: all clients of a bus that is away are told
 /// so in the same moment, and are not to come back in one.
 const RETRY_AFTER: std::ops::Range<Duration> = Duration::from_secs(1)..Duration::from_secs(2);
@@ -213,9 +211,6 @@ impl Session {
             online,
             rooms: Vec::new(),
             joining: None,
-            messages: Pace::default(),
-            frames: Pace::default(),
-            passwords: Pace::default(),
         }
     }
 
@@ -244,22 +239,24 @@ impl Session {
         self.subscriber.is_answered()
     }
 
-    /// Handles a frame. What it returns has to be [performed](Session::perform) before the next.
+    /// Handles a frame, as far as the connection's meter allows it. What it returns has to be
+    /// [performed](Session::perform) before the next.
     pub fn handle(
         &mut self,
         frame: Result<Frame<'_>, Box<Refusal>>,
+        meter: &mut Meter,
         now: Instant,
     ) -> Option<Request> {
         let frame = match frame {
             Ok(frame) => frame,
             Err(refusal) => {
-                self.refuse_at_pace(*refusal, now);
+                self.refuse_at_pace(*refusal, meter, now);
                 return None;
             }
         };
         let reference = frame.reference;
         if let Body::Message(message) = &frame.body {
-            let taken = self.message(reference, message, now);
+            let taken = self.message(reference, message, meter, now);
             return match &message.to {
                 Recipient::User(user) if taken && !self.watching.contains(user) => {
                     Some(Request::Meet(user.clone()))
@@ -267,14 +264,13 @@ impl Session {
                 _ => None,
             };
         }
-        let cost = cost_of(&frame.body);
-        if let Err(wait) = self.frames.take_many(cost, self.services.limits.frames, now) {
+        if let Err(wait) = meter.take_frame(frame.body.names(), now) {
             self.refuse(rate_limited(reference, frame.body.kind(), wait));
             return None;
         }
         self.online.touch();
         if frame.body.has_password()
-            && let Err(wait) = self.passwords.take(*PASSWORDS, now)
+            && let Err(wait) = meter.take_password(now)
         {
             self.refuse(rate_limited(reference, frame.body.kind(), wait));
             return None;
@@ -641,17 +637,24 @@ impl Session {
     fn pong(&self, reference: Option<Ref>, timestamp: Option<&RawValue>) {
         let original_timestamp = timestamp.and_then(|raw| serde_json::from_str(raw.get()).ok());
         let timestamp = shared::timestamp(SystemTime::now());
-        self.answer(&Answer::Pong(Pong { reference, timestamp, original_timestamp }));
+        let pong = Pong { reference, timestamp, original_timestamp };
+        self.subscriber.answer_ahead(&Answer::Pong(pong));
     }
 
     /// Takes a `message` or `direct`. Returns whether it was handed on.
-    fn message(&mut self, reference: Option<Ref>, message: &Message<'_>, now: Instant) -> bool {
+    fn message(
+        &mut self,
+        reference: Option<Ref>,
+        message: &Message<'_>,
+        meter: &mut Meter,
+        now: Instant,
+    ) -> bool {
         let (kind, room) = (message.to.kind(), message.to.room());
         let refusal = |code, text: &str| Refusal {
             id: message.id,
             ..refusal(reference.clone(), kind, room, code, text)
         };
-        if let Err(wait) = self.messages.take(self.services.limits.messages, now) {
+        if let Err(wait) = meter.take_message(now) {
             let refused = Refusal {
                 room: room.cloned(),
                 id: message.id,
@@ -716,8 +719,8 @@ impl Session {
     }
 
     /// Refuses a frame that could not be read. Bad frames have a pace like others.
-    fn refuse_at_pace(&mut self, refusal: Refusal, now: Instant) {
-        match self.frames.take(self.services.limits.frames, now) {
+    fn refuse_at_pace(&mut self, refusal: Refusal, meter: &mut Meter, now: Instant) {
+        match meter.take_frame(0, now) {
             Ok(()) => self.refuse(refusal),
             Err(wait) => self.refuse(rate_limited(
                 refusal.reference,
@@ -732,25 +735,14 @@ impl Session {
     }
 }
 
-/// How many users one `watch` or `unwatch` names for the price of one more frame: each of them is
-/// subscribed to and read, in batches.
-const NAMES_PER_FRAME: usize = 4;
-
-/// As how many frames a frame counts.
-fn cost_of(body: &Body<'_>) -> u32 {
-    match body {
-        Body::Watch(Users { users }) | Body::Unwatch(Users { users }) => {
-            u32::try_from(1 + users.len() / NAMES_PER_FRAME).unwrap_or(u32::MAX)
-        }
-        _ => 1,
-    }
-}
-
-/// Sends an `error` and counts it.
+/// Sends an `error` and counts it; the meter counts it as well where it is the client's fault.
 fn refuse(services: &Services, subscriber: &Subscriber, refusal: Refusal) -> ErrorCode {
     let code = refusal.code;
     services.metrics.errors.of(code).inc();
-    subscriber.answer(&Answer::Error(Box::new(refusal)));
+    if !matches!(code, ErrorCode::Unavailable | ErrorCode::Overloaded | ErrorCode::Internal) {
+        subscriber.count_refused();
+    }
+    subscriber.answer_ahead(&Answer::Error(Box::new(refusal)));
     code
 }
 
@@ -828,7 +820,7 @@ impl Outcome {
     }
 
     fn ack(&self, Appended { position, duplicate, .. }: Appended) {
-        self.subscriber.answer(&Answer::Ack(Box::new(Ack {
+        self.subscriber.answer_ahead(&Answer::Ack(Box::new(Ack {
             reference: self.reference.clone(),
             id: self.receipt.id,
             room: self.to.room().cloned(),
@@ -866,7 +858,7 @@ impl Outcome {
             false => refusal,
         };
         self.metrics.errors.of(code).inc();
-        self.subscriber.answer(&Answer::Error(Box::new(refusal)));
+        self.subscriber.answer_ahead(&Answer::Error(Box::new(refusal)));
     }
 }
 

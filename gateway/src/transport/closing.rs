@@ -4,7 +4,7 @@ use std::{io, time::Duration};
 
 use shared::{
     close::CloseCode,
-    codec::{CodecError, Received},
+    codec::CodecError,
     protocol::answer::{Answer, Reconnect, ReconnectReason},
 };
 use tokio::net::TcpStream;
@@ -17,16 +17,21 @@ use crate::{drain::departure::Batch, outbox::Close};
 const CLOSE_MAX: Duration = Duration::from_secs(5);
 /// How long a client is given to end the TCP connection once both close frames are out.
 const LINGER_MAX: Duration = Duration::from_secs(1);
+/// How long nothing has to come from a client that broke the rules before the connection is ended: its
+/// close frame may not be found among bytes that are no frames.
+const QUIET_MAX: Duration = Duration::from_millis(300);
+/// The most bytes that are read of a client after the gateway has closed.
+const DROPPED_BYTES_MAX: usize = 64 << 20;
 
-/// Who ends a connection, which decides what is still read of it (RFC 6455, sections 5.5.1 and
-/// 7.1.7).
+/// The side that ends a connection, which decides what is still read of it (RFC 6455, sections 5.5.1
+/// and 7.1.7).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Ending {
     /// The client, whose close frame is answered.
     ByClient,
     /// The gateway, which waits for the client's close frame.
     ByGateway,
-    /// The client broke the rules: nothing of it is read any more.
+    /// The gateway, since the client broke the rules: what it sends is dropped.
     Failed,
 }
 
@@ -70,41 +75,51 @@ impl Connection {
             }
         };
         let written = tokio::time::timeout(CLOSE_MAX, write).await.is_ok();
-        if written && ending == Ending::ByGateway {
-            let _ = tokio::time::timeout(CLOSE_MAX, self.until_closed(socket)).await;
+        if written && ending != Ending::ByClient {
+            // The client hears of the close by reading it, and a proxy that is told of the end before
+            // the client's bytes are taken drops both directions, and the close frame with them. So
+            // what is under way is read and dropped first, until the client's own close frame.
+            let _ = tokio::time::timeout(CLOSE_MAX, self.until_closed(socket, ending)).await;
         }
         let _ = socket2::SockRef::from(socket).shutdown(std::net::Shutdown::Write);
         if written {
             // Closing with bytes unread would have the kernel drop what is on its way.
-            let max = if ending == Ending::Failed { CLOSE_MAX } else { LINGER_MAX };
-            let _ = tokio::time::timeout(max, drain(socket)).await;
+            let _ = tokio::time::timeout(LINGER_MAX, drain(socket)).await;
         }
         close.code
     }
 
-    /// Waits for the client's close frame. What comes before it is dropped.
-    async fn until_closed(&mut self, socket: &TcpStream) {
-        while !self.skip_to_close() {
-            if socket.readable().await.and_then(|()| self.read(socket)).is_err() {
-                return;
+    /// Waits for the client's close frame. Bytes before it are dropped, up to [`DROPPED_BYTES_MAX`].
+    /// A client that broke the rules may send what is no frame: it is waited for as long as something
+    /// comes.
+    async fn until_closed(&mut self, socket: &TcpStream, ending: Ending) {
+        let unread = std::mem::take(&mut self.unread);
+        let (mut closed, mut dropped) = (self.decoder.skip_to_close(&unread), 0);
+        drop(unread);
+        while !closed && dropped < DROPPED_BYTES_MAX {
+            let readable = socket.readable();
+            let ready = match ending {
+                Ending::Failed => match tokio::time::timeout(QUIET_MAX, readable).await {
+                    Ok(ready) => ready,
+                    Err(_) => return,
+                },
+                _ => readable.await,
+            };
+            let read = ready.and_then(|()| {
+                READ.with_borrow_mut(|buffer| {
+                    let count = socket.try_read(buffer)?;
+                    closed = count == 0 || self.decoder.skip_to_close(&buffer[..count]);
+                    Ok(count)
+                })
+            });
+            match read {
+                Ok(count) => dropped += count,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(_) => return,
             }
-            // A little that is received may be much inflated.
+            // Others have their turn between two reads.
             tokio::task::yield_now().await;
         }
-    }
-
-    /// Whether what was received ends in a close frame, or in what is no frame at all.
-    fn skip_to_close(&mut self) -> bool {
-        let mut input = std::mem::take(&mut self.unread);
-        let mut used = 0;
-        while used < input.len() {
-            match self.decoder.next(&mut input[used..]) {
-                Ok((_, Some(Received::Close(_)))) | Err(_) => return true,
-                Ok((count, _)) => used += count,
-            }
-        }
-        self.decoder.release();
-        false
     }
 }
 
@@ -117,7 +132,7 @@ async fn drain(socket: &TcpStream) {
         let read = READ.with_borrow_mut(|buffer| socket.try_read(buffer));
         match read {
             Ok(0) => return,
-            Ok(_) => {}
+            Ok(_) => tokio::task::yield_now().await,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(_) => return,
         }

@@ -40,7 +40,7 @@ impl Echo {
                 outbox.push(codec::encode(Opcode::Text, &[b"Echo: ", text.as_bytes()]));
             }
             Received::Binary(bytes) => outbox.push(codec::encode(Opcode::Binary, &[bytes])),
-            Received::Ping(_) | Received::Pong(_) | Received::Close(_) => {}
+            Received::Ping(_) | Received::Pong(_) | Received::Close(_) | Received::Fragment(_) => {}
         }
     }
 }

@@ -5,6 +5,9 @@
 //! thread and handles what came; it writes only what the outbox could not write at once. An idle
 //! connection holds no buffer. Frames are handled in the order sent: one that has to wait (a join)
 //! keeps those behind it in `unread`.
+//!
+//! A [`TurnBudget`] bounds how much of a connection's input is handled before the task yields, and a
+//! [`Meter`] how much in all: a connection above its rates is not read until they allow it.
 
 use std::{
     cell::RefCell,
@@ -13,6 +16,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use futures_util::FutureExt as _;
 use shared::{
     close::CloseCode,
     codec::{self, Decoder, Opcode, Received},
@@ -22,12 +26,18 @@ use shared::{
         request::Request as Frame,
     },
 };
-use tokio::{io::Interest, net::TcpStream, sync::watch, time::Instant};
+use tokio::{
+    io::Interest,
+    net::TcpStream,
+    sync::{Semaphore, watch},
+    time::Instant,
+};
 
 use crate::{
     bus::{BoxFuture, output_of, registry::millis_now, standing::Told},
     drain::departure::Batch,
     hub::member::{Subscriber, text_frame},
+    limits::meter::{Meter, TurnBudget, Verdict},
     outbox::Close,
     session::{Performed, Request, Session},
     telemetry::metrics::Metrics,
@@ -43,9 +53,6 @@ use wheel::{Alarm, Wheel};
 
 /// How much one read takes. The buffer belongs to the thread, so that its size costs nothing.
 const READ_BYTES: usize = 64 * 1024;
-
-/// How much is handled at once. One read alone is less, unless it is inflated.
-const TURN_BYTES: usize = 4 * READ_BYTES;
 
 thread_local! {
     static READ: RefCell<Vec<u8>> = RefCell::new(vec![0; READ_BYTES]);
@@ -91,10 +98,13 @@ pub struct Connection {
     json_ping: bool,
     alarm: Alarm,
     metrics: Arc<Metrics>,
-    /// What was received and not handled yet.
+    meter: Meter,
+    /// Bytes that were received and not handled yet.
     unread: Vec<u8>,
     /// The outbox is full, so that nothing is read and nothing can be heard.
     full: bool,
+    /// The meter has the connection wait until then, so that nothing is read.
+    paused_until: Option<Instant>,
     heard: Instant,
     pinged: Instant,
     expires: Option<Instant>,
@@ -102,12 +112,10 @@ pub struct Connection {
 
 /// Why handling what was received stopped.
 enum Step {
-    /// All of it is handled.
+    /// All of it is handled, or the turn is over.
     More,
     /// The outbox is full: the client has to take its answers first.
     Full,
-    /// There is more, but others are to have their turn.
-    Enough,
     /// This has to be done before the next frame.
     Perform(Request),
     /// It is over.
@@ -132,6 +140,7 @@ impl Connection {
         subscriber: Arc<Subscriber>,
         handler: Handler,
         options: Options,
+        meter: Meter,
         wheel: Arc<Wheel>,
         metrics: Arc<Metrics>,
         early: Vec<u8>,
@@ -151,8 +160,10 @@ impl Connection {
             json_ping: options.json_ping,
             alarm,
             metrics,
+            meter,
             unread: early,
             full: false,
+            paused_until: None,
             heard: now,
             pinged: now,
             expires,
@@ -175,14 +186,15 @@ impl Connection {
     /// Serves the connection until it ends. Returns the close code, 1006 for none.
     ///
     /// What happens once in a connection's life is boxed, so that its task, which lives as long,
-    /// is no larger than serving needs.
-    pub async fn run(&mut self, batch: &Batch) -> u16 {
+    /// is no larger than serving needs. The session is ended when `ending` has a permit.
+    pub async fn run(&mut self, batch: &Batch, ending: &Semaphore) -> u16 {
         let code = match self.serve(batch).await {
             End::Gone => 1006,
             End::Close { close, ending } => Box::pin(self.close(close, ending)).await,
             End::Leave => Box::pin(self.goodbye(batch)).await,
         };
         let subscriber = self.subscriber.clone();
+        let _turn = ending.acquire().await;
         if let Some(session) = self.session() {
             Box::pin(session.end()).await;
         }
@@ -197,21 +209,26 @@ impl Connection {
         let Some(socket) = outbox.socket() else { return End::Gone };
         let mut performing: Option<BoxFuture<Performed>> = None;
         let mut told = self.session().map(|session| session.told());
+        let mut turn = TurnBudget::default();
         loop {
             if let Some(close) = outbox.begin_close() {
                 return End::Close { close, ending: Ending::ByGateway };
             }
-            if performing.is_none() {
-                let step = self.handle_unread();
+            if performing.is_none() && !self.is_paused() {
+                let gone = !self.unread.is_empty() && is_write_closed(socket);
+                if gone {
+                    return End::Gone;
+                }
+                let step = self.handle_unread(&mut turn);
                 self.full = matches!(step, Step::Full);
                 match step {
                     Step::More | Step::Full => {}
-                    Step::Enough => {
-                        outbox.flush();
-                        tokio::task::yield_now().await;
+                    // The client has gone, and what is left of its frames would be answered to nobody.
+                    Step::Perform(request) if request.is_question() && is_read_closed(socket) => {
                         continue;
                     }
                     Step::Perform(request) => {
+                        turn.request();
                         performing = self.session().map(|session| session.perform(request));
                         // It may have been another token.
                         self.expires = expires_of(&self.handler);
@@ -220,6 +237,16 @@ impl Connection {
                         let close = outbox.begin_close();
                         return close.map_or(End::Gone, |close| End::Close { close, ending });
                     }
+                }
+            }
+            if turn.is_over(Duration::ZERO) {
+                // Others of this thread have their turn, and the sockets are looked at: a task that has
+                // yielded runs behind both.
+                turn = TurnBudget::default();
+                outbox.flush();
+                tokio::task::yield_now().await;
+                if performing.is_none() {
+                    continue;
                 }
             }
             if outbox.take_acked() {
@@ -237,10 +264,11 @@ impl Connection {
             }
             let blocked = outbox.blocked_since();
             if self.full && blocked.is_none() {
+                tokio::task::yield_now().await;
                 continue;
             }
             self.watch_the_time(blocked);
-            let reads = performing.is_none() && !self.full;
+            let reads = performing.is_none() && !self.full && !self.is_paused();
             // All arms are cancel-safe: what is performed is kept. The bodies do not await.
             tokio::select! {
                 biased;
@@ -253,6 +281,8 @@ impl Connection {
                         let _ = session.finish(performed);
                     }
                 }
+                // A client that is gone waits for nothing.
+                _ = socket.ready(Interest::ERROR), if performing.is_some() => return End::Gone,
                 ready = socket.writable(), if blocked.is_some() => {
                     if ready.is_ok() {
                         outbox.flush_writable();
@@ -300,31 +330,55 @@ impl Connection {
         })
     }
 
-    fn handle_unread(&mut self) -> Step {
+    fn handle_unread(&mut self, turn: &mut TurnBudget) -> Step {
         if self.unread.is_empty() {
             return Step::More;
         }
         let mut input = std::mem::take(&mut self.unread);
-        let (used, step) = self.handle(&mut input);
+        let begun = Instant::now();
+        let (used, mut step) = self.handle(&mut input, begun, turn);
         self.decoder.release();
         if used < input.len() {
             input.drain(..used);
             self.unread = input;
         }
+        self.meter.refused(self.subscriber.take_refused());
+        match self.meter.settle(begun) {
+            Verdict::Go => {}
+            Verdict::Wait(wait, cause) => {
+                self.metrics.input_waits.of(cause).inc();
+                self.paused_until = Some(begun + wait);
+            }
+            Verdict::Close if !matches!(step, Step::End(_)) => {
+                self.metrics.input_closes.inc();
+                let (code, reason) = (CloseCode::Policy.number(), "rate_limited".to_owned());
+                self.subscriber.outbox.close(Close { code, reason });
+                step = Step::End(Ending::ByGateway);
+            }
+            Verdict::Close => {}
+        }
+        turn.time(begun.elapsed());
         step
     }
 
-    /// Handles the messages in `input`, as far as that can be done at once.
-    fn handle(&mut self, input: &mut [u8]) -> (usize, Step) {
-        let now = Instant::now();
+    /// Whether the meter has the connection wait.
+    fn is_paused(&mut self) -> bool {
+        if self.paused_until.is_some_and(|until| until <= Instant::now()) {
+            self.paused_until = None;
+        }
+        self.paused_until.is_some()
+    }
+
+    /// Handles the frames in `input`, as far as that can be done at once.
+    fn handle(&mut self, input: &mut [u8], now: Instant, turn: &mut TurnBudget) -> (usize, Step) {
         let outbox = &self.subscriber.outbox;
-        let (mut used, mut messages_bytes) = (0, 0);
+        let mut used = 0;
         while used < input.len() {
             if outbox.is_full() {
                 return (used, Step::Full);
             }
-            if messages_bytes > TURN_BYTES {
-                return (used, Step::Enough);
+            if turn.is_over(now.elapsed()) {
+                return (used, Step::More);
             }
             let (count, received) = match self.decoder.next(&mut input[used..]) {
                 Ok(next) => next,
@@ -335,26 +389,35 @@ impl Connection {
                 }
             };
             used += count;
+            let Some(received) = received else { continue };
+            turn.frame(received.bytes());
             let request = match received {
-                Some(Received::Pong(_)) => {
+                Received::Fragment(bytes) => {
+                    self.meter.fragment(bytes);
+                    None
+                }
+                Received::Pong(payload) => {
+                    self.meter.control(payload.len());
                     self.subscriber.health.measured(now.saturating_duration_since(self.pinged));
                     None
                 }
-                None => None,
-                Some(Received::Ping(payload)) => {
-                    outbox.push(codec::encode(Opcode::Pong, &[payload]));
+                Received::Ping(payload) => {
+                    self.meter.control(payload.len());
+                    outbox.push_pong(codec::encode(Opcode::Pong, &[payload]));
                     None
                 }
-                Some(Received::Close(close)) => {
+                Received::Close(close) => {
                     let (code, reason) = close.unwrap_or((1005, ""));
                     outbox.close(Close { code, reason: reason.to_owned() });
                     return (used, Step::End(Ending::ByClient));
                 }
-                Some(message @ (Received::Text(_) | Received::Binary(_))) => {
+                message @ (Received::Text(_) | Received::Binary(_)) => {
                     self.metrics.frames_received.inc();
-                    messages_bytes += message.bytes();
+                    self.meter.data(message.bytes());
                     match &mut self.handler {
-                        Handler::Chat(session) => session.handle(frame(&message), now),
+                        Handler::Chat(session) => {
+                            session.handle(frame(&message), &mut self.meter, now)
+                        }
                         Handler::Echo(echo) => {
                             echo.handle(&message, outbox);
                             None
@@ -377,12 +440,16 @@ impl Connection {
         if next(self.next_look()) <= now {
             self.look_at_the_time(now);
         }
-        self.alarm.set(next(self.next_look()), now);
+        let next = next(self.next_look());
+        self.alarm.set(self.paused_until.map_or(next, |until| next.min(until)), now);
     }
 
     /// Pings, and ends a connection that is dead, stuck, or past its token.
     fn look_at_the_time(&mut self, now: Instant) {
         let outbox = &self.subscriber.outbox;
+        // Bytes that the peer's TCP acknowledges are a sign of life: over a slow link the client's own
+        // frames may come late.
+        self.heard = outbox.progressed().map_or(self.heard, |at| self.heard.max(at));
         let over =
             |code: CloseCode| outbox.close(Close { code: code.number(), reason: String::new() });
         if self.expires.is_some_and(|expires| expires <= now) {
@@ -416,6 +483,18 @@ impl Connection {
     }
 }
 
+/// Whether the connection was reset or is closed in both directions, so that nothing can be answered.
+fn is_write_closed(socket: &TcpStream) -> bool {
+    let ready = socket.ready(Interest::WRITABLE).now_or_never();
+    matches!(ready, Some(Ok(ready)) if ready.is_write_closed())
+}
+
+/// Whether the peer sends nothing any more, once what was received is handled.
+fn is_read_closed(socket: &TcpStream) -> bool {
+    let ready = socket.ready(Interest::READABLE).now_or_never();
+    matches!(ready, Some(Ok(ready)) if ready.is_read_closed())
+}
+
 /// When the client's token ends.
 fn expires_of(handler: &Handler) -> Option<Instant> {
     let Handler::Chat(session) = handler else { return None };
@@ -437,8 +516,8 @@ fn frame<'a>(message: &Received<'a>) -> Result<Frame<'a>, Box<shared::protocol::
     match *message {
         Received::Text(text) => Frame::from_text(text),
         Received::Binary(bytes) => Frame::from_binary(bytes),
-        Received::Ping(_) | Received::Pong(_) | Received::Close(_) => {
-            unreachable!("control frames were answered before")
+        Received::Ping(_) | Received::Pong(_) | Received::Close(_) | Received::Fragment(_) => {
+            unreachable!("only whole messages are frames of the protocol")
         }
     }
 }

@@ -4,7 +4,10 @@ use shared::codec::{
 };
 
 use super::{echo::EchoMode, *};
-use crate::outbox::{Outbox, deflate::Deflating};
+use crate::{
+    limits::meter::MeterRates,
+    outbox::{Outbox, deflate::Deflating},
+};
 
 /// An echo connection that has received `early`.
 fn connection(early: Vec<u8>) -> Connection {
@@ -21,7 +24,8 @@ fn connection(early: Vec<u8>) -> Connection {
     let options =
         Options { message_bytes_max: 1 << 20, heartbeat: Arc::new(heartbeat), json_ping: false };
     let handler = Handler::Echo(Echo { mode: EchoMode::Verbatim });
-    Connection::new(subscriber, handler, options, Arc::default(), metrics, early)
+    let meter = Meter::new(Arc::new(MeterRates::new(50, 200, 4 << 20)), None);
+    Connection::new(subscriber, handler, options, meter, Arc::default(), metrics, early)
 }
 
 #[tokio::test(start_paused = true)]
@@ -38,15 +42,33 @@ async fn who_has_much_inflated_lets_others_have_their_turn() {
 
     let mut connection = connection(frame.repeat(7));
     let mut turns = vec![];
-    loop {
-        let step = connection.handle_unread();
+    while !connection.unread.is_empty() {
+        let step = connection.handle_unread(&mut TurnBudget::default());
+        assert!(matches!(step, Step::More));
         turns.push(connection.subscriber.outbox.take().len());
-        match step {
-            Step::More => break,
-            Step::Enough => {}
-            _ => panic!("it neither ends nor waits"),
-        }
     }
     assert_eq!(turns, [2, 2, 2, 1]);
-    assert!(connection.unread.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn frames_that_carry_nothing_end_a_turn_and_then_wait() {
+    for (name, frame) in [
+        ("pings", &[0x89, 0x80, 0, 0, 0, 0][..]),
+        ("pongs", &[0x8A, 0x80, 0, 0, 0, 0]),
+        ("continuations", &[0x00, 0x80, 0, 0, 0, 0]),
+    ] {
+        let begun = if name == "continuations" { &[0x01, 0x80, 0, 0, 0, 0][..] } else { &[] };
+        let mut connection = connection([begun, &frame.repeat(10_000)].concat());
+        let mut handled = 0;
+        while !connection.is_paused() {
+            let before = connection.unread.len();
+            let _ = connection.handle_unread(&mut TurnBudget::default());
+            let turn = (before - connection.unread.len()) / 6;
+            assert_eq!(turn, 64, "{name}");
+            handled += turn;
+        }
+        assert_eq!(handled, 1024, "{name}: the burst of 1,000, in whole turns");
+        tokio::time::advance(Duration::from_millis(200)).await;
+        assert!(!connection.is_paused(), "{name}");
+    }
 }

@@ -363,6 +363,7 @@ async fn a_slow_reader_misses_nothing_and_delays_nobody() {
         ("limits.outbox_bytes_max", "64KiB"),
         ("limits.messages_per_second", "0"),
         ("history.max_entries", "5000"),
+        ("history.max_bytes", "32MiB"),
     ])
     .await;
     let lobby = room("lobby");

@@ -21,6 +21,7 @@ mod sse;
 mod auth;
 mod limits;
 mod durable;
+mod flood;
 mod bus;
 mod hub;
 mod cluster;

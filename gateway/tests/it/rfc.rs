@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use crate::harness::{Gateway, Nginx};
 
-mod client;
+pub mod client;
 mod deflate;
 
 use client::{BINARY, CLOSE, CONTINUATION, Client, FIN, PING, PONG, TEXT, close, frame, text};

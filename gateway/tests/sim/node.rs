@@ -17,11 +17,11 @@ use gateway::{
     },
     drain::Tasks,
     hub::{Hub, HubOptions, MAILBOX_LEN, member::Subscriber},
-    limits::{Rate, reads::Reads},
+    limits::meter::{Meter, MeterRates},
     outbox::Outbox,
     presence::{Presence, PresenceOptions},
     publisher::Publisher,
-    rooms::{RoomRules, passwords::Passwords},
+    rooms::RoomRules,
     session::{
         Performed, Services, Session, SessionLimits,
         auth::{Auth, Credentials},
@@ -137,15 +137,12 @@ impl Node {
             WAIT_MAX,
             1 << 18,
         );
-        let none = Rate::new(0, WAIT_MAX, 0);
         let limits = SessionLimits {
             managed_max: 0,
-            messages: none,
-            frames: none,
+            rates: Arc::new(MeterRates::unlimited()),
             rooms_max: 10,
             watches_max: 10,
             wait_max: WAIT_MAX,
-            read_bytes_per_second: 0,
         };
         let services = Arc::new(Services {
             quotas: Arc::default(),
@@ -156,9 +153,7 @@ impl Node {
             sessions: redis.clone(),
             auth: Auth::Anonymous,
             rules,
-            passwords: Passwords::new(Default::default(), metrics.clone()),
-            reads: Reads::new(0),
-            peers: Default::default(),
+            passwords: Arc::default(),
             told,
             metrics,
             limits,
@@ -210,6 +205,7 @@ impl Connection {
         let outbox = &subscriber.outbox;
         let line = self.line.clone();
         let mut performing: Option<BoxFuture<Performed>> = None;
+        let mut meter = Meter::new(Arc::new(MeterRates::unlimited()), None);
         loop {
             let mut full = false;
             while performing.is_none() && !full {
@@ -222,7 +218,7 @@ impl Connection {
                 if !full {
                     let Some(frame) = line.0.0.lock().frames.pop_front() else { break };
                     let frame = Request::from_text(&frame);
-                    let request = self.session.handle(frame, Instant::now());
+                    let request = self.session.handle(frame, &mut meter, Instant::now());
                     performing = request.map(|request| self.session.perform(request));
                 }
             }

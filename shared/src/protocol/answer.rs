@@ -168,6 +168,24 @@ pub struct Connected {
     pub max_message_size: usize,
     /// The user's inbox at this moment.
     pub inbox: Inbox,
+    /// What this connection may send. Gateways before November 2026 do not say it.
+    #[serde(default)]
+    pub limits: Limits,
+}
+
+/// What a connection may send, so that a client paces itself. 0 stands for no limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limits {
+    /// `message` and `direct` frames per second.
+    pub messages_per_second: u32,
+    /// How many of them at once.
+    pub messages_burst: u32,
+    /// Other frames per second.
+    pub frames_per_second: u32,
+    /// How many of them at once.
+    pub frames_burst: u32,
+    /// Bytes per second; above it the gateway reads more slowly.
+    pub bytes_per_second: u64,
 }
 
 /// The inbox of a user, as `connected` has it.

@@ -75,6 +75,14 @@ impl Body<'_> {
         }
     }
 
+    /// How many users it names in a list: the work it causes grows with them.
+    pub fn names(&self) -> usize {
+        match self {
+            Self::Watch(users) | Self::Unwatch(users) => users.users.len(),
+            _ => 0,
+        }
+    }
+
     /// The `type`.
     pub fn kind(&self) -> &'static str {
         match self {

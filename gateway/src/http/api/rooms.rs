@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     bus::{
-        BusError, Range,
+        Range,
         orders::Order,
         registry::{Creation, Deletion, Detail, Found, Record, millis_now},
     },
@@ -239,10 +239,7 @@ impl Made {
             Some(password) if password.len() > PASSWORD_BYTES_MAX => {
                 return Err(too_large(format!("`password` is at most {PASSWORD_BYTES_MAX} bytes")));
             }
-            Some(password) => {
-                let hash = node.services.passwords.hash(None, password).await;
-                Some(hash.map_err(|_| BusError::Overloaded)?)
-            }
+            Some(password) => Some(node.services.passwords.hash(password).await),
             None => None,
         };
         Ok(Record {

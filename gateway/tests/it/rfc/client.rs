@@ -96,6 +96,33 @@ impl Client {
         let _ = within(self.socket.write_all(bytes)).await;
     }
 
+    /// Sends `frames` again and again, and reads, until the server closes. Returns its close frame's
+    /// payload, if there is one.
+    pub async fn flood(self, frames: &[u8]) -> Option<Vec<u8>> {
+        let Self { mut socket, mut received, .. } = self;
+        let (mut reads, mut writes) = socket.split();
+        let writing = async {
+            while writes.write_all(frames).await.is_ok() {}
+            std::future::pending::<()>().await;
+        };
+        let reading = async {
+            loop {
+                while let Some((first, payload)) = take_frame(&mut received) {
+                    if first == FIN | CLOSE {
+                        return Some(payload);
+                    }
+                }
+                if !matches!(reads.read_buf(&mut received).await, Ok(count) if count > 0) {
+                    return None;
+                }
+            }
+        };
+        tokio::select! {
+            close = within(reading) => close,
+            () = writing => None,
+        }
+    }
+
     /// Receives more. `false`: the connection has ended.
     async fn receive(&mut self) -> bool {
         matches!(within(self.socket.read_buf(&mut self.received)).await, Ok(count) if count > 0)
@@ -104,7 +131,7 @@ impl Client {
     /// The next frame, `None` at the end of the connection.
     pub async fn next(&mut self) -> Option<Frame> {
         loop {
-            if let Some(frame) = self.take_frame() {
+            if let Some(frame) = take_frame(&mut self.received) {
                 return Some(frame);
             }
             if !self.receive().await {
@@ -113,18 +140,19 @@ impl Client {
             }
         }
     }
+}
 
-    fn take_frame(&mut self) -> Option<Frame> {
-        let bytes = &self.received;
-        let (first, second) = (*bytes.first()?, *bytes.get(1)?);
-        assert_eq!(second & 0x80, 0, "a server's frames are not masked");
-        let (start, length) = match second {
-            126 => (4, usize::from(u16::from_be_bytes(bytes.get(2..4)?.try_into().unwrap()))),
-            127 => (10, u64::from_be_bytes(bytes.get(2..10)?.try_into().unwrap()) as usize),
-            length => (2, usize::from(length)),
-        };
-        let payload = bytes.get(start..start + length)?.to_vec();
-        self.received.drain(..start + length);
-        Some((first, payload))
-    }
+/// Takes the first frame off the front of what was received, if it is whole.
+fn take_frame(received: &mut Vec<u8>) -> Option<Frame> {
+    let bytes = &*received;
+    let (first, second) = (*bytes.first()?, *bytes.get(1)?);
+    assert_eq!(second & 0x80, 0, "a server's frames are not masked");
+    let (start, length) = match second {
+        126 => (4, usize::from(u16::from_be_bytes(bytes.get(2..4)?.try_into().unwrap()))),
+        127 => (10, u64::from_be_bytes(bytes.get(2..10)?.try_into().unwrap()) as usize),
+        length => (2, usize::from(length)),
+    };
+    let payload = bytes.get(start..start + length)?.to_vec();
+    received.drain(..start + length);
+    Some((first, payload))
 }

@@ -1,0 +1,181 @@
+use super::*;
+
+const MIB: u64 = 1 << 20;
+
+fn rates() -> Arc<MeterRates> {
+    Arc::new(MeterRates::new(50, 200, 4 * MIB))
+}
+
+fn wait(verdict: Verdict) -> Duration {
+    match verdict {
+        Verdict::Wait(wait, _) => wait,
+        Verdict::Go => Duration::ZERO,
+        Verdict::Close => panic!("it is closed"),
+    }
+}
+
+/// Sends what `send` counts, as often as the meter lets it, for so long. Returns how often, and
+/// whether it was closed.
+fn flood(meter: &mut Meter, seconds: u64, mut send: impl FnMut(&mut Meter)) -> (u64, bool) {
+    let begun = Instant::now();
+    let (mut now, mut turns) = (begun, 0);
+    while now < begun + Duration::from_secs(seconds) {
+        send(meter);
+        turns += 1;
+        match meter.settle(now) {
+            // A turn takes its time.
+            Verdict::Go => now += TURN_TIME,
+            Verdict::Wait(wait, _) => now += wait.max(TURN_TIME),
+            Verdict::Close => return (turns, true),
+        }
+    }
+    (turns, false)
+}
+
+#[test]
+fn each_kind_of_overhead_is_slowed_and_then_closed() {
+    for (name, per_turn, send) in [
+        ("pings", 64, (|meter| (0..64).for_each(|_| meter.control(0))) as fn(&mut Meter)),
+        ("fragments", 64, |meter| (0..64).for_each(|_| meter.fragment(0))),
+        ("refused", 32, |meter| {
+            (0..32).for_each(|_| meter.data(1));
+            meter.refused(32);
+        }),
+    ] {
+        let mut meter = Meter::new(rates(), None);
+        let (turns, closed) = flood(&mut meter, 60, send);
+        assert!(closed, "{name}");
+        // The burst, and 10 s of the rate; a refused frame counts twice.
+        let units = turns * if name == "refused" { 2 * per_turn } else { per_turn };
+        assert!((2900..3300).contains(&units), "{name}: {units}");
+    }
+}
+
+#[test]
+fn volume_is_slowed_and_never_closed() {
+    let mut meter = Meter::new(rates(), None);
+    let (turns, closed) = flood(&mut meter, 60, |meter| meter.data(250_000));
+    let expected = (60 + 5) * 4 * MIB / 250_128;
+    assert!(!closed && turns.abs_diff(expected) <= 10, "{turns} messages, {expected} expected");
+    let mut meter = Meter::new(rates(), None);
+    let (turns, closed) = flood(&mut meter, 10, |meter| (0..64).for_each(|_| meter.data(0)));
+    let per_second = turns * 64 / 15;
+    assert!(!closed && (30_000..35_000).contains(&per_second), "{per_second} empty messages/s");
+}
+
+#[test]
+fn a_client_that_works_never_waits() {
+    let mut meter = Meter::new(rates(), None);
+    let begun = Instant::now();
+    for seconds in 0..3600 {
+        let now = begun + Duration::from_secs(seconds);
+        // All that its rates allow, heartbeats, and a message in large fragments now and then.
+        for _ in 0..50 {
+            assert_eq!(meter.take_message(now), Ok(()));
+            meter.data(2_000);
+        }
+        for _ in 0..200 {
+            assert_eq!(meter.take_frame(0, now), Ok(()));
+            meter.data(100);
+        }
+        meter.control(0);
+        if seconds % 60 == 0 {
+            (0..256).for_each(|_| meter.fragment(1024));
+            meter.data(262_144);
+            meter.refused(10);
+        }
+        assert_eq!(meter.settle(now), Verdict::Go);
+    }
+}
+
+#[test]
+fn excess_that_ends_is_forgiven() {
+    let mut meter = Meter::new(rates(), None);
+    let mut now = Instant::now();
+    for _ in 0..10 {
+        (0..1500).for_each(|_| meter.control(0));
+        let wait = wait(meter.settle(now));
+        assert!(wait > Duration::from_secs(2), "{wait:?}");
+        now += Duration::from_secs(9);
+        assert_eq!(meter.settle(now), Verdict::Go, "it has rested");
+    }
+}
+
+#[test]
+fn an_address_has_the_overhead_of_a_few_connections() {
+    let (addresses, key) = (Arc::new(AddressMeters::default()), "192.0.2.1".parse().unwrap());
+    let mut many: Vec<_> =
+        (0..1000).map(|_| Meter::new(rates(), Some((addresses.clone(), key)))).collect();
+    let mut honest = Meter::new(rates(), Some((addresses.clone(), key)));
+    let mut other = Meter::new(rates(), Some((addresses, "192.0.2.2".parse().unwrap())));
+    let begun = Instant::now();
+    let mut paused = vec![begun; many.len()];
+    let (mut control, mut closed) = (0, vec![false; many.len()]);
+    for tick in 0..100 {
+        let now = begun + Duration::from_millis(100) * tick;
+        for (i, meter) in many.iter_mut().enumerate() {
+            if paused[i] > now || closed[i] {
+                continue;
+            }
+            (0..64).for_each(|_| meter.control(0));
+            control += 64;
+            match meter.settle(now) {
+                Verdict::Wait(wait, _) => paused[i] = now + wait,
+                Verdict::Close => closed[i] = true,
+                Verdict::Go => {}
+            }
+        }
+        for meter in [&mut honest, &mut other] {
+            meter.control(0);
+            assert_eq!(meter.settle(now), Verdict::Go, "who has caused little does not wait");
+        }
+    }
+    // A connection below an eighth of its burst is never made to wait: 1,000 times 125, twice as much
+    // with the turn in which it passes that.
+    assert!(control < 300_000, "{control} control frames in 10 s");
+}
+
+#[test]
+fn names_in_a_frame_cost() {
+    let mut meter = Meter::new(rates(), None);
+    let now = Instant::now();
+    let taken = (0..1000).take_while(|_| meter.take_frame(100, now).is_ok()).count();
+    assert_eq!(taken, 38, "1,000 units at once, and 26 for 100 names");
+    // 988 are used: 14 are too many.
+    assert!(meter.take_frame(100, now + Duration::from_millis(69)).is_err());
+    assert_eq!(meter.take_frame(100, now + Duration::from_millis(70)), Ok(()));
+}
+
+#[test]
+fn rates_of_zero_are_no_limits() {
+    let mut meter = Meter::new(Arc::new(MeterRates::unlimited()), None);
+    let now = Instant::now();
+    for _ in 0..10_000 {
+        meter.control(100);
+        meter.refused(1);
+        meter.data(1 << 20);
+        assert_eq!(meter.settle(now), Verdict::Go);
+        assert_eq!(meter.take_message(now), Ok(()));
+        assert_eq!(meter.take_frame(100, now), Ok(()));
+        assert_eq!(meter.take_password(now), Ok(()));
+    }
+}
+
+#[test]
+fn a_turn_ends_by_frames_by_bytes_and_by_time() {
+    let none = Duration::ZERO;
+    let mut turn = TurnBudget::default();
+    (0..TURN_FRAMES - 1).for_each(|_| turn.frame(0));
+    assert!(!turn.is_over(none));
+    turn.frame(0);
+    assert!(turn.is_over(none));
+    let mut turn = TurnBudget::default();
+    turn.frame(TURN_BYTES);
+    assert!(turn.is_over(none));
+    let mut turn = TurnBudget::default();
+    turn.time(TURN_TIME / 2);
+    assert!(!turn.is_over(none) && turn.is_over(TURN_TIME / 2));
+    let mut turn = TurnBudget::default();
+    (0..8).for_each(|_| turn.request());
+    assert!(turn.is_over(none));
+}
