@@ -33,6 +33,7 @@ mod repair;
 mod agreement;
 mod browser;
 mod stop;
+mod deploy;
 mod loadtest;
 #[cfg(feature = "defects")]
 mod defects;
