@@ -7,7 +7,7 @@
 use std::{
     collections::BTreeMap,
     fmt::{self, Display, Write as _},
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     path::PathBuf,
     str::FromStr,
     sync::Arc,
@@ -15,8 +15,10 @@ use std::{
 };
 
 use config::{Environment, File, FileFormat, Map, Value, ValueKind};
+use ipnet::IpNet;
 use rand::{RngExt as _, distr::Alphanumeric};
-use shared::{ids::NodeId, protocol::MESSAGE_BYTES_MAX};
+use shared::{ids::NodeId, protocol::MESSAGE_BYTES_MAX, token::is_room_pattern};
+use tracing_subscriber::filter::{LevelFilter, Targets};
 
 use crate::{
     bus::{
@@ -29,7 +31,7 @@ use crate::{
         sessions::SessionOptions,
     },
     drain::departure,
-    http::{HttpLimits, HttpOptions, api::ApiKeys, origin::AllowedOrigins},
+    http::{HttpLimits, HttpOptions, ROUTE_COOKIE, api::ApiKeys, origin::AllowedOrigins},
     hub::HubOptions,
     limits::{Rate, durable::QuotaOptions, meter::MeterRates},
     presence::PresenceOptions,
@@ -44,6 +46,8 @@ use crate::{
 
 /// The file that is read if it is there and no other is named.
 pub const DEFAULT_FILE: &str = "gateway.toml";
+/// HS256 takes no shorter key (RFC 7518, section 3.2).
+const JWT_SECRET_BYTES_MIN: usize = 32;
 /// Descriptors kept free for what is no client connection.
 const DESCRIPTORS_KEPT: u64 = 1000;
 
@@ -130,6 +134,9 @@ struct Described {
     key: &'static str,
     default: String,
     text: &'static str,
+    /// What is used, for mistakes that name it, and whether it was given.
+    value: String,
+    is_given: bool,
 }
 
 /// Hands out values by key, and collects what is wrong with them.
@@ -157,7 +164,7 @@ impl Config {
         let mut reader = Reader { values: BTreeMap::new(), mistakes: vec![], described: vec![] };
         Self::read(&mut reader);
         let mut table = String::from("| key | default | what |\n| --- | --- | --- |\n");
-        for Described { key, default, text } in reader.described {
+        for Described { key, default, text, .. } in reader.described {
             let default = if default.is_empty() { String::new() } else { format!("`{default}`") };
             let _ = writeln!(table, "| `{key}` | {default} | {text} |");
         }
@@ -166,23 +173,23 @@ impl Config {
 
     #[rustfmt::skip]
     fn read(r: &mut Reader) -> Self {
-        let listen = r.take("server.listen", "127.0.0.1:8080", "Where clients connect.");
+        let listen = r.take::<SocketAddr>("server.listen", "127.0.0.1:8080", "Where clients connect.");
         let origins = r.take::<List<String>>("server.allowed_origins", "", "Origins of web pages that may connect beside the gateway's own, as `https://app.example`; `https://*.app.example` for all hosts below a name, `null` for pages without an origin, `*` for any. Cookies of pages that only `null` or `*` allows are not looked at.");
-        let proxies = r.take::<List<ipnet::IpNet>>("server.trusted_proxies", "", "Networks whose `X-Forwarded-For` counts, as `10.0.0.0/8`.");
+        let proxies = r.take::<List<ProxyNet>>("server.trusted_proxies", "", "Networks whose `X-Forwarded-For` counts, as `10.0.0.0/8`.");
         let echo = r.take_of("server.echo", "prefix", &[("prefix", EchoMode::Prefix), ("verbatim", EchoMode::Verbatim), ("off", EchoMode::Off)], "How `/ws/echo` answers: `prefix`, `verbatim` (for conformance suites) or `off`.");
-        let admin_listen = r.take("admin.listen", "127.0.0.1:9100", "Where metrics are served. Not for the world.");
+        let admin_listen = r.take::<SocketAddr>("admin.listen", "127.0.0.1:9100", "Where metrics are served. Not for the world.");
         let node = r.take::<Option_<NodeId>>("node.id", "", "The name of this node, another for each. Empty: the host name and 4 random characters.");
         let log_format = r.take_of("log.format", "text", &[("text", LogFormat::Text), ("json", LogFormat::Json)], "How log lines look: `text` or `json`.");
         let log_level = r.take::<LogLevel>("log.level", "info", "Which log lines are written: `error`, `warn`, `info`, `debug`, `trace`, or directives as `info,gateway::bus=debug`.");
 
         let jwt = r.take_of("auth.mode", "anonymous", &[("anonymous", false), ("jwt", true)], "How users are told apart: `anonymous` (by what they say) or `jwt` (by a token).");
         let allow_anonymous = r.take::<bool>("auth.allow_anonymous", "false", "Whether a cluster may run in `anonymous` mode. Changes nothing in `jwt` mode.");
-        let secret = r.take::<String>("auth.jwt_secret", "", "The key of tokens (HS256), at least 32 bytes. Needed in `jwt` mode.");
+        let secret = r.take_secret::<String>("auth.jwt_secret", "", "The key of tokens (HS256), at least 32 bytes. Needed in `jwt` mode.");
         let leeway = r.take::<Span>("auth.leeway", "5s", "How far clocks may differ: for so long a token counts after its `exp` and before its `nbf`.");
         let audience = r.take::<List<String>>("auth.audience", "", "Names of this gateway in `aud`: a token has to name one of them. Empty: a token with an `aud` is refused.");
         let issuer = r.take::<List<String>>("auth.issuer", "", "Issuers that tokens are taken from: `iss` has to be one of them. Empty: any.");
-        let auth_cookie = r.take("auth.cookie", "token", "The cookie a token may come in.");
-        let api_keys = r.take::<List<NamedKey>>("api.keys", "", "Keys of the server API with the names they have in the log, as `web:<key>,ops:<key>`. Empty: nobody may use it.");
+        let auth_cookie = r.take::<CookieName>("auth.cookie", "token", "The cookie a token may come in.");
+        let api_keys = r.take_secret::<List<NamedKey>>("api.keys", "", "Keys of the server API with the names they have in the log, as `web:<key>,ops:<key>`. Empty: nobody may use it.");
         let api_docs = r.take::<bool>("api.docs", "true", "Whether `/api/docs` and `/api/openapi.json` are served, without a key.");
 
         let redis_url = r.take::<Option_<String>>("cluster.redis_url", "", "Redis of the cluster, as `redis://user:password@host:6379/0`, `redis+sentinel://user:password@s1,s2,s3/primary` or `redis+cluster://user:password@h1,h2,h3`; `rediss` for TLS. Empty: a single node that keeps logs in memory.");
@@ -198,7 +205,7 @@ impl Config {
         let empty_ttl = r.take::<Span>("rooms.empty_ttl", "24h", "How long a managed room stays that nobody is in.");
         let managed_max = r.take_in("rooms.managed_per_owner", "100", 0..=1_000_000_usize, "Managed rooms that a user may own. More: `limit_reached`. 0: no limit.");
         let marks_max = r.take_in("rooms.marks_max", "10000", 1..=10_000_000_u32, "Of how many users a room notes how far they have read; marks of others are not kept.");
-        let ephemeral = r.take::<List<String>>("rooms.ephemeral", "", "Rooms that keep no log, by name or prefix, as `cursors,live:*`: messages are passed on once and not kept. The same on all nodes.");
+        let ephemeral = r.take::<List<RoomPattern>>("rooms.ephemeral", "", "Rooms that keep no log, by name or prefix, as `cursors,live:*`: messages are passed on once and not kept. The same on all nodes.");
         let grace = r.take::<Span>("presence.grace", "3s", "How long a user stays present whose last connection has gone, so that a page can be loaded again.");
         let individual_max = r.take_in("presence.individual_max", "100", 0..=10_000_usize, "Up to how many members a room tells one by one who comes and goes; above it `presence_diff`, at most every 250 ms.");
         let named_max = r.take_in("presence.named_max", "1000", 0..=100_000_usize, "Up to how many members `presence_diff` names; above it only `count` is told, since otherwise each member would be sent the name of every other.");
@@ -269,9 +276,15 @@ impl Config {
         if cert_file.0.is_some() != key_file.0.is_some() {
             r.mistake("cluster.redis_key_file", "goes together with cluster.redis_cert_file: set both or none".into());
         }
+        if redis_url.0.is_none() && (ca_file.0.is_some() || cert_file.0.is_some() || key_file.0.is_some()) {
+            r.mistake("cluster.redis_url", "is empty, so that the files for TLS mean nothing: set it, or leave them out".into());
+        }
         let tls = TlsFiles { ca: ca_file.0, own: cert_file.0.zip(key_file.0) };
-        if jwt && secret.is_empty() {
-            r.mistake("auth.jwt_secret", "is needed where auth.mode is `jwt`".into());
+        if jwt && secret.len() < JWT_SECRET_BYTES_MIN {
+            r.mistake("auth.jwt_secret", format!("is {} bytes long; where auth.mode is `jwt` it has to be {JWT_SECRET_BYTES_MIN} or more (RFC 7518, section 3.2): `openssl rand -base64 48` makes one", secret.len()));
+        }
+        if !jwt && !secret.is_empty() {
+            r.mistake("auth.jwt_secret", "means nothing where auth.mode is `anonymous`, in which everybody is let in: set auth.mode = jwt, or leave the secret out".into());
         }
         if !jwt && redis_url.0.is_some() && !allow_anonymous {
             r.mistake("auth.mode", "`anonymous` lets anybody speak as anybody: set `jwt`, or for a cluster that is open on purpose set auth.allow_anonymous = true".into());
@@ -279,6 +292,11 @@ impl Config {
         for (key, span) in [("publish.wait", &publish_wait), ("dedup.window", &dedup_window), ("history.ttl", &ttl), ("heartbeat.interval", &interval), ("heartbeat.silence_max", &silence), ("heartbeat.stall_max", &stall), ("rooms.empty_ttl", &empty_ttl), ("inbox.ttl", &inbox_ttl), ("sessions.ttl", &session_ttl), ("inbox.unseen_ttl", &unseen_ttl)] {
             if span.0 < Duration::from_millis(1) || span.0 > Duration::from_secs(10 * 365 * 86_400) {
                 r.mistake(key, "has to be 1ms to 10 years".into());
+            }
+        }
+        for (key, span) in [("auth.leeway", &leeway), ("presence.grace", &grace), ("drain.delay", &drain_delay), ("drain.window", &drain_window)] {
+            if span.0 > Duration::from_secs(3600) {
+                r.mistake(key, "has to be at most 1h".into());
             }
         }
         for (key, bytes) in [("limits.message_bytes_max", &message_bytes), ("limits.outbox_bytes_max", &outbox_bytes), ("history.max_bytes", &bytes_max), ("history.memory_bytes_max", &memory_bytes), ("hub.ring_bytes_max", &ring_bytes), ("hub.ids_bytes_max", &ids_bytes), ("inbox.max_bytes", &inbox_bytes), ("inbox.unseen_max_bytes", &unseen_bytes), ("sessions.data_max_bytes", &session_data)] {
@@ -289,14 +307,37 @@ impl Config {
         if message_bytes.0 > 16 << 20 {
             r.mistake("limits.message_bytes_max", "has to be at most 16MiB: a message passes through Redis and every node whole".into());
         }
+        if listen.port() != 0 && listen.port() == admin_listen.port() && (listen.ip() == admin_listen.ip() || listen.ip().is_unspecified() || admin_listen.ip().is_unspecified()) {
+            r.mistake("admin.listen", format!("`{admin_listen}` is the address of server.listen (`{listen}`): give it a port of its own"));
+        }
+        // What contradicts another option, where it was said: a default gives way. The smaller one, the larger one, and why.
+        for (is_contradiction, key, other, why) in [
+            (interval.0 >= silence.0, "heartbeat.interval", "heartbeat.silence_max", "has to be less: every idle client would be closed before it is pinged"),
+            (bytes_max.0 < message_bytes.0, "history.max_bytes", "limits.message_bytes_max", "has to be as much or more: a log would not keep one message"),
+            (redis_url.0.is_none() && memory_bytes.0 < bytes_max.0, "history.memory_bytes_max", "history.max_bytes", "has to be as much or more: it is for all logs together"),
+            (deflate && deflate_bytes.0 > message_bytes.0, "transport.deflate_bytes_min", "limits.message_bytes_max", "has to be less: nothing would be compressed, for which there is transport.deflate = false"),
+            (window.0 > ttl.0, "history.window", "history.ttl", "has to be as long or shorter: nothing is kept for longer"),
+            (individual_max > named_max, "presence.individual_max", "presence.named_max", "has to be as many or fewer: who is told one by one is named"),
+        ] {
+            if is_contradiction && (key == "heartbeat.interval" || r.is_given(key)) {
+                let of = |key: &str| r.described.iter().find(|option| option.key == key).map_or("", |option| option.value.as_str()).to_owned();
+                let what = format!("`{}` and {other} = `{}` contradict each other: {key} {why}", of(key), of(other));
+                r.mistake(key, what);
+            }
+        }
+
+        let keys: Vec<&str> = api_keys.0.iter().map(|NamedKey(_, key)| key.as_str()).collect();
+        if keys.iter().enumerate().any(|(at, key)| keys[..at].contains(key)) {
+            r.mistake("api.keys", "has a key twice: the log could not tell who used it".into());
+        }
 
         if kept_bytes.0 > 1 << 31 {
             r.mistake("limits.durable_bytes_per_minute", "has to be at most 2GiB".into());
         }
 
         let mut warnings = Vec::new();
-        if jwt && secret.len() < 32 {
-            warnings.push("auth.jwt_secret is shorter than the 32 bytes that HS256 asks for (RFC 7518, section 3.2): it can be guessed".into());
+        if outbox_bytes.0 < message_bytes.0 {
+            warnings.push("limits.outbox_bytes_max is less than limits.message_bytes_max: a client may hold more than the first, since one message always passes".into());
         }
         if ttl.0 > empty_ttl.0 {
             warnings.push("history.ttl is longer than rooms.empty_ttl: the log of a managed room outlives its password, and who joins it then reads it".into());
@@ -312,6 +353,9 @@ impl Config {
         let node = node.0.unwrap_or_else(default_node_id);
         let second = Duration::from_secs(1);
         let descriptors = descriptors_for_clients();
+        if connections_max > descriptors {
+            warnings.push(format!("limits.connections_max is {connections_max}, and this process has descriptors for {descriptors} clients: raise the limit of descriptors (`ulimit -n`)"));
+        }
         Self {
             listen,
             admin_listen,
@@ -322,14 +366,14 @@ impl Config {
             retention,
             registry: RegistryOptions { empty_ttl: empty_ttl.0 },
             sessions,
-            rooms: RoomRules { ephemeral: ephemeral.0, create_on_join },
+            rooms: RoomRules { ephemeral: ephemeral.0.into_iter().map(|RoomPattern(text)| text).collect(), create_on_join },
             presence: PresenceOptions { grace: grace.0, individual_max, named_max, public: presence_public },
             auth: if jwt { Auth::jwt(JwtOptions { secret, leeway: leeway.0, audience: audience.0, issuer: issuer.0 }) } else { Auth::Anonymous },
             http: HttpOptions {
-                auth_cookie,
+                auth_cookie: auth_cookie.0,
                 api: ApiKeys::new(api_keys.0.into_iter().map(|NamedKey(name, key)| (name, key)), api_docs),
                 allowed_origins,
-                trusted_proxies: proxies.0,
+                trusted_proxies: proxies.0.into_iter().map(|ProxyNet(net)| net).collect(),
                 echo,
                 pace_of_departure: departure::Pace { window: drain_window.0, per_second: per_second_away(accepts) },
                 warn_anonymous: open_cluster,
@@ -408,11 +452,35 @@ impl Reader {
         default: &str,
         text: &'static str,
     ) -> T {
-        self.described.push(Described { key, default: default.to_owned(), text });
-        if let Some(value) = self.values.remove(key) {
+        self.take_shown(key, default, text, |value, error| format!("`{value}`: {error}"))
+    }
+
+    /// As [`Reader::take`], without a word of the value in what is told.
+    fn take_secret<T: FromStr<Err: Display>>(
+        &mut self,
+        key: &'static str,
+        default: &str,
+        text: &'static str,
+    ) -> T {
+        self.take_shown(key, default, text, |_, error: &T::Err| error.to_string())
+    }
+
+    fn take_shown<T: FromStr<Err: Display>>(
+        &mut self,
+        key: &'static str,
+        default: &str,
+        text: &'static str,
+        what: impl Fn(&str, &T::Err) -> String,
+    ) -> T {
+        let given = self.values.remove(key);
+        let (is_given, default) = (given.is_some(), default.to_owned());
+        let value = given.clone().unwrap_or_else(|| default.clone());
+        let described = Described { key, default: default.clone(), text, value, is_given };
+        self.described.push(described);
+        if let Some(value) = given {
             match value.parse() {
                 Ok(value) => return value,
-                Err(error) => self.mistake(key, format!("`{value}`: {error}")),
+                Err(error) => self.mistake(key, what(&value, &error)),
             }
         }
         match default.parse() {
@@ -449,6 +517,10 @@ impl Reader {
         let names: Vec<_> = values.iter().map(|(name, _)| *name).collect();
         self.mistake(key, format!("`{word}` is none of {}", names.join(", ")));
         values[0].1
+    }
+
+    fn is_given(&self, key: &str) -> bool {
+        self.described.iter().any(|option| option.key == key && option.is_given)
     }
 
     fn mistake(&mut self, key: &str, what: String) {
@@ -589,6 +661,11 @@ impl FromStr for NamedKey {
         if name.is_empty() || key.len() < 16 {
             return Err("a key is <name>:<key>, and has 16 characters or more");
         }
+        if !key.bytes().all(|byte| matches!(byte, b' '..=b'~')) {
+            return Err(
+                "a key is of ASCII characters that can be seen, since it comes in a header",
+            );
+        }
         Ok(Self(name.to_owned(), key.to_owned()))
     }
 }
@@ -604,14 +681,82 @@ impl<T: FromStr> FromStr for Option_<T> {
     }
 }
 
-/// A level or directives, as the log reads them.
+/// A level or directives, as the log reads them. One directive is a level for all that has no other: a
+/// mistyped level reads as the name of a module, and would silence everything else.
 struct LogLevel(String);
 
 impl FromStr for LogLevel {
-    type Err = tracing_subscriber::filter::ParseError;
+    type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        text.parse::<tracing_subscriber::filter::Targets>().map(|_| Self(text.to_owned()))
+        const USAGE: &str = "a level is error, warn, info, debug, trace or off; directives are one \
+             level for everything and further ones for modules, as `info,gateway::bus=debug`";
+        let is_level = |text: &str| text.parse::<LevelFilter>().is_ok();
+        let (mut levels, mut is_usable) = (0, true);
+        for directive in text.split(',').map(str::trim) {
+            match directive.split_once('=') {
+                Some((module, level)) => is_usable &= !module.is_empty() && is_level(level),
+                None if is_level(directive) => levels += 1,
+                None => is_usable = false,
+            }
+        }
+        let is_usable = is_usable && levels == 1 && text.parse::<Targets>().is_ok();
+        if is_usable { Ok(Self(text.to_owned())) } else { Err(USAGE) }
+    }
+}
+
+/// A network of proxies.
+struct ProxyNet(IpNet);
+
+impl FromStr for ProxyNet {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        // A single address is a network of one.
+        let net = match text.parse::<IpAddr>() {
+            Ok(address) => Ok(IpNet::from(address)),
+            Err(_) => text.parse::<IpNet>(),
+        };
+        let net = net.map_err(|error| format!("{error}; a network is as 10.0.0.0/8"))?;
+        if net.prefix_len() == 0 {
+            return Err("names every address, and anybody could say to be anybody: name the \
+                        networks of the proxies"
+                .to_owned());
+        }
+        Ok(Self(net))
+    }
+}
+
+/// The name of a cookie (RFC 6265, section 4.1.1: a token of RFC 9110, section 5.6.2).
+struct CookieName(String);
+
+impl FromStr for CookieName {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let is_token =
+            |byte: u8| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte);
+        if text.is_empty() || !text.bytes().all(is_token) {
+            return Err("a cookie's name is of letters, digits and !#$%&'*+-.^_`|~");
+        }
+        if text == ROUTE_COOKIE {
+            return Err("that is the cookie by which nginx finds a client's node");
+        }
+        Ok(Self(text.to_owned()))
+    }
+}
+
+/// A room's name, or what names begin with where it ends in `*`.
+struct RoomPattern(String);
+
+impl FromStr for RoomPattern {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        if !is_room_pattern(text) {
+            return Err("is neither a room's name nor the beginning of one with `*` at its end");
+        }
+        Ok(Self(text.to_owned()))
     }
 }
 
@@ -681,6 +826,87 @@ mod tests {
         }
         assert!(mistakes.contains("8 mistake(s)"), "{mistakes}");
         assert!(mistakes.contains("is `server.listen` meant?"), "{mistakes}");
+    }
+
+    #[test]
+    fn what_means_nothing_is_refused_with_what_to_write_instead() {
+        const REDIS: (&str, &str) = ("cluster.redis_url", "redis://127.0.0.1");
+        const JWT: (&str, &str) = ("auth.mode", "jwt");
+        const SECRET: (&str, &str) = ("auth.jwt_secret", "a secret of at least thirty-two bytes");
+        let refused: &[(&[(&str, &str)], &str)] = &[
+            (&[("log.level", "inof")], "a level is error, warn, info, debug, trace or off"),
+            (&[("log.level", "gateway::bus=debug")], "one level for everything"),
+            (&[("log.level", "info,gateway=loud")], "a level is"),
+            (&[("heartbeat.interval", "60s")], "every idle client would be closed"),
+            (&[("heartbeat.silence_max", "25s")], "heartbeat.silence_max = `25s`"),
+            (&[("heartbeat.interval", "0s")], "has to be 1ms to 10 years"),
+            (&[JWT, ("auth.jwt_secret", "x")], "is 1 bytes long"),
+            (&[JWT, ("auth.jwt_secret", &"x".repeat(31))], "32 or more"),
+            (&[JWT], "openssl rand -base64 48"),
+            (&[SECRET], "set auth.mode = jwt"),
+            (&[JWT, SECRET, ("auth.leeway", "2h")], "has to be at most 1h"),
+            (&[("auth.cookie", "a b")], "a cookie's name is of"),
+            (&[("auth.cookie", "")], "a cookie's name is of"),
+            (&[("auth.cookie", "gw_node")], "nginx finds"),
+            (&[("server.listen", "0.0.0.0:9100")], "give it a port of its own"),
+            (&[("admin.listen", "127.0.0.1:8080")], "give it a port of its own"),
+            (
+                &[("server.trusted_proxies", "10.0.0.0/8,0.0.0.0/0")],
+                "anybody could say to be anybody",
+            ),
+            (&[("server.trusted_proxies", "::/0")], "name the networks of the proxies"),
+            (&[("server.trusted_proxies", "nginx")], "a network is as 10.0.0.0/8"),
+            (&[("api.keys", "web:short")], "16 characters or more"),
+            (&[("api.keys", "a:0123456789abcdef,b:0123456789abcdef")], "has a key twice"),
+            (&[("api.keys", "a:0123456789abcdefä")], "it comes in a header"),
+            (&[("cluster.partitions", "0")], "has to be 1 to 16384"),
+            (&[("cluster.redis_ca_file", "/ca.pem")], "is empty, so that the files for TLS"),
+            (&[REDIS], "set auth.allow_anonymous = true"),
+            (&[("rooms.ephemeral", "live:*:x")], "with `*` at its end"),
+            (&[("rooms.ephemeral", "a b")], "is neither a room's name"),
+            (&[("limits.message_bytes_max", "1GiB")], "has to be at most 16MiB"),
+            (&[("history.max_bytes", "128")], "a log would not keep one message"),
+            (&[("history.memory_bytes_max", "1MiB")], "it is for all logs together"),
+            (&[("history.window", "2d")], "nothing is kept for longer"),
+            (&[("presence.individual_max", "2000")], "who is told one by one is named"),
+            (&[("presence.grace", "30d")], "has to be at most 1h"),
+            (&[("drain.window", "2h")], "has to be at most 1h"),
+            (&[("transport.deflate_bytes_min", "1GiB")], "transport.deflate = false"),
+            (&[("node.id", "a b")], "node.id"),
+        ];
+        for (settings, expected) in refused {
+            let Err(told) = load(&[], settings) else { panic!("accepted: {settings:?}") };
+            assert!(
+                told.contains(expected) && told.contains("has 1 mistake(s)"),
+                "{settings:?}: {told}"
+            );
+        }
+        let accepted: &[&[(&str, &str)]] = &[
+            &[("log.level", "warn,gateway::bus=trace,hyper=off")],
+            &[("log.level", "off")],
+            &[JWT, SECRET],
+            &[("server.listen", "127.0.0.1:80"), ("admin.listen", "127.0.0.2:80")],
+            &[("server.trusted_proxies", "10.0.0.1,fd00::/8")],
+            &[("rooms.ephemeral", "live:*,cursors,*")],
+            &[REDIS, ("auth.allow_anonymous", "true"), ("history.memory_bytes_max", "1MiB")],
+            // Defaults give way.
+            &[("history.ttl", "2s"), ("history.max_bytes", "1GiB"), ("presence.named_max", "5")],
+            &[("limits.outbox_bytes_max", "64KiB")],
+            &[("api.keys", "web:0123456789abcdef,web:fedcba9876543210")],
+        ];
+        for settings in accepted {
+            if let Err(told) = load(&[], settings) {
+                panic!("refused: {settings:?}: {told}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_mistake_in_a_secret_does_not_show_it() {
+        for (key, value) in [("api.keys", "web:hush"), ("api.keys", "hush")] {
+            let Err(told) = load(&[], &[(key, value)]) else { panic!("accepted") };
+            assert!(!told.contains("hush"), "{told}");
+        }
     }
 
     #[test]

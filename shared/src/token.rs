@@ -93,7 +93,22 @@ pub enum Access {
 #[serde(transparent)]
 pub struct RoomGrants(pub BTreeMap<String, Access>);
 
+/// Whether the text is a room's name, or the beginning of one with `*` at its end.
+pub fn is_room_pattern(text: &str) -> bool {
+    match text.strip_suffix('*') {
+        // A name may begin with these, and not be one of them.
+        Some("" | "." | "..") => true,
+        Some(prefix) => prefix.parse::<RoomId>().is_ok(),
+        None => text.parse::<RoomId>().is_ok(),
+    }
+}
+
 impl RoomGrants {
+    /// A key that can match no room: neither a name nor the beginning of one.
+    pub fn unmatchable(&self) -> Option<&str> {
+        self.0.keys().map(String::as_str).find(|key| !is_room_pattern(key))
+    }
+
     /// What is allowed in `room`: the longest match wins, a full name before a prefix of its
     /// length; `None` where nothing matches.
     pub fn access(&self, room: &RoomId) -> Option<Access> {
@@ -197,5 +212,17 @@ mod tests {
         check(grants, "x", Some(Access::Read));
         check(r#"{"a":"r"}"#, "b", None);
         check("{}", "b", None);
+    }
+
+    #[test]
+    fn a_pattern_is_a_name_or_the_beginning_of_one() {
+        for pattern in ["a", "*", "team:*", ".*", "a-b_c@d"] {
+            assert!(is_room_pattern(pattern), "{pattern}");
+        }
+        for pattern in ["", "a*b", "**", "*a", "a b", "a/*", &"x".repeat(129)] {
+            assert!(!is_room_pattern(pattern), "{pattern}");
+        }
+        let grants: RoomGrants = serde_json::from_str(r#"{"a":"r","a*b":"r","c*":"rw"}"#).unwrap();
+        assert_eq!(grants.unmatchable(), Some("a*b"));
     }
 }

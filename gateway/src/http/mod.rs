@@ -45,6 +45,9 @@ mod upgrade;
 mod sse;
 pub mod api;
 
+/// The cookie that names a client's node to nginx.
+pub const ROUTE_COOKIE: &str = "gw_node";
+
 /// What the HTTP side is told by the configuration.
 #[derive(Clone)]
 pub struct HttpOptions {

@@ -33,7 +33,7 @@ use shared::{
 use tokio::net::TcpStream;
 
 use super::{
-    Ends, Node,
+    Ends, Node, ROUTE_COOKIE,
     begun::Begun,
     client::{Client, Entered, Params, connected, follow_inbox, hold_session, param, subprotocols},
     error::refuse,
@@ -185,7 +185,10 @@ fn switching(agreed: &Agreed, route: &str) -> Response {
         .header(header::UPGRADE, "websocket")
         .header(header::CONNECTION, "Upgrade")
         .header(header::SEC_WEBSOCKET_ACCEPT, &agreed.accept)
-        .header(header::SET_COOKIE, format!("gw_node={route}; Path=/; HttpOnly; SameSite=Lax"))
+        .header(
+            header::SET_COOKIE,
+            format!("{ROUTE_COOKIE}={route}; Path=/; HttpOnly; SameSite=Lax"),
+        )
         .body(Body::empty())
         .expect("the values are ASCII");
     if agreed.subprotocol {

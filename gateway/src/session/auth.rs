@@ -17,6 +17,11 @@ use shared::{
     token::{Access, Claims, RoomGrants},
 };
 
+use crate::telemetry::seldom::Seldom;
+
+/// The log line of tokens with a pattern that matches no room.
+static UNMATCHABLE: Seldom = Seldom::new();
+
 /// How clients are told apart.
 #[derive(Clone)]
 pub enum Auth {
@@ -171,6 +176,18 @@ impl JwtKey {
         if !is_for_us {
             return Err(TokenInvalid("invalid token: its `aud` names none of auth.audience"));
         }
+        if let Some(pattern) = claims.rooms.as_ref().and_then(RoomGrants::unmatchable) {
+            // Left out it could give more than was meant: a longer pattern may take away.
+            if let Some(unsaid) = UNMATCHABLE.is_due() {
+                tracing::warn!(
+                    pattern,
+                    unsaid,
+                    "tokens are refused whose `rooms` has a pattern that matches no room: it is a \
+                     name, or the beginning of one with `*` at its end"
+                );
+            }
+            return Err(TokenInvalid("invalid token: its `rooms` has a pattern that matches no room"));
+        }
         let id = user(&claims.sub).ok_or(TokenInvalid("invalid token: its `sub` is no user id"))?;
         // Who made the token is not the user, who must not be locked out for its name.
         let name = claims.name.as_deref().and_then(DisplayName::cleaned);
@@ -291,6 +308,7 @@ mod tests {
             json!({"sub": 7, "exp": NOW + 60}),
             json!({"sub": "..", "exp": NOW + 60}),
             json!({"sub": "ann", "exp": NOW + 60, "rooms": {"a": "w"}}),
+            json!({"sub": "ann", "exp": NOW + 60, "rooms": {"a*b": "r", "*": "rw"}}),
         ] {
             check(&strict, claims, Err("token_invalid"));
         }

@@ -410,6 +410,12 @@ impl Redis {
         self.process.kill().await;
     }
 
+    /// Stops it in order.
+    pub async fn stop(&mut self) {
+        self.process.signal("TERM");
+        self.process.end().await;
+    }
+
     /// Sends a signal, named as for `kill`.
     pub fn signal(&self, signal: &str) {
         self.process.signal(signal);
@@ -493,7 +499,7 @@ pub struct Node {
 
 /// The gateway's binary: this build's, or the one that `SKEIN_GATEWAY` names, so that a test that is
 /// not optimised can drive one that is.
-fn gateway_binary() -> PathBuf {
+pub fn gateway_binary() -> PathBuf {
     std::env::var_os("SKEIN_GATEWAY").map_or(env!("CARGO_BIN_EXE_gateway").into(), PathBuf::from)
 }
 

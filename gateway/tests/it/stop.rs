@@ -17,7 +17,8 @@ use tokio::{
 };
 
 use crate::harness::{
-    Gateway, Http, Node, Redis, closed, connect, get, http_raw, poll_pause, room, until, within,
+    Gateway, Http, Node, Redis, closed, connect, gateway_binary, get, http_raw, poll_pause, room,
+    until, within,
 };
 
 #[tokio::test]
@@ -246,4 +247,19 @@ async fn a_node_under_nohup_outlives_its_terminal() {
     let (code, said) = node.end().await;
     assert_eq!(code, Some(0));
     assert!(said.contains("SIGTERM") && !said.contains("SIGHUP"), "{said}");
+}
+
+#[tokio::test]
+async fn the_health_check_asks_the_admin_listener_where_it_is() {
+    let node = Node::start_alone(&[("admin.listen", "127.0.0.2:0")]).await;
+    let check = async |admin: SocketAddr| {
+        let mut command = tokio::process::Command::new(gateway_binary());
+        command.arg("--health-check").arg("--set").arg(format!("admin.listen={admin}"));
+        let output = within(command.output()).await.unwrap();
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    assert_eq!(check(node.admin).await, (Some(0), String::new()));
+    // Nothing listens there.
+    let (code, told) = check(([127, 0, 0, 1], node.admin.port()).into()).await;
+    assert!(code == Some(1) && told.contains("not ready: 127.0.0.1:"), "{code:?} {told}");
 }
