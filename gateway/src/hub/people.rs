@@ -50,9 +50,11 @@ const TYPING_MAX: Duration = Duration::from_secs(6);
 const CATCH_UP_MAX: Duration = Duration::from_secs(2);
 /// How many listings of a room wait for that.
 const ASKING_MAX: usize = 1024;
-/// When rosters that were not whole are read again: by then every node that lives has told who it
-/// has, and those that do not have lost their lease.
-pub(super) const UNSETTLED_FOR: Duration = Duration::from_secs(10);
+/// When rosters that were not whole are read again for the first time, then after twice as long, and so
+/// on up to the second: by then every node that lives has told who it has, and those that do not have
+/// lost their lease.
+const UNSETTLED_MIN: Duration = Duration::from_secs(1);
+const UNSETTLED_MAX: Duration = Duration::from_secs(10);
 
 /// The people of a room, as its members here know them.
 #[derive(Debug, Default)]
@@ -447,16 +449,25 @@ impl Shard {
         for ((name, generation), snapshot) in rooms.into_iter().zip(snapshots) {
             let room = self.rooms.get_mut(&name);
             let Some(room) = room.filter(|room| room.generation == generation) else { continue };
-            if !snapshot.settled {
-                let at = self.turn.keep.now + UNSETTLED_FOR;
-                self.rosters_again.get_or_insert(at);
-            }
+            let is_whole = snapshot.settled;
             if room.read_roster(snapshot, individual_max, &mut self.turn) {
                 again.push(name.clone());
             }
+            self.note_whole(is_whole);
             self.note_people_due(&name);
         }
         self.read_rosters(again);
+    }
+
+    /// Notes whether what was read is whole: what is not is read again.
+    pub(super) fn note_whole(&mut self, is_whole: bool) {
+        if is_whole {
+            self.reads_unsettled = 0;
+        } else if self.rosters_again.is_none() {
+            let wait = UNSETTLED_MIN.saturating_mul(1 << self.reads_unsettled.min(10));
+            self.reads_unsettled += 1;
+            self.rosters_again = Some(self.turn.keep.now + wait.min(UNSETTLED_MAX));
+        }
     }
 
     /// Reads rosters again of which some may be missing, and those that somebody waits for.

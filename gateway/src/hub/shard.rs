@@ -100,6 +100,8 @@ pub(super) struct Shard {
     pub(super) people_due: BTreeSet<(Instant, RoomId)>,
     /// When rosters in which some may be missing are read again.
     pub(super) rosters_again: Option<Instant>,
+    /// How often they were read so since all was whole.
+    pub(super) reads_unsettled: u32,
     /// Users whose status somebody here wants to know.
     pub(super) watched: Watched,
     pub(super) watched_users_max: usize,
@@ -153,6 +155,7 @@ impl Shard {
             members: 0,
             people_due: BTreeSet::new(),
             rosters_again: None,
+            reads_unsettled: 0,
             watched: Watched::default(),
             watched_users_max: options.watched_users_max,
             watched_told: 0,

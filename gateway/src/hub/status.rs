@@ -19,7 +19,7 @@ use super::{
     Call,
     ask::READ_AGAIN,
     member::{Subscriber, text_frame},
-    people::{UNSETTLED_FOR, at},
+    people::at,
     shard::Shard,
 };
 use crate::bus::registry::Status;
@@ -159,12 +159,15 @@ impl Shard {
 
     /// Tells what was read to those who wait for it, and what has changed to all.
     pub(super) fn take_statuses(&mut self, users: Vec<UserId>, statuses: Vec<Status>) {
+        let mut unsettled = false;
         for (user, status) in users.into_iter().zip(statuses) {
             let Some(watch) = self.watched.get_mut(&user) else { continue };
             watch.reading = false;
-            if !status.settled {
-                // Who seems to have gone may not have been told of yet.
-                self.rosters_again.get_or_insert(self.turn.keep.now + UNSETTLED_FOR);
+            // Who seems to have gone may not have been told of yet.
+            if status.settled {
+                self.reads_unsettled = 0;
+            } else {
+                unsettled = true;
             }
             let seems_gone = !status.online && watch.told == Some(true);
             let changed = watch.told.is_some_and(|told| told != status.online)
@@ -193,6 +196,9 @@ impl Shard {
             if std::mem::take(&mut watch.again) && watch.want().0 {
                 self.statuses_due.push(user);
             }
+        }
+        if unsettled {
+            self.note_whole(false);
         }
     }
 

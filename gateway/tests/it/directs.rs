@@ -1,6 +1,8 @@
 //! What is of one user: directs, the inbox, who is watched, sessions; on a single node, on three nodes
 //! of a cluster, and on two with a Redis Cluster.
 
+use std::time::Duration;
+
 use serde_json::{Value, json};
 use shared::{
     client::{
@@ -12,6 +14,8 @@ use shared::{
     position::Position,
     protocol::answer::{Ack, Answer, Connected, Direct, Entry, Frame, Online, Reset},
 };
+
+use tokio::time::Instant;
 
 use crate::{
     harness::{closed, next_message, room, say, within},
@@ -360,6 +364,7 @@ async fn history_with_a_user_has_what_both_have_said_and_nothing_else() {
 #[tokio::test]
 async fn who_watches_is_told_now_and_on_change() {
     World::each(&[("presence.grace", "0s")], async |world| {
+        let begun = Instant::now();
         let bob = Device::new(world, 1, "bob").await;
         let mut ann = Device::new(world, 0, "ann").await;
         ann.watch(&["bob", "cat"]).await;
@@ -382,6 +387,8 @@ async fn who_watches_is_told_now_and_on_change() {
         let _cat = Device::new(world, 2, "cat").await;
         let _bob = Device::new(world, 1, "bob").await;
         assert_eq!(ann.status().await, ("bob".into(), Online::Online));
+        // These nodes have just started: nobody waits until a lease is over to be told.
+        assert!(begun.elapsed() < Duration::from_secs(6), "{:?}", begun.elapsed());
     })
     .await;
 }
@@ -548,8 +555,8 @@ async fn a_session_is_kept_while_it_is_in_use_and_for_its_time_after() {
         let mut ann = Device::new(world, 0, "ann").await;
         let token = ann.connected.session.clone();
         // Longer in use than that: it is kept.
-        let until = tokio::time::Instant::now() + tokio::time::Duration::from_secs(3);
-        while tokio::time::Instant::now() < until {
+        let until = Instant::now() + Duration::from_secs(3);
+        while Instant::now() < until {
             ask(&mut ann.connection, json!({"type": "ping"})).await.unwrap();
             crate::harness::poll_pause().await;
         }
@@ -560,8 +567,8 @@ async fn a_session_is_kept_while_it_is_in_use_and_for_its_time_after() {
         };
         assert!(resume().await.resumed);
         // Asking is using it, so that it is asked once when its time should be over.
-        let until = tokio::time::Instant::now() + tokio::time::Duration::from_secs(4);
-        while tokio::time::Instant::now() < until {
+        let until = Instant::now() + Duration::from_secs(4);
+        while Instant::now() < until {
             crate::harness::poll_pause().await;
         }
         assert!(!resume().await.resumed);

@@ -196,6 +196,11 @@ impl Keyspace {
         self.named(0, "incarnations")
     }
 
+    /// Which processes have told all their seats, and under which agreements.
+    pub(super) fn told(self) -> String {
+        self.named(0, "told")
+    }
+
     /// What a call at a place uses; `None` where that is no name of a room.
     pub(super) fn keys_of(self, home: u16, place: &str, incarnation: &str) -> Option<PlaceKeys> {
         let (base, index, channel) = if place == CLUSTER {

@@ -16,7 +16,8 @@ use std::{
 
 use parking_lot::Mutex;
 use rand::RngExt as _;
-use redis::{Cmd, RedisResult, Script, Value};
+use redis::{Cmd, FromRedisValue, RedisResult, Script, Value};
+use sha1::{Digest as _, Sha1};
 use shared::{
     ids::{ConnectionId, RoomId, UserId},
     position::{Epoch, Position, Seq},
@@ -77,6 +78,8 @@ pub(super) struct Scripts {
     pub(super) data: Script,
     pub(super) order: Script,
     name: Script,
+    told: Script,
+    forget: Script,
     seat: Script,
     reap: Script,
     mark: Script,
@@ -104,8 +107,12 @@ struct State {
     servers: BTreeMap<u16, (Token, u64)>,
     /// Whether the others can know of the incarnation.
     is_registered: bool,
-    /// From when on every node that lives has written its seats to them.
+    /// From when on every node that lives has written its seats to them, whatever they say.
     settled_at: Option<Instant>,
+    /// Whether the others can know that all is written under the present name.
+    is_told: bool,
+    /// Whether every node that lives has said so.
+    all_have_told: bool,
 }
 
 pub(super) enum Op {
@@ -154,6 +161,8 @@ impl Registrar {
             data: script(include_str!("scripts/data.lua")),
             order: script(include_str!("scripts/order.lua")),
             name: script(include_str!("scripts/name.lua")),
+            told: script(include_str!("scripts/told.lua")),
+            forget: script(include_str!("scripts/forget.lua")),
             seat: of_places(include_str!("scripts/seat.lua")),
             reap: of_places(include_str!("scripts/reap.lua")),
             mark: script(include_str!("scripts/mark.lua")),
@@ -285,6 +294,7 @@ impl Registrar {
                 self.look_at_servers();
                 self.expire();
                 let ops = self.take(&self.router.agreed_homes());
+                self.tell_if_rewritten().await;
                 if ops.is_empty() {
                     break;
                 }
@@ -320,6 +330,7 @@ impl Registrar {
         state.old.extend(state.incarnation.replace(incarnation));
         state.is_rewritten = false;
         state.is_registered = false;
+        (state.is_told, state.all_have_told) = (false, false);
         state.settled_at = Some(Instant::now() + LEASE);
         let State { queue, touched, seats, .. } = state;
         queue.retain(|op| !matches!(op, Op::Rewritten));
@@ -579,8 +590,95 @@ impl Registrar {
         Some(incarnation)
     }
 
+    /// Tells the others once all seats are written. Where that fails it is tried again.
+    async fn tell_if_rewritten(&self) {
+        let agreements = {
+            let state = self.state.lock();
+            if !state.is_rewritten || state.is_told || state.servers.is_empty() {
+                return;
+            }
+            agreements_of(&state.servers)
+        };
+        let Some(server) = self.router.agreed_server(0) else { return };
+        let Ok(mut reader) = server.dial.reader().await else { return };
+        let mut tell = self.scripts.told.key(self.router.keyspace().told());
+        tell.arg(&self.router.process().name).arg(&agreements);
+        let told: RedisResult<()> = tell.invoke_async(&mut *reader).await;
+        if let Err(error) = told {
+            tracing::debug!(%error, "the others do not know yet that all seats are told");
+            return reader.discard();
+        }
+        let state = &mut *self.state.lock();
+        state.is_told = state.is_rewritten && agreements_of(&state.servers) == agreements;
+    }
+
+    /// Whether what the servers have is whole: every node that lives has told its seats since the
+    /// nodes agreed on them, or a lease's time has passed since. To be asked before they are read: a
+    /// server that was flushed has forgotten that this node has told its own.
+    pub(super) async fn is_whole(&self) -> bool {
+        let (agreements, others) = {
+            let state = self.state.lock();
+            if state.servers.is_empty() {
+                return false;
+            }
+            let others = state.all_have_told || state.is_settled();
+            (agreements_of(&state.servers), others)
+        };
+        if others {
+            return self.has_told(&agreements).await.unwrap_or(false);
+        }
+        let whole = self.all_have_told(&agreements).await.unwrap_or(false);
+        let state = &mut *self.state.lock();
+        let is_still = whole && agreements_of(&state.servers) == agreements;
+        state.all_have_told |= is_still;
+        is_still
+    }
+
+    async fn has_told(&self, agreements: &str) -> RedisResult<bool> {
+        let mut ask = redis::pipe();
+        ask.cmd("HGET").arg(self.router.keyspace().told()).arg(&self.router.process().name);
+        let (told,): (Option<String>,) = self.ask_home_0(&ask).await?;
+        Ok(told.is_some_and(|told| told == agreements))
+    }
+
+    async fn all_have_told(&self, agreements: &str) -> RedisResult<bool> {
+        let keyspace = self.router.keyspace();
+        let mut ask = redis::pipe();
+        ask.cmd("TIME");
+        ask.cmd("HGETALL").arg(keyspace.leases()).cmd("HGETALL").arg(keyspace.told());
+        type Rows = BTreeMap<String, String>;
+        let ((seconds, micros), leases, told): ((u64, u64), Rows, Rows) =
+            self.ask_home_0(&ask).await?;
+        let now = seconds * 1000 + micros / 1000;
+        let lives = |row: &str| {
+            let ends = row.split(' ').next().and_then(|ends| ends.parse::<u64>().ok());
+            ends.is_some_and(|ends| ends > now)
+        };
+        let own = &self.router.process().name;
+        let living = leases.iter().filter(|(name, row)| *name != "#" && lives(row));
+        let mut living = living.map(|(name, _)| name).chain([own]);
+        Ok(living.all(|name| told.get(name).is_some_and(|of| of == agreements)))
+    }
+
+    async fn ask_home_0<T: FromRedisValue>(&self, ask: &redis::Pipeline) -> RedisResult<T> {
+        let away = || (redis::ErrorKind::Io, "the nodes have not agreed on a server");
+        let server = self.router.agreed_server(0).ok_or_else(away)?;
+        let mut reader = server.dial.reader().await?;
+        let asked = ask.query_async(&mut *reader).await;
+        if asked.is_err() {
+            reader.discard();
+        }
+        asked
+    }
+
     fn is_settled(&self) -> bool {
-        self.state.lock().settled_at.is_some_and(|at| at <= Instant::now())
+        self.state.lock().is_settled()
+    }
+}
+
+impl State {
+    fn is_settled(&self) -> bool {
+        self.settled_at.is_some_and(|at| at <= Instant::now())
     }
 }
 
@@ -617,6 +715,15 @@ impl Op {
             Self::Seat { .. } | Self::Mark { .. } | Self::Rewritten => {}
         }
     }
+}
+
+/// What stands for the servers that were agreed on, and is the same on all nodes.
+fn agreements_of(servers: &BTreeMap<u16, (Token, u64)>) -> String {
+    let mut digest = Sha1::new();
+    for (home, (token, _)) in servers {
+        digest.update(format!("{home} {token}\n"));
+    }
+    digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 pub(super) fn evalsha<K: AsRef<str>>(script: &Script, keys: &[K]) -> Cmd {

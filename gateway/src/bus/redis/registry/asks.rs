@@ -53,7 +53,7 @@ impl Registrar {
         for (home, places) in by_home(0..rooms.len(), |at| keyspace.home(&rooms[*at])) {
             for places in places.chunks(BATCH_MAX / 8) {
                 // Before it is read, so that it is settled for what was written until then.
-                let settled = self.is_settled();
+                let settled = self.is_whole().await;
                 let rows: Vec<Vec<(String, String)>> = self
                     .ask(home, async |connection| {
                         let mut pipeline = redis::Pipeline::with_capacity(places.len());
@@ -111,7 +111,7 @@ impl Registrar {
         for (home, places) in by_home(0..users.len(), home_of) {
             let names: Vec<&str> = places.iter().map(|at| users[*at].as_str()).collect();
             // Before it is read, so that it is settled for what was written until then.
-            let settled = self.is_settled();
+            let settled = self.is_whole().await;
             let online = keyspace.online(home);
             let (rows, seen): (Vec<Option<String>>, Vec<Option<f64>>) = self
                 .ask(home, async |connection| {

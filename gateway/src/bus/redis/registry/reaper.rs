@@ -92,9 +92,10 @@ impl Registrar {
         }
         let Some(server) = self.router.agreed_server(0) else { return Err(away()) };
         let mut reader = server.dial.reader().await?;
-        let mut command = redis::cmd("HDEL");
-        command.arg(keyspace.incarnations()).arg(incarnation);
-        command.query_async(&mut *reader).await
+        let process = incarnation.rsplit_once('.').map_or(incarnation, |(process, _)| process);
+        let mut forget = self.scripts.forget.key(keyspace.incarnations());
+        forget.key(keyspace.told()).key(keyspace.leases()).arg(incarnation).arg(process);
+        forget.invoke_async(&mut *reader).await
     }
 
     async fn reap_home(
