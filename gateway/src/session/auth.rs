@@ -186,7 +186,9 @@ impl JwtKey {
                      name, or the beginning of one with `*` at its end"
                 );
             }
-            return Err(TokenInvalid("invalid token: its `rooms` has a pattern that matches no room"));
+            return Err(TokenInvalid(
+                "invalid token: its `rooms` has a pattern that matches no room",
+            ));
         }
         let id = user(&claims.sub).ok_or(TokenInvalid("invalid token: its `sub` is no user id"))?;
         // Who made the token is not the user, who must not be locked out for its name.

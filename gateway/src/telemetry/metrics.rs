@@ -8,7 +8,8 @@
 use std::collections::HashMap;
 
 use prometheus::{
-    Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry, core::Collector,
+    Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
+    core::Collector,
 };
 use shared::error::ErrorCode;
 
@@ -293,6 +294,8 @@ pub struct Metrics {
     pub fan_out_seconds: Histogram,
     /// `gateway_bus_up`
     pub bus_up: IntGauge,
+    /// `gateway_clock_skew_seconds`
+    pub clock_skew_seconds: Gauge,
     /// `gateway_bus_reconnects_total`
     pub bus_reconnects: IntCounter,
     /// `gateway_probes_lost_total`
@@ -493,6 +496,7 @@ impl Metrics {
                 "Time of one hub turn: entries placed in outboxes and written",
             ),
             bus_up: gauge(r, "gateway_bus_up", "1 while the bus can be published to and heard"),
+            clock_skew_seconds: register(r, Gauge::new("gateway_clock_skew_seconds", "How far this node's clock is ahead of that of Redis, negative where it is behind").expect("the name is a constant")),
             bus_reconnects: counter(
                 r,
                 "gateway_bus_reconnects_total",
