@@ -190,6 +190,13 @@ impl Tail {
         rooms
     }
 
+    /// Whether all that was acknowledged and has not come by was acknowledged by one server.
+    pub fn is_of(&self, server: Token) -> bool {
+        let kept = self.kept.lock();
+        let mut acknowledged = kept.publishes.values().filter_map(|of| of.acknowledged.as_ref());
+        acknowledged.all(|acknowledged| acknowledged.stamp == server)
+    }
+
     /// What was acknowledged and has not come by in some of the rooms, to be repeated, in the order
     /// it was sent. None is too old for that: time in which no log answers does not count.
     pub fn repeats(&self, of: impl Fn(&RoomId) -> bool, now: Instant) -> Vec<Repeat> {

@@ -3,12 +3,17 @@
 use std::time::Duration;
 
 use shared::{
-    client::connection::{Connection, Received},
-    protocol::answer::{BusState, Frame, Status},
+    client::{
+        connection::{Connection, Received},
+        frames,
+    },
+    ids::RoomId,
+    position::Position,
+    protocol::answer::{Answer, BusState, Entry, Frame, Joined, Status},
 };
 use tokio::time::Instant;
 
-use crate::harness::{Gateway, Redis, next_message, room, say, until, within};
+use crate::harness::{Gateway, Node, Redis, connect, next_message, room, say, until, within};
 
 /// The next `status` that arrives.
 async fn next_status(connection: &mut Connection) -> Status {
@@ -98,4 +103,63 @@ async fn a_node_starts_on_a_full_redis_and_its_clients_are_served() {
     redis.command("CONFIG SET maxmemory 0").await;
     assert_eq!(say(&mut ann, &lobby, "after").await.seq, 3);
     assert_eq!(next_message(&mut bob).await.seq, 3);
+}
+
+/// Comes back with what was had of a room. Returns the answer.
+async fn resume(gateway: &Gateway, room: &RoomId, since: &Position) -> Joined<Entry> {
+    let mut ann = gateway.connect("ann").await;
+    let join = frames::Join { since: Some(since), ..frames::Join::to(room) };
+    match ann.request(&join).await.unwrap() {
+        Answer::Joined(joined) => *joined,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_planned_stop_and_start_of_everything_is_no_break() {
+    let mut redis = Redis::start_durable().await;
+    let (one, two) = (Gateway::start_on(&redis, &[]).await, Gateway::start_on(&redis, &[]).await);
+    let lobby = room("lobby");
+    let (mut ann, mut bob) = (one.connect("ann").await, two.connect("bob").await);
+    ann.join(&lobby).await.unwrap();
+    let epoch = bob.join(&lobby).await.unwrap().epoch;
+    for connection in [&mut ann, &mut bob] {
+        say(connection, &lobby, "before").await;
+    }
+    let seen = Position::new(epoch.clone(), 1);
+    let left = async |redis: &Redis| redis.command("HEXISTS gw:barrier left").await.unwrap();
+    one.stop().await;
+    assert_eq!(left(&redis).await, ":0", "the other one is still there");
+    two.stop().await;
+    assert_eq!(left(&redis).await, ":1");
+    redis.stop().await;
+    redis.restart().await;
+
+    let (one, two) = tokio::join!(Gateway::start_on(&redis, &[]), Gateway::start_on(&redis, &[]));
+    for gateway in [&one, &two] {
+        let joined = resume(gateway, &lobby, &seen).await;
+        assert!(joined.recovered, "{joined:?}");
+        assert_eq!((&joined.epoch, joined.seq), (&epoch, 2));
+    }
+    // From here on it is a state like any other.
+    assert_eq!(left(&redis).await, ":0");
+    let mut ann = one.connect("ann").await;
+    ann.join(&lobby).await.unwrap();
+    assert_eq!(say(&mut ann, &lobby, "after").await.seq, 3);
+    one.stop().await;
+    two.stop().await;
+
+    // The gateways alone are started again, and then die: what they had acknowledged may be missing.
+    let node = Node::start(&redis, None, &[]).await;
+    assert_eq!(left(&redis).await, ":0");
+    let mut ann = connect(node.address, "ann").await;
+    ann.join(&lobby).await.unwrap();
+    assert_eq!(say(&mut ann, &lobby, "later").await.seq, 4);
+    node.process.signal("KILL");
+    node.end().await;
+    redis.stop().await;
+    redis.restart().await;
+    let gateway = Gateway::start_on(&redis, &[]).await;
+    let mut ann = gateway.connect("ann").await;
+    assert_ne!(ann.join(&lobby).await.unwrap().epoch, epoch);
 }

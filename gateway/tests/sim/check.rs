@@ -146,8 +146,12 @@ pub fn judge(world: &World) -> Findings {
 /// the same.
 fn judge_breaks(world: &World, findings: &mut Findings) {
     let faults = &world.book.faults;
-    let missing = faults.iter().any(|fault| fault.changes_redis())
-        && faults.iter().any(|fault| fault.takes_a_gateway());
+    // Where all is stopped in order nobody is missing, unless something else happens meanwhile.
+    let others = |fault: &&Fault| **fault != Fault::Planned;
+    let planned = faults.contains(&Fault::Planned);
+    let missing = faults.iter().any(|fault| fault.changes_redis() || planned)
+        && faults.iter().filter(others).any(|fault| fault.takes_a_gateway())
+        || planned && faults.iter().any(|fault| fault.changes_redis());
     let told = findings.counts.get("breaks told").copied().unwrap_or(0);
     // A clock that jumps ends leases, and so who counts on whom.
     if told > 0 && !missing && !world.shape.short && !faults.contains(&Fault::Clock) {

@@ -160,6 +160,9 @@ fn info(data: &Data, sections: &[Bytes]) -> String {
         let role = if data.is_replica { "slave" } else { "master" };
         text += &format!("# Replication\r\nrole:{role}\r\nmaster_replid:{}\r\n", data.replid);
     }
+    if wants("persistence") {
+        text += "# Persistence\r\naof_enabled:1\r\n";
+    }
     text
 }
 

@@ -12,6 +12,9 @@ const GRACE_MS: f64 = 8.0;
 const TAIL_MAX: usize = 30;
 const LAG_MAX: usize = 6;
 
+/// How long each step of an ordered stop takes, ms.
+const STOP_MS: f64 = 600.0;
+
 /// What a Redis has when it is back.
 #[derive(Clone, Copy, Debug)]
 enum Back {
@@ -74,6 +77,11 @@ impl World {
             Fault::ClientAway => self.send_away(client),
             Fault::Stall => self.stall(client),
             Fault::Leave => self.leave(client),
+            Fault::Planned => self.stop_everything(Back::Whole),
+            Fault::PlannedTail => {
+                let steps = self.random.random_range(1..=TAIL_MAX);
+                self.stop_everything(Back::Without(steps));
+            }
         }
     }
 
@@ -97,6 +105,43 @@ impl World {
             world.primary = Some(server);
             let token = world.token(server);
             world.tell(&format!("{token} is up"));
+        });
+    }
+
+    /// Stops the gateways in order, then Redis, and starts all of it again.
+    fn stop_everything(&mut self, back: Back) {
+        if self.stops_everything || self.primary.is_none_or(|server| !self.servers[server].alive) {
+            return;
+        }
+        self.stops_everything = true;
+        self.tell(&format!("everything stops in order; Redis is back with {back:?}"));
+        for host in 0..self.hosts.len() {
+            let Some(node) = &self.hosts[host].node else { continue };
+            node.drain();
+            // What clients have sent is answered before they go.
+            self.after(STOP_MS, move |world| {
+                for talk in world.talks_of(host) {
+                    world.close_talk(talk);
+                }
+            });
+            self.after(2.0 * STOP_MS, move |world| {
+                if let Some(node) = &world.hosts[host].node {
+                    node.stop();
+                }
+            });
+            self.after(4.0 * STOP_MS, move |world| {
+                if let Some(node) = world.hosts[host].node.take() {
+                    node.gate.kill();
+                }
+            });
+        }
+        self.after(5.0 * STOP_MS, move |world| world.restart(back));
+        let down = self.random.random_range(0.0..5000.0);
+        self.after(5.0 * STOP_MS + down, |world| {
+            world.stops_everything = false;
+            for host in 0..world.hosts.len() {
+                world.start_node(host);
+            }
         });
     }
 
@@ -150,7 +195,12 @@ impl World {
             let wait = self.random.random_range(0.1..5.0);
             self.after(wait, move |world| world.close_talk(talk));
         }
-        self.after(down, move |world| world.start_node(number));
+        self.after(down, move |world| {
+            // Everything may be stopped meanwhile, and is started together.
+            if !world.stops_everything {
+                world.start_node(number);
+            }
+        });
     }
 
     fn talks_of(&self, node: usize) -> Vec<u64> {

@@ -78,9 +78,9 @@ fn what_was_found_stays_mended() {
         (Shape::small(), 2971),
         (Shape::pair(), 3062),
         (Shape::usual(), 5820),
-        (Shape::of(1261), 1261),
-        (Shape::of(21_696), 21_696),
-        (Shape::of(25_475), 25_475),
+        (Shape::small(), 1261),
+        (Shape::hard(), 21_696),
+        (Shape::pair(), 25_475),
         (Shape::abrupt(), 37),
         (Shape::abrupt(), 44),
     ];

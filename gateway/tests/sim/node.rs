@@ -53,6 +53,7 @@ pub struct Node {
     services: Arc<Services>,
     outlet: Outlet,
     reached: Arc<AtomicBool>,
+    draining: AtomicBool,
 }
 
 /// What a client has sent on one connection and the gateway has not read. Cheap to clone.
@@ -164,12 +165,32 @@ impl Node {
             redis.reached().await.unwrap();
             reaches.store(true, Ordering::Relaxed);
         });
-        Self { process, gate, tasks, services, outlet: outlet.clone(), reached }
+        Self {
+            process,
+            gate,
+            tasks,
+            services,
+            outlet: outlet.clone(),
+            reached,
+            draining: false.into(),
+        }
     }
 
     /// Whether a handshake would be taken.
     pub fn is_ready(&self) -> bool {
-        self.reached.load(Ordering::Relaxed) && self.services.bus.failing().is_none()
+        let drains = self.draining.load(Ordering::Relaxed);
+        !drains && self.reached.load(Ordering::Relaxed) && self.services.bus.failing().is_none()
+    }
+
+    /// Takes no client any more.
+    pub fn drain(&self) {
+        self.draining.store(true, Ordering::Relaxed);
+    }
+
+    /// Stops all services in order. Its clients have gone.
+    pub fn stop(&self) {
+        self.tasks.leaving().cancel();
+        self.tasks.stopped().cancel();
     }
 
     /// Takes a client's connection.

@@ -33,11 +33,15 @@ pub enum Fault {
     Stall,
     /// A client leaves a room and comes back to it.
     Leave,
+    /// All gateways stop in order, then Redis does, and everything is started again.
+    Planned,
+    /// The same, but Redis is killed when the gateways have left, and lacks the last of it.
+    PlannedTail,
 }
 
 use Fault::{
     ClientAway, ClientCut, Clock, Cut, Deaf, Empty, Failover, Freeze, GatewayKill, Leave, Mangle,
-    Partition, Restart, Stall, Tail, Zombie,
+    Partition, Planned, PlannedTail, Restart, Stall, Tail, Zombie,
 };
 
 /// Faults of gateways, links and clients.
@@ -65,20 +69,29 @@ const ALL: [Fault; 16] = [
 const HARD: [Fault; 10] =
     [Empty, Tail, Failover, Zombie, Zombie, GatewayKill, Freeze, Cut, Partition, ClientAway];
 
+/// Everything is stopped and started, and nothing else happens to gateways and Redis.
+const PLANNED: [Fault; 5] = [Planned, ClientCut, ClientAway, Stall, Leave];
+/// The same among much else.
+const STOPPED: [Fault; 8] =
+    [Planned, Planned, PlannedTail, Tail, Failover, GatewayKill, Freeze, ClientAway];
+
 impl Fault {
     /// Whether Redis may lose what it has acknowledged.
     pub fn loses_data(self) -> bool {
-        matches!(self, Empty | Tail | Failover | Zombie)
+        matches!(self, Empty | Tail | Failover | Zombie | PlannedTail)
     }
 
-    /// Whether another Redis is behind the name after it.
+    /// Whether another Redis is behind the name after it, for which gateways were not prepared.
     pub fn changes_redis(self) -> bool {
         self == Restart || self.loses_data()
     }
 
     /// Whether a gateway may be missing when Redis comes back.
     pub fn takes_a_gateway(self) -> bool {
-        matches!(self, GatewayKill | Freeze | Cut | Partition | Deaf | Mangle | Zombie)
+        matches!(
+            self,
+            GatewayKill | Freeze | Cut | Partition | Deaf | Mangle | Zombie | Planned | PlannedTail
+        )
     }
 }
 
@@ -182,7 +195,17 @@ impl Shape {
         Self::new("reborn", faults, 3..=6)
     }
 
-    pub fn all() -> [Self; 7] {
+    /// The whole cluster is stopped in order and started again: nobody is told of a break.
+    pub fn planned() -> Self {
+        Self::new("planned", &PLANNED, 1..=3)
+    }
+
+    /// The same, while gateways and Redis fail as well.
+    pub fn stopped() -> Self {
+        Self::new("stopped", &STOPPED, 2..=5)
+    }
+
+    pub fn all() -> [Self; 9] {
         [
             Self::usual(),
             Self::small(),
@@ -191,6 +214,8 @@ impl Shape {
             Self::calm(),
             Self::lone(),
             Self::reborn(),
+            Self::planned(),
+            Self::stopped(),
         ]
     }
 

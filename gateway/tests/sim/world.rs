@@ -72,6 +72,8 @@ pub struct World {
     /// Connections that nobody answers.
     pub hung: Vec<oneshot::Sender<()>>,
     over: bool,
+    /// All gateways are stopped, until they are started together.
+    pub stops_everything: bool,
 }
 
 impl World {
@@ -108,6 +110,7 @@ impl World {
             acts: 0,
             hung: Vec::new(),
             over: false,
+            stops_everything: false,
         };
         world.primary = Some(world.start_server(Data::default()));
         world
@@ -200,6 +203,9 @@ impl World {
 
     pub fn start_node(&mut self, number: usize) {
         let host = &mut self.hosts[number];
+        if host.node.is_some() {
+            return;
+        }
         host.process += 1;
         let node = Node::start(number, host.process, &self.shape, &self.outlet);
         host.node = Some(node);

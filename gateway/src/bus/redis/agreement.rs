@@ -23,7 +23,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
-    time::Duration,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use parking_lot::Mutex;
@@ -38,6 +38,7 @@ use crate::{
     bus::{Mailboxes, random_epoch},
     delivery::Token,
     drain::Tasks,
+    telemetry::seldom::Seldom,
 };
 
 /// How long a process is counted on after it renewed its lease.
@@ -50,6 +51,10 @@ const LEASE_MARGIN: Duration = Duration::from_secs(1);
 const FRESH_WAIT: Duration = Duration::from_secs(3);
 /// How often a closed barrier is asked.
 const ASK_EVERY: Duration = Duration::from_millis(50);
+/// How far the clocks of a node and of Redis may differ before it is logged.
+const SKEW_MAX: Duration = Duration::from_secs(1);
+/// The log line of that.
+static CLOCKS_DIFFER: Seldom = Seldom::new();
 /// How often a process is asked for that not everybody has seen.
 const SEEN_EVERY: Duration = Duration::from_millis(100);
 
@@ -101,6 +106,7 @@ pub(super) struct Agreement {
     healer: Healer,
     checkin: redis::Script,
     lease: redis::Script,
+    leave: redis::Script,
     process: Arc<Process>,
     /// Whether it was looked at how closely replicas follow.
     looked_at_replicas: bool,
@@ -117,6 +123,7 @@ pub(super) fn start(
         healer: Healer::new(server.clone(), links.metrics.clone()),
         checkin: server.keyspace.script(include_str!("scripts/checkin.lua")),
         lease: server.keyspace.script(include_str!("scripts/lease.lua")),
+        leave: server.keyspace.script(include_str!("scripts/leave.lua")),
         server,
         links,
         mailboxes,
@@ -438,6 +445,7 @@ impl Agreement {
             self.process.state.lock().peers = alive.into_iter().collect();
         }
         if known {
+            self.compare_clocks(connection).await?;
             let standing = self.mailboxes.standing();
             let stood = standing.holds(Instant::now());
             standing.extend(asked + LEASE - LEASE_MARGIN);
@@ -446,6 +454,27 @@ impl Agreement {
                 self.mailboxes.doubt();
                 standing.regain();
             }
+        }
+        Ok(())
+    }
+
+    /// Notes how far this node's clock is from that of Redis: times of messages are the former's, what
+    /// is kept for how long is up to the latter.
+    async fn compare_clocks(&self, connection: &mut MultiplexedConnection) -> RedisResult<()> {
+        let asked = (Instant::now(), SystemTime::now());
+        let (seconds, micros): (u64, u64) = redis::cmd("TIME").query_async(connection).await?;
+        let there = UNIX_EPOCH + Duration::from_secs(seconds) + Duration::from_micros(micros);
+        let skew = skew_of(asked.1, asked.0.elapsed(), there);
+        self.links.metrics.clock_skew_seconds.set(skew);
+        if skew.abs() > SKEW_MAX.as_secs_f64()
+            && let Some(unsaid) = CLOCKS_DIFFER.is_due()
+        {
+            tracing::warn!(
+                skew_seconds = skew,
+                unsaid,
+                "this node's clock and that of Redis differ by more than a second: have both \
+                 follow NTP; a positive value means that this node's is ahead"
+            );
         }
         Ok(())
     }
@@ -487,7 +516,7 @@ impl Agreement {
             return;
         }
         let goodbye = async {
-            let (mut connection, _) = self.server.connect(config()).await?;
+            let (mut connection, token) = self.server.connect(config()).await?;
             let keyspace = self.server.keyspace;
             let (seconds, micros): (u64, u64) =
                 redis::cmd("TIME").query_async(&mut connection).await?;
@@ -497,11 +526,44 @@ impl Agreement {
                 let row = format!("{} {now}", self.process.name);
                 goodbye.cmd("HSET").arg(keyspace.incarnations()).arg(incarnation).arg(row);
             }
+            goodbye.cmd("HDEL").arg(keyspace.told()).arg(&self.process.name);
             goodbye.cmd("HDEL").arg(keyspace.orders(":nodes")).arg(&self.process.name);
-            goodbye.cmd("HDEL").arg(keyspace.leases()).arg(&self.process.name);
-            goodbye.query_async::<()>(&mut connection).await
+            goodbye.query_async::<()>(&mut connection).await?;
+            let mut leave = self.leave.key(keyspace.leases());
+            leave.key(keyspace.barrier(0)).arg(&self.process.name).arg(token.to_string());
+            leave.arg(if self.lacks_nothing(token) { "1" } else { "" });
+            leave.invoke_async::<bool>(&mut connection).await
         };
-        let _: RedisResult<()> = goodbye.await;
+        match goodbye.await {
+            Ok(true) => {
+                tracing::info!("the last node leaves: all that was acknowledged is in Redis");
+            }
+            Ok(false) => {}
+            Err(error) => {
+                tracing::debug!(%error, "the others do not know that this node has ended");
+            }
+        }
+    }
+
+    /// Whether all that this process knows to be acknowledged is with the server: it was acknowledged by
+    /// it, or given to it before the nodes agreed. In a Redis Cluster that is several servers' matter,
+    /// whose notes would not be of one moment.
+    fn lacks_nothing(&self, token: Token) -> bool {
+        let standing = self.mailboxes.standing();
+        self.server.keyspace.homes() == 1
+            && self.server.has_agreed_on(token, 0)
+            && standing.holds(Instant::now())
+            && standing.tail().is_of(token)
+    }
+}
+
+/// How far a clock is ahead of another, in seconds, which was read at some time within `took` from
+/// `asked` on.
+fn skew_of(asked: SystemTime, took: Duration, there: SystemTime) -> f64 {
+    let here = asked + took / 2;
+    match here.duration_since(there) {
+        Ok(ahead) => ahead.as_secs_f64(),
+        Err(behind) => -behind.duration().as_secs_f64(),
     }
 }
 
@@ -512,4 +574,18 @@ struct Opened {
     complete: bool,
     /// Who was not.
     missing: BTreeSet<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clock_is_ahead_or_behind_by_what_half_of_the_question_took_later() {
+        let at = |seconds: u64| UNIX_EPOCH + Duration::from_secs(seconds);
+        let took = Duration::from_millis(500);
+        assert_eq!(skew_of(at(100), took, at(90)), 10.25);
+        assert_eq!(skew_of(at(100), took, at(110)), -9.75);
+        assert_eq!(skew_of(at(100), Duration::ZERO, at(100)), 0.0);
+    }
 }

@@ -11,14 +11,15 @@
 -- processes that are missing; the term, and the last term in which not everybody was heard.
 --
 -- Fields: `t` token, `t0` first check-in, `busy` last healing, `old` somebody remembers, `open` '1'
--- after all were heard, '0' else, `n` term, `owed` last term in which not everybody was heard,
+-- after all were heard, '0' else, `left` when the last process left in order (leave.lua), `whole` all had
+-- left in order before this server, so that nobody holds anything that it lacks, `n` term, `owed` last term in which not everybody was heard,
 -- `in:<process>`, `ex:<process>` expected.
 
 if not is_here(ARGV[1]) then
     return stale
 end
 local now = now_ms()
-local before = redis.call('HMGET', KEYS[1], 't', 'open', 'n', 'owed')
+local before = redis.call('HMGET', KEYS[1], 't', 'open', 'n', 'owed', 'left')
 local term, owed = tonumber(before[3] or '0'), tonumber(before[4] or '0')
 local open = before[1] == ARGV[1] and before[2]
 if open then
@@ -28,6 +29,11 @@ if before[1] ~= ARGV[1] then
     -- The terms of a server that was here before go on.
     redis.call('DEL', KEYS[1])
     redis.call('HSET', KEYS[1], 't', ARGV[1], 't0', digits(now))
+    -- Older data with such a note may be a copy that was made then and put back later.
+    local left, left_max = tonumber(before[5] or ''), 3600 * 1000
+    if left and left <= now and now - left <= left_max and has_file() then
+        redis.call('HSET', KEYS[1], 'whole', '1')
+    end
 end
 term, owed = math.max(term, tonumber(ARGV[5])), math.max(owed, tonumber(ARGV[6]))
 redis.call('HSET', KEYS[1], 'n', digits(term), 'owed', digits(owed))
@@ -57,7 +63,8 @@ local waited = now - math.max(tonumber(barrier.t0), tonumber(barrier.busy or '0'
 if barrier.old and #missing == 0 then
     open = '1'
 elseif waited > tonumber(barrier.old and ARGV[3] or ARGV[4]) then
-    open = '0'
+    -- By now the file has it that the note of who left is gone.
+    open = barrier.whole and not barrier.old and '1' or '0'
 end
 if open then
     term = term + 1

@@ -10,6 +10,10 @@
 -- A field per process, "<end, ms> <number> <seen>": processes are numbered as they register, and
 -- each renewal has seen all up to the newest number. `#` is the newest number.
 --
+-- Where all processes had left in order (leave.lua), the first that comes takes that note away, and none
+-- counts before this is in the append-only file: with the note still there, what is acknowledged from
+-- now on would not be missed. `resumed` of the barrier is when it was taken away.
+--
 -- On a server that the nodes have not agreed on yet those live, too, whose lease has ended: they did
 -- when what this server has was written, and may hold what it lacks, however late that is noticed.
 
@@ -60,6 +64,19 @@ if is_new and #others > 0 then
 end
 
 local known, alive = 1, { ARGV[1] }
+if is_open then
+    local marks = redis.call('HMGET', KEYS[2], 'left', 'resumed')
+    local resumed = tonumber(marks[2] or '')
+    if marks[1] then
+        resumed = now
+        redis.call('HDEL', KEYS[2], 'left')
+        redis.call('HSET', KEYS[2], 'resumed', digits(now))
+    end
+    -- `appendfsync everysec` takes up to 2 s.
+    if resumed and resumed <= now and now - resumed < 2000 then
+        known = 0
+    end
+end
 for _, other in ipairs(others) do
     alive[#alive + 1] = other[1]
     if other[2] < own then

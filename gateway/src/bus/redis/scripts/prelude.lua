@@ -54,6 +54,11 @@ local function keep_sessions(sessions, data, ttl, new_ttl)
     end
 end
 
+-- Whether all that is written goes into the append-only file. A snapshot alone may be from long ago.
+local function has_file()
+    return string.find(redis.call('INFO', 'persistence'), 'aof_enabled:1', 1, true) ~= nil
+end
+
 local function ordinal(epoch)
     return tonumber(string.match(epoch, '^(%d+)-')) or 0
 end
