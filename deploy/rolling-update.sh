@@ -25,10 +25,11 @@ fail() {
 gateways() {
     # A failure ends the script: with one missing here, `up --scale` would stop another.
     ids=$(docker compose ps --all --quiet gateway)
-    for id in $ids; do
-        docker inspect --format \
-            '{{.Id}} {{.Image}} {{.State.Status}} {{with .State.Health}}{{.Status}}{{else}}healthy{{end}}' "$id"
-    done
+    [ -n "$ids" ] || return 0
+    # The unquoted list is one word per container.
+    # shellcheck disable=SC2086
+    docker inspect --format \
+        '{{.Id}} {{.Image}} {{.State.Status}} {{with .State.Health}}{{.Status}}{{else}}healthy{{end}}' $ids
 }
 
 # Reads the present state into `all`, `running`, `healthy`, `sick` (running, not healthy) and `old` (running with another
@@ -53,7 +54,10 @@ remove_stopped() {
         is_in "$id" "$running" && continue
         say "removing $id, which does not run"
         docker rm --force "$id" > /dev/null
+        removed=1
     done
+    [ -z "${removed:-}" ] || look
+    removed=
 }
 
 remove() {
@@ -89,7 +93,6 @@ docker compose build gateway
 image=$(docker image inspect --format '{{.Id}}' "$(docker compose config --images gateway | sed -n 1p)")
 look
 remove_stopped
-look
 [ -n "$running" ] || fail 'no gateway is running: docker compose up -d'
 wanted=${1:-}
 if [ -z "$wanted" ] && [ -s "$note" ]; then
@@ -122,7 +125,6 @@ while :; do
     fi
     look
     remove_stopped
-    look
 done
 rm -f "$note"
 say "$wanted gateways run the image $image"
