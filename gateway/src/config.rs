@@ -35,7 +35,7 @@ use crate::{
     hub::HubOptions,
     limits::{Rate, durable::QuotaOptions, meter::MeterRates},
     presence::PresenceOptions,
-    rooms::RoomRules,
+    rooms::{RoomRules, passwords::PasswordLimits},
     session::{
         SessionLimits,
         auth::{Auth, JwtOptions},
@@ -74,6 +74,8 @@ pub struct Config {
     pub sessions: SessionOptions,
     /// What holds for rooms by their names.
     pub rooms: RoomRules,
+    /// How much passwords of rooms may be guessed.
+    pub passwords: PasswordLimits,
     /// Who is present.
     pub presence: PresenceOptions,
     /// How clients are told apart.
@@ -254,9 +256,14 @@ impl Config {
         let handshakes = r.take_in("limits.handshakes_per_minute_per_ip", "600", 0..=1_000_000_u32, "Handshakes of an address. More: HTTP 429. 0: no limit.");
         let connections_max = r.take_in("limits.connections_max", "0", 0..=100_000_000_usize, "Connections in all. More: HTTP 503. 0: the limit of descriptors less 1,000.");
         let accepts = r.take_in("limits.accepts_per_second", "5000", 0..=1_000_000_u32, "Handshakes in all. More: HTTP 503. 0: no limit.");
-        let kept_bytes = r.take::<Bytes>("limits.durable_bytes_per_minute", "8MiB", "Bytes that a user may have kept in a minute, twice as many at once; an address eight times as many. More: `rate_limited`. 0: no limit.");
+        let kept_bytes = r.take::<Bytes>("limits.durable_bytes_per_minute", "32MiB", "Bytes that a user may have kept in a minute, twice as many at once; an address eight times as many. More: `rate_limited`. 0: no limit.");
         let new_inboxes = r.take_in("limits.new_inboxes_per_hour", "100", 0..=10_000_000_u32, "Users who were never connected that a user may send directs to in an hour; an address eight times as many. More: `rate_limited`. 0: no limit.");
-        let new_rooms = r.take_in("limits.new_rooms_per_minute", "120", 0..=10_000_000_u32, "Rooms that come to be by a user's joining them in a minute, five times as many at once; an address eight times as many. More: `rate_limited`. 0: no limit.");
+        let new_rooms = r.take_in("limits.new_rooms_per_minute", "600", 0..=10_000_000_u32, "Rooms that come to be by a user's joining them in a minute, five times as many at once; an address eight times as many. More: `rate_limited`. 0: no limit.");
+        let requests = r.take_in("limits.http_requests_per_second_per_ip", "200", 0..=1_000_000_u32, "Plain HTTP requests of an address (pages, probes, refused handshakes), five times as many at once; calls of the server API with a good key do not count. More: HTTP 429, and the connection is closed. 0: no limit.");
+        let api_refusals = r.take_in("limits.api_refusals_per_second_per_ip", "10", 0..=1_000_000_u32, "Calls of the server API without a good key, of an address, five times as many at once. More: HTTP 429, and the connection is closed. 0: no limit.");
+        let password_ip = r.take_in("limits.password_failures_per_minute_per_ip", "30", 0..=1_000_000_u32, "Wrong passwords of rooms from an address, by users who have failed lately; and as many by others. More: `rate_limited`. 0: no limit.");
+        let password_room = r.take_in("limits.password_failures_per_minute_per_room", "60", 0..=1_000_000_u32, "The same for one room, from all addresses. 0: no limit.");
+        let read_bytes = r.take::<Bytes>("limits.read_bytes_per_second", "4MiB", "What may be read of logs and lists for a connection (`history`, `presence`, `rooms`, joins), eight times as much at once; for a user twice as much. More: it waits, then `rate_limited`. 0: no limit.");
         let outbox_bytes = r.take::<Bytes>("limits.outbox_bytes_max", "1MiB", "What may wait for one client. More: it lags, and is given what it misses from the log.");
 
         let allowed_origins = AllowedOrigins::parse(origins.0.iter().map(String::as_str)).unwrap_or_else(|error| {
@@ -367,6 +374,7 @@ impl Config {
             registry: RegistryOptions { empty_ttl: empty_ttl.0 },
             sessions,
             rooms: RoomRules { ephemeral: ephemeral.0.into_iter().map(|RoomPattern(text)| text).collect(), create_on_join },
+            passwords: PasswordLimits { failures_per_ip: Rate::new(password_ip, 60 * second, password_ip), failures_per_room: Rate::new(password_room, 60 * second, password_room), wait_max: publish_wait.0 / 2 },
             presence: PresenceOptions { grace: grace.0, individual_max, named_max, public: presence_public },
             auth: if jwt { Auth::jwt(JwtOptions { secret, leeway: leeway.0, audience: audience.0, issuer: issuer.0 }) } else { Auth::Anonymous },
             http: HttpOptions {
@@ -386,6 +394,8 @@ impl Config {
                     connections_per_user: per_user,
                     handshakes_per_ip: Rate::new(handshakes, 60 * second, handshakes),
                     accepts: Rate::new(accepts, second, accepts),
+                    requests_per_ip: Rate::new(requests, second, requests.saturating_mul(5)),
+                    api_refusals_per_ip: Rate::new(api_refusals, second, api_refusals.saturating_mul(5)),
                     message_bytes_max: message_bytes.0,
                     outbox_bytes_max: outbox_bytes.0,
                 },
@@ -396,6 +406,7 @@ impl Config {
                 watches_max,
                 managed_max,
                 wait_max: publish_wait.0,
+                read_bytes_per_second: read_bytes.0,
             },
             quotas: QuotaOptions { bytes_per_minute: kept_bytes.0 as u32, new_inboxes_per_hour: new_inboxes, new_rooms_per_minute: new_rooms },
             shards: if shards == 0 { std::thread::available_parallelism().map_or(1, usize::from) } else { shards },

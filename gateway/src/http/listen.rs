@@ -7,7 +7,10 @@ use std::{
     convert::Infallible,
     io,
     net::{IpAddr, SocketAddr},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -241,12 +244,21 @@ impl Http {
         let Self { peer, place, router, node, is_late } = self;
         let answering = node.clone();
         let stall_limit = begun.stall_limit();
+        let has_answered = AtomicBool::new(false);
         let service = service_fn(move |mut request: Request<Incoming>| {
             request.extensions_mut().insert(ends);
             request.extensions_mut().insert(stall_limit.clone());
             request.extensions_mut().insert(place.clone());
             let (router, node) = (router.clone(), answering.clone());
-            async move { Ok::<_, Infallible>(answer(router, request, &node, is_late).await) }
+            let is_further = has_answered.swap(true, Ordering::Relaxed);
+            async move {
+                if is_further {
+                    // A client whose requests are always there has the others wait no longer than for
+                    // one of them.
+                    tokio::task::yield_now().await;
+                }
+                Ok::<_, Infallible>(answer(router, request, &node, is_late).await)
+            }
         });
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())

@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use axum::{Router, routing::get};
+use axum::{Router, middleware, routing::get};
 use shared::ids::{NodeId, UserId};
 use tokio::sync::Semaphore;
 
@@ -40,6 +40,7 @@ mod page;
 mod extensions;
 mod headers;
 mod places;
+mod requests;
 mod client;
 mod upgrade;
 mod sse;
@@ -88,6 +89,10 @@ pub struct HttpLimits {
     pub handshakes_per_ip: Rate,
     /// Handshakes in all.
     pub accepts: Rate,
+    /// Plain HTTP requests of one address.
+    pub requests_per_ip: Rate,
+    /// Calls of the server API without a good key, of one address.
+    pub api_refusals_per_ip: Rate,
     /// One WebSocket message, in bytes.
     pub message_bytes_max: usize,
     /// What waits for one client, in bytes.
@@ -116,6 +121,7 @@ pub struct Node {
 }
 
 /// What the limits count.
+#[derive(Default)]
 struct State {
     draining: AtomicBool,
     /// Log lines on pages whose origin may not connect.
@@ -127,31 +133,24 @@ struct State {
     /// What the connections of each address cause beside messages.
     meters: Arc<AddressMeters>,
     accepts: Paces<()>,
-    /// Held by a connection while it is opened.
+    requests: Paces<(std::net::IpAddr, requests::Pool)>,
+    api_log: Seldom,
+    requests_log: Seldom,
+    turns: Turns,
+}
+
+/// Permits of connections that are being opened or ended: thousands that come or leave at once take
+/// their turns, so that deliveries wait for a few of them only.
+struct Turns {
+    /// Held while a connection is opened.
     opening: Semaphore,
-    /// Held by a connection while its session is ended.
+    /// Held while its session is ended.
     ending: Semaphore,
 }
 
-/// How many connections are opened at a time, and how many sessions are ended: thousands that come or
-/// leave at once take their turns, so that deliveries wait for a few of them only.
-const OPENED_AT_A_TIME: usize = 128;
-const ENDED_AT_A_TIME: usize = 64;
-
-impl Default for State {
+impl Default for Turns {
     fn default() -> Self {
-        Self {
-            draining: AtomicBool::default(),
-            all: Counts::default(),
-            by_address: Counts::default(),
-            by_user: Counts::default(),
-            handshakes: Paces::default(),
-            meters: Arc::default(),
-            accepts: Paces::default(),
-            origins_refused: Default::default(),
-            opening: Semaphore::new(OPENED_AT_A_TIME),
-            ending: Semaphore::new(ENDED_AT_A_TIME),
-        }
+        Self { opening: Semaphore::new(128), ending: Semaphore::new(64) }
     }
 }
 
@@ -214,6 +213,7 @@ pub fn public(node: Arc<Node>) -> Router {
         .route("/ready", get(health::ready))
         .merge(api::router(node.clone()))
         .fallback(error::not_found)
+        .layer(middleware::from_fn_with_state(node.clone(), requests::pace))
         .with_state(node)
 }
 

@@ -5,7 +5,7 @@
 //! nothing of a refused handshake. A 503 makes nginx try the next node and counts against this one,
 //! so it is kept for what is this node's own: drain, overload, bus down.
 
-use std::sync::Arc;
+use std::{io, sync::Arc};
 
 use axum::{
     body::Body,
@@ -30,7 +30,7 @@ use shared::{
         request::{JOIN_HISTORY_MAX, Join, history_default},
     },
 };
-use tokio::net::TcpStream;
+use tokio::{io::Interest, net::TcpStream};
 
 use super::{
     Ends, Node, ROUTE_COOKIE,
@@ -162,9 +162,10 @@ fn upgrade(
         let early = [parts.read_buf, unread].concat();
         // What opening it takes must not live as long either.
         let served = {
-            let _turn = node.state.opening.acquire().await;
+            let _turn = node.state.turns.opening.acquire().await;
             Box::pin(opening.open(node.clone(), socket, early)).await
         };
+        let Some(served) = served else { return node.metrics.handshakes_abandoned.inc() };
         served.serve(&node).await;
     });
     switching(&handshake, &route)
@@ -315,9 +316,10 @@ impl Opening {
         node: Arc<Node>,
         socket: TcpStream,
         early: Vec<u8>,
-    ) -> Box<Served> {
+    ) -> Option<Box<Served>> {
+        let Self { client, json_ping, endpoint, deflate, route, places } = *self;
         let limits = &node.options.limits;
-        let deflating = self.deflate.zip(node.options.deflate_bytes_min);
+        let deflating = deflate.zip(node.options.deflate_bytes_min);
         let deflating =
             deflating.map(|(deflate, bytes_min)| Deflating { window: deflate.window(), bytes_min });
         let outbox = Outbox::to_socket(socket, limits.outbox_bytes_max, node.metrics.clone())
@@ -326,75 +328,154 @@ impl Opening {
         let options = transport::Options {
             message_bytes_max: limits.message_bytes_max,
             heartbeat: node.options.heartbeat.clone(),
-            json_ping: self.json_ping,
+            json_ping,
         };
-        let rates = match (&self.endpoint, node.options.echo) {
+        let rates = match (&endpoint, node.options.echo) {
             // A conformance suite sends what nobody else does.
             (Endpoint::Echo, EchoMode::Verbatim) => Arc::new(MeterRates::unlimited()),
             _ => node.services.limits.rates.clone(),
         };
-        let meter = Meter::new(rates, Some((node.state.meters.clone(), self.places.address)));
-        let served = |subscriber, handler, places, user| {
+        let meter = Meter::new(rates, Some((node.state.meters.clone(), places.address)));
+        let served = |subscriber, handler, places, user, early| {
             let (wheel, metrics) = (node.wheel.clone(), node.metrics.clone());
             let connection =
                 Connection::new(subscriber, handler, options, meter, wheel, metrics, early);
-            Box::new(Served { connection, _places: places, _user: user })
+            Some(Box::new(Served { connection, _places: places, _user: user }))
         };
-        if let Endpoint::Echo = self.endpoint {
+        if let Endpoint::Echo = endpoint {
             let echo = Handler::Echo(Echo { mode: node.options.echo });
-            return served(Arc::new(subscriber), echo, self.places, None);
+            return served(Arc::new(subscriber), echo, places, None, early);
         }
 
-        let entered = match self.client.enter(&node, subscriber.connection).await {
-            Ok(entered) => entered,
-            Err(refused) => {
+        let mut early = early;
+        let nobody = || Handler::Echo(Echo { mode: EchoMode::Off });
+        let entering = client.enter(&node, subscriber.connection);
+        let entered = match unless_gone(entering, &subscriber.outbox, Some(&mut early)).await {
+            Some(Ok(entered)) => entered,
+            None => return None,
+            Some(Err(refused)) => {
                 let (code, reason) = refused.close();
                 subscriber.outbox.close(Close { code: code.number(), reason });
-                let nobody = Handler::Echo(Echo { mode: EchoMode::Off });
-                return served(Arc::new(subscriber), nobody, self.places, None);
+                return served(Arc::new(subscriber), nobody(), places, None, early);
             }
         };
         let (id, user) = (subscriber.connection, entered.identity.user.clone());
         tracing::debug!(connection = %id, user = %user.id, "connected");
         let subscriber = Arc::new(subscriber.of(entered.owner()));
-        // When the client hears `connected` everybody can see that its user is.
         let (presence, wait) = (&node.services.presence, node.services.limits.wait_max);
-        let online = presence.appear(&user, wait).await;
-        subscriber.answer(&connected(&node, &entered, &subscriber, self.route));
+        let connected = connected(&node, &entered, &subscriber, route);
         let Entered { identity, place, opened: Opened { session, inbox, .. }, .. } = entered;
-        match follow_inbox(&node, &subscriber, &user.id, inbox, self.client.inbox).await {
-            Ok(()) => hold_session(&node, &subscriber).await,
-            Err(NotFollowed) => {
-                // It comes back, to this node or one that hears.
-                let (code, reason) = (CloseCode::Overload.number(), "unavailable".to_owned());
-                subscriber.outbox.close(Close { code, reason });
+        let opening = async {
+            // When the client hears `connected` everybody can see that its user is.
+            let online = presence.appear(&user, wait).await;
+            subscriber.answer(&connected);
+            match follow_inbox(&node, &subscriber, &user.id, inbox, client.inbox).await {
+                Ok(()) => hold_session(&node, &subscriber).await,
+                Err(NotFollowed) => {
+                    // It comes back, to this node or one that hears.
+                    let (code, reason) = (CloseCode::Overload.number(), "unavailable".to_owned());
+                    subscriber.outbox.close(Close { code, reason });
+                }
             }
-        }
+            online
+        };
+        let Some(online) = unless_gone(opening, &subscriber.outbox, Some(&mut early)).await else {
+            node.services.hub.leave(RoomId::inbox_of(&user.id), id, None).await;
+            node.services.sessions.close(user.id, session, id);
+            subscriber.outbox.discard();
+            return None;
+        };
         let services = node.services.clone();
         let session = Session::new(services, identity, session, subscriber.clone(), online);
         let chat = Handler::Chat(Box::new(session));
-        let mut opened = served(subscriber.clone(), chat, self.places, Some(place));
-        if let Endpoint::Room(join) = self.endpoint {
+        let mut opened = served(subscriber.clone(), chat, places, Some(place), early)?;
+        if let Endpoint::Room(join) = endpoint {
             subscriber.outbox.flush();
-            let joined = join_at_once(&node, &mut opened.connection, &subscriber, join).await;
-            if let Err(code) = joined {
+            let joining = join_at_once(&node, &mut opened.connection, &subscriber, join);
+            // Where the peer goes meanwhile, serving it ends what it began.
+            if let Some(Err(code)) = unless_gone(joining, &subscriber.outbox, None).await {
                 let close = match code {
-                    ErrorCode::Unavailable => CloseCode::Overload,
+                    ErrorCode::Unavailable | ErrorCode::RateLimited => CloseCode::Overload,
                     _ => CloseCode::Policy,
                 };
                 let reason = code.as_str().to_owned();
                 subscriber.outbox.close(Close { code: close.number(), reason });
             }
         }
-        opened
+        Some(opened)
     }
+}
+
+/// How much is taken of what a client sends before its connection is open.
+const EARLY_BYTES_MAX: usize = 64 * 1024;
+
+/// The output of a step that opens a connection; `None`, and the step is dropped, where the peer goes
+/// before. What it sends early goes to `early`; without one it stays where it is, and hides its going.
+async fn unless_gone<T>(
+    step: impl Future<Output = T>,
+    outbox: &Outbox,
+    early: Option<&mut Vec<u8>>,
+) -> Option<T> {
+    let Some(socket) = outbox.socket() else { return Some(step.await) };
+    // Both are cancel-safe, or at their end.
+    tokio::select! {
+        biased;
+        () = gone(socket, early) => None,
+        output = step => Some(output),
+    }
+}
+
+/// Resolves when the peer has closed. Cancel-safe.
+async fn gone(socket: &TcpStream, mut early: Option<&mut Vec<u8>>) {
+    loop {
+        if has_closed(socket) {
+            return;
+        }
+        match &mut early {
+            Some(early) if early.len() < EARLY_BYTES_MAX => match read_early(socket, early) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(_) => return,
+            },
+            _ => match socket.try_io(Interest::READABLE, || peek(socket)) {
+                Ok(0) => return,
+                // It stays where it is, and nothing more is to be found out.
+                Ok(_) => return std::future::pending().await,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(_) => return,
+            },
+        }
+        if socket.readable().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Looks whether the peer has closed: nothing is read.
+fn has_closed(socket: &TcpStream) -> bool {
+    match peek(socket) {
+        Ok(count) => count == 0,
+        Err(error) => error.kind() != io::ErrorKind::WouldBlock,
+    }
+}
+
+fn peek(socket: &TcpStream) -> io::Result<usize> {
+    // Not through the runtime, which may not have heard of it yet.
+    socket2::SockRef::from(socket).peek(&mut [std::mem::MaybeUninit::uninit(); 1])
+}
+
+fn read_early(socket: &TcpStream, early: &mut Vec<u8>) -> io::Result<()> {
+    let mut piece = [0; 4096];
+    let count = socket.try_read(&mut piece)?;
+    early.extend_from_slice(&piece[..count]);
+    Ok(())
 }
 
 impl Served {
     async fn serve(mut self: Box<Self>, node: &Node) {
         node.metrics.connections.inc();
         let batch = node.departure.batch(self.connection.id());
-        let code = self.connection.run(batch, &node.state.ending).await;
+        let code = self.connection.run(batch, &node.state.turns.ending).await;
         node.metrics.connections.dec();
         tracing::debug!(connection = %self.connection.id(), code, "disconnected");
         node.metrics.disconnected(code);

@@ -3,6 +3,8 @@
 //!
 //! Pure but for the locks around the maps: `now` is an argument. All limits hold per node.
 
+pub mod reads;
+
 use std::{
     collections::HashMap,
     hash::Hash,

@@ -1,50 +1,44 @@
 //! What is of one user: `history` with another, who is watched, what the session holds.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
-use serde::Deserialize;
 use shared::{
     error::ErrorCode,
     ids::{RoomId, SessionId, UserId},
+    position::{Epoch, Seq},
     protocol::{
+        HISTORY_BYTES_MAX,
         answer::{Answer, History, Session},
         request::{self, HISTORY_LIMIT_MAX, SessionSet},
     },
 };
+use tokio::time::timeout;
 
 use super::{
     Performed,
-    perform::{Asked, range_of},
+    peers::Inbox,
+    perform::{Asked, TOO_MUCH_READ, range_of},
 };
 use crate::{
-    bus::{BusError, Range, sessions::DataError},
-    delivery::Entry,
+    bus::{Range, sessions::DataError},
+    delivery::{Entry, page::Page},
     hub::join::history as whole_frames,
     telemetry::metrics::DurableBound,
 };
 
 /// The most reads of an inbox for one `history`: it has some 1,000 entries.
 const PAGES_MAX: usize = 64;
+/// What of an inbox is kept while it is looked through, in bytes: most that an answer holds is there then.
+const KEPT_BYTES_MAX: usize = 2 * HISTORY_BYTES_MAX;
 
-/// Whom a direct is from and for.
-#[derive(Deserialize)]
-struct Ends {
-    from: From,
-    to: UserId,
-}
+type Failed = (ErrorCode, &'static str);
 
-#[derive(Deserialize)]
-struct From {
-    id: UserId,
-}
-
-/// Whether an entry of `user`'s inbox is a direct to or from `with`.
-fn is_between(entry: &Entry, user: &UserId, with: &UserId) -> bool {
-    let members = [b"{", entry.envelope.members(), b"}"].concat();
-    // Notifications are from and for nobody.
-    serde_json::from_slice::<Ends>(&members).is_ok_and(|Ends { from, to }| {
-        (&from.id, &to) == (user, with) || (&from.id, &to) == (with, user)
-    })
+/// The directs of a user with another: those that were found, and whether there are more.
+struct Found {
+    /// In the direction asked for.
+    entries: Vec<Entry>,
+    epoch: Epoch,
+    more: bool,
 }
 
 /// What a user has exchanged with another: a part of the inbox.
@@ -54,48 +48,112 @@ pub(super) async fn history(
     with: UserId,
     wanted: request::History,
 ) -> Performed {
-    let (inbox, limit) = (RoomId::inbox_of(&user), wanted.limit as usize);
-    let mut range = range_of(&request::History { limit: HISTORY_LIMIT_MAX, ..wanted });
-    let backwards = range.keeps_newest();
-    // In the direction asked for, and one more than that.
-    let reading = async {
-        let mut found: Vec<Entry> = Vec::new();
-        for pages in 1.. {
-            let mut page = asked.services.bus.read(inbox.clone(), range).await?;
-            if backwards {
-                page.entries.reverse();
-            }
-            let last = page.entries.last().map(|last| last.position.seq);
-            let between = page.entries.into_iter().filter(|entry| is_between(entry, &user, &with));
-            found.extend(between.take(limit + 1 - found.len()));
-            let next = last.filter(|_| found.len() <= limit);
-            let Some(seq) = next.filter(|_| pages < PAGES_MAX) else {
-                return Ok((found, page.epoch, next.is_some()));
-            };
-            let limit = range.limit();
-            range = match backwards {
-                true => Range::Before { seq, limit },
-                false => Range::After { seq, limit },
-            };
-        }
-        Err(BusError::Refused)
-    };
-    let (found, epoch, unread) = match asked.wait(reading).await {
-        Ok(read) => read,
+    let range = range_of(&wanted);
+    let Found { entries, epoch, more } = match find(&asked, &user, &with, range).await {
+        Ok(found) => found,
         Err((code, text)) => {
             asked.refuse("history", None, code, text);
             return Performed::Answered;
         }
     };
-    let mut messages = whole_frames(found.iter().take(limit));
-    let more = messages.len() < found.len() || unread;
-    if backwards {
+    let mut messages = whole_frames(entries.iter());
+    let more = more || messages.len() < entries.len();
+    if range.keeps_newest() {
         messages.reverse();
     }
     let (reference, with) = (asked.reference.clone(), Some(with));
     let history = History { reference, room: None, with, epoch, messages, more };
     asked.answer(&Answer::History(Box::new(history)));
     Performed::Answered
+}
+
+/// What to read of an inbox to find more directs with a user: first up to its newest entry, then older
+/// ones, as long as more are wanted.
+fn next_part(inbox: &Inbox, with: &UserId, range: Range, is_newest: bool) -> Option<Range> {
+    if !is_newest {
+        return Some(inbox.newer_part(HISTORY_LIMIT_MAX));
+    }
+    let is_enough = match range {
+        Range::After { seq, .. } => inbox.is_known_behind(seq),
+        Range::Newest { limit } | Range::Before { limit, .. } => {
+            inbox.with(with, range, limit as usize + 1).len() > limit as usize
+        }
+    };
+    if is_enough { None } else { inbox.older_part(HISTORY_LIMIT_MAX) }
+}
+
+/// The first of what was found, as many as an answer holds, and whether those are not all.
+fn as_many_as_fit(mut found: Vec<(Seq, usize)>) -> (Vec<(Seq, usize)>, bool) {
+    let mut bytes = 0;
+    let above = found.iter().position(|(_, size)| {
+        let is_first = bytes == 0;
+        bytes += size;
+        !is_first && bytes > HISTORY_BYTES_MAX
+    });
+    if let Some(above) = above {
+        found.truncate(above);
+    }
+    (found, above.is_some())
+}
+
+/// Whether nothing that is not known of an inbox belongs to `range`.
+fn is_enough(inbox: &Inbox, range: Range) -> bool {
+    match range {
+        Range::After { seq, .. } => inbox.is_known_behind(seq),
+        Range::Newest { .. } | Range::Before { .. } => inbox.older_part(1).is_none(),
+    }
+}
+
+/// Finds the directs with another user: which they are is remembered, so that an inbox is looked through
+/// once and no more than those are read.
+async fn find(asked: &Asked, user: &UserId, with: &UserId, range: Range) -> Result<Found, Failed> {
+    let (room, limit) = (RoomId::inbox_of(user), range.limit() as usize);
+    let shared = asked.services.peers.of(user);
+    // One `history` of a user at a time: the next one finds what this one has read.
+    let wait_max = asked.services.limits.wait_max;
+    let _turn = timeout(wait_max, shared.turn.acquire()).await.map_err(|_| TOO_MUCH_READ)?;
+    let (mut kept, mut kept_bytes) = (BTreeMap::new(), 0);
+    let mut is_newest = false;
+    for _ in 0..PAGES_MAX {
+        let Some(part) = next_part(&shared.inbox.lock(), with, range, is_newest) else { break };
+        let page = asked.read(asked.services.bus.read(room.clone(), part), Page::bytes).await?;
+        let (added, reaches_newest, is_known) = {
+            let inbox = &mut *shared.inbox.lock();
+            let (added, reaches_newest) = inbox.take(user, part, &page);
+            (added, reaches_newest, inbox.epoch().is_some())
+        };
+        is_newest = if is_newest { is_known } else { reaches_newest };
+        asked.services.peers.note_added(&shared, added);
+        if !is_known {
+            kept.clear();
+        }
+        for entry in page.entries {
+            let bytes = entry.envelope.as_bytes().len();
+            if kept_bytes + bytes <= KEPT_BYTES_MAX {
+                kept_bytes += bytes;
+                kept.insert(entry.position.seq, entry);
+            }
+        }
+    }
+    let (epoch, found, more, parts) = {
+        let inbox = shared.inbox.lock();
+        let Some(epoch) = inbox.epoch().cloned().filter(|_| is_newest) else {
+            return Err((ErrorCode::Unavailable, "the inbox changes; try again later"));
+        };
+        let mut found = inbox.with(with, range, limit + 1);
+        let more = found.len() > limit || !is_enough(&inbox, range);
+        found.truncate(limit);
+        let (found, is_cut) = as_many_as_fit(found);
+        let missing = found.iter().filter(|(seq, _)| !kept.contains_key(seq));
+        let missing: Vec<(Seq, usize)> = missing.copied().collect();
+        (epoch, found, more || is_cut, inbox.parts(&missing))
+    };
+    for part in parts {
+        let page = asked.read(asked.services.bus.read(room.clone(), part), Page::bytes).await?;
+        kept.extend(page.entries.into_iter().map(|entry| (entry.position.seq, entry)));
+    }
+    let entries = found.iter().filter_map(|(seq, _)| kept.remove(seq)).collect();
+    Ok(Found { entries, epoch, more })
 }
 
 pub(super) async fn watch(asked: Asked, users: BTreeSet<UserId>) -> Performed {
@@ -138,7 +196,7 @@ pub(super) async fn session(
             other => Ok(other),
         }
     };
-    match asked.wait(data).await {
+    match asked.read(data, |_| 0).await {
         Ok(Ok(data)) => {
             let reference = asked.reference.clone();
             asked.answer(&Answer::Session(Session { reference, data }));

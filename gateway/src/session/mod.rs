@@ -43,19 +43,22 @@ use crate::{
     limits::{
         durable::{ENTRY_BYTES, Quotas, Writer},
         meter::{Meter, MeterRates},
+        reads::Reads,
     },
     presence::{Presence, Stay},
     publisher::{PublishError, Publisher, Receipt, Sender},
-    rooms::{Passwords, RoomRules},
+    rooms::{RoomRules, passwords::Passwords},
     telemetry::metrics::{DurableBound, Metrics},
 };
 
 pub mod auth;
 mod directs;
+pub mod peers;
 mod perform;
 mod rooms;
 
 use auth::{Auth, Identity};
+use peers::Peers;
 pub use perform::history_of;
 pub use rooms::{info_of, name_of as room_name};
 
@@ -77,6 +80,10 @@ pub struct Services {
     pub rules: Arc<RoomRules>,
     /// Passwords of rooms.
     pub passwords: Arc<Passwords>,
+    /// How much may be read for clients.
+    pub reads: Reads,
+    /// With whom the entries of inboxes are.
+    pub peers: Peers,
     /// What clients are told of the bus.
     pub told: watch::Receiver<Told>,
     /// What is counted.
@@ -100,6 +107,8 @@ pub struct SessionLimits {
     pub managed_max: usize,
     /// How long a frame may wait for the bus.
     pub wait_max: Duration,
+    /// What may be read for a connection; 0 for no limit.
+    pub read_bytes_per_second: usize,
 }
 
 /// A client, from `connected` to its end.

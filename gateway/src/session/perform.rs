@@ -1,6 +1,11 @@
 //! What has to wait for the hub or the bus. Each ends by its answer.
 
-use std::{future::ready, sync::Arc, time::SystemTime};
+use std::{
+    future::ready,
+    net::IpAddr,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use serde_json::value::RawValue;
 use shared::{
@@ -14,11 +19,11 @@ use shared::{
 };
 use tokio::time::Instant;
 
-use super::{Performed, Services, after_outage, refusal, refuse};
+use super::{Performed, Services, after, after_outage, refusal, refuse};
 use crate::{
     bus::{
         BoxFuture, BusError, Range,
-        registry::{EnterError, Entered, Place, Rules},
+        registry::{Details, EnterError, Entered, Online, Place, Rules},
     },
     delivery::page::Page,
     hub::{
@@ -27,9 +32,10 @@ use crate::{
         member::{Subscriber, text_frame},
         people::at,
     },
-    limits::durable::Writer,
+    limits::{address_key, durable::Writer},
     presence::{Stay, Still},
     publisher::bound_of,
+    rooms::passwords::{Checked, Guess},
     telemetry::metrics::{DurableBound, Metrics},
 };
 
@@ -58,6 +64,71 @@ impl Asked {
         let refusal = refusal(self.reference.clone(), kind, room, code, text);
         let refusal = if code.is_retryable() { after_outage(refusal) } else { refusal };
         refuse(&self.services, &self.subscriber, refusal)
+    }
+
+    /// As [`Asked::refuse`], of what may be tried again after `wait`.
+    pub(super) fn limit(
+        &self,
+        kind: &str,
+        room: Option<&RoomId>,
+        wait: Duration,
+        text: &str,
+    ) -> ErrorCode {
+        let code = ErrorCode::RateLimited;
+        let refusal = after(refusal(self.reference.clone(), kind, room, code, text), wait);
+        refuse(&self.services, &self.subscriber, refusal)
+    }
+
+    /// The client's address, as limits count it.
+    pub(super) fn address(&self) -> Option<IpAddr> {
+        self.subscriber.owner().map(|owner| address_key(owner.about.address))
+    }
+
+    /// Waits until something may be read for the client, for as long as a frame may wait, and charges
+    /// the read.
+    pub(super) async fn may_read(&self) -> Result<(), (ErrorCode, &'static str)> {
+        let Some(owner) = self.subscriber.owner() else { return Ok(()) };
+        let Services { reads, metrics, limits, .. } = &*self.services;
+        let connection = self.subscriber.connection;
+        let until = Instant::now() + limits.wait_max;
+        let mut is_delayed = false;
+        loop {
+            let now = Instant::now();
+            let wait = reads.wait(connection, &owner.user, now);
+            if wait.is_zero() {
+                reads.begin(connection, &owner.user, now);
+                return Ok(());
+            }
+            if !std::mem::replace(&mut is_delayed, true) {
+                metrics.client_reads_delayed.inc();
+            }
+            if now + wait > until {
+                return Err(TOO_MUCH_READ);
+            }
+            tokio::time::sleep(wait).await;
+        }
+    }
+
+    /// Charges what was read.
+    pub(super) fn has_read(&self, bytes: usize) {
+        let Services { reads, metrics, .. } = &*self.services;
+        metrics.client_read_bytes.inc_by(bytes as u64);
+        if let Some(owner) = self.subscriber.owner() {
+            reads.charge(self.subscriber.connection, &owner.user, bytes, Instant::now());
+        }
+    }
+
+    /// As [`Asked::wait`], at the pace of what may be read for the client; `bytes` of an answer are
+    /// charged.
+    pub(super) async fn read<T>(
+        &self,
+        question: impl Future<Output = Result<T, BusError>>,
+        bytes: impl FnOnce(&T) -> usize,
+    ) -> Result<T, (ErrorCode, &'static str)> {
+        self.may_read().await?;
+        let answer = self.wait(question).await?;
+        self.has_read(bytes(&answer));
+        Ok(answer)
     }
 
     /// What the bus answers, if it does within the time that a frame may wait.
@@ -102,8 +173,38 @@ pub(super) fn text_of_bound(error: BusError) -> (ErrorCode, &'static str) {
     }
 }
 
+/// What is told where too much was read for the client.
+pub(super) const TOO_MUCH_READ: (ErrorCode, &str) =
+    (ErrorCode::RateLimited, "too much was read for this connection or user in too short a time");
 /// What is told where the bus does not answer.
 const AWAY: (ErrorCode, &str) = (ErrorCode::Unavailable, "the bus is away; try again later");
+/// What is told where passwords are not checked for a while.
+pub(super) const TOO_MANY_PASSWORDS: &str =
+    "too many passwords were wrong, or are being checked; this one was not looked at";
+
+/// What is charged for each user of a page, in bytes: about what Redis keeps of one.
+const PERSON_BYTES: usize = 64;
+
+/// Why a user could not enter a room.
+enum NotEntered {
+    Enter(EnterError),
+    /// The password was not checked.
+    PasswordLater(Duration),
+    /// This node follows as many rooms as it may.
+    TooManyRooms,
+}
+
+impl From<EnterError> for NotEntered {
+    fn from(error: EnterError) -> Self {
+        Self::Enter(error)
+    }
+}
+
+impl From<BusError> for NotEntered {
+    fn from(error: BusError) -> Self {
+        Self::Enter(error.into())
+    }
+}
 
 /// `again`: for a member already, what it would be told on entering now.
 pub(super) async fn join(
@@ -114,6 +215,9 @@ pub(super) async fn join(
 ) -> Performed {
     let (is_member, room) = (again.is_some(), join.room.clone());
     let wait_max = asked.services.limits.wait_max;
+    if let Err((code, text)) = asked.may_read().await {
+        return Performed::NotJoined(asked.refuse("join", Some(&room), code, text));
+    }
     let joining = async {
         let (stay, admission) = match again {
             Some((still, again)) => (None, Admission { entered: again.await?, still: Some(still) }),
@@ -129,19 +233,26 @@ pub(super) async fn join(
         };
         let (subscriber, reference) = (asked.subscriber.clone(), asked.reference.clone());
         let joined = asked.services.hub.join(join.room, subscriber, reference, start, admission);
-        match joined.await.map_err(|_| EnterError::Bus(BusError::Unavailable))? {
-            JoinOutcome::Member { .. } => Ok(Some(stay)),
-            JoinOutcome::TooManyRooms => Ok(None),
+        match joined.await.map_err(|_| BusError::Unavailable)? {
+            JoinOutcome::Member { bytes_read } => {
+                asked.has_read(bytes_read);
+                Ok(stay)
+            }
+            JoinOutcome::TooManyRooms => Err(NotEntered::TooManyRooms),
         }
     };
     let error = match tokio::time::timeout(wait_max, joining).await {
-        Ok(Ok(Some(stay))) => return Performed::Joined(stay),
-        Ok(Ok(None)) => {
+        Ok(Ok(stay)) => return Performed::Joined(stay),
+        Ok(Err(NotEntered::Enter(error))) => error,
+        Ok(Err(NotEntered::PasswordLater(wait))) => {
+            let code = asked.limit("join", Some(&room), wait, TOO_MANY_PASSWORDS);
+            return Performed::NotJoined(code);
+        }
+        Ok(Err(NotEntered::TooManyRooms)) => {
             let text = "this node follows as many rooms as it may (hub.rooms_max)";
             let code = ErrorCode::LimitReached;
             return Performed::NotJoined(asked.refuse("join", Some(&room), code, text));
         }
-        Ok(Err(error)) => error,
         Err(_) => {
             // The hub may have let it in at the very moment it was given up.
             if !is_member {
@@ -172,7 +283,7 @@ async fn enter(
     asked: &Asked,
     join: &request::Join,
     user: &Person,
-) -> Result<(Stay, Entered), EnterError> {
+) -> Result<(Stay, Entered), NotEntered> {
     let Services { presence, rules, passwords, quotas, .. } = &*asked.services;
     let within_quota = quotas.may_make_room(&asked.writer, Instant::now());
     let mut keep_to =
@@ -180,10 +291,13 @@ async fn enter(
     if let Some(password) = &join.password {
         let found = presence.registry().find(join.room.clone()).await?;
         if let Some(hash) = found.and_then(|found| found.record?.password) {
-            if !passwords.fits(hash.clone(), password.clone()).await {
-                return Err(EnterError::WrongPassword);
+            let (user, room) = (user.id.clone(), join.room.clone());
+            let guess = Guess { address: asked.address(), user, room };
+            match passwords.check(guess, hash.clone(), password.clone()).await {
+                Checked::Fits => keep_to.fits = Some(hash),
+                Checked::Wrong => return Err(EnterError::WrongPassword.into()),
+                Checked::Later(wait) => return Err(NotEntered::PasswordLater(wait)),
             }
-            keep_to.fits = Some(hash);
         }
     }
     let (stay, entered) =
@@ -212,7 +326,9 @@ pub(super) async fn presence_in(
     let (hub, registry) = (&asked.services.hub, asked.services.presence.registry());
     let (after, limit) = (cursor.unwrap_or_default(), limit as usize);
     let users = hub.users_behind(room.clone(), after.clone(), limit).await;
-    let mut details = match asked.wait(registry.details(room.clone(), users)).await {
+    let details = registry.details(room.clone(), users);
+    let bytes = |details: &Details| details.users.len() * PERSON_BYTES;
+    let mut details = match asked.read(details, bytes).await {
         Ok(details) => details,
         Err((code, text)) => {
             asked.refuse("presence", Some(&room), code, text);
@@ -234,7 +350,8 @@ pub(super) async fn online(asked: Asked, cursor: Option<String>, limit: u32) -> 
     let presence = &asked.services.presence;
     let limit = if presence.options().public { limit as usize } else { 0 };
     let page = presence.online(cursor.unwrap_or_default(), limit);
-    let page = match asked.wait(page).await {
+    let bytes = |page: &Online| page.users.len() * PERSON_BYTES;
+    let page = match asked.read(page, bytes).await {
         Ok(page) => page,
         Err((code, text)) => {
             asked.refuse("presence", None, code, text);
@@ -300,7 +417,7 @@ pub(super) async fn history(asked: Asked, room: RoomId, wanted: request::History
     } else {
         Box::pin(ready(Ok(Page::of_no_log())))
     };
-    match asked.wait(read).await {
+    match asked.read(read, Page::bytes).await {
         Ok(page) => asked.answer(&answer(asked.reference.clone(), room, range, &page)),
         Err((code, text)) => drop(asked.refuse("history", Some(&room), code, text)),
     }

@@ -10,9 +10,13 @@ use shared::{
     },
 };
 
-use super::{Performed, auth::Identity, perform::Asked};
+use super::{
+    Performed,
+    auth::Identity,
+    perform::{Asked, TOO_MANY_PASSWORDS},
+};
 use crate::{
-    bus::registry::{Creation, Deletion, Found, Record},
+    bus::registry::{Creation, Deletion, Found, Listing, Record},
     hub::people::at,
     rooms::RoomRules,
     telemetry::metrics::DurableBound,
@@ -65,12 +69,10 @@ pub(super) async fn create(
 ) -> Performed {
     if let Some(password) = password {
         let passwords = &asked.services.passwords;
-        let hash = async { Ok(passwords.hash(password).await) };
-        record.password = match asked.wait(hash).await {
+        record.password = match passwords.hash(asked.address(), password).await {
             Ok(hash) => Some(hash),
-            Err(_) => {
-                let text = "too many passwords are being checked; try again later";
-                asked.refuse("create_room", Some(&room), ErrorCode::Overloaded, text);
+            Err(wait) => {
+                asked.limit("create_room", Some(&room), wait, TOO_MANY_PASSWORDS);
                 return Performed::Answered;
             }
         };
@@ -127,7 +129,7 @@ pub(super) async fn info(
     is_open: bool,
 ) -> Performed {
     let registry = asked.services.presence.registry();
-    let (code, text) = match asked.wait(registry.find(room.clone())).await {
+    let (code, text) = match asked.read(registry.find(room.clone()), |_| 0).await {
         Ok(Some(found)) => {
             let info = info_of(found, &asked.services.rules);
             let is_owner = info.owner.as_ref() == Some(&user);
@@ -145,12 +147,18 @@ pub(super) async fn info(
     Performed::Answered
 }
 
+/// What a list of rooms takes, in bytes.
+fn bytes_of(listing: &Listing) -> usize {
+    let of = |found: &Found| 256 + found.record.as_ref().map_or(0, |record| record.meta.len());
+    listing.rooms.iter().map(of).sum()
+}
+
 /// The public rooms that are open to the user, as many as a frame holds.
 pub(super) async fn list(asked: Asked, wanted: request::Rooms, identity: Identity) -> Performed {
     let registry = asked.services.presence.registry();
     let (prefix, after) = (wanted.prefix.unwrap_or_default(), wanted.cursor.unwrap_or_default());
-    let listing = match asked.wait(registry.list(prefix, after, wanted.limit as usize, false)).await
-    {
+    let listing = registry.list(prefix, after, wanted.limit as usize, false);
+    let listing = match asked.read(listing, bytes_of).await {
         Ok(listing) => listing,
         Err((code, text)) => {
             asked.refuse("rooms", None, code, text);

@@ -159,6 +159,30 @@ pub enum DurableBound {
     Memory,
 }
 
+/// What became of a password of a room that was presented.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum PasswordCheck {
+    /// It fits.
+    Fits,
+    /// It does not.
+    Wrong,
+    /// Too many were wrong, or wait: it was not checked.
+    Limited,
+}
+
+/// Why a request of the server API was refused for its key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ApiRefusal {
+    /// It has none: 401.
+    MissingKey,
+    /// It has another: 401.
+    WrongKey,
+    /// The gateway has no API key: 403.
+    Disabled,
+    /// Its address has made too many such requests: 429.
+    RateLimited,
+}
+
 macro_rules! labels {
     ($enum:ident: $($variant:ident $label:literal),+) => {
         impl Label for $enum {
@@ -190,6 +214,9 @@ labels!(DurableBound: Bytes "bytes", NewRooms "new_rooms", ManagedRooms "managed
     UnseenInboxes "unseen_inboxes", UnseenBytes "unseen_bytes", SessionData "session_data",
     Marks "marks", Memory "memory");
 labels!(Repair: Whole "whole", Reset "reset", Failed "failed", Healed "healed");
+labels!(PasswordCheck: Fits "fits", Wrong "wrong", Limited "rate_limited");
+labels!(ApiRefusal: MissingKey "missing_key", WrongKey "wrong_key", Disabled "disabled",
+    RateLimited "rate_limited");
 labels!(ResumeSource: Ring "ring", Log "log");
 labels!(Agreed: Complete "complete", Incomplete "incomplete");
 labels!(Healed: Whole "whole", Healed "healed", Other "other", Conflict "conflict",
@@ -228,8 +255,16 @@ pub struct Metrics {
     tasks: IntGauge,
     /// `gateway_http_dropped_total`
     pub http_dropped: Counters<Dropped>,
+    /// `gateway_http_rate_limited_total`
+    pub http_rate_limited: IntCounter,
+    /// `gateway_api_refusals_total`
+    pub api_refusals: Counters<ApiRefusal>,
+    /// `gateway_password_checks_total`
+    pub password_checks: Counters<PasswordCheck>,
     /// `gateway_handshakes_total`
     pub handshakes: Counters<Handshake>,
+    /// `gateway_handshakes_abandoned_total`
+    pub handshakes_abandoned: IntCounter,
     /// `gateway_disconnects_total`; codes a client made up count as `other`.
     disconnects: IntCounterVec,
     /// `gateway_frames_received_total`
@@ -280,6 +315,10 @@ pub struct Metrics {
     pub inboxes: IntGauge,
     /// `gateway_members`
     pub members: IntGauge,
+    /// `gateway_client_read_bytes_total`
+    pub client_read_bytes: IntCounter,
+    /// `gateway_client_reads_delayed_total`
+    pub client_reads_delayed: IntCounter,
     /// `gateway_watched_users`
     pub watched_users: IntGauge,
     /// `gateway_ring_bytes`
@@ -334,11 +373,33 @@ impl Metrics {
                 "TCP connections dropped before they were WebSockets, by why",
                 "reason",
             ),
+            http_rate_limited: counter(
+                r,
+                "gateway_http_rate_limited_total",
+                "Plain HTTP requests answered 429 because their address made too many",
+            ),
+            api_refusals: counters(
+                r,
+                "gateway_api_refusals_total",
+                "Requests of the server API refused for their key, by reason",
+                "reason",
+            ),
+            password_checks: counters(
+                r,
+                "gateway_password_checks_total",
+                "Room passwords presented by clients, by result",
+                "result",
+            ),
             handshakes: counters(
                 r,
                 "gateway_handshakes_total",
                 "WebSocket handshakes, by what became of them",
                 "outcome",
+            ),
+            handshakes_abandoned: counter(
+                r,
+                "gateway_handshakes_abandoned_total",
+                "Accepted handshakes whose client left before the connection was open",
             ),
             disconnects: register(
                 r,
@@ -469,6 +530,16 @@ impl Metrics {
                 "Inboxes this node follows, of users who are or were connected to it",
             ),
             members: gauge(r, "gateway_members", "Memberships of local connections in rooms"),
+            client_read_bytes: counter(
+                r,
+                "gateway_client_read_bytes_total",
+                "Bytes of logs and lists read because clients asked for them",
+            ),
+            client_reads_delayed: counter(
+                r,
+                "gateway_client_reads_delayed_total",
+                "Reads for clients that waited for `limits.read_bytes_per_second`",
+            ),
             watched_users: gauge(
                 r,
                 "gateway_watched_users",

@@ -18,7 +18,7 @@ use shared::{
 use tokio::time::Instant;
 
 use crate::{
-    harness::{closed, next_message, room, say, within},
+    harness::{Gateway, Redis, closed, get, next_message, room, say, within},
     people::{World, ask, heard, refused},
 };
 
@@ -359,6 +359,62 @@ async fn history_with_a_user_has_what_both_have_said_and_nothing_else() {
         assert!(history_of(ask(&mut ann.connection, nobody).await.unwrap()).0.is_empty());
     })
     .await;
+}
+
+#[tokio::test]
+async fn history_with_a_user_reads_an_inbox_once() {
+    let redis = Redis::start().await;
+    let gateway = Gateway::start_on(&redis, &[]).await;
+    let mut bob = gateway.connect("bob").await;
+    let content = "x".repeat(20_000);
+    for number in 0..40 {
+        let to = if number == 7 { "cat" } else { "ann" };
+        ask(&mut bob, json!({"type": "direct", "to": to, "content": content})).await.unwrap();
+    }
+    let read = async || {
+        let metrics = get(gateway.admin, "/metrics").await.body;
+        let line =
+            metrics.lines().find_map(|line| line.strip_prefix("gateway_client_read_bytes_total "));
+        line.unwrap().parse::<u64>().unwrap()
+    };
+    let with = json!({"type": "history", "with": "cat"});
+    for (least, most) in [(800_000, 1_000_000), (20_000, 25_000), (20_000, 25_000)] {
+        let before = read().await;
+        let (messages, more) = history_of(ask(&mut bob, with.clone()).await.unwrap());
+        assert_eq!((messages.len(), more), (1, false));
+        let bytes = read().await - before;
+        assert!((least..most).contains(&bytes), "{bytes} bytes read");
+    }
+    // No more is read than an answer holds.
+    let before = read().await;
+    let with = json!({"type": "history", "with": "ann", "limit": 200});
+    let (messages, more) = history_of(ask(&mut bob, with).await.unwrap());
+    assert!(messages.len() >= 12 && more, "{}", messages.len());
+    let bytes = read().await - before;
+    assert!(bytes < 300_000, "{bytes} bytes read");
+}
+
+#[tokio::test]
+async fn what_is_read_for_a_connection_has_a_rate() {
+    let limits = [("limits.read_bytes_per_second", "4KiB"), ("publish.wait", "900ms")];
+    let gateway = Gateway::start(&limits).await;
+    let mut ann = gateway.connect("ann").await;
+    // Each costs 4 KiB at least: eight are the burst, the ninth waits for a moment, and then there is one a
+    // second, which is longer than a frame may wait.
+    let mut taken = 0;
+    let refusal = loop {
+        match ask(&mut ann, json!({"type": "history", "with": "bob"})).await {
+            Ok(_) => taken += 1,
+            Err(refusal) => break refusal,
+        }
+    };
+    assert_eq!(refusal.code, ErrorCode::RateLimited);
+    assert!(refusal.retry_after_ms.is_some_and(|ms| ms > 0));
+    // On a slow machine a few more are earned meanwhile.
+    assert!((9..20).contains(&taken), "{taken}");
+    let metrics = get(gateway.admin, "/metrics").await.body;
+    assert!(!metrics.contains("gateway_client_reads_delayed_total 0\n"), "{metrics}");
+    gateway.connect("bob").await.join(&room("lobby")).await.unwrap();
 }
 
 #[tokio::test]

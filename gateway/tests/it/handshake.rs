@@ -4,7 +4,12 @@ use std::net::SocketAddr;
 
 use shared::client::{connection::Connection, options::Options};
 
-use crate::harness::{Gateway, Http, get, http_raw};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+};
+
+use crate::harness::{Gateway, Http, Redis, get, http_raw, until};
 
 const KEY: &str = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==";
 
@@ -19,6 +24,40 @@ async fn handshake(address: SocketAddr, start: &str, headers: &[&str]) -> Http {
     lines.extend(headers.iter().filter(|line| !line.ends_with(": -")));
     let request = format!("{start}\r\nHost: {address}\r\n{}\r\n\r\n", lines.join("\r\n"));
     http_raw(address, &request).await
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_while_it_is_let_in_is_let_go_at_once() {
+    let redis = Redis::start().await;
+    let gateway = Gateway::start_on(&redis, &[("publish.wait", "60s")]).await;
+    let _ann = gateway.connect("ann").await;
+    let tasks = async || {
+        let metrics = get(gateway.admin, "/metrics").await.body;
+        let line = metrics.lines().find_map(|line| line.strip_prefix("gateway_tasks "));
+        line.unwrap().parse::<usize>().unwrap()
+    };
+    let before = tasks().await;
+    // Nobody is let in meanwhile.
+    redis.signal("STOP");
+    let mut sockets = Vec::new();
+    for _ in 0..20 {
+        let mut socket = TcpStream::connect(gateway.address).await.unwrap();
+        let request = format!(
+            "GET /ws?user=bob HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
+             Sec-WebSocket-Version: 13\r\n{KEY}\r\n\r\n"
+        );
+        socket.write_all(request.as_bytes()).await.unwrap();
+        let mut status = [0; 12];
+        socket.read_exact(&mut status).await.unwrap();
+        assert_eq!(&status, b"HTTP/1.1 101");
+        sockets.push(socket);
+    }
+    assert!(tasks().await >= before + 20);
+    drop(sockets);
+    until("their tasks have ended", async || tasks().await <= before + 2).await;
+    let metrics = get(gateway.admin, "/metrics").await.body;
+    assert!(metrics.contains("gateway_handshakes_abandoned_total 20\n"), "{metrics}");
+    redis.signal("CONT");
 }
 
 #[tokio::test]
@@ -191,7 +230,7 @@ async fn silent_connections_of_one_address_do_not_keep_others_out() {
             .await;
     let mut silent = vec![];
     for _ in 0..1000 {
-        silent.push(tokio::net::TcpStream::connect(gateway.address).await.unwrap());
+        silent.push(TcpStream::connect(gateway.address).await.unwrap());
     }
     let mut options = Options::to(gateway.url("/ws"));
     options.local = Some([127, 0, 0, 2].into());

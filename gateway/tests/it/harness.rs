@@ -38,7 +38,7 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Options that every gateway of a test has: free ports, no limits for the one address that all
 /// come from.
-const DEFAULTS: [(&str, &str); 9] = [
+const DEFAULTS: [(&str, &str); 11] = [
     ("server.listen", "127.0.0.1:0"),
     ("admin.listen", "127.0.0.1:0"),
     ("drain.delay", "1ms"),
@@ -48,6 +48,8 @@ const DEFAULTS: [(&str, &str); 9] = [
     ("limits.durable_bytes_per_minute", "0"),
     ("limits.new_inboxes_per_hour", "0"),
     ("limits.new_rooms_per_minute", "0"),
+    ("limits.http_requests_per_second_per_ip", "0"),
+    ("limits.api_refusals_per_second_per_ip", "0"),
 ];
 
 fn options(extra: &[(&str, &str)]) -> Vec<(String, String)> {
@@ -69,7 +71,7 @@ impl Gateway {
             Sources { file: None, environment: Some(Default::default()), flags: options(extra) };
         let config = Config::load(sources).unwrap_or_else(|mistakes| panic!("{mistakes}"));
         gateway::telemetry::start_log(config.log_format, "off");
-        let server = Server::start(config).await.unwrap();
+        let server = Box::pin(Server::start(config)).await.unwrap();
         Self { address: server.listen, admin: server.admin_listen, server: Some(server) }
     }
 

@@ -11,6 +11,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::FutureExt as _;
 use gateway::{
     bus::{
         Append, Appended, BoxFuture, Bus, BusError, Letter, Mailboxes, Range, Retention,
@@ -700,6 +701,20 @@ async fn a_node_can_tell_what_it_holds() {
     let held = world.mailboxes.holdings().await.remove(0);
     assert_eq!((held.entries.len(), held.ids.len(), held.top), (0, 0, member.cursor));
     assert_eq!(world.metrics.ids_bytes.get(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_join_whose_connection_has_left_reads_nothing() {
+    let world = World::start(retention(), 10_000, || Fault::None);
+    let outbox = Outbox::to_owner(1 << 20, world.metrics.clone());
+    let gone = Arc::new(Subscriber::new(ConnectionId::random(), outbox));
+    // The call is made, and given up before the shard takes it.
+    let (start, entered) = (Start::Newest(10), Default::default());
+    let joining = world.hub.join(room("r"), gone, None, start, entered);
+    assert!(joining.now_or_never().is_none());
+    Member::join(&world, &room("other"), Start::Newest(0), 1 << 20).await;
+    assert_eq!(world.metrics.rooms.get(), 1, "the room is not followed");
+    assert_eq!(world.reads.load(Ordering::Relaxed), 1, "the other room's");
 }
 
 #[tokio::test(start_paused = true)]

@@ -11,7 +11,15 @@ use shared::{
     protocol::answer::Answer,
 };
 
-use crate::harness::{Gateway, Redis, closed, get, room, say, until};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+};
+
+use crate::{
+    api::call_as,
+    harness::{Gateway, Redis, closed, get, room, say, until, within},
+};
 
 async fn http_refusal(url: &str) -> (u16, bool) {
     match Connection::open(&Options::to(url)).await {
@@ -175,6 +183,47 @@ async fn names_of_a_watch_cost_frames_and_leave_nothing_behind() {
     until("no status is subscribed to", async || channels().await == "*0").await;
     let metrics = get(gateway.admin, "/metrics").await.body;
     assert!(metrics.contains("gateway_watched_users 0\n"), "{metrics}");
+}
+
+#[tokio::test]
+async fn plain_requests_and_refused_calls_of_an_address_have_a_rate() {
+    let gateway = Gateway::start(&[
+        ("api.keys", "test:a key of sixteen and more"),
+        ("limits.http_requests_per_second_per_ip", "1"),
+        ("limits.api_refusals_per_second_per_ip", "1"),
+    ])
+    .await;
+    let call =
+        async |key: Option<&str>| call_as(key, gateway.address, "GET /api/v1/nodes", None).await;
+    // Both have a burst of five; on a slow machine a few more are earned meanwhile.
+    let mut refused = 0;
+    for number in 0..12 {
+        let http = call(Some("a wrong key of sixteen").filter(|_| number % 2 == 0)).await;
+        if http.status == 429 {
+            assert!(http.header("retry-after").is_some());
+            refused += 1;
+        } else {
+            assert_eq!(http.status, 401);
+        }
+    }
+    assert!((2..=7).contains(&refused), "{refused}");
+    assert_eq!(call(Some("a key of sixteen and more")).await.status, 200, "a good key");
+    let metrics = get(gateway.admin, "/metrics").await.body;
+    let limited = format!("gateway_api_refusals_total{{reason=\"rate_limited\"}} {refused}\n");
+    assert!(metrics.contains(&limited), "{metrics}");
+
+    // Requests over one connection, which ends by the first that is refused.
+    let mut socket = TcpStream::connect(gateway.address).await.unwrap();
+    let request = "GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n".repeat(50);
+    socket.write_all(request.as_bytes()).await.unwrap();
+    let mut answers = String::new();
+    // The peer may be reset for what it still sent.
+    let _ = within(socket.read_to_string(&mut answers)).await;
+    let count = |status: &str| answers.matches(&format!("HTTP/1.1 {status}")).count();
+    assert!((5..=12).contains(&count("404")) && count("429") == 1, "{answers}");
+    // A flood of pages keeps out neither probes nor clients.
+    assert_eq!(get(gateway.address, "/health").await.status, 200);
+    gateway.connect("ann").await;
 }
 
 #[tokio::test]

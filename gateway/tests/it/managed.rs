@@ -3,7 +3,11 @@
 
 use serde_json::{Value, json};
 use shared::{
-    client::{connection::Connection, connection::Received, frames, options::Options},
+    client::{
+        connection::{Connection, Received},
+        frames,
+        options::Options,
+    },
     error::ErrorCode,
     position::Position,
     protocol::{
@@ -13,7 +17,7 @@ use shared::{
 };
 
 use crate::{
-    harness::{closed, next_message, room, say, until, within},
+    harness::{Gateway, closed, get, next_message, room, say, until, within},
     people::{World, ask, heard, refused},
 };
 
@@ -95,6 +99,43 @@ async fn a_room_with_members_or_a_log_cannot_be_created() {
         assert_eq!(refused(&mut bob, create).await, ErrorCode::RoomExists);
     })
     .await;
+}
+
+#[tokio::test]
+async fn passwords_are_guessed_slowly_and_known_ones_pass() {
+    let gateway = Gateway::start(&[("limits.password_failures_per_minute_per_ip", "3")]).await;
+    let mut ann = gateway.connect("ann").await;
+    let create = json!({"type": "create_room", "room": "vault", "password": "sesame"});
+    ask(&mut ann, create).await.unwrap();
+    assert_eq!(join_with(&mut ann, "vault", "sesame").await, None);
+    // The fourth of a user has to wait, and so has the third of another: three users who failed before.
+    let mut told = Vec::new();
+    for user in ["eve", "mallory"] {
+        for guess in ["a", "b", "c", "d"] {
+            // A connection each, since one may try five passwords only.
+            let mut connection = gateway.connect(user).await;
+            let guess = format!("{user}{guess}");
+            let frame = json!({"type": "join", "room": "vault", "password": guess});
+            match ask(&mut connection, frame).await {
+                Err(refusal) => {
+                    let waits = refusal.retry_after_ms.is_some_and(|ms| ms > 100);
+                    assert_eq!(waits, refusal.code == ErrorCode::RateLimited);
+                    told.push(refusal.code);
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+    use ErrorCode::{RateLimited as Later, WrongPassword as Wrong};
+    assert_eq!(told, [Wrong, Wrong, Wrong, Later, Wrong, Wrong, Later, Later]);
+    // An honest user of the same address, who has not been here before.
+    let mut bob = gateway.connect("bob").await;
+    assert_eq!(join_with(&mut bob, "vault", "sesame").await, None);
+    let metrics = get(gateway.admin, "/metrics").await.body;
+    for line in ["{result=\"wrong\"} 5\n", "{result=\"rate_limited\"} 3\n", "{result=\"fits\"} 2\n"]
+    {
+        assert!(metrics.contains(&format!("gateway_password_checks_total{line}")), "{metrics}");
+    }
 }
 
 #[tokio::test]

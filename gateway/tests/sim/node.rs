@@ -17,11 +17,14 @@ use gateway::{
     },
     drain::Tasks,
     hub::{Hub, HubOptions, MAILBOX_LEN, member::Subscriber},
-    limits::meter::{Meter, MeterRates},
+    limits::{
+        meter::{Meter, MeterRates},
+        reads::Reads,
+    },
     outbox::Outbox,
     presence::{Presence, PresenceOptions},
     publisher::Publisher,
-    rooms::RoomRules,
+    rooms::{RoomRules, passwords::Passwords},
     session::{
         Performed, Services, Session, SessionLimits,
         auth::{Auth, Credentials},
@@ -144,6 +147,7 @@ impl Node {
             rooms_max: 10,
             watches_max: 10,
             wait_max: WAIT_MAX,
+            read_bytes_per_second: 0,
         };
         let services = Arc::new(Services {
             quotas: Arc::default(),
@@ -154,7 +158,9 @@ impl Node {
             sessions: redis.clone(),
             auth: Auth::Anonymous,
             rules,
-            passwords: Arc::default(),
+            passwords: Passwords::new(Default::default(), metrics.clone()),
+            reads: Reads::new(0),
+            peers: Default::default(),
             told,
             metrics,
             limits,

@@ -62,7 +62,7 @@ const KEYS_PER_LOG: u64 = 4;
 /// (`limits.new_inboxes_per_hour`).
 const NEW_INBOXES: u64 = 100;
 /// Rooms that one user may begin in a minute, and at once (`limits.new_rooms_per_minute`).
-const NEW_ROOMS: u64 = 120 + 600;
+const NEW_ROOMS: u64 = 600 + 3000;
 
 /// All attacks.
 pub(crate) const CATALOGUE: &[Attack] = &[

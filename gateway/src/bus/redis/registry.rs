@@ -468,6 +468,11 @@ impl Registrar {
                         self.router.metrics().durable_refusals.of(DurableBound::Marks).inc();
                     }
                     self.note_admission(&op, &answer);
+                    if let Op::Session(op) = &op
+                        && let Some(end) = op.end_of_given_up(&answer)
+                    {
+                        self.queue(Op::Session(end));
+                    }
                     op.done(&answer);
                 }
                 Err(error) if error.code() == Some("NOSCRIPT") => {

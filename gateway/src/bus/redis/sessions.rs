@@ -69,6 +69,14 @@ impl SessionOp {
         }
     }
 
+    /// What ends a session's connection again that was opened for a client which has gone meanwhile.
+    pub(super) fn end_of_given_up(&self, answer: &Value) -> Option<Self> {
+        let Self::Open { opening, reply } = self else { return None };
+        let session = opened(answer).filter(|_| reply.is_closed())?.session;
+        let (user, connection) = (opening.user.clone(), opening.connection);
+        Some(Self::Use { user, session, connection, reply: None })
+    }
+
     pub(super) fn done(self, answer: &Value) {
         match self {
             // Who does not wait any more has given up on it.

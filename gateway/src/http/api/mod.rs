@@ -21,7 +21,10 @@ use utoipa::{OpenApi, ToSchema};
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{Node, headers::bearer};
-use crate::bus::{BusError, orders};
+use crate::{
+    bus::{BusError, orders},
+    telemetry::metrics::ApiRefusal,
+};
 
 mod messages;
 mod nodes;
@@ -45,6 +48,17 @@ impl ApiKeys {
     pub fn new(keys: impl IntoIterator<Item = (String, String)>, docs: bool) -> Self {
         let keys = keys.into_iter().map(|(name, key)| (name, Sha1::digest(key).into()));
         Self { keys: keys.collect(), docs }
+    }
+
+    /// The name of the key that a request has.
+    pub(super) fn name_in(&self, headers: &HeaderMap) -> Result<&str, ApiRefusal> {
+        if self.keys.is_empty() {
+            return Err(ApiRefusal::Disabled);
+        }
+        if !headers.contains_key(header::AUTHORIZATION) {
+            return Err(ApiRefusal::MissingKey);
+        }
+        bearer(headers).and_then(|key| self.name_of(&key)).ok_or(ApiRefusal::WrongKey)
     }
 
     /// The name of a key. Digests of all keys are compared as a whole, so that the time it takes tells
@@ -365,21 +379,20 @@ async fn authorize(
     request: Request,
     next: Next,
 ) -> Response {
-    let keys = &node.options.api;
-    if keys.keys.is_empty() {
-        let text = "this gateway has no API key: set api.keys";
-        return Failed::new(ErrorCode::Forbidden, text).into_response();
-    }
-    match bearer(&headers).and_then(|key| keys.name_of(&key)) {
+    match node.options.api.name_in(&headers) {
         // What a path's extractor would say has no code.
-        Some(_) if !is_utf8(request.uri().path()) => {
+        Ok(_) if !is_utf8(request.uri().path()) => {
             Failed::bad("the path is no UTF-8").into_response()
         }
-        Some(name) => {
+        Ok(name) => {
             tracing::debug!(key = name, method = %request.method(), path = request.uri().path(), "API");
             next.run(request).await
         }
-        None => {
+        Err(ApiRefusal::Disabled) => {
+            let text = "this gateway has no API key: set api.keys";
+            Failed::new(ErrorCode::Forbidden, text).into_response()
+        }
+        Err(_) => {
             let text = "send `Authorization: Bearer <api key>`";
             let mut response = Failed::new(ErrorCode::Unauthorized, text).into_response();
             let challenge = header::HeaderValue::from_static("Bearer");

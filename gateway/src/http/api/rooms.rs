@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     bus::{
-        Range,
+        BusError, Range,
         orders::Order,
         registry::{Creation, Deletion, Detail, Found, Record, millis_now},
     },
@@ -239,7 +239,10 @@ impl Made {
             Some(password) if password.len() > PASSWORD_BYTES_MAX => {
                 return Err(too_large(format!("`password` is at most {PASSWORD_BYTES_MAX} bytes")));
             }
-            Some(password) => Some(node.services.passwords.hash(password).await),
+            Some(password) => {
+                let hash = node.services.passwords.hash(None, password).await;
+                Some(hash.map_err(|_| BusError::Overloaded)?)
+            }
             None => None,
         };
         Ok(Record {

@@ -1,0 +1,422 @@
+//! Passwords of rooms: hashed with argon2id, checked in turns that are fair, and guessed slowly.
+//!
+//! A check takes some 20 ms of a core and 19 MiB. A password that was found to fit is known by a keyed
+//! digest and costs nothing again; those who present the same one at the same time share a check. What
+//! does not fit is charged to the address, to the room and to the user at that address, which has to
+//! wait ever longer. Users who have not failed yet have a part of each rate for themselves, so that
+//! those who guess do not use it up for them.
+
+use std::{collections::HashMap, net::IpAddr, sync::Arc, time::Duration};
+
+use argon2::{
+    Argon2, PasswordHash, PasswordHasher as _, PasswordVerifier as _, password_hash::SaltString,
+};
+use parking_lot::Mutex;
+use sha1::{Digest as _, Sha1};
+use shared::ids::{RoomId, UserId};
+use tokio::{sync::Semaphore, time::Instant};
+
+use super::turns::{Turn, Turns};
+use crate::{
+    limits::{Paces, Rate},
+    telemetry::{
+        metrics::{Metrics, PasswordCheck},
+        seldom::Seldom,
+    },
+};
+
+/// How many passwords are remembered as fitting.
+const REMEMBERED_MAX: usize = 10_000;
+/// How many users at an address are remembered as having failed.
+const FAILED_MAX: usize = 20_000;
+/// How many times a user may fail before having to wait, then for a second, and twice as long each
+/// time.
+const FREE_FAILURES: u32 = 3;
+const BACK_OFF_MAX: Duration = Duration::from_secs(60);
+/// How long failures are remembered.
+const FAILED_FOR: Duration = Duration::from_secs(600);
+/// What a client is told to wait where too many wait for their turn.
+const CROWDED: Duration = Duration::from_secs(1);
+
+/// How much may be guessed.
+#[derive(Clone, Debug)]
+pub struct PasswordLimits {
+    /// Passwords that do not fit, of one address.
+    pub failures_per_ip: Rate,
+    /// The same of one room, by all addresses.
+    pub failures_per_room: Rate,
+    /// How long a check may wait for its turn.
+    pub wait_max: Duration,
+}
+
+impl Default for PasswordLimits {
+    fn default() -> Self {
+        let minute = Duration::from_secs(60);
+        Self {
+            failures_per_ip: Rate::new(30, minute, 30),
+            failures_per_room: Rate::new(60, minute, 60),
+            wait_max: Duration::from_secs(2),
+        }
+    }
+}
+
+/// Where a password comes from, and what for.
+#[derive(Clone, Debug)]
+pub struct Guess {
+    /// The address, as limits count it; `None` where it is not known.
+    pub address: Option<IpAddr>,
+    /// The user.
+    pub user: UserId,
+    /// The room.
+    pub room: RoomId,
+}
+
+/// What became of a password.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Checked {
+    /// It is the room's.
+    Fits,
+    /// It is not.
+    Wrong,
+    /// It was not checked: try again after this time.
+    Later(Duration),
+}
+
+/// What a rate is for: those who have failed lately, those who have not, and new passwords.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Pool {
+    Failed,
+    Clean,
+    New,
+}
+
+type Digest = [u8; 20];
+type Who = (Option<IpAddr>, UserId);
+
+/// Hashes and checks passwords (argon2id, RFC 9106, with the crate's parameters: 19 MiB, 2 passes),
+/// outside of the runtime's own threads.
+#[derive(Debug)]
+pub struct Passwords {
+    limits: PasswordLimits,
+    metrics: Arc<Metrics>,
+    turns: Turns<Option<IpAddr>>,
+    /// What digests are made with, so that nobody can compute one.
+    key: [u8; 20],
+    /// Digests of a hash and a password that fits it, in two maps that take turns.
+    fitting: Mutex<[HashMap<Digest, ()>; 2]>,
+    /// Checks that are under way.
+    running: Mutex<HashMap<Digest, Arc<Check>>>,
+    /// How often users have failed, and when last, in two maps that take turns.
+    failed: Mutex<[HashMap<Who, (u32, Instant)>; 2]>,
+    by_address: Paces<(Option<IpAddr>, Pool)>,
+    by_room: Paces<(RoomId, Pool)>,
+    log: Seldom,
+}
+
+impl Passwords {
+    /// Nothing is known yet.
+    pub fn new(limits: PasswordLimits, metrics: Arc<Metrics>) -> Arc<Self> {
+        // A quarter of the cores, so that messages do not wait for passwords.
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Arc::new(Self {
+            limits,
+            metrics,
+            turns: Turns::new((cores / 4).clamp(1, 8)),
+            key: rand::random(),
+            fitting: Mutex::default(),
+            running: Mutex::default(),
+            failed: Mutex::default(),
+            by_address: Paces::default(),
+            by_room: Paces::default(),
+            log: Seldom::default(),
+        })
+    }
+
+    /// The hash of a password, as a PHC string with a salt of its own.
+    ///
+    /// # Errors
+    ///
+    /// How long to wait, where the address has too many made, or too many wait.
+    pub async fn hash(
+        self: &Arc<Self>,
+        address: Option<IpAddr>,
+        password: String,
+    ) -> Result<String, Duration> {
+        if address.is_some() {
+            let (rate, now) = (self.limits.failures_per_ip, Instant::now());
+            self.by_address.take((address, Pool::New), rate, now)?;
+        }
+        let turn = self.turn(address, true).await.ok_or(CROWDED)?;
+        let hash = compute(turn, move || {
+            let salt = SaltString::encode_b64(&rand::random::<[u8; 16]>());
+            let salt = salt.expect("16 bytes are a salt");
+            let hash = Argon2::default().hash_password(password.as_bytes(), &salt);
+            hash.expect("the parameters are the crate's own").to_string()
+        });
+        Ok(hash.await)
+    }
+
+    /// Whether `password` fits `hash`.
+    pub async fn check(self: &Arc<Self>, guess: Guess, hash: String, password: String) -> Checked {
+        let checked = self.check_once(&guess, hash, password).await;
+        let result = match checked {
+            Checked::Fits => PasswordCheck::Fits,
+            Checked::Wrong => PasswordCheck::Wrong,
+            Checked::Later(_) => PasswordCheck::Limited,
+        };
+        self.metrics.password_checks.of(result).inc();
+        if checked != Checked::Fits
+            && let Some(count) = self.log.is_due()
+        {
+            tracing::warn!(room = %guess.room, user = %guess.user, address = ?guess.address, count,
+                "a wrong password of a room; `count` more were not logged since the last line");
+        }
+        checked
+    }
+
+    async fn check_once(
+        self: &Arc<Self>,
+        guess: &Guess,
+        hash: String,
+        password: String,
+    ) -> Checked {
+        let digest = Sha1::new().chain_update(self.key).chain_update(&hash).chain_update([0]);
+        let digest: Digest = digest.chain_update(&password).finalize().into();
+        if self.is_known(&digest) {
+            return Checked::Fits;
+        }
+        let who = (guess.address, guess.user.clone());
+        let (failures, wait) = self.failures_of(&who, Instant::now());
+        if !wait.is_zero() {
+            return Checked::Later(wait);
+        }
+        let is_clean = failures == 0;
+        let running = Running::enter(self, digest);
+        let turn = tokio::time::timeout(self.limits.wait_max, running.check.turn.acquire());
+        let Ok(_turn) = turn.await else { return Checked::Later(CROWDED) };
+        let outcome = *running.check.outcome.lock();
+        let fits = match outcome {
+            Some(fits) => fits,
+            None => match self.compute_once(guess, is_clean, hash, password).await {
+                Ok(fits) => fits,
+                Err(wait) => return Checked::Later(wait),
+            },
+        };
+        *running.check.outcome.lock() = Some(fits);
+        if !fits {
+            self.note_failure(who, Instant::now());
+            return Checked::Wrong;
+        }
+        let [newer, older] = &mut *self.fitting.lock();
+        if newer.len() >= REMEMBERED_MAX / 2 {
+            *older = std::mem::take(newer);
+        }
+        newer.insert(digest, ());
+        Checked::Fits
+    }
+
+    /// Checks a password that nobody else presents at the moment. It is charged beforehand, and what
+    /// fits is given back, so that no more are under way than may fail.
+    async fn compute_once(
+        &self,
+        guess: &Guess,
+        is_clean: bool,
+        hash: String,
+        password: String,
+    ) -> Result<bool, Duration> {
+        let PasswordLimits { failures_per_ip, failures_per_room, .. } = self.limits;
+        let pool = if is_clean { Pool::Clean } else { Pool::Failed };
+        let (address, room) = ((guess.address, pool), (guess.room.clone(), pool));
+        let now = Instant::now();
+        self.by_address.take(address, failures_per_ip, now)?;
+        if let Err(wait) = self.by_room.take(room.clone(), failures_per_room, now) {
+            self.by_address.give_back(&address, 1, failures_per_ip);
+            return Err(wait);
+        }
+        let Some(turn) = self.turn(guess.address, is_clean).await else {
+            self.by_address.give_back(&address, 1, failures_per_ip);
+            self.by_room.give_back(&room, 1, failures_per_room);
+            return Err(CROWDED);
+        };
+        let fits = compute(turn, move || {
+            let hash = PasswordHash::new(&hash);
+            hash.is_ok_and(|hash| {
+                Argon2::default().verify_password(password.as_bytes(), &hash).is_ok()
+            })
+        });
+        let fits = fits.await;
+        if fits {
+            self.by_address.give_back(&address, 1, failures_per_ip);
+            self.by_room.give_back(&room, 1, failures_per_room);
+        }
+        Ok(fits)
+    }
+
+    fn is_known(&self, digest: &Digest) -> bool {
+        self.fitting.lock().iter().any(|known| known.contains_key(digest))
+    }
+
+    async fn turn(&self, address: Option<IpAddr>, first: bool) -> Option<Turn<Option<IpAddr>>> {
+        let turn = self.turns.wait(address, first);
+        tokio::time::timeout(self.limits.wait_max, turn).await.ok().flatten()
+    }
+
+    /// How often a user has failed lately, and how long it has to wait for that.
+    fn failures_of(&self, who: &Who, now: Instant) -> (u32, Duration) {
+        let failed = self.failed.lock();
+        let Some((count, at)) = failed.iter().find_map(|map| map.get(who)).copied() else {
+            return (0, Duration::ZERO);
+        };
+        let since = now.saturating_duration_since(at);
+        if since >= FAILED_FOR {
+            return (0, Duration::ZERO);
+        }
+        let doubled = count.checked_sub(FREE_FAILURES).map(|more| 1_u64 << more.min(16));
+        let back_off = Duration::from_secs(doubled.unwrap_or(0)).min(BACK_OFF_MAX);
+        (count, back_off.saturating_sub(since))
+    }
+
+    fn note_failure(&self, who: Who, now: Instant) {
+        let (count, _) = self.failures_of(&who, now);
+        let [newer, older] = &mut *self.failed.lock();
+        if newer.len() >= FAILED_MAX / 2 {
+            *older = std::mem::take(newer);
+        }
+        newer.insert(who, (count.saturating_add(1), now));
+    }
+}
+
+/// A check that is under way: one has the turn to do it, and the others find what came of it.
+#[derive(Debug)]
+struct Check {
+    turn: Semaphore,
+    outcome: Mutex<Option<bool>>,
+}
+
+impl Default for Check {
+    fn default() -> Self {
+        Self { turn: Semaphore::new(1), outcome: Mutex::default() }
+    }
+}
+
+/// One's part in a check that others may wait for as well.
+struct Running {
+    passwords: Arc<Passwords>,
+    digest: Digest,
+    check: Arc<Check>,
+}
+
+impl Running {
+    fn enter(passwords: &Arc<Passwords>, digest: Digest) -> Self {
+        let check = passwords.running.lock().entry(digest).or_default().clone();
+        Self { passwords: passwords.clone(), digest, check }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let mut running = self.passwords.running.lock();
+        // The map's and this one.
+        if Arc::strong_count(&self.check) <= 2 {
+            running.remove(&self.digest);
+        }
+    }
+}
+
+async fn compute<T: Send + 'static>(
+    turn: Turn<Option<IpAddr>>,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> T {
+    let work = move || {
+        // Also where nobody waits for the outcome any more.
+        let _turn = turn;
+        work()
+    };
+    tokio::task::spawn_blocking(work).await.expect("it does not panic")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn passwords(limits: PasswordLimits) -> (Arc<Passwords>, Arc<Metrics>) {
+        let metrics = Arc::new(Metrics::new());
+        (Passwords::new(limits, metrics.clone()), metrics)
+    }
+
+    fn guess(address: u8, user: &str, room: &str) -> Guess {
+        let address = Some(IpAddr::from([192, 0, 2, address]));
+        Guess { address, user: user.parse().unwrap(), room: room.parse().unwrap() }
+    }
+
+    /// Fails at once, since it is no hash.
+    const NO_HASH: &str = "no hash";
+
+    async fn fail(passwords: &Arc<Passwords>, guess: Guess) -> Checked {
+        passwords.check(guess, NO_HASH.to_owned(), format!("{}", rand::random::<u64>())).await
+    }
+
+    #[tokio::test]
+    async fn a_password_fits_its_hash_and_no_other() {
+        let (passwords, metrics) = passwords(PasswordLimits::default());
+        let hash = passwords.hash(None, "open sesame".to_owned()).await.unwrap();
+        assert!(hash.starts_with("$argon2id$") && !hash.contains("sesame"));
+        let check = async |user: &str, password: &str| {
+            passwords.check(guess(1, user, "r"), hash.clone(), password.to_owned()).await
+        };
+        // Those who come at the same time share a check.
+        let both = tokio::join!(check("ann", "open sesame"), check("bob", "open sesame"));
+        assert_eq!(both, (Checked::Fits, Checked::Fits));
+        assert!(passwords.running.lock().is_empty());
+        assert_eq!(check("cat", "open barley").await, Checked::Wrong);
+        assert_eq!(fail(&passwords, guess(1, "dan", "r")).await, Checked::Wrong);
+        let count = |of| metrics.password_checks.of(of).get();
+        assert_eq!((count(PasswordCheck::Fits), count(PasswordCheck::Wrong)), (2, 2));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_user_who_fails_waits_ever_longer_and_others_do_not() {
+        let (passwords, _) = passwords(PasswordLimits::default());
+        for _ in 0..FREE_FAILURES {
+            assert_eq!(fail(&passwords, guess(1, "eve", "r")).await, Checked::Wrong);
+        }
+        for seconds in [1, 2, 4, 8, 16, 32, 60, 60] {
+            let wait = Duration::from_secs(seconds);
+            assert_eq!(fail(&passwords, guess(1, "eve", "r")).await, Checked::Later(wait));
+            tokio::time::advance(wait).await;
+            assert_eq!(fail(&passwords, guess(1, "eve", "r")).await, Checked::Wrong);
+        }
+        // The name at another address is another's, and the right password of the room is known.
+        assert_eq!(fail(&passwords, guess(2, "eve", "r")).await, Checked::Wrong);
+        tokio::time::advance(FAILED_FOR).await;
+        assert_eq!(fail(&passwords, guess(1, "eve", "r")).await, Checked::Wrong);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_address_and_a_room_are_guessed_at_so_often() {
+        let (passwords, _) = passwords(PasswordLimits::default());
+        let mut wrong = [0; 2];
+        // Users who have failed once, and again and again users who are new.
+        for round in 0..200 {
+            for (kind, user) in
+                [format!("eve{}", round % 40), format!("new{round}")].iter().enumerate()
+            {
+                let room = format!("room{round}");
+                let checked = fail(&passwords, guess(1, user, &room)).await;
+                wrong[kind] += usize::from(checked == Checked::Wrong);
+            }
+        }
+        assert!(wrong.iter().sum::<usize>() <= 60, "30 of those who have failed and 30 of others");
+        // Another address goes on, until it is too much for a room.
+        let mut wrong = 0;
+        for address in 2..=202 {
+            let checked = fail(&passwords, guess(address, "mallory", "r")).await;
+            wrong += usize::from(checked == Checked::Wrong);
+        }
+        assert_eq!(wrong, 60);
+        // A password that fits is not charged.
+        assert_eq!(fail(&passwords, guess(203, "ann", "other")).await, Checked::Wrong);
+        tokio::time::advance(Duration::from_secs(1)).await;
+        assert_eq!(fail(&passwords, guess(203, "bob", "r")).await, Checked::Wrong);
+    }
+}
