@@ -83,7 +83,7 @@ pub fn script(text: String) -> String {
     };
     match PLANTED.get() {
         Some(Defect::NoFence) => {
-            let text = replaced(text, "if epoch and meta[3] == token then", "if epoch then");
+            let text = replaced(text, "if is_good and meta[3] == token then", "if is_good then");
             replaced(text, "if not term then", "term, owed = term or 0, owed or 0 if false then")
         }
         Some(Defect::NoBump) => {
@@ -121,10 +121,23 @@ impl Misdelivery {
     fn planted() -> Option<Self> {
         static PLANTED: OnceLock<Option<Misdelivery>> = OnceLock::new();
         *PLANTED.get_or_init(|| {
-            let name = std::env::var("SKEIN_DEFECT").ok()?;
+            let name = std::env::var("SKEIN_DEFECT").ok().filter(|name| name != PANIC)?;
             let known = Self::ALL.into_iter().find(|(known, _)| *known == name);
             Some(known.unwrap_or_else(|| panic!("there is no defect {name}")).1)
         })
+    }
+}
+
+/// The name that `SKEIN_DEFECT` has for panics at places that messages name.
+pub const PANIC: &str = "panic";
+
+/// Panics where panics are planted and `text` says `panic in <place>`.
+pub fn panic_in(place: &str, text: &[u8]) {
+    static PLANTED: OnceLock<bool> = OnceLock::new();
+    let planted =
+        *PLANTED.get_or_init(|| std::env::var("SKEIN_DEFECT").is_ok_and(|name| name == PANIC));
+    if planted && String::from_utf8_lossy(text).contains(&format!("panic in {place}")) {
+        panic!("planted in {place}");
     }
 }
 

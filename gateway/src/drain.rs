@@ -8,6 +8,7 @@
 
 use std::{fmt, future::Future, pin::Pin, sync::Arc, time::Duration};
 
+use futures_util::FutureExt as _;
 use tokio_util::{
     sync::CancellationToken,
     task::{TaskTracker, task_tracker::TaskTrackerToken},
@@ -15,6 +16,9 @@ use tokio_util::{
 use tracing::Instrument as _;
 
 pub mod departure;
+pub mod supervision;
+
+use supervision::{Cause, Failure, Failures, caught};
 
 /// How long the listeners' last answers may take once everything else has ended.
 const LAST_ANSWERS_MAX: Duration = Duration::from_secs(5);
@@ -28,6 +32,7 @@ pub struct Tasks {
     leaving: CancellationToken,
     stopped: CancellationToken,
     ended: CancellationToken,
+    failures: Failures,
     around: Around,
 }
 
@@ -51,24 +56,87 @@ impl Tasks {
         Self { around: Around(Some(Arc::new(around))), ..Self::default() }
     }
 
-    /// Spawns a task that serves one client and ends by itself after [`Tasks::leaving`].
-    pub fn spawn_connection(&self, future: impl Future<Output = ()> + Send + 'static) {
-        self.spawn(&self.connections, future);
+    /// Spawns a task that serves one client and ends by itself after [`Tasks::leaving`]. A panic ends
+    /// that task alone, and its message goes to `panicked`.
+    pub fn spawn_connection(
+        &self,
+        future: impl Future<Output = ()> + Send + 'static,
+        panicked: impl FnOnce(&str) + Send + 'static,
+    ) {
+        self.contain(&self.connections, future, panicked);
     }
 
-    /// Spawns a task that others rely on; it ends after [`Tasks::stopped`].
+    fn contain(
+        &self,
+        group: &TaskTracker,
+        future: impl Future<Output = ()> + Send + 'static,
+        panicked: impl FnOnce(&str) + Send + 'static,
+    ) {
+        // Of this form it is no larger than the future.
+        let contained = caught(future).map(|ended| {
+            if let Err(panic) = ended {
+                panicked(&panic);
+            }
+        });
+        self.spawn(group, contained);
+    }
+
+    /// Spawns a task that others rely on; it ends after [`Tasks::stopped`]. One that ends otherwise
+    /// has [failed](Tasks::failed).
     pub fn spawn_service(
         &self,
         name: &'static str,
         future: impl Future<Output = ()> + Send + 'static,
     ) {
-        let span = tracing::info_span!("task", task = name);
-        self.spawn(&self.services, future.instrument(span));
+        let (leaving, stopped) = (self.leaving.clone(), self.stopped.clone());
+        self.supervise(name, future, move || leaving.is_cancelled() || stopped.is_cancelled());
     }
 
-    /// Spawns a task that answers HTTP requests; it ends after [`Tasks::ended`].
-    pub fn spawn_listener(&self, future: impl Future<Output = ()> + Send + 'static) {
-        self.spawn(&self.listeners, future);
+    /// Spawns a task that others rely on and that ends when its work is done. A panic is a
+    /// [failure](Tasks::failed) of this node, too.
+    pub fn spawn_job(&self, name: &'static str, future: impl Future<Output = ()> + Send + 'static) {
+        self.supervise(name, future, || true);
+    }
+
+    fn supervise(
+        &self,
+        name: &'static str,
+        future: impl Future<Output = ()> + Send + 'static,
+        may_end: impl FnOnce() -> bool + Send + 'static,
+    ) {
+        let failures = self.failures.clone();
+        let supervised = caught(future).map(move |ended| match ended {
+            Ok(()) if may_end() => {}
+            Ok(()) => failures.note(name, Cause::Ended),
+            Err(panic) => failures.note(name, Cause::Panicked(panic)),
+        });
+        let span = tracing::info_span!("task", task = name);
+        self.spawn(&self.services, supervised.instrument(span));
+    }
+
+    /// Notes that something failed which others rely on and which is no task of these.
+    pub fn fail(&self, name: &'static str, panic: String) {
+        self.failures.note(name, Cause::Panicked(panic));
+    }
+
+    /// Waits until a service has failed: the process has to end. Cancel-safe.
+    pub async fn failed(&self) -> Failure {
+        self.failures.wait().await
+    }
+
+    /// The service that failed first, if one has.
+    pub fn failure(&self) -> Option<Failure> {
+        self.failures.first()
+    }
+
+    /// Spawns a task that answers HTTP requests; it ends after [`Tasks::ended`]. A panic ends that task
+    /// alone, and its message goes to `panicked`.
+    pub fn spawn_listener(
+        &self,
+        future: impl Future<Output = ()> + Send + 'static,
+        panicked: impl FnOnce(&str) + Send + 'static,
+    ) {
+        self.contain(&self.listeners, future, panicked);
     }
 
     /// Counts a request as a connection until the token is dropped: the services it needs do not
@@ -105,6 +173,13 @@ impl Tasks {
         &self.ended
     }
 
+    /// Has clients sent away, within `max`, and ends nothing else.
+    pub async fn leave(&self, max: Duration) {
+        self.leaving.cancel();
+        self.connections.close();
+        let _ = tokio::time::timeout(max, self.connections.wait()).await;
+    }
+
     /// Ends everything in order, each step within `step_max`. Returns whether all tasks ended.
     pub async fn finish(&self, step_max: Duration) -> bool {
         self.leaving.cancel();
@@ -120,5 +195,57 @@ impl Tasks {
         self.listeners.close();
         let listeners = tokio::time::timeout(LAST_ANSWERS_MAX, self.listeners.wait()).await;
         connections.is_ok() && services.is_ok() && listeners.is_ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Runs `service`, and returns what failed by the time that all has ended.
+    async fn failure_of(service: impl FnOnce(&Tasks)) -> Option<Failure> {
+        let tasks = Tasks::default();
+        service(&tasks);
+        tokio::task::yield_now().await;
+        assert!(tasks.finish(Duration::from_secs(1)).await);
+        tasks.failure()
+    }
+
+    #[tokio::test]
+    async fn a_service_that_panics_or_ends_unasked_has_failed() {
+        let panics =
+            failure_of(|tasks| tasks.spawn_service("a", async { panic!("no more") })).await;
+        let failure = panics.unwrap();
+        assert_eq!(failure.task, "a");
+        assert!(failure.to_string().starts_with("task a panicked: no more"), "{failure}");
+        let ended = failure_of(|tasks| tasks.spawn_service("b", async {})).await;
+        assert_eq!(ended, Some(Failure { task: "b", cause: Cause::Ended }));
+        let job = failure_of(|tasks| tasks.spawn_job("c", async { panic!("no more") })).await;
+        assert_eq!(job.unwrap().task, "c");
+    }
+
+    #[tokio::test]
+    async fn what_is_stopped_or_done_has_not_failed() {
+        let stopped = failure_of(|tasks| {
+            let stopped = tasks.stopped().clone();
+            tasks.spawn_service("a", async move { stopped.cancelled().await });
+            let part = tasks.part();
+            let of_part = part.stopped().clone();
+            part.spawn_service("b", async move { of_part.cancelled().await });
+            part.stopped().cancel();
+            tasks.spawn_job("c", async {});
+        });
+        assert_eq!(stopped.await, None);
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_panics_ends_alone() {
+        let (told, panics) = tokio::sync::oneshot::channel();
+        let failure = failure_of(|tasks| {
+            let told = |panic: &str| drop(told.send(panic.to_owned()));
+            tasks.spawn_connection(async { panic!("no more") }, told);
+        });
+        assert_eq!(failure.await, None);
+        assert!(panics.await.unwrap().starts_with("no more"));
     }
 }

@@ -3,6 +3,7 @@
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::PathBuf,
+    pin::pin,
     process::ExitCode,
     time::Duration,
 };
@@ -10,7 +11,8 @@ use std::{
 use clap::Parser;
 use gateway::{
     config::{Config, Sources},
-    server::Server,
+    drain::supervision::log_panics,
+    server::{Server, StartError},
     telemetry,
 };
 use tokio::{
@@ -52,6 +54,10 @@ fn pair(text: &str) -> Result<(String, String), String> {
 
 /// The exit code for bad usage (sysexits.h: EX_USAGE).
 const BAD_USAGE: u8 = 64;
+/// The exit code after a part of the gateway has failed (sysexits.h: EX_SOFTWARE).
+const FAILED: u8 = 70;
+/// How long the runtime waits at the end for what blocks a thread.
+const LAST_TASKS_MAX: Duration = Duration::from_secs(1);
 /// After how many steps of tasks a busy thread looks at its sockets again, where tokio does after 61:
 /// what is ready by then gathers for one write per socket (docs/adr/0011).
 const STEPS_PER_LOOK: u32 = 1024;
@@ -89,7 +95,11 @@ fn main() -> ExitCode {
         return runtime.block_on(health_check(reachable(config.admin_listen)));
     }
     telemetry::start_log(config.log_format, &config.log_level);
-    runtime.block_on(run(config))
+    log_panics();
+    let code = runtime.block_on(run(config));
+    // What is left is not waited for: after a failure it may never end.
+    runtime.shutdown_timeout(LAST_TASKS_MAX);
+    code
 }
 
 async fn run(config: Config) -> ExitCode {
@@ -111,6 +121,10 @@ async fn run(config: Config) -> ExitCode {
     };
     let server = match server {
         Ok(server) => server,
+        Err(StartError::Failed(failure)) => {
+            tracing::error!(%failure, "cannot start");
+            return ExitCode::from(FAILED);
+        }
         Err(error) => {
             tracing::error!(%error, "cannot start");
             return ExitCode::FAILURE;
@@ -123,10 +137,22 @@ async fn run(config: Config) -> ExitCode {
         bus = if cluster { "redis" } else { "memory" },
         "ready; the chat page is at http://{}/", reachable(server.listen)
     );
-    let signal = signals.stop().await;
+    let mut failed = pin!(server.failed());
+    let signal = tokio::select! {
+        failure = &mut failed => {
+            tracing::error!(%failure, code = FAILED, "this process ends");
+            server.abandon().await;
+            return ExitCode::from(FAILED);
+        }
+        signal = signals.stop() => signal,
+    };
     tracing::info!(signal, "stopping; a second signal ends at once");
     let stopped = tokio::select! {
         stopped = server.stop() => stopped,
+        failure = &mut failed => {
+            tracing::error!(%failure, code = FAILED, "this process ends before it has stopped in order");
+            return ExitCode::from(FAILED);
+        }
         _ = signals.stop() => false,
     };
     if stopped {

@@ -15,7 +15,7 @@ use crate::{
     },
     config::Config,
     control::Control,
-    drain::Tasks,
+    drain::{Tasks, supervision::Failure},
     http::{
         self, Node,
         listen::{self, TcpLimits},
@@ -31,6 +31,8 @@ use crate::{
 
 /// How long each step of a stop may take: connections say goodbye, then the rest ends.
 const STOP_STEP_MAX: Duration = Duration::from_secs(20);
+/// How long clients may take to be sent away by a gateway that has failed.
+const ABANDON_MAX: Duration = Duration::from_secs(1);
 /// TCP connections beyond those that may become WebSockets: probes, pages, refused handshakes.
 const TCP_CONNECTIONS_SPARE: usize = 500;
 
@@ -64,6 +66,9 @@ pub enum StartError {
     /// Redis cannot be used as configured.
     #[error(transparent)]
     Redis(#[from] RedisStartError),
+    /// A part of the gateway failed meanwhile.
+    #[error("{0}")]
+    Failed(Failure),
 }
 
 impl Server {
@@ -154,7 +159,7 @@ impl Server {
         let services = Arc::new(services);
         let node = Node::new(config.node, config.http, services, control, metrics, tasks.clone());
         let node = Arc::new(node);
-        tasks.spawn_service("drain", drain_when_ordered(node.clone(), config.drain_delay));
+        tasks.spawn_job("drain", drain_when_ordered(node.clone(), config.drain_delay));
         let (turning, stopped) = (node.wheel.clone(), tasks.stopped().clone());
         tasks.spawn_service("wheel", async move {
             tokio::select! {
@@ -174,13 +179,31 @@ impl Server {
         let admin = listen::serve(admin, router, node.clone(), limits);
         tasks.spawn_service("admin", admin);
         if let Some(redis) = redis {
-            redis.reached().await?;
+            tokio::select! {
+                biased;
+                failure = tasks.failed() => return Err(StartError::Failed(failure)),
+                reached = redis.reached() => reached?,
+            }
         }
         let router = http::public(node.clone());
         let public = listen_on("server.listen", listen, public)?;
         let public = listen::serve(public, router, node.clone(), tcp_limits);
         tasks.spawn_service("public", public);
         Ok(Self { listen, admin_listen, node, tasks, drain_delay: config.drain_delay })
+    }
+
+    /// What waits until a part of this gateway has failed that others rely on: the process has to end.
+    /// It may be kept longer than the server.
+    pub fn failed(&self) -> impl Future<Output = Failure> + use<> {
+        let tasks = self.tasks.clone();
+        async move { tasks.failed().await }
+    }
+
+    /// Sends clients away, as far as that can be done at once: a part has failed, and to wait for what
+    /// relies on it would be in vain. Nothing else is ended in order.
+    pub async fn abandon(self) {
+        self.node.start_draining();
+        self.tasks.leave(ABANDON_MAX).await;
     }
 
     /// Stops in order: `ready` says 503 for `drain.delay`, then clients are sent away in batches

@@ -31,10 +31,11 @@ use tower_service::Service as _;
 use super::{
     Ends, Node,
     begun::Begun,
-    error::{come_back_after, refuse_for},
+    error::{come_back_after, refuse, refuse_for},
     guests::{Guest, Guests},
 };
 use crate::{
+    drain::supervision::caught,
     limits::{Counts, Place, address_key},
     telemetry::metrics::Dropped,
 };
@@ -111,13 +112,15 @@ pub async fn serve(listener: TcpListener, router: Router, node: Arc<Node>, limit
         () = entrance.accept() => {}
     }
     let (tasks, ended) = (entrance.node.tasks.clone(), entrance.node.tasks.ended().clone());
-    tasks.spawn_listener(async move {
+    let accept = async move {
         tokio::select! {
             biased;
             () = ended.cancelled() => {}
             () = entrance.accept() => {}
         }
-    });
+    };
+    // The node ends anyway.
+    tasks.spawn_listener(accept, |_| {});
 }
 
 /// A listener and what its connections share.
@@ -174,7 +177,9 @@ impl Entrance {
             let is_late = node.tasks.leaving().is_cancelled();
             let tasks = node.tasks.clone();
             let connection = Http { peer, place, router, node, is_late };
-            tasks.spawn_listener(connection.serve(socket, guest));
+            let metrics = self.node.metrics.clone();
+            let panicked = move |panic: &str| metrics.panicked(peer, panic);
+            tasks.spawn_listener(connection.serve(socket, guest), panicked);
         }
     }
 }
@@ -257,7 +262,14 @@ impl Http {
                     // one of them.
                     tokio::task::yield_now().await;
                 }
-                Ok::<_, Infallible>(answer(router, request, &node, is_late).await)
+                // Of a panic the client is told; what else it asked on this connection goes on.
+                let answered = caught(answer(router, request, &node, is_late)).await;
+                let answer = answered.unwrap_or_else(|panic| {
+                    node.metrics.panicked(peer, &panic);
+                    let status = StatusCode::INTERNAL_SERVER_ERROR;
+                    refuse(status, "internal", "a defect of the gateway")
+                });
+                Ok::<_, Infallible>(answer)
             }
         });
         let connection = http1::Builder::new()

@@ -196,7 +196,9 @@ impl Node {
     /// What keeps the node from serving, as `ready` names it.
     pub fn failing(&self) -> Vec<&'static str> {
         let bus: &dyn Bus = &*self.services.bus;
-        bus.failing().into_iter().chain(self.is_draining().then_some("drain")).collect()
+        let task = self.tasks.failure().map(|_| "task");
+        let drain = self.is_draining().then_some("drain");
+        bus.failing().into_iter().chain(task).chain(drain).collect()
     }
 }
 

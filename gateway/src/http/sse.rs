@@ -58,7 +58,7 @@ use super::{
     headers::utf8,
     origin::Allowed,
     places::Places,
-    upgrade::route,
+    upgrade::{panicked, route},
 };
 use crate::{
     bus::{
@@ -69,7 +69,7 @@ use crate::{
     limits::Place,
     outbox::{Close, FRAME_OVERHEAD_BYTES, Outbox},
     session::{Request, Session, auth::AuthError},
-    telemetry::metrics::Handshake,
+    telemetry::metrics::{Counted, Handshake},
     transport::changed,
 };
 
@@ -346,24 +346,25 @@ async fn stream(
     let stall_limit = parts.extensions.get::<StallLimit>().cloned();
 
     let (answer, opened) = oneshot::channel();
-    let route = route(ends);
+    let (route, connection) = (route(ends), ConnectionId::random());
     let served = node.clone();
     // A task of its own, which ends what it has begun wherever the client goes.
-    node.tasks.spawn_connection(async move {
+    let serve = async move {
         let node = served;
-        match Stream::open(&node, client, rooms, (cursors, route), places).await {
+        match Stream::open(&node, connection, client, rooms, (cursors, route), places).await {
             Ok((mut stream, pieces)) => {
                 if answer.send(Ok(pieces)).is_err() {
                     return stream.session.end().await;
                 }
-                node.metrics.connections.inc();
+                let _counted = Counted::new(&node.metrics.connections);
                 let code = stream.run(&node, stall_limit).await;
-                node.metrics.connections.dec();
                 node.metrics.disconnected(code);
             }
             Err(refused) => drop(answer.send(Err(refused))),
         }
-    });
+    };
+    let forgetting = node.clone();
+    node.tasks.spawn_connection(serve, move |panic| panicked(&forgetting, connection, panic));
     let pieces = match opened.await {
         Ok(Ok(pieces)) => pieces,
         Ok(Err(refused)) => {
@@ -461,12 +462,12 @@ impl Stream {
     /// Opens the session and joins the rooms. What is to be sent waits in the outbox.
     async fn open(
         node: &Node,
+        connection: ConnectionId,
         client: Client,
         rooms: Vec<RoomId>,
         (mut cursors, route): (Cursors, String),
         places: Places,
     ) -> Result<(Self, mpsc::Receiver<Bytes>), Answered> {
-        let connection = ConnectionId::random();
         let entered = client.enter(node, connection).await.map_err(|error| match error {
             Refused::Nobody(error) => refused(
                 ErrorCode::Unauthorized,

@@ -50,7 +50,7 @@ use crate::{
     },
     outbox::{Close, Outbox, deflate::Deflating},
     session::{Request, Session},
-    telemetry::metrics::Handshake,
+    telemetry::metrics::{Counted, Handshake},
     transport::{
         self, Connection, Handler,
         echo::{Echo, EchoMode},
@@ -140,7 +140,9 @@ fn upgrade(
     node.metrics.deflate_handshakes.inc_by(handshake.deflate.iter().len() as u64);
 
     let route = route(ends);
+    let connection = ConnectionId::random();
     let opening = Box::new(Opening {
+        connection,
         client: Client::read(&node, &parts.headers, params, ends, places.allowed),
         json_ping: param(params, "ping") == Some("json"),
         endpoint,
@@ -148,7 +150,9 @@ fn upgrade(
         route: route.clone(),
         places,
     });
-    node.clone().tasks.spawn_connection(async move {
+    let serving = node.clone();
+    let serve = async move {
+        let node = serving;
         let upgraded = match on_upgrade.await {
             Ok(upgraded) => upgraded,
             Err(error) => {
@@ -167,8 +171,17 @@ fn upgrade(
         };
         let Some(served) = served else { return node.metrics.handshakes_abandoned.inc() };
         served.serve(&node).await;
-    });
+    };
+    let forgetting = node.clone();
+    node.tasks.spawn_connection(serve, move |panic| panicked(&forgetting, connection, panic));
     switching(&handshake, &route)
+}
+
+/// A connection's task has ended by a panic, and its session may not have ended what it takes part in.
+pub(super) fn panicked(node: &Arc<Node>, connection: ConnectionId, panic: &str) {
+    node.metrics.panicked(connection, panic);
+    let hub = node.services.hub.clone();
+    node.tasks.spawn_job("forget_connection", async move { hub.forget(connection).await });
 }
 
 /// What a handshake is answered.
@@ -295,6 +308,7 @@ fn accept_key(parts: &Parts) -> Result<String, Box<Response>> {
 
 /// A connection between its 101 and its first frame.
 struct Opening {
+    connection: ConnectionId,
     client: Client,
     json_ping: bool,
     endpoint: Endpoint,
@@ -317,14 +331,14 @@ impl Opening {
         socket: TcpStream,
         early: Vec<u8>,
     ) -> Option<Box<Served>> {
-        let Self { client, json_ping, endpoint, deflate, route, places } = *self;
+        let Self { connection, client, json_ping, endpoint, deflate, route, places } = *self;
         let limits = &node.options.limits;
         let deflating = deflate.zip(node.options.deflate_bytes_min);
         let deflating =
             deflating.map(|(deflate, bytes_min)| Deflating { window: deflate.window(), bytes_min });
         let outbox = Outbox::to_socket(socket, limits.outbox_bytes_max, node.metrics.clone())
             .deflating(deflating);
-        let subscriber = Subscriber::new(ConnectionId::random(), outbox);
+        let subscriber = Subscriber::new(connection, outbox);
         let options = transport::Options {
             message_bytes_max: limits.message_bytes_max,
             heartbeat: node.options.heartbeat.clone(),
@@ -473,10 +487,11 @@ fn read_early(socket: &TcpStream, early: &mut Vec<u8>) -> io::Result<()> {
 
 impl Served {
     async fn serve(mut self: Box<Self>, node: &Node) {
-        node.metrics.connections.inc();
         let batch = node.departure.batch(self.connection.id());
-        let code = self.connection.run(batch, &node.state.turns.ending).await;
-        node.metrics.connections.dec();
+        let code = {
+            let _counted = Counted::new(&node.metrics.connections);
+            self.connection.run(batch, &node.state.turns.ending).await
+        };
         tracing::debug!(connection = %self.connection.id(), code, "disconnected");
         node.metrics.disconnected(code);
     }

@@ -367,7 +367,7 @@ impl Shard {
         task: impl Future<Output = ()> + Send + 'static,
     ) {
         let stopped = self.tasks.stopped().clone();
-        self.tasks.spawn_service(name, async move {
+        self.tasks.spawn_job(name, async move {
             // Both arms are cancel-safe: at the end nobody waits for the answer.
             tokio::select! {
                 biased;

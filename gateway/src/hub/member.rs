@@ -498,6 +498,8 @@ impl Member {
     /// Gives the member the next entry. `false`: its outbox is full, and it is behind from here.
     pub(super) fn give(&mut self, frames: &mut Frames<'_>, turn: &mut Turn) -> bool {
         let (room, entry) = (frames.room, frames.entry);
+        #[cfg(feature = "defects")]
+        crate::defect::panic_in("a shard", entry.envelope.members());
         let placed = self.subscriber.placed_ack(room, entry);
         let outbox = &self.subscriber.outbox;
         let frame = match &placed {

@@ -169,6 +169,7 @@ enum Call {
         users: Vec<UserId>,
         connection: ConnectionId,
     },
+    Forget(ConnectionId),
     Statuses {
         users: Vec<UserId>,
         statuses: Vec<Status>,
@@ -385,6 +386,14 @@ impl Hub {
             by_shard[self.mailboxes.shard_of(&RoomId::status_of(&user))].push(user);
         }
         self.shards.iter().zip(by_shard).filter(|(_, users)| !users.is_empty())
+    }
+
+    /// Ends all that a connection takes part in, whatever its session knew of that: its task panicked.
+    /// It costs a look at every room.
+    pub async fn forget(&self, connection: ConnectionId) {
+        for shard in &*self.shards {
+            let _ = shard.send(Call::Forget(connection)).await;
+        }
     }
 
     /// Sends a member `presence`: exactly who is present as far as members here were told, when that

@@ -262,6 +262,7 @@ impl Shard {
             Call::Unwatch { users, connection } => {
                 users.iter().for_each(|user| self.unwatch(user, connection));
             }
+            Call::Forget(connection) => self.forget(connection),
             Call::Statuses { users, statuses } => self.take_statuses(users, statuses),
             Call::AskPresence { room, asks } => self.ask_presence(&room, asks),
             Call::Rosters { rooms, snapshots } => self.take_rosters(rooms, snapshots),
@@ -479,6 +480,17 @@ impl Shard {
             subscriber.release_acks(&name);
             subscriber.outbox.push(frame);
             self.turn.touch(&subscriber);
+        }
+    }
+
+    fn forget(&mut self, connection: ConnectionId) {
+        let here = self.rooms.values().filter(|room| room.is_member(connection));
+        let rooms: Vec<RoomId> = here.map(|room| room.name.clone()).collect();
+        for room in rooms {
+            self.leave(room, connection, None);
+        }
+        for watch in self.watched.values_mut() {
+            watch.forget(connection);
         }
     }
 

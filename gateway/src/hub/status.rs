@@ -50,6 +50,11 @@ struct Watcher {
 }
 
 impl Watch {
+    /// A connection is not told any more.
+    pub(super) fn forget(&mut self, connection: ConnectionId) {
+        self.watchers.remove(&connection);
+    }
+
     /// The status is to be read. Returns whether that is to be begun, and the number of the read.
     fn want(&mut self) -> (bool, u64) {
         if self.reading {
@@ -97,7 +102,7 @@ impl Shard {
     pub(super) fn unwatch(&mut self, user: &UserId, connection: ConnectionId) {
         // What nobody watches is forgotten at the next look around: it may be asked for at this moment.
         if let Some(watch) = self.watched.get_mut(user) {
-            watch.watchers.remove(&connection);
+            watch.forget(connection);
         }
     }
 

@@ -5,13 +5,15 @@
 //! closed enums: cardinality is decided here and not by traffic. Children of labelled metrics are
 //! looked up once, since each look-up costs a hash and a lock.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, fmt};
 
 use prometheus::{
     Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
     core::Collector,
 };
 use shared::error::ErrorCode;
+
+use super::seldom::Seldom;
 
 /// What became of a handshake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -183,6 +185,37 @@ pub enum ApiRefusal {
     RateLimited,
 }
 
+/// What stood in Redis that no gateway wrote.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum BadValue {
+    /// A field of a barrier, where the nodes agree on a server.
+    Barrier,
+    /// An entry of a log.
+    Entry,
+    /// The position of an id within the dedup window.
+    Ids,
+    /// A lease, or the name of an incarnation.
+    Lease,
+    /// How far a user has read.
+    Mark,
+    /// What was published in a channel of the gateways.
+    Message,
+    /// A field of a log's meta.
+    Meta,
+    /// An order, or what a node has applied.
+    Order,
+    /// Who is present, or the name of somebody or of a room in an index.
+    Presence,
+    /// How a room is managed.
+    Record,
+    /// A session, or its data.
+    Session,
+    /// A key of another type than a gateway gives it.
+    Type,
+    /// What a node gave back of what it had published.
+    Unheard,
+}
+
 macro_rules! labels {
     ($enum:ident: $($variant:ident $label:literal),+) => {
         impl Label for $enum {
@@ -222,6 +255,10 @@ labels!(Agreed: Complete "complete", Incomplete "incomplete");
 labels!(Healed: Whole "whole", Healed "healed", Other "other", Conflict "conflict",
     Refused "refused");
 
+labels!(BadValue: Barrier "barrier", Entry "entry", Ids "ids", Lease "lease", Mark "mark",
+    Message "message", Meta "meta", Order "order", Presence "presence", Record "record",
+    Session "session", Type "type", Unheard "unheard");
+
 impl Label for ErrorCode {
     const ALL: &'static [Self] = &Self::ALL;
     fn text(self) -> &'static str {
@@ -245,12 +282,32 @@ impl<L: Label> Counters<L> {
     }
 }
 
+/// Counts one more in a gauge until it is dropped.
+#[derive(Debug)]
+pub struct Counted(IntGauge);
+
+impl Counted {
+    /// One more in `gauge`.
+    pub fn new(gauge: &IntGauge) -> Self {
+        gauge.inc();
+        Self(gauge.clone())
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
 /// Everything the gateway counts.
 #[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
     /// `gateway_connections`
     pub connections: IntGauge,
+    /// `gateway_connection_panics_total`
+    pub connection_panics: IntCounter,
     /// `gateway_tasks`
     tasks: IntGauge,
     /// `gateway_http_dropped_total`
@@ -335,6 +392,8 @@ pub struct Metrics {
     pub bus_up: IntGauge,
     /// `gateway_clock_skew_seconds`
     pub clock_skew_seconds: Gauge,
+    /// `gateway_redis_bad_values_total`
+    pub redis_bad_values: Counters<BadValue>,
     /// `gateway_bus_reconnects_total`
     pub bus_reconnects: IntCounter,
     /// `gateway_probes_lost_total`
@@ -366,6 +425,11 @@ impl Metrics {
         r.register(Box::new(process)).expect("nothing else is in a fresh registry");
         Self {
             connections: gauge(r, "gateway_connections", "WebSocket connections that are open"),
+            connection_panics: counter(
+                r,
+                "gateway_connection_panics_total",
+                "Connections and requests that ended by a panic of the gateway, a defect: each alone",
+            ),
             tasks: gauge(r, "gateway_tasks", "Tasks of the runtime that have not ended"),
             http_dropped: counters(
                 r,
@@ -568,6 +632,12 @@ impl Metrics {
             ),
             bus_up: gauge(r, "gateway_bus_up", "1 while the bus can be published to and heard"),
             clock_skew_seconds: register(r, Gauge::new("gateway_clock_skew_seconds", "How far this node's clock is ahead of that of Redis, negative where it is behind").expect("the name is a constant")),
+            redis_bad_values: counters(
+                r,
+                "gateway_redis_bad_values_total",
+                "Values read from Redis that no gateway wrote, which were skipped or repaired, by what they were to be",
+                "kind",
+            ),
             bus_reconnects: counter(
                 r,
                 "gateway_bus_reconnects_total",
@@ -622,6 +692,15 @@ impl Metrics {
                 "0 below `cluster.memory_watermark`, 1 above it (new state is refused), 2 with no memory left",
             ),
             registry,
+        }
+    }
+
+    /// Counts a connection or request that ended by a panic, and logs it once a minute.
+    pub fn panicked(&self, connection: impl fmt::Display, panic: &str) {
+        static SELDOM: Seldom = Seldom::new();
+        self.connection_panics.inc();
+        if let Some(unsaid) = SELDOM.is_due() {
+            tracing::error!(%connection, panic, unsaid, "a connection was closed by a panic");
         }
     }
 

@@ -35,7 +35,7 @@ use tokio::{
 
 use crate::{
     bus::{BoxFuture, output_of, registry::millis_now, standing::Told},
-    drain::departure::Batch,
+    drain::{departure::Batch, supervision::caught},
     hub::member::{Subscriber, text_frame},
     limits::meter::{Meter, TurnBudget, Verdict},
     outbox::Close,
@@ -188,7 +188,8 @@ impl Connection {
     /// What happens once in a connection's life is boxed, so that its task, which lives as long,
     /// is no larger than serving needs. The session is ended when `ending` has a permit.
     pub async fn run(&mut self, batch: &Batch, ending: &Semaphore) -> u16 {
-        let code = match self.serve(batch).await {
+        let served = caught(self.serve(batch)).await;
+        let code = match served.unwrap_or_else(|panic| self.panicked(&panic)) {
             End::Gone => 1006,
             End::Close { close, ending } => Box::pin(self.close(close, ending)).await,
             End::Leave => Box::pin(self.goodbye(batch)).await,
@@ -201,6 +202,16 @@ impl Connection {
         // The hub may hold the subscriber for a moment longer.
         subscriber.outbox.discard();
         code
+    }
+
+    /// What was being handled is dropped half-done; the client is told, and comes back.
+    fn panicked(&self, panic: &str) -> End {
+        self.metrics.panicked(self.subscriber.connection, panic);
+        let close = Close { code: CloseCode::Internal.number(), reason: "internal".to_owned() };
+        self.subscriber.outbox.close(close.clone());
+        // Unless it was being closed already.
+        let close = self.subscriber.outbox.begin_close().unwrap_or(close);
+        End::Close { close, ending: Ending::Failed }
     }
 
     async fn serve(&mut self, batch: &Batch) -> End {
@@ -414,6 +425,10 @@ impl Connection {
                 message @ (Received::Text(_) | Received::Binary(_)) => {
                     self.metrics.frames_received.inc();
                     self.meter.data(message.bytes());
+                    #[cfg(feature = "defects")]
+                    if let Received::Text(text) = &message {
+                        crate::defect::panic_in("a connection", text.as_bytes());
+                    }
                     match &mut self.handler {
                         Handler::Chat(session) => {
                             session.handle(frame(&message), &mut self.meter, now)

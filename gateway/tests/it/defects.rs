@@ -4,11 +4,12 @@
 
 use std::{path::Path, time::Duration};
 
-use gateway::defect::Misdelivery;
-use serde_json::Value;
+use gateway::defect::{Misdelivery, PANIC};
+use serde_json::{Value, json};
+use shared::{client::connection::Connection, ids::RoomId, protocol::answer::Frame};
 use tokio::{process::Command, time::timeout};
 
-use crate::harness::Node;
+use crate::harness::{Node, closed, connect, get, next_message, room, say, until};
 
 /// How often a clean gateway is looked at.
 fn clean_runs() -> usize {
@@ -109,4 +110,63 @@ async fn each_defect_is_found_and_none_where_there_is_none() {
             assert!(failures.is_empty(), "{scenario:?}: {failures:?}");
         }
     }
+}
+
+/// A connection to a node in which panics are planted, in a room.
+async fn member(node: &Node, user: &str, lobby: &RoomId) -> Connection {
+    let mut member = connect(node.address, user).await;
+    member.join(lobby).await.unwrap();
+    member
+}
+
+async fn panics(node: &Node) -> String {
+    let metrics = get(node.admin, "/metrics").await.body;
+    let is_it = |line: &&str| line.starts_with("gateway_connection_panics_total");
+    metrics.lines().find(is_it).unwrap_or_default().to_owned()
+}
+
+#[tokio::test]
+async fn a_panic_of_a_connection_closes_that_connection_only() {
+    let node = Node::start_defective(PANIC, &[("limits.connections_per_user", "1")]).await;
+    let lobby = room("lobby");
+    let (mut ann, mut bob) =
+        (member(&node, "ann", &lobby).await, member(&node, "bob", &lobby).await);
+    for n in 1..=3 {
+        bob.send_json(&json!({"type": "ping", "timestamp": "panic in a connection"}))
+            .await
+            .unwrap();
+        assert_eq!(closed(&mut bob).await, (Some(1011), "internal".to_owned()));
+        assert_eq!(panics(&node).await, format!("gateway_connection_panics_total {n}"));
+        // What it held is given back: the user's only connection, and the place in the room.
+        until("bob has left", async || {
+            let asks = json!({"type": "presence", "room": lobby, "ref": 1});
+            let Frame::Presence(presence) = ann.request(&asks).await.unwrap() else { panic!() };
+            presence.count == 1
+        })
+        .await;
+        bob = member(&node, "bob", &lobby).await;
+        say(&mut ann, &lobby, "on").await;
+        next_message(&mut bob).await;
+        next_message(&mut ann).await;
+    }
+    assert_eq!(get(node.admin, "/ready").await.status, 200);
+    node.process.signal("TERM");
+    let (code, log) = node.end().await;
+    assert_eq!(code, Some(0));
+    let lines = log.lines().filter(|line| line.contains("a connection was closed by a panic"));
+    assert_eq!(lines.count(), 1, "{log}");
+}
+
+#[tokio::test]
+async fn a_panic_of_a_shard_ends_the_process() {
+    let node = Node::start_defective(PANIC, &[]).await;
+    let lobby = room("lobby");
+    let mut ann = member(&node, "ann", &lobby).await;
+    let message = json!({"type": "message", "room": lobby, "content": "panic in a shard"});
+    ann.send_json(&message).await.unwrap();
+    let begun = std::time::Instant::now();
+    let (code, log) = node.end().await;
+    assert_eq!(code, Some(70), "{log}");
+    assert!(begun.elapsed() < Duration::from_secs(5));
+    assert!(log.contains("task hub_shard panicked: planted in a shard (gateway/src/"), "{log}");
 }

@@ -167,7 +167,7 @@ impl Node {
         });
         let reached = Arc::new(AtomicBool::new(false));
         let reaches = reached.clone();
-        tasks.spawn_service("reach", async move {
+        tasks.spawn_job("reach", async move {
             redis.reached().await.unwrap();
             reaches.store(true, Ordering::Relaxed);
         });
@@ -213,7 +213,8 @@ impl Node {
         let session = Session::new(services, identity, session, subscriber.clone(), online);
         let outlet = self.outlet.clone();
         let connection = Connection { number, session, subscriber, line, outlet };
-        self.tasks.spawn_connection(connection.run());
+        // A panic is found by the campaign's hook.
+        self.tasks.spawn_connection(connection.run(), |_| {});
     }
 }
 
