@@ -24,15 +24,25 @@ use uuid::Uuid;
 
 use crate::{
     codec::{self, Opcode},
-    ids::{ConnectionId, MessageId, UserId},
+    ids::{ConnectionId, MessageId, RoomId, RoomKind, UserId},
     position::Position,
 };
+
+mod members;
+
+use members::Wanted;
 
 const VERSION: u8 = 2;
 const HEADER_BYTES: usize = 46;
 const BINARY: u8 = 1;
 const NO_ECHO: u8 = 1 << 1;
 const FRAME_SHIFT: u8 = 2;
+/// The most bytes of an envelope: those of the largest message that can be configured, and what stands
+/// around its content.
+pub const ENVELOPE_BYTES_MAX: usize = (16 << 20) + (64 << 10);
+/// The most bytes of the members beside a binary payload: the length of a binary frame's header is two
+/// bytes, and what stands in front of the members is under 160.
+const BINARY_MEMBERS_BYTES_MAX: usize = u16::MAX as usize - 160;
 
 /// An entry without its position. Cheap to clone.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -86,9 +96,9 @@ impl FrameType {
 /// What a message is known by within the dedup window: its author and its id.
 pub type IdKey = [u8; 24];
 
-/// The bytes are no envelope of this version.
+/// The bytes are no envelope of this version, or one of another room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("not an envelope of version 2")]
+#[error("not an envelope of version 2 of this room")]
 pub struct InvalidEnvelope;
 
 /// What an envelope is made of.
@@ -128,7 +138,32 @@ impl Envelope {
         Self(bytes.freeze())
     }
 
-    /// Takes bytes from a log or a link for an envelope, without copying them.
+    /// Takes bytes from a log or a link for an envelope of `room`, without copying them. All that a
+    /// frame is made of is checked: what was not written by a gateway is told from what was.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidEnvelope`] where a frame of these bytes would be none that a client of `room` may get.
+    pub fn of_room(bytes: Bytes, room: &RoomId) -> Result<Self, InvalidEnvelope> {
+        if bytes.len() > ENVELOPE_BYTES_MAX {
+            return Err(InvalidEnvelope);
+        }
+        let envelope = Self::from_bytes(bytes)?;
+        let (frame, binary) = (envelope.frame_type(), envelope.is_binary());
+        let room = match (room.kind(), frame) {
+            (RoomKind::Joined, FrameType::Message) => Some(room.as_str()),
+            (RoomKind::Inbox, FrameType::Direct | FrameType::Notification) => None,
+            _ => return Err(InvalidEnvelope),
+        };
+        let (members, payload) = envelope.members_and_payload();
+        let fits =
+            if binary { members.len() <= BINARY_MEMBERS_BYTES_MAX } else { payload.is_empty() };
+        let wanted = Wanted { frame, id: envelope.id().0, room, binary };
+        if fits && wanted.is_met_by(members) { Ok(envelope) } else { Err(InvalidEnvelope) }
+    }
+
+    /// Takes bytes that a gateway has packed for an envelope, without copying them. The members are not
+    /// looked at: [`Envelope::of_room`] is for what comes from outside.
     ///
     /// # Errors
     ///
@@ -332,6 +367,45 @@ mod tests {
         for cut in 0..envelope.as_bytes().len() {
             assert!(Envelope::from_bytes(envelope.as_bytes().slice(..cut)).is_err());
         }
+    }
+
+    #[test]
+    fn an_envelope_from_outside_is_one_of_its_room() {
+        let room: RoomId = "r".parse().unwrap();
+        let members = format!(
+            r#""room":"r","id":"{}","from":{{"id":"ann","name":"A"}},"content":1,"timestamp":"t""#,
+            Uuid::from_u128(1)
+        );
+        let pack = |members: &str, binary: Option<&[u8]>, frame| {
+            Envelope::pack(Parts {
+                frame,
+                author: Author::of(&"ann".parse().unwrap()),
+                id: MessageId(Uuid::from_u128(1)),
+                sender: ConnectionId(Uuid::nil()),
+                echo: true,
+                members,
+                binary,
+            })
+            .as_bytes()
+            .clone()
+        };
+        let good = pack(&members, None, FrameType::Message);
+        assert!(Envelope::of_room(good.clone(), &room).is_ok());
+        assert!(Envelope::of_room(good.clone(), &"s".parse().unwrap()).is_err());
+        let inbox = RoomId::inbox_of(&"ann".parse().unwrap());
+        assert!(Envelope::of_room(good.clone(), &inbox).is_err());
+        let direct = pack(&members, None, FrameType::Direct);
+        assert!(Envelope::of_room(direct, &room).is_err());
+        let behind = [&good[..], b"x"].concat();
+        assert!(Envelope::of_room(behind.into(), &room).is_err());
+        let members = members.replace(r#""content":1,"#, "");
+        assert!(Envelope::of_room(pack(&members, Some(b"\0"), FrameType::Message), &room).is_ok());
+        // A header of that length could not be told in a binary frame.
+        let long = format!(r#"{members},"meta":"{}""#, "x".repeat(usize::from(u16::MAX)));
+        assert!(Envelope::of_room(pack(&long, Some(b""), FrameType::Message), &room).is_err());
+        let mut large = good.to_vec();
+        large.resize(ENVELOPE_BYTES_MAX + 1, b'x');
+        assert!(Envelope::of_room(large.into(), &room).is_err());
     }
 
     #[test]

@@ -203,16 +203,29 @@ impl Room {
         }
         join.bytes_read += page.bytes();
         page.keep_whole();
+        if join.since().is_none()
+            && page.entries.last().is_some_and(|last| last.position.seq < page.top)
+        {
+            // The newest entry is none that can be read: what stands before it is not whole up to it.
+            page.entries.clear();
+        }
         // What was not passed on yet comes live.
         page.entries.retain(|entry| entry.position.seq <= top.seq);
         let Some(since) = join.since().cloned() else {
             // What was passed on since the page was read is neither in it nor to come.
-            let last = page.entries.last().map_or(page.top, |last| last.position.seq);
-            if last < top.seq {
-                let Some(since) = self.follow.ring().after(last) else {
-                    return self.join_newest(join, turn);
-                };
-                page.entries.extend(since.cloned());
+            let last = page.top.min(top.seq);
+            if page.top < top.seq {
+                let since: Option<Vec<Entry>> =
+                    self.follow.ring().after(page.top).map(|since| since.cloned().collect());
+                match since {
+                    Some(since) => page.entries.extend(since),
+                    None if !join.refreshed => {
+                        return self.join_newest(Join { refreshed: true, ..join }, turn);
+                    }
+                    // Twice in a row: the log ends below what was passed on, and comparing it is not
+                    // this join's.
+                    None => page.entries.clear(),
+                }
             }
             let oldest = if page.oldest == 0 { last + 1 } else { page.oldest };
             return self.enter_newest(join, &page.entries, oldest, turn);

@@ -130,6 +130,8 @@ impl Room {
             }
             Notice::Typing { user, is_typing } => self.hear_typing(user, is_typing, turn),
             Notice::Read { user, seq, by } => self.tell_read(user, seq, by, turn),
+            // A room with a log has no others than those of the log.
+            Notice::Message(_) if self.durable => {}
             Notice::Message(envelope) => {
                 let position = Position::new(Epoch::none(), 0);
                 let entry = Entry { position, stamp: Token::default(), envelope };

@@ -25,7 +25,7 @@ use tokio::{
 };
 
 use crate::{
-    harness::{Redis, retention, room, until, within},
+    harness::{Redis, members, retention, room, until, within},
     servers::alone_in_a_cluster,
 };
 
@@ -105,7 +105,7 @@ async fn each(retention: Retention, check: impl AsyncFn(&mut Fixture)) {
     }
 }
 
-fn envelope(user: &str, id: MessageId, bytes: usize) -> Envelope {
+fn envelope(room: &RoomId, user: &str, id: MessageId, bytes: usize) -> Envelope {
     let payload = vec![b'x'; bytes];
     Envelope::pack(Parts {
         frame: Default::default(),
@@ -113,7 +113,7 @@ fn envelope(user: &str, id: MessageId, bytes: usize) -> Envelope {
         id,
         sender: ConnectionId::random(),
         echo: true,
-        members: r#""room":"r""#,
+        members: &members(room, id, None),
         binary: Some(&payload),
     })
 }
@@ -130,7 +130,7 @@ impl Fixture {
         let (answer, answered) = oneshot::channel();
         self.bus.append(Append {
             room: room.clone(),
-            envelope: envelope(user, id, bytes),
+            envelope: envelope(room, user, id, bytes),
             urgent: false,
             unseen: Default::default(),
             deadline: Instant::now() + Duration::from_secs(5),

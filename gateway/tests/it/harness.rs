@@ -21,7 +21,7 @@ use shared::{
         frames,
         options::Options,
     },
-    ids::RoomId,
+    ids::{MessageId, RoomId},
     protocol::answer::{Ack, Answer, Frame, Message},
 };
 use tempfile::TempDir;
@@ -104,6 +104,14 @@ pub async fn connect(address: SocketAddr, user: &str) -> Connection {
     let mut connection = Connection::open(&options).await.unwrap();
     connection.expect_connected().await.unwrap();
     connection
+}
+
+/// The members of a message that `ann` sends to a room, as a gateway writes them.
+pub fn members(room: &RoomId, id: MessageId, content: Option<&str>) -> String {
+    let content = content.map(|content| format!(r#","content":"{content}""#)).unwrap_or_default();
+    format!(
+        r#""room":"{room}","id":"{id}","from":{{"id":"ann","name":"ann"}},"kind":"text","timestamp":"t"{content}"#
+    )
 }
 
 pub fn room(name: &str) -> RoomId {

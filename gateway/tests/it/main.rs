@@ -30,6 +30,7 @@ mod talk;
 mod topology;
 mod nginx;
 mod repair;
+mod untrusted;
 mod agreement;
 mod browser;
 mod stop;

@@ -30,7 +30,8 @@ use tokio::{
 };
 
 use crate::harness::{
-    Gateway, Redis, get, hub_options, next_message, nobody, retention, room, say, until, within,
+    Gateway, Redis, get, hub_options, members, next_message, nobody, retention, room, say, until,
+    within,
 };
 
 /// A way to Redis that can swallow what Redis sends to subscribers, while every connection stands.
@@ -154,15 +155,16 @@ async fn a_thousand_rooms_are_repaired_when_the_link_is_back() {
     until("deaf", async || bus.failing().is_some()).await;
     for room in &rooms {
         let (done, appended) = oneshot::channel();
+        let id = MessageId::random();
         bus.append(Append {
             room: room.clone(),
             envelope: Envelope::pack(Parts {
                 frame: Default::default(),
                 author: Author::of(&"ann".parse().unwrap()),
-                id: MessageId::random(),
+                id,
                 sender: ConnectionId::random(),
                 echo: true,
-                members: r#""room":"r","content":"x""#,
+                members: &members(room, id, Some("x")),
                 binary: None,
             }),
             urgent: false,

@@ -83,6 +83,7 @@ pub fn execute(data: &mut Data, words: &[Bytes]) -> Outcome {
             args.iter().for_each(|key| data.store.expire(key, now));
             Ok(Reply::Int(args.iter().filter(|key| data.store.exists(key)).count() as i64))
         }
+        b"TYPE" => Ok(Reply::Status(data.store.type_of(&args[0]))),
         b"PERSIST" => Ok(Reply::Int(i64::from(data.store.persist(&args[0])))),
         b"PUBLISH" => {
             let hearers = data.channels.get(&args[0]).map_or(0, BTreeSet::len);
@@ -132,7 +133,7 @@ fn score(text: &[u8]) -> i64 {
 
 fn least_args(name: &[u8]) -> Option<usize> {
     Some(match name {
-        b"GET" | b"DEL" | b"EXISTS" | b"HGETALL" | b"HKEYS" | b"HLEN" | b"XLEN" => 1,
+        b"GET" | b"DEL" | b"EXISTS" | b"TYPE" | b"HGETALL" | b"HKEYS" | b"HLEN" | b"XLEN" => 1,
         b"PERSIST" | b"PTTL" | b"ZCARD" | b"HVALS" => 1,
         b"HSCAN" | b"ZREM" | b"ZSCORE" => 2,
         b"ZADD" | b"ZREMRANGEBYSCORE" | b"ZREMRANGEBYRANK" => 3,

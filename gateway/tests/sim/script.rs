@@ -73,6 +73,7 @@ impl Scripts {
         let build = || -> mlua::Result<()> {
             let redis = lua.create_table()?;
             redis.set("call", lua.create_function(call)?)?;
+            redis.set("pcall", lua.create_function(pcall)?)?;
             let error_reply = |lua: &Lua, text: LuaString| {
                 // A text of one word has no code of its own.
                 let bare = !text.as_bytes().contains(&b' ');
@@ -135,6 +136,14 @@ fn call(lua: &Lua, args: MultiValue) -> mlua::Result<Value> {
         Ok(reply) => to_lua(lua, &reply),
         Err(failure) => Err(mlua::Error::external(Raised(failure.0))),
     }
+}
+
+/// `redis.pcall`: an error is a table.
+fn pcall(lua: &Lua, args: MultiValue) -> mlua::Result<Value> {
+    call(lua, args).or_else(|error| {
+        let text = lua.create_string(text_of(&error))?;
+        Ok(Value::Table(field_table(lua, "err", &text)?))
+    })
 }
 
 /// What a script sees of an answer: as RESP2 has it.

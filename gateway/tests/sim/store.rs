@@ -101,6 +101,16 @@ impl Store {
         }
     }
 
+    /// The type of a key, as `TYPE` names it; a sorted set is a hash here.
+    pub fn type_of(&self, key: &[u8]) -> &'static str {
+        match self.keys.get(key).map(|slot| &slot.value) {
+            None => "none",
+            Some(Value::Text(_)) => "string",
+            Some(Value::Hash(_)) => "hash",
+            Some(Value::Stream(_)) => "stream",
+        }
+    }
+
     /// Undoes the last `count` steps, or all that are known.
     pub fn undo(&mut self, count: usize) {
         self.end_step();

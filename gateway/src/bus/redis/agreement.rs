@@ -32,7 +32,13 @@ use shared::ids::RoomId;
 use tokio::time::Instant;
 
 use super::{
-    RetryPause, config, heal::Healer, is_of_the_slot, links::Links, server::Server, topology,
+    RetryPause, config,
+    heal::Healer,
+    is_of_the_slot,
+    links::Links,
+    server::Server,
+    topology,
+    untrusted::{self, Lossy, texts},
 };
 use crate::{
     bus::{Mailboxes, random_epoch},
@@ -331,8 +337,8 @@ impl Agreement {
         let answers: Vec<RedisResult<Value>> = pipeline.query_async(connection).await?;
         let mut opened = Opened { homes: Vec::new(), complete: true, missing: BTreeSet::new() };
         for (home, answer) in homes.iter().zip(answers) {
-            let (open, missing, term, owed): (String, BTreeSet<String>, u64, u64) = match answer {
-                Ok(answer) => redis::from_redis_value(answer)?,
+            let (open, missing, term, owed): (String, Vec<Lossy>, u64, u64) = match answer {
+                Ok(answer) => untrusted::read(&self.links.metrics, "barrier", answer)?,
                 Err(error) if is_of_the_slot(&error) => {
                     self.server.astray.notify_one();
                     continue;
@@ -346,7 +352,7 @@ impl Agreement {
                 *known = (known.0.max(term), known.1.max(owed));
                 if open == "0" {
                     opened.complete = false;
-                    opened.missing.extend(missing);
+                    opened.missing.extend(texts(missing));
                 }
             }
         }
@@ -412,7 +418,7 @@ impl Agreement {
         }
         let asked = Instant::now();
         let keyspace = self.server.keyspace;
-        let (seen, new, alive): (bool, bool, Vec<String>) = self
+        let answer: Value = self
             .lease
             .key(keyspace.leases())
             .key(keyspace.barrier(0))
@@ -423,6 +429,9 @@ impl Agreement {
             .arg(if is_first { &self.process.node } else { "" })
             .invoke_async(connection)
             .await?;
+        let (seen, new, alive): (bool, bool, Vec<Lossy>) =
+            untrusted::read(&self.links.metrics, "leases", answer)?;
+        let alive = texts(alive);
         let known = {
             let state = &mut *self.process.state.lock();
             state.renewed = Some(asked);
@@ -490,7 +499,7 @@ impl Agreement {
         let Some(home) = self.server.owned.borrow().iter().copied().find(agreed_on) else {
             return Ok(());
         };
-        let asked: RedisResult<(Option<String>, Option<String>)> = redis::cmd("HMGET")
+        let asked: RedisResult<(Option<Lossy>, Option<Lossy>)> = redis::cmd("HMGET")
             .arg(self.server.keyspace.barrier(home))
             .arg("t")
             .arg("open")
@@ -501,9 +510,11 @@ impl Agreement {
                 self.server.astray.notify_one();
                 return Ok(());
             }
+            // Checking in makes it anew.
+            Err(error) if untrusted::is_wrong_type(&error) => (None, None),
             asked => asked?,
         };
-        if agreed != Some(token.to_string()) || open.is_none() {
+        if agreed != Some(Lossy(token.to_string())) || open.is_none() {
             self.links.found_stale(&self.server, token);
         }
         Ok(())

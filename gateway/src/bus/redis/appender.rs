@@ -31,6 +31,7 @@ use super::{
     probe::PROBE_EVERY,
     refused_or_away,
     server::{Agreed, Server},
+    untrusted::checked,
     waiting::{Queued, Waiting},
 };
 use crate::{
@@ -449,7 +450,9 @@ impl Worker {
         let mut failed = Ok(());
         for (queued, value) in batch.into_iter().zip(values) {
             let id = queued.append.envelope.id_key();
-            match value.and_then(appended) {
+            let room = &queued.append.room;
+            let answer = value.map(|value| checked(&links.metrics, room, value));
+            match answer.and_then(appended) {
                 Ok(appended) => {
                     // Before the sender hears of it: from then on it must not be lost.
                     let dropped = tail.acknowledged(&id, &appended.position, token, now);

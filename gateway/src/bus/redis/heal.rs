@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use redis::{RedisError, RedisResult, aio::MultiplexedConnection};
+use redis::{RedisError, RedisResult, Value, aio::MultiplexedConnection};
 use shared::ids::RoomId;
 
-use super::{as_arguments, refused_or_away, server::Server};
+use super::{as_arguments, refused_or_away, server::Server, untrusted};
 use crate::{
     bus::{BusError, tail::Unheard},
     delivery::{Entry, Followed, Token},
@@ -82,7 +82,7 @@ impl Healer {
         give: bool,
     ) -> Result<Vec<String>, RedisError> {
         let command = |held: &Followed| (held.room.clone(), self.command(token, held, give));
-        call_all(connection, rooms.iter().map(command).collect()).await
+        self.call_all(connection, rooms.iter().map(command).collect()).await
     }
 
     /// Gives back what this node has published and not heard since, by which numbers that were
@@ -113,11 +113,11 @@ impl Healer {
             bytes += command.get_packed_command().len();
             calls.push((room, command));
             if bytes >= BYTES_MAX {
-                call_all(connection, std::mem::take(&mut calls)).await?;
+                self.call_all(connection, std::mem::take(&mut calls)).await?;
                 bytes = 0;
             }
         }
-        call_all(connection, calls).await.map(drop)
+        self.call_all(connection, calls).await.map(drop)
     }
 
     fn command(&self, token: Token, held: &Followed, give: bool) -> redis::Cmd {
@@ -167,32 +167,33 @@ impl Healer {
         }
         self.metrics.healed.of(outcome).inc();
     }
-}
 
-/// Calls scripts of rooms in one pipeline. Returns what each answered.
-async fn call_all(
-    connection: &mut MultiplexedConnection,
-    calls: Vec<(RoomId, redis::Cmd)>,
-) -> RedisResult<Vec<String>> {
-    if calls.is_empty() {
-        return Ok(Vec::new());
-    }
-    let mut pipeline = redis::Pipeline::with_capacity(calls.len());
-    pipeline.ignore_errors();
-    let (rooms, commands): (Vec<RoomId>, Vec<redis::Cmd>) = calls.into_iter().unzip();
-    for command in commands {
-        pipeline.add_command(command);
-    }
-    let answers: Vec<RedisResult<String>> = pipeline.query_async(connection).await?;
-    let answer = |(room, answer): (RoomId, RedisResult<String>)| match answer {
-        // It will be so with every try, and keeps the others from nothing.
-        Err(error) if refused_or_away(&error) == BusError::Refused => {
-            tracing::error!(%room, %error, "Redis refused to be given a room back");
-            Ok("refused".to_owned())
+    /// Calls scripts of rooms in one pipeline. Returns what each answered.
+    async fn call_all(
+        &self,
+        connection: &mut MultiplexedConnection,
+        calls: Vec<(RoomId, redis::Cmd)>,
+    ) -> RedisResult<Vec<String>> {
+        if calls.is_empty() {
+            return Ok(Vec::new());
         }
-        answer => answer,
-    };
-    rooms.into_iter().zip(answers).map(answer).collect()
+        let mut pipeline = redis::Pipeline::with_capacity(calls.len());
+        pipeline.ignore_errors();
+        let (rooms, commands): (Vec<RoomId>, Vec<redis::Cmd>) = calls.into_iter().unzip();
+        for command in commands {
+            pipeline.add_command(command);
+        }
+        let answers: Vec<RedisResult<Value>> = pipeline.query_async(connection).await?;
+        let answer = |(room, answer): (RoomId, RedisResult<Value>)| match answer {
+            // It will be so with every try, and keeps the others from nothing.
+            Err(error) if refused_or_away(&error) == BusError::Refused => {
+                tracing::error!(%room, %error, "Redis refused to be given a room back");
+                Ok("refused".to_owned())
+            }
+            answer => untrusted::read(&self.metrics, &room, answer?),
+        };
+        rooms.into_iter().zip(answers).map(answer).collect()
+    }
 }
 
 /// Adds the stamp and the id key of an entry, by which the script knows it again.

@@ -137,7 +137,9 @@ impl Keyspace {
         let is_flags = |line: &&str| line.starts_with("#!");
         let flags = text.split_inclusive('\n').next().filter(is_flags).unwrap_or_default();
         let text = &text[flags.len()..];
-        let text = format!("{flags}{}\n{text}", include_str!("scripts/prelude.lua"));
+        // The function that every script is runs within `run` of what they share.
+        let shared = include_str!("scripts/prelude.lua");
+        let text = format!("{flags}{shared}\nreturn run(function()\n{text}\nend)\n");
         #[cfg(feature = "defects")]
         let text = crate::defect::script(text);
         redis::Script::new(&text.replace("'PUBLISH'", &format!("'{}'", self.publish())))

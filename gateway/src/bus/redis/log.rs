@@ -4,18 +4,23 @@
 use std::{collections::BTreeSet, sync::Arc};
 
 use bytes::Bytes;
-use redis::{ErrorKind, RedisError, Value};
+use redis::{ErrorKind, RedisError, RedisResult, Value};
 use shared::{
     envelope::Envelope,
     ids::{ConnectionId, RoomId, UserId},
-    position::{Epoch, Position, Seq},
+    position::{Epoch, Position, SEQ_MAX, Seq},
 };
 
-use super::{heal::Healer, server::Server, topology::Reader};
+use super::{
+    heal::Healer,
+    server::Server,
+    topology::Reader,
+    untrusted::{self, Lossy, checked, or_absent, read},
+};
 use crate::{
     bus::{BoxFuture, BusError, EMPTY_HEAD_TTL, READ_BYTES_MAX, Range, registry::Deletion},
-    delivery::{Entry, Followed, Token, page::Page},
-    telemetry::metrics::Metrics,
+    delivery::{Entry, Followed, Token, ordinal, page::Page},
+    telemetry::metrics::{BadValue, Metrics},
 };
 
 /// The most heads in one pipeline, so that a node with many rooms does not hold Redis up.
@@ -24,6 +29,7 @@ const HEADS_MAX: usize = 512;
 #[derive(Clone)]
 pub(super) struct Log {
     server: Arc<Server>,
+    metrics: Arc<Metrics>,
     healer: Healer,
     read: redis::Script,
     delete: redis::Script,
@@ -31,10 +37,10 @@ pub(super) struct Log {
 
 impl Log {
     pub(super) fn new(server: Arc<Server>, metrics: Arc<Metrics>) -> Self {
-        let healer = Healer::new(server.clone(), metrics);
+        let healer = Healer::new(server.clone(), metrics.clone());
         let read = server.keyspace.script(include_str!("scripts/read.lua"));
         let delete = server.keyspace.script(include_str!("scripts/delete.lua"));
-        Self { server, healer, read, delete }
+        Self { server, metrics, healer, read, delete }
     }
 
     pub(super) fn read(&self, room: RoomId, range: Range) -> BoxFuture<Result<Page, BusError>> {
@@ -125,7 +131,15 @@ impl Log {
             pipeline.cmd("HMGET").arg(format!("{channel}:meta")).arg("e").arg("s").arg("d");
             pipeline.cmd("HMGET").arg(format!("{channel}:unheard")).arg("t");
         }
-        let rows: Vec<Vec<Option<String>>> = pipeline.query_async(&mut **reader).await?;
+        pipeline.ignore_errors();
+        let answers: Vec<RedisResult<Value>> = pipeline.query_async(&mut **reader).await?;
+        // A room whose keys are of other types has no head: a read of it finds that, and repairs it.
+        let row = |answer: RedisResult<Value>| {
+            let row: Vec<Option<Lossy>> = or_absent(&self.metrics, "head of a log", answer)?;
+            Ok(row.into_iter().map(|text| text.map(|Lossy(text)| text)).collect())
+        };
+        let rows: Vec<Vec<Option<String>>> =
+            answers.into_iter().map(row).collect::<RedisResult<_>>()?;
         let token = Some(token.to_string());
         let (agreed, rows) = rows.split_at(homes.len());
         if agreed.iter().any(|row| row.first() != Some(&token) || row.get(1) == Some(&None)) {
@@ -139,7 +153,7 @@ impl Log {
                 return None;
             }
             let [Some(epoch), Some(top), _] = place.as_slice() else { return None };
-            Some(Position::new(epoch.parse().ok()?, top.parse().ok()?))
+            Some(Position::new(epoch.parse().ok()?, seq_of(top)?))
         };
         Ok(rows.chunks(2).map(head).collect())
     }
@@ -191,7 +205,9 @@ impl Log {
             .arg(READ_BYTES_MAX)
             .invoke_async(&mut **reader)
             .await?;
-        page(answer).ok_or_else(|| (ErrorKind::Parse, "read.lua answered no page").into())
+        let answer = checked(&self.metrics, room, answer);
+        page(answer, room, &self.metrics)
+            .ok_or_else(|| (ErrorKind::Parse, "read.lua answered no page").into())
     }
 
     async fn delete_by(
@@ -211,7 +227,8 @@ impl Log {
             delete.arg(room.as_str()).arg(owner.as_ref().map_or("", UserId::as_str));
             delete.arg(by.map(|by| by.to_string()).unwrap_or_default());
         }
-        let answer: String = delete.invoke_async(&mut **reader).await?;
+        let answer: Value = delete.invoke_async(&mut **reader).await?;
+        let answer: String = read(&self.metrics, room, answer)?;
         match answer.as_str() {
             "deleted" => Ok(Deletion::Deleted),
             "not_owner" => Ok(Deletion::NotOwner),
@@ -227,7 +244,7 @@ fn stale() -> RedisError {
 }
 
 /// Reads what the script answers.
-fn page(answer: Value) -> Option<Page> {
+fn page(answer: Value, room: &RoomId, metrics: &Metrics) -> Option<Page> {
     let Value::Array(parts) = answer else { return None };
     let [epoch, top, oldest, former, former_top, deleted, term, entries]: [Value; 8] =
         parts.try_into().ok()?;
@@ -236,40 +253,50 @@ fn page(answer: Value) -> Option<Page> {
         "" => None,
         _ => Some(Position::new(epoch_of(&former)?, number(&former_top)?)),
     };
+    let epoch = epoch_of(&epoch)?;
+    let entries = entries.into_iter().filter_map(|value| {
+        let entry = entry(value, room).filter(|entry| may_be_before(entry, &epoch));
+        if entry.is_none() {
+            // It leaves a step, which readers are told of.
+            untrusted::found(metrics, BadValue::Entry, room);
+        }
+        entry
+    });
+    let entries = entries.collect();
     let page = Page {
-        epoch: epoch_of(&epoch)?,
+        epoch,
         former,
         deleted: number(&deleted)?,
         term: number(&term)?,
         top: number(&top)?,
         oldest: number(&oldest)?,
-        entries: entries.into_iter().filter_map(entry_or_step).collect(),
+        entries,
     };
     Some(page)
 }
 
-/// An entry that this version cannot read leaves a step, which readers are told of.
-fn entry_or_step(value: Value) -> Option<Entry> {
-    let entry = entry(value);
-    if entry.is_none() {
-        tracing::error!("a log has an entry that no gateway of this version wrote");
-    }
-    entry
+/// Whether a log that is in `epoch` may have an entry: of this epoch, or of an earlier one.
+fn may_be_before(entry: &Entry, epoch: &Epoch) -> bool {
+    entry.position.epoch == *epoch || ordinal(&entry.position.epoch) < ordinal(epoch)
 }
 
-fn entry(entry: Value) -> Option<Entry> {
+fn entry(entry: Value, room: &RoomId) -> Option<Entry> {
     let Value::Array(parts) = entry else { return None };
     let [seq, epoch, stamp, envelope]: [Value; 4] = parts.try_into().ok()?;
     let Value::BulkString(envelope) = envelope else { return None };
     Some(Entry {
         position: Position::new(epoch_of(&epoch)?, number(&seq)?),
         stamp: text(&stamp)?.parse().ok()?,
-        envelope: Envelope::from_bytes(Bytes::from(envelope)).ok()?,
+        envelope: Envelope::of_room(Bytes::from(envelope), room).ok()?,
     })
 }
 
 fn number(value: &Value) -> Option<Seq> {
-    text(value)?.parse().ok()
+    seq_of(text(value)?)
+}
+
+fn seq_of(text: &str) -> Option<Seq> {
+    text.parse().ok().filter(|seq| *seq <= SEQ_MAX)
 }
 
 fn epoch_of(value: &Value) -> Option<Epoch> {

@@ -53,6 +53,7 @@ mod sessions;
 mod status;
 mod subscriber;
 pub mod topology;
+mod untrusted;
 mod waiting;
 
 use log::Log;

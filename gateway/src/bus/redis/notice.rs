@@ -15,7 +15,8 @@
 use bytes::Bytes;
 use shared::{
     envelope::Envelope,
-    ids::{ConnectionId, UserId},
+    ids::{ConnectionId, RoomId, UserId},
+    position::SEQ_MAX,
     protocol::answer::{ClosedReason, Person},
 };
 use uuid::Uuid;
@@ -38,12 +39,12 @@ pub(super) fn pack(notice: &Notice) -> Vec<u8> {
     }
 }
 
-/// Reads a notice; `None` where it is none.
-pub(super) fn unpack(payload: &Bytes) -> Option<Notice> {
+/// Reads a notice of a room; `None` where it is none.
+pub(super) fn unpack(payload: &Bytes, room: &RoomId) -> Option<Notice> {
     let (kind, rest) = payload.strip_prefix(b"!")?.split_first()?;
     if *kind == b'm' {
-        let envelope = payload.slice(payload.len() - rest.len() + 1..);
-        return Some(Notice::Message(Envelope::from_bytes(envelope).ok()?));
+        let envelope = payload.slice(payload.len() - rest.strip_prefix(b"\n")?.len()..);
+        return Some(Notice::Message(Envelope::of_room(envelope, room).ok()?));
     }
     if *kind == b's' && rest.is_empty() {
         return Some(Notice::Status);
@@ -59,7 +60,8 @@ pub(super) fn unpack(payload: &Bytes) -> Option<Notice> {
             Some(Notice::Typing { user, is_typing: words.next()? == "1" })
         }
         b'r' => {
-            let (user, seq) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
+            let user = words.next()?.parse().ok()?;
+            let seq = words.next()?.parse().ok().filter(|seq| *seq <= SEQ_MAX)?;
             Some(Notice::Read { user, seq, by: connection(words.next()?)? })
         }
         b'x' => {
@@ -101,9 +103,13 @@ mod tests {
 
     use super::*;
 
+    fn room() -> RoomId {
+        "r".parse().unwrap()
+    }
+
     #[track_caller]
     fn read(text: &str) -> Notice {
-        unpack(&Bytes::copy_from_slice(text.as_bytes())).expect("a notice")
+        unpack(&Bytes::copy_from_slice(text.as_bytes()), &room()).expect("a notice")
     }
 
     #[test]
@@ -129,25 +135,44 @@ mod tests {
     fn what_a_node_passes_on_is_read_back() {
         let user: UserId = "ann".parse().unwrap();
         let packed = pack(&Notice::Typing { user, is_typing: true });
-        let Some(Notice::Typing { is_typing: true, .. }) = unpack(&packed.into()) else { panic!() };
+        let read = unpack(&packed.into(), &room());
+        let Some(Notice::Typing { is_typing: true, .. }) = read else { panic!() };
+        let id = Uuid::from_u128(1);
+        let members =
+            format!(r#""room":"r","id":"{id}","from":{{"id":"ann","name":"A"}},"timestamp":"t""#);
         let envelope = Envelope::pack(Parts {
             frame: Default::default(),
             author: Author::of(&"ann".parse().unwrap()),
-            id: shared::ids::MessageId(Uuid::from_u128(1)),
+            id: shared::ids::MessageId(id),
             sender: ConnectionId(Uuid::from_u128(2)),
             echo: true,
-            members: r#""room":"r""#,
+            members: &members,
             binary: Some(b"\n!"),
         });
         let packed = pack(&Notice::Message(envelope.clone()));
-        let Some(Notice::Message(read)) = unpack(&packed.into()) else { panic!() };
+        let packed = Bytes::from(packed);
+        let Some(Notice::Message(read)) = unpack(&packed, &room()) else { panic!() };
         assert_eq!(read, envelope);
+        assert!(unpack(&packed, &"s".parse().unwrap()).is_none());
     }
 
     #[test]
     fn what_is_none_is_refused() {
-        for text in ["", "!", "!p", "!x y", "1-e:5:0", "!m\nno", "!t", "!r ann", "!p a b\n"] {
-            assert!(unpack(&Bytes::copy_from_slice(text.as_bytes())).is_none(), "{text:?}");
+        for text in [
+            "",
+            "!",
+            "!p",
+            "!m",
+            "!r ann 9007199254740992 6f1c2a0e-93c4-4c59-a9f5-5f3f2d1b7c10",
+            "!x y",
+            "1-e:5:0",
+            "!m\nno",
+            "!t",
+            "!r ann",
+            "!p a b\n",
+        ] {
+            let payload = Bytes::copy_from_slice(text.as_bytes());
+            assert!(unpack(&payload, &room()).is_none(), "{text:?}");
         }
     }
 }

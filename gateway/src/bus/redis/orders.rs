@@ -8,13 +8,20 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
+use redis::{RedisResult, Value};
 use tokio::time::Instant;
 
-use super::registry::Registrar;
-use crate::bus::{
-    BusError,
-    orders::{Given, Order, OrderId, Outcome, Taken},
-    random_epoch,
+use super::{
+    registry::Registrar,
+    untrusted::{Lossy, found, is_wrong_type, texts},
+};
+use crate::{
+    bus::{
+        BusError,
+        orders::{Given, Order, OrderId, Outcome, Taken},
+        random_epoch,
+    },
+    telemetry::metrics::BadValue,
 };
 
 /// How often a node looks for orders.
@@ -59,7 +66,7 @@ struct Look {
 }
 
 /// An entry of the stream: its id and its fields.
-type Row = (String, BTreeMap<String, String>);
+type Row = (Lossy, BTreeMap<Lossy, Lossy>);
 
 fn text_of(OrderId(ms, number): OrderId) -> String {
     format!("{ms}-{number}")
@@ -100,8 +107,7 @@ impl OrderBook {
         let order = serde_json::to_string(&order).expect("an order is made of names");
         let mut give = self.registrar.scripts.order.key(self.key(""));
         give.key(self.key(":list")).arg(order).arg(ORDERS_MAX).arg(random_epoch());
-        let id: String =
-            self.registrar.ask(0, async |connection| give.invoke_async(connection).await).await?;
+        let id: String = self.registrar.run(0, "orders", &give).await?;
         id_of(&id).ok_or(BusError::Refused)
     }
 
@@ -142,12 +148,12 @@ impl OrderBook {
     async fn look(&self) -> Result<Look, BusError> {
         let cursor = self.state.lock().cursor.unwrap_or_default();
         let stream = self.key("");
-        type Rows = Vec<Row>;
-        let (time, list, last, entries): ((u64, u64), Option<String>, Rows, Rows) = self
+        let answers: Vec<RedisResult<Value>> = self
             .registrar
             .ask(0, async |connection| {
                 let mut pipeline = redis::pipe();
-                pipeline.atomic().cmd("TIME").cmd("GET").arg(self.key(":list"));
+                pipeline.atomic().ignore_errors();
+                pipeline.cmd("TIME").cmd("GET").arg(self.key(":list"));
                 pipeline.cmd("XREVRANGE").arg(&stream).arg("+").arg("-").arg("COUNT").arg(1);
                 // The last one taken as well: it tells whether the list has been cut behind it.
                 pipeline.cmd("XRANGE").arg(&stream).arg(text_of(cursor)).arg("+");
@@ -155,7 +161,15 @@ impl OrderBook {
                 pipeline.query_async(connection).await
             })
             .await?;
-        let last = last.first().and_then(|(id, _)| id_of(id)).unwrap_or_default();
+        let mut answers = answers.into_iter();
+        let mut next = || answers.next().unwrap_or(Ok(Value::Nil));
+        let time: (u64, u64) = self.registrar.or_absent("orders", next())?;
+        let list: Option<Lossy> = self.registrar.or_absent("orders", next())?;
+        // A stream that is none is made anew by the next order.
+        let last: Vec<Row> = self.registrar.or_absent("orders", next())?;
+        let entries: Vec<Row> = self.registrar.or_absent("orders", next())?;
+        let last = last.first().and_then(|(Lossy(id), _)| id_of(id)).unwrap_or_default();
+        let list = list.map(|Lossy(list)| list);
         Ok(Look { now_ms: time.0 * 1000 + time.1 / 1000, list, last, entries })
     }
 
@@ -177,19 +191,23 @@ impl OrderBook {
             (state.cursor, state.applied) = (Some(look.last), look.last);
             return Taken::default();
         }
-        let first = look.entries.first().and_then(|(id, _)| id_of(id));
+        let first = look.entries.first().and_then(|(Lossy(id), _)| id_of(id));
         let missed = cursor != OrderId::default() && first != Some(cursor);
         let mut taken = Taken { missed, ..Taken::default() };
-        for (entry, fields) in look.entries {
+        for (Lossy(entry), fields) in look.entries {
             let Some(id) = id_of(&entry).filter(|id| *id > cursor) else { continue };
             state.cursor = Some(id);
-            let order = fields.get("o").and_then(|order| serde_json::from_str(order).ok());
+            let field = |name: &str| {
+                fields.iter().find(|(field, _)| field.0 == name).map(|(_, Lossy(value))| value)
+            };
+            let order = field("o").and_then(|order| serde_json::from_str(order).ok());
             let Some(order) = order else {
-                tracing::error!(id = entry, "an order that no gateway of this version gives");
+                found(self.registrar.router.metrics(), BadValue::Order, &entry);
                 continue;
             };
-            let at = fields.get("at").and_then(|at| at.parse().ok()).unwrap_or(id.0 * 1000);
-            let is_fresh = id.0 + FRESH_FOR_MS > look.now_ms;
+            let given = id.0.saturating_mul(1000);
+            let at = field("at").and_then(|at| at.parse().ok()).unwrap_or(given);
+            let is_fresh = id.0.saturating_add(FRESH_FOR_MS) > look.now_ms;
             taken.orders.push(Given { id, at, is_fresh, order });
         }
         taken
@@ -213,12 +231,16 @@ impl OrderBook {
                 let (seconds, micros): (u64, u64) =
                     redis::cmd("TIME").query_async(connection).await?;
                 let row = format!("{} {}", text_of(applied), seconds * 1000 + micros / 1000);
-                redis::cmd("HSET")
-                    .arg(nodes)
-                    .arg(process)
-                    .arg(row)
-                    .query_async::<()>(connection)
-                    .await
+                let mut set = redis::cmd("HSET");
+                set.arg(&nodes).arg(process).arg(row);
+                match set.query_async::<()>(connection).await {
+                    Err(error) if is_wrong_type(&error) => {
+                        found(self.registrar.router.metrics(), BadValue::Type, &nodes);
+                        redis::cmd("DEL").arg(&nodes).query_async::<()>(connection).await?;
+                        set.query_async(connection).await
+                    }
+                    set => set,
+                }
             })
             .await?;
         self.state.lock().heard = Some(Instant::now());
@@ -248,21 +270,29 @@ impl OrderBook {
 
     pub(super) async fn outcome(self: Arc<Self>, id: OrderId) -> Result<Outcome, BusError> {
         let nodes = self.key(":nodes");
-        let (time, rows): ((u64, u64), Vec<(String, String)>) = self
+        let answers: Vec<RedisResult<Value>> = self
             .registrar
             .ask(0, async |connection| {
                 let mut pipeline = redis::pipe();
+                pipeline.ignore_errors();
                 pipeline.cmd("TIME").cmd("HGETALL").arg(&nodes).query_async(connection).await
             })
             .await?;
+        let mut answers = answers.into_iter();
+        let mut next = || answers.next().unwrap_or(Ok(Value::Nil));
+        let time: (u64, u64) = self.registrar.or_absent("nodes of orders", next())?;
+        let rows: Vec<(Lossy, Lossy)> = self.registrar.or_absent("nodes of orders", next())?;
         let now = time.0 * 1000 + time.1 / 1000;
         let (mut nodes_of, mut gone) = (BTreeMap::new(), Vec::new());
-        for (process, row) in rows {
+        for (Lossy(process), Lossy(row)) in rows {
             let parts = row
                 .split_once(' ')
                 .and_then(|(applied, heard)| Some((heard.parse::<u64>().ok()?, id_of(applied)?)));
+            if parts.is_none() {
+                found(self.registrar.router.metrics(), BadValue::Order, &process);
+            }
             match parts {
-                Some((heard, applied)) if heard + COUNTS_FOR_MS > now => {
+                Some((heard, applied)) if heard.saturating_add(COUNTS_FOR_MS) > now => {
                     // Of a node that was started anew the run that was heard of last counts.
                     let node = process.split('/').next().unwrap_or_default().to_owned();
                     let newest = nodes_of.entry(node).or_insert((heard, applied));
@@ -286,10 +316,12 @@ impl OrderBook {
 
     pub(super) async fn answers(self: Arc<Self>, id: OrderId) -> Result<Vec<String>, BusError> {
         let key = self.key(&format!(":answers:{}", text_of(id)));
-        self.registrar
+        let answers: Vec<Lossy> = self
+            .registrar
             .ask(0, async |connection| {
                 redis::cmd("LRANGE").arg(&key).arg(0).arg(-1).query_async(connection).await
             })
-            .await
+            .await?;
+        Ok(texts(answers))
     }
 }

@@ -39,6 +39,7 @@ use super::{
     router::Router,
     server::Server,
     sessions::SessionOp,
+    untrusted::checked,
 };
 use crate::{
     bus::{
@@ -464,6 +465,7 @@ impl Registrar {
         for ((number, op), answer) in ops.into_iter().zip(answers) {
             match answer {
                 Ok(answer) => {
+                    let answer = checked(self.router.metrics(), op.place(), answer);
                     if let (Op::Mark { .. }, Value::Int(0)) = (&op, &answer) {
                         self.router.metrics().durable_refusals.of(DurableBound::Marks).inc();
                     }
@@ -584,7 +586,8 @@ impl Registrar {
             let incarnations = self.router.keyspace().incarnations();
             let mut name = self.scripts.name.key(incarnations);
             name.arg(&incarnation).arg(&self.router.process().name);
-            let done: RedisResult<()> = name.invoke_async(&mut *reader).await;
+            let done: RedisResult<Value> = name.invoke_async(&mut *reader).await;
+            let done = done.map(|answer| checked(self.router.metrics(), "incarnations", answer));
             if done.is_err() {
                 reader.discard();
                 return None;
@@ -694,6 +697,16 @@ impl Op {
             Self::Seat { key: (place, user), .. } => keyspace.home_of_place(place, user),
             Self::Mark { room, .. } | Self::PassOn { room, .. } => keyspace.home(room),
             Self::Rewritten => unreachable!("it is never taken"),
+        }
+    }
+
+    /// Whose it is, for the log.
+    fn place(&self) -> &str {
+        match self {
+            Self::Session(op) => op.user().as_str(),
+            Self::Seat { key: (place, _), .. } => name_of(place),
+            Self::Mark { room, .. } | Self::PassOn { room, .. } => room.as_str(),
+            Self::Rewritten => "-",
         }
     }
 

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use redis::{Cmd, RedisResult, Value};
+use redis::{Cmd, FromRedisValue, RedisResult, Value};
 use serde_json::{Map, Value as Json};
 use shared::{
     envelope::Author,
@@ -20,13 +20,17 @@ use super::{
     memory::NEW_SESSIONS_TTL,
     registry::{Op, Registrar, evalsha, flag},
     server::Server,
+    untrusted::{Lossy, found},
 };
-use crate::bus::{
-    BusError,
-    sessions::{
-        About, DataError, Holder, KeptSession, Opened, Opening, SESSIONS_MAX, SecretDigest, Which,
-        merged,
+use crate::{
+    bus::{
+        BusError,
+        sessions::{
+            About, DataError, Holder, KeptSession, Opened, Opening, SESSIONS_MAX, SecretDigest,
+            Which, merged,
+        },
     },
+    telemetry::metrics::BadValue,
 };
 
 /// How often a change of data is tried that others change at the same time.
@@ -142,18 +146,33 @@ impl Registrar {
         let keyspace = self.router.keyspace();
         let (home, [sessions, _]) =
             (keyspace.home_of_text(user.as_str()), keys_of(keyspace, &user));
-        let (time, row): ((u64, u64), Option<String>) = self
+        let answers: Vec<RedisResult<Value>> = self
             .ask(home, async |connection| {
                 let mut pipeline = redis::pipe();
+                pipeline.ignore_errors();
                 pipeline.cmd("TIME").cmd("HGET").arg(sessions).arg(session.to_string());
                 pipeline.query_async(connection).await
             })
             .await?;
-        let now = time.0 * 1000 + time.1 / 1000;
-        let row = row.filter(|row| row.split(' ').next() == Some(&*digest.to_text()));
+        let (now, row): (_, Option<Lossy>) = self.timed(&user, answers)?;
+        let row = row
+            .map(|Lossy(row)| row)
+            .filter(|row| row.split(' ').next() == Some(&*digest.to_text()));
         let kept = row.and_then(|row| kept_of(&session.to_string(), &row));
         let kept = kept.filter(|kept| kept.used + self.session_ttl_ms() > now);
         Ok(kept.map(|kept| kept.about))
+    }
+
+    /// The time in milliseconds, and what a command answered behind `TIME`.
+    fn timed<T: FromRedisValue + Default>(
+        &self,
+        user: &UserId,
+        answers: Vec<RedisResult<Value>>,
+    ) -> Result<(u64, T), BusError> {
+        let mut answers = answers.into_iter();
+        let mut next = || answers.next().unwrap_or(Ok(Value::Nil));
+        let time: (u64, u64) = self.or_absent(user, next())?;
+        Ok((time.0 * 1000 + time.1 / 1000, self.or_absent(user, next())?))
     }
 
     fn session_ttl_ms(&self) -> u64 {
@@ -219,9 +238,10 @@ impl Registrar {
         let keyspace = self.router.keyspace();
         let (home, keys) = (keyspace.home_of_text(user.as_str()), keys_of(keyspace, &user));
         for _ in 0..TRIES_MAX {
-            let (is_there, before): (bool, Option<String>) = self
+            let answers: Vec<RedisResult<Value>> = self
                 .ask(home, async |connection| {
                     redis::pipe()
+                        .ignore_errors()
                         .cmd("HEXISTS")
                         .arg(&keys[0])
                         .arg(session.to_string())
@@ -232,11 +252,21 @@ impl Registrar {
                         .await
                 })
                 .await?;
-            if !is_there {
+            let mut answers = answers.into_iter();
+            let mut next = || answers.next().unwrap_or(Ok(Value::Nil));
+            if !self.or_absent::<bool>(&user, next())? {
                 return Err(DataError::NoSession);
             }
+            let before: Option<Vec<u8>> = self.or_absent(&user, next())?;
             let before = before.unwrap_or_default();
-            let data: Map<String, Json> = serde_json::from_str(&before).unwrap_or_default();
+            let data: Map<String, Json> = match serde_json::from_slice(&before) {
+                Ok(data) => data,
+                Err(_) if before.is_empty() => Map::new(),
+                Err(_) => {
+                    found(self.router.metrics(), BadValue::Session, &user);
+                    Map::new()
+                }
+            };
             let Some(change) = &change else { return Ok(data) };
             let (data, text) = merged(data, change.clone()).ok_or(DataError::TooLarge)?;
             let server = self.router.set_of(home).await.server.clone();
@@ -246,8 +276,7 @@ impl Registrar {
             let mut set = self.scripts.data.key(&keys[..]);
             set.arg(session.to_string()).arg(before).arg(text).arg(self.session_ttl_ms());
             set.arg(server.retention.bounds.session_data_max);
-            let set: i64 =
-                self.ask(home, async |connection| set.invoke_async(connection).await).await?;
+            let set: i64 = self.run(home, &user, &set).await?;
             match set {
                 1 => return Ok(data),
                 0 => {}
@@ -265,14 +294,21 @@ impl Registrar {
         let keyspace = self.router.keyspace();
         let (home, [sessions, _]) =
             (keyspace.home_of_text(user.as_str()), keys_of(keyspace, &user));
-        let (time, rows): ((u64, u64), Vec<(String, String)>) = self
+        let answers: Vec<RedisResult<Value>> = self
             .ask(home, async |connection| {
                 let mut pipeline = redis::pipe();
+                pipeline.ignore_errors();
                 pipeline.cmd("TIME").cmd("HGETALL").arg(sessions).query_async(connection).await
             })
             .await?;
-        let now = time.0 * 1000 + time.1 / 1000;
-        let kept = rows.iter().filter_map(|(session, row)| kept_of(session, row));
+        let (now, rows): (_, Vec<(Lossy, Lossy)>) = self.timed(&user, answers)?;
+        let kept = rows.iter().filter_map(|(Lossy(session), Lossy(row))| {
+            let kept = kept_of(session, row);
+            if kept.is_none() {
+                found(self.router.metrics(), BadValue::Session, &user);
+            }
+            kept
+        });
         let mut kept: Vec<KeptSession> =
             kept.filter(|kept| kept.used + self.session_ttl_ms() > now).collect();
         kept.sort_by_key(|kept| std::cmp::Reverse(kept.used));
@@ -327,10 +363,10 @@ fn kept_of(session: &str, row: &str) -> Option<KeptSession> {
 
 /// Reads what `open.lua` answers.
 fn opened(answer: &Value) -> Option<Opened> {
-    type Answer = (String, Option<String>, u64, String, Seq, Seq, Seq, u64);
+    type Answer = (String, Option<Lossy>, u64, String, Seq, Seq, Seq, u64);
     let answer: RedisResult<Answer> = redis::from_redis_value(answer.clone()).map_err(Into::into);
     let (session, former, at, epoch, seq, acked, oldest, unread) = answer.ok()?;
-    let about = former.and_then(|about| serde_json::from_str::<About>(&about).ok());
+    let about = former.and_then(|Lossy(about)| serde_json::from_str::<About>(&about).ok());
     let oldest = if oldest == 0 { seq + 1 } else { oldest };
     let inbox = Inbox { epoch: epoch.parse().ok()?, seq, acked, oldest, unread };
     Some(Opened { session: session.parse().ok()?, resumed: about.map(Arc::new), at, inbox })

@@ -38,11 +38,13 @@ use super::{
     notice,
     probe::{LOOK_EVERY, Probe},
     server::Server,
+    untrusted,
 };
 use crate::{
     bus::{BoxFuture, BusError, Mailboxes, registry::Notice},
     delivery::Entry,
-    drain::Tasks,
+    drain::{Tasks, supervision::caught_call},
+    telemetry::metrics::BadValue,
 };
 
 /// The most channels in one SUBSCRIBE, so that a node with many rooms does not hold Redis up.
@@ -155,6 +157,7 @@ pub(super) fn start(
         adopted: adopted.clone(),
         followed: Arc::default(),
         unheard: Vec::new(),
+        tasks: tasks.clone(),
     };
     let stopped = tasks.stopped().clone();
     tasks.spawn_service("redis_subscriber", worker.run(stopped));
@@ -192,6 +195,8 @@ struct Worker {
     followed: Arc<Mutex<BTreeSet<RoomId>>>,
     /// Who waits for a subscription that is not confirmed yet.
     unheard: Vec<(RoomId, oneshot::Sender<()>)>,
+    /// Told where the connection's driver, a task of the library, fails.
+    tasks: Tasks,
 }
 
 impl Drop for Worker {
@@ -389,29 +394,28 @@ impl Worker {
         let (lost, deaf) = (ear.lost.clone(), ear.deaf.clone());
         let (mailboxes, links) = (self.mailboxes.clone(), self.links.clone());
         let (server, followed) = (self.server.clone(), self.followed.clone());
-        let pokes = server.keyspace.pokes();
-        move |push| {
-            if deaf.load(Ordering::Acquire) {
-                return Ok(());
-            }
+        let (pokes, tasks) = (server.keyspace.pokes(), self.tasks.clone());
+        let take = move |push: PushInfo| {
             match push.kind {
                 PushKind::Message | PushKind::SMessage => {
                     match arrival(push.data, &links.probe, &pokes) {
-                        Some(Arrival::Entry(room, entry)) => {
+                        Arrival::Entry(room, entry) => {
                             // What comes late from a server that another has replaced would stand
                             // behind what that one says.
                             if server.owns(server.keyspace.home(&room)) {
                                 mailboxes.put(room, entry);
                             }
                         }
-                        Some(Arrival::Notice(room, notice)) => {
+                        Arrival::Notice(room, notice) => {
                             if server.owns(server.keyspace.home(&room)) {
                                 mailboxes.notify(room, notice);
                             }
                         }
-                        Some(Arrival::Probe(number)) => links.probe.heard(number),
-                        Some(Arrival::Poke) => links.poked.notify_one(),
-                        None => tracing::warn!("a message that no gateway published was ignored"),
+                        Arrival::Probe(number) => links.probe.heard(number),
+                        Arrival::Poke => links.poked.notify_one(),
+                        Arrival::Bad(channel) => {
+                            untrusted::found(&links.metrics, BadValue::Message, channel);
+                        }
                     }
                 }
                 // The slot has moved to another server.
@@ -423,6 +427,13 @@ impl Worker {
                 }
                 PushKind::Disconnection => lost.notify_one(),
                 _ => {}
+            }
+        };
+        move |push| {
+            if !deaf.load(Ordering::Acquire)
+                && let Err(panic) = caught_call(|| take(push))
+            {
+                tasks.fail("redis_receiver", panic);
             }
             Ok(())
         }
@@ -495,16 +506,23 @@ enum Arrival {
     Notice(RoomId, Notice),
     Probe(u64),
     Poke,
+    /// What no gateway publishes, in this channel.
+    Bad(String),
 }
 
-/// Reads `[channel, "<epoch>:<seq>:<stamp>\n<envelope>"]`, a notice, or the number of a probe.
-fn arrival(data: Vec<Value>, probe: &Probe, pokes: &str) -> Option<Arrival> {
-    let [Value::BulkString(channel), Value::BulkString(payload)]: [Value; 2] =
-        data.try_into().ok()?
-    else {
-        return None;
+/// Reads `[channel, payload]`.
+fn arrival(data: Vec<Value>, probe: &Probe, pokes: &str) -> Arrival {
+    let data: Result<[Value; 2], _> = data.try_into();
+    let Ok([Value::BulkString(channel), Value::BulkString(payload)]) = data else {
+        return Arrival::Bad("?".to_owned());
     };
-    let channel = std::str::from_utf8(&channel).ok()?;
+    let channel = String::from_utf8_lossy(&channel);
+    let arrival = arrival_in(&channel, payload.into(), probe, pokes);
+    arrival.unwrap_or_else(|| Arrival::Bad(channel.into_owned()))
+}
+
+/// Reads `<epoch>:<seq>:<stamp>\n<envelope>`, a notice, or the number of a probe.
+fn arrival_in(channel: &str, payload: Bytes, probe: &Probe, pokes: &str) -> Option<Arrival> {
     if probe.is_to(channel) {
         return Some(Arrival::Probe(std::str::from_utf8(&payload).ok()?.parse().ok()?));
     }
@@ -512,14 +530,14 @@ fn arrival(data: Vec<Value>, probe: &Probe, pokes: &str) -> Option<Arrival> {
         return Some(Arrival::Poke);
     }
     let room = Keyspace::room(channel)?;
-    let payload = Bytes::from(payload);
     if payload.first() == Some(&b'!') {
-        return Some(Arrival::Notice(room, notice::unpack(&payload)?));
+        let notice = notice::unpack(&payload, &room)?;
+        return Some(Arrival::Notice(room, notice));
     }
     let border = payload.iter().position(|byte| *byte == b'\n')?;
     let (position, stamp) = std::str::from_utf8(&payload[..border]).ok()?.rsplit_once(':')?;
     let (position, stamp) = (position.parse().ok()?, stamp.parse().ok()?);
-    let envelope = Envelope::from_bytes(payload.slice(border + 1..)).ok()?;
+    let envelope = Envelope::of_room(payload.slice(border + 1..), &room).ok()?;
     Some(Arrival::Entry(room, Entry { position, stamp, envelope }))
 }
 

@@ -1,20 +1,29 @@
 //! Questions to the registry: who is there, what rooms are like, and one that makes a room.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, fmt::Display, sync::Arc, time::Duration};
 
-use redis::{RedisResult, Value, aio::MultiplexedConnection};
+use redis::{FromRedisValue, RedisResult, ScriptInvocation, Value, aio::MultiplexedConnection};
 use shared::{
     ids::{RoomId, UserId},
     position::Seq,
     protocol::answer::Person,
 };
 
-use super::{BATCH_MAX, Registrar};
-use crate::bus::{
-    BusError,
-    registry::{
-        Creation, Detail, Details, Found, Listing, Online, Record, Snapshot, Status, Version,
+use super::{
+    super::{
+        refused_or_away,
+        untrusted::{self, Lossy, or_absent, read, texts},
     },
+    BATCH_MAX, Registrar,
+};
+use crate::{
+    bus::{
+        BusError,
+        registry::{
+            Creation, Detail, Details, Found, Listing, Online, Record, Snapshot, Status, Version,
+        },
+    },
+    telemetry::metrics::BadValue,
 };
 
 /// How long it is noted whose a managed room is, after the owner has made the last: above that it does not
@@ -44,6 +53,44 @@ impl Registrar {
         server.ask(async |reader| question(&mut *reader).await).await
     }
 
+    /// Runs a script of one place on the server that a home is with.
+    pub(in crate::bus::redis) async fn run<T: FromRedisValue>(
+        &self,
+        home: u16,
+        place: impl Display,
+        script: &ScriptInvocation<'_>,
+    ) -> Result<T, BusError> {
+        let reply =
+            self.ask(home, async |connection| script.invoke_async(connection).await).await?;
+        read(self.router.metrics(), place, reply).map_err(|error| refused_or_away(&error))
+    }
+
+    /// An answer in which a key of another type is as none.
+    pub(in crate::bus::redis) fn or_absent<T: FromRedisValue + Default>(
+        &self,
+        place: impl Display,
+        answer: RedisResult<Value>,
+    ) -> Result<T, BusError> {
+        let answer = or_absent(self.router.metrics(), place, answer);
+        answer.map_err(|error| refused_or_away(&error))
+    }
+
+    fn detail_of(&self, user: UserId, row: &str) -> Option<Detail> {
+        let detail = detail_of(user, row);
+        if detail.is_none() {
+            untrusted::found(self.router.metrics(), BadValue::Presence, "who is present");
+        }
+        detail
+    }
+
+    fn snapshot(&self, room: &RoomId, rows: Vec<(Lossy, Lossy)>, settled: bool) -> Snapshot {
+        let (snapshot, bad) = snapshot(rows, settled);
+        for _ in 0..bad {
+            untrusted::found(self.router.metrics(), BadValue::Presence, room);
+        }
+        snapshot
+    }
+
     pub(in crate::bus::redis) async fn snapshots(
         self: Arc<Self>,
         rooms: Vec<RoomId>,
@@ -54,9 +101,10 @@ impl Registrar {
             for places in places.chunks(BATCH_MAX / 8) {
                 // Before it is read, so that it is settled for what was written until then.
                 let settled = self.is_whole().await;
-                let rows: Vec<Vec<(String, String)>> = self
+                let answers: Vec<RedisResult<Value>> = self
                     .ask(home, async |connection| {
                         let mut pipeline = redis::Pipeline::with_capacity(places.len());
+                        pipeline.ignore_errors();
                         for at in places {
                             let channel = keyspace.channel(&rooms[*at]);
                             pipeline.cmd("HGETALL").arg(format!("{channel}:who"));
@@ -64,8 +112,9 @@ impl Registrar {
                         pipeline.query_async(connection).await
                     })
                     .await?;
-                for (at, rows) in places.iter().zip(rows) {
-                    snapshots[*at] = snapshot(rows, settled);
+                for (at, answer) in places.iter().zip(answers) {
+                    let rows = self.or_absent(&rooms[*at], answer)?;
+                    snapshots[*at] = self.snapshot(&rooms[*at], rows, settled);
                 }
             }
         }
@@ -80,23 +129,34 @@ impl Registrar {
         let keyspace = self.router.keyspace();
         let channel = keyspace.channel(&room);
         let names: Vec<&str> = users.iter().map(UserId::as_str).collect();
-        let answer: (Vec<Option<String>>, Vec<Option<Seq>>, Option<Seq>) = self
+        let answers: Vec<RedisResult<Value>> = self
             .ask(keyspace.home(&room), async |connection| {
                 let mut pipeline = redis::pipe();
-                pipeline.atomic().cmd("HMGET").arg(format!("{channel}:who")).arg("#");
+                pipeline.atomic().ignore_errors();
+                pipeline.cmd("HMGET").arg(format!("{channel}:who")).arg("#");
                 pipeline.arg(&names);
                 pipeline.cmd("HMGET").arg(format!("{channel}:marks")).arg("#").arg(&names);
                 pipeline.cmd("HGET").arg(format!("{channel}:meta")).arg("s");
                 pipeline.query_async(connection).await
             })
             .await?;
-        let (rows, marks, top) = answer;
+        let mut answers = answers.into_iter();
+        let mut next = || answers.next().unwrap_or(Ok(Value::Nil));
+        let rows: Vec<Option<Lossy>> = self.or_absent(&room, next())?;
+        let marks: Vec<Option<Lossy>> = self.or_absent(&room, next())?;
+        let top: Option<Lossy> = self.or_absent(&room, next())?;
+        let rows: Vec<Option<String>> =
+            rows.into_iter().map(|row| row.map(|Lossy(row)| row)).collect();
+        let seq = |text: Option<Lossy>| text.and_then(|Lossy(text)| text.parse::<Seq>().ok());
+        let (marks, top) = (marks.into_iter().map(seq), seq(top));
         let version =
             rows.first().and_then(Option::as_deref).map_or(Version::default(), version_of);
-        let users = users.into_iter().zip(rows.into_iter().skip(1)).zip(marks.into_iter().skip(1));
+        // Where the marks are of another type none was read.
+        let marks = marks.skip(1).chain(std::iter::repeat(None));
+        let users = users.into_iter().zip(rows.into_iter().skip(1)).zip(marks);
         let detail = |((user, row), mark): ((UserId, Option<String>), Option<Seq>)| {
             let read = mark.unwrap_or(0).min(top.unwrap_or(0));
-            Some(Detail { read, ..detail_of(user, &row?)? })
+            Some(Detail { read, ..self.detail_of(user, &row?)? })
         };
         Ok(Details { version, users: users.filter_map(detail).collect() })
     }
@@ -113,16 +173,23 @@ impl Registrar {
             // Before it is read, so that it is settled for what was written until then.
             let settled = self.is_whole().await;
             let online = keyspace.online(home);
-            let (rows, seen): (Vec<Option<String>>, Vec<Option<f64>>) = self
+            let answers: Vec<RedisResult<Value>> = self
                 .ask(home, async |connection| {
                     let mut pipeline = redis::pipe();
-                    pipeline.atomic().cmd("HMGET").arg(format!("{online}:who")).arg(&names);
+                    pipeline.atomic().ignore_errors();
+                    pipeline.cmd("HMGET").arg(format!("{online}:who")).arg(&names);
                     pipeline.cmd("ZMSCORE").arg(format!("{online}:seen")).arg(&names);
                     pipeline.query_async(connection).await
                 })
                 .await?;
+            let mut answers = answers.into_iter();
+            let mut next = || answers.next().unwrap_or(Ok(Value::Nil));
+            let rows: Vec<Option<Lossy>> = self.or_absent(&online, next())?;
+            let seen: Vec<Option<f64>> = self.or_absent(&online, next())?;
+            let rows = rows.into_iter().chain(std::iter::repeat(None));
+            let seen = seen.into_iter().chain(std::iter::repeat(None));
             for ((at, row), seen) in places.into_iter().zip(rows).zip(seen) {
-                let detail = row.and_then(|row| detail_of(users[at].clone(), &row));
+                let detail = row.and_then(|Lossy(row)| self.detail_of(users[at].clone(), &row));
                 let active = detail.as_ref().map(|detail| detail.active);
                 statuses[at] = Status {
                     online: detail.is_some(),
@@ -144,9 +211,10 @@ impl Registrar {
     ) -> Result<(Vec<String>, bool, u64), BusError> {
         let (mut members, mut count) = (Vec::new(), 0);
         for home in 0..self.router.keyspace().homes() {
-            let (some, all): (Vec<String>, u64) = self
+            let answers: Vec<RedisResult<Value>> = self
                 .ask(home, async |connection| {
                     redis::pipe()
+                        .ignore_errors()
                         .cmd("ZRANGEBYLEX")
                         .arg(index(home))
                         .arg(from)
@@ -160,8 +228,11 @@ impl Registrar {
                         .await
                 })
                 .await?;
-            members.extend(some);
-            count += all;
+            let mut answers = answers.into_iter();
+            let mut next = || answers.next().unwrap_or(Ok(Value::Nil));
+            let some: Vec<Lossy> = self.or_absent(index(home), next())?;
+            members.extend(texts(some));
+            count += self.or_absent::<u64>(index(home), next())?;
         }
         members.sort_unstable();
         let more = members.len() > limit;
@@ -182,15 +253,18 @@ impl Registrar {
         let mut users: Vec<Detail> = Vec::new();
         for (home, some) in by_home(members, |user| keyspace.home_of_text(user.as_str())) {
             let names: Vec<&str> = some.iter().map(UserId::as_str).collect();
-            let rows: Vec<Option<String>> = self
+            let answers: Vec<RedisResult<Value>> = self
                 .ask(home, async |connection| {
-                    let mut command = redis::cmd("HMGET");
-                    command.arg(format!("{}:who", keyspace.online(home))).arg(&names);
-                    command.query_async(connection).await
+                    let mut pipeline = redis::pipe();
+                    pipeline.ignore_errors().cmd("HMGET");
+                    pipeline.arg(format!("{}:who", keyspace.online(home))).arg(&names);
+                    pipeline.query_async(connection).await
                 })
                 .await?;
+            let answer = answers.into_iter().next().unwrap_or(Ok(Value::Nil));
+            let rows: Vec<Option<Lossy>> = self.or_absent("who is online", answer)?;
             let details = some.into_iter().zip(rows);
-            users.extend(details.filter_map(|(user, row)| detail_of(user, &row?)));
+            users.extend(details.filter_map(|(user, row)| self.detail_of(user, &row?.0)));
         }
         users.sort_unstable_by(|a, b| a.user.id.cmp(&b.user.id));
         Ok(Online { users, count, more })
@@ -230,8 +304,7 @@ impl Registrar {
         if let Some(max) = record.max_members {
             create.arg("max").arg(max);
         }
-        let made: u8 =
-            self.ask(home, async |connection| create.invoke_async(connection).await).await?;
+        let made: u8 = self.run(home, &room, &create).await?;
         if made == 1 {
             return Ok(Creation::Made);
         }
@@ -254,8 +327,7 @@ impl Registrar {
         let mut owned = self.scripts.owned.key(keyspace.owned(owner));
         owned.arg(room.as_str()).arg(max).arg(OWNED_TTL.as_millis() as u64);
         for is_first in [true, false] {
-            let noted: u8 =
-                self.ask(home, async |connection| owned.invoke_async(connection).await).await?;
+            let noted: u8 = self.run(home, owner, &owned).await?;
             match noted {
                 1 => return Ok(Owned::Now),
                 2 => return Ok(Owned::Before),
@@ -271,11 +343,12 @@ impl Registrar {
         let keyspace = self.router.keyspace();
         let home = keyspace.home_of_text(owner.as_str());
         let owned = keyspace.owned(owner);
-        let rooms: Vec<String> = self
+        let rooms: Vec<Lossy> = self
             .ask(home, async |connection| {
                 redis::cmd("ZRANGE").arg(&owned).arg(0).arg(-1).query_async(connection).await
             })
             .await?;
+        let rooms = texts(rooms);
         let rooms = rooms.iter().filter_map(|room| room.parse::<RoomId>().ok());
         let mut gone = Vec::new();
         for (home, rooms) in by_home(rooms, |room| keyspace.home(room)) {
@@ -320,9 +393,10 @@ impl Registrar {
         rooms: Vec<RoomId>,
     ) -> Result<Vec<Option<Found>>, BusError> {
         let keyspace = self.router.keyspace();
-        let rows: Vec<Value> = self
+        let rows: Vec<RedisResult<Value>> = self
             .ask(home, async |connection| {
                 let mut pipeline = redis::Pipeline::with_capacity(rooms.len() * 3);
+                pipeline.ignore_errors();
                 for room in &rooms {
                     let channel = keyspace.channel(room);
                     pipeline.cmd("HGETALL").arg(format!("{channel}:record"));
@@ -340,12 +414,20 @@ impl Registrar {
             else {
                 return Err(BusError::Refused);
             };
+            let record: Vec<(Lossy, Lossy)> = self.or_absent(&room, record)?;
             let record: BTreeMap<String, String> =
-                redis::from_redis_value(record).unwrap_or_default();
-            let members: u64 = redis::from_redis_value(members).unwrap_or(0);
-            let version: Option<String> = redis::from_redis_value(version).unwrap_or(None);
-            let since = version.and_then(|row| row.rsplit_once(' ')?.1.parse().ok()).unwrap_or(0);
-            let record = record_of(&record);
+                record.into_iter().map(|(Lossy(field), Lossy(value))| (field, value)).collect();
+            let members: u64 = self.or_absent(&room, members)?;
+            let version: Option<Lossy> = self.or_absent(&room, version)?;
+            let since =
+                version.and_then(|Lossy(row)| row.rsplit_once(' ')?.1.parse().ok()).unwrap_or(0);
+            let record = match record_of(&record) {
+                None if !record.is_empty() => {
+                    untrusted::found(self.router.metrics(), BadValue::Record, &room);
+                    None
+                }
+                record => record,
+            };
             let is_there = record.is_some() || members > 0;
             let members = members.saturating_sub(1);
             found.push(is_there.then_some(Found { room, record, members, since }));
@@ -359,7 +441,8 @@ impl Registrar {
         let channel = keyspace.channel(room);
         let mut unlist = self.scripts.unlist.key(keyspace.rooms(home));
         unlist.key(format!("{channel}:who")).key(format!("{channel}:record")).arg(room.as_str());
-        self.ask(home, async |connection| unlist.invoke_async(connection).await).await
+        let _: u8 = self.run(home, room, &unlist).await?;
+        Ok(())
     }
 
     pub(in crate::bus::redis) async fn list(
@@ -430,16 +513,21 @@ fn detail_of(user: UserId, row: &str) -> Option<Detail> {
     Some(Detail { user, connections, since, active, read: 0 })
 }
 
-fn snapshot(rows: Vec<(String, String)>, settled: bool) -> Snapshot {
+/// Who is present, and how many rows are no gateway's.
+fn snapshot(rows: Vec<(Lossy, Lossy)>, settled: bool) -> (Snapshot, usize) {
     let mut snapshot = Snapshot { settled, ..Snapshot::default() };
-    for (user, row) in rows {
+    let mut bad = 0;
+    for (Lossy(user), Lossy(row)) in rows {
         if user == "#" {
             snapshot.version = version_of(&row);
-        } else if let Ok(user) = user.parse() {
-            snapshot.users.extend(detail_of(user, &row).map(|detail| detail.user));
+        } else {
+            match user.parse().ok().and_then(|user| detail_of(user, &row)) {
+                Some(detail) => snapshot.users.push(detail.user),
+                None => bad += 1,
+            }
         }
     }
-    snapshot
+    (snapshot, bad)
 }
 
 fn record_of(fields: &BTreeMap<String, String>) -> Option<Record> {

@@ -2,13 +2,19 @@
 
 use std::collections::BTreeMap;
 
-use redis::{RedisError, RedisResult};
+use redis::{RedisError, RedisResult, Value};
 use tokio::time::Instant;
 
 use super::{
-    super::{keyspace::PlaceKeys, topology::Reader},
+    super::{
+        keyspace::PlaceKeys,
+        refused_or_away,
+        topology::Reader,
+        untrusted::{Lossy, found, is_wrong_type, or_absent, read},
+    },
     LOOK_EVERY, Registrar,
 };
+use crate::{bus::BusError, telemetry::metrics::BadValue};
 
 /// How many users leave in one step.
 const REAP_MAX: usize = 500;
@@ -25,7 +31,11 @@ impl Registrar {
                 if state.is_rewritten { state.old.clone() } else { Vec::new() }
             };
             for name in old {
-                if self.reap(&name).await.is_err() {
+                if let Err(error) = self.reap(&name).await {
+                    if refused_or_away(&error) == BusError::Refused {
+                        // With every try; others are not to wait for it.
+                        continue;
+                    }
                     break;
                 }
                 self.state.lock().old.retain(|old| *old != name);
@@ -33,11 +43,15 @@ impl Registrar {
             if !self.is_settled() || !self.router.standing().holds(Instant::now()) {
                 continue;
             }
-            match self.ended().await {
+            let ended = self.ended().await;
+            self.registered().await;
+            match ended {
                 Ok(ended) => {
                     for incarnation in ended {
                         tracing::info!(%incarnation, "a node has ended; who was there leaves");
-                        if self.reap(&incarnation).await.is_err() {
+                        if let Err(error) = self.reap(&incarnation).await
+                            && refused_or_away(&error) != BusError::Refused
+                        {
                             break;
                         }
                     }
@@ -52,8 +66,9 @@ impl Registrar {
         let Some(server) = self.router.agreed_server(0) else { return Ok(Vec::new()) };
         let keyspace = self.router.keyspace();
         let mut reader = server.dial.reader().await?;
-        type Rows = Vec<(String, String)>;
-        let (time, incarnations, leases): ((u64, u64), Rows, Rows) = redis::pipe()
+        type Rows = Vec<(Lossy, Lossy)>;
+        let mut answers: Vec<RedisResult<Value>> = redis::pipe()
+            .ignore_errors()
             .cmd("TIME")
             .cmd("HGETALL")
             .arg(keyspace.incarnations())
@@ -61,9 +76,33 @@ impl Registrar {
             .arg(keyspace.leases())
             .query_async(&mut *reader)
             .await?;
-        let leases: BTreeMap<String, String> = leases.into_iter().collect();
+        let metrics = self.router.metrics();
+        let leases = answers.pop().unwrap_or(Ok(Value::Nil));
+        if leases.as_ref().is_err_and(is_wrong_type) {
+            // Nobody has ended because of that.
+            return Ok(Vec::new());
+        }
+        let leases: Rows = or_absent(metrics, "leases", leases)?;
+        let incarnations = answers.pop().unwrap_or(Ok(Value::Nil));
+        let incarnations: Rows = match incarnations {
+            Err(error) if is_wrong_type(&error) => {
+                found(metrics, BadValue::Type, "incarnations");
+                redis::cmd("DEL")
+                    .arg(keyspace.incarnations())
+                    .query_async::<()>(&mut *reader)
+                    .await?;
+                Rows::new()
+            }
+            incarnations => redis::from_redis_value(incarnations?)?,
+        };
+        let time: (u64, u64) = redis::from_redis_value(answers.pop().unwrap_or(Ok(Value::Nil))?)?;
+        let leases: BTreeMap<String, String> =
+            leases.into_iter().map(|(Lossy(process), Lossy(row))| (process, row)).collect();
         let now = time.0 * 1000 + time.1 / 1000;
         let number = |text: &str| text.parse::<u64>().unwrap_or(0);
+        let incarnations = incarnations.into_iter().map(|(Lossy(name), Lossy(row))| (name, row));
+        let incarnations: BTreeMap<String, String> = incarnations.collect();
+        self.note_if_forgotten(&incarnations);
         let ended = incarnations.into_iter().filter(|(_, row)| {
             let (process, said_goodbye) = row.rsplit_once(' ').unwrap_or((row, "0"));
             let lease = leases.get(process).and_then(|row| row.split(' ').next());
@@ -76,6 +115,15 @@ impl Registrar {
             !lives && !waits
         });
         Ok(ended.map(|(incarnation, _)| incarnation).collect())
+    }
+
+    /// Where nobody can know of this node's own incarnation any more it is made known again: else its
+    /// users would stay when it has ended.
+    fn note_if_forgotten(&self, known: &BTreeMap<String, String>) {
+        let state = &mut *self.state.lock();
+        if state.incarnation.as_ref().is_some_and(|own| !known.contains_key(own)) {
+            state.is_registered = false;
+        }
     }
 
     /// Has all leave that one incarnation had. Whoever does so at the same time finds less to do.
@@ -107,16 +155,33 @@ impl Registrar {
         let keyspace = self.router.keyspace();
         let mut command = redis::cmd("HKEYS");
         command.arg(keyspace.places(home, incarnation));
-        let places: Vec<String> = command.query_async(&mut **reader).await?;
-        for place in places {
-            let Some(keys) = keyspace.keys_of(home, &place, incarnation) else { continue };
+        let places = match command.query_async::<Vec<Lossy>>(&mut **reader).await {
+            Err(error) if is_wrong_type(&error) => {
+                found(self.router.metrics(), BadValue::Type, "places of a node");
+                let mut delete = redis::cmd("DEL");
+                delete.arg(keyspace.places(home, incarnation));
+                return delete.query_async(&mut **reader).await;
+            }
+            places => places?,
+        };
+        for Lossy(place) in places {
+            let Some(keys) = keyspace.keys_of(home, &place, incarnation) else {
+                found(self.router.metrics(), BadValue::Presence, &place);
+                redis::cmd("HDEL")
+                    .arg(keyspace.places(home, incarnation))
+                    .arg(&place)
+                    .query_async::<()>(&mut **reader)
+                    .await?;
+                continue;
+            };
             loop {
                 let mut reap = self.scripts.reap.prepare_invoke();
                 for key in &keys.of_seat()[..PlaceKeys::OF_PLACES] {
                     reap.key(key);
                 }
                 reap.arg(self.common(&keys)).arg(REAP_MAX);
-                let left: u64 = reap.invoke_async(&mut **reader).await?;
+                let left: Value = reap.invoke_async(&mut **reader).await?;
+                let left: u64 = read(self.router.metrics(), &place, left)?;
                 if left == 0 {
                     break;
                 }

@@ -27,7 +27,7 @@ local function first_kept()
     repeat
         local some = redis.call('XRANGE', KEYS[1], cursor, '+', 'COUNT', 64)
         for _, entry in ipairs(some) do
-            freed = freed + #entry[2][6] + 64
+            freed = freed + #(entry[2][6] or '') + 64
             if freed >= #ARGV[8] then
                 return digits(tonumber(string.match(entry[1], '^%d+')) + 1)
             end
@@ -42,10 +42,11 @@ local function append_to_small()
     local entries = redis.call('XRANGE', KEYS[1], '-', '+')
     local bytes = #ARGV[8]
     for _, entry in ipairs(entries) do
-        if key_of(entry[2][6]) == ARGV[7] then
-            return { entry[2][2], string.match(entry[1], '^%d+'), 1 }
+        local of, _, envelope = parts_of_entry(entry)
+        if of and key_of(envelope) == ARGV[7] then
+            return { of, seq_of(entry[1]), 1 }
         end
-        bytes = bytes + #entry[2][6]
+        bytes = bytes + #(entry[2][6] or '')
     end
     local bytes_max, number = tonumber(ARGV[18]), digits(top + 1)
     if #ARGV[8] > bytes_max then
@@ -64,7 +65,7 @@ local function append_to_small()
     local gone = 0
     while #entries - gone >= tonumber(ARGV[17]) or bytes > bytes_max and gone < #entries do
         gone = gone + 1
-        bytes = bytes - #entries[gone][2][6]
+        bytes = bytes - #(entries[gone][2][6] or '')
     end
     redis.call('XADD', KEYS[1], number .. '-0', 'e', epoch, 't', ARGV[1], 'p', ARGV[8])
     if gone > 0 then
@@ -92,8 +93,11 @@ local now = now_ms()
 local newer, older, gone = id_hashes(KEYS[3], KEYS[4], now, tonumber(ARGV[6]))
 local known = redis.call('HGET', newer, ARGV[7]) or redis.call('HGET', older, ARGV[7])
 if known then
-    local of, seq = string.match(known, '^(.*):(%d+)$')
-    return { of, seq, 1 }
+    local of, seq = string.match(known, '^([%w_-]+):(%d+)$')
+    if of and #of <= 32 and #seq <= 16 then
+        return { of, seq, 1 }
+    end
+    bad('ids')
 end
 if ARGV[12] == epoch and tonumber(ARGV[13]) <= top then
     local _, _, there = entry_at(tonumber(ARGV[13]))
@@ -115,25 +119,37 @@ end
 
 -- at, from, prev: when the present window of retention began, its first entry, and the first entry
 -- of the window before. What stands before `prev` is older than a window.
-local seq = top + 1
-local number = digits(seq)
-local at, from, prev = tonumber(meta[5]), tonumber(meta[6]), tonumber(meta[7])
-local turned = not at or now - at >= tonumber(ARGV[10]) or now < at
-if turned then
-    at, from, prev = now, seq, from or seq
+local seq, place, at, from, prev, turned
+local function add()
+    seq = top + 1
+    place = digits(seq)
+    at, from, prev = int(meta[5], nil, 'meta'), int(meta[6], nil, 'meta'), int(meta[7], nil, 'meta')
+    turned = not at or not prev or not from or now - at >= tonumber(ARGV[10]) or now < at
+    if turned then
+        at, from, prev = now, seq, from or seq
+    end
+    local keep_from = math.min(seq - tonumber(ARGV[9]) + 1, prev)
+    if keep_from > 1 then
+        return redis.pcall('XADD', KEYS[1], 'MINID', '~', digits(keep_from), place .. '-0',
+            'e', epoch, 't', ARGV[1], 'p', ARGV[8])
+    end
+    return redis.pcall('XADD', KEYS[1], place .. '-0', 'e', epoch, 't', ARGV[1], 'p', ARGV[8])
 end
-local keep_from = math.min(seq - tonumber(ARGV[9]) + 1, prev)
-if keep_from > 1 then
-    redis.call('XADD', KEYS[1], 'MINID', '~', digits(keep_from), number .. '-0',
-        'e', epoch, 't', ARGV[1], 'p', ARGV[8])
-else
-    redis.call('XADD', KEYS[1], number .. '-0', 'e', epoch, 't', ARGV[1], 'p', ARGV[8])
+local added = add()
+if type(added) == 'table' and added.err and (string.find(added.err, 'XADD', 1, true)
+    or string.find(added.err, 'exhausted', 1, true)) then
+    -- The log has entries above the number that stands in its meta.
+    epoch, top, meta = repaired(meta, int(meta[4], 0, 'meta'))
+    added = add()
+end
+if type(added) == 'table' and added.err then
+    error(added)
 end
 if turned then
-    redis.call('HSET', KEYS[2], 's', number, 'at', digits(at), 'from', digits(from),
+    redis.call('HSET', KEYS[2], 's', place, 'at', digits(at), 'from', digits(from),
         'prev', digits(prev))
 else
-    redis.call('HSET', KEYS[2], 's', number)
+    redis.call('HSET', KEYS[2], 's', place)
 end
 
 -- The size of a stream costs a sample of it, so it is looked at now and then: every 64th entry,
@@ -149,9 +165,9 @@ elseif seq % 64 == 0 or #ARGV[8] > 65536 then
     end
 end
 
-redis.call('HSET', newer, ARGV[7], epoch .. ':' .. number)
+redis.call('HSET', newer, ARGV[7], epoch .. ':' .. place)
 redis.call('PEXPIREAT', newer, gone)
 redis.call('PEXPIRE', KEYS[1], ARGV[4])
 redis.call('PEXPIRE', KEYS[2], ARGV[5])
-redis.call('PUBLISH', ARGV[2], epoch .. ':' .. number .. ':' .. ARGV[1] .. '\n' .. ARGV[8])
-return { epoch, number, 0 }
+redis.call('PUBLISH', ARGV[2], epoch .. ':' .. place .. ':' .. ARGV[1] .. '\n' .. ARGV[8])
+return { epoch, place, 0 }

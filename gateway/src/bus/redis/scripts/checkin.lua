@@ -20,7 +20,7 @@ if not is_here(ARGV[1]) then
 end
 local now = now_ms()
 local before = redis.call('HMGET', KEYS[1], 't', 'open', 'n', 'owed', 'left')
-local term, owed = tonumber(before[3] or '0'), tonumber(before[4] or '0')
+local term, owed = int(before[3], 0, 'barrier'), int(before[4], 0, 'barrier')
 local open = before[1] == ARGV[1] and before[2]
 if open then
     return { open, {}, term, owed }
@@ -54,12 +54,19 @@ for name in pairs(barrier) do
 end
 table.sort(missing)
 
-if tonumber(barrier.t0) > now then
+local begun = int(barrier.t0, nil, 'barrier')
+if not begun then
+    begun = now
+    redis.call('HSET', KEYS[1], 't0', digits(now))
+end
+barrier.t0 = digits(begun)
+barrier.busy = digits(int(barrier.busy, 0, 'barrier'))
+if tonumber(barrier.t0) > now or tonumber(barrier.busy) > now then
     -- The clock was set back; nobody is waited for as long as that.
     barrier.t0, barrier.busy = digits(now), '0'
     redis.call('HSET', KEYS[1], 't0', barrier.t0, 'busy', '0')
 end
-local waited = now - math.max(tonumber(barrier.t0), tonumber(barrier.busy or '0'))
+local waited = now - math.max(tonumber(barrier.t0), tonumber(barrier.busy))
 if barrier.old and #missing == 0 then
     open = '1'
 elseif waited > tonumber(barrier.old and ARGV[3] or ARGV[4]) then

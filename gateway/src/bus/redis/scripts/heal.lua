@@ -18,10 +18,11 @@ if not is_here(token) then
 end
 local now = now_ms()
 local meta = redis.call('HMGET', KEYS[2], 'e', 's')
-local here, here_top = meta[1], tonumber(meta[2])
-
-local function seq_of(id)
-    return tonumber(string.sub(id, 1, string.find(id, '-', 1, true) - 1))
+local here, here_top = meta[1], int(meta[2], 0, 'meta')
+if here and not is_epoch(here) then
+    -- As one from before all others: it goes on above the node's.
+    bad('meta')
+    here = '0-unreadable'
 end
 
 -- Whether the log's entry `seq` is that with this stamp and id key; nil where the log does not have one.
@@ -47,12 +48,12 @@ end
 local function has_lost_more_than_it_holds()
     local meta = redis.call('HMGET', KEYS[2], 'd', 'pe', 'ps', 'xe', 'xs')
     local oldest = tonumber(ARGV[15])
-    if oldest <= 1 or ordinal(epoch) < tonumber(meta[1] or '0')
-        or meta[4] == epoch and top <= tonumber(meta[5]) then
+    if oldest <= 1 or ordinal(epoch) < int(meta[1], 0, 'meta')
+        or meta[4] == epoch and top <= int(meta[5], 0, 'meta') then
         return false
     end
     if meta[2] == epoch then
-        return oldest > tonumber(meta[3]) + 1
+        return oldest > int(meta[3], 0, 'meta') + 1
     end
     return not holds(ARGV[15], ARGV[16], ARGV[17])
 end
@@ -94,9 +95,11 @@ if here and here ~= epoch then
     end
     -- What is thrown out is not known any more; what the node has is noted again below.
     for _, entry in ipairs(redis.call('XRANGE', KEYS[1], '-', '+')) do
-        local key = key_of(entry[2][6])
-        redis.call('HDEL', newer, key)
-        redis.call('HDEL', older, key)
+        local _, _, envelope = parts_of_entry(entry)
+        if envelope then
+            redis.call('HDEL', newer, key_of(envelope))
+            redis.call('HDEL', older, key_of(envelope))
+        end
     end
     replaces = true
 end
@@ -115,7 +118,10 @@ if replaces then
 elseif count > 0 then
     local ids = {}
     for _, entry in ipairs(redis.call('XRANGE', KEYS[1], digits(first) .. '-0', digits(top) .. '-0')) do
-        ids[seq_of(entry[1])] = entry[2][4] .. key_of(entry[2][6])
+        local _, stamp, envelope = parts_of_entry(entry)
+        if envelope then
+            ids[tonumber(seq_of(entry[1]))] = stamp .. key_of(envelope)
+        end
     end
     for _, entry in ipairs(entries) do
         if ids[entry.seq] and ids[entry.seq] ~= entry.stamp .. entry.key then
@@ -132,8 +138,14 @@ local added = false
 for _, entry in ipairs(entries) do
     local position = entry.epoch .. ':' .. digits(entry.seq)
     if entry.seq > here_top then
-        redis.call('XADD', KEYS[1], digits(entry.seq) .. '-0',
+        local added = redis.pcall('XADD', KEYS[1], digits(entry.seq) .. '-0',
             'e', entry.epoch, 't', entry.stamp, 'p', entry.envelope)
+        if type(added) == 'table' and added.err then
+            -- The log has entries above the number that stands in its meta.
+            bad('meta')
+            redis.call('DEL', KEYS[1])
+            return lift(math.max(ordinal(here or epoch), ordinal(epoch)))
+        end
         redis.call('PUBLISH', ARGV[2], position .. ':' .. entry.stamp .. '\n' .. entry.envelope)
         added = true
     end

@@ -26,10 +26,16 @@ local rows = redis.call('HGETALL', KEYS[1])
 local newest, own, others, gone, late = 0, nil, {}, {}, {}
 for i = 1, #rows, 2 do
     local name, row = rows[i], rows[i + 1]
+    local ends, number, seen = string.match(row, '^(%d+) (%d+) (%d+)$')
     if name == '#' then
-        newest = tonumber(row)
+        newest = math.max(newest, int(row, 0, 'lease'))
+    elseif not ends or not string.find(name, '^[%w_.:-]+/%w+$') or tonumber(ends) > now + tonumber(ARGV[2]) + 60000
+        or tonumber(number) > 9007199254740000 then
+        -- No process wrote it: a lease that would never end would have all wait for ever.
+        bad('lease')
+        gone[#gone + 1] = name
     else
-        local ends, number, seen = string.match(row, '^(%d+) (%d+) (%d+)$')
+        newest = math.max(newest, tonumber(number))
         if tonumber(ends) <= now and (is_open or name == ARGV[1]) then
             gone[#gone + 1] = name
         elseif tonumber(ends) <= now then
@@ -47,14 +53,15 @@ for i = 1, #rows, 2 do
         end
     end
 end
-if #gone > 0 then
-    redis.call('HDEL', KEYS[1], unpack(gone))
+for _, name in ipairs(gone) do
+    redis.call('HDEL', KEYS[1], name)
 end
 
 local is_new = not own
 if is_new then
-    newest = redis.call('HINCRBY', KEYS[1], '#', 1)
+    newest = newest + 1
     own = newest
+    redis.call('HSET', KEYS[1], '#', digits(newest))
 end
 redis.call('HSET', KEYS[1], ARGV[1],
     digits(now + tonumber(ARGV[2])) .. ' ' .. digits(own) .. ' ' .. digits(newest))

@@ -24,6 +24,9 @@ local now, ttl = time[1] * 1000 + math.floor(time[2] / 1000), tonumber(ARGV[14])
 
 local function parts_of(row)
     local digest, created, used, connection, about = string.match(row, '^(%x+) (%d+) (%d+) (%S+) (.*)$')
+    if not digest then
+        bad('session')
+    end
     return digest, created, tonumber(used), connection, about
 end
 
@@ -31,7 +34,7 @@ local session, former, created
 local row = ARGV[8] ~= '' and redis.call('HGET', KEYS[7], ARGV[8])
 if row then
     local digest, began, used, connection, about = parts_of(row)
-    if digest == ARGV[9] and used + ttl > now then
+    if digest and digest == ARGV[9] and used + ttl > now then
         session, former, created = ARGV[8], about, began
         if connection ~= '-' and connection ~= ARGV[12] then
             redis.call('PUBLISH', ARGV[2], '!x ' .. session .. ' ' .. ARGV[12])
@@ -48,7 +51,8 @@ if not session then
         local _, _, used, connection = parts_of(rows[i + 1])
         -- Those that are in use go last.
         local rank = used and used + (connection == '-' and 0 or ttl)
-        if used + ttl <= now then
+        -- So do those that no gateway wrote.
+        if not used or used + ttl <= now then
             redis.call('HDEL', KEYS[7], rows[i])
             redis.call('HDEL', KEYS[8], rows[i])
         else
@@ -67,27 +71,30 @@ redis.call('HSET', KEYS[7], session,
     digest .. ' ' .. created .. ' ' .. digits(now) .. ' ' .. ARGV[12] .. ' ' .. ARGV[13])
 keep_sessions(KEYS[7], KEYS[8], ARGV[14], ARGV[16])
 
-local acked = math.min(tonumber(redis.call('HGET', KEYS[2], 'a') or '0'), top)
+local acked = math.min(int(redis.call('HGET', KEYS[2], 'a'), 0, 'meta'), top)
 -- Large ones are not all looked at: above a MiB the others count as from somebody else.
 local unread, bytes, cursor = 0, 1048576, '(' .. digits(acked) .. '-0'
 while acked < top do
     local some = redis.call('XRANGE', KEYS[1], cursor, '+', 'COUNT', 16)
     for _, entry in ipairs(some) do
-        bytes = bytes - #entry[2][6]
-        if string.sub(entry[2][6], 3, 10) ~= ARGV[7] then
-            unread = unread + 1
+        local _, _, envelope = parts_of_entry(entry)
+        if envelope then
+            bytes = bytes - #envelope
+            if string.sub(envelope, 3, 10) ~= ARGV[7] then
+                unread = unread + 1
+            end
         end
     end
     if #some < 16 then
         break
     end
     if bytes < 0 then
-        unread = unread + top - tonumber(string.match(some[16][1], '^%d+'))
+        unread = unread + math.max(top - tonumber(seq_of(some[16][1])), 0)
         break
     end
     cursor = '(' .. some[16][1]
 end
 local first = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)[1]
-local oldest = first and string.match(first[1], '^%d+') or '0'
+local oldest = first and seq_of(first[1]) or '0'
 local micros = digits(time[1] * 1000000 + time[2])
 return { session, former or false, micros, epoch, digits(top), digits(acked), oldest, digits(unread) }

@@ -1,4 +1,76 @@
 -- What all scripts share; it stands in front of each.
+--
+-- What stands in Redis is not trusted: an operator, a restore or another program may have written it.
+-- A value that no gateway wrote is taken for absent, and repaired where a script knows better. It never
+-- raises an error, since the room it is in could then not be touched any more.
+
+-- The kinds of what was found so, which the gateway counts.
+local found = {}
+
+local function bad(kind)
+    found[#found + 1] = kind
+end
+
+-- The largest number of an entry is 2^53-1. Above this no log is continued, so that it is not reached.
+local seq_max = 9007199254740991 - 1099511627776
+
+-- A whole number that was read, or `default`, also where it is none of a gateway's.
+local function int(value, default, kind)
+    if not value then
+        return default
+    end
+    local read = tonumber(value)
+    if read and read >= 0 and read <= 9007199254740991 and read % 1 == 0 then
+        return read
+    end
+    bad(kind)
+    return default
+end
+
+-- The type that a gateway gives a key, by the last part of its name.
+local function type_of(key)
+    local part = string.match(key, '([^:]*)$')
+    if part == 'log' or part == 'orders' then
+        return 'stream'
+    elseif part == 'rooms' or part == 'users' or part == 'seen' then
+        return 'zset'
+    elseif part == 'list' then
+        return 'string'
+    end
+    return 'hash'
+end
+
+local function reply_of(script)
+    local done, reply = pcall(script)
+    if done then
+        return reply
+    end
+    local text = type(reply) == 'table' and reply.err or tostring(reply)
+    if not string.find(text, 'WRONGTYPE', 1, true) then
+        -- An error of a command begins with its code, one of Lua does not.
+        return redis.error_reply(string.find(text, '^%u+ ') and text or 'ERR ' .. text)
+    end
+    for _, key in ipairs(KEYS) do
+        local is = redis.call('TYPE', key)
+        is = type(is) == 'table' and is.ok or is
+        if is ~= 'none' and is ~= type_of(key) then
+            bad('type')
+            redis.call('DEL', key)
+        end
+    end
+    return script()
+end
+
+-- Runs a script. Where a key turns out to be of a type that no gateway gives it, it is deleted, as if it
+-- had never been there, and the script runs again: errors of that kind come before its first write.
+-- Where something was found that no gateway wrote, the reply is `!bad`, what that was, and the reply.
+local function run(script)
+    local reply = reply_of(script)
+    if #found > 0 and not (type(reply) == 'table' and reply.err) then
+        return { '!bad', table.concat(found, ' '), reply }
+    end
+    return reply
+end
 
 local function now_ms()
     local time = redis.call('TIME')
@@ -29,7 +101,7 @@ local stale = redis.error_reply('STALE the nodes have not agreed on this server 
 local function opened(barrier, token)
     local agreed = redis.call('HMGET', barrier, 't', 'open', 'n', 'owed')
     if agreed[1] == token and agreed[2] then
-        return tonumber(agreed[3] or '0'), tonumber(agreed[4] or '0')
+        return int(agreed[3], 0, 'barrier'), int(agreed[4], 0, 'barrier')
     end
 end
 
@@ -60,7 +132,11 @@ local function has_file()
 end
 
 local function ordinal(epoch)
-    return tonumber(string.match(epoch, '^(%d+)-')) or 0
+    return math.min(tonumber(string.match(epoch, '^(%d+)-')) or 0, 9007199254740990)
+end
+
+local function is_epoch(text)
+    return #text <= 32 and string.find(text, '^[%w_-]+$') ~= nil
 end
 
 local function epoch_above(number, random)
@@ -79,12 +155,28 @@ local function key_of(envelope)
     return string.sub(envelope, 3, 26)
 end
 
+-- The number of an entry, by its id in the stream.
+local function seq_of(id)
+    return string.match(id, '^%d+')
+end
+
+-- Epoch, stamp and envelope of an entry of the stream; nil where no gateway wrote it. The largest that
+-- one writes is a message of 16 MiB.
+local function parts_of_entry(entry)
+    local fields = entry[2]
+    if #fields == 6 and fields[1] == 'e' and fields[3] == 't' and fields[5] == 'p'
+        and #fields[6] >= 46 and #fields[6] <= 16842752 and is_epoch(fields[2]) then
+        return fields[2], fields[4], fields[6]
+    end
+    bad('entry')
+end
+
 -- The entry at a number of the log: its epoch, stamp and envelope; nil where there is none.
 local function entry_at(seq)
     local id = digits(seq) .. '-0'
     local there = redis.call('XRANGE', KEYS[1], id, id)[1]
     if there then
-        return there[2][2], there[2][4], there[2][6]
+        return parts_of_entry(there)
     end
 end
 
@@ -139,18 +231,23 @@ local function give_numbers_back(epoch, top, may_fill, ids)
             -- Given to a server that was here before.
             return top, true, {}
         elseif field ~= 't' then
-            local break_at = string.find(value, '\n', 1, true)
+            local break_at = string.find(value, '\n', 1, true) or 0
             local head, envelope = string.sub(value, 1, break_at - 1), string.sub(value, break_at + 1)
-            local process, number = string.match(field, '^%?(.*):(%d+)$')
-            if process then
-                local of, seq = string.match(head, '^(.*):(%d+)$')
+            local process, place = string.match(field, '^%?(.*):(%d+)$')
+            local of, seq = string.match(field, '^(.*):(%d+)$')
+            if break_at == 0 or #envelope < 46 or not of or tonumber(seq) > seq_max then
+                bad('unheard')
+            elseif process then
+                of, seq = string.match(head, '^(.*):(%d+)$')
                 unanswered[#unanswered + 1] = {
-                    process = process, number = tonumber(number), envelope = envelope,
+                    process = process, number = tonumber(place), envelope = envelope,
                     after = of == epoch and tonumber(seq) or 0,
                 }
             else
-                local of, seq = string.match(field, '^(.*):(%d+)$')
-                if of == epoch then
+                -- A step that no node can have left is none of theirs: filling it would take for ever.
+                if of == epoch and tonumber(seq) > top + 1000000 then
+                    bad('unheard')
+                elseif of == epoch then
                     last = math.max(last, tonumber(seq))
                     acknowledged[tonumber(seq)] = { seq = tonumber(seq), stamp = head, envelope = envelope }
                     known[key_of(envelope)] = true
@@ -223,6 +320,37 @@ local function head_ttl(top, deleted)
     return digits(math.min(tonumber(ARGV[5]), 300000))
 end
 
+-- Repairs the meta of a room whose epoch or number no gateway wrote, or whose log has gone on above
+-- it. The room goes on in a new epoch, which continues the former one as far as the log tells where that
+-- was, so that members are told. What `fields` has is the meta as it was read.
+local function repaired(fields, term)
+    bad('meta')
+    local epoch = fields[1] and is_epoch(fields[1]) and fields[1]
+    local top = tonumber(fields[2])
+    top = top and top >= 0 and top <= seq_max and top % 1 == 0 and top or 0
+    local last = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1]
+    if last then
+        local at = tonumber(seq_of(last[1]))
+        if at > seq_max then
+            -- Redis takes no entry behind it.
+            redis.call('DEL', KEYS[1])
+        else
+            epoch, top = epoch or parts_of_entry(last), math.max(top, at)
+        end
+    end
+    local former = epoch
+    epoch = epoch_above(former and ordinal(former) or 0, ARGV[3])
+    redis.call('HDEL', KEYS[2], 'pe', 'ps', 'at', 'from', 'prev', 'xe', 'xs')
+    redis.call('HSET', KEYS[2], 'e', epoch, 's', digits(top), 'r', ARGV[1], 'n', digits(term))
+    if former then
+        redis.call('HSET', KEYS[2], 'pe', former, 'ps', digits(top))
+    end
+    redis.call('PEXPIRE', KEYS[2], ARGV[5])
+    local repaired_fields = { epoch, digits(top) }
+    repaired_fields[9] = fields[9]
+    return epoch, top, repaired_fields
+end
+
 -- The room's epoch and top, and the fields of its meta as they were read; nothing where the nodes
 -- have not agreed on this server. The first touch after that gives numbers back, and declares the
 -- room whole under the token and in its term. Where somebody was not heard since it was so declared
@@ -233,20 +361,26 @@ local function whole()
     local token = ARGV[1]
     local meta = redis.call('HMGET', KEYS[2], 'e', 's', 'r', 'n', 'at', 'from', 'prev', 'd', 'u')
     local epoch, top = meta[1], tonumber(meta[2])
-    if epoch and meta[3] == token then
+    local is_good = epoch and top and top >= 0 and top <= seq_max and top % 1 == 0 and is_epoch(epoch)
+    if is_good and meta[3] == token then
         return epoch, top, meta
+    end
+    if epoch and meta[3] == token then
+        return repaired(meta, int(meta[4], 0, 'meta'))
     end
     local term, owed = opened(KEYS[5], token)
     if not term then
         return nil
     end
-    if not epoch then
+    if epoch and not is_good then
+        return repaired(meta, term)
+    elseif not epoch then
         -- The numbers are lost, and a log that may be left cannot be continued.
         redis.call('DEL', KEYS[1])
         epoch, top = epoch_above(0, ARGV[3]), 0
         redis.call('HSET', KEYS[2], 'e', epoch, 's', '0', 'r', token, 'n', digits(term))
     else
-        local all_heard = tonumber(meta[4] or '0') >= owed
+        local all_heard = int(meta[4], 0, 'meta') >= owed
         local ids, is_whole, left = {}
         ids.newer, ids.older, ids.gone = id_hashes(KEYS[3], KEYS[4], now_ms(), tonumber(ARGV[6]))
         top, is_whole, left = give_numbers_back(epoch, top, all_heard, ids)

@@ -15,6 +15,10 @@ local function row_of(user)
     local row = redis.call('HGET', KEYS[1], user)
     if row then
         local total, since, active, name = string.match(row, '^(%d+) (%d+) (%d+) (.*)$')
+        if not total or #total > 9 or #since > 15 or #active > 15 then
+            bad('presence')
+            return nil
+        end
         return tonumber(total), since, active, name
     end
 end
@@ -24,6 +28,10 @@ local function version()
     local row = redis.call('HGET', KEYS[1], '#')
     if row then
         local epoch, number, since = string.match(row, '^(%d+) (%d+) (%d+)$')
+        if not epoch or #epoch > 15 or #number > 15 or #since > 15 then
+            bad('presence')
+            return nil
+        end
         return epoch, tonumber(number), since
     end
 end
@@ -32,7 +40,7 @@ end
 -- is no more.
 local function had(row, epoch)
     local of, connections = string.match(row or '', '^(%d+) (%d+)$')
-    return of == epoch and tonumber(connections) or 0
+    return of and of == epoch and tonumber(connections) or 0
 end
 
 -- Notes how many connections a process has of a user.

@@ -7,14 +7,9 @@
 -- last, and entries { seq, epoch, stamp, envelope }:
 -- oldest first for "after", newest first else.
 
-local epoch, top = whole()
+local epoch, top, fields = whole()
 if not epoch then
     return stale
-end
-local meta = redis.call('HMGET', KEYS[2], 'pe', 'ps', 'd', 'n')
-
-local function seq_of(id)
-    return string.sub(id, 1, string.find(id, '-', 1, true) - 1)
 end
 
 local first = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)[1]
@@ -23,7 +18,7 @@ local oldest = first and seq_of(first[1]) or '0'
 -- Entries differ in size a thousandfold, so they are fetched a few at a time until it is enough.
 local forward = ARGV[7] == 'after'
 local cursor = ARGV[7] == 'newest' and '+' or '(' .. ARGV[8] .. '-0'
-local left, bytes = tonumber(ARGV[9]), tonumber(ARGV[10])
+local left, bytes, above = tonumber(ARGV[9]), tonumber(ARGV[10]), 0
 if ARGV[7] == 'before' and tonumber(ARGV[8]) == 0 then
     -- Nothing is below, and Redis takes `(0-0` for an error.
     left = 0
@@ -38,12 +33,17 @@ while left > 0 and bytes > 0 do
         some = redis.call('XREVRANGE', KEYS[1], cursor, '-', 'COUNT', count)
     end
     for _, entry in ipairs(some) do
-        local envelope = entry[2][6]
-        bytes = bytes - #envelope
-        if bytes < 0 and #entries > 0 then
-            break
+        local seq = seq_of(entry[1])
+        above = math.max(above, tonumber(seq))
+        -- What no gateway wrote leaves a step, which readers find.
+        local of, stamp, envelope = parts_of_entry(entry)
+        if of then
+            bytes = bytes - #envelope
+            if bytes < 0 and #entries > 0 then
+                break
+            end
+            entries[#entries + 1] = { seq, of, stamp, envelope }
         end
-        entries[#entries + 1] = { seq_of(entry[1]), entry[2][2], entry[2][4], envelope }
     end
     if #some < count then
         break
@@ -51,4 +51,20 @@ while left > 0 and bytes > 0 do
     left = left - count
     cursor = '(' .. some[count][1]
 end
-return { epoch, digits(top), oldest, meta[1] or '', meta[2] or '', meta[3] or '0', meta[4] or '0', entries }
+if above > top then
+    -- The log has entries above the number that stands in its meta. A top that is shown goes on.
+    epoch, top = repaired(fields, int(fields[4], 0, 'meta'))
+end
+local meta = redis.call('HMGET', KEYS[2], 'pe', 'ps', 'd', 'n')
+local former, former_top = meta[1], int(meta[2], nil, 'meta')
+if former and not (is_epoch(former) and former_top) then
+    bad('meta')
+    former = nil
+end
+if not former then
+    former, former_top = '', ''
+else
+    former_top = digits(former_top)
+end
+local deleted, term = int(meta[3], 0, 'meta'), int(meta[4], 0, 'meta')
+return { epoch, digits(top), oldest, former, former_top, digits(deleted), digits(term), entries }

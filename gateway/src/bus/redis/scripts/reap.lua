@@ -9,6 +9,11 @@ repeat
     cursor, rows = unpack(redis.call('HSCAN', KEYS[2], cursor, 'COUNT', ARGV[4]))
 until #rows > 0 or cursor == '0'
 local epoch, number, begun = version()
+if not epoch then
+    -- It was lost, or no gateway wrote it: whoever follows the place reads all of it.
+    local now = digits(now_ms())
+    epoch, number, begun = now, 0, now
+end
 local left = {}
 for i = 1, #rows, 2 do
     local user, connections = rows[i], had(rows[i + 1], epoch)

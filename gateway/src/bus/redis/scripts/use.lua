@@ -11,7 +11,12 @@ if not row then
     return 0
 end
 local digest, created, connection, about = string.match(row, '^(%x+) (%d+) %d+ (%S+) (.*)$')
-if connection ~= ARGV[2] then
+if not digest then
+    -- No gateway wrote it, and it is nobody's.
+    bad('session')
+    redis.call('HDEL', KEYS[1], ARGV[1])
+    return 0
+elseif connection ~= ARGV[2] then
     return 2
 else
     local left = ARGV[4] == '1' and '-' or connection
