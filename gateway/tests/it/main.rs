@@ -31,6 +31,7 @@ mod topology;
 mod nginx;
 mod repair;
 mod untrusted;
+mod conditions;
 mod agreement;
 mod browser;
 mod stop;

@@ -29,10 +29,12 @@ use std::{
 use parking_lot::Mutex;
 use redis::{ErrorKind, RedisError, RedisResult, Value, aio::MultiplexedConnection};
 use shared::ids::RoomId;
-use tokio::time::Instant;
+use tokio::{sync::watch, time::Instant};
 
 use super::{
-    RetryPause, config,
+    RetryPause,
+    conditions::Finder,
+    config,
     heal::Healer,
     is_of_the_slot,
     links::Links,
@@ -70,6 +72,8 @@ pub(super) struct Process {
     /// What the names of all runs of this node begin with.
     node: String,
     state: Mutex<State>,
+    /// Another process that lives by the id of this node, if one was found.
+    twin: watch::Sender<Option<String>>,
 }
 
 #[derive(Default)]
@@ -90,10 +94,28 @@ struct State {
     incarnation: Option<String>,
 }
 
+/// How long another process with the id of this node may take to show that it lives.
+const TWIN_ANSWER_MAX: Duration = Duration::from_millis(500);
+
 impl Process {
     pub(super) fn new(node: &str) -> Self {
         let node = format!("{node}/");
-        Self { name: format!("{node}{}", random_epoch()), node, state: Mutex::default() }
+        let (state, twin) = (Mutex::default(), watch::Sender::default());
+        Self { name: format!("{node}{}", random_epoch()), node, state, twin }
+    }
+
+    /// Waits until another process was found to live by the id of this node. Cancel-safe.
+    pub(super) async fn twin(&self) -> String {
+        let mut twin = self.twin.subscribe();
+        // The sender lives as long as `self`.
+        match twin.wait_for(Option::is_some).await.ok().and_then(|twin| twin.clone()) {
+            Some(twin) => twin,
+            None => std::future::pending().await,
+        }
+    }
+
+    fn has_twin(&self) -> bool {
+        self.twin.borrow().is_some()
     }
 
     /// A new name for its seats in the registry.
@@ -152,17 +174,25 @@ impl Agreement {
     async fn work(&mut self) {
         let mut pause = RetryPause::default();
         loop {
+            if self.process.has_twin() {
+                // It does not register, so that nobody counts on it.
+                return std::future::pending().await;
+            }
             pause.wait().await;
             let remake = self.links.remake.subscribe();
             match self.server.connect(config()).await {
                 Ok((connection, token)) => {
                     let error = self.keep(connection, token, remake, &mut pause).await;
+                    pause.failed(&error);
+                    self.server.conditions.note(Finder::Call, &error);
                     tracing::debug!(%error, "connection for agreement ended");
                 }
-                Err(error) if pause.is_worth_a_line() => {
-                    tracing::warn!(%error, "cannot agree on a Redis server with the other nodes");
+                Err(error) => {
+                    pause.failed(&error);
+                    if pause.is_worth_a_line() {
+                        tracing::warn!(%error, "cannot agree on a Redis server with the others");
+                    }
                 }
-                Err(_) => {}
             }
         }
     }
@@ -172,7 +202,7 @@ impl Agreement {
         &mut self,
         mut connection: MultiplexedConnection,
         token: Token,
-        mut remake: tokio::sync::watch::Receiver<u64>,
+        mut remake: watch::Receiver<u64>,
         pause: &mut RetryPause,
     ) -> RedisError {
         self.links.met(&self.server, token);
@@ -416,6 +446,10 @@ impl Agreement {
         if !is_due || !self.keeps_leases() {
             return Ok(());
         }
+        let predecessors = match is_first {
+            true => self.predecessors(connection).await?,
+            false => BTreeSet::new(),
+        };
         let asked = Instant::now();
         let keyspace = self.server.keyspace;
         let answer: Value = self
@@ -432,6 +466,9 @@ impl Agreement {
         let (seen, new, alive): (bool, bool, Vec<Lossy>) =
             untrusted::read(&self.links.metrics, "leases", answer)?;
         let alive = texts(alive);
+        if is_first {
+            self.look_for_twin(connection, &predecessors).await?;
+        }
         let known = {
             let state = &mut *self.process.state.lock();
             state.renewed = Some(asked);
@@ -486,6 +523,92 @@ impl Agreement {
             );
         }
         Ok(())
+    }
+
+    /// The processes of this node whose leases have not ended, and when they do.
+    async fn leases_of_this_node(
+        &self,
+        connection: &mut MultiplexedConnection,
+    ) -> RedisResult<BTreeMap<String, u64>> {
+        let mut pipeline = redis::pipe();
+        pipeline.cmd("TIME").cmd("HGETALL").arg(self.server.keyspace.leases()).ignore_errors();
+        let mut answers: Vec<RedisResult<Value>> = pipeline.query_async(connection).await?;
+        let rows = answers.pop().unwrap_or(Ok(Value::Nil));
+        let rows: Vec<(Lossy, Lossy)> = untrusted::or_absent(&self.links.metrics, "leases", rows)?;
+        let (seconds, micros): (u64, u64) =
+            redis::from_redis_value(answers.pop().unwrap_or(Ok(Value::Nil))?)?;
+        let now = seconds * 1000 + micros / 1000;
+        let lease = |(Lossy(name), Lossy(row)): (Lossy, Lossy)| {
+            let ends = row.split(' ').next()?.parse::<u64>().ok()?;
+            let is_it = name.starts_with(&self.process.node) && name != self.process.name;
+            (is_it && ends > now).then_some((name, ends))
+        };
+        Ok(rows.into_iter().filter_map(lease).collect())
+    }
+
+    async fn poke(&self, connection: &mut MultiplexedConnection) -> RedisResult<()> {
+        let keyspace = self.server.keyspace;
+        let mut poke = redis::cmd(keyspace.publish());
+        poke.arg(keyspace.pokes()).arg(&self.process.name).query_async(connection).await
+    }
+
+    /// The earlier runs of this node whose leases have not ended: all of them have, unless they renew
+    /// their leases when they are poked. A renewal that was under way when a process was killed may
+    /// come by once, so that it takes two.
+    ///
+    /// # Errors
+    ///
+    /// One of them lives, and is this node's twin.
+    async fn predecessors(
+        &self,
+        connection: &mut MultiplexedConnection,
+    ) -> RedisResult<BTreeSet<String>> {
+        let mut before = self.leases_of_this_node(connection).await?;
+        let predecessors = before.keys().cloned().collect();
+        if before.is_empty() {
+            return Ok(predecessors);
+        }
+        let mut renewed = BTreeSet::new();
+        let mut until = Instant::now() + TWIN_ANSWER_MAX;
+        self.poke(connection).await?;
+        while Instant::now() < until {
+            tokio::time::sleep(ASK_EVERY).await;
+            let now = self.leases_of_this_node(connection).await?;
+            let renews = |(name, ends): &(&String, &u64)| {
+                before.get(*name).is_some_and(|before| before < ends)
+            };
+            if let Some((name, _)) = now.iter().find(renews) {
+                if !renewed.insert(name.clone()) {
+                    return Err(self.found_twin(name.clone()));
+                }
+                self.poke(connection).await?;
+                until = Instant::now() + TWIN_ANSWER_MAX;
+            }
+            before = now;
+        }
+        Ok(predecessors)
+    }
+
+    /// Looks, once this process has registered, whether another one has by the id of this node at the
+    /// same time. Of two that start at once one at least finds the other.
+    async fn look_for_twin(
+        &self,
+        connection: &mut MultiplexedConnection,
+        predecessors: &BTreeSet<String>,
+    ) -> RedisResult<()> {
+        let others = self.leases_of_this_node(connection).await?;
+        let Some(twin) = others.into_keys().find(|name| !predecessors.contains(name)) else {
+            return Ok(());
+        };
+        let mut delete = redis::cmd("HDEL");
+        delete.arg(self.server.keyspace.leases()).arg(&self.process.name);
+        delete.query_async::<()>(connection).await?;
+        Err(self.found_twin(twin))
+    }
+
+    fn found_twin(&self, twin: String) -> RedisError {
+        self.process.twin.send_replace(Some(twin));
+        (ErrorKind::Client, "another process lives by the id of this node").into()
     }
 
     /// Takes the agreement back where the server does not know of it any more: it was flushed. Who

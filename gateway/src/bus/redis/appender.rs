@@ -8,10 +8,7 @@
 //! Nothing is sent but to the server that the nodes have agreed on, and while this node stands. The
 //! first thing that another server gets is this node's [tail](crate::bus::tail).
 
-use std::{
-    collections::VecDeque,
-    sync::{Arc, atomic::Ordering},
-};
+use std::{collections::VecDeque, sync::Arc};
 
 use futures_util::{StreamExt as _, stream::FuturesOrdered};
 use redis::{
@@ -25,7 +22,9 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    RetryPause, as_arguments, config, is_of_the_slot, is_stale,
+    RetryPause, as_arguments,
+    conditions::{Finder, is_forbidden},
+    config, is_of_the_slot, is_stale,
     links::{Link, Links},
     memory::Pressure,
     probe::PROBE_EVERY,
@@ -74,6 +73,7 @@ pub(super) fn start(server: Arc<Server>, links: Arc<Links>, tasks: &Tasks) -> Ap
         script_when_tight: server
             .keyspace
             .script(concat!("#!lua flags=allow-oom\n", include_str!("scripts/append.lua"))),
+        permitted: server.keyspace.script(include_str!("scripts/permitted.lua")),
         server,
         links,
         queue: receiver,
@@ -116,9 +116,10 @@ struct Worker {
     script: redis::Script,
     /// The same, which Redis lets run where it is full: it makes room first.
     script_when_tight: redis::Script,
+    permitted: redis::Script,
     /// What was agreed on when it was last looked at: the tail was repeated to it.
     open: Agreed,
-    /// When it was last told of that Redis takes nothing for a time, as when it is full.
+    /// When it was last told of that Redis takes nothing for a time.
     told: Option<Instant>,
     stopped: CancellationToken,
 }
@@ -145,14 +146,21 @@ impl Worker {
     async fn work(&mut self) {
         let mut pause = RetryPause::default();
         loop {
+            let heard = self.links.probe.count_heard();
             match self.connect_while_expiring(&mut pause).await {
                 Ok((connection, token, remake)) => {
-                    pause = RetryPause::default();
                     self.links.set(&self.server, Link::Appending, Some(token));
                     let error = self.serve(connection, token, remake).await;
+                    if self.links.probe.count_heard() != heard {
+                        // It did its work: until then the next attempts become rarer.
+                        pause = RetryPause::default();
+                    }
+                    pause.failed(&error);
+                    self.server.conditions.note(Finder::Call, &error);
                     tracing::debug!(%error, "append connection ended");
                 }
                 Err(error) => {
+                    pause.failed(&error);
                     if pause.is_worth_a_line() {
                         tracing::warn!(%error, "cannot publish to Redis");
                     }
@@ -170,10 +178,11 @@ impl Worker {
         let pause = pause.next();
         let (server, links) = (self.server.clone(), self.links.clone());
         let scripts = [self.script.clone(), self.script_when_tight.clone()];
+        let permitted = self.permitted.clone();
         let mut attempt = Box::pin(async move {
             tokio::time::sleep(pause).await;
             let remake = links.remake.subscribe();
-            let (connection, token) = connect(&server, &links, &scripts).await?;
+            let (connection, token) = connect(&server, &scripts, &permitted).await?;
             Ok((connection, token, remake))
         });
         loop {
@@ -311,7 +320,8 @@ impl Worker {
                     continue;
                 }
                 _ = tick.tick(), if look.is_none() => {
-                    look = Some(Box::pin(look_at(connection.clone(), self.links.clone())));
+                    let (server, permitted) = (self.server.clone(), self.permitted.clone());
+                    look = Some(Box::pin(look_at(connection.clone(), server, permitted)));
                     continue;
                 }
                 _ = probes.tick(), if probe.is_none() => {
@@ -479,7 +489,10 @@ impl Worker {
                     again.push_back(queued);
                 }
                 Err(error) => {
-                    self.tell(&error, &queued, now);
+                    self.server.conditions.note(Finder::Call, &error);
+                    if !is_forbidden(&error) {
+                        self.tell(&error, &queued, now);
+                    }
                     tail.failed(&id);
                     (queued.append.done)(Err(refused_or_away(&error)));
                 }
@@ -519,33 +532,26 @@ async fn sleep_until(deadline: Option<Instant>) {
 
 /// Connects and makes sure that this server can be appended to.
 async fn connect(
-    server: &Server,
-    links: &Arc<Links>,
+    server: &Arc<Server>,
     scripts: &[redis::Script],
+    permitted: &redis::Script,
 ) -> Result<(MultiplexedConnection, Token), RedisError> {
     let (mut connection, token) = server.connect(config()).await?;
     for script in scripts {
         script.load_async(&mut connection).await?;
     }
-    look_at(connection.clone(), links.clone()).await?;
+    look_at(connection.clone(), server.clone(), permitted.clone()).await?;
     Ok((connection, token))
 }
 
-/// Whether the link lives, and whether Redis may throw acknowledged messages away.
-async fn look_at(mut connection: MultiplexedConnection, links: Arc<Links>) -> RedisResult<()> {
+/// Whether the link lives, and whether the server is what it has to be.
+async fn look_at(
+    mut connection: MultiplexedConnection,
+    server: Arc<Server>,
+    permitted: redis::Script,
+) -> RedisResult<()> {
     redis::cmd("PING").query_async::<()>(&mut connection).await?;
-    // A hosted Redis may forbid CONFIG; there the operator answers for it.
-    let policy: RedisResult<(String, String)> =
-        redis::cmd("CONFIG").arg("GET").arg("maxmemory-policy").query_async(&mut connection).await;
-    let evicts = matches!(&policy, Ok((_, policy)) if policy != "noeviction");
-    if evicts && !links.evicts.load(Ordering::Relaxed) {
-        tracing::error!(
-            "Redis has a maxmemory-policy that throws keys away, and with them acknowledged \
-             messages: set it to noeviction; not ready until then"
-        );
-    }
-    links.evicts.store(evicts, Ordering::Relaxed);
-    Ok(())
+    server.conditions.look(&server, &mut connection, &permitted).await
 }
 
 /// Sends a number that the subscriber has to hear.
@@ -564,6 +570,12 @@ async fn send_probe(
         Err(error) if is_of_the_slot(&error) => {
             links.probe.forget();
             server.astray.notify_one();
+            Ok(())
+        }
+        Err(error) if is_forbidden(&error) => {
+            // It is not missed: another connection could do no more.
+            links.probe.forget();
+            server.conditions.note(Finder::Call, &error);
             Ok(())
         }
         sent => sent,

@@ -1,6 +1,6 @@
 //! Which of a node's connections to Redis stand, and which server each leads to.
 
-use std::sync::{Arc, atomic::AtomicBool};
+use std::sync::Arc;
 
 use tokio::sync::{Notify, watch};
 
@@ -15,8 +15,6 @@ pub(super) struct Links {
     pub(super) remake: watch::Sender<u64>,
     /// Somebody wants to be seen.
     pub(super) poked: Notify,
-    /// Redis may throw keys away when its memory is full, and with them acknowledged messages.
-    pub(super) evicts: AtomicBool,
     /// Whether what is published is heard.
     pub(super) probe: Probe,
     pub(super) metrics: Arc<Metrics>,
@@ -59,7 +57,6 @@ impl Links {
             tokens: watch::Sender::default(),
             remake: watch::Sender::default(),
             poked: Notify::new(),
-            evicts: AtomicBool::new(false),
             probe: Probe::new(),
             metrics,
             standing,

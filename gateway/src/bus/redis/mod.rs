@@ -38,6 +38,7 @@ use crate::{
 
 mod agreement;
 mod appender;
+mod conditions;
 mod heal;
 mod keyspace;
 mod links;
@@ -56,6 +57,7 @@ pub mod topology;
 mod untrusted;
 mod waiting;
 
+use conditions::Conditions;
 use log::Log;
 use orders::OrderBook;
 use registry::Registrar;
@@ -69,6 +71,8 @@ const CONNECT_MAX: Duration = Duration::from_secs(1);
 /// The longest pause between two attempts to connect: a cluster is whole again within a second
 /// of Redis' return.
 const RETRY_PAUSE_MAX: Duration = Duration::from_millis(250);
+/// The same where Redis forbids something or is too old.
+const LASTING_PAUSE_MAX: Duration = Duration::from_secs(5);
 
 /// How to reach Redis and how rooms lie in it.
 #[derive(Clone, Debug)]
@@ -95,6 +99,26 @@ pub enum RedisStartError {
     /// No connections can be made as configured.
     #[error(transparent)]
     Open(#[from] OpenError),
+    /// The server is older than what is needed.
+    #[error("Redis is {found} at cluster.redis_url, and gateways need 7.0 or newer (or Valkey)")]
+    Version {
+        /// What it says it is.
+        found: String,
+    },
+    /// Another gateway has the id of this node.
+    #[error(
+        "node.id is {node}, and another gateway that lives has the same id on this Redis (its process is \
+         {other}, this one {own}): counts, orders and drains would be mixed up; give one of them another \
+         id, or stop it"
+    )]
+    NodeId {
+        /// The id.
+        node: String,
+        /// The process that has it.
+        other: String,
+        /// This process.
+        own: String,
+    },
     /// Other nodes use another number of partitions.
     #[error(
         "cluster.partitions is {configured} here, but the cluster on this Redis uses {recorded}: \
@@ -160,7 +184,7 @@ impl RedisBus {
     ///
     /// # Errors
     ///
-    /// [`RedisStartError::Partitions`].
+    /// [`RedisStartError::Partitions`], [`RedisStartError::Version`], [`RedisStartError::NodeId`].
     pub async fn reached(&self) -> Result<(), RedisStartError> {
         let configured = self.router.keyspace().partitions;
         let mut pause = RetryPause::default();
@@ -171,17 +195,33 @@ impl RedisBus {
             match set.server.recorded_partitions().await {
                 Ok(recorded) if recorded == configured => break,
                 Ok(recorded) => return Err(RedisStartError::Partitions { configured, recorded }),
-                Err(error) if pause.is_worth_a_line() => {
-                    tracing::warn!(%error, "waiting for Redis");
+                Err(error) => {
+                    if let Some(found) = too_old(&set.server.conditions, &error) {
+                        return Err(RedisStartError::Version { found });
+                    }
+                    pause.failed(&error);
+                    if pause.is_worth_a_line() {
+                        tracing::warn!(%error, "waiting for Redis");
+                    }
                 }
-                Err(_) => {}
             }
         }
-        let mut pause = RetryPause::default();
-        while !self.router.is_up() {
-            pause.wait().await;
+        let up = async {
+            let mut pause = RetryPause::default();
+            while !self.router.is_up() {
+                pause.wait().await;
+            }
+        };
+        let process = self.router.process();
+        tokio::select! {
+            biased;
+            other = process.twin() => {
+                let own = process.name.clone();
+                let node = own.split('/').next().unwrap_or_default().to_owned();
+                Err(RedisStartError::NodeId { node, other, own })
+            }
+            () = up => Ok(()),
         }
-        Ok(())
     }
 }
 
@@ -219,13 +259,15 @@ impl Bus for RedisBus {
     }
 
     fn failing(&self) -> Option<&'static str> {
-        if !self.router.is_up() {
+        // What an operator has to do something about goes before what passes by itself.
+        let unmet = self.router.unmet_condition();
+        unmet.or(if !self.router.is_up() {
             Some("bus")
         } else if self.router.evicts() {
             Some("maxmemory_policy")
         } else {
             None
-        }
+        })
     }
 }
 
@@ -377,6 +419,11 @@ impl Sessions for RedisBus {
     }
 }
 
+/// The version of a server that is older than what is needed, where that is what an error is about.
+fn too_old(conditions: &Conditions, error: &RedisError) -> Option<String> {
+    conditions.too_old().filter(|_| conditions::is_lasting(error))
+}
+
 /// A position as two arguments of a script, both empty where there is none.
 fn as_arguments(position: Option<&Position>) -> (&str, String) {
     position.map_or(("", String::new()), |at| (at.epoch.as_str(), at.seq.to_string()))
@@ -393,13 +440,14 @@ fn is_of_the_slot(error: &RedisError) -> bool {
 }
 
 /// Whether an error will come again with every try, or is of a time: Redis is away, out of memory,
-/// has too few replicas, or a disk that is full.
+/// has too few replicas, a disk that is full, or forbids what its user has to do.
 fn refused_or_away(error: &RedisError) -> BusError {
     match error.code() {
+        _ if conditions::is_forbidden(error) => BusError::Unavailable,
         Some("FULL") => BusError::Full,
         Some("UNSEENQUOTA") => BusError::UnseenQuota,
         Some("UNSEENBYTES") => BusError::UnseenBytes,
-        Some("ERR" | "WRONGTYPE" | "NOPERM") => BusError::Refused,
+        Some("ERR" | "WRONGTYPE") => BusError::Refused,
         _ => BusError::Unavailable,
     }
 }
@@ -410,17 +458,29 @@ fn config() -> AsyncConnectionConfig {
         .set_response_timeout(Some(RESPONSE_MAX))
 }
 
-/// How long to wait before the next attempt: at once, then longer, up to [`RETRY_PAUSE_MAX`].
+/// How long to wait before the next attempt: at once, then longer, up to [`RETRY_PAUSE_MAX`]; up to
+/// [`LASTING_PAUSE_MAX`] where it takes an operator until one succeeds.
 #[derive(Default)]
 struct RetryPause {
     attempts: u32,
+    /// How many failed for a reason that lasts, in a row.
+    lasting: u32,
 }
 
 impl RetryPause {
     fn next(&mut self) -> Duration {
-        let pause = Duration::from_millis(25) * self.attempts;
         self.attempts += 1;
+        if self.lasting > 0 {
+            let pause = Duration::from_millis(100) * 2_u32.pow(self.lasting.min(10));
+            return pause.min(LASTING_PAUSE_MAX);
+        }
+        let pause = Duration::from_millis(25) * (self.attempts - 1);
         pause.min(RETRY_PAUSE_MAX)
+    }
+
+    /// Notes why the last attempt failed.
+    fn failed(&mut self, error: &RedisError) {
+        self.lasting = if conditions::is_lasting(error) { self.lasting + 1 } else { 0 };
     }
 
     async fn wait(&mut self) {
@@ -430,7 +490,8 @@ impl RetryPause {
     /// Whether a failed attempt is to be told of: the first, and one in some ten seconds. A link
     /// that was lost has been told of before.
     fn is_worth_a_line(&self) -> bool {
-        self.attempts % 40 == 1
+        // What lasts has a line of its own.
+        self.attempts % 40 == 1 && self.lasting == 0
     }
 }
 
@@ -444,5 +505,11 @@ mod tests {
         assert_eq!(pause.next(), Duration::ZERO);
         let pauses: Vec<_> = (0..100).map(|_| pause.next()).collect();
         assert!(pauses.is_sorted() && pauses[99] == RETRY_PAUSE_MAX);
+        for _ in 0..20 {
+            pause.failed(&redis::make_extension_error("NOPERM".to_owned(), None));
+        }
+        assert_eq!(pause.next(), LASTING_PAUSE_MAX);
+        pause.failed(&redis::make_extension_error("LOADING".to_owned(), None));
+        assert_eq!(pause.next(), RETRY_PAUSE_MAX);
     }
 }

@@ -37,6 +37,8 @@ struct State {
     sent: u64,
     /// The oldest one that has not come back, and since when it is out.
     out: Option<(u64, Instant)>,
+    /// How many have come back.
+    heard: u64,
 }
 
 impl Probe {
@@ -72,7 +74,14 @@ impl Probe {
 
     /// A number has come back.
     pub(super) fn heard(&self, number: u64) {
-        self.state.lock().out.take_if(|(oldest, _)| *oldest <= number);
+        let state = &mut *self.state.lock();
+        state.heard += 1;
+        state.out.take_if(|(oldest, _)| *oldest <= number);
+    }
+
+    /// How many have come back so far.
+    pub(super) fn count_heard(&self) -> u64 {
+        self.state.lock().heard
     }
 
     /// Nothing sent so far is expected any more: the ear is a new one.

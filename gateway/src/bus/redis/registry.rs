@@ -33,6 +33,7 @@ mod asks;
 use super::{
     RETRY_PAUSE_MAX, RetryPause,
     agreement::LEASE,
+    conditions::{Finder, is_forbidden},
     is_of_the_slot,
     keyspace::{Keyspace, PlaceKeys, name_of},
     notice, refused_or_away,
@@ -443,6 +444,9 @@ impl Registrar {
     }
 
     async fn perform_on(&self, server: &Server, ops: Numbered, incarnation: &str) -> Numbered {
+        if server.conditions.is_forbidden() {
+            return ops;
+        }
         let Ok(mut reader) = server.dial.reader().await else { return ops };
         let mut pipeline = redis::Pipeline::with_capacity(ops.len());
         pipeline.ignore_errors();
@@ -486,6 +490,14 @@ impl Registrar {
                     left.push((number, op));
                 }
                 Err(error) => match refused_or_away(&error) {
+                    _ if is_forbidden(&error) => {
+                        server.conditions.note(Finder::Call, &error);
+                        match op {
+                            // Nobody waits for these, and they are told when it is allowed again.
+                            Op::Seat { reply: None, .. } => left.push((number, op)),
+                            op => op.fail(BusError::Unavailable),
+                        }
+                    }
                     BusError::Refused => {
                         tracing::error!(%error, "Redis refused a call of the registry");
                         op.fail(BusError::Refused);

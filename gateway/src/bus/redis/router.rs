@@ -31,6 +31,7 @@ use super::{
     RedisOptions,
     agreement::{self, Process},
     appender::{self, Appender},
+    conditions::Conditions,
     keyspace::Keyspace,
     links::Links,
     log::Log,
@@ -213,7 +214,12 @@ impl Router {
 
     /// Whether a server throws keys away.
     pub(super) fn evicts(&self) -> bool {
-        self.sets().iter().any(|(set, _)| set.links.evicts.load(Ordering::Relaxed))
+        self.sets().iter().any(|(set, _)| set.server.conditions.evicts())
+    }
+
+    /// What a server is not, or does not allow.
+    pub(super) fn unmet_condition(&self) -> Option<&'static str> {
+        self.sets().iter().find_map(|(set, _)| set.server.conditions.failing())
     }
 
     /// All sets, with the homes that lead to them.
@@ -508,6 +514,7 @@ impl Parts {
             owned: watch::Sender::new(homes.iter().copied().collect()),
             agreed: watch::Sender::new(Agreed::default()),
             astray: self.astray.clone(),
+            conditions: Conditions::default(),
         });
         let standing = self.mailboxes.standing().clone();
         let links = Arc::new(Links::new(standing, self.metrics.clone()));

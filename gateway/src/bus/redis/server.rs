@@ -9,6 +9,7 @@ use shared::ids::RoomId;
 use tokio::sync::{Notify, watch};
 
 use super::{
+    conditions::{Conditions, Finder},
     config, is_of_the_slot, is_stale,
     keyspace::Keyspace,
     memory::Memory,
@@ -35,6 +36,8 @@ pub(super) struct Server {
     pub(super) agreed: watch::Sender<Agreed>,
     /// Told when something shows that a home may be with another server.
     pub(super) astray: Arc<Notify>,
+    /// What it has to be, and a gateway has to be allowed there.
+    pub(super) conditions: Conditions,
 }
 
 /// The server that the nodes have agreed on, and for which homes.
@@ -119,8 +122,12 @@ impl Server {
         config: AsyncConnectionConfig,
     ) -> Result<(MultiplexedConnection, Token), RedisError> {
         let connected = self.connect_and_ask(config).await;
-        if connected.is_err() {
+        if let Err(error) = &connected {
             self.astray.notify_one();
+            self.conditions.note(Finder::Call, error);
+            if error.kind() == ErrorKind::RESP3NotSupported {
+                let _ = self.conditions.note_version(Some("older than 6.0".to_owned()));
+            }
         }
         connected
     }
@@ -137,6 +144,7 @@ impl Server {
             .arg("replication")
             .query_async(&mut connection)
             .await?;
+        self.conditions.check_version(&run)?;
         if !replication.contains("role:master") {
             return Err((ErrorKind::Io, "the server is a replica").into());
         }
@@ -158,6 +166,10 @@ impl Server {
         &self,
         question: impl AsyncFnOnce(&mut Reader) -> Result<T, RedisError>,
     ) -> Result<T, BusError> {
+        if self.conditions.is_forbidden() {
+            // It would be refused; the appender finds out when it is not any more.
+            return Err(BusError::Unavailable);
+        }
         let mut reader = self.dial.reader().await.map_err(|error| {
             tracing::debug!(%error, "no connection to ask by");
             BusError::Unavailable
@@ -171,6 +183,7 @@ impl Server {
                 reader.discard();
                 return BusError::Unavailable;
             }
+            self.conditions.note(Finder::Call, &error);
             let failed = refused_or_away(&error);
             if failed == BusError::Refused {
                 tracing::error!(%error, "Redis refused what it was asked");

@@ -32,7 +32,9 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    RetryPause, config,
+    RetryPause,
+    conditions::Finder,
+    config,
     keyspace::Keyspace,
     links::{Link, Links},
     notice,
@@ -220,8 +222,15 @@ impl Worker {
         let mut pause = RetryPause::default();
         loop {
             pause.wait().await;
-            let Err(error) = self.listen(&mut pause).await;
+            let heard = self.links.probe.count_heard();
+            let Err(error) = self.listen().await;
             self.server.astray.notify_one();
+            if self.links.probe.count_heard() != heard {
+                // It did its work: until then the next attempts become rarer.
+                pause = RetryPause::default();
+            }
+            pause.failed(&error);
+            self.server.conditions.note(Finder::Subscriber, &error);
             if pause.is_worth_a_line() {
                 tracing::warn!(%error, "cannot hear Redis");
             }
@@ -230,7 +239,7 @@ impl Worker {
     }
 
     /// Connects, subscribes to everything, and serves wishes until the link dies.
-    async fn listen(&mut self, pause: &mut RetryPause) -> Result<Infallible, RedisError> {
+    async fn listen(&mut self) -> Result<Infallible, RedisError> {
         let ear = Ear::default();
         let config = config().set_push_sender(self.receiver(&ear));
         let lost = ear.lost.clone();
@@ -244,8 +253,8 @@ impl Worker {
         self.subscribe(&mut connection, &rooms).await?;
         // Only when everything is subscribed to: what is read from now on leaves no gap.
         self.mailboxes.doubt();
+        self.server.conditions.allow(Finder::Subscriber);
         self.links.set(&self.server, Link::Hearing, Some(token));
-        *pause = RetryPause::default();
 
         let mut look = tokio::time::interval(LOOK_EVERY);
         loop {

@@ -1,0 +1,36 @@
+#!lua flags=allow-oom
+-- Which of the commands that gateways use the user of this connection may not use.
+--
+-- KEYS  1 a key that nothing else uses
+-- ARGV  1 a channel below `gw:`
+-- Returns their names.
+--
+-- Redis looks at permissions before it looks at anything else, so that what else is wrong with a call
+-- tells nothing.
+
+local calls = {
+    { 'HSET', KEYS[1], 'f', '1' }, { 'HGET', KEYS[1], 'f' }, { 'HMGET', KEYS[1], 'f' },
+    { 'HGETALL', KEYS[1] }, { 'HKEYS', KEYS[1] }, { 'HLEN', KEYS[1] }, { 'HEXISTS', KEYS[1], 'f' },
+    { 'HSETNX', KEYS[1], 'f', '1' }, { 'HSCAN', KEYS[1], '0' }, { 'HDEL', KEYS[1], 'g' },
+    { 'EXISTS', KEYS[1] }, { 'TYPE', KEYS[1] }, { 'PEXPIRE', KEYS[1], '60000' },
+    { 'PEXPIREAT', KEYS[1], '4102444800000' }, { 'PERSIST', KEYS[1] },
+    { 'XADD', KEYS[1], '1-0', 'f', '1' }, { 'XRANGE', KEYS[1], '-', '+' },
+    { 'XREVRANGE', KEYS[1], '+', '-' }, { 'XLEN', KEYS[1] }, { 'XTRIM', KEYS[1], 'MAXLEN', '1' },
+    { 'ZADD', KEYS[1], '0', 'm' }, { 'ZREM', KEYS[1], 'm' }, { 'ZCARD', KEYS[1] },
+    { 'ZREMRANGEBYSCORE', KEYS[1], '0', '0' }, { 'ZREMRANGEBYRANK', KEYS[1], '0', '0' },
+    { 'ZRANGEBYLEX', KEYS[1], '-', '+' }, { 'ZMSCORE', KEYS[1], 'm' }, { 'GET', KEYS[1] },
+    { 'SET', KEYS[1], '1', 'NX' }, { 'RPUSH', KEYS[1], '1' }, { 'LRANGE', KEYS[1], '0', '0' },
+    { 'MEMORY', 'USAGE', KEYS[1] }, { 'TIME' }, { 'INFO', 'server' }, { 'PUBLISH', ARGV[1], '' },
+    { 'DEL', KEYS[1] },
+}
+local missing = {}
+for _, call in ipairs(calls) do
+    local reply = redis.pcall(unpack(call))
+    -- What Redis 7.0 says of it in a script, and what 7.2 does.
+    local text = type(reply) == 'table' and reply.err or ''
+    if string.find(text, 'The user executing the script', 1, true)
+        or string.find(text, 'ACL failure', 1, true) or string.find(text, 'NOPERM', 1, true) then
+        missing[#missing + 1] = string.lower(call[1])
+    end
+end
+return missing
