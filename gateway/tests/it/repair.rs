@@ -150,6 +150,7 @@ async fn a_thousand_rooms_are_repaired_when_the_link_is_back() {
             hub.join(room.clone(), member.clone(), None, Start::Newest(0), Default::default());
         within(joined).await.unwrap();
     }
+    assert_eq!(metrics.rooms.get(), ROOMS as i64);
     redis.command("ACL SETUSER default -subscribe").await;
     redis.command("CLIENT KILL TYPE pubsub").await;
     until("deaf", async || bus.failing().is_some()).await;

@@ -95,6 +95,8 @@ fn call(sha: &str, room: usize, number: usize) -> Vec<String> {
         "16777216",
         "",
         "",
+        // Redis has memory.
+        "",
     ];
     arguments.map(str::to_owned).into()
 }
