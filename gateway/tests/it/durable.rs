@@ -388,6 +388,17 @@ async fn publishes_are_acknowledged_while_a_full_redis_is_flooded() {
     flood_all(MEMORY * 3 / 4, Duration::from_millis(700)).await;
 }
 
+/// Others find by its incarnations that a process has ended, and forget with them what it has told: one that
+/// is killed soon after its start leaves nothing either.
+#[tokio::test]
+async fn a_node_is_registered_before_it_tells_its_seats() {
+    let redis = Redis::start().await;
+    let _node = Gateway::start_on(&redis, &[]).await;
+    let count = async |key| redis.command(&format!("HLEN {key}")).await.unwrap();
+    until("the node has told its seats", async || count("gw:told").await == ":1").await;
+    assert_eq!(count("gw:incarnations").await, ":1");
+}
+
 #[tokio::test]
 async fn a_full_redis_takes_what_makes_room_for_itself() {
     let redis = Redis::start().await;

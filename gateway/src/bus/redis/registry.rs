@@ -619,6 +619,10 @@ impl Registrar {
             }
             agreements_of(&state.servers)
         };
+        // Others forget what a process has told with its incarnations, so they know of those first.
+        if self.registered().await.is_none() {
+            return;
+        }
         let Some(server) = self.router.agreed_server(0) else { return };
         let Ok(mut reader) = server.dial.reader().await else { return };
         let mut tell = self.scripts.told.key(self.router.keyspace().told());
