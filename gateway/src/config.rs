@@ -248,7 +248,7 @@ impl Config {
         let message_bytes = r.take::<Bytes>("limits.message_bytes_max", &MESSAGE_BYTES_MAX.to_string(), "The largest WebSocket message. More: close 1009.");
         let messages = r.take_in("limits.messages_per_second", "50", 0..=1_000_000_u32, "`message` frames per connection, twice as many at once. More: `rate_limited`. 0: no limit.");
         let frames = r.take_in("limits.frames_per_second", "200", 0..=1_000_000_u32, "Other frames per connection, five times as many at once; of `watch` and `unwatch` four names count as one more. More: `rate_limited`. As many control frames, small fragments and refused frames: more are read more slowly, and after 10 s the connection is closed with 1008 `rate_limited`. 0: no limit.");
-        let bytes_rate = r.take::<Bytes>("limits.bytes_per_second", "4MiB", "Bytes from a connection, inflated, five times as many at once. Above it the gateway reads more slowly; nothing is refused. 0: no limit.");
+        let bytes_rate = r.take::<Bytes>("limits.bytes_per_second", "2MiB", "Bytes from a connection, inflated, twice as many at once. Above it the gateway reads more slowly; nothing is refused. 0: no limit.");
         let rooms_max = r.take_in("limits.rooms_per_connection", "500", 1..=100_000_usize, "Rooms a connection may be in. More: `limit_reached`.");
         let watches_max = r.take_in("limits.watches_per_connection", "1000", 0..=100_000_usize, "Users a connection may watch, those it exchanges directs with among them. More: `limit_reached`.");
         let per_user = r.take_in("limits.connections_per_user", "50", 0..=usize::MAX, "Connections of a user. More: close 1008 `too_many_connections`. 0: no limit.");

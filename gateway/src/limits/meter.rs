@@ -39,6 +39,8 @@ const ADDRESS_SHARE: u32 = 20;
 const NAMES_PER_UNIT: usize = 4;
 /// How many seconds of its rate a connection may use at once.
 const BURST_SECONDS: u32 = 5;
+/// The same of bytes: a message of 256 KiB is parsed in about a millisecond, in one piece.
+const VOLUME_BURST_SECONDS: u32 = 2;
 
 /// Most frames of any kind that one turn handles.
 const TURN_FRAMES: u32 = 64;
@@ -78,6 +80,7 @@ impl MeterRates {
             frames_burst: frames.saturating_mul(BURST_SECONDS),
             bytes_per_second,
         };
+        let volume = u32::try_from(bytes_per_second).unwrap_or(0);
         let per_second = |count: u32| Rate::new(count, second, count.saturating_mul(BURST_SECONDS));
         Self {
             messages: Rate::new(messages, second, announced.messages_burst),
@@ -85,7 +88,7 @@ impl MeterRates {
             passwords: Rate::new(1, 2 * second, 5),
             overhead: per_second(frames),
             address_overhead: per_second(frames.saturating_mul(ADDRESS_SHARE)),
-            volume: per_second(u32::try_from(bytes_per_second).unwrap_or(0)),
+            volume: Rate::new(volume, second, volume.saturating_mul(VOLUME_BURST_SECONDS)),
             announced,
         }
     }
