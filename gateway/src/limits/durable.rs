@@ -31,7 +31,7 @@ impl Writer {
     }
 }
 
-/// The quotas of a user; an address has [`USERS_PER_ADDRESS`] times as much.
+/// The quotas of a user; an address has eight times as much.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct QuotaOptions {
     /// Bytes in a minute, twice as many at once; 0: no limit.
