@@ -61,9 +61,6 @@ const LAST_TASKS_MAX: Duration = Duration::from_secs(1);
 /// After how many steps of tasks a busy thread looks at its sockets again, where tokio does after 61:
 /// what is ready by then gathers for one write per socket (docs/adr/0011).
 const STEPS_PER_LOOK: u32 = 1024;
-/// The most sockets that one look finds ready: thousands that end at once come in portions, and what
-/// others send stands between them.
-const EVENTS_PER_LOOK: usize = 256;
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
@@ -81,7 +78,6 @@ fn main() -> ExitCode {
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .event_interval(STEPS_PER_LOOK)
-        .max_io_events_per_tick(EVENTS_PER_LOOK)
         .enable_all()
         .build();
     let runtime = match runtime {

@@ -82,7 +82,8 @@ impl Pace {
     /// Takes `count` events that have happened, also where that is more than may be taken.
     pub fn charge(&mut self, count: u32, rate: Rate, now: Instant) {
         if !rate.interval.is_zero() {
-            self.0 = Some(now + self.early(now) + rate.interval.saturating_mul(count));
+            let due = self.0.map_or(now, |due| due.max(now));
+            self.0 = Some(due + rate.interval.saturating_mul(count));
         }
     }
 
@@ -148,6 +149,9 @@ impl<K: Hash + Eq> Paces<K> {
 
     /// As [`Pace::wait`], for `key`.
     pub fn wait(&self, key: &K, rate: Rate, now: Instant) -> Duration {
+        if rate.interval.is_zero() {
+            return Duration::ZERO;
+        }
         self.paces.lock().0.get(key).map_or(Duration::ZERO, |pace| pace.wait(rate, now))
     }
 

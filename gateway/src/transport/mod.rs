@@ -11,7 +11,9 @@
 
 use std::{
     cell::RefCell,
+    future::poll_fn,
     io::{self, Read as _},
+    pin::pin,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -101,6 +103,8 @@ pub struct Connection {
     meter: Meter,
     /// Bytes that were received and not handled yet.
     unread: Vec<u8>,
+    /// Some of it was there a turn ago.
+    is_behind: bool,
     /// The outbox is full, so that nothing is read and nothing can be heard.
     full: bool,
     /// The meter has the connection wait until then, so that nothing is read.
@@ -162,6 +166,7 @@ impl Connection {
             metrics,
             meter,
             unread: early,
+            is_behind: false,
             full: false,
             paused_until: None,
             heard: now,
@@ -226,8 +231,7 @@ impl Connection {
                 return End::Close { close, ending: Ending::ByGateway };
             }
             if performing.is_none() && !self.is_paused() {
-                let gone = !self.unread.is_empty() && is_write_closed(socket);
-                if gone {
+                if self.is_behind && is_write_closed(socket) {
                     return End::Gone;
                 }
                 let step = self.handle_unread(&mut turn);
@@ -280,6 +284,13 @@ impl Connection {
             }
             self.watch_the_time(blocked);
             let reads = performing.is_none() && !self.full && !self.is_paused();
+            let mut has_waited = false;
+            let mut readable = pin!(socket.readable());
+            let readable = poll_fn(|context| {
+                let polled = readable.as_mut().poll(context);
+                has_waited |= polled.is_pending();
+                polled
+            });
             // All arms are cancel-safe: what is performed is kept. The bodies do not await.
             tokio::select! {
                 biased;
@@ -299,7 +310,11 @@ impl Connection {
                         outbox.flush_writable();
                     }
                 }
-                ready = socket.readable(), if reads => {
+                ready = readable, if reads => {
+                    if has_waited {
+                        // The others have had theirs meanwhile.
+                        turn = TurnBudget::default();
+                    }
                     if ready.and_then(|()| self.read(socket)).is_err() {
                         return End::Gone;
                     }
@@ -346,10 +361,12 @@ impl Connection {
             return Step::More;
         }
         let mut input = std::mem::take(&mut self.unread);
-        let begun = Instant::now();
+        // What was not there before has just been read.
+        let begun = if self.is_behind { Instant::now() } else { self.heard };
         let (used, mut step) = self.handle(&mut input, begun, turn);
         self.decoder.release();
-        if used < input.len() {
+        self.is_behind = used < input.len();
+        if self.is_behind {
             input.drain(..used);
             self.unread = input;
         }
@@ -388,7 +405,8 @@ impl Connection {
             if outbox.is_full() {
                 return (used, Step::Full);
             }
-            if turn.is_over(now.elapsed()) {
+            // Most often there is one frame, and the time is not looked at for it.
+            if used > 0 && turn.is_over(now.elapsed()) {
                 return (used, Step::More);
             }
             let (count, received) = match self.decoder.next(&mut input[used..]) {
