@@ -27,17 +27,16 @@ use crate::telemetry::metrics::Metrics;
 
 pub mod deflate;
 mod frames;
+mod link;
 
 use deflate::Deflating;
 use frames::Frames;
+use link::Link;
+pub use link::hold_little;
 
 /// What a queued frame takes beside its own bytes: its place in the queue and its allocation. An
 /// empty pong would otherwise count two bytes and take a hundred.
 pub const FRAME_OVERHEAD_BYTES: usize = 96;
-
-/// How many bytes the kernel holds of a connection before they are sent (`TCP_NOTSENT_LOWAT`, tcp(7)).
-/// What is in the kernel cannot be overtaken by an answer, and at 96 kbit/s this much takes 1.4 s.
-const KERNEL_BYTES: u32 = 16 * 1024;
 
 /// How many frames are put ahead of what waits before a further pong replaces the one before it
 /// (RFC 6455, section 5.5.3, allows to answer the latest ping only).
@@ -92,9 +91,8 @@ struct Queue {
     held: usize,
     /// Since when the socket has taken nothing. While it is set only the connection's task writes.
     blocked_since: Option<Instant>,
-    /// When the socket last took something after it had taken nothing: its peer had acknowledged
-    /// bytes until then.
-    progressed: Option<Instant>,
+    /// What is known of the peer's link, once the socket was full.
+    link: Option<Box<Link>>,
     /// The latest pong, while too much is ahead of the others already.
     pong: Option<Box<Bytes>>,
     /// Rooms in which this connection has to be given more once there is room; and those in which
@@ -110,8 +108,6 @@ struct Queue {
 impl Outbox {
     /// An outbox that writes to `socket` and refuses entries above `bytes_max`.
     pub fn to_socket(socket: TcpStream, bytes_max: usize, metrics: Arc<Metrics>) -> Self {
-        // Where the system has no such option answers come later, and nothing else changes.
-        let _ = socket2::SockRef::from(&socket).set_tcp_notsent_lowat(KERNEL_BYTES);
         Self::new(Sink::Socket(socket), bytes_max, metrics)
     }
 
@@ -240,7 +236,7 @@ impl Outbox {
     /// When the peer was last seen to acknowledge bytes: the socket took something after it had taken
     /// nothing. `None` where it never was full.
     pub fn progressed(&self) -> Option<Instant> {
-        self.queue.lock().progressed
+        self.queue.lock().link.as_ref()?.progressed()
     }
 
     /// Notes that the connection has to be given more of `room` once there is room.
@@ -378,14 +374,20 @@ impl Outbox {
             match written {
                 Ok(written) => {
                     let frames = queue.remove(written);
-                    if queue.blocked_since.take().is_some() {
-                        queue.progressed = Some(Instant::now());
+                    let was_full = queue.blocked_since.take().is_some();
+                    if let Some(link) = &mut queue.link
+                        && link.is_measured()
+                        && let Some(buffer) = link.take(written, was_full, Instant::now())
+                    {
+                        // It only makes answers faster.
+                        let _ = socket2::SockRef::from(socket).set_send_buffer_size(buffer);
                     }
                     self.metrics.frames_sent.inc_by(frames);
                     self.metrics.bytes_sent.inc_by(written as u64);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    queue.blocked_since.get_or_insert_with(Instant::now);
+                    let since = *queue.blocked_since.get_or_insert_with(Instant::now);
+                    queue.link.get_or_insert_default().fill(since);
                     return;
                 }
                 // The reading side meets the same end and tells why.
@@ -397,6 +399,9 @@ impl Outbox {
             }
         }
         queue.blocked_since = None;
+        if let Some(link) = &mut queue.link {
+            link.drain();
+        }
         if !queue.lagging.is_empty() {
             // Whoever wrote, the connection's task is the one to ask for more.
             self.wake.notify_one();

@@ -37,6 +37,7 @@ use super::{
 use crate::{
     drain::supervision::caught,
     limits::{Counts, Place, address_key},
+    outbox,
     telemetry::metrics::Dropped,
 };
 
@@ -44,8 +45,6 @@ use crate::{
 const HEADER_READ_MAX: Duration = Duration::from_secs(10);
 /// The most bytes of a request's header. More is answered by 431.
 const HEADER_BYTES_MAX: usize = 16 * 1024;
-/// How much the kernel takes that it cannot send yet.
-const UNSENT_BYTES_MAX: u32 = 64 * 1024;
 /// How many connections are accepted before all other tasks have their turn: each brings a handshake
 /// of some 50 µs with it.
 const ACCEPTS_PER_TURN: u32 = 16;
@@ -227,9 +226,8 @@ impl Http {
         let Ok(local) = socket.local_addr() else { return };
         // A frame is small and is to leave at once.
         let _ = socket.set_nodelay(true);
-        // What a peer does not read waits where limits count it. A kernel that knows no such bound
-        // holds more, and serves all the same.
-        let _ = socket2::SockRef::from(&socket).set_tcp_notsent_lowat(UNSENT_BYTES_MAX);
+        // What a peer does not read waits where limits count it and answers overtake it.
+        outbox::hold_little(&socket);
         let ends = Ends { peer: self.peer, local };
         let first = timeout(HEADER_READ_MAX, Begun::read(socket, HEADER_BYTES_MAX));
         let first = tokio::select! {
