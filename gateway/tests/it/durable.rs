@@ -83,6 +83,24 @@ async fn a_user_who_was_never_connected_has_a_small_inbox() {
 }
 
 #[tokio::test]
+async fn a_direct_that_is_refused_leaves_nothing_in_redis() {
+    let redis = Redis::start().await;
+    let options = [("limits.new_inboxes_per_hour", "1"), ("inbox.unseen_max_bytes", "2000")];
+    let node = Gateway::start_on(&redis, &options).await;
+    let mut ann = node.connect("ann").await;
+    direct(&mut ann, "nobody", "").await.unwrap();
+    let large = "x".repeat(2000);
+    for (to, content, code) in
+        [("nobody-2", "", ErrorCode::RateLimited), ("nobody-3", &large, ErrorCode::LimitReached)]
+    {
+        assert_eq!(code_of(&mut ann, to, content).await, code);
+    }
+    let script = "return table.concat(redis.call('KEYS', '*nobody*'), ' ')";
+    let keys = redis.answer(&format!("EVAL \"{script}\" 0")).await;
+    assert!(keys.contains("nobody") && !keys.contains("nobody-"), "{keys}");
+}
+
+#[tokio::test]
 async fn quotas_of_a_user_are_answered_by_name() {
     let options = [
         ("limits.new_rooms_per_minute", "1"),

@@ -10,7 +10,8 @@
 --       `small`, or `keep` the inbox as any  17, 18, 19 most entries, bytes, and ttl in ms of a small one
 -- Returns epoch, seq, and 1 where it was there before, 2 where it has opened a small inbox.
 --
--- All checks come first, and XADD is the first write: an error leaves everything as it was.
+-- All checks come first, and XADD is the first write: an error leaves everything as it was. A room that
+-- only the refused entry has opened is closed again, so that ever new names keep nothing.
 
 local epoch, top, meta = whole()
 if not epoch then
@@ -19,7 +20,14 @@ end
 
 -- Above the watermark a log takes no more than before, but for entries as small as people write.
 local small_entry, ids_max_when_full = 4096, 2000
-local full = redis.error_reply('FULL memory is above the watermark')
+local full = 'FULL memory is above the watermark'
+
+local function refused(reason)
+    if not meta[1] then
+        redis.call('DEL', KEYS[2])
+    end
+    return redis.error_reply(reason)
+end
 
 -- The first number to keep, so that those before it make room for the new entry; nil where they do not.
 local function first_kept()
@@ -50,16 +58,16 @@ local function append_to_small()
     end
     local bytes_max, number = tonumber(ARGV[18]), digits(top + 1)
     if #ARGV[8] > bytes_max then
-        return redis.error_reply('UNSEENBYTES the inbox of a user who was never connected is small')
+        return refused('UNSEENBYTES the inbox of a user who was never connected is small')
     elseif #entries == 0 and ARGV[14] ~= '' then
-        return full
+        return refused(full)
     elseif #entries == 0 and ARGV[16] == 'refuse' then
-        return redis.error_reply('UNSEENQUOTA too many users who were never connected')
+        return refused('UNSEENQUOTA too many users who were never connected')
     end
     if ARGV[14] ~= '' then
         bytes_max = math.max(bytes - #ARGV[8], small_entry)
         if #ARGV[8] > bytes_max then
-            return full
+            return refused(full)
         end
     end
     local gone = 0
@@ -113,7 +121,7 @@ if ARGV[14] ~= '' then
     local ids = ARGV[14] == 'full' and redis.call('HLEN', newer) + redis.call('HLEN', older) or 0
     made_room = first_kept()
     if is_new or ids > ids_max_when_full or not made_room then
-        return full
+        return refused(full)
     end
 end
 
