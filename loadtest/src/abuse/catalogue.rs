@@ -5,6 +5,8 @@
 //!
 //! Pure.
 
+use std::time::Duration;
+
 use super::{
     script::{Opening, Script, Then, binary, frame, frame_header, text},
     verdict::Allowance,
@@ -53,8 +55,17 @@ const PLAIN: Attack = Attack {
     allowed: |_| Allowance { users: 8, ..NOTHING },
 };
 
-const NOTHING: Allowance =
-    Allowance { streams: 0, users: 0, records: 0, record_bytes: 0, close: None };
+const NOTHING: Allowance = Allowance {
+    streams: 0,
+    users: 0,
+    records: 0,
+    record_bytes: 0,
+    newcomers: Duration::ZERO,
+    close: None,
+};
+/// How long newcomers may stand in a queue with some thousands: a node opens 5,000 connections and more in a
+/// second.
+const QUEUE: Duration = Duration::from_secs(2);
 
 /// Keys of a log in Redis: entries, position, two hashes of ids.
 const KEYS_PER_LOG: u64 = 4;
@@ -383,7 +394,7 @@ pub(crate) const CATALOGUE: &[Attack] = &[
         what: "15,000 members of rooms leave at once",
         prepare: |scale| vec![members(scale.of(15_000))],
         drops_prepared: true,
-        allowed: |scale| Allowance { users: scale.of(15_000).into(), ..NOTHING },
+        allowed: |scale| Allowance { users: scale.of(15_000).into(), newcomers: QUEUE, ..NOTHING },
         ..PLAIN
     },
     Attack {
@@ -393,7 +404,11 @@ pub(crate) const CATALOGUE: &[Attack] = &[
         prepare: |scale| vec![members(scale.of(5_000))],
         drops_prepared: true,
         attack: |scale| vec![Script { opens_per_second: 1_000_000, ..members(scale.of(5_000)) }],
-        allowed: |scale| Allowance { users: u64::from(scale.of(5_000)) * 2, ..NOTHING },
+        allowed: |scale| Allowance {
+            users: u64::from(scale.of(5_000)) * 2,
+            newcomers: QUEUE,
+            ..NOTHING
+        },
     },
     // B: state that outlives its maker.
     Attack {
@@ -457,7 +472,13 @@ pub(crate) const CATALOGUE: &[Attack] = &[
                     .per_second(48),
             ]
         },
-        allowed: |_| Allowance { users: 1, records: 160, record_bytes: 128 << 10, ..NOTHING },
+        // What `limits.durable_bytes_per_minute` lets a user have kept at once.
+        allowed: |_| Allowance {
+            users: 1,
+            records: 160,
+            record_bytes: (64 << 20) / 160,
+            ..NOTHING
+        },
         ..PLAIN
     },
     Attack {
