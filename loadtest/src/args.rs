@@ -478,6 +478,10 @@ pub(crate) struct BenchArgs {
     /// Where `gateway` is, and the floor and the naive chat in `examples`.
     #[arg(long, default_value = "target/release")]
     pub(crate) programs: PathBuf,
+    /// Compares with this other gateway, built before a change, instead of the floor and the naive
+    /// chat. Both are measured in turns.
+    #[arg(long)]
+    pub(crate) previous: Option<PathBuf>,
     /// Writes the table into this file as well, as JSON.
     #[arg(long)]
     pub(crate) json: Option<PathBuf>,

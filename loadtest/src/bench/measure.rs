@@ -134,16 +134,12 @@ impl Spread {
         Self::of(samples.iter().filter_map(value).collect())
     }
 
-    /// How many times the floor's: each round beside the floor of the same round.
-    pub(crate) fn times_floor(
-        samples: &[Sample],
-        floor: &[Sample],
-        measure: Measure,
-    ) -> Option<Self> {
-        let ratio = |(sample, floor): (&Sample, &Sample)| {
-            Some(sample.values.get(&measure)? / floor.values.get(&measure)?)
+    /// How many times another's: each round beside the other's same round.
+    pub(crate) fn times(samples: &[Sample], others: &[Sample], measure: Measure) -> Option<Self> {
+        let ratio = |(sample, other): (&Sample, &Sample)| {
+            Some(sample.values.get(&measure)? / other.values.get(&measure)?)
         };
-        Self::of(samples.iter().zip(floor).filter_map(ratio).collect())
+        Self::of(samples.iter().zip(others).filter_map(ratio).collect())
     }
 }
 
@@ -199,13 +195,10 @@ mod tests {
     #[test]
     fn a_ratio_is_to_the_floor_of_the_same_round() {
         // The second round was twice as slow for both.
-        let times = Spread::times_floor(
-            &samples(&[5.0, 10.0, 6.0]),
-            &samples(&[10.0, 20.0, 10.0]),
-            Measure::Cpu,
-        );
+        let times =
+            Spread::times(&samples(&[5.0, 10.0, 6.0]), &samples(&[10.0, 20.0, 10.0]), Measure::Cpu);
         assert_eq!(times, Some(Spread { median: 0.5, min: 0.5, max: 0.6 }));
-        assert_eq!(Spread::times_floor(&samples(&[1.0]), &[], Measure::Cpu), None);
+        assert_eq!(Spread::times(&samples(&[1.0]), &[], Measure::Cpu), None);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! `loadtest bench`: the table of speed and size. Every row is measured for the gateway, for the
 //! floor (one `write(2)` per frame and socket, `examples/floor.rs`) and for a naive chat
-//! (`examples/naive_chat.rs`), in turns, with new processes for each round.
+//! (`examples/naive_chat.rs`), in turns, with new processes for each round. With `--previous` it is
+//! measured beside another gateway only, so that many short rounds show what a change costs.
 
 use std::{fs, io, time::Duration};
 
@@ -73,7 +74,7 @@ pub(crate) enum BenchError {
 pub(crate) async fn run(args: BenchArgs) -> Result<Table, BenchError> {
     // What is not given shows where connections fail.
     let _ = rlimit::increase_nofile_limit(DESCRIPTORS);
-    let ground = Ground::new(args.programs.clone());
+    let ground = Ground::new(args.programs.clone(), args.previous.clone())?;
     let machine = Machine::look(&ground);
     let mut table = Table::new(machine, args.rounds, args.measured.as_millis());
     for row in ROWS.iter().filter(|row| args.rows.is_empty() || args.rows.contains(&row.name)) {
@@ -97,7 +98,7 @@ async fn measure_row(ground: &Ground, row: &Row, args: &BenchArgs) -> Result<Rou
         times.measured *= 2;
     }
     let mut rounds: Rounds = Contender::ALL.map(|who| (who, Vec::new())).into();
-    rounds.retain(|(who, _)| shape.has(*who));
+    rounds.retain(|(who, _)| shape.has(*who) && ground.has(*who));
     for _ in 0..args.rounds {
         for (who, samples) in &mut rounds {
             samples.push(sample(ground, shape, *who, times).await?);

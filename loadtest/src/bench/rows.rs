@@ -207,7 +207,7 @@ impl Shape {
     /// Whether somebody is measured in it.
     pub(crate) fn has(self, who: Contender) -> bool {
         match who {
-            Contender::Skein => true,
+            Contender::Skein | Contender::Previous => true,
             // Who comes back there has nothing to go on from.
             _ if matches!(self, Self::Kill(_)) => false,
             Contender::Floor => true,

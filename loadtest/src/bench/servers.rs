@@ -58,6 +58,8 @@ pub(crate) enum Contender {
     Coalescing,
     /// A chat by hand with axum and tokio.
     Naive,
+    /// Another gateway, built before a change.
+    Previous,
     /// The gateway.
     Skein,
 }
@@ -67,6 +69,8 @@ pub(crate) enum Contender {
 pub(crate) struct Ground {
     /// The folder of `gateway` and `examples/`.
     pub(crate) programs: PathBuf,
+    /// Another gateway to compare with, and the options that it knows.
+    previous: Option<(PathBuf, String)>,
     /// Whether servers and load have a CPU each.
     pub(crate) pinned: bool,
 }
@@ -97,7 +101,8 @@ pub(crate) struct Spent {
 
 impl Contender {
     /// All of them, in the order of the table.
-    pub(crate) const ALL: [Self; 4] = [Self::Floor, Self::Coalescing, Self::Naive, Self::Skein];
+    pub(crate) const ALL: [Self; 5] =
+        [Self::Floor, Self::Coalescing, Self::Naive, Self::Previous, Self::Skein];
 
     /// Whether it is one process that does nothing but write.
     fn is_floor(self) -> bool {
@@ -111,6 +116,7 @@ impl fmt::Display for Contender {
             Self::Floor => "floor",
             Self::Coalescing => "coalescing floor",
             Self::Naive => "naive axum",
+            Self::Previous => "previous",
             Self::Skein => "Skein",
         })
     }
@@ -125,14 +131,33 @@ impl Drop for Server {
 }
 
 impl Ground {
-    /// Puts this process on the CPU of the load, where there is more than one.
-    pub(crate) fn new(programs: PathBuf) -> Self {
+    /// Puts this process on the CPU of the load, where there is more than one. With a `previous`
+    /// gateway only that and the gateway are measured.
+    pub(crate) fn new(programs: PathBuf, previous: Option<PathBuf>) -> Result<Self, BenchError> {
+        let previous = match previous {
+            Some(program) => {
+                let what = format!("{} --options", program.display());
+                let output = Command::new(&program).arg("--options").output();
+                let output = output.map_err(|source| BenchError::Start { what, source })?;
+                Some((program, String::from_utf8_lossy(&output.stdout).into_owned()))
+            }
+            None => None,
+        };
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         let own = std::process::id().to_string();
         let mut taskset = Command::new("taskset");
         taskset.args(["-cp", LOAD_CPU, &own]).stdout(Stdio::null()).stderr(Stdio::null());
         let pinned = cpus > 1 && taskset.status().is_ok_and(|status| status.success());
-        Self { programs, pinned }
+        Ok(Self { programs, previous, pinned })
+    }
+
+    /// Whether somebody is measured here.
+    pub(crate) fn has(&self, who: Contender) -> bool {
+        match who {
+            Contender::Skein => true,
+            Contender::Previous => self.previous.is_some(),
+            Contender::Floor | Contender::Coalescing | Contender::Naive => self.previous.is_none(),
+        }
     }
 
     /// Starts a contender with so many nodes.
@@ -145,7 +170,9 @@ impl Ground {
         let scratch = TempDir::new().map_err(BenchError::Scratch)?;
         // The floor is one process: what the writes alone cost.
         let redis = match who {
-            Contender::Naive | Contender::Skein if nodes > 1 => Some(self.redis(scratch.path())?),
+            Contender::Naive | Contender::Previous | Contender::Skein if nodes > 1 => {
+                Some(self.redis(scratch.path())?)
+            }
             _ => None,
         };
         let url = redis.as_ref().map(|redis| format!("redis://{}", redis.address));
@@ -169,17 +196,18 @@ impl Ground {
     }
 
     fn command(&self, who: Contender, redis: Option<&str>, token: bool) -> Command {
-        let program = match who {
-            Contender::Floor | Contender::Coalescing => "examples/floor",
-            Contender::Naive => "examples/naive_chat",
-            Contender::Skein => "gateway",
+        let program = match (who, &self.previous) {
+            (Contender::Previous, Some((program, _))) => program.clone(),
+            (Contender::Floor | Contender::Coalescing, _) => self.programs.join("examples/floor"),
+            (Contender::Naive, _) => self.programs.join("examples/naive_chat"),
+            (Contender::Skein | Contender::Previous, _) => self.programs.join("gateway"),
         };
-        let mut command = self.on_its_cpu(&self.programs.join(program));
+        let mut command = self.on_its_cpu(&program);
         match (who, redis) {
             (Contender::Naive, Some(redis)) => {
                 command.env("REDIS", redis);
             }
-            (Contender::Skein, redis) => {
+            (Contender::Skein | Contender::Previous, redis) => {
                 let own =
                     ["server.listen=127.0.0.1:0", "admin.listen=127.0.0.1:0", "log.format=json"];
                 let mut options: Vec<String> =
@@ -191,6 +219,10 @@ impl Ground {
                 if token {
                     options.push("auth.mode=jwt".to_owned());
                     options.push(format!("auth.jwt_secret={SECRET}"));
+                }
+                if let (Contender::Previous, Some((_, known))) = (who, &self.previous) {
+                    let key = |option: &str| option.split('=').next().map(|key| format!("`{key}`"));
+                    options.retain(|option| key(option).is_some_and(|key| known.contains(&key)));
                 }
                 for option in options {
                     command.arg("--set").arg(option);

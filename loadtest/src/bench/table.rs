@@ -51,17 +51,20 @@ pub(crate) struct Line {
     pub(crate) floor: Option<Cell>,
     pub(crate) coalescing: Option<Cell>,
     pub(crate) naive: Option<Cell>,
+    pub(crate) previous: Option<Cell>,
     pub(crate) skein: Option<Cell>,
     pub(crate) target: Option<String>,
     pub(crate) met: Option<bool>,
 }
 
-/// A value, and how many times the floor's it is.
+/// A value, and how many times the floor's, and the previous gateway's, it is.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub(crate) struct Cell {
     pub(crate) value: Spread,
     /// Not of the floor itself.
     pub(crate) times_floor: Option<Spread>,
+    /// Not of that gateway itself.
+    pub(crate) times_previous: Option<Spread>,
 }
 
 /// The rounds of one row, by contender.
@@ -92,9 +95,14 @@ impl TableRow {
         Self { title: row.title, lines: measures.into_iter().map(line).collect(), flaws }
     }
 
+    /// Whether the gateway stands beside another build of it.
+    fn has_previous(&self) -> bool {
+        self.lines.iter().any(|line| line.previous.is_some())
+    }
+
     /// Whether both sides of the comparison are sound. The others stand beside it.
     fn counts(&self) -> bool {
-        let compared = [Contender::Floor, Contender::Skein];
+        let compared = [Contender::Floor, Contender::Previous, Contender::Skein];
         self.flaws.iter().all(|flaw| !compared.contains(&flaw.who))
     }
 }
@@ -110,14 +118,16 @@ impl Flaw {
 impl Line {
     fn new(measure: Measure, rounds: &Rounds, target: Option<Target>) -> Self {
         let of = |who| rounds.iter().find(|(one, _)| *one == who).map(|(_, samples)| samples);
-        let floor = of(Contender::Floor);
         let cell = |who| {
             let samples = of(who)?;
             let value = Spread::of_measure(samples, measure)?;
-            let times_floor = floor
-                .filter(|_| who != Contender::Floor)
-                .and_then(|floor| Spread::times_floor(samples, floor, measure));
-            Some(Cell { value, times_floor })
+            let times = |other| {
+                let others = of(other).filter(|_| who != other)?;
+                Spread::times(samples, others, measure)
+            };
+            let (times_floor, times_previous) =
+                (times(Contender::Floor), times(Contender::Previous));
+            Some(Cell { value, times_floor, times_previous })
         };
         let skein = cell(Contender::Skein);
         let met = target.and_then(|target| {
@@ -128,6 +138,7 @@ impl Line {
             floor: cell(Contender::Floor),
             coalescing: cell(Contender::Coalescing),
             naive: cell(Contender::Naive),
+            previous: cell(Contender::Previous),
             skein,
             target: target.map(|target| target.to_string()),
             met,
@@ -142,14 +153,21 @@ impl fmt::Display for Table {
         writeln!(f, "{cpu}, {cores} cores, Linux {kernel}; {gateway} ({commit}); {redis}")?;
         let places = if *pinned { "servers on CPU 0, load on CPU 1" } else { "nothing is pinned" };
         writeln!(f, "{places}; load average before: {load_before}")?;
+        let has_previous = self.rows.iter().any(TableRow::has_previous);
+        let other = if has_previous { "previous gateway" } else { "floor" };
         writeln!(
             f,
-            "median of {} rounds of {} ms (least to most); × is to the floor of the same round",
+            "median of {} rounds of {} ms (least to most); × is to the {other} of the same round",
             self.rounds, self.measured_ms,
         )?;
         writeln!(f, "the gateway as it is, but {}\n", self.gateway_options.join(", "))?;
-        writeln!(f, "| what | floor | coalescing floor | naive axum | Skein | target |")?;
-        writeln!(f, "| --- | --- | --- | --- | --- | --- |")?;
+        if has_previous {
+            writeln!(f, "| what | previous | Skein |")?;
+            writeln!(f, "| --- | --- | --- |")?;
+        } else {
+            writeln!(f, "| what | floor | coalescing floor | naive axum | Skein | target |")?;
+            writeln!(f, "| --- | --- | --- | --- | --- | --- |")?;
+        }
         self.rows.iter().try_for_each(|row| write!(f, "{row}"))
     }
 }
@@ -157,10 +175,11 @@ impl fmt::Display for Table {
 impl fmt::Display for TableRow {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mark = if self.counts() { "" } else { " (does not count)" };
-        writeln!(f, "| **{}**{mark} | | | | | |", self.title)?;
+        let rest = if self.has_previous() { " | |" } else { " | | | | |" };
+        writeln!(f, "| **{}**{mark} |{rest}", self.title)?;
         self.lines.iter().try_for_each(|line| write!(f, "{line}"))?;
         self.flaws.iter().try_for_each(|Flaw { who, rounds, what }| {
-            writeln!(f, "| ⚠ {who}, {rounds} round(s): {what} | | | | | |")
+            writeln!(f, "| ⚠ {who}, {rounds} round(s): {what} |{rest}")
         })
     }
 }
@@ -168,12 +187,19 @@ impl fmt::Display for TableRow {
 impl fmt::Display for Line {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let cell = |cell: Option<Cell>| match cell {
-            Some(Cell { value, times_floor: Some(times) }) => {
+            Some(Cell { value, times_previous: Some(times), .. }) => {
+                format!("{} = {:.3}×", spread(value), times.median)
+            }
+            Some(Cell { value, times_floor: Some(times), .. }) => {
                 format!("{} = {}×", spread(value), Measure::write(times.median))
             }
-            Some(Cell { value, times_floor: None }) => spread(value),
+            Some(Cell { value, .. }) => spread(value),
             None => String::new(),
         };
+        if self.previous.is_some() {
+            let (previous, skein) = (cell(self.previous), cell(self.skein));
+            return writeln!(f, "| {} | {previous} | {skein} |", self.measure.title());
+        }
         let (floor, coalescing) = (cell(self.floor), cell(self.coalescing));
         let (naive, skein) = (cell(self.naive), cell(self.skein));
         let met = match self.met {
@@ -218,6 +244,24 @@ mod tests {
         };
         check(1.6, "| server CPU per delivery, µs | 8.00 |  |  | 1.60 = 0.20× | ≤ 0.25× ✓ |\n");
         check(4.0, "| server CPU per delivery, µs | 8.00 |  |  | 4.00 = 0.50× | ≤ 0.25× ✗ |\n");
+    }
+
+    #[test]
+    fn a_gateway_stands_beside_its_previous_build() {
+        let of = |values: [f64; 2]| {
+            let sample = |value| Sample {
+                values: BTreeMap::from([(Measure::Cpu, value)]),
+                ..Sample::default()
+            };
+            values.map(sample).to_vec()
+        };
+        let rounds =
+            vec![(Contender::Previous, of([1.0, 2.0])), (Contender::Skein, of([1.1, 2.0]))];
+        let row = TableRow::new(&ROWS[0], &rounds).to_string();
+        let expected =
+            "| server CPU per delivery, µs | 1.50 (1.00–2.00) | 1.55 (1.10–2.00) = 1.050× |\n";
+        assert!(row.ends_with(expected), "{row}");
+        assert!(row.starts_with("| **fan-out") && row.contains("under way)** | | |\n"), "{row}");
     }
 
     #[test]
