@@ -38,6 +38,9 @@ pub use link::hold_little;
 /// empty pong would otherwise count two bytes and take a hundred.
 pub const FRAME_OVERHEAD_BYTES: usize = 96;
 
+/// How much waits where a client catches up, and not where messages gather.
+const BULK_BYTES: usize = 64 * 1024;
+
 /// How many frames are put ahead of what waits before a further pong replaces the one before it
 /// (RFC 6455, section 5.5.3, allows to answer the latest ping only).
 const AHEAD_MAX: u32 = 16;
@@ -368,6 +371,9 @@ impl Outbox {
         };
         while !queue.frames.is_empty() {
             let written = match queue.frames.only() {
+                _ if queue.is_careful() => {
+                    link::write_little(socket, &queue.frames.portion(link::PORTION_BYTES))
+                }
                 Some(frame) => socket.try_write(frame),
                 None => socket.try_write_vectored(&queue.frames.slices()),
             };
@@ -410,6 +416,12 @@ impl Outbox {
 }
 
 impl Queue {
+    /// Whether little is to be in the kernel: so much waits that an answer would come late on a slow
+    /// link, or the socket was full.
+    fn is_careful(&self) -> bool {
+        self.bytes > BULK_BYTES || self.link.as_ref().is_some_and(|link| link.is_measured())
+    }
+
     fn has_room(&self, bytes_max: usize) -> bool {
         self.bytes <= bytes_max / 2
     }

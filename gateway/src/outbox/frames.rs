@@ -65,6 +65,18 @@ impl Frames {
         frames.take(SLICES_MAX).map(|frame| IoSlice::new(frame)).collect()
     }
 
+    /// The next bytes, so many at most.
+    pub(super) fn portion(&self, bytes: usize) -> SmallVec<[IoSlice<'_>; SLICES_MAX]> {
+        let mut left = bytes;
+        let frames = self.first.iter().chain(&self.others).take(SLICES_MAX);
+        let parts = frames.map(|frame| {
+            let part = &frame[..frame.len().min(left)];
+            left -= part.len();
+            IoSlice::new(part)
+        });
+        parts.take_while(|part| !part.is_empty()).collect()
+    }
+
     /// Forgets the first `written` bytes. Returns how many frames are done with.
     pub(super) fn remove(&mut self, mut written: usize) -> u64 {
         let mut done = 0;
@@ -120,6 +132,10 @@ mod tests {
         assert_eq!(frames.remove(4), 1);
         let left: Vec<_> = frames.slices().iter().map(|slice| slice.to_vec()).collect();
         assert_eq!(left, [&b"wo"[..], b"three"]);
+        for (bytes, expected) in [(1, 1), (2, 2), (4, 4), (100, 7)] {
+            let portion = frames.portion(bytes);
+            assert_eq!(portion.iter().map(|part| part.len()).sum::<usize>(), expected);
+        }
         assert_eq!(frames.remove(2), 1);
         assert_eq!(frames.only().unwrap(), "three");
         assert_eq!((frames.remove(5), frames.is_empty(), frames.others.capacity()), (1, true, 0));

@@ -3,14 +3,21 @@
 //! What is in the kernel can be overtaken by no answer, so that it is kept short in time: a bound of
 //! the bytes that are not sent yet ([`hold_little`]) for every connection, and for a slow one a bound
 //! of those in flight as well, from the rate at which its peer takes them ([`Link`]). Without it a link
-//! of 96 kbit/s has up to 40 KB before an answer, which is 3.5 s.
+//! of 96 kbit/s has up to 60 KB before an answer, which is 5 s.
 
-use std::time::Duration;
+use std::{
+    io::{self, IoSlice, Write as _},
+    time::Duration,
+};
 
-use tokio::{net::TcpStream, time::Instant};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use tokio::{io::Interest, net::TcpStream, time::Instant};
 
 /// How many bytes the kernel takes that it cannot send yet (`TCP_NOTSENT_LOWAT`, tcp(7)).
-const UNSENT_BYTES_MAX: u32 = 16 * 1024;
+const UNSENT_BYTES_MAX: u32 = 8 * 1024;
+
+/// How many bytes one write has where little is to be in the kernel.
+pub(super) const PORTION_BYTES: usize = 8 * 1024;
 
 /// For how long a socket has to be full until its rate is known.
 const MEASURED_FOR: Duration = Duration::from_secs(1);
@@ -29,6 +36,23 @@ const BUFFER_BYTES_FAST: u64 = 4 << 20;
 pub fn hold_little(socket: &TcpStream) {
     // Where the system has no such option answers come later, and nothing else changes.
     let _ = socket2::SockRef::from(socket).set_tcp_notsent_lowat(UNSENT_BYTES_MAX);
+}
+
+/// Writes where the kernel holds little. A plain write looks at that bound only when it begins a new
+/// segment, and puts up to 64 KiB into one.
+///
+/// # Errors
+///
+/// Those of `poll(2)` and `sendmsg(2)`; `WouldBlock` where the kernel holds enough.
+pub(super) fn write_little(socket: &TcpStream, portion: &[IoSlice<'_>]) -> io::Result<usize> {
+    socket.try_io(Interest::WRITABLE, || {
+        let mut asked = [PollFd::new(socket, PollFlags::OUT)];
+        let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
+        if poll(&mut asked, Some(&at_once))? == 0 {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        (&*socket2::SockRef::from(socket)).write_vectored(portion)
+    })
 }
 
 /// What is known of a peer's link since its socket was full for the first time. Pure.
