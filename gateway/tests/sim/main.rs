@@ -83,6 +83,8 @@ fn what_was_found_stays_mended() {
         (Shape::pair(), 25_475),
         (Shape::abrupt(), 37),
         (Shape::abrupt(), 44),
+        (Shape::planned(), 2320),
+        (Shape::planned(), 2446),
     ];
     for (shape, seed) in found {
         let name = shape.name;

@@ -22,6 +22,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    pin::pin,
     sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -29,7 +30,11 @@ use std::{
 use parking_lot::Mutex;
 use redis::{ErrorKind, RedisError, RedisResult, Value, aio::MultiplexedConnection};
 use shared::ids::RoomId;
-use tokio::{sync::watch, time::Instant};
+use tokio::{
+    sync::watch,
+    time::{Instant, timeout},
+};
+use tokio_util::sync::CancellationToken;
 
 use super::{
     RetryPause,
@@ -94,6 +99,8 @@ struct State {
     incarnation: Option<String>,
 }
 
+/// How long a step under way may take when this process ends.
+const LAST_STEP_MAX: Duration = Duration::from_millis(500);
 /// How long another process with the id of this node may take to show that it lives.
 const TWIN_ANSWER_MAX: Duration = Duration::from_millis(500);
 
@@ -169,19 +176,26 @@ pub(super) fn start(
     let stopped = tasks.stopped().clone();
     tasks.spawn_service("redis_agreement", async move {
         let mut agreement = agreement;
-        tokio::select! {
-            biased;
-            () = stopped.cancelled() => {}
-            () = agreement.work() => {}
+        {
+            let mut work = pin!(agreement.work(&stopped));
+            tokio::select! {
+                () = stopped.cancelled() => {
+                    // A renewal under way is waited for: it could arrive behind the goodbye, and the lease
+                    // would be there again.
+                    let _ = timeout(LAST_STEP_MAX, work).await;
+                }
+                () = &mut work => {}
+            }
         }
         agreement.say_goodbye().await;
     });
 }
 
 impl Agreement {
-    async fn work(&mut self) {
+    /// Works until it is to stop.
+    async fn work(&mut self, stopped: &CancellationToken) {
         let mut pause = RetryPause::default();
-        loop {
+        while !stopped.is_cancelled() {
             if self.process.has_twin() {
                 // It does not register, so that nobody counts on it.
                 return std::future::pending().await;
@@ -190,7 +204,8 @@ impl Agreement {
             let remake = self.links.remake.subscribe();
             match self.server.connect(config()).await {
                 Ok((connection, token)) => {
-                    let error = self.keep(connection, token, remake, &mut pause).await;
+                    let kept = self.keep(connection, token, remake, &mut pause, stopped).await;
+                    let Err(error) = kept else { return };
                     pause.failed(&error);
                     self.server.conditions.note(Finder::Call, &error);
                     tracing::debug!(%error, "connection for agreement ended");
@@ -205,14 +220,19 @@ impl Agreement {
         }
     }
 
-    /// Keeps this node in agreement while the connection lasts. Returns why it does not any more.
+    /// Keeps this node in agreement while the connection lasts, or until it is to stop.
+    ///
+    /// # Errors
+    ///
+    /// Why it does not any more.
     async fn keep(
         &mut self,
         mut connection: MultiplexedConnection,
         token: Token,
         mut remake: watch::Receiver<u64>,
         pause: &mut RetryPause,
-    ) -> RedisError {
+        stopped: &CancellationToken,
+    ) -> RedisResult<()> {
         self.links.met(&self.server, token);
         if !std::mem::replace(&mut self.looked_at_replicas, true) {
             topology::warn_of_loose_replicas(&mut connection).await;
@@ -241,21 +261,20 @@ impl Agreement {
                 Ok(()) => self.look_at_barrier(&mut connection, token).await,
                 failed => failed,
             };
-            if let Err(error) = done {
-                return error;
-            }
+            done?;
             *pause = RetryPause::default();
             let wait = if is_settled { self.pause_before_renewal() } else { ASK_EVERY };
             // All arms are cancel-safe.
             tokio::select! {
                 biased;
-                _ = remake.changed() => return (ErrorKind::Io, "all links are made again").into(),
+                () = stopped.cancelled() => return Ok(()),
+                _ = remake.changed() => return Err((ErrorKind::Io, "all links are made again").into()),
                 _ = state.changed() => {}
                 _ = agreed.changed() => {}
                 _ = owned.changed() => {}
                 () = &mut moved => {
                     self.links.remake.send_modify(|count| *count += 1);
-                    return (ErrorKind::Io, "the primary is elsewhere").into();
+                    return Err((ErrorKind::Io, "the primary is elsewhere").into());
                 }
                 () = self.links.poked.notified() => self.process.state.lock().renewed = None,
                 () = tokio::time::sleep(wait) => {}
