@@ -94,7 +94,7 @@ struct Queue {
     held: usize,
     /// Since when the socket has taken nothing. While it is set only the connection's task writes.
     blocked_since: Option<Instant>,
-    /// What is known of the peer's link, once the socket was full.
+    /// The peer's link, as far as it is known once the socket was full.
     link: Option<Box<Link>>,
     /// The latest pong, while too much is ahead of the others already.
     pong: Option<Box<Bytes>>,
@@ -372,10 +372,10 @@ impl Outbox {
         while !queue.frames.is_empty() {
             let written = match queue.frames.only() {
                 _ if queue.is_careful() => {
-                    link::write_little(socket, &queue.frames.portion(link::PORTION_BYTES))
+                    link::write_little(socket, &queue.frames.slices(link::PORTION_BYTES))
                 }
                 Some(frame) => socket.try_write(frame),
-                None => socket.try_write_vectored(&queue.frames.slices()),
+                None => socket.try_write_vectored(&queue.frames.slices(usize::MAX)),
             };
             match written {
                 Ok(written) => {

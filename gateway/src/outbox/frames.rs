@@ -59,22 +59,18 @@ impl Frames {
         self.first.as_ref().filter(|_| self.others.is_empty())
     }
 
-    /// The next frames, for one write.
-    pub(super) fn slices(&self) -> SmallVec<[IoSlice<'_>; SLICES_MAX]> {
-        let frames = self.first.iter().chain(&self.others);
-        frames.take(SLICES_MAX).map(|frame| IoSlice::new(frame)).collect()
-    }
-
-    /// The next bytes, so many at most.
-    pub(super) fn portion(&self, bytes: usize) -> SmallVec<[IoSlice<'_>; SLICES_MAX]> {
-        let mut left = bytes;
-        let frames = self.first.iter().chain(&self.others).take(SLICES_MAX);
-        let parts = frames.map(|frame| {
+    /// The next frames for one write, as far as `bytes_max` reaches.
+    pub(super) fn slices(&self, bytes_max: usize) -> SmallVec<[IoSlice<'_>; SLICES_MAX]> {
+        let (mut slices, mut left) = (SmallVec::new(), bytes_max);
+        for frame in self.first.iter().chain(&self.others).take(SLICES_MAX) {
             let part = &frame[..frame.len().min(left)];
+            slices.push(IoSlice::new(part));
             left -= part.len();
-            IoSlice::new(part)
-        });
-        parts.take_while(|part| !part.is_empty()).collect()
+            if left == 0 {
+                break;
+            }
+        }
+        slices
     }
 
     /// Forgets the first `written` bytes. Returns how many frames are done with.
@@ -130,10 +126,10 @@ mod tests {
         }
         assert!(frames.only().is_none());
         assert_eq!(frames.remove(4), 1);
-        let left: Vec<_> = frames.slices().iter().map(|slice| slice.to_vec()).collect();
+        let left: Vec<_> = frames.slices(usize::MAX).iter().map(|slice| slice.to_vec()).collect();
         assert_eq!(left, [&b"wo"[..], b"three"]);
         for (bytes, expected) in [(1, 1), (2, 2), (4, 4), (100, 7)] {
-            let portion = frames.portion(bytes);
+            let portion = frames.slices(bytes);
             assert_eq!(portion.iter().map(|part| part.len()).sum::<usize>(), expected);
         }
         assert_eq!(frames.remove(2), 1);
