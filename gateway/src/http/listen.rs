@@ -226,7 +226,7 @@ impl Http {
         let Ok(local) = socket.local_addr() else { return };
         // A frame is small and is to leave at once.
         let _ = socket.set_nodelay(true);
-        // What a peer does not read waits where limits count it and answers overtake it.
+        // Bytes that a peer does not read wait where limits count them and answers overtake them.
         outbox::hold_little(&socket);
         let ends = Ends { peer: self.peer, local };
         let first = timeout(HEADER_READ_MAX, Begun::read(socket, HEADER_BYTES_MAX));

@@ -1,9 +1,9 @@
 //! How much the kernel holds of a connection.
 //!
-//! What is in the kernel can be overtaken by no answer, so that it is kept short in time: a bound of
-//! the bytes that are not sent yet ([`hold_little`]) for every connection, and for a slow one a bound
-//! of those in flight as well, from the rate at which its peer takes them ([`Link`]). Without it a link
-//! of 96 kbit/s has up to 60 KB before an answer, which is 5 s.
+//! No answer overtakes bytes that are in the kernel, so they are kept short in time: every connection
+//! has a bound of the bytes that are not sent yet ([`hold_little`]), and a slow one a bound of those in
+//! flight as well, from the rate at which its peer takes them ([`Link`]). Without it a link of 96 kbit/s
+//! has up to 60 KB before an answer, which is 5 s.
 
 use std::{
     io::{self, IoSlice, Write as _},
@@ -28,7 +28,7 @@ const MEASURED_FOR: Duration = Duration::from_secs(1);
 const BUFFER_BYTES_MIN: u64 = 4 * 1024;
 const BUFFER_BYTES_MAX: u64 = 64 * 1024;
 
-/// What a connection gets that was slow and is not any more. The kernel takes as much of it as
+/// The same of a connection that was slow and is not any more. The kernel takes as much of it as
 /// `net.core.wmem_max` allows.
 const BUFFER_BYTES_FAST: u64 = 4 << 20;
 
@@ -55,7 +55,7 @@ pub(super) fn write_little(socket: &TcpStream, portion: &[IoSlice<'_>]) -> io::R
     })
 }
 
-/// What is known of a peer's link since its socket was full for the first time. Pure.
+/// A peer's link, as far as it is known since its socket was full for the first time. Pure.
 #[derive(Debug, Default)]
 pub(super) struct Link {
     /// When the socket last took something after it had taken nothing: the peer had acknowledged
@@ -100,7 +100,7 @@ impl Link {
         }
     }
 
-    /// Nothing waits for the socket: what it takes from here on says nothing of the link.
+    /// Nothing waits for the socket: its writes say nothing of the link from here on.
     pub(super) fn drain(&mut self) {
         self.measured = None;
     }
@@ -115,7 +115,7 @@ impl Link {
 mod tests {
     use super::*;
 
-    /// What the buffer is set to by a peer that takes `bytes` each `every`, for `rounds`.
+    /// The buffers that are set for a peer that takes `bytes` each `every`, for `rounds`.
     fn buffers(link: &mut Link, bytes: usize, every: Duration, rounds: u32) -> Vec<usize> {
         let begun = Instant::now();
         link.fill(begun);

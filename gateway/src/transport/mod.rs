@@ -361,7 +361,7 @@ impl Connection {
             return Step::More;
         }
         let mut input = std::mem::take(&mut self.unread);
-        // What was not there before has just been read.
+        // Input that was not there before has just been read.
         let begun = if self.is_behind { Instant::now() } else { self.heard };
         let (used, mut step) = self.handle(&mut input, begun, turn);
         self.decoder.release();
