@@ -197,3 +197,51 @@ fn the_top_level_is_what_was_agreed() {
         assert!(known, "{name} is not agreed on as a top-level name");
     }
 }
+
+/// Files that may name what things were called before: the glossary, the history, the names that
+/// are still accepted or exported for one release, and the keys in Redis, which do not change.
+const MAY_NAME_RETIRED: [&str; 5] = [
+    "docs/glossary.md",
+    "CHANGELOG.md",
+    "gateway/src/config/aliases.rs",
+    "gateway/src/telemetry/legacy.rs",
+    "gateway/src/bus/redis/keyspace.rs",
+];
+
+#[test]
+fn no_retired_word_comes_back() {
+    let glossary = fs::read_to_string(root().join("docs/glossary.md")).unwrap();
+    let formerly = glossary.lines().filter_map(|line| line.strip_suffix('|')?.rsplit('|').next());
+    // Between backticks: every second piece.
+    let retired: Vec<&str> =
+        formerly.flat_map(|column| column.split('`').skip(1).step_by(2)).collect();
+    let mut found = vec![];
+    for (file, text) in tracked() {
+        if MAY_NAME_RETIRED.contains(&file.as_str()) {
+            continue;
+        }
+        for word in &retired {
+            let in_word = |c: char| c.is_alphanumeric() || c == '_';
+            for (at, _) in text.match_indices(word) {
+                let after = &text[at + word.len()..];
+                if !text[..at].ends_with(in_word) && !after.starts_with(in_word) {
+                    let line = text[..at].matches('\n').count() + 1;
+                    found.push(format!("{file}:{line}: {word}"));
+                }
+            }
+        }
+    }
+    assert!(found.is_empty(), "retired by docs/glossary.md:\n{}", found.join("\n"));
+}
+
+/// Every text file that git knows, with its content.
+fn tracked() -> Vec<(String, String)> {
+    let listed = std::process::Command::new("git")
+        .args(["ls-files", "--cached", "--others", "--exclude-standard"])
+        .current_dir(root())
+        .output()
+        .expect("git runs");
+    let listed = String::from_utf8(listed.stdout).unwrap();
+    let read = |file: &str| Some((file.to_owned(), fs::read_to_string(root().join(file)).ok()?));
+    listed.lines().filter_map(read).collect()
+}
