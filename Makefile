@@ -1,6 +1,6 @@
 # What there is to do with this project. CI calls nothing else.
 
-.PHONY: help setup run build test test-full faults soak abuse sim sim-defects loadtest-defects fuzz fmt lint doc deny ci cluster bench bench-micro
+.PHONY: help setup run build test test-full faults soak abuse sim sim-injected loadtest-injected fuzz fmt lint doc deny ci cluster bench bench-micro
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -19,7 +19,7 @@ build: ## everything the tests start
 
 test: setup build ## all tests, against a real Redis, nginx and browser
 	cargo test --locked --workspace
-	cargo test --locked -p gateway --features defects --test it defects::
+	cargo test --locked -p gateway --test it injected:: -- --include-ignored
 
 # What runs alone comes last, so that nothing else takes the CPU from it.
 test-full: test faults soak abuse ## all of it at full length, some two hours; the slow link as root
@@ -44,11 +44,11 @@ SEEDS ?= 10000
 sim: ## the cluster under simulated faults: make sim SEEDS=10000
 	SKEIN_SIM_SEEDS=$(SEEDS) cargo test --locked --profile sim -p gateway --test sim -- --nocapture
 
-sim-defects: ## whether the simulation finds each defect that is planted
-	cargo test --locked --profile sim -p gateway --features defects --test sim planted -- --nocapture
+sim-injected: ## the simulation finds each injected fault
+	cargo test --locked --profile sim -p gateway --test sim injected:: -- --include-ignored --nocapture
 
-loadtest-defects: setup build ## whether loadtest finds each defect that is planted, and none in twenty runs without
-	SKEIN_DEFECTS=full cargo test --locked -p gateway --features defects --test it defects:: -- --nocapture
+loadtest-injected: setup build ## loadtest finds each injected fault, and none in twenty runs without one
+	SKEIN_INJECTED=full cargo test --locked -p gateway --test it injected:: -- --include-ignored --nocapture
 
 N ?= 10000000
 fuzz: ## mutated input for the parsers of what clients send: make fuzz N=100000000

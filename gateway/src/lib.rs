@@ -11,8 +11,8 @@
 //!
 //! Modules stand in layers, lowest first; each uses only those above it in this list, and `shared`.
 
-#[cfg(feature = "defects")]
-pub mod defect;
+#[cfg(debug_assertions)]
+pub mod fault_injection;
 pub mod telemetry;
 pub mod drain;
 pub mod limits;

@@ -99,6 +99,10 @@ fn main() -> ExitCode {
 }
 
 async fn run(config: Config) -> ExitCode {
+    #[cfg(debug_assertions)]
+    if let Some(fault) = gateway::fault_injection::of_process() {
+        tracing::warn!(fault, "this process has an injected fault, for tests");
+    }
     for warning in &config.warnings {
         tracing::warn!("{warning}");
     }

@@ -101,8 +101,10 @@ impl Standing {
 
     /// An entry was passed on here.
     pub fn seen(&self, entry: &Entry) {
-        #[cfg(feature = "defects")]
-        if crate::defect::planted(crate::defect::Defect::TailBySeq) {
+        #[cfg(debug_assertions)]
+        if crate::fault_injection::is_injected(
+            crate::fault_injection::ProtocolFault::ConfirmedBySequence,
+        ) {
             self.tail.seen_at(entry.position.seq);
         }
         self.tail.seen(&entry.envelope.id_key());

@@ -103,8 +103,10 @@ impl Tail {
             kept.sent += 1;
             kept.sent
         });
-        #[cfg(feature = "defects")]
-        if crate::defect::planted(crate::defect::Defect::NoTail) {
+        #[cfg(debug_assertions)]
+        if crate::fault_injection::is_injected(
+            crate::fault_injection::ProtocolFault::UnconfirmedNotKept,
+        ) {
             return number;
         }
         let (room, envelope) = (room.clone(), envelope.clone());
@@ -146,7 +148,7 @@ impl Tail {
     }
 
     /// As [`Tail::seen`], but by the number.
-    #[cfg(feature = "defects")]
+    #[cfg(debug_assertions)]
     pub fn seen_at(&self, seq: shared::position::Seq) {
         let kept = &mut *self.kept.lock();
         let at = |publish: &Publish| {

@@ -275,8 +275,10 @@ impl Follow {
                 return if known { Verdict::Deliver } else { Verdict::Restarted };
             }
             if arrived.seq > top.seq {
-                #[cfg(feature = "defects")]
-                if crate::defect::planted(crate::defect::Defect::SkipRepair) {
+                #[cfg(debug_assertions)]
+                if crate::fault_injection::is_injected(
+                    crate::fault_injection::ProtocolFault::GapIgnored,
+                ) {
                     return Verdict::Deliver;
                 }
                 return Verdict::Gap;
@@ -302,9 +304,10 @@ impl Follow {
             if need != Need::Nothing {
                 continue;
             }
-            #[cfg(feature = "defects")]
-            if crate::defect::planted(crate::defect::Defect::DoubleInjection)
-                && self.verdict(&entry) == Verdict::Duplicate
+            #[cfg(debug_assertions)]
+            if crate::fault_injection::is_injected(
+                crate::fault_injection::ProtocolFault::ReadEntriesRepeated,
+            ) && self.verdict(&entry) == Verdict::Duplicate
             {
                 self.pass_on(entry, keep, obey);
                 continue;

@@ -90,8 +90,10 @@ impl Follow {
         self.former = page.former.clone();
         let shown = page.at(top.seq).is_some();
         rest_of(page, top.seq);
-        #[cfg(feature = "defects")]
-        if crate::defect::planted(crate::defect::Defect::NoContiguity) {
+        #[cfg(debug_assertions)]
+        if crate::fault_injection::is_injected(
+            crate::fault_injection::ProtocolFault::NoContiguityCheck,
+        ) {
             self.pass_on_all(page, keep, obey);
             return Taken::All;
         }

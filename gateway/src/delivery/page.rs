@@ -56,8 +56,10 @@ impl Page {
     ///
     /// Why a client that has everything up to `seq` cannot be continued.
     pub fn continues(&self, seq: Seq) -> Result<(), NotRecovered> {
-        #[cfg(feature = "defects")]
-        if crate::defect::planted(crate::defect::Defect::NoContiguity) {
+        #[cfg(debug_assertions)]
+        if crate::fault_injection::is_injected(
+            crate::fault_injection::ProtocolFault::NoContiguityCheck,
+        ) {
             return Ok(());
         }
         if seq > self.top {
@@ -88,8 +90,10 @@ impl Page {
     ///
     /// A log is written without steps; a step in it means that part of it was lost.
     pub fn keep_whole(&mut self) {
-        #[cfg(feature = "defects")]
-        if crate::defect::planted(crate::defect::Defect::NoContiguity) {
+        #[cfg(debug_assertions)]
+        if crate::fault_injection::is_injected(
+            crate::fault_injection::ProtocolFault::NoContiguityCheck,
+        ) {
             return;
         }
         let step = self

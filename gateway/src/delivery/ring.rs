@@ -34,8 +34,12 @@ pub struct Ring {
 impl Ring {
     /// Adds the next entry and forgets the oldest above the limits.
     pub fn push(&mut self, entry: Entry, max: RingMax) {
-        #[cfg(not(feature = "defects"))]
-        debug_assert!(self.last().is_none_or(|last| last.position.seq + 1 == entry.position.seq));
+        #[cfg(debug_assertions)]
+        assert!(
+            self.last().is_none_or(|last| last.position.seq + 1 == entry.position.seq)
+                || crate::fault_injection::is_any_injected(),
+            "a ring has no gaps"
+        );
         self.bytes += entry.bytes();
         self.entries.push_back(entry);
         while self.entries.len() > 1 && (self.entries.len() > max.entries || self.bytes > max.bytes)

@@ -342,8 +342,10 @@ impl Shard {
 
     /// Appends what logs have lost, oldest first.
     pub(super) fn append_orphans(&mut self) {
-        #[cfg(feature = "defects")]
-        if crate::defect::planted(crate::defect::Defect::OrphanDropped) {
+        #[cfg(debug_assertions)]
+        if crate::fault_injection::is_injected(
+            crate::fault_injection::ProtocolFault::LostEntriesNotReappended,
+        ) {
             self.turn.orphans.clear();
         }
         let deadline = self.turn.keep.now + ORPHAN_MAX;

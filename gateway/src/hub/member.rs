@@ -154,8 +154,8 @@ impl PlacedAck {
 impl Subscriber {
     /// A connection without rooms.
     pub fn new(connection: ConnectionId, outbox: Outbox) -> Self {
-        #[cfg(feature = "defects")]
-        crate::defect::connect();
+        #[cfg(debug_assertions)]
+        crate::fault_injection::on_connect();
         let (unanswered, refused, placed_acks) = (0.into(), 0.into(), Mutex::default());
         let health = Health::default();
         let (taken_out, is_taken_out) = (Mutex::default(), false.into());
@@ -498,16 +498,16 @@ impl Member {
     /// Gives the member the next entry. `false`: its outbox is full, and it is behind from here.
     pub(super) fn give(&mut self, frames: &mut Frames<'_>, turn: &mut Turn) -> bool {
         let (room, entry) = (frames.room, frames.entry);
-        #[cfg(feature = "defects")]
-        crate::defect::panic_in("a shard", entry.envelope.members());
+        #[cfg(debug_assertions)]
+        crate::fault_injection::panic_in("a shard", entry.envelope.members());
         let placed = self.subscriber.placed_ack(room, entry);
         let outbox = &self.subscriber.outbox;
         let frame = match &placed {
             Some(ack) => ack,
             None => frames.to(outbox, &turn.metrics),
         };
-        #[cfg(feature = "defects")]
-        if let Some(frames) = crate::defect::deliver(self.subscriber.connection, frame) {
+        #[cfg(debug_assertions)]
+        if let Some(frames) = crate::fault_injection::deliver(self.subscriber.connection, frame) {
             frames.into_iter().for_each(|frame| outbox.push(frame));
             turn.touch(&self.subscriber);
             self.cursor.seq = entry.position.seq;

@@ -443,9 +443,9 @@ impl Connection {
                 message @ (Received::Text(_) | Received::Binary(_)) => {
                     self.metrics.frames_received.inc();
                     self.meter.data(message.bytes());
-                    #[cfg(feature = "defects")]
+                    #[cfg(debug_assertions)]
                     if let Received::Text(text) = &message {
-                        crate::defect::panic_in("a connection", text.as_bytes());
+                        crate::fault_injection::panic_in("a connection", text.as_bytes());
                     }
                     match &mut self.handler {
                         Handler::Chat(session) => {

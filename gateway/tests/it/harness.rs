@@ -530,11 +530,12 @@ impl Node {
         Self::run(Command::new(gateway_binary()), extra).await
     }
 
-    /// The same with a defect planted, of `gateway::defect::Misdelivery`.
-    #[cfg(feature = "defects")]
-    pub async fn start_defective(defect: &str, extra: &[(&str, &str)]) -> Self {
+    /// As [`Node::start_alone`], with an injected fault: a name of
+    /// `gateway::fault_injection::DeliveryFault`.
+    #[cfg(debug_assertions)]
+    pub async fn start_with_fault(fault: &str, extra: &[(&str, &str)]) -> Self {
         let mut command = Command::new(gateway_binary());
-        command.env("SKEIN_DEFECT", defect);
+        command.env(gateway::fault_injection::VARIABLE, fault);
         Self::run(command, extra).await
     }
 

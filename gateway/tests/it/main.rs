@@ -37,8 +37,8 @@ mod browser;
 mod stop;
 mod deploy;
 mod loadtest;
-#[cfg(feature = "defects")]
-mod defects;
+#[cfg(debug_assertions)]
+mod injected;
 mod hardening;
 mod soak;
 mod docs;

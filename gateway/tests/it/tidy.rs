@@ -142,7 +142,10 @@ fn nothing_is_left_unfinished_and_no_test_is_switched_off() {
     // Put together here, so that this file does not find itself.
     let banned =
         [["TO", "DO"], ["FIX", "ME"], ["#[ign", "ore"], ["should_", "panic"]].map(|p| p.concat());
+    // The tests that a run of every test leaves to `make test-full`.
+    let long = ["#[ign", "ore = \"make test-full\"]"].concat();
     for (file, text) in all() {
+        let text = text.replace(&long, "");
         for banned in &banned {
             assert!(!text.contains(banned.as_str()), "{file} has {banned}");
         }

@@ -22,8 +22,8 @@ mod links;
 mod faults;
 mod check;
 mod campaign;
-#[cfg(feature = "defects")]
-mod defects;
+#[cfg(debug_assertions)]
+mod injected;
 
 use campaign::{campaign, run};
 use gateway::telemetry::LogFormat;

@@ -348,8 +348,10 @@ impl Agreement {
         let here = |room: &RoomId| remembered.contains(&self.server.keyspace.home(room));
         holdings.retain(|held| here(&held.room));
         self.healer.heal(connection, token, holdings).await?;
-        #[cfg(feature = "defects")]
-        if crate::defect::planted(crate::defect::Defect::NumbersTaken) {
+        #[cfg(debug_assertions)]
+        if crate::fault_injection::is_injected(
+            crate::fault_injection::ProtocolFault::SequencesReused,
+        ) {
             return Ok(());
         }
         let unheard = self.links.standing.tail().unheard(here);
@@ -432,16 +434,19 @@ impl Agreement {
             .arg(owed);
         if state.remembers.contains(&home) {
             state.peers.insert(self.process.name.clone());
-            #[cfg(feature = "defects")]
-            if crate::defect::planted(crate::defect::Defect::NoBarrier) {
+            #[cfg(debug_assertions)]
+            if crate::fault_injection::is_injected(crate::fault_injection::ProtocolFault::NoBarrier)
+            {
                 command.arg(&self.process.name);
                 return command;
             }
             command.arg(&state.peers);
         }
-        #[cfg(feature = "defects")]
+        #[cfg(debug_assertions)]
         if !state.remembers.contains(&home)
-            && crate::defect::planted(crate::defect::Defect::FreshTrusted)
+            && crate::fault_injection::is_injected(
+                crate::fault_injection::ProtocolFault::FreshNodeTrusted,
+            )
         {
             command.arg(&self.process.name);
         }

@@ -226,9 +226,11 @@ impl Worker {
             self.open = Agreed::default();
         }
         if !is_agreed || !self.links.standing.holds(now) {
-            #[cfg(feature = "defects")]
-            return crate::defect::planted(crate::defect::Defect::NoFence);
-            #[cfg(not(feature = "defects"))]
+            #[cfg(debug_assertions)]
+            return crate::fault_injection::is_injected(
+                crate::fault_injection::ProtocolFault::NoFence,
+            );
+            #[cfg(not(debug_assertions))]
             return false;
         }
         if self.open.token != Some(token) || !Arc::ptr_eq(&self.open.homes, &agreed.homes) {

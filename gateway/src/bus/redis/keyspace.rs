@@ -140,8 +140,8 @@ impl Keyspace {
         // The function that every script is runs within `run` of what they share.
         let shared = include_str!("scripts/prelude.lua");
         let text = format!("{flags}{shared}\nreturn run(function()\n{text}\nend)\n");
-        #[cfg(feature = "defects")]
-        let text = crate::defect::script(text);
+        #[cfg(debug_assertions)]
+        let text = crate::fault_injection::script(text);
         redis::Script::new(&text.replace("'PUBLISH'", &format!("'{}'", self.publish())))
     }
 }
@@ -291,5 +291,15 @@ mod tests {
         assert!(SHARDED.leases().contains("{0}") && SHARDED.pokes().contains("{0}"));
         // As `CLUSTER KEYSLOT {7}` says.
         assert_eq!(Keyspace::slot(7), 1716);
+    }
+
+    #[test]
+    fn faults_can_be_injected_into_every_script() {
+        for fault in crate::fault_injection::ProtocolFault::ALL {
+            crate::fault_injection::inject(Some(fault));
+            // It panics where the line that a fault replaces is gone.
+            ALONE.script("return 1");
+            crate::fault_injection::inject(None);
+        }
     }
 }
