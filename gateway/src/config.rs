@@ -48,6 +48,10 @@ use crate::{
 pub const DEFAULT_FILE: &str = "gateway.toml";
 /// HS256 takes no shorter key (RFC 7518, section 3.2).
 const JWT_SECRET_BYTES_MIN: usize = 32;
+/// The bounds of `cluster.lease`: a shorter one expires in pauses that are usual, and scripts take
+/// the end of a much longer one for a damaged value.
+const LEASE_MIN: Duration = Duration::from_secs(1);
+const LEASE_MAX: Duration = Duration::from_secs(60);
 /// Descriptors kept free for what is no client connection.
 const DESCRIPTORS_KEPT: u64 = 1000;
 
@@ -200,6 +204,7 @@ impl Config {
         let key_file = r.take::<Option_<PathBuf>>("cluster.redis_key_file", "", "The key of `cluster.redis_cert_file` (PEM).");
         let partitions = r.take_in("cluster.partitions", "256", 1..=16_384_u16, "Over how many partitions rooms are spread in Redis. The same on all nodes, for good.");
 
+        let lease = r.take::<Span>("cluster.lease", "10s", "How long the lease of a node lasts, which the node renews after three tenths of it. For so long after a crash its users stay present, and a Redis that lost data waits for the entries that the node may hold. The same on all nodes. With a short lease, a pause of a node or of Redis suspends delivery sooner.");
         let memory_max = r.take::<Bytes>("cluster.memory_max", "0", "How much memory each Redis server may use where it has no `maxmemory`. 0: not known, and then there is no watermark.");
         let watermark = r.take_in("cluster.memory_watermark", "80", 10..=99_u8, "Above how many percent of its memory a Redis server takes nothing new: rooms, inboxes and records that are not there are refused with `overloaded`, and logs take no more than before.");
 
@@ -301,6 +306,9 @@ impl Config {
                 r.mistake(key, "has to be 1ms to 10 years".into());
             }
         }
+        if !(LEASE_MIN..=LEASE_MAX).contains(&lease.0) {
+            r.mistake("cluster.lease", "has to be 1s to 1m".into());
+        }
         for (key, span) in [("auth.leeway", &leeway), ("presence.grace", &grace), ("drain.delay", &drain_delay), ("drain.window", &drain_window)] {
             if span.0 > Duration::from_secs(3600) {
                 r.mistake(key, "has to be at most 1h".into());
@@ -369,7 +377,7 @@ impl Config {
             node: node.clone(),
             log_format,
             log_level: log_level.0,
-            redis: redis_url.0.map(|url| RedisOptions { url, tls, partitions, retention: retention.clone(), registry: RegistryOptions { empty_ttl: empty_ttl.0 }, sessions: sessions.clone(), node: node.to_string() }),
+            redis: redis_url.0.map(|url| RedisOptions { url, tls, partitions, lease: lease.0, retention: retention.clone(), registry: RegistryOptions { empty_ttl: empty_ttl.0 }, sessions: sessions.clone(), node: node.to_string() }),
             retention,
             registry: RegistryOptions { empty_ttl: empty_ttl.0 },
             sessions,
@@ -871,6 +879,8 @@ mod tests {
             (&[("api.keys", "a:0123456789abcdef,b:0123456789abcdef")], "has a key twice"),
             (&[("api.keys", "a:0123456789abcdefä")], "it comes in a header"),
             (&[("cluster.partitions", "0")], "has to be 1 to 16384"),
+            (&[("cluster.lease", "900ms")], "has to be 1s to 1m"),
+            (&[("cluster.lease", "61s")], "has to be 1s to 1m"),
             (&[("cluster.redis_ca_file", "/ca.pem")], "is empty, so that the files for TLS"),
             (&[REDIS], "set auth.allow_anonymous = true"),
             (&[("rooms.ephemeral", "live:*:x")], "with `*` at its end"),

@@ -11,7 +11,7 @@ use std::{
 use gateway::{
     bus::{
         Append, Bus, Mailboxes,
-        redis::{RedisBus, RedisOptions, topology::TlsFiles},
+        redis::{LEASE, RedisBus, RedisOptions, topology::TlsFiles},
     },
     drain::Tasks,
     hub::{Hub, MAILBOX_LEN, join::Start, member::Subscriber},
@@ -125,6 +125,7 @@ async fn a_thousand_rooms_are_repaired_when_the_link_is_back() {
         url: redis.url(),
         tls: TlsFiles::default(),
         partitions: 16,
+        lease: LEASE,
         retention: retention(),
         registry: Default::default(),
         sessions: Default::default(),

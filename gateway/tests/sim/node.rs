@@ -13,7 +13,7 @@ use std::{
 use gateway::{
     bus::{
         BoxFuture, Bus, Mailboxes, output_of,
-        redis::{RedisBus, RedisOptions, topology::TlsFiles},
+        redis::{LEASE, RedisBus, RedisOptions, topology::TlsFiles},
     },
     drain::Tasks,
     hub::{Hub, HubOptions, MAILBOX_LEN, member::Subscriber},
@@ -105,6 +105,7 @@ impl Node {
             tls: TlsFiles::default(),
             node: format!("n{node}"),
             partitions: shape.partitions,
+            lease: LEASE,
             retention: shape.retention.clone(),
             registry: Default::default(),
             sessions: Default::default(),

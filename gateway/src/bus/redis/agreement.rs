@@ -42,6 +42,7 @@ use super::{
     config,
     heal::Healer,
     is_of_the_slot,
+    lease::LeaseTimes,
     links::Links,
     server::Server,
     topology,
@@ -54,14 +55,6 @@ use crate::{
     telemetry::seldom::Seldom,
 };
 
-/// How long a process is counted on after it renewed its lease.
-pub(super) const LEASE: Duration = Duration::from_secs(10);
-/// How often it does.
-const RENEW_EVERY: Duration = Duration::from_secs(3);
-/// By how much a process stops before its lease ends: clocks and answers are not that exact.
-const LEASE_MARGIN: Duration = Duration::from_secs(1);
-/// How long a server without anybody who remembers anything is kept waiting for such.
-const FRESH_WAIT: Duration = Duration::from_secs(3);
 /// How often a closed barrier is asked.
 const ASK_EVERY: Duration = Duration::from_millis(50);
 /// How far the clocks of a node and of Redis may differ before it is logged.
@@ -74,6 +67,7 @@ const SEEN_EVERY: Duration = Duration::from_millis(100);
 /// This run of this node, as the others know it; the same for all servers of a Redis Cluster.
 pub(super) struct Process {
     pub(super) name: String,
+    pub(super) lease: LeaseTimes,
     /// What the names of all runs of this node begin with.
     node: String,
     state: Mutex<State>,
@@ -105,10 +99,10 @@ const LAST_STEP_MAX: Duration = Duration::from_millis(500);
 const TWIN_ANSWER_MAX: Duration = Duration::from_millis(500);
 
 impl Process {
-    pub(super) fn new(node: &str) -> Self {
+    pub(super) fn new(node: &str, lease: LeaseTimes) -> Self {
         let node = format!("{node}/");
         let (state, twin) = (Mutex::default(), watch::Sender::default());
-        Self { name: format!("{node}{}", unique(SystemTime::now())), node, state, twin }
+        Self { name: format!("{node}{}", unique(SystemTime::now())), lease, node, state, twin }
     }
 
     /// Waits until another process was found to live by the id of this node. Cancel-safe.
@@ -291,9 +285,12 @@ impl Agreement {
         let state = self.process.state.lock();
         match state.renewed {
             // Somebody else does it.
-            _ if !self.keeps_leases() => LEASE,
+            _ if !self.keeps_leases() => self.process.lease.duration,
             _ if !state.known => SEEN_EVERY,
-            Some(renewed) => (renewed + RENEW_EVERY).saturating_duration_since(Instant::now()),
+            Some(renewed) => {
+                let due = renewed + self.process.lease.renew_every;
+                due.saturating_duration_since(Instant::now())
+            }
             None => Duration::ZERO,
         }
     }
@@ -428,8 +425,8 @@ impl Agreement {
             .arg(self.server.keyspace.barrier(home))
             .arg(token.to_string())
             .arg(&self.process.name)
-            .arg(LEASE.as_millis() as u64)
-            .arg(FRESH_WAIT.as_millis() as u64)
+            .arg(self.process.lease.duration.as_millis() as u64)
+            .arg(self.process.lease.fresh_wait.as_millis() as u64)
             .arg(term)
             .arg(owed);
         if state.remembers.contains(&home) {
@@ -472,7 +469,8 @@ impl Agreement {
     ) -> RedisResult<()> {
         let (is_due, is_first) = {
             let state = self.process.state.lock();
-            let is_late = state.renewed.is_none_or(|renewed| renewed.elapsed() >= RENEW_EVERY);
+            let renew_every = self.process.lease.renew_every;
+            let is_late = state.renewed.is_none_or(|renewed| renewed.elapsed() >= renew_every);
             (!state.known || is_late, !state.registered)
         };
         if !is_due || !self.keeps_leases() {
@@ -489,7 +487,7 @@ impl Agreement {
             .key(keyspace.leases())
             .key(keyspace.barrier(0))
             .arg(&self.process.name)
-            .arg(LEASE.as_millis() as u64)
+            .arg(self.process.lease.duration.as_millis() as u64)
             .arg(keyspace.pokes())
             .arg(token.to_string())
             .arg(if is_first { &self.process.node } else { "" })
@@ -526,7 +524,8 @@ impl Agreement {
             self.compare_clocks(connection).await?;
             let standing = self.mailboxes.standing();
             let stood = standing.holds(Instant::now());
-            standing.extend(asked + LEASE - LEASE_MARGIN);
+            let lease = self.process.lease;
+            standing.extend(asked + lease.duration - lease.margin);
             if !stood {
                 // What arrived meanwhile was not passed on, and publishes wait.
                 self.mailboxes.doubt();

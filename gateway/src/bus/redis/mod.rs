@@ -41,6 +41,7 @@ mod appender;
 mod conditions;
 mod heal;
 mod keyspace;
+mod lease;
 mod links;
 mod log;
 mod memory;
@@ -74,6 +75,9 @@ const RETRY_PAUSE_MAX: Duration = Duration::from_millis(250);
 /// The same where Redis forbids something or is too old.
 const LASTING_PAUSE_MAX: Duration = Duration::from_secs(5);
 
+/// How long a lease lasts unless options say otherwise.
+pub const LEASE: Duration = Duration::from_secs(10);
+
 /// How to reach Redis and how rooms lie in it.
 #[derive(Clone, Debug)]
 pub struct RedisOptions {
@@ -83,6 +87,8 @@ pub struct RedisOptions {
     pub tls: TlsFiles,
     /// Over how many partitions rooms are spread; the same on all nodes, for good.
     pub partitions: u16,
+    /// How long the other nodes count on this one after it renewed its lease; the same on all nodes.
+    pub lease: Duration,
     /// How long logs are kept.
     pub retention: Retention,
     /// How long what is known of rooms is kept.

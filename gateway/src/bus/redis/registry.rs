@@ -32,7 +32,6 @@ mod asks;
 
 use super::{
     RETRY_PAUSE_MAX, RetryPause,
-    agreement::LEASE,
     conditions::{Finder, is_forbidden},
     is_of_the_slot,
     keyspace::{Keyspace, PlaceKeys, name_of},
@@ -333,7 +332,7 @@ impl Registrar {
         state.is_rewritten = false;
         state.is_registered = false;
         (state.is_told, state.all_have_told) = (false, false);
-        state.settled_at = Some(Instant::now() + LEASE);
+        state.settled_at = Some(Instant::now() + self.router.process().lease.duration);
         let State { queue, touched, seats, .. } = state;
         queue.retain(|op| !matches!(op, Op::Rewritten));
         for key in seats.keys() {

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use gateway::{
     bus::{
         Bus, Mailboxes, Range,
-        redis::{RedisBus, RedisOptions},
+        redis::{LEASE, RedisBus, RedisOptions},
     },
     drain::Tasks,
     hub::{Hub, MAILBOX_LEN},
@@ -40,6 +40,7 @@ impl Bare {
         let options = RedisOptions {
             url: redis.url(),
             partitions: 256,
+            lease: LEASE,
             retention: retention(),
             registry: Default::default(),
             sessions: Default::default(),
