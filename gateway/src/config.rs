@@ -62,6 +62,8 @@ pub struct Config {
     pub listen: SocketAddr,
     /// Where metrics are served.
     pub admin_listen: SocketAddr,
+    /// Whether `/metrics` has renamed metrics under their former names as well.
+    pub legacy_metric_names: bool,
     /// This node's name.
     pub node: NodeId,
     /// How log lines look.
@@ -184,6 +186,7 @@ impl Config {
         let proxies = r.take::<List<ProxyNet>>("server.trusted_proxies", "", "Networks whose `X-Forwarded-For` counts, as `10.0.0.0/8`.");
         let echo = r.take_of("server.echo", "prefix", &[("prefix", EchoMode::Prefix), ("verbatim", EchoMode::Verbatim), ("off", EchoMode::Off)], "How `/ws/echo` answers: `prefix`, `verbatim` (for conformance suites) or `off`.");
         let admin_listen = r.take::<SocketAddr>("admin.listen", "127.0.0.1:9100", "Where metrics are served. Not for the world.");
+        let legacy_metric_names = r.take::<bool>("metrics.legacy_names", "false", "Whether `/metrics` also has each renamed metric under its former name, label and values (docs/metrics.md). For one release.");
         let node = r.take::<Option_<NodeId>>("node.id", "", "The name of this node, another for each. Empty: the host name and 4 random characters.");
         let log_format = r.take_of("log.format", "text", &[("text", LogFormat::Text), ("json", LogFormat::Json)], "How log lines look: `text` or `json`.");
         let log_level = r.take::<LogLevel>("log.level", "info", "Which log lines are written: `error`, `warn`, `info`, `debug`, `trace`, or directives as `info,gateway::bus=debug`.");
@@ -374,6 +377,7 @@ impl Config {
         Self {
             listen,
             admin_listen,
+            legacy_metric_names,
             node: node.clone(),
             log_format,
             log_level: log_level.0,

@@ -28,7 +28,7 @@ use crate::{
     limits::durable::{ENTRY_BYTES, Quotas, Writer},
     rooms::RoomRules,
     telemetry::{
-        metrics::{DurableBound, Metrics, Publish},
+        metrics::{DurableBound, Metrics, PublishResult},
         trail::Trails,
     },
 };
@@ -314,14 +314,16 @@ impl Receipt {
     }
 }
 
-fn outcome(result: &Result<Appended, BusError>) -> Publish {
+fn outcome(result: &Result<Appended, BusError>) -> PublishResult {
     match result {
-        Ok(Appended { duplicate: false, .. }) => Publish::Appended,
-        Ok(Appended { duplicate: true, .. }) => Publish::Duplicate,
-        Err(BusError::Unavailable) => Publish::Unavailable,
-        Err(BusError::Overloaded) => Publish::Overloaded,
-        Err(BusError::Refused) => Publish::Failed,
-        Err(BusError::Full | BusError::UnseenQuota | BusError::UnseenBytes) => Publish::Bounded,
+        Ok(Appended { duplicate: false, .. }) => PublishResult::Appended,
+        Ok(Appended { duplicate: true, .. }) => PublishResult::Duplicate,
+        Err(BusError::Unavailable) => PublishResult::Unavailable,
+        Err(BusError::Overloaded) => PublishResult::Overloaded,
+        Err(BusError::Refused) => PublishResult::Failed,
+        Err(BusError::Full | BusError::UnseenQuota | BusError::UnseenBytes) => {
+            PublishResult::LimitReached
+        }
     }
 }
 

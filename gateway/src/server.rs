@@ -80,7 +80,7 @@ impl Server {
     /// [`StartError`]. A Redis that is away is no error: it is waited for.
     pub async fn start(config: Config) -> Result<Self, StartError> {
         let tasks = Tasks::default();
-        let metrics = Arc::new(Metrics::new());
+        let metrics = Arc::new(Metrics::new().with_legacy_names(config.legacy_metric_names));
         let (admin, admin_listen) = bind("admin.listen", config.admin_listen)?;
         let (public, listen) = bind("server.listen", config.listen)?;
 

@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     limits::{Place, address_key},
-    telemetry::metrics::Handshake,
+    telemetry::metrics::HandshakeResult,
 };
 
 /// What a connection holds as long as it lives, so that limits count it.
@@ -34,7 +34,10 @@ pub(super) struct Places {
 
 impl Places {
     /// Takes a place for a client from a page that may, or says in HTTP why there is none.
-    pub(super) fn take(node: &Node, parts: &Parts) -> Result<Self, (Handshake, Box<Response>)> {
+    pub(super) fn take(
+        node: &Node,
+        parts: &Parts,
+    ) -> Result<Self, (HandshakeResult, Box<Response>)> {
         let allowed = node.options.allowed_origins.allow(&parts.headers).map_err(|refused| {
             if let Some(unsaid) = node.state.origins_refused.is_due() {
                 let origin::Refused { origin, host } = refused;
@@ -48,11 +51,11 @@ impl Places {
             }
             let text = "this page's origin is not in server.allowed_origins";
             let response = refuse(StatusCode::FORBIDDEN, "forbidden", text);
-            (Handshake::Origin, Box::new(response))
+            (HandshakeResult::OriginDenied, Box::new(response))
         })?;
         let unavailable = |text| {
             let (status, wait) = (StatusCode::SERVICE_UNAVAILABLE, come_back_after());
-            (Handshake::Unavailable, Box::new(refuse_for(status, "unavailable", text, wait)))
+            (HandshakeResult::Unavailable, Box::new(refuse_for(status, "unavailable", text, wait)))
         };
         if let Some(failing) = node.failing().first() {
             return Err(unavailable(match *failing {
@@ -69,7 +72,7 @@ impl Places {
         let now = Instant::now();
         let limited = |text, wait| {
             let status = StatusCode::TOO_MANY_REQUESTS;
-            (Handshake::Limited, Box::new(refuse_for(status, "rate_limited", text, wait)))
+            (HandshakeResult::RateLimited, Box::new(refuse_for(status, "rate_limited", text, wait)))
         };
         node.state
             .handshakes

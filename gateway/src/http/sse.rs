@@ -69,7 +69,7 @@ use crate::{
     limits::Place,
     outbox::{Close, FRAME_OVERHEAD_BYTES, Outbox},
     session::{Request, Session, auth::AuthError},
-    telemetry::metrics::{Counted, Handshake},
+    telemetry::metrics::{Counted, HandshakeResult},
     transport::changed,
 };
 
@@ -368,13 +368,13 @@ async fn stream(
     let pieces = match opened.await {
         Ok(Ok(pieces)) => pieces,
         Ok(Err(refused)) => {
-            node.metrics.handshakes.of(Handshake::Bad).inc();
+            node.metrics.handshakes.of(HandshakeResult::Invalid).inc();
             return *refused;
         }
         // The node ends.
         Err(_) => return *refused(ErrorCode::Unavailable, "this node is stopping"),
     };
-    node.metrics.handshakes.of(Handshake::Accepted).inc();
+    node.metrics.handshakes.of(HandshakeResult::Accepted).inc();
     let pieces = futures_util::stream::unfold(pieces, async |mut pieces| {
         let piece: Bytes = pieces.recv().await?;
         Some((Ok::<_, std::convert::Infallible>(piece), pieces))

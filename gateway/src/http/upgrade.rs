@@ -50,7 +50,7 @@ use crate::{
     },
     outbox::{Close, Outbox, deflate::Deflating},
     session::{Request, Session},
-    telemetry::metrics::{Counted, Handshake},
+    telemetry::metrics::{Counted, HandshakeResult},
     transport::{
         self, Connection, Handler,
         echo::{Echo, EchoMode},
@@ -136,7 +136,7 @@ fn upgrade(
     else {
         return refuse(StatusCode::BAD_REQUEST, "bad_request", "this connection cannot upgrade");
     };
-    node.metrics.handshakes.of(Handshake::Accepted).inc();
+    node.metrics.handshakes.of(HandshakeResult::Accepted).inc();
     node.metrics.deflate_handshakes.inc_by(handshake.deflate.iter().len() as u64);
 
     let route = route(ends);
@@ -228,8 +228,8 @@ fn admit(
     node: &Node,
     parts: &mut Parts,
     params: &[(String, String)],
-) -> Result<(Agreed, Places), (Handshake, Box<Response>)> {
-    let as_bad = |response| (Handshake::Bad, response);
+) -> Result<(Agreed, Places), (HandshakeResult, Box<Response>)> {
+    let as_bad = |response| (HandshakeResult::Invalid, response);
     let accept = accept_key(parts).map_err(as_bad)?;
     let subprotocol = choose_subprotocol(parts).map_err(as_bad)?;
     // Some clients agree on messages that are compressed each by itself, and then do not keep to it.

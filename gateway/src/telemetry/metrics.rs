@@ -13,19 +13,19 @@ use prometheus::{
 };
 use shared::error::ErrorCode;
 
-use super::seldom::Seldom;
+use super::{legacy, seldom::Seldom};
 
 /// What became of a handshake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Handshake {
+pub enum HandshakeResult {
     /// 101.
     Accepted,
     /// Not a WebSocket handshake, or a bad one: 4xx.
-    Bad,
+    Invalid,
     /// The page's origin is not allowed: 403.
-    Origin,
+    OriginDenied,
     /// An address has too many: 429.
-    Limited,
+    RateLimited,
     /// The node is full, drains, or its bus is down: 503.
     Unavailable,
 }
@@ -56,7 +56,7 @@ pub enum Cause {
 
 /// What became of a publish.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Publish {
+pub enum PublishResult {
     /// Appended.
     Appended,
     /// The id was known.
@@ -68,7 +68,7 @@ pub enum Publish {
     /// The bus refused it.
     Failed,
     /// A bound of durable state was reached: see `gateway_durable_refusals_total`.
-    Bounded,
+    LimitReached,
 }
 
 /// What the hub did with an entry that arrived from the bus.
@@ -235,12 +235,12 @@ pub trait Label: Copy + Eq + std::hash::Hash + 'static {
     fn text(self) -> &'static str;
 }
 
-labels!(Handshake: Accepted "accepted", Bad "bad", Origin "origin", Limited "limited",
+labels!(HandshakeResult: Accepted "accepted", Invalid "invalid", OriginDenied "origin_denied", RateLimited "rate_limited",
     Unavailable "unavailable");
 labels!(Dropped: Address "address", Answer "answer", Header "header", Room "room");
 labels!(Cause: Overhead "overhead", Address "address", Bytes "bytes");
-labels!(Publish: Appended "appended", Duplicate "duplicate", Unavailable "unavailable",
-    Overloaded "overloaded", Failed "failed", Bounded "bounded");
+labels!(PublishResult: Appended "appended", Duplicate "duplicate", Unavailable "unavailable",
+    Overloaded "overloaded", Failed "failed", LimitReached "limit_reached");
 labels!(Arrival: Delivered "delivered", Duplicate "duplicate", Gap "gap", Restarted "restarted",
     Unwanted "unwanted", Fenced "fenced");
 labels!(DurableBound: Bytes "bytes", NewRooms "new_rooms", ManagedRooms "managed_rooms",
@@ -304,6 +304,7 @@ impl Drop for Counted {
 #[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
+    legacy_names: bool,
     /// `gateway_connections`
     pub connections: IntGauge,
     /// `gateway_connection_panics_total`
@@ -319,7 +320,7 @@ pub struct Metrics {
     /// `gateway_password_checks_total`
     pub password_checks: Counters<PasswordCheck>,
     /// `gateway_handshakes_total`
-    pub handshakes: Counters<Handshake>,
+    pub handshakes: Counters<HandshakeResult>,
     /// `gateway_handshakes_abandoned_total`
     pub handshakes_abandoned: IntCounter,
     /// `gateway_disconnects_total`; codes a client made up count as `other`.
@@ -347,7 +348,7 @@ pub struct Metrics {
     /// `gateway_errors_total`
     pub errors: Counters<ErrorCode>,
     /// `gateway_publishes_total`
-    pub publishes: Counters<Publish>,
+    pub publishes: Counters<PublishResult>,
     /// `gateway_publish_seconds`
     pub publish_seconds: Histogram,
     /// `gateway_arrivals_total`
@@ -458,7 +459,7 @@ impl Metrics {
                 r,
                 "gateway_handshakes_total",
                 "WebSocket handshakes, by what became of them",
-                "outcome",
+                "result",
             ),
             handshakes_abandoned: counter(
                 r,
@@ -500,7 +501,7 @@ impl Metrics {
                 r,
                 "gateway_input_waits_total",
                 "How often a connection was not read for a while because it was above a rate",
-                "cause",
+                "reason",
             ),
             input_closes: counter(
                 r,
@@ -537,7 +538,7 @@ impl Metrics {
                 r,
                 "gateway_publishes_total",
                 "Messages handed to the bus, by what became of them",
-                "outcome",
+                "result",
             ),
             publish_seconds: histogram(
                 r,
@@ -548,7 +549,7 @@ impl Metrics {
                 r,
                 "gateway_arrivals_total",
                 "Entries that arrived from the bus, by what the hub did with them",
-                "outcome",
+                "result",
             ),
             deliveries: counter(
                 r,
@@ -569,7 +570,7 @@ impl Metrics {
                 r,
                 "gateway_repairs_total",
                 "Reads of a log because something had not arrived, by outcome",
-                "outcome",
+                "result",
             ),
             resumes: counters(
                 r,
@@ -652,13 +653,13 @@ impl Metrics {
                 r,
                 "gateway_agreements_total",
                 "Times the nodes agreed on a Redis server, by whether everybody was heard",
-                "outcome",
+                "result",
             ),
             healed: counters(
                 r,
                 "gateway_healed_rooms_total",
                 "Rooms offered to a Redis server that may have lost some of them, by what became of them",
-                "outcome",
+                "result",
             ),
             tail_repeats: counter(
                 r,
@@ -674,7 +675,7 @@ impl Metrics {
                 r,
                 "gateway_durable_refusals_total",
                 "Requests refused because they would have kept more than a bound of docs/limits.md allows",
-                "bound",
+                "reason",
             ),
             redis_memory_used: gauge(
                 r,
@@ -692,7 +693,14 @@ impl Metrics {
                 "0 below `cluster.memory_watermark`, 1 above it (new state is refused), 2 with no memory left",
             ),
             registry,
+            legacy_names: false,
         }
+    }
+
+    /// Whether renamed metrics are exported under their former names as well.
+    pub fn with_legacy_names(mut self, legacy_names: bool) -> Self {
+        self.legacy_names = legacy_names;
+        self
     }
 
     /// Counts a connection or request that ended by a panic, and logs it once a minute.
@@ -721,7 +729,10 @@ impl Metrics {
             let tasks = runtime.metrics().num_alive_tasks();
             self.tasks.set(i64::try_from(tasks).unwrap_or(i64::MAX));
         }
-        let families = self.registry.gather();
+        let mut families = self.registry.gather();
+        if self.legacy_names {
+            legacy::add(&mut families);
+        }
         prometheus::TextEncoder::new()
             .encode_to_string(&families)
             .expect("gathered families are complete")

@@ -4,6 +4,7 @@ use std::io::IsTerminal as _;
 
 use tracing_subscriber::EnvFilter;
 
+mod legacy;
 pub mod metrics;
 pub mod seldom;
 pub mod trail;

@@ -141,7 +141,7 @@ async fn a_message_typed_in_one_page_appears_in_another() {
     };
     assert_eq!(
         count("gateway_deflate_handshakes_total"),
-        count("gateway_handshakes_total{outcome=\"accepted\"}")
+        count("gateway_handshakes_total{result=\"accepted\"}")
     );
     assert!(count("gateway_deflated_messages_total") > 0, "`connected` is large enough");
 }

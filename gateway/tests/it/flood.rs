@@ -48,7 +48,7 @@ async fn floods_of_frames_that_carry_nothing_end_with_rate_limited() {
     }
     let metrics = get(gateway.admin, "/metrics").await.body;
     assert!(metrics.contains("gateway_input_closes_total 8"), "{metrics}");
-    assert!(metrics.contains(r#"gateway_input_waits_total{cause="overhead"}"#));
+    assert!(metrics.contains(r#"gateway_input_waits_total{reason="overhead"}"#));
 }
 
 #[tokio::test]

@@ -246,10 +246,10 @@ fn many_rooms() -> Vec<RoomId> {
     (0..12).map(|i| room(&format!("room-{i}"))).collect()
 }
 
-/// What a node counts under a name and an outcome.
-async fn counted(node: &Gateway, name: &str, outcome: &str) -> usize {
+/// What a node counts under a name and a result.
+async fn counted(node: &Gateway, name: &str, result: &str) -> usize {
     let metrics = get(node.admin, "/metrics").await.body;
-    let line = format!("{name}{{outcome=\"{outcome}\"}} ");
+    let line = format!("{name}{{result=\"{result}\"}} ");
     let count = metrics.lines().find_map(|text| text.strip_prefix(&line));
     count.and_then(|count| count.parse().ok()).unwrap_or_else(|| panic!("{metrics}"))
 }
