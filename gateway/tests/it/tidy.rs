@@ -169,12 +169,16 @@ fn no_test_sleeps_to_wait() {
 fn the_top_level_is_what_was_agreed() {
     let agreed = [
         ".ci",
+        ".config",
         ".dockerignore",
+        ".editorconfig",
         ".env.example",
         ".git",
+        ".github",
         ".gitignore",
         "ARCHITECTURE.md",
         "CHANGELOG.md",
+        "CONTRIBUTING.md",
         "Cargo.lock",
         "Cargo.toml",
         "LICENSE-APACHE",
