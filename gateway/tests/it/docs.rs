@@ -81,3 +81,69 @@ fn every_code_is_documented() {
         assert!(protocol.contains(&code.number().to_string()), "{}", code.number());
     }
 }
+
+/// Every Markdown file of the repository that is documentation, with its text.
+fn pages() -> Vec<(std::path::PathBuf, String)> {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let folders = [root.to_owned(), root.join("docs"), root.join("docs/adr")];
+    let files = folders.iter().flat_map(|folder| std::fs::read_dir(folder).unwrap());
+    let files = files.map(|entry| entry.unwrap().path());
+    let pages = files.filter(|path| path.extension().is_some_and(|extension| extension == "md"));
+    pages.map(|path| (path.clone(), std::fs::read_to_string(path).unwrap())).collect()
+}
+
+/// The anchor of a heading, as GitHub makes it.
+fn anchor(heading: &str) -> String {
+    let kept = heading.trim().to_lowercase();
+    let kept = kept.chars().filter(|c| c.is_alphanumeric() || matches!(c, ' ' | '-' | '_'));
+    kept.map(|c| if c == ' ' { '-' } else { c }).collect()
+}
+
+#[test]
+fn every_link_of_a_page_leads_to_a_file_and_a_heading() {
+    for (path, text) in pages() {
+        for (at, _) in text.match_indices("](") {
+            let link = text[at + 2..].split(')').next().unwrap();
+            if link.contains("://") {
+                continue;
+            }
+            let (file, heading) = link.split_once('#').unwrap_or((link, ""));
+            let target = match file {
+                "" => path.clone(),
+                file => path.parent().unwrap().join(file),
+            };
+            assert!(target.exists(), "{}: no file for {link}", path.display());
+            if !heading.is_empty() {
+                let text = std::fs::read_to_string(&target).unwrap();
+                let mut headings = text.lines().filter(|line| line.starts_with('#'));
+                let found = headings.any(|line| anchor(line.trim_start_matches('#')) == heading);
+                assert!(found, "{}: no heading for {link}", path.display());
+            }
+        }
+    }
+}
+
+#[test]
+fn every_test_that_faults_and_decisions_name_exists() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let folders = ["gateway/src", "gateway/tests", "shared/src", "loadtest/src"];
+    let sources: String = folders.iter().map(|folder| sources(&root.join(folder))).collect();
+    let names_tests = |path: &std::path::Path| {
+        path.ends_with("docs/faults.md") || path.parent().unwrap().ends_with("docs/adr")
+    };
+    for (path, text) in pages().into_iter().filter(|(path, _)| names_tests(path)) {
+        // Between backticks: every second piece. A name may be cut short by an ellipsis.
+        for name in text.split('`').skip(1).step_by(2) {
+            let name = name.rsplit("::").next().unwrap();
+            let (start, end) = match name.strip_suffix('…') {
+                Some(start) => (start, ""),
+                None => (name, "("),
+            };
+            let is_name = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
+            if start.chars().all(is_name) && start.matches('_').count() >= 4 {
+                let found = sources.contains(&format!("fn {start}{end}"));
+                assert!(found, "{}: no test {name}", path.display());
+            }
+        }
+    }
+}
