@@ -61,7 +61,7 @@ pub struct MemoryBus {
 struct Rooms {
     logs: HashMap<RoomId, Log>,
     /// Rooms that are followed, and of those without a log the epoch that was told: it begins in that.
-    followed: HashMap<RoomId, Option<Epoch>>,
+    subscribed: HashMap<RoomId, Option<Epoch>>,
     /// The epoch of logs that have no entry yet, so that an inbox to which nothing came costs nothing.
     /// A new one once any log was dropped, whose numbers could be given again.
     silent: Epoch,
@@ -74,7 +74,7 @@ struct Rooms {
 impl Default for Rooms {
     fn default() -> Self {
         let (logs, followed, silent) = (HashMap::new(), HashMap::new(), epoch_of(0));
-        Self { logs, followed, silent, bytes: 0, room_made: None }
+        Self { logs, subscribed: followed, silent, bytes: 0, room_made: None }
     }
 }
 
@@ -145,7 +145,7 @@ impl MemoryBus {
         let unseen_ttl = self.retention.bounds.unseen.ttl;
         let mut guard = self.rooms.lock();
         let rooms = &mut *guard;
-        let Rooms { logs, followed, silent, .. } = rooms;
+        let Rooms { logs, subscribed: followed, silent, .. } = rooms;
         let before = logs.len();
         logs.retain(|room, log| {
             let (idle, kept) = (now - log.used, self.retention.of(room));
@@ -184,7 +184,7 @@ impl MemoryBus {
             }
             let Some(log) = rooms.logs.get_mut(&room) else { continue };
             rooms.bytes -= log.cost();
-            if rooms.followed.contains_key(&room) {
+            if rooms.subscribed.contains_key(&room) {
                 log.entries = VecDeque::new();
                 log.bytes = 0;
                 rooms.bytes += log.cost();
@@ -207,7 +207,7 @@ impl MemoryBus {
             Self::make_room(rooms, self.retention.memory_bytes_max);
             rooms.room_made = Some(now);
         }
-        let Rooms { logs, followed, bytes, silent, .. } = rooms;
+        let Rooms { logs, subscribed: followed, bytes, silent, .. } = rooms;
         let had_entries = logs.get(&append.room).is_some_and(|log| !log.entries.is_empty());
         // Once it is kept as any it stays that.
         let unseen = unseen && logs.get(&append.room).is_none_or(|log| log.unseen || log.top == 0);
@@ -272,7 +272,7 @@ impl Rooms {
     /// The epoch of a room that has no log.
     fn silent_epoch(&mut self, room: &RoomId) -> Epoch {
         let silent = self.silent.clone();
-        match self.followed.get_mut(room) {
+        match self.subscribed.get_mut(room) {
             Some(told) => told.get_or_insert(silent).clone(),
             None => silent,
         }
@@ -281,7 +281,7 @@ impl Rooms {
 
 impl MemoryBus {
     fn delete_log(&self, room: &RoomId) {
-        let Rooms { logs, followed, bytes, .. } = &mut *self.rooms.lock();
+        let Rooms { logs, subscribed: followed, bytes, .. } = &mut *self.rooms.lock();
         let now = Instant::now();
         if followed.contains_key(room) && !logs.contains_key(room) {
             // Who follows it has been told an epoch.
@@ -302,13 +302,13 @@ impl Bus for MemoryBus {
         (append.done)(appended);
     }
 
-    fn follow(&self, room: RoomId) -> BoxFuture<Result<(), BusError>> {
-        self.rooms.lock().followed.entry(room).or_default();
+    fn subscribe(&self, room: RoomId) -> BoxFuture<Result<(), BusError>> {
+        self.rooms.lock().subscribed.entry(room).or_default();
         Box::pin(std::future::ready(Ok(())))
     }
 
-    fn unfollow(&self, room: RoomId) {
-        self.rooms.lock().followed.remove(&room);
+    fn unsubscribe(&self, room: RoomId) {
+        self.rooms.lock().subscribed.remove(&room);
     }
 
     fn read(&self, room: RoomId, range: Range) -> BoxFuture<Result<Page, BusError>> {
@@ -318,7 +318,7 @@ impl Bus for MemoryBus {
 
     fn delete(&self, room: RoomId) -> BoxFuture<Result<(), BusError>> {
         self.delete_log(&room);
-        if self.rooms.lock().followed.contains_key(&room) {
+        if self.rooms.lock().subscribed.contains_key(&room) {
             self.mailboxes.notify(room, Notice::Emptied);
         }
         Box::pin(std::future::ready(Ok(())))

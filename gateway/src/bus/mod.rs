@@ -72,10 +72,10 @@ pub trait Bus: Send + Sync {
 
     /// Has the room's entries passed to this node's mailboxes from here on. What is appended
     /// after the future has resolved arrives, or is told to be doubtful.
-    fn follow(&self, room: RoomId) -> BoxFuture<Result<(), BusError>>;
+    fn subscribe(&self, room: RoomId) -> BoxFuture<Result<(), BusError>>;
 
-    /// Ends what [`Bus::follow`] began. Calls for one room take effect in their order.
-    fn unfollow(&self, room: RoomId);
+    /// Ends what [`Bus::subscribe`] began. Calls for one room take effect in their order.
+    fn unsubscribe(&self, room: RoomId);
 
     /// Reads part of a room's log. A room without a log gets one, empty, so that its epoch is
     /// known before its first entry.

@@ -180,7 +180,7 @@ impl Shard {
                 tokio::time::sleep(pause).await;
             }
             if let Purpose::Open = asked.purpose
-                && let Err(error) = bus.follow(asked.room.clone()).await
+                && let Err(error) = bus.subscribe(asked.room.clone()).await
             {
                 let _ = calls.send(Call::Answered { asked, result: Err(error) }).await;
                 return;

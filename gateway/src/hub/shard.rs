@@ -442,7 +442,7 @@ impl Shard {
             self.budget.forget(&room);
             self.lingering.leave(&mut room);
             self.turn.count_room(name, -1);
-            self.bus.unfollow(room.name);
+            self.bus.unsubscribe(room.name);
         }
     }
 

@@ -147,7 +147,7 @@ impl Shard {
         self.spawn("read_statuses", async move {
             // Followed first, so that no change falls between the two.
             join_all(follow.into_iter().map(async |room| {
-                while bus.follow(room.clone()).await.is_err() {
+                while bus.subscribe(room.clone()).await.is_err() {
                     tokio::time::sleep(READ_AGAIN).await;
                 }
             }))
@@ -213,7 +213,7 @@ impl Shard {
         self.watched.retain(|user, watch| {
             let is_watched = !watch.watchers.is_empty() || watch.reading;
             if !is_watched && watch.followed {
-                self.bus.unfollow(RoomId::status_of(user));
+                self.bus.unsubscribe(RoomId::status_of(user));
             }
             is_watched
         });

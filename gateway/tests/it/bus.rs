@@ -158,7 +158,7 @@ impl Fixture {
 async fn entries_are_numbered_and_heard_in_the_order_of_the_calls() {
     each(retention(), async |fixture| {
         let lobby = room("lobby");
-        within(fixture.bus.follow(lobby.clone())).await.unwrap();
+        within(fixture.bus.subscribe(lobby.clone())).await.unwrap();
         let ids: Vec<_> = (0..1000).map(|_| MessageId::random()).collect();
         let answers: Vec<_> = ids.iter().map(|id| fixture.begin(&lobby, "ann", *id, 10)).collect();
         for (i, answer) in answers.into_iter().enumerate() {
@@ -274,13 +274,13 @@ async fn a_room_has_its_epoch_before_its_first_entry() {
 async fn only_rooms_that_are_followed_are_heard() {
     each(retention(), async |fixture| {
         let (lobby, other) = (room("lobby"), room("other"));
-        within(fixture.bus.follow(lobby.clone())).await.unwrap();
+        within(fixture.bus.subscribe(lobby.clone())).await.unwrap();
         fixture.append(&other, MessageId::random()).await;
         fixture.append(&lobby, MessageId::random()).await;
         assert_eq!(fixture.hear().await.0, lobby);
-        fixture.bus.unfollow(lobby.clone());
+        fixture.bus.unsubscribe(lobby.clone());
         // The calls take effect in their order, so `lobby` is not followed when this resolves.
-        within(fixture.bus.follow(other.clone())).await.unwrap();
+        within(fixture.bus.subscribe(other.clone())).await.unwrap();
         fixture.append(&lobby, MessageId::random()).await;
         fixture.append(&other, MessageId::random()).await;
         assert_eq!(fixture.hear().await.0, other);
@@ -330,7 +330,7 @@ async fn retention_keeps_what_it_says_and_no_more() {
 async fn logs_in_memory_have_a_common_bound_and_the_oldest_go_first() {
     let fixture = memory(Retention { memory_bytes_max: 1 << 20, ..retention() });
     let rooms: Vec<RoomId> = (0..200).map(|i| room(&format!("r{i}"))).collect();
-    within(fixture.bus.follow(rooms[0].clone())).await.unwrap();
+    within(fixture.bus.subscribe(rooms[0].clone())).await.unwrap();
     for room in &rooms {
         let answer = fixture.begin(room, "ann", MessageId::random(), 10_000);
         within(answer).await.unwrap().unwrap();

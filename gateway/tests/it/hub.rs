@@ -159,12 +159,12 @@ impl Bus for Counting {
         self.0.append(append);
     }
 
-    fn follow(&self, room: RoomId) -> BoxFuture<Result<(), BusError>> {
-        self.0.follow(room)
+    fn subscribe(&self, room: RoomId) -> BoxFuture<Result<(), BusError>> {
+        self.0.subscribe(room)
     }
 
-    fn unfollow(&self, room: RoomId) {
-        self.0.unfollow(room);
+    fn unsubscribe(&self, room: RoomId) {
+        self.0.unsubscribe(room);
     }
 
     fn read(&self, room: RoomId, range: Range) -> BoxFuture<Result<Page, BusError>> {
@@ -336,11 +336,11 @@ impl Bus for Fragile {
         (append.done)(Ok(Appended { position, duplicate, opened: false }));
     }
 
-    fn follow(&self, _: RoomId) -> BoxFuture<Result<(), BusError>> {
+    fn subscribe(&self, _: RoomId) -> BoxFuture<Result<(), BusError>> {
         Box::pin(std::future::ready(Ok(())))
     }
 
-    fn unfollow(&self, _: RoomId) {}
+    fn unsubscribe(&self, _: RoomId) {}
 
     fn read(&self, _: RoomId, range: Range) -> BoxFuture<Result<Page, BusError>> {
         let log = self.log.lock();

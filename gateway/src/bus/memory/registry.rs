@@ -238,7 +238,7 @@ impl MemoryBus {
         let Place::Room(room) = seat.place.clone() else {
             let status = RoomId::status_of(&seat.user.id);
             self.registered.lock().seat(seat, Instant::now());
-            if self.rooms.lock().followed.contains_key(&status) {
+            if self.rooms.lock().subscribed.contains_key(&status) {
                 self.mailboxes.notify(status, Notice::Status);
             }
             return Ok(Entered::default());

@@ -236,12 +236,12 @@ impl Bus for RedisBus {
         self.router.append(append);
     }
 
-    fn follow(&self, room: RoomId) -> BoxFuture<Result<(), BusError>> {
-        Box::pin(self.router.clone().follow(room))
+    fn subscribe(&self, room: RoomId) -> BoxFuture<Result<(), BusError>> {
+        Box::pin(self.router.clone().subscribe(room))
     }
 
-    fn unfollow(&self, room: RoomId) {
-        self.router.unfollow(room);
+    fn unsubscribe(&self, room: RoomId) {
+        self.router.unsubscribe(room);
     }
 
     fn read(&self, room: RoomId, range: Range) -> BoxFuture<Result<Page, BusError>> {

@@ -75,7 +75,7 @@ struct Lane {
     set: Option<Arc<Set>>,
     /// Publishes that wait for a set.
     held: VecDeque<Queued>,
-    followed: BTreeSet<RoomId>,
+    subscribed: BTreeSet<RoomId>,
 }
 
 /// What the sets are made of.
@@ -281,26 +281,26 @@ impl Router {
         }
     }
 
-    pub(super) async fn follow(self: Arc<Self>, room: RoomId) -> Result<(), BusError> {
+    pub(super) async fn subscribe(self: Arc<Self>, room: RoomId) -> Result<(), BusError> {
         let home = self.keyspace().home(&room);
-        self.lanes.lock()[usize::from(home)].followed.insert(room.clone());
+        self.lanes.lock()[usize::from(home)].subscribed.insert(room.clone());
         loop {
             let set = self.set_of(home).await;
-            let followed = set.subscriber.follow(room.clone()).await;
+            let followed = set.subscriber.subscribe(room.clone()).await;
             if followed.is_ok() || self.leads_to(home, &set) {
                 return followed;
             }
         }
     }
 
-    pub(super) fn unfollow(&self, room: RoomId) {
+    pub(super) fn unsubscribe(&self, room: RoomId) {
         let set = {
             let lane = &mut self.lanes.lock()[usize::from(self.keyspace().home(&room))];
-            lane.followed.remove(&room);
+            lane.subscribed.remove(&room);
             lane.set.clone()
         };
         if let Some(set) = set {
-            set.subscriber.unfollow(room);
+            set.subscriber.unsubscribe(room);
         }
     }
 
@@ -448,7 +448,7 @@ impl Router {
                 let lane = &mut lanes[usize::from(home)];
                 lane.set = Some(set.clone());
                 lane.held.drain(..).for_each(&mut send);
-                followed.extend(lane.followed.iter().cloned());
+                followed.extend(lane.subscribed.iter().cloned());
             }
         }
         set.subscriber.adopt(followed);

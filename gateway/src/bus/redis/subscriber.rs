@@ -83,7 +83,7 @@ struct Wishes {
 /// What is wished for a room.
 #[derive(Default)]
 struct Wish {
-    follow: bool,
+    subscribe: bool,
     /// Whether it stands among the first.
     is_first: bool,
     /// Who waits for the subscription.
@@ -91,13 +91,13 @@ struct Wish {
 }
 
 impl Wishes {
-    fn follow(&mut self, room: RoomId, heard: oneshot::Sender<()>) {
+    fn subscribe(&mut self, room: RoomId, heard: oneshot::Sender<()>) {
         if self.is_closed {
             return;
         }
         let is_new = !self.rooms.contains_key(&room);
         let wish = self.rooms.entry(room.clone()).or_default();
-        wish.follow = true;
+        wish.subscribe = true;
         wish.waiting.push(heard);
         if room.kind() == RoomKind::Status {
             if is_new {
@@ -108,12 +108,12 @@ impl Wishes {
         }
     }
 
-    fn unfollow(&mut self, room: RoomId) {
+    fn unsubscribe(&mut self, room: RoomId) {
         if self.is_closed {
             return;
         }
         match self.rooms.get_mut(&room) {
-            Some(wish) => wish.follow = false,
+            Some(wish) => wish.subscribe = false,
             None => {
                 self.rooms.insert(room.clone(), Wish::default());
                 self.others.push_back(room);
@@ -157,7 +157,7 @@ pub(super) fn start(
         mailboxes,
         queue: queue.clone(),
         adopted: adopted.clone(),
-        followed: Arc::default(),
+        subscribed: Arc::default(),
         unheard: Vec::new(),
         tasks: tasks.clone(),
     };
@@ -167,9 +167,9 @@ pub(super) fn start(
 }
 
 impl Subscriber {
-    pub(super) fn follow(&self, room: RoomId) -> BoxFuture<Result<(), BusError>> {
+    pub(super) fn subscribe(&self, room: RoomId) -> BoxFuture<Result<(), BusError>> {
         let (heard, hears) = oneshot::channel();
-        self.queue.wishes.lock().follow(room, heard);
+        self.queue.wishes.lock().subscribe(room, heard);
         self.queue.notify.notify_one();
         Box::pin(async move { hears.await.map_err(|_| BusError::Unavailable) })
     }
@@ -180,8 +180,8 @@ impl Subscriber {
         self.adopted.notify.notify_one();
     }
 
-    pub(super) fn unfollow(&self, room: RoomId) {
-        self.queue.wishes.lock().unfollow(room);
+    pub(super) fn unsubscribe(&self, room: RoomId) {
+        self.queue.wishes.lock().unsubscribe(room);
         self.queue.notify.notify_one();
     }
 }
@@ -194,7 +194,7 @@ struct Worker {
     queue: Arc<Queue>,
     adopted: Arc<Adopted>,
     /// What is followed. Shared with the connection, which finds out when that ends by itself.
-    followed: Arc<Mutex<BTreeSet<RoomId>>>,
+    subscribed: Arc<Mutex<BTreeSet<RoomId>>>,
     /// Who waits for a subscription that is not confirmed yet.
     unheard: Vec<(RoomId, oneshot::Sender<()>)>,
     /// Told where the connection's driver, a task of the library, fails.
@@ -249,7 +249,7 @@ impl Worker {
         self.listen_to_ourselves(&mut connection).await?;
         self.take_wishes();
         self.drop_what_is_elsewhere();
-        let rooms: Vec<RoomId> = self.followed.lock().iter().cloned().collect();
+        let rooms: Vec<RoomId> = self.subscribed.lock().iter().cloned().collect();
         self.subscribe(&mut connection, &rooms).await?;
         // Only when everything is subscribed to: what is read from now on leaves no gap.
         self.mailboxes.doubt();
@@ -297,7 +297,7 @@ impl Worker {
     fn take_adopted(&mut self) -> Vec<RoomId> {
         let mut rooms = mem::take(&mut *self.adopted.rooms.lock());
         rooms.retain(|room| self.owns(room));
-        self.followed.lock().extend(rooms.iter().cloned());
+        self.subscribed.lock().extend(rooms.iter().cloned());
         rooms
     }
 
@@ -308,7 +308,7 @@ impl Worker {
     /// Forgets rooms that this server does not serve any more. It has ended their subscriptions by
     /// itself; who waits for one asks again where they are.
     fn drop_what_is_elsewhere(&mut self) {
-        let Self { server, followed, unheard, .. } = self;
+        let Self { server, subscribed: followed, unheard, .. } = self;
         let here = |room: &RoomId| server.owns(server.keyspace.home(room));
         followed.lock().retain(here);
         unheard.retain(|(room, _)| here(room));
@@ -334,10 +334,10 @@ impl Worker {
         // Who wished it asks again where the room is.
         if self.owns(&room) {
             self.unheard.extend(wish.waiting.into_iter().map(|heard| (room.clone(), heard)));
-            if wish.follow {
-                self.followed.lock().insert(room);
+            if wish.subscribe {
+                self.subscribed.lock().insert(room);
             } else {
-                self.followed.lock().remove(&room);
+                self.subscribed.lock().remove(&room);
             }
         }
     }
@@ -355,7 +355,7 @@ impl Worker {
         let (mut more, mut fewer) = (self.take_adopted(), Vec::new());
         let adopted = !more.is_empty();
         for (room, wish) in wishes {
-            let follow = wish.follow;
+            let follow = wish.subscribe;
             self.note(room.clone(), wish);
             if follow && self.owns(&room) {
                 more.push(room);
@@ -402,7 +402,7 @@ impl Worker {
     ) -> impl Fn(PushInfo) -> Result<(), Infallible> + Send + Sync + 'static {
         let (lost, deaf) = (ear.lost.clone(), ear.deaf.clone());
         let (mailboxes, links) = (self.mailboxes.clone(), self.links.clone());
-        let (server, followed) = (self.server.clone(), self.followed.clone());
+        let (server, followed) = (self.server.clone(), self.subscribed.clone());
         let (pokes, tasks) = (server.keyspace.pokes(), self.tasks.clone());
         let take = move |push: PushInfo| {
             match push.kind {
@@ -572,12 +572,12 @@ mod tests {
     fn no_unsubscription_is_lost_however_many_wait() {
         let mut wishes = Wishes::default();
         for room in rooms("room", 100_000) {
-            wishes.unfollow(room);
+            wishes.unsubscribe(room);
         }
         let mut taken = BTreeSet::new();
         while !wishes.rooms.is_empty() {
             let some = wishes.take(CHANNELS_MAX);
-            assert!(some.len() <= CHANNELS_MAX && some.iter().all(|(_, wish)| !wish.follow));
+            assert!(some.len() <= CHANNELS_MAX && some.iter().all(|(_, wish)| !wish.subscribe));
             taken.extend(some.into_iter().map(|(room, _)| room));
         }
         assert_eq!(taken.len(), 100_000);
@@ -587,10 +587,10 @@ mod tests {
     fn rooms_go_ahead_of_statuses_and_both_go_on() {
         let mut wishes = Wishes::default();
         for room in rooms("status", 10_000) {
-            wishes.follow(room, heard());
+            wishes.subscribe(room, heard());
         }
         for room in rooms("room", 1000) {
-            wishes.follow(room, heard());
+            wishes.subscribe(room, heard());
         }
         let first = wishes.take(CHANNELS_MAX);
         let of_rooms = first.iter().filter(|(room, _)| room.kind() == RoomKind::Joined).count();
@@ -601,16 +601,16 @@ mod tests {
     fn the_last_wish_for_a_room_counts_and_is_granted_once() {
         let (mut wishes, room) = (Wishes::default(), rooms("room", 1).next().unwrap());
         for _ in 0..3 {
-            wishes.unfollow(room.clone());
-            wishes.follow(room.clone(), heard());
+            wishes.unsubscribe(room.clone());
+            wishes.subscribe(room.clone(), heard());
         }
         let taken = wishes.take(CHANNELS_MAX);
         assert!(
-            matches!(&taken[..], [(_, Wish { follow: true, waiting, .. })] if waiting.len() == 3)
+            matches!(&taken[..], [(_, Wish { subscribe: true, waiting, .. })] if waiting.len() == 3)
         );
         assert!(wishes.take(CHANNELS_MAX).is_empty());
-        wishes.follow(room.clone(), heard());
-        wishes.unfollow(room);
-        assert!(matches!(&wishes.take(CHANNELS_MAX)[..], [(_, Wish { follow: false, .. })]));
+        wishes.subscribe(room.clone(), heard());
+        wishes.unsubscribe(room);
+        assert!(matches!(&wishes.take(CHANNELS_MAX)[..], [(_, Wish { subscribe: false, .. })]));
     }
 }
