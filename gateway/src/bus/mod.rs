@@ -92,7 +92,7 @@ pub trait Bus: Send + Sync {
 
     /// Has the log compared with what this node holds of it. What the log lacks is given back; where
     /// two histories share numbers the log goes on in a new epoch, which a read then shows.
-    fn heal(&self, held: Followed) -> BoxFuture<Result<(), BusError>>;
+    fn restore(&self, held: Followed) -> BoxFuture<Result<(), BusError>>;
 
     /// What keeps this node from publishing and hearing, if anything: names for `ready`.
     fn failing(&self) -> Option<&'static str>;

@@ -190,7 +190,7 @@ impl Shard {
                 return;
             }
             if let Some(held) = heal {
-                while bus.heal(held.clone()).await.is_err() {
+                while bus.restore(held.clone()).await.is_err() {
                     metrics.repairs.of(Repair::Failed).inc();
                     tokio::time::sleep(READ_AGAIN).await;
                 }

@@ -180,8 +180,8 @@ impl Bus for Counting {
         self.0.delete(room)
     }
 
-    fn heal(&self, held: Followed) -> BoxFuture<Result<(), BusError>> {
-        self.0.heal(held)
+    fn restore(&self, held: Followed) -> BoxFuture<Result<(), BusError>> {
+        self.0.restore(held)
     }
 
     fn failing(&self) -> Option<&'static str> {
@@ -369,7 +369,7 @@ impl Bus for Fragile {
         unreachable!("no test deletes here")
     }
 
-    fn heal(&self, _: Followed) -> BoxFuture<Result<(), BusError>> {
+    fn restore(&self, _: Followed) -> BoxFuture<Result<(), BusError>> {
         unreachable!("no two histories share numbers here")
     }
 

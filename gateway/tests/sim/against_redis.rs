@@ -202,7 +202,7 @@ async fn values_pass_through_lua_as_in_redis() {
 async fn the_scripts_run_as_on_redis() {
     const APPEND: &str = include_str!("../../src/bus/redis/scripts/append.lua");
     const READ: &str = include_str!("../../src/bus/redis/scripts/read.lua");
-    const HEAL: &str = include_str!("../../src/bus/redis/scripts/heal.lua");
+    const RESTORE: &str = include_str!("../../src/bus/redis/scripts/restore.lua");
     const CHECKIN: &str = include_str!("../../src/bus/redis/scripts/checkin.lua");
     const LEASE: &str = include_str!("../../src/bus/redis/scripts/lease.lua");
     const DELETE: &str = include_str!("../../src/bus/redis/scripts/delete.lua");
@@ -253,7 +253,7 @@ async fn the_scripts_run_as_on_redis() {
         pair.compare(&words(&missing.split(' ').collect::<Vec<_>>())).await;
         for step in ["ask", "give"] {
             let heal = heal_args(&page, &token, step);
-            pair.script(HEAL, &ROOM, &heal).await;
+            pair.script(RESTORE, &ROOM, &heal).await;
         }
         pair.compare(&words(&["XRANGE", "log", "-", "+"])).await;
         pair.compare(&words(&["HMGET", "meta", "e", "s", "r", "n", "pe", "ps"])).await;

@@ -40,10 +40,10 @@ use super::{
     RetryPause,
     conditions::Finder,
     config,
-    heal::Healer,
     is_of_the_slot,
     lease::LeaseTimes,
     links::Links,
+    restore::LogRestorer,
     server::Server,
     topology,
     untrusted::{self, Lossy, texts},
@@ -140,7 +140,7 @@ pub(super) struct Agreement {
     server: Arc<Server>,
     links: Arc<Links>,
     mailboxes: Mailboxes,
-    healer: Healer,
+    restorer: LogRestorer,
     checkin: redis::Script,
     lease: redis::Script,
     leave: redis::Script,
@@ -157,7 +157,7 @@ pub(super) fn start(
     tasks: &Tasks,
 ) {
     let agreement = Agreement {
-        healer: Healer::new(server.clone(), links.metrics.clone()),
+        restorer: LogRestorer::new(server.clone(), links.metrics.clone()),
         checkin: server.keyspace.script(include_str!("scripts/checkin.lua")),
         lease: server.keyspace.script(include_str!("scripts/lease.lua")),
         leave: server.keyspace.script(include_str!("scripts/leave.lua")),
@@ -305,7 +305,7 @@ impl Agreement {
     ) -> RedisResult<()> {
         let begun = Instant::now();
         self.renew_at_once(connection, token).await?;
-        self.heal(connection, token, &homes).await?;
+        self.restore(connection, token, &homes).await?;
         self.checkin.load_async(connection).await?;
         loop {
             homes.retain(|home| self.server.owns(*home));
@@ -329,7 +329,7 @@ impl Agreement {
     }
 
     /// Gives back what this process holds of some homes, where it remembers them.
-    async fn heal(
+    async fn restore(
         &self,
         connection: &mut MultiplexedConnection,
         token: Token,
@@ -344,7 +344,7 @@ impl Agreement {
         let mut holdings = self.mailboxes.holdings().await;
         let here = |room: &RoomId| remembered.contains(&self.server.keyspace.home(room));
         holdings.retain(|held| here(&held.room));
-        self.healer.heal(connection, token, holdings).await?;
+        self.restorer.restore(connection, token, holdings).await?;
         #[cfg(debug_assertions)]
         if crate::fault_injection::is_injected(
             crate::fault_injection::ProtocolFault::SequencesReused,
@@ -352,7 +352,7 @@ impl Agreement {
             return Ok(());
         }
         let unheard = self.links.standing.tail().unheard(here);
-        self.healer.give_unheard(connection, token, &self.process.name, unheard).await
+        self.restorer.give_unheard(connection, token, &self.process.name, unheard).await
     }
 
     fn agreed(&self, token: Token, opened: &Opened, took: Duration) {

@@ -12,7 +12,7 @@ use shared::{
 };
 
 use super::{
-    heal::Healer,
+    restore::LogRestorer,
     server::Server,
     topology::Reader,
     untrusted::{self, Lossy, checked, or_absent, read},
@@ -30,17 +30,17 @@ const HEADS_MAX: usize = 512;
 pub(super) struct Log {
     server: Arc<Server>,
     metrics: Arc<Metrics>,
-    healer: Healer,
+    restorer: LogRestorer,
     read: redis::Script,
     delete: redis::Script,
 }
 
 impl Log {
     pub(super) fn new(server: Arc<Server>, metrics: Arc<Metrics>) -> Self {
-        let healer = Healer::new(server.clone(), metrics.clone());
+        let healer = LogRestorer::new(server.clone(), metrics.clone());
         let read = server.keyspace.script(include_str!("scripts/read.lua"));
         let delete = server.keyspace.script(include_str!("scripts/delete.lua"));
-        Self { server, metrics, healer, read, delete }
+        Self { server, metrics, restorer: healer, read, delete }
     }
 
     pub(super) fn read(&self, room: RoomId, range: Range) -> BoxFuture<Result<Page, BusError>> {
@@ -82,11 +82,13 @@ impl Log {
         })
     }
 
-    pub(super) fn heal(&self, held: Followed) -> BoxFuture<Result<(), BusError>> {
+    pub(super) fn restore(&self, held: Followed) -> BoxFuture<Result<(), BusError>> {
         let log = self.clone();
         Box::pin(async move {
             let token = log.agreed(&held.room).await;
-            log.server.ask(async |reader| log.healer.heal(reader, token, vec![held]).await).await
+            log.server
+                .ask(async |reader| log.restorer.restore(reader, token, vec![held]).await)
+                .await
         })
     }
 

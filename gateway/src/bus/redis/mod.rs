@@ -39,7 +39,7 @@ use crate::{
 mod agreement;
 mod appender;
 mod conditions;
-mod heal;
+mod restore;
 mod keyspace;
 mod lease;
 mod links;
@@ -259,9 +259,9 @@ impl Bus for RedisBus {
         Box::pin(self.router.clone().ask(home, move |log| log.delete(room.clone())))
     }
 
-    fn heal(&self, held: Followed) -> BoxFuture<Result<(), BusError>> {
+    fn restore(&self, held: Followed) -> BoxFuture<Result<(), BusError>> {
         let home = self.router.keyspace().home(&held.room);
-        Box::pin(self.router.clone().ask(home, move |log| log.heal(held.clone())))
+        Box::pin(self.router.clone().ask(home, move |log| log.restore(held.clone())))
     }
 
     fn failing(&self) -> Option<&'static str> {

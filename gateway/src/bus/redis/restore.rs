@@ -16,25 +16,25 @@ use crate::{
 const ROOMS_MAX: usize = 256;
 const BYTES_MAX: usize = 1 << 20;
 
-/// Heals rooms by `heal.lua`, and gives numbers back by `unheard.lua`.
+/// Heals rooms by `restore.lua`, and gives numbers back by `unheard.lua`.
 #[derive(Clone)]
-pub(super) struct Healer {
+pub(super) struct LogRestorer {
     server: Arc<Server>,
     script: redis::Script,
     unheard: redis::Script,
     metrics: Arc<Metrics>,
 }
 
-impl Healer {
+impl LogRestorer {
     pub(super) fn new(server: Arc<Server>, metrics: Arc<Metrics>) -> Self {
-        let script = server.keyspace.script(include_str!("scripts/heal.lua"));
+        let script = server.keyspace.script(include_str!("scripts/restore.lua"));
         let unheard = server.keyspace.script(include_str!("scripts/unheard.lua"));
         Self { server, script, unheard, metrics }
     }
 
     /// Gives back what `holdings` have of their rooms and the server lacks. Rooms that are whole, all
     /// of them after an ordinary restart, cost one question each.
-    pub(super) async fn heal(
+    pub(super) async fn restore(
         &self,
         connection: &mut MultiplexedConnection,
         token: Token,
@@ -54,14 +54,14 @@ impl Healer {
             bytes += room.entries.iter().map(|entry| entry.bytes()).sum::<usize>();
             rooms.push(room.clone());
             if bytes >= BYTES_MAX {
-                self.give(connection, token, &std::mem::take(&mut rooms)).await?;
+                self.send_entries(connection, token, &std::mem::take(&mut rooms)).await?;
                 bytes = 0;
             }
         }
-        self.give(connection, token, &rooms).await
+        self.send_entries(connection, token, &rooms).await
     }
 
-    async fn give(
+    async fn send_entries(
         &self,
         connection: &mut MultiplexedConnection,
         token: Token,
