@@ -339,43 +339,43 @@ pub struct Mailboxes {
 #[derive(Debug)]
 struct Mailbox {
     letters: mpsc::Sender<Letter>,
-    doubt: Arc<Doubt>,
+    resync: Arc<ResyncRequest>,
 }
 
 /// Tells a shard that entries may have been lost on the way to it, and hears when it has made sure
 /// that it has them all.
 #[derive(Debug, Default)]
-pub struct Doubt {
+pub struct ResyncRequest {
     /// How often doubt was raised.
-    raised: AtomicU64,
+    requested_count: AtomicU64,
     notify: Notify,
     /// Up to which of those everything was compared and read since.
-    settled: AtomicU64,
+    synced_count: AtomicU64,
 }
 
-impl Doubt {
+impl ResyncRequest {
     /// How often doubt was raised.
     pub fn count(&self) -> u64 {
-        self.raised.load(Ordering::Acquire)
+        self.requested_count.load(Ordering::Acquire)
     }
 
     /// Waits until doubt is raised. Cancel-safe.
-    pub async fn raised(&self) {
+    pub async fn requested(&self) {
         self.notify.notified().await;
     }
 
     /// All rooms were proven whole since doubt was raised for the `count`th time.
-    pub fn settle(&self, count: u64) {
-        self.settled.store(count, Ordering::Release);
+    pub fn mark_synced(&self, count: u64) {
+        self.synced_count.store(count, Ordering::Release);
     }
 
-    fn raise(&self) {
-        self.raised.fetch_add(1, Ordering::AcqRel);
+    fn mark_stale(&self) {
+        self.requested_count.fetch_add(1, Ordering::AcqRel);
         self.notify.notify_one();
     }
 
-    fn is_settled(&self) -> bool {
-        self.settled.load(Ordering::Acquire) >= self.count()
+    fn is_synced(&self) -> bool {
+        self.synced_count.load(Ordering::Acquire) >= self.count()
     }
 }
 
@@ -396,7 +396,7 @@ pub struct Letters {
     /// What arrived, in order per room.
     pub letters: mpsc::Receiver<Letter>,
     /// Raised when entries were lost.
-    pub doubt: Arc<Doubt>,
+    pub resync: Arc<ResyncRequest>,
     /// Whether the node may pass anything on.
     pub standing: Arc<Standing>,
 }
@@ -408,10 +408,10 @@ impl Mailboxes {
         let standing = Arc::new(Standing::default());
         let mailbox = |_| {
             let (sender, receiver) = mpsc::channel(capacity);
-            let doubt = Arc::new(Doubt::default());
+            let doubt = Arc::new(ResyncRequest::default());
             let standing = standing.clone();
-            ends.push(Letters { letters: receiver, doubt: doubt.clone(), standing });
-            Mailbox { letters: sender, doubt }
+            ends.push(Letters { letters: receiver, resync: doubt.clone(), standing });
+            Mailbox { letters: sender, resync: doubt }
         };
         let shards = (0..shards).map(mailbox).collect();
         (Self { shards, hasher: RandomState::new(), standing: standing.clone(), metrics }, ends)
@@ -472,20 +472,20 @@ impl Mailboxes {
         let mailbox = &self.shards[shard];
         if mailbox.letters.try_send(letter).is_err() {
             self.metrics.mailbox_overflows.inc();
-            mailbox.doubt.raise();
+            mailbox.resync.mark_stale();
         }
     }
 
     /// Tells every shard that entries of any room may have been lost.
-    pub fn doubt(&self) {
+    pub fn mark_all_stale(&self) {
         for mailbox in &*self.shards {
-            mailbox.doubt.raise();
+            mailbox.resync.mark_stale();
         }
     }
 
     /// Whether every room followed was proven whole since doubt was raised last: its log was
     /// compared, and what that had more was read.
-    pub fn is_whole(&self) -> bool {
-        self.shards.iter().all(|mailbox| mailbox.doubt.is_settled())
+    pub fn all_synced(&self) -> bool {
+        self.shards.iter().all(|mailbox| mailbox.resync.is_synced())
     }
 }

@@ -64,7 +64,7 @@ impl Shard {
 
     fn note_if_settled(&self) {
         if self.doubtful == 0 {
-            self.doubt.settle(self.settling);
+            self.doubt.mark_synced(self.settling);
         }
     }
 

@@ -28,7 +28,7 @@ use super::{
     status::Watched,
 };
 use crate::{
-    bus::{Bus, Doubt, Letter, Letters},
+    bus::{Bus, Letter, Letters, ResyncRequest},
     delivery::{
         Entry, Followed,
         follow::{Keep, Reading},
@@ -79,7 +79,7 @@ pub(super) struct Shard {
     pub(super) comparing: Reading,
     /// When the rooms in which nothing arrives were compared last.
     compared_at: Instant,
-    pub(super) doubt: Arc<Doubt>,
+    pub(super) doubt: Arc<ResyncRequest>,
     /// How many doubts were heard of.
     pub(super) doubted: u64,
     /// The doubt that is settled when no room is doubtful any more.
@@ -144,7 +144,7 @@ impl Shard {
             rooms_max: options.rooms_max,
             comparing: Reading::No,
             compared_at: now,
-            doubt: letters.doubt.clone(),
+            doubt: letters.resync.clone(),
             doubted: 0,
             settling: 0,
             doubtful: 0,
@@ -181,7 +181,7 @@ impl Shard {
                 _ = tick.tick() => ticked = true,
                 _ = queue.recv_many(&mut calls, TURN_LEN) => {}
                 _ = letters.recv_many(&mut arrived, TURN_LEN) => {}
-                () = doubt.raised() => {}
+                () = doubt.requested() => {}
                 () = at(self.next_people_due()) => {}
             }
             if !arrived.is_empty() {

@@ -111,7 +111,7 @@ impl World {
     /// Lets time pass until every room was proven whole.
     async fn until_whole(&self) {
         for _ in 0..TURNS_MAX {
-            if self.mailboxes.is_whole() {
+            if self.mailboxes.all_synced() {
                 return;
             }
             tokio::time::advance(Duration::from_millis(1)).await;
@@ -438,7 +438,7 @@ async fn a_bad_link_costs_nobody_an_entry() {
         }
         // What the link dropped at the very end is found by whoever finds out that it was cut.
         tokio::task::yield_now().await;
-        world.mailboxes.doubt();
+        world.mailboxes.mark_all_stale();
         for member in &mut members {
             member.reach(&world, 500).await;
             assert_eq!(member.resets, 0, "seed {seed}");
@@ -570,7 +570,7 @@ async fn what_the_log_has_lost_is_appended_again() {
     member.reach(&world, 10).await;
     let ids = log.ids();
     log.come_back_without(3);
-    world.mailboxes.doubt();
+    world.mailboxes.mark_all_stale();
     member.reach_reset(&world).await;
     member.reach(&world, 10).await;
     assert_eq!(log.ids(), ids);
@@ -591,7 +591,7 @@ async fn what_was_deleted_stays_deleted() {
     deaf.store(true, Ordering::Relaxed);
     world.bus.delete(lobby.clone()).await.unwrap();
     (0..2).for_each(|_| world.say(&lobby));
-    world.mailboxes.doubt();
+    world.mailboxes.mark_all_stale();
     for _ in 0..TURNS_MAX {
         tokio::time::advance(Duration::from_millis(1)).await;
         member.drain(&world).await;
@@ -648,11 +648,11 @@ async fn all_is_whole_when_every_log_was_compared() {
     for room in &rooms {
         members.push(Member::join(&world, room, Start::Newest(0), 1 << 20).await);
     }
-    assert!(world.mailboxes.is_whole());
+    assert!(world.mailboxes.all_synced());
     deaf.store(true, Ordering::Relaxed);
     rooms.iter().for_each(|room| (0..300).for_each(|_| world.say(room)));
-    world.mailboxes.doubt();
-    assert!(!world.mailboxes.is_whole());
+    world.mailboxes.mark_all_stale();
+    assert!(!world.mailboxes.all_synced());
     world.until_whole().await;
     for member in &mut members {
         member.drain(&world).await;

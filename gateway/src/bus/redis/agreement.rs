@@ -317,7 +317,7 @@ impl Agreement {
             if !opened.homes.is_empty() {
                 self.agreed(token, &opened, begun.elapsed());
                 homes.retain(|home| !opened.homes.contains(home));
-                self.mailboxes.doubt();
+                self.mailboxes.mark_all_stale();
             }
             if homes.is_empty() {
                 break;
@@ -528,7 +528,7 @@ impl Agreement {
             standing.extend(asked + lease.duration - lease.margin);
             if !stood {
                 // What arrived meanwhile was not passed on, and publishes wait.
-                self.mailboxes.doubt();
+                self.mailboxes.mark_all_stale();
                 standing.regain();
             }
         }

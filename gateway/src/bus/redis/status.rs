@@ -39,7 +39,7 @@ async fn watch(router: &Router, mailboxes: &Mailboxes) {
     loop {
         look.tick().await;
         router.show();
-        if router.is_up() && mailboxes.is_whole() {
+        if router.is_up() && mailboxes.all_synced() {
             if told == BusState::Down {
                 told = BusState::Up;
                 standing.tell(Told { bus: told, since: Some(SystemTime::now()) });

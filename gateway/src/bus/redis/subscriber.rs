@@ -252,7 +252,7 @@ impl Worker {
         let rooms: Vec<RoomId> = self.subscribed.lock().iter().cloned().collect();
         self.subscribe(&mut connection, &rooms).await?;
         // Only when everything is subscribed to: what is read from now on leaves no gap.
-        self.mailboxes.doubt();
+        self.mailboxes.mark_all_stale();
         self.server.conditions.allow(Finder::Subscriber);
         self.links.set(&self.server, Link::Hearing, Some(token));
 
@@ -370,7 +370,7 @@ impl Worker {
         self.subscribe(connection, &more).await?;
         if adopted {
             // What was said in them meanwhile is in their logs.
-            self.mailboxes.doubt();
+            self.mailboxes.mark_all_stale();
         }
         Ok(())
     }
