@@ -249,7 +249,7 @@ impl MemoryBus {
         }
         *bytes = (*bytes + log.cost()).saturating_sub(before);
         if followed.contains_key(&append.room) {
-            self.mailboxes.put(append.room.clone(), entry);
+            self.mailboxes.send_entry(append.room.clone(), entry);
         }
         Ok(Appended { position, duplicate: false, opened: unseen && !had_entries })
     }
@@ -319,7 +319,7 @@ impl Bus for MemoryBus {
     fn delete(&self, room: RoomId) -> BoxFuture<Result<(), BusError>> {
         self.delete_log(&room);
         if self.rooms.lock().subscribed.contains_key(&room) {
-            self.mailboxes.notify(room, Notice::Emptied);
+            self.mailboxes.send_ephemeral(room, Notice::Emptied);
         }
         Box::pin(std::future::ready(Ok(())))
     }

@@ -338,7 +338,7 @@ pub struct Mailboxes {
 
 #[derive(Debug)]
 struct Mailbox {
-    letters: mpsc::Sender<Letter>,
+    sender: mpsc::Sender<ShardMessage>,
     resync: Arc<ResyncRequest>,
 }
 
@@ -381,20 +381,20 @@ impl ResyncRequest {
 
 /// What a shard finds in its mailbox, in the order it was put there.
 #[derive(Debug)]
-pub enum Letter {
+pub enum ShardMessage {
     /// An entry of a room has arrived.
     Entry(RoomId, Entry),
     /// Something else has that was said in a room.
     Notice(RoomId, Notice),
     /// The bus asks what this shard holds: everything that arrived before is part of the answer.
-    Holdings(oneshot::Sender<Vec<Followed>>),
+    Snapshots(oneshot::Sender<Vec<Followed>>),
 }
 
 /// The shard's end of a mailbox.
 #[derive(Debug)]
-pub struct Letters {
+pub struct ShardReceiver {
     /// What arrived, in order per room.
-    pub letters: mpsc::Receiver<Letter>,
+    pub messages: mpsc::Receiver<ShardMessage>,
     /// Raised when entries were lost.
     pub resync: Arc<ResyncRequest>,
     /// Whether the node may pass anything on.
@@ -403,15 +403,19 @@ pub struct Letters {
 
 impl Mailboxes {
     /// `shards` mailboxes of `capacity` entries each, and the ends to read them by.
-    pub fn new(shards: usize, capacity: usize, metrics: Arc<Metrics>) -> (Self, Vec<Letters>) {
+    pub fn new(
+        shards: usize,
+        capacity: usize,
+        metrics: Arc<Metrics>,
+    ) -> (Self, Vec<ShardReceiver>) {
         let mut ends = Vec::with_capacity(shards);
         let standing = Arc::new(Standing::default());
         let mailbox = |_| {
             let (sender, receiver) = mpsc::channel(capacity);
             let doubt = Arc::new(ResyncRequest::default());
             let standing = standing.clone();
-            ends.push(Letters { letters: receiver, resync: doubt.clone(), standing });
-            Mailbox { letters: sender, resync: doubt }
+            ends.push(ShardReceiver { messages: receiver, resync: doubt.clone(), standing });
+            Mailbox { sender, resync: doubt }
         };
         let shards = (0..shards).map(mailbox).collect();
         (Self { shards, hasher: RandomState::new(), standing: standing.clone(), metrics }, ends)
@@ -424,12 +428,12 @@ impl Mailboxes {
 
     /// Everything that the hub holds of the rooms followed, after all that was put in before.
     /// Waits for room in the mailboxes.
-    pub async fn holdings(&self) -> Vec<Followed> {
+    pub async fn replica_snapshots(&self) -> Vec<Followed> {
         let mut answers = Vec::with_capacity(self.shards.len());
         for mailbox in &*self.shards {
             let (answer, answered) = oneshot::channel();
             // A shard that is gone holds nothing.
-            let _ = mailbox.letters.send(Letter::Holdings(answer)).await;
+            let _ = mailbox.sender.send(ShardMessage::Snapshots(answer)).await;
             answers.push(answered);
         }
         let mut holdings = Vec::new();
@@ -450,27 +454,27 @@ impl Mailboxes {
     }
 
     /// Passes an entry on, or drops it and raises doubt where the mailbox is full.
-    pub fn put(&self, room: RoomId, entry: Entry) {
-        self.send(self.shard_of(&room), Letter::Entry(room, entry));
+    pub fn send_entry(&self, room: RoomId, entry: Entry) {
+        self.send(self.shard_of(&room), ShardMessage::Entry(room, entry));
     }
 
-    /// As [`Mailboxes::put`], what is no entry. Where the mailbox is nearly full what may be lost is, so
+    /// As [`Mailboxes::send_entry`], what is no entry. Where the mailbox is nearly full what may be lost is, so
     /// that entries need not be read from their logs.
-    pub fn notify(&self, room: RoomId, notice: Notice) {
+    pub fn send_ephemeral(&self, room: RoomId, notice: Notice) {
         let shard = self.shard_of(&room);
-        let letters = &self.shards[shard].letters;
+        let letters = &self.shards[shard].sender;
         let is_spare =
             matches!(notice, Notice::Typing { .. } | Notice::Read { .. } | Notice::Message(_));
         if is_spare && letters.capacity() < letters.max_capacity() / 4 {
             self.metrics.notices_dropped.inc();
             return;
         }
-        self.send(shard, Letter::Notice(room, notice));
+        self.send(shard, ShardMessage::Notice(room, notice));
     }
 
-    fn send(&self, shard: usize, letter: Letter) {
+    fn send(&self, shard: usize, letter: ShardMessage) {
         let mailbox = &self.shards[shard];
-        if mailbox.letters.try_send(letter).is_err() {
+        if mailbox.sender.try_send(letter).is_err() {
             self.metrics.mailbox_overflows.inc();
             mailbox.resync.mark_stale();
         }

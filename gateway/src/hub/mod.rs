@@ -27,7 +27,7 @@ use tokio::{
 
 use crate::{
     bus::{
-        Bus, BusError, Letters, Mailboxes,
+        Bus, BusError, Mailboxes, ShardReceiver,
         registry::{Details, Snapshot, Status},
         sessions::{Micros, Which},
     },
@@ -221,7 +221,7 @@ impl Hub {
     pub fn start(
         (bus, presence, rules): (&Arc<dyn Bus>, &Arc<Presence>, &Arc<RoomRules>),
         mailboxes: Mailboxes,
-        letters: Vec<Letters>,
+        letters: Vec<ShardReceiver>,
         options: HubOptions,
         telemetry: (&Arc<Metrics>, &Arc<Trails>),
         tasks: &Tasks,
@@ -235,13 +235,13 @@ impl Hub {
             watched_users_max: options.watched_users_max.div_ceil(shards),
             ..options
         };
-        let start = |letters: Letters| {
+        let start = |letters: ShardReceiver| {
             let (calls, queue) = mpsc::channel(QUEUE_LEN_MAX);
             let services = (bus.clone(), presence.clone(), rules.clone());
             let telemetry = (telemetry.0.clone(), telemetry.1.clone());
             let options = options.clone();
             let shard = Shard::new(services, calls.clone(), &letters, options, telemetry, tasks);
-            tasks.spawn_service("hub_shard", shard.run(queue, letters.letters));
+            tasks.spawn_service("hub_shard", shard.run(queue, letters.messages));
             calls
         };
         Self { shards: letters.into_iter().map(start).collect(), mailboxes }

@@ -28,7 +28,7 @@ use super::{
     status::Watched,
 };
 use crate::{
-    bus::{Bus, Letter, Letters, ResyncRequest},
+    bus::{Bus, ResyncRequest, ShardMessage, ShardReceiver},
     delivery::{
         Entry, Followed,
         follow::{Keep, Reading},
@@ -115,7 +115,7 @@ impl Shard {
     pub(super) fn new(
         (bus, presence, rules): (Arc<dyn Bus>, Arc<Presence>, Arc<RoomRules>),
         calls: mpsc::Sender<Call>,
-        letters: &Letters,
+        letters: &ShardReceiver,
         options: HubOptions,
         (metrics, trails): (Arc<Metrics>, Arc<Trails>),
         tasks: &Tasks,
@@ -166,7 +166,7 @@ impl Shard {
     pub(super) async fn run(
         mut self,
         mut queue: mpsc::Receiver<Call>,
-        mut letters: mpsc::Receiver<Letter>,
+        mut letters: mpsc::Receiver<ShardMessage>,
     ) {
         let (stopped, doubt) = (self.tasks.stopped().clone(), self.doubt.clone());
         let mut tick = tokio::time::interval(Duration::from_secs(1));
@@ -203,9 +203,9 @@ impl Shard {
             let worth_timing = !arrived.is_empty();
             for letter in arrived.drain(..) {
                 match letter {
-                    Letter::Entry(room, entry) => self.arrive(room, entry),
-                    Letter::Notice(room, notice) => self.hear(&room, notice),
-                    Letter::Holdings(answer) => self.tell_holdings(answer),
+                    ShardMessage::Entry(room, entry) => self.arrive(room, entry),
+                    ShardMessage::Notice(room, notice) => self.hear(&room, notice),
+                    ShardMessage::Snapshots(answer) => self.tell_holdings(answer),
                 }
             }
             if self.doubt.count() != self.doubted {

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use gateway::{
     bus::{
-        Append, Appended, Bus, BusError, Letter, Mailboxes, READ_BYTES_MAX, Range, Retention,
+        Append, Appended, Bus, BusError, Mailboxes, READ_BYTES_MAX, Range, Retention, ShardMessage,
         memory::MemoryBus,
         redis::{LEASE, RedisBus, RedisOptions, RedisStartError, topology::TlsFiles},
         registry::{Place, Registry as _, Seat},
@@ -39,14 +39,14 @@ struct Fixture {
 /// The mailbox of a node that holds nothing, and what it hears.
 fn mailbox() -> (Mailboxes, mpsc::Receiver<(RoomId, Entry)>) {
     let (mailboxes, mut letters) = Mailboxes::new(1, 10_000, Arc::new(Metrics::new()));
-    let mut letters = letters.remove(0).letters;
+    let mut letters = letters.remove(0).messages;
     let (hears, heard) = mpsc::channel(10_000);
     tokio::spawn(async move {
         while let Some(letter) = letters.recv().await {
             match letter {
-                Letter::Entry(room, entry) => drop(hears.send((room, entry)).await),
-                Letter::Notice(..) => {}
-                Letter::Holdings(answer) => drop(answer.send(Vec::new())),
+                ShardMessage::Entry(room, entry) => drop(hears.send((room, entry)).await),
+                ShardMessage::Notice(..) => {}
+                ShardMessage::Snapshots(answer) => drop(answer.send(Vec::new())),
             }
         }
     });

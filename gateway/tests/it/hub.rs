@@ -14,7 +14,7 @@ use std::{
 use futures_util::FutureExt as _;
 use gateway::{
     bus::{
-        Append, Appended, BoxFuture, Bus, BusError, Letter, Mailboxes, Range, Retention,
+        Append, Appended, BoxFuture, Bus, BusError, Mailboxes, Range, Retention, ShardMessage,
         memory::MemoryBus,
     },
     delivery::{Entry, Followed, Token, page::Page},
@@ -77,22 +77,22 @@ impl World {
         let reads = Arc::default();
         let bus: Arc<dyn Bus> = Arc::new(Counting(bus(before), Arc::clone(&reads)));
         let after = mailboxes.clone();
-        let mut link = ends.remove(0).letters;
+        let mut link = ends.remove(0).messages;
         tokio::spawn(async move {
             let mut late = None;
             while let Some(letter) = link.recv().await {
-                let Letter::Entry(room, entry) = letter else { continue };
+                let ShardMessage::Entry(room, entry) = letter else { continue };
                 match fault() {
-                    Fault::None => after.put(room, entry),
+                    Fault::None => after.send_entry(room, entry),
                     Fault::Drop => {}
                     Fault::Repeat => {
-                        after.put(room.clone(), entry.clone());
-                        after.put(room, entry);
+                        after.send_entry(room.clone(), entry.clone());
+                        after.send_entry(room, entry);
                     }
                     Fault::Late => late = Some((room, entry)),
                 }
                 if let Some((room, entry)) = late.take_if(|_| fault() != Fault::Late) {
-                    after.put(room, entry);
+                    after.send_entry(room, entry);
                 }
             }
         });
@@ -331,7 +331,7 @@ impl Bus for Fragile {
             let (position, envelope) = (position.clone(), append.envelope);
             let entry = Entry { position, stamp: Token::default(), envelope };
             log.entries.push(entry.clone());
-            self.mailboxes.put(append.room, entry);
+            self.mailboxes.send_entry(append.room, entry);
         }
         (append.done)(Ok(Appended { position, duplicate, opened: false }));
     }
@@ -691,14 +691,14 @@ async fn a_node_can_tell_what_it_holds() {
     let mut member = Member::join(&world, &lobby, Start::Newest(0), 1 << 20).await;
     (0..300).for_each(|_| world.say(&lobby));
     member.reach(&world, 300).await;
-    let held = world.mailboxes.holdings().await.remove(0);
+    let held = world.mailboxes.replica_snapshots().await.remove(0);
     assert_eq!((held.entries.len(), held.ids.len()), (256, 44));
     assert_eq!(held.top, member.cursor);
     assert_eq!(held.ids.last().unwrap().1.seq, held.entries[0].position.seq - 1);
     // Past the window ids are forgotten, and past retention what was said.
     tokio::time::advance(hub_options().log_ttl + Duration::from_secs(5)).await;
     tokio::task::yield_now().await;
-    let held = world.mailboxes.holdings().await.remove(0);
+    let held = world.mailboxes.replica_snapshots().await.remove(0);
     assert_eq!((held.entries.len(), held.ids.len(), held.top), (0, 0, member.cursor));
     assert_eq!(world.metrics.ids_bytes.get(), 0);
 }

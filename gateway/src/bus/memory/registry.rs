@@ -239,7 +239,7 @@ impl MemoryBus {
             let status = RoomId::status_of(&seat.user.id);
             self.registered.lock().seat(seat, Instant::now());
             if self.rooms.lock().subscribed.contains_key(&status) {
-                self.mailboxes.notify(status, Notice::Status);
+                self.mailboxes.send_ephemeral(status, Notice::Status);
             }
             return Ok(Entered::default());
         };
@@ -253,7 +253,7 @@ impl MemoryBus {
         // Who has kept to the rules is let in.
         let seat = Seat { admitted: seat.admitted || lets_in, ..seat };
         if let Some((room, change)) = registered.seat(seat, Instant::now()) {
-            self.mailboxes.notify(room, Notice::Presence(change));
+            self.mailboxes.send_ephemeral(room, Notice::Presence(change));
         }
         let present = registered.rooms.get(&room).map(|room| &room.present);
         Ok(Entered {
@@ -289,7 +289,7 @@ impl MemoryBus {
             }
             registered.marks.remove(room);
             self.mailboxes
-                .notify(room.clone(), Notice::Closed { reason: ClosedReason::Deleted, by });
+                .send_ephemeral(room.clone(), Notice::Closed { reason: ClosedReason::Deleted, by });
         }
         self.delete_log(room);
         Deletion::Deleted
@@ -366,12 +366,12 @@ impl Registry for MemoryBus {
                 return;
             }
             marks.insert(user.clone(), seq);
-            self.mailboxes.notify(room, Notice::Read { user, seq, by });
+            self.mailboxes.send_ephemeral(room, Notice::Read { user, seq, by });
         }
     }
 
     fn pass_on(&self, room: RoomId, notice: Notice, done: Done) {
-        self.mailboxes.notify(room, notice);
+        self.mailboxes.send_ephemeral(room, notice);
         let position = Position::new(Epoch::none(), 0);
         done(Ok(Appended { position, duplicate: false, opened: false }));
     }

@@ -170,7 +170,7 @@ impl Sessions for MemoryBus {
                 Some((session, before, about)) => {
                     if before.is_some_and(|before| before != opening.connection) {
                         let notice = Notice::Replaced { session, by: opening.connection };
-                        self.mailboxes.notify(RoomId::inbox_of(&opening.user), notice);
+                        self.mailboxes.send_ephemeral(RoomId::inbox_of(&opening.user), notice);
                     }
                     (session, Some(about))
                 }

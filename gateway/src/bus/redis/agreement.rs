@@ -341,7 +341,7 @@ impl Agreement {
             return Ok(());
         }
         // What the links before brought is in the mailboxes by now, in front of this question.
-        let mut holdings = self.mailboxes.holdings().await;
+        let mut holdings = self.mailboxes.replica_snapshots().await;
         let here = |room: &RoomId| remembered.contains(&self.server.keyspace.home(room));
         holdings.retain(|held| here(&held.room));
         self.restorer.restore(connection, token, holdings).await?;

@@ -412,12 +412,12 @@ impl Worker {
                             // What comes late from a server that another has replaced would stand
                             // behind what that one says.
                             if server.owns(server.keyspace.home(&room)) {
-                                mailboxes.put(room, entry);
+                                mailboxes.send_entry(room, entry);
                             }
                         }
                         Arrival::Notice(room, notice) => {
                             if server.owns(server.keyspace.home(&room)) {
-                                mailboxes.notify(room, notice);
+                                mailboxes.send_ephemeral(room, notice);
                             }
                         }
                         Arrival::Probe(number) => links.probe.heard(number),
