@@ -23,7 +23,7 @@ use uuid::Uuid;
 use crate::{
     bus::{
         Append, Appended, Bus, BusError, Done, Unseen,
-        registry::{Notice, Registry},
+        registry::{EphemeralEvent, Registry},
     },
     limits::durable::{ENTRY_BYTES, Quotas, Writer},
     rooms::RoomRules,
@@ -226,7 +226,11 @@ impl Publisher {
                 self.bus.append(self.append(room.clone(), envelope, done));
             }
             Recipient::Room(room) => {
-                self.registry.pass_on(room.clone(), Notice::Message(envelope), done);
+                self.registry.publish_ephemeral(
+                    room.clone(),
+                    EphemeralEvent::Message(envelope),
+                    done,
+                );
             }
             Recipient::User(user) => {
                 let (to, own) = (RoomId::inbox_of(user), RoomId::inbox_of(&sender.user.id));

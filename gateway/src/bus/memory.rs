@@ -27,7 +27,7 @@ use sessions::Stored;
 use super::{
     Append, Appended, BoxFuture, Bus, BusError, Kept, Mailboxes, READ_BYTES_MAX, Range, Retention,
     Unseen, UnseenInbox, random_epoch,
-    registry::{Notice, RegistryOptions},
+    registry::{EphemeralEvent, RegistryOptions},
     sessions::SessionOptions,
 };
 use crate::{
@@ -319,7 +319,7 @@ impl Bus for MemoryBus {
     fn delete(&self, room: RoomId) -> BoxFuture<Result<(), BusError>> {
         self.delete_log(&room);
         if self.rooms.lock().subscribed.contains_key(&room) {
-            self.mailboxes.send_ephemeral(room, Notice::Emptied);
+            self.mailboxes.send_ephemeral(room, EphemeralEvent::Emptied);
         }
         Box::pin(std::future::ready(Ok(())))
     }

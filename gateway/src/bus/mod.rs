@@ -49,7 +49,7 @@ pub mod sessions;
 pub mod standing;
 pub mod tail;
 
-use registry::Notice;
+use registry::EphemeralEvent;
 use standing::Standing;
 
 /// A future that can be named, since a trait with `async fn` cannot be an object.
@@ -385,7 +385,7 @@ pub enum ShardMessage {
     /// An entry of a room has arrived.
     Entry(RoomId, Entry),
     /// Something else has that was said in a room.
-    Notice(RoomId, Notice),
+    Ephemeral(RoomId, EphemeralEvent),
     /// The bus asks what this shard holds: everything that arrived before is part of the answer.
     Snapshots(oneshot::Sender<Vec<Followed>>),
 }
@@ -460,16 +460,20 @@ impl Mailboxes {
 
     /// As [`Mailboxes::send_entry`], what is no entry. Where the mailbox is nearly full what may be lost is, so
     /// that entries need not be read from their logs.
-    pub fn send_ephemeral(&self, room: RoomId, notice: Notice) {
+    pub fn send_ephemeral(&self, room: RoomId, notice: EphemeralEvent) {
         let shard = self.shard_of(&room);
         let letters = &self.shards[shard].sender;
-        let is_spare =
-            matches!(notice, Notice::Typing { .. } | Notice::Read { .. } | Notice::Message(_));
+        let is_spare = matches!(
+            notice,
+            EphemeralEvent::Typing { .. }
+                | EphemeralEvent::Read { .. }
+                | EphemeralEvent::Message(_)
+        );
         if is_spare && letters.capacity() < letters.max_capacity() / 4 {
             self.metrics.notices_dropped.inc();
             return;
         }
-        self.send(shard, ShardMessage::Notice(room, notice));
+        self.send(shard, ShardMessage::Ephemeral(room, notice));
     }
 
     fn send(&self, shard: usize, letter: ShardMessage) {

@@ -1,5 +1,5 @@
 //! The registry: who is in which room on which node, how rooms are managed, and how far each user
-//! has read. What of it changes is passed to the nodes that follow the room, as a [`Notice`].
+//! has read. What of it changes is passed to the nodes that follow the room, as a [`EphemeralEvent`].
 //!
 //! A [`Registry`] is told by each node how many connections a user has in a room *there*, as a
 //! number and not as a step, so that telling it again changes nothing. A user is present while any
@@ -175,7 +175,7 @@ pub struct Status {
 
 /// What is passed on in a room beside entries of its log; at most once.
 #[derive(Clone, Debug)]
-pub enum Notice {
+pub enum EphemeralEvent {
     /// Somebody came or left.
     Presence(Change),
     /// Somebody types, or has stopped.
@@ -325,7 +325,7 @@ pub trait Registry: Send + Sync {
     fn mark(&self, room: RoomId, user: UserId, seq: Seq, by: ConnectionId);
 
     /// Passes something on, without keeping it. The answer goes to `done`, with no position.
-    fn pass_on(&self, room: RoomId, notice: Notice, done: Done);
+    fn publish_ephemeral(&self, room: RoomId, notice: EphemeralEvent, done: Done);
 
     /// Makes a room managed, unless its owner has `owned_max` managed rooms.
     fn create(

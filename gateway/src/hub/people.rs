@@ -31,7 +31,7 @@ use super::{
     shard::Shard,
 };
 use crate::{
-    bus::registry::{Detail, Details, Entered, Millis, Notice, Snapshot, millis_now},
+    bus::registry::{Detail, Details, Entered, EphemeralEvent, Millis, Snapshot, millis_now},
     delivery::{Entry, Token},
     outbox::Close,
     presence::roster::{Move, Roster},
@@ -120,19 +120,19 @@ impl Typist {
 
 impl Room {
     /// Takes what was said beside the log. Returns whether the roster is to be read.
-    fn hear(&mut self, notice: Notice, individual_max: usize, turn: &mut Turn) -> bool {
+    fn hear(&mut self, notice: EphemeralEvent, individual_max: usize, turn: &mut Turn) -> bool {
         match notice {
-            Notice::Presence(change) => {
+            EphemeralEvent::Presence(change) => {
                 let (moves, read) = self.people.roster.hear(change);
                 self.tell_moves(moves, individual_max, turn);
                 self.answer_who_asks(turn);
                 return read;
             }
-            Notice::Typing { user, is_typing } => self.hear_typing(user, is_typing, turn),
-            Notice::Read { user, seq, by } => self.tell_read(user, seq, by, turn),
+            EphemeralEvent::Typing { user, is_typing } => self.hear_typing(user, is_typing, turn),
+            EphemeralEvent::Read { user, seq, by } => self.tell_read(user, seq, by, turn),
             // A room with a log has no others than those of the log.
-            Notice::Message(_) if self.durable => {}
-            Notice::Message(envelope) => {
+            EphemeralEvent::Message(_) if self.durable => {}
+            EphemeralEvent::Message(envelope) => {
                 let position = Position::new(Epoch::none(), 0);
                 let entry = Entry { position, stamp: Token::default(), envelope };
                 let mut frames = Frames::live(&self.name, &entry);
@@ -140,9 +140,9 @@ impl Room {
                     member.pass(&mut frames, turn);
                 }
             }
-            Notice::Replaced { session, by } => self.end_replaced(session, by),
+            EphemeralEvent::Replaced { session, by } => self.end_replaced(session, by),
             // The shard does that.
-            Notice::Closed { .. } | Notice::Status | Notice::Emptied => {}
+            EphemeralEvent::Closed { .. } | EphemeralEvent::Status | EphemeralEvent::Emptied => {}
         }
         false
     }
@@ -364,18 +364,18 @@ pub fn at(millis: Millis) -> String {
 }
 
 impl Shard {
-    pub(super) fn hear(&mut self, name: &RoomId, notice: Notice) {
+    pub(super) fn hear(&mut self, name: &RoomId, notice: EphemeralEvent) {
         // Also while this node may pass nothing on: who is told this reads nothing more.
-        if let Notice::Closed { reason, by } = notice {
+        if let EphemeralEvent::Closed { reason, by } = notice {
             return self.close_room(name, reason, by);
         }
         if self.fenced {
             return;
         }
-        if let Notice::Status = notice {
+        if let EphemeralEvent::Status = notice {
             return self.status_changed(name);
         }
-        if let Notice::Emptied = notice {
+        if let EphemeralEvent::Emptied = notice {
             return self.read_on(name);
         }
         let individual_max = self.presence.options().individual_max;

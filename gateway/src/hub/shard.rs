@@ -204,7 +204,7 @@ impl Shard {
             for letter in arrived.drain(..) {
                 match letter {
                     ShardMessage::Entry(room, entry) => self.arrive(room, entry),
-                    ShardMessage::Notice(room, notice) => self.hear(&room, notice),
+                    ShardMessage::Ephemeral(room, notice) => self.hear(&room, notice),
                     ShardMessage::Snapshots(answer) => self.tell_holdings(answer),
                 }
             }

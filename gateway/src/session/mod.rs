@@ -31,7 +31,7 @@ use tokio::{sync::watch, time::Instant};
 use crate::{
     bus::{
         Appended, BoxFuture, Bus, BusError,
-        registry::{Notice, Record, millis_now},
+        registry::{EphemeralEvent, Record, millis_now},
         sessions::Sessions,
         standing::Told,
     },
@@ -377,9 +377,13 @@ impl Session {
         let types = self.stay_in(room).is_some_and(|stay| stay.types(*is_typing, TYPING_EVERY));
         if types {
             let (user, is_typing) = (self.identity.user.id.clone(), *is_typing);
-            let notice = Notice::Typing { user, is_typing };
+            let notice = EphemeralEvent::Typing { user, is_typing };
             // Nobody waits for it, and it may be lost.
-            self.services.presence.registry().pass_on(room.clone(), notice, Box::new(drop));
+            self.services.presence.registry().publish_ephemeral(
+                room.clone(),
+                notice,
+                Box::new(drop),
+            );
         }
     }
 

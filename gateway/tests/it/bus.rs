@@ -45,7 +45,7 @@ fn mailbox() -> (Mailboxes, mpsc::Receiver<(RoomId, Entry)>) {
         while let Some(letter) = letters.recv().await {
             match letter {
                 ShardMessage::Entry(room, entry) => drop(hears.send((room, entry)).await),
-                ShardMessage::Notice(..) => {}
+                ShardMessage::Ephemeral(..) => {}
                 ShardMessage::Snapshots(answer) => drop(answer.send(Vec::new())),
             }
         }

@@ -20,8 +20,8 @@ use crate::{
     bus::{
         Appended, BoxFuture, BusError, Done,
         registry::{
-            Change, Creation, Deletion, Detail, Details, EnterError, Entered, Found, Listing,
-            Millis, Notice, Online, Place, Record, Registry, Rules, Seat, Snapshot, Status,
+            Change, Creation, Deletion, Detail, Details, EnterError, Entered, EphemeralEvent,
+            Found, Listing, Millis, Online, Place, Record, Registry, Rules, Seat, Snapshot, Status,
             Version,
         },
     },
@@ -239,7 +239,7 @@ impl MemoryBus {
             let status = RoomId::status_of(&seat.user.id);
             self.registered.lock().seat(seat, Instant::now());
             if self.rooms.lock().subscribed.contains_key(&status) {
-                self.mailboxes.send_ephemeral(status, Notice::Status);
+                self.mailboxes.send_ephemeral(status, EphemeralEvent::Status);
             }
             return Ok(Entered::default());
         };
@@ -253,7 +253,7 @@ impl MemoryBus {
         // Who has kept to the rules is let in.
         let seat = Seat { admitted: seat.admitted || lets_in, ..seat };
         if let Some((room, change)) = registered.seat(seat, Instant::now()) {
-            self.mailboxes.send_ephemeral(room, Notice::Presence(change));
+            self.mailboxes.send_ephemeral(room, EphemeralEvent::Presence(change));
         }
         let present = registered.rooms.get(&room).map(|room| &room.present);
         Ok(Entered {
@@ -288,8 +288,10 @@ impl MemoryBus {
                 disown(&mut registered.owned, &room);
             }
             registered.marks.remove(room);
-            self.mailboxes
-                .send_ephemeral(room.clone(), Notice::Closed { reason: ClosedReason::Deleted, by });
+            self.mailboxes.send_ephemeral(
+                room.clone(),
+                EphemeralEvent::Closed { reason: ClosedReason::Deleted, by },
+            );
         }
         self.delete_log(room);
         Deletion::Deleted
@@ -366,11 +368,11 @@ impl Registry for MemoryBus {
                 return;
             }
             marks.insert(user.clone(), seq);
-            self.mailboxes.send_ephemeral(room, Notice::Read { user, seq, by });
+            self.mailboxes.send_ephemeral(room, EphemeralEvent::Read { user, seq, by });
         }
     }
 
-    fn pass_on(&self, room: RoomId, notice: Notice, done: Done) {
+    fn publish_ephemeral(&self, room: RoomId, notice: EphemeralEvent, done: Done) {
         self.mailboxes.send_ephemeral(room, notice);
         let position = Position::new(Epoch::none(), 0);
         done(Ok(Appended { position, duplicate: false, opened: false }));

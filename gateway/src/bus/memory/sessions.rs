@@ -17,7 +17,7 @@ use shared::{
 use super::MemoryBus;
 use crate::bus::{
     BoxFuture, BusError,
-    registry::{Millis, Notice, millis_now},
+    registry::{EphemeralEvent, Millis, millis_now},
     sessions::{
         About, DataError, Holder, KeptSession, Micros, Opened, Opening, SESSIONS_MAX, SecretDigest,
         Sessions, Which, merged,
@@ -169,7 +169,7 @@ impl Sessions for MemoryBus {
             match stored.resume(&opening, self.session_ttl) {
                 Some((session, before, about)) => {
                     if before.is_some_and(|before| before != opening.connection) {
-                        let notice = Notice::Replaced { session, by: opening.connection };
+                        let notice = EphemeralEvent::Replaced { session, by: opening.connection };
                         self.mailboxes.send_ephemeral(RoomId::inbox_of(&opening.user), notice);
                     }
                     (session, Some(about))

@@ -22,8 +22,8 @@ use super::{
     Append, BoxFuture, Bus, BusError, Done, Mailboxes, Range, Retention,
     orders::{Order, OrderId, Orders, Outcome, Taken},
     registry::{
-        Creation, Deletion, Details, EnterError, Entered, Found, Listing, Notice, Online, Record,
-        Registry, RegistryOptions, Rules, Seat, Snapshot, Status,
+        Creation, Deletion, Details, EnterError, Entered, EphemeralEvent, Found, Listing, Online,
+        Record, Registry, RegistryOptions, Rules, Seat, Snapshot, Status,
     },
     sessions::{
         About, DataError, Holder, KeptSession, Opened, Opening, SecretDigest, SessionOptions,
@@ -45,7 +45,7 @@ mod lease;
 mod links;
 mod log;
 mod memory;
-mod notice;
+mod ephemeral;
 mod orders;
 mod probe;
 mod registry;
@@ -307,8 +307,8 @@ impl Registry for RedisBus {
         self.registrar.mark(room, user, seq, by);
     }
 
-    fn pass_on(&self, room: RoomId, notice: Notice, done: Done) {
-        self.registrar.pass_on(room, &notice, done);
+    fn publish_ephemeral(&self, room: RoomId, notice: EphemeralEvent, done: Done) {
+        self.registrar.publish_ephemeral(room, &notice, done);
     }
 
     fn create(

@@ -33,9 +33,9 @@ mod asks;
 use super::{
     RETRY_PAUSE_MAX, RetryPause,
     conditions::{Finder, is_forbidden},
-    is_of_the_slot,
+    ephemeral, is_of_the_slot,
     keyspace::{Keyspace, PlaceKeys, name_of},
-    notice, refused_or_away,
+    refused_or_away,
     router::Router,
     server::Server,
     sessions::SessionOp,
@@ -44,7 +44,9 @@ use super::{
 use crate::{
     bus::{
         Appended, BoxFuture, BusError, Done,
-        registry::{EnterError, Entered, Notice, Place, RegistryOptions, Rules, Seat, Version},
+        registry::{
+            EnterError, Entered, EphemeralEvent, Place, RegistryOptions, Rules, Seat, Version,
+        },
         sessions::SessionOptions,
     },
     delivery::Token,
@@ -57,7 +59,7 @@ const BATCH_MAX: usize = 512;
 /// The most calls that wait. Above it what may be lost is, and a message is `Overloaded`.
 const QUEUE_MAX: usize = 65_536;
 /// How long a message of a room without a log is tried to be passed on.
-const PASS_ON_MAX: Duration = Duration::from_secs(5);
+const EPHEMERAL_WAIT_MAX: Duration = Duration::from_secs(5);
 /// How often it is looked who has ended, and whether the servers are those of before.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
@@ -129,7 +131,7 @@ pub(super) enum Op {
         seq: Seq,
         by: ConnectionId,
     },
-    PassOn {
+    Ephemeral {
         room: RoomId,
         payload: Vec<u8>,
         done: Done,
@@ -261,9 +263,9 @@ impl Registrar {
         self.sessions.ttl
     }
 
-    pub(super) fn pass_on(&self, room: RoomId, notice: &Notice, done: Done) {
-        let deadline = Instant::now() + PASS_ON_MAX;
-        let op = Op::PassOn { room, payload: notice::pack(notice), done, deadline };
+    pub(super) fn publish_ephemeral(&self, room: RoomId, notice: &EphemeralEvent, done: Done) {
+        let deadline = Instant::now() + EPHEMERAL_WAIT_MAX;
+        let op = Op::Ephemeral { room, payload: ephemeral::encode(notice), done, deadline };
         let refused = {
             let queue = &mut self.state.lock().queue;
             if queue.len() < QUEUE_MAX {
@@ -274,7 +276,7 @@ impl Registrar {
             }
         };
         match refused {
-            Some(Op::PassOn { done, .. }) => done(Err(BusError::Overloaded)),
+            Some(Op::Ephemeral { done, .. }) => done(Err(BusError::Overloaded)),
             _ => self.wake.notify_one(),
         }
     }
@@ -350,7 +352,7 @@ impl Registrar {
             let State { queue, touched, .. } = &mut *self.state.lock();
             for mut op in std::mem::take(queue) {
                 match &mut op {
-                    Op::PassOn { deadline, .. } if *deadline <= now => {
+                    Op::Ephemeral { deadline, .. } if *deadline <= now => {
                         expired.push(op);
                         continue;
                     }
@@ -458,7 +460,7 @@ impl Registrar {
                 tracing::debug!(%error, "the registry could not be written to");
                 reader.discard();
                 // Of a message it is not known whether it was passed on.
-                let is_message = |op: &(usize, Op)| matches!(op.1, Op::PassOn { .. });
+                let is_message = |op: &(usize, Op)| matches!(op.1, Op::Ephemeral { .. });
                 let (messages, others): (Vec<_>, _) = ops.into_iter().partition(is_message);
                 messages.into_iter().for_each(|(_, op)| op.fail(BusError::Unavailable));
                 return others;
@@ -571,7 +573,7 @@ impl Registrar {
                 });
                 command
             }
-            Op::PassOn { room, payload, .. } => {
+            Op::Ephemeral { room, payload, .. } => {
                 let mut command = redis::cmd(keyspace.publish());
                 command.arg(keyspace.channel(room)).arg(payload);
                 command
@@ -710,7 +712,7 @@ impl Op {
         match self {
             Self::Session(op) => keyspace.home_of_text(op.user().as_str()),
             Self::Seat { key: (place, user), .. } => keyspace.home_of_place(place, user),
-            Self::Mark { room, .. } | Self::PassOn { room, .. } => keyspace.home(room),
+            Self::Mark { room, .. } | Self::Ephemeral { room, .. } => keyspace.home(room),
             Self::Rewritten => unreachable!("it is never taken"),
         }
     }
@@ -720,7 +722,7 @@ impl Op {
         match self {
             Self::Session(op) => op.user().as_str(),
             Self::Seat { key: (place, _), .. } => name_of(place),
-            Self::Mark { room, .. } | Self::PassOn { room, .. } => room.as_str(),
+            Self::Mark { room, .. } | Self::Ephemeral { room, .. } => room.as_str(),
             Self::Rewritten => "-",
         }
     }
@@ -732,7 +734,7 @@ impl Op {
                 // Who does not wait any more has given up on it.
                 let _ = reply.send(entered(answer));
             }
-            Self::PassOn { done, .. } => {
+            Self::Ephemeral { done, .. } => {
                 let position = Position::new(Epoch::none(), 0);
                 done(Ok(Appended { position, duplicate: false, opened: false }));
             }
@@ -744,7 +746,7 @@ impl Op {
         match self {
             Self::Session(op) => op.fail(error),
             Self::Seat { reply: Some(reply), .. } => drop(reply.send(Err(error.into()))),
-            Self::PassOn { done, .. } => done(Err(error)),
+            Self::Ephemeral { done, .. } => done(Err(error)),
             Self::Seat { .. } | Self::Mark { .. } | Self::Rewritten => {}
         }
     }

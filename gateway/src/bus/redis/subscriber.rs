@@ -34,16 +34,15 @@ use tokio_util::sync::CancellationToken;
 use super::{
     RetryPause,
     conditions::Finder,
-    config,
+    config, ephemeral,
     keyspace::Keyspace,
     links::{Link, Links},
-    notice,
     probe::{LOOK_EVERY, Probe},
     server::Server,
     untrusted,
 };
 use crate::{
-    bus::{BoxFuture, BusError, Mailboxes, registry::Notice},
+    bus::{BoxFuture, BusError, Mailboxes, registry::EphemeralEvent},
     delivery::Entry,
     drain::{Tasks, supervision::caught_call},
     telemetry::metrics::BadValue,
@@ -415,7 +414,7 @@ impl Worker {
                                 mailboxes.send_entry(room, entry);
                             }
                         }
-                        Arrival::Notice(room, notice) => {
+                        Arrival::Ephemeral(room, notice) => {
                             if server.owns(server.keyspace.home(&room)) {
                                 mailboxes.send_ephemeral(room, notice);
                             }
@@ -512,7 +511,7 @@ fn room_of(data: &[Value]) -> Option<RoomId> {
 /// What gateways publish.
 enum Arrival {
     Entry(RoomId, Entry),
-    Notice(RoomId, Notice),
+    Ephemeral(RoomId, EphemeralEvent),
     Probe(u64),
     Poke,
     /// What no gateway publishes, in this channel.
@@ -540,8 +539,8 @@ fn arrival_in(channel: &str, payload: Bytes, probe: &Probe, pokes: &str) -> Opti
     }
     let room = Keyspace::room(channel)?;
     if payload.first() == Some(&b'!') {
-        let notice = notice::unpack(&payload, &room)?;
-        return Some(Arrival::Notice(room, notice));
+        let notice = ephemeral::decode(&payload, &room)?;
+        return Some(Arrival::Ephemeral(room, notice));
     }
     let border = payload.iter().position(|byte| *byte == b'\n')?;
     let (position, stamp) = std::str::from_utf8(&payload[..border]).ok()?.rsplit_once(':')?;

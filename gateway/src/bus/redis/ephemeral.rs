@@ -21,58 +21,58 @@ use shared::{
 };
 use uuid::Uuid;
 
-use crate::bus::registry::{Change, Notice, Version};
+use crate::bus::registry::{Change, EphemeralEvent, Version};
 
 /// A notice that a node passes on itself. Those of scripts are not made here.
-pub(super) fn pack(notice: &Notice) -> Vec<u8> {
+pub(super) fn encode(notice: &EphemeralEvent) -> Vec<u8> {
     match notice {
-        Notice::Typing { user, is_typing } => {
+        EphemeralEvent::Typing { user, is_typing } => {
             format!("!t {user} {}", u8::from(*is_typing)).into_bytes()
         }
-        Notice::Message(envelope) => [b"!m\n", &envelope.as_bytes()[..]].concat(),
-        Notice::Presence(_)
-        | Notice::Read { .. }
-        | Notice::Closed { .. }
-        | Notice::Replaced { .. }
-        | Notice::Emptied
-        | Notice::Status => unreachable!("scripts pass it on"),
+        EphemeralEvent::Message(envelope) => [b"!m\n", &envelope.as_bytes()[..]].concat(),
+        EphemeralEvent::Presence(_)
+        | EphemeralEvent::Read { .. }
+        | EphemeralEvent::Closed { .. }
+        | EphemeralEvent::Replaced { .. }
+        | EphemeralEvent::Emptied
+        | EphemeralEvent::Status => unreachable!("scripts pass it on"),
     }
 }
 
 /// Reads a notice of a room; `None` where it is none.
-pub(super) fn unpack(payload: &Bytes, room: &RoomId) -> Option<Notice> {
+pub(super) fn decode(payload: &Bytes, room: &RoomId) -> Option<EphemeralEvent> {
     let (kind, rest) = payload.strip_prefix(b"!")?.split_first()?;
     if *kind == b'm' {
         let envelope = payload.slice(payload.len() - rest.strip_prefix(b"\n")?.len()..);
-        return Some(Notice::Message(Envelope::of_room(envelope, room).ok()?));
+        return Some(EphemeralEvent::Message(Envelope::of_room(envelope, room).ok()?));
     }
     if *kind == b's' && rest.is_empty() {
-        return Some(Notice::Status);
+        return Some(EphemeralEvent::Status);
     }
     if *kind == b'e' && rest.is_empty() {
-        return Some(Notice::Emptied);
+        return Some(EphemeralEvent::Emptied);
     }
     let text = std::str::from_utf8(rest).ok()?.strip_prefix(' ')?;
     let mut words = text.split(' ');
     match kind {
         b't' => {
             let user = words.next()?.parse().ok()?;
-            Some(Notice::Typing { user, is_typing: words.next()? == "1" })
+            Some(EphemeralEvent::Typing { user, is_typing: words.next()? == "1" })
         }
         b'r' => {
             let user = words.next()?.parse().ok()?;
             let seq = words.next()?.parse().ok().filter(|seq| *seq <= SEQ_MAX)?;
-            Some(Notice::Read { user, seq, by: connection(words.next()?)? })
+            Some(EphemeralEvent::Read { user, seq, by: connection(words.next()?)? })
         }
         b'x' => {
             let session = words.next()?.parse().ok()?;
-            Some(Notice::Replaced { session, by: connection(words.next()?)? })
+            Some(EphemeralEvent::Replaced { session, by: connection(words.next()?)? })
         }
         b'c' => {
             let by = words.nth(1).and_then(connection);
-            Some(Notice::Closed { reason: ClosedReason::Deleted, by })
+            Some(EphemeralEvent::Closed { reason: ClosedReason::Deleted, by })
         }
-        b'p' => presence(text).map(Notice::Presence),
+        b'p' => presence(text).map(EphemeralEvent::Presence),
         _ => None,
     }
 }
@@ -108,35 +108,40 @@ mod tests {
     }
 
     #[track_caller]
-    fn read(text: &str) -> Notice {
-        unpack(&Bytes::copy_from_slice(text.as_bytes()), &room()).expect("a notice")
+    fn read(text: &str) -> EphemeralEvent {
+        decode(&Bytes::copy_from_slice(text.as_bytes()), &room()).expect("a notice")
     }
 
     #[test]
     fn what_scripts_pass_on_is_read() {
-        let Notice::Presence(change) = read("!p 7 12\n+ann Ann Lee\n-bob\n-cat\n") else {
+        let EphemeralEvent::Presence(change) = read("!p 7 12\n+ann Ann Lee\n-bob\n-cat\n") else {
             panic!()
         };
         assert_eq!(change.version, Version { epoch: 7, number: 12 });
         assert_eq!(change.joined[0].name.as_str(), "Ann Lee");
         assert_eq!(change.left.len(), 2);
         let id = "6f1c2a0e-93c4-4c59-a9f5-5f3f2d1b7c10";
-        let Notice::Read { seq: 5, by, .. } = read(&format!("!r ann 5 {id}")) else { panic!() };
+        let EphemeralEvent::Read { seq: 5, by, .. } = read(&format!("!r ann 5 {id}")) else {
+            panic!()
+        };
         assert_eq!(by.to_string(), id);
-        assert!(matches!(read("!s"), Notice::Status));
-        assert!(matches!(read("!e"), Notice::Emptied));
+        assert!(matches!(read("!s"), EphemeralEvent::Status));
+        assert!(matches!(read("!e"), EphemeralEvent::Emptied));
         let replaced = read(&format!("!x {id} {id}"));
-        assert!(matches!(replaced, Notice::Replaced { by, .. } if by.to_string() == id));
-        assert!(matches!(read(&format!("!c deleted {id}")), Notice::Closed { by: Some(_), .. }));
-        assert!(matches!(read("!c deleted "), Notice::Closed { by: None, .. }));
+        assert!(matches!(replaced, EphemeralEvent::Replaced { by, .. } if by.to_string() == id));
+        assert!(matches!(
+            read(&format!("!c deleted {id}")),
+            EphemeralEvent::Closed { by: Some(_), .. }
+        ));
+        assert!(matches!(read("!c deleted "), EphemeralEvent::Closed { by: None, .. }));
     }
 
     #[test]
     fn what_a_node_passes_on_is_read_back() {
         let user: UserId = "ann".parse().unwrap();
-        let packed = pack(&Notice::Typing { user, is_typing: true });
-        let read = unpack(&packed.into(), &room());
-        let Some(Notice::Typing { is_typing: true, .. }) = read else { panic!() };
+        let packed = encode(&EphemeralEvent::Typing { user, is_typing: true });
+        let read = decode(&packed.into(), &room());
+        let Some(EphemeralEvent::Typing { is_typing: true, .. }) = read else { panic!() };
         let id = Uuid::from_u128(1);
         let members =
             format!(r#""room":"r","id":"{id}","from":{{"id":"ann","name":"A"}},"timestamp":"t""#);
@@ -149,11 +154,11 @@ mod tests {
             members: &members,
             binary: Some(b"\n!"),
         });
-        let packed = pack(&Notice::Message(envelope.clone()));
+        let packed = encode(&EphemeralEvent::Message(envelope.clone()));
         let packed = Bytes::from(packed);
-        let Some(Notice::Message(read)) = unpack(&packed, &room()) else { panic!() };
+        let Some(EphemeralEvent::Message(read)) = decode(&packed, &room()) else { panic!() };
         assert_eq!(read, envelope);
-        assert!(unpack(&packed, &"s".parse().unwrap()).is_none());
+        assert!(decode(&packed, &"s".parse().unwrap()).is_none());
     }
 
     #[test]
@@ -172,7 +177,7 @@ mod tests {
             "!p a b\n",
         ] {
             let payload = Bytes::copy_from_slice(text.as_bytes());
-            assert!(unpack(&payload, &room()).is_none(), "{text:?}");
+            assert!(decode(&payload, &room()).is_none(), "{text:?}");
         }
     }
 }
