@@ -16,7 +16,10 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     bus::{
         BusError,
-        orders::{Given, Order, OrderId, Orders, Outcome, Question, Taken},
+        commands::{
+            CommandBatch, CommandId, CommandProgress, ControlCommand, ControlQueue, NodeQuery,
+            QueuedCommand,
+        },
         sessions::{Holder, Sessions, Which},
     },
     drain::Tasks,
@@ -41,7 +44,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(20);
 #[derive(Clone)]
 pub struct Control {
     node: NodeId,
-    orders: Arc<dyn Orders>,
+    orders: Arc<dyn ControlQueue>,
     sessions: Arc<dyn Sessions>,
     hub: Hub,
     presence: Arc<Presence>,
@@ -57,7 +60,7 @@ impl Control {
     /// Starts the task that applies orders on this node.
     pub fn start(
         node: NodeId,
-        (orders, sessions): (Arc<dyn Orders>, Arc<dyn Sessions>),
+        (orders, sessions): (Arc<dyn ControlQueue>, Arc<dyn Sessions>),
         hub: Hub,
         presence: Arc<Presence>,
         (metrics, trails): (Arc<Metrics>, Arc<Trails>),
@@ -90,16 +93,16 @@ impl Control {
     /// # Errors
     ///
     /// [`BusError`]: it is not known whether it was given.
-    pub async fn order(&self, order: Order) -> Result<Outcome, BusError> {
+    pub async fn order(&self, order: ControlCommand) -> Result<CommandProgress, BusError> {
         Ok(self.give(order).await?.1)
     }
 
-    async fn give(&self, order: Order) -> Result<(OrderId, Outcome), BusError> {
+    async fn give(&self, order: ControlCommand) -> Result<(CommandId, CommandProgress), BusError> {
         let given = async {
-            let id = self.orders.give(order).await?;
+            let id = self.orders.enqueue(order).await?;
             let until = Instant::now() + APPLY_MAX;
             loop {
-                let outcome = self.orders.outcome(id).await?;
+                let outcome = self.orders.progress(id).await?;
                 if outcome.applied >= outcome.nodes || Instant::now() >= until {
                     return Ok((id, outcome));
                 }
@@ -129,13 +132,13 @@ impl Control {
         which: Which,
         keep_sessions: bool,
         close: Close,
-    ) -> Result<Outcome, BusError> {
+    ) -> Result<CommandProgress, BusError> {
         if !keep_sessions {
             // First, so that who comes back at once finds it gone.
             self.in_time(self.sessions.revoke(user.clone(), which)).await?;
         }
         let Close { code, reason } = close;
-        self.order(Order::Close { user, which, code, reason }).await
+        self.order(ControlCommand::Close { user, which, code, reason }).await
     }
 
     /// Asks all nodes. Who does not answer in time is not waited for.
@@ -143,22 +146,25 @@ impl Control {
     /// # Errors
     ///
     /// [`BusError`].
-    pub async fn ask(&self, question: Question) -> Result<(Vec<String>, Outcome), BusError> {
-        let (id, outcome) = self.give(Order::Ask(question)).await?;
-        Ok((self.in_time(self.orders.answers(id)).await?, outcome))
+    pub async fn ask(
+        &self,
+        question: NodeQuery,
+    ) -> Result<(Vec<String>, CommandProgress), BusError> {
+        let (id, outcome) = self.give(ControlCommand::Ask(question)).await?;
+        Ok((self.in_time(self.orders.replies(id)).await?, outcome))
     }
 
     /// Applies what is ordered, for ever.
     async fn apply_all(&self) {
         loop {
-            let Taken { orders, missed } = self.orders.take().await;
+            let CommandBatch { commands: orders, missed } = self.orders.poll().await;
             if missed {
                 self.look_at_sessions().await;
             }
             for given in orders {
                 let id = given.id;
                 self.apply(given).await;
-                while self.orders.applied(id).await.is_err() {
+                while self.orders.mark_applied(id).await.is_err() {
                     tokio::time::sleep(LOOK_EVERY).await;
                 }
             }
@@ -187,25 +193,27 @@ impl Control {
         }
     }
 
-    async fn apply(&self, Given { id, at, is_fresh, order }: Given) {
+    async fn apply(&self, QueuedCommand { id, at, is_fresh, command: order }: QueuedCommand) {
         match order {
-            Order::Close { user, which, code, reason } => {
+            ControlCommand::Close { user, which, code, reason } => {
                 self.hub.close(&user, which, at, Close { code, reason }).await;
             }
-            Order::Remove { room, user } => self.hub.remove(room, user, at).await,
-            Order::Drain { node } if node == self.node => self.draining.cancel(),
-            Order::Broadcast { id, payload, timestamp } if is_fresh => {
+            ControlCommand::Remove { room, user } => self.hub.remove(room, user, at).await,
+            ControlCommand::Drain { node } if node == self.node => self.draining.cancel(),
+            ControlCommand::Broadcast { id, payload, timestamp } if is_fresh => {
                 let Ok(payload) = serde_json::from_str(&payload) else { return };
                 let broadcast = Box::new(Broadcast { id, payload, timestamp });
                 self.hub.broadcast(text_frame(&Answer::Broadcast(broadcast))).await;
             }
-            Order::Ask(question) if is_fresh => {
+            ControlCommand::Ask(question) if is_fresh => {
                 let answer = self.answer(question).await.to_string();
-                if let Err(error) = self.orders.answer(id, answer).await {
+                if let Err(error) = self.orders.reply(id, answer).await {
                     tracing::debug!(%error, "a question was not answered");
                 }
             }
-            Order::Drain { .. } | Order::Broadcast { .. } | Order::Ask(_) => {}
+            ControlCommand::Drain { .. }
+            | ControlCommand::Broadcast { .. }
+            | ControlCommand::Ask(_) => {}
         }
     }
 
@@ -224,15 +232,15 @@ impl Control {
         }
     }
 
-    async fn answer(&self, question: Question) -> serde_json::Value {
+    async fn answer(&self, question: NodeQuery) -> serde_json::Value {
         match question {
-            Question::User { user } => {
+            NodeQuery::User { user } => {
                 let connections = self.hub.connections(Some(&user)).await;
                 let connections: Vec<_> =
                     connections.iter().filter_map(|connection| self.info_of(connection)).collect();
                 json!({ "connections": connections, "rooms": self.presence.rooms_of(&user) })
             }
-            Question::Node => {
+            NodeQuery::Node => {
                 let connections = self.hub.connections(None).await.len();
                 json!({
                     "node": self.node,
@@ -243,7 +251,7 @@ impl Control {
                     "deliveries": self.metrics.deliveries.get(),
                 })
             }
-            Question::Trail { id, user } => {
+            NodeQuery::Trail { id, user } => {
                 let mut logs = Vec::new();
                 for trail in self.trails.of(id) {
                     let mut told = trail.to_json();

@@ -7,8 +7,8 @@ use tokio::net::{TcpListener, TcpSocket};
 use crate::{
     bus::{
         Bus, Mailboxes,
+        commands::ControlQueue,
         memory::MemoryBus,
-        orders::Orders,
         redis::{RedisBus, RedisStartError},
         registry::Registry,
         sessions::Sessions,
@@ -222,11 +222,11 @@ struct Stores {
     bus: Arc<dyn Bus>,
     registry: Arc<dyn Registry>,
     sessions: Arc<dyn Sessions>,
-    orders: Arc<dyn Orders>,
+    orders: Arc<dyn ControlQueue>,
 }
 
 impl Stores {
-    fn of<T: Bus + Registry + Sessions + Orders + 'static>(store: Arc<T>) -> Self {
+    fn of<T: Bus + Registry + Sessions + ControlQueue + 'static>(store: Arc<T>) -> Self {
         let (bus, registry, sessions) = (store.clone(), store.clone(), store.clone());
         Self { bus, registry, sessions, orders: store }
     }

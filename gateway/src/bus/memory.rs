@@ -16,11 +16,11 @@ use shared::{
 };
 use tokio::{sync::Notify, time::Instant};
 
-mod orders;
+mod commands;
 mod registry;
 mod sessions;
 
-use orders::Book;
+use commands::CommandLog;
 use registry::Registered;
 use sessions::Stored;
 
@@ -49,9 +49,9 @@ pub struct MemoryBus {
     rooms: Arc<Mutex<Rooms>>,
     registered: Arc<Mutex<Registered>>,
     stored: Arc<Mutex<Stored>>,
-    book: Arc<Mutex<Book>>,
+    commands: Arc<Mutex<CommandLog>>,
     /// There are orders to be taken.
-    ordered: Arc<Notify>,
+    command_enqueued: Arc<Notify>,
     retention: Arc<Retention>,
     empty_ttl: Duration,
     session_ttl: Duration,
@@ -115,8 +115,8 @@ impl MemoryBus {
             rooms: Arc::default(),
             registered: Arc::default(),
             stored: Arc::default(),
-            book: Arc::default(),
-            ordered: Arc::default(),
+            commands: Arc::default(),
+            command_enqueued: Arc::default(),
             retention: Arc::new(retention),
             empty_ttl: registry.empty_ttl,
             session_ttl: sessions.ttl,

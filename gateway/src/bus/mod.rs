@@ -42,7 +42,7 @@ use crate::{
 
 pub mod home;
 pub mod memory;
-pub mod orders;
+pub mod commands;
 pub mod redis;
 pub mod registry;
 pub mod sessions;

@@ -692,7 +692,7 @@ impl Agreement {
                 goodbye.cmd("HSET").arg(keyspace.incarnations()).arg(incarnation).arg(row);
             }
             goodbye.cmd("HDEL").arg(keyspace.told()).arg(&self.process.name);
-            goodbye.cmd("HDEL").arg(keyspace.orders(":nodes")).arg(&self.process.name);
+            goodbye.cmd("HDEL").arg(keyspace.commands(":nodes")).arg(&self.process.name);
             goodbye.query_async::<()>(&mut connection).await?;
             let mut leave = self.leave.key(keyspace.leases());
             leave.key(keyspace.barrier(0)).arg(&self.process.name).arg(token.to_string());

@@ -189,7 +189,7 @@ impl Keyspace {
     }
 
     /// What is ordered, and what belongs to that.
-    pub(super) fn orders(self, name: &str) -> String {
+    pub(super) fn commands(self, name: &str) -> String {
         self.named(0, &format!("orders{name}"))
     }
 

@@ -20,7 +20,7 @@ use shared::{
 
 use super::{
     Append, BoxFuture, Bus, BusError, Done, Mailboxes, Range, Retention,
-    orders::{Order, OrderId, Orders, Outcome, Taken},
+    commands::{CommandBatch, CommandId, CommandProgress, ControlCommand, ControlQueue},
     registry::{
         Creation, Deletion, Details, EnterError, Entered, EphemeralEvent, Found, Listing, Online,
         Record, Registry, RegistryOptions, Rules, Seat, Snapshot, Status,
@@ -46,7 +46,7 @@ mod links;
 mod log;
 mod memory;
 mod ephemeral;
-mod orders;
+mod commands;
 mod probe;
 mod registry;
 mod router;
@@ -58,9 +58,9 @@ pub mod topology;
 mod untrusted;
 mod waiting;
 
+use commands::RedisControlQueue;
 use conditions::Conditions;
 use log::Log;
-use orders::OrderBook;
 use registry::Registrar;
 use router::Router;
 use topology::{Dial, OpenError, TlsFiles, Way};
@@ -142,7 +142,7 @@ pub enum RedisStartError {
 pub struct RedisBus {
     router: Arc<Router>,
     registrar: Arc<Registrar>,
-    book: Arc<OrderBook>,
+    commands: Arc<RedisControlQueue>,
 }
 
 impl RedisBus {
@@ -182,8 +182,8 @@ impl RedisBus {
         let (registry, sessions) = (options.registry.clone(), options.sessions.clone());
         let router = Router::start(way, options, mailboxes, metrics, tasks);
         let registrar = Registrar::start(router.clone(), registry, sessions, tasks);
-        let book = Arc::new(OrderBook::new(registrar.clone()));
-        Self { router, registrar, book }
+        let book = Arc::new(RedisControlQueue::new(registrar.clone()));
+        Self { router, registrar, commands: book }
     }
 
     /// Waits until Redis has been reached and this node's view of it is the other nodes'.
@@ -346,29 +346,29 @@ impl Registry for RedisBus {
     }
 }
 
-impl Orders for RedisBus {
-    fn give(&self, order: Order) -> BoxFuture<Result<OrderId, BusError>> {
-        Box::pin(self.book.clone().give(order))
+impl ControlQueue for RedisBus {
+    fn enqueue(&self, order: ControlCommand) -> BoxFuture<Result<CommandId, BusError>> {
+        Box::pin(self.commands.clone().enqueue(order))
     }
 
-    fn take(&self) -> BoxFuture<Taken> {
-        Box::pin(self.book.clone().take())
+    fn poll(&self) -> BoxFuture<CommandBatch> {
+        Box::pin(self.commands.clone().poll())
     }
 
-    fn applied(&self, id: OrderId) -> BoxFuture<Result<(), BusError>> {
-        Box::pin(self.book.clone().applied(id))
+    fn mark_applied(&self, id: CommandId) -> BoxFuture<Result<(), BusError>> {
+        Box::pin(self.commands.clone().mark_applied(id))
     }
 
-    fn answer(&self, id: OrderId, answer: String) -> BoxFuture<Result<(), BusError>> {
-        Box::pin(self.book.clone().answer(id, answer))
+    fn reply(&self, id: CommandId, answer: String) -> BoxFuture<Result<(), BusError>> {
+        Box::pin(self.commands.clone().reply(id, answer))
     }
 
-    fn outcome(&self, id: OrderId) -> BoxFuture<Result<Outcome, BusError>> {
-        Box::pin(self.book.clone().outcome(id))
+    fn progress(&self, id: CommandId) -> BoxFuture<Result<CommandProgress, BusError>> {
+        Box::pin(self.commands.clone().progress(id))
     }
 
-    fn answers(&self, id: OrderId) -> BoxFuture<Result<Vec<String>, BusError>> {
-        Box::pin(self.book.clone().answers(id))
+    fn replies(&self, id: CommandId) -> BoxFuture<Result<Vec<String>, BusError>> {
+        Box::pin(self.commands.clone().replies(id))
     }
 }
 

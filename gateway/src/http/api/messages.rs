@@ -25,7 +25,7 @@ use uuid::Uuid;
 
 use super::{Body, Common, Failed, Problem, name, query, wait};
 use crate::{
-    bus::{Appended, BusError, orders::Question},
+    bus::{Appended, BusError, commands::NodeQuery},
     http::Node,
     publisher::{API_USER, Receipt, Sender},
 };
@@ -333,7 +333,7 @@ pub(super) async fn trail(
 ) -> Result<Json<Trail>, Failed> {
     let id: MessageId = name(&id)?;
     let user = query(asked)?.user.as_deref().map(name).transpose()?;
-    let question = Question::Trail { id, user };
+    let question = NodeQuery::Trail { id, user };
     let (answers, outcome) = node.control.ask(question).await?;
     let nodes: Vec<serde_json::Value> =
         answers.iter().filter_map(|answer| serde_json::from_str(answer).ok()).collect();

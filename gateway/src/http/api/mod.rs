@@ -22,7 +22,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{Node, headers::bearer};
 use crate::{
-    bus::{BusError, orders},
+    bus::{BusError, commands},
     telemetry::metrics::ApiRefusal,
 };
 
@@ -258,8 +258,8 @@ pub(super) struct Outcome {
     nodes: usize,
 }
 
-impl From<orders::Outcome> for Outcome {
-    fn from(orders::Outcome { applied, nodes }: orders::Outcome) -> Self {
+impl From<commands::CommandProgress> for Outcome {
+    fn from(commands::CommandProgress { applied, nodes }: commands::CommandProgress) -> Self {
         Self { applied, nodes }
     }
 }

@@ -17,7 +17,7 @@ use super::{
     messages::{BATCH_MAX, Sent, appending, fate, id_of, is_readable},
     user,
 };
-use crate::{bus::orders::Order, http::Node};
+use crate::{bus::commands::ControlCommand, http::Node};
 
 /// A notification.
 #[derive(Debug, Deserialize, ToSchema)]
@@ -198,7 +198,7 @@ pub(super) async fn broadcast(
     checked(&node, &payload)?;
     let id = MessageId::random();
     let timestamp = shared::timestamp(SystemTime::now());
-    let order = Order::Broadcast { id, payload: payload.get().to_owned(), timestamp };
+    let order = ControlCommand::Broadcast { id, payload: payload.get().to_owned(), timestamp };
     let outcome = node.control.order(order).await?;
     let (applied, nodes) = (outcome.applied, outcome.nodes);
     Ok((StatusCode::CREATED, Json(Sending { id: id.to_string(), applied, nodes })))

@@ -23,7 +23,7 @@ use super::{
 use crate::{
     bus::{
         BusError, Range,
-        orders::Order,
+        commands::ControlCommand,
         registry::{Creation, Deletion, Detail, Found, Record, millis_now},
     },
     delivery::page::Page,
@@ -385,6 +385,6 @@ pub(super) async fn remove(
     State(node): State<Arc<Node>>,
     Path((room, member)): Path<(String, String)>,
 ) -> Result<Json<Outcome>, Failed> {
-    let order = Order::Remove { room: name(&room)?, user: user(&member)? };
+    let order = ControlCommand::Remove { room: name(&room)?, user: user(&member)? };
     Ok(Json(node.control.order(order).await?.into()))
 }

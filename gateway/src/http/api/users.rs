@@ -15,7 +15,7 @@ use utoipa::ToSchema;
 
 use super::{Body, Common, Failed, Outcome, Paging, name, query, user, wait};
 use crate::{
-    bus::{orders::Question, registry::Detail, sessions::Which},
+    bus::{commands::NodeQuery, registry::Detail, sessions::Which},
     control::kicked,
     http::Node,
     hub::people::at,
@@ -251,7 +251,7 @@ pub(super) async fn info(
     let mut user =
         User { online: status.online, last_active: status.active.map(at), ..User::default() };
     if status.online {
-        let (answers, _) = node.control.ask(Question::User { user: id }).await?;
+        let (answers, _) = node.control.ask(NodeQuery::User { user: id }).await?;
         for here in answers.iter().filter_map(|answer| serde_json::from_str::<Here>(answer).ok()) {
             user.connections.extend(here.connections);
             user.rooms.extend(here.rooms);

@@ -16,12 +16,12 @@ use super::{BoxFuture, BusError, sessions::Micros, sessions::Which};
 
 /// Where an order stands: later ones are greater.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct OrderId(pub u64, pub u64);
+pub struct CommandId(pub u64, pub u64);
 
 /// What is to be done.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "do", rename_all = "snake_case")]
-pub enum Order {
+pub enum ControlCommand {
     /// Close connections of a user.
     Close {
         /// Whose.
@@ -55,13 +55,13 @@ pub enum Order {
         timestamp: String,
     },
     /// Answer something. Who takes it late does not.
-    Ask(Question),
+    Ask(NodeQuery),
 }
 
 /// What nodes are asked. The answer of each is JSON.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "ask", rename_all = "snake_case")]
-pub enum Question {
+pub enum NodeQuery {
     /// Which connections a user has there, and in which rooms.
     User {
         /// The user.
@@ -80,20 +80,20 @@ pub enum Question {
 
 /// An order that was given.
 #[derive(Clone, Debug)]
-pub struct Given {
+pub struct QueuedCommand {
     /// Where it stands.
-    pub id: OrderId,
+    pub id: CommandId,
     /// When it was given, by the clock of the store.
     pub at: Micros,
     /// Whether it was given just now.
     pub is_fresh: bool,
     /// What is to be done.
-    pub order: Order,
+    pub command: ControlCommand,
 }
 
 /// How many nodes have done what was ordered.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Outcome {
+pub struct CommandProgress {
     /// These.
     pub applied: usize,
     /// Of so many that live, or were heard of within the last minute.
@@ -102,30 +102,30 @@ pub struct Outcome {
 
 /// What a node finds to be done.
 #[derive(Clone, Debug, Default)]
-pub struct Taken {
+pub struct CommandBatch {
     /// Oldest first.
-    pub orders: Vec<Given>,
+    pub commands: Vec<QueuedCommand>,
     /// Whether some were forgotten before this node has taken them: it was away for too long.
     pub missed: bool,
 }
 
 /// Where orders are kept. See the module.
-pub trait Orders: Send + Sync {
+pub trait ControlQueue: Send + Sync {
     /// Gives an order.
-    fn give(&self, order: Order) -> BoxFuture<Result<OrderId, BusError>>;
+    fn enqueue(&self, order: ControlCommand) -> BoxFuture<Result<CommandId, BusError>>;
 
     /// Waits for orders that this node has not taken. One task calls this.
-    fn take(&self) -> BoxFuture<Taken>;
+    fn poll(&self) -> BoxFuture<CommandBatch>;
 
     /// This node has applied everything up to `id`.
-    fn applied(&self, id: OrderId) -> BoxFuture<Result<(), BusError>>;
+    fn mark_applied(&self, id: CommandId) -> BoxFuture<Result<(), BusError>>;
 
     /// This node's answer to a question.
-    fn answer(&self, id: OrderId, answer: String) -> BoxFuture<Result<(), BusError>>;
+    fn reply(&self, id: CommandId, answer: String) -> BoxFuture<Result<(), BusError>>;
 
     /// How many have applied an order by now.
-    fn outcome(&self, id: OrderId) -> BoxFuture<Result<Outcome, BusError>>;
+    fn progress(&self, id: CommandId) -> BoxFuture<Result<CommandProgress, BusError>>;
 
     /// What was answered to a question by now.
-    fn answers(&self, id: OrderId) -> BoxFuture<Result<Vec<String>, BusError>>;
+    fn replies(&self, id: CommandId) -> BoxFuture<Result<Vec<String>, BusError>>;
 }

@@ -1,5 +1,5 @@
 //! Orders to the nodes of a cluster: a stream in Redis, which each node looks at every
-//! [`LOOK_EVERY`] from where it was.
+//! [`POLL_INTERVAL`] from where it was.
 //!
 //! `gw:orders` (stream), `gw:orders:list` (which list it is: another one, where Redis lost it),
 //! `gw:orders:nodes` (hash: of each process `<id applied> <when it was heard of, ms>`),
@@ -18,120 +18,125 @@ use super::{
 use crate::{
     bus::{
         BusError,
-        orders::{Given, Order, OrderId, Outcome, Taken},
+        commands::{CommandBatch, CommandId, CommandProgress, ControlCommand, QueuedCommand},
         random_epoch,
     },
     telemetry::metrics::BadValue,
 };
 
 /// How often a node looks for orders.
-const LOOK_EVERY: Duration = Duration::from_millis(100);
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 /// How often it lets the others know that it is there, where there is nothing to be done.
-const HEARD_EVERY: Duration = Duration::from_secs(3);
+const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(3);
 /// How long one that is not heard of counts.
-const COUNTS_FOR_MS: u64 = 60_000;
+const NODE_TTL_MS: u64 = 60_000;
 /// How many orders are kept, some 200 bytes each: questions are among them.
-const ORDERS_MAX: usize = 50_000;
+const COMMANDS_MAX: usize = 50_000;
 /// The most orders taken at once.
-const TAKE_MAX: usize = 100;
+const BATCH_MAX: usize = 100;
 /// How long broadcasts and questions are worth anything.
 const FRESH_FOR_MS: u64 = 5_000;
 /// How long answers are kept.
-const ANSWERS_TTL_MS: u64 = 10_000;
+const REPLIES_TTL_MS: u64 = 10_000;
 
 /// A node's place in the list.
-pub(super) struct OrderBook {
+pub(super) struct RedisControlQueue {
     registrar: Arc<Registrar>,
-    state: Mutex<State>,
+    state: Mutex<StreamPosition>,
 }
 
 #[derive(Default)]
-struct State {
+struct StreamPosition {
     /// Up to where orders were taken; `None` before the first look.
-    cursor: Option<OrderId>,
+    cursor: Option<CommandId>,
     /// Up to where they were applied.
-    applied: OrderId,
+    applied: CommandId,
     /// Of which list.
     list: Option<String>,
     heard: Option<Instant>,
 }
 
 /// What one look finds.
-struct Look {
+struct StreamPoll {
     now_ms: u64,
     list: Option<String>,
     /// The last of the list, 0 for none.
-    last: OrderId,
-    entries: Vec<Row>,
+    last: CommandId,
+    entries: Vec<StreamEntry>,
 }
 
 /// An entry of the stream: its id and its fields.
-type Row = (Lossy, BTreeMap<Lossy, Lossy>);
+type StreamEntry = (Lossy, BTreeMap<Lossy, Lossy>);
 
-fn text_of(OrderId(ms, number): OrderId) -> String {
+fn text_of(CommandId(ms, number): CommandId) -> String {
     format!("{ms}-{number}")
 }
 
-fn id_of(text: &str) -> Option<OrderId> {
+fn id_of(text: &str) -> Option<CommandId> {
     let (ms, number) = text.split_once('-')?;
-    Some(OrderId(ms.parse().ok()?, number.parse().ok()?))
+    Some(CommandId(ms.parse().ok()?, number.parse().ok()?))
 }
 
-impl OrderBook {
+impl RedisControlQueue {
     pub(super) fn new(registrar: Arc<Registrar>) -> Self {
         Self { registrar, state: Mutex::default() }
     }
 
     fn key(&self, name: &str) -> String {
-        self.registrar.router.keyspace().orders(name)
+        self.registrar.router.keyspace().commands(name)
     }
 
-    pub(super) async fn give(self: Arc<Self>, order: Order) -> Result<OrderId, BusError> {
+    pub(super) async fn enqueue(
+        self: Arc<Self>,
+        order: ControlCommand,
+    ) -> Result<CommandId, BusError> {
         // Large, and worth something for seconds: it is kept apart, and not as long as orders are.
-        if let Order::Broadcast { id, payload, .. } = &order {
+        if let ControlCommand::Broadcast { id, payload, .. } = &order {
             let key = self.key(&format!(":broadcast:{id}"));
             self.registrar
                 .ask(0, async |connection| {
                     let mut set = redis::cmd("SET");
-                    set.arg(key).arg(payload).arg("PX").arg(ANSWERS_TTL_MS);
+                    set.arg(key).arg(payload).arg("PX").arg(REPLIES_TTL_MS);
                     set.query_async::<()>(connection).await
                 })
                 .await?;
         }
         let order = match order {
-            Order::Broadcast { id, timestamp, .. } => {
-                Order::Broadcast { id, timestamp, payload: String::new() }
+            ControlCommand::Broadcast { id, timestamp, .. } => {
+                ControlCommand::Broadcast { id, timestamp, payload: String::new() }
             }
             order => order,
         };
         let order = serde_json::to_string(&order).expect("an order is made of names");
-        let mut give = self.registrar.scripts.order.key(self.key(""));
-        give.key(self.key(":list")).arg(order).arg(ORDERS_MAX).arg(random_epoch());
+        let mut give = self.registrar.scripts.enqueue_command.key(self.key(""));
+        give.key(self.key(":list")).arg(order).arg(COMMANDS_MAX).arg(random_epoch());
         let id: String = self.registrar.run(0, "orders", &give).await?;
         id_of(&id).ok_or(BusError::Refused)
     }
 
     /// Waits for orders, for ever.
-    pub(super) async fn take(self: Arc<Self>) -> Taken {
+    pub(super) async fn poll(self: Arc<Self>) -> CommandBatch {
         loop {
-            match self.look().await {
+            match self.poll_stream().await {
                 Ok(look) => {
-                    let mut taken = self.taken(look);
+                    let mut taken = self.batch_of(look);
                     self.fetch_broadcasts(&mut taken).await;
-                    if !taken.orders.is_empty() || taken.missed {
+                    if !taken.commands.is_empty() || taken.missed {
                         return taken;
                     }
-                    self.be_heard().await;
+                    self.send_heartbeat().await;
                 }
                 Err(error) => tracing::debug!(%error, "it is not known what is ordered"),
             }
-            tokio::time::sleep(LOOK_EVERY).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
         }
     }
 
-    async fn fetch_broadcasts(&self, taken: &mut Taken) {
-        for given in &mut taken.orders {
-            let Order::Broadcast { id, payload, .. } = &mut given.order else { continue };
+    async fn fetch_broadcasts(&self, taken: &mut CommandBatch) {
+        for given in &mut taken.commands {
+            let ControlCommand::Broadcast { id, payload, .. } = &mut given.command else {
+                continue;
+            };
             let key = self.key(&format!(":broadcast:{id}"));
             let fetched: Result<Option<String>, _> = self
                 .registrar
@@ -145,7 +150,7 @@ impl OrderBook {
         }
     }
 
-    async fn look(&self) -> Result<Look, BusError> {
+    async fn poll_stream(&self) -> Result<StreamPoll, BusError> {
         let cursor = self.state.lock().cursor.unwrap_or_default();
         let stream = self.key("");
         let answers: Vec<RedisResult<Value>> = self
@@ -157,7 +162,7 @@ impl OrderBook {
                 pipeline.cmd("XREVRANGE").arg(&stream).arg("+").arg("-").arg("COUNT").arg(1);
                 // The last one taken as well: it tells whether the list has been cut behind it.
                 pipeline.cmd("XRANGE").arg(&stream).arg(text_of(cursor)).arg("+");
-                pipeline.arg("COUNT").arg(TAKE_MAX + 1);
+                pipeline.arg("COUNT").arg(BATCH_MAX + 1);
                 pipeline.query_async(connection).await
             })
             .await?;
@@ -166,34 +171,34 @@ impl OrderBook {
         let time: (u64, u64) = self.registrar.or_absent("orders", next())?;
         let list: Option<Lossy> = self.registrar.or_absent("orders", next())?;
         // A stream that is none is made anew by the next order.
-        let last: Vec<Row> = self.registrar.or_absent("orders", next())?;
-        let entries: Vec<Row> = self.registrar.or_absent("orders", next())?;
+        let last: Vec<StreamEntry> = self.registrar.or_absent("orders", next())?;
+        let entries: Vec<StreamEntry> = self.registrar.or_absent("orders", next())?;
         let last = last.first().and_then(|(Lossy(id), _)| id_of(id)).unwrap_or_default();
         let list = list.map(|Lossy(list)| list);
-        Ok(Look { now_ms: time.0 * 1000 + time.1 / 1000, list, last, entries })
+        Ok(StreamPoll { now_ms: time.0 * 1000 + time.1 / 1000, list, last, entries })
     }
 
-    fn taken(&self, look: Look) -> Taken {
+    fn batch_of(&self, look: StreamPoll) -> CommandBatch {
         let state = &mut *self.state.lock();
         let Some(cursor) = state.cursor else {
             // A node that begins has no connection that an order could concern.
             (state.cursor, state.applied, state.list) = (Some(look.last), look.last, look.list);
-            return Taken::default();
+            return CommandBatch::default();
         };
         if state.list != look.list {
             // Redis lost the list: all of the new one was given since.
-            (state.cursor, state.list) = (Some(OrderId::default()), look.list);
-            state.applied = OrderId::default();
-            return Taken::default();
+            (state.cursor, state.list) = (Some(CommandId::default()), look.list);
+            state.applied = CommandId::default();
+            return CommandBatch::default();
         }
         if look.last < cursor {
             // Redis lost the end of it.
             (state.cursor, state.applied) = (Some(look.last), look.last);
-            return Taken::default();
+            return CommandBatch::default();
         }
         let first = look.entries.first().and_then(|(Lossy(id), _)| id_of(id));
-        let missed = cursor != OrderId::default() && first != Some(cursor);
-        let mut taken = Taken { missed, ..Taken::default() };
+        let missed = cursor != CommandId::default() && first != Some(cursor);
+        let mut taken = CommandBatch { missed, ..CommandBatch::default() };
         for (Lossy(entry), fields) in look.entries {
             let Some(id) = id_of(&entry).filter(|id| *id > cursor) else { continue };
             state.cursor = Some(id);
@@ -208,23 +213,23 @@ impl OrderBook {
             let given = id.0.saturating_mul(1000);
             let at = field("at").and_then(|at| at.parse().ok()).unwrap_or(given);
             let is_fresh = id.0.saturating_add(FRESH_FOR_MS) > look.now_ms;
-            taken.orders.push(Given { id, at, is_fresh, order });
+            taken.commands.push(QueuedCommand { id, at, is_fresh, command: order });
         }
         taken
     }
 
     /// Lets the others know that this node is there.
-    async fn be_heard(&self) {
+    async fn send_heartbeat(&self) {
         let (applied, is_due) = {
             let state = self.state.lock();
-            (state.applied, state.heard.is_none_or(|at| at.elapsed() >= HEARD_EVERY))
+            (state.applied, state.heard.is_none_or(|at| at.elapsed() >= HEARTBEAT_INTERVAL))
         };
-        if is_due && self.note(applied).await.is_err() {
+        if is_due && self.write_heartbeat(applied).await.is_err() {
             tracing::debug!("the others do not hear of this node");
         }
     }
 
-    async fn note(&self, applied: OrderId) -> Result<(), BusError> {
+    async fn write_heartbeat(&self, applied: CommandId) -> Result<(), BusError> {
         let (nodes, process) = (self.key(":nodes"), &self.registrar.router.process().name);
         self.registrar
             .ask(0, async |connection| {
@@ -247,14 +252,14 @@ impl OrderBook {
         Ok(())
     }
 
-    pub(super) async fn applied(self: Arc<Self>, id: OrderId) -> Result<(), BusError> {
+    pub(super) async fn mark_applied(self: Arc<Self>, id: CommandId) -> Result<(), BusError> {
         self.state.lock().applied = id;
-        self.note(id).await
+        self.write_heartbeat(id).await
     }
 
-    pub(super) async fn answer(
+    pub(super) async fn reply(
         self: Arc<Self>,
-        id: OrderId,
+        id: CommandId,
         answer: String,
     ) -> Result<(), BusError> {
         let key = self.key(&format!(":answers:{}", text_of(id)));
@@ -262,13 +267,16 @@ impl OrderBook {
             .ask(0, async |connection| {
                 let mut pipeline = redis::pipe();
                 pipeline.cmd("RPUSH").arg(&key).arg(answer).ignore();
-                pipeline.cmd("PEXPIRE").arg(&key).arg(ANSWERS_TTL_MS).ignore();
+                pipeline.cmd("PEXPIRE").arg(&key).arg(REPLIES_TTL_MS).ignore();
                 pipeline.query_async(connection).await
             })
             .await
     }
 
-    pub(super) async fn outcome(self: Arc<Self>, id: OrderId) -> Result<Outcome, BusError> {
+    pub(super) async fn progress(
+        self: Arc<Self>,
+        id: CommandId,
+    ) -> Result<CommandProgress, BusError> {
         let nodes = self.key(":nodes");
         let answers: Vec<RedisResult<Value>> = self
             .registrar
@@ -292,7 +300,7 @@ impl OrderBook {
                 found(self.registrar.router.metrics(), BadValue::Order, &process);
             }
             match parts {
-                Some((heard, applied)) if heard.saturating_add(COUNTS_FOR_MS) > now => {
+                Some((heard, applied)) if heard.saturating_add(NODE_TTL_MS) > now => {
                     // Of a node that was started anew the run that was heard of last counts.
                     let node = process.split('/').next().unwrap_or_default().to_owned();
                     let newest = nodes_of.entry(node).or_insert((heard, applied));
@@ -302,7 +310,7 @@ impl OrderBook {
             }
         }
         let applied = nodes_of.values().filter(|(_, applied)| *applied >= id).count();
-        let outcome = Outcome { applied, nodes: nodes_of.len() };
+        let outcome = CommandProgress { applied, nodes: nodes_of.len() };
         if !gone.is_empty() {
             self.registrar
                 .ask(0, async |connection| {
@@ -314,7 +322,7 @@ impl OrderBook {
         Ok(outcome)
     }
 
-    pub(super) async fn answers(self: Arc<Self>, id: OrderId) -> Result<Vec<String>, BusError> {
+    pub(super) async fn replies(self: Arc<Self>, id: CommandId) -> Result<Vec<String>, BusError> {
         let key = self.key(&format!(":answers:{}", text_of(id)));
         let answers: Vec<Lossy> = self
             .registrar
