@@ -27,7 +27,7 @@ use crate::{
             RedisOptions,
             topology::{TlsFiles, url::Topology},
         },
-        registry::RegistryOptions,
+        registry::RoomStoreOptions,
         sessions::SessionOptions,
     },
     drain::departure,
@@ -75,7 +75,7 @@ pub struct Config {
     /// How long logs are kept.
     pub retention: Retention,
     /// How long what is known of rooms is kept.
-    pub registry: RegistryOptions,
+    pub registry: RoomStoreOptions,
     /// How long sessions are kept.
     pub sessions: SessionOptions,
     /// What holds for rooms by their names.
@@ -381,9 +381,9 @@ impl Config {
             node: node.clone(),
             log_format,
             log_level: log_level.0,
-            redis: redis_url.0.map(|url| RedisOptions { url, tls, partitions, lease: lease.0, retention: retention.clone(), registry: RegistryOptions { empty_ttl: empty_ttl.0 }, sessions: sessions.clone(), node: node.to_string() }),
+            redis: redis_url.0.map(|url| RedisOptions { url, tls, partitions, lease: lease.0, retention: retention.clone(), registry: RoomStoreOptions { empty_ttl: empty_ttl.0 }, sessions: sessions.clone(), node: node.to_string() }),
             retention,
-            registry: RegistryOptions { empty_ttl: empty_ttl.0 },
+            registry: RoomStoreOptions { empty_ttl: empty_ttl.0 },
             sessions,
             rooms: RoomRules { ephemeral: ephemeral.0.into_iter().map(|RoomPattern(text)| text).collect(), create_on_join },
             passwords: PasswordLimits { failures_per_ip: Rate::new(password_ip, 60 * second, password_ip), failures_per_room: Rate::new(password_room, 60 * second, password_room), wait_max: publish_wait.0 / 2 },

@@ -23,7 +23,7 @@ use uuid::Uuid;
 use crate::{
     bus::{
         Append, Appended, Bus, BusError, Done, Unseen,
-        registry::{EphemeralEvent, Registry},
+        registry::{EphemeralEvent, PresenceStore},
     },
     limits::durable::{ENTRY_BYTES, Quotas, Writer},
     rooms::RoomRules,
@@ -38,7 +38,7 @@ pub struct Publisher {
     /// What clients may have kept.
     quotas: Arc<Quotas>,
     bus: Arc<dyn Bus>,
-    registry: Arc<dyn Registry>,
+    registry: Arc<dyn PresenceStore>,
     rules: Arc<RoomRules>,
     metrics: Arc<Metrics>,
     trails: Arc<Trails>,
@@ -116,7 +116,7 @@ impl Publisher {
     /// A publisher into `bus`.
     pub fn new(
         bus: Arc<dyn Bus>,
-        registry: Arc<dyn Registry>,
+        registry: Arc<dyn PresenceStore>,
         rules: Arc<RoomRules>,
         (metrics, trails): (Arc<Metrics>, Arc<Trails>),
         quotas: Arc<Quotas>,

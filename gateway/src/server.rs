@@ -10,7 +10,7 @@ use crate::{
         commands::ControlQueue,
         memory::MemoryBus,
         redis::{RedisBus, RedisStartError},
-        registry::Registry,
+        registry::PresenceStore,
         sessions::Sessions,
     },
     config::Config,
@@ -220,13 +220,13 @@ impl Server {
 /// Where logs, who is where, sessions and orders are kept: one store for all.
 struct Stores {
     bus: Arc<dyn Bus>,
-    registry: Arc<dyn Registry>,
+    registry: Arc<dyn PresenceStore>,
     sessions: Arc<dyn Sessions>,
     orders: Arc<dyn ControlQueue>,
 }
 
 impl Stores {
-    fn of<T: Bus + Registry + Sessions + ControlQueue + 'static>(store: Arc<T>) -> Self {
+    fn of<T: Bus + PresenceStore + Sessions + ControlQueue + 'static>(store: Arc<T>) -> Self {
         let (bus, registry, sessions) = (store.clone(), store.clone(), store.clone());
         Self { bus, registry, sessions, orders: store }
     }

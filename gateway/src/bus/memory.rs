@@ -17,17 +17,17 @@ use shared::{
 use tokio::{sync::Notify, time::Instant};
 
 mod commands;
-mod registry;
+mod store;
 mod sessions;
 
 use commands::CommandLog;
-use registry::Registered;
 use sessions::Stored;
+use store::StoreState;
 
 use super::{
     Append, Appended, BoxFuture, Bus, BusError, Kept, Mailboxes, READ_BYTES_MAX, Range, Retention,
     Unseen, UnseenInbox, random_epoch,
-    registry::{EphemeralEvent, RegistryOptions},
+    registry::{EphemeralEvent, RoomStoreOptions},
     sessions::SessionOptions,
 };
 use crate::{
@@ -47,7 +47,7 @@ const SWEEP_EVERY: Duration = Duration::from_secs(30);
 #[derive(Clone)]
 pub struct MemoryBus {
     rooms: Arc<Mutex<Rooms>>,
-    registered: Arc<Mutex<Registered>>,
+    store: Arc<Mutex<StoreState>>,
     stored: Arc<Mutex<Stored>>,
     commands: Arc<Mutex<CommandLog>>,
     /// There are orders to be taken.
@@ -106,14 +106,14 @@ impl MemoryBus {
     /// An empty bus; a task of `tasks` forgets what is past `retention`.
     pub fn start(
         retention: Retention,
-        registry: &RegistryOptions,
+        registry: &RoomStoreOptions,
         sessions: &SessionOptions,
         mailboxes: Mailboxes,
         tasks: &Tasks,
     ) -> Self {
         let bus = Self {
             rooms: Arc::default(),
-            registered: Arc::default(),
+            store: Arc::default(),
             stored: Arc::default(),
             commands: Arc::default(),
             command_enqueued: Arc::default(),
@@ -139,7 +139,7 @@ impl MemoryBus {
     }
 
     fn sweep(&self, now: Instant) {
-        self.registered.lock().sweep(self.empty_ttl, now);
+        self.store.lock().sweep(self.empty_ttl, now);
         self.stored.lock().sweep(self.session_ttl);
         let dedup_window = self.retention.dedup_window;
         let unseen_ttl = self.retention.bounds.unseen.ttl;
@@ -163,7 +163,7 @@ impl MemoryBus {
         Self::make_room(rooms, self.retention.memory_bytes_max);
         let kept: HashSet<RoomId> = rooms.logs.keys().cloned().collect();
         drop(guard);
-        self.registered.lock().sweep_marks(|room| kept.contains(room));
+        self.store.lock().sweep_marks(|room| kept.contains(room));
     }
 
     /// Makes room where all logs together take more than they may: inboxes of users who were never
@@ -256,7 +256,7 @@ impl MemoryBus {
 
     /// Whether a user is or was connected, as far as is remembered.
     fn was_connected(&self, user: &UserId) -> bool {
-        self.stored.lock().has(user) || self.registered.lock().was_seen(user)
+        self.stored.lock().has(user) || self.store.lock().was_seen(user)
     }
 
     fn read_now(&self, room: &RoomId, range: Range, now: Instant) -> Page {

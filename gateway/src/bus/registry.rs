@@ -1,10 +1,10 @@
 //! The registry: who is in which room on which node, how rooms are managed, and how far each user
 //! has read. What of it changes is passed to the nodes that follow the room, as a [`EphemeralEvent`].
 //!
-//! A [`Registry`] is told by each node how many connections a user has in a room *there*, as a
+//! A [`PresenceStore`] is told by each node how many connections a user has in a room *there*, as a
 //! number and not as a step, so that telling it again changes nothing. A user is present while any
 //! node has one. What is passed on is best effort: changes of who is present are numbered
-//! ([`Version`]), so that a follower finds out that it missed one and reads all of it.
+//! ([`PresenceVersion`]), so that a follower finds out that it missed one and reads all of it.
 //!
 //! Two implementations, as of the [bus](super): in memory and in Redis.
 
@@ -21,7 +21,7 @@ use super::{BoxFuture, BusError, Done};
 
 /// Where users are counted.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Place {
+pub enum PresenceScope {
     /// A room.
     Room(RoomId),
     /// The cluster: whoever is connected.
@@ -29,31 +29,31 @@ pub enum Place {
 }
 
 /// Milliseconds since 1970, by the clock of who wrote it.
-pub type Millis = u64;
+pub type UnixMillis = u64;
 
 /// A user as one node has it at one place.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Seat {
+pub struct NodePresence {
     /// Where.
-    pub place: Place,
+    pub scope: PresenceScope,
     /// Who.
     pub user: Person,
     /// How many connections the user has there on this node; 0 has the user leave.
     pub connections: u32,
     /// Since when.
-    pub since: Millis,
+    pub since: UnixMillis,
     /// When the user did something last.
-    pub active: Millis,
+    pub active: UnixMillis,
     /// Whether the user was let in. Until then telling this makes nobody present who is not.
     pub admitted: bool,
 }
 
 /// What a join has to keep to.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Rules {
+pub struct JoinConditions {
     /// The hash that the password was found to fit. The room's is compared with it, so that a room
     /// that was made anew meanwhile is not entered with the old password.
-    pub fits: Option<String>,
+    pub password_hash: Option<String>,
     /// Whether a room that is not there is made.
     pub create: bool,
     /// Whether that is within the user's quota, and nobody is refused by it whose room is there.
@@ -62,7 +62,7 @@ pub struct Rules {
 
 /// Tells one state of who is present from another.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Version {
+pub struct PresenceVersion {
     /// Begins anew, by chance, where a place was empty or its state was lost.
     pub epoch: u64,
     /// Counts changes.
@@ -71,9 +71,9 @@ pub struct Version {
 
 /// What who enters is told.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Entered {
+pub struct JoinSnapshot {
     /// The state with this user in it.
-    pub version: Version,
+    pub version: PresenceVersion,
     /// How many users are present.
     pub count: u64,
     /// How far the user has read.
@@ -82,12 +82,12 @@ pub struct Entered {
     /// that is deleted after that is another room.
     pub deleted: u64,
     /// Whether the room has come to be by this.
-    pub made: bool,
+    pub created: bool,
 }
 
 /// Why a user does not enter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum EnterError {
+pub enum AdmitError {
     /// The room has another password, or one was given too few.
     #[error("the room has another password")]
     WrongPassword,
@@ -107,44 +107,44 @@ pub enum EnterError {
 
 /// A user who is present, as a listing has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Detail {
+pub struct UserPresence {
     /// Who.
     pub user: Person,
     /// Over how many connections, on all nodes.
     pub connections: u64,
     /// Since when.
-    pub since: Millis,
+    pub since: UnixMillis,
     /// When the user did something last.
-    pub active: Millis,
+    pub active: UnixMillis,
     /// How far the user has read.
     pub read: Seq,
 }
 
 /// Who is present, at one moment.
 #[derive(Clone, Debug, Default)]
-pub struct Snapshot {
+pub struct PresenceSnapshot {
     /// Which state.
-    pub version: Version,
+    pub version: PresenceVersion,
     /// All of them.
     pub users: Vec<Person>,
     /// Whether every node has told who it has. Until then somebody may be missing who is there.
-    pub settled: bool,
+    pub complete: bool,
 }
 
 /// Some who are present.
 #[derive(Clone, Debug, Default)]
-pub struct Details {
+pub struct PresenceDetails {
     /// Which state.
-    pub version: Version,
+    pub version: PresenceVersion,
     /// Those asked for that are there.
-    pub users: Vec<Detail>,
+    pub users: Vec<UserPresence>,
 }
 
 /// Who is connected to any node.
 #[derive(Clone, Debug, Default)]
-pub struct Online {
+pub struct OnlinePage {
     /// A page, by id.
-    pub users: Vec<Detail>,
+    pub users: Vec<UserPresence>,
     /// How many there are in all.
     pub count: u64,
     /// Whether more follow.
@@ -153,9 +153,9 @@ pub struct Online {
 
 /// A change of who is present.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Change {
+pub struct PresenceChange {
     /// The state after it.
-    pub version: Version,
+    pub version: PresenceVersion,
     /// Who is present now and was not.
     pub joined: Vec<Person>,
     /// Who was and is not.
@@ -164,20 +164,20 @@ pub struct Change {
 
 /// Whether a user is connected.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Status {
+pub struct OnlineStatus {
     /// To any node.
     pub online: bool,
     /// When the user did something last, where that is known.
-    pub active: Option<Millis>,
+    pub active: Option<UnixMillis>,
     /// Whether every node has told who it has. Until then somebody may be online who seems not to be.
-    pub settled: bool,
+    pub complete: bool,
 }
 
 /// What is passed on in a room beside entries of its log; at most once.
 #[derive(Clone, Debug)]
 pub enum EphemeralEvent {
     /// Somebody came or left.
-    Presence(Change),
+    Presence(PresenceChange),
     /// Somebody types, or has stopped.
     Typing {
         /// Who.
@@ -218,7 +218,7 @@ pub enum EphemeralEvent {
 
 /// How a room is managed.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Record {
+pub struct RoomConfig {
     /// What people read.
     pub name: DisplayName,
     /// Who made it.
@@ -230,47 +230,47 @@ pub struct Record {
     /// The most users.
     pub max_members: Option<u32>,
     /// When it was made.
-    pub created: Millis,
+    pub created: UnixMillis,
     /// A JSON object.
     pub meta: String,
 }
 
 /// A room that is there: it is managed, or somebody is in it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Found {
+pub struct RoomSummary {
     /// The room.
     pub room: RoomId,
     /// How it is managed, if it is.
-    pub record: Option<Record>,
+    pub config: Option<RoomConfig>,
     /// How many users are present.
     pub members: u64,
     /// When somebody came, where it was empty.
-    pub since: Millis,
+    pub since: UnixMillis,
 }
 
 /// A page of rooms.
 #[derive(Clone, Debug, Default)]
-pub struct Listing {
+pub struct RoomPage {
     /// By id.
-    pub rooms: Vec<Found>,
+    pub rooms: Vec<RoomSummary>,
     /// Behind which name to go on, where more may follow.
     pub next: Option<String>,
 }
 
 /// What became of the making of a managed room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Creation {
+pub enum CreateOutcome {
     /// It is there now.
-    Made,
+    Created,
     /// It was there, with members or a log.
     Exists,
     /// Its owner has as many as may be.
-    TooMany,
+    QuotaExceeded,
 }
 
 /// What became of a deletion.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Deletion {
+pub enum DeleteOutcome {
     /// The room and its log are no more.
     Deleted,
     /// Somebody else made it, or nobody.
@@ -280,49 +280,61 @@ pub enum Deletion {
 }
 
 /// This moment, as the registry writes it.
-pub fn millis_now() -> Millis {
+pub fn unix_millis_now() -> UnixMillis {
     let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH);
-    since_1970.unwrap_or_default().as_millis() as Millis
+    since_1970.unwrap_or_default().as_millis() as UnixMillis
 }
 
 /// How long what the registry has is kept.
 #[derive(Clone, Debug)]
-pub struct RegistryOptions {
+pub struct RoomStoreOptions {
     /// How long a managed room stays that nobody is in.
     pub empty_ttl: Duration,
 }
 
-impl Default for RegistryOptions {
+impl Default for RoomStoreOptions {
     fn default() -> Self {
         Self { empty_ttl: Duration::from_secs(24 * 60 * 60) }
     }
 }
 
 /// Where it is known who is where. See the module.
-pub trait Registry: Send + Sync {
+pub trait PresenceStore: Send + Sync {
     /// Tells how many connections a user has at a place on this node, without waiting.
-    fn seat(&self, seat: Seat);
+    fn track(&self, seat: NodePresence);
 
-    /// As [`Registry::seat`], for who enters: `rules` are checked in the same step, and nothing is
+    /// As [`PresenceStore::track`], for who enters: `rules` are checked in the same step, and nothing is
     /// changed where they are not kept to. Without rules nothing is checked.
-    fn enter(&self, seat: Seat, rules: Option<Rules>) -> BoxFuture<Result<Entered, EnterError>>;
+    fn admit(
+        &self,
+        seat: NodePresence,
+        rules: Option<JoinConditions>,
+    ) -> BoxFuture<Result<JoinSnapshot, AdmitError>>;
 
     /// Who is present in each of some rooms, in their order.
-    fn snapshots(&self, rooms: Vec<RoomId>) -> BoxFuture<Result<Vec<Snapshot>, BusError>>;
+    fn snapshots(&self, rooms: Vec<RoomId>) -> BoxFuture<Result<Vec<PresenceSnapshot>, BusError>>;
 
     /// What is known of some who are present in a room.
-    fn details(&self, room: RoomId, users: Vec<UserId>) -> BoxFuture<Result<Details, BusError>>;
+    fn details(
+        &self,
+        room: RoomId,
+        users: Vec<UserId>,
+    ) -> BoxFuture<Result<PresenceDetails, BusError>>;
 
     /// Who is connected to any node: at most `limit` whose ids follow `after`. `None` where this node is
     /// the only one, and knows best itself.
-    fn online(&self, after: String, limit: usize) -> BoxFuture<Result<Option<Online>, BusError>>;
+    fn online(
+        &self,
+        after: String,
+        limit: usize,
+    ) -> BoxFuture<Result<Option<OnlinePage>, BusError>>;
 
     /// Whether users are connected to any node; of a single node, when they were, since it knows best
     /// itself whether they are.
-    fn statuses(&self, users: Vec<UserId>) -> BoxFuture<Result<Vec<Status>, BusError>>;
+    fn statuses(&self, users: Vec<UserId>) -> BoxFuture<Result<Vec<OnlineStatus>, BusError>>;
 
     /// Notes how far a user has read, and passes it on where that is further than before.
-    fn mark(&self, room: RoomId, user: UserId, seq: Seq, by: ConnectionId);
+    fn set_read_mark(&self, room: RoomId, user: UserId, seq: Seq, by: ConnectionId);
 
     /// Passes something on, without keeping it. The answer goes to `done`, with no position.
     fn publish_ephemeral(&self, room: RoomId, notice: EphemeralEvent, done: Done);
@@ -331,12 +343,12 @@ pub trait Registry: Send + Sync {
     fn create(
         &self,
         room: RoomId,
-        record: Record,
+        record: RoomConfig,
         owned_max: Option<usize>,
-    ) -> BoxFuture<Result<Creation, BusError>>;
+    ) -> BoxFuture<Result<CreateOutcome, BusError>>;
 
     /// What is known of a room; `None` where nobody is in it and nobody manages it.
-    fn find(&self, room: RoomId) -> BoxFuture<Result<Option<Found>, BusError>>;
+    fn find(&self, room: RoomId) -> BoxFuture<Result<Option<RoomSummary>, BusError>>;
 
     /// At most `limit` rooms whose ids begin with `prefix` and follow `after`; private ones only where
     /// `all` says so.
@@ -346,7 +358,7 @@ pub trait Registry: Send + Sync {
         after: String,
         limit: usize,
         all: bool,
-    ) -> BoxFuture<Result<Listing, BusError>>;
+    ) -> BoxFuture<Result<RoomPage, BusError>>;
 
     /// Deletes a room with its log, has its members leave, and passes that on; by its owner, or
     /// with `None` by the server.
@@ -355,5 +367,5 @@ pub trait Registry: Send + Sync {
         room: RoomId,
         owner: Option<UserId>,
         by: Option<ConnectionId>,
-    ) -> BoxFuture<Result<Deletion, BusError>>;
+    ) -> BoxFuture<Result<DeleteOutcome, BusError>>;
 }

@@ -19,7 +19,7 @@ use shared::{
     token::ResumeToken,
 };
 
-use super::{BoxFuture, BusError, registry::Millis};
+use super::{BoxFuture, BusError, registry::UnixMillis};
 
 /// The most sessions of a user; above it the one used longest ago goes. More than
 /// `limits.connections_per_user` by default.
@@ -111,9 +111,9 @@ pub struct KeptSession {
     /// Which.
     pub session: SessionId,
     /// When it was made.
-    pub created: Millis,
+    pub created: UnixMillis,
     /// When it was used last.
-    pub used: Millis,
+    pub used: UnixMillis,
     /// The connection that has it.
     pub connection: Option<ConnectionId>,
     /// What is told of the last one that had it.

@@ -62,7 +62,7 @@ use super::{
 };
 use crate::{
     bus::{
-        registry::{Found, Record, millis_now},
+        registry::{RoomConfig, RoomSummary, unix_millis_now},
         standing::Told,
     },
     hub::{NotFollowed, member::Subscriber},
@@ -535,7 +535,9 @@ impl Stream {
             };
             match found {
                 None if !rules.create_on_join => return Err(refused(ErrorCode::NotFound)),
-                Some(Found { record: Some(Record { password: Some(_), .. }), .. }) => {
+                Some(RoomSummary {
+                    config: Some(RoomConfig { password: Some(_), .. }), ..
+                }) => {
                     return Err(refused(ErrorCode::WrongPassword));
                 }
                 None | Some(_) => {}
@@ -582,7 +584,7 @@ impl Stream {
         loop {
             if !outbox.is_held() {
                 if std::mem::take(&mut is_held) {
-                    subscriber.health.hear(millis_now());
+                    subscriber.health.hear(unix_millis_now());
                 }
                 // What waits goes out before the end.
                 let bytes_max = if outbox.is_closing() { usize::MAX } else { PIECE_BYTES };

@@ -20,7 +20,7 @@ use super::{
     room::Room,
 };
 use crate::{
-    bus::{Range, registry::Entered},
+    bus::{Range, registry::JoinSnapshot},
     delivery::{
         Entry,
         judge::READ_LEN,
@@ -58,7 +58,7 @@ pub(super) struct Join {
 #[derive(Clone, Debug, Default)]
 pub struct Admission {
     /// What the user was told.
-    pub entered: Entered,
+    pub entered: JoinSnapshot,
     /// Tells whether the room was closed since.
     pub still: Option<Still>,
 }

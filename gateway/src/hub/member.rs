@@ -26,7 +26,7 @@ use smallvec::SmallVec;
 
 use crate::{
     bus::{
-        registry::{Millis, Version, millis_now},
+        registry::{PresenceVersion, UnixMillis, unix_millis_now},
         sessions::{About, Micros},
         standing::Standing,
     },
@@ -68,12 +68,12 @@ pub struct Health {
 
 impl Health {
     /// The client was heard.
-    pub fn hear(&self, now: Millis) {
+    pub fn hear(&self, now: UnixMillis) {
         self.heard.store(now, Ordering::Relaxed);
     }
 
     /// When the client was heard last.
-    pub fn heard(&self) -> Millis {
+    pub fn heard(&self) -> UnixMillis {
         self.heard.load(Ordering::Relaxed)
     }
 
@@ -174,7 +174,7 @@ impl Subscriber {
 
     /// The same, of a user.
     pub fn of(self, owner: Owner) -> Self {
-        self.health.hear(millis_now());
+        self.health.hear(unix_millis_now());
         Self { owner: Some(owner), ..self }
     }
 
@@ -379,7 +379,7 @@ pub(super) struct Member {
     pub(super) cursor: Position,
     pub(super) pace: Pace,
     /// What it was told of who is present when it came: older changes are part of that.
-    pub(super) knows: Version,
+    pub(super) knows: PresenceVersion,
 }
 
 /// Whether a member gets entries as they come.
@@ -461,11 +461,11 @@ impl<'a> Frames<'a> {
 impl Member {
     /// A member that has been given everything up to `cursor`.
     pub(super) fn at(subscriber: Arc<Subscriber>, cursor: Position, pace: Pace) -> Self {
-        Self { subscriber, cursor, pace, knows: Version::default() }
+        Self { subscriber, cursor, pace, knows: PresenceVersion::default() }
     }
 
     /// Whether a change of who is present is news.
-    pub(super) fn lacks(&self, version: Version) -> bool {
+    pub(super) fn lacks(&self, version: PresenceVersion) -> bool {
         self.knows.epoch != version.epoch || self.knows.number < version.number
     }
 

@@ -28,7 +28,7 @@ use tokio::{
 use crate::{
     bus::{
         Bus, BusError, Mailboxes, ShardReceiver,
-        registry::{Details, Snapshot, Status},
+        registry::{OnlineStatus, PresenceDetails, PresenceSnapshot},
         sessions::{Micros, Which},
     },
     delivery::page::Page,
@@ -172,7 +172,7 @@ enum Call {
     Forget(ConnectionId),
     Statuses {
         users: Vec<UserId>,
-        statuses: Vec<Status>,
+        statuses: Vec<OnlineStatus>,
     },
     AskPresence {
         room: RoomId,
@@ -180,7 +180,7 @@ enum Call {
     },
     Rosters {
         rooms: Vec<(RoomId, u64)>,
-        snapshots: Vec<Snapshot>,
+        snapshots: Vec<PresenceSnapshot>,
     },
     Compared {
         rooms: Vec<(RoomId, u64)>,
@@ -404,7 +404,7 @@ impl Hub {
         subscriber: Arc<Subscriber>,
         reference: Option<Ref>,
         (after, limit): (String, usize),
-        details: Details,
+        details: PresenceDetails,
     ) {
         let since = Instant::now();
         let asks = Asking { subscriber, reference, after, limit, details, since };

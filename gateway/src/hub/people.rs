@@ -31,7 +31,10 @@ use super::{
     shard::Shard,
 };
 use crate::{
-    bus::registry::{Detail, Details, Entered, EphemeralEvent, Millis, Snapshot, millis_now},
+    bus::registry::{
+        EphemeralEvent, JoinSnapshot, PresenceDetails, PresenceSnapshot, UnixMillis, UserPresence,
+        unix_millis_now,
+    },
     delivery::{Entry, Token},
     outbox::Close,
     presence::roster::{Move, Roster},
@@ -88,7 +91,7 @@ pub(super) struct Asking {
     pub(super) reference: Option<Ref>,
     pub(super) after: String,
     pub(super) limit: usize,
-    pub(super) details: Details,
+    pub(super) details: PresenceDetails,
     pub(super) since: Instant,
 }
 
@@ -284,7 +287,12 @@ impl Room {
         }
     }
 
-    fn read_roster(&mut self, snapshot: Snapshot, individual_max: usize, turn: &mut Turn) -> bool {
+    fn read_roster(
+        &mut self,
+        snapshot: PresenceSnapshot,
+        individual_max: usize,
+        turn: &mut Turn,
+    ) -> bool {
         let (moves, again) = self.people.roster.read(snapshot);
         self.tell_moves(moves, individual_max, turn);
         self.answer_who_asks(turn);
@@ -329,7 +337,7 @@ fn listing(
     asks: Asking,
 ) -> (Arc<Subscriber>, Answer<Box<RawValue>>) {
     let Asking { subscriber, reference, after, limit, details, .. } = asks;
-    let mut known: BTreeMap<UserId, Detail> =
+    let mut known: BTreeMap<UserId, UserPresence> =
         details.users.into_iter().map(|detail| (detail.user.id.clone(), detail)).collect();
     let mut behind = roster.behind(&after);
     let users: Vec<Present> = behind
@@ -337,7 +345,7 @@ fn listing(
         .take(limit)
         .map(|(id, name)| {
             let detail = known.remove(id);
-            let now = millis_now();
+            let now = unix_millis_now();
             let (since, active) =
                 detail.as_ref().map_or((now, now), |detail| (detail.since, detail.active));
             Present {
@@ -359,7 +367,7 @@ fn listing(
 }
 
 /// A time of the registry's as it stands on the wire.
-pub fn at(millis: Millis) -> String {
+pub fn at(millis: UnixMillis) -> String {
     shared::timestamp(SystemTime::UNIX_EPOCH + Duration::from_millis(millis))
 }
 
@@ -445,13 +453,17 @@ impl Shard {
     }
 
     /// Takes who is present in some rooms.
-    pub(super) fn take_rosters(&mut self, rooms: Vec<(RoomId, u64)>, snapshots: Vec<Snapshot>) {
+    pub(super) fn take_rosters(
+        &mut self,
+        rooms: Vec<(RoomId, u64)>,
+        snapshots: Vec<PresenceSnapshot>,
+    ) {
         let individual_max = self.presence.options().individual_max;
         let mut again = Vec::new();
         for ((name, generation), snapshot) in rooms.into_iter().zip(snapshots) {
             let room = self.rooms.get_mut(&name);
             let Some(room) = room.filter(|room| room.generation == generation) else { continue };
-            let is_whole = snapshot.settled;
+            let is_whole = snapshot.complete;
             if room.read_roster(snapshot, individual_max, &mut self.turn) {
                 again.push(name.clone());
             }
@@ -514,7 +526,7 @@ impl Shard {
         room.people.asking.push(if wait {
             asks
         } else {
-            Asking { details: Details::default(), ..asks }
+            Asking { details: PresenceDetails::default(), ..asks }
         });
         room.answer_who_asks(&mut self.turn);
     }
@@ -549,7 +561,7 @@ impl Shard {
 }
 
 /// What a member that joins is told of how many are present.
-pub(super) fn count_for(entered: Entered, roster: &Roster) -> u64 {
+pub(super) fn count_for(entered: JoinSnapshot, roster: &Roster) -> u64 {
     // A server that came back without what it knew counts too few for a while.
     let known = if roster.is_settled() { 0 } else { roster.len() as u64 };
     entered.count.max(known)

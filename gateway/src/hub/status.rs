@@ -22,7 +22,7 @@ use super::{
     people::at,
     shard::Shard,
 };
-use crate::bus::registry::Status;
+use crate::bus::registry::OnlineStatus;
 
 /// Users who are watched here.
 pub(super) type Watched = HashMap<UserId, Watch>;
@@ -163,20 +163,20 @@ impl Shard {
     }
 
     /// Tells what was read to those who wait for it, and what has changed to all.
-    pub(super) fn take_statuses(&mut self, users: Vec<UserId>, statuses: Vec<Status>) {
+    pub(super) fn take_statuses(&mut self, users: Vec<UserId>, statuses: Vec<OnlineStatus>) {
         let mut unsettled = false;
         for (user, status) in users.into_iter().zip(statuses) {
             let Some(watch) = self.watched.get_mut(&user) else { continue };
             watch.reading = false;
             // Who seems to have gone may not have been told of yet.
-            if status.settled {
+            if status.complete {
                 self.reads_unsettled = 0;
             } else {
                 unsettled = true;
             }
             let seems_gone = !status.online && watch.told == Some(true);
             let changed = watch.told.is_some_and(|told| told != status.online)
-                && (status.settled || !seems_gone);
+                && (status.complete || !seems_gone);
             if changed || watch.told.is_none() {
                 watch.told = Some(status.online);
             }
@@ -228,7 +228,7 @@ impl Shard {
 
 fn told(
     user: &UserId,
-    status: &Status,
+    status: &OnlineStatus,
     reference: Option<Ref>,
 ) -> Answer<Box<serde_json::value::RawValue>> {
     Answer::UserStatus(UserStatus {

@@ -29,8 +29,8 @@ use crate::{
     bus::{
         BoxFuture, BusError,
         registry::{
-            Detail, EnterError, Entered, Millis, Online, Place, Registry, Rules, Seat, Status,
-            millis_now,
+            AdmitError, JoinConditions, JoinSnapshot, NodePresence, OnlinePage, OnlineStatus,
+            PresenceScope, PresenceStore, UnixMillis, UserPresence, unix_millis_now,
         },
     },
     drain::Tasks,
@@ -65,7 +65,7 @@ impl Default for PresenceOptions {
 
 /// The seats of this node.
 pub struct Presence {
-    registry: Arc<dyn Registry>,
+    registry: Arc<dyn PresenceStore>,
     options: PresenceOptions,
     /// The registry is told while it is locked, so that a later change of a seat is told later. Never
     /// the other way round.
@@ -90,9 +90,9 @@ struct Seats {
 /// counts. What may change does so while the seats are locked, but for `active` and `typed`.
 #[derive(Debug)]
 struct Seated {
-    place: Place,
+    place: PresenceScope,
     user: Person,
-    since: Millis,
+    since: UnixMillis,
     connections: AtomicU32,
     /// Under which number the seat is kept without a connection; 0: it is not.
     kept: AtomicU32,
@@ -128,19 +128,19 @@ impl Still {
 
 /// What seats are ordered by.
 trait ByPlaceAndUser {
-    fn key(&self) -> (&Place, &UserId);
+    fn key(&self) -> (&PresenceScope, &UserId);
 }
 
 struct BySeat(Arc<Seated>);
 
 impl ByPlaceAndUser for BySeat {
-    fn key(&self) -> (&Place, &UserId) {
+    fn key(&self) -> (&PresenceScope, &UserId) {
         (&self.0.place, &self.0.user.id)
     }
 }
 
-impl ByPlaceAndUser for (&Place, &UserId) {
-    fn key(&self) -> (&Place, &UserId) {
+impl ByPlaceAndUser for (&PresenceScope, &UserId) {
+    fn key(&self) -> (&PresenceScope, &UserId) {
         *self
     }
 }
@@ -192,25 +192,25 @@ impl<'a> Borrow<dyn ByPlaceAndUser + 'a> for BySeat {
 }
 
 impl Seats {
-    fn get(&self, place: &Place, user: &UserId) -> Option<&Arc<Seated>> {
+    fn get(&self, place: &PresenceScope, user: &UserId) -> Option<&Arc<Seated>> {
         let key: &dyn ByPlaceAndUser = &(place, user);
         self.seated.get(key).map(|seat| &seat.0)
     }
 
     fn insert(&mut self, seated: &Arc<Seated>) {
-        self.connected += u64::from(seated.place == Place::Cluster);
+        self.connected += u64::from(seated.place == PresenceScope::Cluster);
         self.seated.insert(BySeat(seated.clone()));
     }
 
     fn remove(&mut self, seated: &Seated) {
         let key: &dyn ByPlaceAndUser = &(&seated.place, &seated.user.id);
         if self.seated.remove(key) {
-            self.connected -= u64::from(seated.place == Place::Cluster);
+            self.connected -= u64::from(seated.place == PresenceScope::Cluster);
         }
     }
 
     /// The seats at a place.
-    fn at<'a>(&'a self, place: &'a Place) -> impl Iterator<Item = &'a Arc<Seated>> {
+    fn at<'a>(&'a self, place: &'a PresenceScope) -> impl Iterator<Item = &'a Arc<Seated>> {
         let first = (place, &*LOWEST_USER);
         let first: &dyn ByPlaceAndUser = &first;
         let here = self.seated.range::<dyn ByPlaceAndUser, _>((Included(first), Unbounded));
@@ -218,13 +218,13 @@ impl Seats {
     }
 }
 
-type Entering = BoxFuture<Result<Entered, EnterError>>;
+type Entering = BoxFuture<Result<JoinSnapshot, AdmitError>>;
 
 impl Seated {
-    fn seat(&self) -> Seat {
+    fn seat(&self) -> NodePresence {
         let kept = u32::from(self.kept.load(Relaxed) != 0);
-        Seat {
-            place: self.place.clone(),
+        NodePresence {
+            scope: self.place.clone(),
             user: self.user.clone(),
             connections: self.connections.load(Relaxed).max(kept),
             since: self.since,
@@ -237,7 +237,7 @@ impl Seated {
 impl Presence {
     /// Starts the task that has users leave.
     pub fn start(
-        registry: Arc<dyn Registry>,
+        registry: Arc<dyn PresenceStore>,
         options: PresenceOptions,
         tasks: &Tasks,
     ) -> Arc<Self> {
@@ -261,7 +261,7 @@ impl Presence {
     }
 
     /// The registry.
-    pub fn registry(&self) -> &Arc<dyn Registry> {
+    pub fn registry(&self) -> &Arc<dyn PresenceStore> {
         &self.registry
     }
 
@@ -269,13 +269,13 @@ impl Presence {
     ///
     /// # Errors
     ///
-    /// [`EnterError`], and nothing has changed.
+    /// [`AdmitError`], and nothing has changed.
     pub async fn enter(
         self: &Arc<Self>,
-        place: Place,
+        place: PresenceScope,
         person: &Person,
-        rules: Option<Rules>,
-    ) -> Result<(Stay, Entered), EnterError> {
+        rules: Option<JoinConditions>,
+    ) -> Result<(Stay, JoinSnapshot), AdmitError> {
         let (stay, entering, was_here) = self.sit(place, person, rules);
         match entering.await {
             Ok(entered) => {
@@ -294,23 +294,23 @@ impl Presence {
     /// Has a user be connected by one more connection, and waits until that can be seen, but not
     /// longer than `wait`: then it will be.
     pub async fn appear(self: &Arc<Self>, person: &Person, wait: Duration) -> Stay {
-        let (stay, entering, _) = self.sit(Place::Cluster, person, None);
+        let (stay, entering, _) = self.sit(PresenceScope::Cluster, person, None);
         let _ = tokio::time::timeout(wait, entering).await;
         stay
     }
 
     /// As [`Presence::appear`], without waiting.
     pub fn appear_soon(self: &Arc<Self>, person: &Person) -> Stay {
-        self.sit(Place::Cluster, person, None).0
+        self.sit(PresenceScope::Cluster, person, None).0
     }
 
     fn sit(
         self: &Arc<Self>,
-        place: Place,
+        place: PresenceScope,
         person: &Person,
-        rules: Option<Rules>,
+        rules: Option<JoinConditions>,
     ) -> (Stay, Entering, bool) {
-        let now = millis_now();
+        let now = unix_millis_now();
         let mut seats = self.seats.lock();
         let known = seats.get(&place, &person.id).cloned();
         let was_here = known.is_some();
@@ -319,7 +319,7 @@ impl Presence {
             let one = seats.at(&place).next().map(|other| other.place.clone());
             let place = one.unwrap_or(place);
             // Who is connected keeps to no rules.
-            let admitted = place == Place::Cluster;
+            let admitted = place == PresenceScope::Cluster;
             let seated = Arc::new(Seated {
                 place,
                 user: person.clone(),
@@ -338,7 +338,7 @@ impl Presence {
         seated.connections.fetch_add(1, Relaxed);
         seated.kept.store(0, Relaxed);
         seated.active.store(now, Relaxed);
-        let entering = self.registry.enter(seated.seat(), rules);
+        let entering = self.registry.admit(seated.seat(), rules);
         drop(seats);
         (Stay { presence: Some(self.clone()), seated }, entering, was_here)
     }
@@ -348,18 +348,19 @@ impl Presence {
     /// # Errors
     ///
     /// [`BusError`], where the other nodes cannot be asked.
-    pub async fn online(&self, after: String, limit: usize) -> Result<Online, BusError> {
+    pub async fn online(&self, after: String, limit: usize) -> Result<OnlinePage, BusError> {
         if let Some(online) = self.registry.online(after.clone(), limit).await? {
             return Ok(online);
         }
         let seats = self.seats.lock();
-        let mut here = seats.at(&Place::Cluster).filter(|seated| seated.user.id.as_str() > &*after);
+        let mut here =
+            seats.at(&PresenceScope::Cluster).filter(|seated| seated.user.id.as_str() > &*after);
         let detail = |seated: &Arc<Seated>| {
-            let Seat { user, connections, since, active, .. } = seated.seat();
-            Detail { user, connections: connections.into(), since, active, read: 0 }
+            let NodePresence { user, connections, since, active, .. } = seated.seat();
+            UserPresence { user, connections: connections.into(), since, active, read: 0 }
         };
         let users = here.by_ref().take(limit).map(detail).collect();
-        Ok(Online { users, count: seats.connected, more: here.next().is_some() })
+        Ok(OnlinePage { users, count: seats.connected, more: here.next().is_some() })
     }
 
     /// Whether users are connected to any node, and when each did something last.
@@ -367,27 +368,27 @@ impl Presence {
     /// # Errors
     ///
     /// [`BusError`], where the other nodes cannot be asked.
-    pub async fn statuses(&self, users: Vec<UserId>) -> Result<Vec<Status>, BusError> {
+    pub async fn statuses(&self, users: Vec<UserId>) -> Result<Vec<OnlineStatus>, BusError> {
         let mut statuses = self.registry.statuses(users.clone()).await?;
         let seats = self.seats.lock();
         for (user, status) in users.iter().zip(&mut statuses) {
-            if let Some(seated) = seats.get(&Place::Cluster, user) {
+            if let Some(seated) = seats.get(&PresenceScope::Cluster, user) {
                 let active = seated.active.load(Relaxed);
                 let active = status.active.max(Some(active));
-                *status = Status { online: true, active, settled: true };
+                *status = OnlineStatus { online: true, active, complete: true };
             }
         }
         Ok(statuses)
     }
 
     /// When a user did something last at a place of this node.
-    pub fn active(&self, place: &Place, user: &UserId) -> Option<Millis> {
+    pub fn active(&self, place: &PresenceScope, user: &UserId) -> Option<UnixMillis> {
         Some(self.seats.lock().get(place, user)?.active.load(Relaxed))
     }
 
     /// Ends all stays in a room, which is no more.
     pub fn close(&self, room: &RoomId) {
-        let place = Place::Room(room.clone());
+        let place = PresenceScope::Room(room.clone());
         let seats = &mut *self.seats.lock();
         for seated in seats.at(&place).cloned().collect::<Vec<_>>() {
             self.end(seats, &seated);
@@ -398,7 +399,7 @@ impl Presence {
         seated.closed.store(true, Release);
         seated.connections.store(0, Relaxed);
         seated.kept.store(0, Relaxed);
-        self.registry.seat(seated.seat());
+        self.registry.track(seated.seat());
         seats.remove(seated);
     }
 
@@ -408,8 +409,8 @@ impl Presence {
         let of_user = seats.seated.iter().map(|seat| &seat.0).filter(|seat| seat.user.id == *user);
         of_user
             .filter_map(|seated| match &seated.place {
-                Place::Room(room) => Some(room.clone()),
-                Place::Cluster => None,
+                PresenceScope::Room(room) => Some(room.clone()),
+                PresenceScope::Cluster => None,
             })
             .collect()
     }
@@ -434,7 +435,7 @@ impl Presence {
         if before == 1 {
             seats.remove(seated);
         }
-        self.registry.seat(seated.seat());
+        self.registry.track(seated.seat());
     }
 
     /// Has users leave whose time has come, and tells now and then when users did something.
@@ -464,7 +465,7 @@ impl Presence {
         {
             // Who came back and left once more is kept under another number.
             if seated.kept.compare_exchange(kept, 0, Relaxed, Relaxed).is_ok() {
-                self.registry.seat(seated.seat());
+                self.registry.track(seated.seat());
                 seats.remove(&seated);
             }
         }
@@ -473,7 +474,7 @@ impl Presence {
     fn tell_active(&self) {
         for BySeat(seated) in &self.seats.lock().seated {
             if seated.is_news.swap(false, Relaxed) {
-                self.registry.seat(seated.seat());
+                self.registry.track(seated.seat());
             }
         }
     }
@@ -481,26 +482,26 @@ impl Presence {
 
 impl Stay {
     /// Asks what the user would be told on entering now.
-    pub fn look_again(&self) -> BoxFuture<Result<Entered, EnterError>> {
-        let not_found = || Box::pin(std::future::ready(Err(EnterError::NotFound)));
+    pub fn look_again(&self) -> BoxFuture<Result<JoinSnapshot, AdmitError>> {
+        let not_found = || Box::pin(std::future::ready(Err(AdmitError::NotFound)));
         let Some(presence) = &self.presence else { return not_found() };
         let _seats = presence.seats.lock();
         if self.is_closed() {
             return not_found();
         }
-        presence.registry.enter(self.seated.seat(), None)
+        presence.registry.admit(self.seated.seat(), None)
     }
 
     /// The user did something.
     pub fn touch(&self) {
-        self.seated.active.store(millis_now(), Relaxed);
+        self.seated.active.store(unix_millis_now(), Relaxed);
         self.seated.is_news.store(true, Relaxed);
     }
 
     /// Whether it is to be passed on that the user types, or has stopped: when that has changed, and
     /// again after `every`.
     pub fn types(&self, is_typing: bool, every: Duration) -> bool {
-        let (now, typed) = (millis_now(), self.seated.typed.load(Relaxed));
+        let (now, typed) = (unix_millis_now(), self.seated.typed.load(Relaxed));
         let same = typed & 1 == u64::from(is_typing);
         let rests = now.saturating_sub(typed >> 1) >= every.as_millis() as u64;
         if same && !rests {
@@ -523,8 +524,8 @@ impl Stay {
     /// The room; `None` for the cluster.
     pub fn room(&self) -> Option<&RoomId> {
         match &self.seated.place {
-            Place::Room(room) => Some(room),
-            Place::Cluster => None,
+            PresenceScope::Room(room) => Some(room),
+            PresenceScope::Cluster => None,
         }
     }
 

@@ -10,7 +10,7 @@ use shared::{
     protocol::answer::Person,
 };
 
-use crate::bus::registry::{Change, Snapshot, Version};
+use crate::bus::registry::{PresenceChange, PresenceSnapshot, PresenceVersion};
 
 /// How many changes are held while the roster is read; above it, it is read once more.
 const HELD_MAX: usize = 1024;
@@ -19,9 +19,9 @@ const HELD_MAX: usize = 1024;
 #[derive(Debug, Default)]
 pub struct Roster {
     users: BTreeMap<UserId, DisplayName>,
-    version: Version,
+    version: PresenceVersion,
     reading: Reading,
-    held: Vec<Change>,
+    held: Vec<PresenceChange>,
     /// Whether every node has told who it has.
     settled: bool,
 }
@@ -48,7 +48,7 @@ pub struct Move {
     /// How many are present after it.
     pub count: u64,
     /// The state that it belongs to.
-    pub version: Version,
+    pub version: PresenceVersion,
 }
 
 impl Roster {
@@ -63,7 +63,7 @@ impl Roster {
     }
 
     /// The state that is known.
-    pub fn version(&self) -> Version {
+    pub fn version(&self) -> PresenceVersion {
         self.version
     }
 
@@ -74,7 +74,7 @@ impl Roster {
 
     /// Whether it was read at all.
     pub fn is_known(&self) -> bool {
-        !matches!(self.reading, Reading::Never) && self.version != Version::default()
+        !matches!(self.reading, Reading::Never) && self.version != PresenceVersion::default()
             || self.settled
     }
 
@@ -88,10 +88,10 @@ impl Roster {
     }
 
     /// Whether this state has come to pass here.
-    pub fn has_reached(&self, version: Version) -> bool {
+    pub fn has_reached(&self, version: PresenceVersion) -> bool {
         self.is_known()
             && (self.version.epoch == version.epoch && self.version.number >= version.number
-                || version == Version::default())
+                || version == PresenceVersion::default())
     }
 
     /// The roster is to be read. `false`: it is being read, and will be once more.
@@ -104,13 +104,13 @@ impl Roster {
 
     /// Takes a change that was passed on. Returns what to tell, and whether the roster is to be
     /// read.
-    pub fn hear(&mut self, change: Change) -> (Vec<Move>, bool) {
+    pub fn hear(&mut self, change: PresenceChange) -> (Vec<Move>, bool) {
         let mut moves = Vec::new();
         if !matches!(self.reading, Reading::No) {
             self.hold(change);
             return (moves, self.reading == Reading::Never);
         }
-        let Version { epoch, number } = change.version;
+        let PresenceVersion { epoch, number } = change.version;
         let next = self.version.epoch == epoch && number == self.version.number + 1;
         let begins = self.users.is_empty() && number == 1;
         if self.version.epoch == epoch && number <= self.version.number {
@@ -125,13 +125,13 @@ impl Roster {
     }
 
     /// Takes what was read. Returns what to tell, and whether it is to be read again.
-    pub fn read(&mut self, snapshot: Snapshot) -> (Vec<Move>, bool) {
+    pub fn read(&mut self, snapshot: PresenceSnapshot) -> (Vec<Move>, bool) {
         let mut moves = Vec::new();
         let again = self.reading == Reading::Again;
         self.reading = Reading::No;
         self.version = snapshot.version;
-        self.settled = snapshot.settled;
-        if snapshot.settled {
+        self.settled = snapshot.complete;
+        if snapshot.complete {
             let there: BTreeSet<&UserId> = snapshot.users.iter().map(|user| &user.id).collect();
             let gone = self.users.keys().filter(|user| !there.contains(user));
             for user in gone.cloned().collect::<Vec<_>>() {
@@ -152,7 +152,7 @@ impl Roster {
         (moves, again || missed)
     }
 
-    fn hold(&mut self, change: Change) {
+    fn hold(&mut self, change: PresenceChange) {
         if self.held.len() >= HELD_MAX {
             self.held.clear();
             if self.reading == Reading::Yes {
@@ -162,7 +162,7 @@ impl Roster {
         self.held.push(change);
     }
 
-    fn apply(&mut self, change: Change, moves: &mut Vec<Move>) {
+    fn apply(&mut self, change: PresenceChange, moves: &mut Vec<Move>) {
         self.version = change.version;
         for user in &change.left {
             self.remove(user, moves);
@@ -195,22 +195,22 @@ mod tests {
         Person { id: id.parse().unwrap(), name: id.parse().unwrap() }
     }
 
-    fn version(epoch: u64, number: u64) -> Version {
-        Version { epoch, number }
+    fn version(epoch: u64, number: u64) -> PresenceVersion {
+        PresenceVersion { epoch, number }
     }
 
-    fn joined(epoch: u64, number: u64, id: &str) -> Change {
-        Change { version: version(epoch, number), joined: vec![person(id)], left: vec![] }
+    fn joined(epoch: u64, number: u64, id: &str) -> PresenceChange {
+        PresenceChange { version: version(epoch, number), joined: vec![person(id)], left: vec![] }
     }
 
-    fn left(epoch: u64, number: u64, id: &str) -> Change {
+    fn left(epoch: u64, number: u64, id: &str) -> PresenceChange {
         let left = vec![id.parse().unwrap()];
-        Change { version: version(epoch, number), joined: vec![], left }
+        PresenceChange { version: version(epoch, number), joined: vec![], left }
     }
 
-    fn snapshot(epoch: u64, number: u64, ids: &[&str]) -> Snapshot {
+    fn snapshot(epoch: u64, number: u64, ids: &[&str]) -> PresenceSnapshot {
         let users = ids.iter().copied().map(person).collect();
-        Snapshot { version: version(epoch, number), users, settled: true }
+        PresenceSnapshot { version: version(epoch, number), users, complete: true }
     }
 
     fn names(moves: &[Move]) -> Vec<String> {
@@ -264,7 +264,7 @@ mod tests {
     fn until_every_node_has_told_nobody_is_taken_for_gone() {
         let mut roster = roster(&["ann", "bob"]);
         assert!(roster.begin_read());
-        let partial = Snapshot { settled: false, ..snapshot(2, 1, &["ann", "cat"]) };
+        let partial = PresenceSnapshot { complete: false, ..snapshot(2, 1, &["ann", "cat"]) };
         let (moves, _) = roster.read(partial);
         assert_eq!(names(&moves), ["+cat"]);
         assert!(!roster.is_settled() && roster.begin_read());

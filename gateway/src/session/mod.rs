@@ -31,7 +31,7 @@ use tokio::{sync::watch, time::Instant};
 use crate::{
     bus::{
         Appended, BoxFuture, Bus, BusError,
-        registry::{EphemeralEvent, Record, millis_now},
+        registry::{EphemeralEvent, RoomConfig, unix_millis_now},
         sessions::Sessions,
         standing::Told,
     },
@@ -154,7 +154,7 @@ pub enum Request {
     /// `refresh`
     Refresh(Option<Ref>, Refresh),
     /// `create_room`; the record has no hash yet where there is a password.
-    CreateRoom(Option<Ref>, RoomId, Box<Record>, Option<String>),
+    CreateRoom(Option<Ref>, RoomId, Box<RoomConfig>, Option<String>),
     /// `delete_room`
     DeleteRoom(Option<Ref>, RoomId),
     /// `room_info`
@@ -390,7 +390,7 @@ impl Session {
     fn read(&mut self, reference: Option<Ref>, read: Read) {
         if self.in_room(reference.as_ref(), "read", &read.room) {
             let (user, by) = (self.identity.user.id.clone(), self.subscriber.connection);
-            self.services.presence.registry().mark(read.room, user, read.seq, by);
+            self.services.presence.registry().set_read_mark(read.room, user, read.seq, by);
         }
     }
 
@@ -416,13 +416,13 @@ impl Session {
         if !self.may_write(reference.as_ref(), "create_room", &room) {
             return None;
         }
-        let record = Record {
+        let record = RoomConfig {
             name: create.name.unwrap_or_else(|| rooms::name_of(&room)),
             owner: self.identity.user.id.clone(),
             public: create.public,
             password: None,
             max_members: create.max_members,
-            created: millis_now(),
+            created: unix_millis_now(),
             meta: create.meta.map_or("{}", RawValue::get).to_owned(),
         };
         Some(Request::CreateRoom(reference, room, Box::new(record), create.password))

@@ -23,7 +23,9 @@ use super::{Performed, Services, after, after_outage, refusal, refuse};
 use crate::{
     bus::{
         BoxFuture, BusError, Range,
-        registry::{Details, EnterError, Entered, Online, Place, Rules},
+        registry::{
+            AdmitError, JoinConditions, JoinSnapshot, OnlinePage, PresenceDetails, PresenceScope,
+        },
     },
     delivery::page::Page,
     hub::{
@@ -187,15 +189,15 @@ const PERSON_BYTES: usize = 64;
 
 /// Why a user could not enter a room.
 enum NotEntered {
-    Enter(EnterError),
+    Enter(AdmitError),
     /// The password was not checked.
     PasswordLater(Duration),
     /// This node follows as many rooms as it may.
     TooManyRooms,
 }
 
-impl From<EnterError> for NotEntered {
-    fn from(error: EnterError) -> Self {
+impl From<AdmitError> for NotEntered {
+    fn from(error: AdmitError) -> Self {
         Self::Enter(error)
     }
 }
@@ -211,7 +213,7 @@ pub(super) async fn join(
     asked: Asked,
     join: request::Join,
     user: Person,
-    again: Option<(Still, BoxFuture<Result<Entered, EnterError>>)>,
+    again: Option<(Still, BoxFuture<Result<JoinSnapshot, AdmitError>>)>,
 ) -> Performed {
     let (is_member, room) = (again.is_some(), join.room.clone());
     let wait_max = asked.services.limits.wait_max;
@@ -258,22 +260,22 @@ pub(super) async fn join(
             if !is_member {
                 asked.services.hub.give_up(room.clone(), asked.subscriber.clone()).await;
             }
-            EnterError::Bus(BusError::Unavailable)
+            AdmitError::Bus(BusError::Unavailable)
         }
     };
     let (code, text) = match error {
-        EnterError::WrongPassword => (ErrorCode::WrongPassword, "the room has another password"),
-        EnterError::Full => (ErrorCode::RoomFull, "the room has as many members as it may have"),
-        EnterError::NotFound => (ErrorCode::NotFound, "there is no such room: create it first"),
-        EnterError::Quota => {
+        AdmitError::WrongPassword => (ErrorCode::WrongPassword, "the room has another password"),
+        AdmitError::Full => (ErrorCode::RoomFull, "the room has as many members as it may have"),
+        AdmitError::NotFound => (ErrorCode::NotFound, "there is no such room: create it first"),
+        AdmitError::Quota => {
             asked.services.metrics.durable_refusals.of(DurableBound::NewRooms).inc();
             (ErrorCode::RateLimited, "too many new rooms in too short a time")
         }
-        EnterError::Bus(BusError::Refused) => (ErrorCode::Internal, "the bus refused it"),
-        EnterError::Bus(error) if error.is_of_a_bound() => {
+        AdmitError::Bus(BusError::Refused) => (ErrorCode::Internal, "the bus refused it"),
+        AdmitError::Bus(error) if error.is_of_a_bound() => {
             refused_by_bound(&asked.services.metrics, error)
         }
-        EnterError::Bus(_) => AWAY,
+        AdmitError::Bus(_) => AWAY,
     };
     Performed::NotJoined(asked.refuse("join", Some(&room), code, text))
 }
@@ -283,26 +285,29 @@ async fn enter(
     asked: &Asked,
     join: &request::Join,
     user: &Person,
-) -> Result<(Stay, Entered), NotEntered> {
+) -> Result<(Stay, JoinSnapshot), NotEntered> {
     let Services { presence, rules, passwords, quotas, .. } = &*asked.services;
     let within_quota = quotas.may_make_room(&asked.writer, Instant::now());
-    let mut keep_to =
-        Rules { fits: None, create: rules.create_on_join, within_quota: within_quota.is_ok() };
+    let mut keep_to = JoinConditions {
+        password_hash: None,
+        create: rules.create_on_join,
+        within_quota: within_quota.is_ok(),
+    };
     if let Some(password) = &join.password {
         let found = presence.registry().find(join.room.clone()).await?;
-        if let Some(hash) = found.and_then(|found| found.record?.password) {
+        if let Some(hash) = found.and_then(|found| found.config?.password) {
             let (user, room) = (user.id.clone(), join.room.clone());
             let guess = Guess { address: asked.address(), user, room };
             match passwords.check(guess, hash.clone(), password.clone()).await {
-                Checked::Fits => keep_to.fits = Some(hash),
-                Checked::Wrong => return Err(EnterError::WrongPassword.into()),
+                Checked::Fits => keep_to.password_hash = Some(hash),
+                Checked::Wrong => return Err(AdmitError::WrongPassword.into()),
                 Checked::Later(wait) => return Err(NotEntered::PasswordLater(wait)),
             }
         }
     }
     let (stay, entered) =
-        presence.enter(Place::Room(join.room.clone()), user, Some(keep_to)).await?;
-    if entered.made {
+        presence.enter(PresenceScope::Room(join.room.clone()), user, Some(keep_to)).await?;
+    if entered.created {
         quotas.made_room(&asked.writer, Instant::now());
     }
     Ok((stay, entered))
@@ -327,7 +332,7 @@ pub(super) async fn presence_in(
     let (after, limit) = (cursor.unwrap_or_default(), limit as usize);
     let users = hub.users_behind(room.clone(), after.clone(), limit).await;
     let details = registry.details(room.clone(), users);
-    let bytes = |details: &Details| details.users.len() * PERSON_BYTES;
+    let bytes = |details: &PresenceDetails| details.users.len() * PERSON_BYTES;
     let mut details = match asked.read(details, bytes).await {
         Ok(details) => details,
         Err((code, text)) => {
@@ -335,7 +340,7 @@ pub(super) async fn presence_in(
             return Performed::Answered;
         }
     };
-    let place = Place::Room(room.clone());
+    let place = PresenceScope::Room(room.clone());
     for detail in &mut details.users {
         let active = asked.services.presence.active(&place, &detail.user.id).unwrap_or_default();
         detail.active = detail.active.max(active);
@@ -350,7 +355,7 @@ pub(super) async fn online(asked: Asked, cursor: Option<String>, limit: u32) -> 
     let presence = &asked.services.presence;
     let limit = if presence.options().public { limit as usize } else { 0 };
     let page = presence.online(cursor.unwrap_or_default(), limit);
-    let bytes = |page: &Online| page.users.len() * PERSON_BYTES;
+    let bytes = |page: &OnlinePage| page.users.len() * PERSON_BYTES;
     let page = match asked.read(page, bytes).await {
         Ok(page) => page,
         Err((code, text)) => {
@@ -358,8 +363,8 @@ pub(super) async fn online(asked: Asked, cursor: Option<String>, limit: u32) -> 
             return Performed::Answered;
         }
     };
-    let present = |detail: crate::bus::registry::Detail| {
-        let active = presence.active(&Place::Cluster, &detail.user.id).unwrap_or_default();
+    let present = |detail: crate::bus::registry::UserPresence| {
+        let active = presence.active(&PresenceScope::Cluster, &detail.user.id).unwrap_or_default();
         Present {
             id: detail.user.id,
             name: detail.user.name,

@@ -16,7 +16,7 @@ use super::{
     perform::{Asked, TOO_MANY_PASSWORDS},
 };
 use crate::{
-    bus::registry::{Creation, Deletion, Found, Listing, Record},
+    bus::registry::{CreateOutcome, DeleteOutcome, RoomConfig, RoomPage, RoomSummary},
     hub::people::at,
     rooms::RoomRules,
     telemetry::metrics::DurableBound,
@@ -29,8 +29,8 @@ pub fn name_of(room: &RoomId) -> DisplayName {
 }
 
 /// What is told of a room.
-pub fn info_of(found: Found, rules: &RoomRules) -> RoomInfo {
-    let Found { room, record, members, since } = found;
+pub fn info_of(found: RoomSummary, rules: &RoomRules) -> RoomInfo {
+    let RoomSummary { room, config: record, members, since } = found;
     let durable = rules.is_durable(&room);
     let info = RoomInfo {
         reference: None,
@@ -64,7 +64,7 @@ pub fn info_of(found: Found, rules: &RoomRules) -> RoomInfo {
 pub(super) async fn create(
     asked: Asked,
     room: RoomId,
-    mut record: Record,
+    mut record: RoomConfig,
     password: Option<String>,
 ) -> Performed {
     if let Some(password) = password {
@@ -81,17 +81,18 @@ pub(super) async fn create(
     let owned_max = asked.services.limits.managed_max;
     let owned_max = Some(owned_max).filter(|max| *max > 0);
     match asked.wait(registry.create(room.clone(), record.clone(), owned_max)).await {
-        Ok(Creation::Made) => {
-            let found = Found { room, since: record.created, record: Some(record), members: 0 };
+        Ok(CreateOutcome::Created) => {
+            let found =
+                RoomSummary { room, since: record.created, config: Some(record), members: 0 };
             let info = info_of(found, &asked.services.rules);
             let info = RoomInfo { reference: asked.reference.clone(), ..info };
             asked.answer(&Answer::RoomInfo(Box::new(info)));
         }
-        Ok(Creation::Exists) => {
+        Ok(CreateOutcome::Exists) => {
             let text = "a room of that name is there, with members or a log";
             asked.refuse("create_room", Some(&room), ErrorCode::RoomExists, text);
         }
-        Ok(Creation::TooMany) => {
+        Ok(CreateOutcome::QuotaExceeded) => {
             asked.services.metrics.durable_refusals.of(DurableBound::ManagedRooms).inc();
             let text = "you own as many managed rooms as you may: delete one first";
             asked.refuse("create_room", Some(&room), ErrorCode::LimitReached, text);
@@ -105,13 +106,13 @@ pub(super) async fn delete(asked: Asked, room: RoomId, user: UserId) -> Performe
     let registry = asked.services.presence.registry();
     let by = Some(asked.subscriber.connection);
     let (code, text) = match asked.wait(registry.delete_room(room.clone(), Some(user), by)).await {
-        Ok(Deletion::Deleted) => {
+        Ok(DeleteOutcome::Deleted) => {
             let (reference, reason) = (asked.reference.clone(), ClosedReason::Deleted);
             asked.answer(&Answer::RoomClosed(RoomClosed { reference, room, reason }));
             return Performed::Answered;
         }
-        Ok(Deletion::NotOwner) => (ErrorCode::Forbidden, "only its owner may delete a room"),
-        Ok(Deletion::NotFound) => NOT_FOUND,
+        Ok(DeleteOutcome::NotOwner) => (ErrorCode::Forbidden, "only its owner may delete a room"),
+        Ok(DeleteOutcome::NotFound) => NOT_FOUND,
         Err(failed) => failed,
     };
     asked.refuse("delete_room", Some(&room), code, text);
@@ -148,8 +149,9 @@ pub(super) async fn info(
 }
 
 /// What a list of rooms takes, in bytes.
-fn bytes_of(listing: &Listing) -> usize {
-    let of = |found: &Found| 256 + found.record.as_ref().map_or(0, |record| record.meta.len());
+fn bytes_of(listing: &RoomPage) -> usize {
+    let of =
+        |found: &RoomSummary| 256 + found.config.as_ref().map_or(0, |record| record.meta.len());
     listing.rooms.iter().map(of).sum()
 }
 
@@ -168,7 +170,7 @@ pub(super) async fn list(asked: Asked, wanted: request::Rooms, identity: Identit
     let (mut cursor, mut last, mut bytes) = (listing.next, None, 0);
     let mut rooms = Vec::new();
     for found in listing.rooms {
-        let meta = found.record.as_ref().map_or(0, |record| record.meta.len());
+        let meta = found.config.as_ref().map_or(0, |record| record.meta.len());
         if bytes > 0 && bytes + meta > HISTORY_BYTES_MAX {
             cursor = last;
             break;

@@ -36,7 +36,7 @@ use tokio::{
 };
 
 use crate::{
-    bus::{BoxFuture, output_of, registry::millis_now, standing::Told},
+    bus::{BoxFuture, output_of, registry::unix_millis_now, standing::Told},
     drain::{departure::Batch, supervision::caught},
     hub::member::{Subscriber, text_frame},
     limits::meter::{Meter, TurnBudget, Verdict},
@@ -349,7 +349,7 @@ impl Connection {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
             self.heard = Instant::now();
-            self.subscriber.health.hear(millis_now());
+            self.subscriber.health.hear(unix_millis_now());
             self.metrics.bytes_received.inc_by(count as u64);
             self.unread.extend_from_slice(&buffer[..count]);
             Ok(())

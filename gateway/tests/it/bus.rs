@@ -7,7 +7,7 @@ use gateway::{
         Append, Appended, Bus, BusError, Mailboxes, READ_BYTES_MAX, Range, Retention, ShardMessage,
         memory::MemoryBus,
         redis::{LEASE, RedisBus, RedisOptions, RedisStartError, topology::TlsFiles},
-        registry::{Place, Registry as _, Seat},
+        registry::{NodePresence, PresenceScope, PresenceStore as _},
     },
     delivery::Entry,
     drain::Tasks,
@@ -357,12 +357,12 @@ async fn the_many_users_of_a_node_that_has_ended_leave() {
         (RedisRegistry::start(&server, "stays").await, RedisRegistry::start(&server, "ends").await);
     let lobby = room("lobby");
     for number in 0..MANY {
-        for place in [Place::Room(lobby.clone()), Place::Cluster] {
+        for scope in [PresenceScope::Room(lobby.clone()), PresenceScope::Cluster] {
             let user: UserId = format!("user-{number}").parse().unwrap();
             let name = DisplayName::from(&user);
             let user = Person { id: user, name };
             let (connections, since, active, admitted) = (1, 1, 1, true);
-            ends.bus.seat(Seat { place, user, connections, since, active, admitted });
+            ends.bus.track(NodePresence { scope, user, connections, since, active, admitted });
         }
     }
     let present = async || {

@@ -7,7 +7,7 @@ use std::{
 };
 
 use gateway::{
-    bus::{Mailboxes, Retention, memory::MemoryBus, registry::RegistryOptions},
+    bus::{Mailboxes, Retention, memory::MemoryBus, registry::RoomStoreOptions},
     config::{Config, Sources},
     drain::Tasks,
     hub::HubOptions,
@@ -136,7 +136,7 @@ pub fn nobody(tasks: &Tasks) -> Arc<Presence> {
     let (mailboxes, _) = Mailboxes::new(1, 1, Arc::new(Metrics::new()));
     let registry = MemoryBus::start(
         retention(),
-        &RegistryOptions::default(),
+        &RoomStoreOptions::default(),
         &Default::default(),
         mailboxes,
         tasks,

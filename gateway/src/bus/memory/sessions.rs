@@ -17,7 +17,7 @@ use shared::{
 use super::MemoryBus;
 use crate::bus::{
     BoxFuture, BusError,
-    registry::{EphemeralEvent, Millis, millis_now},
+    registry::{EphemeralEvent, UnixMillis, unix_millis_now},
     sessions::{
         About, DataError, Holder, KeptSession, Micros, Opened, Opening, SESSIONS_MAX, SecretDigest,
         Sessions, Which, merged,
@@ -38,23 +38,23 @@ pub(super) struct Stored {
 struct Row {
     session: SessionId,
     digest: SecretDigest,
-    created: Millis,
-    used: Millis,
+    created: UnixMillis,
+    used: UnixMillis,
     connection: Option<ConnectionId>,
     about: Arc<About>,
     data: Option<Box<str>>,
 }
 
 impl Row {
-    fn is_over(&self, ttl: Duration, now: Millis) -> bool {
-        self.connection.is_none() && self.used + (ttl.as_millis() as Millis) <= now
+    fn is_over(&self, ttl: Duration, now: UnixMillis) -> bool {
+        self.connection.is_none() && self.used + (ttl.as_millis() as UnixMillis) <= now
     }
 }
 
 impl Stored {
     /// Forgets sessions that were not used for longer than `ttl`, and more where there are too many.
     pub(super) fn sweep(&mut self, ttl: Duration) {
-        let now = millis_now();
+        let now = unix_millis_now();
         let mut count = 0;
         self.users.retain(|_, rows| {
             rows.retain(|row| !row.is_over(ttl, now));
@@ -63,7 +63,7 @@ impl Stored {
         });
         if count > STORED_MAX {
             let idle = self.users.values().flatten().filter(|row| row.connection.is_none());
-            let mut used: Vec<Millis> = idle.map(|row| row.used).collect();
+            let mut used: Vec<UnixMillis> = idle.map(|row| row.used).collect();
             used.sort_unstable();
             let until = used.get(count - STORED_MAX).copied().unwrap_or(now);
             self.users.retain(|_, rows| {
@@ -95,7 +95,7 @@ impl Stored {
         ttl: Duration,
     ) -> Option<(SessionId, Option<ConnectionId>, Arc<About>)> {
         let (session, digest) = opening.resume?;
-        let now = millis_now();
+        let now = unix_millis_now();
         let row = self.row(&opening.user, session)?;
         if row.digest != digest || row.is_over(ttl, now) {
             return None;
@@ -107,7 +107,7 @@ impl Stored {
     }
 
     fn begin(&mut self, opening: &Opening) -> SessionId {
-        let ((session, digest), now) = (opening.fresh, millis_now());
+        let ((session, digest), now) = (opening.fresh, unix_millis_now());
         let rows = self.users.entry(opening.user.clone()).or_default();
         if rows.len() >= SESSIONS_MAX
             && let Some(oldest) =
@@ -191,7 +191,7 @@ impl Sessions for MemoryBus {
         session: SessionId,
         digest: SecretDigest,
     ) -> BoxFuture<Result<Option<Arc<About>>, BusError>> {
-        let (stored, now) = (&mut *self.stored.lock(), millis_now());
+        let (stored, now) = (&mut *self.stored.lock(), unix_millis_now());
         let fits = |row: &&mut Row| row.digest == digest && !row.is_over(self.session_ttl, now);
         let row = stored.row(&user, session).filter(fits);
         ready(Ok(row.map(|row| row.about.clone())))
@@ -215,7 +215,7 @@ impl Sessions for MemoryBus {
         if let Some(row) = stored.row(&user, session)
             && row.connection == Some(connection)
         {
-            (row.connection, row.used) = (None, millis_now());
+            (row.connection, row.used) = (None, unix_millis_now());
         }
     }
 
@@ -251,7 +251,7 @@ impl Sessions for MemoryBus {
 
     fn list(&self, user: UserId) -> BoxFuture<Result<Vec<KeptSession>, BusError>> {
         let stored = self.stored.lock();
-        let now = millis_now();
+        let now = unix_millis_now();
         let rows = stored.users.get(&user).into_iter().flatten();
         let kept = rows.filter(|row| !row.is_over(self.session_ttl, now)).map(|row| KeptSession {
             session: row.session,

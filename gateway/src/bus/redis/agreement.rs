@@ -39,8 +39,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     RetryPause,
     conditions::Finder,
-    config,
-    is_of_the_slot,
+    config, is_of_the_slot,
     lease::LeaseTimes,
     links::Links,
     restore::LogRestorer,

@@ -12,7 +12,7 @@ use redis::{RedisResult, Value};
 use tokio::time::Instant;
 
 use super::{
-    registry::Registrar,
+    store::StoreWorker,
     untrusted::{Lossy, found, is_wrong_type, texts},
 };
 use crate::{
@@ -41,7 +41,7 @@ const REPLIES_TTL_MS: u64 = 10_000;
 
 /// A node's place in the list.
 pub(super) struct RedisControlQueue {
-    registrar: Arc<Registrar>,
+    store: Arc<StoreWorker>,
     state: Mutex<StreamPosition>,
 }
 
@@ -78,12 +78,12 @@ fn id_of(text: &str) -> Option<CommandId> {
 }
 
 impl RedisControlQueue {
-    pub(super) fn new(registrar: Arc<Registrar>) -> Self {
-        Self { registrar, state: Mutex::default() }
+    pub(super) fn new(registrar: Arc<StoreWorker>) -> Self {
+        Self { store: registrar, state: Mutex::default() }
     }
 
     fn key(&self, name: &str) -> String {
-        self.registrar.router.keyspace().commands(name)
+        self.store.router.keyspace().commands(name)
     }
 
     pub(super) async fn enqueue(
@@ -93,7 +93,7 @@ impl RedisControlQueue {
         // Large, and worth something for seconds: it is kept apart, and not as long as orders are.
         if let ControlCommand::Broadcast { id, payload, .. } = &order {
             let key = self.key(&format!(":broadcast:{id}"));
-            self.registrar
+            self.store
                 .ask(0, async |connection| {
                     let mut set = redis::cmd("SET");
                     set.arg(key).arg(payload).arg("PX").arg(REPLIES_TTL_MS);
@@ -108,9 +108,9 @@ impl RedisControlQueue {
             order => order,
         };
         let order = serde_json::to_string(&order).expect("an order is made of names");
-        let mut give = self.registrar.scripts.enqueue_command.key(self.key(""));
+        let mut give = self.store.scripts.enqueue_command.key(self.key(""));
         give.key(self.key(":list")).arg(order).arg(COMMANDS_MAX).arg(random_epoch());
-        let id: String = self.registrar.run(0, "orders", &give).await?;
+        let id: String = self.store.run(0, "orders", &give).await?;
         id_of(&id).ok_or(BusError::Refused)
     }
 
@@ -139,7 +139,7 @@ impl RedisControlQueue {
             };
             let key = self.key(&format!(":broadcast:{id}"));
             let fetched: Result<Option<String>, _> = self
-                .registrar
+                .store
                 .ask(0, async |connection| redis::cmd("GET").arg(key).query_async(connection).await)
                 .await;
             match fetched {
@@ -154,7 +154,7 @@ impl RedisControlQueue {
         let cursor = self.state.lock().cursor.unwrap_or_default();
         let stream = self.key("");
         let answers: Vec<RedisResult<Value>> = self
-            .registrar
+            .store
             .ask(0, async |connection| {
                 let mut pipeline = redis::pipe();
                 pipeline.atomic().ignore_errors();
@@ -168,11 +168,11 @@ impl RedisControlQueue {
             .await?;
         let mut answers = answers.into_iter();
         let mut next = || answers.next().unwrap_or(Ok(Value::Nil));
-        let time: (u64, u64) = self.registrar.or_absent("orders", next())?;
-        let list: Option<Lossy> = self.registrar.or_absent("orders", next())?;
+        let time: (u64, u64) = self.store.or_absent("orders", next())?;
+        let list: Option<Lossy> = self.store.or_absent("orders", next())?;
         // A stream that is none is made anew by the next order.
-        let last: Vec<StreamEntry> = self.registrar.or_absent("orders", next())?;
-        let entries: Vec<StreamEntry> = self.registrar.or_absent("orders", next())?;
+        let last: Vec<StreamEntry> = self.store.or_absent("orders", next())?;
+        let entries: Vec<StreamEntry> = self.store.or_absent("orders", next())?;
         let last = last.first().and_then(|(Lossy(id), _)| id_of(id)).unwrap_or_default();
         let list = list.map(|Lossy(list)| list);
         Ok(StreamPoll { now_ms: time.0 * 1000 + time.1 / 1000, list, last, entries })
@@ -207,7 +207,7 @@ impl RedisControlQueue {
             };
             let order = field("o").and_then(|order| serde_json::from_str(order).ok());
             let Some(order) = order else {
-                found(self.registrar.router.metrics(), BadValue::Order, &entry);
+                found(self.store.router.metrics(), BadValue::Order, &entry);
                 continue;
             };
             let given = id.0.saturating_mul(1000);
@@ -230,8 +230,8 @@ impl RedisControlQueue {
     }
 
     async fn write_heartbeat(&self, applied: CommandId) -> Result<(), BusError> {
-        let (nodes, process) = (self.key(":nodes"), &self.registrar.router.process().name);
-        self.registrar
+        let (nodes, process) = (self.key(":nodes"), &self.store.router.process().name);
+        self.store
             .ask(0, async |connection| {
                 let (seconds, micros): (u64, u64) =
                     redis::cmd("TIME").query_async(connection).await?;
@@ -240,7 +240,7 @@ impl RedisControlQueue {
                 set.arg(&nodes).arg(process).arg(row);
                 match set.query_async::<()>(connection).await {
                     Err(error) if is_wrong_type(&error) => {
-                        found(self.registrar.router.metrics(), BadValue::Type, &nodes);
+                        found(self.store.router.metrics(), BadValue::Type, &nodes);
                         redis::cmd("DEL").arg(&nodes).query_async::<()>(connection).await?;
                         set.query_async(connection).await
                     }
@@ -263,7 +263,7 @@ impl RedisControlQueue {
         answer: String,
     ) -> Result<(), BusError> {
         let key = self.key(&format!(":answers:{}", text_of(id)));
-        self.registrar
+        self.store
             .ask(0, async |connection| {
                 let mut pipeline = redis::pipe();
                 pipeline.cmd("RPUSH").arg(&key).arg(answer).ignore();
@@ -279,7 +279,7 @@ impl RedisControlQueue {
     ) -> Result<CommandProgress, BusError> {
         let nodes = self.key(":nodes");
         let answers: Vec<RedisResult<Value>> = self
-            .registrar
+            .store
             .ask(0, async |connection| {
                 let mut pipeline = redis::pipe();
                 pipeline.ignore_errors();
@@ -288,8 +288,8 @@ impl RedisControlQueue {
             .await?;
         let mut answers = answers.into_iter();
         let mut next = || answers.next().unwrap_or(Ok(Value::Nil));
-        let time: (u64, u64) = self.registrar.or_absent("nodes of orders", next())?;
-        let rows: Vec<(Lossy, Lossy)> = self.registrar.or_absent("nodes of orders", next())?;
+        let time: (u64, u64) = self.store.or_absent("nodes of orders", next())?;
+        let rows: Vec<(Lossy, Lossy)> = self.store.or_absent("nodes of orders", next())?;
         let now = time.0 * 1000 + time.1 / 1000;
         let (mut nodes_of, mut gone) = (BTreeMap::new(), Vec::new());
         for (Lossy(process), Lossy(row)) in rows {
@@ -297,7 +297,7 @@ impl RedisControlQueue {
                 .split_once(' ')
                 .and_then(|(applied, heard)| Some((heard.parse::<u64>().ok()?, id_of(applied)?)));
             if parts.is_none() {
-                found(self.registrar.router.metrics(), BadValue::Order, &process);
+                found(self.store.router.metrics(), BadValue::Order, &process);
             }
             match parts {
                 Some((heard, applied)) if heard.saturating_add(NODE_TTL_MS) > now => {
@@ -312,7 +312,7 @@ impl RedisControlQueue {
         let applied = nodes_of.values().filter(|(_, applied)| *applied >= id).count();
         let outcome = CommandProgress { applied, nodes: nodes_of.len() };
         if !gone.is_empty() {
-            self.registrar
+            self.store
                 .ask(0, async |connection| {
                     let mut forget = redis::cmd("HDEL");
                     forget.arg(&nodes).arg(&gone).query_async::<()>(connection).await
@@ -325,7 +325,7 @@ impl RedisControlQueue {
     pub(super) async fn replies(self: Arc<Self>, id: CommandId) -> Result<Vec<String>, BusError> {
         let key = self.key(&format!(":answers:{}", text_of(id)));
         let answers: Vec<Lossy> = self
-            .registrar
+            .store
             .ask(0, async |connection| {
                 redis::cmd("LRANGE").arg(&key).arg(0).arg(-1).query_async(connection).await
             })

@@ -21,7 +21,7 @@ use shared::{
 };
 use uuid::Uuid;
 
-use crate::bus::registry::{Change, EphemeralEvent, Version};
+use crate::bus::registry::{EphemeralEvent, PresenceChange, PresenceVersion};
 
 /// A notice that a node passes on itself. Those of scripts are not made here.
 pub(super) fn encode(notice: &EphemeralEvent) -> Vec<u8> {
@@ -81,11 +81,11 @@ fn connection(text: &str) -> Option<ConnectionId> {
     Uuid::try_parse(text).ok().map(ConnectionId)
 }
 
-fn presence(text: &str) -> Option<Change> {
+fn presence(text: &str) -> Option<PresenceChange> {
     let mut lines = text.lines();
     let (epoch, number) = lines.next()?.split_once(' ')?;
-    let version = Version { epoch: epoch.parse().ok()?, number: number.parse().ok()? };
-    let mut change = Change { version, joined: Vec::new(), left: Vec::new() };
+    let version = PresenceVersion { epoch: epoch.parse().ok()?, number: number.parse().ok()? };
+    let mut change = PresenceChange { version, joined: Vec::new(), left: Vec::new() };
     for line in lines {
         if let Some(user) = line.strip_prefix('-') {
             change.left.push(user.parse::<UserId>().ok()?);
@@ -117,7 +117,7 @@ mod tests {
         let EphemeralEvent::Presence(change) = read("!p 7 12\n+ann Ann Lee\n-bob\n-cat\n") else {
             panic!()
         };
-        assert_eq!(change.version, Version { epoch: 7, number: 12 });
+        assert_eq!(change.version, PresenceVersion { epoch: 7, number: 12 });
         assert_eq!(change.joined[0].name.as_str(), "Ann Lee");
         assert_eq!(change.left.len(), 2);
         let id = "6f1c2a0e-93c4-4c59-a9f5-5f3f2d1b7c10";

@@ -11,7 +11,7 @@ use shared::ids::{RoomId, RoomKind, UserId};
 
 use crate::bus::{
     home::{crc16, home_of},
-    registry::Place,
+    registry::PresenceScope,
 };
 
 /// How many slots a Redis Cluster has.
@@ -161,10 +161,10 @@ pub(super) struct PlaceKeys {
 }
 
 impl Keyspace {
-    pub(super) fn home_of_place(self, place: &Place, user: &UserId) -> u16 {
+    pub(super) fn home_of_place(self, place: &PresenceScope, user: &UserId) -> u16 {
         match place {
-            Place::Room(room) => self.home(room),
-            Place::Cluster => self.home_of_text(user.as_str()),
+            PresenceScope::Room(room) => self.home(room),
+            PresenceScope::Cluster => self.home_of_text(user.as_str()),
         }
     }
 
@@ -229,10 +229,10 @@ impl Keyspace {
 /// The name of the cluster as a place; no room has it.
 const CLUSTER: &str = "*";
 
-pub(super) fn name_of(place: &Place) -> &str {
+pub(super) fn name_of(place: &PresenceScope) -> &str {
     match place {
-        Place::Room(room) => room.as_str(),
-        Place::Cluster => CLUSTER,
+        PresenceScope::Room(room) => room.as_str(),
+        PresenceScope::Cluster => CLUSTER,
     }
 }
 
@@ -271,7 +271,7 @@ mod tests {
     #[test]
     fn all_of_a_user_is_in_one_home() {
         let user: UserId = "bob|1".parse().unwrap();
-        let home = SHARDED.home_of_place(&Place::Cluster, &user);
+        let home = SHARDED.home_of_place(&PresenceScope::Cluster, &user);
         let tag = format!("{{{home}}}");
         for room in [RoomId::inbox_of(&user), RoomId::status_of(&user)] {
             assert_eq!(SHARDED.home(&room), home);

@@ -18,7 +18,7 @@ use super::{
     untrusted::{self, Lossy, checked, or_absent, read},
 };
 use crate::{
-    bus::{BoxFuture, BusError, EMPTY_HEAD_TTL, READ_BYTES_MAX, Range, registry::Deletion},
+    bus::{BoxFuture, BusError, EMPTY_HEAD_TTL, READ_BYTES_MAX, Range, registry::DeleteOutcome},
     delivery::{Entry, Followed, Token, ordinal, page::Page},
     telemetry::metrics::{BadValue, Metrics},
 };
@@ -73,7 +73,7 @@ impl Log {
         room: RoomId,
         owner: Option<UserId>,
         by: Option<ConnectionId>,
-    ) -> BoxFuture<Result<Deletion, BusError>> {
+    ) -> BoxFuture<Result<DeleteOutcome, BusError>> {
         let log = self.clone();
         Box::pin(async move {
             let token = log.agreed(&room).await;
@@ -218,7 +218,7 @@ impl Log {
         room: &RoomId,
         token: Token,
         whole: Option<(Option<UserId>, Option<ConnectionId>)>,
-    ) -> Result<Deletion, RedisError> {
+    ) -> Result<DeleteOutcome, RedisError> {
         let keyspace = self.server.keyspace;
         let mut delete = self.delete.key(&keyspace.keys(room));
         delete.arg(self.server.common(room, token));
@@ -232,9 +232,9 @@ impl Log {
         let answer: Value = delete.invoke_async(&mut **reader).await?;
         let answer: String = read(&self.metrics, room, answer)?;
         match answer.as_str() {
-            "deleted" => Ok(Deletion::Deleted),
-            "not_owner" => Ok(Deletion::NotOwner),
-            "not_found" => Ok(Deletion::NotFound),
+            "deleted" => Ok(DeleteOutcome::Deleted),
+            "not_owner" => Ok(DeleteOutcome::NotOwner),
+            "not_found" => Ok(DeleteOutcome::NotFound),
             _ => Err((ErrorKind::Parse, "delete.lua answered something else").into()),
         }
     }

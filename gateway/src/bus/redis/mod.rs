@@ -22,8 +22,9 @@ use super::{
     Append, BoxFuture, Bus, BusError, Done, Mailboxes, Range, Retention,
     commands::{CommandBatch, CommandId, CommandProgress, ControlCommand, ControlQueue},
     registry::{
-        Creation, Deletion, Details, EnterError, Entered, EphemeralEvent, Found, Listing, Online,
-        Record, Registry, RegistryOptions, Rules, Seat, Snapshot, Status,
+        AdmitError, CreateOutcome, DeleteOutcome, EphemeralEvent, JoinConditions, JoinSnapshot,
+        NodePresence, OnlinePage, OnlineStatus, PresenceDetails, PresenceSnapshot, PresenceStore,
+        RoomConfig, RoomPage, RoomStoreOptions, RoomSummary,
     },
     sessions::{
         About, DataError, Holder, KeptSession, Opened, Opening, SecretDigest, SessionOptions,
@@ -48,7 +49,7 @@ mod memory;
 mod ephemeral;
 mod commands;
 mod probe;
-mod registry;
+mod store;
 mod router;
 mod server;
 mod sessions;
@@ -61,8 +62,8 @@ mod waiting;
 use commands::RedisControlQueue;
 use conditions::Conditions;
 use log::Log;
-use registry::Registrar;
 use router::Router;
+use store::StoreWorker;
 use topology::{Dial, OpenError, TlsFiles, Way};
 
 /// How long Redis may take to answer before the link counts as dead. A publish whose answer is
@@ -92,7 +93,7 @@ pub struct RedisOptions {
     /// How long logs are kept.
     pub retention: Retention,
     /// How long what is known of rooms is kept.
-    pub registry: RegistryOptions,
+    pub registry: RoomStoreOptions,
     /// How long sessions are kept.
     pub sessions: SessionOptions,
     /// The id of this node.
@@ -141,7 +142,7 @@ pub enum RedisStartError {
 /// Logs and registry in Redis.
 pub struct RedisBus {
     router: Arc<Router>,
-    registrar: Arc<Registrar>,
+    store: Arc<StoreWorker>,
     commands: Arc<RedisControlQueue>,
 }
 
@@ -181,9 +182,9 @@ impl RedisBus {
     ) -> Self {
         let (registry, sessions) = (options.registry.clone(), options.sessions.clone());
         let router = Router::start(way, options, mailboxes, metrics, tasks);
-        let registrar = Registrar::start(router.clone(), registry, sessions, tasks);
+        let registrar = StoreWorker::start(router.clone(), registry, sessions, tasks);
         let book = Arc::new(RedisControlQueue::new(registrar.clone()));
-        Self { router, registrar, commands: book }
+        Self { router, store: registrar, commands: book }
     }
 
     /// Waits until Redis has been reached and this node's view of it is the other nodes'.
@@ -277,51 +278,63 @@ impl Bus for RedisBus {
     }
 }
 
-impl Registry for RedisBus {
-    fn seat(&self, seat: Seat) {
-        self.registrar.seat(seat);
+impl PresenceStore for RedisBus {
+    fn track(&self, seat: NodePresence) {
+        self.store.track(seat);
     }
 
-    fn enter(&self, seat: Seat, rules: Option<Rules>) -> BoxFuture<Result<Entered, EnterError>> {
-        self.registrar.enter(seat, rules)
+    fn admit(
+        &self,
+        seat: NodePresence,
+        rules: Option<JoinConditions>,
+    ) -> BoxFuture<Result<JoinSnapshot, AdmitError>> {
+        self.store.admit(seat, rules)
     }
 
-    fn snapshots(&self, rooms: Vec<RoomId>) -> BoxFuture<Result<Vec<Snapshot>, BusError>> {
-        Box::pin(self.registrar.clone().snapshots(rooms))
+    fn snapshots(&self, rooms: Vec<RoomId>) -> BoxFuture<Result<Vec<PresenceSnapshot>, BusError>> {
+        Box::pin(self.store.clone().snapshots(rooms))
     }
 
-    fn details(&self, room: RoomId, users: Vec<UserId>) -> BoxFuture<Result<Details, BusError>> {
-        Box::pin(self.registrar.clone().details(room, users))
+    fn details(
+        &self,
+        room: RoomId,
+        users: Vec<UserId>,
+    ) -> BoxFuture<Result<PresenceDetails, BusError>> {
+        Box::pin(self.store.clone().details(room, users))
     }
 
-    fn online(&self, after: String, limit: usize) -> BoxFuture<Result<Option<Online>, BusError>> {
-        let online = self.registrar.clone().online(after, limit);
+    fn online(
+        &self,
+        after: String,
+        limit: usize,
+    ) -> BoxFuture<Result<Option<OnlinePage>, BusError>> {
+        let online = self.store.clone().online(after, limit);
         Box::pin(async move { online.await.map(Some) })
     }
 
-    fn statuses(&self, users: Vec<UserId>) -> BoxFuture<Result<Vec<Status>, BusError>> {
-        Box::pin(self.registrar.clone().statuses(users))
+    fn statuses(&self, users: Vec<UserId>) -> BoxFuture<Result<Vec<OnlineStatus>, BusError>> {
+        Box::pin(self.store.clone().statuses(users))
     }
 
-    fn mark(&self, room: RoomId, user: UserId, seq: Seq, by: ConnectionId) {
-        self.registrar.mark(room, user, seq, by);
+    fn set_read_mark(&self, room: RoomId, user: UserId, seq: Seq, by: ConnectionId) {
+        self.store.set_read_mark(room, user, seq, by);
     }
 
     fn publish_ephemeral(&self, room: RoomId, notice: EphemeralEvent, done: Done) {
-        self.registrar.publish_ephemeral(room, &notice, done);
+        self.store.publish_ephemeral(room, &notice, done);
     }
 
     fn create(
         &self,
         room: RoomId,
-        record: Record,
+        record: RoomConfig,
         owned_max: Option<usize>,
-    ) -> BoxFuture<Result<Creation, BusError>> {
-        Box::pin(self.registrar.clone().create(room, record, owned_max))
+    ) -> BoxFuture<Result<CreateOutcome, BusError>> {
+        Box::pin(self.store.clone().create(room, record, owned_max))
     }
 
-    fn find(&self, room: RoomId) -> BoxFuture<Result<Option<Found>, BusError>> {
-        Box::pin(self.registrar.clone().find(room))
+    fn find(&self, room: RoomId) -> BoxFuture<Result<Option<RoomSummary>, BusError>> {
+        Box::pin(self.store.clone().find(room))
     }
 
     fn list(
@@ -330,8 +343,8 @@ impl Registry for RedisBus {
         after: String,
         limit: usize,
         all: bool,
-    ) -> BoxFuture<Result<Listing, BusError>> {
-        Box::pin(self.registrar.clone().list(prefix, after, limit, all))
+    ) -> BoxFuture<Result<RoomPage, BusError>> {
+        Box::pin(self.store.clone().list(prefix, after, limit, all))
     }
 
     fn delete_room(
@@ -339,7 +352,7 @@ impl Registry for RedisBus {
         room: RoomId,
         owner: Option<UserId>,
         by: Option<ConnectionId>,
-    ) -> BoxFuture<Result<Deletion, BusError>> {
+    ) -> BoxFuture<Result<DeleteOutcome, BusError>> {
         let home = self.router.keyspace().home(&room);
         let question = move |log: &Log| log.delete_room(room.clone(), owner.clone(), by);
         Box::pin(self.router.clone().ask(home, question))
@@ -374,11 +387,11 @@ impl ControlQueue for RedisBus {
 
 impl Sessions for RedisBus {
     fn open(&self, opening: Opening) -> BoxFuture<Result<Opened, BusError>> {
-        Box::pin(self.registrar.clone().open(opening))
+        Box::pin(self.store.clone().open_session(opening))
     }
 
     fn ttl(&self) -> Duration {
-        self.registrar.session_ttl()
+        self.store.session_ttl()
     }
 
     fn find(
@@ -387,7 +400,7 @@ impl Sessions for RedisBus {
         session: SessionId,
         digest: SecretDigest,
     ) -> BoxFuture<Result<Option<Arc<About>>, BusError>> {
-        Box::pin(self.registrar.clone().find_session(user, session, digest))
+        Box::pin(self.store.clone().find_session(user, session, digest))
     }
 
     fn holder(
@@ -396,11 +409,11 @@ impl Sessions for RedisBus {
         session: SessionId,
         connection: ConnectionId,
     ) -> BoxFuture<Result<Holder, BusError>> {
-        Box::pin(self.registrar.use_session(user, session, connection))
+        Box::pin(self.store.use_session(user, session, connection))
     }
 
     fn close(&self, user: UserId, session: SessionId, connection: ConnectionId) {
-        self.registrar.close_session(user, session, connection);
+        self.store.close_session(user, session, connection);
     }
 
     fn data(
@@ -409,19 +422,19 @@ impl Sessions for RedisBus {
         session: SessionId,
         change: Option<Map<String, Value>>,
     ) -> BoxFuture<Result<Map<String, Value>, DataError>> {
-        Box::pin(self.registrar.clone().data(user, session, change))
+        Box::pin(self.store.clone().data(user, session, change))
     }
 
     fn list(&self, user: UserId) -> BoxFuture<Result<Vec<KeptSession>, BusError>> {
-        Box::pin(self.registrar.clone().sessions(user))
+        Box::pin(self.store.clone().sessions(user))
     }
 
     fn revoke(&self, user: UserId, which: Which) -> BoxFuture<Result<usize, BusError>> {
-        Box::pin(self.registrar.clone().revoke(user, which))
+        Box::pin(self.store.clone().revoke(user, which))
     }
 
     fn acknowledge(&self, user: UserId, epoch: Option<Epoch>, seq: Seq) {
-        self.registrar.acknowledge(user, epoch, seq);
+        self.store.acknowledge(user, epoch, seq);
     }
 }
 

@@ -18,8 +18,8 @@ use tokio::sync::oneshot;
 use super::{
     keyspace::Keyspace,
     memory::NEW_SESSIONS_TTL,
-    registry::{Op, Registrar, evalsha, flag},
     server::Server,
+    store::{Op, StoreWorker, evalsha, flag},
     untrusted::{Lossy, found},
 };
 use crate::{
@@ -111,8 +111,8 @@ fn keys_of(keyspace: Keyspace, user: &UserId) -> [String; 2] {
     [format!("{channel}:sessions"), format!("{channel}:data")]
 }
 
-impl Registrar {
-    pub(super) fn open(
+impl StoreWorker {
+    pub(super) fn open_session(
         self: Arc<Self>,
         opening: Opening,
     ) -> impl Future<Output = Result<Opened, BusError>> {

@@ -24,7 +24,9 @@ use crate::{
     bus::{
         BusError, Range,
         commands::ControlCommand,
-        registry::{Creation, Deletion, Detail, Found, Record, millis_now},
+        registry::{
+            CreateOutcome, DeleteOutcome, RoomConfig, RoomSummary, UserPresence, unix_millis_now,
+        },
     },
     delivery::page::Page,
     http::Node,
@@ -61,7 +63,7 @@ pub(super) struct Room {
 }
 
 impl Room {
-    fn of(node: &Node, found: Found) -> Self {
+    fn of(node: &Node, found: RoomSummary) -> Self {
         let info = info_of(found, &node.services.rules);
         Self {
             room: info.room.to_string(),
@@ -207,7 +209,7 @@ pub(super) async fn info(
 }
 
 impl Made {
-    async fn checked(self, node: &Node, room: &RoomId) -> Result<Record, Failed> {
+    async fn checked(self, node: &Node, room: &RoomId) -> Result<RoomConfig, Failed> {
         let too_large = |text: String| Failed::new(ErrorCode::TooLarge, text);
         let name: DisplayName = match self.name {
             Some(name) if name.chars().count() > NAME_CHARS_MAX => {
@@ -245,13 +247,13 @@ impl Made {
             }
             None => None,
         };
-        Ok(Record {
+        Ok(RoomConfig {
             name,
             owner,
             public: self.public.unwrap_or(true),
             password,
             max_members: self.max_members,
-            created: millis_now(),
+            created: unix_millis_now(),
             meta: meta.to_owned(),
         })
     }
@@ -277,11 +279,13 @@ pub(super) async fn create(
     let room: RoomId = name(&room)?;
     let record = made.checked(&node, &room).await?;
     let registry = node.services.presence.registry();
-    if wait(&node, registry.create(room.clone(), record.clone(), None)).await? != Creation::Made {
+    if wait(&node, registry.create(room.clone(), record.clone(), None)).await?
+        != CreateOutcome::Created
+    {
         let text = "a room of that name is there, with members or a log";
         return Err(Failed::new(ErrorCode::RoomExists, text));
     }
-    let found = Found { room, since: record.created, record: Some(record), members: 0 };
+    let found = RoomSummary { room, since: record.created, config: Some(record), members: 0 };
     Ok((StatusCode::CREATED, Json(Room::of(&node, found))))
 }
 
@@ -298,8 +302,8 @@ pub(super) async fn delete(
 ) -> Result<Json<Deleted>, Failed> {
     let registry = node.services.presence.registry();
     match wait(&node, registry.delete_room(name(&room)?, None, None)).await? {
-        Deletion::Deleted => Ok(Json(Deleted { room })),
-        Deletion::NotFound | Deletion::NotOwner => Err(not_found()),
+        DeleteOutcome::Deleted => Ok(Json(Deleted { room })),
+        DeleteOutcome::NotFound | DeleteOutcome::NotOwner => Err(not_found()),
     }
 }
 
@@ -365,7 +369,7 @@ pub(super) async fn presence(
     ids.truncate(limit);
     let cursor = ids.last().filter(|_| more).map(UserId::to_string);
     let details = wait(&node, registry.details(room.clone(), ids)).await?;
-    let by_id: BTreeMap<UserId, Detail> =
+    let by_id: BTreeMap<UserId, UserPresence> =
         details.users.into_iter().map(|detail| (detail.user.id.clone(), detail)).collect();
     let users = by_id.into_values().map(|detail| Present::of(detail, true)).collect();
     Ok(Json(Presence { room: room.to_string(), users, count, cursor }))

@@ -15,7 +15,7 @@ use utoipa::ToSchema;
 
 use super::{Body, Common, Failed, Outcome, Paging, name, query, user, wait};
 use crate::{
-    bus::{commands::NodeQuery, registry::Detail, sessions::Which},
+    bus::{commands::NodeQuery, registry::UserPresence, sessions::Which},
     control::kicked,
     http::Node,
     hub::people::at,
@@ -44,7 +44,7 @@ pub(super) struct Present {
 }
 
 impl Present {
-    pub(super) fn of(detail: Detail, in_room: bool) -> Self {
+    pub(super) fn of(detail: UserPresence, in_room: bool) -> Self {
         Self {
             id: detail.user.id.to_string(),
             name: detail.user.name.to_string(),
@@ -200,7 +200,7 @@ pub(super) async fn list(
     let (prefix, cursor, limit) = query(paging)?.checked()?;
     let after = cursor.max(right_before(&prefix));
     let page = wait(&node, node.services.presence.online(after, limit)).await?;
-    let has_prefix = |detail: &Detail| detail.user.id.as_str().starts_with(&prefix);
+    let has_prefix = |detail: &UserPresence| detail.user.id.as_str().starts_with(&prefix);
     let more = page.more && page.users.last().is_some_and(has_prefix);
     let users = page.users.into_iter().take_while(has_prefix);
     let users: Vec<Present> = users.map(|detail| Present::of(detail, false)).collect();

@@ -12,7 +12,7 @@ use super::{
         topology::Reader,
         untrusted::{Lossy, found, is_wrong_type, or_absent, read},
     },
-    LOOK_EVERY, Registrar,
+    LOOK_EVERY, StoreWorker,
 };
 use crate::{bus::BusError, telemetry::metrics::BadValue};
 
@@ -21,7 +21,7 @@ const REAP_MAX: usize = 500;
 /// How long a node that has ended in order is waited for: its clients come back on another.
 const GOODBYE_GRACE_MS: u64 = 3_000;
 
-impl Registrar {
+impl StoreWorker {
     /// Has those leave whose process has ended, for ever.
     pub(super) async fn reap_all(&self) {
         loop {

@@ -28,7 +28,7 @@ use tokio::{
 };
 
 mod reaper;
-mod asks;
+mod queries;
 
 use super::{
     RETRY_PAUSE_MAX, RetryPause,
@@ -45,7 +45,8 @@ use crate::{
     bus::{
         Appended, BoxFuture, BusError, Done,
         registry::{
-            EnterError, Entered, EphemeralEvent, Place, RegistryOptions, Rules, Seat, Version,
+            AdmitError, EphemeralEvent, JoinConditions, JoinSnapshot, NodePresence, PresenceScope,
+            PresenceVersion, RoomStoreOptions,
         },
         sessions::SessionOptions,
     },
@@ -64,9 +65,9 @@ const EPHEMERAL_WAIT_MAX: Duration = Duration::from_secs(5);
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// The registry's part of the bus.
-pub(super) struct Registrar {
+pub(super) struct StoreWorker {
     pub(super) router: Arc<Router>,
-    options: RegistryOptions,
+    options: RoomStoreOptions,
     sessions: SessionOptions,
     pub(super) scripts: Scripts,
     state: Mutex<State>,
@@ -95,11 +96,11 @@ pub(super) struct Scripts {
 struct State {
     queue: VecDeque<Op>,
     /// Seats in the queue that nobody waits for.
-    touched: HashSet<(Place, UserId)>,
+    touched: HashSet<(PresenceScope, UserId)>,
     /// Up to where users have acknowledged their inboxes, of those in the queue.
     acks: HashMap<UserId, (Option<Epoch>, Seq)>,
     /// The seats of this node.
-    seats: BTreeMap<(Place, UserId), Seat>,
+    seats: BTreeMap<(PresenceScope, UserId), NodePresence>,
     /// Under which name they are written.
     incarnation: Option<String>,
     /// Names from before, to be taken away once all is written under the present one.
@@ -121,9 +122,9 @@ struct State {
 pub(super) enum Op {
     Session(SessionOp),
     Seat {
-        key: (Place, UserId),
-        rules: Option<Rules>,
-        reply: Option<oneshot::Sender<Result<Entered, EnterError>>>,
+        key: (PresenceScope, UserId),
+        rules: Option<JoinConditions>,
+        reply: Option<oneshot::Sender<Result<JoinSnapshot, AdmitError>>>,
     },
     Mark {
         room: RoomId,
@@ -144,10 +145,10 @@ pub(super) enum Op {
 /// Calls with their numbers in the queue.
 type Numbered = Vec<(usize, Op)>;
 
-impl Registrar {
+impl StoreWorker {
     pub(super) fn start(
         router: Arc<Router>,
-        options: RegistryOptions,
+        options: RoomStoreOptions,
         sessions: SessionOptions,
         tasks: &Tasks,
     ) -> Arc<Self> {
@@ -193,15 +194,15 @@ impl Registrar {
         registrar
     }
 
-    pub(super) fn seat(&self, seat: Seat) {
+    pub(super) fn track(&self, seat: NodePresence) {
         self.note(seat, None, None);
     }
 
-    pub(super) fn enter(
+    pub(super) fn admit(
         &self,
-        seat: Seat,
-        rules: Option<Rules>,
-    ) -> BoxFuture<Result<Entered, EnterError>> {
+        seat: NodePresence,
+        rules: Option<JoinConditions>,
+    ) -> BoxFuture<Result<JoinSnapshot, AdmitError>> {
         let (reply, replied) = oneshot::channel();
         self.note(seat, rules, Some(reply));
         Box::pin(async move { replied.await.unwrap_or(Err(BusError::Unavailable.into())) })
@@ -209,19 +210,19 @@ impl Registrar {
 
     fn note(
         &self,
-        seat: Seat,
-        rules: Option<Rules>,
-        reply: Option<oneshot::Sender<Result<Entered, EnterError>>>,
+        seat: NodePresence,
+        rules: Option<JoinConditions>,
+        reply: Option<oneshot::Sender<Result<JoinSnapshot, AdmitError>>>,
     ) {
         let state = &mut *self.state.lock();
-        let key = (seat.place.clone(), seat.user.id.clone());
+        let key = (seat.scope.clone(), seat.user.id.clone());
         if seat.connections == 0 {
             // Its name is not needed any more.
             state.seats.remove(&key);
         } else {
             // Who may be let in is told so by the answer to who asked first.
             let admitted = seat.admitted || state.seats.get(&key).is_some_and(|of| of.admitted);
-            state.seats.insert(key.clone(), Seat { admitted, ..seat });
+            state.seats.insert(key.clone(), NodePresence { admitted, ..seat });
         }
         if reply.is_some() || state.touched.insert(key.clone()) {
             state.queue.push_back(Op::Seat { key, rules, reply });
@@ -229,7 +230,7 @@ impl Registrar {
         self.wake.notify_one();
     }
 
-    pub(super) fn mark(&self, room: RoomId, user: UserId, seq: Seq, by: ConnectionId) {
+    pub(super) fn set_read_mark(&self, room: RoomId, user: UserId, seq: Seq, by: ConnectionId) {
         let state = &mut *self.state.lock();
         if state.queue.len() < QUEUE_MAX {
             state.queue.push_back(Op::Mark { room, user, seq, by });
@@ -548,7 +549,7 @@ impl Registrar {
                 command.arg(user.as_str()).arg(name).arg(connections).arg(since).arg(active);
                 // Of a length, like all that is by chance.
                 command.arg(rand::rng().random_range(1_000_000_000..=u32::MAX));
-                let fits = rules.as_ref().and_then(|rules| rules.fits.as_deref());
+                let fits = rules.as_ref().and_then(|rules| rules.password_hash.as_deref());
                 let creates = rules.as_ref().is_some_and(|rules| rules.create);
                 command.arg(flag(rules.is_some())).arg(fits.unwrap_or("")).arg(flag(creates));
                 command.arg(flag(lets_in));
@@ -775,21 +776,24 @@ pub(super) fn flag(is_set: bool) -> &'static str {
 }
 
 /// Reads what `seat.lua` answers.
-fn entered(answer: &Value) -> Result<Entered, EnterError> {
+fn entered(answer: &Value) -> Result<JoinSnapshot, AdmitError> {
     let parts: Vec<String> = redis::from_redis_value(answer.clone()).unwrap_or_default();
     let number = |at: usize| parts.get(at).and_then(|part| part.parse::<u64>().ok());
     match parts.first().map(String::as_str) {
-        Some("ok") => Ok(Entered {
-            version: Version { epoch: number(1).unwrap_or(0), number: number(2).unwrap_or(0) },
+        Some("ok") => Ok(JoinSnapshot {
+            version: PresenceVersion {
+                epoch: number(1).unwrap_or(0),
+                number: number(2).unwrap_or(0),
+            },
             count: number(3).unwrap_or(0),
             read: number(4).unwrap_or(0),
             deleted: number(5).unwrap_or(0),
-            made: number(6) == Some(1),
+            created: number(6) == Some(1),
         }),
-        Some("wrong_password") => Err(EnterError::WrongPassword),
-        Some("full") => Err(EnterError::Full),
-        Some("not_found") => Err(EnterError::NotFound),
-        Some("quota") => Err(EnterError::Quota),
+        Some("wrong_password") => Err(AdmitError::WrongPassword),
+        Some("full") => Err(AdmitError::Full),
+        Some("not_found") => Err(AdmitError::NotFound),
+        Some("quota") => Err(AdmitError::Quota),
         Some("tight") => Err(BusError::Full.into()),
         _ => Err(BusError::Refused.into()),
     }

@@ -1,4 +1,4 @@
-//! The registry of a single node, in this process's memory. The reference for [`Registry`].
+//! The registry of a single node, in this process's memory. The reference for [`PresenceStore`].
 
 use std::{
     borrow::Borrow,
@@ -20,9 +20,10 @@ use crate::{
     bus::{
         Appended, BoxFuture, BusError, Done,
         registry::{
-            Change, Creation, Deletion, Detail, Details, EnterError, Entered, EphemeralEvent,
-            Found, Listing, Millis, Online, Place, Record, Registry, Rules, Seat, Snapshot, Status,
-            Version,
+            AdmitError, CreateOutcome, DeleteOutcome, EphemeralEvent, JoinConditions, JoinSnapshot,
+            NodePresence, OnlinePage, OnlineStatus, PresenceChange, PresenceDetails, PresenceScope,
+            PresenceSnapshot, PresenceStore, PresenceVersion, RoomConfig, RoomPage, RoomSummary,
+            UnixMillis, UserPresence,
         },
     },
     telemetry::metrics::DurableBound,
@@ -30,11 +31,11 @@ use crate::{
 
 /// What the registry has. Rooms that nobody is in and nobody manages are not here.
 #[derive(Default)]
-pub(super) struct Registered {
+pub(super) struct StoreState {
     rooms: BTreeMap<RoomId, Room>,
     marks: HashMap<RoomId, BTreeMap<UserId, Seq>>,
     /// When users who have left did something last.
-    seen: HashMap<UserId, Millis>,
+    seen: HashMap<UserId, UnixMillis>,
     /// How many managed rooms each owner has.
     owned: HashMap<UserId, usize>,
 }
@@ -45,9 +46,9 @@ const SEEN_MAX: usize = 10_000;
 #[derive(Default)]
 struct Room {
     present: Present,
-    record: Option<Record>,
+    record: Option<RoomConfig>,
     /// When somebody came, where it was empty.
-    since: Millis,
+    since: UnixMillis,
     /// Since when nobody is there.
     empty_since: Option<Instant>,
 }
@@ -55,21 +56,21 @@ struct Room {
 /// Who is at one place.
 #[derive(Default)]
 struct Present {
-    version: Version,
+    version: PresenceVersion,
     users: BTreeMap<UserId, Row>,
 }
 
 struct Row {
     name: DisplayName,
     connections: u32,
-    since: Millis,
-    active: Millis,
+    since: UnixMillis,
+    active: UnixMillis,
 }
 
 impl Present {
     /// Takes a seat in, and tells what changed by that.
-    fn take(&mut self, seat: Seat) -> Option<Change> {
-        let Seat { user, connections, since, active, admitted, .. } = seat;
+    fn take(&mut self, seat: NodePresence) -> Option<PresenceChange> {
+        let NodePresence { user, connections, since, active, admitted, .. } = seat;
         let (mut joined, mut left) = (Vec::new(), Vec::new());
         if connections == 0 {
             self.users.remove(&user.id)?;
@@ -83,30 +84,31 @@ impl Present {
         } else {
             let row = Row { name: user.name.clone(), connections, since, active };
             if self.users.is_empty() {
-                self.version = Version { epoch: rand::rng().random_range(1..1 << 53), number: 0 };
+                self.version =
+                    PresenceVersion { epoch: rand::rng().random_range(1..1 << 53), number: 0 };
             }
             self.users.insert(user.id.clone(), row);
             joined.push(user);
         }
         self.version.number += 1;
-        Some(Change { version: self.version, joined, left })
+        Some(PresenceChange { version: self.version, joined, left })
     }
 
-    fn snapshot(&self) -> Snapshot {
+    fn snapshot(&self) -> PresenceSnapshot {
         let person = |(id, row): (&UserId, &Row)| Person { id: id.clone(), name: row.name.clone() };
         let users = self.users.iter().map(person).collect();
-        Snapshot { version: self.version, users, settled: true }
+        PresenceSnapshot { version: self.version, users, complete: true }
     }
 
-    fn detail(&self, user: &UserId, read: Seq) -> Option<Detail> {
+    fn detail(&self, user: &UserId, read: Seq) -> Option<UserPresence> {
         let Row { name, connections, since, active } = self.users.get(user)?;
         let user = Person { id: user.clone(), name: name.clone() };
         let (connections, since, active) = (u64::from(*connections), *since, *active);
-        Some(Detail { user, connections, since, active, read })
+        Some(UserPresence { user, connections, since, active, read })
     }
 }
 
-impl Registered {
+impl StoreState {
     /// Forgets managed rooms that have been empty for longer than `ttl`.
     pub(super) fn sweep(&mut self, ttl: Duration, now: Instant) {
         let owned = &mut self.owned;
@@ -135,13 +137,13 @@ impl Registered {
     }
 
     /// A user has come, or left.
-    fn note_seen(&mut self, seat: &Seat) {
+    fn note_seen(&mut self, seat: &NodePresence) {
         if seat.connections > 0 {
             self.seen.remove(&seat.user.id);
             return;
         }
         if self.seen.len() >= SEEN_MAX {
-            let mut times: Vec<Millis> = self.seen.values().copied().collect();
+            let mut times: Vec<UnixMillis> = self.seen.values().copied().collect();
             times.sort_unstable();
             let half = times[times.len() / 2];
             self.seen.retain(|_, active| *active > half);
@@ -149,14 +151,14 @@ impl Registered {
         self.seen.insert(seat.user.id.clone(), seat.active);
     }
 
-    fn seat(&mut self, seat: Seat, now: Instant) -> Option<(RoomId, Change)> {
-        let name = match &seat.place {
+    fn seat(&mut self, seat: NodePresence, now: Instant) -> Option<(RoomId, PresenceChange)> {
+        let name = match &seat.scope {
             // Its node knows who is connected.
-            Place::Cluster => {
+            PresenceScope::Cluster => {
                 self.note_seen(&seat);
                 return None;
             }
-            Place::Room(room) => room.clone(),
+            PresenceScope::Room(room) => room.clone(),
         };
         if seat.connections == 0 && !self.rooms.contains_key(&name) {
             return None;
@@ -178,24 +180,24 @@ impl Registered {
         &self,
         name: &RoomId,
         user: &UserId,
-        rules: &Rules,
+        rules: &JoinConditions,
         has_log: bool,
-    ) -> Result<(), EnterError> {
+    ) -> Result<(), AdmitError> {
         let Some(room) = self.rooms.get(name) else {
             return match rules.create {
                 true if rules.within_quota || has_log => Ok(()),
-                true => Err(EnterError::Quota),
-                false => Err(EnterError::NotFound),
+                true => Err(AdmitError::Quota),
+                false => Err(AdmitError::NotFound),
             };
         };
         let Some(record) = &room.record else { return Ok(()) };
-        if record.password.is_some() && record.password != rules.fits {
-            return Err(EnterError::WrongPassword);
+        if record.password.is_some() && record.password != rules.password_hash {
+            return Err(AdmitError::WrongPassword);
         }
         let members = room.present.users.len();
         let full = record.max_members.is_some_and(|max| members >= max as usize);
         if full && !room.present.users.contains_key(user) {
-            return Err(EnterError::Full);
+            return Err(AdmitError::Full);
         }
         Ok(())
     }
@@ -213,9 +215,9 @@ fn disown(owned: &mut HashMap<UserId, usize>, room: &Room) {
 }
 
 impl Room {
-    fn found(&self, room: RoomId) -> Found {
+    fn found(&self, room: RoomId) -> RoomSummary {
         let members = self.present.users.len() as u64;
-        Found { room, record: self.record.clone(), members, since: self.since }
+        RoomSummary { room, config: self.record.clone(), members, since: self.since }
     }
 }
 
@@ -231,37 +233,37 @@ impl MemoryBus {
     /// What is passed on leaves under the lock, so that changes enter the mailbox in their order.
     fn enter_now(
         &self,
-        seat: Seat,
-        rules: Option<&Rules>,
+        seat: NodePresence,
+        rules: Option<&JoinConditions>,
         lets_in: bool,
-    ) -> Result<Entered, EnterError> {
-        let Place::Room(room) = seat.place.clone() else {
+    ) -> Result<JoinSnapshot, AdmitError> {
+        let PresenceScope::Room(room) = seat.scope.clone() else {
             let status = RoomId::status_of(&seat.user.id);
-            self.registered.lock().seat(seat, Instant::now());
+            self.store.lock().seat(seat, Instant::now());
             if self.rooms.lock().subscribed.contains_key(&status) {
                 self.mailboxes.send_ephemeral(status, EphemeralEvent::Status);
             }
-            return Ok(Entered::default());
+            return Ok(JoinSnapshot::default());
         };
         let user = seat.user.id.clone();
         let (top, deleted) = self.top_and_deletion(&room);
-        let registered = &mut *self.registered.lock();
+        let registered = &mut *self.store.lock();
         let made = rules.is_some() && top == 0 && !registered.rooms.contains_key(&room);
         if let Some(rules) = rules {
             registered.admits(&room, &user, rules, top > 0)?;
         }
         // Who has kept to the rules is let in.
-        let seat = Seat { admitted: seat.admitted || lets_in, ..seat };
+        let seat = NodePresence { admitted: seat.admitted || lets_in, ..seat };
         if let Some((room, change)) = registered.seat(seat, Instant::now()) {
             self.mailboxes.send_ephemeral(room, EphemeralEvent::Presence(change));
         }
         let present = registered.rooms.get(&room).map(|room| &room.present);
-        Ok(Entered {
+        Ok(JoinSnapshot {
             version: present.map(|present| present.version).unwrap_or_default(),
             count: present.map_or(0, |present| present.users.len() as u64),
             read: registered.mark_of(&room, &user, top),
             deleted,
-            made,
+            created: made,
         })
     }
 
@@ -270,18 +272,18 @@ impl MemoryBus {
         room: &RoomId,
         owner: Option<&UserId>,
         by: Option<ConnectionId>,
-    ) -> Deletion {
+    ) -> DeleteOutcome {
         let has_log = self.top(room) > 0;
         {
-            let registered = &mut *self.registered.lock();
+            let registered = &mut *self.store.lock();
             let found = registered.rooms.get(room);
             let record = found.and_then(|found| found.record.as_ref());
             match owner {
                 Some(owner) if record.is_none_or(|record| record.owner != *owner) => {
                     let known = found.is_some();
-                    return if known { Deletion::NotOwner } else { Deletion::NotFound };
+                    return if known { DeleteOutcome::NotOwner } else { DeleteOutcome::NotFound };
                 }
-                None if found.is_none() && !has_log => return Deletion::NotFound,
+                None if found.is_none() && !has_log => return DeleteOutcome::NotFound,
                 _ => {}
             }
             if let Some(room) = registered.rooms.remove(room) {
@@ -294,7 +296,7 @@ impl MemoryBus {
             );
         }
         self.delete_log(room);
-        Deletion::Deleted
+        DeleteOutcome::Deleted
     }
 }
 
@@ -312,18 +314,22 @@ fn behind<'a, K: Ord + Borrow<str>, V>(
     map.range::<str, _>((bound, Bound::Unbounded))
 }
 
-impl Registry for MemoryBus {
-    fn seat(&self, seat: Seat) {
+impl PresenceStore for MemoryBus {
+    fn track(&self, seat: NodePresence) {
         // Without rules nobody is refused.
         let _ = self.enter_now(seat, None, false);
     }
 
-    fn enter(&self, seat: Seat, rules: Option<Rules>) -> BoxFuture<Result<Entered, EnterError>> {
+    fn admit(
+        &self,
+        seat: NodePresence,
+        rules: Option<JoinConditions>,
+    ) -> BoxFuture<Result<JoinSnapshot, AdmitError>> {
         ready(self.enter_now(seat, rules.as_ref(), true))
     }
 
-    fn snapshots(&self, rooms: Vec<RoomId>) -> BoxFuture<Result<Vec<Snapshot>, BusError>> {
-        let registered = self.registered.lock();
+    fn snapshots(&self, rooms: Vec<RoomId>) -> BoxFuture<Result<Vec<PresenceSnapshot>, BusError>> {
+        let registered = self.store.lock();
         let snapshot = |room| match registered.rooms.get(room) {
             Some(Room { present, .. }) => present.snapshot(),
             None => Present::default().snapshot(),
@@ -331,10 +337,14 @@ impl Registry for MemoryBus {
         ready(Ok(rooms.iter().map(snapshot).collect()))
     }
 
-    fn details(&self, room: RoomId, users: Vec<UserId>) -> BoxFuture<Result<Details, BusError>> {
+    fn details(
+        &self,
+        room: RoomId,
+        users: Vec<UserId>,
+    ) -> BoxFuture<Result<PresenceDetails, BusError>> {
         let top = self.top(&room);
-        let registered = self.registered.lock();
-        let mut details = Details::default();
+        let registered = self.store.lock();
+        let mut details = PresenceDetails::default();
         if let Some(Room { present, .. }) = registered.rooms.get(&room) {
             details.version = present.version;
             let detail = |user| present.detail(user, registered.mark_of(&room, user, top));
@@ -343,22 +353,22 @@ impl Registry for MemoryBus {
         ready(Ok(details))
     }
 
-    fn online(&self, _: String, _: usize) -> BoxFuture<Result<Option<Online>, BusError>> {
+    fn online(&self, _: String, _: usize) -> BoxFuture<Result<Option<OnlinePage>, BusError>> {
         ready(Ok(None))
     }
 
-    fn statuses(&self, users: Vec<UserId>) -> BoxFuture<Result<Vec<Status>, BusError>> {
-        let registered = self.registered.lock();
+    fn statuses(&self, users: Vec<UserId>) -> BoxFuture<Result<Vec<OnlineStatus>, BusError>> {
+        let registered = self.store.lock();
         let status = |user| {
             let active = registered.seen.get(user).copied();
-            Status { online: false, active, settled: true }
+            OnlineStatus { online: false, active, complete: true }
         };
         ready(Ok(users.iter().map(status).collect()))
     }
 
-    fn mark(&self, room: RoomId, user: UserId, seq: Seq, by: ConnectionId) {
+    fn set_read_mark(&self, room: RoomId, user: UserId, seq: Seq, by: ConnectionId) {
         let top = self.top(&room);
-        let registered = &mut *self.registered.lock();
+        let registered = &mut *self.store.lock();
         let seq = seq.min(top);
         if seq > registered.mark_of(&room, &user, top) {
             let marks = registered.marks.entry(room.clone()).or_default();
@@ -381,26 +391,26 @@ impl Registry for MemoryBus {
     fn create(
         &self,
         room: RoomId,
-        record: Record,
+        record: RoomConfig,
         owned_max: Option<usize>,
-    ) -> BoxFuture<Result<Creation, BusError>> {
+    ) -> BoxFuture<Result<CreateOutcome, BusError>> {
         let has_log = self.top(&room) > 0;
-        let Registered { rooms, owned, .. } = &mut *self.registered.lock();
+        let StoreState { rooms, owned, .. } = &mut *self.store.lock();
         if has_log || rooms.contains_key(&room) {
-            return ready(Ok(Creation::Exists));
+            return ready(Ok(CreateOutcome::Exists));
         }
         let count = owned.get(&record.owner).copied().unwrap_or(0);
         if owned_max.is_some_and(|max| count >= max) {
-            return ready(Ok(Creation::TooMany));
+            return ready(Ok(CreateOutcome::QuotaExceeded));
         }
         owned.insert(record.owner.clone(), count + 1);
         let empty_since = Some(Instant::now());
         rooms.insert(room, Room { record: Some(record), empty_since, ..Room::default() });
-        ready(Ok(Creation::Made))
+        ready(Ok(CreateOutcome::Created))
     }
 
-    fn find(&self, room: RoomId) -> BoxFuture<Result<Option<Found>, BusError>> {
-        let registered = self.registered.lock();
+    fn find(&self, room: RoomId) -> BoxFuture<Result<Option<RoomSummary>, BusError>> {
+        let registered = self.store.lock();
         ready(Ok(registered.rooms.get(&room).map(|found| found.found(room))))
     }
 
@@ -410,17 +420,17 @@ impl Registry for MemoryBus {
         after: String,
         limit: usize,
         all: bool,
-    ) -> BoxFuture<Result<Listing, BusError>> {
-        let registered = self.registered.lock();
+    ) -> BoxFuture<Result<RoomPage, BusError>> {
+        let registered = self.store.lock();
         let is_public = |room: &Room| room.record.as_ref().is_none_or(|record| record.public);
         let mut rooms = behind(&registered.rooms, &prefix, &after)
             .take_while(|(name, _)| name.as_str().starts_with(&prefix))
             .filter(|(_, room)| all || is_public(room));
         let page = rooms.by_ref().take(limit);
-        let page: Vec<Found> = page.map(|(name, room)| room.found(name.clone())).collect();
+        let page: Vec<RoomSummary> = page.map(|(name, room)| room.found(name.clone())).collect();
         let last = page.last().map(|found| found.room.to_string());
         let next = rooms.next().and(last);
-        ready(Ok(Listing { rooms: page, next }))
+        ready(Ok(RoomPage { rooms: page, next }))
     }
 
     fn delete_room(
@@ -428,7 +438,7 @@ impl Registry for MemoryBus {
         room: RoomId,
         owner: Option<UserId>,
         by: Option<ConnectionId>,
-    ) -> BoxFuture<Result<Deletion, BusError>> {
+    ) -> BoxFuture<Result<DeleteOutcome, BusError>> {
         ready(Ok(self.delete_now(&room, owner.as_ref(), by)))
     }
 }

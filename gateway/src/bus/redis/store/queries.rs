@@ -14,13 +14,14 @@ use super::{
         refused_or_away,
         untrusted::{self, Lossy, or_absent, read, texts},
     },
-    BATCH_MAX, Registrar,
+    BATCH_MAX, StoreWorker,
 };
 use crate::{
     bus::{
         BusError,
         registry::{
-            Creation, Detail, Details, Found, Listing, Online, Record, Snapshot, Status, Version,
+            CreateOutcome, OnlinePage, OnlineStatus, PresenceDetails, PresenceSnapshot,
+            PresenceVersion, RoomConfig, RoomPage, RoomSummary, UserPresence,
         },
     },
     telemetry::metrics::BadValue,
@@ -41,7 +42,7 @@ enum Owned {
 /// How often a page of rooms is filled up where many of them are not public.
 const FILL_MAX: usize = 16;
 
-impl Registrar {
+impl StoreWorker {
     /// Asks something of the server that a home is with, once the nodes have agreed on it.
     pub(in crate::bus::redis) async fn ask<T>(
         &self,
@@ -75,7 +76,7 @@ impl Registrar {
         answer.map_err(|error| refused_or_away(&error))
     }
 
-    fn detail_of(&self, user: UserId, row: &str) -> Option<Detail> {
+    fn detail_of(&self, user: UserId, row: &str) -> Option<UserPresence> {
         let detail = detail_of(user, row);
         if detail.is_none() {
             untrusted::found(self.router.metrics(), BadValue::Presence, "who is present");
@@ -83,7 +84,12 @@ impl Registrar {
         detail
     }
 
-    fn snapshot(&self, room: &RoomId, rows: Vec<(Lossy, Lossy)>, settled: bool) -> Snapshot {
+    fn snapshot(
+        &self,
+        room: &RoomId,
+        rows: Vec<(Lossy, Lossy)>,
+        settled: bool,
+    ) -> PresenceSnapshot {
         let (snapshot, bad) = snapshot(rows, settled);
         for _ in 0..bad {
             untrusted::found(self.router.metrics(), BadValue::Presence, room);
@@ -94,9 +100,9 @@ impl Registrar {
     pub(in crate::bus::redis) async fn snapshots(
         self: Arc<Self>,
         rooms: Vec<RoomId>,
-    ) -> Result<Vec<Snapshot>, BusError> {
+    ) -> Result<Vec<PresenceSnapshot>, BusError> {
         let keyspace = self.router.keyspace();
-        let mut snapshots = vec![Snapshot::default(); rooms.len()];
+        let mut snapshots = vec![PresenceSnapshot::default(); rooms.len()];
         for (home, places) in by_home(0..rooms.len(), |at| keyspace.home(&rooms[*at])) {
             for places in places.chunks(BATCH_MAX / 8) {
                 // Before it is read, so that it is settled for what was written until then.
@@ -125,7 +131,7 @@ impl Registrar {
         self: Arc<Self>,
         room: RoomId,
         users: Vec<UserId>,
-    ) -> Result<Details, BusError> {
+    ) -> Result<PresenceDetails, BusError> {
         let keyspace = self.router.keyspace();
         let channel = keyspace.channel(&room);
         let names: Vec<&str> = users.iter().map(UserId::as_str).collect();
@@ -150,23 +156,23 @@ impl Registrar {
         let seq = |text: Option<Lossy>| text.and_then(|Lossy(text)| text.parse::<Seq>().ok());
         let (marks, top) = (marks.into_iter().map(seq), seq(top));
         let version =
-            rows.first().and_then(Option::as_deref).map_or(Version::default(), version_of);
+            rows.first().and_then(Option::as_deref).map_or(PresenceVersion::default(), version_of);
         // Where the marks are of another type none was read.
         let marks = marks.skip(1).chain(std::iter::repeat(None));
         let users = users.into_iter().zip(rows.into_iter().skip(1)).zip(marks);
         let detail = |((user, row), mark): ((UserId, Option<String>), Option<Seq>)| {
             let read = mark.unwrap_or(0).min(top.unwrap_or(0));
-            Some(Detail { read, ..self.detail_of(user, &row?)? })
+            Some(UserPresence { read, ..self.detail_of(user, &row?)? })
         };
-        Ok(Details { version, users: users.filter_map(detail).collect() })
+        Ok(PresenceDetails { version, users: users.filter_map(detail).collect() })
     }
 
     pub(in crate::bus::redis) async fn statuses(
         self: Arc<Self>,
         users: Vec<UserId>,
-    ) -> Result<Vec<Status>, BusError> {
+    ) -> Result<Vec<OnlineStatus>, BusError> {
         let keyspace = self.router.keyspace();
-        let mut statuses = vec![Status::default(); users.len()];
+        let mut statuses = vec![OnlineStatus::default(); users.len()];
         let home_of = |at: &usize| keyspace.home_of_text(users[*at].as_str());
         for (home, places) in by_home(0..users.len(), home_of) {
             let names: Vec<&str> = places.iter().map(|at| users[*at].as_str()).collect();
@@ -191,10 +197,10 @@ impl Registrar {
             for ((at, row), seen) in places.into_iter().zip(rows).zip(seen) {
                 let detail = row.and_then(|Lossy(row)| self.detail_of(users[at].clone(), &row));
                 let active = detail.as_ref().map(|detail| detail.active);
-                statuses[at] = Status {
+                statuses[at] = OnlineStatus {
                     online: detail.is_some(),
                     active: active.or(seen.map(|seen| seen as u64)),
-                    settled,
+                    complete: settled,
                 };
             }
         }
@@ -244,13 +250,13 @@ impl Registrar {
         self: Arc<Self>,
         after: String,
         limit: usize,
-    ) -> Result<Online, BusError> {
+    ) -> Result<OnlinePage, BusError> {
         let keyspace = self.router.keyspace();
         let from = if after.is_empty() { "-".to_owned() } else { format!("({after}") };
         let (members, more, count) =
             self.page(|home| keyspace.users(home), (&from, "+"), limit).await?;
         let members = members.iter().filter_map(|member| member.parse::<UserId>().ok());
-        let mut users: Vec<Detail> = Vec::new();
+        let mut users: Vec<UserPresence> = Vec::new();
         for (home, some) in by_home(members, |user| keyspace.home_of_text(user.as_str())) {
             let names: Vec<&str> = some.iter().map(UserId::as_str).collect();
             let answers: Vec<RedisResult<Value>> = self
@@ -267,15 +273,15 @@ impl Registrar {
             users.extend(details.filter_map(|(user, row)| self.detail_of(user, &row?.0)));
         }
         users.sort_unstable_by(|a, b| a.user.id.cmp(&b.user.id));
-        Ok(Online { users, count, more })
+        Ok(OnlinePage { users, count, more })
     }
 
     pub(in crate::bus::redis) async fn create(
         self: Arc<Self>,
         room: RoomId,
-        record: Record,
+        record: RoomConfig,
         owned_max: Option<usize>,
-    ) -> Result<Creation, BusError> {
+    ) -> Result<CreateOutcome, BusError> {
         let keyspace = self.router.keyspace();
         let (home, channel) = (keyspace.home(&room), keyspace.channel(&room));
         if self.router.set_of(home).await.server.memory.pressure().is_tight() {
@@ -287,7 +293,7 @@ impl Registrar {
             None => Owned::Before,
         };
         if noted == Owned::TooMany {
-            return Ok(Creation::TooMany);
+            return Ok(CreateOutcome::QuotaExceeded);
         }
         let mut create = self.scripts.create.prepare_invoke();
         for part in ["who", "record"] {
@@ -306,12 +312,12 @@ impl Registrar {
         }
         let made: u8 = self.run(home, &room, &create).await?;
         if made == 1 {
-            return Ok(Creation::Made);
+            return Ok(CreateOutcome::Created);
         }
         if noted == Owned::Now {
             self.forget_owned(&owner, &[room]).await?;
         }
-        Ok(Creation::Exists)
+        Ok(CreateOutcome::Exists)
     }
 
     /// Notes that a user is to own one room more. Where that would be too many those are forgotten first
@@ -353,8 +359,8 @@ impl Registrar {
         let mut gone = Vec::new();
         for (home, rooms) in by_home(rooms, |room| keyspace.home(room)) {
             let found = self.find_some(home, rooms.clone()).await?;
-            let is_gone = |found: &Option<Found>| {
-                let record = found.as_ref().and_then(|found| found.record.as_ref());
+            let is_gone = |found: &Option<RoomSummary>| {
+                let record = found.as_ref().and_then(|found| found.config.as_ref());
                 record.is_none_or(|record| record.owner != *owner)
             };
             gone.extend(rooms.into_iter().zip(found).filter(|(_, found)| is_gone(found)));
@@ -380,7 +386,7 @@ impl Registrar {
     pub(in crate::bus::redis) async fn find(
         self: Arc<Self>,
         room: RoomId,
-    ) -> Result<Option<Found>, BusError> {
+    ) -> Result<Option<RoomSummary>, BusError> {
         let home = self.router.keyspace().home(&room);
         let found = self.find_some(home, vec![room]).await?;
         Ok(found.into_iter().next().flatten())
@@ -391,7 +397,7 @@ impl Registrar {
         &self,
         home: u16,
         rooms: Vec<RoomId>,
-    ) -> Result<Vec<Option<Found>>, BusError> {
+    ) -> Result<Vec<Option<RoomSummary>>, BusError> {
         let keyspace = self.router.keyspace();
         let rows: Vec<RedisResult<Value>> = self
             .ask(home, async |connection| {
@@ -430,7 +436,7 @@ impl Registrar {
             };
             let is_there = record.is_some() || members > 0;
             let members = members.saturating_sub(1);
-            found.push(is_there.then_some(Found { room, record, members, since }));
+            found.push(is_there.then_some(RoomSummary { room, config: record, members, since }));
         }
         Ok(found)
     }
@@ -451,9 +457,9 @@ impl Registrar {
         mut after: String,
         limit: usize,
         all: bool,
-    ) -> Result<Listing, BusError> {
+    ) -> Result<RoomPage, BusError> {
         let keyspace = self.router.keyspace();
-        let mut rooms: Vec<Found> = Vec::new();
+        let mut rooms: Vec<RoomSummary> = Vec::new();
         let mut next = None;
         for _ in 0..FILL_MAX {
             let from = match (after >= prefix && !after.is_empty(), prefix.is_empty()) {
@@ -477,7 +483,7 @@ impl Registrar {
                     }
                 }
             }
-            page.retain(|found| all || found.record.as_ref().is_none_or(|record| record.public));
+            page.retain(|found| all || found.config.as_ref().is_none_or(|record| record.public));
             page.sort_unstable_by(|a, b| a.room.cmp(&b.room));
             rooms.extend(page);
             next = more.then(|| last.clone());
@@ -486,7 +492,7 @@ impl Registrar {
                 break;
             }
         }
-        Ok(Listing { rooms, next })
+        Ok(RoomPage { rooms, next })
     }
 }
 
@@ -499,23 +505,23 @@ fn by_home<T>(all: impl Iterator<Item = T>, home: impl Fn(&T) -> u16) -> BTreeMa
     by_home
 }
 
-fn version_of(row: &str) -> Version {
+fn version_of(row: &str) -> PresenceVersion {
     let mut parts = row.split(' ').map(|part| part.parse().unwrap_or(0));
-    Version { epoch: parts.next().unwrap_or(0), number: parts.next().unwrap_or(0) }
+    PresenceVersion { epoch: parts.next().unwrap_or(0), number: parts.next().unwrap_or(0) }
 }
 
 /// Reads `<connections> <since> <active> <name>`.
-fn detail_of(user: UserId, row: &str) -> Option<Detail> {
+fn detail_of(user: UserId, row: &str) -> Option<UserPresence> {
     let mut parts = row.splitn(4, ' ');
     let mut number = || parts.next()?.parse().ok();
     let (connections, since, active) = (number()?, number()?, number()?);
     let user = Person { id: user, name: parts.next()?.parse().ok()? };
-    Some(Detail { user, connections, since, active, read: 0 })
+    Some(UserPresence { user, connections, since, active, read: 0 })
 }
 
 /// Who is present, and how many rows are no gateway's.
-fn snapshot(rows: Vec<(Lossy, Lossy)>, settled: bool) -> (Snapshot, usize) {
-    let mut snapshot = Snapshot { settled, ..Snapshot::default() };
+fn snapshot(rows: Vec<(Lossy, Lossy)>, settled: bool) -> (PresenceSnapshot, usize) {
+    let mut snapshot = PresenceSnapshot { complete: settled, ..PresenceSnapshot::default() };
     let mut bad = 0;
     for (Lossy(user), Lossy(row)) in rows {
         if user == "#" {
@@ -530,9 +536,9 @@ fn snapshot(rows: Vec<(Lossy, Lossy)>, settled: bool) -> (Snapshot, usize) {
     (snapshot, bad)
 }
 
-fn record_of(fields: &BTreeMap<String, String>) -> Option<Record> {
+fn record_of(fields: &BTreeMap<String, String>) -> Option<RoomConfig> {
     let field = |name: &str| fields.get(name).map(String::as_str);
-    Some(Record {
+    Some(RoomConfig {
         name: field("name")?.parse().ok()?,
         owner: field("owner")?.parse().ok()?,
         public: field("public") == Some("1"),
