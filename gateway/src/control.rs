@@ -20,7 +20,7 @@ use crate::{
             CommandBatch, CommandId, CommandProgress, ControlCommand, ControlQueue, NodeQuery,
             QueuedCommand,
         },
-        sessions::{Holder, Sessions, Which},
+        sessions::{SessionHolder, SessionSelector, SessionStore},
     },
     drain::Tasks,
     hub::{
@@ -45,7 +45,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(20);
 pub struct Control {
     node: NodeId,
     orders: Arc<dyn ControlQueue>,
-    sessions: Arc<dyn Sessions>,
+    sessions: Arc<dyn SessionStore>,
     hub: Hub,
     presence: Arc<Presence>,
     metrics: Arc<Metrics>,
@@ -60,7 +60,7 @@ impl Control {
     /// Starts the task that applies orders on this node.
     pub fn start(
         node: NodeId,
-        (orders, sessions): (Arc<dyn ControlQueue>, Arc<dyn Sessions>),
+        (orders, sessions): (Arc<dyn ControlQueue>, Arc<dyn SessionStore>),
         hub: Hub,
         presence: Arc<Presence>,
         (metrics, trails): (Arc<Metrics>, Arc<Trails>),
@@ -129,7 +129,7 @@ impl Control {
     pub async fn close(
         &self,
         user: UserId,
-        which: Which,
+        which: SessionSelector,
         keep_sessions: bool,
         close: Close,
     ) -> Result<CommandProgress, BusError> {
@@ -187,7 +187,7 @@ impl Control {
     async fn hold_session(&self, subscriber: &Subscriber) {
         let Some(owner) = subscriber.owner() else { return };
         let holder = self.sessions.holder(owner.user.clone(), owner.session, subscriber.connection);
-        if let Ok(Holder::Another) = holder.await {
+        if let Ok(SessionHolder::Another) = holder.await {
             let (code, reason) = (CloseCode::SessionReplaced.number(), String::new());
             subscriber.outbox.close(Close { code, reason });
         }

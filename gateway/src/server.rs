@@ -11,7 +11,7 @@ use crate::{
         memory::MemoryBus,
         redis::{RedisBus, RedisStartError},
         registry::PresenceStore,
-        sessions::Sessions,
+        sessions::SessionStore,
     },
     config::Config,
     control::Control,
@@ -221,12 +221,12 @@ impl Server {
 struct Stores {
     bus: Arc<dyn Bus>,
     registry: Arc<dyn PresenceStore>,
-    sessions: Arc<dyn Sessions>,
+    sessions: Arc<dyn SessionStore>,
     orders: Arc<dyn ControlQueue>,
 }
 
 impl Stores {
-    fn of<T: Bus + PresenceStore + Sessions + ControlQueue + 'static>(store: Arc<T>) -> Self {
+    fn of<T: Bus + PresenceStore + SessionStore + ControlQueue + 'static>(store: Arc<T>) -> Self {
         let (bus, registry, sessions) = (store.clone(), store.clone(), store.clone());
         Self { bus, registry, sessions, orders: store }
     }

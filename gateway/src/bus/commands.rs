@@ -12,7 +12,7 @@
 use serde::{Deserialize, Serialize};
 use shared::ids::{MessageId, NodeId, RoomId, UserId};
 
-use super::{BoxFuture, BusError, sessions::Micros, sessions::Which};
+use super::{BoxFuture, BusError, sessions::SessionSelector, sessions::UnixMicros};
 
 /// Where an order stands: later ones are greater.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -27,7 +27,7 @@ pub enum ControlCommand {
         /// Whose.
         user: UserId,
         /// Those of which sessions.
-        which: Which,
+        which: SessionSelector,
         /// The close code.
         code: u16,
         /// The reason.
@@ -84,7 +84,7 @@ pub struct QueuedCommand {
     /// Where it stands.
     pub id: CommandId,
     /// When it was given, by the clock of the store.
-    pub at: Micros,
+    pub at: UnixMicros,
     /// Whether it was given just now.
     pub is_fresh: bool,
     /// What is to be done.

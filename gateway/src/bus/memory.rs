@@ -21,7 +21,7 @@ mod store;
 mod sessions;
 
 use commands::CommandLog;
-use sessions::Stored;
+use sessions::SessionTable;
 use store::StoreState;
 
 use super::{
@@ -48,7 +48,7 @@ const SWEEP_EVERY: Duration = Duration::from_secs(30);
 pub struct MemoryBus {
     rooms: Arc<Mutex<Rooms>>,
     store: Arc<Mutex<StoreState>>,
-    stored: Arc<Mutex<Stored>>,
+    sessions: Arc<Mutex<SessionTable>>,
     commands: Arc<Mutex<CommandLog>>,
     /// There are orders to be taken.
     command_enqueued: Arc<Notify>,
@@ -114,7 +114,7 @@ impl MemoryBus {
         let bus = Self {
             rooms: Arc::default(),
             store: Arc::default(),
-            stored: Arc::default(),
+            sessions: Arc::default(),
             commands: Arc::default(),
             command_enqueued: Arc::default(),
             retention: Arc::new(retention),
@@ -140,7 +140,7 @@ impl MemoryBus {
 
     fn sweep(&self, now: Instant) {
         self.store.lock().sweep(self.empty_ttl, now);
-        self.stored.lock().sweep(self.session_ttl);
+        self.sessions.lock().sweep(self.session_ttl);
         let dedup_window = self.retention.dedup_window;
         let unseen_ttl = self.retention.bounds.unseen.ttl;
         let mut guard = self.rooms.lock();
@@ -256,7 +256,7 @@ impl MemoryBus {
 
     /// Whether a user is or was connected, as far as is remembered.
     fn was_connected(&self, user: &UserId) -> bool {
-        self.stored.lock().has(user) || self.store.lock().was_seen(user)
+        self.sessions.lock().has(user) || self.store.lock().was_seen(user)
     }
 
     fn read_now(&self, room: &RoomId, range: Range, now: Instant) -> Page {

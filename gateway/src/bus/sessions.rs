@@ -61,7 +61,7 @@ impl SecretDigest {
 
 /// What is told of the connection that has a session.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct About {
+pub struct ConnectionInfo {
     /// What the user is called.
     pub name: DisplayName,
     /// The node.
@@ -75,7 +75,7 @@ pub struct About {
 
 /// A connection that wants a session.
 #[derive(Clone)]
-pub struct Opening {
+pub struct SessionRequest {
     /// Whose.
     pub user: UserId,
     /// The connection.
@@ -83,31 +83,31 @@ pub struct Opening {
     /// The session presented, and what its secret has to fit.
     pub resume: Option<(SessionId, SecretDigest)>,
     /// The session that is made where that is not to be had.
-    pub fresh: (SessionId, SecretDigest),
+    pub new_session: (SessionId, SecretDigest),
     /// What is told of the connection.
-    pub about: Arc<About>,
+    pub about: Arc<ConnectionInfo>,
 }
 
 /// A connection with its session.
 #[derive(Clone, Debug)]
-pub struct Opened {
+pub struct OpenedSession {
     /// The session.
     pub session: SessionId,
     /// What was known of the connection before, where the session was there.
-    pub resumed: Option<Arc<About>>,
+    pub resumed: Option<Arc<ConnectionInfo>>,
     /// When, by the clock of the store, in microseconds: what was ordered before does not concern
     /// this connection.
-    pub at: Micros,
+    pub at: UnixMicros,
     /// The user's inbox at this moment.
     pub inbox: Inbox,
 }
 
 /// Microseconds since 1970, by the clock of the store: it orders connections and what is ordered.
-pub type Micros = u64;
+pub type UnixMicros = u64;
 
 /// A session, as a listing has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct KeptSession {
+pub struct StoredSession {
     /// Which.
     pub session: SessionId,
     /// When it was made.
@@ -117,12 +117,12 @@ pub struct KeptSession {
     /// The connection that has it.
     pub connection: Option<ConnectionId>,
     /// What is told of the last one that had it.
-    pub about: Arc<About>,
+    pub about: Arc<ConnectionInfo>,
 }
 
 /// Which connection has a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Holder {
+pub enum SessionHolder {
     /// The one that asks.
     This,
     /// Another, which has presented it since.
@@ -134,7 +134,7 @@ pub enum Holder {
 /// Which sessions of a user.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Which {
+pub enum SessionSelector {
     /// All.
     All,
     /// One.
@@ -143,9 +143,9 @@ pub enum Which {
     AllBut(SessionId),
 }
 
-impl Which {
+impl SessionSelector {
     /// Whether `session` is among them.
-    pub fn has(self, session: SessionId) -> bool {
+    pub fn selects(self, session: SessionId) -> bool {
         match self {
             Self::All => true,
             Self::One(one) => one == session,
@@ -156,7 +156,7 @@ impl Which {
 
 /// Why a session's data was not changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum DataError {
+pub enum SessionDataError {
     /// The session was revoked.
     #[error("the session is no more")]
     NoSession,
@@ -172,9 +172,9 @@ pub enum DataError {
 }
 
 /// Where sessions are kept. See the module.
-pub trait Sessions: Send + Sync {
+pub trait SessionStore: Send + Sync {
     /// Has a connection take its session, or makes one; and looks at the inbox.
-    fn open(&self, opening: Opening) -> BoxFuture<Result<Opened, BusError>>;
+    fn open(&self, opening: SessionRequest) -> BoxFuture<Result<OpenedSession, BusError>>;
 
     /// What is told of the connection that a session was for last, where the secret fits.
     fn find(
@@ -182,7 +182,7 @@ pub trait Sessions: Send + Sync {
         user: UserId,
         session: SessionId,
         digest: SecretDigest,
-    ) -> BoxFuture<Result<Option<Arc<About>>, BusError>>;
+    ) -> BoxFuture<Result<Option<Arc<ConnectionInfo>>, BusError>>;
 
     /// Whose a session is. Where it is this connection's it is in use.
     fn holder(
@@ -190,7 +190,7 @@ pub trait Sessions: Send + Sync {
         user: UserId,
         session: SessionId,
         connection: ConnectionId,
-    ) -> BoxFuture<Result<Holder, BusError>>;
+    ) -> BoxFuture<Result<SessionHolder, BusError>>;
 
     /// How long a session is kept after its last use.
     fn ttl(&self) -> Duration;
@@ -204,20 +204,20 @@ pub trait Sessions: Send + Sync {
         user: UserId,
         session: SessionId,
         change: Option<Map<String, Value>>,
-    ) -> BoxFuture<Result<Map<String, Value>, DataError>>;
+    ) -> BoxFuture<Result<Map<String, Value>, SessionDataError>>;
 
     /// The sessions of a user, those used last first.
-    fn list(&self, user: UserId) -> BoxFuture<Result<Vec<KeptSession>, BusError>>;
+    fn list(&self, user: UserId) -> BoxFuture<Result<Vec<StoredSession>, BusError>>;
 
     /// Forgets sessions. Their connections are not closed by this. Returns how many there were.
-    fn revoke(&self, user: UserId, which: Which) -> BoxFuture<Result<usize, BusError>>;
+    fn revoke(&self, user: UserId, which: SessionSelector) -> BoxFuture<Result<usize, BusError>>;
 
     /// Notes up to where a user has received the inbox; of another epoch than `epoch` it is not.
     fn acknowledge(&self, user: UserId, epoch: Option<Epoch>, seq: Seq);
 }
 
 /// Merges a change into data. `None`: it would be too large.
-pub(super) fn merged(
+pub(super) fn merge_data(
     mut data: Map<String, Value>,
     change: Map<String, Value>,
 ) -> Option<(Map<String, Value>, String)> {
@@ -239,16 +239,22 @@ mod tests {
     fn a_change_replaces_adds_and_removes() {
         let of = |text: &str| serde_json::from_str::<Map<String, Value>>(text).unwrap();
         let (data, text) =
-            merged(of(r#"{"a":1,"b":2}"#), of(r#"{"a":null,"b":{"x":[]},"c":3}"#)).unwrap();
+            merge_data(of(r#"{"a":1,"b":2}"#), of(r#"{"a":null,"b":{"x":[]},"c":3}"#)).unwrap();
         assert_eq!(text, r#"{"b":{"x":[]},"c":3}"#);
         let large = format!(r#"{{"d":"{}"}}"#, "x".repeat(shared::protocol::SESSION_BYTES_MAX));
-        assert!(merged(data, of(&large)).is_none());
+        assert!(merge_data(data, of(&large)).is_none());
     }
 
     #[test]
     fn sessions_are_picked_by_what_is_asked() {
         let (one, two) = (SessionId::random(), SessionId::random());
-        assert!(Which::All.has(one) && Which::One(one).has(one) && !Which::One(one).has(two));
-        assert!(!Which::AllBut(one).has(one) && Which::AllBut(one).has(two));
+        assert!(
+            SessionSelector::All.selects(one)
+                && SessionSelector::One(one).selects(one)
+                && !SessionSelector::One(one).selects(two)
+        );
+        assert!(
+            !SessionSelector::AllBut(one).selects(one) && SessionSelector::AllBut(one).selects(two)
+        );
     }
 }

@@ -27,7 +27,7 @@ use super::{
     origin::Allowed,
 };
 use crate::{
-    bus::sessions::{self, About, Holder, Opened, SecretDigest},
+    bus::sessions::{self, ConnectionInfo, OpenedSession, SecretDigest, SessionHolder},
     hub::{
         NotFollowed,
         join::{Admission, Start},
@@ -63,10 +63,10 @@ pub(super) struct Entered {
     pub(super) identity: Identity,
     /// Its place among the connections of its user.
     pub(super) place: Place<UserId>,
-    pub(super) opened: Opened,
+    pub(super) opened: OpenedSession,
     /// The secret of its session.
     secret: [u8; 16],
-    pub(super) about: Arc<About>,
+    pub(super) about: Arc<ConnectionInfo>,
 }
 
 /// Why a client is not let in.
@@ -149,7 +149,7 @@ impl Client {
             node.state.by_user.enter(user.clone(), node.options.limits.connections_per_user);
         let place = place.ok_or(Refused::TooMany)?;
 
-        let about = Arc::new(About {
+        let about = Arc::new(ConnectionInfo {
             name: identity.user.name.clone(),
             node: node.id.clone(),
             address: self.address,
@@ -158,11 +158,11 @@ impl Client {
         let session = SessionId::random();
         let fresh = ResumeToken { secret: rand::random(), session, user: user.clone() };
         let presented = self.session.as_ref().filter(|token| token.user == user);
-        let opening = sessions.open(sessions::Opening {
+        let opening = sessions.open(sessions::SessionRequest {
             user,
             connection,
             resume: presented.map(|token| (token.session, SecretDigest::of(token))),
-            fresh: (session, SecretDigest::of(&fresh)),
+            new_session: (session, SecretDigest::of(&fresh)),
             about: about.clone(),
         });
         match tokio::time::timeout(limits.wait_max, opening).await {
@@ -232,11 +232,11 @@ pub(super) async fn hold_session(node: &Node, subscriber: &Subscriber) {
     let Services { sessions, limits, .. } = &*node.services;
     let holder = sessions.holder(owner.user.clone(), owner.session, subscriber.connection);
     let (code, reason) = match tokio::time::timeout(limits.wait_max, holder).await {
-        Ok(Ok(Holder::Another)) => (CloseCode::SessionReplaced, ""),
+        Ok(Ok(SessionHolder::Another)) => (CloseCode::SessionReplaced, ""),
         // It comes back and is given another, or is refused again.
-        Ok(Ok(Holder::Gone)) => (CloseCode::Overload, "unavailable"),
+        Ok(Ok(SessionHolder::Gone)) => (CloseCode::Overload, "unavailable"),
         // Where that cannot be found out now it is within a minute.
-        Ok(Ok(Holder::This) | Err(_)) | Err(_) => return,
+        Ok(Ok(SessionHolder::This) | Err(_)) | Err(_) => return,
     };
     subscriber.outbox.close(Close { code: code.number(), reason: reason.to_owned() });
 }

@@ -42,7 +42,7 @@ use super::{
     places::Places,
 };
 use crate::{
-    bus::sessions::Opened,
+    bus::sessions::OpenedSession,
     hub::{NotFollowed, member::Subscriber},
     limits::{
         Place,
@@ -378,7 +378,7 @@ impl Opening {
         let subscriber = Arc::new(subscriber.of(entered.owner()));
         let (presence, wait) = (&node.services.presence, node.services.limits.wait_max);
         let connected = connected(&node, &entered, &subscriber, route);
-        let Entered { identity, place, opened: Opened { session, inbox, .. }, .. } = entered;
+        let Entered { identity, place, opened: OpenedSession { session, inbox, .. }, .. } = entered;
         let opening = async {
             // When the client hears `connected` everybody can see that its user is.
             let online = presence.appear(&user, wait).await;

@@ -27,7 +27,7 @@ use smallvec::SmallVec;
 use crate::{
     bus::{
         registry::{PresenceVersion, UnixMillis, unix_millis_now},
-        sessions::{About, Micros},
+        sessions::{ConnectionInfo, UnixMicros},
         standing::Standing,
     },
     delivery::{Entry, follow::Keep},
@@ -96,9 +96,9 @@ pub struct Owner {
     /// The session.
     pub session: SessionId,
     /// When it was opened, by the clock that orders are given by.
-    pub since: Micros,
+    pub since: UnixMicros,
     /// What is told of it.
-    pub about: Arc<About>,
+    pub about: Arc<ConnectionInfo>,
 }
 
 /// An `ack` that is to stand in the place of a copy.

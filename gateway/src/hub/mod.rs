@@ -29,7 +29,7 @@ use crate::{
     bus::{
         Bus, BusError, Mailboxes, ShardReceiver,
         registry::{OnlineStatus, PresenceDetails, PresenceSnapshot},
-        sessions::{Micros, Which},
+        sessions::{SessionSelector, UnixMicros},
     },
     delivery::page::Page,
     drain::Tasks,
@@ -136,15 +136,15 @@ enum Call {
     },
     Close {
         room: RoomId,
-        which: Which,
-        before: Micros,
+        which: SessionSelector,
+        before: UnixMicros,
         close: Close,
         done: oneshot::Sender<()>,
     },
     Remove {
         room: RoomId,
         user: UserId,
-        before: Micros,
+        before: UnixMicros,
         done: oneshot::Sender<()>,
     },
     Broadcast(Bytes),
@@ -302,7 +302,13 @@ impl Hub {
 
     /// Closes connections of a user that were opened before a time, those of some sessions. Resolves
     /// when that is under way.
-    pub async fn close(&self, user: &UserId, which: Which, before: Micros, close: Close) {
+    pub async fn close(
+        &self,
+        user: &UserId,
+        which: SessionSelector,
+        before: UnixMicros,
+        close: Close,
+    ) {
         let (done, closed) = oneshot::channel();
         let room = RoomId::inbox_of(user);
         self.call(room.clone(), Call::Close { room, which, before, close, done }).await;
@@ -311,7 +317,7 @@ impl Hub {
     }
 
     /// Takes those connections of a user out of a room that were opened before a time.
-    pub async fn remove(&self, room: RoomId, user: UserId, before: Micros) {
+    pub async fn remove(&self, room: RoomId, user: UserId, before: UnixMicros) {
         let (done, removed) = oneshot::channel();
         self.call(room.clone(), Call::Remove { room, user, before, done }).await;
         let _ = removed.await;

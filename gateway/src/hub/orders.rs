@@ -15,13 +15,13 @@ use super::{
     shard::Shard,
 };
 use crate::{
-    bus::sessions::{Micros, Which},
+    bus::sessions::{SessionSelector, UnixMicros},
     outbox::Close,
 };
 
 impl Subscriber {
     /// Whether it was opened before an order was given, so that the order concerns it.
-    fn is_older_than(&self, order: Micros) -> bool {
+    fn is_older_than(&self, order: UnixMicros) -> bool {
         self.owner().is_some_and(|owner| owner.since <= order)
     }
 }
@@ -30,21 +30,21 @@ impl Shard {
     pub(super) fn close_connections(
         &self,
         inbox: &RoomId,
-        which: Which,
-        before: Micros,
+        which: SessionSelector,
+        before: UnixMicros,
         close: &Close,
     ) {
         let members = self.rooms.get(inbox).map(|room| &room.members);
         for member in members.into_iter().flatten() {
             let subscriber = &member.subscriber;
-            let is_meant = subscriber.owner().is_some_and(|owner| which.has(owner.session));
+            let is_meant = subscriber.owner().is_some_and(|owner| which.selects(owner.session));
             if is_meant && subscriber.is_older_than(before) {
                 subscriber.outbox.close(close.clone());
             }
         }
     }
 
-    pub(super) fn remove(&mut self, name: &RoomId, user: &UserId, before: Micros) {
+    pub(super) fn remove(&mut self, name: &RoomId, user: &UserId, before: UnixMicros) {
         let Some(room) = self.rooms.get_mut(name) else { return };
         let removed = room.members.iter().map(|member| &member.subscriber);
         let removed: Vec<Arc<Subscriber>> = removed

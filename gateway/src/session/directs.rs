@@ -20,7 +20,7 @@ use super::{
     perform::{Asked, TOO_MUCH_READ, range_of},
 };
 use crate::{
-    bus::{Range, sessions::DataError},
+    bus::{Range, sessions::SessionDataError},
     delivery::{Entry, page::Page},
     hub::join::history as whole_frames,
     telemetry::metrics::DurableBound,
@@ -192,7 +192,7 @@ pub(super) async fn session(
     // Its own refusals are no failures of the store.
     let data = async {
         match data.await {
-            Err(DataError::Bus(error)) => Err(error),
+            Err(SessionDataError::Bus(error)) => Err(error),
             other => Ok(other),
         }
     };
@@ -203,8 +203,8 @@ pub(super) async fn session(
         }
         Ok(Err(error)) => {
             let code = match error {
-                DataError::NoSession => ErrorCode::NotFound,
-                DataError::TooMuch(_) => {
+                SessionDataError::NoSession => ErrorCode::NotFound,
+                SessionDataError::TooMuch(_) => {
                     asked.services.metrics.durable_refusals.of(DurableBound::SessionData).inc();
                     ErrorCode::LimitReached
                 }

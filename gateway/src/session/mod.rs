@@ -32,7 +32,7 @@ use crate::{
     bus::{
         Appended, BoxFuture, Bus, BusError,
         registry::{EphemeralEvent, RoomConfig, unix_millis_now},
-        sessions::Sessions,
+        sessions::SessionStore,
         standing::Told,
     },
     hub::{
@@ -73,7 +73,7 @@ pub struct Services {
     /// Who is where.
     pub presence: Arc<Presence>,
     /// Where sessions are kept.
-    pub sessions: Arc<dyn Sessions>,
+    pub sessions: Arc<dyn SessionStore>,
     /// How clients are told apart.
     pub auth: Auth,
     /// What holds for rooms.

@@ -11,7 +11,7 @@ use crate::bus::{
     commands::{
         CommandBatch, CommandId, CommandProgress, ControlCommand, ControlQueue, QueuedCommand,
     },
-    sessions::Micros,
+    sessions::UnixMicros,
 };
 
 /// How many questions it is known what was answered to.
@@ -35,7 +35,7 @@ impl ControlQueue for MemoryBus {
         let book = &mut *self.commands.lock();
         book.last += 1;
         let id = CommandId(0, book.last);
-        let at = since_1970.as_micros() as Micros;
+        let at = since_1970.as_micros() as UnixMicros;
         book.waiting.push_back(QueuedCommand { id, at, is_fresh: true, command: order });
         self.command_enqueued.notify_one();
         ready(Ok(id))

@@ -1,4 +1,4 @@
-//! Sessions of a single node, in this process's memory. The reference for [`Sessions`].
+//! Sessions of a single node, in this process's memory. The reference for [`SessionStore`].
 
 use std::{
     collections::HashMap,
@@ -19,8 +19,8 @@ use crate::bus::{
     BoxFuture, BusError,
     registry::{EphemeralEvent, UnixMillis, unix_millis_now},
     sessions::{
-        About, DataError, Holder, KeptSession, Micros, Opened, Opening, SESSIONS_MAX, SecretDigest,
-        Sessions, Which, merged,
+        ConnectionInfo, OpenedSession, SESSIONS_MAX, SecretDigest, SessionDataError, SessionHolder,
+        SessionRequest, SessionSelector, SessionStore, StoredSession, UnixMicros, merge_data,
     },
 };
 
@@ -30,28 +30,28 @@ const STORED_MAX: usize = 100_000;
 
 /// The sessions there are.
 #[derive(Default)]
-pub(super) struct Stored {
+pub(super) struct SessionTable {
     /// Most users have one.
-    users: HashMap<UserId, Vec<Row>>,
+    users: HashMap<UserId, Vec<SessionRow>>,
 }
 
-struct Row {
+struct SessionRow {
     session: SessionId,
     digest: SecretDigest,
     created: UnixMillis,
     used: UnixMillis,
     connection: Option<ConnectionId>,
-    about: Arc<About>,
+    about: Arc<ConnectionInfo>,
     data: Option<Box<str>>,
 }
 
-impl Row {
+impl SessionRow {
     fn is_over(&self, ttl: Duration, now: UnixMillis) -> bool {
         self.connection.is_none() && self.used + (ttl.as_millis() as UnixMillis) <= now
     }
 }
 
-impl Stored {
+impl SessionTable {
     /// Forgets sessions that were not used for longer than `ttl`, and more where there are too many.
     pub(super) fn sweep(&mut self, ttl: Duration) {
         let now = unix_millis_now();
@@ -84,16 +84,16 @@ impl Stored {
         rows.filter_map(|row| row.data.as_ref()).map(|data| data.len() as u64).sum()
     }
 
-    fn row(&mut self, user: &UserId, session: SessionId) -> Option<&mut Row> {
+    fn row(&mut self, user: &UserId, session: SessionId) -> Option<&mut SessionRow> {
         self.users.get_mut(user)?.iter_mut().find(|row| row.session == session)
     }
 
     /// Gives the session presented to `opening`'s connection. Returns what was known of the one before.
     fn resume(
         &mut self,
-        opening: &Opening,
+        opening: &SessionRequest,
         ttl: Duration,
-    ) -> Option<(SessionId, Option<ConnectionId>, Arc<About>)> {
+    ) -> Option<(SessionId, Option<ConnectionId>, Arc<ConnectionInfo>)> {
         let (session, digest) = opening.resume?;
         let now = unix_millis_now();
         let row = self.row(&opening.user, session)?;
@@ -106,8 +106,8 @@ impl Stored {
         Some((session, before, about))
     }
 
-    fn begin(&mut self, opening: &Opening) -> SessionId {
-        let ((session, digest), now) = (opening.fresh, unix_millis_now());
+    fn begin(&mut self, opening: &SessionRequest) -> SessionId {
+        let ((session, digest), now) = (opening.new_session, unix_millis_now());
         let rows = self.users.entry(opening.user.clone()).or_default();
         if rows.len() >= SESSIONS_MAX
             && let Some(oldest) =
@@ -116,7 +116,7 @@ impl Stored {
             rows.swap_remove(oldest);
         }
         rows.reserve_exact(1);
-        rows.push(Row {
+        rows.push(SessionRow {
             session,
             digest,
             created: now,
@@ -154,18 +154,18 @@ impl MemoryBus {
     }
 }
 
-fn micros_now() -> Micros {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_micros() as Micros
+fn micros_now() -> UnixMicros {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_micros() as UnixMicros
 }
 
 fn ready<T: Send + 'static>(value: T) -> BoxFuture<T> {
     Box::pin(std::future::ready(value))
 }
 
-impl Sessions for MemoryBus {
-    fn open(&self, opening: Opening) -> BoxFuture<Result<Opened, BusError>> {
+impl SessionStore for MemoryBus {
+    fn open(&self, opening: SessionRequest) -> BoxFuture<Result<OpenedSession, BusError>> {
         let (session, resumed) = {
-            let stored = &mut *self.stored.lock();
+            let stored = &mut *self.sessions.lock();
             match stored.resume(&opening, self.session_ttl) {
                 Some((session, before, about)) => {
                     if before.is_some_and(|before| before != opening.connection) {
@@ -178,7 +178,7 @@ impl Sessions for MemoryBus {
             }
         };
         let inbox = self.inbox(&opening.user);
-        ready(Ok(Opened { session, resumed, at: micros_now(), inbox }))
+        ready(Ok(OpenedSession { session, resumed, at: micros_now(), inbox }))
     }
 
     fn ttl(&self) -> Duration {
@@ -190,9 +190,10 @@ impl Sessions for MemoryBus {
         user: UserId,
         session: SessionId,
         digest: SecretDigest,
-    ) -> BoxFuture<Result<Option<Arc<About>>, BusError>> {
-        let (stored, now) = (&mut *self.stored.lock(), unix_millis_now());
-        let fits = |row: &&mut Row| row.digest == digest && !row.is_over(self.session_ttl, now);
+    ) -> BoxFuture<Result<Option<Arc<ConnectionInfo>>, BusError>> {
+        let (stored, now) = (&mut *self.sessions.lock(), unix_millis_now());
+        let fits =
+            |row: &&mut SessionRow| row.digest == digest && !row.is_over(self.session_ttl, now);
         let row = stored.row(&user, session).filter(fits);
         ready(Ok(row.map(|row| row.about.clone())))
     }
@@ -202,16 +203,16 @@ impl Sessions for MemoryBus {
         user: UserId,
         session: SessionId,
         connection: ConnectionId,
-    ) -> BoxFuture<Result<Holder, BusError>> {
-        ready(Ok(match self.stored.lock().row(&user, session) {
-            Some(row) if row.connection == Some(connection) => Holder::This,
-            Some(_) => Holder::Another,
-            None => Holder::Gone,
+    ) -> BoxFuture<Result<SessionHolder, BusError>> {
+        ready(Ok(match self.sessions.lock().row(&user, session) {
+            Some(row) if row.connection == Some(connection) => SessionHolder::This,
+            Some(_) => SessionHolder::Another,
+            None => SessionHolder::Gone,
         }))
     }
 
     fn close(&self, user: UserId, session: SessionId, connection: ConnectionId) {
-        let stored = &mut *self.stored.lock();
+        let stored = &mut *self.sessions.lock();
         if let Some(row) = stored.row(&user, session)
             && row.connection == Some(connection)
         {
@@ -224,52 +225,53 @@ impl Sessions for MemoryBus {
         user: UserId,
         session: SessionId,
         change: Option<Map<String, Value>>,
-    ) -> BoxFuture<Result<Map<String, Value>, DataError>> {
-        let stored = &mut *self.stored.lock();
+    ) -> BoxFuture<Result<Map<String, Value>, SessionDataError>> {
+        let stored = &mut *self.sessions.lock();
         let all = stored.data_bytes(&user);
         let Some(row) = stored.row(&user, session) else {
-            return ready(Err(DataError::NoSession));
+            return ready(Err(SessionDataError::NoSession));
         };
         let before = row.data.as_ref().map_or(0, |data| data.len() as u64);
         let bytes_max = self.retention.bounds.session_data_max;
         let data = row.data.as_deref().and_then(|data| serde_json::from_str(data).ok());
         let data = data.unwrap_or_default();
         let Some(change) = change else { return ready(Ok(data)) };
-        ready(match merged(data, change) {
+        ready(match merge_data(data, change) {
             Some((_, text))
                 if text.len() as u64 > before.max(bytes_max.saturating_sub(all - before)) =>
             {
-                Err(DataError::TooMuch(bytes_max))
+                Err(SessionDataError::TooMuch(bytes_max))
             }
             Some((data, text)) => {
                 row.data = Some(text.into());
                 Ok(data)
             }
-            None => Err(DataError::TooLarge),
+            None => Err(SessionDataError::TooLarge),
         })
     }
 
-    fn list(&self, user: UserId) -> BoxFuture<Result<Vec<KeptSession>, BusError>> {
-        let stored = self.stored.lock();
+    fn list(&self, user: UserId) -> BoxFuture<Result<Vec<StoredSession>, BusError>> {
+        let stored = self.sessions.lock();
         let now = unix_millis_now();
         let rows = stored.users.get(&user).into_iter().flatten();
-        let kept = rows.filter(|row| !row.is_over(self.session_ttl, now)).map(|row| KeptSession {
-            session: row.session,
-            created: row.created,
-            used: row.used,
-            connection: row.connection,
-            about: row.about.clone(),
-        });
-        let mut kept: Vec<KeptSession> = kept.collect();
+        let kept =
+            rows.filter(|row| !row.is_over(self.session_ttl, now)).map(|row| StoredSession {
+                session: row.session,
+                created: row.created,
+                used: row.used,
+                connection: row.connection,
+                about: row.about.clone(),
+            });
+        let mut kept: Vec<StoredSession> = kept.collect();
         kept.sort_by_key(|kept| std::cmp::Reverse(kept.used));
         ready(Ok(kept))
     }
 
-    fn revoke(&self, user: UserId, which: Which) -> BoxFuture<Result<usize, BusError>> {
-        let stored = &mut *self.stored.lock();
+    fn revoke(&self, user: UserId, which: SessionSelector) -> BoxFuture<Result<usize, BusError>> {
+        let stored = &mut *self.sessions.lock();
         let Some(rows) = stored.users.get_mut(&user) else { return ready(Ok(0)) };
         let before = rows.len();
-        rows.retain(|row| !which.has(row.session));
+        rows.retain(|row| !which.selects(row.session));
         let revoked = before - rows.len();
         if rows.is_empty() {
             stored.users.remove(&user);

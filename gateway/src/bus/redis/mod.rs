@@ -27,8 +27,8 @@ use super::{
         RoomConfig, RoomPage, RoomStoreOptions, RoomSummary,
     },
     sessions::{
-        About, DataError, Holder, KeptSession, Opened, Opening, SecretDigest, SessionOptions,
-        Sessions, Which,
+        ConnectionInfo, OpenedSession, SecretDigest, SessionDataError, SessionHolder,
+        SessionOptions, SessionRequest, SessionSelector, SessionStore, StoredSession,
     },
 };
 use crate::{
@@ -385,8 +385,8 @@ impl ControlQueue for RedisBus {
     }
 }
 
-impl Sessions for RedisBus {
-    fn open(&self, opening: Opening) -> BoxFuture<Result<Opened, BusError>> {
+impl SessionStore for RedisBus {
+    fn open(&self, opening: SessionRequest) -> BoxFuture<Result<OpenedSession, BusError>> {
         Box::pin(self.store.clone().open_session(opening))
     }
 
@@ -399,7 +399,7 @@ impl Sessions for RedisBus {
         user: UserId,
         session: SessionId,
         digest: SecretDigest,
-    ) -> BoxFuture<Result<Option<Arc<About>>, BusError>> {
+    ) -> BoxFuture<Result<Option<Arc<ConnectionInfo>>, BusError>> {
         Box::pin(self.store.clone().find_session(user, session, digest))
     }
 
@@ -408,7 +408,7 @@ impl Sessions for RedisBus {
         user: UserId,
         session: SessionId,
         connection: ConnectionId,
-    ) -> BoxFuture<Result<Holder, BusError>> {
+    ) -> BoxFuture<Result<SessionHolder, BusError>> {
         Box::pin(self.store.use_session(user, session, connection))
     }
 
@@ -421,15 +421,15 @@ impl Sessions for RedisBus {
         user: UserId,
         session: SessionId,
         change: Option<Map<String, Value>>,
-    ) -> BoxFuture<Result<Map<String, Value>, DataError>> {
+    ) -> BoxFuture<Result<Map<String, Value>, SessionDataError>> {
         Box::pin(self.store.clone().data(user, session, change))
     }
 
-    fn list(&self, user: UserId) -> BoxFuture<Result<Vec<KeptSession>, BusError>> {
+    fn list(&self, user: UserId) -> BoxFuture<Result<Vec<StoredSession>, BusError>> {
         Box::pin(self.store.clone().sessions(user))
     }
 
-    fn revoke(&self, user: UserId, which: Which) -> BoxFuture<Result<usize, BusError>> {
+    fn revoke(&self, user: UserId, which: SessionSelector) -> BoxFuture<Result<usize, BusError>> {
         Box::pin(self.store.clone().revoke(user, which))
     }
 

@@ -26,8 +26,8 @@ use crate::{
     bus::{
         BusError,
         sessions::{
-            About, DataError, Holder, KeptSession, Opened, Opening, SESSIONS_MAX, SecretDigest,
-            Which, merged,
+            ConnectionInfo, OpenedSession, SESSIONS_MAX, SecretDigest, SessionDataError,
+            SessionHolder, SessionRequest, SessionSelector, StoredSession, merge_data,
         },
     },
     telemetry::metrics::BadValue,
@@ -39,15 +39,15 @@ const TRIES_MAX: usize = 8;
 /// What a connection wants of its user's sessions or inbox.
 pub(super) enum SessionOp {
     Open {
-        opening: Box<Opening>,
-        reply: oneshot::Sender<Result<Opened, BusError>>,
+        opening: Box<SessionRequest>,
+        reply: oneshot::Sender<Result<OpenedSession, BusError>>,
     },
     Use {
         user: UserId,
         session: SessionId,
         connection: ConnectionId,
         /// Who wants to know whose it is; nobody, where the connection has ended.
-        reply: Option<oneshot::Sender<Result<Holder, BusError>>>,
+        reply: Option<oneshot::Sender<Result<SessionHolder, BusError>>>,
     },
     /// What is to be noted, once it was taken out of the queue.
     Acknowledge {
@@ -88,9 +88,9 @@ impl SessionOp {
                 drop(reply.send(opened(answer).ok_or(BusError::Refused)));
             }
             Self::Use { reply: Some(reply), .. } => drop(reply.send(Ok(match answer {
-                Value::Int(1) => Holder::This,
-                Value::Int(2) => Holder::Another,
-                _ => Holder::Gone,
+                Value::Int(1) => SessionHolder::This,
+                Value::Int(2) => SessionHolder::Another,
+                _ => SessionHolder::Gone,
             }))),
             Self::Use { .. } | Self::Acknowledge { .. } => {}
         }
@@ -114,8 +114,8 @@ fn keys_of(keyspace: Keyspace, user: &UserId) -> [String; 2] {
 impl StoreWorker {
     pub(super) fn open_session(
         self: Arc<Self>,
-        opening: Opening,
-    ) -> impl Future<Output = Result<Opened, BusError>> {
+        opening: SessionRequest,
+    ) -> impl Future<Output = Result<OpenedSession, BusError>> {
         let (reply, replied) = oneshot::channel();
         self.queue(Op::Session(SessionOp::Open { opening: Box::new(opening), reply }));
         async move { replied.await.unwrap_or(Err(BusError::Unavailable)) }
@@ -126,7 +126,7 @@ impl StoreWorker {
         user: UserId,
         session: SessionId,
         connection: ConnectionId,
-    ) -> impl Future<Output = Result<Holder, BusError>> + use<> {
+    ) -> impl Future<Output = Result<SessionHolder, BusError>> + use<> {
         let (reply, replied) = oneshot::channel();
         let reply = Some(reply);
         self.queue(Op::Session(SessionOp::Use { user, session, connection, reply }));
@@ -142,7 +142,7 @@ impl StoreWorker {
         user: UserId,
         session: SessionId,
         digest: SecretDigest,
-    ) -> Result<Option<Arc<About>>, BusError> {
+    ) -> Result<Option<Arc<ConnectionInfo>>, BusError> {
         let keyspace = self.router.keyspace();
         let (home, [sessions, _]) =
             (keyspace.home_of_text(user.as_str()), keys_of(keyspace, &user));
@@ -202,7 +202,7 @@ impl StoreWorker {
                     (session.to_string(), digest.to_text())
                 };
                 command.arg(opening.resume.map(text).unwrap_or_default());
-                command.arg(text(opening.fresh)).arg(opening.connection.to_string());
+                command.arg(text(opening.new_session)).arg(opening.connection.to_string());
                 let about = serde_json::to_string(&*opening.about).expect("it is made of names");
                 command.arg(about).arg(ttl).arg(SESSIONS_MAX).arg(new_ttl(server, ttl));
                 command
@@ -234,7 +234,7 @@ impl StoreWorker {
         user: UserId,
         session: SessionId,
         change: Option<Map<String, Json>>,
-    ) -> Result<Map<String, Json>, DataError> {
+    ) -> Result<Map<String, Json>, SessionDataError> {
         let keyspace = self.router.keyspace();
         let (home, keys) = (keyspace.home_of_text(user.as_str()), keys_of(keyspace, &user));
         for _ in 0..TRIES_MAX {
@@ -255,7 +255,7 @@ impl StoreWorker {
             let mut answers = answers.into_iter();
             let mut next = || answers.next().unwrap_or(Ok(Value::Nil));
             if !self.or_absent::<bool>(&user, next())? {
-                return Err(DataError::NoSession);
+                return Err(SessionDataError::NoSession);
             }
             let before: Option<Vec<u8>> = self.or_absent(&user, next())?;
             let before = before.unwrap_or_default();
@@ -268,7 +268,8 @@ impl StoreWorker {
                 }
             };
             let Some(change) = &change else { return Ok(data) };
-            let (data, text) = merged(data, change.clone()).ok_or(DataError::TooLarge)?;
+            let (data, text) =
+                merge_data(data, change.clone()).ok_or(SessionDataError::TooLarge)?;
             let server = self.router.set_of(home).await.server.clone();
             if text.len() > before.len() && server.memory.pressure().is_tight() {
                 return Err(BusError::Full.into());
@@ -280,8 +281,10 @@ impl StoreWorker {
             match set {
                 1 => return Ok(data),
                 0 => {}
-                -2 => return Err(DataError::TooMuch(server.retention.bounds.session_data_max)),
-                _ => return Err(DataError::NoSession),
+                -2 => {
+                    return Err(SessionDataError::TooMuch(server.retention.bounds.session_data_max));
+                }
+                _ => return Err(SessionDataError::NoSession),
             }
         }
         Err(BusError::Overloaded.into())
@@ -290,7 +293,7 @@ impl StoreWorker {
     pub(super) async fn sessions(
         self: Arc<Self>,
         user: UserId,
-    ) -> Result<Vec<KeptSession>, BusError> {
+    ) -> Result<Vec<StoredSession>, BusError> {
         let keyspace = self.router.keyspace();
         let (home, [sessions, _]) =
             (keyspace.home_of_text(user.as_str()), keys_of(keyspace, &user));
@@ -309,7 +312,7 @@ impl StoreWorker {
             }
             kept
         });
-        let mut kept: Vec<KeptSession> =
+        let mut kept: Vec<StoredSession> =
             kept.filter(|kept| kept.used + self.session_ttl_ms() > now).collect();
         kept.sort_by_key(|kept| std::cmp::Reverse(kept.used));
         Ok(kept)
@@ -318,10 +321,10 @@ impl StoreWorker {
     pub(super) async fn revoke(
         self: Arc<Self>,
         user: UserId,
-        which: Which,
+        which: SessionSelector,
     ) -> Result<usize, BusError> {
         let kept = self.clone().sessions(user.clone()).await?;
-        let revoked = kept.into_iter().map(|kept| kept.session).filter(|one| which.has(*one));
+        let revoked = kept.into_iter().map(|kept| kept.session).filter(|one| which.selects(*one));
         let revoked: Vec<String> = revoked.map(|session| session.to_string()).collect();
         if revoked.is_empty() {
             return Ok(0);
@@ -349,10 +352,10 @@ fn new_ttl(server: &Server, ttl: u64) -> String {
 }
 
 /// Reads `<digest> <created> <used> <connection or -> <about>`.
-fn kept_of(session: &str, row: &str) -> Option<KeptSession> {
+fn kept_of(session: &str, row: &str) -> Option<StoredSession> {
     let mut parts = row.splitn(5, ' ').skip(1);
     let mut part = || parts.next();
-    Some(KeptSession {
+    Some(StoredSession {
         session: session.parse().ok()?,
         created: part()?.parse().ok()?,
         used: part()?.parse().ok()?,
@@ -362,14 +365,14 @@ fn kept_of(session: &str, row: &str) -> Option<KeptSession> {
 }
 
 /// Reads what `open.lua` answers.
-fn opened(answer: &Value) -> Option<Opened> {
+fn opened(answer: &Value) -> Option<OpenedSession> {
     type Answer = (String, Option<Lossy>, u64, String, Seq, Seq, Seq, u64);
     let answer: RedisResult<Answer> = redis::from_redis_value(answer.clone()).map_err(Into::into);
     let (session, former, at, epoch, seq, acked, oldest, unread) = answer.ok()?;
-    let about = former.and_then(|Lossy(about)| serde_json::from_str::<About>(&about).ok());
+    let about = former.and_then(|Lossy(about)| serde_json::from_str::<ConnectionInfo>(&about).ok());
     let oldest = if oldest == 0 { seq + 1 } else { oldest };
     let inbox = Inbox { epoch: epoch.parse().ok()?, seq, acked, oldest, unread };
-    Some(Opened { session: session.parse().ok()?, resumed: about.map(Arc::new), at, inbox })
+    Some(OpenedSession { session: session.parse().ok()?, resumed: about.map(Arc::new), at, inbox })
 }
 
 #[cfg(test)]

@@ -15,7 +15,7 @@ use utoipa::ToSchema;
 
 use super::{Body, Common, Failed, Outcome, Paging, name, query, user, wait};
 use crate::{
-    bus::{commands::NodeQuery, registry::UserPresence, sessions::Which},
+    bus::{commands::NodeQuery, registry::UserPresence, sessions::SessionSelector},
     control::kicked,
     http::Node,
     hub::people::at,
@@ -287,7 +287,7 @@ pub(super) async fn disconnect(
         return Err(Failed::bad(format!("`reason` is at most {REASON_BYTES_MAX} bytes")));
     }
     let keep = closing.keep_session.unwrap_or_default();
-    Ok(Json(node.control.close(id, Which::All, keep, close).await?.into()))
+    Ok(Json(node.control.close(id, SessionSelector::All, keep, close).await?.into()))
 }
 
 /// The sessions of a user.
@@ -302,7 +302,7 @@ pub(super) async fn sessions(
     Path(id): Path<String>,
 ) -> Result<Json<Sessions>, Failed> {
     let kept = wait(&node, node.services.sessions.list(user(&id)?)).await?;
-    let session = |kept: crate::bus::sessions::KeptSession| Session {
+    let session = |kept: crate::bus::sessions::StoredSession| Session {
         session_id: kept.session.to_string(),
         created_at: at(kept.created),
         last_used: at(kept.used),
@@ -327,8 +327,8 @@ pub(super) async fn revoke(
     except: Result<Query<Except>, QueryRejection>,
 ) -> Result<Json<Outcome>, Failed> {
     let which = match query(except)?.except {
-        Some(session) => Which::AllBut(name(&session)?),
-        None => Which::All,
+        Some(session) => SessionSelector::AllBut(name(&session)?),
+        None => SessionSelector::All,
     };
     Ok(Json(node.control.close(user(&id)?, which, false, kicked()).await?.into()))
 }
@@ -350,7 +350,7 @@ pub(super) async fn revoke_one(
     let (id, session): (UserId, SessionId) = (user(&id)?, name(&session)?);
     let kept = wait(&node, node.services.sessions.list(id.clone())).await?;
     // Also where it is not there: what was tried before may have been done by half.
-    let outcome = node.control.close(id, Which::One(session), false, kicked()).await?;
+    let outcome = node.control.close(id, SessionSelector::One(session), false, kicked()).await?;
     if !kept.iter().any(|kept| kept.session == session) {
         return Err(Failed::new(ErrorCode::NotFound, "there is no such session"));
     }
