@@ -12,7 +12,7 @@ use std::{
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::{bench::RowName, crowd::parts::Share};
+use crate::{bench::RowName, virtual_users::parts::Share};
 
 /// Load generator for Skein and anything that speaks `chat.v1`.
 #[derive(Debug, Parser)]
@@ -126,7 +126,7 @@ pub(crate) struct OutputArgs {
 
 /// What all scenarios of raw connections have in common.
 #[derive(Clone, Debug, Args)]
-pub(crate) struct CrowdArgs {
+pub(crate) struct CommonArgs {
     #[command(flatten)]
     pub(crate) open: OpenArgs,
     #[command(flatten)]
@@ -204,7 +204,7 @@ pub(crate) struct ConnectArgs {
     #[command(flatten)]
     pub(crate) many: ManyArgs,
     #[command(flatten)]
-    pub(crate) crowd: CrowdArgs,
+    pub(crate) common: CommonArgs,
 }
 
 /// Cuts all connections at once, and has them come back at once, again and again.
@@ -232,7 +232,7 @@ pub(crate) struct StormArgs {
     #[arg(long, default_value_t = 50)]
     pub(crate) leak_max: u32,
     #[command(flatten)]
-    pub(crate) crowd: CrowdArgs,
+    pub(crate) common: CommonArgs,
 }
 
 /// One publisher, and a room of many members.
@@ -246,7 +246,7 @@ pub(crate) struct FanoutArgs {
     #[command(flatten)]
     pub(crate) many: ManyArgs,
     #[command(flatten)]
-    pub(crate) crowd: CrowdArgs,
+    pub(crate) common: CommonArgs,
 }
 
 /// Many rooms in which everybody talks.
@@ -259,7 +259,7 @@ pub(crate) struct RoomsArgs {
     #[command(flatten)]
     pub(crate) many: ManyArgs,
     #[command(flatten)]
-    pub(crate) crowd: CrowdArgs,
+    pub(crate) common: CommonArgs,
 }
 
 /// The same, while some members do not read.
@@ -273,7 +273,7 @@ pub(crate) struct SlowArgs {
     #[command(flatten)]
     pub(crate) talk: TalkArgs,
     #[command(flatten)]
-    pub(crate) crowd: CrowdArgs,
+    pub(crate) common: CommonArgs,
 }
 
 /// Finds the highest rate at which p99 stays under a bound.
@@ -294,7 +294,7 @@ pub(crate) struct SweepArgs {
     #[command(flatten)]
     pub(crate) size: SizeArgs,
     #[command(flatten)]
-    pub(crate) crowd: CrowdArgs,
+    pub(crate) common: CommonArgs,
 }
 
 /// People who come, talk, pause, look at the history and go.
@@ -718,7 +718,7 @@ mod tests {
         else {
             panic!("another command")
         };
-        assert_eq!((args.connections, args.rooms, args.crowd.watch.pid), (5, Some(2), vec![1, 2]));
+        assert_eq!((args.connections, args.rooms, args.common.watch.pid), (5, Some(2), vec![1, 2]));
         for bad in [
             "loadtest",
             "loadtest connect",

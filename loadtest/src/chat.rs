@@ -28,12 +28,12 @@ use tokio::{
 
 use crate::{
     args::ChatArgs,
-    crowd::parts::{Own, Phase, Sum},
-    crowd::seen::lags,
     process::CostError,
     progress::Progress,
     report::{Generator, Report, Step, connections::Times, messages::Messages},
     stamp::Stamp,
+    virtual_users::parts::{Own, Phase, Sum},
+    virtual_users::seen::lags,
     watch::Watch,
 };
 

@@ -20,7 +20,7 @@ mod process;
 mod report;
 mod progress;
 mod watch;
-mod crowd;
+mod virtual_users;
 mod scenario;
 mod bench;
 mod trial;
@@ -47,27 +47,27 @@ fn main() -> ExitCode {
 async fn run(command: Command) -> ExitCode {
     match command {
         Command::Connect(args) => {
-            let output = args.crowd.output.clone();
+            let output = args.common.output.clone();
             told(scenario::connect::run(args).await, &output)
         }
         Command::Storm(args) => {
-            let output = args.crowd.output.clone();
+            let output = args.common.output.clone();
             told(scenario::storm::run(args).await, &output)
         }
         Command::Fanout(args) => {
-            let output = args.crowd.output.clone();
+            let output = args.common.output.clone();
             told(scenario::talk::fanout(args).await, &output)
         }
         Command::Rooms(args) => {
-            let output = args.crowd.output.clone();
+            let output = args.common.output.clone();
             told(scenario::talk::rooms(args).await, &output)
         }
         Command::Slow(args) => {
-            let output = args.crowd.output.clone();
+            let output = args.common.output.clone();
             told(scenario::talk::slow(args).await, &output)
         }
         Command::Sweep(args) => {
-            let output = args.crowd.output.clone();
+            let output = args.common.output.clone();
             told(scenario::sweep::run(args).await, &output)
         }
         Command::Chat(args) => {

@@ -18,10 +18,10 @@ use tokio::{
 
 use crate::{
     args::{Bounds, LedgerArgs, LoadArgs},
-    crowd::parts::{Phase, Sum},
     process::{CostError, Cpu},
     progress::Progress,
     report::{Generator, Report, messages::Messages},
+    virtual_users::parts::{Phase, Sum},
     watch::Watch,
 };
 

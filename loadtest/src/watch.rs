@@ -13,9 +13,9 @@ use tokio::time::Instant;
 
 use crate::{
     args::WatchArgs,
-    crowd::parts::{Phase, Sum},
     process::{self, Cost, CostError, Cpu},
     report::servers::{Gauges, Sample, Server, gauges},
+    virtual_users::parts::{Phase, Sum},
 };
 
 /// How often.

@@ -20,10 +20,10 @@ use tokio::{sync::oneshot, time::Instant};
 
 use super::verdict::Honest;
 use crate::{
-    args::{Bounds, CrowdArgs, OpenArgs, OutputArgs, Rate, Sources, Target, WatchArgs},
-    crowd::{Crowd, Rooms, parts::Share},
+    args::{Bounds, CommonArgs, OpenArgs, OutputArgs, Rate, Sources, Target, WatchArgs},
     report::connections::{Connections, Tally, Times},
     scenario::{ScenarioError, Stage, plan, talk::Talk},
+    virtual_users::{Rooms, VirtualUsers, parts::Share},
 };
 
 /// How long a client may wait for what it asked.
@@ -74,7 +74,7 @@ impl HonestClients {
         let thread = std::thread::Builder::new().name("honest".to_owned()).spawn(move || {
             go_first();
             let stage = Stage::open(
-                &crowd_args(address, "127.2.0.1-127.2.0.16", "honest-"),
+                &common_args(address, "127.2.0.1-127.2.0.16", "honest-"),
                 None,
                 Rooms::Many(size.rooms),
                 size.members,
@@ -136,9 +136,9 @@ fn go_first() {
     let _ = chrt.status();
 }
 
-fn crowd_args(address: SocketAddr, sources: &str, user_prefix: &str) -> CrowdArgs {
+fn common_args(address: SocketAddr, sources: &str, user_prefix: &str) -> CommonArgs {
     let target = |authority: String| Target { authority, path: "/ws".to_owned() };
-    CrowdArgs {
+    CommonArgs {
         open: OpenArgs {
             url: target(address.to_string()),
             ramp: RAMP,
@@ -164,19 +164,19 @@ fn serve(
         match ordered.try_recv() {
             Ok(Order::Open(reply)) => {
                 // What it could not open is told by the number.
-                let _ = stage.crowd.open_all(Some(RAMP));
-                let _ = reply.send(stage.crowd.open_count());
+                let _ = stage.users.open_all(Some(RAMP));
+                let _ = reply.send(stage.users.open_count());
             }
             Ok(Order::Measure(duration, reply)) => {
                 let _ = reply.send(measure(stage, address, size, duration, stop));
             }
             Err(mpsc::TryRecvError::Empty) => {
                 // Pings are answered meanwhile.
-                if stage.crowd.step(Instant::now() + LOOK_EVERY).is_err() {
+                if stage.users.step(Instant::now() + LOOK_EVERY).is_err() {
                     return;
                 }
             }
-            Err(mpsc::TryRecvError::Disconnected) => return stage.crowd.farewell(),
+            Err(mpsc::TryRecvError::Disconnected) => return stage.users.farewell(),
         }
     }
 }
@@ -188,8 +188,8 @@ fn measure(
     duration: Duration,
     stop: &Arc<AtomicBool>,
 ) -> Result<Honest, ScenarioError> {
-    stage.crowd.begin();
-    stage.crowd.tally = Tally::default();
+    stage.users.begin();
+    stage.users.tally = Tally::default();
     let newcomers = std::thread::Builder::new().name("newcomers".to_owned()).spawn({
         let stop = stop.clone();
         move || newcomers(address, size.rooms, duration, stop)
@@ -203,10 +203,10 @@ fn measure(
     stage.talk(talk)?;
     let (came, asked) = newcomers.join().map_err(|_| ScenarioError::Panic)??;
     let probed = probes.join().map_err(|_| ScenarioError::Panic)?;
-    let seconds = stage.crowd.seen.seconds();
-    let (latency_us, seen) = (timeline::histogram(&seconds), &stage.crowd.seen);
+    let seconds = stage.users.seen.seconds();
+    let (latency_us, seen) = (timeline::histogram(&seconds), &stage.users.seen);
     let ms = |share: f64| latency_us.value_at_quantile(share) as f64 / 1e3;
-    let ended = Connections::of(stage.crowd.tally.clone(), 0, duration).closed_while_held;
+    let ended = Connections::of(stage.users.tally.clone(), 0, duration).closed_while_held;
     let counts = &seen.counts;
     let ends = ended.iter().map(|(how, many)| format!("{many} ended: {how}"));
     let came = Connections::of(came, asked, duration);
@@ -243,12 +243,12 @@ fn newcomers(
 ) -> Result<(Tally, u64), ScenarioError> {
     go_first();
     let asked = (duration.as_secs_f64() * NEWCOMERS.each_second()).ceil() as u32;
-    let args = crowd_args(address, "127.2.1.1-127.2.1.16", "newcomer-");
+    let args = common_args(address, "127.2.1.1-127.2.1.16", "newcomer-");
     let plan = plan(&args.open, Share::ALL, Rooms::Many(rooms), asked)?;
-    let mut crowd = Crowd::new(plan, false, stop)?;
-    crowd.open_all(Some(NEWCOMERS))?;
-    crowd.farewell();
-    Ok((crowd.tally.clone(), asked.into()))
+    let mut users = VirtualUsers::new(plan, false, stop)?;
+    users.open_all(Some(NEWCOMERS))?;
+    users.farewell();
+    Ok((users.tally.clone(), asked.into()))
 }
 
 /// What probes saw.

@@ -27,9 +27,9 @@ use self::{
 use crate::{
     args::AbuseArgs,
     chaos::cluster::ClusterError,
-    crowd::parts::Own,
     report::{Generator, Report, Step, attacks::AttackRow},
     scenario::{ScenarioError, ending_early},
+    virtual_users::parts::Own,
 };
 
 mod attacker;

@@ -7,14 +7,14 @@ use tokio::time::Instant;
 use super::{Played, ScenarioError, Stage, play};
 use crate::{
     args::ConnectArgs,
-    crowd::{Rooms, parts::Phase},
     report::Report,
+    virtual_users::{Rooms, parts::Phase},
 };
 
 /// Runs it.
 pub(crate) async fn run(args: ConnectArgs) -> Result<Option<Report>, ScenarioError> {
-    let (crowd, many, asked) = (args.crowd.clone(), args.many, args.connections);
-    play("connect", crowd, many, asked, false, move |stop| hold(&args, &stop)).await
+    let (common, many, asked) = (args.common.clone(), args.many, args.connections);
+    play("connect", common, many, asked, false, move |stop| hold(&args, &stop)).await
 }
 
 fn hold(args: &ConnectArgs, stop: &Arc<AtomicBool>) -> Result<Played, ScenarioError> {
@@ -23,10 +23,11 @@ fn hold(args: &ConnectArgs, stop: &Arc<AtomicBool>) -> Result<Played, ScenarioEr
         (None, Some(rooms)) => Rooms::Many(rooms),
         (None, None) => Rooms::None,
     };
-    let mut stage = Stage::open(&args.crowd, args.many.part, rooms, args.connections, false, stop)?;
+    let mut stage =
+        Stage::open(&args.common, args.many.part, rooms, args.connections, false, stop)?;
     let end = Instant::now() + args.hold;
-    while Instant::now() < end && !stage.crowd.is_stopped() && stage.crowd.open_count() > 0 {
-        stage.crowd.step(end)?;
+    while Instant::now() < end && !stage.users.is_stopped() && stage.users.open_count() > 0 {
+        stage.users.step(end)?;
     }
     stage.meet(Phase::Held)?;
     stage.end(Vec::new())

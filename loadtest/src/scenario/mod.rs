@@ -1,4 +1,4 @@
-//! The scenarios that a crowd plays, and what they have in common: where to connect, whether there
+//! The scenarios that virtual users run, and what they have in common: where to connect, whether there
 //! are descriptors and ports enough, and the report.
 
 use std::{
@@ -14,13 +14,13 @@ use std::{
 use loadtest::ledger::timeline;
 
 use crate::{
-    args::{CrowdArgs, ManyArgs, OpenArgs},
-    crowd::{
-        Crowd, Plan, Rooms,
-        parts::{self, Others, Own, Part, Phase, Share, Sum},
-    },
+    args::{CommonArgs, ManyArgs, OpenArgs},
     process::{self, CostError},
     report::{Generator, Report, Step, connections::Connections, messages::Messages},
+    virtual_users::{
+        Plan, Rooms, VirtualUsers,
+        parts::{self, Others, Own, Part, Phase, Share, Sum},
+    },
     watch::Watch,
 };
 
@@ -98,7 +98,7 @@ pub(crate) struct Played {
 
 /// A scenario in one process.
 pub(crate) struct Stage {
-    pub(crate) crowd: Crowd,
+    pub(crate) users: VirtualUsers,
     pub(crate) others: Others,
     pub(crate) own: Own,
     opening: Duration,
@@ -109,7 +109,7 @@ impl Stage {
     /// Opens all connections, and measures what they cost. Where messages are to be read they are
     /// counted from here on.
     pub(crate) fn open(
-        args: &CrowdArgs,
+        args: &CommonArgs,
         part: Option<Share>,
         rooms: Rooms,
         connections: u32,
@@ -119,17 +119,17 @@ impl Stage {
         let own = Own::new();
         let plan = plan(&args.open, part.unwrap_or(Share::ALL), rooms, connections)?;
         let watch = Watch::begin(&args.watch)?;
-        let crowd = Crowd::new(plan, reads, stop.clone())?;
+        let users = VirtualUsers::new(plan, reads, stop.clone())?;
         let others = Others::of(part, watch);
         let (opening, talked) = (Duration::ZERO, Duration::ZERO);
-        let mut stage = Self { crowd, others, own, opening, talked };
+        let mut stage = Self { users, others, own, opening, talked };
         stage.own.begin();
-        stage.opening = stage.crowd.open_all(Some(args.open.ramp))?;
+        stage.opening = stage.users.open_all(Some(args.open.ramp))?;
         stage.own.end();
         stage.own.held();
         if reads {
             // Before others may send: what they send is to be counted.
-            stage.crowd.begin();
+            stage.users.begin();
         }
         stage.meet(Phase::Opening)?;
         Ok(stage)
@@ -137,14 +137,14 @@ impl Stage {
 
     /// Ends a phase together with the others.
     fn meet(&mut self, phase: Phase) -> Result<Sum, ScenarioError> {
-        let (counts, open) = (&self.crowd.seen.counts, self.crowd.open_count());
+        let (counts, open) = (&self.users.seen.counts, self.users.open_count());
         let done = match phase {
-            Phase::Opening => self.crowd.tally.opened(),
+            Phase::Opening => self.users.tally.opened(),
             Phase::Held | Phase::Back => open,
             Phase::Talking => counts.delivered,
         };
         let mine = Sum { open, done, acknowledged: counts.acknowledged.clone() };
-        Ok(self.others.meet(&mut self.crowd, phase, mine)?)
+        Ok(self.others.meet(&mut self.users, phase, mine)?)
     }
 
     /// Says goodbye, and tells what was seen.
@@ -152,12 +152,12 @@ impl Stage {
         let part = Part {
             opening_s: self.opening.as_secs_f64(),
             talked_s: self.talked.as_secs_f64(),
-            ..Part::of(&mut self.crowd, &self.own)
+            ..Part::of(&mut self.users, &self.own)
         };
-        self.crowd.farewell();
+        self.users.farewell();
         let end = tokio::time::Instant::now() + FAREWELL;
-        while tokio::time::Instant::now() < end && self.crowd.open_count() > 0 {
-            self.crowd.step(end)?;
+        while tokio::time::Instant::now() < end && self.users.open_count() > 0 {
+            self.users.step(end)?;
         }
         Ok(Played { all: self.others.tell(part)?, steps })
     }
@@ -167,7 +167,7 @@ impl Stage {
 /// this is one of several.
 pub(crate) async fn play<F>(
     scenario: &'static str,
-    args: CrowdArgs,
+    args: CommonArgs,
     many: ManyArgs,
     asked: u32,
     talks: bool,
@@ -210,7 +210,7 @@ fn report(
     steps: Vec<Step>,
     asked: u32,
     talks: bool,
-    args: &CrowdArgs,
+    args: &CommonArgs,
 ) -> Report {
     let (servers, gauges) = watch.finish();
     let lag_p99_us = part.lag_p99_us();

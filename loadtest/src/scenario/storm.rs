@@ -9,9 +9,9 @@ use tokio::time::Instant;
 use super::{Played, ScenarioError, Stage, play};
 use crate::{
     args::{ManyArgs, StormArgs},
-    crowd::{Rooms, parts::Phase},
     process::Cost,
     report::{Report, Step, connections::Connections},
+    virtual_users::{Rooms, parts::Phase},
 };
 
 /// Memory comes and goes in pieces of 2 MiB where the kernel has huge pages: one piece more or less
@@ -20,25 +20,25 @@ const STEPS_BYTES: u64 = 4 << 20;
 
 /// Runs it.
 pub(crate) async fn run(args: StormArgs) -> Result<Option<Report>, ScenarioError> {
-    let (crowd, connections) = (args.crowd.clone(), args.connections);
-    play("storm", crowd, ManyArgs::ONE, connections, false, move |stop| storm(&args, &stop)).await
+    let (common, connections) = (args.common.clone(), args.connections);
+    play("storm", common, ManyArgs::ONE, connections, false, move |stop| storm(&args, &stop)).await
 }
 
 fn storm(args: &StormArgs, stop: &Arc<AtomicBool>) -> Result<Played, ScenarioError> {
     let rooms = Rooms::Many(args.rooms);
-    let mut stage = Stage::open(&args.crowd, None, rooms, args.connections, false, stop)?;
-    stage.crowd.run_until(Instant::now() + args.pause)?;
+    let mut stage = Stage::open(&args.common, None, rooms, args.connections, false, stop)?;
+    stage.users.run_until(Instant::now() + args.pause)?;
     stage.meet(Phase::Held)?;
     let (mut steps, mut memory) = (Vec::new(), vec![memory(args)]);
     for round in 1..=args.rounds {
-        stage.crowd.cut_all();
-        let took = stage.crowd.open_all(args.back)?;
-        if stage.crowd.is_stopped() {
+        stage.users.cut_all();
+        let took = stage.users.open_all(args.back)?;
+        if stage.users.is_stopped() {
             break;
         }
-        let open = stage.crowd.open_count();
-        let asked = stage.crowd.plan.own().into();
-        let back = Connections::of(stage.crowd.tally.clone(), asked, took);
+        let open = stage.users.open_count();
+        let asked = stage.users.plan.own().into();
+        let back = Connections::of(stage.users.tally.clone(), asked, took);
         let times = back.joined_ms.map(|times| times.to_string()).unwrap_or_default();
         let all_back = open == asked;
         steps.push(Step {
@@ -46,11 +46,11 @@ fn storm(args: &StormArgs, stop: &Arc<AtomicBool>) -> Result<Played, ScenarioErr
             came: format!("{open} of {asked} back after {:.2} s: {times}", took.as_secs_f64()),
             good: all_back && took <= args.back_max,
         });
-        stage.crowd.run_until(Instant::now() + args.pause)?;
+        stage.users.run_until(Instant::now() + args.pause)?;
         stage.meet(Phase::Back)?;
         memory.push(self::memory(args));
     }
-    for (number, pid) in args.crowd.watch.pid.iter().enumerate() {
+    for (number, pid) in args.common.watch.pid.iter().enumerate() {
         let bytes: Vec<u64> =
             memory.iter().filter_map(|round| round.get(number)).copied().collect();
         let Some(each) = left_behind(&bytes, args.connections) else { continue };
@@ -69,7 +69,7 @@ fn storm(args: &StormArgs, stop: &Arc<AtomicBool>) -> Result<Played, ScenarioErr
 fn memory(args: &StormArgs) -> Vec<u64> {
     // A server that died shows by who is not back.
     let pss = |pid: &u32| Cost::of(Some(*pid)).map_or(0, |cost| cost.pss_bytes);
-    args.crowd.watch.pid.iter().map(pss).collect()
+    args.common.watch.pid.iter().map(pss).collect()
 }
 
 /// What memory grew by from round to round, for each connection of a round: the median of the slopes

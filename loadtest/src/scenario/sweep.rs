@@ -13,11 +13,11 @@ use loadtest::ledger::timeline;
 use super::{Played, ScenarioError, Stage, play, talk::Talk};
 use crate::{
     args::{ManyArgs, Rate, SweepArgs},
-    crowd::{Rooms, parts::Part},
     report::{
         Generator, Report, Step,
         messages::{Latency, milliseconds},
     },
+    virtual_users::{Rooms, parts::Part},
 };
 
 /// How often the gap is halved.
@@ -37,9 +37,9 @@ enum Came {
 
 /// Runs it.
 pub(crate) async fn run(args: SweepArgs) -> Result<Option<Report>, ScenarioError> {
-    let (crowd, connections) = (args.crowd.clone(), args.size.connections());
+    let (common, connections) = (args.common.clone(), args.size.connections());
     let run = move |stop| sweep(&args, connections, &stop);
-    play("sweep", crowd, ManyArgs::ONE, connections, true, run).await
+    play("sweep", common, ManyArgs::ONE, connections, true, run).await
 }
 
 fn sweep(
@@ -48,7 +48,7 @@ fn sweep(
     stop: &Arc<AtomicBool>,
 ) -> Result<Played, ScenarioError> {
     let rooms = Rooms::Many(args.size.rooms);
-    let mut stage = Stage::open(&args.crowd, None, rooms, connections, true, stop)?;
+    let mut stage = Stage::open(&args.common, None, rooms, connections, true, stop)?;
     let (mut steps, mut best) = (Vec::new(), None);
     let mut try_rate = |stage: &mut Stage, rate: f64| -> Result<Came, ScenarioError> {
         let talk = Talk {
@@ -57,10 +57,10 @@ fn sweep(
             duration: args.step,
             bytes: args.bytes,
         };
-        stage.crowd.run_until(tokio::time::Instant::now() + REST)?;
-        stage.crowd.begin();
+        stage.users.run_until(tokio::time::Instant::now() + REST)?;
+        stage.users.begin();
         stage.talk(talk)?;
-        let part = Part::of(&mut stage.crowd, &stage.own);
+        let part = Part::of(&mut stage.users, &stage.own);
         let latency = Latency::of(&timeline::histogram(&part.seconds));
         let came = came(&part, &latency, args.bound);
         let deliveries = part.counts.delivered as f64 / args.step.as_secs_f64();
@@ -84,14 +84,14 @@ fn sweep(
     let mut rate = args.from.each_second();
     let mut end = loop {
         let came = try_rate(&mut stage, rate)?;
-        if came != Came::Held || stage.crowd.is_stopped() {
+        if came != Came::Held || stage.users.is_stopped() {
             break came;
         }
         good = rate;
         rate *= 2.0;
     };
     for _ in 0..if good > 0.0 { HALVINGS } else { 0 } {
-        if stage.crowd.is_stopped() {
+        if stage.users.is_stopped() {
             break;
         }
         let middle = f64::midpoint(good, rate);

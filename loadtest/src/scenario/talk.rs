@@ -11,8 +11,8 @@ use tokio::time::Instant;
 use super::{Played, ScenarioError, Stage, play};
 use crate::{
     args::{FanoutArgs, ManyArgs, Rate, RoomsArgs, SlowArgs, TalkArgs},
-    crowd::{Rooms, parts::Phase},
     report::{Report, Step},
+    virtual_users::{Rooms, parts::Phase},
 };
 
 /// How long messages under way have to be answered, and to arrive.
@@ -43,23 +43,23 @@ impl Talk {
 
 /// One publisher, and a room of members.
 pub(crate) async fn fanout(args: FanoutArgs) -> Result<Option<Report>, ScenarioError> {
-    let (crowd, many, members) = (args.crowd.clone(), args.many, args.members);
+    let (common, many, members) = (args.common.clone(), args.many, args.members);
     let play_it = move |stop: Arc<AtomicBool>| {
-        let stage = Stage::open(&args.crowd, many.part, Rooms::Many(1), members, true, &stop)?;
+        let stage = Stage::open(&args.common, many.part, Rooms::Many(1), members, true, &stop)?;
         all_read(stage, Talk::of(&args.talk, 1))
     };
-    play("fanout", crowd, many, members, true, play_it).await
+    play("fanout", common, many, members, true, play_it).await
 }
 
 /// Many rooms in which everybody talks.
 pub(crate) async fn rooms(args: RoomsArgs) -> Result<Option<Report>, ScenarioError> {
-    let (crowd, many, connections) = (args.crowd.clone(), args.many, args.size.connections());
+    let (common, many, connections) = (args.common.clone(), args.many, args.size.connections());
     let play_it = move |stop: Arc<AtomicBool>| {
         let rooms = Rooms::Many(args.size.rooms);
-        let stage = Stage::open(&args.crowd, many.part, rooms, connections, true, &stop)?;
+        let stage = Stage::open(&args.common, many.part, rooms, connections, true, &stop)?;
         all_read(stage, Talk::of(&args.talk, connections))
     };
-    play("rooms", crowd, many, connections, true, play_it).await
+    play("rooms", common, many, connections, true, play_it).await
 }
 
 fn all_read(mut stage: Stage, talk: Talk) -> Result<Played, ScenarioError> {
@@ -69,23 +69,23 @@ fn all_read(mut stage: Stage, talk: Talk) -> Result<Played, ScenarioError> {
 
 /// The same, while some do not read.
 pub(crate) async fn slow(args: SlowArgs) -> Result<Option<Report>, ScenarioError> {
-    let (crowd, connections) = (args.crowd.clone(), args.size.connections());
+    let (common, connections) = (args.common.clone(), args.size.connections());
     // Who is in a room are the numbers behind each other by as many as there are rooms: the last
     // of each room do not read, and do not talk.
     let silent = (f64::from(args.size.members) * args.stalled_percent / 100.0).round() as u32;
     let readers = args.size.members.saturating_sub(silent.max(1)).max(1) * args.size.rooms;
     let play_it = move |stop: Arc<AtomicBool>| {
         let rooms = Rooms::Many(args.size.rooms);
-        let mut stage = Stage::open(&args.crowd, None, rooms, connections, true, &stop)?;
-        let own = 0..stage.crowd.plan.own() as usize;
-        let number = |stage: &Stage, own: usize| stage.crowd.plan.share.number(own);
+        let mut stage = Stage::open(&args.common, None, rooms, connections, true, &stop)?;
+        let own = 0..stage.users.plan.own() as usize;
+        let number = |stage: &Stage, own: usize| stage.users.plan.share.number(own);
         let stalled: Vec<usize> = own.filter(|own| number(&stage, *own) >= readers).collect();
-        stalled.iter().for_each(|member| stage.crowd.stall(*member, true));
+        stalled.iter().for_each(|member| stage.users.stall(*member, true));
         stage.talk(Talk::of(&args.talk, readers))?;
         let steps = stage.read_again(&stalled)?;
         stage.end(steps)
     };
-    let report = play("slow", crowd, ManyArgs::ONE, connections, true, play_it).await?;
+    let report = play("slow", common, ManyArgs::ONE, connections, true, play_it).await?;
     Ok(report.map(|mut report| {
         // That a reader who does not read is closed is no failure of the server.
         report.failures.retain(|failure| !failure.ends_with("connections were held"));
@@ -103,60 +103,60 @@ impl Stage {
         let mut next: u64 = 0;
         loop {
             let now = Instant::now();
-            if now >= end || self.crowd.is_stopped() {
+            if now >= end || self.users.is_stopped() {
                 break;
             }
             let mut due = began + talk.rate.due(next);
             while due <= now {
                 let sender = next % talk.senders;
-                if let Some(member) = self.crowd.plan.share.own(sender as u32) {
-                    self.crowd.send(member, due, talk.bytes);
+                if let Some(member) = self.users.plan.share.own(sender as u32) {
+                    self.users.send(member, due, talk.bytes);
                 }
                 next += 1;
                 due = began + talk.rate.due(next);
             }
-            self.crowd.step(due.min(end))?;
+            self.users.step(due.min(end))?;
         }
         self.talked = began.elapsed();
         self.own.end();
         let unanswered = |stage: &Self| {
-            let counts = &stage.crowd.seen.counts;
+            let counts = &stage.users.seen.counts;
             let answered = counts.acknowledged.iter().sum::<u64>() + counts.refused;
             counts.sent.saturating_sub(answered)
         };
         self.wait(ARRIVE_MAX, |stage| unanswered(stage) == 0)?;
-        self.crowd.seen.counts.unanswered = unanswered(self);
+        self.users.seen.counts.unanswered = unanswered(self);
         let sum = self.meet(Phase::Talking)?;
-        let room_of = |stage: &Self, member| sum.acknowledged[stage.crowd.plan.room_of(member)];
+        let room_of = |stage: &Self, member| sum.acknowledged[stage.users.plan.room_of(member)];
         self.wait(ARRIVE_MAX, |stage| {
-            stage.crowd.received().all(|(member, had)| had >= room_of(stage, member))
+            stage.users.received().all(|(member, had)| had >= room_of(stage, member))
         })?;
         let lost = |(member, had): (usize, u64)| room_of(self, member).saturating_sub(had);
-        let lost = self.crowd.received().map(lost).sum();
-        self.crowd.seen.counts.lost = lost;
+        let lost = self.users.received().map(lost).sum();
+        self.users.seen.counts.lost = lost;
         Ok(())
     }
 
     /// Waits until something holds, or for as long as it may take.
     fn wait(&mut self, max: Duration, holds: impl Fn(&Self) -> bool) -> Result<(), ScenarioError> {
         let deadline = Instant::now() + max;
-        while !holds(self) && Instant::now() < deadline && !self.crowd.is_stopped() {
-            self.crowd.step(Instant::now() + LOOK_EVERY)?;
+        while !holds(self) && Instant::now() < deadline && !self.users.is_stopped() {
+            self.users.step(Instant::now() + LOOK_EVERY)?;
         }
         Ok(())
     }
 
     /// Has those who did not read do so, and tells how far they come.
     fn read_again(&mut self, stalled: &[usize]) -> Result<Vec<Step>, ScenarioError> {
-        let breaks = self.crowd.seen.counts.announced_breaks;
+        let breaks = self.users.seen.counts.announced_breaks;
         for member in stalled {
-            self.crowd.stall(*member, false);
+            self.users.stall(*member, false);
         }
-        let tops = self.crowd.tops();
+        let tops = self.users.tops();
         let caught_up = |stage: &Self, member: usize| {
-            stage.crowd.seq(member) >= tops[stage.crowd.plan.room_of(member)]
+            stage.users.seq(member) >= tops[stage.users.plan.room_of(member)]
         };
-        let over = |stage: &Self, member: usize| !stage.crowd.is_open(member);
+        let over = |stage: &Self, member: usize| !stage.users.is_open(member);
         self.wait(CATCH_UP_MAX, |stage| {
             stalled.iter().all(|member| over(stage, *member) || caught_up(stage, *member))
         })?;
@@ -164,7 +164,7 @@ impl Stage {
         let back = stalled.iter().filter(|member| !over(self, **member));
         let back = back.filter(|member| caught_up(self, **member)).count();
         let stuck = stalled.len() - closed - back;
-        let told = self.crowd.seen.counts.announced_breaks - breaks;
+        let told = self.users.seen.counts.announced_breaks - breaks;
         let step = |what: &str, count: usize, good| Step {
             what: format!("stalled, {what}"),
             came: count.to_string(),

@@ -22,7 +22,7 @@ use tokio::{
 };
 
 use super::{
-    Crowd,
+    VirtualUsers,
     seen::{self, Counts, Seen},
 };
 use crate::{
@@ -127,17 +127,17 @@ pub(crate) struct Part {
 }
 
 impl Part {
-    /// What a crowd saw.
-    pub(crate) fn of(crowd: &mut Crowd, own: &Own) -> Self {
-        let Seen { counts, lag_us, .. } = &crowd.seen;
+    /// What a users saw.
+    pub(crate) fn of(users: &mut VirtualUsers, own: &Own) -> Self {
+        let Seen { counts, lag_us, .. } = &users.seen;
         Self {
-            tally: crowd.tally.clone(),
+            tally: users.tally.clone(),
             counts: counts.clone(),
             lag_us: timeline::pairs(lag_us),
-            seconds: crowd.seen.seconds(),
+            seconds: users.seen.seconds(),
             cpu_percent: own.cpu_percent(),
             grown_bytes: own.grown_bytes,
-            interrupted: crowd.is_stopped(),
+            interrupted: users.is_stopped(),
             processes: 1,
             ..Self::default()
         }
@@ -252,7 +252,12 @@ impl Others {
     }
 
     /// Ends a phase together with the others. Connections live on meanwhile.
-    pub(crate) fn meet(&mut self, crowd: &mut Crowd, phase: Phase, mine: Sum) -> io::Result<Sum> {
+    pub(crate) fn meet(
+        &mut self,
+        users: &mut VirtualUsers,
+        phase: Phase,
+        mine: Sum,
+    ) -> io::Result<Sum> {
         match self {
             Self::None(watch) => {
                 watch.mark(phase, &mine);
@@ -264,7 +269,7 @@ impl Others {
                     match sums.try_recv() {
                         Ok(sum) => return Ok(sum),
                         Err(mpsc::TryRecvError::Empty) => {
-                            crowd.step(Instant::now() + Duration::from_millis(1))?;
+                            users.step(Instant::now() + Duration::from_millis(1))?;
                         }
                         Err(mpsc::TryRecvError::Disconnected) => {
                             return Err(io::ErrorKind::BrokenPipe.into());

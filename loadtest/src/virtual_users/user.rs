@@ -1,4 +1,4 @@
-//! One connection of a crowd: how far it is, and what it has seen.
+//! One virtual user, which is one connection: how far it is, and what it has seen.
 
 use std::{
     io::{self, Write as _},
@@ -30,7 +30,7 @@ pub(super) enum Phase {
 
 /// One connection. It is kept small: there may be a hundred thousand.
 #[derive(Debug)]
-pub(super) struct Member {
+pub(super) struct VirtualUser {
     pub(super) stream: Option<TcpStream>,
     pub(super) phase: Phase,
     /// How often it was opened, to tell an alarm of an earlier time.
@@ -54,7 +54,7 @@ pub(super) struct Member {
     pub(super) seq: u64,
 }
 
-impl Member {
+impl VirtualUser {
     /// One that is away.
     pub(super) fn new(now: Instant) -> Self {
         Self {

@@ -1,4 +1,4 @@
-//! What a crowd has seen of messages.
+//! What virtual users has seen of messages.
 
 use hdrhistogram::Histogram;
 use loadtest::ledger::timeline::{Second, Timeline};
@@ -11,7 +11,7 @@ const EXAMPLES_MAX: usize = 20;
 /// The longest delay that is told apart, µs.
 const LAG_MAX_US: u64 = 60_000_000;
 
-/// A frame, as far as a crowd looks at it.
+/// A frame, as far as virtual users looks at it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     Message,

@@ -29,13 +29,13 @@ use crate::{
     wire::{self, Head, Reader, Received},
 };
 
-mod member;
+mod user;
 pub(crate) mod parts;
 pub(crate) mod seen;
 
-use member::{Member, Phase, dial};
 use parts::Share;
 use seen::{Kind, Seen};
+use user::{Phase, VirtualUser, dial};
 
 /// The alarm among the sockets.
 const ALARM: Token = Token(usize::MAX);
@@ -44,7 +44,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// What one read takes.
 const READ_BYTES: usize = 256 * 1024;
 
-/// Where a crowd connects, and as whom.
+/// Where virtual users connect, and under which names.
 #[derive(Clone, Debug)]
 pub(crate) struct Plan {
     /// What was asked for on the command line.
@@ -85,8 +85,8 @@ impl Plan {
     }
 
     /// The number of a room that an own connection joins.
-    pub(crate) fn room_of(&self, member: usize) -> usize {
-        self.share.number(member) as usize % self.rooms()
+    pub(crate) fn room_of(&self, user: usize) -> usize {
+        self.share.number(user) as usize % self.rooms()
     }
 
     /// The name of a room.
@@ -98,22 +98,22 @@ impl Plan {
         }
     }
 
-    fn path(&self, member: usize) -> String {
+    fn path(&self, user: usize) -> String {
         let OpenArgs { url, token, user_prefix, .. } = &self.open;
         match token {
             Some(token) => url.path_with("token", token),
-            None => url.path_with("user", &format!("{user_prefix}{}", self.share.number(member))),
+            None => url.path_with("user", &format!("{user_prefix}{}", self.share.number(user))),
         }
     }
 
-    fn source(&self, member: usize) -> Option<IpAddr> {
-        let number = self.share.number(member);
+    fn source(&self, user: usize) -> Option<IpAddr> {
+        let number = self.share.number(user);
         self.open.sources.as_ref().map(|sources| sources.address(number))
     }
 }
 
-/// Connections.
-pub(crate) struct Crowd {
+/// Virtual users, one connection each.
+pub(crate) struct VirtualUsers {
     pub(crate) plan: Plan,
     /// What became of connections.
     pub(crate) tally: Tally,
@@ -125,7 +125,7 @@ pub(crate) struct Crowd {
     poll: Poll,
     events: Option<Events>,
     timer: Timer,
-    members: Vec<Member>,
+    users: Vec<VirtualUser>,
     /// Who has to be open when, the earliest first.
     opening: VecDeque<(Instant, usize, u32)>,
     buffer: Box<[u8]>,
@@ -137,12 +137,12 @@ pub(crate) struct Crowd {
     progress: Progress,
 }
 
-impl Crowd {
+impl VirtualUsers {
     /// Connections that are all away.
     pub(crate) fn new(plan: Plan, reads: bool, stop: Arc<AtomicBool>) -> io::Result<Self> {
         let (poll, timer, now) = (Poll::new()?, Timer::new()?, Instant::now());
         poll.registry().register(&mut SourceFd(&timer.fd()), ALARM, Interest::READABLE)?;
-        let members = (0..plan.own()).map(|_| Member::new(now)).collect();
+        let users = (0..plan.own()).map(|_| VirtualUser::new(now)).collect();
         let alone = plan.share == Share::ALL;
         let progress = if alone { Progress::new() } else { Progress::hidden() };
         Ok(Self {
@@ -154,7 +154,7 @@ impl Crowd {
             poll,
             events: Some(Events::with_capacity(1024)),
             timer,
-            members,
+            users,
             opening: VecDeque::new(),
             buffer: vec![0; READ_BYTES].into(),
             origin: (now, clock::now_ns()),
@@ -175,36 +175,36 @@ impl Crowd {
     }
 
     /// Whether a connection is open.
-    pub(crate) fn is_open(&self, member: usize) -> bool {
-        self.members[member].phase == Phase::Open
+    pub(crate) fn is_open(&self, user: usize) -> bool {
+        self.users[user].phase == Phase::Open
     }
 
     /// The number of the last message that a connection got.
-    pub(crate) fn seq(&self, member: usize) -> u64 {
-        self.members[member].seq
+    pub(crate) fn seq(&self, user: usize) -> u64 {
+        self.users[user].seq
     }
 
     /// The highest number that was seen in each room.
     pub(crate) fn tops(&self) -> Vec<u64> {
         let mut tops = vec![0; self.plan.rooms()];
-        for (index, member) in self.members.iter().enumerate() {
+        for (index, user) in self.users.iter().enumerate() {
             let top = &mut tops[self.plan.room_of(index)];
-            *top = member.seq.max(*top);
+            *top = user.seq.max(*top);
         }
         tops
     }
 
     /// What an open connection got since it was opened, for each that is open and reads.
     pub(crate) fn received(&self) -> impl Iterator<Item = (usize, u64)> {
-        let open = |(_, member): &(usize, &Member)| member.phase == Phase::Open && !member.stalled;
-        let all = self.members.iter().enumerate().filter(open);
-        all.map(|(index, member)| (index, member.received))
+        let open = |(_, user): &(usize, &VirtualUser)| user.phase == Phase::Open && !user.stalled;
+        let all = self.users.iter().enumerate().filter(open);
+        all.map(|(index, user)| (index, user.received))
     }
 
     /// Forgets what was seen so far, to measure from here on.
     pub(crate) fn begin(&mut self) {
         self.seen = Seen::new(self.plan.rooms(), self.open_count());
-        self.members.iter_mut().for_each(|member| member.received = 0);
+        self.users.iter_mut().for_each(|user| user.received = 0);
         self.silent_since = Instant::now();
     }
 
@@ -212,8 +212,8 @@ impl Crowd {
     /// rate, one after the other as fast as this goes.
     pub(crate) fn open_all(&mut self, ramp: Option<Rate>) -> io::Result<Duration> {
         let began = Instant::now();
-        let away = self.members.iter().enumerate();
-        let away = away.filter(|(_, member)| member.phase == Phase::Away);
+        let away = self.users.iter().enumerate();
+        let away = away.filter(|(_, user)| user.phase == Phase::Away);
         let away: Vec<usize> = away.map(|(index, _)| index).collect();
         let mut next = 0;
         loop {
@@ -231,7 +231,7 @@ impl Crowd {
                 self.dial(index, due);
                 next += 1;
             }
-            let is_over = next == away.len() && !self.members.iter().any(Member::is_opening);
+            let is_over = next == away.len() && !self.users.iter().any(VirtualUser::is_opening);
             if is_over || self.is_stopped() {
                 return Ok(began.elapsed());
             }
@@ -288,11 +288,11 @@ impl Crowd {
             self.tally.add(Outcome::Failed { why: error.to_string() });
             return;
         }
-        let member = &mut self.members[index];
-        let attempt = member.attempt + 1;
-        *member = Member { stream: Some(stream), attempt, due, ..Member::new(due) };
-        member.phase = Phase::Connecting;
-        member.reader.reads_messages = true;
+        let user = &mut self.users[index];
+        let attempt = user.attempt + 1;
+        *user = VirtualUser { stream: Some(stream), attempt, due, ..VirtualUser::new(due) };
+        user.phase = Phase::Connecting;
+        user.reader.reads_messages = true;
         self.opening.push_back((Instant::now() + self.plan.open.timeout, index, attempt));
     }
 
@@ -300,8 +300,8 @@ impl Crowd {
     fn give_up_late(&mut self) {
         let now = Instant::now();
         while let Some(&(deadline, index, attempt)) = self.opening.front() {
-            let member = &self.members[index];
-            let is_over = member.attempt != attempt || !member.is_opening();
+            let user = &self.users[index];
+            let is_over = user.attempt != attempt || !user.is_opening();
             if !is_over && deadline > now {
                 return;
             }
@@ -313,14 +313,14 @@ impl Crowd {
     }
 
     fn on_event(&mut self, index: usize, readable: bool, writable: bool) {
-        if self.members[index].stream.is_none() {
+        if self.users[index].stream.is_none() {
             return;
         }
         let mut done = Ok(());
         if writable {
             done = self.on_writable(index);
         }
-        if done.is_ok() && readable && !self.members[index].stalled {
+        if done.is_ok() && readable && !self.users[index].stalled {
             done = self.receive(index);
         }
         if let Err(why) = done {
@@ -329,9 +329,9 @@ impl Crowd {
     }
 
     fn on_writable(&mut self, index: usize) -> Result<(), String> {
-        let member = &mut self.members[index];
-        if member.phase == Phase::Connecting {
-            let Some(stream) = &member.stream else { return Ok(()) };
+        let user = &mut self.users[index];
+        if user.phase == Phase::Connecting {
+            let Some(stream) = &user.stream else { return Ok(()) };
             if let Some(error) = stream.take_error().ok().flatten() {
                 return Err(format!("connect: {}", error.kind()));
             }
@@ -339,18 +339,18 @@ impl Crowd {
             if stream.peer_addr().is_err() {
                 return Ok(());
             }
-            member.phase = Phase::Upgrading;
+            user.phase = Phase::Upgrading;
             let request = wire::request(&self.plan.open.url.authority, &self.plan.path(index));
-            return self.members[index].send(&request).map_err(|error| broken(&error));
+            return self.users[index].send(&request).map_err(|error| broken(&error));
         }
-        member.flush().map_err(|error| broken(&error))
+        user.flush().map_err(|error| broken(&error))
     }
 
     fn receive(&mut self, index: usize) -> Result<(), String> {
         loop {
             let mut buffer = std::mem::take(&mut self.buffer);
-            let member = &mut self.members[index];
-            let read = match &mut member.stream {
+            let user = &mut self.users[index];
+            let read = match &mut user.stream {
                 Some(stream) => stream.read(&mut buffer),
                 None => Err(io::ErrorKind::WouldBlock.into()),
             };
@@ -372,25 +372,25 @@ impl Crowd {
     /// Takes what has arrived on a connection.
     fn take(&mut self, index: usize, bytes: &[u8]) -> Result<(), String> {
         self.tally.received(bytes.len());
-        let member = &mut self.members[index];
+        let user = &mut self.users[index];
         let head;
         let mut bytes = bytes;
-        if member.phase == Phase::Upgrading {
-            member.head.extend_from_slice(bytes);
-            match wire::head(&member.head).map_err(|error| format!("handshake: {error}"))? {
+        if user.phase == Phase::Upgrading {
+            user.head.extend_from_slice(bytes);
+            match wire::head(&user.head).map_err(|error| format!("handshake: {error}"))? {
                 None => return Ok(()),
                 Some(Head::Refused { status }) => {
                     self.close(index, Outcome::Refused { status });
                     return Ok(());
                 }
                 Some(Head::Upgraded { end }) => {
-                    head = std::mem::take(&mut member.head);
+                    head = std::mem::take(&mut user.head);
                     bytes = &head[end..];
-                    member.phase = Phase::Greeting;
+                    user.phase = Phase::Greeting;
                 }
             }
         }
-        let mut reader = std::mem::take(&mut self.members[index].reader);
+        let mut reader = std::mem::take(&mut self.users[index].reader);
         let (now, mut pongs, mut closed) = (Instant::now(), Vec::new(), None);
         let mut done = Ok(());
         let pushed = reader.push(bytes, |received| match received {
@@ -402,14 +402,14 @@ impl Crowd {
             Received::Close(code, reason) => closed = Some(told(code, &reason)),
         });
         // Who is open and only held passes messages over.
-        reader.reads_messages = self.reads || self.members[index].phase != Phase::Open;
-        self.members[index].reader = reader;
+        reader.reads_messages = self.reads || self.users[index].phase != Phase::Open;
+        self.users[index].reader = reader;
         pushed.map_err(|error| format!("frames: {error}"))?;
         done?;
         if !pongs.is_empty() {
-            self.members[index].send(&pongs).map_err(|error| broken(&error))?;
+            self.users[index].send(&pongs).map_err(|error| broken(&error))?;
         }
-        match (closed, self.members[index].phase) {
+        match (closed, self.users[index].phase) {
             (None, _) => Ok(()),
             (Some(how), Phase::Open) => Err(how),
             (Some(how), _) => Err(format!("closed before it was open: {how}")),
@@ -418,24 +418,24 @@ impl Crowd {
 
     fn on_message(&mut self, index: usize, message: &[u8], now: Instant) -> Result<(), String> {
         let kind = Kind::of(message);
-        let member = &mut self.members[index];
-        match (member.phase, kind) {
+        let user = &mut self.users[index];
+        match (user.phase, kind) {
             (Phase::Greeting, Kind::Connected) => {
-                member.connected = now.saturating_duration_since(member.due);
+                user.connected = now.saturating_duration_since(user.due);
                 let Some(room) = self.plan.room(self.plan.room_of(index)) else {
                     self.opened(index, now);
                     return Ok(());
                 };
                 let join = frames::Join { history: Some(0), ..frames::Join::to(&room) };
-                let member = &mut self.members[index];
-                member.phase = Phase::Joining;
+                let user = &mut self.users[index];
+                user.phase = Phase::Joining;
                 let join = wire::text(&frames::text(&join));
-                return member.send(&join).map_err(|error| broken(&error));
+                return user.send(&join).map_err(|error| broken(&error));
             }
             (Phase::Joining, Kind::Joined) => {
                 // Who passes messages over needs no number, and the servers of the bench give none.
                 if self.reads {
-                    member.seq = seen::top(message)?;
+                    user.seq = seen::top(message)?;
                 }
                 self.opened(index, now);
             }
@@ -455,7 +455,7 @@ impl Crowd {
             }
             // Without a room it is of the inbox, in which nothing is said here.
             (Phase::Open, Kind::Reset) if memmem::find(message, br#""room":"#).is_some() => {
-                member.seq = seen::top(message)?;
+                user.seq = seen::top(message)?;
                 self.seen.counts.announced_breaks += 1;
             }
             _ => {}
@@ -465,14 +465,14 @@ impl Crowd {
 
     fn on_entry(&mut self, index: usize, message: &[u8], now: Instant) {
         let now_ns = self.ns(now);
-        let member = &mut self.members[index];
+        let user = &mut self.users[index];
         if let Some(seq) = seen::seq(message) {
-            self.seen.counts.judge(index, member.seq, seq);
-            member.seq = seq;
+            self.seen.counts.judge(index, user.seq, seq);
+            user.seq = seq;
         }
-        member.received += 1;
+        user.received += 1;
         // That a message waited for who did not read says nothing about a server.
-        let stamp = Stamp::find(message).filter(|_| !member.has_stalled);
+        let stamp = Stamp::find(message).filter(|_| !user.has_stalled);
         let latency = stamp.map(|stamp| Duration::from_nanos(now_ns.saturating_sub(stamp.due_ns)));
         self.seen.delivered(now, latency);
         let silence = now.saturating_duration_since(self.silent_since).as_millis() as u64;
@@ -482,11 +482,11 @@ impl Crowd {
     }
 
     fn opened(&mut self, index: usize, now: Instant) {
-        let member = &mut self.members[index];
+        let user = &mut self.users[index];
         let joined =
-            (member.phase == Phase::Joining).then(|| now.saturating_duration_since(member.due));
-        member.phase = Phase::Open;
-        self.tally.add(Outcome::Opened { connected: member.connected, joined });
+            (user.phase == Phase::Joining).then(|| now.saturating_duration_since(user.due));
+        user.phase = Phase::Open;
+        self.tally.add(Outcome::Opened { connected: user.connected, joined });
         self.seen.timeline.connected(now);
     }
 
@@ -500,7 +500,7 @@ impl Crowd {
     pub(crate) fn send(&mut self, index: usize, due: Instant, bytes: usize) {
         let now = Instant::now();
         self.seen.done(due, now);
-        if self.members[index].phase != Phase::Open {
+        if self.users[index].phase != Phase::Open {
             self.seen.counts.sent += 1;
             self.seen.counts.refused += 1;
             self.seen.counts.example(|| "not sent: its sender is not connected".to_owned());
@@ -517,17 +517,17 @@ impl Crowd {
         let frame = wire::text(&format!(
             r#"{{"type":"message","room":"{room}","id":"{run:08x}-0000-4000-8000-{number:012x}","content":"{content}"}}"#
         ));
-        if let Err(error) = self.members[index].send(&frame) {
+        if let Err(error) = self.users[index].send(&frame) {
             self.fail(index, broken(&error));
         }
     }
 
     /// Has a connection leave what arrives in its socket, or take it again.
     pub(crate) fn stall(&mut self, index: usize, stalled: bool) {
-        let member = &mut self.members[index];
-        member.stalled = stalled;
-        member.has_stalled |= stalled;
-        if !stalled && self.members[index].stream.is_some() {
+        let user = &mut self.users[index];
+        user.stalled = stalled;
+        user.has_stalled |= stalled;
+        if !stalled && self.users[index].stream.is_some() {
             // What came meanwhile is no news to epoll.
             self.on_event(index, true, true);
         }
@@ -536,12 +536,12 @@ impl Crowd {
     /// Closes all at once and without a word, as if their network were gone, or all their servers.
     pub(crate) fn cut_all(&mut self) {
         let now = Instant::now();
-        for member in &mut self.members {
-            if member.phase == Phase::Open {
+        for user in &mut self.users {
+            if user.phase == Phase::Open {
                 self.seen.timeline.ended(now);
             }
-            let attempt = member.attempt;
-            *member = Member { attempt, ..Member::new(now) };
+            let attempt = user.attempt;
+            *user = VirtualUser { attempt, ..VirtualUser::new(now) };
         }
         // Their outcomes belong to the round before.
         self.tally = Tally::default();
@@ -550,16 +550,16 @@ impl Crowd {
 
     /// Says goodbye on all that are open.
     pub(crate) fn farewell(&mut self) {
-        for member in &mut self.members {
-            if member.phase == Phase::Open {
+        for user in &mut self.users {
+            if user.phase == Phase::Open {
                 // The server may have gone first.
-                let _ = member.send(&wire::close(1000));
+                let _ = user.send(&wire::close(1000));
             }
         }
     }
 
     fn fail(&mut self, index: usize, why: String) {
-        let outcome = match self.members[index].phase {
+        let outcome = match self.users[index].phase {
             Phase::Open => Outcome::Ended { how: why },
             _ => Outcome::Failed { why },
         };
@@ -567,12 +567,12 @@ impl Crowd {
     }
 
     fn close(&mut self, index: usize, outcome: Outcome) {
-        let member = &mut self.members[index];
-        if member.phase == Phase::Open {
+        let user = &mut self.users[index];
+        if user.phase == Phase::Open {
             self.seen.timeline.ended(Instant::now());
         }
-        (member.stream, member.phase) = (None, Phase::Away);
-        (member.unsent, member.head, member.reader) = (Vec::new(), Vec::new(), Reader::default());
+        (user.stream, user.phase) = (None, Phase::Away);
+        (user.unsent, user.head, user.reader) = (Vec::new(), Vec::new(), Reader::default());
         self.tally.add(outcome);
     }
 }
