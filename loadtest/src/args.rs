@@ -12,7 +12,7 @@ use std::{
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::{bench::RowName, virtual_users::parts::Share};
+use crate::{bench::RowName, virtual_users::workers::WorkerShare};
 
 /// Load generator for Skein and anything that speaks `chat.v1`.
 #[derive(Debug, Parser)]
@@ -139,18 +139,18 @@ pub(crate) struct CommonArgs {
 
 /// How many processes do it.
 #[derive(Clone, Copy, Debug, Args)]
-pub(crate) struct ManyArgs {
+pub(crate) struct ProcessArgs {
     /// Shares the connections out to so many processes.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=PROCESSES_MAX))]
     pub(crate) processes: u32,
     /// Which of them this is.
     #[arg(long, hide = true)]
-    pub(crate) part: Option<Share>,
+    pub(crate) worker: Option<WorkerShare>,
 }
 
-impl ManyArgs {
+impl ProcessArgs {
     /// This process alone.
-    pub(crate) const ONE: Self = Self { processes: 1, part: None };
+    pub(crate) const SINGLE: Self = Self { processes: 1, worker: None };
 }
 
 /// How many rooms, and how large.
@@ -202,7 +202,7 @@ pub(crate) struct ConnectArgs {
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=i64::from(CONNECTIONS_MAX)))]
     pub(crate) rooms: Option<u32>,
     #[command(flatten)]
-    pub(crate) many: ManyArgs,
+    pub(crate) process: ProcessArgs,
     #[command(flatten)]
     pub(crate) common: CommonArgs,
 }
@@ -244,7 +244,7 @@ pub(crate) struct FanoutArgs {
     #[command(flatten)]
     pub(crate) talk: TalkArgs,
     #[command(flatten)]
-    pub(crate) many: ManyArgs,
+    pub(crate) process: ProcessArgs,
     #[command(flatten)]
     pub(crate) common: CommonArgs,
 }
@@ -257,7 +257,7 @@ pub(crate) struct RoomsArgs {
     #[command(flatten)]
     pub(crate) talk: TalkArgs,
     #[command(flatten)]
-    pub(crate) many: ManyArgs,
+    pub(crate) process: ProcessArgs,
     #[command(flatten)]
     pub(crate) common: CommonArgs,
 }

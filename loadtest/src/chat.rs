@@ -32,8 +32,8 @@ use crate::{
     progress::Progress,
     report::{Generator, Report, Step, connections::Times, messages::Messages},
     stamp::Stamp,
-    virtual_users::parts::{Own, Phase, Sum},
     virtual_users::seen::lags,
+    virtual_users::workers::{GeneratorUsage, PhaseTotals, ScenarioPhase},
     watch::Watch,
 };
 
@@ -103,8 +103,8 @@ impl Seen {
 /// Runs it.
 pub(crate) async fn run(args: ChatArgs) -> Result<Report, CostError> {
     let mut watch = Watch::begin(&args.watch)?;
-    let mut own = Own::new();
-    own.begin();
+    let mut usage = GeneratorUsage::new();
+    usage.start();
     let seen = Arc::new(Mutex::new(Seen { lag_us: Some(lags()), ..Seen::default() }));
     let began = Instant::now();
     let end = began + args.duration;
@@ -114,13 +114,13 @@ pub(crate) async fn run(args: ChatArgs) -> Result<Report, CostError> {
     }
     let over = sleep_until(end);
     let is_interrupted = Progress::new().until(over, |show| show(&mut seen.lock().timeline)).await;
-    own.end();
+    usage.stop();
     let talked = began.elapsed();
     let (open, done) = {
         let seen = seen.lock();
         (seen.timeline.open(), seen.delivered)
     };
-    watch.mark(Phase::Talking, &Sum { open, done, acknowledged: Vec::new() });
+    watch.mark(ScenarioPhase::Traffic, &PhaseTotals { open, done, acknowledged: Vec::new() });
     people.shutdown().await;
     let mut seen = std::mem::take(&mut *seen.lock());
     let seconds = seen.timeline.seconds();
@@ -144,7 +144,7 @@ pub(crate) async fn run(args: ChatArgs) -> Result<Report, CostError> {
     let mut report = Report {
         generator: Generator {
             processes: 1,
-            cpu_percent: own.cpu_percent(),
+            cpu_percent: usage.cpu_percent(),
             lag_p99_us: seen.lag_us.map_or(0, |lags| lags.value_at_quantile(0.99)),
             memory_per_connection_bytes: None,
         },

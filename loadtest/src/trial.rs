@@ -21,7 +21,7 @@ use crate::{
     process::{CostError, Cpu},
     progress::Progress,
     report::{Generator, Report, messages::Messages},
-    virtual_users::parts::{Phase, Sum},
+    virtual_users::workers::{PhaseTotals, ScenarioPhase},
     watch::Watch,
 };
 
@@ -67,7 +67,7 @@ pub(crate) async fn run(args: LedgerArgs) -> Result<Report, TrialError> {
     let over = sleep_until(trial.began() + args.load.duration);
     let is_interrupted = trial.shown_until(over).await;
     let (acknowledged, done, open) = (Vec::new(), trial.delivered(), trial.open());
-    watch.mark(Phase::Talking, &Sum { open, done, acknowledged });
+    watch.mark(ScenarioPhase::Traffic, &PhaseTotals { open, done, acknowledged });
     let mut report = trial.finish("ledger", &args.load.bounds).await?;
     (report.servers, report.gauges) = watch.finish();
     report.interrupted = is_interrupted;

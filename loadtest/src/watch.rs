@@ -15,7 +15,7 @@ use crate::{
     args::WatchArgs,
     process::{self, Cost, CostError, Cpu},
     report::servers::{Gauges, Sample, Server, gauges},
-    virtual_users::parts::{Phase, Sum},
+    virtual_users::workers::{PhaseTotals, ScenarioPhase},
 };
 
 /// How often.
@@ -65,12 +65,12 @@ impl Watch {
     }
 
     /// A phase is over.
-    pub(crate) fn mark(&mut self, phase: Phase, sum: &Sum) {
+    pub(crate) fn mark(&mut self, phase: ScenarioPhase, sum: &PhaseTotals) {
         let (what, of) = match phase {
-            Phase::Opening => ("opening", "connection"),
-            Phase::Held => ("while held", "connection"),
-            Phase::Back => ("coming back", "connection"),
-            Phase::Talking => ("talking", "delivery"),
+            ScenarioPhase::Opening => ("opening", "connection"),
+            ScenarioPhase::Held => ("while held", "connection"),
+            ScenarioPhase::Reconnected => ("coming back", "connection"),
+            ScenarioPhase::Traffic => ("talking", "delivery"),
         };
         for (server, before) in self.servers.iter_mut().zip(&mut self.cpu_ms) {
             // A server that died is reported as what it was.

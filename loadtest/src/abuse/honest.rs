@@ -23,7 +23,7 @@ use crate::{
     args::{Bounds, CommonArgs, OpenArgs, OutputArgs, Rate, Sources, Target, WatchArgs},
     report::connections::{Connections, Tally, Times},
     scenario::{ScenarioError, Stage, plan, talk::Talk},
-    virtual_users::{Rooms, VirtualUsers, parts::Share},
+    virtual_users::{Rooms, VirtualUsers, workers::WorkerShare},
 };
 
 /// How long a client may wait for what it asked.
@@ -244,7 +244,7 @@ fn newcomers(
     go_first();
     let asked = (duration.as_secs_f64() * NEWCOMERS.each_second()).ceil() as u32;
     let args = common_args(address, "127.2.1.1-127.2.1.16", "newcomer-");
-    let plan = plan(&args.open, Share::ALL, Rooms::Many(rooms), asked)?;
+    let plan = plan(&args.open, WorkerShare::ALL, Rooms::Many(rooms), asked)?;
     let mut users = VirtualUsers::new(plan, false, stop)?;
     users.open_all(Some(NEWCOMERS))?;
     users.farewell();

@@ -29,7 +29,7 @@ use crate::{
     chaos::cluster::ClusterError,
     report::{Generator, Report, Step, attacks::AttackRow},
     scenario::{ScenarioError, ending_early},
-    virtual_users::parts::Own,
+    virtual_users::workers::GeneratorUsage,
 };
 
 mod attacker;
@@ -109,10 +109,10 @@ pub(crate) async fn run(args: AbuseArgs) -> Result<Report, AbuseError> {
     };
     let stop = Arc::new(AtomicBool::new(false));
     let mut report = Report::of("abuse");
-    let mut own = Own::new();
-    own.begin();
+    let mut usage = GeneratorUsage::new();
+    usage.start();
     let rows = ending_early(&stop, Box::pin(run_all(&args, &attacks, &stop))).await?;
-    own.end();
+    usage.stop();
     if is_link_asked && !stop.load(Ordering::Relaxed) {
         match ending_early(&stop, Box::pin(slow_link::try_it(&args, &stop))).await? {
             Ok(steps) => report.steps = steps,
@@ -132,7 +132,7 @@ pub(crate) async fn run(args: AbuseArgs) -> Result<Report, AbuseError> {
     report.generator = Generator {
         processes: 1,
         // The attacker's is in it: what counts is how late honest clients were.
-        cpu_percent: own.cpu_percent(),
+        cpu_percent: usage.cpu_percent(),
         lag_p99_us: rows.iter().map(lag).max().unwrap_or_default(),
         memory_per_connection_bytes: None,
     };

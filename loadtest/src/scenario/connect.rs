@@ -8,13 +8,13 @@ use super::{Played, ScenarioError, Stage, play};
 use crate::{
     args::ConnectArgs,
     report::Report,
-    virtual_users::{Rooms, parts::Phase},
+    virtual_users::{Rooms, workers::ScenarioPhase},
 };
 
 /// Runs it.
 pub(crate) async fn run(args: ConnectArgs) -> Result<Option<Report>, ScenarioError> {
-    let (common, many, asked) = (args.common.clone(), args.many, args.connections);
-    play("connect", common, many, asked, false, move |stop| hold(&args, &stop)).await
+    let (common, process, asked) = (args.common.clone(), args.process, args.connections);
+    play("connect", common, process, asked, false, move |stop| hold(&args, &stop)).await
 }
 
 fn hold(args: &ConnectArgs, stop: &Arc<AtomicBool>) -> Result<Played, ScenarioError> {
@@ -24,12 +24,12 @@ fn hold(args: &ConnectArgs, stop: &Arc<AtomicBool>) -> Result<Played, ScenarioEr
         (None, None) => Rooms::None,
     };
     let mut stage =
-        Stage::open(&args.common, args.many.part, rooms, args.connections, false, stop)?;
+        Stage::open(&args.common, args.process.worker, rooms, args.connections, false, stop)?;
     let end = Instant::now() + args.hold;
     while Instant::now() < end && !stage.users.is_stopped() && stage.users.open_count() > 0 {
         stage.users.step(end)?;
     }
-    stage.meet(Phase::Held)?;
+    stage.end_phase(ScenarioPhase::Held)?;
     stage.end(Vec::new())
 }
 

@@ -14,12 +14,14 @@ use std::{
 use loadtest::ledger::timeline;
 
 use crate::{
-    args::{CommonArgs, ManyArgs, OpenArgs},
+    args::{CommonArgs, OpenArgs, ProcessArgs},
     process::{self, CostError},
     report::{Generator, Report, Step, connections::Connections, messages::Messages},
     virtual_users::{
         Plan, Rooms, VirtualUsers,
-        parts::{self, Others, Own, Part, Phase, Share, Sum},
+        workers::{
+            self, GeneratorUsage, PhaseSync, PhaseTotals, ScenarioPhase, WorkerReport, WorkerShare,
+        },
     },
     watch::Watch,
 };
@@ -91,7 +93,7 @@ pub(crate) enum ScenarioError {
 /// What a scenario leaves in one process.
 pub(crate) struct Played {
     /// What was seen. Nothing where another process tells all.
-    all: Option<(Part, Watch)>,
+    all: Option<(WorkerReport, Watch)>,
     /// What it tells besides.
     steps: Vec<Step>,
 }
@@ -99,8 +101,8 @@ pub(crate) struct Played {
 /// A scenario in one process.
 pub(crate) struct Stage {
     pub(crate) users: VirtualUsers,
-    pub(crate) others: Others,
-    pub(crate) own: Own,
+    pub(crate) sync: PhaseSync,
+    pub(crate) usage: GeneratorUsage,
     opening: Duration,
     talked: Duration,
 }
@@ -110,56 +112,56 @@ impl Stage {
     /// counted from here on.
     pub(crate) fn open(
         args: &CommonArgs,
-        part: Option<Share>,
+        worker: Option<WorkerShare>,
         rooms: Rooms,
         connections: u32,
         reads: bool,
         stop: &Arc<AtomicBool>,
     ) -> Result<Self, ScenarioError> {
-        let own = Own::new();
-        let plan = plan(&args.open, part.unwrap_or(Share::ALL), rooms, connections)?;
+        let usage = GeneratorUsage::new();
+        let plan = plan(&args.open, worker.unwrap_or(WorkerShare::ALL), rooms, connections)?;
         let watch = Watch::begin(&args.watch)?;
         let users = VirtualUsers::new(plan, reads, stop.clone())?;
-        let others = Others::of(part, watch);
+        let sync = PhaseSync::new(worker, watch);
         let (opening, talked) = (Duration::ZERO, Duration::ZERO);
-        let mut stage = Self { users, others, own, opening, talked };
-        stage.own.begin();
+        let mut stage = Self { users, sync, usage, opening, talked };
+        stage.usage.start();
         stage.opening = stage.users.open_all(Some(args.open.ramp))?;
-        stage.own.end();
-        stage.own.held();
+        stage.usage.stop();
+        stage.usage.record_memory();
         if reads {
             // Before others may send: what they send is to be counted.
             stage.users.begin();
         }
-        stage.meet(Phase::Opening)?;
+        stage.end_phase(ScenarioPhase::Opening)?;
         Ok(stage)
     }
 
     /// Ends a phase together with the others.
-    fn meet(&mut self, phase: Phase) -> Result<Sum, ScenarioError> {
+    fn end_phase(&mut self, phase: ScenarioPhase) -> Result<PhaseTotals, ScenarioError> {
         let (counts, open) = (&self.users.seen.counts, self.users.open_count());
         let done = match phase {
-            Phase::Opening => self.users.tally.opened(),
-            Phase::Held | Phase::Back => open,
-            Phase::Talking => counts.delivered,
+            ScenarioPhase::Opening => self.users.tally.opened(),
+            ScenarioPhase::Held | ScenarioPhase::Reconnected => open,
+            ScenarioPhase::Traffic => counts.delivered,
         };
-        let mine = Sum { open, done, acknowledged: counts.acknowledged.clone() };
-        Ok(self.others.meet(&mut self.users, phase, mine)?)
+        let own = PhaseTotals { open, done, acknowledged: counts.acknowledged.clone() };
+        Ok(self.sync.end_phase(&mut self.users, phase, own)?)
     }
 
     /// Says goodbye, and tells what was seen.
     fn end(mut self, steps: Vec<Step>) -> Result<Played, ScenarioError> {
-        let part = Part {
+        let report = WorkerReport {
             opening_s: self.opening.as_secs_f64(),
             talked_s: self.talked.as_secs_f64(),
-            ..Part::of(&mut self.users, &self.own)
+            ..WorkerReport::of(&mut self.users, &self.usage)
         };
         self.users.farewell();
         let end = tokio::time::Instant::now() + FAREWELL;
         while tokio::time::Instant::now() < end && self.users.open_count() > 0 {
             self.users.step(end)?;
         }
-        Ok(Played { all: self.others.tell(part)?, steps })
+        Ok(Played { all: self.sync.submit(report)?, steps })
     }
 }
 
@@ -168,7 +170,7 @@ impl Stage {
 pub(crate) async fn play<F>(
     scenario: &'static str,
     args: CommonArgs,
-    many: ManyArgs,
+    process: ProcessArgs,
     asked: u32,
     talks: bool,
     play: F,
@@ -178,18 +180,18 @@ where
 {
     let stop = Arc::new(AtomicBool::new(false));
     let played = async {
-        if many.processes > 1 && many.part.is_none() {
+        if process.processes > 1 && process.worker.is_none() {
             let mut watch = Watch::begin(&args.watch)?;
-            let part = parts::in_others(many.processes, &mut watch).await?;
-            return Ok(Played { all: Some((part, watch)), steps: Vec::new() });
+            let report = workers::run_workers(process.processes, &mut watch).await?;
+            return Ok(Played { all: Some((report, watch)), steps: Vec::new() });
         }
         let stop = stop.clone();
         let played = tokio::task::spawn_blocking(move || play(stop)).await;
         played.map_err(|_| ScenarioError::Panic)?
     };
     let Played { all, steps } = ending_early(&stop, played).await?;
-    let Some((part, watch)) = all else { return Ok(None) };
-    Ok(Some(report(scenario, part, watch, steps, asked, talks, &args)))
+    let Some((report, watch)) = all else { return Ok(None) };
+    Ok(Some(build_report(scenario, report, watch, steps, asked, talks, &args)))
 }
 
 /// Waits for something that ends soon where `stop` is set, and sets it when somebody interrupts.
@@ -203,9 +205,9 @@ pub(crate) async fn ending_early<T>(stop: &AtomicBool, future: impl Future<Outpu
     future.await
 }
 
-fn report(
+fn build_report(
     scenario: &str,
-    part: Part,
+    worker: WorkerReport,
     watch: Watch,
     steps: Vec<Step>,
     asked: u32,
@@ -213,10 +215,10 @@ fn report(
     args: &CommonArgs,
 ) -> Report {
     let (servers, gauges) = watch.finish();
-    let lag_p99_us = part.lag_p99_us();
-    let held = part.tally.held();
+    let lag_p99_us = worker.lag_p99_us();
+    let held = worker.tally.held();
     let messages = talks.then(|| {
-        let counts = &part.counts;
+        let counts = &worker.counts;
         let messages = Messages {
             members: asked as usize,
             acknowledged: counts.acknowledged.iter().sum(),
@@ -232,21 +234,21 @@ fn report(
             examples: counts.examples.clone(),
             ..Messages::default()
         };
-        let talked = Duration::from_secs_f64(part.talked_s);
-        messages.with_latency(&timeline::histogram(&part.seconds), talked, &args.bounds)
+        let talked = Duration::from_secs_f64(worker.talked_s);
+        messages.with_latency(&timeline::histogram(&worker.seconds), talked, &args.bounds)
     });
-    let opening = Duration::from_secs_f64(part.opening_s);
+    let opening = Duration::from_secs_f64(worker.opening_s);
     let mut report = Report {
         generator: Generator {
-            processes: part.processes,
-            cpu_percent: part.cpu_percent,
+            processes: worker.processes,
+            cpu_percent: worker.cpu_percent,
             lag_p99_us,
-            memory_per_connection_bytes: part.grown_bytes.checked_div(held as i64),
+            memory_per_connection_bytes: worker.grown_bytes.checked_div(held as i64),
         },
-        connections: Some(Connections::of(part.tally, asked.into(), opening)),
-        interrupted: part.interrupted,
+        connections: Some(Connections::of(worker.tally, asked.into(), opening)),
+        interrupted: worker.interrupted,
         messages,
-        seconds: part.seconds,
+        seconds: worker.seconds,
         servers,
         gauges,
         steps,
@@ -258,7 +260,7 @@ fn report(
 
 pub(crate) fn plan(
     args: &OpenArgs,
-    share: Share,
+    share: WorkerShare,
     rooms: Rooms,
     connections: u32,
 ) -> Result<Plan, ScenarioError> {
@@ -267,8 +269,12 @@ pub(crate) fn plan(
     Ok(Plan { open: args.clone(), address, rooms, connections, share })
 }
 
-fn check_limits(args: &OpenArgs, connections: u32, share: Share) -> Result<(), ScenarioError> {
-    let own = share.of(connections);
+fn check_limits(
+    args: &OpenArgs,
+    connections: u32,
+    share: WorkerShare,
+) -> Result<(), ScenarioError> {
+    let own = share.portion_of(connections);
     let needed = u64::from(own) + SPARE_DESCRIPTORS;
     let have = rlimit::increase_nofile_limit(needed).map_err(ScenarioError::Limit)?;
     if have < needed {

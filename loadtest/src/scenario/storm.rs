@@ -8,10 +8,10 @@ use tokio::time::Instant;
 
 use super::{Played, ScenarioError, Stage, play};
 use crate::{
-    args::{ManyArgs, StormArgs},
+    args::{ProcessArgs, StormArgs},
     process::Cost,
     report::{Report, Step, connections::Connections},
-    virtual_users::{Rooms, parts::Phase},
+    virtual_users::{Rooms, workers::ScenarioPhase},
 };
 
 /// Memory comes and goes in pieces of 2 MiB where the kernel has huge pages: one piece more or less
@@ -21,14 +21,15 @@ const STEPS_BYTES: u64 = 4 << 20;
 /// Runs it.
 pub(crate) async fn run(args: StormArgs) -> Result<Option<Report>, ScenarioError> {
     let (common, connections) = (args.common.clone(), args.connections);
-    play("storm", common, ManyArgs::ONE, connections, false, move |stop| storm(&args, &stop)).await
+    play("storm", common, ProcessArgs::SINGLE, connections, false, move |stop| storm(&args, &stop))
+        .await
 }
 
 fn storm(args: &StormArgs, stop: &Arc<AtomicBool>) -> Result<Played, ScenarioError> {
     let rooms = Rooms::Many(args.rooms);
     let mut stage = Stage::open(&args.common, None, rooms, args.connections, false, stop)?;
     stage.users.run_until(Instant::now() + args.pause)?;
-    stage.meet(Phase::Held)?;
+    stage.end_phase(ScenarioPhase::Held)?;
     let (mut steps, mut memory) = (Vec::new(), vec![memory(args)]);
     for round in 1..=args.rounds {
         stage.users.cut_all();
@@ -37,7 +38,7 @@ fn storm(args: &StormArgs, stop: &Arc<AtomicBool>) -> Result<Played, ScenarioErr
             break;
         }
         let open = stage.users.open_count();
-        let asked = stage.users.plan.own().into();
+        let asked = stage.users.plan.local_count().into();
         let back = Connections::of(stage.users.tally.clone(), asked, took);
         let times = back.joined_ms.map(|times| times.to_string()).unwrap_or_default();
         let all_back = open == asked;
@@ -47,7 +48,7 @@ fn storm(args: &StormArgs, stop: &Arc<AtomicBool>) -> Result<Played, ScenarioErr
             good: all_back && took <= args.back_max,
         });
         stage.users.run_until(Instant::now() + args.pause)?;
-        stage.meet(Phase::Back)?;
+        stage.end_phase(ScenarioPhase::Reconnected)?;
         memory.push(self::memory(args));
     }
     for (number, pid) in args.common.watch.pid.iter().enumerate() {

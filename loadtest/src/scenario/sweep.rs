@@ -12,12 +12,12 @@ use loadtest::ledger::timeline;
 
 use super::{Played, ScenarioError, Stage, play, talk::Talk};
 use crate::{
-    args::{ManyArgs, Rate, SweepArgs},
+    args::{ProcessArgs, Rate, SweepArgs},
     report::{
         Generator, Report, Step,
         messages::{Latency, milliseconds},
     },
-    virtual_users::{Rooms, parts::Part},
+    virtual_users::{Rooms, workers::WorkerReport},
 };
 
 /// How often the gap is halved.
@@ -39,7 +39,7 @@ enum Came {
 pub(crate) async fn run(args: SweepArgs) -> Result<Option<Report>, ScenarioError> {
     let (common, connections) = (args.common.clone(), args.size.connections());
     let run = move |stop| sweep(&args, connections, &stop);
-    play("sweep", common, ManyArgs::ONE, connections, true, run).await
+    play("sweep", common, ProcessArgs::SINGLE, connections, true, run).await
 }
 
 fn sweep(
@@ -60,10 +60,10 @@ fn sweep(
         stage.users.run_until(tokio::time::Instant::now() + REST)?;
         stage.users.begin();
         stage.talk(talk)?;
-        let part = Part::of(&mut stage.users, &stage.own);
-        let latency = Latency::of(&timeline::histogram(&part.seconds));
-        let came = came(&part, &latency, args.bound);
-        let deliveries = part.counts.delivered as f64 / args.step.as_secs_f64();
+        let report = WorkerReport::of(&mut stage.users, &stage.usage);
+        let latency = Latency::of(&timeline::histogram(&report.seconds));
+        let came = came(&report, &latency, args.bound);
+        let deliveries = report.counts.delivered as f64 / args.step.as_secs_f64();
         let (p50, p99) = (milliseconds(latency.p50_us), milliseconds(latency.p99_us));
         let word = match came {
             Came::Held => "",
@@ -76,7 +76,7 @@ fn sweep(
             good: true,
         });
         if came == Came::Held {
-            best = Some((rate, deliveries, part));
+            best = Some((rate, deliveries, report));
         }
         Ok(came)
     };
@@ -117,22 +117,22 @@ fn sweep(
     steps.push(Step { what: format!("p99 ≤ {bound}"), came, good });
     let mut played = stage.end(steps)?;
     // The report is of the best rate, whatever was tried after it.
-    if let (Some((part, _)), Some((.., of_best))) = (&mut played.all, best) {
-        let (tally, opening_s) = (std::mem::take(&mut part.tally), part.opening_s);
+    if let (Some((report, _)), Some((.., of_best))) = (&mut played.all, best) {
+        let (tally, opening_s) = (std::mem::take(&mut report.tally), report.opening_s);
         let talked_s = args.step.as_secs_f64();
-        *part = Part { tally, opening_s, talked_s, ..of_best };
+        *report = WorkerReport { tally, opening_s, talked_s, ..of_best };
     }
     Ok(played)
 }
 
-fn came(part: &Part, latency: &Latency, p99_max: Duration) -> Came {
+fn came(report: &WorkerReport, latency: &Latency, p99_max: Duration) -> Came {
     let own = Generator {
         processes: 1,
-        cpu_percent: part.cpu_percent,
-        lag_p99_us: part.lag_p99_us(),
+        cpu_percent: report.cpu_percent,
+        lag_p99_us: report.lag_p99_us(),
         memory_per_connection_bytes: None,
     };
-    let counts = &part.counts;
+    let counts = &report.counts;
     let wrong =
         counts.lost + counts.duplicated + counts.out_of_order + counts.holes + counts.unanswered;
     if own.flaw().is_some() {

@@ -10,9 +10,9 @@ use tokio::time::Instant;
 
 use super::{Played, ScenarioError, Stage, play};
 use crate::{
-    args::{FanoutArgs, ManyArgs, Rate, RoomsArgs, SlowArgs, TalkArgs},
+    args::{FanoutArgs, ProcessArgs, Rate, RoomsArgs, SlowArgs, TalkArgs},
     report::{Report, Step},
-    virtual_users::{Rooms, parts::Phase},
+    virtual_users::{Rooms, workers::ScenarioPhase},
 };
 
 /// How long messages under way have to be answered, and to arrive.
@@ -43,23 +43,25 @@ impl Talk {
 
 /// One publisher, and a room of members.
 pub(crate) async fn fanout(args: FanoutArgs) -> Result<Option<Report>, ScenarioError> {
-    let (common, many, members) = (args.common.clone(), args.many, args.members);
+    let (common, process, members) = (args.common.clone(), args.process, args.members);
     let play_it = move |stop: Arc<AtomicBool>| {
-        let stage = Stage::open(&args.common, many.part, Rooms::Many(1), members, true, &stop)?;
+        let stage =
+            Stage::open(&args.common, process.worker, Rooms::Many(1), members, true, &stop)?;
         all_read(stage, Talk::of(&args.talk, 1))
     };
-    play("fanout", common, many, members, true, play_it).await
+    play("fanout", common, process, members, true, play_it).await
 }
 
 /// Many rooms in which everybody talks.
 pub(crate) async fn rooms(args: RoomsArgs) -> Result<Option<Report>, ScenarioError> {
-    let (common, many, connections) = (args.common.clone(), args.many, args.size.connections());
+    let (common, process, connections) =
+        (args.common.clone(), args.process, args.size.connections());
     let play_it = move |stop: Arc<AtomicBool>| {
         let rooms = Rooms::Many(args.size.rooms);
-        let stage = Stage::open(&args.common, many.part, rooms, connections, true, &stop)?;
+        let stage = Stage::open(&args.common, process.worker, rooms, connections, true, &stop)?;
         all_read(stage, Talk::of(&args.talk, connections))
     };
-    play("rooms", common, many, connections, true, play_it).await
+    play("rooms", common, process, connections, true, play_it).await
 }
 
 fn all_read(mut stage: Stage, talk: Talk) -> Result<Played, ScenarioError> {
@@ -77,15 +79,15 @@ pub(crate) async fn slow(args: SlowArgs) -> Result<Option<Report>, ScenarioError
     let play_it = move |stop: Arc<AtomicBool>| {
         let rooms = Rooms::Many(args.size.rooms);
         let mut stage = Stage::open(&args.common, None, rooms, connections, true, &stop)?;
-        let own = 0..stage.users.plan.own() as usize;
-        let number = |stage: &Stage, own: usize| stage.users.plan.share.number(own);
+        let own = 0..stage.users.plan.local_count() as usize;
+        let number = |stage: &Stage, own: usize| stage.users.plan.share.global_index(own);
         let stalled: Vec<usize> = own.filter(|own| number(&stage, *own) >= readers).collect();
         stalled.iter().for_each(|member| stage.users.stall(*member, true));
         stage.talk(Talk::of(&args.talk, readers))?;
         let steps = stage.read_again(&stalled)?;
         stage.end(steps)
     };
-    let report = play("slow", common, ManyArgs::ONE, connections, true, play_it).await?;
+    let report = play("slow", common, ProcessArgs::SINGLE, connections, true, play_it).await?;
     Ok(report.map(|mut report| {
         // That a reader who does not read is closed is no failure of the server.
         report.failures.retain(|failure| !failure.ends_with("connections were held"));
@@ -97,7 +99,7 @@ pub(crate) async fn slow(args: SlowArgs) -> Result<Option<Report>, ScenarioError
 impl Stage {
     /// Talks, and waits until what was acknowledged has arrived everywhere.
     pub(crate) fn talk(&mut self, talk: Talk) -> Result<(), ScenarioError> {
-        self.own.begin();
+        self.usage.start();
         let began = Instant::now();
         let end = began + talk.duration;
         let mut next: u64 = 0;
@@ -109,7 +111,7 @@ impl Stage {
             let mut due = began + talk.rate.due(next);
             while due <= now {
                 let sender = next % talk.senders;
-                if let Some(member) = self.users.plan.share.own(sender as u32) {
+                if let Some(member) = self.users.plan.share.local_index(sender as u32) {
                     self.users.send(member, due, talk.bytes);
                 }
                 next += 1;
@@ -118,7 +120,7 @@ impl Stage {
             self.users.step(due.min(end))?;
         }
         self.talked = began.elapsed();
-        self.own.end();
+        self.usage.stop();
         let unanswered = |stage: &Self| {
             let counts = &stage.users.seen.counts;
             let answered = counts.acknowledged.iter().sum::<u64>() + counts.refused;
@@ -126,7 +128,7 @@ impl Stage {
         };
         self.wait(ARRIVE_MAX, |stage| unanswered(stage) == 0)?;
         self.users.seen.counts.unanswered = unanswered(self);
-        let sum = self.meet(Phase::Talking)?;
+        let sum = self.end_phase(ScenarioPhase::Traffic)?;
         let room_of = |stage: &Self, member| sum.acknowledged[stage.users.plan.room_of(member)];
         self.wait(ARRIVE_MAX, |stage| {
             stage.users.received().all(|(member, had)| had >= room_of(stage, member))

@@ -30,12 +30,12 @@ use crate::{
 };
 
 mod user;
-pub(crate) mod parts;
+pub(crate) mod workers;
 pub(crate) mod seen;
 
-use parts::Share;
 use seen::{Kind, Seen};
-use user::{Phase, VirtualUser, dial};
+use user::{UserState, VirtualUser, dial};
+use workers::WorkerShare;
 
 /// The alarm among the sockets.
 const ALARM: Token = Token(usize::MAX);
@@ -56,7 +56,7 @@ pub(crate) struct Plan {
     /// How many connections there are, those of other processes included.
     pub(crate) connections: u32,
     /// Which of them are this process'.
-    pub(crate) share: Share,
+    pub(crate) share: WorkerShare,
 }
 
 /// What rooms the connections join.
@@ -72,8 +72,8 @@ pub(crate) enum Rooms {
 
 impl Plan {
     /// How many connections are this process'.
-    pub(crate) fn own(&self) -> u32 {
-        self.share.of(self.connections)
+    pub(crate) fn local_count(&self) -> u32 {
+        self.share.portion_of(self.connections)
     }
 
     /// How many rooms there are.
@@ -86,7 +86,7 @@ impl Plan {
 
     /// The number of a room that an own connection joins.
     pub(crate) fn room_of(&self, user: usize) -> usize {
-        self.share.number(user) as usize % self.rooms()
+        self.share.global_index(user) as usize % self.rooms()
     }
 
     /// The name of a room.
@@ -102,12 +102,14 @@ impl Plan {
         let OpenArgs { url, token, user_prefix, .. } = &self.open;
         match token {
             Some(token) => url.path_with("token", token),
-            None => url.path_with("user", &format!("{user_prefix}{}", self.share.number(user))),
+            None => {
+                url.path_with("user", &format!("{user_prefix}{}", self.share.global_index(user)))
+            }
         }
     }
 
     fn source(&self, user: usize) -> Option<IpAddr> {
-        let number = self.share.number(user);
+        let number = self.share.global_index(user);
         self.open.sources.as_ref().map(|sources| sources.address(number))
     }
 }
@@ -142,8 +144,8 @@ impl VirtualUsers {
     pub(crate) fn new(plan: Plan, reads: bool, stop: Arc<AtomicBool>) -> io::Result<Self> {
         let (poll, timer, now) = (Poll::new()?, Timer::new()?, Instant::now());
         poll.registry().register(&mut SourceFd(&timer.fd()), ALARM, Interest::READABLE)?;
-        let users = (0..plan.own()).map(|_| VirtualUser::new(now)).collect();
-        let alone = plan.share == Share::ALL;
+        let users = (0..plan.local_count()).map(|_| VirtualUser::new(now)).collect();
+        let alone = plan.share == WorkerShare::ALL;
         let progress = if alone { Progress::new() } else { Progress::hidden() };
         Ok(Self {
             seen: Seen::new(plan.rooms(), 0),
@@ -176,7 +178,7 @@ impl VirtualUsers {
 
     /// Whether a connection is open.
     pub(crate) fn is_open(&self, user: usize) -> bool {
-        self.users[user].phase == Phase::Open
+        self.users[user].state == UserState::Open
     }
 
     /// The number of the last message that a connection got.
@@ -196,7 +198,8 @@ impl VirtualUsers {
 
     /// What an open connection got since it was opened, for each that is open and reads.
     pub(crate) fn received(&self) -> impl Iterator<Item = (usize, u64)> {
-        let open = |(_, user): &(usize, &VirtualUser)| user.phase == Phase::Open && !user.stalled;
+        let open =
+            |(_, user): &(usize, &VirtualUser)| user.state == UserState::Open && !user.stalled;
         let all = self.users.iter().enumerate().filter(open);
         all.map(|(index, user)| (index, user.received))
     }
@@ -213,7 +216,7 @@ impl VirtualUsers {
     pub(crate) fn open_all(&mut self, ramp: Option<Rate>) -> io::Result<Duration> {
         let began = Instant::now();
         let away = self.users.iter().enumerate();
-        let away = away.filter(|(_, user)| user.phase == Phase::Away);
+        let away = away.filter(|(_, user)| user.state == UserState::Disconnected);
         let away: Vec<usize> = away.map(|(index, _)| index).collect();
         let mut next = 0;
         loop {
@@ -221,7 +224,7 @@ impl VirtualUsers {
             while let Some(&index) = away.get(next) {
                 let now = Instant::now();
                 // Dealt out over all processes, so that together they keep the rate.
-                let turn = self.plan.share.number(next);
+                let turn = self.plan.share.global_index(next);
                 let due = ramp.map_or(now, |ramp| began + ramp.due(turn.into()));
                 if due > now {
                     wake = due;
@@ -291,7 +294,7 @@ impl VirtualUsers {
         let user = &mut self.users[index];
         let attempt = user.attempt + 1;
         *user = VirtualUser { stream: Some(stream), attempt, due, ..VirtualUser::new(due) };
-        user.phase = Phase::Connecting;
+        user.state = UserState::Connecting;
         user.reader.reads_messages = true;
         self.opening.push_back((Instant::now() + self.plan.open.timeout, index, attempt));
     }
@@ -330,7 +333,7 @@ impl VirtualUsers {
 
     fn on_writable(&mut self, index: usize) -> Result<(), String> {
         let user = &mut self.users[index];
-        if user.phase == Phase::Connecting {
+        if user.state == UserState::Connecting {
             let Some(stream) = &user.stream else { return Ok(()) };
             if let Some(error) = stream.take_error().ok().flatten() {
                 return Err(format!("connect: {}", error.kind()));
@@ -339,7 +342,7 @@ impl VirtualUsers {
             if stream.peer_addr().is_err() {
                 return Ok(());
             }
-            user.phase = Phase::Upgrading;
+            user.state = UserState::Upgrading;
             let request = wire::request(&self.plan.open.url.authority, &self.plan.path(index));
             return self.users[index].send(&request).map_err(|error| broken(&error));
         }
@@ -375,7 +378,7 @@ impl VirtualUsers {
         let user = &mut self.users[index];
         let head;
         let mut bytes = bytes;
-        if user.phase == Phase::Upgrading {
+        if user.state == UserState::Upgrading {
             user.head.extend_from_slice(bytes);
             match wire::head(&user.head).map_err(|error| format!("handshake: {error}"))? {
                 None => return Ok(()),
@@ -386,7 +389,7 @@ impl VirtualUsers {
                 Some(Head::Upgraded { end }) => {
                     head = std::mem::take(&mut user.head);
                     bytes = &head[end..];
-                    user.phase = Phase::Greeting;
+                    user.state = UserState::AwaitingConnected;
                 }
             }
         }
@@ -402,16 +405,16 @@ impl VirtualUsers {
             Received::Close(code, reason) => closed = Some(told(code, &reason)),
         });
         // Who is open and only held passes messages over.
-        reader.reads_messages = self.reads || self.users[index].phase != Phase::Open;
+        reader.reads_messages = self.reads || self.users[index].state != UserState::Open;
         self.users[index].reader = reader;
         pushed.map_err(|error| format!("frames: {error}"))?;
         done?;
         if !pongs.is_empty() {
             self.users[index].send(&pongs).map_err(|error| broken(&error))?;
         }
-        match (closed, self.users[index].phase) {
+        match (closed, self.users[index].state) {
             (None, _) => Ok(()),
-            (Some(how), Phase::Open) => Err(how),
+            (Some(how), UserState::Open) => Err(how),
             (Some(how), _) => Err(format!("closed before it was open: {how}")),
         }
     }
@@ -419,8 +422,8 @@ impl VirtualUsers {
     fn on_message(&mut self, index: usize, message: &[u8], now: Instant) -> Result<(), String> {
         let kind = Kind::of(message);
         let user = &mut self.users[index];
-        match (user.phase, kind) {
-            (Phase::Greeting, Kind::Connected) => {
+        match (user.state, kind) {
+            (UserState::AwaitingConnected, Kind::Connected) => {
                 user.connected = now.saturating_duration_since(user.due);
                 let Some(room) = self.plan.room(self.plan.room_of(index)) else {
                     self.opened(index, now);
@@ -428,33 +431,33 @@ impl VirtualUsers {
                 };
                 let join = frames::Join { history: Some(0), ..frames::Join::to(&room) };
                 let user = &mut self.users[index];
-                user.phase = Phase::Joining;
+                user.state = UserState::Joining;
                 let join = wire::text(&frames::text(&join));
                 return user.send(&join).map_err(|error| broken(&error));
             }
-            (Phase::Joining, Kind::Joined) => {
+            (UserState::Joining, Kind::Joined) => {
                 // Who passes messages over needs no number, and the servers of the bench give none.
                 if self.reads {
                     user.seq = seen::top(message)?;
                 }
                 self.opened(index, now);
             }
-            (Phase::Joining, Kind::Error) => {
+            (UserState::Joining, Kind::Error) => {
                 return Err(format!("join refused: {}", code(message)));
             }
-            (Phase::Open, Kind::Message) => self.on_entry(index, message, now),
-            (Phase::Open, Kind::Ack) => {
+            (UserState::Open, Kind::Message) => self.on_entry(index, message, now),
+            (UserState::Open, Kind::Ack) => {
                 let room = self.plan.room_of(index);
                 self.seen.counts.acknowledged[room] += 1;
                 self.seen.timeline.acknowledged(now);
             }
-            (Phase::Open, Kind::Error) => {
+            (UserState::Open, Kind::Error) => {
                 self.seen.counts.refused += 1;
                 self.seen.timeline.refused(now);
                 self.seen.counts.example(|| format!("refused: {}", code(message)));
             }
             // Without a room it is of the inbox, in which nothing is said here.
-            (Phase::Open, Kind::Reset) if memmem::find(message, br#""room":"#).is_some() => {
+            (UserState::Open, Kind::Reset) if memmem::find(message, br#""room":"#).is_some() => {
                 user.seq = seen::top(message)?;
                 self.seen.counts.announced_breaks += 1;
             }
@@ -484,8 +487,8 @@ impl VirtualUsers {
     fn opened(&mut self, index: usize, now: Instant) {
         let user = &mut self.users[index];
         let joined =
-            (user.phase == Phase::Joining).then(|| now.saturating_duration_since(user.due));
-        user.phase = Phase::Open;
+            (user.state == UserState::Joining).then(|| now.saturating_duration_since(user.due));
+        user.state = UserState::Open;
         self.tally.add(Outcome::Opened { connected: user.connected, joined });
         self.seen.timeline.connected(now);
     }
@@ -500,16 +503,16 @@ impl VirtualUsers {
     pub(crate) fn send(&mut self, index: usize, due: Instant, bytes: usize) {
         let now = Instant::now();
         self.seen.done(due, now);
-        if self.users[index].phase != Phase::Open {
+        if self.users[index].state != UserState::Open {
             self.seen.counts.sent += 1;
             self.seen.counts.refused += 1;
             self.seen.counts.example(|| "not sent: its sender is not connected".to_owned());
             return;
         }
-        let number = self.plan.share.number(self.sent);
+        let number = self.plan.share.global_index(self.sent);
         self.sent += 1;
         self.seen.counts.sent += 1;
-        let stamp = Stamp { sender: self.plan.share.number(index), due_ns: self.ns(due) };
+        let stamp = Stamp { sender: self.plan.share.global_index(index), due_ns: self.ns(due) };
         let Some(room) = self.plan.room(self.plan.room_of(index)) else { return };
         // Random as any id of this version, and different in each run.
         let run = self.origin.1 & 0xFFFF_FFFF;
@@ -537,7 +540,7 @@ impl VirtualUsers {
     pub(crate) fn cut_all(&mut self) {
         let now = Instant::now();
         for user in &mut self.users {
-            if user.phase == Phase::Open {
+            if user.state == UserState::Open {
                 self.seen.timeline.ended(now);
             }
             let attempt = user.attempt;
@@ -551,7 +554,7 @@ impl VirtualUsers {
     /// Says goodbye on all that are open.
     pub(crate) fn farewell(&mut self) {
         for user in &mut self.users {
-            if user.phase == Phase::Open {
+            if user.state == UserState::Open {
                 // The server may have gone first.
                 let _ = user.send(&wire::close(1000));
             }
@@ -559,8 +562,8 @@ impl VirtualUsers {
     }
 
     fn fail(&mut self, index: usize, why: String) {
-        let outcome = match self.users[index].phase {
-            Phase::Open => Outcome::Ended { how: why },
+        let outcome = match self.users[index].state {
+            UserState::Open => Outcome::Ended { how: why },
             _ => Outcome::Failed { why },
         };
         self.close(index, outcome);
@@ -568,10 +571,10 @@ impl VirtualUsers {
 
     fn close(&mut self, index: usize, outcome: Outcome) {
         let user = &mut self.users[index];
-        if user.phase == Phase::Open {
+        if user.state == UserState::Open {
             self.seen.timeline.ended(Instant::now());
         }
-        (user.stream, user.phase) = (None, Phase::Away);
+        (user.stream, user.state) = (None, UserState::Disconnected);
         (user.unsent, user.head, user.reader) = (Vec::new(), Vec::new(), Reader::default());
         self.tally.add(outcome);
     }

@@ -13,15 +13,15 @@ use crate::wire::Reader;
 
 /// How far a connection is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Phase {
+pub(super) enum UserState {
     /// There is none.
-    Away,
+    Disconnected,
     /// TCP is under way.
     Connecting,
     /// The handshake is.
     Upgrading,
     /// `connected` is waited for.
-    Greeting,
+    AwaitingConnected,
     /// `joined` is.
     Joining,
     /// It has all it was opened for.
@@ -32,7 +32,7 @@ pub(super) enum Phase {
 #[derive(Debug)]
 pub(super) struct VirtualUser {
     pub(super) stream: Option<TcpStream>,
-    pub(super) phase: Phase,
+    pub(super) state: UserState,
     /// How often it was opened, to tell an alarm of an earlier time.
     pub(super) attempt: u32,
     /// When it was to be opened.
@@ -59,7 +59,7 @@ impl VirtualUser {
     pub(super) fn new(now: Instant) -> Self {
         Self {
             stream: None,
-            phase: Phase::Away,
+            state: UserState::Disconnected,
             attempt: 0,
             due: now,
             connected: Duration::ZERO,
@@ -75,7 +75,7 @@ impl VirtualUser {
 
     /// Whether somebody waits for it to open.
     pub(super) fn is_opening(&self) -> bool {
-        !matches!(self.phase, Phase::Away | Phase::Open)
+        !matches!(self.state, UserState::Disconnected | UserState::Open)
     }
 
     /// Sends what the socket takes, and keeps the rest.

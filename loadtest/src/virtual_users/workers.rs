@@ -1,7 +1,7 @@
 //! One scenario in several processes, since each may hold only so many descriptors, and has one
 //! thread.
 //!
-//! The first process starts the others with the same command line and `--part I/N`, and opens no
+//! The first process starts the workers with the same command line and `--worker I/N`, and opens no
 //! connection itself. They meet at the end of each phase: each writes a line of numbers, and reads
 //! the sum of all. At the end each writes what it saw.
 
@@ -33,43 +33,43 @@ use crate::{
 
 /// Which part of all this process does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Share {
+pub(crate) struct WorkerShare {
     index: u32,
     count: u32,
 }
 
-impl Share {
+impl WorkerShare {
     /// All of it.
     pub(crate) const ALL: Self = Self { index: 0, count: 1 };
 
     /// How many of so many are this process'.
-    pub(crate) fn of(self, all: u32) -> u32 {
+    pub(crate) fn portion_of(self, all: u32) -> u32 {
         all / self.count + u32::from(self.index < all % self.count)
     }
 
     /// The own number of one, where it is this process'.
-    pub(crate) fn own(self, number: u32) -> Option<usize> {
+    pub(crate) fn local_index(self, number: u32) -> Option<usize> {
         (number % self.count == self.index).then(|| (number / self.count) as usize)
     }
 
     /// The number that an own one has among all.
-    pub(crate) fn number(self, own: usize) -> u32 {
+    pub(crate) fn global_index(self, own: usize) -> u32 {
         own as u32 * self.count + self.index
     }
 }
 
-impl FromStr for Share {
+impl FromStr for WorkerShare {
     type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let parts = text.split_once('/').and_then(|(index, count)| {
             Some(Self { index: index.parse().ok()?, count: count.parse().ok()? })
         });
-        parts.filter(|share| share.index < share.count).ok_or("a part has the form 0/2")
+        parts.filter(|share| share.index < share.count).ok_or("a worker has the form 0/2")
     }
 }
 
-impl fmt::Display for Share {
+impl fmt::Display for WorkerShare {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}", self.index, self.count)
     }
@@ -78,20 +78,20 @@ impl fmt::Display for Share {
 /// The end of a phase, where all processes meet.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub(crate) enum Phase {
+pub(crate) enum ScenarioPhase {
     /// All connections are open or have failed.
     Opening,
     /// They were held.
     Held,
     /// They were cut, and all are back.
-    Back,
+    Reconnected,
     /// What was sent is answered.
-    Talking,
+    Traffic,
 }
 
 /// What one process has to say at the end of a phase.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
-pub(crate) struct Sum {
+pub(crate) struct PhaseTotals {
     /// How many connections are open.
     pub(crate) open: u64,
     /// How many were opened, or deliveries made, in the phase.
@@ -100,7 +100,7 @@ pub(crate) struct Sum {
     pub(crate) acknowledged: Vec<u64>,
 }
 
-impl Sum {
+impl PhaseTotals {
     fn add(&mut self, other: &Self) {
         self.open += other.open;
         self.done += other.done;
@@ -112,7 +112,7 @@ impl Sum {
 
 /// What one process saw of all, and what it cost.
 #[derive(Debug, Default, Deserialize, Serialize)]
-pub(crate) struct Part {
+pub(crate) struct WorkerReport {
     pub(crate) tally: Tally,
     pub(crate) counts: Counts,
     pub(crate) seconds: Vec<Second>,
@@ -126,17 +126,17 @@ pub(crate) struct Part {
     pub(crate) processes: u32,
 }
 
-impl Part {
-    /// What a users saw.
-    pub(crate) fn of(users: &mut VirtualUsers, own: &Own) -> Self {
+impl WorkerReport {
+    /// What virtual users saw.
+    pub(crate) fn of(users: &mut VirtualUsers, usage: &GeneratorUsage) -> Self {
         let Seen { counts, lag_us, .. } = &users.seen;
         Self {
             tally: users.tally.clone(),
             counts: counts.clone(),
             lag_us: timeline::pairs(lag_us),
             seconds: users.seen.seconds(),
-            cpu_percent: own.cpu_percent(),
-            grown_bytes: own.grown_bytes,
+            cpu_percent: usage.cpu_percent(),
+            grown_bytes: usage.grown_bytes,
             interrupted: users.is_stopped(),
             processes: 1,
             ..Self::default()
@@ -172,33 +172,33 @@ impl Part {
 
 /// What this process costs.
 #[derive(Debug, Default)]
-pub(crate) struct Own {
+pub(crate) struct GeneratorUsage {
     before: Cost,
     since: Option<(Instant, u64)>,
     spent: (Duration, u64),
     grown_bytes: i64,
 }
 
-impl Own {
+impl GeneratorUsage {
     /// Before anything.
     pub(crate) fn new() -> Self {
         Self { before: Cost::of(None).unwrap_or_default(), ..Self::default() }
     }
 
     /// All connections are open.
-    pub(crate) fn held(&mut self) {
+    pub(crate) fn record_memory(&mut self) {
         let now = Cost::of(None).unwrap_or(self.before);
         self.grown_bytes = now.pss_bytes as i64 - self.before.pss_bytes as i64;
     }
 
     /// What counts begins.
-    pub(crate) fn begin(&mut self) {
+    pub(crate) fn start(&mut self) {
         let cpu = Cpu::of(None).unwrap_or_default().total_ms();
         self.since = Some((Instant::now(), cpu));
     }
 
     /// What counts is over.
-    pub(crate) fn end(&mut self) {
+    pub(crate) fn stop(&mut self) {
         if let Some((began, before)) = self.since.take() {
             let cpu = Cpu::of(None).unwrap_or_default().total_ms();
             self.spent = (began.elapsed(), cpu - before);
@@ -212,61 +212,61 @@ impl Own {
     }
 }
 
-/// The other processes.
-pub(crate) enum Others {
+/// The worker processes.
+pub(crate) enum PhaseSync {
     /// There are none.
-    None(Watch),
+    Alone(Watch),
     /// Some, which are met by way of the first.
-    Some {
+    Worker {
         /// What the first writes.
-        sums: mpsc::Receiver<Sum>,
+        totals: mpsc::Receiver<PhaseTotals>,
     },
 }
 
 /// What a process writes for the first.
 #[derive(Deserialize, Serialize)]
 #[serde(rename_all = "snake_case")]
-enum Line {
-    Meet(Phase, Sum),
-    Part(Box<Part>),
+enum WorkerMessage {
+    PhaseEnd(ScenarioPhase, PhaseTotals),
+    Report(Box<WorkerReport>),
 }
 
-impl Others {
+impl PhaseSync {
     /// Those with whom this process shares the scenario.
-    pub(crate) fn of(share: Option<Share>, watch: Watch) -> Self {
+    pub(crate) fn new(share: Option<WorkerShare>, watch: Watch) -> Self {
         if share.is_none() {
-            return Self::None(watch);
+            return Self::Alone(watch);
         }
-        let (sums_in, sums) = mpsc::sync_channel(1);
+        let (totals_in, totals) = mpsc::sync_channel(1);
         std::thread::spawn(move || {
             for line in io::stdin().lock().lines() {
                 let Some(sum) = line.ok().and_then(|line| serde_json::from_str(&line).ok()) else {
                     return;
                 };
-                if sums_in.send(sum).is_err() {
+                if totals_in.send(sum).is_err() {
                     return;
                 }
             }
         });
-        Self::Some { sums }
+        Self::Worker { totals }
     }
 
-    /// Ends a phase together with the others. Connections live on meanwhile.
-    pub(crate) fn meet(
+    /// Ends a phase together with the workers. Connections live on meanwhile.
+    pub(crate) fn end_phase(
         &mut self,
         users: &mut VirtualUsers,
-        phase: Phase,
-        mine: Sum,
-    ) -> io::Result<Sum> {
+        phase: ScenarioPhase,
+        own: PhaseTotals,
+    ) -> io::Result<PhaseTotals> {
         match self {
-            Self::None(watch) => {
-                watch.mark(phase, &mine);
-                Ok(mine)
+            Self::Alone(watch) => {
+                watch.mark(phase, &own);
+                Ok(own)
             }
-            Self::Some { sums } => {
-                write(&Line::Meet(phase, mine))?;
+            Self::Worker { totals } => {
+                write(&WorkerMessage::PhaseEnd(phase, own))?;
                 loop {
-                    match sums.try_recv() {
+                    match totals.try_recv() {
                         Ok(sum) => return Ok(sum),
                         Err(mpsc::TryRecvError::Empty) => {
                             users.step(Instant::now() + Duration::from_millis(1))?;
@@ -281,15 +281,15 @@ impl Others {
     }
 
     /// Tells the first process what was seen, where there is one.
-    pub(crate) fn tell(self, part: Part) -> io::Result<Option<(Part, Watch)>> {
+    pub(crate) fn submit(self, report: WorkerReport) -> io::Result<Option<(WorkerReport, Watch)>> {
         match self {
-            Self::None(watch) => Ok(Some((part, watch))),
-            Self::Some { .. } => write(&Line::Part(Box::new(part))).map(|()| None),
+            Self::Alone(watch) => Ok(Some((report, watch))),
+            Self::Worker { .. } => write(&WorkerMessage::Report(Box::new(report))).map(|()| None),
         }
     }
 }
 
-fn write(line: &Line) -> io::Result<()> {
+fn write(line: &WorkerMessage) -> io::Result<()> {
     let mut text = serde_json::to_vec(line)?;
     text.push(b'\n');
     let mut out = io::stdout().lock();
@@ -298,20 +298,20 @@ fn write(line: &Line) -> io::Result<()> {
 }
 
 /// Another process, as the first sees it.
-struct Other {
+struct WorkerProcess {
     child: Child,
     input: ChildStdin,
     output: Lines<BufReader<ChildStdout>>,
 }
 
-/// Runs the scenario of this command line in so many other processes, and adds up what they saw.
-pub(crate) async fn in_others(count: u32, watch: &mut Watch) -> io::Result<Part> {
+/// Runs the scenario of this command line in so many worker processes, and adds up what they saw.
+pub(crate) async fn run_workers(count: u32, watch: &mut Watch) -> io::Result<WorkerReport> {
     let program = std::env::current_exe()?;
-    let mut others = Vec::new();
+    let mut workers = Vec::new();
     for index in 0..count {
         let mut child = Command::new(&program)
             .args(std::env::args_os().skip(1))
-            .args(["--part", &Share { index, count }.to_string()])
+            .args(["--worker", &WorkerShare { index, count }.to_string()])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .kill_on_drop(true)
@@ -319,29 +319,29 @@ pub(crate) async fn in_others(count: u32, watch: &mut Watch) -> io::Result<Part>
         let (input, output) = (child.stdin.take(), child.stdout.take());
         let input = input.ok_or(io::ErrorKind::BrokenPipe)?;
         let output = BufReader::new(output.ok_or(io::ErrorKind::BrokenPipe)?).lines();
-        others.push(Other { child, input, output });
+        workers.push(WorkerProcess { child, input, output });
     }
-    let mut all = Part::default();
+    let mut all = WorkerReport::default();
     loop {
-        let (mut sum, mut met, mut left) = (Sum::default(), None, 0);
-        for other in &mut others {
-            let line = other.output.next_line().await?.ok_or_else(|| {
+        let (mut sum, mut met, mut left) = (PhaseTotals::default(), None, 0);
+        for worker in &mut workers {
+            let line = worker.output.next_line().await?.ok_or_else(|| {
                 io::Error::other("another process of the load ended early; it says why above")
             })?;
             match serde_json::from_str(&line)? {
-                Line::Meet(phase, mine) => {
+                WorkerMessage::PhaseEnd(phase, own) => {
                     met = Some(phase);
-                    sum.add(&mine);
+                    sum.add(&own);
                 }
-                Line::Part(part) => {
+                WorkerMessage::Report(report) => {
                     left += 1;
-                    all.add(*part);
+                    all.add(*report);
                 }
             }
         }
-        if left == others.len() {
-            for other in &mut others {
-                other.child.wait().await?;
+        if left == workers.len() {
+            for worker in &mut workers {
+                worker.child.wait().await?;
             }
             return Ok(all);
         }
@@ -351,8 +351,8 @@ pub(crate) async fn in_others(count: u32, watch: &mut Watch) -> io::Result<Part>
         watch.mark(phase, &sum);
         let mut line = serde_json::to_vec(&sum)?;
         line.push(b'\n');
-        for other in &mut others {
-            other.input.write_all(&line).await?;
+        for worker in &mut workers {
+            worker.input.write_all(&line).await?;
         }
     }
 }
@@ -366,30 +366,34 @@ mod tests {
         for (all, count) in [(10, 3), (2, 3), (7, 1), (0, 2)] {
             let mut numbers = Vec::new();
             for index in 0..count {
-                let share = Share { index, count };
-                let own = (0..share.of(all)).map(|own| share.number(own as usize));
-                assert!(own.clone().enumerate().all(|(own, nr)| share.own(nr) == Some(own)));
+                let share = WorkerShare { index, count };
+                let own = (0..share.portion_of(all)).map(|own| share.global_index(own as usize));
+                assert!(
+                    own.clone().enumerate().all(|(own, nr)| share.local_index(nr) == Some(own))
+                );
                 numbers.extend(own);
             }
             numbers.sort_unstable();
             assert_eq!(numbers, (0..all).collect::<Vec<_>>(), "{all} over {count}");
         }
-        assert_eq!("1/3".parse::<Share>().unwrap().to_string(), "1/3");
+        assert_eq!("1/3".parse::<WorkerShare>().unwrap().to_string(), "1/3");
         for bad in ["", "3/3", "a/b", "1"] {
-            assert!(bad.parse::<Share>().is_err(), "{bad}");
+            assert!(bad.parse::<WorkerShare>().is_err(), "{bad}");
         }
     }
 
     #[test]
-    fn parts_add_up_and_survive_the_way() {
-        let part = |open| {
+    fn worker_reports_add_up_after_serialization() {
+        let report = |open| {
             let second = Second { open, latency_us: vec![(5, 2)], ..Second::default() };
             let counts = Counts { acknowledged: vec![1, 2], ..Counts::default() };
-            Part { seconds: vec![second], counts, processes: 1, ..Part::default() }
+            WorkerReport { seconds: vec![second], counts, processes: 1, ..WorkerReport::default() }
         };
-        let line = serde_json::to_string(&Line::Part(Box::new(part(2)))).unwrap();
-        let Line::Part(mut sum) = serde_json::from_str(&line).unwrap() else { panic!("{line}") };
-        sum.add(part(3));
+        let line = serde_json::to_string(&WorkerMessage::Report(Box::new(report(2)))).unwrap();
+        let WorkerMessage::Report(mut sum) = serde_json::from_str(&line).unwrap() else {
+            panic!("{line}")
+        };
+        sum.add(report(3));
         assert_eq!((sum.processes, sum.seconds[0].open), (2, 5));
         assert_eq!(sum.seconds[0].latencies().len(), 4);
         assert_eq!(sum.counts.acknowledged, [2, 4]);
