@@ -14,7 +14,7 @@ use crate::{
 };
 
 mod args;
-mod wire;
+mod websocket;
 mod stamp;
 mod process;
 mod report;

@@ -20,7 +20,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use tokio::time::{Duration, Instant};
 
 use super::script::{Opening, Script, Stream, Then};
-use crate::wire::{self, Head, Reader, Received};
+use crate::websocket::{self, FrameReader, HandshakeResponse, WsFrame};
 
 /// The first source address of attackers; a script takes as many in turn as it names.
 const SOURCES: Ipv4Addr = Ipv4Addr::new(127, 3, 0, 1);
@@ -82,7 +82,7 @@ struct Connection {
     due: Instant,
     is_finished: bool,
     is_queued: bool,
-    reader: Reader,
+    reader: FrameReader,
 }
 
 /// The attacker's connections.
@@ -298,7 +298,7 @@ impl Attacker {
             due: Instant::now(),
             is_finished: false,
             is_queued: false,
-            reader: Reader::default(),
+            reader: FrameReader::default(),
         });
     }
 
@@ -319,8 +319,8 @@ impl Attacker {
             let host = self.target.to_string();
             connection.out = match script.opening {
                 Opening::Raw => Vec::new(),
-                Opening::WebSocket | Opening::Blind => wire::request(&host, &path),
-                Opening::Deflate => wire::request_with(
+                Opening::WebSocket | Opening::Blind => websocket::handshake_request(&host, &path),
+                Opening::Deflate => websocket::handshake_request_with(
                     &host,
                     &path,
                     "Sec-WebSocket-Extensions: permessage-deflate\r\n",
@@ -341,7 +341,7 @@ impl Attacker {
         connection.state = State::Open;
         connection.out.extend_from_slice(&(script.first)(connection.serial));
         connection.due = Instant::now();
-        connection.reader = Reader::default();
+        connection.reader = FrameReader::default();
         self.queue(index);
     }
 
@@ -455,10 +455,12 @@ impl Attacker {
         let mut rest = None;
         if let State::Upgrading(head) = &mut connection.state {
             head.extend_from_slice(bytes);
-            match wire::head(head) {
+            match websocket::parse_response(head) {
                 Ok(None) => return None,
-                Ok(Some(Head::Upgraded { end })) => rest = Some(head.split_off(end)),
-                Ok(Some(Head::Refused { status })) => return Some(format!("HTTP {status}")),
+                Ok(Some(HandshakeResponse::Upgraded { end })) => rest = Some(head.split_off(end)),
+                Ok(Some(HandshakeResponse::Rejected { status })) => {
+                    return Some(format!("HTTP {status}"));
+                }
                 Err(error) => return Some(error.to_string()),
             }
         } else if matches!(opening, Opening::Raw | Opening::Blind) {
@@ -471,14 +473,14 @@ impl Attacker {
         let mut closed = None;
         let is_upgraded = rest.is_some();
         let read = connection.reader.push(rest.as_deref().unwrap_or(bytes), |received| {
-            if let Received::Close(code, reason) = received {
+            if let WsFrame::Close(code, reason) = received {
                 let code = code.map_or_else(|| "1005".to_owned(), |code| code.to_string());
                 closed = Some(format!("{code} {reason}").trim_end().to_owned());
             }
         });
         if read.is_err() {
             // A compressed message: nothing in it is wanted.
-            connection.reader = Reader::default();
+            connection.reader = FrameReader::default();
         }
         if is_upgraded {
             let reader = std::mem::take(&mut connection.reader);

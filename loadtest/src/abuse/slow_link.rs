@@ -30,7 +30,7 @@ use crate::{
     args::AbuseArgs,
     process::free_address,
     report::Step,
-    wire::{self, Head, Reader, Received},
+    websocket::{self, FrameReader, HandshakeResponse, WsFrame},
 };
 
 /// Its name on the command line, its group, and what it does.
@@ -304,7 +304,7 @@ fn behind_the_link(
         let now = Instant::now();
         let talks = seen.received * 2 >= entries;
         if talks && (pinged.elapsed() >= PING_EVERY || pings.is_empty()) {
-            client.write(&wire::ping(&(pings.len() as u32).to_be_bytes()))?;
+            client.write(&websocket::ping(&(pings.len() as u32).to_be_bytes()))?;
             pings.push((now, false));
             pinged = now;
         }
@@ -370,7 +370,7 @@ enum Incoming<'a> {
 /// A client on a thread of its own.
 struct Client {
     stream: TcpStream,
-    reader: Reader,
+    reader: FrameReader,
     buffer: Vec<u8>,
     /// Bytes behind the handshake's answer.
     rest: Vec<u8>,
@@ -381,7 +381,7 @@ impl Client {
         let mut stream = TcpStream::connect_timeout(&address, LOOPBACK_MAX)?;
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(LOOPBACK_MAX))?;
-        stream.write_all(&wire::request(&address.to_string(), path))?;
+        stream.write_all(&websocket::handshake_request(&address.to_string(), path))?;
         let (mut head, mut buffer) = (Vec::new(), vec![0; 64 * 1024]);
         loop {
             let count = stream.read(&mut buffer)?;
@@ -389,13 +389,13 @@ impl Client {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
             head.extend_from_slice(&buffer[..count]);
-            match wire::head(&head).map_err(io::Error::other)? {
+            match websocket::parse_response(&head).map_err(io::Error::other)? {
                 None => {}
-                Some(Head::Refused { status }) => {
+                Some(HandshakeResponse::Rejected { status }) => {
                     return Err(io::Error::other(format!("handshake: HTTP {status}")));
                 }
-                Some(Head::Upgraded { end }) => {
-                    let reader = Reader::of_messages();
+                Some(HandshakeResponse::Upgraded { end }) => {
+                    let reader = FrameReader::with_payload();
                     return Ok(Self { stream, reader, buffer, rest: head.split_off(end) });
                 }
             }
@@ -403,7 +403,7 @@ impl Client {
     }
 
     fn send(&mut self, frame: &Value) -> io::Result<()> {
-        self.write(&wire::text(&frame.to_string()))
+        self.write(&websocket::text(&frame.to_string()))
     }
 
     fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
@@ -434,13 +434,13 @@ impl Client {
         };
         let (mut pongs, mut closed) = (Vec::new(), None);
         let pushed = self.reader.push(&bytes, |received| match received {
-            Received::Message(Some(message)) => {
+            WsFrame::Message(Some(message)) => {
                 on(Incoming::Frame(serde_json::from_slice(&message).unwrap_or_default()));
             }
-            Received::Message(None) => {}
-            Received::Ping(payload) => pongs.extend(wire::pong(&payload)),
-            Received::Pong(payload) => on(Incoming::Pong(&payload)),
-            Received::Close(code, reason) => closed = Some(format!("close {code:?} {reason}")),
+            WsFrame::Message(None) => {}
+            WsFrame::Ping(payload) => pongs.extend(websocket::pong(&payload)),
+            WsFrame::Pong(payload) => on(Incoming::Pong(&payload)),
+            WsFrame::Close(code, reason) => closed = Some(format!("close {code:?} {reason}")),
         });
         pushed.map_err(io::Error::other)?;
         if !pongs.is_empty() {

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use crate::wire::{self, Head, Reader, Received, WireError};
+use crate::websocket::{self, FrameReader, HandshakeResponse, WebSocketError, WsFrame};
 
 /// How long one answer may take.
 const ANSWER_MAX: Duration = Duration::from_secs(10);
@@ -19,7 +19,7 @@ pub(crate) enum ClientError {
     Io(#[from] io::Error),
     /// The server breaks the protocol.
     #[error("a connection of the load: {0}")]
-    Wire(#[from] WireError),
+    Wire(#[from] WebSocketError),
     /// The handshake was refused.
     #[error("a handshake was answered with HTTP {status}")]
     Refused { status: u16 },
@@ -31,7 +31,7 @@ pub(crate) enum ClientError {
 /// A connection and the frames that arrive on it, one after the other.
 pub(crate) struct Client {
     pub(crate) stream: TcpStream,
-    pub(crate) reader: Reader,
+    pub(crate) reader: FrameReader,
     buffer: Box<[u8]>,
 }
 
@@ -40,7 +40,7 @@ pub(crate) fn join(
     address: SocketAddr,
     index: usize,
     room: &str,
-) -> Result<(TcpStream, Reader), ClientError> {
+) -> Result<(TcpStream, FrameReader), ClientError> {
     let mut client = Client::connect(address, &format!("/ws?user=bench-{index:05}"))?;
     client.wait_for("connected")?;
     client.say(&format!(r#"{{"type":"join","room":"{room}","history":0}}"#))?;
@@ -54,26 +54,28 @@ impl Client {
         let mut stream = TcpStream::connect(address)?;
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(ANSWER_MAX))?;
-        stream.write_all(&wire::request(&address.to_string(), path))?;
+        stream.write_all(&websocket::handshake_request(&address.to_string(), path))?;
         let mut head = Vec::new();
         loop {
             let mut byte = [0];
             stream.read_exact(&mut byte)?;
             head.push(byte[0]);
-            match wire::head(&head)? {
+            match websocket::parse_response(&head)? {
                 None => {}
-                Some(Head::Refused { status }) => return Err(ClientError::Refused { status }),
-                Some(Head::Upgraded { .. }) => break,
+                Some(HandshakeResponse::Rejected { status }) => {
+                    return Err(ClientError::Refused { status });
+                }
+                Some(HandshakeResponse::Upgraded { .. }) => break,
             }
         }
-        let mut reader = Reader::default();
-        reader.reads_messages = true;
+        let mut reader = FrameReader::default();
+        reader.keeps_payload = true;
         Ok(Self { stream, reader, buffer: vec![0; 16 * 1024].into() })
     }
 
     /// Sends a text.
     pub(crate) fn say(&mut self, text: &str) -> io::Result<()> {
-        self.stream.write_all(&wire::text(text))
+        self.stream.write_all(&websocket::text(text))
     }
 
     /// Reads until a message of this type has come.
@@ -95,9 +97,9 @@ impl Client {
             }
             let (mut came, mut closed) = (false, false);
             self.reader.push(&self.buffer[..count], |received| match received {
-                Received::Message(message) => came |= message.is_some_and(|message| is(&message)),
-                Received::Close(..) => closed = true,
-                Received::Ping(_) | Received::Pong(_) => {}
+                WsFrame::Message(message) => came |= message.is_some_and(|message| is(&message)),
+                WsFrame::Close(..) => closed = true,
+                WsFrame::Ping(_) | WsFrame::Pong(_) => {}
             })?;
             if came {
                 return Ok(());

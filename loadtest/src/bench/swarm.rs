@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     stamp::Stamp,
-    wire::{self, Reader, Received},
+    websocket::{self, FrameReader, WsFrame},
 };
 
 pub(crate) mod kill;
@@ -61,7 +61,7 @@ pub(crate) struct Swarm {
 
 struct Member {
     stream: TcpStream,
-    reader: Reader,
+    reader: FrameReader,
     /// What the socket did not take.
     unsent: Vec<u8>,
     received: u64,
@@ -262,7 +262,7 @@ impl Swarm {
         let (tally, mut own, mut pongs) = (&mut self.tally, 0, Vec::new());
         let doomed = &mut self.doomed;
         member.reader.push(bytes, |received| match received {
-            Received::Message(message) => {
+            WsFrame::Message(message) => {
                 let Some(message) = message else { return };
                 if let Some(doomed) = doomed
                     && let Some(count) = doomed.take(index, &message, now)
@@ -277,9 +277,9 @@ impl Swarm {
                 tally.latency_ns.saturating_record(now_ns.saturating_sub(stamp.due_ns));
                 own += usize::from(stamp.sender as usize == index);
             }
-            Received::Ping(payload) => pongs.extend(wire::pong(&payload)),
-            Received::Pong(_) => {}
-            Received::Close(..) => member.over = true,
+            WsFrame::Ping(payload) => pongs.extend(websocket::pong(&payload)),
+            WsFrame::Pong(_) => {}
+            WsFrame::Close(..) => member.over = true,
         })?;
         if !pongs.is_empty() {
             member.send(&pongs)?;
@@ -355,7 +355,7 @@ fn room(number: usize) -> String {
 /// A `message` frame with an id of its own.
 fn message(room: &str, number: u64, stamp: Stamp) -> Vec<u8> {
     let content = stamp.content(CONTENT_BYTES);
-    wire::text(&format!(
+    websocket::text(&format!(
         r#"{{"type":"message","room":"{room}","id":"00000000-0000-4000-8000-{number:012x}","content":"{content}"}}"#
     ))
 }

@@ -26,7 +26,7 @@ use crate::{
     progress::Progress,
     report::connections::{Outcome, Tally},
     stamp::Stamp,
-    wire::{self, Head, Reader, Received},
+    websocket::{self, FrameReader, HandshakeResponse, WsFrame},
 };
 
 mod user;
@@ -295,7 +295,7 @@ impl VirtualUsers {
         let attempt = user.attempt + 1;
         *user = VirtualUser { stream: Some(stream), attempt, due, ..VirtualUser::new(due) };
         user.state = UserState::Connecting;
-        user.reader.reads_messages = true;
+        user.reader.keeps_payload = true;
         self.opening.push_back((Instant::now() + self.plan.open.timeout, index, attempt));
     }
 
@@ -343,7 +343,8 @@ impl VirtualUsers {
                 return Ok(());
             }
             user.state = UserState::Upgrading;
-            let request = wire::request(&self.plan.open.url.authority, &self.plan.path(index));
+            let request =
+                websocket::handshake_request(&self.plan.open.url.authority, &self.plan.path(index));
             return self.users[index].send(&request).map_err(|error| broken(&error));
         }
         user.flush().map_err(|error| broken(&error))
@@ -380,13 +381,15 @@ impl VirtualUsers {
         let mut bytes = bytes;
         if user.state == UserState::Upgrading {
             user.head.extend_from_slice(bytes);
-            match wire::head(&user.head).map_err(|error| format!("handshake: {error}"))? {
+            match websocket::parse_response(&user.head)
+                .map_err(|error| format!("handshake: {error}"))?
+            {
                 None => return Ok(()),
-                Some(Head::Refused { status }) => {
+                Some(HandshakeResponse::Rejected { status }) => {
                     self.close(index, Outcome::Refused { status });
                     return Ok(());
                 }
-                Some(Head::Upgraded { end }) => {
+                Some(HandshakeResponse::Upgraded { end }) => {
                     head = std::mem::take(&mut user.head);
                     bytes = &head[end..];
                     user.state = UserState::AwaitingConnected;
@@ -397,15 +400,15 @@ impl VirtualUsers {
         let (now, mut pongs, mut closed) = (Instant::now(), Vec::new(), None);
         let mut done = Ok(());
         let pushed = reader.push(bytes, |received| match received {
-            Received::Message(Some(message)) if done.is_ok() => {
+            WsFrame::Message(Some(message)) if done.is_ok() => {
                 done = self.on_message(index, &message, now);
             }
-            Received::Message(_) | Received::Pong(_) => {}
-            Received::Ping(payload) => pongs.extend(wire::pong(&payload)),
-            Received::Close(code, reason) => closed = Some(told(code, &reason)),
+            WsFrame::Message(_) | WsFrame::Pong(_) => {}
+            WsFrame::Ping(payload) => pongs.extend(websocket::pong(&payload)),
+            WsFrame::Close(code, reason) => closed = Some(told(code, &reason)),
         });
         // Who is open and only held passes messages over.
-        reader.reads_messages = self.reads || self.users[index].state != UserState::Open;
+        reader.keeps_payload = self.reads || self.users[index].state != UserState::Open;
         self.users[index].reader = reader;
         pushed.map_err(|error| format!("frames: {error}"))?;
         done?;
@@ -432,7 +435,7 @@ impl VirtualUsers {
                 let join = frames::Join { history: Some(0), ..frames::Join::to(&room) };
                 let user = &mut self.users[index];
                 user.state = UserState::Joining;
-                let join = wire::text(&frames::text(&join));
+                let join = websocket::text(&frames::text(&join));
                 return user.send(&join).map_err(|error| broken(&error));
             }
             (UserState::Joining, Kind::Joined) => {
@@ -517,7 +520,7 @@ impl VirtualUsers {
         // Random as any id of this version, and different in each run.
         let run = self.origin.1 & 0xFFFF_FFFF;
         let content = stamp.content(bytes);
-        let frame = wire::text(&format!(
+        let frame = websocket::text(&format!(
             r#"{{"type":"message","room":"{room}","id":"{run:08x}-0000-4000-8000-{number:012x}","content":"{content}"}}"#
         ));
         if let Err(error) = self.users[index].send(&frame) {
@@ -556,7 +559,7 @@ impl VirtualUsers {
         for user in &mut self.users {
             if user.state == UserState::Open {
                 // The server may have gone first.
-                let _ = user.send(&wire::close(1000));
+                let _ = user.send(&websocket::close(1000));
             }
         }
     }
@@ -575,7 +578,7 @@ impl VirtualUsers {
             self.seen.timeline.ended(Instant::now());
         }
         (user.stream, user.state) = (None, UserState::Disconnected);
-        (user.unsent, user.head, user.reader) = (Vec::new(), Vec::new(), Reader::default());
+        (user.unsent, user.head, user.reader) = (Vec::new(), Vec::new(), FrameReader::default());
         self.tally.add(outcome);
     }
 }

@@ -9,7 +9,7 @@ use mio::net::TcpStream;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::time::{Duration, Instant};
 
-use crate::wire::Reader;
+use crate::websocket::FrameReader;
 
 /// How far a connection is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,7 +39,7 @@ pub(super) struct VirtualUser {
     pub(super) due: Instant,
     /// From then to `connected`.
     pub(super) connected: Duration,
-    pub(super) reader: Reader,
+    pub(super) reader: FrameReader,
     /// The answer to the handshake, while it is not all there.
     pub(super) head: Vec<u8>,
     /// What the socket did not take.
@@ -63,7 +63,7 @@ impl VirtualUser {
             attempt: 0,
             due: now,
             connected: Duration::ZERO,
-            reader: Reader::default(),
+            reader: FrameReader::default(),
             head: Vec::new(),
             unsent: Vec::new(),
             stalled: false,

@@ -21,7 +21,7 @@ use shared::{
 use super::{ClientError, Swarm, Times, histogram, room};
 use crate::{
     stamp::Stamp,
-    wire::{self, Head, Reader},
+    websocket::{self, FrameReader, HandshakeResponse},
 };
 
 /// How long everybody talks before anything is measured, so that each has been told something.
@@ -162,10 +162,10 @@ impl Swarm {
             self.poll.registry().register(&mut stream, Token(index), interest)?;
             let member = &mut self.connections[index];
             member.stream = stream;
-            member.reader = Reader::default();
-            member.reader.reads_messages = true;
+            member.reader = FrameReader::default();
+            member.reader.keeps_payload = true;
             let path = format!("/ws?user=bench-{index:05}");
-            member.unsent = wire::request(&address.to_string(), &path);
+            member.unsent = websocket::handshake_request(&address.to_string(), &path);
             member.over = false;
             one.state = State::Opening(Vec::new());
         }
@@ -207,18 +207,18 @@ impl Swarm {
         let before = head.len();
         head.extend_from_slice(bytes);
         let Some(end) = memchr::memmem::find(head, b"\r\n\r\n") else { return Ok(Some(&[])) };
-        match wire::head(&head[..end + 4])? {
+        match websocket::parse_response(&head[..end + 4])? {
             None => Ok(Some(&[])),
-            Some(Head::Refused { .. }) => {
+            Some(HandshakeResponse::Rejected { .. }) => {
                 self.is_lost(index);
                 Ok(None)
             }
-            Some(Head::Upgraded { .. }) => {
+            Some(HandshakeResponse::Upgraded { .. }) => {
                 one.state = State::Joining;
                 let room: RoomId = room(index % self.talk.rooms).parse().expect("a name");
                 let (since, history) = (one.cursor.as_ref(), Some(0));
                 let join = frames::Join { since, history, ..frames::Join::to(&room) };
-                self.connections[index].send(&wire::text(&frames::text(&join)))?;
+                self.connections[index].send(&websocket::text(&frames::text(&join)))?;
                 Ok(Some(&bytes[end + 4 - before..]))
             }
         }

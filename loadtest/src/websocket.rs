@@ -20,7 +20,7 @@ const MASK: [u8; 4] = [0x37, 0xFA, 0x21, 0x3D];
 
 /// What the server did wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum WireError {
+pub(crate) enum WebSocketError {
     /// The answer to the handshake is no HTTP.
     #[error("the answer to the handshake is no HTTP")]
     NotHttp,
@@ -36,12 +36,12 @@ pub(crate) enum WireError {
 }
 
 /// The handshake's request.
-pub(crate) fn request(host: &str, path: &str) -> Vec<u8> {
-    request_with(host, path, "")
+pub(crate) fn handshake_request(host: &str, path: &str) -> Vec<u8> {
+    handshake_request_with(host, path, "")
 }
 
 /// The same with further header lines, each with its line end.
-pub(crate) fn request_with(host: &str, path: &str, lines: &str) -> Vec<u8> {
+pub(crate) fn handshake_request_with(host: &str, path: &str, lines: &str) -> Vec<u8> {
     format!(
         "GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
          Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {KEY}\r\n\
@@ -53,33 +53,33 @@ pub(crate) fn request_with(host: &str, path: &str, lines: &str) -> Vec<u8> {
 
 /// The answer to a handshake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Head {
+pub(crate) enum HandshakeResponse {
     /// 101. Frames begin after so many bytes.
     Upgraded { end: usize },
     /// Another HTTP status.
-    Refused { status: u16 },
+    Rejected { status: u16 },
 }
 
 /// Reads the answer to the handshake; `None` while it is not all there.
-pub(crate) fn head(bytes: &[u8]) -> Result<Option<Head>, WireError> {
+pub(crate) fn parse_response(bytes: &[u8]) -> Result<Option<HandshakeResponse>, WebSocketError> {
     let Some(end) = bytes.windows(4).position(|four| four == b"\r\n\r\n") else {
-        return if bytes.len() < HEAD_BYTES_MAX { Ok(None) } else { Err(WireError::NotHttp) };
+        return if bytes.len() < HEAD_BYTES_MAX { Ok(None) } else { Err(WebSocketError::NotHttp) };
     };
-    let text = std::str::from_utf8(&bytes[..end]).map_err(|_| WireError::NotHttp)?;
+    let text = std::str::from_utf8(&bytes[..end]).map_err(|_| WebSocketError::NotHttp)?;
     let mut lines = text.split("\r\n");
     let status = lines.next().and_then(|line| line.strip_prefix("HTTP/1.1 "));
     let status = status.and_then(|rest| rest.get(..3)?.parse::<u16>().ok());
-    let status = status.ok_or(WireError::NotHttp)?;
+    let status = status.ok_or(WebSocketError::NotHttp)?;
     if status != 101 {
-        return Ok(Some(Head::Refused { status }));
+        return Ok(Some(HandshakeResponse::Rejected { status }));
     }
     let accept = lines.filter_map(|line| line.split_once(':')).find_map(|(name, value)| {
         name.eq_ignore_ascii_case("sec-websocket-accept").then(|| value.trim())
     });
     if accept == Some(ACCEPT) {
-        Ok(Some(Head::Upgraded { end: end + 4 }))
+        Ok(Some(HandshakeResponse::Upgraded { end: end + 4 }))
     } else {
-        Err(WireError::WrongKey)
+        Err(WebSocketError::WrongKey)
     }
 }
 
@@ -123,7 +123,7 @@ fn frame(opcode: u8, payload: &[u8]) -> Vec<u8> {
 
 /// What arrived.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Received<'a> {
+pub(crate) enum WsFrame<'a> {
     /// A data message; `None` where messages are not read. One that lies whole in what was pushed
     /// is not copied.
     Message(Option<Cow<'a, [u8]>>),
@@ -136,25 +136,25 @@ pub(crate) enum Received<'a> {
 }
 
 #[cfg(test)]
-impl Received<'_> {
+impl WsFrame<'_> {
     /// The same with bytes of its own.
-    pub(crate) fn into_owned(self) -> Received<'static> {
+    pub(crate) fn into_owned(self) -> WsFrame<'static> {
         match self {
             Self::Message(message) => {
-                Received::Message(message.map(|message| Cow::Owned(message.into_owned())))
+                WsFrame::Message(message.map(|message| Cow::Owned(message.into_owned())))
             }
-            Self::Ping(payload) => Received::Ping(payload),
-            Self::Pong(payload) => Received::Pong(payload),
-            Self::Close(code, reason) => Received::Close(code, reason),
+            Self::Ping(payload) => WsFrame::Ping(payload),
+            Self::Pong(payload) => WsFrame::Pong(payload),
+            Self::Close(code, reason) => WsFrame::Close(code, reason),
         }
     }
 }
 
 /// Takes server frames apart. Between messages it holds no memory of its own.
 #[derive(Debug, Default)]
-pub(crate) struct Reader {
+pub(crate) struct FrameReader {
     /// Whether the content of messages is wanted.
-    pub(crate) reads_messages: bool,
+    pub(crate) keeps_payload: bool,
     /// The start of a frame that is not all there.
     rest: Vec<u8>,
     /// The message under way.
@@ -164,18 +164,18 @@ pub(crate) struct Reader {
     skip_ends_message: bool,
 }
 
-impl Reader {
+impl FrameReader {
     /// One that gives the content of messages.
-    pub(crate) fn of_messages() -> Self {
-        Self { reads_messages: true, ..Self::default() }
+    pub(crate) fn with_payload() -> Self {
+        Self { keeps_payload: true, ..Self::default() }
     }
 
     /// Takes `bytes` and gives what they complete to `on`.
     pub(crate) fn push(
         &mut self,
         bytes: &[u8],
-        mut on: impl FnMut(Received<'_>),
-    ) -> Result<(), WireError> {
+        mut on: impl FnMut(WsFrame<'_>),
+    ) -> Result<(), WebSocketError> {
         let gathered;
         let mut input = if self.rest.is_empty() {
             bytes
@@ -189,19 +189,19 @@ impl Reader {
                 input = self.skip_over(input, &mut on);
                 continue;
             }
-            let Some(header) = Header::read(input)? else { break };
+            let Some(header) = FrameHeader::read(input)? else { break };
             let payload = &input[header.bytes..];
-            if header.opcode < 0x8 && !self.reads_messages {
+            if header.opcode < 0x8 && !self.keeps_payload {
                 self.skip = header.length;
                 self.skip_ends_message = header.fin;
                 if header.length == 0 && header.fin {
-                    on(Received::Message(None));
+                    on(WsFrame::Message(None));
                 }
                 input = payload;
                 continue;
             }
             if header.length > (MESSAGE_BYTES_MAX - self.message.len()) as u64 {
-                return Err(WireError::TooLarge);
+                return Err(WebSocketError::TooLarge);
             }
             let length = header.length as usize;
             let Some((payload, behind)) = payload.split_at_checked(length) else { break };
@@ -212,46 +212,46 @@ impl Reader {
         Ok(())
     }
 
-    fn skip_over<'a>(&mut self, input: &'a [u8], on: &mut impl FnMut(Received<'_>)) -> &'a [u8] {
+    fn skip_over<'a>(&mut self, input: &'a [u8], on: &mut impl FnMut(WsFrame<'_>)) -> &'a [u8] {
         let skipped = usize::try_from(self.skip).unwrap_or(usize::MAX).min(input.len());
         self.skip -= skipped as u64;
         if self.skip == 0 && self.skip_ends_message {
-            on(Received::Message(None));
+            on(WsFrame::Message(None));
         }
         &input[skipped..]
     }
 
     fn take(
         &mut self,
-        header: &Header,
+        header: &FrameHeader,
         payload: &[u8],
-        on: &mut impl FnMut(Received<'_>),
-    ) -> Result<(), WireError> {
+        on: &mut impl FnMut(WsFrame<'_>),
+    ) -> Result<(), WebSocketError> {
         match header.opcode {
             0x0..=0x2 if header.fin && self.message.is_empty() => {
-                on(Received::Message(Some(Cow::Borrowed(payload))));
+                on(WsFrame::Message(Some(Cow::Borrowed(payload))));
             }
             0x0..=0x2 => {
                 self.message.extend_from_slice(payload);
                 if header.fin {
-                    on(Received::Message(Some(Cow::Owned(std::mem::take(&mut self.message)))));
+                    on(WsFrame::Message(Some(Cow::Owned(std::mem::take(&mut self.message)))));
                 }
             }
             0x8 => {
                 let code = payload.split_first_chunk::<2>();
                 let reason = code.map(|(_, reason)| String::from_utf8_lossy(reason).into_owned());
                 let code = code.map(|(code, _)| u16::from_be_bytes(*code));
-                on(Received::Close(code, reason.unwrap_or_default()));
+                on(WsFrame::Close(code, reason.unwrap_or_default()));
             }
-            0x9 => on(Received::Ping(payload.to_vec())),
-            0xA => on(Received::Pong(payload.to_vec())),
-            _ => return Err(WireError::BadFrame),
+            0x9 => on(WsFrame::Ping(payload.to_vec())),
+            0xA => on(WsFrame::Pong(payload.to_vec())),
+            _ => return Err(WebSocketError::BadFrame),
         }
         Ok(())
     }
 }
 
-struct Header {
+struct FrameHeader {
     fin: bool,
     opcode: u8,
     /// How long the header is.
@@ -260,12 +260,12 @@ struct Header {
     length: u64,
 }
 
-impl Header {
-    fn read(input: &[u8]) -> Result<Option<Self>, WireError> {
+impl FrameHeader {
+    fn read(input: &[u8]) -> Result<Option<Self>, WebSocketError> {
         let &[first, second, ref rest @ ..] = input else { return Ok(None) };
         // No extension was offered, and a server does not mask.
         if first & 0x70 != 0 || second & 0x80 != 0 {
-            return Err(WireError::BadFrame);
+            return Err(WebSocketError::BadFrame);
         }
         let (bytes, length) = match second {
             126 => match rest.first_chunk::<2>() {
@@ -280,7 +280,7 @@ impl Header {
         };
         let (fin, opcode) = (first & 0x80 != 0, first & 0x0F);
         if opcode >= 0x8 && (length > 125 || !fin) {
-            return Err(WireError::BadFrame);
+            return Err(WebSocketError::BadFrame);
         }
         Ok(Some(Self { fin, opcode, bytes, length }))
     }
@@ -298,25 +298,28 @@ mod tests {
     fn the_key_and_its_answer_belong_together() {
         use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
         assert_eq!(derive_accept_key(KEY.as_bytes()), ACCEPT);
-        assert!(String::from_utf8(request("h", "/")).unwrap().contains(KEY));
-        assert_eq!(head(GOOD.as_bytes()), Ok(Some(Head::Upgraded { end: GOOD.len() })));
+        assert!(String::from_utf8(handshake_request("h", "/")).unwrap().contains(KEY));
+        assert_eq!(
+            parse_response(GOOD.as_bytes()),
+            Ok(Some(HandshakeResponse::Upgraded { end: GOOD.len() }))
+        );
     }
 
     #[test]
     fn an_answer_in_pieces_is_waited_for() {
         for cut in 0..GOOD.len() {
-            assert_eq!(head(&GOOD.as_bytes()[..cut]), Ok(None));
+            assert_eq!(parse_response(&GOOD.as_bytes()[..cut]), Ok(None));
         }
     }
 
     #[test]
     fn refusals_and_nonsense_are_told_apart() {
         let refused = b"HTTP/1.1 429 Too Many\r\nRetry-After: 1\r\n\r\nbody";
-        assert_eq!(head(refused), Ok(Some(Head::Refused { status: 429 })));
+        assert_eq!(parse_response(refused), Ok(Some(HandshakeResponse::Rejected { status: 429 })));
         let wrong = GOOD.replace("s3pP", "xxxx");
-        assert_eq!(head(wrong.as_bytes()), Err(WireError::WrongKey));
-        assert_eq!(head(b"SSH-2.0\r\n\r\n"), Err(WireError::NotHttp));
-        assert_eq!(head(&[b'x'; HEAD_BYTES_MAX]), Err(WireError::NotHttp));
+        assert_eq!(parse_response(wrong.as_bytes()), Err(WebSocketError::WrongKey));
+        assert_eq!(parse_response(b"SSH-2.0\r\n\r\n"), Err(WebSocketError::NotHttp));
+        assert_eq!(parse_response(&[b'x'; HEAD_BYTES_MAX]), Err(WebSocketError::NotHttp));
     }
 
     #[test]
@@ -334,7 +337,7 @@ mod tests {
     }
 
     /// What a server may send, and what it is read as.
-    fn stream() -> (Vec<u8>, Vec<Received<'static>>) {
+    fn stream() -> (Vec<u8>, Vec<WsFrame<'static>>) {
         let long = vec![b'y'; 70_000];
         let mut bytes = Vec::new();
         bytes.extend_from_slice(&encode(Opcode::Text, &[b"hello"]));
@@ -344,15 +347,15 @@ mod tests {
         bytes.extend_from_slice(&[0x01, 2, b'a', b'b', 0x80, 1, b'c']);
         bytes.extend_from_slice(&encode(Opcode::Text, &[]));
         bytes.extend_from_slice(&encode_close(1012, "draining"));
-        let message = |bytes: &[u8]| Received::Message(Some(bytes.to_vec().into()));
+        let message = |bytes: &[u8]| WsFrame::Message(Some(bytes.to_vec().into()));
         let received = vec![
             message(b"hello"),
-            Received::Ping(b"p".to_vec()),
+            WsFrame::Ping(b"p".to_vec()),
             message(&long),
-            Received::Pong(Vec::new()),
+            WsFrame::Pong(Vec::new()),
             message(b"abc"),
             message(b""),
-            Received::Close(Some(1012), "draining".to_owned()),
+            WsFrame::Close(Some(1012), "draining".to_owned()),
         ];
         (bytes, received)
     }
@@ -361,7 +364,7 @@ mod tests {
     fn frames_are_read_however_they_are_cut() {
         let (bytes, expected) = stream();
         for step in [1, 2, 3, 7, 1000, 200_000] {
-            let mut reader = Reader { reads_messages: true, ..Reader::default() };
+            let mut reader = FrameReader { keeps_payload: true, ..FrameReader::default() };
             let mut received = Vec::new();
             for piece in bytes.chunks(step) {
                 reader.push(piece, |one| received.push(one.into_owned())).unwrap();
@@ -374,15 +377,15 @@ mod tests {
     #[test]
     fn messages_that_nobody_wants_are_counted_and_not_kept() {
         let (bytes, expected) = stream();
-        let expected: Vec<Received<'_>> = expected
+        let expected: Vec<WsFrame<'_>> = expected
             .into_iter()
             .map(|one| match one {
-                Received::Message(_) => Received::Message(None),
+                WsFrame::Message(_) => WsFrame::Message(None),
                 other => other,
             })
             .collect();
         for step in [1, 5, 4096] {
-            let (mut reader, mut received) = (Reader::default(), Vec::new());
+            let (mut reader, mut received) = (FrameReader::default(), Vec::new());
             for piece in bytes.chunks(step) {
                 reader.push(piece, |one| received.push(one.into_owned())).unwrap();
                 assert!(reader.rest.len() < 140);
@@ -394,14 +397,14 @@ mod tests {
     #[test]
     fn what_breaks_the_rfc_or_is_too_large_is_refused() {
         let check = |bytes: &[u8], expected| {
-            let mut reader = Reader { reads_messages: true, ..Reader::default() };
+            let mut reader = FrameReader { keeps_payload: true, ..FrameReader::default() };
             assert_eq!(reader.push(bytes, |_| ()), Err(expected), "{bytes:?}");
         };
-        check(&[0xC1, 0], WireError::BadFrame);
-        check(&[0x81, 0x80, 0, 0, 0, 0], WireError::BadFrame);
-        check(&[0x09, 0], WireError::BadFrame);
-        check(&[0x89, 126, 0, 126], WireError::BadFrame);
-        check(&[0x83, 0], WireError::BadFrame);
-        check(&[0x82, 127, 0, 0, 0, 0, 1, 0, 0, 0], WireError::TooLarge);
+        check(&[0xC1, 0], WebSocketError::BadFrame);
+        check(&[0x81, 0x80, 0, 0, 0, 0], WebSocketError::BadFrame);
+        check(&[0x09, 0], WebSocketError::BadFrame);
+        check(&[0x89, 126, 0, 126], WebSocketError::BadFrame);
+        check(&[0x83, 0], WebSocketError::BadFrame);
+        check(&[0x82, 127, 0, 0, 0, 0, 1, 0, 0, 0], WebSocketError::TooLarge);
     }
 }
