@@ -31,7 +31,7 @@ use crate::{
     process::CostError,
     progress::Progress,
     report::{Generator, Report, Step, connections::Times, messages::Messages},
-    stamp::Stamp,
+    timestamp::SendTimestamp,
     virtual_users::seen::lags,
     virtual_users::workers::{GeneratorUsage, PhaseTotals, ScenarioPhase},
     watch::Watch,
@@ -251,8 +251,8 @@ impl Person {
     async fn say(&mut self, client: &Client, room: &RoomId) {
         let length = LENGTHS[self.die.random_range(0..LENGTHS.len())];
         let due_ns = clock::now_ns() - self.due.elapsed().as_nanos() as u64;
-        let stamp = Stamp { sender: self.number as u32, due_ns };
-        let sent = timeout(ANSWER_MAX, client.send(room, stamp.content(length))).await;
+        let timestamp = SendTimestamp { sender: self.number as u32, due_ns };
+        let sent = timeout(ANSWER_MAX, client.send(room, timestamp.content(length))).await;
         if matches!(sent, Ok(Ok(_))) {
             let mut seen = self.seen.lock();
             seen.acknowledged += 1;
@@ -306,8 +306,9 @@ async fn listen(mut events: mpsc::Receiver<Event>, seen: Arc<Mutex<Seen>>) {
             Event::Message { message, .. } if !message.replay => {
                 seen.delivered += 1;
                 let content = message.content.as_str().unwrap_or_default();
-                let stamp = Stamp::find(content.as_bytes());
-                let late = stamp.map(|stamp| clock::now_ns().saturating_sub(stamp.due_ns));
+                let timestamp = SendTimestamp::find(content.as_bytes());
+                let late =
+                    timestamp.map(|timestamp| clock::now_ns().saturating_sub(timestamp.due_ns));
                 seen.timeline.delivered(now, late.map(Duration::from_nanos));
             }
             // What comes again behind a break was announced with it.

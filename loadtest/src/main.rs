@@ -15,7 +15,7 @@ use crate::{
 
 mod args;
 mod websocket;
-mod stamp;
+mod timestamp;
 mod process;
 mod report;
 mod progress;

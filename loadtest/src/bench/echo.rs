@@ -10,7 +10,7 @@ use super::{
     client::{Client, ClientError},
     swarm::{Times, histogram},
 };
-use crate::stamp::Stamp;
+use crate::timestamp::SendTimestamp;
 
 /// What came of it.
 pub(crate) struct Echoed<T> {
@@ -42,7 +42,7 @@ pub(crate) fn echo<T, E: From<ClientError>>(
 
 fn round_trip(client: &mut Client) -> Result<Duration, ClientError> {
     let began = Instant::now();
-    client.say(&Stamp { sender: 0, due_ns: 0 }.content(CONTENT_BYTES))?;
-    client.wait_until("the echo", |message| Stamp::find(message).is_some())?;
+    client.say(&SendTimestamp { sender: 0, due_ns: 0 }.content(CONTENT_BYTES))?;
+    client.wait_until("the echo", |message| SendTimestamp::find(message).is_some())?;
     Ok(began.elapsed())
 }

@@ -34,7 +34,7 @@ use servers::{Contender, Ground, Servers, Spent};
 use swarm::{Swarm, Times};
 use table::{Rounds, Table, TableRow};
 
-/// The content of every message: a stamp, and filler behind it.
+/// The content of every message: a timestamp, and filler behind it.
 const CONTENT_BYTES: usize = 128;
 /// Descriptors that servers and load want; servers inherit the limit.
 const DESCRIPTORS: u64 = 20_000;

@@ -9,7 +9,7 @@ use std::{
 use tokio::time::Instant;
 
 use super::{CONTENT_BYTES, rows::Talk, swarm::Times};
-use crate::stamp::Stamp;
+use crate::timestamp::SendTimestamp;
 
 /// The gateway's own text of it.
 const SCRIPT: &str = concat!(
@@ -68,10 +68,10 @@ pub(crate) fn publish<T, E: From<io::Error>>(
 fn call(sha: &str, room: usize, number: usize) -> Vec<String> {
     let key = |name: &str| format!("gw:{{0}}:r:bench-{room:04}:{name}");
     let id = format!("bench-{number:018x}");
-    let stamp = Stamp { sender: 0, due_ns: number as u64 };
+    let timestamp = SendTimestamp { sender: 0, due_ns: number as u64 };
     // Bytes 3 to 26 of an envelope are its id key.
     let envelope =
-        format!("{:x<ENVELOPE_BYTES$}", format!("xx{id}{}", stamp.content(CONTENT_BYTES)));
+        format!("{:x<ENVELOPE_BYTES$}", format!("xx{id}{}", timestamp.content(CONTENT_BYTES)));
     let arguments = [
         "EVALSHA",
         sha,

@@ -23,7 +23,7 @@ use super::{
     rows::{Pace, Talk},
 };
 use crate::{
-    stamp::Stamp,
+    timestamp::SendTimestamp,
     websocket::{self, FrameReader, WsFrame},
 };
 
@@ -271,11 +271,11 @@ impl Swarm {
                     tally.deliveries += count;
                     return;
                 }
-                let Some(stamp) = Stamp::find(&message) else { return };
+                let Some(timestamp) = SendTimestamp::find(&message) else { return };
                 member.received += 1;
                 tally.deliveries += 1;
-                tally.latency_ns.saturating_record(now_ns.saturating_sub(stamp.due_ns));
-                own += usize::from(stamp.sender as usize == index);
+                tally.latency_ns.saturating_record(now_ns.saturating_sub(timestamp.due_ns));
+                own += usize::from(timestamp.sender as usize == index);
             }
             WsFrame::Ping(payload) => pongs.extend(websocket::pong(&payload)),
             WsFrame::Pong(_) => {}
@@ -294,8 +294,8 @@ impl Swarm {
 
     fn send(&mut self, index: usize, due_ns: u64) {
         let in_room = index % self.talk.rooms;
-        let stamp = Stamp { sender: index as u32, due_ns };
-        let frame = message(&room(in_room), self.sent_in_all, stamp);
+        let timestamp = SendTimestamp { sender: index as u32, due_ns };
+        let frame = message(&room(in_room), self.sent_in_all, timestamp);
         self.sent[in_room] += 1;
         self.sent_in_all += 1;
         self.tally.lateness_ns.saturating_record(self.now().saturating_sub(due_ns));
@@ -353,8 +353,8 @@ fn room(number: usize) -> String {
 }
 
 /// A `message` frame with an id of its own.
-fn message(room: &str, number: u64, stamp: Stamp) -> Vec<u8> {
-    let content = stamp.content(CONTENT_BYTES);
+fn message(room: &str, number: u64, timestamp: SendTimestamp) -> Vec<u8> {
+    let content = timestamp.content(CONTENT_BYTES);
     websocket::text(&format!(
         r#"{{"type":"message","room":"{room}","id":"00000000-0000-4000-8000-{number:012x}","content":"{content}"}}"#
     ))
@@ -394,12 +394,12 @@ mod tests {
             codec::Decoder,
             protocol::request::{Body, Request},
         };
-        let stamp = Stamp { sender: 7, due_ns: 9 };
-        let mut frame = message(&room(3), 1 << 40, stamp);
+        let timestamp = SendTimestamp { sender: 7, due_ns: 9 };
+        let mut frame = message(&room(3), 1 << 40, timestamp);
         let mut decoder = Decoder::new(1 << 16);
         let (_, received) = decoder.next(&mut frame).unwrap();
         let Some(shared::codec::Received::Text(text)) = received else { panic!("{received:?}") };
         assert!(matches!(Request::from_text(text).unwrap().body, Body::Message(_)));
-        assert_eq!(Stamp::find(text.as_bytes()), Some(stamp));
+        assert_eq!(SendTimestamp::find(text.as_bytes()), Some(timestamp));
     }
 }

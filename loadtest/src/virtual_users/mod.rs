@@ -25,7 +25,7 @@ use crate::{
     args::{OpenArgs, Rate},
     progress::Progress,
     report::connections::{Outcome, Tally},
-    stamp::Stamp,
+    timestamp::SendTimestamp,
     websocket::{self, FrameReader, HandshakeResponse, WsFrame},
 };
 
@@ -478,8 +478,9 @@ impl VirtualUsers {
         }
         user.received += 1;
         // That a message waited for who did not read says nothing about a server.
-        let stamp = Stamp::find(message).filter(|_| !user.has_stalled);
-        let latency = stamp.map(|stamp| Duration::from_nanos(now_ns.saturating_sub(stamp.due_ns)));
+        let timestamp = SendTimestamp::find(message).filter(|_| !user.has_stalled);
+        let latency = timestamp
+            .map(|timestamp| Duration::from_nanos(now_ns.saturating_sub(timestamp.due_ns)));
         self.seen.delivered(now, latency);
         let silence = now.saturating_duration_since(self.silent_since).as_millis() as u64;
         self.silent_since = now;
@@ -515,11 +516,12 @@ impl VirtualUsers {
         let number = self.plan.share.global_index(self.sent);
         self.sent += 1;
         self.seen.counts.sent += 1;
-        let stamp = Stamp { sender: self.plan.share.global_index(index), due_ns: self.ns(due) };
+        let timestamp =
+            SendTimestamp { sender: self.plan.share.global_index(index), due_ns: self.ns(due) };
         let Some(room) = self.plan.room(self.plan.room_of(index)) else { return };
         // Random as any id of this version, and different in each run.
         let run = self.origin.1 & 0xFFFF_FFFF;
-        let content = stamp.content(bytes);
+        let content = timestamp.content(bytes);
         let frame = websocket::text(&format!(
             r#"{{"type":"message","room":"{room}","id":"{run:08x}-0000-4000-8000-{number:012x}","content":"{content}"}}"#
         ));

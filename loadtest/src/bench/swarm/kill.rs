@@ -20,7 +20,7 @@ use shared::{
 
 use super::{ClientError, Swarm, Times, histogram, room};
 use crate::{
-    stamp::Stamp,
+    timestamp::SendTimestamp,
     websocket::{self, FrameReader, HandshakeResponse},
 };
 
@@ -242,7 +242,7 @@ impl Doomed {
             let since = now - self.killed_at.unwrap_or(now);
             self.back_ns.saturating_record(since.as_nanos() as u64);
         }
-        Some(Stamp::count(frame))
+        Some(SendTimestamp::count(frame))
     }
 }
 

@@ -1,6 +1,6 @@
 //! What a message of the load carries in its content: who sent it, and when it was to be sent.
 //!
-//! Pure. A stamp is found in whatever frame a server puts around the content, since nothing else in
+//! Pure. A timestamp is found in whatever frame a server puts around the content, since nothing else in
 //! a frame has its mark.
 
 const MARK: u8 = b'~';
@@ -9,22 +9,22 @@ const TIME_DIGITS: usize = 16;
 
 /// Who sent a message, and when it was to be sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Stamp {
+pub(crate) struct SendTimestamp {
     /// The number of the sending connection.
     pub(crate) sender: u32,
     /// Nanoseconds of the load's clock.
     pub(crate) due_ns: u64,
 }
 
-impl Stamp {
+impl SendTimestamp {
     /// The content that carries it, of so many bytes or the few more that it needs.
     pub(crate) fn content(self, bytes: usize) -> String {
         let Self { sender, due_ns } = self;
-        let stamp = format!("{}{sender:08x}{due_ns:016x}", char::from(MARK));
-        format!("{stamp:x<bytes$}")
+        let timestamp = format!("{}{sender:08x}{due_ns:016x}", char::from(MARK));
+        format!("{timestamp:x<bytes$}")
     }
 
-    /// The stamp in a frame; nothing where the frame carries no message of the load.
+    /// The timestamp in a frame; nothing where the frame carries no message of the load.
     pub(crate) fn find(frame: &[u8]) -> Option<Self> {
         let rest = &frame[memchr::memchr(MARK, frame)? + 1..];
         let (sender, rest) = rest.split_at_checked(SENDER_DIGITS)?;
@@ -56,20 +56,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_stamp_is_found_in_any_frame() {
-        let stamp = Stamp { sender: 0x12_ABCD, due_ns: u64::MAX - 7 };
-        let content = stamp.content(128);
+    fn timestamp_is_found_in_any_frame() {
+        let timestamp = SendTimestamp { sender: 0x12_ABCD, due_ns: u64::MAX - 7 };
+        let content = timestamp.content(128);
         assert_eq!(content.len(), 128);
         let frame = format!(r#"{{"type":"message","seq":7,"content":"{content}"}}"#);
-        assert_eq!(Stamp::find(frame.as_bytes()), Some(stamp));
-        assert_eq!(Stamp::find(content.as_bytes()), Some(stamp));
-        assert_eq!(Stamp::count(format!("{frame},~,{frame}").as_bytes()), 2);
+        assert_eq!(SendTimestamp::find(frame.as_bytes()), Some(timestamp));
+        assert_eq!(SendTimestamp::find(content.as_bytes()), Some(timestamp));
+        assert_eq!(SendTimestamp::count(format!("{frame},~,{frame}").as_bytes()), 2);
     }
 
     #[test]
     fn other_frames_have_none() {
         for frame in [r#"{"type":"ack","seq":7}"#, "", "~", "~0000000g0000000000000000", "~12"] {
-            assert_eq!(Stamp::find(frame.as_bytes()), None, "{frame}");
+            assert_eq!(SendTimestamp::find(frame.as_bytes()), None, "{frame}");
         }
     }
 }
