@@ -4,8 +4,8 @@ use std::{sync::Arc, time::Duration};
 
 use hdrhistogram::Histogram;
 use loadtest::ledger::{
-    member::{Manner, Pace},
-    party::Party,
+    client::{Manner, Pace},
+    clients::TestClients,
     timeline::{self, Timeline},
     verdict::Verdict,
 };
@@ -52,7 +52,7 @@ pub(crate) enum TrialError {
 
 /// Members who talk.
 pub(crate) struct Trial {
-    parties: Vec<Party>,
+    rooms: Vec<TestClients>,
     timeline: Arc<Mutex<Timeline>>,
     began: Instant,
     cpu: Cpu,
@@ -94,14 +94,14 @@ impl Trial {
                 ping_every: load.patience / 4,
             }
         };
-        let party = |room: usize| {
+        let clients = |room: usize| {
             let manners = (0..load.members).map(|member| manner(room, member)).collect();
-            Party::start(manners, timeline.clone())
+            TestClients::spawn(manners, timeline.clone())
         };
-        let parties: Vec<Party> = (0..load.rooms).map(party).collect();
+        let rooms: Vec<TestClients> = (0..load.rooms).map(clients).collect();
         let deadline = Instant::now() + JOIN_MAX;
         loop {
-            let away = parties.iter().map(Party::away).sum();
+            let away = rooms.iter().map(TestClients::not_joined).sum();
             if away == 0 {
                 break;
             }
@@ -116,8 +116,8 @@ impl Trial {
         let lag_us = Arc::new(Mutex::new(lag_us));
         let lag = watch_lag(lag_us.clone())?;
         let cpu = Cpu::of(None)?;
-        parties.iter().for_each(Party::speak);
-        Ok(Self { parties, timeline, began: Instant::now(), cpu, lag_us, _lag: lag })
+        rooms.iter().for_each(TestClients::start_sending);
+        Ok(Self { rooms, timeline, began: Instant::now(), cpu, lag_us, _lag: lag })
     }
 
     /// When the members were first allowed to talk.
@@ -155,10 +155,10 @@ impl Trial {
             lag_p99_us: self.lag_us.lock().value_at_quantile(0.99),
             memory_per_connection_bytes: None,
         };
-        self.parties.iter().for_each(Party::hush);
+        self.rooms.iter().for_each(TestClients::stop_sending);
         let (mut sum, mut unfinished) = (Verdict::default(), Vec::new());
-        for party in self.parties {
-            match party.finish().await {
+        for clients in self.rooms {
+            match clients.finish().await {
                 Ok(verdict) => sum.add(verdict),
                 Err(stuck) => {
                     unfinished.push(stuck.to_string());

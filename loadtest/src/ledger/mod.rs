@@ -30,8 +30,8 @@ use self::{
     verdict::{Verdict, Wrong},
 };
 
-pub mod member;
-pub mod party;
+pub mod client;
+pub mod clients;
 pub mod timeline;
 pub mod verdict;
 

@@ -6,8 +6,9 @@ use shared::client::frames;
 use tokio::time::Instant;
 
 use super::{
-    UNLIMITED, addresses, length,
-    party::{Party, manners},
+    UNLIMITED, addresses,
+    clients::{TestClients, manners},
+    length,
     proxy::{Mode, Proxy},
     start_nodes, until_ready,
 };
@@ -17,15 +18,15 @@ use crate::harness::{Gateway, Node, Redis, connect, get, next_message, room, say
 async fn a_gateway_and_the_data_of_redis_are_lost_together() {
     let mut redis = Redis::start().await;
     let mut nodes = start_nodes(&redis, 3).await;
-    let party = Party::at(&addresses(&nodes)).await.unwrap();
-    party.goes_on(300).await.unwrap();
+    let clients = TestClients::connect(&addresses(&nodes)).await.unwrap();
+    clients.wait_for_acks(300).await.unwrap();
     tokio::join!(nodes[0].process.kill(), redis.kill());
     redis.restart().await;
     let back = Instant::now();
-    party.goes_on(1).await.unwrap();
+    clients.wait_for_acks(1).await.unwrap();
     let acknowledged_after = back.elapsed();
-    party.goes_on(200).await.unwrap();
-    let report = party.finish().await.unwrap();
+    clients.wait_for_acks(200).await.unwrap();
+    let report = clients.finish().await.unwrap();
     println!("gateway and Redis data lost: acknowledged again after {acknowledged_after:.2?}");
     report.check("gateway and Redis data lost within one lease");
     assert!(acknowledged_after < Duration::from_secs(13), "{acknowledged_after:?}");
@@ -83,7 +84,7 @@ struct Parted {
     redis: Redis,
     proxies: Vec<Proxy>,
     nodes: Vec<Node>,
-    party: Party,
+    clients: TestClients,
 }
 
 async fn parted_from_an_empty_redis() -> Parted {
@@ -96,36 +97,36 @@ async fn parted_from_an_empty_redis() -> Parted {
         nodes.push(Node::start(&redis, None, &extra).await);
         proxies.push(proxy);
     }
-    let party = Party::begin(manners(&addresses(&nodes))).await.unwrap();
-    party.goes_on(200).await.unwrap();
+    let clients = TestClients::with_profiles(manners(&addresses(&nodes))).await.unwrap();
+    clients.wait_for_acks(200).await.unwrap();
     redis.kill().await;
     proxies.iter().for_each(|proxy| proxy.set(Mode::Cut));
     redis.restart().await;
-    Parted { redis, proxies, nodes, party }
+    Parted { redis, proxies, nodes, clients }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_new_node_on_an_empty_redis_waits_for_those_who_remember() {
-    let Parted { redis, proxies, nodes, party } = parted_from_an_empty_redis().await;
-    let epoch = party.ledger.lock().cursor(0).unwrap().epoch.clone();
+    let Parted { redis, proxies, nodes, clients } = parted_from_an_empty_redis().await;
+    let epoch = clients.ledger.lock().cursor(0).unwrap().epoch.clone();
     let starting = tokio::spawn(async move {
         let new = Node::start(&redis, None, &UNLIMITED).await;
         (redis, new)
     });
     // Well within the 3 s after which a Redis that nobody remembers is taken as it is.
-    party.talks_for(Duration::from_millis(1500)).await;
+    clients.run_for(Duration::from_millis(1500)).await;
     proxies.iter().for_each(|proxy| proxy.set(Mode::Open));
     let (_redis, new) = within(starting).await.unwrap();
     let lobby = room("lobby");
     let mut ann = connect(new.address, "ann").await;
     let joined = ann.join(&lobby).await.unwrap();
     assert_eq!(joined.epoch, epoch, "the new node began a log of its own");
-    let top = party.ledger.lock().cursor(0).unwrap().seq;
+    let top = clients.ledger.lock().cursor(0).unwrap().seq;
     assert!(joined.seq >= top.saturating_sub(10), "{} of {top}", joined.seq);
     assert_eq!(say(&mut ann, &lobby, "hello").await.epoch, epoch);
     until_ready(&nodes).await;
-    party.goes_on(50).await.unwrap();
-    party
+    clients.wait_for_acks(50).await.unwrap();
+    clients
         .finish()
         .await
         .unwrap()
@@ -134,7 +135,7 @@ async fn a_new_node_on_an_empty_redis_waits_for_those_who_remember() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn those_who_remember_but_come_too_late_are_told() {
-    let Parted { redis, proxies, nodes, party } = parted_from_an_empty_redis().await;
+    let Parted { redis, proxies, nodes, clients } = parted_from_an_empty_redis().await;
     let new = Node::start(&redis, None, &UNLIMITED).await;
     let lobby = room("lobby");
     let mut ann = connect(new.address, "ann").await;
@@ -142,8 +143,8 @@ async fn those_who_remember_but_come_too_late_are_told() {
     say(&mut ann, &lobby, "first of another history").await;
     proxies.iter().for_each(|proxy| proxy.set(Mode::Open));
     until_ready(&nodes).await;
-    party.goes_on(50).await.unwrap();
-    let report = party.finish().await.unwrap();
+    clients.wait_for_acks(50).await.unwrap();
+    let report = clients.finish().await.unwrap();
     report.check("a new node on an empty Redis went on alone, the others came later");
     assert!(report.resets >= report.clients, "{report}");
 }

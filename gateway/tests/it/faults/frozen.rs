@@ -5,32 +5,33 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use super::{
-    addresses, is_full, length,
-    member::Manner,
-    party::{Party, manners},
+    addresses,
+    client::Manner,
+    clients::{TestClients, manners},
+    is_full, length,
     proxy::{Mode, Proxy},
     start_nodes, until_ready,
 };
 use crate::harness::{Node, Redis, connect, next_message, room, say};
 
 /// The usual clients, and one that stays with the first node whatever happens.
-async fn party_with_one_that_stays(nodes: &[Node]) -> Party {
+async fn clients_with_one_that_stays(nodes: &[Node]) -> TestClients {
     let mut manners = manners(&addresses(nodes));
     manners.push(Manner { patience: Duration::from_secs(3600), ..manners[0].clone() });
-    Party::begin(manners).await.unwrap()
+    TestClients::with_profiles(manners).await.unwrap()
 }
 
 async fn freeze_for(time: Duration) {
     let redis = Redis::start().await;
     let nodes = start_nodes(&redis, 3).await;
-    let party = party_with_one_that_stays(&nodes).await;
-    party.goes_on(200).await.unwrap();
+    let clients = clients_with_one_that_stays(&nodes).await;
+    clients.wait_for_acks(200).await.unwrap();
     nodes[0].process.signal("STOP");
-    party.talks_for(time).await;
+    clients.run_for(time).await;
     nodes[0].process.signal("CONT");
-    party.goes_on(200).await.unwrap();
+    clients.wait_for_acks(200).await.unwrap();
     until_ready(&nodes).await;
-    let report = party.finish().await.unwrap();
+    let report = clients.finish().await.unwrap();
     report.check_seamless(&format!("gateway SIGSTOP {time:?}"));
     // Clients of the frozen node left; the one that stayed got everything on its one connection.
     assert!(report.connections[0] > 1 && report.connections[3] > 1, "{:?}", report.connections);
@@ -92,18 +93,18 @@ async fn freeze_while_redis_restarts(
     what: &str,
 ) -> loadtest::ledger::verdict::Verdict {
     let nodes = start_nodes(&redis, 3).await;
-    let party = party_with_one_that_stays(&nodes).await;
-    party.goes_on(200).await.unwrap();
+    let clients = clients_with_one_that_stays(&nodes).await;
+    clients.wait_for_acks(200).await.unwrap();
     nodes[0].process.signal("STOP");
-    party.goes_on(100).await.unwrap();
+    clients.wait_for_acks(100).await.unwrap();
     redis.kill().await;
     redis.restart().await;
     // It is acknowledged again only when the lease of the frozen one is over.
-    party.goes_on(200).await.unwrap();
+    clients.wait_for_acks(200).await.unwrap();
     nodes[0].process.signal("CONT");
     until_ready(&nodes).await;
-    party.goes_on(200).await.unwrap();
-    let report = party.finish().await.unwrap();
+    clients.wait_for_acks(200).await.unwrap();
+    let report = clients.finish().await.unwrap();
     report.check(what);
     for reader in [1, 2, 4, 5] {
         assert_eq!(report.connections[reader], 1);

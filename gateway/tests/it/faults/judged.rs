@@ -10,8 +10,8 @@ use shared::{
 use tokio::time::Instant;
 
 use super::{
+    clients::TestClients,
     ledger::Ledger,
-    party::Party,
     verdict::{Verdict, Wrong},
 };
 use crate::harness::Gateway;
@@ -149,15 +149,15 @@ fn what_a_break_did_not_jump_over_is_lost_all_the_same() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_party_without_a_fault_is_seamless() {
+async fn clients_without_a_fault_see_no_discontinuity() {
     let gateway = Gateway::start(&super::UNLIMITED).await;
-    let party = Party::at(&[gateway.address; 2]).await.unwrap();
-    party.goes_on(100).await.unwrap();
-    party.send_away(1);
-    party.goes_on(100).await.unwrap();
-    party.call_back(1);
-    party.goes_on(50).await.unwrap();
-    let report = party.finish().await.unwrap();
+    let clients = TestClients::connect(&[gateway.address; 2]).await.unwrap();
+    clients.wait_for_acks(100).await.unwrap();
+    clients.disconnect(1);
+    clients.wait_for_acks(100).await.unwrap();
+    clients.reconnect(1);
+    clients.wait_for_acks(50).await.unwrap();
+    let report = clients.finish().await.unwrap();
     report.check_seamless("no fault");
     assert_eq!(report.connections, [1, 2, 1, 1]);
     assert_eq!(report.delivered, report.acknowledged * 4);

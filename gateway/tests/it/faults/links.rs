@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use super::{
-    UNLIMITED, addresses, length,
-    party::Party,
+    UNLIMITED, addresses,
+    clients::TestClients,
+    length,
     proxy::{Mode, Proxy},
     ready, until_ready,
 };
@@ -18,18 +19,18 @@ async fn fail(mode: Mode, time: Duration, what: &str) {
     let extra = [&UNLIMITED[..], &[("cluster.redis_url", url.as_str())]].concat();
     let nodes =
         [Node::start(&redis, None, &extra).await, Node::start(&redis, None, &UNLIMITED).await];
-    let party = Party::at(&addresses(&nodes)).await.unwrap();
+    let clients = TestClients::connect(&addresses(&nodes)).await.unwrap();
     let rounds = length(1, 3);
     for _ in 0..rounds {
-        party.goes_on(200).await.unwrap();
+        clients.wait_for_acks(200).await.unwrap();
         proxy.set(mode);
         until("the node knows", async || !ready(nodes[0].address).await).await;
-        party.talks_for(time).await;
+        clients.run_for(time).await;
         proxy.set(Mode::Open);
         until_ready(&nodes).await;
-        party.goes_on(200).await.unwrap();
+        clients.wait_for_acks(200).await.unwrap();
     }
-    let report = party.finish().await.unwrap();
+    let report = clients.finish().await.unwrap();
     report.check_seamless(&format!("{rounds} x {what} for {time:?}"));
     // Open connections stay, and the clients of the other node hear each other all the time.
     assert!(report.connections.iter().all(|count| *count == 1), "{:?}", report.connections);

@@ -7,9 +7,10 @@ use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 use tokio::time::{Instant, sleep_until};
 
 use super::{
-    UNLIMITED, length,
-    member::Pace,
-    party::{Party, manners},
+    UNLIMITED,
+    client::Pace,
+    clients::{TestClients, manners},
+    length,
     proxy::{Mode, Proxy},
     until_ready,
 };
@@ -157,20 +158,20 @@ async fn mix(redis: Redis, faults: usize, salt: u64, what: &str) {
     for manner in &mut manners {
         manner.pace = Pace::AfterAnswer(Duration::from_millis(10));
     }
-    let party = Party::begin(manners).await.unwrap();
+    let clients = TestClients::with_profiles(manners).await.unwrap();
     for number in 0..faults {
-        party.goes_on(die.random_range(1..200)).await.unwrap();
+        clients.wait_for_acks(die.random_range(1..200)).await.unwrap();
         let fault = roll(&mut die);
         cluster.suffer(fault).await;
         // Every other time the next one comes before this one is mended.
         if die.random_range(0..2) == 0 {
             until_ready(&cluster.nodes).await;
         }
-        let wrong = party.ledger.lock().examples().to_vec();
+        let wrong = clients.ledger.lock().examples().to_vec();
         assert!(wrong.is_empty(), "fault {number} of seed {seed}, {fault:?}: {wrong:?}");
     }
     until_ready(&cluster.nodes).await;
-    let report = party.finish().await.unwrap();
+    let report = clients.finish().await.unwrap();
     report.check(&format!("{faults} faults mixed, {what}"));
 }
 

@@ -7,7 +7,7 @@
 use std::{net::SocketAddr, time::Duration};
 
 use loadtest::{
-    ledger::{self, member, party, verdict},
+    ledger::{self, client, clients, verdict},
     proxy,
 };
 

@@ -5,7 +5,8 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::{
-    SHORT, UNLIMITED, addresses, length, metric, party::Party, ready, start_nodes, until_ready,
+    SHORT, UNLIMITED, addresses, clients::TestClients, length, metric, ready, start_nodes,
+    until_ready,
 };
 use crate::harness::{Node, Redis, until};
 
@@ -13,19 +14,19 @@ use crate::harness::{Node, Redis, until};
 async fn a_node_that_is_killed_takes_nothing_with_it() {
     let redis = Redis::start().await;
     let mut nodes = start_nodes(&redis, 3).await;
-    let party = Party::at(&addresses(&nodes)).await.unwrap();
+    let clients = TestClients::connect(&addresses(&nodes)).await.unwrap();
     let kills = length(1, 10);
     for kill in 0..kills {
-        party.goes_on(200).await.unwrap();
+        clients.wait_for_acks(200).await.unwrap();
         let at = kill % nodes.len();
         nodes[at].process.kill().await;
-        party.goes_on(300).await.unwrap();
+        clients.wait_for_acks(300).await.unwrap();
         if kill + 1 < kills {
             let address = nodes[at].address;
             nodes[at] = Node::start(&redis, Some(address), &UNLIMITED).await;
         }
     }
-    let report = party.finish().await.unwrap();
+    let report = clients.finish().await.unwrap();
     report.check_seamless(&format!("{kills} x gateway SIGKILL"));
     // Those who were elsewhere heard the others all the time.
     if kills == 1 {
@@ -41,22 +42,22 @@ async fn a_node_that_is_killed_takes_nothing_with_it() {
 async fn a_node_that_is_told_to_go_sends_its_clients_on() {
     let redis = Redis::start().await;
     let mut nodes = start_nodes(&redis, 3).await;
-    let party = Party::at(&addresses(&nodes)).await.unwrap();
+    let clients = TestClients::connect(&addresses(&nodes)).await.unwrap();
     let rounds = length(1, 6);
     for round in 0..rounds {
-        party.goes_on(200).await.unwrap();
+        clients.wait_for_acks(200).await.unwrap();
         let at = round % nodes.len();
         let address = nodes[at].address;
         nodes[at].process.signal("TERM");
         let gone = nodes.remove(at);
         let (code, said) = gone.end().await;
         assert_eq!(code, Some(0), "{said}");
-        party.goes_on(200).await.unwrap();
+        clients.wait_for_acks(200).await.unwrap();
         nodes.insert(at, Node::start(&redis, Some(address), &UNLIMITED).await);
     }
     until_ready(&nodes).await;
-    party.talks_for(Duration::from_millis(200)).await;
-    let report = party.finish().await.unwrap();
+    clients.run_for(Duration::from_millis(200)).await;
+    let report = clients.finish().await.unwrap();
     report.check_seamless(&format!("{rounds} x gateway SIGTERM"));
     if rounds == 1 {
         for reader in [1, 2, 4, 5] {

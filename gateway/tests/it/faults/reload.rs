@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use super::{
-    addresses, length,
-    party::{Party, manners},
-    start_nodes,
+    addresses,
+    clients::{TestClients, manners},
+    length, start_nodes,
 };
 use crate::harness::{Nginx, Redis, connect, within};
 
@@ -18,19 +18,19 @@ async fn a_reload_of_nginx_is_not_noticed() {
     for manner in &mut manners {
         manner.urls = vec![format!("ws://{}/ws", nginx.address)];
     }
-    let party = Party::begin(manners).await.unwrap();
+    let clients = TestClients::with_profiles(manners).await.unwrap();
     let reloads = length(3, 10);
     for i in 0..reloads {
-        party.goes_on(100).await.unwrap();
+        clients.wait_for_acks(100).await.unwrap();
         nginx.signal("HUP");
         // New clients come in meanwhile, to the old worker or the new one.
         for j in 0..5 {
             within(connect(nginx.address, &format!("new-{i}-{j}"))).await;
-            party.talks_for(Duration::from_millis(20)).await;
+            clients.run_for(Duration::from_millis(20)).await;
         }
     }
-    party.goes_on(100).await.unwrap();
-    let report = party.finish().await.unwrap();
+    clients.wait_for_acks(100).await.unwrap();
+    let report = clients.finish().await.unwrap();
     nginx.stop().await;
     report.check_seamless(&format!("{reloads} x nginx reload"));
     assert!(report.connections.iter().all(|count| *count == 1), "{:?}", report.connections);

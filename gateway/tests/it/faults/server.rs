@@ -5,10 +5,10 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::{
-    addresses, length,
-    member::Pace,
-    party::{Party, manners},
-    ready, start_nodes, until_ready,
+    addresses,
+    client::Pace,
+    clients::{TestClients, manners},
+    length, ready, start_nodes, until_ready,
 };
 use crate::harness::{Redis, get, until};
 
@@ -21,11 +21,11 @@ async fn kill_redis(mut redis: Redis, kills: u64, what: &str) {
     for manner in &mut manners {
         manner.pace = Pace::AfterAnswer(Duration::from_millis(3));
     }
-    let party = Party::begin(manners).await.unwrap();
+    let clients = TestClients::with_profiles(manners).await.unwrap();
     let mut whole_slowest = Duration::ZERO;
     for kill in 0..kills {
-        party.goes_on(300).await.unwrap();
-        party.talks_for(Duration::from_millis(kill * 37 % 200)).await;
+        clients.wait_for_acks(300).await.unwrap();
+        clients.run_for(Duration::from_millis(kill * 37 % 200)).await;
         redis.kill().await;
         if kill == 0 {
             let health = async || get(nodes[0].address, "/ready").await;
@@ -35,11 +35,11 @@ async fn kill_redis(mut redis: Redis, kills: u64, what: &str) {
         redis.restart().await;
         let back = Instant::now();
         until_ready(&nodes).await;
-        party.goes_on(1).await.unwrap();
+        clients.wait_for_acks(1).await.unwrap();
         whole_slowest = whole_slowest.max(back.elapsed());
     }
-    party.goes_on(100).await.unwrap();
-    let report = party.finish().await.unwrap();
+    clients.wait_for_acks(100).await.unwrap();
+    let report = clients.finish().await.unwrap();
     println!("{what}: acknowledged again after {whole_slowest:.2?} at most");
     report.check_seamless(&format!("{kills} x {what}"));
     assert!(report.connections.iter().all(|count| *count == 1), "{:?}", report.connections);
@@ -61,19 +61,22 @@ async fn a_redis_that_comes_back_empty_is_given_what_the_nodes_hold() {
 async fn who_was_away_for_longer_than_the_rings_go_back_is_told() {
     let mut redis = Redis::start().await;
     let nodes = start_nodes(&redis, 2).await;
-    let party = Party::at(&addresses(&nodes)).await.unwrap();
-    party.goes_on(50).await.unwrap();
+    let clients = TestClients::connect(&addresses(&nodes)).await.unwrap();
+    clients.wait_for_acks(50).await.unwrap();
     let away = 3;
-    party.send_away(away);
-    party.goes_on(600).await.unwrap();
+    clients.disconnect(away);
+    clients.wait_for_acks(600).await.unwrap();
     redis.kill().await;
     redis.restart().await;
     until_ready(&nodes).await;
-    party.goes_on(50).await.unwrap();
-    assert_eq!(party.ledger.lock().breaks(away), 0);
-    party.call_back(away);
-    party.wait("it is told", |party| party.ledger.lock().breaks(away) > 0).await.unwrap();
-    let report = party.finish().await.unwrap();
+    clients.wait_for_acks(50).await.unwrap();
+    assert_eq!(clients.ledger.lock().breaks(away), 0);
+    clients.reconnect(away);
+    clients
+        .wait_until("it is told", |clients| clients.ledger.lock().breaks(away) > 0)
+        .await
+        .unwrap();
+    let report = clients.finish().await.unwrap();
     report.check("Redis restarted empty, a client away for 600 messages");
     // It and nobody else.
     assert_eq!((report.not_recovered, report.resets), (1, 0), "{report}");
@@ -84,16 +87,16 @@ async fn who_was_away_for_longer_than_the_rings_go_back_is_told() {
 async fn freeze_redis(times: &[Duration]) {
     let redis = Redis::start().await;
     let nodes = start_nodes(&redis, 2).await;
-    let party = Party::at(&addresses(&nodes)).await.unwrap();
+    let clients = TestClients::connect(&addresses(&nodes)).await.unwrap();
     for time in times {
-        party.goes_on(100).await.unwrap();
+        clients.wait_for_acks(100).await.unwrap();
         redis.signal("STOP");
-        party.talks_for(*time).await;
+        clients.run_for(*time).await;
         redis.signal("CONT");
         until_ready(&nodes).await;
-        party.goes_on(100).await.unwrap();
+        clients.wait_for_acks(100).await.unwrap();
     }
-    let report = party.finish().await.unwrap();
+    let report = clients.finish().await.unwrap();
     report.check_seamless(&format!("Redis SIGSTOP {times:?}"));
     assert!(report.connections.iter().all(|count| *count == 1), "{:?}", report.connections);
 }
@@ -108,23 +111,23 @@ async fn a_redis_that_stands_still_is_waited_for() {
 async fn throw_out(commands: &[&str], pace: Duration, what: &str) {
     let redis = Redis::start().await;
     let nodes = start_nodes(&redis, 2).await;
-    let party = Party::at(&addresses(&nodes)).await.unwrap();
+    let clients = TestClients::connect(&addresses(&nodes)).await.unwrap();
     let begun = Instant::now();
     let mut count = 0;
     while begun.elapsed() < length(Duration::from_secs(4), Duration::from_secs(10)) {
-        party.talks_for(pace).await;
+        clients.run_for(pace).await;
         for command in commands {
             redis.command(command).await;
         }
         count += 1;
     }
-    party.goes_on(100).await.unwrap();
+    clients.wait_for_acks(100).await.unwrap();
     for node in &nodes {
         until("ready", async || ready(node.address).await).await;
         let lost = super::metric(node, "gateway_bus_reconnects_total").await;
         assert!(lost > 0.0, "no link was cut");
     }
-    let report = party.finish().await.unwrap();
+    let report = clients.finish().await.unwrap();
     report.check_seamless(&format!("{count} x {what}"));
     assert!(report.connections.iter().all(|count| *count == 1), "{:?}", report.connections);
 }

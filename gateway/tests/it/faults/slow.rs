@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use super::{
-    UNLIMITED, addresses, is_full,
-    member::{Manner, Pace},
-    metric,
-    party::{Party, manners},
+    UNLIMITED, addresses,
+    client::{Manner, Pace},
+    clients::{TestClients, manners},
+    is_full, metric,
     proxy::{Mode, Proxy},
     resident_bytes,
 };
@@ -22,7 +22,7 @@ struct Trial {
     nodes: Vec<Node>,
     /// The way of the slow client to the first node.
     proxy: Proxy,
-    party: Party,
+    clients: TestClients,
 }
 
 async fn start(extra: &[(&str, &str)]) -> Trial {
@@ -44,29 +44,32 @@ async fn start(extra: &[(&str, &str)]) -> Trial {
         patience: Duration::from_secs(3600),
         ..manners[0].clone()
     });
-    let party = Party::begin(manners).await.unwrap();
-    party.goes_on(100).await.unwrap();
-    Trial { redis, nodes, proxy, party }
+    let clients = TestClients::with_profiles(manners).await.unwrap();
+    clients.wait_for_acks(100).await.unwrap();
+    Trial { redis, nodes, proxy, clients }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_slow_reader_catches_up_in_place_and_takes_bounded_memory() {
-    let Trial { redis: _redis, nodes, proxy, party } = start(&[]).await;
+    let Trial { redis: _redis, nodes, proxy, clients } = start(&[]).await;
     let before = resident_bytes(&nodes[0]);
     let mut highest = before;
     for _ in 0..3 {
         proxy.set(Mode::NoAnswers);
         // 5 MB at a time, so that the log, of 16 MiB, still has all of it.
         for _ in 0..5 {
-            party.goes_on(50).await.unwrap();
+            clients.wait_for_acks(50).await.unwrap();
             highest = highest.max(resident_bytes(&nodes[0]));
         }
         until("it lags", async || metric(&nodes[0], "gateway_lags_total").await > 0.0).await;
-        let had = party.ledger.lock().had(0);
+        let had = clients.ledger.lock().had(0);
         proxy.set(Mode::Open);
-        party.wait("it has caught up", |party| party.ledger.lock().had(SLOW) >= had).await.unwrap();
+        clients
+            .wait_until("it has caught up", |clients| clients.ledger.lock().had(SLOW) >= had)
+            .await
+            .unwrap();
     }
-    let report = party.finish().await.unwrap();
+    let report = clients.finish().await.unwrap();
     let grown = highest.saturating_sub(before);
     println!("slow reader, 20 KB messages: memory grew by {} KiB", grown / 1024);
     report.check_seamless("3 x a client that does not read for 5 MB");
@@ -82,12 +85,15 @@ async fn a_slow_reader_catches_up_in_place_and_takes_bounded_memory() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reader_that_falls_behind_the_log_is_told() {
     let short = [("history.max_entries", "50"), ("history.window", "1s")];
-    let Trial { redis: _redis, nodes: _nodes, proxy, party } = start(&short).await;
+    let Trial { redis: _redis, nodes: _nodes, proxy, clients } = start(&short).await;
     proxy.set(Mode::NoAnswers);
-    party.goes_on(700).await.unwrap();
+    clients.wait_for_acks(700).await.unwrap();
     proxy.set(Mode::Open);
-    party.wait("it is told", |party| party.ledger.lock().breaks(SLOW) > 0).await.unwrap();
-    let report = party.finish().await.unwrap();
+    clients
+        .wait_until("it is told", |clients| clients.ledger.lock().breaks(SLOW) > 0)
+        .await
+        .unwrap();
+    let report = clients.finish().await.unwrap();
     report.check("a client that does not read until its place is trimmed");
     assert_eq!(report.reasons.keys().collect::<Vec<_>>(), [&"log_trimmed"], "{report}");
     assert!(report.resets > 0 && report.not_recovered == 0 && report.skipped > 0, "{report}");
@@ -99,13 +105,13 @@ async fn a_reader_that_falls_behind_the_log_is_told() {
 async fn a_client_that_reads_nothing_is_closed_with_4003_and_misses_nothing() {
     // 30 s in the full trial, as it is by default.
     let stall = if is_full() { "30s" } else { "3s" };
-    let Trial { redis: _redis, nodes, proxy, party } =
+    let Trial { redis: _redis, nodes, proxy, clients } =
         start(&[("heartbeat.stall_max", stall), ("history.max_bytes", "512MiB")]).await;
     proxy.set(Mode::NoAnswers);
     let closed = r#"gateway_disconnects_total{code="4003"}"#;
-    party
-        .wait("enough is said to fill all buffers", |party| {
-            let ledger = party.ledger.lock();
+    clients
+        .wait_until("enough is said to fill all buffers", |clients| {
+            let ledger = clients.ledger.lock();
             ledger.had(0) > ledger.had(SLOW) + 200
         })
         .await
@@ -118,12 +124,14 @@ async fn a_client_that_reads_nothing_is_closed_with_4003_and_misses_nothing() {
     }
     println!("a client that reads nothing: closed with 4003 after {:.2?}", begun.elapsed());
     proxy.set(Mode::Open);
-    let had = party.ledger.lock().had(0);
-    party
-        .wait("it has come back and caught up", |party| party.ledger.lock().had(SLOW) >= had)
+    let had = clients.ledger.lock().had(0);
+    clients
+        .wait_until("it has come back and caught up", |clients| {
+            clients.ledger.lock().had(SLOW) >= had
+        })
         .await
         .unwrap();
-    let report = party.finish().await.unwrap();
+    let report = clients.finish().await.unwrap();
     report.check_seamless("a client that reads nothing for the whole stall time");
     assert_eq!(report.connections[SLOW], 2);
     assert!(report.quiet[..SLOW].iter().all(|quiet| *quiet < super::SHORT), "{:?}", report.quiet);

@@ -80,7 +80,7 @@ struct Outstanding {
 
 /// One client.
 #[derive(Debug)]
-pub struct Member {
+pub struct TestClient {
     number: usize,
     manner: Manner,
     ledger: Arc<Mutex<Ledger>>,
@@ -96,7 +96,7 @@ pub struct Member {
     alarm: Alarm,
 }
 
-impl Member {
+impl TestClient {
     /// The client of this number in the ledger.
     pub fn new(
         number: usize,

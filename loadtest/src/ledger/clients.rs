@@ -11,14 +11,14 @@ use tokio::{
 
 use super::{
     Ledger,
-    member::{Manner, Member, Orders, Pace},
+    client::{Manner, Orders, Pace, TestClient},
     timeline::Timeline,
     verdict::Verdict,
 };
 
 /// All clients of one room. They end with it.
 #[derive(Debug)]
-pub struct Party {
+pub struct TestClients {
     /// What they have seen.
     pub ledger: Arc<Mutex<Ledger>>,
     orders: Vec<watch::Sender<Orders>>,
@@ -57,30 +57,31 @@ pub fn manners(addresses: &[SocketAddr]) -> Vec<Manner> {
     (0..addresses.len() * 2).map(manner).collect()
 }
 
-impl Party {
+impl TestClients {
     /// Starts the clients. None of them speaks yet.
-    pub fn start(manners: Vec<Manner>, timeline: Arc<Mutex<Timeline>>) -> Self {
+    pub fn spawn(manners: Vec<Manner>, timeline: Arc<Mutex<Timeline>>) -> Self {
         let ledger = Arc::new(Mutex::new(Ledger::on(timeline, manners.len())));
-        let mut party = Self { ledger, orders: vec![], begun: vec![], tasks: JoinSet::new() };
+        let mut clients = Self { ledger, orders: vec![], begun: vec![], tasks: JoinSet::new() };
         for (number, manner) in manners.into_iter().enumerate() {
             let (orders, orders_seen) = watch::channel(Orders { present: true, messages_max: 0 });
             let begun = Arc::new(watch::Sender::new((0, false)));
-            let client = Member::new(number, manner, &party.ledger, orders_seen, begun.clone());
-            party.tasks.spawn(client.run());
-            party.orders.push(orders);
-            party.begun.push(begun);
+            let client =
+                TestClient::new(number, manner, &clients.ledger, orders_seen, begun.clone());
+            clients.tasks.spawn(client.run());
+            clients.orders.push(orders);
+            clients.begun.push(begun);
         }
-        party
+        clients
     }
 
     /// How many have not been in the room yet.
-    pub fn away(&self) -> usize {
+    pub fn not_joined(&self) -> usize {
         let ledger = self.ledger.lock();
         (0..self.orders.len()).filter(|client| ledger.cursor(*client).is_none()).count()
     }
 
     /// Has everybody speak from here on.
-    pub fn speak(&self) {
+    pub fn start_sending(&self) {
         for orders in &self.orders {
             orders.send_modify(|orders| orders.messages_max = usize::MAX);
         }
@@ -91,11 +92,11 @@ impl Party {
     /// # Errors
     ///
     /// [`Stuck`]
-    pub async fn begin(manners: Vec<Manner>) -> Result<Self, Stuck> {
-        let party = Self::start(manners, Arc::default());
-        party.wait("everybody is in the room", |party| party.away() == 0).await?;
-        party.speak();
-        Ok(party)
+    pub async fn with_profiles(manners: Vec<Manner>) -> Result<Self, Stuck> {
+        let clients = Self::spawn(manners, Arc::default());
+        clients.wait_until("everybody is in the room", |clients| clients.not_joined() == 0).await?;
+        clients.start_sending();
+        Ok(clients)
     }
 
     /// The usual clients at these addresses.
@@ -103,16 +104,16 @@ impl Party {
     /// # Errors
     ///
     /// [`Stuck`]
-    pub async fn at(addresses: &[SocketAddr]) -> Result<Self, Stuck> {
-        Self::begin(manners(addresses)).await
+    pub async fn connect(addresses: &[SocketAddr]) -> Result<Self, Stuck> {
+        Self::with_profiles(manners(addresses)).await
     }
 
-    /// Waits for something of the party.
+    /// Waits for something of the clients.
     ///
     /// # Errors
     ///
     /// [`Stuck`] after a minute.
-    pub async fn wait(
+    pub async fn wait_until(
         &self,
         what: &'static str,
         holds: impl Fn(&Self) -> bool,
@@ -133,29 +134,29 @@ impl Party {
     /// # Errors
     ///
     /// [`Stuck`]
-    pub async fn goes_on(&self, messages: usize) -> Result<(), Stuck> {
+    pub async fn wait_for_acks(&self, messages: usize) -> Result<(), Stuck> {
         let before = self.ledger.lock().acked();
-        let enough = |party: &Self| party.ledger.lock().acked() >= before + messages;
-        self.wait("messages are acknowledged", enough).await
+        let enough = |clients: &Self| clients.ledger.lock().acked() >= before + messages;
+        self.wait_until("messages are acknowledged", enough).await
     }
 
-    /// Lets the party talk for a while: the time is the load, not a wait for something.
-    pub async fn talks_for(&self, time: Duration) {
+    /// Lets the clients send for a while: the time is the load, not a wait for something.
+    pub async fn run_for(&self, time: Duration) {
         sleep(time).await;
     }
 
     /// A client closes its connection and stays away.
-    pub fn send_away(&self, client: usize) {
+    pub fn disconnect(&self, client: usize) {
         self.orders[client].send_modify(|orders| orders.present = false);
     }
 
     /// It comes back.
-    pub fn call_back(&self, client: usize) {
+    pub fn reconnect(&self, client: usize) {
         self.orders[client].send_modify(|orders| orders.present = true);
     }
 
     /// Nobody begins another message from here on.
-    pub fn hush(&self) {
+    pub fn stop_sending(&self) {
         for (orders, begun) in self.orders.iter().zip(&self.begun) {
             orders.send_modify(|orders| orders.messages_max = begun.borrow().0);
         }
@@ -168,20 +169,20 @@ impl Party {
     ///
     /// [`Stuck`]
     pub async fn finish(self) -> Result<Verdict, Stuck> {
-        self.hush();
+        self.stop_sending();
         // Who had looked at its orders before begins one more.
         sleep(LOOK_AGAIN).await;
-        self.wait("what was begun is acknowledged", Self::is_idle).await?;
+        self.wait_until("what was begun is acknowledged", Self::is_idle).await?;
         let speaker = 0;
         let last = self.begun[speaker].borrow().0 + 1;
         self.orders[speaker].send_modify(|orders| orders.messages_max = last);
-        let said = |party: &Self| party.begun[speaker].borrow().0 >= last && party.is_idle();
-        self.wait("the last message is acknowledged", said).await?;
-        let clients = self.orders.len();
-        self.wait("everybody has the last message", |party| {
-            let ledger = party.ledger.lock();
+        let said = |clients: &Self| clients.begun[speaker].borrow().0 >= last && clients.is_idle();
+        self.wait_until("the last message is acknowledged", said).await?;
+        let count = self.orders.len();
+        self.wait_until("everybody has the last message", |clients| {
+            let ledger = clients.ledger.lock();
             let top = ledger.newest(speaker);
-            (0..clients).all(|client| top.is_some_and(|id| ledger.seen(client, id).is_some()))
+            (0..count).all(|client| top.is_some_and(|id| ledger.seen(client, id).is_some()))
         })
         .await?;
         Ok(self.ledger.lock().verdict())
