@@ -347,7 +347,7 @@ pub(crate) struct LoadArgs {
     pub(crate) bytes: usize,
     /// After how long without a sign of life a member gives its connection up.
     #[arg(long, default_value = "4s", value_parser = timeout)]
-    pub(crate) patience: Duration,
+    pub(crate) idle_timeout: Duration,
     #[command(flatten)]
     pub(crate) bounds: Bounds,
     #[command(flatten)]

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use hdrhistogram::Histogram;
 use loadtest::ledger::{
-    client::{Manner, Pace},
+    client::{ClientProfile, Pace},
     clients::TestClients,
     timeline::{self, Timeline},
     verdict::Verdict,
@@ -82,21 +82,21 @@ impl Trial {
         let members = load.rooms * load.members;
         // Each in its turn, so that together they keep the rate.
         let due = |index: usize| load.rate.due(index as u64);
-        let manner = |room: usize, member: usize| {
+        let profile = |room: usize, member: usize| {
             let index = member * load.rooms + room;
-            Manner {
+            ClientProfile {
                 urls: (0..urls.len()).map(|j| urls[(index + j) % urls.len()].clone()).collect(),
                 user: format!("ledger-{index}"),
                 room: format!("ledger-{room}").parse().expect("a name"),
                 pace: Pace::Every { first: due(index), interval: due(members) },
                 bytes: load.bytes,
-                patience: load.patience,
-                ping_every: load.patience / 4,
+                idle_timeout: load.idle_timeout,
+                ping_every: load.idle_timeout / 4,
             }
         };
         let clients = |room: usize| {
-            let manners = (0..load.members).map(|member| manner(room, member)).collect();
-            TestClients::spawn(manners, timeline.clone())
+            let profiles = (0..load.members).map(|member| profile(room, member)).collect();
+            TestClients::spawn(profiles, timeline.clone())
         };
         let rooms: Vec<TestClients> = (0..load.rooms).map(clients).collect();
         let deadline = Instant::now() + JOIN_MAX;

@@ -28,7 +28,7 @@ use crate::clock::Alarm;
 
 /// How a client behaves.
 #[derive(Clone, Debug)]
-pub struct Manner {
+pub struct ClientProfile {
     /// Where it connects, the next one after each connection.
     pub urls: Vec<String>,
     /// Who it is.
@@ -40,7 +40,7 @@ pub struct Manner {
     /// The size of a message.
     pub bytes: usize,
     /// After how long a silent connection is given up.
-    pub patience: Duration,
+    pub idle_timeout: Duration,
     /// How often it asks, so that a living one is not silent.
     pub ping_every: Duration,
 }
@@ -82,7 +82,7 @@ struct Outstanding {
 #[derive(Debug)]
 pub struct TestClient {
     number: usize,
-    manner: Manner,
+    profile: ClientProfile,
     ledger: Arc<Mutex<Ledger>>,
     orders: watch::Receiver<Orders>,
     /// How many messages it has begun, and whether one has no answer.
@@ -100,14 +100,14 @@ impl TestClient {
     /// The client of this number in the ledger.
     pub fn new(
         number: usize,
-        manner: Manner,
+        profile: ClientProfile,
         ledger: &Arc<Mutex<Ledger>>,
         orders: watch::Receiver<Orders>,
         begun: Arc<watch::Sender<(usize, bool)>>,
     ) -> Self {
         Self {
             number,
-            manner,
+            profile,
             ledger: ledger.clone(),
             orders,
             begun,
@@ -124,8 +124,8 @@ impl TestClient {
             if self.orders.wait_for(|orders| orders.present).await.is_err() {
                 return;
             }
-            let url = self.manner.urls[at % self.manner.urls.len()].clone();
-            let mut options = Options::to(url).user(self.manner.user.clone());
+            let url = self.profile.urls[at % self.profile.urls.len()].clone();
+            let mut options = Options::to(url).user(self.profile.user.clone());
             options.open_wait = Duration::from_secs(1);
             if let Ok(mut connection) = Connection::open(&options).await {
                 let mut is_connected = false;
@@ -147,7 +147,7 @@ impl TestClient {
         let mut goal: Option<Position> = None;
         let mut join_at = Some(Instant::now());
         let mut ping_at = Instant::now();
-        let mut heard_by = Instant::now() + self.manner.patience;
+        let mut heard_by = Instant::now() + self.profile.idle_timeout;
         loop {
             if !self.orders.borrow().present {
                 self.ledger.lock().away(self.number);
@@ -156,7 +156,7 @@ impl TestClient {
             let now = Instant::now();
             let mut due = ping_at;
             if now >= ping_at {
-                ping_at = now + self.manner.ping_every;
+                ping_at = now + self.profile.ping_every;
                 due = ping_at;
                 if connection.send_json(&frames::Ping::default()).await.is_err() {
                     return;
@@ -184,7 +184,7 @@ impl TestClient {
                 biased;
                 received = connection.next() => {
                     let Ok(received) = received else { return };
-                    heard_by = Instant::now() + self.manner.patience;
+                    heard_by = Instant::now() + self.profile.idle_timeout;
                     *is_connected |= matches!(&received, Received::Frame(Answer::Connected(_), _));
                     self.take(received, &mut goal, &mut join_at);
                 }
@@ -198,7 +198,7 @@ impl TestClient {
         let since = self.ledger.lock().cursor(self.number).cloned();
         let history = since.is_none().then_some(0);
         let join =
-            frames::Join { since: since.as_ref(), history, ..frames::Join::to(&self.manner.room) };
+            frames::Join { since: since.as_ref(), history, ..frames::Join::to(&self.profile.room) };
         connection.send_json(&join).await.map_err(drop)
     }
 
@@ -234,7 +234,7 @@ impl TestClient {
         if std::mem::take(&mut self.is_hushed) {
             self.next_at = Some(Instant::now());
         }
-        self.next_at.get_or_insert_with(|| match self.manner.pace {
+        self.next_at.get_or_insert_with(|| match self.profile.pace {
             Pace::AfterAnswer(_) => Instant::now(),
             Pace::Every { first, .. } => Instant::now() + first,
         });
@@ -263,10 +263,10 @@ impl TestClient {
             self.ledger.lock().begun(outstanding.id, outstanding.begun);
         }
         (outstanding.sent, outstanding.again_at) = (Some(now), None);
-        let content: Value = json!("x".repeat(self.manner.bytes));
+        let content: Value = json!("x".repeat(self.profile.bytes));
         let message = frames::Message {
             id: Some(outstanding.id),
-            ..frames::Message::to(&self.manner.room, &content)
+            ..frames::Message::to(&self.profile.room, &content)
         };
         connection.send_json(&message).await.map_err(drop)
     }
@@ -274,7 +274,7 @@ impl TestClient {
     fn settled(&mut self) {
         self.outstanding = None;
         let now = Instant::now();
-        self.next_at = Some(match self.manner.pace {
+        self.next_at = Some(match self.profile.pace {
             Pace::AfterAnswer(pause) => now + pause,
             Pace::Every { interval, .. } => self.next_at.unwrap_or(now) + interval,
         });

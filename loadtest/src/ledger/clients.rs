@@ -11,7 +11,7 @@ use tokio::{
 
 use super::{
     Ledger,
-    client::{Manner, Orders, Pace, TestClient},
+    client::{ClientProfile, Orders, Pace, TestClient},
     timeline::Timeline,
     verdict::Verdict,
 };
@@ -41,32 +41,32 @@ pub struct Stuck {
 }
 
 /// Two clients for each address, that go on to the other addresses.
-pub fn manners(addresses: &[SocketAddr]) -> Vec<Manner> {
-    let manner = |i: usize| {
+pub fn default_profiles(addresses: &[SocketAddr]) -> Vec<ClientProfile> {
+    let profile = |i: usize| {
         let nth = |j: usize| format!("ws://{}/ws", addresses[(i + j) % addresses.len()]);
-        Manner {
+        ClientProfile {
             urls: (0..addresses.len()).map(nth).collect(),
             user: format!("u{i}"),
             room: "lobby".parse().expect("a name"),
             pace: Pace::AfterAnswer(Duration::from_millis(20)),
             bytes: 16,
-            patience: Duration::from_secs(2),
+            idle_timeout: Duration::from_secs(2),
             ping_every: Duration::from_millis(500),
         }
     };
-    (0..addresses.len() * 2).map(manner).collect()
+    (0..addresses.len() * 2).map(profile).collect()
 }
 
 impl TestClients {
     /// Starts the clients. None of them speaks yet.
-    pub fn spawn(manners: Vec<Manner>, timeline: Arc<Mutex<Timeline>>) -> Self {
-        let ledger = Arc::new(Mutex::new(Ledger::on(timeline, manners.len())));
+    pub fn spawn(profiles: Vec<ClientProfile>, timeline: Arc<Mutex<Timeline>>) -> Self {
+        let ledger = Arc::new(Mutex::new(Ledger::on(timeline, profiles.len())));
         let mut clients = Self { ledger, orders: vec![], begun: vec![], tasks: JoinSet::new() };
-        for (number, manner) in manners.into_iter().enumerate() {
+        for (number, profile) in profiles.into_iter().enumerate() {
             let (orders, orders_seen) = watch::channel(Orders { present: true, messages_max: 0 });
             let begun = Arc::new(watch::Sender::new((0, false)));
             let client =
-                TestClient::new(number, manner, &clients.ledger, orders_seen, begun.clone());
+                TestClient::new(number, profile, &clients.ledger, orders_seen, begun.clone());
             clients.tasks.spawn(client.run());
             clients.orders.push(orders);
             clients.begun.push(begun);
@@ -92,8 +92,8 @@ impl TestClients {
     /// # Errors
     ///
     /// [`Stuck`]
-    pub async fn with_profiles(manners: Vec<Manner>) -> Result<Self, Stuck> {
-        let clients = Self::spawn(manners, Arc::default());
+    pub async fn with_profiles(profiles: Vec<ClientProfile>) -> Result<Self, Stuck> {
+        let clients = Self::spawn(profiles, Arc::default());
         clients.wait_until("everybody is in the room", |clients| clients.not_joined() == 0).await?;
         clients.start_sending();
         Ok(clients)
@@ -105,7 +105,7 @@ impl TestClients {
     ///
     /// [`Stuck`]
     pub async fn connect(addresses: &[SocketAddr]) -> Result<Self, Stuck> {
-        Self::with_profiles(manners(addresses)).await
+        Self::with_profiles(default_profiles(addresses)).await
     }
 
     /// Waits for something of the clients.

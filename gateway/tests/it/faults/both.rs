@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use super::{
     UNLIMITED, addresses,
-    clients::{TestClients, manners},
+    clients::{TestClients, default_profiles},
     length,
     proxy::{Mode, Proxy},
     start_nodes, until_ready,
@@ -97,7 +97,7 @@ async fn parted_from_an_empty_redis() -> Parted {
         nodes.push(Node::start(&redis, None, &extra).await);
         proxies.push(proxy);
     }
-    let clients = TestClients::with_profiles(manners(&addresses(&nodes))).await.unwrap();
+    let clients = TestClients::with_profiles(default_profiles(&addresses(&nodes))).await.unwrap();
     clients.wait_for_acks(200).await.unwrap();
     redis.kill().await;
     proxies.iter().for_each(|proxy| proxy.set(Mode::Cut));

@@ -6,8 +6,8 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 use super::{
     addresses,
-    client::Manner,
-    clients::{TestClients, manners},
+    client::ClientProfile,
+    clients::{TestClients, default_profiles},
     is_full, length,
     proxy::{Mode, Proxy},
     start_nodes, until_ready,
@@ -16,9 +16,9 @@ use crate::harness::{Node, Redis, connect, next_message, room, say};
 
 /// The usual clients, and one that stays with the first node whatever happens.
 async fn clients_with_one_that_stays(nodes: &[Node]) -> TestClients {
-    let mut manners = manners(&addresses(nodes));
-    manners.push(Manner { patience: Duration::from_secs(3600), ..manners[0].clone() });
-    TestClients::with_profiles(manners).await.unwrap()
+    let mut profiles = default_profiles(&addresses(nodes));
+    profiles.push(ClientProfile { idle_timeout: Duration::from_secs(3600), ..profiles[0].clone() });
+    TestClients::with_profiles(profiles).await.unwrap()
 }
 
 async fn freeze_for(time: Duration) {

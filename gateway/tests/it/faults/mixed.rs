@@ -9,7 +9,7 @@ use tokio::time::{Instant, sleep_until};
 use super::{
     UNLIMITED,
     client::Pace,
-    clients::{TestClients, manners},
+    clients::{TestClients, default_profiles},
     length,
     proxy::{Mode, Proxy},
     until_ready,
@@ -154,11 +154,11 @@ async fn mix(redis: Redis, faults: usize, salt: u64, what: &str) {
     let mut die = StdRng::seed_from_u64(seed ^ salt);
     let mut cluster = Cluster::start(redis).await;
     let addresses: Vec<_> = cluster.nodes.iter().map(|node| node.address).collect();
-    let mut manners = manners(&addresses);
-    for manner in &mut manners {
-        manner.pace = Pace::AfterAnswer(Duration::from_millis(10));
+    let mut profiles = default_profiles(&addresses);
+    for profile in &mut profiles {
+        profile.pace = Pace::AfterAnswer(Duration::from_millis(10));
     }
-    let clients = TestClients::with_profiles(manners).await.unwrap();
+    let clients = TestClients::with_profiles(profiles).await.unwrap();
     for number in 0..faults {
         clients.wait_for_acks(die.random_range(1..200)).await.unwrap();
         let fault = roll(&mut die);

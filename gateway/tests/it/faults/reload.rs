@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::{
     addresses,
-    clients::{TestClients, manners},
+    clients::{TestClients, default_profiles},
     length, start_nodes,
 };
 use crate::harness::{Nginx, Redis, connect, within};
@@ -14,11 +14,11 @@ async fn a_reload_of_nginx_is_not_noticed() {
     let redis = Redis::start().await;
     let nodes = start_nodes(&redis, 2).await;
     let nginx = Nginx::start_with_worker(&addresses(&nodes)).await;
-    let mut manners = manners(&addresses(&nodes));
-    for manner in &mut manners {
-        manner.urls = vec![format!("ws://{}/ws", nginx.address)];
+    let mut profiles = default_profiles(&addresses(&nodes));
+    for profile in &mut profiles {
+        profile.urls = vec![format!("ws://{}/ws", nginx.address)];
     }
-    let clients = TestClients::with_profiles(manners).await.unwrap();
+    let clients = TestClients::with_profiles(profiles).await.unwrap();
     let reloads = length(3, 10);
     for i in 0..reloads {
         clients.wait_for_acks(100).await.unwrap();

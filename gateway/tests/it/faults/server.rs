@@ -7,7 +7,7 @@ use tokio::time::Instant;
 use super::{
     addresses,
     client::Pace,
-    clients::{TestClients, manners},
+    clients::{TestClients, default_profiles},
     length, ready, start_nodes, until_ready,
 };
 use crate::harness::{Redis, get, until};
@@ -17,11 +17,11 @@ async fn kill_redis(mut redis: Redis, kills: u64, what: &str) {
     let nodes = start_nodes(&redis, 2).await;
     // Many on their way at any moment, so that some are acknowledged and nothing else.
     let addresses = [addresses(&nodes), addresses(&nodes), addresses(&nodes)].concat();
-    let mut manners = manners(&addresses);
-    for manner in &mut manners {
-        manner.pace = Pace::AfterAnswer(Duration::from_millis(3));
+    let mut profiles = default_profiles(&addresses);
+    for profile in &mut profiles {
+        profile.pace = Pace::AfterAnswer(Duration::from_millis(3));
     }
-    let clients = TestClients::with_profiles(manners).await.unwrap();
+    let clients = TestClients::with_profiles(profiles).await.unwrap();
     let mut whole_slowest = Duration::ZERO;
     for kill in 0..kills {
         clients.wait_for_acks(300).await.unwrap();

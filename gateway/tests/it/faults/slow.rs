@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use super::{
     UNLIMITED, addresses,
-    client::{Manner, Pace},
-    clients::{TestClients, manners},
+    client::{ClientProfile, Pace},
+    clients::{TestClients, default_profiles},
     is_full, metric,
     proxy::{Mode, Proxy},
     resident_bytes,
@@ -31,20 +31,20 @@ async fn start(extra: &[(&str, &str)]) -> Trial {
     let nodes =
         vec![Node::start(&redis, None, &options).await, Node::start(&redis, None, &options).await];
     let proxy = Proxy::with_buffer(nodes[0].address, Some(64 * 1024)).await.unwrap();
-    let mut manners = manners(&addresses(&nodes));
-    for manner in &mut manners {
-        manner.bytes = MESSAGE_BYTES;
+    let mut profiles = default_profiles(&addresses(&nodes));
+    for profile in &mut profiles {
+        profile.bytes = MESSAGE_BYTES;
     }
-    manners.push(Manner {
+    profiles.push(ClientProfile {
         urls: vec![format!("ws://{}/ws", proxy.address)],
         user: "slow".to_owned(),
         // It listens.
         pace: Pace::AfterAnswer(Duration::from_secs(3600)),
         bytes: 16,
-        patience: Duration::from_secs(3600),
-        ..manners[0].clone()
+        idle_timeout: Duration::from_secs(3600),
+        ..profiles[0].clone()
     });
-    let clients = TestClients::with_profiles(manners).await.unwrap();
+    let clients = TestClients::with_profiles(profiles).await.unwrap();
     clients.wait_for_acks(100).await.unwrap();
     Trial { redis, nodes, proxy, clients }
 }
