@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use hdrhistogram::Histogram;
 use loadtest::ledger::{
-    client::{ClientProfile, Pace},
+    client::{ClientProfile, SendSchedule},
     clients::TestClients,
     timeline::{self, Timeline},
     verdict::Verdict,
@@ -88,7 +88,7 @@ impl Trial {
                 urls: (0..urls.len()).map(|j| urls[(index + j) % urls.len()].clone()).collect(),
                 user: format!("ledger-{index}"),
                 room: format!("ledger-{room}").parse().expect("a name"),
-                pace: Pace::Every { first: due(index), interval: due(members) },
+                schedule: SendSchedule::Interval { first: due(index), interval: due(members) },
                 bytes: load.bytes,
                 idle_timeout: load.idle_timeout,
                 ping_every: load.idle_timeout / 4,

@@ -36,7 +36,7 @@ pub struct ClientProfile {
     /// Its room.
     pub room: RoomId,
     /// When it speaks.
-    pub pace: Pace,
+    pub schedule: SendSchedule,
     /// The size of a message.
     pub bytes: usize,
     /// After how long a silent connection is given up.
@@ -47,12 +47,12 @@ pub struct ClientProfile {
 
 /// When a client speaks. It has one message on its way at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Pace {
+pub enum SendSchedule {
     /// So long after its last message was answered.
-    AfterAnswer(Duration),
+    AfterAck(Duration),
     /// At set times, whatever became of earlier messages: what could not be sent in time is sent
     /// as soon as it can be, and its latency counts from when it was due.
-    Every {
+    Interval {
         /// When the first is due, from when it is first allowed to speak.
         first: Duration,
         /// The time between two.
@@ -234,9 +234,9 @@ impl TestClient {
         if std::mem::take(&mut self.is_hushed) {
             self.next_at = Some(Instant::now());
         }
-        self.next_at.get_or_insert_with(|| match self.profile.pace {
-            Pace::AfterAnswer(_) => Instant::now(),
-            Pace::Every { first, .. } => Instant::now() + first,
+        self.next_at.get_or_insert_with(|| match self.profile.schedule {
+            SendSchedule::AfterAck(_) => Instant::now(),
+            SendSchedule::Interval { first, .. } => Instant::now() + first,
         });
         true
     }
@@ -274,9 +274,9 @@ impl TestClient {
     fn settled(&mut self) {
         self.outstanding = None;
         let now = Instant::now();
-        self.next_at = Some(match self.profile.pace {
-            Pace::AfterAnswer(pause) => now + pause,
-            Pace::Every { interval, .. } => self.next_at.unwrap_or(now) + interval,
+        self.next_at = Some(match self.profile.schedule {
+            SendSchedule::AfterAck(pause) => now + pause,
+            SendSchedule::Interval { interval, .. } => self.next_at.unwrap_or(now) + interval,
         });
         self.begun.send_modify(|(_, waits)| *waits = false);
     }

@@ -11,7 +11,7 @@ use tokio::{
 
 use super::{
     Ledger,
-    client::{ClientProfile, Orders, Pace, TestClient},
+    client::{ClientProfile, Orders, SendSchedule, TestClient},
     timeline::Timeline,
     verdict::Verdict,
 };
@@ -48,7 +48,7 @@ pub fn default_profiles(addresses: &[SocketAddr]) -> Vec<ClientProfile> {
             urls: (0..addresses.len()).map(nth).collect(),
             user: format!("u{i}"),
             room: "lobby".parse().expect("a name"),
-            pace: Pace::AfterAnswer(Duration::from_millis(20)),
+            schedule: SendSchedule::AfterAck(Duration::from_millis(20)),
             bytes: 16,
             idle_timeout: Duration::from_secs(2),
             ping_every: Duration::from_millis(500),

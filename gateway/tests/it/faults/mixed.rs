@@ -8,7 +8,7 @@ use tokio::time::{Instant, sleep_until};
 
 use super::{
     UNLIMITED,
-    client::Pace,
+    client::SendSchedule,
     clients::{TestClients, default_profiles},
     length,
     proxy::{Mode, Proxy},
@@ -156,7 +156,7 @@ async fn mix(redis: Redis, faults: usize, salt: u64, what: &str) {
     let addresses: Vec<_> = cluster.nodes.iter().map(|node| node.address).collect();
     let mut profiles = default_profiles(&addresses);
     for profile in &mut profiles {
-        profile.pace = Pace::AfterAnswer(Duration::from_millis(10));
+        profile.schedule = SendSchedule::AfterAck(Duration::from_millis(10));
     }
     let clients = TestClients::with_profiles(profiles).await.unwrap();
     for number in 0..faults {

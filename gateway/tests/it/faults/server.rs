@@ -6,7 +6,7 @@ use tokio::time::Instant;
 
 use super::{
     addresses,
-    client::Pace,
+    client::SendSchedule,
     clients::{TestClients, default_profiles},
     length, ready, start_nodes, until_ready,
 };
@@ -19,7 +19,7 @@ async fn kill_redis(mut redis: Redis, kills: u64, what: &str) {
     let addresses = [addresses(&nodes), addresses(&nodes), addresses(&nodes)].concat();
     let mut profiles = default_profiles(&addresses);
     for profile in &mut profiles {
-        profile.pace = Pace::AfterAnswer(Duration::from_millis(3));
+        profile.schedule = SendSchedule::AfterAck(Duration::from_millis(3));
     }
     let clients = TestClients::with_profiles(profiles).await.unwrap();
     let mut whole_slowest = Duration::ZERO;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::{
     UNLIMITED, addresses,
-    client::{ClientProfile, Pace},
+    client::{ClientProfile, SendSchedule},
     clients::{TestClients, default_profiles},
     is_full, metric,
     proxy::{Mode, Proxy},
@@ -39,7 +39,7 @@ async fn start(extra: &[(&str, &str)]) -> Trial {
         urls: vec![format!("ws://{}/ws", proxy.address)],
         user: "slow".to_owned(),
         // It listens.
-        pace: Pace::AfterAnswer(Duration::from_secs(3600)),
+        schedule: SendSchedule::AfterAck(Duration::from_secs(3600)),
         bytes: 16,
         idle_timeout: Duration::from_secs(3600),
         ..profiles[0].clone()
