@@ -62,16 +62,16 @@ pub enum SendSchedule {
 
 /// What a client is to do.
 #[derive(Clone, Debug)]
-pub struct Orders {
+pub struct ClientControl {
     /// Whether it is connected, or tries to be.
-    pub present: bool,
+    pub connected: bool,
     /// How many messages it begins in all.
     pub messages_max: usize,
 }
 
 /// A message without an answer.
 #[derive(Debug)]
-struct Outstanding {
+struct UnackedMessage {
     id: MessageId,
     begun: Instant,
     sent: Option<Instant>,
@@ -84,14 +84,14 @@ pub struct TestClient {
     number: usize,
     profile: ClientProfile,
     ledger: Arc<Mutex<Ledger>>,
-    orders: watch::Receiver<Orders>,
+    control: watch::Receiver<ClientControl>,
     /// How many messages it has begun, and whether one has no answer.
     begun: Arc<watch::Sender<(usize, bool)>>,
-    outstanding: Option<Outstanding>,
+    unacked: Option<UnackedMessage>,
     /// When the next message is due; `None` before it may speak.
     next_at: Option<Instant>,
     /// Whether it has spoken and may not for now.
-    is_hushed: bool,
+    is_paused: bool,
     /// Wakes it when it is to speak.
     alarm: Alarm,
 }
@@ -102,18 +102,18 @@ impl TestClient {
         number: usize,
         profile: ClientProfile,
         ledger: &Arc<Mutex<Ledger>>,
-        orders: watch::Receiver<Orders>,
+        control: watch::Receiver<ClientControl>,
         begun: Arc<watch::Sender<(usize, bool)>>,
     ) -> Self {
         Self {
             number,
             profile,
             ledger: ledger.clone(),
-            orders,
+            control,
             begun,
-            outstanding: None,
+            unacked: None,
             next_at: None,
-            is_hushed: false,
+            is_paused: false,
             alarm: Alarm::new(),
         }
     }
@@ -121,7 +121,7 @@ impl TestClient {
     /// Connects again and again, until nobody gives orders any more.
     pub async fn run(mut self) {
         for at in 0.. {
-            if self.orders.wait_for(|orders| orders.present).await.is_err() {
+            if self.control.wait_for(|control| control.connected).await.is_err() {
                 return;
             }
             let url = self.profile.urls[at % self.profile.urls.len()].clone();
@@ -134,8 +134,8 @@ impl TestClient {
                     self.ledger.lock().disconnected();
                 }
             }
-            if let Some(outstanding) = &mut self.outstanding {
-                (outstanding.sent, outstanding.again_at) = (None, None);
+            if let Some(unacked) = &mut self.unacked {
+                (unacked.sent, unacked.again_at) = (None, None);
             }
             sleep_until(Instant::now() + Duration::from_millis(50)).await;
         }
@@ -149,7 +149,7 @@ impl TestClient {
         let mut ping_at = Instant::now();
         let mut heard_by = Instant::now() + self.profile.idle_timeout;
         loop {
-            if !self.orders.borrow().present {
+            if !self.control.borrow().connected {
                 self.ledger.lock().away(self.number);
                 return;
             }
@@ -188,7 +188,7 @@ impl TestClient {
                     *is_connected |= matches!(&received, Received::Frame(Answer::Connected(_), _));
                     self.take(received, &mut goal, &mut join_at);
                 }
-                changed = self.orders.changed() => if changed.is_err() { return },
+                changed = self.control.changed() => if changed.is_err() { return },
                 () = self.alarm.until(due) => if Instant::now() >= heard_by { return },
             }
         }
@@ -213,25 +213,25 @@ impl TestClient {
         if !reached {
             return false;
         }
-        if let Some(outstanding) = &self.outstanding {
-            if outstanding.sent.is_some() && outstanding.again_at.is_none() {
+        if let Some(unacked) = &self.unacked {
+            if unacked.sent.is_some() && unacked.again_at.is_none() {
                 return false;
             }
-            let place = ledger.seen(self.number, outstanding.id).cloned();
+            let place = ledger.seen(self.number, unacked.id).cloned();
             if let Some(position) = place {
-                ledger.taken(self.number, outstanding.id, position);
+                ledger.taken(self.number, unacked.id, position);
                 drop(ledger);
                 self.settled();
                 return false;
             }
             return true;
         }
-        if self.begun.borrow().0 >= self.orders.borrow().messages_max {
+        if self.begun.borrow().0 >= self.control.borrow().messages_max {
             // What was due meanwhile is due no more.
-            self.is_hushed = self.next_at.is_some();
+            self.is_paused = self.next_at.is_some();
             return false;
         }
-        if std::mem::take(&mut self.is_hushed) {
+        if std::mem::take(&mut self.is_paused) {
             self.next_at = Some(Instant::now());
         }
         self.next_at.get_or_insert_with(|| match self.profile.schedule {
@@ -242,37 +242,37 @@ impl TestClient {
     }
 
     fn send_at(&self) -> Instant {
-        match &self.outstanding {
-            Some(outstanding) => outstanding.again_at.unwrap_or(outstanding.begun),
+        match &self.unacked {
+            Some(unacked) => unacked.again_at.unwrap_or(unacked.begun),
             None => self.next_at.unwrap_or_else(Instant::now),
         }
     }
 
     async fn send(&mut self, connection: &mut Connection) -> Result<(), ()> {
         let now = Instant::now();
-        if self.outstanding.is_none() {
+        if self.unacked.is_none() {
             self.begun.send_modify(|(count, waits)| (*count, *waits) = (*count + 1, true));
         }
-        let outstanding = self.outstanding.get_or_insert_with(|| Outstanding {
+        let unacked = self.unacked.get_or_insert_with(|| UnackedMessage {
             id: MessageId::random(),
             begun: self.next_at.unwrap_or(now),
             sent: None,
             again_at: None,
         });
-        if outstanding.sent.is_none() {
-            self.ledger.lock().begun(outstanding.id, outstanding.begun);
+        if unacked.sent.is_none() {
+            self.ledger.lock().begun(unacked.id, unacked.begun);
         }
-        (outstanding.sent, outstanding.again_at) = (Some(now), None);
+        (unacked.sent, unacked.again_at) = (Some(now), None);
         let content: Value = json!("x".repeat(self.profile.bytes));
         let message = frames::Message {
-            id: Some(outstanding.id),
+            id: Some(unacked.id),
             ..frames::Message::to(&self.profile.room, &content)
         };
         connection.send_json(&message).await.map_err(drop)
     }
 
     fn settled(&mut self) {
-        self.outstanding = None;
+        self.unacked = None;
         let now = Instant::now();
         self.next_at = Some(match self.profile.schedule {
             SendSchedule::AfterAck(pause) => now + pause,
@@ -302,8 +302,8 @@ impl TestClient {
                     ledger.reset(me, &reset);
                 }
             }
-            Received::Frame(Answer::Ack(ack), _) => match &self.outstanding {
-                Some(Outstanding { id, sent: Some(sent), .. }) if *id == ack.id => {
+            Received::Frame(Answer::Ack(ack), _) => match &self.unacked {
+                Some(UnackedMessage { id, sent: Some(sent), .. }) if *id == ack.id => {
                     ledger.ack(me, &ack, now.duration_since(*sent));
                     drop(ledger);
                     self.settled();
@@ -344,12 +344,12 @@ impl TestClient {
         let again_at = now + Duration::from_millis(refusal.retry_after_ms.unwrap_or(500));
         if !joined {
             *join_at = Some(again_at);
-        } else if let Some(outstanding) = &mut self.outstanding
-            && refusal.id.is_none_or(|id| id == outstanding.id)
-            && let Some(sent) = outstanding.sent
+        } else if let Some(unacked) = &mut self.unacked
+            && refusal.id.is_none_or(|id| id == unacked.id)
+            && let Some(sent) = unacked.sent
         {
             ledger.refused(self.number, refusal.retry_after_ms, now.duration_since(sent));
-            outstanding.again_at = Some(again_at);
+            unacked.again_at = Some(again_at);
         }
     }
 }

@@ -11,7 +11,7 @@ use tokio::{
 
 use super::{
     Ledger,
-    client::{ClientProfile, Orders, SendSchedule, TestClient},
+    client::{ClientControl, ClientProfile, SendSchedule, TestClient},
     timeline::Timeline,
     verdict::Verdict,
 };
@@ -21,7 +21,7 @@ use super::{
 pub struct TestClients {
     /// What they have seen.
     pub ledger: Arc<Mutex<Ledger>>,
-    orders: Vec<watch::Sender<Orders>>,
+    controls: Vec<watch::Sender<ClientControl>>,
     begun: Vec<Arc<watch::Sender<(usize, bool)>>>,
     tasks: JoinSet<()>,
 }
@@ -61,14 +61,15 @@ impl TestClients {
     /// Starts the clients. None of them speaks yet.
     pub fn spawn(profiles: Vec<ClientProfile>, timeline: Arc<Mutex<Timeline>>) -> Self {
         let ledger = Arc::new(Mutex::new(Ledger::on(timeline, profiles.len())));
-        let mut clients = Self { ledger, orders: vec![], begun: vec![], tasks: JoinSet::new() };
+        let mut clients = Self { ledger, controls: vec![], begun: vec![], tasks: JoinSet::new() };
         for (number, profile) in profiles.into_iter().enumerate() {
-            let (orders, orders_seen) = watch::channel(Orders { present: true, messages_max: 0 });
+            let (control, control_rx) =
+                watch::channel(ClientControl { connected: true, messages_max: 0 });
             let begun = Arc::new(watch::Sender::new((0, false)));
             let client =
-                TestClient::new(number, profile, &clients.ledger, orders_seen, begun.clone());
+                TestClient::new(number, profile, &clients.ledger, control_rx, begun.clone());
             clients.tasks.spawn(client.run());
-            clients.orders.push(orders);
+            clients.controls.push(control);
             clients.begun.push(begun);
         }
         clients
@@ -77,13 +78,13 @@ impl TestClients {
     /// How many have not been in the room yet.
     pub fn not_joined(&self) -> usize {
         let ledger = self.ledger.lock();
-        (0..self.orders.len()).filter(|client| ledger.cursor(*client).is_none()).count()
+        (0..self.controls.len()).filter(|client| ledger.cursor(*client).is_none()).count()
     }
 
     /// Has everybody speak from here on.
     pub fn start_sending(&self) {
-        for orders in &self.orders {
-            orders.send_modify(|orders| orders.messages_max = usize::MAX);
+        for control in &self.controls {
+            control.send_modify(|control| control.messages_max = usize::MAX);
         }
     }
 
@@ -147,18 +148,18 @@ impl TestClients {
 
     /// A client closes its connection and stays away.
     pub fn disconnect(&self, client: usize) {
-        self.orders[client].send_modify(|orders| orders.present = false);
+        self.controls[client].send_modify(|control| control.connected = false);
     }
 
     /// It comes back.
     pub fn reconnect(&self, client: usize) {
-        self.orders[client].send_modify(|orders| orders.present = true);
+        self.controls[client].send_modify(|control| control.connected = true);
     }
 
     /// Nobody begins another message from here on.
     pub fn stop_sending(&self) {
-        for (orders, begun) in self.orders.iter().zip(&self.begun) {
-            orders.send_modify(|orders| orders.messages_max = begun.borrow().0);
+        for (control, begun) in self.controls.iter().zip(&self.begun) {
+            control.send_modify(|control| control.messages_max = begun.borrow().0);
         }
     }
 
@@ -175,10 +176,10 @@ impl TestClients {
         self.wait_until("what was begun is acknowledged", Self::is_idle).await?;
         let speaker = 0;
         let last = self.begun[speaker].borrow().0 + 1;
-        self.orders[speaker].send_modify(|orders| orders.messages_max = last);
+        self.controls[speaker].send_modify(|control| control.messages_max = last);
         let said = |clients: &Self| clients.begun[speaker].borrow().0 >= last && clients.is_idle();
         self.wait_until("the last message is acknowledged", said).await?;
-        let count = self.orders.len();
+        let count = self.controls.len();
         self.wait_until("everybody has the last message", |clients| {
             let ledger = clients.ledger.lock();
             let top = ledger.newest(speaker);
