@@ -346,7 +346,7 @@ pub(crate) struct LoadArgs {
     #[arg(long, default_value_t = 128, value_parser = bytes)]
     pub(crate) bytes: usize,
     /// After how long without a sign of life a member gives its connection up.
-    #[arg(long, default_value = "4s", value_parser = timeout)]
+    #[arg(long, alias = "patience", default_value = "4s", value_parser = timeout)]
     pub(crate) idle_timeout: Duration,
     #[command(flatten)]
     pub(crate) bounds: Bounds,
