@@ -40,7 +40,6 @@ const RENAMED: &[Renamed] = &[
     labelled("gateway_arrivals_total", "gateway_arrivals_total", "outcome", "result", &[]),
     labelled("gateway_repairs_total", "gateway_repairs_total", "outcome", "result", &[]),
     labelled("gateway_healed_rooms_total", "gateway_healed_rooms_total", "outcome", "result", &[]),
-    labelled("gateway_agreements_total", "gateway_agreements_total", "outcome", "result", &[]),
     labelled("gateway_input_waits_total", "gateway_input_waits_total", "cause", "reason", &[]),
     labelled(
         "gateway_durable_refusals_total",
@@ -49,7 +48,18 @@ const RENAMED: &[Renamed] = &[
         "reason",
         &[],
     ),
+    labelled(
+        "gateway_agreements_total",
+        "gateway_recovery_rounds_total",
+        "outcome",
+        "complete",
+        &[("complete", "true"), ("incomplete", "false")],
+    ),
 ];
+
+const fn renamed(old: &'static str, new: &'static str) -> Renamed {
+    Renamed { old, new, label: None }
+}
 
 const fn labelled(
     old: &'static str,

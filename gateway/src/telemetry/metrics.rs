@@ -110,21 +110,6 @@ pub enum ResumeSource {
     Log,
 }
 
-/// How the nodes of a cluster came to agree on a Redis server.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Agreed {
-    /// Everybody who may hold something was heard.
-    Complete,
-    /// Somebody was not: rooms go on in new epochs.
-    Incomplete,
-}
-
-impl From<bool> for Agreed {
-    fn from(complete: bool) -> Self {
-        if complete { Self::Complete } else { Self::Incomplete }
-    }
-}
-
 /// What became of a room that this node offered to give back to a server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Healed {
@@ -251,13 +236,19 @@ labels!(PasswordCheck: Fits "fits", Wrong "wrong", Limited "rate_limited");
 labels!(ApiRefusal: MissingKey "missing_key", WrongKey "wrong_key", Disabled "disabled",
     RateLimited "rate_limited");
 labels!(ResumeSource: Ring "ring", Log "log");
-labels!(Agreed: Complete "complete", Incomplete "incomplete");
 labels!(Healed: Whole "whole", Healed "healed", Other "other", Conflict "conflict",
     Refused "refused");
 
 labels!(BadValue: Barrier "barrier", Entry "entry", Ids "ids", Lease "lease", Mark "mark",
     Message "message", Meta "meta", Order "order", Presence "presence", Record "record",
     Session "session", Type "type", Unheard "unheard");
+
+impl Label for bool {
+    const ALL: &'static [Self] = &[false, true];
+    fn text(self) -> &'static str {
+        if self { "true" } else { "false" }
+    }
+}
 
 impl Label for ErrorCode {
     const ALL: &'static [Self] = &Self::ALL;
@@ -399,8 +390,8 @@ pub struct Metrics {
     pub bus_reconnects: IntCounter,
     /// `gateway_probes_lost_total`
     pub probes_lost: IntCounter,
-    /// `gateway_agreements_total`
-    pub agreements: Counters<Agreed>,
+    /// `gateway_recovery_rounds_total`
+    pub recovery_rounds: Counters<bool>,
     /// `gateway_healed_rooms_total`
     pub healed: Counters<Healed>,
     /// `gateway_tail_repeats_total`
@@ -649,11 +640,11 @@ impl Metrics {
                 "gateway_probes_lost_total",
                 "Times this node did not hear its own probe within 2 s, and made both links again",
             ),
-            agreements: counters(
+            recovery_rounds: counters(
                 r,
-                "gateway_agreements_total",
+                "gateway_recovery_rounds_total",
                 "Times the nodes agreed on a Redis server, by whether everybody was heard",
-                "result",
+                "complete",
             ),
             healed: counters(
                 r,

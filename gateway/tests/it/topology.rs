@@ -188,7 +188,7 @@ async fn served_after_agreement(gateway: &Gateway, agreed: usize) {
         let count =
             |line: &str| line.rsplit(' ').next().and_then(|count| count.parse::<usize>().ok());
         let agreements =
-            metrics.lines().filter(|line| line.starts_with("gateway_agreements_total"));
+            metrics.lines().filter(|line| line.starts_with("gateway_recovery_rounds_total"));
         agreements.filter_map(count).sum::<usize>() >= agreed
             && get(gateway.address, "/ready").await.status == 200
     })

@@ -372,7 +372,7 @@ impl Agreement {
                 "the nodes have agreed on a Redis server without some that may hold more than it \
                  has: rooms go on in a new epoch, and members are told");
         }
-        self.links.metrics.agreements.of((*complete).into()).inc();
+        self.links.metrics.recovery_rounds.of(*complete).inc();
         self.server.agree_on(token, homes);
         self.mailboxes.standing().settle(homes.iter().copied(), true);
     }

@@ -92,7 +92,7 @@ async fn a_node_that_is_killed_and_started_at_once_is_missed_when_redis_is_empti
     let mut node = Node::start(&redis, None, &named).await;
     until_ready(std::slice::from_ref(&other)).await;
     until("ready", async || ready(node.address).await).await;
-    let incomplete = "gateway_agreements_total{result=\"incomplete\"}";
+    let incomplete = "gateway_recovery_rounds_total{complete=\"false\"}";
     let before = metric(&other, incomplete).await;
     node.process.kill().await;
     let node = Node::start(&redis, None, &named).await;
