@@ -31,7 +31,7 @@ use crate::{
         page::Page,
     },
     telemetry::{
-        metrics::{Arrival, Repair},
+        metrics::{EntryResult, Repair},
         trail::Handed,
     },
 };
@@ -84,12 +84,12 @@ struct Handing<'a> {
 impl Obey for Handing<'_> {
     fn judged(&mut self, verdict: Verdict) {
         let arrival = match verdict {
-            Verdict::Deliver => Arrival::Delivered,
-            Verdict::Duplicate => Arrival::Duplicate,
-            Verdict::Gap => Arrival::Gap,
-            Verdict::Restarted | Verdict::Diverged => Arrival::Restarted,
+            Verdict::Deliver => EntryResult::Delivered,
+            Verdict::Duplicate => EntryResult::Duplicate,
+            Verdict::Gap => EntryResult::Gap,
+            Verdict::Restarted | Verdict::Diverged => EntryResult::EpochChanged,
         };
-        self.turn.metrics.arrivals.of(arrival).inc();
+        self.turn.metrics.bus_entries_received.of(arrival).inc();
     }
 
     fn entry(&mut self, entry: &Entry) {

@@ -37,7 +37,7 @@ use crate::{
     presence::Presence,
     rooms::RoomRules,
     telemetry::{
-        metrics::{Arrival, Metrics},
+        metrics::{EntryResult, Metrics},
         trail::Trails,
     },
 };
@@ -297,11 +297,11 @@ impl Shard {
 
     fn arrive(&mut self, name: RoomId, entry: Entry) {
         if self.fenced {
-            self.turn.metrics.arrivals.of(Arrival::Fenced).inc();
+            self.turn.metrics.bus_entries_received.of(EntryResult::NoLease).inc();
             return;
         }
         let Some(room) = self.rooms.get_mut(&name) else {
-            self.turn.metrics.arrivals.of(Arrival::Unwanted).inc();
+            self.turn.metrics.bus_entries_received.of(EntryResult::NotSubscribed).inc();
             return;
         };
         self.turn.keep.ring = self.budget.ring_max();

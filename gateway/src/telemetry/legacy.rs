@@ -37,7 +37,6 @@ const RENAMED: &[Renamed] = &[
         "result",
         &[("bounded", "limit_reached")],
     ),
-    labelled("gateway_arrivals_total", "gateway_arrivals_total", "outcome", "result", &[]),
     labelled("gateway_repairs_total", "gateway_repairs_total", "outcome", "result", &[]),
     labelled("gateway_healed_rooms_total", "gateway_healed_rooms_total", "outcome", "result", &[]),
     labelled("gateway_input_waits_total", "gateway_input_waits_total", "cause", "reason", &[]),
@@ -54,6 +53,13 @@ const RENAMED: &[Renamed] = &[
         "outcome",
         "complete",
         &[("complete", "true"), ("incomplete", "false")],
+    ),
+    labelled(
+        "gateway_arrivals_total",
+        "gateway_bus_entries_received_total",
+        "outcome",
+        "result",
+        &[("restarted", "epoch_changed"), ("unwanted", "not_subscribed"), ("fenced", "no_lease")],
     ),
 ];
 

@@ -73,7 +73,7 @@ pub enum PublishResult {
 
 /// What the hub did with an entry that arrived from the bus.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Arrival {
+pub enum EntryResult {
     /// Passed on.
     Delivered,
     /// Known already.
@@ -81,11 +81,11 @@ pub enum Arrival {
     /// Something before it is missing.
     Gap,
     /// The log has another epoch.
-    Restarted,
+    EpochChanged,
     /// Nobody here follows the room.
-    Unwanted,
+    NotSubscribed,
     /// The node may not pass anything on before it has agreed with the others again.
-    Fenced,
+    NoLease,
 }
 
 /// How the hub got what had not arrived.
@@ -226,8 +226,8 @@ labels!(Dropped: Address "address", Answer "answer", Header "header", Room "room
 labels!(Cause: Overhead "overhead", Address "address", Bytes "bytes");
 labels!(PublishResult: Appended "appended", Duplicate "duplicate", Unavailable "unavailable",
     Overloaded "overloaded", Failed "failed", LimitReached "limit_reached");
-labels!(Arrival: Delivered "delivered", Duplicate "duplicate", Gap "gap", Restarted "restarted",
-    Unwanted "unwanted", Fenced "fenced");
+labels!(EntryResult: Delivered "delivered", Duplicate "duplicate", Gap "gap", EpochChanged "epoch_changed",
+    NotSubscribed "not_subscribed", NoLease "no_lease");
 labels!(DurableBound: Bytes "bytes", NewRooms "new_rooms", ManagedRooms "managed_rooms",
     UnseenInboxes "unseen_inboxes", UnseenBytes "unseen_bytes", SessionData "session_data",
     Marks "marks", Memory "memory");
@@ -342,8 +342,8 @@ pub struct Metrics {
     pub publishes: Counters<PublishResult>,
     /// `gateway_publish_seconds`
     pub publish_seconds: Histogram,
-    /// `gateway_arrivals_total`
-    pub arrivals: Counters<Arrival>,
+    /// `gateway_bus_entries_received_total`
+    pub bus_entries_received: Counters<EntryResult>,
     /// `gateway_deliveries_total`
     pub deliveries: IntCounter,
     /// `gateway_notices_total`
@@ -536,9 +536,9 @@ impl Metrics {
                 "gateway_publish_seconds",
                 "Time from handing a message to the bus to its answer",
             ),
-            arrivals: counters(
+            bus_entries_received: counters(
                 r,
-                "gateway_arrivals_total",
+                "gateway_bus_entries_received_total",
                 "Entries that arrived from the bus, by what the hub did with them",
                 "result",
             ),

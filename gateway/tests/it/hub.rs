@@ -21,7 +21,7 @@ use gateway::{
     drain::Tasks,
     hub::{COMPARE_EVERY, Hub, LINGER, join::Start, member::Subscriber},
     outbox::Outbox,
-    telemetry::metrics::{Arrival, Metrics},
+    telemetry::metrics::{EntryResult, Metrics},
 };
 use parking_lot::Mutex;
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
@@ -512,7 +512,7 @@ async fn a_gap_is_filled_as_soon_as_something_comes_behind_it() {
             member.reach(&world, i).await;
         }
     }
-    assert!(world.metrics.arrivals.of(Arrival::Gap).get() >= 14);
+    assert!(world.metrics.bus_entries_received.of(EntryResult::Gap).get() >= 14);
 }
 
 #[tokio::test(start_paused = true)]
@@ -624,7 +624,7 @@ async fn a_node_without_standing_passes_nothing_on_and_makes_it_good() {
     assert!(waited.is_err(), "answered without standing");
     member.drain(&world).await;
     assert_eq!(member.cursor.seq, 1);
-    assert_eq!(world.metrics.arrivals.of(Arrival::Fenced).get(), 5);
+    assert_eq!(world.metrics.bus_entries_received.of(EntryResult::NoLease).get(), 5);
     standing.extend(Instant::now() + Duration::from_secs(3600));
     let joined = joining.await;
     assert_eq!(joined.cursor.seq, 6);

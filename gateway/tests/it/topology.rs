@@ -306,7 +306,7 @@ async fn nothing_is_lost_when_a_primary_of_a_redis_cluster_fails_over() {
         .await;
     for node in &nodes {
         // Most are heard, and not only found in the logs now and then.
-        let delivered = counted(node, "gateway_arrivals_total", "delivered").await;
+        let delivered = counted(node, "gateway_bus_entries_received_total", "delivered").await;
         assert!(delivered > acked / 2, "{delivered} of {acked}");
     }
     println!("3 failovers in a Redis Cluster: {acked} acknowledged, 0 lost, 0 duplicated");
