@@ -38,7 +38,6 @@ const RENAMED: &[Renamed] = &[
         &[("bounded", "limit_reached")],
     ),
     labelled("gateway_repairs_total", "gateway_repairs_total", "outcome", "result", &[]),
-    labelled("gateway_healed_rooms_total", "gateway_healed_rooms_total", "outcome", "result", &[]),
     labelled("gateway_input_waits_total", "gateway_input_waits_total", "cause", "reason", &[]),
     labelled(
         "gateway_durable_refusals_total",
@@ -60,6 +59,18 @@ const RENAMED: &[Renamed] = &[
         "outcome",
         "result",
         &[("restarted", "epoch_changed"), ("unwanted", "not_subscribed"), ("fenced", "no_lease")],
+    ),
+    labelled(
+        "gateway_healed_rooms_total",
+        "gateway_log_restores_total",
+        "outcome",
+        "result",
+        &[
+            ("whole", "unchanged"),
+            ("healed", "restored"),
+            ("other", "epoch_changed"),
+            ("refused", "failed"),
+        ],
     ),
 ];
 

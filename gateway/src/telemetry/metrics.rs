@@ -112,17 +112,17 @@ pub enum ResumeSource {
 
 /// What became of a room that this node offered to give back to a server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Healed {
+pub enum RestoreResult {
     /// The server had all of it.
-    Whole,
+    Unchanged,
     /// It was given back what it lacked.
-    Healed,
+    Restored,
     /// It has gone on in another epoch.
-    Other,
+    EpochChanged,
     /// Two histories share numbers: it goes on in a new epoch.
     Conflict,
     /// The server answered with an error that will not pass.
-    Refused,
+    Failed,
 }
 
 /// Which bound of durable state was reached.
@@ -236,8 +236,8 @@ labels!(PasswordCheck: Fits "fits", Wrong "wrong", Limited "rate_limited");
 labels!(ApiRefusal: MissingKey "missing_key", WrongKey "wrong_key", Disabled "disabled",
     RateLimited "rate_limited");
 labels!(ResumeSource: Ring "ring", Log "log");
-labels!(Healed: Whole "whole", Healed "healed", Other "other", Conflict "conflict",
-    Refused "refused");
+labels!(RestoreResult: Unchanged "unchanged", Restored "restored", EpochChanged "epoch_changed", Conflict "conflict",
+    Failed "failed");
 
 labels!(BadValue: Barrier "barrier", Entry "entry", Ids "ids", Lease "lease", Mark "mark",
     Message "message", Meta "meta", Order "order", Presence "presence", Record "record",
@@ -392,8 +392,8 @@ pub struct Metrics {
     pub probes_lost: IntCounter,
     /// `gateway_recovery_rounds_total`
     pub recovery_rounds: Counters<bool>,
-    /// `gateway_healed_rooms_total`
-    pub healed: Counters<Healed>,
+    /// `gateway_log_restores_total`
+    pub log_restores: Counters<RestoreResult>,
     /// `gateway_tail_repeats_total`
     pub tail_repeats: IntCounter,
     /// `gateway_tail_dropped_total`
@@ -646,9 +646,9 @@ impl Metrics {
                 "Times the nodes agreed on a Redis server, by whether everybody was heard",
                 "complete",
             ),
-            healed: counters(
+            log_restores: counters(
                 r,
-                "gateway_healed_rooms_total",
+                "gateway_log_restores_total",
                 "Rooms offered to a Redis server that may have lost some of them, by what became of them",
                 "result",
             ),

@@ -9,7 +9,7 @@ use super::{as_arguments, refused_or_away, server::Server, untrusted};
 use crate::{
     bus::{BusError, tail::Unheard},
     delivery::{Entry, Followed, Token},
-    telemetry::metrics::{Healed, Metrics},
+    telemetry::metrics::{Metrics, RestoreResult},
 };
 
 /// The most rooms asked about, and the most bytes given back, in one pipeline.
@@ -154,18 +154,18 @@ impl LogRestorer {
 
     fn count(&self, room: &Followed, answer: &str) {
         let outcome = match answer {
-            "whole" => Healed::Whole,
-            "healed" => Healed::Healed,
-            "conflict" => Healed::Conflict,
-            "refused" => Healed::Refused,
-            _ => Healed::Other,
+            "whole" => RestoreResult::Unchanged,
+            "healed" => RestoreResult::Restored,
+            "conflict" => RestoreResult::Conflict,
+            "refused" => RestoreResult::Failed,
+            _ => RestoreResult::EpochChanged,
         };
-        if outcome == Healed::Conflict {
+        if outcome == RestoreResult::Conflict {
             tracing::error!(room = %room.room, top = %room.top,
                 "two servers have taken entries for this room at the same time; it goes on in a new \
                  epoch");
         }
-        self.metrics.healed.of(outcome).inc();
+        self.metrics.log_restores.of(outcome).inc();
     }
 
     /// Calls scripts of rooms in one pipeline. Returns what each answered.
