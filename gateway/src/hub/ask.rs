@@ -19,7 +19,7 @@ use crate::{
         follow::{Need, Reading},
         page::Page,
     },
-    telemetry::metrics::Repair,
+    telemetry::metrics::LogRepairResult,
 };
 
 /// How long to wait before a log that could not be read is read again.
@@ -82,7 +82,7 @@ impl Shard {
             let heads = loop {
                 match bus.heads(names.clone()).await {
                     Ok(heads) => break heads,
-                    Err(_) => metrics.repairs.of(Repair::Failed).inc(),
+                    Err(_) => metrics.log_repairs.of(LogRepairResult::Failed).inc(),
                 }
                 tokio::time::sleep(READ_AGAIN).await;
             };
@@ -191,7 +191,7 @@ impl Shard {
             }
             if let Some(held) = heal {
                 while bus.restore(held.clone()).await.is_err() {
-                    metrics.repairs.of(Repair::Failed).inc();
+                    metrics.log_repairs.of(LogRepairResult::Failed).inc();
                     tokio::time::sleep(READ_AGAIN).await;
                 }
             }
@@ -208,7 +208,7 @@ impl Shard {
             };
             // A member waits for these, and can wait: it gets what it misses when the bus is back.
             while let (Err(_), Purpose::GoOn | Purpose::Feed(_)) = (&result, &asked.purpose) {
-                metrics.repairs.of(Repair::Failed).inc();
+                metrics.log_repairs.of(LogRepairResult::Failed).inc();
                 tokio::time::sleep(READ_AGAIN).await;
                 result = bus.read(asked.room.clone(), range).await;
             }

@@ -31,7 +31,7 @@ use crate::{
         page::Page,
     },
     telemetry::{
-        metrics::{EntryResult, Repair},
+        metrics::{EntryResult, LogRepairResult},
         trail::Handed,
     },
 };
@@ -223,13 +223,13 @@ impl Room {
         let need = self.follow.read(page, &keep, &mut handing);
         let reset = handing.reset;
         let outcome = match (need, reset) {
-            (Need::Heal, _) => Some(Repair::Healed),
-            (_, true) => Some(Repair::Reset),
+            (Need::Heal, _) => Some(LogRepairResult::Reconciled),
+            (_, true) => Some(LogRepairResult::Reset),
             _ if opens => None,
-            _ => Some(Repair::Whole),
+            _ => Some(LogRepairResult::Complete),
         };
         if let Some(outcome) = outcome {
-            turn.metrics.repairs.of(outcome).inc();
+            turn.metrics.log_repairs.of(outcome).inc();
         }
         need
     }

@@ -37,7 +37,6 @@ const RENAMED: &[Renamed] = &[
         "result",
         &[("bounded", "limit_reached")],
     ),
-    labelled("gateway_repairs_total", "gateway_repairs_total", "outcome", "result", &[]),
     labelled("gateway_input_waits_total", "gateway_input_waits_total", "cause", "reason", &[]),
     labelled(
         "gateway_durable_refusals_total",
@@ -71,6 +70,13 @@ const RENAMED: &[Renamed] = &[
             ("other", "epoch_changed"),
             ("refused", "failed"),
         ],
+    ),
+    labelled(
+        "gateway_repairs_total",
+        "gateway_log_repairs_total",
+        "outcome",
+        "result",
+        &[("whole", "complete"), ("healed", "reconciled")],
     ),
 ];
 

@@ -90,15 +90,15 @@ pub enum EntryResult {
 
 /// How the hub got what had not arrived.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Repair {
+pub enum LogRepairResult {
     /// Read from the log, whole.
-    Whole,
+    Complete,
     /// Not to be had whole: members got a `reset`.
     Reset,
     /// The log could not be read; tried again.
     Failed,
     /// It was compared with what this node holds: two histories shared numbers.
-    Healed,
+    Reconciled,
 }
 
 /// Where the entries came from that a returning client was given.
@@ -231,7 +231,7 @@ labels!(EntryResult: Delivered "delivered", Duplicate "duplicate", Gap "gap", Ep
 labels!(DurableBound: Bytes "bytes", NewRooms "new_rooms", ManagedRooms "managed_rooms",
     UnseenInboxes "unseen_inboxes", UnseenBytes "unseen_bytes", SessionData "session_data",
     Marks "marks", Memory "memory");
-labels!(Repair: Whole "whole", Reset "reset", Failed "failed", Healed "healed");
+labels!(LogRepairResult: Complete "complete", Reset "reset", Failed "failed", Reconciled "reconciled");
 labels!(PasswordCheck: Fits "fits", Wrong "wrong", Limited "rate_limited");
 labels!(ApiRefusal: MissingKey "missing_key", WrongKey "wrong_key", Disabled "disabled",
     RateLimited "rate_limited");
@@ -350,8 +350,8 @@ pub struct Metrics {
     pub notices: IntCounter,
     /// `gateway_notices_dropped_total`
     pub notices_dropped: IntCounter,
-    /// `gateway_repairs_total`
-    pub repairs: Counters<Repair>,
+    /// `gateway_log_repairs_total`
+    pub log_repairs: Counters<LogRepairResult>,
     /// `gateway_resumes_total`
     pub resumes: Counters<ResumeSource>,
     /// `gateway_lags_total`
@@ -557,9 +557,9 @@ impl Metrics {
                 "gateway_notices_dropped_total",
                 "The same, dropped since the outbox was full",
             ),
-            repairs: counters(
+            log_repairs: counters(
                 r,
-                "gateway_repairs_total",
+                "gateway_log_repairs_total",
                 "Reads of a log because something had not arrived, by outcome",
                 "result",
             ),
