@@ -367,7 +367,7 @@ impl Turn {
             subscriber.outbox.flush();
         }
         self.metrics.deliveries.inc_by(std::mem::take(&mut self.deliveries));
-        self.metrics.lags.inc_by(std::mem::take(&mut self.lags));
+        self.metrics.slow_consumers.inc_by(std::mem::take(&mut self.lags));
     }
 }
 

@@ -78,6 +78,7 @@ const RENAMED: &[Renamed] = &[
         "result",
         &[("whole", "complete"), ("healed", "reconciled")],
     ),
+    renamed("gateway_lags_total", "gateway_slow_consumers_total"),
 ];
 
 const fn renamed(old: &'static str, new: &'static str) -> Renamed {

@@ -354,8 +354,8 @@ pub struct Metrics {
     pub log_repairs: Counters<LogRepairResult>,
     /// `gateway_resumes_total`
     pub resumes: Counters<ResumeSource>,
-    /// `gateway_lags_total`
-    pub lags: IntCounter,
+    /// `gateway_slow_consumers_total`
+    pub slow_consumers: IntCounter,
     /// `gateway_mailbox_overflows_total`
     pub mailbox_overflows: IntCounter,
     /// `gateway_rooms`
@@ -569,9 +569,9 @@ impl Metrics {
                 "Joins with a position, by where the missed entries came from",
                 "source",
             ),
-            lags: counter(
+            slow_consumers: counter(
                 r,
-                "gateway_lags_total",
+                "gateway_slow_consumers_total",
                 "Times a member's outbox was full, so that it goes on from the log",
             ),
             mailbox_overflows: counter(

@@ -61,7 +61,7 @@ async fn a_slow_reader_catches_up_in_place_and_takes_bounded_memory() {
             clients.wait_for_acks(50).await.unwrap();
             highest = highest.max(resident_bytes(&nodes[0]));
         }
-        until("it lags", async || metric(&nodes[0], "gateway_lags_total").await > 0.0).await;
+        until("it lags", async || metric(&nodes[0], "gateway_slow_consumers_total").await > 0.0).await;
         let had = clients.ledger.lock().had(0);
         proxy.set(Mode::Open);
         clients
