@@ -470,7 +470,7 @@ impl Mailboxes {
                 | EphemeralEvent::Message(_)
         );
         if is_spare && letters.capacity() < letters.max_capacity() / 4 {
-            self.metrics.notices_dropped.inc();
+            self.metrics.ephemeral_events_dropped.inc();
             return;
         }
         self.send(shard, ShardMessage::Ephemeral(room, notice));

@@ -488,11 +488,11 @@ impl Member {
             Offer::First => turn.touch(&self.subscriber),
             Offer::Queued => {}
             Offer::Refused => {
-                turn.metrics.notices_dropped.inc();
+                turn.metrics.ephemeral_events_dropped.inc();
                 return;
             }
         }
-        turn.metrics.notices.inc();
+        turn.metrics.ephemeral_events.inc();
     }
 
     /// Gives the member the next entry. `false`: its outbox is full, and it is behind from here.

@@ -79,6 +79,8 @@ const RENAMED: &[Renamed] = &[
         &[("whole", "complete"), ("healed", "reconciled")],
     ),
     renamed("gateway_lags_total", "gateway_slow_consumers_total"),
+    renamed("gateway_notices_dropped_total", "gateway_ephemeral_events_dropped_total"),
+    renamed("gateway_notices_total", "gateway_ephemeral_events_total"),
 ];
 
 const fn renamed(old: &'static str, new: &'static str) -> Renamed {

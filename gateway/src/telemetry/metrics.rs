@@ -346,10 +346,10 @@ pub struct Metrics {
     pub bus_entries_received: Counters<EntryResult>,
     /// `gateway_deliveries_total`
     pub deliveries: IntCounter,
-    /// `gateway_notices_total`
-    pub notices: IntCounter,
-    /// `gateway_notices_dropped_total`
-    pub notices_dropped: IntCounter,
+    /// `gateway_ephemeral_events_total`
+    pub ephemeral_events: IntCounter,
+    /// `gateway_ephemeral_events_dropped_total`
+    pub ephemeral_events_dropped: IntCounter,
     /// `gateway_log_repairs_total`
     pub log_repairs: Counters<LogRepairResult>,
     /// `gateway_resumes_total`
@@ -547,14 +547,14 @@ impl Metrics {
                 "gateway_deliveries_total",
                 "Entries placed in the outbox of a member",
             ),
-            notices: counter(
+            ephemeral_events: counter(
                 r,
-                "gateway_notices_total",
+                "gateway_ephemeral_events_total",
                 "Frames of presence, typing, reading and rooms without a log placed in the outbox of a member",
             ),
-            notices_dropped: counter(
+            ephemeral_events_dropped: counter(
                 r,
-                "gateway_notices_dropped_total",
+                "gateway_ephemeral_events_dropped_total",
                 "The same, dropped since the outbox was full",
             ),
             log_repairs: counters(
