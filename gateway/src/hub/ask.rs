@@ -350,7 +350,7 @@ impl Shard {
         }
         let deadline = self.turn.keep.now + ORPHAN_MAX;
         for (room, envelope) in std::mem::take(&mut self.turn.orphans) {
-            self.turn.metrics.orphans.inc();
+            self.turn.metrics.reappended_messages.inc();
             let (name, id) = (room.clone(), envelope.id());
             let done = Box::new(move |result: Result<_, BusError>| {
                 if let Err(error) = result {

@@ -81,6 +81,7 @@ const RENAMED: &[Renamed] = &[
     renamed("gateway_lags_total", "gateway_slow_consumers_total"),
     renamed("gateway_notices_dropped_total", "gateway_ephemeral_events_dropped_total"),
     renamed("gateway_notices_total", "gateway_ephemeral_events_total"),
+    renamed("gateway_orphans_total", "gateway_reappended_messages_total"),
 ];
 
 const fn renamed(old: &'static str, new: &'static str) -> Renamed {

@@ -376,8 +376,8 @@ pub struct Metrics {
     pub ids_bytes: IntGauge,
     /// `gateway_ids_dropped_total`
     pub ids_dropped: IntCounter,
-    /// `gateway_orphans_total`
-    pub orphans: IntCounter,
+    /// `gateway_reappended_messages_total`
+    pub reappended_messages: IntCounter,
     /// `gateway_fan_out_seconds`
     pub fan_out_seconds: Histogram,
     /// `gateway_bus_up`
@@ -612,9 +612,9 @@ impl Metrics {
                 "gateway_ids_dropped_total",
                 "Buckets of ids within the dedup window that were forgotten for `hub.ids_bytes_max`",
             ),
-            orphans: counter(
+            reappended_messages: counter(
                 r,
-                "gateway_orphans_total",
+                "gateway_reappended_messages_total",
                 "Messages that a room's log has lost and that this node appended again",
             ),
             fan_out_seconds: histogram(

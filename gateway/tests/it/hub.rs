@@ -574,7 +574,7 @@ async fn what_the_log_has_lost_is_appended_again() {
     member.reach_reset(&world).await;
     member.reach(&world, 10).await;
     assert_eq!(log.ids(), ids);
-    assert_eq!(world.metrics.orphans.get(), 3);
+    assert_eq!(world.metrics.reappended_messages.get(), 3);
     assert_eq!(member.cursor, log.log.lock().head());
 }
 
@@ -605,7 +605,7 @@ async fn what_was_deleted_stays_deleted() {
     anew.reach(&world, 2).await;
     world.until_whole().await;
     let page = world.bus.read(lobby, Range::Newest { limit: 100 }).await.unwrap();
-    assert_eq!((page.top, page.entries.len(), world.metrics.orphans.get()), (2, 2, 0));
+    assert_eq!((page.top, page.entries.len(), world.metrics.reappended_messages.get()), (2, 2, 0));
 }
 
 #[tokio::test(start_paused = true)]
