@@ -82,6 +82,7 @@ const RENAMED: &[Renamed] = &[
     renamed("gateway_notices_dropped_total", "gateway_ephemeral_events_dropped_total"),
     renamed("gateway_notices_total", "gateway_ephemeral_events_total"),
     renamed("gateway_orphans_total", "gateway_reappended_messages_total"),
+    renamed("gateway_probes_lost_total", "gateway_bus_probe_timeouts_total"),
 ];
 
 const fn renamed(old: &'static str, new: &'static str) -> Renamed {

@@ -388,8 +388,8 @@ pub struct Metrics {
     pub redis_bad_values: Counters<BadValue>,
     /// `gateway_bus_reconnects_total`
     pub bus_reconnects: IntCounter,
-    /// `gateway_probes_lost_total`
-    pub probes_lost: IntCounter,
+    /// `gateway_bus_probe_timeouts_total`
+    pub bus_probe_timeouts: IntCounter,
     /// `gateway_recovery_rounds_total`
     pub recovery_rounds: Counters<bool>,
     /// `gateway_log_restores_total`
@@ -635,9 +635,9 @@ impl Metrics {
                 "gateway_bus_reconnects_total",
                 "Links to the bus that were lost and made again",
             ),
-            probes_lost: counter(
+            bus_probe_timeouts: counter(
                 r,
-                "gateway_probes_lost_total",
+                "gateway_bus_probe_timeouts_total",
                 "Times this node did not hear its own probe within 2 s, and made both links again",
             ),
             recovery_rounds: counters(

@@ -108,7 +108,7 @@ async fn a_link_that_stands_and_passes_nothing_on_is_noticed() {
     assert_eq!(next_message(&mut ann).await.seq, 2);
     println!("a deaf pub/sub link: noticed and made good after {:?}", since.elapsed());
     let metrics = get(deaf.admin, "/metrics").await.body;
-    assert!(metrics.contains("gateway_probes_lost_total 1"), "{metrics}");
+    assert!(metrics.contains("gateway_bus_probe_timeouts_total 1"), "{metrics}");
     // The new link hears.
     assert_eq!(say(&mut bob, &lobby, "heard again").await.seq, 3);
     assert_eq!(next_message(&mut ann).await.seq, 3);

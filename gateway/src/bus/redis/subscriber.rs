@@ -273,7 +273,7 @@ impl Worker {
                 }
                 _ = look.tick() => {
                     if self.links.probe.is_overdue(Instant::now()) {
-                        self.links.metrics.probes_lost.inc();
+                        self.links.metrics.bus_probe_timeouts.inc();
                         self.links.probe.tell_lost();
                         return Err((redis::ErrorKind::Io, "what is published is not heard").into());
                     }
