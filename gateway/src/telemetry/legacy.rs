@@ -83,6 +83,8 @@ const RENAMED: &[Renamed] = &[
     renamed("gateway_notices_total", "gateway_ephemeral_events_total"),
     renamed("gateway_orphans_total", "gateway_reappended_messages_total"),
     renamed("gateway_probes_lost_total", "gateway_bus_probe_timeouts_total"),
+    renamed("gateway_tail_repeats_total", "gateway_republished_total"),
+    renamed("gateway_tail_dropped_total", "gateway_unconfirmed_publishes_dropped_total"),
 ];
 
 const fn renamed(old: &'static str, new: &'static str) -> Renamed {

@@ -394,10 +394,10 @@ pub struct Metrics {
     pub recovery_rounds: Counters<bool>,
     /// `gateway_log_restores_total`
     pub log_restores: Counters<RestoreResult>,
-    /// `gateway_tail_repeats_total`
-    pub tail_repeats: IntCounter,
-    /// `gateway_tail_dropped_total`
-    pub tail_dropped: IntCounter,
+    /// `gateway_republished_total`
+    pub republished: IntCounter,
+    /// `gateway_unconfirmed_publishes_dropped_total`
+    pub unconfirmed_publishes_dropped: IntCounter,
     /// `gateway_durable_refusals_total`
     pub durable_refusals: Counters<DurableBound>,
     /// `gateway_redis_memory_used_bytes`
@@ -652,14 +652,14 @@ impl Metrics {
                 "Rooms offered to a Redis server that may have lost some of them, by what became of them",
                 "result",
             ),
-            tail_repeats: counter(
+            republished: counter(
                 r,
-                "gateway_tail_repeats_total",
+                "gateway_republished_total",
                 "Acknowledged publishes sent again to another Redis server, since they had not come by",
             ),
-            tail_dropped: counter(
+            unconfirmed_publishes_dropped: counter(
                 r,
-                "gateway_tail_dropped_total",
+                "gateway_unconfirmed_publishes_dropped_total",
                 "Acknowledged publishes forgotten early, since too many had not come by",
             ),
             durable_refusals: counters(

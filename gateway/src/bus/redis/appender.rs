@@ -245,7 +245,7 @@ impl Worker {
             if !tail.is_empty() {
                 tracing::info!(count = tail.len(), "publishes that did not come by are repeated");
             }
-            self.links.metrics.tail_repeats.inc_by(tail.len() as u64);
+            self.links.metrics.republished.inc_by(tail.len() as u64);
             self.waiting.repeat(tail, now);
             self.open = agreed;
         }
@@ -468,7 +468,7 @@ impl Worker {
                 Ok(appended) => {
                     // Before the sender hears of it: from then on it must not be lost.
                     let dropped = tail.acknowledged(&id, &appended.position, token, now);
-                    self.links.metrics.tail_dropped.inc_by(dropped);
+                    self.links.metrics.unconfirmed_publishes_dropped.inc_by(dropped);
                     (queued.append.done)(Ok(appended));
                 }
                 Err(error)
