@@ -38,7 +38,7 @@ use crate::{
     drain::supervision::caught,
     limits::{Counts, Place, address_key},
     outbox,
-    telemetry::metrics::Dropped,
+    telemetry::metrics::DropReason,
 };
 
 /// How long a client may take to send a request's header.
@@ -162,7 +162,7 @@ impl Entrance {
             let is_proxy = self.limits.proxies.iter().any(|net| net.contains(&ip));
             let max = if is_proxy { 0 } else { self.limits.connections_per_ip };
             let Some(of_address) = self.by_address.enter(address_key(peer.ip()), max) else {
-                self.node.metrics.http_dropped.of(Dropped::Address).inc();
+                self.node.metrics.http_connections_dropped.of(DropReason::PerIpLimit).inc();
                 continue;
             };
             if self.places.available_permits() == 0 {
@@ -217,7 +217,7 @@ impl Http {
         // Nothing is to be finished for who is dropped.
         tokio::select! {
             biased;
-            () = guest.dismissed() => node.metrics.http_dropped.of(Dropped::Room).inc(),
+            () = guest.dismissed() => node.metrics.http_connections_dropped.of(DropReason::Evicted).inc(),
             () = self.serve_requests(socket) => {}
         }
     }
@@ -239,7 +239,9 @@ impl Http {
             // What the rest takes is not there before.
             Ok(Ok(begun)) => Box::pin(self.answer_requests(begun, ends)).await,
             Ok(Err(_)) => {}
-            Err(_) => self.node.metrics.http_dropped.of(Dropped::Header).inc(),
+            Err(_) => {
+                self.node.metrics.http_connections_dropped.of(DropReason::HeaderTimeout).inc()
+            }
         }
     }
 
@@ -289,9 +291,9 @@ impl Http {
         };
         if let Err(error) = result {
             if error.is_timeout() {
-                node.metrics.http_dropped.of(Dropped::Header).inc();
+                node.metrics.http_connections_dropped.of(DropReason::HeaderTimeout).inc();
             } else if is_stalled(&error) {
-                node.metrics.http_dropped.of(Dropped::Answer).inc();
+                node.metrics.http_connections_dropped.of(DropReason::WriteTimeout).inc();
             }
             tracing::debug!(%error, %peer, "an HTTP connection ended");
         }

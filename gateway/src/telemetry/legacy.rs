@@ -85,6 +85,18 @@ const RENAMED: &[Renamed] = &[
     renamed("gateway_probes_lost_total", "gateway_bus_probe_timeouts_total"),
     renamed("gateway_tail_repeats_total", "gateway_republished_total"),
     renamed("gateway_tail_dropped_total", "gateway_unconfirmed_publishes_dropped_total"),
+    labelled(
+        "gateway_http_dropped_total",
+        "gateway_http_connections_dropped_total",
+        "reason",
+        "reason",
+        &[
+            ("address", "per_ip_limit"),
+            ("answer", "write_timeout"),
+            ("header", "header_timeout"),
+            ("room", "evicted"),
+        ],
+    ),
 ];
 
 const fn renamed(old: &'static str, new: &'static str) -> Renamed {

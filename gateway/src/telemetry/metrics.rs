@@ -32,15 +32,15 @@ pub enum HandshakeResult {
 
 /// Why a TCP connection was dropped before it was a WebSocket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Dropped {
+pub enum DropReason {
     /// Its address has too many.
-    Address,
+    PerIpLimit,
     /// It took nothing of an answer for too long.
-    Answer,
+    WriteTimeout,
     /// Its request's header did not come in time.
-    Header,
+    HeaderTimeout,
     /// It was the oldest when there was no place for another one.
-    Room,
+    Evicted,
 }
 
 /// Which account of its meter a connection waits for.
@@ -222,7 +222,7 @@ pub trait Label: Copy + Eq + std::hash::Hash + 'static {
 
 labels!(HandshakeResult: Accepted "accepted", Invalid "invalid", OriginDenied "origin_denied", RateLimited "rate_limited",
     Unavailable "unavailable");
-labels!(Dropped: Address "address", Answer "answer", Header "header", Room "room");
+labels!(DropReason: PerIpLimit "per_ip_limit", WriteTimeout "write_timeout", HeaderTimeout "header_timeout", Evicted "evicted");
 labels!(Cause: Overhead "overhead", Address "address", Bytes "bytes");
 labels!(PublishResult: Appended "appended", Duplicate "duplicate", Unavailable "unavailable",
     Overloaded "overloaded", Failed "failed", LimitReached "limit_reached");
@@ -302,8 +302,8 @@ pub struct Metrics {
     pub connection_panics: IntCounter,
     /// `gateway_tasks`
     tasks: IntGauge,
-    /// `gateway_http_dropped_total`
-    pub http_dropped: Counters<Dropped>,
+    /// `gateway_http_connections_dropped_total`
+    pub http_connections_dropped: Counters<DropReason>,
     /// `gateway_http_rate_limited_total`
     pub http_rate_limited: IntCounter,
     /// `gateway_api_refusals_total`
@@ -423,9 +423,9 @@ impl Metrics {
                 "Connections and requests that ended by a panic of the gateway, a defect: each alone",
             ),
             tasks: gauge(r, "gateway_tasks", "Tasks of the runtime that have not ended"),
-            http_dropped: counters(
+            http_connections_dropped: counters(
                 r,
-                "gateway_http_dropped_total",
+                "gateway_http_connections_dropped_total",
                 "TCP connections dropped before they were WebSockets, by why",
                 "reason",
             ),

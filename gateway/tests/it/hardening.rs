@@ -147,7 +147,7 @@ async fn who_asks_and_does_not_read_is_dropped() {
     socket.try_write("GET / HTTP/1.1\r\nHost: x\r\n\r\n".repeat(5_000).as_bytes()).unwrap();
     until("it is dropped", async || {
         let metrics = get(gateway.admin, "/metrics").await.body;
-        metrics.contains(r#"gateway_http_dropped_total{reason="answer"} 1"#)
+        metrics.contains(r#"gateway_http_connections_dropped_total{reason="write_timeout"} 1"#)
     })
     .await;
 }
@@ -179,7 +179,7 @@ async fn silent_connections_of_many_addresses_do_not_keep_others_out() {
     ann.join(&lobby).await.unwrap();
     say(&mut ann, &lobby, "still here").await;
     let metrics = get(gateway.admin, "/metrics").await.body;
-    let dropped = r#"gateway_http_dropped_total{reason="room"} "#;
+    let dropped = r#"gateway_http_connections_dropped_total{reason="evicted"} "#;
     let count = metrics.lines().find_map(|line| line.strip_prefix(dropped)).unwrap();
     assert!(count.parse::<f64>().unwrap() >= 1000.0, "{count} were dropped");
 }
