@@ -92,7 +92,7 @@ impl Budget {
         self.ring_bytes = self.ring_bytes + after.ring_bytes - before.ring_bytes;
         self.ids_bytes = self.ids_bytes + after.ids_bytes - before.ids_bytes;
         self.metrics.ring_bytes.add(after.ring_bytes as i64 - before.ring_bytes as i64);
-        self.metrics.ids_bytes.add(after.ids_bytes as i64 - before.ids_bytes as i64);
+        self.metrics.dedup_ids_bytes.add(after.ids_bytes as i64 - before.ids_bytes as i64);
     }
 
     /// Takes out the bucket that is to be forgotten next, if one is: it is past the window, or all
@@ -101,7 +101,7 @@ impl Budget {
         let is_past = ids::is_past(self.buckets.front()?.since, self.dedup_window, now);
         let too_much = self.ids_bytes > self.ids_bytes_max;
         if too_much && !is_past {
-            self.metrics.ids_dropped.inc();
+            self.metrics.dedup_id_buckets_dropped.inc();
         }
         if too_much || is_past { self.buckets.pop_front() } else { None }
     }

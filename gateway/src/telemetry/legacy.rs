@@ -97,6 +97,8 @@ const RENAMED: &[Renamed] = &[
             ("room", "evicted"),
         ],
     ),
+    renamed("gateway_ids_bytes", "gateway_dedup_ids_bytes"),
+    renamed("gateway_ids_dropped_total", "gateway_dedup_id_buckets_dropped_total"),
 ];
 
 const fn renamed(old: &'static str, new: &'static str) -> Renamed {

@@ -372,10 +372,10 @@ pub struct Metrics {
     pub watched_users: IntGauge,
     /// `gateway_ring_bytes`
     pub ring_bytes: IntGauge,
-    /// `gateway_ids_bytes`
-    pub ids_bytes: IntGauge,
-    /// `gateway_ids_dropped_total`
-    pub ids_dropped: IntCounter,
+    /// `gateway_dedup_ids_bytes`
+    pub dedup_ids_bytes: IntGauge,
+    /// `gateway_dedup_id_buckets_dropped_total`
+    pub dedup_id_buckets_dropped: IntCounter,
     /// `gateway_reappended_messages_total`
     pub reappended_messages: IntCounter,
     /// `gateway_fan_out_seconds`
@@ -602,14 +602,14 @@ impl Metrics {
                 "Users whose status this node follows for its connections",
             ),
             ring_bytes: gauge(r, "gateway_ring_bytes", "Bytes of entries held in rings"),
-            ids_bytes: gauge(
+            dedup_ids_bytes: gauge(
                 r,
-                "gateway_ids_bytes",
+                "gateway_dedup_ids_bytes",
                 "Bytes of ids within the dedup window, kept to be given back to a Redis that lost them",
             ),
-            ids_dropped: counter(
+            dedup_id_buckets_dropped: counter(
                 r,
-                "gateway_ids_dropped_total",
+                "gateway_dedup_id_buckets_dropped_total",
                 "Buckets of ids within the dedup window that were forgotten for `hub.ids_bytes_max`",
             ),
             reappended_messages: counter(

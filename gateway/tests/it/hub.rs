@@ -700,7 +700,7 @@ async fn a_node_can_tell_what_it_holds() {
     tokio::task::yield_now().await;
     let held = world.mailboxes.replica_snapshots().await.remove(0);
     assert_eq!((held.entries.len(), held.ids.len(), held.top), (0, 0, member.cursor));
-    assert_eq!(world.metrics.ids_bytes.get(), 0);
+    assert_eq!(world.metrics.dedup_ids_bytes.get(), 0);
 }
 
 #[tokio::test(start_paused = true)]
