@@ -22,7 +22,7 @@ use shared::protocol::answer::Limits;
 use tokio::time::Instant;
 
 use super::{Pace, Paces, Rate};
-use crate::telemetry::metrics::Cause;
+use crate::telemetry::metrics::ThrottleReason;
 
 /// How long a connection may be above its rate of overhead before it is closed.
 pub const EXCESS_MAX: Duration = Duration::from_secs(10);
@@ -113,7 +113,7 @@ pub enum Verdict {
     /// It is read on.
     Go,
     /// It is not read for so long.
-    Wait(Duration, Cause),
+    Wait(Duration, ThrottleReason),
     /// It is closed with 1008 `rate_limited`.
     Close,
 }
@@ -217,7 +217,7 @@ impl Meter {
         if overhead == 0 && self.excess_since.is_none() {
             return match for_bytes {
                 Duration::ZERO => Verdict::Go,
-                wait => Verdict::Wait(wait, Cause::Bytes),
+                wait => Verdict::Wait(wait, ThrottleReason::Bytes),
             };
         }
         self.overhead.charge(overhead, rates.overhead, now);
@@ -241,8 +241,11 @@ impl Meter {
         } else if self.overhead.early(now) <= burst / 2 {
             self.excess_since = None;
         }
-        let waits =
-            [(own, Cause::Overhead), (of_address, Cause::Address), (for_bytes, Cause::Bytes)];
+        let waits = [
+            (own, ThrottleReason::Overhead),
+            (of_address, ThrottleReason::PerIpOverhead),
+            (for_bytes, ThrottleReason::Bytes),
+        ];
         match waits.into_iter().max_by_key(|(wait, _)| *wait) {
             Some((wait, cause)) if !wait.is_zero() => Verdict::Wait(wait, cause),
             _ => Verdict::Go,

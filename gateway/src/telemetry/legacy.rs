@@ -37,7 +37,6 @@ const RENAMED: &[Renamed] = &[
         "result",
         &[("bounded", "limit_reached")],
     ),
-    labelled("gateway_input_waits_total", "gateway_input_waits_total", "cause", "reason", &[]),
     labelled(
         "gateway_durable_refusals_total",
         "gateway_durable_refusals_total",
@@ -99,6 +98,14 @@ const RENAMED: &[Renamed] = &[
     ),
     renamed("gateway_ids_bytes", "gateway_dedup_ids_bytes"),
     renamed("gateway_ids_dropped_total", "gateway_dedup_id_buckets_dropped_total"),
+    labelled(
+        "gateway_input_waits_total",
+        "gateway_input_throttles_total",
+        "cause",
+        "reason",
+        &[("address", "per_ip_overhead")],
+    ),
+    renamed("gateway_input_closes_total", "gateway_input_rate_limit_closes_total"),
 ];
 
 const fn renamed(old: &'static str, new: &'static str) -> Renamed {

@@ -45,11 +45,11 @@ pub enum DropReason {
 
 /// Which account of its meter a connection waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Cause {
+pub enum ThrottleReason {
     /// Control frames, small fragments and refused frames.
     Overhead,
     /// The same of its address.
-    Address,
+    PerIpOverhead,
     /// Bytes.
     Bytes,
 }
@@ -223,7 +223,7 @@ pub trait Label: Copy + Eq + std::hash::Hash + 'static {
 labels!(HandshakeResult: Accepted "accepted", Invalid "invalid", OriginDenied "origin_denied", RateLimited "rate_limited",
     Unavailable "unavailable");
 labels!(DropReason: PerIpLimit "per_ip_limit", WriteTimeout "write_timeout", HeaderTimeout "header_timeout", Evicted "evicted");
-labels!(Cause: Overhead "overhead", Address "address", Bytes "bytes");
+labels!(ThrottleReason: Overhead "overhead", PerIpOverhead "per_ip_overhead", Bytes "bytes");
 labels!(PublishResult: Appended "appended", Duplicate "duplicate", Unavailable "unavailable",
     Overloaded "overloaded", Failed "failed", LimitReached "limit_reached");
 labels!(EntryResult: Delivered "delivered", Duplicate "duplicate", Gap "gap", EpochChanged "epoch_changed",
@@ -324,10 +324,10 @@ pub struct Metrics {
     pub bytes_received: IntCounter,
     /// `gateway_bytes_sent_total`
     pub bytes_sent: IntCounter,
-    /// `gateway_input_waits_total`
-    pub input_waits: Counters<Cause>,
-    /// `gateway_input_closes_total`
-    pub input_closes: IntCounter,
+    /// `gateway_input_throttles_total`
+    pub input_throttles: Counters<ThrottleReason>,
+    /// `gateway_input_rate_limit_closes_total`
+    pub input_rate_limit_closes: IntCounter,
     /// `gateway_deflate_handshakes_total`
     pub deflate_handshakes: IntCounter,
     /// `gateway_deflated_messages_total`
@@ -488,15 +488,15 @@ impl Metrics {
                 "gateway_bytes_sent_total",
                 "Bytes written to WebSocket connections",
             ),
-            input_waits: counters(
+            input_throttles: counters(
                 r,
-                "gateway_input_waits_total",
+                "gateway_input_throttles_total",
                 "How often a connection was not read for a while because it was above a rate",
                 "reason",
             ),
-            input_closes: counter(
+            input_rate_limit_closes: counter(
                 r,
-                "gateway_input_closes_total",
+                "gateway_input_rate_limit_closes_total",
                 "Connections closed with 1008 rate_limited",
             ),
             deflate_handshakes: counter(

@@ -374,11 +374,11 @@ impl Connection {
         match self.meter.settle(begun) {
             Verdict::Go => {}
             Verdict::Wait(wait, cause) => {
-                self.metrics.input_waits.of(cause).inc();
+                self.metrics.input_throttles.of(cause).inc();
                 self.paused_until = Some(begun + wait);
             }
             Verdict::Close if !matches!(step, Step::End(_)) => {
-                self.metrics.input_closes.inc();
+                self.metrics.input_rate_limit_closes.inc();
                 let (code, reason) = (CloseCode::Policy.number(), "rate_limited".to_owned());
                 self.subscriber.outbox.close(Close { code, reason });
                 step = Step::End(Ending::ByGateway);

@@ -47,8 +47,8 @@ async fn floods_of_frames_that_carry_nothing_end_with_rate_limited() {
         assert_eq!(closed, Some(expected), "{path}");
     }
     let metrics = get(gateway.admin, "/metrics").await.body;
-    assert!(metrics.contains("gateway_input_closes_total 8"), "{metrics}");
-    assert!(metrics.contains(r#"gateway_input_waits_total{reason="overhead"}"#));
+    assert!(metrics.contains("gateway_input_rate_limit_closes_total 8"), "{metrics}");
+    assert!(metrics.contains(r#"gateway_input_throttles_total{reason="overhead"}"#));
 }
 
 #[tokio::test]
