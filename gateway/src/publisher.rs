@@ -28,7 +28,7 @@ use crate::{
     limits::durable::{ENTRY_BYTES, Quotas, Writer},
     rooms::RoomRules,
     telemetry::{
-        metrics::{DurableBound, Metrics, PublishResult},
+        metrics::{Metrics, PublishResult, StorageLimit},
         trail::Trails,
     },
 };
@@ -142,7 +142,7 @@ impl Publisher {
             return Ok(());
         }
         self.quotas.take_bytes(writer, bytes, Instant::now()).map_err(|wait| {
-            self.metrics.durable_refusals.of(DurableBound::Bytes).inc();
+            self.metrics.storage_rejections.of(StorageLimit::Bytes).inc();
             PublishError::Quota(wait)
         })
     }
@@ -254,7 +254,7 @@ impl Publisher {
             metrics.publish_seconds.observe(begun.elapsed().as_secs_f64());
             metrics.publishes.of(outcome(&result)).inc();
             if let Some(bound) = result.as_ref().err().and_then(|error| bound_of(*error)) {
-                metrics.durable_refusals.of(bound).inc();
+                metrics.storage_rejections.of(bound).inc();
             }
             done(result);
         })
@@ -332,11 +332,11 @@ fn outcome(result: &Result<Appended, BusError>) -> PublishResult {
 }
 
 /// The bound that was reached, if one was.
-pub fn bound_of(error: BusError) -> Option<DurableBound> {
+pub fn bound_of(error: BusError) -> Option<StorageLimit> {
     match error {
-        BusError::Full => Some(DurableBound::Memory),
-        BusError::UnseenQuota => Some(DurableBound::UnseenInboxes),
-        BusError::UnseenBytes => Some(DurableBound::UnseenBytes),
+        BusError::Full => Some(StorageLimit::Memory),
+        BusError::UnseenQuota => Some(StorageLimit::UnseenInboxes),
+        BusError::UnseenBytes => Some(StorageLimit::UnseenBytes),
         BusError::Unavailable | BusError::Overloaded | BusError::Refused => None,
     }
 }

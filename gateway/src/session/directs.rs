@@ -23,7 +23,7 @@ use crate::{
     bus::{Range, sessions::SessionDataError},
     delivery::{Entry, page::Page},
     hub::join::history as whole_frames,
-    telemetry::metrics::DurableBound,
+    telemetry::metrics::StorageLimit,
 };
 
 /// The most reads of an inbox for one `history`: it has some 1,000 entries.
@@ -205,7 +205,7 @@ pub(super) async fn session(
             let code = match error {
                 SessionDataError::NoSession => ErrorCode::NotFound,
                 SessionDataError::TooMuch(_) => {
-                    asked.services.metrics.durable_refusals.of(DurableBound::SessionData).inc();
+                    asked.services.metrics.storage_rejections.of(StorageLimit::SessionData).inc();
                     ErrorCode::LimitReached
                 }
                 _ => ErrorCode::TooLarge,

@@ -48,7 +48,7 @@ use crate::{
     presence::{Presence, Stay},
     publisher::{PublishError, Publisher, Receipt, Sender},
     rooms::{RoomRules, passwords::Passwords},
-    telemetry::metrics::{DurableBound, Metrics},
+    telemetry::metrics::{Metrics, StorageLimit},
 };
 
 pub mod auth;
@@ -326,7 +326,7 @@ impl Session {
     fn takes_quota(&self, reference: Option<&Ref>, kind: &str, bytes: usize, now: Instant) -> bool {
         let taken = self.services.quotas.take_bytes(&self.writer, bytes + ENTRY_BYTES, now);
         let Err(wait) = taken else { return true };
-        self.services.metrics.durable_refusals.of(DurableBound::Bytes).inc();
+        self.services.metrics.storage_rejections.of(StorageLimit::Bytes).inc();
         self.refuse(rate_limited(reference.cloned(), kind, wait));
         false
     }

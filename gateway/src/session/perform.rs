@@ -38,7 +38,7 @@ use crate::{
     presence::{Stay, Still},
     publisher::bound_of,
     rooms::passwords::{Checked, Guess},
-    telemetry::metrics::{DurableBound, Metrics},
+    telemetry::metrics::{Metrics, StorageLimit},
 };
 
 /// Who asked, and what there is to answer with.
@@ -152,7 +152,7 @@ impl Asked {
 /// Counts that a bound was reached, and says what is told.
 pub(super) fn refused_by_bound(metrics: &Metrics, error: BusError) -> (ErrorCode, &'static str) {
     if let Some(bound) = bound_of(error) {
-        metrics.durable_refusals.of(bound).inc();
+        metrics.storage_rejections.of(bound).inc();
     }
     text_of_bound(error)
 }
@@ -268,7 +268,7 @@ pub(super) async fn join(
         AdmitError::Full => (ErrorCode::RoomFull, "the room has as many members as it may have"),
         AdmitError::NotFound => (ErrorCode::NotFound, "there is no such room: create it first"),
         AdmitError::Quota => {
-            asked.services.metrics.durable_refusals.of(DurableBound::NewRooms).inc();
+            asked.services.metrics.storage_rejections.of(StorageLimit::NewRooms).inc();
             (ErrorCode::RateLimited, "too many new rooms in too short a time")
         }
         AdmitError::Bus(BusError::Refused) => (ErrorCode::Internal, "the bus refused it"),

@@ -19,7 +19,7 @@ use crate::{
     bus::registry::{CreateOutcome, DeleteOutcome, RoomConfig, RoomPage, RoomSummary},
     hub::people::at,
     rooms::RoomRules,
-    telemetry::metrics::DurableBound,
+    telemetry::metrics::StorageLimit,
 };
 
 /// What a room is called that has no name: its id, as far as that goes.
@@ -93,7 +93,7 @@ pub(super) async fn create(
             asked.refuse("create_room", Some(&room), ErrorCode::RoomExists, text);
         }
         Ok(CreateOutcome::QuotaExceeded) => {
-            asked.services.metrics.durable_refusals.of(DurableBound::ManagedRooms).inc();
+            asked.services.metrics.storage_rejections.of(StorageLimit::ManagedRooms).inc();
             let text = "you own as many managed rooms as you may: delete one first";
             asked.refuse("create_room", Some(&room), ErrorCode::LimitReached, text);
         }

@@ -38,13 +38,6 @@ const RENAMED: &[Renamed] = &[
         &[("bounded", "limit_reached")],
     ),
     labelled(
-        "gateway_durable_refusals_total",
-        "gateway_durable_refusals_total",
-        "bound",
-        "reason",
-        &[],
-    ),
-    labelled(
         "gateway_agreements_total",
         "gateway_recovery_rounds_total",
         "outcome",
@@ -106,6 +99,13 @@ const RENAMED: &[Renamed] = &[
         &[("address", "per_ip_overhead")],
     ),
     renamed("gateway_input_closes_total", "gateway_input_rate_limit_closes_total"),
+    labelled(
+        "gateway_durable_refusals_total",
+        "gateway_storage_rejections_total",
+        "bound",
+        "reason",
+        &[("marks", "read_marks")],
+    ),
 ];
 
 const fn renamed(old: &'static str, new: &'static str) -> Renamed {

@@ -67,7 +67,7 @@ pub enum PublishResult {
     Overloaded,
     /// The bus refused it.
     Failed,
-    /// A bound of durable state was reached: see `gateway_durable_refusals_total`.
+    /// A bound of durable state was reached: see `gateway_storage_rejections_total`.
     LimitReached,
 }
 
@@ -127,7 +127,7 @@ pub enum RestoreResult {
 
 /// Which bound of durable state was reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum DurableBound {
+pub enum StorageLimit {
     /// Bytes that a user or an address may have kept in a time.
     Bytes,
     /// Rooms that may come to be in a time.
@@ -141,7 +141,7 @@ pub enum DurableBound {
     /// Data of all sessions of a user.
     SessionData,
     /// Users whose read marks a room has.
-    Marks,
+    ReadMarks,
     /// Memory is above the watermark.
     Memory,
 }
@@ -228,9 +228,9 @@ labels!(PublishResult: Appended "appended", Duplicate "duplicate", Unavailable "
     Overloaded "overloaded", Failed "failed", LimitReached "limit_reached");
 labels!(EntryResult: Delivered "delivered", Duplicate "duplicate", Gap "gap", EpochChanged "epoch_changed",
     NotSubscribed "not_subscribed", NoLease "no_lease");
-labels!(DurableBound: Bytes "bytes", NewRooms "new_rooms", ManagedRooms "managed_rooms",
+labels!(StorageLimit: Bytes "bytes", NewRooms "new_rooms", ManagedRooms "managed_rooms",
     UnseenInboxes "unseen_inboxes", UnseenBytes "unseen_bytes", SessionData "session_data",
-    Marks "marks", Memory "memory");
+    ReadMarks "read_marks", Memory "memory");
 labels!(LogRepairResult: Complete "complete", Reset "reset", Failed "failed", Reconciled "reconciled");
 labels!(PasswordCheck: Fits "fits", Wrong "wrong", Limited "rate_limited");
 labels!(ApiRefusal: MissingKey "missing_key", WrongKey "wrong_key", Disabled "disabled",
@@ -398,8 +398,8 @@ pub struct Metrics {
     pub republished: IntCounter,
     /// `gateway_unconfirmed_publishes_dropped_total`
     pub unconfirmed_publishes_dropped: IntCounter,
-    /// `gateway_durable_refusals_total`
-    pub durable_refusals: Counters<DurableBound>,
+    /// `gateway_storage_rejections_total`
+    pub storage_rejections: Counters<StorageLimit>,
     /// `gateway_redis_memory_used_bytes`
     pub redis_memory_used: IntGauge,
     /// `gateway_redis_memory_max_bytes`
@@ -662,9 +662,9 @@ impl Metrics {
                 "gateway_unconfirmed_publishes_dropped_total",
                 "Acknowledged publishes forgotten early, since too many had not come by",
             ),
-            durable_refusals: counters(
+            storage_rejections: counters(
                 r,
-                "gateway_durable_refusals_total",
+                "gateway_storage_rejections_total",
                 "Requests refused because they would have kept more than a bound of docs/limits.md allows",
                 "reason",
             ),

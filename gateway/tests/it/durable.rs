@@ -184,7 +184,7 @@ async fn marks_in(connection: &mut Connection, room: &str, seq: u64) -> usize {
 async fn marks_refused(world: &World) -> u64 {
     let mut count = 0;
     for node in &world.nodes {
-        count += metric(node, "gateway_durable_refusals_total{reason=\"marks\"}").await;
+        count += metric(node, "gateway_storage_rejections_total{reason=\"read_marks\"}").await;
     }
     count
 }
@@ -369,7 +369,7 @@ async fn flood_all(filled: u64, each: Duration) {
         // Without a bound Redis would refuse at 100 %, and a gateway that makes room goes little above.
         assert!(used < MEMORY + MEMORY / 20, "{flood:?}: {used}");
     }
-    assert!(metric(&node, "gateway_durable_refusals_total{reason=\"memory\"}").await > 0);
+    assert!(metric(&node, "gateway_storage_rejections_total{reason=\"memory\"}").await > 0);
     assert!(metric(&node, "gateway_redis_memory_pressure").await > 0);
     assert_eq!(metric(&node, "gateway_redis_memory_max_bytes").await, MEMORY);
     let said = get(node.address, "/ready").await;

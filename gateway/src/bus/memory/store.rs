@@ -26,7 +26,7 @@ use crate::{
             UnixMillis, UserPresence,
         },
     },
-    telemetry::metrics::DurableBound,
+    telemetry::metrics::StorageLimit,
 };
 
 /// What the registry has. Rooms that nobody is in and nobody manages are not here.
@@ -374,7 +374,7 @@ impl PresenceStore for MemoryBus {
             let marks = registered.marks.entry(room.clone()).or_default();
             let marks_max = self.retention.bounds.marks_max as usize;
             if marks.len() >= marks_max && !marks.contains_key(&user) {
-                self.mailboxes.metrics().durable_refusals.of(DurableBound::Marks).inc();
+                self.mailboxes.metrics().storage_rejections.of(StorageLimit::ReadMarks).inc();
                 return;
             }
             marks.insert(user.clone(), seq);

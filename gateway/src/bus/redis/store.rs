@@ -52,7 +52,7 @@ use crate::{
     },
     delivery::Token,
     drain::Tasks,
-    telemetry::metrics::DurableBound,
+    telemetry::metrics::StorageLimit,
 };
 
 /// The most calls in one pipeline.
@@ -473,7 +473,7 @@ impl StoreWorker {
                 Ok(answer) => {
                     let answer = checked(self.router.metrics(), op.place(), answer);
                     if let (Op::Mark { .. }, Value::Int(0)) = (&op, &answer) {
-                        self.router.metrics().durable_refusals.of(DurableBound::Marks).inc();
+                        self.router.metrics().storage_rejections.of(StorageLimit::ReadMarks).inc();
                     }
                     self.note_admission(&op, &answer);
                     if let Op::Session(op) = &op
