@@ -16,7 +16,7 @@ use axum::{
 use tokio::time::Instant;
 
 use super::{Ends, Node, address::client_address, error::refuse_for};
-use crate::{limits::address_key, telemetry::metrics::ApiRefusal};
+use crate::{limits::address_key, telemetry::metrics::ApiRejection};
 
 /// How long the answer to a request above the rate waits.
 const PAUSE: Duration = Duration::from_millis(250);
@@ -84,7 +84,7 @@ pub(super) async fn pace(State(node): State<Arc<Node>>, request: Request, next: 
                     next.run(request).await
                 }
                 Err(wait) => {
-                    note_api(&node, address, ApiRefusal::RateLimited);
+                    note_api(&node, address, ApiRejection::RateLimited);
                     refuse(wait).await
                 }
             },
@@ -107,8 +107,8 @@ async fn limited(node: &Node, address: IpAddr, wait: Duration) -> Response {
     refuse(wait).await
 }
 
-fn note_api(node: &Node, address: IpAddr, refusal: ApiRefusal) {
-    node.metrics.api_refusals.of(refusal).inc();
+fn note_api(node: &Node, address: IpAddr, refusal: ApiRejection) {
+    node.metrics.api_rejections.of(refusal).inc();
     if let Some(count) = node.state.api_log.is_due() {
         tracing::warn!(%address, ?refusal, count, "a call of the server API was refused for its key; \
             `count` more were not logged since the last line");

@@ -106,6 +106,7 @@ const RENAMED: &[Renamed] = &[
         "reason",
         &[("marks", "read_marks")],
     ),
+    renamed("gateway_api_refusals_total", "gateway_api_rejections_total"),
 ];
 
 const fn renamed(old: &'static str, new: &'static str) -> Renamed {

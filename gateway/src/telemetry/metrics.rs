@@ -159,7 +159,7 @@ pub enum PasswordCheck {
 
 /// Why a request of the server API was refused for its key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum ApiRefusal {
+pub enum ApiRejection {
     /// It has none: 401.
     MissingKey,
     /// It has another: 401.
@@ -233,7 +233,7 @@ labels!(StorageLimit: Bytes "bytes", NewRooms "new_rooms", ManagedRooms "managed
     ReadMarks "read_marks", Memory "memory");
 labels!(LogRepairResult: Complete "complete", Reset "reset", Failed "failed", Reconciled "reconciled");
 labels!(PasswordCheck: Fits "fits", Wrong "wrong", Limited "rate_limited");
-labels!(ApiRefusal: MissingKey "missing_key", WrongKey "wrong_key", Disabled "disabled",
+labels!(ApiRejection: MissingKey "missing_key", WrongKey "wrong_key", Disabled "disabled",
     RateLimited "rate_limited");
 labels!(ResumeSource: Ring "ring", Log "log");
 labels!(RestoreResult: Unchanged "unchanged", Restored "restored", EpochChanged "epoch_changed", Conflict "conflict",
@@ -306,8 +306,8 @@ pub struct Metrics {
     pub http_connections_dropped: Counters<DropReason>,
     /// `gateway_http_rate_limited_total`
     pub http_rate_limited: IntCounter,
-    /// `gateway_api_refusals_total`
-    pub api_refusals: Counters<ApiRefusal>,
+    /// `gateway_api_rejections_total`
+    pub api_rejections: Counters<ApiRejection>,
     /// `gateway_password_checks_total`
     pub password_checks: Counters<PasswordCheck>,
     /// `gateway_handshakes_total`
@@ -434,9 +434,9 @@ impl Metrics {
                 "gateway_http_rate_limited_total",
                 "Plain HTTP requests answered 429 because their address made too many",
             ),
-            api_refusals: counters(
+            api_rejections: counters(
                 r,
-                "gateway_api_refusals_total",
+                "gateway_api_rejections_total",
                 "Requests of the server API refused for their key, by reason",
                 "reason",
             ),

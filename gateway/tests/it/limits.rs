@@ -209,7 +209,7 @@ async fn plain_requests_and_refused_calls_of_an_address_have_a_rate() {
     assert!((2..=7).contains(&refused), "{refused}");
     assert_eq!(call(Some("a key of sixteen and more")).await.status, 200, "a good key");
     let metrics = get(gateway.admin, "/metrics").await.body;
-    let limited = format!("gateway_api_refusals_total{{reason=\"rate_limited\"}} {refused}\n");
+    let limited = format!("gateway_api_rejections_total{{reason=\"rate_limited\"}} {refused}\n");
     assert!(metrics.contains(&limited), "{metrics}");
 
     // Requests over one connection, which ends by the first that is refused.

@@ -23,7 +23,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use super::{Node, headers::bearer};
 use crate::{
     bus::{BusError, commands},
-    telemetry::metrics::ApiRefusal,
+    telemetry::metrics::ApiRejection,
 };
 
 mod messages;
@@ -51,14 +51,14 @@ impl ApiKeys {
     }
 
     /// The name of the key that a request has.
-    pub(super) fn name_in(&self, headers: &HeaderMap) -> Result<&str, ApiRefusal> {
+    pub(super) fn name_in(&self, headers: &HeaderMap) -> Result<&str, ApiRejection> {
         if self.keys.is_empty() {
-            return Err(ApiRefusal::Disabled);
+            return Err(ApiRejection::Disabled);
         }
         if !headers.contains_key(header::AUTHORIZATION) {
-            return Err(ApiRefusal::MissingKey);
+            return Err(ApiRejection::MissingKey);
         }
-        bearer(headers).and_then(|key| self.name_of(&key)).ok_or(ApiRefusal::WrongKey)
+        bearer(headers).and_then(|key| self.name_of(&key)).ok_or(ApiRejection::WrongKey)
     }
 
     /// The name of a key. Digests of all keys are compared as a whole, so that the time it takes tells
@@ -388,7 +388,7 @@ async fn authorize(
             tracing::debug!(key = name, method = %request.method(), path = request.uri().path(), "API");
             next.run(request).await
         }
-        Err(ApiRefusal::Disabled) => {
+        Err(ApiRejection::Disabled) => {
             let text = "this gateway has no API key: set api.keys";
             Failed::new(ErrorCode::Forbidden, text).into_response()
         }
