@@ -21,7 +21,7 @@ use super::turns::{Turn, Turns};
 use crate::{
     limits::{Paces, Rate},
     telemetry::{
-        metrics::{Metrics, PasswordCheck},
+        metrics::{Metrics, PasswordResult},
         seldom::Seldom,
     },
 };
@@ -161,11 +161,11 @@ impl Passwords {
     pub async fn check(self: &Arc<Self>, guess: Guess, hash: String, password: String) -> Checked {
         let checked = self.check_once(&guess, hash, password).await;
         let result = match checked {
-            Checked::Fits => PasswordCheck::Fits,
-            Checked::Wrong => PasswordCheck::Wrong,
-            Checked::Later(_) => PasswordCheck::Limited,
+            Checked::Fits => PasswordResult::Correct,
+            Checked::Wrong => PasswordResult::Wrong,
+            Checked::Later(_) => PasswordResult::RateLimited,
         };
-        self.metrics.password_checks.of(result).inc();
+        self.metrics.room_password_checks.of(result).inc();
         if checked != Checked::Fits
             && let Some(count) = self.log.is_due()
         {
@@ -382,8 +382,8 @@ mod tests {
         assert!(passwords.running.lock().is_empty());
         assert_eq!(check("cat", "open barley").await, Checked::Wrong);
         assert_eq!(fail(&passwords, guess(1, "dan", "r")).await, Checked::Wrong);
-        let count = |of| metrics.password_checks.of(of).get();
-        assert_eq!((count(PasswordCheck::Fits), count(PasswordCheck::Wrong)), (2, 2));
+        let count = |of| metrics.room_password_checks.of(of).get();
+        assert_eq!((count(PasswordResult::Correct), count(PasswordResult::Wrong)), (2, 2));
     }
 
     #[tokio::test(start_paused = true)]

@@ -107,6 +107,13 @@ const RENAMED: &[Renamed] = &[
         &[("marks", "read_marks")],
     ),
     renamed("gateway_api_refusals_total", "gateway_api_rejections_total"),
+    labelled(
+        "gateway_password_checks_total",
+        "gateway_room_password_checks_total",
+        "result",
+        "result",
+        &[("fits", "correct")],
+    ),
 ];
 
 const fn renamed(old: &'static str, new: &'static str) -> Renamed {

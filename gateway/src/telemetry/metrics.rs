@@ -148,13 +148,13 @@ pub enum StorageLimit {
 
 /// What became of a password of a room that was presented.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum PasswordCheck {
+pub enum PasswordResult {
     /// It fits.
-    Fits,
+    Correct,
     /// It does not.
     Wrong,
     /// Too many were wrong, or wait: it was not checked.
-    Limited,
+    RateLimited,
 }
 
 /// Why a request of the server API was refused for its key.
@@ -232,7 +232,7 @@ labels!(StorageLimit: Bytes "bytes", NewRooms "new_rooms", ManagedRooms "managed
     UnseenInboxes "unseen_inboxes", UnseenBytes "unseen_bytes", SessionData "session_data",
     ReadMarks "read_marks", Memory "memory");
 labels!(LogRepairResult: Complete "complete", Reset "reset", Failed "failed", Reconciled "reconciled");
-labels!(PasswordCheck: Fits "fits", Wrong "wrong", Limited "rate_limited");
+labels!(PasswordResult: Correct "correct", Wrong "wrong", RateLimited "rate_limited");
 labels!(ApiRejection: MissingKey "missing_key", WrongKey "wrong_key", Disabled "disabled",
     RateLimited "rate_limited");
 labels!(ResumeSource: Ring "ring", Log "log");
@@ -308,8 +308,8 @@ pub struct Metrics {
     pub http_rate_limited: IntCounter,
     /// `gateway_api_rejections_total`
     pub api_rejections: Counters<ApiRejection>,
-    /// `gateway_password_checks_total`
-    pub password_checks: Counters<PasswordCheck>,
+    /// `gateway_room_password_checks_total`
+    pub room_password_checks: Counters<PasswordResult>,
     /// `gateway_handshakes_total`
     pub handshakes: Counters<HandshakeResult>,
     /// `gateway_handshakes_abandoned_total`
@@ -440,9 +440,9 @@ impl Metrics {
                 "Requests of the server API refused for their key, by reason",
                 "reason",
             ),
-            password_checks: counters(
+            room_password_checks: counters(
                 r,
-                "gateway_password_checks_total",
+                "gateway_room_password_checks_total",
                 "Room passwords presented by clients, by result",
                 "result",
             ),

@@ -132,9 +132,13 @@ async fn passwords_are_guessed_slowly_and_known_ones_pass() {
     let mut bob = gateway.connect("bob").await;
     assert_eq!(join_with(&mut bob, "vault", "sesame").await, None);
     let metrics = get(gateway.admin, "/metrics").await.body;
-    for line in ["{result=\"wrong\"} 5\n", "{result=\"rate_limited\"} 3\n", "{result=\"fits\"} 2\n"]
+    for line in
+        ["{result=\"wrong\"} 5\n", "{result=\"rate_limited\"} 3\n", "{result=\"correct\"} 2\n"]
     {
-        assert!(metrics.contains(&format!("gateway_password_checks_total{line}")), "{metrics}");
+        assert!(
+            metrics.contains(&format!("gateway_room_password_checks_total{line}")),
+            "{metrics}"
+        );
     }
 }
 
