@@ -114,6 +114,22 @@ const RENAMED: &[Renamed] = &[
         "result",
         &[("fits", "correct")],
     ),
+    labelled(
+        "gateway_redis_bad_values_total",
+        "gateway_redis_invalid_values_total",
+        "kind",
+        "kind",
+        &[
+            ("ids", "dedup_id"),
+            ("mark", "read_mark"),
+            ("message", "pubsub_message"),
+            ("meta", "log_meta"),
+            ("order", "command"),
+            ("record", "room_config"),
+            ("type", "key_type"),
+            ("unheard", "unconfirmed"),
+        ],
+    ),
 ];
 
 const fn renamed(old: &'static str, new: &'static str) -> Renamed {

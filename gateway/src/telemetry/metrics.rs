@@ -172,33 +172,33 @@ pub enum ApiRejection {
 
 /// What stood in Redis that no gateway wrote.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum BadValue {
+pub enum InvalidValue {
     /// A field of a barrier, where the nodes agree on a server.
     Barrier,
     /// An entry of a log.
     Entry,
     /// The position of an id within the dedup window.
-    Ids,
+    DedupId,
     /// A lease, or the name of an incarnation.
     Lease,
     /// How far a user has read.
-    Mark,
+    ReadMark,
     /// What was published in a channel of the gateways.
-    Message,
+    PubsubMessage,
     /// A field of a log's meta.
-    Meta,
+    LogMeta,
     /// An order, or what a node has applied.
-    Order,
+    Command,
     /// Who is present, or the name of somebody or of a room in an index.
     Presence,
     /// How a room is managed.
-    Record,
+    RoomConfig,
     /// A session, or its data.
     Session,
     /// A key of another type than a gateway gives it.
-    Type,
+    KeyType,
     /// What a node gave back of what it had published.
-    Unheard,
+    Unconfirmed,
 }
 
 macro_rules! labels {
@@ -239,9 +239,9 @@ labels!(ResumeSource: Ring "ring", Log "log");
 labels!(RestoreResult: Unchanged "unchanged", Restored "restored", EpochChanged "epoch_changed", Conflict "conflict",
     Failed "failed");
 
-labels!(BadValue: Barrier "barrier", Entry "entry", Ids "ids", Lease "lease", Mark "mark",
-    Message "message", Meta "meta", Order "order", Presence "presence", Record "record",
-    Session "session", Type "type", Unheard "unheard");
+labels!(InvalidValue: Barrier "barrier", Entry "entry", DedupId "dedup_id", Lease "lease", ReadMark "read_mark",
+    PubsubMessage "pubsub_message", LogMeta "log_meta", Command "command", Presence "presence", RoomConfig "room_config",
+    Session "session", KeyType "key_type", Unconfirmed "unconfirmed");
 
 impl Label for bool {
     const ALL: &'static [Self] = &[false, true];
@@ -384,8 +384,8 @@ pub struct Metrics {
     pub bus_up: IntGauge,
     /// `gateway_clock_skew_seconds`
     pub clock_skew_seconds: Gauge,
-    /// `gateway_redis_bad_values_total`
-    pub redis_bad_values: Counters<BadValue>,
+    /// `gateway_redis_invalid_values_total`
+    pub redis_invalid_values: Counters<InvalidValue>,
     /// `gateway_bus_reconnects_total`
     pub bus_reconnects: IntCounter,
     /// `gateway_bus_probe_timeouts_total`
@@ -624,9 +624,9 @@ impl Metrics {
             ),
             bus_up: gauge(r, "gateway_bus_up", "1 while the bus can be published to and heard"),
             clock_skew_seconds: register(r, Gauge::new("gateway_clock_skew_seconds", "How far this node's clock is ahead of that of Redis, negative where it is behind").expect("the name is a constant")),
-            redis_bad_values: counters(
+            redis_invalid_values: counters(
                 r,
-                "gateway_redis_bad_values_total",
+                "gateway_redis_invalid_values_total",
                 "Values read from Redis that no gateway wrote, which were skipped or repaired, by what they were to be",
                 "kind",
             ),

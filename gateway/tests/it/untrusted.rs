@@ -92,7 +92,7 @@ impl World {
     }
 
     async fn bad_values(&self, kind: &str) -> u64 {
-        let name = format!("gateway_redis_bad_values_total{{kind=\"{kind}\"}}");
+        let name = format!("gateway_redis_invalid_values_total{{kind=\"{kind}\"}}");
         metric(self.a.admin, &name).await + metric(self.b.admin, &name).await
     }
 
@@ -205,8 +205,8 @@ fn room_cases() -> Vec<Case> {
         });
         "another id" "entry": |p| p.entry_of(|_| members(p.room, MessageId::random(), Some("x")));
         "no envelope" "entry": |p| p.entry(p.epoch, STAMP, b"\x02\x00".to_vec());
-        "a message in a room's channel" "message": |p| vec![p.words("PUBLISH $r $e:5:no")];
-        "a notice in a room's channel" "message": |p| vec![p.words("PUBLISH $r !p")];
+        "a message in a room's channel" "pubsub_message": |p| vec![p.words("PUBLISH $r $e:5:no")];
+        "a notice in a room's channel" "pubsub_message": |p| vec![p.words("PUBLISH $r !p")];
         "an entry with other fields" "entry": |p| {
             vec![p.words("XADD $r:log 4-0 x y"), p.words("HSET $r:meta s 4")]
         };
@@ -216,38 +216,38 @@ fn room_cases() -> Vec<Case> {
         "an entry with a stamp that is none" "entry": |p| {
             p.entry(p.epoch, "no", envelope(p.room, |id| members(p.room, id, Some("x"))))
         };
-        "entries above the number" "meta": |p| {
+        "entries above the number" "log_meta": |p| {
             vec![p.words("XADD $r:log 9-0 x y"), p.words("HSET $r:meta s 3")]
         };
-        "the last entry there can be" "meta": |p| {
+        "the last entry there can be" "log_meta": |p| {
             vec![p.words("XADD $r:log 18446744073709551615-18446744073709551615 x y")]
         };
-        "a number that is none" "meta": |p| vec![p.words("HSET $r:meta s no")];
-        "a number without end" "meta": |p| vec![p.words("HSET $r:meta s 9007199254740991")];
-        "an epoch that is none" "meta": |p| vec![p.words("HSET $r:meta e é!")];
-        "marks of retention that are none" "meta": |p| {
+        "a number that is none" "log_meta": |p| vec![p.words("HSET $r:meta s no")];
+        "a number without end" "log_meta": |p| vec![p.words("HSET $r:meta s 9007199254740991")];
+        "an epoch that is none" "log_meta": |p| vec![p.words("HSET $r:meta e é!")];
+        "marks of retention that are none" "log_meta": |p| {
             vec![p.words("HSET $r:meta at x from y prev z d no pe ? ps ?")]
         };
-        "a term that is none" "meta": |p| vec![p.words("HSET $r:meta n no r no")];
-        "meta of another type" "type": |p| vec![p.words("DEL $r:meta"), p.words("SET $r:meta x")];
-        "a log of another type" "type": |p| vec![p.words("DEL $r:log"), p.words("SET $r:log x")];
-        "ids of another type" "type": |p| {
+        "a term that is none" "log_meta": |p| vec![p.words("HSET $r:meta n no r no")];
+        "meta of another type" "key_type": |p| vec![p.words("DEL $r:meta"), p.words("SET $r:meta x")];
+        "a log of another type" "key_type": |p| vec![p.words("DEL $r:log"), p.words("SET $r:log x")];
+        "ids of another type" "key_type": |p| {
             let ids = ["DEL $r:ids0 $r:ids1", "SET $r:ids0 x", "RPUSH $r:ids1 x"];
             ids.map(|text| p.words(text)).to_vec()
         };
-        "who is present of another type" "type": |p| {
+        "who is present of another type" "key_type": |p| {
             vec![p.words("DEL $r:who"), p.words("SET $r:who x")]
         };
-        "a record of another type" "type": |p| vec![p.words("SET $r:record x")];
-        "marks of another type" "type": |p| vec![p.words("SET $r:marks x")];
+        "a record of another type" "key_type": |p| vec![p.words("SET $r:record x")];
+        "marks of another type" "key_type": |p| vec![p.words("SET $r:marks x")];
         "a version that is none" "presence": |p| vec![p.words("HSET $r:who # no")];
         "somebody who is nobody" "presence": |p| vec![p.words("HSET $r:who a*b no ann no")];
-        "a limit that is none" "record": |p| vec![p.words("HSET $r:record max no")];
-        "a mark that is none" "mark": |p| {
+        "a limit that is none" "room_config": |p| vec![p.words("HSET $r:record max no")];
+        "a mark that is none" "read_mark": |p| {
             let name = p.room.as_str().trim_start_matches('c');
             vec![p.words(&format!("HSET $r:marks bob{name} no"))]
         };
-        "what was not heard" "unheard": |p| {
+        "what was not heard" "unconfirmed": |p| {
             vec![
                 p.words("HSET $r:unheard ?a:x no $e:99999999999 no"),
                 p.words("HSET $r:meta r no"),
@@ -302,24 +302,24 @@ const OF_THE_CLUSTER: [(&str, &str, &[&str]); 22] = [
     ("a lease of a process", "lease", &["HSET gw:leases x/y junk"]),
     ("a lease without end", "lease", &["HSET gw:leases x/y 99999999999999 1 1"]),
     ("a count of leases", "lease", &["HSET gw:leases # no"]),
-    ("leases of another type", "type", &["DEL gw:leases", "SET gw:leases x"]),
+    ("leases of another type", "key_type", &["DEL gw:leases", "SET gw:leases x"]),
     ("terms of the barrier", "barrier", &["HSET gw:barrier n no owed no busy no t0 no"]),
     ("a token that is none", "-", &["HSET gw:barrier t no"]),
-    ("a barrier of another type", "type", &["DEL gw:barrier", "SET gw:barrier x"]),
-    ("rooms of another type", "type", &["DEL gw:rooms", "SET gw:rooms x"]),
-    ("users of another type", "type", &["DEL gw:users", "SET gw:users x"]),
-    ("who is online of another type", "type", &["DEL gw:online:who", "SET gw:online:who x"]),
+    ("a barrier of another type", "key_type", &["DEL gw:barrier", "SET gw:barrier x"]),
+    ("rooms of another type", "key_type", &["DEL gw:rooms", "SET gw:rooms x"]),
+    ("users of another type", "key_type", &["DEL gw:users", "SET gw:users x"]),
+    ("who is online of another type", "key_type", &["DEL gw:online:who", "SET gw:online:who x"]),
     ("somebody online who is nobody", "presence", &["HSET gw:online:who eve no"]),
-    ("who was seen of another type", "type", &["DEL gw:online:seen", "SET gw:online:seen x"]),
+    ("who was seen of another type", "key_type", &["DEL gw:online:seen", "SET gw:online:seen x"]),
     ("an incarnation of nobody", "-", &["HSET gw:incarnations x junk"]),
     ("incarnations of another type", "-", &["DEL gw:incarnations", "SET gw:incarnations x"]),
-    ("an order that is none", "order", &["XADD gw:orders * o junk"]),
-    ("an order without fields", "order", &["XADD gw:orders * x y"]),
-    ("orders of another type", "type", &["DEL gw:orders", "SET gw:orders x"]),
-    ("which orders of another type", "type", &["DEL gw:orders:list", "LPUSH gw:orders:list x"]),
-    ("who has applied what", "type", &["DEL gw:orders:nodes", "SET gw:orders:nodes x"]),
+    ("an order that is none", "command", &["XADD gw:orders * o junk"]),
+    ("an order without fields", "command", &["XADD gw:orders * x y"]),
+    ("orders of another type", "key_type", &["DEL gw:orders", "SET gw:orders x"]),
+    ("which orders of another type", "key_type", &["DEL gw:orders:list", "LPUSH gw:orders:list x"]),
+    ("who has applied what", "key_type", &["DEL gw:orders:nodes", "SET gw:orders:nodes x"]),
     ("a poke", "-", &["PUBLISH gw:pokes junk"]),
-    ("sessions of another type", "type", &["DEL $s:sessions", "SET $s:sessions x"]),
+    ("sessions of another type", "key_type", &["DEL $s:sessions", "SET $s:sessions x"]),
 ];
 
 #[tokio::test(flavor = "multi_thread")]

@@ -21,7 +21,7 @@ use crate::{
         commands::{CommandBatch, CommandId, CommandProgress, ControlCommand, QueuedCommand},
         random_epoch,
     },
-    telemetry::metrics::BadValue,
+    telemetry::metrics::InvalidValue,
 };
 
 /// How often a node looks for orders.
@@ -207,7 +207,7 @@ impl RedisControlQueue {
             };
             let order = field("o").and_then(|order| serde_json::from_str(order).ok());
             let Some(order) = order else {
-                found(self.store.router.metrics(), BadValue::Order, &entry);
+                found(self.store.router.metrics(), InvalidValue::Command, &entry);
                 continue;
             };
             let given = id.0.saturating_mul(1000);
@@ -240,7 +240,7 @@ impl RedisControlQueue {
                 set.arg(&nodes).arg(process).arg(row);
                 match set.query_async::<()>(connection).await {
                     Err(error) if is_wrong_type(&error) => {
-                        found(self.store.router.metrics(), BadValue::Type, &nodes);
+                        found(self.store.router.metrics(), InvalidValue::KeyType, &nodes);
                         redis::cmd("DEL").arg(&nodes).query_async::<()>(connection).await?;
                         set.query_async(connection).await
                     }
@@ -297,7 +297,7 @@ impl RedisControlQueue {
                 .split_once(' ')
                 .and_then(|(applied, heard)| Some((heard.parse::<u64>().ok()?, id_of(applied)?)));
             if parts.is_none() {
-                found(self.store.router.metrics(), BadValue::Order, &process);
+                found(self.store.router.metrics(), InvalidValue::Command, &process);
             }
             match parts {
                 Some((heard, applied)) if heard.saturating_add(NODE_TTL_MS) > now => {

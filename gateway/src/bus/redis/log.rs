@@ -20,7 +20,7 @@ use super::{
 use crate::{
     bus::{BoxFuture, BusError, EMPTY_HEAD_TTL, READ_BYTES_MAX, Range, registry::DeleteOutcome},
     delivery::{Entry, Followed, Token, ordinal, page::Page},
-    telemetry::metrics::{BadValue, Metrics},
+    telemetry::metrics::{InvalidValue, Metrics},
 };
 
 /// The most heads in one pipeline, so that a node with many rooms does not hold Redis up.
@@ -260,7 +260,7 @@ fn page(answer: Value, room: &RoomId, metrics: &Metrics) -> Option<Page> {
         let entry = entry(value, room).filter(|entry| may_be_before(entry, &epoch));
         if entry.is_none() {
             // It leaves a step, which readers are told of.
-            untrusted::found(metrics, BadValue::Entry, room);
+            untrusted::found(metrics, InvalidValue::Entry, room);
         }
         entry
     });

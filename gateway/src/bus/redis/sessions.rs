@@ -30,7 +30,7 @@ use crate::{
             SessionHolder, SessionRequest, SessionSelector, StoredSession, merge_data,
         },
     },
-    telemetry::metrics::BadValue,
+    telemetry::metrics::InvalidValue,
 };
 
 /// How often a change of data is tried that others change at the same time.
@@ -263,7 +263,7 @@ impl StoreWorker {
                 Ok(data) => data,
                 Err(_) if before.is_empty() => Map::new(),
                 Err(_) => {
-                    found(self.router.metrics(), BadValue::Session, &user);
+                    found(self.router.metrics(), InvalidValue::Session, &user);
                     Map::new()
                 }
             };
@@ -308,7 +308,7 @@ impl StoreWorker {
         let kept = rows.iter().filter_map(|(Lossy(session), Lossy(row))| {
             let kept = kept_of(session, row);
             if kept.is_none() {
-                found(self.router.metrics(), BadValue::Session, &user);
+                found(self.router.metrics(), InvalidValue::Session, &user);
             }
             kept
         });

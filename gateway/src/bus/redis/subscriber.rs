@@ -45,7 +45,7 @@ use crate::{
     bus::{BoxFuture, BusError, Mailboxes, registry::EphemeralEvent},
     delivery::Entry,
     drain::{Tasks, supervision::caught_call},
-    telemetry::metrics::BadValue,
+    telemetry::metrics::InvalidValue,
 };
 
 /// The most channels in one SUBSCRIBE, so that a node with many rooms does not hold Redis up.
@@ -422,7 +422,7 @@ impl Worker {
                         Arrival::Probe(number) => links.probe.heard(number),
                         Arrival::Poke => links.poked.notify_one(),
                         Arrival::Bad(channel) => {
-                            untrusted::found(&links.metrics, BadValue::Message, channel);
+                            untrusted::found(&links.metrics, InvalidValue::PubsubMessage, channel);
                         }
                     }
                 }

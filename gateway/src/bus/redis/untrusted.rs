@@ -12,7 +12,7 @@ use std::fmt::Display;
 use redis::{FromRedisValue, ParsingError, RedisError, RedisResult, Value};
 
 use crate::telemetry::{
-    metrics::{BadValue, Label as _, Metrics},
+    metrics::{InvalidValue, Label as _, Metrics},
     seldom::Seldom,
 };
 
@@ -20,9 +20,10 @@ use crate::telemetry::{
 const BAD: &[u8] = b"!bad";
 
 /// Counts a value that no gateway wrote, and logs the first of its kind in a minute.
-pub(super) fn found(metrics: &Metrics, kind: BadValue, place: impl Display) {
-    static SELDOM: [Seldom; BadValue::ALL.len()] = [const { Seldom::new() }; BadValue::ALL.len()];
-    metrics.redis_bad_values.of(kind).inc();
+pub(super) fn found(metrics: &Metrics, kind: InvalidValue, place: impl Display) {
+    static SELDOM: [Seldom; InvalidValue::ALL.len()] =
+        [const { Seldom::new() }; InvalidValue::ALL.len()];
+    metrics.redis_invalid_values.of(kind).inc();
     if let Some(unsaid) = SELDOM[kind as usize].is_due() {
         tracing::error!(kind = kind.text(), %place, unsaid,
             "Redis holds a value that no gateway wrote; it is skipped or repaired");
@@ -39,7 +40,7 @@ pub(super) fn checked(metrics: &Metrics, place: impl Display, reply: Value) -> V
             let reply = parts.pop().unwrap_or(Value::Nil);
             let kinds = parts.pop().map(Lossy::of).unwrap_or_default();
             for kind in kinds.split(' ') {
-                let known = BadValue::ALL.iter().find(|known| known.text() == kind);
+                let known = InvalidValue::ALL.iter().find(|known| known.text() == kind);
                 if let Some(kind) = known {
                     found(metrics, *kind, &place);
                 }
@@ -106,7 +107,7 @@ pub(super) fn or_absent<T: FromRedisValue + Default>(
     match answer {
         Ok(value) => Ok(redis::from_redis_value(value)?),
         Err(error) if is_wrong_type(&error) => {
-            found(metrics, BadValue::Type, place);
+            found(metrics, InvalidValue::KeyType, place);
             Ok(T::default())
         }
         Err(error) => Err(error),
@@ -124,10 +125,11 @@ mod tests {
     #[test]
     fn what_a_script_found_is_counted_and_its_reply_is_read() {
         let metrics = Metrics::new();
-        let reply = Value::Array(vec![bulk("!bad"), bulk("meta type meta ?"), Value::Int(7)]);
+        let reply =
+            Value::Array(vec![bulk("!bad"), bulk("log_meta key_type log_meta ?"), Value::Int(7)]);
         assert_eq!(checked(&metrics, "r", reply), Value::Int(7));
-        assert_eq!(metrics.redis_bad_values.of(BadValue::Meta).get(), 2);
-        assert_eq!(metrics.redis_bad_values.sum(), 3);
+        assert_eq!(metrics.redis_invalid_values.of(InvalidValue::LogMeta).get(), 2);
+        assert_eq!(metrics.redis_invalid_values.sum(), 3);
         let plain = Value::Array(vec![bulk("a"), bulk("b"), bulk("c")]);
         assert_eq!(checked(&metrics, "r", plain.clone()), plain);
     }
@@ -151,7 +153,7 @@ mod tests {
         let wrong = redis::make_extension_error("WRONGTYPE".to_owned(), None);
         let rows: RedisResult<Vec<String>> = or_absent(&metrics, "r", Err(wrong));
         assert!(rows.unwrap().is_empty());
-        assert_eq!(metrics.redis_bad_values.of(BadValue::Type).get(), 1);
+        assert_eq!(metrics.redis_invalid_values.of(InvalidValue::KeyType).get(), 1);
         let other = redis::make_extension_error("OOM".to_owned(), None);
         assert!(or_absent::<Vec<String>>(&metrics, "r", Err(other)).is_err());
     }

@@ -105,7 +105,7 @@ if known then
     if of and #of <= 32 and #seq <= 16 then
         return { of, seq, 1 }
     end
-    bad('ids')
+    bad('dedup_id')
 end
 if ARGV[12] == epoch and tonumber(ARGV[13]) <= top then
     local _, _, there = entry_at(tonumber(ARGV[13]))
@@ -131,7 +131,7 @@ local seq, place, at, from, prev, turned
 local function add()
     seq = top + 1
     place = digits(seq)
-    at, from, prev = int(meta[5], nil, 'meta'), int(meta[6], nil, 'meta'), int(meta[7], nil, 'meta')
+    at, from, prev = int(meta[5], nil, 'log_meta'), int(meta[6], nil, 'log_meta'), int(meta[7], nil, 'log_meta')
     turned = not at or not prev or not from or now - at >= tonumber(ARGV[10]) or now < at
     if turned then
         at, from, prev = now, seq, from or seq
@@ -147,7 +147,7 @@ local added = add()
 if type(added) == 'table' and added.err and (string.find(added.err, 'XADD', 1, true)
     or string.find(added.err, 'exhausted', 1, true)) then
     -- The log has entries above the number that stands in its meta.
-    epoch, top, meta = repaired(meta, int(meta[4], 0, 'meta'))
+    epoch, top, meta = repaired(meta, int(meta[4], 0, 'log_meta'))
     added = add()
 end
 if type(added) == 'table' and added.err then

@@ -5,10 +5,10 @@
 -- ARGV  1 user  2 number of the entry  3 channel  4 connection  5 ttl, ms  6 of how many users
 -- Returns 1, or 0 where no more users are noted.
 
-local top = int(redis.call('HGET', KEYS[2], 's'), 0, 'meta')
+local top = int(redis.call('HGET', KEYS[2], 's'), 0, 'log_meta')
 local seq = math.min(tonumber(ARGV[2]), top)
 local noted = redis.call('HGET', KEYS[1], ARGV[1])
-local before = math.min(int(noted, 0, 'mark'), top)
+local before = math.min(int(noted, 0, 'read_mark'), top)
 if seq > before and not noted and redis.call('HLEN', KEYS[1]) >= tonumber(ARGV[6]) then
     return 0
 end

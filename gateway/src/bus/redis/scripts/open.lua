@@ -71,7 +71,7 @@ redis.call('HSET', KEYS[7], session,
     digest .. ' ' .. created .. ' ' .. digits(now) .. ' ' .. ARGV[12] .. ' ' .. ARGV[13])
 keep_sessions(KEYS[7], KEYS[8], ARGV[14], ARGV[16])
 
-local acked = math.min(int(redis.call('HGET', KEYS[2], 'a'), 0, 'meta'), top)
+local acked = math.min(int(redis.call('HGET', KEYS[2], 'a'), 0, 'log_meta'), top)
 -- Large ones are not all looked at: above a MiB the others count as from somebody else.
 local unread, bytes, cursor = 0, 1048576, '(' .. digits(acked) .. '-0'
 while acked < top do

@@ -54,7 +54,7 @@ local function reply_of(script)
         local is = redis.call('TYPE', key)
         is = type(is) == 'table' and is.ok or is
         if is ~= 'none' and is ~= type_of(key) then
-            bad('type')
+            bad('key_type')
             redis.call('DEL', key)
         end
     end
@@ -236,7 +236,7 @@ local function give_numbers_back(epoch, top, may_fill, ids)
             local process, place = string.match(field, '^%?(.*):(%d+)$')
             local of, seq = string.match(field, '^(.*):(%d+)$')
             if break_at == 0 or #envelope < 46 or not of or tonumber(seq) > seq_max then
-                bad('unheard')
+                bad('unconfirmed')
             elseif process then
                 of, seq = string.match(head, '^(.*):(%d+)$')
                 unanswered[#unanswered + 1] = {
@@ -246,7 +246,7 @@ local function give_numbers_back(epoch, top, may_fill, ids)
             else
                 -- A step that no node can have left is none of theirs: filling it would take for ever.
                 if of == epoch and tonumber(seq) > top + 1000000 then
-                    bad('unheard')
+                    bad('unconfirmed')
                 elseif of == epoch then
                     last = math.max(last, tonumber(seq))
                     acknowledged[tonumber(seq)] = { seq = tonumber(seq), stamp = head, envelope = envelope }
@@ -324,7 +324,7 @@ end
 -- it. The room goes on in a new epoch, which continues the former one as far as the log tells where that
 -- was, so that members are told. What `fields` has is the meta as it was read.
 local function repaired(fields, term)
-    bad('meta')
+    bad('log_meta')
     local epoch = fields[1] and is_epoch(fields[1]) and fields[1]
     local top = tonumber(fields[2])
     top = top and top >= 0 and top <= seq_max and top % 1 == 0 and top or 0
@@ -366,7 +366,7 @@ local function whole()
         return epoch, top, meta
     end
     if epoch and meta[3] == token then
-        return repaired(meta, int(meta[4], 0, 'meta'))
+        return repaired(meta, int(meta[4], 0, 'log_meta'))
     end
     local term, owed = opened(KEYS[5], token)
     if not term then
@@ -380,7 +380,7 @@ local function whole()
         epoch, top = epoch_above(0, ARGV[3]), 0
         redis.call('HSET', KEYS[2], 'e', epoch, 's', '0', 'r', token, 'n', digits(term))
     else
-        local all_heard = int(meta[4], 0, 'meta') >= owed
+        local all_heard = int(meta[4], 0, 'log_meta') >= owed
         local ids, is_whole, left = {}
         ids.newer, ids.older, ids.gone = id_hashes(KEYS[3], KEYS[4], now_ms(), tonumber(ARGV[6]))
         top, is_whole, left = give_numbers_back(epoch, top, all_heard, ids)

@@ -53,12 +53,12 @@ while left > 0 and bytes > 0 do
 end
 if above > top then
     -- The log has entries above the number that stands in its meta. A top that is shown goes on.
-    epoch, top = repaired(fields, int(fields[4], 0, 'meta'))
+    epoch, top = repaired(fields, int(fields[4], 0, 'log_meta'))
 end
 local meta = redis.call('HMGET', KEYS[2], 'pe', 'ps', 'd', 'n')
-local former, former_top = meta[1], int(meta[2], nil, 'meta')
+local former, former_top = meta[1], int(meta[2], nil, 'log_meta')
 if former and not (is_epoch(former) and former_top) then
-    bad('meta')
+    bad('log_meta')
     former = nil
 end
 if not former then
@@ -66,5 +66,5 @@ if not former then
 else
     former_top = digits(former_top)
 end
-local deleted, term = int(meta[3], 0, 'meta'), int(meta[4], 0, 'meta')
+local deleted, term = int(meta[3], 0, 'log_meta'), int(meta[4], 0, 'log_meta')
 return { epoch, digits(top), oldest, former, former_top, digits(deleted), digits(term), entries }

@@ -18,10 +18,10 @@ if not is_here(token) then
 end
 local now = now_ms()
 local meta = redis.call('HMGET', KEYS[2], 'e', 's')
-local here, here_top = meta[1], int(meta[2], 0, 'meta')
+local here, here_top = meta[1], int(meta[2], 0, 'log_meta')
 if here and not is_epoch(here) then
     -- As one from before all others: it goes on above the node's.
-    bad('meta')
+    bad('log_meta')
     here = '0-unreadable'
 end
 
@@ -48,12 +48,12 @@ end
 local function has_lost_more_than_it_holds()
     local meta = redis.call('HMGET', KEYS[2], 'd', 'pe', 'ps', 'xe', 'xs')
     local oldest = tonumber(ARGV[15])
-    if oldest <= 1 or ordinal(epoch) < int(meta[1], 0, 'meta')
-        or meta[4] == epoch and top <= int(meta[5], 0, 'meta') then
+    if oldest <= 1 or ordinal(epoch) < int(meta[1], 0, 'log_meta')
+        or meta[4] == epoch and top <= int(meta[5], 0, 'log_meta') then
         return false
     end
     if meta[2] == epoch then
-        return oldest > int(meta[3], 0, 'meta') + 1
+        return oldest > int(meta[3], 0, 'log_meta') + 1
     end
     return not holds(ARGV[15], ARGV[16], ARGV[17])
 end
@@ -142,7 +142,7 @@ for _, entry in ipairs(entries) do
             'e', entry.epoch, 't', entry.stamp, 'p', entry.envelope)
         if type(added) == 'table' and added.err then
             -- The log has entries above the number that stands in its meta.
-            bad('meta')
+            bad('log_meta')
             redis.call('DEL', KEYS[1])
             return lift(math.max(ordinal(here or epoch), ordinal(epoch)))
         end

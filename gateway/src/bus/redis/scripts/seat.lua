@@ -25,7 +25,7 @@ if ARGV[10] == '1' then
     if record[2] and record[2] ~= ARGV[11] then
         return { 'wrong_password' }
     end
-    local most = int(record[3], nil, 'record')
+    local most = int(record[3], nil, 'room_config')
     if most and not was_present and count >= most then
         return { 'full' }
     end
@@ -73,8 +73,8 @@ elseif was_present then
     changed(epoch, number, begun, '-' .. user .. '\n')
 end
 
-local read = is_room and int(redis.call('HGET', KEYS[7], user), 0, 'mark') or 0
+local read = is_room and int(redis.call('HGET', KEYS[7], user), 0, 'read_mark') or 0
 local meta = is_room and redis.call('HMGET', KEYS[8], 's', 'd') or {}
-local top, deleted = int(meta[1], 0, 'meta'), digits(int(meta[2], 0, 'meta'))
+local top, deleted = int(meta[1], 0, 'log_meta'), digits(int(meta[2], 0, 'log_meta'))
 local made = is_made and '1' or '0'
 return { 'ok', epoch or '0', digits(number or 0), count, digits(math.min(read, top)), deleted, made }

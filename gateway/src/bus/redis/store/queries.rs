@@ -24,7 +24,7 @@ use crate::{
             PresenceVersion, RoomConfig, RoomPage, RoomSummary, UserPresence,
         },
     },
-    telemetry::metrics::BadValue,
+    telemetry::metrics::InvalidValue,
 };
 
 /// How long it is noted whose a managed room is, after the owner has made the last: above that it does not
@@ -79,7 +79,7 @@ impl StoreWorker {
     fn detail_of(&self, user: UserId, row: &str) -> Option<UserPresence> {
         let detail = detail_of(user, row);
         if detail.is_none() {
-            untrusted::found(self.router.metrics(), BadValue::Presence, "who is present");
+            untrusted::found(self.router.metrics(), InvalidValue::Presence, "who is present");
         }
         detail
     }
@@ -92,7 +92,7 @@ impl StoreWorker {
     ) -> PresenceSnapshot {
         let (snapshot, bad) = snapshot(rows, settled);
         for _ in 0..bad {
-            untrusted::found(self.router.metrics(), BadValue::Presence, room);
+            untrusted::found(self.router.metrics(), InvalidValue::Presence, room);
         }
         snapshot
     }
@@ -429,7 +429,7 @@ impl StoreWorker {
                 version.and_then(|Lossy(row)| row.rsplit_once(' ')?.1.parse().ok()).unwrap_or(0);
             let record = match record_of(&record) {
                 None if !record.is_empty() => {
-                    untrusted::found(self.router.metrics(), BadValue::Record, &room);
+                    untrusted::found(self.router.metrics(), InvalidValue::RoomConfig, &room);
                     None
                 }
                 record => record,

@@ -14,7 +14,7 @@ use super::{
     },
     LOOK_EVERY, StoreWorker,
 };
-use crate::{bus::BusError, telemetry::metrics::BadValue};
+use crate::{bus::BusError, telemetry::metrics::InvalidValue};
 
 /// How many users leave in one step.
 const REAP_MAX: usize = 500;
@@ -86,7 +86,7 @@ impl StoreWorker {
         let incarnations = answers.pop().unwrap_or(Ok(Value::Nil));
         let incarnations: Rows = match incarnations {
             Err(error) if is_wrong_type(&error) => {
-                found(metrics, BadValue::Type, "incarnations");
+                found(metrics, InvalidValue::KeyType, "incarnations");
                 redis::cmd("DEL")
                     .arg(keyspace.incarnations())
                     .query_async::<()>(&mut *reader)
@@ -157,7 +157,7 @@ impl StoreWorker {
         command.arg(keyspace.places(home, incarnation));
         let places = match command.query_async::<Vec<Lossy>>(&mut **reader).await {
             Err(error) if is_wrong_type(&error) => {
-                found(self.router.metrics(), BadValue::Type, "places of a node");
+                found(self.router.metrics(), InvalidValue::KeyType, "places of a node");
                 let mut delete = redis::cmd("DEL");
                 delete.arg(keyspace.places(home, incarnation));
                 return delete.query_async(&mut **reader).await;
@@ -166,7 +166,7 @@ impl StoreWorker {
         };
         for Lossy(place) in places {
             let Some(keys) = keyspace.keys_of(home, &place, incarnation) else {
-                found(self.router.metrics(), BadValue::Presence, &place);
+                found(self.router.metrics(), InvalidValue::Presence, &place);
                 redis::cmd("HDEL")
                     .arg(keyspace.places(home, incarnation))
                     .arg(&place)
