@@ -1,9 +1,9 @@
-//! What the gateway counts. The help texts are the documentation; a test compares them with
+//! Metrics of the gateway. The help texts are the documentation; a test compares them with
 //! `docs/metrics.md`.
 //!
-//! The registry is the node's own, not the process's, so that tests can run several. Labels are
-//! closed enums: cardinality is decided here and not by traffic. Children of labelled metrics are
-//! looked up once, since each look-up costs a hash and a lock.
+//! The registry belongs to the node, not to the process, so that tests can run several nodes. Labels
+//! are closed enums: the code bounds the cardinality, not the traffic. Children of labelled metrics
+//! are looked up once, since each look-up costs a hash and a lock.
 
 use std::{collections::HashMap, fmt};
 
@@ -15,189 +15,189 @@ use shared::error::ErrorCode;
 
 use super::{legacy, seldom::Seldom};
 
-/// What became of a handshake.
+/// Result of a handshake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum HandshakeResult {
-    /// 101.
+    /// The connection is open: 101, or 200 for an event stream.
     Accepted,
-    /// Not a WebSocket handshake, or a bad one: 4xx.
+    /// The request is no valid handshake: 4xx.
     Invalid,
-    /// The page's origin is not allowed: 403.
+    /// The origin of the page is not allowed: 403.
     OriginDenied,
-    /// An address has too many: 429.
+    /// The address is above a limit: 429.
     RateLimited,
-    /// The node is full, drains, or its bus is down: 503.
+    /// The node is full, draining, or without its bus: 503.
     Unavailable,
 }
 
-/// Why a TCP connection was dropped before it was a WebSocket.
+/// Reason for dropping a TCP connection before it became a WebSocket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DropReason {
-    /// Its address has too many.
+    /// The address has too many connections.
     PerIpLimit,
-    /// It took nothing of an answer for too long.
+    /// The client did not read a response for too long.
     WriteTimeout,
-    /// Its request's header did not come in time.
+    /// The header of a request did not arrive in time.
     HeaderTimeout,
-    /// It was the oldest when there was no place for another one.
+    /// The listener was full, and this connection was the oldest pending one.
     Evicted,
 }
 
-/// Which account of its meter a connection waits for.
+/// Budget that a connection has used up, so that it is read more slowly.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ThrottleReason {
-    /// Control frames, small fragments and refused frames.
+    /// Control frames, small fragments and rejected frames of the connection.
     Overhead,
-    /// The same of its address.
+    /// Control frames, small fragments and rejected frames of all connections of the address.
     PerIpOverhead,
-    /// Bytes.
+    /// Bytes of the connection.
     Bytes,
 }
 
-/// What became of a publish.
+/// Result of a publish.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum PublishResult {
-    /// Appended.
+    /// Appended to the log.
     Appended,
-    /// The id was known.
+    /// The log already has a message with this id.
     Duplicate,
-    /// The bus was away for too long.
+    /// The bus was unavailable for longer than the publish may wait.
     Unavailable,
-    /// The queue towards the bus was full.
+    /// The queue to the bus was full.
     Overloaded,
-    /// The bus refused it.
+    /// The bus rejected the message.
     Failed,
-    /// A bound of durable state was reached: see `gateway_storage_rejections_total`.
+    /// A storage limit was reached: see `gateway_storage_rejections_total`.
     LimitReached,
 }
 
-/// What the hub did with an entry that arrived from the bus.
+/// Decision of the hub on a log entry that it received from the bus.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum EntryResult {
-    /// Passed on.
+    /// Delivered to the members of this node.
     Delivered,
-    /// Known already.
+    /// Received before.
     Duplicate,
-    /// Something before it is missing.
+    /// Entries before this one are missing.
     Gap,
-    /// The log has another epoch.
+    /// The log has begun a new epoch.
     EpochChanged,
-    /// Nobody here follows the room.
+    /// This node is not subscribed to the log.
     NotSubscribed,
-    /// The node may not pass anything on before it has agreed with the others again.
+    /// The node has lost its lease: delivery is suspended until the cluster agrees again.
     NoLease,
 }
 
-/// How the hub got what had not arrived.
+/// Result of reading a log because entries had not been received.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum LogRepairResult {
-    /// Read from the log, whole.
+    /// The log had all missing entries.
     Complete,
-    /// Not to be had whole: members got a `reset`.
+    /// The log no longer had all of them: members got a `reset`.
     Reset,
-    /// The log could not be read; tried again.
+    /// The log could not be read; the read is repeated.
     Failed,
-    /// It was compared with what this node holds: two histories shared numbers.
+    /// Two histories shared sequence numbers; the log was compared with the entries of this node.
     Reconciled,
 }
 
-/// Where the entries came from that a returning client was given.
+/// Source of the missed entries that a resuming client received.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ResumeSource {
-    /// The node's ring.
+    /// The newest entries in the memory of this node.
     Ring,
-    /// The log.
+    /// The log on the bus.
     Log,
 }
 
-/// What became of a room that this node offered to give back to a server.
+/// Result of comparing a log with a Redis server that may have lost entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum RestoreResult {
-    /// The server had all of it.
+    /// The server had all entries.
     Unchanged,
-    /// It was given back what it lacked.
+    /// The server got the entries that it lacked.
     Restored,
-    /// It has gone on in another epoch.
+    /// The log on the server has moved to another epoch.
     EpochChanged,
-    /// Two histories share numbers: it goes on in a new epoch.
+    /// Two histories share sequence numbers: the log continues in a new epoch.
     Conflict,
-    /// The server answered with an error that will not pass.
+    /// The server answered with a permanent error.
     Failed,
 }
 
-/// Which bound of durable state was reached.
+/// Storage limit that a request would have exceeded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum StorageLimit {
-    /// Bytes that a user or an address may have kept in a time.
+    /// Bytes that a user or an address may store per minute.
     Bytes,
-    /// Rooms that may come to be in a time.
+    /// Rooms that a user or an address may create per minute.
     NewRooms,
-    /// Managed rooms of an owner.
+    /// Managed rooms of one owner.
     ManagedRooms,
-    /// Inboxes of users who were never connected that may be opened in a time.
+    /// Inboxes of users who never connected that a user may open per hour.
     UnseenInboxes,
-    /// Bytes of one of those.
+    /// Bytes of the inbox of a user who never connected.
     UnseenBytes,
     /// Data of all sessions of a user.
     SessionData,
-    /// Users whose read marks a room has.
+    /// Users whose read marks a room keeps.
     ReadMarks,
-    /// Memory is above the watermark.
+    /// The memory of a Redis server is above the watermark.
     Memory,
 }
 
-/// What became of a password of a room that was presented.
+/// Result of checking the password of a room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum PasswordResult {
-    /// It fits.
+    /// The password is correct.
     Correct,
-    /// It does not.
+    /// The password is wrong.
     Wrong,
-    /// Too many were wrong, or wait: it was not checked.
+    /// Not checked: there were too many wrong ones, or too many checks are waiting.
     RateLimited,
 }
 
-/// Why a request of the server API was refused for its key.
+/// Reason for rejecting a server API request because of its key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ApiRejection {
-    /// It has none: 401.
+    /// The request has no key: 401.
     MissingKey,
-    /// It has another: 401.
+    /// The key is unknown: 401.
     WrongKey,
-    /// The gateway has no API key: 403.
+    /// The gateway has no API keys: 403.
     Disabled,
-    /// Its address has made too many such requests: 429.
+    /// The address made too many such requests: 429.
     RateLimited,
 }
 
-/// What stood in Redis that no gateway wrote.
+/// Kind of a value read from Redis that no gateway wrote.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum InvalidValue {
-    /// A field of a barrier, where the nodes agree on a server.
+    /// A field of the barrier at which the nodes agree on a server.
     Barrier,
     /// An entry of a log.
     Entry,
-    /// The position of an id within the dedup window.
+    /// The position of a message id within the dedup window.
     DedupId,
     /// A lease, or the name of an incarnation.
     Lease,
-    /// How far a user has read.
+    /// The read mark of a user.
     ReadMark,
-    /// What was published in a channel of the gateways.
+    /// A message in a pub/sub channel of the gateways.
     PubsubMessage,
-    /// A field of a log's meta.
+    /// A field of the metadata of a log.
     LogMeta,
-    /// An order, or what a node has applied.
+    /// A control command, or the commands that a node has applied.
     Command,
-    /// Who is present, or the name of somebody or of a room in an index.
+    /// A presence entry, or a user or room name in an index.
     Presence,
-    /// How a room is managed.
+    /// The settings of a managed room.
     RoomConfig,
     /// A session, or its data.
     Session,
-    /// A key of another type than a gateway gives it.
+    /// A key whose type is not the one that the gateway gives it.
     KeyType,
-    /// What a node gave back of what it had published.
+    /// An unconfirmed publish that a node restored.
     Unconfirmed,
 }
 
@@ -212,36 +212,38 @@ macro_rules! labels {
     };
 }
 
-/// A closed set of label values.
+/// A closed set of values of one label.
 pub trait Label: Copy + Eq + std::hash::Hash + 'static {
     /// Every value.
     const ALL: &'static [Self];
-    /// The value as it stands in the exposition.
+    /// Returns the value as it is exported.
     fn text(self) -> &'static str;
 }
 
-labels!(HandshakeResult: Accepted "accepted", Invalid "invalid", OriginDenied "origin_denied", RateLimited "rate_limited",
-    Unavailable "unavailable");
-labels!(DropReason: PerIpLimit "per_ip_limit", WriteTimeout "write_timeout", HeaderTimeout "header_timeout", Evicted "evicted");
+labels!(HandshakeResult: Accepted "accepted", Invalid "invalid", OriginDenied "origin_denied",
+    RateLimited "rate_limited", Unavailable "unavailable");
+labels!(DropReason: PerIpLimit "per_ip_limit", WriteTimeout "write_timeout",
+    HeaderTimeout "header_timeout", Evicted "evicted");
 labels!(ThrottleReason: Overhead "overhead", PerIpOverhead "per_ip_overhead", Bytes "bytes");
 labels!(PublishResult: Appended "appended", Duplicate "duplicate", Unavailable "unavailable",
     Overloaded "overloaded", Failed "failed", LimitReached "limit_reached");
-labels!(EntryResult: Delivered "delivered", Duplicate "duplicate", Gap "gap", EpochChanged "epoch_changed",
-    NotSubscribed "not_subscribed", NoLease "no_lease");
+labels!(EntryResult: Delivered "delivered", Duplicate "duplicate", Gap "gap",
+    EpochChanged "epoch_changed", NotSubscribed "not_subscribed", NoLease "no_lease");
 labels!(StorageLimit: Bytes "bytes", NewRooms "new_rooms", ManagedRooms "managed_rooms",
     UnseenInboxes "unseen_inboxes", UnseenBytes "unseen_bytes", SessionData "session_data",
     ReadMarks "read_marks", Memory "memory");
-labels!(LogRepairResult: Complete "complete", Reset "reset", Failed "failed", Reconciled "reconciled");
+labels!(LogRepairResult: Complete "complete", Reset "reset", Failed "failed",
+    Reconciled "reconciled");
 labels!(PasswordResult: Correct "correct", Wrong "wrong", RateLimited "rate_limited");
 labels!(ApiRejection: MissingKey "missing_key", WrongKey "wrong_key", Disabled "disabled",
     RateLimited "rate_limited");
 labels!(ResumeSource: Ring "ring", Log "log");
-labels!(RestoreResult: Unchanged "unchanged", Restored "restored", EpochChanged "epoch_changed", Conflict "conflict",
-    Failed "failed");
-
-labels!(InvalidValue: Barrier "barrier", Entry "entry", DedupId "dedup_id", Lease "lease", ReadMark "read_mark",
-    PubsubMessage "pubsub_message", LogMeta "log_meta", Command "command", Presence "presence", RoomConfig "room_config",
-    Session "session", KeyType "key_type", Unconfirmed "unconfirmed");
+labels!(RestoreResult: Unchanged "unchanged", Restored "restored", EpochChanged "epoch_changed",
+    Conflict "conflict", Failed "failed");
+labels!(InvalidValue: Barrier "barrier", Entry "entry", DedupId "dedup_id", Lease "lease",
+    ReadMark "read_mark", PubsubMessage "pubsub_message", LogMeta "log_meta", Command "command",
+    Presence "presence", RoomConfig "room_config", Session "session", KeyType "key_type",
+    Unconfirmed "unconfirmed");
 
 impl Label for bool {
     const ALL: &'static [Self] = &[false, true];
@@ -257,28 +259,28 @@ impl Label for ErrorCode {
     }
 }
 
-/// A counter per label value.
+/// One counter per label value.
 #[derive(Debug)]
 pub struct Counters<L>(HashMap<L, IntCounter>);
 
 impl<L: Label> Counters<L> {
-    /// The counter of `label`.
+    /// Returns the counter of `label`.
     pub fn of(&self, label: L) -> &IntCounter {
         &self.0[&label]
     }
 
-    /// All of them together.
+    /// Returns the sum over all label values.
     pub fn sum(&self) -> u64 {
         self.0.values().map(IntCounter::get).sum()
     }
 }
 
-/// Counts one more in a gauge until it is dropped.
+/// Adds one to a gauge until it is dropped.
 #[derive(Debug)]
 pub struct Counted(IntGauge);
 
 impl Counted {
-    /// One more in `gauge`.
+    /// Adds one to `gauge`.
     pub fn new(gauge: &IntGauge) -> Self {
         gauge.inc();
         Self(gauge.clone())
@@ -291,7 +293,7 @@ impl Drop for Counted {
     }
 }
 
-/// Everything the gateway counts.
+/// All metrics of one node.
 #[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
@@ -314,7 +316,7 @@ pub struct Metrics {
     pub handshakes: Counters<HandshakeResult>,
     /// `gateway_handshakes_abandoned_total`
     pub handshakes_abandoned: IntCounter,
-    /// `gateway_disconnects_total`; codes a client made up count as `other`.
+    /// `gateway_disconnects_total`; close codes that the gateway does not know count as `other`.
     disconnects: IntCounterVec,
     /// `gateway_frames_received_total`
     pub frames_received: IntCounter,
@@ -409,60 +411,60 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Creates all metrics in a registry of their own.
+    /// Creates all metrics in a new registry.
     pub fn new() -> Self {
         let registry = Registry::new();
         let r = &registry;
         let process = prometheus::process_collector::ProcessCollector::for_self();
         r.register(Box::new(process)).expect("nothing else is in a fresh registry");
         Self {
-            connections: gauge(r, "gateway_connections", "WebSocket connections that are open"),
+            connections: gauge(r, "gateway_connections", "Open client connections: WebSockets and event streams"),
             connection_panics: counter(
                 r,
                 "gateway_connection_panics_total",
-                "Connections and requests that ended by a panic of the gateway, a defect: each alone",
+                "Connections and requests ended by a panic in the gateway, which closes only that connection; each one is a bug, the log names the place",
             ),
-            tasks: gauge(r, "gateway_tasks", "Tasks of the runtime that have not ended"),
+            tasks: gauge(r, "gateway_tasks", "Live tasks of the async runtime; a rise without more connections or rooms is a leak"),
             http_connections_dropped: counters(
                 r,
                 "gateway_http_connections_dropped_total",
-                "TCP connections dropped before they were WebSockets, by why",
+                "TCP connections dropped before they became a WebSocket or event stream, by `reason`; many `evicted` mean that unauthenticated peers fill the listener",
                 "reason",
             ),
             http_rate_limited: counter(
                 r,
                 "gateway_http_rate_limited_total",
-                "Plain HTTP requests answered 429 because their address made too many",
+                "Plain HTTP requests answered with 429 because of `limits.http_requests_per_second_per_ip`",
             ),
             api_rejections: counters(
                 r,
                 "gateway_api_rejections_total",
-                "Requests of the server API refused for their key, by reason",
+                "Server API requests rejected because of their key, by `reason`; `wrong_key` may be a guess",
                 "reason",
             ),
             room_password_checks: counters(
                 r,
                 "gateway_room_password_checks_total",
-                "Room passwords presented by clients, by result",
+                "Room passwords presented by clients, by `result`; many `wrong` or `rate_limited` may be guesses",
                 "result",
             ),
             handshakes: counters(
                 r,
                 "gateway_handshakes_total",
-                "WebSocket handshakes, by what became of them",
+                "WebSocket and event stream handshakes, by `result`; `unavailable` means that the node is full, draining, or without its bus",
                 "result",
             ),
             handshakes_abandoned: counter(
                 r,
                 "gateway_handshakes_abandoned_total",
-                "Accepted handshakes whose client left before the connection was open",
+                "Accepted handshakes whose client disconnected before the connection was open",
             ),
             disconnects: register(
                 r,
                 IntCounterVec::new(
                     Opts::new(
                         "gateway_disconnects_total",
-                        "Connections that ended, by close code; 1006 is an end without one",
+                        "Closed connections, by WebSocket close `code`; 1006: no close frame, 4002: client timed out, 4003: client did not read",
                     ),
                     &["code"],
                 )
@@ -471,7 +473,7 @@ impl Metrics {
             frames_received: counter(
                 r,
                 "gateway_frames_received_total",
-                "Text and binary messages from clients",
+                "Text and binary messages received from clients",
             ),
             frames_sent: counter(
                 r,
@@ -491,219 +493,219 @@ impl Metrics {
             input_throttles: counters(
                 r,
                 "gateway_input_throttles_total",
-                "How often a connection was not read for a while because it was above a rate",
+                "Pauses in reading a connection that sends above a rate, by `reason`",
                 "reason",
             ),
             input_rate_limit_closes: counter(
                 r,
                 "gateway_input_rate_limit_closes_total",
-                "Connections closed with 1008 rate_limited",
+                "Connections closed with 1008 `rate_limited` because they kept sending above a rate",
             ),
             deflate_handshakes: counter(
                 r,
                 "gateway_deflate_handshakes_total",
-                "Handshakes in which compression was agreed on",
+                "Handshakes that negotiated permessage-deflate",
             ),
             deflated_messages: counter(
                 r,
                 "gateway_deflated_messages_total",
-                "Messages to clients that were compressed, each once for all who get it that way",
+                "Messages compressed, counted once however many clients receive the compressed form",
             ),
             deflate_input_bytes: counter(
                 r,
                 "gateway_deflate_input_bytes_total",
-                "Bytes of messages that were compressed, before",
+                "Bytes of compressed messages before compression",
             ),
             deflate_output_bytes: counter(
                 r,
                 "gateway_deflate_output_bytes_total",
-                "Bytes of messages that were compressed, after",
+                "Bytes of compressed messages after compression",
             ),
             errors: counters(
                 r,
                 "gateway_errors_total",
-                "Frames answered by `error`, by code",
+                "`error` frames sent to clients, by `code`; each `internal` is a bug",
                 "code",
             ),
             publishes: counters(
                 r,
                 "gateway_publishes_total",
-                "Messages handed to the bus, by what became of them",
+                "Messages published through the bus, by `result`; `unavailable` and `overloaded` mean that Redis is away or too slow",
                 "result",
             ),
             publish_seconds: histogram(
                 r,
                 "gateway_publish_seconds",
-                "Time from handing a message to the bus to its answer",
+                "Seconds from publishing a message to the acknowledgement by the bus; a rising 99th percentile means that Redis is slow",
             ),
             bus_entries_received: counters(
                 r,
                 "gateway_bus_entries_received_total",
-                "Entries that arrived from the bus, by what the hub did with them",
+                "Log entries received from the bus, by `result`; each `gap` causes a read of the log, `no_lease` means that delivery is suspended",
                 "result",
             ),
             deliveries: counter(
                 r,
                 "gateway_deliveries_total",
-                "Entries placed in the outbox of a member",
+                "Log entries placed in the send queue of a member",
             ),
             ephemeral_events: counter(
                 r,
                 "gateway_ephemeral_events_total",
-                "Frames of presence, typing, reading and rooms without a log placed in the outbox of a member",
+                "Ephemeral events (presence, typing, read marks, messages of rooms without a log) placed in a connection's send queue",
             ),
             ephemeral_events_dropped: counter(
                 r,
                 "gateway_ephemeral_events_dropped_total",
-                "The same, dropped since the outbox was full",
+                "Ephemeral events dropped because a queue was full: the send queue of the connection, or the mailbox of a shard",
             ),
             log_repairs: counters(
                 r,
                 "gateway_log_repairs_total",
-                "Reads of a log because something had not arrived, by outcome",
+                "Reads of a log because entries had not been received, by `result`; `reset` means that members lost continuity",
                 "result",
             ),
             resumes: counters(
                 r,
                 "gateway_resumes_total",
-                "Joins with a position, by where the missed entries came from",
+                "Joins that resume from a position, by `source` of the missed entries: the node's memory (`ring`) or the bus (`log`)",
                 "source",
             ),
             slow_consumers: counter(
                 r,
                 "gateway_slow_consumers_total",
-                "Times a member's outbox was full, so that it goes on from the log",
+                "Times a member's send queue was full, so that the member continues from the log",
             ),
             mailbox_overflows: counter(
                 r,
                 "gateway_mailbox_overflows_total",
-                "Entries dropped on a full shard mailbox, to be read from the log instead",
+                "Bus entries dropped because the mailbox of a shard was full; the shard reads them from the log; a steady rate means that the node is overloaded",
             ),
-            rooms: gauge(r, "gateway_rooms", "Rooms this node follows"),
+            rooms: gauge(r, "gateway_rooms", "Rooms that this node is subscribed to"),
             inboxes: gauge(
                 r,
                 "gateway_inboxes",
-                "Inboxes this node follows, of users who are or were connected to it",
+                "Inboxes that this node is subscribed to, of users who are connected to it or were until a moment ago",
             ),
             members: gauge(r, "gateway_members", "Memberships of local connections in rooms"),
             client_read_bytes: counter(
                 r,
                 "gateway_client_read_bytes_total",
-                "Bytes of logs and lists read because clients asked for them",
+                "Bytes read from logs and lists on behalf of clients",
             ),
             client_reads_delayed: counter(
                 r,
                 "gateway_client_reads_delayed_total",
-                "Reads for clients that waited for `limits.read_bytes_per_second`",
+                "Reads on behalf of clients that waited because of `limits.read_bytes_per_second`",
             ),
             watched_users: gauge(
                 r,
                 "gateway_watched_users",
-                "Users whose status this node follows for its connections",
+                "Users whose status this node watches for its connections",
             ),
-            ring_bytes: gauge(r, "gateway_ring_bytes", "Bytes of entries held in rings"),
+            ring_bytes: gauge(r, "gateway_ring_bytes", "Bytes of the newest log entries held in memory; bounded by `hub.ring_bytes_max`"),
             dedup_ids_bytes: gauge(
                 r,
                 "gateway_dedup_ids_bytes",
-                "Bytes of ids within the dedup window, kept to be given back to a Redis that lost them",
+                "Bytes of message ids within `dedup.window` held in memory, to restore them to a Redis server that lost them; bounded by `hub.ids_bytes_max`",
             ),
             dedup_id_buckets_dropped: counter(
                 r,
                 "gateway_dedup_id_buckets_dropped_total",
-                "Buckets of ids within the dedup window that were forgotten for `hub.ids_bytes_max`",
+                "Groups of message ids forgotten before the end of `dedup.window` because of `hub.ids_bytes_max`",
             ),
             reappended_messages: counter(
                 r,
                 "gateway_reappended_messages_total",
-                "Messages that a room's log has lost and that this node appended again",
+                "Messages that a log had lost in a failover and that this node appended again",
             ),
             fan_out_seconds: histogram(
                 r,
                 "gateway_fan_out_seconds",
-                "Time of one hub turn: entries placed in outboxes and written",
+                "Seconds of one batch of a shard: entries placed in send queues and written to sockets",
             ),
-            bus_up: gauge(r, "gateway_bus_up", "1 while the bus can be published to and heard"),
-            clock_skew_seconds: register(r, Gauge::new("gateway_clock_skew_seconds", "How far this node's clock is ahead of that of Redis, negative where it is behind").expect("the name is a constant")),
+            bus_up: gauge(r, "gateway_bus_up", "1 while this node can publish to the bus and receive from it, else 0; at 0 it rejects handshakes"),
+            clock_skew_seconds: register(r, Gauge::new("gateway_clock_skew_seconds", "Seconds that this node's clock is ahead of the clock of Redis, negative where it is behind; worry above 1").expect("the name is a constant")),
             redis_invalid_values: counters(
                 r,
                 "gateway_redis_invalid_values_total",
-                "Values read from Redis that no gateway wrote, which were skipped or repaired, by what they were to be",
+                "Values read from Redis that no gateway wrote, which were skipped or repaired, by `kind`; another program may write there",
                 "kind",
             ),
             bus_reconnects: counter(
                 r,
                 "gateway_bus_reconnects_total",
-                "Links to the bus that were lost and made again",
+                "Connections to Redis that were lost and reopened",
             ),
             bus_probe_timeouts: counter(
                 r,
                 "gateway_bus_probe_timeouts_total",
-                "Times this node did not hear its own probe within 2 s, and made both links again",
+                "Times this node did not receive its own probe within 2 s and reopened its Redis connections",
             ),
             recovery_rounds: counters(
                 r,
                 "gateway_recovery_rounds_total",
-                "Times the nodes agreed on a Redis server, by whether everybody was heard",
+                "Rounds in which the nodes agreed on a Redis server, by `complete`: `false` if a process that may hold entries took no part, so that rooms may begin a new epoch",
                 "complete",
             ),
             log_restores: counters(
                 r,
                 "gateway_log_restores_total",
-                "Rooms offered to a Redis server that may have lost some of them, by what became of them",
+                "Logs compared with a Redis server that may have lost entries, by `result`; `conflict` and `epoch_changed` mean that members get a `reset`",
                 "result",
             ),
             republished: counter(
                 r,
                 "gateway_republished_total",
-                "Acknowledged publishes sent again to another Redis server, since they had not come by",
+                "Acknowledged publishes sent again to another Redis server because their entries had not been received",
             ),
             unconfirmed_publishes_dropped: counter(
                 r,
                 "gateway_unconfirmed_publishes_dropped_total",
-                "Acknowledged publishes forgotten early, since too many had not come by",
+                "Acknowledged publishes that are no longer kept for republishing because too many were unconfirmed",
             ),
             storage_rejections: counters(
                 r,
                 "gateway_storage_rejections_total",
-                "Requests refused because they would have kept more than a bound of docs/limits.md allows",
+                "Requests rejected because they would store more than a limit of docs/limits.md, by `reason`; `memory` means that Redis is above its watermark",
                 "reason",
             ),
             redis_memory_used: gauge(
                 r,
                 "gateway_redis_memory_used_bytes",
-                "Memory used by the Redis server with the least left",
+                "Bytes of memory used by the Redis server with the least memory left",
             ),
             redis_memory_max: gauge(
                 r,
                 "gateway_redis_memory_max_bytes",
-                "Memory that server may use: its `maxmemory`, else `cluster.memory_max`; 0: not known",
+                "Bytes of memory that this Redis server may use: its `maxmemory`, else `cluster.memory_max`; 0: unknown",
             ),
             redis_memory_pressure: gauge(
                 r,
                 "gateway_redis_memory_pressure",
-                "0 below `cluster.memory_watermark`, 1 above it (new state is refused), 2 with no memory left",
+                "0 below `cluster.memory_watermark`, 1 above it (new state is rejected), 2 without memory left (logs are cut short)",
             ),
             registry,
             legacy_names: false,
         }
     }
 
-    /// Whether renamed metrics are exported under their former names as well.
+    /// Sets whether renamed metrics are exported under their former names as well.
     pub fn with_legacy_names(mut self, legacy_names: bool) -> Self {
         self.legacy_names = legacy_names;
         self
     }
 
-    /// Counts a connection or request that ended by a panic, and logs it once a minute.
+    /// Counts a connection or request that ended by a panic, and logs at most one a minute.
     pub fn panicked(&self, connection: impl fmt::Display, panic: &str) {
         static SELDOM: Seldom = Seldom::new();
         self.connection_panics.inc();
         if let Some(unsaid) = SELDOM.is_due() {
-            tracing::error!(%connection, panic, unsaid, "a connection was closed by a panic");
+            tracing::error!(%connection, panic, unsaid, "a panic closed a connection: a bug in the gateway");
         }
     }
 
-    /// Counts a connection that ended with `code`.
+    /// Counts a connection that was closed with `code`.
     pub fn disconnected(&self, code: u16) {
         let known = shared::close::CloseCode::ALL.iter().any(|known| known.number() == code);
         let text = match code {
@@ -714,7 +716,7 @@ impl Metrics {
         self.disconnects.with_label_values(&[&text]).inc();
     }
 
-    /// All metrics in Prometheus' text format.
+    /// Renders all metrics in the Prometheus text format.
     pub fn render(&self) -> String {
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
             let tasks = runtime.metrics().num_alive_tasks();
@@ -729,7 +731,7 @@ impl Metrics {
             .expect("gathered families are complete")
     }
 
-    /// Name, kind and help of every metric of the gateway's own, in the order of their names.
+    /// Returns name, kind and help of every `gateway_` metric, ordered by name.
     pub fn describe(&self) -> Vec<(String, String, String)> {
         self.disconnects.with_label_values(&["1000"]);
         let families = self.registry.gather();
@@ -765,7 +767,8 @@ fn gauge(registry: &Registry, name: &str, help: &str) -> IntGauge {
     register(registry, IntGauge::new(name, help).expect("the name is a constant"))
 }
 
-/// Buckets from 50 µs to 5 s: from a delivery on one machine to `publish.wait`.
+/// Registers a histogram with buckets from 50 µs (a delivery on one machine) to 5 s (the default of
+/// `publish.wait`).
 fn histogram(registry: &Registry, name: &str, help: &str) -> Histogram {
     let buckets = [5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 0.1, 0.5, 1.0, 5.0];
     let options = HistogramOpts::new(name, help).buckets(buckets.to_vec());

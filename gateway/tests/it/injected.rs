@@ -154,7 +154,7 @@ async fn a_panic_of_a_connection_closes_that_connection_only() {
     node.process.signal("TERM");
     let (code, log) = node.end().await;
     assert_eq!(code, Some(0));
-    let lines = log.lines().filter(|line| line.contains("a connection was closed by a panic"));
+    let lines = log.lines().filter(|line| line.contains("a panic closed a connection"));
     assert_eq!(lines.count(), 1, "{log}");
 }
 
