@@ -44,6 +44,8 @@ use crate::{
     transport::{Heartbeat, echo::EchoMode},
 };
 
+mod aliases;
+
 /// The file that is read if it is there and no other is named.
 pub const DEFAULT_FILE: &str = "gateway.toml";
 /// HS256 takes no shorter key (RFC 7518, section 3.2).
@@ -150,6 +152,9 @@ struct Described {
 /// Hands out values by key, and collects what is wrong with them.
 struct Reader {
     values: BTreeMap<String, String>,
+    /// Former names that were used, by the present ones.
+    former: BTreeMap<&'static str, &'static str>,
+    warnings: Vec<String>,
     mistakes: Vec<Mistake>,
     described: Vec<Described>,
 }
@@ -169,7 +174,7 @@ impl Config {
 
     /// Every option as a table in Markdown, as it stands in `docs/configuration.md`.
     pub fn describe() -> String {
-        let mut reader = Reader { values: BTreeMap::new(), mistakes: vec![], described: vec![] };
+        let mut reader = Reader::of(BTreeMap::new());
         Self::read(&mut reader);
         let mut table = String::from("| key | default | what |\n| --- | --- | --- |\n");
         for Described { key, default, text, .. } in reader.described {
@@ -214,13 +219,13 @@ impl Config {
         let create_on_join = r.take::<bool>("rooms.create_on_join", "true", "Whether a room that is not there is made by being joined. Otherwise: `not_found`.");
         let empty_ttl = r.take::<Span>("rooms.empty_ttl", "24h", "How long a managed room stays that nobody is in.");
         let managed_max = r.take_in("rooms.managed_per_owner", "100", 0..=1_000_000_usize, "Managed rooms that a user may own. More: `limit_reached`. 0: no limit.");
-        let marks_max = r.take_in("rooms.marks_max", "10000", 1..=10_000_000_u32, "Of how many users a room notes how far they have read; marks of others are not kept.");
+        let marks_max = r.take_in("rooms.read_marks_max", "10000", 1..=10_000_000_u32, "Of how many users a room notes how far they have read; marks of others are not kept.");
         let ephemeral = r.take::<List<RoomPattern>>("rooms.ephemeral", "", "Rooms that keep no log, by name or prefix, as `cursors,live:*`: messages are passed on once and not kept. The same on all nodes.");
         let grace = r.take::<Span>("presence.grace", "3s", "How long a user stays present whose last connection has gone, so that a page can be loaded again.");
-        let individual_max = r.take_in("presence.individual_max", "100", 0..=10_000_usize, "Up to how many members a room tells one by one who comes and goes; above it `presence_diff`, at most every 250 ms.");
-        let named_max = r.take_in("presence.named_max", "1000", 0..=100_000_usize, "Up to how many members `presence_diff` names; above it only `count` is told, since otherwise each member would be sent the name of every other.");
+        let individual_max = r.take_in("presence.event_members_max", "100", 0..=10_000_usize, "Up to how many members a room tells one by one who comes and goes; above it `presence_diff`, at most every 250 ms.");
+        let named_max = r.take_in("presence.diff_members_max", "1000", 0..=100_000_usize, "Up to how many members `presence_diff` names; above it only `count` is told, since otherwise each member would be sent the name of every other.");
         let presence_public = r.take::<bool>("presence.public", "true", "Whether clients may ask who is connected to the cluster, or only how many.");
-        let publish_wait = r.take::<Span>("publish.wait", "5s", "How long a send, `join` or `history` waits for Redis before `unavailable`.");
+        let publish_wait = r.take::<Span>("publish.timeout", "5s", "How long a send, `join` or `history` waits for Redis before `unavailable`.");
         let dedup_window = r.take::<Span>("dedup.window", "10m", "How long the `id` of a message is known.");
         let entries_min = r.take_in("history.max_entries", "1000", 1..=1_000_000_u32, "How many entries a room's log keeps; more while they are younger than `history.window`.");
         let window = r.take::<Span>("history.window", "2m", "How long entries above `history.max_entries` are kept.");
@@ -239,15 +244,15 @@ impl Config {
 
         let shards = r.take_in("hub.shards", "0", 0..=256_usize, "Over how many tasks rooms are spread on a node. 0: one per core.");
         let ring_bytes = r.take::<Bytes>("hub.ring_bytes_max", "256MiB", "The most that the newest entries of all rooms take in a node's memory.");
-        let ids_bytes = r.take::<Bytes>("hub.ids_bytes_max", "64MiB", "The most that the ids of messages within `dedup.window` take in a node's memory, to be given back to a Redis that lost them; the oldest go first.");
+        let ids_bytes = r.take::<Bytes>("hub.dedup_ids_bytes_max", "64MiB", "The most that the ids of messages within `dedup.window` take in a node's memory, to be given back to a Redis that lost them; the oldest go first.");
 
         let hub_rooms = r.take_in("hub.rooms_max", "500000", 1..=100_000_000_usize, "Rooms that a node follows, with members or since a moment ago. A `join` of a further one: `limit_reached`.");
-        let lingering_rooms = r.take_in("hub.lingering_rooms_max", "50000", 0..=100_000_000_usize, "Of those and of inboxes, how many without members are still followed for a while; above it those that have been empty for longest are not.");
+        let lingering_rooms = r.take_in("hub.empty_rooms_max", "50000", 0..=100_000_000_usize, "Of those and of inboxes, how many without members are still followed for a while; above it those that have been empty for longest are not.");
         let watched_users = r.take_in("hub.watched_users_max", "200000", 1..=100_000_000_usize, "Users whose status a node follows for its connections. A `watch` of a further one: `limit_reached`.");
 
         let interval = r.take::<Span>("heartbeat.interval", "25s", "How often a connection is pinged.");
-        let silence = r.take::<Span>("heartbeat.silence_max", "60s", "A connection from which nothing is heard for so long is closed with 4002.");
-        let stall = r.take::<Span>("heartbeat.stall_max", "30s", "A connection to which nothing can be written for so long is closed with 4003.");
+        let idle_timeout = r.take::<Span>("heartbeat.idle_timeout", "60s", "A connection from which nothing is heard for so long is closed with 4002.");
+        let write_timeout = r.take::<Span>("heartbeat.write_timeout", "30s", "A connection to which nothing can be written for so long is closed with 4003.");
         let deflate = r.take::<bool>("transport.deflate", "true", "Whether messages are compressed with clients that offer permessage-deflate.");
         let deflate_bytes = r.take::<Bytes>("transport.deflate_bytes_min", "256", "Messages smaller than this are sent as they are.");
         let drain_delay = r.take::<Span>("drain.delay", "1s", "After SIGTERM, how long `/ready` says 503 before clients are sent away.");
@@ -268,7 +273,7 @@ impl Config {
         let new_inboxes = r.take_in("limits.new_inboxes_per_hour", "100", 0..=10_000_000_u32, "Users who were never connected that a user may send directs to in an hour; an address eight times as many. More: `rate_limited`. 0: no limit.");
         let new_rooms = r.take_in("limits.new_rooms_per_minute", "600", 0..=10_000_000_u32, "Rooms that come to be by a user's joining them in a minute, five times as many at once; an address eight times as many. More: `rate_limited`. 0: no limit.");
         let requests = r.take_in("limits.http_requests_per_second_per_ip", "200", 0..=1_000_000_u32, "Plain HTTP requests of an address (pages, probes, refused handshakes), five times as many at once; calls of the server API with a good key do not count. More: HTTP 429, and the connection is closed. 0: no limit.");
-        let api_refusals = r.take_in("limits.api_refusals_per_second_per_ip", "10", 0..=1_000_000_u32, "Calls of the server API without a good key, of an address, five times as many at once. More: HTTP 429, and the connection is closed. 0: no limit.");
+        let api_refusals = r.take_in("limits.api_key_failures_per_second_per_ip", "10", 0..=1_000_000_u32, "Calls of the server API without a good key, of an address, five times as many at once. More: HTTP 429, and the connection is closed. 0: no limit.");
         let password_ip = r.take_in("limits.password_failures_per_minute_per_ip", "30", 0..=1_000_000_u32, "Wrong passwords of rooms from an address, by users who have failed lately; and as many by others. More: `rate_limited`. 0: no limit.");
         let password_room = r.take_in("limits.password_failures_per_minute_per_room", "60", 0..=1_000_000_u32, "The same for one room, from all addresses. 0: no limit.");
         let read_bytes = r.take::<Bytes>("limits.read_bytes_per_second", "4MiB", "What may be read of logs and lists for a connection (`history`, `presence`, `rooms`, joins), eight times as much at once; for a user twice as much. More: it waits, then `rate_limited`. 0: no limit.");
@@ -304,7 +309,7 @@ impl Config {
         if !jwt && redis_url.0.is_some() && !allow_anonymous {
             r.mistake("auth.mode", "`anonymous` lets anybody speak as anybody: set `jwt`, or for a cluster that is open on purpose set auth.allow_anonymous = true".into());
         }
-        for (key, span) in [("publish.wait", &publish_wait), ("dedup.window", &dedup_window), ("history.ttl", &ttl), ("heartbeat.interval", &interval), ("heartbeat.silence_max", &silence), ("heartbeat.stall_max", &stall), ("rooms.empty_ttl", &empty_ttl), ("inbox.ttl", &inbox_ttl), ("sessions.ttl", &session_ttl), ("inbox.unseen_ttl", &unseen_ttl)] {
+        for (key, span) in [("publish.timeout", &publish_wait), ("dedup.window", &dedup_window), ("history.ttl", &ttl), ("heartbeat.interval", &interval), ("heartbeat.idle_timeout", &idle_timeout), ("heartbeat.write_timeout", &write_timeout), ("rooms.empty_ttl", &empty_ttl), ("inbox.ttl", &inbox_ttl), ("sessions.ttl", &session_ttl), ("inbox.unseen_ttl", &unseen_ttl)] {
             if span.0 < Duration::from_millis(1) || span.0 > Duration::from_secs(10 * 365 * 86_400) {
                 r.mistake(key, "has to be 1ms to 10 years".into());
             }
@@ -317,7 +322,7 @@ impl Config {
                 r.mistake(key, "has to be at most 1h".into());
             }
         }
-        for (key, bytes) in [("limits.message_bytes_max", &message_bytes), ("limits.outbox_bytes_max", &outbox_bytes), ("history.max_bytes", &bytes_max), ("history.memory_bytes_max", &memory_bytes), ("hub.ring_bytes_max", &ring_bytes), ("hub.ids_bytes_max", &ids_bytes), ("inbox.max_bytes", &inbox_bytes), ("inbox.unseen_max_bytes", &unseen_bytes), ("sessions.data_max_bytes", &session_data)] {
+        for (key, bytes) in [("limits.message_bytes_max", &message_bytes), ("limits.outbox_bytes_max", &outbox_bytes), ("history.max_bytes", &bytes_max), ("history.memory_bytes_max", &memory_bytes), ("hub.ring_bytes_max", &ring_bytes), ("hub.dedup_ids_bytes_max", &ids_bytes), ("inbox.max_bytes", &inbox_bytes), ("inbox.unseen_max_bytes", &unseen_bytes), ("sessions.data_max_bytes", &session_data)] {
             if bytes.0 < 128 || bytes.0 > 1 << 40 {
                 r.mistake(key, "has to be 128 bytes to 1 TiB".into());
             }
@@ -330,12 +335,12 @@ impl Config {
         }
         // What contradicts another option, where it was said: a default gives way. The smaller one, the larger one, and why.
         for (is_contradiction, key, other, why) in [
-            (interval.0 >= silence.0, "heartbeat.interval", "heartbeat.silence_max", "has to be less: every idle client would be closed before it is pinged"),
+            (interval.0 >= idle_timeout.0, "heartbeat.interval", "heartbeat.idle_timeout", "has to be less: every idle client would be closed before it is pinged"),
             (bytes_max.0 < message_bytes.0, "history.max_bytes", "limits.message_bytes_max", "has to be as much or more: a log would not keep one message"),
             (redis_url.0.is_none() && memory_bytes.0 < bytes_max.0, "history.memory_bytes_max", "history.max_bytes", "has to be as much or more: it is for all logs together"),
             (deflate && deflate_bytes.0 > message_bytes.0, "transport.deflate_bytes_min", "limits.message_bytes_max", "has to be less: nothing would be compressed, for which there is transport.deflate = false"),
             (window.0 > ttl.0, "history.window", "history.ttl", "has to be as long or shorter: nothing is kept for longer"),
-            (individual_max > named_max, "presence.individual_max", "presence.named_max", "has to be as many or fewer: who is told one by one is named"),
+            (individual_max > named_max, "presence.event_members_max", "presence.diff_members_max", "has to be as many or fewer: who is told one by one is named"),
         ] {
             if is_contradiction && (key == "heartbeat.interval" || r.is_given(key)) {
                 let of = |key: &str| r.described.iter().find(|option| option.key == key).map_or("", |option| option.value.as_str()).to_owned();
@@ -353,7 +358,7 @@ impl Config {
             r.mistake("limits.durable_bytes_per_minute", "has to be at most 2GiB".into());
         }
 
-        let mut warnings = Vec::new();
+        let mut warnings = std::mem::take(&mut r.warnings);
         if outbox_bytes.0 < message_bytes.0 {
             warnings.push("limits.outbox_bytes_max is less than limits.message_bytes_max: a client may hold more than the first, since one message always passes".into());
         }
@@ -399,7 +404,7 @@ impl Config {
                 warn_anonymous: open_cluster,
                 dedup_window: dedup_window.0,
                 deflate_bytes_min: deflate.then_some(deflate_bytes.0),
-                heartbeat: Arc::new(Heartbeat { interval: interval.0, silence_max: silence.0, stall_max: stall.0 }),
+                heartbeat: Arc::new(Heartbeat { interval: interval.0, idle_timeout: idle_timeout.0, write_timeout: write_timeout.0 }),
                 limits: HttpLimits {
                     connections_max: if connections_max == 0 { descriptors } else { connections_max },
                     connections_per_ip: per_ip,
@@ -462,11 +467,14 @@ impl Reader {
                 mistakes.push(Mistake { key, what: error.to_string() });
             }
         }
-        if mistakes.is_empty() {
-            Ok(Self { values, mistakes, described: Vec::new() })
-        } else {
-            Err(Mistakes(mistakes))
-        }
+        if mistakes.is_empty() { Ok(Self::of(values)) } else { Err(Mistakes(mistakes)) }
+    }
+
+    fn of(mut values: BTreeMap<String, String>) -> Self {
+        let aliases::Resolved { warnings, contradictions, former } = aliases::resolve(&mut values);
+        let mistake = |(key, what)| Mistake { key, what };
+        let mistakes = contradictions.into_iter().map(mistake).collect();
+        Self { values, former, warnings, mistakes, described: Vec::new() }
     }
 
     fn take<T: FromStr<Err: Display>>(
@@ -547,6 +555,10 @@ impl Reader {
     }
 
     fn mistake(&mut self, key: &str, what: String) {
+        let what = match self.former.get(key) {
+            Some(old) => format!("{what} (set by its former name {old})"),
+            None => what,
+        };
         self.mistakes.push(Mistake { key: key.to_owned(), what });
     }
 
@@ -840,7 +852,7 @@ mod tests {
             ("GATEWAY__CLUSTER__PARTITIONS", "0"),
             ("GATEWAY__AUTH__MODE", "jwt"),
             ("GATEWAY__LIMITS__MESSAGE_BYTES_MAX", "1"),
-            ("GATEWAY__PUBLISH__WAIT", "soon"),
+            ("GATEWAY__PUBLISH__TIMEOUT", "soon"),
         ];
         let Err(mistakes) = load(&environment, &[]) else { panic!("accepted") };
         for (key, _) in environment {
@@ -861,7 +873,7 @@ mod tests {
             (&[("log.level", "gateway::bus=debug")], "one level for everything"),
             (&[("log.level", "info,gateway=loud")], "a level is"),
             (&[("heartbeat.interval", "60s")], "every idle client would be closed"),
-            (&[("heartbeat.silence_max", "25s")], "heartbeat.silence_max = `25s`"),
+            (&[("heartbeat.idle_timeout", "25s")], "heartbeat.idle_timeout = `25s`"),
             (&[("heartbeat.interval", "0s")], "has to be 1ms to 10 years"),
             (&[JWT, ("auth.jwt_secret", "x")], "is 1 bytes long"),
             (&[JWT, ("auth.jwt_secret", &"x".repeat(31))], "32 or more"),
@@ -893,7 +905,7 @@ mod tests {
             (&[("history.max_bytes", "128")], "a log would not keep one message"),
             (&[("history.memory_bytes_max", "1MiB")], "it is for all logs together"),
             (&[("history.window", "2d")], "nothing is kept for longer"),
-            (&[("presence.individual_max", "2000")], "who is told one by one is named"),
+            (&[("presence.event_members_max", "2000")], "who is told one by one is named"),
             (&[("presence.grace", "30d")], "has to be at most 1h"),
             (&[("drain.window", "2h")], "has to be at most 1h"),
             (&[("transport.deflate_bytes_min", "1GiB")], "transport.deflate = false"),
@@ -915,7 +927,11 @@ mod tests {
             &[("rooms.ephemeral", "live:*,cursors,*")],
             &[REDIS, ("auth.allow_anonymous", "true"), ("history.memory_bytes_max", "1MiB")],
             // Defaults give way.
-            &[("history.ttl", "2s"), ("history.max_bytes", "1GiB"), ("presence.named_max", "5")],
+            &[
+                ("history.ttl", "2s"),
+                ("history.max_bytes", "1GiB"),
+                ("presence.diff_members_max", "5"),
+            ],
             &[("limits.outbox_bytes_max", "64KiB")],
             &[("api.keys", "web:0123456789abcdef,web:fedcba9876543210")],
         ];

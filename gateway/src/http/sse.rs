@@ -557,7 +557,7 @@ impl Stream {
     /// Serves the stream until it ends. Returns the close code that a WebSocket would have had.
     async fn run(mut self, node: &Node, stall_limit: Option<StallLimit>) -> u16 {
         if let Some(limit) = &stall_limit {
-            limit.set(node.options.heartbeat.stall_max);
+            limit.set(node.options.heartbeat.write_timeout);
         }
         let mut told = Some(self.session.told());
         let Ended(code) = self.serve(node, &mut told).await;

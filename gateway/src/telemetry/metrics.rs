@@ -607,12 +607,12 @@ impl Metrics {
             dedup_ids_bytes: gauge(
                 r,
                 "gateway_dedup_ids_bytes",
-                "Bytes of message ids within `dedup.window` held in memory, to restore them to a Redis server that lost them; bounded by `hub.ids_bytes_max`",
+                "Bytes of message ids within `dedup.window` held in memory, to restore them to a Redis server that lost them; bounded by `hub.dedup_ids_bytes_max`",
             ),
             dedup_id_buckets_dropped: counter(
                 r,
                 "gateway_dedup_id_buckets_dropped_total",
-                "Groups of message ids forgotten before the end of `dedup.window` because of `hub.ids_bytes_max`",
+                "Groups of message ids forgotten before the end of `dedup.window` because of `hub.dedup_ids_bytes_max`",
             ),
             reappended_messages: counter(
                 r,
@@ -768,7 +768,7 @@ fn gauge(registry: &Registry, name: &str, help: &str) -> IntGauge {
 }
 
 /// Registers a histogram with buckets from 50 µs (a delivery on one machine) to 5 s (the default of
-/// `publish.wait`).
+/// `publish.timeout`).
 fn histogram(registry: &Registry, name: &str, help: &str) -> Histogram {
     let buckets = [5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 0.1, 0.5, 1.0, 5.0];
     let options = HistogramOpts::new(name, help).buckets(buckets.to_vec());

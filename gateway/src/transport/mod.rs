@@ -66,9 +66,9 @@ pub struct Heartbeat {
     /// How often to ping.
     pub interval: Duration,
     /// Nothing heard for so long: 4002.
-    pub silence_max: Duration,
+    pub idle_timeout: Duration,
     /// Nothing could be written for so long: 4003.
-    pub stall_max: Duration,
+    pub write_timeout: Duration,
 }
 
 /// How a connection is served.
@@ -468,7 +468,7 @@ impl Connection {
     /// Looks at the time if that is due, and is woken when it is next.
     fn watch_the_time(&mut self, blocked: Option<Instant>) {
         let now = Instant::now();
-        let stalled = blocked.map(|since| since + self.heartbeat.stall_max);
+        let stalled = blocked.map(|since| since + self.heartbeat.write_timeout);
         let next = |next: Instant| stalled.map_or(next, |stalled| next.min(stalled));
         if next(self.next_look()) <= now {
             self.look_at_the_time(now);
@@ -487,9 +487,9 @@ impl Connection {
             |code: CloseCode| outbox.close(Close { code: code.number(), reason: String::new() });
         if self.expires.is_some_and(|expires| expires <= now) {
             over(CloseCode::TokenExpired);
-        } else if outbox.stalled(now) >= self.heartbeat.stall_max {
+        } else if outbox.stalled(now) >= self.heartbeat.write_timeout {
             over(CloseCode::Stalled);
-        } else if now - self.heard >= self.heartbeat.silence_max {
+        } else if now - self.heard >= self.heartbeat.idle_timeout {
             over(CloseCode::Silent);
         } else if now - self.pinged >= self.heartbeat.interval {
             self.pinged = now;
@@ -510,7 +510,7 @@ impl Connection {
     /// When there is next something to be looked at.
     fn next_look(&self) -> Instant {
         let ping = self.pinged + self.heartbeat.interval;
-        let dead = self.heard + self.heartbeat.silence_max;
+        let dead = self.heard + self.heartbeat.idle_timeout;
         let next = ping.min(dead);
         self.expires.map_or(next, |expires| next.min(expires))
     }

@@ -18,8 +18,8 @@ fn connection(early: Vec<u8>) -> Connection {
     let subscriber = Arc::new(Subscriber::new(ConnectionId::random(), outbox));
     let heartbeat = Heartbeat {
         interval: Duration::from_secs(25),
-        silence_max: Duration::from_secs(60),
-        stall_max: Duration::from_secs(30),
+        idle_timeout: Duration::from_secs(60),
+        write_timeout: Duration::from_secs(30),
     };
     let options =
         Options { message_bytes_max: 1 << 20, heartbeat: Arc::new(heartbeat), json_ping: false };

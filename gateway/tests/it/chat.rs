@@ -335,7 +335,7 @@ async fn a_room_called_like_an_inbox_is_a_room() {
 #[tokio::test]
 async fn ping_is_answered_and_the_heartbeat_finds_the_dead() {
     let gateway =
-        Gateway::start(&[("heartbeat.interval", "200ms"), ("heartbeat.silence_max", "2s")]).await;
+        Gateway::start(&[("heartbeat.interval", "200ms"), ("heartbeat.idle_timeout", "2s")]).await;
     let mut ann = gateway.connect("ann").await;
     ann.send_text(r#"{"type":"ping","timestamp":"t1","ref":9}"#).await.unwrap();
     let Answer::Pong(pong) = ann.next_frame().await.unwrap() else { panic!("no pong") };

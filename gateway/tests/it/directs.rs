@@ -396,7 +396,7 @@ async fn history_with_a_user_reads_an_inbox_once() {
 
 #[tokio::test]
 async fn what_is_read_for_a_connection_has_a_rate() {
-    let limits = [("limits.read_bytes_per_second", "4KiB"), ("publish.wait", "900ms")];
+    let limits = [("limits.read_bytes_per_second", "4KiB"), ("publish.timeout", "900ms")];
     let gateway = Gateway::start(&limits).await;
     let mut ann = gateway.connect("ann").await;
     // Each costs 4 KiB at least: eight are the burst, the ninth waits for a moment, and then there is one a

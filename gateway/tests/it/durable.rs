@@ -107,7 +107,7 @@ async fn quotas_of_a_user_are_answered_by_name() {
         ("limits.durable_bytes_per_minute", "20000"),
         ("rooms.managed_per_owner", "2"),
         ("sessions.data_max_bytes", "1000"),
-        ("rooms.marks_max", "1"),
+        ("rooms.read_marks_max", "1"),
     ];
     World::each(&options, async |world| {
         // Five rooms come to be at once, and one in a minute.

@@ -29,7 +29,7 @@ async fn handshake(address: SocketAddr, start: &str, headers: &[&str]) -> Http {
 #[tokio::test]
 async fn a_client_that_leaves_while_it_is_let_in_is_let_go_at_once() {
     let redis = Redis::start().await;
-    let gateway = Gateway::start_on(&redis, &[("publish.wait", "60s")]).await;
+    let gateway = Gateway::start_on(&redis, &[("publish.timeout", "60s")]).await;
     let _ann = gateway.connect("ann").await;
     let tasks = async || {
         let metrics = get(gateway.admin, "/metrics").await.body;

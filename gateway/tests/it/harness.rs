@@ -49,7 +49,7 @@ const DEFAULTS: [(&str, &str); 11] = [
     ("limits.new_inboxes_per_hour", "0"),
     ("limits.new_rooms_per_minute", "0"),
     ("limits.http_requests_per_second_per_ip", "0"),
-    ("limits.api_refusals_per_second_per_ip", "0"),
+    ("limits.api_key_failures_per_second_per_ip", "0"),
 ];
 
 fn options(extra: &[(&str, &str)]) -> Vec<(String, String)> {

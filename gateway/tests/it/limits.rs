@@ -123,7 +123,7 @@ async fn rooms_per_connection_are_limited() {
 
 #[tokio::test]
 async fn rooms_of_a_node_are_limited_and_empty_ones_make_place() {
-    let limits = [("hub.rooms_max", "2"), ("hub.lingering_rooms_max", "1"), ("hub.shards", "1")];
+    let limits = [("hub.rooms_max", "2"), ("hub.empty_rooms_max", "1"), ("hub.shards", "1")];
     let gateway = Gateway::start(&limits).await;
     let mut ann = gateway.connect("ann").await;
     ann.join(&room("a")).await.unwrap();
@@ -190,7 +190,7 @@ async fn plain_requests_and_refused_calls_of_an_address_have_a_rate() {
     let gateway = Gateway::start(&[
         ("api.keys", "test:a key of sixteen and more"),
         ("limits.http_requests_per_second_per_ip", "1"),
-        ("limits.api_refusals_per_second_per_ip", "1"),
+        ("limits.api_key_failures_per_second_per_ip", "1"),
     ])
     .await;
     let call =

@@ -286,7 +286,7 @@ async fn a_listing_comes_in_pages() {
 
 #[tokio::test]
 async fn in_a_large_room_changes_come_gathered() {
-    let options = [("presence.individual_max", "3"), ("presence.grace", "0s")];
+    let options = [("presence.event_members_max", "3"), ("presence.grace", "0s")];
     World::each(&options, async |world| {
         let mut ann = world.connect(0, "ann").await;
         join(&mut ann, "lobby").await;
@@ -341,8 +341,11 @@ async fn in_a_large_room_changes_come_gathered() {
 
 #[tokio::test]
 async fn in_a_very_large_room_only_the_count_is_told() {
-    let options =
-        [("presence.individual_max", "2"), ("presence.named_max", "5"), ("presence.grace", "0s")];
+    let options = [
+        ("presence.event_members_max", "2"),
+        ("presence.diff_members_max", "5"),
+        ("presence.grace", "0s"),
+    ];
     World::each(&options, async |world| {
         let mut ann = world.connect(0, "ann").await;
         join(&mut ann, "lobby").await;
@@ -526,7 +529,7 @@ async fn no_name_of_a_room_reaches_what_is_the_servers() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_members_of_a_killed_node_leave_once_everywhere() {
     let redis = Redis::start().await;
-    let options = [("presence.individual_max", "1000")];
+    let options = [("presence.event_members_max", "1000")];
     let survivors =
         [Gateway::start_on(&redis, &options).await, Gateway::start_on(&redis, &options).await];
     let mut killed = Node::start(&redis, None, &options).await;

@@ -352,7 +352,7 @@ async fn a_stream_that_is_not_read_holds_no_more_than_an_outbox() {
 
 #[tokio::test]
 async fn a_stream_whose_client_takes_nothing_is_cut_off() {
-    let gateway = Gateway::start(&[("heartbeat.stall_max", "200ms")]).await;
+    let gateway = Gateway::start(&[("heartbeat.write_timeout", "200ms")]).await;
     let mut ann = gateway.connect("ann").await;
     ann.join(&room("a")).await.unwrap();
     let _stream = Stream::open(gateway.address, "rooms=a", None).await;

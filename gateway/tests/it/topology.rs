@@ -176,7 +176,7 @@ async fn two_nodes(url: &str) -> [Gateway; 2] {
         ("cluster.redis_url", url),
         ("auth.allow_anonymous", "true"),
         ("limits.messages_per_second", "0"),
-        ("publish.wait", "20s"),
+        ("publish.timeout", "20s"),
     ];
     [Gateway::start(&options).await, Gateway::start(&options).await]
 }

@@ -45,7 +45,7 @@ use super::{
     wire::{Outlet, Sent, SimDial},
 };
 
-/// How long a frame may wait for the bus, as `publish.wait` has it.
+/// How long a frame may wait for the bus, as `publish.timeout` has it.
 const WAIT_MAX: Duration = Duration::from_secs(5);
 
 /// One process of a gateway.

@@ -282,7 +282,9 @@ impl StoreWorker {
                 1 => return Ok(data),
                 0 => {}
                 -2 => {
-                    return Err(SessionDataError::TooMuch(server.retention.bounds.session_data_max));
+                    return Err(SessionDataError::TooMuch(
+                        server.retention.bounds.session_data_max,
+                    ));
                 }
                 _ => return Err(SessionDataError::NoSession),
             }

@@ -89,7 +89,7 @@ async fn a_send_without_redis_waits_is_refused_and_repeated_is_one_entry() {
 async fn ann_and_bob(redis: &Redis, wait: &str) -> (Proxy, [Node; 2], Connection, Connection) {
     let proxy = Proxy::to(redis.address()).await.unwrap();
     let url = proxy.redis_url();
-    let extra = [("cluster.redis_url", url.as_str()), ("publish.wait", wait)];
+    let extra = [("cluster.redis_url", url.as_str()), ("publish.timeout", wait)];
     let nodes = [Node::start(redis, None, &extra).await, Node::start(redis, None, &[]).await];
     let mut ann = connect(nodes[0].address, "ann").await;
     let mut bob = connect(nodes[1].address, "bob").await;

@@ -61,7 +61,8 @@ async fn a_slow_reader_catches_up_in_place_and_takes_bounded_memory() {
             clients.wait_for_acks(50).await.unwrap();
             highest = highest.max(resident_bytes(&nodes[0]));
         }
-        until("it lags", async || metric(&nodes[0], "gateway_slow_consumers_total").await > 0.0).await;
+        until("it lags", async || metric(&nodes[0], "gateway_slow_consumers_total").await > 0.0)
+            .await;
         let had = clients.ledger.lock().had(0);
         proxy.set(Mode::Open);
         clients
@@ -106,7 +107,7 @@ async fn a_client_that_reads_nothing_is_closed_with_4003_and_misses_nothing() {
     // 30 s in the full trial, as it is by default.
     let stall = if is_full() { "30s" } else { "3s" };
     let Trial { redis: _redis, nodes, proxy, clients } =
-        start(&[("heartbeat.stall_max", stall), ("history.max_bytes", "512MiB")]).await;
+        start(&[("heartbeat.write_timeout", stall), ("history.max_bytes", "512MiB")]).await;
     proxy.set(Mode::NoAnswers);
     let closed = r#"gateway_disconnects_total{code="4003"}"#;
     clients
