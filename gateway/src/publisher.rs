@@ -13,7 +13,7 @@ use shared::{
     protocol::{
         Kind,
         answer::Person,
-        request::{Content, Message, Recipient},
+        client_frame::{RawContent, Recipient, SendFrame},
         server_frame_bytes_max,
     },
 };
@@ -176,13 +176,13 @@ impl Publisher {
     pub fn publish(
         &self,
         sender: Sender<'_>,
-        message: &Message<'_>,
+        message: &SendFrame<'_>,
         receipt: &Receipt,
         done: impl FnOnce(Result<Appended, BusError>) + Send + 'static,
     ) -> Result<(), PublishError> {
         let (content, binary) = match message.content {
-            Content::Json(content) => (Some(content), None),
-            Content::Binary(payload) => (None, Some(payload)),
+            RawContent::Json(content) => (Some(content), None),
+            RawContent::Binary(payload) => (None, Some(payload)),
         };
         let (frame, to) = match &message.to {
             Recipient::Room(_) => (FrameType::Message, None),
@@ -310,7 +310,7 @@ impl Publisher {
 
 impl Receipt {
     /// The receipt of a message that is taken now.
-    pub fn of(message: &Message<'_>) -> Self {
+    pub fn of(message: &SendFrame<'_>) -> Self {
         Self {
             id: message.id.unwrap_or_else(MessageId::random),
             timestamp: shared::timestamp(SystemTime::now()),

@@ -9,7 +9,7 @@ use shared::{
     envelope::{Author, Envelope, Parts},
     ids::{ConnectionId, MessageId},
     position::Position,
-    protocol::request::Request,
+    protocol::client_frame::ClientFrame,
 };
 
 /// Content sizes: a line of chat, a long one, a document.
@@ -75,7 +75,7 @@ fn parse_message(bencher: Bencher<'_, '_>) {
     let text = format!(
         r#"{{"type":"message","room":"lobby","id":"6f8f6b5e-3c70-4f0e-9a55-0d8a1d6f7a11","content":"{content}"}}"#
     );
-    bencher.bench(|| Request::from_text(black_box(&text)).is_ok());
+    bencher.bench(|| ClientFrame::from_text(black_box(&text)).is_ok());
 }
 
 fn author() -> Author {

@@ -40,7 +40,7 @@ use shared::{
     position::{Epoch, Position, Seq},
     protocol::{
         answer::{Answer, Reconnect, ReconnectReason},
-        request::{Join, history_default},
+        client_frame::{JoinFrame, history_default},
     },
 };
 use tokio::{
@@ -549,7 +549,7 @@ impl Stream {
     /// Joins a room; a refusal is told by a frame.
     async fn join(&mut self, room: RoomId) -> Result<(), ErrorCode> {
         let since = self.cursors.rooms.get(&room).cloned();
-        let join = Join { room, since, history: history_default(), password: None };
+        let join = JoinFrame { room, since, history: history_default(), password: None };
         let performed = self.session.perform(Request::Join(None, join)).await;
         self.session.finish(performed)
     }

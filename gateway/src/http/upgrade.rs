@@ -27,7 +27,7 @@ use shared::{
     protocol::{
         PASSWORD_BYTES_MAX,
         answer::{Answer, Refusal},
-        request::{JOIN_HISTORY_MAX, Join, history_default},
+        client_frame::{JOIN_HISTORY_MAX, JoinFrame, history_default},
     },
 };
 use tokio::{io::Interest, net::TcpStream};
@@ -60,7 +60,7 @@ use crate::{
 /// What a connection is for.
 enum Endpoint {
     Chat,
-    Room(Result<Join, &'static str>),
+    Room(Result<JoinFrame, &'static str>),
     Echo,
 }
 
@@ -96,7 +96,7 @@ pub(super) async fn echo(
 }
 
 /// The join that `/ws/rooms/{room}` asks for by its path and query.
-fn join_of(room: &str, params: &[(String, String)]) -> Result<Join, &'static str> {
+fn join_of(room: &str, params: &[(String, String)]) -> Result<JoinFrame, &'static str> {
     let room: RoomId = room.parse().map_err(|_| "a room is 1 to 128 of A-Z a-z 0-9 _ . : @ -")?;
     let since = match param(params, "since") {
         Some(since) => Some(since.parse::<Position>().map_err(|_| "`since` is <epoch>:<seq>")?),
@@ -114,7 +114,7 @@ fn join_of(room: &str, params: &[(String, String)]) -> Result<Join, &'static str
     if password.as_ref().is_some_and(|password| password.len() > PASSWORD_BYTES_MAX) {
         return Err("`password` is too long");
     }
-    Ok(Join { room, since, history, password })
+    Ok(JoinFrame { room, since, history, password })
 }
 
 fn upgrade(
@@ -502,7 +502,7 @@ async fn join_at_once(
     node: &Node,
     connection: &mut Connection,
     subscriber: &Subscriber,
-    join: Result<Join, &'static str>,
+    join: Result<JoinFrame, &'static str>,
 ) -> Result<(), ErrorCode> {
     match (join, connection.session()) {
         (Ok(join), Some(session)) => {

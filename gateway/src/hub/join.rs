@@ -8,7 +8,7 @@ use shared::{
     protocol::{
         HISTORY_BYTES_MAX, Ref,
         answer::{Answer, Joined, NotRecovered},
-        request::history_default,
+        client_frame::history_default,
     },
 };
 use tokio::sync::oneshot;

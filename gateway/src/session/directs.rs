@@ -9,7 +9,7 @@ use shared::{
     protocol::{
         HISTORY_BYTES_MAX,
         answer::{Answer, History, Session},
-        request::{self, HISTORY_LIMIT_MAX, SessionSet},
+        client_frame::{self, HISTORY_LIMIT_MAX, SessionSetFrame},
     },
 };
 use tokio::time::timeout;
@@ -46,7 +46,7 @@ pub(super) async fn history(
     asked: Asked,
     user: UserId,
     with: UserId,
-    wanted: request::History,
+    wanted: client_frame::HistoryFrame,
 ) -> Performed {
     let range = range_of(&wanted);
     let Found { entries, epoch, more } = match find(&asked, &user, &with, range).await {
@@ -184,7 +184,7 @@ pub(super) async fn session(
     asked: Asked,
     user: UserId,
     session: SessionId,
-    set: Option<SessionSet>,
+    set: Option<SessionSetFrame>,
 ) -> Performed {
     let kind = if set.is_some() { "session_set" } else { "session_get" };
     let change = set.map(|set| set.data);

@@ -2,7 +2,7 @@
 //!
 //! Frames are handled in the order sent. What needs no waiting is done at once, and a publish is
 //! handed on without waiting for its `ack`. What has to wait (`join`, `history` and the like) is a
-//! [`Request`] that the connection's task performs before it takes the next frame.
+//! [`ClientFrame`] that the connection's task performs before it takes the next frame.
 
 use std::{
     collections::BTreeSet,
@@ -18,9 +18,10 @@ use shared::{
     protocol::{
         Ref,
         answer::{Ack, Answer, BusState, Pong, Refusal, Status},
-        request::{
-            Body, CreateRoom, History, Join, Message, Presence as Who, Read, Recipient, Refresh,
-            Request as Frame, Rooms, SessionSet, Typing, Users,
+        client_frame::{
+            ClientFrame, CreateRoomFrame, FrameBody, HistoryFrame, JoinFrame,
+            MarkReadFrame, PresenceFrame as Who, Recipient, RefreshFrame, RoomsFrame, SendFrame,
+            SessionSetFrame, SetTypingFrame, WatchFrame,
         },
     },
     token::Access,
@@ -136,23 +137,23 @@ pub struct Session {
 #[derive(Debug)]
 pub enum Request {
     /// `join`
-    Join(Option<Ref>, Join),
+    Join(Option<Ref>, JoinFrame),
     /// `leave`
     Leave(Option<Ref>, RoomId),
     /// `history`
-    History(Option<Ref>, History),
+    History(Option<Ref>, HistoryFrame),
     /// `presence`
     Presence(Option<Ref>, Who),
     /// `watch`
-    Watch(Option<Ref>, Users),
+    Watch(Option<Ref>, WatchFrame),
     /// `unwatch`
-    Unwatch(Users),
+    Unwatch(WatchFrame),
     /// Nothing that was asked for: a direct was sent to this user.
     Meet(UserId),
     /// `session_get`, and with data `session_set`
-    Session(Option<Ref>, Option<SessionSet>),
+    Session(Option<Ref>, Option<SessionSetFrame>),
     /// `refresh`
-    Refresh(Option<Ref>, Refresh),
+    Refresh(Option<Ref>, RefreshFrame),
     /// `create_room`; the record has no hash yet where there is a password.
     CreateRoom(Option<Ref>, RoomId, Box<RoomConfig>, Option<String>),
     /// `delete_room`
@@ -160,7 +161,7 @@ pub enum Request {
     /// `room_info`
     RoomInfo(Option<Ref>, RoomId),
     /// `rooms`
-    Rooms(Option<Ref>, Rooms),
+    Rooms(Option<Ref>, RoomsFrame),
 }
 
 impl Request {
@@ -179,7 +180,7 @@ impl Request {
     }
 }
 
-/// What became of a [`Request`]. Its answer has been sent.
+/// What became of a [`ClientFrame`]. Its answer has been sent.
 pub enum Performed {
     /// The connection is a member. The stay is a new one, unless it was one before.
     Joined(Option<Stay>),
@@ -252,7 +253,7 @@ impl Session {
     /// [performed](Session::perform) before the next.
     pub fn handle(
         &mut self,
-        frame: Result<Frame<'_>, Box<Refusal>>,
+        frame: Result<ClientFrame<'_>, Box<Refusal>>,
         meter: &mut Meter,
         now: Instant,
     ) -> Option<Request> {
@@ -264,7 +265,7 @@ impl Session {
             }
         };
         let reference = frame.reference;
-        if let Body::Message(message) = &frame.body {
+        if let FrameBody::Message(message) = &frame.body {
             let taken = self.message(reference, message, meter, now);
             return match &message.to {
                 Recipient::User(user) if taken && !self.watching.contains(user) => {
@@ -273,51 +274,51 @@ impl Session {
                 _ => None,
             };
         }
-        if let Err(wait) = meter.take_frame(frame.body.names(), now) {
-            self.refuse(rate_limited(reference, frame.body.kind(), wait));
+        if let Err(wait) = meter.take_frame(frame.body.listed_users(), now) {
+            self.refuse(rate_limited(reference, frame.body.frame_type(), wait));
             return None;
         }
         self.online.touch();
         if frame.body.has_password()
             && let Err(wait) = meter.take_password(now)
         {
-            self.refuse(rate_limited(reference, frame.body.kind(), wait));
+            self.refuse(rate_limited(reference, frame.body.frame_type(), wait));
             return None;
         }
         match frame.body {
-            Body::Join(join) => return Some(Request::Join(reference, join)),
-            Body::Leave(leave) => return Some(Request::Leave(reference, leave.room)),
-            Body::History(history) => return Some(Request::History(reference, history)),
-            Body::Presence(who) => return Some(Request::Presence(reference, who)),
-            Body::Watch(users) => return Some(Request::Watch(reference, users)),
-            Body::Unwatch(users) => return Some(Request::Unwatch(users)),
-            Body::SessionGet => return Some(Request::Session(reference, None)),
-            Body::SessionSet(set) => {
+            FrameBody::Join(join) => return Some(Request::Join(reference, join)),
+            FrameBody::Leave(leave) => return Some(Request::Leave(reference, leave.room)),
+            FrameBody::History(history) => return Some(Request::History(reference, history)),
+            FrameBody::Presence(who) => return Some(Request::Presence(reference, who)),
+            FrameBody::Watch(users) => return Some(Request::Watch(reference, users)),
+            FrameBody::Unwatch(users) => return Some(Request::Unwatch(users)),
+            FrameBody::SessionGet => return Some(Request::Session(reference, None)),
+            FrameBody::SessionSet(set) => {
                 let bytes = serde_json::to_string(&set.data).map_or(0, |data| data.len());
                 if !self.takes_quota(reference.as_ref(), "session_set", bytes, now) {
                     return None;
                 }
                 return Some(Request::Session(reference, Some(set)));
             }
-            Body::Refresh(refresh) => return Some(Request::Refresh(reference, refresh)),
-            Body::Ack(ack) => {
+            FrameBody::Refresh(refresh) => return Some(Request::Refresh(reference, refresh)),
+            FrameBody::Ack(ack) => {
                 let user = self.identity.user.id.clone();
                 self.services.sessions.acknowledge(user, ack.epoch, ack.seq);
             }
-            Body::CreateRoom(create) => {
+            FrameBody::CreateRoom(create) => {
                 let bytes = create.meta.map_or(0, |meta| meta.get().len());
                 if !self.takes_quota(reference.as_ref(), "create_room", bytes, now) {
                     return None;
                 }
                 return self.create_room(reference, create);
             }
-            Body::DeleteRoom(delete) => return self.delete_room(reference, delete.room),
-            Body::RoomInfo(info) => return Some(Request::RoomInfo(reference, info.room)),
-            Body::Rooms(rooms) => return Some(Request::Rooms(reference, rooms)),
-            Body::Typing(typing) => self.typing(reference, &typing),
-            Body::Read(read) => self.read(reference, read),
-            Body::Ping(ping) => self.pong(reference, ping.timestamp),
-            Body::Message(_) | Body::Pong => {}
+            FrameBody::DeleteRoom(delete) => return self.delete_room(reference, delete.room),
+            FrameBody::RoomInfo(info) => return Some(Request::RoomInfo(reference, info.room)),
+            FrameBody::Rooms(rooms) => return Some(Request::Rooms(reference, rooms)),
+            FrameBody::Typing(typing) => self.typing(reference, &typing),
+            FrameBody::Read(read) => self.read(reference, read),
+            FrameBody::Ping(ping) => self.pong(reference, ping.timestamp),
+            FrameBody::Message(_) | FrameBody::Pong => {}
         }
         None
     }
@@ -366,8 +367,8 @@ impl Session {
         false
     }
 
-    fn typing(&mut self, reference: Option<Ref>, typing: &Typing) {
-        let Typing { room, is_typing } = typing;
+    fn typing(&mut self, reference: Option<Ref>, typing: &SetTypingFrame) {
+        let SetTypingFrame { room, is_typing } = typing;
         if !self.in_room(reference.as_ref(), "typing", room) {
             return;
         }
@@ -387,7 +388,7 @@ impl Session {
         }
     }
 
-    fn read(&mut self, reference: Option<Ref>, read: Read) {
+    fn read(&mut self, reference: Option<Ref>, read: MarkReadFrame) {
         if self.in_room(reference.as_ref(), "read", &read.room) {
             let (user, by) = (self.identity.user.id.clone(), self.subscriber.connection);
             self.services.presence.registry().set_read_mark(read.room, user, read.seq, by);
@@ -411,7 +412,11 @@ impl Session {
         may.then_some(Request::DeleteRoom(reference, room))
     }
 
-    fn create_room(&mut self, reference: Option<Ref>, create: CreateRoom<'_>) -> Option<Request> {
+    fn create_room(
+        &mut self,
+        reference: Option<Ref>,
+        create: CreateRoomFrame<'_>,
+    ) -> Option<Request> {
         let room = create.room;
         if !self.may_write(reference.as_ref(), "create_room", &room) {
             return None;
@@ -465,7 +470,7 @@ impl Session {
                 // It names one of them.
                 (None, None) => answered,
             },
-            Request::Watch(reference, Users { users }) => {
+            Request::Watch(reference, WatchFrame { users }) => {
                 let users: BTreeSet<UserId> = users.into_iter().collect();
                 let more = users.iter().filter(|user| !self.watching.contains(*user)).count();
                 let watches_max = self.services.limits.watches_max;
@@ -478,7 +483,7 @@ impl Session {
                 self.watching.extend(users.iter().cloned());
                 Box::pin(directs::watch(asked(reference), users))
             }
-            Request::Unwatch(Users { mut users }) => {
+            Request::Unwatch(WatchFrame { mut users }) => {
                 users.retain(|user| self.watching.remove(user));
                 Box::pin(directs::unwatch(asked(None), users))
             }
@@ -605,7 +610,7 @@ impl Session {
     /// Takes another token. Returns when it ends, and the rooms that it does not allow any more.
     fn refresh(
         &mut self,
-        refresh: &Refresh,
+        refresh: &RefreshFrame,
     ) -> Result<(SystemTime, Vec<RoomId>), (ErrorCode, &'static str)> {
         let identity = self.services.auth.identify_again(&refresh.token)?;
         if identity.user.id != self.identity.user.id {
@@ -658,11 +663,11 @@ impl Session {
     fn message(
         &mut self,
         reference: Option<Ref>,
-        message: &Message<'_>,
+        message: &SendFrame<'_>,
         meter: &mut Meter,
         now: Instant,
     ) -> bool {
-        let (kind, room) = (message.to.kind(), message.to.room());
+        let (kind, room) = (message.to.frame_type(), message.to.room());
         let refusal = |code, text: &str| Refusal {
             id: message.id,
             ..refusal(reference.clone(), kind, room, code, text)
@@ -863,7 +868,7 @@ impl Outcome {
         };
         let refusal = Refusal {
             id: Some(self.receipt.id),
-            ..refusal(self.reference.clone(), self.to.kind(), self.to.room(), code, text)
+            ..refusal(self.reference.clone(), self.to.frame_type(), self.to.room(), code, text)
         };
         let waits = if error.is_of_a_bound() { BOUND_RETRY_AFTER } else { RETRY_AFTER };
         let refusal = match code.is_retryable() {

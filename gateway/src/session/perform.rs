@@ -14,7 +14,7 @@ use shared::{
     protocol::{
         Ref,
         answer::{Answer, History, Left, LeftReason, Person, Presence, Present, Refreshed},
-        request,
+        client_frame,
     },
 };
 use tokio::time::Instant;
@@ -211,7 +211,7 @@ impl From<BusError> for NotEntered {
 /// `again`: for a member already, what it would be told on entering now.
 pub(super) async fn join(
     asked: Asked,
-    join: request::Join,
+    join: client_frame::JoinFrame,
     user: Person,
     again: Option<(Still, BoxFuture<Result<JoinSnapshot, AdmitError>>)>,
 ) -> Performed {
@@ -283,7 +283,7 @@ pub(super) async fn join(
 /// Has the user enter, with the password that the room asks for.
 async fn enter(
     asked: &Asked,
-    join: &request::Join,
+    join: &client_frame::JoinFrame,
     user: &Person,
 ) -> Result<(Stay, JoinSnapshot), NotEntered> {
     let Services { presence, rules, passwords, quotas, .. } = &*asked.services;
@@ -406,7 +406,7 @@ pub(super) async fn refreshed(
 }
 
 /// The part of a log that a `history` asks for.
-pub(super) fn range_of(wanted: &request::History) -> Range {
+pub(super) fn range_of(wanted: &client_frame::HistoryFrame) -> Range {
     let limit = wanted.limit;
     match (wanted.before, wanted.after) {
         (_, Some(seq)) => Range::After { seq, limit },
@@ -415,7 +415,11 @@ pub(super) fn range_of(wanted: &request::History) -> Range {
     }
 }
 
-pub(super) async fn history(asked: Asked, room: RoomId, wanted: request::History) -> Performed {
+pub(super) async fn history(
+    asked: Asked,
+    room: RoomId,
+    wanted: client_frame::HistoryFrame,
+) -> Performed {
     let range = range_of(&wanted);
     let read: BoxFuture<_> = if asked.services.rules.is_durable(&room) {
         asked.services.bus.read(room.clone(), range)

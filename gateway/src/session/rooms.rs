@@ -6,7 +6,7 @@ use shared::{
     protocol::{
         HISTORY_BYTES_MAX, NAME_CHARS_MAX,
         answer::{Answer, ClosedReason, RoomClosed, RoomInfo, Rooms},
-        request,
+        client_frame,
     },
 };
 
@@ -156,7 +156,11 @@ fn bytes_of(listing: &RoomPage) -> usize {
 }
 
 /// The public rooms that are open to the user, as many as a frame holds.
-pub(super) async fn list(asked: Asked, wanted: request::Rooms, identity: Identity) -> Performed {
+pub(super) async fn list(
+    asked: Asked,
+    wanted: client_frame::RoomsFrame,
+    identity: Identity,
+) -> Performed {
     let registry = asked.services.presence.registry();
     let (prefix, after) = (wanted.prefix.unwrap_or_default(), wanted.cursor.unwrap_or_default());
     let listing = registry.list(prefix, after, wanted.limit as usize, false);

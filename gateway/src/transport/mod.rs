@@ -25,7 +25,7 @@ use shared::{
     ids::ConnectionId,
     protocol::{
         answer::{Answer, Ping},
-        request::Request as Frame,
+        client_frame::ClientFrame as Frame,
     },
 };
 use tokio::{

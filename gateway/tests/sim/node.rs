@@ -34,7 +34,7 @@ use gateway::{
 use parking_lot::Mutex;
 use shared::{
     ids::{ConnectionId, SessionId},
-    protocol::request::Request,
+    protocol::client_frame::ClientFrame,
 };
 use tokio::{sync::Notify, time::Instant};
 use uuid::Uuid;
@@ -246,7 +246,7 @@ impl Connection {
                 full = outbox.is_full();
                 if !full {
                     let Some(frame) = line.0.0.lock().frames.pop_front() else { break };
-                    let frame = Request::from_text(&frame);
+                    let frame = ClientFrame::from_text(&frame);
                     let request = self.session.handle(frame, &mut meter, Instant::now());
                     performing = request.map(|request| self.session.perform(request));
                 }

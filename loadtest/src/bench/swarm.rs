@@ -392,14 +392,14 @@ mod tests {
     fn a_message_is_one_that_the_gateway_takes() {
         use shared::{
             codec::Decoder,
-            protocol::request::{Body, Request},
+            protocol::client_frame::{ClientFrame, FrameBody},
         };
         let timestamp = SendTimestamp { sender: 7, due_ns: 9 };
         let mut frame = message(&room(3), 1 << 40, timestamp);
         let mut decoder = Decoder::new(1 << 16);
         let (_, received) = decoder.next(&mut frame).unwrap();
         let Some(shared::codec::Received::Text(text)) = received else { panic!("{received:?}") };
-        assert!(matches!(Request::from_text(text).unwrap().body, Body::Message(_)));
+        assert!(matches!(ClientFrame::from_text(text).unwrap().body, FrameBody::Message(_)));
         assert_eq!(SendTimestamp::find(text.as_bytes()), Some(timestamp));
     }
 }

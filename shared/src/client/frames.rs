@@ -1,4 +1,4 @@
-//! What a client says, as typed frames: the counterpart of `protocol::request`, which reads them.
+//! What a client says, as typed frames: the counterpart of `protocol::client_frame`, which reads them.
 //!
 //! Everything optional is left out where it is absent or the protocol's default. The client and
 //! the tests of the gateway build their frames from these.
@@ -204,7 +204,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::protocol::request::{Body, Content, Request};
+    use crate::protocol::client_frame::{ClientFrame, FrameBody, RawContent};
 
     fn room() -> RoomId {
         "lobby".parse().unwrap()
@@ -227,9 +227,9 @@ mod tests {
         let reference = Some(Ref::number(9));
         let join = Join { reference: reference.clone(), since: Some(&since), ..Join::to(&room) };
         let join = text(&join);
-        let request = Request::from_text(&join).unwrap();
+        let request = ClientFrame::from_text(&join).unwrap();
         assert_eq!(request.reference, reference);
-        let Body::Join(join) = request.body else { panic!("{join}") };
+        let FrameBody::Join(join) = request.body else { panic!("{join}") };
         assert_eq!((join.room, join.since), (room.clone(), Some(since)));
 
         let meta = json!({"k": "v"});
@@ -243,21 +243,25 @@ mod tests {
             ..Message::header(&room)
         };
         let frame = binary(&message, &[1, 2]).unwrap();
-        let Body::Message(read) = Request::from_binary(&frame).unwrap().body else { panic!() };
+        let FrameBody::Message(read) = ClientFrame::from_binary(&frame).unwrap().body else {
+            panic!()
+        };
         assert_eq!((read.id, read.reply_to, read.kind), (Some(id), Some(id), Kind::Custom));
         assert!(!read.echo && read.meta.unwrap().get() == r#"{"k":"v"}"#);
-        assert!(matches!(read.content, Content::Binary([1, 2])));
+        assert!(matches!(read.content, RawContent::Binary([1, 2])));
 
         let history = text(&History { after: Some(3), limit: Some(20), ..History::of(&room) });
-        let Body::History(read) = Request::from_text(&history).unwrap().body else { panic!() };
+        let FrameBody::History(read) = ClientFrame::from_text(&history).unwrap().body else {
+            panic!()
+        };
         assert_eq!((read.before, read.after, read.limit), (None, Some(3), 20));
 
         let leave = text(&Leave::from(&room));
-        assert!(matches!(Request::from_text(&leave).unwrap().body, Body::Leave(_)));
+        assert!(matches!(ClientFrame::from_text(&leave).unwrap().body, FrameBody::Leave(_)));
         let ping = text(&Ping { timestamp: Some(json!("now")), ..Ping::default() });
-        assert!(matches!(Request::from_text(&ping).unwrap().body, Body::Ping(_)));
+        assert!(matches!(ClientFrame::from_text(&ping).unwrap().body, FrameBody::Ping(_)));
         let pong = text(&Pong {});
-        assert!(matches!(Request::from_text(&pong).unwrap().body, Body::Pong));
+        assert!(matches!(ClientFrame::from_text(&pong).unwrap().body, FrameBody::Pong));
     }
 
     #[test]

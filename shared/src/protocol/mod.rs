@@ -1,4 +1,4 @@
-//! The frames of `chat.v1`: what a client says ([`request`]) and what the server says ([`answer`]).
+//! The frames of `chat.v1`: what a client says ([`client_frame`]) and what the server says ([`answer`]).
 //!
 //! One WebSocket message is one frame; text frames hold one JSON object with a `type`. Both sides
 //! ignore unknown fields, and clients ignore unknown types.
@@ -8,7 +8,7 @@ use std::{borrow::Cow, fmt};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use serde_json::value::RawValue;
 
-pub mod request;
+pub mod client_frame;
 pub mod answer;
 
 /// The default of `limits.message_bytes_max`: 256 KiB.

@@ -16,7 +16,7 @@ use shared::{
     protocol::{
         Kind, META_BYTES_MAX,
         answer::Person,
-        request::{Content, Message, Recipient, readable_for_all},
+        client_frame::{RawContent, Recipient, SendFrame, check_json},
     },
 };
 use tokio::sync::oneshot;
@@ -166,7 +166,7 @@ pub(super) fn id_of(id: Option<&str>) -> Result<Option<MessageId>, Failed> {
 
 /// Checks JSON that is passed on as it was written.
 pub(super) fn is_readable(what: &str, raw: &RawValue) -> Result<(), Failed> {
-    readable_for_all(raw).map_err(|error| Failed::bad(format!("`{what}`: {error}")))
+    check_json(raw).map_err(|error| Failed::bad(format!("`{what}`: {error}")))
 }
 
 /// What is appended, once it is.
@@ -202,11 +202,11 @@ impl Outgoing {
             let text = format!("`content` is at most {bytes_max} bytes");
             return Err(Failed::new(ErrorCode::TooLarge, text));
         }
-        let message = Message {
+        let message = SendFrame {
             to: Recipient::Room(room),
             id: id_of(self.id.as_deref())?,
             kind: self.kind.unwrap_or_default(),
-            content: Content::Json(&self.content),
+            content: RawContent::Json(&self.content),
             reply_to: None,
             meta: self.meta.as_deref(),
             echo: true,

@@ -15,57 +15,57 @@ use crate::{
 
 /// A frame from a client.
 #[derive(Debug)]
-pub struct Request<'a> {
+pub struct ClientFrame<'a> {
     /// What the client calls this frame.
     pub reference: Option<Ref>,
     /// What it asks for.
-    pub body: Body<'a>,
+    pub body: FrameBody<'a>,
 }
 
 /// What a client asks for, by `type`.
 #[derive(Debug)]
-pub enum Body<'a> {
+pub enum FrameBody<'a> {
     /// `join`
-    Join(Join),
+    Join(JoinFrame),
     /// `leave`
-    Leave(OneRoom),
+    Leave(RoomFrame),
     /// `message` and `direct`
-    Message(Message<'a>),
+    Message(SendFrame<'a>),
     /// `typing`
-    Typing(Typing),
+    Typing(SetTypingFrame),
     /// `read`
-    Read(Read),
+    Read(MarkReadFrame),
     /// `ack`
-    Ack(Ack),
+    Ack(InboxAckFrame),
     /// `history`
-    History(History),
+    History(HistoryFrame),
     /// `presence`
-    Presence(Presence),
+    Presence(PresenceFrame),
     /// `watch`
-    Watch(Users),
+    Watch(WatchFrame),
     /// `unwatch`
-    Unwatch(Users),
+    Unwatch(WatchFrame),
     /// `create_room`
-    CreateRoom(CreateRoom<'a>),
+    CreateRoom(CreateRoomFrame<'a>),
     /// `delete_room`
-    DeleteRoom(OneRoom),
+    DeleteRoom(RoomFrame),
     /// `room_info`
-    RoomInfo(OneRoom),
+    RoomInfo(RoomFrame),
     /// `rooms`
-    Rooms(Rooms),
+    Rooms(RoomsFrame),
     /// `session_get`
     SessionGet,
     /// `session_set`
-    SessionSet(SessionSet),
+    SessionSet(SessionSetFrame),
     /// `refresh`
-    Refresh(Refresh),
+    Refresh(RefreshFrame),
     /// `ping`
-    Ping(Ping<'a>),
+    Ping(PingFrame<'a>),
     /// `pong`
     Pong,
 }
 
-impl Body<'_> {
+impl FrameBody<'_> {
     /// Whether it holds the password of a room.
     pub fn has_password(&self) -> bool {
         match self {
@@ -76,7 +76,7 @@ impl Body<'_> {
     }
 
     /// How many users it names in a list: the work it causes grows with them.
-    pub fn names(&self) -> usize {
+    pub fn listed_users(&self) -> usize {
         match self {
             Self::Watch(users) | Self::Unwatch(users) => users.users.len(),
             _ => 0,
@@ -84,11 +84,11 @@ impl Body<'_> {
     }
 
     /// The `type`.
-    pub fn kind(&self) -> &'static str {
+    pub fn frame_type(&self) -> &'static str {
         match self {
             Self::Join(_) => "join",
             Self::Leave(_) => "leave",
-            Self::Message(message) => message.to.kind(),
+            Self::Message(message) => message.to.frame_type(),
             Self::Typing(_) => "typing",
             Self::Read(_) => "read",
             Self::Ack(_) => "ack",
@@ -111,22 +111,22 @@ impl Body<'_> {
 
 /// `join`: take part in a room, from now or from where one was.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
-pub struct Join {
+pub struct JoinFrame {
     /// The room.
     pub room: RoomId,
     /// Where the client was; what follows it is sent.
     pub since: Option<Position>,
     /// How many of the newest entries to send; ignored with `since`.
-    #[serde(default = "history_default", deserialize_with = "history_in_range")]
+    #[serde(default = "history_default", deserialize_with = "deserialize_history")]
     pub history: u32,
     /// The room's password, where it has one.
-    #[serde(default, deserialize_with = "short_password")]
+    #[serde(default, deserialize_with = "deserialize_password")]
     pub password: Option<String>,
 }
 
 /// A frame that names a room and nothing else: `leave`, `room_info`, `delete_room`.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
-pub struct OneRoom {
+pub struct RoomFrame {
     /// The room.
     pub room: RoomId,
 }
@@ -134,7 +134,7 @@ pub struct OneRoom {
 /// Where a message goes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Recipient {
-    /// To the members of a room: a `message`.
+    /// To the fields of a room: a `message`.
     Room(RoomId),
     /// To a user, on all devices: a `direct`.
     User(UserId),
@@ -142,7 +142,7 @@ pub enum Recipient {
 
 impl Recipient {
     /// The `type` of the frame.
-    pub fn kind(&self) -> &'static str {
+    pub fn frame_type(&self) -> &'static str {
         match self {
             Self::Room(_) => "message",
             Self::User(_) => "direct",
@@ -160,7 +160,7 @@ impl Recipient {
 
 /// `message`: an entry for a room's log. `direct`: one for the inboxes of receiver and sender.
 #[derive(Debug)]
-pub struct Message<'a> {
+pub struct SendFrame<'a> {
     /// Where it goes.
     pub to: Recipient,
     /// The client's own id for it: the key under which a repeat is recognised.
@@ -168,7 +168,7 @@ pub struct Message<'a> {
     /// What it is.
     pub kind: Kind,
     /// The content.
-    pub content: Content<'a>,
+    pub content: RawContent<'a>,
     /// The message it answers.
     pub reply_to: Option<MessageId>,
     /// More about it, a JSON object.
@@ -179,7 +179,7 @@ pub struct Message<'a> {
 
 /// What a message holds.
 #[derive(Clone, Copy, Debug)]
-pub enum Content<'a> {
+pub enum RawContent<'a> {
     /// Any JSON, kept as it was written.
     Json(&'a RawValue),
     /// The payload of a binary frame.
@@ -188,7 +188,7 @@ pub enum Content<'a> {
 
 /// `typing`
 #[derive(Clone, Debug, PartialEq, Deserialize)]
-pub struct Typing {
+pub struct SetTypingFrame {
     /// The room.
     pub room: RoomId,
     /// Whether the user types, or has stopped.
@@ -197,7 +197,7 @@ pub struct Typing {
 
 /// `read`: how far the user has read.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
-pub struct Read {
+pub struct MarkReadFrame {
     /// The room.
     pub room: RoomId,
     /// The newest entry that was read; above the top it counts as the top.
@@ -207,7 +207,7 @@ pub struct Read {
 
 /// `ack`: everything up to an entry of the inbox was received.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
-pub struct Ack {
+pub struct InboxAckFrame {
     /// The newest entry; above the top it counts as the top.
     #[serde(deserialize_with = "seq_in_range")]
     pub seq: Seq,
@@ -217,28 +217,28 @@ pub struct Ack {
 
 /// `watch` and `unwatch`
 #[derive(Clone, Debug, PartialEq, Deserialize)]
-pub struct Users {
+pub struct WatchFrame {
     /// Whose status to be told, 100 at most.
-    #[serde(deserialize_with = "some_users")]
+    #[serde(deserialize_with = "deserialize_users")]
     pub users: Vec<UserId>,
 }
 
 /// `session_set`
 #[derive(Clone, Debug, PartialEq, Deserialize)]
-pub struct SessionSet {
-    /// Merged into what the session holds: members that are there are replaced, those that are `null`
+pub struct SessionSetFrame {
+    /// Merged into what the session holds: fields that are there are replaced, those that are `null`
     /// removed (RFC 7386, one level deep).
     pub data: serde_json::Map<String, serde_json::Value>,
 }
 
 /// `refresh`: another token for this connection.
 #[derive(Clone, PartialEq, Deserialize)]
-pub struct Refresh {
+pub struct RefreshFrame {
     /// The token.
     pub token: String,
 }
 
-impl std::fmt::Debug for Refresh {
+impl std::fmt::Debug for RefreshFrame {
     /// Without the token.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Refresh")
@@ -247,20 +247,20 @@ impl std::fmt::Debug for Refresh {
 
 /// `presence`: who is in a room, or on any node at all.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
-pub struct Presence {
+pub struct PresenceFrame {
     /// The room; without it, the cluster.
     pub room: Option<RoomId>,
     /// Where the page before ended.
-    #[serde(default, deserialize_with = "short_text")]
+    #[serde(default, deserialize_with = "deserialize_short_text")]
     pub cursor: Option<String>,
     /// How many users, 1 to 200.
-    #[serde(default = "list_limit_default", deserialize_with = "limit_in_range")]
+    #[serde(default = "list_limit_default", deserialize_with = "deserialize_limit")]
     pub limit: u32,
 }
 
 /// `create_room`
 #[derive(Clone, Debug)]
-pub struct CreateRoom<'a> {
+pub struct CreateRoomFrame<'a> {
     /// The room.
     pub room: RoomId,
     /// What it is called in front of people; its id where that is absent.
@@ -277,39 +277,39 @@ pub struct CreateRoom<'a> {
 
 /// `rooms`: the public rooms, by name.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
-pub struct Rooms {
+pub struct RoomsFrame {
     /// What their ids begin with.
-    #[serde(default, deserialize_with = "short_text")]
+    #[serde(default, deserialize_with = "deserialize_short_text")]
     pub prefix: Option<String>,
     /// Where the page before ended.
-    #[serde(default, deserialize_with = "short_text")]
+    #[serde(default, deserialize_with = "deserialize_short_text")]
     pub cursor: Option<String>,
     /// How many, 1 to 200.
-    #[serde(default = "list_limit_default", deserialize_with = "limit_in_range")]
+    #[serde(default = "list_limit_default", deserialize_with = "deserialize_limit")]
     pub limit: u32,
 }
 
 /// `history`: a page of a room's log, backwards or forwards; or of what was exchanged with a user.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
-pub struct History {
+pub struct HistoryFrame {
     /// The room.
     pub room: Option<RoomId>,
     /// The user, in place of a room: directs to and from.
     pub with: Option<UserId>,
     /// Entries below this one, the newest of them.
-    #[serde(default, deserialize_with = "optional_seq")]
+    #[serde(default, deserialize_with = "deserialize_optional_seq")]
     pub before: Option<Seq>,
     /// Entries above this one, the oldest of them.
-    #[serde(default, deserialize_with = "optional_seq")]
+    #[serde(default, deserialize_with = "deserialize_optional_seq")]
     pub after: Option<Seq>,
     /// How many, 1 to 200.
-    #[serde(default = "history_default", deserialize_with = "limit_in_range")]
+    #[serde(default = "history_default", deserialize_with = "deserialize_limit")]
     pub limit: u32,
 }
 
 /// `ping`
 #[derive(Clone, Debug, Deserialize)]
-pub struct Ping<'a> {
+pub struct PingFrame<'a> {
     /// The client's own time, echoed.
     #[serde(borrow, default)]
     pub timestamp: Option<&'a RawValue>,
@@ -317,7 +317,7 @@ pub struct Ping<'a> {
 
 /// How deep `content` and `meta` may be nested. Common parsers stop at 128 levels, and a message
 /// stands inside `history` inside a frame.
-pub const LEVELS_MAX: usize = 100;
+pub const NESTING_MAX: usize = 100;
 /// The most entries a `join` may ask for.
 pub const JOIN_HISTORY_MAX: u32 = 1000;
 /// The most entries a `history` may ask for.
@@ -338,7 +338,7 @@ pub fn list_limit_default() -> u32 {
 /// What every frame may have, and what an `error` names. Values are looked at one by one, so that
 /// a bad one does not hide the others.
 #[derive(Deserialize)]
-struct Heading<'a> {
+struct CommonFields<'a> {
     #[serde(borrow, rename = "type")]
     kind: Option<&'a RawValue>,
     #[serde(borrow, rename = "ref")]
@@ -349,76 +349,76 @@ struct Heading<'a> {
     id: Option<&'a RawValue>,
 }
 
-/// The members of a `message` or `direct`, as JSON has them.
+/// The fields of a `message` or `direct`, as JSON has them.
 #[derive(Deserialize)]
-struct MessageMembers<'a> {
+struct SendFields<'a> {
     room: Option<RoomId>,
     to: Option<UserId>,
     id: Option<MessageId>,
     #[serde(default)]
     kind: Kind,
-    #[serde(borrow, default, deserialize_with = "also_null")]
+    #[serde(borrow, default, deserialize_with = "deserialize_present")]
     content: Option<&'a RawValue>,
     reply_to: Option<MessageId>,
     #[serde(borrow)]
     meta: Option<&'a RawValue>,
-    #[serde(default = "yes")]
+    #[serde(default = "default_true")]
     echo: bool,
 }
 
-/// The members of a `session_set`, as JSON has them.
+/// The fields of a `session_set`, as JSON has them.
 #[derive(Deserialize)]
-struct SessionSetMembers<'a> {
+struct SessionSetFields<'a> {
     #[serde(borrow)]
     data: &'a RawValue,
 }
 
-/// The members of a `create_room`, as JSON has them.
+/// The fields of a `create_room`, as JSON has them.
 #[derive(Deserialize)]
-struct CreateRoomMembers<'a> {
+struct CreateRoomFields<'a> {
     room: RoomId,
     name: Option<String>,
     max_members: Option<u32>,
-    #[serde(default = "yes")]
+    #[serde(default = "default_true")]
     public: bool,
     password: Option<String>,
     #[serde(borrow)]
     meta: Option<&'a RawValue>,
 }
 
-impl<'a> Request<'a> {
+impl<'a> ClientFrame<'a> {
     /// Reads a text frame.
     ///
     /// # Errors
     ///
     /// The `error` to answer with, naming as much of the frame as could be read.
     pub fn from_text(text: &'a str) -> Result<Self, Box<Refusal>> {
-        let (heading, mut refusal) = Heading::read(text)?;
-        let reference = heading.reference(&mut refusal)?;
-        let kind = heading.kind(&refusal)?;
-        let bad = |error: serde_json::Error| refusal.because(ErrorCode::BadRequest, told(&error));
+        let (common, mut refusal) = CommonFields::read(text)?;
+        let reference = common.reference(&mut refusal)?;
+        let kind = common.frame_type(&refusal)?;
+        let bad = |error: serde_json::Error| refusal.because(ErrorCode::BadRequest, describe(&error));
         let body = match kind.as_ref() {
-            "join" => Body::Join(serde_json::from_str(text).map_err(bad)?),
-            "leave" => Body::Leave(serde_json::from_str(text).map_err(bad)?),
-            "message" | "direct" => Body::Message(message(&kind, text, None, &refusal)?),
-            "typing" => Body::Typing(serde_json::from_str(text).map_err(bad)?),
-            "read" => Body::Read(serde_json::from_str(text).map_err(bad)?),
-            "ack" => Body::Ack(serde_json::from_str(text).map_err(bad)?),
-            "history" => Body::History(history(text, &refusal)?),
-            "presence" => Body::Presence(serde_json::from_str(text).map_err(bad)?),
-            "watch" => Body::Watch(serde_json::from_str(text).map_err(bad)?),
-            "unwatch" => Body::Unwatch(serde_json::from_str(text).map_err(bad)?),
-            "create_room" => Body::CreateRoom(create_room(text, &refusal)?),
-            "delete_room" => Body::DeleteRoom(serde_json::from_str(text).map_err(bad)?),
-            "room_info" => Body::RoomInfo(serde_json::from_str(text).map_err(bad)?),
-            "rooms" => Body::Rooms(serde_json::from_str(text).map_err(bad)?),
-            "session_get" => Body::SessionGet,
-            "session_set" => Body::SessionSet(session_set(text, &refusal)?),
-            "refresh" => Body::Refresh(serde_json::from_str(text).map_err(bad)?),
-            "ping" => Body::Ping(ping(text, &refusal)?),
-            "pong" => Body::Pong,
+            "join" => FrameBody::Join(serde_json::from_str(text).map_err(bad)?),
+            "leave" => FrameBody::Leave(serde_json::from_str(text).map_err(bad)?),
+            "message" | "direct" => FrameBody::Message(message(&kind, text, None, &refusal)?),
+            "typing" => FrameBody::Typing(serde_json::from_str(text).map_err(bad)?),
+            "read" => FrameBody::Read(serde_json::from_str(text).map_err(bad)?),
+            "ack" => FrameBody::Ack(serde_json::from_str(text).map_err(bad)?),
+            "history" => FrameBody::History(history(text, &refusal)?),
+            "presence" => FrameBody::Presence(serde_json::from_str(text).map_err(bad)?),
+            "watch" => FrameBody::Watch(serde_json::from_str(text).map_err(bad)?),
+            "unwatch" => FrameBody::Unwatch(serde_json::from_str(text).map_err(bad)?),
+            "create_room" => FrameBody::CreateRoom(create_room(text, &refusal)?),
+            "delete_room" => FrameBody::DeleteRoom(serde_json::from_str(text).map_err(bad)?),
+            "room_info" => FrameBody::RoomInfo(serde_json::from_str(text).map_err(bad)?),
+            "rooms" => FrameBody::Rooms(serde_json::from_str(text).map_err(bad)?),
+            "session_get" => FrameBody::SessionGet,
+            "session_set" => FrameBody::SessionSet(session_set(text, &refusal)?),
+            "refresh" => FrameBody::Refresh(serde_json::from_str(text).map_err(bad)?),
+            "ping" => FrameBody::Ping(ping(text, &refusal)?),
+            "pong" => FrameBody::Pong,
             _ => {
-                let text = format!("there is no frame of type `{}`", short(&kind));
+                let text = format!("there is no frame of type `{}`", truncated(&kind));
                 return Err(refusal.because(ErrorCode::UnknownType, text));
             }
         };
@@ -429,7 +429,7 @@ impl<'a> Request<'a> {
     ///
     /// # Errors
     ///
-    /// As [`Request::from_text`].
+    /// As [`ClientFrame::from_text`].
     pub fn from_binary(frame: &'a [u8]) -> Result<Self, Box<Refusal>> {
         let bad = |text: &str| Refusal::new(ErrorCode::BadRequest, text);
         let (length, rest) = frame
@@ -445,47 +445,47 @@ impl<'a> Request<'a> {
         }
         let header =
             std::str::from_utf8(header).map_err(|_| bad("the binary header is not UTF-8"))?;
-        let (heading, mut refusal) = Heading::read(header)?;
-        let reference = heading.reference(&mut refusal)?;
-        let kind = heading.kind(&refusal)?;
+        let (common, mut refusal) = CommonFields::read(header)?;
+        let reference = common.reference(&mut refusal)?;
+        let kind = common.frame_type(&refusal)?;
         if kind != "message" && kind != "direct" {
-            let text = format!("a binary frame is a `message` or `direct`, not `{}`", short(&kind));
+            let text = format!("a binary frame is a `message` or `direct`, not `{}`", truncated(&kind));
             return Err(refusal.because(ErrorCode::BadRequest, text));
         }
         let message = message(&kind, header, Some(payload), &refusal)?;
-        Ok(Self { reference, body: Body::Message(message) })
+        Ok(Self { reference, body: FrameBody::Message(message) })
     }
 }
 
-impl<'a> Heading<'a> {
+impl<'a> CommonFields<'a> {
     fn read(text: &'a str) -> Result<(Self, Refusal), Box<Refusal>> {
-        // serde reads a list as the members of a struct in their order.
+        // serde reads a list as the fields of a struct in their order.
         if !text.trim_ascii_start().starts_with('{') {
             return Err(Refusal::new(ErrorCode::BadRequest, "a frame is a JSON object"));
         }
-        let heading: Self = serde_json::from_str(text).map_err(|error| {
-            let text = format!("a frame is a JSON object: {}", told(&error));
+        let common: Self = serde_json::from_str(text).map_err(|error| {
+            let text = format!("a frame is a JSON object: {}", describe(&error));
             Refusal::new(ErrorCode::BadRequest, text)
         })?;
         let name = |raw: Option<&'a RawValue>| raw.and_then(string_of);
         let refusal = Refusal {
-            answers: name(heading.kind).map(|kind| short(&kind).to_owned()),
-            room: name(heading.room).and_then(|room| room.parse().ok()),
-            id: name(heading.id).and_then(|id| id.parse().ok()),
+            answers: name(common.kind).map(|kind| truncated(&kind).to_owned()),
+            room: name(common.room).and_then(|room| room.parse().ok()),
+            id: name(common.id).and_then(|id| id.parse().ok()),
             ..*Refusal::new(ErrorCode::BadRequest, "")
         };
-        Ok((heading, refusal))
+        Ok((common, refusal))
     }
 
     fn reference(&self, refusal: &mut Refusal) -> Result<Option<Ref>, Box<Refusal>> {
         let Some(raw) = self.reference else { return Ok(None) };
         let reference: Option<Ref> = serde_json::from_str(raw.get())
-            .map_err(|error| refusal.because(ErrorCode::BadRequest, told(&error)))?;
+            .map_err(|error| refusal.because(ErrorCode::BadRequest, describe(&error)))?;
         refusal.reference.clone_from(&reference);
         Ok(reference)
     }
 
-    fn kind(&self, refusal: &Refusal) -> Result<std::borrow::Cow<'a, str>, Box<Refusal>> {
+    fn frame_type(&self, refusal: &Refusal) -> Result<std::borrow::Cow<'a, str>, Box<Refusal>> {
         self.kind.and_then(string_of).ok_or_else(|| {
             refusal.because(ErrorCode::BadRequest, "a frame has a `type`, a string".into())
         })
@@ -497,29 +497,28 @@ fn message<'a>(
     text: &'a str,
     payload: Option<&'a [u8]>,
     refusal: &Refusal,
-) -> Result<Message<'a>, Box<Refusal>> {
+) -> Result<SendFrame<'a>, Box<Refusal>> {
     let bad = |text: String| refusal.because(ErrorCode::BadRequest, text);
-    let members: MessageMembers<'_> =
-        serde_json::from_str(text).map_err(|error| bad(told(&error)))?;
-    if members.kind == Kind::System {
+    let fields: SendFields<'_> = serde_json::from_str(text).map_err(|error| bad(describe(&error)))?;
+    if fields.kind == Kind::System {
         return Err(bad("messages of kind `system` come from the server only".into()));
     }
-    if let Some(meta) = members.meta {
-        meta_is_good(meta, refusal)?;
+    if let Some(meta) = fields.meta {
+        check_meta(meta, refusal)?;
     }
-    let content = match (members.content, payload) {
+    let content = match (fields.content, payload) {
         (Some(content), None) => {
-            readable_for_all(content)
-                .map_err(|error| bad(format!("`content`: {}", told(&error))))?;
-            Content::Json(content)
+            check_json(content)
+                .map_err(|error| bad(format!("`content`: {}", describe(&error))))?;
+            RawContent::Json(content)
         }
-        (None, Some(payload)) => Content::Binary(payload),
+        (None, Some(payload)) => RawContent::Binary(payload),
         (None, None) => return Err(bad("missing field `content`".into())),
         (Some(_), Some(_)) => {
             return Err(bad("the header of a binary frame has no `content`".into()));
         }
     };
-    let to = match (kind, members.room, members.to) {
+    let to = match (kind, fields.room, fields.to) {
         ("direct", _, Some(user)) if user.is_reserved() => {
             return Err(bad("ids with a leading `_` are the server's; nobody reads there".into()));
         }
@@ -528,19 +527,19 @@ fn message<'a>(
         (_, Some(room), _) => Recipient::Room(room),
         (_, None, _) => return Err(bad("missing field `room`".into())),
     };
-    Ok(Message {
+    Ok(SendFrame {
         to,
-        id: members.id,
-        kind: members.kind,
+        id: fields.id,
+        kind: fields.kind,
         content,
-        reply_to: members.reply_to,
-        meta: members.meta,
-        echo: members.echo,
+        reply_to: fields.reply_to,
+        meta: fields.meta,
+        echo: fields.echo,
     })
 }
 
 /// Checks `meta`, of a message or of a room.
-fn meta_is_good(meta: &RawValue, refusal: &Refusal) -> Result<(), Box<Refusal>> {
+fn check_meta(meta: &RawValue, refusal: &Refusal) -> Result<(), Box<Refusal>> {
     let bad = |text: String| refusal.because(ErrorCode::BadRequest, text);
     if !meta.get().starts_with('{') {
         return Err(bad("`meta` is an object".into()));
@@ -549,25 +548,25 @@ fn meta_is_good(meta: &RawValue, refusal: &Refusal) -> Result<(), Box<Refusal>> 
         let text = format!("`meta` is at most {META_BYTES_MAX} bytes");
         return Err(refusal.because(ErrorCode::TooLarge, text));
     }
-    readable_for_all(meta).map_err(|error| bad(format!("`meta`: {}", told(&error))))
+    check_json(meta).map_err(|error| bad(format!("`meta`: {}", describe(&error))))
 }
 
-fn create_room<'a>(text: &'a str, refusal: &Refusal) -> Result<CreateRoom<'a>, Box<Refusal>> {
+fn create_room<'a>(text: &'a str, refusal: &Refusal) -> Result<CreateRoomFrame<'a>, Box<Refusal>> {
     let bad = |text: String| refusal.because(ErrorCode::BadRequest, text);
-    let members: CreateRoomMembers<'_> =
-        serde_json::from_str(text).map_err(|error| bad(told(&error)))?;
+    let fields: CreateRoomFields<'_> =
+        serde_json::from_str(text).map_err(|error| bad(describe(&error)))?;
     let too_large = |text: String| refusal.because(ErrorCode::TooLarge, text);
-    let name = match members.name {
+    let name = match fields.name {
         Some(name) if name.chars().count() > NAME_CHARS_MAX => {
             return Err(too_large(format!("`name` is at most {NAME_CHARS_MAX} characters")));
         }
         Some(name) => Some(name.parse().map_err(|error| bad(format!("`name`: {error}")))?),
         None => None,
     };
-    if members.max_members == Some(0) {
+    if fields.max_members == Some(0) {
         return Err(bad("`max_members` is 1 or more".into()));
     }
-    match &members.password {
+    match &fields.password {
         Some(password) if password.is_empty() => {
             return Err(bad("`password` is not empty; leave it out for a room without".into()));
         }
@@ -576,22 +575,22 @@ fn create_room<'a>(text: &'a str, refusal: &Refusal) -> Result<CreateRoom<'a>, B
         }
         _ => {}
     }
-    if let Some(meta) = members.meta {
-        meta_is_good(meta, refusal)?;
+    if let Some(meta) = fields.meta {
+        check_meta(meta, refusal)?;
     }
-    Ok(CreateRoom {
-        room: members.room,
+    Ok(CreateRoomFrame {
+        room: fields.room,
         name,
-        max_members: members.max_members,
-        public: members.public,
-        password: members.password,
-        meta: members.meta,
+        max_members: fields.max_members,
+        public: fields.public,
+        password: fields.password,
+        meta: fields.meta,
     })
 }
 
-fn history(text: &str, refusal: &Refusal) -> Result<History, Box<Refusal>> {
+fn history(text: &str, refusal: &Refusal) -> Result<HistoryFrame, Box<Refusal>> {
     let bad = |text: String| refusal.because(ErrorCode::BadRequest, text);
-    let history: History = serde_json::from_str(text).map_err(|error| bad(told(&error)))?;
+    let history: HistoryFrame = serde_json::from_str(text).map_err(|error| bad(describe(&error)))?;
     if history.room.is_some() == history.with.is_some() {
         return Err(bad("`history` is of a `room`, or `with` a user".into()));
     }
@@ -601,27 +600,27 @@ fn history(text: &str, refusal: &Refusal) -> Result<History, Box<Refusal>> {
     Ok(history)
 }
 
-fn session_set(text: &str, refusal: &Refusal) -> Result<SessionSet, Box<Refusal>> {
-    let bad = |error: serde_json::Error| refusal.because(ErrorCode::BadRequest, told(&error));
-    let raw: SessionSetMembers<'_> = serde_json::from_str(text).map_err(bad)?;
+fn session_set(text: &str, refusal: &Refusal) -> Result<SessionSetFrame, Box<Refusal>> {
+    let bad = |error: serde_json::Error| refusal.because(ErrorCode::BadRequest, describe(&error));
+    let raw: SessionSetFields<'_> = serde_json::from_str(text).map_err(bad)?;
     if raw.data.get().len() > SESSION_BYTES_MAX {
         let text = format!("`data` of a session is at most {SESSION_BYTES_MAX} bytes");
         return Err(refusal.because(ErrorCode::TooLarge, text));
     }
-    readable_for_all(raw.data).map_err(bad)?;
+    check_json(raw.data).map_err(bad)?;
     serde_json::from_str(text).map_err(bad)
 }
 
-fn ping<'a>(text: &'a str, refusal: &Refusal) -> Result<Ping<'a>, Box<Refusal>> {
+fn ping<'a>(text: &'a str, refusal: &Refusal) -> Result<PingFrame<'a>, Box<Refusal>> {
     let bad = |text: String| refusal.because(ErrorCode::BadRequest, text);
-    let ping: Ping<'a> = serde_json::from_str(text).map_err(|error| bad(told(&error)))?;
+    let ping: PingFrame<'a> = serde_json::from_str(text).map_err(|error| bad(describe(&error)))?;
     if let Some(timestamp) = ping.timestamp {
         let json = timestamp.get();
         // The quotes of a string do not count.
         let length = json.trim_matches('"').len();
         if !json.starts_with(|c: char| c == '"' || c == '-' || c.is_ascii_digit())
             || length > REF_BYTES_MAX
-            || readable_for_all(timestamp).is_err()
+            || check_json(timestamp).is_err()
         {
             let text =
                 format!("`timestamp` is a string or a number of at most {REF_BYTES_MAX} bytes");
@@ -632,16 +631,16 @@ fn ping<'a>(text: &'a str, refusal: &Refusal) -> Result<Ping<'a>, Box<Refusal>> 
 }
 
 /// Refuses JSON that is well-formed but that some receiver's parser would choke on: half a
-/// surrogate pair, a number beyond a double, more than [`LEVELS_MAX`] levels. It is passed on as it
+/// surrogate pair, a number beyond a double, more than [`NESTING_MAX`] levels. It is passed on as it
 /// was written, so that one sender could otherwise break a whole room.
 ///
 /// # Errors
 ///
 /// What is wrong with it.
-pub fn readable_for_all(raw: &RawValue) -> Result<(), serde_json::Error> {
+pub fn check_json(raw: &RawValue) -> Result<(), serde_json::Error> {
     let json = raw.get();
-    if levels(json) > LEVELS_MAX {
-        return Err(serde_json::Error::custom(format!("more than {LEVELS_MAX} levels")));
+    if nesting_depth(json) > NESTING_MAX {
+        return Err(serde_json::Error::custom(format!("more than {NESTING_MAX} levels")));
     }
     let plain_text = json.starts_with('"') && !json.contains(r"\u");
     if plain_text {
@@ -651,7 +650,7 @@ pub fn readable_for_all(raw: &RawValue) -> Result<(), serde_json::Error> {
 }
 
 /// How deep arrays and objects are nested.
-fn levels(json: &str) -> usize {
+fn nesting_depth(json: &str) -> usize {
     let (mut level, mut deepest, mut in_text, mut escaped) = (0_usize, 0, false, false);
     for byte in json.bytes() {
         match byte {
@@ -669,18 +668,18 @@ fn levels(json: &str) -> usize {
     deepest
 }
 
-fn yes() -> bool {
+fn default_true() -> bool {
     true
 }
 
 /// A value that is there, be it `null`.
-fn also_null<'de, D: Deserializer<'de>>(
+fn deserialize_present<'de, D: Deserializer<'de>>(
     deserializer: D,
 ) -> Result<Option<&'de RawValue>, D::Error> {
     <&RawValue>::deserialize(deserializer).map(Some)
 }
 
-fn history_in_range<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
+fn deserialize_history<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
     let history = u32::deserialize(deserializer)?;
     if history > JOIN_HISTORY_MAX {
         return Err(D::Error::custom(format!("`history` is 0 to {JOIN_HISTORY_MAX}")));
@@ -688,7 +687,7 @@ fn history_in_range<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D
     Ok(history)
 }
 
-fn limit_in_range<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
+fn deserialize_limit<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
     let limit = u32::deserialize(deserializer)?;
     if limit == 0 || limit > HISTORY_LIMIT_MAX {
         return Err(D::Error::custom(format!("`limit` is 1 to {HISTORY_LIMIT_MAX}")));
@@ -696,7 +695,7 @@ fn limit_in_range<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::
     Ok(limit)
 }
 
-fn some_users<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<UserId>, D::Error> {
+fn deserialize_users<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<UserId>, D::Error> {
     let users = Vec::<UserId>::deserialize(deserializer)?;
     if users.len() > WATCH_USERS_MAX {
         return Err(D::Error::custom(format!("`users` are at most {WATCH_USERS_MAX}")));
@@ -705,7 +704,7 @@ fn some_users<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<UserId>,
 }
 
 /// A name, or what one begins with: 128 bytes at most.
-fn short_text<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+fn deserialize_short_text<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
     let text = Option::<String>::deserialize(deserializer)?;
     if text.as_ref().is_some_and(|text| text.len() > 128) {
         return Err(D::Error::custom("`cursor` and `prefix` are at most 128 bytes"));
@@ -713,7 +712,7 @@ fn short_text<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Strin
     Ok(text)
 }
 
-fn short_password<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+fn deserialize_password<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
     let password = Option::<String>::deserialize(deserializer)?;
     if password.as_ref().is_some_and(|password| password.len() > PASSWORD_BYTES_MAX) {
         return Err(D::Error::custom(format!("`password` is at most {PASSWORD_BYTES_MAX} bytes")));
@@ -721,14 +720,14 @@ fn short_password<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<S
     Ok(password)
 }
 
-fn optional_seq<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Seq>, D::Error> {
+fn deserialize_optional_seq<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Seq>, D::Error> {
     #[derive(Deserialize)]
     struct InRange(#[serde(deserialize_with = "seq_in_range")] Seq);
     Ok(Option::<InRange>::deserialize(deserializer)?.map(|seq| seq.0))
 }
 
 /// An error of serde_json for its reader, who has one line and does not want to hear of it.
-fn told(error: &serde_json::Error) -> String {
+fn describe(error: &serde_json::Error) -> String {
     let text = error.to_string();
     match text.rsplit_once(" at line 1 column ") {
         Some((what, column)) => format!("{what} (at byte {column})"),
@@ -737,7 +736,7 @@ fn told(error: &serde_json::Error) -> String {
 }
 
 /// As much of a client's text as an answer repeats.
-fn short(text: &str) -> &str {
+fn truncated(text: &str) -> &str {
     text.char_indices().nth(64).map_or(text, |(end, _)| &text[..end])
 }
 
@@ -747,7 +746,7 @@ mod tests {
 
     #[track_caller]
     fn refused(text: &str, code: ErrorCode) -> Refusal {
-        let refusal = *Request::from_text(text).expect_err("refused");
+        let refusal = *ClientFrame::from_text(text).expect_err("refused");
         assert_eq!(refusal.code, code, "{refusal:?}");
         refusal
     }
@@ -755,19 +754,21 @@ mod tests {
     #[test]
     fn a_message_has_defaults_and_keeps_its_content_as_written() {
         let text = r#"{"type":"message","room":"r","content":{"a": 1.0},"ref":7,"more":[]}"#;
-        let request = Request::from_text(text).unwrap();
+        let request = ClientFrame::from_text(text).unwrap();
         assert_eq!(request.reference, Some(Ref::number(7)));
-        let Body::Message(message) = request.body else { panic!("{:?}", request.body) };
+        let FrameBody::Message(message) = request.body else { panic!("{:?}", request.body) };
         assert!(message.echo && message.id.is_none() && message.kind == Kind::Text);
-        let Content::Json(content) = message.content else { panic!("binary") };
+        let RawContent::Json(content) = message.content else { panic!("binary") };
         assert_eq!(content.get(), r#"{"a": 1.0}"#);
     }
 
     #[test]
     fn null_is_a_content_too() {
         let text = r#"{"type":"message","room":"r","content":null}"#;
-        let Body::Message(message) = Request::from_text(text).unwrap().body else { panic!() };
-        assert!(matches!(message.content, Content::Json(content) if content.get() == "null"));
+        let FrameBody::Message(message) = ClientFrame::from_text(text).unwrap().body else {
+            panic!()
+        };
+        assert!(matches!(message.content, RawContent::Json(content) if content.get() == "null"));
     }
 
     #[test]
@@ -814,8 +815,8 @@ mod tests {
 
     #[test]
     fn what_is_for_one_user_is_checked() {
-        let Body::Message(direct) =
-            Request::from_text(r#"{"type":"direct","to":"bob","content":1}"#).unwrap().body
+        let FrameBody::Message(direct) =
+            ClientFrame::from_text(r#"{"type":"direct","to":"bob","content":1}"#).unwrap().body
         else {
             panic!()
         };
@@ -854,9 +855,9 @@ mod tests {
         }
         let brackets =
             format!(r#"{{"type":"message","room":"r","content":["{}\""]}}"#, "[".repeat(200));
-        assert!(Request::from_text(&brackets).is_ok());
+        assert!(ClientFrame::from_text(&brackets).is_ok());
         let emoji = r#"{"type":"message","room":"r","content":"\ud83d\udc27"}"#;
-        assert!(Request::from_text(emoji).is_ok());
+        assert!(ClientFrame::from_text(emoji).is_ok());
     }
 
     #[test]
@@ -869,7 +870,9 @@ mod tests {
     #[test]
     fn a_room_is_created_with_what_its_limits_allow() {
         let text = r#"{"type":"create_room","room":"r","password":"p","meta":{"a": 1}}"#;
-        let Body::CreateRoom(room) = Request::from_text(text).unwrap().body else { panic!() };
+        let FrameBody::CreateRoom(room) = ClientFrame::from_text(text).unwrap().body else {
+            panic!()
+        };
         assert!(room.public && room.name.is_none() && room.max_members.is_none());
         assert_eq!(
             (room.password.as_deref(), room.meta.unwrap().get()),
@@ -899,7 +902,9 @@ mod tests {
         let long = "x".repeat(PASSWORD_BYTES_MAX + 1);
         let join = format!(r#"{{"type":"join","room":"r","password":"{long}"}}"#);
         refused(&join, ErrorCode::BadRequest);
-        let Body::Presence(all) = Request::from_text(r#"{"type":"presence"}"#).unwrap().body else {
+        let FrameBody::Presence(all) =
+            ClientFrame::from_text(r#"{"type":"presence"}"#).unwrap().body
+        else {
             panic!()
         };
         assert_eq!((all.room, all.cursor, all.limit), (None, None, 100));
@@ -910,11 +915,11 @@ mod tests {
         let header = br#"{"type":"message","room":"r","ref":"b"}"#;
         let length = (header.len() as u16).to_be_bytes();
         let frame = [&length[..], header, &[0, 255]].concat();
-        let request = Request::from_binary(&frame).unwrap();
-        let Body::Message(message) = request.body else { panic!("{:?}", request.body) };
-        assert!(matches!(message.content, Content::Binary([0, 255])));
+        let request = ClientFrame::from_binary(&frame).unwrap();
+        let FrameBody::Message(message) = request.body else { panic!("{:?}", request.body) };
+        assert!(matches!(message.content, RawContent::Binary([0, 255])));
         for bad in [&frame[..1], &frame[..9], b"\0\0", b"\0\x02{}", b"\xFF\xFFx"] {
-            assert!(Request::from_binary(bad).is_err());
+            assert!(ClientFrame::from_binary(bad).is_err());
         }
     }
 }
