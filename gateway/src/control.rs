@@ -8,7 +8,7 @@ use shared::{
     close::CloseCode,
     ids::{ConnectionId, NodeId, RoomId, UserId},
     position::Position,
-    protocol::answer::{Answer, Broadcast},
+    protocol::server_frame::{BroadcastFrame, ServerFrame},
 };
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -202,8 +202,8 @@ impl Control {
             ControlCommand::Drain { node } if node == self.node => self.draining.cancel(),
             ControlCommand::Broadcast { id, payload, timestamp } if is_fresh => {
                 let Ok(payload) = serde_json::from_str(&payload) else { return };
-                let broadcast = Box::new(Broadcast { id, payload, timestamp });
-                self.hub.broadcast(text_frame(&Answer::Broadcast(broadcast))).await;
+                let broadcast = Box::new(BroadcastFrame { id, payload, timestamp });
+                self.hub.broadcast(text_frame(&ServerFrame::Broadcast(broadcast))).await;
             }
             ControlCommand::Ask(question) if is_fresh => {
                 let answer = self.answer(question).await.to_string();

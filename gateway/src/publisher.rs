@@ -11,9 +11,9 @@ use shared::{
     envelope::{Author, Envelope, FrameType, Parts, binary_bytes_max},
     ids::{ConnectionId, MessageId, RoomId, UserId},
     protocol::{
-        Kind,
-        answer::Person,
+        MessageKind,
         client_frame::{RawContent, Recipient, SendFrame},
+        server_frame::UserInfo,
         server_frame_bytes_max,
     },
 };
@@ -56,7 +56,7 @@ pub struct Sender<'a> {
     /// The user, as entries name it.
     pub author: Author,
     /// The user.
-    pub user: &'a Person,
+    pub user: &'a UserInfo,
     /// Whose quotas it uses up; nobody's, where the application sends.
     pub writer: Option<&'a Writer>,
 }
@@ -87,10 +87,10 @@ struct Members<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     room: Option<&'a RoomId>,
     id: MessageId,
-    from: &'a Person,
+    from: &'a UserInfo,
     #[serde(skip_serializing_if = "Option::is_none")]
     to: Option<&'a UserId>,
-    kind: Kind,
+    kind: MessageKind,
     #[serde(skip_serializing_if = "Option::is_none")]
     content: Option<&'a RawValue>,
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -14,7 +14,7 @@ use shared::{
     envelope::Envelope,
     ids::{ConnectionId, DisplayName, RoomId, SessionId, UserId},
     position::Seq,
-    protocol::answer::{ClosedReason, Person},
+    protocol::server_frame::{RoomClosedReason, UserInfo},
 };
 
 use super::{BoxFuture, BusError, Done};
@@ -37,7 +37,7 @@ pub struct NodePresence {
     /// Where.
     pub scope: PresenceScope,
     /// Who.
-    pub user: Person,
+    pub user: UserInfo,
     /// How many connections the user has there on this node; 0 has the user leave.
     pub connections: u32,
     /// Since when.
@@ -109,7 +109,7 @@ pub enum AdmitError {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UserPresence {
     /// Who.
-    pub user: Person,
+    pub user: UserInfo,
     /// Over how many connections, on all nodes.
     pub connections: u64,
     /// Since when.
@@ -126,7 +126,7 @@ pub struct PresenceSnapshot {
     /// Which state.
     pub version: PresenceVersion,
     /// All of them.
-    pub users: Vec<Person>,
+    pub users: Vec<UserInfo>,
     /// Whether every node has told who it has. Until then somebody may be missing who is there.
     pub complete: bool,
 }
@@ -157,7 +157,7 @@ pub struct PresenceChange {
     /// The state after it.
     pub version: PresenceVersion,
     /// Who is present now and was not.
-    pub joined: Vec<Person>,
+    pub joined: Vec<UserInfo>,
     /// Who was and is not.
     pub left: Vec<UserId>,
 }
@@ -210,7 +210,7 @@ pub enum EphemeralEvent {
     /// The room is no more.
     Closed {
         /// Why.
-        reason: ClosedReason,
+        reason: RoomClosedReason,
         /// The connection that asked for it, which is told by an answer.
         by: Option<ConnectionId>,
     },

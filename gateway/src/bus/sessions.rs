@@ -15,7 +15,7 @@ use sha1::{Digest as _, Sha1};
 use shared::{
     ids::{ConnectionId, DisplayName, NodeId, SessionId, UserId},
     position::{Epoch, Seq},
-    protocol::answer::Inbox,
+    protocol::server_frame::InboxState,
     token::ResumeToken,
 };
 
@@ -99,7 +99,7 @@ pub struct OpenedSession {
     /// this connection.
     pub at: UnixMicros,
     /// The user's inbox at this moment.
-    pub inbox: Inbox,
+    pub inbox: InboxState,
 }
 
 /// Microseconds since 1970, by the clock of the store: it orders connections and what is ordered.

@@ -4,7 +4,7 @@
 use std::{collections::BTreeSet, time::SystemTime};
 
 use parking_lot::Mutex;
-use shared::{ids::RoomId, protocol::answer::BusState};
+use shared::{ids::RoomId, protocol::server_frame::BusState};
 use tokio::{sync::watch, time::Instant};
 
 use super::{home::home_of, tail::Tail};

@@ -17,7 +17,7 @@ use std::time::Duration;
 use shared::{
     ids::RoomId,
     position::{Epoch, Position},
-    protocol::answer::NotRecovered,
+    protocol::server_frame::RecoveryFailure,
 };
 use tokio::time::Instant;
 
@@ -41,7 +41,7 @@ pub trait Obey {
     /// member that has had all before it.
     fn bump(&mut self, to: &Position);
     /// What was given so far cannot be continued: every member goes on behind `to`.
-    fn reset(&mut self, to: &Position, reason: NotRecovered);
+    fn reset(&mut self, to: &Position, reason: RecoveryFailure);
     /// The log has lost an entry, which is to be appended anew.
     fn orphan(&mut self, entry: &Entry);
 }

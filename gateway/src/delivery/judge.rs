@@ -7,7 +7,7 @@
 
 use shared::{
     position::{Position, Seq},
-    protocol::answer::NotRecovered,
+    protocol::server_frame::RecoveryFailure,
 };
 
 use super::{
@@ -104,10 +104,10 @@ impl Follow {
                     return Taken::Nothing(Need::Read);
                 }
                 let base = before(first);
-                self.begin_anew(base, NotRecovered::LogTrimmed, obey);
+                self.begin_anew(base, RecoveryFailure::LogTrimmed, obey);
             }
             None if page.top == top.seq || self.reads_on(asked, shown) => {}
-            None => self.begin_anew(page.head(), NotRecovered::LogTrimmed, obey),
+            None => self.begin_anew(page.head(), RecoveryFailure::LogTrimmed, obey),
             Some(_) => {}
         }
         self.pass_on_all(page, keep, obey);
@@ -220,7 +220,7 @@ impl Follow {
             (None, None) => page.head(),
         };
         self.former = page.former.clone();
-        self.begin_anew(base, NotRecovered::LogLost, obey);
+        self.begin_anew(base, RecoveryFailure::LogLost, obey);
         self.ids.clear();
         self.pass_on_all(page, keep, obey);
         Taken::All
@@ -245,7 +245,7 @@ impl Follow {
     }
 
     /// Goes on behind `base`, which does not continue what members were given.
-    fn begin_anew(&mut self, base: Position, reason: NotRecovered, obey: &mut impl Obey) {
+    fn begin_anew(&mut self, base: Position, reason: RecoveryFailure, obey: &mut impl Obey) {
         obey.reset(&base, reason);
         self.ring.clear();
         self.ring_is_whole = false;

@@ -3,7 +3,7 @@
 
 use shared::{
     position::{Epoch, Position, Seq},
-    protocol::answer::NotRecovered,
+    protocol::server_frame::RecoveryFailure,
 };
 
 use super::Entry;
@@ -55,7 +55,7 @@ impl Page {
     /// # Errors
     ///
     /// Why a client that has everything up to `seq` cannot be continued.
-    pub fn continues(&self, seq: Seq) -> Result<(), NotRecovered> {
+    pub fn continues(&self, seq: Seq) -> Result<(), RecoveryFailure> {
         #[cfg(debug_assertions)]
         if crate::fault_injection::is_injected(
             crate::fault_injection::ProtocolFault::NoContiguityCheck,
@@ -63,12 +63,12 @@ impl Page {
             return Ok(());
         }
         if seq > self.top {
-            return Err(NotRecovered::Ahead);
+            return Err(RecoveryFailure::Ahead);
         }
         if seq == self.top || self.at(seq + 1).is_some() {
             return Ok(());
         }
-        Err(NotRecovered::LogTrimmed)
+        Err(RecoveryFailure::LogTrimmed)
     }
 
     /// The entry `seq`, if the page shows it.
@@ -126,11 +126,11 @@ mod tests {
     #[test]
     fn a_page_goes_on_only_from_right_before_it() {
         assert_eq!(page(9, &[7, 8, 9]).continues(6), Ok(()));
-        let trimmed = Err(NotRecovered::LogTrimmed);
+        let trimmed = Err(RecoveryFailure::LogTrimmed);
         assert_eq!(page(9, &[7, 8, 9]).continues(5), trimmed);
         assert_eq!(page(9, &[]).continues(5), trimmed);
         assert_eq!(page(9, &[]).continues(9), Ok(()));
-        assert_eq!(page(9, &[]).continues(10), Err(NotRecovered::Ahead));
+        assert_eq!(page(9, &[]).continues(10), Err(RecoveryFailure::Ahead));
     }
 
     #[test]
@@ -139,6 +139,6 @@ mod tests {
         page.keep_whole();
         let seqs: Vec<_> = page.entries.iter().map(|entry| entry.position.seq).collect();
         assert_eq!(seqs, [7, 8, 9]);
-        assert_eq!(page.continues(1), Err(NotRecovered::LogTrimmed));
+        assert_eq!(page.continues(1), Err(RecoveryFailure::LogTrimmed));
     }
 }

@@ -6,7 +6,7 @@
 
 use shared::{
     position::{Position, Seq},
-    protocol::answer::NotRecovered,
+    protocol::server_frame::RecoveryFailure,
 };
 
 use super::{Entry, follow::Follow, page::Page};
@@ -28,7 +28,7 @@ pub enum Next<'a> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Resume {
     /// It cannot, as far as this node knows; the log may know more.
-    Unknown(NotRecovered),
+    Unknown(RecoveryFailure),
     /// It can, if the log or the ring has what follows: up to this position in the epoch it knows.
     Until(Position),
 }
@@ -63,7 +63,11 @@ impl Follow {
 
     /// Where a member goes on that the log cannot be continued for from `cursor`, given a page that
     /// was read from there or from before and ends behind it: `None` where it can.
-    pub fn break_behind(&self, page: &Page, cursor: &Position) -> Option<(Position, NotRecovered)> {
+    pub fn break_behind(
+        &self,
+        page: &Page,
+        cursor: &Position,
+    ) -> Option<(Position, RecoveryFailure)> {
         let top = self.top.as_ref().filter(|top| cursor.seq < top.seq)?;
         let before =
             |entry: &Entry| Position::new(entry.position.epoch.clone(), entry.position.seq - 1);
@@ -71,23 +75,23 @@ impl Follow {
             Some(_) if page.at(cursor.seq + 1).is_some() => None,
             Some(first) if first.position.seq > cursor.seq + 1 => {
                 let base = if first.position.seq <= top.seq { before(first) } else { top.clone() };
-                Some((base, NotRecovered::LogTrimmed))
+                Some((base, RecoveryFailure::LogTrimmed))
             }
             // The log has lost what is missed, and the ring may not reach back to it.
             _ => {
                 let first = self.ring.at(self.ring.first().unwrap_or(0).max(cursor.seq + 1));
-                Some((first.map_or(top.clone(), before), NotRecovered::LogLost))
+                Some((first.map_or(top.clone(), before), RecoveryFailure::LogLost))
             }
         }
     }
 
     /// Whether and up to where a client goes on behind `since` within the epoch it knows.
     pub fn resume(&self, since: &Position) -> Resume {
-        let Some(top) = &self.top else { return Resume::Unknown(NotRecovered::LogLost) };
+        let Some(top) = &self.top else { return Resume::Unknown(RecoveryFailure::LogLost) };
         let former = self.former.as_ref();
         if since.epoch == top.epoch {
             if since.seq > top.seq {
-                return Resume::Unknown(NotRecovered::Ahead);
+                return Resume::Unknown(RecoveryFailure::Ahead);
             }
             if former.is_none_or(|former| since.seq >= former.seq) {
                 return Resume::Until(top.clone());
@@ -98,7 +102,7 @@ impl Follow {
             Some(former) if former.epoch == since.epoch && since.seq <= former.seq => {
                 Resume::Until(former.clone())
             }
-            _ => Resume::Unknown(NotRecovered::LogLost),
+            _ => Resume::Unknown(RecoveryFailure::LogLost),
         }
     }
 }

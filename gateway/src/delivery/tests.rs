@@ -6,7 +6,7 @@ use std::{collections::HashSet, time::Duration};
 use proptest::prelude::*;
 use shared::{
     position::{Epoch, Position, Seq},
-    protocol::answer::NotRecovered,
+    protocol::server_frame::RecoveryFailure,
 };
 
 use super::{
@@ -182,7 +182,7 @@ struct Client {
     has: Option<Position>,
     seen: HashSet<Position>,
     given: Vec<Entry>,
-    resets: Vec<(Position, NotRecovered)>,
+    resets: Vec<(Position, RecoveryFailure)>,
     /// Those that skip nothing.
     bumps: Vec<Position>,
     not_recovered: usize,
@@ -225,7 +225,7 @@ impl Client {
         self.given.push(entry.clone());
     }
 
-    fn reset(&mut self, to: &Position, reason: NotRecovered) {
+    fn reset(&mut self, to: &Position, reason: RecoveryFailure) {
         self.cursor = to.clone();
         let had = self.has.replace(to.clone()).expect("joined before");
         assert_ne!(had, *to, "a reset that changes nothing");
@@ -234,7 +234,7 @@ impl Client {
     }
 
     fn bump(&mut self, to: &Position) {
-        self.reset(to, NotRecovered::LogLost);
+        self.reset(to, RecoveryFailure::LogLost);
         self.bumps.push(to.clone());
     }
 }
@@ -285,7 +285,7 @@ impl Obey for Doing<'_> {
         }
     }
 
-    fn reset(&mut self, to: &Position, reason: NotRecovered) {
+    fn reset(&mut self, to: &Position, reason: RecoveryFailure) {
         *self.begun_anew += 1;
         for client in self.clients.iter_mut() {
             if matches!(client.pace, Pace::Live | Pace::Behind) {

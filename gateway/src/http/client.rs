@@ -14,7 +14,7 @@ use shared::{
     error::ErrorCode,
     ids::{ConnectionId, RoomId, SessionId, UserId},
     position::{InvalidPosition, Position, Seq},
-    protocol::answer::{Answer, Connected, Inbox, Refusal},
+    protocol::server_frame::{ConnectedFrame, ErrorFrame, InboxState, ServerFrame},
     token::ResumeToken,
 };
 
@@ -193,13 +193,13 @@ pub(super) async fn follow_inbox(
     node: &Node,
     subscriber: &Arc<Subscriber>,
     user: &UserId,
-    inbox: Inbox,
+    inbox: InboxState,
     device: Option<Result<Position, InvalidPosition>>,
 ) -> Result<(), NotFollowed> {
     if let Some(Err(_)) = device {
         let text = "`inbox` is <epoch>:<seq>; the acknowledged position is taken";
         node.metrics.errors.of(ErrorCode::BadRequest).inc();
-        subscriber.answer(&Answer::Error(Refusal::new(ErrorCode::BadRequest, text)));
+        subscriber.answer(&ServerFrame::Error(ErrorFrame::new(ErrorCode::BadRequest, text)));
     }
     let unread = unread_from(&inbox);
     let since = device.and_then(Result::ok).unwrap_or(Position::new(inbox.epoch, unread));
@@ -221,7 +221,7 @@ pub(super) async fn follow_inbox(
 }
 
 /// The position behind which there is something unread. What has expired so is told of by `connected`.
-pub(super) fn unread_from(inbox: &Inbox) -> Seq {
+pub(super) fn unread_from(inbox: &InboxState) -> Seq {
     inbox.acked.max(inbox.oldest - 1).min(inbox.seq)
 }
 
@@ -247,11 +247,11 @@ pub(super) fn connected(
     entered: &Entered,
     subscriber: &Subscriber,
     route: String,
-) -> Answer<Box<RawValue>> {
+) -> ServerFrame<Box<RawValue>> {
     let Entered { identity, opened, secret, .. } = entered;
     let user = identity.user.clone();
     let token = ResumeToken { secret: *secret, session: opened.session, user: user.id.clone() };
-    Answer::Connected(Box::new(Connected {
+    ServerFrame::Connected(Box::new(ConnectedFrame {
         connection_id: subscriber.connection,
         user,
         session: token.to_string(),

@@ -39,8 +39,8 @@ use shared::{
     ids::{ConnectionId, RoomId},
     position::{Epoch, Position, Seq},
     protocol::{
-        answer::{Answer, Reconnect, ReconnectReason},
         client_frame::{JoinFrame, history_default},
+        server_frame::{ReconnectFrame, ReconnectReason, ServerFrame},
     },
 };
 use tokio::{
@@ -618,7 +618,7 @@ impl Stream {
                 biased;
                 () = batch.left() => {
                     let after_ms = batch.after_ms();
-                    subscriber.answer(&Answer::Reconnect(Reconnect {
+                    subscriber.answer(&ServerFrame::Reconnect(ReconnectFrame {
                         after_ms,
                         reason: ReconnectReason::Draining,
                         node: None,

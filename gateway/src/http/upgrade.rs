@@ -26,8 +26,8 @@ use shared::{
     position::Position,
     protocol::{
         PASSWORD_BYTES_MAX,
-        answer::{Answer, Refusal},
         client_frame::{JOIN_HISTORY_MAX, JoinFrame, history_default},
+        server_frame::{ErrorFrame, ServerFrame},
     },
 };
 use tokio::{io::Interest, net::TcpStream};
@@ -511,12 +511,12 @@ async fn join_at_once(
         }
         (Ok(_), None) => Ok(()),
         (Err(text), _) => {
-            let refusal = Refusal {
-                answers: Some("join".to_owned()),
-                ..*Refusal::new(ErrorCode::BadRequest, text)
+            let refusal = ErrorFrame {
+                frame_type: Some("join".to_owned()),
+                ..*ErrorFrame::new(ErrorCode::BadRequest, text)
             };
             node.metrics.errors.of(ErrorCode::BadRequest).inc();
-            subscriber.answer(&Answer::Error(Box::new(refusal)));
+            subscriber.answer(&ServerFrame::Error(Box::new(refusal)));
             Err(ErrorCode::BadRequest)
         }
     }

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use shared::{ids::RoomId, position::Position, protocol::answer::ClosedReason};
+use shared::{ids::RoomId, position::Position, protocol::server_frame::RoomClosedReason};
 
 use super::{
     Asked, Call, Purpose,
@@ -282,7 +282,7 @@ impl Shard {
         let Some(room) = self.rooms.get_mut(name) else { return };
         if room.was_deleted(&page) {
             // This node was cut off when that was passed on.
-            return self.close_room(name, ClosedReason::Deleted, None);
+            return self.close_room(name, RoomClosedReason::Deleted, None);
         }
         let before = Taken::by(room);
         let bytes = page.bytes();

@@ -6,9 +6,9 @@ use serde_json::value::RawValue;
 use shared::{
     position::{Position, Seq},
     protocol::{
-        HISTORY_BYTES_MAX, Ref,
-        answer::{Answer, Joined, NotRecovered},
+        FrameRef, HISTORY_BYTES_MAX,
         client_frame::history_default,
+        server_frame::{JoinedFrame, RecoveryFailure, ServerFrame},
     },
 };
 use tokio::sync::oneshot;
@@ -39,7 +39,7 @@ const RESUMED_BYTES_MAX: usize = 32 * 1024;
 #[derive(Debug)]
 pub(super) struct Join {
     pub(super) subscriber: Arc<Subscriber>,
-    pub(super) reference: Option<Ref>,
+    pub(super) reference: Option<FrameRef>,
     pub(super) start: Start,
     /// As what its user has entered.
     pub(super) admission: Admission,
@@ -51,7 +51,7 @@ pub(super) struct Join {
     /// has not heard yet, so that a position is judged only then.
     pub(super) refreshed: bool,
     /// Why it cannot go on from its position, once that is known.
-    pub(super) lost: Option<NotRecovered>,
+    pub(super) lost: Option<RecoveryFailure>,
 }
 
 /// What a user was told on entering, and whether that still holds.
@@ -113,7 +113,7 @@ impl Room {
             return Step::Done;
         }
         if !self.durable && matches!(join.start, Start::Since(_)) {
-            join.lost = Some(NotRecovered::LogLost);
+            join.lost = Some(RecoveryFailure::LogLost);
         }
         if let Some(cursor) = self.cursor_of(join.subscriber.connection).cloned() {
             self.send_joined(&join, cursor, vec![], false);
@@ -153,8 +153,8 @@ impl Room {
             Resume::Unknown(_) if !join.refreshed => {
                 return Step::Wait(Join { refreshed: true, ..join });
             }
-            Resume::Unknown(NotRecovered::LogTrimmed) => Some(NotRecovered::LogTrimmed),
-            Resume::Unknown(_) => Some(NotRecovered::LogLost),
+            Resume::Unknown(RecoveryFailure::LogTrimmed) => Some(RecoveryFailure::LogTrimmed),
+            Resume::Unknown(_) => Some(RecoveryFailure::LogLost),
         };
         let mut member = Member::at(join.subscriber.clone(), since, Pace::Live);
         if let Some(reason) = lost {
@@ -270,7 +270,7 @@ impl Room {
         turn: &mut Turn,
     ) -> Step {
         let Some(entries) = entries else {
-            join.lost = Some(NotRecovered::LogLost);
+            join.lost = Some(RecoveryFailure::LogLost);
             return self.join_newest(join, turn);
         };
         turn.metrics.resumes.of(source).inc();
@@ -320,7 +320,7 @@ impl Room {
     fn send_joined(&self, join: &Join, at: Position, history: Vec<Box<RawValue>>, more: bool) {
         let again = self.is_member(join.subscriber.connection);
         let entered = join.admission.entered;
-        join.subscriber.answer(&Answer::Joined(Box::new(Joined {
+        join.subscriber.answer(&ServerFrame::Joined(Box::new(JoinedFrame {
             reference: join.reference.clone(),
             room: self.name.clone(),
             epoch: at.epoch,

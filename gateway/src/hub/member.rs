@@ -18,8 +18,8 @@ use shared::{
     ids::{ConnectionId, MessageId, RoomId, RoomKind, SessionId, UserId},
     position::Position,
     protocol::{
-        Ref,
-        answer::{Ack, Answer, NotRecovered, Reset},
+        FrameRef,
+        server_frame::{AckFrame, RecoveryFailure, ResetFrame, ServerFrame},
     },
 };
 use smallvec::SmallVec;
@@ -105,7 +105,7 @@ pub struct Owner {
 #[derive(Clone, Debug)]
 pub struct PlacedAck {
     /// The `ref` of the message.
-    pub reference: Option<Ref>,
+    pub reference: Option<FrameRef>,
     /// Who a `direct` is for.
     pub to: Option<UserId>,
     /// When it was taken.
@@ -125,7 +125,7 @@ enum PlacedState {
 
 impl PlacedAck {
     /// An `ack` whose entry is on its way.
-    pub fn new(reference: Option<Ref>, to: Option<UserId>, timestamp: String) -> Self {
+    pub fn new(reference: Option<FrameRef>, to: Option<UserId>, timestamp: String) -> Self {
         Self { reference, to, timestamp, state: PlacedState::Open }
     }
 
@@ -137,8 +137,8 @@ impl PlacedAck {
         id: MessageId,
         position: Position,
         duplicate: bool,
-    ) -> Answer<Box<RawValue>> {
-        Answer::Ack(Box::new(Ack {
+    ) -> ServerFrame<Box<RawValue>> {
+        ServerFrame::Ack(Box::new(AckFrame {
             reference: self.reference,
             id,
             room: room.named(),
@@ -233,12 +233,12 @@ impl Subscriber {
 
     /// Sends a frame that answers the client's own and has no order with anything else: it goes ahead
     /// of what a slow socket does not take.
-    pub fn answer_ahead(&self, answer: &Answer<Box<RawValue>>) {
+    pub fn answer_ahead(&self, answer: &ServerFrame<Box<RawValue>>) {
         self.outbox.push_ahead(text_frame(answer));
     }
 
     /// Sends a frame that answers the client's own.
-    pub fn answer(&self, answer: &Answer<Box<RawValue>>) {
+    pub fn answer(&self, answer: &ServerFrame<Box<RawValue>>) {
         self.outbox.push(text_frame(answer));
     }
 
@@ -310,7 +310,7 @@ impl Subscriber {
 }
 
 /// A frame as it stands on the socket.
-pub fn text_frame(answer: &Answer<Box<RawValue>>) -> Bytes {
+pub fn text_frame(answer: &ServerFrame<Box<RawValue>>) -> Bytes {
     let json = serde_json::to_vec(answer).expect("answers are made of text and numbers");
     codec::encode(Opcode::Text, &[&json])
 }
@@ -545,11 +545,11 @@ impl Member {
         &mut self,
         room: &RoomId,
         position: &Position,
-        reason: NotRecovered,
+        reason: RecoveryFailure,
         turn: &mut Turn,
     ) {
         self.subscriber.release_acks(room);
-        self.subscriber.answer(&Answer::Reset(Reset {
+        self.subscriber.answer(&ServerFrame::Reset(ResetFrame {
             room: room.named(),
             epoch: position.epoch.clone(),
             seq: position.seq,
@@ -561,6 +561,6 @@ impl Member {
 
     /// Tells the member, which was given everything before, that its log goes on in another epoch.
     pub(super) fn bump(&mut self, room: &RoomId, to: &Position, turn: &mut Turn) {
-        self.reset(room, to, NotRecovered::LogLost, turn);
+        self.reset(room, to, RecoveryFailure::LogLost, turn);
     }
 }

@@ -18,7 +18,7 @@ use bytes::Bytes;
 use shared::{
     ids::{ConnectionId, RoomId, UserId},
     position::{Position, Seq},
-    protocol::Ref,
+    protocol::FrameRef,
 };
 use tokio::{
     sync::{mpsc, oneshot},
@@ -161,7 +161,7 @@ enum Call {
         users: Vec<UserId>,
         subscriber: Arc<Subscriber>,
         /// Whether it is told at once, as the answer to what.
-        asks: Option<Option<Ref>>,
+        asks: Option<Option<FrameRef>>,
         /// Hears for whom there was no place.
         refused: oneshot::Sender<Vec<UserId>>,
     },
@@ -260,7 +260,7 @@ impl Hub {
         &self,
         room: RoomId,
         subscriber: Arc<Subscriber>,
-        reference: Option<Ref>,
+        reference: Option<FrameRef>,
         start: Start,
         admission: Admission,
     ) -> Result<JoinOutcome, NotFollowed> {
@@ -358,7 +358,7 @@ impl Hub {
         &self,
         users: impl IntoIterator<Item = UserId>,
         subscriber: &Arc<Subscriber>,
-        asks: Option<Option<Ref>>,
+        asks: Option<Option<FrameRef>>,
     ) -> Vec<UserId> {
         let mut answers = Vec::new();
         for (shard, users) in self.by_shard(users) {
@@ -408,7 +408,7 @@ impl Hub {
         &self,
         room: RoomId,
         subscriber: Arc<Subscriber>,
-        reference: Option<Ref>,
+        reference: Option<FrameRef>,
         (after, limit): (String, usize),
         details: PresenceDetails,
     ) {

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use shared::{
     ids::{ConnectionId, RoomId, RoomKind, UserId},
     position::Position,
-    protocol::answer::{Answer, Left, LeftReason},
+    protocol::server_frame::{LeftFrame, LeftReason, ServerFrame},
 };
 
 use super::{
@@ -52,7 +52,8 @@ impl Shard {
             .cloned()
             .collect();
         let (reference, reason) = (None, Some(LeftReason::Kicked));
-        let left = text_frame(&Answer::Left(Left { reference, room: name.clone(), reason }));
+        let left =
+            text_frame(&ServerFrame::Left(LeftFrame { reference, room: name.clone(), reason }));
         for subscriber in removed {
             room.remove(subscriber.connection);
             subscriber.release_acks(name);

@@ -14,10 +14,10 @@ use shared::{
     ids::{ConnectionId, RoomId, RoomKind, SessionId, UserId},
     position::{Epoch, Position, Seq},
     protocol::{
-        Ref,
-        answer::{
-            Answer, ClosedReason, MemberMoved, Presence, PresenceDiff, Present, Read, Refusal,
-            RoomClosed, Typing,
+        FrameRef,
+        server_frame::{
+            ErrorFrame, MemberChangeFrame, PresenceDiffFrame, PresencePageFrame, PresenceUser,
+            ReadFrame, RoomClosedFrame, RoomClosedReason, ServerFrame, TypingFrame,
         },
     },
 };
@@ -88,7 +88,7 @@ struct Typist {
 #[derive(Debug)]
 pub(super) struct Asking {
     pub(super) subscriber: Arc<Subscriber>,
-    pub(super) reference: Option<Ref>,
+    pub(super) reference: Option<FrameRef>,
     pub(super) after: String,
     pub(super) limit: usize,
     pub(super) details: PresenceDetails,
@@ -163,7 +163,7 @@ impl Room {
 
     fn tell(
         &self,
-        answer: &Answer<Box<RawValue>>,
+        answer: &ServerFrame<Box<RawValue>>,
         but: impl Fn(&Subscriber) -> bool,
         turn: &mut Turn,
     ) {
@@ -189,15 +189,18 @@ impl Room {
                 }
                 continue;
             }
-            let moved = Box::new(MemberMoved {
+            let moved = Box::new(MemberChangeFrame {
                 room: self.name.clone(),
                 user: user.id.clone(),
                 name: user.name,
                 count,
                 timestamp: timestamp.clone(),
             });
-            let answer =
-                if joined { Answer::MemberJoined(moved) } else { Answer::MemberLeft(moved) };
+            let answer = if joined {
+                ServerFrame::MemberJoined(moved)
+            } else {
+                ServerFrame::MemberLeft(moved)
+            };
             let mut frame = Shared::new(text_frame(&answer));
             for member in &self.members {
                 if member.lacks(version) && !member.subscriber.is_of(&user.id) {
@@ -218,8 +221,8 @@ impl Room {
         self.people.diffed_at = Some(turn.keep.now);
         if count > named_max as u64 {
             let (joined, left) = (Vec::new(), Vec::new());
-            let diff = PresenceDiff { room: self.name.clone(), joined, left, count };
-            return self.tell(&Answer::PresenceDiff(Box::new(diff)), |_| false, turn);
+            let diff = PresenceDiffFrame { room: self.name.clone(), joined, left, count };
+            return self.tell(&ServerFrame::PresenceDiff(Box::new(diff)), |_| false, turn);
         }
         let mut pending = pending.into_iter().peekable();
         while pending.peek().is_some() {
@@ -227,8 +230,8 @@ impl Room {
             for (user, came) in pending.by_ref().take(DIFF_LEN_MAX) {
                 if came { joined.push(user) } else { left.push(user) }
             }
-            let diff = PresenceDiff { room: self.name.clone(), joined, left, count };
-            self.tell(&Answer::PresenceDiff(Box::new(diff)), |_| false, turn);
+            let diff = PresenceDiffFrame { room: self.name.clone(), joined, left, count };
+            self.tell(&ServerFrame::PresenceDiff(Box::new(diff)), |_| false, turn);
         }
     }
 
@@ -260,13 +263,13 @@ impl Room {
             None => drop(self.people.typists.remove(user)),
         }
         if let Some(is_typing) = told {
-            let typing = Typing { room: self.name.clone(), user: user.clone(), is_typing };
-            self.tell(&Answer::Typing(typing), |subscriber| subscriber.is_of(user), turn);
+            let typing = TypingFrame { room: self.name.clone(), user: user.clone(), is_typing };
+            self.tell(&ServerFrame::Typing(typing), |subscriber| subscriber.is_of(user), turn);
         }
     }
 
     fn tell_read(&self, user: UserId, seq: Seq, by: ConnectionId, turn: &mut Turn) {
-        let read = Answer::Read(Read { room: self.name.clone(), user, seq });
+        let read = ServerFrame::Read(ReadFrame { room: self.name.clone(), user, seq });
         self.tell(&read, |subscriber| subscriber.connection == by, turn);
     }
 
@@ -335,12 +338,12 @@ fn listing(
     room: &RoomId,
     roster: &Roster,
     asks: Asking,
-) -> (Arc<Subscriber>, Answer<Box<RawValue>>) {
+) -> (Arc<Subscriber>, ServerFrame<Box<RawValue>>) {
     let Asking { subscriber, reference, after, limit, details, .. } = asks;
     let mut known: BTreeMap<UserId, UserPresence> =
         details.users.into_iter().map(|detail| (detail.user.id.clone(), detail)).collect();
     let mut behind = roster.behind(&after);
-    let users: Vec<Present> = behind
+    let users: Vec<PresenceUser> = behind
         .by_ref()
         .take(limit)
         .map(|(id, name)| {
@@ -348,7 +351,7 @@ fn listing(
             let now = unix_millis_now();
             let (since, active) =
                 detail.as_ref().map_or((now, now), |detail| (detail.since, detail.active));
-            Present {
+            PresenceUser {
                 id: id.clone(),
                 name: name.clone(),
                 connections: detail.as_ref().map_or(1, |detail| detail.connections),
@@ -362,8 +365,8 @@ fn listing(
     let cursor = behind.next().and(last);
     let count = roster.len() as u64;
     let room = Some(room.clone());
-    let presence = Presence { reference, room, users, count, cursor };
-    (subscriber, Answer::Presence(Box::new(presence)))
+    let presence = PresencePageFrame { reference, room, users, count, cursor };
+    (subscriber, ServerFrame::Presence(Box::new(presence)))
 }
 
 /// A time of the registry's as it stands on the wire.
@@ -512,13 +515,13 @@ impl Shard {
     /// Answers who is present, once what was asked about it has come to pass here.
     pub(super) fn ask_presence(&mut self, name: &RoomId, asks: Asking) {
         let Some(room) = self.rooms.get_mut(name) else {
-            let refusal = Refusal {
+            let refusal = ErrorFrame {
                 reference: asks.reference,
-                answers: Some("presence".to_owned()),
+                frame_type: Some("presence".to_owned()),
                 room: Some(name.clone()),
-                ..*Refusal::new(ErrorCode::NotJoined, "join the room first")
+                ..*ErrorFrame::new(ErrorCode::NotJoined, "join the room first")
             };
-            asks.subscriber.answer(&Answer::Error(Box::new(refusal)));
+            asks.subscriber.answer(&ServerFrame::Error(Box::new(refusal)));
             return self.turn.touch(&asks.subscriber);
         };
         // Too many to wait are answered with what is known.
@@ -535,15 +538,15 @@ impl Shard {
     pub(super) fn close_room(
         &mut self,
         name: &RoomId,
-        reason: ClosedReason,
+        reason: RoomClosedReason,
         by: Option<ConnectionId>,
     ) {
         // First, so that what who was told says next is refused.
         self.presence.close(name);
         let Some(room) = self.rooms.get_mut(name) else { return };
         let asking = std::mem::take(&mut room.people.asking);
-        let closed = RoomClosed { reference: None, room: name.clone(), reason };
-        let answer = Answer::RoomClosed(closed);
+        let closed = RoomClosedFrame { reference: None, room: name.clone(), reason };
+        let answer = ServerFrame::RoomClosed(closed);
         for member in std::mem::take(&mut room.members) {
             let subscriber = member.subscriber;
             subscriber.release_acks(name);

@@ -11,7 +11,7 @@ use shared::{
     envelope::FrameType,
     ids::{ConnectionId, RoomId, RoomKind, UserId},
     position::Position,
-    protocol::answer::{NotRecovered, Person},
+    protocol::server_frame::{RecoveryFailure, UserInfo},
 };
 use tokio::time::Instant;
 
@@ -125,7 +125,7 @@ impl Obey for Handing<'_> {
         }
     }
 
-    fn reset(&mut self, to: &Position, reason: NotRecovered) {
+    fn reset(&mut self, to: &Position, reason: RecoveryFailure) {
         tracing::warn!(room = %self.name, %to, ?reason,
             "a log cannot be continued; its members are told");
         self.reset = true;
@@ -146,7 +146,7 @@ impl Obey for Handing<'_> {
 fn partner_in(inbox: &RoomId, entry: &Entry) -> Option<UserId> {
     #[derive(Deserialize)]
     struct Members {
-        from: Person,
+        from: UserInfo,
     }
     if entry.envelope.frame_type() != FrameType::Direct {
         return None;

@@ -10,7 +10,7 @@ use std::{
 use bytes::Bytes;
 use shared::{
     ids::{ConnectionId, RoomId, RoomKind, UserId},
-    protocol::answer::{Answer, Left},
+    protocol::server_frame::{LeftFrame, ServerFrame},
 };
 use tokio::{
     sync::{mpsc, oneshot},
@@ -498,7 +498,11 @@ impl Shard {
         let Some(room) = self.rooms.get_mut(name) else { return };
         if room.remove(subscriber.connection) {
             if let Some(room) = name.named() {
-                subscriber.answer(&Answer::Left(Left { reference: None, room, reason: None }));
+                subscriber.answer(&ServerFrame::Left(LeftFrame {
+                    reference: None,
+                    room,
+                    reason: None,
+                }));
                 self.turn.touch(subscriber);
             }
             self.note_if_idle(name);

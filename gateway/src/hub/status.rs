@@ -10,8 +10,8 @@ use futures_util::future::join_all;
 use shared::{
     ids::{ConnectionId, RoomId, UserId},
     protocol::{
-        Ref,
-        answer::{Answer, Online, UserStatus},
+        FrameRef,
+        server_frame::{OnlineState, ServerFrame, UserStatusFrame},
     },
 };
 
@@ -46,7 +46,7 @@ pub(super) struct Watch {
 struct Watcher {
     subscriber: Arc<Subscriber>,
     /// The reads whose outcome it is told in any case, and as the answers to what.
-    waits: Vec<(u64, Option<Ref>)>,
+    waits: Vec<(u64, Option<FrameRef>)>,
 }
 
 impl Watch {
@@ -74,7 +74,7 @@ impl Shard {
         &mut self,
         user: UserId,
         subscriber: Arc<Subscriber>,
-        asks: Option<Option<Ref>>,
+        asks: Option<Option<FrameRef>>,
     ) -> bool {
         if self.watched.len() >= self.watched_users_max && !self.watched.contains_key(&user) {
             return false;
@@ -229,12 +229,12 @@ impl Shard {
 fn told(
     user: &UserId,
     status: &OnlineStatus,
-    reference: Option<Ref>,
-) -> Answer<Box<serde_json::value::RawValue>> {
-    Answer::UserStatus(UserStatus {
+    reference: Option<FrameRef>,
+) -> ServerFrame<Box<serde_json::value::RawValue>> {
+    ServerFrame::UserStatus(UserStatusFrame {
         reference,
         user: user.clone(),
-        status: if status.online { Online::Online } else { Online::Offline },
+        status: if status.online { OnlineState::Online } else { OnlineState::Offline },
         last_active: status.active.map(at),
     })
 }

@@ -18,7 +18,7 @@
 
 use std::{net::IpAddr, sync::Arc, time::Duration};
 
-use shared::protocol::answer::Limits;
+use shared::protocol::server_frame::ConnectionLimits;
 use tokio::time::Instant;
 
 use super::{Pace, Paces, Rate};
@@ -65,7 +65,7 @@ pub struct MeterRates {
     /// Bytes.
     volume: Rate,
     /// What clients are told.
-    announced: Limits,
+    announced: ConnectionLimits,
 }
 
 impl MeterRates {
@@ -73,7 +73,7 @@ impl MeterRates {
     /// `limits.bytes_per_second`; 0 switches the rates that depend on it off.
     pub fn new(messages: u32, frames: u32, bytes_per_second: u64) -> Self {
         let second = Duration::from_secs(1);
-        let announced = Limits {
+        let announced = ConnectionLimits {
             messages_per_second: messages,
             messages_burst: messages.saturating_mul(2),
             frames_per_second: frames,
@@ -94,7 +94,7 @@ impl MeterRates {
     }
 
     /// The rates as clients are told them.
-    pub fn announced(&self) -> Limits {
+    pub fn announced(&self) -> ConnectionLimits {
         self.announced
     }
 

@@ -21,7 +21,7 @@ use std::{
 use parking_lot::Mutex;
 use shared::{
     ids::{RoomId, UserId},
-    protocol::answer::Person,
+    protocol::server_frame::UserInfo,
 };
 use tokio::{sync::Notify, time::Instant};
 
@@ -91,7 +91,7 @@ struct Seats {
 #[derive(Debug)]
 struct Seated {
     place: PresenceScope,
-    user: Person,
+    user: UserInfo,
     since: UnixMillis,
     connections: AtomicU32,
     /// Under which number the seat is kept without a connection; 0: it is not.
@@ -273,7 +273,7 @@ impl Presence {
     pub async fn enter(
         self: &Arc<Self>,
         place: PresenceScope,
-        person: &Person,
+        person: &UserInfo,
         rules: Option<JoinConditions>,
     ) -> Result<(Stay, JoinSnapshot), AdmitError> {
         let (stay, entering, was_here) = self.sit(place, person, rules);
@@ -293,21 +293,21 @@ impl Presence {
 
     /// Has a user be connected by one more connection, and waits until that can be seen, but not
     /// longer than `wait`: then it will be.
-    pub async fn appear(self: &Arc<Self>, person: &Person, wait: Duration) -> Stay {
+    pub async fn appear(self: &Arc<Self>, person: &UserInfo, wait: Duration) -> Stay {
         let (stay, entering, _) = self.sit(PresenceScope::Cluster, person, None);
         let _ = tokio::time::timeout(wait, entering).await;
         stay
     }
 
     /// As [`Presence::appear`], without waiting.
-    pub fn appear_soon(self: &Arc<Self>, person: &Person) -> Stay {
+    pub fn appear_soon(self: &Arc<Self>, person: &UserInfo) -> Stay {
         self.sit(PresenceScope::Cluster, person, None).0
     }
 
     fn sit(
         self: &Arc<Self>,
         place: PresenceScope,
-        person: &Person,
+        person: &UserInfo,
         rules: Option<JoinConditions>,
     ) -> (Stay, Entering, bool) {
         let now = unix_millis_now();

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use shared::{
     ids::{DisplayName, UserId},
-    protocol::answer::Person,
+    protocol::server_frame::UserInfo,
 };
 
 use crate::bus::registry::{PresenceChange, PresenceSnapshot, PresenceVersion};
@@ -42,7 +42,7 @@ enum Reading {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Move {
     /// Who.
-    pub user: Person,
+    pub user: UserInfo,
     /// Whether the user came.
     pub joined: bool,
     /// How many are present after it.
@@ -172,7 +172,7 @@ impl Roster {
         }
     }
 
-    fn add(&mut self, user: Person, moves: &mut Vec<Move>) {
+    fn add(&mut self, user: UserInfo, moves: &mut Vec<Move>) {
         if self.users.insert(user.id.clone(), user.name.clone()).is_none() {
             let count = self.users.len() as u64;
             moves.push(Move { user, joined: true, count, version: self.version });
@@ -181,7 +181,7 @@ impl Roster {
 
     fn remove(&mut self, user: &UserId, moves: &mut Vec<Move>) {
         if let Some((id, name)) = self.users.remove_entry(user) {
-            let (user, count) = (Person { id, name }, self.users.len() as u64);
+            let (user, count) = (UserInfo { id, name }, self.users.len() as u64);
             moves.push(Move { user, joined: false, count, version: self.version });
         }
     }
@@ -191,8 +191,8 @@ impl Roster {
 mod tests {
     use super::*;
 
-    fn person(id: &str) -> Person {
-        Person { id: id.parse().unwrap(), name: id.parse().unwrap() }
+    fn person(id: &str) -> UserInfo {
+        UserInfo { id: id.parse().unwrap(), name: id.parse().unwrap() }
     }
 
     fn version(epoch: u64, number: u64) -> PresenceVersion {

@@ -13,7 +13,7 @@ use rand::{RngExt as _, distr::Alphanumeric};
 use shared::{
     error::ErrorCode,
     ids::{DisplayName, RoomId, UserId},
-    protocol::answer::Person,
+    protocol::server_frame::UserInfo,
     token::{Access, Claims, RoomGrants},
 };
 
@@ -58,7 +58,7 @@ pub struct JwtKey {
 #[derive(Clone, Debug)]
 pub struct Identity {
     /// The user.
-    pub user: Person,
+    pub user: UserInfo,
     /// When its token expires, as the token says.
     pub expires_at: Option<SystemTime>,
     /// How long the token counts beyond that.
@@ -194,7 +194,7 @@ impl JwtKey {
         // Who made the token is not the user, who must not be locked out for its name.
         let name = claims.name.as_deref().and_then(DisplayName::cleaned);
         let name = name.unwrap_or_else(|| DisplayName::from(&id));
-        Ok(Identity { user: Person { id, name }, expires_at, leeway, grants: claims.rooms })
+        Ok(Identity { user: UserInfo { id, name }, expires_at, leeway, grants: claims.rooms })
     }
 }
 
@@ -233,7 +233,7 @@ fn anonymous(credentials: &Credentials) -> Result<Identity, AuthError> {
         Some(name) if !name.is_empty() => name.parse().map_err(|_| AuthError::UserInvalid)?,
         _ => DisplayName::from(&id),
     };
-    let user = Person { id, name };
+    let user = UserInfo { id, name };
     Ok(Identity { user, expires_at: None, leeway: Duration::ZERO, grants: None })
 }
 

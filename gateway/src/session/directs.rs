@@ -8,8 +8,8 @@ use shared::{
     position::{Epoch, Seq},
     protocol::{
         HISTORY_BYTES_MAX,
-        answer::{Answer, History, Session},
         client_frame::{self, HISTORY_LIMIT_MAX, SessionSetFrame},
+        server_frame::{HistoryPageFrame, ServerFrame, SessionFrame},
     },
 };
 use tokio::time::timeout;
@@ -62,8 +62,8 @@ pub(super) async fn history(
         messages.reverse();
     }
     let (reference, with) = (asked.reference.clone(), Some(with));
-    let history = History { reference, room: None, with, epoch, messages, more };
-    asked.answer(&Answer::History(Box::new(history)));
+    let history = HistoryPageFrame { reference, room: None, with, epoch, messages, more };
+    asked.answer(&ServerFrame::History(Box::new(history)));
     Performed::Answered
 }
 
@@ -199,7 +199,7 @@ pub(super) async fn session(
     match asked.read(data, |_| 0).await {
         Ok(Ok(data)) => {
             let reference = asked.reference.clone();
-            asked.answer(&Answer::Session(Session { reference, data }));
+            asked.answer(&ServerFrame::Session(SessionFrame { reference, data }));
         }
         Ok(Err(error)) => {
             let code = match error {

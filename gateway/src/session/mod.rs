@@ -16,13 +16,13 @@ use shared::{
     error::ErrorCode,
     ids::{RoomId, RoomKind, SessionId, UserId},
     protocol::{
-        Ref,
-        answer::{Ack, Answer, BusState, Pong, Refusal, Status},
+        FrameRef,
         client_frame::{
-            ClientFrame, CreateRoomFrame, FrameBody, HistoryFrame, JoinFrame,
-            MarkReadFrame, PresenceFrame as Who, Recipient, RefreshFrame, RoomsFrame, SendFrame,
-            SessionSetFrame, SetTypingFrame, WatchFrame,
+            ClientFrame, CreateRoomFrame, FrameBody, HistoryFrame, JoinFrame, MarkReadFrame,
+            PresenceFrame as Who, Recipient, RefreshFrame, RoomsFrame, SendFrame, SessionSetFrame,
+            SetTypingFrame, WatchFrame,
         },
+        server_frame::{AckFrame, BusState, ErrorFrame, PongFrame, ServerFrame, StatusFrame},
     },
     token::Access,
 };
@@ -137,31 +137,31 @@ pub struct Session {
 #[derive(Debug)]
 pub enum Request {
     /// `join`
-    Join(Option<Ref>, JoinFrame),
+    Join(Option<FrameRef>, JoinFrame),
     /// `leave`
-    Leave(Option<Ref>, RoomId),
+    Leave(Option<FrameRef>, RoomId),
     /// `history`
-    History(Option<Ref>, HistoryFrame),
+    History(Option<FrameRef>, HistoryFrame),
     /// `presence`
-    Presence(Option<Ref>, Who),
+    Presence(Option<FrameRef>, Who),
     /// `watch`
-    Watch(Option<Ref>, WatchFrame),
+    Watch(Option<FrameRef>, WatchFrame),
     /// `unwatch`
     Unwatch(WatchFrame),
     /// Nothing that was asked for: a direct was sent to this user.
     Meet(UserId),
     /// `session_get`, and with data `session_set`
-    Session(Option<Ref>, Option<SessionSetFrame>),
+    Session(Option<FrameRef>, Option<SessionSetFrame>),
     /// `refresh`
-    Refresh(Option<Ref>, RefreshFrame),
+    Refresh(Option<FrameRef>, RefreshFrame),
     /// `create_room`; the record has no hash yet where there is a password.
-    CreateRoom(Option<Ref>, RoomId, Box<RoomConfig>, Option<String>),
+    CreateRoom(Option<FrameRef>, RoomId, Box<RoomConfig>, Option<String>),
     /// `delete_room`
-    DeleteRoom(Option<Ref>, RoomId),
+    DeleteRoom(Option<FrameRef>, RoomId),
     /// `room_info`
-    RoomInfo(Option<Ref>, RoomId),
+    RoomInfo(Option<FrameRef>, RoomId),
     /// `rooms`
-    Rooms(Option<Ref>, RoomsFrame),
+    Rooms(Option<FrameRef>, RoomsFrame),
 }
 
 impl Request {
@@ -236,7 +236,7 @@ impl Session {
     /// Sends `status`.
     pub fn tell(&self, told: Told) {
         let since = shared::timestamp(told.since.unwrap_or_else(SystemTime::now));
-        self.answer(&Answer::Status(Status { bus: told.bus, since }));
+        self.answer(&ServerFrame::Status(StatusFrame { bus: told.bus, since }));
     }
 
     /// When the session's token ends, leeway included.
@@ -253,7 +253,7 @@ impl Session {
     /// [performed](Session::perform) before the next.
     pub fn handle(
         &mut self,
-        frame: Result<ClientFrame<'_>, Box<Refusal>>,
+        frame: Result<ClientFrame<'_>, Box<ErrorFrame>>,
         meter: &mut Meter,
         now: Instant,
     ) -> Option<Request> {
@@ -324,7 +324,13 @@ impl Session {
     }
 
     /// Takes the bytes of what is to be kept from the user's quota, or refuses the frame.
-    fn takes_quota(&self, reference: Option<&Ref>, kind: &str, bytes: usize, now: Instant) -> bool {
+    fn takes_quota(
+        &self,
+        reference: Option<&FrameRef>,
+        kind: &str,
+        bytes: usize,
+        now: Instant,
+    ) -> bool {
         let taken = self.services.quotas.take_bytes(&self.writer, bytes + ENTRY_BYTES, now);
         let Err(wait) = taken else { return true };
         self.services.metrics.storage_rejections.of(StorageLimit::Bytes).inc();
@@ -357,7 +363,7 @@ impl Session {
     }
 
     /// Notes that the user did something in a room, or refuses what wants it joined.
-    fn in_room(&mut self, reference: Option<&Ref>, kind: &str, room: &RoomId) -> bool {
+    fn in_room(&mut self, reference: Option<&FrameRef>, kind: &str, room: &RoomId) -> bool {
         if let Some(stay) = self.stay_in(room) {
             stay.touch();
             return true;
@@ -367,7 +373,7 @@ impl Session {
         false
     }
 
-    fn typing(&mut self, reference: Option<Ref>, typing: &SetTypingFrame) {
+    fn typing(&mut self, reference: Option<FrameRef>, typing: &SetTypingFrame) {
         let SetTypingFrame { room, is_typing } = typing;
         if !self.in_room(reference.as_ref(), "typing", room) {
             return;
@@ -388,7 +394,7 @@ impl Session {
         }
     }
 
-    fn read(&mut self, reference: Option<Ref>, read: MarkReadFrame) {
+    fn read(&mut self, reference: Option<FrameRef>, read: MarkReadFrame) {
         if self.in_room(reference.as_ref(), "read", &read.room) {
             let (user, by) = (self.identity.user.id.clone(), self.subscriber.connection);
             self.services.presence.registry().set_read_mark(read.room, user, read.seq, by);
@@ -396,7 +402,7 @@ impl Session {
     }
 
     /// Whether the token allows to change a room; refuses the frame where it does not.
-    fn may_write(&self, reference: Option<&Ref>, kind: &str, room: &RoomId) -> bool {
+    fn may_write(&self, reference: Option<&FrameRef>, kind: &str, room: &RoomId) -> bool {
         let text = match self.identity.access(room) {
             Some(Access::ReadWrite) => return true,
             Some(Access::Read) => "the token allows to read here only",
@@ -407,14 +413,14 @@ impl Session {
         false
     }
 
-    fn delete_room(&self, reference: Option<Ref>, room: RoomId) -> Option<Request> {
+    fn delete_room(&self, reference: Option<FrameRef>, room: RoomId) -> Option<Request> {
         let may = self.may_write(reference.as_ref(), "delete_room", &room);
         may.then_some(Request::DeleteRoom(reference, room))
     }
 
     fn create_room(
         &mut self,
-        reference: Option<Ref>,
+        reference: Option<FrameRef>,
         create: CreateRoomFrame<'_>,
     ) -> Option<Request> {
         let room = create.room;
@@ -562,7 +568,7 @@ impl Session {
         }
     }
 
-    fn may_join(&mut self, reference: Option<&Ref>, room: &RoomId) -> Result<(), Refusal> {
+    fn may_join(&mut self, reference: Option<&FrameRef>, room: &RoomId) -> Result<(), ErrorFrame> {
         let rooms_max = self.services.limits.rooms_max;
         let refusal =
             |code, text: &str| refusal(reference.cloned(), "join", Some(room), code, text);
@@ -652,28 +658,28 @@ impl Session {
         }
     }
 
-    fn pong(&self, reference: Option<Ref>, timestamp: Option<&RawValue>) {
+    fn pong(&self, reference: Option<FrameRef>, timestamp: Option<&RawValue>) {
         let original_timestamp = timestamp.and_then(|raw| serde_json::from_str(raw.get()).ok());
         let timestamp = shared::timestamp(SystemTime::now());
-        let pong = Pong { reference, timestamp, original_timestamp };
-        self.subscriber.answer_ahead(&Answer::Pong(pong));
+        let pong = PongFrame { reference, timestamp, original_timestamp };
+        self.subscriber.answer_ahead(&ServerFrame::Pong(pong));
     }
 
     /// Takes a `message` or `direct`. Returns whether it was handed on.
     fn message(
         &mut self,
-        reference: Option<Ref>,
+        reference: Option<FrameRef>,
         message: &SendFrame<'_>,
         meter: &mut Meter,
         now: Instant,
     ) -> bool {
         let (kind, room) = (message.to.frame_type(), message.to.room());
-        let refusal = |code, text: &str| Refusal {
+        let refusal = |code, text: &str| ErrorFrame {
             id: message.id,
             ..refusal(reference.clone(), kind, room, code, text)
         };
         if let Err(wait) = meter.take_message(now) {
-            let refused = Refusal {
+            let refused = ErrorFrame {
                 room: room.cloned(),
                 id: message.id,
                 ..rate_limited(reference, kind, wait)
@@ -732,35 +738,35 @@ impl Session {
         true
     }
 
-    fn answer(&self, answer: &Answer<Box<RawValue>>) {
+    fn answer(&self, answer: &ServerFrame<Box<RawValue>>) {
         self.subscriber.answer(answer);
     }
 
     /// Refuses a frame that could not be read. Bad frames have a pace like others.
-    fn refuse_at_pace(&mut self, refusal: Refusal, meter: &mut Meter, now: Instant) {
+    fn refuse_at_pace(&mut self, refusal: ErrorFrame, meter: &mut Meter, now: Instant) {
         match meter.take_frame(0, now) {
             Ok(()) => self.refuse(refusal),
             Err(wait) => self.refuse(rate_limited(
                 refusal.reference,
-                refusal.answers.as_deref().unwrap_or_default(),
+                refusal.frame_type.as_deref().unwrap_or_default(),
                 wait,
             )),
         };
     }
 
-    fn refuse(&self, refusal: Refusal) -> ErrorCode {
+    fn refuse(&self, refusal: ErrorFrame) -> ErrorCode {
         refuse(&self.services, &self.subscriber, refusal)
     }
 }
 
 /// Sends an `error` and counts it; the meter counts it as well where it is the client's fault.
-fn refuse(services: &Services, subscriber: &Subscriber, refusal: Refusal) -> ErrorCode {
+fn refuse(services: &Services, subscriber: &Subscriber, refusal: ErrorFrame) -> ErrorCode {
     let code = refusal.code;
     services.metrics.errors.of(code).inc();
     if !matches!(code, ErrorCode::Unavailable | ErrorCode::Overloaded | ErrorCode::Internal) {
         subscriber.count_refused();
     }
-    subscriber.answer_ahead(&Answer::Error(Box::new(refusal)));
+    subscriber.answer_ahead(&ServerFrame::Error(Box::new(refusal)));
     code
 }
 
@@ -769,7 +775,7 @@ fn refuse(services: &Services, subscriber: &Subscriber, refusal: Refusal) -> Err
 struct Outcome {
     subscriber: Arc<Subscriber>,
     metrics: Arc<Metrics>,
-    reference: Option<Ref>,
+    reference: Option<FrameRef>,
     to: Recipient,
     /// Where the copy comes by, and the position is: the room, or the sender's inbox.
     log: RoomId,
@@ -838,7 +844,7 @@ impl Outcome {
     }
 
     fn ack(&self, Appended { position, duplicate, .. }: Appended) {
-        self.subscriber.answer_ahead(&Answer::Ack(Box::new(Ack {
+        self.subscriber.answer_ahead(&ServerFrame::Ack(Box::new(AckFrame {
             reference: self.reference.clone(),
             id: self.receipt.id,
             room: self.to.room().cloned(),
@@ -866,7 +872,7 @@ impl Outcome {
                 perform::text_of_bound(error)
             }
         };
-        let refusal = Refusal {
+        let refusal = ErrorFrame {
             id: Some(self.receipt.id),
             ..refusal(self.reference.clone(), self.to.frame_type(), self.to.room(), code, text)
         };
@@ -876,38 +882,38 @@ impl Outcome {
             false => refusal,
         };
         self.metrics.errors.of(code).inc();
-        self.subscriber.answer_ahead(&Answer::Error(Box::new(refusal)));
+        self.subscriber.answer_ahead(&ServerFrame::Error(Box::new(refusal)));
     }
 }
 
 fn refusal(
-    reference: Option<Ref>,
+    reference: Option<FrameRef>,
     answers: &str,
     room: Option<&RoomId>,
     code: ErrorCode,
     message: &str,
-) -> Refusal {
-    Refusal {
+) -> ErrorFrame {
+    ErrorFrame {
         reference,
-        answers: Some(answers.to_owned()).filter(|answers| !answers.is_empty()),
+        frame_type: Some(answers.to_owned()).filter(|answers| !answers.is_empty()),
         room: room.cloned(),
-        ..*Refusal::new(code, message)
+        ..*ErrorFrame::new(code, message)
     }
 }
 
 /// A refusal that says when to try again.
-fn after(refusal: Refusal, wait: Duration) -> Refusal {
+fn after(refusal: ErrorFrame, wait: Duration) -> ErrorFrame {
     // Rounded up, since a client that waits as told must not be too early.
     let retry_after_ms = Some(wait.as_millis() as u64 + 1);
-    Refusal { retry_after_ms, ..refusal }
+    ErrorFrame { retry_after_ms, ..refusal }
 }
 
 /// A refusal that says to try again later, to one client sooner than to another.
-fn after_outage(refusal: Refusal) -> Refusal {
+fn after_outage(refusal: ErrorFrame) -> ErrorFrame {
     after(refusal, rand::random_range(RETRY_AFTER))
 }
 
-fn rate_limited(reference: Option<Ref>, answers: &str, wait: Duration) -> Refusal {
+fn rate_limited(reference: Option<FrameRef>, answers: &str, wait: Duration) -> ErrorFrame {
     let text = "too many frames in too short a time; this one was not taken";
     after(refusal(reference, answers, None, ErrorCode::RateLimited, text), wait)
 }

@@ -12,9 +12,11 @@ use shared::{
     error::ErrorCode,
     ids::RoomId,
     protocol::{
-        Ref,
-        answer::{Answer, History, Left, LeftReason, Person, Presence, Present, Refreshed},
-        client_frame,
+        FrameRef, client_frame,
+        server_frame::{
+            HistoryPageFrame, LeftFrame, LeftReason, PresencePageFrame, PresenceUser,
+            RefreshedFrame, ServerFrame, UserInfo,
+        },
     },
 };
 use tokio::time::Instant;
@@ -45,13 +47,13 @@ use crate::{
 pub(super) struct Asked {
     pub(super) services: Arc<Services>,
     pub(super) subscriber: Arc<Subscriber>,
-    pub(super) reference: Option<Ref>,
+    pub(super) reference: Option<FrameRef>,
     /// Whose quotas are used up.
     pub(super) writer: Writer,
 }
 
 impl Asked {
-    pub(super) fn answer(&self, answer: &Answer<Box<RawValue>>) {
+    pub(super) fn answer(&self, answer: &ServerFrame<Box<RawValue>>) {
         self.subscriber.answer(answer);
     }
 
@@ -212,7 +214,7 @@ impl From<BusError> for NotEntered {
 pub(super) async fn join(
     asked: Asked,
     join: client_frame::JoinFrame,
-    user: Person,
+    user: UserInfo,
     again: Option<(Still, BoxFuture<Result<JoinSnapshot, AdmitError>>)>,
 ) -> Performed {
     let (is_member, room) = (again.is_some(), join.room.clone());
@@ -284,7 +286,7 @@ pub(super) async fn join(
 async fn enter(
     asked: &Asked,
     join: &client_frame::JoinFrame,
-    user: &Person,
+    user: &UserInfo,
 ) -> Result<(Stay, JoinSnapshot), NotEntered> {
     let Services { presence, rules, passwords, quotas, .. } = &*asked.services;
     let within_quota = quotas.may_make_room(&asked.writer, Instant::now());
@@ -315,7 +317,8 @@ async fn enter(
 
 pub(super) async fn leave(asked: Asked, room: RoomId) -> Performed {
     let Asked { services, subscriber, reference, .. } = asked;
-    let left = text_frame(&Answer::Left(Left { reference, room: room.clone(), reason: None }));
+    let left =
+        text_frame(&ServerFrame::Left(LeftFrame { reference, room: room.clone(), reason: None }));
     let connection = subscriber.connection;
     services.hub.leave(room, connection, Some((subscriber, left))).await;
     Performed::Answered
@@ -365,7 +368,7 @@ pub(super) async fn online(asked: Asked, cursor: Option<String>, limit: u32) -> 
     };
     let present = |detail: crate::bus::registry::UserPresence| {
         let active = presence.active(&PresenceScope::Cluster, &detail.user.id).unwrap_or_default();
-        Present {
+        PresenceUser {
             id: detail.user.id,
             name: detail.user.name,
             connections: detail.connections,
@@ -374,12 +377,12 @@ pub(super) async fn online(asked: Asked, cursor: Option<String>, limit: u32) -> 
             read: None,
         }
     };
-    let users: Vec<Present> = page.users.into_iter().map(present).collect();
+    let users: Vec<PresenceUser> = page.users.into_iter().map(present).collect();
     let last = users.last().map(|user| user.id.to_string());
     let cursor = last.filter(|_| page.more);
     let (reference, count) = (asked.reference.clone(), page.count);
-    let answer = Presence { reference, room: None, users, count, cursor };
-    asked.answer(&Answer::Presence(Box::new(answer)));
+    let answer = PresencePageFrame { reference, room: None, users, count, cursor };
+    asked.answer(&ServerFrame::Presence(Box::new(answer)));
     Performed::Answered
 }
 
@@ -391,8 +394,11 @@ pub(super) async fn refreshed(
 ) -> Performed {
     for room in left {
         let reason = Some(LeftReason::Forbidden);
-        let answer =
-            text_frame(&Answer::Left(Left { reference: None, room: room.clone(), reason }));
+        let answer = text_frame(&ServerFrame::Left(LeftFrame {
+            reference: None,
+            room: room.clone(),
+            reason,
+        }));
         let subscriber = asked.subscriber.clone();
         asked
             .services
@@ -401,7 +407,7 @@ pub(super) async fn refreshed(
             .await;
     }
     let (reference, expires_at) = (asked.reference.clone(), shared::timestamp(expires_at));
-    asked.answer(&Answer::Refreshed(Refreshed { reference, expires_at }));
+    asked.answer(&ServerFrame::Refreshed(RefreshedFrame { reference, expires_at }));
     Performed::Answered
 }
 
@@ -452,12 +458,19 @@ pub fn history_of(range: Range, page: &Page) -> (Vec<Box<RawValue>>, bool) {
 }
 
 fn answer(
-    reference: Option<Ref>,
+    reference: Option<FrameRef>,
     room: RoomId,
     range: Range,
     page: &Page,
-) -> Answer<Box<RawValue>> {
+) -> ServerFrame<Box<RawValue>> {
     let (messages, more) = history_of(range, page);
     let (epoch, room) = (page.epoch.clone(), Some(room));
-    Answer::History(Box::new(History { reference, room, with: None, epoch, messages, more }))
+    ServerFrame::History(Box::new(HistoryPageFrame {
+        reference,
+        room,
+        with: None,
+        epoch,
+        messages,
+        more,
+    }))
 }

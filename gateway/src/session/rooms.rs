@@ -4,9 +4,10 @@ use shared::{
     error::ErrorCode,
     ids::{DisplayName, RoomId, UserId},
     protocol::{
-        HISTORY_BYTES_MAX, NAME_CHARS_MAX,
-        answer::{Answer, ClosedReason, RoomClosed, RoomInfo, Rooms},
-        client_frame,
+        HISTORY_BYTES_MAX, NAME_CHARS_MAX, client_frame,
+        server_frame::{
+            RoomClosedFrame, RoomClosedReason, RoomInfoFrame, RoomsPageFrame, ServerFrame,
+        },
     },
 };
 
@@ -29,10 +30,10 @@ pub fn name_of(room: &RoomId) -> DisplayName {
 }
 
 /// What is told of a room.
-pub fn info_of(found: RoomSummary, rules: &RoomRules) -> RoomInfo {
+pub fn info_of(found: RoomSummary, rules: &RoomRules) -> RoomInfoFrame {
     let RoomSummary { room, config: record, members, since } = found;
     let durable = rules.is_durable(&room);
-    let info = RoomInfo {
+    let info = RoomInfoFrame {
         reference: None,
         name: name_of(&room),
         owner: None,
@@ -47,7 +48,7 @@ pub fn info_of(found: RoomSummary, rules: &RoomRules) -> RoomInfo {
     };
     match record {
         None => info,
-        Some(record) => RoomInfo {
+        Some(record) => RoomInfoFrame {
             name: record.name,
             owner: Some(record.owner),
             public: record.public,
@@ -85,8 +86,8 @@ pub(super) async fn create(
             let found =
                 RoomSummary { room, since: record.created, config: Some(record), members: 0 };
             let info = info_of(found, &asked.services.rules);
-            let info = RoomInfo { reference: asked.reference.clone(), ..info };
-            asked.answer(&Answer::RoomInfo(Box::new(info)));
+            let info = RoomInfoFrame { reference: asked.reference.clone(), ..info };
+            asked.answer(&ServerFrame::RoomInfo(Box::new(info)));
         }
         Ok(CreateOutcome::Exists) => {
             let text = "a room of that name is there, with members or a log";
@@ -107,8 +108,8 @@ pub(super) async fn delete(asked: Asked, room: RoomId, user: UserId) -> Performe
     let by = Some(asked.subscriber.connection);
     let (code, text) = match asked.wait(registry.delete_room(room.clone(), Some(user), by)).await {
         Ok(DeleteOutcome::Deleted) => {
-            let (reference, reason) = (asked.reference.clone(), ClosedReason::Deleted);
-            asked.answer(&Answer::RoomClosed(RoomClosed { reference, room, reason }));
+            let (reference, reason) = (asked.reference.clone(), RoomClosedReason::Deleted);
+            asked.answer(&ServerFrame::RoomClosed(RoomClosedFrame { reference, room, reason }));
             return Performed::Answered;
         }
         Ok(DeleteOutcome::NotOwner) => (ErrorCode::Forbidden, "only its owner may delete a room"),
@@ -135,8 +136,8 @@ pub(super) async fn info(
             let info = info_of(found, &asked.services.rules);
             let is_owner = info.owner.as_ref() == Some(&user);
             if is_open && (info.public || is_member || is_owner) {
-                let info = RoomInfo { reference: asked.reference.clone(), ..info };
-                asked.answer(&Answer::RoomInfo(Box::new(info)));
+                let info = RoomInfoFrame { reference: asked.reference.clone(), ..info };
+                asked.answer(&ServerFrame::RoomInfo(Box::new(info)));
                 return Performed::Answered;
             }
             NOT_FOUND
@@ -185,6 +186,10 @@ pub(super) async fn list(
             rooms.push(info_of(found, &asked.services.rules));
         }
     }
-    asked.answer(&Answer::Rooms(Rooms { reference: asked.reference.clone(), rooms, cursor }));
+    asked.answer(&ServerFrame::Rooms(RoomsPageFrame {
+        reference: asked.reference.clone(),
+        rooms,
+        cursor,
+    }));
     Performed::Answered
 }

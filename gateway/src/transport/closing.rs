@@ -5,7 +5,7 @@ use std::{io, time::Duration};
 use shared::{
     close::CloseCode,
     codec::CodecError,
-    protocol::answer::{Answer, Reconnect, ReconnectReason},
+    protocol::server_frame::{ReconnectFrame, ReconnectReason, ServerFrame},
 };
 use tokio::net::TcpStream;
 
@@ -47,7 +47,7 @@ impl Connection {
                 }
             };
             let _ = tokio::time::timeout(CLOSE_MAX, settled).await;
-            subscriber.answer(&Answer::Reconnect(Reconnect {
+            subscriber.answer(&ServerFrame::Reconnect(ReconnectFrame {
                 after_ms: batch.after_ms(),
                 reason: ReconnectReason::Draining,
                 node: None,

@@ -24,8 +24,8 @@ use shared::{
     codec::{self, Decoder, Opcode, Received},
     ids::ConnectionId,
     protocol::{
-        answer::{Answer, Ping},
         client_frame::ClientFrame as Frame,
+        server_frame::{ServerFrame, ServerPingFrame},
     },
 };
 use tokio::{
@@ -501,7 +501,7 @@ impl Connection {
     fn ping(&self) -> bytes::Bytes {
         if self.json_ping {
             let timestamp = shared::timestamp(SystemTime::now());
-            text_frame(&Answer::Ping(Ping { timestamp }))
+            text_frame(&ServerFrame::Ping(ServerPingFrame { timestamp }))
         } else {
             codec::encode(Opcode::Ping, &[])
         }
@@ -545,7 +545,9 @@ pub async fn changed(told: &mut Option<watch::Receiver<Told>>) -> Told {
     std::future::pending().await
 }
 
-fn frame<'a>(message: &Received<'a>) -> Result<Frame<'a>, Box<shared::protocol::answer::Refusal>> {
+fn frame<'a>(
+    message: &Received<'a>,
+) -> Result<Frame<'a>, Box<shared::protocol::server_frame::ErrorFrame>> {
     match *message {
         Received::Text(text) => Frame::from_text(text),
         Received::Binary(bytes) => Frame::from_binary(bytes),

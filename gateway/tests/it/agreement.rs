@@ -9,17 +9,19 @@ use shared::{
     },
     ids::RoomId,
     position::Position,
-    protocol::answer::{Answer, BusState, Entry, Frame, Joined, Status},
+    protocol::server_frame::{BusState, HistoryEntry, JoinedFrame, ServerFrame, StatusFrame},
 };
 use tokio::time::Instant;
 
 use crate::harness::{Gateway, Node, Redis, connect, next_message, room, say, until, within};
 
 /// The next `status` that arrives.
-async fn next_status(connection: &mut Connection) -> Status {
+async fn next_status(connection: &mut Connection) -> StatusFrame {
     let status = async {
         loop {
-            if let Received::Frame(Frame::Status(status), _) = connection.next().await.unwrap() {
+            if let Received::Frame(ServerFrame::Status(status), _) =
+                connection.next().await.unwrap()
+            {
                 return status;
             }
         }
@@ -106,11 +108,11 @@ async fn a_node_starts_on_a_full_redis_and_its_clients_are_served() {
 }
 
 /// Comes back with what was had of a room. Returns the answer.
-async fn resume(gateway: &Gateway, room: &RoomId, since: &Position) -> Joined<Entry> {
+async fn resume(gateway: &Gateway, room: &RoomId, since: &Position) -> JoinedFrame<HistoryEntry> {
     let mut ann = gateway.connect("ann").await;
     let join = frames::Join { since: Some(since), ..frames::Join::to(room) };
     match ann.request(&join).await.unwrap() {
-        Answer::Joined(joined) => *joined,
+        ServerFrame::Joined(joined) => *joined,
         other => panic!("{other:?}"),
     }
 }

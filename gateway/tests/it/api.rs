@@ -8,7 +8,7 @@ use shared::{
     client::connection::{Connection, Received},
     ids::MessageId,
     position::Position,
-    protocol::answer::{Answer, LeftReason, Notification},
+    protocol::server_frame::{LeftReason, NotificationFrame, ServerFrame},
 };
 
 use crate::{
@@ -58,9 +58,9 @@ impl World {
     }
 }
 
-async fn notification(connection: &mut Connection) -> Notification {
+async fn notification(connection: &mut Connection) -> NotificationFrame {
     heard(connection, |frame| match frame {
-        Answer::Notification(notification) => Some(*notification),
+        ServerFrame::Notification(notification) => Some(*notification),
         _ => None,
     })
     .await
@@ -194,7 +194,7 @@ async fn rooms_are_made_listed_looked_into_and_deleted() {
         .await;
         world.call(2, "DELETE /api/v1/rooms/made", None, 200).await;
         let closed = heard(&mut bob, |frame| match frame {
-            Answer::RoomClosed(closed) => Some(closed.room),
+            ServerFrame::RoomClosed(closed) => Some(closed.room),
             _ => None,
         });
         assert_eq!(closed.await.as_str(), "made");
@@ -257,13 +257,13 @@ async fn a_broadcast_reaches_every_connection_once() {
         assert_eq!(sent["applied"], sent["nodes"]);
         for connection in &mut all {
             let told = heard(connection, |frame| match frame {
-                Answer::Broadcast(broadcast) => Some(broadcast),
+                ServerFrame::Broadcast(broadcast) => Some(broadcast),
                 _ => None,
             });
             assert_eq!(told.await.payload, json!(["hear"]));
             connection.send_text(r#"{"type":"ping"}"#).await.unwrap();
             let next = within(connection.next()).await.unwrap();
-            assert!(matches!(next, Received::Frame(Answer::Pong(_), _)), "{next:?}");
+            assert!(matches!(next, Received::Frame(ServerFrame::Pong(_), _)), "{next:?}");
         }
     })
     .await;
@@ -280,7 +280,7 @@ async fn a_member_is_removed_on_every_device_and_may_join_again() {
         world.order(2, "DELETE /api/v1/rooms/r/members/ann", None).await;
         for connection in &mut devices {
             let left = heard(connection, |frame| match frame {
-                Answer::Left(left) => Some(left),
+                ServerFrame::Left(left) => Some(left),
                 _ => None,
             });
             let left = left.await;
@@ -289,7 +289,7 @@ async fn a_member_is_removed_on_every_device_and_may_join_again() {
             assert_eq!(refused(connection, say).await.as_str(), "not_joined");
         }
         let gone = heard(&mut bob, |frame| match frame {
-            Answer::MemberLeft(left) => Some((left.user.to_string(), left.count)),
+            ServerFrame::MemberLeft(left) => Some((left.user.to_string(), left.count)),
             _ => None,
         });
         assert_eq!(gone.await, ("ann".into(), 1));
@@ -435,7 +435,7 @@ async fn an_inbox_is_emptied_and_its_connections_are_reset() {
         let emptied = world.call(2, "DELETE /api/v1/users/bob/inbox", None, 200).await;
         assert_eq!(emptied, json!({"user": "bob"}));
         let reset = heard(&mut bob.connection, |frame| match frame {
-            Answer::Reset(reset) => Some(reset),
+            ServerFrame::Reset(reset) => Some(reset),
             _ => None,
         })
         .await;
@@ -450,8 +450,8 @@ async fn an_inbox_is_emptied_and_its_connections_are_reset() {
         let inbox = &other.connected.inbox;
         assert_eq!((inbox.seq, inbox.acked, inbox.unread), (1, 0, 1));
         let reset = heard(&mut other.connection, |frame| match frame {
-            Answer::Reset(reset) => Some(reset),
-            Answer::Direct(direct) => panic!("{direct:?} without a reset"),
+            ServerFrame::Reset(reset) => Some(reset),
+            ServerFrame::Direct(direct) => panic!("{direct:?} without a reset"),
             _ => None,
         })
         .await;

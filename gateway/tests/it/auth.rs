@@ -10,7 +10,7 @@ use shared::{
         options::{Options, Placement},
     },
     error::ErrorCode,
-    protocol::answer::{Answer, LeftReason},
+    protocol::server_frame::{LeftReason, ServerFrame},
 };
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader},
@@ -186,7 +186,7 @@ async fn a_token_that_may_only_read_deletes_no_room() {
         assert_eq!(refused(&mut reader, delete(name)).await, ErrorCode::Forbidden, "{name}");
     }
     let answer = ask(&mut ann, delete("a")).await.unwrap();
-    assert!(matches!(answer, Answer::RoomClosed(_)), "{answer:?}");
+    assert!(matches!(answer, ServerFrame::RoomClosed(_)), "{answer:?}");
 }
 
 #[tokio::test]
@@ -232,10 +232,12 @@ async fn another_token_holds_at_once_and_a_bad_one_changes_nothing() {
     }
     say(&mut ann, &room("a"), "still the old one").await;
     let narrower = refresh(json!({"sub": "ann", "rooms": {"a": "r", "c": "rw"}}), 60);
-    let Answer::Refreshed(refreshed) = ask(&mut ann, narrower).await.unwrap() else { panic!() };
+    let ServerFrame::Refreshed(refreshed) = ask(&mut ann, narrower).await.unwrap() else {
+        panic!()
+    };
     assert!(refreshed.expires_at.ends_with('Z'));
     let left = heard(&mut ann, |frame| match frame {
-        Answer::Left(left) => Some((left.room, left.reason)),
+        ServerFrame::Left(left) => Some((left.room, left.reason)),
         _ => None,
     });
     assert_eq!(left.await, (room("b"), Some(LeftReason::Forbidden)));

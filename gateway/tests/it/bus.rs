@@ -17,7 +17,7 @@ use shared::{
     envelope::{Author, Envelope, Parts},
     ids::{ConnectionId, DisplayName, MessageId, RoomId, UserId},
     position::Seq,
-    protocol::answer::Person,
+    protocol::server_frame::UserInfo,
 };
 use tokio::{
     sync::{mpsc, oneshot},
@@ -360,7 +360,7 @@ async fn the_many_users_of_a_node_that_has_ended_leave() {
         for scope in [PresenceScope::Room(lobby.clone()), PresenceScope::Cluster] {
             let user: UserId = format!("user-{number}").parse().unwrap();
             let name = DisplayName::from(&user);
-            let user = Person { id: user, name };
+            let user = UserInfo { id: user, name };
             let (connections, since, active, admitted) = (1, 1, 1, true);
             ends.bus.track(NodePresence { scope, user, connections, since, active, admitted });
         }

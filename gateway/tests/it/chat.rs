@@ -10,16 +10,16 @@ use shared::{
     error::ErrorCode,
     ids::MessageId,
     position::Position,
-    protocol::answer::{Answer, Entry, Frame, NotRecovered, Refusal},
+    protocol::server_frame::{ErrorFrame, HistoryEntry, RecoveryFailure, ServerFrame},
 };
 
 use crate::harness::{Gateway, closed, next_message, room, say, within};
 
 /// Sends a raw text and returns the `error` it gets.
-async fn refused(connection: &mut Connection, text: &str) -> Refusal {
+async fn refused(connection: &mut Connection, text: &str) -> ErrorFrame {
     connection.send_text(text).await.unwrap();
     match connection.next_frame().await.unwrap() {
-        Answer::Error(refusal) => *refusal,
+        ServerFrame::Error(refusal) => *refusal,
         other => panic!("expected an error, got {other:?}"),
     }
 }
@@ -55,13 +55,13 @@ async fn a_join_and_its_messages_may_come_in_one_burst() {
     ] {
         ann.send_text(frame).await.unwrap();
     }
-    assert!(matches!(ann.next_frame().await.unwrap(), Answer::Connected(_)));
-    assert!(matches!(ann.next_frame().await.unwrap(), Answer::Joined(_)));
+    assert!(matches!(ann.next_frame().await.unwrap(), ServerFrame::Connected(_)));
+    assert!(matches!(ann.next_frame().await.unwrap(), ServerFrame::Joined(_)));
     let (mut messages, mut acks) = (vec![], vec![]);
     while messages.len() + acks.len() < 4 {
         match ann.next_frame().await.unwrap() {
-            Answer::Message(message) => messages.push(message.seq),
-            Answer::Ack(ack) => acks.push(ack.seq),
+            ServerFrame::Message(message) => messages.push(message.seq),
+            ServerFrame::Ack(ack) => acks.push(ack.seq),
             other => panic!("{other:?}"),
         }
     }
@@ -81,12 +81,12 @@ async fn the_same_id_twice_is_one_entry() {
         frames::Message { id: Some(MessageId::random()), ..frames::Message::to(&lobby, &content) };
     let mut acks = vec![];
     for _ in 0..2 {
-        let Answer::Ack(ack) = ann.request(&message).await.unwrap() else { panic!("no ack") };
+        let ServerFrame::Ack(ack) = ann.request(&message).await.unwrap() else { panic!("no ack") };
         acks.push((ack.seq, ack.duplicate));
     }
     assert_eq!(acks, [(1, false), (1, true)]);
     // Another user's message of that id is another message.
-    let Answer::Ack(ack) = bob.request(&message).await.unwrap() else { panic!("no ack") };
+    let ServerFrame::Ack(ack) = bob.request(&message).await.unwrap() else { panic!("no ack") };
     assert_eq!((ack.seq, ack.duplicate), (2, false));
     assert_eq!(next_message(&mut bob).await.seq, 1);
     assert_eq!(next_message(&mut bob).await.seq, 2);
@@ -111,12 +111,12 @@ async fn without_echo_the_ack_stands_in_the_place_of_the_copy() {
     let mut seqs = vec![];
     while seqs.len() < 100 {
         match ann.next_frame().await.unwrap() {
-            Answer::Message(message) => {
+            ServerFrame::Message(message) => {
                 assert_ne!(message.content, content, "a copy came in spite of echo:false");
                 seqs.push(message.seq);
             }
-            Answer::Ack(ack) => seqs.push(ack.seq),
-            Answer::MemberJoined(_) => {}
+            ServerFrame::Ack(ack) => seqs.push(ack.seq),
+            ServerFrame::MemberJoined(_) => {}
             other => panic!("{other:?}"),
         }
     }
@@ -139,8 +139,8 @@ async fn a_copy_that_will_not_come_does_not_keep_its_ack() {
         let (mut acks, mut others) = (0, 0);
         while acks + others < 3 {
             match ann.next_frame().await.unwrap() {
-                Answer::Ack(_) => acks += 1,
-                Answer::Left(_) | Answer::Joined(_) => others += 1,
+                ServerFrame::Ack(_) => acks += 1,
+                ServerFrame::Left(_) | ServerFrame::Joined(_) => others += 1,
                 other => panic!("{other:?}"),
             }
         }
@@ -169,13 +169,13 @@ async fn a_client_goes_on_where_it_was() {
     assert!(again.recovered && again.history.is_empty() && again.seq == 10);
 }
 
-fn seq_of(entry: &Entry) -> u64 {
+fn seq_of(entry: &HistoryEntry) -> u64 {
     match entry {
-        Entry::Message(message) => {
+        HistoryEntry::Message(message) => {
             assert!(message.replay);
             message.seq
         }
-        Entry::Direct(_) | Entry::Unknown => panic!("not a message"),
+        HistoryEntry::Direct(_) | HistoryEntry::Unknown => panic!("not a message"),
     }
 }
 
@@ -194,9 +194,9 @@ async fn what_cannot_be_continued_is_announced_with_its_reason() {
         say(&mut ann, &lobby, &i.to_string()).await;
     }
     for (epoch, seq, reason) in [
-        (epoch.clone(), 100, NotRecovered::LogTrimmed),
-        (epoch.clone(), 601, NotRecovered::Ahead),
-        ("other".parse().unwrap(), 600, NotRecovered::LogLost),
+        (epoch.clone(), 100, RecoveryFailure::LogTrimmed),
+        (epoch.clone(), 601, RecoveryFailure::Ahead),
+        ("other".parse().unwrap(), 600, RecoveryFailure::LogLost),
     ] {
         let since = Position::new(epoch, seq);
         let mut bob = gateway.connect("bob").await;
@@ -234,7 +234,7 @@ async fn history_goes_both_ways_and_says_whether_there_is_more() {
     let mut ask = async |before, after, limit| {
         let frame = frames::History { before, after, limit, ..frames::History::of(&lobby) };
         match ann.request(&frame).await.unwrap() {
-            Answer::History(page) => {
+            ServerFrame::History(page) => {
                 (page.messages.iter().map(seq_of).collect::<Vec<_>>(), page.more)
             }
             other => panic!("{other:?}"),
@@ -270,7 +270,7 @@ async fn a_binary_message_stays_one_and_is_base64_in_history() {
     assert_eq!((message.seq, &message.meta, &bytes[..]), (1, &Some(meta), &payload[..]));
     let mut bob = gateway.connect("bob").await;
     let joined = bob.join_with(&frames::Join::to(&lobby)).await.unwrap();
-    let [Entry::Message(entry)] = &joined.history[..] else { panic!("{joined:?}") };
+    let [HistoryEntry::Message(entry)] = &joined.history[..] else { panic!("{joined:?}") };
     assert_eq!(entry.encoding.as_deref(), Some("base64"));
     assert!(entry.content.as_str().unwrap().starts_with("AAECAw"));
 }
@@ -290,12 +290,12 @@ async fn bad_input_gets_an_error_and_the_connection_lives() {
         (r#"{"type":"message","room":"r"}"#, ErrorCode::BadRequest, Some("message")),
     ] {
         let refusal = refused(&mut ann, text).await;
-        assert_eq!((refusal.code, refusal.answers.as_deref()), (code, answers), "{text}");
+        assert_eq!((refusal.code, refusal.frame_type.as_deref()), (code, answers), "{text}");
     }
     let refusal = refused(&mut ann, r#"{"type":"join","room":7,"ref":"r1"}"#).await;
     assert_eq!(refusal.reference.unwrap().as_json(), r#""r1""#);
     ann.send_bytes(vec![1]).await.unwrap();
-    assert!(matches!(ann.next_frame().await.unwrap(), Answer::Error(_)));
+    assert!(matches!(ann.next_frame().await.unwrap(), ServerFrame::Error(_)));
     ann.join(&room("r")).await.unwrap();
 }
 
@@ -312,13 +312,15 @@ async fn a_room_may_stand_in_the_path() {
     for (path, history) in [("/ws/rooms/lobby?history=2", 2), (since.as_str(), 2)] {
         let mut bob = Connection::open(&Options::to(gateway.url(path))).await.unwrap();
         bob.expect_connected().await.unwrap();
-        let Answer::Joined(joined) = bob.next_frame().await.unwrap() else { panic!("not joined") };
+        let ServerFrame::Joined(joined) = bob.next_frame().await.unwrap() else {
+            panic!("not joined")
+        };
         assert_eq!(joined.history.len(), history, "{path}");
     }
     for path in ["/ws/rooms/a%20b", "/ws/rooms/lobby?history=x", "/ws/rooms/lobby?since=x"] {
         let mut bob = Connection::open(&Options::to(gateway.url(path))).await.unwrap();
         bob.expect_connected().await.unwrap();
-        assert!(matches!(bob.next_frame().await.unwrap(), Answer::Error(_)), "{path}");
+        assert!(matches!(bob.next_frame().await.unwrap(), ServerFrame::Error(_)), "{path}");
         assert_eq!(closed(&mut bob).await, (Some(1008), "bad_request".to_owned()), "{path}");
     }
 }
@@ -338,7 +340,7 @@ async fn ping_is_answered_and_the_heartbeat_finds_the_dead() {
         Gateway::start(&[("heartbeat.interval", "200ms"), ("heartbeat.idle_timeout", "2s")]).await;
     let mut ann = gateway.connect("ann").await;
     ann.send_text(r#"{"type":"ping","timestamp":"t1","ref":9}"#).await.unwrap();
-    let Answer::Pong(pong) = ann.next_frame().await.unwrap() else { panic!("no pong") };
+    let ServerFrame::Pong(pong) = ann.next_frame().await.unwrap() else { panic!("no pong") };
     assert_eq!(pong.original_timestamp, Some(Value::from("t1")));
     // Who reads answers pings and lives; three intervals pass.
     for _ in 0..3 {
@@ -353,7 +355,7 @@ async fn ping_is_answered_and_the_heartbeat_finds_the_dead() {
         Options { query: vec![("ping".into(), "json".into())], ..Options::to(gateway.url("/ws")) };
     let mut silent = Connection::open(&silent).await.unwrap();
     silent.expect_connected().await.unwrap();
-    let Answer::Ping(_) = silent.next_frame().await.unwrap() else { panic!("no ping") };
+    let ServerFrame::Ping(_) = silent.next_frame().await.unwrap() else { panic!("no ping") };
     assert_eq!(closed(&mut silent).await.0, Some(4002));
 }
 
@@ -397,13 +399,13 @@ async fn leaving_ends_the_feed() {
     ann.join(&lobby).await.unwrap();
     bob.join(&lobby).await.unwrap();
     let left = bob.request(&frames::Leave::from(&lobby)).await.unwrap();
-    assert!(matches!(left, Answer::Left(_)));
+    assert!(matches!(left, ServerFrame::Left(_)));
     // Leaving a room one is not in is answered as well.
     let left = bob.request(&frames::Leave::from(&room("elsewhere"))).await.unwrap();
-    assert!(matches!(left, Answer::Left(_)));
+    assert!(matches!(left, ServerFrame::Left(_)));
     say(&mut ann, &lobby, "unheard").await;
     bob.send_text(r#"{"type":"ping"}"#).await.unwrap();
-    assert!(matches!(bob.next_frame().await.unwrap(), Frame::Pong(_)));
+    assert!(matches!(bob.next_frame().await.unwrap(), ServerFrame::Pong(_)));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -456,7 +458,7 @@ async fn an_id_may_be_used_in_two_rooms_and_again_before_its_answer() {
         let mut acks = vec![];
         while acks.len() < 4 {
             match ann.next_frame().await.unwrap() {
-                Answer::Ack(ack) => {
+                ServerFrame::Ack(ack) => {
                     let reference = ack.reference.unwrap().as_json().to_owned();
                     acks.push((reference, ack.room.unwrap().to_string(), ack.seq, ack.duplicate));
                 }
@@ -495,22 +497,22 @@ async fn an_ack_out_of_its_place_moves_no_cursor() {
     let mut cursor = 1;
     loop {
         match bob.next_frame().await.unwrap() {
-            Answer::Joined(joined) => {
+            ServerFrame::Joined(joined) => {
                 for entry in &joined.history {
                     cursor += 1;
                     assert_eq!(seq_of(entry), cursor);
                 }
             }
-            Answer::Message(message) => {
+            ServerFrame::Message(message) => {
                 cursor += 1;
                 assert_eq!(message.seq, cursor);
             }
-            Answer::Ack(ack) if ack.duplicate => {}
-            Answer::Ack(ack) => {
+            ServerFrame::Ack(ack) if ack.duplicate => {}
+            ServerFrame::Ack(ack) => {
                 cursor += 1;
                 assert_eq!(ack.seq, cursor, "the ack jumped");
             }
-            Answer::Left(_) => break,
+            ServerFrame::Left(_) => break,
             other => panic!("{other:?}"),
         }
     }

@@ -16,7 +16,7 @@ use shared::{
     },
     ids::{MessageId, RoomId},
     position::Seq,
-    protocol::answer::Answer,
+    protocol::server_frame::ServerFrame,
 };
 use tokio::{sync::mpsc, task::JoinHandle};
 
@@ -186,7 +186,9 @@ async fn an_id_sent_through_two_nodes_at_once_is_one_entry() {
             ..frames::Message::to(&lobby, &content)
         };
         let (a, b) = tokio::join!(first.request(&message), second.request(&message));
-        let (Answer::Ack(a), Answer::Ack(b)) = (a.unwrap(), b.unwrap()) else { panic!("no ack") };
+        let (ServerFrame::Ack(a), ServerFrame::Ack(b)) = (a.unwrap(), b.unwrap()) else {
+            panic!("no ack")
+        };
         assert_eq!((a.seq, b.seq), (round, round));
         assert_eq!(usize::from(a.duplicate) + usize::from(b.duplicate), 1);
         for connection in [&mut first, &mut second] {

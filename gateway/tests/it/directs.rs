@@ -12,7 +12,9 @@ use shared::{
     error::ErrorCode,
     ids::MessageId,
     position::Position,
-    protocol::answer::{Ack, Answer, Connected, Direct, Entry, Frame, Online, Reset},
+    protocol::server_frame::{
+        AckFrame, ConnectedFrame, DirectFrame, HistoryEntry, OnlineState, ResetFrame, ServerFrame,
+    },
 };
 
 use tokio::time::Instant;
@@ -25,7 +27,7 @@ use crate::{
 /// A connection with its `connected`.
 pub struct Device {
     pub connection: Connection,
-    pub connected: Connected,
+    pub connected: ConnectedFrame,
 }
 
 impl Device {
@@ -49,9 +51,9 @@ impl Device {
     }
 
     /// The next direct.
-    pub async fn direct(&mut self) -> Direct {
+    pub async fn direct(&mut self) -> DirectFrame {
         heard(&mut self.connection, |frame| match frame {
-            Answer::Direct(direct) => Some(*direct),
+            ServerFrame::Direct(direct) => Some(*direct),
             _ => None,
         })
         .await
@@ -66,13 +68,13 @@ impl Device {
         said
     }
 
-    async fn send(&mut self, to: &str, content: &str) -> Ack {
+    async fn send(&mut self, to: &str, content: &str) -> AckFrame {
         self.send_frame(json!({"type": "direct", "to": to, "content": content})).await
     }
 
-    async fn send_frame(&mut self, frame: Value) -> Ack {
+    async fn send_frame(&mut self, frame: Value) -> AckFrame {
         match ask(&mut self.connection, frame).await.unwrap() {
-            Answer::Ack(ack) => *ack,
+            ServerFrame::Ack(ack) => *ack,
             other => panic!("{other:?}"),
         }
     }
@@ -109,33 +111,33 @@ impl Device {
     }
 
     /// What a `watch` of one user is answered.
-    async fn asks_for(&mut self, user: &str) -> Online {
+    async fn asks_for(&mut self, user: &str) -> OnlineState {
         let watch = json!({"type": "watch", "users": [user]});
         match ask(&mut self.connection, watch).await.unwrap() {
-            Answer::UserStatus(status) => status.status,
+            ServerFrame::UserStatus(status) => status.status,
             other => panic!("{other:?}"),
         }
     }
 
     /// The next `user_status`.
-    async fn status(&mut self) -> (String, Online) {
+    async fn status(&mut self) -> (String, OnlineState) {
         heard(&mut self.connection, |frame| match frame {
-            Answer::UserStatus(status) => Some((status.user.to_string(), status.status)),
+            ServerFrame::UserStatus(status) => Some((status.user.to_string(), status.status)),
             _ => None,
         })
         .await
     }
 }
 
-fn text_of(direct: &Direct) -> String {
+fn text_of(direct: &DirectFrame) -> String {
     direct.content.as_str().unwrap_or("not text").to_owned()
 }
 
-fn history_of(frame: Frame) -> (Vec<String>, bool) {
-    let Answer::History(history) = frame else { panic!("{frame:?}") };
+fn history_of(frame: ServerFrame) -> (Vec<String>, bool) {
+    let ServerFrame::History(history) = frame else { panic!("{frame:?}") };
     assert!(history.room.is_none() && history.with.is_some());
-    let text = |entry: &Entry| match entry {
-        Entry::Direct(direct) => {
+    let text = |entry: &HistoryEntry| match entry {
+        HistoryEntry::Direct(direct) => {
             assert!(direct.replay);
             text_of(direct)
         }
@@ -220,10 +222,10 @@ async fn a_binary_direct_stays_binary_and_is_base64_in_history() {
         .await;
         assert_eq!((&payload[..], direct.to.as_str()), (&[0, 255, 7][..], "bob"));
         let asked = json!({"type": "history", "with": "ann"});
-        let Answer::History(history) = ask(&mut bob.connection, asked).await.unwrap() else {
+        let ServerFrame::History(history) = ask(&mut bob.connection, asked).await.unwrap() else {
             panic!()
         };
-        let Entry::Direct(direct) = &history.messages[0] else { panic!() };
+        let HistoryEntry::Direct(direct) = &history.messages[0] else { panic!() };
         assert_eq!((direct.encoding.as_deref(), &direct.content), (Some("base64"), &json!("AP8H")));
     })
     .await;
@@ -283,11 +285,12 @@ async fn a_device_that_says_what_it_has_misses_nothing_that_another_acknowledged
         // A position of another log cannot be gone on from, which is told.
         let lost = Position::new("0-lost".parse().unwrap(), 1);
         let mut lost = Device::open(world, 1, "bob", |to| to.inbox = Some(lost)).await;
-        let Reset { room, seq, epoch, .. } = heard(&mut lost.connection, |frame| match frame {
-            Answer::Reset(reset) => Some(reset),
-            _ => None,
-        })
-        .await;
+        let ResetFrame { room, seq, epoch, .. } =
+            heard(&mut lost.connection, |frame| match frame {
+                ServerFrame::Reset(reset) => Some(reset),
+                _ => None,
+            })
+            .await;
         assert_eq!((room, seq, epoch), (None, 3, had.epoch));
         assert_eq!(lost.said(1).await, ["to myself"]);
     })
@@ -318,7 +321,7 @@ async fn an_inbox_keeps_so_many_entries_and_tells_what_has_expired() {
         let since = Position::new(inbox.epoch.clone(), 5);
         let mut old = Device::open(world, 2, "bob", |to| to.inbox = Some(since)).await;
         let reset = heard(&mut old.connection, |frame| match frame {
-            Answer::Reset(reset) => Some(reset),
+            ServerFrame::Reset(reset) => Some(reset),
             _ => None,
         })
         .await;
@@ -426,23 +429,26 @@ async fn who_watches_is_told_now_and_on_change() {
         ann.watch(&["bob", "cat"]).await;
         let mut now = [ann.status().await, ann.status().await];
         now.sort_by(|a, b| a.0.cmp(&b.0));
-        assert_eq!(now, [("bob".into(), Online::Online), ("cat".into(), Online::Offline)]);
+        assert_eq!(
+            now,
+            [("bob".into(), OnlineState::Online), ("cat".into(), OnlineState::Offline)]
+        );
         let cat = Device::new(world, 2, "cat").await;
-        assert_eq!(ann.status().await, ("cat".into(), Online::Online));
+        assert_eq!(ann.status().await, ("cat".into(), OnlineState::Online));
         // A second device changes nothing.
         let second = Device::new(world, 0, "cat").await;
         drop(cat);
         drop(bob);
-        assert_eq!(ann.status().await, ("bob".into(), Online::Offline));
+        assert_eq!(ann.status().await, ("bob".into(), OnlineState::Offline));
         drop(second);
-        assert_eq!(ann.status().await, ("cat".into(), Online::Offline));
+        assert_eq!(ann.status().await, ("cat".into(), OnlineState::Offline));
         // Not any more.
         let unwatch = json!({"type": "unwatch", "users": ["cat"]});
         ann.connection.send_json(&unwatch).await.unwrap();
         ann.tell(json!({"type": "pong"})).await;
         let _cat = Device::new(world, 2, "cat").await;
         let _bob = Device::new(world, 1, "bob").await;
-        assert_eq!(ann.status().await, ("bob".into(), Online::Online));
+        assert_eq!(ann.status().await, ("bob".into(), OnlineState::Online));
         // These nodes have just started: nobody waits until a lease is over to be told.
         assert!(begun.elapsed() < Duration::from_secs(6), "{:?}", begun.elapsed());
     })
@@ -456,10 +462,10 @@ async fn who_is_connected_is_seen_to_be_by_whoever_asks() {
         for round in 0..10 {
             let node = round % 3;
             let bob = Device::new(world, node, "bob").await;
-            assert_eq!(ann.asks_for("bob").await, Online::Online, "round {round}");
+            assert_eq!(ann.asks_for("bob").await, OnlineState::Online, "round {round}");
             drop(bob);
             crate::harness::until("bob has left", async || {
-                ann.asks_for("bob").await == Online::Offline
+                ann.asks_for("bob").await == OnlineState::Offline
             })
             .await;
         }
@@ -480,14 +486,14 @@ async fn a_partner_who_leaves_is_told_of_unasked() {
         // Who has received knows of who has sent as soon as that is followed.
         for user in ["bob", "cat"] {
             ann.watch(&[user]).await;
-            assert_eq!(ann.status().await.1, Online::Online);
+            assert_eq!(ann.status().await.1, OnlineState::Online);
         }
         bob.watch(&["ann"]).await;
-        assert_eq!(bob.status().await, ("ann".into(), Online::Online));
+        assert_eq!(bob.status().await, ("ann".into(), OnlineState::Online));
         drop(cat);
-        assert_eq!(ann.status().await, ("cat".into(), Online::Offline));
+        assert_eq!(ann.status().await, ("cat".into(), OnlineState::Offline));
         drop(ann);
-        assert_eq!(bob.status().await, ("ann".into(), Online::Offline));
+        assert_eq!(bob.status().await, ("ann".into(), OnlineState::Offline));
     })
     .await;
 }
@@ -514,7 +520,7 @@ async fn a_session_is_resumed_on_any_node_with_its_user_and_data() {
         let set = json!({"type": "session_set", "data": {"theme": "dark", "old": 1}});
         ask(&mut ann.connection, set).await.unwrap();
         let set = json!({"type": "session_set", "data": {"old": null, "n": [1]}});
-        let Answer::Session(session) = ask(&mut ann.connection, set).await.unwrap() else {
+        let ServerFrame::Session(session) = ask(&mut ann.connection, set).await.unwrap() else {
             panic!()
         };
         assert_eq!(json!(session.data), json!({"theme": "dark", "n": [1]}));
@@ -531,7 +537,7 @@ async fn a_session_is_resumed_on_any_node_with_its_user_and_data() {
         assert!(connected.resumed && connected.session_id == id && connected.session == token);
         assert_eq!((connected.user.id.as_str(), connected.user.name.as_str()), ("ann", "Ann Lee"));
         let got = ask(&mut connection, json!({"type": "session_get"})).await.unwrap();
-        let Answer::Session(session) = got else { panic!() };
+        let ServerFrame::Session(session) = got else { panic!() };
         assert_eq!(json!(session.data), json!({"theme": "dark", "n": [1]}));
     })
     .await;
@@ -684,7 +690,7 @@ async fn frames_of_the_inbox_that_are_not_right_are_refused_and_the_connection_l
         let mut connection = Connection::open(&Options::to(url)).await.unwrap();
         connection.expect_connected().await.unwrap();
         let code = heard(&mut connection, |frame| match frame {
-            Answer::Error(refusal) => Some(refusal.code),
+            ServerFrame::Error(refusal) => Some(refusal.code),
             _ => None,
         });
         assert_eq!(code.await, ErrorCode::BadRequest);

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use shared::{
     client::connection::Connection,
     error::ErrorCode,
-    protocol::answer::{Ack, Answer, Entry, Refusal},
+    protocol::server_frame::{AckFrame, ErrorFrame, HistoryEntry, ServerFrame},
 };
 use tokio::time::Duration;
 
@@ -16,10 +16,14 @@ use crate::{
 };
 
 /// A direct that was taken.
-async fn direct(connection: &mut Connection, to: &str, content: &str) -> Result<Ack, Box<Refusal>> {
+async fn direct(
+    connection: &mut Connection,
+    to: &str,
+    content: &str,
+) -> Result<AckFrame, Box<ErrorFrame>> {
     let frame = json!({"type": "direct", "to": to, "content": content});
     ask(connection, frame).await.map(|answer| match answer {
-        Answer::Ack(ack) => *ack,
+        ServerFrame::Ack(ack) => *ack,
         other => panic!("{other:?}"),
     })
 }
@@ -52,7 +56,9 @@ async fn a_user_who_was_never_connected_has_a_small_inbox() {
         }
         let frame = json!({"type": "direct", "to": "nobody", "content": 4, "id": id});
         for duplicate in [false, true] {
-            let Answer::Ack(ack) = ask(&mut ann, frame.clone()).await.unwrap() else { panic!() };
+            let ServerFrame::Ack(ack) = ask(&mut ann, frame.clone()).await.unwrap() else {
+                panic!()
+            };
             assert_eq!(ack.duplicate, duplicate);
         }
         // Three are kept, and of them no more than 2,000 bytes.
@@ -69,7 +75,7 @@ async fn a_user_who_was_never_connected_has_a_small_inbox() {
 
         // From the first connection on it is an inbox like any, and ids are known as before.
         assert_eq!(inbox_of(world, "nobody").await, (3, 5, 3));
-        let Answer::Ack(ack) = ask(&mut ann, frame).await.unwrap() else { panic!() };
+        let ServerFrame::Ack(ack) = ask(&mut ann, frame).await.unwrap() else { panic!() };
         assert!(ack.duplicate);
         for number in 5..10 {
             direct(&mut ann, "nobody", &number.to_string()).await.unwrap();
@@ -176,7 +182,7 @@ async fn quotas_of_a_user_are_answered_by_name() {
 /// How many members of a room have read up to `seq`.
 async fn marks_in(connection: &mut Connection, room: &str, seq: u64) -> usize {
     let who = json!({"type": "presence", "room": room});
-    let Answer::Presence(who) = ask(connection, who).await.unwrap() else { panic!() };
+    let ServerFrame::Presence(who) = ask(connection, who).await.unwrap() else { panic!() };
     who.users.iter().filter(|user| user.read == Some(seq)).count()
 }
 
@@ -288,10 +294,15 @@ impl Flood {
                 let mut left = WINDOW;
                 while left > 0 {
                     match within(connection.next_frame()).await.unwrap() {
-                        Answer::Ack(_) | Answer::Error(_) | Answer::Joined(_) | Answer::Left(_) => {
+                        ServerFrame::Ack(_)
+                        | ServerFrame::Error(_)
+                        | ServerFrame::Joined(_)
+                        | ServerFrame::Left(_) => {
                             left -= 1;
                         }
-                        Answer::RoomInfo(_) | Answer::Session(_) | Answer::Pong(_) => left -= 1,
+                        ServerFrame::RoomInfo(_)
+                        | ServerFrame::Session(_)
+                        | ServerFrame::Pong(_) => left -= 1,
                         _ => {}
                     }
                 }
@@ -435,9 +446,9 @@ async fn a_full_redis_takes_what_makes_room_for_itself() {
     let ack = say(&mut ann, &lobby, &"y".repeat(3000)).await;
     assert_eq!((ack.seq, ack.duplicate), (11, false));
     let history = json!({"type": "history", "room": "lobby"});
-    let Answer::History(page) = ask(&mut ann, history).await.unwrap() else { panic!() };
-    let seq = |entry: &Entry| match entry {
-        Entry::Message(message) => Some(message.seq),
+    let ServerFrame::History(page) = ask(&mut ann, history).await.unwrap() else { panic!() };
+    let seq = |entry: &HistoryEntry| match entry {
+        HistoryEntry::Message(message) => Some(message.seq),
         _ => None,
     };
     let sent: Vec<u64> = page.messages.iter().filter_map(seq).collect();
@@ -446,7 +457,7 @@ async fn a_full_redis_takes_what_makes_room_for_itself() {
 
     // What is new is refused, by name. A room that is there is joined.
     ask(&mut bob, json!({"type": "join", "room": "lobby"})).await.unwrap();
-    let overloaded = |refusal: Box<Refusal>| {
+    let overloaded = |refusal: Box<ErrorFrame>| {
         assert_eq!(refusal.code, ErrorCode::Overloaded, "{}", refusal.message);
         assert!(refusal.retry_after_ms.is_some());
     };

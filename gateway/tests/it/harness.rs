@@ -22,7 +22,7 @@ use shared::{
         options::Options,
     },
     ids::{MessageId, RoomId},
-    protocol::answer::{Ack, Answer, Frame, Message},
+    protocol::server_frame::{AckFrame, MessageFrame, ServerFrame},
 };
 use tempfile::TempDir;
 use tokio::{
@@ -159,20 +159,20 @@ pub fn retention() -> Retention {
 }
 
 /// Sends a text and waits for its `ack`.
-pub async fn say(connection: &mut Connection, room: &RoomId, text: &str) -> Ack {
+pub async fn say(connection: &mut Connection, room: &RoomId, text: &str) -> AckFrame {
     let content = text.into();
     match connection.request(&frames::Message::to(room, &content)).await.unwrap() {
-        Answer::Ack(ack) => *ack,
+        ServerFrame::Ack(ack) => *ack,
         other => panic!("expected an ack, got {other:?}"),
     }
 }
 
 /// The next `message` that arrives, whatever else comes before it.
-pub async fn next_message(connection: &mut Connection) -> Message {
+pub async fn next_message(connection: &mut Connection) -> MessageFrame {
     let message = async {
         loop {
             match connection.next().await.unwrap() {
-                Received::Frame(Frame::Message(message), _) => return *message,
+                Received::Frame(ServerFrame::Message(message), _) => return *message,
                 Received::Binary(message, _) => return *message,
                 _ => {}
             }

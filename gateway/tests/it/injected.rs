@@ -6,7 +6,7 @@ use std::{path::Path, time::Duration};
 
 use gateway::fault_injection::{DeliveryFault, PANIC};
 use serde_json::{Value, json};
-use shared::{client::connection::Connection, ids::RoomId, protocol::answer::Frame};
+use shared::{client::connection::Connection, ids::RoomId, protocol::server_frame::ServerFrame};
 use tokio::{process::Command, time::timeout};
 
 use crate::harness::{Node, closed, connect, get, next_message, room, say, until};
@@ -141,7 +141,9 @@ async fn a_panic_of_a_connection_closes_that_connection_only() {
         // What it held is given back: the user's only connection, and the place in the room.
         until("bob has left", async || {
             let asks = json!({"type": "presence", "room": lobby, "ref": 1});
-            let Frame::Presence(presence) = ann.request(&asks).await.unwrap() else { panic!() };
+            let ServerFrame::Presence(presence) = ann.request(&asks).await.unwrap() else {
+                panic!()
+            };
             presence.count == 1
         })
         .await;

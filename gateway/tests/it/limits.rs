@@ -8,7 +8,7 @@ use shared::{
         options::{OpenError, Options},
     },
     error::ErrorCode,
-    protocol::answer::Answer,
+    protocol::server_frame::ServerFrame,
 };
 
 use tokio::{
@@ -42,8 +42,8 @@ async fn messages_above_the_rate_are_not_taken_and_told_when_to_come() {
     let (mut acks, mut refused) = (0, 0);
     while acks + refused < 15 {
         match ann.next_frame().await.unwrap() {
-            Answer::Ack(_) => acks += 1,
-            Answer::Error(refusal) => {
+            ServerFrame::Ack(_) => acks += 1,
+            ServerFrame::Error(refusal) => {
                 assert_eq!(refusal.code, ErrorCode::RateLimited);
                 assert!(refusal.retry_after_ms.is_some_and(|ms| ms > 0 && ms <= 1001));
                 refused += 1;
@@ -67,7 +67,7 @@ async fn other_frames_have_a_rate_as_well() {
     }
     let mut codes = vec![];
     while codes.len() < 10 {
-        if let Answer::Error(refusal) = ann.next_frame().await.unwrap() {
+        if let ServerFrame::Error(refusal) = ann.next_frame().await.unwrap() {
             codes.push(refusal.code);
         }
     }
@@ -98,7 +98,7 @@ async fn fields_above_their_limit_are_too_large() {
     let mut header = vec![0x7F, 0xFF];
     header.extend(vec![b' '; 0x7FFF]);
     ann.send_bytes(header).await.unwrap();
-    let Answer::Error(refusal) = ann.next_frame().await.unwrap() else { panic!("no error") };
+    let ServerFrame::Error(refusal) = ann.next_frame().await.unwrap() else { panic!("no error") };
     assert_eq!(refusal.code, ErrorCode::TooLarge);
     // The largest message there may be still passes.
     let text = "z".repeat(262_144 - 200);
@@ -157,8 +157,8 @@ async fn names_of_a_watch_cost_frames_and_leave_nothing_behind() {
     let (mut told, mut refused) = (0, 0);
     while told < 150 || refused == 0 {
         match ann.next_frame().await.unwrap() {
-            Answer::UserStatus(_) => told += 1,
-            Answer::Error(refusal) => {
+            ServerFrame::UserStatus(_) => told += 1,
+            ServerFrame::Error(refusal) => {
                 assert_eq!(refusal.code, ErrorCode::LimitReached);
                 refused += 1;
             }
@@ -173,7 +173,7 @@ async fn names_of_a_watch_cost_frames_and_leave_nothing_behind() {
         ann.send_json(&names("watch", number * 100 + 100)).await.unwrap();
     }
     loop {
-        if let Answer::Error(refusal) = ann.next_frame().await.unwrap()
+        if let ServerFrame::Error(refusal) = ann.next_frame().await.unwrap()
             && refusal.code == ErrorCode::RateLimited
         {
             break;

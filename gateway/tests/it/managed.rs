@@ -11,8 +11,8 @@ use shared::{
     error::ErrorCode,
     position::Position,
     protocol::{
-        Kind,
-        answer::{Answer, NotRecovered, RoomInfo},
+        MessageKind,
+        server_frame::{RecoveryFailure, RoomInfoFrame, ServerFrame},
     },
 };
 
@@ -21,14 +21,14 @@ use crate::{
     people::{World, ask, heard, refused},
 };
 
-async fn info(connection: &mut Connection, frame: Value) -> RoomInfo {
+async fn info(connection: &mut Connection, frame: Value) -> RoomInfoFrame {
     match ask(connection, frame).await.unwrap() {
-        Answer::RoomInfo(info) => *info,
+        ServerFrame::RoomInfo(info) => *info,
         other => panic!("{other:?}"),
     }
 }
 
-async fn info_of(connection: &mut Connection, name: &str) -> RoomInfo {
+async fn info_of(connection: &mut Connection, name: &str) -> RoomInfoFrame {
     info(connection, json!({"type": "room_info", "room": name})).await
 }
 
@@ -37,7 +37,9 @@ async fn listed(connection: &mut Connection, prefix: &str, limit: u32) -> Vec<St
     let (mut names, mut cursor) = (Vec::new(), None::<String>);
     loop {
         let frame = json!({"type": "rooms", "prefix": prefix, "limit": limit, "cursor": cursor});
-        let Answer::Rooms(page) = ask(connection, frame).await.unwrap() else { panic!("no rooms") };
+        let ServerFrame::Rooms(page) = ask(connection, frame).await.unwrap() else {
+            panic!("no rooms")
+        };
         names.extend(page.rooms.iter().map(|room| room.room.to_string()));
         cursor = page.cursor;
         if cursor.is_none() {
@@ -67,8 +69,8 @@ async fn a_room_is_created_told_about_and_listed_everywhere() {
         assert!(made.public && made.protected && made.durable);
         assert_eq!((made.max_members, &made.meta["topic"]), (Some(5), &json!("all")));
         assert_eq!(
-            RoomInfo { reference: None, ..info_of(&mut bob, "team:one").await },
-            RoomInfo { reference: None, ..made }
+            RoomInfoFrame { reference: None, ..info_of(&mut bob, "team:one").await },
+            RoomInfoFrame { reference: None, ..made }
         );
         assert_eq!(refused(&mut bob, create).await, ErrorCode::RoomExists);
         // A private one is there for its owner and its members only.
@@ -170,7 +172,7 @@ async fn a_protected_room_is_joined_with_its_password_only() {
             cat.expect_connected().await.unwrap();
             let frame = cat.next_frame().await.unwrap();
             match code {
-                None => assert!(matches!(frame, Answer::Joined(_)), "{frame:?}"),
+                None => assert!(matches!(frame, ServerFrame::Joined(_)), "{frame:?}"),
                 Some(code) => assert_eq!(closed(&mut cat).await, (Some(1008), code.to_owned())),
             }
         }
@@ -202,7 +204,7 @@ async fn no_more_join_than_may_whichever_node_they_come_to() {
             let mut of_it = inside;
             let (mut connection, _) = of_it.pop().unwrap();
             let presence = ask(&mut connection, json!({"type": "presence", "room": "small"})).await;
-            let Answer::Presence(presence) = presence.unwrap() else { panic!("no presence") };
+            let ServerFrame::Presence(presence) = presence.unwrap() else { panic!("no presence") };
             let user = presence.users[0].id.to_string();
             let mut again = world.connect(2, &user).await;
             assert_eq!(join_with(&mut again, "small", "").await, None);
@@ -236,8 +238,8 @@ async fn who_is_refused_was_never_there() {
         for device in &mut devices {
             for _ in 0..20 {
                 let code = heard(device, |frame| match frame {
-                    Answer::Error(refusal) => Some(refusal.code),
-                    Answer::Joined(_) => panic!("let in"),
+                    ServerFrame::Error(refusal) => Some(refusal.code),
+                    ServerFrame::Joined(_) => panic!("let in"),
                     _ => None,
                 });
                 assert_eq!(code.await, ErrorCode::RoomFull);
@@ -245,8 +247,8 @@ async fn who_is_refused_was_never_there() {
         }
         say(&mut ann, &room("one"), "alone").await;
         let told = heard(&mut ann, |frame| match frame {
-            Answer::MemberJoined(moved) => Some(Some(moved)),
-            Answer::Message(_) => Some(None),
+            ServerFrame::MemberJoined(moved) => Some(Some(moved)),
+            ServerFrame::Message(_) => Some(None),
             _ => None,
         });
         assert_eq!(told.await, None);
@@ -296,11 +298,11 @@ async fn a_deleted_room_is_closed_for_all_and_begins_anew() {
         let delete = json!({"type": "delete_room", "room": "vault"});
         assert_eq!(refused(&mut members[0], delete.clone()).await, ErrorCode::Forbidden);
         let answer = ask(&mut ann, delete.clone()).await.unwrap();
-        let Answer::RoomClosed(closed) = answer else { panic!("{answer:?}") };
+        let ServerFrame::RoomClosed(closed) = answer else { panic!("{answer:?}") };
         assert!(closed.reference.is_some() && closed.room == vault);
         for member in &mut members {
             let closed = heard(member, |frame| match frame {
-                Answer::RoomClosed(closed) => Some(closed),
+                ServerFrame::RoomClosed(closed) => Some(closed),
                 _ => None,
             })
             .await;
@@ -318,7 +320,7 @@ async fn a_deleted_room_is_closed_for_all_and_begins_anew() {
         let since = Position::new(epoch, said.seq);
         let join = frames::Join { since: Some(&since), ..frames::Join::to(&vault) };
         let joined = members[1].join_with(&join).await.unwrap();
-        assert_eq!((joined.recovered, joined.reason), (false, Some(NotRecovered::LogLost)));
+        assert_eq!((joined.recovered, joined.reason), (false, Some(RecoveryFailure::LogLost)));
     })
     .await;
 }
@@ -378,7 +380,8 @@ async fn a_room_without_a_log_passes_on_and_keeps_nothing() {
             ann.send_json(&send).await.unwrap();
             let (text, frame) = within(async {
                 loop {
-                    if let Received::Frame(Answer::Ack(ack), text) = ann.next().await.unwrap() {
+                    if let Received::Frame(ServerFrame::Ack(ack), text) = ann.next().await.unwrap()
+                    {
                         return (text, ack);
                     }
                 }
@@ -389,11 +392,11 @@ async fn a_room_without_a_log_passes_on_and_keeps_nothing() {
         }
         let content = json!("quiet");
         let quiet = frames::Message { echo: false, ..frames::Message::to(&live, &content) };
-        let Answer::Ack(ack) = ann.request(&quiet).await.unwrap() else { panic!("no ack") };
+        let ServerFrame::Ack(ack) = ann.request(&quiet).await.unwrap() else { panic!("no ack") };
         assert!(!ack.duplicate);
         assert_eq!(next_message(&mut bob).await.content, "quiet");
         let answer = ask(&mut bob, json!({"type": "history", "room": "live:1"})).await.unwrap();
-        let Answer::History(page) = answer else { panic!("{answer:?}") };
+        let ServerFrame::History(page) = answer else { panic!("{answer:?}") };
         assert!(page.messages.is_empty() && !page.more);
         let since = Position::new("1-abc".parse().unwrap(), 7);
         let mut cat = world.connect(2, "cat").await;
@@ -423,10 +426,10 @@ async fn kinds_answers_and_meta_reach_everybody_as_they_were_sent() {
         bob.join(&lobby).await.unwrap();
         let mut last = None;
         for (kind, name) in [
-            (Kind::Text, "text"),
-            (Kind::Image, "image"),
-            (Kind::File, "file"),
-            (Kind::Custom, "custom"),
+            (MessageKind::Text, "text"),
+            (MessageKind::Image, "image"),
+            (MessageKind::File, "file"),
+            (MessageKind::Custom, "custom"),
         ] {
             let mut frame = json!({
                 "type": "message", "room": "lobby", "kind": name, "content": {"url": "x"},
@@ -436,7 +439,7 @@ async fn kinds_answers_and_meta_reach_everybody_as_they_were_sent() {
                 frame["reply_to"] = json!(id);
             }
             let answer = ask(&mut ann, frame).await.unwrap();
-            let Answer::Ack(ack) = answer else { panic!("{answer:?}") };
+            let ServerFrame::Ack(ack) = answer else { panic!("{answer:?}") };
             let message = next_message(&mut bob).await;
             assert_eq!((message.id, message.kind, message.reply_to), (ack.id, kind, last));
             assert_eq!(message.meta, Some(json!({"name": "poke", "size": 1.5})));

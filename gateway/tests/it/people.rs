@@ -12,7 +12,9 @@ use shared::{
     },
     error::ErrorCode,
     ids::RoomId,
-    protocol::answer::{Answer, Frame, Joined, MemberMoved, Presence, Present, Refusal},
+    protocol::server_frame::{
+        ErrorFrame, JoinedFrame, MemberChangeFrame, PresencePageFrame, PresenceUser, ServerFrame,
+    },
 };
 use tokio::time::{Duration, Instant};
 
@@ -80,7 +82,7 @@ impl World {
 #[track_caller]
 pub fn heard<T>(
     connection: &mut Connection,
-    mut pick: impl FnMut(Frame) -> Option<T>,
+    mut pick: impl FnMut(ServerFrame) -> Option<T>,
 ) -> impl Future<Output = T> {
     within(async move {
         loop {
@@ -95,17 +97,21 @@ pub fn heard<T>(
 
 /// Who comes (`+`) and goes (`-`) next, and how many are there then.
 async fn next_move(connection: &mut Connection) -> (String, u64) {
-    let told = |sign: char, moved: &MemberMoved| (format!("{sign}{}", moved.user), moved.count);
+    let told =
+        |sign: char, moved: &MemberChangeFrame| (format!("{sign}{}", moved.user), moved.count);
     heard(connection, |frame| match frame {
-        Answer::MemberJoined(moved) => Some(told('+', &moved)),
-        Answer::MemberLeft(moved) => Some(told('-', &moved)),
+        ServerFrame::MemberJoined(moved) => Some(told('+', &moved)),
+        ServerFrame::MemberLeft(moved) => Some(told('-', &moved)),
         _ => None,
     })
     .await
 }
 
 /// The answer to a frame, or why it was refused.
-pub async fn ask(connection: &mut Connection, frame: Value) -> Result<Frame, Box<Refusal>> {
+pub async fn ask(
+    connection: &mut Connection,
+    frame: Value,
+) -> Result<ServerFrame, Box<ErrorFrame>> {
     match connection.request(&frame).await {
         Ok(answer) => Ok(answer),
         Err(Unexpected::Refused(refusal)) => Err(refusal),
@@ -117,22 +123,25 @@ pub async fn refused(connection: &mut Connection, frame: Value) -> ErrorCode {
     ask(connection, frame).await.expect_err("it is refused").code
 }
 
-async fn present(connection: &mut Connection, frame: Value) -> Presence {
+async fn present(connection: &mut Connection, frame: Value) -> PresencePageFrame {
     match ask(connection, frame).await.unwrap() {
-        Answer::Presence(presence) => *presence,
+        ServerFrame::Presence(presence) => *presence,
         other => panic!("{other:?}"),
     }
 }
 
-async fn present_in(connection: &mut Connection, name: &str) -> Presence {
+async fn present_in(connection: &mut Connection, name: &str) -> PresencePageFrame {
     present(connection, json!({"type": "presence", "room": name})).await
 }
 
-fn names(users: &[Present]) -> Vec<&str> {
+fn names(users: &[PresenceUser]) -> Vec<&str> {
     users.iter().map(|user| user.id.as_str()).collect()
 }
 
-async fn join(connection: &mut Connection, name: &str) -> Joined<shared::protocol::answer::Entry> {
+async fn join(
+    connection: &mut Connection,
+    name: &str,
+) -> JoinedFrame<shared::protocol::server_frame::HistoryEntry> {
     connection.join(&room(name)).await.unwrap()
 }
 
@@ -300,12 +309,12 @@ async fn in_a_large_room_changes_come_gathered() {
         // Each leads from what was known to what is, and the count is that of what is known then.
         while here.len() < 31 {
             heard(&mut ann, |frame| match frame {
-                Answer::MemberJoined(moved) => {
+                ServerFrame::MemberJoined(moved) => {
                     assert!(here.len() < 3, "{moved:?}");
                     here.insert(moved.user.to_string());
                     Some(())
                 }
-                Answer::PresenceDiff(diff) => {
+                ServerFrame::PresenceDiff(diff) => {
                     diffs += 1;
                     for user in &diff.joined {
                         assert!(here.insert(user.to_string()), "twice: {user}");
@@ -326,7 +335,7 @@ async fn in_a_large_room_changes_come_gathered() {
         }
         while here.len() > 11 {
             heard(&mut ann, |frame| {
-                let Answer::PresenceDiff(diff) = frame else { return None };
+                let ServerFrame::PresenceDiff(diff) = frame else { return None };
                 for user in &diff.left {
                     assert!(here.remove(user.as_str()), "twice: {user}");
                 }
@@ -357,7 +366,7 @@ async fn in_a_very_large_room_only_the_count_is_told() {
         }
         let mut until = async |count: u64| {
             heard(&mut ann, |frame| {
-                let Answer::PresenceDiff(diff) = frame else { return None };
+                let ServerFrame::PresenceDiff(diff) = frame else { return None };
                 assert!(diff.count <= 5 || diff.joined.is_empty() && diff.left.is_empty());
                 (diff.count == count).then_some(())
             })
@@ -406,17 +415,17 @@ async fn what_wants_a_room_joined_is_refused_elsewhere() {
         ] {
             let refusal = ask(&mut ann, frame.clone()).await.expect_err("not joined");
             assert_eq!(refusal.code, ErrorCode::NotJoined, "{frame}");
-            assert_eq!(refusal.answers.as_deref(), frame["type"].as_str());
+            assert_eq!(refusal.frame_type.as_deref(), frame["type"].as_str());
         }
         let left = ask(&mut ann, json!({"type": "leave", "room": "lobby"})).await.unwrap();
-        assert!(matches!(left, Answer::Left(_)));
+        assert!(matches!(left, ServerFrame::Left(_)));
     })
     .await;
 }
 
 async fn next_typing(connection: &mut Connection) -> (String, bool) {
     heard(connection, |frame| match frame {
-        Answer::Typing(typing) => Some((typing.user.to_string(), typing.is_typing)),
+        ServerFrame::Typing(typing) => Some((typing.user.to_string(), typing.is_typing)),
         _ => None,
     })
     .await
@@ -450,8 +459,8 @@ async fn typing_reaches_the_others_and_ends_by_itself() {
         // To bob's own devices nothing of it was told.
         say(&mut ann, &room("lobby"), "well?").await;
         let told = heard(&mut laptop, |frame| match frame {
-            Answer::Typing(_) => Some(true),
-            Answer::Message(_) => Some(false),
+            ServerFrame::Typing(_) => Some(true),
+            ServerFrame::Message(_) => Some(false),
             _ => None,
         });
         assert!(!told.await);
@@ -479,7 +488,7 @@ async fn a_mark_only_goes_up_and_stays() {
         read(99).await;
         for expected in [2, 3] {
             let (user, seq) = heard(&mut ann, |frame| match frame {
-                Answer::Read(read) => Some((read.user.to_string(), read.seq)),
+                ServerFrame::Read(read) => Some((read.user.to_string(), read.seq)),
                 _ => None,
             })
             .await;
@@ -566,7 +575,7 @@ async fn the_members_of_a_killed_node_leave_once_everywhere() {
         let mut left = BTreeSet::new();
         while left.len() < 999 {
             let moved = heard(watcher, |frame| match frame {
-                Answer::MemberLeft(moved) => Some(moved),
+                ServerFrame::MemberLeft(moved) => Some(moved),
                 _ => None,
             })
             .await;
@@ -588,8 +597,8 @@ async fn the_members_of_a_killed_node_leave_once_everywhere() {
         // Nothing more was told than that.
         say(watcher, &rooms[0], "all gone").await;
         let more = heard(watcher, |frame| match frame {
-            Answer::MemberLeft(moved) => Some(Some(moved)),
-            Answer::Message(_) => Some(None),
+            ServerFrame::MemberLeft(moved) => Some(Some(moved)),
+            ServerFrame::Message(_) => Some(None),
             _ => None,
         });
         assert_eq!(more.await, None);

@@ -8,7 +8,7 @@ use shared::{
         connection::{Connection, Received},
         options::Options,
     },
-    protocol::answer::{Answer, Frame, Reconnect, ReconnectReason},
+    protocol::server_frame::{ReconnectFrame, ReconnectReason, ServerFrame},
 };
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -40,7 +40,7 @@ async fn sigterm_sends_clients_elsewhere_and_ends_with_0() {
     let mut reconnect = None;
     let end = loop {
         match within(ann.next()).await {
-            Ok(Received::Frame(Frame::Reconnect(frame), _)) => reconnect = Some(frame),
+            Ok(Received::Frame(ServerFrame::Reconnect(frame), _)) => reconnect = Some(frame),
             Ok(_) => {}
             Err(end) => break end,
         }
@@ -64,11 +64,11 @@ async fn a_message_that_was_sent_before_the_stop_is_answered() {
         ann.send_json(&frame).await.unwrap();
     }
     // The first answer shows that the burst was read.
-    while !matches!(ann.next_frame().await.unwrap(), Answer::Ack(_)) {}
+    while !matches!(ann.next_frame().await.unwrap(), ServerFrame::Ack(_)) {}
     node.process.signal("TERM");
     let mut acks = 1;
     while let Ok(received) = within(ann.next()).await {
-        acks += usize::from(matches!(received, Received::Frame(Frame::Ack(_), _)));
+        acks += usize::from(matches!(received, Received::Frame(ServerFrame::Ack(_), _)));
     }
     assert_eq!(acks, 50);
     assert_eq!(node.end().await.0, Some(0));
@@ -185,10 +185,10 @@ async fn a_draining_node_answers_503_until_the_process_ends() {
 }
 
 /// The node's `reconnect` to one client, and when it came.
-async fn sent_away(mut client: Connection, since: Instant) -> (Duration, Reconnect) {
+async fn sent_away(mut client: Connection, since: Instant) -> (Duration, ReconnectFrame) {
     let mut told = None;
     while let Ok(received) = within(client.next()).await {
-        if let Received::Frame(Frame::Reconnect(frame), _) = received {
+        if let Received::Frame(ServerFrame::Reconnect(frame), _) = received {
             told = Some((since.elapsed(), frame));
         }
     }

@@ -11,7 +11,7 @@ use shared::{
     client::connection::Connection,
     envelope::{Author, Envelope, Parts},
     ids::{ConnectionId, MessageId, RoomId},
-    protocol::answer::{Answer, Frame},
+    protocol::server_frame::ServerFrame,
 };
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -149,8 +149,8 @@ async fn until_said(connection: &mut Connection, lobby: &RoomId) -> MessageId {
     loop {
         let message = json!({"type": "message", "room": lobby, "content": "on", "ref": 1});
         match connection.request(&message).await.unwrap() {
-            Answer::Ack(ack) => return ack.id,
-            Answer::Error(_) => poll_pause().await,
+            ServerFrame::Ack(ack) => return ack.id,
+            ServerFrame::Error(_) => poll_pause().await,
             other => panic!("{other:?}"),
         }
     }
@@ -342,9 +342,9 @@ async fn junk_in_what_the_cluster_shares_is_repaired() {
             let mut gil = world.b.connect("gil").await;
             recovers(&mut gil, &other).await;
             let asks = json!({"type": "presence", "ref": 1});
-            while !matches!(gil.request(&asks).await.unwrap(), Answer::Presence(_)) {}
+            while !matches!(gil.request(&asks).await.unwrap(), ServerFrame::Presence(_)) {}
             let lists = json!({"type": "rooms", "ref": 2});
-            while !matches!(gil.request(&lists).await.unwrap(), Answer::Rooms(_)) {}
+            while !matches!(gil.request(&lists).await.unwrap(), ServerFrame::Rooms(_)) {}
             let id = until_said(&mut eve, &other).await;
             while next_message(&mut fay).await.id != id {}
             gil.send_json(&json!({"type": "leave", "room": other})).await.unwrap();
@@ -372,7 +372,7 @@ async fn sessions_and_data_that_are_none_are_as_if_they_were_not_there() {
     let base = format!("gw:{{{}}}:u:ann", home_of(&inbox, 256));
     let mut ann = world.a.connect("ann").await;
     let set = json!({"type": "session_set", "data": {"a": 1}, "ref": 1});
-    assert!(matches!(ann.request(&set).await.unwrap(), Answer::Session(_)));
+    assert!(matches!(ann.request(&set).await.unwrap(), ServerFrame::Session(_)));
     let rows = format!("HVALS {base}:data");
     assert!(call(&world.redis, &[words(&rows)]).await.contains(r#"{"a":1}"#));
     // All data of this user, and a session that is none.
@@ -388,7 +388,7 @@ async fn sessions_and_data_that_are_none_are_as_if_they_were_not_there() {
         .into_bytes();
     call(&world.redis, &[junk, words(&format!("HSET {base}:sessions junk junk"))]).await;
     let get = json!({"type": "session_get", "ref": 2});
-    let Frame::Session(session) = ann.request(&get).await.unwrap() else { panic!() };
+    let ServerFrame::Session(session) = ann.request(&get).await.unwrap() else { panic!() };
     assert_eq!(Value::Object(session.data), json!({}));
     within(world.b.connect("ann")).await;
     assert!(world.bad_values("session").await >= 2);

@@ -16,7 +16,7 @@ use shared::{
     },
     ids::{MessageId, RoomId},
     position::Position,
-    protocol::answer::{Answer, Refusal},
+    protocol::server_frame::{ErrorFrame, ServerFrame},
 };
 use tokio::{
     sync::watch,
@@ -185,7 +185,7 @@ impl TestClient {
                 received = connection.next() => {
                     let Ok(received) = received else { return };
                     heard_by = Instant::now() + self.profile.idle_timeout;
-                    *is_connected |= matches!(&received, Received::Frame(Answer::Connected(_), _));
+                    *is_connected |= matches!(&received, Received::Frame(ServerFrame::Connected(_), _));
                     self.take(received, &mut goal, &mut join_at);
                 }
                 changed = self.control.changed() => if changed.is_err() { return },
@@ -290,19 +290,19 @@ impl TestClient {
         let (ledger, me, now) = (self.ledger.clone(), self.number, Instant::now());
         let mut ledger = ledger.lock();
         match received {
-            Received::Frame(Answer::Connected(_), _) => ledger.connected(me),
-            Received::Frame(Answer::Joined(joined), _) => {
+            Received::Frame(ServerFrame::Connected(_), _) => ledger.connected(me),
+            Received::Frame(ServerFrame::Joined(joined), _) => {
                 ledger.joined(me, &joined, now);
                 *goal = Some(Position::new(joined.epoch.clone(), joined.seq));
             }
-            Received::Frame(Answer::Message(message), _) => ledger.message(me, &message, now),
-            Received::Frame(Answer::Reset(reset), _) => {
+            Received::Frame(ServerFrame::Message(message), _) => ledger.message(me, &message, now),
+            Received::Frame(ServerFrame::Reset(reset), _) => {
                 // Without a room it is of the inbox, which is not judged.
                 if reset.room.is_some() {
                     ledger.reset(me, &reset);
                 }
             }
-            Received::Frame(Answer::Ack(ack), _) => match &self.unacked {
+            Received::Frame(ServerFrame::Ack(ack), _) => match &self.unacked {
                 Some(UnackedMessage { id, sent: Some(sent), .. }) if *id == ack.id => {
                     ledger.ack(me, &ack, now.duration_since(*sent));
                     drop(ledger);
@@ -310,18 +310,18 @@ impl TestClient {
                 }
                 _ => ledger.wrong(me, Wrong::Protocol, format!("an ack of nothing: {ack:?}")),
             },
-            Received::Frame(Answer::Error(refusal), _) => {
+            Received::Frame(ServerFrame::Error(refusal), _) => {
                 self.refused(&mut ledger, &refusal, goal.is_some(), join_at);
             }
             Received::Frame(
-                Answer::Pong(_)
-                | Answer::Ping(_)
-                | Answer::Status(_)
-                | Answer::MemberJoined(_)
-                | Answer::MemberLeft(_)
-                | Answer::PresenceDiff(_)
-                | Answer::Unknown
-                | Answer::Reconnect(_),
+                ServerFrame::Pong(_)
+                | ServerFrame::Ping(_)
+                | ServerFrame::Status(_)
+                | ServerFrame::MemberJoined(_)
+                | ServerFrame::MemberLeft(_)
+                | ServerFrame::PresenceDiff(_)
+                | ServerFrame::Unknown
+                | ServerFrame::Reconnect(_),
                 _,
             )
             | Received::Ping(_)
@@ -333,7 +333,7 @@ impl TestClient {
     fn refused(
         &mut self,
         ledger: &mut Ledger,
-        refusal: &Refusal,
+        refusal: &ErrorFrame,
         joined: bool,
         join_at: &mut Option<Instant>,
     ) {

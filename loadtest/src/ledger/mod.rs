@@ -21,7 +21,9 @@ use parking_lot::Mutex;
 use shared::{
     ids::MessageId,
     position::{Epoch, Position, Seq},
-    protocol::answer::{Ack, Entry, Joined, Message, NotRecovered, Reset},
+    protocol::server_frame::{
+        AckFrame, HistoryEntry, JoinedFrame, MessageFrame, RecoveryFailure, ResetFrame,
+    },
 };
 use tokio::time::Instant;
 
@@ -150,13 +152,13 @@ impl Ledger {
     }
 
     /// A reader was told `joined`.
-    pub fn joined(&mut self, reader: usize, joined: &Joined<Entry>, now: Instant) {
+    pub fn joined(&mut self, reader: usize, joined: &JoinedFrame<HistoryEntry>, now: Instant) {
         let top = Position::new(joined.epoch.clone(), joined.seq);
         let first = joined.history.iter().find_map(|entry| match entry {
-            Entry::Message(message) => {
+            HistoryEntry::Message(message) => {
                 Some(Position::new(message.epoch.clone(), message.seq.saturating_sub(1)))
             }
-            Entry::Direct(_) | Entry::Unknown => None,
+            HistoryEntry::Direct(_) | HistoryEntry::Unknown => None,
         });
         match (self.readers[reader].cursor.clone(), joined.recovered) {
             (None, _) => self.jump(reader, first.unwrap_or(top.clone())),
@@ -178,13 +180,13 @@ impl Ledger {
         }
         for entry in &joined.history {
             match entry {
-                Entry::Message(message) => {
+                HistoryEntry::Message(message) => {
                     if !joined.recovered {
                         self.go_on_in(reader, &message.epoch, message.seq.saturating_sub(1));
                     }
                     self.message(reader, message, now);
                 }
-                Entry::Direct(_) | Entry::Unknown => {
+                HistoryEntry::Direct(_) | HistoryEntry::Unknown => {
                     self.wrong(reader, Wrong::Protocol, "an unknown entry");
                 }
             }
@@ -209,7 +211,7 @@ impl Ledger {
     }
 
     /// A reader got an entry.
-    pub fn message(&mut self, reader: usize, message: &Message, now: Instant) {
+    pub fn message(&mut self, reader: usize, message: &MessageFrame, now: Instant) {
         let position = Position::new(message.epoch.clone(), message.seq);
         self.delivered += 1;
         let due = self.due.get(&message.id);
@@ -251,7 +253,7 @@ impl Ledger {
     }
 
     /// A reader was told that continuity was lost.
-    pub fn reset(&mut self, reader: usize, reset: &Reset) {
+    pub fn reset(&mut self, reader: usize, reset: &ResetFrame) {
         self.readers[reader].resets += 1;
         self.reason(reset.reason);
         let to = Position::new(reset.epoch.clone(), reset.seq);
@@ -267,7 +269,7 @@ impl Ledger {
     }
 
     /// An own message was acknowledged, so long after it was sent.
-    pub fn ack(&mut self, reader: usize, ack: &Ack, after: Duration) {
+    pub fn ack(&mut self, reader: usize, ack: &AckFrame, after: Duration) {
         self.answer_slowest = self.answer_slowest.max(after);
         self.taken(reader, ack.id, Position::new(ack.epoch.clone(), ack.seq));
     }
@@ -320,11 +322,11 @@ impl Ledger {
         self.jump(reader, to);
     }
 
-    fn reason(&mut self, reason: NotRecovered) {
+    fn reason(&mut self, reason: RecoveryFailure) {
         let name = match reason {
-            NotRecovered::LogTrimmed => "log_trimmed",
-            NotRecovered::LogLost => "log_lost",
-            NotRecovered::Ahead => "ahead",
+            RecoveryFailure::LogTrimmed => "log_trimmed",
+            RecoveryFailure::LogLost => "log_lost",
+            RecoveryFailure::Ahead => "ahead",
         };
         *self.reasons.entry(name).or_default() += 1;
     }

@@ -13,8 +13,11 @@ use crate::{
     ids::{ConnectionId, MessageId, NodeId, RoomId},
     position::{Epoch, Position, Seq},
     protocol::{
-        Kind,
-        answer::{Direct, Message, NotRecovered, Notification, Person, Refusal, Reset, Status},
+        MessageKind,
+        server_frame::{
+            DirectFrame, ErrorFrame, MessageFrame, NotificationFrame, RecoveryFailure, ResetFrame,
+            StatusFrame, UserInfo,
+        },
     },
 };
 
@@ -86,7 +89,7 @@ pub struct JoinInfo {
     /// Whether everything since the last entry had is there or follows.
     pub recovered: bool,
     /// Why not, where a position was given.
-    pub reason: Option<NotRecovered>,
+    pub reason: Option<RecoveryFailure>,
     /// Whether there is older history than what was given.
     pub more: bool,
     /// Whether the room keeps a log.
@@ -102,12 +105,12 @@ pub struct SendOptions {
     /// The content.
     pub content: Content,
     /// What it is.
-    pub kind: Kind,
+    pub kind: MessageKind,
     /// The message it answers.
     pub reply_to: Option<MessageId>,
     /// More about it, a JSON object.
     pub meta: Option<Value>,
-    /// Whether this client gets a copy, as an [`Event::Message`]. Without one, a copy may come
+    /// Whether this client gets a copy, as an [`Event::MessageFrame`]. Without one, a copy may come
     /// nevertheless when the client catches up after an interruption.
     pub echo: bool,
 }
@@ -136,7 +139,7 @@ impl SendOptions {
         Self {
             id: MessageId::random(),
             content,
-            kind: Kind::Text,
+            kind: MessageKind::Text,
             reply_to: None,
             meta: None,
             echo: true,
@@ -160,7 +163,7 @@ pub struct Sent {
 pub enum SendError {
     /// The server refused it for good.
     #[error("refused: {} {}", .0.code.as_str(), .0.message)]
-    Refused(Box<Refusal>),
+    Refused(Box<ErrorFrame>),
     /// It was sent, its answer was lost, and the time in which the server knows a repeat for what
     /// it is has passed, or the room was left, or the client ended. It may be in the log. Sent
     /// again, with the same id, it may be there twice.
@@ -188,7 +191,7 @@ pub enum SendError {
 pub enum JoinError {
     /// The server refused it for good.
     #[error("refused: {} {}", .0.code.as_str(), .0.message)]
-    Refused(Box<Refusal>),
+    Refused(Box<ErrorFrame>),
     /// Another `join` or `leave` of the room has no answer yet.
     #[error("another join or leave of the room is under way")]
     Underway,
@@ -208,7 +211,7 @@ pub enum JoinError {
 pub enum LeaveError {
     /// The server refused it.
     #[error("refused: {} {}", .0.code.as_str(), .0.message)]
-    Refused(Box<Refusal>),
+    Refused(Box<ErrorFrame>),
     /// Another `leave` of the room has no answer yet.
     #[error("another leave of the room is under way")]
     Underway,
@@ -234,7 +237,7 @@ pub struct HistoryPage {
     /// The epoch of the log.
     pub epoch: Epoch,
     /// Entries, oldest first.
-    pub messages: Vec<Message>,
+    pub messages: Vec<MessageFrame>,
     /// Whether more are there in the direction asked for.
     pub more: bool,
 }
@@ -244,7 +247,7 @@ pub struct HistoryPage {
 pub enum HistoryError {
     /// The server refused it.
     #[error("refused: {} {}", .0.code.as_str(), .0.message)]
-    Refused(Box<Refusal>),
+    Refused(Box<ErrorFrame>),
     /// There is no connection, or it ended before the answer, or the room is not joined on it yet.
     #[error("the room is not joined at present")]
     Away,
@@ -266,7 +269,7 @@ pub enum Event {
         /// The gateway.
         node: NodeId,
         /// Who the gateway takes the client for.
-        user: Person,
+        user: UserInfo,
         /// What is sent as `?node=` to come back to this gateway.
         route: String,
     },
@@ -275,7 +278,7 @@ pub enum Event {
     /// An entry of a room's log, each once and in order.
     Message {
         /// The frame. `replay` tells that it comes from the log.
-        message: Box<Message>,
+        message: Box<MessageFrame>,
         /// The content of a binary message, whether it came as a binary frame or inside JSON.
         payload: Option<Bytes>,
     },
@@ -283,13 +286,13 @@ pub enum Event {
     /// order. It is acknowledged by itself.
     Direct {
         /// The frame. `replay` tells that it comes from the log.
-        direct: Box<Direct>,
+        direct: Box<DirectFrame>,
         /// The content of a binary one that came as a binary frame.
         payload: Option<Bytes>,
     },
     /// An entry of the inbox from the application. One with `require_ack` is acknowledged by
     /// [`Client::seen`](super::Client::seen), and what follows it with it.
-    Notification(Box<Notification>),
+    Notification(Box<NotificationFrame>),
     /// An entry came again and was dropped.
     Duplicate {
         /// The room.
@@ -316,10 +319,10 @@ pub enum Event {
         /// The room.
         room: RoomId,
         /// Why.
-        reason: NotRecovered,
+        reason: RecoveryFailure,
     },
     /// Continuity was lost while connected. The room goes on at `seq` + 1.
-    Reset(Reset),
+    Reset(ResetFrame),
     /// The client takes no part in a room any more without having asked for it: it was removed, the
     /// room was closed, or joining it again was refused.
     Left {
@@ -329,9 +332,9 @@ pub enum Event {
         reason: Option<String>,
     },
     /// An `error` that answers nothing the application waits for.
-    Refused(Box<Refusal>),
+    Refused(Box<ErrorFrame>),
     /// Whether the gateway can prove that nothing is missing.
-    Status(Status),
+    Status(StatusFrame),
     /// A frame that this client passes on as it came: presence, `typing`, `read`, what is told of
     /// rooms, and what it does not know.
     Other(String),

@@ -42,8 +42,8 @@ use crate::{
     codec::Opcode,
     ids::RoomId,
     protocol::{
-        Ref,
-        answer::{self, Answer, Connected, Entry, Frame, Joined, Refusal},
+        FrameRef,
+        server_frame::{self, ConnectedFrame, ErrorFrame, HistoryEntry, JoinedFrame, ServerFrame},
     },
 };
 
@@ -56,11 +56,11 @@ pub const PASSED_OVER_MAX: usize = 10_000;
 #[derive(Clone, Debug)]
 pub enum Received {
     /// A frame of the protocol, and its text.
-    Frame(Frame, String),
+    Frame(ServerFrame, String),
     /// A binary message of a room's log: its header and its payload.
-    Binary(Box<answer::Message>, Bytes),
+    Binary(Box<server_frame::MessageFrame>, Bytes),
     /// A binary direct of the inbox: its header and its payload.
-    BinaryDirect(Box<answer::Direct>, Bytes),
+    BinaryDirect(Box<server_frame::DirectFrame>, Bytes),
     /// Text that is no frame of the protocol.
     Text(String),
     /// Bytes that are no frame of the protocol.
@@ -89,7 +89,7 @@ pub enum Unexpected {
     Closed(#[from] Closed),
     /// The frame was refused.
     #[error("refused: {} {}", .0.code.as_str(), .0.message)]
-    Refused(Box<Refusal>),
+    Refused(Box<ErrorFrame>),
     /// Another frame came.
     #[error("unexpected: {0:?}")]
     Frame(Box<Received>),
@@ -267,7 +267,7 @@ impl Connection {
     ///
     /// [`Unexpected`] where the connection ends, something else comes, or nothing within
     /// [`ANSWER_WAIT`].
-    pub async fn next_frame(&mut self) -> Result<Frame, Unexpected> {
+    pub async fn next_frame(&mut self) -> Result<ServerFrame, Unexpected> {
         let frame = async {
             loop {
                 match self.next().await? {
@@ -285,9 +285,9 @@ impl Connection {
     /// # Errors
     ///
     /// [`Unexpected`]
-    pub async fn expect_connected(&mut self) -> Result<Connected, Unexpected> {
+    pub async fn expect_connected(&mut self) -> Result<ConnectedFrame, Unexpected> {
         match self.next_frame().await? {
-            Answer::Connected(connected) => Ok(*connected),
+            ServerFrame::Connected(connected) => Ok(*connected),
             other => Err(Unexpected::Frame(Box::new(Received::Frame(other, String::new())))),
         }
     }
@@ -297,7 +297,7 @@ impl Connection {
     /// # Errors
     ///
     /// [`Unexpected`], `Refused` among them.
-    pub async fn join(&mut self, room: &RoomId) -> Result<Joined<Entry>, Unexpected> {
+    pub async fn join(&mut self, room: &RoomId) -> Result<JoinedFrame<HistoryEntry>, Unexpected> {
         self.join_with(&frames::Join { history: Some(0), ..frames::Join::to(room) }).await
     }
 
@@ -309,9 +309,9 @@ impl Connection {
     pub async fn join_with(
         &mut self,
         join: &frames::Join<'_>,
-    ) -> Result<Joined<Entry>, Unexpected> {
+    ) -> Result<JoinedFrame<HistoryEntry>, Unexpected> {
         match self.request(join).await? {
-            Answer::Joined(joined) => Ok(*joined),
+            ServerFrame::Joined(joined) => Ok(*joined),
             other => Err(Unexpected::Frame(Box::new(Received::Frame(other, String::new())))),
         }
     }
@@ -326,8 +326,8 @@ impl Connection {
     /// # Panics
     ///
     /// Where `frame` is no JSON object.
-    pub async fn request(&mut self, frame: &impl Serialize) -> Result<Frame, Unexpected> {
-        let reference = Ref::number(self.next_reference);
+    pub async fn request(&mut self, frame: &impl Serialize) -> Result<ServerFrame, Unexpected> {
+        let reference = FrameRef::number(self.next_reference);
         let mut frame = serde_json::to_value(frame).expect("a frame is JSON");
         let members = frame.as_object_mut().expect("a frame is an object");
         members.insert("ref".to_owned(), Value::from(self.next_reference));
@@ -335,7 +335,7 @@ impl Connection {
         self.send_json(&frame).await?;
         let answer = self.answer_to(&reference);
         match timeout(ANSWER_WAIT, answer).await.unwrap_or(Err(Unexpected::TimedOut))? {
-            Answer::Error(refusal) => Err(Unexpected::Refused(refusal)),
+            ServerFrame::Error(error_frame) => Err(Unexpected::Refused(error_frame)),
             answer => Ok(answer),
         }
     }
@@ -356,7 +356,7 @@ impl Connection {
         timeout(ANSWER_WAIT, closed).await.unwrap_or_else(|_| silent())
     }
 
-    async fn answer_to(&mut self, reference: &Ref) -> Result<Frame, Unexpected> {
+    async fn answer_to(&mut self, reference: &FrameRef) -> Result<ServerFrame, Unexpected> {
         loop {
             match self.read().await? {
                 Received::Frame(frame, _) if frame.reference() == Some(reference) => {
@@ -430,17 +430,17 @@ fn broken(error: tungstenite::Error) -> Closed {
 /// Reads a binary frame as an entry of a log, if it is one.
 fn binary(bytes: Bytes) -> Received {
     match binary_header(&bytes) {
-        Some((Entry::Message(message), payload_at)) => {
+        Some((HistoryEntry::Message(message), payload_at)) => {
             Received::Binary(message, bytes.slice(payload_at..))
         }
-        Some((Entry::Direct(direct), payload_at)) => {
+        Some((HistoryEntry::Direct(direct), payload_at)) => {
             Received::BinaryDirect(direct, bytes.slice(payload_at..))
         }
-        Some((Entry::Unknown, _)) | None => Received::Bytes(bytes),
+        Some((HistoryEntry::Unknown, _)) | None => Received::Bytes(bytes),
     }
 }
 
-fn binary_header(bytes: &[u8]) -> Option<(Entry, usize)> {
+fn binary_header(bytes: &[u8]) -> Option<(HistoryEntry, usize)> {
     let (length, rest) = bytes.split_first_chunk::<2>()?;
     let length = usize::from(u16::from_be_bytes(*length));
     let header = serde_json::from_slice(rest.get(..length)?).ok()?;

@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::{
     ids::{MessageId, RoomId},
     position::{Epoch, Position, Seq},
-    protocol::{Kind, Ref},
+    protocol::{FrameRef, MessageKind},
 };
 
 /// `join`
@@ -18,7 +18,7 @@ use crate::{
 pub struct Join<'a> {
     /// What the client calls this frame.
     #[serde(rename = "ref", skip_serializing_if = "Option::is_none")]
-    pub reference: Option<Ref>,
+    pub reference: Option<FrameRef>,
     /// The room.
     pub room: &'a RoomId,
     /// Where the client was.
@@ -38,7 +38,7 @@ pub struct Join<'a> {
 pub struct Leave<'a> {
     /// What the client calls this frame.
     #[serde(rename = "ref", skip_serializing_if = "Option::is_none")]
-    pub reference: Option<Ref>,
+    pub reference: Option<FrameRef>,
     /// The room.
     pub room: &'a RoomId,
 }
@@ -49,7 +49,7 @@ pub struct Leave<'a> {
 pub struct Message<'a> {
     /// What the client calls this frame.
     #[serde(rename = "ref", skip_serializing_if = "Option::is_none")]
-    pub reference: Option<Ref>,
+    pub reference: Option<FrameRef>,
     /// The room.
     pub room: &'a RoomId,
     /// The key under which a repeat is recognised.
@@ -57,7 +57,7 @@ pub struct Message<'a> {
     pub id: Option<MessageId>,
     /// What it is.
     #[serde(skip_serializing_if = "is_text")]
-    pub kind: Kind,
+    pub kind: MessageKind,
     /// The content; absent in a binary frame's header.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub content: Option<&'a Value>,
@@ -78,7 +78,7 @@ pub struct Message<'a> {
 pub struct History<'a> {
     /// What the client calls this frame.
     #[serde(rename = "ref", skip_serializing_if = "Option::is_none")]
-    pub reference: Option<Ref>,
+    pub reference: Option<FrameRef>,
     /// The room.
     pub room: &'a RoomId,
     /// Entries below this one, the newest of them.
@@ -108,7 +108,7 @@ pub struct Ack {
 pub struct Ping {
     /// What the client calls this frame.
     #[serde(rename = "ref", skip_serializing_if = "Option::is_none")]
-    pub reference: Option<Ref>,
+    pub reference: Option<FrameRef>,
     /// The client's own time, echoed: a string or a number.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub timestamp: Option<Value>,
@@ -145,7 +145,7 @@ impl<'a> Message<'a> {
             reference: None,
             room,
             id: None,
-            kind: Kind::Text,
+            kind: MessageKind::Text,
             content: None,
             reply_to: None,
             meta: None,
@@ -190,8 +190,8 @@ pub fn binary(header: &impl Serialize, payload: &[u8]) -> Result<Vec<u8>, Header
     Ok([&length.to_be_bytes()[..], header.as_bytes(), payload].concat())
 }
 
-fn is_text(kind: &Kind) -> bool {
-    *kind == Kind::Text
+fn is_text(kind: &MessageKind) -> bool {
+    *kind == MessageKind::Text
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes fields by reference")]
@@ -224,7 +224,7 @@ mod tests {
     fn the_gateway_reads_every_frame_as_it_was_meant() {
         let room = room();
         let since = Position::new("e".parse().unwrap(), 7);
-        let reference = Some(Ref::number(9));
+        let reference = Some(FrameRef::number(9));
         let join = Join { reference: reference.clone(), since: Some(&since), ..Join::to(&room) };
         let join = text(&join);
         let request = ClientFrame::from_text(&join).unwrap();
@@ -236,7 +236,7 @@ mod tests {
         let id = MessageId::random();
         let message = Message {
             id: Some(id),
-            kind: Kind::Custom,
+            kind: MessageKind::Custom,
             reply_to: Some(id),
             meta: Some(&meta),
             echo: false,
@@ -246,7 +246,7 @@ mod tests {
         let FrameBody::Message(read) = ClientFrame::from_binary(&frame).unwrap().body else {
             panic!()
         };
-        assert_eq!((read.id, read.reply_to, read.kind), (Some(id), Some(id), Kind::Custom));
+        assert_eq!((read.id, read.reply_to, read.kind), (Some(id), Some(id), MessageKind::Custom));
         assert!(!read.echo && read.meta.unwrap().get() == r#"{"k":"v"}"#);
         assert!(matches!(read.content, RawContent::Binary([1, 2])));
 

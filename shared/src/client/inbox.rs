@@ -8,7 +8,7 @@ use super::resume::{Log, Verdict};
 use crate::{
     ids::{MessageId, UserId},
     position::{Position, Seq},
-    protocol::answer,
+    protocol::server_frame,
 };
 
 /// See the head of this file.
@@ -28,7 +28,7 @@ impl Inbox {
     }
 
     /// Takes what `connected` says. What follows comes by itself.
-    pub(super) fn connected(&mut self, inbox: &answer::Inbox) {
+    pub(super) fn connected(&mut self, inbox: &server_frame::InboxState) {
         self.acknowledged = Some(Position::new(inbox.epoch.clone(), inbox.acked));
         if self.log.cursor().is_none() {
             let seq = inbox.acked.max(inbox.oldest.saturating_sub(1)).min(inbox.seq);
@@ -82,8 +82,8 @@ mod tests {
         Position::new("e".parse().unwrap(), seq)
     }
 
-    fn connected(acked: Seq, seq: Seq) -> answer::Inbox {
-        answer::Inbox { epoch: "e".parse().unwrap(), seq, acked, oldest: 1, unread: 0 }
+    fn connected(acked: Seq, seq: Seq) -> server_frame::InboxState {
+        server_frame::InboxState { epoch: "e".parse().unwrap(), seq, acked, oldest: 1, unread: 0 }
     }
 
     fn take(inbox: &mut Inbox, seq: Seq) -> bool {

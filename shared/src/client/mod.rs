@@ -138,7 +138,7 @@ impl Client {
     /// Sends a message to a room and waits until it is in the log.
     ///
     /// It is queued while the room is being joined, and sent again with the same id after a
-    /// refusal that is for the time being and after a reconnect, once the room's recovery has shown
+    /// temporary error and after a reconnect, once the room's recovery has shown
     /// that it is not in the log. The messages of one client to one room get their numbers in the
     /// order in which the calls were first polled. Dropping the future does not take it back.
     ///

@@ -21,7 +21,7 @@ use tokio::time::Instant;
 use crate::{
     ids::{MessageId, UserId},
     position::{Position, Seq},
-    protocol::answer::{Entry, Joined},
+    protocol::server_frame::{HistoryEntry, JoinedFrame},
 };
 
 /// How many ids of a room are remembered, to know an entry that comes again under a new number.
@@ -85,7 +85,7 @@ impl Log {
 
     /// Takes the `joined` of a new connection. Its history is to be judged next, then
     /// [`Log::end_history`] to be called.
-    pub fn begin_history(&mut self, joined: &Joined<Entry>) {
+    pub fn begin_history(&mut self, joined: &JoinedFrame<HistoryEntry>) {
         self.goal = None;
         if joined.recovered {
             // The cursor stays, whatever it is: what does not join it shows as a hole.
@@ -98,8 +98,8 @@ impl Log {
             return;
         }
         let first = joined.history.iter().find_map(|entry| match entry {
-            Entry::Message(message) => Some(message.seq),
-            Entry::Direct(_) | Entry::Unknown => None,
+            HistoryEntry::Message(message) => Some(message.seq),
+            HistoryEntry::Direct(_) | HistoryEntry::Unknown => None,
         });
         let before = first.map_or(joined.seq, |first| first.saturating_sub(1));
         self.cursor = joined.durable.then(|| Position::new(joined.epoch.clone(), before));
@@ -108,7 +108,7 @@ impl Log {
     /// Ends what [`Log::begin_history`] began. A history that stops short of `joined.seq` without
     /// being a recovery, whose rest would follow, has a hole at its end: what is missing first is
     /// returned.
-    pub fn end_history(&mut self, joined: &Joined<Entry>) -> Option<Position> {
+    pub fn end_history(&mut self, joined: &JoinedFrame<HistoryEntry>) -> Option<Position> {
         let cursor = self.cursor.as_mut().filter(|cursor| cursor.epoch == joined.epoch)?;
         if joined.recovered || cursor.seq >= joined.seq {
             return None;

@@ -12,7 +12,7 @@ use super::{
     frames::{self, HeaderTooLong},
     resume::{Log, Sends},
 };
-use crate::{ids::RoomId, protocol::Ref};
+use crate::{ids::RoomId, protocol::FrameRef};
 
 /// A frame to write.
 #[derive(Debug, PartialEq, Eq)]
@@ -52,7 +52,7 @@ impl Pending {
         reference: u64,
     ) -> Result<Outgoing, HeaderTooLong> {
         let header = frames::Message {
-            reference: Some(Ref::number(reference)),
+            reference: Some(FrameRef::number(reference)),
             id: Some(self.send.id),
             kind: self.send.kind,
             reply_to: self.send.reply_to,

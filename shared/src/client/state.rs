@@ -32,10 +32,10 @@ use crate::{
     ids::{MessageId, RoomId},
     position::Position,
     protocol::{
-        MESSAGE_BYTES_MAX, Ref,
-        answer::{
-            Ack, Answer, Connected, Direct, Entry, Frame, Joined, Message, Notification, Reconnect,
-            Refusal,
+        FrameRef, MESSAGE_BYTES_MAX,
+        server_frame::{
+            AckFrame, ConnectedFrame, DirectFrame, ErrorFrame, HistoryEntry, JoinedFrame,
+            MessageFrame, NotificationFrame, ReconnectFrame, ServerFrame,
         },
     },
 };
@@ -64,13 +64,13 @@ pub(super) struct State {
     dedup_window: Duration,
     message_bytes_max: usize,
     /// The connection's first frame; `None` without a connection.
-    pub(super) connected: Option<Connected>,
+    pub(super) connected: Option<ConnectedFrame>,
     /// The session token of that frame.
     pub(super) session: Option<String>,
     /// The room that the URL joins without being asked.
     pub(super) url_room: Option<RoomId>,
     /// What the server asked for before it closes.
-    pub(super) reconnect: Option<Reconnect>,
+    pub(super) reconnect: Option<ReconnectFrame>,
     /// Frames to write.
     pub(super) out: VecDeque<Outgoing>,
     /// Events to hand over.
@@ -108,24 +108,24 @@ impl State {
     }
 
     /// Takes a text frame.
-    pub(super) fn frame(&mut self, frame: Frame, text: String, now: Instant) {
+    pub(super) fn frame(&mut self, frame: ServerFrame, text: String, now: Instant) {
         match frame {
-            Answer::Connected(connected) => self.connected(*connected),
-            Answer::Joined(joined) => self.joined(*joined, now),
-            Answer::Message(message) => self.message(message, None, now),
-            Answer::Ack(ack) => self.ack(*ack, now),
-            Answer::Left(left) => {
+            ServerFrame::Connected(connected) => self.connected(*connected),
+            ServerFrame::Joined(joined) => self.joined(*joined, now),
+            ServerFrame::Message(message) => self.message(message, None, now),
+            ServerFrame::Ack(ack) => self.ack(*ack, now),
+            ServerFrame::Left(left) => {
                 self.forget(left.reference.as_ref());
                 self.left(&left.room, loose(&text).and_then(|loose| loose.reason));
             }
-            Answer::History(history) => {
+            ServerFrame::History(history) => {
                 let messages = history.messages.into_iter().filter_map(message_of).collect();
                 let page = HistoryPage { epoch: history.epoch, messages, more: history.more };
                 if let Some(Asked::History(reply)) = self.forget(history.reference.as_ref()) {
                     let _ = reply.send(Ok(page));
                 }
             }
-            Answer::Reset(reset) => {
+            ServerFrame::Reset(reset) => {
                 let name = reset.room.clone();
                 let to = Position::new(reset.epoch.clone(), reset.seq);
                 match &name {
@@ -141,41 +141,48 @@ impl State {
                     self.pump(&name, now);
                 }
             }
-            Answer::Status(status) => self.events.push_back(Event::Status(status)),
-            Answer::Reconnect(reconnect) => self.reconnect = Some(reconnect),
-            Answer::Error(refusal) => self.refused(refusal, now),
-            Answer::Pong(_) => {}
-            Answer::Ping(_) => self.out.push_back(Outgoing::Text(frames::text(&frames::Pong {}))),
-            Answer::RoomClosed(closed) => {
+            ServerFrame::Status(status) => self.events.push_back(Event::Status(status)),
+            ServerFrame::Reconnect(reconnect) => self.reconnect = Some(reconnect),
+            ServerFrame::Error(error_frame) => self.refused(error_frame, now),
+            ServerFrame::Pong(_) => {}
+            ServerFrame::Ping(_) => {
+                self.out.push_back(Outgoing::Text(frames::text(&frames::Pong {})))
+            }
+            ServerFrame::RoomClosed(closed) => {
                 self.left(&closed.room, loose(&text).and_then(|loose| loose.reason));
             }
-            Answer::Direct(direct) => self.direct(direct, None),
-            Answer::Notification(notification) => self.notification(notification),
-            Answer::Broadcast(_)
-            | Answer::UserStatus(_)
-            | Answer::Session(_)
-            | Answer::Refreshed(_)
-            | Answer::MemberJoined(_)
-            | Answer::MemberLeft(_)
-            | Answer::PresenceDiff(_)
-            | Answer::Presence(_)
-            | Answer::Typing(_)
-            | Answer::Read(_)
-            | Answer::RoomInfo(_)
-            | Answer::Rooms(_)
-            | Answer::Unknown => self.events.push_back(Event::Other(text)),
+            ServerFrame::Direct(direct) => self.direct(direct, None),
+            ServerFrame::Notification(notification) => self.notification(notification),
+            ServerFrame::Broadcast(_)
+            | ServerFrame::UserStatus(_)
+            | ServerFrame::Session(_)
+            | ServerFrame::Refreshed(_)
+            | ServerFrame::MemberJoined(_)
+            | ServerFrame::MemberLeft(_)
+            | ServerFrame::PresenceDiff(_)
+            | ServerFrame::Presence(_)
+            | ServerFrame::Typing(_)
+            | ServerFrame::Read(_)
+            | ServerFrame::RoomInfo(_)
+            | ServerFrame::Rooms(_)
+            | ServerFrame::Unknown => self.events.push_back(Event::Other(text)),
         }
     }
 
     /// Takes a message of a room, with its payload if it came in a binary frame.
-    pub(super) fn message(&mut self, message: Box<Message>, payload: Option<Bytes>, now: Instant) {
+    pub(super) fn message(
+        &mut self,
+        message: Box<MessageFrame>,
+        payload: Option<Bytes>,
+        now: Instant,
+    ) {
         let room = message.room.clone();
         self.entry(message, payload);
         self.pump(&room, now);
     }
 
     /// Takes a direct, with its payload if it came in a binary frame.
-    pub(super) fn direct(&mut self, direct: Box<Direct>, payload: Option<Bytes>) {
+    pub(super) fn direct(&mut self, direct: Box<DirectFrame>, payload: Option<Bytes>) {
         let position = Position::new(direct.epoch.clone(), direct.seq);
         if self.inbox.judge(&position, &direct.from.id, direct.id) {
             self.events.push_back(Event::Direct { direct, payload });
@@ -183,7 +190,7 @@ impl State {
         self.acknowledge();
     }
 
-    fn notification(&mut self, notification: Box<Notification>) {
+    fn notification(&mut self, notification: Box<NotificationFrame>) {
         let position = Position::new(notification.epoch.clone(), notification.seq);
         // Nobody has that id: it is the server's.
         let from = "_api".parse().expect("an id");
@@ -264,7 +271,7 @@ impl State {
         }
     }
 
-    fn connected(&mut self, connected: Connected) {
+    fn connected(&mut self, connected: ConnectedFrame) {
         // A little less than the server's, which counts from when it took the message and compares
         // when it takes the repeat.
         self.dedup_window = Duration::from_secs(connected.dedup_window).mul_f64(0.95);
@@ -295,7 +302,7 @@ impl State {
         }
     }
 
-    fn joined(&mut self, mut joined: Joined<Entry>, now: Instant) {
+    fn joined(&mut self, mut joined: JoinedFrame<HistoryEntry>, now: Instant) {
         self.forget(joined.reference.as_ref());
         let in_flight_max = self.in_flight_max;
         let room = self
@@ -340,7 +347,7 @@ impl State {
         self.pump(&joined.room, now);
     }
 
-    fn entry(&mut self, message: Box<Message>, payload: Option<Bytes>) {
+    fn entry(&mut self, message: Box<MessageFrame>, payload: Option<Bytes>) {
         let position = Position::new(message.epoch.clone(), message.seq);
         if position.epoch.is_none() {
             // A room without a log: there is nothing to judge by.
@@ -383,7 +390,7 @@ impl State {
         }
     }
 
-    fn ack(&mut self, ack: Ack, now: Instant) {
+    fn ack(&mut self, ack: AckFrame, now: Instant) {
         self.forget(ack.reference.as_ref());
         let Some(name) = ack.room else { return };
         let Some(room) = self.rooms.get_mut(&name) else { return };
@@ -416,42 +423,52 @@ impl State {
         self.drop_if_done(name);
     }
 
-    fn refused(&mut self, refusal: Box<Refusal>, now: Instant) {
-        let wait = refusal.retry_after_ms.map_or(RETRY_WAIT, Duration::from_millis);
-        let again = refusal.code.is_retryable().then(|| now + wait);
-        match self.forget(refusal.reference.as_ref()) {
-            Some(Asked::Join(name)) => self.join_refused(&name, refusal, again),
-            Some(Asked::Leave(name)) => self.leave_refused(&name, refusal, again),
-            Some(Asked::Send(name, id)) => self.send_refused(&name, id, refusal, again, now),
+    fn refused(&mut self, error_frame: Box<ErrorFrame>, now: Instant) {
+        let wait = error_frame.retry_after_ms.map_or(RETRY_WAIT, Duration::from_millis);
+        let again = error_frame.code.is_retryable().then(|| now + wait);
+        match self.forget(error_frame.reference.as_ref()) {
+            Some(Asked::Join(name)) => self.join_refused(&name, error_frame, again),
+            Some(Asked::Leave(name)) => self.leave_refused(&name, error_frame, again),
+            Some(Asked::Send(name, id)) => self.send_refused(&name, id, error_frame, again, now),
             Some(Asked::History(reply)) => {
-                let _ = reply.send(Err(HistoryError::Refused(refusal)));
+                let _ = reply.send(Err(HistoryError::Refused(error_frame)));
             }
-            None => self.events.push_back(Event::Refused(refusal)),
+            None => self.events.push_back(Event::Refused(error_frame)),
         }
     }
 
-    fn join_refused(&mut self, name: &RoomId, refusal: Box<Refusal>, again: Option<Instant>) {
+    fn join_refused(
+        &mut self,
+        name: &RoomId,
+        error_frame: Box<ErrorFrame>,
+        again: Option<Instant>,
+    ) {
         let Some(room) = self.rooms.get_mut(name) else { return };
         match (room.stage, again) {
             (Stage::Joining, Some(at)) => room.stage = Stage::JoinAt(at),
             (Stage::Joining, None) => {
                 let Some(mut room) = self.rooms.remove(name) else { return };
                 if room.join_reply.is_none() {
-                    let reason = Some(refusal.code.as_str().to_owned());
+                    let reason = Some(error_frame.code.as_str().to_owned());
                     self.events.push_back(Event::Left { room: name.clone(), reason });
                 }
-                room.end(SendError::NotJoined, JoinError::Refused(refusal), Ok(()));
+                room.end(SendError::NotJoined, JoinError::Refused(error_frame), Ok(()));
             }
             // Joined all the same, or being left.
             _ => {
                 if let Some(reply) = room.join_reply.take() {
-                    let _ = reply.send(Err(JoinError::Refused(refusal)));
+                    let _ = reply.send(Err(JoinError::Refused(error_frame)));
                 }
             }
         }
     }
 
-    fn leave_refused(&mut self, name: &RoomId, refusal: Box<Refusal>, again: Option<Instant>) {
+    fn leave_refused(
+        &mut self,
+        name: &RoomId,
+        error_frame: Box<ErrorFrame>,
+        again: Option<Instant>,
+    ) {
         let Some(room) = self.rooms.get_mut(name) else { return };
         if room.stage != Stage::Leaving {
             return;
@@ -462,7 +479,7 @@ impl State {
         }
         room.stage = Stage::Joined;
         if let Some(reply) = room.leave_reply.take() {
-            let _ = reply.send(Err(LeaveError::Refused(refusal)));
+            let _ = reply.send(Err(LeaveError::Refused(error_frame)));
         }
     }
 
@@ -470,7 +487,7 @@ impl State {
         &mut self,
         name: &RoomId,
         id: MessageId,
-        refusal: Box<Refusal>,
+        error_frame: Box<ErrorFrame>,
         again: Option<Instant>,
         now: Instant,
     ) {
@@ -479,7 +496,7 @@ impl State {
             Some(at) if room.is_wanted() => room.sends.wait_until(id, at),
             _ => {
                 if let Some(pending) = room.sends.take(id) {
-                    pending.settle(Err(SendError::Refused(refusal)));
+                    pending.settle(Err(SendError::Refused(error_frame)));
                 }
             }
         }
@@ -493,15 +510,15 @@ impl State {
         }
     }
 
-    fn forget(&mut self, reference: Option<&Ref>) -> Option<Asked> {
+    fn forget(&mut self, reference: Option<&FrameRef>) -> Option<Asked> {
         self.asked.remove(&reference?.as_json().parse().ok()?)
     }
 }
 
-fn message_of(entry: Entry) -> Option<Message> {
+fn message_of(entry: HistoryEntry) -> Option<MessageFrame> {
     match entry {
-        Entry::Message(message) => Some(*message),
-        Entry::Direct(_) | Entry::Unknown => None,
+        HistoryEntry::Message(message) => Some(*message),
+        HistoryEntry::Direct(_) | HistoryEntry::Unknown => None,
     }
 }
 
@@ -510,7 +527,7 @@ fn loose(text: &str) -> Option<Loose> {
 }
 
 /// The payload of a binary message that stands inside JSON.
-fn payload_of(message: &Message) -> Option<Bytes> {
+fn payload_of(message: &MessageFrame) -> Option<Bytes> {
     if message.encoding.as_deref() != Some("base64") {
         return None;
     }

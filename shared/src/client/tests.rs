@@ -25,7 +25,7 @@ use super::{
     options::{OpenError, Options, Placement, text_of},
     *,
 };
-use crate::{codec::Opcode, error::ErrorCode, protocol::answer::Answer};
+use crate::{codec::Opcode, error::ErrorCode, protocol::server_frame::ServerFrame};
 
 /// Nothing in these tests takes this long; a test that would hang fails instead.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -500,7 +500,8 @@ async fn a_request_finds_its_answer_and_keeps_what_came_before() {
         .await;
     });
     assert_eq!(joined.unwrap().seq, 0);
-    let Received::Frame(Answer::Message(message), text) = connection.next().await.unwrap() else {
+    let Received::Frame(ServerFrame::Message(message), text) = connection.next().await.unwrap()
+    else {
         panic!()
     };
     assert_eq!((message.seq, text.contains("\"seq\":1")), (1, true));
@@ -513,8 +514,8 @@ async fn a_request_finds_its_answer_and_keeps_what_came_before() {
         }))
         .await;
     });
-    let Err(Unexpected::Refused(refusal)) = refused else { panic!("{refused:?}") };
-    assert_eq!(refusal.code, ErrorCode::UnknownType);
+    let Err(Unexpected::Refused(error_frame)) = refused else { panic!("{refused:?}") };
+    assert_eq!(error_frame.code, ErrorCode::UnknownType);
     let closed = Closed { code: Some(4000), reason: "bye".to_owned() };
     let (end, ()) = tokio::join!(connection.next(), peer.close(4000, "bye"));
     assert_eq!(end.unwrap_err(), closed);

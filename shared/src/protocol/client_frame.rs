@@ -4,8 +4,8 @@ use serde::{Deserialize, Deserializer, de::Error as _};
 use serde_json::value::RawValue;
 
 use super::{
-    BINARY_HEADER_BYTES_MAX, Kind, META_BYTES_MAX, NAME_CHARS_MAX, PASSWORD_BYTES_MAX,
-    REF_BYTES_MAX, Ref, SESSION_BYTES_MAX, answer::Refusal, string_of,
+    BINARY_HEADER_BYTES_MAX, FrameRef, META_BYTES_MAX, MessageKind, NAME_CHARS_MAX,
+    PASSWORD_BYTES_MAX, REF_BYTES_MAX, SESSION_BYTES_MAX, json_string, server_frame::ErrorFrame,
 };
 use crate::{
     error::ErrorCode,
@@ -17,7 +17,7 @@ use crate::{
 #[derive(Debug)]
 pub struct ClientFrame<'a> {
     /// What the client calls this frame.
-    pub reference: Option<Ref>,
+    pub reference: Option<FrameRef>,
     /// What it asks for.
     pub body: FrameBody<'a>,
 }
@@ -166,7 +166,7 @@ pub struct SendFrame<'a> {
     /// The client's own id for it: the key under which a repeat is recognised.
     pub id: Option<MessageId>,
     /// What it is.
-    pub kind: Kind,
+    pub kind: MessageKind,
     /// The content.
     pub content: RawContent<'a>,
     /// The message it answers.
@@ -356,7 +356,7 @@ struct SendFields<'a> {
     to: Option<UserId>,
     id: Option<MessageId>,
     #[serde(default)]
-    kind: Kind,
+    kind: MessageKind,
     #[serde(borrow, default, deserialize_with = "deserialize_present")]
     content: Option<&'a RawValue>,
     reply_to: Option<MessageId>,
@@ -392,34 +392,36 @@ impl<'a> ClientFrame<'a> {
     /// # Errors
     ///
     /// The `error` to answer with, naming as much of the frame as could be read.
-    pub fn from_text(text: &'a str) -> Result<Self, Box<Refusal>> {
-        let (common, mut refusal) = CommonFields::read(text)?;
-        let reference = common.reference(&mut refusal)?;
-        let kind = common.frame_type(&refusal)?;
-        let bad = |error: serde_json::Error| refusal.because(ErrorCode::BadRequest, describe(&error));
+    pub fn from_text(text: &'a str) -> Result<Self, Box<ErrorFrame>> {
+        let (common, mut error_frame) = CommonFields::read(text)?;
+        let reference = common.reference(&mut error_frame)?;
+        let kind = common.frame_type(&error_frame)?;
+        let bad = |error: serde_json::Error| {
+            error_frame.with_code(ErrorCode::BadRequest, describe(&error))
+        };
         let body = match kind.as_ref() {
             "join" => FrameBody::Join(serde_json::from_str(text).map_err(bad)?),
             "leave" => FrameBody::Leave(serde_json::from_str(text).map_err(bad)?),
-            "message" | "direct" => FrameBody::Message(message(&kind, text, None, &refusal)?),
+            "message" | "direct" => FrameBody::Message(message(&kind, text, None, &error_frame)?),
             "typing" => FrameBody::Typing(serde_json::from_str(text).map_err(bad)?),
             "read" => FrameBody::Read(serde_json::from_str(text).map_err(bad)?),
             "ack" => FrameBody::Ack(serde_json::from_str(text).map_err(bad)?),
-            "history" => FrameBody::History(history(text, &refusal)?),
+            "history" => FrameBody::History(history(text, &error_frame)?),
             "presence" => FrameBody::Presence(serde_json::from_str(text).map_err(bad)?),
             "watch" => FrameBody::Watch(serde_json::from_str(text).map_err(bad)?),
             "unwatch" => FrameBody::Unwatch(serde_json::from_str(text).map_err(bad)?),
-            "create_room" => FrameBody::CreateRoom(create_room(text, &refusal)?),
+            "create_room" => FrameBody::CreateRoom(create_room(text, &error_frame)?),
             "delete_room" => FrameBody::DeleteRoom(serde_json::from_str(text).map_err(bad)?),
             "room_info" => FrameBody::RoomInfo(serde_json::from_str(text).map_err(bad)?),
             "rooms" => FrameBody::Rooms(serde_json::from_str(text).map_err(bad)?),
             "session_get" => FrameBody::SessionGet,
-            "session_set" => FrameBody::SessionSet(session_set(text, &refusal)?),
+            "session_set" => FrameBody::SessionSet(session_set(text, &error_frame)?),
             "refresh" => FrameBody::Refresh(serde_json::from_str(text).map_err(bad)?),
-            "ping" => FrameBody::Ping(ping(text, &refusal)?),
+            "ping" => FrameBody::Ping(ping(text, &error_frame)?),
             "pong" => FrameBody::Pong,
             _ => {
                 let text = format!("there is no frame of type `{}`", truncated(&kind));
-                return Err(refusal.because(ErrorCode::UnknownType, text));
+                return Err(error_frame.with_code(ErrorCode::UnknownType, text));
             }
         };
         Ok(Self { reference, body })
@@ -430,8 +432,8 @@ impl<'a> ClientFrame<'a> {
     /// # Errors
     ///
     /// As [`ClientFrame::from_text`].
-    pub fn from_binary(frame: &'a [u8]) -> Result<Self, Box<Refusal>> {
-        let bad = |text: &str| Refusal::new(ErrorCode::BadRequest, text);
+    pub fn from_binary(frame: &'a [u8]) -> Result<Self, Box<ErrorFrame>> {
+        let bad = |text: &str| ErrorFrame::new(ErrorCode::BadRequest, text);
         let (length, rest) = frame
             .split_first_chunk::<2>()
             .ok_or_else(|| bad("a binary frame starts with the length of its header"))?;
@@ -441,53 +443,57 @@ impl<'a> ClientFrame<'a> {
             .ok_or_else(|| bad("the binary header is longer than the frame"))?;
         if length > BINARY_HEADER_BYTES_MAX {
             let text = format!("a binary header is at most {BINARY_HEADER_BYTES_MAX} bytes");
-            return Err(Refusal::new(ErrorCode::TooLarge, text));
+            return Err(ErrorFrame::new(ErrorCode::TooLarge, text));
         }
         let header =
             std::str::from_utf8(header).map_err(|_| bad("the binary header is not UTF-8"))?;
-        let (common, mut refusal) = CommonFields::read(header)?;
-        let reference = common.reference(&mut refusal)?;
-        let kind = common.frame_type(&refusal)?;
+        let (common, mut error_frame) = CommonFields::read(header)?;
+        let reference = common.reference(&mut error_frame)?;
+        let kind = common.frame_type(&error_frame)?;
         if kind != "message" && kind != "direct" {
-            let text = format!("a binary frame is a `message` or `direct`, not `{}`", truncated(&kind));
-            return Err(refusal.because(ErrorCode::BadRequest, text));
+            let text =
+                format!("a binary frame is a `message` or `direct`, not `{}`", truncated(&kind));
+            return Err(error_frame.with_code(ErrorCode::BadRequest, text));
         }
-        let message = message(&kind, header, Some(payload), &refusal)?;
+        let message = message(&kind, header, Some(payload), &error_frame)?;
         Ok(Self { reference, body: FrameBody::Message(message) })
     }
 }
 
 impl<'a> CommonFields<'a> {
-    fn read(text: &'a str) -> Result<(Self, Refusal), Box<Refusal>> {
+    fn read(text: &'a str) -> Result<(Self, ErrorFrame), Box<ErrorFrame>> {
         // serde reads a list as the fields of a struct in their order.
         if !text.trim_ascii_start().starts_with('{') {
-            return Err(Refusal::new(ErrorCode::BadRequest, "a frame is a JSON object"));
+            return Err(ErrorFrame::new(ErrorCode::BadRequest, "a frame is a JSON object"));
         }
         let common: Self = serde_json::from_str(text).map_err(|error| {
             let text = format!("a frame is a JSON object: {}", describe(&error));
-            Refusal::new(ErrorCode::BadRequest, text)
+            ErrorFrame::new(ErrorCode::BadRequest, text)
         })?;
-        let name = |raw: Option<&'a RawValue>| raw.and_then(string_of);
-        let refusal = Refusal {
-            answers: name(common.kind).map(|kind| truncated(&kind).to_owned()),
+        let name = |raw: Option<&'a RawValue>| raw.and_then(json_string);
+        let error_frame = ErrorFrame {
+            frame_type: name(common.kind).map(|kind| truncated(&kind).to_owned()),
             room: name(common.room).and_then(|room| room.parse().ok()),
             id: name(common.id).and_then(|id| id.parse().ok()),
-            ..*Refusal::new(ErrorCode::BadRequest, "")
+            ..*ErrorFrame::new(ErrorCode::BadRequest, "")
         };
-        Ok((common, refusal))
+        Ok((common, error_frame))
     }
 
-    fn reference(&self, refusal: &mut Refusal) -> Result<Option<Ref>, Box<Refusal>> {
+    fn reference(&self, error_frame: &mut ErrorFrame) -> Result<Option<FrameRef>, Box<ErrorFrame>> {
         let Some(raw) = self.reference else { return Ok(None) };
-        let reference: Option<Ref> = serde_json::from_str(raw.get())
-            .map_err(|error| refusal.because(ErrorCode::BadRequest, describe(&error)))?;
-        refusal.reference.clone_from(&reference);
+        let reference: Option<FrameRef> = serde_json::from_str(raw.get())
+            .map_err(|error| error_frame.with_code(ErrorCode::BadRequest, describe(&error)))?;
+        error_frame.reference.clone_from(&reference);
         Ok(reference)
     }
 
-    fn frame_type(&self, refusal: &Refusal) -> Result<std::borrow::Cow<'a, str>, Box<Refusal>> {
-        self.kind.and_then(string_of).ok_or_else(|| {
-            refusal.because(ErrorCode::BadRequest, "a frame has a `type`, a string".into())
+    fn frame_type(
+        &self,
+        error_frame: &ErrorFrame,
+    ) -> Result<std::borrow::Cow<'a, str>, Box<ErrorFrame>> {
+        self.kind.and_then(json_string).ok_or_else(|| {
+            error_frame.with_code(ErrorCode::BadRequest, "a frame has a `type`, a string".into())
         })
     }
 }
@@ -496,20 +502,20 @@ fn message<'a>(
     kind: &str,
     text: &'a str,
     payload: Option<&'a [u8]>,
-    refusal: &Refusal,
-) -> Result<SendFrame<'a>, Box<Refusal>> {
-    let bad = |text: String| refusal.because(ErrorCode::BadRequest, text);
-    let fields: SendFields<'_> = serde_json::from_str(text).map_err(|error| bad(describe(&error)))?;
-    if fields.kind == Kind::System {
+    error_frame: &ErrorFrame,
+) -> Result<SendFrame<'a>, Box<ErrorFrame>> {
+    let bad = |text: String| error_frame.with_code(ErrorCode::BadRequest, text);
+    let fields: SendFields<'_> =
+        serde_json::from_str(text).map_err(|error| bad(describe(&error)))?;
+    if fields.kind == MessageKind::System {
         return Err(bad("messages of kind `system` come from the server only".into()));
     }
     if let Some(meta) = fields.meta {
-        check_meta(meta, refusal)?;
+        check_meta(meta, error_frame)?;
     }
     let content = match (fields.content, payload) {
         (Some(content), None) => {
-            check_json(content)
-                .map_err(|error| bad(format!("`content`: {}", describe(&error))))?;
+            check_json(content).map_err(|error| bad(format!("`content`: {}", describe(&error))))?;
             RawContent::Json(content)
         }
         (None, Some(payload)) => RawContent::Binary(payload),
@@ -539,23 +545,26 @@ fn message<'a>(
 }
 
 /// Checks `meta`, of a message or of a room.
-fn check_meta(meta: &RawValue, refusal: &Refusal) -> Result<(), Box<Refusal>> {
-    let bad = |text: String| refusal.because(ErrorCode::BadRequest, text);
+fn check_meta(meta: &RawValue, error_frame: &ErrorFrame) -> Result<(), Box<ErrorFrame>> {
+    let bad = |text: String| error_frame.with_code(ErrorCode::BadRequest, text);
     if !meta.get().starts_with('{') {
         return Err(bad("`meta` is an object".into()));
     }
     if meta.get().len() > META_BYTES_MAX {
         let text = format!("`meta` is at most {META_BYTES_MAX} bytes");
-        return Err(refusal.because(ErrorCode::TooLarge, text));
+        return Err(error_frame.with_code(ErrorCode::TooLarge, text));
     }
     check_json(meta).map_err(|error| bad(format!("`meta`: {}", describe(&error))))
 }
 
-fn create_room<'a>(text: &'a str, refusal: &Refusal) -> Result<CreateRoomFrame<'a>, Box<Refusal>> {
-    let bad = |text: String| refusal.because(ErrorCode::BadRequest, text);
+fn create_room<'a>(
+    text: &'a str,
+    error_frame: &ErrorFrame,
+) -> Result<CreateRoomFrame<'a>, Box<ErrorFrame>> {
+    let bad = |text: String| error_frame.with_code(ErrorCode::BadRequest, text);
     let fields: CreateRoomFields<'_> =
         serde_json::from_str(text).map_err(|error| bad(describe(&error)))?;
-    let too_large = |text: String| refusal.because(ErrorCode::TooLarge, text);
+    let too_large = |text: String| error_frame.with_code(ErrorCode::TooLarge, text);
     let name = match fields.name {
         Some(name) if name.chars().count() > NAME_CHARS_MAX => {
             return Err(too_large(format!("`name` is at most {NAME_CHARS_MAX} characters")));
@@ -576,7 +585,7 @@ fn create_room<'a>(text: &'a str, refusal: &Refusal) -> Result<CreateRoomFrame<'
         _ => {}
     }
     if let Some(meta) = fields.meta {
-        check_meta(meta, refusal)?;
+        check_meta(meta, error_frame)?;
     }
     Ok(CreateRoomFrame {
         room: fields.room,
@@ -588,9 +597,10 @@ fn create_room<'a>(text: &'a str, refusal: &Refusal) -> Result<CreateRoomFrame<'
     })
 }
 
-fn history(text: &str, refusal: &Refusal) -> Result<HistoryFrame, Box<Refusal>> {
-    let bad = |text: String| refusal.because(ErrorCode::BadRequest, text);
-    let history: HistoryFrame = serde_json::from_str(text).map_err(|error| bad(describe(&error)))?;
+fn history(text: &str, error_frame: &ErrorFrame) -> Result<HistoryFrame, Box<ErrorFrame>> {
+    let bad = |text: String| error_frame.with_code(ErrorCode::BadRequest, text);
+    let history: HistoryFrame =
+        serde_json::from_str(text).map_err(|error| bad(describe(&error)))?;
     if history.room.is_some() == history.with.is_some() {
         return Err(bad("`history` is of a `room`, or `with` a user".into()));
     }
@@ -600,19 +610,20 @@ fn history(text: &str, refusal: &Refusal) -> Result<HistoryFrame, Box<Refusal>> 
     Ok(history)
 }
 
-fn session_set(text: &str, refusal: &Refusal) -> Result<SessionSetFrame, Box<Refusal>> {
-    let bad = |error: serde_json::Error| refusal.because(ErrorCode::BadRequest, describe(&error));
+fn session_set(text: &str, error_frame: &ErrorFrame) -> Result<SessionSetFrame, Box<ErrorFrame>> {
+    let bad =
+        |error: serde_json::Error| error_frame.with_code(ErrorCode::BadRequest, describe(&error));
     let raw: SessionSetFields<'_> = serde_json::from_str(text).map_err(bad)?;
     if raw.data.get().len() > SESSION_BYTES_MAX {
         let text = format!("`data` of a session is at most {SESSION_BYTES_MAX} bytes");
-        return Err(refusal.because(ErrorCode::TooLarge, text));
+        return Err(error_frame.with_code(ErrorCode::TooLarge, text));
     }
     check_json(raw.data).map_err(bad)?;
     serde_json::from_str(text).map_err(bad)
 }
 
-fn ping<'a>(text: &'a str, refusal: &Refusal) -> Result<PingFrame<'a>, Box<Refusal>> {
-    let bad = |text: String| refusal.because(ErrorCode::BadRequest, text);
+fn ping<'a>(text: &'a str, error_frame: &ErrorFrame) -> Result<PingFrame<'a>, Box<ErrorFrame>> {
+    let bad = |text: String| error_frame.with_code(ErrorCode::BadRequest, text);
     let ping: PingFrame<'a> = serde_json::from_str(text).map_err(|error| bad(describe(&error)))?;
     if let Some(timestamp) = ping.timestamp {
         let json = timestamp.get();
@@ -704,7 +715,9 @@ fn deserialize_users<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<U
 }
 
 /// A name, or what one begins with: 128 bytes at most.
-fn deserialize_short_text<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+fn deserialize_short_text<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<String>, D::Error> {
     let text = Option::<String>::deserialize(deserializer)?;
     if text.as_ref().is_some_and(|text| text.len() > 128) {
         return Err(D::Error::custom("`cursor` and `prefix` are at most 128 bytes"));
@@ -712,7 +725,9 @@ fn deserialize_short_text<'de, D: Deserializer<'de>>(deserializer: D) -> Result<
     Ok(text)
 }
 
-fn deserialize_password<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+fn deserialize_password<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<String>, D::Error> {
     let password = Option::<String>::deserialize(deserializer)?;
     if password.as_ref().is_some_and(|password| password.len() > PASSWORD_BYTES_MAX) {
         return Err(D::Error::custom(format!("`password` is at most {PASSWORD_BYTES_MAX} bytes")));
@@ -720,7 +735,9 @@ fn deserialize_password<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Op
     Ok(password)
 }
 
-fn deserialize_optional_seq<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Seq>, D::Error> {
+fn deserialize_optional_seq<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<Seq>, D::Error> {
     #[derive(Deserialize)]
     struct InRange(#[serde(deserialize_with = "seq_in_range")] Seq);
     Ok(Option::<InRange>::deserialize(deserializer)?.map(|seq| seq.0))
@@ -745,19 +762,19 @@ mod tests {
     use super::*;
 
     #[track_caller]
-    fn refused(text: &str, code: ErrorCode) -> Refusal {
-        let refusal = *ClientFrame::from_text(text).expect_err("refused");
-        assert_eq!(refusal.code, code, "{refusal:?}");
-        refusal
+    fn refused(text: &str, code: ErrorCode) -> ErrorFrame {
+        let error_frame = *ClientFrame::from_text(text).expect_err("refused");
+        assert_eq!(error_frame.code, code, "{error_frame:?}");
+        error_frame
     }
 
     #[test]
     fn a_message_has_defaults_and_keeps_its_content_as_written() {
         let text = r#"{"type":"message","room":"r","content":{"a": 1.0},"ref":7,"more":[]}"#;
         let request = ClientFrame::from_text(text).unwrap();
-        assert_eq!(request.reference, Some(Ref::number(7)));
+        assert_eq!(request.reference, Some(FrameRef::number(7)));
         let FrameBody::Message(message) = request.body else { panic!("{:?}", request.body) };
-        assert!(message.echo && message.id.is_none() && message.kind == Kind::Text);
+        assert!(message.echo && message.id.is_none() && message.kind == MessageKind::Text);
         let RawContent::Json(content) = message.content else { panic!("binary") };
         assert_eq!(content.get(), r#"{"a": 1.0}"#);
     }
@@ -775,12 +792,12 @@ mod tests {
     fn a_refusal_names_what_could_be_read() {
         let id = "6f1c2a0e-93c4-4c59-a9f5-5f3f2d1b7c10";
         let text = format!(r#"{{"type":"message","room":"r","id":"{id}","ref":"x"}}"#);
-        let refusal = refused(&text, ErrorCode::BadRequest);
-        assert_eq!(refusal.reference.unwrap().as_json(), r#""x""#);
-        assert_eq!(refusal.answers.as_deref(), Some("message"));
-        assert_eq!(refusal.room.unwrap().as_str(), "r");
-        assert_eq!(refusal.id.unwrap().to_string(), id);
-        assert!(refusal.message.contains("content"), "{}", refusal.message);
+        let error_frame = refused(&text, ErrorCode::BadRequest);
+        assert_eq!(error_frame.reference.unwrap().as_json(), r#""x""#);
+        assert_eq!(error_frame.frame_type.as_deref(), Some("message"));
+        assert_eq!(error_frame.room.unwrap().as_str(), "r");
+        assert_eq!(error_frame.id.unwrap().to_string(), id);
+        assert!(error_frame.message.contains("content"), "{}", error_frame.message);
     }
 
     #[test]

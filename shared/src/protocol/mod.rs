@@ -1,4 +1,4 @@
-//! The frames of `chat.v1`: what a client says ([`client_frame`]) and what the server says ([`answer`]).
+//! The frames of `chat.v1`: what a client says ([`client_frame`]) and what the server says ([`server_frame`]).
 //!
 //! One WebSocket message is one frame; text frames hold one JSON object with a `type`. Both sides
 //! ignore unknown fields, and clients ignore unknown types.
@@ -9,7 +9,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use serde_json::value::RawValue;
 
 pub mod client_frame;
-pub mod answer;
+pub mod server_frame;
 
 /// The default of `limits.message_bytes_max`: 256 KiB.
 pub const MESSAGE_BYTES_MAX: usize = 262_144;
@@ -35,9 +35,9 @@ pub fn server_frame_bytes_max(message_bytes_max: usize) -> usize {
 
 /// What a client calls one of its frames, to find the answer: a string or an integer, echoed.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Ref(Box<str>);
+pub struct FrameRef(Box<str>);
 
-impl Ref {
+impl FrameRef {
     /// A reference that is an integer.
     pub fn number(number: u64) -> Self {
         Self(number.to_string().into())
@@ -49,13 +49,13 @@ impl Ref {
     }
 }
 
-impl fmt::Display for Ref {
+impl fmt::Display for FrameRef {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
 }
 
-impl Serialize for Ref {
+impl Serialize for FrameRef {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         match serde_json::from_str::<&RawValue>(&self.0) {
             Ok(raw) => raw.serialize(serializer),
@@ -64,7 +64,7 @@ impl Serialize for Ref {
     }
 }
 
-impl<'de> Deserialize<'de> for Ref {
+impl<'de> Deserialize<'de> for FrameRef {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         deserializer.deserialize_any(RefVisitor)
     }
@@ -73,32 +73,32 @@ impl<'de> Deserialize<'de> for Ref {
 struct RefVisitor;
 
 impl de::Visitor<'_> for RefVisitor {
-    type Value = Ref;
+    type Value = FrameRef;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "a ref: a string or an integer of at most {REF_BYTES_MAX} bytes")
     }
 
-    fn visit_u64<E: de::Error>(self, number: u64) -> Result<Ref, E> {
-        Ok(Ref(number.to_string().into()))
+    fn visit_u64<E: de::Error>(self, number: u64) -> Result<FrameRef, E> {
+        Ok(FrameRef(number.to_string().into()))
     }
 
-    fn visit_i64<E: de::Error>(self, number: i64) -> Result<Ref, E> {
-        Ok(Ref(number.to_string().into()))
+    fn visit_i64<E: de::Error>(self, number: i64) -> Result<FrameRef, E> {
+        Ok(FrameRef(number.to_string().into()))
     }
 
-    fn visit_str<E: de::Error>(self, text: &str) -> Result<Ref, E> {
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<FrameRef, E> {
         if text.len() > REF_BYTES_MAX {
             return Err(E::invalid_length(text.len(), &self));
         }
-        serde_json::to_string(text).map(|json| Ref(json.into())).map_err(E::custom)
+        serde_json::to_string(text).map(|json| FrameRef(json.into())).map_err(E::custom)
     }
 }
 
 /// What a message is, for those who show it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Kind {
+pub enum MessageKind {
     /// Text for people.
     #[default]
     Text,
@@ -113,7 +113,7 @@ pub enum Kind {
 }
 
 /// Text that is a string in JSON, borrowed where it has no escapes.
-pub(crate) fn string_of(raw: &RawValue) -> Option<Cow<'_, str>> {
+pub(crate) fn json_string(raw: &RawValue) -> Option<Cow<'_, str>> {
     #[derive(Deserialize)]
     struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
     serde_json::from_str::<Text<'_>>(raw.get()).ok().map(|text| text.0)

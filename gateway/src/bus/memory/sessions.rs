@@ -11,7 +11,7 @@ use shared::{
     envelope::Author,
     ids::{ConnectionId, RoomId, SessionId, UserId},
     position::{Epoch, Seq},
-    protocol::answer::Inbox,
+    protocol::server_frame::InboxState,
 };
 
 use super::MemoryBus;
@@ -131,12 +131,12 @@ impl SessionTable {
 
 impl MemoryBus {
     /// The inbox of a user, who is connected, as it is now.
-    fn inbox(&self, user: &UserId) -> Inbox {
+    fn inbox(&self, user: &UserId) -> InboxState {
         let name = RoomId::inbox_of(user);
         let rooms = &mut *self.rooms.lock();
         let Some(log) = rooms.logs.get_mut(&name) else {
             let epoch = rooms.silent_epoch(&name);
-            return Inbox { epoch, seq: 0, acked: 0, oldest: 1, unread: 0 };
+            return InboxState { epoch, seq: 0, acked: 0, oldest: 1, unread: 0 };
         };
         log.unseen = false;
         let first = log.entries.front().map(|(_, entry)| entry.position.seq);
@@ -144,7 +144,7 @@ impl MemoryBus {
         let acked = log.acked.min(log.top);
         let above = log.entries.iter().rev().map(|(_, entry)| entry);
         let above = above.take_while(|entry| entry.position.seq > acked);
-        Inbox {
+        InboxState {
             epoch: log.epoch.clone(),
             seq: log.top,
             acked,

@@ -11,7 +11,7 @@ use rand::RngExt as _;
 use shared::{
     ids::{ConnectionId, DisplayName, RoomId, UserId},
     position::{Epoch, Position, Seq},
-    protocol::answer::{ClosedReason, Person},
+    protocol::server_frame::{RoomClosedReason, UserInfo},
 };
 use tokio::time::Instant;
 
@@ -95,14 +95,15 @@ impl Present {
     }
 
     fn snapshot(&self) -> PresenceSnapshot {
-        let person = |(id, row): (&UserId, &Row)| Person { id: id.clone(), name: row.name.clone() };
+        let person =
+            |(id, row): (&UserId, &Row)| UserInfo { id: id.clone(), name: row.name.clone() };
         let users = self.users.iter().map(person).collect();
         PresenceSnapshot { version: self.version, users, complete: true }
     }
 
     fn detail(&self, user: &UserId, read: Seq) -> Option<UserPresence> {
         let Row { name, connections, since, active } = self.users.get(user)?;
-        let user = Person { id: user.clone(), name: name.clone() };
+        let user = UserInfo { id: user.clone(), name: name.clone() };
         let (connections, since, active) = (u64::from(*connections), *since, *active);
         Some(UserPresence { user, connections, since, active, read })
     }
@@ -292,7 +293,7 @@ impl MemoryBus {
             registered.marks.remove(room);
             self.mailboxes.send_ephemeral(
                 room.clone(),
-                EphemeralEvent::Closed { reason: ClosedReason::Deleted, by },
+                EphemeralEvent::Closed { reason: RoomClosedReason::Deleted, by },
             );
         }
         self.delete_log(room);

@@ -17,7 +17,7 @@ use shared::{
     envelope::Envelope,
     ids::{ConnectionId, RoomId, UserId},
     position::SEQ_MAX,
-    protocol::answer::{ClosedReason, Person},
+    protocol::server_frame::{RoomClosedReason, UserInfo},
 };
 use uuid::Uuid;
 
@@ -70,7 +70,7 @@ pub(super) fn decode(payload: &Bytes, room: &RoomId) -> Option<EphemeralEvent> {
         }
         b'c' => {
             let by = words.nth(1).and_then(connection);
-            Some(EphemeralEvent::Closed { reason: ClosedReason::Deleted, by })
+            Some(EphemeralEvent::Closed { reason: RoomClosedReason::Deleted, by })
         }
         b'p' => presence(text).map(EphemeralEvent::Presence),
         _ => None,
@@ -91,7 +91,7 @@ fn presence(text: &str) -> Option<PresenceChange> {
             change.left.push(user.parse::<UserId>().ok()?);
         } else {
             let (id, name) = line.strip_prefix('+')?.split_once(' ')?;
-            change.joined.push(Person { id: id.parse().ok()?, name: name.parse().ok()? });
+            change.joined.push(UserInfo { id: id.parse().ok()?, name: name.parse().ok()? });
         }
     }
     Some(change)

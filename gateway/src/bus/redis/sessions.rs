@@ -11,7 +11,7 @@ use shared::{
     envelope::Author,
     ids::{ConnectionId, RoomId, SessionId, UserId},
     position::{Epoch, Seq},
-    protocol::answer::Inbox,
+    protocol::server_frame::InboxState,
 };
 use tokio::sync::oneshot;
 
@@ -373,7 +373,7 @@ fn opened(answer: &Value) -> Option<OpenedSession> {
     let (session, former, at, epoch, seq, acked, oldest, unread) = answer.ok()?;
     let about = former.and_then(|Lossy(about)| serde_json::from_str::<ConnectionInfo>(&about).ok());
     let oldest = if oldest == 0 { seq + 1 } else { oldest };
-    let inbox = Inbox { epoch: epoch.parse().ok()?, seq, acked, oldest, unread };
+    let inbox = InboxState { epoch: epoch.parse().ok()?, seq, acked, oldest, unread };
     Some(OpenedSession { session: session.parse().ok()?, resumed: about.map(Arc::new), at, inbox })
 }
 

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use shared::protocol::answer::BusState;
+use shared::protocol::server_frame::BusState;
 use tokio::time::Instant;
 
 use super::router::Router;

@@ -14,9 +14,9 @@ use shared::{
     error::ErrorCode,
     ids::{ConnectionId, DisplayName, MessageId, RoomId, UserId},
     protocol::{
-        Kind, META_BYTES_MAX,
-        answer::Person,
+        META_BYTES_MAX, MessageKind,
         client_frame::{RawContent, Recipient, SendFrame, check_json},
+        server_frame::UserInfo,
     },
 };
 use tokio::sync::oneshot;
@@ -48,9 +48,9 @@ pub(super) struct Outgoing {
     #[serde(default)]
     id: Option<String>,
     /// What it is.
-    #[schema(value_type = Option<MessageKind>)]
+    #[schema(value_type = Option<MessageKindSchema>)]
     #[serde(default)]
-    kind: Option<Kind>,
+    kind: Option<MessageKind>,
     /// More about it, a JSON object of at most 8 KiB.
     #[schema(value_type = Option<Object>)]
     #[serde(default)]
@@ -59,9 +59,9 @@ pub(super) struct Outgoing {
 
 /// What a message is.
 #[derive(ToSchema)]
-#[schema(rename_all = "snake_case")]
-#[expect(dead_code, reason = "it stands for `Kind` in the document")]
-enum MessageKind {
+#[schema(as = MessageKind, rename_all = "snake_case")]
+#[expect(dead_code, reason = "it stands for `MessageKind` in the document")]
+enum MessageKindSchema {
     Text,
     Image,
     File,
@@ -85,9 +85,9 @@ struct Addressed {
     #[serde(default)]
     id: Option<String>,
     /// What it is.
-    #[schema(value_type = Option<MessageKind>)]
+    #[schema(value_type = Option<MessageKindSchema>)]
     #[serde(default)]
-    kind: Option<Kind>,
+    kind: Option<MessageKind>,
     /// More about it, a JSON object of at most 8 KiB.
     #[schema(value_type = Option<Value>)]
     #[serde(default)]
@@ -212,7 +212,7 @@ impl Outgoing {
             echo: true,
         };
         let receipt = Receipt::of(&message);
-        let user = Person { name: DisplayName::from(&from), id: from };
+        let user = UserInfo { name: DisplayName::from(&from), id: from };
         let sender = Sender {
             connection: ConnectionId(Uuid::nil()),
             author: Author::of(&user.id),

@@ -17,7 +17,7 @@ use shared::{
         frames,
     },
     error::ErrorCode,
-    protocol::answer::Answer,
+    protocol::server_frame::ServerFrame,
 };
 
 use super::proxy::{Mode, Proxy};
@@ -88,7 +88,7 @@ async fn delete_while_cut_off(mut redis: Redis, restarts: bool) {
 
     let told = async {
         loop {
-            if let Received::Frame(Answer::RoomClosed(closed), _) = ann.next().await.unwrap() {
+            if let Received::Frame(ServerFrame::RoomClosed(closed), _) = ann.next().await.unwrap() {
                 return closed;
             }
         }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use shared::{
     ids::MessageId,
-    protocol::answer::{Ack, Entry, Joined, Message, Reset},
+    protocol::server_frame::{AckFrame, HistoryEntry, JoinedFrame, MessageFrame, ResetFrame},
 };
 use tokio::time::Instant;
 
@@ -20,7 +20,7 @@ fn id(number: u8) -> MessageId {
     format!("00000000-0000-4000-8000-0000000000{number:02x}").parse().unwrap()
 }
 
-fn message(epoch: &str, seq: u64, number: u8) -> Message {
+fn message(epoch: &str, seq: u64, number: u8) -> MessageFrame {
     let from = json!({"id": "ann", "name": "ann"});
     serde_json::from_value(json!({
         "room": "lobby", "epoch": epoch, "seq": seq, "id": id(number), "from": from,
@@ -29,7 +29,7 @@ fn message(epoch: &str, seq: u64, number: u8) -> Message {
     .unwrap()
 }
 
-fn joined(epoch: &str, seq: u64, recovered: bool, reason: Value) -> Joined<Entry> {
+fn joined(epoch: &str, seq: u64, recovered: bool, reason: Value) -> JoinedFrame<HistoryEntry> {
     serde_json::from_value(json!({
         "room": "lobby", "epoch": epoch, "seq": seq, "recovered": recovered, "reason": reason,
         "history": [], "durable": true,
@@ -38,22 +38,22 @@ fn joined(epoch: &str, seq: u64, recovered: bool, reason: Value) -> Joined<Entry
 }
 
 /// As [`joined`] where the log cannot be continued, shown these of the log.
-fn shown(epoch: &str, seq: u64, history: &[(&str, u64, u8)]) -> Joined<Entry> {
+fn shown(epoch: &str, seq: u64, history: &[(&str, u64, u8)]) -> JoinedFrame<HistoryEntry> {
     let entry = |(epoch, seq, number): &(&str, u64, u8)| {
-        Entry::Message(Box::new(message(epoch, *seq, *number)))
+        HistoryEntry::Message(Box::new(message(epoch, *seq, *number)))
     };
     let history = history.iter().map(entry).collect();
-    Joined { history, ..joined(epoch, seq, false, json!("log_lost")) }
+    JoinedFrame { history, ..joined(epoch, seq, false, json!("log_lost")) }
 }
 
-fn reset(epoch: &str, seq: u64) -> Reset {
+fn reset(epoch: &str, seq: u64) -> ResetFrame {
     serde_json::from_value(
         json!({"room": "lobby", "epoch": epoch, "seq": seq, "reason": "log_lost"}),
     )
     .unwrap()
 }
 
-fn ack(epoch: &str, seq: u64, number: u8) -> Ack {
+fn ack(epoch: &str, seq: u64, number: u8) -> AckFrame {
     serde_json::from_value(json!({
         "room": "lobby", "epoch": epoch, "seq": seq, "id": id(number), "timestamp": "",
         "duplicate": false,
@@ -63,10 +63,10 @@ fn ack(epoch: &str, seq: u64, number: u8) -> Ack {
 
 /// One frame, or an ack of the reader's own message.
 enum Shown {
-    Joined(Joined<Entry>),
-    Message(Message),
-    Reset(Reset),
-    Ack(Ack),
+    Joined(JoinedFrame<HistoryEntry>),
+    Message(MessageFrame),
+    Reset(ResetFrame),
+    Ack(AckFrame),
 }
 
 /// A reader that joined at (e, 0) and got 1 and 2, is shown more; `wrong` is what comes of it.
@@ -138,7 +138,8 @@ fn each_wrong_is_seen() {
 
 #[test]
 fn what_a_break_did_not_jump_over_is_lost_all_the_same() {
-    let break_then_ack = |position: Ack| vec![Shown::Reset(reset("f", 7)), Shown::Ack(position)];
+    let break_then_ack =
+        |position: AckFrame| vec![Shown::Reset(reset("f", 7)), Shown::Ack(position)];
     assert_eq!(check(break_then_ack(ack("e", 3, 9)), &[]).skipped, 1);
     assert_eq!(check(break_then_ack(ack("f", 7, 9)), &[]).skipped, 1);
     check(break_then_ack(ack("f", 8, 9)), &[Wrong::Lost]);

@@ -12,7 +12,7 @@ use shared::{
         options::Options,
     },
     ids::MessageId,
-    protocol::answer::Answer,
+    protocol::server_frame::ServerFrame,
 };
 use tokio::sync::mpsc;
 
@@ -128,7 +128,7 @@ async fn direct(nodes: &[Node], connection: &mut Option<Connection>, id: Message
                 continue;
             };
             match open.request(&frame).await {
-                Ok(Answer::Ack(_)) => return,
+                Ok(ServerFrame::Ack(_)) => return,
                 Err(Unexpected::Refused(_)) => crate::harness::poll_pause().await,
                 _ => *connection = None,
             }
@@ -199,5 +199,5 @@ async fn directs_and_notifications_come_once_on_each_device_through_a_kill_and_a
     let mut dan = Connection::open(&dan).await.unwrap();
     assert_eq!(dan.expect_connected().await.unwrap().inbox.unread, 1);
     let first = within(dan.next()).await.unwrap();
-    assert!(matches!(first, Received::Frame(Answer::Direct(_), _)), "{first:?}");
+    assert!(matches!(first, Received::Frame(ServerFrame::Direct(_), _)), "{first:?}");
 }

@@ -7,7 +7,7 @@ use serde_json::json;
 use shared::{
     client::connection::{Connection, Received},
     ids::UserId,
-    protocol::answer::Answer,
+    protocol::server_frame::ServerFrame,
 };
 use tokio::time::Instant;
 
@@ -50,15 +50,15 @@ impl Watcher {
     async fn read(&mut self) {
         let Received::Frame(frame, _) = self.connection.next().await.unwrap() else { return };
         match frame {
-            Answer::MemberJoined(moved) => {
+            ServerFrame::MemberJoined(moved) => {
                 self.note(&moved.user, true);
                 assert_eq!(moved.count, self.here.len() as u64);
             }
-            Answer::MemberLeft(moved) => {
+            ServerFrame::MemberLeft(moved) => {
                 self.note(&moved.user, false);
                 assert_eq!(moved.count, self.here.len() as u64);
             }
-            Answer::PresenceDiff(diff) => {
+            ServerFrame::PresenceDiff(diff) => {
                 diff.joined.iter().for_each(|user| self.note(user, true));
                 diff.left.iter().for_each(|user| self.note(user, false));
                 assert_eq!(diff.count, self.here.len() as u64);
@@ -78,11 +78,15 @@ impl Watcher {
             while left < 2 {
                 let before = self.here.clone();
                 match self.connection.next().await.unwrap() {
-                    Received::Frame(Answer::Message(message), _) => {
+                    Received::Frame(ServerFrame::Message(message), _) => {
                         left += usize::from(message.from.id.as_str() == self.name());
                     }
-                    Received::Frame(Answer::MemberJoined(moved), _) => self.note(&moved.user, true),
-                    Received::Frame(Answer::MemberLeft(moved), _) => self.note(&moved.user, false),
+                    Received::Frame(ServerFrame::MemberJoined(moved), _) => {
+                        self.note(&moved.user, true)
+                    }
+                    Received::Frame(ServerFrame::MemberLeft(moved), _) => {
+                        self.note(&moved.user, false)
+                    }
                     _ => assert_eq!(before, self.here),
                 }
             }
@@ -98,7 +102,7 @@ impl Watcher {
 
 async fn listing(connection: &mut Connection) -> BTreeSet<String> {
     let frame = json!({"type": "presence", "room": "lobby"});
-    let Answer::Presence(presence) = connection.request(&frame).await.unwrap() else {
+    let ServerFrame::Presence(presence) = connection.request(&frame).await.unwrap() else {
         panic!("no presence")
     };
     assert_eq!(presence.count, presence.users.len() as u64);
@@ -170,7 +174,7 @@ async fn a_redis_that_is_flushed_moves_nobody() {
     redis.command("FLUSHALL").await;
     // A listing of the registry itself has everybody again.
     let online = async |connection: &mut Connection| {
-        let Answer::Presence(presence) =
+        let ServerFrame::Presence(presence) =
             connection.request(&json!({"type": "presence"})).await.unwrap()
         else {
             panic!("no presence")

@@ -11,25 +11,25 @@ use shared::{
     },
     error::ErrorCode,
     ids::MessageId,
-    protocol::answer::{Ack, Answer, Refusal},
+    protocol::server_frame::{AckFrame, ErrorFrame, ServerFrame},
 };
 use tokio::time::Instant;
 
 use super::proxy::{Mode, Proxy};
 use crate::harness::{Node, Redis, connect, next_message, room, say, until, within};
 
-async fn send(connection: &mut Connection, id: MessageId) -> Result<Ack, Box<Refusal>> {
+async fn send(connection: &mut Connection, id: MessageId) -> Result<AckFrame, Box<ErrorFrame>> {
     let (lobby, content) = (room("lobby"), json!("once"));
     let message = frames::Message { id: Some(id), ..frames::Message::to(&lobby, &content) };
     match within(connection.request(&message)).await {
-        Ok(Answer::Ack(ack)) => Ok(*ack),
+        Ok(ServerFrame::Ack(ack)) => Ok(*ack),
         Err(Unexpected::Refused(refusal)) => Err(refusal),
         other => panic!("{other:?}"),
     }
 }
 
 /// Sends again as the refusals say, until it is taken.
-async fn send_until_taken(connection: &mut Connection, id: MessageId) -> Ack {
+async fn send_until_taken(connection: &mut Connection, id: MessageId) -> AckFrame {
     let deadline = Instant::now() + crate::harness::PATIENCE;
     loop {
         match send(connection, id).await {
@@ -45,7 +45,7 @@ async fn send_until_taken(connection: &mut Connection, id: MessageId) -> Ack {
 }
 
 #[track_caller]
-fn check_refusal(refusal: &Refusal, id: MessageId, waited: Duration, wait: Duration) {
+fn check_refusal(refusal: &ErrorFrame, id: MessageId, waited: Duration, wait: Duration) {
     assert_eq!((refusal.code, refusal.id), (ErrorCode::Unavailable, Some(id)));
     assert!(refusal.retry_after_ms.is_some_and(|ms| ms > 0), "{refusal:?}");
     let bound = wait.mul_f32(0.9)..wait + Duration::from_secs(2);
@@ -143,7 +143,7 @@ async fn an_append_whose_answer_is_lost_is_repeated_by_the_gateway() {
         proxy.set(Mode::Open);
         let ack = within(async {
             loop {
-                if let Received::Frame(Answer::Ack(ack), _) = ann.next().await.unwrap() {
+                if let Received::Frame(ServerFrame::Ack(ack), _) = ann.next().await.unwrap() {
                     return ack;
                 }
             }

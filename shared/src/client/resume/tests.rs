@@ -2,7 +2,7 @@ use proptest::prelude::*;
 use uuid::Uuid;
 
 use super::*;
-use crate::protocol::answer::{Message, NotRecovered, Person};
+use crate::protocol::server_frame::{MessageFrame, RecoveryFailure, UserInfo};
 
 fn user(name: &str) -> UserId {
     name.parse().unwrap()
@@ -16,15 +16,20 @@ fn at(epoch: &str, seq: Seq) -> Position {
     Position::new(epoch.parse().unwrap(), seq)
 }
 
-fn joined(epoch: &str, seq: Seq, recovered: bool, history: &[(Seq, u64)]) -> Joined<Entry> {
+fn joined(
+    epoch: &str,
+    seq: Seq,
+    recovered: bool,
+    history: &[(Seq, u64)],
+) -> JoinedFrame<HistoryEntry> {
     let entry = |(seq, number): &(Seq, u64)| {
-        Entry::Message(Box::new(Message {
+        HistoryEntry::Message(Box::new(MessageFrame {
             room: "r".parse().unwrap(),
             epoch: epoch.parse().unwrap(),
             seq: *seq,
             id: id(*number),
-            from: Person { id: user("u"), name: "u".parse().unwrap() },
-            kind: crate::protocol::Kind::Text,
+            from: UserInfo { id: user("u"), name: "u".parse().unwrap() },
+            kind: crate::protocol::MessageKind::Text,
             content: serde_json::Value::Null,
             encoding: None,
             reply_to: None,
@@ -33,13 +38,13 @@ fn joined(epoch: &str, seq: Seq, recovered: bool, history: &[(Seq, u64)]) -> Joi
             replay: true,
         }))
     };
-    Joined {
+    JoinedFrame {
         reference: None,
         room: "r".parse().unwrap(),
         epoch: epoch.parse().unwrap(),
         seq,
         recovered,
-        reason: (!recovered).then_some(NotRecovered::LogLost),
+        reason: (!recovered).then_some(RecoveryFailure::LogLost),
         history: history.iter().map(entry).collect(),
         more: false,
         members: 1,
@@ -49,14 +54,14 @@ fn joined(epoch: &str, seq: Seq, recovered: bool, history: &[(Seq, u64)]) -> Joi
 }
 
 /// Feeds a whole `joined` and returns what its history was judged to be.
-fn join(log: &mut Log, joined: &Joined<Entry>) -> (Vec<Verdict>, Option<Position>) {
+fn join(log: &mut Log, joined: &JoinedFrame<HistoryEntry>) -> (Vec<Verdict>, Option<Position>) {
     log.begin_history(joined);
-    let judge = |entry: &Entry| match entry {
-        Entry::Message(message) => {
+    let judge = |entry: &HistoryEntry| match entry {
+        HistoryEntry::Message(message) => {
             let position = Position::new(message.epoch.clone(), message.seq);
             log.judge(&position, &message.from.id, message.id)
         }
-        Entry::Direct(_) | Entry::Unknown => panic!("not made here"),
+        HistoryEntry::Direct(_) | HistoryEntry::Unknown => panic!("not made here"),
     };
     let verdicts = joined.history.iter().map(judge).collect();
     (verdicts, log.end_history(joined))
@@ -183,7 +188,7 @@ fn a_reset_moves_the_cursor_and_ends_the_recovery() {
 #[test]
 fn a_room_without_a_log_has_no_position() {
     let mut log = Log::default();
-    join(&mut log, &Joined { durable: false, ..joined("e", 0, false, &[]) });
+    join(&mut log, &JoinedFrame { durable: false, ..joined("e", 0, false, &[]) });
     assert!(log.cursor().is_none() && log.is_recovered());
 }
 

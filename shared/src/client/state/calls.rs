@@ -18,7 +18,7 @@ use crate::{
     },
     ids::RoomId,
     position::Seq,
-    protocol::Ref,
+    protocol::FrameRef,
 };
 
 /// What an application asks.
@@ -190,11 +190,11 @@ impl State {
         self.out.push_back(Outgoing::Text(frames::text(&frame)));
     }
 
-    fn ask(&mut self, asked: Asked) -> Option<Ref> {
+    fn ask(&mut self, asked: Asked) -> Option<FrameRef> {
         let reference = self.next_reference;
         self.next_reference += 1;
         self.asked.insert(reference, asked);
-        Some(Ref::number(reference))
+        Some(FrameRef::number(reference))
     }
 
     /// Sends what may be sent to a room.

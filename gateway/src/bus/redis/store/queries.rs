@@ -6,7 +6,7 @@ use redis::{FromRedisValue, RedisResult, ScriptInvocation, Value, aio::Multiplex
 use shared::{
     ids::{RoomId, UserId},
     position::Seq,
-    protocol::answer::Person,
+    protocol::server_frame::UserInfo,
 };
 
 use super::{
@@ -515,7 +515,7 @@ fn detail_of(user: UserId, row: &str) -> Option<UserPresence> {
     let mut parts = row.splitn(4, ' ');
     let mut number = || parts.next()?.parse().ok();
     let (connections, since, active) = (number()?, number()?, number()?);
-    let user = Person { id: user, name: parts.next()?.parse().ok()? };
+    let user = UserInfo { id: user, name: parts.next()?.parse().ok()? };
     Some(UserPresence { user, connections, since, active, read: 0 })
 }
 

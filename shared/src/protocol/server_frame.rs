@@ -1,11 +1,11 @@
 //! What the server says, as `type` and fields of section 3.2.
 //!
 //! `E` is what an entry of `history` is: the gateway has its JSON text ready
-//! ([`serde_json::value::RawValue`]), a client reads a [`Frame`].
+//! ([`serde_json::value::RawValue`]), a client reads a [`ServerFrame`].
 
 use serde::{Deserialize, Serialize};
 
-use super::{Kind, Ref};
+use super::{FrameRef, MessageKind};
 use crate::{
     error::ErrorCode,
     ids::{ConnectionId, DisplayName, MessageId, NodeId, RoomId, SessionId, UserId},
@@ -15,72 +15,69 @@ use crate::{
 /// A frame from the server.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
-pub enum Answer<E> {
+pub enum ServerFrame<E = HistoryEntry> {
     /// The first frame of a connection.
-    Connected(Box<Connected>),
+    Connected(Box<ConnectedFrame>),
     /// The connection takes part in a room.
-    Joined(Box<Joined<E>>),
+    Joined(Box<JoinedFrame<E>>),
     /// An entry of a room's log.
-    Message(Box<Message>),
+    Message(Box<MessageFrame>),
     /// An entry of the inbox that another user, or another device of this one, has sent.
-    Direct(Box<Direct>),
+    Direct(Box<DirectFrame>),
     /// An entry of the inbox from the application.
-    Notification(Box<Notification>),
+    Notification(Box<NotificationFrame>),
     /// From the application to every connection there is.
-    Broadcast(Box<Broadcast>),
+    Broadcast(Box<BroadcastFrame>),
     /// A message was taken.
-    Ack(Box<Ack>),
+    Ack(Box<AckFrame>),
     /// The connection no longer takes part in a room.
-    Left(Left),
+    Left(LeftFrame),
     /// A user is in the room who was not.
-    MemberJoined(Box<MemberMoved>),
+    MemberJoined(Box<MemberChangeFrame>),
     /// A user is no longer in the room.
-    MemberLeft(Box<MemberMoved>),
+    MemberLeft(Box<MemberChangeFrame>),
     /// Who came and went in a large room.
-    PresenceDiff(Box<PresenceDiff>),
+    PresenceDiff(Box<PresenceDiffFrame>),
     /// Who is there.
-    Presence(Box<Presence>),
+    Presence(Box<PresencePageFrame>),
     /// Whether a user is connected.
-    UserStatus(UserStatus),
+    UserStatus(UserStatusFrame),
     /// Whether a user types.
-    Typing(Typing),
+    Typing(TypingFrame),
     /// How far a user has read.
-    Read(Read),
+    Read(ReadFrame),
     /// What a room is like.
-    RoomInfo(Box<RoomInfo>),
+    RoomInfo(Box<RoomInfoFrame>),
     /// The public rooms.
-    Rooms(Rooms),
+    Rooms(RoomsPageFrame),
     /// The room was deleted.
-    RoomClosed(RoomClosed),
+    RoomClosed(RoomClosedFrame),
     /// What the session holds.
-    Session(Session),
+    Session(SessionFrame),
     /// The token was taken.
-    Refreshed(Refreshed),
+    Refreshed(RefreshedFrame),
     /// A page of a room's log.
-    History(Box<History<E>>),
+    History(Box<HistoryPageFrame<E>>),
     /// A question whether the client lives, for clients that asked for it in JSON.
-    Ping(Ping),
+    Ping(ServerPingFrame),
     /// The answer to a `ping`.
-    Pong(Pong),
+    Pong(PongFrame),
     /// Continuity could not be kept.
-    Reset(Reset),
+    Reset(ResetFrame),
     /// Whether the gateway can prove that nothing is missing.
-    Status(Status),
+    Status(StatusFrame),
     /// Go to another node; close 1012 follows.
-    Reconnect(Reconnect),
+    Reconnect(ReconnectFrame),
     /// A frame was refused.
-    Error(Box<Refusal>),
+    Error(Box<ErrorFrame>),
     /// A type this side does not know.
     #[serde(other)]
     Unknown,
 }
 
-/// What a client reads.
-pub type Frame = Answer<Entry>;
-
-impl<E> Answer<E> {
+impl<E> ServerFrame<E> {
     /// The `ref` of the frame that this one answers.
-    pub fn reference(&self) -> Option<&Ref> {
+    pub fn reference(&self) -> Option<&FrameRef> {
         match self {
             Self::Joined(joined) => joined.reference.as_ref(),
             Self::Ack(ack) => ack.reference.as_ref(),
@@ -94,7 +91,7 @@ impl<E> Answer<E> {
             Self::Session(session) => session.reference.as_ref(),
             Self::Refreshed(refreshed) => refreshed.reference.as_ref(),
             Self::Pong(pong) => pong.reference.as_ref(),
-            Self::Error(refusal) => refusal.reference.as_ref(),
+            Self::Error(error_frame) => error_frame.reference.as_ref(),
             Self::Connected(_)
             | Self::Message(_)
             | Self::Direct(_)
@@ -117,11 +114,11 @@ impl<E> Answer<E> {
 /// An entry inside `history`, as a client reads it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
-pub enum Entry {
+pub enum HistoryEntry {
     /// An entry of a room's log.
-    Message(Box<Message>),
+    Message(Box<MessageFrame>),
     /// An entry of an inbox.
-    Direct(Box<Direct>),
+    Direct(Box<DirectFrame>),
     /// A type this side does not know.
     #[serde(other)]
     Unknown,
@@ -129,7 +126,7 @@ pub enum Entry {
 
 /// Who a user is: the id, and what people read.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Person {
+pub struct UserInfo {
     /// The user id.
     pub id: UserId,
     /// The display name.
@@ -138,11 +135,11 @@ pub struct Person {
 
 /// `connected`
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Connected {
+pub struct ConnectedFrame {
     /// This connection.
     pub connection_id: ConnectionId,
     /// Who the gateway takes the client for.
-    pub user: Person,
+    pub user: UserInfo,
     /// By which the session is resumed; a secret.
     pub session: String,
     /// The session, for everybody.
@@ -167,15 +164,15 @@ pub struct Connected {
     /// The largest message taken, in bytes.
     pub max_message_size: usize,
     /// The user's inbox at this moment.
-    pub inbox: Inbox,
+    pub inbox: InboxState,
     /// What this connection may send. Gateways before November 2026 do not say it.
     #[serde(default)]
-    pub limits: Limits,
+    pub limits: ConnectionLimits,
 }
 
 /// What a connection may send, so that a client paces itself. 0 stands for no limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Limits {
+pub struct ConnectionLimits {
     /// `message` and `direct` frames per second.
     pub messages_per_second: u32,
     /// How many of them at once.
@@ -190,7 +187,7 @@ pub struct Limits {
 
 /// The inbox of a user, as `connected` has it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Inbox {
+pub struct InboxState {
     /// The epoch of its log.
     pub epoch: Epoch,
     /// The newest entry, 0 for none.
@@ -205,10 +202,10 @@ pub struct Inbox {
 
 /// `joined`
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Joined<E> {
+pub struct JoinedFrame<E> {
     /// The `ref` of the `join`.
     #[serde(default, rename = "ref", skip_serializing_if = "Option::is_none")]
-    pub reference: Option<Ref>,
+    pub reference: Option<FrameRef>,
     /// The room.
     pub room: RoomId,
     /// The epoch of its log.
@@ -222,7 +219,7 @@ pub struct Joined<E> {
     pub recovered: bool,
     /// Why not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub reason: Option<NotRecovered>,
+    pub reason: Option<RecoveryFailure>,
     /// Entries, oldest first.
     pub history: Vec<E>,
     /// Whether older entries are there.
@@ -238,7 +235,7 @@ pub struct Joined<E> {
 /// Why a log could not be continued from a client's `since`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum NotRecovered {
+pub enum RecoveryFailure {
     /// What follows `since` is past retention.
     LogTrimmed,
     /// The log has another epoch.
@@ -249,7 +246,7 @@ pub enum NotRecovered {
 
 /// `message`
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Message {
+pub struct MessageFrame {
     /// The room.
     pub room: RoomId,
     /// The epoch that `seq` counts in; [`Epoch::none`] in a room without a log.
@@ -261,9 +258,9 @@ pub struct Message {
     /// The id of the message.
     pub id: MessageId,
     /// Who sent it.
-    pub from: Person,
+    pub from: UserInfo,
     /// What it is.
-    pub kind: Kind,
+    pub kind: MessageKind,
     /// The content; absent in the header of a binary frame.
     #[serde(default)]
     pub content: serde_json::Value,
@@ -285,7 +282,7 @@ pub struct Message {
 
 /// `direct`
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Direct {
+pub struct DirectFrame {
     /// The epoch that `seq` counts in.
     pub epoch: Epoch,
     /// The number of the entry in the inbox of who gets this.
@@ -293,11 +290,11 @@ pub struct Direct {
     /// The id of the message.
     pub id: MessageId,
     /// Who sent it.
-    pub from: Person,
+    pub from: UserInfo,
     /// Who it is for.
     pub to: UserId,
     /// What it is.
-    pub kind: Kind,
+    pub kind: MessageKind,
     /// The content; absent in the header of a binary frame.
     #[serde(default)]
     pub content: serde_json::Value,
@@ -319,7 +316,7 @@ pub struct Direct {
 
 /// `notification`
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Notification {
+pub struct NotificationFrame {
     /// The epoch that `seq` counts in.
     pub epoch: Epoch,
     /// The number of the entry in the inbox.
@@ -339,7 +336,7 @@ pub struct Notification {
 
 /// `broadcast`
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Broadcast {
+pub struct BroadcastFrame {
     /// Its id.
     pub id: MessageId,
     /// What it says.
@@ -350,10 +347,10 @@ pub struct Broadcast {
 
 /// `ack`
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Ack {
+pub struct AckFrame {
     /// The `ref` of the message.
     #[serde(default, rename = "ref", skip_serializing_if = "Option::is_none")]
-    pub reference: Option<Ref>,
+    pub reference: Option<FrameRef>,
     /// The id of the message.
     pub id: MessageId,
     /// The room of a `message`.
@@ -376,10 +373,10 @@ pub struct Ack {
 
 /// `left`
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Left {
+pub struct LeftFrame {
     /// The `ref` of the `leave`.
     #[serde(default, rename = "ref", skip_serializing_if = "Option::is_none")]
-    pub reference: Option<Ref>,
+    pub reference: Option<FrameRef>,
     /// The room.
     pub room: RoomId,
     /// Why, where the client has not asked for it.
@@ -399,7 +396,7 @@ pub enum LeftReason {
 
 /// `member_joined` and `member_left`
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MemberMoved {
+pub struct MemberChangeFrame {
     /// The room.
     pub room: RoomId,
     /// The user.
@@ -414,7 +411,7 @@ pub struct MemberMoved {
 
 /// `presence_diff`: what changed since the last one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PresenceDiff {
+pub struct PresenceDiffFrame {
     /// The room.
     pub room: RoomId,
     /// Who is there and was not.
@@ -427,15 +424,15 @@ pub struct PresenceDiff {
 
 /// `presence`
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Presence {
+pub struct PresencePageFrame {
     /// The `ref` of the request.
     #[serde(default, rename = "ref", skip_serializing_if = "Option::is_none")]
-    pub reference: Option<Ref>,
+    pub reference: Option<FrameRef>,
     /// The room; without it, the cluster.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub room: Option<RoomId>,
     /// A page of who is there, by id.
-    pub users: Vec<Present>,
+    pub users: Vec<PresenceUser>,
     /// How many users are there in all.
     pub count: u64,
     /// Asks for the next page, if there is one.
@@ -445,7 +442,7 @@ pub struct Presence {
 
 /// A user who is there.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Present {
+pub struct PresenceUser {
     /// The user.
     pub id: UserId,
     /// What people read.
@@ -463,14 +460,14 @@ pub struct Present {
 
 /// `user_status`
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct UserStatus {
+pub struct UserStatusFrame {
     /// The `ref` of the `watch`.
     #[serde(default, rename = "ref", skip_serializing_if = "Option::is_none")]
-    pub reference: Option<Ref>,
+    pub reference: Option<FrameRef>,
     /// The user.
     pub user: UserId,
     /// Whether the user is connected, to any node.
-    pub status: Online,
+    pub status: OnlineState,
     /// When the user did something last; absent where that is not known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_active: Option<String>,
@@ -479,7 +476,7 @@ pub struct UserStatus {
 /// Whether a user is connected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Online {
+pub enum OnlineState {
     /// By one connection at least.
     Online,
     /// By none.
@@ -488,27 +485,27 @@ pub enum Online {
 
 /// `session`
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Session {
+pub struct SessionFrame {
     /// The `ref` of the request.
     #[serde(default, rename = "ref", skip_serializing_if = "Option::is_none")]
-    pub reference: Option<Ref>,
+    pub reference: Option<FrameRef>,
     /// What it holds.
     pub data: serde_json::Map<String, serde_json::Value>,
 }
 
 /// `refreshed`
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Refreshed {
+pub struct RefreshedFrame {
     /// The `ref` of the request.
     #[serde(default, rename = "ref", skip_serializing_if = "Option::is_none")]
-    pub reference: Option<Ref>,
+    pub reference: Option<FrameRef>,
     /// When the token ends.
     pub expires_at: String,
 }
 
 /// `typing`
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Typing {
+pub struct TypingFrame {
     /// The room.
     pub room: RoomId,
     /// The user.
@@ -519,7 +516,7 @@ pub struct Typing {
 
 /// `read`
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Read {
+pub struct ReadFrame {
     /// The room.
     pub room: RoomId,
     /// The user.
@@ -530,10 +527,10 @@ pub struct Read {
 
 /// `room_info`, and an entry of `rooms`
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RoomInfo {
+pub struct RoomInfoFrame {
     /// The `ref` of the request.
     #[serde(default, rename = "ref", skip_serializing_if = "Option::is_none")]
-    pub reference: Option<Ref>,
+    pub reference: Option<FrameRef>,
     /// The room.
     pub room: RoomId,
     /// What people read.
@@ -560,12 +557,12 @@ pub struct RoomInfo {
 
 /// `rooms`
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Rooms {
+pub struct RoomsPageFrame {
     /// The `ref` of the request.
     #[serde(default, rename = "ref", skip_serializing_if = "Option::is_none")]
-    pub reference: Option<Ref>,
+    pub reference: Option<FrameRef>,
     /// A page of them, by id.
-    pub rooms: Vec<RoomInfo>,
+    pub rooms: Vec<RoomInfoFrame>,
     /// Asks for the next page, if there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cursor: Option<String>,
@@ -573,30 +570,30 @@ pub struct Rooms {
 
 /// `room_closed`
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RoomClosed {
+pub struct RoomClosedFrame {
     /// The `ref` of the `delete_room`, to who asked.
     #[serde(default, rename = "ref", skip_serializing_if = "Option::is_none")]
-    pub reference: Option<Ref>,
+    pub reference: Option<FrameRef>,
     /// The room.
     pub room: RoomId,
     /// Why.
-    pub reason: ClosedReason,
+    pub reason: RoomClosedReason,
 }
 
 /// Why a room is no more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum ClosedReason {
+pub enum RoomClosedReason {
     /// It was deleted.
     Deleted,
 }
 
 /// `history`
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct History<E> {
+pub struct HistoryPageFrame<E> {
     /// The `ref` of the request.
     #[serde(default, rename = "ref", skip_serializing_if = "Option::is_none")]
-    pub reference: Option<Ref>,
+    pub reference: Option<FrameRef>,
     /// The room.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub room: Option<RoomId>,
@@ -613,17 +610,17 @@ pub struct History<E> {
 
 /// `ping`
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Ping {
+pub struct ServerPingFrame {
     /// The server's clock.
     pub timestamp: String,
 }
 
 /// `pong`
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Pong {
+pub struct PongFrame {
     /// The `ref` of the `ping`.
     #[serde(default, rename = "ref", skip_serializing_if = "Option::is_none")]
-    pub reference: Option<Ref>,
+    pub reference: Option<FrameRef>,
     /// The server's clock.
     pub timestamp: String,
     /// The `timestamp` of the `ping`.
@@ -633,7 +630,7 @@ pub struct Pong {
 
 /// `reset`: the room stays joined and goes on at `seq` + 1.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Reset {
+pub struct ResetFrame {
     /// The room; the inbox where absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub room: Option<RoomId>,
@@ -642,13 +639,13 @@ pub struct Reset {
     /// The position right before the next frame.
     pub seq: Seq,
     /// Why.
-    pub reason: NotRecovered,
+    pub reason: RecoveryFailure,
 }
 
 /// `status`: while the bus is down frames may be late; `up` follows when every room that the
 /// gateway follows is proven whole.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Status {
+pub struct StatusFrame {
     /// Up or down.
     pub bus: BusState,
     /// Since when, by the gateway's clock.
@@ -668,7 +665,7 @@ pub enum BusState {
 
 /// `reconnect`
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Reconnect {
+pub struct ReconnectFrame {
     /// How long to wait before coming back, in milliseconds.
     pub after_ms: u64,
     /// Why.
@@ -690,20 +687,20 @@ pub enum ReconnectReason {
 
 /// `error`: why a frame was refused.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Refusal {
+pub struct ErrorFrame {
     /// The `ref` of the frame.
     #[serde(default, rename = "ref", skip_serializing_if = "Option::is_none")]
-    pub reference: Option<Ref>,
+    pub reference: Option<FrameRef>,
     /// The `type` of the frame.
     #[serde(default, rename = "for", skip_serializing_if = "Option::is_none")]
-    pub answers: Option<String>,
+    pub frame_type: Option<String>,
     /// The room it spoke of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub room: Option<RoomId>,
     /// The message it spoke of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<MessageId>,
-    /// What kind of refusal it is.
+    /// The kind of error.
     pub code: ErrorCode,
     /// What was wrong and what to do, for people.
     pub message: String,
@@ -712,12 +709,12 @@ pub struct Refusal {
     pub retry_after_ms: Option<u64>,
 }
 
-impl Refusal {
-    /// A refusal that names nothing of the frame.
+impl ErrorFrame {
+    /// An `error` that names no part of the frame it answers.
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Box<Self> {
         Box::new(Self {
             reference: None,
-            answers: None,
+            frame_type: None,
             room: None,
             id: None,
             code,
@@ -727,7 +724,7 @@ impl Refusal {
     }
 
     /// The same frame refused because of something else.
-    pub fn because(&self, code: ErrorCode, message: String) -> Box<Self> {
+    pub fn with_code(&self, code: ErrorCode, message: String) -> Box<Self> {
         Box::new(Self { code, message, ..self.clone() })
     }
 }
@@ -744,22 +741,22 @@ mod tests {
 
     #[test]
     fn clients_ignore_types_they_do_not_know() {
-        let frame: Frame = serde_json::from_str(r#"{"type":"nonsense","room":"r"}"#).unwrap();
-        assert!(matches!(frame, Answer::Unknown));
+        let frame: ServerFrame = serde_json::from_str(r#"{"type":"nonsense","room":"r"}"#).unwrap();
+        assert!(matches!(frame, ServerFrame::Unknown));
     }
 
     #[test]
     fn an_error_leaves_out_what_it_does_not_know() {
-        let refusal = Refusal::new(ErrorCode::BadRequest, "no");
-        let json = serde_json::to_string(&Answer::<()>::Error(refusal)).unwrap();
+        let error_frame = ErrorFrame::new(ErrorCode::BadRequest, "no");
+        let json = serde_json::to_string(&ServerFrame::<()>::Error(error_frame)).unwrap();
         assert_eq!(json, r#"{"type":"error","code":"bad_request","message":"no"}"#);
     }
 
     #[test]
     fn ready_made_entries_stand_in_joined_as_they_are() {
         let raw = serde_json::value::RawValue::from_string(r#"{"type":"message","x": 1}"#.into());
-        let joined = Answer::Joined(Box::new(Joined {
-            reference: Some(Ref::number(3)),
+        let joined = ServerFrame::Joined(Box::new(JoinedFrame {
+            reference: Some(FrameRef::number(3)),
             room: "r".parse().unwrap(),
             epoch: "e".parse().unwrap(),
             seq: 4,
