@@ -31,7 +31,7 @@ use super::{
     sessions::SessionOptions,
 };
 use crate::{
-    delivery::{Entry, Followed, Token, ordinal, page::Page},
+    delivery::{Entry, ReplicaSnapshot, Token, ordinal, page::Page},
     drain::Tasks,
 };
 

@@ -36,7 +36,7 @@ use tokio::{
 };
 
 use crate::{
-    delivery::{Entry, Followed, page::Page},
+    delivery::{Entry, ReplicaSnapshot, page::Page},
     telemetry::metrics::Metrics,
 };
 

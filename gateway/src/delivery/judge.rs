@@ -11,10 +11,9 @@ use shared::{
 };
 
 use super::{
-    Entry,
-    follow::{Ask, Follow, Keep, Need, Obey, Reading},
-    ordinal,
+    Entry, ordinal,
     page::Page,
+    replica::{Ask, Keep, Need, Obey, Reading, RoomReplica},
 };
 
 /// How many entries one read of a log brings: all that a ring holds, so that one read tells which
@@ -39,7 +38,7 @@ enum Taken {
     Nothing(Need),
 }
 
-impl Follow {
+impl RoomReplica {
     /// Which part of the log to read to go on.
     pub fn next_part(&self) -> Part {
         match (self.ask, &self.top) {

@@ -14,7 +14,7 @@ use shared::{
 pub mod page;
 pub mod ring;
 pub mod ids;
-pub mod follow;
+pub mod replica;
 pub mod judge;
 pub mod serve;
 
@@ -75,7 +75,7 @@ impl Entry {
 /// What a node holds of a room that it follows, to be given back to a server that came back without
 /// it.
 #[derive(Clone, Debug)]
-pub struct Followed {
+pub struct ReplicaSnapshot {
     /// The room.
     pub room: RoomId,
     /// The newest entry that was passed on, 0 for none.

@@ -9,7 +9,7 @@ use shared::{
     protocol::server_frame::RecoveryFailure,
 };
 
-use super::{Entry, follow::Follow, page::Page};
+use super::{Entry, page::Page, replica::RoomReplica};
 
 /// What a member is to be given next.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,7 +33,7 @@ pub enum Resume {
     Until(Position),
 }
 
-impl Follow {
+impl RoomReplica {
     /// What a member at `cursor` is given next, from the ring.
     pub fn next(&self, cursor: &Position) -> Next<'_> {
         self.step(cursor, self.ring.at(cursor.seq + 1))
@@ -57,7 +57,7 @@ impl Follow {
     }
 
     /// Whether a page that was read for members is of the history followed.
-    pub fn is_followed(&self, page: &Page) -> bool {
+    pub fn has_epoch_of(&self, page: &Page) -> bool {
         self.top.as_ref().is_some_and(|top| top.epoch == page.epoch)
     }
 

@@ -1,5 +1,5 @@
 //! What members of a room see, whatever its log and the link to it do: against a plain model of a
-//! log, a node that does what [`Follow`] says, and clients that check each frame.
+//! log, a node that does what [`RoomReplica`] says, and clients that check each frame.
 
 use std::{collections::HashSet, time::Duration};
 
@@ -10,11 +10,11 @@ use shared::{
 };
 
 use super::{
-    Entry, Followed, Token,
-    follow::{Follow, Keep, Need, Obey, Reading, Verdict},
+    Entry, ReplicaSnapshot, Token,
     judge::{Part, READ_LEN},
     ordinal,
     page::Page,
+    replica::{Keep, Need, Obey, Reading, RoomReplica, Verdict},
     ring::RingMax,
     samples,
     serve::{self, Next, Resume},
@@ -141,7 +141,7 @@ impl Log {
     }
 
     /// As a server does it that is given what a node holds.
-    fn heal(&mut self, held: &Followed) -> Vec<Entry> {
+    fn heal(&mut self, held: &ReplicaSnapshot) -> Vec<Entry> {
         if ordinal(&held.top.epoch) > ordinal(&self.epoch) {
             self.begin_epoch_above(ordinal(&held.top.epoch), None);
         }
@@ -252,7 +252,7 @@ struct World {
 }
 
 struct Node {
-    follow: Follow,
+    replica: RoomReplica,
     clients: Vec<Client>,
     orphans: Vec<Entry>,
     passed_on: Vec<Entry>,
@@ -261,7 +261,7 @@ struct Node {
     refreshed: bool,
 }
 
-/// What `Follow` says is done to the clients.
+/// What `RoomReplica` says is done to the clients.
 struct Doing<'a> {
     clients: &'a mut Vec<Client>,
     orphans: &'a mut Vec<Entry>,
@@ -310,9 +310,9 @@ fn keep(ring: usize) -> Keep {
 }
 
 impl Node {
-    fn parts(&mut self) -> (&mut Follow, Doing<'_>) {
-        let Self { follow, clients, orphans, passed_on, begun_anew, .. } = self;
-        (follow, Doing { clients, orphans, passed_on, begun_anew })
+    fn parts(&mut self) -> (&mut RoomReplica, Doing<'_>) {
+        let Self { replica, clients, orphans, passed_on, begun_anew, .. } = self;
+        (replica, Doing { clients, orphans, passed_on, begun_anew })
     }
 
     /// Gives a client what there is for it.
@@ -320,7 +320,7 @@ impl Node {
         let client = &mut self.clients[client];
         // Only the first read counts as such; what the log does not go on for is a reset.
         while client.pace == Pace::Behind {
-            let page = match self.follow.next(&client.cursor) {
+            let page = match self.replica.next(&client.cursor) {
                 Next::Absent => log.page(Part::After(client.cursor.seq)),
                 Next::Entry(entry) => {
                     if !client.offer(entry) {
@@ -337,14 +337,14 @@ impl Node {
                     return;
                 }
             };
-            if !self.follow.is_followed(&page) {
+            if !self.replica.has_epoch_of(&page) {
                 return;
             }
-            if let Some((to, reason)) = self.follow.break_behind(&page, &client.cursor) {
+            if let Some((to, reason)) = self.replica.break_behind(&page, &client.cursor) {
                 client.reset(&to, reason);
             }
             loop {
-                match self.follow.next_of(&page, &client.cursor) {
+                match self.replica.next_of(&page, &client.cursor) {
                     Next::Entry(entry) => {
                         if !client.offer(entry) {
                             return;
@@ -359,7 +359,7 @@ impl Node {
 
     /// Answers a join; `false`: the log is to be read first.
     fn join(&mut self, client: usize, log: &Log) -> bool {
-        let Some(top) = self.follow.top().cloned() else { return false };
+        let Some(top) = self.replica.top().cloned() else { return false };
         let client = &mut self.clients[client];
         let Some(since) = client.has.clone() else {
             (client.has, client.cursor, client.pace) = (Some(top.clone()), top, Pace::Live);
@@ -370,17 +370,17 @@ impl Node {
             (client.has, client.cursor, client.pace) = (Some(top.clone()), top.clone(), Pace::Live);
             true
         };
-        let until = match self.follow.resume(&since) {
+        let until = match self.replica.resume(&since) {
             Resume::Until(until) => until,
             Resume::Unknown(_) if !self.refreshed => return false,
             Resume::Unknown(_) => return lost(client),
         };
-        let entries = match self.follow.ring().after(since.seq) {
+        let entries = match self.replica.ring().after(since.seq) {
             Some(entries) => serve::of_its_epoch(entries, &since, until.seq),
             None if since.seq == top.seq => Some(vec![]),
             None => {
                 let mut page = log.page(Part::After(since.seq));
-                if !self.follow.is_followed(&page) {
+                if !self.replica.has_epoch_of(&page) {
                     return false;
                 }
                 page.keep_whole();
@@ -416,11 +416,11 @@ impl World {
             begun: 0,
             run: 0,
         };
-        let mut follow = Follow::default();
-        follow.begin_read();
+        let mut replica = RoomReplica::default();
+        replica.begin_read();
         let clients = (0..4).map(|_| Client::new(usize::MAX)).collect();
         let (orphans, passed_on) = (vec![], vec![]);
-        let node = Node { follow, clients, orphans, passed_on, begun_anew: 0, refreshed: false };
+        let node = Node { replica, clients, orphans, passed_on, begun_anew: 0, refreshed: false };
         let (link, gone_by) = (vec![], vec![]);
         let mut world = Self { log, link, gone_by, node, need: Need::Read, page: None };
         world.settle(ring);
@@ -431,20 +431,20 @@ impl World {
         if need == Need::Nothing {
             return;
         }
-        if self.node.follow.reading() == Reading::No {
-            self.node.follow.begin_read();
+        if self.node.replica.reading() == Reading::No {
+            self.node.replica.begin_read();
             self.need = need;
             self.page = None;
         } else {
-            self.node.follow.read_again();
+            self.node.replica.read_again();
         }
     }
 
     fn hear(&mut self, ring: usize, count: usize) {
         for entry in self.link.drain(..count.min(self.link.len())).collect::<Vec<_>>() {
             self.gone_by.push(entry.clone());
-            let (follow, mut doing) = self.node.parts();
-            let need = follow.arrive(entry, &keep(ring), &mut doing);
+            let (replica, mut doing) = self.node.parts();
+            let need = replica.arrive(entry, &keep(ring), &mut doing);
             self.need(need);
         }
     }
@@ -454,18 +454,18 @@ impl World {
             return;
         }
         if self.need == Need::Heal {
-            let held = self.node.follow.held_of_log(&"r".parse().unwrap(), &keep(9)).unwrap();
+            let held = self.node.replica.snapshot(&"r".parse().unwrap(), &keep(9)).unwrap();
             let given = self.log.heal(&held);
             self.link.extend(given);
         }
-        self.page = Some(self.log.page(self.node.follow.next_part()));
+        self.page = Some(self.log.page(self.node.replica.next_part()));
     }
 
     fn answer(&mut self, ring: usize) {
         let Some(page) = self.page.take() else { return };
         self.need = Need::Nothing;
-        let (follow, mut doing) = self.node.parts();
-        let need = follow.read(page, &keep(ring), &mut doing);
+        let (replica, mut doing) = self.node.parts();
+        let need = replica.read(page, &keep(ring), &mut doing);
         self.need(need);
         for orphan in std::mem::take(&mut self.node.orphans) {
             self.link.extend(self.log.append(orphan));
@@ -481,7 +481,7 @@ impl World {
     fn joins(&mut self) {
         for client in 0..self.node.clients.len() {
             if self.node.clients[client].pace == Pace::Joining
-                && self.node.follow.reading() == Reading::No
+                && self.node.replica.reading() == Reading::No
             {
                 if self.node.join(client, &self.log) {
                     self.node.feed(client, &self.log);
@@ -497,7 +497,7 @@ impl World {
         for _ in 0..1000 {
             self.hear(ring, usize::MAX);
             let head = Position::new(self.log.epoch.clone(), self.log.top);
-            if self.need == Need::Nothing && !self.node.follow.has_reached(Some(&head)) {
+            if self.need == Need::Nothing && !self.node.replica.has_reached(Some(&head)) {
                 self.need(Need::Read);
             }
             self.look();
@@ -512,7 +512,7 @@ impl World {
             self.joins();
             if self.need == Need::Nothing
                 && self.link.is_empty()
-                && self.node.follow.has_reached(Some(&head))
+                && self.node.replica.has_reached(Some(&head))
             {
                 return;
             }

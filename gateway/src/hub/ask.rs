@@ -15,9 +15,9 @@ use super::{
 use crate::{
     bus::{Append, BusError, Range, Unseen},
     delivery::{
-        Followed,
-        follow::{Need, Reading},
+        ReplicaSnapshot,
         page::Page,
+        replica::{Need, Reading},
     },
     telemetry::metrics::LogRepairResult,
 };
@@ -42,7 +42,7 @@ impl Shard {
         let mut rooms = Vec::with_capacity(self.doubtful);
         for (name, room) in self.rooms.iter_mut().filter(|(_, room)| room.durable) {
             room.doubtful = true;
-            if !room.follow.read_again() {
+            if !room.replica.read_again() {
                 rooms.push((name.clone(), room.generation));
             }
         }
@@ -103,9 +103,9 @@ impl Shard {
         for ((name, generation), head) in rooms.into_iter().zip(heads) {
             let room = self.rooms.get(&name).filter(|room| room.generation == generation);
             let Some(room) = room else { continue };
-            if !room.follow.has_reached(head.as_ref()) {
+            if !room.replica.has_reached(head.as_ref()) {
                 self.read_on(&name);
-            } else if !again && room.follow.reading() == Reading::No {
+            } else if !again && room.replica.reading() == Reading::No {
                 self.settle(&name);
             }
         }
@@ -123,8 +123,8 @@ impl Shard {
     /// As [`Shard::read_on`], after a while.
     pub(super) fn read_on_after(&mut self, name: &RoomId, pause: Duration) {
         let Some(room) = self.rooms.get_mut(name) else { return };
-        if !room.follow.read_again() {
-            room.follow.begin_read();
+        if !room.replica.read_again() {
+            room.replica.begin_read();
             let (generation, range) = (room.generation, room.next_range());
             self.read(name.clone(), generation, Purpose::GoOn, range, pause);
         }
@@ -139,19 +139,19 @@ impl Shard {
         }
     }
 
-    /// Has a room's log compared with what is held of it, and then read.
+    /// Has a room's log compared with what is snapshot of it, and then read.
     fn heal(&mut self, name: &RoomId) {
         let Some(room) = self.rooms.get_mut(name) else { return };
-        let Some(held) = room.held_of_log(&self.turn) else { return };
-        tracing::error!(room = %name, top = %held.top,
+        let Some(snapshot) = room.snapshot(&self.turn) else { return };
+        tracing::error!(room = %name, top = %snapshot.top,
             "two histories of a room share numbers, or its log is older than what was passed on");
-        room.follow.begin_read();
+        room.replica.begin_read();
         // Twice in a row: the server does not know better yet.
         let pause = if room.healing { READ_AGAIN } else { Duration::ZERO };
         room.healing = true;
         let (generation, range) = (room.generation, room.next_range());
         let asked = self.asked(name.clone(), generation, Purpose::GoOn);
-        self.spawn_read(asked, Some(held), range, pause);
+        self.spawn_read(asked, Some(snapshot), range, pause);
     }
 
     /// Reads a log in a task, which puts the answer into this shard's queue.
@@ -170,7 +170,13 @@ impl Shard {
         Asked { room, generation, fence: self.fence, purpose }
     }
 
-    fn spawn_read(&self, asked: Asked, heal: Option<Followed>, range: Range, pause: Duration) {
+    fn spawn_read(
+        &self,
+        asked: Asked,
+        heal: Option<ReplicaSnapshot>,
+        range: Range,
+        pause: Duration,
+    ) {
         let (bus, calls) = (self.bus.clone(), self.calls.clone());
         let metrics = self.turn.metrics.clone();
         let durable = self.rules.is_durable(&asked.room);

@@ -42,9 +42,9 @@ pub(super) struct Taken {
 
 impl Taken {
     pub(super) fn by(room: &Room) -> Self {
-        let ids = room.follow.ids();
+        let ids = room.replica.ids();
         Self {
-            ring_bytes: room.follow.ring().bytes(),
+            ring_bytes: room.replica.ring().bytes(),
             ids_bytes: ids.bytes(),
             buckets_begun: ids.begun(),
         }

@@ -107,7 +107,7 @@ impl Join {
 impl Room {
     /// Answers a join from what the room holds, or says what it takes.
     pub(super) fn join(&mut self, mut join: Join, turn: &mut Turn) -> Step {
-        let Some(top) = self.follow.top().cloned() else { return Step::Wait(join) };
+        let Some(top) = self.replica.top().cloned() else { return Step::Wait(join) };
         if join.done.is_closed() || !self.admits(&join.admission) {
             // Dropping it tells the session.
             return Step::Done;
@@ -127,7 +127,7 @@ impl Room {
             return self.join_behind(join, since, or, turn);
         }
         let Some(since) = join.since().cloned() else { return self.join_newest(join, turn) };
-        let until = match self.follow.resume(&since) {
+        let until = match self.replica.resume(&since) {
             Resume::Until(until) => until,
             Resume::Unknown(_) if !join.refreshed => {
                 return Step::Wait(Join { refreshed: true, ..join });
@@ -137,7 +137,7 @@ impl Room {
                 return self.join_newest(join, turn);
             }
         };
-        let entries = match self.follow.ring().after(since.seq) {
+        let entries = match self.replica.ring().after(since.seq) {
             Some(entries) => serve::of_its_epoch(entries, &since, until.seq),
             None if since.seq == top.seq => Some(vec![]),
             None => return Step::Read(join, Range::After { seq: since.seq, limit: READ_LEN }),
@@ -147,8 +147,8 @@ impl Room {
 
     /// Lets a connection in that is given all behind `since` as entries, or behind `or`.
     fn join_behind(&mut self, join: Join, since: Position, or: Seq, turn: &mut Turn) -> Step {
-        let Some(top) = self.follow.top().cloned() else { return Step::Wait(join) };
-        let lost = match self.follow.resume(&since) {
+        let Some(top) = self.replica.top().cloned() else { return Step::Wait(join) };
+        let lost = match self.replica.resume(&since) {
             Resume::Until(_) => None,
             Resume::Unknown(_) if !join.refreshed => {
                 return Step::Wait(Join { refreshed: true, ..join });
@@ -175,7 +175,7 @@ impl Room {
         bytes_read: usize,
         turn: &mut Turn,
     ) {
-        let live = self.follow.top() == Some(&member.cursor);
+        let live = self.replica.top() == Some(&member.cursor);
         turn.touch(&member.subscriber);
         // Who has given up meanwhile sends a call behind this one that takes it back.
         let _ = done.send(JoinOutcome::Member { bytes_read });
@@ -193,8 +193,8 @@ impl Room {
         mut page: Page,
         turn: &mut Turn,
     ) -> Step {
-        let Some(top) = self.follow.top().cloned() else { return Step::Wait(join) };
-        if !self.follow.is_followed(&page) {
+        let Some(top) = self.replica.top().cloned() else { return Step::Wait(join) };
+        if !self.replica.has_epoch_of(&page) {
             // The room follows a log that is no more, which it finds out by reading.
             return Step::Wait(join);
         }
@@ -216,7 +216,7 @@ impl Room {
             let last = page.top.min(top.seq);
             if page.top < top.seq {
                 let since: Option<Vec<Entry>> =
-                    self.follow.ring().after(page.top).map(|since| since.cloned().collect());
+                    self.replica.ring().after(page.top).map(|since| since.cloned().collect());
                 match since {
                     Some(since) => page.entries.extend(since),
                     None if !join.refreshed => {
@@ -230,7 +230,7 @@ impl Room {
             let oldest = if page.oldest == 0 { last + 1 } else { page.oldest };
             return self.enter_newest(join, &page.entries, oldest, turn);
         };
-        let Resume::Until(until) = self.follow.resume(&since) else { return Step::Wait(join) };
+        let Resume::Until(until) = self.replica.resume(&since) else { return Step::Wait(join) };
         if let Err(reason) = page.continues(since.seq)
             && since.seq < top.seq
         {
@@ -248,8 +248,8 @@ impl Room {
     }
 
     fn join_newest(&mut self, join: Join, turn: &mut Turn) -> Step {
-        let (count, ring) = (join.newest(), self.follow.ring());
-        if count as usize >= ring.len() && !self.follow.ring_is_whole() {
+        let (count, ring) = (join.newest(), self.replica.ring());
+        if count as usize >= ring.len() && !self.replica.ring_is_whole() {
             // One at least, to know whether there are older ones.
             return Step::Read(join, Range::Newest { limit: count.max(1) });
         }
@@ -288,7 +288,7 @@ impl Room {
         oldest: Seq,
         turn: &mut Turn,
     ) -> Step {
-        let Some(top) = self.follow.top().cloned() else { return Step::Wait(join) };
+        let Some(top) = self.replica.top().cloned() else { return Step::Wait(join) };
         let count = join.newest() as usize;
         let entries = &entries[entries.len().saturating_sub(count)..];
         let mut history = history(entries.iter().rev());

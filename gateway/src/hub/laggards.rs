@@ -44,14 +44,14 @@ impl Room {
         if member.pace != Pace::Behind {
             return;
         }
-        let is_at_end = self.follow.top().is_none_or(|top| member.cursor.seq >= top.seq);
+        let is_at_end = self.replica.top().is_none_or(|top| member.cursor.seq >= top.seq);
         if !is_at_end && !member.subscriber.outbox.has_room() {
             // A read for it would be in vain. It asks again when its socket has drained.
             member.subscriber.outbox.lag(self.name.clone());
             return;
         }
         loop {
-            match self.follow.next(&member.cursor) {
+            match self.replica.next(&member.cursor) {
                 Next::Entry(entry) => {
                     if !member.give(&mut Frames::replay_to_one(&self.name, entry), turn) {
                         return;
@@ -93,7 +93,7 @@ impl Room {
 
     /// Gives those who wait for it what was read of the log behind `from`.
     pub(super) fn feed_page(&mut self, from: Seq, mut page: Page, turn: &mut Turn) -> Fed {
-        if !self.follow.is_followed(&page) {
+        if !self.replica.has_epoch_of(&page) {
             self.give_stretch_up();
             return Fed::OtherLog;
         }
@@ -116,11 +116,11 @@ impl Room {
                 continue;
             }
             member.pace = Pace::Behind;
-            if let Some((to, reason)) = self.follow.break_behind(&page, &member.cursor) {
+            if let Some((to, reason)) = self.replica.break_behind(&page, &member.cursor) {
                 member.reset(&self.name, &to, reason, turn);
             }
             let is_full = loop {
-                match self.follow.next_of(&page, &member.cursor) {
+                match self.replica.next_of(&page, &member.cursor) {
                     Next::Entry(entry) => {
                         let place = page.place(entry.position.seq);
                         let frames = place.and_then(|place| frames.get_mut(place));

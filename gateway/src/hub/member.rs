@@ -30,7 +30,7 @@ use crate::{
         sessions::{ConnectionInfo, UnixMicros},
         standing::Standing,
     },
-    delivery::{Entry, follow::Keep},
+    delivery::{Entry, replica::Keep},
     outbox::{Offer, Outbox, deflate::Deflating},
     telemetry::{metrics::Metrics, trail::Trails},
 };

@@ -1,4 +1,4 @@
-//! A room that this node follows: its members, and what [`Follow`] has them given.
+//! A room that this node follows: its members, and what [`RoomReplica`] has them given.
 //!
 //! A room is open when its log has been read once. From then on members that are up to date are
 //! given what is passed on; those behind are fed from the ring, else from the log
@@ -24,11 +24,11 @@ use super::{
 use crate::{
     bus::Range,
     delivery::{
-        Entry, Followed,
-        follow::{Follow, Need, Obey, Verdict},
+        Entry, ReplicaSnapshot,
         judge::{Part, READ_LEN},
         ordinal,
         page::Page,
+        replica::{Need, Obey, RoomReplica, Verdict},
     },
     telemetry::{
         metrics::{EntryResult, LogRepairResult},
@@ -45,7 +45,7 @@ pub(super) struct Room {
     pub(super) name: RoomId,
     /// Tells this following of the room from an earlier one, for answers that come late.
     pub(super) generation: u64,
-    pub(super) follow: Follow,
+    pub(super) replica: RoomReplica,
     /// Whether it keeps a log.
     pub(super) durable: bool,
     /// The ordinal of the epoch that its last deletion began, as far as known.
@@ -158,12 +158,12 @@ fn partner_in(inbox: &RoomId, entry: &Entry) -> Option<UserId> {
 
 impl Room {
     pub(super) fn opening(name: RoomId, generation: u64, durable: bool) -> Self {
-        let mut follow = Follow::default();
+        let mut follow = RoomReplica::default();
         follow.begin_read();
         Self {
             name,
             generation,
-            follow,
+            replica: follow,
             durable,
             deleted: 0,
             people: People::default(),
@@ -185,14 +185,14 @@ impl Room {
     }
 
     /// What this node holds of the room's log, once it is open.
-    pub(super) fn held_of_log(&self, turn: &Turn) -> Option<Followed> {
+    pub(super) fn snapshot(&self, turn: &Turn) -> Option<ReplicaSnapshot> {
         self.durable.then_some(())?;
-        self.follow.held_of_log(&self.name, &turn.keep)
+        self.replica.snapshot(&self.name, &turn.keep)
     }
 
     /// Which part of the log to read to go on.
     pub(super) fn next_range(&self) -> Range {
-        match self.follow.next_part() {
+        match self.replica.next_part() {
             Part::Newest => Range::Newest { limit: READ_LEN },
             Part::After(seq) => Range::After { seq, limit: READ_LEN },
         }
@@ -203,24 +203,24 @@ impl Room {
         self.heard = true;
         let keep = turn.keep;
         let Self { name, members, .. } = self;
-        self.follow.arrive(entry, &keep, &mut Handing { name, members, turn, reset: false })
+        self.replica.arrive(entry, &keep, &mut Handing { name, members, turn, reset: false })
     }
 
     /// Whether the room was deleted since this node follows it. An inbox is only emptied: its connections
     /// are reset.
     pub(super) fn was_deleted(&self, page: &Page) -> bool {
         self.name.kind() == RoomKind::Joined
-            && self.follow.top().is_some_and(|top| ordinal(&top.epoch) < page.deleted)
+            && self.replica.top().is_some_and(|top| ordinal(&top.epoch) < page.deleted)
     }
 
     /// Takes what was read of the log from the top on, and then what was held.
     pub(super) fn read(&mut self, page: Page, turn: &mut Turn) -> Need {
         let keep = turn.keep;
         self.deleted = self.deleted.max(page.deleted);
-        let opens = self.follow.top().is_none();
+        let opens = self.replica.top().is_none();
         let Self { name, members, .. } = self;
         let mut handing = Handing { name, members, turn, reset: false };
-        let need = self.follow.read(page, &keep, &mut handing);
+        let need = self.replica.read(page, &keep, &mut handing);
         let reset = handing.reset;
         let outcome = match (need, reset) {
             (Need::Heal, _) => Some(LogRepairResult::Reconciled),

@@ -30,8 +30,8 @@ use super::{
 use crate::{
     bus::{Bus, ResyncRequest, ShardMessage, ShardReceiver},
     delivery::{
-        Entry, Followed,
-        follow::{Keep, Reading},
+        Entry, ReplicaSnapshot,
+        replica::{Keep, Reading},
     },
     drain::Tasks,
     presence::Presence,
@@ -312,9 +312,9 @@ impl Shard {
         self.forget_ids();
     }
 
-    fn tell_holdings(&self, answer: oneshot::Sender<Vec<Followed>>) {
-        let held = self.rooms.values().filter_map(|room| room.held_of_log(&self.turn));
-        let mut held: Vec<Followed> = held.collect();
+    fn tell_holdings(&self, answer: oneshot::Sender<Vec<ReplicaSnapshot>>) {
+        let held = self.rooms.values().filter_map(|room| room.snapshot(&self.turn));
+        let mut held: Vec<ReplicaSnapshot> = held.collect();
         held.sort_unstable_by(|a, b| a.room.cmp(&b.room));
         // Who asked may have met yet another server meanwhile.
         let _ = answer.send(held);
@@ -328,9 +328,9 @@ impl Shard {
             let Some(room) = room.filter(|room| room.generation == bucket.generation) else {
                 continue;
             };
-            if room.follow.ids().oldest() == Some(bucket.since) {
+            if room.replica.ids().oldest() == Some(bucket.since) {
                 let before = Taken::by(room);
-                room.follow.forget_oldest_ids();
+                room.replica.forget_oldest_ids();
                 self.budget.count(before, room, now);
             }
         }
@@ -345,7 +345,7 @@ impl Shard {
         let mut rooms = Vec::new();
         for (name, room) in &mut self.rooms {
             let heard = std::mem::take(&mut room.heard);
-            if room.durable && !heard && room.follow.reading() == Reading::No {
+            if room.durable && !heard && room.replica.reading() == Reading::No {
                 rooms.push((name.clone(), room.generation));
             }
         }
@@ -360,7 +360,7 @@ impl Shard {
         let Some(room) = self.rooms.get_mut(&name) else {
             return self.open(name, join);
         };
-        if room.follow.reading() != Reading::No {
+        if room.replica.reading() != Reading::No {
             room.wait(join);
             return;
         }
@@ -540,7 +540,7 @@ impl Shard {
         for room in self.rooms.values_mut() {
             room.forget_given_up();
             let before = Taken::by(room);
-            room.follow.forget_past_retention(&self.turn.keep);
+            room.replica.forget_past_retention(&self.turn.keep);
             self.budget.count(before, room, now);
             if room.name.kind() == RoomKind::Joined {
                 members += room.len();

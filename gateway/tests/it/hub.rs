@@ -17,7 +17,7 @@ use gateway::{
         Append, Appended, BoxFuture, Bus, BusError, Mailboxes, Range, Retention, ShardMessage,
         memory::MemoryBus,
     },
-    delivery::{Entry, Followed, Token, page::Page},
+    delivery::{Entry, ReplicaSnapshot, Token, page::Page},
     drain::Tasks,
     hub::{COMPARE_EVERY, Hub, LINGER, join::Start, member::Subscriber},
     outbox::Outbox,

@@ -32,7 +32,7 @@ use super::{
     },
 };
 use crate::{
-    delivery::{Followed, page::Page},
+    delivery::{ReplicaSnapshot, page::Page},
     drain::Tasks,
     telemetry::metrics::Metrics,
 };

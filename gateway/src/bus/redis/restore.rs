@@ -8,7 +8,7 @@ use shared::ids::RoomId;
 use super::{as_arguments, refused_or_away, server::Server, untrusted};
 use crate::{
     bus::{BusError, tail::Unheard},
-    delivery::{Entry, Followed, Token},
+    delivery::{Entry, ReplicaSnapshot, Token},
     telemetry::metrics::{Metrics, RestoreResult},
 };
 
@@ -38,7 +38,7 @@ impl LogRestorer {
         &self,
         connection: &mut MultiplexedConnection,
         token: Token,
-        holdings: Vec<Followed>,
+        holdings: Vec<ReplicaSnapshot>,
     ) -> RedisResult<()> {
         self.script.load_async(connection).await?;
         let mut lacking = Vec::new();
@@ -48,7 +48,7 @@ impl LogRestorer {
                 if answer == "ask" { lacking.push(room) } else { self.count(room, &answer) }
             }
         }
-        let mut rooms: Vec<Followed> = Vec::new();
+        let mut rooms: Vec<ReplicaSnapshot> = Vec::new();
         let mut bytes = 0;
         for room in lacking {
             bytes += room.entries.iter().map(|entry| entry.bytes()).sum::<usize>();
@@ -65,7 +65,7 @@ impl LogRestorer {
         &self,
         connection: &mut MultiplexedConnection,
         token: Token,
-        rooms: &[Followed],
+        rooms: &[ReplicaSnapshot],
     ) -> RedisResult<()> {
         let answers = self.ask(connection, token, rooms, true).await?;
         for (room, answer) in rooms.iter().zip(answers) {
@@ -78,10 +78,10 @@ impl LogRestorer {
         &self,
         connection: &mut MultiplexedConnection,
         token: Token,
-        rooms: &[Followed],
+        rooms: &[ReplicaSnapshot],
         give: bool,
     ) -> Result<Vec<String>, RedisError> {
-        let command = |held: &Followed| (held.room.clone(), self.command(token, held, give));
+        let command = |held: &ReplicaSnapshot| (held.room.clone(), self.command(token, held, give));
         self.call_all(connection, rooms.iter().map(command).collect()).await
     }
 
@@ -120,7 +120,7 @@ impl LogRestorer {
         self.call_all(connection, calls).await.map(drop)
     }
 
-    fn command(&self, token: Token, held: &Followed, give: bool) -> redis::Cmd {
+    fn command(&self, token: Token, held: &ReplicaSnapshot, give: bool) -> redis::Cmd {
         let mut command = self.server.call(&self.script, &held.room, token);
         let (former, former_top) = as_arguments(held.former.as_ref());
         command
@@ -152,7 +152,7 @@ impl LogRestorer {
         command
     }
 
-    fn count(&self, room: &Followed, answer: &str) {
+    fn count(&self, room: &ReplicaSnapshot, answer: &str) {
         let outcome = match answer {
             "whole" => RestoreResult::Unchanged,
             "healed" => RestoreResult::Restored,

@@ -1,9 +1,9 @@
 //! One room that a node follows: how far it has come in the log, and what it remembers of it.
 //!
 //! A link delivers a room's entries in order while it stands. A reconnect may repeat the last few
-//! or skip some, and another server may come back with another log. [`Follow`] turns that into the
+//! or skip some, and another server may come back with another log. [`RoomReplica`] turns that into the
 //! promise made to members: each number once, in order, and a word where that cannot be kept. It
-//! is told what arrives ([`Follow::arrive`]) and what was read ([`Follow::read`], in [`judge`]), has
+//! is told what arrives ([`RoomReplica::arrive`]) and what was read ([`RoomReplica::read`], in [`judge`]), has
 //! done what follows from it by an [`Obey`], and says what it needs.
 //!
 //! Invariants: within an epoch the top never goes down, and epochs only go up. The ring ends at the
@@ -22,7 +22,7 @@ use shared::{
 use tokio::time::Instant;
 
 use super::{
-    Entry, Followed,
+    Entry, ReplicaSnapshot,
     ids::Ids,
     ordinal,
     ring::{Ring, RingMax},
@@ -114,7 +114,7 @@ pub struct Keep {
 
 /// A room that is followed.
 #[derive(Debug)]
-pub struct Follow {
+pub struct RoomReplica {
     /// The last entry that was passed on; `None` until the log was read once.
     pub(super) top: Option<Position>,
     /// The epoch before, and its last number, where the present one continues it.
@@ -133,7 +133,7 @@ pub struct Follow {
     pub(super) ask: Ask,
 }
 
-impl Default for Follow {
+impl Default for RoomReplica {
     fn default() -> Self {
         Self {
             top: None,
@@ -150,7 +150,7 @@ impl Default for Follow {
     }
 }
 
-impl Follow {
+impl RoomReplica {
     /// The last entry passed on, once the log was read.
     pub fn top(&self) -> Option<&Position> {
         self.top.as_ref()
@@ -182,14 +182,14 @@ impl Follow {
     }
 
     /// What this node holds of the room's log, once that was read.
-    pub fn held_of_log(&self, room: &RoomId, keep: &Keep) -> Option<Followed> {
+    pub fn snapshot(&self, room: &RoomId, keep: &Keep) -> Option<ReplicaSnapshot> {
         // What is past retention is gone on purpose.
         let entries = if self.is_past_retention(keep) { 0 } else { self.ring.len() };
         let older_than = match self.ring.first() {
             Some(first) if entries > 0 => first,
             _ => self.top()?.seq + 1,
         };
-        Some(Followed {
+        Some(ReplicaSnapshot {
             room: room.clone(),
             top: self.top()?.clone(),
             former: self.former.clone(),
