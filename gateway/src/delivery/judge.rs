@@ -13,7 +13,7 @@ use shared::{
 use super::{
     Entry, ordinal,
     page::Page,
-    replica::{Ask, Keep, Need, Obey, Reading, RoomReplica},
+    replica::{Ask, DeliverySink, Keep, Need, Reading, RoomReplica},
 };
 
 /// How many entries one read of a log brings: all that a ring holds, so that one read tells which
@@ -50,25 +50,25 @@ impl RoomReplica {
     }
 
     /// Takes what was read of the log, and then what was held meanwhile.
-    pub fn read(&mut self, mut page: Page, keep: &Keep, obey: &mut impl Obey) -> Need {
+    pub fn read(&mut self, mut page: Page, keep: &Keep, sink: &mut impl DeliverySink) -> Need {
         let again = self.reading == Reading::Again;
         self.reading = Reading::No;
         self.forget_past_retention(keep);
         let (head, term) = (page.head(), page.term);
-        if let Taken::Nothing(need) = self.take(&mut page, keep, obey) {
+        if let Taken::Nothing(need) = self.take(&mut page, keep, sink) {
             return need;
         }
         self.term = self.term.max(term);
-        let held = self.judge_held(keep, obey);
+        let held = self.judge_held(keep, sink);
         let more =
             self.top.as_ref().is_none_or(|top| top.epoch != head.epoch || top.seq < head.seq);
         // A later epoch may have come with what was held, which the next read tells.
         if more || again { held.max(Need::Read) } else { held }
     }
 
-    fn take(&mut self, page: &mut Page, keep: &Keep, obey: &mut impl Obey) -> Taken {
+    fn take(&mut self, page: &mut Page, keep: &Keep, sink: &mut impl DeliverySink) -> Taken {
         let asked = std::mem::replace(&mut self.ask, Ask::Overlap);
-        let Some(top) = self.top.clone() else { return self.open(page, keep, obey) };
+        let Some(top) = self.top.clone() else { return self.open(page, keep, sink) };
         let same = match (self.ring.last(), page.at(top.seq)) {
             (Some(held), Some(there)) => Some(held.is(there)),
             _ => None,
@@ -77,7 +77,7 @@ impl RoomReplica {
             return Taken::Nothing(Need::Heal);
         }
         if page.epoch != top.epoch {
-            return self.take_of_another_epoch(page, asked, same, keep, obey);
+            return self.take_of_another_epoch(page, asked, same, keep, sink);
         }
         if page.top < top.seq {
             // Older than an arrival that came while it was under way.
@@ -103,13 +103,13 @@ impl RoomReplica {
                     return Taken::Nothing(Need::Read);
                 }
                 let base = before(first);
-                self.begin_anew(base, RecoveryFailure::LogTrimmed, obey);
+                self.begin_anew(base, RecoveryFailure::LogTrimmed, sink);
             }
             None if page.top == top.seq || self.reads_on(asked, shown) => {}
-            None => self.begin_anew(page.head(), RecoveryFailure::LogTrimmed, obey),
+            None => self.begin_anew(page.head(), RecoveryFailure::LogTrimmed, sink),
             Some(_) => {}
         }
-        self.pass_on_all(page, keep, obey);
+        self.pass_on_all(page, keep, sink);
         Taken::All
     }
 
@@ -123,20 +123,20 @@ impl RoomReplica {
     }
 
     /// Takes the first page of a room.
-    fn open(&mut self, page: &mut Page, keep: &Keep, obey: &mut impl Obey) -> Taken {
+    fn open(&mut self, page: &mut Page, keep: &Keep, sink: &mut impl DeliverySink) -> Taken {
         page.keep_whole();
         self.former = page.former.clone();
         let first = page.entries.first().map_or(0, |first| first.position.seq);
-        self.pass_on_all(page, keep, obey);
+        self.pass_on_all(page, keep, sink);
         self.ring_is_whole = first == page.oldest && self.ring.first().unwrap_or(0) == first;
         let seq = self.top.as_ref().map_or(page.top, |top| top.seq);
         self.top = Some(Position::new(page.epoch.clone(), seq));
         Taken::All
     }
 
-    fn pass_on_all(&mut self, page: &mut Page, keep: &Keep, obey: &mut impl Obey) {
+    fn pass_on_all(&mut self, page: &mut Page, keep: &Keep, sink: &mut impl DeliverySink) {
         for entry in page.entries.drain(..) {
-            self.pass_on(entry, keep, obey);
+            self.pass_on(entry, keep, sink);
         }
     }
 
@@ -146,7 +146,7 @@ impl RoomReplica {
         asked: Ask,
         same: Option<bool>,
         keep: &Keep,
-        obey: &mut impl Obey,
+        sink: &mut impl DeliverySink,
     ) -> Taken {
         let Some(top) = self.top.clone() else { return Taken::Nothing(Need::Read) };
         let continued = page
@@ -156,7 +156,7 @@ impl RoomReplica {
             // What is not held cannot be compared, and what was compared need not be again.
             .filter(|_| same == Some(true) || self.ring.is_empty() || asked == Ask::Beyond);
         let Some(former) = continued else {
-            return self.take_of_another_history(page, asked, same, keep, obey);
+            return self.take_of_another_history(page, asked, same, keep, sink);
         };
         let shown = page.at(top.seq).is_some();
         let mut rest = page.clone();
@@ -166,19 +166,25 @@ impl RoomReplica {
             None => page.top == top.seq || page.top > top.seq && self.reads_on(asked, shown),
         };
         if !reaches {
-            return self.take_of_another_history(page, asked, same, keep, obey);
+            return self.take_of_another_history(page, asked, same, keep, sink);
         }
-        self.go_on_over(&former, rest, keep, obey);
+        self.go_on_over(&former, rest, keep, sink);
         Taken::All
     }
 
     /// Passes on what is left of the epoch that ends at `former`, and goes on in the page's.
-    fn go_on_over(&mut self, former: &Position, page: Page, keep: &Keep, obey: &mut impl Obey) {
+    fn go_on_over(
+        &mut self,
+        former: &Position,
+        page: Page,
+        keep: &Keep,
+        sink: &mut impl DeliverySink,
+    ) {
         for entry in page.entries {
-            self.pass_on(entry, keep, obey);
+            self.pass_on(entry, keep, sink);
         }
         if self.top.as_ref() == Some(former) {
-            self.bump(page.epoch, obey);
+            self.bump(page.epoch, sink);
         }
     }
 
@@ -189,7 +195,7 @@ impl RoomReplica {
         asked: Ask,
         same: Option<bool>,
         keep: &Keep,
-        obey: &mut impl Obey,
+        sink: &mut impl DeliverySink,
     ) -> Taken {
         let Some(top) = self.top.clone() else { return Taken::Nothing(Need::Read) };
         let deleted = ordinal(&top.epoch) < page.deleted;
@@ -200,7 +206,7 @@ impl RoomReplica {
             }
             let lost = self.lost_by(page);
             for entry in self.ring.newest(lost) {
-                obey.orphan(entry);
+                sink.orphan(entry);
             }
         }
         // Not a second time, whatever the next read shows.
@@ -219,9 +225,9 @@ impl RoomReplica {
             (None, None) => page.head(),
         };
         self.former = page.former.clone();
-        self.begin_anew(base, RecoveryFailure::LogLost, obey);
+        self.begin_anew(base, RecoveryFailure::LogLost, sink);
         self.ids.clear();
-        self.pass_on_all(page, keep, obey);
+        self.pass_on_all(page, keep, sink);
         Taken::All
     }
 
@@ -244,8 +250,8 @@ impl RoomReplica {
     }
 
     /// Goes on behind `base`, which does not continue what members were given.
-    fn begin_anew(&mut self, base: Position, reason: RecoveryFailure, obey: &mut impl Obey) {
-        obey.reset(&base, reason);
+    fn begin_anew(&mut self, base: Position, reason: RecoveryFailure, sink: &mut impl DeliverySink) {
+        sink.reset(&base, reason);
         self.ring.clear();
         self.ring_is_whole = false;
         self.top = Some(base);

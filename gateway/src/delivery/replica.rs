@@ -4,7 +4,7 @@
 //! or skip some, and another server may come back with another log. [`RoomReplica`] turns that into the
 //! promise made to members: each number once, in order, and a word where that cannot be kept. It
 //! is told what arrives ([`RoomReplica::arrive`]) and what was read ([`RoomReplica::read`], in [`judge`]), has
-//! done what follows from it by an [`Obey`], and says what it needs.
+//! done what follows from it by an [`DeliverySink`], and says what it needs.
 //!
 //! Invariants: within an epoch the top never goes down, and epochs only go up. The ring ends at the
 //! top or is empty. Numbers go on where a new epoch continues the one before, so that the ring may
@@ -32,9 +32,9 @@ use super::{
 const HELD_MAX: usize = 1024;
 
 /// Does what was decided.
-pub trait Obey {
+pub trait DeliverySink {
     /// An arrival was judged.
-    fn judged(&mut self, verdict: Verdict);
+    fn classified(&mut self, verdict: Verdict);
     /// The next entry: for each member that has had all before it.
     fn entry(&mut self, entry: &Entry);
     /// The log goes on in another epoch, behind what was given last, and nothing was lost: for each
@@ -233,12 +233,12 @@ impl RoomReplica {
     }
 
     /// Takes an entry that came from the bus.
-    pub fn arrive(&mut self, entry: Entry, keep: &Keep, obey: &mut impl Obey) -> Need {
+    pub fn arrive(&mut self, entry: Entry, keep: &Keep, sink: &mut impl DeliverySink) -> Need {
         if self.top.is_none() || self.reading != Reading::No {
             self.hold(entry);
             return Need::Nothing;
         }
-        self.judge(entry, keep, obey)
+        self.judge(entry, keep, sink)
     }
 
     fn hold(&mut self, entry: Entry) {
@@ -251,12 +251,12 @@ impl RoomReplica {
 
     /// Judges an arrival. What cannot be passed on is dropped: a read that begins after it has come
     /// shows it, if it is in the log.
-    fn judge(&mut self, entry: Entry, keep: &Keep, obey: &mut impl Obey) -> Need {
+    fn judge(&mut self, entry: Entry, keep: &Keep, sink: &mut impl DeliverySink) -> Need {
         let verdict = self.verdict(&entry);
-        obey.judged(verdict);
+        sink.classified(verdict);
         match verdict {
             Verdict::Deliver => {
-                self.pass_on(entry, keep, obey);
+                self.pass_on(entry, keep, sink);
                 Need::Nothing
             }
             Verdict::Duplicate => Need::Nothing,
@@ -297,7 +297,7 @@ impl RoomReplica {
     }
 
     /// Judges what was held while the log was read, up to what cannot be passed on.
-    pub(super) fn judge_held(&mut self, keep: &Keep, obey: &mut impl Obey) -> Need {
+    pub(super) fn judge_held(&mut self, keep: &Keep, sink: &mut impl DeliverySink) -> Need {
         let mut need = Need::Nothing;
         for entry in std::mem::take(&mut self.held) {
             let Some(top) = &self.top else { return Need::Read };
@@ -309,38 +309,38 @@ impl RoomReplica {
                 crate::fault_injection::ProtocolFault::ReadEntriesRepeated,
             ) && self.verdict(&entry) == Verdict::Duplicate
             {
-                self.pass_on(entry, keep, obey);
+                self.pass_on(entry, keep, sink);
                 continue;
             }
             if ordinal(&entry.position.epoch) < ordinal(&top.epoch) {
                 // Of an epoch that is gone, as this read has told.
-                obey.judged(Verdict::Duplicate);
+                sink.classified(Verdict::Duplicate);
             } else {
-                need = self.judge(entry, keep, obey);
+                need = self.judge(entry, keep, sink);
             }
         }
         need
     }
 
     /// Goes on in another epoch, behind the top.
-    pub(super) fn bump(&mut self, epoch: Epoch, obey: &mut impl Obey) {
+    pub(super) fn bump(&mut self, epoch: Epoch, sink: &mut impl DeliverySink) {
         if let Some(former) = self.top.take() {
             let to = Position::new(epoch, former.seq);
-            obey.bump(&to);
+            sink.bump(&to);
             self.former = Some(former);
             self.top = Some(to);
         }
     }
 
     /// Gives the next entry to those who are up to date, and keeps it.
-    pub(super) fn pass_on(&mut self, entry: Entry, keep: &Keep, obey: &mut impl Obey) {
+    pub(super) fn pass_on(&mut self, entry: Entry, keep: &Keep, sink: &mut impl DeliverySink) {
         if let Some(top) = &self.top
             && top.epoch != entry.position.epoch
         {
-            self.bump(entry.position.epoch.clone(), obey);
+            self.bump(entry.position.epoch.clone(), sink);
         }
         self.top = Some(entry.position.clone());
-        obey.entry(&entry);
+        sink.entry(&entry);
         self.ids.note(entry.envelope.id_key(), &entry.position, keep.ids_for, keep.now);
         self.newest_at = Some(keep.now);
         let first = self.ring.first();

@@ -14,7 +14,7 @@ use super::{
     judge::{Part, READ_LEN},
     ordinal,
     page::Page,
-    replica::{Keep, Need, Obey, Reading, RoomReplica, Verdict},
+    replica::{DeliverySink, Keep, Need, Reading, RoomReplica, Verdict},
     ring::RingMax,
     samples,
     serve::{self, Next, Resume},
@@ -262,15 +262,15 @@ struct Node {
 }
 
 /// What `RoomReplica` says is done to the clients.
-struct Doing<'a> {
+struct RecordingSink<'a> {
     clients: &'a mut Vec<Client>,
     orphans: &'a mut Vec<Entry>,
     passed_on: &'a mut Vec<Entry>,
     begun_anew: &'a mut usize,
 }
 
-impl Obey for Doing<'_> {
-    fn judged(&mut self, _: Verdict) {}
+impl DeliverySink for RecordingSink<'_> {
+    fn classified(&mut self, _: Verdict) {}
 
     fn entry(&mut self, entry: &Entry) {
         self.passed_on.push(entry.clone());
@@ -310,9 +310,9 @@ fn keep(ring: usize) -> Keep {
 }
 
 impl Node {
-    fn parts(&mut self) -> (&mut RoomReplica, Doing<'_>) {
+    fn parts(&mut self) -> (&mut RoomReplica, RecordingSink<'_>) {
         let Self { replica, clients, orphans, passed_on, begun_anew, .. } = self;
-        (replica, Doing { clients, orphans, passed_on, begun_anew })
+        (replica, RecordingSink { clients, orphans, passed_on, begun_anew })
     }
 
     /// Gives a client what there is for it.
@@ -443,8 +443,8 @@ impl World {
     fn hear(&mut self, ring: usize, count: usize) {
         for entry in self.link.drain(..count.min(self.link.len())).collect::<Vec<_>>() {
             self.gone_by.push(entry.clone());
-            let (replica, mut doing) = self.node.parts();
-            let need = replica.arrive(entry, &keep(ring), &mut doing);
+            let (replica, mut sink) = self.node.parts();
+            let need = replica.arrive(entry, &keep(ring), &mut sink);
             self.need(need);
         }
     }
@@ -464,8 +464,8 @@ impl World {
     fn answer(&mut self, ring: usize) {
         let Some(page) = self.page.take() else { return };
         self.need = Need::Nothing;
-        let (replica, mut doing) = self.node.parts();
-        let need = replica.read(page, &keep(ring), &mut doing);
+        let (replica, mut sink) = self.node.parts();
+        let need = replica.read(page, &keep(ring), &mut sink);
         self.need(need);
         for orphan in std::mem::take(&mut self.node.orphans) {
             self.link.extend(self.log.append(orphan));

@@ -28,7 +28,7 @@ use crate::{
         judge::{Part, READ_LEN},
         ordinal,
         page::Page,
-        replica::{Need, Obey, RoomReplica, Verdict},
+        replica::{DeliverySink, Need, RoomReplica, Verdict},
     },
     telemetry::{
         metrics::{EntryResult, LogRepairResult},
@@ -74,15 +74,15 @@ pub(super) struct Room {
 }
 
 /// Gives members what was decided.
-struct Handing<'a> {
+struct FanOut<'a> {
     name: &'a RoomId,
     members: &'a mut [Member],
     turn: &'a mut Turn,
     reset: bool,
 }
 
-impl Obey for Handing<'_> {
-    fn judged(&mut self, verdict: Verdict) {
+impl DeliverySink for FanOut<'_> {
+    fn classified(&mut self, verdict: Verdict) {
         let arrival = match verdict {
             Verdict::Deliver => EntryResult::Delivered,
             Verdict::Duplicate => EntryResult::Duplicate,
@@ -203,7 +203,7 @@ impl Room {
         self.heard = true;
         let keep = turn.keep;
         let Self { name, members, .. } = self;
-        self.replica.arrive(entry, &keep, &mut Handing { name, members, turn, reset: false })
+        self.replica.arrive(entry, &keep, &mut FanOut { name, members, turn, reset: false })
     }
 
     /// Whether the room was deleted since this node follows it. An inbox is only emptied: its connections
@@ -219,9 +219,9 @@ impl Room {
         self.deleted = self.deleted.max(page.deleted);
         let opens = self.replica.top().is_none();
         let Self { name, members, .. } = self;
-        let mut handing = Handing { name, members, turn, reset: false };
-        let need = self.replica.read(page, &keep, &mut handing);
-        let reset = handing.reset;
+        let mut fan_out = FanOut { name, members, turn, reset: false };
+        let need = self.replica.read(page, &keep, &mut fan_out);
+        let reset = fan_out.reset;
         let outcome = match (need, reset) {
             (Need::Heal, _) => Some(LogRepairResult::Reconciled),
             (_, true) => Some(LogRepairResult::Reset),
