@@ -59,7 +59,7 @@ impl RoomReplica {
             return need;
         }
         self.term = self.term.max(term);
-        let held = self.judge_held(keep, sink);
+        let held = self.handle_buffered(keep, sink);
         let more =
             self.top.as_ref().is_none_or(|top| top.epoch != head.epoch || top.seq < head.seq);
         // A later epoch may have come with what was held, which the next read tells.

@@ -3,14 +3,14 @@
 //! A link delivers a room's entries in order while it stands. A reconnect may repeat the last few
 //! or skip some, and another server may come back with another log. [`RoomReplica`] turns that into the
 //! promise made to members: each number once, in order, and a word where that cannot be kept. It
-//! is told what arrives ([`RoomReplica::arrive`]) and what was read ([`RoomReplica::read`], in [`judge`]), has
+//! is told what arrives ([`RoomReplica::receive`]) and what was read ([`RoomReplica::read`], in [`handle`]), has
 //! done what follows from it by an [`DeliverySink`], and says what it needs.
 //!
 //! Invariants: within an epoch the top never goes down, and epochs only go up. The ring ends at the
 //! top or is empty. Numbers go on where a new epoch continues the one before, so that the ring may
 //! hold both; each entry keeps the epoch that it was written under.
 //!
-//! [`judge`]: super::judge
+//! [`handle`]: super::judge
 
 use std::time::Duration;
 
@@ -29,12 +29,12 @@ use super::{
 };
 
 /// The most arrivals held while the log is read; what is above is read again.
-const HELD_MAX: usize = 1024;
+const BUFFERED_MAX: usize = 1024;
 
 /// Does what was decided.
 pub trait DeliverySink {
     /// An arrival was judged.
-    fn classified(&mut self, verdict: Verdict);
+    fn classified(&mut self, class: EntryClass);
     /// The next entry: for each member that has had all before it.
     fn entry(&mut self, entry: &Entry);
     /// The log goes on in another epoch, behind what was given last, and nothing was lost: for each
@@ -48,12 +48,12 @@ pub trait DeliverySink {
 
 /// What to do with an arrival.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict {
+pub enum EntryClass {
     /// It is the next one.
-    Deliver,
+    Next,
     /// It was there before.
     Duplicate,
-    /// Others come before it that have not arrived.
+    /// Others come before it that have not received.
     Gap,
     /// It is of another epoch than the one followed, or was the first to be appended on another
     /// server: the log tells.
@@ -128,7 +128,7 @@ pub struct RoomReplica {
     /// When the newest entry came.
     pub(super) newest_at: Option<Instant>,
     /// Arrivals that wait for a read of the log, in the order of their coming.
-    pub(super) held: Vec<Entry>,
+    pub(super) buffered: Vec<Entry>,
     pub(super) reading: Reading,
     pub(super) ask: Ask,
 }
@@ -143,7 +143,7 @@ impl Default for RoomReplica {
             ring_is_whole: false,
             ids: Ids::default(),
             newest_at: None,
-            held: Vec::new(),
+            buffered: Vec::new(),
             reading: Reading::No,
             ask: Ask::Newest,
         }
@@ -233,17 +233,17 @@ impl RoomReplica {
     }
 
     /// Takes an entry that came from the bus.
-    pub fn arrive(&mut self, entry: Entry, keep: &Keep, sink: &mut impl DeliverySink) -> Need {
+    pub fn receive(&mut self, entry: Entry, keep: &Keep, sink: &mut impl DeliverySink) -> Need {
         if self.top.is_none() || self.reading != Reading::No {
-            self.hold(entry);
+            self.buffer(entry);
             return Need::Nothing;
         }
-        self.judge(entry, keep, sink)
+        self.handle(entry, keep, sink)
     }
 
-    fn hold(&mut self, entry: Entry) {
-        if self.held.len() < HELD_MAX {
-            self.held.push(entry);
+    fn buffer(&mut self, entry: Entry) {
+        if self.buffered.len() < BUFFERED_MAX {
+            self.buffered.push(entry);
         } else if self.reading != Reading::No {
             self.reading = Reading::Again;
         }
@@ -251,28 +251,28 @@ impl RoomReplica {
 
     /// Judges an arrival. What cannot be passed on is dropped: a read that begins after it has come
     /// shows it, if it is in the log.
-    fn judge(&mut self, entry: Entry, keep: &Keep, sink: &mut impl DeliverySink) -> Need {
-        let verdict = self.verdict(&entry);
-        sink.classified(verdict);
-        match verdict {
-            Verdict::Deliver => {
+    fn handle(&mut self, entry: Entry, keep: &Keep, sink: &mut impl DeliverySink) -> Need {
+        let class = self.classify(&entry);
+        sink.classified(class);
+        match class {
+            EntryClass::Next => {
                 self.pass_on(entry, keep, sink);
                 Need::Nothing
             }
-            Verdict::Duplicate => Need::Nothing,
-            Verdict::Gap | Verdict::Restarted => Need::Read,
-            Verdict::Diverged => Need::Heal,
+            EntryClass::Duplicate => Need::Nothing,
+            EntryClass::Gap | EntryClass::Restarted => Need::Read,
+            EntryClass::Diverged => Need::Heal,
         }
     }
 
-    fn verdict(&self, entry: &Entry) -> Verdict {
-        let arrived = &entry.position;
-        let Some(top) = &self.top else { return Verdict::Gap };
-        if arrived.epoch == top.epoch {
-            if arrived.seq == top.seq + 1 {
+    fn classify(&self, entry: &Entry) -> EntryClass {
+        let received = &entry.position;
+        let Some(top) = &self.top else { return EntryClass::Gap };
+        if received.epoch == top.epoch {
+            if received.seq == top.seq + 1 {
                 // Another server may have come back without what is held here.
                 let known = self.ring.last().is_none_or(|last| last.stamp == entry.stamp);
-                return if known { Verdict::Deliver } else { Verdict::Restarted };
+                return if known { EntryClass::Next } else { EntryClass::Restarted };
             }
             if arrived.seq > top.seq {
                 #[cfg(debug_assertions)]
@@ -281,25 +281,25 @@ impl RoomReplica {
                 ) {
                     return Verdict::Deliver;
                 }
-                return Verdict::Gap;
+                return EntryClass::Gap;
             }
-            return match self.ring.at(arrived.seq) {
-                Some(held) if !held.is(entry) => Verdict::Diverged,
-                _ => Verdict::Duplicate,
+            return match self.ring.at(received.seq) {
+                Some(held) if !held.is(entry) => EntryClass::Diverged,
+                _ => EntryClass::Duplicate,
             };
         }
-        match self.ring.at(arrived.seq) {
-            Some(held) if held.position.epoch == arrived.epoch && held.is(entry) => {
-                Verdict::Duplicate
+        match self.ring.at(received.seq) {
+            Some(held) if held.position.epoch == received.epoch && held.is(entry) => {
+                EntryClass::Duplicate
             }
-            _ => Verdict::Restarted,
+            _ => EntryClass::Restarted,
         }
     }
 
     /// Judges what was held while the log was read, up to what cannot be passed on.
-    pub(super) fn judge_held(&mut self, keep: &Keep, sink: &mut impl DeliverySink) -> Need {
+    pub(super) fn handle_buffered(&mut self, keep: &Keep, sink: &mut impl DeliverySink) -> Need {
         let mut need = Need::Nothing;
-        for entry in std::mem::take(&mut self.held) {
+        for entry in std::mem::take(&mut self.buffered) {
             let Some(top) = &self.top else { return Need::Read };
             if need != Need::Nothing {
                 continue;
@@ -314,9 +314,9 @@ impl RoomReplica {
             }
             if ordinal(&entry.position.epoch) < ordinal(&top.epoch) {
                 // Of an epoch that is gone, as this read has told.
-                sink.classified(Verdict::Duplicate);
+                sink.classified(EntryClass::Duplicate);
             } else {
-                need = self.judge(entry, keep, sink);
+                need = self.handle(entry, keep, sink);
             }
         }
         need

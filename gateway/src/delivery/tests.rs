@@ -14,7 +14,7 @@ use super::{
     judge::{Part, READ_LEN},
     ordinal,
     page::Page,
-    replica::{DeliverySink, Keep, Need, Reading, RoomReplica, Verdict},
+    replica::{DeliverySink, EntryClass, Keep, Need, Reading, RoomReplica},
     ring::RingMax,
     samples,
     serve::{self, Next, Resume},
@@ -270,7 +270,7 @@ struct RecordingSink<'a> {
 }
 
 impl DeliverySink for RecordingSink<'_> {
-    fn classified(&mut self, _: Verdict) {}
+    fn classified(&mut self, _: EntryClass) {}
 
     fn entry(&mut self, entry: &Entry) {
         self.passed_on.push(entry.clone());
@@ -444,7 +444,7 @@ impl World {
         for entry in self.link.drain(..count.min(self.link.len())).collect::<Vec<_>>() {
             self.gone_by.push(entry.clone());
             let (replica, mut sink) = self.node.parts();
-            let need = replica.arrive(entry, &keep(ring), &mut sink);
+            let need = replica.receive(entry, &keep(ring), &mut sink);
             self.need(need);
         }
     }

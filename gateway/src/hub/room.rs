@@ -28,7 +28,7 @@ use crate::{
         judge::{Part, READ_LEN},
         ordinal,
         page::Page,
-        replica::{DeliverySink, Need, RoomReplica, Verdict},
+        replica::{DeliverySink, EntryClass, Need, RoomReplica},
     },
     telemetry::{
         metrics::{EntryResult, LogRepairResult},
@@ -82,12 +82,12 @@ struct FanOut<'a> {
 }
 
 impl DeliverySink for FanOut<'_> {
-    fn classified(&mut self, verdict: Verdict) {
-        let arrival = match verdict {
-            Verdict::Deliver => EntryResult::Delivered,
-            Verdict::Duplicate => EntryResult::Duplicate,
-            Verdict::Gap => EntryResult::Gap,
-            Verdict::Restarted | Verdict::Diverged => EntryResult::EpochChanged,
+    fn classified(&mut self, class: EntryClass) {
+        let arrival = match class {
+            EntryClass::Next => EntryResult::Delivered,
+            EntryClass::Duplicate => EntryResult::Duplicate,
+            EntryClass::Gap => EntryResult::Gap,
+            EntryClass::Restarted | EntryClass::Diverged => EntryResult::EpochChanged,
         };
         self.turn.metrics.bus_entries_received.of(arrival).inc();
     }
@@ -199,11 +199,11 @@ impl Room {
     }
 
     /// Takes an entry that came from the bus.
-    pub(super) fn arrive(&mut self, entry: Entry, turn: &mut Turn) -> Need {
+    pub(super) fn receive(&mut self, entry: Entry, turn: &mut Turn) -> Need {
         self.heard = true;
         let keep = turn.keep;
         let Self { name, members, .. } = self;
-        self.replica.arrive(entry, &keep, &mut FanOut { name, members, turn, reset: false })
+        self.replica.receive(entry, &keep, &mut FanOut { name, members, turn, reset: false })
     }
 
     /// Whether the room was deleted since this node follows it. An inbox is only emptied: its connections

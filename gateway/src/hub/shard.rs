@@ -295,7 +295,7 @@ impl Shard {
         self.fenced || self.fence != fence
     }
 
-    fn arrive(&mut self, name: RoomId, entry: Entry) {
+    fn receive(&mut self, name: RoomId, entry: Entry) {
         if self.fenced {
             self.turn.metrics.bus_entries_received.of(EntryResult::NoLease).inc();
             return;
@@ -306,7 +306,7 @@ impl Shard {
         };
         self.turn.keep.ring = self.budget.ring_max();
         let before = Taken::by(room);
-        let need = room.arrive(entry, &mut self.turn);
+        let need = room.receive(entry, &mut self.turn);
         self.budget.count(before, room, self.turn.keep.now);
         self.meet(&name, need);
         self.forget_ids();
