@@ -13,7 +13,7 @@ use shared::{
 use super::{
     Entry, ordinal,
     page::Page,
-    replica::{Ask, DeliverySink, Keep, Need, Reading, RoomReplica},
+    replica::{DeliverySink, Keep, NextAction, ReadPlan, ReadState, RoomReplica},
 };
 
 /// How many entries one read of a log brings: all that a ring holds, so that one read tells which
@@ -22,7 +22,7 @@ pub const READ_LEN: u32 = 256;
 
 /// Which part of a log is to be read: `limit` of [`READ_LEN`] entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Part {
+pub enum ReadFrom {
     /// The newest.
     Newest,
     /// The oldest behind a number.
@@ -31,60 +31,67 @@ pub enum Part {
 
 /// What became of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Taken {
+enum PageProgress {
     /// All it showed.
-    All,
+    Applied,
     /// Nothing: another part of the log has to be seen first.
-    Nothing(Need),
+    Blocked(NextAction),
 }
 
 impl RoomReplica {
     /// Which part of the log to read to go on.
-    pub fn next_part(&self) -> Part {
-        match (self.ask, &self.top) {
-            (Ask::Newest, _) | (_, None) => Part::Newest,
-            (Ask::Overlap, Some(top)) => Part::After(top.seq.saturating_sub(1)),
-            (Ask::Beyond, Some(top)) => Part::After(top.seq),
-            (Ask::Ring, Some(top)) => Part::After(self.ring.first().unwrap_or(top.seq) - 1),
+    pub fn next_read(&self) -> ReadFrom {
+        match (self.plan, &self.top) {
+            (ReadPlan::Newest, _) | (_, None) => ReadFrom::Newest,
+            (ReadPlan::Overlap, Some(top)) => ReadFrom::After(top.seq.saturating_sub(1)),
+            (ReadPlan::AfterTop, Some(top)) => ReadFrom::After(top.seq),
+            (ReadPlan::Ring, Some(top)) => {
+                ReadFrom::After(self.ring.first().unwrap_or(top.seq) - 1)
+            }
         }
     }
 
     /// Takes what was read of the log, and then what was held meanwhile.
-    pub fn read(&mut self, mut page: Page, keep: &Keep, sink: &mut impl DeliverySink) -> Need {
-        let again = self.reading == Reading::Again;
-        self.reading = Reading::No;
+    pub fn read(
+        &mut self,
+        mut page: Page,
+        keep: &Keep,
+        sink: &mut impl DeliverySink,
+    ) -> NextAction {
+        let again = self.reading == ReadState::Again;
+        self.reading = ReadState::Idle;
         self.forget_past_retention(keep);
         let (head, term) = (page.head(), page.term);
-        if let Taken::Nothing(need) = self.take(&mut page, keep, sink) {
-            return need;
+        if let PageProgress::Blocked(next) = self.take(&mut page, keep, sink) {
+            return next;
         }
         self.term = self.term.max(term);
         let held = self.handle_buffered(keep, sink);
         let more =
             self.top.as_ref().is_none_or(|top| top.epoch != head.epoch || top.seq < head.seq);
         // A later epoch may have come with what was held, which the next read tells.
-        if more || again { held.max(Need::Read) } else { held }
+        if more || again { held.max(NextAction::Read) } else { held }
     }
 
-    fn take(&mut self, page: &mut Page, keep: &Keep, sink: &mut impl DeliverySink) -> Taken {
-        let asked = std::mem::replace(&mut self.ask, Ask::Overlap);
+    fn take(&mut self, page: &mut Page, keep: &Keep, sink: &mut impl DeliverySink) -> PageProgress {
+        let plan = std::mem::replace(&mut self.plan, ReadPlan::Overlap);
         let Some(top) = self.top.clone() else { return self.open(page, keep, sink) };
         let same = match (self.ring.last(), page.at(top.seq)) {
             (Some(held), Some(there)) => Some(held.is(there)),
             _ => None,
         };
         if ordinal(&page.epoch) < ordinal(&top.epoch) {
-            return Taken::Nothing(Need::Heal);
+            return PageProgress::Blocked(NextAction::Restore);
         }
         if page.epoch != top.epoch {
-            return self.take_of_another_epoch(page, asked, same, keep, sink);
+            return self.take_of_another_epoch(page, plan, same, keep, sink);
         }
         if page.top < top.seq {
             // Older than an arrival that came while it was under way.
-            return Taken::All;
+            return PageProgress::Applied;
         }
         if same == Some(false) {
-            return Taken::Nothing(Need::Heal);
+            return PageProgress::Blocked(NextAction::Restore);
         }
         self.former = page.former.clone();
         let shown = page.at(top.seq).is_some();
@@ -98,32 +105,32 @@ impl RoomReplica {
         }
         match page.entries.first() {
             Some(first) if first.position.seq > top.seq + 1 => {
-                if asked == Ask::Newest {
-                    // It was not asked for what is next.
-                    return Taken::Nothing(Need::Read);
+                if plan == ReadPlan::Newest {
+                    // It was not plan for what is next.
+                    return PageProgress::Blocked(NextAction::Read);
                 }
                 let base = before(first);
                 self.begin_anew(base, RecoveryFailure::LogTrimmed, sink);
             }
-            None if page.top == top.seq || self.reads_on(asked, shown) => {}
+            None if page.top == top.seq || self.reads_on(plan, shown) => {}
             None => self.begin_anew(page.head(), RecoveryFailure::LogTrimmed, sink),
             Some(_) => {}
         }
         self.pass_on_all(page, keep, sink);
-        Taken::All
+        PageProgress::Applied
     }
 
     /// Whether another read shows what this one did not: it ended at the top since the entry there
     /// is large, or it was made to see the entries before.
-    fn reads_on(&mut self, asked: Ask, shown: bool) -> bool {
-        if asked == Ask::Overlap && shown {
-            self.ask = Ask::Beyond;
+    fn reads_on(&mut self, plan: ReadPlan, shown: bool) -> bool {
+        if plan == ReadPlan::Overlap && shown {
+            self.plan = ReadPlan::AfterTop;
         }
-        shown || matches!(asked, Ask::Ring | Ask::Newest)
+        shown || matches!(plan, ReadPlan::Ring | ReadPlan::Newest)
     }
 
     /// Takes the first page of a room.
-    fn open(&mut self, page: &mut Page, keep: &Keep, sink: &mut impl DeliverySink) -> Taken {
+    fn open(&mut self, page: &mut Page, keep: &Keep, sink: &mut impl DeliverySink) -> PageProgress {
         page.keep_whole();
         self.former = page.former.clone();
         let first = page.entries.first().map_or(0, |first| first.position.seq);
@@ -131,7 +138,7 @@ impl RoomReplica {
         self.ring_is_whole = first == page.oldest && self.ring.first().unwrap_or(0) == first;
         let seq = self.top.as_ref().map_or(page.top, |top| top.seq);
         self.top = Some(Position::new(page.epoch.clone(), seq));
-        Taken::All
+        PageProgress::Applied
     }
 
     fn pass_on_all(&mut self, page: &mut Page, keep: &Keep, sink: &mut impl DeliverySink) {
@@ -143,33 +150,33 @@ impl RoomReplica {
     fn take_of_another_epoch(
         &mut self,
         page: &mut Page,
-        asked: Ask,
+        plan: ReadPlan,
         same: Option<bool>,
         keep: &Keep,
         sink: &mut impl DeliverySink,
-    ) -> Taken {
-        let Some(top) = self.top.clone() else { return Taken::Nothing(Need::Read) };
+    ) -> PageProgress {
+        let Some(top) = self.top.clone() else { return PageProgress::Blocked(NextAction::Read) };
         let continued = page
             .former
             .clone()
             .filter(|former| former.epoch == top.epoch && top.seq <= former.seq)
-            // What is not held cannot be compared, and what was compared need not be again.
-            .filter(|_| same == Some(true) || self.ring.is_empty() || asked == Ask::Beyond);
+            // What is not held cannot be compared, and what was compared next not be again.
+            .filter(|_| same == Some(true) || self.ring.is_empty() || plan == ReadPlan::AfterTop);
         let Some(former) = continued else {
-            return self.take_of_another_history(page, asked, same, keep, sink);
+            return self.take_of_another_history(page, plan, same, keep, sink);
         };
         let shown = page.at(top.seq).is_some();
         let mut rest = page.clone();
         rest_of(&mut rest, top.seq);
         let reaches = match rest.entries.first() {
             Some(first) => first.position.seq == top.seq + 1,
-            None => page.top == top.seq || page.top > top.seq && self.reads_on(asked, shown),
+            None => page.top == top.seq || page.top > top.seq && self.reads_on(plan, shown),
         };
         if !reaches {
-            return self.take_of_another_history(page, asked, same, keep, sink);
+            return self.take_of_another_history(page, plan, same, keep, sink);
         }
         self.go_on_over(&former, rest, keep, sink);
-        Taken::All
+        PageProgress::Applied
     }
 
     /// Passes on what is left of the epoch that ends at `former`, and goes on in the page's.
@@ -192,17 +199,17 @@ impl RoomReplica {
     fn take_of_another_history(
         &mut self,
         page: &mut Page,
-        asked: Ask,
+        plan: ReadPlan,
         same: Option<bool>,
         keep: &Keep,
         sink: &mut impl DeliverySink,
-    ) -> Taken {
-        let Some(top) = self.top.clone() else { return Taken::Nothing(Need::Read) };
+    ) -> PageProgress {
+        let Some(top) = self.top.clone() else { return PageProgress::Blocked(NextAction::Read) };
         let deleted = ordinal(&top.epoch) < page.deleted;
         if !deleted && same != Some(true) && !self.ring.is_empty() {
-            if page.oldest > 0 && asked != Ask::Ring {
-                self.ask = Ask::Ring;
-                return Taken::Nothing(Need::Read);
+            if page.oldest > 0 && plan != ReadPlan::Ring {
+                self.plan = ReadPlan::Ring;
+                return PageProgress::Blocked(NextAction::Read);
             }
             let lost = self.lost_by(page);
             for entry in self.ring.newest(lost) {
@@ -218,9 +225,9 @@ impl RoomReplica {
         let base = match (page.entries.first(), &page.former) {
             (Some(first), _) => before(first),
             (None, Some(former)) => Position::new(page.epoch.clone(), former.seq),
-            (None, None) if page.top > 0 && asked != Ask::Newest => {
-                self.ask = Ask::Newest;
-                return Taken::Nothing(Need::Read);
+            (None, None) if page.top > 0 && plan != ReadPlan::Newest => {
+                self.plan = ReadPlan::Newest;
+                return PageProgress::Blocked(NextAction::Read);
             }
             (None, None) => page.head(),
         };
@@ -228,7 +235,7 @@ impl RoomReplica {
         self.begin_anew(base, RecoveryFailure::LogLost, sink);
         self.ids.clear();
         self.pass_on_all(page, keep, sink);
-        Taken::All
+        PageProgress::Applied
     }
 
     /// How many entries of the ring stand behind the last one that the log has too. Where it has

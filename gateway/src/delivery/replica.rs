@@ -65,34 +65,34 @@ pub enum EntryClass {
 /// What it takes to go on. Of two needs the greater one is met.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[must_use]
-pub enum Need {
+pub enum NextAction {
     /// Nothing.
     Nothing,
     /// That the log is read.
     Read,
     /// That the log is compared with what this node holds, and then read.
-    Heal,
+    Restore,
 }
 
 /// Whether the log is being read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reading {
+pub enum ReadState {
     /// It is not.
-    No,
+    Idle,
     /// It is.
-    Yes,
+    InProgress,
     /// It is, and once more after that: doubt arose since it began.
     Again,
 }
 
 /// Which part of a log to read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Ask {
+pub(super) enum ReadPlan {
     /// From the newest entry held on, so that it can be compared.
     Overlap,
     /// From right behind the newest entry held: it has just been compared, and is so large that
     /// nothing behind it was shown.
-    Beyond,
+    AfterTop,
     /// The numbers that the ring holds, to find out which of its entries the log has lost.
     Ring,
     /// The newest entries.
@@ -129,8 +129,8 @@ pub struct RoomReplica {
     pub(super) newest_at: Option<Instant>,
     /// Arrivals that wait for a read of the log, in the order of their coming.
     pub(super) buffered: Vec<Entry>,
-    pub(super) reading: Reading,
-    pub(super) ask: Ask,
+    pub(super) reading: ReadState,
+    pub(super) plan: ReadPlan,
 }
 
 impl Default for RoomReplica {
@@ -144,8 +144,8 @@ impl Default for RoomReplica {
             ids: Ids::default(),
             newest_at: None,
             buffered: Vec::new(),
-            reading: Reading::No,
-            ask: Ask::Newest,
+            reading: ReadState::Idle,
+            plan: ReadPlan::Newest,
         }
     }
 }
@@ -177,7 +177,7 @@ impl RoomReplica {
     }
 
     /// Whether the log is being read.
-    pub fn reading(&self) -> Reading {
+    pub fn read_state(&self) -> ReadState {
         self.reading
     }
 
@@ -221,22 +221,27 @@ impl RoomReplica {
 
     /// Has what is read or compared from here on count.
     pub fn begin_read(&mut self) {
-        self.reading = Reading::Yes;
+        self.reading = ReadState::InProgress;
     }
 
     /// Entries may have been lost: a read under way is not enough. `false`: none is.
     pub fn read_again(&mut self) -> bool {
-        if self.reading != Reading::No {
-            self.reading = Reading::Again;
+        if self.reading != ReadState::Idle {
+            self.reading = ReadState::Again;
         }
-        self.reading != Reading::No
+        self.reading != ReadState::Idle
     }
 
     /// Takes an entry that came from the bus.
-    pub fn receive(&mut self, entry: Entry, keep: &Keep, sink: &mut impl DeliverySink) -> Need {
-        if self.top.is_none() || self.reading != Reading::No {
+    pub fn receive(
+        &mut self,
+        entry: Entry,
+        keep: &Keep,
+        sink: &mut impl DeliverySink,
+    ) -> NextAction {
+        if self.top.is_none() || self.reading != ReadState::Idle {
             self.buffer(entry);
-            return Need::Nothing;
+            return NextAction::Nothing;
         }
         self.handle(entry, keep, sink)
     }
@@ -244,24 +249,24 @@ impl RoomReplica {
     fn buffer(&mut self, entry: Entry) {
         if self.buffered.len() < BUFFERED_MAX {
             self.buffered.push(entry);
-        } else if self.reading != Reading::No {
-            self.reading = Reading::Again;
+        } else if self.reading != ReadState::Idle {
+            self.reading = ReadState::Again;
         }
     }
 
     /// Judges an arrival. What cannot be passed on is dropped: a read that begins after it has come
     /// shows it, if it is in the log.
-    fn handle(&mut self, entry: Entry, keep: &Keep, sink: &mut impl DeliverySink) -> Need {
+    fn handle(&mut self, entry: Entry, keep: &Keep, sink: &mut impl DeliverySink) -> NextAction {
         let class = self.classify(&entry);
         sink.classified(class);
         match class {
             EntryClass::Next => {
                 self.pass_on(entry, keep, sink);
-                Need::Nothing
+                NextAction::Nothing
             }
-            EntryClass::Duplicate => Need::Nothing,
-            EntryClass::Gap | EntryClass::Restarted => Need::Read,
-            EntryClass::Diverged => Need::Heal,
+            EntryClass::Duplicate => NextAction::Nothing,
+            EntryClass::Gap | EntryClass::Restarted => NextAction::Read,
+            EntryClass::Diverged => NextAction::Restore,
         }
     }
 
@@ -297,11 +302,15 @@ impl RoomReplica {
     }
 
     /// Judges what was held while the log was read, up to what cannot be passed on.
-    pub(super) fn handle_buffered(&mut self, keep: &Keep, sink: &mut impl DeliverySink) -> Need {
-        let mut need = Need::Nothing;
+    pub(super) fn handle_buffered(
+        &mut self,
+        keep: &Keep,
+        sink: &mut impl DeliverySink,
+    ) -> NextAction {
+        let mut next = NextAction::Nothing;
         for entry in std::mem::take(&mut self.buffered) {
-            let Some(top) = &self.top else { return Need::Read };
-            if need != Need::Nothing {
+            let Some(top) = &self.top else { return NextAction::Read };
+            if next != NextAction::Nothing {
                 continue;
             }
             #[cfg(debug_assertions)]
@@ -316,10 +325,10 @@ impl RoomReplica {
                 // Of an epoch that is gone, as this read has told.
                 sink.classified(EntryClass::Duplicate);
             } else {
-                need = self.handle(entry, keep, sink);
+                next = self.handle(entry, keep, sink);
             }
         }
-        need
+        next
     }
 
     /// Goes on in another epoch, behind the top.

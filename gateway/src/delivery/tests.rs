@@ -11,10 +11,10 @@ use shared::{
 
 use super::{
     Entry, ReplicaSnapshot, Token,
-    judge::{Part, READ_LEN},
+    judge::{READ_LEN, ReadFrom},
     ordinal,
     page::Page,
-    replica::{DeliverySink, EntryClass, Keep, Need, Reading, RoomReplica},
+    replica::{DeliverySink, EntryClass, Keep, NextAction, ReadState, RoomReplica},
     ring::RingMax,
     samples,
     serve::{self, Next, Resume},
@@ -123,14 +123,14 @@ impl Log {
         self.begin_epoch(None);
     }
 
-    fn page(&self, part: Part) -> Page {
+    fn page(&self, part: ReadFrom) -> Page {
         let entries = match part {
-            Part::Newest => {
+            ReadFrom::Newest => {
                 let from = self.entries.len().saturating_sub(READ_LEN as usize);
                 self.entries[from..].to_vec()
             }
             // Small, so that what is read comes in several pages.
-            Part::After(seq) => {
+            ReadFrom::After(seq) => {
                 let behind = self.entries.iter().filter(|entry| entry.position.seq > seq);
                 behind.take(5).cloned().collect()
             }
@@ -247,7 +247,7 @@ struct World {
     gone_by: Vec<Entry>,
     node: Node,
     /// What the node waits for, and what it will be told.
-    need: Need,
+    next: NextAction,
     page: Option<Page>,
 }
 
@@ -321,7 +321,7 @@ impl Node {
         // Only the first read counts as such; what the log does not go on for is a reset.
         while client.pace == Pace::Behind {
             let page = match self.replica.next(&client.cursor) {
-                Next::Absent => log.page(Part::After(client.cursor.seq)),
+                Next::Absent => log.page(ReadFrom::After(client.cursor.seq)),
                 Next::Entry(entry) => {
                     if !client.offer(entry) {
                         return;
@@ -379,7 +379,7 @@ impl Node {
             Some(entries) => serve::of_its_epoch(entries, &since, until.seq),
             None if since.seq == top.seq => Some(vec![]),
             None => {
-                let mut page = log.page(Part::After(since.seq));
+                let mut page = log.page(ReadFrom::After(since.seq));
                 if !self.replica.has_epoch_of(&page) {
                     return false;
                 }
@@ -422,18 +422,18 @@ impl World {
         let (orphans, passed_on) = (vec![], vec![]);
         let node = Node { replica, clients, orphans, passed_on, begun_anew: 0, refreshed: false };
         let (link, gone_by) = (vec![], vec![]);
-        let mut world = Self { log, link, gone_by, node, need: Need::Read, page: None };
+        let mut world = Self { log, link, gone_by, node, next: NextAction::Read, page: None };
         world.settle(ring);
         world
     }
 
-    fn need(&mut self, need: Need) {
-        if need == Need::Nothing {
+    fn next(&mut self, next: NextAction) {
+        if next == NextAction::Nothing {
             return;
         }
-        if self.node.replica.reading() == Reading::No {
+        if self.node.replica.read_state() == ReadState::Idle {
             self.node.replica.begin_read();
-            self.need = need;
+            self.next = next;
             self.page = None;
         } else {
             self.node.replica.read_again();
@@ -444,29 +444,29 @@ impl World {
         for entry in self.link.drain(..count.min(self.link.len())).collect::<Vec<_>>() {
             self.gone_by.push(entry.clone());
             let (replica, mut sink) = self.node.parts();
-            let need = replica.receive(entry, &keep(ring), &mut sink);
-            self.need(need);
+            let next = replica.receive(entry, &keep(ring), &mut sink);
+            self.next(next);
         }
     }
 
     fn look(&mut self) {
-        if self.need == Need::Nothing || self.page.is_some() {
+        if self.next == NextAction::Nothing || self.page.is_some() {
             return;
         }
-        if self.need == Need::Heal {
+        if self.next == NextAction::Restore {
             let held = self.node.replica.snapshot(&"r".parse().unwrap(), &keep(9)).unwrap();
             let given = self.log.heal(&held);
             self.link.extend(given);
         }
-        self.page = Some(self.log.page(self.node.replica.next_part()));
+        self.page = Some(self.log.page(self.node.replica.next_read()));
     }
 
     fn answer(&mut self, ring: usize) {
         let Some(page) = self.page.take() else { return };
-        self.need = Need::Nothing;
+        self.next = NextAction::Nothing;
         let (replica, mut sink) = self.node.parts();
-        let need = replica.read(page, &keep(ring), &mut sink);
-        self.need(need);
+        let next = replica.read(page, &keep(ring), &mut sink);
+        self.next(next);
         for orphan in std::mem::take(&mut self.node.orphans) {
             self.link.extend(self.log.append(orphan));
         }
@@ -481,12 +481,12 @@ impl World {
     fn joins(&mut self) {
         for client in 0..self.node.clients.len() {
             if self.node.clients[client].pace == Pace::Joining
-                && self.node.replica.reading() == Reading::No
+                && self.node.replica.read_state() == ReadState::Idle
             {
                 if self.node.join(client, &self.log) {
                     self.node.feed(client, &self.log);
                 } else {
-                    self.need(Need::Read);
+                    self.next(NextAction::Read);
                 }
             }
         }
@@ -497,8 +497,8 @@ impl World {
         for _ in 0..1000 {
             self.hear(ring, usize::MAX);
             let head = Position::new(self.log.epoch.clone(), self.log.top);
-            if self.need == Need::Nothing && !self.node.replica.has_reached(Some(&head)) {
-                self.need(Need::Read);
+            if self.next == NextAction::Nothing && !self.node.replica.has_reached(Some(&head)) {
+                self.next(NextAction::Read);
             }
             self.look();
             self.answer(ring);
@@ -510,7 +510,7 @@ impl World {
                 self.node.feed(client, &self.log);
             }
             self.joins();
-            if self.need == Need::Nothing
+            if self.next == NextAction::Nothing
                 && self.link.is_empty()
                 && self.node.replica.has_reached(Some(&head))
             {
@@ -538,7 +538,7 @@ impl World {
             }
             Event::Swap if self.link.len() > 1 => self.link.swap(0, 1),
             Event::Swap => {}
-            Event::Doubt => self.need(Need::Read),
+            Event::Doubt => self.next(NextAction::Read),
             Event::Look => self.look(),
             Event::Answer => self.answer(ring),
             Event::LeaveOrReturn(client) => {
@@ -677,13 +677,13 @@ fn what_was_lost_behind_the_end_of_an_epoch_is_brought_back_as_far_as_the_ring_g
 fn a_read_that_is_older_than_what_arrived_changes_nothing() {
     let mut world = World::new(256);
     world.take(&Event::Say(3), 256);
-    let old = world.log.page(Part::After(0));
+    let old = world.log.page(ReadFrom::After(0));
     world.take(&Event::Say(3), 256);
     world.hear(256, 6);
-    world.need(Need::Read);
+    world.next(NextAction::Read);
     world.page = Some(old);
     world.answer(256);
-    assert_eq!(world.need, Need::Nothing);
+    assert_eq!(world.next, NextAction::Nothing);
     assert_eq!((world.node.begun_anew, world.node.passed_on.len()), (0, 6));
 }
 

@@ -17,7 +17,7 @@ use crate::{
     delivery::{
         ReplicaSnapshot,
         page::Page,
-        replica::{Need, Reading},
+        replica::{NextAction, ReadState},
     },
     telemetry::metrics::LogRepairResult,
 };
@@ -33,8 +33,8 @@ const STRETCHES_MAX: usize = 16;
 impl Shard {
     /// Entries of any room may have been lost: all logs are compared with what was passed on.
     pub(super) fn doubt(&mut self) {
-        if self.comparing != Reading::No {
-            self.comparing = Reading::Again;
+        if self.comparing != ReadState::Idle {
+            self.comparing = ReadState::Again;
             return;
         }
         self.settling = self.doubted;
@@ -74,7 +74,7 @@ impl Shard {
             return;
         }
         rooms.sort_unstable();
-        self.comparing = Reading::Yes;
+        self.comparing = ReadState::InProgress;
         let (bus, calls, fence) = (self.bus.clone(), self.calls.clone(), self.fence);
         let metrics = self.turn.metrics.clone();
         let compare = async move {
@@ -98,14 +98,14 @@ impl Shard {
         fence: u64,
         heads: &[Option<Position>],
     ) {
-        let again = self.comparing == Reading::Again || self.is_from_before(fence);
-        self.comparing = Reading::No;
+        let again = self.comparing == ReadState::Again || self.is_from_before(fence);
+        self.comparing = ReadState::Idle;
         for ((name, generation), head) in rooms.into_iter().zip(heads) {
             let room = self.rooms.get(&name).filter(|room| room.generation == generation);
             let Some(room) = room else { continue };
             if !room.replica.has_reached(head.as_ref()) {
                 self.read_on(&name);
-            } else if !again && room.replica.reading() == Reading::No {
+            } else if !again && room.replica.read_state() == ReadState::Idle {
                 self.settle(&name);
             }
         }
@@ -131,11 +131,11 @@ impl Shard {
     }
 
     /// Does what a room needs to go on.
-    pub(super) fn meet(&mut self, name: &RoomId, need: Need) {
-        match need {
-            Need::Nothing => {}
-            Need::Read => self.read_on(name),
-            Need::Heal => self.heal(name),
+    pub(super) fn act_on(&mut self, name: &RoomId, next: NextAction) {
+        match next {
+            NextAction::Nothing => {}
+            NextAction::Read => self.read_on(name),
+            NextAction::Restore => self.heal(name),
         }
     }
 
@@ -292,13 +292,13 @@ impl Shard {
         }
         let before = Taken::by(room);
         let bytes = page.bytes();
-        let need = room.read(page, &mut self.turn);
+        let next = room.read(page, &mut self.turn);
         self.budget.count(before, room, self.turn.keep.now);
-        room.healing &= need == Need::Heal;
+        room.healing &= next == NextAction::Restore;
         let waiting = room.take_waiting();
-        self.meet(name, need);
+        self.act_on(name, next);
         self.forget_ids();
-        if need == Need::Nothing {
+        if next == NextAction::Nothing {
             self.settle(name);
         }
         self.feed_all(name);

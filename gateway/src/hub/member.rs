@@ -419,7 +419,7 @@ impl Shared {
     }
 }
 
-/// The frame of one entry, encoded when first needed, and shared by all who need it.
+/// The frame of one entry, encoded when first needed, and shared by all who next it.
 pub(super) struct Frames<'a> {
     room: &'a RoomId,
     entry: &'a Entry,

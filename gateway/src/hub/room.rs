@@ -25,10 +25,10 @@ use crate::{
     bus::Range,
     delivery::{
         Entry, ReplicaSnapshot,
-        judge::{Part, READ_LEN},
+        judge::{READ_LEN, ReadFrom},
         ordinal,
         page::Page,
-        replica::{DeliverySink, EntryClass, Need, RoomReplica},
+        replica::{DeliverySink, EntryClass, NextAction, RoomReplica},
     },
     telemetry::{
         metrics::{EntryResult, LogRepairResult},
@@ -192,14 +192,14 @@ impl Room {
 
     /// Which part of the log to read to go on.
     pub(super) fn next_range(&self) -> Range {
-        match self.replica.next_part() {
-            Part::Newest => Range::Newest { limit: READ_LEN },
-            Part::After(seq) => Range::After { seq, limit: READ_LEN },
+        match self.replica.next_read() {
+            ReadFrom::Newest => Range::Newest { limit: READ_LEN },
+            ReadFrom::After(seq) => Range::After { seq, limit: READ_LEN },
         }
     }
 
     /// Takes an entry that came from the bus.
-    pub(super) fn receive(&mut self, entry: Entry, turn: &mut Turn) -> Need {
+    pub(super) fn receive(&mut self, entry: Entry, turn: &mut Turn) -> NextAction {
         self.heard = true;
         let keep = turn.keep;
         let Self { name, members, .. } = self;
@@ -214,16 +214,16 @@ impl Room {
     }
 
     /// Takes what was read of the log from the top on, and then what was held.
-    pub(super) fn read(&mut self, page: Page, turn: &mut Turn) -> Need {
+    pub(super) fn read(&mut self, page: Page, turn: &mut Turn) -> NextAction {
         let keep = turn.keep;
         self.deleted = self.deleted.max(page.deleted);
         let opens = self.replica.top().is_none();
         let Self { name, members, .. } = self;
         let mut fan_out = FanOut { name, members, turn, reset: false };
-        let need = self.replica.read(page, &keep, &mut fan_out);
+        let next = self.replica.read(page, &keep, &mut fan_out);
         let reset = fan_out.reset;
-        let outcome = match (need, reset) {
-            (Need::Heal, _) => Some(LogRepairResult::Reconciled),
+        let outcome = match (next, reset) {
+            (NextAction::Restore, _) => Some(LogRepairResult::Reconciled),
             (_, true) => Some(LogRepairResult::Reset),
             _ if opens => None,
             _ => Some(LogRepairResult::Complete),
@@ -231,7 +231,7 @@ impl Room {
         if let Some(outcome) = outcome {
             turn.metrics.log_repairs.of(outcome).inc();
         }
-        need
+        next
     }
 
     /// Has a join wait for a read of the log.

@@ -31,7 +31,7 @@ use crate::{
     bus::{Bus, ResyncRequest, ShardMessage, ShardReceiver},
     delivery::{
         Entry, ReplicaSnapshot,
-        replica::{Keep, Reading},
+        replica::{Keep, ReadState},
     },
     drain::Tasks,
     presence::Presence,
@@ -76,7 +76,7 @@ pub(super) struct Shard {
     joined_rooms: usize,
     rooms_max: usize,
     /// Whether heads of logs are being asked for.
-    pub(super) comparing: Reading,
+    pub(super) comparing: ReadState,
     /// When the rooms in which nothing arrives were compared last.
     compared_at: Instant,
     pub(super) doubt: Arc<ResyncRequest>,
@@ -142,7 +142,7 @@ impl Shard {
             lingering_rooms_max: options.lingering_rooms_max,
             joined_rooms: 0,
             rooms_max: options.rooms_max,
-            comparing: Reading::No,
+            comparing: ReadState::Idle,
             compared_at: now,
             doubt: letters.resync.clone(),
             doubted: 0,
@@ -306,9 +306,9 @@ impl Shard {
         };
         self.turn.keep.ring = self.budget.ring_max();
         let before = Taken::by(room);
-        let need = room.receive(entry, &mut self.turn);
+        let next = room.receive(entry, &mut self.turn);
         self.budget.count(before, room, self.turn.keep.now);
-        self.meet(&name, need);
+        self.act_on(&name, next);
         self.forget_ids();
     }
 
@@ -338,14 +338,17 @@ impl Shard {
 
     /// Compares the logs of rooms in which nothing has arrived for a while, as in a doubt.
     fn compare_silent(&mut self, now: Instant) {
-        if self.fenced || now - self.compared_at < COMPARE_EVERY || self.comparing != Reading::No {
+        if self.fenced
+            || now - self.compared_at < COMPARE_EVERY
+            || self.comparing != ReadState::Idle
+        {
             return;
         }
         self.compared_at = now;
         let mut rooms = Vec::new();
         for (name, room) in &mut self.rooms {
             let heard = std::mem::take(&mut room.heard);
-            if room.durable && !heard && room.replica.reading() == Reading::No {
+            if room.durable && !heard && room.replica.read_state() == ReadState::Idle {
                 rooms.push((name.clone(), room.generation));
             }
         }
@@ -360,7 +363,7 @@ impl Shard {
         let Some(room) = self.rooms.get_mut(&name) else {
             return self.open(name, join);
         };
-        if room.replica.reading() != Reading::No {
+        if room.replica.read_state() != ReadState::Idle {
             room.wait(join);
             return;
         }
