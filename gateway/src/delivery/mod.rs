@@ -15,7 +15,7 @@ pub mod page;
 pub mod ring;
 pub mod ids;
 pub mod replica;
-pub mod judge;
+pub mod reconcile;
 pub mod serve;
 
 /// Tells one run of a server from every other: another server, or the same one restarted or become

@@ -261,7 +261,7 @@ impl RoomReplica {
         sink.classified(class);
         match class {
             EntryClass::Next => {
-                self.pass_on(entry, keep, sink);
+                self.deliver(entry, keep, sink);
                 NextAction::Nothing
             }
             EntryClass::Duplicate => NextAction::Nothing,
@@ -318,7 +318,7 @@ impl RoomReplica {
                 crate::fault_injection::ProtocolFault::ReadEntriesRepeated,
             ) && self.verdict(&entry) == Verdict::Duplicate
             {
-                self.pass_on(entry, keep, sink);
+                self.deliver(entry, keep, sink);
                 continue;
             }
             if ordinal(&entry.position.epoch) < ordinal(&top.epoch) {
@@ -342,7 +342,7 @@ impl RoomReplica {
     }
 
     /// Gives the next entry to those who are up to date, and keeps it.
-    pub(super) fn pass_on(&mut self, entry: Entry, keep: &Keep, sink: &mut impl DeliverySink) {
+    pub(super) fn deliver(&mut self, entry: Entry, keep: &Keep, sink: &mut impl DeliverySink) {
         if let Some(top) = &self.top
             && top.epoch != entry.position.epoch
         {

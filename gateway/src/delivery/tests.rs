@@ -10,10 +10,9 @@ use shared::{
 };
 
 use super::{
-    Entry, ReplicaSnapshot, Token,
-    judge::{READ_LEN, ReadFrom},
-    ordinal,
+    Entry, ReplicaSnapshot, Token, ordinal,
     page::Page,
+    reconcile::{READ_LEN, ReadFrom},
     replica::{DeliverySink, EntryClass, Keep, NextAction, ReadState, RoomReplica},
     ring::RingMax,
     samples,
@@ -255,9 +254,9 @@ struct Node {
     replica: RoomReplica,
     clients: Vec<Client>,
     orphans: Vec<Entry>,
-    passed_on: Vec<Entry>,
+    delivered: Vec<Entry>,
     /// How often nothing could be continued.
-    begun_anew: usize,
+    restarts: usize,
     refreshed: bool,
 }
 
@@ -265,15 +264,15 @@ struct Node {
 struct RecordingSink<'a> {
     clients: &'a mut Vec<Client>,
     orphans: &'a mut Vec<Entry>,
-    passed_on: &'a mut Vec<Entry>,
-    begun_anew: &'a mut usize,
+    delivered: &'a mut Vec<Entry>,
+    restarts: &'a mut usize,
 }
 
 impl DeliverySink for RecordingSink<'_> {
     fn classified(&mut self, _: EntryClass) {}
 
     fn entry(&mut self, entry: &Entry) {
-        self.passed_on.push(entry.clone());
+        self.delivered.push(entry.clone());
         for client in self.clients.iter_mut().filter(|client| client.pace == Pace::Live) {
             client.offer(entry);
         }
@@ -286,7 +285,7 @@ impl DeliverySink for RecordingSink<'_> {
     }
 
     fn reset(&mut self, to: &Position, reason: RecoveryFailure) {
-        *self.begun_anew += 1;
+        *self.restarts += 1;
         for client in self.clients.iter_mut() {
             if matches!(client.pace, Pace::Live | Pace::Behind) {
                 client.reset(to, reason);
@@ -311,8 +310,8 @@ fn keep(ring: usize) -> Keep {
 
 impl Node {
     fn parts(&mut self) -> (&mut RoomReplica, RecordingSink<'_>) {
-        let Self { replica, clients, orphans, passed_on, begun_anew, .. } = self;
-        (replica, RecordingSink { clients, orphans, passed_on, begun_anew })
+        let Self { replica, clients, orphans, delivered, restarts, .. } = self;
+        (replica, RecordingSink { clients, orphans, delivered, restarts })
     }
 
     /// Gives a client what there is for it.
@@ -419,8 +418,8 @@ impl World {
         let mut replica = RoomReplica::default();
         replica.begin_read();
         let clients = (0..4).map(|_| Client::new(usize::MAX)).collect();
-        let (orphans, passed_on) = (vec![], vec![]);
-        let node = Node { replica, clients, orphans, passed_on, begun_anew: 0, refreshed: false };
+        let (orphans, delivered) = (vec![], vec![]);
+        let node = Node { replica, clients, orphans, delivered, restarts: 0, refreshed: false };
         let (link, gone_by) = (vec![], vec![]);
         let mut world = Self { log, link, gone_by, node, next: NextAction::Read, page: None };
         world.settle(ring);
@@ -465,7 +464,7 @@ impl World {
         let Some(page) = self.page.take() else { return };
         self.next = NextAction::Nothing;
         let (replica, mut sink) = self.node.parts();
-        let next = replica.read(page, &keep(ring), &mut sink);
+        let next = replica.apply_page(page, &keep(ring), &mut sink);
         self.next(next);
         for orphan in std::mem::take(&mut self.node.orphans) {
             self.link.extend(self.log.append(orphan));
@@ -662,14 +661,14 @@ fn what_was_lost_behind_the_end_of_an_epoch_is_brought_back_as_far_as_the_ring_g
     let mut world = World::new(4);
     world.take(&Event::Say(10), 4);
     world.hear(4, 10);
-    let passed_on = world.node.passed_on.clone();
+    let delivered = world.node.delivered.clone();
     // The ring has nothing in common with what is left.
     world.take(&Event::Bump(5), 4);
     world.take(&Event::Say(2), 4);
     world.settle(4);
     let ids = world.ids();
-    let back: Vec<_> = passed_on.iter().map(|entry| ids.contains(&entry.envelope.id())).collect();
-    assert_eq!(passed_on.len(), 10);
+    let back: Vec<_> = delivered.iter().map(|entry| ids.contains(&entry.envelope.id())).collect();
+    assert_eq!(delivered.len(), 10);
     assert_eq!(back[6..], [true; 4], "{back:?}");
 }
 
@@ -684,7 +683,7 @@ fn a_read_that_is_older_than_what_arrived_changes_nothing() {
     world.page = Some(old);
     world.answer(256);
     assert_eq!(world.next, NextAction::Nothing);
-    assert_eq!((world.node.begun_anew, world.node.passed_on.len()), (0, 6));
+    assert_eq!((world.node.restarts, world.node.delivered.len()), (0, 6));
 }
 
 proptest! {
@@ -720,9 +719,9 @@ proptest! {
     ) {
         let world = World::run(ring, &events);
         let bumps = events.iter().filter(|event| matches!(event, Event::Bump(_))).count();
-        prop_assert!(world.node.begun_anew == 0 || bumps > 1);
+        prop_assert!(world.node.restarts == 0 || bumps > 1);
         let clients = world.node.clients.iter().filter(|client| client.not_recovered == 0);
-        for client in clients.filter(|_| world.node.begun_anew == 0) {
+        for client in clients.filter(|_| world.node.restarts == 0) {
             prop_assert_eq!(&client.given, &world.log.entries);
             // One who was behind is not told of an epoch in which nothing was said.
             prop_assert!((bumps.min(1)..=bumps).contains(&client.resets.len()));
@@ -742,14 +741,14 @@ proptest! {
         for event in &before {
             world.take(event, 256);
         }
-        let passed_on = world.node.passed_on.clone();
+        let delivered = world.node.delivered.clone();
         world.take(&loss, 256);
         for event in &after {
             world.take(event, 256);
         }
         world.settle(256);
         let ids = world.ids();
-        for entry in &passed_on {
+        for entry in &delivered {
             prop_assert!(ids.contains(&entry.envelope.id()), "{} is lost", entry.position);
         }
     }

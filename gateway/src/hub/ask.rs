@@ -292,7 +292,7 @@ impl Shard {
         }
         let before = Taken::by(room);
         let bytes = page.bytes();
-        let next = room.read(page, &mut self.turn);
+        let next = room.apply_page(page, &mut self.turn);
         self.budget.count(before, room, self.turn.keep.now);
         room.healing &= next == NextAction::Restore;
         let waiting = room.take_waiting();

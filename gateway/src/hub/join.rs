@@ -23,8 +23,8 @@ use crate::{
     bus::{Range, registry::JoinSnapshot},
     delivery::{
         Entry,
-        judge::READ_LEN,
         page::Page,
+        reconcile::READ_LEN,
         serve::{self, Resume},
     },
     presence::Still,

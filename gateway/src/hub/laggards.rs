@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     bus::Range,
-    delivery::{judge::READ_LEN, page::Page, serve::Next},
+    delivery::{page::Page, reconcile::READ_LEN, serve::Next},
 };
 
 /// The read of the log for members that are behind.

@@ -24,10 +24,9 @@ use super::{
 use crate::{
     bus::Range,
     delivery::{
-        Entry, ReplicaSnapshot,
-        judge::{READ_LEN, ReadFrom},
-        ordinal,
+        Entry, ReplicaSnapshot, ordinal,
         page::Page,
+        reconcile::{READ_LEN, ReadFrom},
         replica::{DeliverySink, EntryClass, NextAction, RoomReplica},
     },
     telemetry::{
@@ -214,13 +213,13 @@ impl Room {
     }
 
     /// Takes what was read of the log from the top on, and then what was held.
-    pub(super) fn read(&mut self, page: Page, turn: &mut Turn) -> NextAction {
+    pub(super) fn apply_page(&mut self, page: Page, turn: &mut Turn) -> NextAction {
         let keep = turn.keep;
         self.deleted = self.deleted.max(page.deleted);
         let opens = self.replica.top().is_none();
         let Self { name, members, .. } = self;
         let mut fan_out = FanOut { name, members, turn, reset: false };
-        let next = self.replica.read(page, &keep, &mut fan_out);
+        let next = self.replica.apply_page(page, &keep, &mut fan_out);
         let reset = fan_out.reset;
         let outcome = match (next, reset) {
             (NextAction::Restore, _) => Some(LogRepairResult::Reconciled),

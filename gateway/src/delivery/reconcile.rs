@@ -52,7 +52,7 @@ impl RoomReplica {
     }
 
     /// Takes what was read of the log, and then what was held meanwhile.
-    pub fn read(
+    pub fn apply_page(
         &mut self,
         mut page: Page,
         keep: &Keep,
@@ -62,7 +62,7 @@ impl RoomReplica {
         self.reading = ReadState::Idle;
         self.forget_past_retention(keep);
         let (head, term) = (page.head(), page.term);
-        if let PageProgress::Blocked(next) = self.take(&mut page, keep, sink) {
+        if let PageProgress::Blocked(next) = self.apply(&mut page, keep, sink) {
             return next;
         }
         self.term = self.term.max(term);
@@ -73,9 +73,14 @@ impl RoomReplica {
         if more || again { held.max(NextAction::Read) } else { held }
     }
 
-    fn take(&mut self, page: &mut Page, keep: &Keep, sink: &mut impl DeliverySink) -> PageProgress {
+    fn apply(
+        &mut self,
+        page: &mut Page,
+        keep: &Keep,
+        sink: &mut impl DeliverySink,
+    ) -> PageProgress {
         let plan = std::mem::replace(&mut self.plan, ReadPlan::Overlap);
-        let Some(top) = self.top.clone() else { return self.open(page, keep, sink) };
+        let Some(top) = self.top.clone() else { return self.apply_first_page(page, keep, sink) };
         let same = match (self.ring.last(), page.at(top.seq)) {
             (Some(held), Some(there)) => Some(held.is(there)),
             _ => None,
@@ -84,7 +89,7 @@ impl RoomReplica {
             return PageProgress::Blocked(NextAction::Restore);
         }
         if page.epoch != top.epoch {
-            return self.take_of_another_epoch(page, plan, same, keep, sink);
+            return self.apply_new_epoch(page, plan, same, keep, sink);
         }
         if page.top < top.seq {
             // Older than an arrival that came while it was under way.
@@ -110,19 +115,19 @@ impl RoomReplica {
                     return PageProgress::Blocked(NextAction::Read);
                 }
                 let base = before(first);
-                self.begin_anew(base, RecoveryFailure::LogTrimmed, sink);
+                self.restart_at(base, RecoveryFailure::LogTrimmed, sink);
             }
-            None if page.top == top.seq || self.reads_on(plan, shown) => {}
-            None => self.begin_anew(page.head(), RecoveryFailure::LogTrimmed, sink),
+            None if page.top == top.seq || self.needs_further_read(plan, shown) => {}
+            None => self.restart_at(page.head(), RecoveryFailure::LogTrimmed, sink),
             Some(_) => {}
         }
-        self.pass_on_all(page, keep, sink);
+        self.deliver_all(page, keep, sink);
         PageProgress::Applied
     }
 
     /// Whether another read shows what this one did not: it ended at the top since the entry there
     /// is large, or it was made to see the entries before.
-    fn reads_on(&mut self, plan: ReadPlan, shown: bool) -> bool {
+    fn needs_further_read(&mut self, plan: ReadPlan, shown: bool) -> bool {
         if plan == ReadPlan::Overlap && shown {
             self.plan = ReadPlan::AfterTop;
         }
@@ -130,24 +135,29 @@ impl RoomReplica {
     }
 
     /// Takes the first page of a room.
-    fn open(&mut self, page: &mut Page, keep: &Keep, sink: &mut impl DeliverySink) -> PageProgress {
+    fn apply_first_page(
+        &mut self,
+        page: &mut Page,
+        keep: &Keep,
+        sink: &mut impl DeliverySink,
+    ) -> PageProgress {
         page.keep_whole();
         self.former = page.former.clone();
         let first = page.entries.first().map_or(0, |first| first.position.seq);
-        self.pass_on_all(page, keep, sink);
+        self.deliver_all(page, keep, sink);
         self.ring_is_whole = first == page.oldest && self.ring.first().unwrap_or(0) == first;
         let seq = self.top.as_ref().map_or(page.top, |top| top.seq);
         self.top = Some(Position::new(page.epoch.clone(), seq));
         PageProgress::Applied
     }
 
-    fn pass_on_all(&mut self, page: &mut Page, keep: &Keep, sink: &mut impl DeliverySink) {
+    fn deliver_all(&mut self, page: &mut Page, keep: &Keep, sink: &mut impl DeliverySink) {
         for entry in page.entries.drain(..) {
-            self.pass_on(entry, keep, sink);
+            self.deliver(entry, keep, sink);
         }
     }
 
-    fn take_of_another_epoch(
+    fn apply_new_epoch(
         &mut self,
         page: &mut Page,
         plan: ReadPlan,
@@ -163,24 +173,26 @@ impl RoomReplica {
             // What is not held cannot be compared, and what was compared next not be again.
             .filter(|_| same == Some(true) || self.ring.is_empty() || plan == ReadPlan::AfterTop);
         let Some(former) = continued else {
-            return self.take_of_another_history(page, plan, same, keep, sink);
+            return self.apply_new_history(page, plan, same, keep, sink);
         };
         let shown = page.at(top.seq).is_some();
         let mut rest = page.clone();
-        rest_of(&mut rest, top.seq);
+        keep_after(&mut rest, top.seq);
         let reaches = match rest.entries.first() {
             Some(first) => first.position.seq == top.seq + 1,
-            None => page.top == top.seq || page.top > top.seq && self.reads_on(plan, shown),
+            None => {
+                page.top == top.seq || page.top > top.seq && self.needs_further_read(plan, shown)
+            }
         };
         if !reaches {
-            return self.take_of_another_history(page, plan, same, keep, sink);
+            return self.apply_new_history(page, plan, same, keep, sink);
         }
-        self.go_on_over(&former, rest, keep, sink);
+        self.cross_epoch(&former, rest, keep, sink);
         PageProgress::Applied
     }
 
     /// Passes on what is left of the epoch that ends at `former`, and goes on in the page's.
-    fn go_on_over(
+    fn cross_epoch(
         &mut self,
         former: &Position,
         page: Page,
@@ -188,7 +200,7 @@ impl RoomReplica {
         sink: &mut impl DeliverySink,
     ) {
         for entry in page.entries {
-            self.pass_on(entry, keep, sink);
+            self.deliver(entry, keep, sink);
         }
         if self.top.as_ref() == Some(former) {
             self.bump(page.epoch, sink);
@@ -196,7 +208,7 @@ impl RoomReplica {
     }
 
     /// Begins anew with a log that is not the one followed: what it has lost is appended again.
-    fn take_of_another_history(
+    fn apply_new_history(
         &mut self,
         page: &mut Page,
         plan: ReadPlan,
@@ -232,9 +244,9 @@ impl RoomReplica {
             (None, None) => page.head(),
         };
         self.former = page.former.clone();
-        self.begin_anew(base, RecoveryFailure::LogLost, sink);
+        self.restart_at(base, RecoveryFailure::LogLost, sink);
         self.ids.clear();
-        self.pass_on_all(page, keep, sink);
+        self.deliver_all(page, keep, sink);
         PageProgress::Applied
     }
 
@@ -257,7 +269,7 @@ impl RoomReplica {
     }
 
     /// Goes on behind `base`, which does not continue what members were given.
-    fn begin_anew(&mut self, base: Position, reason: RecoveryFailure, sink: &mut impl DeliverySink) {
+    fn restart_at(&mut self, base: Position, reason: RecoveryFailure, sink: &mut impl DeliverySink) {
         sink.reset(&base, reason);
         self.ring.clear();
         self.ring_is_whole = false;
@@ -266,7 +278,7 @@ impl RoomReplica {
 }
 
 /// Leaves in the page what is whole behind `seq`.
-fn rest_of(page: &mut Page, seq: Seq) {
+fn keep_after(page: &mut Page, seq: Seq) {
     page.keep_whole();
     let old = page.entries.partition_point(|entry| entry.position.seq <= seq);
     page.entries.drain(..old);
