@@ -13,7 +13,7 @@ use shared::{
 use super::{
     Entry, ordinal,
     page::Page,
-    replica::{DeliverySink, Keep, NextAction, ReadPlan, ReadState, RoomReplica},
+    replica::{DeliverySink, NextAction, ReadPlan, ReadState, RetentionContext, RoomReplica},
 };
 
 /// How many entries one read of a log brings: all that a ring holds, so that one read tells which
@@ -55,18 +55,18 @@ impl RoomReplica {
     pub fn apply_page(
         &mut self,
         mut page: Page,
-        keep: &Keep,
+        retention: &RetentionContext,
         sink: &mut impl DeliverySink,
     ) -> NextAction {
         let again = self.reading == ReadState::Again;
         self.reading = ReadState::Idle;
-        self.forget_past_retention(keep);
+        self.forget_past_retention(retention);
         let (head, term) = (page.head(), page.term);
-        if let PageProgress::Blocked(next) = self.apply(&mut page, keep, sink) {
+        if let PageProgress::Blocked(next) = self.apply(&mut page, retention, sink) {
             return next;
         }
         self.term = self.term.max(term);
-        let held = self.handle_buffered(keep, sink);
+        let held = self.handle_buffered(retention, sink);
         let more =
             self.top.as_ref().is_none_or(|top| top.epoch != head.epoch || top.seq < head.seq);
         // A later epoch may have come with what was held, which the next read tells.
@@ -76,11 +76,13 @@ impl RoomReplica {
     fn apply(
         &mut self,
         page: &mut Page,
-        keep: &Keep,
+        retention: &RetentionContext,
         sink: &mut impl DeliverySink,
     ) -> PageProgress {
         let plan = std::mem::replace(&mut self.plan, ReadPlan::Overlap);
-        let Some(top) = self.top.clone() else { return self.apply_first_page(page, keep, sink) };
+        let Some(top) = self.top.clone() else {
+            return self.apply_first_page(page, retention, sink);
+        };
         let same = match (self.ring.last(), page.at(top.seq)) {
             (Some(held), Some(there)) => Some(held.is(there)),
             _ => None,
@@ -89,7 +91,7 @@ impl RoomReplica {
             return PageProgress::Blocked(NextAction::Restore);
         }
         if page.epoch != top.epoch {
-            return self.apply_new_epoch(page, plan, same, keep, sink);
+            return self.apply_new_epoch(page, plan, same, retention, sink);
         }
         if page.top < top.seq {
             // Older than an arrival that came while it was under way.
@@ -121,7 +123,7 @@ impl RoomReplica {
             None => self.restart_at(page.head(), RecoveryFailure::LogTrimmed, sink),
             Some(_) => {}
         }
-        self.deliver_all(page, keep, sink);
+        self.deliver_all(page, retention, sink);
         PageProgress::Applied
     }
 
@@ -138,22 +140,27 @@ impl RoomReplica {
     fn apply_first_page(
         &mut self,
         page: &mut Page,
-        keep: &Keep,
+        retention: &RetentionContext,
         sink: &mut impl DeliverySink,
     ) -> PageProgress {
         page.keep_whole();
         self.former = page.former.clone();
         let first = page.entries.first().map_or(0, |first| first.position.seq);
-        self.deliver_all(page, keep, sink);
+        self.deliver_all(page, retention, sink);
         self.ring_is_whole = first == page.oldest && self.ring.first().unwrap_or(0) == first;
         let seq = self.top.as_ref().map_or(page.top, |top| top.seq);
         self.top = Some(Position::new(page.epoch.clone(), seq));
         PageProgress::Applied
     }
 
-    fn deliver_all(&mut self, page: &mut Page, keep: &Keep, sink: &mut impl DeliverySink) {
+    fn deliver_all(
+        &mut self,
+        page: &mut Page,
+        retention: &RetentionContext,
+        sink: &mut impl DeliverySink,
+    ) {
         for entry in page.entries.drain(..) {
-            self.deliver(entry, keep, sink);
+            self.deliver(entry, retention, sink);
         }
     }
 
@@ -162,7 +169,7 @@ impl RoomReplica {
         page: &mut Page,
         plan: ReadPlan,
         same: Option<bool>,
-        keep: &Keep,
+        retention: &RetentionContext,
         sink: &mut impl DeliverySink,
     ) -> PageProgress {
         let Some(top) = self.top.clone() else { return PageProgress::Blocked(NextAction::Read) };
@@ -173,7 +180,7 @@ impl RoomReplica {
             // What is not held cannot be compared, and what was compared next not be again.
             .filter(|_| same == Some(true) || self.ring.is_empty() || plan == ReadPlan::AfterTop);
         let Some(former) = continued else {
-            return self.apply_new_history(page, plan, same, keep, sink);
+            return self.apply_new_history(page, plan, same, retention, sink);
         };
         let shown = page.at(top.seq).is_some();
         let mut rest = page.clone();
@@ -185,9 +192,9 @@ impl RoomReplica {
             }
         };
         if !reaches {
-            return self.apply_new_history(page, plan, same, keep, sink);
+            return self.apply_new_history(page, plan, same, retention, sink);
         }
-        self.cross_epoch(&former, rest, keep, sink);
+        self.cross_epoch(&former, rest, retention, sink);
         PageProgress::Applied
     }
 
@@ -196,11 +203,11 @@ impl RoomReplica {
         &mut self,
         former: &Position,
         page: Page,
-        keep: &Keep,
+        retention: &RetentionContext,
         sink: &mut impl DeliverySink,
     ) {
         for entry in page.entries {
-            self.deliver(entry, keep, sink);
+            self.deliver(entry, retention, sink);
         }
         if self.top.as_ref() == Some(former) {
             self.bump(page.epoch, sink);
@@ -213,7 +220,7 @@ impl RoomReplica {
         page: &mut Page,
         plan: ReadPlan,
         same: Option<bool>,
-        keep: &Keep,
+        retention: &RetentionContext,
         sink: &mut impl DeliverySink,
     ) -> PageProgress {
         let Some(top) = self.top.clone() else { return PageProgress::Blocked(NextAction::Read) };
@@ -246,7 +253,7 @@ impl RoomReplica {
         self.former = page.former.clone();
         self.restart_at(base, RecoveryFailure::LogLost, sink);
         self.ids.clear();
-        self.deliver_all(page, keep, sink);
+        self.deliver_all(page, retention, sink);
         PageProgress::Applied
     }
 

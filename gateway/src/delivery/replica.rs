@@ -101,7 +101,7 @@ pub(super) enum ReadPlan {
 
 /// What a node keeps of a room, and what time it is.
 #[derive(Clone, Copy, Debug)]
-pub struct Keep {
+pub struct RetentionContext {
     /// The most of a ring.
     pub ring: RingMax,
     /// How long ids are known.
@@ -182,9 +182,9 @@ impl RoomReplica {
     }
 
     /// What this node holds of the room's log, once that was read.
-    pub fn snapshot(&self, room: &RoomId, keep: &Keep) -> Option<ReplicaSnapshot> {
+    pub fn snapshot(&self, room: &RoomId, retention: &RetentionContext) -> Option<ReplicaSnapshot> {
         // What is past retention is gone on purpose.
-        let entries = if self.is_past_retention(keep) { 0 } else { self.ring.len() };
+        let entries = if self.is_past_retention(retention) { 0 } else { self.ring.len() };
         let older_than = match self.ring.first() {
             Some(first) if entries > 0 => first,
             _ => self.top()?.seq + 1,
@@ -200,16 +200,17 @@ impl RoomReplica {
     }
 
     /// Forgets entries past the room's retention.
-    pub fn forget_past_retention(&mut self, keep: &Keep) {
-        if !self.ring.is_empty() && self.is_past_retention(keep) {
+    pub fn forget_past_retention(&mut self, retention: &RetentionContext) {
+        if !self.ring.is_empty() && self.is_past_retention(retention) {
             self.ring.clear();
             self.ring_is_whole = false;
         }
     }
 
-    fn is_past_retention(&self, keep: &Keep) -> bool {
-        self.newest_at
-            .is_some_and(|came| keep.now.saturating_duration_since(came) > keep.entries_for)
+    fn is_past_retention(&self, retention: &RetentionContext) -> bool {
+        self.newest_at.is_some_and(|came| {
+            retention.now.saturating_duration_since(came) > retention.entries_for
+        })
     }
 
     /// Whether everything up to `head`, the newest position of the log, was passed on. A head below
@@ -236,14 +237,14 @@ impl RoomReplica {
     pub fn receive(
         &mut self,
         entry: Entry,
-        keep: &Keep,
+        retention: &RetentionContext,
         sink: &mut impl DeliverySink,
     ) -> NextAction {
         if self.top.is_none() || self.reading != ReadState::Idle {
             self.buffer(entry);
             return NextAction::Nothing;
         }
-        self.handle(entry, keep, sink)
+        self.handle(entry, retention, sink)
     }
 
     fn buffer(&mut self, entry: Entry) {
@@ -256,12 +257,17 @@ impl RoomReplica {
 
     /// Judges an arrival. What cannot be passed on is dropped: a read that begins after it has come
     /// shows it, if it is in the log.
-    fn handle(&mut self, entry: Entry, keep: &Keep, sink: &mut impl DeliverySink) -> NextAction {
+    fn handle(
+        &mut self,
+        entry: Entry,
+        retention: &RetentionContext,
+        sink: &mut impl DeliverySink,
+    ) -> NextAction {
         let class = self.classify(&entry);
         sink.classified(class);
         match class {
             EntryClass::Next => {
-                self.deliver(entry, keep, sink);
+                self.deliver(entry, retention, sink);
                 NextAction::Nothing
             }
             EntryClass::Duplicate => NextAction::Nothing,
@@ -304,7 +310,7 @@ impl RoomReplica {
     /// Judges what was held while the log was read, up to what cannot be passed on.
     pub(super) fn handle_buffered(
         &mut self,
-        keep: &Keep,
+        retention: &RetentionContext,
         sink: &mut impl DeliverySink,
     ) -> NextAction {
         let mut next = NextAction::Nothing;
@@ -318,14 +324,14 @@ impl RoomReplica {
                 crate::fault_injection::ProtocolFault::ReadEntriesRepeated,
             ) && self.verdict(&entry) == Verdict::Duplicate
             {
-                self.deliver(entry, keep, sink);
+                self.deliver(entry, retention, sink);
                 continue;
             }
             if ordinal(&entry.position.epoch) < ordinal(&top.epoch) {
                 // Of an epoch that is gone, as this read has told.
                 sink.classified(EntryClass::Duplicate);
             } else {
-                next = self.handle(entry, keep, sink);
+                next = self.handle(entry, retention, sink);
             }
         }
         next
@@ -342,7 +348,12 @@ impl RoomReplica {
     }
 
     /// Gives the next entry to those who are up to date, and keeps it.
-    pub(super) fn deliver(&mut self, entry: Entry, keep: &Keep, sink: &mut impl DeliverySink) {
+    pub(super) fn deliver(
+        &mut self,
+        entry: Entry,
+        retention: &RetentionContext,
+        sink: &mut impl DeliverySink,
+    ) {
         if let Some(top) = &self.top
             && top.epoch != entry.position.epoch
         {
@@ -350,10 +361,10 @@ impl RoomReplica {
         }
         self.top = Some(entry.position.clone());
         sink.entry(&entry);
-        self.ids.note(entry.envelope.id_key(), &entry.position, keep.ids_for, keep.now);
-        self.newest_at = Some(keep.now);
+        self.ids.note(entry.envelope.id_key(), &entry.position, retention.ids_for, retention.now);
+        self.newest_at = Some(retention.now);
         let first = self.ring.first();
-        self.ring.push(entry, keep.ring);
+        self.ring.push(entry, retention.ring);
         self.ring_is_whole &= first.is_none() || self.ring.first() == first;
     }
 }

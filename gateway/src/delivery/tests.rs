@@ -13,7 +13,7 @@ use super::{
     Entry, ReplicaSnapshot, Token, ordinal,
     page::Page,
     reconcile::{READ_LEN, ReadFrom},
-    replica::{DeliverySink, EntryClass, Keep, NextAction, ReadState, RoomReplica},
+    replica::{DeliverySink, EntryClass, NextAction, ReadState, RetentionContext, RoomReplica},
     ring::RingMax,
     samples,
     serve::{self, Next, Resume},
@@ -299,8 +299,8 @@ impl DeliverySink for RecordingSink<'_> {
     }
 }
 
-fn keep(ring: usize) -> Keep {
-    Keep {
+fn retention(ring: usize) -> RetentionContext {
+    RetentionContext {
         ring: RingMax { entries: ring, bytes: 1 << 20 },
         ids_for: Duration::from_secs(600),
         entries_for: Duration::from_secs(3600),
@@ -443,7 +443,7 @@ impl World {
         for entry in self.link.drain(..count.min(self.link.len())).collect::<Vec<_>>() {
             self.gone_by.push(entry.clone());
             let (replica, mut sink) = self.node.parts();
-            let next = replica.receive(entry, &keep(ring), &mut sink);
+            let next = replica.receive(entry, &retention(ring), &mut sink);
             self.next(next);
         }
     }
@@ -453,7 +453,7 @@ impl World {
             return;
         }
         if self.next == NextAction::Restore {
-            let held = self.node.replica.snapshot(&"r".parse().unwrap(), &keep(9)).unwrap();
+            let held = self.node.replica.snapshot(&"r".parse().unwrap(), &retention(9)).unwrap();
             let given = self.log.heal(&held);
             self.link.extend(given);
         }
@@ -464,7 +464,7 @@ impl World {
         let Some(page) = self.page.take() else { return };
         self.next = NextAction::Nothing;
         let (replica, mut sink) = self.node.parts();
-        let next = replica.apply_page(page, &keep(ring), &mut sink);
+        let next = replica.apply_page(page, &retention(ring), &mut sink);
         self.next(next);
         for orphan in std::mem::take(&mut self.node.orphans) {
             self.link.extend(self.log.append(orphan));

@@ -284,7 +284,7 @@ impl Shard {
     }
 
     fn went_on(&mut self, name: &RoomId, page: Page) {
-        self.turn.keep.ring = self.budget.ring_max();
+        self.turn.retention.ring = self.budget.ring_max();
         let Some(room) = self.rooms.get_mut(name) else { return };
         if room.was_deleted(&page) {
             // This node was cut off when that was passed on.
@@ -293,7 +293,7 @@ impl Shard {
         let before = Taken::by(room);
         let bytes = page.bytes();
         let next = room.apply_page(page, &mut self.turn);
-        self.budget.count(before, room, self.turn.keep.now);
+        self.budget.count(before, room, self.turn.retention.now);
         room.healing &= next == NextAction::Restore;
         let waiting = room.take_waiting();
         self.act_on(name, next);
@@ -354,7 +354,7 @@ impl Shard {
         ) {
             self.turn.orphans.clear();
         }
-        let deadline = self.turn.keep.now + ORPHAN_MAX;
+        let deadline = self.turn.retention.now + ORPHAN_MAX;
         for (room, envelope) in std::mem::take(&mut self.turn.orphans) {
             self.turn.metrics.reappended_messages.inc();
             let (name, id) = (room.clone(), envelope.id());

@@ -30,7 +30,7 @@ use crate::{
         sessions::{ConnectionInfo, UnixMicros},
         standing::Standing,
     },
-    delivery::{Entry, replica::Keep},
+    delivery::{Entry, replica::RetentionContext},
     outbox::{Offer, Outbox, deflate::Deflating},
     telemetry::{metrics::Metrics, trail::Trails},
 };
@@ -318,7 +318,7 @@ pub fn text_frame(answer: &ServerFrame<Box<RawValue>>) -> Bytes {
 /// What a turn of the hub goes by, and what it leaves to be done at its end.
 #[derive(Debug)]
 pub(super) struct Turn {
-    pub(super) keep: Keep,
+    pub(super) retention: RetentionContext,
     pub(super) metrics: Arc<Metrics>,
     pub(super) trails: Arc<Trails>,
     pub(super) standing: Arc<Standing>,
@@ -334,18 +334,18 @@ pub(super) struct Turn {
 
 impl Turn {
     pub(super) fn new(
-        keep: Keep,
+        retention: RetentionContext,
         (metrics, trails): (Arc<Metrics>, Arc<Trails>),
         standing: Arc<Standing>,
     ) -> Self {
         let (orphans, touched) = (Vec::new(), Vec::new());
-        Self { keep, metrics, trails, standing, orphans, touched, deliveries: 0, lags: 0 }
+        Self { retention, metrics, trails, standing, orphans, touched, deliveries: 0, lags: 0 }
     }
 
     /// Whether joins of `room` may be answered: until the nodes have agreed on a server, what is
     /// held may not be what is gone on with.
     pub(super) fn serves(&self, room: &RoomId) -> bool {
-        self.standing.serves(self.keep.now, room)
+        self.standing.serves(self.retention.now, room)
     }
 
     /// Has what `subscriber` holds written at the end of the turn.

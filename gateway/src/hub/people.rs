@@ -209,7 +209,7 @@ impl Room {
             }
         }
         if !self.people.pending.is_empty() {
-            let now = turn.keep.now;
+            let now = turn.retention.now;
             let at = self.people.diffed_at.map_or(now, |at| (at + DIFF_EVERY).max(now));
             self.people.note_due(at);
         }
@@ -218,7 +218,7 @@ impl Room {
     fn tell_diff(&mut self, named_max: usize, turn: &mut Turn) {
         let pending = std::mem::take(&mut self.people.pending);
         let count = self.people.roster.len() as u64;
-        self.people.diffed_at = Some(turn.keep.now);
+        self.people.diffed_at = Some(turn.retention.now);
         if count > named_max as u64 {
             let (joined, left) = (Vec::new(), Vec::new());
             let diff = PresenceDiffFrame { room: self.name.clone(), joined, left, count };
@@ -236,7 +236,7 @@ impl Room {
     }
 
     fn hear_typing(&mut self, user: UserId, is_typing: bool, turn: &mut Turn) {
-        let now = turn.keep.now;
+        let now = turn.retention.now;
         let typist = self.people.typists.entry(user.clone()).or_insert(Typist {
             shown: false,
             shown_at: None,
@@ -257,8 +257,8 @@ impl Room {
 
     fn look_at_typist(&mut self, user: &UserId, turn: &mut Turn) {
         let Some(typist) = self.people.typists.get_mut(user) else { return };
-        let told = typist.look(turn.keep.now);
-        match typist.due(turn.keep.now) {
+        let told = typist.look(turn.retention.now);
+        match typist.due(turn.retention.now) {
             Some(due) => self.people.note_due(due),
             None => drop(self.people.typists.remove(user)),
         }
@@ -275,7 +275,7 @@ impl Room {
 
     /// Does what is due.
     fn look_at_people(&mut self, named_max: usize, turn: &mut Turn) {
-        let now = turn.keep.now;
+        let now = turn.retention.now;
         let diff_at = self.people.diffed_at.map_or(now, |at| at + DIFF_EVERY);
         if !self.people.pending.is_empty() {
             if diff_at <= now {
@@ -305,7 +305,7 @@ impl Room {
     /// Answers those who ask who is present, as far as what they are to see has come to pass here.
     fn answer_who_asks(&mut self, turn: &mut Turn) {
         let People { roster, pending, asking, .. } = &mut self.people;
-        let (now, mut left) = (turn.keep.now, Vec::new());
+        let (now, mut left) = (turn.retention.now, Vec::new());
         for asks in asking.drain(..) {
             // What is told next must be news to who has the listing.
             let waits = (!pending.is_empty() || !roster.has_reached(asks.details.version))
@@ -483,7 +483,7 @@ impl Shard {
         } else if self.rosters_again.is_none() {
             let wait = UNSETTLED_MIN.saturating_mul(1 << self.reads_unsettled.min(10));
             self.reads_unsettled += 1;
-            self.rosters_again = Some(self.turn.keep.now + wait.min(UNSETTLED_MAX));
+            self.rosters_again = Some(self.turn.retention.now + wait.min(UNSETTLED_MAX));
         }
     }
 

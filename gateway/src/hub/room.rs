@@ -186,7 +186,7 @@ impl Room {
     /// What this node holds of the room's log, once it is open.
     pub(super) fn snapshot(&self, turn: &Turn) -> Option<ReplicaSnapshot> {
         self.durable.then_some(())?;
-        self.replica.snapshot(&self.name, &turn.keep)
+        self.replica.snapshot(&self.name, &turn.retention)
     }
 
     /// Which part of the log to read to go on.
@@ -200,9 +200,9 @@ impl Room {
     /// Takes an entry that came from the bus.
     pub(super) fn receive(&mut self, entry: Entry, turn: &mut Turn) -> NextAction {
         self.heard = true;
-        let keep = turn.keep;
+        let retention = turn.retention;
         let Self { name, members, .. } = self;
-        self.replica.receive(entry, &keep, &mut FanOut { name, members, turn, reset: false })
+        self.replica.receive(entry, &retention, &mut FanOut { name, members, turn, reset: false })
     }
 
     /// Whether the room was deleted since this node follows it. An inbox is only emptied: its connections
@@ -214,12 +214,12 @@ impl Room {
 
     /// Takes what was read of the log from the top on, and then what was held.
     pub(super) fn apply_page(&mut self, page: Page, turn: &mut Turn) -> NextAction {
-        let keep = turn.keep;
+        let retention = turn.retention;
         self.deleted = self.deleted.max(page.deleted);
         let opens = self.replica.top().is_none();
         let Self { name, members, .. } = self;
         let mut fan_out = FanOut { name, members, turn, reset: false };
-        let next = self.replica.apply_page(page, &keep, &mut fan_out);
+        let next = self.replica.apply_page(page, &retention, &mut fan_out);
         let reset = fan_out.reset;
         let outcome = match (next, reset) {
             (NextAction::Restore, _) => Some(LogRepairResult::Reconciled),

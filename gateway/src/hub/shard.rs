@@ -31,7 +31,7 @@ use crate::{
     bus::{Bus, ResyncRequest, ShardMessage, ShardReceiver},
     delivery::{
         Entry, ReplicaSnapshot,
-        replica::{Keep, ReadState},
+        replica::{ReadState, RetentionContext},
     },
     drain::Tasks,
     presence::Presence,
@@ -122,7 +122,7 @@ impl Shard {
     ) -> Self {
         let budget = Budget::new(&options, metrics.clone());
         let now = Instant::now();
-        let keep = Keep {
+        let retention = RetentionContext {
             ring: budget.ring_max(),
             ids_for: options.dedup_window,
             entries_for: options.log_ttl,
@@ -136,7 +136,7 @@ impl Shard {
             rules,
             tasks: tasks.clone(),
             calls,
-            turn: Turn::new(keep, (metrics, trails), letters.standing.clone()),
+            turn: Turn::new(retention, (metrics, trails), letters.standing.clone()),
             budget,
             lingering: Lingering::default(),
             lingering_rooms_max: options.lingering_rooms_max,
@@ -198,7 +198,7 @@ impl Shard {
                 arrived.push(letter);
             }
             let begun = Instant::now();
-            self.turn.keep.now = begun;
+            self.turn.retention.now = begun;
             self.look_at_standing(begun);
             let worth_timing = !arrived.is_empty();
             for letter in arrived.drain(..) {
@@ -304,10 +304,10 @@ impl Shard {
             self.turn.metrics.bus_entries_received.of(EntryResult::NotSubscribed).inc();
             return;
         };
-        self.turn.keep.ring = self.budget.ring_max();
+        self.turn.retention.ring = self.budget.ring_max();
         let before = Taken::by(room);
         let next = room.receive(entry, &mut self.turn);
-        self.budget.count(before, room, self.turn.keep.now);
+        self.budget.count(before, room, self.turn.retention.now);
         self.act_on(&name, next);
         self.forget_ids();
     }
@@ -322,7 +322,7 @@ impl Shard {
 
     /// Forgets ids past the dedup window, and the oldest where all of them take too much.
     pub(super) fn forget_ids(&mut self) {
-        let now = self.turn.keep.now;
+        let now = self.turn.retention.now;
         while let Some(bucket) = self.budget.next_to_forget(now) {
             let room = self.rooms.get_mut(&bucket.room);
             let Some(room) = room.filter(|room| room.generation == bucket.generation) else {
@@ -543,7 +543,7 @@ impl Shard {
         for room in self.rooms.values_mut() {
             room.forget_given_up();
             let before = Taken::by(room);
-            room.replica.forget_past_retention(&self.turn.keep);
+            room.replica.forget_past_retention(&self.turn.retention);
             self.budget.count(before, room, now);
             if room.name.kind() == RoomKind::Joined {
                 members += room.len();
