@@ -210,7 +210,7 @@ impl RoomReplica {
             self.deliver(entry, retention, sink);
         }
         if self.top.as_ref() == Some(former) {
-            self.bump(page.epoch, sink);
+            self.change_epoch(page.epoch, sink);
         }
     }
 

@@ -39,7 +39,7 @@ pub trait DeliverySink {
     fn entry(&mut self, entry: &Entry);
     /// The log goes on in another epoch, behind what was given last, and nothing was lost: for each
     /// member that has had all before it.
-    fn bump(&mut self, to: &Position);
+    fn epoch_changed(&mut self, to: &Position);
     /// What was given so far cannot be continued: every member goes on behind `to`.
     fn reset(&mut self, to: &Position, reason: RecoveryFailure);
     /// The log has lost an entry, which is to be appended anew.
@@ -338,10 +338,10 @@ impl RoomReplica {
     }
 
     /// Goes on in another epoch, behind the top.
-    pub(super) fn bump(&mut self, epoch: Epoch, sink: &mut impl DeliverySink) {
+    pub(super) fn change_epoch(&mut self, epoch: Epoch, sink: &mut impl DeliverySink) {
         if let Some(former) = self.top.take() {
             let to = Position::new(epoch, former.seq);
-            sink.bump(&to);
+            sink.epoch_changed(&to);
             self.former = Some(former);
             self.top = Some(to);
         }
@@ -357,7 +357,7 @@ impl RoomReplica {
         if let Some(top) = &self.top
             && top.epoch != entry.position.epoch
         {
-            self.bump(entry.position.epoch.clone(), sink);
+            self.change_epoch(entry.position.epoch.clone(), sink);
         }
         self.top = Some(entry.position.clone());
         sink.entry(&entry);

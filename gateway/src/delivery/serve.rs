@@ -13,15 +13,15 @@ use super::{Entry, page::Page, replica::RoomReplica};
 
 /// What a member is to be given next.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Next<'a> {
+pub enum NextDelivery<'a> {
     /// An entry.
     Entry(&'a Entry),
     /// `reset`: the log goes on in another epoch.
-    Bump(Position),
+    EpochChange(Position),
     /// What is not at hand.
-    Absent,
+    NotBuffered,
     /// Nothing: it has everything.
-    Nothing,
+    UpToDate,
 }
 
 /// What becomes of a client that wants to go on behind a position.
@@ -35,24 +35,30 @@ pub enum Resume {
 
 impl RoomReplica {
     /// What a member at `cursor` is given next, from the ring.
-    pub fn next(&self, cursor: &Position) -> Next<'_> {
+    pub fn next(&self, cursor: &Position) -> NextDelivery<'_> {
         self.step(cursor, self.ring.at(cursor.seq + 1))
     }
 
     /// What a member at `cursor` is given next, from what was read of the log.
-    pub fn next_of<'a>(&self, page: &'a Page, cursor: &Position) -> Next<'a> {
+    pub fn next_in_page<'a>(&self, page: &'a Page, cursor: &Position) -> NextDelivery<'a> {
         self.step(cursor, page.at(cursor.seq + 1))
     }
 
-    fn step<'a>(&self, cursor: &Position, next: Option<&'a Entry>) -> Next<'a> {
-        let Some(top) = &self.top else { return Next::Nothing };
+    fn step<'a>(&self, cursor: &Position, next: Option<&'a Entry>) -> NextDelivery<'a> {
+        let Some(top) = &self.top else { return NextDelivery::UpToDate };
         if cursor.seq >= top.seq {
-            return if cursor.epoch == top.epoch { Next::Nothing } else { Next::Bump(top.clone()) };
+            return if cursor.epoch == top.epoch {
+                NextDelivery::UpToDate
+            } else {
+                NextDelivery::EpochChange(top.clone())
+            };
         }
         match next {
-            Some(entry) if entry.position.epoch == cursor.epoch => Next::Entry(entry),
-            Some(entry) => Next::Bump(Position::new(entry.position.epoch.clone(), cursor.seq)),
-            None => Next::Absent,
+            Some(entry) if entry.position.epoch == cursor.epoch => NextDelivery::Entry(entry),
+            Some(entry) => {
+                NextDelivery::EpochChange(Position::new(entry.position.epoch.clone(), cursor.seq))
+            }
+            None => NextDelivery::NotBuffered,
         }
     }
 
@@ -63,7 +69,7 @@ impl RoomReplica {
 
     /// Where a member goes on that the log cannot be continued for from `cursor`, given a page that
     /// was read from there or from before and ends behind it: `None` where it can.
-    pub fn break_behind(
+    pub fn gap_after(
         &self,
         page: &Page,
         cursor: &Position,
@@ -109,7 +115,7 @@ impl RoomReplica {
 
 /// The entries among `behind`, which follow `since`, that are of its epoch and not above `until`.
 /// `None`: the first is of another epoch although `until` is of the same: nobody was ever there.
-pub fn of_its_epoch<'a>(
+pub fn within_epoch<'a>(
     behind: impl Iterator<Item = &'a Entry>,
     since: &Position,
     until: Seq,

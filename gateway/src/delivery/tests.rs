@@ -16,7 +16,7 @@ use super::{
     replica::{DeliverySink, EntryClass, NextAction, ReadState, RetentionContext, RoomReplica},
     ring::RingMax,
     samples,
-    serve::{self, Next, Resume},
+    serve::{self, NextDelivery, Resume},
 };
 
 /// What happens.
@@ -44,7 +44,7 @@ enum Event {
     Stall(u8),
     Drain(u8, u8),
     /// A new epoch continues the log. So many entries were lost first.
-    Bump(u8),
+    ChangeEpoch(u8),
     /// The log is lost as a whole.
     Restart,
     /// So many entries are lost, and more are written under their numbers.
@@ -183,7 +183,7 @@ struct Client {
     given: Vec<Entry>,
     resets: Vec<(Position, RecoveryFailure)>,
     /// Those that skip nothing.
-    bumps: Vec<Position>,
+    epoch_changes: Vec<Position>,
     not_recovered: usize,
 }
 
@@ -198,7 +198,7 @@ impl Client {
             seen: HashSet::new(),
             given: vec![],
             resets: vec![],
-            bumps: vec![],
+            epoch_changes: vec![],
             not_recovered: 0,
         }
     }
@@ -232,9 +232,9 @@ impl Client {
         self.resets.push((to.clone(), reason));
     }
 
-    fn bump(&mut self, to: &Position) {
+    fn change_epoch(&mut self, to: &Position) {
         self.reset(to, RecoveryFailure::LogLost);
-        self.bumps.push(to.clone());
+        self.epoch_changes.push(to.clone());
     }
 }
 
@@ -278,9 +278,9 @@ impl DeliverySink for RecordingSink<'_> {
         }
     }
 
-    fn bump(&mut self, to: &Position) {
+    fn epoch_changed(&mut self, to: &Position) {
         for client in self.clients.iter_mut().filter(|client| client.pace == Pace::Live) {
-            client.bump(to);
+            client.change_epoch(to);
         }
     }
 
@@ -320,18 +320,18 @@ impl Node {
         // Only the first read counts as such; what the log does not go on for is a reset.
         while client.pace == Pace::Behind {
             let page = match self.replica.next(&client.cursor) {
-                Next::Absent => log.page(ReadFrom::After(client.cursor.seq)),
-                Next::Entry(entry) => {
+                NextDelivery::NotBuffered => log.page(ReadFrom::After(client.cursor.seq)),
+                NextDelivery::Entry(entry) => {
                     if !client.offer(entry) {
                         return;
                     }
                     continue;
                 }
-                Next::Bump(to) => {
-                    client.bump(&to);
+                NextDelivery::EpochChange(to) => {
+                    client.change_epoch(&to);
                     continue;
                 }
-                Next::Nothing => {
+                NextDelivery::UpToDate => {
                     client.pace = Pace::Live;
                     return;
                 }
@@ -339,18 +339,18 @@ impl Node {
             if !self.replica.has_epoch_of(&page) {
                 return;
             }
-            if let Some((to, reason)) = self.replica.break_behind(&page, &client.cursor) {
+            if let Some((to, reason)) = self.replica.gap_after(&page, &client.cursor) {
                 client.reset(&to, reason);
             }
             loop {
-                match self.replica.next_of(&page, &client.cursor) {
-                    Next::Entry(entry) => {
+                match self.replica.next_in_page(&page, &client.cursor) {
+                    NextDelivery::Entry(entry) => {
                         if !client.offer(entry) {
                             return;
                         }
                     }
-                    Next::Bump(to) => client.bump(&to),
-                    Next::Absent | Next::Nothing => break,
+                    NextDelivery::EpochChange(to) => client.change_epoch(&to),
+                    NextDelivery::NotBuffered | NextDelivery::UpToDate => break,
                 }
             }
         }
@@ -375,7 +375,7 @@ impl Node {
             Resume::Unknown(_) => return lost(client),
         };
         let entries = match self.replica.ring().after(since.seq) {
-            Some(entries) => serve::of_its_epoch(entries, &since, until.seq),
+            Some(entries) => serve::within_epoch(entries, &since, until.seq),
             None if since.seq == top.seq => Some(vec![]),
             None => {
                 let mut page = log.page(ReadFrom::After(since.seq));
@@ -387,7 +387,7 @@ impl Node {
                 if page.continues(since.seq).is_err() {
                     return lost(client);
                 }
-                serve::of_its_epoch(page.entries.iter(), &since, until.seq)
+                serve::within_epoch(page.entries.iter(), &since, until.seq)
             }
         };
         let Some(entries) = entries else { return lost(client) };
@@ -554,7 +554,7 @@ impl World {
                 self.node.clients[client].room = usize::from(frames);
                 self.node.feed(client, &self.log);
             }
-            Event::Bump(lost) => {
+            Event::ChangeEpoch(lost) => {
                 if lost > 0 {
                     self.log.lose_tail(lost);
                 }
@@ -593,7 +593,7 @@ impl World {
         let head = Position::new(world.log.epoch.clone(), world.log.top);
         for client in &world.node.clients {
             assert_eq!(client.has.as_ref(), Some(&head), "not at the end of the log");
-            for to in &client.bumps {
+            for to in &client.epoch_changes {
                 let skipped = |at: &Position| at.epoch == to.epoch && at.seq <= to.seq;
                 let skips = world.log.entries.iter().any(|entry| skipped(&entry.position));
                 assert!(!skips, "entries of {to} and before were skipped");
@@ -626,13 +626,13 @@ fn mild() -> impl Strategy<Value = Event> {
 
 /// The same, and a log that goes on in new epochs.
 fn soft() -> impl Strategy<Value = Event> {
-    prop_oneof![20 => mild(), 1 => Just(Event::Bump(0))]
+    prop_oneof![20 => mild(), 1 => Just(Event::ChangeEpoch(0))]
 }
 
 /// A log that loses something.
 fn hard() -> impl Strategy<Value = Event> {
     prop_oneof![
-        (1_u8..8).prop_map(Event::Bump),
+        (1_u8..8).prop_map(Event::ChangeEpoch),
         Just(Event::Restart),
         (1_u8..8).prop_map(Event::Fork),
     ]
@@ -663,7 +663,7 @@ fn what_was_lost_behind_the_end_of_an_epoch_is_brought_back_as_far_as_the_ring_g
     world.hear(4, 10);
     let delivered = world.node.delivered.clone();
     // The ring has nothing in common with what is left.
-    world.take(&Event::Bump(5), 4);
+    world.take(&Event::ChangeEpoch(5), 4);
     world.take(&Event::Say(2), 4);
     world.settle(4);
     let ids = world.ids();
@@ -718,7 +718,7 @@ proptest! {
         events in many(soft()),
     ) {
         let world = World::run(ring, &events);
-        let bumps = events.iter().filter(|event| matches!(event, Event::Bump(_))).count();
+        let bumps = events.iter().filter(|event| matches!(event, Event::ChangeEpoch(_))).count();
         prop_assert!(world.node.restarts == 0 || bumps > 1);
         let clients = world.node.clients.iter().filter(|client| client.not_recovered == 0);
         for client in clients.filter(|_| world.node.restarts == 0) {

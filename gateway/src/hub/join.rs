@@ -138,7 +138,7 @@ impl Room {
             }
         };
         let entries = match self.replica.ring().after(since.seq) {
-            Some(entries) => serve::of_its_epoch(entries, &since, until.seq),
+            Some(entries) => serve::within_epoch(entries, &since, until.seq),
             None if since.seq == top.seq => Some(vec![]),
             None => return Step::Read(join, Range::After { seq: since.seq, limit: READ_LEN }),
         };
@@ -237,7 +237,7 @@ impl Room {
             join.lost = Some(reason);
             return self.join_newest(join, turn);
         }
-        let entries = serve::of_its_epoch(page.entries.iter(), &since, until.seq);
+        let entries = serve::within_epoch(page.entries.iter(), &since, until.seq);
         self.enter_since(join, since, until, entries, ResumeSource::Log, turn)
     }
 

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     bus::Range,
-    delivery::{page::Page, reconcile::READ_LEN, serve::Next},
+    delivery::{page::Page, reconcile::READ_LEN, serve::NextDelivery},
 };
 
 /// The read of the log for members that are behind.
@@ -52,18 +52,18 @@ impl Room {
         }
         loop {
             match self.replica.next(&member.cursor) {
-                Next::Entry(entry) => {
+                NextDelivery::Entry(entry) => {
                     if !member.give(&mut Frames::replay_to_one(&self.name, entry), turn) {
                         return;
                     }
                 }
-                Next::Bump(to) => member.bump(&self.name, &to, turn),
-                Next::Absent => {
+                NextDelivery::EpochChange(to) => member.change_epoch(&self.name, &to, turn),
+                NextDelivery::NotBuffered => {
                     member.pace = Pace::Reading;
                     self.thirsty.push_back(connection);
                     return;
                 }
-                Next::Nothing => {
+                NextDelivery::UpToDate => {
                     member.pace = Pace::Live;
                     return;
                 }
@@ -116,20 +116,20 @@ impl Room {
                 continue;
             }
             member.pace = Pace::Behind;
-            if let Some((to, reason)) = self.replica.break_behind(&page, &member.cursor) {
+            if let Some((to, reason)) = self.replica.gap_after(&page, &member.cursor) {
                 member.reset(&self.name, &to, reason, turn);
             }
             let is_full = loop {
-                match self.replica.next_of(&page, &member.cursor) {
-                    Next::Entry(entry) => {
+                match self.replica.next_in_page(&page, &member.cursor) {
+                    NextDelivery::Entry(entry) => {
                         let place = page.place(entry.position.seq);
                         let frames = place.and_then(|place| frames.get_mut(place));
                         if !frames.is_some_and(|frames| member.give(frames, turn)) {
                             break true;
                         }
                     }
-                    Next::Bump(to) => member.bump(&self.name, &to, turn),
-                    Next::Absent | Next::Nothing => break false,
+                    NextDelivery::EpochChange(to) => member.change_epoch(&self.name, &to, turn),
+                    NextDelivery::NotBuffered | NextDelivery::UpToDate => break false,
                 }
             };
             if !is_full {

@@ -560,7 +560,7 @@ impl Member {
     }
 
     /// Tells the member, which was given everything before, that its log goes on in another epoch.
-    pub(super) fn bump(&mut self, room: &RoomId, to: &Position, turn: &mut Turn) {
+    pub(super) fn change_epoch(&mut self, room: &RoomId, to: &Position, turn: &mut Turn) {
         self.reset(room, to, RecoveryFailure::LogLost, turn);
     }
 }

@@ -115,12 +115,12 @@ impl DeliverySink for FanOut<'_> {
         self.turn.trails.handed(self.name, entry.envelope.id(), &entry.position, handed);
     }
 
-    fn bump(&mut self, to: &Position) {
+    fn epoch_changed(&mut self, to: &Position) {
         if !self.members.is_empty() {
             tracing::warn!(room = %self.name, %to, "a log goes on in a new epoch; nothing is lost");
         }
         for member in self.members.iter_mut().filter(|member| member.pace == Pace::Live) {
-            member.bump(self.name, to, self.turn);
+            member.change_epoch(self.name, to, self.turn);
         }
     }
 
