@@ -102,13 +102,13 @@ impl RoomReplica {
         }
         self.former = page.former.clone();
         let shown = page.at(top.seq).is_some();
-        rest_of(page, top.seq);
+        keep_after(page, top.seq);
         #[cfg(debug_assertions)]
         if crate::fault_injection::is_injected(
             crate::fault_injection::ProtocolFault::NoContiguityCheck,
         ) {
-            self.pass_on_all(page, keep, obey);
-            return Taken::All;
+            self.deliver_all(page, retention, sink);
+            return PageProgress::Applied;
         }
         match page.entries.first() {
             Some(first) if first.position.seq > top.seq + 1 => {
@@ -232,7 +232,7 @@ impl RoomReplica {
             }
             let lost = self.lost_by(page);
             for entry in self.ring.newest(lost) {
-                sink.orphan(entry);
+                sink.lost(entry);
             }
         }
         // Not a second time, whatever the next read shows.

@@ -43,7 +43,7 @@ pub trait DeliverySink {
     /// What was given so far cannot be continued: every member goes on behind `to`.
     fn reset(&mut self, to: &Position, reason: RecoveryFailure);
     /// The log has lost an entry, which is to be appended anew.
-    fn orphan(&mut self, entry: &Entry);
+    fn lost(&mut self, entry: &Entry);
 }
 
 /// What to do with an arrival.
@@ -285,12 +285,12 @@ impl RoomReplica {
                 let known = self.ring.last().is_none_or(|last| last.stamp == entry.stamp);
                 return if known { EntryClass::Next } else { EntryClass::Restarted };
             }
-            if arrived.seq > top.seq {
+            if received.seq > top.seq {
                 #[cfg(debug_assertions)]
                 if crate::fault_injection::is_injected(
                     crate::fault_injection::ProtocolFault::GapIgnored,
                 ) {
-                    return Verdict::Deliver;
+                    return EntryClass::Next;
                 }
                 return EntryClass::Gap;
             }
@@ -322,7 +322,7 @@ impl RoomReplica {
             #[cfg(debug_assertions)]
             if crate::fault_injection::is_injected(
                 crate::fault_injection::ProtocolFault::ReadEntriesRepeated,
-            ) && self.verdict(&entry) == Verdict::Duplicate
+            ) && self.classify(&entry) == EntryClass::Duplicate
             {
                 self.deliver(entry, retention, sink);
                 continue;

@@ -253,7 +253,7 @@ struct World {
 struct Node {
     replica: RoomReplica,
     clients: Vec<Client>,
-    orphans: Vec<Entry>,
+    lost: Vec<Entry>,
     delivered: Vec<Entry>,
     /// How often nothing could be continued.
     restarts: usize,
@@ -263,7 +263,7 @@ struct Node {
 /// What `RoomReplica` says is done to the clients.
 struct RecordingSink<'a> {
     clients: &'a mut Vec<Client>,
-    orphans: &'a mut Vec<Entry>,
+    lost: &'a mut Vec<Entry>,
     delivered: &'a mut Vec<Entry>,
     restarts: &'a mut usize,
 }
@@ -294,8 +294,8 @@ impl DeliverySink for RecordingSink<'_> {
         }
     }
 
-    fn orphan(&mut self, entry: &Entry) {
-        self.orphans.push(entry.clone());
+    fn lost(&mut self, entry: &Entry) {
+        self.lost.push(entry.clone());
     }
 }
 
@@ -310,8 +310,8 @@ fn retention(ring: usize) -> RetentionContext {
 
 impl Node {
     fn parts(&mut self) -> (&mut RoomReplica, RecordingSink<'_>) {
-        let Self { replica, clients, orphans, delivered, restarts, .. } = self;
-        (replica, RecordingSink { clients, orphans, delivered, restarts })
+        let Self { replica, clients, lost, delivered, restarts, .. } = self;
+        (replica, RecordingSink { clients, lost, delivered, restarts })
     }
 
     /// Gives a client what there is for it.
@@ -418,8 +418,8 @@ impl World {
         let mut replica = RoomReplica::default();
         replica.begin_read();
         let clients = (0..4).map(|_| Client::new(usize::MAX)).collect();
-        let (orphans, delivered) = (vec![], vec![]);
-        let node = Node { replica, clients, orphans, delivered, restarts: 0, refreshed: false };
+        let (lost, delivered) = (vec![], vec![]);
+        let node = Node { replica, clients, lost, delivered, restarts: 0, refreshed: false };
         let (link, gone_by) = (vec![], vec![]);
         let mut world = Self { log, link, gone_by, node, next: NextAction::Read, page: None };
         world.settle(ring);
@@ -466,8 +466,8 @@ impl World {
         let (replica, mut sink) = self.node.parts();
         let next = replica.apply_page(page, &retention(ring), &mut sink);
         self.next(next);
-        for orphan in std::mem::take(&mut self.node.orphans) {
-            self.link.extend(self.log.append(orphan));
+        for lost in std::mem::take(&mut self.node.lost) {
+            self.link.extend(self.log.append(lost));
         }
         self.node.refreshed = true;
         for client in 0..self.node.clients.len() {

@@ -25,7 +25,7 @@ use crate::{
 /// How long to wait before a log that could not be read is read again.
 pub(super) const READ_AGAIN: Duration = Duration::from_millis(250);
 /// How long an entry that the log has lost is tried to be appended.
-const ORPHAN_MAX: Duration = Duration::from_secs(30);
+const REAPPEND_MAX: Duration = Duration::from_secs(30);
 /// The most reads for members that are behind that a shard has under way, so that what they bring is
 /// bounded.
 const STRETCHES_MAX: usize = 16;
@@ -347,15 +347,15 @@ impl Shard {
     }
 
     /// Appends what logs have lost, oldest first.
-    pub(super) fn append_orphans(&mut self) {
+    pub(super) fn reappend_lost(&mut self) {
         #[cfg(debug_assertions)]
         if crate::fault_injection::is_injected(
             crate::fault_injection::ProtocolFault::LostEntriesNotReappended,
         ) {
-            self.turn.orphans.clear();
+            self.turn.lost.clear();
         }
-        let deadline = self.turn.retention.now + ORPHAN_MAX;
-        for (room, envelope) in std::mem::take(&mut self.turn.orphans) {
+        let deadline = self.turn.retention.now + REAPPEND_MAX;
+        for (room, envelope) in std::mem::take(&mut self.turn.lost) {
             self.turn.metrics.reappended_messages.inc();
             let (name, id) = (room.clone(), envelope.id());
             let done = Box::new(move |result: Result<_, BusError>| {

@@ -323,7 +323,7 @@ pub(super) struct Turn {
     pub(super) trails: Arc<Trails>,
     pub(super) standing: Arc<Standing>,
     /// Messages that a log has lost, oldest first.
-    pub(super) orphans: Vec<(RoomId, Envelope)>,
+    pub(super) lost: Vec<(RoomId, Envelope)>,
     /// Who has something to be written.
     touched: Vec<Arc<Subscriber>>,
     /// How many entries were placed in outboxes.
@@ -338,8 +338,8 @@ impl Turn {
         (metrics, trails): (Arc<Metrics>, Arc<Trails>),
         standing: Arc<Standing>,
     ) -> Self {
-        let (orphans, touched) = (Vec::new(), Vec::new());
-        Self { retention, metrics, trails, standing, orphans, touched, deliveries: 0, lags: 0 }
+        let (lost, touched) = (Vec::new(), Vec::new());
+        Self { retention, metrics, trails, standing, lost, touched, deliveries: 0, lags: 0 }
     }
 
     /// Whether joins of `room` may be answered: until the nodes have agreed on a server, what is

@@ -135,8 +135,8 @@ impl DeliverySink for FanOut<'_> {
         }
     }
 
-    fn orphan(&mut self, entry: &Entry) {
-        self.turn.orphans.push((self.name.clone(), entry.envelope.clone()));
+    fn lost(&mut self, entry: &Entry) {
+        self.turn.lost.push((self.name.clone(), entry.envelope.clone()));
     }
 }
 

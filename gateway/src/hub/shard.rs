@@ -220,7 +220,7 @@ impl Shard {
             }
             self.look_at_people(begun);
             self.read_statuses();
-            self.append_orphans();
+            self.reappend_lost();
             self.turn.finish();
             if worth_timing {
                 let seconds = begun.elapsed().as_secs_f64();
