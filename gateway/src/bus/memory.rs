@@ -334,7 +334,7 @@ impl Bus for MemoryBus {
         Box::pin(std::future::ready(Ok(heads)))
     }
 
-    fn restore(&self, _held: Followed) -> BoxFuture<Result<(), BusError>> {
+    fn restore(&self, _held: ReplicaSnapshot) -> BoxFuture<Result<(), BusError>> {
         // The log is as old as the process, and has all that anybody ever held.
         Box::pin(std::future::ready(Ok(())))
     }

@@ -92,7 +92,7 @@ pub trait Bus: Send + Sync {
 
     /// Has the log compared with what this node holds of it. What the log lacks is given back; where
     /// two histories share numbers the log goes on in a new epoch, which a read then shows.
-    fn restore(&self, held: Followed) -> BoxFuture<Result<(), BusError>>;
+    fn restore(&self, held: ReplicaSnapshot) -> BoxFuture<Result<(), BusError>>;
 
     /// What keeps this node from publishing and hearing, if anything: names for `ready`.
     fn failing(&self) -> Option<&'static str>;
@@ -387,7 +387,7 @@ pub enum ShardMessage {
     /// Something else has that was said in a room.
     Ephemeral(RoomId, EphemeralEvent),
     /// The bus asks what this shard holds: everything that arrived before is part of the answer.
-    Snapshots(oneshot::Sender<Vec<Followed>>),
+    Snapshots(oneshot::Sender<Vec<ReplicaSnapshot>>),
 }
 
 /// The shard's end of a mailbox.
@@ -428,7 +428,7 @@ impl Mailboxes {
 
     /// Everything that the hub holds of the rooms followed, after all that was put in before.
     /// Waits for room in the mailboxes.
-    pub async fn replica_snapshots(&self) -> Vec<Followed> {
+    pub async fn replica_snapshots(&self) -> Vec<ReplicaSnapshot> {
         let mut answers = Vec::with_capacity(self.shards.len());
         for mailbox in &*self.shards {
             let (answer, answered) = oneshot::channel();

@@ -276,7 +276,12 @@ impl RoomReplica {
     }
 
     /// Goes on behind `base`, which does not continue what members were given.
-    fn restart_at(&mut self, base: Position, reason: RecoveryFailure, sink: &mut impl DeliverySink) {
+    fn restart_at(
+        &mut self,
+        base: Position,
+        reason: RecoveryFailure,
+        sink: &mut impl DeliverySink,
+    ) {
         sink.reset(&base, reason);
         self.ring.clear();
         self.ring_is_whole = false;

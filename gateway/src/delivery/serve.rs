@@ -69,11 +69,7 @@ impl RoomReplica {
 
     /// Where a member goes on that the log cannot be continued for from `cursor`, given a page that
     /// was read from there or from before and ends behind it: `None` where it can.
-    pub fn gap_after(
-        &self,
-        page: &Page,
-        cursor: &Position,
-    ) -> Option<(Position, RecoveryFailure)> {
+    pub fn gap_after(&self, page: &Page, cursor: &Position) -> Option<(Position, RecoveryFailure)> {
         let top = self.top.as_ref().filter(|top| cursor.seq < top.seq)?;
         let before =
             |entry: &Entry| Position::new(entry.position.epoch.clone(), entry.position.seq - 1);

@@ -203,7 +203,7 @@ impl Shard {
             let worth_timing = !arrived.is_empty();
             for letter in arrived.drain(..) {
                 match letter {
-                    ShardMessage::Entry(room, entry) => self.arrive(room, entry),
+                    ShardMessage::Entry(room, entry) => self.receive(room, entry),
                     ShardMessage::Ephemeral(room, notice) => self.hear(&room, notice),
                     ShardMessage::Snapshots(answer) => self.tell_holdings(answer),
                 }

@@ -180,7 +180,7 @@ impl Bus for Counting {
         self.0.delete(room)
     }
 
-    fn restore(&self, held: Followed) -> BoxFuture<Result<(), BusError>> {
+    fn restore(&self, held: ReplicaSnapshot) -> BoxFuture<Result<(), BusError>> {
         self.0.restore(held)
     }
 
@@ -369,7 +369,7 @@ impl Bus for Fragile {
         unreachable!("no test deletes here")
     }
 
-    fn restore(&self, _: Followed) -> BoxFuture<Result<(), BusError>> {
+    fn restore(&self, _: ReplicaSnapshot) -> BoxFuture<Result<(), BusError>> {
         unreachable!("no two histories share numbers here")
     }
 

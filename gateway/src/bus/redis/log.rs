@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     bus::{BoxFuture, BusError, EMPTY_HEAD_TTL, READ_BYTES_MAX, Range, registry::DeleteOutcome},
-    delivery::{Entry, Followed, Token, ordinal, page::Page},
+    delivery::{Entry, ReplicaSnapshot, Token, ordinal, page::Page},
     telemetry::metrics::{InvalidValue, Metrics},
 };
 
@@ -82,7 +82,7 @@ impl Log {
         })
     }
 
-    pub(super) fn restore(&self, held: Followed) -> BoxFuture<Result<(), BusError>> {
+    pub(super) fn restore(&self, held: ReplicaSnapshot) -> BoxFuture<Result<(), BusError>> {
         let log = self.clone();
         Box::pin(async move {
             let token = log.agreed(&held.room).await;

@@ -260,7 +260,7 @@ impl Bus for RedisBus {
         Box::pin(self.router.clone().ask(home, move |log| log.delete(room.clone())))
     }
 
-    fn restore(&self, held: Followed) -> BoxFuture<Result<(), BusError>> {
+    fn restore(&self, held: ReplicaSnapshot) -> BoxFuture<Result<(), BusError>> {
         let home = self.router.keyspace().home(&held.room);
         Box::pin(self.router.clone().ask(home, move |log| log.restore(held.clone())))
     }
