@@ -46,11 +46,11 @@ pub mod commands;
 pub mod redis;
 pub mod registry;
 pub mod sessions;
-pub mod standing;
+pub mod node_state;
 pub mod tail;
 
+use node_state::NodeState;
 use registry::EphemeralEvent;
-use standing::Standing;
 
 /// A future that can be named, since a trait with `async fn` cannot be an object.
 pub type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
@@ -332,7 +332,7 @@ pub fn random_epoch() -> String {
 pub struct Mailboxes {
     shards: Arc<[Mailbox]>,
     hasher: RandomState,
-    standing: Arc<Standing>,
+    node_state: Arc<NodeState>,
     metrics: Arc<Metrics>,
 }
 
@@ -398,7 +398,7 @@ pub struct ShardReceiver {
     /// Raised when entries were lost.
     pub resync: Arc<ResyncRequest>,
     /// Whether the node may pass anything on.
-    pub standing: Arc<Standing>,
+    pub node_state: Arc<NodeState>,
 }
 
 impl Mailboxes {
@@ -409,21 +409,21 @@ impl Mailboxes {
         metrics: Arc<Metrics>,
     ) -> (Self, Vec<ShardReceiver>) {
         let mut ends = Vec::with_capacity(shards);
-        let standing = Arc::new(Standing::default());
+        let node_state = Arc::new(NodeState::default());
         let mailbox = |_| {
-            let (sender, receiver) = mpsc::channel(capacity);
-            let doubt = Arc::new(ResyncRequest::default());
-            let standing = standing.clone();
-            ends.push(ShardReceiver { messages: receiver, resync: doubt.clone(), standing });
-            Mailbox { sender, resync: doubt }
+            let (sender, messages) = mpsc::channel(capacity);
+            let resync = Arc::new(ResyncRequest::default());
+            let node_state = node_state.clone();
+            ends.push(ShardReceiver { messages, resync: resync.clone(), node_state });
+            Mailbox { sender, resync }
         };
         let shards = (0..shards).map(mailbox).collect();
-        (Self { shards, hasher: RandomState::new(), standing: standing.clone(), metrics }, ends)
+        (Self { shards, hasher: RandomState::new(), node_state, metrics }, ends)
     }
 
     /// What bus and hub know of this node's own state.
-    pub fn standing(&self) -> &Arc<Standing> {
-        &self.standing
+    pub fn node_state(&self) -> &Arc<NodeState> {
+        &self.node_state
     }
 
     /// Everything that the hub holds of the rooms followed, after all that was put in before.

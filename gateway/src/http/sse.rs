@@ -62,8 +62,8 @@ use super::{
 };
 use crate::{
     bus::{
+        node_state::Told,
         registry::{RoomConfig, RoomSummary, unix_millis_now},
-        standing::Told,
     },
     hub::{NotFollowed, member::Subscriber},
     limits::Place,

@@ -26,9 +26,9 @@ use smallvec::SmallVec;
 
 use crate::{
     bus::{
+        node_state::NodeState,
         registry::{PresenceVersion, UnixMillis, unix_millis_now},
         sessions::{ConnectionInfo, UnixMicros},
-        standing::Standing,
     },
     delivery::{Entry, replica::RetentionContext},
     outbox::{Offer, Outbox, deflate::Deflating},
@@ -321,7 +321,7 @@ pub(super) struct Turn {
     pub(super) retention: RetentionContext,
     pub(super) metrics: Arc<Metrics>,
     pub(super) trails: Arc<Trails>,
-    pub(super) standing: Arc<Standing>,
+    pub(super) standing: Arc<NodeState>,
     /// Messages that a log has lost, oldest first.
     pub(super) lost: Vec<(RoomId, Envelope)>,
     /// Who has something to be written.
@@ -336,7 +336,7 @@ impl Turn {
     pub(super) fn new(
         retention: RetentionContext,
         (metrics, trails): (Arc<Metrics>, Arc<Trails>),
-        standing: Arc<Standing>,
+        standing: Arc<NodeState>,
     ) -> Self {
         let (lost, touched) = (Vec::new(), Vec::new());
         Self { retention, metrics, trails, standing, lost, touched, deliveries: 0, lags: 0 }
@@ -345,7 +345,7 @@ impl Turn {
     /// Whether joins of `room` may be answered: until the nodes have agreed on a server, what is
     /// held may not be what is gone on with.
     pub(super) fn serves(&self, room: &RoomId) -> bool {
-        self.standing.serves(self.retention.now, room)
+        self.standing.can_serve(self.retention.now, room)
     }
 
     /// Has what `subscriber` holds written at the end of the turn.

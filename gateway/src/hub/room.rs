@@ -92,7 +92,7 @@ impl DeliverySink for FanOut<'_> {
     }
 
     fn entry(&mut self, entry: &Entry) {
-        self.turn.standing.seen(entry);
+        self.turn.standing.confirm(entry);
         let mut frames = Frames::live(self.name, entry);
         if let Some(partner) = partner_in(self.name, entry) {
             // Its connection's task has the partner watched.

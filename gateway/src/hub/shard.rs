@@ -136,7 +136,7 @@ impl Shard {
             rules,
             tasks: tasks.clone(),
             calls,
-            turn: Turn::new(retention, (metrics, trails), letters.standing.clone()),
+            turn: Turn::new(retention, (metrics, trails), letters.node_state.clone()),
             budget,
             lingering: Lingering::default(),
             lingering_rooms_max: options.lingering_rooms_max,
@@ -274,7 +274,7 @@ impl Shard {
     /// Finds out whether the node may pass anything on. Where it may again, nobody knows what it
     /// missed, and members were not fed meanwhile.
     fn look_at_standing(&mut self, now: Instant) {
-        let was_fenced = std::mem::replace(&mut self.fenced, !self.turn.standing.holds(now));
+        let was_fenced = std::mem::replace(&mut self.fenced, !self.turn.standing.holds_lease(now));
         if self.fenced && !was_fenced {
             self.fence += 1;
             tracing::warn!("this node passes nothing on before it has agreed with the others");

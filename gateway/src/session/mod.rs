@@ -32,9 +32,9 @@ use tokio::{sync::watch, time::Instant};
 use crate::{
     bus::{
         Appended, BoxFuture, Bus, BusError,
+        node_state::Told,
         registry::{EphemeralEvent, RoomConfig, unix_millis_now},
         sessions::SessionStore,
-        standing::Told,
     },
     hub::{
         Hub,

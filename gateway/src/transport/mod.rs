@@ -36,7 +36,7 @@ use tokio::{
 };
 
 use crate::{
-    bus::{BoxFuture, output_of, registry::unix_millis_now, standing::Told},
+    bus::{BoxFuture, node_state::Told, output_of, registry::unix_millis_now},
     drain::{departure::Batch, supervision::caught},
     hub::member::{Subscriber, text_frame},
     limits::meter::{Meter, TurnBudget, Verdict},

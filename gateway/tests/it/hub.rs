@@ -615,8 +615,8 @@ async fn a_node_without_standing_passes_nothing_on_and_makes_it_good() {
     let mut member = Member::join(&world, &lobby, Start::Newest(0), 1 << 20).await;
     world.say(&lobby);
     member.reach(&world, 1).await;
-    let standing = world.mailboxes.standing();
-    standing.suspend();
+    let standing = world.mailboxes.node_state();
+    standing.drop_lease();
     (0..5).for_each(|_| world.say(&lobby));
     let joining = Member::join(&world, &lobby, Start::Newest(0), 1 << 20);
     tokio::pin!(joining);
@@ -625,7 +625,7 @@ async fn a_node_without_standing_passes_nothing_on_and_makes_it_good() {
     member.drain(&world).await;
     assert_eq!(member.cursor.seq, 1);
     assert_eq!(world.metrics.bus_entries_received.of(EntryResult::NoLease).get(), 5);
-    standing.extend(Instant::now() + Duration::from_secs(3600));
+    standing.extend_lease(Instant::now() + Duration::from_secs(3600));
     let joined = joining.await;
     assert_eq!(joined.cursor.seq, 6);
     let regained = Instant::now();

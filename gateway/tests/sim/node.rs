@@ -110,7 +110,7 @@ impl Node {
             registry: Default::default(),
             sessions: Default::default(),
         };
-        let told = mailboxes.standing().told();
+        let told = mailboxes.node_state().told();
         let redis = Arc::new(RedisBus::start_with(
             Arc::new(dial),
             options,

@@ -350,7 +350,7 @@ impl Agreement {
         ) {
             return Ok(());
         }
-        let unheard = self.links.standing.tail().unheard(here);
+        let unheard = self.links.node_state.tail().unheard(here);
         self.restorer.give_unheard(connection, token, &self.process.name, unheard).await
     }
 
@@ -374,7 +374,7 @@ impl Agreement {
         }
         self.links.metrics.recovery_rounds.of(*complete).inc();
         self.server.agree_on(token, homes);
-        self.mailboxes.standing().settle(homes.iter().copied(), true);
+        self.mailboxes.node_state().settle(homes.iter().copied(), true);
     }
 
     /// Checks in for each of `homes`. Returns those that the server is open for.
@@ -512,7 +512,7 @@ impl Agreement {
             state.known
         };
         if !known {
-            self.mailboxes.standing().suspend();
+            self.mailboxes.node_state().drop_lease();
         }
         self.look_at_barrier(connection, token).await?;
         if self.server.has_agreed_on(token, 0) {
@@ -521,14 +521,14 @@ impl Agreement {
         }
         if known {
             self.compare_clocks(connection).await?;
-            let standing = self.mailboxes.standing();
-            let stood = standing.holds(Instant::now());
+            let standing = self.mailboxes.node_state();
+            let stood = standing.holds_lease(Instant::now());
             let lease = self.process.lease;
-            standing.extend(asked + lease.duration - lease.margin);
+            standing.extend_lease(asked + lease.duration - lease.margin);
             if !stood {
                 // What arrived meanwhile was not passed on, and publishes wait.
                 self.mailboxes.mark_all_stale();
-                standing.regain();
+                standing.notify_lease_reacquired();
             }
         }
         Ok(())
@@ -713,10 +713,10 @@ impl Agreement {
     /// it, or given to it before the nodes agreed. In a Redis Cluster that is several servers' matter,
     /// whose notes would not be of one moment.
     fn lacks_nothing(&self, token: Token) -> bool {
-        let standing = self.mailboxes.standing();
+        let standing = self.mailboxes.node_state();
         self.server.keyspace.homes() == 1
             && self.server.has_agreed_on(token, 0)
-            && standing.holds(Instant::now())
+            && standing.holds_lease(Instant::now())
             && standing.tail().is_of(token)
     }
 }

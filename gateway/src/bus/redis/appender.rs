@@ -201,7 +201,7 @@ impl Worker {
 
     /// Answers what is past its deadline.
     fn expire(&mut self) {
-        let (tail, now) = (self.links.standing.tail(), Instant::now());
+        let (tail, now) = (self.links.node_state.tail(), Instant::now());
         for queued in self.waiting.expired(now) {
             // What was acknowledged once stays there: the next server is given it.
             tail.failed(&queued.append.envelope.id_key());
@@ -225,7 +225,7 @@ impl Worker {
             // Where the same server is agreed on again, it was flushed meanwhile.
             self.open = Agreed::default();
         }
-        if !is_agreed || !self.links.standing.holds(now) {
+        if !is_agreed || !self.links.node_state.holds_lease(now) {
             #[cfg(debug_assertions)]
             return crate::fault_injection::is_injected(
                 crate::fault_injection::ProtocolFault::NoFence,
@@ -235,7 +235,7 @@ impl Worker {
         }
         if self.open.token != Some(token) || !Arc::ptr_eq(&self.open.homes, &agreed.homes) {
             let keyspace = self.server.keyspace;
-            let tail = self.links.standing.tail().repeats(
+            let tail = self.links.node_state.tail().repeats(
                 |room| {
                     let home = keyspace.home(room);
                     agreed.is_on(token, home) && !self.open.is_on(token, home)
@@ -270,7 +270,7 @@ impl Worker {
         mut remake: watch::Receiver<u64>,
     ) -> RedisError {
         let mut agreed = self.server.agreed.subscribe();
-        let mut regained = self.links.standing.regained();
+        let mut regained = self.links.node_state.lease_reacquired();
         let mut sent: FuturesOrdered<Sent> = FuturesOrdered::new();
         let mut queued = Vec::new();
         let mut tick = tokio::time::interval(LOOK_EVERY);
@@ -389,7 +389,7 @@ impl Worker {
         pipeline.ignore_errors();
         for queued in &mut batch {
             let Append { room, envelope, .. } = &queued.append;
-            queued.number = Some(self.links.standing.tail().sent(room, envelope, queued.number));
+            queued.number = Some(self.links.node_state.tail().sent(room, envelope, queued.number));
             pipeline.add_command(self.command(queued, token));
         }
         Box::pin(async move {
@@ -458,7 +458,7 @@ impl Worker {
             }
         };
         let links = self.links.clone();
-        let (tail, now) = (links.standing.tail(), Instant::now());
+        let (tail, now) = (links.node_state.tail(), Instant::now());
         let mut failed = Ok(());
         for (queued, value) in batch.into_iter().zip(values) {
             let id = queued.append.envelope.id_key();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tokio::sync::{Notify, watch};
 
 use super::{probe::Probe, server::Server};
-use crate::{bus::standing::Standing, delivery::Token, telemetry::metrics::Metrics};
+use crate::{bus::node_state::NodeState, delivery::Token, telemetry::metrics::Metrics};
 
 /// The state of the links.
 pub(super) struct Links {
@@ -18,7 +18,7 @@ pub(super) struct Links {
     /// Whether what is published is heard.
     pub(super) probe: Probe,
     pub(super) metrics: Arc<Metrics>,
-    pub(super) standing: Arc<Standing>,
+    pub(super) node_state: Arc<NodeState>,
 }
 
 /// One of the links.
@@ -52,14 +52,14 @@ impl Tokens {
 }
 
 impl Links {
-    pub(super) fn new(standing: Arc<Standing>, metrics: Arc<Metrics>) -> Self {
+    pub(super) fn new(standing: Arc<NodeState>, metrics: Arc<Metrics>) -> Self {
         Self {
             tokens: watch::Sender::default(),
             remake: watch::Sender::default(),
             poked: Notify::new(),
             probe: Probe::new(),
             metrics,
-            standing,
+            node_state: standing,
         }
     }
 
@@ -90,14 +90,14 @@ impl Links {
     /// is to be read or written until the nodes have agreed on it.
     pub(super) fn met(&self, server: &Server, token: Token) {
         if server.take_back(|agreed| agreed != token) {
-            self.standing.settle(server.owned.borrow().iter().copied(), false);
+            self.node_state.settle(server.owned.borrow().iter().copied(), false);
         }
     }
 
     /// The server turned out to be none that the nodes have agreed on.
     pub(super) fn found_stale(&self, server: &Server, token: Token) {
         server.take_back(|agreed| agreed == token);
-        self.standing.settle(server.owned.borrow().iter().copied(), false);
+        self.node_state.settle(server.owned.borrow().iter().copied(), false);
     }
 
     /// Whether both links stand.

@@ -44,7 +44,7 @@ use super::{
     waiting::Queued,
 };
 use crate::{
-    bus::{Append, BoxFuture, BusError, Mailboxes, Retention, standing::Standing},
+    bus::{Append, BoxFuture, BusError, Mailboxes, Retention, node_state::NodeState},
     delivery::Token,
     drain::Tasks,
     telemetry::metrics::Metrics,
@@ -111,8 +111,8 @@ impl Router {
     ) -> Arc<Self> {
         let sharded = matches!(way, Way::Many(_));
         let keyspace = Keyspace { partitions: options.partitions, sharded };
-        let standing = mailboxes.standing();
-        standing.suspend();
+        let standing = mailboxes.node_state();
+        standing.drop_lease();
         standing.unsettle(keyspace.homes());
         let router = Arc::new(Self {
             parts: Parts {
@@ -149,8 +149,8 @@ impl Router {
     }
 
     /// What is known of this node's own state.
-    pub(super) fn standing(&self) -> &Arc<Standing> {
-        self.parts.mailboxes.standing()
+    pub(super) fn node_state(&self) -> &Arc<NodeState> {
+        self.parts.mailboxes.node_state()
     }
 
     /// This run of this node.
@@ -202,7 +202,7 @@ impl Router {
         let all = sets.iter().map(|(_, homes)| homes.len()).sum::<usize>();
         all == usize::from(self.keyspace().homes())
             && sets.iter().all(|(set, homes)| set.is_up_for(homes))
-            && self.parts.mailboxes.standing().holds(Instant::now())
+            && self.parts.mailboxes.node_state().holds_lease(Instant::now())
     }
 
     /// Shows in the metrics whether all is well.
@@ -432,7 +432,7 @@ impl Router {
         let mut released = Vec::new();
         for (old, gone) in self.part_from(&homes) {
             old.server.own(&[], &gone);
-            self.parts.mailboxes.standing().settle(gone.iter().copied(), false);
+            self.parts.mailboxes.node_state().settle(gone.iter().copied(), false);
             released.extend(old.appender.release(gone).await);
             if old.server.owned.borrow().is_empty() {
                 old.tasks.stopped().cancel();
@@ -517,7 +517,7 @@ impl Parts {
             astray: self.astray.clone(),
             conditions: Conditions::default(),
         });
-        let standing = self.mailboxes.standing().clone();
+        let standing = self.mailboxes.node_state().clone();
         let links = Arc::new(Links::new(standing, self.metrics.clone()));
         let log = Log::new(server.clone(), self.metrics.clone());
         let appender = appender::start(server.clone(), links.clone(), &tasks);

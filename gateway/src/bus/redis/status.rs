@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use super::router::Router;
 use crate::{
-    bus::{Mailboxes, standing::Told},
+    bus::{Mailboxes, node_state::Told},
     drain::Tasks,
 };
 
@@ -32,7 +32,7 @@ pub(super) fn start(router: Arc<Router>, mailboxes: Mailboxes, tasks: &Tasks) {
 }
 
 async fn watch(router: &Router, mailboxes: &Mailboxes) {
-    let standing = mailboxes.standing();
+    let standing = mailboxes.node_state();
     let mut look = tokio::time::interval(LOOK_EVERY);
     let mut since: Option<(Instant, SystemTime)> = None;
     let mut told = BusState::Up;

@@ -284,7 +284,7 @@ impl StoreWorker {
 
     /// Does what is queued, for ever.
     async fn work(&self) {
-        let mut regained = self.router.standing().regained();
+        let mut regained = self.router.node_state().lease_reacquired();
         let mut pause = RetryPause::default();
         loop {
             // Cancel-safe, all of them.

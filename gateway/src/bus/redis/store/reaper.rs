@@ -40,7 +40,7 @@ impl StoreWorker {
                 }
                 self.state.lock().old.retain(|old| *old != name);
             }
-            if !self.is_settled() || !self.router.standing().holds(Instant::now()) {
+            if !self.is_settled() || !self.router.node_state().holds_lease(Instant::now()) {
                 continue;
             }
             let ended = self.ended().await;

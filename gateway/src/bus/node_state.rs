@@ -13,11 +13,11 @@ use crate::delivery::Entry;
 /// The state of one node. The bus writes it, the hub asks; a bus without others to agree with
 /// leaves it as it is.
 #[derive(Debug, Default)]
-pub struct Standing {
-    state: Mutex<State>,
+pub struct NodeState {
+    lease: Mutex<Lease>,
     tail: Tail,
     told: watch::Sender<Told>,
-    regained: watch::Sender<()>,
+    lease_reacquired: watch::Sender<()>,
 }
 
 /// What clients are told of the bus.
@@ -30,8 +30,8 @@ pub struct Told {
 }
 
 #[derive(Debug, Default)]
-struct State {
-    until: Until,
+struct Lease {
+    expiry: LeaseExpiry,
     /// How many homes there are.
     homes: u16,
     /// Those for which the nodes have to agree on a server first.
@@ -40,56 +40,56 @@ struct State {
 
 /// Until when the others count on this node.
 #[derive(Debug, Default)]
-enum Until {
+enum LeaseExpiry {
     #[default]
     Always,
     Instant(Instant),
     Never,
 }
 
-impl Standing {
+impl NodeState {
     /// Whether entries may be passed on now. A node that was frozen finds here that the others may
     /// have gone on without it.
-    pub fn holds(&self, now: Instant) -> bool {
-        self.state.lock().holds(now)
+    pub fn holds_lease(&self, now: Instant) -> bool {
+        self.lease.lock().holds(now)
     }
 
     /// Whether joins of a room may be answered and messages published now.
-    pub fn serves(&self, now: Instant, room: &RoomId) -> bool {
-        let state = self.state.lock();
+    pub fn can_serve(&self, now: Instant, room: &RoomId) -> bool {
+        let state = self.lease.lock();
         state.holds(now) && !state.unsettled.contains(&home_of(room, state.homes))
     }
 
-    /// Lets this node stand until `until`.
-    pub fn extend(&self, until: Instant) {
-        self.state.lock().until = Until::Instant(until);
+    /// Lets this node stand until `expiry`.
+    pub fn extend_lease(&self, until: Instant) {
+        self.lease.lock().expiry = LeaseExpiry::Instant(until);
     }
 
     /// Tells that this node stands again.
-    pub fn regain(&self) {
-        self.regained.send_replace(());
+    pub fn notify_lease_reacquired(&self) {
+        self.lease_reacquired.send_replace(());
     }
 
     /// Changes whenever this node stands again.
-    pub fn regained(&self) -> watch::Receiver<()> {
-        self.regained.subscribe()
+    pub fn lease_reacquired(&self) -> watch::Receiver<()> {
+        self.lease_reacquired.subscribe()
     }
 
     /// Takes this node's standing away, until it is extended.
-    pub fn suspend(&self) {
-        self.state.lock().until = Until::Never;
+    pub fn drop_lease(&self) {
+        self.lease.lock().expiry = LeaseExpiry::Never;
     }
 
     /// There are so many homes, and the nodes have to agree on a server for each.
     pub fn unsettle(&self, homes: u16) {
-        let state = &mut *self.state.lock();
+        let state = &mut *self.lease.lock();
         state.homes = homes;
         state.unsettled = (0..homes).collect();
     }
 
     /// Notes whether the nodes have agreed on a server for some homes.
     pub fn settle(&self, homes: impl IntoIterator<Item = u16>, settled: bool) {
-        let unsettled = &mut self.state.lock().unsettled;
+        let unsettled = &mut self.lease.lock().unsettled;
         for home in homes {
             if settled {
                 unsettled.remove(&home);
@@ -100,7 +100,7 @@ impl Standing {
     }
 
     /// An entry was passed on here.
-    pub fn seen(&self, entry: &Entry) {
+    pub fn confirm(&self, entry: &Entry) {
         #[cfg(debug_assertions)]
         if crate::fault_injection::is_injected(
             crate::fault_injection::ProtocolFault::ConfirmedBySequence,
@@ -126,12 +126,12 @@ impl Standing {
     }
 }
 
-impl State {
+impl Lease {
     fn holds(&self, now: Instant) -> bool {
-        match self.until {
-            Until::Always => true,
-            Until::Instant(until) => now < until,
-            Until::Never => false,
+        match self.expiry {
+            LeaseExpiry::Always => true,
+            LeaseExpiry::Instant(until) => now < until,
+            LeaseExpiry::Never => false,
         }
     }
 }
