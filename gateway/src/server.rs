@@ -105,7 +105,7 @@ impl Server {
         let presence = Presence::start(registry.clone(), config.presence, &tasks);
         let rules = Arc::new(config.rooms);
         metrics.bus_up.set(i64::from(redis.is_none()));
-        let told = mailboxes.node_state().told();
+        let told = mailboxes.node_state().status();
         let trails = Arc::<Trails>::default();
         let telemetry = (&metrics, &trails);
         let people = (&bus, &presence, &rules);

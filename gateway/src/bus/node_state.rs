@@ -16,13 +16,13 @@ use crate::delivery::Entry;
 pub struct NodeState {
     lease: Mutex<Lease>,
     tail: Tail,
-    told: watch::Sender<Told>,
+    status: watch::Sender<BusStatus>,
     lease_reacquired: watch::Sender<()>,
 }
 
 /// What clients are told of the bus.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Told {
+pub struct BusStatus {
     /// Up or down.
     pub bus: BusState,
     /// Since when; `None` from the start.
@@ -111,13 +111,13 @@ impl NodeState {
     }
 
     /// Tells clients of the bus.
-    pub fn tell(&self, told: Told) {
-        self.told.send_replace(told);
+    pub fn set_status(&self, told: BusStatus) {
+        self.status.send_replace(told);
     }
 
     /// What clients are told of the bus.
-    pub fn told(&self) -> watch::Receiver<Told> {
-        self.told.subscribe()
+    pub fn status(&self) -> watch::Receiver<BusStatus> {
+        self.status.subscribe()
     }
 
     /// This node's publishes that have not come by yet.

@@ -62,7 +62,7 @@ use super::{
 };
 use crate::{
     bus::{
-        node_state::Told,
+        node_state::BusStatus,
         registry::{RoomConfig, RoomSummary, unix_millis_now},
     },
     hub::{NotFollowed, member::Subscriber},
@@ -572,7 +572,7 @@ impl Stream {
     async fn serve(
         &mut self,
         node: &Node,
-        told: &mut Option<tokio::sync::watch::Receiver<Told>>,
+        told: &mut Option<tokio::sync::watch::Receiver<BusStatus>>,
     ) -> Ended {
         let subscriber = self.subscriber.clone();
         let outbox = &subscriber.outbox;

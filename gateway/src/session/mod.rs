@@ -32,7 +32,7 @@ use tokio::{sync::watch, time::Instant};
 use crate::{
     bus::{
         Appended, BoxFuture, Bus, BusError,
-        node_state::Told,
+        node_state::BusStatus,
         registry::{EphemeralEvent, RoomConfig, unix_millis_now},
         sessions::SessionStore,
     },
@@ -86,7 +86,7 @@ pub struct Services {
     /// With whom the entries of inboxes are.
     pub peers: Peers,
     /// What clients are told of the bus.
-    pub told: watch::Receiver<Told>,
+    pub told: watch::Receiver<BusStatus>,
     /// What is counted.
     pub metrics: Arc<Metrics>,
     /// What clients may have kept.
@@ -225,7 +225,7 @@ impl Session {
     }
 
     /// What clients are told of the bus, to be [told](Session::tell) when it changes.
-    pub fn told(&self) -> watch::Receiver<Told> {
+    pub fn told(&self) -> watch::Receiver<BusStatus> {
         let mut told = self.services.told.clone();
         if told.borrow_and_update().bus == BusState::Down {
             told.mark_changed();
@@ -234,7 +234,7 @@ impl Session {
     }
 
     /// Sends `status`.
-    pub fn tell(&self, told: Told) {
+    pub fn tell(&self, told: BusStatus) {
         let since = shared::timestamp(told.since.unwrap_or_else(SystemTime::now));
         self.answer(&ServerFrame::Status(StatusFrame { bus: told.bus, since }));
     }

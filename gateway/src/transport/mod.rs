@@ -36,7 +36,7 @@ use tokio::{
 };
 
 use crate::{
-    bus::{BoxFuture, node_state::Told, output_of, registry::unix_millis_now},
+    bus::{BoxFuture, node_state::BusStatus, output_of, registry::unix_millis_now},
     drain::{departure::Batch, supervision::caught},
     hub::member::{Subscriber, text_frame},
     limits::meter::{Meter, TurnBudget, Verdict},
@@ -536,7 +536,7 @@ fn expires_of(handler: &Handler) -> Option<Instant> {
 }
 
 /// What clients are told of the bus, when that has changed; never, where nobody is told. Cancel-safe.
-pub async fn changed(told: &mut Option<watch::Receiver<Told>>) -> Told {
+pub async fn changed(told: &mut Option<watch::Receiver<BusStatus>>) -> BusStatus {
     if let Some(told) = told
         && told.changed().await.is_ok()
     {

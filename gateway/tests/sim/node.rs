@@ -110,7 +110,7 @@ impl Node {
             registry: Default::default(),
             sessions: Default::default(),
         };
-        let told = mailboxes.node_state().told();
+        let told = mailboxes.node_state().status();
         let redis = Arc::new(RedisBus::start_with(
             Arc::new(dial),
             options,

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use super::router::Router;
 use crate::{
-    bus::{Mailboxes, node_state::Told},
+    bus::{Mailboxes, node_state::BusStatus},
     drain::Tasks,
 };
 
@@ -42,7 +42,7 @@ async fn watch(router: &Router, mailboxes: &Mailboxes) {
         if router.is_up() && mailboxes.all_synced() {
             if told == BusState::Down {
                 told = BusState::Up;
-                standing.tell(Told { bus: told, since: Some(SystemTime::now()) });
+                standing.set_status(BusStatus { bus: told, since: Some(SystemTime::now()) });
             }
             since = None;
             continue;
@@ -50,7 +50,7 @@ async fn watch(router: &Router, mailboxes: &Mailboxes) {
         let (began, at) = *since.get_or_insert_with(|| (Instant::now(), SystemTime::now()));
         if told == BusState::Up && began.elapsed() >= UNTOLD_MAX {
             told = BusState::Down;
-            standing.tell(Told { bus: told, since: Some(at) });
+            standing.set_status(BusStatus { bus: told, since: Some(at) });
         }
     }
 }
