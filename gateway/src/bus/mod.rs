@@ -47,7 +47,7 @@ pub mod redis;
 pub mod registry;
 pub mod sessions;
 pub mod node_state;
-pub mod tail;
+pub mod unconfirmed;
 
 use node_state::NodeState;
 use registry::EphemeralEvent;

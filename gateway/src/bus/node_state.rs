@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 use shared::{ids::RoomId, protocol::server_frame::BusState};
 use tokio::{sync::watch, time::Instant};
 
-use super::{home::home_of, tail::Tail};
+use super::{home::home_of, unconfirmed::UnconfirmedPublishes};
 use crate::delivery::Entry;
 
 /// The state of one node. The bus writes it, the hub asks; a bus without others to agree with
@@ -15,7 +15,7 @@ use crate::delivery::Entry;
 #[derive(Debug, Default)]
 pub struct NodeState {
     lease: Mutex<Lease>,
-    tail: Tail,
+    unconfirmed: UnconfirmedPublishes,
     status: watch::Sender<BusStatus>,
     lease_reacquired: watch::Sender<()>,
 }
@@ -105,9 +105,9 @@ impl NodeState {
         if crate::fault_injection::is_injected(
             crate::fault_injection::ProtocolFault::ConfirmedBySequence,
         ) {
-            self.tail.seen_at(entry.position.seq);
+            self.unconfirmed.confirm_seq(entry.position.seq);
         }
-        self.tail.seen(&entry.envelope.id_key());
+        self.unconfirmed.confirm(&entry.envelope.id_key());
     }
 
     /// Tells clients of the bus.
@@ -121,8 +121,8 @@ impl NodeState {
     }
 
     /// This node's publishes that have not come by yet.
-    pub fn tail(&self) -> &Tail {
-        &self.tail
+    pub fn unconfirmed(&self) -> &UnconfirmedPublishes {
+        &self.unconfirmed
     }
 }
 

@@ -206,7 +206,8 @@ async fn the_scripts_run_as_on_redis() {
     const CHECKIN: &str = include_str!("../../src/bus/redis/scripts/checkin.lua");
     const LEASE: &str = include_str!("../../src/bus/redis/scripts/lease.lua");
     const DELETE: &str = include_str!("../../src/bus/redis/scripts/delete.lua");
-    const UNHEARD: &str = include_str!("../../src/bus/redis/scripts/unheard.lua");
+    const RESTORE_UNCONFIRMED: &str =
+        include_str!("../../src/bus/redis/scripts/restore_unconfirmed.lua");
     const ROOM: [&str; 6] = ["log", "meta", "ids0", "ids1", "barrier", "unheard"];
 
     let mut pair = Pair::start().await;
@@ -261,7 +262,7 @@ async fn the_scripts_run_as_on_redis() {
         pair.script(APPEND, &ROOM, &append).await;
     }
     for steps_missing in [false, true] {
-        give_numbers_back(&mut pair, UNHEARD, &ROOM, steps_missing).await;
+        give_numbers_back(&mut pair, RESTORE_UNCONFIRMED, &ROOM, steps_missing).await;
         let epoch = words(&["HGET", "meta", "e"]);
         let before = pair.compare(&epoch).await;
         pair.script(APPEND, &ROOM, &append(u128::from(steps_missing) + 3000, &token)).await;

@@ -350,8 +350,8 @@ impl Agreement {
         ) {
             return Ok(());
         }
-        let unheard = self.links.node_state.tail().unheard(here);
-        self.restorer.give_unheard(connection, token, &self.process.name, unheard).await
+        let unheard = self.links.node_state.unconfirmed().by_room(here);
+        self.restorer.restore_unconfirmed(connection, token, &self.process.name, unheard).await
     }
 
     fn agreed(&self, token: Token, opened: &Opened, took: Duration) {
@@ -717,7 +717,7 @@ impl Agreement {
         self.server.keyspace.homes() == 1
             && self.server.has_agreed_on(token, 0)
             && standing.holds_lease(Instant::now())
-            && standing.tail().is_of(token)
+            && standing.unconfirmed().is_all_from(token)
     }
 }
 

@@ -201,10 +201,10 @@ impl Worker {
 
     /// Answers what is past its deadline.
     fn expire(&mut self) {
-        let (tail, now) = (self.links.node_state.tail(), Instant::now());
+        let (tail, now) = (self.links.node_state.unconfirmed(), Instant::now());
         for queued in self.waiting.expired(now) {
             // What was acknowledged once stays there: the next server is given it.
-            tail.failed(&queued.append.envelope.id_key());
+            tail.discard(&queued.append.envelope.id_key());
             (queued.append.done)(Err(BusError::Unavailable));
         }
     }
@@ -235,7 +235,7 @@ impl Worker {
         }
         if self.open.token != Some(token) || !Arc::ptr_eq(&self.open.homes, &agreed.homes) {
             let keyspace = self.server.keyspace;
-            let tail = self.links.node_state.tail().repeats(
+            let tail = self.links.node_state.unconfirmed().to_republish(
                 |room| {
                     let home = keyspace.home(room);
                     agreed.is_on(token, home) && !self.open.is_on(token, home)
@@ -246,7 +246,7 @@ impl Worker {
                 tracing::info!(count = tail.len(), "publishes that did not come by are repeated");
             }
             self.links.metrics.republished.inc_by(tail.len() as u64);
-            self.waiting.repeat(tail, now);
+            self.waiting.push_republished(tail, now);
             self.open = agreed;
         }
         true
@@ -389,7 +389,8 @@ impl Worker {
         pipeline.ignore_errors();
         for queued in &mut batch {
             let Append { room, envelope, .. } = &queued.append;
-            queued.number = Some(self.links.node_state.tail().sent(room, envelope, queued.number));
+            queued.number =
+                Some(self.links.node_state.unconfirmed().track(room, envelope, queued.number));
             pipeline.add_command(self.command(queued, token));
         }
         Box::pin(async move {
@@ -458,7 +459,7 @@ impl Worker {
             }
         };
         let links = self.links.clone();
-        let (tail, now) = (links.node_state.tail(), Instant::now());
+        let (tail, now) = (links.node_state.unconfirmed(), Instant::now());
         let mut failed = Ok(());
         for (queued, value) in batch.into_iter().zip(values) {
             let id = queued.append.envelope.id_key();
@@ -495,7 +496,7 @@ impl Worker {
                     if !is_forbidden(&error) {
                         self.tell(&error, &queued, now);
                     }
-                    tail.failed(&id);
+                    tail.discard(&id);
                     (queued.append.done)(Err(refused_or_away(&error)));
                 }
             }

@@ -7,7 +7,7 @@ use shared::ids::RoomId;
 
 use super::{as_arguments, refused_or_away, server::Server, untrusted};
 use crate::{
-    bus::{BusError, tail::Unheard},
+    bus::{BusError, unconfirmed::UnconfirmedInRoom},
     delivery::{Entry, ReplicaSnapshot, Token},
     telemetry::metrics::{Metrics, RestoreResult},
 };
@@ -16,20 +16,20 @@ use crate::{
 const ROOMS_MAX: usize = 256;
 const BYTES_MAX: usize = 1 << 20;
 
-/// Heals rooms by `restore.lua`, and gives numbers back by `unheard.lua`.
+/// Heals rooms by `restore.lua`, and gives numbers back by `restore_unconfirmed.lua`.
 #[derive(Clone)]
 pub(super) struct LogRestorer {
     server: Arc<Server>,
     script: redis::Script,
-    unheard: redis::Script,
+    unconfirmed_script: redis::Script,
     metrics: Arc<Metrics>,
 }
 
 impl LogRestorer {
     pub(super) fn new(server: Arc<Server>, metrics: Arc<Metrics>) -> Self {
         let script = server.keyspace.script(include_str!("scripts/restore.lua"));
-        let unheard = server.keyspace.script(include_str!("scripts/unheard.lua"));
-        Self { server, script, unheard, metrics }
+        let unheard = server.keyspace.script(include_str!("scripts/restore_unconfirmed.lua"));
+        Self { server, script, unconfirmed_script: unheard, metrics }
     }
 
     /// Gives back what `holdings` have of their rooms and the server lacks. Rooms that are whole, all
@@ -87,19 +87,19 @@ impl LogRestorer {
 
     /// Gives back what this node has published and not heard since, by which numbers that were
     /// acknowledged are kept: `process` says whose it is.
-    pub(super) async fn give_unheard(
+    pub(super) async fn restore_unconfirmed(
         &self,
         connection: &mut MultiplexedConnection,
         token: Token,
         process: &str,
-        rooms: Vec<Unheard>,
+        rooms: Vec<UnconfirmedInRoom>,
     ) -> RedisResult<()> {
-        self.unheard.load_async(connection).await?;
+        self.unconfirmed_script.load_async(connection).await?;
         let mut calls = Vec::new();
         let mut bytes = 0;
-        for Unheard { room, acknowledged, unanswered } in rooms {
+        for UnconfirmedInRoom { room, acknowledged, unanswered } in rooms {
             let last = acknowledged.last().map(|entry| entry.position.to_string());
-            let mut command = self.server.call(&self.unheard, &room, token);
+            let mut command = self.server.call(&self.unconfirmed_script, &room, token);
             command.arg(process).arg(last.unwrap_or_default()).arg(acknowledged.len());
             for entry in &acknowledged {
                 command

@@ -13,12 +13,12 @@ use shared::position::Position;
 use tokio::{sync::OwnedSemaphorePermit, time::Instant};
 
 use super::keyspace::Keyspace;
-use crate::bus::{Append, Appended, BusError, Unseen, tail::Repeat};
+use crate::bus::{Append, Appended, BusError, Unseen, unconfirmed::Republish};
 
 /// How long publishes wait whose slot is on its way to another server, before they are tried again.
 const STUCK_FOR: Duration = Duration::from_millis(25);
 /// How long a publish of the tail is tried.
-const REPEAT_MAX: Duration = Duration::from_secs(30);
+const REPUBLISH_WAIT_MAX: Duration = Duration::from_secs(30);
 
 /// A publish that waits; its share of the queue's bytes is given back when it is dropped.
 pub(super) struct Queued {
@@ -37,7 +37,7 @@ impl Queued {
     }
 
     /// A publish of the tail.
-    fn again(repeat: Repeat, now: Instant) -> Self {
+    fn republish(repeat: Republish, now: Instant) -> Self {
         let room = repeat.room.clone();
         let done = move |result: Result<Appended, BusError>| {
             if let Err(error) = result {
@@ -49,7 +49,7 @@ impl Queued {
             envelope: repeat.envelope,
             urgent: true,
             unseen: Unseen::Keep,
-            deadline: now + REPEAT_MAX,
+            deadline: now + REPUBLISH_WAIT_MAX,
             done: Box::new(done),
         };
         Self { append, hint: Some(repeat.at), number: Some(repeat.number), _room: None }
@@ -89,9 +89,9 @@ impl Waiting {
 
     /// Puts publishes of the tail in front of all. What was sent with them and has no answer goes
     /// along: all of it in the order in which it was sent first.
-    pub(super) fn repeat(&mut self, repeats: Vec<Repeat>, now: Instant) {
+    pub(super) fn push_republished(&mut self, repeats: Vec<Republish>, now: Instant) {
         let mut sent: Vec<Queued> =
-            repeats.into_iter().map(|repeat| Queued::again(repeat, now)).collect();
+            repeats.into_iter().map(|repeat| Queued::republish(repeat, now)).collect();
         sent.extend(take(&mut self.urgent, usize::MAX, |queued| queued.number.is_some()));
         sent.sort_by_key(|queued| queued.number);
         // Some were to be repeated to the server before this one, and had no answer yet.
@@ -262,13 +262,13 @@ mod tests {
         let mut waiting = Waiting::new(SHARDED);
         waiting.take_in(sent(5, None));
         waiting.put_back([sent(1, Some(1)), sent(3, Some(3))].into());
-        let repeat = |number| Repeat {
+        let repeat = |number| Republish {
             room: room.clone(),
             envelope: entry("e", number).envelope,
             at: position("1-e", number),
             number,
         };
-        waiting.repeat(vec![repeat(2), repeat(4)], now);
+        waiting.push_republished(vec![repeat(2), repeat(4)], now);
         assert_eq!(waiting.next_deadline(), Some(now + STUCK_FOR));
         let home = BTreeSet::from([SHARDED.home(&room)]);
         let order = waiting.next_batch(9, &home, now);
@@ -277,8 +277,8 @@ mod tests {
         assert_eq!(order, expected);
         // One that is waited for longer holds none up whose time is over.
         waiting.put_back([sent(7, Some(7))].into());
-        waiting.repeat(vec![repeat(6)], now);
+        waiting.push_republished(vec![repeat(6)], now);
         assert_eq!(waiting.expired(now + STUCK_FOR).len(), 1);
-        assert_eq!(waiting.next_deadline(), Some(now + REPEAT_MAX));
+        assert_eq!(waiting.next_deadline(), Some(now + REPUBLISH_WAIT_MAX));
     }
 }

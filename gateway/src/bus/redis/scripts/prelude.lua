@@ -146,7 +146,7 @@ end
 -- What the scripts of a room share:
 --
 -- KEYS  1 log (stream)  2 meta (hash)  3, 4 ids (two hashes that take turns)  5 barrier
---       6 unheard (hash): what unheard.lua was given
+--       6 unheard (hash): what restore_unconfirmed.lua was given
 -- ARGV  1 token  2 channel  3 random part of an epoch  4 log ttl, ms  5 meta ttl, ms
 --       6 dedup window, ms; a script's own from 7 on
 --
