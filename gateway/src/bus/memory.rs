@@ -31,7 +31,7 @@ use super::{
     sessions::SessionOptions,
 };
 use crate::{
-    delivery::{Entry, ReplicaSnapshot, Token, ordinal, page::Page},
+    delivery::{Entry, ReplicaSnapshot, ServerId, ordinal, page::Page},
     drain::Tasks,
 };
 
@@ -238,7 +238,7 @@ impl MemoryBus {
         let position = Position::new(log.epoch.clone(), log.top);
         let entry = Entry {
             position: position.clone(),
-            stamp: Token::default(),
+            stamp: ServerId::default(),
             envelope: append.envelope.clone(),
         };
         log.bytes += entry.bytes() as u64;

@@ -21,7 +21,7 @@ use shared::{
 };
 use tokio::time::Instant;
 
-use crate::delivery::{Entry, Token, ordinal};
+use crate::delivery::{Entry, ServerId, ordinal};
 
 /// How long an acknowledged publish is kept that does not come by: above that it is in the logs of
 /// replicas and files, as far as it ever will be.
@@ -60,7 +60,7 @@ struct Acknowledged {
     /// Where the log answered it stands.
     at: Position,
     /// The server that answered so first.
-    stamp: Token,
+    stamp: ServerId,
     /// When it answered, or when it was repeated last.
     since: Instant,
 }
@@ -120,7 +120,7 @@ impl UnconfirmedPublishes {
 
     /// The log of the server `stamp` has answered. Returns how many others were forgotten to keep
     /// this one.
-    pub fn acknowledged(&self, id: &IdKey, at: &Position, stamp: Token, now: Instant) -> u64 {
+    pub fn acknowledged(&self, id: &IdKey, at: &Position, stamp: ServerId, now: Instant) -> u64 {
         let kept = &mut *self.unconfirmed.lock();
         if let Some(publish) = kept.publishes.get_mut(id) {
             let before = publish.acknowledged.take().filter(|before| before.at == *at);
@@ -193,7 +193,7 @@ impl UnconfirmedPublishes {
     }
 
     /// Whether all that was acknowledged and has not come by was acknowledged by one server.
-    pub fn is_all_from(&self, server: Token) -> bool {
+    pub fn is_all_from(&self, server: ServerId) -> bool {
         let kept = self.unconfirmed.lock();
         let mut acknowledged = kept.publishes.values().filter_map(|of| of.acknowledged.as_ref());
         acknowledged.all(|acknowledged| acknowledged.stamp == server)
@@ -272,8 +272,8 @@ mod tests {
         tail.to_republish(|_| true, now).into_iter().map(|repeat| repeat.at.seq).collect()
     }
 
-    fn stamp() -> Token {
-        Token::default()
+    fn stamp() -> ServerId {
+        ServerId::default()
     }
 
     #[test]
@@ -306,7 +306,7 @@ mod tests {
             tail.acknowledged(&ids[seq - 1], &position("e", seq as u64), stamp(), now);
         }
         // Repeated to another server, which has it where it was: that one did not append it.
-        let other: Token = "0123456789abcdef".parse().unwrap();
+        let other: ServerId = "0123456789abcdef".parse().unwrap();
         tail.acknowledged(&ids[2], &position("e", 3), other, now);
         let [unheard] = &tail.by_room(|_| true)[..] else { panic!("one room") };
         let seqs: Vec<_> = unheard.acknowledged.iter().map(|entry| entry.position.seq).collect();

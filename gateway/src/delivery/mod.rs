@@ -21,20 +21,20 @@ pub mod serve;
 /// Tells one run of a server from every other: another server, or the same one restarted or become
 /// primary again, has another token. Written as 16 hexadecimal digits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct Token(u64);
+pub struct ServerId(u64);
 
 /// The text is no token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("a token is 16 hexadecimal digits")]
 pub struct InvalidToken;
 
-impl fmt::Display for Token {
+impl fmt::Display for ServerId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:016x}", self.0)
     }
 }
 
-impl FromStr for Token {
+impl FromStr for ServerId {
     type Err = InvalidToken;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
@@ -52,7 +52,7 @@ pub struct Entry {
     pub position: Position,
     /// The server it was first appended on. Two histories may have one number, and even one id at
     /// one number, in common; with the stamp they have only what both have from before they parted.
-    pub stamp: Token,
+    pub stamp: ServerId,
     /// What it is.
     pub envelope: Envelope,
 }
@@ -124,7 +124,7 @@ pub(crate) mod samples {
             members: r#""room":"r""#,
             binary: None,
         });
-        Entry { position: position(epoch, seq), stamp: Token::default(), envelope }
+        Entry { position: position(epoch, seq), stamp: ServerId::default(), envelope }
     }
 
     /// Some time.

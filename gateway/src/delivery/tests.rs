@@ -10,7 +10,7 @@ use shared::{
 };
 
 use super::{
-    Entry, ReplicaSnapshot, Token, ordinal,
+    Entry, ReplicaSnapshot, ServerId, ordinal,
     page::Page,
     reconcile::{READ_LEN, ReadFrom},
     replica::{DeliverySink, EntryClass, NextAction, ReadState, RetentionContext, RoomReplica},
@@ -80,7 +80,7 @@ impl Log {
             return None;
         }
         self.top += 1;
-        let stamp: Token = format!("{:016x}", self.run).parse().unwrap();
+        let stamp: ServerId = format!("{:016x}", self.run).parse().unwrap();
         let position = Position::new(self.epoch.clone(), self.top);
         let entry = Entry { position, stamp, envelope: entry.envelope };
         self.entries.push(entry.clone());

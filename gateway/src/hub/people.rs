@@ -35,7 +35,7 @@ use crate::{
         EphemeralEvent, JoinSnapshot, PresenceDetails, PresenceSnapshot, UnixMillis, UserPresence,
         unix_millis_now,
     },
-    delivery::{Entry, Token},
+    delivery::{Entry, ServerId},
     outbox::Close,
     presence::roster::{Move, Roster},
 };
@@ -137,7 +137,7 @@ impl Room {
             EphemeralEvent::Message(_) if self.durable => {}
             EphemeralEvent::Message(envelope) => {
                 let position = Position::new(Epoch::none(), 0);
-                let entry = Entry { position, stamp: Token::default(), envelope };
+                let entry = Entry { position, stamp: ServerId::default(), envelope };
                 let mut frames = Frames::live(&self.name, &entry);
                 for member in &self.members {
                     member.pass(&mut frames, turn);

@@ -243,7 +243,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::delivery::Token;
+    use crate::delivery::ServerId;
 
     fn user(name: &str) -> UserId {
         name.parse().unwrap()
@@ -264,7 +264,7 @@ mod tests {
             binary: None,
         });
         let position = Position::new("1-a".parse().unwrap(), seq);
-        Entry { position, stamp: Token::default(), envelope }
+        Entry { position, stamp: ServerId::default(), envelope }
     }
 
     /// The inbox: bob, cat, bob, cat … and a large one of dan at 10.

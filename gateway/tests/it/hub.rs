@@ -17,7 +17,7 @@ use gateway::{
         Append, Appended, BoxFuture, Bus, BusError, Mailboxes, Range, Retention, ShardMessage,
         memory::MemoryBus,
     },
-    delivery::{Entry, ReplicaSnapshot, Token, page::Page},
+    delivery::{Entry, ReplicaSnapshot, ServerId, page::Page},
     drain::Tasks,
     hub::{COMPARE_EVERY, Hub, LINGER, join::Start, member::Subscriber},
     outbox::Outbox,
@@ -329,7 +329,7 @@ impl Bus for Fragile {
         };
         if !duplicate {
             let (position, envelope) = (position.clone(), append.envelope);
-            let entry = Entry { position, stamp: Token::default(), envelope };
+            let entry = Entry { position, stamp: ServerId::default(), envelope };
             log.entries.push(entry.clone());
             self.mailboxes.send_entry(append.room, entry);
         }

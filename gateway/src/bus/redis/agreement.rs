@@ -49,7 +49,7 @@ use super::{
 };
 use crate::{
     bus::{Mailboxes, random_epoch},
-    delivery::Token,
+    delivery::ServerId,
     drain::Tasks,
     telemetry::seldom::Seldom,
 };
@@ -221,7 +221,7 @@ impl Agreement {
     async fn keep(
         &mut self,
         mut connection: MultiplexedConnection,
-        token: Token,
+        token: ServerId,
         mut remake: watch::Receiver<u64>,
         pause: &mut RetryPause,
         stopped: &CancellationToken,
@@ -231,7 +231,7 @@ impl Agreement {
             topology::warn_of_loose_replicas(&mut connection).await;
         }
         let mut moved = self.server.dial.moved();
-        let mut state = self.links.tokens.subscribe();
+        let mut state = self.links.targets.subscribe();
         let mut agreed = self.server.agreed.subscribe();
         let mut owned = self.server.owned.subscribe();
         loop {
@@ -299,7 +299,7 @@ impl Agreement {
     async fn agree(
         &mut self,
         connection: &mut MultiplexedConnection,
-        token: Token,
+        token: ServerId,
         mut homes: Vec<u16>,
     ) -> RedisResult<()> {
         let begun = Instant::now();
@@ -309,7 +309,7 @@ impl Agreement {
         loop {
             homes.retain(|home| self.server.owns(*home));
             let all_asked = self.server.open_questions(token).len() == homes.len();
-            if homes.is_empty() || !all_asked || !self.links.tokens.borrow().lead_to(token) {
+            if homes.is_empty() || !all_asked || !self.links.targets.borrow().lead_to(token) {
                 return Ok(());
             }
             let opened = self.check_in(connection, token, &homes).await?;
@@ -331,7 +331,7 @@ impl Agreement {
     async fn restore(
         &self,
         connection: &mut MultiplexedConnection,
-        token: Token,
+        token: ServerId,
         homes: &[u16],
     ) -> RedisResult<()> {
         let mut remembered = self.process.state.lock().remembers.clone();
@@ -354,7 +354,7 @@ impl Agreement {
         self.restorer.restore_unconfirmed(connection, token, &self.process.name, unheard).await
     }
 
-    fn agreed(&self, token: Token, opened: &Opened, took: Duration) {
+    fn agreed(&self, token: ServerId, opened: &Opened, took: Duration) {
         let Opened { homes, complete, missing } = opened;
         let remembered = {
             let state = &mut *self.process.state.lock();
@@ -381,7 +381,7 @@ impl Agreement {
     async fn check_in(
         &self,
         connection: &mut MultiplexedConnection,
-        token: Token,
+        token: ServerId,
         homes: &[u16],
     ) -> RedisResult<Opened> {
         let mut pipeline = redis::Pipeline::with_capacity(homes.len());
@@ -414,7 +414,7 @@ impl Agreement {
         Ok(opened)
     }
 
-    fn checkin_of(&self, token: Token, home: u16) -> redis::Cmd {
+    fn checkin_of(&self, token: ServerId, home: u16) -> redis::Cmd {
         let state = &mut *self.process.state.lock();
         let (term, owed) = state.terms.get(&home).copied().unwrap_or_default();
         let mut command = redis::cmd("EVALSHA");
@@ -452,7 +452,7 @@ impl Agreement {
     async fn renew_at_once(
         &self,
         connection: &mut MultiplexedConnection,
-        token: Token,
+        token: ServerId,
     ) -> RedisResult<()> {
         if self.keeps_leases() {
             self.process.state.lock().renewed = None;
@@ -464,7 +464,7 @@ impl Agreement {
     async fn renew_if_due(
         &self,
         connection: &mut MultiplexedConnection,
-        token: Token,
+        token: ServerId,
     ) -> RedisResult<()> {
         let (is_due, is_first) = {
             let state = self.process.state.lock();
@@ -646,7 +646,7 @@ impl Agreement {
     async fn look_at_barrier(
         &self,
         connection: &mut MultiplexedConnection,
-        token: Token,
+        token: ServerId,
     ) -> RedisResult<()> {
         let agreed_on = |home: &u16| self.server.has_agreed_on(token, *home);
         let Some(home) = self.server.owned.borrow().iter().copied().find(agreed_on) else {
@@ -712,7 +712,7 @@ impl Agreement {
     /// Whether all that this process knows to be acknowledged is with the server: it was acknowledged by
     /// it, or given to it before the nodes agreed. In a Redis Cluster that is several servers' matter,
     /// whose notes would not be of one moment.
-    fn lacks_nothing(&self, token: Token) -> bool {
+    fn lacks_nothing(&self, token: ServerId) -> bool {
         let standing = self.mailboxes.node_state();
         self.server.keyspace.homes() == 1
             && self.server.has_agreed_on(token, 0)

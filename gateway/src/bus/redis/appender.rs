@@ -35,7 +35,7 @@ use super::{
 };
 use crate::{
     bus::{Append, Appended, BoxFuture, BusError, Unseen, output_of},
-    delivery::Token,
+    delivery::ServerId,
     drain::Tasks,
 };
 
@@ -174,7 +174,7 @@ impl Worker {
     async fn connect_while_expiring(
         &mut self,
         pause: &mut RetryPause,
-    ) -> Result<(MultiplexedConnection, Token, watch::Receiver<u64>), RedisError> {
+    ) -> Result<(MultiplexedConnection, ServerId, watch::Receiver<u64>), RedisError> {
         let pause = pause.next();
         let (server, links) = (self.server.clone(), self.links.clone());
         let scripts = [self.script.clone(), self.script_when_tight.clone()];
@@ -215,12 +215,12 @@ impl Worker {
         self.waiting.next_batch(PIPELINE_LEN_MAX, &self.open.homes, Instant::now())
     }
 
-    /// Whether anything may be sent to the server `token`. Where that was agreed on since the last
+    /// Whether anything may be sent to the server `id`. Where that was agreed on since the last
     /// question it is first given the tail.
-    fn may_send(&mut self, token: Token) -> bool {
+    fn may_send(&mut self, token: ServerId) -> bool {
         let now = Instant::now();
         let agreed = self.server.agreed.borrow().clone();
-        let is_agreed = agreed.token == Some(token);
+        let is_agreed = agreed.id == Some(token);
         if !is_agreed {
             // Where the same server is agreed on again, it was flushed meanwhile.
             self.open = Agreed::default();
@@ -233,7 +233,7 @@ impl Worker {
             #[cfg(not(debug_assertions))]
             return false;
         }
-        if self.open.token != Some(token) || !Arc::ptr_eq(&self.open.homes, &agreed.homes) {
+        if self.open.id != Some(token) || !Arc::ptr_eq(&self.open.homes, &agreed.homes) {
             let keyspace = self.server.keyspace;
             let tail = self.links.node_state.unconfirmed().to_republish(
                 |room| {
@@ -266,7 +266,7 @@ impl Worker {
     async fn serve(
         &mut self,
         connection: MultiplexedConnection,
-        token: Token,
+        token: ServerId,
         mut remake: watch::Receiver<u64>,
     ) -> RedisError {
         let mut agreed = self.server.agreed.subscribe();
@@ -367,7 +367,7 @@ impl Worker {
     /// that count. What has no answer goes ahead of what waits.
     async fn settle_all(
         &mut self,
-        token: Token,
+        token: ServerId,
         mut settled: Result<(), RedisError>,
         mut again: VecDeque<Queued>,
         sent: &mut FuturesOrdered<Sent>,
@@ -382,7 +382,7 @@ impl Worker {
     fn send(
         &self,
         mut connection: MultiplexedConnection,
-        token: Token,
+        token: ServerId,
         mut batch: Vec<Queued>,
     ) -> Sent {
         let mut pipeline = redis::Pipeline::with_capacity(batch.len());
@@ -399,7 +399,7 @@ impl Worker {
         })
     }
 
-    fn command(&self, queued: &Queued, token: Token) -> redis::Cmd {
+    fn command(&self, queued: &Queued, token: ServerId) -> redis::Cmd {
         let append = &queued.append;
         let retention = &self.server.retention;
         let (epoch, seq) = as_arguments(queued.hint.as_ref());
@@ -446,7 +446,7 @@ impl Worker {
     /// The first error that says that this connection is of no more use.
     fn settle(
         &mut self,
-        token: Token,
+        token: ServerId,
         batch: Vec<Queued>,
         result: RedisResult<Vec<RedisResult<Value>>>,
         again: &mut VecDeque<Queued>,
@@ -538,7 +538,7 @@ async fn connect(
     server: &Arc<Server>,
     scripts: &[redis::Script],
     permitted: &redis::Script,
-) -> Result<(MultiplexedConnection, Token), RedisError> {
+) -> Result<(MultiplexedConnection, ServerId), RedisError> {
     let (mut connection, token) = server.connect(config()).await?;
     for script in scripts {
         script.load_async(&mut connection).await?;

@@ -5,12 +5,12 @@ use std::sync::Arc;
 use tokio::sync::{Notify, watch};
 
 use super::{probe::Probe, server::Server};
-use crate::{bus::node_state::NodeState, delivery::Token, telemetry::metrics::Metrics};
+use crate::{bus::node_state::NodeState, delivery::ServerId, telemetry::metrics::Metrics};
 
 /// The state of the links.
 pub(super) struct Links {
     /// Where the links lead.
-    pub(super) tokens: watch::Sender<Tokens>,
+    pub(super) targets: watch::Sender<LinkTargets>,
     /// Counts orders to make all connections again.
     pub(super) remake: watch::Sender<u64>,
     /// Somebody wants to be seen.
@@ -30,19 +30,19 @@ pub(super) enum Link {
 
 /// Which server each link leads to, while it stands.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Tokens {
-    appending: Option<Token>,
-    hearing: Option<Token>,
+pub(super) struct LinkTargets {
+    appending: Option<ServerId>,
+    hearing: Option<ServerId>,
 }
 
-impl Tokens {
+impl LinkTargets {
     /// Whether both lead to `token`.
-    pub(super) fn lead_to(self, token: Token) -> bool {
+    pub(super) fn lead_to(self, token: ServerId) -> bool {
         self.appending == Some(token) && self.hearing == Some(token)
     }
 
     /// Whether one leads to another server than `token`.
-    pub(super) fn lead_elsewhere(self, token: Token) -> bool {
+    pub(super) fn lead_elsewhere(self, token: ServerId) -> bool {
         [self.appending, self.hearing].into_iter().flatten().any(|leads_to| leads_to != token)
     }
 
@@ -54,7 +54,7 @@ impl Tokens {
 impl Links {
     pub(super) fn new(standing: Arc<NodeState>, metrics: Arc<Metrics>) -> Self {
         Self {
-            tokens: watch::Sender::default(),
+            targets: watch::Sender::default(),
             remake: watch::Sender::default(),
             poked: Notify::new(),
             probe: Probe::new(),
@@ -64,12 +64,12 @@ impl Links {
     }
 
     /// Notes that a link leads to `token`, or is lost.
-    pub(super) fn set(&self, server: &Server, link: Link, token: Option<Token>) {
+    pub(super) fn set(&self, server: &Server, link: Link, token: Option<ServerId>) {
         if let Some(token) = token {
             self.met(server, token);
         }
         let mut changed = false;
-        self.tokens.send_if_modified(|tokens| {
+        self.targets.send_if_modified(|tokens| {
             let leads_to = match link {
                 Link::Appending => &mut tokens.appending,
                 Link::Hearing => &mut tokens.hearing,
@@ -88,20 +88,20 @@ impl Links {
 
     /// A connection has met `token`: where that is another server than the one agreed on, nothing
     /// is to be read or written until the nodes have agreed on it.
-    pub(super) fn met(&self, server: &Server, token: Token) {
+    pub(super) fn met(&self, server: &Server, token: ServerId) {
         if server.take_back(|agreed| agreed != token) {
             self.node_state.settle(server.owned.borrow().iter().copied(), false);
         }
     }
 
     /// The server turned out to be none that the nodes have agreed on.
-    pub(super) fn found_stale(&self, server: &Server, token: Token) {
+    pub(super) fn found_stale(&self, server: &Server, token: ServerId) {
         server.take_back(|agreed| agreed == token);
         self.node_state.settle(server.owned.borrow().iter().copied(), false);
     }
 
     /// Whether both links stand.
     pub(super) fn stand(&self) -> bool {
-        self.tokens.borrow().stand()
+        self.targets.borrow().stand()
     }
 }

@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     bus::{BoxFuture, BusError, EMPTY_HEAD_TTL, READ_BYTES_MAX, Range, registry::DeleteOutcome},
-    delivery::{Entry, ReplicaSnapshot, Token, ordinal, page::Page},
+    delivery::{Entry, ReplicaSnapshot, ServerId, ordinal, page::Page},
     telemetry::metrics::{InvalidValue, Metrics},
 };
 
@@ -100,7 +100,7 @@ impl Log {
         Box::pin(async move {
             let mut heads = Vec::with_capacity(rooms.len());
             for rooms in rooms.chunks(HEADS_MAX) {
-                let mut token = Token::default();
+                let mut token = ServerId::default();
                 for room in rooms {
                     token = log.agreed(room).await;
                 }
@@ -112,7 +112,7 @@ impl Log {
         })
     }
 
-    async fn agreed(&self, room: &RoomId) -> Token {
+    async fn agreed(&self, room: &RoomId) -> ServerId {
         self.server.agreed(self.server.keyspace.home(room)).await
     }
 
@@ -120,7 +120,7 @@ impl Log {
         &self,
         reader: &mut Reader,
         rooms: &[RoomId],
-        token: Token,
+        token: ServerId,
     ) -> Result<Vec<Option<Position>>, RedisError> {
         let keyspace = self.server.keyspace;
         let homes: BTreeSet<u16> = rooms.iter().map(|room| keyspace.home(room)).collect();
@@ -190,7 +190,7 @@ impl Log {
         reader: &mut Reader,
         room: &RoomId,
         range: Range,
-        token: Token,
+        token: ServerId,
     ) -> Result<Page, RedisError> {
         let (kind, seq) = match range {
             Range::Newest { .. } => ("newest", 0),
@@ -216,7 +216,7 @@ impl Log {
         &self,
         reader: &mut Reader,
         room: &RoomId,
-        token: Token,
+        token: ServerId,
         whole: Option<(Option<UserId>, Option<ConnectionId>)>,
     ) -> Result<DeleteOutcome, RedisError> {
         let keyspace = self.server.keyspace;

@@ -8,7 +8,7 @@ use shared::ids::RoomId;
 use super::{as_arguments, refused_or_away, server::Server, untrusted};
 use crate::{
     bus::{BusError, unconfirmed::UnconfirmedInRoom},
-    delivery::{Entry, ReplicaSnapshot, Token},
+    delivery::{Entry, ReplicaSnapshot, ServerId},
     telemetry::metrics::{Metrics, RestoreResult},
 };
 
@@ -37,7 +37,7 @@ impl LogRestorer {
     pub(super) async fn restore(
         &self,
         connection: &mut MultiplexedConnection,
-        token: Token,
+        token: ServerId,
         holdings: Vec<ReplicaSnapshot>,
     ) -> RedisResult<()> {
         self.script.load_async(connection).await?;
@@ -64,7 +64,7 @@ impl LogRestorer {
     async fn send_entries(
         &self,
         connection: &mut MultiplexedConnection,
-        token: Token,
+        token: ServerId,
         rooms: &[ReplicaSnapshot],
     ) -> RedisResult<()> {
         let answers = self.ask(connection, token, rooms, true).await?;
@@ -77,7 +77,7 @@ impl LogRestorer {
     async fn ask(
         &self,
         connection: &mut MultiplexedConnection,
-        token: Token,
+        token: ServerId,
         rooms: &[ReplicaSnapshot],
         give: bool,
     ) -> Result<Vec<String>, RedisError> {
@@ -90,7 +90,7 @@ impl LogRestorer {
     pub(super) async fn restore_unconfirmed(
         &self,
         connection: &mut MultiplexedConnection,
-        token: Token,
+        token: ServerId,
         process: &str,
         rooms: Vec<UnconfirmedInRoom>,
     ) -> RedisResult<()> {
@@ -120,7 +120,7 @@ impl LogRestorer {
         self.call_all(connection, calls).await.map(drop)
     }
 
-    fn command(&self, token: Token, held: &ReplicaSnapshot, give: bool) -> redis::Cmd {
+    fn command(&self, token: ServerId, held: &ReplicaSnapshot, give: bool) -> redis::Cmd {
         let mut command = self.server.call(&self.script, &held.room, token);
         let (former, former_top) = as_arguments(held.former.as_ref());
         command

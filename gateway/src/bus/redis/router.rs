@@ -45,7 +45,7 @@ use super::{
 };
 use crate::{
     bus::{Append, BoxFuture, BusError, Mailboxes, Retention, node_state::NodeState},
-    delivery::Token,
+    delivery::ServerId,
     drain::Tasks,
     telemetry::metrics::Metrics,
 };
@@ -176,12 +176,12 @@ impl Router {
     }
 
     /// The server of each home, once the nodes have agreed on all, and how often they had by then.
-    pub(super) fn agreed_tokens(&self) -> Option<BTreeMap<u16, (Token, u64)>> {
+    pub(super) fn agreed_servers(&self) -> Option<BTreeMap<u16, (ServerId, u64)>> {
         let mut tokens = BTreeMap::new();
         for (set, homes) in self.sets() {
             let agreed = set.server.agreed.borrow().clone();
             tokens.extend(homes.iter().filter_map(|home| {
-                let token = agreed.token.filter(|_| agreed.homes.contains(home))?;
+                let token = agreed.id.filter(|_| agreed.homes.contains(home))?;
                 Some((*home, (token, agreed.times)))
             }));
         }

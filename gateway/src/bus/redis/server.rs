@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     bus::{BusError, Retention, random_epoch},
-    delivery::Token,
+    delivery::ServerId,
 };
 
 /// What all parts need to know.
@@ -43,25 +43,25 @@ pub(super) struct Server {
 /// The server that the nodes have agreed on, and for which homes.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Agreed {
-    pub(super) token: Option<Token>,
+    pub(super) id: Option<ServerId>,
     pub(super) homes: Arc<BTreeSet<u16>>,
     /// How often they have, on whichever: a server that was flushed is agreed on again.
     pub(super) times: u64,
 }
 
 impl Agreed {
-    /// Whether it is on `token`, for `home`.
-    pub(super) fn is_on(&self, token: Token, home: u16) -> bool {
-        self.token == Some(token) && self.homes.contains(&home)
+    /// Whether it is on `id`, for `home`.
+    pub(super) fn is_on(&self, token: ServerId, home: u16) -> bool {
+        self.id == Some(token) && self.homes.contains(&home)
     }
 }
 
 impl Server {
     /// The server agreed on for `home`, once it is.
-    pub(super) async fn agreed(&self, home: u16) -> Token {
+    pub(super) async fn agreed(&self, home: u16) -> ServerId {
         let mut agreed = self.agreed.subscribe();
         let agreed = agreed.wait_for(|agreed| agreed.homes.contains(&home)).await;
-        agreed.ok().and_then(|agreed| agreed.token).unwrap_or_default()
+        agreed.ok().and_then(|agreed| agreed.id).unwrap_or_default()
     }
 
     /// How long epoch and number of a room are kept.
@@ -70,7 +70,7 @@ impl Server {
     }
 
     /// The first arguments of each script of a room.
-    pub(super) fn common(&self, room: &RoomId, token: Token) -> impl ToRedisArgs + use<> {
+    pub(super) fn common(&self, room: &RoomId, token: ServerId) -> impl ToRedisArgs + use<> {
         let ms = |time: std::time::Duration| time.as_millis() as u64;
         let (ttl, dedup_window) = (self.retention.of(room).ttl, self.retention.dedup_window);
         let channel = self.keyspace.channel(room);
@@ -79,7 +79,12 @@ impl Server {
     }
 
     /// A call of a room's script, which the server has to know, as far as it is the same for all.
-    pub(super) fn call(&self, script: &redis::Script, room: &RoomId, token: Token) -> redis::Cmd {
+    pub(super) fn call(
+        &self,
+        script: &redis::Script,
+        room: &RoomId,
+        token: ServerId,
+    ) -> redis::Cmd {
         self.call_with(script, room, token, &[])
     }
 
@@ -88,7 +93,7 @@ impl Server {
         &self,
         script: &redis::Script,
         room: &RoomId,
-        token: Token,
+        token: ServerId,
         further: &[String],
     ) -> redis::Cmd {
         let keys = self.keyspace.keys(room);
@@ -120,7 +125,7 @@ impl Server {
     pub(super) async fn connect(
         &self,
         config: AsyncConnectionConfig,
-    ) -> Result<(MultiplexedConnection, Token), RedisError> {
+    ) -> Result<(MultiplexedConnection, ServerId), RedisError> {
         let connected = self.connect_and_ask(config).await;
         if let Err(error) = &connected {
             self.astray.notify_one();
@@ -135,7 +140,7 @@ impl Server {
     async fn connect_and_ask(
         &self,
         config: AsyncConnectionConfig,
-    ) -> Result<(MultiplexedConnection, Token), RedisError> {
+    ) -> Result<(MultiplexedConnection, ServerId), RedisError> {
         let mut connection = self.dial.connect(config).await?;
         let (run, replication): (String, String) = redis::pipe()
             .cmd("INFO")
@@ -200,24 +205,24 @@ impl Server {
     }
 
     /// Whether the nodes have agreed on this server for `home`.
-    pub(super) fn has_agreed_on(&self, token: Token, home: u16) -> bool {
+    pub(super) fn has_agreed_on(&self, token: ServerId, home: u16) -> bool {
         self.agreed.borrow().is_on(token, home)
     }
 
     /// Notes that the nodes have agreed on it for some more homes.
-    pub(super) fn agree_on(&self, token: Token, homes: &[u16]) {
+    pub(super) fn agree_on(&self, token: ServerId, homes: &[u16]) {
         self.agreed.send_modify(|agreed| {
-            let before = if agreed.token == Some(token) { &agreed.homes } else { &Arc::default() };
+            let before = if agreed.id == Some(token) { &agreed.homes } else { &Arc::default() };
             let all = before.iter().chain(homes).copied().collect();
             let times = agreed.times + 1;
-            *agreed = Agreed { token: Some(token), homes: Arc::new(all), times };
+            *agreed = Agreed { id: Some(token), homes: Arc::new(all), times };
         });
     }
 
     /// Takes the agreement back, if it is one on which `gone` says so. Returns whether it was.
-    pub(super) fn take_back(&self, gone: impl Fn(Token) -> bool) -> bool {
+    pub(super) fn take_back(&self, gone: impl Fn(ServerId) -> bool) -> bool {
         self.agreed.send_if_modified(|agreed| {
-            let taken = agreed.token.is_some_and(&gone);
+            let taken = agreed.id.is_some_and(&gone);
             if taken {
                 *agreed = Agreed { times: agreed.times, ..Agreed::default() };
             }
@@ -239,7 +244,7 @@ impl Server {
     }
 
     /// The homes that it serves and that the nodes have not agreed on it for.
-    pub(super) fn open_questions(&self, token: Token) -> Vec<u16> {
+    pub(super) fn open_questions(&self, token: ServerId) -> Vec<u16> {
         let agreed = self.agreed.borrow().clone();
         let owned = self.owned.borrow();
         owned.iter().copied().filter(|home| !agreed.is_on(token, *home)).collect()

@@ -194,7 +194,7 @@ impl StoreWorker {
             SessionOp::Open { opening, .. } => {
                 let inbox = RoomId::inbox_of(&opening.user);
                 let keys = [&keyspace.keys(&inbox)[..], &keys_of(keyspace, &opening.user)].concat();
-                let token = server.agreed.borrow().token.unwrap_or_default();
+                let token = server.agreed.borrow().id.unwrap_or_default();
                 let mut command = evalsha(&self.scripts.open, &keys);
                 command.arg(server.common(&inbox, token));
                 command.arg(&Author::of(&opening.user).as_bytes()[..]);

@@ -50,7 +50,7 @@ use crate::{
         },
         sessions::SessionOptions,
     },
-    delivery::Token,
+    delivery::ServerId,
     drain::Tasks,
     telemetry::metrics::StorageLimit,
 };
@@ -108,7 +108,7 @@ struct State {
     /// Whether it is.
     is_rewritten: bool,
     /// The servers that the seats were written to, by home.
-    servers: BTreeMap<u16, (Token, u64)>,
+    servers: BTreeMap<u16, (ServerId, u64)>,
     /// Whether the others can know of the incarnation.
     is_registered: bool,
     /// From when on every node that lives has written its seats to them, whatever they say.
@@ -320,7 +320,7 @@ impl StoreWorker {
 
     /// Begins a new incarnation where the nodes have agreed on a server anew.
     fn look_at_servers(&self) {
-        let Some(servers) = self.router.agreed_tokens() else { return };
+        let Some(servers) = self.router.agreed_servers() else { return };
         if self.state.lock().servers != servers {
             self.state.lock().servers = servers;
             self.renew();
@@ -754,7 +754,7 @@ impl Op {
 }
 
 /// What stands for the servers that were agreed on, and is the same on all nodes.
-fn agreements_of(servers: &BTreeMap<u16, (Token, u64)>) -> String {
+fn agreements_of(servers: &BTreeMap<u16, (ServerId, u64)>) -> String {
     let mut digest = Sha1::new();
     for (home, (token, _)) in servers {
         digest.update(format!("{home} {token}\n"));
