@@ -238,7 +238,7 @@ impl MemoryBus {
         let position = Position::new(log.epoch.clone(), log.top);
         let entry = Entry {
             position: position.clone(),
-            stamp: ServerId::default(),
+            origin: ServerId::default(),
             envelope: append.envelope.clone(),
         };
         log.bytes += entry.bytes() as u64;

@@ -60,7 +60,7 @@ struct Acknowledged {
     /// Where the log answered it stands.
     at: Position,
     /// The server that answered so first.
-    stamp: ServerId,
+    origin: ServerId,
     /// When it answered, or when it was repeated last.
     since: Instant,
 }
@@ -118,14 +118,14 @@ impl UnconfirmedPublishes {
         number
     }
 
-    /// The log of the server `stamp` has answered. Returns how many others were forgotten to keep
+    /// The log of the server `origin` has answered. Returns how many others were forgotten to keep
     /// this one.
     pub fn acknowledged(&self, id: &IdKey, at: &Position, stamp: ServerId, now: Instant) -> u64 {
         let kept = &mut *self.unconfirmed.lock();
         if let Some(publish) = kept.publishes.get_mut(id) {
             let before = publish.acknowledged.take().filter(|before| before.at == *at);
-            let stamp = before.map_or(stamp, |before| before.stamp);
-            publish.acknowledged = Some(Acknowledged { at: at.clone(), stamp, since: now });
+            let stamp = before.map_or(stamp, |before| before.origin);
+            publish.acknowledged = Some(Acknowledged { at: at.clone(), origin: stamp, since: now });
             kept.acknowledged.push_back((now, *id));
         }
         kept.drop_expired(now)
@@ -176,9 +176,9 @@ impl UnconfirmedPublishes {
             });
             let envelope = publish.envelope.clone();
             match &publish.acknowledged {
-                Some(Acknowledged { at, stamp, .. }) => {
+                Some(Acknowledged { at, origin: stamp, .. }) => {
                     let (position, stamp) = (at.clone(), *stamp);
-                    unheard.acknowledged.push(Entry { position, stamp, envelope });
+                    unheard.acknowledged.push(Entry { position, origin: stamp, envelope });
                 }
                 None => unheard.unanswered.push((publish.number, envelope)),
             }
@@ -196,7 +196,7 @@ impl UnconfirmedPublishes {
     pub fn is_all_from(&self, server: ServerId) -> bool {
         let kept = self.unconfirmed.lock();
         let mut acknowledged = kept.publishes.values().filter_map(|of| of.acknowledged.as_ref());
-        acknowledged.all(|acknowledged| acknowledged.stamp == server)
+        acknowledged.all(|acknowledged| acknowledged.origin == server)
     }
 
     /// What was acknowledged and has not come by in some of the rooms, to be repeated, in the order
@@ -311,7 +311,7 @@ mod tests {
         let [unheard] = &tail.by_room(|_| true)[..] else { panic!("one room") };
         let seqs: Vec<_> = unheard.acknowledged.iter().map(|entry| entry.position.seq).collect();
         assert_eq!(seqs, [1, 3]);
-        assert!(unheard.acknowledged.iter().all(|entry| entry.stamp == stamp()));
+        assert!(unheard.acknowledged.iter().all(|entry| entry.origin == stamp()));
         let numbers: Vec<_> = unheard.unanswered.iter().map(|(number, _)| *number).collect();
         assert_eq!(numbers, [2, 4, 5]);
         ids.iter().for_each(|id| tail.confirm(id));

@@ -52,7 +52,7 @@ pub struct Entry {
     pub position: Position,
     /// The server it was first appended on. Two histories may have one number, and even one id at
     /// one number, in common; with the stamp they have only what both have from before they parted.
-    pub stamp: ServerId,
+    pub origin: ServerId,
     /// What it is.
     pub envelope: Envelope,
 }
@@ -62,7 +62,7 @@ impl Entry {
     /// keeps the one it was written under.
     pub fn is(&self, other: &Self) -> bool {
         self.position.seq == other.position.seq
-            && self.stamp == other.stamp
+            && self.origin == other.origin
             && self.envelope.id_key() == other.envelope.id_key()
     }
 
@@ -124,7 +124,7 @@ pub(crate) mod samples {
             members: r#""room":"r""#,
             binary: None,
         });
-        Entry { position: position(epoch, seq), stamp: ServerId::default(), envelope }
+        Entry { position: position(epoch, seq), origin: ServerId::default(), envelope }
     }
 
     /// Some time.
@@ -145,7 +145,7 @@ mod entry_tests {
     #[test]
     fn one_message_under_one_number_of_two_histories_is_two_entries() {
         let written = entry("1-e", 7);
-        let again = Entry { stamp: "0123456789abcdef".parse().unwrap(), ..written.clone() };
+        let again = Entry { origin: "0123456789abcdef".parse().unwrap(), ..written.clone() };
         assert!(written.is(&written) && !written.is(&again));
         let continued = Entry { position: samples::position("2-f", 7), ..written.clone() };
         assert!(written.is(&continued), "an epoch that continues it changes nothing");

@@ -282,7 +282,7 @@ impl RoomReplica {
         if received.epoch == top.epoch {
             if received.seq == top.seq + 1 {
                 // Another server may have come back without what is held here.
-                let known = self.ring.last().is_none_or(|last| last.stamp == entry.stamp);
+                let known = self.ring.last().is_none_or(|last| last.origin == entry.origin);
                 return if known { EntryClass::Next } else { EntryClass::Restarted };
             }
             if received.seq > top.seq {

@@ -82,7 +82,7 @@ impl Log {
         self.top += 1;
         let stamp: ServerId = format!("{:016x}", self.run).parse().unwrap();
         let position = Position::new(self.epoch.clone(), self.top);
-        let entry = Entry { position, stamp, envelope: entry.envelope };
+        let entry = Entry { position, origin: stamp, envelope: entry.envelope };
         self.entries.push(entry.clone());
         Some(entry)
     }

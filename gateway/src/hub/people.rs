@@ -137,7 +137,7 @@ impl Room {
             EphemeralEvent::Message(_) if self.durable => {}
             EphemeralEvent::Message(envelope) => {
                 let position = Position::new(Epoch::none(), 0);
-                let entry = Entry { position, stamp: ServerId::default(), envelope };
+                let entry = Entry { position, origin: ServerId::default(), envelope };
                 let mut frames = Frames::live(&self.name, &entry);
                 for member in &self.members {
                     member.pass(&mut frames, turn);

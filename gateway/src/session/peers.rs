@@ -264,7 +264,7 @@ mod tests {
             binary: None,
         });
         let position = Position::new("1-a".parse().unwrap(), seq);
-        Entry { position, stamp: ServerId::default(), envelope }
+        Entry { position, origin: ServerId::default(), envelope }
     }
 
     /// The inbox: bob, cat, bob, cat … and a large one of dan at 10.

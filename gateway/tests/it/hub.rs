@@ -329,7 +329,7 @@ impl Bus for Fragile {
         };
         if !duplicate {
             let (position, envelope) = (position.clone(), append.envelope);
-            let entry = Entry { position, stamp: ServerId::default(), envelope };
+            let entry = Entry { position, origin: ServerId::default(), envelope };
             log.entries.push(entry.clone());
             self.mailboxes.send_entry(append.room, entry);
         }

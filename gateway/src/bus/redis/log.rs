@@ -288,7 +288,7 @@ fn entry(entry: Value, room: &RoomId) -> Option<Entry> {
     let Value::BulkString(envelope) = envelope else { return None };
     Some(Entry {
         position: Position::new(epoch_of(&epoch)?, number(&seq)?),
-        stamp: text(&stamp)?.parse().ok()?,
+        origin: text(&stamp)?.parse().ok()?,
         envelope: Envelope::of_room(Bytes::from(envelope), room).ok()?,
     })
 }

@@ -104,7 +104,7 @@ impl LogRestorer {
             for entry in &acknowledged {
                 command
                     .arg(entry.position.to_string())
-                    .arg(entry.stamp.to_string())
+                    .arg(entry.origin.to_string())
                     .arg(&entry.envelope.as_bytes()[..]);
             }
             for (number, envelope) in &unanswered {
@@ -143,7 +143,7 @@ impl LogRestorer {
             command
                 .arg(entry.position.seq)
                 .arg(entry.position.epoch.as_str())
-                .arg(entry.stamp.to_string())
+                .arg(entry.origin.to_string())
                 .arg(&entry.envelope.as_bytes()[..]);
         }
         for (id, at) in &held.ids {
@@ -199,7 +199,7 @@ impl LogRestorer {
 /// Adds the stamp and the id key of an entry, by which the script knows it again.
 fn identify(command: &mut redis::Cmd, entry: Option<&Entry>) {
     match entry {
-        Some(entry) => command.arg(entry.stamp.to_string()).arg(&entry.envelope.id_key()[..]),
+        Some(entry) => command.arg(entry.origin.to_string()).arg(&entry.envelope.id_key()[..]),
         None => command.arg("").arg(""),
     };
 }
