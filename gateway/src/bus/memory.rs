@@ -414,7 +414,7 @@ impl Log {
             cut(wanted, range.limit())
         };
         let (epoch, top) = (self.epoch.clone(), self.top);
-        Page { epoch, former: None, deleted: self.deleted, term: 0, top, oldest, entries }
+        Page { epoch, former: None, deleted: self.deleted, generation: 0, top, oldest, entries }
     }
 }
 

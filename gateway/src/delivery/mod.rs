@@ -83,7 +83,7 @@ pub struct ReplicaSnapshot {
     /// The former epoch and its last number, where the present one continues it.
     pub former: Option<Position>,
     /// The term in which the room was declared whole last.
-    pub term: u64,
+    pub generation: u64,
     /// The newest entries without steps, the last at `top`; older than the room's retention they
     /// are left out.
     pub entries: Vec<Entry>,

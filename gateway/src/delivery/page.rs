@@ -21,7 +21,7 @@ pub struct Page {
     pub deleted: u64,
     /// The term in which the room was declared whole last: the agreements of the nodes on a server
     /// are counted.
-    pub term: u64,
+    pub generation: u64,
     /// Its newest entry, 0 for none.
     pub top: Seq,
     /// Its oldest entry still kept, 0 for none.
@@ -37,7 +37,7 @@ impl Page {
             epoch: Epoch::none(),
             former: None,
             deleted: 0,
-            term: 0,
+            generation: 0,
             top: 0,
             oldest: 0,
             entries: Vec::new(),
@@ -116,7 +116,7 @@ mod tests {
             epoch: "e".parse().unwrap(),
             former: None,
             deleted: 0,
-            term: 0,
+            generation: 0,
             top,
             oldest: 1,
             entries,

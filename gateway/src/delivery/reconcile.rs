@@ -61,11 +61,11 @@ impl RoomReplica {
         let again = self.reading == ReadState::Again;
         self.reading = ReadState::Idle;
         self.forget_past_retention(retention);
-        let (head, term) = (page.head(), page.term);
+        let (head, term) = (page.head(), page.generation);
         if let PageProgress::Blocked(next) = self.apply(&mut page, retention, sink) {
             return next;
         }
-        self.term = self.term.max(term);
+        self.generation = self.generation.max(term);
         let held = self.handle_buffered(retention, sink);
         let more =
             self.top.as_ref().is_none_or(|top| top.epoch != head.epoch || top.seq < head.seq);

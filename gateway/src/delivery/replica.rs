@@ -120,7 +120,7 @@ pub struct RoomReplica {
     /// The epoch before, and its last number, where the present one continues it.
     pub(super) former: Option<Position>,
     /// The term in which the room was declared whole last.
-    pub(super) term: u64,
+    pub(super) generation: u64,
     pub(super) ring: Ring,
     /// Whether the ring holds all that the log holds.
     pub(super) ring_is_whole: bool,
@@ -138,7 +138,7 @@ impl Default for RoomReplica {
         Self {
             top: None,
             former: None,
-            term: 0,
+            generation: 0,
             ring: Ring::default(),
             ring_is_whole: false,
             ids: Ids::default(),
@@ -193,7 +193,7 @@ impl RoomReplica {
             room: room.clone(),
             top: self.top()?.clone(),
             former: self.former.clone(),
-            term: self.term,
+            generation: self.generation,
             entries: self.ring.newest(entries).cloned().collect(),
             ids: self.ids.below(older_than).collect(),
         })

@@ -136,7 +136,15 @@ impl Log {
         };
         let oldest = self.entries.first().map_or(0, |first| first.position.seq);
         let (former, deleted) = (self.former.clone(), self.deleted);
-        Page { epoch: self.epoch.clone(), former, deleted, term: 0, top: self.top, oldest, entries }
+        Page {
+            epoch: self.epoch.clone(),
+            former,
+            deleted,
+            generation: 0,
+            top: self.top,
+            oldest,
+            entries,
+        }
     }
 
     /// As a server does it that is given what a node holds.

@@ -355,8 +355,15 @@ impl Bus for Fragile {
         };
         let (head, former) = (log.head(), log.former.clone());
         let oldest = u64::from(head.seq > 0);
-        let page =
-            Page { epoch: head.epoch, former, deleted: 0, term: 0, top: head.seq, oldest, entries };
+        let page = Page {
+            epoch: head.epoch,
+            former,
+            deleted: 0,
+            generation: 0,
+            top: head.seq,
+            oldest,
+            entries,
+        };
         Box::pin(std::future::ready(Ok(page)))
     }
 

@@ -84,7 +84,7 @@ struct State {
     known: bool,
     renewed: Option<Instant>,
     /// For each home the last term, and the last in which not everybody was heard.
-    terms: BTreeMap<u16, (u64, u64)>,
+    generations: BTreeMap<u16, (u64, u64)>,
     /// Whether it has ever had a lease. With the first one it says that earlier runs of this node
     /// have ended; later ones do not, since by then another with the same id may have started.
     registered: bool,
@@ -402,7 +402,7 @@ impl Agreement {
             };
             if !open.is_empty() {
                 opened.homes.push(*home);
-                let terms = &mut self.process.state.lock().terms;
+                let terms = &mut self.process.state.lock().generations;
                 let known = terms.entry(*home).or_default();
                 *known = (known.0.max(term), known.1.max(owed));
                 if open == "0" {
@@ -416,7 +416,7 @@ impl Agreement {
 
     fn checkin_of(&self, token: ServerId, home: u16) -> redis::Cmd {
         let state = &mut *self.process.state.lock();
-        let (term, owed) = state.terms.get(&home).copied().unwrap_or_default();
+        let (term, owed) = state.generations.get(&home).copied().unwrap_or_default();
         let mut command = redis::cmd("EVALSHA");
         command
             .arg(self.checkin.get_hash())

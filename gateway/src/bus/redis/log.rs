@@ -269,7 +269,7 @@ fn page(answer: Value, room: &RoomId, metrics: &Metrics) -> Option<Page> {
         epoch,
         former,
         deleted: number(&deleted)?,
-        term: number(&term)?,
+        generation: number(&term)?,
         top: number(&top)?,
         oldest: number(&oldest)?,
         entries,

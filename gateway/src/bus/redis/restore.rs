@@ -132,7 +132,7 @@ impl LogRestorer {
         let newest = held.entries.last().filter(|last| last.position.seq == held.top.seq);
         identify(&mut command, newest);
         let oldest = held.entries.first();
-        command.arg(held.term).arg(oldest.map_or(0, |oldest| oldest.position.seq));
+        command.arg(held.generation).arg(oldest.map_or(0, |oldest| oldest.position.seq));
         identify(&mut command, oldest);
         if !give {
             command.arg(0);
