@@ -10,7 +10,7 @@ use std::{
 
 use clap::Parser;
 use gateway::{
-    config::{Config, Sources},
+    config::{Config, ConfigSources},
     drain::supervision::log_panics,
     server::{Server, StartError},
     telemetry,
@@ -68,11 +68,11 @@ fn main() -> ExitCode {
         print!("{}", Config::describe());
         return ExitCode::SUCCESS;
     }
-    let sources = Sources { file: arguments.config, environment: None, flags: arguments.set };
+    let sources = ConfigSources { file: arguments.config, environment: None, flags: arguments.set };
     let config = match Config::load(sources) {
         Ok(config) => config,
-        Err(mistakes) => {
-            eprintln!("gateway: {mistakes}");
+        Err(errors) => {
+            eprintln!("gateway: {errors}");
             return ExitCode::from(BAD_USAGE);
         }
     };

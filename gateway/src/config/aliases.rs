@@ -60,7 +60,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::config::{Config, Sources};
+    use crate::config::{Config, ConfigSources};
 
     fn load(
         file: &str,
@@ -70,12 +70,12 @@ mod tests {
         let path = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(path.path(), file).unwrap();
         let own = |(key, value): &(&str, &str)| ((*key).to_owned(), (*value).to_owned());
-        let sources = Sources {
+        let sources = ConfigSources {
             file: Some(path.path().to_owned()),
             environment: Some(environment.iter().map(own).collect()),
             flags: flags.iter().map(own).collect(),
         };
-        Config::load(sources).map_err(|mistakes| mistakes.to_string())
+        Config::load(sources).map_err(|errors| errors.to_string())
     }
 
     #[test]
@@ -94,7 +94,7 @@ mod tests {
             &[("GATEWAY__HEARTBEAT__SILENCE_MAX", "70s")],
             &[("heartbeat.stall_max", "40s")],
         )
-        .unwrap_or_else(|told| panic!("{told}"));
+        .unwrap_or_else(|text| panic!("{text}"));
         assert_eq!(config.session.wait_max, Duration::from_secs(7));
         assert_eq!(config.http.heartbeat.idle_timeout, Duration::from_secs(70));
         assert_eq!(config.http.heartbeat.write_timeout, Duration::from_secs(40));
@@ -112,20 +112,21 @@ mod tests {
     #[test]
     fn both_names_of_an_option_must_agree() {
         let (old, new) = ("publish.wait", "publish.timeout");
-        let Err(told) = load("", &[], &[(old, "3s"), (new, "4s")]) else { panic!("accepted") };
-        assert!(told.contains("has 1 mistake(s)") && told.contains("`3s` and `4s`"), "{told}");
-        assert!(told.contains(old) && told.contains(new), "{told}");
-        let told = load("[publish]\ntimeout = \"4s\"\n", &[("GATEWAY__PUBLISH__WAIT", "3s")], &[]);
-        assert!(told.is_err_and(|told| told.contains("`3s` and `4s`")));
+        let Err(text) = load("", &[], &[(old, "3s"), (new, "4s")]) else { panic!("accepted") };
+        assert!(text.contains("1 error(s)") && text.contains("`3s` and `4s`"), "{text}");
+        assert!(text.contains(old) && text.contains(new), "{text}");
+        let loaded =
+            load("[publish]\ntimeout = \"4s\"\n", &[("GATEWAY__PUBLISH__WAIT", "3s")], &[]);
+        assert!(loaded.is_err_and(|text| text.contains("`3s` and `4s`")));
 
         let config = load("", &[], &[(old, "3s"), (new, "3s")]);
         assert!(config.is_ok_and(|config| config.session.wait_max == Duration::from_secs(3)));
     }
 
     #[test]
-    fn a_mistake_under_a_former_name_tells_both_names() {
-        let Err(told) = load("", &[], &[("publish.wait", "soon")]) else { panic!("accepted") };
-        assert!(told.contains("publish.timeout (GATEWAY__PUBLISH__TIMEOUT): `soon`"), "{told}");
-        assert!(told.contains("set by its former name publish.wait"), "{told}");
+    fn an_error_under_a_former_name_shows_both_names() {
+        let Err(text) = load("", &[], &[("publish.wait", "soon")]) else { panic!("accepted") };
+        assert!(text.contains("publish.timeout (GATEWAY__PUBLISH__TIMEOUT): `soon`"), "{text}");
+        assert!(text.contains("set by its former name publish.wait"), "{text}");
     }
 }

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use gateway::{
-    config::{Config, Sources},
+    config::{Config, ConfigSources},
     server::{Server, StartError},
 };
 use serde_json::json;
@@ -104,7 +104,7 @@ async fn a_permission_that_is_taken_away_is_named_and_comes_back() {
 async fn a_user_without_channels_is_named_and_attempts_are_rare() {
     let (redis, url) = as_user().await;
     redis.command("ACL SETUSER gw resetchannels").await;
-    let config = Sources {
+    let config = ConfigSources {
         file: None,
         environment: Some(Default::default()),
         flags: [("server.listen", "127.0.0.1:0"), ("admin.listen", "127.0.0.1:0")]
@@ -180,7 +180,7 @@ async fn answer_as(version: &'static str, socket: TcpStream) {
 async fn start_error(extra: &[(&str, &str)]) -> StartError {
     let flags = [("server.listen", "127.0.0.1:0"), ("admin.listen", "127.0.0.1:0")];
     let flags = flags.iter().chain(extra);
-    let config = Sources {
+    let config = ConfigSources {
         file: None,
         environment: Some(Default::default()),
         flags: flags.map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect(),
@@ -233,7 +233,7 @@ async fn of_two_gateways_that_start_with_one_id_one_at_most_stays() {
     let start = || {
         let flags = flags.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned()));
         let flags = flags.collect();
-        let config = Sources { file: None, environment: Some(Default::default()), flags };
+        let config = ConfigSources { file: None, environment: Some(Default::default()), flags };
         Box::pin(within(Server::start(Config::load(config).unwrap())))
     };
     let (one, two) = tokio::join!(start(), start());

@@ -8,7 +8,7 @@ use std::{
 
 use gateway::{
     bus::{Mailboxes, Retention, memory::MemoryBus, registry::RoomStoreOptions},
-    config::{Config, Sources},
+    config::{Config, ConfigSources},
     drain::Tasks,
     hub::HubOptions,
     presence::{Presence, PresenceOptions},
@@ -67,9 +67,12 @@ pub struct Gateway {
 impl Gateway {
     /// A single node with `extra` options.
     pub async fn start(extra: &[(&str, &str)]) -> Self {
-        let sources =
-            Sources { file: None, environment: Some(Default::default()), flags: options(extra) };
-        let config = Config::load(sources).unwrap_or_else(|mistakes| panic!("{mistakes}"));
+        let sources = ConfigSources {
+            file: None,
+            environment: Some(Default::default()),
+            flags: options(extra),
+        };
+        let config = Config::load(sources).unwrap_or_else(|errors| panic!("{errors}"));
         gateway::telemetry::start_log(config.log_format, "off");
         let server = Box::pin(Server::start(config)).await.unwrap();
         Self { address: server.listen, admin: server.admin_listen, server: Some(server) }
