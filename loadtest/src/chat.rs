@@ -7,8 +7,8 @@
 use std::{sync::Arc, time::Duration};
 
 use loadtest::{
+    checker::timeline::{self, Timeline},
     clock::{self, Alarm},
-    ledger::timeline::{self, Timeline},
 };
 use parking_lot::Mutex;
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};

@@ -1,5 +1,5 @@
 //! What the program `loadtest` judges and disturbs with, for tests in Rust.
 
 pub mod clock;
-pub mod ledger;
+pub mod checker;
 pub mod proxy;

@@ -1,7 +1,7 @@
 //! How far a run is, for who watches: one line on the terminal, rewritten.
 
 use indicatif::{ProgressBar, ProgressStyle};
-use loadtest::ledger::timeline::Timeline;
+use loadtest::checker::timeline::Timeline;
 use tokio::time::{Duration, Instant, sleep};
 
 /// How often the line is rewritten.

@@ -3,11 +3,11 @@
 use std::{sync::Arc, time::Duration};
 
 use hdrhistogram::Histogram;
-use loadtest::ledger::{
+use loadtest::checker::{
     client::{ClientProfile, SendSchedule},
     clients::TestClients,
+    report::DeliveryReport,
     timeline::{self, Timeline},
-    verdict::Verdict,
 };
 use parking_lot::Mutex;
 use tokio::{
@@ -156,13 +156,13 @@ impl Trial {
             memory_per_connection_bytes: None,
         };
         self.rooms.iter().for_each(TestClients::stop_sending);
-        let (mut sum, mut unfinished) = (Verdict::default(), Vec::new());
+        let (mut sum, mut unfinished) = (DeliveryReport::default(), Vec::new());
         for clients in self.rooms {
             match clients.finish().await {
-                Ok(verdict) => sum.add(verdict),
-                Err(stuck) => {
-                    unfinished.push(stuck.to_string());
-                    sum.add(*stuck.verdict);
+                Ok(report) => sum.add(report),
+                Err(timeout) => {
+                    unfinished.push(timeout.to_string());
+                    sum.add(*timeout.report);
                 }
             }
         }

@@ -15,7 +15,7 @@ use std::{
     time::Duration,
 };
 
-use loadtest::ledger::timeline;
+use loadtest::checker::timeline;
 use tokio::{sync::oneshot, time::Instant};
 
 use super::verdict::Honest;

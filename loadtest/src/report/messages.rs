@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use hdrhistogram::Histogram;
-use loadtest::ledger::verdict::{Verdict, Wrong};
+use loadtest::checker::report::{DeliveryReport, Violation};
 use serde::Serialize;
 
 use crate::args::Bounds;
@@ -92,24 +92,24 @@ pub(crate) fn late_percent(times_us: &Histogram<u64>, after: Duration) -> f64 {
 
 impl Messages {
     /// The counts of a ledger.
-    pub(crate) fn of(verdict: Verdict, unfinished: Vec<String>) -> Self {
-        let wrong = |wrong| verdict.count(wrong) as u64;
+    pub(crate) fn of(delivery: DeliveryReport, unfinished: Vec<String>) -> Self {
+        let wrong = |wrong| delivery.count(wrong) as u64;
         Self {
-            members: verdict.clients,
-            acknowledged: verdict.acknowledged as u64,
-            delivered: verdict.delivered as u64,
-            lost: wrong(Wrong::Lost),
-            duplicated: wrong(Wrong::Duplicated),
-            out_of_order: wrong(Wrong::OutOfOrder),
-            holes: wrong(Wrong::Hole),
-            unannounced_breaks: wrong(Wrong::UnannouncedBreak),
-            disagreements: wrong(Wrong::Disagreement),
-            other_violations: wrong(Wrong::Protocol),
-            announced_breaks: (verdict.resets + verdict.not_recovered) as u64,
-            skipped: verdict.skipped as u64,
-            sends_refused: verdict.unavailable as u64,
-            longest_silence_ms: verdict.quiet_longest().as_millis() as u64,
-            examples: verdict.examples,
+            members: delivery.clients,
+            acknowledged: delivery.acknowledged as u64,
+            delivered: delivery.delivered as u64,
+            lost: wrong(Violation::Lost),
+            duplicated: wrong(Violation::Duplicated),
+            out_of_order: wrong(Violation::OutOfOrder),
+            holes: wrong(Violation::Hole),
+            unannounced_breaks: wrong(Violation::UnsignalledDiscontinuity),
+            disagreements: wrong(Violation::Disagreement),
+            other_violations: wrong(Violation::Protocol),
+            announced_breaks: (delivery.resets + delivery.not_recovered) as u64,
+            skipped: delivery.skipped as u64,
+            sends_refused: delivery.refused_sends as u64,
+            longest_silence_ms: delivery.longest_silence().as_millis() as u64,
+            examples: delivery.examples,
             unfinished,
             ..Self::default()
         }
@@ -223,9 +223,9 @@ mod tests {
     }
 
     fn of(slow: u64) -> Messages {
-        let verdict = Verdict { acknowledged: 1, ..Verdict::default() };
+        let delivery = DeliveryReport { acknowledged: 1, ..DeliveryReport::default() };
         let (times, second) = (times(slow), Duration::from_secs(1));
-        Messages::of(verdict, Vec::new()).with_latency(&times, second, &bounds())
+        Messages::of(delivery, Vec::new()).with_latency(&times, second, &bounds())
     }
 
     #[test]
@@ -240,22 +240,25 @@ mod tests {
     #[test]
     fn each_kind_of_wrong_fails() {
         let all = [
-            Wrong::Lost,
-            Wrong::Duplicated,
-            Wrong::OutOfOrder,
-            Wrong::Hole,
-            Wrong::UnannouncedBreak,
-            Wrong::Disagreement,
-            Wrong::Protocol,
+            Violation::Lost,
+            Violation::Duplicated,
+            Violation::OutOfOrder,
+            Violation::Hole,
+            Violation::UnsignalledDiscontinuity,
+            Violation::Disagreement,
+            Violation::Protocol,
         ];
         for wrong in all {
-            let verdict =
-                Verdict { acknowledged: 1, wrong: [(wrong, 3)].into(), ..Verdict::default() };
-            let failures = Messages::of(verdict, Vec::new()).failures(&bounds());
+            let delivery = DeliveryReport {
+                acknowledged: 1,
+                violations: [(wrong, 3)].into(),
+                ..DeliveryReport::default()
+            };
+            let failures = Messages::of(delivery, Vec::new()).failures(&bounds());
             assert_eq!(failures.len(), 1, "{wrong:?}: {failures:?}");
             assert!(failures[0].starts_with("3 "), "{failures:?}");
         }
-        let nothing = Messages::of(Verdict::default(), vec!["room 1".to_owned()]);
+        let nothing = Messages::of(DeliveryReport::default(), vec!["room 1".to_owned()]);
         assert_eq!(nothing.failures(&bounds()), ["room 1", "nothing was acknowledged"]);
     }
 }

@@ -5,7 +5,7 @@
 
 use std::{collections::BTreeSet, fmt, time::Duration};
 
-use loadtest::ledger::timeline::Second;
+use loadtest::checker::timeline::Second;
 use serde::{Serialize, Serializer};
 
 use self::{

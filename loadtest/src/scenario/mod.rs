@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use loadtest::ledger::timeline;
+use loadtest::checker::timeline;
 
 use crate::{
     args::{CommonArgs, OpenArgs, ProcessArgs},

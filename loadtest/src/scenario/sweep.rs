@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use loadtest::ledger::timeline;
+use loadtest::checker::timeline;
 
 use super::{Played, ScenarioError, Stage, play, talk::Talk};
 use crate::{

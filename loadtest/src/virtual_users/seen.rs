@@ -1,7 +1,7 @@
 //! What virtual users has seen of messages.
 
 use hdrhistogram::Histogram;
-use loadtest::ledger::timeline::{Second, Timeline};
+use loadtest::checker::timeline::{Second, Timeline};
 use memchr::memmem;
 use serde::{Deserialize, Serialize};
 use tokio::time::{Duration, Instant};

@@ -13,7 +13,7 @@ use std::{
     sync::mpsc,
 };
 
-use loadtest::ledger::timeline::{self, Second};
+use loadtest::checker::timeline::{self, Second};
 use serde::{Deserialize, Serialize};
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, Lines},

@@ -32,12 +32,12 @@ async fn a_gateway_and_the_data_of_redis_are_lost_together() {
     assert!(acknowledged_after < Duration::from_secs(13), "{acknowledged_after:?}");
     for reader in [1, 2, 4, 5] {
         assert_eq!(report.connections[reader], 1);
-        assert!(report.quiet[reader] < Duration::from_secs(15), "{:?}", report.quiet);
+        assert!(report.silences[reader] < Duration::from_secs(15), "{:?}", report.silences);
         assert_eq!(report.epochs[reader], 2, "one new epoch: {:?}", report.epochs);
     }
     // Who was served goes on in the new epoch, told so.
     assert!(report.resets >= 4, "{report}");
-    assert!(report.unavailable > 0, "{report}");
+    assert!(report.refused_sends > 0, "{report}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -108,7 +108,7 @@ async fn parted_from_an_empty_redis() -> Parted {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_new_node_on_an_empty_redis_waits_for_those_who_remember() {
     let Parted { redis, proxies, nodes, clients } = parted_from_an_empty_redis().await;
-    let epoch = clients.ledger.lock().cursor(0).unwrap().epoch.clone();
+    let epoch = clients.checker.lock().cursor(0).unwrap().epoch.clone();
     let starting = tokio::spawn(async move {
         let new = Node::start(&redis, None, &UNLIMITED).await;
         (redis, new)
@@ -121,7 +121,7 @@ async fn a_new_node_on_an_empty_redis_waits_for_those_who_remember() {
     let mut ann = connect(new.address, "ann").await;
     let joined = ann.join(&lobby).await.unwrap();
     assert_eq!(joined.epoch, epoch, "the new node began a log of its own");
-    let top = clients.ledger.lock().cursor(0).unwrap().seq;
+    let top = clients.checker.lock().cursor(0).unwrap().seq;
     assert!(joined.seq >= top.saturating_sub(10), "{} of {top}", joined.seq);
     assert_eq!(say(&mut ann, &lobby, "hello").await.epoch, epoch);
     until_ready(&nodes).await;

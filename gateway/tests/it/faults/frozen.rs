@@ -39,7 +39,7 @@ async fn freeze_for(time: Duration) {
     for reader in [1, 2, 4, 5] {
         assert_eq!(report.connections[reader], 1);
         // Clients that leave take 2 s to find out; the others speak meanwhile.
-        assert!(report.quiet[reader] < super::SHORT, "{:?}", report.quiet);
+        assert!(report.silences[reader] < super::SHORT, "{:?}", report.silences);
     }
 }
 
@@ -91,7 +91,7 @@ async fn a_node_whose_lease_is_over_passes_nothing_on_until_it_has_asked() {
 async fn freeze_while_redis_restarts(
     mut redis: Redis,
     what: &str,
-) -> loadtest::ledger::verdict::Verdict {
+) -> loadtest::checker::report::DeliveryReport {
     let nodes = start_nodes(&redis, 3).await;
     let clients = clients_with_one_that_stays(&nodes).await;
     clients.wait_for_acks(200).await.unwrap();
@@ -109,10 +109,10 @@ async fn freeze_while_redis_restarts(
     for reader in [1, 2, 4, 5] {
         assert_eq!(report.connections[reader], 1);
         // The lease, and what it takes to send and connect again.
-        assert!(report.quiet[reader] < Duration::from_secs(15), "{:?}", report.quiet);
+        assert!(report.silences[reader] < Duration::from_secs(15), "{:?}", report.silences);
     }
     assert!(report.resets > 0, "nobody was told: {report}");
-    assert!(report.unavailable > 0, "sends were not refused meanwhile: {report}");
+    assert!(report.refused_sends > 0, "sends were not refused meanwhile: {report}");
     report
 }
 

@@ -10,9 +10,9 @@ use shared::{
 use tokio::time::Instant;
 
 use super::{
+    checker::DeliveryChecker,
     clients::TestClients,
-    ledger::Ledger,
-    verdict::{Verdict, Wrong},
+    report::{DeliveryReport, Violation},
 };
 use crate::harness::Gateway;
 
@@ -71,22 +71,22 @@ enum Shown {
 
 /// A reader that joined at (e, 0) and got 1 and 2, is shown more; `wrong` is what comes of it.
 #[track_caller]
-fn check(shown: Vec<Shown>, wrong: &[Wrong]) -> Verdict {
-    let (mut ledger, now) = (Ledger::new(1), Instant::now());
-    ledger.joined(0, &joined("e", 0, false, Value::Null), now);
-    ledger.message(0, &message("e", 1, 1), now);
-    ledger.message(0, &message("e", 2, 2), now);
+fn check(shown: Vec<Shown>, expected: &[Violation]) -> DeliveryReport {
+    let (mut checker, now) = (DeliveryChecker::new(1), Instant::now());
+    checker.on_joined(0, &joined("e", 0, false, Value::Null), now);
+    checker.on_message(0, &message("e", 1, 1), now);
+    checker.on_message(0, &message("e", 2, 2), now);
     for shown in shown {
         match shown {
-            Shown::Joined(joined) => ledger.joined(0, &joined, now),
-            Shown::Message(message) => ledger.message(0, &message, now),
-            Shown::Reset(reset) => ledger.reset(0, &reset),
-            Shown::Ack(ack) => ledger.ack(0, &ack, Duration::ZERO),
+            Shown::Joined(joined) => checker.on_joined(0, &joined, now),
+            Shown::Message(message) => checker.on_message(0, &message, now),
+            Shown::Reset(reset) => checker.on_reset(0, &reset),
+            Shown::Ack(ack) => checker.on_ack(0, &ack, Duration::ZERO),
         }
     }
-    let report = ledger.verdict();
-    let seen: Vec<Wrong> = report.wrong.keys().copied().collect();
-    assert_eq!(seen, wrong, "{:?}", report.examples);
+    let report = checker.report();
+    let seen: Vec<Violation> = report.violations.keys().copied().collect();
+    assert_eq!(seen, expected, "{:?}", report.examples);
     report
 }
 
@@ -101,39 +101,42 @@ fn what_is_right_is_not_held_against_anybody() {
         Shown::Message(message("f", 2, 2)),
         Shown::Ack(ack("f", 2, 2)),
     ];
-    assert_eq!(check(shown, &[]).again, 1);
+    assert_eq!(check(shown, &[]).redelivered, 1);
 }
 
 #[test]
 fn what_is_shown_first_may_begin_in_a_former_epoch_without_a_step() {
-    let check = |joined, wrong: &[Wrong]| check(vec![Shown::Joined(joined)], wrong);
+    let check = |joined, expected: &[Violation]| check(vec![Shown::Joined(joined)], expected);
     check(shown("g", 9, &[("f", 7, 7), ("f", 8, 8), ("g", 9, 9)]), &[]);
     check(shown("g", 8, &[("f", 7, 7), ("f", 8, 8)]), &[]);
-    check(shown("g", 9, &[("f", 7, 7), ("g", 9, 9)]), &[Wrong::UnannouncedBreak]);
-    check(shown("g", 9, &[("f", 7, 7), ("f", 8, 8)]), &[Wrong::Hole]);
+    check(shown("g", 9, &[("f", 7, 7), ("g", 9, 9)]), &[Violation::UnsignalledDiscontinuity]);
+    check(shown("g", 9, &[("f", 7, 7), ("f", 8, 8)]), &[Violation::Hole]);
 }
 
 #[test]
 fn each_wrong_is_seen() {
     let then = |seq, number| Shown::Message(message("e", seq, number));
-    check(vec![then(2, 2)], &[Wrong::Duplicated]);
-    check(vec![then(3, 2)], &[Wrong::Duplicated, Wrong::Disagreement]);
-    check(vec![then(4, 4)], &[Wrong::Hole]);
-    check(vec![then(4, 4), then(3, 3)], &[Wrong::OutOfOrder, Wrong::Hole]);
-    check(vec![then(2, 3)], &[Wrong::Duplicated, Wrong::Disagreement]);
-    check(vec![Shown::Message(message("f", 3, 3))], &[Wrong::UnannouncedBreak]);
+    check(vec![then(2, 2)], &[Violation::Duplicated]);
+    check(vec![then(3, 2)], &[Violation::Duplicated, Violation::Disagreement]);
+    check(vec![then(4, 4)], &[Violation::Hole]);
+    check(vec![then(4, 4), then(3, 3)], &[Violation::OutOfOrder, Violation::Hole]);
+    check(vec![then(2, 3)], &[Violation::Duplicated, Violation::Disagreement]);
+    check(vec![Shown::Message(message("f", 3, 3))], &[Violation::UnsignalledDiscontinuity]);
     // Recovered, and nothing follows or the log is shorter.
-    check(vec![Shown::Ack(ack("e", 3, 3))], &[Wrong::Lost]);
-    check(vec![Shown::Joined(joined("e", 1, true, Value::Null))], &[Wrong::UnannouncedBreak]);
+    check(vec![Shown::Ack(ack("e", 3, 3))], &[Violation::Lost]);
+    check(
+        vec![Shown::Joined(joined("e", 1, true, Value::Null))],
+        &[Violation::UnsignalledDiscontinuity],
+    );
     check(
         vec![Shown::Joined(joined("f", 5, true, Value::Null)), Shown::Message(message("f", 6, 6))],
-        &[Wrong::UnannouncedBreak],
+        &[Violation::UnsignalledDiscontinuity],
     );
-    check(vec![Shown::Ack(ack("e", 2, 3))], &[Wrong::Lost, Wrong::Disagreement]);
-    check(vec![Shown::Ack(ack("e", 1, 2))], &[Wrong::Disagreement]);
-    check(vec![Shown::Joined(joined("f", 5, false, Value::Null))], &[Wrong::Protocol]);
+    check(vec![Shown::Ack(ack("e", 2, 3))], &[Violation::Lost, Violation::Disagreement]);
+    check(vec![Shown::Ack(ack("e", 1, 2))], &[Violation::Disagreement]);
+    check(vec![Shown::Joined(joined("f", 5, false, Value::Null))], &[Violation::Protocol]);
     // Sent one after the other, and numbered the other way round.
-    check(vec![Shown::Ack(ack("e", 2, 2)), Shown::Ack(ack("e", 1, 1))], &[Wrong::OutOfOrder]);
+    check(vec![Shown::Ack(ack("e", 2, 2)), Shown::Ack(ack("e", 1, 1))], &[Violation::OutOfOrder]);
 }
 
 #[test]
@@ -142,11 +145,11 @@ fn what_a_break_did_not_jump_over_is_lost_all_the_same() {
         |position: AckFrame| vec![Shown::Reset(reset("f", 7)), Shown::Ack(position)];
     assert_eq!(check(break_then_ack(ack("e", 3, 9)), &[]).skipped, 1);
     assert_eq!(check(break_then_ack(ack("f", 7, 9)), &[]).skipped, 1);
-    check(break_then_ack(ack("f", 8, 9)), &[Wrong::Lost]);
+    check(break_then_ack(ack("f", 8, 9)), &[Violation::Lost]);
     let told = Shown::Joined(joined("e", 9, false, json!("log_trimmed")));
     assert_eq!(check(vec![told, Shown::Ack(ack("e", 5, 9))], &[]).skipped, 1);
     let told = Shown::Joined(joined("e", 9, false, json!("log_trimmed")));
-    check(vec![told, Shown::Ack(ack("e", 10, 9))], &[Wrong::Lost]);
+    check(vec![told, Shown::Ack(ack("e", 10, 9))], &[Violation::Lost]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

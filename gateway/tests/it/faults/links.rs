@@ -35,7 +35,7 @@ async fn fail(mode: Mode, time: Duration, what: &str) {
     // Open connections stay, and the clients of the other node hear each other all the time.
     assert!(report.connections.iter().all(|count| *count == 1), "{:?}", report.connections);
     for reader in [1, 3] {
-        assert!(report.quiet[reader] < super::SHORT, "{:?}", report.quiet);
+        assert!(report.silences[reader] < super::SHORT, "{:?}", report.silences);
     }
 }
 

@@ -167,7 +167,7 @@ async fn mix(redis: Redis, faults: usize, salt: u64, what: &str) {
         if die.random_range(0..2) == 0 {
             until_ready(&cluster.nodes).await;
         }
-        let wrong = clients.ledger.lock().examples().to_vec();
+        let wrong = clients.checker.lock().examples().to_vec();
         assert!(wrong.is_empty(), "fault {number} of seed {seed}, {fault:?}: {wrong:?}");
     }
     until_ready(&cluster.nodes).await;

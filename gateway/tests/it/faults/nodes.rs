@@ -32,7 +32,7 @@ async fn a_node_that_is_killed_takes_nothing_with_it() {
     if kills == 1 {
         for reader in [1, 2, 4, 5] {
             assert_eq!(report.connections[reader], 1);
-            assert!(report.quiet[reader] < SHORT, "{:?}", report.quiet);
+            assert!(report.silences[reader] < SHORT, "{:?}", report.silences);
         }
     }
     assert!(report.connections.iter().sum::<usize>() > report.clients);
@@ -62,7 +62,7 @@ async fn a_node_that_is_told_to_go_sends_its_clients_on() {
     if rounds == 1 {
         for reader in [1, 2, 4, 5] {
             assert_eq!(report.connections[reader], 1);
-            assert!(report.quiet[reader] < SHORT, "{:?}", report.quiet);
+            assert!(report.silences[reader] < SHORT, "{:?}", report.silences);
         }
     }
 }

@@ -34,5 +34,5 @@ async fn a_reload_of_nginx_is_not_noticed() {
     nginx.stop().await;
     report.check_seamless(&format!("{reloads} x nginx reload"));
     assert!(report.connections.iter().all(|count| *count == 1), "{:?}", report.connections);
-    assert!(report.quiet_longest() < super::SHORT, "{:?}", report.quiet);
+    assert!(report.longest_silence() < super::SHORT, "{:?}", report.silences);
 }

@@ -70,10 +70,10 @@ async fn who_was_away_for_longer_than_the_rings_go_back_is_told() {
     redis.restart().await;
     until_ready(&nodes).await;
     clients.wait_for_acks(50).await.unwrap();
-    assert_eq!(clients.ledger.lock().breaks(away), 0);
+    assert_eq!(clients.checker.lock().discontinuities(away), 0);
     clients.reconnect(away);
     clients
-        .wait_until("it is told", |clients| clients.ledger.lock().breaks(away) > 0)
+        .wait_until("it is told", |clients| clients.checker.lock().discontinuities(away) > 0)
         .await
         .unwrap();
     let report = clients.finish().await.unwrap();

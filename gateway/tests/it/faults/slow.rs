@@ -55,7 +55,7 @@ async fn a_slow_reader_catches_up_in_place_and_takes_bounded_memory() {
     let before = resident_bytes(&nodes[0]);
     let mut highest = before;
     for _ in 0..3 {
-        proxy.set(Mode::NoAnswers);
+        proxy.set(Mode::HoldResponses);
         // 5 MB at a time, so that the log, of 16 MiB, still has all of it.
         for _ in 0..5 {
             clients.wait_for_acks(50).await.unwrap();
@@ -63,10 +63,12 @@ async fn a_slow_reader_catches_up_in_place_and_takes_bounded_memory() {
         }
         until("it lags", async || metric(&nodes[0], "gateway_slow_consumers_total").await > 0.0)
             .await;
-        let had = clients.ledger.lock().had(0);
+        let had = clients.checker.lock().received_count(0);
         proxy.set(Mode::Open);
         clients
-            .wait_until("it has caught up", |clients| clients.ledger.lock().had(SLOW) >= had)
+            .wait_until("it has caught up", |clients| {
+                clients.checker.lock().received_count(SLOW) >= had
+            })
             .await
             .unwrap();
     }
@@ -79,7 +81,7 @@ async fn a_slow_reader_catches_up_in_place_and_takes_bounded_memory() {
     assert!(grown < 16 << 20, "{grown} bytes");
     for reader in 0..SLOW {
         assert_eq!(report.connections[reader], 1);
-        assert!(report.quiet[reader] < super::SHORT, "{:?}", report.quiet);
+        assert!(report.silences[reader] < super::SHORT, "{:?}", report.silences);
     }
 }
 
@@ -87,11 +89,11 @@ async fn a_slow_reader_catches_up_in_place_and_takes_bounded_memory() {
 async fn a_reader_that_falls_behind_the_log_is_told() {
     let short = [("history.max_entries", "50"), ("history.window", "1s")];
     let Trial { redis: _redis, nodes: _nodes, proxy, clients } = start(&short).await;
-    proxy.set(Mode::NoAnswers);
+    proxy.set(Mode::HoldResponses);
     clients.wait_for_acks(700).await.unwrap();
     proxy.set(Mode::Open);
     clients
-        .wait_until("it is told", |clients| clients.ledger.lock().breaks(SLOW) > 0)
+        .wait_until("it is told", |clients| clients.checker.lock().discontinuities(SLOW) > 0)
         .await
         .unwrap();
     let report = clients.finish().await.unwrap();
@@ -99,7 +101,11 @@ async fn a_reader_that_falls_behind_the_log_is_told() {
     assert_eq!(report.reasons.keys().collect::<Vec<_>>(), [&"log_trimmed"], "{report}");
     assert!(report.resets > 0 && report.not_recovered == 0 && report.skipped > 0, "{report}");
     assert_eq!(report.connections[SLOW], 1, "it was thrown out");
-    assert!(report.quiet[..SLOW].iter().all(|quiet| *quiet < super::SHORT), "{:?}", report.quiet);
+    assert!(
+        report.silences[..SLOW].iter().all(|quiet| *quiet < super::SHORT),
+        "{:?}",
+        report.silences
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -108,12 +114,12 @@ async fn a_client_that_reads_nothing_is_closed_with_4003_and_misses_nothing() {
     let stall = if is_full() { "30s" } else { "3s" };
     let Trial { redis: _redis, nodes, proxy, clients } =
         start(&[("heartbeat.write_timeout", stall), ("history.max_bytes", "512MiB")]).await;
-    proxy.set(Mode::NoAnswers);
+    proxy.set(Mode::HoldResponses);
     let closed = r#"gateway_disconnects_total{code="4003"}"#;
     clients
         .wait_until("enough is said to fill all buffers", |clients| {
-            let ledger = clients.ledger.lock();
-            ledger.had(0) > ledger.had(SLOW) + 200
+            let checker = clients.checker.lock();
+            checker.received_count(0) > checker.received_count(SLOW) + 200
         })
         .await
         .unwrap();
@@ -125,15 +131,19 @@ async fn a_client_that_reads_nothing_is_closed_with_4003_and_misses_nothing() {
     }
     println!("a client that reads nothing: closed with 4003 after {:.2?}", begun.elapsed());
     proxy.set(Mode::Open);
-    let had = clients.ledger.lock().had(0);
+    let had = clients.checker.lock().received_count(0);
     clients
         .wait_until("it has come back and caught up", |clients| {
-            clients.ledger.lock().had(SLOW) >= had
+            clients.checker.lock().received_count(SLOW) >= had
         })
         .await
         .unwrap();
     let report = clients.finish().await.unwrap();
     report.check_seamless("a client that reads nothing for the whole stall time");
     assert_eq!(report.connections[SLOW], 2);
-    assert!(report.quiet[..SLOW].iter().all(|quiet| *quiet < super::SHORT), "{:?}", report.quiet);
+    assert!(
+        report.silences[..SLOW].iter().all(|quiet| *quiet < super::SHORT),
+        "{:?}",
+        report.silences
+    );
 }

@@ -23,7 +23,7 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-use super::{Ledger, verdict::Wrong};
+use super::{DeliveryChecker, report::Violation};
 use crate::clock::Alarm;
 
 /// How a client behaves.
@@ -83,7 +83,7 @@ struct UnackedMessage {
 pub struct TestClient {
     number: usize,
     profile: ClientProfile,
-    ledger: Arc<Mutex<Ledger>>,
+    checker: Arc<Mutex<DeliveryChecker>>,
     control: watch::Receiver<ClientControl>,
     /// How many messages it has begun, and whether one has no answer.
     begun: Arc<watch::Sender<(usize, bool)>>,
@@ -101,14 +101,14 @@ impl TestClient {
     pub fn new(
         number: usize,
         profile: ClientProfile,
-        ledger: &Arc<Mutex<Ledger>>,
+        checker: &Arc<Mutex<DeliveryChecker>>,
         control: watch::Receiver<ClientControl>,
         begun: Arc<watch::Sender<(usize, bool)>>,
     ) -> Self {
         Self {
             number,
             profile,
-            ledger: ledger.clone(),
+            checker: checker.clone(),
             control,
             begun,
             unacked: None,
@@ -131,7 +131,7 @@ impl TestClient {
                 let mut is_connected = false;
                 self.talk(&mut connection, &mut is_connected).await;
                 if is_connected {
-                    self.ledger.lock().disconnected();
+                    self.checker.lock().on_disconnected();
                 }
             }
             if let Some(unacked) = &mut self.unacked {
@@ -150,7 +150,7 @@ impl TestClient {
         let mut heard_by = Instant::now() + self.profile.idle_timeout;
         loop {
             if !self.control.borrow().connected {
-                self.ledger.lock().away(self.number);
+                self.checker.lock().on_left(self.number);
                 return;
             }
             let now = Instant::now();
@@ -195,7 +195,7 @@ impl TestClient {
     }
 
     async fn join(&self, connection: &mut Connection) -> Result<(), ()> {
-        let since = self.ledger.lock().cursor(self.number).cloned();
+        let since = self.checker.lock().cursor(self.number).cloned();
         let history = since.is_none().then_some(0);
         let join =
             frames::Join { since: since.as_ref(), history, ..frames::Join::to(&self.profile.room) };
@@ -205,9 +205,9 @@ impl TestClient {
     /// Whether the room is joined, everything up to there was had, and there is something to say.
     fn may_send(&mut self, goal: Option<&Position>) -> bool {
         let Some(goal) = goal else { return false };
-        let ledger = self.ledger.clone();
-        let mut ledger = ledger.lock();
-        let reached = ledger
+        let checker = self.checker.clone();
+        let mut checker = checker.lock();
+        let reached = checker
             .cursor(self.number)
             .is_some_and(|cursor| cursor.epoch != goal.epoch || cursor.seq >= goal.seq);
         if !reached {
@@ -217,10 +217,10 @@ impl TestClient {
             if unacked.sent.is_some() && unacked.again_at.is_none() {
                 return false;
             }
-            let place = ledger.seen(self.number, unacked.id).cloned();
+            let place = checker.position_of(self.number, unacked.id).cloned();
             if let Some(position) = place {
-                ledger.taken(self.number, unacked.id, position);
-                drop(ledger);
+                checker.on_acked(self.number, unacked.id, position);
+                drop(checker);
                 self.settled();
                 return false;
             }
@@ -260,7 +260,7 @@ impl TestClient {
             again_at: None,
         });
         if unacked.sent.is_none() {
-            self.ledger.lock().begun(unacked.id, unacked.begun);
+            self.checker.lock().on_send(unacked.id, unacked.begun);
         }
         (unacked.sent, unacked.again_at) = (Some(now), None);
         let content: Value = json!("x".repeat(self.profile.bytes));
@@ -287,31 +287,37 @@ impl TestClient {
         goal: &mut Option<Position>,
         join_at: &mut Option<Instant>,
     ) {
-        let (ledger, me, now) = (self.ledger.clone(), self.number, Instant::now());
-        let mut ledger = ledger.lock();
+        let (checker, me, now) = (self.checker.clone(), self.number, Instant::now());
+        let mut checker = checker.lock();
         match received {
-            Received::Frame(ServerFrame::Connected(_), _) => ledger.connected(me),
+            Received::Frame(ServerFrame::Connected(_), _) => checker.on_connected(me),
             Received::Frame(ServerFrame::Joined(joined), _) => {
-                ledger.joined(me, &joined, now);
+                checker.on_joined(me, &joined, now);
                 *goal = Some(Position::new(joined.epoch.clone(), joined.seq));
             }
-            Received::Frame(ServerFrame::Message(message), _) => ledger.message(me, &message, now),
+            Received::Frame(ServerFrame::Message(message), _) => {
+                checker.on_message(me, &message, now)
+            }
             Received::Frame(ServerFrame::Reset(reset), _) => {
                 // Without a room it is of the inbox, which is not judged.
                 if reset.room.is_some() {
-                    ledger.reset(me, &reset);
+                    checker.on_reset(me, &reset);
                 }
             }
             Received::Frame(ServerFrame::Ack(ack), _) => match &self.unacked {
                 Some(UnackedMessage { id, sent: Some(sent), .. }) if *id == ack.id => {
-                    ledger.ack(me, &ack, now.duration_since(*sent));
-                    drop(ledger);
+                    checker.on_ack(me, &ack, now.duration_since(*sent));
+                    drop(checker);
                     self.settled();
                 }
-                _ => ledger.wrong(me, Wrong::Protocol, format!("an ack of nothing: {ack:?}")),
+                _ => checker.report_violation(
+                    me,
+                    Violation::Protocol,
+                    format!("an ack of nothing: {ack:?}"),
+                ),
             },
             Received::Frame(ServerFrame::Error(refusal), _) => {
-                self.refused(&mut ledger, &refusal, goal.is_some(), join_at);
+                self.refused(&mut checker, &refusal, goal.is_some(), join_at);
             }
             Received::Frame(
                 ServerFrame::Pong(_)
@@ -326,20 +332,20 @@ impl TestClient {
             )
             | Received::Ping(_)
             | Received::Pong(_) => {}
-            other => ledger.wrong(me, Wrong::Protocol, format!("{other:?}")),
+            other => checker.report_violation(me, Violation::Protocol, format!("{other:?}")),
         }
     }
 
     fn refused(
         &mut self,
-        ledger: &mut Ledger,
+        checker: &mut DeliveryChecker,
         refusal: &ErrorFrame,
         joined: bool,
         join_at: &mut Option<Instant>,
     ) {
         let now = Instant::now();
         if !matches!(refusal.code.as_str(), "unavailable" | "overloaded") {
-            ledger.wrong(self.number, Wrong::Protocol, format!("{refusal:?}"));
+            checker.report_violation(self.number, Violation::Protocol, format!("{refusal:?}"));
         }
         let again_at = now + Duration::from_millis(refusal.retry_after_ms.unwrap_or(500));
         if !joined {
@@ -348,7 +354,7 @@ impl TestClient {
             && refusal.id.is_none_or(|id| id == unacked.id)
             && let Some(sent) = unacked.sent
         {
-            ledger.refused(self.number, refusal.retry_after_ms, now.duration_since(sent));
+            checker.on_refused(self.number, refusal.retry_after_ms, now.duration_since(sent));
             unacked.again_at = Some(again_at);
         }
     }

@@ -10,17 +10,17 @@ use tokio::{
 };
 
 use super::{
-    Ledger,
+    DeliveryChecker,
     client::{ClientControl, ClientProfile, SendSchedule, TestClient},
+    report::DeliveryReport,
     timeline::Timeline,
-    verdict::Verdict,
 };
 
 /// All clients of one room. They end with it.
 #[derive(Debug)]
 pub struct TestClients {
     /// What they have seen.
-    pub ledger: Arc<Mutex<Ledger>>,
+    pub checker: Arc<Mutex<DeliveryChecker>>,
     controls: Vec<watch::Sender<ClientControl>>,
     begun: Vec<Arc<watch::Sender<(usize, bool)>>>,
     tasks: JoinSet<()>,
@@ -32,12 +32,12 @@ const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
 /// What was waited for did not happen.
 #[derive(Debug, thiserror::Error)]
-#[error("{what}: not within a minute: {verdict}")]
-pub struct Stuck {
+#[error("{what}: not within a minute: {report}")]
+pub struct WaitTimeout {
     /// What was waited for.
     pub what: &'static str,
     /// The counts so far.
-    pub verdict: Box<Verdict>,
+    pub report: Box<DeliveryReport>,
 }
 
 /// Two clients for each address, that go on to the other addresses.
@@ -60,14 +60,15 @@ pub fn default_profiles(addresses: &[SocketAddr]) -> Vec<ClientProfile> {
 impl TestClients {
     /// Starts the clients. None of them speaks yet.
     pub fn spawn(profiles: Vec<ClientProfile>, timeline: Arc<Mutex<Timeline>>) -> Self {
-        let ledger = Arc::new(Mutex::new(Ledger::on(timeline, profiles.len())));
-        let mut clients = Self { ledger, controls: vec![], begun: vec![], tasks: JoinSet::new() };
+        let checker =
+            Arc::new(Mutex::new(DeliveryChecker::with_timeline(timeline, profiles.len())));
+        let mut clients = Self { checker, controls: vec![], begun: vec![], tasks: JoinSet::new() };
         for (number, profile) in profiles.into_iter().enumerate() {
             let (control, control_rx) =
                 watch::channel(ClientControl { connected: true, messages_max: 0 });
             let begun = Arc::new(watch::Sender::new((0, false)));
             let client =
-                TestClient::new(number, profile, &clients.ledger, control_rx, begun.clone());
+                TestClient::new(number, profile, &clients.checker, control_rx, begun.clone());
             clients.tasks.spawn(client.run());
             clients.controls.push(control);
             clients.begun.push(begun);
@@ -77,8 +78,8 @@ impl TestClients {
 
     /// How many have not been in the room yet.
     pub fn not_joined(&self) -> usize {
-        let ledger = self.ledger.lock();
-        (0..self.controls.len()).filter(|client| ledger.cursor(*client).is_none()).count()
+        let checker = self.checker.lock();
+        (0..self.controls.len()).filter(|client| checker.cursor(*client).is_none()).count()
     }
 
     /// Has everybody speak from here on.
@@ -93,7 +94,7 @@ impl TestClients {
     /// # Errors
     ///
     /// [`Stuck`]
-    pub async fn with_profiles(profiles: Vec<ClientProfile>) -> Result<Self, Stuck> {
+    pub async fn with_profiles(profiles: Vec<ClientProfile>) -> Result<Self, WaitTimeout> {
         let clients = Self::spawn(profiles, Arc::default());
         clients.wait_until("everybody is in the room", |clients| clients.not_joined() == 0).await?;
         clients.start_sending();
@@ -105,7 +106,7 @@ impl TestClients {
     /// # Errors
     ///
     /// [`Stuck`]
-    pub async fn connect(addresses: &[SocketAddr]) -> Result<Self, Stuck> {
+    pub async fn connect(addresses: &[SocketAddr]) -> Result<Self, WaitTimeout> {
         Self::with_profiles(default_profiles(addresses)).await
     }
 
@@ -118,12 +119,12 @@ impl TestClients {
         &self,
         what: &'static str,
         holds: impl Fn(&Self) -> bool,
-    ) -> Result<(), Stuck> {
+    ) -> Result<(), WaitTimeout> {
         let deadline = Instant::now() + END_MAX;
         while !holds(self) {
             if Instant::now() > deadline {
-                let verdict = Box::new(self.ledger.lock().verdict());
-                return Err(Stuck { what, verdict });
+                let report = Box::new(self.checker.lock().report());
+                return Err(WaitTimeout { what, report });
             }
             sleep(LOOK_AGAIN).await;
         }
@@ -135,9 +136,9 @@ impl TestClients {
     /// # Errors
     ///
     /// [`Stuck`]
-    pub async fn wait_for_acks(&self, messages: usize) -> Result<(), Stuck> {
-        let before = self.ledger.lock().acked();
-        let enough = |clients: &Self| clients.ledger.lock().acked() >= before + messages;
+    pub async fn wait_for_acks(&self, messages: usize) -> Result<(), WaitTimeout> {
+        let before = self.checker.lock().acked();
+        let enough = |clients: &Self| clients.checker.lock().acked() >= before + messages;
         self.wait_until("messages are acknowledged", enough).await
     }
 
@@ -169,7 +170,7 @@ impl TestClients {
     /// # Errors
     ///
     /// [`Stuck`]
-    pub async fn finish(self) -> Result<Verdict, Stuck> {
+    pub async fn finish(self) -> Result<DeliveryReport, WaitTimeout> {
         self.stop_sending();
         // Who had looked at its orders before begins one more.
         sleep(LOOK_AGAIN).await;
@@ -181,12 +182,12 @@ impl TestClients {
         self.wait_until("the last message is acknowledged", said).await?;
         let count = self.controls.len();
         self.wait_until("everybody has the last message", |clients| {
-            let ledger = clients.ledger.lock();
-            let top = ledger.newest(speaker);
-            (0..count).all(|client| top.is_some_and(|id| ledger.seen(client, id).is_some()))
+            let checker = clients.checker.lock();
+            let top = checker.last_acked(speaker);
+            (0..count).all(|client| top.is_some_and(|id| checker.position_of(client, id).is_some()))
         })
         .await?;
-        Ok(self.ledger.lock().verdict())
+        Ok(self.checker.lock().report())
     }
 
     fn is_idle(&self) -> bool {

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, fmt, time::Duration};
 
 /// What the servers did wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Wrong {
+pub enum Violation {
     /// An acknowledged message did not come, and nothing was announced.
     Lost,
     /// A position, or an id, came twice.
@@ -14,7 +14,7 @@ pub enum Wrong {
     /// A number was skipped.
     Hole,
     /// Another epoch, or no recovery, without a word.
-    UnannouncedBreak,
+    UnsignalledDiscontinuity,
     /// Two ids at one position, or two numbers for one id.
     Disagreement,
     /// Anything else that the protocol does not allow.
@@ -23,21 +23,21 @@ pub enum Wrong {
 
 /// The counts of a trial.
 #[derive(Debug, Default)]
-pub struct Verdict {
-    /// Readers.
+pub struct DeliveryReport {
+    /// Clients.
     pub clients: usize,
     /// Messages that were acknowledged.
     pub acknowledged: usize,
-    /// Entries that arrived, all readers together.
+    /// Entries that arrived, all clients together.
     pub delivered: usize,
     /// What was wrong, and how often.
-    pub wrong: BTreeMap<Wrong, usize>,
+    pub violations: BTreeMap<Violation, usize>,
     /// The first of it, in words.
     pub examples: Vec<String>,
     /// Acknowledged messages that a break jumped over, once for each client.
     pub skipped: usize,
     /// Entries that came again behind a break, under another number.
-    pub again: usize,
+    pub redelivered: usize,
     /// How often `reset` was told.
     pub resets: usize,
     /// How often `recovered:false` was told.
@@ -45,52 +45,52 @@ pub struct Verdict {
     /// How often each reason was given for a break.
     pub reasons: BTreeMap<&'static str, usize>,
     /// Sends answered by `unavailable` or the like.
-    pub unavailable: usize,
+    pub refused_sends: usize,
     /// The longest time until an `ack`.
-    pub answer_slowest: Duration,
+    pub slowest_ack: Duration,
     /// The longest time until a refusal.
-    pub refusal_slowest: Duration,
+    pub slowest_refusal: Duration,
     /// The longest time without a delivery, for each client.
-    pub quiet: Vec<Duration>,
+    pub silences: Vec<Duration>,
     /// How many connections each client had.
     pub connections: Vec<usize>,
     /// How many epochs each client has been in.
     pub epochs: Vec<usize>,
 }
 
-impl Verdict {
+impl DeliveryReport {
     /// Adds what was seen in another room.
     pub fn add(&mut self, other: Self) {
         self.clients += other.clients;
         self.acknowledged += other.acknowledged;
         self.delivered += other.delivered;
-        for (wrong, count) in other.wrong {
-            *self.wrong.entry(wrong).or_default() += count;
+        for (wrong, count) in other.violations {
+            *self.violations.entry(wrong).or_default() += count;
         }
         self.examples.extend(other.examples);
         self.skipped += other.skipped;
-        self.again += other.again;
+        self.redelivered += other.redelivered;
         self.resets += other.resets;
         self.not_recovered += other.not_recovered;
         for (reason, count) in other.reasons {
             *self.reasons.entry(reason).or_default() += count;
         }
-        self.unavailable += other.unavailable;
-        self.answer_slowest = self.answer_slowest.max(other.answer_slowest);
-        self.refusal_slowest = self.refusal_slowest.max(other.refusal_slowest);
-        self.quiet.extend(other.quiet);
+        self.refused_sends += other.refused_sends;
+        self.slowest_ack = self.slowest_ack.max(other.slowest_ack);
+        self.slowest_refusal = self.slowest_refusal.max(other.slowest_refusal);
+        self.silences.extend(other.silences);
         self.connections.extend(other.connections);
         self.epochs.extend(other.epochs);
     }
 
     /// How often this was wrong.
-    pub fn count(&self, wrong: Wrong) -> usize {
-        self.wrong.get(&wrong).copied().unwrap_or(0)
+    pub fn count(&self, wrong: Violation) -> usize {
+        self.violations.get(&wrong).copied().unwrap_or(0)
     }
 
-    /// The longest time that any reader was without a delivery.
-    pub fn quiet_longest(&self) -> Duration {
-        self.quiet.iter().copied().max().unwrap_or_default()
+    /// The longest time that any client was without a delivery.
+    pub fn longest_silence(&self) -> Duration {
+        self.silences.iter().copied().max().unwrap_or_default()
     }
 
     /// Prints the counts of a trial, for tests.
@@ -101,7 +101,12 @@ impl Verdict {
     #[track_caller]
     pub fn check(&self, fault: &str) {
         println!("{fault}: {self}");
-        assert!(self.wrong.is_empty(), "{fault}: {:?}\n{}", self.wrong, self.examples.join("\n"));
+        assert!(
+            self.violations.is_empty(),
+            "{fault}: {:?}\n{}",
+            self.violations,
+            self.examples.join("\n")
+        );
         assert!(self.acknowledged > 0, "{fault}: nothing was sent");
     }
 
@@ -118,7 +123,7 @@ impl Verdict {
     }
 }
 
-impl fmt::Display for Verdict {
+impl fmt::Display for DeliveryReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
@@ -129,20 +134,20 @@ impl fmt::Display for Verdict {
             self.clients,
             self.acknowledged,
             self.delivered,
-            self.count(Wrong::Lost),
-            self.count(Wrong::Duplicated),
-            self.count(Wrong::OutOfOrder),
-            self.count(Wrong::Hole),
-            self.count(Wrong::UnannouncedBreak),
-            self.count(Wrong::Disagreement),
+            self.count(Violation::Lost),
+            self.count(Violation::Duplicated),
+            self.count(Violation::OutOfOrder),
+            self.count(Violation::Hole),
+            self.count(Violation::UnsignalledDiscontinuity),
+            self.count(Violation::Disagreement),
             self.resets,
             self.not_recovered,
             self.skipped,
-            self.again,
-            self.quiet_longest(),
-            self.answer_slowest,
-            self.unavailable,
-            self.refusal_slowest,
+            self.redelivered,
+            self.longest_silence(),
+            self.slowest_ack,
+            self.refused_sends,
+            self.slowest_refusal,
         )
     }
 }
