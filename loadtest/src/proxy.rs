@@ -29,15 +29,15 @@ pub enum Mode {
     Cut,
     /// Nothing passes in either direction; what was sent comes when the proxy is open again, as it
     /// does through a network that was parted.
-    Hole,
+    BlackHole,
     /// What the dialling side says is held back; answers pass.
-    NoRequests,
+    HoldRequests,
     /// Requests pass; answers are held back.
-    NoAnswers,
+    HoldResponses,
     /// Requests pass; answers are lost, and the connections with them when the mode changes.
-    AnswersLost,
+    DropResponses,
     /// The same for connections that have subscribed; the others pass all on.
-    Deaf,
+    DropPushes,
     /// What passes is late by this and, where more comes meanwhile, by up to twice of it.
     Delay(Duration),
 }
@@ -45,7 +45,7 @@ pub enum Mode {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Direction {
     Request,
-    Answer,
+    Response,
 }
 
 /// A port that leads to another, until it is dropped.
@@ -75,15 +75,15 @@ impl Proxy {
     pub async fn with_buffer(server: SocketAddr, buffer_bytes: Option<u32>) -> io::Result<Self> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
         let address = listener.local_addr()?;
-        let (mode, seen) = watch::channel(Mode::Open);
+        let (mode, mode_rx) = watch::channel(Mode::Open);
         let mut tasks = JoinSet::new();
         tasks.spawn(async move {
             let mut connections = JoinSet::new();
             loop {
                 // Cancel-safe, both.
                 tokio::select! {
-                    accepted = listener.accept() => if let Ok((near, _)) = accepted {
-                        connections.spawn(connect(near, server, buffer_bytes, seen.clone()));
+                    accepted = listener.accept() => if let Ok((client, _)) = accepted {
+                        connections.spawn(connect(client, server, buffer_bytes, mode_rx.clone()));
                     },
                     Some(_) = connections.join_next() => {}
                 }
@@ -104,7 +104,7 @@ impl Proxy {
 }
 
 async fn connect(
-    near: TcpStream,
+    client: TcpStream,
     server: SocketAddr,
     buffer_bytes: Option<u32>,
     mode: watch::Receiver<Mode>,
@@ -112,28 +112,29 @@ async fn connect(
     if *mode.borrow() == Mode::Cut {
         return;
     }
-    let Ok(far) = TcpSocket::new_v4() else { return };
+    let Ok(upstream) = TcpSocket::new_v4() else { return };
     if let Some(bytes) = buffer_bytes
-        && far.set_recv_buffer_size(bytes).is_err()
+        && upstream.set_recv_buffer_size(bytes).is_err()
     {
         return;
     }
-    if let Ok(far) = far.connect(server).await {
-        relay(near, far, mode).await;
+    if let Ok(upstream) = upstream.connect(server).await {
+        relay(client, upstream, mode).await;
     }
 }
 
-async fn relay(near: TcpStream, far: TcpStream, mode: watch::Receiver<Mode>) {
-    let ((near_in, near_out), (far_in, far_out)) = (near.into_split(), far.into_split());
+async fn relay(client: TcpStream, upstream: TcpStream, mode: watch::Receiver<Mode>) {
+    let ((client_in, client_out), (upstream_in, upstream_out)) =
+        (client.into_split(), upstream.into_split());
     let subscribed = Arc::new(AtomicBool::new(false));
     tokio::select! {
-        () = pass(near_in, far_out, Direction::Request, mode.clone(), &subscribed) => {}
-        () = pass(far_in, near_out, Direction::Answer, mode.clone(), &subscribed) => {}
-        () = until_mode(mode, |mode| mode == Mode::Cut) => {}
+        () = copy(client_in, upstream_out, Direction::Request, mode.clone(), &subscribed) => {}
+        () = copy(upstream_in, client_out, Direction::Response, mode.clone(), &subscribed) => {}
+        () = wait_for_mode(mode, |mode| mode == Mode::Cut) => {}
     }
 }
 
-async fn pass(
+async fn copy(
     mut from: OwnedReadHalf,
     mut to: OwnedWriteHalf,
     direction: Direction,
@@ -143,9 +144,9 @@ async fn pass(
     let mut buffer = vec![0; 65536];
     loop {
         // Held bytes stay where they are, in the sockets.
-        until_mode(mode.clone(), |mode| !holds(mode, direction)).await;
+        wait_for_mode(mode.clone(), |mode| !holds(mode, direction)).await;
         let Ok(count @ 1..) = from.read(&mut buffer).await else { return };
-        until_mode(mode.clone(), |mode| !holds(mode, direction)).await;
+        wait_for_mode(mode.clone(), |mode| !holds(mode, direction)).await;
         let now = *mode.borrow();
         if let Mode::Delay(delay) = now {
             sleep(delay).await;
@@ -155,12 +156,12 @@ async fn pass(
                 subscribed.store(true, Ordering::Relaxed);
             }
             Direction::Request => {}
-            Direction::Answer => {
+            Direction::Response => {
                 let now = *mode.borrow();
-                let deaf = now == Mode::Deaf && subscribed.load(Ordering::Relaxed);
-                if deaf || now == Mode::AnswersLost {
+                let is_push_dropped = now == Mode::DropPushes && subscribed.load(Ordering::Relaxed);
+                if is_push_dropped || now == Mode::DropResponses {
                     // What comes behind lost bytes makes no sense.
-                    until_mode(mode, |mode| mode != now).await;
+                    wait_for_mode(mode, |mode| mode != now).await;
                     return;
                 }
             }
@@ -173,14 +174,14 @@ async fn pass(
 
 fn holds(mode: Mode, direction: Direction) -> bool {
     match mode {
-        Mode::Hole => true,
-        Mode::NoRequests => direction == Direction::Request,
-        Mode::NoAnswers => direction == Direction::Answer,
-        Mode::Open | Mode::Cut | Mode::AnswersLost | Mode::Deaf | Mode::Delay(_) => false,
+        Mode::BlackHole => true,
+        Mode::HoldRequests => direction == Direction::Request,
+        Mode::HoldResponses => direction == Direction::Response,
+        Mode::Open | Mode::Cut | Mode::DropResponses | Mode::DropPushes | Mode::Delay(_) => false,
     }
 }
 
-async fn until_mode(mut mode: watch::Receiver<Mode>, wanted: impl Fn(Mode) -> bool) {
+async fn wait_for_mode(mut mode: watch::Receiver<Mode>, wanted: impl Fn(Mode) -> bool) {
     if mode.wait_for(|mode| wanted(*mode)).await.is_err() {
         // The proxy is gone, and with it its connections.
         std::future::pending::<()>().await;

@@ -68,7 +68,7 @@ impl Given {
         };
         match fault.kind {
             Kind::ClientCut => clients(Mode::Cut).await,
-            Kind::ClientBlackHole => clients(Mode::Hole).await,
+            Kind::ClientBlackHole => clients(Mode::BlackHole).await,
             Kind::ClientDelay => clients(Mode::Delay(super::CLIENT_DELAY)).await,
             Kind::GatewayStop => {
                 let pid = self.gateways[fault.node % self.gateways.len()];

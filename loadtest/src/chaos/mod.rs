@@ -187,11 +187,11 @@ async fn inject(cluster: &mut Cluster, fault: Fault) -> Result<(), ClusterError>
         Kind::RedisClientKillNormal => cluster.tell_redis("CLIENT KILL TYPE normal").await,
         Kind::NginxReload => cluster.reload_nginx().await,
         Kind::BusCut => bus(cluster, Mode::Cut).await,
-        Kind::BusBlackHole => bus(cluster, Mode::Hole).await,
+        Kind::BusBlackHole => bus(cluster, Mode::BlackHole).await,
         Kind::BusDelay => bus(cluster, Mode::Delay(Duration::from_millis(100))).await,
-        Kind::BusOneWay => bus(cluster, Mode::NoRequests).await,
+        Kind::BusOneWay => bus(cluster, Mode::HoldRequests).await,
         Kind::ClientCut => clients(cluster, Mode::Cut).await,
-        Kind::ClientBlackHole => clients(cluster, Mode::Hole).await,
+        Kind::ClientBlackHole => clients(cluster, Mode::BlackHole).await,
         Kind::ClientDelay => clients(cluster, Mode::Delay(CLIENT_DELAY)).await,
     }
     Ok(())

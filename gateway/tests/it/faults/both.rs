@@ -63,7 +63,7 @@ async fn what_was_acknowledged_and_heard_by_nobody_outlives_the_data_of_redis() 
             assert_eq!(next_message(connection).await.seq, seq);
         }
         // Redis dies behind the answer and before anybody was passed the entry.
-        proxies.iter().for_each(|proxy| proxy.set(Mode::Deaf));
+        proxies.iter().for_each(|proxy| proxy.set(Mode::DropPushes));
         let ack = say(&mut ann, &lobby, "heard by nobody").await;
         seq += 1;
         assert_eq!((&ack.epoch, ack.seq), (&epoch, seq), "round {round}");

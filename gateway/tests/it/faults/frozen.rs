@@ -76,7 +76,7 @@ async fn a_node_whose_lease_is_over_passes_nothing_on_until_it_has_asked() {
     }
     sleep_until(over).await;
     // It cannot ask whether the others went on without it, and they may have.
-    proxy.set(Mode::NoRequests);
+    proxy.set(Mode::HoldRequests);
     frozen.process.signal("CONT");
     let too_early = timeout(Duration::from_millis(1500), next_message(&mut ann)).await;
     assert!(too_early.is_err(), "passed on unasked: {too_early:?}");

@@ -41,13 +41,13 @@ async fn fail(mode: Mode, time: Duration, what: &str) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_link_that_is_a_black_hole() {
-    fail(Mode::Hole, Duration::from_secs(4), "black hole").await;
+    fail(Mode::BlackHole, Duration::from_secs(4), "black hole").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_link_that_is_a_black_hole_for_longer_than_a_lease() {
     let time = length(Duration::from_secs(11), Duration::from_secs(20));
-    fail(Mode::Hole, time, "black hole").await;
+    fail(Mode::BlackHole, time, "black hole").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -57,17 +57,17 @@ async fn a_link_that_is_cut() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_link_on_which_requests_do_not_pass() {
-    fail(Mode::NoRequests, Duration::from_secs(4), "one-way cut towards Redis").await;
+    fail(Mode::HoldRequests, Duration::from_secs(4), "one-way cut towards Redis").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_link_on_which_answers_do_not_pass() {
-    fail(Mode::NoAnswers, Duration::from_secs(4), "one-way cut from Redis").await;
+    fail(Mode::HoldResponses, Duration::from_secs(4), "one-way cut from Redis").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_link_on_which_answers_are_lost() {
-    fail(Mode::AnswersLost, Duration::from_secs(4), "answers of Redis lost").await;
+    fail(Mode::DropResponses, Duration::from_secs(4), "answers of Redis lost").await;
 }
 
 #[tokio::test]

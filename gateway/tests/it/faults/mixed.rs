@@ -47,7 +47,8 @@ fn roll(die: &mut StdRng) -> Fault {
         1..4 => die.random_range(2_000..6_000),
         _ => die.random_range(10..1_500),
     };
-    let modes = [Mode::Cut, Mode::Hole, Mode::NoRequests, Mode::NoAnswers, Mode::AnswersLost];
+    let modes =
+        [Mode::Cut, Mode::BlackHole, Mode::HoldRequests, Mode::HoldResponses, Mode::DropResponses];
     let mode = modes[die.random_range(0..modes.len())];
     match die.random_range(0..10) {
         0 => Fault::KillNode(node),

@@ -199,7 +199,7 @@ async fn what_a_cut_link_did_not_tell_is_told_when_it_is_back() {
     let leaves = member(&other, "leaves").await;
     let mut watcher = Watcher::join(deaf.connect("w0").await).await;
     watcher.sees(&["leaves", "w0"]).await;
-    proxy.set(Mode::Deaf);
+    proxy.set(Mode::DropPushes);
     let mut moved = Vec::new();
     for number in 0..5 {
         moved.push(member(&other, &format!("u{number}")).await);

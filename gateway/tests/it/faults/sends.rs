@@ -102,7 +102,7 @@ async fn ann_and_bob(redis: &Redis, wait: &str) -> (Proxy, [Node; 2], Connection
 async fn an_append_whose_answer_is_lost_is_one_entry_when_the_client_repeats_it() {
     let redis = Redis::start().await;
     let (proxy, nodes, mut ann, mut bob) = ann_and_bob(&redis, "2s").await;
-    proxy.set(Mode::AnswersLost);
+    proxy.set(Mode::DropResponses);
     let (id, begun) = (MessageId::random(), Instant::now());
     let refusal = send(&mut ann, id).await.unwrap_err();
     check_refusal(&refusal, id, begun.elapsed(), Duration::from_secs(2));
@@ -133,7 +133,7 @@ async fn an_append_whose_answer_is_lost_is_repeated_by_the_gateway() {
     let (proxy, _nodes, mut ann, mut bob) = ann_and_bob(&redis, "20s").await;
     let lobby = room("lobby");
     for round in 0..5 {
-        proxy.set(Mode::AnswersLost);
+        proxy.set(Mode::DropResponses);
         let id = MessageId::random();
         let content = json!(round);
         let message = frames::Message { id: Some(id), ..frames::Message::to(&lobby, &content) };
