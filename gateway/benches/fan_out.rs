@@ -11,7 +11,7 @@ use divan::{Bencher, counter::ItemsCount};
 use gateway::{
     bus::{Append, Bus, Mailboxes, Retention, memory::MemoryBus},
     drain::Tasks,
-    hub::{Hub, HubOptions, join::Start, member::Subscriber},
+    hub::{Hub, HubOptions, join::Start, member::ConnectionHandle},
     outbox::Outbox,
     presence::{Presence, PresenceOptions},
     telemetry::metrics::Metrics,
@@ -57,7 +57,7 @@ fn hub(bencher: Bencher<'_, '_>) {
 struct World {
     bus: Arc<dyn Bus>,
     _hub: Hub,
-    members: Vec<Arc<Subscriber>>,
+    members: Vec<Arc<ConnectionHandle>>,
 }
 
 impl World {
@@ -95,7 +95,7 @@ impl World {
         let mut members = Vec::new();
         for _ in 0..MEMBERS {
             let outbox = Outbox::to_owner(1 << 20, metrics.clone());
-            let member = Arc::new(Subscriber::new(ConnectionId::random(), outbox));
+            let member = Arc::new(ConnectionHandle::new(ConnectionId::random(), outbox));
             let (start, entered) = (Start::Newest(0), Default::default());
             hub.join(room.clone(), member.clone(), None, start, entered).await.unwrap();
             member.outbox.take();

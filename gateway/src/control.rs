@@ -25,7 +25,7 @@ use crate::{
     drain::Tasks,
     hub::{
         Hub,
-        member::{Subscriber, text_frame},
+        member::{ConnectionHandle, text_frame},
         people::at,
     },
     outbox::Close,
@@ -176,20 +176,20 @@ impl Control {
         let every = (self.sessions.ttl() / 4).min(KEEP_EVERY);
         loop {
             tokio::time::sleep(every).await;
-            for subscriber in self.hub.connections(None).await {
-                self.hold_session(&subscriber).await;
+            for handle in self.hub.connections(None).await {
+                self.hold_session(&handle).await;
             }
         }
     }
 
     /// Ends a connection whose session another has taken over without this node having heard of it. One
     /// that is not there may have been lost with the rest of what Redis had.
-    async fn hold_session(&self, subscriber: &Subscriber) {
-        let Some(owner) = subscriber.owner() else { return };
-        let holder = self.sessions.holder(owner.user.clone(), owner.session, subscriber.connection);
+    async fn hold_session(&self, handle: &ConnectionHandle) {
+        let Some(owner) = handle.owner() else { return };
+        let holder = self.sessions.holder(owner.user.clone(), owner.session, handle.connection);
         if let Ok(SessionHolder::Another) = holder.await {
             let (code, reason) = (CloseCode::SessionReplaced.number(), String::new());
-            subscriber.outbox.close(Close { code, reason });
+            handle.outbox.close(Close { code, reason });
         }
     }
 
@@ -223,11 +223,11 @@ impl Control {
         tracing::warn!(
             "this node was away for so long that orders were forgotten; its clients' sessions are looked at"
         );
-        for subscriber in self.hub.connections(None).await {
-            let Some(owner) = subscriber.owner() else { continue };
+        for handle in self.hub.connections(None).await {
+            let Some(owner) = handle.owner() else { continue };
             let Ok(kept) = self.sessions.list(owner.user.clone()).await else { continue };
             if !kept.iter().any(|kept| kept.session == owner.session) {
-                subscriber.outbox.close(kicked());
+                handle.outbox.close(kicked());
             }
         }
     }
@@ -282,20 +282,20 @@ impl Control {
         json!({ "connections": connections, "why": why })
     }
 
-    fn info_of(&self, subscriber: &Subscriber) -> Option<serde_json::Value> {
-        let owner = subscriber.owner()?;
+    fn info_of(&self, handle: &ConnectionHandle) -> Option<serde_json::Value> {
+        let owner = handle.owner()?;
         let about = &owner.about;
         Some(json!({
-            "connection_id": subscriber.connection,
+            "connection_id": handle.connection,
             "session_id": owner.session,
             "node": self.node,
             "address": about.address,
             "user_agent": about.user_agent,
             "connected_at": at(owner.since / 1000),
-            "last_seen": at(subscriber.health.heard()),
-            "rtt_ms": subscriber.health.rtt_ms(),
-            "queued_bytes": subscriber.outbox.bytes(),
-            "lagging": subscriber.outbox.is_lagging(),
+            "last_seen": at(handle.health.heard()),
+            "rtt_ms": handle.health.rtt_ms(),
+            "queued_bytes": handle.outbox.bytes(),
+            "lagging": handle.outbox.is_lagging(),
         }))
     }
 }

@@ -31,7 +31,7 @@ use crate::{
     hub::{
         NotFollowed,
         join::{Admission, Start},
-        member::{Owner, Subscriber},
+        member::{ConnectionHandle, Owner},
     },
     limits::Place,
     outbox::Close,
@@ -191,7 +191,7 @@ impl Entered {
 /// Has a connection given what its device lacks of the inbox, and what comes.
 pub(super) async fn follow_inbox(
     node: &Node,
-    subscriber: &Arc<Subscriber>,
+    handle: &Arc<ConnectionHandle>,
     user: &UserId,
     inbox: InboxState,
     device: Option<Result<Position, InvalidPosition>>,
@@ -199,7 +199,7 @@ pub(super) async fn follow_inbox(
     if let Some(Err(_)) = device {
         let text = "`inbox` is <epoch>:<seq>; the acknowledged position is taken";
         node.metrics.errors.of(ErrorCode::BadRequest).inc();
-        subscriber.answer(&ServerFrame::Error(ErrorFrame::new(ErrorCode::BadRequest, text)));
+        handle.answer(&ServerFrame::Error(ErrorFrame::new(ErrorCode::BadRequest, text)));
     }
     let unread = unread_from(&inbox);
     let since = device.and_then(Result::ok).unwrap_or(Position::new(inbox.epoch, unread));
@@ -207,8 +207,8 @@ pub(super) async fn follow_inbox(
     let Services { hub, limits, .. } = &*node.services;
     let until = Instant::now() + limits.wait_max;
     loop {
-        let (subscriber, start) = (subscriber.clone(), start.clone());
-        let joining = hub.join(room.clone(), subscriber, None, start, Admission::default());
+        let (handle, start) = (handle.clone(), start.clone());
+        let joining = hub.join(room.clone(), handle, None, start, Admission::default());
         match tokio::time::timeout_at(until, joining).await {
             Ok(Ok(_)) => return Ok(()),
             // One failed attempt to read it, which may be over in a moment.
@@ -227,10 +227,10 @@ pub(super) fn unread_from(inbox: &InboxState) -> Seq {
 
 /// Makes sure that a connection which is in its inbox now still has its session: an order to close it, or
 /// another that presented it, may have come before it was to be found there.
-pub(super) async fn hold_session(node: &Node, subscriber: &Subscriber) {
-    let Some(owner) = subscriber.owner() else { return };
+pub(super) async fn hold_session(node: &Node, handle: &ConnectionHandle) {
+    let Some(owner) = handle.owner() else { return };
     let Services { sessions, limits, .. } = &*node.services;
-    let holder = sessions.holder(owner.user.clone(), owner.session, subscriber.connection);
+    let holder = sessions.holder(owner.user.clone(), owner.session, handle.connection);
     let (code, reason) = match tokio::time::timeout(limits.wait_max, holder).await {
         Ok(Ok(SessionHolder::Another)) => (CloseCode::SessionReplaced, ""),
         // It comes back and is given another, or is refused again.
@@ -238,21 +238,21 @@ pub(super) async fn hold_session(node: &Node, subscriber: &Subscriber) {
         // Where that cannot be found out now it is within a minute.
         Ok(Ok(SessionHolder::This) | Err(_)) | Err(_) => return,
     };
-    subscriber.outbox.close(Close { code: code.number(), reason: reason.to_owned() });
+    handle.outbox.close(Close { code: code.number(), reason: reason.to_owned() });
 }
 
 /// The first frame of a connection.
 pub(super) fn connected(
     node: &Node,
     entered: &Entered,
-    subscriber: &Subscriber,
+    handle: &ConnectionHandle,
     route: String,
 ) -> ServerFrame<Box<RawValue>> {
     let Entered { identity, opened, secret, .. } = entered;
     let user = identity.user.clone();
     let token = ResumeToken { secret: *secret, session: opened.session, user: user.id.clone() };
     ServerFrame::Connected(Box::new(ConnectedFrame {
-        connection_id: subscriber.connection,
+        connection_id: handle.connection,
         user,
         session: token.to_string(),
         session_id: opened.session,

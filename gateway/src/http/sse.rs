@@ -65,7 +65,7 @@ use crate::{
         node_state::BusStatus,
         registry::{RoomConfig, RoomSummary, unix_millis_now},
     },
-    hub::{NotFollowed, member::Subscriber},
+    hub::{NotFollowed, member::ConnectionHandle},
     limits::Place,
     outbox::{Close, FRAME_OVERHEAD_BYTES, Outbox},
     session::{Request, Session, auth::AuthError},
@@ -397,7 +397,7 @@ fn rooms_of(params: &[(String, String)]) -> Result<Vec<RoomId>, &'static str> {
 /// A client that reads an event stream.
 struct Stream {
     session: Session,
-    subscriber: Arc<Subscriber>,
+    handle: Arc<ConnectionHandle>,
     cursors: Cursors,
     /// Rooms to be joined when there is room for their history.
     waiting: VecDeque<RoomId>,
@@ -410,7 +410,7 @@ struct Stream {
 /// A part of a stream. It counts in the outbox until the kernel has taken it, or the client has gone.
 struct Piece {
     text: String,
-    subscriber: Arc<Subscriber>,
+    handle: Arc<ConnectionHandle>,
 }
 
 impl Piece {
@@ -427,7 +427,7 @@ impl AsRef<[u8]> for Piece {
 
 impl Drop for Piece {
     fn drop(&mut self) {
-        self.subscriber.outbox.release(self.bytes());
+        self.handle.outbox.release(self.bytes());
     }
 }
 
@@ -482,18 +482,18 @@ impl Stream {
             Refused::Unavailable => refused(ErrorCode::Unavailable, "the bus is away"),
         })?;
         let outbox = Outbox::to_owner(node.options.limits.outbox_bytes_max, node.metrics.clone());
-        let subscriber = Arc::new(Subscriber::new(connection, outbox).of(entered.owner()));
+        let handle = Arc::new(ConnectionHandle::new(connection, outbox).of(entered.owner()));
         let (user, wait) = (entered.identity.user.clone(), node.services.limits.wait_max);
         let online = node.services.presence.appear(&user, wait).await;
-        subscriber.answer(&connected(node, &entered, &subscriber, route));
+        handle.answer(&connected(node, &entered, &handle, route));
         let Entered { identity, place, opened, .. } = entered;
         let inbox = cursors.inbox.clone().map(Ok).or(client.inbox);
         // Where the inbox begins is part of every position from now on.
         let begins = Position::new(opened.inbox.epoch.clone(), unread_from(&opened.inbox));
         cursors.inbox = Some(inbox.clone().and_then(Result::ok).unwrap_or(begins));
-        let follows = follow_inbox(node, &subscriber, &user.id, opened.inbox, inbox).await;
+        let follows = follow_inbox(node, &handle, &user.id, opened.inbox, inbox).await;
         let services = node.services.clone();
-        let session = Session::new(services, identity, opened.session, subscriber.clone(), online);
+        let session = Session::new(services, identity, opened.session, handle.clone(), online);
         let expires = session.expires_at().and_then(|at| {
             let left = at.duration_since(std::time::SystemTime::now()).unwrap_or_default();
             Instant::now().checked_add(left)
@@ -501,7 +501,7 @@ impl Stream {
         let (pieces, taken) = mpsc::channel(PIECES_MAX);
         let (_places, _user, waiting) = (places, place, rooms.into());
         let mut stream =
-            Self { session, subscriber, cursors, waiting, pieces, expires, _places, _user };
+            Self { session, handle, cursors, waiting, pieces, expires, _places, _user };
         let joined = match follows {
             Ok(()) => stream.join_all(node).await,
             Err(NotFollowed) => Err(refused(ErrorCode::Unavailable, "the bus is away")),
@@ -510,7 +510,7 @@ impl Stream {
             stream.session.end().await;
             return Err(refused);
         }
-        hold_session(node, &stream.subscriber).await;
+        hold_session(node, &stream.handle).await;
         Ok((stream, taken))
     }
 
@@ -521,7 +521,7 @@ impl Stream {
         for room in &self.waiting {
             self.session.check_join(room).map_err(refused)?;
         }
-        while self.subscriber.outbox.has_room()
+        while self.handle.outbox.has_room()
             && let Some(room) = self.waiting.pop_front()
         {
             self.join(room).await.map_err(refused)?;
@@ -562,7 +562,7 @@ impl Stream {
         let mut told = Some(self.session.told());
         let Ended(code) = self.serve(node, &mut told).await;
         self.session.end().await;
-        self.subscriber.outbox.discard();
+        self.handle.outbox.discard();
         match stall_limit.is_some_and(|limit| limit.is_over()) {
             true => CloseCode::Stalled.number(),
             false => code,
@@ -574,9 +574,9 @@ impl Stream {
         node: &Node,
         told: &mut Option<tokio::sync::watch::Receiver<BusStatus>>,
     ) -> Ended {
-        let subscriber = self.subscriber.clone();
-        let outbox = &subscriber.outbox;
-        let batch = node.departure.batch(subscriber.connection);
+        let handle = self.handle.clone();
+        let outbox = &handle.outbox;
+        let batch = node.departure.batch(handle.connection);
         let mut ping = tokio::time::interval(PING_EVERY);
         ping.reset();
         let mut is_held = true;
@@ -584,7 +584,7 @@ impl Stream {
         loop {
             if !outbox.is_held() {
                 if std::mem::take(&mut is_held) {
-                    subscriber.health.hear(unix_millis_now());
+                    handle.health.hear(unix_millis_now());
                 }
                 // What waits goes out before the end.
                 let bytes_max = if outbox.is_closing() { usize::MAX } else { PIECE_BYTES };
@@ -599,7 +599,7 @@ impl Stream {
                 Box::pin(self.session.catch_up(behind)).await;
             }
             if let Some(Close { code, .. }) = outbox.begin_close() {
-                tracing::debug!(connection = %subscriber.connection, code, "an event stream ends");
+                tracing::debug!(connection = %handle.connection, code, "an event stream ends");
                 return Ended(code);
             }
             if outbox.has_room()
@@ -618,7 +618,7 @@ impl Stream {
                 biased;
                 () = batch.left() => {
                     let after_ms = batch.after_ms();
-                    subscriber.answer(&ServerFrame::Reconnect(ReconnectFrame {
+                    handle.answer(&ServerFrame::Reconnect(ReconnectFrame {
                         after_ms,
                         reason: ReconnectReason::Draining,
                         node: None,
@@ -659,8 +659,8 @@ impl Stream {
 
     /// Hands a piece to the connection, which takes it when it can.
     fn send(&self, text: String) {
-        let piece = Piece { text, subscriber: self.subscriber.clone() };
-        self.subscriber.outbox.hold(piece.bytes());
+        let piece = Piece { text, handle: self.handle.clone() };
+        self.handle.outbox.hold(piece.bytes());
         // One at a time is under way, and a last one. Where the client has gone `closed` tells.
         let _ = self.pieces.try_send(Bytes::from_owner(piece));
     }
@@ -668,7 +668,7 @@ impl Stream {
     /// The next frames of the outbox as events, of about `bytes_max`.
     fn events(&mut self, bytes_max: usize) -> String {
         let mut text = String::new();
-        for frame in self.subscriber.outbox.take_some(bytes_max) {
+        for frame in self.handle.outbox.take_some(bytes_max) {
             let Some(json) = json_of(&frame) else { continue };
             text.reserve(json.len() + 64);
             if serde_json::from_str(&json).is_ok_and(|frame| self.cursors.note(&frame)) {

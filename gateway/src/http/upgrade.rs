@@ -43,7 +43,7 @@ use super::{
 };
 use crate::{
     bus::sessions::OpenedSession,
-    hub::{NotFollowed, member::Subscriber},
+    hub::{NotFollowed, member::ConnectionHandle},
     limits::{
         Place,
         meter::{Meter, MeterRates},
@@ -338,7 +338,7 @@ impl Opening {
             deflating.map(|(deflate, bytes_min)| Deflating { window: deflate.window(), bytes_min });
         let outbox = Outbox::to_socket(socket, limits.outbox_bytes_max, node.metrics.clone())
             .deflating(deflating);
-        let subscriber = Subscriber::new(connection, outbox);
+        let handle = ConnectionHandle::new(connection, outbox);
         let options = transport::Options {
             message_bytes_max: limits.message_bytes_max,
             heartbeat: node.options.heartbeat.clone(),
@@ -350,70 +350,70 @@ impl Opening {
             _ => node.services.limits.rates.clone(),
         };
         let meter = Meter::new(rates, Some((node.state.meters.clone(), places.address)));
-        let served = |subscriber, handler, places, user, early| {
+        let served = |handle, handler, places, user, early| {
             let (wheel, metrics) = (node.wheel.clone(), node.metrics.clone());
             let connection =
-                Connection::new(subscriber, handler, options, meter, wheel, metrics, early);
+                Connection::new(handle, handler, options, meter, wheel, metrics, early);
             Some(Box::new(Served { connection, _places: places, _user: user }))
         };
         if let Endpoint::Echo = endpoint {
             let echo = Handler::Echo(Echo { mode: node.options.echo });
-            return served(Arc::new(subscriber), echo, places, None, early);
+            return served(Arc::new(handle), echo, places, None, early);
         }
 
         let mut early = early;
         let nobody = || Handler::Echo(Echo { mode: EchoMode::Off });
-        let entering = client.enter(&node, subscriber.connection);
-        let entered = match unless_gone(entering, &subscriber.outbox, Some(&mut early)).await {
+        let entering = client.enter(&node, handle.connection);
+        let entered = match unless_gone(entering, &handle.outbox, Some(&mut early)).await {
             Some(Ok(entered)) => entered,
             None => return None,
             Some(Err(refused)) => {
                 let (code, reason) = refused.close();
-                subscriber.outbox.close(Close { code: code.number(), reason });
-                return served(Arc::new(subscriber), nobody(), places, None, early);
+                handle.outbox.close(Close { code: code.number(), reason });
+                return served(Arc::new(handle), nobody(), places, None, early);
             }
         };
-        let (id, user) = (subscriber.connection, entered.identity.user.clone());
+        let (id, user) = (handle.connection, entered.identity.user.clone());
         tracing::debug!(connection = %id, user = %user.id, "connected");
-        let subscriber = Arc::new(subscriber.of(entered.owner()));
+        let handle = Arc::new(handle.of(entered.owner()));
         let (presence, wait) = (&node.services.presence, node.services.limits.wait_max);
-        let connected = connected(&node, &entered, &subscriber, route);
+        let connected = connected(&node, &entered, &handle, route);
         let Entered { identity, place, opened: OpenedSession { session, inbox, .. }, .. } = entered;
         let opening = async {
             // When the client hears `connected` everybody can see that its user is.
             let online = presence.appear(&user, wait).await;
-            subscriber.answer(&connected);
-            match follow_inbox(&node, &subscriber, &user.id, inbox, client.inbox).await {
-                Ok(()) => hold_session(&node, &subscriber).await,
+            handle.answer(&connected);
+            match follow_inbox(&node, &handle, &user.id, inbox, client.inbox).await {
+                Ok(()) => hold_session(&node, &handle).await,
                 Err(NotFollowed) => {
                     // It comes back, to this node or one that hears.
                     let (code, reason) = (CloseCode::Overload.number(), "unavailable".to_owned());
-                    subscriber.outbox.close(Close { code, reason });
+                    handle.outbox.close(Close { code, reason });
                 }
             }
             online
         };
-        let Some(online) = unless_gone(opening, &subscriber.outbox, Some(&mut early)).await else {
+        let Some(online) = unless_gone(opening, &handle.outbox, Some(&mut early)).await else {
             node.services.hub.leave(RoomId::inbox_of(&user.id), id, None).await;
             node.services.sessions.close(user.id, session, id);
-            subscriber.outbox.discard();
+            handle.outbox.discard();
             return None;
         };
         let services = node.services.clone();
-        let session = Session::new(services, identity, session, subscriber.clone(), online);
+        let session = Session::new(services, identity, session, handle.clone(), online);
         let chat = Handler::Chat(Box::new(session));
-        let mut opened = served(subscriber.clone(), chat, places, Some(place), early)?;
+        let mut opened = served(handle.clone(), chat, places, Some(place), early)?;
         if let Endpoint::Room(join) = endpoint {
-            subscriber.outbox.flush();
-            let joining = join_at_once(&node, &mut opened.connection, &subscriber, join);
+            handle.outbox.flush();
+            let joining = join_at_once(&node, &mut opened.connection, &handle, join);
             // Where the peer goes meanwhile, serving it ends what it began.
-            if let Some(Err(code)) = unless_gone(joining, &subscriber.outbox, None).await {
+            if let Some(Err(code)) = unless_gone(joining, &handle.outbox, None).await {
                 let close = match code {
                     ErrorCode::Unavailable | ErrorCode::RateLimited => CloseCode::Overload,
                     _ => CloseCode::Policy,
                 };
                 let reason = code.as_str().to_owned();
-                subscriber.outbox.close(Close { code: close.number(), reason });
+                handle.outbox.close(Close { code: close.number(), reason });
             }
         }
         Some(opened)
@@ -501,7 +501,7 @@ impl Served {
 async fn join_at_once(
     node: &Node,
     connection: &mut Connection,
-    subscriber: &Subscriber,
+    handle: &ConnectionHandle,
     join: Result<JoinFrame, &'static str>,
 ) -> Result<(), ErrorCode> {
     match (join, connection.session()) {
@@ -516,7 +516,7 @@ async fn join_at_once(
                 ..*ErrorFrame::new(ErrorCode::BadRequest, text)
             };
             node.metrics.errors.of(ErrorCode::BadRequest).inc();
-            subscriber.answer(&ServerFrame::Error(Box::new(refusal)));
+            handle.answer(&ServerFrame::Error(Box::new(refusal)));
             Err(ErrorCode::BadRequest)
         }
     }

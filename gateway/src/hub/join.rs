@@ -15,7 +15,7 @@ use tokio::sync::oneshot;
 
 use super::{
     JoinOutcome,
-    member::{Member, Pace, Subscriber, Turn},
+    member::{ConnectionHandle, Member, Pace, Turn},
     people::count_for,
     room::Room,
 };
@@ -38,7 +38,7 @@ const RESUMED_BYTES_MAX: usize = 32 * 1024;
 /// A connection that wants to take part in a room.
 #[derive(Debug)]
 pub(super) struct Join {
-    pub(super) subscriber: Arc<Subscriber>,
+    pub(super) handle: Arc<ConnectionHandle>,
     pub(super) reference: Option<FrameRef>,
     pub(super) start: Start,
     /// As what its user has entered.
@@ -115,9 +115,9 @@ impl Room {
         if !self.durable && matches!(join.start, Start::Since(_)) {
             join.lost = Some(RecoveryFailure::LogLost);
         }
-        if let Some(cursor) = self.cursor_of(join.subscriber.connection).cloned() {
+        if let Some(cursor) = self.cursor_of(join.handle.connection).cloned() {
             self.send_joined(&join, cursor, vec![], false);
-            turn.touch(&join.subscriber);
+            turn.touch(&join.handle);
             // Who has given up waiting is a member all the same.
             let _ = join.done.send(JoinOutcome::Member { bytes_read: join.bytes_read });
             return Step::Done;
@@ -156,7 +156,7 @@ impl Room {
             Resume::Unknown(RecoveryFailure::LogTrimmed) => Some(RecoveryFailure::LogTrimmed),
             Resume::Unknown(_) => Some(RecoveryFailure::LogLost),
         };
-        let mut member = Member::at(join.subscriber.clone(), since, Pace::Live);
+        let mut member = Member::at(join.handle.clone(), since, Pace::Live);
         if let Some(reason) = lost {
             let at = Position::new(top.epoch.clone(), or.min(top.seq));
             member.reset(&self.name, &at, reason, turn);
@@ -176,11 +176,11 @@ impl Room {
         turn: &mut Turn,
     ) {
         let live = self.replica.top() == Some(&member.cursor);
-        turn.touch(&member.subscriber);
+        turn.touch(&member.handle);
         // Who has given up meanwhile sends a call behind this one that takes it back.
         let _ = done.send(JoinOutcome::Member { bytes_read });
         if !live {
-            member.subscriber.outbox.lag(self.name.clone());
+            member.handle.outbox.lag(self.name.clone());
         }
         member.pace = if live { Pace::Live } else { Pace::Behind };
         self.add(member);
@@ -311,16 +311,16 @@ impl Room {
         turn: &mut Turn,
     ) -> Step {
         self.send_joined(&join, at, history, more);
-        let Join { subscriber, admission, done, bytes_read, .. } = join;
-        let member = Member::at(subscriber, cursor, Pace::Live);
+        let Join { handle, admission, done, bytes_read, .. } = join;
+        let member = Member::at(handle, cursor, Pace::Live);
         self.admit(Member { knows: admission.entered.version, ..member }, done, bytes_read, turn);
         Step::Done
     }
 
     fn send_joined(&self, join: &Join, at: Position, history: Vec<Box<RawValue>>, more: bool) {
-        let again = self.is_member(join.subscriber.connection);
+        let again = self.is_member(join.handle.connection);
         let entered = join.admission.entered;
-        join.subscriber.answer(&ServerFrame::Joined(Box::new(JoinedFrame {
+        join.handle.answer(&ServerFrame::Joined(Box::new(JoinedFrame {
             reference: join.reference.clone(),
             room: self.name.clone(),
             epoch: at.epoch,

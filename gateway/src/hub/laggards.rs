@@ -45,9 +45,9 @@ impl Room {
             return;
         }
         let is_at_end = self.replica.top().is_none_or(|top| member.cursor.seq >= top.seq);
-        if !is_at_end && !member.subscriber.outbox.has_room() {
+        if !is_at_end && !member.handle.outbox.has_room() {
             // A read for it would be in vain. It asks again when its socket has drained.
-            member.subscriber.outbox.lag(self.name.clone());
+            member.handle.outbox.lag(self.name.clone());
             return;
         }
         loop {
@@ -153,6 +153,6 @@ impl Room {
     /// The members that are behind.
     pub(super) fn behind(&self) -> Vec<ConnectionId> {
         let behind = self.members.iter().filter(|member| member.pace == Pace::Behind);
-        behind.map(|member| member.subscriber.connection).collect()
+        behind.map(|member| member.handle.connection).collect()
     }
 }

@@ -37,7 +37,7 @@ use crate::{
 
 /// A connection that can take part in rooms.
 #[derive(Debug)]
-pub struct Subscriber {
+pub struct ConnectionHandle {
     /// Its id.
     pub connection: ConnectionId,
     /// Whose it is, and since when. Diagnostic connections have nobody.
@@ -151,7 +151,7 @@ impl PlacedAck {
     }
 }
 
-impl Subscriber {
+impl ConnectionHandle {
     /// A connection without rooms.
     pub fn new(connection: ConnectionId, outbox: Outbox) -> Self {
         #[cfg(debug_assertions)]
@@ -325,7 +325,7 @@ pub(super) struct Turn {
     /// Messages that a log has lost, oldest first.
     pub(super) lost: Vec<(RoomId, Envelope)>,
     /// Who has something to be written.
-    touched: Vec<Arc<Subscriber>>,
+    touched: Vec<Arc<ConnectionHandle>>,
     /// How many entries were placed in outboxes.
     deliveries: u64,
     /// How many members fell behind.
@@ -348,9 +348,9 @@ impl Turn {
         self.standing.can_serve(self.retention.now, room)
     }
 
-    /// Has what `subscriber` holds written at the end of the turn.
-    pub(super) fn touch(&mut self, subscriber: &Arc<Subscriber>) {
-        self.touched.push(subscriber.clone());
+    /// Has what `handle` holds written at the end of the turn.
+    pub(super) fn touch(&mut self, handle: &Arc<ConnectionHandle>) {
+        self.touched.push(handle.clone());
     }
 
     /// Counts a room that is followed from now on, or not any more.
@@ -363,8 +363,8 @@ impl Turn {
 
     /// Writes to every socket that has something, once.
     pub(super) fn finish(&mut self) {
-        for subscriber in self.touched.drain(..) {
-            subscriber.outbox.flush();
+        for handle in self.touched.drain(..) {
+            handle.outbox.flush();
         }
         self.metrics.deliveries.inc_by(std::mem::take(&mut self.deliveries));
         self.metrics.slow_consumers.inc_by(std::mem::take(&mut self.lags));
@@ -374,7 +374,7 @@ impl Turn {
 /// A connection's place in one room.
 #[derive(Debug)]
 pub(super) struct Member {
-    pub(super) subscriber: Arc<Subscriber>,
+    pub(super) handle: Arc<ConnectionHandle>,
     /// The last entry it was given, or where it was told to go on.
     pub(super) cursor: Position,
     pub(super) pace: Pace,
@@ -460,8 +460,8 @@ impl<'a> Frames<'a> {
 
 impl Member {
     /// A member that has been given everything up to `cursor`.
-    pub(super) fn at(subscriber: Arc<Subscriber>, cursor: Position, pace: Pace) -> Self {
-        Self { subscriber, cursor, pace, knows: PresenceVersion::default() }
+    pub(super) fn at(handle: Arc<ConnectionHandle>, cursor: Position, pace: Pace) -> Self {
+        Self { handle, cursor, pace, knows: PresenceVersion::default() }
     }
 
     /// Whether a change of who is present is news.
@@ -471,21 +471,21 @@ impl Member {
 
     /// Gives the member something that it may go without: where its outbox is full it is dropped.
     pub(super) fn notify(&self, frame: &mut Shared, turn: &mut Turn) {
-        let frame = frame.to(&self.subscriber.outbox, &turn.metrics);
+        let frame = frame.to(&self.handle.outbox, &turn.metrics);
         self.offer(frame, turn);
     }
 
     /// As [`Member::notify`], a message of a room without a log.
     pub(super) fn pass(&self, frames: &mut Frames<'_>, turn: &mut Turn) {
-        if frames.entry.envelope.sender_without_echo() != Some(self.subscriber.connection) {
-            let frame = frames.to(&self.subscriber.outbox, &turn.metrics);
+        if frames.entry.envelope.sender_without_echo() != Some(self.handle.connection) {
+            let frame = frames.to(&self.handle.outbox, &turn.metrics);
             self.offer(frame, turn);
         }
     }
 
     fn offer(&self, frame: &Bytes, turn: &mut Turn) {
-        match self.subscriber.outbox.offer(frame) {
-            Offer::First => turn.touch(&self.subscriber),
+        match self.handle.outbox.offer(frame) {
+            Offer::First => turn.touch(&self.handle),
             Offer::Queued => {}
             Offer::Refused => {
                 turn.metrics.ephemeral_events_dropped.inc();
@@ -500,16 +500,16 @@ impl Member {
         let (room, entry) = (frames.room, frames.entry);
         #[cfg(debug_assertions)]
         crate::fault_injection::panic_in("a shard", entry.envelope.members());
-        let placed = self.subscriber.placed_ack(room, entry);
-        let outbox = &self.subscriber.outbox;
+        let placed = self.handle.placed_ack(room, entry);
+        let outbox = &self.handle.outbox;
         let frame = match &placed {
             Some(ack) => ack,
             None => frames.to(outbox, &turn.metrics),
         };
         #[cfg(debug_assertions)]
-        if let Some(frames) = crate::fault_injection::deliver(self.subscriber.connection, frame) {
+        if let Some(frames) = crate::fault_injection::deliver(self.handle.connection, frame) {
             frames.into_iter().for_each(|frame| outbox.push(frame));
-            turn.touch(&self.subscriber);
+            turn.touch(&self.handle);
             self.cursor.seq = entry.position.seq;
             return true;
         }
@@ -520,7 +520,7 @@ impl Member {
             offer = outbox.offer(frame);
         }
         match offer {
-            Offer::First => turn.touch(&self.subscriber),
+            Offer::First => turn.touch(&self.handle),
             Offer::Queued => {}
             Offer::Refused => {
                 if self.pace == Pace::Live {
@@ -532,7 +532,7 @@ impl Member {
             }
         }
         if placed.is_some() {
-            self.subscriber.unplace_ack(room, entry.envelope.id());
+            self.handle.unplace_ack(room, entry.envelope.id());
         }
         debug_assert_eq!(self.cursor.epoch, entry.position.epoch, "a bump is told of first");
         self.cursor.seq = entry.position.seq;
@@ -548,15 +548,15 @@ impl Member {
         reason: RecoveryFailure,
         turn: &mut Turn,
     ) {
-        self.subscriber.release_acks(room);
-        self.subscriber.answer(&ServerFrame::Reset(ResetFrame {
+        self.handle.release_acks(room);
+        self.handle.answer(&ServerFrame::Reset(ResetFrame {
             room: room.named(),
             epoch: position.epoch.clone(),
             seq: position.seq,
             reason,
         }));
         self.cursor = position.clone();
-        turn.touch(&self.subscriber);
+        turn.touch(&self.handle);
     }
 
     /// Tells the member, which was given everything before, that its log goes on in another epoch.

@@ -52,7 +52,7 @@ mod orders;
 pub mod people;
 
 use join::{Admission, Join, Start};
-use member::Subscriber;
+use member::ConnectionHandle;
 use people::Asking;
 use shard::Shard;
 
@@ -118,11 +118,11 @@ enum Call {
         room: RoomId,
         connection: ConnectionId,
         /// Sent behind the last entry.
-        answer: Option<(Arc<Subscriber>, Bytes)>,
+        answer: Option<(Arc<ConnectionHandle>, Bytes)>,
     },
     GiveUp {
         room: RoomId,
-        subscriber: Arc<Subscriber>,
+        handle: Arc<ConnectionHandle>,
     },
     CatchUp {
         room: RoomId,
@@ -150,7 +150,7 @@ enum Call {
     Broadcast(Bytes),
     Connections {
         room: Option<RoomId>,
-        answer: oneshot::Sender<Vec<Arc<Subscriber>>>,
+        answer: oneshot::Sender<Vec<Arc<ConnectionHandle>>>,
     },
     Cursors {
         room: RoomId,
@@ -159,7 +159,7 @@ enum Call {
     },
     Watch {
         users: Vec<UserId>,
-        subscriber: Arc<Subscriber>,
+        handle: Arc<ConnectionHandle>,
         /// Whether it is told at once, as the answer to what.
         asks: Option<Option<FrameRef>>,
         /// Hears for whom there was no place.
@@ -259,15 +259,14 @@ impl Hub {
     pub async fn join(
         &self,
         room: RoomId,
-        subscriber: Arc<Subscriber>,
+        handle: Arc<ConnectionHandle>,
         reference: Option<FrameRef>,
         start: Start,
         admission: Admission,
     ) -> Result<JoinOutcome, NotFollowed> {
         let (done, joined) = oneshot::channel();
         let (refreshed, lost, bytes_read) = (false, None, 0);
-        let join =
-            Join { subscriber, reference, start, admission, done, refreshed, lost, bytes_read };
+        let join = Join { handle, reference, start, admission, done, refreshed, lost, bytes_read };
         self.call(room.clone(), Call::Join(room, join)).await;
         joined.await.map_err(|_| NotFollowed)
     }
@@ -277,15 +276,15 @@ impl Hub {
         &self,
         room: RoomId,
         connection: ConnectionId,
-        answer: Option<(Arc<Subscriber>, Bytes)>,
+        answer: Option<(Arc<ConnectionHandle>, Bytes)>,
     ) {
         self.call(room.clone(), Call::Leave { room, connection, answer }).await;
     }
 
     /// Ends a membership that a join which was given up may have brought about all the same; its
     /// `joined` is then followed by `left`.
-    pub async fn give_up(&self, room: RoomId, subscriber: Arc<Subscriber>) {
-        self.call(room.clone(), Call::GiveUp { room, subscriber }).await;
+    pub async fn give_up(&self, room: RoomId, handle: Arc<ConnectionHandle>) {
+        self.call(room.clone(), Call::GiveUp { room, handle }).await;
     }
 
     /// Gives a member that is behind what its outbox has room for.
@@ -331,7 +330,7 @@ impl Hub {
     }
 
     /// The connections of a user, or all.
-    pub async fn connections(&self, user: Option<&UserId>) -> Vec<Arc<Subscriber>> {
+    pub async fn connections(&self, user: Option<&UserId>) -> Vec<Arc<ConnectionHandle>> {
         let room = user.map(RoomId::inbox_of);
         let mut connections = Vec::new();
         for (place, shard) in self.shards.iter().enumerate() {
@@ -357,14 +356,14 @@ impl Hub {
     pub async fn watch(
         &self,
         users: impl IntoIterator<Item = UserId>,
-        subscriber: &Arc<Subscriber>,
+        handle: &Arc<ConnectionHandle>,
         asks: Option<Option<FrameRef>>,
     ) -> Vec<UserId> {
         let mut answers = Vec::new();
         for (shard, users) in self.by_shard(users) {
             let (refused, answer) = oneshot::channel();
-            let (subscriber, asks) = (subscriber.clone(), asks.clone());
-            let _ = shard.send(Call::Watch { users, subscriber, asks, refused }).await;
+            let (handle, asks) = (handle.clone(), asks.clone());
+            let _ = shard.send(Call::Watch { users, handle, asks, refused }).await;
             answers.push(answer);
         }
         let mut refused = Vec::new();
@@ -407,13 +406,13 @@ impl Hub {
     pub async fn tell_presence(
         &self,
         room: RoomId,
-        subscriber: Arc<Subscriber>,
+        handle: Arc<ConnectionHandle>,
         reference: Option<FrameRef>,
         (after, limit): (String, usize),
         details: PresenceDetails,
     ) {
         let since = Instant::now();
-        let asks = Asking { subscriber, reference, after, limit, details, since };
+        let asks = Asking { handle, reference, after, limit, details, since };
         self.call(room.clone(), Call::AskPresence { room, asks }).await;
     }
 

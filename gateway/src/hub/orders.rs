@@ -11,7 +11,7 @@ use shared::{
 };
 
 use super::{
-    member::{Shared, Subscriber, text_frame},
+    member::{ConnectionHandle, Shared, text_frame},
     shard::Shard,
 };
 use crate::{
@@ -19,7 +19,7 @@ use crate::{
     outbox::Close,
 };
 
-impl Subscriber {
+impl ConnectionHandle {
     /// Whether it was opened before an order was given, so that the order concerns it.
     fn is_older_than(&self, order: UnixMicros) -> bool {
         self.owner().is_some_and(|owner| owner.since <= order)
@@ -36,31 +36,31 @@ impl Shard {
     ) {
         let members = self.rooms.get(inbox).map(|room| &room.members);
         for member in members.into_iter().flatten() {
-            let subscriber = &member.subscriber;
-            let is_meant = subscriber.owner().is_some_and(|owner| which.selects(owner.session));
-            if is_meant && subscriber.is_older_than(before) {
-                subscriber.outbox.close(close.clone());
+            let handle = &member.handle;
+            let is_meant = handle.owner().is_some_and(|owner| which.selects(owner.session));
+            if is_meant && handle.is_older_than(before) {
+                handle.outbox.close(close.clone());
             }
         }
     }
 
     pub(super) fn remove(&mut self, name: &RoomId, user: &UserId, before: UnixMicros) {
         let Some(room) = self.rooms.get_mut(name) else { return };
-        let removed = room.members.iter().map(|member| &member.subscriber);
-        let removed: Vec<Arc<Subscriber>> = removed
-            .filter(|subscriber| subscriber.is_of(user) && subscriber.is_older_than(before))
+        let removed = room.members.iter().map(|member| &member.handle);
+        let removed: Vec<Arc<ConnectionHandle>> = removed
+            .filter(|handle| handle.is_of(user) && handle.is_older_than(before))
             .cloned()
             .collect();
         let (reference, reason) = (None, Some(LeftReason::Kicked));
         let left =
             text_frame(&ServerFrame::Left(LeftFrame { reference, room: name.clone(), reason }));
-        for subscriber in removed {
-            room.remove(subscriber.connection);
-            subscriber.release_acks(name);
+        for handle in removed {
+            room.remove(handle.connection);
+            handle.release_acks(name);
             // First, so that what who was told says next is refused.
-            subscriber.taken_out_of(name);
-            subscriber.outbox.push(left.clone());
-            self.turn.touch(&subscriber);
+            handle.taken_out_of(name);
+            handle.outbox.push(left.clone());
+            self.turn.touch(&handle);
         }
         self.note_if_idle(name);
     }
@@ -76,16 +76,16 @@ impl Shard {
     pub(super) fn cursors(&self, name: &RoomId, user: &UserId) -> Vec<(ConnectionId, Position)> {
         let members = self.rooms.get(name).into_iter().flat_map(|room| &room.members);
         members
-            .filter(|member| member.subscriber.is_of(user))
-            .map(|member| (member.subscriber.connection, member.cursor.clone()))
+            .filter(|member| member.handle.is_of(user))
+            .map(|member| (member.handle.connection, member.cursor.clone()))
             .collect()
     }
 
-    pub(super) fn connections(&self, inbox: Option<&RoomId>) -> Vec<Arc<Subscriber>> {
+    pub(super) fn connections(&self, inbox: Option<&RoomId>) -> Vec<Arc<ConnectionHandle>> {
         let inboxes = self.rooms.values().filter(|room| match inbox {
             Some(inbox) => room.name == *inbox,
             None => room.name.kind() == RoomKind::Inbox,
         });
-        inboxes.flat_map(|room| &room.members).map(|member| member.subscriber.clone()).collect()
+        inboxes.flat_map(|room| &room.members).map(|member| member.handle.clone()).collect()
     }
 }

@@ -26,7 +26,7 @@ use tokio::time::Instant;
 use super::{
     Call,
     ask::READ_AGAIN,
-    member::{Frames, Member, Shared, Subscriber, Turn, text_frame},
+    member::{ConnectionHandle, Frames, Member, Shared, Turn, text_frame},
     room::Room,
     shard::Shard,
 };
@@ -87,7 +87,7 @@ struct Typist {
 /// A member that wants to know who is present.
 #[derive(Debug)]
 pub(super) struct Asking {
-    pub(super) subscriber: Arc<Subscriber>,
+    pub(super) handle: Arc<ConnectionHandle>,
     pub(super) reference: Option<FrameRef>,
     pub(super) after: String,
     pub(super) limit: usize,
@@ -152,11 +152,11 @@ impl Room {
 
     /// Ends the connection that had a session which another has taken over.
     fn end_replaced(&self, session: SessionId, by: ConnectionId) {
-        for Member { subscriber, .. } in &self.members {
-            let has_it = subscriber.owner().is_some_and(|owner| owner.session == session);
-            if has_it && subscriber.connection != by {
+        for Member { handle, .. } in &self.members {
+            let has_it = handle.owner().is_some_and(|owner| owner.session == session);
+            if has_it && handle.connection != by {
                 let (code, reason) = (CloseCode::SessionReplaced.number(), String::new());
-                subscriber.outbox.close(Close { code, reason });
+                handle.outbox.close(Close { code, reason });
             }
         }
     }
@@ -164,11 +164,11 @@ impl Room {
     fn tell(
         &self,
         answer: &ServerFrame<Box<RawValue>>,
-        but: impl Fn(&Subscriber) -> bool,
+        but: impl Fn(&ConnectionHandle) -> bool,
         turn: &mut Turn,
     ) {
         let mut frame = Shared::new(text_frame(answer));
-        for member in self.members.iter().filter(|member| !but(&member.subscriber)) {
+        for member in self.members.iter().filter(|member| !but(&member.handle)) {
             member.notify(&mut frame, turn);
         }
     }
@@ -203,7 +203,7 @@ impl Room {
             };
             let mut frame = Shared::new(text_frame(&answer));
             for member in &self.members {
-                if member.lacks(version) && !member.subscriber.is_of(&user.id) {
+                if member.lacks(version) && !member.handle.is_of(&user.id) {
                     member.notify(&mut frame, turn);
                 }
             }
@@ -264,13 +264,13 @@ impl Room {
         }
         if let Some(is_typing) = told {
             let typing = TypingFrame { room: self.name.clone(), user: user.clone(), is_typing };
-            self.tell(&ServerFrame::Typing(typing), |subscriber| subscriber.is_of(user), turn);
+            self.tell(&ServerFrame::Typing(typing), |handle| handle.is_of(user), turn);
         }
     }
 
     fn tell_read(&self, user: UserId, seq: Seq, by: ConnectionId, turn: &mut Turn) {
         let read = ServerFrame::Read(ReadFrame { room: self.name.clone(), user, seq });
-        self.tell(&read, |subscriber| subscriber.connection == by, turn);
+        self.tell(&read, |handle| handle.connection == by, turn);
     }
 
     /// Does what is due.
@@ -314,9 +314,9 @@ impl Room {
                 left.push(asks);
                 continue;
             }
-            let (subscriber, answer) = listing(&self.name, roster, asks);
-            subscriber.answer(&answer);
-            turn.touch(&subscriber);
+            let (handle, answer) = listing(&self.name, roster, asks);
+            handle.answer(&answer);
+            turn.touch(&handle);
         }
         *asking = left;
     }
@@ -338,8 +338,8 @@ fn listing(
     room: &RoomId,
     roster: &Roster,
     asks: Asking,
-) -> (Arc<Subscriber>, ServerFrame<Box<RawValue>>) {
-    let Asking { subscriber, reference, after, limit, details, .. } = asks;
+) -> (Arc<ConnectionHandle>, ServerFrame<Box<RawValue>>) {
+    let Asking { handle, reference, after, limit, details, .. } = asks;
     let mut known: BTreeMap<UserId, UserPresence> =
         details.users.into_iter().map(|detail| (detail.user.id.clone(), detail)).collect();
     let mut behind = roster.behind(&after);
@@ -366,7 +366,7 @@ fn listing(
     let count = roster.len() as u64;
     let room = Some(room.clone());
     let presence = PresencePageFrame { reference, room, users, count, cursor };
-    (subscriber, ServerFrame::Presence(Box::new(presence)))
+    (handle, ServerFrame::Presence(Box::new(presence)))
 }
 
 /// A time of the registry's as it stands on the wire.
@@ -521,8 +521,8 @@ impl Shard {
                 room: Some(name.clone()),
                 ..*ErrorFrame::new(ErrorCode::NotJoined, "join the room first")
             };
-            asks.subscriber.answer(&ServerFrame::Error(Box::new(refusal)));
-            return self.turn.touch(&asks.subscriber);
+            asks.handle.answer(&ServerFrame::Error(Box::new(refusal)));
+            return self.turn.touch(&asks.handle);
         };
         // Too many to wait are answered with what is known.
         let wait = room.people.asking.len() < ASKING_MAX;
@@ -548,12 +548,12 @@ impl Shard {
         let closed = RoomClosedFrame { reference: None, room: name.clone(), reason };
         let answer = ServerFrame::RoomClosed(closed);
         for member in std::mem::take(&mut room.members) {
-            let subscriber = member.subscriber;
-            subscriber.release_acks(name);
-            if Some(subscriber.connection) != by {
-                subscriber.answer(&answer);
+            let handle = member.handle;
+            handle.release_acks(name);
+            if Some(handle.connection) != by {
+                handle.answer(&answer);
             }
-            self.turn.touch(&subscriber);
+            self.turn.touch(&handle);
         }
         self.drop_room(name);
         for asks in asking {

@@ -97,7 +97,7 @@ impl DeliverySink for FanOut<'_> {
         if let Some(partner) = partner_in(self.name, entry) {
             // Its connection's task has the partner watched.
             let status = RoomId::status_of(&partner);
-            self.members.iter().for_each(|member| member.subscriber.outbox.lag(status.clone()));
+            self.members.iter().for_each(|member| member.handle.outbox.lag(status.clone()));
         }
         let mut handed = Handed::default();
         let silent = entry.envelope.sender_without_echo();
@@ -106,7 +106,7 @@ impl DeliverySink for FanOut<'_> {
                 handed.behind += 1;
             } else if !member.give(&mut frames, self.turn) {
                 handed.lagged += 1;
-            } else if silent == Some(member.subscriber.connection) {
+            } else if silent == Some(member.handle.connection) {
                 handed.without_echo += 1;
             } else {
                 handed.queued += 1;
@@ -257,7 +257,7 @@ impl Room {
         if self.members.len() > LOOKED_THROUGH_MAX || !self.places.is_empty() {
             let from = if self.places.is_empty() { 0 } else { self.members.len() - 1 };
             for (place, member) in self.members.iter().enumerate().skip(from) {
-                self.places.insert(member.subscriber.connection, place);
+                self.places.insert(member.handle.connection, place);
             }
         }
         self.idle_since = None;
@@ -265,7 +265,7 @@ impl Room {
 
     pub(super) fn place_of(&self, connection: ConnectionId) -> Option<usize> {
         if self.places.is_empty() {
-            let is_it = |member: &Member| member.subscriber.connection == connection;
+            let is_it = |member: &Member| member.handle.connection == connection;
             return self.members.iter().position(is_it);
         }
         self.places.get(&connection).copied()
@@ -285,7 +285,7 @@ impl Room {
         if self.places.remove(&connection).is_some()
             && let Some(moved) = self.members.get(place)
         {
-            self.places.insert(moved.subscriber.connection, place);
+            self.places.insert(moved.handle.connection, place);
         }
         true
     }

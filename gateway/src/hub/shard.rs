@@ -23,7 +23,7 @@ use super::{
     budget::{Budget, Taken},
     join::{Join, Step},
     lingering::{Lingering, linger_of},
-    member::{Subscriber, Turn},
+    member::{ConnectionHandle, Turn},
     room::Room,
     status::Watched,
 };
@@ -233,7 +233,7 @@ impl Shard {
         match call {
             Call::Join(room, join) => self.join(room, join),
             Call::Leave { room, connection, answer } => self.leave(room, connection, answer),
-            Call::GiveUp { room, subscriber } => self.give_up(&room, &subscriber),
+            Call::GiveUp { room, handle } => self.give_up(&room, &handle),
             Call::CatchUp { room, connection } => self.catch_up(&room, connection),
             Call::UsersBehind { room, after, limit, answer } => {
                 // Who asked may have gone.
@@ -254,8 +254,8 @@ impl Shard {
             Call::Cursors { room, user, answer } => {
                 let _ = answer.send(self.cursors(&room, &user));
             }
-            Call::Watch { mut users, subscriber, asks, refused } => {
-                users.retain(|user| !self.watch(user.clone(), subscriber.clone(), asks.clone()));
+            Call::Watch { mut users, handle, asks, refused } => {
+                users.retain(|user| !self.watch(user.clone(), handle.clone(), asks.clone()));
                 // Who asked may have gone.
                 let _ = refused.send(users);
             }
@@ -473,16 +473,16 @@ impl Shard {
         &mut self,
         name: RoomId,
         connection: ConnectionId,
-        answer: Option<(Arc<Subscriber>, Bytes)>,
+        answer: Option<(Arc<ConnectionHandle>, Bytes)>,
     ) {
         if let Some(room) = self.rooms.get_mut(&name) {
             room.remove(connection);
             self.note_if_idle(&name);
         }
-        if let Some((subscriber, frame)) = answer {
-            subscriber.release_acks(&name);
-            subscriber.outbox.push(frame);
-            self.turn.touch(&subscriber);
+        if let Some((handle, frame)) = answer {
+            handle.release_acks(&name);
+            handle.outbox.push(frame);
+            self.turn.touch(&handle);
         }
     }
 
@@ -497,16 +497,16 @@ impl Shard {
         }
     }
 
-    fn give_up(&mut self, name: &RoomId, subscriber: &Arc<Subscriber>) {
+    fn give_up(&mut self, name: &RoomId, handle: &Arc<ConnectionHandle>) {
         let Some(room) = self.rooms.get_mut(name) else { return };
-        if room.remove(subscriber.connection) {
+        if room.remove(handle.connection) {
             if let Some(room) = name.named() {
-                subscriber.answer(&ServerFrame::Left(LeftFrame {
+                handle.answer(&ServerFrame::Left(LeftFrame {
                     reference: None,
                     room,
                     reason: None,
                 }));
-                self.turn.touch(subscriber);
+                self.turn.touch(handle);
             }
             self.note_if_idle(name);
         }

@@ -18,7 +18,7 @@ use shared::{
 use super::{
     Call,
     ask::READ_AGAIN,
-    member::{Subscriber, text_frame},
+    member::{ConnectionHandle, text_frame},
     people::at,
     shard::Shard,
 };
@@ -44,7 +44,7 @@ pub(super) struct Watch {
 
 #[derive(Debug)]
 struct Watcher {
-    subscriber: Arc<Subscriber>,
+    handle: Arc<ConnectionHandle>,
     /// The reads whose outcome it is told in any case, and as the answers to what.
     waits: Vec<(u64, Option<FrameRef>)>,
 }
@@ -73,15 +73,15 @@ impl Shard {
     pub(super) fn watch(
         &mut self,
         user: UserId,
-        subscriber: Arc<Subscriber>,
+        handle: Arc<ConnectionHandle>,
         asks: Option<Option<FrameRef>>,
     ) -> bool {
         if self.watched.len() >= self.watched_users_max && !self.watched.contains_key(&user) {
             return false;
         }
         let watch = self.watched.entry(user.clone()).or_default();
-        let connection = subscriber.connection;
-        watch.watchers.entry(connection).or_insert(Watcher { subscriber, waits: Vec::new() });
+        let connection = handle.connection;
+        watch.watchers.entry(connection).or_insert(Watcher { handle, waits: Vec::new() });
         if asks.is_none() && watch.told.is_some() {
             return true;
         }
@@ -187,15 +187,15 @@ impl Shard {
                 watcher.waits = waits;
                 let is_told = !answers.is_empty();
                 for (_, reference) in answers {
-                    watcher.subscriber.answer(&told(&user, &status, reference));
+                    watcher.handle.answer(&told(&user, &status, reference));
                 }
                 if changed && !is_told {
                     let frame =
                         frame.get_or_insert_with(|| text_frame(&told(&user, &status, None)));
-                    watcher.subscriber.outbox.push(frame.clone());
+                    watcher.handle.outbox.push(frame.clone());
                 }
                 if changed || is_told {
-                    self.turn.touch(&watcher.subscriber);
+                    self.turn.touch(&watcher.handle);
                 }
             }
             if std::mem::take(&mut watch.again) && watch.want().0 {

@@ -158,7 +158,7 @@ async fn find(asked: &Asked, user: &UserId, with: &UserId, range: Range) -> Resu
 
 pub(super) async fn watch(asked: Asked, users: BTreeSet<UserId>) -> Performed {
     let asks = Some(asked.reference.clone());
-    let refused = asked.services.hub.watch(users, &asked.subscriber, asks).await;
+    let refused = asked.services.hub.watch(users, &asked.handle, asks).await;
     if !refused.is_empty() {
         let count = refused.len();
         let text = format!(
@@ -171,13 +171,13 @@ pub(super) async fn watch(asked: Asked, users: BTreeSet<UserId>) -> Performed {
 }
 
 pub(super) async fn unwatch(asked: Asked, users: Vec<UserId>) -> Performed {
-    asked.services.hub.unwatch(users, asked.subscriber.connection).await;
+    asked.services.hub.unwatch(users, asked.handle.connection).await;
     Performed::Answered
 }
 
 /// Has a user watched whom this connection talks to: told of changes only.
 pub(super) async fn meet(asked: Asked, user: UserId) -> Performed {
-    Performed::NotWatched(asked.services.hub.watch([user], &asked.subscriber, None).await)
+    Performed::NotWatched(asked.services.hub.watch([user], &asked.handle, None).await)
 }
 
 pub(super) async fn session(

@@ -1,4 +1,4 @@
-//! One client's state, and what each of its frames does: [`Session::handle`] is one match.
+//! One client's state, and what each of its frames does: [`Session::handle_frame`] is one match.
 //!
 //! Frames are handled in the order sent. What needs no waiting is done at once, and a publish is
 //! handed on without waiting for its `ack`. What has to wait (`join`, `history` and the like) is a
@@ -38,7 +38,7 @@ use crate::{
     },
     hub::{
         Hub,
-        member::{PlacedAck, Subscriber},
+        member::{ConnectionHandle, PlacedAck},
         people::TYPING_EVERY,
     },
     limits::{
@@ -120,7 +120,7 @@ pub struct Session {
     session: SessionId,
     /// The user's, which this connection is in as long as it lives.
     inbox: RoomId,
-    subscriber: Arc<Subscriber>,
+    handle: Arc<ConnectionHandle>,
     /// Whose quotas are used up.
     writer: Writer,
     /// Whose status it is told.
@@ -200,15 +200,15 @@ const BOUND_RETRY_AFTER: std::ops::Range<Duration> =
     Duration::from_secs(10)..Duration::from_secs(20);
 
 impl Session {
-    /// A session of `identity`, whose frames go to `subscriber`.
+    /// A session of `identity`, whose frames go to `handle`.
     pub fn new(
         services: Arc<Services>,
         identity: Identity,
         session: SessionId,
-        subscriber: Arc<Subscriber>,
+        handle: Arc<ConnectionHandle>,
         online: Stay,
     ) -> Self {
-        let address = subscriber.owner().map(|owner| owner.about.address);
+        let address = handle.owner().map(|owner| owner.about.address);
         Self {
             services,
             writer: Writer::new(identity.user.id.clone(), address),
@@ -216,7 +216,7 @@ impl Session {
             inbox: RoomId::inbox_of(&identity.user.id),
             identity,
             session,
-            subscriber,
+            handle,
             watching: BTreeSet::new(),
             online,
             rooms: Vec::new(),
@@ -246,12 +246,12 @@ impl Session {
 
     /// Whether everything that was handed on has been answered.
     pub fn is_settled(&self) -> bool {
-        self.subscriber.is_answered()
+        self.handle.is_answered()
     }
 
     /// Handles a frame, as far as the connection's meter allows it. What it returns has to be
     /// [performed](Session::perform) before the next.
-    pub fn handle(
+    pub fn handle_frame(
         &mut self,
         frame: Result<ClientFrame<'_>, Box<ErrorFrame>>,
         meter: &mut Meter,
@@ -340,7 +340,7 @@ impl Session {
 
     /// Ends the stays in rooms that this connection was taken out of.
     fn end_stays(&mut self) {
-        for room in self.subscriber.take_taken_out() {
+        for room in self.handle.take_taken_out() {
             if let Ok(place) = self.place_of(&room) {
                 self.rooms.remove(place).leave();
             }
@@ -396,7 +396,7 @@ impl Session {
 
     fn read(&mut self, reference: Option<FrameRef>, read: MarkReadFrame) {
         if self.in_room(reference.as_ref(), "read", &read.room) {
-            let (user, by) = (self.identity.user.id.clone(), self.subscriber.connection);
+            let (user, by) = (self.identity.user.id.clone(), self.handle.connection);
             self.services.presence.registry().set_read_mark(read.room, user, read.seq, by);
         }
     }
@@ -442,10 +442,10 @@ impl Session {
     /// Begins what a frame asks for that has to wait. The future is on its own, so that the
     /// connection can be looked after meanwhile; its output goes to [`Session::finish`].
     pub fn perform(&mut self, request: Request) -> BoxFuture<Performed> {
-        let (services, subscriber) = (self.services.clone(), self.subscriber.clone());
+        let (services, handle) = (self.services.clone(), self.handle.clone());
         let user = self.identity.user.clone();
         let writer = self.writer.clone();
-        let asked = |reference| perform::Asked { services, subscriber, reference, writer };
+        let asked = |reference| perform::Asked { services, handle, reference, writer };
         let answered: BoxFuture<_> = Box::pin(std::future::ready(Performed::Answered));
         match request {
             Request::Join(reference, join) => match self.may_join(reference.as_ref(), &join.room) {
@@ -596,7 +596,7 @@ impl Session {
 
     /// Ends the session: it is a member nowhere any more.
     pub async fn end(&mut self) {
-        let connection = self.subscriber.connection;
+        let connection = self.handle.connection;
         let rooms = std::mem::take(&mut self.rooms);
         // A join that was not waited for to its end may have succeeded.
         let hub = &self.services.hub;
@@ -641,16 +641,16 @@ impl Session {
     /// [`Session::catch_up`]. Those it was taken out of it is no member of any more.
     pub fn take_behind(&mut self) -> SmallVec<[RoomId; 1]> {
         self.end_stays();
-        self.subscriber.outbox.take_lagging()
+        self.handle.outbox.take_lagging()
     }
 
     /// Has rooms continued, and those watched with whom this connection has begun to talk.
     pub async fn catch_up(&mut self, rooms: SmallVec<[RoomId; 1]>) {
         for room in rooms {
             match room.user().filter(|_| room.kind() == RoomKind::Status) {
-                None => self.services.hub.catch_up(room, self.subscriber.connection).await,
+                None => self.services.hub.catch_up(room, self.handle.connection).await,
                 Some(user) if self.may_watch(&user) => {
-                    let refused = self.services.hub.watch([user], &self.subscriber, None).await;
+                    let refused = self.services.hub.watch([user], &self.handle, None).await;
                     self.watching.retain(|user| !refused.contains(user));
                 }
                 Some(_) => {}
@@ -662,7 +662,7 @@ impl Session {
         let original_timestamp = timestamp.and_then(|raw| serde_json::from_str(raw.get()).ok());
         let timestamp = shared::timestamp(SystemTime::now());
         let pong = PongFrame { reference, timestamp, original_timestamp };
-        self.subscriber.answer_ahead(&ServerFrame::Pong(pong));
+        self.handle.answer_ahead(&ServerFrame::Pong(pong));
     }
 
     /// Takes a `message` or `direct`. Returns whether it was handed on.
@@ -701,13 +701,13 @@ impl Session {
         }
         let receipt = Receipt::of(message);
         let sender = Sender {
-            connection: self.subscriber.connection,
+            connection: self.handle.connection,
             author: self.author,
             user: &self.identity.user,
             writer: Some(&self.writer),
         };
         let mut outcome = Outcome {
-            subscriber: self.subscriber.clone(),
+            handle: self.handle.clone(),
             metrics: self.services.metrics.clone(),
             reference: reference.clone(),
             to: message.to.clone(),
@@ -739,7 +739,7 @@ impl Session {
     }
 
     fn answer(&self, answer: &ServerFrame<Box<RawValue>>) {
-        self.subscriber.answer(answer);
+        self.handle.answer(answer);
     }
 
     /// Refuses a frame that could not be read. Bad frames have a pace like others.
@@ -755,25 +755,25 @@ impl Session {
     }
 
     fn refuse(&self, refusal: ErrorFrame) -> ErrorCode {
-        refuse(&self.services, &self.subscriber, refusal)
+        refuse(&self.services, &self.handle, refusal)
     }
 }
 
 /// Sends an `error` and counts it; the meter counts it as well where it is the client's fault.
-fn refuse(services: &Services, subscriber: &Subscriber, refusal: ErrorFrame) -> ErrorCode {
+fn refuse(services: &Services, handle: &ConnectionHandle, refusal: ErrorFrame) -> ErrorCode {
     let code = refusal.code;
     services.metrics.errors.of(code).inc();
     if !matches!(code, ErrorCode::Unavailable | ErrorCode::Overloaded | ErrorCode::Internal) {
-        subscriber.count_refused();
+        handle.count_refused();
     }
-    subscriber.answer_ahead(&ServerFrame::Error(Box::new(refusal)));
+    handle.answer_ahead(&ServerFrame::Error(Box::new(refusal)));
     code
 }
 
 /// What is told of a publish when its fate is known.
 #[derive(Clone)]
 struct Outcome {
-    subscriber: Arc<Subscriber>,
+    handle: Arc<ConnectionHandle>,
     metrics: Arc<Metrics>,
     reference: Option<FrameRef>,
     to: Recipient,
@@ -791,11 +791,11 @@ struct Outcome {
 impl Outcome {
     /// Prepares for the answer: it may come before `publish` returns.
     fn expect(&mut self) {
-        self.subscriber.expect_answer();
+        self.handle.expect_answer();
         if !self.echo && self.durable {
             let (reference, timestamp) = (self.reference.clone(), self.receipt.timestamp.clone());
             let ack = PlacedAck::new(reference, self.to_user(), timestamp);
-            self.placed = self.subscriber.place_ack(&self.log, self.receipt.id, ack);
+            self.placed = self.handle.place_ack(&self.log, self.receipt.id, ack);
         }
     }
 
@@ -808,21 +808,21 @@ impl Outcome {
 
     /// Takes [`Outcome::expect`] back.
     fn forget(&self) {
-        self.subscriber.had_answer();
+        self.handle.had_answer();
         self.unplace();
     }
 
     /// Whether the `ack` is to be sent from here: it was never placed, or has not been sent from
     /// its place.
     fn unplace(&self) -> bool {
-        !self.placed || self.subscriber.unplace_ack(&self.log, self.receipt.id)
+        !self.placed || self.handle.unplace_ack(&self.log, self.receipt.id)
     }
 
     fn tell(self, result: Result<Appended, BusError>) {
         match result {
             // The hub sends the `ack` in the place of the copy.
             Ok(Appended { duplicate: false, position, .. }) if self.placed => {
-                self.subscriber.appended(&self.log, self.receipt.id, position);
+                self.handle.appended(&self.log, self.receipt.id, position);
             }
             // A gateway's own repeat is told as a duplicate; its `ack` may have been sent. One that
             // should stand in the place of the copy and does not is one too: by any other a client
@@ -839,12 +839,12 @@ impl Outcome {
                 }
             }
         }
-        self.subscriber.had_answer();
-        self.subscriber.outbox.wake_for_ack();
+        self.handle.had_answer();
+        self.handle.outbox.wake_for_ack();
     }
 
     fn ack(&self, Appended { position, duplicate, .. }: Appended) {
-        self.subscriber.answer_ahead(&ServerFrame::Ack(Box::new(AckFrame {
+        self.handle.answer_ahead(&ServerFrame::Ack(Box::new(AckFrame {
             reference: self.reference.clone(),
             id: self.receipt.id,
             room: self.to.room().cloned(),
@@ -882,7 +882,7 @@ impl Outcome {
             false => refusal,
         };
         self.metrics.errors.of(code).inc();
-        self.subscriber.answer_ahead(&ServerFrame::Error(Box::new(refusal)));
+        self.handle.answer_ahead(&ServerFrame::Error(Box::new(refusal)));
     }
 }
 

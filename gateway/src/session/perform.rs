@@ -33,7 +33,7 @@ use crate::{
     hub::{
         JoinOutcome,
         join::{Admission, Start, history as whole_frames},
-        member::{Subscriber, text_frame},
+        member::{ConnectionHandle, text_frame},
         people::at,
     },
     limits::{address_key, durable::Writer},
@@ -46,7 +46,7 @@ use crate::{
 /// Who asked, and what there is to answer with.
 pub(super) struct Asked {
     pub(super) services: Arc<Services>,
-    pub(super) subscriber: Arc<Subscriber>,
+    pub(super) handle: Arc<ConnectionHandle>,
     pub(super) reference: Option<FrameRef>,
     /// Whose quotas are used up.
     pub(super) writer: Writer,
@@ -54,7 +54,7 @@ pub(super) struct Asked {
 
 impl Asked {
     pub(super) fn answer(&self, answer: &ServerFrame<Box<RawValue>>) {
-        self.subscriber.answer(answer);
+        self.handle.answer(answer);
     }
 
     /// Sends an `error` for the frame `kind`; one that may be tried again says when.
@@ -67,7 +67,7 @@ impl Asked {
     ) -> ErrorCode {
         let refusal = refusal(self.reference.clone(), kind, room, code, text);
         let refusal = if code.is_retryable() { after_outage(refusal) } else { refusal };
-        refuse(&self.services, &self.subscriber, refusal)
+        refuse(&self.services, &self.handle, refusal)
     }
 
     /// As [`Asked::refuse`], of what may be tried again after `wait`.
@@ -80,20 +80,20 @@ impl Asked {
     ) -> ErrorCode {
         let code = ErrorCode::RateLimited;
         let refusal = after(refusal(self.reference.clone(), kind, room, code, text), wait);
-        refuse(&self.services, &self.subscriber, refusal)
+        refuse(&self.services, &self.handle, refusal)
     }
 
     /// The client's address, as limits count it.
     pub(super) fn address(&self) -> Option<IpAddr> {
-        self.subscriber.owner().map(|owner| address_key(owner.about.address))
+        self.handle.owner().map(|owner| address_key(owner.about.address))
     }
 
     /// Waits until something may be read for the client, for as long as a frame may wait, and charges
     /// the read.
     pub(super) async fn may_read(&self) -> Result<(), (ErrorCode, &'static str)> {
-        let Some(owner) = self.subscriber.owner() else { return Ok(()) };
+        let Some(owner) = self.handle.owner() else { return Ok(()) };
         let Services { reads, metrics, limits, .. } = &*self.services;
-        let connection = self.subscriber.connection;
+        let connection = self.handle.connection;
         let until = Instant::now() + limits.wait_max;
         let mut is_delayed = false;
         loop {
@@ -117,8 +117,8 @@ impl Asked {
     pub(super) fn has_read(&self, bytes: usize) {
         let Services { reads, metrics, .. } = &*self.services;
         metrics.client_read_bytes.inc_by(bytes as u64);
-        if let Some(owner) = self.subscriber.owner() {
-            reads.charge(self.subscriber.connection, &owner.user, bytes, Instant::now());
+        if let Some(owner) = self.handle.owner() {
+            reads.charge(self.handle.connection, &owner.user, bytes, Instant::now());
         }
     }
 
@@ -235,8 +235,8 @@ pub(super) async fn join(
             Some(since) => Start::Since(since),
             None => Start::Newest(join.history),
         };
-        let (subscriber, reference) = (asked.subscriber.clone(), asked.reference.clone());
-        let joined = asked.services.hub.join(join.room, subscriber, reference, start, admission);
+        let (handle, reference) = (asked.handle.clone(), asked.reference.clone());
+        let joined = asked.services.hub.join(join.room, handle, reference, start, admission);
         match joined.await.map_err(|_| BusError::Unavailable)? {
             JoinOutcome::Member { bytes_read } => {
                 asked.has_read(bytes_read);
@@ -260,7 +260,7 @@ pub(super) async fn join(
         Err(_) => {
             // The hub may have let it in at the very moment it was given up.
             if !is_member {
-                asked.services.hub.give_up(room.clone(), asked.subscriber.clone()).await;
+                asked.services.hub.give_up(room.clone(), asked.handle.clone()).await;
             }
             AdmitError::Bus(BusError::Unavailable)
         }
@@ -316,11 +316,11 @@ async fn enter(
 }
 
 pub(super) async fn leave(asked: Asked, room: RoomId) -> Performed {
-    let Asked { services, subscriber, reference, .. } = asked;
+    let Asked { services, handle, reference, .. } = asked;
     let left =
         text_frame(&ServerFrame::Left(LeftFrame { reference, room: room.clone(), reason: None }));
-    let connection = subscriber.connection;
-    services.hub.leave(room, connection, Some((subscriber, left))).await;
+    let connection = handle.connection;
+    services.hub.leave(room, connection, Some((handle, left))).await;
     Performed::Answered
 }
 
@@ -348,8 +348,8 @@ pub(super) async fn presence_in(
         let active = asked.services.presence.active(&place, &detail.user.id).unwrap_or_default();
         detail.active = detail.active.max(active);
     }
-    let (subscriber, reference) = (asked.subscriber.clone(), asked.reference.clone());
-    hub.tell_presence(room, subscriber, reference, (after, limit), details).await;
+    let (handle, reference) = (asked.handle.clone(), asked.reference.clone());
+    hub.tell_presence(room, handle, reference, (after, limit), details).await;
     Performed::Answered
 }
 
@@ -399,12 +399,8 @@ pub(super) async fn refreshed(
             room: room.clone(),
             reason,
         }));
-        let subscriber = asked.subscriber.clone();
-        asked
-            .services
-            .hub
-            .leave(room, subscriber.connection, Some((subscriber.clone(), answer)))
-            .await;
+        let handle = asked.handle.clone();
+        asked.services.hub.leave(room, handle.connection, Some((handle.clone(), answer))).await;
     }
     let (reference, expires_at) = (asked.reference.clone(), shared::timestamp(expires_at));
     asked.answer(&ServerFrame::Refreshed(RefreshedFrame { reference, expires_at }));

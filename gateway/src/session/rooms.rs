@@ -105,7 +105,7 @@ pub(super) async fn create(
 
 pub(super) async fn delete(asked: Asked, room: RoomId, user: UserId) -> Performed {
     let registry = asked.services.presence.registry();
-    let by = Some(asked.subscriber.connection);
+    let by = Some(asked.handle.connection);
     let (code, text) = match asked.wait(registry.delete_room(room.clone(), Some(user), by)).await {
         Ok(DeleteOutcome::Deleted) => {
             let (reference, reason) = (asked.reference.clone(), RoomClosedReason::Deleted);

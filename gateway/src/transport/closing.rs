@@ -38,8 +38,8 @@ pub(super) enum Ending {
 impl Connection {
     /// Sends the client to another node: what it sent is answered, then `reconnect` and 1012.
     pub(super) async fn goodbye(&mut self, batch: &Batch) -> u16 {
-        let subscriber = self.subscriber.clone();
-        let outbox = &subscriber.outbox;
+        let handle = self.handle.clone();
+        let outbox = &handle.outbox;
         if let Handler::Chat(session) = &self.handler {
             let settled = async {
                 while !session.is_settled() {
@@ -47,7 +47,7 @@ impl Connection {
                 }
             };
             let _ = tokio::time::timeout(CLOSE_MAX, settled).await;
-            subscriber.answer(&ServerFrame::Reconnect(ReconnectFrame {
+            handle.answer(&ServerFrame::Reconnect(ReconnectFrame {
                 after_ms: batch.after_ms(),
                 reason: ReconnectReason::Draining,
                 node: None,
@@ -63,8 +63,8 @@ impl Connection {
     /// Writes what is queued, the close frame last, waits for the client's, and ends the TCP
     /// connection in order: its own direction, then all of it when the client has ended the other.
     pub(super) async fn close(&mut self, close: Close, ending: Ending) -> u16 {
-        let subscriber = self.subscriber.clone();
-        let outbox = &subscriber.outbox;
+        let handle = self.handle.clone();
+        let outbox = &handle.outbox;
         let Some(socket) = outbox.socket() else { return 1006 };
         let write = async {
             loop {

@@ -38,7 +38,7 @@ use tokio::{
 use crate::{
     bus::{BoxFuture, node_state::BusStatus, output_of, registry::unix_millis_now},
     drain::{departure::Batch, supervision::caught},
-    hub::member::{Subscriber, text_frame},
+    hub::member::{ConnectionHandle, text_frame},
     limits::meter::{Meter, TurnBudget, Verdict},
     outbox::Close,
     session::{Performed, Request, Session},
@@ -92,7 +92,7 @@ pub enum Handler {
 
 /// A connection.
 pub struct Connection {
-    subscriber: Arc<Subscriber>,
+    handle: Arc<ConnectionHandle>,
     handler: Handler,
     decoder: Decoder,
     heartbeat: Arc<Heartbeat>,
@@ -139,9 +139,9 @@ enum End {
 impl Connection {
     /// A connection whose handshake is done; `early` was received with it.
     ///
-    /// The subscriber's outbox has a socket.
+    /// The handle's outbox has a socket.
     pub fn new(
-        subscriber: Arc<Subscriber>,
+        handle: Arc<ConnectionHandle>,
         handler: Handler,
         options: Options,
         meter: Meter,
@@ -151,13 +151,13 @@ impl Connection {
     ) -> Self {
         let now = Instant::now();
         let expires = expires_of(&handler);
-        let alarm = Alarm::new(wheel, subscriber.clone());
-        let decoder = match subscriber.outbox.deflates() {
+        let alarm = Alarm::new(wheel, handle.clone());
+        let decoder = match handle.outbox.deflates() {
             Some(_) => Decoder::inflating(options.message_bytes_max),
             None => Decoder::new(options.message_bytes_max),
         };
         Self {
-            subscriber,
+            handle,
             handler,
             decoder,
             heartbeat: options.heartbeat,
@@ -177,7 +177,7 @@ impl Connection {
 
     /// Its id.
     pub fn id(&self) -> ConnectionId {
-        self.subscriber.connection
+        self.handle.connection
     }
 
     /// The session of a chat connection.
@@ -199,29 +199,29 @@ impl Connection {
             End::Close { close, ending } => Box::pin(self.close(close, ending)).await,
             End::Leave => Box::pin(self.goodbye(batch)).await,
         };
-        let subscriber = self.subscriber.clone();
+        let handle = self.handle.clone();
         let _turn = ending.acquire().await;
         if let Some(session) = self.session() {
             Box::pin(session.end()).await;
         }
-        // The hub may hold the subscriber for a moment longer.
-        subscriber.outbox.discard();
+        // The hub may hold the handle for a moment longer.
+        handle.outbox.discard();
         code
     }
 
     /// What was being handled is dropped half-done; the client is told, and comes back.
     fn panicked(&self, panic: &str) -> End {
-        self.metrics.panicked(self.subscriber.connection, panic);
+        self.metrics.panicked(self.handle.connection, panic);
         let close = Close { code: CloseCode::Internal.number(), reason: "internal".to_owned() };
-        self.subscriber.outbox.close(close.clone());
+        self.handle.outbox.close(close.clone());
         // Unless it was being closed already.
-        let close = self.subscriber.outbox.begin_close().unwrap_or(close);
+        let close = self.handle.outbox.begin_close().unwrap_or(close);
         End::Close { close, ending: Ending::Failed }
     }
 
     async fn serve(&mut self, batch: &Batch) -> End {
-        let subscriber = self.subscriber.clone();
-        let outbox = &subscriber.outbox;
+        let handle = self.handle.clone();
+        let outbox = &handle.outbox;
         let Some(socket) = outbox.socket() else { return End::Gone };
         let mut performing: Option<BoxFuture<Performed>> = None;
         let mut told = self.session().map(|session| session.told());
@@ -349,7 +349,7 @@ impl Connection {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
             self.heard = Instant::now();
-            self.subscriber.health.hear(unix_millis_now());
+            self.handle.health.hear(unix_millis_now());
             self.metrics.bytes_received.inc_by(count as u64);
             self.unread.extend_from_slice(&buffer[..count]);
             Ok(())
@@ -370,7 +370,7 @@ impl Connection {
             input.drain(..used);
             self.unread = input;
         }
-        self.meter.refused(self.subscriber.take_refused());
+        self.meter.refused(self.handle.take_refused());
         match self.meter.settle(begun) {
             Verdict::Go => {}
             Verdict::Wait(wait, cause) => {
@@ -380,7 +380,7 @@ impl Connection {
             Verdict::Close if !matches!(step, Step::End(_)) => {
                 self.metrics.input_rate_limit_closes.inc();
                 let (code, reason) = (CloseCode::Policy.number(), "rate_limited".to_owned());
-                self.subscriber.outbox.close(Close { code, reason });
+                self.handle.outbox.close(Close { code, reason });
                 step = Step::End(Ending::ByGateway);
             }
             Verdict::Close => {}
@@ -399,7 +399,7 @@ impl Connection {
 
     /// Handles the frames in `input`, as far as that can be done at once.
     fn handle(&mut self, input: &mut [u8], now: Instant, turn: &mut TurnBudget) -> (usize, Step) {
-        let outbox = &self.subscriber.outbox;
+        let outbox = &self.handle.outbox;
         let mut used = 0;
         while used < input.len() {
             if outbox.is_full() {
@@ -412,7 +412,7 @@ impl Connection {
             let (count, received) = match self.decoder.next(&mut input[used..]) {
                 Ok(next) => next,
                 Err(error) => {
-                    tracing::debug!(connection = %self.subscriber.connection, %error, "bad frame");
+                    tracing::debug!(connection = %self.handle.connection, %error, "bad frame");
                     outbox.close(close_for(error));
                     return (used, Step::End(Ending::Failed));
                 }
@@ -427,7 +427,7 @@ impl Connection {
                 }
                 Received::Pong(payload) => {
                     self.meter.control(payload.len());
-                    self.subscriber.health.measured(now.saturating_duration_since(self.pinged));
+                    self.handle.health.measured(now.saturating_duration_since(self.pinged));
                     None
                 }
                 Received::Ping(payload) => {
@@ -449,7 +449,7 @@ impl Connection {
                     }
                     match &mut self.handler {
                         Handler::Chat(session) => {
-                            session.handle(frame(&message), &mut self.meter, now)
+                            session.handle_frame(frame(&message), &mut self.meter, now)
                         }
                         Handler::Echo(echo) => {
                             echo.handle(&message, outbox);
@@ -479,7 +479,7 @@ impl Connection {
 
     /// Pings, and ends a connection that is dead, stuck, or past its token.
     fn look_at_the_time(&mut self, now: Instant) {
-        let outbox = &self.subscriber.outbox;
+        let outbox = &self.handle.outbox;
         // Bytes that the peer's TCP acknowledges are a sign of life: over a slow link the client's own
         // frames may come late.
         self.heard = outbox.progressed().map_or(self.heard, |at| self.heard.max(at));

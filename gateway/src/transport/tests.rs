@@ -15,7 +15,7 @@ fn connection(early: Vec<u8>) -> Connection {
     // It inflates; what it answers stays as it is.
     let deflating = Deflating { window: WindowBits::MAX, bytes_min: usize::MAX };
     let outbox = Outbox::to_owner(usize::MAX, metrics.clone()).deflating(Some(deflating));
-    let subscriber = Arc::new(Subscriber::new(ConnectionId::random(), outbox));
+    let handle = Arc::new(ConnectionHandle::new(ConnectionId::random(), outbox));
     let heartbeat = Heartbeat {
         interval: Duration::from_secs(25),
         idle_timeout: Duration::from_secs(60),
@@ -25,7 +25,7 @@ fn connection(early: Vec<u8>) -> Connection {
         Options { message_bytes_max: 1 << 20, heartbeat: Arc::new(heartbeat), json_ping: false };
     let handler = Handler::Echo(Echo { mode: EchoMode::Verbatim });
     let meter = Meter::new(Arc::new(MeterRates::new(50, 200, 4 << 20)), None);
-    Connection::new(subscriber, handler, options, meter, Arc::default(), metrics, early)
+    Connection::new(handle, handler, options, meter, Arc::default(), metrics, early)
 }
 
 #[tokio::test(start_paused = true)]
@@ -45,7 +45,7 @@ async fn who_has_much_inflated_lets_others_have_their_turn() {
     while !connection.unread.is_empty() {
         let step = connection.handle_unread(&mut TurnBudget::default());
         assert!(matches!(step, Step::More));
-        turns.push(connection.subscriber.outbox.take().len());
+        turns.push(connection.handle.outbox.take().len());
     }
     assert_eq!(turns, [2, 2, 2, 1]);
 }

@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 use slab::Slab;
 use tokio::time::{Instant, MissedTickBehavior};
 
-use crate::hub::member::Subscriber;
+use crate::hub::member::ConnectionHandle;
 
 /// How coarse it is: a connection is woken so much later than it asked for, at most.
 const TICK: Duration = Duration::from_millis(100);
@@ -30,14 +30,14 @@ pub struct Wheel {
     begun: Instant,
     /// The tick whose slot is being emptied, or was last.
     done: AtomicU64,
-    slots: Box<[Mutex<Slab<Arc<Subscriber>>>]>,
+    slots: Box<[Mutex<Slab<Arc<ConnectionHandle>>>]>,
 }
 
 /// When one connection is to be woken. Nothing is left in the wheel when it is dropped.
 #[derive(Debug)]
 pub(super) struct Alarm {
     wheel: Arc<Wheel>,
-    subscriber: Arc<Subscriber>,
+    handle: Arc<ConnectionHandle>,
     set: Option<Set>,
 }
 
@@ -68,8 +68,8 @@ impl Wheel {
                 // First, so that nobody is put into a slot that has been emptied.
                 self.done.store(tick, Ordering::Release);
                 let due = std::mem::take(&mut *self.slots[slot(tick)].lock());
-                for (_, subscriber) in due {
-                    subscriber.outbox.wake();
+                for (_, handle) in due {
+                    handle.outbox.wake();
                 }
             }
         }
@@ -82,14 +82,14 @@ impl Wheel {
 
     /// Puts a connection into the slot whose turn is next at `at` or after it, as far as the wheel
     /// reaches. Returns slot and place.
-    fn insert(&self, at: Instant, subscriber: &Arc<Subscriber>) -> (usize, usize) {
+    fn insert(&self, at: Instant, handle: &Arc<ConnectionHandle>) -> (usize, usize) {
         let wanted = self.ticks_until(at) + 1;
         loop {
             let done = self.done.load(Ordering::Acquire);
             let tick = wanted.clamp(done + 1, done + SLOTS as u64 - 1);
             let mut entries = self.slots[slot(tick)].lock();
             if self.done.load(Ordering::Acquire) < tick {
-                return (slot(tick), entries.insert(subscriber.clone()));
+                return (slot(tick), entries.insert(handle.clone()));
             }
         }
     }
@@ -100,8 +100,8 @@ fn slot(tick: u64) -> usize {
 }
 
 impl Alarm {
-    pub(super) fn new(wheel: Arc<Wheel>, subscriber: Arc<Subscriber>) -> Self {
-        Self { wheel, subscriber, set: None }
+    pub(super) fn new(wheel: Arc<Wheel>, handle: Arc<ConnectionHandle>) -> Self {
+        Self { wheel, handle, set: None }
     }
 
     /// Has the connection woken at `at`, or before.
@@ -111,7 +111,7 @@ impl Alarm {
             return;
         }
         self.clear();
-        let (slot, key) = self.wheel.insert(at, &self.subscriber);
+        let (slot, key) = self.wheel.insert(at, &self.handle);
         self.set = Some(Set { at, slot, key });
     }
 
@@ -119,7 +119,7 @@ impl Alarm {
         let Some(Set { slot, key, .. }) = self.set.take() else { return };
         let mut slot = self.wheel.slots[slot].lock();
         // Its turn may be over, and the place another's.
-        if slot.get(key).is_some_and(|there| Arc::ptr_eq(there, &self.subscriber)) {
+        if slot.get(key).is_some_and(|there| Arc::ptr_eq(there, &self.handle)) {
             slot.remove(key);
         }
     }
@@ -141,7 +141,7 @@ mod tests {
 
     fn alarm(wheel: &Arc<Wheel>) -> Alarm {
         let outbox = Outbox::to_owner(1000, Arc::new(Metrics::default()));
-        Alarm::new(wheel.clone(), Arc::new(Subscriber::new(ConnectionId::random(), outbox)))
+        Alarm::new(wheel.clone(), Arc::new(ConnectionHandle::new(ConnectionId::random(), outbox)))
     }
 
     fn len(wheel: &Wheel) -> usize {
@@ -151,7 +151,7 @@ mod tests {
     /// How long it takes until it is woken.
     async fn woken(alarm: &Alarm) -> Duration {
         let asked = Instant::now();
-        let woken = alarm.subscriber.outbox.woken();
+        let woken = alarm.handle.outbox.woken();
         timeout(Duration::from_secs(1000), woken).await.expect("it is woken");
         asked.elapsed()
     }

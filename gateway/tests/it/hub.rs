@@ -19,7 +19,7 @@ use gateway::{
     },
     delivery::{Entry, ReplicaSnapshot, ServerId, page::Page},
     drain::Tasks,
-    hub::{COMPARE_EVERY, Hub, LINGER, join::Start, member::Subscriber},
+    hub::{COMPARE_EVERY, Hub, LINGER, join::Start, member::ConnectionHandle},
     outbox::Outbox,
     telemetry::metrics::{EntryResult, Metrics},
 };
@@ -191,7 +191,7 @@ impl Bus for Counting {
 
 /// A member whose frames are taken by the test.
 struct Member {
-    subscriber: Arc<Subscriber>,
+    handle: Arc<ConnectionHandle>,
     cursor: Position,
     resets: usize,
     recovered: bool,
@@ -201,16 +201,16 @@ struct Member {
 impl Member {
     async fn join(world: &World, room: &RoomId, start: Start, bytes_max: usize) -> Self {
         let outbox = Outbox::to_owner(bytes_max, world.metrics.clone());
-        let subscriber = Arc::new(Subscriber::new(ConnectionId::random(), outbox));
+        let handle = Arc::new(ConnectionHandle::new(ConnectionId::random(), outbox));
         let entered = Default::default();
-        world.hub.join(room.clone(), subscriber.clone(), None, start, entered).await.unwrap();
-        let mut frames = subscriber.outbox.take();
+        world.hub.join(room.clone(), handle.clone(), None, start, entered).await.unwrap();
+        let mut frames = handle.outbox.take();
         let joined = json(&frames.remove(0));
         assert_eq!(joined["type"], "joined");
         let epoch = joined["epoch"].as_str().unwrap().parse().unwrap();
         let recovered = joined["recovered"].as_bool().unwrap();
         let cursor = Position::new(epoch, 0);
-        let mut member = Self { subscriber, cursor, resets: 0, recovered, closed: false };
+        let mut member = Self { handle, cursor, resets: 0, recovered, closed: false };
         member.cursor.seq = match joined["history"].as_array().unwrap().last() {
             Some(last) => last["seq"].as_u64().unwrap(),
             None => joined["seq"].as_u64().unwrap(),
@@ -245,9 +245,9 @@ impl Member {
 
     /// Takes what came, checks its order, and asks for more where the member is behind.
     async fn drain(&mut self, world: &World) {
-        self.note(self.subscriber.outbox.take());
-        for room in self.subscriber.outbox.take_lagging() {
-            world.hub.catch_up(room, self.subscriber.connection).await;
+        self.note(self.handle.outbox.take());
+        for room in self.handle.outbox.take_lagging() {
+            world.hub.catch_up(room, self.handle.connection).await;
         }
     }
 
@@ -714,7 +714,7 @@ async fn a_node_can_tell_what_it_holds() {
 async fn a_join_whose_connection_has_left_reads_nothing() {
     let world = World::start(retention(), 10_000, || Fault::None);
     let outbox = Outbox::to_owner(1 << 20, world.metrics.clone());
-    let gone = Arc::new(Subscriber::new(ConnectionId::random(), outbox));
+    let gone = Arc::new(ConnectionHandle::new(ConnectionId::random(), outbox));
     // The call is made, and given up before the shard takes it.
     let (start, entered) = (Start::Newest(10), Default::default());
     let joining = world.hub.join(room("r"), gone, None, start, entered);
@@ -728,14 +728,14 @@ async fn a_join_whose_connection_has_left_reads_nothing() {
 async fn a_room_that_empties_again_and_again_does_not_keep_others_followed() {
     let world = World::start(retention(), 10_000, || Fault::None);
     let (busy, quiet) = (room("busy"), room("quiet"));
-    let ann = Member::join(&world, &busy, Start::Newest(0), 1 << 20).await.subscriber;
+    let ann = Member::join(&world, &busy, Start::Newest(0), 1 << 20).await.handle;
     for _ in 0..5_000 {
         world.hub.leave(busy.clone(), ann.connection, None).await;
         let (start, entered) = (Start::Newest(0), Default::default());
         world.hub.join(busy.clone(), ann.clone(), None, start, entered).await.unwrap();
         ann.outbox.take();
     }
-    let bob = Member::join(&world, &quiet, Start::Newest(0), 1 << 20).await.subscriber;
+    let bob = Member::join(&world, &quiet, Start::Newest(0), 1 << 20).await.handle;
     world.hub.leave(quiet, bob.connection, None).await;
     for _ in 0..LINGER.as_secs() + 2 {
         assert!(world.metrics.rooms.get() <= 2);

@@ -14,7 +14,7 @@ use gateway::{
         redis::{LEASE, RedisBus, RedisOptions, topology::TlsFiles},
     },
     drain::Tasks,
-    hub::{Hub, MAILBOX_LEN, join::Start, member::Subscriber},
+    hub::{Hub, MAILBOX_LEN, join::Start, member::ConnectionHandle},
     outbox::Outbox,
     telemetry::metrics::Metrics,
 };
@@ -145,7 +145,7 @@ async fn a_thousand_rooms_are_repaired_when_the_link_is_back() {
     );
     let rooms: Vec<RoomId> = (0..ROOMS).map(|i| room(&format!("r{i}"))).collect();
     let outbox = Outbox::to_owner(64 << 20, metrics.clone());
-    let member = Arc::new(Subscriber::new(ConnectionId::random(), outbox));
+    let member = Arc::new(ConnectionHandle::new(ConnectionId::random(), outbox));
     for room in &rooms {
         let joined =
             hub.join(room.clone(), member.clone(), None, Start::Newest(0), Default::default());

@@ -16,7 +16,7 @@ use gateway::{
         redis::{LEASE, RedisBus, RedisOptions, topology::TlsFiles},
     },
     drain::Tasks,
-    hub::{Hub, HubOptions, MAILBOX_LEN, member::Subscriber},
+    hub::{Hub, HubOptions, MAILBOX_LEN, member::ConnectionHandle},
     limits::{
         meter::{Meter, MeterRates},
         reads::Reads,
@@ -204,16 +204,16 @@ impl Node {
     pub fn accept(&self, number: u64, user: usize, outbox_bytes: usize, line: Line) {
         let outbox = Outbox::to_owner(outbox_bytes, self.services.metrics.clone());
         let connection = ConnectionId(Uuid::from_u128(u128::from(number)));
-        let subscriber = Arc::new(Subscriber::new(connection, outbox));
+        let handle = Arc::new(ConnectionHandle::new(connection, outbox));
         let user = Some(format!("u{user}"));
         let identity = Auth::Anonymous.identify(&Credentials { user, ..Credentials::default() });
         let identity = identity.unwrap();
         let online = self.services.presence.appear_soon(&identity.user);
         let session = SessionId(connection.0);
         let services = self.services.clone();
-        let session = Session::new(services, identity, session, subscriber.clone(), online);
+        let session = Session::new(services, identity, session, handle.clone(), online);
         let outlet = self.outlet.clone();
-        let connection = Connection { number, session, subscriber, line, outlet };
+        let connection = Connection { number, session, handle, line, outlet };
         // A panic is found by the campaign's hook.
         self.tasks.spawn_connection(connection.run(), |_| {});
     }
@@ -223,15 +223,15 @@ impl Node {
 struct Connection {
     number: u64,
     session: Session,
-    subscriber: Arc<Subscriber>,
+    handle: Arc<ConnectionHandle>,
     line: Line,
     outlet: Outlet,
 }
 
 impl Connection {
     async fn run(mut self) {
-        let subscriber = self.subscriber.clone();
-        let outbox = &subscriber.outbox;
+        let handle = self.handle.clone();
+        let outbox = &handle.outbox;
         let line = self.line.clone();
         let mut performing: Option<BoxFuture<Performed>> = None;
         let mut meter = Meter::new(Arc::new(MeterRates::unlimited()), None);
@@ -247,7 +247,7 @@ impl Connection {
                 if !full {
                     let Some(frame) = line.0.0.lock().frames.pop_front() else { break };
                     let frame = ClientFrame::from_text(&frame);
-                    let request = self.session.handle(frame, &mut meter, Instant::now());
+                    let request = self.session.handle_frame(frame, &mut meter, Instant::now());
                     performing = request.map(|request| self.session.perform(request));
                 }
             }
