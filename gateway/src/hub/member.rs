@@ -55,7 +55,7 @@ pub struct ConnectionHandle {
     /// Whether there are any.
     is_taken_out: AtomicBool,
     /// Messages it sent with `echo:false` whose `ack` is to stand where the copy would.
-    placed_acks: Mutex<BTreeMap<(RoomId, MessageId), PlacedAck>>,
+    inline_acks: Mutex<BTreeMap<(RoomId, MessageId), InlineAck>>,
 }
 
 /// Whether a connection lives, as far as its client lets itself be heard.
@@ -103,18 +103,18 @@ pub struct Owner {
 
 /// An `ack` that is to stand in the place of a copy.
 #[derive(Clone, Debug)]
-pub struct PlacedAck {
+pub struct InlineAck {
     /// The `ref` of the message.
     pub reference: Option<FrameRef>,
     /// Who a `direct` is for.
     pub to: Option<UserId>,
     /// When it was taken.
     pub timestamp: String,
-    state: PlacedState,
+    state: InlineAckState,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum PlacedState {
+enum InlineAckState {
     /// Neither the bus has answered nor has the entry come by.
     Open,
     /// The bus has answered with this position.
@@ -123,10 +123,10 @@ enum PlacedState {
     Released,
 }
 
-impl PlacedAck {
+impl InlineAck {
     /// An `ack` whose entry is on its way.
     pub fn new(reference: Option<FrameRef>, to: Option<UserId>, timestamp: String) -> Self {
-        Self { reference, to, timestamp, state: PlacedState::Open }
+        Self { reference, to, timestamp, state: InlineAckState::Open }
     }
 
     /// The `ack`. Out of its place it says `duplicate`, since only then a client leaves its cursor
@@ -156,7 +156,7 @@ impl ConnectionHandle {
     pub fn new(connection: ConnectionId, outbox: Outbox) -> Self {
         #[cfg(debug_assertions)]
         crate::fault_injection::on_connect();
-        let (unanswered, refused, placed_acks) = (0.into(), 0.into(), Mutex::default());
+        let (unanswered, refused, inline_acks) = (0.into(), 0.into(), Mutex::default());
         let health = Health::default();
         let (taken_out, is_taken_out) = (Mutex::default(), false.into());
         Self {
@@ -168,7 +168,7 @@ impl ConnectionHandle {
             refused,
             taken_out,
             is_taken_out,
-            placed_acks,
+            inline_acks,
         }
     }
 
@@ -245,17 +245,17 @@ impl ConnectionHandle {
     /// Has the `ack` of a message stand in the place of its copy. `false`: that of an earlier send
     /// of the same id does, and this one is a repeat.
     #[must_use]
-    pub fn place_ack(&self, room: &RoomId, id: MessageId, ack: PlacedAck) -> bool {
-        let mut placed = self.placed_acks.lock();
-        let entry = placed.entry((room.clone(), id));
+    pub fn reserve_ack(&self, room: &RoomId, id: MessageId, ack: InlineAck) -> bool {
+        let mut reserved = self.inline_acks.lock();
+        let entry = reserved.entry((room.clone(), id));
         let vacant = matches!(entry, std::collections::btree_map::Entry::Vacant(_));
         entry.or_insert(ack);
         vacant
     }
 
     /// Takes that back. `false`: the `ack` has been sent.
-    pub fn unplace_ack(&self, room: &RoomId, id: MessageId) -> bool {
-        self.placed_acks.lock().remove(&(room.clone(), id)).is_some()
+    pub fn cancel_ack(&self, room: &RoomId, id: MessageId) -> bool {
+        self.inline_acks.lock().remove(&(room.clone(), id)).is_some()
     }
 
     /// Notes that the bus has appended `id` at `position`. Its `ack` is sent when the entry comes
@@ -263,12 +263,12 @@ impl ConnectionHandle {
     pub fn appended(&self, room: &RoomId, id: MessageId, position: Position) {
         let key = (room.clone(), id);
         let released = {
-            let mut placed = self.placed_acks.lock();
-            let Some(ack) = placed.get_mut(&key) else { return };
-            if ack.state == PlacedState::Released {
-                placed.remove(&key)
+            let mut reserved = self.inline_acks.lock();
+            let Some(ack) = reserved.get_mut(&key) else { return };
+            if ack.state == InlineAckState::Released {
+                reserved.remove(&key)
             } else {
-                ack.state = PlacedState::Appended(position.clone());
+                ack.state = InlineAckState::Appended(position.clone());
                 None
             }
         };
@@ -278,18 +278,18 @@ impl ConnectionHandle {
     }
 
     /// Gives up the places of acks in `room`: its entries do not come by any more.
-    pub fn release_acks(&self, room: &RoomId) {
+    pub fn release_reservations(&self, room: &RoomId) {
         let mut released = Vec::new();
-        self.placed_acks.lock().retain(|(of, id), ack| {
+        self.inline_acks.lock().retain(|(of, id), ack| {
             if of != room {
                 return true;
             }
-            match std::mem::replace(&mut ack.state, PlacedState::Released) {
-                PlacedState::Appended(position) => {
+            match std::mem::replace(&mut ack.state, InlineAckState::Released) {
+                InlineAckState::Appended(position) => {
                     released.push(ack.clone().at(room, *id, position, true));
                     false
                 }
-                PlacedState::Open | PlacedState::Released => true,
+                InlineAckState::Open | InlineAckState::Released => true,
             }
         });
         for ack in released {
@@ -298,13 +298,13 @@ impl ConnectionHandle {
     }
 
     /// The `ack` that stands in the place of `entry`, if this connection asked for that.
-    fn placed_ack(&self, room: &RoomId, entry: &Entry) -> Option<Bytes> {
+    fn inline_ack(&self, room: &RoomId, entry: &Entry) -> Option<Bytes> {
         if entry.envelope.sender_without_echo() != Some(self.connection) {
             return None;
         }
         let key = (room.clone(), entry.envelope.id());
-        let placed = self.placed_acks.lock();
-        let ack = placed.get(&key)?.clone();
+        let reserved = self.inline_acks.lock();
+        let ack = reserved.get(&key)?.clone();
         Some(text_frame(&ack.at(&key.0, key.1, entry.position.clone(), false)))
     }
 }
@@ -326,7 +326,7 @@ pub(super) struct Turn {
     pub(super) lost: Vec<(RoomId, Envelope)>,
     /// Who has something to be written.
     touched: Vec<Arc<ConnectionHandle>>,
-    /// How many entries were placed in outboxes.
+    /// How many entries were reserved in outboxes.
     deliveries: u64,
     /// How many members fell behind.
     lags: u64,
@@ -500,9 +500,9 @@ impl Member {
         let (room, entry) = (frames.room, frames.entry);
         #[cfg(debug_assertions)]
         crate::fault_injection::panic_in("a shard", entry.envelope.members());
-        let placed = self.handle.placed_ack(room, entry);
+        let reserved = self.handle.inline_ack(room, entry);
         let outbox = &self.handle.outbox;
-        let frame = match &placed {
+        let frame = match &reserved {
             Some(ack) => ack,
             None => frames.to(outbox, &turn.metrics),
         };
@@ -531,8 +531,8 @@ impl Member {
                 return false;
             }
         }
-        if placed.is_some() {
-            self.handle.unplace_ack(room, entry.envelope.id());
+        if reserved.is_some() {
+            self.handle.cancel_ack(room, entry.envelope.id());
         }
         debug_assert_eq!(self.cursor.epoch, entry.position.epoch, "a bump is told of first");
         self.cursor.seq = entry.position.seq;
@@ -548,7 +548,7 @@ impl Member {
         reason: RecoveryFailure,
         turn: &mut Turn,
     ) {
-        self.handle.release_acks(room);
+        self.handle.release_reservations(room);
         self.handle.answer(&ServerFrame::Reset(ResetFrame {
             room: room.named(),
             epoch: position.epoch.clone(),

@@ -56,7 +56,7 @@ impl Shard {
             text_frame(&ServerFrame::Left(LeftFrame { reference, room: name.clone(), reason }));
         for handle in removed {
             room.remove(handle.connection);
-            handle.release_acks(name);
+            handle.release_reservations(name);
             // First, so that what who was told says next is refused.
             handle.taken_out_of(name);
             handle.outbox.push(left.clone());

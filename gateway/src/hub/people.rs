@@ -549,7 +549,7 @@ impl Shard {
         let answer = ServerFrame::RoomClosed(closed);
         for member in std::mem::take(&mut room.members) {
             let handle = member.handle;
-            handle.release_acks(name);
+            handle.release_reservations(name);
             if Some(handle.connection) != by {
                 handle.answer(&answer);
             }

@@ -480,7 +480,7 @@ impl Shard {
             self.note_if_idle(&name);
         }
         if let Some((handle, frame)) = answer {
-            handle.release_acks(&name);
+            handle.release_reservations(&name);
             handle.outbox.push(frame);
             self.turn.touch(&handle);
         }

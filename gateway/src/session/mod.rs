@@ -38,7 +38,7 @@ use crate::{
     },
     hub::{
         Hub,
-        member::{ConnectionHandle, PlacedAck},
+        member::{ConnectionHandle, InlineAck},
         people::TYPING_EVERY,
     },
     limits::{
@@ -715,7 +715,7 @@ impl Session {
             receipt: receipt.clone(),
             echo: message.echo,
             durable: room.is_none_or(|room| self.services.rules.is_durable(room)),
-            placed: false,
+            reserved: false,
         };
         outcome.expect();
         let published = self.services.publisher.publish(sender, message, &receipt, {
@@ -785,7 +785,7 @@ struct Outcome {
     /// Whether the room keeps a log. Without one an `ack` has no place.
     durable: bool,
     /// Whether the `ack` stands in the place of the copy.
-    placed: bool,
+    reserved: bool,
 }
 
 impl Outcome {
@@ -794,8 +794,8 @@ impl Outcome {
         self.handle.expect_answer();
         if !self.echo && self.durable {
             let (reference, timestamp) = (self.reference.clone(), self.receipt.timestamp.clone());
-            let ack = PlacedAck::new(reference, self.to_user(), timestamp);
-            self.placed = self.handle.place_ack(&self.log, self.receipt.id, ack);
+            let ack = InlineAck::new(reference, self.to_user(), timestamp);
+            self.reserved = self.handle.reserve_ack(&self.log, self.receipt.id, ack);
         }
     }
 
@@ -809,32 +809,32 @@ impl Outcome {
     /// Takes [`Outcome::expect`] back.
     fn forget(&self) {
         self.handle.had_answer();
-        self.unplace();
+        self.cancel_reservation();
     }
 
-    /// Whether the `ack` is to be sent from here: it was never placed, or has not been sent from
+    /// Whether the `ack` is to be sent from here: it was never reserved, or has not been sent from
     /// its place.
-    fn unplace(&self) -> bool {
-        !self.placed || self.handle.unplace_ack(&self.log, self.receipt.id)
+    fn cancel_reservation(&self) -> bool {
+        !self.reserved || self.handle.cancel_ack(&self.log, self.receipt.id)
     }
 
     fn tell(self, result: Result<Appended, BusError>) {
         match result {
             // The hub sends the `ack` in the place of the copy.
-            Ok(Appended { duplicate: false, position, .. }) if self.placed => {
+            Ok(Appended { duplicate: false, position, .. }) if self.reserved => {
                 self.handle.appended(&self.log, self.receipt.id, position);
             }
             // A gateway's own repeat is told as a duplicate; its `ack` may have been sent. One that
             // should stand in the place of the copy and does not is one too: by any other a client
             // would move its cursor.
             Ok(Appended { position, duplicate, opened }) => {
-                if self.unplace() {
+                if self.cancel_reservation() {
                     let duplicate = duplicate || self.durable && !self.echo;
                     self.ack(Appended { position, duplicate, opened });
                 }
             }
             Err(error) => {
-                if self.unplace() {
+                if self.cancel_reservation() {
                     self.refuse(error);
                 }
             }
