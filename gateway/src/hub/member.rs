@@ -51,9 +51,9 @@ pub struct ConnectionHandle {
     /// How many frames were refused for what they are, and not counted by the meter yet.
     refused: AtomicU32,
     /// Rooms that it was taken out of, and whose stays its session has to end.
-    taken_out: Mutex<Vec<RoomId>>,
+    evicted: Mutex<Vec<RoomId>>,
     /// Whether there are any.
-    is_taken_out: AtomicBool,
+    has_evictions: AtomicBool,
     /// Messages it sent with `echo:false` whose `ack` is to stand where the copy would.
     inline_acks: Mutex<BTreeMap<(RoomId, MessageId), InlineAck>>,
 }
@@ -158,7 +158,7 @@ impl ConnectionHandle {
         crate::fault_injection::on_connect();
         let (unanswered, refused, inline_acks) = (0.into(), 0.into(), Mutex::default());
         let health = Health::default();
-        let (taken_out, is_taken_out) = (Mutex::default(), false.into());
+        let (evicted, has_evictions) = (Mutex::default(), false.into());
         Self {
             connection,
             owner: None,
@@ -166,8 +166,8 @@ impl ConnectionHandle {
             health,
             unanswered,
             refused,
-            taken_out,
-            is_taken_out,
+            evicted,
+            has_evictions,
             inline_acks,
         }
     }
@@ -189,18 +189,18 @@ impl ConnectionHandle {
     }
 
     /// Has the session end its stay in a room.
-    pub(super) fn taken_out_of(&self, room: &RoomId) {
-        self.taken_out.lock().push(room.clone());
-        self.is_taken_out.store(true, Ordering::Release);
+    pub(super) fn evict_from(&self, room: &RoomId) {
+        self.evicted.lock().push(room.clone());
+        self.has_evictions.store(true, Ordering::Release);
         self.outbox.wake();
     }
 
     /// The rooms that it was taken out of since this was last asked.
-    pub fn take_taken_out(&self) -> Vec<RoomId> {
-        if !self.is_taken_out.swap(false, Ordering::AcqRel) {
+    pub fn take_evicted(&self) -> Vec<RoomId> {
+        if !self.has_evictions.swap(false, Ordering::AcqRel) {
             return Vec::new();
         }
-        std::mem::take(&mut *self.taken_out.lock())
+        std::mem::take(&mut *self.evicted.lock())
     }
 
     /// A publish is handed on, and its answer is to come.

@@ -58,7 +58,7 @@ impl Shard {
             room.remove(handle.connection);
             handle.release_reservations(name);
             // First, so that what who was told says next is refused.
-            handle.taken_out_of(name);
+            handle.evict_from(name);
             handle.outbox.push(left.clone());
             self.turn.touch(&handle);
         }

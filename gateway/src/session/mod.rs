@@ -339,8 +339,8 @@ impl Session {
     }
 
     /// Ends the stays in rooms that this connection was taken out of.
-    fn end_stays(&mut self) {
-        for room in self.handle.take_taken_out() {
+    fn leave_evicted(&mut self) {
+        for room in self.handle.take_evicted() {
             if let Ok(place) = self.place_of(&room) {
                 self.rooms.remove(place).leave();
             }
@@ -349,7 +349,7 @@ impl Session {
 
     /// This connection's part in a room, if it has one.
     fn stay_in(&mut self, room: &RoomId) -> Option<&Stay> {
-        self.end_stays();
+        self.leave_evicted();
         let place = self.place_of(room).ok()?;
         if self.rooms[place].is_closed() {
             self.rooms.remove(place);
@@ -640,7 +640,7 @@ impl Session {
     /// The rooms in which this session is behind, if its outbox has room: each is to be given to
     /// [`Session::catch_up`]. Those it was taken out of it is no member of any more.
     pub fn take_behind(&mut self) -> SmallVec<[RoomId; 1]> {
-        self.end_stays();
+        self.leave_evicted();
         self.handle.outbox.take_lagging()
     }
 
