@@ -47,7 +47,7 @@ pub struct ConnectionHandle {
     /// Whether it lives.
     pub health: Health,
     /// How many publishes were handed on and not answered.
-    unanswered: AtomicU32,
+    pending_publishes: AtomicU32,
     /// How many frames were refused for what they are, and not counted by the meter yet.
     refused: AtomicU32,
     /// Rooms that it was taken out of, and whose stays its session has to end.
@@ -156,7 +156,7 @@ impl ConnectionHandle {
     pub fn new(connection: ConnectionId, outbox: Outbox) -> Self {
         #[cfg(debug_assertions)]
         crate::fault_injection::on_connect();
-        let (unanswered, refused, inline_acks) = (0.into(), 0.into(), Mutex::default());
+        let (pending_publishes, refused, inline_acks) = (0.into(), 0.into(), Mutex::default());
         let health = Health::default();
         let (evicted, has_evictions) = (Mutex::default(), false.into());
         Self {
@@ -164,7 +164,7 @@ impl ConnectionHandle {
             owner: None,
             outbox,
             health,
-            unanswered,
+            pending_publishes,
             refused,
             evicted,
             has_evictions,
@@ -204,27 +204,27 @@ impl ConnectionHandle {
     }
 
     /// A publish is handed on, and its answer is to come.
-    pub fn expect_answer(&self) {
-        self.unanswered.fetch_add(1, Ordering::AcqRel);
+    pub fn begin_publish(&self) {
+        self.pending_publishes.fetch_add(1, Ordering::AcqRel);
     }
 
     /// It has come.
-    pub fn had_answer(&self) {
-        self.unanswered.fetch_sub(1, Ordering::AcqRel);
+    pub fn end_publish(&self) {
+        self.pending_publishes.fetch_sub(1, Ordering::AcqRel);
     }
 
     /// Whether every publish was answered.
-    pub fn is_answered(&self) -> bool {
-        self.unanswered.load(Ordering::Acquire) == 0
+    pub fn has_no_pending_publish(&self) -> bool {
+        self.pending_publishes.load(Ordering::Acquire) == 0
     }
 
     /// Counts a frame that was refused for what it is.
-    pub fn count_refused(&self) {
+    pub fn count_rejected(&self) {
         self.refused.fetch_add(1, Ordering::Relaxed);
     }
 
     /// How many frames were refused since this was last asked.
-    pub fn take_refused(&self) -> u32 {
+    pub fn take_rejected(&self) -> u32 {
         match self.refused.load(Ordering::Relaxed) {
             0 => 0,
             _ => self.refused.swap(0, Ordering::Relaxed),

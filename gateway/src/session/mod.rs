@@ -246,7 +246,7 @@ impl Session {
 
     /// Whether everything that was handed on has been answered.
     pub fn is_settled(&self) -> bool {
-        self.handle.is_answered()
+        self.handle.has_no_pending_publish()
     }
 
     /// Handles a frame, as far as the connection's meter allows it. What it returns has to be
@@ -764,7 +764,7 @@ fn refuse(services: &Services, handle: &ConnectionHandle, refusal: ErrorFrame) -
     let code = refusal.code;
     services.metrics.errors.of(code).inc();
     if !matches!(code, ErrorCode::Unavailable | ErrorCode::Overloaded | ErrorCode::Internal) {
-        handle.count_refused();
+        handle.count_rejected();
     }
     handle.answer_ahead(&ServerFrame::Error(Box::new(refusal)));
     code
@@ -791,7 +791,7 @@ struct Outcome {
 impl Outcome {
     /// Prepares for the answer: it may come before `publish` returns.
     fn expect(&mut self) {
-        self.handle.expect_answer();
+        self.handle.begin_publish();
         if !self.echo && self.durable {
             let (reference, timestamp) = (self.reference.clone(), self.receipt.timestamp.clone());
             let ack = InlineAck::new(reference, self.to_user(), timestamp);
@@ -808,7 +808,7 @@ impl Outcome {
 
     /// Takes [`Outcome::expect`] back.
     fn forget(&self) {
-        self.handle.had_answer();
+        self.handle.end_publish();
         self.cancel_reservation();
     }
 
@@ -839,7 +839,7 @@ impl Outcome {
                 }
             }
         }
-        self.handle.had_answer();
+        self.handle.end_publish();
         self.handle.outbox.wake_for_ack();
     }
 

@@ -370,7 +370,7 @@ impl Connection {
             input.drain(..used);
             self.unread = input;
         }
-        self.meter.refused(self.handle.take_refused());
+        self.meter.refused(self.handle.take_rejected());
         match self.meter.settle(begun) {
             Verdict::Go => {}
             Verdict::Wait(wait, cause) => {
