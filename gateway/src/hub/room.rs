@@ -94,9 +94,9 @@ impl DeliverySink for FanOut<'_> {
     fn entry(&mut self, entry: &Entry) {
         self.turn.standing.confirm(entry);
         let mut frames = Frames::live(self.name, entry);
-        if let Some(partner) = partner_in(self.name, entry) {
-            // Its connection's task has the partner watched.
-            let status = RoomId::status_of(&partner);
+        if let Some(peer) = peer_of_direct(self.name, entry) {
+            // Its connection's task has the peer watched.
+            let status = RoomId::status_of(&peer);
             self.members.iter().for_each(|member| member.handle.outbox.lag(status.clone()));
         }
         let mut handed = Handed::default();
@@ -142,7 +142,7 @@ impl DeliverySink for FanOut<'_> {
 
 /// Who has sent the direct that an entry of an inbox is; nobody, where it is the inbox' own user or is
 /// none.
-fn partner_in(inbox: &RoomId, entry: &Entry) -> Option<UserId> {
+fn peer_of_direct(inbox: &RoomId, entry: &Entry) -> Option<UserId> {
     #[derive(Deserialize)]
     struct Members {
         from: UserInfo,

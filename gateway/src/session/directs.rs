@@ -176,7 +176,7 @@ pub(super) async fn unwatch(asked: Asked, users: Vec<UserId>) -> Performed {
 }
 
 /// Has a user watched whom this connection talks to: told of changes only.
-pub(super) async fn meet(asked: Asked, user: UserId) -> Performed {
+pub(super) async fn auto_watch(asked: Asked, user: UserId) -> Performed {
     Performed::NotWatched(asked.services.hub.watch([user], &asked.handle, None).await)
 }
 

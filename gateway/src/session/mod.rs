@@ -149,7 +149,7 @@ pub enum Request {
     /// `unwatch`
     Unwatch(WatchFrame),
     /// Nothing that was asked for: a direct was sent to this user.
-    Meet(UserId),
+    AutoWatch(UserId),
     /// `session_get`, and with data `session_set`
     Session(Option<FrameRef>, Option<SessionSetFrame>),
     /// `refresh`
@@ -172,7 +172,7 @@ impl Request {
             Self::History(..)
                 | Self::Presence(..)
                 | Self::Watch(..)
-                | Self::Meet(_)
+                | Self::AutoWatch(_)
                 | Self::Session(_, None)
                 | Self::RoomInfo(..)
                 | Self::Rooms(..)
@@ -269,7 +269,7 @@ impl Session {
             let taken = self.message(reference, message, meter, now);
             return match &message.to {
                 Recipient::User(user) if taken && !self.watching.contains(user) => {
-                    Some(Request::Meet(user.clone()))
+                    Some(Request::AutoWatch(user.clone()))
                 }
                 _ => None,
             };
@@ -493,8 +493,8 @@ impl Session {
                 users.retain(|user| self.watching.remove(user));
                 Box::pin(directs::unwatch(asked(None), users))
             }
-            Request::Meet(user) => match self.may_watch(&user) {
-                true => Box::pin(directs::meet(asked(None), user)),
+            Request::AutoWatch(user) => match self.begin_auto_watch(&user) {
+                true => Box::pin(directs::auto_watch(asked(None), user)),
                 false => answered,
             },
             Request::Session(reference, set) => {
@@ -609,7 +609,7 @@ impl Session {
     }
 
     /// Notes that a user is watched because of what was said; not above the limit, and not twice.
-    fn may_watch(&mut self, user: &UserId) -> bool {
+    fn begin_auto_watch(&mut self, user: &UserId) -> bool {
         self.watching.len() < self.services.limits.watches_max && self.watching.insert(user.clone())
     }
 
@@ -649,7 +649,7 @@ impl Session {
         for room in rooms {
             match room.user().filter(|_| room.kind() == RoomKind::Status) {
                 None => self.services.hub.catch_up(room, self.handle.connection).await,
-                Some(user) if self.may_watch(&user) => {
+                Some(user) if self.begin_auto_watch(&user) => {
                     let refused = self.services.hub.watch([user], &self.handle, None).await;
                     self.watching.retain(|user| !refused.contains(user));
                 }
