@@ -76,7 +76,7 @@ impl Shard {
         rooms.sort_unstable();
         self.comparing = ReadState::InProgress;
         let (bus, calls, fence) = (self.bus.clone(), self.calls.clone(), self.fence);
-        let metrics = self.turn.metrics.clone();
+        let metrics = self.batch.metrics.clone();
         let compare = async move {
             let names: Vec<RoomId> = rooms.iter().map(|(name, _)| name.clone()).collect();
             let heads = loop {
@@ -142,7 +142,7 @@ impl Shard {
     /// Has a room's log compared with what is snapshot of it, and then read.
     fn heal(&mut self, name: &RoomId) {
         let Some(room) = self.rooms.get_mut(name) else { return };
-        let Some(snapshot) = room.snapshot(&self.turn) else { return };
+        let Some(snapshot) = room.snapshot(&self.batch) else { return };
         tracing::error!(room = %name, top = %snapshot.top,
             "two histories of a room share numbers, or its log is older than what was passed on");
         room.replica.begin_read();
@@ -178,7 +178,7 @@ impl Shard {
         pause: Duration,
     ) {
         let (bus, calls) = (self.bus.clone(), self.calls.clone());
-        let metrics = self.turn.metrics.clone();
+        let metrics = self.batch.metrics.clone();
         let durable = self.rules.is_durable(&asked.room);
         let read = async move {
             // A sleep of no time would take a tick of the clock.
@@ -250,10 +250,10 @@ impl Shard {
             }
             (Purpose::Open | Purpose::GoOn, Ok(page)) => self.went_on(&name, page),
             (Purpose::Join(join), Ok(page)) => {
-                let step = if is_old || !self.turn.serves(&name) {
+                let step = if is_old || !self.batch.serves(&name) {
                     Step::Wait(join)
                 } else {
-                    room.join_with_page(join, page, &mut self.turn)
+                    room.join_with_page(join, page, &mut self.batch)
                 };
                 self.go_on_with(&name, step);
             }
@@ -268,10 +268,10 @@ impl Shard {
             }
             (Purpose::Feed(from), Ok(page)) => {
                 room.stretch = Stretch::No;
-                match room.feed_page(from, page, &mut self.turn) {
+                match room.feed_page(from, page, &mut self.batch) {
                     Fed::More(members) => {
                         for member in members {
-                            room.feed(member, &mut self.turn);
+                            room.feed(member, &mut self.batch);
                         }
                         self.read_for_laggards(&name);
                     }
@@ -284,7 +284,7 @@ impl Shard {
     }
 
     fn went_on(&mut self, name: &RoomId, page: Page) {
-        self.turn.retention.ring = self.budget.ring_max();
+        self.batch.retention.ring = self.budget.ring_max();
         let Some(room) = self.rooms.get_mut(name) else { return };
         if room.was_deleted(&page) {
             // This node was cut off when that was passed on.
@@ -292,8 +292,8 @@ impl Shard {
         }
         let before = Taken::by(room);
         let bytes = page.bytes();
-        let next = room.apply_page(page, &mut self.turn);
-        self.budget.count(before, room, self.turn.retention.now);
+        let next = room.apply_page(page, &mut self.batch);
+        self.budget.count(before, room, self.batch.retention.now);
         room.healing &= next == NextAction::Restore;
         let waiting = room.take_waiting();
         self.act_on(name, next);
@@ -352,11 +352,11 @@ impl Shard {
         if crate::fault_injection::is_injected(
             crate::fault_injection::ProtocolFault::LostEntriesNotReappended,
         ) {
-            self.turn.lost.clear();
+            self.batch.lost.clear();
         }
-        let deadline = self.turn.retention.now + REAPPEND_MAX;
-        for (room, envelope) in std::mem::take(&mut self.turn.lost) {
-            self.turn.metrics.reappended_messages.inc();
+        let deadline = self.batch.retention.now + REAPPEND_MAX;
+        for (room, envelope) in std::mem::take(&mut self.batch.lost) {
+            self.batch.metrics.reappended_messages.inc();
             let (name, id) = (room.clone(), envelope.id());
             let done = Box::new(move |result: Result<_, BusError>| {
                 if let Err(error) = result {

@@ -15,7 +15,7 @@ use tokio::sync::oneshot;
 
 use super::{
     JoinOutcome,
-    member::{ConnectionHandle, Member, Pace, Turn},
+    member::{ConnectionHandle, Member, Pace, ShardBatch},
     people::count_for,
     room::Room,
 };
@@ -106,7 +106,7 @@ impl Join {
 
 impl Room {
     /// Answers a join from what the room holds, or says what it takes.
-    pub(super) fn join(&mut self, mut join: Join, turn: &mut Turn) -> Step {
+    pub(super) fn join(&mut self, mut join: Join, batch: &mut ShardBatch) -> Step {
         let Some(top) = self.replica.top().cloned() else { return Step::Wait(join) };
         if join.done.is_closed() || !self.admits(&join.admission) {
             // Dropping it tells the session.
@@ -117,16 +117,16 @@ impl Room {
         }
         if let Some(cursor) = self.cursor_of(join.handle.connection).cloned() {
             self.send_joined(&join, cursor, vec![], false);
-            turn.touch(&join.handle);
+            batch.touch(&join.handle);
             // Who has given up waiting is a member all the same.
             let _ = join.done.send(JoinOutcome::Member { bytes_read: join.bytes_read });
             return Step::Done;
         }
         if let Start::Behind(since, or) = &join.start {
             let (since, or) = (since.clone(), *or);
-            return self.join_behind(join, since, or, turn);
+            return self.join_behind(join, since, or, batch);
         }
-        let Some(since) = join.since().cloned() else { return self.join_newest(join, turn) };
+        let Some(since) = join.since().cloned() else { return self.join_newest(join, batch) };
         let until = match self.replica.resume(&since) {
             Resume::Until(until) => until,
             Resume::Unknown(_) if !join.refreshed => {
@@ -134,7 +134,7 @@ impl Room {
             }
             Resume::Unknown(reason) => {
                 join.lost = Some(reason);
-                return self.join_newest(join, turn);
+                return self.join_newest(join, batch);
             }
         };
         let entries = match self.replica.ring().after(since.seq) {
@@ -142,11 +142,17 @@ impl Room {
             None if since.seq == top.seq => Some(vec![]),
             None => return Step::Read(join, Range::After { seq: since.seq, limit: READ_LEN }),
         };
-        self.enter_since(join, since, until, entries, ResumeSource::Ring, turn)
+        self.enter_since(join, since, until, entries, ResumeSource::Ring, batch)
     }
 
     /// Lets a connection in that is given all behind `since` as entries, or behind `or`.
-    fn join_behind(&mut self, join: Join, since: Position, or: Seq, turn: &mut Turn) -> Step {
+    fn join_behind(
+        &mut self,
+        join: Join,
+        since: Position,
+        or: Seq,
+        batch: &mut ShardBatch,
+    ) -> Step {
         let Some(top) = self.replica.top().cloned() else { return Step::Wait(join) };
         let lost = match self.replica.resume(&since) {
             Resume::Until(_) => None,
@@ -159,11 +165,11 @@ impl Room {
         let mut member = Member::at(join.handle.clone(), since, Pace::Live);
         if let Some(reason) = lost {
             let at = Position::new(top.epoch.clone(), or.min(top.seq));
-            member.reset(&self.name, &at, reason, turn);
+            member.reset(&self.name, &at, reason, batch);
         } else {
-            turn.metrics.resumes.of(ResumeSource::Ring).inc();
+            batch.metrics.resumes.of(ResumeSource::Ring).inc();
         }
-        self.admit(member, join.done, join.bytes_read, turn);
+        self.admit(member, join.done, join.bytes_read, batch);
         Step::Done
     }
 
@@ -173,10 +179,10 @@ impl Room {
         mut member: Member,
         done: oneshot::Sender<JoinOutcome>,
         bytes_read: usize,
-        turn: &mut Turn,
+        batch: &mut ShardBatch,
     ) {
         let live = self.replica.top() == Some(&member.cursor);
-        turn.touch(&member.handle);
+        batch.touch(&member.handle);
         // Who has given up meanwhile sends a call behind this one that takes it back.
         let _ = done.send(JoinOutcome::Member { bytes_read });
         if !live {
@@ -191,7 +197,7 @@ impl Room {
         &mut self,
         mut join: Join,
         mut page: Page,
-        turn: &mut Turn,
+        batch: &mut ShardBatch,
     ) -> Step {
         let Some(top) = self.replica.top().cloned() else { return Step::Wait(join) };
         if !self.replica.has_epoch_of(&page) {
@@ -220,7 +226,7 @@ impl Room {
                 match since {
                     Some(since) => page.entries.extend(since),
                     None if !join.refreshed => {
-                        return self.join_newest(Join { refreshed: true, ..join }, turn);
+                        return self.join_newest(Join { refreshed: true, ..join }, batch);
                     }
                     // Twice in a row: the log ends below what was passed on, and comparing it is not
                     // this join's.
@@ -228,17 +234,17 @@ impl Room {
                 }
             }
             let oldest = if page.oldest == 0 { last + 1 } else { page.oldest };
-            return self.enter_newest(join, &page.entries, oldest, turn);
+            return self.enter_newest(join, &page.entries, oldest, batch);
         };
         let Resume::Until(until) = self.replica.resume(&since) else { return Step::Wait(join) };
         if let Err(reason) = page.continues(since.seq)
             && since.seq < top.seq
         {
             join.lost = Some(reason);
-            return self.join_newest(join, turn);
+            return self.join_newest(join, batch);
         }
         let entries = serve::within_epoch(page.entries.iter(), &since, until.seq);
-        self.enter_since(join, since, until, entries, ResumeSource::Log, turn)
+        self.enter_since(join, since, until, entries, ResumeSource::Log, batch)
     }
 
     /// Whether the room is still the one that the user has entered.
@@ -247,7 +253,7 @@ impl Room {
         !closed && admission.entered.deleted >= self.deleted || admission.still.is_none()
     }
 
-    fn join_newest(&mut self, join: Join, turn: &mut Turn) -> Step {
+    fn join_newest(&mut self, join: Join, batch: &mut ShardBatch) -> Step {
         let (count, ring) = (join.newest(), self.replica.ring());
         if count as usize >= ring.len() && !self.replica.ring_is_whole() {
             // One at least, to know whether there are older ones.
@@ -255,7 +261,7 @@ impl Room {
         }
         let entries: Vec<Entry> = ring.newest(count as usize).cloned().collect();
         let oldest = ring.first().unwrap_or(0);
-        self.enter_newest(join, &entries, oldest, turn)
+        self.enter_newest(join, &entries, oldest, batch)
     }
 
     /// Lets a connection in that goes on behind `since`, up to `until` within the epoch it knows;
@@ -267,17 +273,17 @@ impl Room {
         until: Position,
         entries: Option<Vec<Entry>>,
         source: ResumeSource,
-        turn: &mut Turn,
+        batch: &mut ShardBatch,
     ) -> Step {
         let Some(entries) = entries else {
             join.lost = Some(RecoveryFailure::LogLost);
-            return self.join_newest(join, turn);
+            return self.join_newest(join, batch);
         };
-        turn.metrics.resumes.of(source).inc();
+        batch.metrics.resumes.of(source).inc();
         let history = history_within(RESUMED_BYTES_MAX, entries.iter());
         let last = history.len().checked_sub(1).and_then(|last| entries.get(last));
         let cursor = last.map_or(since, |last| last.position.clone());
-        self.enter(join, until, cursor, history, false, turn)
+        self.enter(join, until, cursor, history, false, batch)
     }
 
     /// Lets a connection in that goes on from now; the newest of `entries` are shown.
@@ -286,7 +292,7 @@ impl Room {
         join: Join,
         entries: &[Entry],
         oldest: Seq,
-        turn: &mut Turn,
+        batch: &mut ShardBatch,
     ) -> Step {
         let Some(top) = self.replica.top().cloned() else { return Step::Wait(join) };
         let count = join.newest() as usize;
@@ -296,7 +302,7 @@ impl Room {
         let shown = entries.get(entries.len() - history.len());
         let first = shown.map_or(top.seq + 1, |entry| entry.position.seq);
         let more = oldest != 0 && oldest < first;
-        self.enter(join, top.clone(), top, history, more, turn)
+        self.enter(join, top.clone(), top, history, more, batch)
     }
 
     /// Lets a connection in, which is told that it has joined at `at` and was given everything up
@@ -308,12 +314,12 @@ impl Room {
         cursor: Position,
         history: Vec<Box<RawValue>>,
         more: bool,
-        turn: &mut Turn,
+        batch: &mut ShardBatch,
     ) -> Step {
         self.send_joined(&join, at, history, more);
         let Join { handle, admission, done, bytes_read, .. } = join;
         let member = Member::at(handle, cursor, Pace::Live);
-        self.admit(Member { knows: admission.entered.version, ..member }, done, bytes_read, turn);
+        self.admit(Member { knows: admission.entered.version, ..member }, done, bytes_read, batch);
         Step::Done
     }
 

@@ -7,7 +7,7 @@
 use shared::{ids::ConnectionId, position::Seq};
 
 use super::{
-    member::{Frames, Pace, Turn},
+    member::{Frames, Pace, ShardBatch},
     room::Room,
 };
 use crate::{
@@ -38,7 +38,7 @@ pub(super) enum Fed {
 impl Room {
     /// Gives a member that is behind what the ring holds for it, or has it wait for a read of the
     /// log.
-    pub(super) fn feed(&mut self, connection: ConnectionId, turn: &mut Turn) {
+    pub(super) fn feed(&mut self, connection: ConnectionId, batch: &mut ShardBatch) {
         let Some(place) = self.place_of(connection) else { return };
         let Some(member) = self.members.get_mut(place) else { return };
         if member.pace != Pace::Behind {
@@ -53,11 +53,11 @@ impl Room {
         loop {
             match self.replica.next(&member.cursor) {
                 NextDelivery::Entry(entry) => {
-                    if !member.give(&mut Frames::replay_to_one(&self.name, entry), turn) {
+                    if !member.give(&mut Frames::replay_to_one(&self.name, entry), batch) {
                         return;
                     }
                 }
-                NextDelivery::EpochChange(to) => member.change_epoch(&self.name, &to, turn),
+                NextDelivery::EpochChange(to) => member.change_epoch(&self.name, &to, batch),
                 NextDelivery::NotBuffered => {
                     member.pace = Pace::Reading;
                     self.thirsty.push_back(connection);
@@ -92,7 +92,7 @@ impl Room {
     }
 
     /// Gives those who wait for it what was read of the log behind `from`.
-    pub(super) fn feed_page(&mut self, from: Seq, mut page: Page, turn: &mut Turn) -> Fed {
+    pub(super) fn feed_page(&mut self, from: Seq, mut page: Page, batch: &mut ShardBatch) -> Fed {
         if !self.replica.has_epoch_of(&page) {
             self.give_stretch_up();
             return Fed::OtherLog;
@@ -117,18 +117,18 @@ impl Room {
             }
             member.pace = Pace::Behind;
             if let Some((to, reason)) = self.replica.gap_after(&page, &member.cursor) {
-                member.reset(&self.name, &to, reason, turn);
+                member.reset(&self.name, &to, reason, batch);
             }
             let is_full = loop {
                 match self.replica.next_in_page(&page, &member.cursor) {
                     NextDelivery::Entry(entry) => {
                         let place = page.place(entry.position.seq);
                         let frames = place.and_then(|place| frames.get_mut(place));
-                        if !frames.is_some_and(|frames| member.give(frames, turn)) {
+                        if !frames.is_some_and(|frames| member.give(frames, batch)) {
                             break true;
                         }
                     }
-                    NextDelivery::EpochChange(to) => member.change_epoch(&self.name, &to, turn),
+                    NextDelivery::EpochChange(to) => member.change_epoch(&self.name, &to, batch),
                     NextDelivery::NotBuffered | NextDelivery::UpToDate => break false,
                 }
             };

@@ -315,9 +315,9 @@ pub fn text_frame(answer: &ServerFrame<Box<RawValue>>) -> Bytes {
     codec::encode(Opcode::Text, &[&json])
 }
 
-/// What a turn of the hub goes by, and what it leaves to be done at its end.
+/// What a batch of the hub goes by, and what it leaves to be done at its end.
 #[derive(Debug)]
-pub(super) struct Turn {
+pub(super) struct ShardBatch {
     pub(super) retention: RetentionContext,
     pub(super) metrics: Arc<Metrics>,
     pub(super) trails: Arc<Trails>,
@@ -332,7 +332,7 @@ pub(super) struct Turn {
     lags: u64,
 }
 
-impl Turn {
+impl ShardBatch {
     pub(super) fn new(
         retention: RetentionContext,
         (metrics, trails): (Arc<Metrics>, Arc<Trails>),
@@ -348,7 +348,7 @@ impl Turn {
         self.standing.can_serve(self.retention.now, room)
     }
 
-    /// Has what `handle` holds written at the end of the turn.
+    /// Has what `handle` holds written at the end of the batch.
     pub(super) fn touch(&mut self, handle: &Arc<ConnectionHandle>) {
         self.touched.push(handle.clone());
     }
@@ -470,33 +470,33 @@ impl Member {
     }
 
     /// Gives the member something that it may go without: where its outbox is full it is dropped.
-    pub(super) fn notify(&self, frame: &mut Shared, turn: &mut Turn) {
-        let frame = frame.to(&self.handle.outbox, &turn.metrics);
-        self.offer(frame, turn);
+    pub(super) fn notify(&self, frame: &mut Shared, batch: &mut ShardBatch) {
+        let frame = frame.to(&self.handle.outbox, &batch.metrics);
+        self.offer(frame, batch);
     }
 
     /// As [`Member::notify`], a message of a room without a log.
-    pub(super) fn pass(&self, frames: &mut Frames<'_>, turn: &mut Turn) {
+    pub(super) fn pass(&self, frames: &mut Frames<'_>, batch: &mut ShardBatch) {
         if frames.entry.envelope.sender_without_echo() != Some(self.handle.connection) {
-            let frame = frames.to(&self.handle.outbox, &turn.metrics);
-            self.offer(frame, turn);
+            let frame = frames.to(&self.handle.outbox, &batch.metrics);
+            self.offer(frame, batch);
         }
     }
 
-    fn offer(&self, frame: &Bytes, turn: &mut Turn) {
+    fn offer(&self, frame: &Bytes, batch: &mut ShardBatch) {
         match self.handle.outbox.offer(frame) {
-            Offer::First => turn.touch(&self.handle),
+            Offer::First => batch.touch(&self.handle),
             Offer::Queued => {}
             Offer::Refused => {
-                turn.metrics.ephemeral_events_dropped.inc();
+                batch.metrics.ephemeral_events_dropped.inc();
                 return;
             }
         }
-        turn.metrics.ephemeral_events.inc();
+        batch.metrics.ephemeral_events.inc();
     }
 
     /// Gives the member the next entry. `false`: its outbox is full, and it is behind from here.
-    pub(super) fn give(&mut self, frames: &mut Frames<'_>, turn: &mut Turn) -> bool {
+    pub(super) fn give(&mut self, frames: &mut Frames<'_>, batch: &mut ShardBatch) -> bool {
         let (room, entry) = (frames.room, frames.entry);
         #[cfg(debug_assertions)]
         crate::fault_injection::panic_in("a shard", entry.envelope.members());
@@ -504,27 +504,27 @@ impl Member {
         let outbox = &self.handle.outbox;
         let frame = match &reserved {
             Some(ack) => ack,
-            None => frames.to(outbox, &turn.metrics),
+            None => frames.to(outbox, &batch.metrics),
         };
         #[cfg(debug_assertions)]
         if let Some(frames) = crate::fault_injection::deliver(self.handle.connection, frame) {
             frames.into_iter().for_each(|frame| outbox.push(frame));
-            turn.touch(&self.handle);
+            batch.touch(&self.handle);
             self.cursor.seq = entry.position.seq;
             return true;
         }
         let mut offer = outbox.offer(frame);
         if offer == Offer::Refused {
-            // What gathered in this turn may be all that is in the way.
+            // What gathered in this batch may be all that is in the way.
             outbox.flush();
             offer = outbox.offer(frame);
         }
         match offer {
-            Offer::First => turn.touch(&self.handle),
+            Offer::First => batch.touch(&self.handle),
             Offer::Queued => {}
             Offer::Refused => {
                 if self.pace == Pace::Live {
-                    turn.lags += 1;
+                    batch.lags += 1;
                 }
                 self.pace = Pace::Behind;
                 outbox.lag(room.clone());
@@ -536,7 +536,7 @@ impl Member {
         }
         debug_assert_eq!(self.cursor.epoch, entry.position.epoch, "a bump is told of first");
         self.cursor.seq = entry.position.seq;
-        turn.deliveries += 1;
+        batch.deliveries += 1;
         true
     }
 
@@ -546,7 +546,7 @@ impl Member {
         room: &RoomId,
         position: &Position,
         reason: RecoveryFailure,
-        turn: &mut Turn,
+        batch: &mut ShardBatch,
     ) {
         self.handle.release_reservations(room);
         self.handle.answer(&ServerFrame::Reset(ResetFrame {
@@ -556,11 +556,11 @@ impl Member {
             reason,
         }));
         self.cursor = position.clone();
-        turn.touch(&self.handle);
+        batch.touch(&self.handle);
     }
 
     /// Tells the member, which was given everything before, that its log goes on in another epoch.
-    pub(super) fn change_epoch(&mut self, room: &RoomId, to: &Position, turn: &mut Turn) {
-        self.reset(room, to, RecoveryFailure::LogLost, turn);
+    pub(super) fn change_epoch(&mut self, room: &RoomId, to: &Position, batch: &mut ShardBatch) {
+        self.reset(room, to, RecoveryFailure::LogLost, batch);
     }
 }

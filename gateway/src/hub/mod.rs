@@ -1,7 +1,7 @@
 //! The hub: which local connections are in which room, and the handing out of what arrives.
 //!
 //! Rooms are spread over shards; each shard is one task that owns its rooms, so that a room's
-//! entries stay in order and nothing is locked. A turn takes what has gathered in the mailbox,
+//! entries stay in order and nothing is locked. A batch takes what has gathered in the mailbox,
 //! places each entry in the outboxes of the room's members as shared bytes, and at its end writes
 //! to every touched socket once. Nothing here waits for a client or for the bus: reads of a log
 //! are tasks that put their answer into the shard's own queue.

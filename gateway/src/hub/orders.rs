@@ -60,7 +60,7 @@ impl Shard {
             // First, so that what who was told says next is refused.
             handle.evict_from(name);
             handle.outbox.push(left.clone());
-            self.turn.touch(&handle);
+            self.batch.touch(&handle);
         }
         self.note_if_idle(name);
     }
@@ -69,7 +69,7 @@ impl Shard {
         let mut frame = Shared::new(frame);
         let inboxes = self.rooms.values().filter(|room| room.name.kind() == RoomKind::Inbox);
         for member in inboxes.flat_map(|room| &room.members) {
-            member.notify(&mut frame, &mut self.turn);
+            member.notify(&mut frame, &mut self.batch);
         }
     }
 

@@ -26,7 +26,7 @@ use tokio::time::Instant;
 use super::{
     Call,
     ask::READ_AGAIN,
-    member::{ConnectionHandle, Frames, Member, Shared, Turn, text_frame},
+    member::{ConnectionHandle, Frames, Member, ShardBatch, Shared, text_frame},
     room::Room,
     shard::Shard,
 };
@@ -123,16 +123,21 @@ impl Typist {
 
 impl Room {
     /// Takes what was said beside the log. Returns whether the roster is to be read.
-    fn hear(&mut self, notice: EphemeralEvent, individual_max: usize, turn: &mut Turn) -> bool {
+    fn hear(
+        &mut self,
+        notice: EphemeralEvent,
+        individual_max: usize,
+        batch: &mut ShardBatch,
+    ) -> bool {
         match notice {
             EphemeralEvent::Presence(change) => {
                 let (moves, read) = self.people.roster.hear(change);
-                self.tell_moves(moves, individual_max, turn);
-                self.answer_who_asks(turn);
+                self.tell_moves(moves, individual_max, batch);
+                self.answer_who_asks(batch);
                 return read;
             }
-            EphemeralEvent::Typing { user, is_typing } => self.hear_typing(user, is_typing, turn),
-            EphemeralEvent::Read { user, seq, by } => self.tell_read(user, seq, by, turn),
+            EphemeralEvent::Typing { user, is_typing } => self.hear_typing(user, is_typing, batch),
+            EphemeralEvent::Read { user, seq, by } => self.tell_read(user, seq, by, batch),
             // A room with a log has no others than those of the log.
             EphemeralEvent::Message(_) if self.durable => {}
             EphemeralEvent::Message(envelope) => {
@@ -140,7 +145,7 @@ impl Room {
                 let entry = Entry { position, origin: ServerId::default(), envelope };
                 let mut frames = Frames::live(&self.name, &entry);
                 for member in &self.members {
-                    member.pass(&mut frames, turn);
+                    member.pass(&mut frames, batch);
                 }
             }
             EphemeralEvent::Replaced { session, by } => self.end_replaced(session, by),
@@ -165,17 +170,17 @@ impl Room {
         &self,
         answer: &ServerFrame<Box<RawValue>>,
         but: impl Fn(&ConnectionHandle) -> bool,
-        turn: &mut Turn,
+        batch: &mut ShardBatch,
     ) {
         let mut frame = Shared::new(text_frame(answer));
         for member in self.members.iter().filter(|member| !but(&member.handle)) {
-            member.notify(&mut frame, turn);
+            member.notify(&mut frame, batch);
         }
     }
 
     /// Tells who came and went: one by one in a small room, in a large one with the next
     /// `presence_diff`.
-    fn tell_moves(&mut self, moves: Vec<Move>, individual_max: usize, turn: &mut Turn) {
+    fn tell_moves(&mut self, moves: Vec<Move>, individual_max: usize, batch: &mut ShardBatch) {
         if moves.is_empty() {
             return;
         }
@@ -204,25 +209,25 @@ impl Room {
             let mut frame = Shared::new(text_frame(&answer));
             for member in &self.members {
                 if member.lacks(version) && !member.handle.is_of(&user.id) {
-                    member.notify(&mut frame, turn);
+                    member.notify(&mut frame, batch);
                 }
             }
         }
         if !self.people.pending.is_empty() {
-            let now = turn.retention.now;
+            let now = batch.retention.now;
             let at = self.people.diffed_at.map_or(now, |at| (at + DIFF_EVERY).max(now));
             self.people.note_due(at);
         }
     }
 
-    fn tell_diff(&mut self, named_max: usize, turn: &mut Turn) {
+    fn tell_diff(&mut self, named_max: usize, batch: &mut ShardBatch) {
         let pending = std::mem::take(&mut self.people.pending);
         let count = self.people.roster.len() as u64;
-        self.people.diffed_at = Some(turn.retention.now);
+        self.people.diffed_at = Some(batch.retention.now);
         if count > named_max as u64 {
             let (joined, left) = (Vec::new(), Vec::new());
             let diff = PresenceDiffFrame { room: self.name.clone(), joined, left, count };
-            return self.tell(&ServerFrame::PresenceDiff(Box::new(diff)), |_| false, turn);
+            return self.tell(&ServerFrame::PresenceDiff(Box::new(diff)), |_| false, batch);
         }
         let mut pending = pending.into_iter().peekable();
         while pending.peek().is_some() {
@@ -231,12 +236,12 @@ impl Room {
                 if came { joined.push(user) } else { left.push(user) }
             }
             let diff = PresenceDiffFrame { room: self.name.clone(), joined, left, count };
-            self.tell(&ServerFrame::PresenceDiff(Box::new(diff)), |_| false, turn);
+            self.tell(&ServerFrame::PresenceDiff(Box::new(diff)), |_| false, batch);
         }
     }
 
-    fn hear_typing(&mut self, user: UserId, is_typing: bool, turn: &mut Turn) {
-        let now = turn.retention.now;
+    fn hear_typing(&mut self, user: UserId, is_typing: bool, batch: &mut ShardBatch) {
+        let now = batch.retention.now;
         let typist = self.people.typists.entry(user.clone()).or_insert(Typist {
             shown: false,
             shown_at: None,
@@ -252,41 +257,41 @@ impl Room {
         if again && typist.shown_at.is_some_and(|at| at + TYPING_EVERY <= now) {
             typist.shown = false;
         }
-        self.look_at_typist(&user, turn);
+        self.look_at_typist(&user, batch);
     }
 
-    fn look_at_typist(&mut self, user: &UserId, turn: &mut Turn) {
+    fn look_at_typist(&mut self, user: &UserId, batch: &mut ShardBatch) {
         let Some(typist) = self.people.typists.get_mut(user) else { return };
-        let told = typist.look(turn.retention.now);
-        match typist.due(turn.retention.now) {
+        let told = typist.look(batch.retention.now);
+        match typist.due(batch.retention.now) {
             Some(due) => self.people.note_due(due),
             None => drop(self.people.typists.remove(user)),
         }
         if let Some(is_typing) = told {
             let typing = TypingFrame { room: self.name.clone(), user: user.clone(), is_typing };
-            self.tell(&ServerFrame::Typing(typing), |handle| handle.is_of(user), turn);
+            self.tell(&ServerFrame::Typing(typing), |handle| handle.is_of(user), batch);
         }
     }
 
-    fn tell_read(&self, user: UserId, seq: Seq, by: ConnectionId, turn: &mut Turn) {
+    fn tell_read(&self, user: UserId, seq: Seq, by: ConnectionId, batch: &mut ShardBatch) {
         let read = ServerFrame::Read(ReadFrame { room: self.name.clone(), user, seq });
-        self.tell(&read, |handle| handle.connection == by, turn);
+        self.tell(&read, |handle| handle.connection == by, batch);
     }
 
     /// Does what is due.
-    fn look_at_people(&mut self, named_max: usize, turn: &mut Turn) {
-        let now = turn.retention.now;
+    fn look_at_people(&mut self, named_max: usize, batch: &mut ShardBatch) {
+        let now = batch.retention.now;
         let diff_at = self.people.diffed_at.map_or(now, |at| at + DIFF_EVERY);
         if !self.people.pending.is_empty() {
             if diff_at <= now {
-                self.tell_diff(named_max, turn);
-                self.answer_who_asks(turn);
+                self.tell_diff(named_max, batch);
+                self.answer_who_asks(batch);
             } else {
                 self.people.note_due(diff_at);
             }
         }
         for user in self.people.typists.keys().cloned().collect::<Vec<_>>() {
-            self.look_at_typist(&user, turn);
+            self.look_at_typist(&user, batch);
         }
     }
 
@@ -294,18 +299,18 @@ impl Room {
         &mut self,
         snapshot: PresenceSnapshot,
         individual_max: usize,
-        turn: &mut Turn,
+        batch: &mut ShardBatch,
     ) -> bool {
         let (moves, again) = self.people.roster.read(snapshot);
-        self.tell_moves(moves, individual_max, turn);
-        self.answer_who_asks(turn);
+        self.tell_moves(moves, individual_max, batch);
+        self.answer_who_asks(batch);
         again
     }
 
     /// Answers those who ask who is present, as far as what they are to see has come to pass here.
-    fn answer_who_asks(&mut self, turn: &mut Turn) {
+    fn answer_who_asks(&mut self, batch: &mut ShardBatch) {
         let People { roster, pending, asking, .. } = &mut self.people;
-        let (now, mut left) = (turn.retention.now, Vec::new());
+        let (now, mut left) = (batch.retention.now, Vec::new());
         for asks in asking.drain(..) {
             // What is told next must be news to who has the listing.
             let waits = (!pending.is_empty() || !roster.has_reached(asks.details.version))
@@ -316,7 +321,7 @@ impl Room {
             }
             let (handle, answer) = listing(&self.name, roster, asks);
             handle.answer(&answer);
-            turn.touch(&handle);
+            batch.touch(&handle);
         }
         *asking = left;
     }
@@ -391,7 +396,7 @@ impl Shard {
         }
         let individual_max = self.presence.options().individual_max;
         let Some(room) = self.rooms.get_mut(name) else { return };
-        let read = room.hear(notice, individual_max, &mut self.turn);
+        let read = room.hear(notice, individual_max, &mut self.batch);
         self.note_people_due(name);
         if read {
             self.read_rosters(vec![name.clone()]);
@@ -423,7 +428,7 @@ impl Shard {
                 continue;
             }
             room.people.due = None;
-            room.look_at_people(named_max, &mut self.turn);
+            room.look_at_people(named_max, &mut self.batch);
             self.note_people_due(&name);
         }
     }
@@ -467,7 +472,7 @@ impl Shard {
             let room = self.rooms.get_mut(&name);
             let Some(room) = room.filter(|room| room.generation == generation) else { continue };
             let is_whole = snapshot.complete;
-            if room.read_roster(snapshot, individual_max, &mut self.turn) {
+            if room.read_roster(snapshot, individual_max, &mut self.batch) {
                 again.push(name.clone());
             }
             self.note_whole(is_whole);
@@ -483,7 +488,7 @@ impl Shard {
         } else if self.rosters_again.is_none() {
             let wait = UNSETTLED_MIN.saturating_mul(1 << self.reads_unsettled.min(10));
             self.reads_unsettled += 1;
-            self.rosters_again = Some(self.turn.retention.now + wait.min(UNSETTLED_MAX));
+            self.rosters_again = Some(self.batch.retention.now + wait.min(UNSETTLED_MAX));
         }
     }
 
@@ -497,7 +502,7 @@ impl Shard {
         for (name, room) in &mut self.rooms {
             let late = room.is_asked();
             if late {
-                room.answer_who_asks(&mut self.turn);
+                room.answer_who_asks(&mut self.batch);
             }
             if late || all && !room.people.roster.is_settled() {
                 names.push(name.clone());
@@ -522,7 +527,7 @@ impl Shard {
                 ..*ErrorFrame::new(ErrorCode::NotJoined, "join the room first")
             };
             asks.handle.answer(&ServerFrame::Error(Box::new(refusal)));
-            return self.turn.touch(&asks.handle);
+            return self.batch.touch(&asks.handle);
         };
         // Too many to wait are answered with what is known.
         let wait = room.people.asking.len() < ASKING_MAX;
@@ -531,7 +536,7 @@ impl Shard {
         } else {
             Asking { details: PresenceDetails::default(), ..asks }
         });
-        room.answer_who_asks(&mut self.turn);
+        room.answer_who_asks(&mut self.batch);
     }
 
     /// Has everybody leave a room that is no more.
@@ -553,7 +558,7 @@ impl Shard {
             if Some(handle.connection) != by {
                 handle.answer(&answer);
             }
-            self.turn.touch(&handle);
+            self.batch.touch(&handle);
         }
         self.drop_room(name);
         for asks in asking {

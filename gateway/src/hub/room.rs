@@ -18,7 +18,7 @@ use tokio::time::Instant;
 use super::{
     join::Join,
     laggards::Stretch,
-    member::{Frames, Member, Pace, Turn},
+    member::{Frames, Member, Pace, ShardBatch},
     people::People,
 };
 use crate::{
@@ -76,7 +76,7 @@ pub(super) struct Room {
 struct FanOut<'a> {
     name: &'a RoomId,
     members: &'a mut [Member],
-    turn: &'a mut Turn,
+    batch: &'a mut ShardBatch,
     reset: bool,
 }
 
@@ -88,11 +88,11 @@ impl DeliverySink for FanOut<'_> {
             EntryClass::Gap => EntryResult::Gap,
             EntryClass::Restarted | EntryClass::Diverged => EntryResult::EpochChanged,
         };
-        self.turn.metrics.bus_entries_received.of(arrival).inc();
+        self.batch.metrics.bus_entries_received.of(arrival).inc();
     }
 
     fn entry(&mut self, entry: &Entry) {
-        self.turn.standing.confirm(entry);
+        self.batch.standing.confirm(entry);
         let mut frames = Frames::live(self.name, entry);
         if let Some(peer) = peer_of_direct(self.name, entry) {
             // Its connection's task has the peer watched.
@@ -104,7 +104,7 @@ impl DeliverySink for FanOut<'_> {
         for member in self.members.iter_mut() {
             if member.pace != Pace::Live {
                 handed.behind += 1;
-            } else if !member.give(&mut frames, self.turn) {
+            } else if !member.give(&mut frames, self.batch) {
                 handed.lagged += 1;
             } else if silent == Some(member.handle.connection) {
                 handed.without_echo += 1;
@@ -112,7 +112,7 @@ impl DeliverySink for FanOut<'_> {
                 handed.queued += 1;
             }
         }
-        self.turn.trails.handed(self.name, entry.envelope.id(), &entry.position, handed);
+        self.batch.trails.handed(self.name, entry.envelope.id(), &entry.position, handed);
     }
 
     fn epoch_changed(&mut self, to: &Position) {
@@ -120,7 +120,7 @@ impl DeliverySink for FanOut<'_> {
             tracing::warn!(room = %self.name, %to, "a log goes on in a new epoch; nothing is lost");
         }
         for member in self.members.iter_mut().filter(|member| member.pace == Pace::Live) {
-            member.change_epoch(self.name, to, self.turn);
+            member.change_epoch(self.name, to, self.batch);
         }
     }
 
@@ -129,14 +129,14 @@ impl DeliverySink for FanOut<'_> {
             "a log cannot be continued; its members are told");
         self.reset = true;
         for member in self.members.iter_mut() {
-            member.reset(self.name, to, reason, self.turn);
+            member.reset(self.name, to, reason, self.batch);
             // What it was behind with is no more.
             member.pace = Pace::Live;
         }
     }
 
     fn lost(&mut self, entry: &Entry) {
-        self.turn.lost.push((self.name.clone(), entry.envelope.clone()));
+        self.batch.lost.push((self.name.clone(), entry.envelope.clone()));
     }
 }
 
@@ -184,9 +184,9 @@ impl Room {
     }
 
     /// What this node holds of the room's log, once it is open.
-    pub(super) fn snapshot(&self, turn: &Turn) -> Option<ReplicaSnapshot> {
+    pub(super) fn snapshot(&self, batch: &ShardBatch) -> Option<ReplicaSnapshot> {
         self.durable.then_some(())?;
-        self.replica.snapshot(&self.name, &turn.retention)
+        self.replica.snapshot(&self.name, &batch.retention)
     }
 
     /// Which part of the log to read to go on.
@@ -198,11 +198,11 @@ impl Room {
     }
 
     /// Takes an entry that came from the bus.
-    pub(super) fn receive(&mut self, entry: Entry, turn: &mut Turn) -> NextAction {
+    pub(super) fn receive(&mut self, entry: Entry, batch: &mut ShardBatch) -> NextAction {
         self.heard = true;
-        let retention = turn.retention;
+        let retention = batch.retention;
         let Self { name, members, .. } = self;
-        self.replica.receive(entry, &retention, &mut FanOut { name, members, turn, reset: false })
+        self.replica.receive(entry, &retention, &mut FanOut { name, members, batch, reset: false })
     }
 
     /// Whether the room was deleted since this node follows it. An inbox is only emptied: its connections
@@ -213,12 +213,12 @@ impl Room {
     }
 
     /// Takes what was read of the log from the top on, and then what was held.
-    pub(super) fn apply_page(&mut self, page: Page, turn: &mut Turn) -> NextAction {
-        let retention = turn.retention;
+    pub(super) fn apply_page(&mut self, page: Page, batch: &mut ShardBatch) -> NextAction {
+        let retention = batch.retention;
         self.deleted = self.deleted.max(page.deleted);
         let opens = self.replica.top().is_none();
         let Self { name, members, .. } = self;
-        let mut fan_out = FanOut { name, members, turn, reset: false };
+        let mut fan_out = FanOut { name, members, batch, reset: false };
         let next = self.replica.apply_page(page, &retention, &mut fan_out);
         let reset = fan_out.reset;
         let outcome = match (next, reset) {
@@ -228,7 +228,7 @@ impl Room {
             _ => Some(LogRepairResult::Complete),
         };
         if let Some(outcome) = outcome {
-            turn.metrics.log_repairs.of(outcome).inc();
+            batch.metrics.log_repairs.of(outcome).inc();
         }
         next
     }

@@ -23,7 +23,7 @@ use super::{
     budget::{Budget, Taken},
     join::{Join, Step},
     lingering::{Lingering, linger_of},
-    member::{ConnectionHandle, Turn},
+    member::{ConnectionHandle, ShardBatch},
     room::Room,
     status::Watched,
 };
@@ -42,9 +42,9 @@ use crate::{
     },
 };
 
-/// How many letters and calls one turn takes, so that what was placed is written soon.
-const TURN_LEN: usize = 512;
-/// The most rooms a shard unfollows in a second, so that a turn stays short.
+/// How many letters and calls one batch takes, so that what was placed is written soon.
+const BATCH_LEN: usize = 512;
+/// The most rooms a shard unfollows in a second, so that a batch stays short.
 const UNFOLLOWS_MAX: usize = 5000;
 /// How many rooms without members are looked at for a place for another room.
 const LOOKED_AT_FOR_PLACE_MAX: usize = 16;
@@ -68,7 +68,7 @@ pub(super) struct Shard {
     pub(super) rules: Arc<RoomRules>,
     pub(super) tasks: Tasks,
     pub(super) calls: mpsc::Sender<Call>,
-    pub(super) turn: Turn,
+    pub(super) batch: ShardBatch,
     pub(super) budget: Budget,
     lingering: Lingering,
     lingering_rooms_max: usize,
@@ -136,7 +136,7 @@ impl Shard {
             rules,
             tasks: tasks.clone(),
             calls,
-            turn: Turn::new(retention, (metrics, trails), letters.node_state.clone()),
+            batch: ShardBatch::new(retention, (metrics, trails), letters.node_state.clone()),
             budget,
             lingering: Lingering::default(),
             lingering_rooms_max: options.lingering_rooms_max,
@@ -174,31 +174,31 @@ impl Shard {
         loop {
             let mut ticked = false;
             // All arms are cancel-safe. None keeps another waiting: letters and doubt are looked at
-            // in every turn.
+            // in every batch.
             tokio::select! {
                 biased;
                 () = stopped.cancelled() => break,
                 _ = tick.tick() => ticked = true,
-                _ = queue.recv_many(&mut calls, TURN_LEN) => {}
-                _ = letters.recv_many(&mut arrived, TURN_LEN) => {}
+                _ = queue.recv_many(&mut calls, BATCH_LEN) => {}
+                _ = letters.recv_many(&mut arrived, BATCH_LEN) => {}
                 () = doubt.requested() => {}
                 () = at(self.next_people_due()) => {}
             }
             if !arrived.is_empty() {
                 // Who sent the first of them woke this task, which would run next and find one. All
-                // others that are ready have their turn before, and what they send leaves in one
+                // others that are ready have their batch before, and what they send leaves in one
                 // write per socket: 3 to 6 times less CPU under load (docs/adr/0011).
                 tokio::task::yield_now().await;
             }
             // What arrived before a call was made is handed out before it: who sends and then leaves
             // gets its own copy.
-            while arrived.len() < TURN_LEN
+            while arrived.len() < BATCH_LEN
                 && let Ok(letter) = letters.try_recv()
             {
                 arrived.push(letter);
             }
             let begun = Instant::now();
-            self.turn.retention.now = begun;
+            self.batch.retention.now = begun;
             self.look_at_standing(begun);
             let worth_timing = !arrived.is_empty();
             for letter in arrived.drain(..) {
@@ -221,10 +221,10 @@ impl Shard {
             self.look_at_people(begun);
             self.read_statuses();
             self.reappend_lost();
-            self.turn.finish();
+            self.batch.finish();
             if worth_timing {
                 let seconds = begun.elapsed().as_secs_f64();
-                self.turn.metrics.fan_out_seconds.observe(seconds);
+                self.batch.metrics.fan_out_seconds.observe(seconds);
             }
         }
     }
@@ -274,7 +274,7 @@ impl Shard {
     /// Finds out whether the node may pass anything on. Where it may again, nobody knows what it
     /// missed, and members were not fed meanwhile.
     fn look_at_standing(&mut self, now: Instant) {
-        let was_fenced = std::mem::replace(&mut self.fenced, !self.turn.standing.holds_lease(now));
+        let was_fenced = std::mem::replace(&mut self.fenced, !self.batch.standing.holds_lease(now));
         if self.fenced && !was_fenced {
             self.fence += 1;
             tracing::warn!("this node passes nothing on before it has agreed with the others");
@@ -297,23 +297,23 @@ impl Shard {
 
     fn receive(&mut self, name: RoomId, entry: Entry) {
         if self.fenced {
-            self.turn.metrics.bus_entries_received.of(EntryResult::NoLease).inc();
+            self.batch.metrics.bus_entries_received.of(EntryResult::NoLease).inc();
             return;
         }
         let Some(room) = self.rooms.get_mut(&name) else {
-            self.turn.metrics.bus_entries_received.of(EntryResult::NotSubscribed).inc();
+            self.batch.metrics.bus_entries_received.of(EntryResult::NotSubscribed).inc();
             return;
         };
-        self.turn.retention.ring = self.budget.ring_max();
+        self.batch.retention.ring = self.budget.ring_max();
         let before = Taken::by(room);
-        let next = room.receive(entry, &mut self.turn);
-        self.budget.count(before, room, self.turn.retention.now);
+        let next = room.receive(entry, &mut self.batch);
+        self.budget.count(before, room, self.batch.retention.now);
         self.act_on(&name, next);
         self.forget_ids();
     }
 
     fn tell_holdings(&self, answer: oneshot::Sender<Vec<ReplicaSnapshot>>) {
-        let held = self.rooms.values().filter_map(|room| room.snapshot(&self.turn));
+        let held = self.rooms.values().filter_map(|room| room.snapshot(&self.batch));
         let mut held: Vec<ReplicaSnapshot> = held.collect();
         held.sort_unstable_by(|a, b| a.room.cmp(&b.room));
         // Who asked may have met yet another server meanwhile.
@@ -322,7 +322,7 @@ impl Shard {
 
     /// Forgets ids past the dedup window, and the oldest where all of them take too much.
     pub(super) fn forget_ids(&mut self) {
-        let now = self.turn.retention.now;
+        let now = self.batch.retention.now;
         while let Some(bucket) = self.budget.next_to_forget(now) {
             let room = self.rooms.get_mut(&bucket.room);
             let Some(room) = room.filter(|room| room.generation == bucket.generation) else {
@@ -367,8 +367,8 @@ impl Shard {
             room.wait(join);
             return;
         }
-        let serves = self.turn.serves(&name);
-        let step = if serves { room.join(join, &mut self.turn) } else { Step::Wait(join) };
+        let serves = self.batch.serves(&name);
+        let step = if serves { room.join(join, &mut self.batch) } else { Step::Wait(join) };
         self.go_on_with(&name, step);
     }
 
@@ -385,7 +385,7 @@ impl Shard {
             Step::Wait(join) => {
                 room.wait(join);
                 // A read may come back before the node may answer joins.
-                let pause = if self.turn.serves(name) { Duration::ZERO } else { READ_AGAIN };
+                let pause = if self.batch.serves(name) { Duration::ZERO } else { READ_AGAIN };
                 self.read_on_after(name, pause);
             }
         }
@@ -404,7 +404,7 @@ impl Shard {
         let mut room = Box::new(Room::opening(name.clone(), self.generation, durable));
         room.wait(join);
         let range = room.next_range();
-        self.turn.count_room(&name, 1);
+        self.batch.count_room(&name, 1);
         self.rooms.insert(name.clone(), room);
         self.read(name, self.generation, Purpose::Open, range, Duration::ZERO);
     }
@@ -444,7 +444,7 @@ impl Shard {
             self.joined_rooms -= usize::from(name.kind() == RoomKind::Joined);
             self.budget.forget(&room);
             self.lingering.leave(&mut room);
-            self.turn.count_room(name, -1);
+            self.batch.count_room(name, -1);
             self.bus.unsubscribe(room.name);
         }
     }
@@ -455,7 +455,7 @@ impl Shard {
             return;
         }
         if let Some(room) = self.rooms.get_mut(name) {
-            room.feed(connection, &mut self.turn);
+            room.feed(connection, &mut self.batch);
             self.read_for_laggards(name);
         }
     }
@@ -464,7 +464,7 @@ impl Shard {
     pub(super) fn feed_all(&mut self, name: &RoomId) {
         let Some(room) = self.rooms.get_mut(name).filter(|_| !self.fenced) else { return };
         for connection in room.behind() {
-            room.feed(connection, &mut self.turn);
+            room.feed(connection, &mut self.batch);
         }
         self.read_for_laggards(name);
     }
@@ -482,7 +482,7 @@ impl Shard {
         if let Some((handle, frame)) = answer {
             handle.release_reservations(&name);
             handle.outbox.push(frame);
-            self.turn.touch(&handle);
+            self.batch.touch(&handle);
         }
     }
 
@@ -506,7 +506,7 @@ impl Shard {
                     room,
                     reason: None,
                 }));
-                self.turn.touch(handle);
+                self.batch.touch(handle);
             }
             self.note_if_idle(name);
         }
@@ -543,13 +543,13 @@ impl Shard {
         for room in self.rooms.values_mut() {
             room.forget_given_up();
             let before = Taken::by(room);
-            room.replica.forget_past_retention(&self.turn.retention);
+            room.replica.forget_past_retention(&self.batch.retention);
             self.budget.count(before, room, now);
             if room.name.kind() == RoomKind::Joined {
                 members += room.len();
             }
         }
-        self.turn.metrics.members.add(members as i64 - self.members as i64);
+        self.batch.metrics.members.add(members as i64 - self.members as i64);
         self.members = members;
     }
 }

@@ -1,7 +1,7 @@
 //! Whether users are connected, for those who watch them.
 //!
 //! What is passed on says only that something has changed: the status is read then, so that what comes
-//! late or twice tells nobody anything wrong. Users are read who were asked about in the same turn
+//! late or twice tells nobody anything wrong. Users are read who were asked about in the same batch
 //! together.
 
 use std::{collections::HashMap, sync::Arc};
@@ -195,7 +195,7 @@ impl Shard {
                     watcher.handle.outbox.push(frame.clone());
                 }
                 if changed || is_told {
-                    self.turn.touch(&watcher.handle);
+                    self.batch.touch(&watcher.handle);
                 }
             }
             if std::mem::take(&mut watch.again) && watch.want().0 {
@@ -221,7 +221,7 @@ impl Shard {
             self.watched.shrink_to_fit();
         }
         let (now, told) = (self.watched.len(), &mut self.watched_told);
-        self.turn.metrics.watched_users.add(now as i64 - *told as i64);
+        self.batch.metrics.watched_users.add(now as i64 - *told as i64);
         *told = now;
     }
 }
