@@ -15,7 +15,7 @@ use tokio::sync::oneshot;
 
 use super::{
     JoinOutcome,
-    member::{ConnectionHandle, Member, Pace, ShardBatch},
+    member::{ConnectionHandle, MemberState, RoomMember, ShardBatch},
     people::count_for,
     room::Room,
 };
@@ -162,7 +162,7 @@ impl Room {
             Resume::Unknown(RecoveryFailure::LogTrimmed) => Some(RecoveryFailure::LogTrimmed),
             Resume::Unknown(_) => Some(RecoveryFailure::LogLost),
         };
-        let mut member = Member::at(join.handle.clone(), since, Pace::Live);
+        let mut member = RoomMember::at(join.handle.clone(), since, MemberState::Live);
         if let Some(reason) = lost {
             let at = Position::new(top.epoch.clone(), or.min(top.seq));
             member.reset(&self.name, &at, reason, batch);
@@ -176,7 +176,7 @@ impl Room {
     /// Makes a connection a member that was given everything up to its cursor.
     fn admit(
         &mut self,
-        mut member: Member,
+        mut member: RoomMember,
         done: oneshot::Sender<JoinOutcome>,
         bytes_read: usize,
         batch: &mut ShardBatch,
@@ -188,7 +188,7 @@ impl Room {
         if !live {
             member.handle.outbox.lag(self.name.clone());
         }
-        member.pace = if live { Pace::Live } else { Pace::Behind };
+        member.state = if live { MemberState::Live } else { MemberState::Behind };
         self.add(member);
     }
 
@@ -318,8 +318,13 @@ impl Room {
     ) -> Step {
         self.send_joined(&join, at, history, more);
         let Join { handle, admission, done, bytes_read, .. } = join;
-        let member = Member::at(handle, cursor, Pace::Live);
-        self.admit(Member { knows: admission.entered.version, ..member }, done, bytes_read, batch);
+        let member = RoomMember::at(handle, cursor, MemberState::Live);
+        self.admit(
+            RoomMember { knows: admission.entered.version, ..member },
+            done,
+            bytes_read,
+            batch,
+        );
         Step::Done
     }
 

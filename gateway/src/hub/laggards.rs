@@ -7,7 +7,7 @@
 use shared::{ids::ConnectionId, position::Seq};
 
 use super::{
-    member::{Frames, Pace, ShardBatch},
+    member::{Frames, MemberState, ShardBatch},
     room::Room,
 };
 use crate::{
@@ -41,7 +41,7 @@ impl Room {
     pub(super) fn feed(&mut self, connection: ConnectionId, batch: &mut ShardBatch) {
         let Some(place) = self.place_of(connection) else { return };
         let Some(member) = self.members.get_mut(place) else { return };
-        if member.pace != Pace::Behind {
+        if member.state != MemberState::Behind {
             return;
         }
         let is_at_end = self.replica.top().is_none_or(|top| member.cursor.seq >= top.seq);
@@ -59,12 +59,12 @@ impl Room {
                 }
                 NextDelivery::EpochChange(to) => member.change_epoch(&self.name, &to, batch),
                 NextDelivery::NotBuffered => {
-                    member.pace = Pace::Reading;
+                    member.state = MemberState::AwaitingRead;
                     self.thirsty.push_back(connection);
                     return;
                 }
                 NextDelivery::UpToDate => {
-                    member.pace = Pace::Live;
+                    member.state = MemberState::Live;
                     return;
                 }
             }
@@ -76,7 +76,10 @@ impl Room {
     pub(super) fn next_stretch(&mut self) -> Option<Range> {
         let waits = |room: &Self, connection| {
             let place = room.place_of(connection)?;
-            let member = room.members.get(place).filter(|member| member.pace == Pace::Reading)?;
+            let member = room
+                .members
+                .get(place)
+                .filter(|member| member.state == MemberState::AwaitingRead)?;
             Some(member.cursor.seq)
         };
         let thirsty = std::mem::take(&mut self.thirsty);
@@ -106,7 +109,7 @@ impl Room {
         for connection in std::mem::take(&mut self.thirsty) {
             let Some(place) = self.place_of(connection) else { continue };
             let member = &mut self.members[place];
-            if member.pace != Pace::Reading {
+            if member.state != MemberState::AwaitingRead {
                 continue;
             }
             let seq = member.cursor.seq;
@@ -115,7 +118,7 @@ impl Room {
                 self.thirsty.push_back(connection);
                 continue;
             }
-            member.pace = Pace::Behind;
+            member.state = MemberState::Behind;
             if let Some((to, reason)) = self.replica.gap_after(&page, &member.cursor) {
                 member.reset(&self.name, &to, reason, batch);
             }
@@ -144,15 +147,15 @@ impl Room {
         for connection in std::mem::take(&mut self.thirsty) {
             let Some(place) = self.place_of(connection) else { continue };
             let member = &mut self.members[place];
-            if member.pace == Pace::Reading {
-                member.pace = Pace::Behind;
+            if member.state == MemberState::AwaitingRead {
+                member.state = MemberState::Behind;
             }
         }
     }
 
     /// The members that are behind.
     pub(super) fn behind(&self) -> Vec<ConnectionId> {
-        let behind = self.members.iter().filter(|member| member.pace == Pace::Behind);
+        let behind = self.members.iter().filter(|member| member.state == MemberState::Behind);
         behind.map(|member| member.handle.connection).collect()
     }
 }

@@ -373,24 +373,24 @@ impl ShardBatch {
 
 /// A connection's place in one room.
 #[derive(Debug)]
-pub(super) struct Member {
+pub(super) struct RoomMember {
     pub(super) handle: Arc<ConnectionHandle>,
     /// The last entry it was given, or where it was told to go on.
     pub(super) cursor: Position,
-    pub(super) pace: Pace,
+    pub(super) state: MemberState,
     /// What it was told of who is present when it came: older changes are part of that.
     pub(super) knows: PresenceVersion,
 }
 
 /// Whether a member gets entries as they come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Pace {
+pub(super) enum MemberState {
     /// It does.
     Live,
     /// It is given older ones first, when its outbox has room.
     Behind,
     /// As `Behind`, and it waits for a read of the log.
-    Reading,
+    AwaitingRead,
 }
 
 /// A frame that many get: encoded once, and compressed once for each window that somebody asked for.
@@ -458,10 +458,10 @@ impl<'a> Frames<'a> {
     }
 }
 
-impl Member {
+impl RoomMember {
     /// A member that has been given everything up to `cursor`.
-    pub(super) fn at(handle: Arc<ConnectionHandle>, cursor: Position, pace: Pace) -> Self {
-        Self { handle, cursor, pace, knows: PresenceVersion::default() }
+    pub(super) fn at(handle: Arc<ConnectionHandle>, cursor: Position, state: MemberState) -> Self {
+        Self { handle, cursor, state, knows: PresenceVersion::default() }
     }
 
     /// Whether a change of who is present is news.
@@ -475,7 +475,7 @@ impl Member {
         self.offer(frame, batch);
     }
 
-    /// As [`Member::notify`], a message of a room without a log.
+    /// As [`RoomMember::notify`], a message of a room without a log.
     pub(super) fn pass(&self, frames: &mut Frames<'_>, batch: &mut ShardBatch) {
         if frames.entry.envelope.sender_without_echo() != Some(self.handle.connection) {
             let frame = frames.to(&self.handle.outbox, &batch.metrics);
@@ -523,10 +523,10 @@ impl Member {
             Offer::First => batch.touch(&self.handle),
             Offer::Queued => {}
             Offer::Refused => {
-                if self.pace == Pace::Live {
+                if self.state == MemberState::Live {
                     batch.lags += 1;
                 }
-                self.pace = Pace::Behind;
+                self.state = MemberState::Behind;
                 outbox.lag(room.clone());
                 return false;
             }

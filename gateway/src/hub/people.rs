@@ -26,7 +26,7 @@ use tokio::time::Instant;
 use super::{
     Call,
     ask::READ_AGAIN,
-    member::{ConnectionHandle, Frames, Member, ShardBatch, Shared, text_frame},
+    member::{ConnectionHandle, Frames, RoomMember, ShardBatch, Shared, text_frame},
     room::Room,
     shard::Shard,
 };
@@ -157,7 +157,7 @@ impl Room {
 
     /// Ends the connection that had a session which another has taken over.
     fn end_replaced(&self, session: SessionId, by: ConnectionId) {
-        for Member { handle, .. } in &self.members {
+        for RoomMember { handle, .. } in &self.members {
             let has_it = handle.owner().is_some_and(|owner| owner.session == session);
             if has_it && handle.connection != by {
                 let (code, reason) = (CloseCode::SessionReplaced.number(), String::new());

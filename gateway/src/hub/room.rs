@@ -18,7 +18,7 @@ use tokio::time::Instant;
 use super::{
     join::Join,
     laggards::Stretch,
-    member::{Frames, Member, Pace, ShardBatch},
+    member::{Frames, MemberState, RoomMember, ShardBatch},
     people::People,
 };
 use crate::{
@@ -56,7 +56,7 @@ pub(super) struct Room {
     pub(super) doubtful: bool,
     /// Whether what was read last comes from a comparison of histories.
     pub(super) healing: bool,
-    pub(super) members: Vec<Member>,
+    pub(super) members: Vec<RoomMember>,
     /// Where a member is among them; not kept in a small room, which is looked through.
     places: HashMap<ConnectionId, usize>,
     /// Members that wait for a read of the log, those who have waited longest first.
@@ -75,7 +75,7 @@ pub(super) struct Room {
 /// Gives members what was decided.
 struct FanOut<'a> {
     name: &'a RoomId,
-    members: &'a mut [Member],
+    members: &'a mut [RoomMember],
     batch: &'a mut ShardBatch,
     reset: bool,
 }
@@ -102,7 +102,7 @@ impl DeliverySink for FanOut<'_> {
         let mut handed = Handed::default();
         let silent = entry.envelope.sender_without_echo();
         for member in self.members.iter_mut() {
-            if member.pace != Pace::Live {
+            if member.state != MemberState::Live {
                 handed.behind += 1;
             } else if !member.give(&mut frames, self.batch) {
                 handed.lagged += 1;
@@ -119,7 +119,7 @@ impl DeliverySink for FanOut<'_> {
         if !self.members.is_empty() {
             tracing::warn!(room = %self.name, %to, "a log goes on in a new epoch; nothing is lost");
         }
-        for member in self.members.iter_mut().filter(|member| member.pace == Pace::Live) {
+        for member in self.members.iter_mut().filter(|member| member.state == MemberState::Live) {
             member.change_epoch(self.name, to, self.batch);
         }
     }
@@ -131,7 +131,7 @@ impl DeliverySink for FanOut<'_> {
         for member in self.members.iter_mut() {
             member.reset(self.name, to, reason, self.batch);
             // What it was behind with is no more.
-            member.pace = Pace::Live;
+            member.state = MemberState::Live;
         }
     }
 
@@ -250,7 +250,7 @@ impl Room {
         std::mem::take(&mut self.waiting)
     }
 
-    pub(super) fn add(&mut self, member: Member) {
+    pub(super) fn add(&mut self, member: RoomMember) {
         // Most inboxes have one.
         self.members.reserve_exact(usize::from(self.members.is_empty()));
         self.members.push(member);
@@ -265,7 +265,7 @@ impl Room {
 
     pub(super) fn place_of(&self, connection: ConnectionId) -> Option<usize> {
         if self.places.is_empty() {
-            let is_it = |member: &Member| member.handle.connection == connection;
+            let is_it = |member: &RoomMember| member.handle.connection == connection;
             return self.members.iter().position(is_it);
         }
         self.places.get(&connection).copied()
