@@ -668,7 +668,9 @@ impl FromStr for ByteSize {
             "kb" => 1_000,
             "mb" => 1_000_000,
             _ => {
-                return Err("a size is a number of bytes, or a number with KiB, MiB, GiB, kB or MB");
+                return Err(
+                    "a size is a number of bytes, or a number with KiB, MiB, GiB, kB or MB",
+                );
             }
         };
         let number: usize = number.parse().map_err(|_| "a size starts with a number")?;

@@ -243,7 +243,7 @@ impl Outbox {
     }
 
     /// Notes that the connection has to be given more of `room` once there is room.
-    pub fn lag(&self, room: RoomId) {
+    pub fn mark_lagging(&self, room: RoomId) {
         let mut queue = self.queue.lock();
         if !queue.lagging.contains(&room) {
             queue.lagging.push(room);
@@ -500,8 +500,8 @@ mod tests {
         let outbox = outbox(FRAME_OVERHEAD_BYTES + 10);
         let room: RoomId = "r".parse().unwrap();
         assert_eq!(outbox.offer(&Bytes::from_static(b"1234567890")), Offer::First);
-        outbox.lag(room.clone());
-        outbox.lag(room.clone());
+        outbox.mark_lagging(room.clone());
+        outbox.mark_lagging(room.clone());
         assert!(outbox.take_lagging().is_empty());
         outbox.take();
         assert_eq!(outbox.take_lagging().as_slice(), &[room]);

@@ -594,7 +594,7 @@ impl Stream {
                     is_held = true;
                 }
             }
-            let behind = self.session.take_behind();
+            let behind = self.session.take_lagging();
             if !behind.is_empty() {
                 Box::pin(self.session.catch_up(behind)).await;
             }

@@ -8,8 +8,8 @@ use shared::{ids::RoomId, position::Position, protocol::server_frame::RoomClosed
 use super::{
     Asked, Call, Purpose,
     budget::Taken,
+    catch_up::{CatchUpOutcome, CatchUpRead},
     join::Step,
-    laggards::{Fed, Stretch},
     shard::Shard,
 };
 use crate::{
@@ -28,7 +28,7 @@ pub(super) const READ_AGAIN: Duration = Duration::from_millis(250);
 const REAPPEND_MAX: Duration = Duration::from_secs(30);
 /// The most reads for members that are behind that a shard has under way, so that what they bring is
 /// bounded.
-const STRETCHES_MAX: usize = 16;
+const CATCH_UP_READS_MAX: usize = 16;
 
 impl Shard {
     /// Entries of any room may have been lost: all logs are compared with what was passed on.
@@ -126,7 +126,7 @@ impl Shard {
         if !room.replica.read_again() {
             room.replica.begin_read();
             let (generation, range) = (room.generation, room.next_range());
-            self.read(name.clone(), generation, Purpose::GoOn, range, pause);
+            self.read(name.clone(), generation, Purpose::Continue, range, pause);
         }
     }
 
@@ -150,7 +150,7 @@ impl Shard {
         let pause = if room.healing { READ_AGAIN } else { Duration::ZERO };
         room.healing = true;
         let (generation, range) = (room.generation, room.next_range());
-        let asked = self.asked(name.clone(), generation, Purpose::GoOn);
+        let asked = self.asked(name.clone(), generation, Purpose::Continue);
         self.spawn_read(asked, Some(snapshot), range, pause);
     }
 
@@ -213,7 +213,8 @@ impl Shard {
                 _ => read.await,
             };
             // A member waits for these, and can wait: it gets what it misses when the bus is back.
-            while let (Err(_), Purpose::GoOn | Purpose::Feed(_)) = (&result, &asked.purpose) {
+            while let (Err(_), Purpose::Continue | Purpose::CatchUp(_)) = (&result, &asked.purpose)
+            {
                 metrics.log_repairs.of(LogRepairResult::Failed).inc();
                 tokio::time::sleep(READ_AGAIN).await;
                 result = bus.read(asked.room.clone(), range).await;
@@ -226,8 +227,8 @@ impl Shard {
     /// Takes the answer to a read.
     pub(super) fn answered(&mut self, asked: Asked, result: Result<Page, BusError>) {
         let Asked { room: name, generation, fence, purpose } = asked;
-        if let Purpose::Feed(_) = purpose {
-            self.stretch_ended();
+        if let Purpose::CatchUp(_) = purpose {
+            self.catch_up_read_ended();
         }
         let is_old = self.is_from_before(fence);
         if let (Purpose::Open, Ok(_)) = (&purpose, &result) {
@@ -243,12 +244,12 @@ impl Shard {
                 // Dropping the joins tells their sessions.
                 self.drop_room(&name);
             }
-            (Purpose::Open | Purpose::GoOn, Ok(_)) if is_old => {
+            (Purpose::Open | Purpose::Continue, Ok(_)) if is_old => {
                 let range = room.next_range();
                 let pause = if self.fenced { READ_AGAIN } else { Duration::ZERO };
-                self.read(name, generation, Purpose::GoOn, range, pause);
+                self.read(name, generation, Purpose::Continue, range, pause);
             }
-            (Purpose::Open | Purpose::GoOn, Ok(page)) => self.went_on(&name, page),
+            (Purpose::Open | Purpose::Continue, Ok(page)) => self.went_on(&name, page),
             (Purpose::Join(join), Ok(page)) => {
                 let step = if is_old || !self.batch.serves(&name) {
                     Step::Wait(join)
@@ -261,25 +262,25 @@ impl Shard {
                 drop(join);
                 self.note_if_idle(&name);
             }
-            (Purpose::Feed(_), Ok(_)) if is_old => {
-                room.stretch = Stretch::No;
-                room.give_stretch_up();
-                self.feed_all(&name);
+            (Purpose::CatchUp(_), Ok(_)) if is_old => {
+                room.catch_up_read = CatchUpRead::Idle;
+                room.abandon_catch_up_read();
+                self.catch_up_all(&name);
             }
-            (Purpose::Feed(from), Ok(page)) => {
-                room.stretch = Stretch::No;
-                match room.feed_page(from, page, &mut self.batch) {
-                    Fed::More(members) => {
+            (Purpose::CatchUp(from), Ok(page)) => {
+                room.catch_up_read = CatchUpRead::Idle;
+                match room.catch_up_from_page(from, page, &mut self.batch) {
+                    CatchUpOutcome::More(members) => {
                         for member in members {
-                            room.feed(member, &mut self.batch);
+                            room.catch_up(member, &mut self.batch);
                         }
-                        self.read_for_laggards(&name);
+                        self.start_catch_up_read(&name);
                     }
-                    Fed::OtherLog => self.read_on(&name),
+                    CatchUpOutcome::OtherLog => self.read_on(&name),
                 }
             }
             // Those reads are repeated until they succeed.
-            (Purpose::GoOn | Purpose::Feed(_), Err(_)) => {}
+            (Purpose::Continue | Purpose::CatchUp(_), Err(_)) => {}
         }
     }
 
@@ -301,7 +302,7 @@ impl Shard {
         if next == NextAction::Nothing {
             self.settle(name);
         }
-        self.feed_all(name);
+        self.catch_up_all(name);
         for (number, mut join) in waiting.into_iter().enumerate() {
             // The first has it read.
             join.bytes_read += if number == 0 { bytes } else { 0 };
@@ -311,37 +312,37 @@ impl Shard {
     }
 
     /// Reads the log for members of a room that wait for it, unless that is being done.
-    pub(super) fn read_for_laggards(&mut self, name: &RoomId) {
+    pub(super) fn start_catch_up_read(&mut self, name: &RoomId) {
         let Some(room) = self.rooms.get_mut(name) else { return };
-        if room.stretch != Stretch::No {
+        if room.catch_up_read != CatchUpRead::Idle {
             return;
         }
-        if self.stretches >= STRETCHES_MAX {
-            if !room.thirsty.is_empty() {
-                room.stretch = Stretch::Queued;
-                self.thirsty.push_back((name.clone(), room.generation));
+        if self.catch_up_reads >= CATCH_UP_READS_MAX {
+            if !room.waiting_for_read.is_empty() {
+                room.catch_up_read = CatchUpRead::Queued;
+                self.waiting_for_read.push_back((name.clone(), room.generation));
             }
             return;
         }
-        let Some(range) = room.next_stretch() else { return };
+        let Some(range) = room.next_catch_up_read() else { return };
         let Range::After { seq, .. } = range else { return };
-        room.stretch = Stretch::Reading;
-        self.stretches += 1;
+        room.catch_up_read = CatchUpRead::InProgress;
+        self.catch_up_reads += 1;
         let generation = room.generation;
-        self.read(name.clone(), generation, Purpose::Feed(seq), range, Duration::ZERO);
+        self.read(name.clone(), generation, Purpose::CatchUp(seq), range, Duration::ZERO);
     }
 
     /// A read for members that are behind has come back: those of another room may go on.
-    fn stretch_ended(&mut self) {
-        self.stretches -= 1;
-        while self.stretches < STRETCHES_MAX
-            && let Some((name, generation)) = self.thirsty.pop_front()
+    fn catch_up_read_ended(&mut self) {
+        self.catch_up_reads -= 1;
+        while self.catch_up_reads < CATCH_UP_READS_MAX
+            && let Some((name, generation)) = self.waiting_for_read.pop_front()
         {
             if let Some(room) = self.rooms.get_mut(&name)
                 && room.generation == generation
             {
-                room.stretch = Stretch::No;
-                self.read_for_laggards(&name);
+                room.catch_up_read = CatchUpRead::Idle;
+                self.start_catch_up_read(&name);
             }
         }
     }

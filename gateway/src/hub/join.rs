@@ -186,7 +186,7 @@ impl Room {
         // Who has given up meanwhile sends a call behind this one that takes it back.
         let _ = done.send(JoinOutcome::Member { bytes_read });
         if !live {
-            member.handle.outbox.lag(self.name.clone());
+            member.handle.outbox.mark_lagging(self.name.clone());
         }
         member.state = if live { MemberState::Live } else { MemberState::Behind };
         self.add(member);

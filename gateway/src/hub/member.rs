@@ -329,7 +329,7 @@ pub(super) struct ShardBatch {
     /// How many entries were reserved in outboxes.
     deliveries: u64,
     /// How many members fell behind.
-    lags: u64,
+    new_slow_consumers: u64,
 }
 
 impl ShardBatch {
@@ -339,7 +339,16 @@ impl ShardBatch {
         standing: Arc<NodeState>,
     ) -> Self {
         let (lost, touched) = (Vec::new(), Vec::new());
-        Self { retention, metrics, trails, standing, lost, touched, deliveries: 0, lags: 0 }
+        Self {
+            retention,
+            metrics,
+            trails,
+            standing,
+            lost,
+            touched,
+            deliveries: 0,
+            new_slow_consumers: 0,
+        }
     }
 
     /// Whether joins of `room` may be answered: until the nodes have agreed on a server, what is
@@ -367,7 +376,7 @@ impl ShardBatch {
             handle.outbox.flush();
         }
         self.metrics.deliveries.inc_by(std::mem::take(&mut self.deliveries));
-        self.metrics.slow_consumers.inc_by(std::mem::take(&mut self.lags));
+        self.metrics.slow_consumers.inc_by(std::mem::take(&mut self.new_slow_consumers));
     }
 }
 
@@ -524,10 +533,10 @@ impl RoomMember {
             Offer::Queued => {}
             Offer::Refused => {
                 if self.state == MemberState::Live {
-                    batch.lags += 1;
+                    batch.new_slow_consumers += 1;
                 }
                 self.state = MemberState::Behind;
-                outbox.lag(room.clone());
+                outbox.mark_lagging(room.clone());
                 return false;
             }
         }

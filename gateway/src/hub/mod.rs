@@ -42,7 +42,7 @@ use crate::{
 pub mod member;
 pub mod join;
 mod room;
-mod laggards;
+mod catch_up;
 mod budget;
 mod lingering;
 mod shard;
@@ -209,11 +209,11 @@ enum Purpose {
     /// To open the room: it is subscribed to as well.
     Open,
     /// To go on from the top.
-    GoOn,
+    Continue,
     /// To answer a join.
     Join(Join),
-    /// To feed members that are behind, from here on.
-    Feed(Seq),
+    /// To catch_up members that are behind, from here on.
+    CatchUp(Seq),
 }
 
 impl Hub {

@@ -2,7 +2,7 @@
 //!
 //! A room is open when its log has been read once. From then on members that are up to date are
 //! given what is passed on; those behind are fed from the ring, else from the log
-//! ([`laggards`](super::laggards)), and never beyond what was passed on.
+//! ([`catch_up`](super::catch_up)), and never beyond what was passed on.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -16,8 +16,8 @@ use shared::{
 use tokio::time::Instant;
 
 use super::{
+    catch_up::CatchUpRead,
     join::Join,
-    laggards::Stretch,
     member::{Frames, MemberState, RoomMember, ShardBatch},
     people::People,
 };
@@ -60,9 +60,9 @@ pub(super) struct Room {
     /// Where a member is among them; not kept in a small room, which is looked through.
     places: HashMap<ConnectionId, usize>,
     /// Members that wait for a read of the log, those who have waited longest first.
-    pub(super) thirsty: VecDeque<ConnectionId>,
+    pub(super) waiting_for_read: VecDeque<ConnectionId>,
     /// That read.
-    pub(super) stretch: Stretch,
+    pub(super) catch_up_read: CatchUpRead,
     /// Joins that wait for a read of the log.
     waiting: Vec<Join>,
     /// Since when nobody is here.
@@ -97,7 +97,9 @@ impl DeliverySink for FanOut<'_> {
         if let Some(peer) = peer_of_direct(self.name, entry) {
             // Its connection's task has the peer watched.
             let status = RoomId::status_of(&peer);
-            self.members.iter().for_each(|member| member.handle.outbox.lag(status.clone()));
+            self.members
+                .iter()
+                .for_each(|member| member.handle.outbox.mark_lagging(status.clone()));
         }
         let mut handed = Handed::default();
         let silent = entry.envelope.sender_without_echo();
@@ -171,8 +173,8 @@ impl Room {
             healing: false,
             members: Vec::new(),
             places: HashMap::new(),
-            thirsty: VecDeque::new(),
-            stretch: Stretch::No,
+            waiting_for_read: VecDeque::new(),
+            catch_up_read: CatchUpRead::Idle,
             waiting: Vec::new(),
             idle_since: None,
             lingers_until: None,

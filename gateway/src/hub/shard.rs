@@ -91,9 +91,9 @@ pub(super) struct Shard {
     /// How often the fence came to be.
     pub(super) fence: u64,
     /// How many reads for members that are behind are under way.
-    pub(super) stretches: usize,
+    pub(super) catch_up_reads: usize,
     /// Rooms that wait for one.
-    pub(super) thirsty: VecDeque<(RoomId, u64)>,
+    pub(super) waiting_for_read: VecDeque<(RoomId, u64)>,
     /// Memberships, as last counted.
     members: usize,
     /// When there is something to be looked at among the people of a room.
@@ -150,8 +150,8 @@ impl Shard {
             doubtful: 0,
             fenced: false,
             fence: 0,
-            stretches: 0,
-            thirsty: VecDeque::new(),
+            catch_up_reads: 0,
+            waiting_for_read: VecDeque::new(),
             members: 0,
             people_due: BTreeSet::new(),
             rosters_again: None,
@@ -284,7 +284,7 @@ impl Shard {
             let mut names: Vec<RoomId> = self.rooms.keys().cloned().collect();
             names.sort_unstable();
             for name in names {
-                self.feed_all(&name);
+                self.catch_up_all(&name);
             }
         }
     }
@@ -455,18 +455,18 @@ impl Shard {
             return;
         }
         if let Some(room) = self.rooms.get_mut(name) {
-            room.feed(connection, &mut self.batch);
-            self.read_for_laggards(name);
+            room.catch_up(connection, &mut self.batch);
+            self.start_catch_up_read(name);
         }
     }
 
     /// Gives all members that are behind what is there for them.
-    pub(super) fn feed_all(&mut self, name: &RoomId) {
+    pub(super) fn catch_up_all(&mut self, name: &RoomId) {
         let Some(room) = self.rooms.get_mut(name).filter(|_| !self.fenced) else { return };
         for connection in room.behind() {
-            room.feed(connection, &mut self.batch);
+            room.catch_up(connection, &mut self.batch);
         }
-        self.read_for_laggards(name);
+        self.start_catch_up_read(name);
     }
 
     fn leave(

@@ -639,7 +639,7 @@ impl Session {
 
     /// The rooms in which this session is behind, if its outbox has room: each is to be given to
     /// [`Session::catch_up`]. Those it was taken out of it is no member of any more.
-    pub fn take_behind(&mut self) -> SmallVec<[RoomId; 1]> {
+    pub fn take_lagging(&mut self) -> SmallVec<[RoomId; 1]> {
         self.leave_evicted();
         self.handle.outbox.take_lagging()
     }

@@ -272,7 +272,7 @@ impl Connection {
             }
             outbox.flush();
             if let Handler::Chat(session) = &mut self.handler {
-                let behind = session.take_behind();
+                let behind = session.take_lagging();
                 if !behind.is_empty() {
                     Box::pin(session.catch_up(behind)).await;
                 }

@@ -264,7 +264,7 @@ impl Connection {
                     }
                 }
             }
-            let behind = self.session.take_behind();
+            let behind = self.session.take_lagging();
             self.session.catch_up(behind).await;
             // All arms are cancel-safe: what is performed is kept.
             tokio::select! {

@@ -1,8 +1,8 @@
 //! Members that are behind: fed from the ring, else from the log, when their sockets have drained.
 //!
 //! Where the ring does not reach back far enough, one read of the log serves all members of a room
-//! that wait for the same stretch of it, and a room has one such read at a time: a thousand slow
-//! readers cost as many reads as there are stretches, and the memory of one.
+//! that wait for the same catch_up_read of it, and a room has one such read at a time: a thousand slow
+//! readers cost as many reads as there are catch_up_reads, and the memory of one.
 
 use shared::{ids::ConnectionId, position::Seq};
 
@@ -17,18 +17,18 @@ use crate::{
 
 /// The read of the log for members that are behind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Stretch {
+pub(super) enum CatchUpRead {
     /// There is none.
-    No,
+    Idle,
     /// It waits for those of other rooms.
     Queued,
     /// It is under way.
-    Reading,
+    InProgress,
 }
 
 /// What became of a page that was read for members that are behind.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Fed {
+pub(super) enum CatchUpOutcome {
     /// These may be given more at once.
     More(Vec<ConnectionId>),
     /// The log is another one, and the room has to find out first.
@@ -38,7 +38,7 @@ pub(super) enum Fed {
 impl Room {
     /// Gives a member that is behind what the ring holds for it, or has it wait for a read of the
     /// log.
-    pub(super) fn feed(&mut self, connection: ConnectionId, batch: &mut ShardBatch) {
+    pub(super) fn catch_up(&mut self, connection: ConnectionId, batch: &mut ShardBatch) {
         let Some(place) = self.place_of(connection) else { return };
         let Some(member) = self.members.get_mut(place) else { return };
         if member.state != MemberState::Behind {
@@ -47,7 +47,7 @@ impl Room {
         let is_at_end = self.replica.top().is_none_or(|top| member.cursor.seq >= top.seq);
         if !is_at_end && !member.handle.outbox.has_room() {
             // A read for it would be in vain. It asks again when its socket has drained.
-            member.handle.outbox.lag(self.name.clone());
+            member.handle.outbox.mark_lagging(self.name.clone());
             return;
         }
         loop {
@@ -60,7 +60,7 @@ impl Room {
                 NextDelivery::EpochChange(to) => member.change_epoch(&self.name, &to, batch),
                 NextDelivery::NotBuffered => {
                     member.state = MemberState::AwaitingRead;
-                    self.thirsty.push_back(connection);
+                    self.waiting_for_read.push_back(connection);
                     return;
                 }
                 NextDelivery::UpToDate => {
@@ -73,7 +73,7 @@ impl Room {
 
     /// Which part of the log to read for those who wait for it: for who has waited longest, and as
     /// many others as one read can serve with it.
-    pub(super) fn next_stretch(&mut self) -> Option<Range> {
+    pub(super) fn next_catch_up_read(&mut self) -> Option<Range> {
         let waits = |room: &Self, connection| {
             let place = room.place_of(connection)?;
             let member = room
@@ -82,12 +82,12 @@ impl Room {
                 .filter(|member| member.state == MemberState::AwaitingRead)?;
             Some(member.cursor.seq)
         };
-        let thirsty = std::mem::take(&mut self.thirsty);
-        let cursors: Vec<(ConnectionId, Seq)> = thirsty
+        let waiting_for_read = std::mem::take(&mut self.waiting_for_read);
+        let cursors: Vec<(ConnectionId, Seq)> = waiting_for_read
             .into_iter()
             .filter_map(|connection| Some((connection, waits(self, connection)?)))
             .collect();
-        self.thirsty = cursors.iter().map(|(connection, _)| *connection).collect();
+        self.waiting_for_read = cursors.iter().map(|(connection, _)| *connection).collect();
         let (_, longest) = cursors.first()?;
         let reaches = |seq: &Seq| *seq <= *longest && *seq + u64::from(READ_LEN) > *longest;
         let seq = cursors.iter().map(|(_, seq)| *seq).filter(reaches).min()?;
@@ -95,10 +95,15 @@ impl Room {
     }
 
     /// Gives those who wait for it what was read of the log behind `from`.
-    pub(super) fn feed_page(&mut self, from: Seq, mut page: Page, batch: &mut ShardBatch) -> Fed {
+    pub(super) fn catch_up_from_page(
+        &mut self,
+        from: Seq,
+        mut page: Page,
+        batch: &mut ShardBatch,
+    ) -> CatchUpOutcome {
         if !self.replica.has_epoch_of(&page) {
-            self.give_stretch_up();
-            return Fed::OtherLog;
+            self.abandon_catch_up_read();
+            return CatchUpOutcome::OtherLog;
         }
         page.keep_whole();
         let last = page.entries.last().map_or(0, |last| last.position.seq);
@@ -106,7 +111,7 @@ impl Room {
         let mut frames: Vec<Frames<'_>> =
             page.entries.iter().map(|entry| Frames::replay(&self.name, entry)).collect();
         let mut more = Vec::new();
-        for connection in std::mem::take(&mut self.thirsty) {
+        for connection in std::mem::take(&mut self.waiting_for_read) {
             let Some(place) = self.place_of(connection) else { continue };
             let member = &mut self.members[place];
             if member.state != MemberState::AwaitingRead {
@@ -115,7 +120,7 @@ impl Room {
             let seq = member.cursor.seq;
             if if page.entries.is_empty() { seq != from } else { seq < from || seq >= last } {
                 // The next one is for it.
-                self.thirsty.push_back(connection);
+                self.waiting_for_read.push_back(connection);
                 continue;
             }
             member.state = MemberState::Behind;
@@ -139,12 +144,12 @@ impl Room {
                 more.push(connection);
             }
         }
-        Fed::More(more)
+        CatchUpOutcome::More(more)
     }
 
     /// Has those who wait for a read of the log ask anew.
-    pub(super) fn give_stretch_up(&mut self) {
-        for connection in std::mem::take(&mut self.thirsty) {
+    pub(super) fn abandon_catch_up_read(&mut self) {
+        for connection in std::mem::take(&mut self.waiting_for_read) {
             let Some(place) = self.place_of(connection) else { continue };
             let member = &mut self.members[place];
             if member.state == MemberState::AwaitingRead {
