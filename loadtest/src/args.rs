@@ -326,7 +326,7 @@ pub(crate) struct ChatArgs {
     pub(crate) output: OutputArgs,
 }
 
-/// Who talks how in a trial.
+/// Who talks how in a run.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct LoadArgs {
     /// How many rooms.

@@ -23,7 +23,7 @@ mod watch;
 mod virtual_users;
 mod scenario;
 mod bench;
-mod trial;
+mod ledger_run;
 mod chat;
 mod chaos;
 mod abuse;
@@ -76,7 +76,7 @@ async fn run(command: Command) -> ExitCode {
         }
         Command::Ledger(args) => {
             let output = args.load.output.clone();
-            told(trial::run(args).await.map(Some), &output)
+            told(ledger_run::run(args).await.map(Some), &output)
         }
         Command::Chaos(args) => {
             let output = args.load.output.clone();

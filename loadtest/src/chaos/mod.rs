@@ -12,8 +12,8 @@ use self::{
 };
 use crate::{
     args::{ChaosArgs, LoadArgs},
+    ledger_run::{LedgerRun, LedgerRunError},
     report::{Mark, Report},
-    trial::{Trial, TrialError},
 };
 
 pub(crate) mod cluster;
@@ -31,7 +31,7 @@ pub(crate) enum ChaosError {
     Cluster(#[from] ClusterError),
     /// The members do not.
     #[error(transparent)]
-    Trial(#[from] TrialError),
+    LedgerRun(#[from] LedgerRunError),
     /// Somebody stopped it.
     #[error("interrupted")]
     Interrupted,
@@ -93,8 +93,8 @@ async fn suffer(
     seed: u64,
     load: &LoadArgs,
 ) -> Result<Report, ChaosError> {
-    let trial = Trial::start(urls, load).await?;
-    let began = trial.began();
+    let run = LedgerRun::start(urls, load).await?;
+    let began = run.began();
     let (mut marks, mut failed) = (Vec::new(), None);
     let over = async {
         failed = break_and_mend(ground, faults, began, &mut marks).await.err();
@@ -102,7 +102,7 @@ async fn suffer(
             sleep_until(began + load.duration).await;
         }
     };
-    let is_interrupted = trial.shown_until(over).await;
+    let is_interrupted = run.show_progress_until(over).await;
     if let Some(error) = failed {
         return Err(error.into());
     }
@@ -110,7 +110,7 @@ async fn suffer(
         // What was under way is not mended, and nothing could be counted.
         return Err(ChaosError::Interrupted);
     }
-    let mut report = trial.finish("chaos", &load.bounds).await?;
+    let mut report = run.finish("chaos", &load.bounds).await?;
     (report.faults, report.seed) = (marks, Some(seed));
     report.judge(&load.bounds);
     Ok(report)

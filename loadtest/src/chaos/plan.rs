@@ -13,7 +13,7 @@ const CALM: Duration = Duration::from_secs(2);
 const MENDED: Duration = Duration::from_secs(8);
 /// The pause between two faults, ms.
 const PAUSE_MS: std::ops::Range<u64> = 300..1_200;
-/// How long a fault lasts that lasts, ms. Shorter than a node's lease: longer ones have a trial of
+/// How long a fault lasts that lasts, ms. Shorter than a node's lease: longer ones have a test of
 /// their own (docs/faults.md).
 const LASTS_MS: std::ops::Range<u64> = 200..2_000;
 

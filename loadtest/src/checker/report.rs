@@ -1,4 +1,4 @@
-//! The counts of a trial, and what they must be.
+//! The counts of a run, and what they must be.
 
 use std::{collections::BTreeMap, fmt, time::Duration};
 
@@ -21,7 +21,7 @@ pub enum Violation {
     Protocol,
 }
 
-/// The counts of a trial.
+/// The counts of a run.
 #[derive(Debug, Default)]
 pub struct DeliveryReport {
     /// Clients.
@@ -93,7 +93,7 @@ impl DeliveryReport {
         self.silences.iter().copied().max().unwrap_or_default()
     }
 
-    /// Prints the counts of a trial, for tests.
+    /// Prints the counts of a run, for tests.
     ///
     /// # Panics
     ///

@@ -27,18 +27,18 @@ use crate::{
 
 /// How long the members may take to be in their rooms.
 const JOIN_MAX: Duration = Duration::from_secs(60);
-const LOOK_AGAIN: Duration = Duration::from_millis(10);
+const POLL_INTERVAL: Duration = Duration::from_millis(10);
 /// How often it is looked how late this program is.
-const LAG_EVERY: Duration = Duration::from_millis(1);
+const LAG_PROBE_INTERVAL: Duration = Duration::from_millis(1);
 
-/// Why a trial has no result.
+/// Why a ledger run has no result.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum TrialError {
+pub(crate) enum LedgerRunError {
     /// Not everybody came.
-    #[error("{away} of {members} members are not in their rooms after {} s", JOIN_MAX.as_secs())]
-    Away {
+    #[error("{missing} of {members} members are not in their rooms after {} s", JOIN_MAX.as_secs())]
+    NotJoined {
         /// Who did not.
-        away: usize,
+        missing: usize,
         /// Of so many.
         members: usize,
     },
@@ -51,7 +51,7 @@ pub(crate) enum TrialError {
 }
 
 /// Members who talk.
-pub(crate) struct Trial {
+pub(crate) struct LedgerRun {
     rooms: Vec<TestClients>,
     timeline: Arc<Mutex<Timeline>>,
     began: Instant,
@@ -61,23 +61,23 @@ pub(crate) struct Trial {
 }
 
 /// Has members talk for a while, and tells what they saw.
-pub(crate) async fn run(args: LedgerArgs) -> Result<Report, TrialError> {
+pub(crate) async fn run(args: LedgerArgs) -> Result<Report, LedgerRunError> {
     let mut watch = Watch::begin(&args.watch)?;
-    let trial = Trial::start(args.url, &args.load).await?;
-    let over = sleep_until(trial.began() + args.load.duration);
-    let is_interrupted = trial.shown_until(over).await;
-    let (acknowledged, done, open) = (Vec::new(), trial.delivered(), trial.open());
+    let run = LedgerRun::start(args.url, &args.load).await?;
+    let over = sleep_until(run.began() + args.load.duration);
+    let is_interrupted = run.show_progress_until(over).await;
+    let (acknowledged, done, open) = (Vec::new(), run.delivered(), run.open());
     watch.mark(ScenarioPhase::Traffic, &PhaseTotals { open, done, acknowledged });
-    let mut report = trial.finish("ledger", &args.load.bounds).await?;
+    let mut report = run.finish("ledger", &args.load.bounds).await?;
     (report.servers, report.gauges) = watch.finish();
     report.interrupted = is_interrupted;
     report.judge(&args.load.bounds);
     Ok(report)
 }
 
-impl Trial {
+impl LedgerRun {
     /// Has members come to their rooms, spread over the URLs, and talk.
-    pub(crate) async fn start(urls: Vec<String>, load: &LoadArgs) -> Result<Self, TrialError> {
+    pub(crate) async fn start(urls: Vec<String>, load: &LoadArgs) -> Result<Self, LedgerRunError> {
         let timeline: Arc<Mutex<Timeline>> = Arc::default();
         let members = load.rooms * load.members;
         // Each in its turn, so that together they keep the rate.
@@ -101,14 +101,14 @@ impl Trial {
         let rooms: Vec<TestClients> = (0..load.rooms).map(clients).collect();
         let deadline = Instant::now() + JOIN_MAX;
         loop {
-            let away = rooms.iter().map(TestClients::not_joined).sum();
-            if away == 0 {
+            let missing = rooms.iter().map(TestClients::not_joined).sum();
+            if missing == 0 {
                 break;
             }
             if deadline < Instant::now() {
-                return Err(TrialError::Away { away, members });
+                return Err(LedgerRunError::NotJoined { missing, members });
             }
-            sleep(LOOK_AGAIN).await;
+            sleep(POLL_INTERVAL).await;
         }
         let open = timeline.lock().open();
         *timeline.lock() = Timeline::new(open);
@@ -137,7 +137,7 @@ impl Trial {
 
     /// Shows how far it is until something is over, or somebody interrupts it. Returns whether
     /// somebody did.
-    pub(crate) async fn shown_until(&self, over: impl Future<Output = ()>) -> bool {
+    pub(crate) async fn show_progress_until(&self, over: impl Future<Output = ()>) -> bool {
         Progress::new().until(over, |show| show(&mut self.timeline.lock())).await
     }
 
@@ -146,7 +146,7 @@ impl Trial {
         self,
         scenario: &str,
         bounds: &Bounds,
-    ) -> Result<Report, TrialError> {
+    ) -> Result<Report, LedgerRunError> {
         let talked = self.began.elapsed();
         let spent_ms = Cpu::of(None)?.total_ms() - self.cpu.total_ms();
         let generator = Generator {
@@ -180,7 +180,7 @@ fn watch_lag(lag_us: Arc<Mutex<Histogram<u64>>>) -> Result<JoinSet<()>, std::io:
     #[expect(clippy::disallowed_methods, reason = "a thread of its own")]
     let ask = move || {
         loop {
-            std::thread::sleep(LAG_EVERY);
+            std::thread::sleep(LAG_PROBE_INTERVAL);
             if let Err(mpsc::error::TrySendError::Closed(_)) = asks.try_send(Instant::now()) {
                 return;
             }
