@@ -88,7 +88,7 @@ pub(crate) struct OpenArgs {
 /// What to look at while it runs.
 #[derive(Clone, Debug, Default, Args)]
 #[command(next_help_heading = "Servers")]
-pub(crate) struct WatchArgs {
+pub(crate) struct MonitorArgs {
     /// Server processes on this machine whose memory and CPU to report.
     #[arg(long, num_args = 1..)]
     pub(crate) pid: Vec<u32>,
@@ -130,7 +130,7 @@ pub(crate) struct CommonArgs {
     #[command(flatten)]
     pub(crate) open: OpenArgs,
     #[command(flatten)]
-    pub(crate) watch: WatchArgs,
+    pub(crate) monitor: MonitorArgs,
     #[command(flatten)]
     pub(crate) bounds: Bounds,
     #[command(flatten)]
@@ -319,7 +319,7 @@ pub(crate) struct ChatArgs {
     #[arg(long, default_value_t = 1)]
     pub(crate) seed: u64,
     #[command(flatten)]
-    pub(crate) watch: WatchArgs,
+    pub(crate) monitor: MonitorArgs,
     #[command(flatten)]
     pub(crate) bounds: Bounds,
     #[command(flatten)]
@@ -361,7 +361,7 @@ pub(crate) struct LedgerArgs {
     #[arg(long, default_value = "ws://127.0.0.1:8080/ws")]
     pub(crate) url: Vec<String>,
     #[command(flatten)]
-    pub(crate) watch: WatchArgs,
+    pub(crate) monitor: MonitorArgs,
     #[command(flatten)]
     pub(crate) load: LoadArgs,
 }
@@ -718,7 +718,10 @@ mod tests {
         else {
             panic!("another command")
         };
-        assert_eq!((args.connections, args.rooms, args.common.watch.pid), (5, Some(2), vec![1, 2]));
+        assert_eq!(
+            (args.connections, args.rooms, args.common.monitor.pid),
+            (5, Some(2), vec![1, 2])
+        );
         for bad in [
             "loadtest",
             "loadtest connect",

@@ -28,13 +28,13 @@ use tokio::{
 
 use crate::{
     args::ChatArgs,
+    monitor::ServerMonitor,
     process::CostError,
     progress::Progress,
     report::{Generator, Report, Step, connections::Times, messages::Messages},
     timestamp::SendTimestamp,
     virtual_users::seen::lags,
     virtual_users::workers::{GeneratorUsage, PhaseTotals, ScenarioPhase},
-    watch::Watch,
 };
 
 /// How long an answer may take.
@@ -102,7 +102,7 @@ impl Seen {
 
 /// Runs it.
 pub(crate) async fn run(args: ChatArgs) -> Result<Report, CostError> {
-    let mut watch = Watch::begin(&args.watch)?;
+    let mut monitor = ServerMonitor::begin(&args.monitor)?;
     let mut usage = GeneratorUsage::new();
     usage.start();
     let seen = Arc::new(Mutex::new(Seen { lag_us: Some(lags()), ..Seen::default() }));
@@ -120,7 +120,8 @@ pub(crate) async fn run(args: ChatArgs) -> Result<Report, CostError> {
         let seen = seen.lock();
         (seen.timeline.open(), seen.delivered)
     };
-    watch.mark(ScenarioPhase::Traffic, &PhaseTotals { open, done, acknowledged: Vec::new() });
+    monitor
+        .end_phase(ScenarioPhase::Traffic, &PhaseTotals { open, done, acknowledged: Vec::new() });
     people.shutdown().await;
     let mut seen = std::mem::take(&mut *seen.lock());
     let seconds = seen.timeline.seconds();
@@ -159,7 +160,7 @@ pub(crate) async fn run(args: ChatArgs) -> Result<Report, CostError> {
         interrupted: is_interrupted,
         ..Report::of("chat")
     };
-    (report.servers, report.gauges) = watch.finish();
+    (report.servers, report.gauges) = monitor.finish();
     report.judge(&args.bounds);
     Ok(report)
 }

@@ -18,11 +18,11 @@ use tokio::{
 
 use crate::{
     args::{Bounds, LedgerArgs, LoadArgs},
+    monitor::ServerMonitor,
     process::{CostError, Cpu},
     progress::Progress,
     report::{Generator, Report, messages::Messages},
     virtual_users::workers::{PhaseTotals, ScenarioPhase},
-    watch::Watch,
 };
 
 /// How long the members may take to be in their rooms.
@@ -62,14 +62,14 @@ pub(crate) struct LedgerRun {
 
 /// Has members talk for a while, and tells what they saw.
 pub(crate) async fn run(args: LedgerArgs) -> Result<Report, LedgerRunError> {
-    let mut watch = Watch::begin(&args.watch)?;
+    let mut monitor = ServerMonitor::begin(&args.monitor)?;
     let run = LedgerRun::start(args.url, &args.load).await?;
     let over = sleep_until(run.began() + args.load.duration);
     let is_interrupted = run.show_progress_until(over).await;
     let (acknowledged, done, open) = (Vec::new(), run.delivered(), run.open());
-    watch.mark(ScenarioPhase::Traffic, &PhaseTotals { open, done, acknowledged });
+    monitor.end_phase(ScenarioPhase::Traffic, &PhaseTotals { open, done, acknowledged });
     let mut report = run.finish("ledger", &args.load.bounds).await?;
-    (report.servers, report.gauges) = watch.finish();
+    (report.servers, report.gauges) = monitor.finish();
     report.interrupted = is_interrupted;
     report.judge(&args.load.bounds);
     Ok(report)

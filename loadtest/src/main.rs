@@ -19,7 +19,7 @@ mod timestamp;
 mod process;
 mod report;
 mod progress;
-mod watch;
+mod monitor;
 mod virtual_users;
 mod scenario;
 mod bench;

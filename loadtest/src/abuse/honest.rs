@@ -20,7 +20,7 @@ use tokio::{sync::oneshot, time::Instant};
 
 use super::verdict::Honest;
 use crate::{
-    args::{Bounds, CommonArgs, OpenArgs, OutputArgs, Rate, Sources, Target, WatchArgs},
+    args::{Bounds, CommonArgs, MonitorArgs, OpenArgs, OutputArgs, Rate, Sources, Target},
     report::connections::{Connections, Tally, Times},
     scenario::{ScenarioError, Stage, plan, talk::Talk},
     virtual_users::{Rooms, VirtualUsers, workers::WorkerShare},
@@ -147,7 +147,7 @@ fn common_args(address: SocketAddr, sources: &str, user_prefix: &str) -> CommonA
             token: None,
             sources: sources.parse::<Sources>().ok(),
         },
-        watch: WatchArgs::default(),
+        monitor: MonitorArgs::default(),
         bounds: Bounds::default(),
         output: OutputArgs::default(),
     }

@@ -15,6 +15,7 @@ use loadtest::checker::timeline;
 
 use crate::{
     args::{CommonArgs, OpenArgs, ProcessArgs},
+    monitor::ServerMonitor,
     process::{self, CostError},
     report::{Generator, Report, Step, connections::Connections, messages::Messages},
     virtual_users::{
@@ -23,7 +24,6 @@ use crate::{
             self, GeneratorUsage, PhaseSync, PhaseTotals, ScenarioPhase, WorkerReport, WorkerShare,
         },
     },
-    watch::Watch,
 };
 
 pub(crate) mod connect;
@@ -93,7 +93,7 @@ pub(crate) enum ScenarioError {
 /// What a scenario leaves in one process.
 pub(crate) struct Played {
     /// What was seen. Nothing where another process tells all.
-    all: Option<(WorkerReport, Watch)>,
+    all: Option<(WorkerReport, ServerMonitor)>,
     /// What it tells besides.
     steps: Vec<Step>,
 }
@@ -120,9 +120,9 @@ impl Stage {
     ) -> Result<Self, ScenarioError> {
         let usage = GeneratorUsage::new();
         let plan = plan(&args.open, worker.unwrap_or(WorkerShare::ALL), rooms, connections)?;
-        let watch = Watch::begin(&args.watch)?;
+        let monitor = ServerMonitor::begin(&args.monitor)?;
         let users = VirtualUsers::new(plan, reads, stop.clone())?;
-        let sync = PhaseSync::new(worker, watch);
+        let sync = PhaseSync::new(worker, monitor);
         let (opening, talked) = (Duration::ZERO, Duration::ZERO);
         let mut stage = Self { users, sync, usage, opening, talked };
         stage.usage.start();
@@ -181,17 +181,17 @@ where
     let stop = Arc::new(AtomicBool::new(false));
     let played = async {
         if process.processes > 1 && process.worker.is_none() {
-            let mut watch = Watch::begin(&args.watch)?;
-            let report = workers::run_workers(process.processes, &mut watch).await?;
-            return Ok(Played { all: Some((report, watch)), steps: Vec::new() });
+            let mut monitor = ServerMonitor::begin(&args.monitor)?;
+            let report = workers::run_workers(process.processes, &mut monitor).await?;
+            return Ok(Played { all: Some((report, monitor)), steps: Vec::new() });
         }
         let stop = stop.clone();
         let played = tokio::task::spawn_blocking(move || play(stop)).await;
         played.map_err(|_| ScenarioError::Panic)?
     };
     let Played { all, steps } = ending_early(&stop, played).await?;
-    let Some((report, watch)) = all else { return Ok(None) };
-    Ok(Some(build_report(scenario, report, watch, steps, asked, talks, &args)))
+    let Some((report, monitor)) = all else { return Ok(None) };
+    Ok(Some(build_report(scenario, report, monitor, steps, asked, talks, &args)))
 }
 
 /// Waits for something that ends soon where `stop` is set, and sets it when somebody interrupts.
@@ -208,13 +208,13 @@ pub(crate) async fn ending_early<T>(stop: &AtomicBool, future: impl Future<Outpu
 fn build_report(
     scenario: &str,
     worker: WorkerReport,
-    watch: Watch,
+    monitor: ServerMonitor,
     steps: Vec<Step>,
     asked: u32,
     talks: bool,
     args: &CommonArgs,
 ) -> Report {
-    let (servers, gauges) = watch.finish();
+    let (servers, gauges) = monitor.finish();
     let lag_p99_us = worker.lag_p99_us();
     let held = worker.tally.held();
     let messages = talks.then(|| {

@@ -51,7 +51,7 @@ fn storm(args: &StormArgs, stop: &Arc<AtomicBool>) -> Result<Played, ScenarioErr
         stage.end_phase(ScenarioPhase::Reconnected)?;
         memory.push(self::memory(args));
     }
-    for (number, pid) in args.common.watch.pid.iter().enumerate() {
+    for (number, pid) in args.common.monitor.pid.iter().enumerate() {
         let bytes: Vec<u64> =
             memory.iter().filter_map(|round| round.get(number)).copied().collect();
         let Some(each) = left_behind(&bytes, args.connections) else { continue };
@@ -70,7 +70,7 @@ fn storm(args: &StormArgs, stop: &Arc<AtomicBool>) -> Result<Played, ScenarioErr
 fn memory(args: &StormArgs) -> Vec<u64> {
     // A server that died shows by who is not back.
     let pss = |pid: &u32| Cost::of(Some(*pid)).map_or(0, |cost| cost.pss_bytes);
-    args.common.watch.pid.iter().map(pss).collect()
+    args.common.monitor.pid.iter().map(pss).collect()
 }
 
 /// What memory grew by from round to round, for each connection of a round: the median of the slopes

@@ -26,9 +26,9 @@ use super::{
     seen::{self, Counts, Seen},
 };
 use crate::{
+    monitor::ServerMonitor,
     process::{Cost, Cpu},
     report::connections::Tally,
-    watch::Watch,
 };
 
 /// Which part of all this process does.
@@ -215,7 +215,7 @@ impl GeneratorUsage {
 /// The worker processes.
 pub(crate) enum PhaseSync {
     /// There are none.
-    Alone(Watch),
+    Alone(ServerMonitor),
     /// Some, which are met by way of the first.
     Worker {
         /// What the first writes.
@@ -233,9 +233,9 @@ enum WorkerMessage {
 
 impl PhaseSync {
     /// Those with whom this process shares the scenario.
-    pub(crate) fn new(share: Option<WorkerShare>, watch: Watch) -> Self {
+    pub(crate) fn new(share: Option<WorkerShare>, monitor: ServerMonitor) -> Self {
         if share.is_none() {
-            return Self::Alone(watch);
+            return Self::Alone(monitor);
         }
         let (totals_in, totals) = mpsc::sync_channel(1);
         std::thread::spawn(move || {
@@ -259,8 +259,8 @@ impl PhaseSync {
         own: PhaseTotals,
     ) -> io::Result<PhaseTotals> {
         match self {
-            Self::Alone(watch) => {
-                watch.mark(phase, &own);
+            Self::Alone(monitor) => {
+                monitor.end_phase(phase, &own);
                 Ok(own)
             }
             Self::Worker { totals } => {
@@ -281,9 +281,12 @@ impl PhaseSync {
     }
 
     /// Tells the first process what was seen, where there is one.
-    pub(crate) fn submit(self, report: WorkerReport) -> io::Result<Option<(WorkerReport, Watch)>> {
+    pub(crate) fn submit(
+        self,
+        report: WorkerReport,
+    ) -> io::Result<Option<(WorkerReport, ServerMonitor)>> {
         match self {
-            Self::Alone(watch) => Ok(Some((report, watch))),
+            Self::Alone(monitor) => Ok(Some((report, monitor))),
             Self::Worker { .. } => write(&WorkerMessage::Report(Box::new(report))).map(|()| None),
         }
     }
@@ -305,7 +308,10 @@ struct WorkerProcess {
 }
 
 /// Runs the scenario of this command line in so many worker processes, and adds up what they saw.
-pub(crate) async fn run_workers(count: u32, watch: &mut Watch) -> io::Result<WorkerReport> {
+pub(crate) async fn run_workers(
+    count: u32,
+    monitor: &mut ServerMonitor,
+) -> io::Result<WorkerReport> {
     let program = std::env::current_exe()?;
     let mut workers = Vec::new();
     for index in 0..count {
@@ -348,7 +354,7 @@ pub(crate) async fn run_workers(count: u32, watch: &mut Watch) -> io::Result<Wor
         let Some(phase) = met.filter(|_| left == 0) else {
             return Err(io::Error::other("the processes of the load are not at the same phase"));
         };
-        watch.mark(phase, &sum);
+        monitor.end_phase(phase, &sum);
         let mut line = serde_json::to_vec(&sum)?;
         line.push(b'\n');
         for worker in &mut workers {

@@ -12,49 +12,49 @@ use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use crate::{
-    args::WatchArgs,
+    args::MonitorArgs,
     process::{self, Cost, CostError, Cpu},
     report::servers::{Gauges, Sample, Server, gauges},
     virtual_users::workers::{PhaseTotals, ScenarioPhase},
 };
 
 /// How often.
-const EVERY: Duration = Duration::from_secs(1);
+const INTERVAL: Duration = Duration::from_secs(1);
 /// How long a server may take to tell.
 const ANSWER_MAX: Duration = Duration::from_secs(1);
 /// The longest page that is read.
 const PAGE_BYTES_MAX: u64 = 4 << 20;
 
 /// Looks at servers until it is finished.
-pub(crate) struct Watch {
+pub(crate) struct ServerMonitor {
     servers: Vec<Server>,
     cpu_ms: Vec<u64>,
-    samples: Arc<Mutex<Samples>>,
+    samples: Arc<Mutex<MonitorSamples>>,
     thread: Option<(mpsc::SyncSender<()>, JoinHandle<()>)>,
 }
 
 #[derive(Default)]
-struct Samples {
-    of_servers: Vec<Vec<Sample>>,
+struct MonitorSamples {
+    servers: Vec<Vec<Sample>>,
     gauges: Vec<Gauges>,
 }
 
-impl Watch {
+impl ServerMonitor {
     /// Begins.
-    pub(crate) fn begin(args: &WatchArgs) -> Result<Self, CostError> {
+    pub(crate) fn begin(args: &MonitorArgs) -> Result<Self, CostError> {
         let costs: Vec<Cost> =
             args.pid.iter().map(|pid| Cost::of(Some(*pid))).collect::<Result<_, _>>()?;
         let servers = args.pid.iter().zip(&costs).map(|(pid, cost)| Server::new(*pid, *cost));
         let url = |url: &String| Gauges { url: url.clone(), ..Gauges::default() };
-        let samples = Samples {
-            of_servers: vec![Vec::new(); args.pid.len()],
+        let samples = MonitorSamples {
+            servers: vec![Vec::new(); args.pid.len()],
             gauges: args.metrics.iter().map(url).collect(),
         };
         let samples = Arc::new(Mutex::new(samples));
         let thread = (!args.pid.is_empty() || !args.metrics.is_empty()).then(|| {
             let (stop, stopped) = mpsc::sync_channel(1);
             let (pids, samples) = (args.pid.clone(), samples.clone());
-            (stop, std::thread::spawn(move || look(&pids, &samples, &stopped)))
+            (stop, std::thread::spawn(move || sample(&pids, &samples, &stopped)))
         });
         Ok(Self {
             servers: servers.collect(),
@@ -65,7 +65,7 @@ impl Watch {
     }
 
     /// A phase is over.
-    pub(crate) fn mark(&mut self, phase: ScenarioPhase, sum: &PhaseTotals) {
+    pub(crate) fn end_phase(&mut self, phase: ScenarioPhase, sum: &PhaseTotals) {
         let (what, of) = match phase {
             ScenarioPhase::Opening => ("opening", "connection"),
             ScenarioPhase::Held => ("while held", "connection"),
@@ -90,21 +90,21 @@ impl Watch {
             let _ = thread.join();
         }
         let mut samples = std::mem::take(&mut *self.samples.lock());
-        for (server, samples) in self.servers.iter_mut().zip(&mut samples.of_servers) {
+        for (server, samples) in self.servers.iter_mut().zip(&mut samples.servers) {
             server.samples = std::mem::take(samples);
         }
         (self.servers, samples.gauges)
     }
 }
 
-fn look(pids: &[u32], samples: &Mutex<Samples>, stopped: &mpsc::Receiver<()>) {
+fn sample(pids: &[u32], samples: &Mutex<MonitorSamples>, stopped: &mpsc::Receiver<()>) {
     let began = Instant::now();
     let urls: Vec<String> = samples.lock().gauges.iter().map(|gauges| gauges.url.clone()).collect();
     let mut before: Vec<(f64, u64)> = vec![(0.0, 0); pids.len()];
     for (pid, before) in pids.iter().zip(&mut before) {
         before.1 = Cpu::of(Some(*pid)).unwrap_or_default().total_ms();
     }
-    while stopped.recv_timeout(EVERY) == Err(mpsc::RecvTimeoutError::Timeout) {
+    while stopped.recv_timeout(INTERVAL) == Err(mpsc::RecvTimeoutError::Timeout) {
         for (number, (pid, before)) in pids.iter().zip(&mut before).enumerate() {
             let at_s = began.elapsed().as_secs_f64();
             let (Ok(cpu), Ok(resident_bytes)) =
@@ -116,7 +116,7 @@ fn look(pids: &[u32], samples: &Mutex<Samples>, stopped: &mpsc::Receiver<()>) {
             let cpu_percent = spent / 10.0 / (at_s - before.0);
             *before = (at_s, cpu.total_ms());
             let sample = Sample { at_s, cpu_percent, resident_bytes };
-            samples.lock().of_servers[number].push(sample);
+            samples.lock().servers[number].push(sample);
         }
         for (number, url) in urls.iter().enumerate() {
             // One that does not answer has no value in this second.
