@@ -29,7 +29,7 @@ use tokio::{
 use crate::{
     args::ChatArgs,
     monitor::ServerMonitor,
-    process::CostError,
+    procfs::ProcfsError,
     progress::Progress,
     report::{Generator, Report, Step, connections::Times, messages::Messages},
     timestamp::SendTimestamp,
@@ -101,7 +101,7 @@ impl Seen {
 }
 
 /// Runs it.
-pub(crate) async fn run(args: ChatArgs) -> Result<Report, CostError> {
+pub(crate) async fn run(args: ChatArgs) -> Result<Report, ProcfsError> {
     let mut monitor = ServerMonitor::begin(&args.monitor)?;
     let mut usage = GeneratorUsage::new();
     usage.start();

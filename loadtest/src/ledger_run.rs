@@ -19,7 +19,7 @@ use tokio::{
 use crate::{
     args::{Bounds, LedgerArgs, LoadArgs},
     monitor::ServerMonitor,
-    process::{CostError, Cpu},
+    procfs::{CpuTime, ProcfsError},
     progress::Progress,
     report::{Generator, Report, messages::Messages},
     virtual_users::workers::{PhaseTotals, ScenarioPhase},
@@ -44,7 +44,7 @@ pub(crate) enum LedgerRunError {
     },
     /// What this program costs cannot be read.
     #[error(transparent)]
-    Cost(#[from] CostError),
+    Cost(#[from] ProcfsError),
     /// There is no thread to look how late the program is.
     #[error("no thread: {0}")]
     Thread(#[from] std::io::Error),
@@ -55,7 +55,7 @@ pub(crate) struct LedgerRun {
     rooms: Vec<TestClients>,
     timeline: Arc<Mutex<Timeline>>,
     began: Instant,
-    cpu: Cpu,
+    cpu: CpuTime,
     lag_us: Arc<Mutex<Histogram<u64>>>,
     _lag: JoinSet<()>,
 }
@@ -115,7 +115,7 @@ impl LedgerRun {
         let lag_us = Histogram::new(3).expect("3 digits are possible");
         let lag_us = Arc::new(Mutex::new(lag_us));
         let lag = watch_lag(lag_us.clone())?;
-        let cpu = Cpu::of(None)?;
+        let cpu = CpuTime::read(None)?;
         rooms.iter().for_each(TestClients::start_sending);
         Ok(Self { rooms, timeline, began: Instant::now(), cpu, lag_us, _lag: lag })
     }
@@ -148,7 +148,7 @@ impl LedgerRun {
         bounds: &Bounds,
     ) -> Result<Report, LedgerRunError> {
         let talked = self.began.elapsed();
-        let spent_ms = Cpu::of(None)?.total_ms() - self.cpu.total_ms();
+        let spent_ms = CpuTime::read(None)?.total_ms() - self.cpu.total_ms();
         let generator = Generator {
             processes: 1,
             cpu_percent: spent_ms as f64 / talked.as_millis() as f64 * 100.0,

@@ -16,7 +16,7 @@ use crate::{
 mod args;
 mod websocket;
 mod timestamp;
-mod process;
+mod procfs;
 mod report;
 mod progress;
 mod monitor;

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 
 use crate::{
     args::MonitorArgs,
-    process::{self, Cost, CostError, Cpu},
+    procfs::{self, CpuTime, ProcessUsage, ProcfsError},
     report::servers::{Gauges, Sample, Server, gauges},
     virtual_users::workers::{PhaseTotals, ScenarioPhase},
 };
@@ -41,9 +41,9 @@ struct MonitorSamples {
 
 impl ServerMonitor {
     /// Begins.
-    pub(crate) fn begin(args: &MonitorArgs) -> Result<Self, CostError> {
-        let costs: Vec<Cost> =
-            args.pid.iter().map(|pid| Cost::of(Some(*pid))).collect::<Result<_, _>>()?;
+    pub(crate) fn begin(args: &MonitorArgs) -> Result<Self, ProcfsError> {
+        let costs: Vec<ProcessUsage> =
+            args.pid.iter().map(|pid| ProcessUsage::read(Some(*pid))).collect::<Result<_, _>>()?;
         let servers = args.pid.iter().zip(&costs).map(|(pid, cost)| Server::new(*pid, *cost));
         let url = |url: &String| Gauges { url: url.clone(), ..Gauges::default() };
         let samples = MonitorSamples {
@@ -74,7 +74,7 @@ impl ServerMonitor {
         };
         for (server, before) in self.servers.iter_mut().zip(&mut self.cpu_ms) {
             // A server that died is reported as what it was.
-            if let Ok(now) = Cost::of(Some(server.pid)) {
+            if let Ok(now) = ProcessUsage::read(Some(server.pid)) {
                 server.phase(what, now.cpu_ms.saturating_sub(*before), of, sum.done);
                 server.held(now, sum.open);
                 *before = now.cpu_ms;
@@ -102,13 +102,13 @@ fn sample(pids: &[u32], samples: &Mutex<MonitorSamples>, stopped: &mpsc::Receive
     let urls: Vec<String> = samples.lock().gauges.iter().map(|gauges| gauges.url.clone()).collect();
     let mut before: Vec<(f64, u64)> = vec![(0.0, 0); pids.len()];
     for (pid, before) in pids.iter().zip(&mut before) {
-        before.1 = Cpu::of(Some(*pid)).unwrap_or_default().total_ms();
+        before.1 = CpuTime::read(Some(*pid)).unwrap_or_default().total_ms();
     }
     while stopped.recv_timeout(INTERVAL) == Err(mpsc::RecvTimeoutError::Timeout) {
         for (number, (pid, before)) in pids.iter().zip(&mut before).enumerate() {
             let at_s = began.elapsed().as_secs_f64();
             let (Ok(cpu), Ok(resident_bytes)) =
-                (Cpu::of(Some(*pid)), process::resident_bytes(*pid))
+                (CpuTime::read(Some(*pid)), procfs::resident_bytes(*pid))
             else {
                 continue;
             };

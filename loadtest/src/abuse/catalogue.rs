@@ -845,8 +845,8 @@ mod tests {
     fn frames_of_the_catalogue_are_what_the_protocol_has() {
         let history = histories(0, 0).unwrap();
         assert_eq!(history.len(), 1_400 * 41, "41 bytes each");
-        let monitor = watches(1, 4).unwrap();
-        let text = String::from_utf8_lossy(&monitor);
+        let watch = watches(1, 4).unwrap();
+        let text = String::from_utf8_lossy(&watch);
         assert!(text.contains(r#""type":"watch""#) && text.contains("a3-1-2-99"));
         assert!("a3-1-2-99".parse::<UserId>().is_ok());
         assert!(String::from_utf8_lossy(&watches(1, 5).unwrap()).contains("unwatch"));

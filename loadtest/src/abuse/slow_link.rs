@@ -28,7 +28,7 @@ use super::{
 };
 use crate::{
     args::AbuseArgs,
-    process::free_address,
+    procfs::free_address,
     report::Step,
     websocket::{self, FrameReader, HandshakeResponse, WsFrame},
 };

@@ -21,7 +21,7 @@ use tokio::{
 use super::verdict::Usage;
 use crate::{
     chaos::cluster::{ClusterError, Process, start_redis_with},
-    process::{Cost, Cpu, free_address},
+    procfs::{CpuTime, ProcessUsage, free_address},
 };
 
 /// The key of the server API, which attackers do not know.
@@ -89,7 +89,7 @@ impl Node {
         let redis_pid = Some(self.redis.pid().unwrap_or(u32::MAX));
         let info = timeout(INFO_MAX, info(self.redis_address)).await;
         let redis = info.ok().and_then(Result::ok).map(|text| RedisInfo::read(&text));
-        let cost = Cost::of(gateway);
+        let cost = ProcessUsage::read(gateway);
         let is_known = redis.is_some() && cost.is_ok();
         let redis = redis.unwrap_or_default();
         let log = std::fs::metadata(self.gateway.log()).map_or(0, |file| file.len());
@@ -100,8 +100,8 @@ impl Node {
             keys: redis.keys,
             subscriptions: redis.subscriptions,
             log_bytes: log,
-            gateway_cpu_ms: Cpu::of(gateway).unwrap_or_default().total_ms(),
-            redis_cpu_ms: Cpu::of(redis_pid).unwrap_or_default().total_ms(),
+            gateway_cpu_ms: CpuTime::read(gateway).unwrap_or_default().total_ms(),
+            redis_cpu_ms: CpuTime::read(redis_pid).unwrap_or_default().total_ms(),
             is_known,
         }
     }

@@ -10,7 +10,7 @@ use hdrhistogram::Histogram;
 
 use crate::{
     args::{BenchArgs, Cli, Command},
-    process::CostError,
+    procfs::ProcfsError,
     scenario::{ScenarioError, connect},
 };
 
@@ -61,7 +61,7 @@ pub(crate) enum BenchError {
     Redis(#[from] io::Error),
     /// The cost of a process cannot be read.
     #[error(transparent)]
-    Cost(#[from] CostError),
+    Cost(#[from] ProcfsError),
     /// Connections cannot be opened.
     #[error(transparent)]
     Connect(#[from] ScenarioError),

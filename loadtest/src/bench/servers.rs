@@ -17,7 +17,7 @@ use tempfile::TempDir;
 use tokio::time::Instant;
 
 use super::BenchError;
-use crate::process::{Cpu, free_address};
+use crate::procfs::{CpuTime, free_address};
 
 /// The CPU of the servers. The load has the other.
 const SERVER_CPU: &str = "0";
@@ -342,7 +342,7 @@ impl Servers {
     /// What all of them were given by the CPUs until now.
     pub(crate) fn spent(&self) -> Result<Spent, BenchError> {
         let mut spent = Spent::default();
-        let cpu = |server: &Server| Cpu::of(Some(server.child.id()));
+        let cpu = |server: &Server| CpuTime::read(Some(server.child.id()));
         for server in self.nodes.iter().chain(&self.redis) {
             let cpu = cpu(server)?;
             spent.user_ms += cpu.user_ms;

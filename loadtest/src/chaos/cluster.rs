@@ -20,7 +20,7 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-use crate::process::free_address;
+use crate::procfs::free_address;
 
 /// How long a server may take until it serves. Nodes on a new Redis wait for others that may know
 /// it.

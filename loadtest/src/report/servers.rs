@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use crate::process::Cost;
+use crate::procfs::ProcessUsage;
 
 /// What a process cost.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -55,12 +55,12 @@ pub(crate) struct Gauges {
 
 impl Server {
     /// A process that cost this before anything began.
-    pub(crate) fn new(pid: u32, before: Cost) -> Self {
+    pub(crate) fn new(pid: u32, before: ProcessUsage) -> Self {
         Self { pid, memory_before_bytes: before.pss_bytes, ..Self::default() }
     }
 
     /// Notes what it costs now, with so many connections open.
-    pub(crate) fn held(&mut self, now: Cost, open: u64) {
+    pub(crate) fn held(&mut self, now: ProcessUsage, open: u64) {
         self.memory_after_bytes = now.pss_bytes;
         let grown = now.pss_bytes as i64 - self.memory_before_bytes as i64;
         self.memory_per_connection_bytes = grown.checked_div(open as i64);
@@ -115,15 +115,15 @@ mod tests {
 
     #[test]
     fn cost_is_told_for_each() {
-        let mut server = Server::new(7, Cost { pss_bytes: 1 << 20, cpu_ms: 0 });
+        let mut server = Server::new(7, ProcessUsage { pss_bytes: 1 << 20, cpu_ms: 0 });
         server.phase("opening", 200, "connection", 3);
         server.phase("held", 50, "connection", 0);
-        server.held(Cost { pss_bytes: 2 << 20, cpu_ms: 0 }, 1);
+        server.held(ProcessUsage { pss_bytes: 2 << 20, cpu_ms: 0 }, 1);
         let lines: Vec<String> = server.lines().into_iter().map(|(_, value)| value).collect();
         let opening = "200 ms opening, 66666.7 µs per connection";
         let memory = "1024.0 KiB per connection (1.0 to 2.0 MiB)";
         assert_eq!(lines, [memory, opening, "50 ms held"]);
-        server.held(Cost::default(), 0);
+        server.held(ProcessUsage::default(), 0);
         assert_eq!(server.memory_per_connection_bytes, None);
     }
 

@@ -16,7 +16,7 @@ use loadtest::checker::timeline;
 use crate::{
     args::{CommonArgs, OpenArgs, ProcessArgs},
     monitor::ServerMonitor,
-    process::{self, CostError},
+    procfs::{self, ProcfsError},
     report::{Generator, Report, Step, connections::Connections, messages::Messages},
     virtual_users::{
         Plan, Rooms, VirtualUsers,
@@ -81,7 +81,7 @@ pub(crate) enum ScenarioError {
     },
     /// The cost of a server process cannot be read.
     #[error("{0} (is the process there, and is it yours?)")]
-    Process(#[from] CostError),
+    Process(#[from] ProcfsError),
     /// Sockets, or other processes of the load.
     #[error("the load: {0}")]
     Io(#[from] io::Error),
@@ -281,7 +281,7 @@ fn check_limits(
         return Err(ScenarioError::Descriptors { connections: own, needed, have });
     }
     let addresses = args.sources.as_ref().map_or(1, |sources| sources.count());
-    let ports = process::local_ports();
+    let ports = procfs::local_ports();
     if u64::from(connections) > u64::from(ports) * u64::from(addresses) {
         let enough = connections.div_ceil(ports.max(1));
         return Err(ScenarioError::Ports { connections, addresses, ports, enough });

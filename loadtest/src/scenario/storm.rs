@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use super::{Played, ScenarioError, Stage, play};
 use crate::{
     args::{ProcessArgs, StormArgs},
-    process::Cost,
+    procfs::ProcessUsage,
     report::{Report, Step, connections::Connections},
     virtual_users::{Rooms, workers::ScenarioPhase},
 };
@@ -69,7 +69,7 @@ fn storm(args: &StormArgs, stop: &Arc<AtomicBool>) -> Result<Played, ScenarioErr
 
 fn memory(args: &StormArgs) -> Vec<u64> {
     // A server that died shows by who is not back.
-    let pss = |pid: &u32| Cost::of(Some(*pid)).map_or(0, |cost| cost.pss_bytes);
+    let pss = |pid: &u32| ProcessUsage::read(Some(*pid)).map_or(0, |cost| cost.pss_bytes);
     args.common.monitor.pid.iter().map(pss).collect()
 }
 

@@ -27,7 +27,7 @@ use super::{
 };
 use crate::{
     monitor::ServerMonitor,
-    process::{Cost, Cpu},
+    procfs::{CpuTime, ProcessUsage},
     report::connections::Tally,
 };
 
@@ -173,7 +173,7 @@ impl WorkerReport {
 /// What this process costs.
 #[derive(Debug, Default)]
 pub(crate) struct GeneratorUsage {
-    before: Cost,
+    before: ProcessUsage,
     since: Option<(Instant, u64)>,
     spent: (Duration, u64),
     grown_bytes: i64,
@@ -182,25 +182,25 @@ pub(crate) struct GeneratorUsage {
 impl GeneratorUsage {
     /// Before anything.
     pub(crate) fn new() -> Self {
-        Self { before: Cost::of(None).unwrap_or_default(), ..Self::default() }
+        Self { before: ProcessUsage::read(None).unwrap_or_default(), ..Self::default() }
     }
 
     /// All connections are open.
     pub(crate) fn record_memory(&mut self) {
-        let now = Cost::of(None).unwrap_or(self.before);
+        let now = ProcessUsage::read(None).unwrap_or(self.before);
         self.grown_bytes = now.pss_bytes as i64 - self.before.pss_bytes as i64;
     }
 
     /// What counts begins.
     pub(crate) fn start(&mut self) {
-        let cpu = Cpu::of(None).unwrap_or_default().total_ms();
+        let cpu = CpuTime::read(None).unwrap_or_default().total_ms();
         self.since = Some((Instant::now(), cpu));
     }
 
     /// What counts is over.
     pub(crate) fn stop(&mut self) {
         if let Some((began, before)) = self.since.take() {
-            let cpu = Cpu::of(None).unwrap_or_default().total_ms();
+            let cpu = CpuTime::read(None).unwrap_or_default().total_ms();
             self.spent = (began.elapsed(), cpu - before);
         }
     }

@@ -9,11 +9,11 @@ use std::{
 
 /// Clock ticks per second in `/proc/PID/stat`. `USER_HZ` is 100 wherever this runs; to ask the
 /// system for it takes `unsafe` or another crate.
-const TICKS_PER_SECOND: u64 = 100;
+const USER_HZ: u64 = 100;
 
 /// Time that a process was given by the CPUs since it began.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Cpu {
+pub(crate) struct CpuTime {
     /// In its own code.
     pub(crate) user_ms: u64,
     /// In the kernel, on its behalf.
@@ -22,7 +22,7 @@ pub(crate) struct Cpu {
 
 /// What a process costs at a moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Cost {
+pub(crate) struct ProcessUsage {
     /// Its proportional set size: what is shared with other processes is counted in part.
     pub(crate) pss_bytes: u64,
     /// User and system time since it began.
@@ -31,7 +31,7 @@ pub(crate) struct Cost {
 
 /// Why a process's cost is not known.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum CostError {
+pub(crate) enum ProcfsError {
     /// There is no such process, or it is another user's.
     #[error("/proc/{process}/{file}: {source}")]
     Read {
@@ -52,10 +52,10 @@ pub(crate) enum CostError {
     },
 }
 
-impl Cpu {
+impl CpuTime {
     /// What a process was given until now; `None` is this process.
-    pub(crate) fn of(pid: Option<u32>) -> Result<Self, CostError> {
-        read(pid, "stat", cpu)
+    pub(crate) fn read(pid: Option<u32>) -> Result<Self, ProcfsError> {
+        read_file(pid, "stat", cpu)
     }
 
     /// Both.
@@ -64,24 +64,24 @@ impl Cpu {
     }
 }
 
-impl Cost {
+impl ProcessUsage {
     /// What a process costs now; `None` is this process.
-    pub(crate) fn of(pid: Option<u32>) -> Result<Self, CostError> {
-        let pss_bytes = read(pid, "smaps_rollup", pss_bytes)?;
-        Ok(Self { pss_bytes, cpu_ms: Cpu::of(pid)?.total_ms() })
+    pub(crate) fn read(pid: Option<u32>) -> Result<Self, ProcfsError> {
+        let pss_bytes = read_file(pid, "smaps_rollup", pss_bytes)?;
+        Ok(Self { pss_bytes, cpu_ms: CpuTime::read(pid)?.total_ms() })
     }
 }
 
 /// Reads a file that `/proc` has of a process.
-fn read<T>(
+fn read_file<T>(
     pid: Option<u32>,
     file: &'static str,
     parse: impl FnOnce(&str) -> Option<T>,
-) -> Result<T, CostError> {
+) -> Result<T, ProcfsError> {
     let process = pid.map_or_else(|| "self".to_owned(), |pid| pid.to_string());
     match fs::read_to_string(format!("/proc/{process}/{file}")) {
-        Ok(text) => parse(&text).ok_or(CostError::Parse { process, file }),
-        Err(source) => Err(CostError::Read { process, file, source }),
+        Ok(text) => parse(&text).ok_or(ProcfsError::Parse { process, file }),
+        Err(source) => Err(ProcfsError::Read { process, file, source }),
     }
 }
 
@@ -93,19 +93,19 @@ fn pss_bytes(text: &str) -> Option<u64> {
 }
 
 /// Fields 14 and 15 of `stat`: user and system time in ticks.
-fn cpu(text: &str) -> Option<Cpu> {
+fn cpu(text: &str) -> Option<CpuTime> {
     // Field 2 is the program's name in parentheses, which may hold anything, parentheses too.
     let (_, rest) = text.rsplit_once(')')?;
     let mut fields = rest.split_ascii_whitespace().skip(11);
-    let mut ms = || Some(fields.next()?.parse::<u64>().ok()? * 1000 / TICKS_PER_SECOND);
-    Some(Cpu { user_ms: ms()?, system_ms: ms()? })
+    let mut ms = || Some(fields.next()?.parse::<u64>().ok()? * 1000 / USER_HZ);
+    Some(CpuTime { user_ms: ms()?, system_ms: ms()? })
 }
 
 /// The memory of a process that is in RAM, what it shares included.
-pub(crate) fn resident_bytes(pid: u32) -> Result<u64, CostError> {
+pub(crate) fn resident_bytes(pid: u32) -> Result<u64, ProcfsError> {
     const PAGE_BYTES: u64 = 4096;
     let pages = |text: &str| text.split_ascii_whitespace().nth(1)?.parse::<u64>().ok();
-    Ok(read(Some(pid), "statm", pages)? * PAGE_BYTES)
+    Ok(read_file(Some(pid), "statm", pages)? * PAGE_BYTES)
 }
 
 /// An address of loopback that was free a moment ago, for servers that take no port 0.
@@ -140,7 +140,7 @@ mod tests {
     #[test]
     fn cpu_time_is_found_behind_any_name() {
         let text = "42 (a) b (c) S 1 42 42 0 -1 4194560 1 2 3 4 150 25 7 8 20 0 1 0 99 1 1";
-        assert_eq!(cpu(text), Some(Cpu { user_ms: 1500, system_ms: 250 }));
+        assert_eq!(cpu(text), Some(CpuTime { user_ms: 1500, system_ms: 250 }));
         assert_eq!(cpu("42 (x) S 1"), None);
         assert_eq!(cpu(""), None);
     }
@@ -153,8 +153,8 @@ mod tests {
 
     #[test]
     fn this_process_has_a_cost_and_no_process_has_none() {
-        assert!(Cost::of(None).unwrap().pss_bytes > 0);
-        assert!(matches!(Cost::of(Some(u32::MAX)), Err(CostError::Read { .. })));
+        assert!(ProcessUsage::read(None).unwrap().pss_bytes > 0);
+        assert!(matches!(ProcessUsage::read(Some(u32::MAX)), Err(ProcfsError::Read { .. })));
         assert!(local_ports() > 0);
     }
 }
