@@ -32,39 +32,39 @@ const CATCH_UP_READS_MAX: usize = 16;
 
 impl Shard {
     /// Entries of any room may have been lost: all logs are compared with what was passed on.
-    pub(super) fn doubt(&mut self) {
+    pub(super) fn resync_all(&mut self) {
         if self.comparing != ReadState::Idle {
             self.comparing = ReadState::Again;
             return;
         }
-        self.settling = self.doubted;
-        self.doubtful = self.rooms.values().filter(|room| room.durable).count();
-        let mut rooms = Vec::with_capacity(self.doubtful);
+        self.resync_running = self.resyncs_seen;
+        self.unverified = self.rooms.values().filter(|room| room.durable).count();
+        let mut rooms = Vec::with_capacity(self.unverified);
         for (name, room) in self.rooms.iter_mut().filter(|(_, room)| room.durable) {
-            room.doubtful = true;
+            room.unverified = true;
             if !room.replica.read_again() {
                 rooms.push((name.clone(), room.generation));
             }
         }
         self.compare(rooms);
-        self.note_if_settled();
+        self.report_if_synced();
         self.read_rosters(self.rooms.keys().cloned().collect());
-        self.doubt_statuses();
+        self.reread_statuses();
     }
 
-    /// A room was proven whole since the last doubt, or is not followed any more.
-    pub(super) fn settle(&mut self, name: &RoomId) {
+    /// A room was proven whole since the last resync, or is not followed any more.
+    pub(super) fn mark_verified(&mut self, name: &RoomId) {
         if let Some(room) = self.rooms.get_mut(name)
-            && std::mem::take(&mut room.doubtful)
+            && std::mem::take(&mut room.unverified)
         {
-            self.doubtful -= 1;
-            self.note_if_settled();
+            self.unverified -= 1;
+            self.report_if_synced();
         }
     }
 
-    fn note_if_settled(&self) {
-        if self.doubtful == 0 {
-            self.doubt.mark_synced(self.settling);
+    fn report_if_synced(&self) {
+        if self.unverified == 0 {
+            self.resync.mark_synced(self.resync_running);
         }
     }
 
@@ -75,7 +75,8 @@ impl Shard {
         }
         rooms.sort_unstable();
         self.comparing = ReadState::InProgress;
-        let (bus, calls, fence) = (self.bus.clone(), self.calls.clone(), self.fence);
+        let (bus, calls, lease_generation) =
+            (self.bus.clone(), self.calls.clone(), self.lease_generation);
         let metrics = self.batch.metrics.clone();
         let compare = async move {
             let names: Vec<RoomId> = rooms.iter().map(|(name, _)| name.clone()).collect();
@@ -86,7 +87,7 @@ impl Shard {
                 }
                 tokio::time::sleep(READ_AGAIN).await;
             };
-            let _ = calls.send(Call::Compared { rooms, fence, heads }).await;
+            let _ = calls.send(Call::Compared { rooms, lease_generation, heads }).await;
         };
         self.spawn("compare_heads", compare);
     }
@@ -95,10 +96,10 @@ impl Shard {
     pub(super) fn compared(
         &mut self,
         rooms: Vec<(RoomId, u64)>,
-        fence: u64,
+        lease_generation: u64,
         heads: &[Option<Position>],
     ) {
-        let again = self.comparing == ReadState::Again || self.is_from_before(fence);
+        let again = self.comparing == ReadState::Again || self.is_stale(lease_generation);
         self.comparing = ReadState::Idle;
         for ((name, generation), head) in rooms.into_iter().zip(heads) {
             let room = self.rooms.get(&name).filter(|room| room.generation == generation);
@@ -106,12 +107,12 @@ impl Shard {
             if !room.replica.has_reached(head.as_ref()) {
                 self.read_on(&name);
             } else if !again && room.replica.read_state() == ReadState::Idle {
-                self.settle(&name);
+                self.mark_verified(&name);
             }
         }
-        // While the node has no standing, regaining that raises doubt.
-        if again && !self.fenced {
-            self.doubt();
+        // While the node has no standing, regaining that raises resync.
+        if again && !self.suspended {
+            self.resync_all();
         }
     }
 
@@ -167,7 +168,7 @@ impl Shard {
     }
 
     fn asked(&self, room: RoomId, generation: u64, purpose: Purpose) -> Asked {
-        Asked { room, generation, fence: self.fence, purpose }
+        Asked { room, generation, lease_generation: self.lease_generation, purpose }
     }
 
     fn spawn_read(
@@ -226,11 +227,11 @@ impl Shard {
 
     /// Takes the answer to a read.
     pub(super) fn answered(&mut self, asked: Asked, result: Result<Page, BusError>) {
-        let Asked { room: name, generation, fence, purpose } = asked;
+        let Asked { room: name, generation, lease_generation, purpose } = asked;
         if let Purpose::CatchUp(_) = purpose {
             self.catch_up_read_ended();
         }
-        let is_old = self.is_from_before(fence);
+        let is_old = self.is_stale(lease_generation);
         if let (Purpose::Open, Ok(_)) = (&purpose, &result) {
             // The room is followed by now, so that no change falls between the two.
             self.read_rosters(vec![name.clone()]);
@@ -246,7 +247,7 @@ impl Shard {
             }
             (Purpose::Open | Purpose::Continue, Ok(_)) if is_old => {
                 let range = room.next_range();
-                let pause = if self.fenced { READ_AGAIN } else { Duration::ZERO };
+                let pause = if self.suspended { READ_AGAIN } else { Duration::ZERO };
                 self.read(name, generation, Purpose::Continue, range, pause);
             }
             (Purpose::Open | Purpose::Continue, Ok(page)) => self.went_on(&name, page),
@@ -300,7 +301,7 @@ impl Shard {
         self.act_on(name, next);
         self.forget_ids();
         if next == NextAction::Nothing {
-            self.settle(name);
+            self.mark_verified(name);
         }
         self.catch_up_all(name);
         for (number, mut join) in waiting.into_iter().enumerate() {

@@ -184,7 +184,7 @@ enum Call {
     },
     Compared {
         rooms: Vec<(RoomId, u64)>,
-        fence: u64,
+        lease_generation: u64,
         heads: Vec<Option<Position>>,
     },
     Answered {
@@ -200,7 +200,7 @@ struct Asked {
     generation: u64,
     /// How often this node had lost its standing: what was read before may be of a server that the
     /// others have left.
-    fence: u64,
+    lease_generation: u64,
     purpose: Purpose,
 }
 
@@ -221,12 +221,12 @@ impl Hub {
     pub fn start(
         (bus, presence, rules): (&Arc<dyn Bus>, &Arc<Presence>, &Arc<RoomRules>),
         mailboxes: Mailboxes,
-        letters: Vec<ShardReceiver>,
+        messages: Vec<ShardReceiver>,
         options: HubOptions,
         telemetry: (&Arc<Metrics>, &Arc<Trails>),
         tasks: &Tasks,
     ) -> Self {
-        let shards = letters.len().max(1);
+        let shards = messages.len().max(1);
         let options = HubOptions {
             ring_bytes_max: options.ring_bytes_max / shards,
             ids_bytes_max: options.ids_bytes_max / shards,
@@ -235,16 +235,16 @@ impl Hub {
             watched_users_max: options.watched_users_max.div_ceil(shards),
             ..options
         };
-        let start = |letters: ShardReceiver| {
+        let start = |messages: ShardReceiver| {
             let (calls, queue) = mpsc::channel(QUEUE_LEN_MAX);
             let services = (bus.clone(), presence.clone(), rules.clone());
             let telemetry = (telemetry.0.clone(), telemetry.1.clone());
             let options = options.clone();
-            let shard = Shard::new(services, calls.clone(), &letters, options, telemetry, tasks);
-            tasks.spawn_service("hub_shard", shard.run(queue, letters.messages));
+            let shard = Shard::new(services, calls.clone(), &messages, options, telemetry, tasks);
+            tasks.spawn_service("hub_shard", shard.run(queue, messages.messages));
             calls
         };
-        Self { shards: letters.into_iter().map(start).collect(), mailboxes }
+        Self { shards: messages.into_iter().map(start).collect(), mailboxes }
     }
 
     /// Makes a connection a member of a room that its user has `entered`. Resolves when `joined` has

@@ -385,7 +385,7 @@ impl Shard {
         if let EphemeralEvent::Closed { reason, by } = notice {
             return self.close_room(name, reason, by);
         }
-        if self.fenced {
+        if self.suspended {
             return;
         }
         if let EphemeralEvent::Status = notice {
@@ -496,7 +496,7 @@ impl Shard {
     pub(super) fn look_at_rosters(&mut self, now: Instant) {
         let all = self.rosters_again.take_if(|at| *at <= now).is_some();
         if all {
-            self.doubt_statuses();
+            self.reread_statuses();
         }
         let mut names = Vec::new();
         for (name, room) in &mut self.rooms {

@@ -53,7 +53,7 @@ pub(super) struct Room {
     /// Whether something has arrived since this was looked at last.
     pub(super) heard: bool,
     /// Whether entries may have been lost that no comparison has looked for yet.
-    pub(super) doubtful: bool,
+    pub(super) unverified: bool,
     /// Whether what was read last comes from a comparison of histories.
     pub(super) healing: bool,
     pub(super) members: Vec<RoomMember>,
@@ -169,7 +169,7 @@ impl Room {
             deleted: 0,
             people: People::default(),
             heard: true,
-            doubtful: false,
+            unverified: false,
             healing: false,
             members: Vec::new(),
             places: HashMap::new(),

@@ -42,7 +42,7 @@ use crate::{
     },
 };
 
-/// How many letters and calls one batch takes, so that what was placed is written soon.
+/// How many messages and calls one batch takes, so that what was placed is written soon.
 const BATCH_LEN: usize = 512;
 /// The most rooms a shard unfollows in a second, so that a batch stays short.
 const UNFOLLOWS_MAX: usize = 5000;
@@ -79,17 +79,17 @@ pub(super) struct Shard {
     pub(super) comparing: ReadState,
     /// When the rooms in which nothing arrives were compared last.
     compared_at: Instant,
-    pub(super) doubt: Arc<ResyncRequest>,
+    pub(super) resync: Arc<ResyncRequest>,
     /// How many doubts were heard of.
-    pub(super) doubted: u64,
-    /// The doubt that is settled when no room is doubtful any more.
-    pub(super) settling: u64,
-    /// How many rooms are doubtful.
-    pub(super) doubtful: usize,
+    pub(super) resyncs_seen: u64,
+    /// The resync that is settled when no room is unverified any more.
+    pub(super) resync_running: u64,
+    /// How many rooms are unverified.
+    pub(super) unverified: usize,
     /// Whether the node may pass nothing on.
-    pub(super) fenced: bool,
-    /// How often the fence came to be.
-    pub(super) fence: u64,
+    pub(super) suspended: bool,
+    /// How often the lease_generation came to be.
+    pub(super) lease_generation: u64,
     /// How many reads for members that are behind are under way.
     pub(super) catch_up_reads: usize,
     /// Rooms that wait for one.
@@ -115,7 +115,7 @@ impl Shard {
     pub(super) fn new(
         (bus, presence, rules): (Arc<dyn Bus>, Arc<Presence>, Arc<RoomRules>),
         calls: mpsc::Sender<Call>,
-        letters: &ShardReceiver,
+        messages: &ShardReceiver,
         options: HubOptions,
         (metrics, trails): (Arc<Metrics>, Arc<Trails>),
         tasks: &Tasks,
@@ -136,7 +136,7 @@ impl Shard {
             rules,
             tasks: tasks.clone(),
             calls,
-            batch: ShardBatch::new(retention, (metrics, trails), letters.node_state.clone()),
+            batch: ShardBatch::new(retention, (metrics, trails), messages.node_state.clone()),
             budget,
             lingering: Lingering::default(),
             lingering_rooms_max: options.lingering_rooms_max,
@@ -144,12 +144,12 @@ impl Shard {
             rooms_max: options.rooms_max,
             comparing: ReadState::Idle,
             compared_at: now,
-            doubt: letters.resync.clone(),
-            doubted: 0,
-            settling: 0,
-            doubtful: 0,
-            fenced: false,
-            fence: 0,
+            resync: messages.resync.clone(),
+            resyncs_seen: 0,
+            resync_running: 0,
+            unverified: 0,
+            suspended: false,
+            lease_generation: 0,
             catch_up_reads: 0,
             waiting_for_read: VecDeque::new(),
             members: 0,
@@ -166,22 +166,22 @@ impl Shard {
     pub(super) async fn run(
         mut self,
         mut queue: mpsc::Receiver<Call>,
-        mut letters: mpsc::Receiver<ShardMessage>,
+        mut messages: mpsc::Receiver<ShardMessage>,
     ) {
-        let (stopped, doubt) = (self.tasks.stopped().clone(), self.doubt.clone());
+        let (stopped, resync) = (self.tasks.stopped().clone(), self.resync.clone());
         let mut tick = tokio::time::interval(Duration::from_secs(1));
         let (mut calls, mut arrived) = (Vec::new(), Vec::new());
         loop {
             let mut ticked = false;
-            // All arms are cancel-safe. None keeps another waiting: letters and doubt are looked at
+            // All arms are cancel-safe. None keeps another waiting: messages and resync are looked at
             // in every batch.
             tokio::select! {
                 biased;
                 () = stopped.cancelled() => break,
                 _ = tick.tick() => ticked = true,
                 _ = queue.recv_many(&mut calls, BATCH_LEN) => {}
-                _ = letters.recv_many(&mut arrived, BATCH_LEN) => {}
-                () = doubt.requested() => {}
+                _ = messages.recv_many(&mut arrived, BATCH_LEN) => {}
+                () = resync.requested() => {}
                 () = at(self.next_people_due()) => {}
             }
             if !arrived.is_empty() {
@@ -193,24 +193,24 @@ impl Shard {
             // What arrived before a call was made is handed out before it: who sends and then leaves
             // gets its own copy.
             while arrived.len() < BATCH_LEN
-                && let Ok(letter) = letters.try_recv()
+                && let Ok(message) = messages.try_recv()
             {
-                arrived.push(letter);
+                arrived.push(message);
             }
             let begun = Instant::now();
             self.batch.retention.now = begun;
-            self.look_at_standing(begun);
+            self.check_lease(begun);
             let worth_timing = !arrived.is_empty();
-            for letter in arrived.drain(..) {
-                match letter {
+            for message in arrived.drain(..) {
+                match message {
                     ShardMessage::Entry(room, entry) => self.receive(room, entry),
                     ShardMessage::Ephemeral(room, notice) => self.hear(&room, notice),
                     ShardMessage::Snapshots(answer) => self.tell_holdings(answer),
                 }
             }
-            if self.doubt.count() != self.doubted {
-                self.doubted = self.doubt.count();
-                self.doubt();
+            if self.resync.count() != self.resyncs_seen {
+                self.resyncs_seen = self.resync.count();
+                self.resync_all();
             }
             if ticked {
                 self.look_around(begun);
@@ -266,21 +266,24 @@ impl Shard {
             Call::Statuses { users, statuses } => self.take_statuses(users, statuses),
             Call::AskPresence { room, asks } => self.ask_presence(&room, asks),
             Call::Rosters { rooms, snapshots } => self.take_rosters(rooms, snapshots),
-            Call::Compared { rooms, fence, heads } => self.compared(rooms, fence, &heads),
+            Call::Compared { rooms, lease_generation, heads } => {
+                self.compared(rooms, lease_generation, &heads)
+            }
             Call::Answered { asked, result } => self.answered(asked, result),
         }
     }
 
     /// Finds out whether the node may pass anything on. Where it may again, nobody knows what it
     /// missed, and members were not fed meanwhile.
-    fn look_at_standing(&mut self, now: Instant) {
-        let was_fenced = std::mem::replace(&mut self.fenced, !self.batch.standing.holds_lease(now));
-        if self.fenced && !was_fenced {
-            self.fence += 1;
+    fn check_lease(&mut self, now: Instant) {
+        let was_suspended =
+            std::mem::replace(&mut self.suspended, !self.batch.standing.holds_lease(now));
+        if self.suspended && !was_suspended {
+            self.lease_generation += 1;
             tracing::warn!("this node passes nothing on before it has agreed with the others");
         }
-        if was_fenced && !self.fenced {
-            self.doubt();
+        if was_suspended && !self.suspended {
+            self.resync_all();
             let mut names: Vec<RoomId> = self.rooms.keys().cloned().collect();
             names.sort_unstable();
             for name in names {
@@ -291,12 +294,12 @@ impl Shard {
 
     /// Whether something was asked before the node lost its standing, or cannot be used since it
     /// has none.
-    pub(super) fn is_from_before(&self, fence: u64) -> bool {
-        self.fenced || self.fence != fence
+    pub(super) fn is_stale(&self, lease_generation: u64) -> bool {
+        self.suspended || self.lease_generation != lease_generation
     }
 
     fn receive(&mut self, name: RoomId, entry: Entry) {
-        if self.fenced {
+        if self.suspended {
             self.batch.metrics.bus_entries_received.of(EntryResult::NoLease).inc();
             return;
         }
@@ -336,9 +339,9 @@ impl Shard {
         }
     }
 
-    /// Compares the logs of rooms in which nothing has arrived for a while, as in a doubt.
+    /// Compares the logs of rooms in which nothing has arrived for a while, as in a resync.
     fn compare_silent(&mut self, now: Instant) {
-        if self.fenced
+        if self.suspended
             || now - self.compared_at < COMPARE_EVERY
             || self.comparing != ReadState::Idle
         {
@@ -439,7 +442,7 @@ impl Shard {
 
     /// Ends the following of a room.
     pub(super) fn drop_room(&mut self, name: &RoomId) {
-        self.settle(name);
+        self.mark_verified(name);
         if let Some(mut room) = self.rooms.remove(name) {
             self.joined_rooms -= usize::from(name.kind() == RoomKind::Joined);
             self.budget.forget(&room);
@@ -450,7 +453,7 @@ impl Shard {
     }
 
     fn catch_up(&mut self, name: &RoomId, connection: ConnectionId) {
-        if self.fenced {
+        if self.suspended {
             // All are fed when that is over.
             return;
         }
@@ -462,7 +465,7 @@ impl Shard {
 
     /// Gives all members that are behind what is there for them.
     pub(super) fn catch_up_all(&mut self, name: &RoomId) {
-        let Some(room) = self.rooms.get_mut(name).filter(|_| !self.fenced) else { return };
+        let Some(room) = self.rooms.get_mut(name).filter(|_| !self.suspended) else { return };
         for connection in room.behind() {
             room.catch_up(connection, &mut self.batch);
         }

@@ -117,7 +117,7 @@ impl Shard {
     }
 
     /// Changes may have been missed.
-    pub(super) fn doubt_statuses(&mut self) {
+    pub(super) fn reread_statuses(&mut self) {
         for (user, watch) in &mut self.watched {
             if watch.want().0 {
                 self.statuses_due.push(user.clone());
