@@ -46,7 +46,7 @@ mod catch_up;
 mod budget;
 mod lingering;
 mod shard;
-mod ask;
+mod log_reads;
 mod status;
 mod orders;
 pub mod people;
@@ -66,7 +66,7 @@ const QUEUE_LEN_MAX: usize = 4096;
 pub const MAILBOX_LEN: usize = 16_384;
 /// How often the logs of rooms in which nothing arrives are compared with what was passed on. It
 /// bounds every deafness that shows in no other way: twice this at most.
-pub const COMPARE_EVERY: Duration = Duration::from_secs(5);
+pub const COMPARE_INTERVAL: Duration = Duration::from_secs(5);
 
 /// What the hub keeps.
 #[derive(Clone, Debug)]
@@ -111,7 +111,7 @@ pub enum JoinOutcome {
     TooManyRooms,
 }
 
-/// What a shard is asked to do.
+/// What a shard is request to do.
 enum Call {
     Join(RoomId, Join),
     Leave {
@@ -188,24 +188,24 @@ enum Call {
         heads: Vec<Option<Position>>,
     },
     Answered {
-        asked: Asked,
+        request: LogReadRequest,
         result: Result<Page, BusError>,
     },
 }
 
 /// A read of a log.
-struct Asked {
+struct LogReadRequest {
     room: RoomId,
     /// Of the room's following.
     generation: u64,
     /// How often this node had lost its standing: what was read before may be of a server that the
     /// others have left.
     lease_generation: u64,
-    purpose: Purpose,
+    purpose: ReadPurpose,
 }
 
 /// What a log was read for.
-enum Purpose {
+enum ReadPurpose {
     /// To open the room: it is subscribed to as well.
     Open,
     /// To go on from the top.

@@ -25,7 +25,7 @@ use tokio::time::Instant;
 
 use super::{
     Call,
-    ask::READ_AGAIN,
+    log_reads::READ_RETRY_DELAY,
     member::{ConnectionHandle, Frames, RoomMember, ShardBatch, Shared, text_frame},
     room::Room,
     shard::Shard,
@@ -392,7 +392,7 @@ impl Shard {
             return self.status_changed(name);
         }
         if let EphemeralEvent::Emptied = notice {
-            return self.read_on(name);
+            return self.read_forward(name);
         }
         let individual_max = self.presence.options().individual_max;
         let Some(room) = self.rooms.get_mut(name) else { return };
@@ -453,7 +453,7 @@ impl Shard {
             let snapshots = loop {
                 match registry.snapshots(names.clone()).await {
                     Ok(snapshots) => break snapshots,
-                    Err(_) => tokio::time::sleep(READ_AGAIN).await,
+                    Err(_) => tokio::time::sleep(READ_RETRY_DELAY).await,
                 }
             };
             let _ = calls.send(Call::Rosters { rooms, snapshots }).await;

@@ -51,11 +51,11 @@ pub(super) struct Room {
     pub(super) deleted: u64,
     pub(super) people: People,
     /// Whether something has arrived since this was looked at last.
-    pub(super) heard: bool,
+    pub(super) received: bool,
     /// Whether entries may have been lost that no comparison has looked for yet.
     pub(super) unverified: bool,
     /// Whether what was read last comes from a comparison of histories.
-    pub(super) healing: bool,
+    pub(super) restoring: bool,
     pub(super) members: Vec<RoomMember>,
     /// Where a member is among them; not kept in a small room, which is looked through.
     places: HashMap<ConnectionId, usize>,
@@ -168,9 +168,9 @@ impl Room {
             durable,
             deleted: 0,
             people: People::default(),
-            heard: true,
+            received: true,
             unverified: false,
-            healing: false,
+            restoring: false,
             members: Vec::new(),
             places: HashMap::new(),
             waiting_for_read: VecDeque::new(),
@@ -201,7 +201,7 @@ impl Room {
 
     /// Takes an entry that came from the bus.
     pub(super) fn receive(&mut self, entry: Entry, batch: &mut ShardBatch) -> NextAction {
-        self.heard = true;
+        self.received = true;
         let retention = batch.retention;
         let Self { name, members, .. } = self;
         self.replica.receive(entry, &retention, &mut FanOut { name, members, batch, reset: false })

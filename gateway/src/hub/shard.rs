@@ -18,11 +18,11 @@ use tokio::{
 };
 
 use super::{
-    COMPARE_EVERY, Call, HubOptions, JoinOutcome, Purpose,
-    ask::READ_AGAIN,
+    COMPARE_INTERVAL, Call, HubOptions, JoinOutcome, ReadPurpose,
     budget::{Budget, Taken},
     join::{Join, Step},
     lingering::{Lingering, linger_of},
+    log_reads::READ_RETRY_DELAY,
     member::{ConnectionHandle, ShardBatch},
     room::Room,
     status::Watched,
@@ -78,9 +78,9 @@ pub(super) struct Shard {
     /// Whether heads of logs are being asked for.
     pub(super) comparing: ReadState,
     /// When the rooms in which nothing arrives were compared last.
-    compared_at: Instant,
+    heads_compared_at: Instant,
     pub(super) resync: Arc<ResyncRequest>,
-    /// How many doubts were heard of.
+    /// How many doubts were received of.
     pub(super) resyncs_seen: u64,
     /// The resync that is settled when no room is unverified any more.
     pub(super) resync_running: u64,
@@ -143,7 +143,7 @@ impl Shard {
             joined_rooms: 0,
             rooms_max: options.rooms_max,
             comparing: ReadState::Idle,
-            compared_at: now,
+            heads_compared_at: now,
             resync: messages.resync.clone(),
             resyncs_seen: 0,
             resync_running: 0,
@@ -205,7 +205,7 @@ impl Shard {
                 match message {
                     ShardMessage::Entry(room, entry) => self.receive(room, entry),
                     ShardMessage::Ephemeral(room, notice) => self.hear(&room, notice),
-                    ShardMessage::Snapshots(answer) => self.tell_holdings(answer),
+                    ShardMessage::Snapshots(answer) => self.send_snapshots(answer),
                 }
             }
             if self.resync.count() != self.resyncs_seen {
@@ -267,9 +267,9 @@ impl Shard {
             Call::AskPresence { room, asks } => self.ask_presence(&room, asks),
             Call::Rosters { rooms, snapshots } => self.take_rosters(rooms, snapshots),
             Call::Compared { rooms, lease_generation, heads } => {
-                self.compared(rooms, lease_generation, &heads)
+                self.heads_read(rooms, lease_generation, &heads)
             }
-            Call::Answered { asked, result } => self.answered(asked, result),
+            Call::Answered { asked, result } => self.log_read(asked, result),
         }
     }
 
@@ -315,7 +315,7 @@ impl Shard {
         self.forget_ids();
     }
 
-    fn tell_holdings(&self, answer: oneshot::Sender<Vec<ReplicaSnapshot>>) {
+    fn send_snapshots(&self, answer: oneshot::Sender<Vec<ReplicaSnapshot>>) {
         let held = self.rooms.values().filter_map(|room| room.snapshot(&self.batch));
         let mut held: Vec<ReplicaSnapshot> = held.collect();
         held.sort_unstable_by(|a, b| a.room.cmp(&b.room));
@@ -340,22 +340,22 @@ impl Shard {
     }
 
     /// Compares the logs of rooms in which nothing has arrived for a while, as in a resync.
-    fn compare_silent(&mut self, now: Instant) {
+    fn compare_idle(&mut self, now: Instant) {
         if self.suspended
-            || now - self.compared_at < COMPARE_EVERY
+            || now - self.heads_compared_at < COMPARE_INTERVAL
             || self.comparing != ReadState::Idle
         {
             return;
         }
-        self.compared_at = now;
+        self.heads_compared_at = now;
         let mut rooms = Vec::new();
         for (name, room) in &mut self.rooms {
-            let heard = std::mem::take(&mut room.heard);
-            if room.durable && !heard && room.replica.read_state() == ReadState::Idle {
+            let received = std::mem::take(&mut room.received);
+            if room.durable && !received && room.replica.read_state() == ReadState::Idle {
                 rooms.push((name.clone(), room.generation));
             }
         }
-        self.compare(rooms);
+        self.compare_heads(rooms);
     }
 
     pub(super) fn join(&mut self, name: RoomId, join: Join) {
@@ -382,14 +382,14 @@ impl Shard {
             Step::Read(join, range) => {
                 room.idle_since = None;
                 let generation = room.generation;
-                let purpose = Purpose::Join(join);
+                let purpose = ReadPurpose::Join(join);
                 self.read(name.clone(), generation, purpose, range, Duration::ZERO);
             }
             Step::Wait(join) => {
                 room.wait(join);
                 // A read may come back before the node may answer joins.
-                let pause = if self.batch.serves(name) { Duration::ZERO } else { READ_AGAIN };
-                self.read_on_after(name, pause);
+                let pause = if self.batch.serves(name) { Duration::ZERO } else { READ_RETRY_DELAY };
+                self.read_forward_after(name, pause);
             }
         }
     }
@@ -409,7 +409,7 @@ impl Shard {
         let range = room.next_range();
         self.batch.count_room(&name, 1);
         self.rooms.insert(name.clone(), room);
-        self.read(name, self.generation, Purpose::Open, range, Duration::ZERO);
+        self.read(name, self.generation, ReadPurpose::Open, range, Duration::ZERO);
     }
 
     /// Whether one more room may be followed. One that lingers makes place for it.
@@ -532,7 +532,7 @@ impl Shard {
     /// Unfollows rooms that have been without members for long enough, and forgets what nobody
     /// waits for or needs any more.
     fn look_around(&mut self, now: Instant) {
-        self.compare_silent(now);
+        self.compare_idle(now);
         let mut left = UNFOLLOWS_MAX;
         while left > 0
             && let Some(name) = self.lingering.next_due(now)

@@ -17,7 +17,7 @@ use shared::{
 
 use super::{
     Call,
-    ask::READ_AGAIN,
+    log_reads::READ_RETRY_DELAY,
     member::{ConnectionHandle, text_frame},
     people::at,
     shard::Shard,
@@ -148,14 +148,14 @@ impl Shard {
             // Followed first, so that no change falls between the two.
             join_all(follow.into_iter().map(async |room| {
                 while bus.subscribe(room.clone()).await.is_err() {
-                    tokio::time::sleep(READ_AGAIN).await;
+                    tokio::time::sleep(READ_RETRY_DELAY).await;
                 }
             }))
             .await;
             let statuses = loop {
                 match presence.statuses(users.clone()).await {
                     Ok(statuses) => break statuses,
-                    Err(_) => tokio::time::sleep(READ_AGAIN).await,
+                    Err(_) => tokio::time::sleep(READ_RETRY_DELAY).await,
                 }
             };
             let _ = calls.send(Call::Statuses { users, statuses }).await;

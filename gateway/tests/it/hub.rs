@@ -19,7 +19,7 @@ use gateway::{
     },
     delivery::{Entry, ReplicaSnapshot, ServerId, page::Page},
     drain::Tasks,
-    hub::{COMPARE_EVERY, Hub, LINGER, join::Start, member::ConnectionHandle},
+    hub::{COMPARE_INTERVAL, Hub, LINGER, join::Start, member::ConnectionHandle},
     outbox::Outbox,
     telemetry::metrics::{EntryResult, Metrics},
 };
@@ -535,7 +535,7 @@ async fn what_was_lost_at_the_end_is_found_by_comparing_heads() {
     while member.cursor.seq < 100 {
         tokio::time::advance(Duration::from_millis(100)).await;
         member.drain(&world).await;
-        assert!(said.elapsed() < COMPARE_EVERY * 2 + Duration::from_secs(1), "still deaf");
+        assert!(said.elapsed() < COMPARE_INTERVAL * 2 + Duration::from_secs(1), "still deaf");
     }
     assert_eq!(member.resets, 0);
 }

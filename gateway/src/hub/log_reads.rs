@@ -6,7 +6,7 @@ use std::time::Duration;
 use shared::{ids::RoomId, position::Position, protocol::server_frame::RoomClosedReason};
 
 use super::{
-    Asked, Call, Purpose,
+    Call, LogReadRequest, ReadPurpose,
     budget::Taken,
     catch_up::{CatchUpOutcome, CatchUpRead},
     join::Step,
@@ -23,7 +23,7 @@ use crate::{
 };
 
 /// How long to wait before a log that could not be read is read again.
-pub(super) const READ_AGAIN: Duration = Duration::from_millis(250);
+pub(super) const READ_RETRY_DELAY: Duration = Duration::from_millis(250);
 /// How long an entry that the log has lost is tried to be appended.
 const REAPPEND_MAX: Duration = Duration::from_secs(30);
 /// The most reads for members that are behind that a shard has under way, so that what they bring is
@@ -46,7 +46,7 @@ impl Shard {
                 rooms.push((name.clone(), room.generation));
             }
         }
-        self.compare(rooms);
+        self.compare_heads(rooms);
         self.report_if_synced();
         self.read_rosters(self.rooms.keys().cloned().collect());
         self.reread_statuses();
@@ -69,7 +69,7 @@ impl Shard {
     }
 
     /// Asks for the heads of `rooms` in a task, until they are there.
-    pub(super) fn compare(&mut self, mut rooms: Vec<(RoomId, u64)>) {
+    pub(super) fn compare_heads(&mut self, mut rooms: Vec<(RoomId, u64)>) {
         if rooms.is_empty() {
             return;
         }
@@ -78,22 +78,22 @@ impl Shard {
         let (bus, calls, lease_generation) =
             (self.bus.clone(), self.calls.clone(), self.lease_generation);
         let metrics = self.batch.metrics.clone();
-        let compare = async move {
+        let read_heads = async move {
             let names: Vec<RoomId> = rooms.iter().map(|(name, _)| name.clone()).collect();
             let heads = loop {
                 match bus.heads(names.clone()).await {
                     Ok(heads) => break heads,
                     Err(_) => metrics.log_repairs.of(LogRepairResult::Failed).inc(),
                 }
-                tokio::time::sleep(READ_AGAIN).await;
+                tokio::time::sleep(READ_RETRY_DELAY).await;
             };
             let _ = calls.send(Call::Compared { rooms, lease_generation, heads }).await;
         };
-        self.spawn("compare_heads", compare);
+        self.spawn("compare_heads", read_heads);
     }
 
     /// Reads on where a log has what was not passed on.
-    pub(super) fn compared(
+    pub(super) fn heads_read(
         &mut self,
         rooms: Vec<(RoomId, u64)>,
         lease_generation: u64,
@@ -105,7 +105,7 @@ impl Shard {
             let room = self.rooms.get(&name).filter(|room| room.generation == generation);
             let Some(room) = room else { continue };
             if !room.replica.has_reached(head.as_ref()) {
-                self.read_on(&name);
+                self.read_forward(&name);
             } else if !again && room.replica.read_state() == ReadState::Idle {
                 self.mark_verified(&name);
             }
@@ -117,17 +117,17 @@ impl Shard {
     }
 
     /// Reads a room's log from its top on, or again once the read under way has come back.
-    pub(super) fn read_on(&mut self, name: &RoomId) {
-        self.read_on_after(name, Duration::ZERO);
+    pub(super) fn read_forward(&mut self, name: &RoomId) {
+        self.read_forward_after(name, Duration::ZERO);
     }
 
-    /// As [`Shard::read_on`], after a while.
-    pub(super) fn read_on_after(&mut self, name: &RoomId, pause: Duration) {
+    /// As [`Shard::read_forward`], after a while.
+    pub(super) fn read_forward_after(&mut self, name: &RoomId, pause: Duration) {
         let Some(room) = self.rooms.get_mut(name) else { return };
         if !room.replica.read_again() {
             room.replica.begin_read();
             let (generation, range) = (room.generation, room.next_range());
-            self.read(name.clone(), generation, Purpose::Continue, range, pause);
+            self.read(name.clone(), generation, ReadPurpose::Continue, range, pause);
         }
     }
 
@@ -135,24 +135,24 @@ impl Shard {
     pub(super) fn act_on(&mut self, name: &RoomId, next: NextAction) {
         match next {
             NextAction::Nothing => {}
-            NextAction::Read => self.read_on(name),
-            NextAction::Restore => self.heal(name),
+            NextAction::Read => self.read_forward(name),
+            NextAction::Restore => self.restore(name),
         }
     }
 
     /// Has a room's log compared with what is snapshot of it, and then read.
-    fn heal(&mut self, name: &RoomId) {
+    fn restore(&mut self, name: &RoomId) {
         let Some(room) = self.rooms.get_mut(name) else { return };
         let Some(snapshot) = room.snapshot(&self.batch) else { return };
         tracing::error!(room = %name, top = %snapshot.top,
             "two histories of a room share numbers, or its log is older than what was passed on");
         room.replica.begin_read();
         // Twice in a row: the server does not know better yet.
-        let pause = if room.healing { READ_AGAIN } else { Duration::ZERO };
-        room.healing = true;
+        let pause = if room.restoring { READ_RETRY_DELAY } else { Duration::ZERO };
+        room.restoring = true;
         let (generation, range) = (room.generation, room.next_range());
-        let asked = self.asked(name.clone(), generation, Purpose::Continue);
-        self.spawn_read(asked, Some(snapshot), range, pause);
+        let request = self.read_request(name.clone(), generation, ReadPurpose::Continue);
+        self.spawn_read(request, Some(snapshot), range, pause);
     }
 
     /// Reads a log in a task, which puts the answer into this shard's queue.
@@ -160,53 +160,53 @@ impl Shard {
         &self,
         room: RoomId,
         generation: u64,
-        purpose: Purpose,
+        purpose: ReadPurpose,
         range: Range,
         pause: Duration,
     ) {
-        self.spawn_read(self.asked(room, generation, purpose), None, range, pause);
+        self.spawn_read(self.read_request(room, generation, purpose), None, range, pause);
     }
 
-    fn asked(&self, room: RoomId, generation: u64, purpose: Purpose) -> Asked {
-        Asked { room, generation, lease_generation: self.lease_generation, purpose }
+    fn read_request(&self, room: RoomId, generation: u64, purpose: ReadPurpose) -> LogReadRequest {
+        LogReadRequest { room, generation, lease_generation: self.lease_generation, purpose }
     }
 
     fn spawn_read(
         &self,
-        asked: Asked,
-        heal: Option<ReplicaSnapshot>,
+        request: LogReadRequest,
+        restore: Option<ReplicaSnapshot>,
         range: Range,
         pause: Duration,
     ) {
         let (bus, calls) = (self.bus.clone(), self.calls.clone());
         let metrics = self.batch.metrics.clone();
-        let durable = self.rules.is_durable(&asked.room);
+        let durable = self.rules.is_durable(&request.room);
         let read = async move {
             // A sleep of no time would take a tick of the clock.
             if !pause.is_zero() {
                 tokio::time::sleep(pause).await;
             }
-            if let Purpose::Open = asked.purpose
-                && let Err(error) = bus.subscribe(asked.room.clone()).await
+            if let ReadPurpose::Open = request.purpose
+                && let Err(error) = bus.subscribe(request.room.clone()).await
             {
-                let _ = calls.send(Call::Answered { asked, result: Err(error) }).await;
+                let _ = calls.send(Call::Answered { request, result: Err(error) }).await;
                 return;
             }
             if !durable {
-                let _ = calls.send(Call::Answered { asked, result: Ok(Page::of_no_log()) }).await;
+                let _ = calls.send(Call::Answered { request, result: Ok(Page::of_no_log()) }).await;
                 return;
             }
-            if let Some(held) = heal {
+            if let Some(held) = restore {
                 while bus.restore(held.clone()).await.is_err() {
                     metrics.log_repairs.of(LogRepairResult::Failed).inc();
-                    tokio::time::sleep(READ_AGAIN).await;
+                    tokio::time::sleep(READ_RETRY_DELAY).await;
                 }
             }
-            let mut asked = asked;
-            let read = bus.read(asked.room.clone(), range);
-            let mut result = match &mut asked.purpose {
+            let mut request = request;
+            let read = bus.read(request.room.clone(), range);
+            let mut result = match &mut request.purpose {
                 // Not for a connection that has left meanwhile.
-                Purpose::Join(join) => tokio::select! {
+                ReadPurpose::Join(join) => tokio::select! {
                     biased;
                     () = join.done.closed() => Err(BusError::Unavailable),
                     result = read => result,
@@ -214,25 +214,26 @@ impl Shard {
                 _ => read.await,
             };
             // A member waits for these, and can wait: it gets what it misses when the bus is back.
-            while let (Err(_), Purpose::Continue | Purpose::CatchUp(_)) = (&result, &asked.purpose)
+            while let (Err(_), ReadPurpose::Continue | ReadPurpose::CatchUp(_)) =
+                (&result, &request.purpose)
             {
                 metrics.log_repairs.of(LogRepairResult::Failed).inc();
-                tokio::time::sleep(READ_AGAIN).await;
-                result = bus.read(asked.room.clone(), range).await;
+                tokio::time::sleep(READ_RETRY_DELAY).await;
+                result = bus.read(request.room.clone(), range).await;
             }
-            let _ = calls.send(Call::Answered { asked, result }).await;
+            let _ = calls.send(Call::Answered { request, result }).await;
         };
         self.spawn("read_log", read);
     }
 
     /// Takes the answer to a read.
-    pub(super) fn answered(&mut self, asked: Asked, result: Result<Page, BusError>) {
-        let Asked { room: name, generation, lease_generation, purpose } = asked;
-        if let Purpose::CatchUp(_) = purpose {
+    pub(super) fn log_read(&mut self, request: LogReadRequest, result: Result<Page, BusError>) {
+        let LogReadRequest { room: name, generation, lease_generation, purpose } = request;
+        if let ReadPurpose::CatchUp(_) = purpose {
             self.catch_up_read_ended();
         }
         let is_old = self.is_stale(lease_generation);
-        if let (Purpose::Open, Ok(_)) = (&purpose, &result) {
+        if let (ReadPurpose::Open, Ok(_)) = (&purpose, &result) {
             // The room is followed by now, so that no change falls between the two.
             self.read_rosters(vec![name.clone()]);
         }
@@ -241,17 +242,19 @@ impl Shard {
             return;
         };
         match (purpose, result) {
-            (Purpose::Open, Err(_)) => {
+            (ReadPurpose::Open, Err(_)) => {
                 // Dropping the joins tells their sessions.
                 self.drop_room(&name);
             }
-            (Purpose::Open | Purpose::Continue, Ok(_)) if is_old => {
+            (ReadPurpose::Open | ReadPurpose::Continue, Ok(_)) if is_old => {
                 let range = room.next_range();
-                let pause = if self.suspended { READ_AGAIN } else { Duration::ZERO };
-                self.read(name, generation, Purpose::Continue, range, pause);
+                let pause = if self.suspended { READ_RETRY_DELAY } else { Duration::ZERO };
+                self.read(name, generation, ReadPurpose::Continue, range, pause);
             }
-            (Purpose::Open | Purpose::Continue, Ok(page)) => self.went_on(&name, page),
-            (Purpose::Join(join), Ok(page)) => {
+            (ReadPurpose::Open | ReadPurpose::Continue, Ok(page)) => {
+                self.apply_log_page(&name, page)
+            }
+            (ReadPurpose::Join(join), Ok(page)) => {
                 let step = if is_old || !self.batch.serves(&name) {
                     Step::Wait(join)
                 } else {
@@ -259,16 +262,16 @@ impl Shard {
                 };
                 self.go_on_with(&name, step);
             }
-            (Purpose::Join(join), Err(_)) => {
+            (ReadPurpose::Join(join), Err(_)) => {
                 drop(join);
                 self.note_if_idle(&name);
             }
-            (Purpose::CatchUp(_), Ok(_)) if is_old => {
+            (ReadPurpose::CatchUp(_), Ok(_)) if is_old => {
                 room.catch_up_read = CatchUpRead::Idle;
                 room.abandon_catch_up_read();
                 self.catch_up_all(&name);
             }
-            (Purpose::CatchUp(from), Ok(page)) => {
+            (ReadPurpose::CatchUp(from), Ok(page)) => {
                 room.catch_up_read = CatchUpRead::Idle;
                 match room.catch_up_from_page(from, page, &mut self.batch) {
                     CatchUpOutcome::More(members) => {
@@ -277,15 +280,15 @@ impl Shard {
                         }
                         self.start_catch_up_read(&name);
                     }
-                    CatchUpOutcome::OtherLog => self.read_on(&name),
+                    CatchUpOutcome::OtherLog => self.read_forward(&name),
                 }
             }
             // Those reads are repeated until they succeed.
-            (Purpose::Continue | Purpose::CatchUp(_), Err(_)) => {}
+            (ReadPurpose::Continue | ReadPurpose::CatchUp(_), Err(_)) => {}
         }
     }
 
-    fn went_on(&mut self, name: &RoomId, page: Page) {
+    fn apply_log_page(&mut self, name: &RoomId, page: Page) {
         self.batch.retention.ring = self.budget.ring_max();
         let Some(room) = self.rooms.get_mut(name) else { return };
         if room.was_deleted(&page) {
@@ -296,7 +299,7 @@ impl Shard {
         let bytes = page.bytes();
         let next = room.apply_page(page, &mut self.batch);
         self.budget.count(before, room, self.batch.retention.now);
-        room.healing &= next == NextAction::Restore;
+        room.restoring &= next == NextAction::Restore;
         let waiting = room.take_waiting();
         self.act_on(name, next);
         self.forget_ids();
@@ -330,7 +333,7 @@ impl Shard {
         room.catch_up_read = CatchUpRead::InProgress;
         self.catch_up_reads += 1;
         let generation = room.generation;
-        self.read(name.clone(), generation, Purpose::CatchUp(seq), range, Duration::ZERO);
+        self.read(name.clone(), generation, ReadPurpose::CatchUp(seq), range, Duration::ZERO);
     }
 
     /// A read for members that are behind has come back: those of another room may go on.
