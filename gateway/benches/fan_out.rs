@@ -11,7 +11,7 @@ use divan::{Bencher, counter::ItemsCount};
 use gateway::{
     bus::{Append, Bus, Mailboxes, Retention, memory::MemoryBus},
     drain::Tasks,
-    hub::{Hub, HubOptions, join::Start, member::ConnectionHandle},
+    hub::{Hub, HubOptions, join::JoinStart, member::ConnectionHandle},
     outbox::Outbox,
     presence::{Presence, PresenceOptions},
     telemetry::metrics::Metrics,
@@ -96,7 +96,7 @@ impl World {
         for _ in 0..MEMBERS {
             let outbox = Outbox::to_owner(1 << 20, metrics.clone());
             let member = Arc::new(ConnectionHandle::new(ConnectionId::random(), outbox));
-            let (start, entered) = (Start::Newest(0), Default::default());
+            let (start, entered) = (JoinStart::Newest(0), Default::default());
             hub.join(room.clone(), member.clone(), None, start, entered).await.unwrap();
             member.outbox.take();
             members.push(member);

@@ -30,7 +30,7 @@ use crate::{
     bus::sessions::{self, ConnectionInfo, OpenedSession, SecretDigest, SessionHolder},
     hub::{
         NotFollowed,
-        join::{Admission, Start},
+        join::{JoinGrant, JoinStart},
         member::{ConnectionHandle, Owner},
     },
     limits::Place,
@@ -203,12 +203,12 @@ pub(super) async fn follow_inbox(
     }
     let unread = unread_from(&inbox);
     let since = device.and_then(Result::ok).unwrap_or(Position::new(inbox.epoch, unread));
-    let (room, start) = (RoomId::inbox_of(user), Start::Behind(since, unread));
+    let (room, start) = (RoomId::inbox_of(user), JoinStart::InboxSince(since, unread));
     let Services { hub, limits, .. } = &*node.services;
     let until = Instant::now() + limits.wait_max;
     loop {
         let (handle, start) = (handle.clone(), start.clone());
-        let joining = hub.join(room.clone(), handle, None, start, Admission::default());
+        let joining = hub.join(room.clone(), handle, None, start, JoinGrant::default());
         match tokio::time::timeout_at(until, joining).await {
             Ok(Ok(_)) => return Ok(()),
             // One failed attempt to read it, which may be over in a moment.

@@ -37,12 +37,12 @@ const RESUMED_BYTES_MAX: usize = 32 * 1024;
 
 /// A connection that wants to take part in a room.
 #[derive(Debug)]
-pub(super) struct Join {
+pub(super) struct PendingJoin {
     pub(super) handle: Arc<ConnectionHandle>,
     pub(super) reference: Option<FrameRef>,
-    pub(super) start: Start,
+    pub(super) start: JoinStart,
     /// As what its user has entered.
-    pub(super) admission: Admission,
+    pub(super) grant: JoinGrant,
     /// Hears when `joined` has been sent; dropped where the room cannot be followed.
     pub(super) done: oneshot::Sender<JoinOutcome>,
     /// What was read of the room's log for it.
@@ -56,7 +56,7 @@ pub(super) struct Join {
 
 /// What a user was told on entering, and whether that still holds.
 #[derive(Clone, Debug, Default)]
-pub struct Admission {
+pub struct JoinGrant {
     /// What the user was told.
     pub entered: JoinSnapshot,
     /// Tells whether the room was closed since.
@@ -65,32 +65,32 @@ pub struct Admission {
 
 /// From where a connection wants to go on.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Start {
+pub enum JoinStart {
     /// From now, and shown so many of the newest entries.
     Newest(u32),
     /// From behind a position.
     Since(Position),
     /// As `Since`, of an inbox: all that follows comes as entries, and there is no `joined`. Where the
     /// position cannot be gone on from, `reset` is told and it goes on behind a number.
-    Behind(Position, Seq),
+    InboxSince(Position, Seq),
 }
 
 /// What is to be done for a join.
 #[derive(Debug)]
-pub(super) enum Step {
+pub(super) enum JoinStep {
     /// It was answered, or nobody waits for it any more.
     Done,
     /// The log is to be read for it.
-    Read(Join, Range),
+    Read(PendingJoin, Range),
     /// It is to be looked at again when the room has read its log from the top on.
-    Wait(Join),
+    Wait(PendingJoin),
 }
 
-impl Join {
+impl PendingJoin {
     /// The position to go on from, unless that is not to be had.
     fn since(&self) -> Option<&Position> {
         match &self.start {
-            Start::Since(since) if self.lost.is_none() => Some(since),
+            JoinStart::Since(since) if self.lost.is_none() => Some(since),
             _ => None,
         }
     }
@@ -98,21 +98,21 @@ impl Join {
     /// How many of the newest entries to show otherwise.
     fn newest(&self) -> u32 {
         match self.start {
-            Start::Newest(count) => count,
-            Start::Since(_) | Start::Behind(..) => history_default(),
+            JoinStart::Newest(count) => count,
+            JoinStart::Since(_) | JoinStart::InboxSince(..) => history_default(),
         }
     }
 }
 
 impl Room {
     /// Answers a join from what the room holds, or says what it takes.
-    pub(super) fn join(&mut self, mut join: Join, batch: &mut ShardBatch) -> Step {
-        let Some(top) = self.replica.top().cloned() else { return Step::Wait(join) };
-        if join.done.is_closed() || !self.admits(&join.admission) {
+    pub(super) fn join(&mut self, mut join: PendingJoin, batch: &mut ShardBatch) -> JoinStep {
+        let Some(top) = self.replica.top().cloned() else { return JoinStep::Wait(join) };
+        if join.done.is_closed() || !self.grant_holds(&join.grant) {
             // Dropping it tells the session.
-            return Step::Done;
+            return JoinStep::Done;
         }
-        if !self.durable && matches!(join.start, Start::Since(_)) {
+        if !self.durable && matches!(join.start, JoinStart::Since(_)) {
             join.lost = Some(RecoveryFailure::LogLost);
         }
         if let Some(cursor) = self.cursor_of(join.handle.connection).cloned() {
@@ -120,17 +120,17 @@ impl Room {
             batch.touch(&join.handle);
             // Who has given up waiting is a member all the same.
             let _ = join.done.send(JoinOutcome::Member { bytes_read: join.bytes_read });
-            return Step::Done;
+            return JoinStep::Done;
         }
-        if let Start::Behind(since, or) = &join.start {
+        if let JoinStart::InboxSince(since, or) = &join.start {
             let (since, or) = (since.clone(), *or);
-            return self.join_behind(join, since, or, batch);
+            return self.join_inbox(join, since, or, batch);
         }
         let Some(since) = join.since().cloned() else { return self.join_newest(join, batch) };
         let until = match self.replica.resume(&since) {
             Resume::Until(until) => until,
             Resume::Unknown(_) if !join.refreshed => {
-                return Step::Wait(Join { refreshed: true, ..join });
+                return JoinStep::Wait(PendingJoin { refreshed: true, ..join });
             }
             Resume::Unknown(reason) => {
                 join.lost = Some(reason);
@@ -140,24 +140,24 @@ impl Room {
         let entries = match self.replica.ring().after(since.seq) {
             Some(entries) => serve::within_epoch(entries, &since, until.seq),
             None if since.seq == top.seq => Some(vec![]),
-            None => return Step::Read(join, Range::After { seq: since.seq, limit: READ_LEN }),
+            None => return JoinStep::Read(join, Range::After { seq: since.seq, limit: READ_LEN }),
         };
-        self.enter_since(join, since, until, entries, ResumeSource::Ring, batch)
+        self.admit_since(join, since, until, entries, ResumeSource::Ring, batch)
     }
 
     /// Lets a connection in that is given all behind `since` as entries, or behind `or`.
-    fn join_behind(
+    fn join_inbox(
         &mut self,
-        join: Join,
+        join: PendingJoin,
         since: Position,
         or: Seq,
         batch: &mut ShardBatch,
-    ) -> Step {
-        let Some(top) = self.replica.top().cloned() else { return Step::Wait(join) };
+    ) -> JoinStep {
+        let Some(top) = self.replica.top().cloned() else { return JoinStep::Wait(join) };
         let lost = match self.replica.resume(&since) {
             Resume::Until(_) => None,
             Resume::Unknown(_) if !join.refreshed => {
-                return Step::Wait(Join { refreshed: true, ..join });
+                return JoinStep::Wait(PendingJoin { refreshed: true, ..join });
             }
             Resume::Unknown(RecoveryFailure::LogTrimmed) => Some(RecoveryFailure::LogTrimmed),
             Resume::Unknown(_) => Some(RecoveryFailure::LogLost),
@@ -169,12 +169,12 @@ impl Room {
         } else {
             batch.metrics.resumes.of(ResumeSource::Ring).inc();
         }
-        self.admit(member, join.done, join.bytes_read, batch);
-        Step::Done
+        self.add_joined(member, join.done, join.bytes_read, batch);
+        JoinStep::Done
     }
 
     /// Makes a connection a member that was given everything up to its cursor.
-    fn admit(
+    fn add_joined(
         &mut self,
         mut member: RoomMember,
         done: oneshot::Sender<JoinOutcome>,
@@ -195,17 +195,17 @@ impl Room {
     /// Answers a join with what was read of the log for it.
     pub(super) fn join_with_page(
         &mut self,
-        mut join: Join,
+        mut join: PendingJoin,
         mut page: Page,
         batch: &mut ShardBatch,
-    ) -> Step {
-        let Some(top) = self.replica.top().cloned() else { return Step::Wait(join) };
+    ) -> JoinStep {
+        let Some(top) = self.replica.top().cloned() else { return JoinStep::Wait(join) };
         if !self.replica.has_epoch_of(&page) {
             // The room follows a log that is no more, which it finds out by reading.
-            return Step::Wait(join);
+            return JoinStep::Wait(join);
         }
-        if join.done.is_closed() || !self.admits(&join.admission) {
-            return Step::Done;
+        if join.done.is_closed() || !self.grant_holds(&join.grant) {
+            return JoinStep::Done;
         }
         join.bytes_read += page.bytes();
         page.keep_whole();
@@ -226,7 +226,7 @@ impl Room {
                 match since {
                     Some(since) => page.entries.extend(since),
                     None if !join.refreshed => {
-                        return self.join_newest(Join { refreshed: true, ..join }, batch);
+                        return self.join_newest(PendingJoin { refreshed: true, ..join }, batch);
                     }
                     // Twice in a row: the log ends below what was passed on, and comparing it is not
                     // this join's.
@@ -234,9 +234,9 @@ impl Room {
                 }
             }
             let oldest = if page.oldest == 0 { last + 1 } else { page.oldest };
-            return self.enter_newest(join, &page.entries, oldest, batch);
+            return self.admit_newest(join, &page.entries, oldest, batch);
         };
-        let Resume::Until(until) = self.replica.resume(&since) else { return Step::Wait(join) };
+        let Resume::Until(until) = self.replica.resume(&since) else { return JoinStep::Wait(join) };
         if let Err(reason) = page.continues(since.seq)
             && since.seq < top.seq
         {
@@ -244,37 +244,37 @@ impl Room {
             return self.join_newest(join, batch);
         }
         let entries = serve::within_epoch(page.entries.iter(), &since, until.seq);
-        self.enter_since(join, since, until, entries, ResumeSource::Log, batch)
+        self.admit_since(join, since, until, entries, ResumeSource::Log, batch)
     }
 
     /// Whether the room is still the one that the user has entered.
-    fn admits(&self, admission: &Admission) -> bool {
-        let closed = admission.still.as_ref().is_some_and(Still::is_closed);
-        !closed && admission.entered.deleted >= self.deleted || admission.still.is_none()
+    fn grant_holds(&self, grant: &JoinGrant) -> bool {
+        let closed = grant.still.as_ref().is_some_and(Still::is_closed);
+        !closed && grant.entered.deleted >= self.deleted || grant.still.is_none()
     }
 
-    fn join_newest(&mut self, join: Join, batch: &mut ShardBatch) -> Step {
+    fn join_newest(&mut self, join: PendingJoin, batch: &mut ShardBatch) -> JoinStep {
         let (count, ring) = (join.newest(), self.replica.ring());
         if count as usize >= ring.len() && !self.replica.ring_is_whole() {
             // One at least, to know whether there are older ones.
-            return Step::Read(join, Range::Newest { limit: count.max(1) });
+            return JoinStep::Read(join, Range::Newest { limit: count.max(1) });
         }
         let entries: Vec<Entry> = ring.newest(count as usize).cloned().collect();
         let oldest = ring.first().unwrap_or(0);
-        self.enter_newest(join, &entries, oldest, batch)
+        self.admit_newest(join, &entries, oldest, batch)
     }
 
     /// Lets a connection in that goes on behind `since`, up to `until` within the epoch it knows;
     /// `entries` are the first of what it misses of that.
-    fn enter_since(
+    fn admit_since(
         &mut self,
-        mut join: Join,
+        mut join: PendingJoin,
         since: Position,
         until: Position,
         entries: Option<Vec<Entry>>,
         source: ResumeSource,
         batch: &mut ShardBatch,
-    ) -> Step {
+    ) -> JoinStep {
         let Some(entries) = entries else {
             join.lost = Some(RecoveryFailure::LogLost);
             return self.join_newest(join, batch);
@@ -283,18 +283,18 @@ impl Room {
         let history = history_within(RESUMED_BYTES_MAX, entries.iter());
         let last = history.len().checked_sub(1).and_then(|last| entries.get(last));
         let cursor = last.map_or(since, |last| last.position.clone());
-        self.enter(join, until, cursor, history, false, batch)
+        self.admit(join, until, cursor, history, false, batch)
     }
 
     /// Lets a connection in that goes on from now; the newest of `entries` are shown.
-    fn enter_newest(
+    fn admit_newest(
         &mut self,
-        join: Join,
+        join: PendingJoin,
         entries: &[Entry],
         oldest: Seq,
         batch: &mut ShardBatch,
-    ) -> Step {
-        let Some(top) = self.replica.top().cloned() else { return Step::Wait(join) };
+    ) -> JoinStep {
+        let Some(top) = self.replica.top().cloned() else { return JoinStep::Wait(join) };
         let count = join.newest() as usize;
         let entries = &entries[entries.len().saturating_sub(count)..];
         let mut history = history(entries.iter().rev());
@@ -302,35 +302,41 @@ impl Room {
         let shown = entries.get(entries.len() - history.len());
         let first = shown.map_or(top.seq + 1, |entry| entry.position.seq);
         let more = oldest != 0 && oldest < first;
-        self.enter(join, top.clone(), top, history, more, batch)
+        self.admit(join, top.clone(), top, history, more, batch)
     }
 
     /// Lets a connection in, which is told that it has joined at `at` and was given everything up
     /// to `cursor`.
-    fn enter(
+    fn admit(
         &mut self,
-        join: Join,
+        join: PendingJoin,
         at: Position,
         cursor: Position,
         history: Vec<Box<RawValue>>,
         more: bool,
         batch: &mut ShardBatch,
-    ) -> Step {
+    ) -> JoinStep {
         self.send_joined(&join, at, history, more);
-        let Join { handle, admission, done, bytes_read, .. } = join;
+        let PendingJoin { handle, grant, done, bytes_read, .. } = join;
         let member = RoomMember::at(handle, cursor, MemberState::Live);
-        self.admit(
-            RoomMember { knows: admission.entered.version, ..member },
+        self.add_joined(
+            RoomMember { knows: grant.entered.version, ..member },
             done,
             bytes_read,
             batch,
         );
-        Step::Done
+        JoinStep::Done
     }
 
-    fn send_joined(&self, join: &Join, at: Position, history: Vec<Box<RawValue>>, more: bool) {
+    fn send_joined(
+        &self,
+        join: &PendingJoin,
+        at: Position,
+        history: Vec<Box<RawValue>>,
+        more: bool,
+    ) {
         let again = self.is_member(join.handle.connection);
-        let entered = join.admission.entered;
+        let entered = join.grant.entered;
         join.handle.answer(&ServerFrame::Joined(Box::new(JoinedFrame {
             reference: join.reference.clone(),
             room: self.name.clone(),

@@ -256,11 +256,11 @@ impl Shard {
             }
             (ReadPurpose::Join(join), Ok(page)) => {
                 let step = if is_old || !self.batch.serves(&name) {
-                    Step::Wait(join)
+                    JoinStep::Wait(join)
                 } else {
                     room.join_with_page(join, page, &mut self.batch)
                 };
-                self.go_on_with(&name, step);
+                self.run_join_step(&name, step);
             }
             (ReadPurpose::Join(join), Err(_)) => {
                 drop(join);
@@ -300,7 +300,7 @@ impl Shard {
         let next = room.apply_page(page, &mut self.batch);
         self.budget.count(before, room, self.batch.retention.now);
         room.restoring &= next == NextAction::Restore;
-        let waiting = room.take_waiting();
+        let waiting = room.take_waiting_joins();
         self.act_on(name, next);
         self.forget_ids();
         if next == NextAction::Nothing {

@@ -51,7 +51,7 @@ mod status;
 mod orders;
 pub mod people;
 
-use join::{Admission, Join, Start};
+use join::{JoinGrant, JoinStart, PendingJoin};
 use member::ConnectionHandle;
 use people::Asking;
 use shard::Shard;
@@ -113,7 +113,7 @@ pub enum JoinOutcome {
 
 /// What a shard is request to do.
 enum Call {
-    Join(RoomId, Join),
+    Join(RoomId, PendingJoin),
     Leave {
         room: RoomId,
         connection: ConnectionId,
@@ -211,7 +211,7 @@ enum ReadPurpose {
     /// To go on from the top.
     Continue,
     /// To answer a join.
-    Join(Join),
+    Join(PendingJoin),
     /// To catch_up members that are behind, from here on.
     CatchUp(Seq),
 }
@@ -261,12 +261,12 @@ impl Hub {
         room: RoomId,
         handle: Arc<ConnectionHandle>,
         reference: Option<FrameRef>,
-        start: Start,
-        admission: Admission,
+        start: JoinStart,
+        grant: JoinGrant,
     ) -> Result<JoinOutcome, NotFollowed> {
         let (done, joined) = oneshot::channel();
         let (refreshed, lost, bytes_read) = (false, None, 0);
-        let join = Join { handle, reference, start, admission, done, refreshed, lost, bytes_read };
+        let join = Join { handle, reference, start, grant, done, refreshed, lost, bytes_read };
         self.call(room.clone(), Call::Join(room, join)).await;
         joined.await.map_err(|_| NotFollowed)
     }

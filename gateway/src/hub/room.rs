@@ -59,12 +59,12 @@ pub(super) struct Room {
     pub(super) members: Vec<RoomMember>,
     /// Where a member is among them; not kept in a small room, which is looked through.
     places: HashMap<ConnectionId, usize>,
-    /// Members that wait for a read of the log, those who have waited longest first.
+    /// Members that queue_join for a read of the log, those who have waited longest first.
     pub(super) waiting_for_read: VecDeque<ConnectionId>,
     /// That read.
     pub(super) catch_up_read: CatchUpRead,
-    /// Joins that wait for a read of the log.
-    waiting: Vec<Join>,
+    /// Joins that queue_join for a read of the log.
+    waiting_joins: Vec<PendingJoin>,
     /// Since when nobody is here.
     pub(super) idle_since: Option<Instant>,
     /// Under which time the room is among those that may be without members. Somebody may have come
@@ -175,14 +175,14 @@ impl Room {
             places: HashMap::new(),
             waiting_for_read: VecDeque::new(),
             catch_up_read: CatchUpRead::Idle,
-            waiting: Vec::new(),
+            waiting_joins: Vec::new(),
             idle_since: None,
             lingers_until: None,
         }
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.members.is_empty() && self.waiting.is_empty()
+        self.members.is_empty() && self.waiting_joins.is_empty()
     }
 
     /// What this node holds of the room's log, once it is open.
@@ -235,21 +235,21 @@ impl Room {
         next
     }
 
-    /// Has a join wait for a read of the log.
-    pub(super) fn wait(&mut self, join: Join) {
+    /// Has a join queue_join for a read of the log.
+    pub(super) fn queue_join(&mut self, join: PendingJoin) {
         self.idle_since = None;
-        self.forget_given_up();
-        self.waiting.push(join);
+        self.remove_cancelled_joins();
+        self.waiting_joins.push(join);
     }
 
     /// Forgets joins that nobody waits for any more, and with them their connections.
-    pub(super) fn forget_given_up(&mut self) {
-        self.waiting.retain(|join| !join.done.is_closed());
+    pub(super) fn remove_cancelled_joins(&mut self) {
+        self.waiting_joins.retain(|join| !join.done.is_closed());
     }
 
     /// The joins that waited.
-    pub(super) fn take_waiting(&mut self) -> Vec<Join> {
-        std::mem::take(&mut self.waiting)
+    pub(super) fn take_waiting_joins(&mut self) -> Vec<PendingJoin> {
+        std::mem::take(&mut self.waiting_joins)
     }
 
     pub(super) fn add(&mut self, member: RoomMember) {

@@ -20,7 +20,7 @@ use tokio::{
 use super::{
     COMPARE_INTERVAL, Call, HubOptions, JoinOutcome, ReadPurpose,
     budget::{Budget, Taken},
-    join::{Join, Step},
+    join::{JoinStep, PendingJoin},
     lingering::{Lingering, linger_of},
     log_reads::READ_RETRY_DELAY,
     member::{ConnectionHandle, ShardBatch},
@@ -358,7 +358,7 @@ impl Shard {
         self.compare_heads(rooms);
     }
 
-    pub(super) fn join(&mut self, name: RoomId, join: Join) {
+    pub(super) fn join(&mut self, name: RoomId, join: PendingJoin) {
         if join.done.is_closed() {
             // Its connection has left while it waited here.
             return self.note_if_idle(&name);
@@ -367,26 +367,26 @@ impl Shard {
             return self.open(name, join);
         };
         if room.replica.read_state() != ReadState::Idle {
-            room.wait(join);
+            room.queue_join(join);
             return;
         }
         let serves = self.batch.serves(&name);
-        let step = if serves { room.join(join, &mut self.batch) } else { Step::Wait(join) };
-        self.go_on_with(&name, step);
+        let step = if serves { room.join(join, &mut self.batch) } else { JoinStep::Wait(join) };
+        self.run_join_step(&name, step);
     }
 
-    pub(super) fn go_on_with(&mut self, name: &RoomId, step: Step) {
+    pub(super) fn run_join_step(&mut self, name: &RoomId, step: JoinStep) {
         let Some(room) = self.rooms.get_mut(name) else { return };
         match step {
-            Step::Done => self.note_if_idle(name),
-            Step::Read(join, range) => {
+            JoinStep::Done => self.note_if_idle(name),
+            JoinStep::Read(join, range) => {
                 room.idle_since = None;
                 let generation = room.generation;
                 let purpose = ReadPurpose::Join(join);
                 self.read(name.clone(), generation, purpose, range, Duration::ZERO);
             }
-            Step::Wait(join) => {
-                room.wait(join);
+            JoinStep::Wait(join) => {
+                room.queue_join(join);
                 // A read may come back before the node may answer joins.
                 let pause = if self.batch.serves(name) { Duration::ZERO } else { READ_RETRY_DELAY };
                 self.read_forward_after(name, pause);
@@ -395,7 +395,7 @@ impl Shard {
     }
 
     /// Follows a room: subscribes, then reads its log.
-    fn open(&mut self, name: RoomId, join: Join) {
+    fn open(&mut self, name: RoomId, join: PendingJoin) {
         let is_joined = name.kind() == RoomKind::Joined;
         if is_joined && !self.has_place_for_room() {
             let _ = join.done.send(JoinOutcome::TooManyRooms);
@@ -405,7 +405,7 @@ impl Shard {
         self.generation += 1;
         let durable = self.rules.is_durable(&name);
         let mut room = Box::new(Room::opening(name.clone(), self.generation, durable));
-        room.wait(join);
+        room.queue_join(join);
         let range = room.next_range();
         self.batch.count_room(&name, 1);
         self.rooms.insert(name.clone(), room);
@@ -544,7 +544,7 @@ impl Shard {
         self.forget_ids();
         let mut members = 0;
         for room in self.rooms.values_mut() {
-            room.forget_given_up();
+            room.remove_cancelled_joins();
             let before = Taken::by(room);
             room.replica.forget_past_retention(&self.batch.retention);
             self.budget.count(before, room, now);

@@ -32,7 +32,7 @@ use crate::{
     delivery::page::Page,
     hub::{
         JoinOutcome,
-        join::{Admission, Start, history as whole_frames},
+        join::{JoinGrant, JoinStart, history as whole_frames},
         member::{ConnectionHandle, text_frame},
         people::at,
     },
@@ -223,20 +223,20 @@ pub(super) async fn join(
         return Performed::NotJoined(asked.refuse("join", Some(&room), code, text));
     }
     let joining = async {
-        let (stay, admission) = match again {
-            Some((still, again)) => (None, Admission { entered: again.await?, still: Some(still) }),
+        let (stay, grant) = match again {
+            Some((still, again)) => (None, JoinGrant { entered: again.await?, still: Some(still) }),
             None => {
                 let (stay, entered) = enter(&asked, &join, &user).await?;
                 let still = Some(stay.still());
-                (Some(stay), Admission { entered, still })
+                (Some(stay), JoinGrant { entered, still })
             }
         };
         let start = match join.since {
-            Some(since) => Start::Since(since),
-            None => Start::Newest(join.history),
+            Some(since) => JoinStart::Since(since),
+            None => JoinStart::Newest(join.history),
         };
         let (handle, reference) = (asked.handle.clone(), asked.reference.clone());
-        let joined = asked.services.hub.join(join.room, handle, reference, start, admission);
+        let joined = asked.services.hub.join(join.room, handle, reference, start, grant);
         match joined.await.map_err(|_| BusError::Unavailable)? {
             JoinOutcome::Member { bytes_read } => {
                 asked.has_read(bytes_read);

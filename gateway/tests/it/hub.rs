@@ -19,7 +19,7 @@ use gateway::{
     },
     delivery::{Entry, ReplicaSnapshot, ServerId, page::Page},
     drain::Tasks,
-    hub::{COMPARE_INTERVAL, Hub, LINGER, join::Start, member::ConnectionHandle},
+    hub::{COMPARE_INTERVAL, Hub, LINGER, join::JoinStart, member::ConnectionHandle},
     outbox::Outbox,
     telemetry::metrics::{EntryResult, Metrics},
 };
@@ -199,7 +199,7 @@ struct Member {
 }
 
 impl Member {
-    async fn join(world: &World, room: &RoomId, start: Start, bytes_max: usize) -> Self {
+    async fn join(world: &World, room: &RoomId, start: JoinStart, bytes_max: usize) -> Self {
         let outbox = Outbox::to_owner(bytes_max, world.metrics.clone());
         let handle = Arc::new(ConnectionHandle::new(ConnectionId::random(), outbox));
         let entered = Default::default();
@@ -424,7 +424,7 @@ async fn a_bad_link_costs_nobody_an_entry() {
         let world = World::start(retention(), 10_000, faults(seed));
         let mut random = StdRng::seed_from_u64(seed);
         let lobby = room("r");
-        let mut members = vec![Member::join(&world, &lobby, Start::Newest(0), 1 << 20).await];
+        let mut members = vec![Member::join(&world, &lobby, JoinStart::Newest(0), 1 << 20).await];
         for i in 1..=500 {
             world.say(&lobby);
             if i % 50 == 0 {
@@ -432,7 +432,8 @@ async fn a_bad_link_costs_nobody_an_entry() {
                 // outbox of a few frames.
                 let since =
                     Position::new(members[0].cursor.epoch.clone(), random.random_range(0..i));
-                let start = if i % 100 == 0 { Start::Newest(10) } else { Start::Since(since) };
+                let start =
+                    if i % 100 == 0 { JoinStart::Newest(10) } else { JoinStart::Since(since) };
                 let bytes_max = if i % 100 == 0 { 600 } else { 1 << 20 };
                 members.push(Member::join(&world, &lobby, start, bytes_max).await);
             }
@@ -458,7 +459,7 @@ async fn a_bad_link_costs_nobody_an_entry() {
 async fn a_mailbox_that_overflows_is_made_good_from_the_log() {
     let world = World::start(retention(), 8, || Fault::None);
     let lobby = room("r");
-    let mut member = Member::join(&world, &lobby, Start::Newest(0), 1 << 20).await;
+    let mut member = Member::join(&world, &lobby, JoinStart::Newest(0), 1 << 20).await;
     for _ in 0..1000 {
         world.say(&lobby);
     }
@@ -471,7 +472,7 @@ async fn who_is_behind_retention_is_told_and_goes_on_from_there() {
     let short = Retention { bytes_max: 5_000, ..retention() };
     let world = World::start(short, 10_000, || Fault::None);
     let lobby = room("r");
-    let mut slow = Member::join(&world, &lobby, Start::Newest(0), 600).await;
+    let mut slow = Member::join(&world, &lobby, JoinStart::Newest(0), 600).await;
     for _ in 0..2000 {
         world.say(&lobby);
     }
@@ -483,7 +484,7 @@ async fn who_is_behind_retention_is_told_and_goes_on_from_there() {
 async fn a_member_that_reads_nothing_costs_no_reads() {
     let world = World::start(retention(), 10_000, || Fault::None);
     let lobby = room("r");
-    let mut slow = Member::join(&world, &lobby, Start::Newest(0), 600).await;
+    let mut slow = Member::join(&world, &lobby, JoinStart::Newest(0), 600).await;
     for _ in 0..2000 {
         world.say(&lobby);
     }
@@ -511,7 +512,7 @@ async fn a_gap_is_filled_as_soon_as_something_comes_behind_it() {
         if count % 7 == 0 { Fault::Drop } else { Fault::None }
     });
     let lobby = room("r");
-    let mut member = Member::join(&world, &lobby, Start::Newest(0), 1 << 20).await;
+    let mut member = Member::join(&world, &lobby, JoinStart::Newest(0), 1 << 20).await;
     // Nobody says that anything was lost.
     for i in 1..=100 {
         world.say(&lobby);
@@ -527,7 +528,7 @@ async fn what_was_lost_at_the_end_is_found_by_comparing_heads() {
     // Nothing arrives, and nobody says that anything was lost.
     let world = World::start(retention(), 10_000, || Fault::Drop);
     let lobby = room("r");
-    let mut member = Member::join(&world, &lobby, Start::Newest(0), 1 << 20).await;
+    let mut member = Member::join(&world, &lobby, JoinStart::Newest(0), 1 << 20).await;
     for _ in 0..100 {
         world.say(&lobby);
     }
@@ -544,8 +545,8 @@ async fn what_was_lost_at_the_end_is_found_by_comparing_heads() {
 async fn an_epoch_that_continues_the_log_skips_nothing_live_or_on_return() {
     let (world, log) = fragile_world();
     let lobby = room("r");
-    let mut member = Member::join(&world, &lobby, Start::Newest(0), 1 << 20).await;
-    let mut slow = Member::join(&world, &lobby, Start::Newest(0), 600).await;
+    let mut member = Member::join(&world, &lobby, JoinStart::Newest(0), 1 << 20).await;
+    let mut slow = Member::join(&world, &lobby, JoinStart::Newest(0), 600).await;
     (0..400).for_each(|_| world.say(&lobby));
     member.reach(&world, 400).await;
     let before = member.cursor.epoch.clone();
@@ -559,12 +560,12 @@ async fn an_epoch_that_continues_the_log_skips_nothing_live_or_on_return() {
     assert_eq!(slow.resets, 1);
     for seq in [0, 300, 399, 400] {
         let since = Position::new(before.clone(), seq);
-        let mut back = Member::join(&world, &lobby, Start::Since(since), 1 << 20).await;
+        let mut back = Member::join(&world, &lobby, JoinStart::Since(since), 1 << 20).await;
         assert!(back.recovered, "from {seq}");
         back.reach(&world, 800).await;
         assert_eq!((back.resets, &back.cursor), (1, &member.cursor), "from {seq}");
     }
-    let beyond = Start::Since(Position::new(before, 401));
+    let beyond = JoinStart::Since(Position::new(before, 401));
     assert!(!Member::join(&world, &lobby, beyond, 1 << 20).await.recovered);
 }
 
@@ -572,7 +573,7 @@ async fn an_epoch_that_continues_the_log_skips_nothing_live_or_on_return() {
 async fn what_the_log_has_lost_is_appended_again() {
     let (world, log) = fragile_world();
     let lobby = room("r");
-    let mut member = Member::join(&world, &lobby, Start::Newest(0), 1 << 20).await;
+    let mut member = Member::join(&world, &lobby, JoinStart::Newest(0), 1 << 20).await;
     (0..10).for_each(|_| world.say(&lobby));
     member.reach(&world, 10).await;
     let ids = log.ids();
@@ -592,7 +593,7 @@ async fn what_was_deleted_stays_deleted() {
     let fault = move || if is_deaf.load(Ordering::Relaxed) { Fault::Drop } else { Fault::None };
     let world = World::start(retention(), 10_000, fault);
     let lobby = room("r");
-    let mut member = Member::join(&world, &lobby, Start::Newest(0), 1 << 20).await;
+    let mut member = Member::join(&world, &lobby, JoinStart::Newest(0), 1 << 20).await;
     (0..10).for_each(|_| world.say(&lobby));
     member.reach(&world, 10).await;
     deaf.store(true, Ordering::Relaxed);
@@ -608,7 +609,7 @@ async fn what_was_deleted_stays_deleted() {
     }
     assert!(member.closed && member.resets == 0);
     deaf.store(false, Ordering::Relaxed);
-    let mut anew = Member::join(&world, &lobby, Start::Newest(10), 1 << 20).await;
+    let mut anew = Member::join(&world, &lobby, JoinStart::Newest(10), 1 << 20).await;
     anew.reach(&world, 2).await;
     world.until_whole().await;
     let page = world.bus.read(lobby, Range::Newest { limit: 100 }).await.unwrap();
@@ -619,13 +620,13 @@ async fn what_was_deleted_stays_deleted() {
 async fn a_node_without_standing_passes_nothing_on_and_makes_it_good() {
     let world = World::start(retention(), 10_000, || Fault::None);
     let lobby = room("r");
-    let mut member = Member::join(&world, &lobby, Start::Newest(0), 1 << 20).await;
+    let mut member = Member::join(&world, &lobby, JoinStart::Newest(0), 1 << 20).await;
     world.say(&lobby);
     member.reach(&world, 1).await;
     let standing = world.mailboxes.node_state();
     standing.drop_lease();
     (0..5).for_each(|_| world.say(&lobby));
-    let joining = Member::join(&world, &lobby, Start::Newest(0), 1 << 20);
+    let joining = Member::join(&world, &lobby, JoinStart::Newest(0), 1 << 20);
     tokio::pin!(joining);
     let waited = tokio::time::timeout(Duration::from_secs(8), &mut joining).await;
     assert!(waited.is_err(), "answered without standing");
@@ -653,7 +654,7 @@ async fn all_is_whole_when_every_log_was_compared() {
     let rooms: Vec<RoomId> = (0..20).map(|i| room(&format!("r{i}"))).collect();
     let mut members = vec![];
     for room in &rooms {
-        members.push(Member::join(&world, room, Start::Newest(0), 1 << 20).await);
+        members.push(Member::join(&world, room, JoinStart::Newest(0), 1 << 20).await);
     }
     assert!(world.mailboxes.all_synced());
     deaf.store(true, Ordering::Relaxed);
@@ -673,7 +674,7 @@ async fn readers_that_are_behind_share_what_is_read_for_them() {
     let lobby = room("r");
     let mut members = vec![];
     for _ in 0..100 {
-        members.push(Member::join(&world, &lobby, Start::Newest(0), 20_000).await);
+        members.push(Member::join(&world, &lobby, JoinStart::Newest(0), 20_000).await);
     }
     (0..2000).for_each(|_| world.say(&lobby));
     let before = world.reads.load(Ordering::Relaxed);
@@ -695,7 +696,7 @@ async fn readers_that_are_behind_share_what_is_read_for_them() {
 async fn a_node_can_tell_what_it_holds() {
     let world = World::start(retention(), 10_000, || Fault::None);
     let lobby = room("r");
-    let mut member = Member::join(&world, &lobby, Start::Newest(0), 1 << 20).await;
+    let mut member = Member::join(&world, &lobby, JoinStart::Newest(0), 1 << 20).await;
     (0..300).for_each(|_| world.say(&lobby));
     member.reach(&world, 300).await;
     let held = world.mailboxes.replica_snapshots().await.remove(0);
@@ -716,10 +717,10 @@ async fn a_join_whose_connection_has_left_reads_nothing() {
     let outbox = Outbox::to_owner(1 << 20, world.metrics.clone());
     let gone = Arc::new(ConnectionHandle::new(ConnectionId::random(), outbox));
     // The call is made, and given up before the shard takes it.
-    let (start, entered) = (Start::Newest(10), Default::default());
+    let (start, entered) = (JoinStart::Newest(10), Default::default());
     let joining = world.hub.join(room("r"), gone, None, start, entered);
     assert!(joining.now_or_never().is_none());
-    Member::join(&world, &room("other"), Start::Newest(0), 1 << 20).await;
+    Member::join(&world, &room("other"), JoinStart::Newest(0), 1 << 20).await;
     assert_eq!(world.metrics.rooms.get(), 1, "the room is not followed");
     assert_eq!(world.reads.load(Ordering::Relaxed), 1, "the other room's");
 }
@@ -728,14 +729,14 @@ async fn a_join_whose_connection_has_left_reads_nothing() {
 async fn a_room_that_empties_again_and_again_does_not_keep_others_followed() {
     let world = World::start(retention(), 10_000, || Fault::None);
     let (busy, quiet) = (room("busy"), room("quiet"));
-    let ann = Member::join(&world, &busy, Start::Newest(0), 1 << 20).await.handle;
+    let ann = Member::join(&world, &busy, JoinStart::Newest(0), 1 << 20).await.handle;
     for _ in 0..5_000 {
         world.hub.leave(busy.clone(), ann.connection, None).await;
-        let (start, entered) = (Start::Newest(0), Default::default());
+        let (start, entered) = (JoinStart::Newest(0), Default::default());
         world.hub.join(busy.clone(), ann.clone(), None, start, entered).await.unwrap();
         ann.outbox.take();
     }
-    let bob = Member::join(&world, &quiet, Start::Newest(0), 1 << 20).await.handle;
+    let bob = Member::join(&world, &quiet, JoinStart::Newest(0), 1 << 20).await.handle;
     world.hub.leave(quiet, bob.connection, None).await;
     for _ in 0..LINGER.as_secs() + 2 {
         assert!(world.metrics.rooms.get() <= 2);

@@ -14,7 +14,7 @@ use gateway::{
         redis::{LEASE, RedisBus, RedisOptions, topology::TlsFiles},
     },
     drain::Tasks,
-    hub::{Hub, MAILBOX_LEN, join::Start, member::ConnectionHandle},
+    hub::{Hub, MAILBOX_LEN, join::JoinStart, member::ConnectionHandle},
     outbox::Outbox,
     telemetry::metrics::Metrics,
 };
@@ -148,7 +148,7 @@ async fn a_thousand_rooms_are_repaired_when_the_link_is_back() {
     let member = Arc::new(ConnectionHandle::new(ConnectionId::random(), outbox));
     for room in &rooms {
         let joined =
-            hub.join(room.clone(), member.clone(), None, Start::Newest(0), Default::default());
+            hub.join(room.clone(), member.clone(), None, JoinStart::Newest(0), Default::default());
         within(joined).await.unwrap();
     }
     assert_eq!(metrics.rooms.get(), ROOMS as i64);
