@@ -29,7 +29,7 @@ use super::{
 use crate::{
     bus::sessions::{self, ConnectionInfo, OpenedSession, SecretDigest, SessionHolder},
     hub::{
-        NotFollowed,
+        SubscribeFailed,
         join::{JoinGrant, JoinStart},
         member::{ConnectionHandle, Owner},
     },
@@ -195,11 +195,11 @@ pub(super) async fn follow_inbox(
     user: &UserId,
     inbox: InboxState,
     device: Option<Result<Position, InvalidPosition>>,
-) -> Result<(), NotFollowed> {
+) -> Result<(), SubscribeFailed> {
     if let Some(Err(_)) = device {
         let text = "`inbox` is <epoch>:<seq>; the acknowledged position is taken";
         node.metrics.errors.of(ErrorCode::BadRequest).inc();
-        handle.answer(&ServerFrame::Error(ErrorFrame::new(ErrorCode::BadRequest, text)));
+        handle.send(&ServerFrame::Error(ErrorFrame::new(ErrorCode::BadRequest, text)));
     }
     let unread = unread_from(&inbox);
     let since = device.and_then(Result::ok).unwrap_or(Position::new(inbox.epoch, unread));
@@ -212,10 +212,10 @@ pub(super) async fn follow_inbox(
         match tokio::time::timeout_at(until, joining).await {
             Ok(Ok(_)) => return Ok(()),
             // One failed attempt to read it, which may be over in a moment.
-            Ok(Err(NotFollowed)) if Instant::now() + JOIN_AGAIN < until => {
+            Ok(Err(SubscribeFailed)) if Instant::now() + JOIN_AGAIN < until => {
                 tokio::time::sleep(JOIN_AGAIN).await;
             }
-            _ => return Err(NotFollowed),
+            _ => return Err(SubscribeFailed),
         }
     }
 }

@@ -65,7 +65,7 @@ use crate::{
         node_state::BusStatus,
         registry::{RoomConfig, RoomSummary, unix_millis_now},
     },
-    hub::{NotFollowed, member::ConnectionHandle},
+    hub::{SubscribeFailed, member::ConnectionHandle},
     limits::Place,
     outbox::{Close, FRAME_OVERHEAD_BYTES, Outbox},
     session::{Request, Session, auth::AuthError},
@@ -485,7 +485,7 @@ impl Stream {
         let handle = Arc::new(ConnectionHandle::new(connection, outbox).of(entered.owner()));
         let (user, wait) = (entered.identity.user.clone(), node.services.limits.wait_max);
         let online = node.services.presence.appear(&user, wait).await;
-        handle.answer(&connected(node, &entered, &handle, route));
+        handle.send(&connected(node, &entered, &handle, route));
         let Entered { identity, place, opened, .. } = entered;
         let inbox = cursors.inbox.clone().map(Ok).or(client.inbox);
         // Where the inbox begins is part of every position from now on.
@@ -504,7 +504,7 @@ impl Stream {
             Self { session, handle, cursors, waiting, pieces, expires, _places, _user };
         let joined = match follows {
             Ok(()) => stream.join_all(node).await,
-            Err(NotFollowed) => Err(refused(ErrorCode::Unavailable, "the bus is away")),
+            Err(SubscribeFailed) => Err(refused(ErrorCode::Unavailable, "the bus is away")),
         };
         if let Err(refused) = joined {
             stream.session.end().await;
@@ -618,7 +618,7 @@ impl Stream {
                 biased;
                 () = batch.left() => {
                     let after_ms = batch.after_ms();
-                    handle.answer(&ServerFrame::Reconnect(ReconnectFrame {
+                    handle.send(&ServerFrame::Reconnect(ReconnectFrame {
                         after_ms,
                         reason: ReconnectReason::Draining,
                         node: None,

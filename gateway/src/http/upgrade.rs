@@ -43,7 +43,7 @@ use super::{
 };
 use crate::{
     bus::sessions::OpenedSession,
-    hub::{NotFollowed, member::ConnectionHandle},
+    hub::{SubscribeFailed, member::ConnectionHandle},
     limits::{
         Place,
         meter::{Meter, MeterRates},
@@ -181,7 +181,8 @@ fn upgrade(
 pub(super) fn panicked(node: &Arc<Node>, connection: ConnectionId, panic: &str) {
     node.metrics.panicked(connection, panic);
     let hub = node.services.hub.clone();
-    node.tasks.spawn_job("forget_connection", async move { hub.forget(connection).await });
+    node.tasks
+        .spawn_job("forget_connection", async move { hub.remove_connection(connection).await });
 }
 
 /// What a handshake is answered.
@@ -382,10 +383,10 @@ impl Opening {
         let opening = async {
             // When the client hears `connected` everybody can see that its user is.
             let online = presence.appear(&user, wait).await;
-            handle.answer(&connected);
+            handle.send(&connected);
             match follow_inbox(&node, &handle, &user.id, inbox, client.inbox).await {
                 Ok(()) => hold_session(&node, &handle).await,
-                Err(NotFollowed) => {
+                Err(SubscribeFailed) => {
                     // It comes back, to this node or one that hears.
                     let (code, reason) = (CloseCode::Overload.number(), "unavailable".to_owned());
                     handle.outbox.close(Close { code, reason });
@@ -516,7 +517,7 @@ async fn join_at_once(
                 ..*ErrorFrame::new(ErrorCode::BadRequest, text)
             };
             node.metrics.errors.of(ErrorCode::BadRequest).inc();
-            handle.answer(&ServerFrame::Error(Box::new(refusal)));
+            handle.send(&ServerFrame::Error(Box::new(refusal)));
             Err(ErrorCode::BadRequest)
         }
     }

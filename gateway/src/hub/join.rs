@@ -337,7 +337,7 @@ impl Room {
     ) {
         let again = self.is_member(join.handle.connection);
         let entered = join.grant.entered;
-        join.handle.answer(&ServerFrame::Joined(Box::new(JoinedFrame {
+        join.handle.send(&ServerFrame::Joined(Box::new(JoinedFrame {
             reference: join.reference.clone(),
             room: self.name.clone(),
             epoch: at.epoch,

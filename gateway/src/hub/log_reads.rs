@@ -6,7 +6,7 @@ use std::time::Duration;
 use shared::{ids::RoomId, position::Position, protocol::server_frame::RoomClosedReason};
 
 use super::{
-    Call, LogReadRequest, ReadPurpose,
+    LogReadRequest, ReadPurpose, ShardCommand,
     budget::Taken,
     catch_up::{CatchUpOutcome, CatchUpRead},
     join::Step,
@@ -75,8 +75,8 @@ impl Shard {
         }
         rooms.sort_unstable();
         self.comparing = ReadState::InProgress;
-        let (bus, calls, lease_generation) =
-            (self.bus.clone(), self.calls.clone(), self.lease_generation);
+        let (bus, commands, lease_generation) =
+            (self.bus.clone(), self.commands.clone(), self.lease_generation);
         let metrics = self.batch.metrics.clone();
         let read_heads = async move {
             let names: Vec<RoomId> = rooms.iter().map(|(name, _)| name.clone()).collect();
@@ -87,7 +87,7 @@ impl Shard {
                 }
                 tokio::time::sleep(READ_RETRY_DELAY).await;
             };
-            let _ = calls.send(Call::Compared { rooms, lease_generation, heads }).await;
+            let _ = commands.send(ShardCommand::HeadsRead { rooms, lease_generation, heads }).await;
         };
         self.spawn("compare_heads", read_heads);
     }
@@ -178,7 +178,7 @@ impl Shard {
         range: Range,
         pause: Duration,
     ) {
-        let (bus, calls) = (self.bus.clone(), self.calls.clone());
+        let (bus, commands) = (self.bus.clone(), self.commands.clone());
         let metrics = self.batch.metrics.clone();
         let durable = self.rules.is_durable(&request.room);
         let read = async move {
@@ -189,11 +189,13 @@ impl Shard {
             if let ReadPurpose::Open = request.purpose
                 && let Err(error) = bus.subscribe(request.room.clone()).await
             {
-                let _ = calls.send(Call::Answered { request, result: Err(error) }).await;
+                let _ = commands.send(ShardCommand::LogRead { request, result: Err(error) }).await;
                 return;
             }
             if !durable {
-                let _ = calls.send(Call::Answered { request, result: Ok(Page::of_no_log()) }).await;
+                let _ = commands
+                    .send(ShardCommand::LogRead { request, result: Ok(Page::of_no_log()) })
+                    .await;
                 return;
             }
             if let Some(held) = restore {
@@ -221,7 +223,7 @@ impl Shard {
                 tokio::time::sleep(READ_RETRY_DELAY).await;
                 result = bus.read(request.room.clone(), range).await;
             }
-            let _ = calls.send(Call::Answered { request, result }).await;
+            let _ = commands.send(ShardCommand::LogRead { request, result }).await;
         };
         self.spawn("read_log", read);
     }

@@ -233,13 +233,13 @@ impl ConnectionHandle {
 
     /// Sends a frame that answers the client's own and has no order with anything else: it goes ahead
     /// of what a slow socket does not take.
-    pub fn answer_ahead(&self, answer: &ServerFrame<Box<RawValue>>) {
-        self.outbox.push_ahead(text_frame(answer));
+    pub fn send_ahead(&self, frame: &ServerFrame<Box<RawValue>>) {
+        self.outbox.push_ahead(text_frame(frame));
     }
 
     /// Sends a frame that answers the client's own.
-    pub fn answer(&self, answer: &ServerFrame<Box<RawValue>>) {
-        self.outbox.push(text_frame(answer));
+    pub fn send(&self, frame: &ServerFrame<Box<RawValue>>) {
+        self.outbox.push(text_frame(frame));
     }
 
     /// Has the `ack` of a message stand in the place of its copy. `false`: that of an earlier send
@@ -273,7 +273,7 @@ impl ConnectionHandle {
             }
         };
         if let Some(ack) = released {
-            self.answer(&ack.at(&key.0, id, position, true));
+            self.send(&ack.at(&key.0, id, position, true));
         }
     }
 
@@ -293,7 +293,7 @@ impl ConnectionHandle {
             }
         });
         for ack in released {
-            self.answer(&ack);
+            self.send(&ack);
         }
     }
 
@@ -310,8 +310,8 @@ impl ConnectionHandle {
 }
 
 /// A frame as it stands on the socket.
-pub fn text_frame(answer: &ServerFrame<Box<RawValue>>) -> Bytes {
-    let json = serde_json::to_vec(answer).expect("answers are made of text and numbers");
+pub fn text_frame(frame: &ServerFrame<Box<RawValue>>) -> Bytes {
+    let json = serde_json::to_vec(frame).expect("answers are made of text and numbers");
     codec::encode(Opcode::Text, &[&json])
 }
 
@@ -558,7 +558,7 @@ impl RoomMember {
         batch: &mut ShardBatch,
     ) {
         self.handle.release_reservations(room);
-        self.handle.answer(&ServerFrame::Reset(ResetFrame {
+        self.handle.send(&ServerFrame::Reset(ResetFrame {
             room: room.named(),
             epoch: position.epoch.clone(),
             seq: position.seq,

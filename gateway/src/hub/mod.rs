@@ -4,7 +4,7 @@
 //! entries stay in order and nothing is locked. A batch takes what has gathered in the mailbox,
 //! places each entry in the outboxes of the room's members as shared bytes, and at its end writes
 //! to every touched socket once. Nothing here waits for a client or for the bus: reads of a log
-//! are tasks that put their answer into the shard's own queue.
+//! are tasks that put their reply into the shard's own queue.
 //!
 //! A room is followed while it has members here, and for [`LINGER`] after.
 //!
@@ -60,7 +60,7 @@ use shard::Shard;
 pub const LINGER: Duration = Duration::from_secs(30);
 /// The same of an inbox: long enough to come back after a cut, and not longer, since each user has one.
 pub const INBOX_LINGER: Duration = Duration::from_secs(5);
-/// How many calls may wait for a shard; more wait with their caller.
+/// How many commands may wait for a shard; more wait with their caller.
 const QUEUE_LEN_MAX: usize = 4096;
 /// How many entries a shard's mailbox holds; above it they are read from the log instead.
 pub const MAILBOX_LEN: usize = 16_384;
@@ -79,7 +79,7 @@ pub struct HubOptions {
     pub dedup_window: Duration,
     /// How long the log of a room is kept in which nothing is said.
     pub log_ttl: Duration,
-    /// The most rooms that a node follows, inboxes not counted. Joins of further ones are refused.
+    /// The most rooms that a node follows, inboxes not counted. Joins of further ones are rejected.
     pub rooms_max: usize,
     /// The most rooms and inboxes without members that are still followed.
     pub lingering_rooms_max: usize,
@@ -90,14 +90,14 @@ pub struct HubOptions {
 /// A handle to the hub. Cheap to clone.
 #[derive(Clone)]
 pub struct Hub {
-    shards: Arc<[mpsc::Sender<Call>]>,
+    shards: Arc<[mpsc::Sender<ShardCommand>]>,
     mailboxes: Mailboxes,
 }
 
 /// The room cannot be followed: the bus is away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the room cannot be followed while the bus is away")]
-pub struct NotFollowed;
+#[error("cannot subscribe to the room: the bus is unavailable")]
+pub struct SubscribeFailed;
 
 /// What became of a join.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,15 +112,15 @@ pub enum JoinOutcome {
 }
 
 /// What a shard is request to do.
-enum Call {
+enum ShardCommand {
     Join(RoomId, PendingJoin),
     Leave {
         room: RoomId,
         connection: ConnectionId,
         /// Sent behind the last entry.
-        answer: Option<(Arc<ConnectionHandle>, Bytes)>,
+        reply: Option<(Arc<ConnectionHandle>, Bytes)>,
     },
-    GiveUp {
+    CancelJoin {
         room: RoomId,
         handle: Arc<ConnectionHandle>,
     },
@@ -128,20 +128,20 @@ enum Call {
         room: RoomId,
         connection: ConnectionId,
     },
-    UsersBehind {
+    PresentAfter {
         room: RoomId,
         after: String,
         limit: usize,
-        answer: oneshot::Sender<Vec<UserId>>,
+        reply: oneshot::Sender<Vec<UserId>>,
     },
-    Close {
+    CloseConnections {
         room: RoomId,
         which: SessionSelector,
         before: UnixMicros,
         close: Close,
         done: oneshot::Sender<()>,
     },
-    Remove {
+    RemoveUser {
         room: RoomId,
         user: UserId,
         before: UnixMicros,
@@ -150,44 +150,44 @@ enum Call {
     Broadcast(Bytes),
     Connections {
         room: Option<RoomId>,
-        answer: oneshot::Sender<Vec<Arc<ConnectionHandle>>>,
+        reply: oneshot::Sender<Vec<Arc<ConnectionHandle>>>,
     },
     Cursors {
         room: RoomId,
         user: UserId,
-        answer: oneshot::Sender<Vec<(ConnectionId, Position)>>,
+        reply: oneshot::Sender<Vec<(ConnectionId, Position)>>,
     },
     Watch {
         users: Vec<UserId>,
         handle: Arc<ConnectionHandle>,
-        /// Whether it is told at once, as the answer to what.
+        /// Whether it is told at once, as the reply to what.
         asks: Option<Option<FrameRef>>,
         /// Hears for whom there was no place.
-        refused: oneshot::Sender<Vec<UserId>>,
+        rejected: oneshot::Sender<Vec<UserId>>,
     },
     Unwatch {
         users: Vec<UserId>,
         connection: ConnectionId,
     },
-    Forget(ConnectionId),
-    Statuses {
+    RemoveConnection(ConnectionId),
+    StatusesRead {
         users: Vec<UserId>,
         statuses: Vec<OnlineStatus>,
     },
-    AskPresence {
+    QueryPresence {
         room: RoomId,
         asks: Asking,
     },
-    Rosters {
+    RostersRead {
         rooms: Vec<(RoomId, u64)>,
         snapshots: Vec<PresenceSnapshot>,
     },
-    Compared {
+    HeadsRead {
         rooms: Vec<(RoomId, u64)>,
         lease_generation: u64,
         heads: Vec<Option<Position>>,
     },
-    Answered {
+    LogRead {
         request: LogReadRequest,
         result: Result<Page, BusError>,
     },
@@ -210,7 +210,7 @@ enum ReadPurpose {
     Open,
     /// To go on from the top.
     Continue,
-    /// To answer a join.
+    /// To reply a join.
     Join(PendingJoin),
     /// To catch_up members that are behind, from here on.
     CatchUp(Seq),
@@ -236,13 +236,14 @@ impl Hub {
             ..options
         };
         let start = |messages: ShardReceiver| {
-            let (calls, queue) = mpsc::channel(QUEUE_LEN_MAX);
+            let (commands, queue) = mpsc::channel(QUEUE_LEN_MAX);
             let services = (bus.clone(), presence.clone(), rules.clone());
             let telemetry = (telemetry.0.clone(), telemetry.1.clone());
             let options = options.clone();
-            let shard = Shard::new(services, calls.clone(), &messages, options, telemetry, tasks);
+            let shard =
+                Shard::new(services, commands.clone(), &messages, options, telemetry, tasks);
             tasks.spawn_service("hub_shard", shard.run(queue, messages.messages));
-            calls
+            commands
         };
         Self { shards: messages.into_iter().map(start).collect(), mailboxes }
     }
@@ -250,11 +251,11 @@ impl Hub {
     /// Makes a connection a member of a room that its user has `entered`. Resolves when `joined` has
     /// been sent, or the room is one too many.
     ///
-    /// Who drops the future before it resolves has to [give up](Hub::give_up) or leave.
+    /// Who drops the future before it resolves has to [give up](Hub::cancel_join) or leave.
     ///
     /// # Errors
     ///
-    /// [`NotFollowed`], and the connection is no member: the bus is away, or the room was deleted since
+    /// [`SubscribeFailed`], and the connection is no member: the bus is away, or the room was deleted since
     /// its user has entered it.
     pub async fn join(
         &self,
@@ -263,40 +264,40 @@ impl Hub {
         reference: Option<FrameRef>,
         start: JoinStart,
         grant: JoinGrant,
-    ) -> Result<JoinOutcome, NotFollowed> {
+    ) -> Result<JoinOutcome, SubscribeFailed> {
         let (done, joined) = oneshot::channel();
         let (refreshed, lost, bytes_read) = (false, None, 0);
         let join = Join { handle, reference, start, grant, done, refreshed, lost, bytes_read };
-        self.call(room.clone(), Call::Join(room, join)).await;
-        joined.await.map_err(|_| NotFollowed)
+        self.send(room.clone(), ShardCommand::Join(room, join)).await;
+        joined.await.map_err(|_| SubscribeFailed)
     }
 
-    /// Ends a membership, if there is one. `answer` is sent in any case, behind the last entry.
+    /// Ends a membership, if there is one. `reply` is sent in any case, behind the last entry.
     pub async fn leave(
         &self,
         room: RoomId,
         connection: ConnectionId,
-        answer: Option<(Arc<ConnectionHandle>, Bytes)>,
+        reply: Option<(Arc<ConnectionHandle>, Bytes)>,
     ) {
-        self.call(room.clone(), Call::Leave { room, connection, answer }).await;
+        self.send(room.clone(), ShardCommand::Leave { room, connection, reply }).await;
     }
 
     /// Ends a membership that a join which was given up may have brought about all the same; its
     /// `joined` is then followed by `left`.
-    pub async fn give_up(&self, room: RoomId, handle: Arc<ConnectionHandle>) {
-        self.call(room.clone(), Call::GiveUp { room, handle }).await;
+    pub async fn cancel_join(&self, room: RoomId, handle: Arc<ConnectionHandle>) {
+        self.send(room.clone(), ShardCommand::CancelJoin { room, handle }).await;
     }
 
     /// Gives a member that is behind what its outbox has room for.
     pub async fn catch_up(&self, room: RoomId, connection: ConnectionId) {
-        self.call(room.clone(), Call::CatchUp { room, connection }).await;
+        self.send(room.clone(), ShardCommand::CatchUp { room, connection }).await;
     }
 
     /// At most `limit` of those present in a room, as its members here know them, that follow `after`.
-    pub async fn users_behind(&self, room: RoomId, after: String, limit: usize) -> Vec<UserId> {
-        let (answer, answered) = oneshot::channel();
-        self.call(room.clone(), Call::UsersBehind { room, after, limit, answer }).await;
-        answered.await.unwrap_or_default()
+    pub async fn present_after(&self, room: RoomId, after: String, limit: usize) -> Vec<UserId> {
+        let (reply, replied) = oneshot::channel();
+        self.send(room.clone(), ShardCommand::PresentAfter { room, after, limit, reply }).await;
+        replied.await.unwrap_or_default()
     }
 
     /// Closes connections of a user that were opened before a time, those of some sessions. Resolves
@@ -310,7 +311,11 @@ impl Hub {
     ) {
         let (done, closed) = oneshot::channel();
         let room = RoomId::inbox_of(user);
-        self.call(room.clone(), Call::Close { room, which, before, close, done }).await;
+        self.send(
+            room.clone(),
+            ShardCommand::CloseConnections { room, which, before, close, done },
+        )
+        .await;
         // A shard that is gone has no connections.
         let _ = closed.await;
     }
@@ -318,14 +323,14 @@ impl Hub {
     /// Takes those connections of a user out of a room that were opened before a time.
     pub async fn remove(&self, room: RoomId, user: UserId, before: UnixMicros) {
         let (done, removed) = oneshot::channel();
-        self.call(room.clone(), Call::Remove { room, user, before, done }).await;
+        self.send(room.clone(), ShardCommand::RemoveUser { room, user, before, done }).await;
         let _ = removed.await;
     }
 
     /// Sends a frame to every connection, once.
     pub async fn broadcast(&self, frame: Bytes) {
         for shard in &*self.shards {
-            let _ = shard.send(Call::Broadcast(frame.clone())).await;
+            let _ = shard.send(ShardCommand::Broadcast(frame.clone())).await;
         }
     }
 
@@ -337,18 +342,18 @@ impl Hub {
             if room.as_ref().is_some_and(|room| self.mailboxes.shard_of(room) != place) {
                 continue;
             }
-            let (answer, answered) = oneshot::channel();
-            let _ = shard.send(Call::Connections { room: room.clone(), answer }).await;
-            connections.extend(answered.await.unwrap_or_default());
+            let (reply, replied) = oneshot::channel();
+            let _ = shard.send(ShardCommand::Connections { room: room.clone(), reply }).await;
+            connections.extend(replied.await.unwrap_or_default());
         }
         connections
     }
 
     /// How far the connections of a user are in a room or inbox.
     pub async fn cursors(&self, room: RoomId, user: UserId) -> Vec<(ConnectionId, Position)> {
-        let (answer, answered) = oneshot::channel();
-        self.call(room.clone(), Call::Cursors { room, user, answer }).await;
-        answered.await.unwrap_or_default()
+        let (reply, replied) = oneshot::channel();
+        self.send(room.clone(), ShardCommand::Cursors { room, user, reply }).await;
+        replied.await.unwrap_or_default()
     }
 
     /// Has a connection told whether users are connected: now, where it `asks`, and on every change.
@@ -359,25 +364,25 @@ impl Hub {
         handle: &Arc<ConnectionHandle>,
         asks: Option<Option<FrameRef>>,
     ) -> Vec<UserId> {
-        let mut answers = Vec::new();
+        let mut replies = Vec::new();
         for (shard, users) in self.by_shard(users) {
-            let (refused, answer) = oneshot::channel();
+            let (rejected, reply) = oneshot::channel();
             let (handle, asks) = (handle.clone(), asks.clone());
-            let _ = shard.send(Call::Watch { users, handle, asks, refused }).await;
-            answers.push(answer);
+            let _ = shard.send(ShardCommand::Watch { users, handle, asks, rejected }).await;
+            replies.push(reply);
         }
-        let mut refused = Vec::new();
-        for answer in answers {
+        let mut rejected = Vec::new();
+        for reply in replies {
             // A shard is gone only when the process stops.
-            refused.extend(answer.await.unwrap_or_default());
+            rejected.extend(reply.await.unwrap_or_default());
         }
-        refused
+        rejected
     }
 
     /// Ends that.
     pub async fn unwatch(&self, users: impl IntoIterator<Item = UserId>, connection: ConnectionId) {
         for (shard, users) in self.by_shard(users) {
-            let _ = shard.send(Call::Unwatch { users, connection }).await;
+            let _ = shard.send(ShardCommand::Unwatch { users, connection }).await;
         }
     }
 
@@ -385,7 +390,7 @@ impl Hub {
     fn by_shard(
         &self,
         users: impl IntoIterator<Item = UserId>,
-    ) -> impl Iterator<Item = (&mpsc::Sender<Call>, Vec<UserId>)> {
+    ) -> impl Iterator<Item = (&mpsc::Sender<ShardCommand>, Vec<UserId>)> {
         let mut by_shard = vec![Vec::new(); self.shards.len()];
         for user in users {
             by_shard[self.mailboxes.shard_of(&RoomId::status_of(&user))].push(user);
@@ -395,15 +400,15 @@ impl Hub {
 
     /// Ends all that a connection takes part in, whatever its session knew of that: its task panicked.
     /// It costs a look at every room.
-    pub async fn forget(&self, connection: ConnectionId) {
+    pub async fn remove_connection(&self, connection: ConnectionId) {
         for shard in &*self.shards {
-            let _ = shard.send(Call::Forget(connection)).await;
+            let _ = shard.send(ShardCommand::RemoveConnection(connection)).await;
         }
     }
 
     /// Sends a member `presence`: exactly who is present as far as members here were told, when that
     /// is at least the state of `details`.
-    pub async fn tell_presence(
+    pub async fn send_presence(
         &self,
         room: RoomId,
         handle: Arc<ConnectionHandle>,
@@ -413,11 +418,11 @@ impl Hub {
     ) {
         let since = Instant::now();
         let asks = Asking { handle, reference, after, limit, details, since };
-        self.call(room.clone(), Call::AskPresence { room, asks }).await;
+        self.send(room.clone(), ShardCommand::QueryPresence { room, asks }).await;
     }
 
-    async fn call(&self, room: RoomId, call: Call) {
+    async fn send(&self, room: RoomId, command: ShardCommand) {
         // A shard is gone only when the process stops, and with it everything it would do.
-        let _ = self.shards[self.mailboxes.shard_of(&room)].send(call).await;
+        let _ = self.shards[self.mailboxes.shard_of(&room)].send(command).await;
     }
 }

@@ -24,7 +24,7 @@ use shared::{
 use tokio::time::Instant;
 
 use super::{
-    Call,
+    ShardCommand,
     log_reads::READ_RETRY_DELAY,
     member::{ConnectionHandle, Frames, RoomMember, ShardBatch, Shared, text_frame},
     room::Room,
@@ -172,7 +172,7 @@ impl Room {
         but: impl Fn(&ConnectionHandle) -> bool,
         batch: &mut ShardBatch,
     ) {
-        let mut frame = Shared::new(text_frame(answer));
+        let mut frame = Shared::new(text_frame(frame));
         for member in self.members.iter().filter(|member| !but(&member.handle)) {
             member.notify(&mut frame, batch);
         }
@@ -320,7 +320,7 @@ impl Room {
                 continue;
             }
             let (handle, answer) = listing(&self.name, roster, asks);
-            handle.answer(&answer);
+            handle.send(&answer);
             batch.touch(&handle);
         }
         *asking = left;
@@ -448,7 +448,7 @@ impl Shard {
             .iter()
             .filter_map(|name| Some((name.clone(), self.rooms.get(name)?.generation)))
             .collect();
-        let (registry, calls) = (self.presence.registry().clone(), self.calls.clone());
+        let (registry, commands) = (self.presence.registry().clone(), self.commands.clone());
         self.spawn("read_rosters", async move {
             let snapshots = loop {
                 match registry.snapshots(names.clone()).await {
@@ -456,7 +456,7 @@ impl Shard {
                     Err(_) => tokio::time::sleep(READ_RETRY_DELAY).await,
                 }
             };
-            let _ = calls.send(Call::Rosters { rooms, snapshots }).await;
+            let _ = commands.send(ShardCommand::RostersRead { rooms, snapshots }).await;
         });
     }
 
@@ -512,7 +512,7 @@ impl Shard {
     }
 
     /// Those who may be asked for in a page of a room's people.
-    pub(super) fn users_behind(&self, name: &RoomId, after: &str, limit: usize) -> Vec<UserId> {
+    pub(super) fn present_after(&self, name: &RoomId, after: &str, limit: usize) -> Vec<UserId> {
         let Some(room) = self.rooms.get(name) else { return Vec::new() };
         room.people.roster.behind(after).take(limit).map(|(user, _)| user.clone()).collect()
     }
@@ -526,7 +526,7 @@ impl Shard {
                 room: Some(name.clone()),
                 ..*ErrorFrame::new(ErrorCode::NotJoined, "join the room first")
             };
-            asks.handle.answer(&ServerFrame::Error(Box::new(refusal)));
+            asks.handle.send(&ServerFrame::Error(Box::new(refusal)));
             return self.batch.touch(&asks.handle);
         };
         // Too many to wait are answered with what is known.
@@ -556,7 +556,7 @@ impl Shard {
             let handle = member.handle;
             handle.release_reservations(name);
             if Some(handle.connection) != by {
-                handle.answer(&answer);
+                handle.send(&answer);
             }
             self.batch.touch(&handle);
         }

@@ -1,4 +1,4 @@
-//! The task that owns some of the rooms: it hands out what arrives, takes calls, and looks around
+//! The task that owns some of the rooms: it hands out what arrives, takes commands, and looks around
 //! once a second.
 
 use std::{
@@ -18,7 +18,7 @@ use tokio::{
 };
 
 use super::{
-    COMPARE_INTERVAL, Call, HubOptions, JoinOutcome, ReadPurpose,
+    COMPARE_INTERVAL, HubOptions, JoinOutcome, ReadPurpose, ShardCommand,
     budget::{Budget, Taken},
     join::{JoinStep, PendingJoin},
     lingering::{Lingering, linger_of},
@@ -42,7 +42,7 @@ use crate::{
     },
 };
 
-/// How many messages and calls one batch takes, so that what was placed is written soon.
+/// How many messages and commands one batch takes, so that what was placed is written soon.
 const BATCH_LEN: usize = 512;
 /// The most rooms a shard unfollows in a second, so that a batch stays short.
 const UNFOLLOWS_MAX: usize = 5000;
@@ -61,13 +61,13 @@ async fn at(time: Option<Instant>) {
 pub(super) struct Shard {
     /// Boxed, since a map has places for more than it holds.
     pub(super) rooms: HashMap<RoomId, Box<Room>>,
-    /// Counts followings, so that an answer for an earlier one is not taken for a later one.
+    /// Counts followings, so that an reply for an earlier one is not taken for a later one.
     generation: u64,
     pub(super) bus: Arc<dyn Bus>,
     pub(super) presence: Arc<Presence>,
     pub(super) rules: Arc<RoomRules>,
     pub(super) tasks: Tasks,
-    pub(super) calls: mpsc::Sender<Call>,
+    pub(super) commands: mpsc::Sender<ShardCommand>,
     pub(super) batch: ShardBatch,
     pub(super) budget: Budget,
     lingering: Lingering,
@@ -114,7 +114,7 @@ pub(super) struct Shard {
 impl Shard {
     pub(super) fn new(
         (bus, presence, rules): (Arc<dyn Bus>, Arc<Presence>, Arc<RoomRules>),
-        calls: mpsc::Sender<Call>,
+        commands: mpsc::Sender<ShardCommand>,
         messages: &ShardReceiver,
         options: HubOptions,
         (metrics, trails): (Arc<Metrics>, Arc<Trails>),
@@ -135,7 +135,7 @@ impl Shard {
             presence,
             rules,
             tasks: tasks.clone(),
-            calls,
+            commands,
             batch: ShardBatch::new(retention, (metrics, trails), messages.node_state.clone()),
             budget,
             lingering: Lingering::default(),
@@ -165,12 +165,12 @@ impl Shard {
 
     pub(super) async fn run(
         mut self,
-        mut queue: mpsc::Receiver<Call>,
+        mut queue: mpsc::Receiver<ShardCommand>,
         mut messages: mpsc::Receiver<ShardMessage>,
     ) {
         let (stopped, resync) = (self.tasks.stopped().clone(), self.resync.clone());
         let mut tick = tokio::time::interval(Duration::from_secs(1));
-        let (mut calls, mut arrived) = (Vec::new(), Vec::new());
+        let (mut commands, mut arrived) = (Vec::new(), Vec::new());
         loop {
             let mut ticked = false;
             // All arms are cancel-safe. None keeps another waiting: messages and resync are looked at
@@ -179,7 +179,7 @@ impl Shard {
                 biased;
                 () = stopped.cancelled() => break,
                 _ = tick.tick() => ticked = true,
-                _ = queue.recv_many(&mut calls, BATCH_LEN) => {}
+                _ = queue.recv_many(&mut commands, BATCH_LEN) => {}
                 _ = messages.recv_many(&mut arrived, BATCH_LEN) => {}
                 () = resync.requested() => {}
                 () = at(self.next_people_due()) => {}
@@ -190,7 +190,7 @@ impl Shard {
                 // write per socket: 3 to 6 times less CPU under load (docs/adr/0011).
                 tokio::task::yield_now().await;
             }
-            // What arrived before a call was made is handed out before it: who sends and then leaves
+            // What arrived before a command was made is handed out before it: who sends and then leaves
             // gets its own copy.
             while arrived.len() < BATCH_LEN
                 && let Ok(message) = messages.try_recv()
@@ -205,7 +205,7 @@ impl Shard {
                 match message {
                     ShardMessage::Entry(room, entry) => self.receive(room, entry),
                     ShardMessage::Ephemeral(room, notice) => self.hear(&room, notice),
-                    ShardMessage::Snapshots(answer) => self.send_snapshots(answer),
+                    ShardMessage::Snapshots(reply) => self.send_snapshots(reply),
                 }
             }
             if self.resync.count() != self.resyncs_seen {
@@ -215,8 +215,8 @@ impl Shard {
             if ticked {
                 self.look_around(begun);
             }
-            for call in calls.drain(..) {
-                self.take(call);
+            for command in commands.drain(..) {
+                self.execute(command);
             }
             self.look_at_people(begun);
             self.read_statuses();
@@ -229,47 +229,47 @@ impl Shard {
         }
     }
 
-    fn take(&mut self, call: Call) {
-        match call {
-            Call::Join(room, join) => self.join(room, join),
-            Call::Leave { room, connection, answer } => self.leave(room, connection, answer),
-            Call::GiveUp { room, handle } => self.give_up(&room, &handle),
-            Call::CatchUp { room, connection } => self.catch_up(&room, connection),
-            Call::UsersBehind { room, after, limit, answer } => {
+    fn execute(&mut self, command: ShardCommand) {
+        match command {
+            ShardCommand::Join(room, join) => self.join(room, join),
+            ShardCommand::Leave { room, connection, reply } => self.leave(room, connection, reply),
+            ShardCommand::CancelJoin { room, handle } => self.cancel_join(&room, &handle),
+            ShardCommand::CatchUp { room, connection } => self.catch_up(&room, connection),
+            ShardCommand::PresentAfter { room, after, limit, reply } => {
                 // Who asked may have gone.
-                let _ = answer.send(self.users_behind(&room, &after, limit));
+                let _ = reply.send(self.present_after(&room, &after, limit));
             }
-            Call::Close { room, which, before, close, done } => {
+            ShardCommand::CloseConnections { room, which, before, close, done } => {
                 self.close_connections(&room, which, before, &close);
                 let _ = done.send(());
             }
-            Call::Remove { room, user, before, done } => {
+            ShardCommand::RemoveUser { room, user, before, done } => {
                 self.remove(&room, &user, before);
                 let _ = done.send(());
             }
-            Call::Broadcast(frame) => self.broadcast(frame),
-            Call::Connections { room, answer } => {
-                let _ = answer.send(self.connections(room.as_ref()));
+            ShardCommand::Broadcast(frame) => self.broadcast(frame),
+            ShardCommand::Connections { room, reply } => {
+                let _ = reply.send(self.connections(room.as_ref()));
             }
-            Call::Cursors { room, user, answer } => {
-                let _ = answer.send(self.cursors(&room, &user));
+            ShardCommand::Cursors { room, user, reply } => {
+                let _ = reply.send(self.cursors(&room, &user));
             }
-            Call::Watch { mut users, handle, asks, refused } => {
+            ShardCommand::Watch { mut users, handle, asks, rejected } => {
                 users.retain(|user| !self.watch(user.clone(), handle.clone(), asks.clone()));
                 // Who asked may have gone.
-                let _ = refused.send(users);
+                let _ = rejected.send(users);
             }
-            Call::Unwatch { users, connection } => {
+            ShardCommand::Unwatch { users, connection } => {
                 users.iter().for_each(|user| self.unwatch(user, connection));
             }
-            Call::Forget(connection) => self.forget(connection),
-            Call::Statuses { users, statuses } => self.take_statuses(users, statuses),
-            Call::AskPresence { room, asks } => self.ask_presence(&room, asks),
-            Call::Rosters { rooms, snapshots } => self.take_rosters(rooms, snapshots),
-            Call::Compared { rooms, lease_generation, heads } => {
+            ShardCommand::RemoveConnection(connection) => self.remove_connection(connection),
+            ShardCommand::StatusesRead { users, statuses } => self.take_statuses(users, statuses),
+            ShardCommand::QueryPresence { room, asks } => self.ask_presence(&room, asks),
+            ShardCommand::RostersRead { rooms, snapshots } => self.take_rosters(rooms, snapshots),
+            ShardCommand::HeadsRead { rooms, lease_generation, heads } => {
                 self.heads_read(rooms, lease_generation, &heads)
             }
-            Call::Answered { asked, result } => self.log_read(asked, result),
+            ShardCommand::LogRead { asked, result } => self.log_read(asked, result),
         }
     }
 
@@ -315,12 +315,12 @@ impl Shard {
         self.forget_ids();
     }
 
-    fn send_snapshots(&self, answer: oneshot::Sender<Vec<ReplicaSnapshot>>) {
+    fn send_snapshots(&self, reply: oneshot::Sender<Vec<ReplicaSnapshot>>) {
         let held = self.rooms.values().filter_map(|room| room.snapshot(&self.batch));
         let mut held: Vec<ReplicaSnapshot> = held.collect();
         held.sort_unstable_by(|a, b| a.room.cmp(&b.room));
         // Who asked may have met yet another server meanwhile.
-        let _ = answer.send(held);
+        let _ = reply.send(held);
     }
 
     /// Forgets ids past the dedup window, and the oldest where all of them take too much.
@@ -387,7 +387,7 @@ impl Shard {
             }
             JoinStep::Wait(join) => {
                 room.queue_join(join);
-                // A read may come back before the node may answer joins.
+                // A read may come back before the node may reply joins.
                 let pause = if self.batch.serves(name) { Duration::ZERO } else { READ_RETRY_DELAY };
                 self.read_forward_after(name, pause);
             }
@@ -476,20 +476,20 @@ impl Shard {
         &mut self,
         name: RoomId,
         connection: ConnectionId,
-        answer: Option<(Arc<ConnectionHandle>, Bytes)>,
+        reply: Option<(Arc<ConnectionHandle>, Bytes)>,
     ) {
         if let Some(room) = self.rooms.get_mut(&name) {
             room.remove(connection);
             self.note_if_idle(&name);
         }
-        if let Some((handle, frame)) = answer {
+        if let Some((handle, frame)) = reply {
             handle.release_reservations(&name);
             handle.outbox.push(frame);
             self.batch.touch(&handle);
         }
     }
 
-    fn forget(&mut self, connection: ConnectionId) {
+    fn remove_connection(&mut self, connection: ConnectionId) {
         let here = self.rooms.values().filter(|room| room.is_member(connection));
         let rooms: Vec<RoomId> = here.map(|room| room.name.clone()).collect();
         for room in rooms {
@@ -500,15 +500,11 @@ impl Shard {
         }
     }
 
-    fn give_up(&mut self, name: &RoomId, handle: &Arc<ConnectionHandle>) {
+    fn cancel_join(&mut self, name: &RoomId, handle: &Arc<ConnectionHandle>) {
         let Some(room) = self.rooms.get_mut(name) else { return };
         if room.remove(handle.connection) {
             if let Some(room) = name.named() {
-                handle.answer(&ServerFrame::Left(LeftFrame {
-                    reference: None,
-                    room,
-                    reason: None,
-                }));
+                handle.send(&ServerFrame::Left(LeftFrame { reference: None, room, reason: None }));
                 self.batch.touch(handle);
             }
             self.note_if_idle(name);

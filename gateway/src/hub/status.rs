@@ -16,7 +16,7 @@ use shared::{
 };
 
 use super::{
-    Call,
+    ShardCommand,
     log_reads::READ_RETRY_DELAY,
     member::{ConnectionHandle, text_frame},
     people::at,
@@ -143,7 +143,8 @@ impl Shard {
             watch.is_some_and(|watch| !std::mem::replace(&mut watch.followed, true))
         });
         let follow: Vec<RoomId> = follow.map(RoomId::status_of).collect();
-        let (bus, presence, calls) = (self.bus.clone(), self.presence.clone(), self.calls.clone());
+        let (bus, presence, commands) =
+            (self.bus.clone(), self.presence.clone(), self.commands.clone());
         self.spawn("read_statuses", async move {
             // Followed first, so that no change falls between the two.
             join_all(follow.into_iter().map(async |room| {
@@ -158,7 +159,7 @@ impl Shard {
                     Err(_) => tokio::time::sleep(READ_RETRY_DELAY).await,
                 }
             };
-            let _ = calls.send(Call::Statuses { users, statuses }).await;
+            let _ = commands.send(ShardCommand::StatusesRead { users, statuses }).await;
         });
     }
 
@@ -187,7 +188,7 @@ impl Shard {
                 watcher.waits = waits;
                 let is_told = !answers.is_empty();
                 for (_, reference) in answers {
-                    watcher.handle.answer(&told(&user, &status, reference));
+                    watcher.handle.send(&told(&user, &status, reference));
                 }
                 if changed && !is_told {
                     let frame =

@@ -63,7 +63,7 @@ pub(super) async fn history(
     }
     let (reference, with) = (asked.reference.clone(), Some(with));
     let history = HistoryPageFrame { reference, room: None, with, epoch, messages, more };
-    asked.answer(&ServerFrame::History(Box::new(history)));
+    asked.send(&ServerFrame::History(Box::new(history)));
     Performed::Answered
 }
 
@@ -199,7 +199,7 @@ pub(super) async fn session(
     match asked.read(data, |_| 0).await {
         Ok(Ok(data)) => {
             let reference = asked.reference.clone();
-            asked.answer(&ServerFrame::Session(SessionFrame { reference, data }));
+            asked.send(&ServerFrame::Session(SessionFrame { reference, data }));
         }
         Ok(Err(error)) => {
             let code = match error {

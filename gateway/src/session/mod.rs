@@ -236,7 +236,7 @@ impl Session {
     /// Sends `status`.
     pub fn tell(&self, told: BusStatus) {
         let since = shared::timestamp(told.since.unwrap_or_else(SystemTime::now));
-        self.answer(&ServerFrame::Status(StatusFrame { bus: told.bus, since }));
+        self.send(&ServerFrame::Status(StatusFrame { bus: told.bus, since }));
     }
 
     /// When the session's token ends, leeway included.
@@ -662,7 +662,7 @@ impl Session {
         let original_timestamp = timestamp.and_then(|raw| serde_json::from_str(raw.get()).ok());
         let timestamp = shared::timestamp(SystemTime::now());
         let pong = PongFrame { reference, timestamp, original_timestamp };
-        self.handle.answer_ahead(&ServerFrame::Pong(pong));
+        self.handle.send_ahead(&ServerFrame::Pong(pong));
     }
 
     /// Takes a `message` or `direct`. Returns whether it was handed on.
@@ -738,8 +738,8 @@ impl Session {
         true
     }
 
-    fn answer(&self, answer: &ServerFrame<Box<RawValue>>) {
-        self.handle.answer(answer);
+    fn send(&self, frame: &ServerFrame<Box<RawValue>>) {
+        self.handle.send(frame);
     }
 
     /// Refuses a frame that could not be read. Bad frames have a pace like others.
@@ -766,7 +766,7 @@ fn refuse(services: &Services, handle: &ConnectionHandle, refusal: ErrorFrame) -
     if !matches!(code, ErrorCode::Unavailable | ErrorCode::Overloaded | ErrorCode::Internal) {
         handle.count_rejected();
     }
-    handle.answer_ahead(&ServerFrame::Error(Box::new(refusal)));
+    handle.send_ahead(&ServerFrame::Error(Box::new(refusal)));
     code
 }
 
@@ -844,7 +844,7 @@ impl Outcome {
     }
 
     fn ack(&self, Appended { position, duplicate, .. }: Appended) {
-        self.handle.answer_ahead(&ServerFrame::Ack(Box::new(AckFrame {
+        self.handle.send_ahead(&ServerFrame::Ack(Box::new(AckFrame {
             reference: self.reference.clone(),
             id: self.receipt.id,
             room: self.to.room().cloned(),
@@ -882,7 +882,7 @@ impl Outcome {
             false => refusal,
         };
         self.metrics.errors.of(code).inc();
-        self.handle.answer_ahead(&ServerFrame::Error(Box::new(refusal)));
+        self.handle.send_ahead(&ServerFrame::Error(Box::new(refusal)));
     }
 }
 

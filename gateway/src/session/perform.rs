@@ -53,8 +53,8 @@ pub(super) struct Asked {
 }
 
 impl Asked {
-    pub(super) fn answer(&self, answer: &ServerFrame<Box<RawValue>>) {
-        self.handle.answer(answer);
+    pub(super) fn send(&self, frame: &ServerFrame<Box<RawValue>>) {
+        self.handle.send(frame);
     }
 
     /// Sends an `error` for the frame `kind`; one that may be tried again says when.
@@ -260,7 +260,7 @@ pub(super) async fn join(
         Err(_) => {
             // The hub may have let it in at the very moment it was given up.
             if !is_member {
-                asked.services.hub.give_up(room.clone(), asked.handle.clone()).await;
+                asked.services.hub.cancel_join(room.clone(), asked.handle.clone()).await;
             }
             AdmitError::Bus(BusError::Unavailable)
         }
@@ -333,7 +333,7 @@ pub(super) async fn presence_in(
 ) -> Performed {
     let (hub, registry) = (&asked.services.hub, asked.services.presence.registry());
     let (after, limit) = (cursor.unwrap_or_default(), limit as usize);
-    let users = hub.users_behind(room.clone(), after.clone(), limit).await;
+    let users = hub.present_after(room.clone(), after.clone(), limit).await;
     let details = registry.details(room.clone(), users);
     let bytes = |details: &PresenceDetails| details.users.len() * PERSON_BYTES;
     let mut details = match asked.read(details, bytes).await {
@@ -349,7 +349,7 @@ pub(super) async fn presence_in(
         detail.active = detail.active.max(active);
     }
     let (handle, reference) = (asked.handle.clone(), asked.reference.clone());
-    hub.tell_presence(room, handle, reference, (after, limit), details).await;
+    hub.send_presence(room, handle, reference, (after, limit), details).await;
     Performed::Answered
 }
 
@@ -382,7 +382,7 @@ pub(super) async fn online(asked: Asked, cursor: Option<String>, limit: u32) -> 
     let cursor = last.filter(|_| page.more);
     let (reference, count) = (asked.reference.clone(), page.count);
     let answer = PresencePageFrame { reference, room: None, users, count, cursor };
-    asked.answer(&ServerFrame::Presence(Box::new(answer)));
+    asked.send(&ServerFrame::Presence(Box::new(answer)));
     Performed::Answered
 }
 
@@ -403,7 +403,7 @@ pub(super) async fn refreshed(
         asked.services.hub.leave(room, handle.connection, Some((handle.clone(), answer))).await;
     }
     let (reference, expires_at) = (asked.reference.clone(), shared::timestamp(expires_at));
-    asked.answer(&ServerFrame::Refreshed(RefreshedFrame { reference, expires_at }));
+    asked.send(&ServerFrame::Refreshed(RefreshedFrame { reference, expires_at }));
     Performed::Answered
 }
 
@@ -429,7 +429,7 @@ pub(super) async fn history(
         Box::pin(ready(Ok(Page::of_no_log())))
     };
     match asked.read(read, Page::bytes).await {
-        Ok(page) => asked.answer(&answer(asked.reference.clone(), room, range, &page)),
+        Ok(page) => asked.send(&answer(asked.reference.clone(), room, range, &page)),
         Err((code, text)) => drop(asked.refuse("history", Some(&room), code, text)),
     }
     Performed::Answered

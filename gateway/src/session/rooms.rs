@@ -87,7 +87,7 @@ pub(super) async fn create(
                 RoomSummary { room, since: record.created, config: Some(record), members: 0 };
             let info = info_of(found, &asked.services.rules);
             let info = RoomInfoFrame { reference: asked.reference.clone(), ..info };
-            asked.answer(&ServerFrame::RoomInfo(Box::new(info)));
+            asked.send(&ServerFrame::RoomInfo(Box::new(info)));
         }
         Ok(CreateOutcome::Exists) => {
             let text = "a room of that name is there, with members or a log";
@@ -109,7 +109,7 @@ pub(super) async fn delete(asked: Asked, room: RoomId, user: UserId) -> Performe
     let (code, text) = match asked.wait(registry.delete_room(room.clone(), Some(user), by)).await {
         Ok(DeleteOutcome::Deleted) => {
             let (reference, reason) = (asked.reference.clone(), RoomClosedReason::Deleted);
-            asked.answer(&ServerFrame::RoomClosed(RoomClosedFrame { reference, room, reason }));
+            asked.send(&ServerFrame::RoomClosed(RoomClosedFrame { reference, room, reason }));
             return Performed::Answered;
         }
         Ok(DeleteOutcome::NotOwner) => (ErrorCode::Forbidden, "only its owner may delete a room"),
@@ -137,7 +137,7 @@ pub(super) async fn info(
             let is_owner = info.owner.as_ref() == Some(&user);
             if is_open && (info.public || is_member || is_owner) {
                 let info = RoomInfoFrame { reference: asked.reference.clone(), ..info };
-                asked.answer(&ServerFrame::RoomInfo(Box::new(info)));
+                asked.send(&ServerFrame::RoomInfo(Box::new(info)));
                 return Performed::Answered;
             }
             NOT_FOUND
@@ -186,7 +186,7 @@ pub(super) async fn list(
             rooms.push(info_of(found, &asked.services.rules));
         }
     }
-    asked.answer(&ServerFrame::Rooms(RoomsPageFrame {
+    asked.send(&ServerFrame::Rooms(RoomsPageFrame {
         reference: asked.reference.clone(),
         rooms,
         cursor,

@@ -47,7 +47,7 @@ impl Connection {
                 }
             };
             let _ = tokio::time::timeout(CLOSE_MAX, settled).await;
-            handle.answer(&ServerFrame::Reconnect(ReconnectFrame {
+            handle.send(&ServerFrame::Reconnect(ReconnectFrame {
                 after_ms: batch.after_ms(),
                 reason: ReconnectReason::Draining,
                 node: None,
