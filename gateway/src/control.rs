@@ -292,7 +292,7 @@ impl Control {
             "address": about.address,
             "user_agent": about.user_agent,
             "connected_at": at(owner.since / 1000),
-            "last_seen": at(handle.health.heard()),
+            "last_seen": at(handle.health.last_activity()),
             "rtt_ms": handle.health.rtt_ms(),
             "queued_bytes": handle.outbox.bytes(),
             "lagging": handle.outbox.is_lagging(),

@@ -482,7 +482,8 @@ impl Stream {
             Refused::Unavailable => refused(ErrorCode::Unavailable, "the bus is away"),
         })?;
         let outbox = Outbox::to_owner(node.options.limits.outbox_bytes_max, node.metrics.clone());
-        let handle = Arc::new(ConnectionHandle::new(connection, outbox).of(entered.owner()));
+        let handle =
+            Arc::new(ConnectionHandle::new(connection, outbox).with_owner(entered.owner()));
         let (user, wait) = (entered.identity.user.clone(), node.services.limits.wait_max);
         let online = node.services.presence.appear(&user, wait).await;
         handle.send(&connected(node, &entered, &handle, route));
@@ -584,7 +585,7 @@ impl Stream {
         loop {
             if !outbox.is_held() {
                 if std::mem::take(&mut is_held) {
-                    handle.health.hear(unix_millis_now());
+                    handle.health.record_activity(unix_millis_now());
                 }
                 // What waits goes out before the end.
                 let bytes_max = if outbox.is_closing() { usize::MAX } else { PIECE_BYTES };

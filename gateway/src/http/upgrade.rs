@@ -376,7 +376,7 @@ impl Opening {
         };
         let (id, user) = (handle.connection, entered.identity.user.clone());
         tracing::debug!(connection = %id, user = %user.id, "connected");
-        let handle = Arc::new(handle.of(entered.owner()));
+        let handle = Arc::new(handle.with_owner(entered.owner()));
         let (presence, wait) = (&node.services.presence, node.services.limits.wait_max);
         let connected = connected(&node, &entered, &handle, route);
         let Entered { identity, place, opened: OpenedSession { session, inbox, .. }, .. } = entered;

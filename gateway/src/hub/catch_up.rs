@@ -7,7 +7,7 @@
 use shared::{ids::ConnectionId, position::Seq};
 
 use super::{
-    member::{Frames, MemberState, ShardBatch},
+    member::{EntryFrames, MemberState, ShardBatch},
     room::Room,
 };
 use crate::{
@@ -39,7 +39,7 @@ impl Room {
     /// Gives a member that is behind what the ring holds for it, or has it wait for a read of the
     /// log.
     pub(super) fn catch_up(&mut self, connection: ConnectionId, batch: &mut ShardBatch) {
-        let Some(place) = self.place_of(connection) else { return };
+        let Some(place) = self.index_of(connection) else { return };
         let Some(member) = self.members.get_mut(place) else { return };
         if member.state != MemberState::Behind {
             return;
@@ -53,7 +53,9 @@ impl Room {
         loop {
             match self.replica.next(&member.cursor) {
                 NextDelivery::Entry(entry) => {
-                    if !member.give(&mut Frames::replay_to_one(&self.name, entry), batch) {
+                    if !member
+                        .deliver(&mut EntryFrames::replay_uncompressed(&self.name, entry), batch)
+                    {
                         return;
                     }
                 }
@@ -75,7 +77,7 @@ impl Room {
     /// many others as one read can serve with it.
     pub(super) fn next_catch_up_read(&mut self) -> Option<Range> {
         let waits = |room: &Self, connection| {
-            let place = room.place_of(connection)?;
+            let place = room.index_of(connection)?;
             let member = room
                 .members
                 .get(place)
@@ -108,11 +110,11 @@ impl Room {
         page.keep_whole();
         let last = page.entries.last().map_or(0, |last| last.position.seq);
         // Encoded and compressed once for all.
-        let mut frames: Vec<Frames<'_>> =
-            page.entries.iter().map(|entry| Frames::replay(&self.name, entry)).collect();
+        let mut frames: Vec<EntryFrames<'_>> =
+            page.entries.iter().map(|entry| EntryFrames::replay(&self.name, entry)).collect();
         let mut more = Vec::new();
         for connection in std::mem::take(&mut self.waiting_for_read) {
-            let Some(place) = self.place_of(connection) else { continue };
+            let Some(place) = self.index_of(connection) else { continue };
             let member = &mut self.members[place];
             if member.state != MemberState::AwaitingRead {
                 continue;
@@ -132,7 +134,7 @@ impl Room {
                     NextDelivery::Entry(entry) => {
                         let place = page.place(entry.position.seq);
                         let frames = place.and_then(|place| frames.get_mut(place));
-                        if !frames.is_some_and(|frames| member.give(frames, batch)) {
+                        if !frames.is_some_and(|frames| member.deliver(frames, batch)) {
                             break true;
                         }
                     }
@@ -150,7 +152,7 @@ impl Room {
     /// Has those who wait for a read of the log ask anew.
     pub(super) fn abandon_catch_up_read(&mut self) {
         for connection in std::mem::take(&mut self.waiting_for_read) {
-            let Some(place) = self.place_of(connection) else { continue };
+            let Some(place) = self.index_of(connection) else { continue };
             let member = &mut self.members[place];
             if member.state == MemberState::AwaitingRead {
                 member.state = MemberState::Behind;

@@ -117,7 +117,7 @@ impl Room {
         }
         if let Some(cursor) = self.cursor_of(join.handle.connection).cloned() {
             self.send_joined(&join, cursor, vec![], false);
-            batch.touch(&join.handle);
+            batch.flush_later(&join.handle);
             // Who has given up waiting is a member all the same.
             let _ = join.done.send(JoinOutcome::Member { bytes_read: join.bytes_read });
             return JoinStep::Done;
@@ -182,7 +182,7 @@ impl Room {
         batch: &mut ShardBatch,
     ) {
         let live = self.replica.top() == Some(&member.cursor);
-        batch.touch(&member.handle);
+        batch.flush_later(&member.handle);
         // Who has given up meanwhile sends a call behind this one that takes it back.
         let _ = done.send(JoinOutcome::Member { bytes_read });
         if !live {
@@ -264,7 +264,7 @@ impl Room {
         self.admit_newest(join, &entries, oldest, batch)
     }
 
-    /// Lets a connection in that goes on behind `since`, up to `until` within the epoch it knows;
+    /// Lets a connection in that goes on behind `since`, up to `until` within the epoch it presence_version;
     /// `entries` are the first of what it misses of that.
     fn admit_since(
         &mut self,
@@ -320,7 +320,7 @@ impl Room {
         let PendingJoin { handle, grant, done, bytes_read, .. } = join;
         let member = RoomMember::at(handle, cursor, MemberState::Live);
         self.add_joined(
-            RoomMember { knows: grant.entered.version, ..member },
+            RoomMember { presence_version: grant.entered.version, ..member },
             done,
             bytes_read,
             batch,

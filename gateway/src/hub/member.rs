@@ -58,27 +58,27 @@ pub struct ConnectionHandle {
     inline_acks: Mutex<BTreeMap<(RoomId, MessageId), InlineAck>>,
 }
 
-/// Whether a connection lives, as far as its client lets itself be heard.
+/// Whether a connection lives, as far as its client lets itself be last_activity.
 #[derive(Debug, Default)]
 pub struct Health {
-    heard: AtomicU64,
+    last_activity: AtomicU64,
     /// The last round trip, in milliseconds and one more; 0 where there was none.
     rtt: AtomicU32,
 }
 
 impl Health {
-    /// The client was heard.
-    pub fn hear(&self, now: UnixMillis) {
-        self.heard.store(now, Ordering::Relaxed);
+    /// The client was last_activity.
+    pub fn record_activity(&self, now: UnixMillis) {
+        self.last_activity.store(now, Ordering::Relaxed);
     }
 
-    /// When the client was heard last.
-    pub fn heard(&self) -> UnixMillis {
-        self.heard.load(Ordering::Relaxed)
+    /// When the client was last_activity last.
+    pub fn last_activity(&self) -> UnixMillis {
+        self.last_activity.load(Ordering::Relaxed)
     }
 
     /// A ping has come back.
-    pub fn measured(&self, rtt: Duration) {
+    pub fn record_rtt(&self, rtt: Duration) {
         self.rtt.store((rtt.as_millis() as u32).saturating_add(1), Ordering::Relaxed);
     }
 
@@ -173,8 +173,8 @@ impl ConnectionHandle {
     }
 
     /// The same, of a user.
-    pub fn of(self, owner: Owner) -> Self {
-        self.health.hear(unix_millis_now());
+    pub fn with_owner(self, owner: Owner) -> Self {
+        self.health.record_activity(unix_millis_now());
         Self { owner: Some(owner), ..self }
     }
 
@@ -184,7 +184,7 @@ impl ConnectionHandle {
     }
 
     /// Whether it is `user`'s.
-    pub fn is_of(&self, user: &UserId) -> bool {
+    pub fn belongs_to(&self, user: &UserId) -> bool {
         self.owner.as_ref().is_some_and(|owner| owner.user == *user)
     }
 
@@ -358,7 +358,7 @@ impl ShardBatch {
     }
 
     /// Has what `handle` holds written at the end of the batch.
-    pub(super) fn touch(&mut self, handle: &Arc<ConnectionHandle>) {
+    pub(super) fn flush_later(&mut self, handle: &Arc<ConnectionHandle>) {
         self.touched.push(handle.clone());
     }
 
@@ -388,7 +388,7 @@ pub(super) struct RoomMember {
     pub(super) cursor: Position,
     pub(super) state: MemberState,
     /// What it was told of who is present when it came: older changes are part of that.
-    pub(super) knows: PresenceVersion,
+    pub(super) presence_version: PresenceVersion,
 }
 
 /// Whether a member gets entries as they come.
@@ -403,13 +403,13 @@ pub(super) enum MemberState {
 }
 
 /// A frame that many get: encoded once, and compressed once for each window that somebody asked for.
-pub(super) struct Shared {
+pub(super) struct SharedFrame {
     plain: Bytes,
     /// `None` where nothing is compressed.
     deflated: Option<SmallVec<[(Deflating, Bytes); 1]>>,
 }
 
-impl Shared {
+impl SharedFrame {
     pub(super) fn new(plain: Bytes) -> Self {
         Self { plain, deflated: Some(SmallVec::new()) }
     }
@@ -429,15 +429,15 @@ impl Shared {
 }
 
 /// The frame of one entry, encoded when first needed, and shared by all who next it.
-pub(super) struct Frames<'a> {
+pub(super) struct EntryFrames<'a> {
     room: &'a RoomId,
     entry: &'a Entry,
     replay: bool,
     compress: bool,
-    shared: Option<Shared>,
+    shared: Option<SharedFrame>,
 }
 
-impl<'a> Frames<'a> {
+impl<'a> EntryFrames<'a> {
     pub(super) fn live(room: &'a RoomId, entry: &'a Entry) -> Self {
         Self { room, entry, replay: false, compress: true, shared: None }
     }
@@ -448,7 +448,7 @@ impl<'a> Frames<'a> {
 
     /// A replay for one member alone. It is not compressed: every slow reader would cost the room
     /// as much as all others together.
-    pub(super) fn replay_to_one(room: &'a RoomId, entry: &'a Entry) -> Self {
+    pub(super) fn replay_uncompressed(room: &'a RoomId, entry: &'a Entry) -> Self {
         Self { compress: false, ..Self::replay(room, entry) }
     }
 
@@ -461,7 +461,7 @@ impl<'a> Frames<'a> {
             } else {
                 entry.envelope.live_frame(&entry.position)
             };
-            Shared { plain, deflated: compress.then(SmallVec::new) }
+            SharedFrame { plain, deflated: compress.then(SmallVec::new) }
         });
         shared.to(outbox, metrics)
     }
@@ -470,22 +470,27 @@ impl<'a> Frames<'a> {
 impl RoomMember {
     /// A member that has been given everything up to `cursor`.
     pub(super) fn at(handle: Arc<ConnectionHandle>, cursor: Position, state: MemberState) -> Self {
-        Self { handle, cursor, state, knows: PresenceVersion::default() }
+        Self { handle, cursor, state, presence_version: PresenceVersion::default() }
     }
 
     /// Whether a change of who is present is news.
-    pub(super) fn lacks(&self, version: PresenceVersion) -> bool {
-        self.knows.epoch != version.epoch || self.knows.number < version.number
+    pub(super) fn has_not_seen(&self, version: PresenceVersion) -> bool {
+        self.presence_version.epoch != version.epoch
+            || self.presence_version.number < version.number
     }
 
     /// Gives the member something that it may go without: where its outbox is full it is dropped.
-    pub(super) fn notify(&self, frame: &mut Shared, batch: &mut ShardBatch) {
+    pub(super) fn send_ephemeral(&self, frame: &mut SharedFrame, batch: &mut ShardBatch) {
         let frame = frame.to(&self.handle.outbox, &batch.metrics);
         self.offer(frame, batch);
     }
 
-    /// As [`RoomMember::notify`], a message of a room without a log.
-    pub(super) fn pass(&self, frames: &mut Frames<'_>, batch: &mut ShardBatch) {
+    /// As [`RoomMember::send_ephemeral`], a message of a room without a log.
+    pub(super) fn send_ephemeral_message(
+        &self,
+        frames: &mut EntryFrames<'_>,
+        batch: &mut ShardBatch,
+    ) {
         if frames.entry.envelope.sender_without_echo() != Some(self.handle.connection) {
             let frame = frames.to(&self.handle.outbox, &batch.metrics);
             self.offer(frame, batch);
@@ -494,7 +499,7 @@ impl RoomMember {
 
     fn offer(&self, frame: &Bytes, batch: &mut ShardBatch) {
         match self.handle.outbox.offer(frame) {
-            Offer::First => batch.touch(&self.handle),
+            Offer::First => batch.flush_later(&self.handle),
             Offer::Queued => {}
             Offer::Refused => {
                 batch.metrics.ephemeral_events_dropped.inc();
@@ -505,7 +510,7 @@ impl RoomMember {
     }
 
     /// Gives the member the next entry. `false`: its outbox is full, and it is behind from here.
-    pub(super) fn give(&mut self, frames: &mut Frames<'_>, batch: &mut ShardBatch) -> bool {
+    pub(super) fn deliver(&mut self, frames: &mut EntryFrames<'_>, batch: &mut ShardBatch) -> bool {
         let (room, entry) = (frames.room, frames.entry);
         #[cfg(debug_assertions)]
         crate::fault_injection::panic_in("a shard", entry.envelope.members());
@@ -518,7 +523,7 @@ impl RoomMember {
         #[cfg(debug_assertions)]
         if let Some(frames) = crate::fault_injection::deliver(self.handle.connection, frame) {
             frames.into_iter().for_each(|frame| outbox.push(frame));
-            batch.touch(&self.handle);
+            batch.flush_later(&self.handle);
             self.cursor.seq = entry.position.seq;
             return true;
         }
@@ -529,7 +534,7 @@ impl RoomMember {
             offer = outbox.offer(frame);
         }
         match offer {
-            Offer::First => batch.touch(&self.handle),
+            Offer::First => batch.flush_later(&self.handle),
             Offer::Queued => {}
             Offer::Refused => {
                 if self.state == MemberState::Live {
@@ -565,7 +570,7 @@ impl RoomMember {
             reason,
         }));
         self.cursor = position.clone();
-        batch.touch(&self.handle);
+        batch.flush_later(&self.handle);
     }
 
     /// Tells the member, which was given everything before, that its log goes on in another epoch.

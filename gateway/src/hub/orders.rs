@@ -11,7 +11,7 @@ use shared::{
 };
 
 use super::{
-    member::{ConnectionHandle, Shared, text_frame},
+    member::{ConnectionHandle, SharedFrame, text_frame},
     shard::Shard,
 };
 use crate::{
@@ -21,7 +21,7 @@ use crate::{
 
 impl ConnectionHandle {
     /// Whether it was opened before an order was given, so that the order concerns it.
-    fn is_older_than(&self, order: UnixMicros) -> bool {
+    fn was_opened_before(&self, order: UnixMicros) -> bool {
         self.owner().is_some_and(|owner| owner.since <= order)
     }
 }
@@ -38,7 +38,7 @@ impl Shard {
         for member in members.into_iter().flatten() {
             let handle = &member.handle;
             let is_meant = handle.owner().is_some_and(|owner| which.selects(owner.session));
-            if is_meant && handle.is_older_than(before) {
+            if is_meant && handle.was_opened_before(before) {
                 handle.outbox.close(close.clone());
             }
         }
@@ -48,7 +48,7 @@ impl Shard {
         let Some(room) = self.rooms.get_mut(name) else { return };
         let removed = room.members.iter().map(|member| &member.handle);
         let removed: Vec<Arc<ConnectionHandle>> = removed
-            .filter(|handle| handle.is_of(user) && handle.is_older_than(before))
+            .filter(|handle| handle.belongs_to(user) && handle.was_opened_before(before))
             .cloned()
             .collect();
         let (reference, reason) = (None, Some(LeftReason::Kicked));
@@ -60,23 +60,23 @@ impl Shard {
             // First, so that what who was told says next is refused.
             handle.evict_from(name);
             handle.outbox.push(left.clone());
-            self.batch.touch(&handle);
+            self.batch.flush_later(&handle);
         }
         self.note_if_idle(name);
     }
 
     pub(super) fn broadcast(&mut self, frame: Bytes) {
-        let mut frame = Shared::new(frame);
+        let mut frame = SharedFrame::new(frame);
         let inboxes = self.rooms.values().filter(|room| room.name.kind() == RoomKind::Inbox);
         for member in inboxes.flat_map(|room| &room.members) {
-            member.notify(&mut frame, &mut self.batch);
+            member.send_ephemeral(&mut frame, &mut self.batch);
         }
     }
 
     pub(super) fn cursors(&self, name: &RoomId, user: &UserId) -> Vec<(ConnectionId, Position)> {
         let members = self.rooms.get(name).into_iter().flat_map(|room| &room.members);
         members
-            .filter(|member| member.handle.is_of(user))
+            .filter(|member| member.handle.belongs_to(user))
             .map(|member| (member.handle.connection, member.cursor.clone()))
             .collect()
     }

@@ -26,7 +26,7 @@ use tokio::time::Instant;
 use super::{
     ShardCommand,
     log_reads::READ_RETRY_DELAY,
-    member::{ConnectionHandle, Frames, RoomMember, ShardBatch, Shared, text_frame},
+    member::{ConnectionHandle, EntryFrames, RoomMember, ShardBatch, SharedFrame, text_frame},
     room::Room,
     shard::Shard,
 };
@@ -143,9 +143,9 @@ impl Room {
             EphemeralEvent::Message(envelope) => {
                 let position = Position::new(Epoch::none(), 0);
                 let entry = Entry { position, origin: ServerId::default(), envelope };
-                let mut frames = Frames::live(&self.name, &entry);
+                let mut frames = EntryFrames::live(&self.name, &entry);
                 for member in &self.members {
-                    member.pass(&mut frames, batch);
+                    member.send_ephemeral_message(&mut frames, batch);
                 }
             }
             EphemeralEvent::Replaced { session, by } => self.end_replaced(session, by),
@@ -172,9 +172,9 @@ impl Room {
         but: impl Fn(&ConnectionHandle) -> bool,
         batch: &mut ShardBatch,
     ) {
-        let mut frame = Shared::new(text_frame(frame));
+        let mut frame = SharedFrame::new(text_frame(frame));
         for member in self.members.iter().filter(|member| !but(&member.handle)) {
-            member.notify(&mut frame, batch);
+            member.send_ephemeral(&mut frame, batch);
         }
     }
 
@@ -206,10 +206,10 @@ impl Room {
             } else {
                 ServerFrame::MemberLeft(moved)
             };
-            let mut frame = Shared::new(text_frame(&answer));
+            let mut frame = SharedFrame::new(text_frame(&answer));
             for member in &self.members {
-                if member.lacks(version) && !member.handle.is_of(&user.id) {
-                    member.notify(&mut frame, batch);
+                if member.has_not_seen(version) && !member.handle.belongs_to(&user.id) {
+                    member.send_ephemeral(&mut frame, batch);
                 }
             }
         }
@@ -269,7 +269,7 @@ impl Room {
         }
         if let Some(is_typing) = told {
             let typing = TypingFrame { room: self.name.clone(), user: user.clone(), is_typing };
-            self.tell(&ServerFrame::Typing(typing), |handle| handle.is_of(user), batch);
+            self.tell(&ServerFrame::Typing(typing), |handle| handle.belongs_to(user), batch);
         }
     }
 
@@ -321,7 +321,7 @@ impl Room {
             }
             let (handle, answer) = listing(&self.name, roster, asks);
             handle.send(&answer);
-            batch.touch(&handle);
+            batch.flush_later(&handle);
         }
         *asking = left;
     }
@@ -527,7 +527,7 @@ impl Shard {
                 ..*ErrorFrame::new(ErrorCode::NotJoined, "join the room first")
             };
             asks.handle.send(&ServerFrame::Error(Box::new(refusal)));
-            return self.batch.touch(&asks.handle);
+            return self.batch.flush_later(&asks.handle);
         };
         // Too many to wait are answered with what is known.
         let wait = room.people.asking.len() < ASKING_MAX;
@@ -558,7 +558,7 @@ impl Shard {
             if Some(handle.connection) != by {
                 handle.send(&answer);
             }
-            self.batch.touch(&handle);
+            self.batch.flush_later(&handle);
         }
         self.drop_room(name);
         for asks in asking {

@@ -18,7 +18,7 @@ use tokio::time::Instant;
 use super::{
     catch_up::CatchUpRead,
     join::Join,
-    member::{Frames, MemberState, RoomMember, ShardBatch},
+    member::{EntryFrames, MemberState, RoomMember, ShardBatch},
     people::People,
 };
 use crate::{
@@ -36,7 +36,7 @@ use crate::{
 };
 
 /// Up to how many members a room is looked through for one: a map costs more than that.
-const LOOKED_THROUGH_MAX: usize = 8;
+const LINEAR_SEARCH_MAX: usize = 8;
 
 /// A room that is followed.
 #[derive(Debug)]
@@ -58,7 +58,7 @@ pub(super) struct Room {
     pub(super) restoring: bool,
     pub(super) members: Vec<RoomMember>,
     /// Where a member is among them; not kept in a small room, which is looked through.
-    places: HashMap<ConnectionId, usize>,
+    member_index: HashMap<ConnectionId, usize>,
     /// Members that queue_join for a read of the log, those who have waited longest first.
     pub(super) waiting_for_read: VecDeque<ConnectionId>,
     /// That read.
@@ -93,7 +93,7 @@ impl DeliverySink for FanOut<'_> {
 
     fn entry(&mut self, entry: &Entry) {
         self.batch.standing.confirm(entry);
-        let mut frames = Frames::live(self.name, entry);
+        let mut frames = EntryFrames::live(self.name, entry);
         if let Some(peer) = peer_of_direct(self.name, entry) {
             // Its connection's task has the peer watched.
             let status = RoomId::status_of(&peer);
@@ -106,7 +106,7 @@ impl DeliverySink for FanOut<'_> {
         for member in self.members.iter_mut() {
             if member.state != MemberState::Live {
                 handed.behind += 1;
-            } else if !member.give(&mut frames, self.batch) {
+            } else if !member.deliver(&mut frames, self.batch) {
                 handed.lagged += 1;
             } else if silent == Some(member.handle.connection) {
                 handed.without_echo += 1;
@@ -172,7 +172,7 @@ impl Room {
             unverified: false,
             restoring: false,
             members: Vec::new(),
-            places: HashMap::new(),
+            member_index: HashMap::new(),
             waiting_for_read: VecDeque::new(),
             catch_up_read: CatchUpRead::Idle,
             waiting_joins: Vec::new(),
@@ -256,38 +256,38 @@ impl Room {
         // Most inboxes have one.
         self.members.reserve_exact(usize::from(self.members.is_empty()));
         self.members.push(member);
-        if self.members.len() > LOOKED_THROUGH_MAX || !self.places.is_empty() {
-            let from = if self.places.is_empty() { 0 } else { self.members.len() - 1 };
+        if self.members.len() > LINEAR_SEARCH_MAX || !self.member_index.is_empty() {
+            let from = if self.member_index.is_empty() { 0 } else { self.members.len() - 1 };
             for (place, member) in self.members.iter().enumerate().skip(from) {
-                self.places.insert(member.handle.connection, place);
+                self.member_index.insert(member.handle.connection, place);
             }
         }
         self.idle_since = None;
     }
 
-    pub(super) fn place_of(&self, connection: ConnectionId) -> Option<usize> {
-        if self.places.is_empty() {
+    pub(super) fn index_of(&self, connection: ConnectionId) -> Option<usize> {
+        if self.member_index.is_empty() {
             let is_it = |member: &RoomMember| member.handle.connection == connection;
             return self.members.iter().position(is_it);
         }
-        self.places.get(&connection).copied()
+        self.member_index.get(&connection).copied()
     }
 
     pub(super) fn cursor_of(&self, connection: ConnectionId) -> Option<&Position> {
-        Some(&self.members.get(self.place_of(connection)?)?.cursor)
+        Some(&self.members.get(self.index_of(connection)?)?.cursor)
     }
 
     pub(super) fn is_member(&self, connection: ConnectionId) -> bool {
-        self.place_of(connection).is_some()
+        self.index_of(connection).is_some()
     }
 
     pub(super) fn remove(&mut self, connection: ConnectionId) -> bool {
-        let Some(place) = self.place_of(connection) else { return false };
+        let Some(place) = self.index_of(connection) else { return false };
         self.members.swap_remove(place);
-        if self.places.remove(&connection).is_some()
+        if self.member_index.remove(&connection).is_some()
             && let Some(moved) = self.members.get(place)
         {
-            self.places.insert(moved.handle.connection, place);
+            self.member_index.insert(moved.handle.connection, place);
         }
         true
     }

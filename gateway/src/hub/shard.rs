@@ -485,7 +485,7 @@ impl Shard {
         if let Some((handle, frame)) = reply {
             handle.release_reservations(&name);
             handle.outbox.push(frame);
-            self.batch.touch(&handle);
+            self.batch.flush_later(&handle);
         }
     }
 
@@ -505,7 +505,7 @@ impl Shard {
         if room.remove(handle.connection) {
             if let Some(room) = name.named() {
                 handle.send(&ServerFrame::Left(LeftFrame { reference: None, room, reason: None }));
-                self.batch.touch(handle);
+                self.batch.flush_later(handle);
             }
             self.note_if_idle(name);
         }

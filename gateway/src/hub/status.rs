@@ -196,7 +196,7 @@ impl Shard {
                     watcher.handle.outbox.push(frame.clone());
                 }
                 if changed || is_told {
-                    self.batch.touch(&watcher.handle);
+                    self.batch.flush_later(&watcher.handle);
                 }
             }
             if std::mem::take(&mut watch.again) && watch.want().0 {

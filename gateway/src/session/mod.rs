@@ -341,7 +341,7 @@ impl Session {
     /// Ends the stays in rooms that this connection was taken out of.
     fn leave_evicted(&mut self) {
         for room in self.handle.take_evicted() {
-            if let Ok(place) = self.place_of(&room) {
+            if let Ok(place) = self.index_of(&room) {
                 self.rooms.remove(place).leave();
             }
         }
@@ -350,7 +350,7 @@ impl Session {
     /// This connection's part in a room, if it has one.
     fn stay_in(&mut self, room: &RoomId) -> Option<&Stay> {
         self.leave_evicted();
-        let place = self.place_of(room).ok()?;
+        let place = self.index_of(room).ok()?;
         if self.rooms[place].is_closed() {
             self.rooms.remove(place);
             return None;
@@ -358,7 +358,7 @@ impl Session {
         Some(&self.rooms[place])
     }
 
-    fn place_of(&self, room: &RoomId) -> Result<usize, usize> {
+    fn index_of(&self, room: &RoomId) -> Result<usize, usize> {
         self.rooms.binary_search_by(|stay| stay.room().cmp(&Some(room)))
     }
 
@@ -461,7 +461,7 @@ impl Session {
                 }
             },
             Request::Leave(reference, room) => {
-                if let Ok(place) = self.place_of(&room) {
+                if let Ok(place) = self.index_of(&room) {
                     self.rooms.remove(place).leave();
                 }
                 Box::pin(perform::leave(asked(reference), room))
@@ -546,7 +546,7 @@ impl Session {
         match performed {
             Performed::Joined(stay) => {
                 if let (Some(room), Some(stay)) = (joining, stay) {
-                    match self.place_of(&room) {
+                    match self.index_of(&room) {
                         Ok(place) => self.rooms[place] = stay,
                         Err(place) => {
                             // Most connections are in one room.

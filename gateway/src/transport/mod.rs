@@ -349,7 +349,7 @@ impl Connection {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
             self.heard = Instant::now();
-            self.handle.health.hear(unix_millis_now());
+            self.handle.health.record_activity(unix_millis_now());
             self.metrics.bytes_received.inc_by(count as u64);
             self.unread.extend_from_slice(&buffer[..count]);
             Ok(())
@@ -427,7 +427,7 @@ impl Connection {
                 }
                 Received::Pong(payload) => {
                     self.meter.control(payload.len());
-                    self.handle.health.measured(now.saturating_duration_since(self.pinged));
+                    self.handle.health.record_rtt(now.saturating_duration_since(self.pinged));
                     None
                 }
                 Received::Ping(payload) => {
