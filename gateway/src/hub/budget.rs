@@ -13,20 +13,20 @@ use crate::{
 
 /// The memory of a shard's rooms.
 #[derive(Debug)]
-pub(super) struct Budget {
+pub(super) struct MemoryBudget {
     ring_bytes: usize,
     ring_bytes_max: usize,
     ids_bytes: usize,
     ids_bytes_max: usize,
     dedup_window: Duration,
     /// Every bucket of ids, those begun first in front.
-    buckets: VecDeque<Bucket>,
+    buckets: VecDeque<BucketRef>,
     metrics: Arc<Metrics>,
 }
 
 /// A bucket of a room's ids.
 #[derive(Clone, Debug)]
-pub(super) struct Bucket {
+pub(super) struct BucketRef {
     pub(super) since: Instant,
     pub(super) room: RoomId,
     pub(super) generation: u64,
@@ -34,14 +34,14 @@ pub(super) struct Bucket {
 
 /// What a room takes.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Taken {
+pub(super) struct RoomMemory {
     ring_bytes: usize,
     ids_bytes: usize,
     buckets_begun: u64,
 }
 
-impl Taken {
-    pub(super) fn by(room: &Room) -> Self {
+impl RoomMemory {
+    pub(super) fn of(room: &Room) -> Self {
         let ids = room.replica.ids();
         Self {
             ring_bytes: room.replica.ring().bytes(),
@@ -51,7 +51,7 @@ impl Taken {
     }
 }
 
-impl Budget {
+impl MemoryBudget {
     pub(super) fn new(options: &HubOptions, metrics: Arc<Metrics>) -> Self {
         Self {
             ring_bytes: 0,
@@ -74,21 +74,21 @@ impl Budget {
     }
 
     /// Counts what a room took `before`, and takes after something was done to it.
-    pub(super) fn count(&mut self, before: Taken, room: &Room, now: Instant) {
-        let after = Taken::by(room);
+    pub(super) fn count(&mut self, before: RoomMemory, room: &Room, now: Instant) {
+        let after = RoomMemory::of(room);
         for _ in before.buckets_begun..after.buckets_begun {
             let (room, generation) = (room.name.clone(), room.generation);
-            self.buckets.push_back(Bucket { since: now, room, generation });
+            self.buckets.push_back(BucketRef { since: now, room, generation });
         }
         self.exchange(before, after);
     }
 
     /// Counts that a room is not followed any more.
     pub(super) fn forget(&mut self, room: &Room) {
-        self.exchange(Taken::by(room), Taken::default());
+        self.exchange(RoomMemory::of(room), RoomMemory::default());
     }
 
-    fn exchange(&mut self, before: Taken, after: Taken) {
+    fn exchange(&mut self, before: RoomMemory, after: RoomMemory) {
         self.ring_bytes = self.ring_bytes + after.ring_bytes - before.ring_bytes;
         self.ids_bytes = self.ids_bytes + after.ids_bytes - before.ids_bytes;
         self.metrics.ring_bytes.add(after.ring_bytes as i64 - before.ring_bytes as i64);
@@ -97,7 +97,7 @@ impl Budget {
 
     /// Takes out the bucket that is to be forgotten next, if one is: it is past the window, or all
     /// of them take too much.
-    pub(super) fn next_to_forget(&mut self, now: Instant) -> Option<Bucket> {
+    pub(super) fn next_to_forget(&mut self, now: Instant) -> Option<BucketRef> {
         let is_past = ids::is_past(self.buckets.front()?.since, self.dedup_window, now);
         let too_much = self.ids_bytes > self.ids_bytes_max;
         if too_much && !is_past {

@@ -7,9 +7,9 @@ use shared::{ids::RoomId, position::Position, protocol::server_frame::RoomClosed
 
 use super::{
     LogReadRequest, ReadPurpose, ShardCommand,
-    budget::Taken,
+    budget::RoomMemory,
     catch_up::{CatchUpOutcome, CatchUpRead},
-    join::Step,
+    join::JoinStep,
     shard::Shard,
 };
 use crate::{
@@ -297,7 +297,7 @@ impl Shard {
             // This node was cut off when that was passed on.
             return self.close_room(name, RoomClosedReason::Deleted, None);
         }
-        let before = Taken::by(room);
+        let before = RoomMemory::of(room);
         let bytes = page.bytes();
         let next = room.apply_page(page, &mut self.batch);
         self.budget.count(before, room, self.batch.retention.now);

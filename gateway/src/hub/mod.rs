@@ -48,7 +48,7 @@ mod lingering;
 mod shard;
 mod log_reads;
 mod status;
-mod orders;
+mod control;
 pub mod people;
 
 use join::{JoinGrant, JoinStart, PendingJoin};
@@ -267,7 +267,8 @@ impl Hub {
     ) -> Result<JoinOutcome, SubscribeFailed> {
         let (done, joined) = oneshot::channel();
         let (refreshed, lost, bytes_read) = (false, None, 0);
-        let join = Join { handle, reference, start, grant, done, refreshed, lost, bytes_read };
+        let join =
+            PendingJoin { handle, reference, start, grant, done, refreshed, lost, bytes_read };
         self.send(room.clone(), ShardCommand::Join(room, join)).await;
         joined.await.map_err(|_| SubscribeFailed)
     }

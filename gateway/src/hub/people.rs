@@ -172,7 +172,7 @@ impl Room {
         but: impl Fn(&ConnectionHandle) -> bool,
         batch: &mut ShardBatch,
     ) {
-        let mut frame = SharedFrame::new(text_frame(frame));
+        let mut frame = SharedFrame::new(text_frame(answer));
         for member in self.members.iter().filter(|member| !but(&member.handle)) {
             member.send_ephemeral(&mut frame, batch);
         }

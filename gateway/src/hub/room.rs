@@ -17,7 +17,7 @@ use tokio::time::Instant;
 
 use super::{
     catch_up::CatchUpRead,
-    join::Join,
+    join::PendingJoin,
     member::{EntryFrames, MemberState, RoomMember, ShardBatch},
     people::People,
 };

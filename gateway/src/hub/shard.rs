@@ -19,7 +19,7 @@ use tokio::{
 
 use super::{
     COMPARE_INTERVAL, HubOptions, JoinOutcome, ReadPurpose, ShardCommand,
-    budget::{Budget, Taken},
+    budget::{MemoryBudget, RoomMemory},
     join::{JoinStep, PendingJoin},
     lingering::{Lingering, linger_of},
     log_reads::READ_RETRY_DELAY,
@@ -45,9 +45,9 @@ use crate::{
 /// How many messages and commands one batch takes, so that what was placed is written soon.
 const BATCH_LEN: usize = 512;
 /// The most rooms a shard unfollows in a second, so that a batch stays short.
-const UNFOLLOWS_MAX: usize = 5000;
+const UNSUBSCRIBES_PER_TICK_MAX: usize = 5000;
 /// How many rooms without members are looked at for a place for another room.
-const LOOKED_AT_FOR_PLACE_MAX: usize = 16;
+const EVICTION_SCAN_MAX: usize = 16;
 
 /// Resolves at that time, or never. Cancel-safe.
 async fn at(time: Option<Instant>) {
@@ -69,7 +69,7 @@ pub(super) struct Shard {
     pub(super) tasks: Tasks,
     pub(super) commands: mpsc::Sender<ShardCommand>,
     pub(super) batch: ShardBatch,
-    pub(super) budget: Budget,
+    pub(super) budget: MemoryBudget,
     lingering: Lingering,
     lingering_rooms_max: usize,
     /// How many of the rooms are no inboxes.
@@ -120,7 +120,7 @@ impl Shard {
         (metrics, trails): (Arc<Metrics>, Arc<Trails>),
         tasks: &Tasks,
     ) -> Self {
-        let budget = Budget::new(&options, metrics.clone());
+        let budget = MemoryBudget::new(&options, metrics.clone());
         let now = Instant::now();
         let retention = RetentionContext {
             ring: budget.ring_max(),
@@ -213,7 +213,7 @@ impl Shard {
                 self.resync_all();
             }
             if ticked {
-                self.look_around(begun);
+                self.tick(begun);
             }
             for command in commands.drain(..) {
                 self.execute(command);
@@ -269,7 +269,7 @@ impl Shard {
             ShardCommand::HeadsRead { rooms, lease_generation, heads } => {
                 self.heads_read(rooms, lease_generation, &heads)
             }
-            ShardCommand::LogRead { asked, result } => self.log_read(asked, result),
+            ShardCommand::LogRead { request, result } => self.log_read(request, result),
         }
     }
 
@@ -308,7 +308,7 @@ impl Shard {
             return;
         };
         self.batch.retention.ring = self.budget.ring_max();
-        let before = Taken::by(room);
+        let before = RoomMemory::of(room);
         let next = room.receive(entry, &mut self.batch);
         self.budget.count(before, room, self.batch.retention.now);
         self.act_on(&name, next);
@@ -332,7 +332,7 @@ impl Shard {
                 continue;
             };
             if room.replica.ids().oldest() == Some(bucket.since) {
-                let before = Taken::by(room);
+                let before = RoomMemory::of(room);
                 room.replica.forget_oldest_ids();
                 self.budget.count(before, room, now);
             }
@@ -397,7 +397,7 @@ impl Shard {
     /// Follows a room: subscribes, then reads its log.
     fn open(&mut self, name: RoomId, join: PendingJoin) {
         let is_joined = name.kind() == RoomKind::Joined;
-        if is_joined && !self.has_place_for_room() {
+        if is_joined && !self.make_space_for_room() {
             let _ = join.done.send(JoinOutcome::TooManyRooms);
             return;
         }
@@ -413,8 +413,8 @@ impl Shard {
     }
 
     /// Whether one more room may be followed. One that lingers makes place for it.
-    fn has_place_for_room(&mut self) -> bool {
-        for _ in 0..LOOKED_AT_FOR_PLACE_MAX {
+    fn make_space_for_room(&mut self) -> bool {
+        for _ in 0..EVICTION_SCAN_MAX {
             if self.joined_rooms < self.rooms_max {
                 break;
             }
@@ -527,9 +527,9 @@ impl Shard {
 
     /// Unfollows rooms that have been without members for long enough, and forgets what nobody
     /// waits for or needs any more.
-    fn look_around(&mut self, now: Instant) {
+    fn tick(&mut self, now: Instant) {
         self.compare_idle(now);
-        let mut left = UNFOLLOWS_MAX;
+        let mut left = UNSUBSCRIBES_PER_TICK_MAX;
         while left > 0
             && let Some(name) = self.lingering.next_due(now)
         {
@@ -541,7 +541,7 @@ impl Shard {
         let mut members = 0;
         for room in self.rooms.values_mut() {
             room.remove_cancelled_joins();
-            let before = Taken::by(room);
+            let before = RoomMemory::of(room);
             room.replica.forget_past_retention(&self.batch.retention);
             self.budget.count(before, room, now);
             if room.name.kind() == RoomKind::Joined {
