@@ -22,7 +22,7 @@ use mio::{
     Events, Interest, Poll, Token,
     net::{TcpListener, TcpStream},
 };
-use shared::codec::{Decoder, Opcode, Received, encode};
+use shared::codec::{Decoder, DecoderEvent, Opcode, encode};
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
 /// The payload of a gateway's frame around 128 bytes of content.
@@ -238,8 +238,8 @@ impl Connection {
         let mut deeds = Vec::new();
         while !input.is_empty() {
             let (used, deed) = match self.decoder.next(input) {
-                Ok((used, Some(Received::Text(text)))) => (used, deed_of(self.stage, text)),
-                Ok((used, Some(Received::Close(_)))) => (used, Some(Deed::Leave)),
+                Ok((used, Some(DecoderEvent::Text(text)))) => (used, deed_of(self.stage, text)),
+                Ok((used, Some(DecoderEvent::Close(_)))) => (used, Some(Deed::Leave)),
                 Ok((used, _)) => (used, None),
                 Err(_) => (input.len(), Some(Deed::Leave)),
             };

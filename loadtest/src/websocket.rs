@@ -288,7 +288,7 @@ impl FrameHeader {
 
 #[cfg(test)]
 mod tests {
-    use shared::codec::{Decoder, Opcode, Received as Decoded, encode, encode_close};
+    use shared::codec::{Decoder, DecoderEvent as Decoded, Opcode, encode, encode_close};
 
     use super::*;
 

@@ -14,7 +14,7 @@ pub mod deflate;
 mod payload;
 
 use deflate::{deflated_bytes_max, inflate};
-use payload::{received, unmask};
+use payload::{decode_payload, unmask};
 
 /// The kind of a frame (RFC 6455, section 5.2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,7 +97,7 @@ pub fn encode_close(code: u16, reason: &str) -> Bytes {
 
 /// What arrived: a whole message, a control frame, or a part of a message.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Received<'a> {
+pub enum DecoderEvent<'a> {
     /// A text message.
     Text(&'a str),
     /// A binary message.
@@ -113,9 +113,9 @@ pub enum Received<'a> {
     Fragment(usize),
 }
 
-impl Received<'_> {
+impl DecoderEvent<'_> {
     /// How many bytes it carries.
-    pub fn bytes(&self) -> usize {
+    pub fn payload_len(&self) -> usize {
         match self {
             Self::Text(text) => text.len(),
             Self::Binary(bytes) | Self::Ping(bytes) | Self::Pong(bytes) => bytes.len(),
@@ -215,7 +215,7 @@ impl Decoder {
     pub fn next<'a>(
         &'a mut self,
         input: &'a mut [u8],
-    ) -> Result<(usize, Option<Received<'a>>), CodecError> {
+    ) -> Result<(usize, Option<DecoderEvent<'a>>), CodecError> {
         self.release();
         let mut used = 0;
         let frame = match self.frame {
@@ -236,11 +236,11 @@ impl Decoder {
         if whole && self.is_untouched(frame) {
             self.frame = None;
             if !frame.compressed {
-                return Ok((used, Some(received(frame.opcode, &input[range])?)));
+                return Ok((used, Some(decode_payload(frame.opcode, &input[range])?)));
             }
             self.gathered = inflate(&input[range], self.message_bytes_max)?;
             self.spent = true;
-            return Ok((used, Some(received(frame.opcode, &self.gathered)?)));
+            return Ok((used, Some(decode_payload(frame.opcode, &self.gathered)?)));
         }
 
         self.gather(frame, &input[range])?;
@@ -254,17 +254,17 @@ impl Decoder {
         self.frame = None;
         if frame.opcode.is_control() {
             self.spent = true;
-            return Ok((used, Some(received(frame.opcode, &self.control)?)));
+            return Ok((used, Some(decode_payload(frame.opcode, &self.control)?)));
         }
         if !frame.fin {
-            return Ok((used, Some(Received::Fragment(frame.length))));
+            return Ok((used, Some(DecoderEvent::Fragment(frame.length))));
         }
         let opcode = self.gathering.take().unwrap_or(frame.opcode);
         if frame.compressed {
             self.gathered = inflate(&self.gathered, self.message_bytes_max)?;
         }
         self.spent = true;
-        Ok((used, Some(received(opcode, &self.gathered)?)))
+        Ok((used, Some(decode_payload(opcode, &self.gathered)?)))
     }
 
     /// Drops frames up to a close frame, whatever they carry: nothing is gathered, inflated or

@@ -2,7 +2,7 @@
 
 use shared::{
     close::CloseCode,
-    codec::{self, Opcode, Received},
+    codec::{self, DecoderEvent, Opcode},
 };
 
 use crate::outbox::{Close, Outbox};
@@ -27,20 +27,23 @@ pub struct Echo {
 
 impl Echo {
     /// Answers a text or binary message.
-    pub fn handle(&mut self, message: &Received<'_>, outbox: &Outbox) {
+    pub fn handle(&mut self, message: &DecoderEvent<'_>, outbox: &Outbox) {
         match *message {
-            Received::Text(text) if self.mode == EchoMode::Verbatim => {
+            DecoderEvent::Text(text) if self.mode == EchoMode::Verbatim => {
                 outbox.push(codec::encode(Opcode::Text, &[text.as_bytes()]));
             }
-            Received::Text(text) if text.eq_ignore_ascii_case("bye") => {
+            DecoderEvent::Text(text) if text.eq_ignore_ascii_case("bye") => {
                 let code = CloseCode::Normal.number();
                 outbox.close(Close { code, reason: String::new() });
             }
-            Received::Text(text) => {
+            DecoderEvent::Text(text) => {
                 outbox.push(codec::encode(Opcode::Text, &[b"Echo: ", text.as_bytes()]));
             }
-            Received::Binary(bytes) => outbox.push(codec::encode(Opcode::Binary, &[bytes])),
-            Received::Ping(_) | Received::Pong(_) | Received::Close(_) | Received::Fragment(_) => {}
+            DecoderEvent::Binary(bytes) => outbox.push(codec::encode(Opcode::Binary, &[bytes])),
+            DecoderEvent::Ping(_)
+            | DecoderEvent::Pong(_)
+            | DecoderEvent::Close(_)
+            | DecoderEvent::Fragment(_) => {}
         }
     }
 }

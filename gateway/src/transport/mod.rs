@@ -21,7 +21,7 @@ use std::{
 use futures_util::FutureExt as _;
 use shared::{
     close::CloseCode,
-    codec::{self, Decoder, Opcode, Received},
+    codec::{self, Decoder, DecoderEvent, Opcode},
     ids::ConnectionId,
     protocol::{
         client_frame::ClientFrame as Frame,
@@ -419,32 +419,32 @@ impl Connection {
             };
             used += count;
             let Some(received) = received else { continue };
-            turn.frame(received.bytes());
+            turn.frame(received.payload_len());
             let request = match received {
-                Received::Fragment(bytes) => {
+                DecoderEvent::Fragment(bytes) => {
                     self.meter.fragment(bytes);
                     None
                 }
-                Received::Pong(payload) => {
+                DecoderEvent::Pong(payload) => {
                     self.meter.control(payload.len());
                     self.handle.health.record_rtt(now.saturating_duration_since(self.pinged));
                     None
                 }
-                Received::Ping(payload) => {
+                DecoderEvent::Ping(payload) => {
                     self.meter.control(payload.len());
                     outbox.push_pong(codec::encode(Opcode::Pong, &[payload]));
                     None
                 }
-                Received::Close(close) => {
+                DecoderEvent::Close(close) => {
                     let (code, reason) = close.unwrap_or((1005, ""));
                     outbox.close(Close { code, reason: reason.to_owned() });
                     return (used, Step::End(Ending::ByClient));
                 }
-                message @ (Received::Text(_) | Received::Binary(_)) => {
+                message @ (DecoderEvent::Text(_) | DecoderEvent::Binary(_)) => {
                     self.metrics.frames_received.inc();
-                    self.meter.data(message.bytes());
+                    self.meter.data(message.payload_len());
                     #[cfg(debug_assertions)]
-                    if let Received::Text(text) = &message {
+                    if let DecoderEvent::Text(text) = &message {
                         crate::fault_injection::panic_in("a connection", text.as_bytes());
                     }
                     match &mut self.handler {
@@ -546,12 +546,15 @@ pub async fn changed(told: &mut Option<watch::Receiver<BusStatus>>) -> BusStatus
 }
 
 fn frame<'a>(
-    message: &Received<'a>,
+    message: &DecoderEvent<'a>,
 ) -> Result<Frame<'a>, Box<shared::protocol::server_frame::ErrorFrame>> {
     match *message {
-        Received::Text(text) => Frame::from_text(text),
-        Received::Binary(bytes) => Frame::from_binary(bytes),
-        Received::Ping(_) | Received::Pong(_) | Received::Close(_) | Received::Fragment(_) => {
+        DecoderEvent::Text(text) => Frame::from_text(text),
+        DecoderEvent::Binary(bytes) => Frame::from_binary(bytes),
+        DecoderEvent::Ping(_)
+        | DecoderEvent::Pong(_)
+        | DecoderEvent::Close(_)
+        | DecoderEvent::Fragment(_) => {
             unreachable!("only whole messages are frames of the protocol")
         }
     }

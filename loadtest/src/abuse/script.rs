@@ -150,7 +150,7 @@ pub(crate) fn binary(header: &str, payload: &[u8]) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
-    use shared::codec::{Decoder, Received};
+    use shared::codec::{Decoder, DecoderEvent};
 
     use super::*;
 
@@ -162,7 +162,7 @@ mod tests {
         for length in [0, 125, 126, 65_535, 65_536] {
             let payload = "y".repeat(length);
             let mut bytes = text(&payload);
-            assert_eq!(decoder.next(&mut bytes).unwrap().1, Some(Received::Text(&payload)));
+            assert_eq!(decoder.next(&mut bytes).unwrap().1, Some(DecoderEvent::Text(&payload)));
         }
     }
 

@@ -398,7 +398,9 @@ mod tests {
         let mut frame = message(&room(3), 1 << 40, timestamp);
         let mut decoder = Decoder::new(1 << 16);
         let (_, received) = decoder.next(&mut frame).unwrap();
-        let Some(shared::codec::Received::Text(text)) = received else { panic!("{received:?}") };
+        let Some(shared::codec::DecoderEvent::Text(text)) = received else {
+            panic!("{received:?}")
+        };
         assert!(matches!(ClientFrame::from_text(text).unwrap().body, FrameBody::Message(_)));
         assert_eq!(SendTimestamp::find(text.as_bytes()), Some(timestamp));
     }

@@ -1,22 +1,25 @@
 //! What stands in a frame: unmasked, and read as what its opcode says.
 
-use super::{CodecError, Opcode, Received};
+use super::{CodecError, DecoderEvent, Opcode};
 
 /// A whole payload as what it is.
-pub(super) fn received(opcode: Opcode, payload: &[u8]) -> Result<Received<'_>, CodecError> {
+pub(super) fn decode_payload(
+    opcode: Opcode,
+    payload: &[u8],
+) -> Result<DecoderEvent<'_>, CodecError> {
     Ok(match opcode {
         Opcode::Text => {
-            Received::Text(std::str::from_utf8(payload).map_err(|_| CodecError::BadUtf8)?)
+            DecoderEvent::Text(std::str::from_utf8(payload).map_err(|_| CodecError::BadUtf8)?)
         }
-        Opcode::Binary | Opcode::Continuation => Received::Binary(payload),
-        Opcode::Ping => Received::Ping(payload),
-        Opcode::Pong => Received::Pong(payload),
-        Opcode::Close => Received::Close(close_of(payload)?),
+        Opcode::Binary | Opcode::Continuation => DecoderEvent::Binary(payload),
+        Opcode::Ping => DecoderEvent::Ping(payload),
+        Opcode::Pong => DecoderEvent::Pong(payload),
+        Opcode::Close => DecoderEvent::Close(parse_close(payload)?),
     })
 }
 
 /// The code and reason of a close frame (RFC 6455, sections 5.5.1 and 7.4).
-fn close_of(payload: &[u8]) -> Result<Option<(u16, &str)>, CodecError> {
+fn parse_close(payload: &[u8]) -> Result<Option<(u16, &str)>, CodecError> {
     let (code, reason) = match payload {
         [] => return Ok(None),
         [_] => return Err(CodecError::Protocol("close frame with half a code")),

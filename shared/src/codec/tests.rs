@@ -8,7 +8,7 @@ mod fuzz;
 
 /// An owned copy of what arrived, to compare.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Got {
+enum OwnedEvent {
     Text(String),
     Binary(Vec<u8>),
     Ping(Vec<u8>),
@@ -17,14 +17,16 @@ enum Got {
 }
 
 /// What a caller takes note of. A fragment is none: its message is to come.
-fn own(received: Received<'_>) -> Option<Got> {
+fn to_owned_event(received: DecoderEvent<'_>) -> Option<OwnedEvent> {
     Some(match received {
-        Received::Text(text) => Got::Text(text.into()),
-        Received::Binary(bytes) => Got::Binary(bytes.into()),
-        Received::Ping(bytes) => Got::Ping(bytes.into()),
-        Received::Pong(bytes) => Got::Pong(bytes.into()),
-        Received::Close(close) => Got::Close(close.map(|(code, reason)| (code, reason.into()))),
-        Received::Fragment(_) => return None,
+        DecoderEvent::Text(text) => OwnedEvent::Text(text.into()),
+        DecoderEvent::Binary(bytes) => OwnedEvent::Binary(bytes.into()),
+        DecoderEvent::Ping(bytes) => OwnedEvent::Ping(bytes.into()),
+        DecoderEvent::Pong(bytes) => OwnedEvent::Pong(bytes.into()),
+        DecoderEvent::Close(close) => {
+            OwnedEvent::Close(close.map(|(code, reason)| (code, reason.into())))
+        }
+        DecoderEvent::Fragment(_) => return None,
     })
 }
 
@@ -49,7 +51,7 @@ pub(super) fn frame(fin: bool, opcode: u8, payload: &[u8]) -> Vec<u8> {
 }
 
 /// Feeds `bytes` in pieces of `piece` and returns all that arrived, or the first error.
-fn decode(bytes: &[u8], piece: usize, max: usize) -> Result<Vec<Got>, CodecError> {
+fn decode(bytes: &[u8], piece: usize, max: usize) -> Result<Vec<OwnedEvent>, CodecError> {
     let mut decoder = Decoder::new(max);
     let mut got = Vec::new();
     for piece in bytes.chunks(piece) {
@@ -58,14 +60,14 @@ fn decode(bytes: &[u8], piece: usize, max: usize) -> Result<Vec<Got>, CodecError
         while used < piece.len() {
             let (more, received) = decoder.next(&mut piece[used..])?;
             used += more;
-            got.extend(received.and_then(own));
+            got.extend(received.and_then(to_owned_event));
         }
     }
     Ok(got)
 }
 
 #[track_caller]
-fn check(frames: &[Vec<u8>], expected: Result<&[Got], CodecError>) {
+fn check(frames: &[Vec<u8>], expected: Result<&[OwnedEvent], CodecError>) {
     let bytes = frames.concat();
     for piece in [1, 2, 3, 5, 7, 64, bytes.len().max(1)] {
         let got = decode(&bytes, piece, 1 << 20);
@@ -73,15 +75,15 @@ fn check(frames: &[Vec<u8>], expected: Result<&[Got], CodecError>) {
     }
 }
 
-fn text(text: &str) -> Got {
-    Got::Text(text.into())
+fn text(text: &str) -> OwnedEvent {
+    OwnedEvent::Text(text.into())
 }
 
 #[test]
 fn whole_messages_of_every_length_form() {
     for length in [0, 1, 125, 126, 127, 65_535, 65_536] {
         let payload = vec![7; length];
-        check(&[frame(true, 2, &payload)], Ok(&[Got::Binary(payload)]));
+        check(&[frame(true, 2, &payload)], Ok(&[OwnedEvent::Binary(payload)]));
     }
     check(&[frame(true, 1, "grüße 🐧".as_bytes())], Ok(&[text("grüße 🐧")]));
 }
@@ -90,7 +92,7 @@ fn whole_messages_of_every_length_form() {
 fn fragments_are_joined_and_control_frames_may_come_between() {
     check(
         &[frame(false, 1, b"a"), frame(true, 9, b"p"), frame(false, 0, b""), frame(true, 0, b"b")],
-        Ok(&[Got::Ping(b"p".to_vec()), text("ab")]),
+        Ok(&[OwnedEvent::Ping(b"p".to_vec()), text("ab")]),
     );
 }
 
@@ -98,7 +100,7 @@ fn fragments_are_joined_and_control_frames_may_come_between() {
 fn a_message_after_a_gathered_one_starts_anew() {
     check(
         &[frame(false, 1, b"a"), frame(true, 0, b"b"), frame(false, 2, b"c"), frame(true, 0, b"")],
-        Ok(&[text("ab"), Got::Binary(b"c".to_vec())]),
+        Ok(&[text("ab"), OwnedEvent::Binary(b"c".to_vec())]),
     );
 }
 
@@ -145,7 +147,7 @@ fn rsv1_stands_on_the_first_frame_of_a_message_and_only_where_that_was_agreed_on
         while used < bytes.len() {
             let (more, received) = decoder.next(&mut bytes[used..])?;
             used += more;
-            got.extend(received.and_then(own));
+            got.extend(received.and_then(to_owned_event));
         }
         Ok(got)
     };
@@ -179,9 +181,9 @@ fn rsv1_stands_on_the_first_frame_of_a_message_and_only_where_that_was_agreed_on
 
 #[test]
 fn close_frames_carry_code_and_reason() {
-    check(&[frame(true, 8, b"")], Ok(&[Got::Close(None)]));
+    check(&[frame(true, 8, b"")], Ok(&[OwnedEvent::Close(None)]));
     let payload = [&1000_u16.to_be_bytes()[..], b"bye"].concat();
-    check(&[frame(true, 8, &payload)], Ok(&[Got::Close(Some((1000, "bye".into())))]));
+    check(&[frame(true, 8, &payload)], Ok(&[OwnedEvent::Close(Some((1000, "bye".into())))]));
     let payload = [&1000_u16.to_be_bytes()[..], &[0xFF]].concat();
     check(&[frame(true, 8, &payload)], Err(CodecError::BadUtf8));
 }
@@ -189,7 +191,7 @@ fn close_frames_carry_code_and_reason() {
 #[test]
 fn the_limit_counts_the_message_not_the_frame_and_is_told_by_the_header() {
     let fits = [frame(false, 2, &[0; 6]), frame(true, 0, &[0; 4])].concat();
-    assert_eq!(decode(&fits, 3, 10), Ok(vec![Got::Binary(vec![0; 10])]));
+    assert_eq!(decode(&fits, 3, 10), Ok(vec![OwnedEvent::Binary(vec![0; 10])]));
     let big = [frame(false, 2, &[0; 6]), frame(true, 0, &[0; 5])].concat();
     assert_eq!(decode(&big, 3, 10), Err(CodecError::TooBig));
     // Nothing of the payload has arrived yet.
@@ -257,7 +259,7 @@ proptest! {
                 bytes.extend(frame(i == last, if i == 0 { 1 } else { 0 }, part));
                 if *ping && i < last {
                     bytes.extend(frame(true, 9, b"?"));
-                    expected.push(Got::Ping(b"?".to_vec()));
+                    expected.push(OwnedEvent::Ping(b"?".to_vec()));
                 }
             }
             expected.push(text(message));
@@ -280,11 +282,11 @@ fn each_call_completes_one_frame_at_most() {
     let mut decoder = Decoder::new(100);
     let mut used = 0;
     for (frame, expected) in stream.iter().zip([
-        Received::Fragment(1),
-        Received::Fragment(0),
-        Received::Fragment(2),
-        Received::Ping(b""),
-        Received::Text("abcd"),
+        DecoderEvent::Fragment(1),
+        DecoderEvent::Fragment(0),
+        DecoderEvent::Fragment(2),
+        DecoderEvent::Ping(b""),
+        DecoderEvent::Text("abcd"),
     ]) {
         let (count, received) = decoder.next(&mut bytes[used..]).unwrap();
         assert_eq!((count, received), (frame.len(), Some(expected)));

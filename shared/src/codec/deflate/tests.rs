@@ -3,7 +3,7 @@ use proptest::prelude::*;
 use rand::{SeedableRng as _, rngs::StdRng};
 
 use super::*;
-use crate::codec::{Decoder, Opcode, Received, encode};
+use crate::codec::{Decoder, DecoderEvent, Opcode, encode};
 
 pub(in crate::codec) mod reference;
 
@@ -233,8 +233,8 @@ proptest! {
                 let (more, received) = decoder.next(&mut piece[used..]).unwrap();
                 used += more;
                 got.extend(received.and_then(|received| match received {
-                    Received::Text(text) => Some(text.to_owned()),
-                    Received::Fragment(_) => None,
+                    DecoderEvent::Text(text) => Some(text.to_owned()),
+                    DecoderEvent::Fragment(_) => None,
                     other => panic!("{other:?}"),
                 }));
             }

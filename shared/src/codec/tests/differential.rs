@@ -13,7 +13,7 @@ use tungstenite::{
     protocol::{Role, WebSocketConfig, WebSocketContext},
 };
 
-use super::{Got, frame, own};
+use super::{OwnedEvent, frame, to_owned_event};
 use crate::codec::{CodecError, Decoder};
 
 /// How a stream failed, as its close code tells.
@@ -27,7 +27,7 @@ enum Failure {
 /// What a stream came to.
 #[derive(Debug, PartialEq, Eq)]
 struct Outcome {
-    got: Vec<Got>,
+    got: Vec<OwnedEvent>,
     failure: Option<Failure>,
 }
 
@@ -96,10 +96,10 @@ fn theirs(bytes: &[u8], max: usize) -> Outcome {
     let mut failure = long_form.map(|_| Failure::Protocol);
     loop {
         match context.read(&mut socket) {
-            Ok(Message::Text(text)) => got.push(Got::Text(text.to_string())),
-            Ok(Message::Binary(bytes)) => got.push(Got::Binary(bytes.into())),
-            Ok(Message::Ping(bytes)) => got.push(Got::Ping(bytes.into())),
-            Ok(Message::Pong(bytes)) => got.push(Got::Pong(bytes.into())),
+            Ok(Message::Text(text)) => got.push(OwnedEvent::Text(text.to_string())),
+            Ok(Message::Binary(bytes)) => got.push(OwnedEvent::Binary(bytes.into())),
+            Ok(Message::Ping(bytes)) => got.push(OwnedEvent::Ping(bytes.into())),
+            Ok(Message::Pong(bytes)) => got.push(OwnedEvent::Pong(bytes.into())),
             // What it answers to a code that may not be sent.
             Ok(Message::Close(Some(close))) if close.reason.as_str() == "Protocol violation" => {
                 failure = Some(Failure::Protocol);
@@ -109,7 +109,7 @@ fn theirs(bytes: &[u8], max: usize) -> Outcome {
                 let own = |close: tungstenite::protocol::CloseFrame| {
                     (close.code.into(), close.reason.to_string())
                 };
-                got.push(Got::Close(close.map(own)));
+                got.push(OwnedEvent::Close(close.map(own)));
                 failure = None;
                 break;
             }
@@ -145,7 +145,7 @@ fn ours(bytes: &[u8], max: usize, mut piece: impl FnMut() -> usize) -> Outcome {
             match decoder.next(&mut piece[used..]) {
                 Ok((more, received)) => {
                     used += more;
-                    got.extend(received.and_then(own));
+                    got.extend(received.and_then(to_owned_event));
                 }
                 Err(error) => {
                     let failure = match error {
@@ -156,7 +156,7 @@ fn ours(bytes: &[u8], max: usize, mut piece: impl FnMut() -> usize) -> Outcome {
                     return Outcome { got, failure: Some(failure) };
                 }
             }
-            if matches!(got.last(), Some(Got::Close(_))) {
+            if matches!(got.last(), Some(OwnedEvent::Close(_))) {
                 return Outcome { got, failure: None };
             }
         }
@@ -173,7 +173,7 @@ pub(super) fn compare(
 ) -> Result<(), String> {
     let ours = ours(bytes, max, piece);
     // Registered since; tungstenite does not know it.
-    if let Some(Got::Close(Some((1014, _)))) = ours.got.last() {
+    if let Some(OwnedEvent::Close(Some((1014, _)))) = ours.got.last() {
         return Ok(());
     }
     let theirs = match ours.failure {
