@@ -61,11 +61,11 @@ const RSV1: u8 = 0x40;
 
 /// One unfragmented, unmasked frame around `parts`, in their order.
 pub fn encode(opcode: Opcode, parts: &[&[u8]]) -> Bytes {
-    encode_first(FIN | opcode as u8, parts)
+    encode_with_first_byte(FIN | opcode as u8, parts)
 }
 
 /// As [`encode`], with the first byte given.
-fn encode_first(first: u8, parts: &[&[u8]]) -> Bytes {
+fn encode_with_first_byte(first: u8, parts: &[&[u8]]) -> Bytes {
     let length: usize = parts.iter().map(|part| part.len()).sum();
     let mut frame = BytesMut::with_capacity(length + 10);
     frame.put_u8(first);
@@ -133,14 +133,14 @@ pub enum CodecError {
     Protocol(&'static str),
     /// A text message or a close reason is not UTF-8. Close code 1007.
     #[error("text is not UTF-8")]
-    BadUtf8,
+    InvalidUtf8,
     /// A compressed message cannot be inflated. Close code 1007, as for what is no UTF-8: the bytes
     /// are not what the message says they are.
     #[error("compressed message cannot be inflated")]
-    BadDeflate,
+    InvalidDeflate,
     /// A message is larger than the limit, inflated if it is compressed. Close code 1009.
     #[error("message is larger than the limit")]
-    TooBig,
+    MessageTooBig,
 }
 
 /// Takes client frames apart.
@@ -152,24 +152,24 @@ pub struct Decoder {
     header: [u8; 14],
     header_len: u8,
     /// The frame whose payload is arriving.
-    frame: Option<Frame>,
+    frame: Option<FrameInProgress>,
     /// The data message that is being gathered, and its kind.
-    gathered: Vec<u8>,
-    gathering: Option<Opcode>,
+    message_bytes: Vec<u8>,
+    message_opcode: Option<Opcode>,
     /// Whether that message is compressed.
     compressed: bool,
-    /// How far `gathered` is known to be UTF-8.
-    valid: usize,
+    /// How far `message_bytes` is known to be UTF-8.
+    utf8_valid_len: usize,
     /// The control frame that is being gathered: it may come between fragments.
     control: Vec<u8>,
-    /// What was handed out from `gathered` or `control` is not needed any more.
-    spent: bool,
+    /// What was handed out from `message_bytes` or `control` is not needed any more.
+    handed_out: bool,
     /// How much of the payload of a frame that was refused for its length has not been skipped.
     skipping: u64,
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Frame {
+struct FrameInProgress {
     fin: bool,
     /// Whether its message is compressed; of a continuation, that of the first frame.
     compressed: bool,
@@ -188,18 +188,18 @@ impl Decoder {
             header: [0; 14],
             header_len: 0,
             frame: None,
-            gathered: Vec::new(),
-            gathering: None,
+            message_bytes: Vec::new(),
+            message_opcode: None,
             compressed: false,
-            valid: 0,
+            utf8_valid_len: 0,
             control: Vec::new(),
-            spent: false,
+            handed_out: false,
             skipping: 0,
         }
     }
 
     /// The same, of a connection on which permessage-deflate was agreed on.
-    pub fn inflating(message_bytes_max: usize) -> Self {
+    pub fn with_deflate(message_bytes_max: usize) -> Self {
         Self { deflate: true, ..Self::new(message_bytes_max) }
     }
 
@@ -233,38 +233,39 @@ impl Decoder {
         unmask(&mut input[range.clone()], mask);
         used += taken;
 
-        if whole && self.is_untouched(frame) {
+        if whole && self.is_whole_message(frame) {
             self.frame = None;
             if !frame.compressed {
                 return Ok((used, Some(decode_payload(frame.opcode, &input[range])?)));
             }
-            self.gathered = inflate(&input[range], self.message_bytes_max)?;
-            self.spent = true;
-            return Ok((used, Some(decode_payload(frame.opcode, &self.gathered)?)));
+            self.message_bytes = inflate(&input[range], self.message_bytes_max)?;
+            self.handed_out = true;
+            return Ok((used, Some(decode_payload(frame.opcode, &self.message_bytes)?)));
         }
 
-        self.gather(frame, &input[range])?;
+        self.buffer_payload(frame, &input[range])?;
         if !whole {
             let mut mask = mask;
             mask.rotate_left(taken % 4);
-            self.frame = Some(Frame { mask, remaining: frame.remaining - taken, ..frame });
+            self.frame =
+                Some(FrameInProgress { mask, remaining: frame.remaining - taken, ..frame });
             return Ok((used, None));
         }
 
         self.frame = None;
         if frame.opcode.is_control() {
-            self.spent = true;
+            self.handed_out = true;
             return Ok((used, Some(decode_payload(frame.opcode, &self.control)?)));
         }
         if !frame.fin {
             return Ok((used, Some(DecoderEvent::Fragment(frame.length))));
         }
-        let opcode = self.gathering.take().unwrap_or(frame.opcode);
+        let opcode = self.message_opcode.take().unwrap_or(frame.opcode);
         if frame.compressed {
-            self.gathered = inflate(&self.gathered, self.message_bytes_max)?;
+            self.message_bytes = inflate(&self.message_bytes, self.message_bytes_max)?;
         }
-        self.spent = true;
-        Ok((used, Some(decode_payload(opcode, &self.gathered)?)))
+        self.handed_out = true;
+        Ok((used, Some(decode_payload(opcode, &self.message_bytes)?)))
     }
 
     /// Drops frames up to a close frame, whatever they carry: nothing is gathered, inflated or
@@ -273,7 +274,7 @@ impl Decoder {
     /// For a connection that is being closed, also after an error of [`Decoder::next`]. Bytes that are
     /// no frames may pass for some, and the close frame is then missed.
     pub fn skip_to_close(&mut self, mut input: &[u8]) -> bool {
-        self.gathered = Vec::new();
+        self.message_bytes = Vec::new();
         self.control = Vec::new();
         if let Some(frame) = self.frame.take() {
             if frame.opcode == Opcode::Close {
@@ -288,21 +289,21 @@ impl Decoder {
             if self.skipping > 0 {
                 return false;
             }
-            let Some(header) = self.gather_header(&mut input) else { return false };
+            let Some(header) = self.buffer_header(&mut input) else { return false };
             // Its payload may come later: nothing comes after it.
             if header[0] & 0x0F == Opcode::Close as u8 {
                 return true;
             }
-            self.skipping = payload_bytes(header);
+            self.skipping = payload_len_of(header);
             self.header_len = 0;
         }
     }
 
     /// Takes a frame's header off the front of `input`, as far as it is there.
-    fn gather_header(&mut self, input: &mut &[u8]) -> Option<&[u8]> {
+    fn buffer_header(&mut self, input: &mut &[u8]) -> Option<&[u8]> {
         loop {
             let have = usize::from(self.header_len);
-            if have == header_bytes(&self.header[..have]) {
+            if have == header_len_of(&self.header[..have]) {
                 return Some(&self.header[..have]);
             }
             let (byte, rest) = input.split_first()?;
@@ -313,22 +314,26 @@ impl Decoder {
     }
 
     /// Whether the frame stands alone, with none of it gathered, so that it need not be copied.
-    fn is_untouched(&self, frame: Frame) -> bool {
+    fn is_whole_message(&self, frame: FrameInProgress) -> bool {
         if frame.opcode.is_control() {
             self.control.is_empty()
         } else {
-            frame.fin && self.gathering.is_none()
+            frame.fin && self.message_opcode.is_none()
         }
     }
 
     /// Reads a frame header, which may come in pieces, and judges it as early as possible.
-    fn read_header(&mut self, input: &[u8], used: &mut usize) -> Result<Option<Frame>, CodecError> {
+    fn read_header(
+        &mut self,
+        input: &[u8],
+        used: &mut usize,
+    ) -> Result<Option<FrameInProgress>, CodecError> {
         loop {
             let have = usize::from(self.header_len);
             if have == 2 {
-                self.judge_start()?;
+                self.check_first_bytes()?;
             }
-            let need = header_bytes(&self.header[..have]);
+            let need = header_len_of(&self.header[..have]);
             if have == need {
                 break;
             }
@@ -340,7 +345,7 @@ impl Decoder {
 
         let have = usize::from(std::mem::take(&mut self.header_len));
         let header = &self.header[..have];
-        let length = payload_bytes(header);
+        let length = payload_len_of(header);
         // RFC 6455, section 5.2: the most significant bit of a 64-bit length must be 0, and the
         // shortest form must be used.
         if length >> 63 == 1 {
@@ -358,19 +363,19 @@ impl Decoder {
             true => deflated_bytes_max(self.message_bytes_max),
             false => self.message_bytes_max,
         };
-        let held = if opcode.is_control() { 0 } else { self.gathered.len() };
+        let held = if opcode.is_control() { 0 } else { self.message_bytes.len() };
         if length > bytes_max.saturating_sub(held) as u64 && !opcode.is_control() {
             self.skipping = length;
-            return Err(CodecError::TooBig);
+            return Err(CodecError::MessageTooBig);
         }
         let mut mask = [0; 4];
         mask.copy_from_slice(&header[have - 4..]);
         let (fin, length) = (header[0] & FIN != 0, length as usize);
-        Ok(Some(Frame { fin, compressed, opcode, mask, length, remaining: length }))
+        Ok(Some(FrameInProgress { fin, compressed, opcode, mask, length, remaining: length }))
     }
 
     /// Judges the first two bytes of a header.
-    fn judge_start(&self) -> Result<(), CodecError> {
+    fn check_first_bytes(&self) -> Result<(), CodecError> {
         let [first, second, ..] = self.header;
         if first & 0x30 != 0 || (first & RSV1 != 0 && !self.deflate) {
             return Err(CodecError::Protocol("reserved bit set without an extension"));
@@ -390,10 +395,10 @@ impl Decoder {
             _ if opcode.is_control() && usize::from(second & 0x7F) > CONTROL_BYTES_MAX => {
                 Err(CodecError::Protocol("control frame of more than 125 bytes"))
             }
-            Opcode::Continuation if self.gathering.is_none() => {
+            Opcode::Continuation if self.message_opcode.is_none() => {
                 Err(CodecError::Protocol("continuation without a message"))
             }
-            Opcode::Text | Opcode::Binary if self.gathering.is_some() => {
+            Opcode::Text | Opcode::Binary if self.message_opcode.is_some() => {
                 Err(CodecError::Protocol("new message inside a fragmented one"))
             }
             _ => Ok(()),
@@ -401,22 +406,22 @@ impl Decoder {
     }
 
     /// Keeps a piece that is not the whole of its message.
-    fn gather(&mut self, frame: Frame, piece: &[u8]) -> Result<(), CodecError> {
+    fn buffer_payload(&mut self, frame: FrameInProgress, piece: &[u8]) -> Result<(), CodecError> {
         if frame.opcode.is_control() {
             self.control.extend_from_slice(piece);
             return Ok(());
         }
         if frame.opcode != Opcode::Continuation {
-            self.gathering = Some(frame.opcode);
+            self.message_opcode = Some(frame.opcode);
             self.compressed = frame.compressed;
         }
-        self.gathered.extend_from_slice(piece);
-        if self.gathering == Some(Opcode::Text) && !self.compressed {
+        self.message_bytes.extend_from_slice(piece);
+        if self.message_opcode == Some(Opcode::Text) && !self.compressed {
             // Fails at the first bad byte, not at the message's end; a character may be cut.
-            match std::str::from_utf8(&self.gathered[self.valid..]) {
-                Ok(_) => self.valid = self.gathered.len(),
-                Err(error) if error.error_len().is_some() => return Err(CodecError::BadUtf8),
-                Err(error) => self.valid += error.valid_up_to(),
+            match std::str::from_utf8(&self.message_bytes[self.utf8_valid_len..]) {
+                Ok(_) => self.utf8_valid_len = self.message_bytes.len(),
+                Err(error) if error.error_len().is_some() => return Err(CodecError::InvalidUtf8),
+                Err(error) => self.utf8_valid_len += error.valid_up_to(),
             }
         }
         Ok(())
@@ -425,19 +430,19 @@ impl Decoder {
     /// Forgets what the last call handed out, and gives its memory back. To be called when all that
     /// was received is handled, so that idle connections hold none.
     pub fn release(&mut self) {
-        if !std::mem::take(&mut self.spent) {
+        if !std::mem::take(&mut self.handed_out) {
             return;
         }
-        if self.gathering.is_none() {
-            self.gathered = Vec::new();
-            self.valid = 0;
+        if self.message_opcode.is_none() {
+            self.message_bytes = Vec::new();
+            self.utf8_valid_len = 0;
         }
         self.control = Vec::new();
     }
 }
 
 /// How long the payload behind a whole header is.
-fn payload_bytes(header: &[u8]) -> u64 {
+fn payload_len_of(header: &[u8]) -> u64 {
     match header[1] & 0x7F {
         126 => u64::from(u16::from_be_bytes([header[2], header[3]])),
         127 => header[2..10].iter().fold(0, |length, byte| length << 8 | u64::from(*byte)),
@@ -446,7 +451,7 @@ fn payload_bytes(header: &[u8]) -> u64 {
 }
 
 /// How many bytes the header has, as far as its first bytes tell.
-fn header_bytes(header: &[u8]) -> usize {
+fn header_len_of(header: &[u8]) -> usize {
     match header.get(1).map(|byte| byte & 0x7F) {
         None => 2,
         Some(126) => 2 + 2 + 4,

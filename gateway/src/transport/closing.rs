@@ -143,9 +143,9 @@ async fn drain(socket: &TcpStream) {
 pub(super) fn close_for(error: CodecError) -> Close {
     let (code, reason) = match error {
         CodecError::Protocol(_) => (CloseCode::Protocol, "protocol_error"),
-        CodecError::BadUtf8 => (CloseCode::BadUtf8, "bad_utf8"),
-        CodecError::BadDeflate => (CloseCode::BadUtf8, "bad_deflate"),
-        CodecError::TooBig => (CloseCode::TooBig, "too_large"),
+        CodecError::InvalidUtf8 => (CloseCode::BadUtf8, "bad_utf8"),
+        CodecError::InvalidDeflate => (CloseCode::BadUtf8, "bad_deflate"),
+        CodecError::MessageTooBig => (CloseCode::TooBig, "too_large"),
     };
     Close { code: code.number(), reason: reason.to_owned() }
 }

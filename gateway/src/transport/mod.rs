@@ -153,7 +153,7 @@ impl Connection {
         let expires = expires_of(&handler);
         let alarm = Alarm::new(wheel, handle.clone());
         let decoder = match handle.outbox.deflates() {
-            Some(_) => Decoder::inflating(options.message_bytes_max),
+            Some(_) => Decoder::with_deflate(options.message_bytes_max),
             None => Decoder::new(options.message_bytes_max),
         };
         Self {

@@ -8,7 +8,7 @@ use std::cell::RefCell;
 use bytes::Bytes;
 use flate2::{Compress, Compression, Decompress, FlushCompress, FlushDecompress, Status};
 
-use super::{CodecError, RSV1, encode_first, extension::WindowBits};
+use super::{CodecError, RSV1, encode_with_first_byte, extension::WindowBits};
 
 /// What a sender takes off the end of a message, and a receiver puts back.
 const TAIL: [u8; 4] = [0x00, 0x00, 0xFF, 0xFF];
@@ -64,7 +64,7 @@ pub fn deflated(frame: &[u8], window: WindowBits) -> Option<Bytes> {
     })?;
     let compressed = out.strip_suffix(&TAIL)?;
     let first = frame.first()? | RSV1;
-    (compressed.len() < payload.len()).then(|| encode_first(first, &[compressed]))
+    (compressed.len() < payload.len()).then(|| encode_with_first_byte(first, &[compressed]))
 }
 
 /// The largest payload that a compressed message of `bytes_max` may have. Data that cannot be
@@ -93,7 +93,7 @@ pub(super) fn inflate(payload: &[u8], bytes_max: usize) -> Result<Vec<u8>, Codec
             Taken::All => message.take(&LAST_BLOCK)? == Taken::UpToLastBlock,
         };
         let whole = ends && message.out.len() == length;
-        if whole { Ok(message.out) } else { Err(CodecError::BadDeflate) }
+        if whole { Ok(message.out) } else { Err(CodecError::InvalidDeflate) }
     })
 }
 
@@ -121,11 +121,11 @@ impl Message<'_> {
             let status = self
                 .inflater
                 .decompress_vec(input, &mut self.out, FlushDecompress::None)
-                .map_err(|_| CodecError::BadDeflate)?;
+                .map_err(|_| CodecError::InvalidDeflate)?;
             let used = (self.inflater.total_in() - before) as usize;
             input = &input[used..];
             if self.out.len() > self.bytes_max {
-                return Err(CodecError::TooBig);
+                return Err(CodecError::MessageTooBig);
             }
             let is_full = self.out.len() == self.out.capacity();
             match status {
@@ -133,7 +133,7 @@ impl Message<'_> {
                 Status::StreamEnd => self.go_on()?,
                 _ if is_full => {}
                 _ if input.is_empty() => return Ok(Taken::All),
-                _ if used == 0 => return Err(CodecError::BadDeflate),
+                _ if used == 0 => return Err(CodecError::InvalidDeflate),
                 _ => {}
             }
         }
@@ -144,7 +144,7 @@ impl Message<'_> {
     fn go_on(&mut self) -> Result<(), CodecError> {
         self.inflater.reset(false);
         let window = &self.out[self.out.len().saturating_sub(WINDOW_BYTES)..];
-        self.inflater.set_dictionary(window).map(drop).map_err(|_| CodecError::BadDeflate)
+        self.inflater.set_dictionary(window).map(drop).map_err(|_| CodecError::InvalidDeflate)
     }
 
     /// Has room for one byte at least, and for one above the limit at most: what reaches that is
@@ -154,7 +154,7 @@ impl Message<'_> {
             let more = self.out.len().clamp(1024, 1 << 20);
             let more = more.min((self.bytes_max + 1).saturating_sub(self.out.len()));
             if more == 0 {
-                return Err(CodecError::TooBig);
+                return Err(CodecError::MessageTooBig);
             }
             self.out.reserve_exact(more);
         }

@@ -9,7 +9,7 @@ pub(super) fn decode_payload(
 ) -> Result<DecoderEvent<'_>, CodecError> {
     Ok(match opcode {
         Opcode::Text => {
-            DecoderEvent::Text(std::str::from_utf8(payload).map_err(|_| CodecError::BadUtf8)?)
+            DecoderEvent::Text(std::str::from_utf8(payload).map_err(|_| CodecError::InvalidUtf8)?)
         }
         Opcode::Binary | Opcode::Continuation => DecoderEvent::Binary(payload),
         Opcode::Ping => DecoderEvent::Ping(payload),
@@ -29,7 +29,7 @@ fn parse_close(payload: &[u8]) -> Result<Option<(u16, &str)>, CodecError> {
     if !matches!(code, 1000..=1003 | 1007..=1014 | 3000..=4999) {
         return Err(CodecError::Protocol("close code that may not be sent"));
     }
-    let reason = std::str::from_utf8(reason).map_err(|_| CodecError::BadUtf8)?;
+    let reason = std::str::from_utf8(reason).map_err(|_| CodecError::InvalidUtf8)?;
     Ok(Some((code, reason)))
 }
 

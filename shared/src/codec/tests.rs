@@ -107,12 +107,12 @@ fn a_message_after_a_gathered_one_starts_anew() {
 #[test]
 fn a_character_may_be_cut_by_a_fragment_but_a_bad_byte_fails_at_once() {
     check(&[frame(false, 1, &[0xC3]), frame(true, 0, &[0xA4])], Ok(&[text("ä")]));
-    check(&[frame(true, 1, &[0xC3])], Err(CodecError::BadUtf8));
+    check(&[frame(true, 1, &[0xC3])], Err(CodecError::InvalidUtf8));
     let mut decoder = Decoder::new(1 << 20);
     let mut start = frame(false, 1, &[0xC0, b'a', b'b']);
     // The bad byte is the first of three: the two behind it need not arrive.
     start.truncate(start.len() - 2);
-    assert_eq!(decoder.next(&mut start), Err(CodecError::BadUtf8));
+    assert_eq!(decoder.next(&mut start), Err(CodecError::InvalidUtf8));
 }
 
 #[test]
@@ -154,7 +154,7 @@ fn rsv1_stands_on_the_first_frame_of_a_message_and_only_where_that_was_agreed_on
     let whole = [frame(true, 0x41, &compressed)];
     let split = [frame(false, 0x41, &compressed[..2]), frame(true, 0, &compressed[2..])];
     for frames in [&whole[..], &split] {
-        assert_eq!(decode(Decoder::inflating(100), frames), Ok(vec![text("Hello")]));
+        assert_eq!(decode(Decoder::with_deflate(100), frames), Ok(vec![text("Hello")]));
         let refused = decode(Decoder::new(100), frames);
         assert!(matches!(refused, Err(CodecError::Protocol(_))), "{refused:?}");
     }
@@ -168,15 +168,15 @@ fn rsv1_stands_on_the_first_frame_of_a_message_and_only_where_that_was_agreed_on
         &[frame(false, 0x41, &compressed[..2]), frame(true, 0x40, &compressed[2..])],
         &[frame(false, 0x01, b"a"), frame(true, 0x40, b"b")],
     ] {
-        let refused = decode(Decoder::inflating(100), frames);
+        let refused = decode(Decoder::with_deflate(100), frames);
         assert!(matches!(refused, Err(CodecError::Protocol(_))), "{frames:02x?}: {refused:?}");
     }
-    let bad = decode(Decoder::inflating(100), &[frame(true, 0x42, b"\x06")]);
-    assert_eq!(bad, Err(CodecError::BadDeflate));
+    let bad = decode(Decoder::with_deflate(100), &[frame(true, 0x42, b"\x06")]);
+    assert_eq!(bad, Err(CodecError::InvalidDeflate));
     // The character is whole only once it is inflated, and only then judged.
     let cut = deflate::tests::compress(&[&[0xC3]], 15, 6, FlushCompress::Sync);
-    let bad = decode(Decoder::inflating(100), &[frame(true, 0x41, &cut)]);
-    assert_eq!(bad, Err(CodecError::BadUtf8));
+    let bad = decode(Decoder::with_deflate(100), &[frame(true, 0x41, &cut)]);
+    assert_eq!(bad, Err(CodecError::InvalidUtf8));
 }
 
 #[test]
@@ -185,7 +185,7 @@ fn close_frames_carry_code_and_reason() {
     let payload = [&1000_u16.to_be_bytes()[..], b"bye"].concat();
     check(&[frame(true, 8, &payload)], Ok(&[OwnedEvent::Close(Some((1000, "bye".into())))]));
     let payload = [&1000_u16.to_be_bytes()[..], &[0xFF]].concat();
-    check(&[frame(true, 8, &payload)], Err(CodecError::BadUtf8));
+    check(&[frame(true, 8, &payload)], Err(CodecError::InvalidUtf8));
 }
 
 #[test]
@@ -193,16 +193,16 @@ fn the_limit_counts_the_message_not_the_frame_and_is_told_by_the_header() {
     let fits = [frame(false, 2, &[0; 6]), frame(true, 0, &[0; 4])].concat();
     assert_eq!(decode(&fits, 3, 10), Ok(vec![OwnedEvent::Binary(vec![0; 10])]));
     let big = [frame(false, 2, &[0; 6]), frame(true, 0, &[0; 5])].concat();
-    assert_eq!(decode(&big, 3, 10), Err(CodecError::TooBig));
+    assert_eq!(decode(&big, 3, 10), Err(CodecError::MessageTooBig));
     // Nothing of the payload has arrived yet.
-    assert_eq!(decode(&frame(true, 2, &[0; 11])[..6], 6, 10), Err(CodecError::TooBig));
+    assert_eq!(decode(&frame(true, 2, &[0; 11])[..6], 6, 10), Err(CodecError::MessageTooBig));
     // A control frame has a limit of its own.
     assert!(decode(&frame(true, 9, &[0; 125]), 6, 10).is_ok());
 }
 
 #[test]
 fn nothing_is_held_once_all_is_handled() {
-    let mut decoder = Decoder::inflating(1 << 20);
+    let mut decoder = Decoder::with_deflate(1 << 20);
     let compressed = deflate::tests::compress(&[&[7; 100_000]], 15, 6, FlushCompress::Sync);
     for stream in [
         frame(true, 0x42, &compressed),
@@ -221,11 +221,11 @@ fn nothing_is_held_once_all_is_handled() {
                     used += decoder.next(&mut piece[used..]).unwrap().0;
                 }
                 decoder.release();
-                let held = decoder.gathered.capacity() + decoder.control.capacity();
+                let held = decoder.message_bytes.capacity() + decoder.control.capacity();
                 // A vector grows by doubling.
                 assert!(held <= 2 * arrived, "{held} bytes are held of {arrived}");
             }
-            let held = decoder.gathered.capacity() + decoder.control.capacity();
+            let held = decoder.message_bytes.capacity() + decoder.control.capacity();
             assert_eq!(held, 0, "in pieces of {size}");
         }
     }
@@ -308,7 +308,7 @@ fn a_closing_connection_skips_to_the_close_frame() {
             let used = match decoder.next(&mut first) {
                 Ok((used, _)) => used,
                 // The header was used.
-                Err(CodecError::TooBig) => 8,
+                Err(CodecError::MessageTooBig) => 8,
                 Err(error) => panic!("{error}"),
             };
             let mut closed = decoder.skip_to_close(&first[used.min(first.len())..]);
@@ -322,7 +322,7 @@ fn a_closing_connection_skips_to_the_close_frame() {
                 }
             }
             assert!(closed && left <= 1, "in pieces of {size}, at most {limit}");
-            assert_eq!(decoder.gathered.capacity() + decoder.control.capacity(), 0);
+            assert_eq!(decoder.message_bytes.capacity() + decoder.control.capacity(), 0);
         }
     }
 }

@@ -88,7 +88,7 @@ fn what_is_no_whole_message_is_refused() {
         &[0xF3, 0x48, 0xCD, 0xC9, 0xC9, 0x07, 0x00, 0xFF],
     ];
     for compressed in refused {
-        assert_eq!(inflate(compressed, 100), Err(CodecError::BadDeflate), "{compressed:02x?}");
+        assert_eq!(inflate(compressed, 100), Err(CodecError::InvalidDeflate), "{compressed:02x?}");
         assert_eq!(reference::inflate(compressed), None, "{compressed:02x?}");
     }
 }
@@ -97,7 +97,7 @@ fn what_is_no_whole_message_is_refused() {
 fn nothing_is_inflated_beyond_the_limit() {
     let bomb = compress(&[&vec![0; 50 << 20]], 15, 9, FlushCompress::Sync);
     assert!(bomb.len() < 60_000);
-    assert_eq!(inflate(&bomb, 100_000), Err(CodecError::TooBig));
+    assert_eq!(inflate(&bomb, 100_000), Err(CodecError::MessageTooBig));
     let used = INFLATER.with_borrow(|inflater| inflater.as_ref().unwrap().total_out());
     assert_eq!(used, 100_001, "inflated beyond the limit");
 
@@ -105,7 +105,7 @@ fn nothing_is_inflated_beyond_the_limit() {
     let out = inflate(&exact, 1000).unwrap();
     assert_eq!(out, [7; 1000]);
     assert!(out.capacity() <= 1001);
-    assert_eq!(inflate(&exact, 999), Err(CodecError::TooBig));
+    assert_eq!(inflate(&exact, 999), Err(CodecError::MessageTooBig));
 }
 
 #[test]
@@ -224,7 +224,7 @@ proptest! {
             let opcode = if i == 0 { 0x41 } else { 0 };
             bytes.extend(super::super::tests::frame(i + 1 == fragments.len(), opcode, part));
         }
-        let mut decoder = Decoder::inflating(1 << 16);
+        let mut decoder = Decoder::with_deflate(1 << 16);
         let mut got = Vec::new();
         for piece in bytes.chunks(piece) {
             let mut piece = piece.to_vec();

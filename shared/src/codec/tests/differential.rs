@@ -150,8 +150,8 @@ fn ours(bytes: &[u8], max: usize, mut piece: impl FnMut() -> usize) -> Outcome {
                 Err(error) => {
                     let failure = match error {
                         CodecError::Protocol(_) => Failure::Protocol,
-                        CodecError::BadUtf8 | CodecError::BadDeflate => Failure::BadUtf8,
-                        CodecError::TooBig => Failure::TooBig,
+                        CodecError::InvalidUtf8 | CodecError::InvalidDeflate => Failure::BadUtf8,
+                        CodecError::MessageTooBig => Failure::TooBig,
                     };
                     return Outcome { got, failure: Some(failure) };
                 }

@@ -126,10 +126,10 @@ fn mutated_compressed_messages_are_inflated_as_another_inflater_does() {
         let (ours, reference) = (deflate::inflate(&payload, max), reference::inflate(&payload));
         let alike = match (&ours, &reference) {
             (Ok(out), Some(inflated)) => *out == inflated.out,
-            (Err(CodecError::TooBig), Some(inflated)) => inflated.out.len() > max,
+            (Err(CodecError::MessageTooBig), Some(inflated)) => inflated.out.len() > max,
             // It was refused before its fault came.
-            (Err(CodecError::TooBig), None) => true,
-            (Err(CodecError::BadDeflate), None) => true,
+            (Err(CodecError::MessageTooBig), None) => true,
+            (Err(CodecError::InvalidDeflate), None) => true,
             _ => false,
         };
         if alike { Ok(()) } else { Err(format!("{ours:?}\n{reference:?}\nof {payload:02x?}")) }
