@@ -13,7 +13,7 @@ pub mod extension;
 pub mod deflate;
 mod payload;
 
-use deflate::{deflated_bytes_max, inflate};
+use deflate::{compressed_bytes_max, inflate};
 use payload::{decode_payload, unmask};
 
 /// The kind of a frame (RFC 6455, section 5.2).
@@ -360,7 +360,7 @@ impl Decoder {
             _ => header[0] & RSV1 != 0,
         };
         let bytes_max = match compressed {
-            true => deflated_bytes_max(self.message_bytes_max),
+            true => compressed_bytes_max(self.message_bytes_max),
             false => self.message_bytes_max,
         };
         let held = if opcode.is_control() { 0 } else { self.message_bytes.len() };

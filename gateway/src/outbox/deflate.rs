@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 use shared::codec::{
-    deflate::{deflated, payload},
+    deflate::{compress_frame, frame_payload},
     extension::WindowBits,
 };
 
@@ -21,13 +21,13 @@ impl Deflating {
     /// `frame` compressed; as it is where that is not worth it, and where it is a control frame.
     pub fn frame(self, frame: &Bytes, metrics: &Metrics) -> Bytes {
         let is_control = frame.first().is_none_or(|first| first & 0x08 != 0);
-        if is_control || payload(frame).len() < self.bytes_min {
+        if is_control || frame_payload(frame).len() < self.bytes_min {
             return frame.clone();
         }
-        let Some(deflated) = deflated(frame, self.window) else { return frame.clone() };
+        let Some(deflated) = compress_frame(frame, self.window) else { return frame.clone() };
         metrics.deflated_messages.inc();
         metrics.deflate_input_bytes.inc_by(frame.len() as u64);
-        metrics.deflate_output_bytes.inc_by(deflated.len() as u64);
-        deflated
+        metrics.deflate_output_bytes.inc_by(compress_frame.len() as u64);
+        compress_frame
     }
 }

@@ -1,5 +1,5 @@
 use shared::codec::{
-    deflate::{deflated, payload},
+    deflate::{compress_frame, frame_payload},
     extension::WindowBits,
 };
 
@@ -31,8 +31,8 @@ fn connection(early: Vec<u8>) -> Connection {
 #[tokio::test(start_paused = true)]
 async fn who_has_much_inflated_lets_others_have_their_turn() {
     let message = codec::encode(Opcode::Text, &[&vec![b'x'; 200_000]]);
-    let compressed = deflated(&message, WindowBits::MAX).unwrap();
-    let compressed = payload(&compressed);
+    let compressed = compress_frame(&message, WindowBits::MAX).unwrap();
+    let compressed = frame_payload(&compressed);
     assert!(compressed.len() < 1000);
     // With a mask of zeros a client's payload stands as it is.
     let mut frame = vec![0xC1, 0x80 | 126];

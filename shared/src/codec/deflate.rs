@@ -11,19 +11,19 @@ use flate2::{Compress, Compression, Decompress, FlushCompress, FlushDecompress, 
 use super::{CodecError, RSV1, encode_with_first_byte, extension::WindowBits};
 
 /// What a sender takes off the end of a message, and a receiver puts back.
-const TAIL: [u8; 4] = [0x00, 0x00, 0xFF, 0xFF];
+const SYNC_FLUSH_TAIL: [u8; 4] = [0x00, 0x00, 0xFF, 0xFF];
 /// An empty last block: that it is read as one shows that the message was whole.
-const LAST_BLOCK: [u8; 5] = [0x01, 0x00, 0x00, 0xFF, 0xFF];
+const EMPTY_FINAL_BLOCK: [u8; 5] = [0x01, 0x00, 0x00, 0xFF, 0xFF];
 /// How far back a block can refer at most.
 const WINDOW_BYTES: usize = 1 << 15;
 /// The smallest window that zlib compresses raw data with.
 const ZLIB_BITS_MIN: u8 = 9;
 /// How many windows long a message may be: each costs zlib-rs a pass over tables of a fixed size, so
 /// that small ones would be a way to have a little of a client's work cost much of ours.
-const WINDOWS_MAX: usize = 64;
+const MESSAGE_WINDOWS_MAX: usize = 64;
 /// Fast, since a room waits while its message is compressed. Level 1 has no codes of the message's
 /// own: it is twice as fast, and a message of 300 bytes comes out a fifth larger.
-const LEVEL: Compression = Compression::new(2);
+const COMPRESSION_LEVEL: Compression = Compression::new(2);
 
 thread_local! {
     static DEFLATERS: RefCell<[Option<Compress>; 7]> = const { RefCell::new([const { None }; 7]) };
@@ -31,7 +31,7 @@ thread_local! {
 }
 
 /// The payload of a frame of [`encode`](super::encode).
-pub fn payload(frame: &[u8]) -> &[u8] {
+pub fn frame_payload(frame: &[u8]) -> &[u8] {
     let header = match frame.get(1) {
         Some(126) => 4,
         Some(127) => 10,
@@ -42,55 +42,59 @@ pub fn payload(frame: &[u8]) -> &[u8] {
 
 /// A data frame of [`encode`](super::encode), its payload compressed to be inflated with a window of
 /// `window`. `None` where it does not get smaller that way, or takes too long.
-pub fn deflated(frame: &[u8], window: WindowBits) -> Option<Bytes> {
-    let payload = payload(frame);
+pub fn compress_frame(frame: &[u8], window: WindowBits) -> Option<Bytes> {
+    let payload = frame_payload(frame);
     // Asked for a window of 256 bytes zlib takes one of 512, but refers only to what is 262 bytes
     // within it: 250 bytes back. A test holds that.
     let bits = window.get().max(ZLIB_BITS_MIN);
-    if payload.len() > WINDOWS_MAX << bits {
+    if frame_payload.len() > MESSAGE_WINDOWS_MAX << bits {
         return None;
     }
-    let mut out = Vec::with_capacity(deflated_bytes_max(payload.len()));
+    let mut out = Vec::with_capacity(compressed_bytes_max(frame_payload.len()));
     DEFLATERS.with_borrow_mut(|deflaters| {
         let kept = &mut deflaters[usize::from(bits - ZLIB_BITS_MIN)];
         // A deflater that has not given out everything is not used again: reset, zlib-rs 0.6 would
         // still keep the place of it, and panic later for want of room.
-        let mut deflater =
-            kept.take().unwrap_or_else(|| Compress::new_with_window_bits(LEVEL, false, bits));
+        let mut deflater = kept
+            .take()
+            .unwrap_or_else(|| Compress::new_with_window_bits(COMPRESSION_LEVEL, false, bits));
         deflater.reset();
-        deflater.compress_vec(payload, &mut out, FlushCompress::Sync).ok()?;
-        let is_whole = deflater.total_in() == payload.len() as u64 && out.len() < out.capacity();
+        deflater.compress_vec(frame_payload, &mut out, FlushCompress::Sync).ok()?;
+        let is_whole =
+            deflater.total_in() == frame_payload.len() as u64 && out.len() < out.capacity();
         is_whole.then(|| *kept = Some(deflater))
     })?;
-    let compressed = out.strip_suffix(&TAIL)?;
+    let compressed = out.strip_suffix(&SYNC_FLUSH_TAIL)?;
     let first = frame.first()? | RSV1;
-    (compressed.len() < payload.len()).then(|| encode_with_first_byte(first, &[compressed]))
+    (compressed.len() < frame_payload.len()).then(|| encode_with_first_byte(first, &[compressed]))
 }
 
 /// The largest payload that a compressed message of `bytes_max` may have. Data that cannot be
 /// compressed grows by an eighth at most, where every byte becomes a code of nine bits.
-pub(super) fn deflated_bytes_max(bytes_max: usize) -> usize {
+pub(super) fn compressed_bytes_max(bytes_max: usize) -> usize {
     bytes_max + bytes_max / 8 + 64
 }
 
 /// Inflates a message, but no further than to `bytes_max`.
 pub(super) fn inflate(payload: &[u8], bytes_max: usize) -> Result<Vec<u8>, CodecError> {
     // What some senders make of an empty message. The RFC has them send one byte.
-    if payload.is_empty() {
+    if frame_payload.is_empty() {
         return Ok(Vec::new());
     }
     INFLATER.with_borrow_mut(|inflater| {
         let inflater = inflater.get_or_insert_with(|| Decompress::new(false));
         inflater.reset(false);
-        let mut message = Message { inflater, out: Vec::new(), bytes_max };
-        message.out.reserve_exact((4 * payload.len()).min(bytes_max + 1));
-        if message.take(payload)? == Taken::UpToLastBlock {
+        let mut message = InflatingMessage { inflater, out: Vec::new(), bytes_max };
+        message.out.reserve_exact((4 * frame_payload.len()).min(bytes_max + 1));
+        if message.feed(frame_payload)? == InflatePosition::AfterFinalBlock {
             return Ok(message.out);
         }
         let length = message.out.len();
-        let ends = match message.take(&TAIL)? {
-            Taken::UpToLastBlock => true,
-            Taken::All => message.take(&LAST_BLOCK)? == Taken::UpToLastBlock,
+        let ends = match message.feed(&SYNC_FLUSH_TAIL)? {
+            InflatePosition::AfterFinalBlock => true,
+            InflatePosition::MidStream => {
+                message.feed(&EMPTY_FINAL_BLOCK)? == InflatePosition::AfterFinalBlock
+            }
         };
         let whole = ends && message.out.len() == length;
         if whole { Ok(message.out) } else { Err(CodecError::InvalidDeflate) }
@@ -98,7 +102,7 @@ pub(super) fn inflate(payload: &[u8], bytes_max: usize) -> Result<Vec<u8>, Codec
 }
 
 /// A message that is being inflated.
-struct Message<'a> {
+struct InflatingMessage<'a> {
     inflater: &'a mut Decompress,
     out: Vec<u8>,
     bytes_max: usize,
@@ -106,17 +110,17 @@ struct Message<'a> {
 
 /// Where the inflater stands when it has taken all of its input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Taken {
+enum InflatePosition {
     /// Somewhere.
-    All,
+    MidStream,
     /// Right behind a block that says it is the last.
-    UpToLastBlock,
+    AfterFinalBlock,
 }
 
-impl Message<'_> {
-    fn take(&mut self, mut input: &[u8]) -> Result<Taken, CodecError> {
+impl InflatingMessage<'_> {
+    fn feed(&mut self, mut input: &[u8]) -> Result<InflatePosition, CodecError> {
         loop {
-            self.make_room()?;
+            self.reserve_output()?;
             let before = self.inflater.total_in();
             let status = self
                 .inflater
@@ -129,10 +133,12 @@ impl Message<'_> {
             }
             let is_full = self.out.len() == self.out.capacity();
             match status {
-                Status::StreamEnd if input.is_empty() => return Ok(Taken::UpToLastBlock),
-                Status::StreamEnd => self.go_on()?,
+                Status::StreamEnd if input.is_empty() => {
+                    return Ok(InflatePosition::AfterFinalBlock);
+                }
+                Status::StreamEnd => self.continue_after_final_block()?,
                 _ if is_full => {}
-                _ if input.is_empty() => return Ok(Taken::All),
+                _ if input.is_empty() => return Ok(InflatePosition::MidStream),
                 _ if used == 0 => return Err(CodecError::InvalidDeflate),
                 _ => {}
             }
@@ -141,7 +147,7 @@ impl Message<'_> {
 
     /// Has the inflater go on behind a last block: the next one begins at the next byte, and may
     /// refer to what was before (RFC 7692, section 7.2.1).
-    fn go_on(&mut self) -> Result<(), CodecError> {
+    fn continue_after_final_block(&mut self) -> Result<(), CodecError> {
         self.inflater.reset(false);
         let window = &self.out[self.out.len().saturating_sub(WINDOW_BYTES)..];
         self.inflater.set_dictionary(window).map(drop).map_err(|_| CodecError::InvalidDeflate)
@@ -149,7 +155,7 @@ impl Message<'_> {
 
     /// Has room for one byte at least, and for one above the limit at most: what reaches that is
     /// too large, and is inflated no further.
-    fn make_room(&mut self) -> Result<(), CodecError> {
+    fn reserve_output(&mut self) -> Result<(), CodecError> {
         if self.out.len() == self.out.capacity() {
             let more = self.out.len().clamp(1024, 1 << 20);
             let more = more.min((self.bytes_max + 1).saturating_sub(self.out.len()));

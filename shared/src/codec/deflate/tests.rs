@@ -114,9 +114,9 @@ fn a_message_of_the_largest_size_may_be_compressed_in_any_way() {
     let noise: Vec<u8> = noise(10_000).iter().map(|byte| byte | 0x90).collect();
     for level in [0, 1, 6] {
         let compressed = compress(&[&noise], 15, level, FlushCompress::Sync);
-        assert!(compressed.len() <= deflated_bytes_max(noise.len()));
+        assert!(compressed.len() <= compressed_bytes_max(noise.len()));
         let fixed = reference::all_literals(&noise);
-        assert!(fixed.len() <= deflated_bytes_max(noise.len()));
+        assert!(fixed.len() <= compressed_bytes_max(noise.len()));
         assert_eq!(inflate(&compressed, noise.len()).unwrap(), noise);
         assert_eq!(inflate(&fixed, noise.len()).unwrap(), noise);
     }
@@ -142,7 +142,7 @@ fn blocks_may_refer_back_across_last_blocks() {
 fn what_does_not_get_smaller_is_left_as_it_is() {
     let noise = noise(500);
     for payload in [&b""[..], b"a", b"short", &noise] {
-        assert_eq!(deflated(&encode(Opcode::Binary, &[payload]), window(15)), None);
+        assert_eq!(compress_frame(&encode(Opcode::Binary, &[payload]), window(15)), None);
     }
 }
 
@@ -151,7 +151,7 @@ fn small_windows_are_not_used_for_large_messages() {
     for (bits, largest) in [(8, 32 << 10), (9, 32 << 10), (12, 256 << 10), (15, 2 << 20)] {
         let compressed = |length| {
             let frame = encode(Opcode::Text, &[&vec![b'x'; length]]);
-            deflated(&frame, window(bits)).is_some()
+            compress_frame(&frame, window(bits)).is_some()
         };
         assert!(compressed(largest) && !compressed(largest + 1), "{bits} bits");
     }
@@ -166,10 +166,10 @@ fn what_cannot_be_compressed_leaves_nothing_behind() {
     for length in (0..noise.len()).step_by(7_001) {
         let window = WindowBits::MAX;
         for _ in 0..4 {
-            assert_eq!(deflated(&encode(Opcode::Binary, &[&noise[..length]]), window), None);
+            assert_eq!(compress_frame(&encode(Opcode::Binary, &[&noise[..length]]), window), None);
         }
-        let frame = deflated(&encode(Opcode::Binary, &[&text]), window).unwrap();
-        assert_eq!(inflate(payload(&frame), text.len()).unwrap(), text);
+        let frame = compress_frame(&encode(Opcode::Binary, &[&text]), window).unwrap();
+        assert_eq!(inflate(frame_payload(&frame), text.len()).unwrap(), text);
         assert!(DEFLATERS.with_borrow(|all| all[6].is_some()), "another one for each message");
     }
 }
@@ -195,10 +195,10 @@ proptest! {
     #[test]
     fn a_window_is_kept_to(text in repetitive(), bits in 8..=15_u8) {
         let frame = encode(Opcode::Text, &[&text]);
-        if let Some(deflated) = deflated(&frame, window(bits)) {
+        if let Some(deflated) = compress_frame(&frame, window(bits)) {
             prop_assert!(deflated.len() < frame.len());
             prop_assert_eq!(deflated[0], 0xC1);
-            let Inflated { out, farthest } = reference::inflate(payload(&deflated)).unwrap();
+            let Inflated { out, farthest } = reference::inflate(frame_payload(&deflated)).unwrap();
             prop_assert_eq!(out, text);
             prop_assert!(farthest <= 1 << bits, "{} bytes back with {} bits", farthest, bits);
         }

@@ -152,8 +152,8 @@ fn what_is_compressed_keeps_to_its_window() {
         let bits = random.random_range(8..16);
         let window = extension::WindowBits::new(bits).unwrap();
         let frame = codec::encode(Opcode::Binary, &[&text]);
-        let Some(deflated) = deflate::deflated(&frame, window) else { return Ok(()) };
-        let inflated = reference::inflate(deflate::payload(&deflated));
+        let Some(deflated) = deflate::compress_frame(&frame, window) else { return Ok(()) };
+        let inflated = reference::inflate(deflate::frame_payload(&deflated));
         match &inflated {
             Some(inflated) if inflated.out == text && inflated.farthest <= 1 << bits => Ok(()),
             _ => Err(format!("{bits} bits: {inflated:?}\nof {text:02x?}")),
