@@ -4,7 +4,7 @@ use axum::{
     http::{HeaderMap, StatusCode, header},
     response::Response,
 };
-use shared::codec::extension::{self, Deflate, MalformedExtensions};
+use shared::codec::extension::{self, DeflateParams, MalformedExtensions};
 
 use super::{error::refuse, headers::utf8};
 
@@ -12,7 +12,7 @@ use super::{error::refuse, headers::utf8};
 pub(super) fn negotiate(
     headers: &HeaderMap,
     is_on: bool,
-) -> Result<Option<Deflate>, Box<Response>> {
+) -> Result<Option<DeflateParams>, Box<Response>> {
     let lines = headers.get_all(header::SEC_WEBSOCKET_EXTENSIONS).iter();
     // This header's own grammar is ASCII: what is not breaks it, and nothing else.
     let lines: Option<Vec<&str>> = lines.map(utf8).collect();

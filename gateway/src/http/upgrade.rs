@@ -20,7 +20,7 @@ use sha1::Sha1;
 use shared::{
     SUBPROTOCOL,
     close::CloseCode,
-    codec::extension::Deflate,
+    codec::extension::DeflateParams,
     error::ErrorCode,
     ids::{ConnectionId, RoomId, UserId},
     position::Position,
@@ -190,7 +190,7 @@ struct Agreed {
     accept: String,
     /// Whether the client offered a subprotocol, so that one has to be chosen.
     subprotocol: bool,
-    deflate: Option<Deflate>,
+    deflate: Option<DeflateParams>,
 }
 
 /// 101, with the sticky cookie.
@@ -313,7 +313,7 @@ struct Opening {
     client: Client,
     json_ping: bool,
     endpoint: Endpoint,
-    deflate: Option<Deflate>,
+    deflate: Option<DeflateParams>,
     route: String,
     places: Places,
 }

@@ -38,23 +38,23 @@ impl WindowBits {
 /// What was agreed on: every message is compressed by itself, in both directions, so that nothing
 /// is kept between messages and one compressed message serves many.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Deflate {
+pub struct DeflateParams {
     /// The window that the client asked the server to keep to.
-    asked: Option<WindowBits>,
+    server_max_window_bits: Option<WindowBits>,
 }
 
-impl Deflate {
+impl DeflateParams {
     /// The window to compress with.
     pub fn window(self) -> WindowBits {
-        self.asked.unwrap_or(WindowBits::MAX)
+        self.server_max_window_bits.unwrap_or(WindowBits::MAX)
     }
 }
 
 /// As the answer's header has it.
-impl fmt::Display for Deflate {
+impl fmt::Display for DeflateParams {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{DEFLATE}; server_no_context_takeover; client_no_context_takeover")?;
-        match self.asked {
+        match self.server_max_window_bits {
             Some(window) => write!(f, "; server_max_window_bits={}", window.0),
             None => Ok(()),
         }
@@ -74,17 +74,19 @@ pub struct MalformedExtensions;
 /// [`MalformedExtensions`], also where an acceptable offer stands before what is malformed.
 pub fn negotiate<'a>(
     lines: impl IntoIterator<Item = &'a str>,
-) -> Result<Option<Deflate>, MalformedExtensions> {
+) -> Result<Option<DeflateParams>, MalformedExtensions> {
     let mut chosen = None;
     for line in lines {
-        let mut list = List { rest: line };
+        let mut list = ExtensionsParser { rest: line };
         while let Some(name) = list.next_extension()? {
-            let mut offer = Offer::default();
+            let mut offer = DeflateOffer::default();
             while let Some((parameter, value)) = list.next_parameter()? {
-                offer.take(parameter, value.as_deref());
+                offer.add_parameter(parameter, value.as_deref());
             }
             if name == DEFLATE && !offer.declined {
-                chosen = chosen.or(Some(Deflate { asked: offer.server_window }));
+                chosen = chosen.or(Some(DeflateParams {
+                    server_max_window_bits: offer.server_max_window_bits,
+                }));
             }
         }
     }
@@ -93,19 +95,19 @@ pub fn negotiate<'a>(
 
 /// The parameters of one offer.
 #[derive(Default)]
-struct Offer<'a> {
+struct DeflateOffer<'a> {
     seen: Vec<&'a str>,
-    server_window: Option<WindowBits>,
+    server_max_window_bits: Option<WindowBits>,
     declined: bool,
 }
 
-impl<'a> Offer<'a> {
-    fn take(&mut self, parameter: &'a str, value: Option<&str>) {
+impl<'a> DeflateOffer<'a> {
+    fn add_parameter(&mut self, parameter: &'a str, value: Option<&str>) {
         let known = match (parameter, value) {
             ("server_no_context_takeover" | "client_no_context_takeover", None) => true,
             ("server_max_window_bits", Some(bits)) => {
-                self.server_window = WindowBits::parse(bits);
-                self.server_window.is_some()
+                self.server_max_window_bits = WindowBits::parse(bits);
+                self.server_max_window_bits.is_some()
             }
             // A hint, or the permission to limit the client's window, of which no use is made:
             // what clients send is inflated with the largest window.
@@ -119,14 +121,14 @@ impl<'a> Offer<'a> {
 }
 
 /// Reads a line of the header. Blanks may stand between any two parts of it.
-struct List<'a> {
+struct ExtensionsParser<'a> {
     rest: &'a str,
 }
 
-impl<'a> List<'a> {
+impl<'a> ExtensionsParser<'a> {
     /// The next extension's name, behind empty elements of the list.
     fn next_extension(&mut self) -> Result<Option<&'a str>, MalformedExtensions> {
-        while self.take(',') {}
+        while self.take_delimiter(',') {}
         if self.rest.is_empty() {
             return Ok(None);
         }
@@ -135,12 +137,12 @@ impl<'a> List<'a> {
 
     /// The next parameter of the extension that was begun, and its value.
     fn next_parameter(&mut self) -> Result<Option<(&'a str, Option<String>)>, MalformedExtensions> {
-        if !self.take(';') {
+        if !self.take_delimiter(';') {
             let ends = self.rest.is_empty() || self.rest.starts_with(',');
             return if ends { Ok(None) } else { Err(MalformedExtensions) };
         }
         let name = self.token()?;
-        if !self.take('=') {
+        if !self.take_delimiter('=') {
             return Ok(Some((name, None)));
         }
         let value =
@@ -149,15 +151,15 @@ impl<'a> List<'a> {
     }
 
     /// Takes `mark` off, and the blanks around it.
-    fn take(&mut self, mark: char) -> bool {
-        self.skip_blanks();
+    fn take_delimiter(&mut self, mark: char) -> bool {
+        self.skip_whitespace();
         let Some(rest) = self.rest.strip_prefix(mark) else { return false };
         self.rest = rest;
-        self.skip_blanks();
+        self.skip_whitespace();
         true
     }
 
-    fn skip_blanks(&mut self) {
+    fn skip_whitespace(&mut self) {
         self.rest = self.rest.trim_start_matches([' ', '\t']);
     }
 
@@ -165,7 +167,7 @@ impl<'a> List<'a> {
         let end = self.rest.find(|c| !is_token(c)).unwrap_or(self.rest.len());
         let (token, rest) = self.rest.split_at(end);
         self.rest = rest;
-        self.skip_blanks();
+        self.skip_whitespace();
         if token.is_empty() { Err(MalformedExtensions) } else { Ok(token) }
     }
 
@@ -177,7 +179,7 @@ impl<'a> List<'a> {
             let c = match c {
                 '"' => {
                     self.rest = &self.rest[at + 1..];
-                    self.skip_blanks();
+                    self.skip_whitespace();
                     return if value.is_empty() { Err(MalformedExtensions) } else { Ok(value) };
                 }
                 '\\' => chars.next().ok_or(MalformedExtensions)?.1,
