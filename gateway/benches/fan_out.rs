@@ -18,7 +18,7 @@ use gateway::{
 };
 use shared::{
     codec::{Opcode, encode},
-    envelope::{Author, Envelope, Parts},
+    envelope::{Author, Envelope, EnvelopeParts},
     ids::{ConnectionId, MessageId, RoomId},
 };
 use tokio::time::Instant;
@@ -108,14 +108,14 @@ impl World {
         let content = "x".repeat(128);
         self.bus.append(Append {
             room: room.clone(),
-            envelope: Envelope::pack(Parts {
+            envelope: Envelope::pack(EnvelopeParts {
                 frame: Default::default(),
                 author: Author::of(&"ann".parse().unwrap()),
                 id: MessageId::random(),
                 sender: ConnectionId::random(),
                 echo: true,
-                members: &format!(r#""room":"bench","content":"{content}""#),
-                binary: None,
+                fields: &format!(r#""room":"bench","content":"{content}""#),
+                binary_payload: None,
             }),
             urgent: false,
             unseen: Default::default(),

@@ -8,7 +8,7 @@ use std::{
 use serde::Serialize;
 use serde_json::value::RawValue;
 use shared::{
-    envelope::{Author, Envelope, FrameType, Parts, binary_bytes_max},
+    envelope::{Author, Envelope, EnvelopeParts, FrameType, binary_payload_bytes_max},
     ids::{ConnectionId, MessageId, RoomId, UserId},
     protocol::{
         MessageKind,
@@ -203,18 +203,18 @@ impl Publisher {
         // Without the braces: the numbers come in front.
         let members = &members[1..members.len() - 1];
         let binary_max =
-            binary_bytes_max(server_frame_bytes_max(self.message_bytes_max), members.len());
+            binary_payload_bytes_max(server_frame_bytes_max(self.message_bytes_max), members.len());
         if binary.is_some_and(|payload| payload.len() > binary_max) {
             return Err(PublishError::BinaryTooLarge(binary_max));
         }
-        let envelope = Envelope::pack(Parts {
+        let envelope = Envelope::pack(EnvelopeParts {
             frame,
             author: sender.author,
             id: receipt.id,
             sender: sender.connection,
             echo: message.echo,
-            members,
-            binary,
+            fields: members,
+            binary_payload: binary,
         });
 
         if let Some(writer) = sender.writer {
@@ -285,14 +285,14 @@ impl Publisher {
         let timestamp = shared::timestamp(SystemTime::now());
         let notification = Notification { id, payload, require_ack, timestamp: &timestamp };
         let members = serde_json::to_string(&notification).expect("raw JSON is JSON");
-        let envelope = Envelope::pack(Parts {
+        let envelope = Envelope::pack(EnvelopeParts {
             frame: FrameType::Notification,
             author: Author::of(&API_USER.parse().expect("an id")),
             id,
             sender: ConnectionId(Uuid::nil()),
             echo: true,
-            members: &members[1..members.len() - 1],
-            binary: None,
+            fields: &members[1..members.len() - 1],
+            binary_payload: None,
         });
         let done = self.counted(Box::new(done));
         self.bus.append(self.append(RoomId::inbox_of(user), envelope, done));

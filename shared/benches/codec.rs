@@ -6,7 +6,7 @@ use bytes::Bytes;
 use divan::{Bencher, black_box, counter::BytesCount};
 use shared::{
     codec::{Decoder, Opcode, encode},
-    envelope::{Author, Envelope, Parts},
+    envelope::{Author, Envelope, EnvelopeParts},
     ids::{ConnectionId, MessageId},
     position::Position,
     protocol::client_frame::ClientFrame,
@@ -29,15 +29,15 @@ fn encode_frame(bencher: Bencher<'_, '_>, size: usize) {
 /// What a node does with an entry from the log, before it places it in outboxes.
 #[divan::bench]
 fn encode_live_frame(bencher: Bencher<'_, '_>) {
-    let members = format!(r#""room":"lobby","id":"x","content":"{}""#, "x".repeat(128));
-    let envelope = Envelope::pack(Parts {
+    let fields = format!(r#""room":"lobby","id":"x","content":"{}""#, "x".repeat(128));
+    let envelope = Envelope::pack(EnvelopeParts {
         frame: Default::default(),
         author: author(),
         id: MessageId::random(),
         sender: ConnectionId::random(),
         echo: true,
-        members: &members,
-        binary: None,
+        fields: &fields,
+        binary_payload: None,
     });
     let epoch = "1-abcdefgh".parse().expect("a number, a hyphen and letters");
     let position = Position::new(epoch, 123_456);

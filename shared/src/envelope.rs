@@ -3,7 +3,7 @@
 //! The bytes hold everything of a `message`, `direct` or `notification` frame but its `epoch` and `seq`,
 //! which the log gives.
 //! A gateway that receives an entry parses no JSON: it puts the two numbers in front of the stored
-//! members and has the frame its clients get.
+//! fields and has the frame its clients get.
 //!
 //! ```text
 //! byte 0        version, 2
@@ -12,8 +12,8 @@
 //! bytes 2..10   author: who sent it, as a hash of the user's id
 //! bytes 10..26  message id; with the author it is what ids are told apart by
 //! bytes 26..42  connection that sent it
-//! bytes 42..46  length of the members, big-endian
-//! members       JSON members without braces: "room":"…","id":"…",…
+//! bytes 42..46  length of the fields, big-endian
+//! fields       JSON fields without braces: "room":"…","id":"…",…
 //! payload       the content of a binary message
 //! ```
 
@@ -28,9 +28,9 @@ use crate::{
     position::Position,
 };
 
-mod members;
+mod fields;
 
-use members::Wanted;
+use fields::ExpectedFields;
 
 const VERSION: u8 = 2;
 const HEADER_BYTES: usize = 46;
@@ -40,9 +40,9 @@ const FRAME_SHIFT: u8 = 2;
 /// The most bytes of an envelope: those of the largest message that can be configured, and what stands
 /// around its content.
 pub const ENVELOPE_BYTES_MAX: usize = (16 << 20) + (64 << 10);
-/// The most bytes of the members beside a binary payload: the length of a binary frame's header is two
-/// bytes, and what stands in front of the members is under 160.
-const BINARY_MEMBERS_BYTES_MAX: usize = u16::MAX as usize - 160;
+/// The most bytes of the fields beside a binary payload: the length of a binary frame's header is two
+/// bytes, and what stands in front of the fields is under 160.
+const BINARY_FIELDS_BYTES_MAX: usize = u16::MAX as usize - 160;
 
 /// An entry without its position. Cheap to clone.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -103,7 +103,7 @@ pub struct InvalidEnvelope;
 
 /// What an envelope is made of.
 #[derive(Clone, Copy, Debug)]
-pub struct Parts<'a> {
+pub struct EnvelopeParts<'a> {
     /// What its readers get.
     pub frame: FrameType,
     /// Who sent it.
@@ -114,26 +114,26 @@ pub struct Parts<'a> {
     pub sender: ConnectionId,
     /// Whether `sender` gets a copy.
     pub echo: bool,
-    /// The frame's JSON members without braces, `type`, `epoch` and `seq`.
-    pub members: &'a str,
-    /// The content of a binary message; `None` for one whose content stands in `members`.
-    pub binary: Option<&'a [u8]>,
+    /// The frame's JSON fields without braces, `type`, `epoch` and `seq`.
+    pub fields: &'a str,
+    /// The content of a binary message; `None` for one whose content stands in `fields`.
+    pub binary_payload: Option<&'a [u8]>,
 }
 
 impl Envelope {
     /// Packs `parts`.
-    pub fn pack(parts: Parts<'_>) -> Self {
-        let payload = parts.binary.unwrap_or_default();
-        let mut bytes = BytesMut::with_capacity(HEADER_BYTES + parts.members.len() + payload.len());
+    pub fn pack(parts: EnvelopeParts<'_>) -> Self {
+        let payload = parts.binary_payload.unwrap_or_default();
+        let mut bytes = BytesMut::with_capacity(HEADER_BYTES + parts.fields.len() + payload.len());
         bytes.put_u8(VERSION);
-        let binary = if parts.binary.is_some() { BINARY } else { 0 };
+        let binary = if parts.binary_payload.is_some() { BINARY } else { 0 };
         let echo = if parts.echo { 0 } else { NO_ECHO };
         bytes.put_u8(binary | echo | (parts.frame as u8) << FRAME_SHIFT);
         bytes.put_slice(&parts.author.0);
         bytes.put_slice(parts.id.0.as_bytes());
         bytes.put_slice(parts.sender.0.as_bytes());
-        bytes.put_u32(parts.members.len() as u32);
-        bytes.put_slice(parts.members.as_bytes());
+        bytes.put_u32(parts.fields.len() as u32);
+        bytes.put_slice(parts.fields.as_bytes());
         bytes.put_slice(payload);
         Self(bytes.freeze())
     }
@@ -155,14 +155,14 @@ impl Envelope {
             (RoomKind::Inbox, FrameType::Direct | FrameType::Notification) => None,
             _ => return Err(InvalidEnvelope),
         };
-        let (members, payload) = envelope.members_and_payload();
+        let (fields, payload) = envelope.fields_and_payload();
         let fits =
-            if binary { members.len() <= BINARY_MEMBERS_BYTES_MAX } else { payload.is_empty() };
-        let wanted = Wanted { frame, id: envelope.id().0, room, binary };
-        if fits && wanted.is_met_by(members) { Ok(envelope) } else { Err(InvalidEnvelope) }
+            if binary { fields.len() <= BINARY_FIELDS_BYTES_MAX } else { payload.is_empty() };
+        let expected = ExpectedFields { frame, id: envelope.id().0, room, binary };
+        if fits && expected.matches(fields) { Ok(envelope) } else { Err(InvalidEnvelope) }
     }
 
-    /// Takes bytes that a gateway has packed for an envelope, without copying them. The members are not
+    /// Takes bytes that a gateway has packed for an envelope, without copying them. The fields are not
     /// looked at: [`Envelope::of_room`] is for what comes from outside.
     ///
     /// # Errors
@@ -173,7 +173,7 @@ impl Envelope {
         let header = envelope.0.get(..HEADER_BYTES).ok_or(InvalidEnvelope)?;
         if header[0] != VERSION
             || usize::from(header[1] >> FRAME_SHIFT) >= FrameType::ALL.len()
-            || envelope.0.len() < HEADER_BYTES + envelope.members_len()
+            || envelope.0.len() < HEADER_BYTES + envelope.fields_len()
         {
             return Err(InvalidEnvelope);
         }
@@ -190,9 +190,9 @@ impl Envelope {
         self.0[2..10] == author.0
     }
 
-    /// The frame's JSON members without braces, `type`, `epoch` and `seq`.
-    pub fn members(&self) -> &[u8] {
-        self.members_and_payload().0
+    /// The frame's JSON fields without braces, `type`, `epoch` and `seq`.
+    pub fn fields(&self) -> &[u8] {
+        self.fields_and_payload().0
     }
 
     /// The packed bytes.
@@ -229,9 +229,9 @@ impl Envelope {
 
     /// The JSON text that stands in `history`: the whole frame, a binary one in base64.
     pub fn json(&self, position: &Position) -> String {
-        let (members, payload) = self.members_and_payload();
-        let mut json = self.opening(position, REPLAY);
-        json.push_str(&String::from_utf8_lossy(members));
+        let (fields, payload) = self.fields_and_payload();
+        let mut json = self.json_prefix(position, REPLAY);
+        json.push_str(&String::from_utf8_lossy(fields));
         if self.is_binary() {
             json.push_str(r#","encoding":"base64","content":""#);
             STANDARD.encode_string(payload, &mut json);
@@ -242,18 +242,18 @@ impl Envelope {
     }
 
     fn frame(&self, position: &Position, replay: &str) -> Bytes {
-        let opening = self.opening(position, replay);
-        let (members, payload) = self.members_and_payload();
+        let opening = self.json_prefix(position, replay);
+        let (fields, payload) = self.fields_and_payload();
         if !self.is_binary() {
-            return codec::encode(Opcode::Text, &[opening.as_bytes(), members, b"}"]);
+            return codec::encode(Opcode::Text, &[opening.as_bytes(), fields, b"}"]);
         }
-        let header_len = (opening.len() + members.len() + 1) as u16;
+        let header_len = (opening.len() + fields.len() + 1) as u16;
         let header_len = header_len.to_be_bytes();
-        let parts = [&header_len, opening.as_bytes(), members, b"}", payload];
+        let parts = [&header_len, opening.as_bytes(), fields, b"}", payload];
         codec::encode(Opcode::Binary, &parts)
     }
 
-    fn opening(&self, position: &Position, replay: &str) -> String {
+    fn json_prefix(&self, position: &Position, replay: &str) -> String {
         let (Position { epoch, seq }, kind) = (position, self.frame_type().as_str());
         if epoch.is_none() {
             return format!(r#"{{"type":"{kind}","#);
@@ -265,11 +265,11 @@ impl Envelope {
         self.0[1] & BINARY != 0
     }
 
-    fn members_and_payload(&self) -> (&[u8], &[u8]) {
-        self.0[HEADER_BYTES..].split_at(self.members_len())
+    fn fields_and_payload(&self) -> (&[u8], &[u8]) {
+        self.0[HEADER_BYTES..].split_at(self.fields_len())
     }
 
-    fn members_len(&self) -> usize {
+    fn fields_len(&self) -> usize {
         u32::from_be_bytes([self.0[42], self.0[43], self.0[44], self.0[45]]) as usize
     }
 
@@ -284,8 +284,8 @@ const REPLAY: &str = r#""replay":true,"#;
 
 /// The largest binary payload whose frame still fits into `frame_bytes_max` in base64, beside a
 /// header of `members_bytes`.
-pub fn binary_bytes_max(frame_bytes_max: usize, members_bytes: usize) -> usize {
-    // What `json` puts around members and payload is under 160 bytes.
+pub fn binary_payload_bytes_max(frame_bytes_max: usize, members_bytes: usize) -> usize {
+    // What `json` puts around fields and payload is under 160 bytes.
     frame_bytes_max.saturating_sub(members_bytes + 160) / 4 * 3
 }
 
@@ -298,14 +298,14 @@ mod tests {
     }
 
     fn pack(binary: Option<&[u8]>) -> Envelope {
-        Envelope::pack(Parts {
+        Envelope::pack(EnvelopeParts {
             frame: FrameType::Message,
             author: Author::of(&"ann".parse().unwrap()),
             id: MessageId(Uuid::from_u128(1)),
             sender: ConnectionId(Uuid::from_u128(2)),
             echo: false,
-            members: r#""room":"r","content":1"#,
-            binary,
+            fields: r#""room":"r","content":1"#,
+            binary_payload: binary,
         })
     }
 
@@ -340,14 +340,14 @@ mod tests {
 
     #[test]
     fn an_entry_of_an_inbox_has_another_type() {
-        let envelope = Envelope::pack(Parts {
+        let envelope = Envelope::pack(EnvelopeParts {
             frame: FrameType::Direct,
             author: Author::of(&"ann".parse().unwrap()),
             id: MessageId(Uuid::nil()),
             sender: ConnectionId(Uuid::nil()),
             echo: true,
-            members: r#""to":"bob""#,
-            binary: None,
+            fields: r#""to":"bob""#,
+            binary_payload: None,
         });
         let json = br#"{"type":"direct","epoch":"e1","seq":7,"to":"bob"}"#;
         assert_eq!(&envelope.live_frame(&position())[2..], json);
@@ -372,36 +372,36 @@ mod tests {
     #[test]
     fn an_envelope_from_outside_is_one_of_its_room() {
         let room: RoomId = "r".parse().unwrap();
-        let members = format!(
+        let fields = format!(
             r#""room":"r","id":"{}","from":{{"id":"ann","name":"A"}},"content":1,"timestamp":"t""#,
             Uuid::from_u128(1)
         );
-        let pack = |members: &str, binary: Option<&[u8]>, frame| {
-            Envelope::pack(Parts {
+        let pack = |fields: &str, binary: Option<&[u8]>, frame| {
+            Envelope::pack(EnvelopeParts {
                 frame,
                 author: Author::of(&"ann".parse().unwrap()),
                 id: MessageId(Uuid::from_u128(1)),
                 sender: ConnectionId(Uuid::nil()),
                 echo: true,
-                members,
-                binary,
+                fields: fields,
+                binary_payload: binary,
             })
             .as_bytes()
             .clone()
         };
-        let good = pack(&members, None, FrameType::Message);
+        let good = pack(&fields, None, FrameType::Message);
         assert!(Envelope::of_room(good.clone(), &room).is_ok());
         assert!(Envelope::of_room(good.clone(), &"s".parse().unwrap()).is_err());
         let inbox = RoomId::inbox_of(&"ann".parse().unwrap());
         assert!(Envelope::of_room(good.clone(), &inbox).is_err());
-        let direct = pack(&members, None, FrameType::Direct);
+        let direct = pack(&fields, None, FrameType::Direct);
         assert!(Envelope::of_room(direct, &room).is_err());
         let behind = [&good[..], b"x"].concat();
         assert!(Envelope::of_room(behind.into(), &room).is_err());
-        let members = members.replace(r#""content":1,"#, "");
-        assert!(Envelope::of_room(pack(&members, Some(b"\0"), FrameType::Message), &room).is_ok());
+        let fields = fields.replace(r#""content":1,"#, "");
+        assert!(Envelope::of_room(pack(&fields, Some(b"\0"), FrameType::Message), &room).is_ok());
         // A header of that length could not be told in a binary frame.
-        let long = format!(r#"{members},"meta":"{}""#, "x".repeat(usize::from(u16::MAX)));
+        let long = format!(r#"{fields},"meta":"{}""#, "x".repeat(usize::from(u16::MAX)));
         assert!(Envelope::of_room(pack(&long, Some(b""), FrameType::Message), &room).is_err());
         let mut large = good.to_vec();
         large.resize(ENVELOPE_BYTES_MAX + 1, b'x');
@@ -410,17 +410,17 @@ mod tests {
 
     #[test]
     fn the_largest_binary_payload_fits_in_base64() {
-        let members = r#""room":"r""#;
-        let size = binary_bytes_max(1_000, members.len());
+        let fields = r#""room":"r""#;
+        let size = binary_payload_bytes_max(1_000, fields.len());
         let payload = vec![0; size];
-        let envelope = Envelope::pack(Parts {
+        let envelope = Envelope::pack(EnvelopeParts {
             frame: FrameType::Message,
             author: Author::of(&"ann".parse().unwrap()),
             id: MessageId(Uuid::nil()),
             sender: ConnectionId(Uuid::nil()),
             echo: true,
-            members,
-            binary: Some(&payload),
+            fields: fields,
+            binary_payload: Some(&payload),
         });
         let epoch = "e".repeat(32).parse().unwrap();
         let json = envelope.json(&Position::new(epoch, crate::position::SEQ_MAX));

@@ -105,7 +105,7 @@ pub(crate) mod samples {
     //! Entries for the tests of this module and those above it.
 
     use shared::{
-        envelope::{Author, Parts},
+        envelope::{Author, EnvelopeParts},
         ids::{ConnectionId, MessageId},
         position::Seq,
     };
@@ -115,14 +115,14 @@ pub(crate) mod samples {
 
     /// The entry `seq` of `epoch`, with an id made of the number.
     pub(crate) fn entry(epoch: &str, seq: Seq) -> Entry {
-        let envelope = Envelope::pack(Parts {
+        let envelope = Envelope::pack(EnvelopeParts {
             frame: Default::default(),
             author: Author::of(&"ann".parse().unwrap()),
             id: MessageId(Uuid::from_u128(u128::from(seq))),
             sender: ConnectionId(Uuid::nil()),
             echo: true,
-            members: r#""room":"r""#,
-            binary: None,
+            fields: r#""room":"r""#,
+            binary_payload: None,
         });
         Entry { position: position(epoch, seq), origin: ServerId::default(), envelope }
     }

@@ -513,7 +513,7 @@ impl RoomMember {
     pub(super) fn deliver(&mut self, frames: &mut EntryFrames<'_>, batch: &mut ShardBatch) -> bool {
         let (room, entry) = (frames.room, frames.entry);
         #[cfg(debug_assertions)]
-        crate::fault_injection::panic_in("a shard", entry.envelope.members());
+        crate::fault_injection::panic_in("a shard", entry.envelope.fields());
         let reserved = self.handle.inline_ack(room, entry);
         let outbox = &self.handle.outbox;
         let frame = match &reserved {

@@ -152,7 +152,7 @@ fn peer_of_direct(inbox: &RoomId, entry: &Entry) -> Option<UserId> {
     if entry.envelope.frame_type() != FrameType::Direct {
         return None;
     }
-    let members = [b"{", entry.envelope.members(), b"}"].concat();
+    let members = [b"{", entry.envelope.fields(), b"}"].concat();
     let from = serde_json::from_slice::<Members>(&members).ok()?.from.id;
     (inbox.bare() != from.as_str()).then_some(from)
 }

@@ -225,7 +225,7 @@ fn peer_of(entry: &Entry, user: &UserId) -> Option<UserId> {
     if entry.envelope.frame_type() != FrameType::Direct {
         return None;
     }
-    let members = [b"{", entry.envelope.members(), b"}"].concat();
+    let members = [b"{", entry.envelope.fields(), b"}"].concat();
     let Ends { from, to } = serde_json::from_slice(&members).ok()?;
     match (from.id == *user, to == *user) {
         (true, _) => Some(to),
@@ -237,7 +237,7 @@ fn peer_of(entry: &Entry, user: &UserId) -> Option<UserId> {
 #[cfg(test)]
 mod tests {
     use shared::{
-        envelope::{Author, Envelope, Parts},
+        envelope::{Author, Envelope, EnvelopeParts},
         ids::{ConnectionId, MessageId},
         position::Position,
     };
@@ -254,14 +254,14 @@ mod tests {
         let content = "x".repeat(bytes);
         let frame = if to.is_empty() { FrameType::default() } else { FrameType::Direct };
         let members = format!(r#""from":{{"id":"{from}"}},"to":"{to}","content":"{content}""#);
-        let envelope = Envelope::pack(Parts {
+        let envelope = Envelope::pack(EnvelopeParts {
             frame,
             author: Author::of(&user(from)),
             id: MessageId::random(),
             sender: ConnectionId::random(),
             echo: true,
-            members: &members,
-            binary: None,
+            fields: &members,
+            binary_payload: None,
         });
         let position = Position::new("1-a".parse().unwrap(), seq);
         Entry { position, origin: ServerId::default(), envelope }

@@ -14,7 +14,7 @@ use gateway::{
     telemetry::metrics::Metrics,
 };
 use shared::{
-    envelope::{Author, Envelope, Parts},
+    envelope::{Author, Envelope, EnvelopeParts},
     ids::{ConnectionId, DisplayName, MessageId, RoomId, UserId},
     position::Seq,
     protocol::server_frame::UserInfo,
@@ -108,14 +108,14 @@ async fn each(retention: Retention, check: impl AsyncFn(&mut Fixture)) {
 
 fn envelope(room: &RoomId, user: &str, id: MessageId, bytes: usize) -> Envelope {
     let payload = vec![b'x'; bytes];
-    Envelope::pack(Parts {
+    Envelope::pack(EnvelopeParts {
         frame: Default::default(),
         author: Author::of(&user.parse().unwrap()),
         id,
         sender: ConnectionId::random(),
         echo: true,
-        members: &members(room, id, None),
-        binary: Some(&payload),
+        fields: &members(room, id, None),
+        binary_payload: Some(&payload),
     })
 }
 

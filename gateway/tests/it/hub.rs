@@ -26,7 +26,7 @@ use gateway::{
 use parking_lot::Mutex;
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 use shared::{
-    envelope::{Author, Envelope, Parts},
+    envelope::{Author, Envelope, EnvelopeParts},
     ids::{ConnectionId, MessageId, RoomId},
     position::{Position, Seq},
 };
@@ -120,14 +120,14 @@ impl World {
     }
 
     fn say(&self, room: &RoomId) {
-        let envelope = Envelope::pack(Parts {
+        let envelope = Envelope::pack(EnvelopeParts {
             frame: Default::default(),
             author: Author::of(&"ann".parse().unwrap()),
             id: MessageId::random(),
             sender: ConnectionId::random(),
             echo: true,
-            members: r#""room":"r","content":"xxxxxxxxxxxxxxxx""#,
-            binary: None,
+            fields: r#""room":"r","content":"xxxxxxxxxxxxxxxx""#,
+            binary_payload: None,
         });
         self.bus.append(Append {
             room: room.clone(),

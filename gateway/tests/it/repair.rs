@@ -19,7 +19,7 @@ use gateway::{
     telemetry::metrics::Metrics,
 };
 use shared::{
-    envelope::{Author, Envelope, Parts},
+    envelope::{Author, Envelope, EnvelopeParts},
     ids::{ConnectionId, MessageId, RoomId},
 };
 use tokio::{
@@ -160,14 +160,14 @@ async fn a_thousand_rooms_are_repaired_when_the_link_is_back() {
         let id = MessageId::random();
         bus.append(Append {
             room: room.clone(),
-            envelope: Envelope::pack(Parts {
+            envelope: Envelope::pack(EnvelopeParts {
                 frame: Default::default(),
                 author: Author::of(&"ann".parse().unwrap()),
                 id,
                 sender: ConnectionId::random(),
                 echo: true,
-                members: &members(room, id, Some("x")),
-                binary: None,
+                fields: &members(room, id, Some("x")),
+                binary_payload: None,
             }),
             urgent: false,
             unseen: Default::default(),

@@ -9,7 +9,7 @@ use gateway::bus::home::home_of;
 use serde_json::{Value, json};
 use shared::{
     client::connection::Connection,
-    envelope::{Author, Envelope, Parts},
+    envelope::{Author, Envelope, EnvelopeParts},
     ids::{ConnectionId, MessageId, RoomId},
     protocol::server_frame::ServerFrame,
 };
@@ -62,14 +62,14 @@ async fn metric(admin: SocketAddr, name: &str) -> u64 {
 /// What an envelope of `room` looks like that is none.
 fn envelope(room: &RoomId, members: impl FnOnce(MessageId) -> String) -> Vec<u8> {
     let id = MessageId::random();
-    let parts = Parts {
+    let parts = EnvelopeParts {
         frame: Default::default(),
         author: Author::of(&"eve".parse().unwrap()),
         id,
         sender: ConnectionId::random(),
         echo: true,
-        members: &members(id),
-        binary: None,
+        fields: &members(id),
+        binary_payload: None,
     };
     let _ = room;
     Envelope::pack(parts).as_bytes().to_vec()

@@ -6,7 +6,7 @@ use std::{path::Path, process::Stdio, time::Duration};
 use bytes::{Bytes, BytesMut};
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 use shared::{
-    envelope::{Author, Envelope, Parts},
+    envelope::{Author, Envelope, EnvelopeParts},
     ids::{ConnectionId, MessageId},
 };
 use tokio::{
@@ -391,14 +391,14 @@ async fn give_numbers_back(pair: &mut Pair, script: &str, room: &[&str], steps_m
 }
 
 fn envelope(n: u128) -> Envelope {
-    Envelope::pack(Parts {
+    Envelope::pack(EnvelopeParts {
         frame: Default::default(),
         author: Author::of(&"ann".parse().unwrap()),
         id: MessageId(Uuid::from_u128(n)),
         sender: ConnectionId(Uuid::nil()),
         echo: true,
-        members: r#""room":"r""#,
-        binary: None,
+        fields: r#""room":"r""#,
+        binary_payload: None,
     })
 }
 

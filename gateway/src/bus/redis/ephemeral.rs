@@ -99,7 +99,7 @@ fn presence(text: &str) -> Option<PresenceChange> {
 
 #[cfg(test)]
 mod tests {
-    use shared::envelope::{Author, Parts};
+    use shared::envelope::{Author, EnvelopeParts};
 
     use super::*;
 
@@ -145,14 +145,14 @@ mod tests {
         let id = Uuid::from_u128(1);
         let members =
             format!(r#""room":"r","id":"{id}","from":{{"id":"ann","name":"A"}},"timestamp":"t""#);
-        let envelope = Envelope::pack(Parts {
+        let envelope = Envelope::pack(EnvelopeParts {
             frame: Default::default(),
             author: Author::of(&"ann".parse().unwrap()),
             id: shared::ids::MessageId(id),
             sender: ConnectionId(Uuid::from_u128(2)),
             echo: true,
-            members: &members,
-            binary: Some(b"\n!"),
+            fields: &members,
+            binary_payload: Some(b"\n!"),
         });
         let packed = encode(&EphemeralEvent::Message(envelope.clone()));
         let packed = Bytes::from(packed);

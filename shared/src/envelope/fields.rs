@@ -1,4 +1,4 @@
-//! Whether the members of an envelope are what their readers may be sent: JSON of the right room.
+//! Whether the fields of an envelope are what their readers may be sent: JSON of the right room.
 //!
 //! They are put into frames as they are, so that an entry costs no parsing where it is passed on. What
 //! comes from a log or a link is checked once instead, where it enters. This runs for every entry that
@@ -11,9 +11,9 @@ use super::FrameType;
 /// Members that stand in front of those of an envelope in a frame, and may not be there twice.
 const RESERVED: [&[u8]; 4] = [b"type", b"epoch", b"seq", b"replay"];
 
-/// What the members have to be.
+/// What the fields have to be.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Wanted<'a> {
+pub(super) struct ExpectedFields<'a> {
     pub(super) frame: FrameType,
     pub(super) id: Uuid,
     /// The room whose messages they are of; `None` in an inbox.
@@ -22,66 +22,66 @@ pub(super) struct Wanted<'a> {
     pub(super) binary: bool,
 }
 
-impl Wanted<'_> {
-    /// Whether `members` are that.
-    pub(super) fn is_met_by(self, members: &[u8]) -> bool {
-        std::str::from_utf8(members).is_ok() && self.is_met_by_text(members) == Some(true)
+impl ExpectedFields<'_> {
+    /// Whether `fields` are that.
+    pub(super) fn matches(self, fields: &[u8]) -> bool {
+        std::str::from_utf8(fields).is_ok() && self.matches_json(fields) == Some(true)
     }
 
     /// `None` where they are no JSON.
-    fn is_met_by_text(self, members: &[u8]) -> Option<bool> {
+    fn matches_json(self, fields: &[u8]) -> Option<bool> {
         let mut id = [0; Hyphenated::LENGTH];
         let id = self.id.hyphenated().encode_lower(&mut id).as_bytes();
-        let mut walk = Walk { bytes: members, at: 0 };
-        let mut found = Found::default();
+        let mut scanner = JsonScanner { bytes: fields, at: 0 };
+        let mut seen = SeenFields::default();
         loop {
-            let name = walk.name()?;
-            let begins = walk.at;
-            walk.value()?;
-            let value = &members[begins..walk.at];
+            let name = scanner.name()?;
+            let begins = scanner.at;
+            scanner.value()?;
+            let value = &fields[begins..scanner.at];
             let is_right = match name {
-                b"id" => found.note(&mut |found| &mut found.id) && text_of(value) == Some(id),
+                b"id" => seen.mark_seen(&mut |seen| &mut seen.id) && unquoted(value) == Some(id),
                 b"room" => {
                     let room = self.room.map(str::as_bytes);
-                    found.note(&mut |found| &mut found.room) && text_of(value) == room
+                    seen.mark_seen(&mut |seen| &mut seen.room) && unquoted(value) == room
                 }
-                b"from" => found.note(&mut |found| &mut found.from) && value[0] == b'{',
-                b"to" => found.note(&mut |found| &mut found.to) && value[0] == b'"',
-                b"timestamp" => found.note(&mut |found| &mut found.timestamp) && value[0] == b'"',
+                b"from" => seen.mark_seen(&mut |seen| &mut seen.from) && value[0] == b'{',
+                b"to" => seen.mark_seen(&mut |seen| &mut seen.to) && value[0] == b'"',
+                b"timestamp" => seen.mark_seen(&mut |seen| &mut seen.timestamp) && value[0] == b'"',
                 b"content" | b"encoding" => {
-                    found.content = true;
+                    seen.content = true;
                     !self.binary
                 }
-                b"payload" => found.note(&mut |found| &mut found.payload),
+                b"payload" => seen.mark_seen(&mut |seen| &mut seen.payload),
                 // Escaped, a name could be any other.
                 name => !name.contains(&b'\\') && !RESERVED.contains(&name),
             };
             if !is_right {
                 return Some(false);
             }
-            walk.space();
-            match walk.next() {
-                None => return Some(self.is_whole(&found)),
-                Some(b',') => walk.space(),
+            scanner.space();
+            match scanner.next() {
+                None => return Some(self.is_complete(&seen)),
+                Some(b',') => scanner.space(),
                 Some(_) => return None,
             }
         }
     }
 
-    fn is_whole(self, found: &Found) -> bool {
+    fn is_complete(self, seen: &SeenFields) -> bool {
         let has_all = match self.frame {
-            FrameType::Message => found.room && found.from,
-            FrameType::Direct => found.to && found.from,
-            FrameType::Notification => found.payload,
+            FrameType::Message => seen.room && seen.from,
+            FrameType::Direct => seen.to && seen.from,
+            FrameType::Notification => seen.payload,
         };
-        let has_content = self.binary || found.content || self.frame == FrameType::Notification;
-        has_all && has_content && found.id && found.timestamp
+        let has_content = self.binary || seen.content || self.frame == FrameType::Notification;
+        has_all && has_content && seen.id && seen.timestamp
     }
 }
 
-/// Which members there are.
+/// Which fields there are.
 #[derive(Debug, Default)]
-struct Found {
+struct SeenFields {
     id: bool,
     room: bool,
     from: bool,
@@ -91,25 +91,25 @@ struct Found {
     payload: bool,
 }
 
-impl Found {
-    /// Notes that a member is there. `false`: it is there twice.
-    fn note(&mut self, member: &mut dyn FnMut(&mut Self) -> &mut bool) -> bool {
-        !std::mem::replace(member(self), true)
+impl SeenFields {
+    /// Notes that a field is there. `false`: it is there twice.
+    fn mark_seen(&mut self, field: &mut dyn FnMut(&mut Self) -> &mut bool) -> bool {
+        !std::mem::replace(field(self), true)
     }
 }
 
 /// What stands between the quotes of a string that has no escapes to be looked at.
-fn text_of(value: &[u8]) -> Option<&[u8]> {
+fn unquoted(value: &[u8]) -> Option<&[u8]> {
     value.strip_prefix(b"\"")?.strip_suffix(b"\"")
 }
 
 /// A place in JSON text. What it is asked for is `None` where something else stands there.
-struct Walk<'a> {
+struct JsonScanner<'a> {
     bytes: &'a [u8],
     at: usize,
 }
 
-impl<'a> Walk<'a> {
+impl<'a> JsonScanner<'a> {
     fn peek(&self) -> Option<u8> {
         self.bytes.get(self.at).copied()
     }
@@ -132,7 +132,7 @@ impl<'a> Walk<'a> {
         }
     }
 
-    /// The name of a member, up to its value.
+    /// The name of a field, up to its value.
     fn name(&mut self) -> Option<&'a [u8]> {
         let name = self.string()?;
         self.space();
@@ -260,23 +260,23 @@ mod tests {
     use super::*;
 
     const ID: Uuid = Uuid::from_u128(0x6f1c_2a0e_93c4_4c59_a9f5_5f3f_2d1b_7c10);
-    const IN_ROOM: Wanted<'static> =
-        Wanted { frame: FrameType::Message, id: ID, room: Some("r"), binary: false };
+    const IN_ROOM: ExpectedFields<'static> =
+        ExpectedFields { frame: FrameType::Message, id: ID, room: Some("r"), binary: false };
     const MESSAGE: &str = concat!(
         r#""room":"r","id":"6f1c2a0e-93c4-4c59-a9f5-5f3f2d1b7c10","from":{"id":"ann","name":"A"},"#,
         r#""kind":"text","content":"x","timestamp":"2026-11-30T12:00:00.000Z""#,
     );
 
     #[track_caller]
-    fn refuses(wanted: Wanted<'_>, from: &str, to: &str) {
-        let members = MESSAGE.replace(from, to);
-        assert_ne!(members, MESSAGE);
-        assert!(!wanted.is_met_by(members.as_bytes()), "{members}");
+    fn refuses(expected: ExpectedFields<'_>, from: &str, to: &str) {
+        let fields = MESSAGE.replace(from, to);
+        assert_ne!(fields, MESSAGE);
+        assert!(!expected.matches(fields.as_bytes()), "{fields}");
     }
 
     #[test]
     fn members_of_a_message_are_those_of_its_room() {
-        assert!(IN_ROOM.is_met_by(MESSAGE.as_bytes()));
+        assert!(IN_ROOM.matches(MESSAGE.as_bytes()));
         refuses(IN_ROOM, r#""room":"r""#, r#""room":"s""#);
         refuses(IN_ROOM, r#""room":"r""#, r#""room":"r","room":"r""#);
         refuses(IN_ROOM, r#""room":"r","#, "");
@@ -287,23 +287,23 @@ mod tests {
         refuses(IN_ROOM, r#""kind":"text""#, r#""s\u0065q":7"#);
         refuses(IN_ROOM, r#""x""#, "bad");
         refuses(IN_ROOM, r#""x""#, r#""x"},{"a":1"#);
-        let apart = Wanted { binary: true, ..IN_ROOM };
+        let apart = ExpectedFields { binary: true, ..IN_ROOM };
         refuses(apart, r#""x""#, r#""y""#);
-        assert!(apart.is_met_by(MESSAGE.replace(r#""content":"x","#, "").as_bytes()));
-        assert!(!Wanted { room: None, ..IN_ROOM }.is_met_by(MESSAGE.as_bytes()));
-        assert!(!IN_ROOM.is_met_by(b"") && !IN_ROOM.is_met_by(b"\"a\":\"\xff\""));
+        assert!(apart.matches(MESSAGE.replace(r#""content":"x","#, "").as_bytes()));
+        assert!(!ExpectedFields { room: None, ..IN_ROOM }.matches(MESSAGE.as_bytes()));
+        assert!(!IN_ROOM.matches(b"") && !IN_ROOM.matches(b"\"a\":\"\xff\""));
     }
 
     #[test]
     fn members_of_an_inbox_name_no_room() {
-        let direct = Wanted { frame: FrameType::Direct, room: None, ..IN_ROOM };
-        let members = MESSAGE.replace(r#""room":"r""#, r#""to":"bob""#);
-        assert!(direct.is_met_by(members.as_bytes()));
-        assert!(!direct.is_met_by(MESSAGE.as_bytes()));
-        let notification = Wanted { frame: FrameType::Notification, ..direct };
-        let members = members.replace("content", "payload");
-        assert!(notification.is_met_by(members.as_bytes()));
-        assert!(!notification.is_met_by(members.replace("payload", "p").as_bytes()));
+        let direct = ExpectedFields { frame: FrameType::Direct, room: None, ..IN_ROOM };
+        let fields = MESSAGE.replace(r#""room":"r""#, r#""to":"bob""#);
+        assert!(direct.matches(fields.as_bytes()));
+        assert!(!direct.matches(MESSAGE.as_bytes()));
+        let notification = ExpectedFields { frame: FrameType::Notification, ..direct };
+        let fields = fields.replace("content", "payload");
+        assert!(notification.matches(fields.as_bytes()));
+        assert!(!notification.matches(fields.replace("payload", "p").as_bytes()));
     }
 
     fn json() -> impl Strategy<Value = String> {
@@ -320,9 +320,9 @@ mod tests {
         leaf.prop_recursive(5, 32, 4, |inner| {
             let list = prop::collection::vec(inner.clone(), 0..4);
             let object = prop::collection::vec(inner, 0..4).prop_map(|values| {
-                let members =
+                let fields =
                     values.iter().enumerate().map(|(n, value)| format!("\"{n}\" : {value}"));
-                format!("{{ {} }}", members.collect::<Vec<_>>().join(", "))
+                format!("{{ {} }}", fields.collect::<Vec<_>>().join(", "))
             });
             prop_oneof![list.prop_map(|list| format!("[{}]", list.join(" ,"))), object]
         })
@@ -330,15 +330,15 @@ mod tests {
 
     /// Whether both readers say the same of `"a":<value>`.
     fn agree(value: &str) -> Result<(), TestCaseError> {
-        let mut walk = Walk { bytes: value.as_bytes(), at: 0 };
-        let walked = walk.value().is_some() && {
-            walk.space();
-            walk.at == value.len()
+        let mut scanner = JsonScanner { bytes: value.as_bytes(), at: 0 };
+        let scanned = scanner.value().is_some() && {
+            scanner.space();
+            scanner.at == value.len()
         };
         let known = serde_json::from_str::<IgnoredAny>(value).is_ok();
         // Space in front is the caller's.
         let is_space = value.starts_with([' ', '\t', '\n', '\r']);
-        prop_assert!(walked == known || is_space, "{value}");
+        prop_assert!(scanned == known || is_space, "{value}");
         Ok(())
     }
 
@@ -363,6 +363,6 @@ mod tests {
     #[test]
     fn what_is_as_deep_as_it_is_large_is_read() {
         let deep = format!("{}{}", "[".repeat(100_000), "]".repeat(100_000));
-        assert!(IN_ROOM.is_met_by(MESSAGE.replace(r#""x""#, &deep).as_bytes()));
+        assert!(IN_ROOM.matches(MESSAGE.replace(r#""x""#, &deep).as_bytes()));
     }
 }
