@@ -18,7 +18,7 @@ use gateway::{
 };
 use shared::{
     codec::{Opcode, encode},
-    envelope::{Author, Envelope, EnvelopeParts},
+    envelope::{AuthorHash, Envelope, EnvelopeParts},
     ids::{ConnectionId, MessageId, RoomId},
 };
 use tokio::time::Instant;
@@ -110,7 +110,7 @@ impl World {
             room: room.clone(),
             envelope: Envelope::pack(EnvelopeParts {
                 frame: Default::default(),
-                author: Author::of(&"ann".parse().unwrap()),
+                author: AuthorHash::of(&"ann".parse().unwrap()),
                 id: MessageId::random(),
                 sender: ConnectionId::random(),
                 echo: true,

@@ -8,7 +8,7 @@ use std::{
 use serde::Serialize;
 use serde_json::value::RawValue;
 use shared::{
-    envelope::{Author, Envelope, EnvelopeParts, FrameType, binary_payload_bytes_max},
+    envelope::{AuthorHash, Envelope, EnvelopeParts, FrameType, binary_payload_bytes_max},
     ids::{ConnectionId, MessageId, RoomId, UserId},
     protocol::{
         MessageKind,
@@ -54,7 +54,7 @@ pub struct Sender<'a> {
     /// The connection.
     pub connection: ConnectionId,
     /// The user, as entries name it.
-    pub author: Author,
+    pub author: AuthorHash,
     /// The user.
     pub user: &'a UserInfo,
     /// Whose quotas it uses up; nobody's, where the application sends.
@@ -287,7 +287,7 @@ impl Publisher {
         let members = serde_json::to_string(&notification).expect("raw JSON is JSON");
         let envelope = Envelope::pack(EnvelopeParts {
             frame: FrameType::Notification,
-            author: Author::of(&API_USER.parse().expect("an id")),
+            author: AuthorHash::of(&API_USER.parse().expect("an id")),
             id,
             sender: ConnectionId(Uuid::nil()),
             echo: true,

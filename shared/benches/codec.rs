@@ -6,7 +6,7 @@ use bytes::Bytes;
 use divan::{Bencher, black_box, counter::BytesCount};
 use shared::{
     codec::{Decoder, Opcode, encode},
-    envelope::{Author, Envelope, EnvelopeParts},
+    envelope::{AuthorHash, Envelope, EnvelopeParts},
     ids::{ConnectionId, MessageId},
     position::Position,
     protocol::client_frame::ClientFrame,
@@ -78,8 +78,8 @@ fn parse_message(bencher: Bencher<'_, '_>) {
     bencher.bench(|| ClientFrame::from_text(black_box(&text)).is_ok());
 }
 
-fn author() -> Author {
-    Author::of(&"ann".parse().expect("a good user id"))
+fn author() -> AuthorHash {
+    AuthorHash::of(&"ann".parse().expect("a good user id"))
 }
 
 /// A frame of a client.

@@ -51,9 +51,9 @@ pub struct Envelope(Bytes);
 /// Who sent a message: the first 8 bytes of the SHA-1 of the user's id, the same on every node, so
 /// that a node that knows only the envelope knows by what its id is told apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Author([u8; 8]);
+pub struct AuthorHash([u8; 8]);
 
-impl Author {
+impl AuthorHash {
     /// As it stands in an envelope.
     pub fn as_bytes(&self) -> &[u8; 8] {
         &self.0
@@ -94,7 +94,7 @@ impl FrameType {
 }
 
 /// What a message is known by within the dedup window: its author and its id.
-pub type IdKey = [u8; 24];
+pub type DedupKey = [u8; 24];
 
 /// The bytes are no envelope of this version, or one of another room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -107,7 +107,7 @@ pub struct EnvelopeParts<'a> {
     /// What its readers get.
     pub frame: FrameType,
     /// Who sent it.
-    pub author: Author,
+    pub author: AuthorHash,
     /// The message's id.
     pub id: MessageId,
     /// The connection that sent it.
@@ -144,11 +144,11 @@ impl Envelope {
     /// # Errors
     ///
     /// [`InvalidEnvelope`] where a frame of these bytes would be none that a client of `room` may get.
-    pub fn of_room(bytes: Bytes, room: &RoomId) -> Result<Self, InvalidEnvelope> {
+    pub fn parse_for_room(bytes: Bytes, room: &RoomId) -> Result<Self, InvalidEnvelope> {
         if bytes.len() > ENVELOPE_BYTES_MAX {
             return Err(InvalidEnvelope);
         }
-        let envelope = Self::from_bytes(bytes)?;
+        let envelope = Self::from_packed(bytes)?;
         let (frame, binary) = (envelope.frame_type(), envelope.is_binary());
         let room = match (room.kind(), frame) {
             (RoomKind::Joined, FrameType::Message) => Some(room.as_str()),
@@ -163,12 +163,12 @@ impl Envelope {
     }
 
     /// Takes bytes that a gateway has packed for an envelope, without copying them. The fields are not
-    /// looked at: [`Envelope::of_room`] is for what comes from outside.
+    /// looked at: [`Envelope::parse_for_room`] is for what comes from outside.
     ///
     /// # Errors
     ///
     /// [`InvalidEnvelope`] where the bytes were not packed by [`Envelope::pack`].
-    pub fn from_bytes(bytes: Bytes) -> Result<Self, InvalidEnvelope> {
+    pub fn from_packed(bytes: Bytes) -> Result<Self, InvalidEnvelope> {
         let envelope = Self(bytes);
         let header = envelope.0.get(..HEADER_BYTES).ok_or(InvalidEnvelope)?;
         if header[0] != VERSION
@@ -186,7 +186,7 @@ impl Envelope {
     }
 
     /// Whether `author` sent it.
-    pub fn is_by(&self, author: Author) -> bool {
+    pub fn is_from(&self, author: AuthorHash) -> bool {
         self.0[2..10] == author.0
     }
 
@@ -206,7 +206,7 @@ impl Envelope {
     }
 
     /// What the message is known by within the dedup window.
-    pub fn id_key(&self) -> IdKey {
+    pub fn dedup_key(&self) -> DedupKey {
         let mut key = [0; 24];
         key.copy_from_slice(&self.0[2..26]);
         key
@@ -228,7 +228,7 @@ impl Envelope {
     }
 
     /// The JSON text that stands in `history`: the whole frame, a binary one in base64.
-    pub fn json(&self, position: &Position) -> String {
+    pub fn to_json(&self, position: &Position) -> String {
         let (fields, payload) = self.fields_and_payload();
         let mut json = self.json_prefix(position, REPLAY);
         json.push_str(&String::from_utf8_lossy(fields));
@@ -285,7 +285,7 @@ const REPLAY: &str = r#""replay":true,"#;
 /// The largest binary payload whose frame still fits into `frame_bytes_max` in base64, beside a
 /// header of `members_bytes`.
 pub fn binary_payload_bytes_max(frame_bytes_max: usize, members_bytes: usize) -> usize {
-    // What `json` puts around fields and payload is under 160 bytes.
+    // What `to_json` puts around fields and payload is under 160 bytes.
     frame_bytes_max.saturating_sub(members_bytes + 160) / 4 * 3
 }
 
@@ -300,7 +300,7 @@ mod tests {
     fn pack(binary: Option<&[u8]>) -> Envelope {
         Envelope::pack(EnvelopeParts {
             frame: FrameType::Message,
-            author: Author::of(&"ann".parse().unwrap()),
+            author: AuthorHash::of(&"ann".parse().unwrap()),
             id: MessageId(Uuid::from_u128(1)),
             sender: ConnectionId(Uuid::from_u128(2)),
             echo: false,
@@ -316,7 +316,7 @@ mod tests {
         let json = br#"{"type":"message","epoch":"e1","seq":7,"room":"r","content":1}"#;
         assert_eq!(frame[0], 0x81);
         assert_eq!(&frame[2..], json);
-        assert!(envelope.json(&position()).contains(r#""seq":7,"replay":true,"room""#));
+        assert!(envelope.to_json(&position()).contains(r#""seq":7,"replay":true,"room""#));
     }
 
     #[test]
@@ -328,7 +328,7 @@ mod tests {
         let header: serde_json::Value = serde_json::from_slice(&frame[4..4 + length]).unwrap();
         assert_eq!(header["seq"], 7);
         assert_eq!(&frame[4 + length..], &[0xFF, 0]);
-        let json: serde_json::Value = serde_json::from_str(&envelope.json(&position())).unwrap();
+        let json: serde_json::Value = serde_json::from_str(&envelope.to_json(&position())).unwrap();
         assert_eq!((&json["encoding"], &json["content"]), (&"base64".into(), &"/wA=".into()));
     }
 
@@ -342,7 +342,7 @@ mod tests {
     fn an_entry_of_an_inbox_has_another_type() {
         let envelope = Envelope::pack(EnvelopeParts {
             frame: FrameType::Direct,
-            author: Author::of(&"ann".parse().unwrap()),
+            author: AuthorHash::of(&"ann".parse().unwrap()),
             id: MessageId(Uuid::nil()),
             sender: ConnectionId(Uuid::nil()),
             echo: true,
@@ -351,21 +351,21 @@ mod tests {
         });
         let json = br#"{"type":"direct","epoch":"e1","seq":7,"to":"bob"}"#;
         assert_eq!(&envelope.live_frame(&position())[2..], json);
-        assert!(envelope.is_by(Author::of(&"ann".parse().unwrap())));
+        assert!(envelope.is_from(AuthorHash::of(&"ann".parse().unwrap())));
         let mut unknown = envelope.as_bytes().to_vec();
         unknown[1] |= 3 << FRAME_SHIFT;
-        assert!(Envelope::from_bytes(unknown.into()).is_err());
+        assert!(Envelope::from_packed(unknown.into()).is_err());
     }
 
     #[test]
     fn what_was_packed_is_read_back() {
         let envelope = pack(None);
-        let again = Envelope::from_bytes(envelope.as_bytes().clone()).unwrap();
+        let again = Envelope::from_packed(envelope.as_bytes().clone()).unwrap();
         assert_eq!(again.id(), MessageId(Uuid::from_u128(1)));
         assert_eq!(again.sender_without_echo(), Some(ConnectionId(Uuid::from_u128(2))));
-        assert_eq!(again.id_key()[8..], *again.id().0.as_bytes());
+        assert_eq!(again.dedup_key()[8..], *again.id().0.as_bytes());
         for cut in 0..envelope.as_bytes().len() {
-            assert!(Envelope::from_bytes(envelope.as_bytes().slice(..cut)).is_err());
+            assert!(Envelope::from_packed(envelope.as_bytes().slice(..cut)).is_err());
         }
     }
 
@@ -379,7 +379,7 @@ mod tests {
         let pack = |fields: &str, binary: Option<&[u8]>, frame| {
             Envelope::pack(EnvelopeParts {
                 frame,
-                author: Author::of(&"ann".parse().unwrap()),
+                author: AuthorHash::of(&"ann".parse().unwrap()),
                 id: MessageId(Uuid::from_u128(1)),
                 sender: ConnectionId(Uuid::nil()),
                 echo: true,
@@ -390,22 +390,26 @@ mod tests {
             .clone()
         };
         let good = pack(&fields, None, FrameType::Message);
-        assert!(Envelope::of_room(good.clone(), &room).is_ok());
-        assert!(Envelope::of_room(good.clone(), &"s".parse().unwrap()).is_err());
+        assert!(Envelope::parse_for_room(good.clone(), &room).is_ok());
+        assert!(Envelope::parse_for_room(good.clone(), &"s".parse().unwrap()).is_err());
         let inbox = RoomId::inbox_of(&"ann".parse().unwrap());
-        assert!(Envelope::of_room(good.clone(), &inbox).is_err());
+        assert!(Envelope::parse_for_room(good.clone(), &inbox).is_err());
         let direct = pack(&fields, None, FrameType::Direct);
-        assert!(Envelope::of_room(direct, &room).is_err());
+        assert!(Envelope::parse_for_room(direct, &room).is_err());
         let behind = [&good[..], b"x"].concat();
-        assert!(Envelope::of_room(behind.into(), &room).is_err());
+        assert!(Envelope::parse_for_room(behind.into(), &room).is_err());
         let fields = fields.replace(r#""content":1,"#, "");
-        assert!(Envelope::of_room(pack(&fields, Some(b"\0"), FrameType::Message), &room).is_ok());
+        assert!(
+            Envelope::parse_for_room(pack(&fields, Some(b"\0"), FrameType::Message), &room).is_ok()
+        );
         // A header of that length could not be told in a binary frame.
         let long = format!(r#"{fields},"meta":"{}""#, "x".repeat(usize::from(u16::MAX)));
-        assert!(Envelope::of_room(pack(&long, Some(b""), FrameType::Message), &room).is_err());
+        assert!(
+            Envelope::parse_for_room(pack(&long, Some(b""), FrameType::Message), &room).is_err()
+        );
         let mut large = good.to_vec();
         large.resize(ENVELOPE_BYTES_MAX + 1, b'x');
-        assert!(Envelope::of_room(large.into(), &room).is_err());
+        assert!(Envelope::parse_for_room(large.into(), &room).is_err());
     }
 
     #[test]
@@ -415,7 +419,7 @@ mod tests {
         let payload = vec![0; size];
         let envelope = Envelope::pack(EnvelopeParts {
             frame: FrameType::Message,
-            author: Author::of(&"ann".parse().unwrap()),
+            author: AuthorHash::of(&"ann".parse().unwrap()),
             id: MessageId(Uuid::nil()),
             sender: ConnectionId(Uuid::nil()),
             echo: true,
@@ -423,7 +427,7 @@ mod tests {
             binary_payload: Some(&payload),
         });
         let epoch = "e".repeat(32).parse().unwrap();
-        let json = envelope.json(&Position::new(epoch, crate::position::SEQ_MAX));
+        let json = envelope.to_json(&Position::new(epoch, crate::position::SEQ_MAX));
         assert!(json.len() <= 1_000, "{}", json.len());
     }
 }

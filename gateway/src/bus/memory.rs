@@ -10,7 +10,7 @@ use std::{
 
 use parking_lot::Mutex;
 use shared::{
-    envelope::IdKey,
+    envelope::DedupKey,
     ids::{RoomId, UserId},
     position::{Epoch, Position, Seq},
 };
@@ -97,8 +97,8 @@ struct Log {
 /// The ids of the dedup window: two maps that take turns, so that forgetting costs nothing. An id
 /// is known for one to two windows.
 struct Ids {
-    newer: HashMap<IdKey, Seq>,
-    older: HashMap<IdKey, Seq>,
+    newer: HashMap<DedupKey, Seq>,
+    older: HashMap<DedupKey, Seq>,
     turned: Instant,
 }
 
@@ -228,7 +228,7 @@ impl MemoryBus {
         log.unseen = unseen;
         log.ids.turn(self.retention.dedup_window, now);
 
-        let key = append.envelope.id_key();
+        let key = append.envelope.dedup_key();
         if let Some(seq) = log.ids.known(&key) {
             let position = Position::new(log.epoch.clone(), seq);
             return Ok(Appended { position, duplicate: true, opened: false });
@@ -388,7 +388,7 @@ impl Log {
         while self.entries.len() > bounds.entries_max as usize || self.bytes > bounds.bytes_max {
             let Some((_, oldest)) = self.entries.pop_front() else { break };
             self.bytes -= oldest.bytes() as u64;
-            self.ids.forget(&oldest.envelope.id_key());
+            self.ids.forget(&oldest.envelope.dedup_key());
         }
     }
 
@@ -438,11 +438,11 @@ fn cut<'a>(entries: impl Iterator<Item = &'a Entry>, limit: u32) -> Vec<Entry> {
 }
 
 impl Ids {
-    fn known(&self, key: &IdKey) -> Option<Seq> {
+    fn known(&self, key: &DedupKey) -> Option<Seq> {
         self.newer.get(key).or_else(|| self.older.get(key)).copied()
     }
 
-    fn forget(&mut self, key: &IdKey) {
+    fn forget(&mut self, key: &DedupKey) {
         self.newer.remove(key);
         self.older.remove(key);
     }

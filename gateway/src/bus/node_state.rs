@@ -107,7 +107,7 @@ impl NodeState {
         ) {
             self.unconfirmed.confirm_seq(entry.position.seq);
         }
-        self.unconfirmed.confirm(&entry.envelope.id_key());
+        self.unconfirmed.confirm(&entry.envelope.dedup_key());
     }
 
     /// Tells clients of the bus.

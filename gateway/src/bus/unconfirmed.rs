@@ -15,7 +15,7 @@ use std::{
 
 use parking_lot::Mutex;
 use shared::{
-    envelope::{Envelope, IdKey},
+    envelope::{DedupKey, Envelope},
     ids::RoomId,
     position::Position,
 };
@@ -39,9 +39,9 @@ pub struct UnconfirmedPublishes {
 
 #[derive(Debug, Default)]
 struct Unconfirmed {
-    publishes: HashMap<IdKey, UnconfirmedPublish>,
+    publishes: HashMap<DedupKey, UnconfirmedPublish>,
     /// Those that were acknowledged, in the order of their answers; some have come by since.
-    acknowledged: VecDeque<(Instant, IdKey)>,
+    acknowledged: VecDeque<(Instant, DedupKey)>,
     bytes: usize,
     /// Counts publishes, so that they can be repeated in their order.
     tracked: u64,
@@ -94,7 +94,7 @@ impl UnconfirmedPublishes {
     /// which publishes were sent first.
     pub fn track(&self, room: &RoomId, envelope: &Envelope, number: Option<u64>) -> u64 {
         let kept = &mut *self.unconfirmed.lock();
-        let known = kept.publishes.get(&envelope.id_key());
+        let known = kept.publishes.get(&envelope.dedup_key());
         if let Some(publish) = known.filter(|publish| publish.acknowledged.is_some()) {
             // Its sender repeats what was acknowledged: that must not be lost if the repeat fails.
             return publish.number;
@@ -112,7 +112,7 @@ impl UnconfirmedPublishes {
         let (room, envelope) = (room.clone(), envelope.clone());
         let publish = UnconfirmedPublish { room, envelope, number, acknowledged: None };
         let bytes = publish.bytes();
-        let before = kept.publishes.insert(publish.envelope.id_key(), publish);
+        let before = kept.publishes.insert(publish.envelope.dedup_key(), publish);
         kept.bytes += bytes;
         kept.bytes -= before.map_or(0, |publish| publish.bytes());
         number
@@ -120,7 +120,7 @@ impl UnconfirmedPublishes {
 
     /// The log of the server `origin` has answered. Returns how many others were forgotten to keep
     /// this one.
-    pub fn acknowledged(&self, id: &IdKey, at: &Position, stamp: ServerId, now: Instant) -> u64 {
+    pub fn acknowledged(&self, id: &DedupKey, at: &Position, stamp: ServerId, now: Instant) -> u64 {
         let kept = &mut *self.unconfirmed.lock();
         if let Some(publish) = kept.publishes.get_mut(id) {
             let before = publish.acknowledged.take().filter(|before| before.at == *at);
@@ -132,7 +132,7 @@ impl UnconfirmedPublishes {
     }
 
     /// The log has refused it, or it was given up: nobody was told that it is there.
-    pub fn discard(&self, id: &IdKey) {
+    pub fn discard(&self, id: &DedupKey) {
         let kept = &mut *self.unconfirmed.lock();
         if kept.publishes.get(id).is_some_and(|publish| publish.acknowledged.is_none()) {
             kept.remove(id);
@@ -140,7 +140,7 @@ impl UnconfirmedPublishes {
     }
 
     /// An entry with this id was passed on here, and is in the room's ring from now on.
-    pub fn confirm(&self, id: &IdKey) {
+    pub fn confirm(&self, id: &DedupKey) {
         let kept = &mut *self.unconfirmed.lock();
         if !kept.publishes.is_empty() {
             kept.remove(id);
@@ -154,7 +154,7 @@ impl UnconfirmedPublishes {
         let at = |publish: &UnconfirmedPublish| {
             publish.acknowledged.as_ref().is_some_and(|acknowledged| acknowledged.at.seq == seq)
         };
-        let ids: Vec<IdKey> =
+        let ids: Vec<DedupKey> =
             kept.publishes.iter().filter(|(_, publish)| at(publish)).map(|(id, _)| *id).collect();
         for id in ids {
             kept.remove(&id);
@@ -223,7 +223,7 @@ impl UnconfirmedPublishes {
 }
 
 impl Unconfirmed {
-    fn remove(&mut self, id: &IdKey) -> Option<UnconfirmedPublish> {
+    fn remove(&mut self, id: &DedupKey) -> Option<UnconfirmedPublish> {
         let publish = self.publishes.remove(id)?;
         self.bytes -= publish.bytes();
         Some(publish)
@@ -262,10 +262,10 @@ mod tests {
     use super::*;
     use crate::delivery::samples::{entry, position};
 
-    fn send(tail: &UnconfirmedPublishes, seq: u64) -> IdKey {
+    fn send(tail: &UnconfirmedPublishes, seq: u64) -> DedupKey {
         let envelope = entry("e", seq).envelope;
         tail.track(&"r".parse().unwrap(), &envelope, None);
-        envelope.id_key()
+        envelope.dedup_key()
     }
 
     fn repeated(tail: &UnconfirmedPublishes, now: Instant) -> Vec<u64> {

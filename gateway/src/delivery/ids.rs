@@ -7,7 +7,7 @@
 use std::{collections::VecDeque, time::Duration};
 
 use shared::{
-    envelope::IdKey,
+    envelope::DedupKey,
     position::{Epoch, Position, Seq},
 };
 use tokio::time::Instant;
@@ -32,12 +32,12 @@ pub struct Ids {
 struct Bucket {
     since: Instant,
     epoch: Epoch,
-    ids: Vec<(IdKey, Seq)>,
+    ids: Vec<(DedupKey, Seq)>,
 }
 
 impl Ids {
     /// Notes that a message was passed on at `now`.
-    pub fn note(&mut self, key: IdKey, position: &Position, window: Duration, now: Instant) {
+    pub fn note(&mut self, key: DedupKey, position: &Position, window: Duration, now: Instant) {
         let fits = |bucket: &Bucket| {
             bucket.ids.len() < BUCKET_LEN
                 && bucket.epoch == position.epoch
@@ -51,12 +51,12 @@ impl Ids {
         }
         if let Some(bucket) = self.buckets.back_mut() {
             bucket.ids.push((key, position.seq));
-            self.bytes += size_of::<(IdKey, Seq)>();
+            self.bytes += size_of::<(DedupKey, Seq)>();
         }
     }
 
     /// The ids of messages below `seq`, oldest first.
-    pub fn below(&self, seq: Seq) -> impl Iterator<Item = (IdKey, Position)> {
+    pub fn below(&self, seq: Seq) -> impl Iterator<Item = (DedupKey, Position)> {
         let ids = self.buckets.iter().flat_map(|bucket| {
             bucket.ids.iter().map(|(key, seq)| (*key, Position::new(bucket.epoch.clone(), *seq)))
         });
@@ -66,7 +66,7 @@ impl Ids {
     /// Forgets the oldest bucket.
     pub fn forget_oldest(&mut self) {
         if let Some(bucket) = self.buckets.pop_front() {
-            self.bytes -= BUCKET_BYTES + bucket.ids.len() * size_of::<(IdKey, Seq)>();
+            self.bytes -= BUCKET_BYTES + bucket.ids.len() * size_of::<(DedupKey, Seq)>();
         }
     }
 
@@ -109,7 +109,7 @@ mod tests {
 
     fn note(ids: &mut Ids, epoch: &str, seq: Seq, now: Instant) {
         let entry = entry(epoch, seq);
-        ids.note(entry.envelope.id_key(), &entry.position, WINDOW, now);
+        ids.note(entry.envelope.dedup_key(), &entry.position, WINDOW, now);
     }
 
     #[test]

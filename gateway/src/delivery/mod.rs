@@ -6,7 +6,7 @@
 use std::{fmt, str::FromStr};
 
 use shared::{
-    envelope::{Envelope, IdKey},
+    envelope::{DedupKey, Envelope},
     ids::RoomId,
     position::Position,
 };
@@ -63,7 +63,7 @@ impl Entry {
     pub fn is(&self, other: &Self) -> bool {
         self.position.seq == other.position.seq
             && self.origin == other.origin
-            && self.envelope.id_key() == other.envelope.id_key()
+            && self.envelope.dedup_key() == other.envelope.dedup_key()
     }
 
     /// What the entry takes in memory, roughly.
@@ -88,7 +88,7 @@ pub struct ReplicaSnapshot {
     /// are left out.
     pub entries: Vec<Entry>,
     /// Ids of older messages within the dedup window, and their numbers.
-    pub ids: Vec<(IdKey, Position)>,
+    pub ids: Vec<(DedupKey, Position)>,
 }
 
 /// Tells the ordinal of an epoch: epochs are `<ordinal>-<random>`, and the higher ordinal is the
@@ -105,7 +105,7 @@ pub(crate) mod samples {
     //! Entries for the tests of this module and those above it.
 
     use shared::{
-        envelope::{Author, EnvelopeParts},
+        envelope::{AuthorHash, EnvelopeParts},
         ids::{ConnectionId, MessageId},
         position::Seq,
     };
@@ -117,7 +117,7 @@ pub(crate) mod samples {
     pub(crate) fn entry(epoch: &str, seq: Seq) -> Entry {
         let envelope = Envelope::pack(EnvelopeParts {
             frame: Default::default(),
-            author: Author::of(&"ann".parse().unwrap()),
+            author: AuthorHash::of(&"ann".parse().unwrap()),
             id: MessageId(Uuid::from_u128(u128::from(seq))),
             sender: ConnectionId(Uuid::nil()),
             echo: true,

@@ -365,7 +365,7 @@ fn history_within<'a>(
 ) -> Vec<Box<RawValue>> {
     let mut bytes = 0;
     entries
-        .map(|entry| entry.envelope.json(&entry.position))
+        .map(|entry| entry.envelope.to_json(&entry.position))
         .take_while(|json| {
             let first = bytes == 0;
             bytes += json.len();

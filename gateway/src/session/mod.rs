@@ -12,7 +12,7 @@ use std::{
 
 use serde_json::value::RawValue;
 use shared::{
-    envelope::Author,
+    envelope::AuthorHash,
     error::ErrorCode,
     ids::{RoomId, RoomKind, SessionId, UserId},
     protocol::{
@@ -116,7 +116,7 @@ pub struct SessionLimits {
 pub struct Session {
     services: Arc<Services>,
     identity: Identity,
-    author: Author,
+    author: AuthorHash,
     session: SessionId,
     /// The user's, which this connection is in as long as it lives.
     inbox: RoomId,
@@ -212,7 +212,7 @@ impl Session {
         Self {
             services,
             writer: Writer::new(identity.user.id.clone(), address),
-            author: Author::of(&identity.user.id),
+            author: AuthorHash::of(&identity.user.id),
             inbox: RoomId::inbox_of(&identity.user.id),
             identity,
             session,

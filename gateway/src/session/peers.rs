@@ -237,7 +237,7 @@ fn peer_of(entry: &Entry, user: &UserId) -> Option<UserId> {
 #[cfg(test)]
 mod tests {
     use shared::{
-        envelope::{Author, Envelope, EnvelopeParts},
+        envelope::{AuthorHash, Envelope, EnvelopeParts},
         ids::{ConnectionId, MessageId},
         position::Position,
     };
@@ -256,7 +256,7 @@ mod tests {
         let members = format!(r#""from":{{"id":"{from}"}},"to":"{to}","content":"{content}""#);
         let envelope = Envelope::pack(EnvelopeParts {
             frame,
-            author: Author::of(&user(from)),
+            author: AuthorHash::of(&user(from)),
             id: MessageId::random(),
             sender: ConnectionId::random(),
             echo: true,

@@ -14,7 +14,7 @@ use gateway::{
     telemetry::metrics::Metrics,
 };
 use shared::{
-    envelope::{Author, Envelope, EnvelopeParts},
+    envelope::{AuthorHash, Envelope, EnvelopeParts},
     ids::{ConnectionId, DisplayName, MessageId, RoomId, UserId},
     position::Seq,
     protocol::server_frame::UserInfo,
@@ -110,7 +110,7 @@ fn envelope(room: &RoomId, user: &str, id: MessageId, bytes: usize) -> Envelope 
     let payload = vec![b'x'; bytes];
     Envelope::pack(EnvelopeParts {
         frame: Default::default(),
-        author: Author::of(&user.parse().unwrap()),
+        author: AuthorHash::of(&user.parse().unwrap()),
         id,
         sender: ConnectionId::random(),
         echo: true,

@@ -26,7 +26,7 @@ use gateway::{
 use parking_lot::Mutex;
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 use shared::{
-    envelope::{Author, Envelope, EnvelopeParts},
+    envelope::{AuthorHash, Envelope, EnvelopeParts},
     ids::{ConnectionId, MessageId, RoomId},
     position::{Position, Seq},
 };
@@ -122,7 +122,7 @@ impl World {
     fn say(&self, room: &RoomId) {
         let envelope = Envelope::pack(EnvelopeParts {
             frame: Default::default(),
-            author: Author::of(&"ann".parse().unwrap()),
+            author: AuthorHash::of(&"ann".parse().unwrap()),
             id: MessageId::random(),
             sender: ConnectionId::random(),
             echo: true,
@@ -318,8 +318,8 @@ impl Fragile {
 impl Bus for Fragile {
     fn append(&self, append: Append) {
         let mut log = self.log.lock();
-        let id = append.envelope.id_key();
-        let known = log.entries.iter().find(|entry| entry.envelope.id_key() == id);
+        let id = append.envelope.dedup_key();
+        let known = log.entries.iter().find(|entry| entry.envelope.dedup_key() == id);
         let (position, duplicate) = match known {
             Some(known) => (known.position.clone(), true),
             None => {

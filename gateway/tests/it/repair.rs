@@ -19,7 +19,7 @@ use gateway::{
     telemetry::metrics::Metrics,
 };
 use shared::{
-    envelope::{Author, Envelope, EnvelopeParts},
+    envelope::{AuthorHash, Envelope, EnvelopeParts},
     ids::{ConnectionId, MessageId, RoomId},
 };
 use tokio::{
@@ -162,7 +162,7 @@ async fn a_thousand_rooms_are_repaired_when_the_link_is_back() {
             room: room.clone(),
             envelope: Envelope::pack(EnvelopeParts {
                 frame: Default::default(),
-                author: Author::of(&"ann".parse().unwrap()),
+                author: AuthorHash::of(&"ann".parse().unwrap()),
                 id,
                 sender: ConnectionId::random(),
                 echo: true,

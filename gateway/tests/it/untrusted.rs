@@ -9,7 +9,7 @@ use gateway::bus::home::home_of;
 use serde_json::{Value, json};
 use shared::{
     client::connection::Connection,
-    envelope::{Author, Envelope, EnvelopeParts},
+    envelope::{AuthorHash, Envelope, EnvelopeParts},
     ids::{ConnectionId, MessageId, RoomId},
     protocol::server_frame::ServerFrame,
 };
@@ -64,7 +64,7 @@ fn envelope(room: &RoomId, members: impl FnOnce(MessageId) -> String) -> Vec<u8>
     let id = MessageId::random();
     let parts = EnvelopeParts {
         frame: Default::default(),
-        author: Author::of(&"eve".parse().unwrap()),
+        author: AuthorHash::of(&"eve".parse().unwrap()),
         id,
         sender: ConnectionId::random(),
         echo: true,

@@ -6,7 +6,7 @@ use std::{path::Path, process::Stdio, time::Duration};
 use bytes::{Bytes, BytesMut};
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 use shared::{
-    envelope::{Author, Envelope, EnvelopeParts},
+    envelope::{AuthorHash, Envelope, EnvelopeParts},
     ids::{ConnectionId, MessageId},
 };
 use tokio::{
@@ -219,7 +219,7 @@ async fn the_scripts_run_as_on_redis() {
     let append = |n: u128, token: &str| {
         let envelope = envelope(n);
         let mut args = common(token);
-        args.push(Bytes::copy_from_slice(&envelope.id_key()));
+        args.push(Bytes::copy_from_slice(&envelope.dedup_key()));
         args.push(envelope.as_bytes().clone());
         args.extend(words(&["200", "60000", "1000000000", "", "", ""]));
         args
@@ -274,7 +274,7 @@ async fn the_scripts_run_as_on_redis() {
         let far = envelope(4001 + u128::from(steps_missing) * 100);
         let mut known = false;
         for ids in ["ids0", "ids1"] {
-            let id = Bytes::copy_from_slice(&far.id_key());
+            let id = Bytes::copy_from_slice(&far.dedup_key());
             let place = [words(&["HGET", ids]), vec![id]].concat();
             known |= matches!(pair.compare(&place).await, Reply::Bulk(_));
         }
@@ -393,7 +393,7 @@ async fn give_numbers_back(pair: &mut Pair, script: &str, room: &[&str], steps_m
 fn envelope(n: u128) -> Envelope {
     Envelope::pack(EnvelopeParts {
         frame: Default::default(),
-        author: Author::of(&"ann".parse().unwrap()),
+        author: AuthorHash::of(&"ann".parse().unwrap()),
         id: MessageId(Uuid::from_u128(n)),
         sender: ConnectionId(Uuid::nil()),
         echo: true,

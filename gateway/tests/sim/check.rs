@@ -30,7 +30,7 @@ pub struct Book {
 
 impl Book {
     pub fn appended(&mut self, time: f64, _key: &[u8], payload: Bytes) {
-        if let Ok(envelope) = Envelope::from_bytes(payload) {
+        if let Ok(envelope) = Envelope::from_packed(payload) {
             self.appended.entry(envelope.id().0.as_u128()).or_insert(time);
         }
     }
@@ -111,7 +111,7 @@ pub fn judge(world: &World) -> Findings {
     for number in 0..world.shape.rooms {
         let stream = store.stream_ending(&format!(":r:{}:log", room(number)));
         for fields in stream.into_iter().flat_map(|stream| stream.entries.values()) {
-            let envelope = Envelope::from_bytes(fields[5].clone()).expect("gateways wrote it");
+            let envelope = Envelope::from_packed(fields[5].clone()).expect("gateways wrote it");
             *logged.entry(envelope.id().0.as_u128()).or_insert(0) += 1;
         }
     }

@@ -8,7 +8,7 @@ use std::{
 
 use serde_json::{Map, Value};
 use shared::{
-    envelope::Author,
+    envelope::AuthorHash,
     ids::{ConnectionId, RoomId, SessionId, UserId},
     position::{Epoch, Seq},
     protocol::server_frame::InboxState,
@@ -140,7 +140,7 @@ impl MemoryBus {
         };
         log.unseen = false;
         let first = log.entries.front().map(|(_, entry)| entry.position.seq);
-        let author = Author::of(user);
+        let author = AuthorHash::of(user);
         let acked = log.acked.min(log.top);
         let above = log.entries.iter().rev().map(|(_, entry)| entry);
         let above = above.take_while(|entry| entry.position.seq > acked);
@@ -149,7 +149,7 @@ impl MemoryBus {
             seq: log.top,
             acked,
             oldest: first.unwrap_or(log.top + 1),
-            unread: above.filter(|entry| !entry.envelope.is_by(author)).count() as u64,
+            unread: above.filter(|entry| !entry.envelope.is_from(author)).count() as u64,
         }
     }
 }

@@ -204,7 +204,7 @@ impl Worker {
         let (tail, now) = (self.links.node_state.unconfirmed(), Instant::now());
         for queued in self.waiting.expired(now) {
             // What was acknowledged once stays there: the next server is given it.
-            tail.discard(&queued.append.envelope.id_key());
+            tail.discard(&queued.append.envelope.dedup_key());
             (queued.append.done)(Err(BusError::Unavailable));
         }
     }
@@ -415,7 +415,7 @@ impl Worker {
         let kept = retention.of(&append.room);
         let mut command = self.server.call_with(script, &append.room, token, further);
         command
-            .arg(&append.envelope.id_key()[..])
+            .arg(&append.envelope.dedup_key()[..])
             .arg(&append.envelope.as_bytes()[..])
             .arg(kept.entries_min)
             .arg(retention.window.as_millis() as u64)
@@ -462,7 +462,7 @@ impl Worker {
         let (tail, now) = (links.node_state.unconfirmed(), Instant::now());
         let mut failed = Ok(());
         for (queued, value) in batch.into_iter().zip(values) {
-            let id = queued.append.envelope.id_key();
+            let id = queued.append.envelope.dedup_key();
             let room = &queued.append.room;
             let answer = value.map(|value| checked(&links.metrics, room, value));
             match answer.and_then(appended) {

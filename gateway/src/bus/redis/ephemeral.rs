@@ -44,7 +44,7 @@ pub(super) fn decode(payload: &Bytes, room: &RoomId) -> Option<EphemeralEvent> {
     let (kind, rest) = payload.strip_prefix(b"!")?.split_first()?;
     if *kind == b'm' {
         let envelope = payload.slice(payload.len() - rest.strip_prefix(b"\n")?.len()..);
-        return Some(EphemeralEvent::Message(Envelope::of_room(envelope, room).ok()?));
+        return Some(EphemeralEvent::Message(Envelope::parse_for_room(envelope, room).ok()?));
     }
     if *kind == b's' && rest.is_empty() {
         return Some(EphemeralEvent::Status);
@@ -99,7 +99,7 @@ fn presence(text: &str) -> Option<PresenceChange> {
 
 #[cfg(test)]
 mod tests {
-    use shared::envelope::{Author, EnvelopeParts};
+    use shared::envelope::{AuthorHash, EnvelopeParts};
 
     use super::*;
 
@@ -147,7 +147,7 @@ mod tests {
             format!(r#""room":"r","id":"{id}","from":{{"id":"ann","name":"A"}},"timestamp":"t""#);
         let envelope = Envelope::pack(EnvelopeParts {
             frame: Default::default(),
-            author: Author::of(&"ann".parse().unwrap()),
+            author: AuthorHash::of(&"ann".parse().unwrap()),
             id: shared::ids::MessageId(id),
             sender: ConnectionId(Uuid::from_u128(2)),
             echo: true,

@@ -289,7 +289,7 @@ fn entry(entry: Value, room: &RoomId) -> Option<Entry> {
     Some(Entry {
         position: Position::new(epoch_of(&epoch)?, number(&seq)?),
         origin: text(&stamp)?.parse().ok()?,
-        envelope: Envelope::of_room(Bytes::from(envelope), room).ok()?,
+        envelope: Envelope::parse_for_room(Bytes::from(envelope), room).ok()?,
     })
 }
 

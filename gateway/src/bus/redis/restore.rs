@@ -199,7 +199,7 @@ impl LogRestorer {
 /// Adds the stamp and the id key of an entry, by which the script knows it again.
 fn identify(command: &mut redis::Cmd, entry: Option<&Entry>) {
     match entry {
-        Some(entry) => command.arg(entry.origin.to_string()).arg(&entry.envelope.id_key()[..]),
+        Some(entry) => command.arg(entry.origin.to_string()).arg(&entry.envelope.dedup_key()[..]),
         None => command.arg("").arg(""),
     };
 }

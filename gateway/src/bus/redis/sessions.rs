@@ -8,7 +8,7 @@ use std::sync::Arc;
 use redis::{Cmd, FromRedisValue, RedisResult, Value};
 use serde_json::{Map, Value as Json};
 use shared::{
-    envelope::Author,
+    envelope::AuthorHash,
     ids::{ConnectionId, RoomId, SessionId, UserId},
     position::{Epoch, Seq},
     protocol::server_frame::InboxState,
@@ -197,7 +197,7 @@ impl StoreWorker {
                 let token = server.agreed.borrow().id.unwrap_or_default();
                 let mut command = evalsha(&self.scripts.open, &keys);
                 command.arg(server.common(&inbox, token));
-                command.arg(&Author::of(&opening.user).as_bytes()[..]);
+                command.arg(&AuthorHash::of(&opening.user).as_bytes()[..]);
                 let text = |(session, digest): (SessionId, SecretDigest)| {
                     (session.to_string(), digest.to_text())
                 };

@@ -545,7 +545,7 @@ fn arrival_in(channel: &str, payload: Bytes, probe: &Probe, pokes: &str) -> Opti
     let border = payload.iter().position(|byte| *byte == b'\n')?;
     let (position, stamp) = std::str::from_utf8(&payload[..border]).ok()?.rsplit_once(':')?;
     let (position, stamp) = (position.parse().ok()?, stamp.parse().ok()?);
-    let envelope = Envelope::of_room(payload.slice(border + 1..), &room).ok()?;
+    let envelope = Envelope::parse_for_room(payload.slice(border + 1..), &room).ok()?;
     Some(Arrival::Entry(room, Entry { position, origin: stamp, envelope }))
 }
 

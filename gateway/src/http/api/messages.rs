@@ -10,7 +10,7 @@ use axum::{
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use shared::{
-    envelope::Author,
+    envelope::AuthorHash,
     error::ErrorCode,
     ids::{ConnectionId, DisplayName, MessageId, RoomId, UserId},
     protocol::{
@@ -215,7 +215,7 @@ impl Outgoing {
         let user = UserInfo { name: DisplayName::from(&from), id: from };
         let sender = Sender {
             connection: ConnectionId(Uuid::nil()),
-            author: Author::of(&user.id),
+            author: AuthorHash::of(&user.id),
             user: &user,
             writer: None,
         };
