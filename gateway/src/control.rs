@@ -302,5 +302,5 @@ impl Control {
 
 /// How a connection ends that the application has closed and gave no reason.
 pub fn kicked() -> Close {
-    Close { code: CloseCode::Policy.number(), reason: "kicked".to_owned() }
+    Close { code: CloseCode::PolicyViolation.number(), reason: "kicked".to_owned() }
 }

@@ -12,34 +12,34 @@ pub enum CloseCode {
     /// The other side leaves.
     GoingAway = 1001,
     /// The other side broke RFC 6455.
-    Protocol = 1002,
+    ProtocolError = 1002,
     /// A kind of data that is not taken.
-    Unsupported = 1003,
+    UnsupportedData = 1003,
     /// Text that is not UTF-8.
-    BadUtf8 = 1007,
+    InvalidPayload = 1007,
     /// Refused; the reason is one word.
-    Policy = 1008,
+    PolicyViolation = 1008,
     /// A message larger than `max_message_size`.
-    TooBig = 1009,
+    MessageTooBig = 1009,
     /// A fault of the gateway's own.
-    Internal = 1011,
+    InternalError = 1011,
     /// The gateway stops; another one is there.
-    Restart = 1012,
+    ServiceRestart = 1012,
     /// Too much to do, found after the upgrade.
-    Overload = 1013,
+    TryAgainLater = 1013,
     /// The session was presented by a newer connection.
     SessionReplaced = 4000,
     /// The token's `exp` has passed.
     TokenExpired = 4001,
     /// Nothing was heard for 60 s.
-    Silent = 4002,
+    IdleTimeout = 4002,
     /// Nothing could be written for 30 s.
-    Stalled = 4003,
+    WriteTimeout = 4003,
 }
 
 /// What a client does by itself after a close.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Advice {
+pub enum ReconnectAdvice {
     /// Comes back, with back-off.
     Reconnect,
     /// Comes back with a new token.
@@ -47,7 +47,7 @@ pub enum Advice {
     /// Comes back, without the message that was too big.
     ReconnectWithoutMessage,
     /// Stays away until its user says otherwise.
-    Stay,
+    DoNotReconnect,
 }
 
 impl CloseCode {
@@ -55,18 +55,18 @@ impl CloseCode {
     pub const ALL: [Self; 14] = [
         Self::Normal,
         Self::GoingAway,
-        Self::Protocol,
-        Self::Unsupported,
-        Self::BadUtf8,
-        Self::Policy,
-        Self::TooBig,
-        Self::Internal,
-        Self::Restart,
-        Self::Overload,
+        Self::ProtocolError,
+        Self::UnsupportedData,
+        Self::InvalidPayload,
+        Self::PolicyViolation,
+        Self::MessageTooBig,
+        Self::InternalError,
+        Self::ServiceRestart,
+        Self::TryAgainLater,
         Self::SessionReplaced,
         Self::TokenExpired,
-        Self::Silent,
-        Self::Stalled,
+        Self::IdleTimeout,
+        Self::WriteTimeout,
     ];
 
     /// The code's number.
@@ -78,13 +78,15 @@ impl CloseCode {
 /// What a client does by itself after a close with `code` and `reason`.
 ///
 /// `None` stands for an end without a close frame (1005, 1006).
-pub fn advice(code: Option<u16>, reason: &str) -> Advice {
+pub fn reconnect_advice(code: Option<u16>, reason: &str) -> ReconnectAdvice {
     match code {
-        None | Some(1001 | 1005 | 1006 | 1011 | 1012 | 1013 | 4002 | 4003) => Advice::Reconnect,
-        Some(4001) => Advice::ReconnectWithNewToken,
-        Some(1008) if reason == "token_expired" => Advice::ReconnectWithNewToken,
-        Some(1009) => Advice::ReconnectWithoutMessage,
-        Some(_) => Advice::Stay,
+        None | Some(1001 | 1005 | 1006 | 1011 | 1012 | 1013 | 4002 | 4003) => {
+            ReconnectAdvice::Reconnect
+        }
+        Some(4001) => ReconnectAdvice::ReconnectWithNewToken,
+        Some(1008) if reason == "token_expired" => ReconnectAdvice::ReconnectWithNewToken,
+        Some(1009) => ReconnectAdvice::ReconnectWithoutMessage,
+        Some(_) => ReconnectAdvice::DoNotReconnect,
     }
 }
 
@@ -93,22 +95,22 @@ mod tests {
     use super::*;
 
     #[track_caller]
-    fn check(code: impl Into<Option<u16>>, reason: &str, expected: Advice) {
-        assert_eq!(advice(code.into(), reason), expected);
+    fn check(code: impl Into<Option<u16>>, reason: &str, expected: ReconnectAdvice) {
+        assert_eq!(reconnect_advice(code.into(), reason), expected);
     }
 
     #[test]
     fn the_advice_is_that_of_section_3_5() {
-        check(None, "", Advice::Reconnect);
+        check(None, "", ReconnectAdvice::Reconnect);
         for code in [1001, 1005, 1006, 1011, 1012, 1013, 4002, 4003] {
-            check(code, "", Advice::Reconnect);
+            check(code, "", ReconnectAdvice::Reconnect);
         }
-        check(4001, "", Advice::ReconnectWithNewToken);
-        check(1008, "token_expired", Advice::ReconnectWithNewToken);
-        check(1009, "", Advice::ReconnectWithoutMessage);
+        check(4001, "", ReconnectAdvice::ReconnectWithNewToken);
+        check(1008, "token_expired", ReconnectAdvice::ReconnectWithNewToken);
+        check(1009, "", ReconnectAdvice::ReconnectWithoutMessage);
         for code in [1000, 1002, 1003, 1007, 4000, 4999] {
-            check(code, "", Advice::Stay);
+            check(code, "", ReconnectAdvice::DoNotReconnect);
         }
-        check(1008, "kicked", Advice::Stay);
+        check(1008, "kicked", ReconnectAdvice::DoNotReconnect);
     }
 }

@@ -83,9 +83,9 @@ impl Refused {
     /// The close code and the reason, after the upgrade.
     pub(super) fn close(&self) -> (CloseCode, String) {
         match self {
-            Self::Nobody(error) => (CloseCode::Policy, error.to_string()),
-            Self::TooMany => (CloseCode::Policy, "too_many_connections".to_owned()),
-            Self::Unavailable => (CloseCode::Overload, "unavailable".to_owned()),
+            Self::Nobody(error) => (CloseCode::PolicyViolation, error.to_string()),
+            Self::TooMany => (CloseCode::PolicyViolation, "too_many_connections".to_owned()),
+            Self::Unavailable => (CloseCode::TryAgainLater, "unavailable".to_owned()),
         }
     }
 }
@@ -234,7 +234,7 @@ pub(super) async fn hold_session(node: &Node, handle: &ConnectionHandle) {
     let (code, reason) = match tokio::time::timeout(limits.wait_max, holder).await {
         Ok(Ok(SessionHolder::Another)) => (CloseCode::SessionReplaced, ""),
         // It comes back and is given another, or is refused again.
-        Ok(Ok(SessionHolder::Gone)) => (CloseCode::Overload, "unavailable"),
+        Ok(Ok(SessionHolder::Gone)) => (CloseCode::TryAgainLater, "unavailable"),
         // Where that cannot be found out now it is within a minute.
         Ok(Ok(SessionHolder::This) | Err(_)) | Err(_) => return,
     };

@@ -565,7 +565,7 @@ impl Stream {
         self.session.end().await;
         self.handle.outbox.discard();
         match stall_limit.is_some_and(|limit| limit.is_over()) {
-            true => CloseCode::Stalled.number(),
+            true => CloseCode::WriteTimeout.number(),
             false => code,
         }
     }
@@ -608,7 +608,8 @@ impl Stream {
             {
                 if let Err(code) = Box::pin(self.join(room)).await {
                     // It comes back, and is refused in HTTP where that does not pass.
-                    let (code, reason) = (CloseCode::Policy.number(), code.as_str().to_owned());
+                    let (code, reason) =
+                        (CloseCode::PolicyViolation.number(), code.as_str().to_owned());
                     outbox.close(Close { code, reason });
                 }
                 continue;
@@ -629,7 +630,7 @@ impl Stream {
                     let wait = RETRY + Duration::from_millis(after_ms);
                     let last = self.events(usize::MAX);
                     self.send(retry(wait) + &last);
-                    return Ended(CloseCode::Restart.number());
+                    return Ended(CloseCode::ServiceRestart.number());
                 }
                 () = self.pieces.closed() => return GONE,
                 () = expires => {

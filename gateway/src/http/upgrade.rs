@@ -388,7 +388,7 @@ impl Opening {
                 Ok(()) => hold_session(&node, &handle).await,
                 Err(SubscribeFailed) => {
                     // It comes back, to this node or one that hears.
-                    let (code, reason) = (CloseCode::Overload.number(), "unavailable".to_owned());
+                    let (code, reason) = (CloseCode::TryAgainLater.number(), "unavailable".to_owned());
                     handle.outbox.close(Close { code, reason });
                 }
             }
@@ -410,8 +410,8 @@ impl Opening {
             // Where the peer goes meanwhile, serving it ends what it began.
             if let Some(Err(code)) = unless_gone(joining, &handle.outbox, None).await {
                 let close = match code {
-                    ErrorCode::Unavailable | ErrorCode::RateLimited => CloseCode::Overload,
-                    _ => CloseCode::Policy,
+                    ErrorCode::Unavailable | ErrorCode::RateLimited => CloseCode::TryAgainLater,
+                    _ => CloseCode::PolicyViolation,
                 };
                 let reason = code.as_str().to_owned();
                 handle.outbox.close(Close { code: close.number(), reason });

@@ -53,7 +53,10 @@ impl Connection {
                 node: None,
             }));
         }
-        outbox.close(Close { code: CloseCode::Restart.number(), reason: "draining".to_owned() });
+        outbox.close(Close {
+            code: CloseCode::ServiceRestart.number(),
+            reason: "draining".to_owned(),
+        });
         match outbox.begin_close() {
             Some(close) => self.close(close, Ending::ByGateway).await,
             None => 1006,
@@ -142,10 +145,10 @@ async fn drain(socket: &TcpStream) {
 /// The close of a connection whose client broke the rules; reasons are one word.
 pub(super) fn close_for(error: CodecError) -> Close {
     let (code, reason) = match error {
-        CodecError::Protocol(_) => (CloseCode::Protocol, "protocol_error"),
-        CodecError::InvalidUtf8 => (CloseCode::BadUtf8, "bad_utf8"),
-        CodecError::InvalidDeflate => (CloseCode::BadUtf8, "bad_deflate"),
-        CodecError::MessageTooBig => (CloseCode::TooBig, "too_large"),
+        CodecError::Protocol(_) => (CloseCode::ProtocolError, "protocol_error"),
+        CodecError::InvalidUtf8 => (CloseCode::InvalidPayload, "bad_utf8"),
+        CodecError::InvalidDeflate => (CloseCode::InvalidPayload, "bad_deflate"),
+        CodecError::MessageTooBig => (CloseCode::MessageTooBig, "too_large"),
     };
     Close { code: code.number(), reason: reason.to_owned() }
 }

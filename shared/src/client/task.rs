@@ -21,7 +21,7 @@ use super::{
     state::{State, calls::Command},
 };
 use crate::{
-    close::{Advice, CloseCode, advice},
+    close::{CloseCode, ReconnectAdvice, reconnect_advice},
     ids::RoomId,
 };
 
@@ -306,17 +306,17 @@ impl Task {
     /// Takes note of the end of a connection, and waits until it is time for the next.
     async fn recover_from(&mut self, closed: Closed) -> Result<(), EndReason> {
         let Closed { code, reason } = closed;
-        let advice = advice(code, &reason);
-        if advice == Advice::ReconnectWithoutMessage {
+        let advice = reconnect_advice(code, &reason);
+        if reconnect_advice == ReconnectAdvice::ReconnectWithoutMessage {
             self.state.too_big();
         }
         self.keep_identity();
         let asked_to_wait = self.next_node();
         self.state.disconnected();
-        let comes_back = match advice {
-            Advice::Reconnect | Advice::ReconnectWithoutMessage => true,
-            Advice::ReconnectWithNewToken => self.token_is_new,
-            Advice::Stay => false,
+        let comes_back = match reconnect_advice {
+            ReconnectAdvice::Reconnect | ReconnectAdvice::ReconnectWithoutMessage => true,
+            ReconnectAdvice::ReconnectWithNewToken => self.token_is_new,
+            ReconnectAdvice::DoNotReconnect => false,
         };
         let retry_in = (comes_back && self.settings.reconnect).then(|| match asked_to_wait {
             // The gateway has spread its clients over this already.
@@ -329,9 +329,9 @@ impl Task {
         if !self.settings.reconnect {
             return Err(EndReason::NoReconnect);
         }
-        match (retry_in, advice) {
+        match (retry_in, reconnect_advice) {
             (Some(retry_in), _) => self.while_serving(sleep_until(Instant::now() + retry_in)).await,
-            (None, Advice::ReconnectWithNewToken) => self.wait_for_token().await,
+            (None, ReconnectAdvice::ReconnectWithNewToken) => self.wait_for_token().await,
             (None, _) => Err(EndReason::Dismissed { code: code.unwrap_or_default(), reason }),
         }
     }
