@@ -23,7 +23,7 @@ impl Default for RoomRules {
 impl RoomRules {
     /// Whether a room keeps a log.
     pub fn is_durable(&self, room: &RoomId) -> bool {
-        if room.kind() != RoomKind::Joined {
+        if room.kind() != RoomKind::Room {
             return room.kind() == RoomKind::Inbox;
         }
         let name = room.as_str();

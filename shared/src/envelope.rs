@@ -151,7 +151,7 @@ impl Envelope {
         let envelope = Self::from_packed(bytes)?;
         let (frame, binary) = (envelope.frame_type(), envelope.is_binary());
         let room = match (room.kind(), frame) {
-            (RoomKind::Joined, FrameType::Message) => Some(room.as_str()),
+            (RoomKind::Room, FrameType::Message) => Some(room.as_str()),
             (RoomKind::Inbox, FrameType::Direct | FrameType::Notification) => None,
             _ => return Err(InvalidEnvelope),
         };

@@ -11,7 +11,7 @@ use uuid::Uuid;
 use crate::protocol::NAME_CHARS_MAX;
 
 /// A name: the type, its text form, its error. How it is parsed stands beside.
-macro_rules! name {
+macro_rules! string_id {
     ($(#[$doc:meta])* $name:ident, $invalid:ident, $rule:literal) => {
         $(#[$doc])*
         #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -50,7 +50,7 @@ macro_rules! name {
     };
     // One of a fixed alphabet.
     ($(#[$doc:meta])* $name:ident, $invalid:ident, $rule:literal, $check:expr) => {
-        name! { $(#[$doc])* $name, $invalid, $rule }
+        string_id! { $(#[$doc])* $name, $invalid, $rule }
 
         impl FromStr for $name {
             type Err = $invalid;
@@ -69,22 +69,22 @@ macro_rules! name {
     };
 }
 
-name! {
+string_id! {
     /// The name of a room. What has no other name but that of a user is a room too, which no client
     /// can name: see [`RoomKind`].
     RoomId, InvalidRoomId, "a room is 1 to 128 of A-Z a-z 0-9 _ . : @ -, and neither `.` nor `..`",
-    |text| made_of(text, 128, |b| matches!(b, b'_' | b'.' | b':' | b'@' | b'-'))
+    |text| is_identifier(text, 128, |b| matches!(b, b'_' | b'.' | b':' | b'@' | b'-'))
 }
 
-name! {
+string_id! {
     /// The id of a user. Ids with a leading `_` are the server's; see [`UserId::is_reserved`].
     UserId, InvalidUserId, "a user id is 1 to 128 of A-Z a-z 0-9 _ . : @ | + = -, and neither `.` nor `..`",
-    |text| made_of(text, 128, |b| {
+    |text| is_identifier(text, 128, |b| {
         matches!(b, b'_' | b'.' | b':' | b'@' | b'|' | b'+' | b'=' | b'-')
     })
 }
 
-name! {
+string_id! {
     /// The name of a user that people read, in Unicode's composed form (NFC).
     DisplayName, InvalidDisplayName,
     "a display name is 1 to 64 characters, not only spaces, without controls, bidi controls and \
@@ -95,9 +95,9 @@ impl FromStr for DisplayName {
     type Err = InvalidDisplayName;
 
     /// Composes the characters, and takes nothing away: a name that has to be changed beyond that is
-    /// an error. See [`DisplayName::cleaned`].
+    /// an error. See [`DisplayName::sanitized`].
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let text = composed(text);
+        let text = to_nfc(text);
         let fits = text.chars().take(NAME_CHARS_MAX + 1).count() <= NAME_CHARS_MAX;
         let shows = !text.chars().all(is_blank);
         if fits && shows && !text.chars().any(is_unprintable) {
@@ -111,9 +111,9 @@ impl FromStr for DisplayName {
 impl DisplayName {
     /// Takes out of `text` what a display name must not have, and cuts it to its length. `None` where
     /// nothing is left to be seen.
-    pub fn cleaned(text: &str) -> Option<Self> {
+    pub fn sanitized(text: &str) -> Option<Self> {
         let kept: String = text.chars().filter(|c| !is_unprintable(*c)).collect();
-        let kept: String = composed(&kept).chars().take(NAME_CHARS_MAX).collect();
+        let kept: String = to_nfc(&kept).chars().take(NAME_CHARS_MAX).collect();
         kept.parse().ok()
     }
 }
@@ -123,13 +123,13 @@ impl<'de> Deserialize<'de> for DisplayName {
     /// refused today, which are taken out.
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = Cow::<str>::deserialize(deserializer)?;
-        let name = text.parse().ok().or_else(|| Self::cleaned(&text));
+        let name = text.parse().ok().or_else(|| Self::sanitized(&text));
         name.ok_or_else(|| D::Error::custom(InvalidDisplayName))
     }
 }
 
 /// The text in Unicode's composed form (NFC, Unicode Standard Annex 15).
-fn composed(text: &str) -> Cow<'_, str> {
+fn to_nfc(text: &str) -> Cow<'_, str> {
     if text.is_ascii() {
         return text.into();
     }
@@ -157,10 +157,10 @@ fn is_blank(c: char) -> bool {
     c.is_whitespace() || matches!(c, '\u{115F}' | '\u{1160}' | '\u{3164}' | '\u{FFA0}' | '\u{2800}')
 }
 
-name! {
+string_id! {
     /// The id of a gateway process, as given by `node.id`.
     NodeId, InvalidNodeId, "a node id is 1 to 64 of A-Z a-z 0-9 _ . : -, and neither `.` nor `..`",
-    |text| made_of(text, 64, |b| matches!(b, b'_' | b'.' | b':' | b'-'))
+    |text| is_identifier(text, 64, |b| matches!(b, b'_' | b'.' | b':' | b'-'))
 }
 
 impl From<&UserId> for DisplayName {
@@ -179,25 +179,25 @@ impl From<&UserId> for DisplayName {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RoomKind {
     /// Users join it by its name.
-    Joined,
+    Room,
     /// A user's inbox: the log of what is for this user alone. All connections of the user are in it.
     Inbox,
     /// Whether a user is connected: those who watch the user are in it. It has no log.
     Status,
 }
 
-const INBOX: char = '=';
-const STATUS: char = '+';
+const INBOX_PREFIX: char = '=';
+const STATUS_PREFIX: char = '+';
 
 impl RoomId {
     /// The inbox of a user.
     pub fn inbox_of(user: &UserId) -> Self {
-        Self(format!("{INBOX}{user}").into())
+        Self(format!("{INBOX_PREFIX}{user}").into())
     }
 
     /// Where it is told whether a user is connected.
     pub fn status_of(user: &UserId) -> Self {
-        Self(format!("{STATUS}{user}").into())
+        Self(format!("{STATUS_PREFIX}{user}").into())
     }
 
     /// What the room is for.
@@ -205,23 +205,23 @@ impl RoomId {
         match self.0.as_bytes().first() {
             Some(b'=') => RoomKind::Inbox,
             Some(b'+') => RoomKind::Status,
-            _ => RoomKind::Joined,
+            _ => RoomKind::Room,
         }
     }
 
     /// The room as clients name it; `None` for an inbox and the like, which have no name there.
-    pub fn named(&self) -> Option<Self> {
-        (self.kind() == RoomKind::Joined).then(|| self.clone())
+    pub fn client_visible(&self) -> Option<Self> {
+        (self.kind() == RoomKind::Room).then(|| self.clone())
     }
 
     /// The name without the sign in front: the room's own, or the id of its user.
-    pub fn bare(&self) -> &str {
-        self.0.strip_prefix([INBOX, STATUS]).unwrap_or(&self.0)
+    pub fn without_prefix(&self) -> &str {
+        self.0.strip_prefix([INBOX_PREFIX, STATUS_PREFIX]).unwrap_or(&self.0)
     }
 
     /// Whose inbox or status it is.
     pub fn user(&self) -> Option<UserId> {
-        (self.kind() != RoomKind::Joined).then(|| UserId(self.bare().into()))
+        (self.kind() != RoomKind::Room).then(|| UserId(self.without_prefix().into()))
     }
 }
 
@@ -234,7 +234,7 @@ impl UserId {
 
 /// Whether `text` is 1 to `len_max` letters, digits, and what `also` allows. `.` and `..` are steps
 /// of a path, which a URL never keeps (RFC 3986, section 5.2.4), so that nothing can be named so.
-fn made_of(text: &str, len_max: usize, also: fn(u8) -> bool) -> bool {
+fn is_identifier(text: &str, len_max: usize, also: fn(u8) -> bool) -> bool {
     !matches!(text, "" | "." | "..")
         && text.len() <= len_max
         && text.bytes().all(|b| b.is_ascii_alphanumeric() || also(b))
@@ -368,11 +368,14 @@ mod tests {
         let (inbox, status) = (RoomId::inbox_of(&bob), RoomId::status_of(&bob));
         assert_eq!((inbox.kind(), status.kind()), (RoomKind::Inbox, RoomKind::Status));
         for room in [&inbox, &status] {
-            assert!(room.as_str().parse::<RoomId>().is_err() && room.named().is_none());
-            assert_eq!((room.bare(), room.user()), ("bob|1", Some(bob.clone())));
+            assert!(room.as_str().parse::<RoomId>().is_err() && room.client_visible().is_none());
+            assert_eq!((room.without_prefix(), room.user()), ("bob|1", Some(bob.clone())));
         }
         let room: RoomId = "u:bob".parse().unwrap();
-        assert_eq!((room.kind(), room.bare(), room.user()), (RoomKind::Joined, "u:bob", None));
+        assert_eq!(
+            (room.kind(), room.without_prefix(), room.user()),
+            (RoomKind::Room, "u:bob", None)
+        );
     }
 
     #[test]
@@ -387,7 +390,7 @@ mod tests {
     fn check_name(text: &str, strict: Option<&str>, cleaned: Option<&str>) {
         let parsed = text.parse::<DisplayName>().ok();
         assert_eq!(parsed.as_ref().map(DisplayName::as_str), strict, "{text:?}");
-        let clean = DisplayName::cleaned(text);
+        let clean = DisplayName::sanitized(text);
         assert_eq!(clean.as_ref().map(DisplayName::as_str), cleaned, "{text:?} cleaned");
         let read: Option<DisplayName> = serde_json::from_value(text.into()).ok();
         assert_eq!(read, parsed.or(clean), "{text:?} read");

@@ -7,7 +7,7 @@ use shared::ids::RoomId;
 
 /// The home of a room, where there are `homes`. All that is of one user has the same.
 pub fn home_of(room: &RoomId, homes: u16) -> u16 {
-    crc16(room.bare().as_bytes()) % homes.max(1)
+    crc16(room.without_prefix().as_bytes()) % homes.max(1)
 }
 
 /// The CRC that Redis Cluster hashes keys with: CRC-16/XMODEM (Redis Cluster specification,

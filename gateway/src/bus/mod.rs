@@ -304,7 +304,7 @@ impl Retention {
     pub fn of(&self, room: &RoomId) -> Kept {
         match room.kind() {
             RoomKind::Inbox => self.inboxes,
-            RoomKind::Joined | RoomKind::Status => {
+            RoomKind::Room | RoomKind::Status => {
                 Kept { entries_min: self.entries_min, ttl: self.ttl, bytes_max: self.bytes_max }
             }
         }

@@ -51,6 +51,6 @@ impl Lingering {
 pub(super) fn linger_of(room: &RoomId) -> Duration {
     match room.kind() {
         RoomKind::Inbox => INBOX_LINGER,
-        RoomKind::Joined | RoomKind::Status => LINGER,
+        RoomKind::Room | RoomKind::Status => LINGER,
     }
 }

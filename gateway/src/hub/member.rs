@@ -141,7 +141,7 @@ impl InlineAck {
         ServerFrame::Ack(Box::new(AckFrame {
             reference: self.reference,
             id,
-            room: room.named(),
+            room: room.client_visible(),
             to: self.to,
             epoch: position.epoch,
             seq: position.seq,
@@ -366,7 +366,7 @@ impl ShardBatch {
     pub(super) fn count_room(&self, room: &RoomId, more: i64) {
         match room.kind() {
             RoomKind::Inbox => self.metrics.inboxes.add(more),
-            RoomKind::Joined | RoomKind::Status => self.metrics.rooms.add(more),
+            RoomKind::Room | RoomKind::Status => self.metrics.rooms.add(more),
         }
     }
 
@@ -564,7 +564,7 @@ impl RoomMember {
     ) {
         self.handle.release_reservations(room);
         self.handle.send(&ServerFrame::Reset(ResetFrame {
-            room: room.named(),
+            room: room.client_visible(),
             epoch: position.epoch.clone(),
             seq: position.seq,
             reason,

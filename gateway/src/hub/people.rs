@@ -438,7 +438,7 @@ impl Shard {
         names.sort_unstable();
         names.retain(|name| {
             // Of an inbox it is known who is there.
-            name.kind() == RoomKind::Joined
+            name.kind() == RoomKind::Room
                 && self.rooms.get_mut(name).is_some_and(|room| room.people.roster.begin_read())
         });
         if names.is_empty() {

@@ -154,7 +154,7 @@ fn peer_of_direct(inbox: &RoomId, entry: &Entry) -> Option<UserId> {
     }
     let members = [b"{", entry.envelope.fields(), b"}"].concat();
     let from = serde_json::from_slice::<Members>(&members).ok()?.from.id;
-    (inbox.bare() != from.as_str()).then_some(from)
+    (inbox.without_prefix() != from.as_str()).then_some(from)
 }
 
 impl Room {
@@ -210,7 +210,7 @@ impl Room {
     /// Whether the room was deleted since this node follows it. An inbox is only emptied: its connections
     /// are reset.
     pub(super) fn was_deleted(&self, page: &Page) -> bool {
-        self.name.kind() == RoomKind::Joined
+        self.name.kind() == RoomKind::Room
             && self.replica.top().is_some_and(|top| ordinal(&top.epoch) < page.deleted)
     }
 

@@ -396,7 +396,7 @@ impl Shard {
 
     /// Follows a room: subscribes, then reads its log.
     fn open(&mut self, name: RoomId, join: PendingJoin) {
-        let is_joined = name.kind() == RoomKind::Joined;
+        let is_joined = name.kind() == RoomKind::Room;
         if is_joined && !self.make_space_for_room() {
             let _ = join.done.send(JoinOutcome::TooManyRooms);
             return;
@@ -444,7 +444,7 @@ impl Shard {
     pub(super) fn drop_room(&mut self, name: &RoomId) {
         self.mark_verified(name);
         if let Some(mut room) = self.rooms.remove(name) {
-            self.joined_rooms -= usize::from(name.kind() == RoomKind::Joined);
+            self.joined_rooms -= usize::from(name.kind() == RoomKind::Room);
             self.budget.forget(&room);
             self.lingering.leave(&mut room);
             self.batch.count_room(name, -1);
@@ -503,7 +503,7 @@ impl Shard {
     fn cancel_join(&mut self, name: &RoomId, handle: &Arc<ConnectionHandle>) {
         let Some(room) = self.rooms.get_mut(name) else { return };
         if room.remove(handle.connection) {
-            if let Some(room) = name.named() {
+            if let Some(room) = name.client_visible() {
                 handle.send(&ServerFrame::Left(LeftFrame { reference: None, room, reason: None }));
                 self.batch.flush_later(handle);
             }
@@ -544,7 +544,7 @@ impl Shard {
             let before = RoomMemory::of(room);
             room.replica.forget_past_retention(&self.batch.retention);
             self.budget.count(before, room, now);
-            if room.name.kind() == RoomKind::Joined {
+            if room.name.kind() == RoomKind::Room {
                 members += room.len();
             }
         }

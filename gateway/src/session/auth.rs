@@ -192,7 +192,7 @@ impl JwtKey {
         }
         let id = user(&claims.sub).ok_or(TokenInvalid("invalid token: its `sub` is no user id"))?;
         // Who made the token is not the user, who must not be locked out for its name.
-        let name = claims.name.as_deref().and_then(DisplayName::cleaned);
+        let name = claims.name.as_deref().and_then(DisplayName::sanitized);
         let name = name.unwrap_or_else(|| DisplayName::from(&id));
         Ok(Identity { user: UserInfo { id, name }, expires_at, leeway, grants: claims.rooms })
     }

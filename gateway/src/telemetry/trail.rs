@@ -116,10 +116,10 @@ impl Trail {
     pub fn to_json(&self) -> serde_json::Value {
         let log = match self.log.kind() {
             RoomKind::Inbox => "inbox_of",
-            RoomKind::Joined | RoomKind::Status => "room",
+            RoomKind::Room | RoomKind::Status => "room",
         };
         let mut told = json!({
-            log: self.log.bare(),
+            log: self.log.without_prefix(),
             "epoch": self.position.epoch,
             "seq": self.position.seq,
             "appended_at": self.appended.map(shared::timestamp),

@@ -77,9 +77,9 @@ impl Keyspace {
     /// The channel of a room, with which its keys begin. That of a user's status is named so that a
     /// script that changes who is connected knows it: see `present.lua`.
     pub(super) fn channel(self, room: &RoomId) -> String {
-        let (partition, name) = (home_of(room, self.partitions), room.bare());
+        let (partition, name) = (home_of(room, self.partitions), room.without_prefix());
         match room.kind() {
-            RoomKind::Joined => format!("gw:{{{partition}}}:r:{name}"),
+            RoomKind::Room => format!("gw:{{{partition}}}:r:{name}"),
             RoomKind::Inbox => format!("gw:{{{partition}}}:u:{name}"),
             RoomKind::Status => format!("{}{name}", self.statuses(self.home(room))),
         }

@@ -592,7 +592,7 @@ mod tests {
             wishes.subscribe(room, heard());
         }
         let first = wishes.take(CHANNELS_MAX);
-        let of_rooms = first.iter().filter(|(room, _)| room.kind() == RoomKind::Joined).count();
+        let of_rooms = first.iter().filter(|(room, _)| room.kind() == RoomKind::Room).count();
         assert_eq!((of_rooms, first.len()), (FIRST_MAX, CHANNELS_MAX));
     }
 
