@@ -242,14 +242,14 @@ impl Envelope {
     }
 
     fn frame(&self, position: &Position, replay: &str) -> Bytes {
-        let opening = self.json_prefix(position, replay);
+        let prefix = self.json_prefix(position, replay);
         let (fields, payload) = self.fields_and_payload();
         if !self.is_binary() {
-            return codec::encode(Opcode::Text, &[opening.as_bytes(), fields, b"}"]);
+            return codec::encode(Opcode::Text, &[prefix.as_bytes(), fields, b"}"]);
         }
-        let header_len = (opening.len() + fields.len() + 1) as u16;
+        let header_len = (prefix.len() + fields.len() + 1) as u16;
         let header_len = header_len.to_be_bytes();
-        let parts = [&header_len, opening.as_bytes(), fields, b"}", payload];
+        let parts = [&header_len, prefix.as_bytes(), fields, b"}", payload];
         codec::encode(Opcode::Binary, &parts)
     }
 

@@ -15,15 +15,19 @@ pub struct Claims {
     /// The user id.
     pub sub: String,
     /// The display name; the id where absent, or where it is no text.
-    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "text")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "string_or_none")]
     pub name: Option<String>,
     /// When the token ends, in seconds since 1970, without a fraction that it may have (RFC 7519,
     /// sections 2 and 4.1.4).
-    #[serde(deserialize_with = "whole_seconds")]
+    #[serde(deserialize_with = "seconds_rounded_down")]
     pub exp: u64,
     /// When the token begins to count, in seconds since 1970, a fraction rounded up (RFC 7519,
     /// section 4.1.5).
-    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "next_second")]
+    #[serde(
+        default,
+        skip_serializing_if = "Option::is_none",
+        deserialize_with = "optional_seconds_rounded_up"
+    )]
     pub nbf: Option<u64>,
     /// When the token was made. It is not compared with the time, but has to be a number (RFC 7519,
     /// section 4.1.6).
@@ -52,7 +56,7 @@ pub enum Audience {
 
 impl Audience {
     /// Whether this name is among them.
-    pub fn names(&self, name: &str) -> bool {
+    pub fn contains(&self, name: &str) -> bool {
         match self {
             Self::One(found) => found == name,
             Self::Many(found) => found.iter().any(|found| found == name),
@@ -61,25 +65,27 @@ impl Audience {
 }
 
 /// Reads a NumericDate. What is below or above the range counts as its end.
-fn whole_seconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+fn seconds_rounded_down<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
     f64::deserialize(deserializer).map(|seconds| seconds as u64)
 }
 
 /// Reads a text, and anything else as none.
-fn text<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+fn string_or_none<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
     let value = serde_json::Value::deserialize(deserializer)?;
     Ok(value.as_str().map(str::to_owned))
 }
 
 /// Reads a NumericDate that may be absent, up to the next whole second.
-fn next_second<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+fn optional_seconds_rounded_up<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<u64>, D::Error> {
     let seconds = Option::<f64>::deserialize(deserializer)?;
     Ok(seconds.map(|seconds| seconds.ceil() as u64))
 }
 
 /// What a token allows in a room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub enum Access {
+pub enum RoomAccess {
     /// Join, receive, history, presence, read.
     #[serde(rename = "r")]
     Read,
@@ -91,7 +97,7 @@ pub enum Access {
 /// Access by room name, or by prefix where the key ends in `*`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct RoomGrants(pub BTreeMap<String, Access>);
+pub struct RoomGrants(pub BTreeMap<String, RoomAccess>);
 
 /// Whether the text is a room's name, or the beginning of one with `*` at its end.
 pub fn is_room_pattern(text: &str) -> bool {
@@ -105,13 +111,13 @@ pub fn is_room_pattern(text: &str) -> bool {
 
 impl RoomGrants {
     /// A key that can match no room: neither a name nor the beginning of one.
-    pub fn unmatchable(&self) -> Option<&str> {
+    pub fn invalid_pattern(&self) -> Option<&str> {
         self.0.keys().map(String::as_str).find(|key| !is_room_pattern(key))
     }
 
     /// What is allowed in `room`: the longest match wins, a full name before a prefix of its
     /// length; `None` where nothing matches.
-    pub fn access(&self, room: &RoomId) -> Option<Access> {
+    pub fn access(&self, room: &RoomId) -> Option<RoomAccess> {
         let room = room.as_str();
         let matches = |key: &str| match key.strip_suffix('*') {
             Some(prefix) => room.starts_with(prefix).then_some(prefix.len() * 2),
@@ -197,7 +203,7 @@ mod tests {
     }
 
     #[track_caller]
-    fn check(grants: &str, room: &str, expected: Option<Access>) {
+    fn check(grants: &str, room: &str, expected: Option<RoomAccess>) {
         let grants: RoomGrants = serde_json::from_str(grants).unwrap();
         assert_eq!(grants.access(&room.parse().unwrap()), expected, "{room}");
     }
@@ -205,11 +211,11 @@ mod tests {
     #[test]
     fn the_longest_match_wins() {
         let grants = r#"{"team:*":"r","team:dev":"rw","team:dev:*":"r","*":"rw","x":"r"}"#;
-        check(grants, "team:ops", Some(Access::Read));
-        check(grants, "team:dev", Some(Access::ReadWrite));
-        check(grants, "team:dev:ci", Some(Access::Read));
-        check(grants, "other", Some(Access::ReadWrite));
-        check(grants, "x", Some(Access::Read));
+        check(grants, "team:ops", Some(RoomAccess::Read));
+        check(grants, "team:dev", Some(RoomAccess::ReadWrite));
+        check(grants, "team:dev:ci", Some(RoomAccess::Read));
+        check(grants, "other", Some(RoomAccess::ReadWrite));
+        check(grants, "x", Some(RoomAccess::Read));
         check(r#"{"a":"r"}"#, "b", None);
         check("{}", "b", None);
     }
@@ -223,6 +229,6 @@ mod tests {
             assert!(!is_room_pattern(pattern), "{pattern}");
         }
         let grants: RoomGrants = serde_json::from_str(r#"{"a":"r","a*b":"r","c*":"rw"}"#).unwrap();
-        assert_eq!(grants.unmatchable(), Some("a*b"));
+        assert_eq!(grants.invalid_pattern(), Some("a*b"));
     }
 }

@@ -361,7 +361,12 @@ impl RoomReplica {
         }
         self.top = Some(entry.position.clone());
         sink.entry(&entry);
-        self.ids.note(entry.envelope.dedup_key(), &entry.position, retention.ids_for, retention.now);
+        self.ids.note(
+            entry.envelope.dedup_key(),
+            &entry.position,
+            retention.ids_for,
+            retention.now,
+        );
         self.newest_at = Some(retention.now);
         let first = self.ring.first();
         self.ring.push(entry, retention.ring);

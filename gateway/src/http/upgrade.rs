@@ -388,7 +388,8 @@ impl Opening {
                 Ok(()) => hold_session(&node, &handle).await,
                 Err(SubscribeFailed) => {
                     // It comes back, to this node or one that hears.
-                    let (code, reason) = (CloseCode::TryAgainLater.number(), "unavailable".to_owned());
+                    let (code, reason) =
+                        (CloseCode::TryAgainLater.number(), "unavailable".to_owned());
                     handle.outbox.close(Close { code, reason });
                 }
             }

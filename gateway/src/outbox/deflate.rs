@@ -24,10 +24,10 @@ impl Deflating {
         if is_control || frame_payload(frame).len() < self.bytes_min {
             return frame.clone();
         }
-        let Some(deflated) = compress_frame(frame, self.window) else { return frame.clone() };
+        let Some(compressed) = compress_frame(frame, self.window) else { return frame.clone() };
         metrics.deflated_messages.inc();
         metrics.deflate_input_bytes.inc_by(frame.len() as u64);
-        metrics.deflate_output_bytes.inc_by(compress_frame.len() as u64);
-        compress_frame
+        metrics.deflate_output_bytes.inc_by(compressed.len() as u64);
+        compressed
     }
 }

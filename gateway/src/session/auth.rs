@@ -14,7 +14,7 @@ use shared::{
     error::ErrorCode,
     ids::{DisplayName, RoomId, UserId},
     protocol::server_frame::UserInfo,
-    token::{Access, Claims, RoomGrants},
+    token::{Claims, RoomAccess, RoomGrants},
 };
 
 use crate::telemetry::seldom::Seldom;
@@ -171,12 +171,12 @@ impl JwtKey {
         }
         let is_for_us = match &claims.aud {
             None => audience.is_empty(),
-            Some(named) => audience.iter().any(|own| named.names(own)),
+            Some(named) => audience.iter().any(|own| named.contains(own)),
         };
         if !is_for_us {
             return Err(TokenInvalid("invalid token: its `aud` names none of auth.audience"));
         }
-        if let Some(pattern) = claims.rooms.as_ref().and_then(RoomGrants::unmatchable) {
+        if let Some(pattern) = claims.rooms.as_ref().and_then(RoomGrants::invalid_pattern) {
             // Left out it could give more than was meant: a longer pattern may take away.
             if let Some(unsaid) = UNMATCHABLE.is_due() {
                 tracing::warn!(
@@ -216,9 +216,9 @@ impl Identity {
     }
 
     /// What is open to the user in `room`.
-    pub fn access(&self, room: &RoomId) -> Option<Access> {
+    pub fn access(&self, room: &RoomId) -> Option<RoomAccess> {
         match &self.grants {
-            None => Some(Access::ReadWrite),
+            None => Some(RoomAccess::ReadWrite),
             Some(grants) => grants.access(room),
         }
     }

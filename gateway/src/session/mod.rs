@@ -24,7 +24,7 @@ use shared::{
         },
         server_frame::{AckFrame, BusState, ErrorFrame, PongFrame, ServerFrame, StatusFrame},
     },
-    token::Access,
+    token::RoomAccess,
 };
 use smallvec::SmallVec;
 use tokio::{sync::watch, time::Instant};
@@ -404,8 +404,8 @@ impl Session {
     /// Whether the token allows to change a room; refuses the frame where it does not.
     fn may_write(&self, reference: Option<&FrameRef>, kind: &str, room: &RoomId) -> bool {
         let text = match self.identity.access(room) {
-            Some(Access::ReadWrite) => return true,
-            Some(Access::Read) => "the token allows to read here only",
+            Some(RoomAccess::ReadWrite) => return true,
+            Some(RoomAccess::Read) => "the token allows to read here only",
             None => "the token does not allow this room",
         };
         let code = ErrorCode::Forbidden;
@@ -694,7 +694,7 @@ impl Session {
                 return false;
             };
             stay.touch();
-            if self.identity.access(room) != Some(Access::ReadWrite) {
+            if self.identity.access(room) != Some(RoomAccess::ReadWrite) {
                 self.refuse(refusal(ErrorCode::Forbidden, "the token allows to read here only"));
                 return false;
             }

@@ -212,7 +212,8 @@ impl Connection {
     /// What was being handled is dropped half-done; the client is told, and comes back.
     fn panicked(&self, panic: &str) -> End {
         self.metrics.panicked(self.handle.connection, panic);
-        let close = Close { code: CloseCode::InternalError.number(), reason: "internal".to_owned() };
+        let close =
+            Close { code: CloseCode::InternalError.number(), reason: "internal".to_owned() };
         self.handle.outbox.close(close.clone());
         // Unless it was being closed already.
         let close = self.handle.outbox.begin_close().unwrap_or(close);
@@ -379,7 +380,8 @@ impl Connection {
             }
             Verdict::Close if !matches!(step, Step::End(_)) => {
                 self.metrics.input_rate_limit_closes.inc();
-                let (code, reason) = (CloseCode::PolicyViolation.number(), "rate_limited".to_owned());
+                let (code, reason) =
+                    (CloseCode::PolicyViolation.number(), "rate_limited".to_owned());
                 self.handle.outbox.close(Close { code, reason });
                 step = Step::End(Ending::ByGateway);
             }

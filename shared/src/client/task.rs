@@ -307,13 +307,13 @@ impl Task {
     async fn recover_from(&mut self, closed: Closed) -> Result<(), EndReason> {
         let Closed { code, reason } = closed;
         let advice = reconnect_advice(code, &reason);
-        if reconnect_advice == ReconnectAdvice::ReconnectWithoutMessage {
+        if advice == ReconnectAdvice::ReconnectWithoutMessage {
             self.state.too_big();
         }
         self.keep_identity();
         let asked_to_wait = self.next_node();
         self.state.disconnected();
-        let comes_back = match reconnect_advice {
+        let comes_back = match advice {
             ReconnectAdvice::Reconnect | ReconnectAdvice::ReconnectWithoutMessage => true,
             ReconnectAdvice::ReconnectWithNewToken => self.token_is_new,
             ReconnectAdvice::DoNotReconnect => false,
@@ -329,7 +329,7 @@ impl Task {
         if !self.settings.reconnect {
             return Err(EndReason::NoReconnect);
         }
-        match (retry_in, reconnect_advice) {
+        match (retry_in, advice) {
             (Some(retry_in), _) => self.while_serving(sleep_until(Instant::now() + retry_in)).await,
             (None, ReconnectAdvice::ReconnectWithNewToken) => self.wait_for_token().await,
             (None, _) => Err(EndReason::Dismissed { code: code.unwrap_or_default(), reason }),

@@ -47,10 +47,10 @@ pub fn compress_frame(frame: &[u8], window: WindowBits) -> Option<Bytes> {
     // Asked for a window of 256 bytes zlib takes one of 512, but refers only to what is 262 bytes
     // within it: 250 bytes back. A test holds that.
     let bits = window.get().max(ZLIB_BITS_MIN);
-    if frame_payload.len() > MESSAGE_WINDOWS_MAX << bits {
+    if payload.len() > MESSAGE_WINDOWS_MAX << bits {
         return None;
     }
-    let mut out = Vec::with_capacity(compressed_bytes_max(frame_payload.len()));
+    let mut out = Vec::with_capacity(compressed_bytes_max(payload.len()));
     DEFLATERS.with_borrow_mut(|deflaters| {
         let kept = &mut deflaters[usize::from(bits - ZLIB_BITS_MIN)];
         // A deflater that has not given out everything is not used again: reset, zlib-rs 0.6 would
@@ -59,14 +59,13 @@ pub fn compress_frame(frame: &[u8], window: WindowBits) -> Option<Bytes> {
             .take()
             .unwrap_or_else(|| Compress::new_with_window_bits(COMPRESSION_LEVEL, false, bits));
         deflater.reset();
-        deflater.compress_vec(frame_payload, &mut out, FlushCompress::Sync).ok()?;
-        let is_whole =
-            deflater.total_in() == frame_payload.len() as u64 && out.len() < out.capacity();
+        deflater.compress_vec(payload, &mut out, FlushCompress::Sync).ok()?;
+        let is_whole = deflater.total_in() == payload.len() as u64 && out.len() < out.capacity();
         is_whole.then(|| *kept = Some(deflater))
     })?;
     let compressed = out.strip_suffix(&SYNC_FLUSH_TAIL)?;
     let first = frame.first()? | RSV1;
-    (compressed.len() < frame_payload.len()).then(|| encode_with_first_byte(first, &[compressed]))
+    (compressed.len() < payload.len()).then(|| encode_with_first_byte(first, &[compressed]))
 }
 
 /// The largest payload that a compressed message of `bytes_max` may have. Data that cannot be
@@ -78,15 +77,15 @@ pub(super) fn compressed_bytes_max(bytes_max: usize) -> usize {
 /// Inflates a message, but no further than to `bytes_max`.
 pub(super) fn inflate(payload: &[u8], bytes_max: usize) -> Result<Vec<u8>, CodecError> {
     // What some senders make of an empty message. The RFC has them send one byte.
-    if frame_payload.is_empty() {
+    if payload.is_empty() {
         return Ok(Vec::new());
     }
     INFLATER.with_borrow_mut(|inflater| {
         let inflater = inflater.get_or_insert_with(|| Decompress::new(false));
         inflater.reset(false);
         let mut message = InflatingMessage { inflater, out: Vec::new(), bytes_max };
-        message.out.reserve_exact((4 * frame_payload.len()).min(bytes_max + 1));
-        if message.feed(frame_payload)? == InflatePosition::AfterFinalBlock {
+        message.out.reserve_exact((4 * payload.len()).min(bytes_max + 1));
+        if message.feed(payload)? == InflatePosition::AfterFinalBlock {
             return Ok(message.out);
         }
         let length = message.out.len();
