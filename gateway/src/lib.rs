@@ -1,15 +1,16 @@
-//! The Skein gateway: holds WebSocket connections and fans messages across servers.
+//! The Skein gateway: holds WebSocket connections and delivers the messages of rooms across nodes.
 //!
-//! One idea: a room is a log, a connection is a cursor into it. Publishing appends; a gateway that
-//! has members in a room follows its log; resuming, catching up and repairing are one operation,
-//! *go on from `(epoch, seq)`*.
+//! A room is a log, a connection is a cursor into it. Publishing appends an entry; a gateway that has
+//! members in a room subscribes to its log. Resume, catch-up and repair are one operation: continue
+//! from `(epoch, seq)`.
 //!
-//! One message from socket to socket, in six files: [`transport`] takes it off the sender's socket,
-//! [`session`] decides what it is, [`publisher`] packs it, [`bus`] appends it to the room's log and
-//! passes it to every node that follows the room, [`hub`] puts it into order and into the outboxes
-//! of the room's members, and [`outbox`] writes it to their sockets.
+//! The path of a message on one node: [`transport`] reads it from the sender's socket, [`session`]
+//! parses and checks it, [`publisher`] packs it, [`bus`] appends it to the room's log and publishes it
+//! to every subscribed node, [`hub`] restores the order and queues it for the room's members, and
+//! [`outbox`] writes it to their sockets. `ARCHITECTURE.md` follows it through a cluster as well.
 //!
-//! Modules stand in layers, lowest first; each uses only those above it in this list, and `shared`.
+//! Modules are listed by layer, lowest first; each uses only those before it in this list, and
+//! `shared`.
 
 #[cfg(debug_assertions)]
 pub mod fault_injection;
