@@ -40,7 +40,7 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-pub mod home;
+pub mod placement;
 pub mod memory;
 pub mod commands;
 pub mod redis;

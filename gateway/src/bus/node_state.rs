@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 use shared::{ids::RoomId, protocol::server_frame::BusState};
 use tokio::{sync::watch, time::Instant};
 
-use super::{home::home_of, unconfirmed::UnconfirmedPublishes};
+use super::{placement::partition_of, unconfirmed::UnconfirmedPublishes};
 use crate::delivery::Entry;
 
 /// The state of one node. The bus writes it, the hub asks; a bus without others to agree with
@@ -32,10 +32,10 @@ pub struct BusStatus {
 #[derive(Debug, Default)]
 struct Lease {
     expiry: LeaseExpiry,
-    /// How many homes there are.
-    homes: u16,
+    /// How many groups there are.
+    groups: u16,
     /// Those for which the nodes have to agree on a server first.
-    unsettled: BTreeSet<u16>,
+    unagreed: BTreeSet<u16>,
 }
 
 /// Until when the others count on this node.
@@ -57,7 +57,7 @@ impl NodeState {
     /// Whether joins of a room may be answered and messages published now.
     pub fn can_serve(&self, now: Instant, room: &RoomId) -> bool {
         let state = self.lease.lock();
-        state.holds(now) && !state.unsettled.contains(&home_of(room, state.homes))
+        state.holds(now) && !state.unagreed.contains(&partition_of(room, state.groups))
     }
 
     /// Lets this node stand until `expiry`.
@@ -80,21 +80,21 @@ impl NodeState {
         self.lease.lock().expiry = LeaseExpiry::Never;
     }
 
-    /// There are so many homes, and the nodes have to agree on a server for each.
-    pub fn unsettle(&self, homes: u16) {
+    /// There are so many groups, and the nodes have to agree on a server for each.
+    pub fn begin_agreement(&self, groups: u16) {
         let state = &mut *self.lease.lock();
-        state.homes = homes;
-        state.unsettled = (0..homes).collect();
+        state.groups = groups;
+        state.unagreed = (0..groups).collect();
     }
 
-    /// Notes whether the nodes have agreed on a server for some homes.
-    pub fn settle(&self, homes: impl IntoIterator<Item = u16>, settled: bool) {
-        let unsettled = &mut self.lease.lock().unsettled;
-        for home in homes {
+    /// Notes whether the nodes have agreed on a server for some groups.
+    pub fn set_agreed(&self, groups: impl IntoIterator<Item = u16>, settled: bool) {
+        let unsettled = &mut self.lease.lock().unagreed;
+        for group in groups {
             if settled {
-                unsettled.remove(&home);
+                unsettled.remove(&group);
             } else {
-                unsettled.insert(home);
+                unsettled.insert(group);
             }
         }
     }

@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use gateway::bus::{
-    home::crc16,
+    placement::crc16,
     redis::topology::{self, Dial, TlsFiles, Way},
 };
 use redis::{AsyncConnectionConfig, RedisResult};

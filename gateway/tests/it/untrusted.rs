@@ -5,7 +5,7 @@
 use std::{net::SocketAddr, time::Duration};
 
 use futures_util::future::join_all;
-use gateway::bus::home::home_of;
+use gateway::bus::placement::partition_of;
 use serde_json::{Value, json};
 use shared::{
     client::connection::Connection,
@@ -111,7 +111,7 @@ impl World {
             say(&mut ann, &lobby, text).await;
             next_message(&mut ann).await;
         }
-        let base = format!("gw:{{{}}}:r:{name}", home_of(&lobby, 256));
+        let base = format!("gw:{{{}}}:r:{name}", partition_of(&lobby, 256));
         let top = ann_epoch(&mut ann, &lobby).await;
         let planted = (case.plant)(&Planted { base: &base, epoch: &top, room: &lobby });
         call(&self.redis, &planted).await;
@@ -330,7 +330,7 @@ async fn junk_in_what_the_cluster_shares_is_repaired() {
     eve.join(&other).await.unwrap();
     fay.join(&other).await.unwrap();
     let inbox = RoomId::inbox_of(&"gil".parse().unwrap());
-    let base = format!("gw:{{{}}}:u:gil", home_of(&inbox, 256));
+    let base = format!("gw:{{{}}}:u:gil", partition_of(&inbox, 256));
     for (name, kind, planted) in OF_THE_CLUSTER {
         let before = world.bad_values(kind).await;
         let planted: Vec<Command> =
@@ -369,7 +369,7 @@ async fn junk_in_what_the_cluster_shares_is_repaired() {
 async fn sessions_and_data_that_are_none_are_as_if_they_were_not_there() {
     let world = World::start().await;
     let inbox = RoomId::inbox_of(&"ann".parse().unwrap());
-    let base = format!("gw:{{{}}}:u:ann", home_of(&inbox, 256));
+    let base = format!("gw:{{{}}}:u:ann", partition_of(&inbox, 256));
     let mut ann = world.a.connect("ann").await;
     let set = json!({"type": "session_set", "data": {"a": 1}, "ref": 1});
     assert!(matches!(ann.request(&set).await.unwrap(), ServerFrame::Session(_)));

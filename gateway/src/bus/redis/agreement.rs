@@ -76,14 +76,14 @@ pub(super) struct Process {
 
 #[derive(Default)]
 struct State {
-    /// The homes for which it has ever agreed on a server: it may hold what was acknowledged there.
+    /// The groups for which it has ever agreed on a server: it may hold what was acknowledged there.
     remembers: BTreeSet<u16>,
     /// The processes that live, as far as known.
     peers: BTreeSet<String>,
     /// Whether everybody who lives has seen this process since it registered.
     known: bool,
     renewed: Option<Instant>,
-    /// For each home the last term, and the last in which not everybody was heard.
+    /// For each group the last term, and the last in which not everybody was heard.
     generations: BTreeMap<u16, (u64, u64)>,
     /// Whether it has ever had a lease. With the first one it says that earlier runs of this node
     /// have ended; later ones do not, since by then another with the same id may have started.
@@ -294,31 +294,31 @@ impl Agreement {
         }
     }
 
-    /// Heals, checks in and waits until the server is open for `homes`. Returns without agreement
+    /// Heals, checks in and waits until the server is open for `groups`. Returns without agreement
     /// where the links have changed meanwhile.
     async fn agree(
         &mut self,
         connection: &mut MultiplexedConnection,
         token: ServerId,
-        mut homes: Vec<u16>,
+        mut groups: Vec<u16>,
     ) -> RedisResult<()> {
         let begun = Instant::now();
         self.renew_at_once(connection, token).await?;
-        self.restore(connection, token, &homes).await?;
+        self.restore(connection, token, &groups).await?;
         self.checkin.load_async(connection).await?;
         loop {
-            homes.retain(|home| self.server.owns(*home));
-            let all_asked = self.server.open_questions(token).len() == homes.len();
-            if homes.is_empty() || !all_asked || !self.links.targets.borrow().lead_to(token) {
+            groups.retain(|group| self.server.owns(*group));
+            let all_asked = self.server.open_questions(token).len() == groups.len();
+            if groups.is_empty() || !all_asked || !self.links.targets.borrow().lead_to(token) {
                 return Ok(());
             }
-            let opened = self.check_in(connection, token, &homes).await?;
-            if !opened.homes.is_empty() {
+            let opened = self.check_in(connection, token, &groups).await?;
+            if !opened.groups.is_empty() {
                 self.agreed(token, &opened, begun.elapsed());
-                homes.retain(|home| !opened.homes.contains(home));
+                groups.retain(|group| !opened.groups.contains(group));
                 self.mailboxes.mark_all_stale();
             }
-            if homes.is_empty() {
+            if groups.is_empty() {
                 break;
             }
             tokio::time::sleep(ASK_EVERY).await;
@@ -327,21 +327,21 @@ impl Agreement {
         self.renew_at_once(connection, token).await
     }
 
-    /// Gives back what this process holds of some homes, where it remembers them.
+    /// Gives back what this process holds of some groups, where it remembers them.
     async fn restore(
         &self,
         connection: &mut MultiplexedConnection,
         token: ServerId,
-        homes: &[u16],
+        groups: &[u16],
     ) -> RedisResult<()> {
         let mut remembered = self.process.state.lock().remembers.clone();
-        remembered.retain(|home| homes.contains(home));
+        remembered.retain(|group| groups.contains(group));
         if remembered.is_empty() {
             return Ok(());
         }
         // What the links before brought is in the mailboxes by now, in front of this question.
         let mut holdings = self.mailboxes.replica_snapshots().await;
-        let here = |room: &RoomId| remembered.contains(&self.server.keyspace.home(room));
+        let here = |room: &RoomId| remembered.contains(&self.server.keyspace.group_of(room));
         holdings.retain(|held| here(&held.room));
         self.restorer.restore(connection, token, holdings).await?;
         #[cfg(debug_assertions)]
@@ -355,43 +355,43 @@ impl Agreement {
     }
 
     fn agreed(&self, token: ServerId, opened: &Opened, took: Duration) {
-        let Opened { homes, complete, missing } = opened;
+        let Opened { groups: groups, complete, missing } = opened;
         let remembered = {
             let state = &mut *self.process.state.lock();
             // Who was waited for in vain is not waited for again.
             state.peers.retain(|peer| !missing.contains(peer));
-            let remembered = homes.iter().any(|home| state.remembers.contains(home));
-            state.remembers.extend(homes);
+            let remembered = groups.iter().any(|group| state.remembers.contains(group));
+            state.remembers.extend(groups);
             remembered
         };
         if *complete || !remembered {
-            tracing::info!(%token, ?took, complete, homes = homes.len(),
+            tracing::info!(%token, ?took, complete, groups = groups.len(),
                 "the nodes have agreed on a Redis server");
         } else {
-            tracing::warn!(%token, ?took, ?missing, homes = homes.len(),
+            tracing::warn!(%token, ?took, ?missing, groups = groups.len(),
                 "the nodes have agreed on a Redis server without some that may hold more than it \
                  has: rooms go on in a new epoch, and members are told");
         }
         self.links.metrics.recovery_rounds.of(*complete).inc();
-        self.server.agree_on(token, homes);
-        self.mailboxes.node_state().settle(homes.iter().copied(), true);
+        self.server.agree_on(token, groups);
+        self.mailboxes.node_state().set_agreed(groups.iter().copied(), true);
     }
 
-    /// Checks in for each of `homes`. Returns those that the server is open for.
+    /// Checks in for each of `groups`. Returns those that the server is open for.
     async fn check_in(
         &self,
         connection: &mut MultiplexedConnection,
         token: ServerId,
-        homes: &[u16],
+        groups: &[u16],
     ) -> RedisResult<Opened> {
-        let mut pipeline = redis::Pipeline::with_capacity(homes.len());
+        let mut pipeline = redis::Pipeline::with_capacity(groups.len());
         pipeline.ignore_errors();
-        for home in homes {
-            pipeline.add_command(self.checkin_of(token, *home));
+        for group in groups {
+            pipeline.add_command(self.checkin_of(token, *group));
         }
         let answers: Vec<RedisResult<Value>> = pipeline.query_async(connection).await?;
-        let mut opened = Opened { homes: Vec::new(), complete: true, missing: BTreeSet::new() };
-        for (home, answer) in homes.iter().zip(answers) {
+        let mut opened = Opened { groups: Vec::new(), complete: true, missing: BTreeSet::new() };
+        for (group, answer) in groups.iter().zip(answers) {
             let (open, missing, term, owed): (String, Vec<Lossy>, u64, u64) = match answer {
                 Ok(answer) => untrusted::read(&self.links.metrics, "barrier", answer)?,
                 Err(error) if is_of_the_slot(&error) => {
@@ -401,9 +401,9 @@ impl Agreement {
                 Err(error) => return Err(error),
             };
             if !open.is_empty() {
-                opened.homes.push(*home);
+                opened.groups.push(*group);
                 let terms = &mut self.process.state.lock().generations;
-                let known = terms.entry(*home).or_default();
+                let known = terms.entry(*group).or_default();
                 *known = (known.0.max(term), known.1.max(owed));
                 if open == "0" {
                     opened.complete = false;
@@ -414,21 +414,21 @@ impl Agreement {
         Ok(opened)
     }
 
-    fn checkin_of(&self, token: ServerId, home: u16) -> redis::Cmd {
+    fn checkin_of(&self, token: ServerId, group: u16) -> redis::Cmd {
         let state = &mut *self.process.state.lock();
-        let (term, owed) = state.generations.get(&home).copied().unwrap_or_default();
+        let (term, owed) = state.generations.get(&group).copied().unwrap_or_default();
         let mut command = redis::cmd("EVALSHA");
         command
             .arg(self.checkin.get_hash())
             .arg(1)
-            .arg(self.server.keyspace.barrier(home))
+            .arg(self.server.keyspace.barrier(group))
             .arg(token.to_string())
             .arg(&self.process.name)
             .arg(self.process.lease.duration.as_millis() as u64)
             .arg(self.process.lease.fresh_wait.as_millis() as u64)
             .arg(term)
             .arg(owed);
-        if state.remembers.contains(&home) {
+        if state.remembers.contains(&group) {
             state.peers.insert(self.process.name.clone());
             #[cfg(debug_assertions)]
             if crate::fault_injection::is_injected(crate::fault_injection::ProtocolFault::NoBarrier)
@@ -439,7 +439,7 @@ impl Agreement {
             command.arg(&state.peers);
         }
         #[cfg(debug_assertions)]
-        if !state.remembers.contains(&home)
+        if !state.remembers.contains(&group)
             && crate::fault_injection::is_injected(
                 crate::fault_injection::ProtocolFault::FreshNodeTrusted,
             )
@@ -648,12 +648,12 @@ impl Agreement {
         connection: &mut MultiplexedConnection,
         token: ServerId,
     ) -> RedisResult<()> {
-        let agreed_on = |home: &u16| self.server.has_agreed_on(token, *home);
-        let Some(home) = self.server.owned.borrow().iter().copied().find(agreed_on) else {
+        let agreed_on = |group: &u16| self.server.has_agreed_on(token, *group);
+        let Some(group) = self.server.owned.borrow().iter().copied().find(agreed_on) else {
             return Ok(());
         };
         let asked: RedisResult<(Option<Lossy>, Option<Lossy>)> = redis::cmd("HMGET")
-            .arg(self.server.keyspace.barrier(home))
+            .arg(self.server.keyspace.barrier(group))
             .arg("t")
             .arg("open")
             .query_async(connection)
@@ -714,7 +714,7 @@ impl Agreement {
     /// whose notes would not be of one moment.
     fn lacks_nothing(&self, token: ServerId) -> bool {
         let standing = self.mailboxes.node_state();
-        self.server.keyspace.homes() == 1
+        self.server.keyspace.groups() == 1
             && self.server.has_agreed_on(token, 0)
             && standing.holds_lease(Instant::now())
             && standing.unconfirmed().is_all_from(token)
@@ -733,7 +733,7 @@ fn skew_of(asked: SystemTime, took: Duration, there: SystemTime) -> f64 {
 
 /// What a server is open for.
 struct Opened {
-    homes: Vec<u16>,
+    groups: Vec<u16>,
     /// Whether all were heard.
     complete: bool,
     /// Who was not.

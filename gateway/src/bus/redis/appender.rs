@@ -55,9 +55,9 @@ pub(super) struct Appender {
     orders: mpsc::Sender<Release>,
 }
 
-/// Asks for all that waits for some homes, which another server has from now on.
+/// Asks for all that waits for some groups, which another server has from now on.
 struct Release {
-    homes: Vec<u16>,
+    groups: Vec<u16>,
     answer: oneshot::Sender<Vec<Queued>>,
 }
 
@@ -96,11 +96,11 @@ impl Appender {
         }
     }
 
-    /// Takes back all that waits for `homes`, in order, once nothing of them is under way.
-    pub(super) async fn release(&self, homes: Vec<u16>) -> Vec<Queued> {
+    /// Takes back all that waits for `groups`, in order, once nothing of them is under way.
+    pub(super) async fn release(&self, groups: Vec<u16>) -> Vec<Queued> {
         let (answer, answered) = oneshot::channel();
         // A worker that has ended has answered all it had.
-        let _ = self.orders.send(Release { homes, answer }).await;
+        let _ = self.orders.send(Release { groups, answer }).await;
         answered.await.unwrap_or_default()
     }
 }
@@ -212,7 +212,7 @@ impl Worker {
     /// What leaves next.
     fn next_batch(&mut self) -> Vec<Queued> {
         self.expire();
-        self.waiting.next_batch(PIPELINE_LEN_MAX, &self.open.homes, Instant::now())
+        self.waiting.next_batch(PIPELINE_LEN_MAX, &self.open.groups, Instant::now())
     }
 
     /// Whether anything may be sent to the server `id`. Where that was agreed on since the last
@@ -233,12 +233,12 @@ impl Worker {
             #[cfg(not(debug_assertions))]
             return false;
         }
-        if self.open.id != Some(token) || !Arc::ptr_eq(&self.open.homes, &agreed.homes) {
+        if self.open.id != Some(token) || !Arc::ptr_eq(&self.open.groups, &agreed.groups) {
             let keyspace = self.server.keyspace;
             let tail = self.links.node_state.unconfirmed().to_republish(
                 |room| {
-                    let home = keyspace.home(room);
-                    agreed.is_on(token, home) && !self.open.is_on(token, home)
+                    let group = keyspace.group_of(room);
+                    agreed.is_on(token, group) && !self.open.is_on(token, group)
                 },
                 now,
             );
@@ -252,13 +252,13 @@ impl Worker {
         true
     }
 
-    /// Gives back all that waits for homes that are elsewhere now.
+    /// Gives back all that waits for groups that are elsewhere now.
     fn release(&mut self, order: Release) {
         while let Ok(queued) = self.queue.try_recv() {
             self.waiting.take_in(queued);
         }
         // Who asked waits for the answer, or nothing matters any more.
-        let _ = order.answer.send(self.waiting.release(&order.homes));
+        let _ = order.answer.send(self.waiting.release(&order.groups));
     }
 
     /// Sends and settles until the connection fails. Returns why; what has no answer is in
@@ -477,8 +477,8 @@ impl Worker {
                         || lacks_replicas(&error)
                         || queued.hint.is_some() && is_for_a_time(&error) =>
                 {
-                    let home = self.server.keyspace.home(&queued.append.room);
-                    self.waiting.leave_alone(home, now);
+                    let group = self.server.keyspace.group_of(&queued.append.room);
+                    self.waiting.leave_alone(group, now);
                     self.server.astray.notify_one();
                     again.push_back(queued);
                 }

@@ -183,8 +183,8 @@ impl Conditions {
         connection: &mut MultiplexedConnection,
         permitted: &redis::Script,
     ) -> RedisResult<()> {
-        let Some(home) = server.owned.borrow().first().copied() else { return Ok(()) };
-        let named = |name: &str| server.keyspace.named(home, name);
+        let Some(group) = server.owned.borrow().first().copied() else { return Ok(()) };
+        let named = |name: &str| server.keyspace.named(group, name);
         let reply: RedisResult<Value> = permitted
             .key(named("permitted"))
             .arg(named("permitted"))

@@ -2,15 +2,15 @@
 //!
 //! Keys carry a partition as hash tag, so that all of a room is in one slot: `gw:{p}:r:<room>:log`,
 //! `:meta`, `:ids0`, `:ids1`, `:unheard`, and the channel `gw:{p}:r:<room>`. Who is in it lies beside that
-//! ([`PlaceKeys`]), and who is in the cluster in one place for each home. What is of one user lies the
+//! ([`PlaceKeys`]), and who is in the cluster in one place for each group. What is of one user lies the
 //! same way under `gw:{p}:u:<user>`: the log of the inbox, and sessions. On Redis Cluster each partition is
-//! a [home](crate::bus::home) with a barrier of its own beside it, since a script may use keys of
+//! a [group](crate::bus::group) with a barrier of its own beside it, since a script may use keys of
 //! one slot only; what there is once in all lies with partition 0.
 
 use shared::ids::{RoomId, RoomKind, UserId};
 
 use crate::bus::{
-    home::{crc16, home_of},
+    placement::{crc16, partition_of},
     registry::PresenceScope,
 };
 
@@ -26,28 +26,28 @@ pub(super) struct Keyspace {
 }
 
 impl Keyspace {
-    /// How many homes there are.
-    pub(super) fn homes(self) -> u16 {
+    /// How many groups there are.
+    pub(super) fn groups(self) -> u16 {
         if self.sharded { self.partitions } else { 1 }
     }
 
-    pub(super) fn home(self, room: &RoomId) -> u16 {
-        home_of(room, self.homes())
+    pub(super) fn group_of(self, room: &RoomId) -> u16 {
+        partition_of(room, self.groups())
     }
 
-    /// The home of what is named by something else than a room.
-    pub(super) fn home_of_text(self, text: &str) -> u16 {
-        crc16(text.as_bytes()) % self.homes()
+    /// The group of what is named by something else than a room.
+    pub(super) fn group_of_text(self, text: &str) -> u16 {
+        crc16(text.as_bytes()) % self.groups()
     }
 
-    /// The slot of a home.
-    pub(super) fn slot(home: u16) -> u16 {
-        crc16(home.to_string().as_bytes()) % SLOTS
+    /// The slot of a group.
+    pub(super) fn slot_of_group(group: u16) -> u16 {
+        crc16(group.to_string().as_bytes()) % SLOTS
     }
 
-    /// Where the nodes agree on a server for a home.
-    pub(super) fn barrier(self, home: u16) -> String {
-        self.named(home, "barrier")
+    /// Where the nodes agree on a server for a group.
+    pub(super) fn barrier(self, group: u16) -> String {
+        self.named(group, "barrier")
     }
 
     /// Who lives.
@@ -66,43 +66,43 @@ impl Keyspace {
     }
 
     /// The channel of one process' probes; of no room.
-    pub(super) fn probe(self, home: u16, process: &str) -> String {
-        self.named(home, &format!("probe:{process}"))
+    pub(super) fn probe(self, group: u16, process: &str) -> String {
+        self.named(group, &format!("probe:{process}"))
     }
 
-    pub(super) fn named(self, home: u16, name: &str) -> String {
-        if self.sharded { format!("gw:{{{home}}}:{name}") } else { format!("gw:{name}") }
+    pub(super) fn named(self, group: u16, name: &str) -> String {
+        if self.sharded { format!("gw:{{{group}}}:{name}") } else { format!("gw:{name}") }
     }
 
     /// The channel of a room, with which its keys begin. That of a user's status is named so that a
     /// script that changes who is connected knows it: see `present.lua`.
     pub(super) fn channel(self, room: &RoomId) -> String {
-        let (partition, name) = (home_of(room, self.partitions), room.without_prefix());
+        let (partition, name) = (partition_of(room, self.partitions), room.without_prefix());
         match room.kind() {
             RoomKind::Room => format!("gw:{{{partition}}}:r:{name}"),
             RoomKind::Inbox => format!("gw:{{{partition}}}:u:{name}"),
-            RoomKind::Status => format!("{}{name}", self.statuses(self.home(room))),
+            RoomKind::Status => format!("{}{name}", self.statuses(self.group_of(room))),
         }
     }
 
-    /// What the channels begin with in which it is told whether users of a home are connected.
-    pub(super) fn statuses(self, home: u16) -> String {
-        self.named(home, "s:")
+    /// What the channels begin with in which it is told whether users of a group are connected.
+    pub(super) fn statuses(self, group: u16) -> String {
+        self.named(group, "s:")
     }
 
     /// What a room's scripts use, in their order: log, meta, both hashes of ids, the barrier of its
-    /// home, and what was published and not heard.
+    /// group, and what was published and not heard.
     pub(super) fn keys(self, room: &RoomId) -> [String; 6] {
         let channel = self.channel(room);
         let key = |part| format!("{channel}:{part}");
-        let barrier = self.barrier(self.home(room));
+        let barrier = self.barrier(self.group_of(room));
         [key("log"), key("meta"), key("ids0"), key("ids1"), barrier, key("unheard")]
     }
 
     /// What tells whether the user of an inbox was ever connected: when those who have left did something
     /// last, and who is connected.
     pub(super) fn seen_and_online(self, inbox: &RoomId) -> [String; 2] {
-        let online = self.online(self.home(inbox));
+        let online = self.online(self.group_of(inbox));
         [format!("{online}:seen"), format!("{online}:who")]
     }
 
@@ -161,31 +161,31 @@ pub(super) struct PlaceKeys {
 }
 
 impl Keyspace {
-    pub(super) fn home_of_place(self, place: &PresenceScope, user: &UserId) -> u16 {
+    pub(super) fn group_of_scope(self, place: &PresenceScope, user: &UserId) -> u16 {
         match place {
-            PresenceScope::Room(room) => self.home(room),
-            PresenceScope::Cluster => self.home_of_text(user.as_str()),
+            PresenceScope::Room(room) => self.group_of(room),
+            PresenceScope::Cluster => self.group_of_text(user.as_str()),
         }
     }
 
     /// The set of places where an incarnation has somebody.
-    pub(super) fn places(self, home: u16, incarnation: &str) -> String {
-        self.named(home, &format!("places:{incarnation}"))
+    pub(super) fn places(self, group: u16, incarnation: &str) -> String {
+        self.named(group, &format!("places:{incarnation}"))
     }
 
     /// The index of rooms.
-    pub(super) fn rooms(self, home: u16) -> String {
-        self.named(home, "rooms")
+    pub(super) fn rooms(self, group: u16) -> String {
+        self.named(group, "rooms")
     }
 
     /// The index of users who are connected.
-    pub(super) fn users(self, home: u16) -> String {
-        self.named(home, "users")
+    pub(super) fn users(self, group: u16) -> String {
+        self.named(group, "users")
     }
 
     /// What keys of who is connected begin with.
-    pub(super) fn online(self, home: u16) -> String {
-        self.named(home, "online")
+    pub(super) fn online(self, group: u16) -> String {
+        self.named(group, "online")
     }
 
     /// What is ordered, and what belongs to that.
@@ -204,17 +204,17 @@ impl Keyspace {
     }
 
     /// What a call at a place uses; `None` where that is no name of a room.
-    pub(super) fn keys_of(self, home: u16, place: &str, incarnation: &str) -> Option<PlaceKeys> {
+    pub(super) fn keys_of(self, group: u16, place: &str, incarnation: &str) -> Option<PlaceKeys> {
         let (base, index, channel) = if place == CLUSTER {
-            (self.online(home), self.users(home), self.statuses(home))
+            (self.online(group), self.users(group), self.statuses(group))
         } else {
             let channel = self.channel(&place.parse().ok()?);
-            (channel.clone(), self.rooms(home), channel)
+            (channel.clone(), self.rooms(group), channel)
         };
         Some(PlaceKeys {
             who: format!("{base}:who"),
             here: format!("{base}:on:{incarnation}"),
-            places: self.places(home, incarnation),
+            places: self.places(group, incarnation),
             record: format!("{base}:record"),
             index,
             seen: format!("{base}:seen"),
@@ -271,10 +271,10 @@ mod tests {
     #[test]
     fn all_of_a_user_is_in_one_home() {
         let user: UserId = "bob|1".parse().unwrap();
-        let home = SHARDED.home_of_place(&PresenceScope::Cluster, &user);
-        let tag = format!("{{{home}}}");
+        let group = SHARDED.group_of_scope(&PresenceScope::Cluster, &user);
+        let tag = format!("{{{group}}}");
         for room in [RoomId::inbox_of(&user), RoomId::status_of(&user)] {
-            assert_eq!(SHARDED.home(&room), home);
+            assert_eq!(SHARDED.group_of(&room), group);
             assert!(SHARDED.channel(&room).contains(&tag));
         }
     }
@@ -282,15 +282,15 @@ mod tests {
     #[test]
     fn all_that_a_script_uses_shares_a_slot() {
         let room: RoomId = "lobby".parse().unwrap();
-        let home = SHARDED.home(&room);
-        let tag = format!("{{{home}}}");
-        for key in [SHARDED.channel(&room), SHARDED.barrier(home), SHARDED.probe(home, "x")] {
+        let group = SHARDED.group_of(&room);
+        let tag = format!("{{{group}}}");
+        for key in [SHARDED.channel(&room), SHARDED.barrier(group), SHARDED.probe(group, "x")] {
             assert!(key.contains(&tag), "{key}");
         }
-        assert_eq!((ALONE.home(&room), ALONE.barrier(0).as_str()), (0, "gw:barrier"));
+        assert_eq!((ALONE.group_of(&room), ALONE.barrier(0).as_str()), (0, "gw:barrier"));
         assert!(SHARDED.leases().contains("{0}") && SHARDED.pokes().contains("{0}"));
         // As `CLUSTER KEYSLOT {7}` says.
-        assert_eq!(Keyspace::slot(7), 1716);
+        assert_eq!(Keyspace::slot_of_group(7), 1716);
     }
 
     #[test]

@@ -90,14 +90,14 @@ impl Links {
     /// is to be read or written until the nodes have agreed on it.
     pub(super) fn met(&self, server: &Server, token: ServerId) {
         if server.take_back(|agreed| agreed != token) {
-            self.node_state.settle(server.owned.borrow().iter().copied(), false);
+            self.node_state.set_agreed(server.owned.borrow().iter().copied(), false);
         }
     }
 
     /// The server turned out to be none that the nodes have agreed on.
     pub(super) fn found_stale(&self, server: &Server, token: ServerId) {
         server.take_back(|agreed| agreed == token);
-        self.node_state.settle(server.owned.borrow().iter().copied(), false);
+        self.node_state.set_agreed(server.owned.borrow().iter().copied(), false);
     }
 
     /// Whether both links stand.

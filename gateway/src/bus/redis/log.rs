@@ -113,7 +113,7 @@ impl Log {
     }
 
     async fn agreed(&self, room: &RoomId) -> ServerId {
-        self.server.agreed(self.server.keyspace.home(room)).await
+        self.server.agreed(self.server.keyspace.group_of(room)).await
     }
 
     async fn heads_by(
@@ -123,10 +123,10 @@ impl Log {
         token: ServerId,
     ) -> Result<Vec<Option<Position>>, RedisError> {
         let keyspace = self.server.keyspace;
-        let homes: BTreeSet<u16> = rooms.iter().map(|room| keyspace.home(room)).collect();
-        let mut pipeline = redis::Pipeline::with_capacity(rooms.len() * 3 + homes.len());
-        for home in &homes {
-            pipeline.cmd("HMGET").arg(keyspace.barrier(*home)).arg("t").arg("open");
+        let groups: BTreeSet<u16> = rooms.iter().map(|room| keyspace.group_of(room)).collect();
+        let mut pipeline = redis::Pipeline::with_capacity(rooms.len() * 3 + groups.len());
+        for group in &groups {
+            pipeline.cmd("HMGET").arg(keyspace.barrier(*group)).arg("t").arg("open");
         }
         for room in rooms {
             let channel = keyspace.channel(room);
@@ -143,7 +143,7 @@ impl Log {
         let rows: Vec<Vec<Option<String>>> =
             answers.into_iter().map(row).collect::<RedisResult<_>>()?;
         let token = Some(token.to_string());
-        let (agreed, rows) = rows.split_at(homes.len());
+        let (agreed, rows) = rows.split_at(groups.len());
         if agreed.iter().any(|row| row.first() != Some(&token) || row.get(1) == Some(&None)) {
             return Err(stale());
         }
@@ -225,7 +225,7 @@ impl Log {
         if let Some((owner, by)) = whole {
             let channel = keyspace.channel(room);
             delete.key(format!("{channel}:who")).key(format!("{channel}:record"));
-            delete.key(keyspace.rooms(keyspace.home(room))).key(format!("{channel}:marks"));
+            delete.key(keyspace.rooms(keyspace.group_of(room))).key(format!("{channel}:marks"));
             delete.arg(room.as_str()).arg(owner.as_ref().map_or("", UserId::as_str));
             delete.arg(by.map(|by| by.to_string()).unwrap_or_default());
         }

@@ -197,7 +197,7 @@ impl RedisBus {
         let mut pause = RetryPause::default();
         loop {
             pause.wait().await;
-            // What there is once in all lies in home 0, which may move meanwhile.
+            // What there is once in all lies in group 0, which may move meanwhile.
             let set = self.router.set_of(0).await;
             match set.server.recorded_partitions().await {
                 Ok(recorded) if recorded == configured => break,
@@ -246,9 +246,9 @@ impl Bus for RedisBus {
     }
 
     fn read(&self, room: RoomId, range: Range) -> BoxFuture<Result<Page, BusError>> {
-        let home = self.router.keyspace().home(&room);
+        let group = self.router.keyspace().group_of(&room);
         let question = move |log: &Log| log.read(room.clone(), range);
-        Box::pin(self.router.clone().ask(home, question))
+        Box::pin(self.router.clone().ask(group, question))
     }
 
     fn heads(&self, rooms: Vec<RoomId>) -> BoxFuture<Result<Vec<Option<Position>>, BusError>> {
@@ -256,13 +256,13 @@ impl Bus for RedisBus {
     }
 
     fn delete(&self, room: RoomId) -> BoxFuture<Result<(), BusError>> {
-        let home = self.router.keyspace().home(&room);
-        Box::pin(self.router.clone().ask(home, move |log| log.delete(room.clone())))
+        let group = self.router.keyspace().group_of(&room);
+        Box::pin(self.router.clone().ask(group, move |log| log.delete(room.clone())))
     }
 
     fn restore(&self, held: ReplicaSnapshot) -> BoxFuture<Result<(), BusError>> {
-        let home = self.router.keyspace().home(&held.room);
-        Box::pin(self.router.clone().ask(home, move |log| log.restore(held.clone())))
+        let group = self.router.keyspace().group_of(&held.room);
+        Box::pin(self.router.clone().ask(group, move |log| log.restore(held.clone())))
     }
 
     fn failing(&self) -> Option<&'static str> {
@@ -353,9 +353,9 @@ impl PresenceStore for RedisBus {
         owner: Option<UserId>,
         by: Option<ConnectionId>,
     ) -> BoxFuture<Result<DeleteOutcome, BusError>> {
-        let home = self.router.keyspace().home(&room);
+        let group = self.router.keyspace().group_of(&room);
         let question = move |log: &Log| log.delete_room(room.clone(), owner.clone(), by);
-        Box::pin(self.router.clone().ask(home, question))
+        Box::pin(self.router.clone().ask(group, question))
     }
 }
 

@@ -31,7 +31,7 @@ pub(super) struct Probe {
 
 #[derive(Default)]
 struct State {
-    /// A home, and a channel there.
+    /// A group, and a channel there.
     channel: Option<(u16, String)>,
     /// The last one sent.
     sent: u64,
@@ -46,14 +46,14 @@ impl Probe {
         Self { process: random_epoch(), state: Mutex::default(), lost: Notify::new() }
     }
 
-    /// Chooses where probes go: to a channel in a home of this server.
-    pub(super) fn choose(&self, keyspace: Keyspace, home: u16) -> String {
-        let channel = keyspace.probe(home, &self.process);
-        self.state.lock().channel = Some((home, channel.clone()));
+    /// Chooses where probes go: to a channel in a group of this server.
+    pub(super) fn choose(&self, keyspace: Keyspace, group: u16) -> String {
+        let channel = keyspace.probe(group, &self.process);
+        self.state.lock().channel = Some((group, channel.clone()));
         channel
     }
 
-    /// Where they go, and the home it is in, once that is chosen.
+    /// Where they go, and the group it is in, once that is chosen.
     pub(super) fn channel(&self) -> Option<(u16, String)> {
         self.state.lock().channel.clone()
     }

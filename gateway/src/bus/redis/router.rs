@@ -1,15 +1,15 @@
 //! Which server each room is with, and the way of every call to it.
 //!
-//! Each server has a *set* of connections of its own, and each [home](crate::bus::home) a *lane* that
+//! Each server has a *set* of connections of its own, and each [group](crate::bus::group) a *lane* that
 //! leads to one set. Behind a single address there is one of each, for good. In a Redis Cluster there
-//! is a set per primary, and homes move between them: when a replica takes over, and when a slot
+//! is a set per primary, and groups move between them: when a replica takes over, and when a slot
 //! migrates. Both are the same here, a *hand-over*:
 //!
-//! 1. Publishes of the home wait in its lane, and the old set takes nothing of it in any more.
+//! 1. Publishes of the group wait in its lane, and the old set takes nothing of it in any more.
 //! 2. What waits at the old set comes back, once its answers have come or its connection has ended.
 //! 3. The new set follows the rooms, and gets what came back and behind it what waited.
 //!
-//! Before that one sends anything, the nodes agree on it for this home ([`agreement`](super::agreement)).
+//! Before that one sends anything, the nodes agree on it for this group ([`agreement`](super::agreement)).
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -69,7 +69,7 @@ pub(super) struct Set {
     tasks: Tasks,
 }
 
-/// What a home's calls go through.
+/// What a group's calls go through.
 #[derive(Default)]
 struct Lane {
     set: Option<Arc<Set>>,
@@ -90,7 +90,7 @@ struct Parts {
     tasks: Tasks,
 }
 
-/// The lanes of all homes.
+/// The lanes of all groups.
 pub(super) struct Router {
     parts: Parts,
     lanes: Mutex<Vec<Lane>>,
@@ -113,7 +113,7 @@ impl Router {
         let keyspace = Keyspace { partitions: options.partitions, sharded };
         let standing = mailboxes.node_state();
         standing.drop_lease();
-        standing.unsettle(keyspace.homes());
+        standing.begin_agreement(keyspace.groups());
         let router = Arc::new(Self {
             parts: Parts {
                 keyspace,
@@ -125,7 +125,7 @@ impl Router {
                 usages: Arc::default(),
                 tasks: tasks.clone(),
             },
-            lanes: Mutex::new((0..keyspace.homes()).map(|_| Lane::default()).collect()),
+            lanes: Mutex::new((0..keyspace.groups()).map(|_| Lane::default()).collect()),
             changed: watch::Sender::default(),
             room: Arc::new(Semaphore::new(QUEUE_BYTES_MAX)),
             was_up: AtomicBool::new(false),
@@ -158,34 +158,34 @@ impl Router {
         &self.parts.process
     }
 
-    /// The server that a home is with, if the nodes have agreed on it.
-    pub(super) fn agreed_server(&self, home: u16) -> Option<Arc<Server>> {
-        let set = self.lanes.lock()[usize::from(home)].set.clone()?;
-        let has_agreed = set.server.agreed.borrow().homes.contains(&home);
+    /// The server that a group is with, if the nodes have agreed on it.
+    pub(super) fn agreed_server(&self, group: u16) -> Option<Arc<Server>> {
+        let set = self.lanes.lock()[usize::from(group)].set.clone()?;
+        let has_agreed = set.server.agreed.borrow().groups.contains(&group);
         has_agreed.then(|| set.server.clone())
     }
 
-    /// The homes whose servers the nodes have agreed on.
-    pub(super) fn agreed_homes(&self) -> BTreeSet<u16> {
+    /// The groups whose servers the nodes have agreed on.
+    pub(super) fn agreed_groups(&self) -> BTreeSet<u16> {
         let sets = self.sets();
-        let agreed = sets.iter().flat_map(|(set, homes)| {
-            let agreed = set.server.agreed.borrow().homes.clone();
-            homes.iter().copied().filter(move |home| agreed.contains(home))
+        let agreed = sets.iter().flat_map(|(set, groups)| {
+            let agreed = set.server.agreed.borrow().groups.clone();
+            groups.iter().copied().filter(move |group| agreed.contains(group))
         });
         agreed.collect()
     }
 
-    /// The server of each home, once the nodes have agreed on all, and how often they had by then.
+    /// The server of each group, once the nodes have agreed on all, and how often they had by then.
     pub(super) fn agreed_servers(&self) -> Option<BTreeMap<u16, (ServerId, u64)>> {
         let mut tokens = BTreeMap::new();
-        for (set, homes) in self.sets() {
+        for (set, groups) in self.sets() {
             let agreed = set.server.agreed.borrow().clone();
-            tokens.extend(homes.iter().filter_map(|home| {
-                let token = agreed.id.filter(|_| agreed.homes.contains(home))?;
-                Some((*home, (token, agreed.times)))
+            tokens.extend(groups.iter().filter_map(|group| {
+                let token = agreed.id.filter(|_| agreed.groups.contains(group))?;
+                Some((*group, (token, agreed.times)))
             }));
         }
-        (tokens.len() == usize::from(self.keyspace().homes())).then_some(tokens)
+        (tokens.len() == usize::from(self.keyspace().groups())).then_some(tokens)
     }
 
     pub(super) fn metrics(&self) -> &Metrics {
@@ -199,9 +199,9 @@ impl Router {
     /// Whether this node can publish and hear, and the others count on it.
     pub(super) fn is_up(&self) -> bool {
         let sets = self.sets();
-        let all = sets.iter().map(|(_, homes)| homes.len()).sum::<usize>();
-        all == usize::from(self.keyspace().homes())
-            && sets.iter().all(|(set, homes)| set.is_up_for(homes))
+        let all = sets.iter().map(|(_, groups)| groups.len()).sum::<usize>();
+        all == usize::from(self.keyspace().groups())
+            && sets.iter().all(|(set, groups)| set.is_up_for(groups))
             && self.parts.mailboxes.node_state().holds_lease(Instant::now())
     }
 
@@ -223,14 +223,14 @@ impl Router {
         self.sets().iter().find_map(|(set, _)| set.server.conditions.failing())
     }
 
-    /// All sets, with the homes that lead to them.
+    /// All sets, with the groups that lead to them.
     fn sets(&self) -> Vec<(Arc<Set>, Vec<u16>)> {
         let mut sets: Vec<(Arc<Set>, Vec<u16>)> = Vec::new();
-        for (home, lane) in (0..).zip(&*self.lanes.lock()) {
+        for (group, lane) in (0..).zip(&*self.lanes.lock()) {
             let Some(set) = &lane.set else { continue };
             match sets.iter_mut().find(|(known, _)| Arc::ptr_eq(known, set)) {
-                Some((_, homes)) => homes.push(home),
-                None => sets.push((set.clone(), vec![home])),
+                Some((_, groups)) => groups.push(group),
+                None => sets.push((set.clone(), vec![group])),
             }
         }
         sets
@@ -241,10 +241,10 @@ impl Router {
         let Ok(room) = self.room.clone().try_acquire_many_owned(bytes as u32) else {
             return (append.done)(Err(BusError::Overloaded));
         };
-        let home = usize::from(self.keyspace().home(&append.room));
+        let group = usize::from(self.keyspace().group_of(&append.room));
         let queued = Queued::new(append, room);
         let refused = {
-            let lane = &mut self.lanes.lock()[home];
+            let lane = &mut self.lanes.lock()[group];
             match &lane.set {
                 Some(set) => set.appender.send(queued),
                 None => {
@@ -256,11 +256,11 @@ impl Router {
         answer(refused);
     }
 
-    /// The set that a home leads to, once there is one.
-    pub(super) async fn set_of(&self, home: u16) -> Arc<Set> {
+    /// The set that a group leads to, once there is one.
+    pub(super) async fn set_of(&self, group: u16) -> Arc<Set> {
         let mut changed = self.changed.subscribe();
         loop {
-            if let Some(set) = self.lanes.lock()[usize::from(home)].set.clone() {
+            if let Some(set) = self.lanes.lock()[usize::from(group)].set.clone() {
                 return set;
             }
             // The sender lives as long as `self`.
@@ -268,26 +268,26 @@ impl Router {
         }
     }
 
-    fn leads_to(&self, home: u16, set: &Arc<Set>) -> bool {
+    fn leads_to(&self, group: u16, set: &Arc<Set>) -> bool {
         let lanes = self.lanes.lock();
-        lanes[usize::from(home)].set.as_ref().is_some_and(|other| Arc::ptr_eq(other, set))
+        lanes[usize::from(group)].set.as_ref().is_some_and(|other| Arc::ptr_eq(other, set))
     }
 
-    /// Waits until a home leads elsewhere. Cancel-safe.
-    async fn has_left(&self, home: u16, set: &Arc<Set>) {
+    /// Waits until a group leads elsewhere. Cancel-safe.
+    async fn has_left(&self, group: u16, set: &Arc<Set>) {
         let mut changed = self.changed.subscribe();
-        while self.leads_to(home, set) {
+        while self.leads_to(group, set) {
             let _ = changed.changed().await;
         }
     }
 
     pub(super) async fn subscribe(self: Arc<Self>, room: RoomId) -> Result<(), BusError> {
-        let home = self.keyspace().home(&room);
-        self.lanes.lock()[usize::from(home)].subscribed.insert(room.clone());
+        let group = self.keyspace().group_of(&room);
+        self.lanes.lock()[usize::from(group)].subscribed.insert(room.clone());
         loop {
-            let set = self.set_of(home).await;
+            let set = self.set_of(group).await;
             let followed = set.subscriber.subscribe(room.clone()).await;
-            if followed.is_ok() || self.leads_to(home, &set) {
+            if followed.is_ok() || self.leads_to(group, &set) {
                 return followed;
             }
         }
@@ -295,7 +295,7 @@ impl Router {
 
     pub(super) fn unsubscribe(&self, room: RoomId) {
         let set = {
-            let lane = &mut self.lanes.lock()[usize::from(self.keyspace().home(&room))];
+            let lane = &mut self.lanes.lock()[usize::from(self.keyspace().group_of(&room))];
             lane.subscribed.remove(&room);
             lane.set.clone()
         };
@@ -307,17 +307,17 @@ impl Router {
     /// Asks something of the log of a room, where it is at this moment.
     pub(super) async fn ask<T>(
         self: Arc<Self>,
-        home: u16,
+        group: u16,
         question: impl Fn(&Log) -> BoxFuture<Result<T, BusError>>,
     ) -> Result<T, BusError> {
         loop {
-            let set = self.set_of(home).await;
+            let set = self.set_of(group).await;
             let mut answer = question(&set.log);
-            // Where the home moves meanwhile nobody agrees on the old server any more.
+            // Where the group moves meanwhile nobody agrees on the old server any more.
             tokio::select! {
                 biased;
                 answer = &mut answer => return answer,
-                () = self.has_left(home, &set) => {}
+                () = self.has_left(group, &set) => {}
             }
         }
     }
@@ -330,10 +330,11 @@ impl Router {
         let mut heads = vec![None; rooms.len()];
         let mut left: Vec<usize> = (0..rooms.len()).collect();
         while let Some(first) = left.first() {
-            let home = keyspace.home(&rooms[*first]);
-            let set = self.set_of(home).await;
-            let (here, others) =
-                left.into_iter().partition(|at| self.leads_to(keyspace.home(&rooms[*at]), &set));
+            let group = keyspace.group_of(&rooms[*first]);
+            let set = self.set_of(group).await;
+            let (here, others) = left
+                .into_iter()
+                .partition(|at| self.leads_to(keyspace.group_of(&rooms[*at]), &set));
             let here: Vec<usize> = here;
             left = others;
             if here.is_empty() {
@@ -360,7 +361,7 @@ impl Router {
             match cluster.map().await {
                 Ok(map) => {
                     failures = 0;
-                    let slots = (0..self.keyspace().homes()).map(Keyspace::slot);
+                    let slots = (0..self.keyspace().groups()).map(Keyspace::slot_of_group);
                     let owners = slots.map(|slot| map.primary_of(slot).cloned()).collect();
                     self.assign(cluster, owners).await;
                 }
@@ -382,32 +383,32 @@ impl Router {
         }
     }
 
-    /// Leads homes to their owners. A home that nobody owns stays where it is.
+    /// Leads groups to their owners. A group that nobody owns stays where it is.
     async fn assign(&self, cluster: &Cluster, owners: Vec<Option<Address>>) {
         let mut sets: BTreeMap<Address, Arc<Set>> = BTreeMap::new();
         let mut moves: BTreeMap<Address, Vec<u16>> = BTreeMap::new();
-        for (set, homes) in self.sets() {
+        for (set, groups) in self.sets() {
             if let Some(address) = &set.server.address {
                 sets.insert(address.clone(), set.clone());
             }
-            for home in homes {
-                let owner = owners[usize::from(home)].as_ref();
+            for group in groups {
+                let owner = owners[usize::from(group)].as_ref();
                 if let Some(owner) =
                     owner.filter(|owner| set.server.address.as_ref() != Some(owner))
                 {
-                    moves.entry(owner.clone()).or_default().push(home);
+                    moves.entry(owner.clone()).or_default().push(group);
                 }
             }
         }
-        let led: BTreeSet<u16> = self.sets().into_iter().flat_map(|(_, homes)| homes).collect();
-        for (home, owner) in (0..).zip(&owners) {
-            if let Some(owner) = owner.as_ref().filter(|_| !led.contains(&home)) {
-                moves.entry(owner.clone()).or_default().push(home);
+        let led: BTreeSet<u16> = self.sets().into_iter().flat_map(|(_, groups)| groups).collect();
+        for (group, owner) in (0..).zip(&owners) {
+            if let Some(owner) = owner.as_ref().filter(|_| !led.contains(&group)) {
+                moves.entry(owner.clone()).or_default().push(group);
             }
         }
-        for (owner, homes) in moves {
+        for (owner, groups) in moves {
             let set = sets.get(&owner).cloned();
-            self.hand_over(cluster, &owner, set, homes).await;
+            self.hand_over(cluster, &owner, set, groups).await;
         }
     }
 
@@ -416,7 +417,7 @@ impl Router {
         cluster: &Cluster,
         owner: &Address,
         set: Option<Arc<Set>>,
-        homes: Vec<u16>,
+        groups: Vec<u16>,
     ) {
         let set = match set {
             Some(set) => set,
@@ -428,24 +429,24 @@ impl Router {
                 }
             },
         };
-        tracing::info!(%owner, homes = homes.len(), "a primary serves partitions from now on");
+        tracing::info!(%owner, groups = groups.len(), "a primary serves partitions from now on");
         let mut released = Vec::new();
-        for (old, gone) in self.part_from(&homes) {
+        for (old, gone) in self.part_from(&groups) {
             old.server.own(&[], &gone);
-            self.parts.mailboxes.node_state().settle(gone.iter().copied(), false);
+            self.parts.mailboxes.node_state().set_agreed(gone.iter().copied(), false);
             released.extend(old.appender.release(gone).await);
             if old.server.owned.borrow().is_empty() {
                 old.tasks.stopped().cancel();
             }
         }
-        set.server.own(&homes, &[]);
+        set.server.own(&groups, &[]);
         let (mut refused, mut followed) = (Vec::new(), Vec::new());
         {
             let lanes = &mut *self.lanes.lock();
             let mut send = |queued| refused.extend(set.appender.send(queued));
             released.into_iter().for_each(&mut send);
-            for home in homes {
-                let lane = &mut lanes[usize::from(home)];
+            for group in groups {
+                let lane = &mut lanes[usize::from(group)];
                 lane.set = Some(set.clone());
                 lane.held.drain(..).for_each(&mut send);
                 followed.extend(lane.subscribed.iter().cloned());
@@ -456,15 +457,15 @@ impl Router {
         self.changed.send_replace(());
     }
 
-    /// Takes homes from the sets that they lead to.
-    fn part_from(&self, homes: &[u16]) -> Vec<(Arc<Set>, Vec<u16>)> {
+    /// Takes groups from the sets that they lead to.
+    fn part_from(&self, groups: &[u16]) -> Vec<(Arc<Set>, Vec<u16>)> {
         let mut parted = self.sets();
         for (_, theirs) in &mut parted {
-            theirs.retain(|home| homes.contains(home));
+            theirs.retain(|group| groups.contains(group));
         }
         parted.retain(|(_, theirs)| !theirs.is_empty());
-        for home in homes {
-            self.lanes.lock()[usize::from(*home)].set = None;
+        for group in groups {
+            self.lanes.lock()[usize::from(*group)].set = None;
         }
         self.changed.send_replace(());
         parted
@@ -500,11 +501,11 @@ fn answer(refused: impl IntoIterator<Item = (Queued, BusError)>) {
 
 impl Parts {
     /// The set of the only server there is.
-    fn set(&self, dial: Arc<dyn Dial>, homes: &[u16]) -> Arc<Set> {
-        self.set_at(None, dial, homes)
+    fn set(&self, dial: Arc<dyn Dial>, groups: &[u16]) -> Arc<Set> {
+        self.set_at(None, dial, groups)
     }
 
-    fn set_at(&self, address: Option<Address>, dial: Arc<dyn Dial>, homes: &[u16]) -> Arc<Set> {
+    fn set_at(&self, address: Option<Address>, dial: Arc<dyn Dial>, groups: &[u16]) -> Arc<Set> {
         let tasks = self.tasks.part();
         let server = Arc::new(Server {
             address,
@@ -512,7 +513,7 @@ impl Parts {
             keyspace: self.keyspace,
             retention: self.retention.clone(),
             memory: Default::default(),
-            owned: watch::Sender::new(homes.iter().copied().collect()),
+            owned: watch::Sender::new(groups.iter().copied().collect()),
             agreed: watch::Sender::new(Agreed::default()),
             astray: self.astray.clone(),
             conditions: Conditions::default(),
@@ -532,13 +533,13 @@ impl Parts {
 }
 
 impl Set {
-    /// Whether its links stand and the nodes have agreed on it for these homes.
-    fn is_up_for(&self, homes: &[u16]) -> bool {
+    /// Whether its links stand and the nodes have agreed on it for these groups.
+    fn is_up_for(&self, groups: &[u16]) -> bool {
         let agreed = self.server.agreed.borrow().clone();
-        self.links.stand() && homes.iter().all(|home| agreed.homes.contains(home))
+        self.links.stand() && groups.iter().all(|group| agreed.groups.contains(group))
     }
 
-    /// Waits until a home is taken away. Cancel-safe.
+    /// Waits until a group is taken away. Cancel-safe.
     async fn has_lost_some(&self) {
         let mut owned = self.server.owned.subscribe();
         let before = owned.borrow_and_update().clone();

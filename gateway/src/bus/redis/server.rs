@@ -30,37 +30,37 @@ pub(super) struct Server {
     pub(super) retention: Retention,
     /// How much memory it has left.
     pub(super) memory: Memory,
-    /// The homes that it serves.
+    /// The groups that it serves.
     pub(super) owned: watch::Sender<BTreeSet<u16>>,
     /// What the nodes have agreed on.
     pub(super) agreed: watch::Sender<Agreed>,
-    /// Told when something shows that a home may be with another server.
+    /// Told when something shows that a group may be with another server.
     pub(super) astray: Arc<Notify>,
     /// What it has to be, and a gateway has to be allowed there.
     pub(super) conditions: Conditions,
 }
 
-/// The server that the nodes have agreed on, and for which homes.
+/// The server that the nodes have agreed on, and for which groups.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Agreed {
     pub(super) id: Option<ServerId>,
-    pub(super) homes: Arc<BTreeSet<u16>>,
+    pub(super) groups: Arc<BTreeSet<u16>>,
     /// How often they have, on whichever: a server that was flushed is agreed on again.
     pub(super) times: u64,
 }
 
 impl Agreed {
-    /// Whether it is on `id`, for `home`.
-    pub(super) fn is_on(&self, token: ServerId, home: u16) -> bool {
-        self.id == Some(token) && self.homes.contains(&home)
+    /// Whether it is on `id`, for `group`.
+    pub(super) fn is_on(&self, token: ServerId, group: u16) -> bool {
+        self.id == Some(token) && self.groups.contains(&group)
     }
 }
 
 impl Server {
-    /// The server agreed on for `home`, once it is.
-    pub(super) async fn agreed(&self, home: u16) -> ServerId {
+    /// The server agreed on for `group`, once it is.
+    pub(super) async fn agreed(&self, group: u16) -> ServerId {
         let mut agreed = self.agreed.subscribe();
-        let agreed = agreed.wait_for(|agreed| agreed.homes.contains(&home)).await;
+        let agreed = agreed.wait_for(|agreed| agreed.groups.contains(&group)).await;
         agreed.ok().and_then(|agreed| agreed.id).unwrap_or_default()
     }
 
@@ -199,23 +199,23 @@ impl Server {
         })
     }
 
-    /// Whether it serves `home`, as far as known.
-    pub(super) fn owns(&self, home: u16) -> bool {
-        self.owned.borrow().contains(&home)
+    /// Whether it serves `group`, as far as known.
+    pub(super) fn owns(&self, group: u16) -> bool {
+        self.owned.borrow().contains(&group)
     }
 
-    /// Whether the nodes have agreed on this server for `home`.
-    pub(super) fn has_agreed_on(&self, token: ServerId, home: u16) -> bool {
-        self.agreed.borrow().is_on(token, home)
+    /// Whether the nodes have agreed on this server for `group`.
+    pub(super) fn has_agreed_on(&self, token: ServerId, group: u16) -> bool {
+        self.agreed.borrow().is_on(token, group)
     }
 
-    /// Notes that the nodes have agreed on it for some more homes.
-    pub(super) fn agree_on(&self, token: ServerId, homes: &[u16]) {
+    /// Notes that the nodes have agreed on it for some more groups.
+    pub(super) fn agree_on(&self, token: ServerId, groups: &[u16]) {
         self.agreed.send_modify(|agreed| {
-            let before = if agreed.id == Some(token) { &agreed.homes } else { &Arc::default() };
-            let all = before.iter().chain(homes).copied().collect();
+            let before = if agreed.id == Some(token) { &agreed.groups } else { &Arc::default() };
+            let all = before.iter().chain(groups).copied().collect();
             let times = agreed.times + 1;
-            *agreed = Agreed { id: Some(token), homes: Arc::new(all), times };
+            *agreed = Agreed { id: Some(token), groups: Arc::new(all), times };
         });
     }
 
@@ -230,23 +230,23 @@ impl Server {
         })
     }
 
-    /// Gives homes to it, or takes them away; what was agreed on for the latter does not count any
+    /// Gives groups to it, or takes them away; what was agreed on for the latter does not count any
     /// more.
     pub(super) fn own(&self, more: &[u16], fewer: &[u16]) {
         self.owned.send_modify(|owned| {
             owned.extend(more);
-            owned.retain(|home| !fewer.contains(home));
+            owned.retain(|group| !fewer.contains(group));
         });
         self.agreed.send_modify(|agreed| {
-            let left = agreed.homes.iter().copied().filter(|home| !fewer.contains(home));
-            agreed.homes = Arc::new(left.collect());
+            let left = agreed.groups.iter().copied().filter(|group| !fewer.contains(group));
+            agreed.groups = Arc::new(left.collect());
         });
     }
 
-    /// The homes that it serves and that the nodes have not agreed on it for.
+    /// The groups that it serves and that the nodes have not agreed on it for.
     pub(super) fn open_questions(&self, token: ServerId) -> Vec<u16> {
         let agreed = self.agreed.borrow().clone();
         let owned = self.owned.borrow();
-        owned.iter().copied().filter(|home| !agreed.is_on(token, *home)).collect()
+        owned.iter().copied().filter(|group| !agreed.is_on(token, *group)).collect()
     }
 }

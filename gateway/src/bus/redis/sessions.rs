@@ -144,10 +144,10 @@ impl StoreWorker {
         digest: SecretDigest,
     ) -> Result<Option<Arc<ConnectionInfo>>, BusError> {
         let keyspace = self.router.keyspace();
-        let (home, [sessions, _]) =
-            (keyspace.home_of_text(user.as_str()), keys_of(keyspace, &user));
+        let (group, [sessions, _]) =
+            (keyspace.group_of_text(user.as_str()), keys_of(keyspace, &user));
         let answers: Vec<RedisResult<Value>> = self
-            .ask(home, async |connection| {
+            .ask(group, async |connection| {
                 let mut pipeline = redis::pipe();
                 pipeline.ignore_errors();
                 pipeline.cmd("TIME").cmd("HGET").arg(sessions).arg(session.to_string());
@@ -236,10 +236,10 @@ impl StoreWorker {
         change: Option<Map<String, Json>>,
     ) -> Result<Map<String, Json>, SessionDataError> {
         let keyspace = self.router.keyspace();
-        let (home, keys) = (keyspace.home_of_text(user.as_str()), keys_of(keyspace, &user));
+        let (group, keys) = (keyspace.group_of_text(user.as_str()), keys_of(keyspace, &user));
         for _ in 0..TRIES_MAX {
             let answers: Vec<RedisResult<Value>> = self
-                .ask(home, async |connection| {
+                .ask(group, async |connection| {
                     redis::pipe()
                         .ignore_errors()
                         .cmd("HEXISTS")
@@ -270,14 +270,14 @@ impl StoreWorker {
             let Some(change) = &change else { return Ok(data) };
             let (data, text) =
                 merge_data(data, change.clone()).ok_or(SessionDataError::TooLarge)?;
-            let server = self.router.set_of(home).await.server.clone();
+            let server = self.router.set_of(group).await.server.clone();
             if text.len() > before.len() && server.memory.pressure().is_tight() {
                 return Err(BusError::Full.into());
             }
             let mut set = self.scripts.data.key(&keys[..]);
             set.arg(session.to_string()).arg(before).arg(text).arg(self.session_ttl_ms());
             set.arg(server.retention.bounds.session_data_max);
-            let set: i64 = self.run(home, &user, &set).await?;
+            let set: i64 = self.run(group, &user, &set).await?;
             match set {
                 1 => return Ok(data),
                 0 => {}
@@ -297,10 +297,10 @@ impl StoreWorker {
         user: UserId,
     ) -> Result<Vec<StoredSession>, BusError> {
         let keyspace = self.router.keyspace();
-        let (home, [sessions, _]) =
-            (keyspace.home_of_text(user.as_str()), keys_of(keyspace, &user));
+        let (group, [sessions, _]) =
+            (keyspace.group_of_text(user.as_str()), keys_of(keyspace, &user));
         let answers: Vec<RedisResult<Value>> = self
-            .ask(home, async |connection| {
+            .ask(group, async |connection| {
                 let mut pipeline = redis::pipe();
                 pipeline.ignore_errors();
                 pipeline.cmd("TIME").cmd("HGETALL").arg(sessions).query_async(connection).await
@@ -332,9 +332,9 @@ impl StoreWorker {
             return Ok(0);
         }
         let keyspace = self.router.keyspace();
-        let (home, keys) = (keyspace.home_of_text(user.as_str()), keys_of(keyspace, &user));
+        let (group, keys) = (keyspace.group_of_text(user.as_str()), keys_of(keyspace, &user));
         let (gone, _): (usize, usize) = self
-            .ask(home, async |connection| {
+            .ask(group, async |connection| {
                 let mut pipeline = redis::pipe();
                 pipeline.cmd("HDEL").arg(&keys[0]).arg(&revoked);
                 pipeline.cmd("HDEL").arg(&keys[1]).arg(&revoked);

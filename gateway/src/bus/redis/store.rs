@@ -107,7 +107,7 @@ struct State {
     old: Vec<String>,
     /// Whether it is.
     is_rewritten: bool,
-    /// The servers that the seats were written to, by home.
+    /// The servers that the seats were written to, by group.
     servers: BTreeMap<u16, (ServerId, u64)>,
     /// Whether the others can know of the incarnation.
     is_registered: bool,
@@ -297,7 +297,7 @@ impl StoreWorker {
             loop {
                 self.look_at_servers();
                 self.expire();
-                let ops = self.take(&self.router.agreed_homes());
+                let ops = self.take(&self.router.agreed_groups());
                 self.tell_if_rewritten().await;
                 if ops.is_empty() {
                     break;
@@ -376,9 +376,9 @@ impl StoreWorker {
         }
     }
 
-    /// Takes the next calls to some homes out of the queue, so that those to others hold up nobody.
+    /// Takes the next calls to some groups out of the queue, so that those to others hold up nobody.
     /// Where all is written under the present name, the old ones may be taken away.
-    fn take(&self, homes: &BTreeSet<u16>) -> Vec<Op> {
+    fn take(&self, groups: &BTreeSet<u16>) -> Vec<Op> {
         let State { queue, touched, acks, is_rewritten, .. } = &mut *self.state.lock();
         let keyspace = self.router.keyspace();
         let (mut ops, mut kept) = (Vec::new(), VecDeque::new());
@@ -392,7 +392,7 @@ impl StoreWorker {
                 }
                 continue;
             }
-            if !homes.contains(&op.home(keyspace)) {
+            if !groups.contains(&op.group_of(keyspace)) {
                 kept.push_back(op);
                 continue;
             }
@@ -424,22 +424,22 @@ impl StoreWorker {
     /// Does what can be done. Returns what is to be tried again, in its order.
     async fn perform(&self, ops: Vec<Op>) -> Vec<Op> {
         let Some(incarnation) = self.registered().await else { return ops };
-        let mut groups: Vec<(Arc<Server>, Numbered)> = Vec::new();
+        let mut batches: Vec<(Arc<Server>, Numbered)> = Vec::new();
         let mut left: Numbered = Vec::new();
         for (number, op) in ops.into_iter().enumerate() {
-            let home = op.home(self.router.keyspace());
-            match self.router.agreed_server(home) {
+            let group = op.group_of(self.router.keyspace());
+            match self.router.agreed_server(group) {
                 None => left.push((number, op)),
                 Some(server) => {
-                    match groups.iter_mut().find(|(other, _)| Arc::ptr_eq(other, &server)) {
-                        Some((_, group)) => group.push((number, op)),
-                        None => groups.push((server, vec![(number, op)])),
+                    match batches.iter_mut().find(|(other, _)| Arc::ptr_eq(other, &server)) {
+                        Some((_, batch)) => batch.push((number, op)),
+                        None => batches.push((server, vec![(number, op)])),
                     }
                 }
             }
         }
-        for (server, group) in groups {
-            left.extend(self.perform_on(&server, group, &incarnation).await);
+        for (server, batch) in batches {
+            left.extend(self.perform_on(&server, batch, &incarnation).await);
         }
         left.sort_by_key(|(number, _)| *number);
         left.into_iter().map(|(_, op)| op).collect()
@@ -533,8 +533,8 @@ impl StoreWorker {
         match op {
             Op::Session(op) => self.session_command(op, server),
             Op::Seat { key: (place, user), rules, .. } => {
-                let home = keyspace.home_of_place(place, user);
-                let keys = keyspace.keys_of(home, name_of(place), incarnation);
+                let group = keyspace.group_of_scope(place, user);
+                let keys = keyspace.keys_of(group, name_of(place), incarnation);
                 let keys = keys.expect("the name is a room's");
                 let seat = self.state.lock().seats.get(&(place.clone(), user.clone())).cloned();
                 let (name, connections, since, active) = match &seat {
@@ -663,7 +663,7 @@ impl StoreWorker {
     async fn has_told(&self, agreements: &str) -> RedisResult<bool> {
         let mut ask = redis::pipe();
         ask.cmd("HGET").arg(self.router.keyspace().told()).arg(&self.router.process().name);
-        let (told,): (Option<String>,) = self.ask_home_0(&ask).await?;
+        let (told,): (Option<String>,) = self.query_group_0(&ask).await?;
         Ok(told.is_some_and(|told| told == agreements))
     }
 
@@ -674,7 +674,7 @@ impl StoreWorker {
         ask.cmd("HGETALL").arg(keyspace.leases()).cmd("HGETALL").arg(keyspace.told());
         type Rows = BTreeMap<String, String>;
         let ((seconds, micros), leases, told): ((u64, u64), Rows, Rows) =
-            self.ask_home_0(&ask).await?;
+            self.query_group_0(&ask).await?;
         let now = seconds * 1000 + micros / 1000;
         let lives = |row: &str| {
             let ends = row.split(' ').next().and_then(|ends| ends.parse::<u64>().ok());
@@ -686,7 +686,7 @@ impl StoreWorker {
         Ok(living.all(|name| told.get(name).is_some_and(|of| of == agreements)))
     }
 
-    async fn ask_home_0<T: FromRedisValue>(&self, ask: &redis::Pipeline) -> RedisResult<T> {
+    async fn query_group_0<T: FromRedisValue>(&self, ask: &redis::Pipeline) -> RedisResult<T> {
         let away = || (redis::ErrorKind::Io, "the nodes have not agreed on a server");
         let server = self.router.agreed_server(0).ok_or_else(away)?;
         let mut reader = server.dial.reader().await?;
@@ -709,11 +709,11 @@ impl State {
 }
 
 impl Op {
-    fn home(&self, keyspace: Keyspace) -> u16 {
+    fn group_of(&self, keyspace: Keyspace) -> u16 {
         match self {
-            Self::Session(op) => keyspace.home_of_text(op.user().as_str()),
-            Self::Seat { key: (place, user), .. } => keyspace.home_of_place(place, user),
-            Self::Mark { room, .. } | Self::Ephemeral { room, .. } => keyspace.home(room),
+            Self::Session(op) => keyspace.group_of_text(op.user().as_str()),
+            Self::Seat { key: (place, user), .. } => keyspace.group_of_scope(place, user),
+            Self::Mark { room, .. } | Self::Ephemeral { room, .. } => keyspace.group_of(room),
             Self::Rewritten => unreachable!("it is never taken"),
         }
     }
@@ -756,8 +756,8 @@ impl Op {
 /// What stands for the servers that were agreed on, and is the same on all nodes.
 fn agreements_of(servers: &BTreeMap<u16, (ServerId, u64)>) -> String {
     let mut digest = Sha1::new();
-    for (home, (token, _)) in servers {
-        digest.update(format!("{home} {token}\n"));
+    for (group, (token, _)) in servers {
+        digest.update(format!("{group} {token}\n"));
     }
     digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -267,7 +267,7 @@ impl Worker {
                 _ = owned.changed() => {
                     self.drop_what_is_elsewhere();
                     let probed = self.links.probe.channel();
-                    if probed.is_some_and(|(home, _)| !self.server.owns(home)) {
+                    if probed.is_some_and(|(group, _)| !self.server.owns(group)) {
                         self.listen_to_ourselves(&mut connection).await?;
                     }
                 }
@@ -301,14 +301,14 @@ impl Worker {
     }
 
     fn owns(&self, room: &RoomId) -> bool {
-        self.server.owns(self.server.keyspace.home(room))
+        self.server.owns(self.server.keyspace.group_of(room))
     }
 
     /// Forgets rooms that this server does not serve any more. It has ended their subscriptions by
     /// itself; who waits for one asks again where they are.
     fn drop_what_is_elsewhere(&mut self) {
         let Self { server, subscribed: followed, unheard, .. } = self;
-        let here = |room: &RoomId| server.owns(server.keyspace.home(room));
+        let here = |room: &RoomId| server.owns(server.keyspace.group_of(room));
         followed.lock().retain(here);
         unheard.retain(|(room, _)| here(room));
     }
@@ -319,12 +319,12 @@ impl Worker {
         connection: &mut MultiplexedConnection,
     ) -> Result<(), RedisError> {
         let (keyspace, probe) = (self.server.keyspace, &self.links.probe);
-        let homes = (self.server.owned.borrow().first().copied(), self.server.owns(0));
-        let (Some(home), pokes) = homes else {
+        let groups = (self.server.owned.borrow().first().copied(), self.server.owns(0));
+        let (Some(group), pokes) = groups else {
             return Err((redis::ErrorKind::Io, "this server serves nothing").into());
         };
         probe.forget();
-        let mut channels = vec![probe.choose(keyspace, home)];
+        let mut channels = vec![probe.choose(keyspace, group)];
         channels.extend(pokes.then(|| keyspace.pokes()));
         subscribe_to(connection, keyspace, &channels).await
     }
@@ -410,12 +410,12 @@ impl Worker {
                         Arrival::Entry(room, entry) => {
                             // What comes late from a server that another has replaced would stand
                             // behind what that one says.
-                            if server.owns(server.keyspace.home(&room)) {
+                            if server.owns(server.keyspace.group_of(&room)) {
                                 mailboxes.send_entry(room, entry);
                             }
                         }
                         Arrival::Ephemeral(room, notice) => {
-                            if server.owns(server.keyspace.home(&room)) {
+                            if server.owns(server.keyspace.group_of(&room)) {
                                 mailboxes.send_ephemeral(room, notice);
                             }
                         }

@@ -1,8 +1,8 @@
 //! Publishes that wait to be sent to a server, in order.
 //!
 //! What was in a log once and is brought back goes ahead of everything. Publishes wait until the
-//! nodes have agreed on the server for their home, and a moment longer where a slot is on its way to
-//! another server; those of other homes pass them, those of the same room never do.
+//! nodes have agreed on the server for their group, and a moment longer where a slot is on its way to
+//! another server; those of other groups pass them, those of the same room never do.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -107,9 +107,9 @@ impl Waiting {
         }
     }
 
-    /// Leaves what waits for a home alone for a moment.
-    pub(super) fn leave_alone(&mut self, home: u16, now: Instant) {
-        self.stuck.insert(home, now + STUCK_FOR);
+    /// Leaves what waits for a group alone for a moment.
+    pub(super) fn leave_alone(&mut self, group: u16, now: Instant) {
+        self.stuck.insert(group, now + STUCK_FOR);
     }
 
     /// Takes what is past its deadline. Those of what is not urgent rise along the queue, nearly: one
@@ -143,18 +143,18 @@ impl Waiting {
         self.stuck.retain(|_, until| *until > now);
         let (keyspace, stuck) = (self.keyspace, &self.stuck);
         let ready = |queued: &Queued| {
-            let home = keyspace.home(&queued.append.room);
-            open.contains(&home) && !stuck.contains_key(&home)
+            let group = keyspace.group_of(&queued.append.room);
+            open.contains(&group) && !stuck.contains_key(&group)
         };
         let mut batch = take(&mut self.urgent, count, ready);
         batch.extend(take(&mut self.others, count - batch.len(), ready));
         batch
     }
 
-    /// Takes all that waits for homes that are elsewhere now.
-    pub(super) fn release(&mut self, homes: &[u16]) -> Vec<Queued> {
+    /// Takes all that waits for groups that are elsewhere now.
+    pub(super) fn release(&mut self, groups: &[u16]) -> Vec<Queued> {
         let keyspace = self.keyspace;
-        let released = |queued: &Queued| homes.contains(&keyspace.home(&queued.append.room));
+        let released = |queued: &Queued| groups.contains(&keyspace.group_of(&queued.append.room));
         let mut all = take(&mut self.urgent, usize::MAX, released);
         all.extend(take(&mut self.others, usize::MAX, released));
         all
@@ -216,8 +216,8 @@ mod tests {
     #[test]
     fn what_cannot_be_sent_is_passed_by_other_homes_and_keeps_its_order() {
         let (a, b): (RoomId, RoomId) = ("a".parse().unwrap(), "b".parse().unwrap());
-        let (home_a, home_b) = (SHARDED.home(&a), SHARDED.home(&b));
-        assert_ne!(home_a, home_b);
+        let (group_a, group_b) = (SHARDED.group_of(&a), SHARDED.group_of(&b));
+        assert_ne!(group_a, group_b);
         let now = Instant::now();
         let late = now + Duration::from_secs(1);
         let mut waiting = Waiting::new(SHARDED);
@@ -229,17 +229,17 @@ mod tests {
         };
         let expected: Vec<_> = (1..=4).map(|seq| entry("e", seq).envelope.id()).collect();
 
-        let only_b = BTreeSet::from([home_b]);
+        let only_b = BTreeSet::from([group_b]);
         let sent = waiting.next_batch(1, &only_b, now);
         assert_eq!(ids(&sent), expected[1..2]);
         assert!(waiting.next_batch(9, &BTreeSet::new(), now).is_empty());
         // It came back: its slot is on its way.
         waiting.put_back(sent.into());
-        waiting.leave_alone(home_b, now);
-        let both = BTreeSet::from([home_a, home_b]);
+        waiting.leave_alone(group_b, now);
+        let both = BTreeSet::from([group_a, group_b]);
         assert_eq!(waiting.next_deadline(), Some(now + STUCK_FOR));
         assert_eq!(rooms(&waiting.next_batch(9, &both, now)), ["a", "a"]);
-        assert_eq!(ids(&waiting.release(&[home_b])), [expected[1], expected[3]]);
+        assert_eq!(ids(&waiting.release(&[group_b])), [expected[1], expected[3]]);
         assert!(waiting.next_batch(9, &both, now + STUCK_FOR).is_empty());
     }
 
@@ -270,8 +270,8 @@ mod tests {
         };
         waiting.push_republished(vec![repeat(2), repeat(4)], now);
         assert_eq!(waiting.next_deadline(), Some(now + STUCK_FOR));
-        let home = BTreeSet::from([SHARDED.home(&room)]);
-        let order = waiting.next_batch(9, &home, now);
+        let group = BTreeSet::from([SHARDED.group_of(&room)]);
+        let order = waiting.next_batch(9, &group, now);
         let order: Vec<_> = order.iter().map(|queued| queued.append.envelope.id()).collect();
         let expected: Vec<_> = (1..=5).map(|seq| entry("e", seq).envelope.id()).collect();
         assert_eq!(order, expected);

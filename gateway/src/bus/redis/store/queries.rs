@@ -43,26 +43,26 @@ enum Owned {
 const FILL_MAX: usize = 16;
 
 impl StoreWorker {
-    /// Asks something of the server that a home is with, once the nodes have agreed on it.
+    /// Asks something of the server that a group is with, once the nodes have agreed on it.
     pub(in crate::bus::redis) async fn ask<T>(
         &self,
-        home: u16,
+        group: u16,
         question: impl AsyncFnOnce(&mut MultiplexedConnection) -> RedisResult<T>,
     ) -> Result<T, BusError> {
-        let server = self.router.set_of(home).await.server.clone();
-        server.agreed(home).await;
+        let server = self.router.set_of(group).await.server.clone();
+        server.agreed(group).await;
         server.ask(async |reader| question(&mut *reader).await).await
     }
 
-    /// Runs a script of one place on the server that a home is with.
+    /// Runs a script of one place on the server that a group is with.
     pub(in crate::bus::redis) async fn run<T: FromRedisValue>(
         &self,
-        home: u16,
+        group: u16,
         place: impl Display,
         script: &ScriptInvocation<'_>,
     ) -> Result<T, BusError> {
         let reply =
-            self.ask(home, async |connection| script.invoke_async(connection).await).await?;
+            self.ask(group, async |connection| script.invoke_async(connection).await).await?;
         read(self.router.metrics(), place, reply).map_err(|error| refused_or_away(&error))
     }
 
@@ -103,12 +103,12 @@ impl StoreWorker {
     ) -> Result<Vec<PresenceSnapshot>, BusError> {
         let keyspace = self.router.keyspace();
         let mut snapshots = vec![PresenceSnapshot::default(); rooms.len()];
-        for (home, places) in by_home(0..rooms.len(), |at| keyspace.home(&rooms[*at])) {
+        for (group, places) in by_group(0..rooms.len(), |at| keyspace.group_of(&rooms[*at])) {
             for places in places.chunks(BATCH_MAX / 8) {
                 // Before it is read, so that it is settled for what was written until then.
                 let settled = self.is_whole().await;
                 let answers: Vec<RedisResult<Value>> = self
-                    .ask(home, async |connection| {
+                    .ask(group, async |connection| {
                         let mut pipeline = redis::Pipeline::with_capacity(places.len());
                         pipeline.ignore_errors();
                         for at in places {
@@ -136,7 +136,7 @@ impl StoreWorker {
         let channel = keyspace.channel(&room);
         let names: Vec<&str> = users.iter().map(UserId::as_str).collect();
         let answers: Vec<RedisResult<Value>> = self
-            .ask(keyspace.home(&room), async |connection| {
+            .ask(keyspace.group_of(&room), async |connection| {
                 let mut pipeline = redis::pipe();
                 pipeline.atomic().ignore_errors();
                 pipeline.cmd("HMGET").arg(format!("{channel}:who")).arg("#");
@@ -173,14 +173,14 @@ impl StoreWorker {
     ) -> Result<Vec<OnlineStatus>, BusError> {
         let keyspace = self.router.keyspace();
         let mut statuses = vec![OnlineStatus::default(); users.len()];
-        let home_of = |at: &usize| keyspace.home_of_text(users[*at].as_str());
-        for (home, places) in by_home(0..users.len(), home_of) {
+        let group_of = |at: &usize| keyspace.group_of_text(users[*at].as_str());
+        for (group, places) in by_group(0..users.len(), group_of) {
             let names: Vec<&str> = places.iter().map(|at| users[*at].as_str()).collect();
             // Before it is read, so that it is settled for what was written until then.
             let settled = self.is_whole().await;
-            let online = keyspace.online(home);
+            let online = keyspace.online(group);
             let answers: Vec<RedisResult<Value>> = self
-                .ask(home, async |connection| {
+                .ask(group, async |connection| {
                     let mut pipeline = redis::pipe();
                     pipeline.atomic().ignore_errors();
                     pipeline.cmd("HMGET").arg(format!("{online}:who")).arg(&names);
@@ -207,7 +207,7 @@ impl StoreWorker {
         Ok(statuses)
     }
 
-    /// At most `limit` members behind `from` of an index that every home has, whether more follow,
+    /// At most `limit` members behind `from` of an index that every group has, whether more follow,
     /// and how many there are in all.
     async fn page(
         &self,
@@ -216,29 +216,29 @@ impl StoreWorker {
         limit: usize,
     ) -> Result<(Vec<String>, bool, u64), BusError> {
         let (mut members, mut count) = (Vec::new(), 0);
-        for home in 0..self.router.keyspace().homes() {
+        for group in 0..self.router.keyspace().groups() {
             let answers: Vec<RedisResult<Value>> = self
-                .ask(home, async |connection| {
+                .ask(group, async |connection| {
                     redis::pipe()
                         .ignore_errors()
                         .cmd("ZRANGEBYLEX")
-                        .arg(index(home))
+                        .arg(index(group))
                         .arg(from)
                         .arg(to)
                         .arg("LIMIT")
                         .arg(0)
                         .arg(limit + 1)
                         .cmd("ZCARD")
-                        .arg(index(home))
+                        .arg(index(group))
                         .query_async(connection)
                         .await
                 })
                 .await?;
             let mut answers = answers.into_iter();
             let mut next = || answers.next().unwrap_or(Ok(Value::Nil));
-            let some: Vec<Lossy> = self.or_absent(index(home), next())?;
+            let some: Vec<Lossy> = self.or_absent(index(group), next())?;
             members.extend(texts(some));
-            count += self.or_absent::<u64>(index(home), next())?;
+            count += self.or_absent::<u64>(index(group), next())?;
         }
         members.sort_unstable();
         let more = members.len() > limit;
@@ -254,16 +254,16 @@ impl StoreWorker {
         let keyspace = self.router.keyspace();
         let from = if after.is_empty() { "-".to_owned() } else { format!("({after}") };
         let (members, more, count) =
-            self.page(|home| keyspace.users(home), (&from, "+"), limit).await?;
+            self.page(|group| keyspace.users(group), (&from, "+"), limit).await?;
         let members = members.iter().filter_map(|member| member.parse::<UserId>().ok());
         let mut users: Vec<UserPresence> = Vec::new();
-        for (home, some) in by_home(members, |user| keyspace.home_of_text(user.as_str())) {
+        for (group, some) in by_group(members, |user| keyspace.group_of_text(user.as_str())) {
             let names: Vec<&str> = some.iter().map(UserId::as_str).collect();
             let answers: Vec<RedisResult<Value>> = self
-                .ask(home, async |connection| {
+                .ask(group, async |connection| {
                     let mut pipeline = redis::pipe();
                     pipeline.ignore_errors().cmd("HMGET");
-                    pipeline.arg(format!("{}:who", keyspace.online(home))).arg(&names);
+                    pipeline.arg(format!("{}:who", keyspace.online(group))).arg(&names);
                     pipeline.query_async(connection).await
                 })
                 .await?;
@@ -283,8 +283,8 @@ impl StoreWorker {
         owned_max: Option<usize>,
     ) -> Result<CreateOutcome, BusError> {
         let keyspace = self.router.keyspace();
-        let (home, channel) = (keyspace.home(&room), keyspace.channel(&room));
-        if self.router.set_of(home).await.server.memory.pressure().is_tight() {
+        let (group, channel) = (keyspace.group_of(&room), keyspace.channel(&room));
+        if self.router.set_of(group).await.server.memory.pressure().is_tight() {
             return Err(BusError::Full);
         }
         let owner = record.owner.clone();
@@ -299,7 +299,7 @@ impl StoreWorker {
         for part in ["who", "record"] {
             create.key(format!("{channel}:{part}"));
         }
-        create.key(keyspace.rooms(home)).key(format!("{channel}:log"));
+        create.key(keyspace.rooms(group)).key(format!("{channel}:log"));
         create.arg(room.as_str()).arg(self.options.empty_ttl.as_millis() as u64);
         create.arg("owner").arg(record.owner.as_str()).arg("name").arg(record.name.as_str());
         create.arg("public").arg(u8::from(record.public)).arg("created").arg(record.created);
@@ -310,7 +310,7 @@ impl StoreWorker {
         if let Some(max) = record.max_members {
             create.arg("max").arg(max);
         }
-        let made: u8 = self.run(home, &room, &create).await?;
+        let made: u8 = self.run(group, &room, &create).await?;
         if made == 1 {
             return Ok(CreateOutcome::Created);
         }
@@ -329,11 +329,11 @@ impl StoreWorker {
         max: usize,
     ) -> Result<Owned, BusError> {
         let keyspace = self.router.keyspace();
-        let home = keyspace.home_of_text(owner.as_str());
+        let group = keyspace.group_of_text(owner.as_str());
         let mut owned = self.scripts.owned.key(keyspace.owned(owner));
         owned.arg(room.as_str()).arg(max).arg(OWNED_TTL.as_millis() as u64);
         for is_first in [true, false] {
-            let noted: u8 = self.run(home, owner, &owned).await?;
+            let noted: u8 = self.run(group, owner, &owned).await?;
             match noted {
                 1 => return Ok(Owned::Now),
                 2 => return Ok(Owned::Before),
@@ -347,18 +347,18 @@ impl StoreWorker {
     /// Forgets those of an owner's rooms that are no more.
     async fn forget_gone(&self, owner: &UserId) -> Result<(), BusError> {
         let keyspace = self.router.keyspace();
-        let home = keyspace.home_of_text(owner.as_str());
+        let group = keyspace.group_of_text(owner.as_str());
         let owned = keyspace.owned(owner);
         let rooms: Vec<Lossy> = self
-            .ask(home, async |connection| {
+            .ask(group, async |connection| {
                 redis::cmd("ZRANGE").arg(&owned).arg(0).arg(-1).query_async(connection).await
             })
             .await?;
         let rooms = texts(rooms);
         let rooms = rooms.iter().filter_map(|room| room.parse::<RoomId>().ok());
         let mut gone = Vec::new();
-        for (home, rooms) in by_home(rooms, |room| keyspace.home(room)) {
-            let found = self.find_some(home, rooms.clone()).await?;
+        for (group, rooms) in by_group(rooms, |room| keyspace.group_of(room)) {
+            let found = self.find_some(group, rooms.clone()).await?;
             let is_gone = |found: &Option<RoomSummary>| {
                 let record = found.as_ref().and_then(|found| found.config.as_ref());
                 record.is_none_or(|record| record.owner != *owner)
@@ -374,9 +374,9 @@ impl StoreWorker {
             return Ok(());
         }
         let keyspace = self.router.keyspace();
-        let home = keyspace.home_of_text(owner.as_str());
+        let group = keyspace.group_of_text(owner.as_str());
         let rooms: Vec<&str> = rooms.iter().map(RoomId::as_str).collect();
-        self.ask(home, async |connection| {
+        self.ask(group, async |connection| {
             let mut forget = redis::cmd("ZREM");
             forget.arg(keyspace.owned(owner)).arg(&rooms).query_async::<()>(connection).await
         })
@@ -387,20 +387,20 @@ impl StoreWorker {
         self: Arc<Self>,
         room: RoomId,
     ) -> Result<Option<RoomSummary>, BusError> {
-        let home = self.router.keyspace().home(&room);
-        let found = self.find_some(home, vec![room]).await?;
+        let group = self.router.keyspace().group_of(&room);
+        let found = self.find_some(group, vec![room]).await?;
         Ok(found.into_iter().next().flatten())
     }
 
-    /// What is known of rooms of one home.
+    /// What is known of rooms of one group.
     async fn find_some(
         &self,
-        home: u16,
+        group: u16,
         rooms: Vec<RoomId>,
     ) -> Result<Vec<Option<RoomSummary>>, BusError> {
         let keyspace = self.router.keyspace();
         let rows: Vec<RedisResult<Value>> = self
-            .ask(home, async |connection| {
+            .ask(group, async |connection| {
                 let mut pipeline = redis::Pipeline::with_capacity(rooms.len() * 3);
                 pipeline.ignore_errors();
                 for room in &rooms {
@@ -442,12 +442,12 @@ impl StoreWorker {
     }
 
     /// Takes a managed room whose time is over from the index.
-    async fn unlist(&self, home: u16, room: &RoomId) -> Result<(), BusError> {
+    async fn unlist(&self, group: u16, room: &RoomId) -> Result<(), BusError> {
         let keyspace = self.router.keyspace();
         let channel = keyspace.channel(room);
-        let mut unlist = self.scripts.unlist.key(keyspace.rooms(home));
+        let mut unlist = self.scripts.unlist.key(keyspace.rooms(group));
         unlist.key(format!("{channel}:who")).key(format!("{channel}:record")).arg(room.as_str());
-        let _: u8 = self.run(home, room, &unlist).await?;
+        let _: u8 = self.run(group, room, &unlist).await?;
         Ok(())
     }
 
@@ -471,15 +471,15 @@ impl StoreWorker {
             let to = if prefix.is_empty() { "+".to_owned() } else { format!("({prefix}~") };
             let wanted = limit - rooms.len();
             let (members, more, _) =
-                self.page(|home| keyspace.rooms(home), (&from, &to), wanted).await?;
+                self.page(|group| keyspace.rooms(group), (&from, &to), wanted).await?;
             let Some(last) = members.last().cloned() else { break };
             let names = members.iter().filter_map(|member| member.parse::<RoomId>().ok());
             let mut page = Vec::new();
-            for (home, names) in by_home(names, |room| keyspace.home(room)) {
-                for (room, found) in names.iter().zip(self.find_some(home, names.clone()).await?) {
+            for (group, names) in by_group(names, |room| keyspace.group_of(room)) {
+                for (room, found) in names.iter().zip(self.find_some(group, names.clone()).await?) {
                     match found {
                         Some(found) => page.push(found),
-                        None => self.unlist(home, room).await?,
+                        None => self.unlist(group, room).await?,
                     }
                 }
             }
@@ -496,13 +496,13 @@ impl StoreWorker {
     }
 }
 
-/// What is asked of each home, in its order.
-fn by_home<T>(all: impl Iterator<Item = T>, home: impl Fn(&T) -> u16) -> BTreeMap<u16, Vec<T>> {
-    let mut by_home: BTreeMap<u16, Vec<T>> = BTreeMap::new();
+/// What is asked of each group, in its order.
+fn by_group<T>(all: impl Iterator<Item = T>, group: impl Fn(&T) -> u16) -> BTreeMap<u16, Vec<T>> {
+    let mut by_group: BTreeMap<u16, Vec<T>> = BTreeMap::new();
     for one in all {
-        by_home.entry(home(&one)).or_default().push(one);
+        by_group.entry(group(&one)).or_default().push(one);
     }
-    by_home
+    by_group
 }
 
 fn version_of(row: &str) -> PresenceVersion {

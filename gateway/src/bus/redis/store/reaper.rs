@@ -129,10 +129,10 @@ impl StoreWorker {
     /// Has all leave that one incarnation had. Whoever does so at the same time finds less to do.
     async fn reap(&self, incarnation: &str) -> RedisResult<()> {
         let keyspace = self.router.keyspace();
-        for home in 0..keyspace.homes() {
-            let Some(server) = self.router.agreed_server(home) else { return Err(away()) };
+        for group in 0..keyspace.groups() {
+            let Some(server) = self.router.agreed_server(group) else { return Err(away()) };
             let mut reader = server.dial.reader().await?;
-            let reaped = self.reap_home(&mut reader, home, incarnation).await;
+            let reaped = self.reap_group(&mut reader, group, incarnation).await;
             if let Err(error) = reaped {
                 reader.discard();
                 return Err(error);
@@ -146,29 +146,29 @@ impl StoreWorker {
         forget.invoke_async(&mut *reader).await
     }
 
-    async fn reap_home(
+    async fn reap_group(
         &self,
         reader: &mut Reader,
-        home: u16,
+        group: u16,
         incarnation: &str,
     ) -> RedisResult<()> {
         let keyspace = self.router.keyspace();
         let mut command = redis::cmd("HKEYS");
-        command.arg(keyspace.places(home, incarnation));
+        command.arg(keyspace.places(group, incarnation));
         let places = match command.query_async::<Vec<Lossy>>(&mut **reader).await {
             Err(error) if is_wrong_type(&error) => {
                 found(self.router.metrics(), InvalidValue::KeyType, "places of a node");
                 let mut delete = redis::cmd("DEL");
-                delete.arg(keyspace.places(home, incarnation));
+                delete.arg(keyspace.places(group, incarnation));
                 return delete.query_async(&mut **reader).await;
             }
             places => places?,
         };
         for Lossy(place) in places {
-            let Some(keys) = keyspace.keys_of(home, &place, incarnation) else {
+            let Some(keys) = keyspace.keys_of(group, &place, incarnation) else {
                 found(self.router.metrics(), InvalidValue::Presence, &place);
                 redis::cmd("HDEL")
-                    .arg(keyspace.places(home, incarnation))
+                    .arg(keyspace.places(group, incarnation))
                     .arg(&place)
                     .query_async::<()>(&mut **reader)
                     .await?;

@@ -6,7 +6,7 @@
 use shared::ids::RoomId;
 
 /// The home of a room, where there are `homes`. All that is of one user has the same.
-pub fn home_of(room: &RoomId, homes: u16) -> u16 {
+pub fn partition_of(room: &RoomId, homes: u16) -> u16 {
     crc16(room.without_prefix().as_bytes()) % homes.max(1)
 }
 
