@@ -25,7 +25,7 @@ use crate::{
         Bounds, Kept, Retention, UnseenInbox,
         redis::{
             RedisOptions,
-            topology::{TlsFiles, url::Topology},
+            topology::{TlsFiles, url::RedisUrl},
         },
         registry::RoomStoreOptions,
         sessions::SessionOptions,
@@ -284,7 +284,7 @@ impl Config {
             AllowedOrigins::default()
         });
         let topology = redis_url.0.as_ref().and_then(|url| {
-            url.parse::<Topology>().map_err(|error| r.error("cluster.redis_url", error.to_string())).ok()
+            url.parse::<RedisUrl>().map_err(|error| r.error("cluster.redis_url", error.to_string())).ok()
         });
         if topology.as_ref().is_some_and(|topology| !topology.has_tls()) {
             for (key, file) in [("cluster.redis_ca_file", &ca_file.0), ("cluster.redis_cert_file", &cert_file.0)] {
@@ -299,7 +299,7 @@ impl Config {
         if redis_url.0.is_none() && (ca_file.0.is_some() || cert_file.0.is_some() || key_file.0.is_some()) {
             r.error("cluster.redis_url", "is required by the options for TLS files: set it, or remove them".into());
         }
-        let tls = TlsFiles { ca: ca_file.0, own: cert_file.0.zip(key_file.0) };
+        let tls = TlsFiles { ca: ca_file.0, identity: cert_file.0.zip(key_file.0) };
         if jwt && secret.len() < JWT_SECRET_BYTES_MIN {
             r.error("auth.jwt_secret", format!("is {} bytes long; auth.mode = jwt requires at least {JWT_SECRET_BYTES_MIN} (RFC 7518, section 3.2): create one with `openssl rand -base64 48`", secret.len()));
         }

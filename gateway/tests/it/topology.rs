@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use gateway::bus::{
     placement::crc16,
-    redis::topology::{self, Dial, TlsFiles, Way},
+    redis::topology::{self, Dial, TlsFiles, Topology},
 };
 use redis::{AsyncConnectionConfig, RedisResult};
 use shared::{client::frames, ids::RoomId, position::Position};
@@ -17,8 +17,8 @@ use crate::{
 
 fn open(url: &str, tls: &TlsFiles) -> Arc<dyn Dial> {
     match topology::open(url, tls) {
-        Ok(Way::One(dial)) => dial,
-        Ok(Way::Many(_)) => panic!("it is no Redis Cluster"),
+        Ok(Topology::Single(dial)) => dial,
+        Ok(Topology::Cluster(_)) => panic!("it is no Redis Cluster"),
         Err(error) => panic!("{error}"),
     }
 }
@@ -31,7 +31,7 @@ async fn port(dial: &Arc<dyn Dial>) -> RedisResult<u16> {
 
 /// The same of a connection to read by.
 async fn reader_port(dial: &Arc<dyn Dial>) -> RedisResult<u16> {
-    let mut reader = dial.reader().await?;
+    let mut reader = dial.read_connection().await?;
     port_of(redis::cmd("INFO").arg("server").query_async(&mut *reader).await?)
 }
 
@@ -45,7 +45,7 @@ async fn tls_is_checked_by_both_sides_and_users_log_in() {
     let server = Encrypted::start().await;
     let files = |ca: bool, own: bool| TlsFiles {
         ca: ca.then(|| server.ca.clone()),
-        own: own.then(|| server.own.clone()),
+        identity: own.then(|| server.own.clone()),
     };
     let open = |url: &str, files: TlsFiles| open(url, &files);
 
@@ -103,15 +103,15 @@ async fn messages_pass_through_tls_for_a_user_with_few_permissions() {
 #[tokio::test]
 async fn files_that_are_not_there_or_no_certificates_are_told_at_the_start() {
     let path = tempfile::NamedTempFile::new().unwrap().path().to_owned();
-    let files = TlsFiles { ca: Some(path.clone()), own: None };
+    let files = TlsFiles { ca: Some(path.clone()), identity: None };
     let Err(error) = topology::open("rediss://127.0.0.1", &files) else { panic!("accepted") };
     assert!(error.to_string().contains(path.to_str().unwrap()), "{error}");
     let text = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(text.path(), "no certificate").unwrap();
     let path = text.path().to_owned();
     for files in [
-        TlsFiles { ca: Some(path.clone()), own: None },
-        TlsFiles { ca: None, own: Some((path.clone(), path.clone())) },
+        TlsFiles { ca: Some(path.clone()), identity: None },
+        TlsFiles { ca: None, identity: Some((path.clone(), path.clone())) },
     ] {
         let Err(error) = topology::open("rediss://127.0.0.1", &files) else { panic!("accepted") };
         assert!(error.to_string().contains(path.to_str().unwrap()), "{error}");
@@ -123,7 +123,7 @@ async fn the_primary_is_the_one_that_sentinels_name() {
     let mut watched = Watched::start().await;
     let (first, second) = (watched.servers[0].port, watched.servers[1].port);
     let dial = open(&watched.url(0), &TlsFiles::default());
-    assert!(dial.reader().await.is_err(), "where to read is known when a primary is");
+    assert!(dial.read_connection().await.is_err(), "where to read is known when a primary is");
     assert_eq!(within(port(&dial)).await.unwrap(), first);
     assert_eq!(within(reader_port(&dial)).await.unwrap(), first);
 

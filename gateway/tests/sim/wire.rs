@@ -16,7 +16,7 @@ use std::{
 use bytes::{Buf as _, Bytes, BytesMut};
 use gateway::bus::{
     BoxFuture,
-    redis::topology::{Dial, Reader},
+    redis::topology::{Dial, ReadConnection},
 };
 use parking_lot::Mutex;
 use redis::{
@@ -203,10 +203,10 @@ impl Dial for SimDial {
         Box::pin(self.clone().open(config))
     }
 
-    fn reader(&self) -> BoxFuture<RedisResult<Reader>> {
+    fn read_connection(&self) -> BoxFuture<RedisResult<ReadConnection>> {
         let config = AsyncConnectionConfig::new().set_response_timeout(Some(CONNECT_MAX * 2));
         let connection = self.clone().open(config);
-        Box::pin(async { connection.await.map(Reader::Own) })
+        Box::pin(async { connection.await.map(ReadConnection::Dedicated) })
     }
 
     fn moved(&self) -> BoxFuture<()> {

@@ -43,7 +43,7 @@ use super::{
     lease::LeaseTimes,
     links::Links,
     restore::LogRestorer,
-    server::Server,
+    server::RedisServer,
     topology,
     untrusted::{self, Lossy, texts},
 };
@@ -136,7 +136,7 @@ fn unique(now: SystemTime) -> String {
 
 /// The task that keeps this node in agreement with the others.
 pub(super) struct Agreement {
-    server: Arc<Server>,
+    server: Arc<RedisServer>,
     links: Arc<Links>,
     mailboxes: Mailboxes,
     restorer: LogRestorer,
@@ -149,7 +149,7 @@ pub(super) struct Agreement {
 }
 
 pub(super) fn start(
-    server: Arc<Server>,
+    server: Arc<RedisServer>,
     links: Arc<Links>,
     mailboxes: Mailboxes,
     process: Arc<Process>,
@@ -228,7 +228,7 @@ impl Agreement {
     ) -> RedisResult<()> {
         self.links.met(&self.server, token);
         if !std::mem::replace(&mut self.looked_at_replicas, true) {
-            topology::warn_of_loose_replicas(&mut connection).await;
+            topology::warn_if_replicas_optional(&mut connection).await;
         }
         let mut moved = self.server.dial.moved();
         let mut state = self.links.targets.subscribe();
@@ -238,7 +238,7 @@ impl Agreement {
             let tokens = *state.borrow_and_update();
             agreed.mark_unchanged();
             owned.mark_unchanged();
-            let open = self.server.open_questions(token);
+            let open = self.server.unagreed_groups(token);
             let is_settled = open.is_empty();
             let done = if tokens.lead_elsewhere(token) {
                 // Which of them is right is not known here: all are made again.
@@ -308,7 +308,7 @@ impl Agreement {
         self.checkin.load_async(connection).await?;
         loop {
             groups.retain(|group| self.server.owns(*group));
-            let all_asked = self.server.open_questions(token).len() == groups.len();
+            let all_asked = self.server.unagreed_groups(token).len() == groups.len();
             if groups.is_empty() || !all_asked || !self.links.targets.borrow().lead_to(token) {
                 return Ok(());
             }
@@ -355,7 +355,7 @@ impl Agreement {
     }
 
     fn agreed(&self, token: ServerId, opened: &Opened, took: Duration) {
-        let Opened { groups: groups, complete, missing } = opened;
+        let Opened { groups, complete, missing } = opened;
         let remembered = {
             let state = &mut *self.process.state.lock();
             // Who was waited for in vain is not waited for again.
@@ -373,7 +373,7 @@ impl Agreement {
                  has: rooms go on in a new epoch, and members are told");
         }
         self.links.metrics.recovery_rounds.of(*complete).inc();
-        self.server.agree_on(token, groups);
+        self.server.record_agreement(token, groups);
         self.mailboxes.node_state().set_agreed(groups.iter().copied(), true);
     }
 
@@ -395,7 +395,7 @@ impl Agreement {
             let (open, missing, term, owed): (String, Vec<Lossy>, u64, u64) = match answer {
                 Ok(answer) => untrusted::read(&self.links.metrics, "barrier", answer)?,
                 Err(error) if is_of_the_slot(&error) => {
-                    self.server.astray.notify_one();
+                    self.server.topology_stale.notify_one();
                     continue;
                 }
                 Err(error) => return Err(error),
@@ -660,7 +660,7 @@ impl Agreement {
             .await;
         let (agreed, open) = match asked {
             Err(error) if is_of_the_slot(&error) => {
-                self.server.astray.notify_one();
+                self.server.topology_stale.notify_one();
                 return Ok(());
             }
             // Checking in makes it anew.

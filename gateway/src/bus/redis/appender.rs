@@ -29,7 +29,7 @@ use super::{
     memory::Pressure,
     probe::PROBE_EVERY,
     refused_or_away,
-    server::{Agreed, Server},
+    server::{AgreedServer, RedisServer},
     untrusted::checked,
     waiting::{Queued, Waiting},
 };
@@ -64,7 +64,7 @@ struct Release {
 /// A pipeline that was sent, with what was in it.
 type Sent = BoxFuture<(Vec<Queued>, RedisResult<Vec<RedisResult<Value>>>)>;
 
-pub(super) fn start(server: Arc<Server>, links: Arc<Links>, tasks: &Tasks) -> Appender {
+pub(super) fn start(server: Arc<RedisServer>, links: Arc<Links>, tasks: &Tasks) -> Appender {
     let (queue, receiver) = mpsc::channel(QUEUE_LEN_MAX);
     let (orders, ordered) = mpsc::channel(ORDERS_MAX);
     let worker = Worker {
@@ -78,7 +78,7 @@ pub(super) fn start(server: Arc<Server>, links: Arc<Links>, tasks: &Tasks) -> Ap
         links,
         queue: receiver,
         orders: ordered,
-        open: Agreed::default(),
+        open: AgreedServer::default(),
         told: None,
         stopped: tasks.stopped().clone(),
     };
@@ -107,7 +107,7 @@ impl Appender {
 
 /// The task that owns the connection.
 struct Worker {
-    server: Arc<Server>,
+    server: Arc<RedisServer>,
     links: Arc<Links>,
     queue: mpsc::Receiver<Queued>,
     orders: mpsc::Receiver<Release>,
@@ -118,7 +118,7 @@ struct Worker {
     script_when_tight: redis::Script,
     permitted: redis::Script,
     /// What was agreed on when it was last looked at: the tail was repeated to it.
-    open: Agreed,
+    open: AgreedServer,
     /// When it was last told of that Redis takes nothing for a time.
     told: Option<Instant>,
     stopped: CancellationToken,
@@ -223,7 +223,7 @@ impl Worker {
         let is_agreed = agreed.id == Some(token);
         if !is_agreed {
             // Where the same server is agreed on again, it was flushed meanwhile.
-            self.open = Agreed::default();
+            self.open = AgreedServer::default();
         }
         if !is_agreed || !self.links.node_state.holds_lease(now) {
             #[cfg(debug_assertions)]
@@ -479,7 +479,7 @@ impl Worker {
                 {
                     let group = self.server.keyspace.group_of(&queued.append.room);
                     self.waiting.leave_alone(group, now);
-                    self.server.astray.notify_one();
+                    self.server.topology_stale.notify_one();
                     again.push_back(queued);
                 }
                 Err(error) if is_of_the_server(&error) => {
@@ -535,7 +535,7 @@ async fn sleep_until(deadline: Option<Instant>) {
 
 /// Connects and makes sure that this server can be appended to.
 async fn connect(
-    server: &Arc<Server>,
+    server: &Arc<RedisServer>,
     scripts: &[redis::Script],
     permitted: &redis::Script,
 ) -> Result<(MultiplexedConnection, ServerId), RedisError> {
@@ -550,7 +550,7 @@ async fn connect(
 /// Whether the link lives, and whether the server is what it has to be.
 async fn look_at(
     mut connection: MultiplexedConnection,
-    server: Arc<Server>,
+    server: Arc<RedisServer>,
     permitted: redis::Script,
 ) -> RedisResult<()> {
     redis::cmd("PING").query_async::<()>(&mut connection).await?;
@@ -560,7 +560,7 @@ async fn look_at(
 /// Sends a number that the subscriber has to hear.
 async fn send_probe(
     mut connection: MultiplexedConnection,
-    server: Arc<Server>,
+    server: Arc<RedisServer>,
     links: Arc<Links>,
 ) -> RedisResult<()> {
     // Nobody listens yet.
@@ -572,7 +572,7 @@ async fn send_probe(
         // Another channel is chosen when it is known where this one is.
         Err(error) if is_of_the_slot(&error) => {
             links.probe.forget();
-            server.astray.notify_one();
+            server.topology_stale.notify_one();
             Ok(())
         }
         Err(error) if is_forbidden(&error) => {

@@ -11,7 +11,7 @@ use redis::{
     ErrorKind, RedisError, RedisResult, ServerErrorKind, Value, aio::MultiplexedConnection,
 };
 
-use super::{server::Server, untrusted};
+use super::{server::RedisServer, untrusted};
 use crate::telemetry::seldom::Seldom;
 
 /// The first version with what is needed: sharded pub/sub, flags of scripts.
@@ -156,7 +156,7 @@ impl Conditions {
     /// Looks at what may have changed: the policy, and where something was forbidden what is.
     pub(super) async fn look(
         &self,
-        server: &Server,
+        server: &RedisServer,
         connection: &mut MultiplexedConnection,
         permitted: &redis::Script,
     ) -> RedisResult<()> {
@@ -179,7 +179,7 @@ impl Conditions {
 
     async fn look_at_permissions(
         &self,
-        server: &Server,
+        server: &RedisServer,
         connection: &mut MultiplexedConnection,
         permitted: &redis::Script,
     ) -> RedisResult<()> {

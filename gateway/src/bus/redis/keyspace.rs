@@ -4,7 +4,7 @@
 //! `:meta`, `:ids0`, `:ids1`, `:unheard`, and the channel `gw:{p}:r:<room>`. Who is in it lies beside that
 //! ([`PlaceKeys`]), and who is in the cluster in one place for each group. What is of one user lies the
 //! same way under `gw:{p}:u:<user>`: the log of the inbox, and sessions. On Redis Cluster each partition is
-//! a [group](crate::bus::group) with a barrier of its own beside it, since a script may use keys of
+//! a [placement group](crate::bus::placement) with a barrier of its own beside it, since a script may use keys of
 //! one slot only; what there is once in all lies with partition 0.
 
 use shared::ids::{RoomId, RoomKind, UserId};

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tokio::sync::{Notify, watch};
 
-use super::{probe::Probe, server::Server};
+use super::{probe::Probe, server::RedisServer};
 use crate::{bus::node_state::NodeState, delivery::ServerId, telemetry::metrics::Metrics};
 
 /// The state of the links.
@@ -64,7 +64,7 @@ impl Links {
     }
 
     /// Notes that a link leads to `token`, or is lost.
-    pub(super) fn set(&self, server: &Server, link: Link, token: Option<ServerId>) {
+    pub(super) fn set(&self, server: &RedisServer, link: Link, token: Option<ServerId>) {
         if let Some(token) = token {
             self.met(server, token);
         }
@@ -88,15 +88,15 @@ impl Links {
 
     /// A connection has met `token`: where that is another server than the one agreed on, nothing
     /// is to be read or written until the nodes have agreed on it.
-    pub(super) fn met(&self, server: &Server, token: ServerId) {
-        if server.take_back(|agreed| agreed != token) {
+    pub(super) fn met(&self, server: &RedisServer, token: ServerId) {
+        if server.revoke_agreement(|agreed| agreed != token) {
             self.node_state.set_agreed(server.owned.borrow().iter().copied(), false);
         }
     }
 
     /// The server turned out to be none that the nodes have agreed on.
-    pub(super) fn found_stale(&self, server: &Server, token: ServerId) {
-        server.take_back(|agreed| agreed == token);
+    pub(super) fn found_stale(&self, server: &RedisServer, token: ServerId) {
+        server.revoke_agreement(|agreed| agreed == token);
         self.node_state.set_agreed(server.owned.borrow().iter().copied(), false);
     }
 

@@ -13,8 +13,8 @@ use shared::{
 
 use super::{
     restore::LogRestorer,
-    server::Server,
-    topology::Reader,
+    server::RedisServer,
+    topology::ReadConnection,
     untrusted::{self, Lossy, checked, or_absent, read},
 };
 use crate::{
@@ -28,7 +28,7 @@ const HEADS_MAX: usize = 512;
 
 #[derive(Clone)]
 pub(super) struct Log {
-    server: Arc<Server>,
+    server: Arc<RedisServer>,
     metrics: Arc<Metrics>,
     restorer: LogRestorer,
     read: redis::Script,
@@ -36,7 +36,7 @@ pub(super) struct Log {
 }
 
 impl Log {
-    pub(super) fn new(server: Arc<Server>, metrics: Arc<Metrics>) -> Self {
+    pub(super) fn new(server: Arc<RedisServer>, metrics: Arc<Metrics>) -> Self {
         let healer = LogRestorer::new(server.clone(), metrics.clone());
         let read = server.keyspace.script(include_str!("scripts/read.lua"));
         let delete = server.keyspace.script(include_str!("scripts/delete.lua"));
@@ -49,7 +49,7 @@ impl Log {
             let token = log.agreed(&room).await;
             let mut page = log
                 .server
-                .ask(async |reader| log.read_by(reader, &room, range, token).await)
+                .query(async |reader| log.read_by(reader, &room, range, token).await)
                 .await?;
             if range.keeps_newest() {
                 page.entries.reverse();
@@ -62,7 +62,9 @@ impl Log {
         let log = self.clone();
         Box::pin(async move {
             let token = log.agreed(&room).await;
-            log.server.ask(async |reader| log.delete_by(reader, &room, token, None).await).await?;
+            log.server
+                .query(async |reader| log.delete_by(reader, &room, token, None).await)
+                .await?;
             Ok(())
         })
     }
@@ -78,7 +80,7 @@ impl Log {
         Box::pin(async move {
             let token = log.agreed(&room).await;
             let asked = Some((owner, by));
-            log.server.ask(async |reader| log.delete_by(reader, &room, token, asked).await).await
+            log.server.query(async |reader| log.delete_by(reader, &room, token, asked).await).await
         })
     }
 
@@ -87,7 +89,7 @@ impl Log {
         Box::pin(async move {
             let token = log.agreed(&held.room).await;
             log.server
-                .ask(async |reader| log.restorer.restore(reader, token, vec![held]).await)
+                .query(async |reader| log.restorer.restore(reader, token, vec![held]).await)
                 .await
         })
     }
@@ -104,8 +106,10 @@ impl Log {
                 for room in rooms {
                     token = log.agreed(room).await;
                 }
-                let some =
-                    log.server.ask(async |reader| log.heads_by(reader, rooms, token).await).await?;
+                let some = log
+                    .server
+                    .query(async |reader| log.heads_by(reader, rooms, token).await)
+                    .await?;
                 heads.extend(some);
             }
             Ok(heads)
@@ -118,7 +122,7 @@ impl Log {
 
     async fn heads_by(
         &self,
-        reader: &mut Reader,
+        reader: &mut ReadConnection,
         rooms: &[RoomId],
         token: ServerId,
     ) -> Result<Vec<Option<Position>>, RedisError> {
@@ -163,7 +167,7 @@ impl Log {
     /// A room that is followed in silence does not lose its numbers, or its epoch where it has none.
     async fn keep_heads(
         &self,
-        reader: &mut Reader,
+        reader: &mut ReadConnection,
         rooms: &[RoomId],
         rows: &[Vec<Option<String>>],
     ) -> Result<(), RedisError> {
@@ -187,7 +191,7 @@ impl Log {
 
     async fn read_by(
         &self,
-        reader: &mut Reader,
+        reader: &mut ReadConnection,
         room: &RoomId,
         range: Range,
         token: ServerId,
@@ -200,7 +204,7 @@ impl Log {
         let answer: Value = self
             .read
             .key(&self.server.keyspace.keys(room))
-            .arg(self.server.common(room, token))
+            .arg(self.server.common_args(room, token))
             .arg(kind)
             .arg(seq)
             .arg(range.limit())
@@ -214,14 +218,14 @@ impl Log {
 
     async fn delete_by(
         &self,
-        reader: &mut Reader,
+        reader: &mut ReadConnection,
         room: &RoomId,
         token: ServerId,
         whole: Option<(Option<UserId>, Option<ConnectionId>)>,
     ) -> Result<DeleteOutcome, RedisError> {
         let keyspace = self.server.keyspace;
         let mut delete = self.delete.key(&keyspace.keys(room));
-        delete.arg(self.server.common(room, token));
+        delete.arg(self.server.common_args(room, token));
         if let Some((owner, by)) = whole {
             let channel = keyspace.channel(room);
             delete.key(format!("{channel}:who")).key(format!("{channel}:record"));

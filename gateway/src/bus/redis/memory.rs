@@ -19,7 +19,7 @@ use parking_lot::Mutex;
 use redis::RedisResult;
 use tokio::time::Instant;
 
-use super::server::Server;
+use super::server::RedisServer;
 use crate::{bus::Bounds, drain::Tasks, telemetry::metrics::Metrics};
 
 /// How often a server is asked.
@@ -142,7 +142,7 @@ impl Usages {
 
 /// Starts the task that asks a server.
 pub(super) fn start(
-    server: Arc<Server>,
+    server: Arc<RedisServer>,
     usages: Arc<Usages>,
     metrics: Arc<Metrics>,
     tasks: &Tasks,
@@ -160,7 +160,7 @@ pub(super) fn start(
 }
 
 /// Asks a server for ever.
-async fn ask(server: &Arc<Server>, usages: &Usages, metrics: &Metrics) {
+async fn ask(server: &Arc<RedisServer>, usages: &Usages, metrics: &Metrics) {
     let key = Arc::as_ptr(server) as usize;
     let mut logged: Option<Instant> = None;
     let mut every = tokio::time::interval(ASK_EVERY);
@@ -201,8 +201,8 @@ async fn ask(server: &Arc<Server>, usages: &Usages, metrics: &Metrics) {
 }
 
 /// What a server answers, if it does.
-async fn usage_of(server: &Server) -> Option<Usage> {
-    let mut reader = server.dial.reader().await.ok()?;
+async fn usage_of(server: &RedisServer) -> Option<Usage> {
+    let mut reader = server.dial.read_connection().await.ok()?;
     let info: RedisResult<String> =
         redis::cmd("INFO").arg("memory").query_async(&mut *reader).await;
     match info {

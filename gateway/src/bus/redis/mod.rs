@@ -64,7 +64,7 @@ use conditions::Conditions;
 use log::Log;
 use router::Router;
 use store::StoreWorker;
-use topology::{Dial, OpenError, TlsFiles, Way};
+use topology::{Dial, TlsFiles, Topology, TopologyError};
 
 /// How long Redis may take to answer before the link counts as dead. A publish whose answer is
 /// late is repeated with its id, so that a false alarm costs a reconnect and nothing else.
@@ -105,7 +105,7 @@ pub struct RedisOptions {
 pub enum RedisStartError {
     /// No connections can be made as configured.
     #[error(transparent)]
-    Open(#[from] OpenError),
+    Open(#[from] TopologyError),
     /// The server is older than what is needed.
     #[error("Redis is {found} at cluster.redis_url, and gateways need 7.0 or newer (or Valkey)")]
     Version {
@@ -170,11 +170,11 @@ impl RedisBus {
         metrics: Arc<Metrics>,
         tasks: &Tasks,
     ) -> Self {
-        Self::start_on(Way::One(dial), options, mailboxes, metrics, tasks)
+        Self::start_on(Topology::Single(dial), options, mailboxes, metrics, tasks)
     }
 
     fn start_on(
-        way: Way,
+        way: Topology,
         options: RedisOptions,
         mailboxes: Mailboxes,
         metrics: Arc<Metrics>,
@@ -198,7 +198,7 @@ impl RedisBus {
         loop {
             pause.wait().await;
             // What there is once in all lies in group 0, which may move meanwhile.
-            let set = self.router.set_of(0).await;
+            let set = self.router.connections_for(0).await;
             match set.server.recorded_partitions().await {
                 Ok(recorded) if recorded == configured => break,
                 Ok(recorded) => return Err(RedisStartError::Partitions { configured, recorded }),
@@ -248,7 +248,7 @@ impl Bus for RedisBus {
     fn read(&self, room: RoomId, range: Range) -> BoxFuture<Result<Page, BusError>> {
         let group = self.router.keyspace().group_of(&room);
         let question = move |log: &Log| log.read(room.clone(), range);
-        Box::pin(self.router.clone().ask(group, question))
+        Box::pin(self.router.clone().query(group, question))
     }
 
     fn heads(&self, rooms: Vec<RoomId>) -> BoxFuture<Result<Vec<Option<Position>>, BusError>> {
@@ -257,20 +257,20 @@ impl Bus for RedisBus {
 
     fn delete(&self, room: RoomId) -> BoxFuture<Result<(), BusError>> {
         let group = self.router.keyspace().group_of(&room);
-        Box::pin(self.router.clone().ask(group, move |log| log.delete(room.clone())))
+        Box::pin(self.router.clone().query(group, move |log| log.delete(room.clone())))
     }
 
     fn restore(&self, held: ReplicaSnapshot) -> BoxFuture<Result<(), BusError>> {
         let group = self.router.keyspace().group_of(&held.room);
-        Box::pin(self.router.clone().ask(group, move |log| log.restore(held.clone())))
+        Box::pin(self.router.clone().query(group, move |log| log.restore(held.clone())))
     }
 
     fn failing(&self) -> Option<&'static str> {
         // What an operator has to do something about goes before what passes by itself.
-        let unmet = self.router.unmet_condition();
+        let unmet = self.router.unmet_requirement();
         unmet.or(if !self.router.is_up() {
             Some("bus")
-        } else if self.router.evicts() {
+        } else if self.router.evicts_keys() {
             Some("maxmemory_policy")
         } else {
             None
@@ -355,7 +355,7 @@ impl PresenceStore for RedisBus {
     ) -> BoxFuture<Result<DeleteOutcome, BusError>> {
         let group = self.router.keyspace().group_of(&room);
         let question = move |log: &Log| log.delete_room(room.clone(), owner.clone(), by);
-        Box::pin(self.router.clone().ask(group, question))
+        Box::pin(self.router.clone().query(group, question))
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use redis::{RedisError, RedisResult, Value, aio::MultiplexedConnection};
 use shared::ids::RoomId;
 
-use super::{as_arguments, refused_or_away, server::Server, untrusted};
+use super::{as_arguments, refused_or_away, server::RedisServer, untrusted};
 use crate::{
     bus::{BusError, unconfirmed::UnconfirmedInRoom},
     delivery::{Entry, ReplicaSnapshot, ServerId},
@@ -19,14 +19,14 @@ const BYTES_MAX: usize = 1 << 20;
 /// Heals rooms by `restore.lua`, and gives numbers back by `restore_unconfirmed.lua`.
 #[derive(Clone)]
 pub(super) struct LogRestorer {
-    server: Arc<Server>,
+    server: Arc<RedisServer>,
     script: redis::Script,
     unconfirmed_script: redis::Script,
     metrics: Arc<Metrics>,
 }
 
 impl LogRestorer {
-    pub(super) fn new(server: Arc<Server>, metrics: Arc<Metrics>) -> Self {
+    pub(super) fn new(server: Arc<RedisServer>, metrics: Arc<Metrics>) -> Self {
         let script = server.keyspace.script(include_str!("scripts/restore.lua"));
         let unheard = server.keyspace.script(include_str!("scripts/restore_unconfirmed.lua"));
         Self { server, script, unconfirmed_script: unheard, metrics }

@@ -1,6 +1,6 @@
 //! Which server each room is with, and the way of every call to it.
 //!
-//! Each server has a *set* of connections of its own, and each [group](crate::bus::group) a *lane* that
+//! Each server has a *set* of connections of its own, and each [placement group](crate::bus::placement) a *lane* that
 //! leads to one set. Behind a single address there is one of each, for good. In a Redis Cluster there
 //! is a set per primary, and groups move between them: when a replica takes over, and when a slot
 //! migrates. Both are the same here, a *hand-over*:
@@ -37,10 +37,10 @@ use super::{
     links::Links,
     log::Log,
     memory::{self, Usages},
-    server::{Agreed, Server},
+    server::{AgreedServer, RedisServer},
     status,
     subscriber::{self, Subscriber},
-    topology::{Cluster, Dial, Way, url::Address},
+    topology::{Dial, RedisCluster, Topology, url::Address},
     waiting::Queued,
 };
 use crate::{
@@ -55,13 +55,13 @@ const QUEUE_BYTES_MAX: usize = 64 << 20;
 /// What an entry counts beside its own bytes, so that small ones are bounded in number.
 const ENTRY_OVERHEAD_BYTES: usize = 512;
 /// How often a Redis Cluster is asked who serves what, unless something shows a change.
-const ASK_EVERY: Duration = Duration::from_secs(1);
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
 /// How often it is asked at most.
-const ASK_PAUSE: Duration = Duration::from_millis(50);
+const POLL_PAUSE_MIN: Duration = Duration::from_millis(50);
 
 /// The connections to one server, and who uses them.
-pub(super) struct Set {
-    pub(super) server: Arc<Server>,
+pub(super) struct ServerConnections {
+    pub(super) server: Arc<RedisServer>,
     links: Arc<Links>,
     appender: Appender,
     subscriber: Subscriber,
@@ -71,76 +71,78 @@ pub(super) struct Set {
 
 /// What a group's calls go through.
 #[derive(Default)]
-struct Lane {
-    set: Option<Arc<Set>>,
+struct Route {
+    connections: Option<Arc<ServerConnections>>,
     /// Publishes that wait for a set.
-    held: VecDeque<Queued>,
+    pending: VecDeque<Queued>,
     subscribed: BTreeSet<RoomId>,
 }
 
 /// What the sets are made of.
-struct Parts {
+struct ConnectionContext {
     keyspace: Keyspace,
     retention: Retention,
     mailboxes: Mailboxes,
     metrics: Arc<Metrics>,
     process: Arc<Process>,
-    astray: Arc<Notify>,
+    topology_stale: Arc<Notify>,
     usages: Arc<Usages>,
     tasks: Tasks,
 }
 
 /// The lanes of all groups.
 pub(super) struct Router {
-    parts: Parts,
-    lanes: Mutex<Vec<Lane>>,
+    context: ConnectionContext,
+    routes: Mutex<Vec<Route>>,
     /// Changes when a lane does.
     changed: watch::Sender<()>,
     /// What the queues have room for.
-    room: Arc<Semaphore>,
+    capacity: Arc<Semaphore>,
     was_up: AtomicBool,
 }
 
 impl Router {
     pub(super) fn start(
-        way: Way,
+        way: Topology,
         options: RedisOptions,
         mailboxes: Mailboxes,
         metrics: Arc<Metrics>,
         tasks: &Tasks,
     ) -> Arc<Self> {
-        let sharded = matches!(way, Way::Many(_));
+        let sharded = matches!(way, Topology::Cluster(_));
         let keyspace = Keyspace { partitions: options.partitions, sharded };
         let standing = mailboxes.node_state();
         standing.drop_lease();
         standing.begin_agreement(keyspace.groups());
         let router = Arc::new(Self {
-            parts: Parts {
+            context: ConnectionContext {
                 keyspace,
                 retention: options.retention,
                 mailboxes: mailboxes.clone(),
                 metrics,
                 process: Arc::new(Process::new(&options.node, LeaseTimes::of(options.lease))),
-                astray: Arc::default(),
+                topology_stale: Arc::default(),
                 usages: Arc::default(),
                 tasks: tasks.clone(),
             },
-            lanes: Mutex::new((0..keyspace.groups()).map(|_| Lane::default()).collect()),
+            routes: Mutex::new((0..keyspace.groups()).map(|_| Route::default()).collect()),
             changed: watch::Sender::default(),
-            room: Arc::new(Semaphore::new(QUEUE_BYTES_MAX)),
+            capacity: Arc::new(Semaphore::new(QUEUE_BYTES_MAX)),
             was_up: AtomicBool::new(false),
         });
         match way {
-            Way::One(dial) => router.lanes.lock()[0].set = Some(router.parts.set(dial, &[0])),
-            Way::Many(cluster) => {
+            Topology::Single(dial) => {
+                router.routes.lock()[0].connections = Some(router.context.connect(dial, &[0]))
+            }
+            Topology::Cluster(cluster) => {
                 let (router, stopped) = (router.clone(), tasks.stopped().clone());
                 tasks.spawn_service("redis_cluster", async move {
                     tokio::select! {
                         biased;
                         () = stopped.cancelled() => {}
-                        () = router.keep_up_with(&cluster) => {}
+                        () = router.track_topology(&cluster) => {}
                     }
-                    router.answer_all_held();
+                    router.reject_all_pending();
                 });
             }
         }
@@ -150,24 +152,24 @@ impl Router {
 
     /// What is known of this node's own state.
     pub(super) fn node_state(&self) -> &Arc<NodeState> {
-        self.parts.mailboxes.node_state()
+        self.context.mailboxes.node_state()
     }
 
     /// This run of this node.
     pub(super) fn process(&self) -> &Arc<Process> {
-        &self.parts.process
+        &self.context.process
     }
 
     /// The server that a group is with, if the nodes have agreed on it.
-    pub(super) fn agreed_server(&self, group: u16) -> Option<Arc<Server>> {
-        let set = self.lanes.lock()[usize::from(group)].set.clone()?;
+    pub(super) fn agreed_server(&self, group: u16) -> Option<Arc<RedisServer>> {
+        let set = self.routes.lock()[usize::from(group)].connections.clone()?;
         let has_agreed = set.server.agreed.borrow().groups.contains(&group);
         has_agreed.then(|| set.server.clone())
     }
 
     /// The groups whose servers the nodes have agreed on.
     pub(super) fn agreed_groups(&self) -> BTreeSet<u16> {
-        let sets = self.sets();
+        let sets = self.connections_by_groups();
         let agreed = sets.iter().flat_map(|(set, groups)| {
             let agreed = set.server.agreed.borrow().groups.clone();
             groups.iter().copied().filter(move |group| agreed.contains(group))
@@ -178,56 +180,56 @@ impl Router {
     /// The server of each group, once the nodes have agreed on all, and how often they had by then.
     pub(super) fn agreed_servers(&self) -> Option<BTreeMap<u16, (ServerId, u64)>> {
         let mut tokens = BTreeMap::new();
-        for (set, groups) in self.sets() {
+        for (set, groups) in self.connections_by_groups() {
             let agreed = set.server.agreed.borrow().clone();
             tokens.extend(groups.iter().filter_map(|group| {
                 let token = agreed.id.filter(|_| agreed.groups.contains(group))?;
-                Some((*group, (token, agreed.times)))
+                Some((*group, (token, agreed.count)))
             }));
         }
         (tokens.len() == usize::from(self.keyspace().groups())).then_some(tokens)
     }
 
     pub(super) fn metrics(&self) -> &Metrics {
-        &self.parts.metrics
+        &self.context.metrics
     }
 
     pub(super) fn keyspace(&self) -> Keyspace {
-        self.parts.keyspace
+        self.context.keyspace
     }
 
     /// Whether this node can publish and hear, and the others count on it.
     pub(super) fn is_up(&self) -> bool {
-        let sets = self.sets();
+        let sets = self.connections_by_groups();
         let all = sets.iter().map(|(_, groups)| groups.len()).sum::<usize>();
         all == usize::from(self.keyspace().groups())
             && sets.iter().all(|(set, groups)| set.is_up_for(groups))
-            && self.parts.mailboxes.node_state().holds_lease(Instant::now())
+            && self.context.mailboxes.node_state().holds_lease(Instant::now())
     }
 
     /// Shows in the metrics whether all is well.
-    pub(super) fn show(&self) {
+    pub(super) fn update_metrics(&self) {
         let up = self.is_up();
         if self.was_up.swap(up, Ordering::AcqRel) != up {
-            self.parts.metrics.bus_up.set(i64::from(up));
+            self.context.metrics.bus_up.set(i64::from(up));
         }
     }
 
     /// Whether a server throws keys away.
-    pub(super) fn evicts(&self) -> bool {
-        self.sets().iter().any(|(set, _)| set.server.conditions.evicts())
+    pub(super) fn evicts_keys(&self) -> bool {
+        self.connections_by_groups().iter().any(|(set, _)| set.server.conditions.evicts())
     }
 
     /// What a server is not, or does not allow.
-    pub(super) fn unmet_condition(&self) -> Option<&'static str> {
-        self.sets().iter().find_map(|(set, _)| set.server.conditions.failing())
+    pub(super) fn unmet_requirement(&self) -> Option<&'static str> {
+        self.connections_by_groups().iter().find_map(|(set, _)| set.server.conditions.failing())
     }
 
     /// All sets, with the groups that lead to them.
-    fn sets(&self) -> Vec<(Arc<Set>, Vec<u16>)> {
-        let mut sets: Vec<(Arc<Set>, Vec<u16>)> = Vec::new();
-        for (group, lane) in (0..).zip(&*self.lanes.lock()) {
-            let Some(set) = &lane.set else { continue };
+    fn connections_by_groups(&self) -> Vec<(Arc<ServerConnections>, Vec<u16>)> {
+        let mut sets: Vec<(Arc<ServerConnections>, Vec<u16>)> = Vec::new();
+        for (group, lane) in (0..).zip(&*self.routes.lock()) {
+            let Some(set) = &lane.connections else { continue };
             match sets.iter_mut().find(|(known, _)| Arc::ptr_eq(known, set)) {
                 Some((_, groups)) => groups.push(group),
                 None => sets.push((set.clone(), vec![group])),
@@ -238,29 +240,29 @@ impl Router {
 
     pub(super) fn append(&self, append: Append) {
         let bytes = append.envelope.as_bytes().len() + ENTRY_OVERHEAD_BYTES;
-        let Ok(room) = self.room.clone().try_acquire_many_owned(bytes as u32) else {
+        let Ok(room) = self.capacity.clone().try_acquire_many_owned(bytes as u32) else {
             return (append.done)(Err(BusError::Overloaded));
         };
         let group = usize::from(self.keyspace().group_of(&append.room));
         let queued = Queued::new(append, room);
         let refused = {
-            let lane = &mut self.lanes.lock()[group];
-            match &lane.set {
+            let lane = &mut self.routes.lock()[group];
+            match &lane.connections {
                 Some(set) => set.appender.send(queued),
                 None => {
-                    lane.held.push_back(queued);
+                    lane.pending.push_back(queued);
                     None
                 }
             }
         };
-        answer(refused);
+        complete_rejected(refused);
     }
 
     /// The set that a group leads to, once there is one.
-    pub(super) async fn set_of(&self, group: u16) -> Arc<Set> {
+    pub(super) async fn connections_for(&self, group: u16) -> Arc<ServerConnections> {
         let mut changed = self.changed.subscribe();
         loop {
-            if let Some(set) = self.lanes.lock()[usize::from(group)].set.clone() {
+            if let Some(set) = self.routes.lock()[usize::from(group)].connections.clone() {
                 return set;
             }
             // The sender lives as long as `self`.
@@ -268,26 +270,26 @@ impl Router {
         }
     }
 
-    fn leads_to(&self, group: u16, set: &Arc<Set>) -> bool {
-        let lanes = self.lanes.lock();
-        lanes[usize::from(group)].set.as_ref().is_some_and(|other| Arc::ptr_eq(other, set))
+    fn routes_to(&self, group: u16, set: &Arc<ServerConnections>) -> bool {
+        let lanes = self.routes.lock();
+        lanes[usize::from(group)].connections.as_ref().is_some_and(|other| Arc::ptr_eq(other, set))
     }
 
     /// Waits until a group leads elsewhere. Cancel-safe.
-    async fn has_left(&self, group: u16, set: &Arc<Set>) {
+    async fn moved_away(&self, group: u16, set: &Arc<ServerConnections>) {
         let mut changed = self.changed.subscribe();
-        while self.leads_to(group, set) {
+        while self.routes_to(group, set) {
             let _ = changed.changed().await;
         }
     }
 
     pub(super) async fn subscribe(self: Arc<Self>, room: RoomId) -> Result<(), BusError> {
         let group = self.keyspace().group_of(&room);
-        self.lanes.lock()[usize::from(group)].subscribed.insert(room.clone());
+        self.routes.lock()[usize::from(group)].subscribed.insert(room.clone());
         loop {
-            let set = self.set_of(group).await;
+            let set = self.connections_for(group).await;
             let followed = set.subscriber.subscribe(room.clone()).await;
-            if followed.is_ok() || self.leads_to(group, &set) {
+            if followed.is_ok() || self.routes_to(group, &set) {
                 return followed;
             }
         }
@@ -295,9 +297,9 @@ impl Router {
 
     pub(super) fn unsubscribe(&self, room: RoomId) {
         let set = {
-            let lane = &mut self.lanes.lock()[usize::from(self.keyspace().group_of(&room))];
+            let lane = &mut self.routes.lock()[usize::from(self.keyspace().group_of(&room))];
             lane.subscribed.remove(&room);
-            lane.set.clone()
+            lane.connections.clone()
         };
         if let Some(set) = set {
             set.subscriber.unsubscribe(room);
@@ -305,19 +307,19 @@ impl Router {
     }
 
     /// Asks something of the log of a room, where it is at this moment.
-    pub(super) async fn ask<T>(
+    pub(super) async fn query<T>(
         self: Arc<Self>,
         group: u16,
         question: impl Fn(&Log) -> BoxFuture<Result<T, BusError>>,
     ) -> Result<T, BusError> {
         loop {
-            let set = self.set_of(group).await;
+            let set = self.connections_for(group).await;
             let mut answer = question(&set.log);
             // Where the group moves meanwhile nobody agrees on the old server any more.
             tokio::select! {
                 biased;
                 answer = &mut answer => return answer,
-                () = self.has_left(group, &set) => {}
+                () = self.moved_away(group, &set) => {}
             }
         }
     }
@@ -331,10 +333,10 @@ impl Router {
         let mut left: Vec<usize> = (0..rooms.len()).collect();
         while let Some(first) = left.first() {
             let group = keyspace.group_of(&rooms[*first]);
-            let set = self.set_of(group).await;
+            let set = self.connections_for(group).await;
             let (here, others) = left
                 .into_iter()
-                .partition(|at| self.leads_to(keyspace.group_of(&rooms[*at]), &set));
+                .partition(|at| self.routes_to(keyspace.group_of(&rooms[*at]), &set));
             let here: Vec<usize> = here;
             left = others;
             if here.is_empty() {
@@ -345,7 +347,7 @@ impl Router {
             let answer = tokio::select! {
                 biased;
                 answer = &mut answer => answer?,
-                () = set.has_lost_some() => return Err(BusError::Unavailable),
+                () = set.lost_group() => return Err(BusError::Unavailable),
             };
             for (at, head) in here.into_iter().zip(answer) {
                 heads[at] = head;
@@ -355,15 +357,15 @@ impl Router {
     }
 
     /// Follows the changes of a Redis Cluster, for ever.
-    async fn keep_up_with(&self, cluster: &Cluster) {
+    async fn track_topology(&self, cluster: &RedisCluster) {
         let mut failures = 0_u32;
         loop {
-            match cluster.map().await {
+            match cluster.slot_map().await {
                 Ok(map) => {
                     failures = 0;
                     let slots = (0..self.keyspace().groups()).map(Keyspace::slot_of_group);
                     let owners = slots.map(|slot| map.primary_of(slot).cloned()).collect();
-                    self.assign(cluster, owners).await;
+                    self.update_routes(cluster, owners).await;
                 }
                 Err(error) => {
                     if failures.is_multiple_of(40) {
@@ -372,22 +374,22 @@ impl Router {
                     failures += 1;
                 }
             }
-            self.expire_held();
-            tokio::time::sleep(ASK_PAUSE).await;
+            self.expire_pending();
+            tokio::time::sleep(POLL_PAUSE_MIN).await;
             // Cancel-safe, both.
             tokio::select! {
                 biased;
-                () = self.parts.astray.notified() => {}
-                () = tokio::time::sleep(ASK_EVERY) => {}
+                () = self.context.topology_stale.notified() => {}
+                () = tokio::time::sleep(POLL_INTERVAL) => {}
             }
         }
     }
 
     /// Leads groups to their owners. A group that nobody owns stays where it is.
-    async fn assign(&self, cluster: &Cluster, owners: Vec<Option<Address>>) {
-        let mut sets: BTreeMap<Address, Arc<Set>> = BTreeMap::new();
+    async fn update_routes(&self, cluster: &RedisCluster, owners: Vec<Option<Address>>) {
+        let mut sets: BTreeMap<Address, Arc<ServerConnections>> = BTreeMap::new();
         let mut moves: BTreeMap<Address, Vec<u16>> = BTreeMap::new();
-        for (set, groups) in self.sets() {
+        for (set, groups) in self.connections_by_groups() {
             if let Some(address) = &set.server.address {
                 sets.insert(address.clone(), set.clone());
             }
@@ -400,7 +402,8 @@ impl Router {
                 }
             }
         }
-        let led: BTreeSet<u16> = self.sets().into_iter().flat_map(|(_, groups)| groups).collect();
+        let led: BTreeSet<u16> =
+            self.connections_by_groups().into_iter().flat_map(|(_, groups)| groups).collect();
         for (group, owner) in (0..).zip(&owners) {
             if let Some(owner) = owner.as_ref().filter(|_| !led.contains(&group)) {
                 moves.entry(owner.clone()).or_default().push(group);
@@ -414,15 +417,15 @@ impl Router {
 
     async fn hand_over(
         &self,
-        cluster: &Cluster,
+        cluster: &RedisCluster,
         owner: &Address,
-        set: Option<Arc<Set>>,
+        set: Option<Arc<ServerConnections>>,
         groups: Vec<u16>,
     ) {
         let set = match set {
             Some(set) => set,
             None => match cluster.dial(owner) {
-                Ok(dial) => self.parts.set_at(Some(owner.clone()), dial, &[]),
+                Ok(dial) => self.context.connect_at(Some(owner.clone()), dial, &[]),
                 Err(error) => {
                     tracing::error!(%owner, %error, "no connections can be made to a primary");
                     return;
@@ -431,91 +434,97 @@ impl Router {
         };
         tracing::info!(%owner, groups = groups.len(), "a primary serves partitions from now on");
         let mut released = Vec::new();
-        for (old, gone) in self.part_from(&groups) {
-            old.server.own(&[], &gone);
-            self.parts.mailboxes.node_state().set_agreed(gone.iter().copied(), false);
+        for (old, gone) in self.detach(&groups) {
+            old.server.update_owned(&[], &gone);
+            self.context.mailboxes.node_state().set_agreed(gone.iter().copied(), false);
             released.extend(old.appender.release(gone).await);
             if old.server.owned.borrow().is_empty() {
                 old.tasks.stopped().cancel();
             }
         }
-        set.server.own(&groups, &[]);
+        set.server.update_owned(&groups, &[]);
         let (mut refused, mut followed) = (Vec::new(), Vec::new());
         {
-            let lanes = &mut *self.lanes.lock();
+            let lanes = &mut *self.routes.lock();
             let mut send = |queued| refused.extend(set.appender.send(queued));
             released.into_iter().for_each(&mut send);
             for group in groups {
                 let lane = &mut lanes[usize::from(group)];
-                lane.set = Some(set.clone());
-                lane.held.drain(..).for_each(&mut send);
+                lane.connections = Some(set.clone());
+                lane.pending.drain(..).for_each(&mut send);
                 followed.extend(lane.subscribed.iter().cloned());
             }
         }
         set.subscriber.adopt(followed);
-        answer(refused);
+        complete_rejected(refused);
         self.changed.send_replace(());
     }
 
     /// Takes groups from the sets that they lead to.
-    fn part_from(&self, groups: &[u16]) -> Vec<(Arc<Set>, Vec<u16>)> {
-        let mut parted = self.sets();
+    fn detach(&self, groups: &[u16]) -> Vec<(Arc<ServerConnections>, Vec<u16>)> {
+        let mut parted = self.connections_by_groups();
         for (_, theirs) in &mut parted {
             theirs.retain(|group| groups.contains(group));
         }
         parted.retain(|(_, theirs)| !theirs.is_empty());
         for group in groups {
-            self.lanes.lock()[usize::from(*group)].set = None;
+            self.routes.lock()[usize::from(*group)].connections = None;
         }
         self.changed.send_replace(());
         parted
     }
 
     /// Answers what waits in lanes and is past its deadline.
-    fn expire_held(&self) {
+    fn expire_pending(&self) {
         let (now, mut expired) = (Instant::now(), Vec::new());
-        for lane in &mut *self.lanes.lock() {
-            while let Some(queued) = lane.held.pop_front_if(|queued| queued.append.deadline <= now)
+        for lane in &mut *self.routes.lock() {
+            while let Some(queued) =
+                lane.pending.pop_front_if(|queued| queued.append.deadline <= now)
             {
                 expired.push((queued, BusError::Unavailable));
             }
         }
-        answer(expired);
+        complete_rejected(expired);
     }
 
-    fn answer_all_held(&self) {
+    fn reject_all_pending(&self) {
         let mut held = Vec::new();
-        for lane in &mut *self.lanes.lock() {
-            held.extend(lane.held.drain(..).map(|queued| (queued, BusError::Unavailable)));
+        for lane in &mut *self.routes.lock() {
+            held.extend(lane.pending.drain(..).map(|queued| (queued, BusError::Unavailable)));
         }
-        answer(held);
+        complete_rejected(held);
     }
 }
 
 /// Answers publishes, outside of any lock.
-fn answer(refused: impl IntoIterator<Item = (Queued, BusError)>) {
+fn complete_rejected(refused: impl IntoIterator<Item = (Queued, BusError)>) {
     for (queued, error) in refused {
         (queued.append.done)(Err(error));
     }
 }
 
-impl Parts {
+impl ConnectionContext {
     /// The set of the only server there is.
-    fn set(&self, dial: Arc<dyn Dial>, groups: &[u16]) -> Arc<Set> {
-        self.set_at(None, dial, groups)
+    fn connect(&self, dial: Arc<dyn Dial>, groups: &[u16]) -> Arc<ServerConnections> {
+        self.connect_at(None, dial, groups)
     }
 
-    fn set_at(&self, address: Option<Address>, dial: Arc<dyn Dial>, groups: &[u16]) -> Arc<Set> {
+    fn connect_at(
+        &self,
+        address: Option<Address>,
+        dial: Arc<dyn Dial>,
+        groups: &[u16],
+    ) -> Arc<ServerConnections> {
         let tasks = self.tasks.part();
-        let server = Arc::new(Server {
+        let server = Arc::new(RedisServer {
             address,
             dial,
             keyspace: self.keyspace,
             retention: self.retention.clone(),
             memory: Default::default(),
             owned: watch::Sender::new(groups.iter().copied().collect()),
-            agreed: watch::Sender::new(Agreed::default()),
-            astray: self.astray.clone(),
+            agreed: watch::Sender::new(AgreedServer::default()),
+            topology_stale: self.topology_stale.clone(),
             conditions: Conditions::default(),
         });
         let standing = self.mailboxes.node_state().clone();
@@ -528,11 +537,11 @@ impl Parts {
         let process = self.process.clone();
         agreement::start(server.clone(), links.clone(), mailboxes, process, &tasks);
         memory::start(server.clone(), self.usages.clone(), self.metrics.clone(), &tasks);
-        Arc::new(Set { server, links, appender, subscriber, log, tasks })
+        Arc::new(ServerConnections { server, links, appender, subscriber, log, tasks })
     }
 }
 
-impl Set {
+impl ServerConnections {
     /// Whether its links stand and the nodes have agreed on it for these groups.
     fn is_up_for(&self, groups: &[u16]) -> bool {
         let agreed = self.server.agreed.borrow().clone();
@@ -540,7 +549,7 @@ impl Set {
     }
 
     /// Waits until a group is taken away. Cancel-safe.
-    async fn has_lost_some(&self) {
+    async fn lost_group(&self) {
         let mut owned = self.server.owned.subscribe();
         let before = owned.borrow_and_update().clone();
         // The sender lives as long as `self`.

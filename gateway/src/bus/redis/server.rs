@@ -14,7 +14,7 @@ use super::{
     keyspace::Keyspace,
     memory::Memory,
     refused_or_away,
-    topology::{Dial, Reader, url::Address},
+    topology::{Dial, ReadConnection, url::Address},
 };
 use crate::{
     bus::{BusError, Retention, random_epoch},
@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// What all parts need to know.
-pub(super) struct Server {
+pub(super) struct RedisServer {
     /// Where it is, in a Redis Cluster.
     pub(super) address: Option<Address>,
     pub(super) dial: Arc<dyn Dial>,
@@ -33,30 +33,30 @@ pub(super) struct Server {
     /// The groups that it serves.
     pub(super) owned: watch::Sender<BTreeSet<u16>>,
     /// What the nodes have agreed on.
-    pub(super) agreed: watch::Sender<Agreed>,
+    pub(super) agreed: watch::Sender<AgreedServer>,
     /// Told when something shows that a group may be with another server.
-    pub(super) astray: Arc<Notify>,
+    pub(super) topology_stale: Arc<Notify>,
     /// What it has to be, and a gateway has to be allowed there.
     pub(super) conditions: Conditions,
 }
 
 /// The server that the nodes have agreed on, and for which groups.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Agreed {
+pub(super) struct AgreedServer {
     pub(super) id: Option<ServerId>,
     pub(super) groups: Arc<BTreeSet<u16>>,
     /// How often they have, on whichever: a server that was flushed is agreed on again.
-    pub(super) times: u64,
+    pub(super) count: u64,
 }
 
-impl Agreed {
+impl AgreedServer {
     /// Whether it is on `id`, for `group`.
     pub(super) fn is_on(&self, token: ServerId, group: u16) -> bool {
         self.id == Some(token) && self.groups.contains(&group)
     }
 }
 
-impl Server {
+impl RedisServer {
     /// The server agreed on for `group`, once it is.
     pub(super) async fn agreed(&self, group: u16) -> ServerId {
         let mut agreed = self.agreed.subscribe();
@@ -70,7 +70,7 @@ impl Server {
     }
 
     /// The first arguments of each script of a room.
-    pub(super) fn common(&self, room: &RoomId, token: ServerId) -> impl ToRedisArgs + use<> {
+    pub(super) fn common_args(&self, room: &RoomId, token: ServerId) -> impl ToRedisArgs + use<> {
         let ms = |time: std::time::Duration| time.as_millis() as u64;
         let (ttl, dedup_window) = (self.retention.of(room).ttl, self.retention.dedup_window);
         let channel = self.keyspace.channel(room);
@@ -99,7 +99,7 @@ impl Server {
         let keys = self.keyspace.keys(room);
         let mut command = redis::cmd("EVALSHA");
         command.arg(script.get_hash()).arg(keys.len() + further.len()).arg(&keys).arg(further);
-        command.arg(self.common(room, token));
+        command.arg(self.common_args(room, token));
         command
     }
 
@@ -128,7 +128,7 @@ impl Server {
     ) -> Result<(MultiplexedConnection, ServerId), RedisError> {
         let connected = self.connect_and_ask(config).await;
         if let Err(error) = &connected {
-            self.astray.notify_one();
+            self.topology_stale.notify_one();
             self.conditions.note(Finder::Call, error);
             if error.kind() == ErrorKind::RESP3NotSupported {
                 let _ = self.conditions.note_version(Some("older than 6.0".to_owned()));
@@ -167,21 +167,21 @@ impl Server {
 
     /// Asks something over a reader, which is thrown away where it leads to another server than the
     /// one agreed on.
-    pub(super) async fn ask<T>(
+    pub(super) async fn query<T>(
         &self,
-        question: impl AsyncFnOnce(&mut Reader) -> Result<T, RedisError>,
+        question: impl AsyncFnOnce(&mut ReadConnection) -> Result<T, RedisError>,
     ) -> Result<T, BusError> {
         if self.conditions.is_forbidden() {
             // It would be refused; the appender finds out when it is not any more.
             return Err(BusError::Unavailable);
         }
-        let mut reader = self.dial.reader().await.map_err(|error| {
+        let mut reader = self.dial.read_connection().await.map_err(|error| {
             tracing::debug!(%error, "no connection to ask by");
             BusError::Unavailable
         })?;
         question(&mut reader).await.map_err(|error| {
             if is_of_the_slot(&error) {
-                self.astray.notify_one();
+                self.topology_stale.notify_one();
                 return BusError::Unavailable;
             }
             if is_stale(&error) || error.kind() == ErrorKind::Io {
@@ -210,21 +210,21 @@ impl Server {
     }
 
     /// Notes that the nodes have agreed on it for some more groups.
-    pub(super) fn agree_on(&self, token: ServerId, groups: &[u16]) {
+    pub(super) fn record_agreement(&self, token: ServerId, groups: &[u16]) {
         self.agreed.send_modify(|agreed| {
             let before = if agreed.id == Some(token) { &agreed.groups } else { &Arc::default() };
             let all = before.iter().chain(groups).copied().collect();
-            let times = agreed.times + 1;
-            *agreed = Agreed { id: Some(token), groups: Arc::new(all), times };
+            let times = agreed.count + 1;
+            *agreed = AgreedServer { id: Some(token), groups: Arc::new(all), count: times };
         });
     }
 
     /// Takes the agreement back, if it is one on which `gone` says so. Returns whether it was.
-    pub(super) fn take_back(&self, gone: impl Fn(ServerId) -> bool) -> bool {
+    pub(super) fn revoke_agreement(&self, gone: impl Fn(ServerId) -> bool) -> bool {
         self.agreed.send_if_modified(|agreed| {
             let taken = agreed.id.is_some_and(&gone);
             if taken {
-                *agreed = Agreed { times: agreed.times, ..Agreed::default() };
+                *agreed = AgreedServer { count: agreed.count, ..AgreedServer::default() };
             }
             taken
         })
@@ -232,7 +232,7 @@ impl Server {
 
     /// Gives groups to it, or takes them away; what was agreed on for the latter does not count any
     /// more.
-    pub(super) fn own(&self, more: &[u16], fewer: &[u16]) {
+    pub(super) fn update_owned(&self, more: &[u16], fewer: &[u16]) {
         self.owned.send_modify(|owned| {
             owned.extend(more);
             owned.retain(|group| !fewer.contains(group));
@@ -244,7 +244,7 @@ impl Server {
     }
 
     /// The groups that it serves and that the nodes have not agreed on it for.
-    pub(super) fn open_questions(&self, token: ServerId) -> Vec<u16> {
+    pub(super) fn unagreed_groups(&self, token: ServerId) -> Vec<u16> {
         let agreed = self.agreed.borrow().clone();
         let owned = self.owned.borrow();
         owned.iter().copied().filter(|group| !agreed.is_on(token, *group)).collect()

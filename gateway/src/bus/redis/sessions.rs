@@ -18,7 +18,7 @@ use tokio::sync::oneshot;
 use super::{
     keyspace::Keyspace,
     memory::NEW_SESSIONS_TTL,
-    server::Server,
+    server::RedisServer,
     store::{Op, StoreWorker, evalsha, flag},
     untrusted::{Lossy, found},
 };
@@ -187,7 +187,7 @@ impl StoreWorker {
     }
 
     /// The call of a script.
-    pub(super) fn session_command(&self, op: &SessionOp, server: &Server) -> Cmd {
+    pub(super) fn session_command(&self, op: &SessionOp, server: &RedisServer) -> Cmd {
         let keyspace = self.router.keyspace();
         let ttl = self.session_ttl_ms();
         match op {
@@ -196,7 +196,7 @@ impl StoreWorker {
                 let keys = [&keyspace.keys(&inbox)[..], &keys_of(keyspace, &opening.user)].concat();
                 let token = server.agreed.borrow().id.unwrap_or_default();
                 let mut command = evalsha(&self.scripts.open, &keys);
-                command.arg(server.common(&inbox, token));
+                command.arg(server.common_args(&inbox, token));
                 command.arg(&AuthorHash::of(&opening.user).as_bytes()[..]);
                 let text = |(session, digest): (SessionId, SecretDigest)| {
                     (session.to_string(), digest.to_text())
@@ -270,7 +270,7 @@ impl StoreWorker {
             let Some(change) = &change else { return Ok(data) };
             let (data, text) =
                 merge_data(data, change.clone()).ok_or(SessionDataError::TooLarge)?;
-            let server = self.router.set_of(group).await.server.clone();
+            let server = self.router.connections_for(group).await.server.clone();
             if text.len() > before.len() && server.memory.pressure().is_tight() {
                 return Err(BusError::Full.into());
             }
@@ -346,7 +346,7 @@ impl StoreWorker {
 }
 
 /// How long the sessions of a user who has none are kept where that is shorter than usual, in ms.
-fn new_ttl(server: &Server, ttl: u64) -> String {
+fn new_ttl(server: &RedisServer, ttl: u64) -> String {
     match server.memory.pressure().is_tight() {
         true => ttl.min(NEW_SESSIONS_TTL.as_millis() as u64).to_string(),
         false => String::new(),

@@ -38,7 +38,7 @@ async fn watch(router: &Router, mailboxes: &Mailboxes) {
     let mut told = BusState::Up;
     loop {
         look.tick().await;
-        router.show();
+        router.update_metrics();
         if router.is_up() && mailboxes.all_synced() {
             if told == BusState::Down {
                 told = BusState::Up;

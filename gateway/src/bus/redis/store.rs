@@ -37,7 +37,7 @@ use super::{
     keyspace::{Keyspace, PlaceKeys, name_of},
     refused_or_away,
     router::Router,
-    server::Server,
+    server::RedisServer,
     sessions::SessionOp,
     untrusted::checked,
 };
@@ -424,7 +424,7 @@ impl StoreWorker {
     /// Does what can be done. Returns what is to be tried again, in its order.
     async fn perform(&self, ops: Vec<Op>) -> Vec<Op> {
         let Some(incarnation) = self.registered().await else { return ops };
-        let mut batches: Vec<(Arc<Server>, Numbered)> = Vec::new();
+        let mut batches: Vec<(Arc<RedisServer>, Numbered)> = Vec::new();
         let mut left: Numbered = Vec::new();
         for (number, op) in ops.into_iter().enumerate() {
             let group = op.group_of(self.router.keyspace());
@@ -445,11 +445,11 @@ impl StoreWorker {
         left.into_iter().map(|(_, op)| op).collect()
     }
 
-    async fn perform_on(&self, server: &Server, ops: Numbered, incarnation: &str) -> Numbered {
+    async fn perform_on(&self, server: &RedisServer, ops: Numbered, incarnation: &str) -> Numbered {
         if server.conditions.is_forbidden() {
             return ops;
         }
-        let Ok(mut reader) = server.dial.reader().await else { return ops };
+        let Ok(mut reader) = server.dial.read_connection().await else { return ops };
         let mut pipeline = redis::Pipeline::with_capacity(ops.len());
         pipeline.ignore_errors();
         for (_, op) in &ops {
@@ -488,7 +488,7 @@ impl StoreWorker {
                     left.push((number, op));
                 }
                 Err(error) if is_of_the_slot(&error) => {
-                    server.astray.notify_one();
+                    server.topology_stale.notify_one();
                     left.push((number, op));
                 }
                 Err(error) => match refused_or_away(&error) {
@@ -528,7 +528,7 @@ impl StoreWorker {
         }
     }
 
-    fn command(&self, op: &Op, server: &Server, incarnation: &str) -> Cmd {
+    fn command(&self, op: &Op, server: &RedisServer, incarnation: &str) -> Cmd {
         let keyspace = self.router.keyspace();
         match op {
             Op::Session(op) => self.session_command(op, server),
@@ -596,7 +596,7 @@ impl StoreWorker {
         };
         if !is_registered {
             let server = self.router.agreed_server(0)?;
-            let mut reader = server.dial.reader().await.ok()?;
+            let mut reader = server.dial.read_connection().await.ok()?;
             let incarnations = self.router.keyspace().incarnations();
             let mut name = self.scripts.name.key(incarnations);
             name.arg(&incarnation).arg(&self.router.process().name);
@@ -626,7 +626,7 @@ impl StoreWorker {
             return;
         }
         let Some(server) = self.router.agreed_server(0) else { return };
-        let Ok(mut reader) = server.dial.reader().await else { return };
+        let Ok(mut reader) = server.dial.read_connection().await else { return };
         let mut tell = self.scripts.told.key(self.router.keyspace().told());
         tell.arg(&self.router.process().name).arg(&agreements);
         let told: RedisResult<()> = tell.invoke_async(&mut *reader).await;
@@ -689,7 +689,7 @@ impl StoreWorker {
     async fn query_group_0<T: FromRedisValue>(&self, ask: &redis::Pipeline) -> RedisResult<T> {
         let away = || (redis::ErrorKind::Io, "the nodes have not agreed on a server");
         let server = self.router.agreed_server(0).ok_or_else(away)?;
-        let mut reader = server.dial.reader().await?;
+        let mut reader = server.dial.read_connection().await?;
         let asked = ask.query_async(&mut *reader).await;
         if asked.is_err() {
             reader.discard();

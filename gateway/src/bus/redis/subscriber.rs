@@ -38,7 +38,7 @@ use super::{
     keyspace::Keyspace,
     links::{Link, Links},
     probe::{LOOK_EVERY, Probe},
-    server::Server,
+    server::RedisServer,
     untrusted,
 };
 use crate::{
@@ -143,7 +143,7 @@ struct Adopted {
 }
 
 pub(super) fn start(
-    server: Arc<Server>,
+    server: Arc<RedisServer>,
     links: Arc<Links>,
     mailboxes: Mailboxes,
     tasks: &Tasks,
@@ -187,7 +187,7 @@ impl Subscriber {
 
 /// The task that owns the connection.
 struct Worker {
-    server: Arc<Server>,
+    server: Arc<RedisServer>,
     links: Arc<Links>,
     mailboxes: Mailboxes,
     queue: Arc<Queue>,
@@ -223,7 +223,7 @@ impl Worker {
             pause.wait().await;
             let heard = self.links.probe.count_heard();
             let Err(error) = self.listen().await;
-            self.server.astray.notify_one();
+            self.server.topology_stale.notify_one();
             if self.links.probe.count_heard() != heard {
                 // It did its work: until then the next attempts become rarer.
                 pause = RetryPause::default();
@@ -430,7 +430,7 @@ impl Worker {
                 PushKind::SUnsubscribe
                     if room_of(&push.data).is_some_and(|room| followed.lock().contains(&room)) =>
                 {
-                    server.astray.notify_one();
+                    server.topology_stale.notify_one();
                     lost.notify_one();
                 }
                 PushKind::Disconnection => lost.notify_one(),

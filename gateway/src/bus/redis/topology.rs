@@ -1,8 +1,8 @@
 //! Where the primary is, and how connections to it are made.
 //!
 //! `url` reads how the servers are to be reached. A [`Dial`] makes connections to one server at a
-//! time, and tells when they lead to the wrong one: `Single`, one address for good, and `sentinel`,
-//! where the address is asked for. In a Redis Cluster there are several, and [`Cluster`] tells which
+//! time, and tells when they lead to the wrong one: `SingleServer`, one address for good, and `sentinel`,
+//! where the address is asked for. In a Redis Cluster there are several, and [`RedisCluster`] tells which
 //! of them serves what.
 
 use std::{
@@ -32,19 +32,19 @@ pub mod url;
 mod cluster;
 mod sentinel;
 
-pub use cluster::Cluster;
+pub use cluster::RedisCluster;
 use sentinel::Sentinel;
-use url::{Address, Login, Servers, Topology, UrlError};
+use url::{Address, Login, RedisUrl, ServerAddresses, UrlError};
 
 /// How long the others that are asked have to answer after the first has.
-const OTHERS_MAX: Duration = Duration::from_millis(200);
+const FURTHER_ANSWERS_MAX: Duration = Duration::from_millis(200);
 /// When a connection in silence is asked whether it lives, how often it is asked again, and how long
 /// something sent may remain unacknowledged by the other host's kernel.
 const KEEPALIVE_AFTER: Duration = Duration::from_secs(10);
 const KEEPALIVE_EVERY: Duration = Duration::from_secs(5);
 const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(10);
 /// How many reads go on at a time; others wait.
-const READERS_MAX: usize = 8;
+const READ_CONNECTIONS_MAX: usize = 8;
 
 /// Makes connections to the primary. No connection made here reconnects by itself.
 pub trait Dial: Send + Sync {
@@ -56,7 +56,7 @@ pub trait Dial: Send + Sync {
 
     /// A connection to read by, given back when dropped. It may lead to a server that is no longer
     /// the primary: scripts find that out by the token.
-    fn reader(&self) -> BoxFuture<RedisResult<Reader>>;
+    fn read_connection(&self) -> BoxFuture<RedisResult<ReadConnection>>;
 
     /// Resolves when the primary is elsewhere than where the last connection leads that was made
     /// before the call: all connections are to be made again. Never, where there is one address
@@ -70,12 +70,12 @@ pub struct TlsFiles {
     /// Whom to trust instead of the public authorities.
     pub ca: Option<PathBuf>,
     /// The certificate that this node shows, and its key.
-    pub own: Option<(PathBuf, PathBuf)>,
+    pub identity: Option<(PathBuf, PathBuf)>,
 }
 
 /// Why no connections can be made as configured.
 #[derive(Debug, thiserror::Error)]
-pub enum OpenError {
+pub enum TopologyError {
     /// The URL does not read.
     #[error("cluster.redis_url: {0}")]
     Url(#[from] UrlError),
@@ -93,60 +93,65 @@ pub enum OpenError {
 }
 
 /// How many servers share the rooms.
-pub enum Way {
+pub enum Topology {
     /// One at a time.
-    One(Arc<dyn Dial>),
+    Single(Arc<dyn Dial>),
     /// The primaries of a Redis Cluster.
-    Many(Cluster),
+    Cluster(RedisCluster),
 }
 
 /// The way to what a URL describes.
 ///
 /// # Errors
 ///
-/// [`OpenError`]. That nobody answers there is none.
-pub fn open(url: &str, tls: &TlsFiles) -> Result<Way, OpenError> {
+/// [`TopologyError`]. That nobody answers there is none.
+pub fn open(url: &str, tls: &TlsFiles) -> Result<Topology, TopologyError> {
     match url.parse()? {
-        Topology::Socket(url) => {
+        RedisUrl::Socket(url) => {
             let info = url.into_connection_info()?;
             let redis = info.redis_settings().clone().set_protocol(ProtocolVersion::RESP3);
-            Ok(Way::One(Arc::new(Single::new(info.set_redis_settings(redis))?)))
+            Ok(Topology::Single(Arc::new(SingleServer::new(info.set_redis_settings(redis))?)))
         }
-        Topology::Single(servers) => {
-            let manner = Manner::of(&servers, tls)?;
-            Ok(Way::One(Arc::new(Single::new(manner.info(&servers.addresses[0])?)?)))
+        RedisUrl::Single(servers) => {
+            let manner = ConnectParams::of(&servers, tls)?;
+            Ok(Topology::Single(Arc::new(SingleServer::new(manner.info(&servers.addresses[0])?)?)))
         }
-        Topology::Sentinel { servers, primary, login } => {
-            let manner = Manner::of(&servers, tls)?;
-            Ok(Way::One(Arc::new(Sentinel::new(primary, manner, servers.addresses, &login))))
+        RedisUrl::Sentinel { servers, primary, login } => {
+            let manner = ConnectParams::of(&servers, tls)?;
+            Ok(Topology::Single(Arc::new(Sentinel::new(
+                primary,
+                manner,
+                servers.addresses,
+                &login,
+            ))))
         }
-        Topology::Cluster(servers) => {
-            let manner = Manner::of(&servers, tls)?;
-            Ok(Way::Many(Cluster::new(manner, servers.addresses)))
+        RedisUrl::Cluster(servers) => {
+            let manner = ConnectParams::of(&servers, tls)?;
+            Ok(Topology::Cluster(RedisCluster::new(manner, servers.addresses)))
         }
     }
 }
 
 /// What all connections of a topology have in common.
 #[derive(Clone)]
-struct Manner {
+struct ConnectParams {
     redis: RedisConnectionInfo,
     /// An address with the parameters of TLS, where that is spoken.
     tls: Option<ConnectionAddr>,
 }
 
-impl Manner {
-    fn of(servers: &Servers, files: &TlsFiles) -> Result<Self, OpenError> {
+impl ConnectParams {
+    fn of(servers: &ServerAddresses, files: &TlsFiles) -> Result<Self, TopologyError> {
         let tls = servers.tls.then(|| tls_address(files)).transpose()?;
         // RESP3, so that pushes and answers share a connection.
         let redis = RedisConnectionInfo::default().set_protocol(ProtocolVersion::RESP3);
         let redis = redis.set_db(servers.db);
-        Ok(Self { redis: logged_in(redis, &servers.login), tls })
+        Ok(Self { redis: with_login(redis, &servers.login), tls })
     }
 
     /// The same servers' network, another login, and the protocol that all versions have.
     fn for_sentinels(&self, login: &Login) -> Self {
-        let redis = logged_in(RedisConnectionInfo::default(), login);
+        let redis = with_login(RedisConnectionInfo::default(), login);
         Self { redis, tls: self.tls.clone() }
     }
 
@@ -176,7 +181,7 @@ impl Manner {
     }
 }
 
-fn logged_in(mut redis: RedisConnectionInfo, login: &Login) -> RedisConnectionInfo {
+fn with_login(mut redis: RedisConnectionInfo, login: &Login) -> RedisConnectionInfo {
     if let Some(user) = &login.user {
         redis = redis.set_username(user);
     }
@@ -187,10 +192,10 @@ fn logged_in(mut redis: RedisConnectionInfo, login: &Login) -> RedisConnectionIn
 }
 
 /// Some address with the parameters of TLS: the crate makes them only together.
-fn tls_address(files: &TlsFiles) -> Result<ConnectionAddr, OpenError> {
+fn tls_address(files: &TlsFiles) -> Result<ConnectionAddr, TopologyError> {
     // The crate chooses none. It may have been installed before, for another bus of this process.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
-    let failed = |path: &PathBuf, error| OpenError::File { path: path.clone(), error };
+    let failed = |path: &PathBuf, error| TopologyError::File { path: path.clone(), error };
     let read = |path: &PathBuf| fs::read(path).map_err(|error| failed(path, error));
     let certificates = |path: &PathBuf| {
         let text = read(path)?;
@@ -200,7 +205,7 @@ fn tls_address(files: &TlsFiles) -> Result<ConnectionAddr, OpenError> {
             None => Err(failed(path, io::Error::other("there is no certificate in PEM in it"))),
         }
     };
-    let client_tls = match &files.own {
+    let client_tls = match &files.identity {
         Some((cert, key)) => {
             Some(ClientTlsConfig { client_cert: certificates(cert)?, client_key: read(key)? })
         }
@@ -213,14 +218,14 @@ fn tls_address(files: &TlsFiles) -> Result<ConnectionAddr, OpenError> {
 }
 
 /// A connection to read by.
-pub enum Reader {
+pub enum ReadConnection {
     /// One of a pool's.
     Pooled(deadpool_redis::Connection),
     /// One of its own.
-    Own(MultiplexedConnection),
+    Dedicated(MultiplexedConnection),
 }
 
-impl Reader {
+impl ReadConnection {
     /// Closes the connection instead of giving it back.
     pub fn discard(self) {
         if let Self::Pooled(connection) = self {
@@ -229,39 +234,39 @@ impl Reader {
     }
 }
 
-impl Deref for Reader {
+impl Deref for ReadConnection {
     type Target = MultiplexedConnection;
 
     fn deref(&self) -> &MultiplexedConnection {
         match self {
             Self::Pooled(connection) => connection,
-            Self::Own(connection) => connection,
+            Self::Dedicated(connection) => connection,
         }
     }
 }
 
-impl DerefMut for Reader {
+impl DerefMut for ReadConnection {
     fn deref_mut(&mut self) -> &mut MultiplexedConnection {
         match self {
             Self::Pooled(connection) => connection,
-            Self::Own(connection) => connection,
+            Self::Dedicated(connection) => connection,
         }
     }
 }
 
 /// A single server at a fixed address.
-pub(super) struct Single {
+pub(super) struct SingleServer {
     client: Client,
     pool: Pool,
 }
 
-impl Single {
+impl SingleServer {
     pub(super) fn new(info: ConnectionInfo) -> Result<Self, RedisError> {
         Ok(Self { client: Client::open(info.clone())?, pool: pool(info)? })
     }
 }
 
-impl Dial for Single {
+impl Dial for SingleServer {
     fn connect(
         &self,
         config: AsyncConnectionConfig,
@@ -270,8 +275,8 @@ impl Dial for Single {
         Box::pin(async move { client.get_multiplexed_async_connection_with_config(&config).await })
     }
 
-    fn reader(&self) -> BoxFuture<RedisResult<Reader>> {
-        Box::pin(reader_of(self.pool.clone()))
+    fn read_connection(&self) -> BoxFuture<RedisResult<ReadConnection>> {
+        Box::pin(pooled_connection(self.pool.clone()))
     }
 
     fn moved(&self) -> BoxFuture<()> {
@@ -279,8 +284,8 @@ impl Dial for Single {
     }
 }
 
-async fn reader_of(pool: Pool) -> RedisResult<Reader> {
-    pool.get().await.map(Reader::Pooled).map_err(|error| {
+async fn pooled_connection(pool: Pool) -> RedisResult<ReadConnection> {
+    pool.get().await.map(ReadConnection::Pooled).map_err(|error| {
         RedisError::from((ErrorKind::Io, "no connection to read by", error.to_string()))
     })
 }
@@ -288,7 +293,7 @@ async fn reader_of(pool: Pool) -> RedisResult<Reader> {
 /// The connections to read by from one server.
 fn pool(info: ConnectionInfo) -> Result<Pool, RedisError> {
     Pool::builder(Manager::new_with_config(info, config())?)
-        .max_size(READERS_MAX)
+        .max_size(READ_CONNECTIONS_MAX)
         .runtime(Runtime::Tokio1)
         .timeouts(Timeouts {
             wait: Some(RESPONSE_MAX),
@@ -301,7 +306,7 @@ fn pool(info: ConnectionInfo) -> Result<Pool, RedisError> {
 
 /// Says so where a primary goes on acknowledging when its replicas do not follow any more: what it
 /// takes then is lost if one of them takes its place. A hosted Redis may forbid the question.
-pub(super) async fn warn_of_loose_replicas(connection: &mut MultiplexedConnection) {
+pub(super) async fn warn_if_replicas_optional(connection: &mut MultiplexedConnection) {
     let asked: RedisResult<(String, (String, u32))> = redis::pipe()
         .cmd("INFO")
         .arg("replication")
@@ -326,7 +331,7 @@ pub(super) async fn warn_of_loose_replicas(connection: &mut MultiplexedConnectio
 /// # Errors
 ///
 /// The last failure where nobody answers, `none` where nobody was asked.
-async fn answers_of<T>(
+async fn first_answers<T>(
     asked: impl IntoIterator<Item = impl Future<Output = RedisResult<T>>>,
     none: RedisError,
 ) -> RedisResult<Vec<T>> {
@@ -339,7 +344,7 @@ async fn answers_of<T>(
             None => return Err(failed),
         }
     }
-    let deadline = tokio::time::Instant::now() + OTHERS_MAX;
+    let deadline = tokio::time::Instant::now() + FURTHER_ANSWERS_MAX;
     while let Ok(Some(answer)) = timeout_at(deadline, asked.next()).await {
         answers.extend(answer);
     }

@@ -49,9 +49,9 @@ impl StoreWorker {
         group: u16,
         question: impl AsyncFnOnce(&mut MultiplexedConnection) -> RedisResult<T>,
     ) -> Result<T, BusError> {
-        let server = self.router.set_of(group).await.server.clone();
+        let server = self.router.connections_for(group).await.server.clone();
         server.agreed(group).await;
-        server.ask(async |reader| question(&mut *reader).await).await
+        server.query(async |reader| question(&mut *reader).await).await
     }
 
     /// Runs a script of one place on the server that a group is with.
@@ -284,7 +284,7 @@ impl StoreWorker {
     ) -> Result<CreateOutcome, BusError> {
         let keyspace = self.router.keyspace();
         let (group, channel) = (keyspace.group_of(&room), keyspace.channel(&room));
-        if self.router.set_of(group).await.server.memory.pressure().is_tight() {
+        if self.router.connections_for(group).await.server.memory.pressure().is_tight() {
             return Err(BusError::Full);
         }
         let owner = record.owner.clone();

@@ -9,7 +9,7 @@ use super::{
     super::{
         keyspace::PlaceKeys,
         refused_or_away,
-        topology::Reader,
+        topology::ReadConnection,
         untrusted::{Lossy, found, is_wrong_type, or_absent, read},
     },
     LOOK_EVERY, StoreWorker,
@@ -65,7 +65,7 @@ impl StoreWorker {
     async fn ended(&self) -> RedisResult<Vec<String>> {
         let Some(server) = self.router.agreed_server(0) else { return Ok(Vec::new()) };
         let keyspace = self.router.keyspace();
-        let mut reader = server.dial.reader().await?;
+        let mut reader = server.dial.read_connection().await?;
         type Rows = Vec<(Lossy, Lossy)>;
         let mut answers: Vec<RedisResult<Value>> = redis::pipe()
             .ignore_errors()
@@ -131,7 +131,7 @@ impl StoreWorker {
         let keyspace = self.router.keyspace();
         for group in 0..keyspace.groups() {
             let Some(server) = self.router.agreed_server(group) else { return Err(away()) };
-            let mut reader = server.dial.reader().await?;
+            let mut reader = server.dial.read_connection().await?;
             let reaped = self.reap_group(&mut reader, group, incarnation).await;
             if let Err(error) = reaped {
                 reader.discard();
@@ -139,7 +139,7 @@ impl StoreWorker {
             }
         }
         let Some(server) = self.router.agreed_server(0) else { return Err(away()) };
-        let mut reader = server.dial.reader().await?;
+        let mut reader = server.dial.read_connection().await?;
         let process = incarnation.rsplit_once('.').map_or(incarnation, |(process, _)| process);
         let mut forget = self.scripts.forget.key(keyspace.incarnations());
         forget.key(keyspace.told()).key(keyspace.leases()).arg(incarnation).arg(process);
@@ -148,7 +148,7 @@ impl StoreWorker {
 
     async fn reap_group(
         &self,
-        reader: &mut Reader,
+        reader: &mut ReadConnection,
         group: u16,
         incarnation: &str,
     ) -> RedisResult<()> {

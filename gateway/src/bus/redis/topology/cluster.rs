@@ -12,15 +12,15 @@ use std::{
 use parking_lot::Mutex;
 use redis::{Client, ErrorKind, RedisError, RedisResult};
 
-use super::{Address, Dial, Manner, Single, answers_of};
+use super::{Address, ConnectParams, Dial, SingleServer, first_answers};
 use crate::bus::redis::config;
 
 /// The most nodes asked; those beyond are learned of from them.
 const ASKED_MAX: usize = 16;
 
 /// A Redis Cluster.
-pub struct Cluster {
-    manner: Manner,
+pub struct RedisCluster {
+    params: ConnectParams,
     configured: Vec<Address>,
     /// All nodes that the last answers told of.
     nodes: Mutex<BTreeSet<Address>>,
@@ -37,11 +37,11 @@ pub(in crate::bus::redis) struct Primary {
 
 /// Who serves what.
 #[derive(Debug, Default)]
-pub(in crate::bus::redis) struct Map {
+pub(in crate::bus::redis) struct SlotMap {
     primaries: Vec<Primary>,
 }
 
-impl Map {
+impl SlotMap {
     /// The primary that serves a slot.
     pub(in crate::bus::redis) fn primary_of(&self, slot: u16) -> Option<&Address> {
         let serves = |primary: &&Primary| {
@@ -52,45 +52,46 @@ impl Map {
     }
 }
 
-impl Cluster {
-    pub(super) fn new(manner: Manner, configured: Vec<Address>) -> Self {
-        Self { manner, configured, nodes: Mutex::default() }
+impl RedisCluster {
+    pub(super) fn new(manner: ConnectParams, configured: Vec<Address>) -> Self {
+        Self { params: manner, configured, nodes: Mutex::default() }
     }
 
     /// What makes connections to one of its nodes.
     pub(in crate::bus::redis) fn dial(&self, address: &Address) -> RedisResult<Arc<dyn Dial>> {
-        Ok(Arc::new(Single::new(self.manner.info(address)?)?))
+        Ok(Arc::new(SingleServer::new(self.params.info(address)?)?))
     }
 
     /// Who serves what at this moment, as those say that answer soon.
-    pub(in crate::bus::redis) async fn map(&self) -> RedisResult<Map> {
+    pub(in crate::bus::redis) async fn slot_map(&self) -> RedisResult<SlotMap> {
         let known: Vec<Address> = self.nodes.lock().iter().cloned().collect();
         let nodes: BTreeSet<&Address> = self.configured.iter().chain(&known).collect();
-        let asked = nodes.into_iter().take(ASKED_MAX).map(|node| self.ask(node));
-        let views = answers_of(asked, no_cluster("no node of the Redis Cluster answers")).await?;
+        let asked = nodes.into_iter().take(ASKED_MAX).map(|node| self.query_nodes(node));
+        let views =
+            first_answers(asked, no_cluster("no node of the Redis Cluster answers")).await?;
         let told = views.iter().flat_map(|view| view.nodes.iter().cloned()).collect();
         *self.nodes.lock() = told;
-        Ok(merged(views))
+        Ok(merge_views(views))
     }
 
-    async fn ask(&self, node: &Address) -> RedisResult<View> {
-        let client = Client::open(self.manner.info(node)?)?;
+    async fn query_nodes(&self, node: &Address) -> RedisResult<ClusterView> {
+        let client = Client::open(self.params.info(node)?)?;
         let mut connection = client.get_multiplexed_async_connection_with_config(&config()).await?;
         let text: String = redis::cmd("CLUSTER").arg("NODES").query_async(&mut connection).await?;
-        view(&text, node, self.manner.tls.is_some())
+        parse_nodes(&text, node, self.params.tls.is_some())
             .ok_or_else(|| no_cluster("a node of the Redis Cluster answers in an unknown way"))
     }
 }
 
 /// What one node says.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct View {
+struct ClusterView {
     nodes: Vec<Address>,
     primaries: Vec<Primary>,
 }
 
 /// The newest claim of each primary.
-fn merged(views: Vec<View>) -> Map {
+fn merge_views(views: Vec<ClusterView>) -> SlotMap {
     let mut newest: BTreeMap<Address, Primary> = BTreeMap::new();
     for primary in views.into_iter().flat_map(|view| view.primaries) {
         let known = newest.entry(primary.address.clone()).or_insert_with(|| primary.clone());
@@ -98,13 +99,13 @@ fn merged(views: Vec<View>) -> Map {
             *known = primary;
         }
     }
-    Map { primaries: newest.into_values().collect() }
+    SlotMap { primaries: newest.into_values().collect() }
 }
 
 /// Reads the answer of `asked` to `CLUSTER NODES`. With TLS nodes go by their names, where they have
 /// some, since their certificates do.
-fn view(text: &str, asked: &Address, by_name: bool) -> Option<View> {
-    let mut view = View::default();
+fn parse_nodes(text: &str, asked: &Address, by_name: bool) -> Option<ClusterView> {
+    let mut view = ClusterView::default();
     for line in text.lines() {
         let mut fields = line.split(' ');
         let (_id, address, flags) = (fields.next()?, fields.next()?, fields.next()?);
@@ -161,29 +162,29 @@ mod tests {
             b :7001@17001,,shard-id=x master - 0 1700000000000 7 connected 5461 5463-16383\n\
             c fd00::3:7002@17002 slave a 0 1700000000000 1 connected\n\
             d :0@0 master,noaddr - 0 0 0 disconnected\n";
-        let by_ip = view(text, &at("asked", 1), false).unwrap();
+        let by_ip = parse_nodes(text, &at("asked", 1), false).unwrap();
         assert_eq!(by_ip.nodes, [at("10.0.0.1", 7000), at("asked", 7001), at("fd00::3", 7002)]);
-        let map = merged(vec![by_ip]);
+        let map = merge_views(vec![by_ip]);
         assert_eq!(map.primary_of(93), Some(&at("10.0.0.1", 7000)));
         assert_eq!(map.primary_of(5461), Some(&at("asked", 7001)));
         assert_eq!(map.primary_of(5462), None);
         assert_eq!(map.primary_of(16_383), Some(&at("asked", 7001)));
-        let by_name = view(text, &at("asked", 1), true).unwrap();
+        let by_name = parse_nodes(text, &at("asked", 1), true).unwrap();
         assert_eq!(by_name.nodes[0], at("redis-a", 7000));
-        assert_eq!(view("+OK", &at("asked", 1), false), None);
+        assert_eq!(parse_nodes("+OK", &at("asked", 1), false), None);
     }
 
     #[test]
     fn the_claim_with_the_higher_epoch_counts() {
         let primary = |port, epoch| Primary { address: at("h", port), slots: vec![(0, 9)], epoch };
-        let view = |primaries| View { nodes: Vec::new(), primaries };
+        let view = |primaries| ClusterView { nodes: Vec::new(), primaries };
         // One that was replaced, as it sees itself, and as the others see things.
         let old = view(vec![primary(1, 3), primary(2, 2)]);
         let new = view(vec![primary(2, 4)]);
-        assert_eq!(merged(vec![old, new]).primary_of(5), Some(&at("h", 2)));
+        assert_eq!(merge_views(vec![old, new]).primary_of(5), Some(&at("h", 2)));
         // One that gave slots away.
         let before = view(vec![primary(1, 3)]);
         let after = view(vec![Primary { slots: vec![(0, 4)], ..primary(1, 4) }, primary(2, 2)]);
-        assert_eq!(merged(vec![before, after]).primary_of(5), Some(&at("h", 2)));
+        assert_eq!(merge_views(vec![before, after]).primary_of(5), Some(&at("h", 2)));
     }
 }

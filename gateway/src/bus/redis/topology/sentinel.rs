@@ -18,40 +18,42 @@ use redis::{
 };
 use tokio::time::MissedTickBehavior;
 
-use super::{Address, Dial, Login, Manner, Reader, answers_of, pool, reader_of};
+use super::{
+    Address, ConnectParams, Dial, Login, ReadConnection, first_answers, pool, pooled_connection,
+};
 use crate::bus::{BoxFuture, redis::config};
 
 /// How often the Sentinels are asked while connections stand.
-const ASK_EVERY: Duration = Duration::from_secs(2);
+const POLL_INTERVAL: Duration = Duration::from_secs(2);
 /// The most Sentinels known; further ones are not learned of.
 const SENTINELS_MAX: usize = 16;
 
 /// Asks Sentinels where the primary is.
 pub(super) struct Sentinel {
-    inner: Arc<Inner>,
+    inner: Arc<SentinelClient>,
 }
 
-struct Inner {
+struct SentinelClient {
     /// What the Sentinels call the primary.
     primary: String,
-    servers: Manner,
-    sentinels: Manner,
+    servers: ConnectParams,
+    sentinels: ConnectParams,
     /// How many Sentinels are configured.
     configured: usize,
-    state: Mutex<State>,
+    state: Mutex<SentinelState>,
 }
 
-struct State {
+struct SentinelState {
     /// Those configured, and behind them those learned of.
     sentinels: Vec<Address>,
     /// The newest that was believed.
     epoch: u64,
     /// Where the last connection leads, and the readers of that server.
-    dialled: Option<(Address, Pool)>,
+    connected_to: Option<(Address, Pool)>,
 }
 
 /// What a Sentinel says.
-struct View {
+struct SentinelView {
     primary: Address,
     /// Rises with each failover.
     epoch: u64,
@@ -61,14 +63,14 @@ struct View {
 impl Sentinel {
     pub(super) fn new(
         primary: String,
-        servers: Manner,
+        servers: ConnectParams,
         sentinels: Vec<Address>,
         login: &Login,
     ) -> Self {
         let configured = sentinels.len();
-        let state = Mutex::new(State { sentinels, epoch: 0, dialled: None });
+        let state = Mutex::new(SentinelState { sentinels, epoch: 0, connected_to: None });
         let sentinels = servers.for_sentinels(login);
-        let inner = Inner { primary, servers, sentinels, configured, state };
+        let inner = SentinelClient { primary, servers, sentinels, configured, state };
         Self { inner: Arc::new(inner) }
     }
 }
@@ -82,24 +84,24 @@ impl Dial for Sentinel {
         Box::pin(async move { inner.connect(config).await })
     }
 
-    fn reader(&self) -> BoxFuture<RedisResult<Reader>> {
-        let pool = self.inner.state.lock().dialled.as_ref().map(|(_, pool)| pool.clone());
+    fn read_connection(&self) -> BoxFuture<RedisResult<ReadConnection>> {
+        let pool = self.inner.state.lock().connected_to.as_ref().map(|(_, pool)| pool.clone());
         match pool {
-            Some(pool) => Box::pin(reader_of(pool)),
+            Some(pool) => Box::pin(pooled_connection(pool)),
             None => Box::pin(future::ready(Err(no_primary("no primary was found yet")))),
         }
     }
 
     fn moved(&self) -> BoxFuture<()> {
         let inner = self.inner.clone();
-        let dialled = inner.state.lock().dialled.as_ref().map(|(address, _)| address.clone());
+        let dialled = inner.state.lock().connected_to.as_ref().map(|(address, _)| address.clone());
         Box::pin(async move { inner.moved(dialled).await })
     }
 }
 
-impl Inner {
+impl SentinelClient {
     async fn connect(&self, config: AsyncConnectionConfig) -> RedisResult<MultiplexedConnection> {
-        let address = self.find().await?;
+        let address = self.find_primary().await?;
         let info = self.servers.info(&address)?;
         let client = Client::open(info.clone())?;
         let mut connection = client.get_multiplexed_async_connection_with_config(&config).await?;
@@ -110,20 +112,20 @@ impl Inner {
             return Err(no_primary("the server that the Sentinels name is a replica"));
         }
         let mut state = self.state.lock();
-        if state.dialled.as_ref().is_none_or(|(dialled, _)| *dialled != address) {
+        if state.connected_to.as_ref().is_none_or(|(dialled, _)| *dialled != address) {
             tracing::info!(%address, primary = self.primary, "the Sentinels name a primary");
-            state.dialled = Some((address, pool(info)?));
+            state.connected_to = Some((address, pool(info)?));
         }
         Ok(connection)
     }
 
     /// Asks until another primary is named than the one dialled.
     async fn moved(&self, dialled: Option<Address>) {
-        let mut ticks = tokio::time::interval(ASK_EVERY);
+        let mut ticks = tokio::time::interval(POLL_INTERVAL);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
-            match self.find().await {
+            match self.find_primary().await {
                 Ok(address) if Some(&address) != dialled.as_ref() => {
                     tracing::warn!(%address, primary = self.primary,
                         "the Sentinels name another primary");
@@ -136,8 +138,8 @@ impl Inner {
     }
 
     /// Where the primary is, as the Sentinels say.
-    async fn find(&self) -> RedisResult<Address> {
-        let views = self.ask_all().await?;
+    async fn find_primary(&self) -> RedisResult<Address> {
+        let views = self.query_all().await?;
         let mut state = self.state.lock();
         for sentinel in views.iter().flat_map(|view| &view.sentinels) {
             if !state.sentinels.contains(sentinel) && state.sentinels.len() < SENTINELS_MAX {
@@ -151,14 +153,14 @@ impl Inner {
     }
 
     /// What those say that answer soon: one at least.
-    async fn ask_all(&self) -> RedisResult<Vec<View>> {
+    async fn query_all(&self) -> RedisResult<Vec<SentinelView>> {
         let sentinels = self.state.lock().sentinels.clone();
-        let asked = sentinels.iter().map(|sentinel| self.ask(sentinel));
-        let views = answers_of(asked, no_primary("no Sentinel answers")).await?;
+        let asked = sentinels.iter().map(|sentinel| self.query(sentinel));
+        let views = first_answers(asked, no_primary("no Sentinel answers")).await?;
         Ok(views)
     }
 
-    async fn ask(&self, sentinel: &Address) -> RedisResult<View> {
+    async fn query(&self, sentinel: &Address) -> RedisResult<SentinelView> {
         let client = Client::open(self.sentinels.info(sentinel)?)?;
         let mut connection = client.get_multiplexed_async_connection_with_config(&config()).await?;
         let mut pipeline = redis::pipe();
@@ -181,12 +183,12 @@ impl Inner {
             let fields = pairs(sentinel).ok()?;
             Some(Address { host: field(&fields, "ip")?, port: field(&fields, "port")? })
         });
-        Ok(View { primary: Address { host, port }, epoch, sentinels: sentinels.collect() })
+        Ok(SentinelView { primary: Address { host, port }, epoch, sentinels: sentinels.collect() })
     }
 }
 
 /// The view to believe, where `epoch` was the newest before.
-fn newest(views: Vec<View>, epoch: u64, configured: usize) -> RedisResult<View> {
+fn newest(views: Vec<SentinelView>, epoch: u64, configured: usize) -> RedisResult<SentinelView> {
     let answers = views.len();
     let newest = views.into_iter().max_by_key(|view| view.epoch);
     let newest = newest.ok_or_else(|| no_primary("no Sentinel answers"))?;
@@ -214,12 +216,12 @@ fn no_primary(text: &'static str) -> RedisError {
 mod tests {
     use super::*;
 
-    fn view(host: &str, epoch: u64) -> View {
+    fn view(host: &str, epoch: u64) -> SentinelView {
         let primary = Address { host: host.to_owned(), port: 1 };
-        View { primary, epoch, sentinels: Vec::new() }
+        SentinelView { primary, epoch, sentinels: Vec::new() }
     }
 
-    fn believed(views: Vec<View>, epoch: u64, configured: usize) -> Option<String> {
+    fn believed(views: Vec<SentinelView>, epoch: u64, configured: usize) -> Option<String> {
         newest(views, epoch, configured).ok().map(|view| view.primary.host)
     }
 

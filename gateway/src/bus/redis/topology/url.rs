@@ -18,27 +18,27 @@ const SENTINEL_PORT: u16 = 26_379;
 
 /// How the servers of a cluster are to be reached.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Topology {
+pub enum RedisUrl {
     /// One server behind a socket of this machine; the whole URL.
     Socket(String),
     /// One server at one address.
-    Single(Servers),
+    Single(ServerAddresses),
     /// A primary that Sentinels name.
     Sentinel {
         /// The Sentinels' addresses; login and database are the primary's.
-        servers: Servers,
+        servers: ServerAddresses,
         /// What the Sentinels call the primary.
         primary: String,
         /// How to log in to the Sentinels.
         login: Login,
     },
     /// Several primaries, each with a share of the slots.
-    Cluster(Servers),
+    Cluster(ServerAddresses),
 }
 
 /// Addresses, and what is the same for all of them.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Servers {
+pub struct ServerAddresses {
     /// At least one.
     pub addresses: Vec<Address>,
     /// Whether they are spoken to through TLS.
@@ -116,7 +116,7 @@ pub enum UrlError {
     Escape,
 }
 
-impl Topology {
+impl RedisUrl {
     /// Whether servers are spoken to through TLS.
     pub fn has_tls(&self) -> bool {
         match self {
@@ -128,7 +128,7 @@ impl Topology {
     }
 }
 
-impl FromStr for Topology {
+impl FromStr for RedisUrl {
     type Err = UrlError;
 
     fn from_str(text: &str) -> Result<Self, UrlError> {
@@ -150,29 +150,29 @@ impl FromStr for Topology {
     }
 }
 
-fn single(rest: &str, tls: bool) -> Result<Topology, UrlError> {
-    let parts = Parts::of(rest, REDIS_PORT)?;
+fn single(rest: &str, tls: bool) -> Result<RedisUrl, UrlError> {
+    let parts = UrlParts::of(rest, REDIS_PORT)?;
     parts.has_no_options("nothing is told behind the ? of such a URL")?;
     if parts.addresses.len() > 1 {
         return Err(UrlError::Hosts);
     }
     let db = parts.path.first().map_or(Ok(0), |db| database(db))?;
-    let Parts { addresses, login, .. } = parts;
-    Ok(Topology::Single(Servers { addresses, tls, login, db }))
+    let UrlParts { addresses, login, .. } = parts;
+    Ok(RedisUrl::Single(ServerAddresses { addresses, tls, login, db }))
 }
 
-fn cluster(rest: &str, tls: bool) -> Result<Topology, UrlError> {
-    let parts = Parts::of(rest, REDIS_PORT)?;
+fn cluster(rest: &str, tls: bool) -> Result<RedisUrl, UrlError> {
+    let parts = UrlParts::of(rest, REDIS_PORT)?;
     parts.has_no_options("nothing is told behind the ? of such a URL")?;
     if parts.path.iter().any(|db| db != "0") {
         return Err(UrlError::ClusterDb);
     }
-    let Parts { addresses, login, .. } = parts;
-    Ok(Topology::Cluster(Servers { addresses, tls, login, db: 0 }))
+    let UrlParts { addresses, login, .. } = parts;
+    Ok(RedisUrl::Cluster(ServerAddresses { addresses, tls, login, db: 0 }))
 }
 
-fn sentinel(rest: &str, mut tls: bool) -> Result<Topology, UrlError> {
-    let parts = Parts::of(rest, SENTINEL_PORT)?;
+fn sentinel(rest: &str, mut tls: bool) -> Result<RedisUrl, UrlError> {
+    let parts = UrlParts::of(rest, SENTINEL_PORT)?;
     let mut path = parts.path.into_iter();
     let primary = path.next().ok_or(UrlError::Primary)?;
     let mut db = path.next().map_or(Ok(0), |db| database(&db))?;
@@ -192,12 +192,12 @@ fn sentinel(rest: &str, mut tls: bool) -> Result<Topology, UrlError> {
             }
         }
     }
-    let servers = Servers { addresses: parts.addresses, tls, login: parts.login, db };
-    Ok(Topology::Sentinel { servers, primary, login: sentinels })
+    let servers = ServerAddresses { addresses: parts.addresses, tls, login: parts.login, db };
+    Ok(RedisUrl::Sentinel { servers, primary, login: sentinels })
 }
 
 /// What stands behind `://`.
-struct Parts {
+struct UrlParts {
     login: Login,
     addresses: Vec<Address>,
     /// What stands between slashes.
@@ -205,7 +205,7 @@ struct Parts {
     options: Vec<(String, String)>,
 }
 
-impl Parts {
+impl UrlParts {
     fn of(rest: &str, port: u16) -> Result<Self, UrlError> {
         let (rest, fragment) = rest.split_once('#').unwrap_or((rest, ""));
         let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
@@ -308,10 +308,10 @@ impl fmt::Debug for Login {
 mod tests {
     use super::*;
 
-    fn servers(hosts: &[(&str, u16)]) -> Servers {
+    fn servers(hosts: &[(&str, u16)]) -> ServerAddresses {
         let address = |(host, port): &(&str, u16)| Address { host: (*host).into(), port: *port };
         let addresses = hosts.iter().map(address).collect();
-        Servers { addresses, tls: false, login: Login::default(), db: 0 }
+        ServerAddresses { addresses, tls: false, login: Login::default(), db: 0 }
     }
 
     fn login(user: &str, password: &str) -> Login {
@@ -320,32 +320,32 @@ mod tests {
     }
 
     #[track_caller]
-    fn check(url: &str, expected: Result<Topology, UrlError>) {
+    fn check(url: &str, expected: Result<RedisUrl, UrlError>) {
         assert_eq!(url.parse(), expected, "{url}");
     }
 
     #[test]
     fn a_single_server() {
-        check("redis://redis", Ok(Topology::Single(servers(&[("redis", 6379)]))));
-        check("valkey://[::1]:7/", Ok(Topology::Single(servers(&[("::1", 7)]))));
+        check("redis://redis", Ok(RedisUrl::Single(servers(&[("redis", 6379)]))));
+        check("valkey://[::1]:7/", Ok(RedisUrl::Single(servers(&[("::1", 7)]))));
         let me = login("me", "a@b/c%");
-        let all = Servers { tls: true, login: me, db: 3, ..servers(&[("h", 1)]) };
-        check("rediss://me:a@b%2Fc%25@h:1/3", Ok(Topology::Single(all)));
-        let password = Servers { login: login("", "secret"), ..servers(&[("h", 6379)]) };
-        check("redis://:secret@h", Ok(Topology::Single(password)));
+        let all = ServerAddresses { tls: true, login: me, db: 3, ..servers(&[("h", 1)]) };
+        check("rediss://me:a@b%2Fc%25@h:1/3", Ok(RedisUrl::Single(all)));
+        let password = ServerAddresses { login: login("", "secret"), ..servers(&[("h", 6379)]) };
+        check("redis://:secret@h", Ok(RedisUrl::Single(password)));
         for url in ["unix:///run/redis.sock?db=1", "redis+unix:///run/redis.sock"] {
-            check(url, Ok(Topology::Socket(url.into())));
+            check(url, Ok(RedisUrl::Socket(url.into())));
         }
     }
 
     #[test]
     fn a_primary_that_sentinels_name() {
-        let sentinel = |servers: Servers, login: Login| {
-            Ok(Topology::Sentinel { servers, primary: "main".into(), login })
+        let sentinel = |servers: ServerAddresses, login: Login| {
+            Ok(RedisUrl::Sentinel { servers, primary: "main".into(), login })
         };
         let three = servers(&[("a", 26_379), ("b", 1), ("::1", 26_379)]);
         check("redis+sentinel://a,b:1,[::1]/main", sentinel(three.clone(), Login::default()));
-        let all = Servers { tls: true, login: login("u", "p"), db: 2, ..three };
+        let all = ServerAddresses { tls: true, login: login("u", "p"), db: 2, ..three };
         let url = "redis+sentinel://u:p@a,b:1,[::1]/main?tls=true&db=2&sentinel_user=s\
                    &sentinel_password=%26";
         check(url, sentinel(all.clone(), login("s", "&")));
@@ -354,9 +354,9 @@ mod tests {
 
     #[test]
     fn a_redis_cluster() {
-        check("redis+cluster://a,b:1", Ok(Topology::Cluster(servers(&[("a", 6379), ("b", 1)]))));
-        let all = Servers { tls: true, login: login("", "p"), ..servers(&[("a", 6379)]) };
-        check("rediss+cluster://:p@a/0", Ok(Topology::Cluster(all)));
+        check("redis+cluster://a,b:1", Ok(RedisUrl::Cluster(servers(&[("a", 6379), ("b", 1)]))));
+        let all = ServerAddresses { tls: true, login: login("", "p"), ..servers(&[("a", 6379)]) };
+        check("rediss+cluster://:p@a/0", Ok(RedisUrl::Cluster(all)));
     }
 
     #[test]
@@ -394,11 +394,11 @@ mod tests {
             "rediss+sentinel://h/m?tls=false",
         ];
         for url in urls {
-            let error = url.parse::<Topology>().unwrap_err();
+            let error = url.parse::<RedisUrl>().unwrap_err();
             assert!(matches!(error, UrlError::Option { .. }), "{url}: {error}");
             assert!(!error.to_string().contains("secret"), "{error}");
         }
-        let topology = format!("{:?}", "redis://me:secret@h".parse::<Topology>());
+        let topology = format!("{:?}", "redis://me:secret@h".parse::<RedisUrl>());
         assert!(!topology.contains("secret"), "{topology}");
     }
 }
