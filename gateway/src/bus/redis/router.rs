@@ -455,7 +455,7 @@ impl Router {
                 followed.extend(lane.subscribed.iter().cloned());
             }
         }
-        set.subscriber.adopt(followed);
+        set.subscriber.resubscribe(followed);
         complete_rejected(refused);
         self.changed.send_replace(());
     }

@@ -4,7 +4,7 @@
 //! loop here subscribes and unsubscribes in batches, and after each reconnect subscribes to everything
 //! again and then raises doubt: pub/sub has no memory, so that what was missed is read from the logs.
 //!
-//! Changes of subscriptions wait in [`Wishes`], each room once: an unsubscription is never lost, and
+//! Changes of subscriptions wait in [`PendingCommands`], each room once: an unsubscription is never lost, and
 //! rooms and inboxes that somebody waits for go ahead of the status of users.
 
 use std::{
@@ -51,29 +51,29 @@ use crate::{
 /// The most channels in one SUBSCRIBE, so that a node with many rooms does not hold Redis up.
 const CHANNELS_MAX: usize = 512;
 /// How many of them are of rooms and inboxes to be subscribed to, where other changes wait as well.
-const FIRST_MAX: usize = CHANNELS_MAX / 4 * 3;
+const PRIORITY_MAX: usize = CHANNELS_MAX / 4 * 3;
 
 /// A handle to the subscriber's task.
 pub(super) struct Subscriber {
-    queue: Arc<Queue>,
-    adopted: Arc<Adopted>,
+    queue: Arc<CommandQueue>,
+    resubscriptions: Arc<Resubscriptions>,
 }
 
 /// The changes that wait for the loop.
 #[derive(Default)]
-struct Queue {
-    wishes: Mutex<Wishes>,
+struct CommandQueue {
+    commands: Mutex<PendingCommands>,
     notify: Notify,
 }
 
 /// What the node wants to hear, or no longer, and does not yet: the last wish for each room. As large as
 /// what the hub has of rooms and watched users.
 #[derive(Default)]
-struct Wishes {
-    rooms: HashMap<RoomId, Wish>,
+struct PendingCommands {
+    rooms: HashMap<RoomId, SubscribeCommand>,
     /// The order in which they are granted: rooms and inboxes to be followed, and all else. What is in
     /// neither of the wishes any more was granted before.
-    first: VecDeque<RoomId>,
+    priority: VecDeque<RoomId>,
     others: VecDeque<RoomId>,
     /// The loop has ended, so that nothing is granted any more.
     is_closed: bool,
@@ -81,15 +81,15 @@ struct Wishes {
 
 /// What is wished for a room.
 #[derive(Default)]
-struct Wish {
+struct SubscribeCommand {
     subscribe: bool,
     /// Whether it stands among the first.
-    is_first: bool,
+    is_priority: bool,
     /// Who waits for the subscription.
-    waiting: SmallVec<[oneshot::Sender<()>; 1]>,
+    waiters: SmallVec<[oneshot::Sender<()>; 1]>,
 }
 
-impl Wishes {
+impl PendingCommands {
     fn subscribe(&mut self, room: RoomId, heard: oneshot::Sender<()>) {
         if self.is_closed {
             return;
@@ -97,13 +97,13 @@ impl Wishes {
         let is_new = !self.rooms.contains_key(&room);
         let wish = self.rooms.entry(room.clone()).or_default();
         wish.subscribe = true;
-        wish.waiting.push(heard);
+        wish.waiters.push(heard);
         if room.kind() == RoomKind::Status {
             if is_new {
                 self.others.push_back(room);
             }
-        } else if !mem::replace(&mut wish.is_first, true) {
-            self.first.push_back(room);
+        } else if !mem::replace(&mut wish.is_priority, true) {
+            self.priority.push_back(room);
         }
     }
 
@@ -114,17 +114,17 @@ impl Wishes {
         match self.rooms.get_mut(&room) {
             Some(wish) => wish.subscribe = false,
             None => {
-                self.rooms.insert(room.clone(), Wish::default());
+                self.rooms.insert(room.clone(), SubscribeCommand::default());
                 self.others.push_back(room);
             }
         }
     }
 
     /// Takes the next wishes out, `max` at most.
-    fn take(&mut self, max: usize) -> Vec<(RoomId, Wish)> {
+    fn next_batch(&mut self, max: usize) -> Vec<(RoomId, SubscribeCommand)> {
         let mut taken = Vec::with_capacity(max.min(self.rooms.len()));
-        for (from_first, max) in [(true, FIRST_MAX.min(max)), (false, max), (true, max)] {
-            let queue = if from_first { &mut self.first } else { &mut self.others };
+        for (from_first, max) in [(true, PRIORITY_MAX.min(max)), (false, max), (true, max)] {
+            let queue = if from_first { &mut self.priority } else { &mut self.others };
             while taken.len() < max
                 && let Some(room) = queue.pop_front()
             {
@@ -137,7 +137,7 @@ impl Wishes {
 
 /// Rooms that another server passed on so far. They are followed already, so nobody waits.
 #[derive(Default)]
-struct Adopted {
+struct Resubscriptions {
     rooms: Mutex<Vec<RoomId>>,
     notify: Notify,
 }
@@ -148,81 +148,82 @@ pub(super) fn start(
     mailboxes: Mailboxes,
     tasks: &Tasks,
 ) -> Subscriber {
-    let queue = Arc::new(Queue::default());
-    let adopted = Arc::new(Adopted::default());
-    let worker = Worker {
+    let queue = Arc::new(CommandQueue::default());
+    let adopted = Arc::new(Resubscriptions::default());
+    let worker = SubscribeWorker {
         server,
         links,
         mailboxes,
         queue: queue.clone(),
-        adopted: adopted.clone(),
+        resubscriptions: adopted.clone(),
         subscribed: Arc::default(),
-        unheard: Vec::new(),
+        unconfirmed: Vec::new(),
         tasks: tasks.clone(),
     };
     let stopped = tasks.stopped().clone();
     tasks.spawn_service("redis_subscriber", worker.run(stopped));
-    Subscriber { queue, adopted }
+    Subscriber { queue, resubscriptions: adopted }
 }
 
 impl Subscriber {
     pub(super) fn subscribe(&self, room: RoomId) -> BoxFuture<Result<(), BusError>> {
         let (heard, hears) = oneshot::channel();
-        self.queue.wishes.lock().subscribe(room, heard);
+        self.queue.commands.lock().subscribe(room, heard);
         self.queue.notify.notify_one();
         Box::pin(async move { hears.await.map_err(|_| BusError::Unavailable) })
     }
 
     /// Follows rooms from here on that were followed elsewhere before.
-    pub(super) fn adopt(&self, rooms: Vec<RoomId>) {
-        self.adopted.rooms.lock().extend(rooms);
-        self.adopted.notify.notify_one();
+    pub(super) fn resubscribe(&self, rooms: Vec<RoomId>) {
+        self.resubscriptions.rooms.lock().extend(rooms);
+        self.resubscriptions.notify.notify_one();
     }
 
     pub(super) fn unsubscribe(&self, room: RoomId) {
-        self.queue.wishes.lock().unsubscribe(room);
+        self.queue.commands.lock().unsubscribe(room);
         self.queue.notify.notify_one();
     }
 }
 
 /// The task that owns the connection.
-struct Worker {
+struct SubscribeWorker {
     server: Arc<RedisServer>,
     links: Arc<Links>,
     mailboxes: Mailboxes,
-    queue: Arc<Queue>,
-    adopted: Arc<Adopted>,
+    queue: Arc<CommandQueue>,
+    resubscriptions: Arc<Resubscriptions>,
     /// What is followed. Shared with the connection, which finds out when that ends by itself.
     subscribed: Arc<Mutex<BTreeSet<RoomId>>>,
     /// Who waits for a subscription that is not confirmed yet.
-    unheard: Vec<(RoomId, oneshot::Sender<()>)>,
+    unconfirmed: Vec<(RoomId, oneshot::Sender<()>)>,
     /// Told where the connection's driver, a task of the library, fails.
     tasks: Tasks,
 }
 
-impl Drop for Worker {
+impl Drop for SubscribeWorker {
     fn drop(&mut self) {
         // Callers that wait for a subscription ask again where the room is.
-        *self.queue.wishes.lock() = Wishes { is_closed: true, ..Wishes::default() };
+        *self.queue.commands.lock() =
+            PendingCommands { is_closed: true, ..PendingCommands::default() };
     }
 }
 
-impl Worker {
+impl SubscribeWorker {
     async fn run(mut self, stopped: CancellationToken) {
         // Dropping the work drops the connection; nothing is owed to anybody.
         tokio::select! {
             biased;
             () = stopped.cancelled() => {}
-            () = self.work() => {}
+            () = self.reconnect_forever() => {}
         }
     }
 
-    async fn work(&mut self) {
+    async fn reconnect_forever(&mut self) {
         let mut pause = RetryPause::default();
         loop {
             pause.wait().await;
             let heard = self.links.probe.count_heard();
-            let Err(error) = self.listen().await;
+            let Err(error) = self.run_connection().await;
             self.server.topology_stale.notify_one();
             if self.links.probe.count_heard() != heard {
                 // It did its work: until then the next attempts become rarer.
@@ -238,16 +239,16 @@ impl Worker {
     }
 
     /// Connects, subscribes to everything, and serves wishes until the link dies.
-    async fn listen(&mut self) -> Result<Infallible, RedisError> {
-        let ear = Ear::default();
-        let config = config().set_push_sender(self.receiver(&ear));
+    async fn run_connection(&mut self) -> Result<Infallible, RedisError> {
+        let ear = PushReceiver::default();
+        let config = config().set_push_sender(self.push_handler(&ear));
         let lost = ear.lost.clone();
         let mut remake = self.links.remake.subscribe();
         let mut owned = self.server.owned.subscribe();
         let (mut connection, token) = self.server.connect(config).await?;
-        self.listen_to_ourselves(&mut connection).await?;
-        self.take_wishes();
-        self.drop_what_is_elsewhere();
+        self.subscribe_own_channels(&mut connection).await?;
+        self.take_commands();
+        self.drop_foreign_rooms();
         let rooms: Vec<RoomId> = self.subscribed.lock().iter().cloned().collect();
         self.subscribe(&mut connection, &rooms).await?;
         // Only when everything is subscribed to: what is read from now on leaves no gap.
@@ -260,15 +261,15 @@ impl Worker {
             // Cancel-safe, all of them. Wishes come last, since there may be more and more of them.
             tokio::select! {
                 biased;
-                () = lost.notified() => return Err(link_is_lost()),
+                () = lost.notified() => return Err(connection_lost()),
                 _ = remake.changed() => {
                     return Err((redis::ErrorKind::Io, "all links are made again").into());
                 }
                 _ = owned.changed() => {
-                    self.drop_what_is_elsewhere();
+                    self.drop_foreign_rooms();
                     let probed = self.links.probe.channel();
                     if probed.is_some_and(|(group, _)| !self.server.owns(group)) {
-                        self.listen_to_ourselves(&mut connection).await?;
+                        self.subscribe_own_channels(&mut connection).await?;
                     }
                 }
                 _ = look.tick() => {
@@ -278,23 +279,23 @@ impl Worker {
                         return Err((redis::ErrorKind::Io, "what is published is not heard").into());
                     }
                 }
-                () = self.adopted.notify.notified() => self.grant(&mut connection).await?,
-                () = self.queue.notify.notified() => self.grant(&mut connection).await?,
+                () = self.resubscriptions.notify.notified() => self.apply(&mut connection).await?,
+                () = self.queue.notify.notified() => self.apply(&mut connection).await?,
             }
         }
     }
 
     /// Notes what was wished for while there was no connection.
-    fn take_wishes(&mut self) {
-        self.take_adopted();
-        let wishes = self.queue.wishes.lock().take(usize::MAX);
+    fn take_commands(&mut self) {
+        self.take_resubscriptions();
+        let wishes = self.queue.commands.lock().next_batch(usize::MAX);
         for (room, wish) in wishes {
-            self.note(room, wish);
+            self.record(room, wish);
         }
     }
 
-    fn take_adopted(&mut self) -> Vec<RoomId> {
-        let mut rooms = mem::take(&mut *self.adopted.rooms.lock());
+    fn take_resubscriptions(&mut self) -> Vec<RoomId> {
+        let mut rooms = mem::take(&mut *self.resubscriptions.rooms.lock());
         rooms.retain(|room| self.owns(room));
         self.subscribed.lock().extend(rooms.iter().cloned());
         rooms
@@ -306,15 +307,15 @@ impl Worker {
 
     /// Forgets rooms that this server does not serve any more. It has ended their subscriptions by
     /// itself; who waits for one asks again where they are.
-    fn drop_what_is_elsewhere(&mut self) {
-        let Self { server, subscribed: followed, unheard, .. } = self;
+    fn drop_foreign_rooms(&mut self) {
+        let Self { server, subscribed: followed, unconfirmed: unheard, .. } = self;
         let here = |room: &RoomId| server.owns(server.keyspace.group_of(room));
         followed.lock().retain(here);
         unheard.retain(|(room, _)| here(room));
     }
 
     /// Subscribes to this process' probes, and to pokes where they are published.
-    async fn listen_to_ourselves(
+    async fn subscribe_own_channels(
         &self,
         connection: &mut MultiplexedConnection,
     ) -> Result<(), RedisError> {
@@ -329,10 +330,10 @@ impl Worker {
         subscribe_to(connection, keyspace, &channels).await
     }
 
-    fn note(&mut self, room: RoomId, wish: Wish) {
+    fn record(&mut self, room: RoomId, wish: SubscribeCommand) {
         // Who wished it asks again where the room is.
         if self.owns(&room) {
-            self.unheard.extend(wish.waiting.into_iter().map(|heard| (room.clone(), heard)));
+            self.unconfirmed.extend(wish.waiters.into_iter().map(|heard| (room.clone(), heard)));
             if wish.subscribe {
                 self.subscribed.lock().insert(room);
             } else {
@@ -342,20 +343,20 @@ impl Worker {
     }
 
     /// Subscribes and unsubscribes as wished for, as far as one batch goes.
-    async fn grant(&mut self, connection: &mut MultiplexedConnection) -> Result<(), RedisError> {
+    async fn apply(&mut self, connection: &mut MultiplexedConnection) -> Result<(), RedisError> {
         let (wishes, is_all) = {
-            let mut wishes = self.queue.wishes.lock();
-            (wishes.take(CHANNELS_MAX), wishes.rooms.is_empty())
+            let mut wishes = self.queue.commands.lock();
+            (wishes.next_batch(CHANNELS_MAX), wishes.rooms.is_empty())
         };
         if !is_all {
             self.queue.notify.notify_one();
         }
         // All are noted first: where the link dies in between, the next one has them all.
-        let (mut more, mut fewer) = (self.take_adopted(), Vec::new());
+        let (mut more, mut fewer) = (self.take_resubscriptions(), Vec::new());
         let adopted = !more.is_empty();
         for (room, wish) in wishes {
             let follow = wish.subscribe;
-            self.note(room.clone(), wish);
+            self.record(room.clone(), wish);
             if follow && self.owns(&room) {
                 more.push(room);
             } else if self.owns(&room) {
@@ -383,7 +384,7 @@ impl Worker {
         for rooms in rooms.chunks(CHANNELS_MAX) {
             subscribe_to(connection, self.server.keyspace, &self.channels(rooms)).await?;
         }
-        for (_, heard) in self.unheard.drain(..) {
+        for (_, heard) in self.unconfirmed.drain(..) {
             // Who does not wait any more has given up on the join.
             let _ = heard.send(());
         }
@@ -395,33 +396,33 @@ impl Worker {
     }
 
     /// Takes what Redis pushes. Runs on the connection's driver task and never blocks.
-    fn receiver(
+    fn push_handler(
         &self,
-        ear: &Ear,
+        ear: &PushReceiver,
     ) -> impl Fn(PushInfo) -> Result<(), Infallible> + Send + Sync + 'static {
-        let (lost, deaf) = (ear.lost.clone(), ear.deaf.clone());
+        let (lost, deaf) = (ear.lost.clone(), ear.closed.clone());
         let (mailboxes, links) = (self.mailboxes.clone(), self.links.clone());
         let (server, followed) = (self.server.clone(), self.subscribed.clone());
         let (pokes, tasks) = (server.keyspace.pokes(), self.tasks.clone());
         let take = move |push: PushInfo| {
             match push.kind {
                 PushKind::Message | PushKind::SMessage => {
-                    match arrival(push.data, &links.probe, &pokes) {
-                        Arrival::Entry(room, entry) => {
+                    match decode_push(push.data, &links.probe, &pokes) {
+                        Push::Entry(room, entry) => {
                             // What comes late from a server that another has replaced would stand
                             // behind what that one says.
                             if server.owns(server.keyspace.group_of(&room)) {
                                 mailboxes.send_entry(room, entry);
                             }
                         }
-                        Arrival::Ephemeral(room, notice) => {
+                        Push::Ephemeral(room, notice) => {
                             if server.owns(server.keyspace.group_of(&room)) {
                                 mailboxes.send_ephemeral(room, notice);
                             }
                         }
-                        Arrival::Probe(number) => links.probe.heard(number),
-                        Arrival::Poke => links.poked.notify_one(),
-                        Arrival::Bad(channel) => {
+                        Push::Probe(number) => links.probe.heard(number),
+                        Push::WakeUp => links.poked.notify_one(),
+                        Push::Invalid(channel) => {
                             untrusted::found(&links.metrics, InvalidValue::PubsubMessage, channel);
                         }
                     }
@@ -448,21 +449,21 @@ impl Worker {
     }
 }
 
-fn link_is_lost() -> RedisError {
+fn connection_lost() -> RedisError {
     (redis::ErrorKind::Io, "the link was closed").into()
 }
 
 /// The end of a connection's pushes. Once it is dropped nothing that still comes is taken: it would
 /// arrive behind what another connection, maybe to another server, has brought.
 #[derive(Default)]
-struct Ear {
+struct PushReceiver {
     lost: Arc<Notify>,
-    deaf: Arc<AtomicBool>,
+    closed: Arc<AtomicBool>,
 }
 
-impl Drop for Ear {
+impl Drop for PushReceiver {
     fn drop(&mut self) {
-        self.deaf.store(true, Ordering::Release);
+        self.closed.store(true, Ordering::Release);
     }
 }
 
@@ -475,7 +476,7 @@ async fn subscribe_to(
 ) -> RedisResult<()> {
     match keyspace.sharded {
         false => connection.subscribe(channels).await,
-        true => each(connection, "SSUBSCRIBE", channels).await,
+        true => send_each(connection, "SSUBSCRIBE", channels).await,
     }
 }
 
@@ -486,11 +487,11 @@ async fn unsubscribe_from(
 ) -> RedisResult<()> {
     match keyspace.sharded {
         false => connection.unsubscribe(channels).await,
-        true => each(connection, "SUNSUBSCRIBE", channels).await,
+        true => send_each(connection, "SUNSUBSCRIBE", channels).await,
     }
 }
 
-async fn each(
+async fn send_each(
     connection: &mut MultiplexedConnection,
     command: &str,
     channels: &[String],
@@ -509,44 +510,44 @@ fn room_of(data: &[Value]) -> Option<RoomId> {
 }
 
 /// What gateways publish.
-enum Arrival {
+enum Push {
     Entry(RoomId, Entry),
     Ephemeral(RoomId, EphemeralEvent),
     Probe(u64),
-    Poke,
+    WakeUp,
     /// What no gateway publishes, in this channel.
-    Bad(String),
+    Invalid(String),
 }
 
 /// Reads `[channel, payload]`.
-fn arrival(data: Vec<Value>, probe: &Probe, pokes: &str) -> Arrival {
+fn decode_push(data: Vec<Value>, probe: &Probe, pokes: &str) -> Push {
     let data: Result<[Value; 2], _> = data.try_into();
     let Ok([Value::BulkString(channel), Value::BulkString(payload)]) = data else {
-        return Arrival::Bad("?".to_owned());
+        return Push::Invalid("?".to_owned());
     };
     let channel = String::from_utf8_lossy(&channel);
-    let arrival = arrival_in(&channel, payload.into(), probe, pokes);
-    arrival.unwrap_or_else(|| Arrival::Bad(channel.into_owned()))
+    let arrival = decode_payload(&channel, payload.into(), probe, pokes);
+    arrival.unwrap_or_else(|| Push::Invalid(channel.into_owned()))
 }
 
 /// Reads `<epoch>:<seq>:<stamp>\n<envelope>`, a notice, or the number of a probe.
-fn arrival_in(channel: &str, payload: Bytes, probe: &Probe, pokes: &str) -> Option<Arrival> {
+fn decode_payload(channel: &str, payload: Bytes, probe: &Probe, pokes: &str) -> Option<Push> {
     if probe.is_to(channel) {
-        return Some(Arrival::Probe(std::str::from_utf8(&payload).ok()?.parse().ok()?));
+        return Some(Push::Probe(std::str::from_utf8(&payload).ok()?.parse().ok()?));
     }
     if channel == pokes {
-        return Some(Arrival::Poke);
+        return Some(Push::WakeUp);
     }
     let room = Keyspace::room(channel)?;
     if payload.first() == Some(&b'!') {
         let notice = ephemeral::decode(&payload, &room)?;
-        return Some(Arrival::Ephemeral(room, notice));
+        return Some(Push::Ephemeral(room, notice));
     }
     let border = payload.iter().position(|byte| *byte == b'\n')?;
     let (position, stamp) = std::str::from_utf8(&payload[..border]).ok()?.rsplit_once(':')?;
     let (position, stamp) = (position.parse().ok()?, stamp.parse().ok()?);
     let envelope = Envelope::parse_for_room(payload.slice(border + 1..), &room).ok()?;
-    Some(Arrival::Entry(room, Entry { position, origin: stamp, envelope }))
+    Some(Push::Entry(room, Entry { position, origin: stamp, envelope }))
 }
 
 #[cfg(test)]
@@ -569,13 +570,13 @@ mod tests {
 
     #[test]
     fn no_unsubscription_is_lost_however_many_wait() {
-        let mut wishes = Wishes::default();
+        let mut wishes = PendingCommands::default();
         for room in rooms("room", 100_000) {
             wishes.unsubscribe(room);
         }
         let mut taken = BTreeSet::new();
         while !wishes.rooms.is_empty() {
-            let some = wishes.take(CHANNELS_MAX);
+            let some = wishes.next_batch(CHANNELS_MAX);
             assert!(some.len() <= CHANNELS_MAX && some.iter().all(|(_, wish)| !wish.subscribe));
             taken.extend(some.into_iter().map(|(room, _)| room));
         }
@@ -584,32 +585,35 @@ mod tests {
 
     #[test]
     fn rooms_go_ahead_of_statuses_and_both_go_on() {
-        let mut wishes = Wishes::default();
+        let mut wishes = PendingCommands::default();
         for room in rooms("status", 10_000) {
             wishes.subscribe(room, heard());
         }
         for room in rooms("room", 1000) {
             wishes.subscribe(room, heard());
         }
-        let first = wishes.take(CHANNELS_MAX);
+        let first = wishes.next_batch(CHANNELS_MAX);
         let of_rooms = first.iter().filter(|(room, _)| room.kind() == RoomKind::Room).count();
-        assert_eq!((of_rooms, first.len()), (FIRST_MAX, CHANNELS_MAX));
+        assert_eq!((of_rooms, first.len()), (PRIORITY_MAX, CHANNELS_MAX));
     }
 
     #[test]
     fn the_last_wish_for_a_room_counts_and_is_granted_once() {
-        let (mut wishes, room) = (Wishes::default(), rooms("room", 1).next().unwrap());
+        let (mut wishes, room) = (PendingCommands::default(), rooms("room", 1).next().unwrap());
         for _ in 0..3 {
             wishes.unsubscribe(room.clone());
             wishes.subscribe(room.clone(), heard());
         }
-        let taken = wishes.take(CHANNELS_MAX);
+        let taken = wishes.next_batch(CHANNELS_MAX);
         assert!(
-            matches!(&taken[..], [(_, Wish { subscribe: true, waiting, .. })] if waiting.len() == 3)
+            matches!(&taken[..], [(_, SubscribeCommand { subscribe: true, waiters, .. })] if waiters.len() == 3)
         );
-        assert!(wishes.take(CHANNELS_MAX).is_empty());
+        assert!(wishes.next_batch(CHANNELS_MAX).is_empty());
         wishes.subscribe(room.clone(), heard());
         wishes.unsubscribe(room);
-        assert!(matches!(&wishes.take(CHANNELS_MAX)[..], [(_, Wish { subscribe: false, .. })]));
+        assert!(matches!(
+            &wishes.next_batch(CHANNELS_MAX)[..],
+            [(_, SubscribeCommand { subscribe: false, .. })]
+        ));
     }
 }
