@@ -41,7 +41,7 @@ use super::{
     conditions::Finder,
     config, is_of_the_slot,
     lease::LeaseTimes,
-    links::Links,
+    links::LinkStates,
     restore::LogRestorer,
     server::RedisServer,
     topology,
@@ -137,7 +137,7 @@ fn unique(now: SystemTime) -> String {
 /// The task that keeps this node in agreement with the others.
 pub(super) struct Agreement {
     server: Arc<RedisServer>,
-    links: Arc<Links>,
+    links: Arc<LinkStates>,
     mailboxes: Mailboxes,
     restorer: LogRestorer,
     checkin: redis::Script,
@@ -150,7 +150,7 @@ pub(super) struct Agreement {
 
 pub(super) fn start(
     server: Arc<RedisServer>,
-    links: Arc<Links>,
+    links: Arc<LinkStates>,
     mailboxes: Mailboxes,
     process: Arc<Process>,
     tasks: &Tasks,
@@ -194,7 +194,7 @@ impl Agreement {
                 return std::future::pending().await;
             }
             pause.wait().await;
-            let remake = self.links.remake.subscribe();
+            let remake = self.links.reconnect_all.subscribe();
             match self.server.connect(config()).await {
                 Ok((connection, token)) => {
                     let kept = self.keep(connection, token, remake, &mut pause, stopped).await;
@@ -226,7 +226,7 @@ impl Agreement {
         pause: &mut RetryPause,
         stopped: &CancellationToken,
     ) -> RedisResult<()> {
-        self.links.met(&self.server, token);
+        self.links.observed_server(&self.server, token);
         if !std::mem::replace(&mut self.looked_at_replicas, true) {
             topology::warn_if_replicas_optional(&mut connection).await;
         }
@@ -240,11 +240,11 @@ impl Agreement {
             owned.mark_unchanged();
             let open = self.server.unagreed_groups(token);
             let is_settled = open.is_empty();
-            let done = if tokens.lead_elsewhere(token) {
+            let done = if tokens.any_leads_elsewhere(token) {
                 // Which of them is right is not known here: all are made again.
-                self.links.remake.send_modify(|count| *count += 1);
+                self.links.reconnect_all.send_modify(|count| *count += 1);
                 Err((ErrorKind::Io, "the links lead to different servers").into())
-            } else if tokens.lead_to(token) && !is_settled {
+            } else if tokens.both_lead_to(token) && !is_settled {
                 self.agree(&mut connection, token, open).await
             } else {
                 Ok(())
@@ -266,10 +266,10 @@ impl Agreement {
                 _ = agreed.changed() => {}
                 _ = owned.changed() => {}
                 () = &mut moved => {
-                    self.links.remake.send_modify(|count| *count += 1);
+                    self.links.reconnect_all.send_modify(|count| *count += 1);
                     return Err((ErrorKind::Io, "the primary is elsewhere").into());
                 }
-                () = self.links.poked.notified() => self.process.state.lock().renewed = None,
+                () = self.links.wake_up.notified() => self.process.state.lock().renewed = None,
                 () = tokio::time::sleep(wait) => {}
             }
         }
@@ -309,7 +309,7 @@ impl Agreement {
         loop {
             groups.retain(|group| self.server.owns(*group));
             let all_asked = self.server.unagreed_groups(token).len() == groups.len();
-            if groups.is_empty() || !all_asked || !self.links.targets.borrow().lead_to(token) {
+            if groups.is_empty() || !all_asked || !self.links.targets.borrow().both_lead_to(token) {
                 return Ok(());
             }
             let opened = self.check_in(connection, token, &groups).await?;
@@ -487,7 +487,7 @@ impl Agreement {
             .key(keyspace.barrier(0))
             .arg(&self.process.name)
             .arg(self.process.lease.duration.as_millis() as u64)
-            .arg(keyspace.pokes())
+            .arg(keyspace.wake_up_channel())
             .arg(token.to_string())
             .arg(if is_first { &self.process.node } else { "" })
             .invoke_async(connection)
@@ -576,10 +576,10 @@ impl Agreement {
         Ok(rows.into_iter().filter_map(lease).collect())
     }
 
-    async fn poke(&self, connection: &mut MultiplexedConnection) -> RedisResult<()> {
+    async fn wake_peers(&self, connection: &mut MultiplexedConnection) -> RedisResult<()> {
         let keyspace = self.server.keyspace;
         let mut poke = redis::cmd(keyspace.publish());
-        poke.arg(keyspace.pokes()).arg(&self.process.name).query_async(connection).await
+        poke.arg(keyspace.wake_up_channel()).arg(&self.process.name).query_async(connection).await
     }
 
     /// The earlier runs of this node whose leases have not ended: all of them have, unless they renew
@@ -600,7 +600,7 @@ impl Agreement {
         }
         let mut renewed = BTreeSet::new();
         let mut until = Instant::now() + TWIN_ANSWER_MAX;
-        self.poke(connection).await?;
+        self.wake_peers(connection).await?;
         while Instant::now() < until {
             tokio::time::sleep(ASK_EVERY).await;
             let now = self.leases_of_this_node(connection).await?;
@@ -611,7 +611,7 @@ impl Agreement {
                 if !renewed.insert(name.clone()) {
                     return Err(self.found_twin(name.clone()));
                 }
-                self.poke(connection).await?;
+                self.wake_peers(connection).await?;
                 until = Instant::now() + TWIN_ANSWER_MAX;
             }
             before = now;
@@ -668,7 +668,7 @@ impl Agreement {
             asked => asked?,
         };
         if agreed != Some(Lossy(token.to_string())) || open.is_none() {
-            self.links.found_stale(&self.server, token);
+            self.links.found_unagreed(&self.server, token);
         }
         Ok(())
     }

@@ -25,7 +25,7 @@ use super::{
     RetryPause, as_arguments,
     conditions::{Finder, is_forbidden},
     config, is_of_the_slot, is_stale,
-    links::{Link, Links},
+    links::{LinkKind, LinkStates},
     memory::Pressure,
     probe::PROBE_EVERY,
     refused_or_away,
@@ -64,7 +64,7 @@ struct Release {
 /// A pipeline that was sent, with what was in it.
 type Sent = BoxFuture<(Vec<Queued>, RedisResult<Vec<RedisResult<Value>>>)>;
 
-pub(super) fn start(server: Arc<RedisServer>, links: Arc<Links>, tasks: &Tasks) -> Appender {
+pub(super) fn start(server: Arc<RedisServer>, links: Arc<LinkStates>, tasks: &Tasks) -> Appender {
     let (queue, receiver) = mpsc::channel(QUEUE_LEN_MAX);
     let (orders, ordered) = mpsc::channel(ORDERS_MAX);
     let worker = Worker {
@@ -108,7 +108,7 @@ impl Appender {
 /// The task that owns the connection.
 struct Worker {
     server: Arc<RedisServer>,
-    links: Arc<Links>,
+    links: Arc<LinkStates>,
     queue: mpsc::Receiver<Queued>,
     orders: mpsc::Receiver<Release>,
     /// What is to be sent before anything in `queue`: it came from there, or was sent already.
@@ -149,7 +149,7 @@ impl Worker {
             let heard = self.links.probe.count_heard();
             match self.connect_while_expiring(&mut pause).await {
                 Ok((connection, token, remake)) => {
-                    self.links.set(&self.server, Link::Appending, Some(token));
+                    self.links.set(&self.server, LinkKind::Append, Some(token));
                     let error = self.serve(connection, token, remake).await;
                     if self.links.probe.count_heard() != heard {
                         // It did its work: until then the next attempts become rarer.
@@ -166,7 +166,7 @@ impl Worker {
                     }
                 }
             }
-            self.links.set(&self.server, Link::Appending, None);
+            self.links.set(&self.server, LinkKind::Append, None);
         }
     }
 
@@ -181,7 +181,7 @@ impl Worker {
         let permitted = self.permitted.clone();
         let mut attempt = Box::pin(async move {
             tokio::time::sleep(pause).await;
-            let remake = links.remake.subscribe();
+            let remake = links.reconnect_all.subscribe();
             let (connection, token) = connect(&server, &scripts, &permitted).await?;
             Ok((connection, token, remake))
         });
@@ -356,7 +356,7 @@ impl Worker {
             }
             if let Err(error) = settled {
                 if is_stale(&error) {
-                    self.links.found_stale(&self.server, token);
+                    self.links.found_unagreed(&self.server, token);
                 }
                 return error;
             }
@@ -561,7 +561,7 @@ async fn look_at(
 async fn send_probe(
     mut connection: MultiplexedConnection,
     server: Arc<RedisServer>,
-    links: Arc<Links>,
+    links: Arc<LinkStates>,
 ) -> RedisResult<()> {
     // Nobody listens yet.
     let Some((_, channel)) = links.probe.channel() else { return Ok(()) };

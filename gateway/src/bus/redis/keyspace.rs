@@ -56,7 +56,7 @@ impl Keyspace {
     }
 
     /// Where a new process asks the others to renew, so that all have seen it.
-    pub(super) fn pokes(self) -> String {
+    pub(super) fn wake_up_channel(self) -> String {
         self.named(0, "pokes")
     }
 
@@ -288,7 +288,7 @@ mod tests {
             assert!(key.contains(&tag), "{key}");
         }
         assert_eq!((ALONE.group_of(&room), ALONE.barrier(0).as_str()), (0, "gw:barrier"));
-        assert!(SHARDED.leases().contains("{0}") && SHARDED.pokes().contains("{0}"));
+        assert!(SHARDED.leases().contains("{0}") && SHARDED.wake_up_channel().contains("{0}"));
         // As `CLUSTER KEYSLOT {7}` says.
         assert_eq!(Keyspace::slot_of_group(7), 1716);
     }

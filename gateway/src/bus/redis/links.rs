@@ -8,13 +8,13 @@ use super::{probe::Probe, server::RedisServer};
 use crate::{bus::node_state::NodeState, delivery::ServerId, telemetry::metrics::Metrics};
 
 /// The state of the links.
-pub(super) struct Links {
+pub(super) struct LinkStates {
     /// Where the links lead.
     pub(super) targets: watch::Sender<LinkTargets>,
     /// Counts orders to make all connections again.
-    pub(super) remake: watch::Sender<u64>,
+    pub(super) reconnect_all: watch::Sender<u64>,
     /// Somebody wants to be seen.
-    pub(super) poked: Notify,
+    pub(super) wake_up: Notify,
     /// Whether what is published is heard.
     pub(super) probe: Probe,
     pub(super) metrics: Arc<Metrics>,
@@ -23,40 +23,40 @@ pub(super) struct Links {
 
 /// One of the links.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Link {
-    Appending,
-    Hearing,
+pub(super) enum LinkKind {
+    Append,
+    Subscribe,
 }
 
 /// Which server each link leads to, while it stands.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct LinkTargets {
-    appending: Option<ServerId>,
-    hearing: Option<ServerId>,
+    append: Option<ServerId>,
+    subscribe: Option<ServerId>,
 }
 
 impl LinkTargets {
     /// Whether both lead to `token`.
-    pub(super) fn lead_to(self, token: ServerId) -> bool {
-        self.appending == Some(token) && self.hearing == Some(token)
+    pub(super) fn both_lead_to(self, token: ServerId) -> bool {
+        self.append == Some(token) && self.subscribe == Some(token)
     }
 
     /// Whether one leads to another server than `token`.
-    pub(super) fn lead_elsewhere(self, token: ServerId) -> bool {
-        [self.appending, self.hearing].into_iter().flatten().any(|leads_to| leads_to != token)
+    pub(super) fn any_leads_elsewhere(self, token: ServerId) -> bool {
+        [self.append, self.subscribe].into_iter().flatten().any(|leads_to| leads_to != token)
     }
 
-    fn stand(self) -> bool {
-        self.appending.is_some() && self.hearing.is_some()
+    fn are_up(self) -> bool {
+        self.append.is_some() && self.subscribe.is_some()
     }
 }
 
-impl Links {
+impl LinkStates {
     pub(super) fn new(standing: Arc<NodeState>, metrics: Arc<Metrics>) -> Self {
         Self {
             targets: watch::Sender::default(),
-            remake: watch::Sender::default(),
-            poked: Notify::new(),
+            reconnect_all: watch::Sender::default(),
+            wake_up: Notify::new(),
             probe: Probe::new(),
             metrics,
             node_state: standing,
@@ -64,15 +64,15 @@ impl Links {
     }
 
     /// Notes that a link leads to `token`, or is lost.
-    pub(super) fn set(&self, server: &RedisServer, link: Link, token: Option<ServerId>) {
+    pub(super) fn set(&self, server: &RedisServer, link: LinkKind, token: Option<ServerId>) {
         if let Some(token) = token {
-            self.met(server, token);
+            self.observed_server(server, token);
         }
         let mut changed = false;
         self.targets.send_if_modified(|tokens| {
             let leads_to = match link {
-                Link::Appending => &mut tokens.appending,
-                Link::Hearing => &mut tokens.hearing,
+                LinkKind::Append => &mut tokens.append,
+                LinkKind::Subscribe => &mut tokens.subscribe,
             };
             let before = std::mem::replace(leads_to, token);
             changed = before.is_some() != token.is_some();
@@ -88,20 +88,20 @@ impl Links {
 
     /// A connection has met `token`: where that is another server than the one agreed on, nothing
     /// is to be read or written until the nodes have agreed on it.
-    pub(super) fn met(&self, server: &RedisServer, token: ServerId) {
+    pub(super) fn observed_server(&self, server: &RedisServer, token: ServerId) {
         if server.revoke_agreement(|agreed| agreed != token) {
             self.node_state.set_agreed(server.owned.borrow().iter().copied(), false);
         }
     }
 
     /// The server turned out to be none that the nodes have agreed on.
-    pub(super) fn found_stale(&self, server: &RedisServer, token: ServerId) {
+    pub(super) fn found_unagreed(&self, server: &RedisServer, token: ServerId) {
         server.revoke_agreement(|agreed| agreed == token);
         self.node_state.set_agreed(server.owned.borrow().iter().copied(), false);
     }
 
     /// Whether both links stand.
-    pub(super) fn stand(&self) -> bool {
-        self.targets.borrow().stand()
+    pub(super) fn are_up(&self) -> bool {
+        self.targets.borrow().are_up()
     }
 }

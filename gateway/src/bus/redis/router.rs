@@ -34,7 +34,7 @@ use super::{
     conditions::Conditions,
     keyspace::Keyspace,
     lease::LeaseTimes,
-    links::Links,
+    links::LinkStates,
     log::Log,
     memory::{self, Usages},
     server::{AgreedServer, RedisServer},
@@ -62,7 +62,7 @@ const POLL_PAUSE_MIN: Duration = Duration::from_millis(50);
 /// The connections to one server, and who uses them.
 pub(super) struct ServerConnections {
     pub(super) server: Arc<RedisServer>,
-    links: Arc<Links>,
+    links: Arc<LinkStates>,
     appender: Appender,
     subscriber: Subscriber,
     log: Log,
@@ -528,7 +528,7 @@ impl ConnectionContext {
             conditions: Conditions::default(),
         });
         let standing = self.mailboxes.node_state().clone();
-        let links = Arc::new(Links::new(standing, self.metrics.clone()));
+        let links = Arc::new(LinkStates::new(standing, self.metrics.clone()));
         let log = Log::new(server.clone(), self.metrics.clone());
         let appender = appender::start(server.clone(), links.clone(), &tasks);
         let mailboxes = self.mailboxes.clone();
@@ -545,7 +545,7 @@ impl ServerConnections {
     /// Whether its links stand and the nodes have agreed on it for these groups.
     fn is_up_for(&self, groups: &[u16]) -> bool {
         let agreed = self.server.agreed.borrow().clone();
-        self.links.stand() && groups.iter().all(|group| agreed.groups.contains(group))
+        self.links.are_up() && groups.iter().all(|group| agreed.groups.contains(group))
     }
 
     /// Waits until a group is taken away. Cancel-safe.

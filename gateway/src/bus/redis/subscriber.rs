@@ -36,7 +36,7 @@ use super::{
     conditions::Finder,
     config, ephemeral,
     keyspace::Keyspace,
-    links::{Link, Links},
+    links::{LinkKind, LinkStates},
     probe::{LOOK_EVERY, Probe},
     server::RedisServer,
     untrusted,
@@ -144,7 +144,7 @@ struct Resubscriptions {
 
 pub(super) fn start(
     server: Arc<RedisServer>,
-    links: Arc<Links>,
+    links: Arc<LinkStates>,
     mailboxes: Mailboxes,
     tasks: &Tasks,
 ) -> Subscriber {
@@ -188,7 +188,7 @@ impl Subscriber {
 /// The task that owns the connection.
 struct SubscribeWorker {
     server: Arc<RedisServer>,
-    links: Arc<Links>,
+    links: Arc<LinkStates>,
     mailboxes: Mailboxes,
     queue: Arc<CommandQueue>,
     resubscriptions: Arc<Resubscriptions>,
@@ -234,7 +234,7 @@ impl SubscribeWorker {
             if pause.is_worth_a_line() {
                 tracing::warn!(%error, "cannot hear Redis");
             }
-            self.links.set(&self.server, Link::Hearing, None);
+            self.links.set(&self.server, LinkKind::Subscribe, None);
         }
     }
 
@@ -243,7 +243,7 @@ impl SubscribeWorker {
         let ear = PushReceiver::default();
         let config = config().set_push_sender(self.push_handler(&ear));
         let lost = ear.lost.clone();
-        let mut remake = self.links.remake.subscribe();
+        let mut remake = self.links.reconnect_all.subscribe();
         let mut owned = self.server.owned.subscribe();
         let (mut connection, token) = self.server.connect(config).await?;
         self.subscribe_own_channels(&mut connection).await?;
@@ -254,7 +254,7 @@ impl SubscribeWorker {
         // Only when everything is subscribed to: what is read from now on leaves no gap.
         self.mailboxes.mark_all_stale();
         self.server.conditions.allow(Finder::Subscriber);
-        self.links.set(&self.server, Link::Hearing, Some(token));
+        self.links.set(&self.server, LinkKind::Subscribe, Some(token));
 
         let mut look = tokio::time::interval(LOOK_EVERY);
         loop {
@@ -326,7 +326,7 @@ impl SubscribeWorker {
         };
         probe.forget();
         let mut channels = vec![probe.choose(keyspace, group)];
-        channels.extend(pokes.then(|| keyspace.pokes()));
+        channels.extend(pokes.then(|| keyspace.wake_up_channel()));
         subscribe_to(connection, keyspace, &channels).await
     }
 
@@ -403,7 +403,7 @@ impl SubscribeWorker {
         let (lost, deaf) = (ear.lost.clone(), ear.closed.clone());
         let (mailboxes, links) = (self.mailboxes.clone(), self.links.clone());
         let (server, followed) = (self.server.clone(), self.subscribed.clone());
-        let (pokes, tasks) = (server.keyspace.pokes(), self.tasks.clone());
+        let (pokes, tasks) = (server.keyspace.wake_up_channel(), self.tasks.clone());
         let take = move |push: PushInfo| {
             match push.kind {
                 PushKind::Message | PushKind::SMessage => {
@@ -421,7 +421,7 @@ impl SubscribeWorker {
                             }
                         }
                         Push::Probe(number) => links.probe.heard(number),
-                        Push::WakeUp => links.poked.notify_one(),
+                        Push::WakeUp => links.wake_up.notify_one(),
                         Push::Invalid(channel) => {
                             untrusted::found(&links.metrics, InvalidValue::PubsubMessage, channel);
                         }
