@@ -39,7 +39,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     RetryPause,
     conditions::Finder,
-    config, is_of_the_slot,
+    config, is_slot_error,
     lease::LeaseTimes,
     links::LinkStates,
     restore::LogRestorer,
@@ -205,7 +205,7 @@ impl Agreement {
                 }
                 Err(error) => {
                     pause.failed(&error);
-                    if pause.is_worth_a_line() {
+                    if pause.should_log() {
                         tracing::warn!(%error, "cannot agree on a Redis server with the others");
                     }
                 }
@@ -394,7 +394,7 @@ impl Agreement {
         for (group, answer) in groups.iter().zip(answers) {
             let (open, missing, term, owed): (String, Vec<Lossy>, u64, u64) = match answer {
                 Ok(answer) => untrusted::read(&self.links.metrics, "barrier", answer)?,
-                Err(error) if is_of_the_slot(&error) => {
+                Err(error) if is_slot_error(&error) => {
                     self.server.topology_stale.notify_one();
                     continue;
                 }
@@ -659,7 +659,7 @@ impl Agreement {
             .query_async(connection)
             .await;
         let (agreed, open) = match asked {
-            Err(error) if is_of_the_slot(&error) => {
+            Err(error) if is_slot_error(&error) => {
                 self.server.topology_stale.notify_one();
                 return Ok(());
             }

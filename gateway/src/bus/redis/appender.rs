@@ -22,16 +22,17 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    RetryPause, as_arguments,
+    RetryPause,
     conditions::{Finder, is_forbidden},
-    config, is_of_the_slot, is_stale,
+    config, is_slot_error, is_unagreed,
     links::{LinkKind, LinkStates},
     memory::Pressure,
+    position_args,
     probe::PROBE_EVERY,
-    refused_or_away,
+    send_queue::{QueuedAppend, SendQueue},
     server::{AgreedServer, RedisServer},
+    to_bus_error,
     untrusted::checked,
-    waiting::{Queued, Waiting},
 };
 use crate::{
     bus::{Append, Appended, BoxFuture, BusError, Unseen, output_of},
@@ -41,34 +42,34 @@ use crate::{
 
 const QUEUE_LEN_MAX: usize = 1 << 16;
 /// How many orders may wait.
-const ORDERS_MAX: usize = 16;
+const DRAINS_MAX: usize = 16;
 /// How often the link and the server's settings are looked at.
-const LOOK_EVERY: std::time::Duration = std::time::Duration::from_secs(2);
+const HEALTH_CHECK_INTERVAL: std::time::Duration = std::time::Duration::from_secs(2);
 /// How often it is said that Redis refuses all.
-const TELL_EVERY: std::time::Duration = std::time::Duration::from_secs(10);
+const LOG_EVERY: std::time::Duration = std::time::Duration::from_secs(10);
 /// The most publishes in one pipeline, and the most pipelines under way.
 const PIPELINE_LEN_MAX: usize = 256;
-const PIPELINES_MAX: usize = 16;
+const PIPELINES_IN_FLIGHT_MAX: usize = 16;
 /// A handle to the appender's task.
 pub(super) struct Appender {
-    queue: mpsc::Sender<Queued>,
-    orders: mpsc::Sender<Release>,
+    queue: mpsc::Sender<QueuedAppend>,
+    drains: mpsc::Sender<DrainRequest>,
 }
 
 /// Asks for all that waits for some groups, which another server has from now on.
-struct Release {
+struct DrainRequest {
     groups: Vec<u16>,
-    answer: oneshot::Sender<Vec<Queued>>,
+    answer: oneshot::Sender<Vec<QueuedAppend>>,
 }
 
 /// A pipeline that was sent, with what was in it.
-type Sent = BoxFuture<(Vec<Queued>, RedisResult<Vec<RedisResult<Value>>>)>;
+type InFlight = BoxFuture<(Vec<QueuedAppend>, RedisResult<Vec<RedisResult<Value>>>)>;
 
 pub(super) fn start(server: Arc<RedisServer>, links: Arc<LinkStates>, tasks: &Tasks) -> Appender {
     let (queue, receiver) = mpsc::channel(QUEUE_LEN_MAX);
-    let (orders, ordered) = mpsc::channel(ORDERS_MAX);
-    let worker = Worker {
-        waiting: Waiting::new(server.keyspace),
+    let (orders, ordered) = mpsc::channel(DRAINS_MAX);
+    let worker = AppendWorker {
+        queue: SendQueue::new(server.keyspace),
         script: server.keyspace.script(include_str!("scripts/append.lua")),
         script_when_tight: server
             .keyspace
@@ -76,19 +77,19 @@ pub(super) fn start(server: Arc<RedisServer>, links: Arc<LinkStates>, tasks: &Ta
         permitted: server.keyspace.script(include_str!("scripts/permitted.lua")),
         server,
         links,
-        queue: receiver,
-        orders: ordered,
+        incoming: receiver,
+        drains: ordered,
         open: AgreedServer::default(),
-        told: None,
+        last_logged: None,
         stopped: tasks.stopped().clone(),
     };
     tasks.spawn_service("redis_appender", worker.run());
-    Appender { queue, orders }
+    Appender { queue, drains: orders }
 }
 
 impl Appender {
     /// Queues a publish, or gives it back with what is wrong.
-    pub(super) fn send(&self, queued: Queued) -> Option<(Queued, BusError)> {
+    pub(super) fn send(&self, queued: QueuedAppend) -> Option<(QueuedAppend, BusError)> {
         match self.queue.try_send(queued) {
             Ok(()) => None,
             Err(mpsc::error::TrySendError::Full(queued)) => Some((queued, BusError::Overloaded)),
@@ -97,22 +98,22 @@ impl Appender {
     }
 
     /// Takes back all that waits for `groups`, in order, once nothing of them is under way.
-    pub(super) async fn release(&self, groups: Vec<u16>) -> Vec<Queued> {
+    pub(super) async fn drain_groups(&self, groups: Vec<u16>) -> Vec<QueuedAppend> {
         let (answer, answered) = oneshot::channel();
         // A worker that has ended has answered all it had.
-        let _ = self.orders.send(Release { groups, answer }).await;
+        let _ = self.drains.send(DrainRequest { groups, answer }).await;
         answered.await.unwrap_or_default()
     }
 }
 
 /// The task that owns the connection.
-struct Worker {
+struct AppendWorker {
     server: Arc<RedisServer>,
     links: Arc<LinkStates>,
-    queue: mpsc::Receiver<Queued>,
-    orders: mpsc::Receiver<Release>,
-    /// What is to be sent before anything in `queue`: it came from there, or was sent already.
-    waiting: Waiting,
+    incoming: mpsc::Receiver<QueuedAppend>,
+    drains: mpsc::Receiver<DrainRequest>,
+    /// What is to be sent before anything in `incoming`: it came from there, or was sent already.
+    queue: SendQueue,
     script: redis::Script,
     /// The same, which Redis lets run where it is full: it makes room first.
     script_when_tight: redis::Script,
@@ -120,30 +121,30 @@ struct Worker {
     /// What was agreed on when it was last looked at: the tail was repeated to it.
     open: AgreedServer,
     /// When it was last told of that Redis takes nothing for a time.
-    told: Option<Instant>,
+    last_logged: Option<Instant>,
     stopped: CancellationToken,
 }
 
-impl Worker {
+impl AppendWorker {
     async fn run(mut self) {
         let stopped = self.stopped.clone();
-        // `work` keeps what is unanswered in `self`, but for what was sent: its callers are gone by
+        // `reconnect_forever` keeps what is unanswered in `self`, but for what was sent: its callers are gone by
         // now, and find it by its id.
         tokio::select! {
             biased;
             () = stopped.cancelled() => {}
-            () = self.work() => {}
+            () = self.reconnect_forever() => {}
         }
-        self.queue.close();
-        while let Ok(queued) = self.queue.try_recv() {
-            self.waiting.take_in(queued);
+        self.incoming.close();
+        while let Ok(queued) = self.incoming.try_recv() {
+            self.queue.push(queued);
         }
-        for queued in self.waiting.take_all() {
+        for queued in self.queue.drain_all() {
             (queued.append.done)(Err(BusError::Unavailable));
         }
     }
 
-    async fn work(&mut self) {
+    async fn reconnect_forever(&mut self) {
         let mut pause = RetryPause::default();
         loop {
             let heard = self.links.probe.count_heard();
@@ -161,7 +162,7 @@ impl Worker {
                 }
                 Err(error) => {
                     pause.failed(&error);
-                    if pause.is_worth_a_line() {
+                    if pause.should_log() {
                         tracing::warn!(%error, "cannot publish to Redis");
                     }
                 }
@@ -187,13 +188,13 @@ impl Worker {
         });
         loop {
             self.expire();
-            let deadline = self.waiting.next_deadline();
+            let deadline = self.queue.next_deadline();
             // Cancel-safe: `attempt` is kept, and `recv` loses nothing.
             tokio::select! {
                 biased;
                 result = &mut attempt => return result,
-                Some(order) = self.orders.recv() => self.release(order),
-                Some(queued) = self.queue.recv() => self.waiting.take_in(queued),
+                Some(order) = self.drains.recv() => self.drain_groups(order),
+                Some(queued) = self.incoming.recv() => self.queue.push(queued),
                 () = sleep_until(deadline) => {}
             }
         }
@@ -202,7 +203,7 @@ impl Worker {
     /// Answers what is past its deadline.
     fn expire(&mut self) {
         let (tail, now) = (self.links.node_state.unconfirmed(), Instant::now());
-        for queued in self.waiting.expired(now) {
+        for queued in self.queue.take_expired(now) {
             // What was acknowledged once stays there: the next server is given it.
             tail.discard(&queued.append.envelope.dedup_key());
             (queued.append.done)(Err(BusError::Unavailable));
@@ -210,9 +211,9 @@ impl Worker {
     }
 
     /// What leaves next.
-    fn next_batch(&mut self) -> Vec<Queued> {
+    fn next_batch(&mut self) -> Vec<QueuedAppend> {
         self.expire();
-        self.waiting.next_batch(PIPELINE_LEN_MAX, &self.open.groups, Instant::now())
+        self.queue.next_batch(PIPELINE_LEN_MAX, &self.open.groups, Instant::now())
     }
 
     /// Whether anything may be sent to the server `id`. Where that was agreed on since the last
@@ -246,23 +247,23 @@ impl Worker {
                 tracing::info!(count = tail.len(), "publishes that did not come by are repeated");
             }
             self.links.metrics.republished.inc_by(tail.len() as u64);
-            self.waiting.push_republished(tail, now);
+            self.queue.push_republished(tail, now);
             self.open = agreed;
         }
         true
     }
 
     /// Gives back all that waits for groups that are elsewhere now.
-    fn release(&mut self, order: Release) {
-        while let Ok(queued) = self.queue.try_recv() {
-            self.waiting.take_in(queued);
+    fn drain_groups(&mut self, order: DrainRequest) {
+        while let Ok(queued) = self.incoming.try_recv() {
+            self.queue.push(queued);
         }
         // Who asked waits for the answer, or nothing matters any more.
-        let _ = order.answer.send(self.waiting.release(&order.groups));
+        let _ = order.answer.send(self.queue.drain_groups(&order.groups));
     }
 
     /// Sends and settles until the connection fails. Returns why; what has no answer is in
-    /// `waiting` again, in its order.
+    /// `send_queue` again, in its order.
     async fn serve(
         &mut self,
         connection: MultiplexedConnection,
@@ -271,9 +272,9 @@ impl Worker {
     ) -> RedisError {
         let mut agreed = self.server.agreed.subscribe();
         let mut regained = self.links.node_state.lease_reacquired();
-        let mut sent: FuturesOrdered<Sent> = FuturesOrdered::new();
+        let mut sent: FuturesOrdered<InFlight> = FuturesOrdered::new();
         let mut queued = Vec::new();
-        let mut tick = tokio::time::interval(LOOK_EVERY);
+        let mut tick = tokio::time::interval(HEALTH_CHECK_INTERVAL);
         let mut look: Option<BoxFuture<RedisResult<()>>> = None;
         let mut probes = tokio::time::interval(PROBE_EVERY);
         let mut probe: Option<BoxFuture<RedisResult<()>>> = None;
@@ -281,7 +282,7 @@ impl Worker {
         loop {
             agreed.mark_unchanged();
             regained.mark_unchanged();
-            if sent.len() < PIPELINES_MAX && self.may_send(token) {
+            if sent.len() < PIPELINES_IN_FLIGHT_MAX && self.may_send(token) {
                 let batch = self.next_batch();
                 if !batch.is_empty() {
                     sent.push_back(self.send(connection.clone(), token, batch));
@@ -289,26 +290,27 @@ impl Worker {
                 }
             }
             // What may not be sent is answered when its time is over.
-            let deadline = self.waiting.next_deadline().filter(|_| sent.len() < PIPELINES_MAX);
+            let deadline =
+                self.queue.next_deadline().filter(|_| sent.len() < PIPELINES_IN_FLIGHT_MAX);
             // Cancel-safe: `next` keeps what is under way, and `recv_many` takes nothing unless
             // it completes.
             let (batch, result) = tokio::select! {
                 biased;
                 Some(answered) = sent.next() => answered,
-                Some(order) = self.orders.recv() => {
+                Some(order) = self.drains.recv() => {
                     // What is under way may come back unanswered, and goes along then.
-                    let settled = self.settle_all(token, Ok(()), VecDeque::new(), &mut sent).await;
-                    self.release(order);
+                    let settled = self.complete_all(token, Ok(()), VecDeque::new(), &mut sent).await;
+                    self.drain_groups(order);
                     match settled {
                         Ok(()) => continue,
                         Err(error) => return error,
                     }
                 }
-                _ = self.queue.recv_many(&mut queued, PIPELINE_LEN_MAX),
-                    if sent.len() < PIPELINES_MAX =>
+                _ = self.incoming.recv_many(&mut queued, PIPELINE_LEN_MAX),
+                    if sent.len() < PIPELINES_IN_FLIGHT_MAX =>
                 {
                     for queued in queued.drain(..) {
-                        self.waiting.take_in(queued);
+                        self.queue.push(queued);
                     }
                     continue;
                 }
@@ -323,7 +325,7 @@ impl Worker {
                 }
                 _ = tick.tick(), if look.is_none() => {
                     let (server, permitted) = (self.server.clone(), self.permitted.clone());
-                    look = Some(Box::pin(look_at(connection.clone(), server, permitted)));
+                    look = Some(Box::pin(check_health(connection.clone(), server, permitted)));
                     continue;
                 }
                 _ = probes.tick(), if probe.is_none() => {
@@ -350,12 +352,12 @@ impl Worker {
                 }
             };
             let mut again = VecDeque::new();
-            let mut settled = self.settle(token, batch, result, &mut again);
+            let mut settled = self.complete(token, batch, result, &mut again);
             if settled.is_err() || !again.is_empty() {
-                settled = self.settle_all(token, settled, again, &mut sent).await;
+                settled = self.complete_all(token, settled, again, &mut sent).await;
             }
             if let Err(error) = settled {
-                if is_stale(&error) {
+                if is_unagreed(&error) {
                     self.links.found_unagreed(&self.server, token);
                 }
                 return error;
@@ -365,17 +367,17 @@ impl Worker {
 
     /// Settles all that is under way: behind one that failed the others do as well, or have answers
     /// that count. What has no answer goes ahead of what waits.
-    async fn settle_all(
+    async fn complete_all(
         &mut self,
         token: ServerId,
         mut settled: Result<(), RedisError>,
-        mut again: VecDeque<Queued>,
-        sent: &mut FuturesOrdered<Sent>,
+        mut again: VecDeque<QueuedAppend>,
+        sent: &mut FuturesOrdered<InFlight>,
     ) -> Result<(), RedisError> {
         while let Some((batch, result)) = sent.next().await {
-            settled = settled.and(self.settle(token, batch, result, &mut again));
+            settled = settled.and(self.complete(token, batch, result, &mut again));
         }
-        self.waiting.put_back(again);
+        self.queue.requeue(again);
         settled
     }
 
@@ -383,8 +385,8 @@ impl Worker {
         &self,
         mut connection: MultiplexedConnection,
         token: ServerId,
-        mut batch: Vec<Queued>,
-    ) -> Sent {
+        mut batch: Vec<QueuedAppend>,
+    ) -> InFlight {
         let mut pipeline = redis::Pipeline::with_capacity(batch.len());
         pipeline.ignore_errors();
         for queued in &mut batch {
@@ -399,10 +401,10 @@ impl Worker {
         })
     }
 
-    fn command(&self, queued: &Queued, token: ServerId) -> redis::Cmd {
+    fn command(&self, queued: &QueuedAppend, token: ServerId) -> redis::Cmd {
         let append = &queued.append;
         let retention = &self.server.retention;
-        let (epoch, seq) = as_arguments(queued.hint.as_ref());
+        let (epoch, seq) = position_args(queued.hint.as_ref());
         let pressure = self.server.memory.pressure();
         let script = if pressure.is_tight() { &self.script_when_tight } else { &self.script };
         // What was acknowledged once, or was in a log, is not refused.
@@ -444,12 +446,12 @@ impl Worker {
     /// # Errors
     ///
     /// The first error that says that this connection is of no more use.
-    fn settle(
+    fn complete(
         &mut self,
         token: ServerId,
-        batch: Vec<Queued>,
+        batch: Vec<QueuedAppend>,
         result: RedisResult<Vec<RedisResult<Value>>>,
-        again: &mut VecDeque<Queued>,
+        again: &mut VecDeque<QueuedAppend>,
     ) -> Result<(), RedisError> {
         let values = match result {
             Ok(values) => values,
@@ -465,7 +467,7 @@ impl Worker {
             let id = queued.append.envelope.dedup_key();
             let room = &queued.append.room;
             let answer = value.map(|value| checked(&links.metrics, room, value));
-            match answer.and_then(appended) {
+            match answer.and_then(parse_appended) {
                 Ok(appended) => {
                     // Before the sender hears of it: from then on it must not be lost.
                     let dropped = tail.acknowledged(&id, &appended.position, token, now);
@@ -473,16 +475,16 @@ impl Worker {
                     (queued.append.done)(Ok(appended));
                 }
                 Err(error)
-                    if is_of_the_slot(&error)
-                        || lacks_replicas(&error)
-                        || queued.hint.is_some() && is_for_a_time(&error) =>
+                    if is_slot_error(&error)
+                        || is_missing_replicas(&error)
+                        || queued.hint.is_some() && is_transient(&error) =>
                 {
                     let group = self.server.keyspace.group_of(&queued.append.room);
-                    self.waiting.leave_alone(group, now);
+                    self.queue.back_off(group, now);
                     self.server.topology_stale.notify_one();
                     again.push_back(queued);
                 }
-                Err(error) if is_of_the_server(&error) => {
+                Err(error) if is_server_state(&error) => {
                     again.push_back(queued);
                     failed = failed.and(Err(error));
                 }
@@ -494,10 +496,10 @@ impl Worker {
                 Err(error) => {
                     self.server.conditions.note(Finder::Call, &error);
                     if !is_forbidden(&error) {
-                        self.tell(&error, &queued, now);
+                        self.log_rejection(&error, &queued, now);
                     }
                     tail.discard(&id);
-                    (queued.append.done)(Err(refused_or_away(&error)));
+                    (queued.append.done)(Err(to_bus_error(&error)));
                 }
             }
         }
@@ -506,15 +508,15 @@ impl Worker {
 
     /// Logs that Redis refused a publish: each that it will always refuse, and now and then one where
     /// it refuses all, as when it is full.
-    fn tell(&mut self, error: &RedisError, queued: &Queued, now: Instant) {
-        if refused_or_away(error).is_of_a_bound() {
+    fn log_rejection(&mut self, error: &RedisError, queued: &QueuedAppend, now: Instant) {
+        if to_bus_error(error).is_of_a_bound() {
             return;
         }
-        if is_for_a_time(error) {
-            if self.told.is_some_and(|told| now - told < TELL_EVERY) {
+        if is_transient(error) {
+            if self.last_logged.is_some_and(|told| now - told < LOG_EVERY) {
                 return;
             }
-            self.told = Some(now);
+            self.last_logged = Some(now);
         }
         tracing::error!(%error, room = %queued.append.room, "Redis refused an append");
     }
@@ -522,8 +524,8 @@ impl Worker {
 
 /// Whether the server refused for a reason that may pass, as a full memory does. Whoever sent it may
 /// try again; what was acknowledged before is tried again here.
-fn is_for_a_time(error: &RedisError) -> bool {
-    !is_of_the_server(error) && refused_or_away(error) == BusError::Unavailable
+fn is_transient(error: &RedisError) -> bool {
+    !is_server_state(error) && to_bus_error(error) == BusError::Unavailable
 }
 
 async fn sleep_until(deadline: Option<Instant>) {
@@ -543,12 +545,12 @@ async fn connect(
     for script in scripts {
         script.load_async(&mut connection).await?;
     }
-    look_at(connection.clone(), server.clone(), permitted.clone()).await?;
+    check_health(connection.clone(), server.clone(), permitted.clone()).await?;
     Ok((connection, token))
 }
 
 /// Whether the link lives, and whether the server is what it has to be.
-async fn look_at(
+async fn check_health(
     mut connection: MultiplexedConnection,
     server: Arc<RedisServer>,
     permitted: redis::Script,
@@ -570,7 +572,7 @@ async fn send_probe(
     let sent = redis::cmd(publish).arg(channel).arg(number).query_async(&mut connection).await;
     match sent {
         // Another channel is chosen when it is known where this one is.
-        Err(error) if is_of_the_slot(&error) => {
+        Err(error) if is_slot_error(&error) => {
             links.probe.forget();
             server.topology_stale.notify_one();
             Ok(())
@@ -587,14 +589,14 @@ async fn send_probe(
 
 /// Whether the server takes nothing while its replicas do not follow, as it was told: one of them may
 /// be about to take its place.
-fn lacks_replicas(error: &RedisError) -> bool {
+fn is_missing_replicas(error: &RedisError) -> bool {
     error.code() == Some("NOREPLICAS")
 }
 
 /// Whether the error is about the server's state and not about this append: it does not know the
 /// script any more, is loading, or has become a replica.
-fn is_of_the_server(error: &RedisError) -> bool {
-    is_stale(error)
+fn is_server_state(error: &RedisError) -> bool {
+    is_unagreed(error)
         || matches!(
             error.kind(),
             ErrorKind::Io
@@ -608,7 +610,7 @@ fn is_of_the_server(error: &RedisError) -> bool {
 }
 
 /// What the script answers: position, and whether it was known.
-fn appended(value: Value) -> Result<Appended, RedisError> {
+fn parse_appended(value: Value) -> Result<Appended, RedisError> {
     let (epoch, seq, kind): (String, u64, u8) = redis::from_redis_value(value)?;
     let epoch = epoch
         .parse()

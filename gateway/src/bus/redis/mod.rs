@@ -57,7 +57,7 @@ mod status;
 mod subscriber;
 pub mod topology;
 mod untrusted;
-mod waiting;
+mod send_queue;
 
 use commands::RedisControlQueue;
 use conditions::Conditions;
@@ -74,7 +74,7 @@ const CONNECT_MAX: Duration = Duration::from_secs(1);
 /// of Redis' return.
 const RETRY_PAUSE_MAX: Duration = Duration::from_millis(250);
 /// The same where Redis forbids something or is too old.
-const LASTING_PAUSE_MAX: Duration = Duration::from_secs(5);
+const PERSISTENT_PAUSE_MAX: Duration = Duration::from_secs(5);
 
 /// How long a lease lasts unless options say otherwise.
 pub const LEASE: Duration = Duration::from_secs(10);
@@ -207,7 +207,7 @@ impl RedisBus {
                         return Err(RedisStartError::Version { found });
                     }
                     pause.failed(&error);
-                    if pause.is_worth_a_line() {
+                    if pause.should_log() {
                         tracing::warn!(%error, "waiting for Redis");
                     }
                 }
@@ -444,23 +444,23 @@ fn too_old(conditions: &Conditions, error: &RedisError) -> Option<String> {
 }
 
 /// A position as two arguments of a script, both empty where there is none.
-fn as_arguments(position: Option<&Position>) -> (&str, String) {
+fn position_args(position: Option<&Position>) -> (&str, String) {
     position.map_or(("", String::new()), |at| (at.epoch.as_str(), at.seq.to_string()))
 }
 
 /// Whether a script found itself on a server that the nodes have not agreed on.
-fn is_stale(error: &RedisError) -> bool {
+fn is_unagreed(error: &RedisError) -> bool {
     error.code() == Some("STALE")
 }
 
 /// Whether an error says that a room's slot is with another server, on the way there, or with none.
-fn is_of_the_slot(error: &RedisError) -> bool {
+fn is_slot_error(error: &RedisError) -> bool {
     matches!(error.code(), Some("MOVED" | "ASK" | "TRYAGAIN" | "CLUSTERDOWN"))
 }
 
 /// Whether an error will come again with every try, or is of a time: Redis is away, out of memory,
 /// has too few replicas, a disk that is full, or forbids what its user has to do.
-fn refused_or_away(error: &RedisError) -> BusError {
+fn to_bus_error(error: &RedisError) -> BusError {
     match error.code() {
         _ if conditions::is_forbidden(error) => BusError::Unavailable,
         Some("FULL") => BusError::Full,
@@ -478,7 +478,7 @@ fn config() -> AsyncConnectionConfig {
 }
 
 /// How long to wait before the next attempt: at once, then longer, up to [`RETRY_PAUSE_MAX`]; up to
-/// [`LASTING_PAUSE_MAX`] where it takes an operator until one succeeds.
+/// [`PERSISTENT_PAUSE_MAX`] where it takes an operator until one succeeds.
 #[derive(Default)]
 struct RetryPause {
     attempts: u32,
@@ -491,7 +491,7 @@ impl RetryPause {
         self.attempts += 1;
         if self.lasting > 0 {
             let pause = Duration::from_millis(100) * 2_u32.pow(self.lasting.min(10));
-            return pause.min(LASTING_PAUSE_MAX);
+            return pause.min(PERSISTENT_PAUSE_MAX);
         }
         let pause = Duration::from_millis(25) * (self.attempts - 1);
         pause.min(RETRY_PAUSE_MAX)
@@ -508,7 +508,7 @@ impl RetryPause {
 
     /// Whether a failed attempt is to be told of: the first, and one in some ten seconds. A link
     /// that was lost has been told of before.
-    fn is_worth_a_line(&self) -> bool {
+    fn should_log(&self) -> bool {
         // What lasts has a line of its own.
         self.attempts % 40 == 1 && self.lasting == 0
     }
@@ -527,7 +527,7 @@ mod tests {
         for _ in 0..20 {
             pause.failed(&redis::make_extension_error("NOPERM".to_owned(), None));
         }
-        assert_eq!(pause.next(), LASTING_PAUSE_MAX);
+        assert_eq!(pause.next(), PERSISTENT_PAUSE_MAX);
         pause.failed(&redis::make_extension_error("LOADING".to_owned(), None));
         assert_eq!(pause.next(), RETRY_PAUSE_MAX);
     }

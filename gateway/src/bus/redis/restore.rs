@@ -5,7 +5,7 @@ use std::sync::Arc;
 use redis::{RedisError, RedisResult, Value, aio::MultiplexedConnection};
 use shared::ids::RoomId;
 
-use super::{as_arguments, refused_or_away, server::RedisServer, untrusted};
+use super::{position_args, server::RedisServer, to_bus_error, untrusted};
 use crate::{
     bus::{BusError, unconfirmed::UnconfirmedInRoom},
     delivery::{Entry, ReplicaSnapshot, ServerId},
@@ -122,7 +122,7 @@ impl LogRestorer {
 
     fn command(&self, token: ServerId, held: &ReplicaSnapshot, give: bool) -> redis::Cmd {
         let mut command = self.server.call(&self.script, &held.room, token);
-        let (former, former_top) = as_arguments(held.former.as_ref());
+        let (former, former_top) = position_args(held.former.as_ref());
         command
             .arg(held.top.epoch.as_str())
             .arg(held.top.seq)
@@ -186,7 +186,7 @@ impl LogRestorer {
         let answers: Vec<RedisResult<Value>> = pipeline.query_async(connection).await?;
         let answer = |(room, answer): (RoomId, RedisResult<Value>)| match answer {
             // It will be so with every try, and keeps the others from nothing.
-            Err(error) if refused_or_away(&error) == BusError::Refused => {
+            Err(error) if to_bus_error(&error) == BusError::Refused => {
                 tracing::error!(%room, %error, "Redis refused to be given a room back");
                 Ok("refused".to_owned())
             }

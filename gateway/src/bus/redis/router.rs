@@ -37,11 +37,11 @@ use super::{
     links::LinkStates,
     log::Log,
     memory::{self, Usages},
+    send_queue::QueuedAppend,
     server::{AgreedServer, RedisServer},
     status,
     subscriber::{self, Subscriber},
     topology::{Dial, RedisCluster, Topology, url::Address},
-    waiting::Queued,
 };
 use crate::{
     bus::{Append, BoxFuture, BusError, Mailboxes, Retention, node_state::NodeState},
@@ -74,7 +74,7 @@ pub(super) struct ServerConnections {
 struct Route {
     connections: Option<Arc<ServerConnections>>,
     /// Publishes that wait for a set.
-    pending: VecDeque<Queued>,
+    pending: VecDeque<QueuedAppend>,
     subscribed: BTreeSet<RoomId>,
 }
 
@@ -244,7 +244,7 @@ impl Router {
             return (append.done)(Err(BusError::Overloaded));
         };
         let group = usize::from(self.keyspace().group_of(&append.room));
-        let queued = Queued::new(append, room);
+        let queued = QueuedAppend::new(append, room);
         let refused = {
             let lane = &mut self.routes.lock()[group];
             match &lane.connections {
@@ -437,7 +437,7 @@ impl Router {
         for (old, gone) in self.detach(&groups) {
             old.server.update_owned(&[], &gone);
             self.context.mailboxes.node_state().set_agreed(gone.iter().copied(), false);
-            released.extend(old.appender.release(gone).await);
+            released.extend(old.appender.drain_groups(gone).await);
             if old.server.owned.borrow().is_empty() {
                 old.tasks.stopped().cancel();
             }
@@ -497,7 +497,7 @@ impl Router {
 }
 
 /// Answers publishes, outside of any lock.
-fn complete_rejected(refused: impl IntoIterator<Item = (Queued, BusError)>) {
+fn complete_rejected(refused: impl IntoIterator<Item = (QueuedAppend, BusError)>) {
     for (queued, error) in refused {
         (queued.append.done)(Err(error));
     }

@@ -10,10 +10,10 @@ use tokio::sync::{Notify, watch};
 
 use super::{
     conditions::{Conditions, Finder},
-    config, is_of_the_slot, is_stale,
+    config, is_slot_error, is_unagreed,
     keyspace::Keyspace,
     memory::Memory,
-    refused_or_away,
+    to_bus_error,
     topology::{Dial, ReadConnection, url::Address},
 };
 use crate::{
@@ -180,16 +180,16 @@ impl RedisServer {
             BusError::Unavailable
         })?;
         question(&mut reader).await.map_err(|error| {
-            if is_of_the_slot(&error) {
+            if is_slot_error(&error) {
                 self.topology_stale.notify_one();
                 return BusError::Unavailable;
             }
-            if is_stale(&error) || error.kind() == ErrorKind::Io {
+            if is_unagreed(&error) || error.kind() == ErrorKind::Io {
                 reader.discard();
                 return BusError::Unavailable;
             }
             self.conditions.note(Finder::Call, &error);
-            let failed = refused_or_away(&error);
+            let failed = to_bus_error(&error);
             if failed == BusError::Refused {
                 tracing::error!(%error, "Redis refused what it was asked");
             } else {

@@ -33,12 +33,12 @@ mod queries;
 use super::{
     RETRY_PAUSE_MAX, RetryPause,
     conditions::{Finder, is_forbidden},
-    ephemeral, is_of_the_slot,
+    ephemeral, is_slot_error,
     keyspace::{Keyspace, PlaceKeys, name_of},
-    refused_or_away,
     router::Router,
     server::RedisServer,
     sessions::SessionOp,
+    to_bus_error,
     untrusted::checked,
 };
 use crate::{
@@ -487,11 +487,11 @@ impl StoreWorker {
                     unknown = true;
                     left.push((number, op));
                 }
-                Err(error) if is_of_the_slot(&error) => {
+                Err(error) if is_slot_error(&error) => {
                     server.topology_stale.notify_one();
                     left.push((number, op));
                 }
-                Err(error) => match refused_or_away(&error) {
+                Err(error) => match to_bus_error(&error) {
                     _ if is_forbidden(&error) => {
                         server.conditions.note(Finder::Call, &error);
                         match op {

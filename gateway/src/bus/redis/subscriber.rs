@@ -231,7 +231,7 @@ impl SubscribeWorker {
             }
             pause.failed(&error);
             self.server.conditions.note(Finder::Subscriber, &error);
-            if pause.is_worth_a_line() {
+            if pause.should_log() {
                 tracing::warn!(%error, "cannot hear Redis");
             }
             self.links.set(&self.server, LinkKind::Subscribe, None);

@@ -11,7 +11,7 @@ use shared::{
 
 use super::{
     super::{
-        refused_or_away,
+        to_bus_error,
         untrusted::{self, Lossy, or_absent, read, texts},
     },
     BATCH_MAX, StoreWorker,
@@ -63,7 +63,7 @@ impl StoreWorker {
     ) -> Result<T, BusError> {
         let reply =
             self.ask(group, async |connection| script.invoke_async(connection).await).await?;
-        read(self.router.metrics(), place, reply).map_err(|error| refused_or_away(&error))
+        read(self.router.metrics(), place, reply).map_err(|error| to_bus_error(&error))
     }
 
     /// An answer in which a key of another type is as none.
@@ -73,7 +73,7 @@ impl StoreWorker {
         answer: RedisResult<Value>,
     ) -> Result<T, BusError> {
         let answer = or_absent(self.router.metrics(), place, answer);
-        answer.map_err(|error| refused_or_away(&error))
+        answer.map_err(|error| to_bus_error(&error))
     }
 
     fn detail_of(&self, user: UserId, row: &str) -> Option<UserPresence> {

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use super::{
     super::{
         keyspace::PlaceKeys,
-        refused_or_away,
+        to_bus_error,
         topology::ReadConnection,
         untrusted::{Lossy, found, is_wrong_type, or_absent, read},
     },
@@ -32,7 +32,7 @@ impl StoreWorker {
             };
             for name in old {
                 if let Err(error) = self.reap(&name).await {
-                    if refused_or_away(&error) == BusError::Refused {
+                    if to_bus_error(&error) == BusError::Refused {
                         // With every try; others are not to wait for it.
                         continue;
                     }
@@ -50,7 +50,7 @@ impl StoreWorker {
                     for incarnation in ended {
                         tracing::info!(%incarnation, "a node has ended; who was there leaves");
                         if let Err(error) = self.reap(&incarnation).await
-                            && refused_or_away(&error) != BusError::Refused
+                            && to_bus_error(&error) != BusError::Refused
                         {
                             break;
                         }

@@ -16,24 +16,24 @@ use super::keyspace::Keyspace;
 use crate::bus::{Append, Appended, BusError, Unseen, unconfirmed::Republish};
 
 /// How long publishes wait whose slot is on its way to another server, before they are tried again.
-const STUCK_FOR: Duration = Duration::from_millis(25);
+const BACK_OFF: Duration = Duration::from_millis(25);
 /// How long a publish of the tail is tried.
 const REPUBLISH_WAIT_MAX: Duration = Duration::from_secs(30);
 
 /// A publish that waits; its share of the queue's bytes is given back when it is dropped.
-pub(super) struct Queued {
+pub(super) struct QueuedAppend {
     pub(super) append: Append,
     /// Where it stood before, for one of the tail.
     pub(super) hint: Option<Position>,
     /// Its place in the order in which publishes were sent first, for one that was sent.
     pub(super) number: Option<u64>,
-    _room: Option<OwnedSemaphorePermit>,
+    _capacity: Option<OwnedSemaphorePermit>,
 }
 
-impl Queued {
+impl QueuedAppend {
     /// A publish that a session waits for.
     pub(super) fn new(append: Append, room: OwnedSemaphorePermit) -> Self {
-        Self { append, hint: None, number: None, _room: Some(room) }
+        Self { append, hint: None, number: None, _capacity: Some(room) }
     }
 
     /// A publish of the tail.
@@ -52,73 +52,73 @@ impl Queued {
             deadline: now + REPUBLISH_WAIT_MAX,
             done: Box::new(done),
         };
-        Self { append, hint: Some(repeat.at), number: Some(repeat.number), _room: None }
+        Self { append, hint: Some(repeat.at), number: Some(repeat.number), _capacity: None }
     }
 }
 
 /// All that waits for one server.
-pub(super) struct Waiting {
+pub(super) struct SendQueue {
     keyspace: Keyspace,
     /// What was sent before, and what members wait for.
-    urgent: VecDeque<Queued>,
+    urgent: VecDeque<QueuedAppend>,
     /// When the first of those is past its deadline, or before.
-    urgent_until: Option<Instant>,
-    others: VecDeque<Queued>,
+    urgent_deadline: Option<Instant>,
+    others: VecDeque<QueuedAppend>,
     /// Homes on their way to another server, and until when they are left alone.
-    stuck: BTreeMap<u16, Instant>,
+    backing_off: BTreeMap<u16, Instant>,
 }
 
-impl Waiting {
+impl SendQueue {
     pub(super) fn new(keyspace: Keyspace) -> Self {
         let (urgent, others) = (VecDeque::new(), VecDeque::new());
-        Self { keyspace, urgent, urgent_until: None, others, stuck: BTreeMap::new() }
+        Self { keyspace, urgent, urgent_deadline: None, others, backing_off: BTreeMap::new() }
     }
 
-    pub(super) fn take_in(&mut self, queued: Queued) {
+    pub(super) fn push(&mut self, queued: QueuedAppend) {
         if queued.append.urgent {
-            self.is_urgent_until(queued.append.deadline);
+            self.note_urgent_deadline(queued.append.deadline);
             self.urgent.push_back(queued);
         } else {
             self.others.push_back(queued);
         }
     }
 
-    fn is_urgent_until(&mut self, deadline: Instant) {
-        self.urgent_until = self.urgent_until.into_iter().chain([deadline]).min();
+    fn note_urgent_deadline(&mut self, deadline: Instant) {
+        self.urgent_deadline = self.urgent_deadline.into_iter().chain([deadline]).min();
     }
 
     /// Puts publishes of the tail in front of all. What was sent with them and has no answer goes
     /// along: all of it in the order in which it was sent first.
     pub(super) fn push_republished(&mut self, repeats: Vec<Republish>, now: Instant) {
-        let mut sent: Vec<Queued> =
-            repeats.into_iter().map(|repeat| Queued::republish(repeat, now)).collect();
+        let mut sent: Vec<QueuedAppend> =
+            repeats.into_iter().map(|repeat| QueuedAppend::republish(repeat, now)).collect();
         sent.extend(take(&mut self.urgent, usize::MAX, |queued| queued.number.is_some()));
         sent.sort_by_key(|queued| queued.number);
         // Some were to be repeated to the server before this one, and had no answer yet.
         sent.dedup_by(|b, a| a.number == b.number && a.hint.is_some() && b.hint.is_some());
-        self.put_back(sent.into());
+        self.requeue(sent.into());
     }
 
     /// Puts what was sent and has no answer in front of all.
-    pub(super) fn put_back(&mut self, sent: VecDeque<Queued>) {
+    pub(super) fn requeue(&mut self, sent: VecDeque<QueuedAppend>) {
         for queued in sent.into_iter().rev() {
-            self.is_urgent_until(queued.append.deadline);
+            self.note_urgent_deadline(queued.append.deadline);
             self.urgent.push_front(queued);
         }
     }
 
     /// Leaves what waits for a group alone for a moment.
-    pub(super) fn leave_alone(&mut self, group: u16, now: Instant) {
-        self.stuck.insert(group, now + STUCK_FOR);
+    pub(super) fn back_off(&mut self, group: u16, now: Instant) {
+        self.backing_off.insert(group, now + BACK_OFF);
     }
 
     /// Takes what is past its deadline. Those of what is not urgent rise along the queue, nearly: one
     /// that is behind an older one waits for it at most as long as waits differ.
-    pub(super) fn expired(&mut self, now: Instant) -> Vec<Queued> {
+    pub(super) fn take_expired(&mut self, now: Instant) -> Vec<QueuedAppend> {
         let mut expired = Vec::new();
-        if self.urgent_until.is_some_and(|until| until <= now) {
+        if self.urgent_deadline.is_some_and(|until| until <= now) {
             expired = take(&mut self.urgent, usize::MAX, |queued| queued.append.deadline <= now);
-            self.urgent_until = self.urgent.iter().map(|queued| queued.append.deadline).min();
+            self.urgent_deadline = self.urgent.iter().map(|queued| queued.append.deadline).min();
         }
         while let Some(queued) = self.others.pop_front_if(|queued| queued.append.deadline <= now) {
             expired.push(queued);
@@ -128,9 +128,9 @@ impl Waiting {
 
     /// When to look again: something is past its deadline, or was left alone for long enough.
     pub(super) fn next_deadline(&self) -> Option<Instant> {
-        let urgent = self.urgent_until.filter(|_| !self.urgent.is_empty());
+        let urgent = self.urgent_deadline.filter(|_| !self.urgent.is_empty());
         let others = self.others.front().map(|queued| queued.append.deadline);
-        urgent.into_iter().chain(others).chain(self.stuck.values().copied()).min()
+        urgent.into_iter().chain(others).chain(self.backing_off.values().copied()).min()
     }
 
     /// Takes what leaves next to a server that was agreed on for `open`.
@@ -139,10 +139,10 @@ impl Waiting {
         count: usize,
         open: &BTreeSet<u16>,
         now: Instant,
-    ) -> Vec<Queued> {
-        self.stuck.retain(|_, until| *until > now);
-        let (keyspace, stuck) = (self.keyspace, &self.stuck);
-        let ready = |queued: &Queued| {
+    ) -> Vec<QueuedAppend> {
+        self.backing_off.retain(|_, until| *until > now);
+        let (keyspace, stuck) = (self.keyspace, &self.backing_off);
+        let ready = |queued: &QueuedAppend| {
             let group = keyspace.group_of(&queued.append.room);
             open.contains(&group) && !stuck.contains_key(&group)
         };
@@ -152,26 +152,27 @@ impl Waiting {
     }
 
     /// Takes all that waits for groups that are elsewhere now.
-    pub(super) fn release(&mut self, groups: &[u16]) -> Vec<Queued> {
+    pub(super) fn drain_groups(&mut self, groups: &[u16]) -> Vec<QueuedAppend> {
         let keyspace = self.keyspace;
-        let released = |queued: &Queued| groups.contains(&keyspace.group_of(&queued.append.room));
+        let released =
+            |queued: &QueuedAppend| groups.contains(&keyspace.group_of(&queued.append.room));
         let mut all = take(&mut self.urgent, usize::MAX, released);
         all.extend(take(&mut self.others, usize::MAX, released));
         all
     }
 
     /// Takes everything.
-    pub(super) fn take_all(&mut self) -> impl Iterator<Item = Queued> {
+    pub(super) fn drain_all(&mut self) -> impl Iterator<Item = QueuedAppend> {
         self.urgent.drain(..).chain(self.others.drain(..))
     }
 }
 
 /// Takes up to `count` from the front that are wanted, and leaves the others in their order.
 fn take(
-    queue: &mut VecDeque<Queued>,
+    queue: &mut VecDeque<QueuedAppend>,
     count: usize,
-    wanted: impl Fn(&Queued) -> bool,
-) -> Vec<Queued> {
+    wanted: impl Fn(&QueuedAppend) -> bool,
+) -> Vec<QueuedAppend> {
     let count = count.min(queue.len());
     if queue.iter().take(count).all(&wanted) {
         return queue.drain(..count).collect();
@@ -197,7 +198,7 @@ mod tests {
 
     const SHARDED: Keyspace = Keyspace { partitions: 256, sharded: true };
 
-    fn append(room: &RoomId, seq: u64, deadline: Instant) -> Queued {
+    fn append(room: &RoomId, seq: u64, deadline: Instant) -> QueuedAppend {
         let append = Append {
             room: room.clone(),
             envelope: entry("e", seq).envelope,
@@ -206,10 +207,10 @@ mod tests {
             deadline,
             done: Box::new(|_| {}),
         };
-        Queued { append, hint: None, number: None, _room: None }
+        QueuedAppend { append, hint: None, number: None, _capacity: None }
     }
 
-    fn rooms(batch: &[Queued]) -> Vec<&str> {
+    fn rooms(batch: &[QueuedAppend]) -> Vec<&str> {
         batch.iter().map(|queued| queued.append.room.as_str()).collect()
     }
 
@@ -220,11 +221,11 @@ mod tests {
         assert_ne!(group_a, group_b);
         let now = Instant::now();
         let late = now + Duration::from_secs(1);
-        let mut waiting = Waiting::new(SHARDED);
+        let mut waiting = SendQueue::new(SHARDED);
         for (room, seq) in [(&a, 1), (&b, 2), (&a, 3), (&b, 4)] {
-            waiting.take_in(append(room, seq, late));
+            waiting.push(append(room, seq, late));
         }
-        let ids = |batch: &[Queued]| -> Vec<_> {
+        let ids = |batch: &[QueuedAppend]| -> Vec<_> {
             batch.iter().map(|queued| queued.append.envelope.id()).collect()
         };
         let expected: Vec<_> = (1..=4).map(|seq| entry("e", seq).envelope.id()).collect();
@@ -234,34 +235,34 @@ mod tests {
         assert_eq!(ids(&sent), expected[1..2]);
         assert!(waiting.next_batch(9, &BTreeSet::new(), now).is_empty());
         // It came back: its slot is on its way.
-        waiting.put_back(sent.into());
-        waiting.leave_alone(group_b, now);
+        waiting.requeue(sent.into());
+        waiting.back_off(group_b, now);
         let both = BTreeSet::from([group_a, group_b]);
-        assert_eq!(waiting.next_deadline(), Some(now + STUCK_FOR));
+        assert_eq!(waiting.next_deadline(), Some(now + BACK_OFF));
         assert_eq!(rooms(&waiting.next_batch(9, &both, now)), ["a", "a"]);
-        assert_eq!(ids(&waiting.release(&[group_b])), [expected[1], expected[3]]);
-        assert!(waiting.next_batch(9, &both, now + STUCK_FOR).is_empty());
+        assert_eq!(ids(&waiting.drain_groups(&[group_b])), [expected[1], expected[3]]);
+        assert!(waiting.next_batch(9, &both, now + BACK_OFF).is_empty());
     }
 
     #[test]
     fn what_is_past_its_deadline_is_taken_out() {
         let (room, now) = ("a".parse().unwrap(), Instant::now());
-        let mut waiting = Waiting::new(SHARDED);
+        let mut waiting = SendQueue::new(SHARDED);
         for seq in 1..=3 {
-            waiting.take_in(append(&room, seq, now + Duration::from_secs(seq)));
+            waiting.push(append(&room, seq, now + Duration::from_secs(seq)));
         }
         assert_eq!(waiting.next_deadline(), Some(now + Duration::from_secs(1)));
-        assert_eq!(waiting.expired(now + Duration::from_secs(2)).len(), 2);
-        assert_eq!(waiting.take_all().count(), 1);
+        assert_eq!(waiting.take_expired(now + Duration::from_secs(2)).len(), 2);
+        assert_eq!(waiting.drain_all().count(), 1);
     }
 
     #[test]
     fn what_has_no_answer_is_repeated_where_it_was_between_what_has_one() {
         let (room, now): (RoomId, _) = ("a".parse().unwrap(), Instant::now());
-        let sent = |seq, number| Queued { number, ..append(&room, seq, now + STUCK_FOR) };
-        let mut waiting = Waiting::new(SHARDED);
-        waiting.take_in(sent(5, None));
-        waiting.put_back([sent(1, Some(1)), sent(3, Some(3))].into());
+        let sent = |seq, number| QueuedAppend { number, ..append(&room, seq, now + BACK_OFF) };
+        let mut waiting = SendQueue::new(SHARDED);
+        waiting.push(sent(5, None));
+        waiting.requeue([sent(1, Some(1)), sent(3, Some(3))].into());
         let repeat = |number| Republish {
             room: room.clone(),
             envelope: entry("e", number).envelope,
@@ -269,16 +270,16 @@ mod tests {
             number,
         };
         waiting.push_republished(vec![repeat(2), repeat(4)], now);
-        assert_eq!(waiting.next_deadline(), Some(now + STUCK_FOR));
+        assert_eq!(waiting.next_deadline(), Some(now + BACK_OFF));
         let group = BTreeSet::from([SHARDED.group_of(&room)]);
         let order = waiting.next_batch(9, &group, now);
         let order: Vec<_> = order.iter().map(|queued| queued.append.envelope.id()).collect();
         let expected: Vec<_> = (1..=5).map(|seq| entry("e", seq).envelope.id()).collect();
         assert_eq!(order, expected);
         // One that is waited for longer holds none up whose time is over.
-        waiting.put_back([sent(7, Some(7))].into());
+        waiting.requeue([sent(7, Some(7))].into());
         waiting.push_republished(vec![repeat(6)], now);
-        assert_eq!(waiting.expired(now + STUCK_FOR).len(), 1);
+        assert_eq!(waiting.take_expired(now + BACK_OFF).len(), 1);
         assert_eq!(waiting.next_deadline(), Some(now + REPUBLISH_WAIT_MAX));
     }
 }
