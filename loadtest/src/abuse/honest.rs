@@ -22,8 +22,8 @@ use super::verdict::Honest;
 use crate::{
     args::{Bounds, CommonArgs, MonitorArgs, OpenArgs, OutputArgs, Rate, Sources, Target},
     report::connections::{Connections, Tally, Times},
-    scenario::{ScenarioError, Stage, plan, talk::Talk},
-    virtual_users::{Rooms, VirtualUsers, workers::WorkerShare},
+    scenario::{ScenarioError, Stage, connect_plan, talk::Talk},
+    virtual_users::{RoomAssignment, VirtualUsers, workers::WorkerShare},
 };
 
 /// How long a client may wait for what it asked.
@@ -76,7 +76,7 @@ impl HonestClients {
             let stage = Stage::open(
                 &common_args(address, "127.2.0.1-127.2.0.16", "honest-"),
                 None,
-                Rooms::Many(size.rooms),
+                RoomAssignment::RoundRobin(size.rooms),
                 size.members,
                 true,
                 &stop,
@@ -244,7 +244,8 @@ fn newcomers(
     go_first();
     let asked = (duration.as_secs_f64() * NEWCOMERS.each_second()).ceil() as u32;
     let args = common_args(address, "127.2.1.1-127.2.1.16", "newcomer-");
-    let plan = plan(&args.open, WorkerShare::ALL, Rooms::Many(rooms), asked)?;
+    let plan =
+        connect_plan(&args.open, WorkerShare::ALL, RoomAssignment::RoundRobin(rooms), asked)?;
     let mut users = VirtualUsers::new(plan, false, stop)?;
     users.open_all(Some(NEWCOMERS))?;
     users.farewell();

@@ -8,7 +8,7 @@ use super::{Played, ScenarioError, Stage, play};
 use crate::{
     args::ConnectArgs,
     report::Report,
-    virtual_users::{Rooms, workers::ScenarioPhase},
+    virtual_users::{RoomAssignment, workers::ScenarioPhase},
 };
 
 /// Runs it.
@@ -19,9 +19,9 @@ pub(crate) async fn run(args: ConnectArgs) -> Result<Option<Report>, ScenarioErr
 
 fn hold(args: &ConnectArgs, stop: &Arc<AtomicBool>) -> Result<Played, ScenarioError> {
     let rooms = match (&args.room, args.rooms) {
-        (Some(room), _) => Rooms::One(room.clone()),
-        (None, Some(rooms)) => Rooms::Many(rooms),
-        (None, None) => Rooms::None,
+        (Some(room), _) => RoomAssignment::Single(room.clone()),
+        (None, Some(rooms)) => RoomAssignment::RoundRobin(rooms),
+        (None, None) => RoomAssignment::None,
     };
     let mut stage =
         Stage::open(&args.common, args.process.worker, rooms, args.connections, false, stop)?;

@@ -19,7 +19,7 @@ use crate::{
     procfs::{self, ProcfsError},
     report::{Generator, Report, Step, connections::Connections, messages::Messages},
     virtual_users::{
-        Plan, Rooms, VirtualUsers,
+        ConnectPlan, RoomAssignment, VirtualUsers,
         workers::{
             self, GeneratorUsage, PhaseSync, PhaseTotals, ScenarioPhase, WorkerReport, WorkerShare,
         },
@@ -113,13 +113,14 @@ impl Stage {
     pub(crate) fn open(
         args: &CommonArgs,
         worker: Option<WorkerShare>,
-        rooms: Rooms,
+        rooms: RoomAssignment,
         connections: u32,
         reads: bool,
         stop: &Arc<AtomicBool>,
     ) -> Result<Self, ScenarioError> {
         let usage = GeneratorUsage::new();
-        let plan = plan(&args.open, worker.unwrap_or(WorkerShare::ALL), rooms, connections)?;
+        let plan =
+            connect_plan(&args.open, worker.unwrap_or(WorkerShare::ALL), rooms, connections)?;
         let monitor = ServerMonitor::begin(&args.monitor)?;
         let users = VirtualUsers::new(plan, reads, stop.clone())?;
         let sync = PhaseSync::new(worker, monitor);
@@ -258,15 +259,15 @@ fn build_report(
     report
 }
 
-pub(crate) fn plan(
+pub(crate) fn connect_plan(
     args: &OpenArgs,
     share: WorkerShare,
-    rooms: Rooms,
+    rooms: RoomAssignment,
     connections: u32,
-) -> Result<Plan, ScenarioError> {
+) -> Result<ConnectPlan, ScenarioError> {
     check_limits(args, connections, share)?;
     let address = lookup(args)?;
-    Ok(Plan { open: args.clone(), address, rooms, connections, share })
+    Ok(ConnectPlan { open: args.clone(), address, rooms, connections, share })
 }
 
 fn check_limits(

@@ -11,7 +11,7 @@ use crate::{
     args::{ProcessArgs, StormArgs},
     procfs::ProcessUsage,
     report::{Report, Step, connections::Connections},
-    virtual_users::{Rooms, workers::ScenarioPhase},
+    virtual_users::{RoomAssignment, workers::ScenarioPhase},
 };
 
 /// Memory comes and goes in pieces of 2 MiB where the kernel has huge pages: one piece more or less
@@ -26,7 +26,7 @@ pub(crate) async fn run(args: StormArgs) -> Result<Option<Report>, ScenarioError
 }
 
 fn storm(args: &StormArgs, stop: &Arc<AtomicBool>) -> Result<Played, ScenarioError> {
-    let rooms = Rooms::Many(args.rooms);
+    let rooms = RoomAssignment::RoundRobin(args.rooms);
     let mut stage = Stage::open(&args.common, None, rooms, args.connections, false, stop)?;
     stage.users.run_until(Instant::now() + args.pause)?;
     stage.end_phase(ScenarioPhase::Held)?;

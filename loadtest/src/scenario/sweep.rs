@@ -17,7 +17,7 @@ use crate::{
         Generator, Report, Step,
         messages::{Latency, milliseconds},
     },
-    virtual_users::{Rooms, workers::WorkerReport},
+    virtual_users::{RoomAssignment, workers::WorkerReport},
 };
 
 /// How often the gap is halved.
@@ -47,7 +47,7 @@ fn sweep(
     connections: u32,
     stop: &Arc<AtomicBool>,
 ) -> Result<Played, ScenarioError> {
-    let rooms = Rooms::Many(args.size.rooms);
+    let rooms = RoomAssignment::RoundRobin(args.size.rooms);
     let mut stage = Stage::open(&args.common, None, rooms, connections, true, stop)?;
     let (mut steps, mut best) = (Vec::new(), None);
     let mut try_rate = |stage: &mut Stage, rate: f64| -> Result<Came, ScenarioError> {

@@ -12,7 +12,7 @@ use super::{Played, ScenarioError, Stage, play};
 use crate::{
     args::{FanoutArgs, ProcessArgs, Rate, RoomsArgs, SlowArgs, TalkArgs},
     report::{Report, Step},
-    virtual_users::{Rooms, workers::ScenarioPhase},
+    virtual_users::{RoomAssignment, workers::ScenarioPhase},
 };
 
 /// How long messages under way have to be answered, and to arrive.
@@ -45,8 +45,14 @@ impl Talk {
 pub(crate) async fn fanout(args: FanoutArgs) -> Result<Option<Report>, ScenarioError> {
     let (common, process, members) = (args.common.clone(), args.process, args.members);
     let play_it = move |stop: Arc<AtomicBool>| {
-        let stage =
-            Stage::open(&args.common, process.worker, Rooms::Many(1), members, true, &stop)?;
+        let stage = Stage::open(
+            &args.common,
+            process.worker,
+            RoomAssignment::RoundRobin(1),
+            members,
+            true,
+            &stop,
+        )?;
         all_read(stage, Talk::of(&args.talk, 1))
     };
     play("fanout", common, process, members, true, play_it).await
@@ -57,7 +63,7 @@ pub(crate) async fn rooms(args: RoomsArgs) -> Result<Option<Report>, ScenarioErr
     let (common, process, connections) =
         (args.common.clone(), args.process, args.size.connections());
     let play_it = move |stop: Arc<AtomicBool>| {
-        let rooms = Rooms::Many(args.size.rooms);
+        let rooms = RoomAssignment::RoundRobin(args.size.rooms);
         let stage = Stage::open(&args.common, process.worker, rooms, connections, true, &stop)?;
         all_read(stage, Talk::of(&args.talk, connections))
     };
@@ -77,7 +83,7 @@ pub(crate) async fn slow(args: SlowArgs) -> Result<Option<Report>, ScenarioError
     let silent = (f64::from(args.size.members) * args.stalled_percent / 100.0).round() as u32;
     let readers = args.size.members.saturating_sub(silent.max(1)).max(1) * args.size.rooms;
     let play_it = move |stop: Arc<AtomicBool>| {
-        let rooms = Rooms::Many(args.size.rooms);
+        let rooms = RoomAssignment::RoundRobin(args.size.rooms);
         let mut stage = Stage::open(&args.common, None, rooms, connections, true, &stop)?;
         let own = 0..stage.users.plan.local_count() as usize;
         let number = |stage: &Stage, own: usize| stage.users.plan.share.global_index(own);

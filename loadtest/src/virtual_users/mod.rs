@@ -46,13 +46,13 @@ const READ_BYTES: usize = 256 * 1024;
 
 /// Where virtual users connect, and under which names.
 #[derive(Clone, Debug)]
-pub(crate) struct Plan {
+pub(crate) struct ConnectPlan {
     /// What was asked for on the command line.
     pub(crate) open: OpenArgs,
     /// The address that the URL's host has.
     pub(crate) address: SocketAddr,
     /// How many rooms the connections are dealt out to; none where they join none.
-    pub(crate) rooms: Rooms,
+    pub(crate) rooms: RoomAssignment,
     /// How many connections there are, those of other processes included.
     pub(crate) connections: u32,
     /// Which of them are this process'.
@@ -61,16 +61,16 @@ pub(crate) struct Plan {
 
 /// What rooms the connections join.
 #[derive(Clone, Debug)]
-pub(crate) enum Rooms {
+pub(crate) enum RoomAssignment {
     /// None.
     None,
     /// All the same one.
-    One(RoomId),
+    Single(RoomId),
     /// `load-0` and on, in turn.
-    Many(u32),
+    RoundRobin(u32),
 }
 
-impl Plan {
+impl ConnectPlan {
     /// How many connections are this process'.
     pub(crate) fn local_count(&self) -> u32 {
         self.share.portion_of(self.connections)
@@ -79,8 +79,8 @@ impl Plan {
     /// How many rooms there are.
     pub(crate) fn rooms(&self) -> usize {
         match self.rooms {
-            Rooms::None | Rooms::One(_) => 1,
-            Rooms::Many(rooms) => rooms as usize,
+            RoomAssignment::None | RoomAssignment::Single(_) => 1,
+            RoomAssignment::RoundRobin(rooms) => rooms as usize,
         }
     }
 
@@ -92,9 +92,9 @@ impl Plan {
     /// The name of a room.
     fn room(&self, number: usize) -> Option<RoomId> {
         match &self.rooms {
-            Rooms::None => None,
-            Rooms::One(room) => Some(room.clone()),
-            Rooms::Many(_) => format!("load-{number}").parse().ok(),
+            RoomAssignment::None => None,
+            RoomAssignment::Single(room) => Some(room.clone()),
+            RoomAssignment::RoundRobin(_) => format!("load-{number}").parse().ok(),
         }
     }
 
@@ -116,7 +116,7 @@ impl Plan {
 
 /// Virtual users, one connection each.
 pub(crate) struct VirtualUsers {
-    pub(crate) plan: Plan,
+    pub(crate) plan: ConnectPlan,
     /// What became of connections.
     pub(crate) tally: Tally,
     /// What was seen of messages.
@@ -141,7 +141,7 @@ pub(crate) struct VirtualUsers {
 
 impl VirtualUsers {
     /// Connections that are all away.
-    pub(crate) fn new(plan: Plan, reads: bool, stop: Arc<AtomicBool>) -> io::Result<Self> {
+    pub(crate) fn new(plan: ConnectPlan, reads: bool, stop: Arc<AtomicBool>) -> io::Result<Self> {
         let (poll, timer, now) = (Poll::new()?, Timer::new()?, Instant::now());
         poll.registry().register(&mut SourceFd(&timer.fd()), ALARM, Interest::READABLE)?;
         let users = (0..plan.local_count()).map(|_| VirtualUser::new(now)).collect();
