@@ -33,7 +33,7 @@ use crate::{
     progress::Progress,
     report::{Generator, Report, Step, connections::Times, messages::Messages},
     timestamp::SendTimestamp,
-    virtual_users::seen::lags,
+    virtual_users::metrics::lag_histogram,
     virtual_users::workers::{GeneratorUsage, PhaseTotals, ScenarioPhase},
 };
 
@@ -105,7 +105,7 @@ pub(crate) async fn run(args: ChatArgs) -> Result<Report, ProcfsError> {
     let mut monitor = ServerMonitor::begin(&args.monitor)?;
     let mut usage = GeneratorUsage::new();
     usage.start();
-    let seen = Arc::new(Mutex::new(Seen { lag_us: Some(lags()), ..Seen::default() }));
+    let seen = Arc::new(Mutex::new(Seen { lag_us: Some(lag_histogram()), ..Seen::default() }));
     let began = Instant::now();
     let end = began + args.duration;
     let mut people = JoinSet::new();

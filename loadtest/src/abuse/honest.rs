@@ -203,22 +203,22 @@ fn measure(
     stage.talk(talk)?;
     let (came, asked) = newcomers.join().map_err(|_| ScenarioError::Panic)??;
     let probed = probes.join().map_err(|_| ScenarioError::Panic)?;
-    let seconds = stage.users.seen.seconds();
-    let (latency_us, seen) = (timeline::histogram(&seconds), &stage.users.seen);
+    let seconds = stage.users.metrics.seconds();
+    let (latency_us, seen) = (timeline::histogram(&seconds), &stage.users.metrics);
     let ms = |share: f64| latency_us.value_at_quantile(share) as f64 / 1e3;
     let ended = Connections::of(stage.users.tally.clone(), 0, duration).closed_while_held;
-    let counts = &seen.counts;
+    let counters = &seen.counters;
     let ends = ended.iter().map(|(how, many)| format!("{many} ended: {how}"));
     let came = Connections::of(came, asked, duration);
     let refused = came.refused.iter().map(|(how, many)| format!("{many} newcomers: HTTP {how}"));
     let failed = came.failed.iter().map(|(how, many)| format!("{many} newcomers: {how}"));
     Ok(Honest {
-        sent: counts.sent,
+        sent: counters.sent,
         p50_ms: ms(0.5),
         p99_ms: ms(0.99),
-        unanswered: counts.unanswered,
-        refused: counts.refused,
-        lost: counts.lost,
+        unanswered: counters.unanswered,
+        refused: counters.refused,
+        lost: counters.lost,
         ended: ended.values().sum(),
         newcomers_failed: asked.saturating_sub(came.opened),
         newcomers_p99_ms: came.joined_ms.map_or(0.0, |times| times.p99),
@@ -229,7 +229,7 @@ fn measure(
             .chain(refused)
             .chain(failed)
             .chain(probed.example)
-            .chain(counts.examples.iter().take(3).cloned())
+            .chain(counters.examples.iter().take(3).cloned())
             .collect(),
     })
 }

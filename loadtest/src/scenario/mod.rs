@@ -140,13 +140,13 @@ impl Stage {
 
     /// Ends a phase together with the others.
     fn end_phase(&mut self, phase: ScenarioPhase) -> Result<PhaseTotals, ScenarioError> {
-        let (counts, open) = (&self.users.seen.counts, self.users.open_count());
+        let (counters, open) = (&self.users.metrics.counters, self.users.open_count());
         let done = match phase {
             ScenarioPhase::Opening => self.users.tally.opened(),
             ScenarioPhase::Held | ScenarioPhase::Reconnected => open,
-            ScenarioPhase::Traffic => counts.delivered,
+            ScenarioPhase::Traffic => counters.delivered,
         };
-        let own = PhaseTotals { open, done, acknowledged: counts.acknowledged.clone() };
+        let own = PhaseTotals { open, done, acknowledged: counters.acknowledged.clone() };
         Ok(self.sync.end_phase(&mut self.users, phase, own)?)
     }
 
@@ -219,20 +219,20 @@ fn build_report(
     let lag_p99_us = worker.lag_p99_us();
     let held = worker.tally.held();
     let messages = talks.then(|| {
-        let counts = &worker.counts;
+        let counters = &worker.counters;
         let messages = Messages {
             members: asked as usize,
-            acknowledged: counts.acknowledged.iter().sum(),
-            delivered: counts.delivered,
-            lost: counts.lost,
-            duplicated: counts.duplicated,
-            out_of_order: counts.out_of_order,
-            holes: counts.holes,
-            announced_breaks: counts.announced_breaks,
-            sends_refused: counts.refused,
-            unanswered: counts.unanswered,
-            longest_silence_ms: counts.longest_silence_ms,
-            examples: counts.examples.clone(),
+            acknowledged: counters.acknowledged.iter().sum(),
+            delivered: counters.delivered,
+            lost: counters.lost,
+            duplicated: counters.duplicated,
+            out_of_order: counters.out_of_order,
+            holes: counters.holes,
+            announced_breaks: counters.announced_breaks,
+            sends_refused: counters.refused,
+            unanswered: counters.unanswered,
+            longest_silence_ms: counters.longest_silence_ms,
+            examples: counters.examples.clone(),
             ..Messages::default()
         };
         let talked = Duration::from_secs_f64(worker.talked_s);

@@ -63,7 +63,7 @@ fn sweep(
         let report = WorkerReport::of(&mut stage.users, &stage.usage);
         let latency = Latency::of(&timeline::histogram(&report.seconds));
         let came = came(&report, &latency, args.bound);
-        let deliveries = report.counts.delivered as f64 / args.step.as_secs_f64();
+        let deliveries = report.counters.delivered as f64 / args.step.as_secs_f64();
         let (p50, p99) = (milliseconds(latency.p50_us), milliseconds(latency.p99_us));
         let word = match came {
             Came::Held => "",
@@ -132,12 +132,15 @@ fn came(report: &WorkerReport, latency: &Latency, p99_max: Duration) -> Came {
         lag_p99_us: report.lag_p99_us(),
         memory_per_connection_bytes: None,
     };
-    let counts = &report.counts;
-    let wrong =
-        counts.lost + counts.duplicated + counts.out_of_order + counts.holes + counts.unanswered;
+    let counters = &report.counters;
+    let wrong = counters.lost
+        + counters.duplicated
+        + counters.out_of_order
+        + counters.holes
+        + counters.unanswered;
     if own.flaw().is_some() {
         Came::ToolBroke
-    } else if wrong + counts.refused > 0 || u128::from(latency.p99_us) > p99_max.as_micros() {
+    } else if wrong + counters.refused > 0 || u128::from(latency.p99_us) > p99_max.as_micros() {
         Came::Broke
     } else {
         Came::Held

@@ -128,12 +128,12 @@ impl Stage {
         self.talked = began.elapsed();
         self.usage.stop();
         let unanswered = |stage: &Self| {
-            let counts = &stage.users.seen.counts;
-            let answered = counts.acknowledged.iter().sum::<u64>() + counts.refused;
-            counts.sent.saturating_sub(answered)
+            let counters = &stage.users.metrics.counters;
+            let answered = counters.acknowledged.iter().sum::<u64>() + counters.refused;
+            counters.sent.saturating_sub(answered)
         };
         self.wait(ARRIVE_MAX, |stage| unanswered(stage) == 0)?;
-        self.users.seen.counts.unanswered = unanswered(self);
+        self.users.metrics.counters.unanswered = unanswered(self);
         let sum = self.end_phase(ScenarioPhase::Traffic)?;
         let room_of = |stage: &Self, member| sum.acknowledged[stage.users.plan.room_of(member)];
         self.wait(ARRIVE_MAX, |stage| {
@@ -141,7 +141,7 @@ impl Stage {
         })?;
         let lost = |(member, had): (usize, u64)| room_of(self, member).saturating_sub(had);
         let lost = self.users.received().map(lost).sum();
-        self.users.seen.counts.lost = lost;
+        self.users.metrics.counters.lost = lost;
         Ok(())
     }
 
@@ -156,7 +156,7 @@ impl Stage {
 
     /// Has those who did not read do so, and tells how far they come.
     fn read_again(&mut self, stalled: &[usize]) -> Result<Vec<Step>, ScenarioError> {
-        let breaks = self.users.seen.counts.announced_breaks;
+        let breaks = self.users.metrics.counters.announced_breaks;
         for member in stalled {
             self.users.stall(*member, false);
         }
@@ -172,7 +172,7 @@ impl Stage {
         let back = stalled.iter().filter(|member| !over(self, **member));
         let back = back.filter(|member| caught_up(self, **member)).count();
         let stuck = stalled.len() - closed - back;
-        let told = self.users.seen.counts.announced_breaks - breaks;
+        let told = self.users.metrics.counters.announced_breaks - breaks;
         let step = |what: &str, count: usize, good| Step {
             what: format!("stalled, {what}"),
             came: count.to_string(),

@@ -31,9 +31,9 @@ use crate::{
 
 mod user;
 pub(crate) mod workers;
-pub(crate) mod seen;
+pub(crate) mod metrics;
 
-use seen::{Kind, Seen};
+use metrics::{FrameKind, TrafficMetrics};
 use user::{UserState, VirtualUser, dial};
 use workers::WorkerShare;
 
@@ -120,7 +120,7 @@ pub(crate) struct VirtualUsers {
     /// What became of connections.
     pub(crate) tally: Tally,
     /// What was seen of messages.
-    pub(crate) seen: Seen,
+    pub(crate) metrics: TrafficMetrics,
     /// Whether messages are looked at, and not just passed over.
     reads: bool,
     stop: Arc<AtomicBool>,
@@ -148,7 +148,7 @@ impl VirtualUsers {
         let alone = plan.share == WorkerShare::ALL;
         let progress = if alone { Progress::new() } else { Progress::hidden() };
         Ok(Self {
-            seen: Seen::new(plan.rooms(), 0),
+            metrics: TrafficMetrics::new(plan.rooms(), 0),
             plan,
             tally: Tally::default(),
             reads,
@@ -173,7 +173,7 @@ impl VirtualUsers {
 
     /// How many are open.
     pub(crate) fn open_count(&self) -> u64 {
-        self.seen.timeline.open()
+        self.metrics.timeline.open()
     }
 
     /// Whether a connection is open.
@@ -206,7 +206,7 @@ impl VirtualUsers {
 
     /// Forgets what was seen so far, to measure from here on.
     pub(crate) fn begin(&mut self) {
-        self.seen = Seen::new(self.plan.rooms(), self.open_count());
+        self.metrics = TrafficMetrics::new(self.plan.rooms(), self.open_count());
         self.users.iter_mut().for_each(|user| user.received = 0);
         self.silent_since = Instant::now();
     }
@@ -230,7 +230,7 @@ impl VirtualUsers {
                     wake = due;
                     break;
                 }
-                self.seen.done(due, now);
+                self.metrics.record_lag(due, now);
                 self.dial(index, due);
                 next += 1;
             }
@@ -254,7 +254,7 @@ impl VirtualUsers {
     /// time, to be asked again.
     pub(crate) fn step(&mut self, wake: Instant) -> io::Result<()> {
         self.give_up_late();
-        self.progress.show(&mut self.seen.timeline);
+        self.progress.show(&mut self.metrics.timeline);
         let mut wake = wake.min(Instant::now() + LOOK_EVERY);
         if let Some((deadline, ..)) = self.opening.front() {
             wake = wake.min(*deadline);
@@ -423,10 +423,10 @@ impl VirtualUsers {
     }
 
     fn on_message(&mut self, index: usize, message: &[u8], now: Instant) -> Result<(), String> {
-        let kind = Kind::of(message);
+        let kind = FrameKind::of(message);
         let user = &mut self.users[index];
         match (user.state, kind) {
-            (UserState::AwaitingConnected, Kind::Connected) => {
+            (UserState::AwaitingConnected, FrameKind::Connected) => {
                 user.connected = now.saturating_duration_since(user.due);
                 let Some(room) = self.plan.room(self.plan.room_of(index)) else {
                     self.opened(index, now);
@@ -438,31 +438,33 @@ impl VirtualUsers {
                 let join = websocket::text(&frames::text(&join));
                 return user.send(&join).map_err(|error| broken(&error));
             }
-            (UserState::Joining, Kind::Joined) => {
+            (UserState::Joining, FrameKind::Joined) => {
                 // Who passes messages over needs no number, and the servers of the bench give none.
                 if self.reads {
-                    user.seq = seen::top(message)?;
+                    user.seq = metrics::parse_seq(message)?;
                 }
                 self.opened(index, now);
             }
-            (UserState::Joining, Kind::Error) => {
+            (UserState::Joining, FrameKind::Error) => {
                 return Err(format!("join refused: {}", code(message)));
             }
-            (UserState::Open, Kind::Message) => self.on_entry(index, message, now),
-            (UserState::Open, Kind::Ack) => {
+            (UserState::Open, FrameKind::Message) => self.on_entry(index, message, now),
+            (UserState::Open, FrameKind::Ack) => {
                 let room = self.plan.room_of(index);
-                self.seen.counts.acknowledged[room] += 1;
-                self.seen.timeline.acknowledged(now);
+                self.metrics.counters.acknowledged[room] += 1;
+                self.metrics.timeline.acknowledged(now);
             }
-            (UserState::Open, Kind::Error) => {
-                self.seen.counts.refused += 1;
-                self.seen.timeline.refused(now);
-                self.seen.counts.example(|| format!("refused: {}", code(message)));
+            (UserState::Open, FrameKind::Error) => {
+                self.metrics.counters.refused += 1;
+                self.metrics.timeline.refused(now);
+                self.metrics.counters.example(|| format!("refused: {}", code(message)));
             }
             // Without a room it is of the inbox, in which nothing is said here.
-            (UserState::Open, Kind::Reset) if memmem::find(message, br#""room":"#).is_some() => {
-                user.seq = seen::top(message)?;
-                self.seen.counts.announced_breaks += 1;
+            (UserState::Open, FrameKind::Reset)
+                if memmem::find(message, br#""room":"#).is_some() =>
+            {
+                user.seq = metrics::parse_seq(message)?;
+                self.metrics.counters.announced_breaks += 1;
             }
             _ => {}
         }
@@ -472,8 +474,8 @@ impl VirtualUsers {
     fn on_entry(&mut self, index: usize, message: &[u8], now: Instant) {
         let now_ns = self.ns(now);
         let user = &mut self.users[index];
-        if let Some(seq) = seen::seq(message) {
-            self.seen.counts.judge(index, user.seq, seq);
+        if let Some(seq) = metrics::find_seq(message) {
+            self.metrics.counters.judge(index, user.seq, seq);
             user.seq = seq;
         }
         user.received += 1;
@@ -481,10 +483,10 @@ impl VirtualUsers {
         let timestamp = SendTimestamp::find(message).filter(|_| !user.has_stalled);
         let latency = timestamp
             .map(|timestamp| Duration::from_nanos(now_ns.saturating_sub(timestamp.due_ns)));
-        self.seen.delivered(now, latency);
+        self.metrics.delivered(now, latency);
         let silence = now.saturating_duration_since(self.silent_since).as_millis() as u64;
         self.silent_since = now;
-        let longest = &mut self.seen.counts.longest_silence_ms;
+        let longest = &mut self.metrics.counters.longest_silence_ms;
         *longest = (*longest).max(silence);
     }
 
@@ -494,7 +496,7 @@ impl VirtualUsers {
             (user.state == UserState::Joining).then(|| now.saturating_duration_since(user.due));
         user.state = UserState::Open;
         self.tally.add(Outcome::Opened { connected: user.connected, joined });
-        self.seen.timeline.connected(now);
+        self.metrics.timeline.connected(now);
     }
 
     /// A moment by the clock that all processes share.
@@ -506,16 +508,16 @@ impl VirtualUsers {
     /// Has an own connection send a message that was due then.
     pub(crate) fn send(&mut self, index: usize, due: Instant, bytes: usize) {
         let now = Instant::now();
-        self.seen.done(due, now);
+        self.metrics.record_lag(due, now);
         if self.users[index].state != UserState::Open {
-            self.seen.counts.sent += 1;
-            self.seen.counts.refused += 1;
-            self.seen.counts.example(|| "not sent: its sender is not connected".to_owned());
+            self.metrics.counters.sent += 1;
+            self.metrics.counters.refused += 1;
+            self.metrics.counters.example(|| "not sent: its sender is not connected".to_owned());
             return;
         }
         let number = self.plan.share.global_index(self.sent);
         self.sent += 1;
-        self.seen.counts.sent += 1;
+        self.metrics.counters.sent += 1;
         let timestamp =
             SendTimestamp { sender: self.plan.share.global_index(index), due_ns: self.ns(due) };
         let Some(room) = self.plan.room(self.plan.room_of(index)) else { return };
@@ -546,7 +548,7 @@ impl VirtualUsers {
         let now = Instant::now();
         for user in &mut self.users {
             if user.state == UserState::Open {
-                self.seen.timeline.ended(now);
+                self.metrics.timeline.ended(now);
             }
             let attempt = user.attempt;
             *user = VirtualUser { attempt, ..VirtualUser::new(now) };
@@ -577,7 +579,7 @@ impl VirtualUsers {
     fn close(&mut self, index: usize, outcome: Outcome) {
         let user = &mut self.users[index];
         if user.state == UserState::Open {
-            self.seen.timeline.ended(Instant::now());
+            self.metrics.timeline.ended(Instant::now());
         }
         (user.stream, user.state) = (None, UserState::Disconnected);
         (user.unsent, user.head, user.reader) = (Vec::new(), Vec::new(), FrameReader::default());

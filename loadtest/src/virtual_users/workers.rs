@@ -23,7 +23,7 @@ use tokio::{
 
 use super::{
     VirtualUsers,
-    seen::{self, Counts, Seen},
+    metrics::{self, MessageCounters, TrafficMetrics},
 };
 use crate::{
     monitor::ServerMonitor,
@@ -114,7 +114,7 @@ impl PhaseTotals {
 #[derive(Debug, Default, Deserialize, Serialize)]
 pub(crate) struct WorkerReport {
     pub(crate) tally: Tally,
-    pub(crate) counts: Counts,
+    pub(crate) counters: MessageCounters,
     pub(crate) seconds: Vec<Second>,
     /// How late what was due was done: values in µs and how often.
     pub(crate) lag_us: Vec<(u64, u64)>,
@@ -129,12 +129,12 @@ pub(crate) struct WorkerReport {
 impl WorkerReport {
     /// What virtual users saw.
     pub(crate) fn of(users: &mut VirtualUsers, usage: &GeneratorUsage) -> Self {
-        let Seen { counts, lag_us, .. } = &users.seen;
+        let TrafficMetrics { counters, lag_us, .. } = &users.metrics;
         Self {
             tally: users.tally.clone(),
-            counts: counts.clone(),
+            counters: counters.clone(),
             lag_us: timeline::pairs(lag_us),
-            seconds: users.seen.seconds(),
+            seconds: users.metrics.seconds(),
             cpu_percent: usage.cpu_percent(),
             grown_bytes: usage.grown_bytes,
             interrupted: users.is_stopped(),
@@ -146,7 +146,7 @@ impl WorkerReport {
     /// Adds another.
     pub(crate) fn add(&mut self, other: Self) {
         self.tally.merge(other.tally);
-        self.counts.add(other.counts);
+        self.counters.add(other.counters);
         self.lag_us.extend(other.lag_us);
         self.seconds.resize_with(self.seconds.len().max(other.seconds.len()), Second::default);
         let seconds = self.seconds.iter_mut().zip(&other.seconds);
@@ -162,7 +162,7 @@ impl WorkerReport {
 
     /// How late what was due was done, p99.
     pub(crate) fn lag_p99_us(&self) -> u64 {
-        let mut lags = seen::lags();
+        let mut lags = metrics::lag_histogram();
         for (value, count) in &self.lag_us {
             lags.saturating_record_n(*value, *count);
         }
@@ -392,8 +392,14 @@ mod tests {
     fn worker_reports_add_up_after_serialization() {
         let report = |open| {
             let second = Second { open, latency_us: vec![(5, 2)], ..Second::default() };
-            let counts = Counts { acknowledged: vec![1, 2], ..Counts::default() };
-            WorkerReport { seconds: vec![second], counts, processes: 1, ..WorkerReport::default() }
+            let counters =
+                MessageCounters { acknowledged: vec![1, 2], ..MessageCounters::default() };
+            WorkerReport {
+                seconds: vec![second],
+                counters,
+                processes: 1,
+                ..WorkerReport::default()
+            }
         };
         let line = serde_json::to_string(&WorkerMessage::Report(Box::new(report(2)))).unwrap();
         let WorkerMessage::Report(mut sum) = serde_json::from_str(&line).unwrap() else {
@@ -402,6 +408,6 @@ mod tests {
         sum.add(report(3));
         assert_eq!((sum.processes, sum.seconds[0].open), (2, 5));
         assert_eq!(sum.seconds[0].latencies().len(), 4);
-        assert_eq!(sum.counts.acknowledged, [2, 4]);
+        assert_eq!(sum.counters.acknowledged, [2, 4]);
     }
 }

@@ -13,7 +13,7 @@ const LAG_MAX_US: u64 = 60_000_000;
 
 /// A frame, as far as virtual users looks at it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(super) enum FrameKind {
     Message,
     Ack,
     Error,
@@ -23,7 +23,7 @@ pub(super) enum Kind {
     Other,
 }
 
-impl Kind {
+impl FrameKind {
     const ALL: [(&str, Self); 6] = [
         ("message", Self::Message),
         ("ack", Self::Ack),
@@ -39,7 +39,7 @@ impl Kind {
         let name = match frame.strip_prefix(br#"{"type":""#) {
             Some(rest) => rest.split(|byte| *byte == b'"').next().unwrap_or_default(),
             None => {
-                read = serde_json::from_slice::<Typed>(frame).unwrap_or_default();
+                read = serde_json::from_slice::<TypedFrame>(frame).unwrap_or_default();
                 read.kind.as_bytes()
             }
         };
@@ -49,24 +49,24 @@ impl Kind {
 }
 
 #[derive(Default, Deserialize)]
-struct Typed {
+struct TypedFrame {
     #[serde(rename = "type")]
     kind: String,
 }
 
 #[derive(Deserialize)]
-struct Numbered {
+struct SeqFrame {
     seq: u64,
 }
 
 /// The number that a `joined` or `reset` has, wherever it stands.
-pub(super) fn top(frame: &[u8]) -> Result<u64, String> {
-    let numbered: Result<Numbered, _> = serde_json::from_slice(frame);
+pub(super) fn parse_seq(frame: &[u8]) -> Result<u64, String> {
+    let numbered: Result<SeqFrame, _> = serde_json::from_slice(frame);
     numbered.map(|numbered| numbered.seq).map_err(|error| format!("no `seq`: {error}"))
 }
 
 /// The number of a `message`, which stands before any content.
-pub(super) fn seq(frame: &[u8]) -> Option<u64> {
+pub(super) fn find_seq(frame: &[u8]) -> Option<u64> {
     let at = memmem::find(frame, br#""seq":"#)? + 6;
     let digits = frame[at..].iter().take_while(|byte| byte.is_ascii_digit());
     digits.map(|digit| u64::from(digit - b'0')).fold(None, |number: Option<u64>, digit| {
@@ -76,8 +76,8 @@ pub(super) fn seq(frame: &[u8]) -> Option<u64> {
 
 /// What was seen, to be added to what other processes saw.
 #[derive(Debug)]
-pub(crate) struct Seen {
-    pub(crate) counts: Counts,
+pub(crate) struct TrafficMetrics {
+    pub(crate) counters: MessageCounters,
     /// How late what was due was done, µs.
     pub(crate) lag_us: Histogram<u64>,
     pub(crate) timeline: Timeline,
@@ -85,7 +85,7 @@ pub(crate) struct Seen {
 
 /// Plain counts.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
-pub(crate) struct Counts {
+pub(crate) struct MessageCounters {
     pub(crate) sent: u64,
     /// Of each room.
     pub(crate) acknowledged: Vec<u64>,
@@ -102,7 +102,7 @@ pub(crate) struct Counts {
     pub(crate) examples: Vec<String>,
 }
 
-impl Counts {
+impl MessageCounters {
     /// Adds what another process counted.
     pub(crate) fn add(&mut self, other: Self) {
         self.acknowledged.resize(other.acknowledged.len().max(self.acknowledged.len()), 0);
@@ -143,15 +143,16 @@ impl Counts {
     }
 }
 
-impl Seen {
+impl TrafficMetrics {
     /// Nothing yet.
     pub(crate) fn new(rooms: usize, open: u64) -> Self {
-        let counts = Counts { acknowledged: vec![0; rooms], ..Counts::default() };
-        Self { counts, lag_us: lags(), timeline: Timeline::new(open) }
+        let counters =
+            MessageCounters { acknowledged: vec![0; rooms], ..MessageCounters::default() };
+        Self { counters, lag_us: lag_histogram(), timeline: Timeline::new(open) }
     }
 
     /// Something that was due then was done at `now`.
-    pub(crate) fn done(&mut self, due: Instant, now: Instant) {
+    pub(crate) fn record_lag(&mut self, due: Instant, now: Instant) {
         let late = now.saturating_duration_since(due);
         self.lag_us.saturating_record(late.as_micros() as u64);
     }
@@ -162,13 +163,13 @@ impl Seen {
     }
 
     pub(super) fn delivered(&mut self, now: Instant, latency: Option<Duration>) {
-        self.counts.delivered += 1;
+        self.counters.delivered += 1;
         self.timeline.delivered(now, latency);
     }
 }
 
 /// Of delays, in µs.
-pub(crate) fn lags() -> Histogram<u64> {
+pub(crate) fn lag_histogram() -> Histogram<u64> {
     Histogram::new_with_max(LAG_MAX_US, 3).expect("3 digits are possible")
 }
 
@@ -179,22 +180,22 @@ mod tests {
     #[test]
     fn the_first_number_is_that_of_the_entry() {
         let frame = br#"{"type":"message","epoch":"e","seq":1207,"content":{"seq":9}}"#;
-        assert_eq!((Kind::of(frame), seq(frame)), (Kind::Message, Some(1207)));
-        assert_eq!(seq(br#"{"seq":"x"}"#), None);
-        assert_eq!(seq(b"{}"), None);
-        assert_eq!(Kind::of(b"{}"), Kind::Other);
-        assert_eq!(Kind::of(br#"{"seq":1,"type":"ack"}"#), Kind::Ack);
-        assert_eq!(top(br#"{"history":[{"seq":3}],"seq":7}"#), Ok(7));
-        assert!(top(b"{}").is_err());
+        assert_eq!((FrameKind::of(frame), find_seq(frame)), (FrameKind::Message, Some(1207)));
+        assert_eq!(find_seq(br#"{"seq":"x"}"#), None);
+        assert_eq!(find_seq(b"{}"), None);
+        assert_eq!(FrameKind::of(b"{}"), FrameKind::Other);
+        assert_eq!(FrameKind::of(br#"{"seq":1,"type":"ack"}"#), FrameKind::Ack);
+        assert_eq!(parse_seq(br#"{"history":[{"seq":3}],"seq":7}"#), Ok(7));
+        assert!(parse_seq(b"{}").is_err());
     }
 
     #[test]
     fn numbers_are_judged_by_the_one_before() {
-        let mut counts = Counts::default();
+        let mut counters = MessageCounters::default();
         for (last, seq) in [(1, 2), (2, 2), (2, 1), (2, 4)] {
-            counts.judge(0, last, seq);
+            counters.judge(0, last, seq);
         }
-        assert_eq!((counts.duplicated, counts.out_of_order, counts.holes), (1, 1, 1));
-        assert_eq!(counts.examples.len(), 3);
+        assert_eq!((counters.duplicated, counters.out_of_order, counters.holes), (1, 1, 1));
+        assert_eq!(counters.examples.len(), 3);
     }
 }
