@@ -21,7 +21,7 @@ use tokio::{sync::oneshot, time::Instant};
 use super::verdict::Honest;
 use crate::{
     args::{Bounds, CommonArgs, MonitorArgs, OpenArgs, OutputArgs, Rate, Sources, Target},
-    report::connections::{Connections, Tally, Times},
+    report::connections::{ConnectionCounters, Connections, Times},
     scenario::{ScenarioError, Stage, connect_plan, talk::Talk},
     virtual_users::{RoomAssignment, VirtualUsers, workers::WorkerShare},
 };
@@ -189,7 +189,7 @@ fn measure(
     stop: &Arc<AtomicBool>,
 ) -> Result<Honest, ScenarioError> {
     stage.users.begin();
-    stage.users.tally = Tally::default();
+    stage.users.connections = ConnectionCounters::default();
     let newcomers = std::thread::Builder::new().name("newcomers".to_owned()).spawn({
         let stop = stop.clone();
         move || newcomers(address, size.rooms, duration, stop)
@@ -206,7 +206,7 @@ fn measure(
     let seconds = stage.users.metrics.seconds();
     let (latency_us, seen) = (timeline::histogram(&seconds), &stage.users.metrics);
     let ms = |share: f64| latency_us.value_at_quantile(share) as f64 / 1e3;
-    let ended = Connections::of(stage.users.tally.clone(), 0, duration).closed_while_held;
+    let ended = Connections::of(stage.users.connections.clone(), 0, duration).closed_while_held;
     let counters = &seen.counters;
     let ends = ended.iter().map(|(how, many)| format!("{many} ended: {how}"));
     let came = Connections::of(came, asked, duration);
@@ -240,7 +240,7 @@ fn newcomers(
     rooms: u32,
     duration: Duration,
     stop: Arc<AtomicBool>,
-) -> Result<(Tally, u64), ScenarioError> {
+) -> Result<(ConnectionCounters, u64), ScenarioError> {
     go_first();
     let asked = (duration.as_secs_f64() * NEWCOMERS.each_second()).ceil() as u32;
     let args = common_args(address, "127.2.1.1-127.2.1.16", "newcomer-");
@@ -249,7 +249,7 @@ fn newcomers(
     let mut users = VirtualUsers::new(plan, false, stop)?;
     users.open_all(Some(NEWCOMERS))?;
     users.farewell();
-    Ok((users.tally.clone(), asked.into()))
+    Ok((users.connections.clone(), asked.into()))
 }
 
 /// What probes saw.

@@ -8,11 +8,11 @@ use serde::{Deserialize, Serialize};
 
 /// How many different texts are counted one by one; the rest goes into one line.
 const TEXTS_MAX: usize = 50;
-const THE_REST: &str = "others";
+const OTHERS: &str = "others";
 
 /// What became of a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Outcome {
+pub(crate) enum ConnectOutcome {
     /// It is open. Times count from when it was due, so that a server which makes others wait does
     /// not look fast.
     Opened {
@@ -22,51 +22,51 @@ pub(crate) enum Outcome {
         joined: Option<Duration>,
     },
     /// The handshake was answered with another status than 101.
-    Refused {
+    Rejected {
         /// The HTTP status.
         status: u16,
     },
     /// It did not come to be otherwise.
     Failed {
         /// Why, in few different words.
-        why: String,
+        reason: String,
     },
     /// It was open and ended before it was told to.
-    Ended {
+    Closed {
         /// How: a close code, or what went wrong.
-        how: String,
+        reason: String,
     },
 }
 
 /// Counts what becomes of connections.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
-pub(crate) struct Tally {
+pub(crate) struct ConnectionCounters {
     opened: u64,
     refused: BTreeMap<String, u64>,
     failed: BTreeMap<String, u64>,
-    ended: BTreeMap<String, u64>,
+    closed: BTreeMap<String, u64>,
     connected_us: Vec<u64>,
     joined_us: Vec<u64>,
     received_bytes: u64,
 }
 
-impl Tally {
+impl ConnectionCounters {
     /// Counts what servers sent.
-    pub(crate) fn received(&mut self, bytes: usize) {
+    pub(crate) fn add_received(&mut self, bytes: usize) {
         self.received_bytes += bytes as u64;
     }
 
     /// Counts one outcome.
-    pub(crate) fn add(&mut self, outcome: Outcome) {
+    pub(crate) fn add(&mut self, outcome: ConnectOutcome) {
         match outcome {
-            Outcome::Opened { connected, joined } => {
+            ConnectOutcome::Opened { connected, joined } => {
                 self.opened += 1;
                 self.connected_us.push(connected.as_micros() as u64);
                 self.joined_us.extend(joined.map(|joined| joined.as_micros() as u64));
             }
-            Outcome::Refused { status } => count(&mut self.refused, status.to_string(), 1),
-            Outcome::Failed { why } => count(&mut self.failed, why, 1),
-            Outcome::Ended { how } => count(&mut self.ended, how, 1),
+            ConnectOutcome::Rejected { status } => count(&mut self.refused, status.to_string(), 1),
+            ConnectOutcome::Failed { reason } => count(&mut self.failed, reason, 1),
+            ConnectOutcome::Closed { reason } => count(&mut self.closed, reason, 1),
         }
     }
 
@@ -76,7 +76,7 @@ impl Tally {
         let pairs = [
             (&mut self.refused, other.refused),
             (&mut self.failed, other.failed),
-            (&mut self.ended, other.ended),
+            (&mut self.closed, other.closed),
         ];
         for (counts, others) in pairs {
             others.into_iter().for_each(|(text, many)| count(counts, text, many));
@@ -88,7 +88,7 @@ impl Tally {
 
     /// How many are open now.
     pub(crate) fn held(&self) -> u64 {
-        self.opened - total(&self.ended).min(self.opened)
+        self.opened - total(&self.closed).min(self.opened)
     }
 
     /// How many were opened in all.
@@ -99,7 +99,7 @@ impl Tally {
 
 fn count(counts: &mut BTreeMap<String, u64>, text: String, many: u64) {
     let known = counts.contains_key(&text) || counts.len() < TEXTS_MAX;
-    *counts.entry(if known { text } else { THE_REST.to_owned() }).or_default() += many;
+    *counts.entry(if known { text } else { OTHERS.to_owned() }).or_default() += many;
 }
 
 fn total(counts: &BTreeMap<String, u64>) -> u64 {
@@ -137,17 +137,17 @@ pub(crate) struct Times {
 
 impl Connections {
     /// Of so many that were asked for.
-    pub(crate) fn of(tally: Tally, asked: u64, opening: Duration) -> Self {
+    pub(crate) fn of(counters: ConnectionCounters, asked: u64, opening: Duration) -> Self {
         Self {
             asked,
-            opened: tally.opened,
-            held: tally.held(),
-            refused: tally.refused,
-            failed: tally.failed,
-            closed_while_held: tally.ended,
-            connected_ms: Times::of(tally.connected_us),
-            joined_ms: Times::of(tally.joined_us),
-            received_bytes: tally.received_bytes,
+            opened: counters.opened,
+            held: counters.held(),
+            refused: counters.refused,
+            failed: counters.failed,
+            closed_while_held: counters.closed,
+            connected_ms: Times::of(counters.connected_us),
+            joined_ms: Times::of(counters.joined_us),
+            received_bytes: counters.received_bytes,
             opening_s: opening.as_secs_f64(),
         }
     }
@@ -214,15 +214,15 @@ mod tests {
 
     const SECOND: Duration = Duration::from_secs(1);
 
-    fn opened() -> Outcome {
+    fn opened() -> ConnectOutcome {
         let ms = Duration::from_millis;
-        Outcome::Opened { connected: ms(3), joined: Some(ms(5)) }
+        ConnectOutcome::Opened { connected: ms(3), joined: Some(ms(5)) }
     }
 
-    fn connections(outcomes: &[Outcome]) -> Connections {
-        let mut tally = Tally::default();
-        outcomes.iter().for_each(|outcome| tally.add(outcome.clone()));
-        Connections::of(tally, 2, SECOND)
+    fn connections(outcomes: &[ConnectOutcome]) -> Connections {
+        let mut counters = ConnectionCounters::default();
+        outcomes.iter().for_each(|outcome| counters.add(outcome.clone()));
+        Connections::of(counters, 2, SECOND)
     }
 
     #[test]
@@ -236,25 +236,25 @@ mod tests {
 
     #[test]
     fn all_opened_and_held_is_good_and_nothing_else() {
-        let check = |outcomes: &[Outcome], expected: &[&str]| {
+        let check = |outcomes: &[ConnectOutcome], expected: &[&str]| {
             assert_eq!(connections(outcomes).failures(), expected);
         };
         let one = "1 of 2 connections were held";
         check(&[opened(), opened()], &[]);
         check(&[opened()], &[one]);
-        check(&[opened(), Outcome::Refused { status: 429 }], &[one]);
-        let ended = Outcome::Ended { how: "1012 draining".to_owned() };
+        check(&[opened(), ConnectOutcome::Rejected { status: 429 }], &[one]);
+        let ended = ConnectOutcome::Closed { reason: "1012 draining".to_owned() };
         check(&[opened(), opened(), ended], &[one]);
     }
 
     #[test]
     fn each_outcome_has_its_line() {
-        let mut tally = Tally::default();
-        tally.add(opened());
-        tally.add(Outcome::Refused { status: 503 });
-        tally.add(Outcome::Failed { why: "timed out".to_owned() });
-        assert_eq!((tally.opened(), tally.held()), (1, 1));
-        let lines = Connections::of(tally, 3, 2 * SECOND).lines();
+        let mut counters = ConnectionCounters::default();
+        counters.add(opened());
+        counters.add(ConnectOutcome::Rejected { status: 503 });
+        counters.add(ConnectOutcome::Failed { reason: "timed out".to_owned() });
+        assert_eq!((counters.opened(), counters.held()), (1, 1));
+        let lines = Connections::of(counters, 3, 2 * SECOND).lines();
         let text: Vec<String> =
             lines.iter().map(|(name, value)| format!("{name} {value}")).collect();
         for part in ["opened 1 of 3 in 2.0 s", "1 with HTTP 503", "1: timed out", "max 3.0 ms"] {
@@ -264,13 +264,13 @@ mod tests {
 
     #[test]
     fn endless_kinds_of_failure_are_counted_together() {
-        let mut tally = Tally::default();
+        let mut counters = ConnectionCounters::default();
         for number in 0..200 {
-            tally.add(Outcome::Failed { why: number.to_string() });
+            counters.add(ConnectOutcome::Failed { reason: number.to_string() });
         }
-        let mut both = tally.clone();
-        both.merge(tally);
+        let mut both = counters.clone();
+        both.merge(counters);
         assert_eq!((both.failed.len(), total(&both.failed)), (TEXTS_MAX + 1, 400));
-        assert_eq!(both.failed[THE_REST], 300);
+        assert_eq!(both.failed[OTHERS], 300);
     }
 }

@@ -142,7 +142,7 @@ impl Stage {
     fn end_phase(&mut self, phase: ScenarioPhase) -> Result<PhaseTotals, ScenarioError> {
         let (counters, open) = (&self.users.metrics.counters, self.users.open_count());
         let done = match phase {
-            ScenarioPhase::Opening => self.users.tally.opened(),
+            ScenarioPhase::Opening => self.users.connections.opened(),
             ScenarioPhase::Held | ScenarioPhase::Reconnected => open,
             ScenarioPhase::Traffic => counters.delivered,
         };
@@ -217,7 +217,7 @@ fn build_report(
 ) -> Report {
     let (servers, gauges) = monitor.finish();
     let lag_p99_us = worker.lag_p99_us();
-    let held = worker.tally.held();
+    let held = worker.connections.held();
     let messages = talks.then(|| {
         let counters = &worker.counters;
         let messages = Messages {
@@ -246,7 +246,7 @@ fn build_report(
             lag_p99_us,
             memory_per_connection_bytes: worker.grown_bytes.checked_div(held as i64),
         },
-        connections: Some(Connections::of(worker.tally, asked.into(), opening)),
+        connections: Some(Connections::of(worker.connections, asked.into(), opening)),
         interrupted: worker.interrupted,
         messages,
         seconds: worker.seconds,

@@ -39,7 +39,7 @@ fn storm(args: &StormArgs, stop: &Arc<AtomicBool>) -> Result<Played, ScenarioErr
         }
         let open = stage.users.open_count();
         let asked = stage.users.plan.local_count().into();
-        let back = Connections::of(stage.users.tally.clone(), asked, took);
+        let back = Connections::of(stage.users.connections.clone(), asked, took);
         let times = back.joined_ms.map(|times| times.to_string()).unwrap_or_default();
         let all_back = open == asked;
         steps.push(Step {

@@ -118,9 +118,9 @@ fn sweep(
     let mut played = stage.end(steps)?;
     // The report is of the best rate, whatever was tried after it.
     if let (Some((report, _)), Some((.., of_best))) = (&mut played.all, best) {
-        let (tally, opening_s) = (std::mem::take(&mut report.tally), report.opening_s);
+        let (connections, opening_s) = (std::mem::take(&mut report.connections), report.opening_s);
         let talked_s = args.step.as_secs_f64();
-        *report = WorkerReport { tally, opening_s, talked_s, ..of_best };
+        *report = WorkerReport { connections, opening_s, talked_s, ..of_best };
     }
     Ok(played)
 }

@@ -24,7 +24,7 @@ use tokio::time::{Duration, Instant};
 use crate::{
     args::{OpenArgs, Rate},
     progress::Progress,
-    report::connections::{Outcome, Tally},
+    report::connections::{ConnectOutcome, ConnectionCounters},
     timestamp::SendTimestamp,
     websocket::{self, FrameReader, HandshakeResponse, WsFrame},
 };
@@ -118,7 +118,7 @@ impl ConnectPlan {
 pub(crate) struct VirtualUsers {
     pub(crate) plan: ConnectPlan,
     /// What became of connections.
-    pub(crate) tally: Tally,
+    pub(crate) connections: ConnectionCounters,
     /// What was seen of messages.
     pub(crate) metrics: TrafficMetrics,
     /// Whether messages are looked at, and not just passed over.
@@ -150,7 +150,7 @@ impl VirtualUsers {
         Ok(Self {
             metrics: TrafficMetrics::new(plan.rooms(), 0),
             plan,
-            tally: Tally::default(),
+            connections: ConnectionCounters::default(),
             reads,
             stop,
             poll,
@@ -281,14 +281,14 @@ impl VirtualUsers {
         let mut stream = match dial(self.plan.address, source) {
             Ok(stream) => stream,
             Err(error) => {
-                let why = format!("connect: {}", error.kind());
-                self.tally.add(Outcome::Failed { why });
+                let reason = format!("connect: {}", error.kind());
+                self.connections.add(ConnectOutcome::Failed { reason });
                 return;
             }
         };
         let interest = Interest::READABLE | Interest::WRITABLE;
         if let Err(error) = self.poll.registry().register(&mut stream, Token(index), interest) {
-            self.tally.add(Outcome::Failed { why: error.to_string() });
+            self.connections.add(ConnectOutcome::Failed { reason: error.to_string() });
             return;
         }
         let user = &mut self.users[index];
@@ -326,8 +326,8 @@ impl VirtualUsers {
         if done.is_ok() && readable && !self.users[index].stalled {
             done = self.receive(index);
         }
-        if let Err(why) = done {
-            self.fail(index, why);
+        if let Err(reason) = done {
+            self.fail(index, reason);
         }
     }
 
@@ -375,7 +375,7 @@ impl VirtualUsers {
 
     /// Takes what has arrived on a connection.
     fn take(&mut self, index: usize, bytes: &[u8]) -> Result<(), String> {
-        self.tally.received(bytes.len());
+        self.connections.add_received(bytes.len());
         let user = &mut self.users[index];
         let head;
         let mut bytes = bytes;
@@ -386,7 +386,7 @@ impl VirtualUsers {
             {
                 None => return Ok(()),
                 Some(HandshakeResponse::Rejected { status }) => {
-                    self.close(index, Outcome::Refused { status });
+                    self.close(index, ConnectOutcome::Rejected { status });
                     return Ok(());
                 }
                 Some(HandshakeResponse::Upgraded { end }) => {
@@ -495,7 +495,7 @@ impl VirtualUsers {
         let joined =
             (user.state == UserState::Joining).then(|| now.saturating_duration_since(user.due));
         user.state = UserState::Open;
-        self.tally.add(Outcome::Opened { connected: user.connected, joined });
+        self.connections.add(ConnectOutcome::Opened { connected: user.connected, joined });
         self.metrics.timeline.connected(now);
     }
 
@@ -554,7 +554,7 @@ impl VirtualUsers {
             *user = VirtualUser { attempt, ..VirtualUser::new(now) };
         }
         // Their outcomes belong to the round before.
-        self.tally = Tally::default();
+        self.connections = ConnectionCounters::default();
         self.opening.clear();
     }
 
@@ -568,22 +568,22 @@ impl VirtualUsers {
         }
     }
 
-    fn fail(&mut self, index: usize, why: String) {
+    fn fail(&mut self, index: usize, reason: String) {
         let outcome = match self.users[index].state {
-            UserState::Open => Outcome::Ended { how: why },
-            _ => Outcome::Failed { why },
+            UserState::Open => ConnectOutcome::Closed { reason },
+            _ => ConnectOutcome::Failed { reason },
         };
         self.close(index, outcome);
     }
 
-    fn close(&mut self, index: usize, outcome: Outcome) {
+    fn close(&mut self, index: usize, outcome: ConnectOutcome) {
         let user = &mut self.users[index];
         if user.state == UserState::Open {
             self.metrics.timeline.ended(Instant::now());
         }
         (user.stream, user.state) = (None, UserState::Disconnected);
         (user.unsent, user.head, user.reader) = (Vec::new(), Vec::new(), FrameReader::default());
-        self.tally.add(outcome);
+        self.connections.add(outcome);
     }
 }
 

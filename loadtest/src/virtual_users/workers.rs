@@ -28,7 +28,7 @@ use super::{
 use crate::{
     monitor::ServerMonitor,
     procfs::{CpuTime, ProcessUsage},
-    report::connections::Tally,
+    report::connections::ConnectionCounters,
 };
 
 /// Which part of all this process does.
@@ -113,7 +113,7 @@ impl PhaseTotals {
 /// What one process saw of all, and what it cost.
 #[derive(Debug, Default, Deserialize, Serialize)]
 pub(crate) struct WorkerReport {
-    pub(crate) tally: Tally,
+    pub(crate) connections: ConnectionCounters,
     pub(crate) counters: MessageCounters,
     pub(crate) seconds: Vec<Second>,
     /// How late what was due was done: values in µs and how often.
@@ -131,7 +131,7 @@ impl WorkerReport {
     pub(crate) fn of(users: &mut VirtualUsers, usage: &GeneratorUsage) -> Self {
         let TrafficMetrics { counters, lag_us, .. } = &users.metrics;
         Self {
-            tally: users.tally.clone(),
+            connections: users.connections.clone(),
             counters: counters.clone(),
             lag_us: timeline::pairs(lag_us),
             seconds: users.metrics.seconds(),
@@ -145,7 +145,7 @@ impl WorkerReport {
 
     /// Adds another.
     pub(crate) fn add(&mut self, other: Self) {
-        self.tally.merge(other.tally);
+        self.connections.merge(other.connections);
         self.counters.add(other.counters);
         self.lag_us.extend(other.lag_us);
         self.seconds.resize_with(self.seconds.len().max(other.seconds.len()), Second::default);
