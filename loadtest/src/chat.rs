@@ -31,7 +31,9 @@ use crate::{
     monitor::ServerMonitor,
     procfs::ProcfsError,
     progress::Progress,
-    report::{Generator, Report, Step, connections::Times, messages::Messages},
+    report::{
+        GeneratorReport, Report, StepResult, connections::LatencySummary, messages::MessageReport,
+    },
     timestamp::SendTimestamp,
     virtual_users::metrics::lag_histogram,
     virtual_users::workers::{GeneratorUsage, PhaseTotals, ScenarioPhase},
@@ -125,7 +127,7 @@ pub(crate) async fn run(args: ChatArgs) -> Result<Report, ProcfsError> {
     people.shutdown().await;
     let mut seen = std::mem::take(&mut *seen.lock());
     let seconds = seen.timeline.seconds();
-    let messages = Messages {
+    let messages = MessageReport {
         members: args.people,
         acknowledged: seen.acknowledged,
         delivered: seen.delivered,
@@ -134,16 +136,16 @@ pub(crate) async fn run(args: ChatArgs) -> Result<Report, ProcfsError> {
         announced_breaks: seen.breaks,
         sends_refused: seen.failed,
         examples: seen.examples,
-        ..Messages::default()
+        ..MessageReport::default()
     };
     let latencies = timeline::histogram(&seconds);
-    let step = |what: &str, times_us: Vec<u64>| {
-        let (count, times) = (times_us.len(), Times::of(times_us));
+    let step = |name: &str, times_us: Vec<u64>| {
+        let (count, times) = (times_us.len(), LatencySummary::of(times_us));
         let times = times.map_or_else(String::new, |times| format!(": {times}"));
-        Step { what: what.to_owned(), came: format!("{count}{times}"), good: true }
+        StepResult { name: name.to_owned(), result: format!("{count}{times}"), passed: true }
     };
     let mut report = Report {
-        generator: Generator {
+        generator: GeneratorReport {
             processes: 1,
             cpu_percent: usage.cpu_percent(),
             lag_p99_us: seen.lag_us.map_or(0, |lags| lags.value_at_quantile(0.99)),

@@ -21,7 +21,7 @@ use crate::{
     monitor::ServerMonitor,
     procfs::{CpuTime, ProcfsError},
     progress::Progress,
-    report::{Generator, Report, messages::Messages},
+    report::{GeneratorReport, Report, messages::MessageReport},
     virtual_users::workers::{PhaseTotals, ScenarioPhase},
 };
 
@@ -149,7 +149,7 @@ impl LedgerRun {
     ) -> Result<Report, LedgerRunError> {
         let talked = self.began.elapsed();
         let spent_ms = CpuTime::read(None)?.total_ms() - self.cpu.total_ms();
-        let generator = Generator {
+        let generator = GeneratorReport {
             processes: 1,
             cpu_percent: spent_ms as f64 / talked.as_millis() as f64 * 100.0,
             lag_p99_us: self.lag_us.lock().value_at_quantile(0.99),
@@ -168,7 +168,7 @@ impl LedgerRun {
         }
         let seconds = self.timeline.lock().seconds();
         let times_us = timeline::histogram(&seconds);
-        let messages = Messages::of(sum, unfinished).with_latency(&times_us, talked, bounds);
+        let messages = MessageReport::of(sum, unfinished).with_latency(&times_us, talked, bounds);
         Ok(Report { messages: Some(messages), seconds, generator, ..Report::of(scenario) })
     }
 }

@@ -111,10 +111,10 @@ fn told<E: Display>(result: Result<Option<Report>, E>, output: &OutputArgs) -> E
         } else {
             print!("{report}");
         }
-        let Some(file) = &output.html else { return report.good };
+        let Some(file) = &output.html else { return report.passed };
         let page = html::page(report).map_err(|error| error.to_string());
         match page.and_then(|page| fs::write(file, page).map_err(|error| error.to_string())) {
-            Ok(()) => report.good,
+            Ok(()) => report.passed,
             Err(error) => {
                 eprintln!("loadtest: {}: {error}", file.display());
                 false

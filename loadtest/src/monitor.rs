@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use crate::{
     args::MonitorArgs,
     procfs::{self, CpuTime, ProcessUsage, ProcfsError},
-    report::servers::{Gauges, Sample, Server, gauges},
+    report::servers::{GaugeSeries, ServerReport, ServerSample, gauges},
     virtual_users::workers::{PhaseTotals, ScenarioPhase},
 };
 
@@ -27,7 +27,7 @@ const PAGE_BYTES_MAX: u64 = 4 << 20;
 
 /// Looks at servers until it is finished.
 pub(crate) struct ServerMonitor {
-    servers: Vec<Server>,
+    servers: Vec<ServerReport>,
     cpu_ms: Vec<u64>,
     samples: Arc<Mutex<MonitorSamples>>,
     thread: Option<(mpsc::SyncSender<()>, JoinHandle<()>)>,
@@ -35,8 +35,8 @@ pub(crate) struct ServerMonitor {
 
 #[derive(Default)]
 struct MonitorSamples {
-    servers: Vec<Vec<Sample>>,
-    gauges: Vec<Gauges>,
+    servers: Vec<Vec<ServerSample>>,
+    gauges: Vec<GaugeSeries>,
 }
 
 impl ServerMonitor {
@@ -44,8 +44,8 @@ impl ServerMonitor {
     pub(crate) fn begin(args: &MonitorArgs) -> Result<Self, ProcfsError> {
         let costs: Vec<ProcessUsage> =
             args.pid.iter().map(|pid| ProcessUsage::read(Some(*pid))).collect::<Result<_, _>>()?;
-        let servers = args.pid.iter().zip(&costs).map(|(pid, cost)| Server::new(*pid, *cost));
-        let url = |url: &String| Gauges { url: url.clone(), ..Gauges::default() };
+        let servers = args.pid.iter().zip(&costs).map(|(pid, cost)| ServerReport::new(*pid, *cost));
+        let url = |url: &String| GaugeSeries { url: url.clone(), ..GaugeSeries::default() };
         let samples = MonitorSamples {
             servers: vec![Vec::new(); args.pid.len()],
             gauges: args.metrics.iter().map(url).collect(),
@@ -66,7 +66,7 @@ impl ServerMonitor {
 
     /// A phase is over.
     pub(crate) fn end_phase(&mut self, phase: ScenarioPhase, sum: &PhaseTotals) {
-        let (what, of) = match phase {
+        let (phase_name, unit) = match phase {
             ScenarioPhase::Opening => ("opening", "connection"),
             ScenarioPhase::Held => ("while held", "connection"),
             ScenarioPhase::Reconnected => ("coming back", "connection"),
@@ -75,15 +75,15 @@ impl ServerMonitor {
         for (server, before) in self.servers.iter_mut().zip(&mut self.cpu_ms) {
             // A server that died is reported as what it was.
             if let Ok(now) = ProcessUsage::read(Some(server.pid)) {
-                server.phase(what, now.cpu_ms.saturating_sub(*before), of, sum.done);
-                server.held(now, sum.open);
+                server.add_phase(phase_name, now.cpu_ms.saturating_sub(*before), unit, sum.done);
+                server.record_memory(now, sum.open);
                 *before = now.cpu_ms;
             }
         }
     }
 
     /// Ends, and tells.
-    pub(crate) fn finish(mut self) -> (Vec<Server>, Vec<Gauges>) {
+    pub(crate) fn finish(mut self) -> (Vec<ServerReport>, Vec<GaugeSeries>) {
         if let Some((stop, thread)) = self.thread.take() {
             drop(stop);
             // It has nothing to tell but what is in `samples`.
@@ -115,7 +115,7 @@ fn sample(pids: &[u32], samples: &Mutex<MonitorSamples>, stopped: &mpsc::Receive
             let spent = cpu.total_ms().saturating_sub(before.1) as f64;
             let cpu_percent = spent / 10.0 / (at_s - before.0);
             *before = (at_s, cpu.total_ms());
-            let sample = Sample { at_s, cpu_percent, resident_bytes };
+            let sample = ServerSample { at_s, cpu_percent, resident_bytes };
             samples.lock().servers[number].push(sample);
         }
         for (number, url) in urls.iter().enumerate() {

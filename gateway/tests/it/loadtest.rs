@@ -72,7 +72,7 @@ async fn each_scenario_counts_what_it_sends_and_what_arrives() {
     assert_eq!(report["generator"]["processes"], 3);
     // All arrives in the end, since those who did not read do so then.
     let report = check(&["slow", "--rooms", "2", "--members", "10"], 10).await;
-    assert_eq!(report["steps"][0]["came"], "2", "{report}");
+    assert_eq!(report["steps"][0]["result"], "2", "{report}");
 }
 
 #[tokio::test]
@@ -81,7 +81,7 @@ async fn a_storm_passes_and_all_are_back() {
     let url = gateway.url("/ws");
     let size = ["-n", "100", "--rounds", "2", "--pause", "50ms", "--ramp", "1000/s"];
     let report = well(&[&["storm", "--url", &url], &size[..]].concat()).await;
-    assert!(report["steps"][1]["came"].as_str().unwrap().starts_with("100 of 100 back"));
+    assert!(report["steps"][1]["result"].as_str().unwrap().starts_with("100 of 100 back"));
 }
 
 #[tokio::test]
@@ -92,7 +92,7 @@ async fn a_sweep_ends_where_the_bound_is_met_or_the_tool_is_at_its_end() {
     let bound = ["--bound", "1us"];
     let report = reported(&[&["sweep", "--url", &url], &size[..], &bound].concat()).await;
     let steps = report["steps"].as_array().unwrap();
-    assert!(steps.last().unwrap()["what"].as_str().unwrap().contains("p99"), "{report}");
+    assert!(steps.last().unwrap()["name"].as_str().unwrap().contains("p99"), "{report}");
     assert_eq!(report["failures"].as_array().unwrap().len(), 1, "nothing is that fast: {report}");
 }
 

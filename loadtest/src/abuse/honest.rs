@@ -21,7 +21,7 @@ use tokio::{sync::oneshot, time::Instant};
 use super::verdict::Honest;
 use crate::{
     args::{Bounds, CommonArgs, MonitorArgs, OpenArgs, OutputArgs, Rate, Sources, Target},
-    report::connections::{ConnectionCounters, Connections, Times},
+    report::connections::{ConnectionCounters, ConnectionReport, LatencySummary},
     scenario::{ScenarioError, Stage, connect_plan, talk::Talk},
     virtual_users::{RoomAssignment, VirtualUsers, workers::WorkerShare},
 };
@@ -206,10 +206,11 @@ fn measure(
     let seconds = stage.users.metrics.seconds();
     let (latency_us, seen) = (timeline::histogram(&seconds), &stage.users.metrics);
     let ms = |share: f64| latency_us.value_at_quantile(share) as f64 / 1e3;
-    let ended = Connections::of(stage.users.connections.clone(), 0, duration).closed_while_held;
+    let ended =
+        ConnectionReport::of(stage.users.connections.clone(), 0, duration).closed_while_held;
     let counters = &seen.counters;
     let ends = ended.iter().map(|(how, many)| format!("{many} ended: {how}"));
-    let came = Connections::of(came, asked, duration);
+    let came = ConnectionReport::of(came, asked, duration);
     let refused = came.refused.iter().map(|(how, many)| format!("{many} newcomers: HTTP {how}"));
     let failed = came.failed.iter().map(|(how, many)| format!("{many} newcomers: {how}"));
     Ok(Honest {
@@ -223,7 +224,7 @@ fn measure(
         newcomers_failed: asked.saturating_sub(came.opened),
         newcomers_p99_ms: came.joined_ms.map_or(0.0, |times| times.p99),
         probes_failed: probed.failed,
-        probes_p99_ms: Times::of(probed.times_us).map_or(0.0, |times| times.p99),
+        probes_p99_ms: LatencySummary::of(probed.times_us).map_or(0.0, |times| times.p99),
         lag_p99_us: seen.lag_us.value_at_quantile(0.99),
         examples: ends
             .chain(refused)

@@ -27,7 +27,7 @@ use self::{
 use crate::{
     args::AbuseArgs,
     chaos::cluster::ClusterError,
-    report::{Generator, Report, Step, attacks::AttackRow},
+    report::{GeneratorReport, Report, StepResult, attacks::AttackRow},
     scenario::{ScenarioError, ending_early},
     virtual_users::workers::GeneratorUsage,
 };
@@ -120,16 +120,16 @@ pub(crate) async fn run(args: AbuseArgs) -> Result<Report, AbuseError> {
             Err(error) if args.attacks.iter().any(|one| one == slow_link::NAME) => {
                 return Err(error.into());
             }
-            Err(error) => report.steps.push(Step {
-                what: slow_link::NAME.to_owned(),
-                came: format!("skipped: {error}"),
-                good: true,
+            Err(error) => report.steps.push(StepResult {
+                name: slow_link::NAME.to_owned(),
+                result: format!("skipped: {error}"),
+                passed: true,
             }),
         }
     }
     report.interrupted = stop.load(Ordering::Relaxed);
     let lag = |row: &AttackRow| row.measured.honest.lag_p99_us.max(row.measured.control.lag_p99_us);
-    report.generator = Generator {
+    report.generator = GeneratorReport {
         processes: 1,
         // The attacker's is in it: what counts is how late honest clients were.
         cpu_percent: usage.cpu_percent(),
@@ -143,14 +143,14 @@ pub(crate) async fn run(args: AbuseArgs) -> Result<Report, AbuseError> {
         let failures = row.verdict.failures.iter();
         report.failures.extend(failures.map(|failure| format!("{}: {failure}", row.name)));
     }
-    let failed = report.steps.iter().filter(|step| !step.good);
-    let failed = failed.map(|step| format!("{}: {}", step.what, step.came));
+    let failed = report.steps.iter().filter(|step| !step.passed);
+    let failed = failed.map(|step| format!("{}: {}", step.name, step.result));
     report.failures.extend(failed.collect::<Vec<_>>());
     let invalid: Vec<&str> =
         rows.iter().filter(|row| row.verdict.invalid.is_some()).map(|row| row.name).collect();
     report.invalid =
         (!invalid.is_empty()).then(|| format!("this tool was late during {}", invalid.join(", ")));
-    report.good = report.failures.is_empty() && report.invalid.is_none();
+    report.passed = report.failures.is_empty() && report.invalid.is_none();
     report.attacks = rows;
     Ok(report)
 }

@@ -29,7 +29,7 @@ use super::{
 use crate::{
     args::AbuseArgs,
     procfs::free_address,
-    report::Step,
+    report::StepResult,
     websocket::{self, FrameReader, HandshakeResponse, WsFrame},
 };
 
@@ -155,9 +155,12 @@ struct Seen {
 
 impl Seen {
     /// What it comes to.
-    fn steps(&self) -> Vec<Step> {
-        let step =
-            |what: &str, came: String, good| Step { what: format!("{NAME}, {what}"), came, good };
+    fn steps(&self) -> Vec<StepResult> {
+        let step = |name: &str, result: String, passed| StepResult {
+            name: format!("{NAME}, {name}"),
+            result,
+            passed,
+        };
         let longest = |times: &[Duration]| times.iter().max().copied().unwrap_or_default();
         let told = |times: &[Duration], missing: u64| {
             format!(
@@ -201,7 +204,7 @@ impl Seen {
 pub(crate) async fn try_it(
     args: &AbuseArgs,
     stop: &Arc<AtomicBool>,
-) -> Result<Result<Vec<Step>, LinkError>, AbuseError> {
+) -> Result<Result<Vec<StepResult>, LinkError>, AbuseError> {
     let link = match Link::up(&args.link_rate) {
         Ok(link) => link,
         Err(error) => return Ok(Err(error)),
@@ -492,7 +495,7 @@ mod tests {
             let mut seen = good();
             change(&mut seen);
             let steps = seen.steps().into_iter();
-            steps.filter(|step| !step.good).map(|step| step.what).collect()
+            steps.filter(|step| !step.passed).map(|step| step.name).collect()
         };
         assert_eq!(failed(|_| ()), [""; 0]);
         assert_eq!(failed(|seen| seen.received = 504), ["slow-link, caught up"]);

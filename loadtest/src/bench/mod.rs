@@ -239,7 +239,7 @@ async fn connect_sample(
         return Ok(sample);
     };
     if let Some(server) = report.servers.first() {
-        let opening = server.phases.first().and_then(|phase| phase.cpu_each_us);
+        let opening = server.phases.first().and_then(|phase| phase.cpu_per_unit_us);
         if let Some(cpu_us) = opening {
             sample.put(Measure::CpuPerConnection, cpu_us);
         }

@@ -13,7 +13,7 @@ use self::{
 use crate::{
     args::{ChaosArgs, LoadArgs},
     ledger_run::{LedgerRun, LedgerRunError},
-    report::{Mark, Report},
+    report::{FaultWindow, Report},
 };
 
 pub(crate) mod cluster;
@@ -120,13 +120,13 @@ async fn break_and_mend(
     ground: &mut Ground,
     faults: &[Fault],
     began: Instant,
-    marks: &mut Vec<Mark>,
+    marks: &mut Vec<FaultWindow>,
 ) -> Result<(), ClusterError> {
     for fault in faults {
         sleep_until(began + Duration::from_millis(fault.at_ms)).await;
         let from = began.elapsed();
         ground.inject(*fault).await?;
-        marks.push(Mark { what: name(*fault), from, until: began.elapsed() });
+        marks.push(FaultWindow { fault: name(*fault), from, until: began.elapsed() });
     }
     match ground {
         Ground::Own(cluster) => cluster.wait_until_ready().await,

@@ -39,13 +39,13 @@ pub(crate) enum CompareError {
 /// What two reports say under the same name.
 #[derive(Debug)]
 pub(crate) struct Comparison {
-    rows: Vec<Row>,
+    rows: Vec<ComparisonRow>,
     /// Why one of them does not count.
-    flaws: Vec<String>,
+    invalid: Vec<String>,
 }
 
 #[derive(Debug, PartialEq)]
-struct Row {
+struct ComparisonRow {
     name: String,
     a: Option<f64>,
     b: Option<f64>,
@@ -72,29 +72,30 @@ impl Comparison {
         numbers(a, String::new(), &mut left);
         numbers(b, String::new(), &mut right);
         let mut of_b: BTreeMap<&str, f64> = right.iter().map(|(n, v)| (n.as_str(), *v)).collect();
-        let row = |(name, value): &(String, f64)| Row {
+        let row = |(name, value): &(String, f64)| ComparisonRow {
             name: name.clone(),
             a: Some(*value),
             b: of_b.remove(name.as_str()),
         };
-        let mut rows: Vec<Row> = left.iter().map(row).collect();
+        let mut rows: Vec<ComparisonRow> = left.iter().map(row).collect();
         let only_b = right.iter().filter(|(name, _)| of_b.contains_key(name.as_str()));
-        rows.extend(only_b.map(|(name, value)| Row {
+        rows.extend(only_b.map(|(name, value)| ComparisonRow {
             name: name.clone(),
             a: None,
             b: Some(*value),
         }));
-        let flaw = |(name, report): (&str, &Value)| {
+        let reason = |(name, report): (&str, &Value)| {
             let why = report["invalid"].as_str()?;
             Some(format!("{name} does not count: {why}"))
         };
-        let flaws = [("the first", a), ("the second", b)].into_iter().filter_map(flaw).collect();
-        Ok(Self { rows, flaws })
+        let invalid =
+            [("the first", a), ("the second", b)].into_iter().filter_map(reason).collect();
+        Ok(Self { rows, invalid })
     }
 
     /// Whether both count.
     pub(crate) fn is_good(&self) -> bool {
-        self.flaws.is_empty()
+        self.invalid.is_empty()
     }
 }
 
@@ -128,7 +129,7 @@ impl fmt::Display for Comparison {
             })
         };
         writeln!(f, "{:<44} {:>14} {:>14} {:>8}", "", "first", "second", "ratio")?;
-        for Row { name, a, b } in rows {
+        for ComparisonRow { name, a, b } in rows {
             let ratio = a.zip(*b).filter(|(a, _)| *a != 0.0).map(|(a, b)| b / a);
             let mark = match ratio {
                 Some(ratio) if (ratio - 1.0).abs() > NOTABLE => " *",
@@ -139,8 +140,8 @@ impl fmt::Display for Comparison {
             let ratio = ratio.map(|ratio| format!("{ratio:.2}")).unwrap_or_default();
             writeln!(f, "{name:<44} {:>14} {:>14} {ratio:>8}{mark}", write(*a), write(*b))?;
         }
-        for flaw in &self.flaws {
-            writeln!(f, "INVALID: {flaw}")?;
+        for reason in &self.invalid {
+            writeln!(f, "INVALID: {reason}")?;
         }
         Ok(())
     }

@@ -108,7 +108,7 @@ fn total(counts: &BTreeMap<String, u64>) -> u64 {
 
 /// What became of connections.
 #[derive(Clone, Debug, Default, Serialize)]
-pub(crate) struct Connections {
+pub(crate) struct ConnectionReport {
     pub(crate) asked: u64,
     pub(crate) opened: u64,
     /// Open from then until the end.
@@ -120,8 +120,8 @@ pub(crate) struct Connections {
     /// By close code and reason.
     pub(crate) closed_while_held: BTreeMap<String, u64>,
     /// From when the connection was due.
-    pub(crate) connected_ms: Option<Times>,
-    pub(crate) joined_ms: Option<Times>,
+    pub(crate) connected_ms: Option<LatencySummary>,
+    pub(crate) joined_ms: Option<LatencySummary>,
     /// What servers sent, handshakes included.
     pub(crate) received_bytes: u64,
     pub(crate) opening_s: f64,
@@ -129,13 +129,13 @@ pub(crate) struct Connections {
 
 /// A distribution, in milliseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub(crate) struct Times {
+pub(crate) struct LatencySummary {
     pub(crate) p50: f64,
     pub(crate) p99: f64,
     pub(crate) max: f64,
 }
 
-impl Connections {
+impl ConnectionReport {
     /// Of so many that were asked for.
     pub(crate) fn of(counters: ConnectionCounters, asked: u64, opening: Duration) -> Self {
         Self {
@@ -145,8 +145,8 @@ impl Connections {
             refused: counters.refused,
             failed: counters.failed,
             closed_while_held: counters.closed,
-            connected_ms: Times::of(counters.connected_us),
-            joined_ms: Times::of(counters.joined_us),
+            connected_ms: LatencySummary::of(counters.connected_us),
+            joined_ms: LatencySummary::of(counters.joined_us),
             received_bytes: counters.received_bytes,
             opening_s: opening.as_secs_f64(),
         }
@@ -186,7 +186,7 @@ impl Connections {
     }
 }
 
-impl Times {
+impl LatencySummary {
     /// The distribution of times in µs; `None` where there are none.
     pub(crate) fn of(mut times_us: Vec<u64>) -> Option<Self> {
         times_us.sort_unstable();
@@ -195,7 +195,7 @@ impl Times {
     }
 }
 
-impl std::fmt::Display for Times {
+impl std::fmt::Display for LatencySummary {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { p50, p99, max } = self;
         write!(f, "p50 {p50:.1} ms, p99 {p99:.1} ms, max {max:.1} ms")
@@ -219,10 +219,10 @@ mod tests {
         ConnectOutcome::Opened { connected: ms(3), joined: Some(ms(5)) }
     }
 
-    fn connections(outcomes: &[ConnectOutcome]) -> Connections {
+    fn connections(outcomes: &[ConnectOutcome]) -> ConnectionReport {
         let mut counters = ConnectionCounters::default();
         outcomes.iter().for_each(|outcome| counters.add(outcome.clone()));
-        Connections::of(counters, 2, SECOND)
+        ConnectionReport::of(counters, 2, SECOND)
     }
 
     #[test]
@@ -254,7 +254,7 @@ mod tests {
         counters.add(ConnectOutcome::Rejected { status: 503 });
         counters.add(ConnectOutcome::Failed { reason: "timed out".to_owned() });
         assert_eq!((counters.opened(), counters.held()), (1, 1));
-        let lines = Connections::of(counters, 3, 2 * SECOND).lines();
+        let lines = ConnectionReport::of(counters, 3, 2 * SECOND).lines();
         let text: Vec<String> =
             lines.iter().map(|(name, value)| format!("{name} {value}")).collect();
         for part in ["opened 1 of 3 in 2.0 s", "1 with HTTP 503", "1: timed out", "max 3.0 ms"] {

@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 use super::{
     Report, attacks,
     plot::{Plot, PlotError},
-    servers::Gauges,
+    servers::GaugeSeries,
 };
 
 const STYLE: &str = "\
@@ -24,7 +24,7 @@ p.note{color:#555;margin:.2rem 0}li{margin:.2rem 0}";
 pub(crate) fn page(report: &Report) -> Result<String, PlotError> {
     let mut page = String::new();
     let scenario = escaped(&report.scenario);
-    let (class, verdict) = match (report.good, &report.invalid) {
+    let (class, verdict) = match (report.passed, &report.invalid) {
         (true, _) => ("good", "holds"),
         (false, Some(_)) if report.failures.is_empty() => ("invalid", "does not count"),
         (false, _) => ("bad", "failed"),
@@ -79,8 +79,8 @@ pub(crate) fn page(report: &Report) -> Result<String, PlotError> {
         put(format_args!("<h2>Faults</h2>\n<table><tr><th>what<th>from<th>until</tr>"));
         for fault in &report.faults {
             let (from, until) = (fault.from.as_secs_f64(), fault.until.as_secs_f64());
-            let what = escaped(&fault.what);
-            put(format_args!("<tr><td>{what}<td>{from:.2} s<td>{until:.2} s</tr>"));
+            let name = escaped(&fault.fault);
+            put(format_args!("<tr><td>{name}<td>{from:.2} s<td>{until:.2} s</tr>"));
         }
         put(format_args!("</table>\n<p class=\"note\">Shaded in the plots.</p>"));
     }
@@ -140,7 +140,7 @@ fn plots(report: &Report) -> Vec<(String, Plot<'_>)> {
         let lines = vec![("resident", memory.collect())];
         plots.push((format!("Memory of {}", server.pid), over_time("MiB", lines, false)));
     }
-    for Gauges { url, series } in &report.gauges {
+    for GaugeSeries { url, series } in &report.gauges {
         for (name, points) in series {
             let changes = points.windows(2).any(|two| two[0].1 != two[1].1);
             if changes {
@@ -161,7 +161,7 @@ mod tests {
     use std::time::Duration;
 
     use super::{
-        super::{Mark, Messages, Second},
+        super::{FaultWindow, MessageReport, Second},
         *,
     };
 
@@ -172,12 +172,16 @@ mod tests {
         let mut report = Report {
             command: "ledger --url <b>".to_owned(),
             seconds: vec![second(1_000), second(90_000), Second::default()],
-            messages: Some(Messages {
+            messages: Some(MessageReport {
                 lost: 1,
                 examples: vec!["a & b".to_owned()],
-                ..Messages::default()
+                ..MessageReport::default()
             }),
-            faults: vec![Mark { what: "bus_cut 1".to_owned(), from: ms(500), until: ms(900) }],
+            faults: vec![FaultWindow {
+                fault: "bus_cut 1".to_owned(),
+                from: ms(500),
+                until: ms(900),
+            }],
             ..Report::of("ledger")
         };
         report.failures = vec!["1 lost".to_owned()];

@@ -18,7 +18,7 @@ const CURVE: [f64; 16] = [
 
 /// What became of messages.
 #[derive(Clone, Debug, Default, Serialize)]
-pub(crate) struct Messages {
+pub(crate) struct MessageReport {
     /// Who was to get them.
     pub(crate) members: usize,
     pub(crate) acknowledged: u64,
@@ -90,7 +90,7 @@ pub(crate) fn late_percent(times_us: &Histogram<u64>, after: Duration) -> f64 {
     late as f64 / times_us.len() as f64 * 100.0
 }
 
-impl Messages {
+impl MessageReport {
     /// The counts of a ledger.
     pub(crate) fn of(delivery: DeliveryReport, unfinished: Vec<String>) -> Self {
         let wrong = |wrong| delivery.count(wrong) as u64;
@@ -222,10 +222,10 @@ mod tests {
         times
     }
 
-    fn of(slow: u64) -> Messages {
+    fn of(slow: u64) -> MessageReport {
         let delivery = DeliveryReport { acknowledged: 1, ..DeliveryReport::default() };
         let (times, second) = (times(slow), Duration::from_secs(1));
-        Messages::of(delivery, Vec::new()).with_latency(&times, second, &bounds())
+        MessageReport::of(delivery, Vec::new()).with_latency(&times, second, &bounds())
     }
 
     #[test]
@@ -254,11 +254,11 @@ mod tests {
                 violations: [(wrong, 3)].into(),
                 ..DeliveryReport::default()
             };
-            let failures = Messages::of(delivery, Vec::new()).failures(&bounds());
+            let failures = MessageReport::of(delivery, Vec::new()).failures(&bounds());
             assert_eq!(failures.len(), 1, "{wrong:?}: {failures:?}");
             assert!(failures[0].starts_with("3 "), "{failures:?}");
         }
-        let nothing = Messages::of(DeliveryReport::default(), vec!["room 1".to_owned()]);
+        let nothing = MessageReport::of(DeliveryReport::default(), vec!["room 1".to_owned()]);
         assert_eq!(nothing.failures(&bounds()), ["room 1", "nothing was acknowledged"]);
     }
 }

@@ -10,9 +10,9 @@ use serde::{Serialize, Serializer};
 
 use self::{
     attacks::AttackRow,
-    connections::Connections,
-    messages::Messages,
-    servers::{Gauges, Server},
+    connections::ConnectionReport,
+    messages::MessageReport,
+    servers::{GaugeSeries, ServerReport},
 };
 use crate::args::Bounds;
 
@@ -45,29 +45,29 @@ pub(crate) struct Report {
     pub(crate) seed: Option<u64>,
     /// What was done to the servers.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub(crate) faults: Vec<Mark>,
+    pub(crate) faults: Vec<FaultWindow>,
     /// What attacks did, where there were some.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) attacks: Vec<AttackRow>,
     /// What became of connections, where they were what it was about.
     #[serde(flatten)]
-    pub(crate) connections: Option<Connections>,
+    pub(crate) connections: Option<ConnectionReport>,
     /// What became of messages, where some were sent.
     #[serde(flatten)]
-    pub(crate) messages: Option<Messages>,
+    pub(crate) messages: Option<MessageReport>,
     /// What else the scenario tells.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub(crate) steps: Vec<Step>,
+    pub(crate) steps: Vec<StepResult>,
     /// What happened in each second.
     #[serde(serialize_with = "with_percentiles")]
     pub(crate) seconds: Vec<Second>,
     /// The processes that were asked for.
-    pub(crate) servers: Vec<Server>,
+    pub(crate) servers: Vec<ServerReport>,
     /// What servers tell of themselves.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub(crate) gauges: Vec<Gauges>,
+    pub(crate) gauges: Vec<GaugeSeries>,
     /// This tool.
-    pub(crate) generator: Generator,
+    pub(crate) generator: GeneratorReport,
     /// Whether somebody ended it early.
     pub(crate) interrupted: bool,
     /// What does not hold of what was asked for. Empty where all is well.
@@ -75,14 +75,14 @@ pub(crate) struct Report {
     /// Why the result says more about this tool than about the servers; nothing where it does not.
     pub(crate) invalid: Option<String>,
     /// Neither of these.
-    pub(crate) good: bool,
+    pub(crate) passed: bool,
 }
 
 /// Something that was done to the servers.
 #[derive(Clone, Debug, Serialize)]
-pub(crate) struct Mark {
+pub(crate) struct FaultWindow {
     /// What, and to which gateway.
-    pub(crate) what: String,
+    pub(crate) fault: String,
     /// When it began, from when members were first allowed to talk.
     #[serde(rename = "from_ms", serialize_with = "millis")]
     pub(crate) from: Duration,
@@ -93,18 +93,18 @@ pub(crate) struct Mark {
 
 /// One step of a scenario that has some.
 #[derive(Clone, Debug, Serialize)]
-pub(crate) struct Step {
+pub(crate) struct StepResult {
     /// What was done.
-    pub(crate) what: String,
+    pub(crate) name: String,
     /// What came of it.
-    pub(crate) came: String,
+    pub(crate) result: String,
     /// Whether that is as it should be.
-    pub(crate) good: bool,
+    pub(crate) passed: bool,
 }
 
 /// What this tool cost, all its processes together, and how late it did what was due.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
-pub(crate) struct Generator {
+pub(crate) struct GeneratorReport {
     /// How many processes it was.
     pub(crate) processes: u32,
     /// CPU time of the busiest of them while the scenario ran, in percent of a core.
@@ -122,7 +122,7 @@ fn millis<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S:
 
 /// A second as a reader wants it.
 #[derive(Serialize)]
-struct Told {
+struct SecondSummary {
     deliveries: u64,
     acks: u64,
     refusals: u64,
@@ -136,7 +136,7 @@ struct Told {
 fn with_percentiles<S: Serializer>(seconds: &[Second], serializer: S) -> Result<S::Ok, S::Error> {
     let told = |second: &Second| {
         let latencies = second.latencies();
-        Told {
+        SecondSummary {
             deliveries: second.deliveries,
             acks: second.acks,
             refusals: second.refusals,
@@ -150,9 +150,9 @@ fn with_percentiles<S: Serializer>(seconds: &[Second], serializer: S) -> Result<
     serializer.collect_seq(seconds.iter().map(told))
 }
 
-impl Generator {
+impl GeneratorReport {
     /// Why the result says more about this tool than about the servers; nothing where it does not.
-    pub(crate) fn flaw(&self) -> Option<String> {
+    pub(crate) fn invalid_reason(&self) -> Option<String> {
         let Self { cpu_percent, lag_p99_us, .. } = *self;
         if cpu_percent > CPU_PERCENT_MAX {
             Some(format!(
@@ -192,16 +192,16 @@ impl Report {
         if let Some(messages) = &self.messages {
             failures.extend(messages.failures(bounds));
         }
-        let failed = self.steps.iter().filter(|step| !step.good);
-        failures.extend(failed.map(|step| format!("{}: {}", step.what, step.came)));
-        self.invalid = self.generator.flaw();
-        self.good = failures.is_empty() && self.invalid.is_none();
+        let failed = self.steps.iter().filter(|step| !step.passed);
+        failures.extend(failed.map(|step| format!("{}: {}", step.name, step.result)));
+        self.invalid = self.generator.invalid_reason();
+        self.passed = failures.is_empty() && self.invalid.is_none();
         self.failures = failures;
     }
 
     /// How many kinds of faults there were.
     pub(crate) fn fault_kinds(&self) -> usize {
-        let kind = |fault: &Mark| fault.what.split(' ').next().map(str::to_owned);
+        let kind = |window: &FaultWindow| window.fault.split(' ').next().map(str::to_owned);
         self.faults.iter().filter_map(kind).collect::<BTreeSet<_>>().len()
     }
 
@@ -222,7 +222,7 @@ impl Report {
         if let Some(messages) = &self.messages {
             lines.extend(messages.lines());
         }
-        lines.extend(self.steps.iter().map(|step| (step.what.clone(), step.came.clone())));
+        lines.extend(self.steps.iter().map(|step| (step.name.clone(), step.result.clone())));
         for server in &self.servers {
             lines.extend(server.lines());
         }
@@ -231,7 +231,7 @@ impl Report {
     }
 }
 
-impl Generator {
+impl GeneratorReport {
     fn lines(&self) -> Vec<(String, String)> {
         let Self { processes, cpu_percent, lag_p99_us, memory_per_connection_bytes } = *self;
         let many = if processes > 1 { format!("{processes} processes, ") } else { String::new() };

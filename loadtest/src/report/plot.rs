@@ -12,7 +12,7 @@ use plotters::{
     style::{Color as _, RGBColor, ShapeStyle},
 };
 
-use super::Mark;
+use super::FaultWindow;
 
 /// Pixels, before the page scales it.
 const SIZE: (u32, u32) = (960, 260);
@@ -36,7 +36,7 @@ pub(super) struct Plot<'a> {
     /// Names and points.
     pub(super) lines: Vec<(&'a str, Vec<(f64, f64)>)>,
     /// What was done meanwhile, where x is time in seconds.
-    pub(super) marks: &'a [Mark],
+    pub(super) marks: &'a [FaultWindow],
     /// Whether y is drawn by its logarithm.
     pub(super) logarithmic: bool,
 }

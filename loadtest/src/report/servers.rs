@@ -10,33 +10,33 @@ use crate::procfs::ProcessUsage;
 
 /// What a process cost.
 #[derive(Clone, Debug, Default, Serialize)]
-pub(crate) struct Server {
+pub(crate) struct ServerReport {
     pub(crate) pid: u32,
     pub(crate) memory_before_bytes: u64,
     pub(crate) memory_after_bytes: u64,
     /// What it grew by, for each connection that is open; nothing where none is.
     pub(crate) memory_per_connection_bytes: Option<i64>,
     /// The parts of the scenario.
-    pub(crate) phases: Vec<Phase>,
+    pub(crate) phases: Vec<PhaseUsage>,
     /// One for each second.
-    pub(crate) samples: Vec<Sample>,
+    pub(crate) samples: Vec<ServerSample>,
 }
 
 /// What a process cost in a part of a scenario.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub(crate) struct Phase {
+pub(crate) struct PhaseUsage {
     /// Which.
-    pub(crate) what: &'static str,
+    pub(crate) phase: &'static str,
     pub(crate) cpu_ms: u64,
     /// For each of these.
-    pub(crate) of: &'static str,
+    pub(crate) unit: &'static str,
     /// CPU time for each; nothing where there was none.
-    pub(crate) cpu_each_us: Option<f64>,
+    pub(crate) cpu_per_unit_us: Option<f64>,
 }
 
 /// What a process cost in a second.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub(crate) struct Sample {
+pub(crate) struct ServerSample {
     /// When, from the start of the scenario.
     pub(crate) at_s: f64,
     /// Of a core.
@@ -47,29 +47,35 @@ pub(crate) struct Sample {
 
 /// What a server tells of itself by `/metrics`: for each gauge its values, all labels together.
 #[derive(Clone, Debug, Default, Serialize)]
-pub(crate) struct Gauges {
+pub(crate) struct GaugeSeries {
     pub(crate) url: String,
     /// Seconds from the start of the scenario, and the value.
     pub(crate) series: BTreeMap<String, Vec<(f64, f64)>>,
 }
 
-impl Server {
+impl ServerReport {
     /// A process that cost this before anything began.
     pub(crate) fn new(pid: u32, before: ProcessUsage) -> Self {
         Self { pid, memory_before_bytes: before.pss_bytes, ..Self::default() }
     }
 
     /// Notes what it costs now, with so many connections open.
-    pub(crate) fn held(&mut self, now: ProcessUsage, open: u64) {
+    pub(crate) fn record_memory(&mut self, now: ProcessUsage, open: u64) {
         self.memory_after_bytes = now.pss_bytes;
         let grown = now.pss_bytes as i64 - self.memory_before_bytes as i64;
         self.memory_per_connection_bytes = grown.checked_div(open as i64);
     }
 
     /// Adds a part of the scenario in which this many of something happened.
-    pub(crate) fn phase(&mut self, what: &'static str, cpu_ms: u64, of: &'static str, count: u64) {
-        let cpu_each_us = (count > 0).then(|| cpu_ms as f64 * 1000.0 / count as f64);
-        self.phases.push(Phase { what, cpu_ms, of, cpu_each_us });
+    pub(crate) fn add_phase(
+        &mut self,
+        phase: &'static str,
+        cpu_ms: u64,
+        unit: &'static str,
+        count: u64,
+    ) {
+        let cpu_per_unit_us = (count > 0).then(|| cpu_ms as f64 * 1000.0 / count as f64);
+        self.phases.push(PhaseUsage { phase, cpu_ms, unit, cpu_per_unit_us });
     }
 
     pub(super) fn lines(&self) -> Vec<(String, String)> {
@@ -82,9 +88,10 @@ impl Server {
             None => mib,
         };
         let mut lines = vec![(format!("{name} memory"), memory)];
-        for Phase { what, cpu_ms, of, cpu_each_us } in &self.phases {
-            let each = cpu_each_us.map(|us| format!(", {us:.1} µs per {of}")).unwrap_or_default();
-            lines.push((format!("{name} CPU"), format!("{cpu_ms} ms {what}{each}")));
+        for PhaseUsage { phase, cpu_ms, unit, cpu_per_unit_us } in &self.phases {
+            let each =
+                cpu_per_unit_us.map(|us| format!(", {us:.1} µs per {unit}")).unwrap_or_default();
+            lines.push((format!("{name} CPU"), format!("{cpu_ms} ms {phase}{each}")));
         }
         lines
     }
@@ -115,15 +122,15 @@ mod tests {
 
     #[test]
     fn cost_is_told_for_each() {
-        let mut server = Server::new(7, ProcessUsage { pss_bytes: 1 << 20, cpu_ms: 0 });
-        server.phase("opening", 200, "connection", 3);
-        server.phase("held", 50, "connection", 0);
-        server.held(ProcessUsage { pss_bytes: 2 << 20, cpu_ms: 0 }, 1);
+        let mut server = ServerReport::new(7, ProcessUsage { pss_bytes: 1 << 20, cpu_ms: 0 });
+        server.add_phase("opening", 200, "connection", 3);
+        server.add_phase("held", 50, "connection", 0);
+        server.record_memory(ProcessUsage { pss_bytes: 2 << 20, cpu_ms: 0 }, 1);
         let lines: Vec<String> = server.lines().into_iter().map(|(_, value)| value).collect();
         let opening = "200 ms opening, 66666.7 µs per connection";
         let memory = "1024.0 KiB per connection (1.0 to 2.0 MiB)";
         assert_eq!(lines, [memory, opening, "50 ms held"]);
-        server.held(ProcessUsage::default(), 0);
+        server.record_memory(ProcessUsage::default(), 0);
         assert_eq!(server.memory_per_connection_bytes, None);
     }
 

@@ -17,7 +17,9 @@ use crate::{
     args::{CommonArgs, OpenArgs, ProcessArgs},
     monitor::ServerMonitor,
     procfs::{self, ProcfsError},
-    report::{Generator, Report, Step, connections::Connections, messages::Messages},
+    report::{
+        GeneratorReport, Report, StepResult, connections::ConnectionReport, messages::MessageReport,
+    },
     virtual_users::{
         ConnectPlan, RoomAssignment, VirtualUsers,
         workers::{
@@ -95,7 +97,7 @@ pub(crate) struct Played {
     /// What was seen. Nothing where another process tells all.
     all: Option<(WorkerReport, ServerMonitor)>,
     /// What it tells besides.
-    steps: Vec<Step>,
+    steps: Vec<StepResult>,
 }
 
 /// A scenario in one process.
@@ -151,7 +153,7 @@ impl Stage {
     }
 
     /// Says goodbye, and tells what was seen.
-    fn end(mut self, steps: Vec<Step>) -> Result<Played, ScenarioError> {
+    fn end(mut self, steps: Vec<StepResult>) -> Result<Played, ScenarioError> {
         let report = WorkerReport {
             opening_s: self.opening.as_secs_f64(),
             talked_s: self.talked.as_secs_f64(),
@@ -210,7 +212,7 @@ fn build_report(
     scenario: &str,
     worker: WorkerReport,
     monitor: ServerMonitor,
-    steps: Vec<Step>,
+    steps: Vec<StepResult>,
     asked: u32,
     talks: bool,
     args: &CommonArgs,
@@ -220,7 +222,7 @@ fn build_report(
     let held = worker.connections.held();
     let messages = talks.then(|| {
         let counters = &worker.counters;
-        let messages = Messages {
+        let messages = MessageReport {
             members: asked as usize,
             acknowledged: counters.acknowledged.iter().sum(),
             delivered: counters.delivered,
@@ -233,20 +235,20 @@ fn build_report(
             unanswered: counters.unanswered,
             longest_silence_ms: counters.longest_silence_ms,
             examples: counters.examples.clone(),
-            ..Messages::default()
+            ..MessageReport::default()
         };
         let talked = Duration::from_secs_f64(worker.talked_s);
         messages.with_latency(&timeline::histogram(&worker.seconds), talked, &args.bounds)
     });
     let opening = Duration::from_secs_f64(worker.opening_s);
     let mut report = Report {
-        generator: Generator {
+        generator: GeneratorReport {
             processes: worker.processes,
             cpu_percent: worker.cpu_percent,
             lag_p99_us,
             memory_per_connection_bytes: worker.grown_bytes.checked_div(held as i64),
         },
-        connections: Some(Connections::of(worker.connections, asked.into(), opening)),
+        connections: Some(ConnectionReport::of(worker.connections, asked.into(), opening)),
         interrupted: worker.interrupted,
         messages,
         seconds: worker.seconds,

@@ -10,7 +10,7 @@ use super::{Played, ScenarioError, Stage, play};
 use crate::{
     args::{ProcessArgs, StormArgs},
     procfs::ProcessUsage,
-    report::{Report, Step, connections::Connections},
+    report::{Report, StepResult, connections::ConnectionReport},
     virtual_users::{RoomAssignment, workers::ScenarioPhase},
 };
 
@@ -39,13 +39,13 @@ fn storm(args: &StormArgs, stop: &Arc<AtomicBool>) -> Result<Played, ScenarioErr
         }
         let open = stage.users.open_count();
         let asked = stage.users.plan.local_count().into();
-        let back = Connections::of(stage.users.connections.clone(), asked, took);
+        let back = ConnectionReport::of(stage.users.connections.clone(), asked, took);
         let times = back.joined_ms.map(|times| times.to_string()).unwrap_or_default();
         let all_back = open == asked;
-        steps.push(Step {
-            what: format!("round {round}"),
-            came: format!("{open} of {asked} back after {:.2} s: {times}", took.as_secs_f64()),
-            good: all_back && took <= args.back_max,
+        steps.push(StepResult {
+            name: format!("round {round}"),
+            result: format!("{open} of {asked} back after {:.2} s: {times}", took.as_secs_f64()),
+            passed: all_back && took <= args.back_max,
         });
         stage.users.run_until(Instant::now() + args.pause)?;
         stage.end_phase(ScenarioPhase::Reconnected)?;
@@ -58,10 +58,10 @@ fn storm(args: &StormArgs, stop: &Arc<AtomicBool>) -> Result<Played, ScenarioErr
         let gone = u64::from(args.connections) * (bytes.len() / 2) as u64;
         let tells = gone * u64::from(args.leak_max) >= STEPS_BYTES;
         let of = if tells { "that is gone" } else { "that is gone, but they are too few to tell" };
-        steps.push(Step {
-            what: format!("server {pid} keeps"),
-            came: format!("{each:.0} bytes of each connection {of}"),
-            good: !tells || each <= f64::from(args.leak_max),
+        steps.push(StepResult {
+            name: format!("server {pid} keeps"),
+            result: format!("{each:.0} bytes of each connection {of}"),
+            passed: !tells || each <= f64::from(args.leak_max),
         });
     }
     stage.end(steps)

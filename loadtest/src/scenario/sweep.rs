@@ -14,7 +14,7 @@ use super::{Played, ScenarioError, Stage, play, talk::Talk};
 use crate::{
     args::{ProcessArgs, Rate, SweepArgs},
     report::{
-        Generator, Report, Step,
+        GeneratorReport, Report, StepResult,
         messages::{Latency, milliseconds},
     },
     virtual_users::{RoomAssignment, workers::WorkerReport},
@@ -27,12 +27,12 @@ const REST: Duration = Duration::from_millis(500);
 
 /// What a rate came to.
 #[derive(Debug, PartialEq)]
-enum Came {
-    Held,
+enum RateOutcome {
+    Sustained,
     /// The servers did not keep up.
-    Broke,
+    Overloaded,
     /// This tool did not.
-    ToolBroke,
+    GeneratorOverloaded,
 }
 
 /// Runs it.
@@ -50,7 +50,7 @@ fn sweep(
     let rooms = RoomAssignment::RoundRobin(args.size.rooms);
     let mut stage = Stage::open(&args.common, None, rooms, connections, true, stop)?;
     let (mut steps, mut best) = (Vec::new(), None);
-    let mut try_rate = |stage: &mut Stage, rate: f64| -> Result<Came, ScenarioError> {
+    let mut try_rate = |stage: &mut Stage, rate: f64| -> Result<RateOutcome, ScenarioError> {
         let talk = Talk {
             senders: connections.into(),
             rate: Rate::per_second(rate),
@@ -62,47 +62,47 @@ fn sweep(
         stage.talk(talk)?;
         let report = WorkerReport::of(&mut stage.users, &stage.usage);
         let latency = Latency::of(&timeline::histogram(&report.seconds));
-        let came = came(&report, &latency, args.bound);
+        let outcome = classify(&report, &latency, args.bound);
         let deliveries = report.counters.delivered as f64 / args.step.as_secs_f64();
         let (p50, p99) = (milliseconds(latency.p50_us), milliseconds(latency.p99_us));
-        let word = match came {
-            Came::Held => "",
-            Came::Broke => ": too much",
-            Came::ToolBroke => ": too much for this tool",
+        let word = match outcome {
+            RateOutcome::Sustained => "",
+            RateOutcome::Overloaded => ": too much",
+            RateOutcome::GeneratorOverloaded => ": too much for this tool",
         };
-        steps.push(Step {
-            what: format!("{rate:.0} messages/s"),
-            came: format!("{deliveries:.0} deliveries/s, p50 {p50}, p99 {p99}{word}"),
-            good: true,
+        steps.push(StepResult {
+            name: format!("{rate:.0} messages/s"),
+            result: format!("{deliveries:.0} deliveries/s, p50 {p50}, p99 {p99}{word}"),
+            passed: true,
         });
-        if came == Came::Held {
+        if outcome == RateOutcome::Sustained {
             best = Some((rate, deliveries, report));
         }
-        Ok(came)
+        Ok(outcome)
     };
-    let mut good = 0.0;
+    let mut sustained = 0.0;
     let mut rate = args.from.each_second();
     let mut end = loop {
-        let came = try_rate(&mut stage, rate)?;
-        if came != Came::Held || stage.users.is_stopped() {
-            break came;
+        let outcome = try_rate(&mut stage, rate)?;
+        if outcome != RateOutcome::Sustained || stage.users.is_stopped() {
+            break outcome;
         }
-        good = rate;
+        sustained = rate;
         rate *= 2.0;
     };
-    for _ in 0..if good > 0.0 { HALVINGS } else { 0 } {
+    for _ in 0..if sustained > 0.0 { HALVINGS } else { 0 } {
         if stage.users.is_stopped() {
             break;
         }
-        let middle = f64::midpoint(good, rate);
+        let middle = f64::midpoint(sustained, rate);
         match try_rate(&mut stage, middle)? {
-            Came::Held => good = middle,
+            RateOutcome::Sustained => sustained = middle,
             other => (rate, end) = (middle, other),
         }
     }
     let bound = humantime::format_duration(args.bound);
-    let (came, good) = match &best {
-        Some((rate, deliveries, _)) if end == Came::Broke => {
+    let (result, passed) = match &best {
+        Some((rate, deliveries, _)) if end == RateOutcome::Overloaded => {
             (format!("{rate:.0} messages/s, {deliveries:.0} deliveries/s"), true)
         }
         Some((rate, deliveries, _)) => {
@@ -114,7 +114,7 @@ fn sweep(
         }
         None => ("not even the lowest rate".to_owned(), false),
     };
-    steps.push(Step { what: format!("p99 ≤ {bound}"), came, good });
+    steps.push(StepResult { name: format!("p99 ≤ {bound}"), result, passed });
     let mut played = stage.end(steps)?;
     // The report is of the best rate, whatever was tried after it.
     if let (Some((report, _)), Some((.., of_best))) = (&mut played.all, best) {
@@ -125,8 +125,8 @@ fn sweep(
     Ok(played)
 }
 
-fn came(report: &WorkerReport, latency: &Latency, p99_max: Duration) -> Came {
-    let own = Generator {
+fn classify(report: &WorkerReport, latency: &Latency, p99_max: Duration) -> RateOutcome {
+    let own = GeneratorReport {
         processes: 1,
         cpu_percent: report.cpu_percent,
         lag_p99_us: report.lag_p99_us(),
@@ -138,11 +138,11 @@ fn came(report: &WorkerReport, latency: &Latency, p99_max: Duration) -> Came {
         + counters.out_of_order
         + counters.holes
         + counters.unanswered;
-    if own.flaw().is_some() {
-        Came::ToolBroke
+    if own.invalid_reason().is_some() {
+        RateOutcome::GeneratorOverloaded
     } else if wrong + counters.refused > 0 || u128::from(latency.p99_us) > p99_max.as_micros() {
-        Came::Broke
+        RateOutcome::Overloaded
     } else {
-        Came::Held
+        RateOutcome::Sustained
     }
 }

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use super::{Played, ScenarioError, Stage, play};
 use crate::{
     args::{FanoutArgs, ProcessArgs, Rate, RoomsArgs, SlowArgs, TalkArgs},
-    report::{Report, Step},
+    report::{Report, StepResult},
     virtual_users::{RoomAssignment, workers::ScenarioPhase},
 };
 
@@ -97,7 +97,7 @@ pub(crate) async fn slow(args: SlowArgs) -> Result<Option<Report>, ScenarioError
     Ok(report.map(|mut report| {
         // That a reader who does not read is closed is no failure of the server.
         report.failures.retain(|failure| !failure.ends_with("connections were held"));
-        report.good = report.failures.is_empty() && report.invalid.is_none();
+        report.passed = report.failures.is_empty() && report.invalid.is_none();
         report
     }))
 }
@@ -155,7 +155,7 @@ impl Stage {
     }
 
     /// Has those who did not read do so, and tells how far they come.
-    fn read_again(&mut self, stalled: &[usize]) -> Result<Vec<Step>, ScenarioError> {
+    fn read_again(&mut self, stalled: &[usize]) -> Result<Vec<StepResult>, ScenarioError> {
         let breaks = self.users.metrics.counters.announced_breaks;
         for member in stalled {
             self.users.stall(*member, false);
@@ -173,10 +173,10 @@ impl Stage {
         let back = back.filter(|member| caught_up(self, **member)).count();
         let stuck = stalled.len() - closed - back;
         let told = self.users.metrics.counters.announced_breaks - breaks;
-        let step = |what: &str, count: usize, good| Step {
-            what: format!("stalled, {what}"),
-            came: count.to_string(),
-            good,
+        let step = |name: &str, count: usize, passed| StepResult {
+            name: format!("stalled, {name}"),
+            result: count.to_string(),
+            passed,
         };
         Ok(vec![
             step("all", stalled.len(), !stalled.is_empty()),

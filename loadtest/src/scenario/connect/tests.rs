@@ -16,7 +16,7 @@ use tokio_tungstenite::{
 use super::*;
 use crate::{
     args::{Cli, Command},
-    report::connections::Connections,
+    report::connections::ConnectionReport,
 };
 
 /// What the server does with each of its connections.
@@ -37,7 +37,7 @@ enum Deed {
 }
 
 /// Runs `loadtest connect` with `arguments` against a server that follows `script`.
-async fn check(script: Script, arguments: &str) -> (Connections, Vec<String>) {
+async fn check(script: Script, arguments: &str) -> (ConnectionReport, Vec<String>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("ws://{}/ws", listener.local_addr().unwrap());
     let command = format!("loadtest connect --url {url} --ramp 1000/s {arguments}");
