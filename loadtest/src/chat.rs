@@ -80,7 +80,7 @@ struct Seen {
     delivered: u64,
     duplicated: u64,
     holes: u64,
-    breaks: u64,
+    discontinuities: u64,
     failed: u64,
     examples: Vec<String>,
     ack_us: Vec<u64>,
@@ -133,7 +133,7 @@ pub(crate) async fn run(args: ChatArgs) -> Result<Report, ProcfsError> {
         delivered: seen.delivered,
         duplicated: seen.duplicated,
         holes: seen.holes,
-        announced_breaks: seen.breaks,
+        signalled_discontinuities: seen.discontinuities,
         sends_refused: seen.failed,
         examples: seen.examples,
         ..MessageReport::default()
@@ -323,8 +323,8 @@ async fn listen(mut events: mpsc::Receiver<Event>, seen: Arc<Mutex<Seen>>) {
                 seen.holes += 1;
                 seen.example(|| format!("{room}: {got} instead of {expected:?}"));
             }
-            Event::NotRecovered { .. } => seen.breaks += 1,
-            Event::Reset(reset) if reset.room.is_some() => seen.breaks += 1,
+            Event::NotRecovered { .. } => seen.discontinuities += 1,
+            Event::Reset(reset) if reset.room.is_some() => seen.discontinuities += 1,
             Event::Refused(refusal) => seen.failed("refused", &refusal.code.as_str()),
             _ => {}
         }

@@ -118,8 +118,8 @@ impl DeliveryReport {
     #[track_caller]
     pub fn check_seamless(&self, fault: &str) {
         self.check(fault);
-        let breaks = self.resets + self.not_recovered;
-        assert_eq!(breaks, 0, "{fault}: clients were told of breaks: {:?}", self.reasons);
+        let signalled = self.resets + self.not_recovered;
+        assert_eq!(signalled, 0, "{fault}: clients were told of breaks: {:?}", self.reasons);
     }
 }
 
@@ -128,7 +128,7 @@ impl fmt::Display for DeliveryReport {
         write!(
             f,
             "{} clients, {} acknowledged, {} delivered, {} lost, {} duplicated, {} out of order, \
-             {} holes, {} unannounced breaks, {} disagreements; announced: {} reset, {} \
+             {} holes, {} unsignalled discontinuities, {} disagreements; signalled: {} reset, {} \
              recovered:false ({} skipped, {} again); longest without delivery {:.2?}; slowest ack \
              {:.2?}; {} unavailable (after {:.2?} at most)",
             self.clients,

@@ -109,7 +109,7 @@ fn total(counts: &BTreeMap<String, u64>) -> u64 {
 /// What became of connections.
 #[derive(Clone, Debug, Default, Serialize)]
 pub(crate) struct ConnectionReport {
-    pub(crate) asked: u64,
+    pub(crate) requested: u64,
     pub(crate) opened: u64,
     /// Open from then until the end.
     pub(crate) held: u64,
@@ -137,9 +137,9 @@ pub(crate) struct LatencySummary {
 
 impl ConnectionReport {
     /// Of so many that were asked for.
-    pub(crate) fn of(counters: ConnectionCounters, asked: u64, opening: Duration) -> Self {
+    pub(crate) fn of(counters: ConnectionCounters, requested: u64, opening: Duration) -> Self {
         Self {
-            asked,
+            requested,
             opened: counters.opened,
             held: counters.held(),
             refused: counters.refused,
@@ -155,8 +155,8 @@ impl ConnectionReport {
     /// What does not hold: all that was asked for is to be opened and held.
     pub(super) fn failures(&self) -> Vec<String> {
         let mut failures = Vec::new();
-        if self.held != self.asked {
-            failures.push(format!("{} of {} connections were held", self.held, self.asked));
+        if self.held != self.requested {
+            failures.push(format!("{} of {} connections were held", self.held, self.requested));
         }
         failures
     }
@@ -164,7 +164,7 @@ impl ConnectionReport {
     pub(super) fn lines(&self) -> Vec<(String, String)> {
         let mut lines = Vec::new();
         let mut line = |name: &str, value: String| lines.push((name.to_owned(), value));
-        line("opened", format!("{} of {} in {:.1} s", self.opened, self.asked, self.opening_s));
+        line("opened", format!("{} of {} in {:.1} s", self.opened, self.requested, self.opening_s));
         line("held", self.held.to_string());
         for (status, many) in &self.refused {
             line("refused", format!("{many} with HTTP {status}"));

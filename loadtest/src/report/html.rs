@@ -89,7 +89,7 @@ pub(crate) fn page(report: &Report) -> Result<String, PlotError> {
 
 fn plots(report: &Report) -> Vec<(String, Plot<'_>)> {
     // What was still on its way when the talking was over belongs to no whole second.
-    let talked = report.messages.as_ref().map_or(0.0, |messages| messages.talked_s);
+    let talked = report.messages.as_ref().map_or(0.0, |messages| messages.traffic_s);
     let whole = if talked >= 2.0 { talked as usize } else { usize::MAX };
     let seconds = || report.seconds.iter().enumerate().take(whole);
     let over_time = |y, lines, logarithmic| {

@@ -27,7 +27,7 @@ pub(crate) struct MessageReport {
     pub(crate) duplicated: u64,
     pub(crate) out_of_order: u64,
     pub(crate) holes: u64,
-    pub(crate) unannounced_breaks: u64,
+    pub(crate) unsignalled_discontinuities: u64,
     pub(crate) disagreements: u64,
     /// Anything else that the protocol does not allow.
     pub(crate) other_violations: u64,
@@ -38,7 +38,7 @@ pub(crate) struct MessageReport {
     /// The first of what was wrong, in words.
     pub(crate) examples: Vec<String>,
     /// How often continuity was lost and that was told.
-    pub(crate) announced_breaks: u64,
+    pub(crate) signalled_discontinuities: u64,
     /// Acknowledged messages that such a break jumped over, once for each member.
     pub(crate) skipped: u64,
     /// Sends that were refused.
@@ -49,7 +49,7 @@ pub(crate) struct MessageReport {
     /// The longest time that a member was without a delivery.
     pub(crate) longest_silence_ms: u64,
     /// How long it was talked.
-    pub(crate) talked_s: f64,
+    pub(crate) traffic_s: f64,
     /// From when a message was due until a copy of it arrived.
     pub(crate) latency: Latency,
 }
@@ -102,10 +102,10 @@ impl MessageReport {
             duplicated: wrong(Violation::Duplicated),
             out_of_order: wrong(Violation::OutOfOrder),
             holes: wrong(Violation::Hole),
-            unannounced_breaks: wrong(Violation::UnsignalledDiscontinuity),
+            unsignalled_discontinuities: wrong(Violation::UnsignalledDiscontinuity),
             disagreements: wrong(Violation::Disagreement),
             other_violations: wrong(Violation::Protocol),
-            announced_breaks: (delivery.resets + delivery.not_recovered) as u64,
+            signalled_discontinuities: (delivery.resets + delivery.not_recovered) as u64,
             skipped: delivery.skipped as u64,
             sends_refused: delivery.refused_sends as u64,
             longest_silence_ms: delivery.longest_silence().as_millis() as u64,
@@ -126,7 +126,7 @@ impl MessageReport {
             latency: Latency::of(times_us),
             late_percent: late_percent(times_us, bounds.late_after),
             late_after_ms: bounds.late_after.as_millis() as u64,
-            talked_s: talked.as_secs_f64(),
+            traffic_s: talked.as_secs_f64(),
             ..self
         }
     }
@@ -138,7 +138,7 @@ impl MessageReport {
             ("duplicated", self.duplicated),
             ("out of order", self.out_of_order),
             ("holes", self.holes),
-            ("unannounced breaks", self.unannounced_breaks),
+            ("unsignalled discontinuities", self.unsignalled_discontinuities),
             ("disagreements", self.disagreements),
             ("other violations", self.other_violations),
             ("unanswered", self.unanswered),
@@ -174,7 +174,7 @@ impl MessageReport {
         let mut lines = vec![("members".to_owned(), self.members.to_string())];
         let mut line = |name: &str, value: String| lines.push((name.to_owned(), value));
         let rate = |count: u64| {
-            let each = if self.talked_s > 0.0 { count as f64 / self.talked_s } else { 0.0 };
+            let each = if self.traffic_s > 0.0 { count as f64 / self.traffic_s } else { 0.0 };
             format!("{count} ({each:.0}/s)")
         };
         line("acknowledged", rate(self.acknowledged));
@@ -183,8 +183,11 @@ impl MessageReport {
             line(name, count.to_string());
         }
         line("unfinished rooms", self.unfinished.len().to_string());
-        let Self { announced_breaks, skipped, .. } = self;
-        line("announced breaks", format!("{announced_breaks} (jumped over {skipped} deliveries)"));
+        let Self { signalled_discontinuities, skipped, .. } = self;
+        line(
+            "signalled discontinuities",
+            format!("{signalled_discontinuities} ({skipped} deliveries skipped)"),
+        );
         line("sends refused", self.sends_refused.to_string());
         let Latency { p50_us, p90_us, p99_us, p999_us, max_us, .. } = self.latency;
         let [p50, p90, p99, p999, max] =

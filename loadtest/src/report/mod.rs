@@ -251,7 +251,7 @@ impl fmt::Display for Report {
             writeln!(f, "{}", attacks::table(&self.attacks))?;
         }
         for (name, value) in self.lines() {
-            writeln!(f, "{name:<22} {value}")?;
+            writeln!(f, "{name:<28} {value}")?;
         }
         if let Some(why) = &self.invalid {
             writeln!(f, "INVALID: {why}")?;

@@ -13,8 +13,8 @@ use crate::{
 
 /// Runs it.
 pub(crate) async fn run(args: ConnectArgs) -> Result<Option<Report>, ScenarioError> {
-    let (common, process, asked) = (args.common.clone(), args.process, args.connections);
-    play("connect", common, process, asked, false, move |stop| hold(&args, &stop)).await
+    let (common, process, requested) = (args.common.clone(), args.process, args.connections);
+    play("connect", common, process, requested, false, move |stop| hold(&args, &stop)).await
 }
 
 fn hold(args: &ConnectArgs, stop: &Arc<AtomicBool>) -> Result<Played, ScenarioError> {

@@ -106,7 +106,7 @@ pub(crate) struct Stage {
     pub(crate) sync: PhaseSync,
     pub(crate) usage: GeneratorUsage,
     opening: Duration,
-    talked: Duration,
+    traffic_duration: Duration,
 }
 
 impl Stage {
@@ -126,8 +126,8 @@ impl Stage {
         let monitor = ServerMonitor::begin(&args.monitor)?;
         let users = VirtualUsers::new(plan, reads, stop.clone())?;
         let sync = PhaseSync::new(worker, monitor);
-        let (opening, talked) = (Duration::ZERO, Duration::ZERO);
-        let mut stage = Self { users, sync, usage, opening, talked };
+        let (opening, traffic_duration) = (Duration::ZERO, Duration::ZERO);
+        let mut stage = Self { users, sync, usage, opening, traffic_duration };
         stage.usage.start();
         stage.opening = stage.users.open_all(Some(args.open.ramp))?;
         stage.usage.stop();
@@ -156,7 +156,7 @@ impl Stage {
     fn end(mut self, steps: Vec<StepResult>) -> Result<Played, ScenarioError> {
         let report = WorkerReport {
             opening_s: self.opening.as_secs_f64(),
-            talked_s: self.talked.as_secs_f64(),
+            traffic_s: self.traffic_duration.as_secs_f64(),
             ..WorkerReport::of(&mut self.users, &self.usage)
         };
         self.users.farewell();
@@ -174,7 +174,7 @@ pub(crate) async fn play<F>(
     scenario: &'static str,
     args: CommonArgs,
     process: ProcessArgs,
-    asked: u32,
+    requested: u32,
     talks: bool,
     play: F,
 ) -> Result<Option<Report>, ScenarioError>
@@ -194,7 +194,7 @@ where
     };
     let Played { all, steps } = ending_early(&stop, played).await?;
     let Some((report, monitor)) = all else { return Ok(None) };
-    Ok(Some(build_report(scenario, report, monitor, steps, asked, talks, &args)))
+    Ok(Some(build_report(scenario, report, monitor, steps, requested, talks, &args)))
 }
 
 /// Waits for something that ends soon where `stop` is set, and sets it when somebody interrupts.
@@ -213,7 +213,7 @@ fn build_report(
     worker: WorkerReport,
     monitor: ServerMonitor,
     steps: Vec<StepResult>,
-    asked: u32,
+    requested: u32,
     talks: bool,
     args: &CommonArgs,
 ) -> Report {
@@ -223,21 +223,21 @@ fn build_report(
     let messages = talks.then(|| {
         let counters = &worker.counters;
         let messages = MessageReport {
-            members: asked as usize,
+            members: requested as usize,
             acknowledged: counters.acknowledged.iter().sum(),
             delivered: counters.delivered,
             lost: counters.lost,
             duplicated: counters.duplicated,
             out_of_order: counters.out_of_order,
             holes: counters.holes,
-            announced_breaks: counters.announced_breaks,
+            signalled_discontinuities: counters.signalled_discontinuities,
             sends_refused: counters.refused,
             unanswered: counters.unanswered,
             longest_silence_ms: counters.longest_silence_ms,
             examples: counters.examples.clone(),
             ..MessageReport::default()
         };
-        let talked = Duration::from_secs_f64(worker.talked_s);
+        let talked = Duration::from_secs_f64(worker.traffic_s);
         messages.with_latency(&timeline::histogram(&worker.seconds), talked, &args.bounds)
     });
     let opening = Duration::from_secs_f64(worker.opening_s);
@@ -248,7 +248,7 @@ fn build_report(
             lag_p99_us,
             memory_per_connection_bytes: worker.grown_bytes.checked_div(held as i64),
         },
-        connections: Some(ConnectionReport::of(worker.connections, asked.into(), opening)),
+        connections: Some(ConnectionReport::of(worker.connections, requested.into(), opening)),
         interrupted: worker.interrupted,
         messages,
         seconds: worker.seconds,

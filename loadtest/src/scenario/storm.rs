@@ -38,13 +38,16 @@ fn storm(args: &StormArgs, stop: &Arc<AtomicBool>) -> Result<Played, ScenarioErr
             break;
         }
         let open = stage.users.open_count();
-        let asked = stage.users.plan.local_count().into();
-        let back = ConnectionReport::of(stage.users.connections.clone(), asked, took);
+        let requested = stage.users.plan.local_count().into();
+        let back = ConnectionReport::of(stage.users.connections.clone(), requested, took);
         let times = back.joined_ms.map(|times| times.to_string()).unwrap_or_default();
-        let all_back = open == asked;
+        let all_back = open == requested;
         steps.push(StepResult {
             name: format!("round {round}"),
-            result: format!("{open} of {asked} back after {:.2} s: {times}", took.as_secs_f64()),
+            result: format!(
+                "{open} of {requested} back after {:.2} s: {times}",
+                took.as_secs_f64()
+            ),
             passed: all_back && took <= args.back_max,
         });
         stage.users.run_until(Instant::now() + args.pause)?;

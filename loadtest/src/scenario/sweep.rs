@@ -119,8 +119,8 @@ fn sweep(
     // The report is of the best rate, whatever was tried after it.
     if let (Some((report, _)), Some((.., of_best))) = (&mut played.all, best) {
         let (connections, opening_s) = (std::mem::take(&mut report.connections), report.opening_s);
-        let talked_s = args.step.as_secs_f64();
-        *report = WorkerReport { connections, opening_s, talked_s, ..of_best };
+        let traffic_s = args.step.as_secs_f64();
+        *report = WorkerReport { connections, opening_s, traffic_s, ..of_best };
     }
     Ok(played)
 }

@@ -125,7 +125,7 @@ impl Stage {
             }
             self.users.step(due.min(end))?;
         }
-        self.talked = began.elapsed();
+        self.traffic_duration = began.elapsed();
         self.usage.stop();
         let unanswered = |stage: &Self| {
             let counters = &stage.users.metrics.counters;
@@ -156,7 +156,7 @@ impl Stage {
 
     /// Has those who did not read do so, and tells how far they come.
     fn read_again(&mut self, stalled: &[usize]) -> Result<Vec<StepResult>, ScenarioError> {
-        let breaks = self.users.metrics.counters.announced_breaks;
+        let before = self.users.metrics.counters.signalled_discontinuities;
         for member in stalled {
             self.users.stall(*member, false);
         }
@@ -172,7 +172,7 @@ impl Stage {
         let back = stalled.iter().filter(|member| !over(self, **member));
         let back = back.filter(|member| caught_up(self, **member)).count();
         let stuck = stalled.len() - closed - back;
-        let told = self.users.metrics.counters.announced_breaks - breaks;
+        let told = self.users.metrics.counters.signalled_discontinuities - before;
         let step = |name: &str, count: usize, passed| StepResult {
             name: format!("stalled, {name}"),
             result: count.to_string(),
@@ -182,7 +182,7 @@ impl Stage {
             step("all", stalled.len(), !stalled.is_empty()),
             step("closed", closed, true),
             step("caught up", back, true),
-            step("told of a break", told as usize, true),
+            step("signalled a discontinuity", told as usize, true),
             step("neither", stuck, stuck == 0),
         ])
     }

@@ -94,7 +94,7 @@ pub(crate) struct MessageCounters {
     pub(crate) duplicated: u64,
     pub(crate) out_of_order: u64,
     pub(crate) holes: u64,
-    pub(crate) announced_breaks: u64,
+    pub(crate) signalled_discontinuities: u64,
     pub(crate) lost: u64,
     /// Messages that were neither acknowledged nor refused.
     pub(crate) unanswered: u64,
@@ -114,7 +114,7 @@ impl MessageCounters {
         self.duplicated += other.duplicated;
         self.out_of_order += other.out_of_order;
         self.holes += other.holes;
-        self.announced_breaks += other.announced_breaks;
+        self.signalled_discontinuities += other.signalled_discontinuities;
         self.lost += other.lost;
         self.unanswered += other.unanswered;
         self.longest_silence_ms = self.longest_silence_ms.max(other.longest_silence_ms);

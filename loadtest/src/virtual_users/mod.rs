@@ -464,7 +464,7 @@ impl VirtualUsers {
                 if memmem::find(message, br#""room":"#).is_some() =>
             {
                 user.seq = metrics::parse_seq(message)?;
-                self.metrics.counters.announced_breaks += 1;
+                self.metrics.counters.signalled_discontinuities += 1;
             }
             _ => {}
         }

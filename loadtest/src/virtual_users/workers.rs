@@ -121,7 +121,7 @@ pub(crate) struct WorkerReport {
     pub(crate) cpu_percent: f64,
     pub(crate) grown_bytes: i64,
     pub(crate) opening_s: f64,
-    pub(crate) talked_s: f64,
+    pub(crate) traffic_s: f64,
     pub(crate) interrupted: bool,
     pub(crate) processes: u32,
 }
@@ -155,7 +155,7 @@ impl WorkerReport {
         self.cpu_percent = self.cpu_percent.max(other.cpu_percent);
         self.grown_bytes += other.grown_bytes;
         self.opening_s = self.opening_s.max(other.opening_s);
-        self.talked_s = self.talked_s.max(other.talked_s);
+        self.traffic_s = self.traffic_s.max(other.traffic_s);
         self.interrupted |= other.interrupted;
         self.processes += other.processes;
     }
