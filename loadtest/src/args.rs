@@ -173,7 +173,7 @@ impl SizeArgs {
 
 /// Who says how much.
 #[derive(Clone, Copy, Debug, Args)]
-pub(crate) struct TalkArgs {
+pub(crate) struct TrafficArgs {
     /// How many messages all of them send; each is due at a set time, whatever became of earlier
     /// ones.
     #[arg(long, default_value = "100/s")]
@@ -242,7 +242,7 @@ pub(crate) struct FanoutArgs {
     #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=i64::from(CONNECTIONS_MAX)))]
     pub(crate) members: u32,
     #[command(flatten)]
-    pub(crate) talk: TalkArgs,
+    pub(crate) traffic: TrafficArgs,
     #[command(flatten)]
     pub(crate) process: ProcessArgs,
     #[command(flatten)]
@@ -255,7 +255,7 @@ pub(crate) struct RoomsArgs {
     #[command(flatten)]
     pub(crate) size: SizeArgs,
     #[command(flatten)]
-    pub(crate) talk: TalkArgs,
+    pub(crate) traffic: TrafficArgs,
     #[command(flatten)]
     pub(crate) process: ProcessArgs,
     #[command(flatten)]
@@ -271,7 +271,7 @@ pub(crate) struct SlowArgs {
     #[command(flatten)]
     pub(crate) size: SizeArgs,
     #[command(flatten)]
-    pub(crate) talk: TalkArgs,
+    pub(crate) traffic: TrafficArgs,
     #[command(flatten)]
     pub(crate) common: CommonArgs,
 }

@@ -56,15 +56,15 @@ async fn run(command: Command) -> ExitCode {
         }
         Command::Fanout(args) => {
             let output = args.common.output.clone();
-            told(scenario::talk::fanout(args).await, &output)
+            told(scenario::traffic::fanout(args).await, &output)
         }
         Command::Rooms(args) => {
             let output = args.common.output.clone();
-            told(scenario::talk::rooms(args).await, &output)
+            told(scenario::traffic::rooms(args).await, &output)
         }
         Command::Slow(args) => {
             let output = args.common.output.clone();
-            told(scenario::talk::slow(args).await, &output)
+            told(scenario::traffic::slow(args).await, &output)
         }
         Command::Sweep(args) => {
             let output = args.common.output.clone();

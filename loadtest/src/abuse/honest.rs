@@ -22,7 +22,7 @@ use super::verdict::Honest;
 use crate::{
     args::{Bounds, CommonArgs, MonitorArgs, OpenArgs, OutputArgs, Rate, Sources, Target},
     report::connections::{ConnectionCounters, ConnectionReport, LatencySummary},
-    scenario::{ScenarioError, Stage, connect_plan, talk::Talk},
+    scenario::{ScenarioError, ScenarioRun, connect_plan, traffic::Traffic},
     virtual_users::{RoomAssignment, VirtualUsers, workers::WorkerShare},
 };
 
@@ -73,7 +73,7 @@ impl HonestClients {
         let (opened, is_open) = mpsc::sync_channel(1);
         let thread = std::thread::Builder::new().name("honest".to_owned()).spawn(move || {
             go_first();
-            let stage = Stage::open(
+            let run = ScenarioRun::open(
                 &common_args(address, "127.2.0.1-127.2.0.16", "honest-"),
                 None,
                 RoomAssignment::RoundRobin(size.rooms),
@@ -81,11 +81,11 @@ impl HonestClients {
                 true,
                 &stop,
             );
-            match stage {
-                Ok(mut stage) => {
+            match run {
+                Ok(mut run) => {
                     // Whoever started this waits for it.
                     let _ = opened.send(Ok(()));
-                    serve(&mut stage, address, size, &ordered, &stop);
+                    serve(&mut run, address, size, &ordered, &stop);
                 }
                 Err(error) => drop(opened.send(Err(error))),
             }
@@ -154,7 +154,7 @@ fn common_args(address: SocketAddr, sources: &str, user_prefix: &str) -> CommonA
 }
 
 fn serve(
-    stage: &mut Stage,
+    run: &mut ScenarioRun,
     address: SocketAddr,
     size: Size,
     ordered: &mpsc::Receiver<Order>,
@@ -164,32 +164,32 @@ fn serve(
         match ordered.try_recv() {
             Ok(Order::Open(reply)) => {
                 // What it could not open is told by the number.
-                let _ = stage.users.open_all(Some(RAMP));
-                let _ = reply.send(stage.users.open_count());
+                let _ = run.users.open_all(Some(RAMP));
+                let _ = reply.send(run.users.open_count());
             }
             Ok(Order::Measure(duration, reply)) => {
-                let _ = reply.send(measure(stage, address, size, duration, stop));
+                let _ = reply.send(measure(run, address, size, duration, stop));
             }
             Err(mpsc::TryRecvError::Empty) => {
                 // Pings are answered meanwhile.
-                if stage.users.step(Instant::now() + LOOK_EVERY).is_err() {
+                if run.users.step(Instant::now() + LOOK_EVERY).is_err() {
                     return;
                 }
             }
-            Err(mpsc::TryRecvError::Disconnected) => return stage.users.farewell(),
+            Err(mpsc::TryRecvError::Disconnected) => return run.users.farewell(),
         }
     }
 }
 
 fn measure(
-    stage: &mut Stage,
+    run: &mut ScenarioRun,
     address: SocketAddr,
     size: Size,
     duration: Duration,
     stop: &Arc<AtomicBool>,
 ) -> Result<Honest, ScenarioError> {
-    stage.users.begin();
-    stage.users.connections = ConnectionCounters::default();
+    run.users.begin();
+    run.users.connections = ConnectionCounters::default();
     let newcomers = std::thread::Builder::new().name("newcomers".to_owned()).spawn({
         let stop = stop.clone();
         move || newcomers(address, size.rooms, duration, stop)
@@ -198,16 +198,15 @@ fn measure(
         let stop = stop.clone();
         move || probes(address, duration, &stop)
     })?;
-    let talk =
-        Talk { senders: size.members.into(), rate: size.rate, duration, bytes: CONTENT_BYTES };
-    stage.talk(talk)?;
+    let traffic =
+        Traffic { senders: size.members.into(), rate: size.rate, duration, bytes: CONTENT_BYTES };
+    run.send_traffic(traffic)?;
     let (came, asked) = newcomers.join().map_err(|_| ScenarioError::Panic)??;
     let probed = probes.join().map_err(|_| ScenarioError::Panic)?;
-    let seconds = stage.users.metrics.seconds();
-    let (latency_us, seen) = (timeline::histogram(&seconds), &stage.users.metrics);
+    let seconds = run.users.metrics.seconds();
+    let (latency_us, seen) = (timeline::histogram(&seconds), &run.users.metrics);
     let ms = |share: f64| latency_us.value_at_quantile(share) as f64 / 1e3;
-    let ended =
-        ConnectionReport::of(stage.users.connections.clone(), 0, duration).closed_while_held;
+    let ended = ConnectionReport::of(run.users.connections.clone(), 0, duration).closed_while_held;
     let counters = &seen.counters;
     let ends = ended.iter().map(|(how, many)| format!("{many} ended: {how}"));
     let came = ConnectionReport::of(came, asked, duration);

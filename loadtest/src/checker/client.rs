@@ -129,7 +129,7 @@ impl TestClient {
             options.open_wait = Duration::from_secs(1);
             if let Ok(mut connection) = Connection::open(&options).await {
                 let mut is_connected = false;
-                self.talk(&mut connection, &mut is_connected).await;
+                self.run_connection(&mut connection, &mut is_connected).await;
                 if is_connected {
                     self.checker.lock().on_disconnected();
                 }
@@ -142,7 +142,7 @@ impl TestClient {
     }
 
     /// One connection, until it ends, is silent, or the client is sent away.
-    async fn talk(&mut self, connection: &mut Connection, is_connected: &mut bool) {
+    async fn run_connection(&mut self, connection: &mut Connection, is_connected: &mut bool) {
         // Where the recovery ends that comes first; `None` before the room is joined.
         let mut goal: Option<Position> = None;
         let mut join_at = Some(Instant::now());

@@ -4,7 +4,7 @@ use std::sync::{Arc, atomic::AtomicBool};
 
 use tokio::time::Instant;
 
-use super::{Played, ScenarioError, Stage, play};
+use super::{ScenarioError, ScenarioOutput, ScenarioRun, run_scenario};
 use crate::{
     args::ConnectArgs,
     report::Report,
@@ -14,23 +14,23 @@ use crate::{
 /// Runs it.
 pub(crate) async fn run(args: ConnectArgs) -> Result<Option<Report>, ScenarioError> {
     let (common, process, requested) = (args.common.clone(), args.process, args.connections);
-    play("connect", common, process, requested, false, move |stop| hold(&args, &stop)).await
+    run_scenario("connect", common, process, requested, false, move |stop| hold(&args, &stop)).await
 }
 
-fn hold(args: &ConnectArgs, stop: &Arc<AtomicBool>) -> Result<Played, ScenarioError> {
+fn hold(args: &ConnectArgs, stop: &Arc<AtomicBool>) -> Result<ScenarioOutput, ScenarioError> {
     let rooms = match (&args.room, args.rooms) {
         (Some(room), _) => RoomAssignment::Single(room.clone()),
         (None, Some(rooms)) => RoomAssignment::RoundRobin(rooms),
         (None, None) => RoomAssignment::None,
     };
-    let mut stage =
-        Stage::open(&args.common, args.process.worker, rooms, args.connections, false, stop)?;
+    let mut run =
+        ScenarioRun::open(&args.common, args.process.worker, rooms, args.connections, false, stop)?;
     let end = Instant::now() + args.hold;
-    while Instant::now() < end && !stage.users.is_stopped() && stage.users.open_count() > 0 {
-        stage.users.step(end)?;
+    while Instant::now() < end && !run.users.is_stopped() && run.users.open_count() > 0 {
+        run.users.step(end)?;
     }
-    stage.end_phase(ScenarioPhase::Held)?;
-    stage.end(Vec::new())
+    run.end_phase(ScenarioPhase::Held)?;
+    run.end(Vec::new())
 }
 
 #[cfg(test)]

@@ -31,12 +31,12 @@ use crate::{
 pub(crate) mod connect;
 pub(crate) mod storm;
 pub(crate) mod sweep;
-pub(crate) mod talk;
+pub(crate) mod traffic;
 
 /// Descriptors for everything that is no connection.
 const SPARE_DESCRIPTORS: u64 = 64;
 /// How long servers have to see that connections say goodbye.
-const FAREWELL: Duration = Duration::from_millis(200);
+const CLOSE_GRACE: Duration = Duration::from_millis(200);
 
 /// Why a scenario has no result.
 #[derive(Debug, thiserror::Error)]
@@ -93,7 +93,7 @@ pub(crate) enum ScenarioError {
 }
 
 /// What a scenario leaves in one process.
-pub(crate) struct Played {
+pub(crate) struct ScenarioOutput {
     /// What was seen. Nothing where another process tells all.
     all: Option<(WorkerReport, ServerMonitor)>,
     /// What it tells besides.
@@ -101,7 +101,7 @@ pub(crate) struct Played {
 }
 
 /// A scenario in one process.
-pub(crate) struct Stage {
+pub(crate) struct ScenarioRun {
     pub(crate) users: VirtualUsers,
     pub(crate) sync: PhaseSync,
     pub(crate) usage: GeneratorUsage,
@@ -109,7 +109,7 @@ pub(crate) struct Stage {
     traffic_duration: Duration,
 }
 
-impl Stage {
+impl ScenarioRun {
     /// Opens all connections, and measures what they cost. Where messages are to be read they are
     /// counted from here on.
     pub(crate) fn open(
@@ -127,17 +127,17 @@ impl Stage {
         let users = VirtualUsers::new(plan, reads, stop.clone())?;
         let sync = PhaseSync::new(worker, monitor);
         let (opening, traffic_duration) = (Duration::ZERO, Duration::ZERO);
-        let mut stage = Self { users, sync, usage, opening, traffic_duration };
-        stage.usage.start();
-        stage.opening = stage.users.open_all(Some(args.open.ramp))?;
-        stage.usage.stop();
-        stage.usage.record_memory();
+        let mut run = Self { users, sync, usage, opening, traffic_duration };
+        run.usage.start();
+        run.opening = run.users.open_all(Some(args.open.ramp))?;
+        run.usage.stop();
+        run.usage.record_memory();
         if reads {
             // Before others may send: what they send is to be counted.
-            stage.users.begin();
+            run.users.begin();
         }
-        stage.end_phase(ScenarioPhase::Opening)?;
-        Ok(stage)
+        run.end_phase(ScenarioPhase::Opening)?;
+        Ok(run)
     }
 
     /// Ends a phase together with the others.
@@ -153,48 +153,48 @@ impl Stage {
     }
 
     /// Says goodbye, and tells what was seen.
-    fn end(mut self, steps: Vec<StepResult>) -> Result<Played, ScenarioError> {
+    fn end(mut self, steps: Vec<StepResult>) -> Result<ScenarioOutput, ScenarioError> {
         let report = WorkerReport {
             opening_s: self.opening.as_secs_f64(),
             traffic_s: self.traffic_duration.as_secs_f64(),
             ..WorkerReport::of(&mut self.users, &self.usage)
         };
         self.users.farewell();
-        let end = tokio::time::Instant::now() + FAREWELL;
+        let end = tokio::time::Instant::now() + CLOSE_GRACE;
         while tokio::time::Instant::now() < end && self.users.open_count() > 0 {
             self.users.step(end)?;
         }
-        Ok(Played { all: self.sync.submit(report)?, steps })
+        Ok(ScenarioOutput { all: self.sync.submit(report)?, steps })
     }
 }
 
 /// Plays a scenario, in this process or in several, and makes a report of what they saw. `None`:
 /// this is one of several.
-pub(crate) async fn play<F>(
+pub(crate) async fn run_scenario<F>(
     scenario: &'static str,
     args: CommonArgs,
     process: ProcessArgs,
     requested: u32,
-    talks: bool,
-    play: F,
+    sends: bool,
+    body: F,
 ) -> Result<Option<Report>, ScenarioError>
 where
-    F: FnOnce(Arc<AtomicBool>) -> Result<Played, ScenarioError> + Send + 'static,
+    F: FnOnce(Arc<AtomicBool>) -> Result<ScenarioOutput, ScenarioError> + Send + 'static,
 {
     let stop = Arc::new(AtomicBool::new(false));
-    let played = async {
+    let output = async {
         if process.processes > 1 && process.worker.is_none() {
             let mut monitor = ServerMonitor::begin(&args.monitor)?;
             let report = workers::run_workers(process.processes, &mut monitor).await?;
-            return Ok(Played { all: Some((report, monitor)), steps: Vec::new() });
+            return Ok(ScenarioOutput { all: Some((report, monitor)), steps: Vec::new() });
         }
         let stop = stop.clone();
-        let played = tokio::task::spawn_blocking(move || play(stop)).await;
-        played.map_err(|_| ScenarioError::Panic)?
+        let output = tokio::task::spawn_blocking(move || body(stop)).await;
+        output.map_err(|_| ScenarioError::Panic)?
     };
-    let Played { all, steps } = ending_early(&stop, played).await?;
+    let ScenarioOutput { all, steps } = ending_early(&stop, output).await?;
     let Some((report, monitor)) = all else { return Ok(None) };
-    Ok(Some(build_report(scenario, report, monitor, steps, requested, talks, &args)))
+    Ok(Some(build_report(scenario, report, monitor, steps, requested, sends, &args)))
 }
 
 /// Waits for something that ends soon where `stop` is set, and sets it when somebody interrupts.
@@ -214,13 +214,13 @@ fn build_report(
     monitor: ServerMonitor,
     steps: Vec<StepResult>,
     requested: u32,
-    talks: bool,
+    sends: bool,
     args: &CommonArgs,
 ) -> Report {
     let (servers, gauges) = monitor.finish();
     let lag_p99_us = worker.lag_p99_us();
     let held = worker.connections.held();
-    let messages = talks.then(|| {
+    let messages = sends.then(|| {
         let counters = &worker.counters;
         let messages = MessageReport {
             members: requested as usize,

@@ -6,7 +6,7 @@ use std::sync::{Arc, atomic::AtomicBool};
 
 use tokio::time::Instant;
 
-use super::{Played, ScenarioError, Stage, play};
+use super::{ScenarioError, ScenarioOutput, ScenarioRun, run_scenario};
 use crate::{
     args::{ProcessArgs, StormArgs},
     procfs::ProcessUsage,
@@ -21,25 +21,27 @@ const STEPS_BYTES: u64 = 4 << 20;
 /// Runs it.
 pub(crate) async fn run(args: StormArgs) -> Result<Option<Report>, ScenarioError> {
     let (common, connections) = (args.common.clone(), args.connections);
-    play("storm", common, ProcessArgs::SINGLE, connections, false, move |stop| storm(&args, &stop))
-        .await
+    run_scenario("storm", common, ProcessArgs::SINGLE, connections, false, move |stop| {
+        storm(&args, &stop)
+    })
+    .await
 }
 
-fn storm(args: &StormArgs, stop: &Arc<AtomicBool>) -> Result<Played, ScenarioError> {
+fn storm(args: &StormArgs, stop: &Arc<AtomicBool>) -> Result<ScenarioOutput, ScenarioError> {
     let rooms = RoomAssignment::RoundRobin(args.rooms);
-    let mut stage = Stage::open(&args.common, None, rooms, args.connections, false, stop)?;
-    stage.users.run_until(Instant::now() + args.pause)?;
-    stage.end_phase(ScenarioPhase::Held)?;
+    let mut run = ScenarioRun::open(&args.common, None, rooms, args.connections, false, stop)?;
+    run.users.run_until(Instant::now() + args.pause)?;
+    run.end_phase(ScenarioPhase::Held)?;
     let (mut steps, mut memory) = (Vec::new(), vec![memory(args)]);
     for round in 1..=args.rounds {
-        stage.users.cut_all();
-        let took = stage.users.open_all(args.back)?;
-        if stage.users.is_stopped() {
+        run.users.cut_all();
+        let took = run.users.open_all(args.back)?;
+        if run.users.is_stopped() {
             break;
         }
-        let open = stage.users.open_count();
-        let requested = stage.users.plan.local_count().into();
-        let back = ConnectionReport::of(stage.users.connections.clone(), requested, took);
+        let open = run.users.open_count();
+        let requested = run.users.plan.local_count().into();
+        let back = ConnectionReport::of(run.users.connections.clone(), requested, took);
         let times = back.joined_ms.map(|times| times.to_string()).unwrap_or_default();
         let all_back = open == requested;
         steps.push(StepResult {
@@ -50,8 +52,8 @@ fn storm(args: &StormArgs, stop: &Arc<AtomicBool>) -> Result<Played, ScenarioErr
             ),
             passed: all_back && took <= args.back_max,
         });
-        stage.users.run_until(Instant::now() + args.pause)?;
-        stage.end_phase(ScenarioPhase::Reconnected)?;
+        run.users.run_until(Instant::now() + args.pause)?;
+        run.end_phase(ScenarioPhase::Reconnected)?;
         memory.push(self::memory(args));
     }
     for (number, pid) in args.common.monitor.pid.iter().enumerate() {
@@ -67,7 +69,7 @@ fn storm(args: &StormArgs, stop: &Arc<AtomicBool>) -> Result<Played, ScenarioErr
             passed: !tells || each <= f64::from(args.leak_max),
         });
     }
-    stage.end(steps)
+    run.end(steps)
 }
 
 fn memory(args: &StormArgs) -> Vec<u64> {

@@ -10,7 +10,7 @@ use std::{
 
 use loadtest::checker::timeline;
 
-use super::{Played, ScenarioError, Stage, play, talk::Talk};
+use super::{ScenarioError, ScenarioOutput, ScenarioRun, run_scenario, traffic::Traffic};
 use crate::{
     args::{ProcessArgs, Rate, SweepArgs},
     report::{
@@ -39,28 +39,28 @@ enum RateOutcome {
 pub(crate) async fn run(args: SweepArgs) -> Result<Option<Report>, ScenarioError> {
     let (common, connections) = (args.common.clone(), args.size.connections());
     let run = move |stop| sweep(&args, connections, &stop);
-    play("sweep", common, ProcessArgs::SINGLE, connections, true, run).await
+    run_scenario("sweep", common, ProcessArgs::SINGLE, connections, true, run).await
 }
 
 fn sweep(
     args: &SweepArgs,
     connections: u32,
     stop: &Arc<AtomicBool>,
-) -> Result<Played, ScenarioError> {
+) -> Result<ScenarioOutput, ScenarioError> {
     let rooms = RoomAssignment::RoundRobin(args.size.rooms);
-    let mut stage = Stage::open(&args.common, None, rooms, connections, true, stop)?;
+    let mut run = ScenarioRun::open(&args.common, None, rooms, connections, true, stop)?;
     let (mut steps, mut best) = (Vec::new(), None);
-    let mut try_rate = |stage: &mut Stage, rate: f64| -> Result<RateOutcome, ScenarioError> {
-        let talk = Talk {
+    let mut try_rate = |run: &mut ScenarioRun, rate: f64| -> Result<RateOutcome, ScenarioError> {
+        let traffic = Traffic {
             senders: connections.into(),
             rate: Rate::per_second(rate),
             duration: args.step,
             bytes: args.bytes,
         };
-        stage.users.run_until(tokio::time::Instant::now() + REST)?;
-        stage.users.begin();
-        stage.talk(talk)?;
-        let report = WorkerReport::of(&mut stage.users, &stage.usage);
+        run.users.run_until(tokio::time::Instant::now() + REST)?;
+        run.users.begin();
+        run.send_traffic(traffic)?;
+        let report = WorkerReport::of(&mut run.users, &run.usage);
         let latency = Latency::of(&timeline::histogram(&report.seconds));
         let outcome = classify(&report, &latency, args.bound);
         let deliveries = report.counters.delivered as f64 / args.step.as_secs_f64();
@@ -83,19 +83,19 @@ fn sweep(
     let mut sustained = 0.0;
     let mut rate = args.from.each_second();
     let mut end = loop {
-        let outcome = try_rate(&mut stage, rate)?;
-        if outcome != RateOutcome::Sustained || stage.users.is_stopped() {
+        let outcome = try_rate(&mut run, rate)?;
+        if outcome != RateOutcome::Sustained || run.users.is_stopped() {
             break outcome;
         }
         sustained = rate;
         rate *= 2.0;
     };
     for _ in 0..if sustained > 0.0 { HALVINGS } else { 0 } {
-        if stage.users.is_stopped() {
+        if run.users.is_stopped() {
             break;
         }
         let middle = f64::midpoint(sustained, rate);
-        match try_rate(&mut stage, middle)? {
+        match try_rate(&mut run, middle)? {
             RateOutcome::Sustained => sustained = middle,
             other => (rate, end) = (middle, other),
         }
@@ -115,14 +115,14 @@ fn sweep(
         None => ("not even the lowest rate".to_owned(), false),
     };
     steps.push(StepResult { name: format!("p99 ≤ {bound}"), result, passed });
-    let mut played = stage.end(steps)?;
+    let mut output = run.end(steps)?;
     // The report is of the best rate, whatever was tried after it.
-    if let (Some((report, _)), Some((.., of_best))) = (&mut played.all, best) {
+    if let (Some((report, _)), Some((.., of_best))) = (&mut output.all, best) {
         let (connections, opening_s) = (std::mem::take(&mut report.connections), report.opening_s);
         let traffic_s = args.step.as_secs_f64();
         *report = WorkerReport { connections, opening_s, traffic_s, ..of_best };
     }
-    Ok(played)
+    Ok(output)
 }
 
 fn classify(report: &WorkerReport, latency: &Latency, p99_max: Duration) -> RateOutcome {

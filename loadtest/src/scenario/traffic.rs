@@ -8,9 +8,9 @@ use std::{
 
 use tokio::time::Instant;
 
-use super::{Played, ScenarioError, Stage, play};
+use super::{ScenarioError, ScenarioOutput, ScenarioRun, run_scenario};
 use crate::{
-    args::{FanoutArgs, ProcessArgs, Rate, RoomsArgs, SlowArgs, TalkArgs},
+    args::{FanoutArgs, ProcessArgs, Rate, RoomsArgs, SlowArgs, TrafficArgs},
     report::{Report, StepResult},
     virtual_users::{RoomAssignment, workers::ScenarioPhase},
 };
@@ -24,7 +24,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(5);
 
 /// Who talks, and how.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Talk {
+pub(crate) struct Traffic {
     /// How many of the connections send, the first ones, in turn.
     pub(crate) senders: u64,
     /// Messages of all together.
@@ -34,9 +34,9 @@ pub(crate) struct Talk {
     pub(crate) bytes: usize,
 }
 
-impl Talk {
-    fn of(args: &TalkArgs, senders: u32) -> Self {
-        let TalkArgs { rate, duration, bytes } = *args;
+impl Traffic {
+    fn of(args: &TrafficArgs, senders: u32) -> Self {
+        let TrafficArgs { rate, duration, bytes } = *args;
         Self { senders: senders.into(), rate, duration, bytes }
     }
 }
@@ -44,8 +44,8 @@ impl Talk {
 /// One publisher, and a room of members.
 pub(crate) async fn fanout(args: FanoutArgs) -> Result<Option<Report>, ScenarioError> {
     let (common, process, members) = (args.common.clone(), args.process, args.members);
-    let play_it = move |stop: Arc<AtomicBool>| {
-        let stage = Stage::open(
+    let body = move |stop: Arc<AtomicBool>| {
+        let run = ScenarioRun::open(
             &args.common,
             process.worker,
             RoomAssignment::RoundRobin(1),
@@ -53,26 +53,26 @@ pub(crate) async fn fanout(args: FanoutArgs) -> Result<Option<Report>, ScenarioE
             true,
             &stop,
         )?;
-        all_read(stage, Talk::of(&args.talk, 1))
+        run_traffic(run, Traffic::of(&args.traffic, 1))
     };
-    play("fanout", common, process, members, true, play_it).await
+    run_scenario("fanout", common, process, members, true, body).await
 }
 
 /// Many rooms in which everybody talks.
 pub(crate) async fn rooms(args: RoomsArgs) -> Result<Option<Report>, ScenarioError> {
     let (common, process, connections) =
         (args.common.clone(), args.process, args.size.connections());
-    let play_it = move |stop: Arc<AtomicBool>| {
+    let body = move |stop: Arc<AtomicBool>| {
         let rooms = RoomAssignment::RoundRobin(args.size.rooms);
-        let stage = Stage::open(&args.common, process.worker, rooms, connections, true, &stop)?;
-        all_read(stage, Talk::of(&args.talk, connections))
+        let run = ScenarioRun::open(&args.common, process.worker, rooms, connections, true, &stop)?;
+        run_traffic(run, Traffic::of(&args.traffic, connections))
     };
-    play("rooms", common, process, connections, true, play_it).await
+    run_scenario("rooms", common, process, connections, true, body).await
 }
 
-fn all_read(mut stage: Stage, talk: Talk) -> Result<Played, ScenarioError> {
-    stage.talk(talk)?;
-    stage.end(Vec::new())
+fn run_traffic(mut run: ScenarioRun, traffic: Traffic) -> Result<ScenarioOutput, ScenarioError> {
+    run.send_traffic(traffic)?;
+    run.end(Vec::new())
 }
 
 /// The same, while some do not read.
@@ -82,18 +82,18 @@ pub(crate) async fn slow(args: SlowArgs) -> Result<Option<Report>, ScenarioError
     // of each room do not read, and do not talk.
     let silent = (f64::from(args.size.members) * args.stalled_percent / 100.0).round() as u32;
     let readers = args.size.members.saturating_sub(silent.max(1)).max(1) * args.size.rooms;
-    let play_it = move |stop: Arc<AtomicBool>| {
+    let body = move |stop: Arc<AtomicBool>| {
         let rooms = RoomAssignment::RoundRobin(args.size.rooms);
-        let mut stage = Stage::open(&args.common, None, rooms, connections, true, &stop)?;
-        let own = 0..stage.users.plan.local_count() as usize;
-        let number = |stage: &Stage, own: usize| stage.users.plan.share.global_index(own);
-        let stalled: Vec<usize> = own.filter(|own| number(&stage, *own) >= readers).collect();
-        stalled.iter().for_each(|member| stage.users.stall(*member, true));
-        stage.talk(Talk::of(&args.talk, readers))?;
-        let steps = stage.read_again(&stalled)?;
-        stage.end(steps)
+        let mut run = ScenarioRun::open(&args.common, None, rooms, connections, true, &stop)?;
+        let own = 0..run.users.plan.local_count() as usize;
+        let number = |run: &ScenarioRun, own: usize| run.users.plan.share.global_index(own);
+        let stalled: Vec<usize> = own.filter(|own| number(&run, *own) >= readers).collect();
+        stalled.iter().for_each(|member| run.users.stall(*member, true));
+        run.send_traffic(Traffic::of(&args.traffic, readers))?;
+        let steps = run.resume_reading(&stalled)?;
+        run.end(steps)
     };
-    let report = play("slow", common, ProcessArgs::SINGLE, connections, true, play_it).await?;
+    let report = run_scenario("slow", common, ProcessArgs::SINGLE, connections, true, body).await?;
     Ok(report.map(|mut report| {
         // That a reader who does not read is closed is no failure of the server.
         report.failures.retain(|failure| !failure.ends_with("connections were held"));
@@ -102,42 +102,42 @@ pub(crate) async fn slow(args: SlowArgs) -> Result<Option<Report>, ScenarioError
     }))
 }
 
-impl Stage {
+impl ScenarioRun {
     /// Talks, and waits until what was acknowledged has arrived everywhere.
-    pub(crate) fn talk(&mut self, talk: Talk) -> Result<(), ScenarioError> {
+    pub(crate) fn send_traffic(&mut self, traffic: Traffic) -> Result<(), ScenarioError> {
         self.usage.start();
         let began = Instant::now();
-        let end = began + talk.duration;
+        let end = began + traffic.duration;
         let mut next: u64 = 0;
         loop {
             let now = Instant::now();
             if now >= end || self.users.is_stopped() {
                 break;
             }
-            let mut due = began + talk.rate.due(next);
+            let mut due = began + traffic.rate.due(next);
             while due <= now {
-                let sender = next % talk.senders;
+                let sender = next % traffic.senders;
                 if let Some(member) = self.users.plan.share.local_index(sender as u32) {
-                    self.users.send(member, due, talk.bytes);
+                    self.users.send(member, due, traffic.bytes);
                 }
                 next += 1;
-                due = began + talk.rate.due(next);
+                due = began + traffic.rate.due(next);
             }
             self.users.step(due.min(end))?;
         }
         self.traffic_duration = began.elapsed();
         self.usage.stop();
-        let unanswered = |stage: &Self| {
-            let counters = &stage.users.metrics.counters;
+        let unanswered = |run: &Self| {
+            let counters = &run.users.metrics.counters;
             let answered = counters.acknowledged.iter().sum::<u64>() + counters.refused;
             counters.sent.saturating_sub(answered)
         };
-        self.wait(ARRIVE_MAX, |stage| unanswered(stage) == 0)?;
+        self.wait(ARRIVE_MAX, |run| unanswered(run) == 0)?;
         self.users.metrics.counters.unanswered = unanswered(self);
         let sum = self.end_phase(ScenarioPhase::Traffic)?;
-        let room_of = |stage: &Self, member| sum.acknowledged[stage.users.plan.room_of(member)];
-        self.wait(ARRIVE_MAX, |stage| {
-            stage.users.received().all(|(member, had)| had >= room_of(stage, member))
+        let room_of = |run: &Self, member| sum.acknowledged[run.users.plan.room_of(member)];
+        self.wait(ARRIVE_MAX, |run| {
+            run.users.received().all(|(member, had)| had >= room_of(run, member))
         })?;
         let lost = |(member, had): (usize, u64)| room_of(self, member).saturating_sub(had);
         let lost = self.users.received().map(lost).sum();
@@ -155,18 +155,18 @@ impl Stage {
     }
 
     /// Has those who did not read do so, and tells how far they come.
-    fn read_again(&mut self, stalled: &[usize]) -> Result<Vec<StepResult>, ScenarioError> {
+    fn resume_reading(&mut self, stalled: &[usize]) -> Result<Vec<StepResult>, ScenarioError> {
         let before = self.users.metrics.counters.signalled_discontinuities;
         for member in stalled {
             self.users.stall(*member, false);
         }
         let tops = self.users.tops();
-        let caught_up = |stage: &Self, member: usize| {
-            stage.users.seq(member) >= tops[stage.users.plan.room_of(member)]
+        let caught_up = |run: &Self, member: usize| {
+            run.users.seq(member) >= tops[run.users.plan.room_of(member)]
         };
-        let over = |stage: &Self, member: usize| !stage.users.is_open(member);
-        self.wait(CATCH_UP_MAX, |stage| {
-            stalled.iter().all(|member| over(stage, *member) || caught_up(stage, *member))
+        let over = |run: &Self, member: usize| !run.users.is_open(member);
+        self.wait(CATCH_UP_MAX, |run| {
+            stalled.iter().all(|member| over(run, *member) || caught_up(run, *member))
         })?;
         let closed = stalled.iter().filter(|member| over(self, **member)).count();
         let back = stalled.iter().filter(|member| !over(self, **member));
