@@ -31,7 +31,7 @@ const READ_BYTES: usize = 64 * 1024;
 /// How long an attacker waits before it opens a connection again that was refused or closed.
 const REOPEN_AFTER: Duration = Duration::from_millis(250);
 /// How often it looks whether it is to stop.
-const LOOK_EVERY: Duration = Duration::from_millis(10);
+const POLL_INTERVAL: Duration = Duration::from_millis(10);
 /// How long the preparation of an attack may take.
 const PREPARE_MAX: Duration = Duration::from_secs(30);
 /// How long the server has to handle what the preparation sent.
@@ -217,8 +217,8 @@ impl Attacker {
         }
         let wait = if self.ready.is_empty() {
             let due = self.paced.peek().map(|Reverse((due, ..))| *due);
-            let wait = due.map_or(LOOK_EVERY, |due| due.saturating_duration_since(now));
-            wait.min(LOOK_EVERY)
+            let wait = due.map_or(POLL_INTERVAL, |due| due.saturating_duration_since(now));
+            wait.min(POLL_INTERVAL)
         } else {
             Duration::ZERO
         };

@@ -34,7 +34,7 @@ const PROBES: Rate = Rate::per_second(10.0);
 /// How members are opened.
 const RAMP: Rate = Rate::per_second(400.0);
 const CONTENT_BYTES: usize = 128;
-const LOOK_EVERY: Duration = Duration::from_millis(50);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// How many they are.
 #[derive(Clone, Copy, Debug)]
@@ -172,11 +172,11 @@ fn serve(
             }
             Err(mpsc::TryRecvError::Empty) => {
                 // Pings are answered meanwhile.
-                if run.users.step(Instant::now() + LOOK_EVERY).is_err() {
+                if run.users.step(Instant::now() + POLL_INTERVAL).is_err() {
                     return;
                 }
             }
-            Err(mpsc::TryRecvError::Disconnected) => return run.users.farewell(),
+            Err(mpsc::TryRecvError::Disconnected) => return run.users.close_all(),
         }
     }
 }
@@ -188,7 +188,7 @@ fn measure(
     duration: Duration,
     stop: &Arc<AtomicBool>,
 ) -> Result<Honest, ScenarioError> {
-    run.users.begin();
+    run.users.start_measuring();
     run.users.connections = ConnectionCounters::default();
     let newcomers = std::thread::Builder::new().name("newcomers".to_owned()).spawn({
         let stop = stop.clone();
@@ -248,7 +248,7 @@ fn newcomers(
         connect_plan(&args.open, WorkerShare::ALL, RoomAssignment::RoundRobin(rooms), asked)?;
     let mut users = VirtualUsers::new(plan, false, stop)?;
     users.open_all(Some(NEWCOMERS))?;
-    users.farewell();
+    users.close_all();
     Ok((users.connections.clone(), asked.into()))
 }
 

@@ -50,7 +50,7 @@ const PING_EVERY: Duration = Duration::from_secs(2);
 const OWN_MESSAGES: u64 = 5;
 /// How long a request on loopback may take.
 const LOOPBACK_MAX: Duration = Duration::from_secs(10);
-const LOOK_EVERY: Duration = Duration::from_millis(200);
+const POLL_INTERVAL: Duration = Duration::from_millis(200);
 const ROOM: &str = "slow-link";
 const USER: &str = "slow-link-client";
 
@@ -254,7 +254,7 @@ fn catch_up(
         })?;
         let (mut online, mut offline) = (false, 0);
         while !is_over.load(Ordering::Relaxed) {
-            watcher.receive(LOOK_EVERY, &mut |received| {
+            watcher.receive(POLL_INTERVAL, &mut |received| {
                 let Incoming::Frame(frame) = received else { return };
                 let is_user = frame["user"] == USER;
                 let kind = frame["type"].as_str().unwrap_or_default();
@@ -326,7 +326,7 @@ fn behind_the_link(
             seen.out_of_order += u64::from(seq != last + 1);
             last = seq;
         };
-        let received = client.receive(LOOK_EVERY, &mut |received| match received {
+        let received = client.receive(POLL_INTERVAL, &mut |received| match received {
             Incoming::Pong(payload) => {
                 let number = <[u8; 4]>::try_from(payload).map(u32::from_be_bytes);
                 if let Some((at, answered)) =
@@ -455,7 +455,7 @@ impl Client {
     fn wait_for(&mut self, kind: &str) -> io::Result<Value> {
         let (deadline, mut found) = (Instant::now() + LOOPBACK_MAX, None);
         while found.is_none() && Instant::now() < deadline {
-            self.receive(LOOK_EVERY, &mut |received| {
+            self.receive(POLL_INTERVAL, &mut |received| {
                 if let Incoming::Frame(frame) = received
                     && frame["type"] == kind
                 {

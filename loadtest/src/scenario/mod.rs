@@ -117,14 +117,14 @@ impl ScenarioRun {
         worker: Option<WorkerShare>,
         rooms: RoomAssignment,
         connections: u32,
-        reads: bool,
+        counts_messages: bool,
         stop: &Arc<AtomicBool>,
     ) -> Result<Self, ScenarioError> {
         let usage = GeneratorUsage::new();
         let plan =
             connect_plan(&args.open, worker.unwrap_or(WorkerShare::ALL), rooms, connections)?;
         let monitor = ServerMonitor::begin(&args.monitor)?;
-        let users = VirtualUsers::new(plan, reads, stop.clone())?;
+        let users = VirtualUsers::new(plan, counts_messages, stop.clone())?;
         let sync = PhaseSync::new(worker, monitor);
         let (opening, traffic_duration) = (Duration::ZERO, Duration::ZERO);
         let mut run = Self { users, sync, usage, opening, traffic_duration };
@@ -132,9 +132,9 @@ impl ScenarioRun {
         run.opening = run.users.open_all(Some(args.open.ramp))?;
         run.usage.stop();
         run.usage.record_memory();
-        if reads {
+        if counts_messages {
             // Before others may send: what they send is to be counted.
-            run.users.begin();
+            run.users.start_measuring();
         }
         run.end_phase(ScenarioPhase::Opening)?;
         Ok(run)
@@ -159,7 +159,7 @@ impl ScenarioRun {
             traffic_s: self.traffic_duration.as_secs_f64(),
             ..WorkerReport::of(&mut self.users, &self.usage)
         };
-        self.users.farewell();
+        self.users.close_all();
         let end = tokio::time::Instant::now() + CLOSE_GRACE;
         while tokio::time::Instant::now() < end && self.users.open_count() > 0 {
             self.users.step(end)?;

@@ -34,7 +34,7 @@ fn storm(args: &StormArgs, stop: &Arc<AtomicBool>) -> Result<ScenarioOutput, Sce
     run.end_phase(ScenarioPhase::Held)?;
     let (mut steps, mut memory) = (Vec::new(), vec![memory(args)]);
     for round in 1..=args.rounds {
-        run.users.cut_all();
+        run.users.drop_all();
         let took = run.users.open_all(args.back)?;
         if run.users.is_stopped() {
             break;

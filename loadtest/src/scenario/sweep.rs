@@ -58,7 +58,7 @@ fn sweep(
             bytes: args.bytes,
         };
         run.users.run_until(tokio::time::Instant::now() + REST)?;
-        run.users.begin();
+        run.users.start_measuring();
         run.send_traffic(traffic)?;
         let report = WorkerReport::of(&mut run.users, &run.usage);
         let latency = Latency::of(&timeline::histogram(&report.seconds));

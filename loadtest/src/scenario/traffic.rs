@@ -20,7 +20,7 @@ const ARRIVE_MAX: Duration = Duration::from_secs(5);
 /// How long who did not read has to catch up.
 const CATCH_UP_MAX: Duration = Duration::from_secs(10);
 /// How often it is looked whether something has come about.
-const LOOK_EVERY: Duration = Duration::from_millis(5);
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Who talks, and how.
 #[derive(Clone, Copy, Debug)]
@@ -149,7 +149,7 @@ impl ScenarioRun {
     fn wait(&mut self, max: Duration, holds: impl Fn(&Self) -> bool) -> Result<(), ScenarioError> {
         let deadline = Instant::now() + max;
         while !holds(self) && Instant::now() < deadline && !self.users.is_stopped() {
-            self.users.step(Instant::now() + LOOK_EVERY)?;
+            self.users.step(Instant::now() + POLL_INTERVAL)?;
         }
         Ok(())
     }
@@ -160,9 +160,9 @@ impl ScenarioRun {
         for member in stalled {
             self.users.stall(*member, false);
         }
-        let tops = self.users.tops();
+        let last_seqs = self.users.last_seqs();
         let caught_up = |run: &Self, member: usize| {
-            run.users.seq(member) >= tops[run.users.plan.room_of(member)]
+            run.users.seq(member) >= last_seqs[run.users.plan.room_of(member)]
         };
         let over = |run: &Self, member: usize| !run.users.is_open(member);
         self.wait(CATCH_UP_MAX, |run| {

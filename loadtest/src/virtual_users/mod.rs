@@ -38,9 +38,9 @@ use user::{UserState, VirtualUser, dial};
 use workers::WorkerShare;
 
 /// The alarm among the sockets.
-const ALARM: Token = Token(usize::MAX);
+const TIMER: Token = Token(usize::MAX);
 /// How long it is waited at most, so that somebody who wants to stop is heard.
-const LOOK_EVERY: Duration = Duration::from_millis(50);
+const STOP_CHECK_INTERVAL: Duration = Duration::from_millis(50);
 /// What one read takes.
 const READ_BYTES: usize = 256 * 1024;
 
@@ -122,7 +122,7 @@ pub(crate) struct VirtualUsers {
     /// What was seen of messages.
     pub(crate) metrics: TrafficMetrics,
     /// Whether messages are looked at, and not just passed over.
-    reads: bool,
+    counts_messages: bool,
     stop: Arc<AtomicBool>,
     poll: Poll,
     events: Option<Events>,
@@ -133,7 +133,7 @@ pub(crate) struct VirtualUsers {
     buffer: Box<[u8]>,
     /// The same moment by both clocks.
     origin: (Instant, u64),
-    silent_since: Instant,
+    last_delivery: Instant,
     /// Messages that were ever sent, so that none has the id of an earlier one.
     sent: usize,
     progress: Progress,
@@ -141,9 +141,13 @@ pub(crate) struct VirtualUsers {
 
 impl VirtualUsers {
     /// Connections that are all away.
-    pub(crate) fn new(plan: ConnectPlan, reads: bool, stop: Arc<AtomicBool>) -> io::Result<Self> {
+    pub(crate) fn new(
+        plan: ConnectPlan,
+        counts_messages: bool,
+        stop: Arc<AtomicBool>,
+    ) -> io::Result<Self> {
         let (poll, timer, now) = (Poll::new()?, Timer::new()?, Instant::now());
-        poll.registry().register(&mut SourceFd(&timer.fd()), ALARM, Interest::READABLE)?;
+        poll.registry().register(&mut SourceFd(&timer.fd()), TIMER, Interest::READABLE)?;
         let users = (0..plan.local_count()).map(|_| VirtualUser::new(now)).collect();
         let alone = plan.share == WorkerShare::ALL;
         let progress = if alone { Progress::new() } else { Progress::hidden() };
@@ -151,7 +155,7 @@ impl VirtualUsers {
             metrics: TrafficMetrics::new(plan.rooms(), 0),
             plan,
             connections: ConnectionCounters::default(),
-            reads,
+            counts_messages,
             stop,
             poll,
             events: Some(Events::with_capacity(1024)),
@@ -160,7 +164,7 @@ impl VirtualUsers {
             opening: VecDeque::new(),
             buffer: vec![0; READ_BYTES].into(),
             origin: (now, clock::now_ns()),
-            silent_since: now,
+            last_delivery: now,
             sent: 0,
             progress,
         })
@@ -187,13 +191,13 @@ impl VirtualUsers {
     }
 
     /// The highest number that was seen in each room.
-    pub(crate) fn tops(&self) -> Vec<u64> {
-        let mut tops = vec![0; self.plan.rooms()];
+    pub(crate) fn last_seqs(&self) -> Vec<u64> {
+        let mut last_seqs = vec![0; self.plan.rooms()];
         for (index, user) in self.users.iter().enumerate() {
-            let top = &mut tops[self.plan.room_of(index)];
+            let top = &mut last_seqs[self.plan.room_of(index)];
             *top = user.seq.max(*top);
         }
-        tops
+        last_seqs
     }
 
     /// What an open connection got since it was opened, for each that is open and reads.
@@ -205,10 +209,10 @@ impl VirtualUsers {
     }
 
     /// Forgets what was seen so far, to measure from here on.
-    pub(crate) fn begin(&mut self) {
+    pub(crate) fn start_measuring(&mut self) {
         self.metrics = TrafficMetrics::new(self.plan.rooms(), self.open_count());
         self.users.iter_mut().for_each(|user| user.received = 0);
-        self.silent_since = Instant::now();
+        self.last_delivery = Instant::now();
     }
 
     /// Opens all that are away until each is open or has failed: each when it is due, or, without a
@@ -220,7 +224,7 @@ impl VirtualUsers {
         let away: Vec<usize> = away.map(|(index, _)| index).collect();
         let mut next = 0;
         loop {
-            let mut wake = began + LOOK_EVERY + began.elapsed();
+            let mut wake = began + STOP_CHECK_INTERVAL + began.elapsed();
             while let Some(&index) = away.get(next) {
                 let now = Instant::now();
                 // Dealt out over all processes, so that together they keep the rate.
@@ -253,9 +257,9 @@ impl VirtualUsers {
     /// Waits for what arrives, or for a moment, and takes it. Returns at the latest after some
     /// time, to be asked again.
     pub(crate) fn step(&mut self, wake: Instant) -> io::Result<()> {
-        self.give_up_late();
+        self.expire_openings();
         self.progress.show(&mut self.metrics.timeline);
-        let mut wake = wake.min(Instant::now() + LOOK_EVERY);
+        let mut wake = wake.min(Instant::now() + STOP_CHECK_INTERVAL);
         if let Some((deadline, ..)) = self.opening.front() {
             wake = wake.min(*deadline);
         }
@@ -268,7 +272,7 @@ impl VirtualUsers {
         }
         for event in &events {
             let token = event.token();
-            if token != ALARM {
+            if token != TIMER {
                 self.on_event(token.0, event.is_readable(), event.is_writable());
             }
         }
@@ -300,7 +304,7 @@ impl VirtualUsers {
     }
 
     /// Gives up what has taken too long to open.
-    fn give_up_late(&mut self) {
+    fn expire_openings(&mut self) {
         let now = Instant::now();
         while let Some(&(deadline, index, attempt)) = self.opening.front() {
             let user = &self.users[index];
@@ -324,7 +328,7 @@ impl VirtualUsers {
             done = self.on_writable(index);
         }
         if done.is_ok() && readable && !self.users[index].stalled {
-            done = self.receive(index);
+            done = self.read_socket(index);
         }
         if let Err(reason) = done {
             self.fail(index, reason);
@@ -345,12 +349,12 @@ impl VirtualUsers {
             user.state = UserState::Upgrading;
             let request =
                 websocket::handshake_request(&self.plan.open.url.authority, &self.plan.path(index));
-            return self.users[index].send(&request).map_err(|error| broken(&error));
+            return self.users[index].send(&request).map_err(|error| io_reason(&error));
         }
-        user.flush().map_err(|error| broken(&error))
+        user.flush().map_err(|error| io_reason(&error))
     }
 
-    fn receive(&mut self, index: usize) -> Result<(), String> {
+    fn read_socket(&mut self, index: usize) -> Result<(), String> {
         loop {
             let mut buffer = std::mem::take(&mut self.buffer);
             let user = &mut self.users[index];
@@ -359,12 +363,14 @@ impl VirtualUsers {
                 None => Err(io::ErrorKind::WouldBlock.into()),
             };
             let done = match read {
-                Ok(0) => Err(broken(&io::ErrorKind::UnexpectedEof.into())),
+                Ok(0) => Err(io_reason(&io::ErrorKind::UnexpectedEof.into())),
                 // A short read has emptied the socket.
-                Ok(count) => self.take(index, &buffer[..count]).map(|()| count == buffer.len()),
+                Ok(count) => {
+                    self.handle_bytes(index, &buffer[..count]).map(|()| count == buffer.len())
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(true),
-                Err(error) => Err(broken(&error)),
+                Err(error) => Err(io_reason(&error)),
             };
             self.buffer = buffer;
             if !done? {
@@ -374,7 +380,7 @@ impl VirtualUsers {
     }
 
     /// Takes what has arrived on a connection.
-    fn take(&mut self, index: usize, bytes: &[u8]) -> Result<(), String> {
+    fn handle_bytes(&mut self, index: usize, bytes: &[u8]) -> Result<(), String> {
         self.connections.add_received(bytes.len());
         let user = &mut self.users[index];
         let head;
@@ -405,15 +411,15 @@ impl VirtualUsers {
             }
             WsFrame::Message(_) | WsFrame::Pong(_) => {}
             WsFrame::Ping(payload) => pongs.extend(websocket::pong(&payload)),
-            WsFrame::Close(code, reason) => closed = Some(told(code, &reason)),
+            WsFrame::Close(code, reason) => closed = Some(close_reason(code, &reason)),
         });
         // Who is open and only held passes messages over.
-        reader.keeps_payload = self.reads || self.users[index].state != UserState::Open;
+        reader.keeps_payload = self.counts_messages || self.users[index].state != UserState::Open;
         self.users[index].reader = reader;
         pushed.map_err(|error| format!("frames: {error}"))?;
         done?;
         if !pongs.is_empty() {
-            self.users[index].send(&pongs).map_err(|error| broken(&error))?;
+            self.users[index].send(&pongs).map_err(|error| io_reason(&error))?;
         }
         match (closed, self.users[index].state) {
             (None, _) => Ok(()),
@@ -436,19 +442,19 @@ impl VirtualUsers {
                 let user = &mut self.users[index];
                 user.state = UserState::Joining;
                 let join = websocket::text(&frames::text(&join));
-                return user.send(&join).map_err(|error| broken(&error));
+                return user.send(&join).map_err(|error| io_reason(&error));
             }
             (UserState::Joining, FrameKind::Joined) => {
                 // Who passes messages over needs no number, and the servers of the bench give none.
-                if self.reads {
+                if self.counts_messages {
                     user.seq = metrics::parse_seq(message)?;
                 }
                 self.opened(index, now);
             }
             (UserState::Joining, FrameKind::Error) => {
-                return Err(format!("join refused: {}", code(message)));
+                return Err(format!("join refused: {}", error_code(message)));
             }
-            (UserState::Open, FrameKind::Message) => self.on_entry(index, message, now),
+            (UserState::Open, FrameKind::Message) => self.on_room_message(index, message, now),
             (UserState::Open, FrameKind::Ack) => {
                 let room = self.plan.room_of(index);
                 self.metrics.counters.acknowledged[room] += 1;
@@ -457,7 +463,7 @@ impl VirtualUsers {
             (UserState::Open, FrameKind::Error) => {
                 self.metrics.counters.refused += 1;
                 self.metrics.timeline.refused(now);
-                self.metrics.counters.example(|| format!("refused: {}", code(message)));
+                self.metrics.counters.example(|| format!("refused: {}", error_code(message)));
             }
             // Without a room it is of the inbox, in which nothing is said here.
             (UserState::Open, FrameKind::Reset)
@@ -471,8 +477,8 @@ impl VirtualUsers {
         Ok(())
     }
 
-    fn on_entry(&mut self, index: usize, message: &[u8], now: Instant) {
-        let now_ns = self.ns(now);
+    fn on_room_message(&mut self, index: usize, message: &[u8], now: Instant) {
+        let now_ns = self.monotonic_ns(now);
         let user = &mut self.users[index];
         if let Some(seq) = metrics::find_seq(message) {
             self.metrics.counters.judge(index, user.seq, seq);
@@ -484,8 +490,8 @@ impl VirtualUsers {
         let latency = timestamp
             .map(|timestamp| Duration::from_nanos(now_ns.saturating_sub(timestamp.due_ns)));
         self.metrics.delivered(now, latency);
-        let silence = now.saturating_duration_since(self.silent_since).as_millis() as u64;
-        self.silent_since = now;
+        let silence = now.saturating_duration_since(self.last_delivery).as_millis() as u64;
+        self.last_delivery = now;
         let longest = &mut self.metrics.counters.longest_silence_ms;
         *longest = (*longest).max(silence);
     }
@@ -500,7 +506,7 @@ impl VirtualUsers {
     }
 
     /// A moment by the clock that all processes share.
-    fn ns(&self, at: Instant) -> u64 {
+    fn monotonic_ns(&self, at: Instant) -> u64 {
         let (origin, origin_ns) = self.origin;
         origin_ns + at.saturating_duration_since(origin).as_nanos() as u64
     }
@@ -518,8 +524,10 @@ impl VirtualUsers {
         let number = self.plan.share.global_index(self.sent);
         self.sent += 1;
         self.metrics.counters.sent += 1;
-        let timestamp =
-            SendTimestamp { sender: self.plan.share.global_index(index), due_ns: self.ns(due) };
+        let timestamp = SendTimestamp {
+            sender: self.plan.share.global_index(index),
+            due_ns: self.monotonic_ns(due),
+        };
         let Some(room) = self.plan.room(self.plan.room_of(index)) else { return };
         // Random as any id of this version, and different in each run.
         let run = self.origin.1 & 0xFFFF_FFFF;
@@ -528,7 +536,7 @@ impl VirtualUsers {
             r#"{{"type":"message","room":"{room}","id":"{run:08x}-0000-4000-8000-{number:012x}","content":"{content}"}}"#
         ));
         if let Err(error) = self.users[index].send(&frame) {
-            self.fail(index, broken(&error));
+            self.fail(index, io_reason(&error));
         }
     }
 
@@ -544,7 +552,7 @@ impl VirtualUsers {
     }
 
     /// Closes all at once and without a word, as if their network were gone, or all their servers.
-    pub(crate) fn cut_all(&mut self) {
+    pub(crate) fn drop_all(&mut self) {
         let now = Instant::now();
         for user in &mut self.users {
             if user.state == UserState::Open {
@@ -559,7 +567,7 @@ impl VirtualUsers {
     }
 
     /// Says goodbye on all that are open.
-    pub(crate) fn farewell(&mut self) {
+    pub(crate) fn close_all(&mut self) {
         for user in &mut self.users {
             if user.state == UserState::Open {
                 // The server may have gone first.
@@ -587,11 +595,11 @@ impl VirtualUsers {
     }
 }
 
-fn broken(error: &io::Error) -> String {
+fn io_reason(error: &io::Error) -> String {
     format!("no close frame: {}", error.kind())
 }
 
-fn told(code: Option<u16>, reason: &str) -> String {
+fn close_reason(code: Option<u16>, reason: &str) -> String {
     match (code, reason) {
         (None, _) => "1005".to_owned(),
         (Some(code), "") => code.to_string(),
@@ -600,7 +608,7 @@ fn told(code: Option<u16>, reason: &str) -> String {
 }
 
 /// The code of an `error`.
-fn code(message: &[u8]) -> String {
+fn error_code(message: &[u8]) -> String {
     let frame: Option<serde_json::Value> = serde_json::from_slice(message).ok();
     let code = frame.as_ref().and_then(|frame| frame["code"].as_str());
     code.unwrap_or("an error without a code").to_owned()
