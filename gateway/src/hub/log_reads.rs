@@ -110,7 +110,7 @@ impl Shard {
                 self.mark_verified(&name);
             }
         }
-        // While the node has no standing, regaining that raises resync.
+        // While the node has no node_state, regaining that raises resync.
         if again && !self.suspended {
             self.resync_all();
         }

@@ -321,7 +321,7 @@ pub(super) struct ShardBatch {
     pub(super) retention: RetentionContext,
     pub(super) metrics: Arc<Metrics>,
     pub(super) trails: Arc<Trails>,
-    pub(super) standing: Arc<NodeState>,
+    pub(super) node_state: Arc<NodeState>,
     /// Messages that a log has lost, oldest first.
     pub(super) lost: Vec<(RoomId, Envelope)>,
     /// Who has something to be written.
@@ -336,14 +336,14 @@ impl ShardBatch {
     pub(super) fn new(
         retention: RetentionContext,
         (metrics, trails): (Arc<Metrics>, Arc<Trails>),
-        standing: Arc<NodeState>,
+        node_state: Arc<NodeState>,
     ) -> Self {
         let (lost, touched) = (Vec::new(), Vec::new());
         Self {
             retention,
             metrics,
             trails,
-            standing,
+            node_state,
             lost,
             touched,
             deliveries: 0,
@@ -354,7 +354,7 @@ impl ShardBatch {
     /// Whether joins of `room` may be answered: until the nodes have agreed on a server, what is
     /// held may not be what is gone on with.
     pub(super) fn serves(&self, room: &RoomId) -> bool {
-        self.standing.can_serve(self.retention.now, room)
+        self.node_state.can_serve(self.retention.now, room)
     }
 
     /// Has what `handle` holds written at the end of the batch.

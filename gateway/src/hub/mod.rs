@@ -9,7 +9,7 @@
 //! A room is followed while it has members here, and for [`LINGER`] after.
 //!
 //! What to do with what arrives and what is read is decided in [`delivery`](crate::delivery); the hub
-//! obeys. While the node may not pass anything on ([`Standing`](crate::bus::standing::Standing)) it
+//! obeys. While the node may not pass anything on ([`Standing`](crate::bus::node_state::Standing)) it
 //! drops what arrives, has joins wait, and compares all logs afterwards.
 
 use std::{sync::Arc, time::Duration};
@@ -198,7 +198,7 @@ struct LogReadRequest {
     room: RoomId,
     /// Of the room's following.
     generation: u64,
-    /// How often this node had lost its standing: what was read before may be of a server that the
+    /// How often this node had lost its node_state: what was read before may be of a server that the
     /// others have left.
     lease_generation: u64,
     purpose: ReadPurpose,

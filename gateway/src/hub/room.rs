@@ -92,7 +92,7 @@ impl DeliverySink for FanOut<'_> {
     }
 
     fn entry(&mut self, entry: &Entry) {
-        self.batch.standing.confirm(entry);
+        self.batch.node_state.confirm(entry);
         let mut frames = EntryFrames::live(self.name, entry);
         if let Some(peer) = peer_of_direct(self.name, entry) {
             // Its connection's task has the peer watched.

@@ -277,7 +277,7 @@ impl Shard {
     /// missed, and members were not fed meanwhile.
     fn check_lease(&mut self, now: Instant) {
         let was_suspended =
-            std::mem::replace(&mut self.suspended, !self.batch.standing.holds_lease(now));
+            std::mem::replace(&mut self.suspended, !self.batch.node_state.holds_lease(now));
         if self.suspended && !was_suspended {
             self.lease_generation += 1;
             tracing::warn!("this node passes nothing on before it has agreed with the others");
@@ -292,7 +292,7 @@ impl Shard {
         }
     }
 
-    /// Whether something was asked before the node lost its standing, or cannot be used since it
+    /// Whether something was asked before the node lost its node_state, or cannot be used since it
     /// has none.
     pub(super) fn is_stale(&self, lease_generation: u64) -> bool {
         self.suspended || self.lease_generation != lease_generation
