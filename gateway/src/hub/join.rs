@@ -27,7 +27,7 @@ use crate::{
         reconcile::READ_LEN,
         serve::{self, Resume},
     },
-    presence::Still,
+    presence::RoomAlive,
     telemetry::metrics::ResumeSource,
 };
 
@@ -54,13 +54,13 @@ pub(super) struct PendingJoin {
     pub(super) lost: Option<RecoveryFailure>,
 }
 
-/// What a user was told on entering, and whether that still holds.
+/// What a user was told on entering, and whether that room_alive holds.
 #[derive(Clone, Debug, Default)]
 pub struct JoinGrant {
     /// What the user was told.
     pub entered: JoinSnapshot,
     /// Tells whether the room was closed since.
-    pub still: Option<Still>,
+    pub room_alive: Option<RoomAlive>,
 }
 
 /// From where a connection wants to go on.
@@ -247,10 +247,10 @@ impl Room {
         self.admit_since(join, since, until, entries, ResumeSource::Log, batch)
     }
 
-    /// Whether the room is still the one that the user has entered.
+    /// Whether the room is room_alive the one that the user has entered.
     fn grant_holds(&self, grant: &JoinGrant) -> bool {
-        let closed = grant.still.as_ref().is_some_and(Still::is_closed);
-        !closed && grant.entered.deleted >= self.deleted || grant.still.is_none()
+        let closed = grant.room_alive.as_ref().is_some_and(RoomAlive::is_closed);
+        !closed && grant.entered.deleted >= self.deleted || grant.room_alive.is_none()
     }
 
     fn join_newest(&mut self, join: PendingJoin, batch: &mut ShardBatch) -> JoinStep {

@@ -1,6 +1,6 @@
 //! Who is where on this node, and for how long after the last connection has gone.
 //!
-//! A connection in a room holds a [`Stay`]. The first one of a user takes a seat in the
+//! A connection in a room holds a [`PresenceGuard`]. The first one of a user takes a seat in the
 //! [registry](crate::bus::registry), and when the last one is dropped the seat is kept for a moment,
 //! so that who reloads a page does not leave and come back for everybody else.
 
@@ -109,17 +109,17 @@ struct Seated {
 }
 
 /// One connection's part in a place. The user leaves some time after the last is dropped.
-pub struct Stay {
+pub struct PresenceGuard {
     /// `None`: it has left on purpose.
     presence: Option<Arc<Presence>>,
     seated: Arc<Seated>,
 }
 
-/// Whether a stay is one still.
+/// Whether a guard is one still.
 #[derive(Clone, Debug)]
-pub struct Still(Arc<Seated>);
+pub struct RoomAlive(Arc<Seated>);
 
-impl Still {
+impl RoomAlive {
     /// Whether the room was closed.
     pub fn is_closed(&self) -> bool {
         self.0.closed.load(Acquire)
@@ -275,16 +275,16 @@ impl Presence {
         place: PresenceScope,
         person: &UserInfo,
         rules: Option<JoinConditions>,
-    ) -> Result<(Stay, JoinSnapshot), AdmitError> {
-        let (stay, entering, was_here) = self.sit(place, person, rules);
+    ) -> Result<(PresenceGuard, JoinSnapshot), AdmitError> {
+        let (guard, entering, was_here) = self.sit(place, person, rules);
         match entering.await {
             Ok(entered) => {
-                stay.seated.admitted.store(true, Relaxed);
-                Ok((stay, entered))
+                guard.seated.admitted.store(true, Relaxed);
+                Ok((guard, entered))
             }
             Err(error) => {
                 if !was_here {
-                    stay.leave();
+                    guard.leave();
                 }
                 Err(error)
             }
@@ -293,14 +293,14 @@ impl Presence {
 
     /// Has a user be connected by one more connection, and waits until that can be seen, but not
     /// longer than `wait`: then it will be.
-    pub async fn appear(self: &Arc<Self>, person: &UserInfo, wait: Duration) -> Stay {
-        let (stay, entering, _) = self.sit(PresenceScope::Cluster, person, None);
+    pub async fn appear(self: &Arc<Self>, person: &UserInfo, wait: Duration) -> PresenceGuard {
+        let (guard, entering, _) = self.sit(PresenceScope::Cluster, person, None);
         let _ = tokio::time::timeout(wait, entering).await;
-        stay
+        guard
     }
 
     /// As [`Presence::appear`], without waiting.
-    pub fn appear_soon(self: &Arc<Self>, person: &UserInfo) -> Stay {
+    pub fn appear_soon(self: &Arc<Self>, person: &UserInfo) -> PresenceGuard {
         self.sit(PresenceScope::Cluster, person, None).0
     }
 
@@ -309,7 +309,7 @@ impl Presence {
         place: PresenceScope,
         person: &UserInfo,
         rules: Option<JoinConditions>,
-    ) -> (Stay, Entering, bool) {
+    ) -> (PresenceGuard, Entering, bool) {
         let now = unix_millis_now();
         let mut seats = self.seats.lock();
         let known = seats.get(&place, &person.id).cloned();
@@ -340,7 +340,7 @@ impl Presence {
         seated.active.store(now, Relaxed);
         let entering = self.registry.admit(seated.seat(), rules);
         drop(seats);
-        (Stay { presence: Some(self.clone()), seated }, entering, was_here)
+        (PresenceGuard { presence: Some(self.clone()), seated }, entering, was_here)
     }
 
     /// Who is connected to any node: at most `limit` whose ids follow `after`.
@@ -480,9 +480,9 @@ impl Presence {
     }
 }
 
-impl Stay {
+impl PresenceGuard {
     /// Asks what the user would be told on entering now.
-    pub fn look_again(&self) -> BoxFuture<Result<JoinSnapshot, AdmitError>> {
+    pub fn rejoin_snapshot(&self) -> BoxFuture<Result<JoinSnapshot, AdmitError>> {
         let not_found = || Box::pin(std::future::ready(Err(AdmitError::NotFound)));
         let Some(presence) = &self.presence else { return not_found() };
         let _seats = presence.seats.lock();
@@ -500,7 +500,7 @@ impl Stay {
 
     /// Whether it is to be passed on that the user types, or has stopped: when that has changed, and
     /// again after `every`.
-    pub fn types(&self, is_typing: bool, every: Duration) -> bool {
+    pub fn should_publish_typing(&self, is_typing: bool, every: Duration) -> bool {
         let (now, typed) = (unix_millis_now(), self.seated.typed.load(Relaxed));
         let same = typed & 1 == u64::from(is_typing);
         let rests = now.saturating_sub(typed >> 1) >= every.as_millis() as u64;
@@ -517,8 +517,8 @@ impl Stay {
     }
 
     /// Tells later whether the room was closed since, without keeping the user there.
-    pub fn still(&self) -> Still {
-        Still(self.seated.clone())
+    pub fn room_alive(&self) -> RoomAlive {
+        RoomAlive(self.seated.clone())
     }
 
     /// The room; `None` for the cluster.
@@ -537,7 +537,7 @@ impl Stay {
     }
 }
 
-impl Drop for Stay {
+impl Drop for PresenceGuard {
     fn drop(&mut self) {
         if let Some(presence) = self.presence.take() {
             presence.unseat(&self.seated, true);

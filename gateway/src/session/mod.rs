@@ -46,7 +46,7 @@ use crate::{
         meter::{Meter, MeterRates},
         reads::Reads,
     },
-    presence::{Presence, Stay},
+    presence::{Presence, PresenceGuard},
     publisher::{PublishError, Publisher, Receipt, Sender},
     rooms::{RoomRules, passwords::Passwords},
     telemetry::metrics::{Metrics, StorageLimit},
@@ -126,9 +126,9 @@ pub struct Session {
     /// Whose status it is told.
     watching: BTreeSet<UserId>,
     /// The user is connected as long as this is there.
-    online: Stay,
+    online: PresenceGuard,
     /// In the order of their names.
-    rooms: Vec<Stay>,
+    rooms: Vec<PresenceGuard>,
     /// The room whose join is being performed.
     joining: Option<RoomId>,
 }
@@ -182,8 +182,8 @@ impl Request {
 
 /// What became of a [`ClientFrame`]. Its answer has been sent.
 pub enum Performed {
-    /// The connection is a member. The stay is a new one, unless it was one before.
-    Joined(Option<Stay>),
+    /// The connection is a member. The guard is a new one, unless it was one before.
+    Joined(Option<PresenceGuard>),
     /// It is not, and was told so with this code.
     NotJoined(ErrorCode),
     /// These users are not watched, since the node watches as many as it may.
@@ -206,7 +206,7 @@ impl Session {
         identity: Identity,
         session: SessionId,
         handle: Arc<ConnectionHandle>,
-        online: Stay,
+        online: PresenceGuard,
     ) -> Self {
         let address = handle.owner().map(|owner| owner.about.address);
         Self {
@@ -338,7 +338,7 @@ impl Session {
         false
     }
 
-    /// Ends the stays in rooms that this connection was taken out of.
+    /// Ends the guards in rooms that this connection was taken out of.
     fn leave_evicted(&mut self) {
         for room in self.handle.take_evicted() {
             if let Ok(place) = self.index_of(&room) {
@@ -348,7 +348,7 @@ impl Session {
     }
 
     /// This connection's part in a room, if it has one.
-    fn stay_in(&mut self, room: &RoomId) -> Option<&Stay> {
+    fn guard_in(&mut self, room: &RoomId) -> Option<&PresenceGuard> {
         self.leave_evicted();
         let place = self.index_of(room).ok()?;
         if self.rooms[place].is_closed() {
@@ -359,13 +359,13 @@ impl Session {
     }
 
     fn index_of(&self, room: &RoomId) -> Result<usize, usize> {
-        self.rooms.binary_search_by(|stay| stay.room().cmp(&Some(room)))
+        self.rooms.binary_search_by(|guard| guard.room().cmp(&Some(room)))
     }
 
     /// Notes that the user did something in a room, or refuses what wants it joined.
     fn in_room(&mut self, reference: Option<&FrameRef>, kind: &str, room: &RoomId) -> bool {
-        if let Some(stay) = self.stay_in(room) {
-            stay.touch();
+        if let Some(guard) = self.guard_in(room) {
+            guard.touch();
             return true;
         }
         let (code, text) = (ErrorCode::NotJoined, "join the room first");
@@ -381,8 +381,10 @@ impl Session {
         if !self.may_write(reference.as_ref(), "typing", room) {
             return;
         }
-        let types = self.stay_in(room).is_some_and(|stay| stay.types(*is_typing, TYPING_EVERY));
-        if types {
+        let publishes = self
+            .guard_in(room)
+            .is_some_and(|guard| guard.should_publish_typing(*is_typing, TYPING_EVERY));
+        if publishes {
             let (user, is_typing) = (self.identity.user.id.clone(), *is_typing);
             let notice = EphemeralEvent::Typing { user, is_typing };
             // Nobody waits for it, and it may be lost.
@@ -451,8 +453,9 @@ impl Session {
             Request::Join(reference, join) => match self.may_join(reference.as_ref(), &join.room) {
                 Ok(()) => {
                     self.joining = Some(join.room.clone());
-                    let again =
-                        self.stay_in(&join.room).map(|stay| (stay.still(), stay.look_again()));
+                    let again = self
+                        .guard_in(&join.room)
+                        .map(|guard| (guard.room_alive(), guard.rejoin_snapshot()));
                     Box::pin(perform::join(asked(reference), join, user, again))
                 }
                 Err(refusal) => {
@@ -525,7 +528,7 @@ impl Session {
                 Box::pin(rooms::delete(asked(reference), room, user.id))
             }
             Request::RoomInfo(reference, room) => {
-                let (user, is_member) = (user.id, self.stay_in(&room).is_some());
+                let (user, is_member) = (user.id, self.guard_in(&room).is_some());
                 let is_open = self.identity.access(&room).is_some();
                 Box::pin(rooms::info(asked(reference), room, user, is_member, is_open))
             }
@@ -544,14 +547,14 @@ impl Session {
     pub fn finish(&mut self, performed: Performed) -> Result<(), ErrorCode> {
         let joining = self.joining.take();
         match performed {
-            Performed::Joined(stay) => {
-                if let (Some(room), Some(stay)) = (joining, stay) {
+            Performed::Joined(guard) => {
+                if let (Some(room), Some(guard)) = (joining, guard) {
                     match self.index_of(&room) {
-                        Ok(place) => self.rooms[place] = stay,
+                        Ok(place) => self.rooms[place] = guard,
                         Err(place) => {
                             // Most connections are in one room.
                             self.rooms.reserve_exact(usize::from(self.rooms.is_empty()));
-                            self.rooms.insert(place, stay);
+                            self.rooms.insert(place, guard);
                         }
                     }
                 }
@@ -576,9 +579,9 @@ impl Session {
             return Err(refusal(ErrorCode::Forbidden, "the token does not allow this room"));
         }
         if self.rooms.len() >= rooms_max {
-            self.rooms.retain(|stay| !stay.is_closed());
+            self.rooms.retain(|guard| !guard.is_closed());
         }
-        if self.stay_in(room).is_none() && self.rooms.len() >= rooms_max {
+        if self.guard_in(room).is_none() && self.rooms.len() >= rooms_max {
             let text = format!("at most {rooms_max} rooms at a time");
             return Err(refusal(ErrorCode::LimitReached, &text));
         }
@@ -600,7 +603,9 @@ impl Session {
         let rooms = std::mem::take(&mut self.rooms);
         // A join that was not waited for to its end may have succeeded.
         let hub = &self.services.hub;
-        for room in rooms.iter().filter_map(Stay::room).chain(&self.joining).chain([&self.inbox]) {
+        for room in
+            rooms.iter().filter_map(PresenceGuard::room).chain(&self.joining).chain([&self.inbox])
+        {
             hub.leave(room.clone(), connection, None).await;
         }
         hub.unwatch(std::mem::take(&mut self.watching), connection).await;
@@ -624,16 +629,16 @@ impl Session {
         }
         let expires_at = identity.expires_at.unwrap_or(SystemTime::UNIX_EPOCH);
         self.identity = identity;
-        let (stays, gone) = std::mem::take(&mut self.rooms)
-            .into_iter()
-            .partition(|stay| stay.room().is_none_or(|room| self.identity.access(room).is_some()));
-        self.rooms = stays;
-        let leave = |stay: Stay| {
-            let room = stay.room().cloned();
-            stay.leave();
+        let (guards, gone) = std::mem::take(&mut self.rooms).into_iter().partition(|guard| {
+            guard.room().is_none_or(|room| self.identity.access(room).is_some())
+        });
+        self.rooms = guards;
+        let leave = |guard: PresenceGuard| {
+            let room = guard.room().cloned();
+            guard.leave();
             room
         };
-        let gone: Vec<Stay> = gone;
+        let gone: Vec<PresenceGuard> = gone;
         Ok((expires_at, gone.into_iter().filter_map(leave).collect()))
     }
 
@@ -689,11 +694,11 @@ impl Session {
         }
         self.online.touch();
         if let Some(room) = room {
-            let Some(stay) = self.stay_in(room) else {
+            let Some(guard) = self.guard_in(room) else {
                 self.refuse(refusal(ErrorCode::NotJoined, "join the room first"));
                 return false;
             };
-            stay.touch();
+            guard.touch();
             if self.identity.access(room) != Some(RoomAccess::ReadWrite) {
                 self.refuse(refusal(ErrorCode::Forbidden, "the token allows to read here only"));
                 return false;

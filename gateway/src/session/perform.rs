@@ -37,7 +37,7 @@ use crate::{
         people::at,
     },
     limits::{address_key, durable::Writer},
-    presence::{Stay, Still},
+    presence::{PresenceGuard, RoomAlive},
     publisher::bound_of,
     rooms::passwords::{Checked, Guess},
     telemetry::metrics::{Metrics, StorageLimit},
@@ -215,7 +215,7 @@ pub(super) async fn join(
     asked: Asked,
     join: client_frame::JoinFrame,
     user: UserInfo,
-    again: Option<(Still, BoxFuture<Result<JoinSnapshot, AdmitError>>)>,
+    again: Option<(RoomAlive, BoxFuture<Result<JoinSnapshot, AdmitError>>)>,
 ) -> Performed {
     let (is_member, room) = (again.is_some(), join.room.clone());
     let wait_max = asked.services.limits.wait_max;
@@ -223,12 +223,14 @@ pub(super) async fn join(
         return Performed::NotJoined(asked.refuse("join", Some(&room), code, text));
     }
     let joining = async {
-        let (stay, grant) = match again {
-            Some((still, again)) => (None, JoinGrant { entered: again.await?, still: Some(still) }),
+        let (guard, grant) = match again {
+            Some((room_alive, again)) => {
+                (None, JoinGrant { entered: again.await?, room_alive: Some(room_alive) })
+            }
             None => {
-                let (stay, entered) = enter(&asked, &join, &user).await?;
-                let still = Some(stay.still());
-                (Some(stay), JoinGrant { entered, still })
+                let (guard, entered) = enter(&asked, &join, &user).await?;
+                let room_alive = Some(guard.room_alive());
+                (Some(guard), JoinGrant { entered, room_alive })
             }
         };
         let start = match join.since {
@@ -240,13 +242,13 @@ pub(super) async fn join(
         match joined.await.map_err(|_| BusError::Unavailable)? {
             JoinOutcome::Member { bytes_read } => {
                 asked.has_read(bytes_read);
-                Ok(stay)
+                Ok(guard)
             }
             JoinOutcome::TooManyRooms => Err(NotEntered::TooManyRooms),
         }
     };
     let error = match tokio::time::timeout(wait_max, joining).await {
-        Ok(Ok(stay)) => return Performed::Joined(stay),
+        Ok(Ok(guard)) => return Performed::Joined(guard),
         Ok(Err(NotEntered::Enter(error))) => error,
         Ok(Err(NotEntered::PasswordLater(wait))) => {
             let code = asked.limit("join", Some(&room), wait, TOO_MANY_PASSWORDS);
@@ -287,7 +289,7 @@ async fn enter(
     asked: &Asked,
     join: &client_frame::JoinFrame,
     user: &UserInfo,
-) -> Result<(Stay, JoinSnapshot), NotEntered> {
+) -> Result<(PresenceGuard, JoinSnapshot), NotEntered> {
     let Services { presence, rules, passwords, quotas, .. } = &*asked.services;
     let within_quota = quotas.may_make_room(&asked.writer, Instant::now());
     let mut keep_to = JoinConditions {
@@ -307,12 +309,12 @@ async fn enter(
             }
         }
     }
-    let (stay, entered) =
+    let (guard, entered) =
         presence.enter(PresenceScope::Room(join.room.clone()), user, Some(keep_to)).await?;
     if entered.created {
         quotas.made_room(&asked.writer, Instant::now());
     }
-    Ok((stay, entered))
+    Ok((guard, entered))
 }
 
 pub(super) async fn leave(asked: Asked, room: RoomId) -> Performed {
