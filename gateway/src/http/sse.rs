@@ -485,7 +485,7 @@ impl Stream {
         let handle =
             Arc::new(ConnectionHandle::new(connection, outbox).with_owner(entered.owner()));
         let (user, wait) = (entered.identity.user.clone(), node.services.limits.wait_max);
-        let online = node.services.presence.appear(&user, wait).await;
+        let online = node.services.presence.track_online(&user, wait).await;
         handle.send(&connected(node, &entered, &handle, route));
         let Entered { identity, place, opened, .. } = entered;
         let inbox = cursors.inbox.clone().map(Ok).or(client.inbox);

@@ -382,7 +382,7 @@ impl Opening {
         let Entered { identity, place, opened: OpenedSession { session, inbox, .. }, .. } = entered;
         let opening = async {
             // When the client hears `connected` everybody can see that its user is.
-            let online = presence.appear(&user, wait).await;
+            let online = presence.track_online(&user, wait).await;
             handle.send(&connected);
             match follow_inbox(&node, &handle, &user.id, inbox, client.inbox).await {
                 Ok(()) => hold_session(&node, &handle).await,

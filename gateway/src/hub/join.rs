@@ -41,7 +41,7 @@ pub(super) struct PendingJoin {
     pub(super) handle: Arc<ConnectionHandle>,
     pub(super) reference: Option<FrameRef>,
     pub(super) start: JoinStart,
-    /// As what its user has entered.
+    /// As what its user has snapshot.
     pub(super) grant: JoinGrant,
     /// Hears when `joined` has been sent; dropped where the room cannot be followed.
     pub(super) done: oneshot::Sender<JoinOutcome>,
@@ -58,7 +58,7 @@ pub(super) struct PendingJoin {
 #[derive(Clone, Debug, Default)]
 pub struct JoinGrant {
     /// What the user was told.
-    pub entered: JoinSnapshot,
+    pub snapshot: JoinSnapshot,
     /// Tells whether the room was closed since.
     pub room_alive: Option<RoomAlive>,
 }
@@ -247,10 +247,10 @@ impl Room {
         self.admit_since(join, since, until, entries, ResumeSource::Log, batch)
     }
 
-    /// Whether the room is room_alive the one that the user has entered.
+    /// Whether the room is room_alive the one that the user has snapshot.
     fn grant_holds(&self, grant: &JoinGrant) -> bool {
         let closed = grant.room_alive.as_ref().is_some_and(RoomAlive::is_closed);
-        !closed && grant.entered.deleted >= self.deleted || grant.room_alive.is_none()
+        !closed && grant.snapshot.deleted >= self.deleted || grant.room_alive.is_none()
     }
 
     fn join_newest(&mut self, join: PendingJoin, batch: &mut ShardBatch) -> JoinStep {
@@ -320,7 +320,7 @@ impl Room {
         let PendingJoin { handle, grant, done, bytes_read, .. } = join;
         let member = RoomMember::at(handle, cursor, MemberState::Live);
         self.add_joined(
-            RoomMember { presence_version: grant.entered.version, ..member },
+            RoomMember { presence_version: grant.snapshot.version, ..member },
             done,
             bytes_read,
             batch,
@@ -336,18 +336,18 @@ impl Room {
         more: bool,
     ) {
         let again = self.is_member(join.handle.connection);
-        let entered = join.grant.entered;
+        let snapshot = join.grant.snapshot;
         join.handle.send(&ServerFrame::Joined(Box::new(JoinedFrame {
             reference: join.reference.clone(),
             room: self.name.clone(),
             epoch: at.epoch,
             seq: at.seq,
-            members: count_for(entered, &self.people.roster),
+            members: count_for(snapshot, &self.people.roster),
             recovered: again || join.since().is_some(),
             reason: join.lost.filter(|_| !again),
             history,
             more,
-            read: entered.read,
+            read: snapshot.read,
             durable: self.durable,
         })));
     }

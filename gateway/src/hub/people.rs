@@ -569,8 +569,8 @@ impl Shard {
 }
 
 /// What a member that joins is told of how many are present.
-pub(super) fn count_for(entered: JoinSnapshot, roster: &Roster) -> u64 {
+pub(super) fn count_for(snapshot: JoinSnapshot, roster: &Roster) -> u64 {
     // A server that came back without what it knew counts too few for a while.
     let known = if roster.is_settled() { 0 } else { roster.len() as u64 };
-    entered.count.max(known)
+    snapshot.count.max(known)
 }

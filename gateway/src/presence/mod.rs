@@ -1,7 +1,7 @@
 //! Who is where on this node, and for how long after the last connection has gone.
 //!
 //! A connection in a room holds a [`PresenceGuard`]. The first one of a user takes a seat in the
-//! [registry](crate::bus::registry), and when the last one is dropped the seat is kept for a moment,
+//! [registry](crate::bus::registry), and when the last one is dropped the seat is grace_id for a moment,
 //! so that who reloads a page does not leave and come back for everybody else.
 
 use std::{
@@ -39,12 +39,12 @@ use crate::{
 pub mod roster;
 
 /// How often it is told when users did something last.
-const ACTIVE_EVERY: Duration = Duration::from_secs(5);
+const REPORT_ACTIVE_INTERVAL: Duration = Duration::from_secs(5);
 
 /// No user's id comes before it.
 static LOWEST_USER: LazyLock<UserId> = LazyLock::new(|| "+".parse().expect("a user id"));
 
-/// How presence is kept and told.
+/// How presence is grace_id and told.
 #[derive(Clone, Debug)]
 pub struct PresenceOptions {
     /// How long a user stays present whose last connection has gone.
@@ -63,39 +63,39 @@ impl Default for PresenceOptions {
     }
 }
 
-/// The seats of this node.
+/// The locals of this node.
 pub struct Presence {
     registry: Arc<dyn PresenceStore>,
     options: PresenceOptions,
     /// The registry is told while it is locked, so that a later change of a seat is told later. Never
     /// the other way round.
-    seats: Mutex<Seats>,
+    locals: Mutex<LocalPresences>,
     /// Somebody leaves.
-    leaves: Notify,
+    expiry_added: Notify,
 }
 
 #[derive(Default)]
-struct Seats {
-    /// Ordered by place and user.
-    seated: BTreeSet<BySeat>,
-    /// Seats whose last connection has gone, in that order, with what they were kept under.
-    leaving: VecDeque<(Instant, Arc<Seated>, u32)>,
-    /// How often a seat was kept.
-    kept: u32,
-    /// How many of the seats are the cluster's.
+struct LocalPresences {
+    /// Ordered by scope and user.
+    local: BTreeSet<ByScopeAndUser>,
+    /// LocalPresences whose last connection has gone, in that order, with what they were grace_id under.
+    expiring: VecDeque<(Instant, Arc<LocalPresence>, u32)>,
+    /// How often a seat was grace_id.
+    grace_id: u32,
+    /// How many of the locals are the cluster's.
     connected: u64,
 }
 
-/// A user at one place of this node. There is one for each connection and room, so that its size
-/// counts. What may change does so while the seats are locked, but for `active` and `typed`.
+/// A user at one scope of this node. There is one for each connection and room, so that its size
+/// counts. What may change does so while the locals are locked, but for `active` and `typed`.
 #[derive(Debug)]
-struct Seated {
-    place: PresenceScope,
+struct LocalPresence {
+    scope: PresenceScope,
     user: UserInfo,
     since: UnixMillis,
     connections: AtomicU32,
-    /// Under which number the seat is kept without a connection; 0: it is not.
-    kept: AtomicU32,
+    /// Under which number the seat is grace_id without a connection; 0: it is not.
+    grace_id: AtomicU32,
     /// When the user did something last.
     active: AtomicU64,
     /// When it was passed on last that the user types, and whether: ms, shifted by one.
@@ -103,21 +103,21 @@ struct Seated {
     /// Whether the user was let in.
     admitted: AtomicBool,
     /// Whether the registry has not been told of `active` yet.
-    is_news: AtomicBool,
+    active_is_unreported: AtomicBool,
     /// The room is no more.
     closed: AtomicBool,
 }
 
-/// One connection's part in a place. The user leaves some time after the last is dropped.
+/// One connection's part in a scope. The user leaves some time after the last is dropped.
 pub struct PresenceGuard {
     /// `None`: it has left on purpose.
     presence: Option<Arc<Presence>>,
-    seated: Arc<Seated>,
+    local: Arc<LocalPresence>,
 }
 
 /// Whether a guard is one still.
 #[derive(Clone, Debug)]
-pub struct RoomAlive(Arc<Seated>);
+pub struct RoomAlive(Arc<LocalPresence>);
 
 impl RoomAlive {
     /// Whether the room was closed.
@@ -126,107 +126,107 @@ impl RoomAlive {
     }
 }
 
-/// What seats are ordered by.
-trait ByPlaceAndUser {
+/// What locals are ordered by.
+trait ScopeAndUser {
     fn key(&self) -> (&PresenceScope, &UserId);
 }
 
-struct BySeat(Arc<Seated>);
+struct ByScopeAndUser(Arc<LocalPresence>);
 
-impl ByPlaceAndUser for BySeat {
+impl ScopeAndUser for ByScopeAndUser {
     fn key(&self) -> (&PresenceScope, &UserId) {
-        (&self.0.place, &self.0.user.id)
+        (&self.0.scope, &self.0.user.id)
     }
 }
 
-impl ByPlaceAndUser for (&PresenceScope, &UserId) {
+impl ScopeAndUser for (&PresenceScope, &UserId) {
     fn key(&self) -> (&PresenceScope, &UserId) {
         *self
     }
 }
 
-impl Ord for dyn ByPlaceAndUser + '_ {
+impl Ord for dyn ScopeAndUser + '_ {
     fn cmp(&self, other: &Self) -> std::cmp::Ordering {
         self.key().cmp(&other.key())
     }
 }
 
-impl PartialOrd for dyn ByPlaceAndUser + '_ {
+impl PartialOrd for dyn ScopeAndUser + '_ {
     fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
         Some(self.cmp(other))
     }
 }
 
-impl PartialEq for dyn ByPlaceAndUser + '_ {
+impl PartialEq for dyn ScopeAndUser + '_ {
     fn eq(&self, other: &Self) -> bool {
         self.key() == other.key()
     }
 }
 
-impl Eq for dyn ByPlaceAndUser + '_ {}
+impl Eq for dyn ScopeAndUser + '_ {}
 
-impl Ord for BySeat {
+impl Ord for ByScopeAndUser {
     fn cmp(&self, other: &Self) -> std::cmp::Ordering {
         self.key().cmp(&other.key())
     }
 }
 
-impl PartialOrd for BySeat {
+impl PartialOrd for ByScopeAndUser {
     fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
         Some(self.cmp(other))
     }
 }
 
-impl PartialEq for BySeat {
+impl PartialEq for ByScopeAndUser {
     fn eq(&self, other: &Self) -> bool {
         self.key() == other.key()
     }
 }
 
-impl Eq for BySeat {}
+impl Eq for ByScopeAndUser {}
 
-impl<'a> Borrow<dyn ByPlaceAndUser + 'a> for BySeat {
-    fn borrow(&self) -> &(dyn ByPlaceAndUser + 'a) {
+impl<'a> Borrow<dyn ScopeAndUser + 'a> for ByScopeAndUser {
+    fn borrow(&self) -> &(dyn ScopeAndUser + 'a) {
         self
     }
 }
 
-impl Seats {
-    fn get(&self, place: &PresenceScope, user: &UserId) -> Option<&Arc<Seated>> {
-        let key: &dyn ByPlaceAndUser = &(place, user);
-        self.seated.get(key).map(|seat| &seat.0)
+impl LocalPresences {
+    fn get(&self, scope: &PresenceScope, user: &UserId) -> Option<&Arc<LocalPresence>> {
+        let key: &dyn ScopeAndUser = &(scope, user);
+        self.local.get(key).map(|seat| &seat.0)
     }
 
-    fn insert(&mut self, seated: &Arc<Seated>) {
-        self.connected += u64::from(seated.place == PresenceScope::Cluster);
-        self.seated.insert(BySeat(seated.clone()));
+    fn insert(&mut self, local: &Arc<LocalPresence>) {
+        self.connected += u64::from(local.scope == PresenceScope::Cluster);
+        self.local.insert(ByScopeAndUser(local.clone()));
     }
 
-    fn remove(&mut self, seated: &Seated) {
-        let key: &dyn ByPlaceAndUser = &(&seated.place, &seated.user.id);
-        if self.seated.remove(key) {
-            self.connected -= u64::from(seated.place == PresenceScope::Cluster);
+    fn remove(&mut self, local: &LocalPresence) {
+        let key: &dyn ScopeAndUser = &(&local.scope, &local.user.id);
+        if self.local.remove(key) {
+            self.connected -= u64::from(local.scope == PresenceScope::Cluster);
         }
     }
 
-    /// The seats at a place.
-    fn at<'a>(&'a self, place: &'a PresenceScope) -> impl Iterator<Item = &'a Arc<Seated>> {
-        let first = (place, &*LOWEST_USER);
-        let first: &dyn ByPlaceAndUser = &first;
-        let here = self.seated.range::<dyn ByPlaceAndUser, _>((Included(first), Unbounded));
-        here.map(|seat| &seat.0).take_while(move |seat| seat.place == *place)
+    /// The locals at a scope.
+    fn at<'a>(&'a self, scope: &'a PresenceScope) -> impl Iterator<Item = &'a Arc<LocalPresence>> {
+        let first = (scope, &*LOWEST_USER);
+        let first: &dyn ScopeAndUser = &first;
+        let here = self.local.range::<dyn ScopeAndUser, _>((Included(first), Unbounded));
+        here.map(|seat| &seat.0).take_while(move |seat| seat.scope == *scope)
     }
 }
 
-type Entering = BoxFuture<Result<JoinSnapshot, AdmitError>>;
+type Admitting = BoxFuture<Result<JoinSnapshot, AdmitError>>;
 
-impl Seated {
-    fn seat(&self) -> NodePresence {
-        let kept = u32::from(self.kept.load(Relaxed) != 0);
+impl LocalPresence {
+    fn report(&self) -> NodePresence {
+        let grace_id = u32::from(self.grace_id.load(Relaxed) != 0);
         NodePresence {
-            scope: self.place.clone(),
+            scope: self.scope.clone(),
             user: self.user.clone(),
-            connections: self.connections.load(Relaxed).max(kept),
+            connections: self.connections.load(Relaxed).max(grace_id),
             since: self.since,
             active: self.active.load(Relaxed),
             admitted: self.admitted.load(Relaxed),
@@ -241,15 +241,19 @@ impl Presence {
         options: PresenceOptions,
         tasks: &Tasks,
     ) -> Arc<Self> {
-        let presence =
-            Arc::new(Self { registry, options, seats: Mutex::default(), leaves: Notify::new() });
-        let (looking, stopped) = (presence.clone(), tasks.stopped().clone());
+        let presence = Arc::new(Self {
+            registry,
+            options,
+            locals: Mutex::default(),
+            expiry_added: Notify::new(),
+        });
+        let (tracker, stopped) = (presence.clone(), tasks.stopped().clone());
         tasks.spawn_service("presence", async move {
             // Both arms are cancel-safe.
             tokio::select! {
                 biased;
                 () = stopped.cancelled() => {}
-                () = looking.look() => {}
+                () = tracker.run() => {}
             }
         });
         presence
@@ -270,17 +274,17 @@ impl Presence {
     /// # Errors
     ///
     /// [`AdmitError`], and nothing has changed.
-    pub async fn enter(
+    pub async fn admit(
         self: &Arc<Self>,
-        place: PresenceScope,
+        scope: PresenceScope,
         person: &UserInfo,
         rules: Option<JoinConditions>,
     ) -> Result<(PresenceGuard, JoinSnapshot), AdmitError> {
-        let (guard, entering, was_here) = self.sit(place, person, rules);
-        match entering.await {
-            Ok(entered) => {
-                guard.seated.admitted.store(true, Relaxed);
-                Ok((guard, entered))
+        let (guard, admitting, was_here) = self.track(scope, person, rules);
+        match admitting.await {
+            Ok(snapshot) => {
+                guard.local.admitted.store(true, Relaxed);
+                Ok((guard, snapshot))
             }
             Err(error) => {
                 if !was_here {
@@ -293,54 +297,58 @@ impl Presence {
 
     /// Has a user be connected by one more connection, and waits until that can be seen, but not
     /// longer than `wait`: then it will be.
-    pub async fn appear(self: &Arc<Self>, person: &UserInfo, wait: Duration) -> PresenceGuard {
-        let (guard, entering, _) = self.sit(PresenceScope::Cluster, person, None);
-        let _ = tokio::time::timeout(wait, entering).await;
+    pub async fn track_online(
+        self: &Arc<Self>,
+        person: &UserInfo,
+        wait: Duration,
+    ) -> PresenceGuard {
+        let (guard, admitting, _) = self.track(PresenceScope::Cluster, person, None);
+        let _ = tokio::time::timeout(wait, admitting).await;
         guard
     }
 
-    /// As [`Presence::appear`], without waiting.
-    pub fn appear_soon(self: &Arc<Self>, person: &UserInfo) -> PresenceGuard {
-        self.sit(PresenceScope::Cluster, person, None).0
+    /// As [`Presence::track_online`], without waiting.
+    pub fn track_online_soon(self: &Arc<Self>, person: &UserInfo) -> PresenceGuard {
+        self.track(PresenceScope::Cluster, person, None).0
     }
 
-    fn sit(
+    fn track(
         self: &Arc<Self>,
-        place: PresenceScope,
+        scope: PresenceScope,
         person: &UserInfo,
         rules: Option<JoinConditions>,
-    ) -> (PresenceGuard, Entering, bool) {
+    ) -> (PresenceGuard, Admitting, bool) {
         let now = unix_millis_now();
-        let mut seats = self.seats.lock();
-        let known = seats.get(&place, &person.id).cloned();
+        let mut locals = self.locals.lock();
+        let known = locals.get(&scope, &person.id).cloned();
         let was_here = known.is_some();
-        let seated = known.unwrap_or_else(|| {
+        let local = known.unwrap_or_else(|| {
             // The names of a room are one in memory.
-            let one = seats.at(&place).next().map(|other| other.place.clone());
-            let place = one.unwrap_or(place);
+            let one = locals.at(&scope).next().map(|other| other.scope.clone());
+            let scope = one.unwrap_or(scope);
             // Who is connected keeps to no rules.
-            let admitted = place == PresenceScope::Cluster;
-            let seated = Arc::new(Seated {
-                place,
+            let admitted = scope == PresenceScope::Cluster;
+            let local = Arc::new(LocalPresence {
+                scope,
                 user: person.clone(),
                 since: now,
                 connections: 0.into(),
-                kept: 0.into(),
+                grace_id: 0.into(),
                 active: now.into(),
                 typed: 0.into(),
                 admitted: admitted.into(),
-                is_news: false.into(),
+                active_is_unreported: false.into(),
                 closed: false.into(),
             });
-            seats.insert(&seated);
-            seated
+            locals.insert(&local);
+            local
         });
-        seated.connections.fetch_add(1, Relaxed);
-        seated.kept.store(0, Relaxed);
-        seated.active.store(now, Relaxed);
-        let entering = self.registry.admit(seated.seat(), rules);
-        drop(seats);
-        (PresenceGuard { presence: Some(self.clone()), seated }, entering, was_here)
+        local.connections.fetch_add(1, Relaxed);
+        local.grace_id.store(0, Relaxed);
+        local.active.store(now, Relaxed);
+        let admitting = self.registry.admit(local.report(), rules);
+        drop(locals);
+        (PresenceGuard { presence: Some(self.clone()), local }, admitting, was_here)
     }
 
     /// Who is connected to any node: at most `limit` whose ids follow `after`.
@@ -352,15 +360,15 @@ impl Presence {
         if let Some(online) = self.registry.online(after.clone(), limit).await? {
             return Ok(online);
         }
-        let seats = self.seats.lock();
+        let locals = self.locals.lock();
         let mut here =
-            seats.at(&PresenceScope::Cluster).filter(|seated| seated.user.id.as_str() > &*after);
-        let detail = |seated: &Arc<Seated>| {
-            let NodePresence { user, connections, since, active, .. } = seated.seat();
+            locals.at(&PresenceScope::Cluster).filter(|local| local.user.id.as_str() > &*after);
+        let detail = |local: &Arc<LocalPresence>| {
+            let NodePresence { user, connections, since, active, .. } = local.report();
             UserPresence { user, connections: connections.into(), since, active, read: 0 }
         };
         let users = here.by_ref().take(limit).map(detail).collect();
-        Ok(OnlinePage { users, count: seats.connected, more: here.next().is_some() })
+        Ok(OnlinePage { users, count: locals.connected, more: here.next().is_some() })
     }
 
     /// Whether users are connected to any node, and when each did something last.
@@ -370,10 +378,10 @@ impl Presence {
     /// [`BusError`], where the other nodes cannot be asked.
     pub async fn statuses(&self, users: Vec<UserId>) -> Result<Vec<OnlineStatus>, BusError> {
         let mut statuses = self.registry.statuses(users.clone()).await?;
-        let seats = self.seats.lock();
+        let locals = self.locals.lock();
         for (user, status) in users.iter().zip(&mut statuses) {
-            if let Some(seated) = seats.get(&PresenceScope::Cluster, user) {
-                let active = seated.active.load(Relaxed);
+            if let Some(local) = locals.get(&PresenceScope::Cluster, user) {
+                let active = local.active.load(Relaxed);
                 let active = status.active.max(Some(active));
                 *status = OnlineStatus { online: true, active, complete: true };
             }
@@ -381,34 +389,34 @@ impl Presence {
         Ok(statuses)
     }
 
-    /// When a user did something last at a place of this node.
-    pub fn active(&self, place: &PresenceScope, user: &UserId) -> Option<UnixMillis> {
-        Some(self.seats.lock().get(place, user)?.active.load(Relaxed))
+    /// When a user did something last at a scope of this node.
+    pub fn active(&self, scope: &PresenceScope, user: &UserId) -> Option<UnixMillis> {
+        Some(self.locals.lock().get(scope, user)?.active.load(Relaxed))
     }
 
     /// Ends all stays in a room, which is no more.
     pub fn close(&self, room: &RoomId) {
-        let place = PresenceScope::Room(room.clone());
-        let seats = &mut *self.seats.lock();
-        for seated in seats.at(&place).cloned().collect::<Vec<_>>() {
-            self.end(seats, &seated);
+        let scope = PresenceScope::Room(room.clone());
+        let locals = &mut *self.locals.lock();
+        for local in locals.at(&scope).cloned().collect::<Vec<_>>() {
+            self.close_entry(locals, &local);
         }
     }
 
-    fn end(&self, seats: &mut Seats, seated: &Arc<Seated>) {
-        seated.closed.store(true, Release);
-        seated.connections.store(0, Relaxed);
-        seated.kept.store(0, Relaxed);
-        self.registry.track(seated.seat());
-        seats.remove(seated);
+    fn close_entry(&self, locals: &mut LocalPresences, local: &Arc<LocalPresence>) {
+        local.closed.store(true, Release);
+        local.connections.store(0, Relaxed);
+        local.grace_id.store(0, Relaxed);
+        self.registry.track(local.report());
+        locals.remove(local);
     }
 
     /// The rooms that a user is in on this node.
     pub fn rooms_of(&self, user: &UserId) -> Vec<RoomId> {
-        let seats = self.seats.lock();
-        let of_user = seats.seated.iter().map(|seat| &seat.0).filter(|seat| seat.user.id == *user);
+        let locals = self.locals.lock();
+        let of_user = locals.local.iter().map(|seat| &seat.0).filter(|seat| seat.user.id == *user);
         of_user
-            .filter_map(|seated| match &seated.place {
+            .filter_map(|local| match &local.scope {
                 PresenceScope::Room(room) => Some(room.clone()),
                 PresenceScope::Cluster => None,
             })
@@ -416,33 +424,33 @@ impl Presence {
     }
 
     /// One connection less. The last one keeps the seat for a while where `grace` says so.
-    fn unseat(&self, seated: &Arc<Seated>, grace: bool) {
-        let mut guard = self.seats.lock();
-        let seats = &mut *guard;
+    fn untrack(&self, local: &Arc<LocalPresence>, grace: bool) {
+        let mut guard = self.locals.lock();
+        let locals = &mut *guard;
         // Its room was closed; the user may have come back to another one of its name.
-        if seated.closed.load(Acquire) {
+        if local.closed.load(Acquire) {
             return;
         }
-        let before = seated.connections.fetch_sub(1, Relaxed);
+        let before = local.connections.fetch_sub(1, Relaxed);
         if before == 1 && grace && !self.options.grace.is_zero() {
-            seats.kept = seats.kept.wrapping_add(1).max(1);
-            seated.kept.store(seats.kept, Relaxed);
+            locals.grace_id = locals.grace_id.wrapping_add(1).max(1);
+            local.grace_id.store(locals.grace_id, Relaxed);
             let until = Instant::now() + self.options.grace;
-            seats.leaving.push_back((until, seated.clone(), seats.kept));
-            self.leaves.notify_one();
+            locals.expiring.push_back((until, local.clone(), locals.grace_id));
+            self.expiry_added.notify_one();
             return;
         }
         if before == 1 {
-            seats.remove(seated);
+            locals.remove(local);
         }
-        self.registry.track(seated.seat());
+        self.registry.track(local.report());
     }
 
     /// Has users leave whose time has come, and tells now and then when users did something.
-    async fn look(&self) {
-        let mut tell_active = tokio::time::interval(ACTIVE_EVERY);
+    async fn run(&self) {
+        let mut report_active = tokio::time::interval(REPORT_ACTIVE_INTERVAL);
         loop {
-            let next = self.seats.lock().leaving.front().map(|(until, ..)| *until);
+            let next = self.locals.lock().expiring.front().map(|(until, ..)| *until);
             let due = async {
                 match next {
                     Some(until) => tokio::time::sleep_until(until).await,
@@ -451,79 +459,80 @@ impl Presence {
             };
             tokio::select! {
                 biased;
-                () = due => self.let_leave(Instant::now()),
-                () = self.leaves.notified() => {}
-                _ = tell_active.tick() => self.tell_active(),
+                () = due => self.remove_expired(Instant::now()),
+                () = self.expiry_added.notified() => {}
+                _ = report_active.tick() => self.report_active(),
             }
         }
     }
 
-    fn let_leave(&self, now: Instant) {
-        let mut guard = self.seats.lock();
-        let seats = &mut *guard;
-        while let Some((_, seated, kept)) = seats.leaving.pop_front_if(|(until, ..)| *until <= now)
+    fn remove_expired(&self, now: Instant) {
+        let mut guard = self.locals.lock();
+        let locals = &mut *guard;
+        while let Some((_, local, grace_id)) =
+            locals.expiring.pop_front_if(|(until, ..)| *until <= now)
         {
-            // Who came back and left once more is kept under another number.
-            if seated.kept.compare_exchange(kept, 0, Relaxed, Relaxed).is_ok() {
-                self.registry.track(seated.seat());
-                seats.remove(&seated);
+            // Who came back and left once more is grace_id under another number.
+            if local.grace_id.compare_exchange(grace_id, 0, Relaxed, Relaxed).is_ok() {
+                self.registry.track(local.report());
+                locals.remove(&local);
             }
         }
     }
 
-    fn tell_active(&self) {
-        for BySeat(seated) in &self.seats.lock().seated {
-            if seated.is_news.swap(false, Relaxed) {
-                self.registry.track(seated.seat());
+    fn report_active(&self) {
+        for ByScopeAndUser(local) in &self.locals.lock().local {
+            if local.active_is_unreported.swap(false, Relaxed) {
+                self.registry.track(local.report());
             }
         }
     }
 }
 
 impl PresenceGuard {
-    /// Asks what the user would be told on entering now.
+    /// Asks what the user would be told on admitting now.
     pub fn rejoin_snapshot(&self) -> BoxFuture<Result<JoinSnapshot, AdmitError>> {
         let not_found = || Box::pin(std::future::ready(Err(AdmitError::NotFound)));
         let Some(presence) = &self.presence else { return not_found() };
-        let _seats = presence.seats.lock();
+        let _seats = presence.locals.lock();
         if self.is_closed() {
             return not_found();
         }
-        presence.registry.admit(self.seated.seat(), None)
+        presence.registry.admit(self.local.report(), None)
     }
 
     /// The user did something.
     pub fn touch(&self) {
-        self.seated.active.store(unix_millis_now(), Relaxed);
-        self.seated.is_news.store(true, Relaxed);
+        self.local.active.store(unix_millis_now(), Relaxed);
+        self.local.active_is_unreported.store(true, Relaxed);
     }
 
     /// Whether it is to be passed on that the user types, or has stopped: when that has changed, and
     /// again after `every`.
     pub fn should_publish_typing(&self, is_typing: bool, every: Duration) -> bool {
-        let (now, typed) = (unix_millis_now(), self.seated.typed.load(Relaxed));
+        let (now, typed) = (unix_millis_now(), self.local.typed.load(Relaxed));
         let same = typed & 1 == u64::from(is_typing);
         let rests = now.saturating_sub(typed >> 1) >= every.as_millis() as u64;
         if same && !rests {
             return false;
         }
-        self.seated.typed.store(now << 1 | u64::from(is_typing), Relaxed);
+        self.local.typed.store(now << 1 | u64::from(is_typing), Relaxed);
         true
     }
 
     /// Whether the room was closed since.
     pub fn is_closed(&self) -> bool {
-        self.seated.closed.load(Acquire)
+        self.local.closed.load(Acquire)
     }
 
     /// Tells later whether the room was closed since, without keeping the user there.
     pub fn room_alive(&self) -> RoomAlive {
-        RoomAlive(self.seated.clone())
+        RoomAlive(self.local.clone())
     }
 
     /// The room; `None` for the cluster.
     pub fn room(&self) -> Option<&RoomId> {
-        match &self.seated.place {
+        match &self.local.scope {
             PresenceScope::Room(room) => Some(room),
             PresenceScope::Cluster => None,
         }
@@ -532,7 +541,7 @@ impl PresenceGuard {
     /// Leaves, on purpose: the user's last connection does so at once.
     pub fn leave(mut self) {
         if let Some(presence) = self.presence.take() {
-            presence.unseat(&self.seated, false);
+            presence.untrack(&self.local, false);
         }
     }
 }
@@ -540,7 +549,7 @@ impl PresenceGuard {
 impl Drop for PresenceGuard {
     fn drop(&mut self) {
         if let Some(presence) = self.presence.take() {
-            presence.unseat(&self.seated, true);
+            presence.untrack(&self.local, true);
         }
     }
 }

@@ -225,12 +225,12 @@ pub(super) async fn join(
     let joining = async {
         let (guard, grant) = match again {
             Some((room_alive, again)) => {
-                (None, JoinGrant { entered: again.await?, room_alive: Some(room_alive) })
+                (None, JoinGrant { snapshot: again.await?, room_alive: Some(room_alive) })
             }
             None => {
-                let (guard, entered) = enter(&asked, &join, &user).await?;
+                let (guard, snapshot) = enter(&asked, &join, &user).await?;
                 let room_alive = Some(guard.room_alive());
-                (Some(guard), JoinGrant { entered, room_alive })
+                (Some(guard), JoinGrant { snapshot, room_alive })
             }
         };
         let start = match join.since {
@@ -309,12 +309,12 @@ async fn enter(
             }
         }
     }
-    let (guard, entered) =
-        presence.enter(PresenceScope::Room(join.room.clone()), user, Some(keep_to)).await?;
-    if entered.created {
+    let (guard, snapshot) =
+        presence.admit(PresenceScope::Room(join.room.clone()), user, Some(keep_to)).await?;
+    if snapshot.created {
         quotas.made_room(&asked.writer, Instant::now());
     }
-    Ok((guard, entered))
+    Ok((guard, snapshot))
 }
 
 pub(super) async fn leave(asked: Asked, room: RoomId) -> Performed {

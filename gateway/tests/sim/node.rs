@@ -208,7 +208,7 @@ impl Node {
         let user = Some(format!("u{user}"));
         let identity = Auth::Anonymous.identify(&Credentials { user, ..Credentials::default() });
         let identity = identity.unwrap();
-        let online = self.services.presence.appear_soon(&identity.user);
+        let online = self.services.presence.track_online_soon(&identity.user);
         let session = SessionId(connection.0);
         let services = self.services.clone();
         let session = Session::new(services, identity, session, handle.clone(), online);
