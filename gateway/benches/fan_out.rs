@@ -13,7 +13,7 @@ use gateway::{
     drain::Tasks,
     hub::{Hub, HubOptions, join::JoinStart, member::ConnectionHandle},
     outbox::Outbox,
-    presence::{Presence, PresenceOptions},
+    presence::{PresenceOptions, PresenceTracker},
     telemetry::metrics::Metrics,
 };
 use shared::{
@@ -72,7 +72,7 @@ impl World {
             &tasks,
         );
         let presence =
-            Presence::start(Arc::new(memory.clone()), PresenceOptions::default(), &tasks);
+            PresenceTracker::start(Arc::new(memory.clone()), PresenceOptions::default(), &tasks);
         let bus: Arc<dyn Bus> = Arc::new(memory);
         let options = HubOptions {
             ring_bytes_max: 1 << 28,

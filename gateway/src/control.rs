@@ -29,7 +29,7 @@ use crate::{
         people::at,
     },
     outbox::Close,
-    presence::Presence,
+    presence::PresenceTracker,
     telemetry::{metrics::Metrics, trail::Trails},
 };
 
@@ -47,7 +47,7 @@ pub struct Control {
     orders: Arc<dyn ControlQueue>,
     sessions: Arc<dyn SessionStore>,
     hub: Hub,
-    presence: Arc<Presence>,
+    presence: Arc<PresenceTracker>,
     metrics: Arc<Metrics>,
     trails: Arc<Trails>,
     /// How long a call may wait for the bus.
@@ -62,7 +62,7 @@ impl Control {
         node: NodeId,
         (orders, sessions): (Arc<dyn ControlQueue>, Arc<dyn SessionStore>),
         hub: Hub,
-        presence: Arc<Presence>,
+        presence: Arc<PresenceTracker>,
         (metrics, trails): (Arc<Metrics>, Arc<Trails>),
         wait_max: Duration,
         tasks: &Tasks,

@@ -38,7 +38,7 @@ pub struct Publisher {
     /// What clients may have kept.
     quotas: Arc<Quotas>,
     bus: Arc<dyn Bus>,
-    registry: Arc<dyn PresenceStore>,
+    store: Arc<dyn PresenceStore>,
     rules: Arc<RoomRules>,
     metrics: Arc<Metrics>,
     trails: Arc<Trails>,
@@ -116,14 +116,14 @@ impl Publisher {
     /// A publisher into `bus`.
     pub fn new(
         bus: Arc<dyn Bus>,
-        registry: Arc<dyn PresenceStore>,
+        store: Arc<dyn PresenceStore>,
         rules: Arc<RoomRules>,
         (metrics, trails): (Arc<Metrics>, Arc<Trails>),
         quotas: Arc<Quotas>,
         wait_max: Duration,
         message_bytes_max: usize,
     ) -> Self {
-        Self { quotas, bus, registry, rules, metrics, trails, wait_max, message_bytes_max }
+        Self { quotas, bus, store, rules, metrics, trails, wait_max, message_bytes_max }
     }
 
     /// Takes from the sender's quota what a message takes in logs: a direct is in two of them.
@@ -226,11 +226,7 @@ impl Publisher {
                 self.bus.append(self.append(room.clone(), envelope, done));
             }
             Recipient::Room(room) => {
-                self.registry.publish_ephemeral(
-                    room.clone(),
-                    EphemeralEvent::Message(envelope),
-                    done,
-                );
+                self.store.publish_ephemeral(room.clone(), EphemeralEvent::Message(envelope), done);
             }
             Recipient::User(user) => {
                 let (to, own) = (RoomId::inbox_of(user), RoomId::inbox_of(&sender.user.id));

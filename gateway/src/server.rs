@@ -22,7 +22,7 @@ use crate::{
     },
     hub::{Hub, MAILBOX_LEN},
     limits::{durable::Quotas, reads::Reads},
-    presence::Presence,
+    presence::PresenceTracker,
     publisher::Publisher,
     rooms::passwords::Passwords,
     session::{Services, peers::Peers},
@@ -102,7 +102,7 @@ impl Server {
                 )))
             }
         };
-        let presence = Presence::start(registry.clone(), config.presence, &tasks);
+        let presence = PresenceTracker::start(registry.clone(), config.presence, &tasks);
         let rules = Arc::new(config.rooms);
         metrics.bus_up.set(i64::from(redis.is_none()));
         let told = mailboxes.node_state().status();

@@ -527,7 +527,7 @@ impl Stream {
         {
             self.join(room).await.map_err(refused)?;
         }
-        let (rules, registry) = (&node.services.rules, node.services.presence.registry());
+        let (rules, registry) = (&node.services.rules, node.services.presence.store());
         for room in &self.waiting {
             let found = registry.find(room.clone());
             let found = match tokio::time::timeout(node.services.limits.wait_max, found).await {

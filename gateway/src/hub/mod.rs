@@ -34,7 +34,7 @@ use crate::{
     delivery::page::Page,
     drain::Tasks,
     outbox::Close,
-    presence::Presence,
+    presence::PresenceTracker,
     rooms::RoomRules,
     telemetry::{metrics::Metrics, trail::Trails},
 };
@@ -219,7 +219,7 @@ enum ReadPurpose {
 impl Hub {
     /// Starts a task per mailbox.
     pub fn start(
-        (bus, presence, rules): (&Arc<dyn Bus>, &Arc<Presence>, &Arc<RoomRules>),
+        (bus, presence, rules): (&Arc<dyn Bus>, &Arc<PresenceTracker>, &Arc<RoomRules>),
         mailboxes: Mailboxes,
         messages: Vec<ShardReceiver>,
         options: HubOptions,

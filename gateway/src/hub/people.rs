@@ -374,7 +374,7 @@ fn listing(
     (handle, ServerFrame::Presence(Box::new(presence)))
 }
 
-/// A time of the registry's as it stands on the wire.
+/// A time of the store's as it stands on the wire.
 pub fn at(millis: UnixMillis) -> String {
     shared::timestamp(SystemTime::UNIX_EPOCH + Duration::from_millis(millis))
 }
@@ -448,10 +448,10 @@ impl Shard {
             .iter()
             .filter_map(|name| Some((name.clone(), self.rooms.get(name)?.generation)))
             .collect();
-        let (registry, commands) = (self.presence.registry().clone(), self.commands.clone());
+        let (store, commands) = (self.presence.store().clone(), self.commands.clone());
         self.spawn("read_rosters", async move {
             let snapshots = loop {
-                match registry.snapshots(names.clone()).await {
+                match store.snapshots(names.clone()).await {
                     Ok(snapshots) => break snapshots,
                     Err(_) => tokio::time::sleep(READ_RETRY_DELAY).await,
                 }

@@ -34,7 +34,7 @@ use crate::{
         replica::{ReadState, RetentionContext},
     },
     drain::Tasks,
-    presence::Presence,
+    presence::PresenceTracker,
     rooms::RoomRules,
     telemetry::{
         metrics::{EntryResult, Metrics},
@@ -64,7 +64,7 @@ pub(super) struct Shard {
     /// Counts followings, so that an reply for an earlier one is not taken for a later one.
     generation: u64,
     pub(super) bus: Arc<dyn Bus>,
-    pub(super) presence: Arc<Presence>,
+    pub(super) presence: Arc<PresenceTracker>,
     pub(super) rules: Arc<RoomRules>,
     pub(super) tasks: Tasks,
     pub(super) commands: mpsc::Sender<ShardCommand>,
@@ -113,7 +113,7 @@ pub(super) struct Shard {
 
 impl Shard {
     pub(super) fn new(
-        (bus, presence, rules): (Arc<dyn Bus>, Arc<Presence>, Arc<RoomRules>),
+        (bus, presence, rules): (Arc<dyn Bus>, Arc<PresenceTracker>, Arc<RoomRules>),
         commands: mpsc::Sender<ShardCommand>,
         messages: &ShardReceiver,
         options: HubOptions,

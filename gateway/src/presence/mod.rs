@@ -1,7 +1,7 @@
 //! Who is where on this node, and for how long after the last connection has gone.
 //!
 //! A connection in a room holds a [`PresenceGuard`]. The first one of a user takes a seat in the
-//! [registry](crate::bus::registry), and when the last one is dropped the seat is grace_id for a moment,
+//! [store](crate::bus::registry), and when the last one is dropped the seat is grace_id for a moment,
 //! so that who reloads a page does not leave and come back for everybody else.
 
 use std::{
@@ -64,10 +64,10 @@ impl Default for PresenceOptions {
 }
 
 /// The locals of this node.
-pub struct Presence {
-    registry: Arc<dyn PresenceStore>,
+pub struct PresenceTracker {
+    store: Arc<dyn PresenceStore>,
     options: PresenceOptions,
-    /// The registry is told while it is locked, so that a later change of a seat is told later. Never
+    /// The store is told while it is locked, so that a later change of a seat is told later. Never
     /// the other way round.
     locals: Mutex<LocalPresences>,
     /// Somebody leaves.
@@ -102,7 +102,7 @@ struct LocalPresence {
     typed: AtomicU64,
     /// Whether the user was let in.
     admitted: AtomicBool,
-    /// Whether the registry has not been told of `active` yet.
+    /// Whether the store has not been told of `active` yet.
     active_is_unreported: AtomicBool,
     /// The room is no more.
     closed: AtomicBool,
@@ -111,7 +111,7 @@ struct LocalPresence {
 /// One connection's part in a scope. The user leaves some time after the last is dropped.
 pub struct PresenceGuard {
     /// `None`: it has left on purpose.
-    presence: Option<Arc<Presence>>,
+    presence: Option<Arc<PresenceTracker>>,
     local: Arc<LocalPresence>,
 }
 
@@ -234,15 +234,15 @@ impl LocalPresence {
     }
 }
 
-impl Presence {
+impl PresenceTracker {
     /// Starts the task that has users leave.
     pub fn start(
-        registry: Arc<dyn PresenceStore>,
+        store: Arc<dyn PresenceStore>,
         options: PresenceOptions,
         tasks: &Tasks,
     ) -> Arc<Self> {
         let presence = Arc::new(Self {
-            registry,
+            store,
             options,
             locals: Mutex::default(),
             expiry_added: Notify::new(),
@@ -264,9 +264,9 @@ impl Presence {
         &self.options
     }
 
-    /// The registry.
-    pub fn registry(&self) -> &Arc<dyn PresenceStore> {
-        &self.registry
+    /// The store.
+    pub fn store(&self) -> &Arc<dyn PresenceStore> {
+        &self.store
     }
 
     /// Has a user enter by one more connection. Dropped before it resolves, the user leaves again.
@@ -307,7 +307,7 @@ impl Presence {
         guard
     }
 
-    /// As [`Presence::track_online`], without waiting.
+    /// As [`PresenceTracker::track_online`], without waiting.
     pub fn track_online_soon(self: &Arc<Self>, person: &UserInfo) -> PresenceGuard {
         self.track(PresenceScope::Cluster, person, None).0
     }
@@ -346,7 +346,7 @@ impl Presence {
         local.connections.fetch_add(1, Relaxed);
         local.grace_id.store(0, Relaxed);
         local.active.store(now, Relaxed);
-        let admitting = self.registry.admit(local.report(), rules);
+        let admitting = self.store.admit(local.report(), rules);
         drop(locals);
         (PresenceGuard { presence: Some(self.clone()), local }, admitting, was_here)
     }
@@ -357,7 +357,7 @@ impl Presence {
     ///
     /// [`BusError`], where the other nodes cannot be asked.
     pub async fn online(&self, after: String, limit: usize) -> Result<OnlinePage, BusError> {
-        if let Some(online) = self.registry.online(after.clone(), limit).await? {
+        if let Some(online) = self.store.online(after.clone(), limit).await? {
             return Ok(online);
         }
         let locals = self.locals.lock();
@@ -377,7 +377,7 @@ impl Presence {
     ///
     /// [`BusError`], where the other nodes cannot be asked.
     pub async fn statuses(&self, users: Vec<UserId>) -> Result<Vec<OnlineStatus>, BusError> {
-        let mut statuses = self.registry.statuses(users.clone()).await?;
+        let mut statuses = self.store.statuses(users.clone()).await?;
         let locals = self.locals.lock();
         for (user, status) in users.iter().zip(&mut statuses) {
             if let Some(local) = locals.get(&PresenceScope::Cluster, user) {
@@ -407,7 +407,7 @@ impl Presence {
         local.closed.store(true, Release);
         local.connections.store(0, Relaxed);
         local.grace_id.store(0, Relaxed);
-        self.registry.track(local.report());
+        self.store.track(local.report());
         locals.remove(local);
     }
 
@@ -443,7 +443,7 @@ impl Presence {
         if before == 1 {
             locals.remove(local);
         }
-        self.registry.track(local.report());
+        self.store.track(local.report());
     }
 
     /// Has users leave whose time has come, and tells now and then when users did something.
@@ -474,7 +474,7 @@ impl Presence {
         {
             // Who came back and left once more is grace_id under another number.
             if local.grace_id.compare_exchange(grace_id, 0, Relaxed, Relaxed).is_ok() {
-                self.registry.track(local.report());
+                self.store.track(local.report());
                 locals.remove(&local);
             }
         }
@@ -483,7 +483,7 @@ impl Presence {
     fn report_active(&self) {
         for ByScopeAndUser(local) in &self.locals.lock().local {
             if local.active_is_unreported.swap(false, Relaxed) {
-                self.registry.track(local.report());
+                self.store.track(local.report());
             }
         }
     }
@@ -498,7 +498,7 @@ impl PresenceGuard {
         if self.is_closed() {
             return not_found();
         }
-        presence.registry.admit(self.local.report(), None)
+        presence.store.admit(self.local.report(), None)
     }
 
     /// The user did something.

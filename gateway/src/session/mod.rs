@@ -46,7 +46,7 @@ use crate::{
         meter::{Meter, MeterRates},
         reads::Reads,
     },
-    presence::{Presence, PresenceGuard},
+    presence::{PresenceGuard, PresenceTracker},
     publisher::{PublishError, Publisher, Receipt, Sender},
     rooms::{RoomRules, passwords::Passwords},
     telemetry::metrics::{Metrics, StorageLimit},
@@ -72,7 +72,7 @@ pub struct Services {
     /// For reads of a log.
     pub bus: Arc<dyn Bus>,
     /// Who is where.
-    pub presence: Arc<Presence>,
+    pub presence: Arc<PresenceTracker>,
     /// Where sessions are kept.
     pub sessions: Arc<dyn SessionStore>,
     /// How clients are told apart.
@@ -388,18 +388,14 @@ impl Session {
             let (user, is_typing) = (self.identity.user.id.clone(), *is_typing);
             let notice = EphemeralEvent::Typing { user, is_typing };
             // Nobody waits for it, and it may be lost.
-            self.services.presence.registry().publish_ephemeral(
-                room.clone(),
-                notice,
-                Box::new(drop),
-            );
+            self.services.presence.store().publish_ephemeral(room.clone(), notice, Box::new(drop));
         }
     }
 
     fn read(&mut self, reference: Option<FrameRef>, read: MarkReadFrame) {
         if self.in_room(reference.as_ref(), "read", &read.room) {
             let (user, by) = (self.identity.user.id.clone(), self.handle.connection);
-            self.services.presence.registry().set_read_mark(read.room, user, read.seq, by);
+            self.services.presence.store().set_read_mark(read.room, user, read.seq, by);
         }
     }
 

@@ -298,7 +298,7 @@ async fn enter(
         within_quota: within_quota.is_ok(),
     };
     if let Some(password) = &join.password {
-        let found = presence.registry().find(join.room.clone()).await?;
+        let found = presence.store().find(join.room.clone()).await?;
         if let Some(hash) = found.and_then(|found| found.config?.password) {
             let (user, room) = (user.id.clone(), join.room.clone());
             let guess = Guess { address: asked.address(), user, room };
@@ -333,10 +333,10 @@ pub(super) async fn presence_in(
     cursor: Option<String>,
     limit: u32,
 ) -> Performed {
-    let (hub, registry) = (&asked.services.hub, asked.services.presence.registry());
+    let (hub, store) = (&asked.services.hub, asked.services.presence.store());
     let (after, limit) = (cursor.unwrap_or_default(), limit as usize);
     let users = hub.present_after(room.clone(), after.clone(), limit).await;
-    let details = registry.details(room.clone(), users);
+    let details = store.details(room.clone(), users);
     let bytes = |details: &PresenceDetails| details.users.len() * PERSON_BYTES;
     let mut details = match asked.read(details, bytes).await {
         Ok(details) => details,

@@ -78,10 +78,10 @@ pub(super) async fn create(
             }
         };
     }
-    let registry = asked.services.presence.registry();
+    let store = asked.services.presence.store();
     let owned_max = asked.services.limits.managed_max;
     let owned_max = Some(owned_max).filter(|max| *max > 0);
-    match asked.wait(registry.create(room.clone(), record.clone(), owned_max)).await {
+    match asked.wait(store.create(room.clone(), record.clone(), owned_max)).await {
         Ok(CreateOutcome::Created) => {
             let found =
                 RoomSummary { room, since: record.created, config: Some(record), members: 0 };
@@ -104,9 +104,9 @@ pub(super) async fn create(
 }
 
 pub(super) async fn delete(asked: Asked, room: RoomId, user: UserId) -> Performed {
-    let registry = asked.services.presence.registry();
+    let store = asked.services.presence.store();
     let by = Some(asked.handle.connection);
-    let (code, text) = match asked.wait(registry.delete_room(room.clone(), Some(user), by)).await {
+    let (code, text) = match asked.wait(store.delete_room(room.clone(), Some(user), by)).await {
         Ok(DeleteOutcome::Deleted) => {
             let (reference, reason) = (asked.reference.clone(), RoomClosedReason::Deleted);
             asked.send(&ServerFrame::RoomClosed(RoomClosedFrame { reference, room, reason }));
@@ -130,8 +130,8 @@ pub(super) async fn info(
     is_member: bool,
     is_open: bool,
 ) -> Performed {
-    let registry = asked.services.presence.registry();
-    let (code, text) = match asked.read(registry.find(room.clone()), |_| 0).await {
+    let store = asked.services.presence.store();
+    let (code, text) = match asked.read(store.find(room.clone()), |_| 0).await {
         Ok(Some(found)) => {
             let info = info_of(found, &asked.services.rules);
             let is_owner = info.owner.as_ref() == Some(&user);
@@ -162,9 +162,9 @@ pub(super) async fn list(
     wanted: client_frame::RoomsFrame,
     identity: Identity,
 ) -> Performed {
-    let registry = asked.services.presence.registry();
+    let store = asked.services.presence.store();
     let (prefix, after) = (wanted.prefix.unwrap_or_default(), wanted.cursor.unwrap_or_default());
-    let listing = registry.list(prefix, after, wanted.limit as usize, false);
+    let listing = store.list(prefix, after, wanted.limit as usize, false);
     let listing = match asked.read(listing, bytes_of).await {
         Ok(listing) => listing,
         Err((code, text)) => {

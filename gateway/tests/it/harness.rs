@@ -11,7 +11,7 @@ use gateway::{
     config::{Config, ConfigSources},
     drain::Tasks,
     hub::HubOptions,
-    presence::{Presence, PresenceOptions},
+    presence::{PresenceOptions, PresenceTracker},
     server::Server,
     telemetry::metrics::Metrics,
 };
@@ -134,8 +134,8 @@ pub fn hub_options() -> HubOptions {
     }
 }
 
-/// Presence of nobody, for a hub whose members only hear a log.
-pub fn nobody(tasks: &Tasks) -> Arc<Presence> {
+/// PresenceTracker of nobody, for a hub whose members only hear a log.
+pub fn nobody(tasks: &Tasks) -> Arc<PresenceTracker> {
     let (mailboxes, _) = Mailboxes::new(1, 1, Arc::new(Metrics::new()));
     let registry = MemoryBus::start(
         retention(),
@@ -144,7 +144,7 @@ pub fn nobody(tasks: &Tasks) -> Arc<Presence> {
         mailboxes,
         tasks,
     );
-    Presence::start(Arc::new(registry), PresenceOptions::default(), tasks)
+    PresenceTracker::start(Arc::new(registry), PresenceOptions::default(), tasks)
 }
 
 /// How long the logs of a bus without a gateway are kept: longer than any test.

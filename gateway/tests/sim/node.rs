@@ -22,7 +22,7 @@ use gateway::{
         reads::Reads,
     },
     outbox::Outbox,
-    presence::{Presence, PresenceOptions},
+    presence::{PresenceOptions, PresenceTracker},
     publisher::Publisher,
     rooms::{RoomRules, passwords::Passwords},
     session::{
@@ -128,7 +128,7 @@ impl Node {
             lingering_rooms_max: 1000,
             watched_users_max: 1000,
         };
-        let presence = Presence::start(redis.clone(), PresenceOptions::default(), &tasks);
+        let presence = PresenceTracker::start(redis.clone(), PresenceOptions::default(), &tasks);
         let rules = Arc::new(RoomRules::default());
         let people = (&bus, &presence, &rules);
         let hub =

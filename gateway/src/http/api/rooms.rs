@@ -186,8 +186,8 @@ pub(super) async fn list(
     paging: Result<Query<Paging>, QueryRejection>,
 ) -> Result<Json<Rooms>, Failed> {
     let (prefix, after, limit) = query(paging)?.checked()?;
-    let registry = node.services.presence.registry();
-    let listing = wait(&node, registry.list(prefix, after, limit, true)).await?;
+    let store = node.services.presence.store();
+    let listing = wait(&node, store.list(prefix, after, limit, true)).await?;
     let rooms = listing.rooms.into_iter().map(|found| Room::of(&node, found)).collect();
     Ok(Json(Rooms { rooms, cursor: listing.next }))
 }
@@ -203,8 +203,8 @@ pub(super) async fn info(
     State(node): State<Arc<Node>>,
     Path(room): Path<String>,
 ) -> Result<Json<Room>, Failed> {
-    let registry = node.services.presence.registry();
-    let found = wait(&node, registry.find(name(&room)?)).await?;
+    let store = node.services.presence.store();
+    let found = wait(&node, store.find(name(&room)?)).await?;
     found.map(|found| Json(Room::of(&node, found))).ok_or_else(not_found)
 }
 
@@ -278,8 +278,8 @@ pub(super) async fn create(
 ) -> Result<(StatusCode, Json<Room>), Failed> {
     let room: RoomId = name(&room)?;
     let record = made.checked(&node, &room).await?;
-    let registry = node.services.presence.registry();
-    if wait(&node, registry.create(room.clone(), record.clone(), None)).await?
+    let store = node.services.presence.store();
+    if wait(&node, store.create(room.clone(), record.clone(), None)).await?
         != CreateOutcome::Created
     {
         let text = "a room of that name is there, with members or a log";
@@ -300,8 +300,8 @@ pub(super) async fn delete(
     State(node): State<Arc<Node>>,
     Path(room): Path<String>,
 ) -> Result<Json<Deleted>, Failed> {
-    let registry = node.services.presence.registry();
-    match wait(&node, registry.delete_room(name(&room)?, None, None)).await? {
+    let store = node.services.presence.store();
+    match wait(&node, store.delete_room(name(&room)?, None, None)).await? {
         DeleteOutcome::Deleted => Ok(Json(Deleted { room })),
         DeleteOutcome::NotFound | DeleteOutcome::NotOwner => Err(not_found()),
     }
@@ -358,8 +358,8 @@ pub(super) async fn presence(
 ) -> Result<Json<Presence>, Failed> {
     let room: RoomId = name(&room)?;
     let (prefix, after, limit) = query(paging)?.checked()?;
-    let registry = node.services.presence.registry();
-    let snapshots = wait(&node, registry.snapshots(vec![room.clone()])).await?;
+    let store = node.services.presence.store();
+    let snapshots = wait(&node, store.snapshots(vec![room.clone()])).await?;
     let present = snapshots.into_iter().next().unwrap_or_default().users;
     let count = present.len() as u64;
     let mut ids: Vec<UserId> = present.into_iter().map(|person| person.id).collect();
@@ -368,7 +368,7 @@ pub(super) async fn presence(
     let more = ids.len() > limit;
     ids.truncate(limit);
     let cursor = ids.last().filter(|_| more).map(UserId::to_string);
-    let details = wait(&node, registry.details(room.clone(), ids)).await?;
+    let details = wait(&node, store.details(room.clone(), ids)).await?;
     let by_id: BTreeMap<UserId, UserPresence> =
         details.users.into_iter().map(|detail| (detail.user.id.clone(), detail)).collect();
     let users = by_id.into_values().map(|detail| Present::of(detail, true)).collect();
