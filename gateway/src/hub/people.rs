@@ -37,7 +37,7 @@ use crate::{
     },
     delivery::{Entry, ServerId},
     outbox::Close,
-    presence::roster::{Move, Roster},
+    presence::roster::{Roster, RosterChange},
 };
 
 /// How far apart `presence_diff`s of a room are at least.
@@ -131,8 +131,8 @@ impl Room {
     ) -> bool {
         match notice {
             EphemeralEvent::Presence(change) => {
-                let (moves, read) = self.people.roster.hear(change);
-                self.tell_moves(moves, individual_max, batch);
+                let (changes, read) = self.people.roster.apply(change);
+                self.send_roster_changes(changes, individual_max, batch);
                 self.answer_who_asks(batch);
                 return read;
             }
@@ -180,12 +180,17 @@ impl Room {
 
     /// Tells who came and went: one by one in a small room, in a large one with the next
     /// `presence_diff`.
-    fn tell_moves(&mut self, moves: Vec<Move>, individual_max: usize, batch: &mut ShardBatch) {
-        if moves.is_empty() {
+    fn send_roster_changes(
+        &mut self,
+        changes: Vec<RosterChange>,
+        individual_max: usize,
+        batch: &mut ShardBatch,
+    ) {
+        if changes.is_empty() {
             return;
         }
         let timestamp = shared::timestamp(SystemTime::now());
-        for Move { user, joined, count, version } in moves {
+        for RosterChange { user, joined, count, version } in changes {
             let largest = if joined { count } else { count + 1 };
             if largest > individual_max as u64 || !self.people.pending.is_empty() {
                 let opposite = self.people.pending.remove(&user.id).is_some();
@@ -301,8 +306,8 @@ impl Room {
         individual_max: usize,
         batch: &mut ShardBatch,
     ) -> bool {
-        let (moves, again) = self.people.roster.read(snapshot);
-        self.tell_moves(moves, individual_max, batch);
+        let (changes, again) = self.people.roster.apply_snapshot(snapshot);
+        self.send_roster_changes(changes, individual_max, batch);
         self.answer_who_asks(batch);
         again
     }
@@ -347,7 +352,7 @@ fn listing(
     let Asking { handle, reference, after, limit, details, .. } = asks;
     let mut known: BTreeMap<UserId, UserPresence> =
         details.users.into_iter().map(|detail| (detail.user.id.clone(), detail)).collect();
-    let mut behind = roster.behind(&after);
+    let mut behind = roster.after(&after);
     let users: Vec<PresenceUser> = behind
         .by_ref()
         .take(limit)
@@ -504,7 +509,7 @@ impl Shard {
             if late {
                 room.answer_who_asks(&mut self.batch);
             }
-            if late || all && !room.people.roster.is_settled() {
+            if late || all && !room.people.roster.is_complete() {
                 names.push(name.clone());
             }
         }
@@ -514,7 +519,7 @@ impl Shard {
     /// Those who may be asked for in a page of a room's people.
     pub(super) fn present_after(&self, name: &RoomId, after: &str, limit: usize) -> Vec<UserId> {
         let Some(room) = self.rooms.get(name) else { return Vec::new() };
-        room.people.roster.behind(after).take(limit).map(|(user, _)| user.clone()).collect()
+        room.people.roster.after(after).take(limit).map(|(user, _)| user.clone()).collect()
     }
 
     /// Answers who is present, once what was asked about it has come to pass here.
@@ -571,6 +576,6 @@ impl Shard {
 /// What a member that joins is told of how many are present.
 pub(super) fn count_for(snapshot: JoinSnapshot, roster: &Roster) -> u64 {
     // A server that came back without what it knew counts too few for a while.
-    let known = if roster.is_settled() { 0 } else { roster.len() as u64 };
+    let known = if roster.is_complete() { 0 } else { roster.len() as u64 };
     snapshot.count.max(known)
 }
