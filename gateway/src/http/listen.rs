@@ -32,7 +32,7 @@ use super::{
     Ends, Node,
     begun::Begun,
     error::{come_back_after, refuse, refuse_for},
-    guests::{Guest, Guests},
+    pending::{PendingConnection, PendingConnections},
 };
 use crate::{
     drain::supervision::caught,
@@ -102,7 +102,7 @@ pub async fn serve(listener: TcpListener, router: Router, node: Arc<Node>, limit
         places: Arc::new(Semaphore::new(limits.connections_max)),
         limits,
         by_address: Counts::default(),
-        guests: Guests::default(),
+        pending: PendingConnections::default(),
         node,
     };
     tokio::select! {
@@ -130,7 +130,7 @@ struct Entrance {
     limits: TcpLimits,
     places: Arc<Semaphore>,
     by_address: Counts<IpAddr>,
-    guests: Guests,
+    pending: PendingConnections,
 }
 
 impl Entrance {
@@ -166,12 +166,12 @@ impl Entrance {
                 continue;
             };
             if self.places.available_permits() == 0 {
-                self.guests.dismiss_oldest();
+                self.pending.evict_oldest();
             }
             // Where all places are WebSockets' one is waited for, and nobody else is accepted meanwhile.
             let place = self.places.clone().acquire_owned().await.expect("never closed");
             let place = TcpPlace { _all: Arc::new(place), _address: Arc::new(of_address) };
-            let guest = self.guests.enter();
+            let guest = self.pending.register();
             let (router, node) = (self.router.clone(), self.node.clone());
             let is_late = node.tasks.leaving().is_cancelled();
             let tasks = node.tasks.clone();
@@ -212,12 +212,12 @@ struct Http {
 
 impl Http {
     /// Serves it until it ends, becomes a WebSocket, or has to go.
-    async fn serve(self, socket: TcpStream, mut guest: Guest) {
+    async fn serve(self, socket: TcpStream, mut guest: PendingConnection) {
         let node = self.node.clone();
         // Nothing is to be finished for who is dropped.
         tokio::select! {
             biased;
-            () = guest.dismissed() => node.metrics.http_connections_dropped.of(DropReason::Evicted).inc(),
+            () = guest.evicted() => node.metrics.http_connections_dropped.of(DropReason::Evicted).inc(),
             () = self.serve_requests(socket) => {}
         }
     }

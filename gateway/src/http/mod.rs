@@ -31,7 +31,7 @@ use crate::{
 
 pub mod listen;
 mod begun;
-mod guests;
+mod pending;
 pub mod address;
 pub mod origin;
 mod error;

@@ -9,50 +9,50 @@ use tokio::sync::oneshot;
 
 /// All of a listener's.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Guests(Arc<Mutex<Present>>);
+pub(super) struct PendingConnections(Arc<Mutex<PendingState>>);
 
 #[derive(Debug, Default)]
-struct Present {
+struct PendingState {
     next: u64,
     /// By number, so in order. A guest is told to go by dropping what stands for it here.
-    guests: BTreeMap<u64, oneshot::Sender<Infallible>>,
+    connections: BTreeMap<u64, oneshot::Sender<Infallible>>,
 }
 
 /// One of them. It is none any more when this is dropped.
 #[derive(Debug)]
-pub(super) struct Guest {
-    guests: Guests,
+pub(super) struct PendingConnection {
+    pending: PendingConnections,
     number: u64,
-    stays: oneshot::Receiver<Infallible>,
+    eviction: oneshot::Receiver<Infallible>,
 }
 
-impl Guests {
-    pub(super) fn enter(&self) -> Guest {
+impl PendingConnections {
+    pub(super) fn register(&self) -> PendingConnection {
         let (stay, stays) = oneshot::channel();
         let mut present = self.0.lock();
         let number = present.next;
         present.next += 1;
-        present.guests.insert(number, stay);
-        Guest { guests: self.clone(), number, stays }
+        present.connections.insert(number, stay);
+        PendingConnection { pending: self.clone(), number, eviction: stays }
     }
 
     /// Tells the oldest one to go.
-    pub(super) fn dismiss_oldest(&self) {
+    pub(super) fn evict_oldest(&self) {
         // Who is told so ends in its own time, after the lock.
-        let _dismissed = self.0.lock().guests.pop_first();
+        let _dismissed = self.0.lock().connections.pop_first();
     }
 }
 
-impl Guest {
+impl PendingConnection {
     /// Resolves when it has to go. Cancel-safe.
-    pub(super) async fn dismissed(&mut self) {
-        let Err(_) = (&mut self.stays).await;
+    pub(super) async fn evicted(&mut self) {
+        let Err(_) = (&mut self.eviction).await;
     }
 }
 
-impl Drop for Guest {
+impl Drop for PendingConnection {
     fn drop(&mut self) {
-        self.guests.0.lock().guests.remove(&self.number);
+        self.pending.0.lock().connections.remove(&self.number);
     }
 }
 
@@ -62,16 +62,17 @@ mod tests {
 
     #[tokio::test]
     async fn the_oldest_that_is_still_there_goes_first() {
-        let guests = Guests::default();
-        let (first, mut second, mut third) = (guests.enter(), guests.enter(), guests.enter());
+        let pending = PendingConnections::default();
+        let (first, mut second, mut third) =
+            (pending.register(), pending.register(), pending.register());
         drop(first);
-        guests.dismiss_oldest();
-        second.dismissed().await;
+        pending.evict_oldest();
+        second.evicted().await;
         drop(second);
-        guests.dismiss_oldest();
-        third.dismissed().await;
+        pending.evict_oldest();
+        third.evicted().await;
         drop(third);
-        guests.dismiss_oldest();
-        assert!(guests.0.lock().guests.is_empty());
+        pending.evict_oldest();
+        assert!(pending.0.lock().connections.is_empty());
     }
 }
