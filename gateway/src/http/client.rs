@@ -33,7 +33,7 @@ use crate::{
         join::{JoinGrant, JoinStart},
         member::{ConnectionHandle, Owner},
     },
-    limits::Place,
+    limits::Permit,
     outbox::Close,
     session::{
         Services,
@@ -62,7 +62,7 @@ pub(super) struct Client {
 pub(super) struct Entered {
     pub(super) identity: Identity,
     /// Its place among the connections of its user.
-    pub(super) place: Place<UserId>,
+    pub(super) place: Permit<UserId>,
     pub(super) opened: OpenedSession,
     /// The secret of its session.
     secret: [u8; 16],

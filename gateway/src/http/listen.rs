@@ -36,7 +36,7 @@ use super::{
 };
 use crate::{
     drain::supervision::caught,
-    limits::{Counts, Place, address_key},
+    limits::{Counts, Permit, address_key},
     outbox,
     telemetry::metrics::DropReason,
 };
@@ -170,7 +170,7 @@ impl Entrance {
             }
             // Where all places are WebSockets' one is waited for, and nobody else is accepted meanwhile.
             let place = self.places.clone().acquire_owned().await.expect("never closed");
-            let place = TcpPlace { _all: Arc::new(place), _address: Arc::new(of_address) };
+            let place = TcpPermit { _all: Arc::new(place), _address: Arc::new(of_address) };
             let guest = self.pending.register();
             let (router, node) = (self.router.clone(), self.node.clone());
             let is_late = node.tasks.leaving().is_cancelled();
@@ -195,15 +195,15 @@ fn is_of_one_connection(error: &io::Error) -> bool {
 
 /// A TCP connection's place, given back when the last of its uses is over.
 #[derive(Clone)]
-pub(super) struct TcpPlace {
+pub(super) struct TcpPermit {
     _all: Arc<OwnedSemaphorePermit>,
-    _address: Arc<Place<IpAddr>>,
+    _address: Arc<Permit<IpAddr>>,
 }
 
 /// A connection that is no WebSocket yet.
 struct Http {
     peer: SocketAddr,
-    place: TcpPlace,
+    place: TcpPermit,
     router: Router,
     node: Arc<Node>,
     /// It came when the node's own clients had been sent away.

@@ -39,7 +39,7 @@ mod health;
 mod page;
 mod extensions;
 mod headers;
-mod places;
+mod permits;
 mod requests;
 mod client;
 mod upgrade;

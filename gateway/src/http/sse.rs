@@ -57,7 +57,7 @@ use super::{
     error::{refuse, refuse_for},
     headers::utf8,
     origin::Allowed,
-    places::Places,
+    permits::ConnectionPermits,
     upgrade::{panicked, route},
 };
 use crate::{
@@ -66,7 +66,7 @@ use crate::{
         registry::{RoomConfig, RoomSummary, unix_millis_now},
     },
     hub::{SubscribeFailed, member::ConnectionHandle},
-    limits::Place,
+    limits::Permit,
     outbox::{Close, FRAME_OVERHEAD_BYTES, Outbox},
     session::{Request, Session, auth::AuthError},
     telemetry::metrics::{Counted, HandshakeResult},
@@ -324,7 +324,7 @@ async fn stream(
     request: axum::extract::Request,
 ) -> Response {
     let (parts, _) = request.into_parts();
-    let places = match Places::take(&node, &parts) {
+    let places = match ConnectionPermits::take(&node, &parts) {
         Ok(places) => places,
         Err((outcome, response)) => {
             node.metrics.handshakes.of(outcome).inc();
@@ -403,8 +403,8 @@ struct Stream {
     waiting: VecDeque<RoomId>,
     pieces: mpsc::Sender<Bytes>,
     expires: Option<Instant>,
-    _places: Places,
-    _user: Place<shared::ids::UserId>,
+    _places: ConnectionPermits,
+    _user: Permit<shared::ids::UserId>,
 }
 
 /// A part of a stream. It counts in the outbox until the kernel has taken it, or the client has gone.
@@ -466,7 +466,7 @@ impl Stream {
         client: Client,
         rooms: Vec<RoomId>,
         (mut cursors, route): (Cursors, String),
-        places: Places,
+        places: ConnectionPermits,
     ) -> Result<(Self, mpsc::Receiver<Bytes>), Answered> {
         let entered = client.enter(node, connection).await.map_err(|error| match error {
             Refused::Nobody(error) => refused(

@@ -39,13 +39,13 @@ use super::{
     error::refuse,
     extensions,
     headers::has_element,
-    places::Places,
+    permits::ConnectionPermits,
 };
 use crate::{
     bus::sessions::OpenedSession,
     hub::{SubscribeFailed, member::ConnectionHandle},
     limits::{
-        Place,
+        Permit,
         meter::{Meter, MeterRates},
     },
     outbox::{Close, Outbox, deflate::Deflating},
@@ -229,7 +229,7 @@ fn admit(
     node: &Node,
     parts: &mut Parts,
     params: &[(String, String)],
-) -> Result<(Agreed, Places), (HandshakeResult, Box<Response>)> {
+) -> Result<(Agreed, ConnectionPermits), (HandshakeResult, Box<Response>)> {
     let as_bad = |response| (HandshakeResult::Invalid, response);
     let accept = accept_key(parts).map_err(as_bad)?;
     let subprotocol = choose_subprotocol(parts).map_err(as_bad)?;
@@ -237,7 +237,7 @@ fn admit(
     let is_wanted = param(params, "deflate") != Some("off");
     let deflates = is_wanted && node.options.deflate_bytes_min.is_some();
     let deflate = extensions::negotiate(&parts.headers, deflates).map_err(as_bad)?;
-    let places = Places::take(node, parts)?;
+    let places = ConnectionPermits::take(node, parts)?;
     Ok((Agreed { accept, subprotocol, deflate }, places))
 }
 
@@ -315,14 +315,14 @@ struct Opening {
     endpoint: Endpoint,
     deflate: Option<DeflateParams>,
     route: String,
-    places: Places,
+    places: ConnectionPermits,
 }
 
 /// A connection that is to be served, and what it holds of the limits.
 struct Served {
     connection: Connection,
-    _places: Places,
-    _user: Option<Place<UserId>>,
+    _places: ConnectionPermits,
+    _user: Option<Permit<UserId>>,
 }
 
 impl Opening {

@@ -173,14 +173,14 @@ impl<K: Hash + Eq> Paces<K> {
     }
 }
 
-/// How many of each key are there. A place is given back by dropping its [`Place`], so that the
+/// How many of each key are there. A place is given back by dropping its [`Permit`], so that the
 /// count cannot drift.
 #[derive(Debug)]
 pub struct Counts<K: Hash + Eq>(Arc<Mutex<HashMap<K, usize>>>);
 
 /// One of the places of a key.
 #[derive(Debug)]
-pub struct Place<K: Hash + Eq> {
+pub struct Permit<K: Hash + Eq> {
     counts: Arc<Mutex<HashMap<K, usize>>>,
     key: Option<K>,
 }
@@ -193,14 +193,14 @@ impl<K: Hash + Eq> Default for Counts<K> {
 
 impl<K: Hash + Eq + Clone> Counts<K> {
     /// Takes a place of `key`, unless it has `max` already. A `max` of 0 is no limit.
-    pub fn enter(&self, key: K, max: usize) -> Option<Place<K>> {
+    pub fn enter(&self, key: K, max: usize) -> Option<Permit<K>> {
         let mut counts = self.0.lock();
         let count = counts.entry(key.clone()).or_insert(0);
         if max != 0 && *count >= max {
             return None;
         }
         *count += 1;
-        Some(Place { counts: self.0.clone(), key: Some(key) })
+        Some(Permit { counts: self.0.clone(), key: Some(key) })
     }
 
     /// How many places of `key` are taken.
@@ -209,7 +209,7 @@ impl<K: Hash + Eq + Clone> Counts<K> {
     }
 }
 
-impl<K: Hash + Eq> Drop for Place<K> {
+impl<K: Hash + Eq> Drop for Permit<K> {
     fn drop(&mut self) {
         let Some(key) = self.key.take() else { return };
         let mut counts = self.counts.lock();

@@ -13,26 +13,26 @@ use super::{
     Ends, Node,
     address::client_address,
     error::{come_back_after, refuse, refuse_for},
-    listen::TcpPlace,
+    listen::TcpPermit,
     origin::{self, Allowed},
 };
 use crate::{
-    limits::{Place, address_key},
+    limits::{Permit, address_key},
     telemetry::metrics::HandshakeResult,
 };
 
 /// What a connection holds as long as it lives, so that limits count it.
-pub(super) struct Places {
+pub(super) struct ConnectionPermits {
     /// What the page it comes from is allowed.
     pub(super) allowed: Allowed,
     /// The address, as limits count it.
     pub(super) address: std::net::IpAddr,
-    _all: Place<()>,
-    _address: Place<std::net::IpAddr>,
-    _tcp: Option<TcpPlace>,
+    _all: Permit<()>,
+    _address: Permit<std::net::IpAddr>,
+    _tcp: Option<TcpPermit>,
 }
 
-impl Places {
+impl ConnectionPermits {
     /// Takes a place for a client from a page that may, or says in HTTP why there is none.
     pub(super) fn take(
         node: &Node,
@@ -92,7 +92,7 @@ impl Places {
             .all
             .enter((), limits.connections_max)
             .ok_or_else(|| unavailable("this node is full"))?;
-        let tcp = parts.extensions.get::<TcpPlace>().cloned();
+        let tcp = parts.extensions.get::<TcpPermit>().cloned();
         Ok(Self { allowed, address, _all: all, _address: by_address, _tcp: tcp })
     }
 }
