@@ -30,7 +30,7 @@ use tower_service::Service as _;
 
 use super::{
     Ends, Node,
-    begun::Begun,
+    buffered::BufferedHead,
     error::{come_back_after, refuse, refuse_for},
     pending::{PendingConnection, PendingConnections},
 };
@@ -229,7 +229,7 @@ impl Http {
         // Bytes that a peer does not read wait where limits count them and answers overtake them.
         outbox::hold_little(&socket);
         let ends = Ends { peer: self.peer, local };
-        let first = timeout(HEADER_READ_MAX, Begun::read(socket, HEADER_BYTES_MAX));
+        let first = timeout(HEADER_READ_MAX, BufferedHead::read(socket, HEADER_BYTES_MAX));
         let first = tokio::select! {
             biased;
             first = first => first,
@@ -245,10 +245,10 @@ impl Http {
         }
     }
 
-    async fn answer_requests(self, begun: Begun, ends: Ends) {
+    async fn answer_requests(self, begun: BufferedHead, ends: Ends) {
         let Self { peer, place, router, node, is_late } = self;
         let answering = node.clone();
-        let stall_limit = begun.stall_limit();
+        let stall_limit = begun.write_timeout();
         let has_answered = AtomicBool::new(false);
         let service = service_fn(move |mut request: Request<Incoming>| {
             request.extensions_mut().insert(ends);

@@ -30,7 +30,7 @@ use crate::{
 };
 
 pub mod listen;
-mod begun;
+mod buffered;
 mod pending;
 pub mod address;
 pub mod origin;

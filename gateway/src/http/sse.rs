@@ -50,7 +50,7 @@ use tokio::{
 
 use super::{
     Ends, Node,
-    begun::StallLimit,
+    buffered::WriteTimeout,
     client::{
         Client, Entered, Params, Refused, connected, follow_inbox, hold_session, param, unread_from,
     },
@@ -343,7 +343,7 @@ async fn stream(
     let id = id.or(param(&params, "last_event_id").map(str::as_bytes));
     let cursors = Cursors::of_id(id.unwrap_or_default());
 
-    let stall_limit = parts.extensions.get::<StallLimit>().cloned();
+    let stall_limit = parts.extensions.get::<WriteTimeout>().cloned();
 
     let (answer, opened) = oneshot::channel();
     let (route, connection) = (route(ends), ConnectionId::random());
@@ -556,7 +556,7 @@ impl Stream {
     }
 
     /// Serves the stream until it ends. Returns the close code that a WebSocket would have had.
-    async fn run(mut self, node: &Node, stall_limit: Option<StallLimit>) -> u16 {
+    async fn run(mut self, node: &Node, stall_limit: Option<WriteTimeout>) -> u16 {
         if let Some(limit) = &stall_limit {
             limit.set(node.options.heartbeat.write_timeout);
         }
@@ -564,7 +564,7 @@ impl Stream {
         let Ended(code) = self.serve(node, &mut told).await;
         self.session.end().await;
         self.handle.outbox.discard();
-        match stall_limit.is_some_and(|limit| limit.is_over()) {
+        match stall_limit.is_some_and(|limit| limit.has_expired()) {
             true => CloseCode::WriteTimeout.number(),
             false => code,
         }

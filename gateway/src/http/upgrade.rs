@@ -34,7 +34,7 @@ use tokio::{io::Interest, net::TcpStream};
 
 use super::{
     Ends, Node, ROUTE_COOKIE,
-    begun::Begun,
+    buffered::BufferedHead,
     client::{Client, Entered, Params, connected, follow_inbox, hold_session, param, subprotocols},
     error::refuse,
     extensions,
@@ -160,7 +160,7 @@ fn upgrade(
                 return;
             }
         };
-        let Ok(parts) = upgraded.downcast::<Begun>() else { return };
+        let Ok(parts) = upgraded.downcast::<BufferedHead>() else { return };
         let (socket, unread) = parts.io.into_parts();
         // hyper's read buffer must not live as long as the connection.
         let early = [parts.read_buf, unread].concat();

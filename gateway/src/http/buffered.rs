@@ -23,25 +23,25 @@ use hyper_util::rt::TokioIo;
 use tokio::{net::TcpStream, time::Sleep};
 
 /// How much one read takes.
-const PIECE_BYTES: usize = 4096;
+const CHUNK_BYTES: usize = 4096;
 
 /// How long a peer may take nothing of an answer, unless the answer says otherwise.
-const STALL_MAX: Duration = Duration::from_secs(10);
+const WRITE_TIMEOUT_DEFAULT: Duration = Duration::from_secs(10);
 
 /// How long a connection's peer may take nothing, shared with what answers its requests.
 #[derive(Clone, Debug)]
-pub(super) struct StallLimit(Arc<Stall>);
+pub(super) struct WriteTimeout(Arc<WriteTimeoutState>);
 
 #[derive(Debug)]
-struct Stall {
+struct WriteTimeoutState {
     max_ms: AtomicU64,
-    is_over: AtomicBool,
+    has_expired: AtomicBool,
 }
 
-impl StallLimit {
+impl WriteTimeout {
     fn new() -> Self {
-        let max_ms = AtomicU64::new(STALL_MAX.as_millis() as u64);
-        Self(Arc::new(Stall { max_ms, is_over: AtomicBool::new(false) }))
+        let max_ms = AtomicU64::new(WRITE_TIMEOUT_DEFAULT.as_millis() as u64);
+        Self(Arc::new(WriteTimeoutState { max_ms, has_expired: AtomicBool::new(false) }))
     }
 
     /// Replaces the limit, from the next write on that has to wait.
@@ -55,22 +55,22 @@ impl StallLimit {
     }
 
     /// Whether the connection ended because its peer took nothing for so long.
-    pub(super) fn is_over(&self) -> bool {
-        self.0.is_over.load(Ordering::Acquire)
+    pub(super) fn has_expired(&self) -> bool {
+        self.0.has_expired.load(Ordering::Acquire)
     }
 }
 
 /// A connection, and what of it was read and not used.
 #[derive(Debug)]
-pub(super) struct Begun {
+pub(super) struct BufferedHead {
     head: Bytes,
     socket: TokioIo<TcpStream>,
     /// Until when the peer has to take something, where it takes nothing.
-    stalled: Option<Pin<Box<Sleep>>>,
-    limit: StallLimit,
+    deadline: Option<Pin<Box<Sleep>>>,
+    limit: WriteTimeout,
 }
 
-impl Begun {
+impl BufferedHead {
     /// Reads until the header of a request is there, or more than `bytes_max`, or what is no HTTP.
     /// What is wrong with it is for an HTTP parser to say.
     pub(super) async fn read(socket: TcpStream, bytes_max: usize) -> io::Result<Self> {
@@ -78,11 +78,11 @@ impl Begun {
         loop {
             socket.readable().await?;
             let seen = head.len();
-            read_piece(&socket, &mut head)?;
-            if head.len() > seen && (is_whole(&head, seen) || head.len() > bytes_max) {
+            read_chunk(&socket, &mut head)?;
+            if head.len() > seen && (is_complete(&head, seen) || head.len() > bytes_max) {
                 let socket = TokioIo::new(socket);
-                let limit = StallLimit::new();
-                return Ok(Self { head: head.into(), socket, stalled: None, limit });
+                let limit = WriteTimeout::new();
+                return Ok(Self { head: head.into(), socket, deadline: None, limit });
             }
         }
     }
@@ -94,19 +94,19 @@ impl Begun {
         written: Poll<io::Result<usize>>,
     ) -> Poll<io::Result<usize>> {
         if written.is_ready() {
-            self.stalled = None;
+            self.deadline = None;
             return written;
         }
         let new = || Box::pin(tokio::time::sleep(self.limit.get()));
-        let until = self.stalled.get_or_insert_with(new);
+        let until = self.deadline.get_or_insert_with(new);
         until.as_mut().poll(context).map(|()| {
-            self.limit.0.is_over.store(true, Ordering::Release);
+            self.limit.0.has_expired.store(true, Ordering::Release);
             Err(io::ErrorKind::TimedOut.into())
         })
     }
 
     /// How long the peer may take nothing.
-    pub(super) fn stall_limit(&self) -> StallLimit {
+    pub(super) fn write_timeout(&self) -> WriteTimeout {
         self.limit.clone()
     }
 
@@ -117,8 +117,8 @@ impl Begun {
 }
 
 /// Adds what there is to read.
-fn read_piece(socket: &TcpStream, head: &mut Vec<u8>) -> io::Result<()> {
-    let mut piece = [0; PIECE_BYTES];
+fn read_chunk(socket: &TcpStream, head: &mut Vec<u8>) -> io::Result<()> {
+    let mut piece = [0; CHUNK_BYTES];
     match socket.try_read(&mut piece) {
         Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
         Ok(count) => {
@@ -139,7 +139,7 @@ fn read_piece(socket: &TcpStream, head: &mut Vec<u8>) -> io::Result<()> {
 
 /// Whether a header is there up to its empty line, or what cannot be one; it was not in the first
 /// `seen` bytes. As an HTTP parser has it, a line may end in LF alone.
-fn is_whole(head: &[u8], seen: usize) -> bool {
+fn is_complete(head: &[u8], seen: usize) -> bool {
     let is_http = head.first().is_some_and(u8::is_ascii_alphabetic);
     let new = &head[seen.saturating_sub(2)..];
     !is_http
@@ -147,7 +147,7 @@ fn is_whole(head: &[u8], seen: usize) -> bool {
         || new.windows(3).any(|end| end == b"\n\r\n")
 }
 
-impl Read for Begun {
+impl Read for BufferedHead {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -163,7 +163,7 @@ impl Read for Begun {
     }
 }
 
-impl Write for Begun {
+impl Write for BufferedHead {
     fn poll_write(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -203,10 +203,10 @@ mod tests {
     fn a_header_is_whole_with_its_empty_line_or_when_it_is_none() {
         for whole in ["GET / HTTP/1.1\r\n\r\n", "GET /\n\n", "GET /\n\r\nrest", "\u{16}\u{3}", "{"]
         {
-            assert!(is_whole(whole.as_bytes(), 0), "{whole:?}");
+            assert!(is_complete(whole.as_bytes(), 0), "{whole:?}");
         }
         for begun in ["G", "GET / HTTP/1.1\r\n", "GET / HTTP/1.1\r\nA: b\r\n\r", "GET /\r\r"] {
-            assert!(!is_whole(begun.as_bytes(), 0), "{begun:?}");
+            assert!(!is_complete(begun.as_bytes(), 0), "{begun:?}");
         }
     }
 
@@ -214,7 +214,7 @@ mod tests {
     fn it_is_found_wherever_it_was_cut() {
         for whole in ["GET / HTTP/1.1\r\nA: b\r\n\r\n", "GET /\n\n", "GET /\n\r\n"] {
             for seen in 0..whole.len() {
-                assert!(is_whole(whole.as_bytes(), seen), "{whole:?} after {seen}");
+                assert!(is_complete(whole.as_bytes(), seen), "{whole:?} after {seen}");
             }
         }
     }
