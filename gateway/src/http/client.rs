@@ -21,7 +21,7 @@ use shared::{
 use tokio::time::{Duration, Instant};
 
 use super::{
-    Ends, Node,
+    ConnectInfo, Node,
     address::client_address,
     headers::{bearer, cookie, elements},
     origin::Allowed,
@@ -96,7 +96,7 @@ impl Client {
         node: &Node,
         headers: &HeaderMap,
         params: &[(String, String)],
-        ends: Ends,
+        ends: ConnectInfo,
         allowed: Allowed,
     ) -> Self {
         let offered = subprotocols(headers);

@@ -29,7 +29,7 @@ use tokio::{
 use tower_service::Service as _;
 
 use super::{
-    Ends, Node,
+    ConnectInfo, Node,
     buffered::BufferedHead,
     error::{come_back_after, refuse, refuse_for},
     pending::{PendingConnection, PendingConnections},
@@ -228,7 +228,7 @@ impl Http {
         let _ = socket.set_nodelay(true);
         // Bytes that a peer does not read wait where limits count them and answers overtake them.
         outbox::hold_little(&socket);
-        let ends = Ends { peer: self.peer, local };
+        let ends = ConnectInfo { peer: self.peer, local };
         let first = timeout(HEADER_READ_MAX, BufferedHead::read(socket, HEADER_BYTES_MAX));
         let first = tokio::select! {
             biased;
@@ -245,7 +245,7 @@ impl Http {
         }
     }
 
-    async fn answer_requests(self, begun: BufferedHead, ends: Ends) {
+    async fn answer_requests(self, begun: BufferedHead, ends: ConnectInfo) {
         let Self { peer, place, router, node, is_late } = self;
         let answering = node.clone();
         let stall_limit = begun.write_timeout();

@@ -156,7 +156,7 @@ impl Default for Turns {
 
 /// The two ends of a TCP connection.
 #[derive(Clone, Copy, Debug)]
-pub struct Ends {
+pub struct ConnectInfo {
     /// The client's, or the proxy's.
     pub peer: SocketAddr,
     /// This node's, as the other side dialled it.

@@ -10,7 +10,7 @@ use axum::{
 use tokio::time::Instant;
 
 use super::{
-    Ends, Node,
+    ConnectInfo, Node,
     address::client_address,
     error::{come_back_after, refuse, refuse_for},
     listen::TcpPermit,
@@ -65,8 +65,10 @@ impl ConnectionPermits {
         }
 
         let limits = &node.options.limits;
-        let peer =
-            parts.extensions.get::<Ends>().map_or([0, 0, 0, 0].into(), |ends| ends.peer.ip());
+        let peer = parts
+            .extensions
+            .get::<ConnectInfo>()
+            .map_or([0, 0, 0, 0].into(), |ends| ends.peer.ip());
         let address = client_address(peer, &parts.headers, &node.options.trusted_proxies);
         let address = address_key(address);
         let now = Instant::now();

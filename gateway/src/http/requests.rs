@@ -15,7 +15,7 @@ use axum::{
 };
 use tokio::time::Instant;
 
-use super::{Ends, Node, address::client_address, error::refuse_for};
+use super::{ConnectInfo, Node, address::client_address, error::refuse_for};
 use crate::{limits::address_key, telemetry::metrics::ApiRejection};
 
 /// How long the answer to a request above the rate waits.
@@ -93,8 +93,10 @@ pub(super) async fn pace(State(node): State<Arc<Node>>, request: Request, next: 
 }
 
 fn address_of(node: &Node, request: &Request) -> IpAddr {
-    let peer =
-        request.extensions().get::<Ends>().map_or([0, 0, 0, 0].into(), |ends| ends.peer.ip());
+    let peer = request
+        .extensions()
+        .get::<ConnectInfo>()
+        .map_or([0, 0, 0, 0].into(), |ends| ends.peer.ip());
     address_key(client_address(peer, request.headers(), &node.options.trusted_proxies))
 }
 

@@ -49,7 +49,7 @@ use tokio::{
 };
 
 use super::{
-    Ends, Node,
+    ConnectInfo, Node,
     buffered::WriteTimeout,
     client::{
         Client, Entered, Params, Refused, connected, follow_inbox, hold_session, param, unread_from,
@@ -335,9 +335,9 @@ async fn stream(
         Ok(rooms) => rooms,
         Err(text) => return refuse(StatusCode::BAD_REQUEST, "bad_request", text),
     };
-    let ends = parts.extensions.get::<Ends>().copied();
-    let ends =
-        ends.unwrap_or(Ends { peer: ([0, 0, 0, 0], 0).into(), local: ([0, 0, 0, 0], 0).into() });
+    let ends = parts.extensions.get::<ConnectInfo>().copied();
+    let ends = ends
+        .unwrap_or(ConnectInfo { peer: ([0, 0, 0, 0], 0).into(), local: ([0, 0, 0, 0], 0).into() });
     let client = Client::read(&node, &parts.headers, &params, ends, places.allowed);
     let id = parts.headers.get("last-event-id").map(HeaderValue::as_bytes);
     let id = id.or(param(&params, "last_event_id").map(str::as_bytes));

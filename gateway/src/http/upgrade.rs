@@ -33,7 +33,7 @@ use shared::{
 use tokio::{io::Interest, net::TcpStream};
 
 use super::{
-    Ends, Node, ROUTE_COOKIE,
+    ConnectInfo, Node, ROUTE_COOKIE,
     buffered::BufferedHead,
     client::{Client, Entered, Params, connected, follow_inbox, hold_session, param, subprotocols},
     error::refuse,
@@ -132,7 +132,7 @@ fn upgrade(
         }
     };
     let (Some(on_upgrade), Some(ends)) =
-        (parts.extensions.remove::<OnUpgrade>(), parts.extensions.get::<Ends>().copied())
+        (parts.extensions.remove::<OnUpgrade>(), parts.extensions.get::<ConnectInfo>().copied())
     else {
         return refuse(StatusCode::BAD_REQUEST, "bad_request", "this connection cannot upgrade");
     };
@@ -219,7 +219,7 @@ fn switching(agreed: &Agreed, route: &str) -> Response {
 
 /// The name of this node for nginx: what its `sticky route` computes of the address it dialled
 /// (the MD5 of `ip:port` in hexadecimal).
-pub(super) fn route(ends: Ends) -> String {
+pub(super) fn route(ends: ConnectInfo) -> String {
     let digest = Md5::digest(ends.local.to_string());
     digest.iter().map(|byte| format!("{byte:02x}")).collect()
 }
