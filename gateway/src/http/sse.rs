@@ -58,7 +58,7 @@ use super::{
     headers::utf8,
     origin::Allowed,
     permits::ConnectionPermits,
-    upgrade::{panicked, route},
+    upgrade::{forget_panicked, sticky_route},
 };
 use crate::{
     bus::{
@@ -346,7 +346,7 @@ async fn stream(
     let stall_limit = parts.extensions.get::<WriteTimeout>().cloned();
 
     let (answer, opened) = oneshot::channel();
-    let (route, connection) = (route(ends), ConnectionId::random());
+    let (route, connection) = (sticky_route(ends), ConnectionId::random());
     let served = node.clone();
     // A task of its own, which ends what it has begun wherever the client goes.
     let serve = async move {
@@ -364,7 +364,8 @@ async fn stream(
         }
     };
     let forgetting = node.clone();
-    node.tasks.spawn_connection(serve, move |panic| panicked(&forgetting, connection, panic));
+    node.tasks
+        .spawn_connection(serve, move |panic| forget_panicked(&forgetting, connection, panic));
     let pieces = match opened.await {
         Ok(Ok(pieces)) => pieces,
         Ok(Err(refused)) => {

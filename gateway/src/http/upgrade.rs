@@ -124,7 +124,7 @@ fn upgrade(
     endpoint: Endpoint,
 ) -> Response {
     let (mut parts, _) = request.into_parts();
-    let (handshake, places) = match admit(&node, &mut parts, params) {
+    let (handshake, places) = match check_handshake(&node, &mut parts, params) {
         Ok(admitted) => admitted,
         Err((outcome, response)) => {
             node.metrics.handshakes.of(outcome).inc();
@@ -139,9 +139,9 @@ fn upgrade(
     node.metrics.handshakes.of(HandshakeResult::Accepted).inc();
     node.metrics.deflate_handshakes.inc_by(handshake.deflate.iter().len() as u64);
 
-    let route = route(ends);
+    let route = sticky_route(ends);
     let connection = ConnectionId::random();
-    let opening = Box::new(Opening {
+    let opening = Box::new(PendingUpgrade {
         connection,
         client: Client::read(&node, &parts.headers, params, ends, places.allowed),
         json_ping: param(params, "ping") == Some("json"),
@@ -173,12 +173,13 @@ fn upgrade(
         served.serve(&node).await;
     };
     let forgetting = node.clone();
-    node.tasks.spawn_connection(serve, move |panic| panicked(&forgetting, connection, panic));
-    switching(&handshake, &route)
+    node.tasks
+        .spawn_connection(serve, move |panic| forget_panicked(&forgetting, connection, panic));
+    switching_protocols(&handshake, &route)
 }
 
 /// A connection's task has ended by a panic, and its session may not have ended what it takes part in.
-pub(super) fn panicked(node: &Arc<Node>, connection: ConnectionId, panic: &str) {
+pub(super) fn forget_panicked(node: &Arc<Node>, connection: ConnectionId, panic: &str) {
     node.metrics.panicked(connection, panic);
     let hub = node.services.hub.clone();
     node.tasks
@@ -186,7 +187,7 @@ pub(super) fn panicked(node: &Arc<Node>, connection: ConnectionId, panic: &str) 
 }
 
 /// What a handshake is answered.
-struct Agreed {
+struct Negotiated {
     accept: String,
     /// Whether the client offered a subprotocol, so that one has to be chosen.
     subprotocol: bool,
@@ -194,7 +195,7 @@ struct Agreed {
 }
 
 /// 101, with the sticky cookie.
-fn switching(agreed: &Agreed, route: &str) -> Response {
+fn switching_protocols(agreed: &Negotiated, route: &str) -> Response {
     let mut response = Response::builder()
         .status(StatusCode::SWITCHING_PROTOCOLS)
         .header(header::UPGRADE, "websocket")
@@ -219,26 +220,26 @@ fn switching(agreed: &Agreed, route: &str) -> Response {
 
 /// The name of this node for nginx: what its `sticky route` computes of the address it dialled
 /// (the MD5 of `ip:port` in hexadecimal).
-pub(super) fn route(ends: ConnectInfo) -> String {
+pub(super) fn sticky_route(ends: ConnectInfo) -> String {
     let digest = Md5::digest(ends.local.to_string());
     digest.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Whether the handshake is one, from a page that may, and whether there is room.
-fn admit(
+fn check_handshake(
     node: &Node,
     parts: &mut Parts,
     params: &[(String, String)],
-) -> Result<(Agreed, ConnectionPermits), (HandshakeResult, Box<Response>)> {
-    let as_bad = |response| (HandshakeResult::Invalid, response);
-    let accept = accept_key(parts).map_err(as_bad)?;
-    let subprotocol = choose_subprotocol(parts).map_err(as_bad)?;
+) -> Result<(Negotiated, ConnectionPermits), (HandshakeResult, Box<Response>)> {
+    let as_invalid = |response| (HandshakeResult::Invalid, response);
+    let accept = accept_key(parts).map_err(as_invalid)?;
+    let subprotocol = choose_subprotocol(parts).map_err(as_invalid)?;
     // Some clients agree on messages that are compressed each by itself, and then do not keep to it.
     let is_wanted = param(params, "deflate") != Some("off");
     let deflates = is_wanted && node.options.deflate_bytes_min.is_some();
-    let deflate = extensions::negotiate(&parts.headers, deflates).map_err(as_bad)?;
+    let deflate = extensions::negotiate(&parts.headers, deflates).map_err(as_invalid)?;
     let places = ConnectionPermits::take(node, parts)?;
-    Ok((Agreed { accept, subprotocol, deflate }, places))
+    Ok((Negotiated { accept, subprotocol, deflate }, places))
 }
 
 /// Whether `chat.v1` is to be chosen among the subprotocols offered. Where there are only others no
@@ -308,7 +309,7 @@ fn accept_key(parts: &Parts) -> Result<String, Box<Response>> {
 }
 
 /// A connection between its 101 and its first frame.
-struct Opening {
+struct PendingUpgrade {
     connection: ConnectionId,
     client: Client,
     json_ping: bool,
@@ -319,19 +320,19 @@ struct Opening {
 }
 
 /// A connection that is to be served, and what it holds of the limits.
-struct Served {
+struct ActiveConnection {
     connection: Connection,
     _places: ConnectionPermits,
     _user: Option<Permit<UserId>>,
 }
 
-impl Opening {
+impl PendingUpgrade {
     async fn open(
         self: Box<Self>,
         node: Arc<Node>,
         socket: TcpStream,
         early: Vec<u8>,
-    ) -> Option<Box<Served>> {
+    ) -> Option<Box<ActiveConnection>> {
         let Self { connection, client, json_ping, endpoint, deflate, route, places } = *self;
         let limits = &node.options.limits;
         let deflating = deflate.zip(node.options.deflate_bytes_min);
@@ -355,7 +356,7 @@ impl Opening {
             let (wheel, metrics) = (node.wheel.clone(), node.metrics.clone());
             let connection =
                 Connection::new(handle, handler, options, meter, wheel, metrics, early);
-            Some(Box::new(Served { connection, _places: places, _user: user }))
+            Some(Box::new(ActiveConnection { connection, _places: places, _user: user }))
         };
         if let Endpoint::Echo = endpoint {
             let echo = Handler::Echo(Echo { mode: node.options.echo });
@@ -365,7 +366,7 @@ impl Opening {
         let mut early = early;
         let nobody = || Handler::Echo(Echo { mode: EchoMode::Off });
         let entering = client.enter(&node, handle.connection);
-        let entered = match unless_gone(entering, &handle.outbox, Some(&mut early)).await {
+        let entered = match unless_disconnected(entering, &handle.outbox, Some(&mut early)).await {
             Some(Ok(entered)) => entered,
             None => return None,
             Some(Err(refused)) => {
@@ -395,7 +396,8 @@ impl Opening {
             }
             online
         };
-        let Some(online) = unless_gone(opening, &handle.outbox, Some(&mut early)).await else {
+        let Some(online) = unless_disconnected(opening, &handle.outbox, Some(&mut early)).await
+        else {
             node.services.hub.leave(RoomId::inbox_of(&user.id), id, None).await;
             node.services.sessions.close(user.id, session, id);
             handle.outbox.discard();
@@ -407,9 +409,9 @@ impl Opening {
         let mut opened = served(handle.clone(), chat, places, Some(place), early)?;
         if let Endpoint::Room(join) = endpoint {
             handle.outbox.flush();
-            let joining = join_at_once(&node, &mut opened.connection, &handle, join);
+            let joining = join_path_room(&node, &mut opened.connection, &handle, join);
             // Where the peer goes meanwhile, serving it ends what it began.
-            if let Some(Err(code)) = unless_gone(joining, &handle.outbox, None).await {
+            if let Some(Err(code)) = unless_disconnected(joining, &handle.outbox, None).await {
                 let close = match code {
                     ErrorCode::Unavailable | ErrorCode::RateLimited => CloseCode::TryAgainLater,
                     _ => CloseCode::PolicyViolation,
@@ -427,7 +429,7 @@ const EARLY_BYTES_MAX: usize = 64 * 1024;
 
 /// The output of a step that opens a connection; `None`, and the step is dropped, where the peer goes
 /// before. What it sends early goes to `early`; without one it stays where it is, and hides its going.
-async fn unless_gone<T>(
+async fn unless_disconnected<T>(
     step: impl Future<Output = T>,
     outbox: &Outbox,
     early: Option<&mut Vec<u8>>,
@@ -436,13 +438,13 @@ async fn unless_gone<T>(
     // Both are cancel-safe, or at their end.
     tokio::select! {
         biased;
-        () = gone(socket, early) => None,
+        () = disconnected(socket, early) => None,
         output = step => Some(output),
     }
 }
 
 /// Resolves when the peer has closed. Cancel-safe.
-async fn gone(socket: &TcpStream, mut early: Option<&mut Vec<u8>>) {
+async fn disconnected(socket: &TcpStream, mut early: Option<&mut Vec<u8>>) {
     loop {
         if has_closed(socket) {
             return;
@@ -487,7 +489,7 @@ fn read_early(socket: &TcpStream, early: &mut Vec<u8>) -> io::Result<()> {
     Ok(())
 }
 
-impl Served {
+impl ActiveConnection {
     async fn serve(mut self: Box<Self>, node: &Node) {
         let batch = node.departure.batch(self.connection.id());
         let code = {
@@ -500,7 +502,7 @@ impl Served {
 }
 
 /// Joins the room of `/ws/rooms/{room}`.
-async fn join_at_once(
+async fn join_path_room(
     node: &Node,
     connection: &mut Connection,
     handle: &ConnectionHandle,
