@@ -82,14 +82,14 @@ const RETRY: Duration = Duration::from_secs(3);
 /// The longest position that is looked at: 20 rooms with the longest names.
 const CURSOR_BYTES_MAX: usize = 8 * 1024;
 /// How much of what waits is made into one piece of the stream.
-const PIECE_BYTES: usize = 32 * 1024;
+const CHUNK_BYTES: usize = 32 * 1024;
 /// How many pieces wait for the connection to take them: one, and one with which the stream ends.
-const PIECES_MAX: usize = 2;
+const CHUNKS_MAX: usize = 2;
 /// Sent by a proxy that asks the next node where this one says 503, and tells browsers itself when to
 /// come back where none is left.
 const FAILOVER: HeaderName = HeaderName::from_static("x-skein-failover");
 /// The longest body of a refusal.
-const REFUSAL_BYTES_MAX: usize = 4 * 1024;
+const REJECTION_BYTES_MAX: usize = 4 * 1024;
 
 /// How far a client is, in rooms and in the inbox.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -123,7 +123,7 @@ impl Cursors {
     }
 
     /// Takes note of a frame. Returns whether a position has moved.
-    fn note(&mut self, frame: &Frame<'_>) -> bool {
+    fn advance(&mut self, frame: &EventFrame<'_>) -> bool {
         let at = |epoch: &Option<Epoch>, seq| Some(Position::new(epoch.clone()?, seq));
         match frame.kind {
             "message" | "direct" | "notification" | "reset" => {
@@ -151,7 +151,7 @@ impl Cursors {
 
 /// A frame, as far as it moves positions.
 #[derive(Deserialize)]
-struct Frame<'a> {
+struct EventFrame<'a> {
     #[serde(rename = "type")]
     kind: &'a str,
     #[serde(default)]
@@ -163,11 +163,11 @@ struct Frame<'a> {
     #[serde(default)]
     recovered: bool,
     #[serde(default)]
-    history: Vec<Shown>,
+    history: Vec<HistoryEntry>,
 }
 
 #[derive(Deserialize)]
-struct Shown {
+struct HistoryEntry {
     #[serde(default)]
     epoch: Option<Epoch>,
     #[serde(default)]
@@ -176,7 +176,7 @@ struct Shown {
 
 /// The JSON of a frame as it stands in an outbox: unmasked and whole (RFC 6455, section 5.2). A binary
 /// one has its payload in base64.
-fn json_of(frame: &[u8]) -> Option<Cow<'_, str>> {
+fn frame_json(frame: &[u8]) -> Option<Cow<'_, str>> {
     let (head, rest) = frame.split_first_chunk::<2>()?;
     let payload = match head[1] & 0x7F {
         126 => rest.get(2..)?,
@@ -208,7 +208,7 @@ pub(super) fn methods(node: Arc<Node>) -> MethodRouter<Arc<Node>> {
         .head(method_not_allowed)
         .options(preflight)
         .fallback(method_not_allowed)
-        .layer(middleware::from_fn_with_state(node, complete))
+        .layer(middleware::from_fn_with_state(node, finish_response))
 }
 
 async fn method_not_allowed() -> Response {
@@ -221,7 +221,7 @@ async fn method_not_allowed() -> Response {
 const METHODS: HeaderValue = HeaderValue::from_static("GET, OPTIONS");
 
 /// The question that a browser asks before it sends a header of the page's own (Fetch Standard,
-/// section 3.3.2). Whether the page may is said by [`complete`].
+/// section 3.3.2). Whether the page may is said by [`finish_response`].
 async fn preflight(request: axum::extract::Request) -> Response {
     const HEADERS: HeaderValue = HeaderValue::from_static("Authorization, Last-Event-ID");
     let wanted = request.headers().get(header::ACCESS_CONTROL_REQUEST_HEADERS);
@@ -237,7 +237,7 @@ async fn preflight(request: axum::extract::Request) -> Response {
 
 /// Adds what every answer of this path has: leave for the page to read it, where its origin is
 /// allowed, and that nobody keeps or changes it on the way. A refusal that passes becomes a stream.
-async fn complete(
+async fn finish_response(
     State(node): State<Arc<Node>>,
     request: axum::extract::Request,
     next: Next,
@@ -253,7 +253,7 @@ async fn complete(
         _ => false,
     };
     if passes {
-        response = come_back(response).await;
+        response = retry_stream(response).await;
     }
     let headers = response.headers_mut();
     let cors = |name: &'static str| HeaderName::from_static(name);
@@ -276,15 +276,15 @@ async fn complete(
 }
 
 /// A stream that says why there is none now, and when to come back, in place of a refusal that passes.
-async fn come_back(refusal: Response) -> Response {
+async fn retry_stream(refusal: Response) -> Response {
     let wait = refusal.headers().get(header::RETRY_AFTER).and_then(utf8);
     let wait = wait.and_then(|seconds| seconds.parse().ok()).map_or(RETRY, Duration::from_secs);
     // Not all at once, who are refused at once.
     let wait = wait.max(RETRY) + rand::random_range(Duration::ZERO..RETRY);
-    let body = axum::body::to_bytes(refusal.into_body(), REFUSAL_BYTES_MAX).await;
-    let refused = body.ok().and_then(|body| serde_json::from_slice::<RefusalBody>(&body).ok());
+    let body = axum::body::to_bytes(refusal.into_body(), REJECTION_BYTES_MAX).await;
+    let refused = body.ok().and_then(|body| serde_json::from_slice::<RejectionBody>(&body).ok());
     let mut text = retry(wait);
-    if let Some(RefusalBody { error: Problem { code, message } }) = refused {
+    if let Some(RejectionBody { error: RejectionDetail { code, message } }) = refused {
         let error = json!({
             "type": "error",
             "code": code,
@@ -298,12 +298,12 @@ async fn come_back(refusal: Response) -> Response {
 
 /// What is read of a refusal in HTTP.
 #[derive(Deserialize)]
-struct RefusalBody {
-    error: Problem,
+struct RejectionBody {
+    error: RejectionDetail,
 }
 
 #[derive(Deserialize)]
-struct Problem {
+struct RejectionDetail {
     code: String,
     message: String,
 }
@@ -351,7 +351,7 @@ async fn stream(
     // A task of its own, which ends what it has begun wherever the client goes.
     let serve = async move {
         let node = served;
-        match Stream::open(&node, connection, client, rooms, (cursors, route), places).await {
+        match EventStream::open(&node, connection, client, rooms, (cursors, route), places).await {
             Ok((mut stream, pieces)) => {
                 if answer.send(Ok(pieces)).is_err() {
                     return stream.session.end().await;
@@ -373,7 +373,7 @@ async fn stream(
             return *refused;
         }
         // The node ends.
-        Err(_) => return *refused(ErrorCode::Unavailable, "this node is stopping"),
+        Err(_) => return *rejected(ErrorCode::Unavailable, "this node is stopping"),
     };
     node.metrics.handshakes.of(HandshakeResult::Accepted).inc();
     let pieces = futures_util::stream::unfold(pieces, async |mut pieces| {
@@ -396,52 +396,52 @@ fn rooms_of(params: &[(String, String)]) -> Result<Vec<RoomId>, &'static str> {
 }
 
 /// A client that reads an event stream.
-struct Stream {
+struct EventStream {
     session: Session,
     handle: Arc<ConnectionHandle>,
     cursors: Cursors,
     /// Rooms to be joined when there is room for their history.
     waiting: VecDeque<RoomId>,
-    pieces: mpsc::Sender<Bytes>,
+    chunks: mpsc::Sender<Bytes>,
     expires: Option<Instant>,
     _places: ConnectionPermits,
     _user: Permit<shared::ids::UserId>,
 }
 
 /// A part of a stream. It counts in the outbox until the kernel has taken it, or the client has gone.
-struct Piece {
+struct StreamChunk {
     text: String,
     handle: Arc<ConnectionHandle>,
 }
 
-impl Piece {
+impl StreamChunk {
     fn bytes(&self) -> usize {
         self.text.capacity() + FRAME_OVERHEAD_BYTES
     }
 }
 
-impl AsRef<[u8]> for Piece {
+impl AsRef<[u8]> for StreamChunk {
     fn as_ref(&self) -> &[u8] {
         self.text.as_bytes()
     }
 }
 
-impl Drop for Piece {
+impl Drop for StreamChunk {
     fn drop(&mut self) {
         self.handle.outbox.release(self.bytes());
     }
 }
 
 /// How a stream ended, as a close code says it.
-struct Ended(u16);
+struct StreamEnd(u16);
 
 /// The client has gone without a word.
-const GONE: Ended = Ended(1006);
+const GONE: StreamEnd = StreamEnd(1006);
 
 /// A refusal in HTTP.
-type Answered = Box<Response>;
+type RejectedResponse = Box<Response>;
 
-fn refused(code: ErrorCode, text: &str) -> Answered {
+fn rejected(code: ErrorCode, text: &str) -> RejectedResponse {
     let status = match code {
         ErrorCode::Unauthorized => StatusCode::UNAUTHORIZED,
         ErrorCode::NotFound => StatusCode::NOT_FOUND,
@@ -459,7 +459,7 @@ fn refused(code: ErrorCode, text: &str) -> Answered {
     })
 }
 
-impl Stream {
+impl EventStream {
     /// Opens the session and joins the rooms. What is to be sent waits in the outbox.
     async fn open(
         node: &Node,
@@ -468,9 +468,9 @@ impl Stream {
         rooms: Vec<RoomId>,
         (mut cursors, route): (Cursors, String),
         places: ConnectionPermits,
-    ) -> Result<(Self, mpsc::Receiver<Bytes>), Answered> {
+    ) -> Result<(Self, mpsc::Receiver<Bytes>), RejectedResponse> {
         let entered = client.enter(node, connection).await.map_err(|error| match error {
-            Refused::Nobody(error) => refused(
+            Refused::Nobody(error) => rejected(
                 ErrorCode::Unauthorized,
                 &match error {
                     AuthError::TokenInvalid(why) => format!("token_invalid: {why}"),
@@ -478,9 +478,9 @@ impl Stream {
                 },
             ),
             Refused::TooMany => {
-                refused(ErrorCode::LimitReached, "this user has too many connections")
+                rejected(ErrorCode::LimitReached, "this user has too many connections")
             }
-            Refused::Unavailable => refused(ErrorCode::Unavailable, "the bus is away"),
+            Refused::Unavailable => rejected(ErrorCode::Unavailable, "the bus is away"),
         })?;
         let outbox = Outbox::to_owner(node.options.limits.outbox_bytes_max, node.metrics.clone());
         let handle =
@@ -500,13 +500,13 @@ impl Stream {
             let left = at.duration_since(std::time::SystemTime::now()).unwrap_or_default();
             Instant::now().checked_add(left)
         });
-        let (pieces, taken) = mpsc::channel(PIECES_MAX);
+        let (pieces, taken) = mpsc::channel(CHUNKS_MAX);
         let (_places, _user, waiting) = (places, place, rooms.into());
         let mut stream =
-            Self { session, handle, cursors, waiting, pieces, expires, _places, _user };
+            Self { session, handle, cursors, waiting, chunks: pieces, expires, _places, _user };
         let joined = match follows {
             Ok(()) => stream.join_all(node).await,
-            Err(SubscribeFailed) => Err(refused(ErrorCode::Unavailable, "the bus is away")),
+            Err(SubscribeFailed) => Err(rejected(ErrorCode::Unavailable, "the bus is away")),
         };
         if let Err(refused) = joined {
             stream.session.end().await;
@@ -518,8 +518,8 @@ impl Stream {
 
     /// Joins as many rooms as the outbox has room for, and makes sure of the others that they can be
     /// joined, since a refusal can be told in HTTP now only.
-    async fn join_all(&mut self, node: &Node) -> Result<(), Answered> {
-        let refused = |code| refused(code, "a room could not be joined");
+    async fn join_all(&mut self, node: &Node) -> Result<(), RejectedResponse> {
+        let refused = |code| rejected(code, "a room could not be joined");
         for room in &self.waiting {
             self.session.check_join(room).map_err(refused)?;
         }
@@ -562,7 +562,7 @@ impl Stream {
             limit.set(node.options.heartbeat.write_timeout);
         }
         let mut told = Some(self.session.told());
-        let Ended(code) = self.serve(node, &mut told).await;
+        let StreamEnd(code) = self.serve(node, &mut told).await;
         self.session.end().await;
         self.handle.outbox.discard();
         match stall_limit.is_some_and(|limit| limit.has_expired()) {
@@ -575,7 +575,7 @@ impl Stream {
         &mut self,
         node: &Node,
         told: &mut Option<tokio::sync::watch::Receiver<BusStatus>>,
-    ) -> Ended {
+    ) -> StreamEnd {
         let handle = self.handle.clone();
         let outbox = &handle.outbox;
         let batch = node.departure.batch(handle.connection);
@@ -589,7 +589,7 @@ impl Stream {
                     handle.health.record_activity(unix_millis_now());
                 }
                 // What waits goes out before the end.
-                let bytes_max = if outbox.is_closing() { usize::MAX } else { PIECE_BYTES };
+                let bytes_max = if outbox.is_closing() { usize::MAX } else { CHUNK_BYTES };
                 let text = self.events(bytes_max);
                 if !text.is_empty() {
                     self.send(text);
@@ -602,7 +602,7 @@ impl Stream {
             }
             if let Some(Close { code, .. }) = outbox.begin_close() {
                 tracing::debug!(connection = %handle.connection, code, "an event stream ends");
-                return Ended(code);
+                return StreamEnd(code);
             }
             if outbox.has_room()
                 && let Some(room) = self.waiting.pop_front()
@@ -631,9 +631,9 @@ impl Stream {
                     let wait = RETRY + Duration::from_millis(after_ms);
                     let last = self.events(usize::MAX);
                     self.send(retry(wait) + &last);
-                    return Ended(CloseCode::ServiceRestart.number());
+                    return StreamEnd(CloseCode::ServiceRestart.number());
                 }
-                () = self.pieces.closed() => return GONE,
+                () = self.chunks.closed() => return GONE,
                 () = expires => {
                     let code = CloseCode::TokenExpired.number();
                     outbox.close(Close { code, reason: String::new() });
@@ -662,19 +662,19 @@ impl Stream {
 
     /// Hands a piece to the connection, which takes it when it can.
     fn send(&self, text: String) {
-        let piece = Piece { text, handle: self.handle.clone() };
+        let piece = StreamChunk { text, handle: self.handle.clone() };
         self.handle.outbox.hold(piece.bytes());
         // One at a time is under way, and a last one. Where the client has gone `closed` tells.
-        let _ = self.pieces.try_send(Bytes::from_owner(piece));
+        let _ = self.chunks.try_send(Bytes::from_owner(piece));
     }
 
     /// The next frames of the outbox as events, of about `bytes_max`.
     fn events(&mut self, bytes_max: usize) -> String {
         let mut text = String::new();
         for frame in self.handle.outbox.take_some(bytes_max) {
-            let Some(json) = json_of(&frame) else { continue };
+            let Some(json) = frame_json(&frame) else { continue };
             text.reserve(json.len() + 64);
-            if serde_json::from_str(&json).is_ok_and(|frame| self.cursors.note(&frame)) {
+            if serde_json::from_str(&json).is_ok_and(|frame| self.cursors.advance(&frame)) {
                 let _ = writeln!(text, "id: {}", self.cursors.to_id());
             }
             let _ = write!(text, "data: {json}\n\n");
@@ -707,7 +707,7 @@ mod tests {
     #[test]
     fn entries_move_positions_and_other_frames_do_not() {
         let mut cursors = Cursors::default();
-        let mut note = |json: &str| cursors.note(&serde_json::from_str(json).unwrap());
+        let mut note = |json: &str| cursors.advance(&serde_json::from_str(json).unwrap());
         assert!(note(
             r#"{"type":"joined","room":"r","epoch":"e","seq":9,"recovered":false,"history":[{"type":"message","epoch":"e","seq":8}]}"#
         ));
@@ -727,7 +727,7 @@ mod tests {
         cursors.rooms.insert("r".parse().unwrap(), at("e", 4));
         let joined =
             r#"{"type":"joined","room":"r","epoch":"e","seq":9,"recovered":true,"history":[]}"#;
-        cursors.note(&serde_json::from_str(joined).unwrap());
+        cursors.advance(&serde_json::from_str(joined).unwrap());
         assert_eq!(cursors.rooms["r"], at("e", 4));
     }
 
@@ -736,13 +736,13 @@ mod tests {
         for length in [5, 200, 70_000] {
             let json = format!(r#"{{"a":"{}"}}"#, "x".repeat(length));
             let frame = codec::encode(Opcode::Text, &[json.as_bytes()]);
-            assert_eq!(json_of(&frame).as_deref(), Some(&*json));
+            assert_eq!(frame_json(&frame).as_deref(), Some(&*json));
         }
         let header = br#"{"type":"message"}"#;
         let length = (header.len() as u16).to_be_bytes();
         let frame = codec::encode(Opcode::Binary, &[&length, header, &[0, 255]]);
-        let json = json_of(&frame).unwrap();
+        let json = frame_json(&frame).unwrap();
         assert_eq!(json, r#"{"type":"message","encoding":"base64","content":"AP8="}"#);
-        assert_eq!(json_of(&codec::encode(Opcode::Ping, &[])), None);
+        assert_eq!(frame_json(&codec::encode(Opcode::Ping, &[])), None);
     }
 }
