@@ -41,7 +41,7 @@ mod extensions;
 mod headers;
 mod permits;
 mod requests;
-mod client;
+mod handshake;
 mod upgrade;
 mod sse;
 pub mod api;

@@ -51,10 +51,11 @@ use tokio::{
 use super::{
     ConnectInfo, Node,
     buffered::WriteTimeout,
-    client::{
-        Client, Entered, Params, Refused, connected, follow_inbox, hold_session, param, unread_from,
-    },
     error::{refuse, refuse_for},
+    handshake::{
+        AdmissionError, AdmittedClient, ClientHandshake, Params, connected_frame, join_inbox,
+        param, unread_from, verify_session,
+    },
     headers::utf8,
     origin::Allowed,
     permits::ConnectionPermits,
@@ -338,7 +339,7 @@ async fn stream(
     let ends = parts.extensions.get::<ConnectInfo>().copied();
     let ends = ends
         .unwrap_or(ConnectInfo { peer: ([0, 0, 0, 0], 0).into(), local: ([0, 0, 0, 0], 0).into() });
-    let client = Client::read(&node, &parts.headers, &params, ends, places.allowed);
+    let client = ClientHandshake::read(&node, &parts.headers, &params, ends, places.allowed);
     let id = parts.headers.get("last-event-id").map(HeaderValue::as_bytes);
     let id = id.or(param(&params, "last_event_id").map(str::as_bytes));
     let cursors = Cursors::of_id(id.unwrap_or_default());
@@ -464,36 +465,36 @@ impl EventStream {
     async fn open(
         node: &Node,
         connection: ConnectionId,
-        client: Client,
+        client: ClientHandshake,
         rooms: Vec<RoomId>,
         (mut cursors, route): (Cursors, String),
         places: ConnectionPermits,
     ) -> Result<(Self, mpsc::Receiver<Bytes>), RejectedResponse> {
-        let entered = client.enter(node, connection).await.map_err(|error| match error {
-            Refused::Nobody(error) => rejected(
+        let entered = client.admit(node, connection).await.map_err(|error| match error {
+            AdmissionError::Unauthenticated(error) => rejected(
                 ErrorCode::Unauthorized,
                 &match error {
                     AuthError::TokenInvalid(why) => format!("token_invalid: {why}"),
                     error => format!("authentication required: {error}"),
                 },
             ),
-            Refused::TooMany => {
+            AdmissionError::TooManyConnections => {
                 rejected(ErrorCode::LimitReached, "this user has too many connections")
             }
-            Refused::Unavailable => rejected(ErrorCode::Unavailable, "the bus is away"),
+            AdmissionError::Unavailable => rejected(ErrorCode::Unavailable, "the bus is away"),
         })?;
         let outbox = Outbox::to_owner(node.options.limits.outbox_bytes_max, node.metrics.clone());
         let handle =
             Arc::new(ConnectionHandle::new(connection, outbox).with_owner(entered.owner()));
         let (user, wait) = (entered.identity.user.clone(), node.services.limits.wait_max);
         let online = node.services.presence.track_online(&user, wait).await;
-        handle.send(&connected(node, &entered, &handle, route));
-        let Entered { identity, place, opened, .. } = entered;
+        handle.send(&connected_frame(node, &entered, &handle, route));
+        let AdmittedClient { identity, place, opened, .. } = entered;
         let inbox = cursors.inbox.clone().map(Ok).or(client.inbox);
         // Where the inbox begins is part of every position from now on.
         let begins = Position::new(opened.inbox.epoch.clone(), unread_from(&opened.inbox));
         cursors.inbox = Some(inbox.clone().and_then(Result::ok).unwrap_or(begins));
-        let follows = follow_inbox(node, &handle, &user.id, opened.inbox, inbox).await;
+        let follows = join_inbox(node, &handle, &user.id, opened.inbox, inbox).await;
         let services = node.services.clone();
         let session = Session::new(services, identity, opened.session, handle.clone(), online);
         let expires = session.expires_at().and_then(|at| {
@@ -512,7 +513,7 @@ impl EventStream {
             stream.session.end().await;
             return Err(refused);
         }
-        hold_session(node, &stream.handle).await;
+        verify_session(node, &stream.handle).await;
         Ok((stream, taken))
     }
 

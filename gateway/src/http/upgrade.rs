@@ -35,9 +35,12 @@ use tokio::{io::Interest, net::TcpStream};
 use super::{
     ConnectInfo, Node, ROUTE_COOKIE,
     buffered::BufferedHead,
-    client::{Client, Entered, Params, connected, follow_inbox, hold_session, param, subprotocols},
     error::refuse,
     extensions,
+    handshake::{
+        AdmittedClient, ClientHandshake, Params, connected_frame, join_inbox, param, subprotocols,
+        verify_session,
+    },
     headers::has_element,
     permits::ConnectionPermits,
 };
@@ -143,7 +146,7 @@ fn upgrade(
     let connection = ConnectionId::random();
     let opening = Box::new(PendingUpgrade {
         connection,
-        client: Client::read(&node, &parts.headers, params, ends, places.allowed),
+        client: ClientHandshake::read(&node, &parts.headers, params, ends, places.allowed),
         json_ping: param(params, "ping") == Some("json"),
         endpoint,
         deflate: handshake.deflate,
@@ -311,7 +314,7 @@ fn accept_key(parts: &Parts) -> Result<String, Box<Response>> {
 /// A connection between its 101 and its first frame.
 struct PendingUpgrade {
     connection: ConnectionId,
-    client: Client,
+    client: ClientHandshake,
     json_ping: bool,
     endpoint: Endpoint,
     deflate: Option<DeflateParams>,
@@ -365,7 +368,7 @@ impl PendingUpgrade {
 
         let mut early = early;
         let nobody = || Handler::Echo(Echo { mode: EchoMode::Off });
-        let entering = client.enter(&node, handle.connection);
+        let entering = client.admit(&node, handle.connection);
         let entered = match unless_disconnected(entering, &handle.outbox, Some(&mut early)).await {
             Some(Ok(entered)) => entered,
             None => return None,
@@ -379,14 +382,16 @@ impl PendingUpgrade {
         tracing::debug!(connection = %id, user = %user.id, "connected");
         let handle = Arc::new(handle.with_owner(entered.owner()));
         let (presence, wait) = (&node.services.presence, node.services.limits.wait_max);
-        let connected = connected(&node, &entered, &handle, route);
-        let Entered { identity, place, opened: OpenedSession { session, inbox, .. }, .. } = entered;
+        let connected = connected_frame(&node, &entered, &handle, route);
+        let AdmittedClient {
+            identity, place, opened: OpenedSession { session, inbox, .. }, ..
+        } = entered;
         let opening = async {
             // When the client hears `connected` everybody can see that its user is.
             let online = presence.track_online(&user, wait).await;
             handle.send(&connected);
-            match follow_inbox(&node, &handle, &user.id, inbox, client.inbox).await {
-                Ok(()) => hold_session(&node, &handle).await,
+            match join_inbox(&node, &handle, &user.id, inbox, client.inbox).await {
+                Ok(()) => verify_session(&node, &handle).await,
                 Err(SubscribeFailed) => {
                     // It comes back, to this node or one that hears.
                     let (code, reason) =

@@ -42,13 +42,13 @@ use crate::{
 };
 
 /// How soon an inbox is tried again that could not be followed.
-const JOIN_AGAIN: Duration = Duration::from_millis(100);
+const JOIN_RETRY: Duration = Duration::from_millis(100);
 
 /// The query of a handshake, in the order sent; the first of a name counts.
 pub(super) type Params = Query<Vec<(String, String)>>;
 
 /// What a client says in its handshake.
-pub(super) struct Client {
+pub(super) struct ClientHandshake {
     credentials: Credentials,
     /// `?session=` or the subprotocol `session.<token>`.
     session: Option<ResumeToken>,
@@ -59,7 +59,7 @@ pub(super) struct Client {
 }
 
 /// A client that is let in.
-pub(super) struct Entered {
+pub(super) struct AdmittedClient {
     pub(super) identity: Identity,
     /// Its place among the connections of its user.
     pub(super) place: Permit<UserId>,
@@ -70,27 +70,27 @@ pub(super) struct Entered {
 }
 
 /// Why a client is not let in.
-pub(super) enum Refused {
+pub(super) enum AdmissionError {
     /// It is nobody.
-    Nobody(AuthError),
+    Unauthenticated(AuthError),
     /// Its user has as many connections as may be.
-    TooMany,
+    TooManyConnections,
     /// The bus is away.
     Unavailable,
 }
 
-impl Refused {
+impl AdmissionError {
     /// The close code and the reason, after the upgrade.
     pub(super) fn close(&self) -> (CloseCode, String) {
         match self {
-            Self::Nobody(error) => (CloseCode::PolicyViolation, error.to_string()),
-            Self::TooMany => (CloseCode::PolicyViolation, "too_many_connections".to_owned()),
+            Self::Unauthenticated(error) => (CloseCode::PolicyViolation, error.to_string()),
+            Self::TooManyConnections => (CloseCode::PolicyViolation, "too_many_connections".to_owned()),
             Self::Unavailable => (CloseCode::TryAgainLater, "unavailable".to_owned()),
         }
     }
 }
 
-impl Client {
+impl ClientHandshake {
     /// Reads a handshake.
     pub(super) fn read(
         node: &Node,
@@ -112,11 +112,11 @@ impl Client {
 
     /// Finds out who the client is, and gives it its session. In anonymous mode a session tells the
     /// user, where the client does not.
-    pub(super) async fn enter(
+    pub(super) async fn admit(
         &self,
         node: &Node,
         connection: ConnectionId,
-    ) -> Result<Entered, Refused> {
+    ) -> Result<AdmittedClient, AdmissionError> {
         let Services { auth, sessions, limits, .. } = &*node.services;
         let credentials = match (auth, &self.credentials.user, &self.session) {
             (Auth::Anonymous, None, Some(token)) => {
@@ -128,26 +128,26 @@ impl Client {
                         name: self.credentials.name.clone().or(Some(before.name.to_string())),
                         ..self.credentials.clone()
                     }),
-                    _ => return Err(Refused::Unavailable),
+                    _ => return Err(AdmissionError::Unavailable),
                 }
             }
             _ => None,
         };
-        self.enter_as(node, connection, credentials.as_ref().unwrap_or(&self.credentials)).await
+        self.admit_as(node, connection, credentials.as_ref().unwrap_or(&self.credentials)).await
     }
 
-    async fn enter_as(
+    async fn admit_as(
         &self,
         node: &Node,
         connection: ConnectionId,
         credentials: &Credentials,
-    ) -> Result<Entered, Refused> {
+    ) -> Result<AdmittedClient, AdmissionError> {
         let Services { auth, sessions, limits, .. } = &*node.services;
-        let identity = auth.identify(credentials).map_err(Refused::Nobody)?;
+        let identity = auth.identify(credentials).map_err(AdmissionError::Unauthenticated)?;
         let user = identity.user.id.clone();
         let place =
             node.state.by_user.enter(user.clone(), node.options.limits.connections_per_user);
-        let place = place.ok_or(Refused::TooMany)?;
+        let place = place.ok_or(AdmissionError::TooManyConnections)?;
 
         let about = Arc::new(ConnectionInfo {
             name: identity.user.name.clone(),
@@ -169,14 +169,14 @@ impl Client {
             Ok(Ok(opened)) => {
                 let token = presented.filter(|_| opened.resumed.is_some()).unwrap_or(&fresh);
                 let secret = token.secret;
-                Ok(Entered { identity, place, opened, secret, about })
+                Ok(AdmittedClient { identity, place, opened, secret, about })
             }
-            _ => Err(Refused::Unavailable),
+            _ => Err(AdmissionError::Unavailable),
         }
     }
 }
 
-impl Entered {
+impl AdmittedClient {
     /// Whose the connection is.
     pub(super) fn owner(&self) -> Owner {
         Owner {
@@ -189,7 +189,7 @@ impl Entered {
 }
 
 /// Has a connection given what its device lacks of the inbox, and what comes.
-pub(super) async fn follow_inbox(
+pub(super) async fn join_inbox(
     node: &Node,
     handle: &Arc<ConnectionHandle>,
     user: &UserId,
@@ -212,22 +212,22 @@ pub(super) async fn follow_inbox(
         match tokio::time::timeout_at(until, joining).await {
             Ok(Ok(_)) => return Ok(()),
             // One failed attempt to read it, which may be over in a moment.
-            Ok(Err(SubscribeFailed)) if Instant::now() + JOIN_AGAIN < until => {
-                tokio::time::sleep(JOIN_AGAIN).await;
+            Ok(Err(SubscribeFailed)) if Instant::now() + JOIN_RETRY < until => {
+                tokio::time::sleep(JOIN_RETRY).await;
             }
             _ => return Err(SubscribeFailed),
         }
     }
 }
 
-/// The position behind which there is something unread. What has expired so is told of by `connected`.
+/// The position behind which there is something unread. What has expired so is told of by `connected_frame`.
 pub(super) fn unread_from(inbox: &InboxState) -> Seq {
     inbox.acked.max(inbox.oldest - 1).min(inbox.seq)
 }
 
 /// Makes sure that a connection which is in its inbox now still has its session: an order to close it, or
 /// another that presented it, may have come before it was to be found there.
-pub(super) async fn hold_session(node: &Node, handle: &ConnectionHandle) {
+pub(super) async fn verify_session(node: &Node, handle: &ConnectionHandle) {
     let Some(owner) = handle.owner() else { return };
     let Services { sessions, limits, .. } = &*node.services;
     let holder = sessions.holder(owner.user.clone(), owner.session, handle.connection);
@@ -242,13 +242,13 @@ pub(super) async fn hold_session(node: &Node, handle: &ConnectionHandle) {
 }
 
 /// The first frame of a connection.
-pub(super) fn connected(
+pub(super) fn connected_frame(
     node: &Node,
-    entered: &Entered,
+    entered: &AdmittedClient,
     handle: &ConnectionHandle,
     route: String,
 ) -> ServerFrame<Box<RawValue>> {
-    let Entered { identity, opened, secret, .. } = entered;
+    let AdmittedClient { identity, opened, secret, .. } = entered;
     let user = identity.user.clone();
     let token = ResumeToken { secret: *secret, session: opened.session, user: user.id.clone() };
     ServerFrame::Connected(Box::new(ConnectedFrame {
