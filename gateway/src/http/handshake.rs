@@ -24,7 +24,7 @@ use super::{
     ConnectInfo, Node,
     address::client_address,
     headers::{bearer, cookie, elements},
-    origin::Allowed,
+    origin::OriginAccess,
 };
 use crate::{
     bus::sessions::{self, ConnectionInfo, OpenedSession, SecretDigest, SessionHolder},
@@ -97,7 +97,7 @@ impl ClientHandshake {
         headers: &HeaderMap,
         params: &[(String, String)],
         ends: ConnectInfo,
-        allowed: Allowed,
+        allowed: OriginAccess,
     ) -> Self {
         let offered = subprotocols(headers);
         let session = || offered.iter().find_map(|offer| offer.strip_prefix("session."));
@@ -282,13 +282,13 @@ fn credentials(
     headers: &HeaderMap,
     params: &[(String, String)],
     offered: &[String],
-    allowed: Allowed,
+    allowed: OriginAccess,
 ) -> Credentials {
     let bearer = || bearer(headers).map(Cow::into_owned);
     // A browser sends the visitor's cookies whichever page asks: where any page may, they say nothing.
     let cookie = || match allowed {
-        Allowed::WithoutCredentials => None,
-        Allowed::NoOrigin | Allowed::WithCredentials => {
+        OriginAccess::WithoutCredentials => None,
+        OriginAccess::NoOrigin | OriginAccess::WithCredentials => {
             cookie(headers, &node.options.auth_cookie).map(Cow::into_owned)
         }
     };

@@ -15,15 +15,15 @@ use super::headers::utf8;
 pub struct AllowedOrigins {
     any: bool,
     null: bool,
-    origins: Vec<Pattern>,
+    origins: Vec<OriginPattern>,
 }
 
 /// One origin, or those of all hosts below a name.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Pattern {
+struct OriginPattern {
     origin: Origin,
     /// The host stands for those with one or more labels in front of it.
-    below: bool,
+    subdomains: bool,
 }
 
 /// Scheme, host and port of a page, in ASCII and lower case.
@@ -36,7 +36,7 @@ struct Origin {
 
 /// What a page of an allowed origin is allowed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Allowed {
+pub enum OriginAccess {
     /// There is no origin: the client is no browser, or its request is of no page.
     NoOrigin,
     /// The page may use what the browser has of its visitor.
@@ -47,7 +47,7 @@ pub enum Allowed {
 
 /// The origin of a page that may not connect, and what it was compared with, for the log.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Refused {
+pub struct DeniedOrigin {
     /// `Origin`
     pub origin: String,
     /// `Host`
@@ -59,17 +59,17 @@ pub struct Refused {
 #[error("no page has the origin `{entry}`: {advice}")]
 pub struct InvalidOrigin {
     entry: String,
-    advice: Advice,
+    advice: OriginAdvice,
 }
 
 /// What to write instead.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Advice {
+enum OriginAdvice {
     Write(String),
     Shape,
 }
 
-impl fmt::Display for Advice {
+impl fmt::Display for OriginAdvice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Write(entry) => write!(f, "write `{entry}`"),
@@ -94,7 +94,7 @@ impl AllowedOrigins {
                 "*" => allowed.any = true,
                 "null" => allowed.null = true,
                 entry => allowed.origins.push(
-                    pattern(entry)
+                    parse_pattern(entry)
                         .map_err(|advice| InvalidOrigin { entry: entry.to_owned(), advice })?,
                 ),
             }
@@ -107,79 +107,81 @@ impl AllowedOrigins {
     ///
     /// # Errors
     ///
-    /// [`Refused`] where the page may not connect.
-    pub fn allow(&self, headers: &HeaderMap) -> Result<Allowed, Refused> {
+    /// [`DeniedOrigin`] where the page may not connect.
+    pub fn allow(&self, headers: &HeaderMap) -> Result<OriginAccess, DeniedOrigin> {
         let mut origins = headers.get_all(header::ORIGIN).iter();
-        let Some(value) = origins.next() else { return Ok(Allowed::NoOrigin) };
+        let Some(value) = origins.next() else { return Ok(OriginAccess::NoOrigin) };
         let is_one = origins.next().is_none();
         let origin = utf8(value).filter(|_| is_one).and_then(Origin::parse);
         if let Some(origin) = &origin
             && (origin.is_own(headers) || self.origins.iter().any(|known| known.allows(origin)))
         {
-            return Ok(Allowed::WithCredentials);
+            return Ok(OriginAccess::WithCredentials);
         }
         let is_null = is_one && value.as_bytes() == b"null";
         if self.any || self.null && is_null {
-            return Ok(Allowed::WithoutCredentials);
+            return Ok(OriginAccess::WithoutCredentials);
         }
         let host = headers.get(header::HOST);
-        Err(Refused { origin: shown(Some(value)), host: shown(host) })
+        Err(DeniedOrigin { origin: for_log(Some(value)), host: for_log(host) })
     }
 }
 
 /// As much of a header as is worth a place in the log.
-fn shown(value: Option<&HeaderValue>) -> String {
+fn for_log(value: Option<&HeaderValue>) -> String {
     const CHARS_MAX: usize = 200;
     let text = value.map_or(Cow::Borrowed("-"), |value| String::from_utf8_lossy(value.as_bytes()));
     text.chars().take(CHARS_MAX).collect()
 }
 
 /// Reads an entry of the configuration.
-fn pattern(entry: &str) -> Result<Pattern, Advice> {
+fn parse_pattern(entry: &str) -> Result<OriginPattern, OriginAdvice> {
     let Some((scheme, rest)) = entry.split_once("://") else {
         let would = format!("https://{entry}");
-        return Err(match pattern(&would) {
-            Ok(_) => Advice::Write(would),
+        return Err(match parse_pattern(&would) {
+            Ok(_) => OriginAdvice::Write(would),
             // `example.org/path` has two mistakes.
-            Err(Advice::Write(would)) => Advice::Write(would),
-            Err(Advice::Shape) => Advice::Shape,
+            Err(OriginAdvice::Write(would)) => OriginAdvice::Write(would),
+            Err(OriginAdvice::Shape) => OriginAdvice::Shape,
         });
     };
     match scheme.to_ascii_lowercase().as_str() {
-        "ws" => return Err(Advice::Write(format!("http://{rest}"))),
-        "wss" => return Err(Advice::Write(format!("https://{rest}"))),
-        "file" => return Err(Advice::Write("null".to_owned())),
+        "ws" => return Err(OriginAdvice::Write(format!("http://{rest}"))),
+        "wss" => return Err(OriginAdvice::Write(format!("https://{rest}"))),
+        "file" => return Err(OriginAdvice::Write("null".to_owned())),
         _ => {}
     }
     if let Some(end) = rest.find(['/', '?', '#']) {
         let would = format!("{scheme}://{}", &rest[..end]);
-        return Err(pattern(&would).map_or(Advice::Shape, |_| Advice::Write(would)));
+        return Err(
+            parse_pattern(&would).map_or(OriginAdvice::Shape, |_| OriginAdvice::Write(would))
+        );
     }
     let below = rest.strip_prefix("*.");
     let bare = format!("{scheme}://{}", below.unwrap_or(rest));
-    let origin = Origin::parse(&bare).ok_or(Advice::Shape)?;
+    let origin = Origin::parse(&bare).ok_or(OriginAdvice::Shape)?;
     if rest == "*" {
-        return Err(Advice::Write("*".to_owned()));
+        return Err(OriginAdvice::Write("*".to_owned()));
     }
     if origin.host.starts_with('.') {
-        return Err(Advice::Write(format!("{scheme}://*{rest}")));
+        return Err(OriginAdvice::Write(format!("{scheme}://*{rest}")));
     }
     let is_address =
         origin.host.starts_with('[') || origin.host.parse::<std::net::Ipv4Addr>().is_ok();
     let has_gap = origin.host.trim_end_matches('.').split('.').any(str::is_empty);
     if has_gap || origin.host.contains('*') || below.is_some() && is_address {
-        return Err(Advice::Shape);
+        return Err(OriginAdvice::Shape);
     }
-    Ok(Pattern { origin, below: below.is_some() })
+    Ok(OriginPattern { origin, subdomains: below.is_some() })
 }
 
-impl Pattern {
+impl OriginPattern {
     fn allows(&self, origin: &Origin) -> bool {
         let Origin { scheme, host, port } = &self.origin;
         if *scheme != origin.scheme || *port != origin.port {
             return false;
         }
-        if !self.below {
+        if !self.subdomains {
             return *host == origin.host;
         }
         let label =
@@ -262,18 +264,18 @@ mod tests {
     }
 
     #[track_caller]
-    fn check(entries: &[&str], origin: Option<&str>, host: &str, expected: Option<Allowed>) {
+    fn check(entries: &[&str], origin: Option<&str>, host: &str, expected: Option<OriginAccess>) {
         let found = allowed(entries).allow(&headers(origin, host));
         assert_eq!(found.ok(), expected, "{origin:?} at {host}, allowed {entries:?}");
     }
 
-    const YES: Option<Allowed> = Some(Allowed::WithCredentials);
-    const ANY: Option<Allowed> = Some(Allowed::WithoutCredentials);
+    const YES: Option<OriginAccess> = Some(OriginAccess::WithCredentials);
+    const ANY: Option<OriginAccess> = Some(OriginAccess::WithoutCredentials);
 
     #[test]
     fn pages_of_the_gateway_itself_may_connect_whatever_is_listed() {
         for list in [&[][..], &["https://app.example"], &["*"]] {
-            check(list, None, "a:8080", Some(Allowed::NoOrigin));
+            check(list, None, "a:8080", Some(OriginAccess::NoOrigin));
             check(list, Some("http://a:8080"), "a:8080", YES);
             check(list, Some("https://A:8080"), "a:8080", YES);
             check(list, Some("https://a"), "a", YES);

@@ -14,7 +14,7 @@ use super::{
     address::client_address,
     error::{come_back_after, refuse, refuse_for},
     listen::TcpPermit,
-    origin::{self, Allowed},
+    origin::{self, OriginAccess},
 };
 use crate::{
     limits::{Permit, address_key},
@@ -24,7 +24,7 @@ use crate::{
 /// What a connection holds as long as it lives, so that limits count it.
 pub(super) struct ConnectionPermits {
     /// What the page it comes from is allowed.
-    pub(super) allowed: Allowed,
+    pub(super) allowed: OriginAccess,
     /// The address, as limits count it.
     pub(super) address: std::net::IpAddr,
     _all: Permit<()>,
@@ -40,7 +40,7 @@ impl ConnectionPermits {
     ) -> Result<Self, (HandshakeResult, Box<Response>)> {
         let allowed = node.options.allowed_origins.allow(&parts.headers).map_err(|refused| {
             if let Some(unsaid) = node.state.origins_refused.is_due() {
-                let origin::Refused { origin, host } = refused;
+                let origin::DeniedOrigin { origin, host } = refused;
                 tracing::warn!(
                     ?origin,
                     ?host,

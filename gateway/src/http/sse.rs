@@ -57,7 +57,7 @@ use super::{
         param, unread_from, verify_session,
     },
     headers::utf8,
-    origin::Allowed,
+    origin::OriginAccess,
     permits::ConnectionPermits,
     upgrade::{forget_panicked, sticky_route},
 };
@@ -259,12 +259,12 @@ async fn finish_response(
     let headers = response.headers_mut();
     let cors = |name: &'static str| HeaderName::from_static(name);
     match (allowed, origin) {
-        (Ok(Allowed::WithCredentials), Some(origin)) => {
+        (Ok(OriginAccess::WithCredentials), Some(origin)) => {
             headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin);
             let yes = HeaderValue::from_static("true");
             headers.insert(cors("access-control-allow-credentials"), yes);
         }
-        (Ok(Allowed::WithoutCredentials), _) => {
+        (Ok(OriginAccess::WithoutCredentials), _) => {
             let any = HeaderValue::from_static("*");
             headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, any);
         }
