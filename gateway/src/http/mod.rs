@@ -40,7 +40,7 @@ mod page;
 mod extensions;
 mod headers;
 mod permits;
-mod requests;
+mod request_rates;
 mod handshake;
 mod upgrade;
 mod sse;
@@ -133,7 +133,7 @@ struct State {
     /// What the connections of each address cause beside messages.
     meters: Arc<AddressMeters>,
     accepts: Paces<()>,
-    requests: Paces<(std::net::IpAddr, requests::Pool)>,
+    requests: Paces<(std::net::IpAddr, request_rates::RequestPool)>,
     api_log: Seldom,
     requests_log: Seldom,
     turns: Turns,
@@ -215,7 +215,7 @@ pub fn public(node: Arc<Node>) -> Router {
         .route("/ready", get(health::ready))
         .merge(api::router(node.clone()))
         .fallback(error::not_found)
-        .layer(middleware::from_fn_with_state(node.clone(), requests::pace))
+        .layer(middleware::from_fn_with_state(node.clone(), request_rates::limit_requests))
         .with_state(node)
 }
 

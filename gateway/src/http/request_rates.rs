@@ -23,7 +23,7 @@ const PAUSE: Duration = Duration::from_millis(250);
 
 /// What is counted apart, so that a flood of one kind does not keep out another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Pool {
+pub(super) enum RequestPool {
     /// Pages, what is not there, and refused handshakes.
     Pages,
     /// `/health` and `/ready`.
@@ -33,42 +33,46 @@ pub(super) enum Pool {
 }
 
 /// What a request is, as far as its rate goes.
-enum Kind {
-    Plain(Pool),
+enum RequestKind {
+    Plain(RequestPool),
     /// It opens a WebSocket or an event stream, or tries to.
     Handshake,
     Api,
 }
 
-impl Kind {
+impl RequestKind {
     fn of(request: &Request) -> Self {
         let path = request.uri().path();
         let is_get = request.method() == Method::GET;
         match path {
-            "/health" | "/ready" => Self::Plain(Pool::Probes),
+            "/health" | "/ready" => Self::Plain(RequestPool::Probes),
             "/sse" | "/ws" if is_get => Self::Handshake,
             _ if is_get && path.starts_with("/ws/") => Self::Handshake,
             _ if path.starts_with("/api/v1/") => Self::Api,
-            _ => Self::Plain(Pool::Pages),
+            _ => Self::Plain(RequestPool::Pages),
         }
     }
 }
 
 /// Lets a request through, or answers it in place of the router.
-pub(super) async fn pace(State(node): State<Arc<Node>>, request: Request, next: Next) -> Response {
+pub(super) async fn limit_requests(
+    State(node): State<Arc<Node>>,
+    request: Request,
+    next: Next,
+) -> Response {
     let limits = &node.options.limits;
     let address = address_of(&node, &request);
     let take = |pool, rate| node.state.requests.take((address, pool), rate, Instant::now());
-    match Kind::of(&request) {
-        Kind::Plain(pool) => match take(pool, limits.requests_per_ip) {
+    match RequestKind::of(&request) {
+        RequestKind::Plain(pool) => match take(pool, limits.requests_per_ip) {
             Ok(()) => next.run(request).await,
-            Err(wait) => limited(&node, address, wait).await,
+            Err(wait) => reject_above_rate(&node, address, wait).await,
         },
-        Kind::Handshake => {
+        RequestKind::Handshake => {
             let response = next.run(request).await;
             let is_refused =
                 !matches!(response.status(), StatusCode::SWITCHING_PROTOCOLS | StatusCode::OK);
-            match is_refused.then(|| take(Pool::Pages, limits.requests_per_ip)) {
+            match is_refused.then(|| take(RequestPool::Pages, limits.requests_per_ip)) {
                 Some(Err(_)) => {
                     tokio::time::sleep(PAUSE).await;
                     closing(response)
@@ -76,16 +80,16 @@ pub(super) async fn pace(State(node): State<Arc<Node>>, request: Request, next: 
                 _ => response,
             }
         }
-        Kind::Api => match node.options.api.name_in(request.headers()) {
+        RequestKind::Api => match node.options.api.name_in(request.headers()) {
             Ok(_) => next.run(request).await,
-            Err(refusal) => match take(Pool::Api, limits.api_refusals_per_ip) {
+            Err(refusal) => match take(RequestPool::Api, limits.api_refusals_per_ip) {
                 Ok(()) => {
-                    note_api(&node, address, refusal);
+                    count_api_rejection(&node, address, refusal);
                     next.run(request).await
                 }
                 Err(wait) => {
-                    note_api(&node, address, ApiRejection::RateLimited);
-                    refuse(wait).await
+                    count_api_rejection(&node, address, ApiRejection::RateLimited);
+                    reject(wait).await
                 }
             },
         },
@@ -100,16 +104,16 @@ fn address_of(node: &Node, request: &Request) -> IpAddr {
     address_key(client_address(peer, request.headers(), &node.options.trusted_proxies))
 }
 
-async fn limited(node: &Node, address: IpAddr, wait: Duration) -> Response {
+async fn reject_above_rate(node: &Node, address: IpAddr, wait: Duration) -> Response {
     node.metrics.http_rate_limited.inc();
     if let Some(count) = node.state.requests_log.is_due() {
         tracing::warn!(%address, count, "an address makes too many HTTP requests and is answered 429; \
             `count` more were not logged since the last line");
     }
-    refuse(wait).await
+    reject(wait).await
 }
 
-fn note_api(node: &Node, address: IpAddr, refusal: ApiRejection) {
+fn count_api_rejection(node: &Node, address: IpAddr, refusal: ApiRejection) {
     node.metrics.api_rejections.of(refusal).inc();
     if let Some(count) = node.state.api_log.is_due() {
         tracing::warn!(%address, ?refusal, count, "a call of the server API was refused for its key; \
@@ -118,7 +122,7 @@ fn note_api(node: &Node, address: IpAddr, refusal: ApiRejection) {
 }
 
 /// 429 after a moment, and the end of the connection.
-async fn refuse(wait: Duration) -> Response {
+async fn reject(wait: Duration) -> Response {
     tokio::time::sleep(PAUSE).await;
     let text = "too many requests from this address";
     closing(refuse_for(StatusCode::TOO_MANY_REQUESTS, "rate_limited", text, wait))
