@@ -10,18 +10,18 @@ use axum::{
 use serde_json::json;
 
 /// A refusal with a code for programs and a text for people.
-pub(super) fn refuse(status: StatusCode, code: &str, message: &str) -> Response {
+pub(super) fn error_response(status: StatusCode, code: &str, message: &str) -> Response {
     (status, Json(json!({"error": {"code": code, "message": message}}))).into_response()
 }
 
 /// A refusal that says when to come back.
-pub(super) fn refuse_for(
+pub(super) fn error_response_with_retry(
     status: StatusCode,
     code: &str,
     message: &str,
     wait: Duration,
 ) -> Response {
-    let mut response = refuse(status, code, message);
+    let mut response = error_response(status, code, message);
     // Whole seconds (RFC 9110, section 10.2.3), rounded up.
     let seconds = wait.as_millis().div_ceil(1000).max(1) as u64;
     response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
@@ -30,10 +30,10 @@ pub(super) fn refuse_for(
 
 /// When a client may come back that was refused together with many others: 1 to 3 s, so that they do
 /// not come back together.
-pub(super) fn come_back_after() -> Duration {
+pub(super) fn retry_after() -> Duration {
     Duration::from_secs(rand::random_range(1..=3))
 }
 
 pub(super) async fn not_found() -> Response {
-    refuse(StatusCode::NOT_FOUND, "not_found", "there is nothing at this path")
+    error_response(StatusCode::NOT_FOUND, "not_found", "there is nothing at this path")
 }

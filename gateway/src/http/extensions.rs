@@ -6,7 +6,7 @@ use axum::{
 };
 use shared::codec::extension::{self, DeflateParams, MalformedExtensions};
 
-use super::{error::refuse, headers::utf8};
+use super::{error::error_response, headers::utf8};
 
 /// Chooses among what the client offers; nothing, where `is_on` says that this node has none of it.
 pub(super) fn negotiate(
@@ -20,8 +20,10 @@ pub(super) fn negotiate(
     match chosen {
         Ok(deflate) => Ok(deflate.filter(|_| is_on)),
         // RFC 6455, section 9.1: what breaks the grammar fails the connection.
-        Err(error) => {
-            Err(Box::new(refuse(StatusCode::BAD_REQUEST, "bad_request", &error.to_string())))
-        }
+        Err(error) => Err(Box::new(error_response(
+            StatusCode::BAD_REQUEST,
+            "bad_request",
+            &error.to_string(),
+        ))),
     }
 }

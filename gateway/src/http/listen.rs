@@ -31,7 +31,7 @@ use tower_service::Service as _;
 use super::{
     ConnectInfo, Node,
     buffered::BufferedHead,
-    error::{come_back_after, refuse, refuse_for},
+    error::{error_response, error_response_with_retry, retry_after},
     pending::{PendingConnection, PendingConnections},
 };
 use crate::{
@@ -267,7 +267,7 @@ impl Http {
                 let answer = answered.unwrap_or_else(|panic| {
                     node.metrics.panicked(peer, &panic);
                     let status = StatusCode::INTERNAL_SERVER_ERROR;
-                    refuse(status, "internal", "a defect of the gateway")
+                    error_response(status, "internal", "a defect of the gateway")
                 });
                 Ok::<_, Infallible>(answer)
             }
@@ -343,5 +343,5 @@ async fn refuse_late(request: Request<Incoming>) -> Response<Body> {
     let body = axum::body::to_bytes(Body::new(request.into_body()), REFUSED_BODY_MAX);
     let _ = timeout(REFUSED_BODY_WAIT, body).await;
     let (status, text) = (StatusCode::SERVICE_UNAVAILABLE, "this node is stopping");
-    refuse_for(status, "unavailable", text, come_back_after())
+    error_response_with_retry(status, "unavailable", text, retry_after())
 }

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use super::{
     ConnectInfo, Node,
     address::client_address,
-    error::{come_back_after, refuse, refuse_for},
+    error::{error_response, error_response_with_retry, retry_after},
     listen::TcpPermit,
     origin::{self, OriginAccess},
 };
@@ -50,12 +50,15 @@ impl ConnectionPermits {
                 );
             }
             let text = "this page's origin is not in server.allowed_origins";
-            let response = refuse(StatusCode::FORBIDDEN, "forbidden", text);
+            let response = error_response(StatusCode::FORBIDDEN, "forbidden", text);
             (HandshakeResult::OriginDenied, Box::new(response))
         })?;
         let unavailable = |text| {
-            let (status, wait) = (StatusCode::SERVICE_UNAVAILABLE, come_back_after());
-            (HandshakeResult::Unavailable, Box::new(refuse_for(status, "unavailable", text, wait)))
+            let (status, wait) = (StatusCode::SERVICE_UNAVAILABLE, retry_after());
+            (
+                HandshakeResult::Unavailable,
+                Box::new(error_response_with_retry(status, "unavailable", text, wait)),
+            )
         };
         if let Some(failing) = node.failing().first() {
             return Err(unavailable(match *failing {
@@ -74,7 +77,10 @@ impl ConnectionPermits {
         let now = Instant::now();
         let limited = |text, wait| {
             let status = StatusCode::TOO_MANY_REQUESTS;
-            (HandshakeResult::RateLimited, Box::new(refuse_for(status, "rate_limited", text, wait)))
+            (
+                HandshakeResult::RateLimited,
+                Box::new(error_response_with_retry(status, "rate_limited", text, wait)),
+            )
         };
         node.state
             .handshakes

@@ -15,7 +15,7 @@ use axum::{
 };
 use tokio::time::Instant;
 
-use super::{ConnectInfo, Node, address::client_address, error::refuse_for};
+use super::{ConnectInfo, Node, address::client_address, error::error_response_with_retry};
 use crate::{limits::address_key, telemetry::metrics::ApiRejection};
 
 /// How long the answer to a request above the rate waits.
@@ -125,7 +125,7 @@ fn count_api_rejection(node: &Node, address: IpAddr, refusal: ApiRejection) {
 async fn reject(wait: Duration) -> Response {
     tokio::time::sleep(PAUSE).await;
     let text = "too many requests from this address";
-    closing(refuse_for(StatusCode::TOO_MANY_REQUESTS, "rate_limited", text, wait))
+    closing(error_response_with_retry(StatusCode::TOO_MANY_REQUESTS, "rate_limited", text, wait))
 }
 
 fn closing(mut response: Response) -> Response {

@@ -51,7 +51,7 @@ use tokio::{
 use super::{
     ConnectInfo, Node,
     buffered::WriteTimeout,
-    error::{refuse, refuse_for},
+    error::{error_response, error_response_with_retry},
     handshake::{
         AdmissionError, AdmittedClient, ClientHandshake, Params, connected_frame, join_inbox,
         param, unread_from, verify_session,
@@ -214,7 +214,7 @@ pub(super) fn methods(node: Arc<Node>) -> MethodRouter<Arc<Node>> {
 
 async fn method_not_allowed() -> Response {
     let status = StatusCode::METHOD_NOT_ALLOWED;
-    let mut response = refuse(status, "bad_request", "an event stream is a GET");
+    let mut response = error_response(status, "bad_request", "an event stream is a GET");
     response.headers_mut().insert(header::ALLOW, METHODS);
     response
 }
@@ -334,7 +334,7 @@ async fn stream(
     };
     let rooms = match rooms_of(&params) {
         Ok(rooms) => rooms,
-        Err(text) => return refuse(StatusCode::BAD_REQUEST, "bad_request", text),
+        Err(text) => return error_response(StatusCode::BAD_REQUEST, "bad_request", text),
     };
     let ends = parts.extensions.get::<ConnectInfo>().copied();
     let ends = ends
@@ -454,9 +454,9 @@ fn rejected(code: ErrorCode, text: &str) -> RejectedResponse {
     };
     Box::new(match status {
         StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE => {
-            refuse_for(status, code.as_str(), text, Duration::from_secs(1))
+            error_response_with_retry(status, code.as_str(), text, Duration::from_secs(1))
         }
-        status => refuse(status, code.as_str(), text),
+        status => error_response(status, code.as_str(), text),
     })
 }
 

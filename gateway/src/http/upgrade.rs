@@ -35,7 +35,7 @@ use tokio::{io::Interest, net::TcpStream};
 use super::{
     ConnectInfo, Node, ROUTE_COOKIE,
     buffered::BufferedHead,
-    error::refuse,
+    error::error_response,
     extensions,
     handshake::{
         AdmittedClient, ClientHandshake, Params, connected_frame, join_inbox, param, subprotocols,
@@ -137,7 +137,11 @@ fn upgrade(
     let (Some(on_upgrade), Some(ends)) =
         (parts.extensions.remove::<OnUpgrade>(), parts.extensions.get::<ConnectInfo>().copied())
     else {
-        return refuse(StatusCode::BAD_REQUEST, "bad_request", "this connection cannot upgrade");
+        return error_response(
+            StatusCode::BAD_REQUEST,
+            "bad_request",
+            "this connection cannot upgrade",
+        );
     };
     node.metrics.handshakes.of(HandshakeResult::Accepted).inc();
     node.metrics.deflate_handshakes.inc_by(handshake.deflate.iter().len() as u64);
@@ -254,20 +258,20 @@ fn choose_subprotocol(parts: &Parts) -> Result<bool, Box<Response>> {
     }
     let text = "offer the subprotocol `chat.v1` as well, as in `Sec-WebSocket-Protocol: chat.v1, \
                 bearer.<token>`, or none";
-    Err(Box::new(refuse(StatusCode::BAD_REQUEST, "bad_request", text)))
+    Err(Box::new(error_response(StatusCode::BAD_REQUEST, "bad_request", text)))
 }
 
 /// Checks a handshake (RFC 6455, section 4.2.1) and answers its key (section 4.2.2).
 fn accept_key(parts: &Parts) -> Result<String, Box<Response>> {
-    let bad = |text| Box::new(refuse(StatusCode::BAD_REQUEST, "bad_request", text));
+    let bad = |text| Box::new(error_response(StatusCode::BAD_REQUEST, "bad_request", text));
     let has = |name, element| has_element(&parts.headers, name, element);
     if parts.method != Method::GET {
         let text = "a WebSocket handshake is a GET";
-        return Err(Box::new(refuse(StatusCode::METHOD_NOT_ALLOWED, "bad_request", text)));
+        return Err(Box::new(error_response(StatusCode::METHOD_NOT_ALLOWED, "bad_request", text)));
     }
     if !has(header::UPGRADE, "websocket") {
         let text = "this path speaks WebSocket only";
-        let mut response = refuse(StatusCode::UPGRADE_REQUIRED, "upgrade_required", text);
+        let mut response = error_response(StatusCode::UPGRADE_REQUIRED, "upgrade_required", text);
         let headers = response.headers_mut();
         headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
         headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
@@ -292,7 +296,7 @@ fn accept_key(parts: &Parts) -> Result<String, Box<Response>> {
     }
     if !has(header::SEC_WEBSOCKET_VERSION, "13") {
         let text = "Sec-WebSocket-Version is 13 here";
-        let mut response = refuse(StatusCode::UPGRADE_REQUIRED, "upgrade_required", text);
+        let mut response = error_response(StatusCode::UPGRADE_REQUIRED, "upgrade_required", text);
         let version = HeaderValue::from_static("13");
         response.headers_mut().insert(header::SEC_WEBSOCKET_VERSION, version);
         return Err(Box::new(response));

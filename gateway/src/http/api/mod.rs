@@ -151,8 +151,8 @@ impl IntoResponse for Failed {
         let problem = self.to_problem();
         if self.code.is_retryable() {
             let (code, message) = (problem.error.code, problem.error.message);
-            let wait = super::error::come_back_after();
-            return super::error::refuse_for(status, &code, &message, wait);
+            let wait = super::error::retry_after();
+            return super::error::error_response_with_retry(status, &code, &message, wait);
         }
         (status, Json(problem)).into_response()
     }
@@ -365,7 +365,7 @@ pub(super) fn router(node: Arc<Node>) -> Router<Arc<Node>> {
 }
 
 async fn method_not_allowed() -> Response {
-    super::error::refuse(
+    super::error::error_response(
         StatusCode::METHOD_NOT_ALLOWED,
         "bad_request",
         "this path takes other methods",
