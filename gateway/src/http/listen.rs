@@ -42,7 +42,7 @@ use crate::{
 };
 
 /// How long a client may take to send a request's header.
-const HEADER_READ_MAX: Duration = Duration::from_secs(10);
+const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 /// The most bytes of a request's header. More is answered by 431.
 const HEADER_BYTES_MAX: usize = 16 * 1024;
 /// How many connections are accepted before all other tasks have their turn: each brings a handshake
@@ -51,14 +51,14 @@ const ACCEPTS_PER_TURN: u32 = 16;
 /// How many connections may wait to be accepted.
 const BACKLOG: u32 = 4096;
 /// How long to wait when no descriptor is free.
-const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
+const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 /// How long the log says nothing more of that.
-const SAY_AGAIN: Duration = Duration::from_secs(60);
+const LOG_INTERVAL: Duration = Duration::from_secs(60);
 
 /// How much of a request's body is read before the request is refused, and for how long: a client
 /// whose body is not read may never see the answer.
-const REFUSED_BODY_MAX: usize = 1 << 20;
-const REFUSED_BODY_WAIT: Duration = Duration::from_secs(1);
+const REJECTED_BODY_BYTES_MAX: usize = 1 << 20;
+const REJECTED_BODY_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Takes an address, so that it is this process's; nobody can connect before [`listen`].
 ///
@@ -96,10 +96,10 @@ pub struct TcpLimits {
 /// connections are answered 503, so that no client finds the port closed.
 pub async fn serve(listener: TcpListener, router: Router, node: Arc<Node>, limits: TcpLimits) {
     let stopped = node.tasks.stopped().clone();
-    let entrance = Entrance {
+    let entrance = HttpListener {
         listener,
         router,
-        places: Arc::new(Semaphore::new(limits.connections_max)),
+        permits: Arc::new(Semaphore::new(limits.connections_max)),
         limits,
         by_address: Counts::default(),
         pending: PendingConnections::default(),
@@ -123,17 +123,17 @@ pub async fn serve(listener: TcpListener, router: Router, node: Arc<Node>, limit
 }
 
 /// A listener and what its connections share.
-struct Entrance {
+struct HttpListener {
     listener: TcpListener,
     router: Router,
     node: Arc<Node>,
     limits: TcpLimits,
-    places: Arc<Semaphore>,
+    permits: Arc<Semaphore>,
     by_address: Counts<IpAddr>,
     pending: PendingConnections,
 }
 
-impl Entrance {
+impl HttpListener {
     /// Accepts connections, for ever. Cancel-safe but for a connection that waits for a place, which
     /// is closed.
     async fn accept(&self) {
@@ -147,14 +147,14 @@ impl Entrance {
             }
             let (socket, peer) = match self.listener.accept().await {
                 Ok(accepted) => accepted,
-                Err(error) if is_of_one_connection(&error) => continue,
+                Err(error) if concerns_one_connection(&error) => continue,
                 Err(error) => {
-                    if said.is_none_or(|said| said.elapsed() >= SAY_AGAIN) {
+                    if said.is_none_or(|said| said.elapsed() >= LOG_INTERVAL) {
                         said = Some(Instant::now());
                         tracing::error!(%error, "cannot accept; is the limit of descriptors reached?");
                     }
                     // Nobody is dismissed: `accept` fails so with nobody there to be accepted, too.
-                    tokio::time::sleep(ACCEPT_AGAIN).await;
+                    tokio::time::sleep(ACCEPT_RETRY).await;
                     continue;
                 }
             };
@@ -165,17 +165,17 @@ impl Entrance {
                 self.node.metrics.http_connections_dropped.of(DropReason::PerIpLimit).inc();
                 continue;
             };
-            if self.places.available_permits() == 0 {
+            if self.permits.available_permits() == 0 {
                 self.pending.evict_oldest();
             }
             // Where all places are WebSockets' one is waited for, and nobody else is accepted meanwhile.
-            let place = self.places.clone().acquire_owned().await.expect("never closed");
+            let place = self.permits.clone().acquire_owned().await.expect("never closed");
             let place = TcpPermit { _all: Arc::new(place), _address: Arc::new(of_address) };
             let guest = self.pending.register();
             let (router, node) = (self.router.clone(), self.node.clone());
             let is_late = node.tasks.leaving().is_cancelled();
             let tasks = node.tasks.clone();
-            let connection = Http { peer, place, router, node, is_late };
+            let connection = HttpConnection { peer, place, router, node, after_drain: is_late };
             let metrics = self.node.metrics.clone();
             let panicked = move |panic: &str| metrics.panicked(peer, panic);
             tasks.spawn_listener(connection.serve(socket, guest), panicked);
@@ -184,7 +184,7 @@ impl Entrance {
 }
 
 /// Whether the error says something of the connection that was to be accepted, not of the listener.
-fn is_of_one_connection(error: &io::Error) -> bool {
+fn concerns_one_connection(error: &io::Error) -> bool {
     matches!(
         error.kind(),
         io::ErrorKind::ConnectionAborted
@@ -201,16 +201,16 @@ pub(super) struct TcpPermit {
 }
 
 /// A connection that is no WebSocket yet.
-struct Http {
+struct HttpConnection {
     peer: SocketAddr,
     place: TcpPermit,
     router: Router,
     node: Arc<Node>,
     /// It came when the node's own clients had been sent away.
-    is_late: bool,
+    after_drain: bool,
 }
 
-impl Http {
+impl HttpConnection {
     /// Serves it until it ends, becomes a WebSocket, or has to go.
     async fn serve(self, socket: TcpStream, mut guest: PendingConnection) {
         let node = self.node.clone();
@@ -229,7 +229,7 @@ impl Http {
         // Bytes that a peer does not read wait where limits count them and answers overtake them.
         outbox::hold_little(&socket);
         let ends = ConnectInfo { peer: self.peer, local };
-        let first = timeout(HEADER_READ_MAX, BufferedHead::read(socket, HEADER_BYTES_MAX));
+        let first = timeout(HEADER_TIMEOUT, BufferedHead::read(socket, HEADER_BYTES_MAX));
         let first = tokio::select! {
             biased;
             first = first => first,
@@ -246,7 +246,7 @@ impl Http {
     }
 
     async fn answer_requests(self, begun: BufferedHead, ends: ConnectInfo) {
-        let Self { peer, place, router, node, is_late } = self;
+        let Self { peer, place, router, node, after_drain: is_late } = self;
         let answering = node.clone();
         let stall_limit = begun.write_timeout();
         let has_answered = AtomicBool::new(false);
@@ -274,7 +274,7 @@ impl Http {
         });
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
-            .header_read_timeout(HEADER_READ_MAX)
+            .header_read_timeout(HEADER_TIMEOUT)
             .max_buf_size(HEADER_BYTES_MAX)
             .serve_connection(begun, service)
             .with_upgrades();
@@ -292,7 +292,7 @@ impl Http {
         if let Err(error) = result {
             if error.is_timeout() {
                 node.metrics.http_connections_dropped.of(DropReason::HeaderTimeout).inc();
-            } else if is_stalled(&error) {
+            } else if is_write_timeout(&error) {
                 node.metrics.http_connections_dropped.of(DropReason::WriteTimeout).inc();
             }
             tracing::debug!(%error, %peer, "an HTTP connection ended");
@@ -301,7 +301,7 @@ impl Http {
 }
 
 /// Whether the peer did not take its answer.
-fn is_stalled(error: &hyper::Error) -> bool {
+fn is_write_timeout(error: &hyper::Error) -> bool {
     let source = std::error::Error::source(error);
     let io_error = source.and_then(|source| source.downcast_ref::<io::Error>());
     io_error.is_some_and(|error| error.kind() == io::ErrorKind::TimedOut)
@@ -315,8 +315,8 @@ async fn answer(
     is_late: bool,
 ) -> Response<Body> {
     let is_over = is_late || node.tasks.stopped().is_cancelled();
-    let mut response = if is_over && !is_answered_late(request.uri().path()) {
-        refuse_late(request).await
+    let mut response = if is_over && !is_served_after_drain(request.uri().path()) {
+        reject_after_drain(request).await
     } else {
         // The services that the answer needs stay for it.
         let _held = node.tasks.hold();
@@ -332,16 +332,16 @@ async fn answer(
 }
 
 /// Whether a path is answered without services: it tells how the node is, or refuses in its own way.
-fn is_answered_late(path: &str) -> bool {
+fn is_served_after_drain(path: &str) -> bool {
     matches!(path, "/health" | "/ready" | "/metrics" | "/sse")
         || path == "/ws"
         || path.starts_with("/ws/")
 }
 
 /// 503 and when to come back, once what the client still sends has been read.
-async fn refuse_late(request: Request<Incoming>) -> Response<Body> {
-    let body = axum::body::to_bytes(Body::new(request.into_body()), REFUSED_BODY_MAX);
-    let _ = timeout(REFUSED_BODY_WAIT, body).await;
+async fn reject_after_drain(request: Request<Incoming>) -> Response<Body> {
+    let body = axum::body::to_bytes(Body::new(request.into_body()), REJECTED_BODY_BYTES_MAX);
+    let _ = timeout(REJECTED_BODY_TIMEOUT, body).await;
     let (status, text) = (StatusCode::SERVICE_UNAVAILABLE, "this node is stopping");
     error_response_with_retry(status, "unavailable", text, retry_after())
 }
