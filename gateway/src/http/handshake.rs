@@ -84,7 +84,9 @@ impl AdmissionError {
     pub(super) fn close(&self) -> (CloseCode, String) {
         match self {
             Self::Unauthenticated(error) => (CloseCode::PolicyViolation, error.to_string()),
-            Self::TooManyConnections => (CloseCode::PolicyViolation, "too_many_connections".to_owned()),
+            Self::TooManyConnections => {
+                (CloseCode::PolicyViolation, "too_many_connections".to_owned())
+            }
             Self::Unavailable => (CloseCode::TryAgainLater, "unavailable".to_owned()),
         }
     }
@@ -220,7 +222,7 @@ pub(super) async fn join_inbox(
     }
 }
 
-/// The position behind which there is something unread. What has expired so is told of by `connected_frame`.
+/// The position behind which there is something unread. What has expired so is told of by `connected`.
 pub(super) fn unread_from(inbox: &InboxState) -> Seq {
     inbox.acked.max(inbox.oldest - 1).min(inbox.seq)
 }

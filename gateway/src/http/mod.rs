@@ -73,7 +73,7 @@ pub struct HttpOptions {
     /// How much there may be.
     pub limits: HttpLimits,
     /// How fast clients are sent away at the end.
-    pub pace_of_departure: Pace,
+    pub departure_pace: Pace,
 }
 
 /// How much there may be, on this node.
@@ -92,7 +92,7 @@ pub struct HttpLimits {
     /// Plain HTTP requests of one address.
     pub requests_per_ip: Rate,
     /// Calls of the server API without a good key, of one address.
-    pub api_refusals_per_ip: Rate,
+    pub api_key_failures_per_ip: Rate,
     /// One WebSocket message, in bytes.
     pub message_bytes_max: usize,
     /// What waits for one client, in bytes.
@@ -117,12 +117,12 @@ pub struct Node {
     pub departure: Departure,
     /// What wakes connections when there is something to look at.
     pub wheel: Arc<Wheel>,
-    state: State,
+    state: HttpState,
 }
 
 /// What the limits count.
 #[derive(Default)]
-struct State {
+struct HttpState {
     draining: AtomicBool,
     /// Log lines on pages whose origin may not connect.
     origins_refused: Seldom,
@@ -131,24 +131,24 @@ struct State {
     by_user: Counts<UserId>,
     handshakes: Paces<std::net::IpAddr>,
     /// What the connections of each address cause beside messages.
-    meters: Arc<AddressMeters>,
+    address_meters: Arc<AddressMeters>,
     accepts: Paces<()>,
     requests: Paces<(std::net::IpAddr, request_rates::RequestPool)>,
     api_log: Seldom,
     requests_log: Seldom,
-    turns: Turns,
+    lifecycle: LifecyclePermits,
 }
 
 /// Permits of connections that are being opened or ended: thousands that come or leave at once take
 /// their turns, so that deliveries wait for a few of them only.
-struct Turns {
+struct LifecyclePermits {
     /// Held while a connection is opened.
     opening: Semaphore,
     /// Held while its session is ended.
     ending: Semaphore,
 }
 
-impl Default for Turns {
+impl Default for LifecyclePermits {
     fn default() -> Self {
         Self { opening: Semaphore::new(128), ending: Semaphore::new(64) }
     }
@@ -185,7 +185,7 @@ impl Node {
 
     /// Sends the clients that are here to other nodes, no faster than those take them.
     pub async fn send_clients_away(&self) {
-        self.departure.run(self.options.pace_of_departure, || self.state.all.count(&())).await;
+        self.departure.run(self.options.departure_pace, || self.state.all.count(&())).await;
     }
 
     /// Whether new clients are refused because the node stops.

@@ -82,7 +82,7 @@ pub(super) async fn limit_requests(
         }
         RequestKind::Api => match node.options.api.name_in(request.headers()) {
             Ok(_) => next.run(request).await,
-            Err(refusal) => match take(RequestPool::Api, limits.api_refusals_per_ip) {
+            Err(refusal) => match take(RequestPool::Api, limits.api_key_failures_per_ip) {
                 Ok(()) => {
                     count_api_rejection(&node, address, refusal);
                     next.run(request).await

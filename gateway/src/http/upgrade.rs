@@ -173,7 +173,7 @@ fn upgrade(
         let early = [parts.read_buf, unread].concat();
         // What opening it takes must not live as long either.
         let served = {
-            let _turn = node.state.turns.opening.acquire().await;
+            let _turn = node.state.lifecycle.opening.acquire().await;
             Box::pin(opening.open(node.clone(), socket, early)).await
         };
         let Some(served) = served else { return node.metrics.handshakes_abandoned.inc() };
@@ -358,7 +358,7 @@ impl PendingUpgrade {
             (Endpoint::Echo, EchoMode::Verbatim) => Arc::new(MeterRates::unlimited()),
             _ => node.services.limits.rates.clone(),
         };
-        let meter = Meter::new(rates, Some((node.state.meters.clone(), places.address)));
+        let meter = Meter::new(rates, Some((node.state.address_meters.clone(), places.address)));
         let served = |handle, handler, places, user, early| {
             let (wheel, metrics) = (node.wheel.clone(), node.metrics.clone());
             let connection =
@@ -503,7 +503,7 @@ impl ActiveConnection {
         let batch = node.departure.batch(self.connection.id());
         let code = {
             let _counted = Counted::new(&node.metrics.connections);
-            self.connection.run(batch, &node.state.turns.ending).await
+            self.connection.run(batch, &node.state.lifecycle.ending).await
         };
         tracing::debug!(connection = %self.connection.id(), code, "disconnected");
         node.metrics.disconnected(code);
