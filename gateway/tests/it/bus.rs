@@ -25,7 +25,7 @@ use tokio::{
 };
 
 use crate::{
-    harness::{Redis, members, retention, room, until, within},
+    harness::{Redis, members, retention, room, until, with_redis, within},
     servers::alone_in_a_cluster,
 };
 
@@ -91,19 +91,30 @@ async fn redis_at(url: String, retention: Retention) -> Fixture {
     Fixture { bus: Arc::new(bus), heard, tasks }
 }
 
-/// Runs a check against each implementation.
+/// Runs a check against each implementation, at the same time.
 async fn each(retention: Retention, check: impl AsyncFn(&mut Fixture)) {
-    let (server, valkey) = (Redis::start().await, Redis::start_valkey().await);
-    let mut fixtures = vec![memory(retention.clone()), redis(&server, retention.clone()).await];
-    if let Some(valkey) = &valkey {
-        fixtures.push(redis(valkey, retention.clone()).await);
-    }
-    let node = alone_in_a_cluster(PARTITIONS).await;
-    fixtures.push(redis_at(node.cluster_url(), retention).await);
-    for mut fixture in fixtures {
+    let check = async |mut fixture: Fixture| {
         check(&mut fixture).await;
         assert!(fixture.tasks.finish(Duration::from_secs(5)).await, "tasks did not end");
+    };
+    let in_memory = Box::pin(check(memory(retention.clone())));
+    if !with_redis() {
+        return in_memory.await;
     }
+    let on_redis = Box::pin(async {
+        let server = Redis::start().await;
+        check(redis(&server, retention.clone()).await).await;
+    });
+    let on_valkey = Box::pin(async {
+        if let Some(server) = Redis::start_valkey().await {
+            check(redis(&server, retention.clone()).await).await;
+        }
+    });
+    let on_redis_cluster = Box::pin(async {
+        let node = alone_in_a_cluster(PARTITIONS).await;
+        check(redis_at(node.cluster_url(), retention.clone()).await).await;
+    });
+    tokio::join!(in_memory, on_redis, on_valkey, on_redis_cluster);
 }
 
 fn envelope(room: &RoomId, user: &str, id: MessageId, bytes: usize) -> Envelope {

@@ -3,7 +3,15 @@
 //! Each server gets a free port and is stopped by its pid when its handle is dropped.
 
 use std::{
-    future::Future, net::SocketAddr, path::PathBuf, process::Stdio, sync::Arc, time::Duration,
+    future::Future,
+    net::SocketAddr,
+    path::PathBuf,
+    process::Stdio,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
 };
 
 use gateway::{
@@ -51,6 +59,16 @@ const DEFAULTS: [(&str, &str); 11] = [
     ("limits.http_requests_per_second_per_ip", "0"),
     ("limits.api_key_failures_per_second_per_ip", "0"),
 ];
+
+/// Whether conformance tests run on every backend; with `SKEIN_BACKENDS=memory` only on that which
+/// is in memory (`make check`).
+pub fn with_redis() -> bool {
+    match std::env::var("SKEIN_BACKENDS").as_deref() {
+        Err(_) => true,
+        Ok("memory") => false,
+        Ok(other) => panic!("SKEIN_BACKENDS: there are no backends `{other}`"),
+    }
+}
 
 fn options(extra: &[(&str, &str)]) -> Vec<(String, String)> {
     let pairs = DEFAULTS.iter().chain(extra);
@@ -222,10 +240,23 @@ pub async fn poll_pause() {
     tokio::time::sleep(Duration::from_millis(10)).await;
 }
 
-/// A port that was free a moment ago.
+/// The ports for servers of tests: below those that Linux assigns to connections
+/// (`ip_local_port_range`), so that a server that restarts finds its port free.
+const PORTS: std::ops::Range<u32> = 15_000..32_000;
+
+/// A free port, a different one each time.
 pub fn free_port() -> u16 {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap().port()
+    static TAKEN: AtomicU32 = AtomicU32::new(0);
+    // Test binaries that run at the same time begin at different places.
+    let first = std::process::id().wrapping_mul(251);
+    loop {
+        let number = first.wrapping_add(TAKEN.fetch_add(1, Ordering::Relaxed));
+        let port = PORTS.start + number % (PORTS.end - PORTS.start);
+        let port = u16::try_from(port).unwrap();
+        if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
 }
 
 /// What an HTTP request was answered.
@@ -519,11 +550,12 @@ pub fn gateway_binary() -> PathBuf {
 impl Node {
     /// A node on `redis`. With `listen` at that address, which it had before.
     pub async fn start(redis: &Redis, listen: Option<SocketAddr>, extra: &[(&str, &str)]) -> Self {
-        let (url, listen) = (redis.url(), listen.map(|address| address.to_string()));
+        let listen = listen.unwrap_or_else(|| ([127, 0, 0, 1], free_port()).into());
+        let (url, listen) = (redis.url(), listen.to_string());
         let cluster = [
             ("cluster.redis_url", url.as_str()),
             ("auth.allow_anonymous", "true"),
-            ("server.listen", listen.as_deref().unwrap_or("127.0.0.1:0")),
+            ("server.listen", listen.as_str()),
         ];
         Self::run(Command::new(gateway_binary()), &[&cluster, extra].concat()).await
     }

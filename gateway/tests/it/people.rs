@@ -19,7 +19,7 @@ use shared::{
 use tokio::time::{Duration, Instant};
 
 use crate::{
-    harness::{Gateway, Node, Redis, next_message, room, say, until, within},
+    harness::{Gateway, Node, Redis, next_message, room, say, until, with_redis, within},
     servers::{Instance, alone_in_a_cluster},
 };
 
@@ -65,11 +65,16 @@ impl World {
         Self { nodes, is_cluster: true, _redis: None, _sharded: Some(server) }
     }
 
-    /// Runs a check on a single node, on a cluster, and on one with a Redis Cluster.
+    /// Runs a check on a single node, on a cluster, and on one with a Redis Cluster, at the same
+    /// time. Only on the single node where no Redis is wanted.
     pub async fn each(options: &[(&str, &str)], check: impl AsyncFn(&World)) {
-        check(&Self::embedded(options).await).await;
-        check(&Self::cluster(options).await).await;
-        check(&Self::sharded(options).await).await;
+        let embedded = Box::pin(async { check(&Self::embedded(options).await).await });
+        if !with_redis() {
+            return embedded.await;
+        }
+        let cluster = Box::pin(async { check(&Self::cluster(options).await).await });
+        let sharded = Box::pin(async { check(&Self::sharded(options).await).await });
+        tokio::join!(embedded, cluster, sharded);
     }
 
     /// A connection to the `node`th node, or to the only one.
