@@ -75,8 +75,8 @@ impl Shard {
         }
         rooms.sort_unstable();
         self.comparing = ReadState::InProgress;
-        let (bus, commands, lease_generation) =
-            (self.bus.clone(), self.commands.clone(), self.lease_generation);
+        let (bus, commands, read_generation) =
+            (self.bus.clone(), self.commands.clone(), self.read_generation);
         let metrics = self.batch.metrics.clone();
         let read_heads = async move {
             let names: Vec<RoomId> = rooms.iter().map(|(name, _)| name.clone()).collect();
@@ -87,7 +87,7 @@ impl Shard {
                 }
                 tokio::time::sleep(READ_RETRY_DELAY).await;
             };
-            let _ = commands.send(ShardCommand::HeadsRead { rooms, lease_generation, heads }).await;
+            let _ = commands.send(ShardCommand::HeadsRead { rooms, read_generation, heads }).await;
         };
         self.spawn("compare_heads", read_heads);
     }
@@ -96,10 +96,10 @@ impl Shard {
     pub(super) fn heads_read(
         &mut self,
         rooms: Vec<(RoomId, u64)>,
-        lease_generation: u64,
+        read_generation: u64,
         heads: &[Option<Position>],
     ) {
-        let again = self.comparing == ReadState::Again || self.is_stale(lease_generation);
+        let again = self.comparing == ReadState::Again || self.is_stale(read_generation);
         self.comparing = ReadState::Idle;
         for ((name, generation), head) in rooms.into_iter().zip(heads) {
             let room = self.rooms.get(&name).filter(|room| room.generation == generation);
@@ -168,7 +168,7 @@ impl Shard {
     }
 
     fn read_request(&self, room: RoomId, generation: u64, purpose: ReadPurpose) -> LogReadRequest {
-        LogReadRequest { room, generation, lease_generation: self.lease_generation, purpose }
+        LogReadRequest { room, generation, read_generation: self.read_generation, purpose }
     }
 
     fn spawn_read(
@@ -230,11 +230,11 @@ impl Shard {
 
     /// Takes the answer to a read.
     pub(super) fn log_read(&mut self, request: LogReadRequest, result: Result<Page, BusError>) {
-        let LogReadRequest { room: name, generation, lease_generation, purpose } = request;
+        let LogReadRequest { room: name, generation, read_generation, purpose } = request;
         if let ReadPurpose::CatchUp(_) = purpose {
             self.catch_up_read_ended();
         }
-        let is_old = self.is_stale(lease_generation);
+        let is_old = self.is_stale(read_generation);
         if let (ReadPurpose::Open, Ok(_)) = (&purpose, &result) {
             // The room is followed by now, so that no change falls between the two.
             self.read_rosters(vec![name.clone()]);

@@ -184,7 +184,7 @@ enum ShardCommand {
     },
     HeadsRead {
         rooms: Vec<(RoomId, u64)>,
-        lease_generation: u64,
+        read_generation: u64,
         heads: Vec<Option<Position>>,
     },
     LogRead {
@@ -200,7 +200,7 @@ struct LogReadRequest {
     generation: u64,
     /// How often this node had lost its node_state: what was read before may be of a server that the
     /// others have left.
-    lease_generation: u64,
+    read_generation: u64,
     purpose: ReadPurpose,
 }
 

@@ -88,8 +88,9 @@ pub(super) struct Shard {
     pub(super) unverified: usize,
     /// Whether the node may pass nothing on.
     pub(super) suspended: bool,
-    /// How often the lease_generation came to be.
-    pub(super) lease_generation: u64,
+    /// Counts the moments from which on earlier reads are void: the node lost its lease, or sent
+    /// the snapshots from which a new Redis server is restored.
+    pub(super) read_generation: u64,
     /// How many reads for members that are behind are under way.
     pub(super) catch_up_reads: usize,
     /// Rooms that wait for one.
@@ -149,7 +150,7 @@ impl Shard {
             resync_running: 0,
             unverified: 0,
             suspended: false,
-            lease_generation: 0,
+            read_generation: 0,
             catch_up_reads: 0,
             waiting_for_read: VecDeque::new(),
             members: 0,
@@ -266,8 +267,8 @@ impl Shard {
             ShardCommand::StatusesRead { users, statuses } => self.take_statuses(users, statuses),
             ShardCommand::QueryPresence { room, asks } => self.ask_presence(&room, asks),
             ShardCommand::RostersRead { rooms, snapshots } => self.take_rosters(rooms, snapshots),
-            ShardCommand::HeadsRead { rooms, lease_generation, heads } => {
-                self.heads_read(rooms, lease_generation, &heads)
+            ShardCommand::HeadsRead { rooms, read_generation, heads } => {
+                self.heads_read(rooms, read_generation, &heads)
             }
             ShardCommand::LogRead { request, result } => self.log_read(request, result),
         }
@@ -279,7 +280,7 @@ impl Shard {
         let was_suspended =
             std::mem::replace(&mut self.suspended, !self.batch.node_state.holds_lease(now));
         if self.suspended && !was_suspended {
-            self.lease_generation += 1;
+            self.read_generation += 1;
             tracing::warn!("this node passes nothing on before it has agreed with the others");
         }
         if was_suspended && !self.suspended {
@@ -294,8 +295,8 @@ impl Shard {
 
     /// Whether something was asked before the node lost its node_state, or cannot be used since it
     /// has none.
-    pub(super) fn is_stale(&self, lease_generation: u64) -> bool {
-        self.suspended || self.lease_generation != lease_generation
+    pub(super) fn is_stale(&self, read_generation: u64) -> bool {
+        self.suspended || self.read_generation != read_generation
     }
 
     fn receive(&mut self, name: RoomId, entry: Entry) {
@@ -315,10 +316,13 @@ impl Shard {
         self.forget_ids();
     }
 
-    fn send_snapshots(&self, reply: oneshot::Sender<Vec<ReplicaSnapshot>>) {
+    fn send_snapshots(&mut self, reply: oneshot::Sender<Vec<ReplicaSnapshot>>) {
         let held = self.rooms.values().filter_map(|room| room.snapshot(&self.batch));
         let mut held: Vec<ReplicaSnapshot> = held.collect();
         held.sort_unstable_by(|a, b| a.room.cmp(&b.room));
+        // A read that is under way may come from the former server, and bring entries that the new
+        // one never gets.
+        self.read_generation += 1;
         // Who asked may have met yet another server meanwhile.
         let _ = reply.send(held);
     }

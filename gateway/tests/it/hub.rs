@@ -30,7 +30,10 @@ use shared::{
     ids::{ConnectionId, MessageId, RoomId},
     position::{Position, Seq},
 };
-use tokio::time::Instant;
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::Instant,
+};
 
 use crate::harness::{self, hub_options, nobody, room};
 
@@ -120,24 +123,28 @@ impl World {
     }
 
     fn say(&self, room: &RoomId) {
-        let envelope = Envelope::pack(EnvelopeParts {
-            frame: Default::default(),
-            author: AuthorHash::of(&"ann".parse().unwrap()),
-            id: MessageId::random(),
-            sender: ConnectionId::random(),
-            echo: true,
-            fields: r#""room":"r","content":"xxxxxxxxxxxxxxxx""#,
-            binary_payload: None,
-        });
         self.bus.append(Append {
             room: room.clone(),
-            envelope,
+            envelope: envelope(),
             urgent: false,
             unseen: Default::default(),
             deadline: Instant::now() + Duration::from_secs(5),
             done: Box::new(|result| assert!(result.is_ok())),
         });
     }
+}
+
+/// A message with an id of its own.
+fn envelope() -> Envelope {
+    Envelope::pack(EnvelopeParts {
+        frame: Default::default(),
+        author: AuthorHash::of(&"ann".parse().unwrap()),
+        id: MessageId::random(),
+        sender: ConnectionId::random(),
+        echo: true,
+        fields: r#""room":"r","content":"xxxxxxxxxxxxxxxx""#,
+        binary_payload: None,
+    })
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -280,7 +287,12 @@ impl Member {
 struct Fragile {
     log: Arc<Mutex<FragileLog>>,
     mailboxes: Mailboxes,
+    /// Reads wait here on their way back.
+    gate: Arc<Semaphore>,
 }
+
+/// How many reads of a [`Fragile`] may be under way.
+const READS_MAX: u32 = 1000;
 
 struct FragileLog {
     ordinal: u64,
@@ -298,7 +310,26 @@ impl FragileLog {
 impl Fragile {
     fn new(mailboxes: Mailboxes) -> Self {
         let log = FragileLog { ordinal: 1, former: None, entries: vec![] };
-        Self { log: Arc::new(Mutex::new(log)), mailboxes }
+        let gate = Arc::new(Semaphore::new(READS_MAX as usize));
+        Self { log: Arc::new(Mutex::new(log)), mailboxes, gate }
+    }
+
+    /// Holds up the answers to reads until the permit is dropped.
+    async fn hold_up_reads(&self) -> OwnedSemaphorePermit {
+        self.gate.clone().acquire_many_owned(READS_MAX).await.unwrap()
+    }
+
+    /// Loses the newest entries, and gets others in their place that the hub does not receive.
+    fn replace(&self, lost: usize, others: usize) {
+        let mut log = self.log.lock();
+        let kept = log.entries.len() - lost;
+        log.entries.truncate(kept);
+        for _ in 0..others {
+            let head = log.head();
+            let position = Position::new(head.epoch, head.seq + 1);
+            let entry = Entry { position, origin: ServerId::default(), envelope: envelope() };
+            log.entries.push(entry);
+        }
     }
 
     /// Loses the newest entries and goes on in a new epoch.
@@ -364,7 +395,11 @@ impl Bus for Fragile {
             oldest,
             entries,
         };
-        Box::pin(std::future::ready(Ok(page)))
+        let gate = self.gate.clone();
+        Box::pin(async move {
+            let _permit = gate.acquire().await;
+            Ok(page)
+        })
     }
 
     fn heads(&self, rooms: Vec<RoomId>) -> BoxFuture<Result<Vec<Option<Position>>, BusError>> {
@@ -709,6 +744,33 @@ async fn a_node_can_tell_what_it_holds() {
     let held = world.mailboxes.replica_snapshots().await.remove(0);
     assert_eq!((held.entries.len(), held.ids.len(), held.top), (0, 0, member.cursor));
     assert_eq!(world.metrics.dedup_ids_bytes.get(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_read_from_before_a_snapshot_delivers_nothing() {
+    let (world, log) = fragile_world();
+    let lobby = room("r");
+    let mut member = Member::join(&world, &lobby, Start::Newest(0), 1 << 20).await;
+    world.say(&lobby);
+    member.reach(&world, 1).await;
+    // A read has found three entries, and its answer is on its way.
+    let held_up = log.hold_up_reads().await;
+    log.replace(0, 3);
+    let before = world.reads.load(Ordering::Relaxed);
+    world.mailboxes.mark_all_stale();
+    while world.reads.load(Ordering::Relaxed) == before {
+        tokio::time::advance(Duration::from_millis(1)).await;
+    }
+    // Redis is replaced by one that gets what the nodes hold, and that is without the three.
+    let snapshot = world.mailboxes.replica_snapshots().await.remove(0);
+    assert_eq!(snapshot.top.seq, 1);
+    log.replace(3, 2);
+    drop(held_up);
+    member.reach(&world, 3).await;
+    world.until_whole().await;
+    let snapshot = world.mailboxes.replica_snapshots().await.remove(0);
+    let held: Vec<_> = snapshot.entries.iter().map(|entry| entry.envelope.id()).collect();
+    assert_eq!((held, member.resets), (log.ids(), 0));
 }
 
 #[tokio::test(start_paused = true)]
