@@ -55,33 +55,33 @@ use crate::{
 };
 
 /// How often a closed barrier is asked.
-const ASK_EVERY: Duration = Duration::from_millis(50);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 /// How far the clocks of a node and of Redis may differ before it is logged.
 const SKEW_MAX: Duration = Duration::from_secs(1);
 /// The log line of that.
 static CLOCKS_DIFFER: Seldom = Seldom::new();
 /// How often a process is asked for that not everybody has seen.
-const SEEN_EVERY: Duration = Duration::from_millis(100);
+const SEEN_CHECK_INTERVAL: Duration = Duration::from_millis(100);
 
 /// This run of this node, as the others know it; the same for all servers of a Redis Cluster.
-pub(super) struct Process {
+pub(super) struct ProcessIdentity {
     pub(super) name: String,
     pub(super) lease: LeaseTimes,
     /// What the names of all runs of this node begin with.
     node: String,
-    state: Mutex<State>,
+    state: Mutex<ProcessState>,
     /// Another process that lives by the id of this node, if one was found.
-    twin: watch::Sender<Option<String>>,
+    duplicate: watch::Sender<Option<String>>,
 }
 
 #[derive(Default)]
-struct State {
+struct ProcessState {
     /// The groups for which it has ever agreed on a server: it may hold what was acknowledged there.
-    remembers: BTreeSet<u16>,
+    may_hold: BTreeSet<u16>,
     /// The processes that live, as far as known.
     peers: BTreeSet<String>,
     /// Whether everybody who lives has seen this process since it registered.
-    known: bool,
+    seen_by_all: bool,
     renewed: Option<Instant>,
     /// For each group the last term, and the last in which not everybody was heard.
     generations: BTreeMap<u16, (u64, u64)>,
@@ -95,18 +95,24 @@ struct State {
 /// How long a step under way may take when this process ends.
 const LAST_STEP_MAX: Duration = Duration::from_millis(500);
 /// How long another process with the id of this node may take to show that it lives.
-const TWIN_ANSWER_MAX: Duration = Duration::from_millis(500);
+const DUPLICATE_ANSWER_MAX: Duration = Duration::from_millis(500);
 
-impl Process {
+impl ProcessIdentity {
     pub(super) fn new(node: &str, lease: LeaseTimes) -> Self {
         let node = format!("{node}/");
         let (state, twin) = (Mutex::default(), watch::Sender::default());
-        Self { name: format!("{node}{}", unique(SystemTime::now())), lease, node, state, twin }
+        Self {
+            name: format!("{node}{}", unique(SystemTime::now())),
+            lease,
+            node,
+            state,
+            duplicate: twin,
+        }
     }
 
     /// Waits until another process was found to live by the id of this node. Cancel-safe.
-    pub(super) async fn twin(&self) -> String {
-        let mut twin = self.twin.subscribe();
+    pub(super) async fn duplicate(&self) -> String {
+        let mut twin = self.duplicate.subscribe();
         // The sender lives as long as `self`.
         match twin.wait_for(Option::is_some).await.ok().and_then(|twin| twin.clone()) {
             Some(twin) => twin,
@@ -114,8 +120,8 @@ impl Process {
         }
     }
 
-    fn has_twin(&self) -> bool {
-        self.twin.borrow().is_some()
+    fn has_duplicate(&self) -> bool {
+        self.duplicate.borrow().is_some()
     }
 
     /// A new name for its seats in the registry.
@@ -143,16 +149,16 @@ pub(super) struct Agreement {
     checkin: redis::Script,
     lease: redis::Script,
     leave: redis::Script,
-    process: Arc<Process>,
+    process: Arc<ProcessIdentity>,
     /// Whether it was looked at how closely replicas follow.
-    looked_at_replicas: bool,
+    checked_replicas: bool,
 }
 
 pub(super) fn start(
     server: Arc<RedisServer>,
     links: Arc<LinkStates>,
     mailboxes: Mailboxes,
-    process: Arc<Process>,
+    process: Arc<ProcessIdentity>,
     tasks: &Tasks,
 ) {
     let agreement = Agreement {
@@ -164,7 +170,7 @@ pub(super) fn start(
         links,
         mailboxes,
         process,
-        looked_at_replicas: false,
+        checked_replicas: false,
     };
     let stopped = tasks.stopped().clone();
     tasks.spawn_service("redis_agreement", async move {
@@ -180,7 +186,7 @@ pub(super) fn start(
                 () = &mut work => {}
             }
         }
-        agreement.say_goodbye().await;
+        agreement.deregister().await;
     });
 }
 
@@ -189,7 +195,7 @@ impl Agreement {
     async fn work(&mut self, stopped: &CancellationToken) {
         let mut pause = RetryPause::default();
         while !stopped.is_cancelled() {
-            if self.process.has_twin() {
+            if self.process.has_duplicate() {
                 // It does not register, so that nobody counts on it.
                 return std::future::pending().await;
             }
@@ -197,7 +203,7 @@ impl Agreement {
             let remake = self.links.reconnect_all.subscribe();
             match self.server.connect(config()).await {
                 Ok((connection, token)) => {
-                    let kept = self.keep(connection, token, remake, &mut pause, stopped).await;
+                    let kept = self.maintain(connection, token, remake, &mut pause, stopped).await;
                     let Err(error) = kept else { return };
                     pause.failed(&error);
                     self.server.conditions.note(Finder::Call, &error);
@@ -218,7 +224,7 @@ impl Agreement {
     /// # Errors
     ///
     /// Why it does not any more.
-    async fn keep(
+    async fn maintain(
         &mut self,
         mut connection: MultiplexedConnection,
         token: ServerId,
@@ -227,7 +233,7 @@ impl Agreement {
         stopped: &CancellationToken,
     ) -> RedisResult<()> {
         self.links.observed_server(&self.server, token);
-        if !std::mem::replace(&mut self.looked_at_replicas, true) {
+        if !std::mem::replace(&mut self.checked_replicas, true) {
             topology::warn_if_replicas_optional(&mut connection).await;
         }
         let mut moved = self.server.dial.moved();
@@ -250,13 +256,13 @@ impl Agreement {
                 Ok(())
             };
             let done = match done {
-                Ok(()) if self.keeps_leases() => self.renew_if_due(&mut connection, token).await,
-                Ok(()) => self.look_at_barrier(&mut connection, token).await,
+                Ok(()) if self.stores_leases() => self.renew_if_due(&mut connection, token).await,
+                Ok(()) => self.verify_barrier(&mut connection, token).await,
                 failed => failed,
             };
             done?;
             *pause = RetryPause::default();
-            let wait = if is_settled { self.pause_before_renewal() } else { ASK_EVERY };
+            let wait = if is_settled { self.pause_before_renewal() } else { POLL_INTERVAL };
             // All arms are cancel-safe.
             tokio::select! {
                 biased;
@@ -276,7 +282,7 @@ impl Agreement {
     }
 
     /// Whether leases are kept on this server.
-    fn keeps_leases(&self) -> bool {
+    fn stores_leases(&self) -> bool {
         self.server.owns(0)
     }
 
@@ -284,8 +290,8 @@ impl Agreement {
         let state = self.process.state.lock();
         match state.renewed {
             // Somebody else does it.
-            _ if !self.keeps_leases() => self.process.lease.duration,
-            _ if !state.known => SEEN_EVERY,
+            _ if !self.stores_leases() => self.process.lease.duration,
+            _ if !state.seen_by_all => SEEN_CHECK_INTERVAL,
             Some(renewed) => {
                 let due = renewed + self.process.lease.renew_every;
                 due.saturating_duration_since(Instant::now())
@@ -314,14 +320,14 @@ impl Agreement {
             }
             let opened = self.check_in(connection, token, &groups).await?;
             if !opened.groups.is_empty() {
-                self.agreed(token, &opened, begun.elapsed());
+                self.record_agreement(token, &opened, begun.elapsed());
                 groups.retain(|group| !opened.groups.contains(group));
                 self.mailboxes.mark_all_stale();
             }
             if groups.is_empty() {
                 break;
             }
-            tokio::time::sleep(ASK_EVERY).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
             self.renew_if_due(connection, token).await?;
         }
         self.renew_at_once(connection, token).await
@@ -334,7 +340,7 @@ impl Agreement {
         token: ServerId,
         groups: &[u16],
     ) -> RedisResult<()> {
-        let mut remembered = self.process.state.lock().remembers.clone();
+        let mut remembered = self.process.state.lock().may_hold.clone();
         remembered.retain(|group| groups.contains(group));
         if remembered.is_empty() {
             return Ok(());
@@ -354,14 +360,14 @@ impl Agreement {
         self.restorer.restore_unconfirmed(connection, token, &self.process.name, unheard).await
     }
 
-    fn agreed(&self, token: ServerId, opened: &Opened, took: Duration) {
-        let Opened { groups, complete, missing } = opened;
+    fn record_agreement(&self, token: ServerId, opened: &OpenedGroups, took: Duration) {
+        let OpenedGroups { groups, complete, missing } = opened;
         let remembered = {
             let state = &mut *self.process.state.lock();
             // Who was waited for in vain is not waited for again.
             state.peers.retain(|peer| !missing.contains(peer));
-            let remembered = groups.iter().any(|group| state.remembers.contains(group));
-            state.remembers.extend(groups);
+            let remembered = groups.iter().any(|group| state.may_hold.contains(group));
+            state.may_hold.extend(groups);
             remembered
         };
         if *complete || !remembered {
@@ -383,14 +389,15 @@ impl Agreement {
         connection: &mut MultiplexedConnection,
         token: ServerId,
         groups: &[u16],
-    ) -> RedisResult<Opened> {
+    ) -> RedisResult<OpenedGroups> {
         let mut pipeline = redis::Pipeline::with_capacity(groups.len());
         pipeline.ignore_errors();
         for group in groups {
-            pipeline.add_command(self.checkin_of(token, *group));
+            pipeline.add_command(self.check_in_command(token, *group));
         }
         let answers: Vec<RedisResult<Value>> = pipeline.query_async(connection).await?;
-        let mut opened = Opened { groups: Vec::new(), complete: true, missing: BTreeSet::new() };
+        let mut opened =
+            OpenedGroups { groups: Vec::new(), complete: true, missing: BTreeSet::new() };
         for (group, answer) in groups.iter().zip(answers) {
             let (open, missing, term, owed): (String, Vec<Lossy>, u64, u64) = match answer {
                 Ok(answer) => untrusted::read(&self.links.metrics, "barrier", answer)?,
@@ -414,7 +421,7 @@ impl Agreement {
         Ok(opened)
     }
 
-    fn checkin_of(&self, token: ServerId, group: u16) -> redis::Cmd {
+    fn check_in_command(&self, token: ServerId, group: u16) -> redis::Cmd {
         let state = &mut *self.process.state.lock();
         let (term, owed) = state.generations.get(&group).copied().unwrap_or_default();
         let mut command = redis::cmd("EVALSHA");
@@ -428,7 +435,7 @@ impl Agreement {
             .arg(self.process.lease.fresh_wait.as_millis() as u64)
             .arg(term)
             .arg(owed);
-        if state.remembers.contains(&group) {
+        if state.may_hold.contains(&group) {
             state.peers.insert(self.process.name.clone());
             #[cfg(debug_assertions)]
             if crate::fault_injection::is_injected(crate::fault_injection::ProtocolFault::NoBarrier)
@@ -439,7 +446,7 @@ impl Agreement {
             command.arg(&state.peers);
         }
         #[cfg(debug_assertions)]
-        if !state.remembers.contains(&group)
+        if !state.may_hold.contains(&group)
             && crate::fault_injection::is_injected(
                 crate::fault_injection::ProtocolFault::FreshNodeTrusted,
             )
@@ -454,7 +461,7 @@ impl Agreement {
         connection: &mut MultiplexedConnection,
         token: ServerId,
     ) -> RedisResult<()> {
-        if self.keeps_leases() {
+        if self.stores_leases() {
             self.process.state.lock().renewed = None;
         }
         self.renew_if_due(connection, token).await
@@ -470,9 +477,9 @@ impl Agreement {
             let state = self.process.state.lock();
             let renew_every = self.process.lease.renew_every;
             let is_late = state.renewed.is_none_or(|renewed| renewed.elapsed() >= renew_every);
-            (!state.known || is_late, !state.registered)
+            (!state.seen_by_all || is_late, !state.registered)
         };
-        if !is_due || !self.keeps_leases() {
+        if !is_due || !self.stores_leases() {
             return Ok(());
         }
         let predecessors = match is_first {
@@ -496,31 +503,31 @@ impl Agreement {
             untrusted::read(&self.links.metrics, "leases", answer)?;
         let alive = texts(alive);
         if is_first {
-            self.look_for_twin(connection, &predecessors).await?;
+            self.check_for_duplicate(connection, &predecessors).await?;
         }
         let known = {
             let state = &mut *self.process.state.lock();
             state.renewed = Some(asked);
             state.registered = true;
             // A lease that has lapsed is a new one: the others may have gone on without this process.
-            state.known = seen || state.known && !new;
+            state.seen_by_all = seen || state.seen_by_all && !new;
             // Who lives may not have come to this server yet, or not since it was flushed.
             state.peers.extend(alive.iter().cloned());
             if !self.server.has_agreed_on(token, 0) {
                 return Ok(());
             }
-            state.known
+            state.seen_by_all
         };
         if !known {
             self.mailboxes.node_state().drop_lease();
         }
-        self.look_at_barrier(connection, token).await?;
+        self.verify_barrier(connection, token).await?;
         if self.server.has_agreed_on(token, 0) {
             // Whose lease is over is waited for no longer.
             self.process.state.lock().peers = alive.into_iter().collect();
         }
         if known {
-            self.compare_clocks(connection).await?;
+            self.measure_clock_skew(connection).await?;
             let standing = self.mailboxes.node_state();
             let stood = standing.holds_lease(Instant::now());
             let lease = self.process.lease;
@@ -536,7 +543,7 @@ impl Agreement {
 
     /// Notes how far this node's clock is from that of Redis: times of messages are the former's, what
     /// is kept for how long is up to the latter.
-    async fn compare_clocks(&self, connection: &mut MultiplexedConnection) -> RedisResult<()> {
+    async fn measure_clock_skew(&self, connection: &mut MultiplexedConnection) -> RedisResult<()> {
         let asked = (Instant::now(), SystemTime::now());
         let (seconds, micros): (u64, u64) = redis::cmd("TIME").query_async(connection).await?;
         let there = UNIX_EPOCH + Duration::from_secs(seconds) + Duration::from_micros(micros);
@@ -599,20 +606,20 @@ impl Agreement {
             return Ok(predecessors);
         }
         let mut renewed = BTreeSet::new();
-        let mut until = Instant::now() + TWIN_ANSWER_MAX;
+        let mut until = Instant::now() + DUPLICATE_ANSWER_MAX;
         self.wake_peers(connection).await?;
         while Instant::now() < until {
-            tokio::time::sleep(ASK_EVERY).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
             let now = self.leases_of_this_node(connection).await?;
             let renews = |(name, ends): &(&String, &u64)| {
                 before.get(*name).is_some_and(|before| before < ends)
             };
             if let Some((name, _)) = now.iter().find(renews) {
                 if !renewed.insert(name.clone()) {
-                    return Err(self.found_twin(name.clone()));
+                    return Err(self.found_duplicate(name.clone()));
                 }
                 self.wake_peers(connection).await?;
-                until = Instant::now() + TWIN_ANSWER_MAX;
+                until = Instant::now() + DUPLICATE_ANSWER_MAX;
             }
             before = now;
         }
@@ -621,7 +628,7 @@ impl Agreement {
 
     /// Looks, once this process has registered, whether another one has by the id of this node at the
     /// same time. Of two that start at once one at least finds the other.
-    async fn look_for_twin(
+    async fn check_for_duplicate(
         &self,
         connection: &mut MultiplexedConnection,
         predecessors: &BTreeSet<String>,
@@ -633,17 +640,17 @@ impl Agreement {
         let mut delete = redis::cmd("HDEL");
         delete.arg(self.server.keyspace.leases()).arg(&self.process.name);
         delete.query_async::<()>(connection).await?;
-        Err(self.found_twin(twin))
+        Err(self.found_duplicate(twin))
     }
 
-    fn found_twin(&self, twin: String) -> RedisError {
-        self.process.twin.send_replace(Some(twin));
+    fn found_duplicate(&self, twin: String) -> RedisError {
+        self.process.duplicate.send_replace(Some(twin));
         (ErrorKind::Client, "another process lives by the id of this node").into()
     }
 
     /// Takes the agreement back where the server does not know of it any more: it was flushed. Who
     /// appends finds that out by the scripts; who only reads would be refused for ever.
-    async fn look_at_barrier(
+    async fn verify_barrier(
         &self,
         connection: &mut MultiplexedConnection,
         token: ServerId,
@@ -675,8 +682,8 @@ impl Agreement {
 
     /// Gives the lease back, so that nobody waits for a process that has ended in order. Before that
     /// it is noted when, so that its users are not taken for gone while they go elsewhere.
-    async fn say_goodbye(&self) {
-        if !self.keeps_leases() {
+    async fn deregister(&self) {
+        if !self.stores_leases() {
             return;
         }
         let goodbye = async {
@@ -695,7 +702,7 @@ impl Agreement {
             goodbye.query_async::<()>(&mut connection).await?;
             let mut leave = self.leave.key(keyspace.leases());
             leave.key(keyspace.barrier(0)).arg(&self.process.name).arg(token.to_string());
-            leave.arg(if self.lacks_nothing(token) { "1" } else { "" });
+            leave.arg(if self.has_all_acknowledged(token) { "1" } else { "" });
             leave.invoke_async::<bool>(&mut connection).await
         };
         match goodbye.await {
@@ -712,7 +719,7 @@ impl Agreement {
     /// Whether all that this process knows to be acknowledged is with the server: it was acknowledged by
     /// it, or given to it before the nodes agreed. In a Redis Cluster that is several servers' matter,
     /// whose notes would not be of one moment.
-    fn lacks_nothing(&self, token: ServerId) -> bool {
+    fn has_all_acknowledged(&self, token: ServerId) -> bool {
         let standing = self.mailboxes.node_state();
         self.server.keyspace.groups() == 1
             && self.server.has_agreed_on(token, 0)
@@ -732,7 +739,7 @@ fn skew_of(asked: SystemTime, took: Duration, there: SystemTime) -> f64 {
 }
 
 /// What a server is open for.
-struct Opened {
+struct OpenedGroups {
     groups: Vec<u16>,
     /// Whether all were heard.
     complete: bool,

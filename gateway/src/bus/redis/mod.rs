@@ -222,7 +222,7 @@ impl RedisBus {
         let process = self.router.process();
         tokio::select! {
             biased;
-            other = process.twin() => {
+            other = process.duplicate() => {
                 let own = process.name.clone();
                 let node = own.split('/').next().unwrap_or_default().to_owned();
                 Err(RedisStartError::NodeId { node, other, own })

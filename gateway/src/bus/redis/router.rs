@@ -29,7 +29,7 @@ use tokio::{
 
 use super::{
     RedisOptions,
-    agreement::{self, Process},
+    agreement::{self, ProcessIdentity},
     appender::{self, Appender},
     conditions::Conditions,
     keyspace::Keyspace,
@@ -84,7 +84,7 @@ struct ConnectionContext {
     retention: Retention,
     mailboxes: Mailboxes,
     metrics: Arc<Metrics>,
-    process: Arc<Process>,
+    process: Arc<ProcessIdentity>,
     topology_stale: Arc<Notify>,
     usages: Arc<Usages>,
     tasks: Tasks,
@@ -120,7 +120,10 @@ impl Router {
                 retention: options.retention,
                 mailboxes: mailboxes.clone(),
                 metrics,
-                process: Arc::new(Process::new(&options.node, LeaseTimes::of(options.lease))),
+                process: Arc::new(ProcessIdentity::new(
+                    &options.node,
+                    LeaseTimes::of(options.lease),
+                )),
                 topology_stale: Arc::default(),
                 usages: Arc::default(),
                 tasks: tasks.clone(),
@@ -156,7 +159,7 @@ impl Router {
     }
 
     /// This run of this node.
-    pub(super) fn process(&self) -> &Arc<Process> {
+    pub(super) fn process(&self) -> &Arc<ProcessIdentity> {
         &self.context.process
     }
 
