@@ -339,7 +339,7 @@ impl Bus for MemoryBus {
         Box::pin(std::future::ready(Ok(())))
     }
 
-    fn failing(&self) -> Option<&'static str> {
+    fn failed_check(&self) -> Option<&'static str> {
         None
     }
 }

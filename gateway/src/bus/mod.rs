@@ -95,7 +95,7 @@ pub trait Bus: Send + Sync {
     fn restore(&self, held: ReplicaSnapshot) -> BoxFuture<Result<(), BusError>>;
 
     /// What keeps this node from publishing and hearing, if anything: names for `ready`.
-    fn failing(&self) -> Option<&'static str>;
+    fn failed_check(&self) -> Option<&'static str>;
 }
 
 /// An entry to be appended.

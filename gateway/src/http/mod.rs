@@ -198,7 +198,7 @@ impl Node {
         let bus: &dyn Bus = &*self.services.bus;
         let task = self.tasks.failure().map(|_| "task");
         let drain = self.is_draining().then_some("drain");
-        bus.failing().into_iter().chain(task).chain(drain).collect()
+        bus.failed_check().into_iter().chain(task).chain(drain).collect()
     }
 }
 

@@ -468,7 +468,7 @@ async fn an_append_that_cannot_be_sent_in_time_is_unavailable() {
     assert_eq!(within(answer).await.unwrap(), Err(BusError::Unavailable));
     let waited = begun.elapsed();
     assert!((Duration::from_secs(4)..Duration::from_secs(20)).contains(&waited), "{waited:?}");
-    assert_eq!(fixture.bus.failing(), Some("bus"));
+    assert_eq!(fixture.bus.failed_check(), Some("bus"));
     assert!(fixture.tasks.finish(Duration::from_secs(5)).await);
 }
 
@@ -477,8 +477,8 @@ async fn a_redis_that_evicts_is_not_ready() {
     let server = Redis::start().await;
     server.command("CONFIG SET maxmemory-policy allkeys-lru").await;
     let fixture = redis(&server, retention()).await;
-    assert_eq!(fixture.bus.failing(), Some("maxmemory_policy"));
+    assert_eq!(fixture.bus.failed_check(), Some("maxmemory_policy"));
     server.command("CONFIG SET maxmemory-policy noeviction").await;
-    until("it is ready", async || fixture.bus.failing().is_none()).await;
+    until("it is ready", async || fixture.bus.failed_check().is_none()).await;
     assert!(fixture.tasks.finish(Duration::from_secs(5)).await);
 }

@@ -191,8 +191,8 @@ impl Bus for Counting {
         self.0.restore(held)
     }
 
-    fn failing(&self) -> Option<&'static str> {
-        self.0.failing()
+    fn failed_check(&self) -> Option<&'static str> {
+        self.0.failed_check()
     }
 }
 
@@ -415,7 +415,7 @@ impl Bus for Fragile {
         unreachable!("no two histories share numbers here")
     }
 
-    fn failing(&self) -> Option<&'static str> {
+    fn failed_check(&self) -> Option<&'static str> {
         None
     }
 }

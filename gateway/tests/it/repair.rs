@@ -154,7 +154,7 @@ async fn a_thousand_rooms_are_repaired_when_the_link_is_back() {
     assert_eq!(metrics.rooms.get(), ROOMS as i64);
     redis.command("ACL SETUSER default -subscribe").await;
     redis.command("CLIENT KILL TYPE pubsub").await;
-    until("deaf", async || bus.failing().is_some()).await;
+    until("deaf", async || bus.failed_check().is_some()).await;
     for room in &rooms {
         let (done, appended) = oneshot::channel();
         let id = MessageId::random();
@@ -178,7 +178,7 @@ async fn a_thousand_rooms_are_repaired_when_the_link_is_back() {
     }
     assert_eq!(metrics.deliveries.get(), 0);
     redis.command("ACL SETUSER default +subscribe").await;
-    until("hearing", async || bus.failing().is_none()).await;
+    until("hearing", async || bus.failed_check().is_none()).await;
     let back = Instant::now();
     until("repaired", async || metrics.deliveries.get() == ROOMS as u64).await;
     println!("{ROOMS} rooms with a hole each: whole {:?} after the link was back", back.elapsed());

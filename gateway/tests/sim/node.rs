@@ -186,7 +186,9 @@ impl Node {
     /// Whether a handshake would be taken.
     pub fn is_ready(&self) -> bool {
         let drains = self.draining.load(Ordering::Relaxed);
-        !drains && self.reached.load(Ordering::Relaxed) && self.services.bus.failing().is_none()
+        !drains
+            && self.reached.load(Ordering::Relaxed)
+            && self.services.bus.failed_check().is_none()
     }
 
     /// Takes no client any more.

@@ -37,11 +37,10 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    RetryPause,
-    conditions::Finder,
-    config, is_slot_error,
+    RetryPause, config, is_slot_error,
     lease::LeaseTimes,
     links::LinkStates,
+    requirements::Detector,
     restore::LogRestorer,
     server::RedisServer,
     topology,
@@ -206,7 +205,7 @@ impl Agreement {
                     let kept = self.maintain(connection, token, remake, &mut pause, stopped).await;
                     let Err(error) = kept else { return };
                     pause.failed(&error);
-                    self.server.conditions.note(Finder::Call, &error);
+                    self.server.requirements.record(Detector::Call, &error);
                     tracing::debug!(%error, "connection for agreement ended");
                 }
                 Err(error) => {

@@ -22,13 +22,12 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    RetryPause,
-    conditions::{Finder, is_forbidden},
-    config, is_slot_error, is_unagreed,
+    RetryPause, config, is_slot_error, is_unagreed,
     links::{LinkKind, LinkStates},
     memory::Pressure,
     position_args,
     probe::PROBE_EVERY,
+    requirements::{Detector, is_forbidden},
     send_queue::{QueuedAppend, SendQueue},
     server::{AgreedServer, RedisServer},
     to_bus_error,
@@ -157,7 +156,7 @@ impl AppendWorker {
                         pause = RetryPause::default();
                     }
                     pause.failed(&error);
-                    self.server.conditions.note(Finder::Call, &error);
+                    self.server.requirements.record(Detector::Call, &error);
                     tracing::debug!(%error, "append connection ended");
                 }
                 Err(error) => {
@@ -494,7 +493,7 @@ impl AppendWorker {
                     again.push_back(queued);
                 }
                 Err(error) => {
-                    self.server.conditions.note(Finder::Call, &error);
+                    self.server.requirements.record(Detector::Call, &error);
                     if !is_forbidden(&error) {
                         self.log_rejection(&error, &queued, now);
                     }
@@ -556,7 +555,7 @@ async fn check_health(
     permitted: redis::Script,
 ) -> RedisResult<()> {
     redis::cmd("PING").query_async::<()>(&mut connection).await?;
-    server.conditions.look(&server, &mut connection, &permitted).await
+    server.requirements.check(&server, &mut connection, &permitted).await
 }
 
 /// Sends a number that the subscriber has to hear.
@@ -580,7 +579,7 @@ async fn send_probe(
         Err(error) if is_forbidden(&error) => {
             // It is not missed: another connection could do no more.
             links.probe.forget();
-            server.conditions.note(Finder::Call, &error);
+            server.requirements.record(Detector::Call, &error);
             Ok(())
         }
         sent => sent,

@@ -39,7 +39,7 @@ use crate::{
 
 mod agreement;
 mod appender;
-mod conditions;
+mod requirements;
 mod restore;
 mod keyspace;
 mod lease;
@@ -60,8 +60,8 @@ mod untrusted;
 mod send_queue;
 
 use commands::RedisControlQueue;
-use conditions::Conditions;
 use log::Log;
+use requirements::Requirements;
 use router::Router;
 use store::StoreWorker;
 use topology::{Dial, TlsFiles, Topology, TopologyError};
@@ -203,7 +203,7 @@ impl RedisBus {
                 Ok(recorded) if recorded == configured => break,
                 Ok(recorded) => return Err(RedisStartError::Partitions { configured, recorded }),
                 Err(error) => {
-                    if let Some(found) = too_old(&set.server.conditions, &error) {
+                    if let Some(found) = too_old(&set.server.requirements, &error) {
                         return Err(RedisStartError::Version { found });
                     }
                     pause.failed(&error);
@@ -265,7 +265,7 @@ impl Bus for RedisBus {
         Box::pin(self.router.clone().query(group, move |log| log.restore(held.clone())))
     }
 
-    fn failing(&self) -> Option<&'static str> {
+    fn failed_check(&self) -> Option<&'static str> {
         // What an operator has to do something about goes before what passes by itself.
         let unmet = self.router.unmet_requirement();
         unmet.or(if !self.router.is_up() {
@@ -439,8 +439,8 @@ impl SessionStore for RedisBus {
 }
 
 /// The version of a server that is older than what is needed, where that is what an error is about.
-fn too_old(conditions: &Conditions, error: &RedisError) -> Option<String> {
-    conditions.too_old().filter(|_| conditions::is_lasting(error))
+fn too_old(conditions: &Requirements, error: &RedisError) -> Option<String> {
+    conditions.too_old().filter(|_| requirements::is_persistent(error))
 }
 
 /// A position as two arguments of a script, both empty where there is none.
@@ -462,7 +462,7 @@ fn is_slot_error(error: &RedisError) -> bool {
 /// has too few replicas, a disk that is full, or forbids what its user has to do.
 fn to_bus_error(error: &RedisError) -> BusError {
     match error.code() {
-        _ if conditions::is_forbidden(error) => BusError::Unavailable,
+        _ if requirements::is_forbidden(error) => BusError::Unavailable,
         Some("FULL") => BusError::Full,
         Some("UNSEENQUOTA") => BusError::UnseenQuota,
         Some("UNSEENBYTES") => BusError::UnseenBytes,
@@ -499,7 +499,7 @@ impl RetryPause {
 
     /// Notes why the last attempt failed.
     fn failed(&mut self, error: &RedisError) {
-        self.lasting = if conditions::is_lasting(error) { self.lasting + 1 } else { 0 };
+        self.lasting = if requirements::is_persistent(error) { self.lasting + 1 } else { 0 };
     }
 
     async fn wait(&mut self) {

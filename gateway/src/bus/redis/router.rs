@@ -31,12 +31,12 @@ use super::{
     RedisOptions,
     agreement::{self, ProcessIdentity},
     appender::{self, Appender},
-    conditions::Conditions,
     keyspace::Keyspace,
     lease::LeaseTimes,
     links::LinkStates,
     log::Log,
     memory::{self, Usages},
+    requirements::Requirements,
     send_queue::QueuedAppend,
     server::{AgreedServer, RedisServer},
     status,
@@ -220,12 +220,12 @@ impl Router {
 
     /// Whether a server throws keys away.
     pub(super) fn evicts_keys(&self) -> bool {
-        self.connections_by_groups().iter().any(|(set, _)| set.server.conditions.evicts())
+        self.connections_by_groups().iter().any(|(set, _)| set.server.requirements.evicts_keys())
     }
 
     /// What a server is not, or does not allow.
     pub(super) fn unmet_requirement(&self) -> Option<&'static str> {
-        self.connections_by_groups().iter().find_map(|(set, _)| set.server.conditions.failing())
+        self.connections_by_groups().iter().find_map(|(set, _)| set.server.requirements.unmet())
     }
 
     /// All sets, with the groups that lead to them.
@@ -528,7 +528,7 @@ impl ConnectionContext {
             owned: watch::Sender::new(groups.iter().copied().collect()),
             agreed: watch::Sender::new(AgreedServer::default()),
             topology_stale: self.topology_stale.clone(),
-            conditions: Conditions::default(),
+            requirements: Requirements::default(),
         });
         let standing = self.mailboxes.node_state().clone();
         let links = Arc::new(LinkStates::new(standing, self.metrics.clone()));

@@ -9,10 +9,10 @@ use shared::ids::RoomId;
 use tokio::sync::{Notify, watch};
 
 use super::{
-    conditions::{Conditions, Finder},
     config, is_slot_error, is_unagreed,
     keyspace::Keyspace,
     memory::Memory,
+    requirements::{Detector, Requirements},
     to_bus_error,
     topology::{Dial, ReadConnection, url::Address},
 };
@@ -37,7 +37,7 @@ pub(super) struct RedisServer {
     /// Told when something shows that a group may be with another server.
     pub(super) topology_stale: Arc<Notify>,
     /// What it has to be, and a gateway has to be allowed there.
-    pub(super) conditions: Conditions,
+    pub(super) requirements: Requirements,
 }
 
 /// The server that the nodes have agreed on, and for which groups.
@@ -129,9 +129,9 @@ impl RedisServer {
         let connected = self.connect_and_ask(config).await;
         if let Err(error) = &connected {
             self.topology_stale.notify_one();
-            self.conditions.note(Finder::Call, error);
+            self.requirements.record(Detector::Call, error);
             if error.kind() == ErrorKind::RESP3NotSupported {
-                let _ = self.conditions.note_version(Some("older than 6.0".to_owned()));
+                let _ = self.requirements.record_version(Some("older than 6.0".to_owned()));
             }
         }
         connected
@@ -149,7 +149,7 @@ impl RedisServer {
             .arg("replication")
             .query_async(&mut connection)
             .await?;
-        self.conditions.check_version(&run)?;
+        self.requirements.check_version(&run)?;
         if !replication.contains("role:master") {
             return Err((ErrorKind::Io, "the server is a replica").into());
         }
@@ -171,7 +171,7 @@ impl RedisServer {
         &self,
         question: impl AsyncFnOnce(&mut ReadConnection) -> Result<T, RedisError>,
     ) -> Result<T, BusError> {
-        if self.conditions.is_forbidden() {
+        if self.requirements.is_forbidden() {
             // It would be refused; the appender finds out when it is not any more.
             return Err(BusError::Unavailable);
         }
@@ -188,7 +188,7 @@ impl RedisServer {
                 reader.discard();
                 return BusError::Unavailable;
             }
-            self.conditions.note(Finder::Call, &error);
+            self.requirements.record(Detector::Call, &error);
             let failed = to_bus_error(&error);
             if failed == BusError::Refused {
                 tracing::error!(%error, "Redis refused what it was asked");

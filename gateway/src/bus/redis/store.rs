@@ -31,10 +31,9 @@ mod reaper;
 mod queries;
 
 use super::{
-    RETRY_PAUSE_MAX, RetryPause,
-    conditions::{Finder, is_forbidden},
-    ephemeral, is_slot_error,
+    RETRY_PAUSE_MAX, RetryPause, ephemeral, is_slot_error,
     keyspace::{Keyspace, PlaceKeys, name_of},
+    requirements::{Detector, is_forbidden},
     router::Router,
     server::RedisServer,
     sessions::SessionOp,
@@ -446,7 +445,7 @@ impl StoreWorker {
     }
 
     async fn perform_on(&self, server: &RedisServer, ops: Numbered, incarnation: &str) -> Numbered {
-        if server.conditions.is_forbidden() {
+        if server.requirements.is_forbidden() {
             return ops;
         }
         let Ok(mut reader) = server.dial.read_connection().await else { return ops };
@@ -493,7 +492,7 @@ impl StoreWorker {
                 }
                 Err(error) => match to_bus_error(&error) {
                     _ if is_forbidden(&error) => {
-                        server.conditions.note(Finder::Call, &error);
+                        server.requirements.record(Detector::Call, &error);
                         match op {
                             // Nobody waits for these, and they are told when it is allowed again.
                             Op::Seat { reply: None, .. } => left.push((number, op)),

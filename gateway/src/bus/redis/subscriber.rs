@@ -32,12 +32,11 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    RetryPause,
-    conditions::Finder,
-    config, ephemeral,
+    RetryPause, config, ephemeral,
     keyspace::Keyspace,
     links::{LinkKind, LinkStates},
     probe::{LOOK_EVERY, Probe},
+    requirements::Detector,
     server::RedisServer,
     untrusted,
 };
@@ -230,7 +229,7 @@ impl SubscribeWorker {
                 pause = RetryPause::default();
             }
             pause.failed(&error);
-            self.server.conditions.note(Finder::Subscriber, &error);
+            self.server.requirements.record(Detector::Subscriber, &error);
             if pause.should_log() {
                 tracing::warn!(%error, "cannot hear Redis");
             }
@@ -253,7 +252,7 @@ impl SubscribeWorker {
         self.subscribe(&mut connection, &rooms).await?;
         // Only when everything is subscribed to: what is read from now on leaves no gap.
         self.mailboxes.mark_all_stale();
-        self.server.conditions.allow(Finder::Subscriber);
+        self.server.requirements.allow(Detector::Subscriber);
         self.links.set(&self.server, LinkKind::Subscribe, Some(token));
 
         let mut look = tokio::time::interval(LOOK_EVERY);

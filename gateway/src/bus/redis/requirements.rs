@@ -23,23 +23,23 @@ const PERMISSIONS: &str = "~gw:* &gw:* +@all -@dangerous +info +config|get";
 
 /// The conditions of one server.
 #[derive(Debug, Default)]
-pub(super) struct Conditions {
-    state: Mutex<State>,
+pub(super) struct Requirements {
+    state: Mutex<RequirementState>,
     permission_line: Seldom,
     policy_line: Seldom,
     version_line: Seldom,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct RequirementState {
     /// What is forbidden, by what finds that out.
-    forbidden: BTreeMap<Finder, String>,
+    forbidden: BTreeMap<Detector, String>,
     /// The user of Redis that this node is, where it may be asked.
     user: Option<String>,
     /// The policy by which keys are thrown away when the memory is full.
     policy: Option<String>,
     /// How often it was looked.
-    looks: u32,
+    checks: u32,
     /// It could not be found out, which was said.
     policy_unknown: bool,
     /// The version, where it is too old.
@@ -48,11 +48,11 @@ struct State {
 
 /// What finds out that something is forbidden, and that it is no longer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Finder {
+pub(super) enum Detector {
     /// A call; the next look tells whether that still is so.
     Call,
     /// A look at all commands.
-    Look,
+    Check,
     /// The subscriber.
     Subscriber,
 }
@@ -66,7 +66,7 @@ pub(super) fn is_forbidden(error: &RedisError) -> bool {
 }
 
 /// Whether an error stays until an operator does something.
-pub(super) fn is_lasting(error: &RedisError) -> bool {
+pub(super) fn is_persistent(error: &RedisError) -> bool {
     is_forbidden(error) || error.kind() == ErrorKind::RESP3NotSupported || is_too_old(error)
 }
 
@@ -76,9 +76,9 @@ fn is_too_old(error: &RedisError) -> bool {
     error.kind() == ErrorKind::Client && error.to_string().contains(TOO_OLD)
 }
 
-impl Conditions {
+impl Requirements {
     /// The name of what is not met, for `/ready`.
-    pub(super) fn failing(&self) -> Option<&'static str> {
+    pub(super) fn unmet(&self) -> Option<&'static str> {
         let state = self.state.lock();
         if state.too_old.is_some() {
             Some("redis_version")
@@ -90,7 +90,7 @@ impl Conditions {
     }
 
     /// Whether Redis may throw keys away when its memory is full, and with them acknowledged messages.
-    pub(super) fn evicts(&self) -> bool {
+    pub(super) fn evicts_keys(&self) -> bool {
         self.state.lock().policy.as_ref().is_some_and(|policy| policy != "noeviction")
     }
 
@@ -105,13 +105,13 @@ impl Conditions {
     }
 
     /// Notes an error, if it is about a permission.
-    pub(super) fn note(&self, finder: Finder, error: &RedisError) {
+    pub(super) fn record(&self, finder: Detector, error: &RedisError) {
         if is_forbidden(error) {
             self.forbid(finder, error.to_string());
         }
     }
 
-    fn forbid(&self, finder: Finder, what: String) {
+    fn forbid(&self, finder: Detector, what: String) {
         let user = {
             let state = &mut *self.state.lock();
             state.forbidden.insert(finder, what.clone());
@@ -125,7 +125,7 @@ impl Conditions {
     }
 
     /// What `finder` had found is allowed now.
-    pub(super) fn allow(&self, finder: Finder) {
+    pub(super) fn allow(&self, finder: Detector) {
         if self.state.lock().forbidden.remove(&finder).is_some() && !self.is_forbidden() {
             tracing::info!("Redis allows its user what a gateway has to do");
         }
@@ -140,11 +140,11 @@ impl Conditions {
         let version = field(info, "redis_version").unwrap_or("of no version").trim();
         let major = version.split('.').next().and_then(|major| major.parse::<u32>().ok());
         let is_old = major.is_none_or(|major| major < MAJOR_MIN);
-        self.note_version(is_old.then(|| version.to_owned()))
+        self.record_version(is_old.then(|| version.to_owned()))
     }
 
     /// Notes the version, where it is too old.
-    pub(super) fn note_version(&self, too_old: Option<String>) -> RedisResult<()> {
+    pub(super) fn record_version(&self, too_old: Option<String>) -> RedisResult<()> {
         self.state.lock().too_old.clone_from(&too_old);
         let Some(found) = too_old else { return Ok(()) };
         if let Some(unsaid) = self.version_line.is_due() {
@@ -154,30 +154,30 @@ impl Conditions {
     }
 
     /// Looks at what may have changed: the policy, and where something was forbidden what is.
-    pub(super) async fn look(
+    pub(super) async fn check(
         &self,
         server: &RedisServer,
         connection: &mut MultiplexedConnection,
         permitted: &redis::Script,
     ) -> RedisResult<()> {
         let is_due = {
-            let looks = &mut self.state.lock().looks;
+            let looks = &mut self.state.lock().checks;
             *looks += 1;
             *looks % PERMISSIONS_EVERY == 1
         };
-        self.look_at_policy(connection).await?;
+        self.check_policy(connection).await?;
         if self.state.lock().user.is_none() {
             let user: RedisResult<String> =
                 redis::cmd("ACL").arg("WHOAMI").query_async(connection).await;
             self.state.lock().user = user.ok();
         }
         if is_due || self.is_forbidden() {
-            self.look_at_permissions(server, connection, permitted).await?;
+            self.check_permissions(server, connection, permitted).await?;
         }
         Ok(())
     }
 
-    async fn look_at_permissions(
+    async fn check_permissions(
         &self,
         server: &RedisServer,
         connection: &mut MultiplexedConnection,
@@ -194,22 +194,22 @@ impl Conditions {
             Ok(reply) => {
                 let missing: Vec<untrusted::Lossy> = redis::from_redis_value(reply)?;
                 if missing.is_empty() {
-                    self.allow(Finder::Call);
-                    self.allow(Finder::Look);
+                    self.allow(Detector::Call);
+                    self.allow(Detector::Check);
                 } else {
-                    self.forbid(Finder::Look, untrusted::texts(missing).join(" "));
+                    self.forbid(Detector::Check, untrusted::texts(missing).join(" "));
                 }
                 Ok(())
             }
             Err(error) if is_forbidden(&error) => {
-                self.forbid(Finder::Look, error.to_string());
+                self.forbid(Detector::Check, error.to_string());
                 Ok(())
             }
             Err(error) => Err(error),
         }
     }
 
-    async fn look_at_policy(&self, connection: &mut MultiplexedConnection) -> RedisResult<()> {
+    async fn check_policy(&self, connection: &mut MultiplexedConnection) -> RedisResult<()> {
         let asked: RedisResult<(String, String)> =
             redis::cmd("CONFIG").arg("GET").arg("maxmemory-policy").query_async(connection).await;
         let policy = match asked {
@@ -226,11 +226,11 @@ impl Conditions {
             }
             Err(error) => return Err(error),
         };
-        self.note_policy(policy);
+        self.record_policy(policy);
         Ok(())
     }
 
-    fn note_policy(&self, policy: Option<String>) {
+    fn record_policy(&self, policy: Option<String>) {
         let is_unknown = policy.is_none();
         let is_news = {
             let state = &mut *self.state.lock();
@@ -243,7 +243,7 @@ impl Conditions {
                  noeviction, or acknowledged messages are thrown away when the memory is full"
             );
         }
-        if self.evicts()
+        if self.evicts_keys()
             && let Some(unsaid) = self.policy_line.is_due()
         {
             let policy = policy.unwrap_or_default();
@@ -277,40 +277,40 @@ mod tests {
 
     #[test]
     fn a_redis_before_7_is_too_old_and_valkey_is_not() {
-        let conditions = Conditions::default();
+        let conditions = Requirements::default();
         let error = conditions.check_version("redis_version:6.2.14\r\nx:y").unwrap_err();
-        assert!(is_lasting(&error) && error.to_string().contains("6.2.14"), "{error}");
-        assert_eq!(conditions.failing(), Some("redis_version"));
+        assert!(is_persistent(&error) && error.to_string().contains("6.2.14"), "{error}");
+        assert_eq!(conditions.unmet(), Some("redis_version"));
         for good in
             ["redis_version:7.0.15\r\n", "a:b\r\nredis_version:7.2.4\r\nvalkey_version:8.0.1"]
         {
             assert!(conditions.check_version(good).is_ok());
         }
-        assert_eq!((conditions.failing(), conditions.too_old()), (None, None));
+        assert_eq!((conditions.unmet(), conditions.too_old()), (None, None));
         assert!(conditions.check_version("").is_err());
     }
 
     #[test]
     fn what_is_forbidden_is_so_until_whoever_found_it_finds_it_allowed() {
-        let conditions = Conditions::default();
+        let conditions = Requirements::default();
         let forbidden = redis::make_extension_error("NOPERM".to_owned(), None);
-        conditions.note(Finder::Subscriber, &forbidden);
-        conditions.note(Finder::Call, &redis::make_extension_error("OOM".to_owned(), None));
-        assert_eq!(conditions.failing(), Some("redis_permission"));
-        conditions.allow(Finder::Call);
+        conditions.record(Detector::Subscriber, &forbidden);
+        conditions.record(Detector::Call, &redis::make_extension_error("OOM".to_owned(), None));
+        assert_eq!(conditions.unmet(), Some("redis_permission"));
+        conditions.allow(Detector::Call);
         assert!(conditions.is_forbidden());
-        conditions.allow(Finder::Subscriber);
-        assert_eq!(conditions.failing(), None);
+        conditions.allow(Detector::Subscriber);
+        assert_eq!(conditions.unmet(), None);
     }
 
     #[test]
     fn a_policy_that_is_not_noeviction_evicts() {
-        let conditions = Conditions::default();
-        conditions.note_policy(None);
-        assert!(!conditions.evicts());
-        conditions.note_policy(Some("volatile-lru".to_owned()));
-        assert!(conditions.evicts());
-        conditions.note_policy(Some("noeviction".to_owned()));
-        assert!(!conditions.evicts());
+        let conditions = Requirements::default();
+        conditions.record_policy(None);
+        assert!(!conditions.evicts_keys());
+        conditions.record_policy(Some("volatile-lru".to_owned()));
+        assert!(conditions.evicts_keys());
+        conditions.record_policy(Some("noeviction".to_owned()));
+        assert!(!conditions.evicts_keys());
     }
 }
