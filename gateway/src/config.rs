@@ -22,7 +22,7 @@ use tracing_subscriber::filter::{LevelFilter, Targets};
 
 use crate::{
     bus::{
-        Bounds, Kept, Retention, UnseenInbox,
+        LogRetention, Retention, StorageLimits, UnseenInboxLimits,
         redis::{
             RedisOptions,
             topology::{TlsFiles, url::RedisUrl},
@@ -370,9 +370,9 @@ impl Config {
         if open_cluster {
             warnings.push("ANONYMOUS MODE in a cluster: any client can read every room and impersonate any user; set auth.mode = jwt".into());
         }
-        let unseen = UnseenInbox { entries_max: unseen_entries, bytes_max: unseen_bytes.0 as u64, ttl: unseen_ttl.0 };
-        let bounds = Bounds { unseen, marks_max, session_data_max: session_data.0 as u64, memory_max: memory_max.0 as u64, watermark_percent: watermark };
-        let retention = Retention { entries_min, window: window.0, bytes_max: bytes_max.0 as u64, memory_bytes_max: memory_bytes.0 as u64, ttl: ttl.0, dedup_window: dedup_window.0, inboxes: Kept { entries_min: inbox_entries, ttl: inbox_ttl.0, bytes_max: inbox_bytes.0 as u64 }, bounds };
+        let unseen = UnseenInboxLimits { entries_max: unseen_entries, bytes_max: unseen_bytes.0 as u64, ttl: unseen_ttl.0 };
+        let bounds = StorageLimits { unseen, marks_max, session_data_max: session_data.0 as u64, memory_max: memory_max.0 as u64, watermark_percent: watermark };
+        let retention = Retention { entries_min, window: window.0, bytes_max: bytes_max.0 as u64, memory_bytes_max: memory_bytes.0 as u64, ttl: ttl.0, dedup_window: dedup_window.0, inboxes: LogRetention { entries_min: inbox_entries, ttl: inbox_ttl.0, bytes_max: inbox_bytes.0 as u64 }, limits: bounds };
         let sessions = SessionOptions { ttl: session_ttl.0 };
         let node = node.0.unwrap_or_else(default_node_id);
         let second = Duration::from_secs(1);

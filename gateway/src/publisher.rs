@@ -22,7 +22,7 @@ use uuid::Uuid;
 
 use crate::{
     bus::{
-        Append, Appended, Bus, BusError, Done, Unseen,
+        Append, AppendCallback, Appended, Bus, BusError, UnseenPolicy,
         registry::{EphemeralEvent, PresenceStore},
     },
     limits::durable::{ENTRY_BYTES, Quotas, Writer},
@@ -149,15 +149,19 @@ impl Publisher {
 
     /// What is done with a direct to somebody who was never connected, and what hears that it has opened
     /// an inbox.
-    fn unseen(&self, writer: Option<&Writer>, done: Done) -> (Unseen, Done) {
-        let Some(writer) = writer else { return (Unseen::Keep, done) };
+    fn unseen(
+        &self,
+        writer: Option<&Writer>,
+        done: AppendCallback,
+    ) -> (UnseenPolicy, AppendCallback) {
+        let Some(writer) = writer else { return (UnseenPolicy::Unlimited, done) };
         let unseen = match self.quotas.may_open_inbox(writer, Instant::now()) {
-            Ok(()) => Unseen::Small,
-            Err(_) => Unseen::Refuse,
+            Ok(()) => UnseenPolicy::Limited,
+            Err(_) => UnseenPolicy::Reject,
         };
         let (quotas, writer) = (self.quotas.clone(), writer.clone());
-        let done: Done = Box::new(move |result| {
-            if matches!(result, Ok(Appended { opened: true, .. })) {
+        let done: AppendCallback = Box::new(move |result| {
+            if matches!(result, Ok(Appended { opened_inbox: true, .. })) {
                 quotas.opened_inbox(&writer, Instant::now());
             }
             done(result);
@@ -244,7 +248,7 @@ impl Publisher {
     }
 
     /// Counts what becomes of a publish, and how long that takes.
-    fn counted(&self, done: Done) -> Done {
+    fn counted(&self, done: AppendCallback) -> AppendCallback {
         let (begun, metrics) = (Instant::now(), self.metrics.clone());
         Box::new(move |result| {
             metrics.publish_seconds.observe(begun.elapsed().as_secs_f64());
@@ -257,16 +261,16 @@ impl Publisher {
     }
 
     /// An append that is tried from now on, and leaves a trail.
-    fn append(&self, room: RoomId, envelope: Envelope, done: Done) -> Append {
+    fn append(&self, room: RoomId, envelope: Envelope, done: AppendCallback) -> Append {
         let deadline = Instant::now() + self.wait_max;
         let (trails, log, id) = (self.trails.clone(), room.clone(), envelope.id());
-        let done: Done = Box::new(move |result| {
+        let done: AppendCallback = Box::new(move |result| {
             if let Ok(appended) = &result {
                 trails.appended(&log, id, &appended.position);
             }
             done(result);
         });
-        Append { room, envelope, urgent: false, unseen: Unseen::Keep, deadline, done }
+        Append { room, envelope, urgent: false, unseen: UnseenPolicy::Unlimited, deadline, done }
     }
 
     /// Appends a notification to a user's inbox.
@@ -295,7 +299,7 @@ impl Publisher {
     }
 
     /// Appends something once another append was done, unless that failed.
-    fn then_append(&self, next: Append) -> Done {
+    fn then_append(&self, next: Append) -> AppendCallback {
         let bus = self.bus.clone();
         Box::new(move |result| match result {
             Ok(_) => bus.append(next),
@@ -320,8 +324,8 @@ fn outcome(result: &Result<Appended, BusError>) -> PublishResult {
         Ok(Appended { duplicate: true, .. }) => PublishResult::Duplicate,
         Err(BusError::Unavailable) => PublishResult::Unavailable,
         Err(BusError::Overloaded) => PublishResult::Overloaded,
-        Err(BusError::Refused) => PublishResult::Failed,
-        Err(BusError::Full | BusError::UnseenQuota | BusError::UnseenBytes) => {
+        Err(BusError::Rejected) => PublishResult::Failed,
+        Err(BusError::MemoryFull | BusError::UnseenQuota | BusError::UnseenBytes) => {
             PublishResult::LimitReached
         }
     }
@@ -330,9 +334,9 @@ fn outcome(result: &Result<Appended, BusError>) -> PublishResult {
 /// The bound that was reached, if one was.
 pub fn bound_of(error: BusError) -> Option<StorageLimit> {
     match error {
-        BusError::Full => Some(StorageLimit::Memory),
+        BusError::MemoryFull => Some(StorageLimit::Memory),
         BusError::UnseenQuota => Some(StorageLimit::UnseenInboxes),
         BusError::UnseenBytes => Some(StorageLimit::UnseenBytes),
-        BusError::Unavailable | BusError::Overloaded | BusError::Refused => None,
+        BusError::Unavailable | BusError::Overloaded | BusError::Rejected => None,
     }
 }

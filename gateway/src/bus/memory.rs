@@ -25,8 +25,8 @@ use sessions::SessionTable;
 use store::StoreState;
 
 use super::{
-    Append, Appended, BoxFuture, Bus, BusError, Kept, Mailboxes, READ_BYTES_MAX, Range, Retention,
-    Unseen, UnseenInbox, random_epoch,
+    Append, Appended, BoxFuture, Bus, BusError, LogRetention, Mailboxes, READ_BYTES_MAX, ReadRange,
+    Retention, UnseenInboxLimits, UnseenPolicy, random_epoch,
     registry::{EphemeralEvent, RoomStoreOptions},
     sessions::SessionOptions,
 };
@@ -142,7 +142,7 @@ impl MemoryBus {
         self.store.lock().sweep(self.empty_ttl, now);
         self.sessions.lock().sweep(self.session_ttl);
         let dedup_window = self.retention.dedup_window;
-        let unseen_ttl = self.retention.bounds.unseen.ttl;
+        let unseen_ttl = self.retention.limits.unseen.ttl;
         let mut guard = self.rooms.lock();
         let rooms = &mut *guard;
         let Rooms { logs, subscribed: followed, silent, .. } = rooms;
@@ -198,9 +198,9 @@ impl MemoryBus {
 
     /// Appends under the lock, so that entries enter the mailbox in the order of their numbers.
     fn append_now(&self, append: &Append, now: Instant) -> Result<Appended, BusError> {
-        let user = append.room.user().filter(|_| append.unseen != Unseen::Keep);
+        let user = append.room.user().filter(|_| append.unseen != UnseenPolicy::Unlimited);
         let unseen = user.is_some_and(|user| !self.was_connected(&user));
-        let bounds = self.retention.bounds.unseen;
+        let bounds = self.retention.limits.unseen;
         let rooms = &mut *self.rooms.lock();
         let too_much = rooms.bytes > self.retention.memory_bytes_max;
         if too_much && rooms.room_made.is_none_or(|made| now - made >= MAKE_ROOM_EVERY) {
@@ -215,7 +215,7 @@ impl MemoryBus {
             if append.envelope.as_bytes().len() as u64 > bounds.bytes_max {
                 return Err(BusError::UnseenBytes);
             }
-            if !had_entries && append.unseen == Unseen::Refuse {
+            if !had_entries && append.unseen == UnseenPolicy::Reject {
                 return Err(BusError::UnseenQuota);
             }
         }
@@ -231,7 +231,7 @@ impl MemoryBus {
         let key = append.envelope.dedup_key();
         if let Some(seq) = log.ids.known(&key) {
             let position = Position::new(log.epoch.clone(), seq);
-            return Ok(Appended { position, duplicate: true, opened: false });
+            return Ok(Appended { position, duplicate: true, opened_inbox: false });
         }
         log.top += 1;
         log.ids.newer.insert(key, log.top);
@@ -251,7 +251,7 @@ impl MemoryBus {
         if followed.contains_key(&append.room) {
             self.mailboxes.send_entry(append.room.clone(), entry);
         }
-        Ok(Appended { position, duplicate: false, opened: unseen && !had_entries })
+        Ok(Appended { position, duplicate: false, opened_inbox: unseen && !had_entries })
     }
 
     /// Whether a user is or was connected, as far as is remembered.
@@ -259,7 +259,7 @@ impl MemoryBus {
         self.sessions.lock().has(user) || self.store.lock().was_seen(user)
     }
 
-    fn read_now(&self, room: &RoomId, range: Range, now: Instant) -> Page {
+    fn read_now(&self, room: &RoomId, range: ReadRange, now: Instant) -> Page {
         let rooms = &mut *self.rooms.lock();
         match rooms.logs.get(room) {
             Some(log) => log.page(range),
@@ -311,7 +311,7 @@ impl Bus for MemoryBus {
         self.rooms.lock().subscribed.remove(&room);
     }
 
-    fn read(&self, room: RoomId, range: Range) -> BoxFuture<Result<Page, BusError>> {
+    fn read(&self, room: RoomId, range: ReadRange) -> BoxFuture<Result<Page, BusError>> {
         let page = self.read_now(&room, range, Instant::now());
         Box::pin(std::future::ready(Ok(page)))
     }
@@ -370,7 +370,7 @@ impl Log {
     }
 
     /// Forgets the oldest entries past retention.
-    fn trim(&mut self, retention: &Retention, kept: Kept, now: Instant) {
+    fn trim(&mut self, retention: &Retention, kept: LogRetention, now: Instant) {
         while let Some((since, oldest)) = self.entries.front() {
             let above = self.entries.len() > kept.entries_min as usize;
             let old = now - *since > retention.window;
@@ -384,7 +384,7 @@ impl Log {
     }
 
     /// Forgets the oldest entries, and their ids, of a user who was never connected.
-    fn trim_unseen(&mut self, bounds: &UnseenInbox) {
+    fn trim_unseen(&mut self, bounds: &UnseenInboxLimits) {
         while self.entries.len() > bounds.entries_max as usize || self.bytes > bounds.bytes_max {
             let Some((_, oldest)) = self.entries.pop_front() else { break };
             self.bytes -= oldest.bytes() as u64;
@@ -392,15 +392,17 @@ impl Log {
         }
     }
 
-    fn page(&self, range: Range) -> Page {
+    fn page(&self, range: ReadRange) -> Page {
         let oldest = self.entries.front().map_or(0, |(_, entry)| entry.position.seq);
         let seqs = self.entries.len() as u64;
         // Entries are numbered without steps, so that a number is a place.
         let place = |seq: Seq| (seq.saturating_sub(oldest)).min(seqs) as usize;
         let (from, to) = match range {
-            Range::Newest { limit } => (self.entries.len().saturating_sub(limit as usize), seqs),
-            Range::After { seq, .. } => (place(seq + 1), seqs),
-            Range::Before { seq, limit } => {
+            ReadRange::Newest { limit } => {
+                (self.entries.len().saturating_sub(limit as usize), seqs)
+            }
+            ReadRange::After { seq, .. } => (place(seq + 1), seqs),
+            ReadRange::Before { seq, limit } => {
                 let end = place(seq);
                 (end.saturating_sub(limit as usize), end as u64)
             }

@@ -79,7 +79,7 @@ pub trait Bus: Send + Sync {
 
     /// Reads part of a room's log. A room without a log gets one, empty, so that its epoch is
     /// known before its first entry.
-    fn read(&self, room: RoomId, range: Range) -> BoxFuture<Result<Page, BusError>>;
+    fn read(&self, room: RoomId, range: ReadRange) -> BoxFuture<Result<Page, BusError>>;
 
     /// The newest position of each room's log, in the order of `rooms`; `None` where there is no
     /// log. One request for all, so that a node finds out cheaply which rooms it misses entries
@@ -107,27 +107,27 @@ pub struct Append {
     /// Whether it goes ahead of what waits: it was in the log once, and is brought back.
     pub urgent: bool,
     /// What is done with it where it is for the inbox of a user who was never connected.
-    pub unseen: Unseen,
+    pub unseen: UnseenPolicy,
     /// When to stop trying.
     pub deadline: Instant,
     /// Hears what became of it.
-    pub done: Done,
+    pub done: AppendCallback,
 }
 
 /// What is done with an entry for the inbox of a user who was never connected, as far as is remembered.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Unseen {
+pub enum UnseenPolicy {
     /// [`BusError::UnseenQuota`], unless the inbox has entries: its author has opened too many.
-    Refuse,
-    /// The inbox is kept small and short ([`UnseenInbox`]).
-    Small,
+    Reject,
+    /// The inbox is kept small and short ([`UnseenInboxLimits`]).
+    Limited,
     /// The inbox is kept as any: the application writes, or the inbox is the author's own.
     #[default]
-    Keep,
+    Unlimited,
 }
 
 /// Called once with what became of an append.
-pub type Done = Box<dyn FnOnce(Result<Appended, BusError>) + Send>;
+pub type AppendCallback = Box<dyn FnOnce(Result<Appended, BusError>) + Send>;
 
 /// Where an appended entry stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -137,7 +137,7 @@ pub struct Appended {
     /// Whether it was there before.
     pub duplicate: bool,
     /// Whether it has opened the inbox of a user who was never connected.
-    pub opened: bool,
+    pub opened_inbox: bool,
 }
 
 /// Why the bus did not do what it was asked.
@@ -151,10 +151,10 @@ pub enum BusError {
     Overloaded,
     /// It answered with an error; the log has more.
     #[error("the bus refused it")]
-    Refused,
+    Rejected,
     /// Memory is above the watermark, and this would take more of it. Nothing was done.
     #[error("memory is above the watermark: nothing is kept that needs more of it")]
-    Full,
+    MemoryFull,
     /// The author has opened the inboxes of too many users who were never connected. Nothing was done.
     #[error("too many messages to users who were never connected")]
     UnseenQuota,
@@ -165,14 +165,14 @@ pub enum BusError {
 
 impl BusError {
     /// Whether a bound was reached: nothing was done, and the bus is well.
-    pub fn is_of_a_bound(self) -> bool {
-        matches!(self, Self::Full | Self::UnseenQuota | Self::UnseenBytes)
+    pub fn is_limit(self) -> bool {
+        matches!(self, Self::MemoryFull | Self::UnseenQuota | Self::UnseenBytes)
     }
 }
 
 /// Which part of a log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Range {
+pub enum ReadRange {
     /// The newest `limit` entries.
     Newest {
         /// How many at most.
@@ -194,7 +194,7 @@ pub enum Range {
     },
 }
 
-impl Range {
+impl ReadRange {
     /// How many entries at most.
     pub fn limit(self) -> u32 {
         match self {
@@ -221,7 +221,7 @@ pub struct Retention {
     /// How long a log without new entries is kept.
     pub ttl: Duration,
     /// The same two of inboxes.
-    pub inboxes: Kept,
+    pub inboxes: LogRetention,
     /// How long further entries are kept: a reader that stalls or reconnects comes back within.
     pub window: Duration,
     /// The most bytes of a log; the oldest entries go first.
@@ -231,14 +231,14 @@ pub struct Retention {
     /// How long the id of a message is known.
     pub dedup_window: Duration,
     /// Bounds of what clients have kept beside entries of rooms.
-    pub bounds: Bounds,
+    pub limits: StorageLimits,
 }
 
 /// Bounds of what clients have kept, in every implementation. `docs/limits.md` lists them.
 #[derive(Clone, Debug)]
-pub struct Bounds {
+pub struct StorageLimits {
     /// Inboxes of users who were never connected.
-    pub unseen: UnseenInbox,
+    pub unseen: UnseenInboxLimits,
     /// How many users' read marks a room has.
     pub marks_max: u32,
     /// The most that the data of all sessions of a user take.
@@ -251,7 +251,7 @@ pub struct Bounds {
 
 /// What is kept of the inbox of a user who was never connected: nobody may ever read it.
 #[derive(Clone, Copy, Debug)]
-pub struct UnseenInbox {
+pub struct UnseenInboxLimits {
     /// The most entries; the oldest go first.
     pub entries_max: u32,
     /// The most bytes of them.
@@ -260,12 +260,12 @@ pub struct UnseenInbox {
     pub ttl: Duration,
 }
 
-impl Default for Bounds {
+impl Default for StorageLimits {
     /// What holds where nothing else is configured.
     fn default() -> Self {
         let day = Duration::from_secs(24 * 60 * 60);
         Self {
-            unseen: UnseenInbox { entries_max: 20, bytes_max: 64 << 10, ttl: day },
+            unseen: UnseenInboxLimits { entries_max: 20, bytes_max: 64 << 10, ttl: day },
             marks_max: 10_000,
             session_data_max: 128 << 10,
             memory_max: 0,
@@ -276,7 +276,7 @@ impl Default for Bounds {
 
 /// How long logs of a kind are kept.
 #[derive(Clone, Copy, Debug)]
-pub struct Kept {
+pub struct LogRetention {
     /// Entries kept however old they are, within `ttl` and `bytes_max`.
     pub entries_min: u32,
     /// How long a log without new entries is kept.
@@ -285,14 +285,14 @@ pub struct Kept {
     pub bytes_max: u64,
 }
 
-impl Default for Kept {
+impl Default for LogRetention {
     /// What holds for inboxes where nothing else is configured.
     fn default() -> Self {
         Self { entries_min: 1000, ttl: Duration::from_secs(30 * 24 * 60 * 60), bytes_max: 4 << 20 }
     }
 }
 
-impl Kept {
+impl LogRetention {
     /// How long epoch and number are kept after the last entry.
     pub fn head_ttl(self) -> Duration {
         HEAD_TTL.max(self.ttl)
@@ -301,12 +301,14 @@ impl Kept {
 
 impl Retention {
     /// What holds for a room's log.
-    pub fn of(&self, room: &RoomId) -> Kept {
+    pub fn of(&self, room: &RoomId) -> LogRetention {
         match room.kind() {
             RoomKind::Inbox => self.inboxes,
-            RoomKind::Room | RoomKind::Status => {
-                Kept { entries_min: self.entries_min, ttl: self.ttl, bytes_max: self.bytes_max }
-            }
+            RoomKind::Room | RoomKind::Status => LogRetention {
+                entries_min: self.entries_min,
+                ttl: self.ttl,
+                bytes_max: self.bytes_max,
+            },
         }
     }
 }

@@ -17,7 +17,7 @@ use shared::{
     protocol::server_frame::{RoomClosedReason, UserInfo},
 };
 
-use super::{BoxFuture, BusError, Done};
+use super::{AppendCallback, BoxFuture, BusError};
 
 /// Where users are counted.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -337,7 +337,7 @@ pub trait PresenceStore: Send + Sync {
     fn set_read_mark(&self, room: RoomId, user: UserId, seq: Seq, by: ConnectionId);
 
     /// Passes something on, without keeping it. The answer goes to `done`, with no position.
-    fn publish_ephemeral(&self, room: RoomId, notice: EphemeralEvent, done: Done);
+    fn publish_ephemeral(&self, room: RoomId, notice: EphemeralEvent, done: AppendCallback);
 
     /// Makes a room managed, unless its owner has `owned_max` managed rooms.
     fn create(

@@ -11,7 +11,7 @@ use super::{
     room::Room,
 };
 use crate::{
-    bus::Range,
+    bus::ReadRange,
     delivery::{page::Page, reconcile::READ_LEN, serve::NextDelivery},
 };
 
@@ -75,7 +75,7 @@ impl Room {
 
     /// Which part of the log to read for those who wait for it: for who has waited longest, and as
     /// many others as one read can serve with it.
-    pub(super) fn next_catch_up_read(&mut self) -> Option<Range> {
+    pub(super) fn next_catch_up_read(&mut self) -> Option<ReadRange> {
         let waits = |room: &Self, connection| {
             let place = room.index_of(connection)?;
             let member = room
@@ -93,7 +93,7 @@ impl Room {
         let (_, longest) = cursors.first()?;
         let reaches = |seq: &Seq| *seq <= *longest && *seq + u64::from(READ_LEN) > *longest;
         let seq = cursors.iter().map(|(_, seq)| *seq).filter(reaches).min()?;
-        Some(Range::After { seq, limit: READ_LEN })
+        Some(ReadRange::After { seq, limit: READ_LEN })
     }
 
     /// Gives those who wait for it what was read of the log behind `from`.

@@ -20,7 +20,7 @@ use super::{
     room::Room,
 };
 use crate::{
-    bus::{Range, registry::JoinSnapshot},
+    bus::{ReadRange, registry::JoinSnapshot},
     delivery::{
         Entry,
         page::Page,
@@ -81,7 +81,7 @@ pub(super) enum JoinStep {
     /// It was answered, or nobody waits for it any more.
     Done,
     /// The log is to be read for it.
-    Read(PendingJoin, Range),
+    Read(PendingJoin, ReadRange),
     /// It is to be looked at again when the room has read its log from the top on.
     Wait(PendingJoin),
 }
@@ -140,7 +140,9 @@ impl Room {
         let entries = match self.replica.ring().after(since.seq) {
             Some(entries) => serve::within_epoch(entries, &since, until.seq),
             None if since.seq == top.seq => Some(vec![]),
-            None => return JoinStep::Read(join, Range::After { seq: since.seq, limit: READ_LEN }),
+            None => {
+                return JoinStep::Read(join, ReadRange::After { seq: since.seq, limit: READ_LEN });
+            }
         };
         self.admit_since(join, since, until, entries, ResumeSource::Ring, batch)
     }
@@ -257,7 +259,7 @@ impl Room {
         let (count, ring) = (join.newest(), self.replica.ring());
         if count as usize >= ring.len() && !self.replica.ring_is_whole() {
             // One at least, to know whether there are older ones.
-            return JoinStep::Read(join, Range::Newest { limit: count.max(1) });
+            return JoinStep::Read(join, ReadRange::Newest { limit: count.max(1) });
         }
         let entries: Vec<Entry> = ring.newest(count as usize).cloned().collect();
         let oldest = ring.first().unwrap_or(0);

@@ -13,7 +13,7 @@ use super::{
     shard::Shard,
 };
 use crate::{
-    bus::{Append, BusError, Range, Unseen},
+    bus::{Append, BusError, ReadRange, UnseenPolicy},
     delivery::{
         ReplicaSnapshot,
         page::Page,
@@ -161,7 +161,7 @@ impl Shard {
         room: RoomId,
         generation: u64,
         purpose: ReadPurpose,
-        range: Range,
+        range: ReadRange,
         pause: Duration,
     ) {
         self.spawn_read(self.read_request(room, generation, purpose), None, range, pause);
@@ -175,7 +175,7 @@ impl Shard {
         &self,
         request: LogReadRequest,
         restore: Option<ReplicaSnapshot>,
-        range: Range,
+        range: ReadRange,
         pause: Duration,
     ) {
         let (bus, commands) = (self.bus.clone(), self.commands.clone());
@@ -331,7 +331,7 @@ impl Shard {
             return;
         }
         let Some(range) = room.next_catch_up_read() else { return };
-        let Range::After { seq, .. } = range else { return };
+        let ReadRange::After { seq, .. } = range else { return };
         room.catch_up_read = CatchUpRead::InProgress;
         self.catch_up_reads += 1;
         let generation = room.generation;
@@ -371,7 +371,7 @@ impl Shard {
                     tracing::debug!(room = %name, %id, %error, "a lost message was not brought back");
                 }
             });
-            let unseen = Unseen::Keep;
+            let unseen = UnseenPolicy::Unlimited;
             self.bus.append(Append { room, envelope, urgent: true, unseen, deadline, done });
         }
     }

@@ -22,7 +22,7 @@ use super::{
     people::People,
 };
 use crate::{
-    bus::Range,
+    bus::ReadRange,
     delivery::{
         Entry, ReplicaSnapshot, ordinal,
         page::Page,
@@ -192,10 +192,10 @@ impl Room {
     }
 
     /// Which part of the log to read to go on.
-    pub(super) fn next_range(&self) -> Range {
+    pub(super) fn next_range(&self) -> ReadRange {
         match self.replica.next_read() {
-            ReadFrom::Newest => Range::Newest { limit: READ_LEN },
-            ReadFrom::After(seq) => Range::After { seq, limit: READ_LEN },
+            ReadFrom::Newest => ReadRange::Newest { limit: READ_LEN },
+            ReadFrom::After(seq) => ReadRange::After { seq, limit: READ_LEN },
         }
     }
 

@@ -20,7 +20,7 @@ use super::{
     perform::{Asked, TOO_MUCH_READ, range_of},
 };
 use crate::{
-    bus::{Range, sessions::SessionDataError},
+    bus::{ReadRange, sessions::SessionDataError},
     delivery::{Entry, page::Page},
     hub::join::history as whole_frames,
     telemetry::metrics::StorageLimit,
@@ -69,13 +69,13 @@ pub(super) async fn history(
 
 /// What to read of an inbox to find more directs with a user: first up to its newest entry, then older
 /// ones, as long as more are wanted.
-fn next_part(inbox: &Inbox, with: &UserId, range: Range, is_newest: bool) -> Option<Range> {
+fn next_part(inbox: &Inbox, with: &UserId, range: ReadRange, is_newest: bool) -> Option<ReadRange> {
     if !is_newest {
         return Some(inbox.newer_part(HISTORY_LIMIT_MAX));
     }
     let is_enough = match range {
-        Range::After { seq, .. } => inbox.is_known_behind(seq),
-        Range::Newest { limit } | Range::Before { limit, .. } => {
+        ReadRange::After { seq, .. } => inbox.is_known_behind(seq),
+        ReadRange::Newest { limit } | ReadRange::Before { limit, .. } => {
             inbox.with(with, range, limit as usize + 1).len() > limit as usize
         }
     };
@@ -97,16 +97,21 @@ fn as_many_as_fit(mut found: Vec<(Seq, usize)>) -> (Vec<(Seq, usize)>, bool) {
 }
 
 /// Whether nothing that is not known of an inbox belongs to `range`.
-fn is_enough(inbox: &Inbox, range: Range) -> bool {
+fn is_enough(inbox: &Inbox, range: ReadRange) -> bool {
     match range {
-        Range::After { seq, .. } => inbox.is_known_behind(seq),
-        Range::Newest { .. } | Range::Before { .. } => inbox.older_part(1).is_none(),
+        ReadRange::After { seq, .. } => inbox.is_known_behind(seq),
+        ReadRange::Newest { .. } | ReadRange::Before { .. } => inbox.older_part(1).is_none(),
     }
 }
 
 /// Finds the directs with another user: which they are is remembered, so that an inbox is looked through
 /// once and no more than those are read.
-async fn find(asked: &Asked, user: &UserId, with: &UserId, range: Range) -> Result<Found, Failed> {
+async fn find(
+    asked: &Asked,
+    user: &UserId,
+    with: &UserId,
+    range: ReadRange,
+) -> Result<Found, Failed> {
     let (room, limit) = (RoomId::inbox_of(user), range.limit() as usize);
     let shared = asked.services.peers.of(user);
     // One `history` of a user at a time: the next one finds what this one has read.

@@ -828,10 +828,10 @@ impl Outcome {
             // A gateway's own repeat is told as a duplicate; its `ack` may have been sent. One that
             // should stand in the place of the copy and does not is one too: by any other a client
             // would move its cursor.
-            Ok(Appended { position, duplicate, opened }) => {
+            Ok(Appended { position, duplicate, opened_inbox: opened }) => {
                 if self.cancel_reservation() {
                     let duplicate = duplicate || self.durable && !self.echo;
-                    self.ack(Appended { position, duplicate, opened });
+                    self.ack(Appended { position, duplicate, opened_inbox: opened });
                 }
             }
             Err(error) => {
@@ -868,8 +868,8 @@ impl Outcome {
                 ErrorCode::Overloaded,
                 "too much waits for the bus; send it again with the same id",
             ),
-            BusError::Refused => (ErrorCode::Internal, "the message could not be stored"),
-            BusError::Full | BusError::UnseenQuota | BusError::UnseenBytes => {
+            BusError::Rejected => (ErrorCode::Internal, "the message could not be stored"),
+            BusError::MemoryFull | BusError::UnseenQuota | BusError::UnseenBytes => {
                 perform::text_of_bound(error)
             }
         };
@@ -877,7 +877,7 @@ impl Outcome {
             id: Some(self.receipt.id),
             ..refusal(self.reference.clone(), self.to.frame_type(), self.to.room(), code, text)
         };
-        let waits = if error.is_of_a_bound() { BOUND_RETRY_AFTER } else { RETRY_AFTER };
+        let waits = if error.is_limit() { BOUND_RETRY_AFTER } else { RETRY_AFTER };
         let refusal = match code.is_retryable() {
             true => after(refusal, rand::random_range(waits)),
             false => refusal,

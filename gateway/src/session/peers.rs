@@ -24,7 +24,7 @@ use shared::{
 use tokio::sync::Semaphore;
 
 use crate::{
-    bus::Range,
+    bus::ReadRange,
     delivery::{Entry, page::Page},
 };
 
@@ -108,16 +108,16 @@ impl Generations {
 
 impl Inbox {
     /// What to read so that all up to the newest entry is known.
-    pub(super) fn newer_part(&self, limit: u32) -> Range {
+    pub(super) fn newer_part(&self, limit: u32) -> ReadRange {
         match self.epoch {
-            Some(_) => Range::After { seq: self.high, limit },
-            None => Range::Newest { limit },
+            Some(_) => ReadRange::After { seq: self.high, limit },
+            None => ReadRange::Newest { limit },
         }
     }
 
     /// What to read so that more of the older entries are known; nothing, where all are.
-    pub(super) fn older_part(&self, limit: u32) -> Option<Range> {
-        (self.low > self.oldest.max(1)).then_some(Range::Before { seq: self.low, limit })
+    pub(super) fn older_part(&self, limit: u32) -> Option<ReadRange> {
+        (self.low > self.oldest.max(1)).then_some(ReadRange::Before { seq: self.low, limit })
     }
 
     /// Whether all that is kept behind `seq` is known.
@@ -127,9 +127,9 @@ impl Inbox {
 
     /// Takes in what was read of `range`. Returns how many entries that was, and whether the newest entry
     /// is known now.
-    pub(super) fn take(&mut self, user: &UserId, range: Range, page: &Page) -> (usize, bool) {
+    pub(super) fn take(&mut self, user: &UserId, range: ReadRange, page: &Page) -> (usize, bool) {
         if self.epoch.as_ref() != Some(&page.epoch) {
-            let is_first = self.epoch.is_none() && matches!(range, Range::Newest { .. });
+            let is_first = self.epoch.is_none() && matches!(range, ReadRange::Newest { .. });
             *self = Self::default();
             if !is_first {
                 // The numbers are another log's.
@@ -142,9 +142,9 @@ impl Inbox {
         let (first, last) = (page.entries.first(), page.entries.last());
         let (first, last) = (first.map(|of| of.position.seq), last.map(|of| of.position.seq));
         match range {
-            Range::After { .. } => self.high = last.unwrap_or(page.top).max(self.high),
+            ReadRange::After { .. } => self.high = last.unwrap_or(page.top).max(self.high),
             // What is below the oldest entry, or between those of a page, is no more.
-            Range::Newest { .. } | Range::Before { .. } => {
+            ReadRange::Newest { .. } | ReadRange::Before { .. } => {
                 self.low = first.unwrap_or(page.oldest).min(self.low);
             }
         }
@@ -162,19 +162,19 @@ impl Inbox {
 
     /// The directs with `peer` in `range`, in its direction: the numbers of `count` at most, and their
     /// sizes.
-    pub(super) fn with(&self, peer: &UserId, range: Range, count: usize) -> Vec<(Seq, usize)> {
+    pub(super) fn with(&self, peer: &UserId, range: ReadRange, count: usize) -> Vec<(Seq, usize)> {
         let Some(peer) = self.peers.get(peer) else { return Vec::new() };
         let with = |(seq, (of, bytes)): (&Seq, &(u32, u32))| {
             (of == peer).then_some((*seq, *bytes as usize))
         };
         match range {
-            Range::Newest { .. } => {
+            ReadRange::Newest { .. } => {
                 self.entries.iter().rev().filter_map(with).take(count).collect()
             }
-            Range::Before { seq, .. } => {
+            ReadRange::Before { seq, .. } => {
                 self.entries.range(..seq).rev().filter_map(with).take(count).collect()
             }
-            Range::After { seq, .. } => {
+            ReadRange::After { seq, .. } => {
                 let behind = self.entries.range(seq.saturating_add(1)..);
                 behind.filter_map(with).take(count).collect()
             }
@@ -183,7 +183,7 @@ impl Inbox {
 
     /// The parts of the log to read for some numbers, in their order: what lies between two that is
     /// small is read with them.
-    pub(super) fn parts(&self, seqs: &[(Seq, usize)]) -> Vec<Range> {
+    pub(super) fn parts(&self, seqs: &[(Seq, usize)]) -> Vec<ReadRange> {
         let mut parts: Vec<(Seq, Seq)> = Vec::new();
         for (seq, _) in seqs {
             let seq = *seq;
@@ -199,7 +199,7 @@ impl Inbox {
                 _ => parts.push((seq, seq)),
             }
         }
-        let range = |(low, high): (Seq, Seq)| Range::After {
+        let range = |(low, high): (Seq, Seq)| ReadRange::After {
             seq: low - 1,
             limit: u32::try_from(high - low + 1).unwrap_or(u32::MAX),
         };
@@ -278,15 +278,15 @@ mod tests {
         (1..=top).map(of).collect()
     }
 
-    fn page(log: &[Entry], range: Range) -> Page {
+    fn page(log: &[Entry], range: ReadRange) -> Page {
         let limit = range.limit() as usize;
         let seq_of = |entry: &&Entry| entry.position.seq;
         let entries: Vec<Entry> = match range {
-            Range::After { seq, .. } => {
+            ReadRange::After { seq, .. } => {
                 log.iter().filter(|of| seq_of(of) > seq).take(limit).cloned().collect()
             }
-            Range::Before { .. } | Range::Newest { .. } => {
-                let below = if let Range::Before { seq, .. } = range { seq } else { Seq::MAX };
+            ReadRange::Before { .. } | ReadRange::Newest { .. } => {
+                let below = if let ReadRange::Before { seq, .. } = range { seq } else { Seq::MAX };
                 let all: Vec<&Entry> = log.iter().filter(|of| seq_of(of) < below).collect();
                 all[all.len().saturating_sub(limit)..].iter().copied().cloned().collect()
             }
@@ -302,11 +302,11 @@ mod tests {
     #[test]
     fn an_inbox_is_looked_through_once_and_as_far_as_it_takes() {
         let (mut inbox, ann, log) = (Inbox::default(), user("ann"), log(20));
-        let newest = Range::Newest { limit: 4 };
+        let newest = ReadRange::Newest { limit: 4 };
         let part = inbox.newer_part(4);
         assert_eq!(inbox.take(&ann, part, &page(&log, part)), (4, true));
         assert_eq!(seqs(&inbox.with(&user("cat"), newest, 9)), [19, 17]);
-        let Some(part @ Range::Before { seq: 17, limit: 8 }) = inbox.older_part(8) else {
+        let Some(part @ ReadRange::Before { seq: 17, limit: 8 }) = inbox.older_part(8) else {
             panic!()
         };
         inbox.take(&ann, part, &page(&log, part));
@@ -315,9 +315,9 @@ mod tests {
         while let Some(part) = inbox.older_part(8) {
             inbox.take(&ann, part, &page(&log, part));
         }
-        let bob = inbox.with(&user("bob"), Range::After { seq: 4, limit: 1 }, 3);
+        let bob = inbox.with(&user("bob"), ReadRange::After { seq: 4, limit: 1 }, 3);
         assert_eq!(seqs(&bob), [6, 8, 12]);
-        let before = Range::Before { seq: 12, limit: 1 };
+        let before = ReadRange::Before { seq: 12, limit: 1 };
         assert_eq!(seqs(&inbox.with(&user("bob"), before, 9)), [8, 6, 4, 2]);
         assert!(inbox.with(&user("eve"), newest, 9).is_empty());
 
@@ -334,11 +334,11 @@ mod tests {
         let (mut inbox, log) = (Inbox::default(), log(20));
         let part = inbox.newer_part(100);
         inbox.take(&user("ann"), part, &page(&log, part));
-        let found = inbox.with(&user("bob"), Range::Newest { limit: 50 }, 50);
+        let found = inbox.with(&user("bob"), ReadRange::Newest { limit: 50 }, 50);
         let parts = inbox.parts(&found);
         assert_eq!(
             parts,
-            [Range::After { seq: 11, limit: 9 }, Range::After { seq: 1, limit: 7 }],
+            [ReadRange::After { seq: 11, limit: 9 }, ReadRange::After { seq: 1, limit: 7 }],
             "the entry of 100 KB at 10 is left out"
         );
         let forwards: Vec<_> = found.into_iter().rev().collect();
@@ -353,7 +353,7 @@ mod tests {
         let part = inbox.newer_part(100);
         let other = Page { epoch: "2-b".parse().unwrap(), ..page(&log, part) };
         assert_eq!(inbox.take(&ann, part, &other), (0, false));
-        assert!(inbox.epoch().is_none() && matches!(inbox.newer_part(9), Range::Newest { .. }));
+        assert!(inbox.epoch().is_none() && matches!(inbox.newer_part(9), ReadRange::Newest { .. }));
     }
 
     #[test]

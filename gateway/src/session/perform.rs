@@ -24,7 +24,7 @@ use tokio::time::Instant;
 use super::{Performed, Services, after, after_outage, refusal, refuse};
 use crate::{
     bus::{
-        BoxFuture, BusError, Range,
+        BoxFuture, BusError, ReadRange,
         registry::{
             AdmitError, JoinConditions, JoinSnapshot, OnlinePage, PresenceDetails, PresenceScope,
         },
@@ -142,8 +142,8 @@ impl Asked {
     ) -> Result<T, (ErrorCode, &'static str)> {
         match tokio::time::timeout(self.services.limits.wait_max, question).await {
             Ok(Ok(answer)) => Ok(answer),
-            Ok(Err(BusError::Refused)) => Err((ErrorCode::Internal, "the bus refused it")),
-            Ok(Err(error)) if error.is_of_a_bound() => {
+            Ok(Err(BusError::Rejected)) => Err((ErrorCode::Internal, "the bus refused it")),
+            Ok(Err(error)) if error.is_limit() => {
                 Err(refused_by_bound(&self.services.metrics, error))
             }
             Ok(Err(_)) | Err(_) => Err(AWAY),
@@ -275,8 +275,8 @@ pub(super) async fn join(
             asked.services.metrics.storage_rejections.of(StorageLimit::NewRooms).inc();
             (ErrorCode::RateLimited, "too many new rooms in too short a time")
         }
-        AdmitError::Bus(BusError::Refused) => (ErrorCode::Internal, "the bus refused it"),
-        AdmitError::Bus(error) if error.is_of_a_bound() => {
+        AdmitError::Bus(BusError::Rejected) => (ErrorCode::Internal, "the bus refused it"),
+        AdmitError::Bus(error) if error.is_limit() => {
             refused_by_bound(&asked.services.metrics, error)
         }
         AdmitError::Bus(_) => AWAY,
@@ -410,12 +410,12 @@ pub(super) async fn refreshed(
 }
 
 /// The part of a log that a `history` asks for.
-pub(super) fn range_of(wanted: &client_frame::HistoryFrame) -> Range {
+pub(super) fn range_of(wanted: &client_frame::HistoryFrame) -> ReadRange {
     let limit = wanted.limit;
     match (wanted.before, wanted.after) {
-        (_, Some(seq)) => Range::After { seq, limit },
-        (Some(seq), None) => Range::Before { seq, limit },
-        (None, None) => Range::Newest { limit },
+        (_, Some(seq)) => ReadRange::After { seq, limit },
+        (Some(seq), None) => ReadRange::Before { seq, limit },
+        (None, None) => ReadRange::Newest { limit },
     }
 }
 
@@ -439,7 +439,7 @@ pub(super) async fn history(
 
 /// The frames of a page, as many as an answer holds, and whether more are there in the direction asked
 /// for.
-pub fn history_of(range: Range, page: &Page) -> (Vec<Box<RawValue>>, bool) {
+pub fn history_of(range: ReadRange, page: &Page) -> (Vec<Box<RawValue>>, bool) {
     let entries = &page.entries;
     if range.keeps_newest() {
         let mut messages = whole_frames(entries.iter().rev());
@@ -458,7 +458,7 @@ pub fn history_of(range: Range, page: &Page) -> (Vec<Box<RawValue>>, bool) {
 fn answer(
     reference: Option<FrameRef>,
     room: RoomId,
-    range: Range,
+    range: ReadRange,
     page: &Page,
 ) -> ServerFrame<Box<RawValue>> {
     let (messages, more) = history_of(range, page);

@@ -4,7 +4,8 @@ use std::{sync::Arc, time::Duration};
 
 use gateway::{
     bus::{
-        Append, Appended, Bus, BusError, Mailboxes, READ_BYTES_MAX, Range, Retention, ShardMessage,
+        Append, Appended, Bus, BusError, Mailboxes, READ_BYTES_MAX, ReadRange, Retention,
+        ShardMessage,
         memory::MemoryBus,
         redis::{LEASE, RedisBus, RedisOptions, RedisStartError, topology::TlsFiles},
         registry::{NodePresence, PresenceScope, PresenceStore as _},
@@ -155,7 +156,7 @@ impl Fixture {
         within(self.begin(room, "ann", id, 10)).await.unwrap().unwrap()
     }
 
-    async fn seqs(&self, room: &RoomId, range: Range) -> Vec<Seq> {
+    async fn seqs(&self, room: &RoomId, range: ReadRange) -> Vec<Seq> {
         let page = self.bus.read(room.clone(), range).await.unwrap();
         page.entries.iter().map(|entry| entry.position.seq).collect()
     }
@@ -235,17 +236,20 @@ async fn a_log_is_read_in_parts() {
         for _ in 0..100 {
             fixture.append(&lobby, MessageId::random()).await;
         }
-        let newest = |limit| Range::Newest { limit };
+        let newest = |limit| ReadRange::Newest { limit };
         assert_eq!(fixture.seqs(&lobby, newest(3)).await, [98, 99, 100]);
         assert_eq!(fixture.seqs(&lobby, newest(500)).await, (1..=100).collect::<Vec<_>>());
-        assert_eq!(fixture.seqs(&lobby, Range::After { seq: 97, limit: 10 }).await, [98, 99, 100]);
-        assert_eq!(fixture.seqs(&lobby, Range::After { seq: 0, limit: 2 }).await, [1, 2]);
-        assert!(fixture.seqs(&lobby, Range::After { seq: 100, limit: 2 }).await.is_empty());
-        assert!(fixture.seqs(&lobby, Range::After { seq: 1000, limit: 2 }).await.is_empty());
-        assert_eq!(fixture.seqs(&lobby, Range::Before { seq: 4, limit: 2 }).await, [2, 3]);
-        assert_eq!(fixture.seqs(&lobby, Range::Before { seq: 1000, limit: 1 }).await, [100]);
-        assert!(fixture.seqs(&lobby, Range::Before { seq: 1, limit: 2 }).await.is_empty());
-        assert!(fixture.seqs(&lobby, Range::Before { seq: 0, limit: 2 }).await.is_empty());
+        assert_eq!(
+            fixture.seqs(&lobby, ReadRange::After { seq: 97, limit: 10 }).await,
+            [98, 99, 100]
+        );
+        assert_eq!(fixture.seqs(&lobby, ReadRange::After { seq: 0, limit: 2 }).await, [1, 2]);
+        assert!(fixture.seqs(&lobby, ReadRange::After { seq: 100, limit: 2 }).await.is_empty());
+        assert!(fixture.seqs(&lobby, ReadRange::After { seq: 1000, limit: 2 }).await.is_empty());
+        assert_eq!(fixture.seqs(&lobby, ReadRange::Before { seq: 4, limit: 2 }).await, [2, 3]);
+        assert_eq!(fixture.seqs(&lobby, ReadRange::Before { seq: 1000, limit: 1 }).await, [100]);
+        assert!(fixture.seqs(&lobby, ReadRange::Before { seq: 1, limit: 2 }).await.is_empty());
+        assert!(fixture.seqs(&lobby, ReadRange::Before { seq: 0, limit: 2 }).await.is_empty());
         let page = fixture.bus.read(lobby, newest(1)).await.unwrap();
         assert_eq!((page.top, page.oldest), (100, 1));
     })
@@ -260,10 +264,10 @@ async fn a_read_is_cut_where_it_is_too_much_but_gives_one_entry() {
             let answer = fixture.begin(&lobby, "ann", MessageId::random(), bytes);
             within(answer).await.unwrap().unwrap();
         }
-        assert_eq!(fixture.seqs(&lobby, Range::After { seq: 0, limit: 9 }).await, [1, 2]);
-        assert_eq!(fixture.seqs(&lobby, Range::After { seq: 2, limit: 9 }).await, [3]);
-        assert_eq!(fixture.seqs(&lobby, Range::Newest { limit: 9 }).await, [4]);
-        assert_eq!(fixture.seqs(&lobby, Range::Before { seq: 4, limit: 9 }).await, [3]);
+        assert_eq!(fixture.seqs(&lobby, ReadRange::After { seq: 0, limit: 9 }).await, [1, 2]);
+        assert_eq!(fixture.seqs(&lobby, ReadRange::After { seq: 2, limit: 9 }).await, [3]);
+        assert_eq!(fixture.seqs(&lobby, ReadRange::Newest { limit: 9 }).await, [4]);
+        assert_eq!(fixture.seqs(&lobby, ReadRange::Before { seq: 4, limit: 9 }).await, [3]);
     })
     .await;
 }
@@ -272,7 +276,7 @@ async fn a_read_is_cut_where_it_is_too_much_but_gives_one_entry() {
 async fn a_room_has_its_epoch_before_its_first_entry() {
     each(retention(), async |fixture| {
         let lobby = room("lobby");
-        let range = Range::Newest { limit: 1 };
+        let range = ReadRange::Newest { limit: 1 };
         let page = fixture.bus.read(lobby.clone(), range).await.unwrap();
         assert_eq!((page.top, page.oldest, page.entries.len()), (0, 0, 0));
         let appended = fixture.append(&lobby, MessageId::random()).await;
@@ -307,7 +311,7 @@ async fn retention_keeps_what_it_says_and_no_more() {
         for _ in 0..600 {
             fixture.append(&lobby, MessageId::random()).await;
         }
-        let kept = fixture.seqs(&lobby, Range::After { seq: 0, limit: 1000 }).await;
+        let kept = fixture.seqs(&lobby, ReadRange::After { seq: 0, limit: 1000 }).await;
         // Redis trims whole nodes of up to 100 entries.
         assert!((50..=200).contains(&kept.len()), "{} kept", kept.len());
         assert!(kept.is_sorted() && kept.last() == Some(&600));
@@ -320,7 +324,7 @@ async fn retention_keeps_what_it_says_and_no_more() {
             let answer = fixture.begin(&lobby, "ann", MessageId::random(), 10_000);
             within(answer).await.unwrap().unwrap();
         }
-        let page = fixture.bus.read(lobby, Range::Newest { limit: 1 }).await.unwrap();
+        let page = fixture.bus.read(lobby, ReadRange::Newest { limit: 1 }).await.unwrap();
         let kept = page.top - page.oldest + 1;
         assert!((10..=100).contains(&kept), "{kept} kept of 200");
     })
@@ -331,7 +335,7 @@ async fn retention_keeps_what_it_says_and_no_more() {
         for _ in 0..500 {
             fixture.append(&lobby, MessageId::random()).await;
         }
-        let page = fixture.bus.read(lobby, Range::Newest { limit: 1 }).await.unwrap();
+        let page = fixture.bus.read(lobby, ReadRange::Newest { limit: 1 }).await.unwrap();
         assert_eq!(page.oldest, 1, "what is younger than the window is kept");
     })
     .await;
@@ -347,7 +351,7 @@ async fn logs_in_memory_have_a_common_bound_and_the_oldest_go_first() {
         within(answer).await.unwrap().unwrap();
     }
     let read = async |room: &RoomId| {
-        let range = Range::Newest { limit: 1 };
+        let range = ReadRange::Newest { limit: 1 };
         let page = fixture.bus.read(room.clone(), range).await.unwrap();
         (page.top, page.entries.len())
     };

@@ -175,7 +175,7 @@ pub fn retention() -> Retention {
         ttl: Duration::from_secs(3600),
         dedup_window: Duration::from_secs(600),
         inboxes: Default::default(),
-        bounds: Default::default(),
+        limits: Default::default(),
     }
 }
 

@@ -14,7 +14,7 @@ use std::{
 use futures_util::FutureExt as _;
 use gateway::{
     bus::{
-        Append, Appended, BoxFuture, Bus, BusError, Mailboxes, Range, Retention, ShardMessage,
+        Append, Appended, BoxFuture, Bus, BusError, Mailboxes, ReadRange, Retention, ShardMessage,
         memory::MemoryBus,
     },
     delivery::{Entry, ReplicaSnapshot, ServerId, page::Page},
@@ -174,7 +174,7 @@ impl Bus for Counting {
         self.0.unsubscribe(room);
     }
 
-    fn read(&self, room: RoomId, range: Range) -> BoxFuture<Result<Page, BusError>> {
+    fn read(&self, room: RoomId, range: ReadRange) -> BoxFuture<Result<Page, BusError>> {
         self.1.fetch_add(1, Ordering::Relaxed);
         self.0.read(room, range)
     }
@@ -364,7 +364,7 @@ impl Bus for Fragile {
             log.entries.push(entry.clone());
             self.mailboxes.send_entry(append.room, entry);
         }
-        (append.done)(Ok(Appended { position, duplicate, opened: false }));
+        (append.done)(Ok(Appended { position, duplicate, opened_inbox: false }));
     }
 
     fn subscribe(&self, _: RoomId) -> BoxFuture<Result<(), BusError>> {
@@ -373,13 +373,13 @@ impl Bus for Fragile {
 
     fn unsubscribe(&self, _: RoomId) {}
 
-    fn read(&self, _: RoomId, range: Range) -> BoxFuture<Result<Page, BusError>> {
+    fn read(&self, _: RoomId, range: ReadRange) -> BoxFuture<Result<Page, BusError>> {
         let log = self.log.lock();
         let entries: Vec<Entry> = match range {
-            Range::After { seq, limit } => {
+            ReadRange::After { seq, limit } => {
                 log.entries.iter().skip(seq as usize).take(limit as usize).cloned().collect()
             }
-            Range::Newest { limit } | Range::Before { limit, .. } => {
+            ReadRange::Newest { limit } | ReadRange::Before { limit, .. } => {
                 let from = log.entries.len().saturating_sub(limit as usize);
                 log.entries[from..].to_vec()
             }
@@ -647,7 +647,7 @@ async fn what_was_deleted_stays_deleted() {
     let mut anew = Member::join(&world, &lobby, JoinStart::Newest(10), 1 << 20).await;
     anew.reach(&world, 2).await;
     world.until_whole().await;
-    let page = world.bus.read(lobby, Range::Newest { limit: 100 }).await.unwrap();
+    let page = world.bus.read(lobby, ReadRange::Newest { limit: 100 }).await.unwrap();
     assert_eq!((page.top, page.entries.len(), world.metrics.reappended_messages.get()), (2, 2, 0));
 }
 

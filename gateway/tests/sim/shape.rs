@@ -140,7 +140,7 @@ impl Shape {
                 ttl: Duration::from_secs(24 * 60 * 60),
                 dedup_window: Duration::from_secs(600),
                 inboxes: Default::default(),
-                bounds: Default::default(),
+                limits: Default::default(),
             },
             short: false,
         }

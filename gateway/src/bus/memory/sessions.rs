@@ -232,7 +232,7 @@ impl SessionStore for MemoryBus {
             return ready(Err(SessionDataError::NoSession));
         };
         let before = row.data.as_ref().map_or(0, |data| data.len() as u64);
-        let bytes_max = self.retention.bounds.session_data_max;
+        let bytes_max = self.retention.limits.session_data_max;
         let data = row.data.as_deref().and_then(|data| serde_json::from_str(data).ok());
         let data = data.unwrap_or_default();
         let Some(change) = change else { return ready(Ok(data)) };

@@ -18,7 +18,7 @@ use tokio::time::Instant;
 use super::MemoryBus;
 use crate::{
     bus::{
-        Appended, BoxFuture, BusError, Done,
+        AppendCallback, Appended, BoxFuture, BusError,
         registry::{
             AdmitError, CreateOutcome, DeleteOutcome, EphemeralEvent, JoinConditions, JoinSnapshot,
             NodePresence, OnlinePage, OnlineStatus, PresenceChange, PresenceDetails, PresenceScope,
@@ -373,7 +373,7 @@ impl PresenceStore for MemoryBus {
         let seq = seq.min(top);
         if seq > registered.mark_of(&room, &user, top) {
             let marks = registered.marks.entry(room.clone()).or_default();
-            let marks_max = self.retention.bounds.marks_max as usize;
+            let marks_max = self.retention.limits.marks_max as usize;
             if marks.len() >= marks_max && !marks.contains_key(&user) {
                 self.mailboxes.metrics().storage_rejections.of(StorageLimit::ReadMarks).inc();
                 return;
@@ -383,10 +383,10 @@ impl PresenceStore for MemoryBus {
         }
     }
 
-    fn publish_ephemeral(&self, room: RoomId, notice: EphemeralEvent, done: Done) {
+    fn publish_ephemeral(&self, room: RoomId, notice: EphemeralEvent, done: AppendCallback) {
         self.mailboxes.send_ephemeral(room, notice);
         let position = Position::new(Epoch::none(), 0);
-        done(Ok(Appended { position, duplicate: false, opened: false }));
+        done(Ok(Appended { position, duplicate: false, opened_inbox: false }));
     }
 
     fn create(

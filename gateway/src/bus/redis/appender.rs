@@ -34,7 +34,7 @@ use super::{
     untrusted::checked,
 };
 use crate::{
-    bus::{Append, Appended, BoxFuture, BusError, Unseen, output_of},
+    bus::{Append, Appended, BoxFuture, BusError, UnseenPolicy, output_of},
     delivery::ServerId,
     drain::Tasks,
 };
@@ -70,7 +70,7 @@ pub(super) fn start(server: Arc<RedisServer>, links: Arc<LinkStates>, tasks: &Ta
     let worker = AppendWorker {
         queue: SendQueue::new(server.keyspace),
         script: server.keyspace.script(include_str!("scripts/append.lua")),
-        script_when_tight: server
+        script_when_full: server
             .keyspace
             .script(concat!("#!lua flags=allow-oom\n", include_str!("scripts/append.lua"))),
         permitted: server.keyspace.script(include_str!("scripts/permitted.lua")),
@@ -115,7 +115,7 @@ struct AppendWorker {
     queue: SendQueue,
     script: redis::Script,
     /// The same, which Redis lets run where it is full: it makes room first.
-    script_when_tight: redis::Script,
+    script_when_full: redis::Script,
     permitted: redis::Script,
     /// What was agreed on when it was last looked at: the tail was repeated to it.
     open: AgreedServer,
@@ -177,7 +177,7 @@ impl AppendWorker {
     ) -> Result<(MultiplexedConnection, ServerId, watch::Receiver<u64>), RedisError> {
         let pause = pause.next();
         let (server, links) = (self.server.clone(), self.links.clone());
-        let scripts = [self.script.clone(), self.script_when_tight.clone()];
+        let scripts = [self.script.clone(), self.script_when_full.clone()];
         let permitted = self.permitted.clone();
         let mut attempt = Box::pin(async move {
             tokio::time::sleep(pause).await;
@@ -405,7 +405,7 @@ impl AppendWorker {
         let retention = &self.server.retention;
         let (epoch, seq) = position_args(queued.hint.as_ref());
         let pressure = self.server.memory.pressure();
-        let script = if pressure.is_tight() { &self.script_when_tight } else { &self.script };
+        let script = if pressure.is_high() { &self.script_when_full } else { &self.script };
         // What was acknowledged once, or was in a log, is not refused.
         let is_again = queued.hint.is_some() || append.urgent;
         let pressure = if is_again { Pressure::None } else { pressure };
@@ -425,13 +425,13 @@ impl AppendWorker {
             .arg(seq)
             .arg(pressure.argument());
         if let Some(user) = user {
-            let unseen = &retention.bounds.unseen;
+            let unseen = &retention.limits.unseen;
             command
                 .arg(user.as_str())
                 .arg(match append.unseen {
-                    Unseen::Refuse if !is_again => "refuse",
-                    Unseen::Refuse | Unseen::Small => "small",
-                    Unseen::Keep => "keep",
+                    UnseenPolicy::Reject if !is_again => "refuse",
+                    UnseenPolicy::Reject | UnseenPolicy::Limited => "small",
+                    UnseenPolicy::Unlimited => "keep",
                 })
                 .arg(unseen.entries_max)
                 .arg(unseen.bytes_max)
@@ -508,7 +508,7 @@ impl AppendWorker {
     /// Logs that Redis refused a publish: each that it will always refuse, and now and then one where
     /// it refuses all, as when it is full.
     fn log_rejection(&mut self, error: &RedisError, queued: &QueuedAppend, now: Instant) {
-        if to_bus_error(error).is_of_a_bound() {
+        if to_bus_error(error).is_limit() {
             return;
         }
         if is_transient(error) {
@@ -615,5 +615,5 @@ fn parse_appended(value: Value) -> Result<Appended, RedisError> {
         .parse()
         .map_err(|_| RedisError::from((ErrorKind::Parse, "append.lua answered no epoch")))?;
     let position = Position::new(epoch, seq);
-    Ok(Appended { position, duplicate: kind == 1, opened: kind == 2 })
+    Ok(Appended { position, duplicate: kind == 1, opened_inbox: kind == 2 })
 }

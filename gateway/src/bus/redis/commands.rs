@@ -111,7 +111,7 @@ impl RedisControlQueue {
         let mut give = self.store.scripts.enqueue_command.key(self.key(""));
         give.key(self.key(":list")).arg(order).arg(COMMANDS_MAX).arg(random_epoch());
         let id: String = self.store.run(0, "orders", &give).await?;
-        id_of(&id).ok_or(BusError::Refused)
+        id_of(&id).ok_or(BusError::Rejected)
     }
 
     /// Waits for orders, for ever.

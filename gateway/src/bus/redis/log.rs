@@ -18,7 +18,9 @@ use super::{
     untrusted::{self, Lossy, checked, or_absent, read},
 };
 use crate::{
-    bus::{BoxFuture, BusError, EMPTY_HEAD_TTL, READ_BYTES_MAX, Range, registry::DeleteOutcome},
+    bus::{
+        BoxFuture, BusError, EMPTY_HEAD_TTL, READ_BYTES_MAX, ReadRange, registry::DeleteOutcome,
+    },
     delivery::{Entry, ReplicaSnapshot, ServerId, ordinal, page::Page},
     telemetry::metrics::{InvalidValue, Metrics},
 };
@@ -43,7 +45,7 @@ impl Log {
         Self { server, metrics, restorer: healer, read, delete }
     }
 
-    pub(super) fn read(&self, room: RoomId, range: Range) -> BoxFuture<Result<Page, BusError>> {
+    pub(super) fn read(&self, room: RoomId, range: ReadRange) -> BoxFuture<Result<Page, BusError>> {
         let log = self.clone();
         Box::pin(async move {
             let token = log.agreed(&room).await;
@@ -193,13 +195,13 @@ impl Log {
         &self,
         reader: &mut ReadConnection,
         room: &RoomId,
-        range: Range,
+        range: ReadRange,
         token: ServerId,
     ) -> Result<Page, RedisError> {
         let (kind, seq) = match range {
-            Range::Newest { .. } => ("newest", 0),
-            Range::After { seq, .. } => ("after", seq),
-            Range::Before { seq, .. } => ("before", seq),
+            ReadRange::Newest { .. } => ("newest", 0),
+            ReadRange::After { seq, .. } => ("after", seq),
+            ReadRange::Before { seq, .. } => ("before", seq),
         };
         let answer: Value = self
             .read

@@ -19,7 +19,7 @@ use shared::{
 };
 
 use super::{
-    Append, BoxFuture, Bus, BusError, Done, Mailboxes, Range, Retention,
+    Append, AppendCallback, BoxFuture, Bus, BusError, Mailboxes, ReadRange, Retention,
     commands::{CommandBatch, CommandId, CommandProgress, ControlCommand, ControlQueue},
     registry::{
         AdmitError, CreateOutcome, DeleteOutcome, EphemeralEvent, JoinConditions, JoinSnapshot,
@@ -245,7 +245,7 @@ impl Bus for RedisBus {
         self.router.unsubscribe(room);
     }
 
-    fn read(&self, room: RoomId, range: Range) -> BoxFuture<Result<Page, BusError>> {
+    fn read(&self, room: RoomId, range: ReadRange) -> BoxFuture<Result<Page, BusError>> {
         let group = self.router.keyspace().group_of(&room);
         let question = move |log: &Log| log.read(room.clone(), range);
         Box::pin(self.router.clone().query(group, question))
@@ -320,7 +320,7 @@ impl PresenceStore for RedisBus {
         self.store.set_read_mark(room, user, seq, by);
     }
 
-    fn publish_ephemeral(&self, room: RoomId, notice: EphemeralEvent, done: Done) {
+    fn publish_ephemeral(&self, room: RoomId, notice: EphemeralEvent, done: AppendCallback) {
         self.store.publish_ephemeral(room, &notice, done);
     }
 
@@ -463,10 +463,10 @@ fn is_slot_error(error: &RedisError) -> bool {
 fn to_bus_error(error: &RedisError) -> BusError {
     match error.code() {
         _ if requirements::is_forbidden(error) => BusError::Unavailable,
-        Some("FULL") => BusError::Full,
+        Some("FULL") => BusError::MemoryFull,
         Some("UNSEENQUOTA") => BusError::UnseenQuota,
         Some("UNSEENBYTES") => BusError::UnseenBytes,
-        Some("ERR" | "WRONGTYPE") => BusError::Refused,
+        Some("ERR" | "WRONGTYPE") => BusError::Rejected,
         _ => BusError::Unavailable,
     }
 }

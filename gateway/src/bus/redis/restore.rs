@@ -186,7 +186,7 @@ impl LogRestorer {
         let answers: Vec<RedisResult<Value>> = pipeline.query_async(connection).await?;
         let answer = |(room, answer): (RoomId, RedisResult<Value>)| match answer {
             // It will be so with every try, and keeps the others from nothing.
-            Err(error) if to_bus_error(&error) == BusError::Refused => {
+            Err(error) if to_bus_error(&error) == BusError::Rejected => {
                 tracing::error!(%room, %error, "Redis refused to be given a room back");
                 Ok("refused".to_owned())
             }

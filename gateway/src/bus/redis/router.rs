@@ -35,7 +35,7 @@ use super::{
     lease::LeaseTimes,
     links::LinkStates,
     log::Log,
-    memory::{self, Usages},
+    memory::{self, MemoryOfAllServers},
     requirements::Requirements,
     send_queue::QueuedAppend,
     server::{AgreedServer, RedisServer},
@@ -86,7 +86,7 @@ struct ConnectionContext {
     metrics: Arc<Metrics>,
     process: Arc<ProcessIdentity>,
     topology_stale: Arc<Notify>,
-    usages: Arc<Usages>,
+    usages: Arc<MemoryOfAllServers>,
     tasks: Tasks,
 }
 

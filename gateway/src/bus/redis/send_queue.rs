@@ -13,7 +13,7 @@ use shared::position::Position;
 use tokio::{sync::OwnedSemaphorePermit, time::Instant};
 
 use super::keyspace::Keyspace;
-use crate::bus::{Append, Appended, BusError, Unseen, unconfirmed::Republish};
+use crate::bus::{Append, Appended, BusError, UnseenPolicy, unconfirmed::Republish};
 
 /// How long publishes wait whose slot is on its way to another server, before they are tried again.
 const BACK_OFF: Duration = Duration::from_millis(25);
@@ -48,7 +48,7 @@ impl QueuedAppend {
             room: repeat.room,
             envelope: repeat.envelope,
             urgent: true,
-            unseen: Unseen::Keep,
+            unseen: UnseenPolicy::Unlimited,
             deadline: now + REPUBLISH_WAIT_MAX,
             done: Box::new(done),
         };
@@ -203,7 +203,7 @@ mod tests {
             room: room.clone(),
             envelope: entry("e", seq).envelope,
             urgent: false,
-            unseen: Unseen::Keep,
+            unseen: UnseenPolicy::Unlimited,
             deadline,
             done: Box::new(|_| {}),
         };

@@ -11,7 +11,7 @@ use tokio::sync::{Notify, watch};
 use super::{
     config, is_slot_error, is_unagreed,
     keyspace::Keyspace,
-    memory::Memory,
+    memory::ServerMemory,
     requirements::{Detector, Requirements},
     to_bus_error,
     topology::{Dial, ReadConnection, url::Address},
@@ -29,7 +29,7 @@ pub(super) struct RedisServer {
     pub(super) keyspace: Keyspace,
     pub(super) retention: Retention,
     /// How much memory it has left.
-    pub(super) memory: Memory,
+    pub(super) memory: ServerMemory,
     /// The groups that it serves.
     pub(super) owned: watch::Sender<BTreeSet<u16>>,
     /// What the nodes have agreed on.
@@ -190,7 +190,7 @@ impl RedisServer {
             }
             self.requirements.record(Detector::Call, &error);
             let failed = to_bus_error(&error);
-            if failed == BusError::Refused {
+            if failed == BusError::Rejected {
                 tracing::error!(%error, "Redis refused what it was asked");
             } else {
                 tracing::debug!(%error, "Redis could not be asked");

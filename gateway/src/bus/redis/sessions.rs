@@ -85,7 +85,7 @@ impl SessionOp {
         match self {
             // Who does not wait any more has given up on it.
             Self::Open { reply, .. } => {
-                drop(reply.send(opened(answer).ok_or(BusError::Refused)));
+                drop(reply.send(opened(answer).ok_or(BusError::Rejected)));
             }
             Self::Use { reply: Some(reply), .. } => drop(reply.send(Ok(match answer {
                 Value::Int(1) => SessionHolder::This,
@@ -271,19 +271,19 @@ impl StoreWorker {
             let (data, text) =
                 merge_data(data, change.clone()).ok_or(SessionDataError::TooLarge)?;
             let server = self.router.connections_for(group).await.server.clone();
-            if text.len() > before.len() && server.memory.pressure().is_tight() {
-                return Err(BusError::Full.into());
+            if text.len() > before.len() && server.memory.pressure().is_high() {
+                return Err(BusError::MemoryFull.into());
             }
             let mut set = self.scripts.data.key(&keys[..]);
             set.arg(session.to_string()).arg(before).arg(text).arg(self.session_ttl_ms());
-            set.arg(server.retention.bounds.session_data_max);
+            set.arg(server.retention.limits.session_data_max);
             let set: i64 = self.run(group, &user, &set).await?;
             match set {
                 1 => return Ok(data),
                 0 => {}
                 -2 => {
                     return Err(SessionDataError::TooMuch(
-                        server.retention.bounds.session_data_max,
+                        server.retention.limits.session_data_max,
                     ));
                 }
                 _ => return Err(SessionDataError::NoSession),
@@ -347,7 +347,7 @@ impl StoreWorker {
 
 /// How long the sessions of a user who has none are kept where that is shorter than usual, in ms.
 fn new_ttl(server: &RedisServer, ttl: u64) -> String {
-    match server.memory.pressure().is_tight() {
+    match server.memory.pressure().is_high() {
         true => ttl.min(NEW_SESSIONS_TTL.as_millis() as u64).to_string(),
         false => String::new(),
     }

@@ -42,7 +42,7 @@ use super::{
 };
 use crate::{
     bus::{
-        Appended, BoxFuture, BusError, Done,
+        AppendCallback, Appended, BoxFuture, BusError,
         registry::{
             AdmitError, EphemeralEvent, JoinConditions, JoinSnapshot, NodePresence, PresenceScope,
             PresenceVersion, RoomStoreOptions,
@@ -134,7 +134,7 @@ pub(super) enum Op {
     Ephemeral {
         room: RoomId,
         payload: Vec<u8>,
-        done: Done,
+        done: AppendCallback,
         deadline: Instant,
     },
     /// What is before it is what was to be written under the present name.
@@ -263,7 +263,12 @@ impl StoreWorker {
         self.sessions.ttl
     }
 
-    pub(super) fn publish_ephemeral(&self, room: RoomId, notice: &EphemeralEvent, done: Done) {
+    pub(super) fn publish_ephemeral(
+        &self,
+        room: RoomId,
+        notice: &EphemeralEvent,
+        done: AppendCallback,
+    ) {
         let deadline = Instant::now() + EPHEMERAL_WAIT_MAX;
         let op = Op::Ephemeral { room, payload: ephemeral::encode(notice), done, deadline };
         let refused = {
@@ -499,9 +504,9 @@ impl StoreWorker {
                             op => op.fail(BusError::Unavailable),
                         }
                     }
-                    BusError::Refused => {
+                    BusError::Rejected => {
                         tracing::error!(%error, "Redis refused a call of the registry");
-                        op.fail(BusError::Refused);
+                        op.fail(BusError::Rejected);
                     }
                     _ => left.push((number, op)),
                 },
@@ -553,7 +558,7 @@ impl StoreWorker {
                 command.arg(flag(rules.is_some())).arg(fits.unwrap_or("")).arg(flag(creates));
                 command.arg(flag(lets_in));
                 let within_quota = rules.as_ref().is_some_and(|rules| rules.within_quota);
-                command.arg(match server.memory.pressure().is_tight() {
+                command.arg(match server.memory.pressure().is_high() {
                     true => "tight",
                     false => flag(within_quota),
                 });
@@ -567,9 +572,9 @@ impl StoreWorker {
                 // As long as the numbers that are marked.
                 command.arg(server.meta_ttl_ms(room));
                 // Those that have a mark move it above the watermark as well.
-                command.arg(match server.memory.pressure().is_tight() {
+                command.arg(match server.memory.pressure().is_high() {
                     true => 0,
-                    false => server.retention.bounds.marks_max,
+                    false => server.retention.limits.marks_max,
                 });
                 command
             }
@@ -736,7 +741,7 @@ impl Op {
             }
             Self::Ephemeral { done, .. } => {
                 let position = Position::new(Epoch::none(), 0);
-                done(Ok(Appended { position, duplicate: false, opened: false }));
+                done(Ok(Appended { position, duplicate: false, opened_inbox: false }));
             }
             Self::Seat { .. } | Self::Mark { .. } | Self::Rewritten => {}
         }
@@ -793,7 +798,7 @@ fn entered(answer: &Value) -> Result<JoinSnapshot, AdmitError> {
         Some("full") => Err(AdmitError::Full),
         Some("not_found") => Err(AdmitError::NotFound),
         Some("quota") => Err(AdmitError::Quota),
-        Some("tight") => Err(BusError::Full.into()),
-        _ => Err(BusError::Refused.into()),
+        Some("tight") => Err(BusError::MemoryFull.into()),
+        _ => Err(BusError::Rejected.into()),
     }
 }

@@ -124,8 +124,8 @@ impl From<BusError> for Failed {
             BusError::Overloaded => {
                 Self::new(ErrorCode::Overloaded, "too much waits for the bus; try again later")
             }
-            BusError::Refused => Self::new(ErrorCode::Internal, "the bus refused it"),
-            BusError::Full => Self::new(
+            BusError::Rejected => Self::new(ErrorCode::Internal, "the bus refused it"),
+            BusError::MemoryFull => Self::new(
                 ErrorCode::Overloaded,
                 "memory is above the watermark: nothing is kept that needs more of it; try again later",
             ),

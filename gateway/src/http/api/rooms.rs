@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     bus::{
-        BusError, Range,
+        BusError, ReadRange,
         commands::ControlCommand,
         registry::{
             CreateOutcome, DeleteOutcome, RoomConfig, RoomSummary, UserPresence, unix_millis_now,
@@ -331,9 +331,9 @@ pub(super) async fn history(
         (Some(_), Some(_)) => {
             return Err(Failed::bad("`before` and `after` exclude each other"));
         }
-        (Some(seq), None) => Range::Before { seq, limit },
-        (None, Some(seq)) => Range::After { seq, limit },
-        (None, None) => Range::Newest { limit },
+        (Some(seq), None) => ReadRange::Before { seq, limit },
+        (None, Some(seq)) => ReadRange::After { seq, limit },
+        (None, None) => ReadRange::Newest { limit },
     };
     let page = if node.services.rules.is_durable(&room) {
         wait(&node, node.services.bus.read(room.clone(), range)).await?

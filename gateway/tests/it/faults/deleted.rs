@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use gateway::{
     bus::{
-        Bus, Mailboxes, Range,
+        Bus, Mailboxes, ReadRange,
         redis::{LEASE, RedisBus, RedisOptions},
     },
     drain::Tasks,
@@ -101,12 +101,13 @@ async fn delete_while_cut_off(mut redis: Redis, restarts: bool) {
     let epoch = again.epoch;
     assert_ne!(epoch, joined.epoch);
     assert_eq!(again.seq, 0);
-    let page = within(other.bus.read(lobby.clone(), Range::Newest { limit: 100 })).await.unwrap();
+    let page =
+        within(other.bus.read(lobby.clone(), ReadRange::Newest { limit: 100 })).await.unwrap();
     assert!(page.entries.is_empty(), "what was deleted is back: {} entries", page.entries.len());
     assert_eq!(page.epoch, epoch);
     assert_eq!(say(&mut ann, &lobby, "anew").await.seq, 1);
     assert_eq!(next_message(&mut ann).await.seq, 1);
-    let page = within(other.bus.read(lobby, Range::Newest { limit: 100 })).await.unwrap();
+    let page = within(other.bus.read(lobby, ReadRange::Newest { limit: 100 })).await.unwrap();
     assert_eq!(page.entries.len(), 1);
     cut_off.stop().await;
     assert!(other.tasks.finish(Duration::from_secs(5)).await);

@@ -284,8 +284,8 @@ impl StoreWorker {
     ) -> Result<CreateOutcome, BusError> {
         let keyspace = self.router.keyspace();
         let (group, channel) = (keyspace.group_of(&room), keyspace.channel(&room));
-        if self.router.connections_for(group).await.server.memory.pressure().is_tight() {
-            return Err(BusError::Full);
+        if self.router.connections_for(group).await.server.memory.pressure().is_high() {
+            return Err(BusError::MemoryFull);
         }
         let owner = record.owner.clone();
         let noted = match owned_max {
@@ -418,7 +418,7 @@ impl StoreWorker {
             let (Some(record), Some(members), Some(version)) =
                 (rows.next(), rows.next(), rows.next())
             else {
-                return Err(BusError::Refused);
+                return Err(BusError::Rejected);
             };
             let record: Vec<(Lossy, Lossy)> = self.or_absent(&room, record)?;
             let record: BTreeMap<String, String> =

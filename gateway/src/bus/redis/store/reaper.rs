@@ -32,7 +32,7 @@ impl StoreWorker {
             };
             for name in old {
                 if let Err(error) = self.reap(&name).await {
-                    if to_bus_error(&error) == BusError::Refused {
+                    if to_bus_error(&error) == BusError::Rejected {
                         // With every try; others are not to wait for it.
                         continue;
                     }
@@ -50,7 +50,7 @@ impl StoreWorker {
                     for incarnation in ended {
                         tracing::info!(%incarnation, "a node has ended; who was there leaves");
                         if let Err(error) = self.reap(&incarnation).await
-                            && to_bus_error(&error) != BusError::Refused
+                            && to_bus_error(&error) != BusError::Rejected
                         {
                             break;
                         }
