@@ -570,7 +570,7 @@ impl Agreement {
         pipeline.cmd("TIME").cmd("HGETALL").arg(self.server.keyspace.leases()).ignore_errors();
         let mut answers: Vec<RedisResult<Value>> = pipeline.query_async(connection).await?;
         let rows = answers.pop().unwrap_or(Ok(Value::Nil));
-        let rows: Vec<(Lossy, Lossy)> = untrusted::or_absent(&self.links.metrics, "leases", rows)?;
+        let rows: Vec<(Lossy, Lossy)> = untrusted::or_default(&self.links.metrics, "leases", rows)?;
         let (seconds, micros): (u64, u64) =
             redis::from_redis_value(answers.pop().unwrap_or(Ok(Value::Nil))?)?;
         let now = seconds * 1000 + micros / 1000;
@@ -696,7 +696,7 @@ impl Agreement {
                 let row = format!("{} {now}", self.process.name);
                 goodbye.cmd("HSET").arg(keyspace.incarnations()).arg(incarnation).arg(row);
             }
-            goodbye.cmd("HDEL").arg(keyspace.told()).arg(&self.process.name);
+            goodbye.cmd("HDEL").arg(keyspace.announced()).arg(&self.process.name);
             goodbye.cmd("HDEL").arg(keyspace.commands(":nodes")).arg(&self.process.name);
             goodbye.query_async::<()>(&mut connection).await?;
             let mut leave = self.leave.key(keyspace.leases());

@@ -26,12 +26,12 @@ use super::{
     links::{LinkKind, LinkStates},
     memory::Pressure,
     position_args,
-    probe::PROBE_EVERY,
+    probe::PROBE_INTERVAL,
     requirements::{Detector, is_forbidden},
     send_queue::{QueuedAppend, SendQueue},
     server::{AgreedServer, RedisServer},
     to_bus_error,
-    untrusted::checked,
+    untrusted::strip_report,
 };
 use crate::{
     bus::{Append, Appended, BoxFuture, BusError, UnseenPolicy, output_of},
@@ -146,12 +146,12 @@ impl AppendWorker {
     async fn reconnect_forever(&mut self) {
         let mut pause = RetryPause::default();
         loop {
-            let heard = self.links.probe.count_heard();
+            let heard = self.links.probe.received_count();
             match self.connect_while_expiring(&mut pause).await {
                 Ok((connection, token, remake)) => {
                     self.links.set(&self.server, LinkKind::Append, Some(token));
                     let error = self.serve(connection, token, remake).await;
-                    if self.links.probe.count_heard() != heard {
+                    if self.links.probe.received_count() != heard {
                         // It did its work: until then the next attempts become rarer.
                         pause = RetryPause::default();
                     }
@@ -275,7 +275,7 @@ impl AppendWorker {
         let mut queued = Vec::new();
         let mut tick = tokio::time::interval(HEALTH_CHECK_INTERVAL);
         let mut look: Option<BoxFuture<RedisResult<()>>> = None;
-        let mut probes = tokio::time::interval(PROBE_EVERY);
+        let mut probes = tokio::time::interval(PROBE_INTERVAL);
         let mut probe: Option<BoxFuture<RedisResult<()>>> = None;
         let links = self.links.clone();
         loop {
@@ -411,7 +411,7 @@ impl AppendWorker {
         let pressure = if is_again { Pressure::None } else { pressure };
         let user = append.room.user().filter(|_| append.room.kind() == RoomKind::Inbox);
         let keyspace = self.server.keyspace;
-        let further = user.as_ref().map(|_| keyspace.seen_and_online(&append.room));
+        let further = user.as_ref().map(|_| keyspace.last_seen_and_online(&append.room));
         let further = further.as_ref().map_or(&[][..], |keys| &keys[..]);
         let kept = retention.of(&append.room);
         let mut command = self.server.call_with(script, &append.room, token, further);
@@ -465,7 +465,7 @@ impl AppendWorker {
         for (queued, value) in batch.into_iter().zip(values) {
             let id = queued.append.envelope.dedup_key();
             let room = &queued.append.room;
-            let answer = value.map(|value| checked(&links.metrics, room, value));
+            let answer = value.map(|value| strip_report(&links.metrics, room, value));
             match answer.and_then(parse_appended) {
                 Ok(appended) => {
                     // Before the sender hears of it: from then on it must not be lost.
@@ -572,13 +572,13 @@ async fn send_probe(
     match sent {
         // Another channel is chosen when it is known where this one is.
         Err(error) if is_slot_error(&error) => {
-            links.probe.forget();
+            links.probe.reset();
             server.topology_stale.notify_one();
             Ok(())
         }
         Err(error) if is_forbidden(&error) => {
             // It is not missed: another connection could do no more.
-            links.probe.forget();
+            links.probe.reset();
             server.requirements.record(Detector::Call, &error);
             Ok(())
         }

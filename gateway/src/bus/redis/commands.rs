@@ -13,7 +13,7 @@ use tokio::time::Instant;
 
 use super::{
     store::StoreWorker,
-    untrusted::{Lossy, found, is_wrong_type, texts},
+    untrusted::{Lossy, is_wrong_type, report, texts},
 };
 use crate::{
     bus::{
@@ -168,11 +168,11 @@ impl RedisControlQueue {
             .await?;
         let mut answers = answers.into_iter();
         let mut next = || answers.next().unwrap_or(Ok(Value::Nil));
-        let time: (u64, u64) = self.store.or_absent("orders", next())?;
-        let list: Option<Lossy> = self.store.or_absent("orders", next())?;
+        let time: (u64, u64) = self.store.or_default("orders", next())?;
+        let list: Option<Lossy> = self.store.or_default("orders", next())?;
         // A stream that is none is made anew by the next order.
-        let last: Vec<StreamEntry> = self.store.or_absent("orders", next())?;
-        let entries: Vec<StreamEntry> = self.store.or_absent("orders", next())?;
+        let last: Vec<StreamEntry> = self.store.or_default("orders", next())?;
+        let entries: Vec<StreamEntry> = self.store.or_default("orders", next())?;
         let last = last.first().and_then(|(Lossy(id), _)| id_of(id)).unwrap_or_default();
         let list = list.map(|Lossy(list)| list);
         Ok(StreamPoll { now_ms: time.0 * 1000 + time.1 / 1000, list, last, entries })
@@ -207,7 +207,7 @@ impl RedisControlQueue {
             };
             let order = field("o").and_then(|order| serde_json::from_str(order).ok());
             let Some(order) = order else {
-                found(self.store.router.metrics(), InvalidValue::Command, &entry);
+                report(self.store.router.metrics(), InvalidValue::Command, &entry);
                 continue;
             };
             let given = id.0.saturating_mul(1000);
@@ -240,7 +240,7 @@ impl RedisControlQueue {
                 set.arg(&nodes).arg(process).arg(row);
                 match set.query_async::<()>(connection).await {
                     Err(error) if is_wrong_type(&error) => {
-                        found(self.store.router.metrics(), InvalidValue::KeyType, &nodes);
+                        report(self.store.router.metrics(), InvalidValue::KeyType, &nodes);
                         redis::cmd("DEL").arg(&nodes).query_async::<()>(connection).await?;
                         set.query_async(connection).await
                     }
@@ -288,8 +288,8 @@ impl RedisControlQueue {
             .await?;
         let mut answers = answers.into_iter();
         let mut next = || answers.next().unwrap_or(Ok(Value::Nil));
-        let time: (u64, u64) = self.store.or_absent("nodes of orders", next())?;
-        let rows: Vec<(Lossy, Lossy)> = self.store.or_absent("nodes of orders", next())?;
+        let time: (u64, u64) = self.store.or_default("nodes of orders", next())?;
+        let rows: Vec<(Lossy, Lossy)> = self.store.or_default("nodes of orders", next())?;
         let now = time.0 * 1000 + time.1 / 1000;
         let (mut nodes_of, mut gone) = (BTreeMap::new(), Vec::new());
         for (Lossy(process), Lossy(row)) in rows {
@@ -297,7 +297,7 @@ impl RedisControlQueue {
                 .split_once(' ')
                 .and_then(|(applied, heard)| Some((heard.parse::<u64>().ok()?, id_of(applied)?)));
             if parts.is_none() {
-                found(self.store.router.metrics(), InvalidValue::Command, &process);
+                report(self.store.router.metrics(), InvalidValue::Command, &process);
             }
             match parts {
                 Some((heard, applied)) if heard.saturating_add(NODE_TTL_MS) > now => {

@@ -2,7 +2,7 @@
 //!
 //! Keys carry a partition as hash tag, so that all of a room is in one slot: `gw:{p}:r:<room>:log`,
 //! `:meta`, `:ids0`, `:ids1`, `:unheard`, and the channel `gw:{p}:r:<room>`. Who is in it lies beside that
-//! ([`PlaceKeys`]), and who is in the cluster in one place for each group. What is of one user lies the
+//! ([`ScopeKeys`]), and who is in the cluster in one place for each group. What is of one user lies the
 //! same way under `gw:{p}:u:<user>`: the log of the inbox, and sessions. On Redis Cluster each partition is
 //! a [placement group](crate::bus::placement) with a barrier of its own beside it, since a script may use keys of
 //! one slot only; what there is once in all lies with partition 0.
@@ -47,30 +47,30 @@ impl Keyspace {
 
     /// Where the nodes agree on a server for a group.
     pub(super) fn barrier(self, group: u16) -> String {
-        self.named(group, "barrier")
+        self.key(group, "barrier")
     }
 
     /// Who lives.
     pub(super) fn leases(self) -> String {
-        self.named(0, "leases")
+        self.key(0, "leases")
     }
 
     /// Where a new process asks the others to renew, so that all have seen it.
     pub(super) fn wake_up_channel(self) -> String {
-        self.named(0, "pokes")
+        self.key(0, "pokes")
     }
 
     /// Where the number of partitions is recorded.
-    pub(super) fn recorded(self) -> String {
-        self.named(0, "partitions")
+    pub(super) fn partition_count(self) -> String {
+        self.key(0, "partitions")
     }
 
     /// The channel of one process' probes; of no room.
     pub(super) fn probe(self, group: u16, process: &str) -> String {
-        self.named(group, &format!("probe:{process}"))
+        self.key(group, &format!("probe:{process}"))
     }
 
-    pub(super) fn named(self, group: u16, name: &str) -> String {
+    pub(super) fn key(self, group: u16, name: &str) -> String {
         if self.sharded { format!("gw:{{{group}}}:{name}") } else { format!("gw:{name}") }
     }
 
@@ -87,7 +87,7 @@ impl Keyspace {
 
     /// What the channels begin with in which it is told whether users of a group are connected.
     pub(super) fn statuses(self, group: u16) -> String {
-        self.named(group, "s:")
+        self.key(group, "s:")
     }
 
     /// What a room's scripts use, in their order: log, meta, both hashes of ids, the barrier of its
@@ -101,7 +101,7 @@ impl Keyspace {
 
     /// What tells whether the user of an inbox was ever connected: when those who have left did something
     /// last, and who is connected.
-    pub(super) fn seen_and_online(self, inbox: &RoomId) -> [String; 2] {
+    pub(super) fn last_seen_and_online(self, inbox: &RoomId) -> [String; 2] {
         let online = self.online(self.group_of(inbox));
         [format!("{online}:seen"), format!("{online}:who")]
     }
@@ -147,7 +147,7 @@ impl Keyspace {
 }
 
 /// What a call needs to know of where a place lies.
-pub(super) struct PlaceKeys {
+pub(super) struct ScopeKeys {
     who: String,
     here: String,
     places: String,
@@ -169,52 +169,52 @@ impl Keyspace {
     }
 
     /// The set of places where an incarnation has somebody.
-    pub(super) fn places(self, group: u16, incarnation: &str) -> String {
-        self.named(group, &format!("places:{incarnation}"))
+    pub(super) fn scopes(self, group: u16, incarnation: &str) -> String {
+        self.key(group, &format!("places:{incarnation}"))
     }
 
     /// The index of rooms.
     pub(super) fn rooms(self, group: u16) -> String {
-        self.named(group, "rooms")
+        self.key(group, "rooms")
     }
 
     /// The index of users who are connected.
     pub(super) fn users(self, group: u16) -> String {
-        self.named(group, "users")
+        self.key(group, "users")
     }
 
     /// What keys of who is connected begin with.
     pub(super) fn online(self, group: u16) -> String {
-        self.named(group, "online")
+        self.key(group, "online")
     }
 
     /// What is ordered, and what belongs to that.
     pub(super) fn commands(self, name: &str) -> String {
-        self.named(0, &format!("orders{name}"))
+        self.key(0, &format!("orders{name}"))
     }
 
     /// Whose incarnations there are.
     pub(super) fn incarnations(self) -> String {
-        self.named(0, "incarnations")
+        self.key(0, "incarnations")
     }
 
     /// Which processes have told all their seats, and under which agreements.
-    pub(super) fn told(self) -> String {
-        self.named(0, "told")
+    pub(super) fn announced(self) -> String {
+        self.key(0, "told")
     }
 
     /// What a call at a place uses; `None` where that is no name of a room.
-    pub(super) fn keys_of(self, group: u16, place: &str, incarnation: &str) -> Option<PlaceKeys> {
+    pub(super) fn keys_of(self, group: u16, place: &str, incarnation: &str) -> Option<ScopeKeys> {
         let (base, index, channel) = if place == CLUSTER {
             (self.online(group), self.users(group), self.statuses(group))
         } else {
             let channel = self.channel(&place.parse().ok()?);
             (channel.clone(), self.rooms(group), channel)
         };
-        Some(PlaceKeys {
+        Some(ScopeKeys {
             who: format!("{base}:who"),
             here: format!("{base}:on:{incarnation}"),
-            places: self.places(group, incarnation),
+            places: self.scopes(group, incarnation),
             record: format!("{base}:record"),
             index,
             seen: format!("{base}:seen"),
@@ -229,22 +229,22 @@ impl Keyspace {
 /// The name of the cluster as a place; no room has it.
 const CLUSTER: &str = "*";
 
-pub(super) fn name_of(place: &PresenceScope) -> &str {
+pub(super) fn scope_name(place: &PresenceScope) -> &str {
     match place {
         PresenceScope::Room(room) => room.as_str(),
         PresenceScope::Cluster => CLUSTER,
     }
 }
 
-impl PlaceKeys {
-    /// In the order of the scripts; the first [`PlaceKeys::OF_PLACES`] are those of present.lua.
-    pub(super) fn of_seat(&self) -> [&str; 8] {
+impl ScopeKeys {
+    /// In the order of the scripts; the first [`ScopeKeys::SHARED_COUNT`] are those of present.lua.
+    pub(super) fn all(&self) -> [&str; 8] {
         let Self { who, here, places, record, index, seen, marks, meta, .. } = self;
         [who, here, places, record, index, seen, marks, meta]
     }
 
     /// How many keys every script of a place has.
-    pub(super) const OF_PLACES: usize = 6;
+    pub(super) const SHARED_COUNT: usize = 6;
 }
 
 #[cfg(test)]

@@ -15,7 +15,7 @@ use super::{
     restore::LogRestorer,
     server::RedisServer,
     topology::ReadConnection,
-    untrusted::{self, Lossy, checked, or_absent, read},
+    untrusted::{self, Lossy, or_default, read, strip_report},
 };
 use crate::{
     bus::{
@@ -29,7 +29,7 @@ use crate::{
 const HEADS_MAX: usize = 512;
 
 #[derive(Clone)]
-pub(super) struct Log {
+pub(super) struct RedisLog {
     server: Arc<RedisServer>,
     metrics: Arc<Metrics>,
     restorer: LogRestorer,
@@ -37,7 +37,7 @@ pub(super) struct Log {
     delete: redis::Script,
 }
 
-impl Log {
+impl RedisLog {
     pub(super) fn new(server: Arc<RedisServer>, metrics: Arc<Metrics>) -> Self {
         let healer = LogRestorer::new(server.clone(), metrics.clone());
         let read = server.keyspace.script(include_str!("scripts/read.lua"));
@@ -143,7 +143,7 @@ impl Log {
         let answers: Vec<RedisResult<Value>> = pipeline.query_async(&mut **reader).await?;
         // A room whose keys are of other types has no head: a read of it finds that, and repairs it.
         let row = |answer: RedisResult<Value>| {
-            let row: Vec<Option<Lossy>> = or_absent(&self.metrics, "head of a log", answer)?;
+            let row: Vec<Option<Lossy>> = or_default(&self.metrics, "head of a log", answer)?;
             Ok(row.into_iter().map(|text| text.map(|Lossy(text)| text)).collect())
         };
         let rows: Vec<Vec<Option<String>>> =
@@ -151,9 +151,9 @@ impl Log {
         let token = Some(token.to_string());
         let (agreed, rows) = rows.split_at(groups.len());
         if agreed.iter().any(|row| row.first() != Some(&token) || row.get(1) == Some(&None)) {
-            return Err(stale());
+            return Err(unagreed());
         }
-        self.keep_heads(reader, rooms, rows).await?;
+        self.extend_head_ttls(reader, rooms, rows).await?;
         let head = |row: &[Vec<Option<String>>]| {
             let [place, handed_in] = row else { return None };
             // Who was to put that where it was may have ended, so that a read has to.
@@ -167,7 +167,7 @@ impl Log {
     }
 
     /// A room that is followed in silence does not lose its numbers, or its epoch where it has none.
-    async fn keep_heads(
+    async fn extend_head_ttls(
         &self,
         reader: &mut ReadConnection,
         rooms: &[RoomId],
@@ -213,7 +213,7 @@ impl Log {
             .arg(READ_BYTES_MAX)
             .invoke_async(&mut **reader)
             .await?;
-        let answer = checked(&self.metrics, room, answer);
+        let answer = strip_report(&self.metrics, room, answer);
         page(answer, room, &self.metrics)
             .ok_or_else(|| (ErrorKind::Parse, "read.lua answered no page").into())
     }
@@ -247,7 +247,7 @@ impl Log {
 }
 
 /// As a script says that finds itself on another server.
-fn stale() -> RedisError {
+fn unagreed() -> RedisError {
     (ErrorKind::Io, "the nodes have not agreed on this server").into()
 }
 
@@ -266,7 +266,7 @@ fn page(answer: Value, room: &RoomId, metrics: &Metrics) -> Option<Page> {
         let entry = entry(value, room).filter(|entry| may_be_before(entry, &epoch));
         if entry.is_none() {
             // It leaves a step, which readers are told of.
-            untrusted::found(metrics, InvalidValue::Entry, room);
+            untrusted::report(metrics, InvalidValue::Entry, room);
         }
         entry
     });

@@ -60,7 +60,7 @@ mod untrusted;
 mod send_queue;
 
 use commands::RedisControlQueue;
-use log::Log;
+use log::RedisLog;
 use requirements::Requirements;
 use router::Router;
 use store::StoreWorker;
@@ -199,7 +199,7 @@ impl RedisBus {
             pause.wait().await;
             // What there is once in all lies in group 0, which may move meanwhile.
             let set = self.router.connections_for(0).await;
-            match set.server.recorded_partitions().await {
+            match set.server.recorded_partition_count().await {
                 Ok(recorded) if recorded == configured => break,
                 Ok(recorded) => return Err(RedisStartError::Partitions { configured, recorded }),
                 Err(error) => {
@@ -247,7 +247,7 @@ impl Bus for RedisBus {
 
     fn read(&self, room: RoomId, range: ReadRange) -> BoxFuture<Result<Page, BusError>> {
         let group = self.router.keyspace().group_of(&room);
-        let question = move |log: &Log| log.read(room.clone(), range);
+        let question = move |log: &RedisLog| log.read(room.clone(), range);
         Box::pin(self.router.clone().query(group, question))
     }
 
@@ -354,7 +354,7 @@ impl PresenceStore for RedisBus {
         by: Option<ConnectionId>,
     ) -> BoxFuture<Result<DeleteOutcome, BusError>> {
         let group = self.router.keyspace().group_of(&room);
-        let question = move |log: &Log| log.delete_room(room.clone(), owner.clone(), by);
+        let question = move |log: &RedisLog| log.delete_room(room.clone(), owner.clone(), by);
         Box::pin(self.router.clone().query(group, question))
     }
 }

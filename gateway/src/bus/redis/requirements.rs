@@ -184,7 +184,7 @@ impl Requirements {
         permitted: &redis::Script,
     ) -> RedisResult<()> {
         let Some(group) = server.owned.borrow().first().copied() else { return Ok(()) };
-        let named = |name: &str| server.keyspace.named(group, name);
+        let named = |name: &str| server.keyspace.key(group, name);
         let reply: RedisResult<Value> = permitted
             .key(named("permitted"))
             .arg(named("permitted"))

@@ -43,7 +43,7 @@ impl LogRestorer {
         self.script.load_async(connection).await?;
         let mut lacking = Vec::new();
         for rooms in holdings.chunks(ROOMS_MAX) {
-            let answers = self.ask(connection, token, rooms, false).await?;
+            let answers = self.compare(connection, token, rooms, false).await?;
             for (room, answer) in rooms.iter().zip(answers) {
                 if answer == "ask" { lacking.push(room) } else { self.count(room, &answer) }
             }
@@ -67,14 +67,14 @@ impl LogRestorer {
         token: ServerId,
         rooms: &[ReplicaSnapshot],
     ) -> RedisResult<()> {
-        let answers = self.ask(connection, token, rooms, true).await?;
+        let answers = self.compare(connection, token, rooms, true).await?;
         for (room, answer) in rooms.iter().zip(answers) {
             self.count(room, &answer);
         }
         Ok(())
     }
 
-    async fn ask(
+    async fn compare(
         &self,
         connection: &mut MultiplexedConnection,
         token: ServerId,
@@ -130,10 +130,10 @@ impl LogRestorer {
             .arg(former_top)
             .arg(if give { "give" } else { "ask" });
         let newest = held.entries.last().filter(|last| last.position.seq == held.top.seq);
-        identify(&mut command, newest);
+        add_identity(&mut command, newest);
         let oldest = held.entries.first();
         command.arg(held.generation).arg(oldest.map_or(0, |oldest| oldest.position.seq));
-        identify(&mut command, oldest);
+        add_identity(&mut command, oldest);
         if !give {
             command.arg(0);
             return command;
@@ -197,7 +197,7 @@ impl LogRestorer {
 }
 
 /// Adds the stamp and the id key of an entry, by which the script knows it again.
-fn identify(command: &mut redis::Cmd, entry: Option<&Entry>) {
+fn add_identity(command: &mut redis::Cmd, entry: Option<&Entry>) {
     match entry {
         Some(entry) => command.arg(entry.origin.to_string()).arg(&entry.envelope.dedup_key()[..]),
         None => command.arg("").arg(""),

@@ -34,7 +34,7 @@ use super::{
     keyspace::Keyspace,
     lease::LeaseTimes,
     links::LinkStates,
-    log::Log,
+    log::RedisLog,
     memory::{self, MemoryOfAllServers},
     requirements::Requirements,
     send_queue::QueuedAppend,
@@ -65,7 +65,7 @@ pub(super) struct ServerConnections {
     links: Arc<LinkStates>,
     appender: Appender,
     subscriber: Subscriber,
-    log: Log,
+    log: RedisLog,
     tasks: Tasks,
 }
 
@@ -313,7 +313,7 @@ impl Router {
     pub(super) async fn query<T>(
         self: Arc<Self>,
         group: u16,
-        question: impl Fn(&Log) -> BoxFuture<Result<T, BusError>>,
+        question: impl Fn(&RedisLog) -> BoxFuture<Result<T, BusError>>,
     ) -> Result<T, BusError> {
         loop {
             let set = self.connections_for(group).await;
@@ -532,7 +532,7 @@ impl ConnectionContext {
         });
         let standing = self.mailboxes.node_state().clone();
         let links = Arc::new(LinkStates::new(standing, self.metrics.clone()));
-        let log = Log::new(server.clone(), self.metrics.clone());
+        let log = RedisLog::new(server.clone(), self.metrics.clone());
         let appender = appender::start(server.clone(), links.clone(), &tasks);
         let mailboxes = self.mailboxes.clone();
         let subscriber =

@@ -104,9 +104,9 @@ impl RedisServer {
     }
 
     /// The number of partitions that the first node recorded.
-    pub(super) async fn recorded_partitions(&self) -> Result<u16, RedisError> {
+    pub(super) async fn recorded_partition_count(&self) -> Result<u16, RedisError> {
         let (mut connection, _) = self.connect(config()).await?;
-        let recorded = self.keyspace.recorded();
+        let recorded = self.keyspace.partition_count();
         // Asked first, since a Redis that is full takes no SET, not even one that would do nothing.
         let get = redis::cmd("GET").arg(&recorded).to_owned();
         if let Some(recorded) = get.query_async(&mut connection).await? {

@@ -20,7 +20,7 @@ use super::{
     memory::NEW_SESSIONS_TTL,
     server::RedisServer,
     store::{Op, StoreWorker, evalsha, flag},
-    untrusted::{Lossy, found},
+    untrusted::{Lossy, report},
 };
 use crate::{
     bus::{
@@ -171,8 +171,8 @@ impl StoreWorker {
     ) -> Result<(u64, T), BusError> {
         let mut answers = answers.into_iter();
         let mut next = || answers.next().unwrap_or(Ok(Value::Nil));
-        let time: (u64, u64) = self.or_absent(user, next())?;
-        Ok((time.0 * 1000 + time.1 / 1000, self.or_absent(user, next())?))
+        let time: (u64, u64) = self.or_default(user, next())?;
+        Ok((time.0 * 1000 + time.1 / 1000, self.or_default(user, next())?))
     }
 
     fn session_ttl_ms(&self) -> u64 {
@@ -254,16 +254,16 @@ impl StoreWorker {
                 .await?;
             let mut answers = answers.into_iter();
             let mut next = || answers.next().unwrap_or(Ok(Value::Nil));
-            if !self.or_absent::<bool>(&user, next())? {
+            if !self.or_default::<bool>(&user, next())? {
                 return Err(SessionDataError::NoSession);
             }
-            let before: Option<Vec<u8>> = self.or_absent(&user, next())?;
+            let before: Option<Vec<u8>> = self.or_default(&user, next())?;
             let before = before.unwrap_or_default();
             let data: Map<String, Json> = match serde_json::from_slice(&before) {
                 Ok(data) => data,
                 Err(_) if before.is_empty() => Map::new(),
                 Err(_) => {
-                    found(self.router.metrics(), InvalidValue::Session, &user);
+                    report(self.router.metrics(), InvalidValue::Session, &user);
                     Map::new()
                 }
             };
@@ -310,7 +310,7 @@ impl StoreWorker {
         let kept = rows.iter().filter_map(|(Lossy(session), Lossy(row))| {
             let kept = kept_of(session, row);
             if kept.is_none() {
-                found(self.router.metrics(), InvalidValue::Session, &user);
+                report(self.router.metrics(), InvalidValue::Session, &user);
             }
             kept
         });

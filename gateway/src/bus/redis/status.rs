@@ -16,9 +16,9 @@ use crate::{
 };
 
 /// How often it is looked.
-const LOOK_EVERY: Duration = Duration::from_millis(100);
+const CHECK_INTERVAL: Duration = Duration::from_millis(100);
 /// A link that is back and made good within this is nothing that clients need to hear of.
-const UNTOLD_MAX: Duration = Duration::from_millis(500);
+const GRACE: Duration = Duration::from_millis(500);
 
 pub(super) fn start(router: Arc<Router>, mailboxes: Mailboxes, tasks: &Tasks) {
     let stopped = tasks.stopped().clone();
@@ -33,7 +33,7 @@ pub(super) fn start(router: Arc<Router>, mailboxes: Mailboxes, tasks: &Tasks) {
 
 async fn watch(router: &Router, mailboxes: &Mailboxes) {
     let standing = mailboxes.node_state();
-    let mut look = tokio::time::interval(LOOK_EVERY);
+    let mut look = tokio::time::interval(CHECK_INTERVAL);
     let mut since: Option<(Instant, SystemTime)> = None;
     let mut told = BusState::Up;
     loop {
@@ -48,7 +48,7 @@ async fn watch(router: &Router, mailboxes: &Mailboxes) {
             continue;
         }
         let (began, at) = *since.get_or_insert_with(|| (Instant::now(), SystemTime::now()));
-        if told == BusState::Up && began.elapsed() >= UNTOLD_MAX {
+        if told == BusState::Up && began.elapsed() >= GRACE {
             told = BusState::Down;
             standing.set_status(BusStatus { bus: told, since: Some(at) });
         }

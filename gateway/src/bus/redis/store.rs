@@ -32,13 +32,13 @@ mod queries;
 
 use super::{
     RETRY_PAUSE_MAX, RetryPause, ephemeral, is_slot_error,
-    keyspace::{Keyspace, PlaceKeys, name_of},
+    keyspace::{Keyspace, ScopeKeys, scope_name},
     requirements::{Detector, is_forbidden},
     router::Router,
     server::RedisServer,
     sessions::SessionOp,
     to_bus_error,
-    untrusted::checked,
+    untrusted::strip_report,
 };
 use crate::{
     bus::{
@@ -475,7 +475,7 @@ impl StoreWorker {
         for ((number, op), answer) in ops.into_iter().zip(answers) {
             match answer {
                 Ok(answer) => {
-                    let answer = checked(self.router.metrics(), op.place(), answer);
+                    let answer = strip_report(self.router.metrics(), op.place(), answer);
                     if let (Op::Mark { .. }, Value::Int(0)) = (&op, &answer) {
                         self.router.metrics().storage_rejections.of(StorageLimit::ReadMarks).inc();
                     }
@@ -538,7 +538,7 @@ impl StoreWorker {
             Op::Session(op) => self.session_command(op, server),
             Op::Seat { key: (place, user), rules, .. } => {
                 let group = keyspace.group_of_scope(place, user);
-                let keys = keyspace.keys_of(group, name_of(place), incarnation);
+                let keys = keyspace.keys_of(group, scope_name(place), incarnation);
                 let keys = keys.expect("the name is a room's");
                 let seat = self.state.lock().seats.get(&(place.clone(), user.clone())).cloned();
                 let (name, connections, since, active) = match &seat {
@@ -548,7 +548,7 @@ impl StoreWorker {
                     None => ("", 0, 0, 0),
                 };
                 let lets_in = rules.is_some() || seat.as_ref().is_some_and(|seat| seat.admitted);
-                let mut command = evalsha(&self.scripts.seat, &keys.of_seat());
+                let mut command = evalsha(&self.scripts.seat, &keys.all());
                 command.arg(self.common(&keys));
                 command.arg(user.as_str()).arg(name).arg(connections).arg(since).arg(active);
                 // Of a length, like all that is by chance.
@@ -588,7 +588,7 @@ impl StoreWorker {
     }
 
     /// The arguments that scripts of a place begin with.
-    fn common<'a>(&self, keys: &'a PlaceKeys) -> (&'a str, &'a str, u64) {
+    fn common<'a>(&self, keys: &'a ScopeKeys) -> (&'a str, &'a str, u64) {
         (&keys.name, &keys.channel, self.options.empty_ttl.as_millis() as u64)
     }
 
@@ -605,7 +605,8 @@ impl StoreWorker {
             let mut name = self.scripts.name.key(incarnations);
             name.arg(&incarnation).arg(&self.router.process().name);
             let done: RedisResult<Value> = name.invoke_async(&mut *reader).await;
-            let done = done.map(|answer| checked(self.router.metrics(), "incarnations", answer));
+            let done =
+                done.map(|answer| strip_report(self.router.metrics(), "incarnations", answer));
             if done.is_err() {
                 reader.discard();
                 return None;
@@ -631,7 +632,7 @@ impl StoreWorker {
         }
         let Some(server) = self.router.agreed_server(0) else { return };
         let Ok(mut reader) = server.dial.read_connection().await else { return };
-        let mut tell = self.scripts.told.key(self.router.keyspace().told());
+        let mut tell = self.scripts.told.key(self.router.keyspace().announced());
         tell.arg(&self.router.process().name).arg(&agreements);
         let told: RedisResult<()> = tell.invoke_async(&mut *reader).await;
         if let Err(error) = told {
@@ -666,7 +667,7 @@ impl StoreWorker {
 
     async fn has_told(&self, agreements: &str) -> RedisResult<bool> {
         let mut ask = redis::pipe();
-        ask.cmd("HGET").arg(self.router.keyspace().told()).arg(&self.router.process().name);
+        ask.cmd("HGET").arg(self.router.keyspace().announced()).arg(&self.router.process().name);
         let (told,): (Option<String>,) = self.query_group_0(&ask).await?;
         Ok(told.is_some_and(|told| told == agreements))
     }
@@ -675,7 +676,7 @@ impl StoreWorker {
         let keyspace = self.router.keyspace();
         let mut ask = redis::pipe();
         ask.cmd("TIME");
-        ask.cmd("HGETALL").arg(keyspace.leases()).cmd("HGETALL").arg(keyspace.told());
+        ask.cmd("HGETALL").arg(keyspace.leases()).cmd("HGETALL").arg(keyspace.announced());
         type Rows = BTreeMap<String, String>;
         let ((seconds, micros), leases, told): ((u64, u64), Rows, Rows) =
             self.query_group_0(&ask).await?;
@@ -726,7 +727,7 @@ impl Op {
     fn place(&self) -> &str {
         match self {
             Self::Session(op) => op.user().as_str(),
-            Self::Seat { key: (place, _), .. } => name_of(place),
+            Self::Seat { key: (place, _), .. } => scope_name(place),
             Self::Mark { room, .. } | Self::Ephemeral { room, .. } => room.as_str(),
             Self::Rewritten => "-",
         }

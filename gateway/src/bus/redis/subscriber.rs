@@ -35,7 +35,7 @@ use super::{
     RetryPause, config, ephemeral,
     keyspace::Keyspace,
     links::{LinkKind, LinkStates},
-    probe::{LOOK_EVERY, Probe},
+    probe::{CHECK_INTERVAL, Probe},
     requirements::Detector,
     server::RedisServer,
     untrusted,
@@ -221,10 +221,10 @@ impl SubscribeWorker {
         let mut pause = RetryPause::default();
         loop {
             pause.wait().await;
-            let heard = self.links.probe.count_heard();
+            let heard = self.links.probe.received_count();
             let Err(error) = self.run_connection().await;
             self.server.topology_stale.notify_one();
-            if self.links.probe.count_heard() != heard {
+            if self.links.probe.received_count() != heard {
                 // It did its work: until then the next attempts become rarer.
                 pause = RetryPause::default();
             }
@@ -255,7 +255,7 @@ impl SubscribeWorker {
         self.server.requirements.allow(Detector::Subscriber);
         self.links.set(&self.server, LinkKind::Subscribe, Some(token));
 
-        let mut look = tokio::time::interval(LOOK_EVERY);
+        let mut look = tokio::time::interval(CHECK_INTERVAL);
         loop {
             // Cancel-safe, all of them. Wishes come last, since there may be more and more of them.
             tokio::select! {
@@ -274,7 +274,7 @@ impl SubscribeWorker {
                 _ = look.tick() => {
                     if self.links.probe.is_overdue(Instant::now()) {
                         self.links.metrics.bus_probe_timeouts.inc();
-                        self.links.probe.tell_lost();
+                        self.links.probe.report_lost();
                         return Err((redis::ErrorKind::Io, "what is published is not heard").into());
                     }
                 }
@@ -323,8 +323,8 @@ impl SubscribeWorker {
         let (Some(group), pokes) = groups else {
             return Err((redis::ErrorKind::Io, "this server serves nothing").into());
         };
-        probe.forget();
-        let mut channels = vec![probe.choose(keyspace, group)];
+        probe.reset();
+        let mut channels = vec![probe.choose_channel(keyspace, group)];
         channels.extend(pokes.then(|| keyspace.wake_up_channel()));
         subscribe_to(connection, keyspace, &channels).await
     }
@@ -419,10 +419,10 @@ impl SubscribeWorker {
                                 mailboxes.send_ephemeral(room, notice);
                             }
                         }
-                        Push::Probe(number) => links.probe.heard(number),
+                        Push::Probe(number) => links.probe.received(number),
                         Push::WakeUp => links.wake_up.notify_one(),
                         Push::Invalid(channel) => {
-                            untrusted::found(&links.metrics, InvalidValue::PubsubMessage, channel);
+                            untrusted::report(&links.metrics, InvalidValue::PubsubMessage, channel);
                         }
                     }
                 }

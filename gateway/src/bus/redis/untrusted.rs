@@ -20,7 +20,7 @@ use crate::telemetry::{
 const BAD: &[u8] = b"!bad";
 
 /// Counts a value that no gateway wrote, and logs the first of its kind in a minute.
-pub(super) fn found(metrics: &Metrics, kind: InvalidValue, place: impl Display) {
+pub(super) fn report(metrics: &Metrics, kind: InvalidValue, place: impl Display) {
     static SELDOM: [Seldom; InvalidValue::ALL.len()] =
         [const { Seldom::new() }; InvalidValue::ALL.len()];
     metrics.redis_invalid_values.of(kind).inc();
@@ -31,7 +31,7 @@ pub(super) fn found(metrics: &Metrics, kind: InvalidValue, place: impl Display) 
 }
 
 /// The reply of a script, without what it found.
-pub(super) fn checked(metrics: &Metrics, place: impl Display, reply: Value) -> Value {
+pub(super) fn strip_report(metrics: &Metrics, place: impl Display, reply: Value) -> Value {
     match reply {
         Value::Array(mut parts)
             if parts.len() == 3
@@ -42,7 +42,7 @@ pub(super) fn checked(metrics: &Metrics, place: impl Display, reply: Value) -> V
             for kind in kinds.split(' ') {
                 let known = InvalidValue::ALL.iter().find(|known| known.text() == kind);
                 if let Some(kind) = known {
-                    found(metrics, *kind, &place);
+                    report(metrics, *kind, &place);
                 }
             }
             reply
@@ -51,13 +51,13 @@ pub(super) fn checked(metrics: &Metrics, place: impl Display, reply: Value) -> V
     }
 }
 
-/// As [`checked`], read as a script answers.
+/// As [`strip_report`], read as a script answers.
 pub(super) fn read<T: FromRedisValue>(
     metrics: &Metrics,
     place: impl Display,
     reply: Value,
 ) -> RedisResult<T> {
-    Ok(redis::from_redis_value(checked(metrics, place, reply))?)
+    Ok(redis::from_redis_value(strip_report(metrics, place, reply))?)
 }
 
 /// Whether a key is of another type than a gateway gives it.
@@ -99,7 +99,7 @@ pub(super) fn texts(lossy: Vec<Lossy>) -> Vec<String> {
 
 /// The answer of one command of a pipeline that may have found a key of another type, where nothing is
 /// to be repaired: as if the key were not there.
-pub(super) fn or_absent<T: FromRedisValue + Default>(
+pub(super) fn or_default<T: FromRedisValue + Default>(
     metrics: &Metrics,
     place: impl Display,
     answer: RedisResult<Value>,
@@ -107,7 +107,7 @@ pub(super) fn or_absent<T: FromRedisValue + Default>(
     match answer {
         Ok(value) => Ok(redis::from_redis_value(value)?),
         Err(error) if is_wrong_type(&error) => {
-            found(metrics, InvalidValue::KeyType, place);
+            report(metrics, InvalidValue::KeyType, place);
             Ok(T::default())
         }
         Err(error) => Err(error),
@@ -127,11 +127,11 @@ mod tests {
         let metrics = Metrics::new();
         let reply =
             Value::Array(vec![bulk("!bad"), bulk("log_meta key_type log_meta ?"), Value::Int(7)]);
-        assert_eq!(checked(&metrics, "r", reply), Value::Int(7));
+        assert_eq!(strip_report(&metrics, "r", reply), Value::Int(7));
         assert_eq!(metrics.redis_invalid_values.of(InvalidValue::LogMeta).get(), 2);
         assert_eq!(metrics.redis_invalid_values.sum(), 3);
         let plain = Value::Array(vec![bulk("a"), bulk("b"), bulk("c")]);
-        assert_eq!(checked(&metrics, "r", plain.clone()), plain);
+        assert_eq!(strip_report(&metrics, "r", plain.clone()), plain);
     }
 
     #[test]
@@ -151,10 +151,10 @@ mod tests {
     fn a_key_of_another_type_is_as_none() {
         let metrics = Metrics::new();
         let wrong = redis::make_extension_error("WRONGTYPE".to_owned(), None);
-        let rows: RedisResult<Vec<String>> = or_absent(&metrics, "r", Err(wrong));
+        let rows: RedisResult<Vec<String>> = or_default(&metrics, "r", Err(wrong));
         assert!(rows.unwrap().is_empty());
         assert_eq!(metrics.redis_invalid_values.of(InvalidValue::KeyType).get(), 1);
         let other = redis::make_extension_error("OOM".to_owned(), None);
-        assert!(or_absent::<Vec<String>>(&metrics, "r", Err(other)).is_err());
+        assert!(or_default::<Vec<String>>(&metrics, "r", Err(other)).is_err());
     }
 }

@@ -12,7 +12,7 @@ use shared::{
 use super::{
     super::{
         to_bus_error,
-        untrusted::{self, Lossy, or_absent, read, texts},
+        untrusted::{self, Lossy, or_default, read, texts},
     },
     BATCH_MAX, StoreWorker,
 };
@@ -67,19 +67,19 @@ impl StoreWorker {
     }
 
     /// An answer in which a key of another type is as none.
-    pub(in crate::bus::redis) fn or_absent<T: FromRedisValue + Default>(
+    pub(in crate::bus::redis) fn or_default<T: FromRedisValue + Default>(
         &self,
         place: impl Display,
         answer: RedisResult<Value>,
     ) -> Result<T, BusError> {
-        let answer = or_absent(self.router.metrics(), place, answer);
+        let answer = or_default(self.router.metrics(), place, answer);
         answer.map_err(|error| to_bus_error(&error))
     }
 
     fn detail_of(&self, user: UserId, row: &str) -> Option<UserPresence> {
         let detail = detail_of(user, row);
         if detail.is_none() {
-            untrusted::found(self.router.metrics(), InvalidValue::Presence, "who is present");
+            untrusted::report(self.router.metrics(), InvalidValue::Presence, "who is present");
         }
         detail
     }
@@ -92,7 +92,7 @@ impl StoreWorker {
     ) -> PresenceSnapshot {
         let (snapshot, bad) = snapshot(rows, settled);
         for _ in 0..bad {
-            untrusted::found(self.router.metrics(), InvalidValue::Presence, room);
+            untrusted::report(self.router.metrics(), InvalidValue::Presence, room);
         }
         snapshot
     }
@@ -119,7 +119,7 @@ impl StoreWorker {
                     })
                     .await?;
                 for (at, answer) in places.iter().zip(answers) {
-                    let rows = self.or_absent(&rooms[*at], answer)?;
+                    let rows = self.or_default(&rooms[*at], answer)?;
                     snapshots[*at] = self.snapshot(&rooms[*at], rows, settled);
                 }
             }
@@ -148,9 +148,9 @@ impl StoreWorker {
             .await?;
         let mut answers = answers.into_iter();
         let mut next = || answers.next().unwrap_or(Ok(Value::Nil));
-        let rows: Vec<Option<Lossy>> = self.or_absent(&room, next())?;
-        let marks: Vec<Option<Lossy>> = self.or_absent(&room, next())?;
-        let top: Option<Lossy> = self.or_absent(&room, next())?;
+        let rows: Vec<Option<Lossy>> = self.or_default(&room, next())?;
+        let marks: Vec<Option<Lossy>> = self.or_default(&room, next())?;
+        let top: Option<Lossy> = self.or_default(&room, next())?;
         let rows: Vec<Option<String>> =
             rows.into_iter().map(|row| row.map(|Lossy(row)| row)).collect();
         let seq = |text: Option<Lossy>| text.and_then(|Lossy(text)| text.parse::<Seq>().ok());
@@ -190,8 +190,8 @@ impl StoreWorker {
                 .await?;
             let mut answers = answers.into_iter();
             let mut next = || answers.next().unwrap_or(Ok(Value::Nil));
-            let rows: Vec<Option<Lossy>> = self.or_absent(&online, next())?;
-            let seen: Vec<Option<f64>> = self.or_absent(&online, next())?;
+            let rows: Vec<Option<Lossy>> = self.or_default(&online, next())?;
+            let seen: Vec<Option<f64>> = self.or_default(&online, next())?;
             let rows = rows.into_iter().chain(std::iter::repeat(None));
             let seen = seen.into_iter().chain(std::iter::repeat(None));
             for ((at, row), seen) in places.into_iter().zip(rows).zip(seen) {
@@ -236,9 +236,9 @@ impl StoreWorker {
                 .await?;
             let mut answers = answers.into_iter();
             let mut next = || answers.next().unwrap_or(Ok(Value::Nil));
-            let some: Vec<Lossy> = self.or_absent(index(group), next())?;
+            let some: Vec<Lossy> = self.or_default(index(group), next())?;
             members.extend(texts(some));
-            count += self.or_absent::<u64>(index(group), next())?;
+            count += self.or_default::<u64>(index(group), next())?;
         }
         members.sort_unstable();
         let more = members.len() > limit;
@@ -268,7 +268,7 @@ impl StoreWorker {
                 })
                 .await?;
             let answer = answers.into_iter().next().unwrap_or(Ok(Value::Nil));
-            let rows: Vec<Option<Lossy>> = self.or_absent("who is online", answer)?;
+            let rows: Vec<Option<Lossy>> = self.or_default("who is online", answer)?;
             let details = some.into_iter().zip(rows);
             users.extend(details.filter_map(|(user, row)| self.detail_of(user, &row?.0)));
         }
@@ -420,16 +420,16 @@ impl StoreWorker {
             else {
                 return Err(BusError::Rejected);
             };
-            let record: Vec<(Lossy, Lossy)> = self.or_absent(&room, record)?;
+            let record: Vec<(Lossy, Lossy)> = self.or_default(&room, record)?;
             let record: BTreeMap<String, String> =
                 record.into_iter().map(|(Lossy(field), Lossy(value))| (field, value)).collect();
-            let members: u64 = self.or_absent(&room, members)?;
-            let version: Option<Lossy> = self.or_absent(&room, version)?;
+            let members: u64 = self.or_default(&room, members)?;
+            let version: Option<Lossy> = self.or_default(&room, version)?;
             let since =
                 version.and_then(|Lossy(row)| row.rsplit_once(' ')?.1.parse().ok()).unwrap_or(0);
             let record = match record_of(&record) {
                 None if !record.is_empty() => {
-                    untrusted::found(self.router.metrics(), InvalidValue::RoomConfig, &room);
+                    untrusted::report(self.router.metrics(), InvalidValue::RoomConfig, &room);
                     None
                 }
                 record => record,

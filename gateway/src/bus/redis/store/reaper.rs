@@ -7,10 +7,10 @@ use tokio::time::Instant;
 
 use super::{
     super::{
-        keyspace::PlaceKeys,
+        keyspace::ScopeKeys,
         to_bus_error,
         topology::ReadConnection,
-        untrusted::{Lossy, found, is_wrong_type, or_absent, read},
+        untrusted::{Lossy, is_wrong_type, or_default, read, report},
     },
     LOOK_EVERY, StoreWorker,
 };
@@ -82,11 +82,11 @@ impl StoreWorker {
             // Nobody has ended because of that.
             return Ok(Vec::new());
         }
-        let leases: Rows = or_absent(metrics, "leases", leases)?;
+        let leases: Rows = or_default(metrics, "leases", leases)?;
         let incarnations = answers.pop().unwrap_or(Ok(Value::Nil));
         let incarnations: Rows = match incarnations {
             Err(error) if is_wrong_type(&error) => {
-                found(metrics, InvalidValue::KeyType, "incarnations");
+                report(metrics, InvalidValue::KeyType, "incarnations");
                 redis::cmd("DEL")
                     .arg(keyspace.incarnations())
                     .query_async::<()>(&mut *reader)
@@ -142,7 +142,7 @@ impl StoreWorker {
         let mut reader = server.dial.read_connection().await?;
         let process = incarnation.rsplit_once('.').map_or(incarnation, |(process, _)| process);
         let mut forget = self.scripts.forget.key(keyspace.incarnations());
-        forget.key(keyspace.told()).key(keyspace.leases()).arg(incarnation).arg(process);
+        forget.key(keyspace.announced()).key(keyspace.leases()).arg(incarnation).arg(process);
         forget.invoke_async(&mut *reader).await
     }
 
@@ -154,21 +154,21 @@ impl StoreWorker {
     ) -> RedisResult<()> {
         let keyspace = self.router.keyspace();
         let mut command = redis::cmd("HKEYS");
-        command.arg(keyspace.places(group, incarnation));
+        command.arg(keyspace.scopes(group, incarnation));
         let places = match command.query_async::<Vec<Lossy>>(&mut **reader).await {
             Err(error) if is_wrong_type(&error) => {
-                found(self.router.metrics(), InvalidValue::KeyType, "places of a node");
+                report(self.router.metrics(), InvalidValue::KeyType, "places of a node");
                 let mut delete = redis::cmd("DEL");
-                delete.arg(keyspace.places(group, incarnation));
+                delete.arg(keyspace.scopes(group, incarnation));
                 return delete.query_async(&mut **reader).await;
             }
             places => places?,
         };
         for Lossy(place) in places {
             let Some(keys) = keyspace.keys_of(group, &place, incarnation) else {
-                found(self.router.metrics(), InvalidValue::Presence, &place);
+                report(self.router.metrics(), InvalidValue::Presence, &place);
                 redis::cmd("HDEL")
-                    .arg(keyspace.places(group, incarnation))
+                    .arg(keyspace.scopes(group, incarnation))
                     .arg(&place)
                     .query_async::<()>(&mut **reader)
                     .await?;
@@ -176,7 +176,7 @@ impl StoreWorker {
             };
             loop {
                 let mut reap = self.scripts.reap.prepare_invoke();
-                for key in &keys.of_seat()[..PlaceKeys::OF_PLACES] {
+                for key in &keys.all()[..ScopeKeys::SHARED_COUNT] {
                     reap.key(key);
                 }
                 reap.arg(self.common(&keys)).arg(REAP_MAX);
