@@ -203,7 +203,7 @@ async fn the_scripts_run_as_on_redis() {
     const APPEND: &str = include_str!("../../src/bus/redis/scripts/append.lua");
     const READ: &str = include_str!("../../src/bus/redis/scripts/read.lua");
     const RESTORE: &str = include_str!("../../src/bus/redis/scripts/restore.lua");
-    const CHECKIN: &str = include_str!("../../src/bus/redis/scripts/checkin.lua");
+    const CHECKIN: &str = include_str!("../../src/bus/redis/scripts/check_in.lua");
     const LEASE: &str = include_str!("../../src/bus/redis/scripts/lease.lua");
     const DELETE: &str = include_str!("../../src/bus/redis/scripts/delete.lua");
     const RESTORE_UNCONFIRMED: &str =
@@ -287,12 +287,12 @@ async fn the_scripts_run_as_on_redis() {
 /// Users come and go on two nodes, one of which ends; a room is managed, read and deleted.
 #[tokio::test]
 async fn the_scripts_of_the_registry_run_as_on_redis() {
-    let present = include_str!("../../src/bus/redis/scripts/present.lua");
-    let seat = format!("{present}\n{}", include_str!("../../src/bus/redis/scripts/seat.lua"));
+    let present = include_str!("../../src/bus/redis/scripts/presence.lua");
+    let seat = format!("{present}\n{}", include_str!("../../src/bus/redis/scripts/track.lua"));
     let reap = format!("{present}\n{}", include_str!("../../src/bus/redis/scripts/reap.lua"));
-    let mark = include_str!("../../src/bus/redis/scripts/mark.lua");
-    let create = include_str!("../../src/bus/redis/scripts/create.lua");
-    let name = include_str!("../../src/bus/redis/scripts/name.lua");
+    let mark = include_str!("../../src/bus/redis/scripts/read_mark.lua");
+    let create = include_str!("../../src/bus/redis/scripts/create_room.lua");
+    let name = include_str!("../../src/bus/redis/scripts/register.lua");
 
     let mut pair = Pair::start().await;
     let mut random = StdRng::seed_from_u64(11);

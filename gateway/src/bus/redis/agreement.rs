@@ -162,7 +162,7 @@ pub(super) fn start(
 ) {
     let agreement = Agreement {
         restorer: LogRestorer::new(server.clone(), links.metrics.clone()),
-        checkin: server.keyspace.script(include_str!("scripts/checkin.lua")),
+        checkin: server.keyspace.script(include_str!("scripts/check_in.lua")),
         lease: server.keyspace.script(include_str!("scripts/lease.lua")),
         leave: server.keyspace.script(include_str!("scripts/leave.lua")),
         server,

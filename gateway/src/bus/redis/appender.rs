@@ -73,7 +73,7 @@ pub(super) fn start(server: Arc<RedisServer>, links: Arc<LinkStates>, tasks: &Ta
         script_when_full: server
             .keyspace
             .script(concat!("#!lua flags=allow-oom\n", include_str!("scripts/append.lua"))),
-        permitted: server.keyspace.script(include_str!("scripts/permitted.lua")),
+        permitted: server.keyspace.script(include_str!("scripts/check_permissions.lua")),
         server,
         links,
         incoming: receiver,

@@ -94,7 +94,7 @@ impl RedisControlQueue {
         if let ControlCommand::Broadcast { id, payload, .. } = &order {
             let key = self.key(&format!(":broadcast:{id}"));
             self.store
-                .ask(0, async |connection| {
+                .query(0, async |connection| {
                     let mut set = redis::cmd("SET");
                     set.arg(key).arg(payload).arg("PX").arg(REPLIES_TTL_MS);
                     set.query_async::<()>(connection).await
@@ -110,7 +110,7 @@ impl RedisControlQueue {
         let order = serde_json::to_string(&order).expect("an order is made of names");
         let mut give = self.store.scripts.enqueue_command.key(self.key(""));
         give.key(self.key(":list")).arg(order).arg(COMMANDS_MAX).arg(random_epoch());
-        let id: String = self.store.run(0, "orders", &give).await?;
+        let id: String = self.store.run_script(0, "orders", &give).await?;
         id_of(&id).ok_or(BusError::Rejected)
     }
 
@@ -140,7 +140,9 @@ impl RedisControlQueue {
             let key = self.key(&format!(":broadcast:{id}"));
             let fetched: Result<Option<String>, _> = self
                 .store
-                .ask(0, async |connection| redis::cmd("GET").arg(key).query_async(connection).await)
+                .query(0, async |connection| {
+                    redis::cmd("GET").arg(key).query_async(connection).await
+                })
                 .await;
             match fetched {
                 Ok(Some(fetched)) => *payload = fetched,
@@ -155,7 +157,7 @@ impl RedisControlQueue {
         let stream = self.key("");
         let answers: Vec<RedisResult<Value>> = self
             .store
-            .ask(0, async |connection| {
+            .query(0, async |connection| {
                 let mut pipeline = redis::pipe();
                 pipeline.atomic().ignore_errors();
                 pipeline.cmd("TIME").cmd("GET").arg(self.key(":list"));
@@ -232,7 +234,7 @@ impl RedisControlQueue {
     async fn write_heartbeat(&self, applied: CommandId) -> Result<(), BusError> {
         let (nodes, process) = (self.key(":nodes"), &self.store.router.process().name);
         self.store
-            .ask(0, async |connection| {
+            .query(0, async |connection| {
                 let (seconds, micros): (u64, u64) =
                     redis::cmd("TIME").query_async(connection).await?;
                 let row = format!("{} {}", text_of(applied), seconds * 1000 + micros / 1000);
@@ -264,7 +266,7 @@ impl RedisControlQueue {
     ) -> Result<(), BusError> {
         let key = self.key(&format!(":answers:{}", text_of(id)));
         self.store
-            .ask(0, async |connection| {
+            .query(0, async |connection| {
                 let mut pipeline = redis::pipe();
                 pipeline.cmd("RPUSH").arg(&key).arg(answer).ignore();
                 pipeline.cmd("PEXPIRE").arg(&key).arg(REPLIES_TTL_MS).ignore();
@@ -280,7 +282,7 @@ impl RedisControlQueue {
         let nodes = self.key(":nodes");
         let answers: Vec<RedisResult<Value>> = self
             .store
-            .ask(0, async |connection| {
+            .query(0, async |connection| {
                 let mut pipeline = redis::pipe();
                 pipeline.ignore_errors();
                 pipeline.cmd("TIME").cmd("HGETALL").arg(&nodes).query_async(connection).await
@@ -313,7 +315,7 @@ impl RedisControlQueue {
         let outcome = CommandProgress { applied, nodes: nodes_of.len() };
         if !gone.is_empty() {
             self.store
-                .ask(0, async |connection| {
+                .query(0, async |connection| {
                     let mut forget = redis::cmd("HDEL");
                     forget.arg(&nodes).arg(&gone).query_async::<()>(connection).await
                 })
@@ -326,7 +328,7 @@ impl RedisControlQueue {
         let key = self.key(&format!(":answers:{}", text_of(id)));
         let answers: Vec<Lossy> = self
             .store
-            .ask(0, async |connection| {
+            .query(0, async |connection| {
                 redis::cmd("LRANGE").arg(&key).arg(0).arg(-1).query_async(connection).await
             })
             .await?;

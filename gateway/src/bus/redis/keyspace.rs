@@ -75,7 +75,7 @@ impl Keyspace {
     }
 
     /// The channel of a room, with which its keys begin. That of a user's status is named so that a
-    /// script that changes who is connected knows it: see `present.lua`.
+    /// script that changes who is connected knows it: see `presence.lua`.
     pub(super) fn channel(self, room: &RoomId) -> String {
         let (partition, name) = (partition_of(room, self.partitions), room.without_prefix());
         match room.kind() {
@@ -237,7 +237,7 @@ pub(super) fn scope_name(place: &PresenceScope) -> &str {
 }
 
 impl ScopeKeys {
-    /// In the order of the scripts; the first [`ScopeKeys::SHARED_COUNT`] are those of present.lua.
+    /// In the order of the scripts; the first [`ScopeKeys::SHARED_COUNT`] are those of presence.lua.
     pub(super) fn all(&self) -> [&str; 8] {
         let Self { who, here, places, record, index, seen, marks, meta, .. } = self;
         [who, here, places, record, index, seen, marks, meta]

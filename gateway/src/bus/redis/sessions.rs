@@ -34,7 +34,7 @@ use crate::{
 };
 
 /// How often a change of data is tried that others change at the same time.
-const TRIES_MAX: usize = 8;
+const ATTEMPTS_MAX: usize = 8;
 
 /// What a connection wants of its user's sessions or inbox.
 pub(super) enum SessionOp {
@@ -65,7 +65,7 @@ impl SessionOp {
     }
 
     /// Whether nobody waits for it any more.
-    pub(super) fn is_given_up(&self) -> bool {
+    pub(super) fn is_abandoned(&self) -> bool {
         match self {
             Self::Open { reply, .. } => reply.is_closed(),
             Self::Use { reply: Some(reply), .. } => reply.is_closed(),
@@ -74,18 +74,18 @@ impl SessionOp {
     }
 
     /// What ends a session's connection again that was opened for a client which has gone meanwhile.
-    pub(super) fn end_of_given_up(&self, answer: &Value) -> Option<Self> {
+    pub(super) fn close_of_abandoned(&self, answer: &Value) -> Option<Self> {
         let Self::Open { opening, reply } = self else { return None };
-        let session = opened(answer).filter(|_| reply.is_closed())?.session;
+        let session = parse_opened(answer).filter(|_| reply.is_closed())?.session;
         let (user, connection) = (opening.user.clone(), opening.connection);
         Some(Self::Use { user, session, connection, reply: None })
     }
 
-    pub(super) fn done(self, answer: &Value) {
+    pub(super) fn succeed(self, answer: &Value) {
         match self {
             // Who does not wait any more has given up on it.
             Self::Open { reply, .. } => {
-                drop(reply.send(opened(answer).ok_or(BusError::Rejected)));
+                drop(reply.send(parse_opened(answer).ok_or(BusError::Rejected)));
             }
             Self::Use { reply: Some(reply), .. } => drop(reply.send(Ok(match answer {
                 Value::Int(1) => SessionHolder::This,
@@ -117,7 +117,7 @@ impl StoreWorker {
         opening: SessionRequest,
     ) -> impl Future<Output = Result<OpenedSession, BusError>> {
         let (reply, replied) = oneshot::channel();
-        self.queue(Op::Session(SessionOp::Open { opening: Box::new(opening), reply }));
+        self.enqueue(Op::Session(SessionOp::Open { opening: Box::new(opening), reply }));
         async move { replied.await.unwrap_or(Err(BusError::Unavailable)) }
     }
 
@@ -129,12 +129,12 @@ impl StoreWorker {
     ) -> impl Future<Output = Result<SessionHolder, BusError>> + use<> {
         let (reply, replied) = oneshot::channel();
         let reply = Some(reply);
-        self.queue(Op::Session(SessionOp::Use { user, session, connection, reply }));
+        self.enqueue(Op::Session(SessionOp::Use { user, session, connection, reply }));
         async move { replied.await.unwrap_or(Err(BusError::Unavailable)) }
     }
 
     pub(super) fn close_session(&self, user: UserId, session: SessionId, connection: ConnectionId) {
-        self.queue(Op::Session(SessionOp::Use { user, session, connection, reply: None }));
+        self.enqueue(Op::Session(SessionOp::Use { user, session, connection, reply: None }));
     }
 
     pub(super) async fn find_session(
@@ -147,7 +147,7 @@ impl StoreWorker {
         let (group, [sessions, _]) =
             (keyspace.group_of_text(user.as_str()), keys_of(keyspace, &user));
         let answers: Vec<RedisResult<Value>> = self
-            .ask(group, async |connection| {
+            .query(group, async |connection| {
                 let mut pipeline = redis::pipe();
                 pipeline.ignore_errors();
                 pipeline.cmd("TIME").cmd("HGET").arg(sessions).arg(session.to_string());
@@ -158,7 +158,7 @@ impl StoreWorker {
         let row = row
             .map(|Lossy(row)| row)
             .filter(|row| row.split(' ').next() == Some(&*digest.to_text()));
-        let kept = row.and_then(|row| kept_of(&session.to_string(), &row));
+        let kept = row.and_then(|row| parse_session(&session.to_string(), &row));
         let kept = kept.filter(|kept| kept.used + self.session_ttl_ms() > now);
         Ok(kept.map(|kept| kept.about))
     }
@@ -181,8 +181,8 @@ impl StoreWorker {
 
     pub(super) fn acknowledge(&self, user: UserId, epoch: Option<Epoch>, seq: Seq) {
         // One waits for each user, however often it is said.
-        if self.note_ack(&user, (epoch, seq)) {
-            self.queue(Op::Session(SessionOp::Acknowledge { user, up_to: None }));
+        if self.record_ack(&user, (epoch, seq)) {
+            self.enqueue(Op::Session(SessionOp::Acknowledge { user, up_to: None }));
         }
     }
 
@@ -237,9 +237,9 @@ impl StoreWorker {
     ) -> Result<Map<String, Json>, SessionDataError> {
         let keyspace = self.router.keyspace();
         let (group, keys) = (keyspace.group_of_text(user.as_str()), keys_of(keyspace, &user));
-        for _ in 0..TRIES_MAX {
+        for _ in 0..ATTEMPTS_MAX {
             let answers: Vec<RedisResult<Value>> = self
-                .ask(group, async |connection| {
+                .query(group, async |connection| {
                     redis::pipe()
                         .ignore_errors()
                         .cmd("HEXISTS")
@@ -277,7 +277,7 @@ impl StoreWorker {
             let mut set = self.scripts.data.key(&keys[..]);
             set.arg(session.to_string()).arg(before).arg(text).arg(self.session_ttl_ms());
             set.arg(server.retention.limits.session_data_max);
-            let set: i64 = self.run(group, &user, &set).await?;
+            let set: i64 = self.run_script(group, &user, &set).await?;
             match set {
                 1 => return Ok(data),
                 0 => {}
@@ -300,7 +300,7 @@ impl StoreWorker {
         let (group, [sessions, _]) =
             (keyspace.group_of_text(user.as_str()), keys_of(keyspace, &user));
         let answers: Vec<RedisResult<Value>> = self
-            .ask(group, async |connection| {
+            .query(group, async |connection| {
                 let mut pipeline = redis::pipe();
                 pipeline.ignore_errors();
                 pipeline.cmd("TIME").cmd("HGETALL").arg(sessions).query_async(connection).await
@@ -308,7 +308,7 @@ impl StoreWorker {
             .await?;
         let (now, rows): (_, Vec<(Lossy, Lossy)>) = self.timed(&user, answers)?;
         let kept = rows.iter().filter_map(|(Lossy(session), Lossy(row))| {
-            let kept = kept_of(session, row);
+            let kept = parse_session(session, row);
             if kept.is_none() {
                 report(self.router.metrics(), InvalidValue::Session, &user);
             }
@@ -334,7 +334,7 @@ impl StoreWorker {
         let keyspace = self.router.keyspace();
         let (group, keys) = (keyspace.group_of_text(user.as_str()), keys_of(keyspace, &user));
         let (gone, _): (usize, usize) = self
-            .ask(group, async |connection| {
+            .query(group, async |connection| {
                 let mut pipeline = redis::pipe();
                 pipeline.cmd("HDEL").arg(&keys[0]).arg(&revoked);
                 pipeline.cmd("HDEL").arg(&keys[1]).arg(&revoked);
@@ -354,7 +354,7 @@ fn new_ttl(server: &RedisServer, ttl: u64) -> String {
 }
 
 /// Reads `<digest> <created> <used> <connection or -> <about>`.
-fn kept_of(session: &str, row: &str) -> Option<StoredSession> {
+fn parse_session(session: &str, row: &str) -> Option<StoredSession> {
     let mut parts = row.splitn(5, ' ').skip(1);
     let mut part = || parts.next();
     Some(StoredSession {
@@ -366,8 +366,8 @@ fn kept_of(session: &str, row: &str) -> Option<StoredSession> {
     })
 }
 
-/// Reads what `open.lua` answers.
-fn opened(answer: &Value) -> Option<OpenedSession> {
+/// Reads what `open_session.lua` answers.
+fn parse_opened(answer: &Value) -> Option<OpenedSession> {
     type Answer = (String, Option<Lossy>, u64, String, Seq, Seq, Seq, u64);
     let answer: RedisResult<Answer> = redis::from_redis_value(answer.clone()).map_err(Into::into);
     let (session, former, at, epoch, seq, acked, oldest, unread) = answer.ok()?;
@@ -385,11 +385,11 @@ mod tests {
     fn a_row_is_read_with_and_without_a_connection() {
         let about = r#"{"name":"Ann Lee","node":"gw-1","address":"::1","user_agent":"a b"}"#;
         let session = "6f1c2a0e-93c4-4c59-a9f5-5f3f2d1b7c10";
-        let kept = kept_of(session, &format!("ab12 5 7 - {about}")).unwrap();
+        let kept = parse_session(session, &format!("ab12 5 7 - {about}")).unwrap();
         assert_eq!((kept.created, kept.used, kept.connection), (5, 7, None));
         assert_eq!(kept.about.name.as_str(), "Ann Lee");
-        let kept = kept_of(session, &format!("ab12 5 7 {session} {about}")).unwrap();
+        let kept = parse_session(session, &format!("ab12 5 7 {session} {about}")).unwrap();
         assert_eq!(kept.connection.unwrap().to_string(), session);
-        assert!(kept_of(session, "ab12 5").is_none());
+        assert!(parse_session(session, "ab12 5").is_none());
     }
 }

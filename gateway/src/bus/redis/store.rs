@@ -61,29 +61,29 @@ const QUEUE_MAX: usize = 65_536;
 /// How long a message of a room without a log is tried to be passed on.
 const EPHEMERAL_WAIT_MAX: Duration = Duration::from_secs(5);
 /// How often it is looked who has ended, and whether the servers are those of before.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The registry's part of the bus.
 pub(super) struct StoreWorker {
     pub(super) router: Arc<Router>,
     options: RoomStoreOptions,
     sessions: SessionOptions,
-    pub(super) scripts: Scripts,
-    state: Mutex<State>,
+    pub(super) scripts: StoreScripts,
+    state: Mutex<WorkerState>,
     /// There is something to be done.
     wake: Notify,
 }
 
-pub(super) struct Scripts {
+pub(super) struct StoreScripts {
     pub(super) open: Script,
     pub(super) use_session: Script,
     pub(super) acknowledge: Script,
     pub(super) data: Script,
     pub(super) enqueue_command: Script,
-    name: Script,
-    told: Script,
+    register: Script,
+    announce: Script,
     forget: Script,
-    seat: Script,
+    track: Script,
     reap: Script,
     mark: Script,
     create: Script,
@@ -92,18 +92,18 @@ pub(super) struct Scripts {
 }
 
 #[derive(Default)]
-struct State {
+struct WorkerState {
     queue: VecDeque<Op>,
     /// Seats in the queue that nobody waits for.
-    touched: HashSet<(PresenceScope, UserId)>,
+    queued: HashSet<(PresenceScope, UserId)>,
     /// Up to where users have acknowledged their inboxes, of those in the queue.
     acks: HashMap<UserId, (Option<Epoch>, Seq)>,
     /// The seats of this node.
-    seats: BTreeMap<(PresenceScope, UserId), NodePresence>,
+    entries: BTreeMap<(PresenceScope, UserId), NodePresence>,
     /// Under which name they are written.
     incarnation: Option<String>,
     /// Names from before, to be taken away once all is written under the present one.
-    old: Vec<String>,
+    old_incarnations: Vec<String>,
     /// Whether it is.
     is_rewritten: bool,
     /// The servers that the seats were written to, by group.
@@ -113,19 +113,19 @@ struct State {
     /// From when on every node that lives has written its seats to them, whatever they say.
     settled_at: Option<Instant>,
     /// Whether the others can know that all is written under the present name.
-    is_told: bool,
+    is_announced: bool,
     /// Whether every node that lives has said so.
-    all_have_told: bool,
+    all_announced: bool,
 }
 
 pub(super) enum Op {
     Session(SessionOp),
-    Seat {
+    Presence {
         key: (PresenceScope, UserId),
         rules: Option<JoinConditions>,
         reply: Option<oneshot::Sender<Result<JoinSnapshot, AdmitError>>>,
     },
-    Mark {
+    ReadMark {
         room: RoomId,
         user: UserId,
         seq: Seq,
@@ -142,7 +142,7 @@ pub(super) enum Op {
 }
 
 /// Calls with their numbers in the queue.
-type Numbered = Vec<(usize, Op)>;
+type NumberedOps = Vec<(usize, Op)>;
 
 impl StoreWorker {
     pub(super) fn start(
@@ -154,23 +154,23 @@ impl StoreWorker {
         let keyspace = router.keyspace();
         let script = |text: &str| keyspace.script(text);
         let of_places = |text: &str| {
-            let present = include_str!("scripts/present.lua");
+            let present = include_str!("scripts/presence.lua");
             script(&format!("#!lua flags=allow-oom\n{present}\n{text}"))
         };
-        let scripts = Scripts {
-            open: script(include_str!("scripts/open.lua")),
-            use_session: script(include_str!("scripts/use.lua")),
+        let scripts = StoreScripts {
+            open: script(include_str!("scripts/open_session.lua")),
+            use_session: script(include_str!("scripts/hold_session.lua")),
             acknowledge: script(include_str!("scripts/acknowledge.lua")),
-            data: script(include_str!("scripts/data.lua")),
+            data: script(include_str!("scripts/session_data.lua")),
             enqueue_command: script(include_str!("scripts/enqueue_command.lua")),
-            name: script(include_str!("scripts/name.lua")),
-            told: script(include_str!("scripts/told.lua")),
+            register: script(include_str!("scripts/register.lua")),
+            announce: script(include_str!("scripts/announce.lua")),
             forget: script(include_str!("scripts/forget.lua")),
-            seat: of_places(include_str!("scripts/seat.lua")),
+            track: of_places(include_str!("scripts/track.lua")),
             reap: of_places(include_str!("scripts/reap.lua")),
-            mark: script(include_str!("scripts/mark.lua")),
-            create: script(include_str!("scripts/create.lua")),
-            owned: script(include_str!("scripts/owned.lua")),
+            mark: script(include_str!("scripts/read_mark.lua")),
+            create: script(include_str!("scripts/create_room.lua")),
+            owned: script(include_str!("scripts/claim_room.lua")),
             unlist: script(include_str!("scripts/unlist.lua")),
         };
         let (state, wake) = (Mutex::default(), Notify::new());
@@ -194,7 +194,7 @@ impl StoreWorker {
     }
 
     pub(super) fn track(&self, seat: NodePresence) {
-        self.note(seat, None, None);
+        self.enqueue_presence(seat, None, None);
     }
 
     pub(super) fn admit(
@@ -203,11 +203,11 @@ impl StoreWorker {
         rules: Option<JoinConditions>,
     ) -> BoxFuture<Result<JoinSnapshot, AdmitError>> {
         let (reply, replied) = oneshot::channel();
-        self.note(seat, rules, Some(reply));
+        self.enqueue_presence(seat, rules, Some(reply));
         Box::pin(async move { replied.await.unwrap_or(Err(BusError::Unavailable.into())) })
     }
 
-    fn note(
+    fn enqueue_presence(
         &self,
         seat: NodePresence,
         rules: Option<JoinConditions>,
@@ -217,14 +217,14 @@ impl StoreWorker {
         let key = (seat.scope.clone(), seat.user.id.clone());
         if seat.connections == 0 {
             // Its name is not needed any more.
-            state.seats.remove(&key);
+            state.entries.remove(&key);
         } else {
             // Who may be let in is told so by the answer to who asked first.
-            let admitted = seat.admitted || state.seats.get(&key).is_some_and(|of| of.admitted);
-            state.seats.insert(key.clone(), NodePresence { admitted, ..seat });
+            let admitted = seat.admitted || state.entries.get(&key).is_some_and(|of| of.admitted);
+            state.entries.insert(key.clone(), NodePresence { admitted, ..seat });
         }
-        if reply.is_some() || state.touched.insert(key.clone()) {
-            state.queue.push_back(Op::Seat { key, rules, reply });
+        if reply.is_some() || state.queued.insert(key.clone()) {
+            state.queue.push_back(Op::Presence { key, rules, reply });
         }
         self.wake.notify_one();
     }
@@ -232,19 +232,19 @@ impl StoreWorker {
     pub(super) fn set_read_mark(&self, room: RoomId, user: UserId, seq: Seq, by: ConnectionId) {
         let state = &mut *self.state.lock();
         if state.queue.len() < QUEUE_MAX {
-            state.queue.push_back(Op::Mark { room, user, seq, by });
+            state.queue.push_back(Op::ReadMark { room, user, seq, by });
             self.wake.notify_one();
         }
     }
 
     /// Queues what is one each: there are as many as connections.
-    pub(super) fn queue(&self, op: Op) {
+    pub(super) fn enqueue(&self, op: Op) {
         self.state.lock().queue.push_back(op);
         self.wake.notify_one();
     }
 
     /// Notes what is to be acknowledged. Returns whether nothing waits for the user yet.
-    pub(super) fn note_ack(&self, user: &UserId, (epoch, seq): (Option<Epoch>, Seq)) -> bool {
+    pub(super) fn record_ack(&self, user: &UserId, (epoch, seq): (Option<Epoch>, Seq)) -> bool {
         match self.state.lock().acks.entry(user.clone()) {
             Entry::Vacant(place) => {
                 place.insert((epoch, seq));
@@ -295,22 +295,22 @@ impl StoreWorker {
             tokio::select! {
                 biased;
                 () = self.wake.notified() => {}
-                _ = regained.changed() => self.renew(),
+                _ = regained.changed() => self.begin_incarnation(),
                 () = tokio::time::sleep(self.pause()) => {}
             }
             loop {
-                self.look_at_servers();
+                self.check_servers();
                 self.expire();
-                let ops = self.take(&self.router.agreed_groups());
-                self.tell_if_rewritten().await;
+                let ops = self.take_batch(&self.router.agreed_groups());
+                self.announce_if_rewritten().await;
                 if ops.is_empty() {
                     break;
                 }
-                let left = self.perform(ops).await;
+                let left = self.execute(ops).await;
                 if left.is_empty() {
                     pause = RetryPause::default();
                 } else {
-                    self.put_back(left);
+                    self.requeue(left);
                     pause.wait().await;
                 }
             }
@@ -319,32 +319,32 @@ impl StoreWorker {
 
     /// How long to wait until it is looked again whether what waits can be done.
     fn pause(&self) -> Duration {
-        if self.state.lock().queue.is_empty() { LOOK_EVERY } else { RETRY_PAUSE_MAX }
+        if self.state.lock().queue.is_empty() { CHECK_INTERVAL } else { RETRY_PAUSE_MAX }
     }
 
     /// Begins a new incarnation where the nodes have agreed on a server anew.
-    fn look_at_servers(&self) {
+    fn check_servers(&self) {
         let Some(servers) = self.router.agreed_servers() else { return };
         if self.state.lock().servers != servers {
             self.state.lock().servers = servers;
-            self.renew();
+            self.begin_incarnation();
         }
     }
 
     /// Has all seats written again, under a new name, and then the old one taken away.
-    fn renew(&self) {
+    fn begin_incarnation(&self) {
         let incarnation = self.router.process().begin_incarnation();
         let state = &mut *self.state.lock();
-        state.old.extend(state.incarnation.replace(incarnation));
+        state.old_incarnations.extend(state.incarnation.replace(incarnation));
         state.is_rewritten = false;
         state.is_registered = false;
-        (state.is_told, state.all_have_told) = (false, false);
+        (state.is_announced, state.all_announced) = (false, false);
         state.settled_at = Some(Instant::now() + self.router.process().lease.duration);
-        let State { queue, touched, seats, .. } = state;
+        let WorkerState { queue, queued: touched, entries: seats, .. } = state;
         queue.retain(|op| !matches!(op, Op::Rewritten));
         for key in seats.keys() {
             if touched.insert(key.clone()) {
-                queue.push_back(Op::Seat { key: key.clone(), rules: None, reply: None });
+                queue.push_back(Op::Presence { key: key.clone(), rules: None, reply: None });
             }
         }
         queue.push_back(Op::Rewritten);
@@ -354,15 +354,15 @@ impl StoreWorker {
     fn expire(&self) {
         let (now, mut expired) = (Instant::now(), Vec::new());
         {
-            let State { queue, touched, .. } = &mut *self.state.lock();
+            let WorkerState { queue, queued: touched, .. } = &mut *self.state.lock();
             for mut op in std::mem::take(queue) {
                 match &mut op {
                     Op::Ephemeral { deadline, .. } if *deadline <= now => {
                         expired.push(op);
                         continue;
                     }
-                    Op::Session(op) if op.is_given_up() => continue,
-                    Op::Seat { key, rules, reply: reply @ Some(_) }
+                    Op::Session(op) if op.is_abandoned() => continue,
+                    Op::Presence { key, rules, reply: reply @ Some(_) }
                         if reply.as_ref().is_some_and(oneshot::Sender::is_closed) =>
                     {
                         (*rules, *reply) = (None, None);
@@ -382,8 +382,9 @@ impl StoreWorker {
 
     /// Takes the next calls to some groups out of the queue, so that those to others hold up nobody.
     /// Where all is written under the present name, the old ones may be taken away.
-    fn take(&self, groups: &BTreeSet<u16>) -> Vec<Op> {
-        let State { queue, touched, acks, is_rewritten, .. } = &mut *self.state.lock();
+    fn take_batch(&self, groups: &BTreeSet<u16>) -> Vec<Op> {
+        let WorkerState { queue, queued: touched, acks, is_rewritten, .. } =
+            &mut *self.state.lock();
         let keyspace = self.router.keyspace();
         let (mut ops, mut kept) = (Vec::new(), VecDeque::new());
         while ops.len() < BATCH_MAX
@@ -401,7 +402,7 @@ impl StoreWorker {
                 continue;
             }
             match &mut op {
-                Op::Seat { key, reply: None, .. } => drop(touched.remove(key)),
+                Op::Presence { key, reply: None, .. } => drop(touched.remove(key)),
                 Op::Session(SessionOp::Acknowledge { user, up_to }) => {
                     *up_to = acks.remove(user).or(up_to.take());
                 }
@@ -415,10 +416,10 @@ impl StoreWorker {
         ops
     }
 
-    fn put_back(&self, ops: Vec<Op>) {
-        let State { queue, touched, .. } = &mut *self.state.lock();
+    fn requeue(&self, ops: Vec<Op>) {
+        let WorkerState { queue, queued: touched, .. } = &mut *self.state.lock();
         for op in ops.into_iter().rev() {
-            if let Op::Seat { key, reply: None, .. } = &op {
+            if let Op::Presence { key, reply: None, .. } = &op {
                 touched.insert(key.clone());
             }
             queue.push_front(op);
@@ -426,10 +427,10 @@ impl StoreWorker {
     }
 
     /// Does what can be done. Returns what is to be tried again, in its order.
-    async fn perform(&self, ops: Vec<Op>) -> Vec<Op> {
+    async fn execute(&self, ops: Vec<Op>) -> Vec<Op> {
         let Some(incarnation) = self.registered().await else { return ops };
-        let mut batches: Vec<(Arc<RedisServer>, Numbered)> = Vec::new();
-        let mut left: Numbered = Vec::new();
+        let mut batches: Vec<(Arc<RedisServer>, NumberedOps)> = Vec::new();
+        let mut left: NumberedOps = Vec::new();
         for (number, op) in ops.into_iter().enumerate() {
             let group = op.group_of(self.router.keyspace());
             match self.router.agreed_server(group) {
@@ -443,13 +444,18 @@ impl StoreWorker {
             }
         }
         for (server, batch) in batches {
-            left.extend(self.perform_on(&server, batch, &incarnation).await);
+            left.extend(self.execute_on(&server, batch, &incarnation).await);
         }
         left.sort_by_key(|(number, _)| *number);
         left.into_iter().map(|(_, op)| op).collect()
     }
 
-    async fn perform_on(&self, server: &RedisServer, ops: Numbered, incarnation: &str) -> Numbered {
+    async fn execute_on(
+        &self,
+        server: &RedisServer,
+        ops: NumberedOps,
+        incarnation: &str,
+    ) -> NumberedOps {
         if server.requirements.is_forbidden() {
             return ops;
         }
@@ -475,17 +481,17 @@ impl StoreWorker {
         for ((number, op), answer) in ops.into_iter().zip(answers) {
             match answer {
                 Ok(answer) => {
-                    let answer = strip_report(self.router.metrics(), op.place(), answer);
-                    if let (Op::Mark { .. }, Value::Int(0)) = (&op, &answer) {
+                    let answer = strip_report(self.router.metrics(), op.subject(), answer);
+                    if let (Op::ReadMark { .. }, Value::Int(0)) = (&op, &answer) {
                         self.router.metrics().storage_rejections.of(StorageLimit::ReadMarks).inc();
                     }
-                    self.note_admission(&op, &answer);
+                    self.record_admission(&op, &answer);
                     if let Op::Session(op) = &op
-                        && let Some(end) = op.end_of_given_up(&answer)
+                        && let Some(end) = op.close_of_abandoned(&answer)
                     {
-                        self.queue(Op::Session(end));
+                        self.enqueue(Op::Session(end));
                     }
-                    op.done(&answer);
+                    op.succeed(&answer);
                 }
                 Err(error) if error.code() == Some("NOSCRIPT") => {
                     unknown = true;
@@ -500,7 +506,7 @@ impl StoreWorker {
                         server.requirements.record(Detector::Call, &error);
                         match op {
                             // Nobody waits for these, and they are told when it is allowed again.
-                            Op::Seat { reply: None, .. } => left.push((number, op)),
+                            Op::Presence { reply: None, .. } => left.push((number, op)),
                             op => op.fail(BusError::Unavailable),
                         }
                     }
@@ -513,7 +519,8 @@ impl StoreWorker {
             }
         }
         if unknown {
-            let Scripts { open, use_session, acknowledge, seat, mark, .. } = &self.scripts;
+            let StoreScripts { open, use_session, acknowledge, track: seat, mark, .. } =
+                &self.scripts;
             for script in [open, use_session, acknowledge, seat, mark] {
                 // Where that fails too it is tried again with the calls.
                 let _ = script.load_async(&mut *reader).await;
@@ -523,10 +530,10 @@ impl StoreWorker {
     }
 
     /// A user who has kept to the rules is let in: what is told of the seat from now on counts.
-    fn note_admission(&self, op: &Op, answer: &Value) {
-        if let Op::Seat { key, rules: Some(_), .. } = op
-            && entered(answer).is_ok()
-            && let Some(seat) = self.state.lock().seats.get_mut(key)
+    fn record_admission(&self, op: &Op, answer: &Value) {
+        if let Op::Presence { key, rules: Some(_), .. } = op
+            && parse_admission(answer).is_ok()
+            && let Some(seat) = self.state.lock().entries.get_mut(key)
         {
             seat.admitted = true;
         }
@@ -536,11 +543,11 @@ impl StoreWorker {
         let keyspace = self.router.keyspace();
         match op {
             Op::Session(op) => self.session_command(op, server),
-            Op::Seat { key: (place, user), rules, .. } => {
+            Op::Presence { key: (place, user), rules, .. } => {
                 let group = keyspace.group_of_scope(place, user);
                 let keys = keyspace.keys_of(group, scope_name(place), incarnation);
                 let keys = keys.expect("the name is a room's");
-                let seat = self.state.lock().seats.get(&(place.clone(), user.clone())).cloned();
+                let seat = self.state.lock().entries.get(&(place.clone(), user.clone())).cloned();
                 let (name, connections, since, active) = match &seat {
                     Some(seat) => {
                         (seat.user.name.as_str(), seat.connections, seat.since, seat.active)
@@ -548,8 +555,8 @@ impl StoreWorker {
                     None => ("", 0, 0, 0),
                 };
                 let lets_in = rules.is_some() || seat.as_ref().is_some_and(|seat| seat.admitted);
-                let mut command = evalsha(&self.scripts.seat, &keys.all());
-                command.arg(self.common(&keys));
+                let mut command = evalsha(&self.scripts.track, &keys.all());
+                command.arg(self.common_args(&keys));
                 command.arg(user.as_str()).arg(name).arg(connections).arg(since).arg(active);
                 // Of a length, like all that is by chance.
                 command.arg(rand::rng().random_range(1_000_000_000..=u32::MAX));
@@ -564,7 +571,7 @@ impl StoreWorker {
                 });
                 command
             }
-            Op::Mark { room, user, seq, by } => {
+            Op::ReadMark { room, user, seq, by } => {
                 let channel = keyspace.channel(room);
                 let keys = [format!("{channel}:marks"), format!("{channel}:meta")];
                 let mut command = evalsha(&self.scripts.mark, &keys);
@@ -588,7 +595,7 @@ impl StoreWorker {
     }
 
     /// The arguments that scripts of a place begin with.
-    fn common<'a>(&self, keys: &'a ScopeKeys) -> (&'a str, &'a str, u64) {
+    fn common_args<'a>(&self, keys: &'a ScopeKeys) -> (&'a str, &'a str, u64) {
         (&keys.name, &keys.channel, self.options.empty_ttl.as_millis() as u64)
     }
 
@@ -602,7 +609,7 @@ impl StoreWorker {
             let server = self.router.agreed_server(0)?;
             let mut reader = server.dial.read_connection().await.ok()?;
             let incarnations = self.router.keyspace().incarnations();
-            let mut name = self.scripts.name.key(incarnations);
+            let mut name = self.scripts.register.key(incarnations);
             name.arg(&incarnation).arg(&self.router.process().name);
             let done: RedisResult<Value> = name.invoke_async(&mut *reader).await;
             let done =
@@ -618,13 +625,13 @@ impl StoreWorker {
     }
 
     /// Tells the others once all seats are written. Where that fails it is tried again.
-    async fn tell_if_rewritten(&self) {
+    async fn announce_if_rewritten(&self) {
         let agreements = {
             let state = self.state.lock();
-            if !state.is_rewritten || state.is_told || state.servers.is_empty() {
+            if !state.is_rewritten || state.is_announced || state.servers.is_empty() {
                 return;
             }
-            agreements_of(&state.servers)
+            digest_of_servers(&state.servers)
         };
         // Others forget what a process has told with its incarnations, so they know of those first.
         if self.registered().await.is_none() {
@@ -632,7 +639,7 @@ impl StoreWorker {
         }
         let Some(server) = self.router.agreed_server(0) else { return };
         let Ok(mut reader) = server.dial.read_connection().await else { return };
-        let mut tell = self.scripts.told.key(self.router.keyspace().announced());
+        let mut tell = self.scripts.announce.key(self.router.keyspace().announced());
         tell.arg(&self.router.process().name).arg(&agreements);
         let told: RedisResult<()> = tell.invoke_async(&mut *reader).await;
         if let Err(error) = told {
@@ -640,39 +647,39 @@ impl StoreWorker {
             return reader.discard();
         }
         let state = &mut *self.state.lock();
-        state.is_told = state.is_rewritten && agreements_of(&state.servers) == agreements;
+        state.is_announced = state.is_rewritten && digest_of_servers(&state.servers) == agreements;
     }
 
     /// Whether what the servers have is whole: every node that lives has told its seats since the
     /// nodes agreed on them, or a lease's time has passed since. To be asked before they are read: a
     /// server that was flushed has forgotten that this node has told its own.
-    pub(super) async fn is_whole(&self) -> bool {
+    pub(super) async fn is_complete(&self) -> bool {
         let (agreements, others) = {
             let state = self.state.lock();
             if state.servers.is_empty() {
                 return false;
             }
-            let others = state.all_have_told || state.is_settled();
-            (agreements_of(&state.servers), others)
+            let others = state.all_announced || state.is_settled();
+            (digest_of_servers(&state.servers), others)
         };
         if others {
-            return self.has_told(&agreements).await.unwrap_or(false);
+            return self.has_announced(&agreements).await.unwrap_or(false);
         }
-        let whole = self.all_have_told(&agreements).await.unwrap_or(false);
+        let whole = self.have_all_announced(&agreements).await.unwrap_or(false);
         let state = &mut *self.state.lock();
-        let is_still = whole && agreements_of(&state.servers) == agreements;
-        state.all_have_told |= is_still;
+        let is_still = whole && digest_of_servers(&state.servers) == agreements;
+        state.all_announced |= is_still;
         is_still
     }
 
-    async fn has_told(&self, agreements: &str) -> RedisResult<bool> {
+    async fn has_announced(&self, agreements: &str) -> RedisResult<bool> {
         let mut ask = redis::pipe();
         ask.cmd("HGET").arg(self.router.keyspace().announced()).arg(&self.router.process().name);
         let (told,): (Option<String>,) = self.query_group_0(&ask).await?;
         Ok(told.is_some_and(|told| told == agreements))
     }
 
-    async fn all_have_told(&self, agreements: &str) -> RedisResult<bool> {
+    async fn have_all_announced(&self, agreements: &str) -> RedisResult<bool> {
         let keyspace = self.router.keyspace();
         let mut ask = redis::pipe();
         ask.cmd("TIME");
@@ -707,7 +714,7 @@ impl StoreWorker {
     }
 }
 
-impl State {
+impl WorkerState {
     fn is_settled(&self) -> bool {
         self.settled_at.is_some_and(|at| at <= Instant::now())
     }
@@ -717,49 +724,49 @@ impl Op {
     fn group_of(&self, keyspace: Keyspace) -> u16 {
         match self {
             Self::Session(op) => keyspace.group_of_text(op.user().as_str()),
-            Self::Seat { key: (place, user), .. } => keyspace.group_of_scope(place, user),
-            Self::Mark { room, .. } | Self::Ephemeral { room, .. } => keyspace.group_of(room),
+            Self::Presence { key: (place, user), .. } => keyspace.group_of_scope(place, user),
+            Self::ReadMark { room, .. } | Self::Ephemeral { room, .. } => keyspace.group_of(room),
             Self::Rewritten => unreachable!("it is never taken"),
         }
     }
 
     /// Whose it is, for the log.
-    fn place(&self) -> &str {
+    fn subject(&self) -> &str {
         match self {
             Self::Session(op) => op.user().as_str(),
-            Self::Seat { key: (place, _), .. } => scope_name(place),
-            Self::Mark { room, .. } | Self::Ephemeral { room, .. } => room.as_str(),
+            Self::Presence { key: (place, _), .. } => scope_name(place),
+            Self::ReadMark { room, .. } | Self::Ephemeral { room, .. } => room.as_str(),
             Self::Rewritten => "-",
         }
     }
 
-    fn done(self, answer: &Value) {
+    fn succeed(self, answer: &Value) {
         match self {
-            Self::Session(op) => op.done(answer),
-            Self::Seat { reply: Some(reply), .. } => {
+            Self::Session(op) => op.succeed(answer),
+            Self::Presence { reply: Some(reply), .. } => {
                 // Who does not wait any more has given up on it.
-                let _ = reply.send(entered(answer));
+                let _ = reply.send(parse_admission(answer));
             }
             Self::Ephemeral { done, .. } => {
                 let position = Position::new(Epoch::none(), 0);
                 done(Ok(Appended { position, duplicate: false, opened_inbox: false }));
             }
-            Self::Seat { .. } | Self::Mark { .. } | Self::Rewritten => {}
+            Self::Presence { .. } | Self::ReadMark { .. } | Self::Rewritten => {}
         }
     }
 
     fn fail(self, error: BusError) {
         match self {
             Self::Session(op) => op.fail(error),
-            Self::Seat { reply: Some(reply), .. } => drop(reply.send(Err(error.into()))),
+            Self::Presence { reply: Some(reply), .. } => drop(reply.send(Err(error.into()))),
             Self::Ephemeral { done, .. } => done(Err(error)),
-            Self::Seat { .. } | Self::Mark { .. } | Self::Rewritten => {}
+            Self::Presence { .. } | Self::ReadMark { .. } | Self::Rewritten => {}
         }
     }
 }
 
 /// What stands for the servers that were agreed on, and is the same on all nodes.
-fn agreements_of(servers: &BTreeMap<u16, (ServerId, u64)>) -> String {
+fn digest_of_servers(servers: &BTreeMap<u16, (ServerId, u64)>) -> String {
     let mut digest = Sha1::new();
     for (group, (token, _)) in servers {
         digest.update(format!("{group} {token}\n"));
@@ -780,8 +787,8 @@ pub(super) fn flag(is_set: bool) -> &'static str {
     if is_set { "1" } else { "" }
 }
 
-/// Reads what `seat.lua` answers.
-fn entered(answer: &Value) -> Result<JoinSnapshot, AdmitError> {
+/// Reads what `track.lua` answers.
+fn parse_admission(answer: &Value) -> Result<JoinSnapshot, AdmitError> {
     let parts: Vec<String> = redis::from_redis_value(answer.clone()).unwrap_or_default();
     let number = |at: usize| parts.get(at).and_then(|part| part.parse::<u64>().ok());
     match parts.first().map(String::as_str) {

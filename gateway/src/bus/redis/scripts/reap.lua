@@ -1,6 +1,6 @@
 -- Has users leave a place whose process has ended, some at a time.
 --
--- KEYS, ARGV as in present.lua; ARGV 4: how many at most
+-- KEYS, ARGV as in presence.lua; ARGV 4: how many at most
 -- Returns how many are left.
 
 -- A hash that was large is scanned through many places that are empty.

@@ -33,9 +33,9 @@ const OWNED_TTL: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 
 /// What became of a note that a user is to own a room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Owned {
-    Now,
-    Before,
+enum OwnershipClaim {
+    New,
+    Existing,
     TooMany,
 }
 
@@ -44,7 +44,7 @@ const FILL_MAX: usize = 16;
 
 impl StoreWorker {
     /// Asks something of the server that a group is with, once the nodes have agreed on it.
-    pub(in crate::bus::redis) async fn ask<T>(
+    pub(in crate::bus::redis) async fn query<T>(
         &self,
         group: u16,
         question: impl AsyncFnOnce(&mut MultiplexedConnection) -> RedisResult<T>,
@@ -55,14 +55,14 @@ impl StoreWorker {
     }
 
     /// Runs a script of one place on the server that a group is with.
-    pub(in crate::bus::redis) async fn run<T: FromRedisValue>(
+    pub(in crate::bus::redis) async fn run_script<T: FromRedisValue>(
         &self,
         group: u16,
         place: impl Display,
         script: &ScriptInvocation<'_>,
     ) -> Result<T, BusError> {
         let reply =
-            self.ask(group, async |connection| script.invoke_async(connection).await).await?;
+            self.query(group, async |connection| script.invoke_async(connection).await).await?;
         read(self.router.metrics(), place, reply).map_err(|error| to_bus_error(&error))
     }
 
@@ -77,7 +77,7 @@ impl StoreWorker {
     }
 
     fn detail_of(&self, user: UserId, row: &str) -> Option<UserPresence> {
-        let detail = detail_of(user, row);
+        let detail = parse_presence(user, row);
         if detail.is_none() {
             untrusted::report(self.router.metrics(), InvalidValue::Presence, "who is present");
         }
@@ -90,7 +90,7 @@ impl StoreWorker {
         rows: Vec<(Lossy, Lossy)>,
         settled: bool,
     ) -> PresenceSnapshot {
-        let (snapshot, bad) = snapshot(rows, settled);
+        let (snapshot, bad) = parse_snapshot(rows, settled);
         for _ in 0..bad {
             untrusted::report(self.router.metrics(), InvalidValue::Presence, room);
         }
@@ -106,9 +106,9 @@ impl StoreWorker {
         for (group, places) in by_group(0..rooms.len(), |at| keyspace.group_of(&rooms[*at])) {
             for places in places.chunks(BATCH_MAX / 8) {
                 // Before it is read, so that it is settled for what was written until then.
-                let settled = self.is_whole().await;
+                let settled = self.is_complete().await;
                 let answers: Vec<RedisResult<Value>> = self
-                    .ask(group, async |connection| {
+                    .query(group, async |connection| {
                         let mut pipeline = redis::Pipeline::with_capacity(places.len());
                         pipeline.ignore_errors();
                         for at in places {
@@ -136,7 +136,7 @@ impl StoreWorker {
         let channel = keyspace.channel(&room);
         let names: Vec<&str> = users.iter().map(UserId::as_str).collect();
         let answers: Vec<RedisResult<Value>> = self
-            .ask(keyspace.group_of(&room), async |connection| {
+            .query(keyspace.group_of(&room), async |connection| {
                 let mut pipeline = redis::pipe();
                 pipeline.atomic().ignore_errors();
                 pipeline.cmd("HMGET").arg(format!("{channel}:who")).arg("#");
@@ -155,8 +155,10 @@ impl StoreWorker {
             rows.into_iter().map(|row| row.map(|Lossy(row)| row)).collect();
         let seq = |text: Option<Lossy>| text.and_then(|Lossy(text)| text.parse::<Seq>().ok());
         let (marks, top) = (marks.into_iter().map(seq), seq(top));
-        let version =
-            rows.first().and_then(Option::as_deref).map_or(PresenceVersion::default(), version_of);
+        let version = rows
+            .first()
+            .and_then(Option::as_deref)
+            .map_or(PresenceVersion::default(), parse_version);
         // Where the marks are of another type none was read.
         let marks = marks.skip(1).chain(std::iter::repeat(None));
         let users = users.into_iter().zip(rows.into_iter().skip(1)).zip(marks);
@@ -177,10 +179,10 @@ impl StoreWorker {
         for (group, places) in by_group(0..users.len(), group_of) {
             let names: Vec<&str> = places.iter().map(|at| users[*at].as_str()).collect();
             // Before it is read, so that it is settled for what was written until then.
-            let settled = self.is_whole().await;
+            let settled = self.is_complete().await;
             let online = keyspace.online(group);
             let answers: Vec<RedisResult<Value>> = self
-                .ask(group, async |connection| {
+                .query(group, async |connection| {
                     let mut pipeline = redis::pipe();
                     pipeline.atomic().ignore_errors();
                     pipeline.cmd("HMGET").arg(format!("{online}:who")).arg(&names);
@@ -218,7 +220,7 @@ impl StoreWorker {
         let (mut members, mut count) = (Vec::new(), 0);
         for group in 0..self.router.keyspace().groups() {
             let answers: Vec<RedisResult<Value>> = self
-                .ask(group, async |connection| {
+                .query(group, async |connection| {
                     redis::pipe()
                         .ignore_errors()
                         .cmd("ZRANGEBYLEX")
@@ -260,7 +262,7 @@ impl StoreWorker {
         for (group, some) in by_group(members, |user| keyspace.group_of_text(user.as_str())) {
             let names: Vec<&str> = some.iter().map(UserId::as_str).collect();
             let answers: Vec<RedisResult<Value>> = self
-                .ask(group, async |connection| {
+                .query(group, async |connection| {
                     let mut pipeline = redis::pipe();
                     pipeline.ignore_errors().cmd("HMGET");
                     pipeline.arg(format!("{}:who", keyspace.online(group))).arg(&names);
@@ -289,10 +291,10 @@ impl StoreWorker {
         }
         let owner = record.owner.clone();
         let noted = match owned_max {
-            Some(max) => self.note_owned(&owner, &room, max).await?,
-            None => Owned::Before,
+            Some(max) => self.claim_ownership(&owner, &room, max).await?,
+            None => OwnershipClaim::Existing,
         };
-        if noted == Owned::TooMany {
+        if noted == OwnershipClaim::TooMany {
             return Ok(CreateOutcome::QuotaExceeded);
         }
         let mut create = self.scripts.create.prepare_invoke();
@@ -310,11 +312,11 @@ impl StoreWorker {
         if let Some(max) = record.max_members {
             create.arg("max").arg(max);
         }
-        let made: u8 = self.run(group, &room, &create).await?;
+        let made: u8 = self.run_script(group, &room, &create).await?;
         if made == 1 {
             return Ok(CreateOutcome::Created);
         }
-        if noted == Owned::Now {
+        if noted == OwnershipClaim::New {
             self.forget_owned(&owner, &[room]).await?;
         }
         Ok(CreateOutcome::Exists)
@@ -322,35 +324,35 @@ impl StoreWorker {
 
     /// Notes that a user is to own one room more. Where that would be too many those are forgotten first
     /// that are no more: nobody tells when their time is over.
-    async fn note_owned(
+    async fn claim_ownership(
         &self,
         owner: &UserId,
         room: &RoomId,
         max: usize,
-    ) -> Result<Owned, BusError> {
+    ) -> Result<OwnershipClaim, BusError> {
         let keyspace = self.router.keyspace();
         let group = keyspace.group_of_text(owner.as_str());
         let mut owned = self.scripts.owned.key(keyspace.owned(owner));
         owned.arg(room.as_str()).arg(max).arg(OWNED_TTL.as_millis() as u64);
         for is_first in [true, false] {
-            let noted: u8 = self.run(group, owner, &owned).await?;
+            let noted: u8 = self.run_script(group, owner, &owned).await?;
             match noted {
-                1 => return Ok(Owned::Now),
-                2 => return Ok(Owned::Before),
-                _ if is_first => self.forget_gone(owner).await?,
+                1 => return Ok(OwnershipClaim::New),
+                2 => return Ok(OwnershipClaim::Existing),
+                _ if is_first => self.forget_deleted(owner).await?,
                 _ => {}
             }
         }
-        Ok(Owned::TooMany)
+        Ok(OwnershipClaim::TooMany)
     }
 
     /// Forgets those of an owner's rooms that are no more.
-    async fn forget_gone(&self, owner: &UserId) -> Result<(), BusError> {
+    async fn forget_deleted(&self, owner: &UserId) -> Result<(), BusError> {
         let keyspace = self.router.keyspace();
         let group = keyspace.group_of_text(owner.as_str());
         let owned = keyspace.owned(owner);
         let rooms: Vec<Lossy> = self
-            .ask(group, async |connection| {
+            .query(group, async |connection| {
                 redis::cmd("ZRANGE").arg(&owned).arg(0).arg(-1).query_async(connection).await
             })
             .await?;
@@ -376,7 +378,7 @@ impl StoreWorker {
         let keyspace = self.router.keyspace();
         let group = keyspace.group_of_text(owner.as_str());
         let rooms: Vec<&str> = rooms.iter().map(RoomId::as_str).collect();
-        self.ask(group, async |connection| {
+        self.query(group, async |connection| {
             let mut forget = redis::cmd("ZREM");
             forget.arg(keyspace.owned(owner)).arg(&rooms).query_async::<()>(connection).await
         })
@@ -400,7 +402,7 @@ impl StoreWorker {
     ) -> Result<Vec<Option<RoomSummary>>, BusError> {
         let keyspace = self.router.keyspace();
         let rows: Vec<RedisResult<Value>> = self
-            .ask(group, async |connection| {
+            .query(group, async |connection| {
                 let mut pipeline = redis::Pipeline::with_capacity(rooms.len() * 3);
                 pipeline.ignore_errors();
                 for room in &rooms {
@@ -427,7 +429,7 @@ impl StoreWorker {
             let version: Option<Lossy> = self.or_default(&room, version)?;
             let since =
                 version.and_then(|Lossy(row)| row.rsplit_once(' ')?.1.parse().ok()).unwrap_or(0);
-            let record = match record_of(&record) {
+            let record = match parse_config(&record) {
                 None if !record.is_empty() => {
                     untrusted::report(self.router.metrics(), InvalidValue::RoomConfig, &room);
                     None
@@ -447,7 +449,7 @@ impl StoreWorker {
         let channel = keyspace.channel(room);
         let mut unlist = self.scripts.unlist.key(keyspace.rooms(group));
         unlist.key(format!("{channel}:who")).key(format!("{channel}:record")).arg(room.as_str());
-        let _: u8 = self.run(group, room, &unlist).await?;
+        let _: u8 = self.run_script(group, room, &unlist).await?;
         Ok(())
     }
 
@@ -505,13 +507,13 @@ fn by_group<T>(all: impl Iterator<Item = T>, group: impl Fn(&T) -> u16) -> BTree
     by_group
 }
 
-fn version_of(row: &str) -> PresenceVersion {
+fn parse_version(row: &str) -> PresenceVersion {
     let mut parts = row.split(' ').map(|part| part.parse().unwrap_or(0));
     PresenceVersion { epoch: parts.next().unwrap_or(0), number: parts.next().unwrap_or(0) }
 }
 
 /// Reads `<connections> <since> <active> <name>`.
-fn detail_of(user: UserId, row: &str) -> Option<UserPresence> {
+fn parse_presence(user: UserId, row: &str) -> Option<UserPresence> {
     let mut parts = row.splitn(4, ' ');
     let mut number = || parts.next()?.parse().ok();
     let (connections, since, active) = (number()?, number()?, number()?);
@@ -520,14 +522,14 @@ fn detail_of(user: UserId, row: &str) -> Option<UserPresence> {
 }
 
 /// Who is present, and how many rows are no gateway's.
-fn snapshot(rows: Vec<(Lossy, Lossy)>, settled: bool) -> (PresenceSnapshot, usize) {
+fn parse_snapshot(rows: Vec<(Lossy, Lossy)>, settled: bool) -> (PresenceSnapshot, usize) {
     let mut snapshot = PresenceSnapshot { complete: settled, ..PresenceSnapshot::default() };
     let mut bad = 0;
     for (Lossy(user), Lossy(row)) in rows {
         if user == "#" {
-            snapshot.version = version_of(&row);
+            snapshot.version = parse_version(&row);
         } else {
-            match user.parse().ok().and_then(|user| detail_of(user, &row)) {
+            match user.parse().ok().and_then(|user| parse_presence(user, &row)) {
                 Some(detail) => snapshot.users.push(detail.user),
                 None => bad += 1,
             }
@@ -536,7 +538,7 @@ fn snapshot(rows: Vec<(Lossy, Lossy)>, settled: bool) -> (PresenceSnapshot, usiz
     (snapshot, bad)
 }
 
-fn record_of(fields: &BTreeMap<String, String>) -> Option<RoomConfig> {
+fn parse_config(fields: &BTreeMap<String, String>) -> Option<RoomConfig> {
     let field = |name: &str| fields.get(name).map(String::as_str);
     Some(RoomConfig {
         name: field("name")?.parse().ok()?,

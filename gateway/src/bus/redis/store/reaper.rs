@@ -12,23 +12,23 @@ use super::{
         topology::ReadConnection,
         untrusted::{Lossy, is_wrong_type, or_default, read, report},
     },
-    LOOK_EVERY, StoreWorker,
+    CHECK_INTERVAL, StoreWorker,
 };
 use crate::{bus::BusError, telemetry::metrics::InvalidValue};
 
 /// How many users leave in one step.
-const REAP_MAX: usize = 500;
+const REAP_BATCH_MAX: usize = 500;
 /// How long a node that has ended in order is waited for: its clients come back on another.
-const GOODBYE_GRACE_MS: u64 = 3_000;
+const DEREGISTERED_GRACE_MS: u64 = 3_000;
 
 impl StoreWorker {
     /// Has those leave whose process has ended, for ever.
     pub(super) async fn reap_all(&self) {
         loop {
-            tokio::time::sleep(LOOK_EVERY).await;
+            tokio::time::sleep(CHECK_INTERVAL).await;
             let old = {
                 let state = self.state.lock();
-                if state.is_rewritten { state.old.clone() } else { Vec::new() }
+                if state.is_rewritten { state.old_incarnations.clone() } else { Vec::new() }
             };
             for name in old {
                 if let Err(error) = self.reap(&name).await {
@@ -38,7 +38,7 @@ impl StoreWorker {
                     }
                     break;
                 }
-                self.state.lock().old.retain(|old| *old != name);
+                self.state.lock().old_incarnations.retain(|old| *old != name);
             }
             if !self.is_settled() || !self.router.node_state().holds_lease(Instant::now()) {
                 continue;
@@ -102,7 +102,7 @@ impl StoreWorker {
         let number = |text: &str| text.parse::<u64>().unwrap_or(0);
         let incarnations = incarnations.into_iter().map(|(Lossy(name), Lossy(row))| (name, row));
         let incarnations: BTreeMap<String, String> = incarnations.collect();
-        self.note_if_forgotten(&incarnations);
+        self.reregister_if_forgotten(&incarnations);
         let ended = incarnations.into_iter().filter(|(_, row)| {
             let (process, said_goodbye) = row.rsplit_once(' ').unwrap_or((row, "0"));
             let lease = leases.get(process).and_then(|row| row.split(' ').next());
@@ -110,7 +110,7 @@ impl StoreWorker {
                 || lease.is_some_and(|ends| number(ends) > now);
             let waits = match number(said_goodbye) {
                 0 => false,
-                at => now < at + GOODBYE_GRACE_MS,
+                at => now < at + DEREGISTERED_GRACE_MS,
             };
             !lives && !waits
         });
@@ -119,7 +119,7 @@ impl StoreWorker {
 
     /// Where nobody can know of this node's own incarnation any more it is made known again: else its
     /// users would stay when it has ended.
-    fn note_if_forgotten(&self, known: &BTreeMap<String, String>) {
+    fn reregister_if_forgotten(&self, known: &BTreeMap<String, String>) {
         let state = &mut *self.state.lock();
         if state.incarnation.as_ref().is_some_and(|own| !known.contains_key(own)) {
             state.is_registered = false;
@@ -179,7 +179,7 @@ impl StoreWorker {
                 for key in &keys.all()[..ScopeKeys::SHARED_COUNT] {
                     reap.key(key);
                 }
-                reap.arg(self.common(&keys)).arg(REAP_MAX);
+                reap.arg(self.common_args(&keys)).arg(REAP_BATCH_MAX);
                 let left: Value = reap.invoke_async(&mut **reader).await?;
                 let left: u64 = read(self.router.metrics(), &place, left)?;
                 if left == 0 {

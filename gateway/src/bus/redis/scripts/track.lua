@@ -1,7 +1,7 @@
 -- Notes how many connections a user has at a place on one process.
 --
--- KEYS  as in present.lua  7 how far users have read (hash)  8 meta of the room's log
--- ARGV  as in present.lua
+-- KEYS  as in presence.lua  7 how far users have read (hash)  8 meta of the room's log
+-- ARGV  as in presence.lua
 --       4 user  5 name  6 connections  7 since, ms  8 when the user did something last, ms
 --       9 a random number  10 whether to keep to rules: 1 or empty
 --       11 the hash that the password fits, or empty  12 whether the room may be made: 1 or empty
