@@ -36,22 +36,22 @@ use crate::{
 /// How long who gives an order waits until all nodes have applied it.
 const APPLY_MAX: Duration = Duration::from_secs(2);
 /// How often at least sessions are looked after: what a node did not hear of one is found by then.
-const KEEP_EVERY: Duration = Duration::from_secs(60);
+const SESSION_CHECK_INTERVAL: Duration = Duration::from_secs(60);
 /// How often it looks meanwhile.
-const LOOK_EVERY: Duration = Duration::from_millis(20);
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Gives orders and applies them. Cheap to clone.
 #[derive(Clone)]
 pub struct Control {
     node: NodeId,
-    orders: Arc<dyn ControlQueue>,
+    queue: Arc<dyn ControlQueue>,
     sessions: Arc<dyn SessionStore>,
     hub: Hub,
     presence: Arc<PresenceTracker>,
     metrics: Arc<Metrics>,
     trails: Arc<Trails>,
     /// How long a call may wait for the bus.
-    wait_max: Duration,
+    timeout: Duration,
     /// Cancelled where this node is to take no client any more.
     draining: CancellationToken,
 }
@@ -68,8 +68,17 @@ impl Control {
         tasks: &Tasks,
     ) -> Self {
         let draining = CancellationToken::new();
-        let control =
-            Self { node, orders, sessions, hub, presence, metrics, trails, wait_max, draining };
+        let control = Self {
+            node,
+            queue: orders,
+            sessions,
+            hub,
+            presence,
+            metrics,
+            trails,
+            timeout: wait_max,
+            draining,
+        };
         let (working, stopped) = (control.clone(), tasks.stopped().clone());
         tasks.spawn_service("control", async move {
             // All arms are cancel-safe: what was not applied no node that ends is asked for.
@@ -77,7 +86,7 @@ impl Control {
                 biased;
                 () = stopped.cancelled() => {}
                 () = working.apply_all() => {}
-                () = working.keep_sessions() => {}
+                () = working.keep_sessions_alive() => {}
             }
         });
         control
@@ -93,31 +102,34 @@ impl Control {
     /// # Errors
     ///
     /// [`BusError`]: it is not known whether it was given.
-    pub async fn order(&self, order: ControlCommand) -> Result<CommandProgress, BusError> {
-        Ok(self.give(order).await?.1)
+    pub async fn execute(&self, order: ControlCommand) -> Result<CommandProgress, BusError> {
+        Ok(self.enqueue_and_wait(order).await?.1)
     }
 
-    async fn give(&self, order: ControlCommand) -> Result<(CommandId, CommandProgress), BusError> {
+    async fn enqueue_and_wait(
+        &self,
+        order: ControlCommand,
+    ) -> Result<(CommandId, CommandProgress), BusError> {
         let given = async {
-            let id = self.orders.enqueue(order).await?;
+            let id = self.queue.enqueue(order).await?;
             let until = Instant::now() + APPLY_MAX;
             loop {
-                let outcome = self.orders.progress(id).await?;
+                let outcome = self.queue.progress(id).await?;
                 if outcome.applied >= outcome.nodes || Instant::now() >= until {
                     return Ok((id, outcome));
                 }
-                tokio::time::sleep(LOOK_EVERY).await;
+                tokio::time::sleep(POLL_INTERVAL).await;
             }
         };
-        self.in_time(given).await
+        self.with_timeout(given).await
     }
 
     /// What the bus answers, if it does within the time that a call may wait.
-    async fn in_time<T>(
+    async fn with_timeout<T>(
         &self,
         call: impl Future<Output = Result<T, BusError>>,
     ) -> Result<T, BusError> {
-        let call = tokio::time::timeout(self.wait_max, call).await;
+        let call = tokio::time::timeout(self.timeout, call).await;
         call.unwrap_or(Err(BusError::Unavailable))
     }
 
@@ -135,10 +147,10 @@ impl Control {
     ) -> Result<CommandProgress, BusError> {
         if !keep_sessions {
             // First, so that who comes back at once finds it gone.
-            self.in_time(self.sessions.revoke(user.clone(), which)).await?;
+            self.with_timeout(self.sessions.revoke(user.clone(), which)).await?;
         }
         let Close { code, reason } = close;
-        self.order(ControlCommand::Close { user, which, code, reason }).await
+        self.execute(ControlCommand::Close { user, which, code, reason }).await
     }
 
     /// Asks all nodes. Who does not answer in time is not waited for.
@@ -146,45 +158,45 @@ impl Control {
     /// # Errors
     ///
     /// [`BusError`].
-    pub async fn ask(
+    pub async fn query_nodes(
         &self,
         question: NodeQuery,
     ) -> Result<(Vec<String>, CommandProgress), BusError> {
-        let (id, outcome) = self.give(ControlCommand::Ask(question)).await?;
-        Ok((self.in_time(self.orders.replies(id)).await?, outcome))
+        let (id, outcome) = self.enqueue_and_wait(ControlCommand::Ask(question)).await?;
+        Ok((self.with_timeout(self.queue.replies(id)).await?, outcome))
     }
 
     /// Applies what is ordered, for ever.
     async fn apply_all(&self) {
         loop {
-            let CommandBatch { commands: orders, missed } = self.orders.poll().await;
+            let CommandBatch { commands: orders, missed } = self.queue.poll().await;
             if missed {
-                self.look_at_sessions().await;
+                self.close_revoked().await;
             }
             for given in orders {
                 let id = given.id;
                 self.apply(given).await;
-                while self.orders.mark_applied(id).await.is_err() {
-                    tokio::time::sleep(LOOK_EVERY).await;
+                while self.queue.mark_applied(id).await.is_err() {
+                    tokio::time::sleep(POLL_INTERVAL).await;
                 }
             }
         }
     }
 
     /// Lets it be known now and then that sessions are in use, for ever.
-    async fn keep_sessions(&self) {
-        let every = (self.sessions.ttl() / 4).min(KEEP_EVERY);
+    async fn keep_sessions_alive(&self) {
+        let every = (self.sessions.ttl() / 4).min(SESSION_CHECK_INTERVAL);
         loop {
             tokio::time::sleep(every).await;
             for handle in self.hub.connections(None).await {
-                self.hold_session(&handle).await;
+                self.verify_session(&handle).await;
             }
         }
     }
 
     /// Ends a connection whose session another has taken over without this node having heard of it. One
     /// that is not there may have been lost with the rest of what Redis had.
-    async fn hold_session(&self, handle: &ConnectionHandle) {
+    async fn verify_session(&self, handle: &ConnectionHandle) {
         let Some(owner) = handle.owner() else { return };
         let holder = self.sessions.holder(owner.user.clone(), owner.session, handle.connection);
         if let Ok(SessionHolder::Another) = holder.await {
@@ -206,8 +218,8 @@ impl Control {
                 self.hub.broadcast(text_frame(&ServerFrame::Broadcast(broadcast))).await;
             }
             ControlCommand::Ask(question) if is_fresh => {
-                let answer = self.answer(question).await.to_string();
-                if let Err(error) = self.orders.reply(id, answer).await {
+                let answer = self.answer_query(question).await.to_string();
+                if let Err(error) = self.queue.reply(id, answer).await {
                     tracing::debug!(%error, "a question was not answered");
                 }
             }
@@ -219,7 +231,7 @@ impl Control {
 
     /// Orders were forgotten before this node has seen them: connections whose session is no more are
     /// closed.
-    async fn look_at_sessions(&self) {
+    async fn close_revoked(&self) {
         tracing::warn!(
             "this node was away for so long that orders were forgotten; its clients' sessions are looked at"
         );
@@ -232,7 +244,7 @@ impl Control {
         }
     }
 
-    async fn answer(&self, question: NodeQuery) -> serde_json::Value {
+    async fn answer_query(&self, question: NodeQuery) -> serde_json::Value {
         match question {
             NodeQuery::User { user } => {
                 let connections = self.hub.connections(Some(&user)).await;
@@ -256,7 +268,8 @@ impl Control {
                 for trail in self.trails.of(id) {
                     let mut told = trail.to_json();
                     if let Some(user) = &user {
-                        told["user"] = self.how_far(trail.log, user.clone(), &trail.position).await;
+                        told["user"] =
+                            self.delivery_state(trail.log, user.clone(), &trail.position).await;
                     }
                     logs.push(told);
                 }
@@ -266,7 +279,7 @@ impl Control {
     }
 
     /// Why a user has got an entry here, or has not.
-    async fn how_far(&self, log: RoomId, user: UserId, at: &Position) -> serde_json::Value {
+    async fn delivery_state(&self, log: RoomId, user: UserId, at: &Position) -> serde_json::Value {
         let connections = self.hub.cursors(log, user).await;
         let connection = |(id, cursor): &(ConnectionId, Position)| {
             let fate = match cursor.epoch == at.epoch {

@@ -39,14 +39,14 @@ use crate::{
 const LOG_BYTES: u64 = 512;
 const ID_BYTES: u64 = 128;
 /// How often room is made at most.
-const MAKE_ROOM_EVERY: Duration = Duration::from_millis(100);
+const FREE_MEMORY_INTERVAL: Duration = Duration::from_millis(100);
 /// How often logs past their time are looked for.
-const SWEEP_EVERY: Duration = Duration::from_secs(30);
+const SWEEP_INTERVAL: Duration = Duration::from_secs(30);
 
 /// Logs and registry in memory. Cheap to clone.
 #[derive(Clone)]
 pub struct MemoryBus {
-    rooms: Arc<Mutex<Rooms>>,
+    logs: Arc<Mutex<MemoryLogs>>,
     store: Arc<Mutex<StoreState>>,
     sessions: Arc<Mutex<SessionTable>>,
     commands: Arc<Mutex<CommandLog>>,
@@ -58,28 +58,28 @@ pub struct MemoryBus {
     mailboxes: Mailboxes,
 }
 
-struct Rooms {
-    logs: HashMap<RoomId, Log>,
+struct MemoryLogs {
+    logs: HashMap<RoomId, MemoryLog>,
     /// Rooms that are followed, and of those without a log the epoch that was told: it begins in that.
     subscribed: HashMap<RoomId, Option<Epoch>>,
     /// The epoch of logs that have no entry yet, so that an inbox to which nothing came costs nothing.
     /// A new one once any log was dropped, whose numbers could be given again.
-    silent: Epoch,
+    empty_epoch: Epoch,
     /// What all logs take, roughly.
     bytes: u64,
     /// When room was made last: it takes a look at every log.
-    room_made: Option<Instant>,
+    last_freed: Option<Instant>,
 }
 
-impl Default for Rooms {
+impl Default for MemoryLogs {
     fn default() -> Self {
         let (logs, followed, silent) = (HashMap::new(), HashMap::new(), epoch_of(0));
-        Self { logs, subscribed: followed, silent, bytes: 0, room_made: None }
+        Self { logs, subscribed: followed, empty_epoch: silent, bytes: 0, last_freed: None }
     }
 }
 
 /// A room's log.
-struct Log {
+struct MemoryLog {
     epoch: Epoch,
     /// The ordinal of the epoch that the last deletion began, 0 for none.
     deleted: u64,
@@ -88,7 +88,7 @@ struct Log {
     acked: Seq,
     entries: VecDeque<(Instant, Entry)>,
     bytes: u64,
-    ids: Ids,
+    ids: DedupWindow,
     used: Instant,
     /// Whether it is the inbox of a user who was never connected.
     unseen: bool,
@@ -96,10 +96,10 @@ struct Log {
 
 /// The ids of the dedup window: two maps that take turns, so that forgetting costs nothing. An id
 /// is known for one to two windows.
-struct Ids {
+struct DedupWindow {
     newer: HashMap<DedupKey, Seq>,
     older: HashMap<DedupKey, Seq>,
-    turned: Instant,
+    rotated: Instant,
 }
 
 impl MemoryBus {
@@ -112,7 +112,7 @@ impl MemoryBus {
         tasks: &Tasks,
     ) -> Self {
         let bus = Self {
-            rooms: Arc::default(),
+            logs: Arc::default(),
             store: Arc::default(),
             sessions: Arc::default(),
             commands: Arc::default(),
@@ -124,7 +124,7 @@ impl MemoryBus {
         };
         let (sweeper, stopped) = (bus.clone(), tasks.stopped().clone());
         // Sessions that are kept for a short time are looked for as often.
-        let every = sessions.ttl.clamp(Duration::from_secs(1), SWEEP_EVERY);
+        let every = sessions.ttl.clamp(Duration::from_secs(1), SWEEP_INTERVAL);
         tasks.spawn_service("memory_bus_sweep", async move {
             let mut every = tokio::time::interval(every);
             // Both arms are cancel-safe.
@@ -143,13 +143,13 @@ impl MemoryBus {
         self.sessions.lock().sweep(self.session_ttl);
         let dedup_window = self.retention.dedup_window;
         let unseen_ttl = self.retention.limits.unseen.ttl;
-        let mut guard = self.rooms.lock();
+        let mut guard = self.logs.lock();
         let rooms = &mut *guard;
-        let Rooms { logs, subscribed: followed, silent, .. } = rooms;
+        let MemoryLogs { logs, subscribed: followed, empty_epoch: silent, .. } = rooms;
         let before = logs.len();
         logs.retain(|room, log| {
             let (idle, kept) = (now - log.used, self.retention.of(room));
-            log.ids.turn(dedup_window, now);
+            log.ids.rotate(dedup_window, now);
             if idle > kept.ttl {
                 log.entries = VecDeque::new();
                 log.bytes = 0;
@@ -160,17 +160,17 @@ impl MemoryBus {
         if logs.len() < before {
             *silent = epoch_of(0);
         }
-        Self::make_room(rooms, self.retention.memory_bytes_max);
+        Self::free_memory(rooms, self.retention.memory_bytes_max);
         let kept: HashSet<RoomId> = rooms.logs.keys().cloned().collect();
         drop(guard);
-        self.store.lock().sweep_marks(|room| kept.contains(room));
+        self.store.lock().sweep_read_marks(|room| kept.contains(room));
     }
 
     /// Makes room where all logs together take more than they may: inboxes of users who were never
     /// connected go first, then those used longest ago, whole where nobody follows them. Who comes back to
     /// one is told.
-    fn make_room(rooms: &mut Rooms, bytes_max: u64) {
-        rooms.bytes = rooms.logs.values().map(Log::cost).sum();
+    fn free_memory(rooms: &mut MemoryLogs, bytes_max: u64) {
+        rooms.bytes = rooms.logs.values().map(MemoryLog::cost).sum();
         if rooms.bytes <= bytes_max {
             return;
         }
@@ -190,7 +190,7 @@ impl MemoryBus {
                 rooms.bytes += log.cost();
             } else {
                 rooms.logs.remove(&room);
-                rooms.silent = epoch_of(0);
+                rooms.empty_epoch = epoch_of(0);
             }
         }
         tracing::warn!("logs take more than history.memory_bytes_max; the oldest were dropped");
@@ -201,13 +201,13 @@ impl MemoryBus {
         let user = append.room.user().filter(|_| append.unseen != UnseenPolicy::Unlimited);
         let unseen = user.is_some_and(|user| !self.was_connected(&user));
         let bounds = self.retention.limits.unseen;
-        let rooms = &mut *self.rooms.lock();
+        let rooms = &mut *self.logs.lock();
         let too_much = rooms.bytes > self.retention.memory_bytes_max;
-        if too_much && rooms.room_made.is_none_or(|made| now - made >= MAKE_ROOM_EVERY) {
-            Self::make_room(rooms, self.retention.memory_bytes_max);
-            rooms.room_made = Some(now);
+        if too_much && rooms.last_freed.is_none_or(|made| now - made >= FREE_MEMORY_INTERVAL) {
+            Self::free_memory(rooms, self.retention.memory_bytes_max);
+            rooms.last_freed = Some(now);
         }
-        let Rooms { logs, subscribed: followed, bytes, silent, .. } = rooms;
+        let MemoryLogs { logs, subscribed: followed, bytes, empty_epoch: silent, .. } = rooms;
         let had_entries = logs.get(&append.room).is_some_and(|log| !log.entries.is_empty());
         // Once it is kept as any it stays that.
         let unseen = unseen && logs.get(&append.room).is_none_or(|log| log.unseen || log.top == 0);
@@ -222,11 +222,11 @@ impl MemoryBus {
         let told = || followed.get(&append.room).cloned().flatten();
         let log = logs
             .entry(append.room.clone())
-            .or_insert_with(|| Log::begun(told().unwrap_or_else(|| silent.clone()), now));
+            .or_insert_with(|| MemoryLog::begin(told().unwrap_or_else(|| silent.clone()), now));
         let before = log.cost();
         log.used = now;
         log.unseen = unseen;
-        log.ids.turn(self.retention.dedup_window, now);
+        log.ids.rotate(self.retention.dedup_window, now);
 
         let key = append.envelope.dedup_key();
         if let Some(seq) = log.ids.known(&key) {
@@ -256,22 +256,22 @@ impl MemoryBus {
 
     /// Whether a user is or was connected, as far as is remembered.
     fn was_connected(&self, user: &UserId) -> bool {
-        self.sessions.lock().has(user) || self.store.lock().was_seen(user)
+        self.sessions.lock().has(user) || self.store.lock().has_last_seen(user)
     }
 
     fn read_now(&self, room: &RoomId, range: ReadRange, now: Instant) -> Page {
-        let rooms = &mut *self.rooms.lock();
+        let rooms = &mut *self.logs.lock();
         match rooms.logs.get(room) {
             Some(log) => log.page(range),
-            None => Log::begun(rooms.silent_epoch(room), now).page(range),
+            None => MemoryLog::begin(rooms.epoch_of_empty(room), now).page(range),
         }
     }
 }
 
-impl Rooms {
+impl MemoryLogs {
     /// The epoch of a room that has no log.
-    fn silent_epoch(&mut self, room: &RoomId) -> Epoch {
-        let silent = self.silent.clone();
+    fn epoch_of_empty(&mut self, room: &RoomId) -> Epoch {
+        let silent = self.empty_epoch.clone();
         match self.subscribed.get_mut(room) {
             Some(told) => told.get_or_insert(silent).clone(),
             None => silent,
@@ -281,16 +281,16 @@ impl Rooms {
 
 impl MemoryBus {
     fn delete_log(&self, room: &RoomId) {
-        let Rooms { logs, subscribed: followed, bytes, .. } = &mut *self.rooms.lock();
+        let MemoryLogs { logs, subscribed: followed, bytes, .. } = &mut *self.logs.lock();
         let now = Instant::now();
         if followed.contains_key(room) && !logs.contains_key(room) {
             // Who follows it has been told an epoch.
             *bytes += LOG_BYTES;
-            logs.insert(room.clone(), Log::begun(epoch_of(0), now));
+            logs.insert(room.clone(), MemoryLog::begin(epoch_of(0), now));
         }
         if let Some(log) = logs.get_mut(room) {
             let before = log.cost();
-            *log = Log::begun_by_deletion(ordinal(&log.epoch) + 1, now);
+            *log = MemoryLog::begin_after_deletion(ordinal(&log.epoch) + 1, now);
             *bytes = (*bytes + log.cost()).saturating_sub(before);
         }
     }
@@ -303,12 +303,12 @@ impl Bus for MemoryBus {
     }
 
     fn subscribe(&self, room: RoomId) -> BoxFuture<Result<(), BusError>> {
-        self.rooms.lock().subscribed.entry(room).or_default();
+        self.logs.lock().subscribed.entry(room).or_default();
         Box::pin(std::future::ready(Ok(())))
     }
 
     fn unsubscribe(&self, room: RoomId) {
-        self.rooms.lock().subscribed.remove(&room);
+        self.logs.lock().subscribed.remove(&room);
     }
 
     fn read(&self, room: RoomId, range: ReadRange) -> BoxFuture<Result<Page, BusError>> {
@@ -318,17 +318,17 @@ impl Bus for MemoryBus {
 
     fn delete(&self, room: RoomId) -> BoxFuture<Result<(), BusError>> {
         self.delete_log(&room);
-        if self.rooms.lock().subscribed.contains_key(&room) {
+        if self.logs.lock().subscribed.contains_key(&room) {
             self.mailboxes.send_ephemeral(room, EphemeralEvent::Emptied);
         }
         Box::pin(std::future::ready(Ok(())))
     }
 
     fn heads(&self, names: Vec<RoomId>) -> BoxFuture<Result<Vec<Option<Position>>, BusError>> {
-        let rooms = &mut *self.rooms.lock();
+        let rooms = &mut *self.logs.lock();
         let head = |name| match rooms.logs.get(name) {
             Some(log) => Some(Position::new(log.epoch.clone(), log.top)),
-            None => Some(Position::new(rooms.silent_epoch(name), 0)),
+            None => Some(Position::new(rooms.epoch_of_empty(name), 0)),
         };
         let heads = names.iter().map(head).collect();
         Box::pin(std::future::ready(Ok(heads)))
@@ -344,12 +344,12 @@ impl Bus for MemoryBus {
     }
 }
 
-impl Log {
-    fn begun_by_deletion(ordinal: u64, now: Instant) -> Self {
-        Self { deleted: ordinal, ..Self::begun(epoch_of(ordinal), now) }
+impl MemoryLog {
+    fn begin_after_deletion(ordinal: u64, now: Instant) -> Self {
+        Self { deleted: ordinal, ..Self::begin(epoch_of(ordinal), now) }
     }
 
-    fn begun(epoch: Epoch, now: Instant) -> Self {
+    fn begin(epoch: Epoch, now: Instant) -> Self {
         Self {
             epoch,
             deleted: 0,
@@ -357,7 +357,7 @@ impl Log {
             acked: 0,
             entries: VecDeque::new(),
             bytes: 0,
-            ids: Ids { newer: HashMap::new(), older: HashMap::new(), turned: now },
+            ids: DedupWindow { newer: HashMap::new(), older: HashMap::new(), rotated: now },
             used: now,
             unseen: false,
         }
@@ -439,7 +439,7 @@ fn cut<'a>(entries: impl Iterator<Item = &'a Entry>, limit: u32) -> Vec<Entry> {
         .collect()
 }
 
-impl Ids {
+impl DedupWindow {
     fn known(&self, key: &DedupKey) -> Option<Seq> {
         self.newer.get(key).or_else(|| self.older.get(key)).copied()
     }
@@ -449,8 +449,8 @@ impl Ids {
         self.older.remove(key);
     }
 
-    fn turn(&mut self, window: Duration, now: Instant) {
-        let since = now - self.turned;
+    fn rotate(&mut self, window: Duration, now: Instant) {
+        let since = now - self.rotated;
         if since < window {
             return;
         }
@@ -458,6 +458,6 @@ impl Ids {
         if since >= window * 2 {
             self.older = HashMap::new();
         }
-        self.turned = now;
+        self.rotated = now;
     }
 }

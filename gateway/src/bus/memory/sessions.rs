@@ -26,7 +26,7 @@ use crate::bus::{
 
 /// The most sessions of all users, some 300 bytes each and their data; above it those used longest ago
 /// go.
-const STORED_MAX: usize = 100_000;
+const SESSIONS_TOTAL_MAX: usize = 100_000;
 
 /// The sessions there are.
 #[derive(Default)]
@@ -61,11 +61,11 @@ impl SessionTable {
             count += rows.len();
             !rows.is_empty()
         });
-        if count > STORED_MAX {
+        if count > SESSIONS_TOTAL_MAX {
             let idle = self.users.values().flatten().filter(|row| row.connection.is_none());
             let mut used: Vec<UnixMillis> = idle.map(|row| row.used).collect();
             used.sort_unstable();
-            let until = used.get(count - STORED_MAX).copied().unwrap_or(now);
+            let until = used.get(count - SESSIONS_TOTAL_MAX).copied().unwrap_or(now);
             self.users.retain(|_, rows| {
                 rows.retain(|row| row.connection.is_some() || row.used > until);
                 !rows.is_empty()
@@ -133,9 +133,9 @@ impl MemoryBus {
     /// The inbox of a user, who is connected, as it is now.
     fn inbox(&self, user: &UserId) -> InboxState {
         let name = RoomId::inbox_of(user);
-        let rooms = &mut *self.rooms.lock();
+        let rooms = &mut *self.logs.lock();
         let Some(log) = rooms.logs.get_mut(&name) else {
-            let epoch = rooms.silent_epoch(&name);
+            let epoch = rooms.epoch_of_empty(&name);
             return InboxState { epoch, seq: 0, acked: 0, oldest: 1, unread: 0 };
         };
         log.unseen = false;
@@ -280,7 +280,7 @@ impl SessionStore for MemoryBus {
     }
 
     fn acknowledge(&self, user: UserId, epoch: Option<Epoch>, seq: Seq) {
-        let rooms = &mut *self.rooms.lock();
+        let rooms = &mut *self.logs.lock();
         let Some(log) = rooms.logs.get_mut(&RoomId::inbox_of(&user)) else { return };
         if epoch.is_none_or(|epoch| epoch == log.epoch) {
             log.acked = log.acked.max(seq.min(log.top));

@@ -32,20 +32,20 @@ use crate::{
 /// What the registry has. Rooms that nobody is in and nobody manages are not here.
 #[derive(Default)]
 pub(super) struct StoreState {
-    rooms: BTreeMap<RoomId, Room>,
-    marks: HashMap<RoomId, BTreeMap<UserId, Seq>>,
+    rooms: BTreeMap<RoomId, RoomEntry>,
+    read_marks: HashMap<RoomId, BTreeMap<UserId, Seq>>,
     /// When users who have left did something last.
-    seen: HashMap<UserId, UnixMillis>,
+    last_seen: HashMap<UserId, UnixMillis>,
     /// How many managed rooms each owner has.
     owned: HashMap<UserId, usize>,
 }
 
 /// Of how many users who have left it is known when they did something last.
-const SEEN_MAX: usize = 10_000;
+const LAST_SEEN_MAX: usize = 10_000;
 
 #[derive(Default)]
-struct Room {
-    present: Present,
+struct RoomEntry {
+    present: ScopePresence,
     record: Option<RoomConfig>,
     /// When somebody came, where it was empty.
     since: UnixMillis,
@@ -55,21 +55,21 @@ struct Room {
 
 /// Who is at one place.
 #[derive(Default)]
-struct Present {
+struct ScopePresence {
     version: PresenceVersion,
-    users: BTreeMap<UserId, Row>,
+    users: BTreeMap<UserId, PresenceRow>,
 }
 
-struct Row {
+struct PresenceRow {
     name: DisplayName,
     connections: u32,
     since: UnixMillis,
     active: UnixMillis,
 }
 
-impl Present {
+impl ScopePresence {
     /// Takes a seat in, and tells what changed by that.
-    fn take(&mut self, seat: NodePresence) -> Option<PresenceChange> {
+    fn apply(&mut self, seat: NodePresence) -> Option<PresenceChange> {
         let NodePresence { user, connections, since, active, admitted, .. } = seat;
         let (mut joined, mut left) = (Vec::new(), Vec::new());
         if connections == 0 {
@@ -82,7 +82,7 @@ impl Present {
         } else if !admitted {
             return None;
         } else {
-            let row = Row { name: user.name.clone(), connections, since, active };
+            let row = PresenceRow { name: user.name.clone(), connections, since, active };
             if self.users.is_empty() {
                 self.version =
                     PresenceVersion { epoch: rand::rng().random_range(1..1 << 53), number: 0 };
@@ -95,14 +95,16 @@ impl Present {
     }
 
     fn snapshot(&self) -> PresenceSnapshot {
-        let person =
-            |(id, row): (&UserId, &Row)| UserInfo { id: id.clone(), name: row.name.clone() };
+        let person = |(id, row): (&UserId, &PresenceRow)| UserInfo {
+            id: id.clone(),
+            name: row.name.clone(),
+        };
         let users = self.users.iter().map(person).collect();
         PresenceSnapshot { version: self.version, users, complete: true }
     }
 
     fn detail(&self, user: &UserId, read: Seq) -> Option<UserPresence> {
-        let Row { name, connections, since, active } = self.users.get(user)?;
+        let PresenceRow { name, connections, since, active } = self.users.get(user)?;
         let user = UserInfo { id: user.clone(), name: name.clone() };
         let (connections, since, active) = (u64::from(*connections), *since, *active);
         Some(UserPresence { user, connections, since, active, read })
@@ -123,40 +125,40 @@ impl StoreState {
     }
 
     /// Whether it is known when a user who has left did something last.
-    pub(super) fn was_seen(&self, user: &UserId) -> bool {
-        self.seen.contains_key(user)
+    pub(super) fn has_last_seen(&self, user: &UserId) -> bool {
+        self.last_seen.contains_key(user)
     }
 
     /// Forgets how far was read in rooms whose log is no more.
-    pub(super) fn sweep_marks(&mut self, is_kept: impl Fn(&RoomId) -> bool) {
-        self.marks.retain(|room, _| is_kept(room));
+    pub(super) fn sweep_read_marks(&mut self, is_kept: impl Fn(&RoomId) -> bool) {
+        self.read_marks.retain(|room, _| is_kept(room));
     }
 
-    fn mark_of(&self, room: &RoomId, user: &UserId, top: Seq) -> Seq {
-        let mark = self.marks.get(room).and_then(|marks| marks.get(user));
+    fn read_mark_of(&self, room: &RoomId, user: &UserId, top: Seq) -> Seq {
+        let mark = self.read_marks.get(room).and_then(|marks| marks.get(user));
         mark.copied().unwrap_or(0).min(top)
     }
 
     /// A user has come, or left.
-    fn note_seen(&mut self, seat: &NodePresence) {
+    fn record_last_seen(&mut self, seat: &NodePresence) {
         if seat.connections > 0 {
-            self.seen.remove(&seat.user.id);
+            self.last_seen.remove(&seat.user.id);
             return;
         }
-        if self.seen.len() >= SEEN_MAX {
-            let mut times: Vec<UnixMillis> = self.seen.values().copied().collect();
+        if self.last_seen.len() >= LAST_SEEN_MAX {
+            let mut times: Vec<UnixMillis> = self.last_seen.values().copied().collect();
             times.sort_unstable();
             let half = times[times.len() / 2];
-            self.seen.retain(|_, active| *active > half);
+            self.last_seen.retain(|_, active| *active > half);
         }
-        self.seen.insert(seat.user.id.clone(), seat.active);
+        self.last_seen.insert(seat.user.id.clone(), seat.active);
     }
 
-    fn seat(&mut self, seat: NodePresence, now: Instant) -> Option<(RoomId, PresenceChange)> {
+    fn apply(&mut self, seat: NodePresence, now: Instant) -> Option<(RoomId, PresenceChange)> {
         let name = match &seat.scope {
             // Its node knows who is connected.
             PresenceScope::Cluster => {
-                self.note_seen(&seat);
+                self.record_last_seen(&seat);
                 return None;
             }
             PresenceScope::Room(room) => room.clone(),
@@ -168,7 +170,7 @@ impl StoreState {
         if room.present.users.is_empty() {
             room.since = seat.since;
         }
-        let change = room.present.take(seat);
+        let change = room.present.apply(seat);
         room.empty_since = room.present.users.is_empty().then_some(now);
         if room.empty_since.is_some() && room.record.is_none() {
             self.rooms.remove(&name);
@@ -177,7 +179,7 @@ impl StoreState {
     }
 
     /// `has_log`: whether something was said in the room.
-    fn admits(
+    fn check_conditions(
         &self,
         name: &RoomId,
         user: &UserId,
@@ -205,7 +207,7 @@ impl StoreState {
 }
 
 /// A room is no more: its owner has one less.
-fn disown(owned: &mut HashMap<UserId, usize>, room: &Room) {
+fn disown(owned: &mut HashMap<UserId, usize>, room: &RoomEntry) {
     let Some(record) = &room.record else { return };
     if let Some(count) = owned.get_mut(&record.owner) {
         *count -= 1;
@@ -215,8 +217,8 @@ fn disown(owned: &mut HashMap<UserId, usize>, room: &Room) {
     }
 }
 
-impl Room {
-    fn found(&self, room: RoomId) -> RoomSummary {
+impl RoomEntry {
+    fn summary(&self, room: RoomId) -> RoomSummary {
         let members = self.present.users.len() as u64;
         RoomSummary { room, config: self.record.clone(), members, since: self.since }
     }
@@ -228,11 +230,11 @@ impl MemoryBus {
     }
 
     fn top_and_deletion(&self, room: &RoomId) -> (Seq, u64) {
-        self.rooms.lock().logs.get(room).map_or((0, 0), |log| (log.top, log.deleted))
+        self.logs.lock().logs.get(room).map_or((0, 0), |log| (log.top, log.deleted))
     }
 
     /// What is passed on leaves under the lock, so that changes enter the mailbox in their order.
-    fn enter_now(
+    fn admit_now(
         &self,
         seat: NodePresence,
         rules: Option<&JoinConditions>,
@@ -240,8 +242,8 @@ impl MemoryBus {
     ) -> Result<JoinSnapshot, AdmitError> {
         let PresenceScope::Room(room) = seat.scope.clone() else {
             let status = RoomId::status_of(&seat.user.id);
-            self.store.lock().seat(seat, Instant::now());
-            if self.rooms.lock().subscribed.contains_key(&status) {
+            self.store.lock().apply(seat, Instant::now());
+            if self.logs.lock().subscribed.contains_key(&status) {
                 self.mailboxes.send_ephemeral(status, EphemeralEvent::Status);
             }
             return Ok(JoinSnapshot::default());
@@ -251,18 +253,18 @@ impl MemoryBus {
         let registered = &mut *self.store.lock();
         let made = rules.is_some() && top == 0 && !registered.rooms.contains_key(&room);
         if let Some(rules) = rules {
-            registered.admits(&room, &user, rules, top > 0)?;
+            registered.check_conditions(&room, &user, rules, top > 0)?;
         }
         // Who has kept to the rules is let in.
         let seat = NodePresence { admitted: seat.admitted || lets_in, ..seat };
-        if let Some((room, change)) = registered.seat(seat, Instant::now()) {
+        if let Some((room, change)) = registered.apply(seat, Instant::now()) {
             self.mailboxes.send_ephemeral(room, EphemeralEvent::Presence(change));
         }
         let present = registered.rooms.get(&room).map(|room| &room.present);
         Ok(JoinSnapshot {
             version: present.map(|present| present.version).unwrap_or_default(),
             count: present.map_or(0, |present| present.users.len() as u64),
-            read: registered.mark_of(&room, &user, top),
+            read: registered.read_mark_of(&room, &user, top),
             deleted,
             created: made,
         })
@@ -290,7 +292,7 @@ impl MemoryBus {
             if let Some(room) = registered.rooms.remove(room) {
                 disown(&mut registered.owned, &room);
             }
-            registered.marks.remove(room);
+            registered.read_marks.remove(room);
             self.mailboxes.send_ephemeral(
                 room.clone(),
                 EphemeralEvent::Closed { reason: RoomClosedReason::Deleted, by },
@@ -306,7 +308,7 @@ fn ready<T: Send + 'static>(value: T) -> BoxFuture<T> {
 }
 
 /// The keys behind `after` and not before `from`.
-fn behind<'a, K: Ord + Borrow<str>, V>(
+fn keys_after<'a, K: Ord + Borrow<str>, V>(
     map: &'a BTreeMap<K, V>,
     from: &str,
     after: &str,
@@ -318,7 +320,7 @@ fn behind<'a, K: Ord + Borrow<str>, V>(
 impl PresenceStore for MemoryBus {
     fn track(&self, seat: NodePresence) {
         // Without rules nobody is refused.
-        let _ = self.enter_now(seat, None, false);
+        let _ = self.admit_now(seat, None, false);
     }
 
     fn admit(
@@ -326,14 +328,14 @@ impl PresenceStore for MemoryBus {
         seat: NodePresence,
         rules: Option<JoinConditions>,
     ) -> BoxFuture<Result<JoinSnapshot, AdmitError>> {
-        ready(self.enter_now(seat, rules.as_ref(), true))
+        ready(self.admit_now(seat, rules.as_ref(), true))
     }
 
     fn snapshots(&self, rooms: Vec<RoomId>) -> BoxFuture<Result<Vec<PresenceSnapshot>, BusError>> {
         let registered = self.store.lock();
         let snapshot = |room| match registered.rooms.get(room) {
-            Some(Room { present, .. }) => present.snapshot(),
-            None => Present::default().snapshot(),
+            Some(RoomEntry { present, .. }) => present.snapshot(),
+            None => ScopePresence::default().snapshot(),
         };
         ready(Ok(rooms.iter().map(snapshot).collect()))
     }
@@ -346,9 +348,9 @@ impl PresenceStore for MemoryBus {
         let top = self.top(&room);
         let registered = self.store.lock();
         let mut details = PresenceDetails::default();
-        if let Some(Room { present, .. }) = registered.rooms.get(&room) {
+        if let Some(RoomEntry { present, .. }) = registered.rooms.get(&room) {
             details.version = present.version;
-            let detail = |user| present.detail(user, registered.mark_of(&room, user, top));
+            let detail = |user| present.detail(user, registered.read_mark_of(&room, user, top));
             details.users = users.iter().filter_map(detail).collect();
         }
         ready(Ok(details))
@@ -361,7 +363,7 @@ impl PresenceStore for MemoryBus {
     fn statuses(&self, users: Vec<UserId>) -> BoxFuture<Result<Vec<OnlineStatus>, BusError>> {
         let registered = self.store.lock();
         let status = |user| {
-            let active = registered.seen.get(user).copied();
+            let active = registered.last_seen.get(user).copied();
             OnlineStatus { online: false, active, complete: true }
         };
         ready(Ok(users.iter().map(status).collect()))
@@ -371,8 +373,8 @@ impl PresenceStore for MemoryBus {
         let top = self.top(&room);
         let registered = &mut *self.store.lock();
         let seq = seq.min(top);
-        if seq > registered.mark_of(&room, &user, top) {
-            let marks = registered.marks.entry(room.clone()).or_default();
+        if seq > registered.read_mark_of(&room, &user, top) {
+            let marks = registered.read_marks.entry(room.clone()).or_default();
             let marks_max = self.retention.limits.marks_max as usize;
             if marks.len() >= marks_max && !marks.contains_key(&user) {
                 self.mailboxes.metrics().storage_rejections.of(StorageLimit::ReadMarks).inc();
@@ -406,13 +408,13 @@ impl PresenceStore for MemoryBus {
         }
         owned.insert(record.owner.clone(), count + 1);
         let empty_since = Some(Instant::now());
-        rooms.insert(room, Room { record: Some(record), empty_since, ..Room::default() });
+        rooms.insert(room, RoomEntry { record: Some(record), empty_since, ..RoomEntry::default() });
         ready(Ok(CreateOutcome::Created))
     }
 
     fn find(&self, room: RoomId) -> BoxFuture<Result<Option<RoomSummary>, BusError>> {
         let registered = self.store.lock();
-        ready(Ok(registered.rooms.get(&room).map(|found| found.found(room))))
+        ready(Ok(registered.rooms.get(&room).map(|found| found.summary(room))))
     }
 
     fn list(
@@ -423,12 +425,12 @@ impl PresenceStore for MemoryBus {
         all: bool,
     ) -> BoxFuture<Result<RoomPage, BusError>> {
         let registered = self.store.lock();
-        let is_public = |room: &Room| room.record.as_ref().is_none_or(|record| record.public);
-        let mut rooms = behind(&registered.rooms, &prefix, &after)
+        let is_public = |room: &RoomEntry| room.record.as_ref().is_none_or(|record| record.public);
+        let mut rooms = keys_after(&registered.rooms, &prefix, &after)
             .take_while(|(name, _)| name.as_str().starts_with(&prefix))
             .filter(|(_, room)| all || is_public(room));
         let page = rooms.by_ref().take(limit);
-        let page: Vec<RoomSummary> = page.map(|(name, room)| room.found(name.clone())).collect();
+        let page: Vec<RoomSummary> = page.map(|(name, room)| room.summary(name.clone())).collect();
         let last = page.last().map(|found| found.room.to_string());
         let next = rooms.next().and(last);
         ready(Ok(RoomPage { rooms: page, next }))

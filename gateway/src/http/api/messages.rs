@@ -334,7 +334,7 @@ pub(super) async fn trail(
     let id: MessageId = name(&id)?;
     let user = query(asked)?.user.as_deref().map(name).transpose()?;
     let question = NodeQuery::Trail { id, user };
-    let (answers, outcome) = node.control.ask(question).await?;
+    let (answers, outcome) = node.control.query_nodes(question).await?;
     let nodes: Vec<serde_json::Value> =
         answers.iter().filter_map(|answer| serde_json::from_str(answer).ok()).collect();
     let knows = nodes

@@ -57,7 +57,7 @@ pub(super) struct Stats {
 
 /// What all nodes say of themselves, by id.
 pub(super) async fn ask(node: &Node) -> Result<Vec<NodeInfo>, Failed> {
-    let (answers, _) = node.control.ask(NodeQuery::Node).await?;
+    let (answers, _) = node.control.query_nodes(NodeQuery::Node).await?;
     let mut nodes: Vec<NodeInfo> =
         answers.iter().filter_map(|answer| serde_json::from_str(answer).ok()).collect();
     nodes.sort_unstable_by(|a, b| a.node.cmp(&b.node));
@@ -90,7 +90,7 @@ pub(super) async fn drain(
     if !ask(&node).await?.iter().any(|node| node.node == id.as_str()) {
         return Err(Failed::new(ErrorCode::NotFound, "no node of that id has answered"));
     }
-    Ok(Json(node.control.order(ControlCommand::Drain { node: id }).await?.into()))
+    Ok(Json(node.control.execute(ControlCommand::Drain { node: id }).await?.into()))
 }
 
 /// The cluster in numbers.

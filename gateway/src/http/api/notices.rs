@@ -199,7 +199,7 @@ pub(super) async fn broadcast(
     let id = MessageId::random();
     let timestamp = shared::timestamp(SystemTime::now());
     let order = ControlCommand::Broadcast { id, payload: payload.get().to_owned(), timestamp };
-    let outcome = node.control.order(order).await?;
+    let outcome = node.control.execute(order).await?;
     let (applied, nodes) = (outcome.applied, outcome.nodes);
     Ok((StatusCode::CREATED, Json(Sending { id: id.to_string(), applied, nodes })))
 }

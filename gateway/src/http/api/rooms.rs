@@ -390,5 +390,5 @@ pub(super) async fn remove(
     Path((room, member)): Path<(String, String)>,
 ) -> Result<Json<Outcome>, Failed> {
     let order = ControlCommand::Remove { room: name(&room)?, user: user(&member)? };
-    Ok(Json(node.control.order(order).await?.into()))
+    Ok(Json(node.control.execute(order).await?.into()))
 }

@@ -251,7 +251,7 @@ pub(super) async fn info(
     let mut user =
         User { online: status.online, last_active: status.active.map(at), ..User::default() };
     if status.online {
-        let (answers, _) = node.control.ask(NodeQuery::User { user: id }).await?;
+        let (answers, _) = node.control.query_nodes(NodeQuery::User { user: id }).await?;
         for here in answers.iter().filter_map(|answer| serde_json::from_str::<Here>(answer).ok()) {
             user.connections.extend(here.connections);
             user.rooms.extend(here.rooms);
