@@ -16,7 +16,7 @@ use shared::{
     client::{
         Client,
         api::{Event, Page, Settings, Start},
-        options::Options,
+        options::ConnectOptions,
     },
     ids::RoomId,
 };
@@ -192,7 +192,7 @@ impl Person {
         while Instant::now() < end {
             let urls = &self.args.url;
             let url = urls[self.number % urls.len()].clone();
-            let options = Options::to(url).user(format!("chat-{}", self.number));
+            let options = ConnectOptions::new(url).user(format!("chat-{}", self.number));
             let settings = Settings { urls: urls.clone(), ..Settings::default() };
             let (client, events) = Client::start(options, settings);
             let listener = listen(events, self.seen.clone());

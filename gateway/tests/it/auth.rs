@@ -7,7 +7,7 @@ use shared::{
     client::{
         connection::{Connection, Unexpected},
         frames,
-        options::{Options, Placement},
+        options::{ConnectOptions, TokenLocation},
     },
     error::ErrorCode,
     protocol::server_frame::{LeftReason, ServerFrame},
@@ -39,13 +39,13 @@ pub fn token(mut claims: Value, lives_s: i64) -> String {
 async fn a_token_may_stand_in_four_places() {
     let gateway = Gateway::start(&JWT).await;
     for placement in [
-        Placement::Query,
-        Placement::Header,
-        Placement::Cookie("token".into()),
-        Placement::Subprotocol,
+        TokenLocation::Query,
+        TokenLocation::Header,
+        TokenLocation::Cookie("token".into()),
+        TokenLocation::Subprotocol,
     ] {
         let token = token(json!({"sub": "ann", "name": "Ann"}), 60);
-        let options = Options::to(gateway.url("/ws")).token(token, placement.clone());
+        let options = ConnectOptions::new(gateway.url("/ws")).token(token, placement.clone());
         let mut ann = Connection::open(&options).await.unwrap();
         let connected = ann.expect_connected().await.unwrap();
         assert_eq!(connected.user.id.as_str(), "ann", "{placement:?}");
@@ -57,28 +57,28 @@ async fn a_token_may_stand_in_four_places() {
 #[tokio::test]
 async fn a_bad_token_is_told_by_a_close_and_is_not_mended_by_another() {
     let gateway = Gateway::start(&JWT).await;
-    let refusal = async |options: Options| {
+    let refusal = async |options: ConnectOptions| {
         let mut connection = Connection::open(&options).await.unwrap();
         closed(&mut connection).await
     };
     let url = gateway.url("/ws");
     let policy = |reason: &str| (Some(1008), reason.to_owned());
-    assert_eq!(refusal(Options::to(&url)).await, policy("token_missing"));
+    assert_eq!(refusal(ConnectOptions::new(&url)).await, policy("token_missing"));
     let old = token(json!({"sub": "ann"}), -5);
-    let old = Options::to(&url).token(old, Placement::Query);
+    let old = ConnectOptions::new(&url).token(old, TokenLocation::Query);
     assert_eq!(refusal(old).await, policy("token_expired"));
     for not_for_now in [json!({"sub": "ann", "nbf": now() + 60}), json!({"sub": "ann", "aud": "x"})]
     {
-        let bad = Options::to(&url).token(token(not_for_now, 60), Placement::Header);
+        let bad = ConnectOptions::new(&url).token(token(not_for_now, 60), TokenLocation::Header);
         assert_eq!(refusal(bad).await, policy("token_invalid"));
     }
     let good = token(json!({"sub": "ann"}), 60);
-    let mut both = Options::to(&url).token(good, Placement::Header);
+    let mut both = ConnectOptions::new(&url).token(good, TokenLocation::Header);
     both.query.push(("token".into(), "bad".into()));
     assert_eq!(refusal(both).await, policy("token_invalid"));
     // In jwt mode nobody is who they say, also where a cluster may be anonymous.
     let open = Gateway::start(&[&JWT[..], &[("auth.allow_anonymous", "true")]].concat()).await;
-    let anonymous = Options::to(open.url("/ws")).user("ann");
+    let anonymous = ConnectOptions::new(open.url("/ws")).user("ann");
     assert_eq!(refusal(anonymous).await, policy("token_missing"));
 }
 
@@ -86,7 +86,7 @@ async fn a_bad_token_is_told_by_a_close_and_is_not_mended_by_another() {
 async fn an_anonymous_user_with_a_bad_id_is_refused() {
     let gateway = Gateway::start(&[]).await;
     for bad in ["a b", "_api", ""] {
-        let options = Options::to(gateway.url("/ws")).user(bad);
+        let options = ConnectOptions::new(gateway.url("/ws")).user(bad);
         let mut connection = Connection::open(&options).await.unwrap();
         assert_eq!(closed(&mut connection).await, (Some(1008), "user_invalid".into()), "{bad:?}");
     }
@@ -97,7 +97,7 @@ async fn a_connection_ends_with_its_token() {
     let gateway = Gateway::start(&[&JWT[..], &[("auth.leeway", "1s")]].concat()).await;
     let ends = now() + 2;
     let token = token(json!({"sub": "ann"}), 2);
-    let options = Options::to(gateway.url("/ws")).token(token, Placement::Query);
+    let options = ConnectOptions::new(gateway.url("/ws")).token(token, TokenLocation::Query);
     let mut ann = Connection::open(&options).await.unwrap();
     // The client hears of the end that the token has; the gateway's clock may differ from the issuer's.
     let told = ann.expect_connected().await.unwrap().expires_at.unwrap();
@@ -152,8 +152,8 @@ async fn cookies_of_a_page_from_anywhere_say_nothing() {
         (Some("null"), Err("token_missing")),
     ] {
         let token = token(json!({"sub": "ann"}), 60);
-        let mut options = Options::to(gateway.url("/ws"));
-        options = options.token(token, Placement::Cookie("token".into()));
+        let mut options = ConnectOptions::new(gateway.url("/ws"));
+        options = options.token(token, TokenLocation::Cookie("token".into()));
         options.origin = origin.map(str::to_owned);
         let mut connection = Connection::open(&options).await.unwrap();
         match expected {
@@ -171,7 +171,7 @@ async fn a_token_that_may_only_read_deletes_no_room() {
     let gateway = Gateway::start(&JWT).await;
     let connect = async |rooms: Value| {
         let token = token(json!({"sub": "ann", "rooms": rooms}), 60);
-        let options = Options::to(gateway.url("/ws")).token(token, Placement::Header);
+        let options = ConnectOptions::new(gateway.url("/ws")).token(token, TokenLocation::Header);
         let mut ann = Connection::open(&options).await.unwrap();
         ann.expect_connected().await.unwrap();
         ann
@@ -193,7 +193,8 @@ async fn a_token_that_may_only_read_deletes_no_room() {
 async fn a_token_opens_the_rooms_it_names() {
     let gateway = Gateway::start(&JWT).await;
     let claims = json!({"sub": "ann", "rooms": {"team:*": "rw", "news": "r"}});
-    let options = Options::to(gateway.url("/ws")).token(token(claims, 60), Placement::Header);
+    let options =
+        ConnectOptions::new(gateway.url("/ws")).token(token(claims, 60), TokenLocation::Header);
     let mut ann = Connection::open(&options).await.unwrap();
     ann.expect_connected().await.unwrap();
     ann.join(&room("team:dev")).await.unwrap();
@@ -213,7 +214,7 @@ async fn a_token_opens_the_rooms_it_names() {
 async fn another_token_holds_at_once_and_a_bad_one_changes_nothing() {
     let gateway = Gateway::start(&JWT).await;
     let first = token(json!({"sub": "ann", "rooms": {"a": "rw", "b": "rw"}}), 3);
-    let options = Options::to(gateway.url("/ws")).token(first, Placement::Query);
+    let options = ConnectOptions::new(gateway.url("/ws")).token(first, TokenLocation::Query);
     let mut ann = Connection::open(&options).await.unwrap();
     ann.expect_connected().await.unwrap();
     for name in ["a", "b"] {

@@ -5,7 +5,7 @@ use shared::{
     client::{
         connection::{Connection, Received},
         frames,
-        options::Options,
+        options::ConnectOptions,
     },
     error::ErrorCode,
     ids::MessageId,
@@ -47,7 +47,8 @@ async fn a_message_reaches_every_member_and_its_sender() {
 #[tokio::test]
 async fn a_join_and_its_messages_may_come_in_one_burst() {
     let gateway = Gateway::start(&[]).await;
-    let mut ann = Connection::open(&Options::to(gateway.url("/ws")).user("ann")).await.unwrap();
+    let mut ann =
+        Connection::open(&ConnectOptions::new(gateway.url("/ws")).user("ann")).await.unwrap();
     for frame in [
         r#"{"type":"join","room":"r","ref":1}"#,
         r#"{"type":"message","room":"r","content":"a","ref":2}"#,
@@ -310,7 +311,7 @@ async fn a_room_may_stand_in_the_path() {
     }
     let since = format!("/ws/rooms/lobby?since={epoch}:3");
     for (path, history) in [("/ws/rooms/lobby?history=2", 2), (since.as_str(), 2)] {
-        let mut bob = Connection::open(&Options::to(gateway.url(path))).await.unwrap();
+        let mut bob = Connection::open(&ConnectOptions::new(gateway.url(path))).await.unwrap();
         bob.expect_connected().await.unwrap();
         let ServerFrame::Joined(joined) = bob.next_frame().await.unwrap() else {
             panic!("not joined")
@@ -318,7 +319,7 @@ async fn a_room_may_stand_in_the_path() {
         assert_eq!(joined.history.len(), history, "{path}");
     }
     for path in ["/ws/rooms/a%20b", "/ws/rooms/lobby?history=x", "/ws/rooms/lobby?since=x"] {
-        let mut bob = Connection::open(&Options::to(gateway.url(path))).await.unwrap();
+        let mut bob = Connection::open(&ConnectOptions::new(gateway.url(path))).await.unwrap();
         bob.expect_connected().await.unwrap();
         assert!(matches!(bob.next_frame().await.unwrap(), ServerFrame::Error(_)), "{path}");
         assert_eq!(closed(&mut bob).await, (Some(1008), "bad_request".to_owned()), "{path}");
@@ -351,8 +352,10 @@ async fn ping_is_answered_and_the_heartbeat_finds_the_dead() {
         }
     }
     // A peer that never answers.
-    let silent =
-        Options { query: vec![("ping".into(), "json".into())], ..Options::to(gateway.url("/ws")) };
+    let silent = ConnectOptions {
+        query: vec![("ping".into(), "json".into())],
+        ..ConnectOptions::new(gateway.url("/ws"))
+    };
     let mut silent = Connection::open(&silent).await.unwrap();
     silent.expect_connected().await.unwrap();
     let ServerFrame::Ping(_) = silent.next_frame().await.unwrap() else { panic!("no ping") };

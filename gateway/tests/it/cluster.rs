@@ -12,7 +12,7 @@ use shared::{
         Client,
         api::{Event, Settings, Start},
         frames,
-        options::Options,
+        options::ConnectOptions,
     },
     ids::{MessageId, RoomId},
     position::Seq,
@@ -83,7 +83,7 @@ pub struct Witness {
 
 impl Witness {
     pub fn start(urls: Vec<String>, user: &str) -> Self {
-        let options = Options::to(urls[0].clone()).user(user);
+        let options = ConnectOptions::new(urls[0].clone()).user(user);
         let settings = Settings {
             urls,
             backoff_base: Duration::from_millis(50),

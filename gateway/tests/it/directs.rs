@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use shared::{
     client::{
         connection::{Connection, Received},
-        options::Options,
+        options::ConnectOptions,
     },
     error::ErrorCode,
     ids::MessageId,
@@ -36,10 +36,10 @@ impl Device {
         world: &World,
         node: usize,
         user: &str,
-        and: impl FnOnce(&mut Options),
+        and: impl FnOnce(&mut ConnectOptions),
     ) -> Self {
         let url = world.nodes[node % world.nodes.len()].url("/ws");
-        let mut options = Options::to(url).user(user);
+        let mut options = ConnectOptions::new(url).user(user);
         and(&mut options);
         let mut connection = Connection::open(&options).await.unwrap();
         let connected = connection.expect_connected().await.unwrap();
@@ -530,7 +530,7 @@ async fn a_session_is_resumed_on_any_node_with_its_user_and_data() {
         drop(ann);
         // The user is the session's where the client does not say who it is.
         let url = world.nodes[world.nodes.len() - 1].url("/ws");
-        let mut options = Options::to(url);
+        let mut options = ConnectOptions::new(url);
         options.session = Some(token.clone());
         let mut connection = Connection::open(&options).await.unwrap();
         let connected = connection.expect_connected().await.unwrap();
@@ -550,9 +550,9 @@ async fn the_name_of_a_session_is_kept_however_often_it_is_resumed() {
         let token = ann.connected.session.clone();
         drop(ann);
         for node in 0..3 {
-            let options = Options {
+            let options = ConnectOptions {
                 session: Some(token.clone()),
-                ..Options::to(world.nodes[node % world.nodes.len()].url("/ws"))
+                ..ConnectOptions::new(world.nodes[node % world.nodes.len()].url("/ws"))
             };
             let mut connection = Connection::open(&options).await.unwrap();
             let connected = connection.expect_connected().await.unwrap();
@@ -648,7 +648,10 @@ async fn a_session_token_that_does_not_count_makes_a_new_session() {
         let mut forged = token.clone().into_bytes();
         forged[3] = if forged[3] == b'A' { b'B' } else { b'A' };
         for bad in ["nonsense".to_owned(), String::from_utf8(forged).unwrap()] {
-            let options = Options { session: Some(bad), ..Options::to(world.nodes[0].url("/ws")) };
+            let options = ConnectOptions {
+                session: Some(bad),
+                ..ConnectOptions::new(world.nodes[0].url("/ws"))
+            };
             let mut connection = Connection::open(&options).await.unwrap();
             let connected = connection.expect_connected().await.unwrap();
             assert!(!connected.resumed && connected.user.id.as_str().starts_with("guest-"));
@@ -687,7 +690,7 @@ async fn frames_of_the_inbox_that_are_not_right_are_refused_and_the_connection_l
         say(&mut ann.connection, &room("r"), "here").await;
         assert_eq!(next_message(&mut ann.connection).await.content, json!("here"));
         let url = world.nodes[0].url("/ws?inbox=nonsense");
-        let mut connection = Connection::open(&Options::to(url)).await.unwrap();
+        let mut connection = Connection::open(&ConnectOptions::new(url)).await.unwrap();
         connection.expect_connected().await.unwrap();
         let code = heard(&mut connection, |frame| match frame {
             ServerFrame::Error(refusal) => Some(refusal.code),

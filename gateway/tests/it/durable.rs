@@ -35,7 +35,7 @@ async fn code_of(connection: &mut Connection, to: &str, content: &str) -> ErrorC
 /// The oldest entry kept and the newest of a user's inbox, and what is unread, as a new connection is told.
 async fn inbox_of(world: &World, user: &str) -> (u64, u64, u64) {
     let url = format!("ws://{}/ws", world.nodes[0].address);
-    let options = shared::client::options::Options::to(url).user(user);
+    let options = shared::client::options::ConnectOptions::new(url).user(user);
     let mut connection = Connection::open(&options).await.unwrap();
     let inbox = connection.expect_connected().await.unwrap().inbox;
     (inbox.oldest, inbox.seq, inbox.unread)
@@ -278,7 +278,7 @@ impl Flood {
                 _ => attacker.clone(),
             };
             let url = format!("ws://{address}/ws");
-            let options = shared::client::options::Options::to(url).user(&user);
+            let options = shared::client::options::ConnectOptions::new(url).user(&user);
             // It may be refused, as newcomers may be.
             let Ok(mut connection) = Connection::open(&options).await else { continue };
             if connection.expect_connected().await.is_err() {

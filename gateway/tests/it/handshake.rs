@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use shared::client::{connection::Connection, options::Options};
+use shared::client::{connection::Connection, options::ConnectOptions};
 
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -205,7 +205,7 @@ async fn a_header_that_is_too_large_is_refused_and_the_node_lives() {
 async fn echo_says_back_what_it_hears() {
     use shared::client::connection::Received;
     let gateway = Gateway::start(&[]).await;
-    let mut echo = Connection::open(&Options::to(gateway.url("/ws/echo"))).await.unwrap();
+    let mut echo = Connection::open(&ConnectOptions::new(gateway.url("/ws/echo"))).await.unwrap();
     echo.send_text("hello").await.unwrap();
     let Received::Text(text) = echo.next().await.unwrap() else { panic!("not a text") };
     assert_eq!(text, "Echo: hello");
@@ -215,7 +215,7 @@ async fn echo_says_back_what_it_hears() {
     assert_eq!(crate::harness::closed(&mut echo).await.0, Some(1000));
 
     let verbatim = Gateway::start(&[("server.echo", "verbatim")]).await;
-    let mut echo = Connection::open(&Options::to(verbatim.url("/ws/echo"))).await.unwrap();
+    let mut echo = Connection::open(&ConnectOptions::new(verbatim.url("/ws/echo"))).await.unwrap();
     echo.send_text("bye").await.unwrap();
     assert!(matches!(echo.next().await.unwrap(), Received::Text(text) if text == "bye"));
 
@@ -232,7 +232,7 @@ async fn silent_connections_of_one_address_do_not_keep_others_out() {
     for _ in 0..1000 {
         silent.push(TcpStream::connect(gateway.address).await.unwrap());
     }
-    let mut options = Options::to(gateway.url("/ws"));
-    options.local = Some([127, 0, 0, 2].into());
+    let mut options = ConnectOptions::new(gateway.url("/ws"));
+    options.local_address = Some([127, 0, 0, 2].into());
     Connection::open(&options).await.unwrap();
 }

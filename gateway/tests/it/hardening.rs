@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use shared::client::{connection::Connection, options::Options};
+use shared::client::{connection::Connection, options::ConnectOptions};
 use tokio::{
     io::AsyncWriteExt as _,
     net::{TcpSocket, TcpStream},
@@ -192,7 +192,7 @@ async fn without_descriptors_it_serves_those_it_has_and_takes_others_later() {
     let mut ann = connect(node.address, "ann").await;
     ann.join(&lobby).await.unwrap();
     let mut others = vec![];
-    let options = Options::to(format!("ws://{}/ws", node.address));
+    let options = ConnectOptions::new(format!("ws://{}/ws", node.address));
     let limit = Duration::from_secs(1);
     while let Ok(other) = tokio::time::timeout(limit, Connection::open(&options)).await {
         others.push(other.unwrap());

@@ -27,7 +27,7 @@ use shared::{
     client::{
         connection::{Connection, Received},
         frames,
-        options::Options,
+        options::ConnectOptions,
     },
     ids::{MessageId, RoomId},
     protocol::server_frame::{AckFrame, MessageFrame, ServerFrame},
@@ -121,7 +121,7 @@ impl Gateway {
 
 /// A connection to `/ws` at `address` as `user`, behind `connected`.
 pub async fn connect(address: SocketAddr, user: &str) -> Connection {
-    let options = Options::to(format!("ws://{address}/ws")).user(user);
+    let options = ConnectOptions::new(format!("ws://{address}/ws")).user(user);
     let mut connection = Connection::open(&options).await.unwrap();
     connection.expect_connected().await.unwrap();
     connection

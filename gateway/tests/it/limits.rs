@@ -5,7 +5,7 @@ use shared::{
     client::{
         connection::{Connection, Unexpected},
         frames,
-        options::{OpenError, Options},
+        options::{ConnectError, ConnectOptions},
     },
     error::ErrorCode,
     protocol::server_frame::ServerFrame,
@@ -22,8 +22,8 @@ use crate::{
 };
 
 async fn http_refusal(url: &str) -> (u16, bool) {
-    match Connection::open(&Options::to(url)).await {
-        Err(OpenError::Http { status, retry_after, .. }) => (status, retry_after.is_some()),
+    match Connection::open(&ConnectOptions::new(url)).await {
+        Err(ConnectError::Http { status, retry_after, .. }) => (status, retry_after.is_some()),
         other => panic!("expected a refusal, got {other:?}"),
     }
 }
@@ -232,7 +232,8 @@ async fn connections_of_a_user_and_of_an_address_are_limited() {
         Gateway::start(&[("limits.connections_per_user", "1"), ("limits.connections_per_ip", "3")])
             .await;
     let first = gateway.connect("ann").await;
-    let mut second = Connection::open(&Options::to(gateway.url("/ws")).user("ann")).await.unwrap();
+    let mut second =
+        Connection::open(&ConnectOptions::new(gateway.url("/ws")).user("ann")).await.unwrap();
     assert_eq!(closed(&mut second).await, (Some(1008), "too_many_connections".into()));
     drop(second);
     let _bob = gateway.connect("bob").await;
@@ -245,7 +246,7 @@ async fn connections_of_a_user_and_of_an_address_are_limited() {
     assert_eq!(http_refusal(&gateway.url("/ws")).await, (429, true));
     drop(first);
     until("ann's place is free", async || {
-        Connection::open(&Options::to(gateway.url("/ws")).user("ann")).await.is_ok()
+        Connection::open(&ConnectOptions::new(gateway.url("/ws")).user("ann")).await.is_ok()
     })
     .await;
 }
@@ -274,7 +275,7 @@ async fn only_a_trusted_proxy_names_the_address_of_a_client() {
     let limits = [("limits.connections_per_ip", "1"), ("server.trusted_proxies", "127.0.0.0/8")];
     let gateway = Gateway::start(&limits).await;
     let from = async |address: &str| {
-        let mut options = Options::to(gateway.url("/ws"));
+        let mut options = ConnectOptions::new(gateway.url("/ws"));
         options.headers.push(("X-Forwarded-For".into(), address.into()));
         Connection::open(&options).await
     };
@@ -284,7 +285,7 @@ async fn only_a_trusted_proxy_names_the_address_of_a_client() {
 
     let gateway = Gateway::start(&limits[..1]).await;
     let _a = gateway.connect("a").await;
-    let mut forged = Options::to(gateway.url("/ws"));
+    let mut forged = ConnectOptions::new(gateway.url("/ws"));
     forged.headers.push(("X-Forwarded-For".into(), "192.0.2.9".into()));
     assert!(Connection::open(&forged).await.is_err());
 }

@@ -6,7 +6,7 @@ use shared::{
     client::{
         connection::{Connection, Received},
         frames,
-        options::Options,
+        options::ConnectOptions,
     },
     error::ErrorCode,
     position::Position,
@@ -168,7 +168,7 @@ async fn a_protected_room_is_joined_with_its_password_only() {
         for (query, code) in [("password=sesame", None), ("password=x", Some("wrong_password"))] {
             let node = world.nodes.last().unwrap();
             let url = node.url(&format!("/ws/rooms/vault?{query}"));
-            let mut cat = Connection::open(&Options::to(url).user("cat")).await.unwrap();
+            let mut cat = Connection::open(&ConnectOptions::new(url).user("cat")).await.unwrap();
             cat.expect_connected().await.unwrap();
             let frame = cat.next_frame().await.unwrap();
             match code {

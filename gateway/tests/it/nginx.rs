@@ -5,7 +5,7 @@ use std::{collections::HashMap, net::SocketAddr, time::Duration};
 
 use shared::client::{
     connection::Connection,
-    options::{OpenError, Options},
+    options::{ConnectError, ConnectOptions},
 };
 use tokio::time::Instant;
 
@@ -38,8 +38,11 @@ impl Cluster {
         Self { nodes, nginx: Nginx::start(&addresses).await, redis }
     }
 
-    async fn try_connect(&self, change: impl Fn(&mut Options)) -> Result<Client, OpenError> {
-        let mut options = Options::to(format!("ws://{}/ws", self.nginx.address));
+    async fn try_connect(
+        &self,
+        change: impl Fn(&mut ConnectOptions),
+    ) -> Result<Client, ConnectError> {
+        let mut options = ConnectOptions::new(format!("ws://{}/ws", self.nginx.address));
         change(&mut options);
         let mut connection = Connection::open(&options).await?;
         let connected = connection.expect_connected().await.unwrap();
@@ -47,7 +50,7 @@ impl Cluster {
         Ok(Client { _connection: connection, node, route: connected.route })
     }
 
-    async fn connect(&self, change: impl Fn(&mut Options)) -> Client {
+    async fn connect(&self, change: impl Fn(&mut ConnectOptions)) -> Client {
         within(self.try_connect(change)).await.unwrap()
     }
 
@@ -68,11 +71,11 @@ fn spread(clients: &[Client]) -> HashMap<&str, usize> {
     spread
 }
 
-fn with_cookie(route: &str) -> impl Fn(&mut Options) {
+fn with_cookie(route: &str) -> impl Fn(&mut ConnectOptions) {
     move |options| options.headers.push(("Cookie".into(), format!("gw_node={route}")))
 }
 
-fn with_query(route: &str) -> impl Fn(&mut Options) {
+fn with_query(route: &str) -> impl Fn(&mut ConnectOptions) {
     move |options| options.node = Some(route.to_owned())
 }
 
@@ -89,7 +92,7 @@ async fn new_clients_are_spread_and_returning_ones_come_back() {
     }
     // The query outranks the cookie, and what names no node is a new client.
     let [a, b] = [0, 1].map(|i| clients[i].route.clone());
-    let both = |options: &mut Options| {
+    let both = |options: &mut ConnectOptions| {
         with_cookie(&a)(options);
         with_query(&b)(options);
     };
@@ -107,9 +110,10 @@ async fn clients_of_a_killed_node_are_elsewhere_within_3_s_and_an_empty_node_get
     cluster.nodes[1].process.kill().await;
     let mut slowest = Duration::ZERO;
     for client in &lost {
-        for change in
-            [&with_cookie(&client.route) as &dyn Fn(&mut Options), &with_query(&client.route)]
-        {
+        for change in [
+            &with_cookie(&client.route) as &dyn Fn(&mut ConnectOptions),
+            &with_query(&client.route),
+        ] {
             let begun = Instant::now();
             assert_ne!(cluster.connect(change).await.node, "n1");
             slowest = slowest.max(begun.elapsed());

@@ -8,7 +8,7 @@ use shared::{
     client::{
         connection::{Connection, Received, Unexpected},
         frames,
-        options::Options,
+        options::ConnectOptions,
     },
     error::ErrorCode,
     ids::RoomId,
@@ -559,7 +559,7 @@ async fn the_members_of_a_killed_node_leave_once_everywhere() {
     let mut gone = Vec::new();
     for number in 0..1000 {
         let url = format!("ws://{}/ws", killed.address);
-        let options = Options::to(url).user(format!("u{number}"));
+        let options = ConnectOptions::new(url).user(format!("u{number}"));
         let mut connection = Connection::open(&options).await.unwrap();
         connection.expect_connected().await.unwrap();
         connection.join(&rooms[number % rooms.len()]).await.unwrap();

@@ -6,7 +6,7 @@ use futures_util::future::join_all;
 use shared::{
     client::{
         connection::{Connection, Received},
-        options::Options,
+        options::ConnectOptions,
     },
     protocol::server_frame::{ReconnectFrame, ReconnectReason, ServerFrame},
 };
@@ -32,7 +32,7 @@ async fn sigterm_sends_clients_elsewhere_and_ends_with_0() {
     until("not ready", async || get(node.address, "/ready").await.status == 503).await;
     let ready = get(node.address, "/ready").await;
     assert_eq!(ready.body, r#"{"failing":["drain"],"status":"unavailable"}"#);
-    let late = Options::to(format!("ws://{}/ws", node.address));
+    let late = ConnectOptions::new(format!("ws://{}/ws", node.address));
     let refused = Connection::open(&late).await;
     assert!(refused.is_err(), "a new client was taken");
     // Who is here is served until the end, and told where to go.

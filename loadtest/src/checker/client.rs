@@ -12,7 +12,7 @@ use shared::{
     client::{
         connection::{Connection, Received},
         frames,
-        options::Options,
+        options::ConnectOptions,
     },
     ids::{MessageId, RoomId},
     position::Position,
@@ -125,8 +125,8 @@ impl TestClient {
                 return;
             }
             let url = self.profile.urls[at % self.profile.urls.len()].clone();
-            let mut options = Options::to(url).user(self.profile.user.clone());
-            options.open_wait = Duration::from_secs(1);
+            let mut options = ConnectOptions::new(url).user(self.profile.user.clone());
+            options.connect_timeout = Duration::from_secs(1);
             if let Ok(mut connection) = Connection::open(&options).await {
                 let mut is_connected = false;
                 self.run_connection(&mut connection, &mut is_connected).await;

@@ -8,7 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use serde_json::Value;
 
-use super::{backoff, options::OpenError};
+use super::{backoff, options::ConnectError};
 use crate::{
     ids::{ConnectionId, MessageId, NodeId, RoomId},
     position::{Epoch, Position, Seq},
@@ -354,7 +354,7 @@ pub enum Event {
         /// Where.
         url: String,
         /// Why.
-        error: OpenError,
+        error: ConnectError,
         /// When the next attempt is made; `None` where none is.
         retry_in: Option<Duration>,
     },

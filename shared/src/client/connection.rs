@@ -36,7 +36,7 @@ use tokio_tungstenite::{
 
 use super::{
     frames,
-    options::{OpenError, Options, text_of},
+    options::{ConnectError, ConnectOptions, text_of},
 };
 use crate::{
     codec::Opcode,
@@ -118,9 +118,9 @@ impl Connection {
     ///
     /// # Errors
     ///
-    /// [`OpenError`]. A gateway also refuses after the handshake, by a close code: see
+    /// [`ConnectError`]. A gateway also refuses after the handshake, by a close code: see
     /// [`Connection::next`].
-    pub async fn open(options: &Options) -> Result<Self, OpenError> {
+    pub async fn open(options: &ConnectOptions) -> Result<Self, ConnectError> {
         let uri = options.uri()?;
         let request = options.request(uri.clone())?;
         let config = WebSocketConfig::default()
@@ -129,18 +129,18 @@ impl Connection {
             .max_message_size(Some(options.message_bytes_max))
             .max_frame_size(Some(options.message_bytes_max));
         let opening = async {
-            let stream = connect(&uri, options.local).await?;
+            let stream = connect(&uri, options.local_address).await?;
             stream.set_nodelay(true)?;
             let local = stream.local_addr()?;
             let handshake = client_async_with_config(request, stream, Some(config));
-            let (socket, response) = handshake.await.map_err(OpenError::from_handshake)?;
+            let (socket, response) = handshake.await.map_err(ConnectError::from_handshake)?;
             let headers = response.headers().clone();
             let passed_over = VecDeque::new();
             Ok(Self { socket, headers, local, passed_over, next_reference: 1, closed: None })
         };
-        match timeout(options.open_wait, Box::pin(opening)).await {
+        match timeout(options.connect_timeout, Box::pin(opening)).await {
             Ok(opened) => opened,
-            Err(_) => Err(OpenError::TimedOut(options.open_wait)),
+            Err(_) => Err(ConnectError::TimedOut(options.connect_timeout)),
         }
     }
 

@@ -22,7 +22,7 @@ use self::{
         Content, Event, HistoryError, HistoryPage, JoinError, JoinInfo, LeaveError, Page,
         SendError, SendOptions, Sent, Settings, Start,
     },
-    options::Options,
+    options::ConnectOptions,
     room::Pending,
     state::calls::Command,
     task::Task,
@@ -64,7 +64,7 @@ impl Client {
     /// # Panics
     ///
     /// Outside a tokio runtime, and where a limit of `settings` is 0.
-    pub fn start(options: Options, settings: Settings) -> (Self, mpsc::Receiver<Event>) {
+    pub fn start(options: ConnectOptions, settings: Settings) -> (Self, mpsc::Receiver<Event>) {
         let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
         let (events, outbox) = mpsc::channel(settings.events_max);
         let (closing, close) = watch::channel(false);
@@ -182,7 +182,7 @@ impl Client {
         let _ = self.commands.send(Command::Seen(seq)).await;
     }
 
-    /// Replaces the token of [`Options`] for the connections to come. A client whose token has
+    /// Replaces the token of [`ConnectOptions`] for the connections to come. A client whose token has
     /// expired connects again with it.
     pub async fn set_token(&self, token: impl Into<String>) {
         // A client that has ended needs none.

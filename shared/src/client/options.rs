@@ -13,12 +13,12 @@ use tokio_tungstenite::tungstenite::{
 
 use crate::{SUBPROTOCOL, position::Position};
 
-/// How long opening may take, unless [`Options`] say otherwise.
-pub const OPEN_WAIT: Duration = Duration::from_secs(10);
+/// How long opening may take, unless [`ConnectOptions`] say otherwise.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Where to connect and as whom.
 #[derive(Clone, Debug)]
-pub struct Options {
+pub struct ConnectOptions {
     /// `ws://host:port/ws`, `…/ws/rooms/{room}` or `…/ws/echo`; a query is kept.
     pub url: String,
     /// `?user=`
@@ -34,7 +34,7 @@ pub struct Options {
     /// More of the query, such as `since` or `ping`.
     pub query: Vec<(String, String)>,
     /// The token, and where it is put.
-    pub token: Option<Token>,
+    pub token: Option<AuthToken>,
     /// What is offered in `Sec-WebSocket-Protocol`, before a token that goes there.
     pub subprotocols: Vec<String>,
     /// `Origin`, as a browser would send it.
@@ -42,25 +42,25 @@ pub struct Options {
     /// More headers. One that the handshake has anyway is replaced.
     pub headers: Vec<(String, String)>,
     /// The address to connect from.
-    pub local: Option<IpAddr>,
+    pub local_address: Option<IpAddr>,
     /// The largest message taken from the server.
     pub message_bytes_max: usize,
     /// How long opening may take: name, TCP and handshake together.
-    pub open_wait: Duration,
+    pub connect_timeout: Duration,
 }
 
 /// A token and where it is put.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Token {
+pub struct AuthToken {
     /// The token itself.
     pub token: String,
     /// Where it is put.
-    pub placement: Placement,
+    pub location: TokenLocation,
 }
 
 /// Where a token is put.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Placement {
+pub enum TokenLocation {
     /// `?token=`
     Query,
     /// `Authorization: Bearer`
@@ -72,24 +72,24 @@ pub enum Placement {
 }
 
 // Not derived, so that tokens stay out of logs.
-impl fmt::Debug for Token {
+impl fmt::Debug for AuthToken {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Token").field("placement", &self.placement).finish_non_exhaustive()
+        f.debug_struct("Token").field("placement", &self.location).finish_non_exhaustive()
     }
 }
 
 /// Why no connection came to be.
 #[derive(Debug, thiserror::Error)]
-pub enum OpenError {
+pub enum ConnectError {
     /// The URL is none of `ws://`. TLS is left to a proxy.
     #[error("`{url}` is no URL of the form ws://host[:port]/path")]
-    Url {
+    InvalidUrl {
         /// The URL.
         url: String,
     },
     /// A header, cookie or subprotocol holds what HTTP does not allow.
     #[error("`{name}` holds what a header may not")]
-    Header {
+    InvalidHeader {
         /// The header.
         name: String,
     },
@@ -112,14 +112,14 @@ pub enum OpenError {
     /// The network failed.
     #[error("{0}")]
     Io(#[from] io::Error),
-    /// It took longer than [`Options::open_wait`].
+    /// It took longer than [`ConnectOptions::connect_timeout`].
     #[error("no handshake within {0:?}")]
     TimedOut(Duration),
 }
 
-impl Options {
+impl ConnectOptions {
     /// Options for `url`, offering `chat.v1`, as nobody in particular.
-    pub fn to(url: impl Into<String>) -> Self {
+    pub fn new(url: impl Into<String>) -> Self {
         Self {
             url: url.into(),
             user: None,
@@ -132,9 +132,9 @@ impl Options {
             subprotocols: vec![SUBPROTOCOL.to_owned()],
             origin: None,
             headers: Vec::new(),
-            local: None,
+            local_address: None,
             message_bytes_max: 64 * 1024 * 1024,
-            open_wait: OPEN_WAIT,
+            connect_timeout: CONNECT_TIMEOUT,
         }
     }
 
@@ -145,13 +145,13 @@ impl Options {
     }
 
     /// The same with a token.
-    pub fn token(mut self, token: impl Into<String>, placement: Placement) -> Self {
-        self.token = Some(Token { token: token.into(), placement });
+    pub fn token(mut self, token: impl Into<String>, placement: TokenLocation) -> Self {
+        self.token = Some(AuthToken { token: token.into(), location: placement });
         self
     }
 
-    pub(super) fn uri(&self) -> Result<Uri, OpenError> {
-        let bad = || OpenError::Url { url: self.url.clone() };
+    pub(super) fn uri(&self) -> Result<Uri, ConnectError> {
+        let bad = || ConnectError::InvalidUrl { url: self.url.clone() };
         let mut url = self.url.clone();
         let mut add = |name: &str, value: &str| {
             url.push(if url.contains('?') { '&' } else { '?' });
@@ -159,7 +159,7 @@ impl Options {
             url.push('=');
             url.push_str(&percent_encode(value));
         };
-        let token = self.token.as_ref().filter(|token| token.placement == Placement::Query);
+        let token = self.token.as_ref().filter(|token| token.location == TokenLocation::Query);
         let inbox = self.inbox.as_ref().map(Position::to_string);
         let named = [
             ("inbox", inbox.as_ref()),
@@ -184,7 +184,7 @@ impl Options {
         Ok(uri)
     }
 
-    pub(super) fn request(&self, uri: Uri) -> Result<Request, OpenError> {
+    pub(super) fn request(&self, uri: Uri) -> Result<Request, ConnectError> {
         let mut fixed = vec![
             (header::HOST, uri.authority().map(|host| host.to_string()).unwrap_or_default()),
             (header::CONNECTION, "Upgrade".to_owned()),
@@ -193,12 +193,16 @@ impl Options {
             (header::SEC_WEBSOCKET_KEY, generate_key()),
         ];
         let mut subprotocols = self.subprotocols.clone();
-        if let Some(Token { token, placement }) = &self.token {
+        if let Some(AuthToken { token, location: placement }) = &self.token {
             match placement {
-                Placement::Query => {}
-                Placement::Header => fixed.push((header::AUTHORIZATION, format!("Bearer {token}"))),
-                Placement::Cookie(name) => fixed.push((header::COOKIE, format!("{name}={token}"))),
-                Placement::Subprotocol => subprotocols.push(format!("bearer.{token}")),
+                TokenLocation::Query => {}
+                TokenLocation::Header => {
+                    fixed.push((header::AUTHORIZATION, format!("Bearer {token}")))
+                }
+                TokenLocation::Cookie(name) => {
+                    fixed.push((header::COOKIE, format!("{name}={token}")))
+                }
+                TokenLocation::Subprotocol => subprotocols.push(format!("bearer.{token}")),
             }
         }
         if !subprotocols.is_empty() {
@@ -212,7 +216,7 @@ impl Options {
             headers.insert(name.clone(), header_value(name.as_str(), &value)?);
         }
         for (name, value) in &self.headers {
-            let bad = || OpenError::Header { name: name.clone() };
+            let bad = || ConnectError::InvalidHeader { name: name.clone() };
             let known = HeaderName::try_from(name.as_str()).map_err(|_| bad())?;
             headers.insert(known, header_value(name, value)?);
         }
@@ -223,20 +227,20 @@ impl Options {
     }
 }
 
-impl OpenError {
+impl ConnectError {
     pub(super) fn from_handshake(error: tungstenite::Error) -> Self {
         match error {
-            tungstenite::Error::Http(response) => refused(*response),
-            tungstenite::Error::Io(error) => OpenError::Io(error),
+            tungstenite::Error::Http(response) => http_error(*response),
+            tungstenite::Error::Io(error) => ConnectError::Io(error),
             tungstenite::Error::Protocol(ProtocolError::SecWebSocketSubProtocolError(
                 SubProtocolError::NoSubProtocol,
-            )) => OpenError::NoSubprotocol,
-            other => OpenError::Handshake(Box::new(other)),
+            )) => ConnectError::NoSubprotocol,
+            other => ConnectError::Handshake(Box::new(other)),
         }
     }
 }
 
-fn refused(response: Response) -> OpenError {
+fn http_error(response: Response) -> ConnectError {
     let status = response.status().as_u16();
     let retry_after = response
         .headers()
@@ -245,7 +249,7 @@ fn refused(response: Response) -> OpenError {
         .map(Duration::from_secs);
     let body = response.into_body().unwrap_or_default();
     let body = String::from_utf8_lossy(&body).into_owned();
-    OpenError::Http { status, retry_after, body }
+    ConnectError::Http { status, retry_after, body }
 }
 
 /// A header's value, where it is UTF-8.
@@ -253,8 +257,8 @@ pub(super) fn text_of(value: &HeaderValue) -> Option<&str> {
     std::str::from_utf8(value.as_bytes()).ok()
 }
 
-fn header_value(name: &str, value: &str) -> Result<HeaderValue, OpenError> {
-    HeaderValue::from_str(value).map_err(|_| OpenError::Header { name: name.to_owned() })
+fn header_value(name: &str, value: &str) -> Result<HeaderValue, ConnectError> {
+    HeaderValue::from_str(value).map_err(|_| ConnectError::InvalidHeader { name: name.to_owned() })
 }
 
 /// Encodes everything but the unreserved characters of RFC 3986.
@@ -274,13 +278,14 @@ fn percent_encode(text: &str) -> String {
 mod tests {
     use super::*;
 
-    fn request(options: &Options) -> Request {
+    fn request(options: &ConnectOptions) -> Request {
         options.request(options.uri().unwrap()).unwrap()
     }
 
     #[test]
     fn the_query_is_added_and_encoded() {
-        let mut options = Options::to("ws://h:1/ws?a=b").user("x|y").token("t.t", Placement::Query);
+        let mut options =
+            ConnectOptions::new("ws://h:1/ws?a=b").user("x|y").token("t.t", TokenLocation::Query);
         options.name = Some("Ä b".to_owned());
         options.query = vec![("since".to_owned(), "e:1".to_owned())];
         let uri = options.uri().unwrap();
@@ -290,23 +295,23 @@ mod tests {
 
     #[test]
     fn a_token_is_put_where_it_belongs_and_is_never_printed() {
-        let options = Options::to("ws://h/ws");
+        let options = ConnectOptions::new("ws://h/ws");
         let with = |placement| options.clone().token("s3cret", placement);
-        let header = |options: &Options, name: &str| {
+        let header = |options: &ConnectOptions, name: &str| {
             request(options).headers().get(name).map(|value| text_of(value).unwrap().to_owned())
         };
-        let bearer = header(&with(Placement::Header), "authorization");
+        let bearer = header(&with(TokenLocation::Header), "authorization");
         assert_eq!(bearer.as_deref(), Some("Bearer s3cret"));
-        let cookie = header(&with(Placement::Cookie("token".to_owned())), "cookie");
+        let cookie = header(&with(TokenLocation::Cookie("token".to_owned())), "cookie");
         assert_eq!(cookie.as_deref(), Some("token=s3cret"));
-        let offered = header(&with(Placement::Subprotocol), "sec-websocket-protocol");
+        let offered = header(&with(TokenLocation::Subprotocol), "sec-websocket-protocol");
         assert_eq!(offered.as_deref(), Some("chat.v1, bearer.s3cret"));
-        assert!(!format!("{:?}", with(Placement::Query)).contains("s3cret"));
+        assert!(!format!("{:?}", with(TokenLocation::Query)).contains("s3cret"));
     }
 
     #[test]
     fn headers_of_the_handshake_can_be_replaced() {
-        let mut options = Options::to("ws://h:8080/ws");
+        let mut options = ConnectOptions::new("ws://h:8080/ws");
         options.origin = Some("http://evil".to_owned());
         options.headers = vec![("Host".to_owned(), "other".to_owned())];
         let request = request(&options);
@@ -318,8 +323,8 @@ mod tests {
     #[test]
     fn what_is_no_ws_url_is_refused() {
         for bad in ["", "h:1", "http://h/ws", "wss://h/ws", "ws:///ws", "ws://h/a b"] {
-            let opened = Options::to(bad).uri();
-            assert!(matches!(opened, Err(OpenError::Url { .. })), "{bad:?}: {opened:?}");
+            let opened = ConnectOptions::new(bad).uri();
+            assert!(matches!(opened, Err(ConnectError::InvalidUrl { .. })), "{bad:?}: {opened:?}");
         }
     }
 }

@@ -16,7 +16,7 @@ use super::{
     api::{EndReason, Event, Settings},
     backoff::Backoff,
     connection::{Closed, Connection, Received},
-    options::{OpenError, Options},
+    options::{ConnectError, ConnectOptions},
     room::Outgoing,
     state::{State, calls::Command},
 };
@@ -37,7 +37,7 @@ const STABLE_AFTER: Duration = Duration::from_secs(1);
 
 /// See the head of this file.
 pub(super) struct Task {
-    options: Options,
+    options: ConnectOptions,
     settings: Settings,
     commands: mpsc::Receiver<Command>,
     events: mpsc::Sender<Event>,
@@ -53,7 +53,7 @@ pub(super) struct Task {
 
 impl Task {
     pub(super) fn new(
-        options: Options,
+        options: ConnectOptions,
         settings: Settings,
         commands: mpsc::Receiver<Command>,
         events: mpsc::Sender<Event>,
@@ -122,7 +122,7 @@ impl Task {
     }
 
     /// The options of the next attempt: whose turn it is, and what the last connection taught.
-    fn next_options(&self) -> Options {
+    fn next_options(&self) -> ConnectOptions {
         let mut options = self.options.clone();
         if let Some(url) = self.settings.urls.get(self.url) {
             options.url.clone_from(url);
@@ -137,17 +137,19 @@ impl Task {
     }
 
     /// How long to wait after an attempt that failed.
-    fn after_failure(&mut self, error: &OpenError) -> Result<Duration, EndReason> {
+    fn after_failure(&mut self, error: &ConnectError) -> Result<Duration, EndReason> {
         let retry_after = match error {
-            OpenError::Url { .. } | OpenError::Header { .. } => return Err(EndReason::BadOptions),
-            OpenError::Http { status: 429 | 500.., retry_after, .. } => *retry_after,
-            OpenError::Http { status, .. } => {
+            ConnectError::InvalidUrl { .. } | ConnectError::InvalidHeader { .. } => {
+                return Err(EndReason::BadOptions);
+            }
+            ConnectError::Http { status: 429 | 500.., retry_after, .. } => *retry_after,
+            ConnectError::Http { status, .. } => {
                 return Err(EndReason::Rejected { status: *status });
             }
-            OpenError::NoSubprotocol
-            | OpenError::Handshake(_)
-            | OpenError::Io(_)
-            | OpenError::TimedOut(_) => None,
+            ConnectError::NoSubprotocol
+            | ConnectError::Handshake(_)
+            | ConnectError::Io(_)
+            | ConnectError::TimedOut(_) => None,
         };
         if !self.settings.reconnect {
             return Err(EndReason::NoReconnect);

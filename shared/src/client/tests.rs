@@ -22,7 +22,7 @@ use tokio_tungstenite::{
 use super::{
     api::{EndReason, Event, SendError, Settings, Start},
     connection::{Closed, Connection, Received, Unexpected},
-    options::{OpenError, Options, Placement, text_of},
+    options::{ConnectError, ConnectOptions, TokenLocation, text_of},
     *,
 };
 use crate::{codec::Opcode, error::ErrorCode, protocol::server_frame::ServerFrame};
@@ -202,7 +202,7 @@ async fn ended(events: &mut mpsc::Receiver<Event>) -> EndReason {
 async fn a_client_joins_sends_and_receives() {
     let server = Server::start().await;
     let (client, mut events) =
-        Client::start(Options::to(server.url()).user("me"), Settings::default());
+        Client::start(ConnectOptions::new(server.url()).user("me"), Settings::default());
     let gateway = async {
         let mut peer = server.welcome().await;
         assert_eq!(peer.uri, "/ws?user=me");
@@ -234,7 +234,7 @@ async fn a_client_joins_sends_and_receives() {
 #[tokio::test]
 async fn a_lost_connection_is_replaced_and_everything_goes_on() {
     let server = Server::start().await;
-    let (client, mut events) = Client::start(Options::to(server.url()), settings());
+    let (client, mut events) = Client::start(ConnectOptions::new(server.url()), settings());
     let gateway = async {
         let mut peer = server.welcome().await;
         peer.admit(0, false).await;
@@ -274,7 +274,8 @@ async fn a_lost_connection_is_replaced_and_everything_goes_on() {
 #[tokio::test]
 async fn a_gateway_that_drains_says_where_to_go_and_when() {
     let server = Server::start().await;
-    let (_client, mut events) = Client::start(Options::to(server.url()), Settings::default());
+    let (_client, mut events) =
+        Client::start(ConnectOptions::new(server.url()), Settings::default());
     let mut peer = server.welcome().await;
     let reconnect =
         json!({"type": "reconnect", "after_ms": 3, "reason": "draining", "node": "any"});
@@ -292,7 +293,7 @@ async fn a_gateway_that_drains_says_where_to_go_and_when() {
 #[tokio::test]
 async fn a_client_that_was_sent_away_stays_away() {
     let server = Server::start().await;
-    let (client, mut events) = Client::start(Options::to(server.url()), settings());
+    let (client, mut events) = Client::start(ConnectOptions::new(server.url()), settings());
     let peer = server.welcome().await;
     peer.close(1008, "kicked").await;
     let reason = EndReason::Dismissed { code: 1008, reason: "kicked".to_owned() };
@@ -303,7 +304,7 @@ async fn a_client_that_was_sent_away_stays_away() {
 #[tokio::test]
 async fn an_expired_token_is_replaced_by_the_application() {
     let server = Server::start().await;
-    let options = Options::to(server.url()).token("old", Placement::Header);
+    let options = ConnectOptions::new(server.url()).token("old", TokenLocation::Header);
     let (client, mut events) = Client::start(options, settings());
     let peer = server.welcome().await;
     assert_eq!(peer.authorization.as_deref(), Some("Bearer old"));
@@ -321,7 +322,7 @@ async fn an_expired_token_is_replaced_by_the_application() {
 async fn without_reconnecting_the_first_end_is_the_last() {
     let server = Server::start().await;
     let once = Settings { reconnect: false, ..settings() };
-    let (_client, mut events) = Client::start(Options::to(server.url()), once);
+    let (_client, mut events) = Client::start(ConnectOptions::new(server.url()), once);
     server.welcome().await.close(1012, "").await;
     assert_eq!(ended(&mut events).await, EndReason::NoReconnect);
 }
@@ -329,15 +330,15 @@ async fn without_reconnecting_the_first_end_is_the_last() {
 #[tokio::test]
 async fn an_http_refusal_is_obeyed() {
     let server = Server::start().await;
-    let (client, mut events) = Client::start(Options::to(server.url()), settings());
+    let (client, mut events) = Client::start(ConnectOptions::new(server.url()), settings());
     server.refuse("HTTP/1.1 503 Busy\r\nRetry-After: 7\r\nContent-Length: 0\r\n\r\n").await;
     let Event::OpenFailed { error, retry_in, .. } = event(&mut events).await else { panic!() };
-    let OpenError::Http { status, retry_after, .. } = error else { panic!("{error:?}") };
+    let ConnectError::Http { status, retry_after, .. } = error else { panic!("{error:?}") };
     assert_eq!((status, retry_after), (503, Some(Duration::from_secs(7))));
     assert!(retry_in.unwrap() >= Duration::from_secs(7));
     client.close().await;
 
-    let (_client, mut events) = Client::start(Options::to(server.url()), settings());
+    let (_client, mut events) = Client::start(ConnectOptions::new(server.url()), settings());
     server.refuse("HTTP/1.1 403 No\r\nContent-Length: 0\r\n\r\n").await;
     assert_eq!(ended(&mut events).await, EndReason::Rejected { status: 403 });
 }
@@ -349,7 +350,7 @@ async fn several_gateways_are_tried_in_turn_the_first_one_first() {
     let urls = vec![dead.url(), first.url(), second.url()];
     drop(dead);
     let several = Settings { urls, ..settings() };
-    let (_client, _events) = Client::start(Options::to("ws://unused/ws"), several);
+    let (_client, _events) = Client::start(ConnectOptions::new("ws://unused/ws"), several);
     let peer = first.welcome().await;
     peer.close(1011, "").await;
     first.refuse("HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n").await;
@@ -360,7 +361,7 @@ async fn several_gateways_are_tried_in_turn_the_first_one_first() {
 
 #[tokio::test]
 async fn a_url_that_cannot_be_opened_ends_the_client() {
-    let (_client, mut events) = Client::start(Options::to("http://h/"), settings());
+    let (_client, mut events) = Client::start(ConnectOptions::new("http://h/"), settings());
     assert_eq!(ended(&mut events).await, EndReason::BadOptions);
 }
 
@@ -368,7 +369,7 @@ async fn a_url_that_cannot_be_opened_ends_the_client() {
 async fn the_room_of_the_url_is_resumed_through_the_url() {
     let server = Server::start().await;
     let url = format!("ws://{}/ws/rooms/r?history=2", server.address());
-    let (client, _events) = Client::start(Options::to(url), settings());
+    let (client, _events) = Client::start(ConnectOptions::new(url), settings());
     let unasked = |seq: u64, recovered: bool| {
         json!({
             "type": "joined", "room": "r", "epoch": "e", "seq": seq, "recovered": recovered,
@@ -401,7 +402,7 @@ async fn the_room_of_the_url_is_resumed_through_the_url() {
 async fn a_slow_application_loses_nothing() {
     let server = Server::start().await;
     let narrow = Settings { events_max: 1, ..settings() };
-    let (client, mut events) = Client::start(Options::to(server.url()), narrow);
+    let (client, mut events) = Client::start(ConnectOptions::new(server.url()), narrow);
     let mut peer = server.welcome().await;
     let (_, joined) = tokio::join!(peer.admit(0, false), client.join(&ROOM, Start::Now));
     joined.unwrap();
@@ -422,7 +423,7 @@ async fn a_slow_application_loses_nothing() {
 async fn a_client_whose_events_nobody_takes_can_be_closed() {
     let server = Server::start().await;
     let narrow = Settings { events_max: 1, ..settings() };
-    let (client, _events) = Client::start(Options::to(server.url()), narrow);
+    let (client, _events) = Client::start(ConnectOptions::new(server.url()), narrow);
     let mut peer = server.welcome().await;
     let (_, joined) = tokio::join!(peer.admit(0, false), client.join(&ROOM, Start::Now));
     joined.unwrap();
@@ -436,7 +437,7 @@ async fn a_client_whose_events_nobody_takes_can_be_closed() {
 #[tokio::test]
 async fn dropping_the_last_handle_closes_the_connection() {
     let server = Server::start().await;
-    let (client, mut events) = Client::start(Options::to(server.url()), settings());
+    let (client, mut events) = Client::start(ConnectOptions::new(server.url()), settings());
     let mut peer = server.welcome().await;
     assert!(matches!(event(&mut events).await, Event::Connected { .. }));
     drop(client);
@@ -447,7 +448,7 @@ async fn dropping_the_last_handle_closes_the_connection() {
 #[tokio::test]
 async fn a_gateway_that_says_nothing_any_more_is_left() {
     let server = Server::start().await;
-    let (_client, mut events) = Client::start(Options::to(server.url()), settings());
+    let (_client, mut events) = Client::start(ConnectOptions::new(server.url()), settings());
     let _peer = server.welcome().await;
     assert!(matches!(event(&mut events).await, Event::Connected { .. }));
     let since = tokio::time::Instant::now();
@@ -464,7 +465,7 @@ async fn a_gateway_that_says_nothing_any_more_is_left() {
 async fn unanswered_messages_are_bounded_in_number_and_bytes() {
     let server = Server::start().await;
     let few = Settings { sends_max: 2, send_bytes_max: 100, ..settings() };
-    let (client, _events) = Client::start(Options::to(server.url()), few);
+    let (client, _events) = Client::start(ConnectOptions::new(server.url()), few);
     let large = client.send(&ROOM, "x".repeat(100)).await;
     assert_eq!(large, Err(SendError::TooMany));
     let mut peer = server.welcome().await;
@@ -485,7 +486,7 @@ async fn unanswered_messages_are_bounded_in_number_and_bytes() {
 #[tokio::test]
 async fn a_request_finds_its_answer_and_keeps_what_came_before() {
     let server = Server::start().await;
-    let options = Options::to(server.url());
+    let options = ConnectOptions::new(server.url());
     let (connection, mut peer) = tokio::join!(Connection::open(&options), server.welcome());
     let mut connection = connection.unwrap();
     assert_eq!(connection.subprotocol(), Some("chat.v1"));
@@ -525,7 +526,7 @@ async fn a_request_finds_its_answer_and_keeps_what_came_before() {
 #[tokio::test]
 async fn everything_that_is_no_frame_is_shown_as_it_is() {
     let server = Server::start().await;
-    let options = Options::to(server.url());
+    let options = ConnectOptions::new(server.url());
     let (connection, mut peer) = tokio::join!(Connection::open(&options), server.accept());
     let mut connection = connection.unwrap();
     connection.send_text("x").await.unwrap();
@@ -554,7 +555,7 @@ async fn everything_that_is_no_frame_is_shown_as_it_is() {
 #[tokio::test]
 async fn a_binary_message_is_header_and_payload() {
     let server = Server::start().await;
-    let options = Options::to(server.url());
+    let options = ConnectOptions::new(server.url());
     let (connection, mut peer) = tokio::join!(Connection::open(&options), server.accept());
     let mut connection = connection.unwrap();
     let header = entry(3);
@@ -569,7 +570,7 @@ async fn a_binary_message_is_header_and_payload() {
 #[tokio::test]
 async fn a_close_is_answered_by_the_server() {
     let server = Server::start().await;
-    let options = Options::to(server.url());
+    let options = ConnectOptions::new(server.url());
     let (connection, mut peer) = tokio::join!(Connection::open(&options), server.accept());
     let mut connection = connection.unwrap();
     let (closed, code) = tokio::join!(connection.close(1000, "done"), async {
@@ -583,13 +584,13 @@ async fn a_close_is_answered_by_the_server() {
 #[tokio::test]
 async fn a_subprotocol_that_is_not_chosen_is_told() {
     let server = Server::start().await;
-    let mut others = Options::to(server.url());
+    let mut others = ConnectOptions::new(server.url());
     others.subprotocols = vec!["chat.v0".to_owned()];
     // The library takes that for a failure. RFC 6455 leaves it to the client.
     let (opened, _peer) = tokio::join!(Connection::open(&others), server.accept());
-    assert!(matches!(opened.unwrap_err(), OpenError::NoSubprotocol));
+    assert!(matches!(opened.unwrap_err(), ConnectError::NoSubprotocol));
 
-    let mut bare = Options::to(server.url());
+    let mut bare = ConnectOptions::new(server.url());
     bare.subprotocols.clear();
     let (opened, _peer) = tokio::join!(Connection::open(&bare), server.accept());
     assert_eq!(opened.unwrap().subprotocol(), None);
@@ -598,8 +599,8 @@ async fn a_subprotocol_that_is_not_chosen_is_told() {
 #[tokio::test]
 async fn the_address_to_connect_from_can_be_chosen() {
     let server = Server::start().await;
-    let mut options = Options::to(server.url());
-    options.local = Some("127.0.0.9".parse().unwrap());
+    let mut options = ConnectOptions::new(server.url());
+    options.local_address = Some("127.0.0.9".parse().unwrap());
     let (opened, _peer) = tokio::join!(Connection::open(&options), server.accept());
     assert_eq!(opened.unwrap().local_addr().ip().to_string(), "127.0.0.9");
 }

@@ -9,7 +9,7 @@ use shared::{
         Client,
         api::{Event, Settings},
         connection::{Connection, Received, Unexpected},
-        options::Options,
+        options::ConnectOptions,
     },
     ids::MessageId,
     protocol::server_frame::ServerFrame,
@@ -57,7 +57,7 @@ async fn a_node_that_was_cut_off_applies_an_order_when_it_is_back_but_not_to_who
     }
     proxy.set(Mode::Open);
     // Who comes back may be there before the order is.
-    let options = Options::to(nodes[2].url("/ws")).user("ann");
+    let options = ConnectOptions::new(nodes[2].url("/ws")).user("ann");
     let mut back = loop {
         if let Ok(mut connection) = Connection::open(&options).await
             && connection.expect_connected().await.is_ok()
@@ -89,7 +89,8 @@ impl Device {
             nodes.iter().map(|node| format!("ws://{}/ws", node.address)).collect();
         urls.rotate_left(first);
         let settings = Settings { urls: urls.clone(), ..Settings::default() };
-        let (client, events) = Client::start(Options::to(urls[0].clone()).user("bob"), settings);
+        let (client, events) =
+            Client::start(ConnectOptions::new(urls[0].clone()).user("bob"), settings);
         Self { events, _client: client, got: BTreeMap::new() }
     }
 
@@ -116,7 +117,8 @@ async fn direct(nodes: &[Node], connection: &mut Option<Connection>, id: Message
         loop {
             let Some(open) = connection else {
                 for node in nodes {
-                    let options = Options::to(format!("ws://{}/ws", node.address)).user("ann");
+                    let options =
+                        ConnectOptions::new(format!("ws://{}/ws", node.address)).user("ann");
                     if let Ok(mut opened) = Connection::open(&options).await
                         && opened.expect_connected().await.is_ok()
                     {
@@ -182,10 +184,11 @@ async fn directs_and_notifications_come_once_on_each_device_through_a_kill_and_a
     until("all is acknowledged", async || {
         let mut third = connect(nodes[1].address, "cat").await;
         third.request(&json!({"type": "ping"})).await.unwrap();
-        let mut fresh =
-            Connection::open(&Options::to(format!("ws://{}/ws", nodes[2].address)).user("bob"))
-                .await
-                .unwrap();
+        let mut fresh = Connection::open(
+            &ConnectOptions::new(format!("ws://{}/ws", nodes[2].address)).user("bob"),
+        )
+        .await
+        .unwrap();
         let inbox = fresh.expect_connected().await.unwrap().inbox;
         assert_eq!(inbox.seq, sent.len() as u64, "no entry twice, none lost");
         inbox.unread == 0
@@ -195,7 +198,7 @@ async fn directs_and_notifications_come_once_on_each_device_through_a_kill_and_a
     // What is sent now is unread for who is not there, and own entries never are.
     let mut bob = connect(nodes[1].address, "bob").await;
     bob.request(&json!({"type": "direct", "to": "dan", "content": "x"})).await.unwrap();
-    let dan = Options::to(format!("ws://{}/ws", nodes[2].address)).user("dan");
+    let dan = ConnectOptions::new(format!("ws://{}/ws", nodes[2].address)).user("dan");
     let mut dan = Connection::open(&dan).await.unwrap();
     assert_eq!(dan.expect_connected().await.unwrap().inbox.unread, 1);
     let first = within(dan.next()).await.unwrap();

@@ -7,7 +7,7 @@ use shared::{
     client::{
         connection::{Connection, Received, Unexpected},
         frames,
-        options::{OpenError, Options},
+        options::{ConnectError, ConnectOptions},
     },
     error::ErrorCode,
     ids::MessageId,
@@ -68,10 +68,10 @@ async fn a_send_without_redis_waits_is_refused_and_repeated_is_one_entry() {
     println!("publish without Redis: `unavailable` after {:.2?}", begun.elapsed());
 
     // Handshakes go elsewhere meanwhile.
-    let options = Options::to(format!("ws://{}/ws", node.address)).user("bob");
+    let options = ConnectOptions::new(format!("ws://{}/ws", node.address)).user("bob");
     let refused = Connection::open(&options).await.map(drop);
     let refused = refused.expect_err("a handshake was taken without Redis");
-    let told = matches!(refused, OpenError::Http { status: 503, retry_after: Some(_), .. });
+    let told = matches!(refused, ConnectError::Http { status: 503, retry_after: Some(_), .. });
     assert!(told, "{refused:?}");
 
     redis.restart().await;
