@@ -15,7 +15,7 @@ use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 use shared::{
     client::{
         Client,
-        api::{Event, Page, Settings, Start},
+        api::{ClientOptions, Event, Page, Start},
         options::ConnectOptions,
     },
     ids::RoomId,
@@ -193,7 +193,7 @@ impl Person {
             let urls = &self.args.url;
             let url = urls[self.number % urls.len()].clone();
             let options = ConnectOptions::new(url).user(format!("chat-{}", self.number));
-            let settings = Settings { urls: urls.clone(), ..Settings::default() };
+            let settings = ClientOptions { urls: urls.clone(), ..ClientOptions::default() };
             let (client, events) = Client::start(options, settings);
             let listener = listen(events, self.seen.clone());
             // Both arms are cancel-safe enough: when one is over the other is of no use.

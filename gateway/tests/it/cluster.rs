@@ -10,7 +10,7 @@ use serde_json::json;
 use shared::{
     client::{
         Client,
-        api::{Event, Settings, Start},
+        api::{ClientOptions, Event, Start},
         frames,
         options::ConnectOptions,
     },
@@ -84,11 +84,11 @@ pub struct Witness {
 impl Witness {
     pub fn start(urls: Vec<String>, user: &str) -> Self {
         let options = ConnectOptions::new(urls[0].clone()).user(user);
-        let settings = Settings {
+        let settings = ClientOptions {
             urls,
             backoff_base: Duration::from_millis(50),
             backoff_cap: Duration::from_millis(500),
-            ..Settings::default()
+            ..ClientOptions::default()
         };
         let (client, mut events) = Client::start(options, settings);
         let (enough, mut total) = mpsc::channel(1);

@@ -28,7 +28,7 @@ pub const QUESTIONS_MAX: usize = 256;
 
 /// How a client behaves. The default is what the protocol says of clients.
 #[derive(Clone, Debug)]
-pub struct Settings {
+pub struct ClientOptions {
     /// Whether to come back after a connection has ended.
     pub reconnect: bool,
     /// The longest first delay before coming back.
@@ -39,11 +39,11 @@ pub struct Settings {
     /// A whole round is made before the back-off grows.
     pub urls: Vec<String>,
     /// How many events may wait for the application. Beyond, the client waits, and reads no more.
-    pub events_max: usize,
+    pub event_queue_max: usize,
     /// How many sends may be without an answer, all rooms together.
-    pub sends_max: usize,
+    pub pending_sends_max: usize,
     /// How many bytes they may hold together.
-    pub send_bytes_max: u32,
+    pub pending_bytes_max: u32,
     /// How many sends to one room may be on their way at a time.
     ///
     /// With 1 the log has them in the order of the calls, whatever happens. With more they are
@@ -52,16 +52,16 @@ pub struct Settings {
     pub in_flight_max: usize,
 }
 
-impl Default for Settings {
+impl Default for ClientOptions {
     fn default() -> Self {
         Self {
             reconnect: true,
             backoff_base: backoff::BASE,
             backoff_cap: backoff::CAP,
             urls: Vec::new(),
-            events_max: 1024,
-            sends_max: 1024,
-            send_bytes_max: 16 * 1024 * 1024,
+            event_queue_max: 1024,
+            pending_sends_max: 1024,
+            pending_bytes_max: 16 * 1024 * 1024,
             in_flight_max: 1,
         }
     }
@@ -379,7 +379,7 @@ pub enum EndReason {
         /// The HTTP status.
         status: u16,
     },
-    /// The connection ended or could not be opened, and `Settings::reconnect` is off.
+    /// The connection ended or could not be opened, and `ClientOptions::reconnect` is off.
     NoReconnect,
     /// The options cannot lead to a connection: a bad URL or header.
     BadOptions,

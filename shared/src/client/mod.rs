@@ -19,8 +19,8 @@ use tokio::{
 
 use self::{
     api::{
-        Content, Event, HistoryError, HistoryPage, JoinError, JoinInfo, LeaveError, Page,
-        SendError, SendOptions, Sent, Settings, Start,
+        ClientOptions, Content, Event, HistoryError, HistoryPage, JoinError, JoinInfo, LeaveError,
+        Page, SendError, SendOptions, Sent, Start,
     },
     options::ConnectOptions,
     room::Pending,
@@ -47,7 +47,7 @@ const COMMANDS_MAX: usize = 256;
 /// its connection and ends.
 ///
 /// Events and calls do not wait for each other, but a client whose events nobody takes stands
-/// still once [`Settings::events_max`] wait: take them in a task of their own.
+/// still once [`ClientOptions::event_queue_max`] wait: take them in a task of their own.
 #[derive(Clone, Debug)]
 pub struct Client {
     commands: mpsc::Sender<Command>,
@@ -63,14 +63,14 @@ impl Client {
     ///
     /// # Panics
     ///
-    /// Outside a tokio runtime, and where a limit of `settings` is 0.
-    pub fn start(options: ConnectOptions, settings: Settings) -> (Self, mpsc::Receiver<Event>) {
+    /// Outside a tokio runtime, and where a limit of `options` is 0.
+    pub fn start(options: ConnectOptions, options: ClientOptions) -> (Self, mpsc::Receiver<Event>) {
         let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
-        let (events, outbox) = mpsc::channel(settings.events_max);
+        let (events, outbox) = mpsc::channel(options.event_queue_max);
         let (closing, close) = watch::channel(false);
-        let sends = Arc::new(Semaphore::new(settings.sends_max));
-        let send_bytes = Arc::new(Semaphore::new(settings.send_bytes_max as usize));
-        let task = Task::new(options, settings, inbox, events, close);
+        let sends = Arc::new(Semaphore::new(options.pending_sends_max));
+        let send_bytes = Arc::new(Semaphore::new(options.pending_bytes_max as usize));
+        let task = Task::new(options, options, inbox, events, close);
         #[expect(clippy::disallowed_methods, reason = "the handle keeps it, and `close` awaits it")]
         let task = tokio::spawn(task.run());
         let closing = Arc::new(closing);
@@ -146,7 +146,7 @@ impl Client {
     ///
     /// [`SendError`]. An error is about this message only; others go on.
     pub async fn send_with(&self, room: &RoomId, send: SendOptions) -> Result<Sent, SendError> {
-        let bytes = bytes_of(&send);
+        let bytes = approximate_len(&send);
         let full = |error| match error {
             TryAcquireError::NoPermits => SendError::TooMany,
             TryAcquireError::Closed => SendError::Ended,
@@ -208,7 +208,7 @@ impl Client {
 }
 
 /// About how many bytes a message holds. At least one, since a message takes some room in any case.
-fn bytes_of(send: &SendOptions) -> u32 {
+fn approximate_len(send: &SendOptions) -> u32 {
     let content = match &send.content {
         Content::Json(content) => frames::text(content).len(),
         Content::Binary(payload) => payload.len(),

@@ -13,7 +13,7 @@ use tokio::{
 };
 
 use super::{
-    api::{EndReason, Event, Settings},
+    api::{ClientOptions, EndReason, Event},
     backoff::Backoff,
     connection::{Closed, Connection, Received},
     options::{ConnectError, ConnectOptions},
@@ -38,7 +38,7 @@ const STABLE_AFTER: Duration = Duration::from_secs(1);
 /// See the head of this file.
 pub(super) struct Task {
     options: ConnectOptions,
-    settings: Settings,
+    settings: ClientOptions,
     commands: mpsc::Receiver<Command>,
     events: mpsc::Sender<Event>,
     /// Turns true when the application wants the end.
@@ -54,7 +54,7 @@ pub(super) struct Task {
 impl Task {
     pub(super) fn new(
         options: ConnectOptions,
-        settings: Settings,
+        settings: ClientOptions,
         commands: mpsc::Receiver<Command>,
         events: mpsc::Sender<Event>,
         closing: watch::Receiver<bool>,

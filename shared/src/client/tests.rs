@@ -20,7 +20,7 @@ use tokio_tungstenite::{
 };
 
 use super::{
-    api::{EndReason, Event, SendError, Settings, Start},
+    api::{ClientOptions, EndReason, Event, SendError, Start},
     connection::{Closed, Connection, Received, Unexpected},
     options::{ConnectError, ConnectOptions, TokenLocation, text_of},
     *,
@@ -168,9 +168,9 @@ fn entry(seq: u64) -> Value {
 }
 
 /// Settings that come back at once.
-fn settings() -> Settings {
+fn settings() -> ClientOptions {
     let moment = Duration::from_millis(1);
-    Settings { backoff_base: moment, backoff_cap: moment, ..Settings::default() }
+    ClientOptions { backoff_base: moment, backoff_cap: moment, ..ClientOptions::default() }
 }
 
 static ROOM: LazyLock<RoomId> = LazyLock::new(|| "r".parse().unwrap());
@@ -202,7 +202,7 @@ async fn ended(events: &mut mpsc::Receiver<Event>) -> EndReason {
 async fn a_client_joins_sends_and_receives() {
     let server = Server::start().await;
     let (client, mut events) =
-        Client::start(ConnectOptions::new(server.url()).user("me"), Settings::default());
+        Client::start(ConnectOptions::new(server.url()).user("me"), ClientOptions::default());
     let gateway = async {
         let mut peer = server.welcome().await;
         assert_eq!(peer.uri, "/ws?user=me");
@@ -275,7 +275,7 @@ async fn a_lost_connection_is_replaced_and_everything_goes_on() {
 async fn a_gateway_that_drains_says_where_to_go_and_when() {
     let server = Server::start().await;
     let (_client, mut events) =
-        Client::start(ConnectOptions::new(server.url()), Settings::default());
+        Client::start(ConnectOptions::new(server.url()), ClientOptions::default());
     let mut peer = server.welcome().await;
     let reconnect =
         json!({"type": "reconnect", "after_ms": 3, "reason": "draining", "node": "any"});
@@ -321,7 +321,7 @@ async fn an_expired_token_is_replaced_by_the_application() {
 #[tokio::test]
 async fn without_reconnecting_the_first_end_is_the_last() {
     let server = Server::start().await;
-    let once = Settings { reconnect: false, ..settings() };
+    let once = ClientOptions { reconnect: false, ..settings() };
     let (_client, mut events) = Client::start(ConnectOptions::new(server.url()), once);
     server.welcome().await.close(1012, "").await;
     assert_eq!(ended(&mut events).await, EndReason::NoReconnect);
@@ -349,7 +349,7 @@ async fn several_gateways_are_tried_in_turn_the_first_one_first() {
         (Server::start().await, Server::start().await, Server::start().await);
     let urls = vec![dead.url(), first.url(), second.url()];
     drop(dead);
-    let several = Settings { urls, ..settings() };
+    let several = ClientOptions { urls, ..settings() };
     let (_client, _events) = Client::start(ConnectOptions::new("ws://unused/ws"), several);
     let peer = first.welcome().await;
     peer.close(1011, "").await;
@@ -401,7 +401,7 @@ async fn the_room_of_the_url_is_resumed_through_the_url() {
 #[tokio::test]
 async fn a_slow_application_loses_nothing() {
     let server = Server::start().await;
-    let narrow = Settings { events_max: 1, ..settings() };
+    let narrow = ClientOptions { event_queue_max: 1, ..settings() };
     let (client, mut events) = Client::start(ConnectOptions::new(server.url()), narrow);
     let mut peer = server.welcome().await;
     let (_, joined) = tokio::join!(peer.admit(0, false), client.join(&ROOM, Start::Now));
@@ -422,7 +422,7 @@ async fn a_slow_application_loses_nothing() {
 #[tokio::test]
 async fn a_client_whose_events_nobody_takes_can_be_closed() {
     let server = Server::start().await;
-    let narrow = Settings { events_max: 1, ..settings() };
+    let narrow = ClientOptions { event_queue_max: 1, ..settings() };
     let (client, _events) = Client::start(ConnectOptions::new(server.url()), narrow);
     let mut peer = server.welcome().await;
     let (_, joined) = tokio::join!(peer.admit(0, false), client.join(&ROOM, Start::Now));
@@ -464,7 +464,7 @@ async fn a_gateway_that_says_nothing_any_more_is_left() {
 #[tokio::test]
 async fn unanswered_messages_are_bounded_in_number_and_bytes() {
     let server = Server::start().await;
-    let few = Settings { sends_max: 2, send_bytes_max: 100, ..settings() };
+    let few = ClientOptions { pending_sends_max: 2, pending_bytes_max: 100, ..settings() };
     let (client, _events) = Client::start(ConnectOptions::new(server.url()), few);
     let large = client.send(&ROOM, "x".repeat(100)).await;
     assert_eq!(large, Err(SendError::TooMany));

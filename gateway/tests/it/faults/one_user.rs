@@ -7,7 +7,7 @@ use serde_json::json;
 use shared::{
     client::{
         Client,
-        api::{Event, Settings},
+        api::{ClientOptions, Event},
         connection::{Connection, Received, Unexpected},
         options::ConnectOptions,
     },
@@ -88,7 +88,7 @@ impl Device {
         let mut urls: Vec<String> =
             nodes.iter().map(|node| format!("ws://{}/ws", node.address)).collect();
         urls.rotate_left(first);
-        let settings = Settings { urls: urls.clone(), ..Settings::default() };
+        let settings = ClientOptions { urls: urls.clone(), ..ClientOptions::default() };
         let (client, events) =
             Client::start(ConnectOptions::new(urls[0].clone()).user("bob"), settings);
         Self { events, _client: client, got: BTreeMap::new() }
