@@ -15,7 +15,7 @@ use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 use shared::{
     client::{
         Client,
-        api::{ClientOptions, Event, Page, Start},
+        api::{ClientEvent, ClientOptions, Page, Start},
         options::ConnectOptions,
     },
     ids::RoomId,
@@ -293,20 +293,20 @@ impl Person {
 }
 
 /// Takes what happens to a client.
-async fn listen(mut events: mpsc::Receiver<Event>, seen: Arc<Mutex<Seen>>) {
+async fn listen(mut events: mpsc::Receiver<ClientEvent>, seen: Arc<Mutex<Seen>>) {
     let mut is_connected = false;
     while let Some(event) = events.recv().await {
         let now = Instant::now();
         let mut seen = seen.lock();
         match event {
-            Event::Connected { .. } => {
+            ClientEvent::Connected { .. } => {
                 is_connected = true;
                 seen.timeline.connected(now);
             }
-            Event::Disconnected { .. } if std::mem::take(&mut is_connected) => {
+            ClientEvent::Disconnected { .. } if std::mem::take(&mut is_connected) => {
                 seen.timeline.ended(now);
             }
-            Event::Message { message, .. } if !message.replay => {
+            ClientEvent::Message { message, .. } if !message.replay => {
                 seen.delivered += 1;
                 let content = message.content.as_str().unwrap_or_default();
                 let timestamp = SendTimestamp::find(content.as_bytes());
@@ -315,17 +315,17 @@ async fn listen(mut events: mpsc::Receiver<Event>, seen: Arc<Mutex<Seen>>) {
                 seen.timeline.delivered(now, late.map(Duration::from_nanos));
             }
             // What comes again behind a break was announced with it.
-            Event::Duplicate { earlier: None, room, position, .. } => {
+            ClientEvent::Duplicate { earlier: None, room, position, .. } => {
                 seen.duplicated += 1;
                 seen.example(|| format!("{room}: {position} again"));
             }
-            Event::Hole { room, expected, got } => {
+            ClientEvent::Gap { room, expected, got } => {
                 seen.holes += 1;
                 seen.example(|| format!("{room}: {got} instead of {expected:?}"));
             }
-            Event::NotRecovered { .. } => seen.discontinuities += 1,
-            Event::Reset(reset) if reset.room.is_some() => seen.discontinuities += 1,
-            Event::Refused(refusal) => seen.failed("refused", &refusal.code.as_str()),
+            ClientEvent::NotRecovered { .. } => seen.discontinuities += 1,
+            ClientEvent::Reset(reset) if reset.room.is_some() => seen.discontinuities += 1,
+            ClientEvent::Error(refusal) => seen.failed("refused", &refusal.code.as_str()),
             _ => {}
         }
     }

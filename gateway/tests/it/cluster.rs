@@ -10,7 +10,7 @@ use serde_json::json;
 use shared::{
     client::{
         Client,
-        api::{ClientOptions, Event, Start},
+        api::{ClientEvent, ClientOptions, Start},
         frames,
         options::ConnectOptions,
     },
@@ -32,28 +32,28 @@ pub struct Seen {
 }
 
 impl Seen {
-    fn note(&mut self, event: Event) {
+    fn note(&mut self, event: ClientEvent) {
         match event {
-            Event::Connected { node, .. } => self.nodes.push(node.to_string()),
-            Event::Message { message, .. } => {
+            ClientEvent::Connected { node, .. } => self.nodes.push(node.to_string()),
+            ClientEvent::Message { message, .. } => {
                 let seen = self.rooms.entry(message.room.clone()).or_default();
                 seen.push((message.seq, message.id));
             }
-            Event::Hole { .. }
-            | Event::Duplicate { .. }
-            | Event::Unreadable(_)
-            | Event::NotRecovered { .. }
-            | Event::Reset(_)
-            | Event::Left { .. }
-            | Event::Refused(_) => self.faults.push(format!("{event:?}")),
-            Event::Direct { .. }
-            | Event::Notification(_)
-            | Event::Joined(_)
-            | Event::Status(_)
-            | Event::Other(_)
-            | Event::Disconnected { .. }
-            | Event::OpenFailed { .. }
-            | Event::Ended(_) => {}
+            ClientEvent::Gap { .. }
+            | ClientEvent::Duplicate { .. }
+            | ClientEvent::InvalidMessage(_)
+            | ClientEvent::NotRecovered { .. }
+            | ClientEvent::Reset(_)
+            | ClientEvent::Left { .. }
+            | ClientEvent::Error(_) => self.faults.push(format!("{event:?}")),
+            ClientEvent::Direct { .. }
+            | ClientEvent::Notification(_)
+            | ClientEvent::Joined(_)
+            | ClientEvent::Status(_)
+            | ClientEvent::OtherFrame(_)
+            | ClientEvent::Disconnected { .. }
+            | ClientEvent::ConnectFailed { .. }
+            | ClientEvent::Ended(_) => {}
         }
     }
 

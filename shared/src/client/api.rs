@@ -110,7 +110,7 @@ pub struct SendOptions {
     pub reply_to: Option<MessageId>,
     /// More about it, a JSON object.
     pub meta: Option<Value>,
-    /// Whether this client gets a copy, as an [`Event::MessageFrame`]. Without one, a copy may come
+    /// Whether this client gets a copy, as an [`ClientEvent::MessageFrame`]. Without one, a copy may come
     /// nevertheless when the client catches up after an interruption.
     pub echo: bool,
 }
@@ -163,7 +163,7 @@ pub struct Sent {
 pub enum SendError {
     /// The server refused it for good.
     #[error("refused: {} {}", .0.code.as_str(), .0.message)]
-    Refused(Box<ErrorFrame>),
+    Rejected(Box<ErrorFrame>),
     /// It was sent, its answer was lost, and the time in which the server knows a repeat for what
     /// it is has passed, or the room was left, or the client ended. It may be in the log. Sent
     /// again, with the same id, it may be there twice.
@@ -171,7 +171,7 @@ pub enum SendError {
     Uncertain,
     /// As many messages as there may be, or as many bytes, have no answer yet.
     #[error("too many messages have no answer yet")]
-    TooMany,
+    QueueFull,
     /// The message is larger than the server takes.
     #[error("the message is larger than the server takes")]
     TooLarge,
@@ -183,7 +183,7 @@ pub enum SendError {
     IdInUse,
     /// The client has ended; the message was never sent.
     #[error("the client has ended")]
-    Ended,
+    ClientClosed,
 }
 
 /// Why a room was not joined.
@@ -191,19 +191,19 @@ pub enum SendError {
 pub enum JoinError {
     /// The server refused it for good.
     #[error("refused: {} {}", .0.code.as_str(), .0.message)]
-    Refused(Box<ErrorFrame>),
+    Rejected(Box<ErrorFrame>),
     /// Another `join` or `leave` of the room has no answer yet.
     #[error("another join or leave of the room is under way")]
-    Underway,
+    InProgress,
     /// The room was left before it was joined.
     #[error("the room was left before it was joined")]
     Left,
     /// The client is in [`ROOMS_MAX`] rooms.
     #[error("the client is in as many rooms as it may be")]
-    TooMany,
+    TooManyRooms,
     /// The client has ended.
     #[error("the client has ended")]
-    Ended,
+    ClientClosed,
 }
 
 /// Why a room was not left.
@@ -211,13 +211,13 @@ pub enum JoinError {
 pub enum LeaveError {
     /// The server refused it.
     #[error("refused: {} {}", .0.code.as_str(), .0.message)]
-    Refused(Box<ErrorFrame>),
+    Rejected(Box<ErrorFrame>),
     /// Another `leave` of the room has no answer yet.
     #[error("another leave of the room is under way")]
-    Underway,
+    InProgress,
     /// The client has ended, and with it is in no room.
     #[error("the client has ended")]
-    Ended,
+    ClientClosed,
 }
 
 /// Which page of a room's log.
@@ -247,21 +247,21 @@ pub struct HistoryPage {
 pub enum HistoryError {
     /// The server refused it.
     #[error("refused: {} {}", .0.code.as_str(), .0.message)]
-    Refused(Box<ErrorFrame>),
+    Rejected(Box<ErrorFrame>),
     /// There is no connection, or it ended before the answer, or the room is not joined on it yet.
     #[error("the room is not joined at present")]
-    Away,
+    NotJoined,
     /// As many questions as there may be have no answer yet.
     #[error("too many questions have no answer yet")]
-    TooMany,
+    TooManyPending,
     /// The client has ended.
     #[error("the client has ended")]
-    Ended,
+    ClientClosed,
 }
 
 /// What happens to a client. Per room in the order of the log.
 #[derive(Debug)]
-pub enum Event {
+pub enum ClientEvent {
     /// A connection is there.
     Connected {
         /// The connection.
@@ -306,7 +306,7 @@ pub enum Event {
         earlier: Option<Position>,
     },
     /// Entries never came: a fault of the server's.
-    Hole {
+    Gap {
         /// The room.
         room: RoomId,
         /// What should have come; `None` where nothing should have, the room not being joined.
@@ -332,14 +332,14 @@ pub enum Event {
         reason: Option<String>,
     },
     /// An `error` that answers nothing the application waits for.
-    Refused(Box<ErrorFrame>),
+    Error(Box<ErrorFrame>),
     /// Whether the gateway can prove that nothing is missing.
     Status(StatusFrame),
     /// A frame that this client passes on as it came: presence, `typing`, `read`, what is told of
     /// rooms, and what it does not know.
-    Other(String),
+    OtherFrame(String),
     /// A message that is no frame of the protocol: a fault of this client's or of the server's.
-    Unreadable(String),
+    InvalidMessage(String),
     /// A connection has ended.
     Disconnected {
         /// The close code; `None` without a close frame.
@@ -350,7 +350,7 @@ pub enum Event {
         retry_in: Option<Duration>,
     },
     /// An attempt to connect failed.
-    OpenFailed {
+    ConnectFailed {
         /// Where.
         url: String,
         /// Why.
@@ -359,28 +359,28 @@ pub enum Event {
         retry_in: Option<Duration>,
     },
     /// The client has ended. Nothing follows.
-    Ended(EndReason),
+    Ended(ClientEndReason),
 }
 
 /// Why a client ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum EndReason {
+pub enum ClientEndReason {
     /// The application closed it or dropped every handle.
     Closed,
     /// The server closed the connection with a code after which a client stays away.
-    Dismissed {
+    ClosedByServer {
         /// The close code.
         code: u16,
         /// The reason given.
         reason: String,
     },
     /// The server answered the handshake with an HTTP status after which a client stays away.
-    Rejected {
+    HandshakeRejected {
         /// The HTTP status.
         status: u16,
     },
     /// The connection ended or could not be opened, and `ClientOptions::reconnect` is off.
-    NoReconnect,
+    ReconnectDisabled,
     /// The options cannot lead to a connection: a bad URL or header.
-    BadOptions,
+    InvalidOptions,
 }

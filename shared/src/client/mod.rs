@@ -19,8 +19,8 @@ use tokio::{
 
 use self::{
     api::{
-        ClientOptions, Content, Event, HistoryError, HistoryPage, JoinError, JoinInfo, LeaveError,
-        Page, SendError, SendOptions, Sent, Start,
+        ClientEvent, ClientOptions, Content, HistoryError, HistoryPage, JoinError, JoinInfo,
+        LeaveError, Page, SendError, SendOptions, Sent, Start,
     },
     options::ConnectOptions,
     room::Pending,
@@ -64,7 +64,10 @@ impl Client {
     /// # Panics
     ///
     /// Outside a tokio runtime, and where a limit of `options` is 0.
-    pub fn start(options: ConnectOptions, options: ClientOptions) -> (Self, mpsc::Receiver<Event>) {
+    pub fn start(
+        options: ConnectOptions,
+        options: ClientOptions,
+    ) -> (Self, mpsc::Receiver<ClientEvent>) {
         let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
         let (events, outbox) = mpsc::channel(options.event_queue_max);
         let (closing, close) = watch::channel(false);
@@ -78,7 +81,7 @@ impl Client {
     }
 
     /// Joins a room, now or when there is a connection. Its entries come as events. The client
-    /// stays in the room over reconnects until [`Client::leave`] or an [`Event::Left`].
+    /// stays in the room over reconnects until [`Client::leave`] or an [`ClientEvent::Left`].
     ///
     /// For a room that is joined already this only asks the server, and changes nothing.
     ///
@@ -111,7 +114,7 @@ impl Client {
     ) -> Result<JoinInfo, JoinError> {
         let (reply, answer) = oneshot::channel();
         let command = Command::Join { room: room.clone(), start, password, reply };
-        self.ask(command, answer).await.unwrap_or(Err(JoinError::Ended))
+        self.ask(command, answer).await.unwrap_or(Err(JoinError::ClientClosed))
     }
 
     /// Leaves a room. What the application had of it is forgotten, so that to join it again from
@@ -123,7 +126,7 @@ impl Client {
     pub async fn leave(&self, room: &RoomId) -> Result<(), LeaveError> {
         let (reply, answer) = oneshot::channel();
         let command = Command::Leave { room: room.clone(), reply };
-        self.ask(command, answer).await.unwrap_or(Err(LeaveError::Ended))
+        self.ask(command, answer).await.unwrap_or(Err(LeaveError::ClientClosed))
     }
 
     /// Sends `content` to a room and waits until it is in the log. See [`Client::send_with`].
@@ -148,15 +151,15 @@ impl Client {
     pub async fn send_with(&self, room: &RoomId, send: SendOptions) -> Result<Sent, SendError> {
         let bytes = approximate_len(&send);
         let full = |error| match error {
-            TryAcquireError::NoPermits => SendError::TooMany,
-            TryAcquireError::Closed => SendError::Ended,
+            TryAcquireError::NoPermits => SendError::QueueFull,
+            TryAcquireError::Closed => SendError::ClientClosed,
         };
         let one = Arc::clone(&self.sends).try_acquire_owned().map_err(full)?;
         let many = Arc::clone(&self.send_bytes).try_acquire_many_owned(bytes).map_err(full)?;
         let (reply, answer) = oneshot::channel();
         let pending = Pending { send, bytes, reply, _share: [one, many] };
         let command = Command::Send { room: room.clone(), pending };
-        self.ask(command, answer).await.unwrap_or(Err(SendError::Ended))
+        self.ask(command, answer).await.unwrap_or(Err(SendError::ClientClosed))
     }
 
     /// A page of a room's log: up to `limit` entries, 1 to 200.
@@ -172,7 +175,7 @@ impl Client {
     ) -> Result<HistoryPage, HistoryError> {
         let (reply, answer) = oneshot::channel();
         let command = Command::History { room: room.clone(), page, limit, reply };
-        self.ask(command, answer).await.unwrap_or(Err(HistoryError::Ended))
+        self.ask(command, answer).await.unwrap_or(Err(HistoryError::ClientClosed))
     }
 
     /// Tells that a person has seen the inbox up to `seq`: notifications with `require_ack` up to there

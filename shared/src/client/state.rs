@@ -21,7 +21,8 @@ use tokio::time::Instant;
 use self::calls::HistoryReply;
 use super::{
     api::{
-        Event, HistoryError, HistoryPage, JoinError, JoinInfo, LeaveError, SendError, Sent, Start,
+        ClientEvent, HistoryError, HistoryPage, JoinError, JoinInfo, LeaveError, SendError, Sent,
+        Start,
     },
     frames,
     inbox::Inbox,
@@ -74,7 +75,7 @@ pub(super) struct State {
     /// Frames to write.
     pub(super) out: VecDeque<Outgoing>,
     /// Events to hand over.
-    pub(super) events: VecDeque<Event>,
+    pub(super) events: VecDeque<ClientEvent>,
 }
 
 /// What this client reads of frames that have no type of their own.
@@ -136,12 +137,12 @@ impl State {
                     }
                     None => self.inbox.reset(to),
                 }
-                self.events.push_back(Event::Reset(reset));
+                self.events.push_back(ClientEvent::Reset(reset));
                 if let Some(name) = name {
                     self.pump(&name, now);
                 }
             }
-            ServerFrame::Status(status) => self.events.push_back(Event::Status(status)),
+            ServerFrame::Status(status) => self.events.push_back(ClientEvent::Status(status)),
             ServerFrame::Reconnect(reconnect) => self.reconnect = Some(reconnect),
             ServerFrame::Error(error_frame) => self.refused(error_frame, now),
             ServerFrame::Pong(_) => {}
@@ -165,7 +166,7 @@ impl State {
             | ServerFrame::Read(_)
             | ServerFrame::RoomInfo(_)
             | ServerFrame::Rooms(_)
-            | ServerFrame::Unknown => self.events.push_back(Event::Other(text)),
+            | ServerFrame::Unknown => self.events.push_back(ClientEvent::OtherFrame(text)),
         }
     }
 
@@ -185,7 +186,7 @@ impl State {
     pub(super) fn direct(&mut self, direct: Box<DirectFrame>, payload: Option<Bytes>) {
         let position = Position::new(direct.epoch.clone(), direct.seq);
         if self.inbox.judge(&position, &direct.from.id, direct.id) {
-            self.events.push_back(Event::Direct { direct, payload });
+            self.events.push_back(ClientEvent::Direct { direct, payload });
         }
         self.acknowledge();
     }
@@ -198,7 +199,7 @@ impl State {
             if notification.require_ack {
                 self.inbox.wait_for(&position);
             }
-            self.events.push_back(Event::Notification(notification));
+            self.events.push_back(ClientEvent::Notification(notification));
         }
         self.acknowledge();
     }
@@ -253,7 +254,7 @@ impl State {
         self.out.clear();
         for (_, asked) in self.asked.drain() {
             if let Asked::History(reply) = asked {
-                let _ = reply.send(Err(HistoryError::Away));
+                let _ = reply.send(Err(HistoryError::NotJoined));
             }
         }
         self.rooms.retain(|_, room| room.disconnected());
@@ -263,11 +264,15 @@ impl State {
     pub(super) fn end(&mut self) {
         for (_, asked) in self.asked.drain() {
             if let Asked::History(reply) = asked {
-                let _ = reply.send(Err(HistoryError::Ended));
+                let _ = reply.send(Err(HistoryError::ClientClosed));
             }
         }
         for (_, mut room) in self.rooms.drain() {
-            room.end(SendError::Ended, JoinError::Ended, Err(LeaveError::Ended));
+            room.end(
+                SendError::ClientClosed,
+                JoinError::ClientClosed,
+                Err(LeaveError::ClientClosed),
+            );
         }
     }
 
@@ -278,7 +283,7 @@ impl State {
         self.message_bytes_max = connected.max_message_size;
         self.session = Some(connected.session.clone());
         self.inbox.connected(&connected.inbox);
-        self.events.push_back(Event::Connected {
+        self.events.push_back(ClientEvent::Connected {
             connection_id: connected.connection_id,
             node: connected.node.clone(),
             user: connected.user.clone(),
@@ -330,9 +335,9 @@ impl State {
             }
         }
         room.log.begin_history(&joined);
-        self.events.push_back(Event::Joined(info));
+        self.events.push_back(ClientEvent::Joined(info));
         if let Some(reason) = joined.reason {
-            self.events.push_back(Event::NotRecovered { room: joined.room.clone(), reason });
+            self.events.push_back(ClientEvent::NotRecovered { room: joined.room.clone(), reason });
         }
         for message in std::mem::take(&mut joined.history).into_iter().filter_map(message_of) {
             self.entry(Box::new(message), None);
@@ -342,7 +347,7 @@ impl State {
         {
             let got = Position::new(joined.epoch.clone(), joined.seq);
             let (room, expected) = (joined.room.clone(), Some(expected));
-            self.events.push_back(Event::Hole { room, expected, got });
+            self.events.push_back(ClientEvent::Gap { room, expected, got });
         }
         self.pump(&joined.room, now);
     }
@@ -352,7 +357,7 @@ impl State {
         if position.epoch.is_none() {
             // A room without a log: there is nothing to judge by.
             let payload = payload.or_else(|| payload_of(&message));
-            self.events.push_back(Event::Message { message, payload });
+            self.events.push_back(ClientEvent::Message { message, payload });
             return;
         }
         let own = self.connected.as_ref().is_some_and(|me| me.user.id == message.from.id);
@@ -375,18 +380,18 @@ impl State {
             Verdict::Deliver => true,
             Verdict::Duplicate { earlier } => {
                 let (room, id) = (message.room.clone(), message.id);
-                self.events.push_back(Event::Duplicate { room, id, position, earlier });
+                self.events.push_back(ClientEvent::Duplicate { room, id, position, earlier });
                 false
             }
             Verdict::Hole { expected, deliver } => {
                 let room = message.room.clone();
-                self.events.push_back(Event::Hole { room, expected, got: position });
+                self.events.push_back(ClientEvent::Gap { room, expected, got: position });
                 deliver
             }
         };
         if deliver {
             let payload = payload.or_else(|| payload_of(&message));
-            self.events.push_back(Event::Message { message, payload });
+            self.events.push_back(ClientEvent::Message { message, payload });
         }
     }
 
@@ -401,7 +406,7 @@ impl State {
             numbered.then(|| room.log.acknowledged(&position, me, ack.id, ack.duplicate)).flatten();
         if let Some(expected) = skipped {
             let (room, got) = (name.clone(), position.clone());
-            self.events.push_back(Event::Hole { room, expected, got });
+            self.events.push_back(ClientEvent::Gap { room, expected, got });
         }
         if let Some(pending) = room.sends.take(ack.id) {
             pending.settle(Ok(Sent { id: ack.id, position, duplicate: ack.duplicate }));
@@ -417,7 +422,7 @@ impl State {
                 let _ = reply.send(Ok(()));
             }
             None if room.stage == Stage::Left => {}
-            None => self.events.push_back(Event::Left { room: name.clone(), reason }),
+            None => self.events.push_back(ClientEvent::Left { room: name.clone(), reason }),
         }
         room.left();
         self.drop_if_done(name);
@@ -431,9 +436,9 @@ impl State {
             Some(Asked::Leave(name)) => self.leave_refused(&name, error_frame, again),
             Some(Asked::Send(name, id)) => self.send_refused(&name, id, error_frame, again, now),
             Some(Asked::History(reply)) => {
-                let _ = reply.send(Err(HistoryError::Refused(error_frame)));
+                let _ = reply.send(Err(HistoryError::Rejected(error_frame)));
             }
-            None => self.events.push_back(Event::Refused(error_frame)),
+            None => self.events.push_back(ClientEvent::Error(error_frame)),
         }
     }
 
@@ -450,14 +455,14 @@ impl State {
                 let Some(mut room) = self.rooms.remove(name) else { return };
                 if room.join_reply.is_none() {
                     let reason = Some(error_frame.code.as_str().to_owned());
-                    self.events.push_back(Event::Left { room: name.clone(), reason });
+                    self.events.push_back(ClientEvent::Left { room: name.clone(), reason });
                 }
-                room.end(SendError::NotJoined, JoinError::Refused(error_frame), Ok(()));
+                room.end(SendError::NotJoined, JoinError::Rejected(error_frame), Ok(()));
             }
             // Joined all the same, or being left.
             _ => {
                 if let Some(reply) = room.join_reply.take() {
-                    let _ = reply.send(Err(JoinError::Refused(error_frame)));
+                    let _ = reply.send(Err(JoinError::Rejected(error_frame)));
                 }
             }
         }
@@ -479,7 +484,7 @@ impl State {
         }
         room.stage = Stage::Joined;
         if let Some(reply) = room.leave_reply.take() {
-            let _ = reply.send(Err(LeaveError::Refused(error_frame)));
+            let _ = reply.send(Err(LeaveError::Rejected(error_frame)));
         }
     }
 
@@ -496,7 +501,7 @@ impl State {
             Some(at) if room.is_wanted() => room.sends.wait_until(id, at),
             _ => {
                 if let Some(pending) = room.sends.take(id) {
-                    pending.settle(Err(SendError::Refused(error_frame)));
+                    pending.settle(Err(SendError::Rejected(error_frame)));
                 }
             }
         }

@@ -13,7 +13,7 @@ use tokio::{
 };
 
 use super::{
-    api::{ClientOptions, EndReason, Event},
+    api::{ClientEndReason, ClientEvent, ClientOptions},
     backoff::Backoff,
     connection::{Closed, Connection, Received},
     options::{ConnectError, ConnectOptions},
@@ -40,7 +40,7 @@ pub(super) struct Task {
     options: ConnectOptions,
     settings: ClientOptions,
     commands: mpsc::Receiver<Command>,
-    events: mpsc::Sender<Event>,
+    events: mpsc::Sender<ClientEvent>,
     /// Turns true when the application wants the end.
     closing: watch::Receiver<bool>,
     state: State,
@@ -56,7 +56,7 @@ impl Task {
         options: ConnectOptions,
         settings: ClientOptions,
         commands: mpsc::Receiver<Command>,
-        events: mpsc::Sender<Event>,
+        events: mpsc::Sender<ClientEvent>,
         closing: watch::Receiver<bool>,
     ) -> Self {
         let mut state = State::new(settings.in_flight_max);
@@ -87,10 +87,10 @@ impl Task {
             drop(command);
         }
         drop(self.commands);
-        let _ = self.events.send(Event::Ended(reason)).await;
+        let _ = self.events.send(ClientEvent::Ended(reason)).await;
     }
 
-    async fn live(&mut self) -> Result<std::convert::Infallible, EndReason> {
+    async fn live(&mut self) -> Result<std::convert::Infallible, ClientEndReason> {
         loop {
             let connection = Box::pin(self.connect()).await?;
             let since = Instant::now();
@@ -104,7 +104,7 @@ impl Task {
     }
 
     /// Tries until a connection is open.
-    async fn connect(&mut self) -> Result<Connection, EndReason> {
+    async fn connect(&mut self) -> Result<Connection, ClientEndReason> {
         loop {
             let options = self.next_options();
             self.token_is_new = false;
@@ -114,7 +114,11 @@ impl Task {
             };
             let verdict = self.after_failure(&error);
             let retry_in = verdict.as_ref().ok().copied();
-            self.state.events.push_back(Event::OpenFailed { url: options.url, error, retry_in });
+            self.state.events.push_back(ClientEvent::ConnectFailed {
+                url: options.url,
+                error,
+                retry_in,
+            });
             self.hand_over().await?;
             let wait = verdict?;
             self.while_serving(sleep_until(Instant::now() + wait)).await?;
@@ -137,14 +141,14 @@ impl Task {
     }
 
     /// How long to wait after an attempt that failed.
-    fn after_failure(&mut self, error: &ConnectError) -> Result<Duration, EndReason> {
+    fn after_failure(&mut self, error: &ConnectError) -> Result<Duration, ClientEndReason> {
         let retry_after = match error {
             ConnectError::InvalidUrl { .. } | ConnectError::InvalidHeader { .. } => {
-                return Err(EndReason::BadOptions);
+                return Err(ClientEndReason::InvalidOptions);
             }
             ConnectError::Http { status: 429 | 500.., retry_after, .. } => *retry_after,
             ConnectError::Http { status, .. } => {
-                return Err(EndReason::Rejected { status: *status });
+                return Err(ClientEndReason::HandshakeRejected { status: *status });
             }
             ConnectError::NoSubprotocol
             | ConnectError::Handshake(_)
@@ -152,7 +156,7 @@ impl Task {
             | ConnectError::TimedOut(_) => None,
         };
         if !self.settings.reconnect {
-            return Err(EndReason::NoReconnect);
+            return Err(ClientEndReason::ReconnectDisabled);
         }
         self.url += 1;
         if self.url < self.settings.urls.len() {
@@ -171,7 +175,7 @@ impl Task {
     }
 
     /// Speaks with the gateway until the connection ends.
-    async fn converse(&mut self, mut connection: Connection) -> Result<Closed, EndReason> {
+    async fn converse(&mut self, mut connection: Connection) -> Result<Closed, ClientEndReason> {
         let mut heard = Instant::now();
         loop {
             if let Some(closed) = self.write(&mut connection).await {
@@ -188,13 +192,13 @@ impl Task {
             tokio::select! {
                 () = close_is_asked(&mut self.closing) => {
                     say_goodbye(&mut connection).await;
-                    return Err(EndReason::Closed);
+                    return Err(ClientEndReason::Closed);
                 }
                 command = self.commands.recv() => match command {
                     Some(command) => self.command(command),
                     None => {
                         say_goodbye(&mut connection).await;
-                        return Err(EndReason::Closed);
+                        return Err(ClientEndReason::Closed);
                     }
                 },
                 received = connection.next() => match received {
@@ -232,10 +236,10 @@ impl Task {
             Received::BinaryDirect(direct, payload) => {
                 self.state.direct(direct, Some(payload));
             }
-            Received::Text(text) => self.state.events.push_back(Event::Unreadable(text)),
+            Received::Text(text) => self.state.events.push_back(ClientEvent::InvalidMessage(text)),
             Received::Bytes(bytes) => {
                 let text = String::from_utf8_lossy(&bytes).into_owned();
-                self.state.events.push_back(Event::Unreadable(text));
+                self.state.events.push_back(ClientEvent::InvalidMessage(text));
             }
             Received::Ping(_) | Received::Pong(_) => {}
         }
@@ -275,11 +279,11 @@ impl Task {
     }
 
     /// Hands events to the application, waiting for room. Once nobody takes them they are dropped.
-    async fn hand_over(&mut self) -> Result<(), EndReason> {
+    async fn hand_over(&mut self) -> Result<(), ClientEndReason> {
         while let Some(event) = self.state.events.pop_front() {
             // Both arms are cancel-safe: an event is only sent where there is room for it.
             let permit = tokio::select! {
-                () = close_is_asked(&mut self.closing) => return Err(EndReason::Closed),
+                () = close_is_asked(&mut self.closing) => return Err(ClientEndReason::Closed),
                 permit = self.events.reserve() => permit,
             };
             if let Ok(permit) = permit {
@@ -290,15 +294,18 @@ impl Task {
     }
 
     /// Waits for `what` while the application's calls are taken.
-    async fn while_serving<T>(&mut self, what: impl Future<Output = T>) -> Result<T, EndReason> {
+    async fn while_serving<T>(
+        &mut self,
+        what: impl Future<Output = T>,
+    ) -> Result<T, ClientEndReason> {
         let mut what = pin!(what);
         loop {
             // Cancel-safe: `what` is kept over the turns, and a call stays in the channel.
             tokio::select! {
-                () = close_is_asked(&mut self.closing) => return Err(EndReason::Closed),
+                () = close_is_asked(&mut self.closing) => return Err(ClientEndReason::Closed),
                 command = self.commands.recv() => match command {
                     Some(command) => self.command(command),
-                    None => return Err(EndReason::Closed),
+                    None => return Err(ClientEndReason::Closed),
                 },
                 result = &mut what => return Ok(result),
             }
@@ -306,7 +313,7 @@ impl Task {
     }
 
     /// Takes note of the end of a connection, and waits until it is time for the next.
-    async fn recover_from(&mut self, closed: Closed) -> Result<(), EndReason> {
+    async fn recover_from(&mut self, closed: Closed) -> Result<(), ClientEndReason> {
         let Closed { code, reason } = closed;
         let advice = reconnect_advice(code, &reason);
         if advice == ReconnectAdvice::ReconnectWithoutMessage {
@@ -325,27 +332,29 @@ impl Task {
             Some(after) => after,
             None => self.delay(None),
         });
-        let event = Event::Disconnected { code, reason: reason.clone(), retry_in };
+        let event = ClientEvent::Disconnected { code, reason: reason.clone(), retry_in };
         self.state.events.push_back(event);
         self.hand_over().await?;
         if !self.settings.reconnect {
-            return Err(EndReason::NoReconnect);
+            return Err(ClientEndReason::ReconnectDisabled);
         }
         match (retry_in, advice) {
             (Some(retry_in), _) => self.while_serving(sleep_until(Instant::now() + retry_in)).await,
             (None, ReconnectAdvice::ReconnectWithNewToken) => self.wait_for_token().await,
-            (None, _) => Err(EndReason::Dismissed { code: code.unwrap_or_default(), reason }),
+            (None, _) => {
+                Err(ClientEndReason::ClosedByServer { code: code.unwrap_or_default(), reason })
+            }
         }
     }
 
-    async fn wait_for_token(&mut self) -> Result<(), EndReason> {
+    async fn wait_for_token(&mut self) -> Result<(), ClientEndReason> {
         while !self.token_is_new {
             // Cancel-safe, as in `while_serving`.
             tokio::select! {
-                () = close_is_asked(&mut self.closing) => return Err(EndReason::Closed),
+                () = close_is_asked(&mut self.closing) => return Err(ClientEndReason::Closed),
                 command = self.commands.recv() => match command {
                     Some(command) => self.command(command),
-                    None => return Err(EndReason::Closed),
+                    None => return Err(ClientEndReason::Closed),
                 },
             }
         }

@@ -20,7 +20,7 @@ use tokio_tungstenite::{
 };
 
 use super::{
-    api::{ClientOptions, EndReason, Event, SendError, Start},
+    api::{ClientEndReason, ClientEvent, ClientOptions, SendError, Start},
     connection::{Closed, Connection, Received, Unexpected},
     options::{ConnectError, ConnectOptions, TokenLocation, text_of},
     *,
@@ -175,12 +175,15 @@ fn settings() -> ClientOptions {
 
 static ROOM: LazyLock<RoomId> = LazyLock::new(|| "r".parse().unwrap());
 
-async fn event(events: &mut mpsc::Receiver<Event>) -> Event {
+async fn event(events: &mut mpsc::Receiver<ClientEvent>) -> ClientEvent {
     timeout(PATIENCE, events.recv()).await.expect("an event").expect("an event")
 }
 
 /// Skips events until one passes `pick`.
-async fn until<T>(events: &mut mpsc::Receiver<Event>, pick: impl Fn(Event) -> Option<T>) -> T {
+async fn until<T>(
+    events: &mut mpsc::Receiver<ClientEvent>,
+    pick: impl Fn(ClientEvent) -> Option<T>,
+) -> T {
     loop {
         if let Some(picked) = pick(event(events).await) {
             return picked;
@@ -188,9 +191,9 @@ async fn until<T>(events: &mut mpsc::Receiver<Event>, pick: impl Fn(Event) -> Op
     }
 }
 
-async fn ended(events: &mut mpsc::Receiver<Event>) -> EndReason {
+async fn ended(events: &mut mpsc::Receiver<ClientEvent>) -> ClientEndReason {
     let ended = |event| match event {
-        Event::Ended(reason) => Some(reason),
+        ClientEvent::Ended(reason) => Some(reason),
         _ => None,
     };
     let reason = until(events, ended).await;
@@ -219,14 +222,14 @@ async fn a_client_joins_sends_and_receives() {
         assert_eq!(joined.top.seq, 4);
         let sent = client.send(&ROOM, "hello").await.unwrap();
         assert_eq!(sent.position.seq, 6);
-        assert!(matches!(event(&mut events).await, Event::Connected { .. }));
-        assert!(matches!(event(&mut events).await, Event::Joined(_)));
-        let Event::Message { message, .. } = event(&mut events).await else { panic!() };
+        assert!(matches!(event(&mut events).await, ClientEvent::Connected { .. }));
+        assert!(matches!(event(&mut events).await, ClientEvent::Joined(_)));
+        let ClientEvent::Message { message, .. } = event(&mut events).await else { panic!() };
         assert_eq!(message.seq, 5);
         client.close().await;
         assert!(client.is_ended());
-        assert_eq!(client.send(&ROOM, "late").await, Err(SendError::Ended));
-        assert_eq!(ended(&mut events).await, EndReason::Closed);
+        assert_eq!(client.send(&ROOM, "late").await, Err(SendError::ClientClosed));
+        assert_eq!(ended(&mut events).await, ClientEndReason::Closed);
     };
     tokio::join!(gateway, application);
 }
@@ -259,13 +262,13 @@ async fn a_lost_connection_is_replaced_and_everything_goes_on() {
     let (_peer, sent) = tokio::join!(gateway, application);
     assert_eq!(sent.position.seq, 2);
     let disconnected = |event| match event {
-        Event::Disconnected { code, retry_in, .. } => Some((code, retry_in.is_some())),
-        Event::Hole { .. } | Event::Duplicate { .. } => panic!("{event:?}"),
+        ClientEvent::Disconnected { code, retry_in, .. } => Some((code, retry_in.is_some())),
+        ClientEvent::Gap { .. } | ClientEvent::Duplicate { .. } => panic!("{event:?}"),
         _ => None,
     };
     assert_eq!(until(&mut events, disconnected).await, (None, true));
     let rejoined = |event| match event {
-        Event::Joined(info) => Some(info.recovered),
+        ClientEvent::Joined(info) => Some(info.recovered),
         _ => None,
     };
     assert!(until(&mut events, rejoined).await);
@@ -282,7 +285,7 @@ async fn a_gateway_that_drains_says_where_to_go_and_when() {
     peer.say(reconnect).await;
     peer.close(1012, "draining").await;
     let disconnected = |event| match event {
-        Event::Disconnected { code, retry_in, .. } => Some((code, retry_in)),
+        ClientEvent::Disconnected { code, retry_in, .. } => Some((code, retry_in)),
         _ => None,
     };
     let expected = (Some(1012), Some(Duration::from_millis(3)));
@@ -296,7 +299,7 @@ async fn a_client_that_was_sent_away_stays_away() {
     let (client, mut events) = Client::start(ConnectOptions::new(server.url()), settings());
     let peer = server.welcome().await;
     peer.close(1008, "kicked").await;
-    let reason = EndReason::Dismissed { code: 1008, reason: "kicked".to_owned() };
+    let reason = ClientEndReason::ClosedByServer { code: 1008, reason: "kicked".to_owned() };
     assert_eq!(ended(&mut events).await, reason);
     assert!(client.is_ended());
 }
@@ -310,7 +313,7 @@ async fn an_expired_token_is_replaced_by_the_application() {
     assert_eq!(peer.authorization.as_deref(), Some("Bearer old"));
     peer.close(4001, "token_expired").await;
     let disconnected = |event| match event {
-        Event::Disconnected { code, retry_in, .. } => Some((code, retry_in)),
+        ClientEvent::Disconnected { code, retry_in, .. } => Some((code, retry_in)),
         _ => None,
     };
     assert_eq!(until(&mut events, disconnected).await, (Some(4001), None));
@@ -324,7 +327,7 @@ async fn without_reconnecting_the_first_end_is_the_last() {
     let once = ClientOptions { reconnect: false, ..settings() };
     let (_client, mut events) = Client::start(ConnectOptions::new(server.url()), once);
     server.welcome().await.close(1012, "").await;
-    assert_eq!(ended(&mut events).await, EndReason::NoReconnect);
+    assert_eq!(ended(&mut events).await, ClientEndReason::ReconnectDisabled);
 }
 
 #[tokio::test]
@@ -332,7 +335,9 @@ async fn an_http_refusal_is_obeyed() {
     let server = Server::start().await;
     let (client, mut events) = Client::start(ConnectOptions::new(server.url()), settings());
     server.refuse("HTTP/1.1 503 Busy\r\nRetry-After: 7\r\nContent-Length: 0\r\n\r\n").await;
-    let Event::OpenFailed { error, retry_in, .. } = event(&mut events).await else { panic!() };
+    let ClientEvent::ConnectFailed { error, retry_in, .. } = event(&mut events).await else {
+        panic!()
+    };
     let ConnectError::Http { status, retry_after, .. } = error else { panic!("{error:?}") };
     assert_eq!((status, retry_after), (503, Some(Duration::from_secs(7))));
     assert!(retry_in.unwrap() >= Duration::from_secs(7));
@@ -340,7 +345,7 @@ async fn an_http_refusal_is_obeyed() {
 
     let (_client, mut events) = Client::start(ConnectOptions::new(server.url()), settings());
     server.refuse("HTTP/1.1 403 No\r\nContent-Length: 0\r\n\r\n").await;
-    assert_eq!(ended(&mut events).await, EndReason::Rejected { status: 403 });
+    assert_eq!(ended(&mut events).await, ClientEndReason::HandshakeRejected { status: 403 });
 }
 
 #[tokio::test]
@@ -362,7 +367,7 @@ async fn several_gateways_are_tried_in_turn_the_first_one_first() {
 #[tokio::test]
 async fn a_url_that_cannot_be_opened_ends_the_client() {
     let (_client, mut events) = Client::start(ConnectOptions::new("http://h/"), settings());
-    assert_eq!(ended(&mut events).await, EndReason::BadOptions);
+    assert_eq!(ended(&mut events).await, ClientEndReason::InvalidOptions);
 }
 
 #[tokio::test]
@@ -411,8 +416,8 @@ async fn a_slow_application_loses_nothing() {
     }
     for expected in 1..=500 {
         let seq = |event| match event {
-            Event::Message { message, .. } => Some(message.seq),
-            Event::Hole { .. } | Event::Duplicate { .. } => panic!("{event:?}"),
+            ClientEvent::Message { message, .. } => Some(message.seq),
+            ClientEvent::Gap { .. } | ClientEvent::Duplicate { .. } => panic!("{event:?}"),
             _ => None,
         };
         assert_eq!(until(&mut events, seq).await, expected);
@@ -439,10 +444,10 @@ async fn dropping_the_last_handle_closes_the_connection() {
     let server = Server::start().await;
     let (client, mut events) = Client::start(ConnectOptions::new(server.url()), settings());
     let mut peer = server.welcome().await;
-    assert!(matches!(event(&mut events).await, Event::Connected { .. }));
+    assert!(matches!(event(&mut events).await, ClientEvent::Connected { .. }));
     drop(client);
     assert_eq!(peer.hear_close().await, 1000);
-    assert_eq!(ended(&mut events).await, EndReason::Closed);
+    assert_eq!(ended(&mut events).await, ClientEndReason::Closed);
 }
 
 #[tokio::test]
@@ -450,11 +455,11 @@ async fn a_gateway_that_says_nothing_any_more_is_left() {
     let server = Server::start().await;
     let (_client, mut events) = Client::start(ConnectOptions::new(server.url()), settings());
     let _peer = server.welcome().await;
-    assert!(matches!(event(&mut events).await, Event::Connected { .. }));
+    assert!(matches!(event(&mut events).await, ClientEvent::Connected { .. }));
     let since = tokio::time::Instant::now();
     // From here on the sockets are silent, so that the clock may run ahead.
     tokio::time::pause();
-    let Some(Event::Disconnected { code: None, retry_in, .. }) = events.recv().await else {
+    let Some(ClientEvent::Disconnected { code: None, retry_in, .. }) = events.recv().await else {
         panic!("no end")
     };
     assert!(retry_in.is_some());
@@ -467,7 +472,7 @@ async fn unanswered_messages_are_bounded_in_number_and_bytes() {
     let few = ClientOptions { pending_sends_max: 2, pending_bytes_max: 100, ..settings() };
     let (client, _events) = Client::start(ConnectOptions::new(server.url()), few);
     let large = client.send(&ROOM, "x".repeat(100)).await;
-    assert_eq!(large, Err(SendError::TooMany));
+    assert_eq!(large, Err(SendError::QueueFull));
     let mut peer = server.welcome().await;
     let (_, joined) = tokio::join!(peer.admit(0, false), client.join(&ROOM, Start::Now));
     joined.unwrap();
@@ -480,7 +485,7 @@ async fn unanswered_messages_are_bounded_in_number_and_bytes() {
             }
         });
     assert!(one.is_ok() && two.is_ok());
-    assert_eq!(three, Err(SendError::TooMany));
+    assert_eq!(three, Err(SendError::QueueFull));
 }
 
 #[tokio::test]

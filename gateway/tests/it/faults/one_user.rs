@@ -7,7 +7,7 @@ use serde_json::json;
 use shared::{
     client::{
         Client,
-        api::{ClientOptions, Event},
+        api::{ClientEvent, ClientOptions},
         connection::{Connection, Received, Unexpected},
         options::ConnectOptions,
     },
@@ -78,7 +78,7 @@ async fn a_node_that_was_cut_off_applies_an_order_when_it_is_back_but_not_to_who
 
 /// A device that comes back by itself, and counts what it gets.
 struct Device {
-    events: mpsc::Receiver<Event>,
+    events: mpsc::Receiver<ClientEvent>,
     _client: Client,
     got: BTreeMap<MessageId, usize>,
 }
@@ -99,8 +99,8 @@ impl Device {
         within(async {
             while !ids.iter().all(|id| self.got.contains_key(id)) {
                 let id = match self.events.recv().await.unwrap() {
-                    Event::Direct { direct, .. } => direct.id,
-                    Event::Notification(notification) => notification.id,
+                    ClientEvent::Direct { direct, .. } => direct.id,
+                    ClientEvent::Notification(notification) => notification.id,
                     _ => continue,
                 };
                 *self.got.entry(id).or_default() += 1;

@@ -79,7 +79,7 @@ impl State {
         reply: oneshot::Sender<Result<JoinInfo, JoinError>>,
     ) {
         if !self.rooms.contains_key(&name) && self.rooms.len() >= ROOMS_MAX {
-            let _ = reply.send(Err(JoinError::TooMany));
+            let _ = reply.send(Err(JoinError::TooManyRooms));
             return;
         }
         let in_flight_max = self.in_flight_max;
@@ -89,7 +89,7 @@ impl State {
             .or_insert_with(|| Room::new(start.clone(), in_flight_max));
         let waits = room.join_reply.as_ref().is_some_and(|reply| !reply.is_closed());
         if waits || matches!(room.stage, Stage::Leaving | Stage::LeaveAt(_)) {
-            let _ = reply.send(Err(JoinError::Underway));
+            let _ = reply.send(Err(JoinError::InProgress));
             return;
         }
         room.join_reply = Some(reply);
@@ -115,7 +115,7 @@ impl State {
                 let _ = reply.send(Ok(()));
             }
             Stage::Leaving | Stage::LeaveAt(_) => {
-                let _ = reply.send(Err(LeaveError::Underway));
+                let _ = reply.send(Err(LeaveError::InProgress));
             }
             Stage::Away | Stage::JoinAt(_) => {
                 if let Some(mut room) = self.rooms.remove(name) {
@@ -147,9 +147,9 @@ impl State {
         let joined = self.rooms.get(name).is_some_and(|room| room.stage == Stage::Joined);
         let questions = self.asked.values().filter(|asked| matches!(asked, Asked::History(_)));
         if !joined {
-            let _ = reply.send(Err(HistoryError::Away));
+            let _ = reply.send(Err(HistoryError::NotJoined));
         } else if questions.count() >= QUESTIONS_MAX {
-            let _ = reply.send(Err(HistoryError::TooMany));
+            let _ = reply.send(Err(HistoryError::TooManyPending));
         } else {
             let reference = self.ask(Asked::History(reply));
             let (before, after) = match page {

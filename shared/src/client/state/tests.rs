@@ -55,7 +55,7 @@ impl Fixture {
             "session": "c2VjcmV0", "session_id": "6f1c2a0e-93c4-4c59-a9f5-5f3f2d1b7c11", "resumed": false,
             "inbox": {"epoch": "i", "seq": 0, "acked": 0, "oldest": 1, "unread": 0},
         }));
-        assert!(matches!(self.events().as_slice(), [Event::Connected { .. }]));
+        assert!(matches!(self.events().as_slice(), [ClientEvent::Connected { .. }]));
     }
 
     fn feed(&mut self, frame: Value) {
@@ -119,14 +119,14 @@ impl Fixture {
         self.said().into_iter().map(summary).collect()
     }
 
-    fn events(&mut self) -> Vec<Event> {
+    fn events(&mut self) -> Vec<ClientEvent> {
         self.state.events.drain(..).collect()
     }
 
     /// The numbers of the messages among the events; others are an error.
     fn delivered(&mut self) -> Vec<Seq> {
         let seq = |event| match event {
-            Event::Message { message, .. } => message.seq,
+            ClientEvent::Message { message, .. } => message.seq,
             other => panic!("{other:?}"),
         };
         self.events().into_iter().map(seq).collect()
@@ -181,7 +181,7 @@ async fn a_join_is_answered_and_its_history_follows_as_events() {
     fixture.feed(joined(&said[0]["ref"], 9, false, &[other(8), other(9)]));
     assert_eq!(answer.try_recv().unwrap().unwrap().top, at(9));
     let events = fixture.events();
-    assert!(matches!(events[0], Event::Joined(_)));
+    assert!(matches!(events[0], ClientEvent::Joined(_)));
     assert_eq!(events.len(), 3);
     fixture.feed(other(10));
     assert_eq!(fixture.delivered(), [10]);
@@ -200,7 +200,7 @@ async fn a_join_that_is_refused_for_the_time_being_is_asked_again() {
     assert_eq!(answer.try_recv().unwrap_err(), TryRecvError::Empty);
     fixture.feed(error(&second, "room_full", None));
     let refused = answer.try_recv().unwrap().unwrap_err();
-    assert!(matches!(refused, JoinError::Refused(_)), "{refused:?}");
+    assert!(matches!(refused, JoinError::Rejected(_)), "{refused:?}");
     assert!(fixture.state.rooms.is_empty() && fixture.events().is_empty());
 }
 
@@ -209,7 +209,7 @@ async fn two_joins_of_a_room_at_once_are_one_too_many() {
     let mut fixture = Fixture::new();
     let _first = fixture.join("r", Start::Now);
     let mut second = fixture.join("r", Start::Now);
-    assert_eq!(second.try_recv().unwrap(), Err(JoinError::Underway));
+    assert_eq!(second.try_recv().unwrap(), Err(JoinError::InProgress));
 }
 
 #[tokio::test(start_paused = true)]
@@ -268,7 +268,7 @@ async fn a_definite_refusal_answers_that_message_only() {
     let mut two = fixture.send(SendOptions::json("2"));
     let first = fixture.said().remove(0);
     fixture.feed(error(&first, "forbidden", None));
-    assert!(matches!(one.try_recv().unwrap(), Err(SendError::Refused(_))));
+    assert!(matches!(one.try_recv().unwrap(), Err(SendError::Rejected(_))));
     let second = fixture.said().remove(0);
     fixture.feed(ack(&second, 6, false));
     assert!(two.try_recv().unwrap().is_ok());
@@ -329,7 +329,7 @@ async fn an_own_message_found_in_the_recovery_is_acknowledged_and_the_others_are
     assert_eq!(answers[0].try_recv().unwrap().unwrap().position, at(7));
     let again = fixture.said();
     assert_eq!((again.len(), &again[0]["content"]), (1, &json!("2")));
-    let delivered: Vec<Event> = fixture.events();
+    let delivered: Vec<ClientEvent> = fixture.events();
     assert_eq!(delivered.len(), 3, "{delivered:?}");
 }
 
@@ -363,12 +363,13 @@ async fn a_hole_is_told_and_the_entry_behind_it_delivered() {
     let mut fixture = Fixture::joined();
     fixture.feed(other(8));
     let events = fixture.events();
-    let [Event::Hole { expected, got, .. }, Event::Message { .. }] = events.as_slice() else {
+    let [ClientEvent::Gap { expected, got, .. }, ClientEvent::Message { .. }] = events.as_slice()
+    else {
         panic!("{events:?}");
     };
     assert_eq!((expected.as_ref(), got), (Some(&at(6)), &at(8)));
     fixture.feed(other(8));
-    assert!(matches!(fixture.events()[0], Event::Duplicate { earlier: None, .. }));
+    assert!(matches!(fixture.events()[0], ClientEvent::Duplicate { earlier: None, .. }));
 }
 
 #[tokio::test(start_paused = true)]
@@ -379,9 +380,12 @@ async fn a_message_before_its_joined_is_a_hole_and_left_to_the_history() {
     let join = fixture.said().remove(0);
     let early = other(6);
     fixture.feed(early.clone());
-    assert!(matches!(fixture.events().as_slice(), [Event::Hole { expected: None, .. }]));
+    assert!(matches!(fixture.events().as_slice(), [ClientEvent::Gap { expected: None, .. }]));
     fixture.feed(joined(&join["ref"], 6, true, &[early]));
-    assert!(matches!(fixture.events().as_slice(), [Event::Joined(_), Event::Message { .. }]));
+    assert!(matches!(
+        fixture.events().as_slice(),
+        [ClientEvent::Joined(_), ClientEvent::Message { .. }]
+    ));
 }
 
 #[tokio::test(start_paused = true)]
@@ -397,7 +401,7 @@ async fn what_cannot_be_recovered_is_told_before_what_is_there() {
     assert!(
         matches!(
             events.as_slice(),
-            [Event::Joined(_), Event::NotRecovered { .. }, Event::Message { .. }]
+            [ClientEvent::Joined(_), ClientEvent::NotRecovered { .. }, ClientEvent::Message { .. }]
         ),
         "{events:?}"
     );
@@ -430,7 +434,7 @@ async fn a_room_that_removes_the_client_answers_what_is_on_its_way_and_takes_no_
     fixture.feed(json!({"type": "left", "room": "r", "reason": "kicked"}));
     let events = fixture.events();
     assert!(
-        matches!(&events[0], Event::Left { reason, .. } if reason.as_deref() == Some("kicked"))
+        matches!(&events[0], ClientEvent::Left { reason, .. } if reason.as_deref() == Some("kicked"))
     );
     assert_eq!(two.try_recv().unwrap(), Err(SendError::NotJoined));
     fixture.feed(ack(&frame, 6, false));
@@ -444,7 +448,7 @@ async fn a_room_that_removes_the_client_answers_what_is_on_its_way_and_takes_no_
 async fn a_room_that_is_closed_is_left() {
     let mut fixture = Fixture::joined();
     fixture.feed(json!({"type": "room_closed", "room": "r", "reason": "deleted"}));
-    assert!(matches!(fixture.events().as_slice(), [Event::Left { .. }]));
+    assert!(matches!(fixture.events().as_slice(), [ClientEvent::Left { .. }]));
 }
 
 #[tokio::test(start_paused = true)]
@@ -462,7 +466,10 @@ async fn leaving_forgets_the_position_so_that_a_room_can_be_rewound() {
     let frame = fixture.said().remove(0);
     assert_eq!((&frame["history"], &frame["since"]), (&json!(5), &Value::Null));
     fixture.feed(joined(&frame["ref"], 6, false, &[entry(6, "you", id)]));
-    assert!(matches!(fixture.events().as_slice(), [Event::Joined(_), Event::Message { .. }]));
+    assert!(matches!(
+        fixture.events().as_slice(),
+        [ClientEvent::Joined(_), ClientEvent::Message { .. }]
+    ));
 }
 
 #[tokio::test(start_paused = true)]
@@ -499,7 +506,7 @@ async fn a_room_that_cannot_be_joined_again_is_told_as_left() {
     fixture.connect();
     let join = fixture.said().remove(0);
     fixture.feed(error(&join, "forbidden", None));
-    assert!(matches!(fixture.events().as_slice(), [Event::Left { .. }]));
+    assert!(matches!(fixture.events().as_slice(), [ClientEvent::Left { .. }]));
     assert_eq!(sent.try_recv().unwrap(), Err(SendError::Uncertain));
 }
 
@@ -539,9 +546,9 @@ async fn history_is_asked_for_while_the_room_is_joined() {
 
     let mut lost = fixture.history(Page::Newest);
     fixture.state.disconnected();
-    assert!(matches!(lost.try_recv().unwrap(), Err(HistoryError::Away)));
+    assert!(matches!(lost.try_recv().unwrap(), Err(HistoryError::NotJoined)));
     let mut away = fixture.history(Page::After(1));
-    assert!(matches!(away.try_recv().unwrap(), Err(HistoryError::Away)));
+    assert!(matches!(away.try_recv().unwrap(), Err(HistoryError::NotJoined)));
 }
 
 #[tokio::test(start_paused = true)]
@@ -554,7 +561,9 @@ async fn binary_messages_are_the_same_live_and_from_the_log() {
     in_json["content"] = json!("AQI=");
     fixture.feed(in_json);
     let events = fixture.events();
-    let Event::Message { payload: Some(payload), .. } = &events[0] else { panic!("{events:?}") };
+    let ClientEvent::Message { payload: Some(payload), .. } = &events[0] else {
+        panic!("{events:?}")
+    };
     assert_eq!(payload.as_ref(), [1, 2]);
 }
 
@@ -562,11 +571,11 @@ async fn binary_messages_are_the_same_live_and_from_the_log() {
 async fn frames_that_are_not_modelled_are_passed_on_and_pings_answered() {
     let mut fixture = Fixture::new();
     fixture.feed(json!({"type": "system", "code": "welcome", "content": "hi"}));
-    assert!(matches!(fixture.events().as_slice(), [Event::Other(_)]));
+    assert!(matches!(fixture.events().as_slice(), [ClientEvent::OtherFrame(_)]));
     fixture.feed(json!({"type": "ping", "timestamp": "2026-01-01T00:00:00.000Z"}));
     assert_eq!(fixture.said(), [json!({"type": "pong"})]);
     fixture.feed(json!({"type": "error", "code": "internal", "message": "oh"}));
-    assert!(matches!(fixture.events().as_slice(), [Event::Refused(_)]));
+    assert!(matches!(fixture.events().as_slice(), [ClientEvent::Error(_)]));
 }
 
 #[tokio::test(start_paused = true)]
@@ -578,7 +587,7 @@ async fn at_the_end_everybody_who_waits_is_told() {
     let mut asking = fixture.history(Page::Newest);
     fixture.state.end();
     assert_eq!(sent.try_recv().unwrap(), Err(SendError::Uncertain));
-    assert_eq!(unsent.try_recv().unwrap(), Err(SendError::Ended));
-    assert_eq!(joining.try_recv().unwrap(), Err(JoinError::Ended));
-    assert!(matches!(asking.try_recv().unwrap(), Err(HistoryError::Ended)));
+    assert_eq!(unsent.try_recv().unwrap(), Err(SendError::ClientClosed));
+    assert_eq!(joining.try_recv().unwrap(), Err(JoinError::ClientClosed));
+    assert!(matches!(asking.try_recv().unwrap(), Err(HistoryError::ClientClosed)));
 }
