@@ -15,7 +15,7 @@ use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 use shared::{
     client::{
         Client,
-        api::{ClientEvent, ClientOptions, Page, Start},
+        api::{ClientEvent, ClientOptions, HistoryRange, StartFrom},
         options::ConnectOptions,
     },
     ids::RoomId,
@@ -233,7 +233,7 @@ impl Person {
             match Deed::draw(&mut self.die) {
                 Deed::Say => self.say(client, &room).await,
                 Deed::LookBack => {
-                    let page = client.history(&room, Page::Newest, HISTORY);
+                    let page = client.history(&room, HistoryRange::Newest, HISTORY);
                     let page = timeout(ANSWER_MAX, page).await;
                     self.answered(page, "history", |seen| &mut seen.history_us);
                 }
@@ -265,7 +265,7 @@ impl Person {
     }
 
     async fn join(&mut self, client: &Client, room: &RoomId) {
-        let joined = timeout(ANSWER_MAX, client.join(room, Start::History(HISTORY))).await;
+        let joined = timeout(ANSWER_MAX, client.join(room, StartFrom::History(HISTORY))).await;
         self.answered(joined, "join", |seen| &mut seen.join_us);
     }
 

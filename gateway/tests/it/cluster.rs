@@ -10,7 +10,7 @@ use serde_json::json;
 use shared::{
     client::{
         Client,
-        api::{ClientEvent, ClientOptions, Start},
+        api::{ClientEvent, ClientOptions, StartFrom},
         frames,
         options::ConnectOptions,
     },
@@ -135,7 +135,7 @@ async fn every_member_on_every_node_gets_every_message_once_and_in_order() {
     for i in 0..12 {
         let witness = Witness::start(vec![url.clone()], &format!("u{i}"));
         for room in &rooms {
-            within(witness.client.join(room, Start::Now)).await.unwrap();
+            within(witness.client.join(room, StartFrom::Now)).await.unwrap();
         }
         witnesses.push(witness);
     }

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use shared::{client::api::Start, ids::RoomId};
+use shared::{client::api::StartFrom, ids::RoomId};
 use tokio::time::Instant;
 
 use crate::{
@@ -32,7 +32,7 @@ impl Talk {
                 .collect();
             let witness = Witness::start(urls, &format!("u{i}"));
             for room in &rooms {
-                within(witness.client.join(room, Start::Now)).await.unwrap();
+                within(witness.client.join(room, StartFrom::Now)).await.unwrap();
             }
             witnesses.push(witness);
         }

@@ -24,7 +24,7 @@ use crate::{
 /// How many rooms a client may be in. The server's limit is lower.
 pub const ROOMS_MAX: usize = 10_000;
 /// How many questions for history may be without an answer.
-pub const QUESTIONS_MAX: usize = 256;
+pub const HISTORY_REQUESTS_MAX: usize = 256;
 
 /// How a client behaves. The default is what the protocol says of clients.
 #[derive(Clone, Debug)]
@@ -70,7 +70,7 @@ impl Default for ClientOptions {
 /// Where to begin in a room that is joined for the first time. Later on, the client continues by
 /// itself from what it had.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Start {
+pub enum StartFrom {
     /// With what comes from now on.
     Now,
     /// With what follows a position that the application kept.
@@ -98,12 +98,12 @@ pub struct JoinInfo {
 
 /// A message to send.
 #[derive(Clone, Debug)]
-pub struct SendOptions {
+pub struct NewMessage {
     /// The key under which a repeat is recognised. Kept by those who want to repeat what was
     /// [`SendError::Uncertain`].
     pub id: MessageId,
     /// The content.
-    pub content: Content,
+    pub content: MessageContent,
     /// What it is.
     pub kind: MessageKind,
     /// The message it answers.
@@ -117,25 +117,25 @@ pub struct SendOptions {
 
 /// What a message holds.
 #[derive(Clone, Debug)]
-pub enum Content {
+pub enum MessageContent {
     /// Any JSON.
     Json(Value),
     /// Bytes.
     Binary(Bytes),
 }
 
-impl SendOptions {
+impl NewMessage {
     /// A text message with a new id.
     pub fn json(content: impl Into<Value>) -> Self {
-        Self::of(Content::Json(content.into()))
+        Self::of(MessageContent::Json(content.into()))
     }
 
     /// A binary message with a new id.
     pub fn binary(payload: impl Into<Bytes>) -> Self {
-        Self::of(Content::Binary(payload.into()))
+        Self::of(MessageContent::Binary(payload.into()))
     }
 
-    fn of(content: Content) -> Self {
+    fn of(content: MessageContent) -> Self {
         Self {
             id: MessageId::random(),
             content,
@@ -149,7 +149,7 @@ impl SendOptions {
 
 /// A message that is in the log.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Sent {
+pub struct SendReceipt {
     /// Its id.
     pub id: MessageId,
     /// Where it stands.
@@ -222,7 +222,7 @@ pub enum LeaveError {
 
 /// Which page of a room's log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Page {
+pub enum HistoryRange {
     /// The newest entries.
     Newest,
     /// The newest below this one.

@@ -19,8 +19,8 @@ use tokio::{
 
 use self::{
     api::{
-        ClientEvent, ClientOptions, Content, HistoryError, HistoryPage, JoinError, JoinInfo,
-        LeaveError, Page, SendError, SendOptions, Sent, Start,
+        ClientEvent, ClientOptions, HistoryError, HistoryPage, HistoryRange, JoinError, JoinInfo,
+        LeaveError, MessageContent, NewMessage, SendError, SendReceipt, StartFrom,
     },
     options::ConnectOptions,
     room::Pending,
@@ -88,7 +88,7 @@ impl Client {
     /// # Errors
     ///
     /// [`JoinError`]. What is refused for the time being is asked again.
-    pub async fn join(&self, room: &RoomId, start: Start) -> Result<JoinInfo, JoinError> {
+    pub async fn join(&self, room: &RoomId, start: StartFrom) -> Result<JoinInfo, JoinError> {
         self.join_with(room, start, None).await
     }
 
@@ -100,7 +100,7 @@ impl Client {
     pub async fn join_protected(
         &self,
         room: &RoomId,
-        start: Start,
+        start: StartFrom,
         password: String,
     ) -> Result<JoinInfo, JoinError> {
         self.join_with(room, start, Some(password)).await
@@ -109,7 +109,7 @@ impl Client {
     async fn join_with(
         &self,
         room: &RoomId,
-        start: Start,
+        start: StartFrom,
         password: Option<String>,
     ) -> Result<JoinInfo, JoinError> {
         let (reply, answer) = oneshot::channel();
@@ -129,13 +129,17 @@ impl Client {
         self.ask(command, answer).await.unwrap_or(Err(LeaveError::ClientClosed))
     }
 
-    /// Sends `content` to a room and waits until it is in the log. See [`Client::send_with`].
+    /// Sends `content` to a room and waits until it is in the log. See [`Client::send_message`].
     ///
     /// # Errors
     ///
     /// [`SendError`]
-    pub async fn send(&self, room: &RoomId, content: impl Into<Value>) -> Result<Sent, SendError> {
-        self.send_with(room, SendOptions::json(content)).await
+    pub async fn send(
+        &self,
+        room: &RoomId,
+        content: impl Into<Value>,
+    ) -> Result<SendReceipt, SendError> {
+        self.send_message(room, NewMessage::json(content)).await
     }
 
     /// Sends a message to a room and waits until it is in the log.
@@ -148,7 +152,11 @@ impl Client {
     /// # Errors
     ///
     /// [`SendError`]. An error is about this message only; others go on.
-    pub async fn send_with(&self, room: &RoomId, send: SendOptions) -> Result<Sent, SendError> {
+    pub async fn send_message(
+        &self,
+        room: &RoomId,
+        send: NewMessage,
+    ) -> Result<SendReceipt, SendError> {
         let bytes = approximate_len(&send);
         let full = |error| match error {
             TryAcquireError::NoPermits => SendError::QueueFull,
@@ -170,7 +178,7 @@ impl Client {
     pub async fn history(
         &self,
         room: &RoomId,
-        page: Page,
+        page: HistoryRange,
         limit: u32,
     ) -> Result<HistoryPage, HistoryError> {
         let (reply, answer) = oneshot::channel();
@@ -180,7 +188,7 @@ impl Client {
 
     /// Tells that a person has seen the inbox up to `seq`: notifications with `require_ack` up to there
     /// count as received.
-    pub async fn seen(&self, seq: Seq) {
+    pub async fn mark_seen(&self, seq: Seq) {
         // A client that has ended tells nobody.
         let _ = self.commands.send(Command::Seen(seq)).await;
     }
@@ -211,10 +219,10 @@ impl Client {
 }
 
 /// About how many bytes a message holds. At least one, since a message takes some room in any case.
-fn approximate_len(send: &SendOptions) -> u32 {
+fn approximate_len(send: &NewMessage) -> u32 {
     let content = match &send.content {
-        Content::Json(content) => frames::text(content).len(),
-        Content::Binary(payload) => payload.len(),
+        MessageContent::Json(content) => frames::text(content).len(),
+        MessageContent::Binary(payload) => payload.len(),
     };
     let meta = send.meta.as_ref().map_or(0, |meta| frames::text(meta).len());
     u32::try_from(content + meta).unwrap_or(u32::MAX).max(1)

@@ -8,7 +8,10 @@ use tokio::{
 };
 
 use super::{
-    api::{Content, JoinError, JoinInfo, LeaveError, SendError, SendOptions, Sent, Start},
+    api::{
+        JoinError, JoinInfo, LeaveError, MessageContent, NewMessage, SendError, SendReceipt,
+        StartFrom,
+    },
     frames::{self, HeaderTooLong},
     resume::{Log, Sends},
 };
@@ -32,16 +35,16 @@ impl Outgoing {
 
 /// A message without its answer, and who waits for that.
 pub(super) struct Pending {
-    pub(super) send: SendOptions,
+    pub(super) send: NewMessage,
     pub(super) bytes: u32,
-    pub(super) reply: oneshot::Sender<Result<Sent, SendError>>,
+    pub(super) reply: oneshot::Sender<Result<SendReceipt, SendError>>,
     /// Its share of what a client may have without an answer, given back when this is dropped.
     pub(super) _share: [OwnedSemaphorePermit; 2],
 }
 
 impl Pending {
     /// Tells who waits. If nobody does any more, the message has its fate all the same.
-    pub(super) fn settle(self, result: Result<Sent, SendError>) {
+    pub(super) fn settle(self, result: Result<SendReceipt, SendError>) {
         let _ = self.reply.send(result);
     }
 
@@ -61,11 +64,13 @@ impl Pending {
             ..frames::Message::header(room)
         };
         match &self.send.content {
-            Content::Json(content) => {
+            MessageContent::Json(content) => {
                 let frame = frames::Message { content: Some(content), ..header };
                 Ok(Outgoing::Text(frames::text(&frame)))
             }
-            Content::Binary(payload) => frames::binary(&header, payload).map(Outgoing::Binary),
+            MessageContent::Binary(payload) => {
+                frames::binary(&header, payload).map(Outgoing::Binary)
+            }
         }
     }
 }
@@ -92,7 +97,7 @@ pub(super) enum Stage {
 /// See the head of this file.
 pub(super) struct Room {
     pub(super) stage: Stage,
-    pub(super) start: Start,
+    pub(super) start: StartFrom,
     /// What the room asks for, also when it is joined again after a reconnect.
     pub(super) password: Option<String>,
     pub(super) log: Log,
@@ -102,7 +107,7 @@ pub(super) struct Room {
 }
 
 impl Room {
-    pub(super) fn new(start: Start, in_flight_max: usize) -> Self {
+    pub(super) fn new(start: StartFrom, in_flight_max: usize) -> Self {
         Self {
             stage: Stage::Away,
             log: log_for(&start),
@@ -115,7 +120,7 @@ impl Room {
     }
 
     /// Joins a room again that was left.
-    pub(super) fn begin_anew(&mut self, start: Start) {
+    pub(super) fn begin_anew(&mut self, start: StartFrom) {
         self.stage = Stage::Away;
         self.log = log_for(&start);
         self.start = start;
@@ -181,9 +186,9 @@ impl Room {
     }
 }
 
-fn log_for(start: &Start) -> Log {
+fn log_for(start: &StartFrom) -> Log {
     match start {
-        Start::Since(position) => Log::starting_at(position.clone()),
-        Start::Now | Start::History(_) => Log::default(),
+        StartFrom::Since(position) => Log::starting_at(position.clone()),
+        StartFrom::Now | StartFrom::History(_) => Log::default(),
     }
 }

@@ -21,8 +21,8 @@ use tokio::time::Instant;
 use self::calls::HistoryReply;
 use super::{
     api::{
-        ClientEvent, HistoryError, HistoryPage, JoinError, JoinInfo, LeaveError, SendError, Sent,
-        Start,
+        ClientEvent, HistoryError, HistoryPage, JoinError, JoinInfo, LeaveError, SendError,
+        SendReceipt, StartFrom,
     },
     frames,
     inbox::Inbox,
@@ -313,7 +313,7 @@ impl State {
         let room = self
             .rooms
             .entry(joined.room.clone())
-            .or_insert_with(|| Room::new(Start::Now, in_flight_max));
+            .or_insert_with(|| Room::new(StartFrom::Now, in_flight_max));
         let info = JoinInfo {
             room: joined.room.clone(),
             top: Position::new(joined.epoch.clone(), joined.seq),
@@ -370,7 +370,7 @@ impl State {
                 // In the log is as good as acknowledged, and it may be the only answer to come.
                 if own && let Some(pending) = room.sends.take(message.id) {
                     let position = position.clone();
-                    pending.settle(Ok(Sent { id: message.id, position, duplicate: false }));
+                    pending.settle(Ok(SendReceipt { id: message.id, position, duplicate: false }));
                 }
                 room.log.judge(&position, &message.from.id, message.id)
             }
@@ -409,7 +409,7 @@ impl State {
             self.events.push_back(ClientEvent::Gap { room, expected, got });
         }
         if let Some(pending) = room.sends.take(ack.id) {
-            pending.settle(Ok(Sent { id: ack.id, position, duplicate: ack.duplicate }));
+            pending.settle(Ok(SendReceipt { id: ack.id, position, duplicate: ack.duplicate }));
         }
         self.pump(&name, now);
     }

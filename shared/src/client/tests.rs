@@ -20,7 +20,7 @@ use tokio_tungstenite::{
 };
 
 use super::{
-    api::{ClientEndReason, ClientEvent, ClientOptions, SendError, Start},
+    api::{ClientEndReason, ClientEvent, ClientOptions, SendError, StartFrom},
     connection::{Closed, Connection, Received, Unexpected},
     options::{ConnectError, ConnectOptions, TokenLocation, text_of},
     *,
@@ -218,7 +218,7 @@ async fn a_client_joins_sends_and_receives() {
         assert_eq!(peer.hear_close().await, 1000);
     };
     let application = async {
-        let joined = client.join(&ROOM, Start::Now).await.unwrap();
+        let joined = client.join(&ROOM, StartFrom::Now).await.unwrap();
         assert_eq!(joined.top.seq, 4);
         let sent = client.send(&ROOM, "hello").await.unwrap();
         assert_eq!(sent.position.seq, 6);
@@ -256,7 +256,7 @@ async fn a_lost_connection_is_replaced_and_everything_goes_on() {
         peer
     };
     let application = async {
-        client.join(&ROOM, Start::Now).await.unwrap();
+        client.join(&ROOM, StartFrom::Now).await.unwrap();
         client.send(&ROOM, 1).await.unwrap()
     };
     let (_peer, sent) = tokio::join!(gateway, application);
@@ -390,7 +390,7 @@ async fn the_room_of_the_url_is_resumed_through_the_url() {
             message
         },
         async {
-            client.join(&ROOM, Start::Now).await.unwrap();
+            client.join(&ROOM, StartFrom::Now).await.unwrap();
             client.send(&ROOM, "x").await
         }
     );
@@ -409,7 +409,7 @@ async fn a_slow_application_loses_nothing() {
     let narrow = ClientOptions { event_queue_max: 1, ..settings() };
     let (client, mut events) = Client::start(ConnectOptions::new(server.url()), narrow);
     let mut peer = server.welcome().await;
-    let (_, joined) = tokio::join!(peer.admit(0, false), client.join(&ROOM, Start::Now));
+    let (_, joined) = tokio::join!(peer.admit(0, false), client.join(&ROOM, StartFrom::Now));
     joined.unwrap();
     for seq in 1..=500 {
         peer.say(entry(seq)).await;
@@ -430,7 +430,7 @@ async fn a_client_whose_events_nobody_takes_can_be_closed() {
     let narrow = ClientOptions { event_queue_max: 1, ..settings() };
     let (client, _events) = Client::start(ConnectOptions::new(server.url()), narrow);
     let mut peer = server.welcome().await;
-    let (_, joined) = tokio::join!(peer.admit(0, false), client.join(&ROOM, Start::Now));
+    let (_, joined) = tokio::join!(peer.admit(0, false), client.join(&ROOM, StartFrom::Now));
     joined.unwrap();
     for seq in 1..=10 {
         peer.say(entry(seq)).await;
@@ -474,7 +474,7 @@ async fn unanswered_messages_are_bounded_in_number_and_bytes() {
     let large = client.send(&ROOM, "x".repeat(100)).await;
     assert_eq!(large, Err(SendError::QueueFull));
     let mut peer = server.welcome().await;
-    let (_, joined) = tokio::join!(peer.admit(0, false), client.join(&ROOM, Start::Now));
+    let (_, joined) = tokio::join!(peer.admit(0, false), client.join(&ROOM, StartFrom::Now));
     joined.unwrap();
     let (one, two, three, ()) =
         tokio::join!(client.send(&ROOM, 1), client.send(&ROOM, 2), client.send(&ROOM, 3), async {

@@ -9,8 +9,8 @@ use super::{Asked, State};
 use crate::{
     client::{
         api::{
-            HistoryError, HistoryPage, JoinError, JoinInfo, LeaveError, Page, QUESTIONS_MAX,
-            ROOMS_MAX, SendError, Start,
+            HISTORY_REQUESTS_MAX, HistoryError, HistoryPage, HistoryRange, JoinError, JoinInfo,
+            LeaveError, ROOMS_MAX, SendError, StartFrom,
         },
         frames,
         resume::Next,
@@ -25,7 +25,7 @@ use crate::{
 pub(in crate::client) enum Command {
     Join {
         room: RoomId,
-        start: Start,
+        start: StartFrom,
         password: Option<String>,
         reply: oneshot::Sender<Result<JoinInfo, JoinError>>,
     },
@@ -39,7 +39,7 @@ pub(in crate::client) enum Command {
     },
     History {
         room: RoomId,
-        page: Page,
+        page: HistoryRange,
         limit: u32,
         reply: HistoryReply,
     },
@@ -74,7 +74,7 @@ impl State {
     fn join(
         &mut self,
         name: RoomId,
-        start: Start,
+        start: StartFrom,
         password: Option<String>,
         reply: oneshot::Sender<Result<JoinInfo, JoinError>>,
     ) {
@@ -143,19 +143,19 @@ impl State {
         self.pump(name, now);
     }
 
-    fn history(&mut self, name: &RoomId, page: Page, limit: u32, reply: HistoryReply) {
+    fn history(&mut self, name: &RoomId, page: HistoryRange, limit: u32, reply: HistoryReply) {
         let joined = self.rooms.get(name).is_some_and(|room| room.stage == Stage::Joined);
         let questions = self.asked.values().filter(|asked| matches!(asked, Asked::History(_)));
         if !joined {
             let _ = reply.send(Err(HistoryError::NotJoined));
-        } else if questions.count() >= QUESTIONS_MAX {
+        } else if questions.count() >= HISTORY_REQUESTS_MAX {
             let _ = reply.send(Err(HistoryError::TooManyPending));
         } else {
             let reference = self.ask(Asked::History(reply));
             let (before, after) = match page {
-                Page::Newest => (None, None),
-                Page::Before(seq) => (Some(seq), None),
-                Page::After(seq) => (None, Some(seq)),
+                HistoryRange::Newest => (None, None),
+                HistoryRange::Before(seq) => (Some(seq), None),
+                HistoryRange::After(seq) => (None, Some(seq)),
             };
             let limit = Some(limit);
             let frame = frames::History { reference, room: name, before, after, limit };
@@ -173,8 +173,8 @@ impl State {
         let since = room.log.cursor();
         let history = match (since, &room.start) {
             (Some(_), _) => None,
-            (None, Start::Now | Start::Since(_)) => Some(0),
-            (None, Start::History(entries)) => Some(*entries),
+            (None, StartFrom::Now | StartFrom::Since(_)) => Some(0),
+            (None, StartFrom::History(entries)) => Some(*entries),
         };
         let password = room.password.as_deref();
         let frame = frames::Join { reference, room: name, since, history, password };

@@ -8,7 +8,7 @@ use tokio::sync::{
 
 use super::{calls::Command, *};
 use crate::client::{
-    api::{Page, SendOptions},
+    api::{HistoryRange, NewMessage},
     room::Pending,
 };
 
@@ -32,7 +32,7 @@ impl Fixture {
     /// A fixture that has joined `r` at position `e:5`.
     fn joined() -> Self {
         let mut fixture = Self::new();
-        let mut answer = fixture.join("r", Start::Now);
+        let mut answer = fixture.join("r", StartFrom::Now);
         let reference = fixture.said()[0]["ref"].clone();
         fixture.feed(joined(&reference, 5, false, &[]));
         assert!(answer.try_recv().unwrap().is_ok());
@@ -68,7 +68,7 @@ impl Fixture {
         self.state.time(self.now);
     }
 
-    fn join(&mut self, room: &str, start: Start) -> Answer<JoinInfo, JoinError> {
+    fn join(&mut self, room: &str, start: StartFrom) -> Answer<JoinInfo, JoinError> {
         let (reply, answer) = oneshot::channel();
         let room = room.parse().unwrap();
         self.state.command(Command::Join { room, start, password: None, reply }, self.now);
@@ -81,12 +81,12 @@ impl Fixture {
         answer
     }
 
-    fn send(&mut self, send: SendOptions) -> Answer<Sent, SendError> {
+    fn send(&mut self, send: NewMessage) -> Answer<SendReceipt, SendError> {
         let (reply, answer) = oneshot::channel();
         let share = || Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
         let bytes = match &send.content {
-            crate::client::api::Content::Json(content) => content.to_string().len() as u32,
-            crate::client::api::Content::Binary(payload) => payload.len() as u32,
+            crate::client::api::MessageContent::Json(content) => content.to_string().len() as u32,
+            crate::client::api::MessageContent::Binary(payload) => payload.len() as u32,
         };
         let pending = Pending { send, bytes, reply, _share: [share(), share()] };
         let room = "r".parse().unwrap();
@@ -94,7 +94,7 @@ impl Fixture {
         answer
     }
 
-    fn history(&mut self, page: Page) -> Answer<HistoryPage, HistoryError> {
+    fn history(&mut self, page: HistoryRange) -> Answer<HistoryPage, HistoryError> {
         let (reply, answer) = oneshot::channel();
         let room = "r".parse().unwrap();
         self.state.command(Command::History { room, page, limit: 10, reply }, self.now);
@@ -175,7 +175,7 @@ fn error(frame: &Value, code: &str, retry_after_ms: Option<u64>) -> Value {
 #[tokio::test(start_paused = true)]
 async fn a_join_is_answered_and_its_history_follows_as_events() {
     let mut fixture = Fixture::new();
-    let mut answer = fixture.join("r", Start::History(2));
+    let mut answer = fixture.join("r", StartFrom::History(2));
     let said = fixture.said();
     assert_eq!((&said[0]["type"], &said[0]["history"]), (&json!("join"), &json!(2)));
     fixture.feed(joined(&said[0]["ref"], 9, false, &[other(8), other(9)]));
@@ -190,7 +190,7 @@ async fn a_join_is_answered_and_its_history_follows_as_events() {
 #[tokio::test(start_paused = true)]
 async fn a_join_that_is_refused_for_the_time_being_is_asked_again() {
     let mut fixture = Fixture::new();
-    let mut answer = fixture.join("r", Start::Now);
+    let mut answer = fixture.join("r", StartFrom::Now);
     let first = fixture.said().remove(0);
     fixture.feed(error(&first, "unavailable", Some(700)));
     assert!(fixture.said().is_empty());
@@ -207,15 +207,15 @@ async fn a_join_that_is_refused_for_the_time_being_is_asked_again() {
 #[tokio::test(start_paused = true)]
 async fn two_joins_of_a_room_at_once_are_one_too_many() {
     let mut fixture = Fixture::new();
-    let _first = fixture.join("r", Start::Now);
-    let mut second = fixture.join("r", Start::Now);
+    let _first = fixture.join("r", StartFrom::Now);
+    let mut second = fixture.join("r", StartFrom::Now);
     assert_eq!(second.try_recv().unwrap(), Err(JoinError::InProgress));
 }
 
 #[tokio::test(start_paused = true)]
 async fn joining_a_joined_room_asks_the_server_and_changes_nothing() {
     let mut fixture = Fixture::joined();
-    let mut answer = fixture.join("r", Start::History(50));
+    let mut answer = fixture.join("r", StartFrom::History(50));
     let frame = fixture.said().remove(0);
     fixture.feed(joined(&frame["ref"], 5, true, &[]));
     assert_eq!(answer.try_recv().unwrap().unwrap().top, at(5));
@@ -227,9 +227,9 @@ async fn joining_a_joined_room_asks_the_server_and_changes_nothing() {
 #[tokio::test(start_paused = true)]
 async fn messages_wait_for_the_join_and_go_one_by_one() {
     let mut fixture = Fixture::new();
-    let _join = fixture.join("r", Start::Now);
-    let mut one = fixture.send(SendOptions::json("1"));
-    let _two = fixture.send(SendOptions::json("2"));
+    let _join = fixture.join("r", StartFrom::Now);
+    let mut one = fixture.send(NewMessage::json("1"));
+    let _two = fixture.send(NewMessage::json("2"));
     let join = fixture.said();
     assert_eq!(join.len(), 1);
     fixture.feed(joined(&join[0]["ref"], 0, false, &[]));
@@ -244,8 +244,8 @@ async fn messages_wait_for_the_join_and_go_one_by_one() {
 #[tokio::test(start_paused = true)]
 async fn a_message_refused_for_the_time_being_is_repeated_with_its_id_before_those_behind_it() {
     let mut fixture = Fixture::joined();
-    let mut one = fixture.send(SendOptions::json("1"));
-    let _two = fixture.send(SendOptions::json("2"));
+    let mut one = fixture.send(NewMessage::json("1"));
+    let _two = fixture.send(NewMessage::json("2"));
     let mut last = fixture.said().remove(0);
     for code in ["unavailable", "overloaded", "rate_limited"] {
         fixture.feed(error(&last, code, Some(200)));
@@ -264,8 +264,8 @@ async fn a_message_refused_for_the_time_being_is_repeated_with_its_id_before_tho
 #[tokio::test(start_paused = true)]
 async fn a_definite_refusal_answers_that_message_only() {
     let mut fixture = Fixture::joined();
-    let mut one = fixture.send(SendOptions::json("1"));
-    let mut two = fixture.send(SendOptions::json("2"));
+    let mut one = fixture.send(NewMessage::json("1"));
+    let mut two = fixture.send(NewMessage::json("2"));
     let first = fixture.said().remove(0);
     fixture.feed(error(&first, "forbidden", None));
     assert!(matches!(one.try_recv().unwrap(), Err(SendError::Rejected(_))));
@@ -277,7 +277,7 @@ async fn a_definite_refusal_answers_that_message_only() {
 #[tokio::test(start_paused = true)]
 async fn only_an_ack_without_an_echo_moves_the_cursor() {
     let mut fixture = Fixture::joined();
-    let _echo = fixture.send(SendOptions::json("1"));
+    let _echo = fixture.send(NewMessage::json("1"));
     let first = fixture.said().remove(0);
     fixture.feed(ack(&first, 6, false));
     assert_eq!(fixture.state.cursor(&"r".parse().unwrap()), Some(&at(5)));
@@ -285,7 +285,7 @@ async fn only_an_ack_without_an_echo_moves_the_cursor() {
     fixture.feed(entry(6, "me", id));
     assert_eq!(fixture.delivered(), [6]);
 
-    let silent = SendOptions { echo: false, ..SendOptions::json("2") };
+    let silent = NewMessage { echo: false, ..NewMessage::json("2") };
     let _silent = fixture.send(silent);
     let second = fixture.said().remove(0);
     assert_eq!(second["echo"], json!(false));
@@ -297,7 +297,7 @@ async fn only_an_ack_without_an_echo_moves_the_cursor() {
 #[tokio::test(start_paused = true)]
 async fn the_place_of_a_message_without_an_echo_may_be_taken_after_its_repeat_was_answered() {
     let mut fixture = Fixture::joined();
-    let mut answer = fixture.send(SendOptions { echo: false, ..SendOptions::json("1") });
+    let mut answer = fixture.send(NewMessage { echo: false, ..NewMessage::json("1") });
     let first = fixture.said().remove(0);
     fixture.feed(error(&first, "unavailable", Some(1)));
     fixture.pass(Duration::from_millis(1));
@@ -315,7 +315,7 @@ async fn an_own_message_found_in_the_recovery_is_acknowledged_and_the_others_are
     let mut fixture = Fixture::joined();
     fixture.state.in_flight_max = 3;
     let mut answers: Vec<_> =
-        ["1", "2", "3"].into_iter().map(|text| fixture.send(SendOptions::json(text))).collect();
+        ["1", "2", "3"].into_iter().map(|text| fixture.send(NewMessage::json(text))).collect();
     let first = fixture.said().remove(0);
     let id = serde_json::from_value(first["id"].clone()).unwrap();
     fixture.state.disconnected();
@@ -336,7 +336,7 @@ async fn an_own_message_found_in_the_recovery_is_acknowledged_and_the_others_are
 #[tokio::test(start_paused = true)]
 async fn the_same_id_of_somebody_else_is_no_acknowledgement() {
     let mut fixture = Fixture::joined();
-    let mut answer = fixture.send(SendOptions::json("1"));
+    let mut answer = fixture.send(NewMessage::json("1"));
     let frame = fixture.said().remove(0);
     fixture.feed(entry(6, "you", serde_json::from_value(frame["id"].clone()).unwrap()));
     assert_eq!(answer.try_recv().unwrap_err(), TryRecvError::Empty);
@@ -345,8 +345,8 @@ async fn the_same_id_of_somebody_else_is_no_acknowledgement() {
 #[tokio::test(start_paused = true)]
 async fn what_was_sent_and_is_too_old_to_be_known_is_uncertain() {
     let mut fixture = Fixture::joined();
-    let mut one = fixture.send(SendOptions::json("1"));
-    let mut two = fixture.send(SendOptions::json("2"));
+    let mut one = fixture.send(NewMessage::json("1"));
+    let mut two = fixture.send(NewMessage::json("2"));
     fixture.said();
     fixture.state.disconnected();
     fixture.pass(Duration::from_secs(600));
@@ -412,7 +412,7 @@ async fn a_reset_goes_on_behind_its_position_and_lets_messages_go() {
     let mut fixture = Fixture::joined();
     fixture.state.disconnected();
     fixture.connect();
-    let _answer = fixture.send(SendOptions::json("1"));
+    let _answer = fixture.send(NewMessage::json("1"));
     let join = fixture.said().remove(0);
     fixture.feed(joined(&join["ref"], 9, true, &[]));
     assert!(fixture.said().is_empty());
@@ -428,8 +428,8 @@ async fn a_reset_goes_on_behind_its_position_and_lets_messages_go() {
 #[tokio::test(start_paused = true)]
 async fn a_room_that_removes_the_client_answers_what_is_on_its_way_and_takes_no_more() {
     let mut fixture = Fixture::joined();
-    let mut one = fixture.send(SendOptions::json("1"));
-    let mut two = fixture.send(SendOptions::json("2"));
+    let mut one = fixture.send(NewMessage::json("1"));
+    let mut two = fixture.send(NewMessage::json("2"));
     let frame = fixture.said().remove(0);
     fixture.feed(json!({"type": "left", "room": "r", "reason": "kicked"}));
     let events = fixture.events();
@@ -440,7 +440,7 @@ async fn a_room_that_removes_the_client_answers_what_is_on_its_way_and_takes_no_
     fixture.feed(ack(&frame, 6, false));
     assert!(one.try_recv().unwrap().is_ok());
     assert!(fixture.state.rooms.is_empty());
-    let mut three = fixture.send(SendOptions::json("3"));
+    let mut three = fixture.send(NewMessage::json("3"));
     assert_eq!(three.try_recv().unwrap(), Err(SendError::NotJoined));
 }
 
@@ -462,7 +462,7 @@ async fn leaving_forgets_the_position_so_that_a_room_can_be_rewound() {
     fixture.feed(json!({"type": "left", "ref": frame["ref"], "room": "r"}));
     assert_eq!(left.try_recv().unwrap(), Ok(()));
     assert!(fixture.events().is_empty());
-    let _joined = fixture.join("r", Start::History(5));
+    let _joined = fixture.join("r", StartFrom::History(5));
     let frame = fixture.said().remove(0);
     assert_eq!((&frame["history"], &frame["since"]), (&json!(5), &Value::Null));
     fixture.feed(joined(&frame["ref"], 6, false, &[entry(6, "you", id)]));
@@ -488,7 +488,7 @@ async fn a_leave_refused_for_the_time_being_is_asked_again() {
 #[tokio::test(start_paused = true)]
 async fn a_connection_lost_while_leaving_has_left() {
     let mut fixture = Fixture::joined();
-    let mut unanswered = fixture.send(SendOptions::json("1"));
+    let mut unanswered = fixture.send(NewMessage::json("1"));
     let mut left = fixture.leave("r");
     fixture.state.disconnected();
     assert_eq!(left.try_recv().unwrap(), Ok(()));
@@ -500,7 +500,7 @@ async fn a_connection_lost_while_leaving_has_left() {
 #[tokio::test(start_paused = true)]
 async fn a_room_that_cannot_be_joined_again_is_told_as_left() {
     let mut fixture = Fixture::joined();
-    let mut sent = fixture.send(SendOptions::json("1"));
+    let mut sent = fixture.send(NewMessage::json("1"));
     fixture.said();
     fixture.state.disconnected();
     fixture.connect();
@@ -513,8 +513,8 @@ async fn a_room_that_cannot_be_joined_again_is_told_as_left() {
 #[tokio::test(start_paused = true)]
 async fn what_is_larger_than_the_server_takes_never_leaves() {
     let mut fixture = Fixture::joined();
-    let mut large = fixture.send(SendOptions::json("x".repeat(1_001)));
-    let mut small = fixture.send(SendOptions::json("1"));
+    let mut large = fixture.send(NewMessage::json("x".repeat(1_001)));
+    let mut small = fixture.send(NewMessage::json("1"));
     assert_eq!(large.try_recv().unwrap(), Err(SendError::TooLarge));
     assert_eq!(fixture.summary(), ["1"]);
     // Where the server thinks otherwise it closes with 1009 and names nothing.
@@ -525,7 +525,7 @@ async fn what_is_larger_than_the_server_takes_never_leaves() {
 #[tokio::test(start_paused = true)]
 async fn an_id_on_its_way_is_not_taken_twice() {
     let mut fixture = Fixture::joined();
-    let send = SendOptions::json("1");
+    let send = NewMessage::json("1");
     let _first = fixture.send(send.clone());
     assert_eq!(fixture.send(send).try_recv().unwrap(), Err(SendError::IdInUse));
 }
@@ -533,7 +533,7 @@ async fn an_id_on_its_way_is_not_taken_twice() {
 #[tokio::test(start_paused = true)]
 async fn history_is_asked_for_while_the_room_is_joined() {
     let mut fixture = Fixture::joined();
-    let mut page = fixture.history(Page::Before(5));
+    let mut page = fixture.history(HistoryRange::Before(5));
     let frame = fixture.said().remove(0);
     assert_eq!((&frame["before"], &frame["limit"]), (&json!(5), &json!(10)));
     fixture.feed(json!({
@@ -544,17 +544,17 @@ async fn history_is_asked_for_while_the_room_is_joined() {
     assert_eq!((page.messages.len(), page.more), (1, true));
     assert!(fixture.events().is_empty());
 
-    let mut lost = fixture.history(Page::Newest);
+    let mut lost = fixture.history(HistoryRange::Newest);
     fixture.state.disconnected();
     assert!(matches!(lost.try_recv().unwrap(), Err(HistoryError::NotJoined)));
-    let mut away = fixture.history(Page::After(1));
+    let mut away = fixture.history(HistoryRange::After(1));
     assert!(matches!(away.try_recv().unwrap(), Err(HistoryError::NotJoined)));
 }
 
 #[tokio::test(start_paused = true)]
 async fn binary_messages_are_the_same_live_and_from_the_log() {
     let mut fixture = Fixture::joined();
-    let _sent = fixture.send(SendOptions::binary(vec![1, 2]));
+    let _sent = fixture.send(NewMessage::binary(vec![1, 2]));
     assert!(fixture.said()[0]["bytes"].is_array());
     let mut in_json = other(6);
     in_json["encoding"] = json!("base64");
@@ -581,10 +581,10 @@ async fn frames_that_are_not_modelled_are_passed_on_and_pings_answered() {
 #[tokio::test(start_paused = true)]
 async fn at_the_end_everybody_who_waits_is_told() {
     let mut fixture = Fixture::joined();
-    let mut sent = fixture.send(SendOptions::json("1"));
-    let mut unsent = fixture.send(SendOptions::json("2"));
-    let mut joining = fixture.join("s", Start::Now);
-    let mut asking = fixture.history(Page::Newest);
+    let mut sent = fixture.send(NewMessage::json("1"));
+    let mut unsent = fixture.send(NewMessage::json("2"));
+    let mut joining = fixture.join("s", StartFrom::Now);
+    let mut asking = fixture.history(HistoryRange::Newest);
     fixture.state.end();
     assert_eq!(sent.try_recv().unwrap(), Err(SendError::Uncertain));
     assert_eq!(unsent.try_recv().unwrap(), Err(SendError::ClientClosed));
