@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use shared::{
     client::{
-        connection::{Connection, Received},
+        connection::{ClientConnection, ReceivedMessage},
         frames,
     },
     ids::RoomId,
@@ -16,10 +16,10 @@ use tokio::time::Instant;
 use crate::harness::{Gateway, Node, Redis, connect, next_message, room, say, until, within};
 
 /// The next `status` that arrives.
-async fn next_status(connection: &mut Connection) -> StatusFrame {
+async fn next_status(connection: &mut ClientConnection) -> StatusFrame {
     let status = async {
         loop {
-            if let Received::Frame(ServerFrame::Status(status), _) =
+            if let ReceivedMessage::Frame(ServerFrame::Status(status), _) =
                 connection.next().await.unwrap()
             {
                 return status;

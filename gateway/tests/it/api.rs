@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 
 use serde_json::{Value, json};
 use shared::{
-    client::connection::{Connection, Received},
+    client::connection::{ClientConnection, ReceivedMessage},
     ids::MessageId,
     position::Position,
     protocol::server_frame::{LeftReason, NotificationFrame, ServerFrame},
@@ -58,7 +58,7 @@ impl World {
     }
 }
 
-async fn notification(connection: &mut Connection) -> NotificationFrame {
+async fn notification(connection: &mut ClientConnection) -> NotificationFrame {
     heard(connection, |frame| match frame {
         ServerFrame::Notification(notification) => Some(*notification),
         _ => None,
@@ -263,7 +263,7 @@ async fn a_broadcast_reaches_every_connection_once() {
             assert_eq!(told.await.payload, json!(["hear"]));
             connection.send_text(r#"{"type":"ping"}"#).await.unwrap();
             let next = within(connection.next()).await.unwrap();
-            assert!(matches!(next, Received::Frame(ServerFrame::Pong(_), _)), "{next:?}");
+            assert!(matches!(next, ReceivedMessage::Frame(ServerFrame::Pong(_), _)), "{next:?}");
         }
     })
     .await;

@@ -5,7 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde_json::{Value, json};
 use shared::{
     client::{
-        connection::{Connection, Unexpected},
+        connection::{ClientConnection, RequestError},
         frames,
         options::{ConnectOptions, TokenLocation},
     },
@@ -46,7 +46,7 @@ async fn a_token_may_stand_in_four_places() {
     ] {
         let token = token(json!({"sub": "ann", "name": "Ann"}), 60);
         let options = ConnectOptions::new(gateway.url("/ws")).token(token, placement.clone());
-        let mut ann = Connection::open(&options).await.unwrap();
+        let mut ann = ClientConnection::open(&options).await.unwrap();
         let connected = ann.expect_connected().await.unwrap();
         assert_eq!(connected.user.id.as_str(), "ann", "{placement:?}");
         assert_eq!(connected.user.name.as_str(), "Ann");
@@ -58,7 +58,7 @@ async fn a_token_may_stand_in_four_places() {
 async fn a_bad_token_is_told_by_a_close_and_is_not_mended_by_another() {
     let gateway = Gateway::start(&JWT).await;
     let refusal = async |options: ConnectOptions| {
-        let mut connection = Connection::open(&options).await.unwrap();
+        let mut connection = ClientConnection::open(&options).await.unwrap();
         closed(&mut connection).await
     };
     let url = gateway.url("/ws");
@@ -87,7 +87,7 @@ async fn an_anonymous_user_with_a_bad_id_is_refused() {
     let gateway = Gateway::start(&[]).await;
     for bad in ["a b", "_api", ""] {
         let options = ConnectOptions::new(gateway.url("/ws")).user(bad);
-        let mut connection = Connection::open(&options).await.unwrap();
+        let mut connection = ClientConnection::open(&options).await.unwrap();
         assert_eq!(closed(&mut connection).await, (Some(1008), "user_invalid".into()), "{bad:?}");
     }
 }
@@ -98,7 +98,7 @@ async fn a_connection_ends_with_its_token() {
     let ends = now() + 2;
     let token = token(json!({"sub": "ann"}), 2);
     let options = ConnectOptions::new(gateway.url("/ws")).token(token, TokenLocation::Query);
-    let mut ann = Connection::open(&options).await.unwrap();
+    let mut ann = ClientConnection::open(&options).await.unwrap();
     // The client hears of the end that the token has; the gateway's clock may differ from the issuer's.
     let told = ann.expect_connected().await.unwrap().expires_at.unwrap();
     let told = humantime::parse_rfc3339(&told).unwrap().duration_since(UNIX_EPOCH).unwrap();
@@ -155,7 +155,7 @@ async fn cookies_of_a_page_from_anywhere_say_nothing() {
         let mut options = ConnectOptions::new(gateway.url("/ws"));
         options = options.token(token, TokenLocation::Cookie("token".into()));
         options.origin = origin.map(str::to_owned);
-        let mut connection = Connection::open(&options).await.unwrap();
+        let mut connection = ClientConnection::open(&options).await.unwrap();
         match expected {
             Ok(user) => {
                 let connected = connection.expect_connected().await.unwrap();
@@ -172,7 +172,7 @@ async fn a_token_that_may_only_read_deletes_no_room() {
     let connect = async |rooms: Value| {
         let token = token(json!({"sub": "ann", "rooms": rooms}), 60);
         let options = ConnectOptions::new(gateway.url("/ws")).token(token, TokenLocation::Header);
-        let mut ann = Connection::open(&options).await.unwrap();
+        let mut ann = ClientConnection::open(&options).await.unwrap();
         ann.expect_connected().await.unwrap();
         ann
     };
@@ -195,7 +195,7 @@ async fn a_token_opens_the_rooms_it_names() {
     let claims = json!({"sub": "ann", "rooms": {"team:*": "rw", "news": "r"}});
     let options =
         ConnectOptions::new(gateway.url("/ws")).token(token(claims, 60), TokenLocation::Header);
-    let mut ann = Connection::open(&options).await.unwrap();
+    let mut ann = ClientConnection::open(&options).await.unwrap();
     ann.expect_connected().await.unwrap();
     ann.join(&room("team:dev")).await.unwrap();
     say(&mut ann, &room("team:dev"), "hi").await;
@@ -205,7 +205,7 @@ async fn a_token_opens_the_rooms_it_names() {
         ann.request(&frames::Message::to(&room("news"), &content)).await,
         ann.request(&frames::Join::to(&room("other"))).await,
     ] {
-        let Err(Unexpected::Refused(refusal)) = refused else { panic!("{refused:?}") };
+        let Err(RequestError::Rejected(refusal)) = refused else { panic!("{refused:?}") };
         assert_eq!(refusal.code, ErrorCode::Forbidden);
     }
 }
@@ -215,7 +215,7 @@ async fn another_token_holds_at_once_and_a_bad_one_changes_nothing() {
     let gateway = Gateway::start(&JWT).await;
     let first = token(json!({"sub": "ann", "rooms": {"a": "rw", "b": "rw"}}), 3);
     let options = ConnectOptions::new(gateway.url("/ws")).token(first, TokenLocation::Query);
-    let mut ann = Connection::open(&options).await.unwrap();
+    let mut ann = ClientConnection::open(&options).await.unwrap();
     ann.expect_connected().await.unwrap();
     for name in ["a", "b"] {
         ann.join(&room(name)).await.unwrap();

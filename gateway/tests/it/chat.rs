@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 use shared::{
     client::{
-        connection::{Connection, Received},
+        connection::{ClientConnection, ReceivedMessage},
         frames,
         options::ConnectOptions,
     },
@@ -16,7 +16,7 @@ use shared::{
 use crate::harness::{Gateway, closed, next_message, room, say, within};
 
 /// Sends a raw text and returns the `error` it gets.
-async fn refused(connection: &mut Connection, text: &str) -> ErrorFrame {
+async fn refused(connection: &mut ClientConnection, text: &str) -> ErrorFrame {
     connection.send_text(text).await.unwrap();
     match connection.next_frame().await.unwrap() {
         ServerFrame::Error(refusal) => *refusal,
@@ -48,7 +48,7 @@ async fn a_message_reaches_every_member_and_its_sender() {
 async fn a_join_and_its_messages_may_come_in_one_burst() {
     let gateway = Gateway::start(&[]).await;
     let mut ann =
-        Connection::open(&ConnectOptions::new(gateway.url("/ws")).user("ann")).await.unwrap();
+        ClientConnection::open(&ConnectOptions::new(gateway.url("/ws")).user("ann")).await.unwrap();
     for frame in [
         r#"{"type":"join","room":"r","ref":1}"#,
         r#"{"type":"message","room":"r","content":"a","ref":2}"#,
@@ -264,7 +264,7 @@ async fn a_binary_message_stays_one_and_is_base64_in_history() {
     let header = frames::Message { meta: Some(&meta), ..frames::Message::header(&lobby) };
     ann.send_binary(&header, &payload).await.unwrap();
     let (message, bytes) = loop {
-        if let Received::Binary(message, bytes) = within(ann.next()).await.unwrap() {
+        if let ReceivedMessage::Binary(message, bytes) = within(ann.next()).await.unwrap() {
             break (message, bytes);
         }
     };
@@ -311,7 +311,8 @@ async fn a_room_may_stand_in_the_path() {
     }
     let since = format!("/ws/rooms/lobby?since={epoch}:3");
     for (path, history) in [("/ws/rooms/lobby?history=2", 2), (since.as_str(), 2)] {
-        let mut bob = Connection::open(&ConnectOptions::new(gateway.url(path))).await.unwrap();
+        let mut bob =
+            ClientConnection::open(&ConnectOptions::new(gateway.url(path))).await.unwrap();
         bob.expect_connected().await.unwrap();
         let ServerFrame::Joined(joined) = bob.next_frame().await.unwrap() else {
             panic!("not joined")
@@ -319,7 +320,8 @@ async fn a_room_may_stand_in_the_path() {
         assert_eq!(joined.history.len(), history, "{path}");
     }
     for path in ["/ws/rooms/a%20b", "/ws/rooms/lobby?history=x", "/ws/rooms/lobby?since=x"] {
-        let mut bob = Connection::open(&ConnectOptions::new(gateway.url(path))).await.unwrap();
+        let mut bob =
+            ClientConnection::open(&ConnectOptions::new(gateway.url(path))).await.unwrap();
         bob.expect_connected().await.unwrap();
         assert!(matches!(bob.next_frame().await.unwrap(), ServerFrame::Error(_)), "{path}");
         assert_eq!(closed(&mut bob).await, (Some(1008), "bad_request".to_owned()), "{path}");
@@ -346,7 +348,7 @@ async fn ping_is_answered_and_the_heartbeat_finds_the_dead() {
     // Who reads answers pings and lives; three intervals pass.
     for _ in 0..3 {
         loop {
-            if let Received::Ping(_) = within(ann.next()).await.unwrap() {
+            if let ReceivedMessage::Ping(_) = within(ann.next()).await.unwrap() {
                 break;
             }
         }
@@ -356,7 +358,7 @@ async fn ping_is_answered_and_the_heartbeat_finds_the_dead() {
         query: vec![("ping".into(), "json".into())],
         ..ConnectOptions::new(gateway.url("/ws"))
     };
-    let mut silent = Connection::open(&silent).await.unwrap();
+    let mut silent = ClientConnection::open(&silent).await.unwrap();
     silent.expect_connected().await.unwrap();
     let ServerFrame::Ping(_) = silent.next_frame().await.unwrap() else { panic!("no ping") };
     assert_eq!(closed(&mut silent).await.0, Some(4002));

@@ -9,7 +9,7 @@ use gateway::{
 };
 use serde_json::json;
 use shared::{
-    client::connection::{Connection, Unexpected},
+    client::connection::{ClientConnection, RequestError},
     error::ErrorCode,
     ids::RoomId,
 };
@@ -55,10 +55,10 @@ async fn connections_received(redis: &Redis) -> u64 {
 }
 
 /// The code that a message is refused with.
-async fn refused(connection: &mut Connection, lobby: &RoomId) -> Option<ErrorCode> {
+async fn refused(connection: &mut ClientConnection, lobby: &RoomId) -> Option<ErrorCode> {
     let message = json!({"type": "message", "room": lobby, "content": "x", "ref": 1});
     match connection.request(&message).await {
-        Err(Unexpected::Refused(refusal)) => Some(refusal.code),
+        Err(RequestError::Rejected(refusal)) => Some(refusal.code),
         Ok(_) => None,
         other => panic!("{other:?}"),
     }

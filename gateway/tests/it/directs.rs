@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use shared::{
     client::{
-        connection::{Connection, Received},
+        connection::{ClientConnection, ReceivedMessage},
         options::ConnectOptions,
     },
     error::ErrorCode,
@@ -26,7 +26,7 @@ use crate::{
 
 /// A connection with its `connected`.
 pub struct Device {
-    pub connection: Connection,
+    pub connection: ClientConnection,
     pub connected: ConnectedFrame,
 }
 
@@ -41,7 +41,7 @@ impl Device {
         let url = world.nodes[node % world.nodes.len()].url("/ws");
         let mut options = ConnectOptions::new(url).user(user);
         and(&mut options);
-        let mut connection = Connection::open(&options).await.unwrap();
+        let mut connection = ClientConnection::open(&options).await.unwrap();
         let connected = connection.expect_connected().await.unwrap();
         Self { connection, connected }
     }
@@ -212,7 +212,7 @@ async fn a_binary_direct_stays_binary_and_is_base64_in_history() {
         ann.connection.send_bytes(frame).await.unwrap();
         let (direct, payload) = within(async {
             loop {
-                if let Received::BinaryDirect(direct, payload) =
+                if let ReceivedMessage::BinaryDirect(direct, payload) =
                     bob.connection.next().await.unwrap()
                 {
                     return (direct, payload);
@@ -532,7 +532,7 @@ async fn a_session_is_resumed_on_any_node_with_its_user_and_data() {
         let url = world.nodes[world.nodes.len() - 1].url("/ws");
         let mut options = ConnectOptions::new(url);
         options.session = Some(token.clone());
-        let mut connection = Connection::open(&options).await.unwrap();
+        let mut connection = ClientConnection::open(&options).await.unwrap();
         let connected = connection.expect_connected().await.unwrap();
         assert!(connected.resumed && connected.session_id == id && connected.session == token);
         assert_eq!((connected.user.id.as_str(), connected.user.name.as_str()), ("ann", "Ann Lee"));
@@ -554,7 +554,7 @@ async fn the_name_of_a_session_is_kept_however_often_it_is_resumed() {
                 session: Some(token.clone()),
                 ..ConnectOptions::new(world.nodes[node % world.nodes.len()].url("/ws"))
             };
-            let mut connection = Connection::open(&options).await.unwrap();
+            let mut connection = ClientConnection::open(&options).await.unwrap();
             let connected = connection.expect_connected().await.unwrap();
             assert_eq!((connected.resumed, connected.user.name.as_str()), (true, "Ann Lee"));
         }
@@ -652,7 +652,7 @@ async fn a_session_token_that_does_not_count_makes_a_new_session() {
                 session: Some(bad),
                 ..ConnectOptions::new(world.nodes[0].url("/ws"))
             };
-            let mut connection = Connection::open(&options).await.unwrap();
+            let mut connection = ClientConnection::open(&options).await.unwrap();
             let connected = connection.expect_connected().await.unwrap();
             assert!(!connected.resumed && connected.user.id.as_str().starts_with("guest-"));
         }
@@ -690,7 +690,7 @@ async fn frames_of_the_inbox_that_are_not_right_are_refused_and_the_connection_l
         say(&mut ann.connection, &room("r"), "here").await;
         assert_eq!(next_message(&mut ann.connection).await.content, json!("here"));
         let url = world.nodes[0].url("/ws?inbox=nonsense");
-        let mut connection = Connection::open(&ConnectOptions::new(url)).await.unwrap();
+        let mut connection = ClientConnection::open(&ConnectOptions::new(url)).await.unwrap();
         connection.expect_connected().await.unwrap();
         let code = heard(&mut connection, |frame| match frame {
             ServerFrame::Error(refusal) => Some(refusal.code),

@@ -4,7 +4,7 @@
 
 use serde_json::{Value, json};
 use shared::{
-    client::connection::Connection,
+    client::connection::ClientConnection,
     error::ErrorCode,
     protocol::server_frame::{AckFrame, ErrorFrame, HistoryEntry, ServerFrame},
 };
@@ -17,7 +17,7 @@ use crate::{
 
 /// A direct that was taken.
 async fn direct(
-    connection: &mut Connection,
+    connection: &mut ClientConnection,
     to: &str,
     content: &str,
 ) -> Result<AckFrame, Box<ErrorFrame>> {
@@ -28,7 +28,7 @@ async fn direct(
     })
 }
 
-async fn code_of(connection: &mut Connection, to: &str, content: &str) -> ErrorCode {
+async fn code_of(connection: &mut ClientConnection, to: &str, content: &str) -> ErrorCode {
     direct(connection, to, content).await.expect_err("it is refused").code
 }
 
@@ -36,7 +36,7 @@ async fn code_of(connection: &mut Connection, to: &str, content: &str) -> ErrorC
 async fn inbox_of(world: &World, user: &str) -> (u64, u64, u64) {
     let url = format!("ws://{}/ws", world.nodes[0].address);
     let options = shared::client::options::ConnectOptions::new(url).user(user);
-    let mut connection = Connection::open(&options).await.unwrap();
+    let mut connection = ClientConnection::open(&options).await.unwrap();
     let inbox = connection.expect_connected().await.unwrap().inbox;
     (inbox.oldest, inbox.seq, inbox.unread)
 }
@@ -180,7 +180,7 @@ async fn quotas_of_a_user_are_answered_by_name() {
 }
 
 /// How many members of a room have read up to `seq`.
-async fn marks_in(connection: &mut Connection, room: &str, seq: u64) -> usize {
+async fn marks_in(connection: &mut ClientConnection, room: &str, seq: u64) -> usize {
     let who = json!({"type": "presence", "room": room});
     let ServerFrame::Presence(who) = ask(connection, who).await.unwrap() else { panic!() };
     who.users.iter().filter(|user| user.read == Some(seq)).count()
@@ -280,7 +280,7 @@ impl Flood {
             let url = format!("ws://{address}/ws");
             let options = shared::client::options::ConnectOptions::new(url).user(&user);
             // It may be refused, as newcomers may be.
-            let Ok(mut connection) = Connection::open(&options).await else { continue };
+            let Ok(mut connection) = ClientConnection::open(&options).await else { continue };
             if connection.expect_connected().await.is_err() {
                 continue;
             }
@@ -318,7 +318,7 @@ impl Flood {
 /// Publishes to a room that is there are acknowledged in the time that they have. Returns how many, and the
 /// longest wait.
 async fn publish_until(
-    connection: &mut Connection,
+    connection: &mut ClientConnection,
     ends: tokio::time::Instant,
 ) -> (usize, Duration) {
     let (lobby, mut count, mut longest) = (room("honest"), 0, Duration::ZERO);
@@ -481,7 +481,7 @@ async fn a_full_redis_takes_what_makes_room_for_itself() {
 
 /// What an act of a client leaves in Redis, once the client has gone: bytes and the longest lifetime in ms,
 /// of each of 200.
-async fn leaves(act: impl AsyncFn(&mut Connection, usize)) -> (u64, u64) {
+async fn leaves(act: impl AsyncFn(&mut ClientConnection, usize)) -> (u64, u64) {
     const COUNT: usize = 200;
     let redis = Redis::start().await;
     let node = Gateway::start_on(&redis, &UNLIMITED).await;

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use shared::client::{connection::Connection, options::ConnectOptions};
+use shared::client::{connection::ClientConnection, options::ConnectOptions};
 
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -203,21 +203,25 @@ async fn a_header_that_is_too_large_is_refused_and_the_node_lives() {
 
 #[tokio::test]
 async fn echo_says_back_what_it_hears() {
-    use shared::client::connection::Received;
+    use shared::client::connection::ReceivedMessage;
     let gateway = Gateway::start(&[]).await;
-    let mut echo = Connection::open(&ConnectOptions::new(gateway.url("/ws/echo"))).await.unwrap();
+    let mut echo =
+        ClientConnection::open(&ConnectOptions::new(gateway.url("/ws/echo"))).await.unwrap();
     echo.send_text("hello").await.unwrap();
-    let Received::Text(text) = echo.next().await.unwrap() else { panic!("not a text") };
+    let ReceivedMessage::Text(text) = echo.next().await.unwrap() else { panic!("not a text") };
     assert_eq!(text, "Echo: hello");
     echo.send_bytes(vec![0, 255]).await.unwrap();
-    assert!(matches!(echo.next().await.unwrap(), Received::Bytes(bytes) if bytes[..] == [0, 255]));
+    assert!(
+        matches!(echo.next().await.unwrap(), ReceivedMessage::Bytes(bytes) if bytes[..] == [0, 255])
+    );
     echo.send_text("ByE").await.unwrap();
     assert_eq!(crate::harness::closed(&mut echo).await.0, Some(1000));
 
     let verbatim = Gateway::start(&[("server.echo", "verbatim")]).await;
-    let mut echo = Connection::open(&ConnectOptions::new(verbatim.url("/ws/echo"))).await.unwrap();
+    let mut echo =
+        ClientConnection::open(&ConnectOptions::new(verbatim.url("/ws/echo"))).await.unwrap();
     echo.send_text("bye").await.unwrap();
-    assert!(matches!(echo.next().await.unwrap(), Received::Text(text) if text == "bye"));
+    assert!(matches!(echo.next().await.unwrap(), ReceivedMessage::Text(text) if text == "bye"));
 
     let off = Gateway::start(&[("server.echo", "off")]).await;
     assert_eq!(get(off.address, "/ws/echo").await.status, 404);
@@ -234,5 +238,5 @@ async fn silent_connections_of_one_address_do_not_keep_others_out() {
     }
     let mut options = ConnectOptions::new(gateway.url("/ws"));
     options.local_address = Some([127, 0, 0, 2].into());
-    Connection::open(&options).await.unwrap();
+    ClientConnection::open(&options).await.unwrap();
 }

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use shared::client::{connection::Connection, options::ConnectOptions};
+use shared::client::{connection::ClientConnection, options::ConnectOptions};
 use tokio::{
     io::AsyncWriteExt as _,
     net::{TcpSocket, TcpStream},
@@ -194,7 +194,7 @@ async fn without_descriptors_it_serves_those_it_has_and_takes_others_later() {
     let mut others = vec![];
     let options = ConnectOptions::new(format!("ws://{}/ws", node.address));
     let limit = Duration::from_secs(1);
-    while let Ok(other) = tokio::time::timeout(limit, Connection::open(&options)).await {
+    while let Ok(other) = tokio::time::timeout(limit, ClientConnection::open(&options)).await {
         others.push(other.unwrap());
         assert!(others.len() < 100, "there is no limit");
     }
@@ -215,7 +215,7 @@ async fn without_descriptors_it_serves_those_it_has_and_takes_others_later() {
     within(tokio::io::AsyncReadExt::read_exact(&mut waiting, &mut answer)).await.unwrap();
     assert_eq!(&answer, b"HTTP/1.1 200");
     drop(waiting);
-    until("others are taken", async || Connection::open(&options).await.is_ok()).await;
+    until("others are taken", async || ClientConnection::open(&options).await.is_ok()).await;
     node.process.signal("TERM");
     let (code, said) = node.end().await;
     assert_eq!((code, said.matches("cannot accept").count()), (Some(0), 1), "{said}");

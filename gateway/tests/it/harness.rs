@@ -25,7 +25,7 @@ use gateway::{
 };
 use shared::{
     client::{
-        connection::{Connection, Received},
+        connection::{ClientConnection, ReceivedMessage},
         frames,
         options::ConnectOptions,
     },
@@ -114,15 +114,15 @@ impl Gateway {
     }
 
     /// A connection to `/ws` as `user`, behind `connected`.
-    pub async fn connect(&self, user: &str) -> Connection {
+    pub async fn connect(&self, user: &str) -> ClientConnection {
         connect(self.address, user).await
     }
 }
 
 /// A connection to `/ws` at `address` as `user`, behind `connected`.
-pub async fn connect(address: SocketAddr, user: &str) -> Connection {
+pub async fn connect(address: SocketAddr, user: &str) -> ClientConnection {
     let options = ConnectOptions::new(format!("ws://{address}/ws")).user(user);
-    let mut connection = Connection::open(&options).await.unwrap();
+    let mut connection = ClientConnection::open(&options).await.unwrap();
     connection.expect_connected().await.unwrap();
     connection
 }
@@ -180,7 +180,7 @@ pub fn retention() -> Retention {
 }
 
 /// Sends a text and waits for its `ack`.
-pub async fn say(connection: &mut Connection, room: &RoomId, text: &str) -> AckFrame {
+pub async fn say(connection: &mut ClientConnection, room: &RoomId, text: &str) -> AckFrame {
     let content = text.into();
     match connection.request(&frames::Message::to(room, &content)).await.unwrap() {
         ServerFrame::Ack(ack) => *ack,
@@ -189,12 +189,12 @@ pub async fn say(connection: &mut Connection, room: &RoomId, text: &str) -> AckF
 }
 
 /// The next `message` that arrives, whatever else comes before it.
-pub async fn next_message(connection: &mut Connection) -> MessageFrame {
+pub async fn next_message(connection: &mut ClientConnection) -> MessageFrame {
     let message = async {
         loop {
             match connection.next().await.unwrap() {
-                Received::Frame(ServerFrame::Message(message), _) => return *message,
-                Received::Binary(message, _) => return *message,
+                ReceivedMessage::Frame(ServerFrame::Message(message), _) => return *message,
+                ReceivedMessage::Binary(message, _) => return *message,
                 _ => {}
             }
         }
@@ -203,7 +203,7 @@ pub async fn next_message(connection: &mut Connection) -> MessageFrame {
 }
 
 /// How the connection ends, whatever else comes before.
-pub async fn closed(connection: &mut Connection) -> (Option<u16>, String) {
+pub async fn closed(connection: &mut ClientConnection) -> (Option<u16>, String) {
     let closed = async {
         loop {
             if let Err(closed) = connection.next().await {

@@ -6,7 +6,9 @@ use std::{path::Path, time::Duration};
 
 use gateway::fault_injection::{DeliveryFault, PANIC};
 use serde_json::{Value, json};
-use shared::{client::connection::Connection, ids::RoomId, protocol::server_frame::ServerFrame};
+use shared::{
+    client::connection::ClientConnection, ids::RoomId, protocol::server_frame::ServerFrame,
+};
 use tokio::{process::Command, time::timeout};
 
 use crate::harness::{Node, closed, connect, get, next_message, room, say, until};
@@ -114,7 +116,7 @@ async fn loadtest_finds_each_injected_fault_and_no_other() {
 }
 
 /// A connection in a room, to a node with injected panics.
-async fn member(node: &Node, user: &str, lobby: &RoomId) -> Connection {
+async fn member(node: &Node, user: &str, lobby: &RoomId) -> ClientConnection {
     let mut member = connect(node.address, user).await;
     member.join(lobby).await.unwrap();
     member

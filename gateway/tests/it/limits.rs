@@ -3,7 +3,7 @@
 use serde_json::json;
 use shared::{
     client::{
-        connection::{Connection, Unexpected},
+        connection::{ClientConnection, RequestError},
         frames,
         options::{ConnectError, ConnectOptions},
     },
@@ -22,7 +22,7 @@ use crate::{
 };
 
 async fn http_refusal(url: &str) -> (u16, bool) {
-    match Connection::open(&ConnectOptions::new(url)).await {
+    match ClientConnection::open(&ConnectOptions::new(url)).await {
         Err(ConnectError::Http { status, retry_after, .. }) => (status, retry_after.is_some()),
         other => panic!("expected a refusal, got {other:?}"),
     }
@@ -92,7 +92,7 @@ async fn fields_above_their_limit_are_too_large() {
     let large = frames::Message { meta: Some(&meta), ..frames::Message::to(&lobby, &content) };
     let refused = ann.request(&large).await;
     assert!(
-        matches!(&refused, Err(Unexpected::Refused(refusal)) if refusal.code == ErrorCode::TooLarge),
+        matches!(&refused, Err(RequestError::Rejected(refusal)) if refusal.code == ErrorCode::TooLarge),
         "{refused:?}"
     );
     let mut header = vec![0x7F, 0xFF];
@@ -114,7 +114,7 @@ async fn rooms_per_connection_are_limited() {
     ann.join(&room("b")).await.unwrap();
     let refused = ann.join(&room("c")).await;
     assert!(
-        matches!(&refused, Err(Unexpected::Refused(r)) if r.code == ErrorCode::LimitReached),
+        matches!(&refused, Err(RequestError::Rejected(r)) if r.code == ErrorCode::LimitReached),
         "{refused:?}"
     );
     ann.request(&frames::Leave::from(&room("a"))).await.unwrap();
@@ -130,7 +130,7 @@ async fn rooms_of_a_node_are_limited_and_empty_ones_make_place() {
     ann.join(&room("b")).await.unwrap();
     let refused = ann.join(&room("c")).await;
     assert!(
-        matches!(&refused, Err(Unexpected::Refused(r)) if r.code == ErrorCode::LimitReached),
+        matches!(&refused, Err(RequestError::Rejected(r)) if r.code == ErrorCode::LimitReached),
         "{refused:?}"
     );
     ann.request(&frames::Leave::from(&room("a"))).await.unwrap();
@@ -233,7 +233,7 @@ async fn connections_of_a_user_and_of_an_address_are_limited() {
             .await;
     let first = gateway.connect("ann").await;
     let mut second =
-        Connection::open(&ConnectOptions::new(gateway.url("/ws")).user("ann")).await.unwrap();
+        ClientConnection::open(&ConnectOptions::new(gateway.url("/ws")).user("ann")).await.unwrap();
     assert_eq!(closed(&mut second).await, (Some(1008), "too_many_connections".into()));
     drop(second);
     let _bob = gateway.connect("bob").await;
@@ -246,7 +246,7 @@ async fn connections_of_a_user_and_of_an_address_are_limited() {
     assert_eq!(http_refusal(&gateway.url("/ws")).await, (429, true));
     drop(first);
     until("ann's place is free", async || {
-        Connection::open(&ConnectOptions::new(gateway.url("/ws")).user("ann")).await.is_ok()
+        ClientConnection::open(&ConnectOptions::new(gateway.url("/ws")).user("ann")).await.is_ok()
     })
     .await;
 }
@@ -277,7 +277,7 @@ async fn only_a_trusted_proxy_names_the_address_of_a_client() {
     let from = async |address: &str| {
         let mut options = ConnectOptions::new(gateway.url("/ws"));
         options.headers.push(("X-Forwarded-For".into(), address.into()));
-        Connection::open(&options).await
+        ClientConnection::open(&options).await
     };
     let _a = from("192.0.2.1").await.unwrap();
     let _b = from("192.0.2.2").await.unwrap();
@@ -287,5 +287,5 @@ async fn only_a_trusted_proxy_names_the_address_of_a_client() {
     let _a = gateway.connect("a").await;
     let mut forged = ConnectOptions::new(gateway.url("/ws"));
     forged.headers.push(("X-Forwarded-For".into(), "192.0.2.9".into()));
-    assert!(Connection::open(&forged).await.is_err());
+    assert!(ClientConnection::open(&forged).await.is_err());
 }

@@ -4,7 +4,7 @@
 use serde_json::{Value, json};
 use shared::{
     client::{
-        connection::{Connection, Received},
+        connection::{ClientConnection, ReceivedMessage},
         frames,
         options::ConnectOptions,
     },
@@ -21,19 +21,19 @@ use crate::{
     people::{World, ask, heard, refused},
 };
 
-async fn info(connection: &mut Connection, frame: Value) -> RoomInfoFrame {
+async fn info(connection: &mut ClientConnection, frame: Value) -> RoomInfoFrame {
     match ask(connection, frame).await.unwrap() {
         ServerFrame::RoomInfo(info) => *info,
         other => panic!("{other:?}"),
     }
 }
 
-async fn info_of(connection: &mut Connection, name: &str) -> RoomInfoFrame {
+async fn info_of(connection: &mut ClientConnection, name: &str) -> RoomInfoFrame {
     info(connection, json!({"type": "room_info", "room": name})).await
 }
 
 /// The ids of the public rooms, in pages of `limit`.
-async fn listed(connection: &mut Connection, prefix: &str, limit: u32) -> Vec<String> {
+async fn listed(connection: &mut ClientConnection, prefix: &str, limit: u32) -> Vec<String> {
     let (mut names, mut cursor) = (Vec::new(), None::<String>);
     loop {
         let frame = json!({"type": "rooms", "prefix": prefix, "limit": limit, "cursor": cursor});
@@ -48,7 +48,11 @@ async fn listed(connection: &mut Connection, prefix: &str, limit: u32) -> Vec<St
     }
 }
 
-async fn join_with(connection: &mut Connection, name: &str, password: &str) -> Option<ErrorCode> {
+async fn join_with(
+    connection: &mut ClientConnection,
+    name: &str,
+    password: &str,
+) -> Option<ErrorCode> {
     let password = Some(password).filter(|password| !password.is_empty());
     let frame = json!({"type": "join", "room": name, "password": password});
     ask(connection, frame).await.err().map(|refusal| refusal.code)
@@ -168,7 +172,8 @@ async fn a_protected_room_is_joined_with_its_password_only() {
         for (query, code) in [("password=sesame", None), ("password=x", Some("wrong_password"))] {
             let node = world.nodes.last().unwrap();
             let url = node.url(&format!("/ws/rooms/vault?{query}"));
-            let mut cat = Connection::open(&ConnectOptions::new(url).user("cat")).await.unwrap();
+            let mut cat =
+                ClientConnection::open(&ConnectOptions::new(url).user("cat")).await.unwrap();
             cat.expect_connected().await.unwrap();
             let frame = cat.next_frame().await.unwrap();
             match code {
@@ -380,7 +385,8 @@ async fn a_room_without_a_log_passes_on_and_keeps_nothing() {
             ann.send_json(&send).await.unwrap();
             let (text, frame) = within(async {
                 loop {
-                    if let Received::Frame(ServerFrame::Ack(ack), text) = ann.next().await.unwrap()
+                    if let ReceivedMessage::Frame(ServerFrame::Ack(ack), text) =
+                        ann.next().await.unwrap()
                     {
                         return (text, ack);
                     }

@@ -4,7 +4,7 @@
 use std::{collections::HashMap, net::SocketAddr, time::Duration};
 
 use shared::client::{
-    connection::Connection,
+    connection::ClientConnection,
     options::{ConnectError, ConnectOptions},
 };
 use tokio::time::Instant;
@@ -22,7 +22,7 @@ struct Cluster {
 
 /// A client behind nginx, and where it is.
 struct Client {
-    _connection: Connection,
+    _connection: ClientConnection,
     node: String,
     route: String,
 }
@@ -44,7 +44,7 @@ impl Cluster {
     ) -> Result<Client, ConnectError> {
         let mut options = ConnectOptions::new(format!("ws://{}/ws", self.nginx.address));
         change(&mut options);
-        let mut connection = Connection::open(&options).await?;
+        let mut connection = ClientConnection::open(&options).await?;
         let connected = connection.expect_connected().await.unwrap();
         let node = connected.node.to_string();
         Ok(Client { _connection: connection, node, route: connected.route })

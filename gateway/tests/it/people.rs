@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use serde_json::{Value, json};
 use shared::{
     client::{
-        connection::{Connection, Received, Unexpected},
+        connection::{ClientConnection, ReceivedMessage, RequestError},
         frames,
         options::ConnectOptions,
     },
@@ -78,7 +78,7 @@ impl World {
     }
 
     /// A connection to the `node`th node, or to the only one.
-    pub async fn connect(&self, node: usize, user: &str) -> Connection {
+    pub async fn connect(&self, node: usize, user: &str) -> ClientConnection {
         self.nodes[node % self.nodes.len()].connect(user).await
     }
 }
@@ -86,12 +86,12 @@ impl World {
 /// The next frame that `pick` takes, whatever else comes before it.
 #[track_caller]
 pub fn heard<T>(
-    connection: &mut Connection,
+    connection: &mut ClientConnection,
     mut pick: impl FnMut(ServerFrame) -> Option<T>,
 ) -> impl Future<Output = T> {
     within(async move {
         loop {
-            if let Received::Frame(frame, _) = connection.next().await.unwrap()
+            if let ReceivedMessage::Frame(frame, _) = connection.next().await.unwrap()
                 && let Some(picked) = pick(frame)
             {
                 return picked;
@@ -101,7 +101,7 @@ pub fn heard<T>(
 }
 
 /// Who comes (`+`) and goes (`-`) next, and how many are there then.
-async fn next_move(connection: &mut Connection) -> (String, u64) {
+async fn next_move(connection: &mut ClientConnection) -> (String, u64) {
     let told =
         |sign: char, moved: &MemberChangeFrame| (format!("{sign}{}", moved.user), moved.count);
     heard(connection, |frame| match frame {
@@ -114,28 +114,28 @@ async fn next_move(connection: &mut Connection) -> (String, u64) {
 
 /// The answer to a frame, or why it was refused.
 pub async fn ask(
-    connection: &mut Connection,
+    connection: &mut ClientConnection,
     frame: Value,
 ) -> Result<ServerFrame, Box<ErrorFrame>> {
     match connection.request(&frame).await {
         Ok(answer) => Ok(answer),
-        Err(Unexpected::Refused(refusal)) => Err(refusal),
+        Err(RequestError::Rejected(refusal)) => Err(refusal),
         Err(other) => panic!("{other}"),
     }
 }
 
-pub async fn refused(connection: &mut Connection, frame: Value) -> ErrorCode {
+pub async fn refused(connection: &mut ClientConnection, frame: Value) -> ErrorCode {
     ask(connection, frame).await.expect_err("it is refused").code
 }
 
-async fn present(connection: &mut Connection, frame: Value) -> PresencePageFrame {
+async fn present(connection: &mut ClientConnection, frame: Value) -> PresencePageFrame {
     match ask(connection, frame).await.unwrap() {
         ServerFrame::Presence(presence) => *presence,
         other => panic!("{other:?}"),
     }
 }
 
-async fn present_in(connection: &mut Connection, name: &str) -> PresencePageFrame {
+async fn present_in(connection: &mut ClientConnection, name: &str) -> PresencePageFrame {
     present(connection, json!({"type": "presence", "room": name})).await
 }
 
@@ -144,7 +144,7 @@ fn names(users: &[PresenceUser]) -> Vec<&str> {
 }
 
 async fn join(
-    connection: &mut Connection,
+    connection: &mut ClientConnection,
     name: &str,
 ) -> JoinedFrame<shared::protocol::server_frame::HistoryEntry> {
     connection.join(&room(name)).await.unwrap()
@@ -428,7 +428,7 @@ async fn what_wants_a_room_joined_is_refused_elsewhere() {
     .await;
 }
 
-async fn next_typing(connection: &mut Connection) -> (String, bool) {
+async fn next_typing(connection: &mut ClientConnection) -> (String, bool) {
     heard(connection, |frame| match frame {
         ServerFrame::Typing(typing) => Some((typing.user.to_string(), typing.is_typing)),
         _ => None,
@@ -560,7 +560,7 @@ async fn the_members_of_a_killed_node_leave_once_everywhere() {
     for number in 0..1000 {
         let url = format!("ws://{}/ws", killed.address);
         let options = ConnectOptions::new(url).user(format!("u{number}"));
-        let mut connection = Connection::open(&options).await.unwrap();
+        let mut connection = ClientConnection::open(&options).await.unwrap();
         connection.expect_connected().await.unwrap();
         connection.join(&rooms[number % rooms.len()]).await.unwrap();
         gone.push(connection);

@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, net::SocketAddr, time::Duration};
 use futures_util::future::join_all;
 use shared::{
     client::{
-        connection::{Connection, Received},
+        connection::{ClientConnection, ReceivedMessage},
         options::ConnectOptions,
     },
     protocol::server_frame::{ReconnectFrame, ReconnectReason, ServerFrame},
@@ -33,14 +33,14 @@ async fn sigterm_sends_clients_elsewhere_and_ends_with_0() {
     let ready = get(node.address, "/ready").await;
     assert_eq!(ready.body, r#"{"failing":["drain"],"status":"unavailable"}"#);
     let late = ConnectOptions::new(format!("ws://{}/ws", node.address));
-    let refused = Connection::open(&late).await;
+    let refused = ClientConnection::open(&late).await;
     assert!(refused.is_err(), "a new client was taken");
     // Who is here is served until the end, and told where to go.
     crate::harness::say(&mut ann, &lobby, "still here").await;
     let mut reconnect = None;
     let end = loop {
         match within(ann.next()).await {
-            Ok(Received::Frame(ServerFrame::Reconnect(frame), _)) => reconnect = Some(frame),
+            Ok(ReceivedMessage::Frame(ServerFrame::Reconnect(frame), _)) => reconnect = Some(frame),
             Ok(_) => {}
             Err(end) => break end,
         }
@@ -68,7 +68,7 @@ async fn a_message_that_was_sent_before_the_stop_is_answered() {
     node.process.signal("TERM");
     let mut acks = 1;
     while let Ok(received) = within(ann.next()).await {
-        acks += usize::from(matches!(received, Received::Frame(ServerFrame::Ack(_), _)));
+        acks += usize::from(matches!(received, ReceivedMessage::Frame(ServerFrame::Ack(_), _)));
     }
     assert_eq!(acks, 50);
     assert_eq!(node.end().await.0, Some(0));
@@ -185,10 +185,10 @@ async fn a_draining_node_answers_503_until_the_process_ends() {
 }
 
 /// The node's `reconnect` to one client, and when it came.
-async fn sent_away(mut client: Connection, since: Instant) -> (Duration, ReconnectFrame) {
+async fn sent_away(mut client: ClientConnection, since: Instant) -> (Duration, ReconnectFrame) {
     let mut told = None;
     while let Ok(received) = within(client.next()).await {
-        if let Received::Frame(ServerFrame::Reconnect(frame), _) = received {
+        if let ReceivedMessage::Frame(ServerFrame::Reconnect(frame), _) = received {
             told = Some((since.elapsed(), frame));
         }
     }

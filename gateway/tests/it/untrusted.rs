@@ -8,7 +8,7 @@ use futures_util::future::join_all;
 use gateway::bus::placement::partition_of;
 use serde_json::{Value, json};
 use shared::{
-    client::connection::Connection,
+    client::connection::ClientConnection,
     envelope::{AuthorHash, Envelope, EnvelopeParts},
     ids::{ConnectionId, MessageId, RoomId},
     protocol::server_frame::ServerFrame,
@@ -133,19 +133,19 @@ impl World {
 }
 
 /// The epoch of a room.
-async fn ann_epoch(ann: &mut Connection, lobby: &RoomId) -> String {
+async fn ann_epoch(ann: &mut ClientConnection, lobby: &RoomId) -> String {
     ann.join(lobby).await.unwrap().epoch.to_string()
 }
 
 /// Joins, however often that is refused.
-async fn recovers(connection: &mut Connection, lobby: &RoomId) {
+async fn recovers(connection: &mut ClientConnection, lobby: &RoomId) {
     while connection.join(lobby).await.is_err() {
         poll_pause().await;
     }
 }
 
 /// Sends until it is acknowledged.
-async fn until_said(connection: &mut Connection, lobby: &RoomId) -> MessageId {
+async fn until_said(connection: &mut ClientConnection, lobby: &RoomId) -> MessageId {
     loop {
         let message = json!({"type": "message", "room": lobby, "content": "on", "ref": 1});
         match connection.request(&message).await.unwrap() {

@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 use serde_json::{Value, json};
 use shared::{
     client::{
-        connection::{Connection, Received},
+        connection::{ClientConnection, ReceivedMessage},
         frames,
         options::ConnectOptions,
     },
@@ -127,7 +127,7 @@ impl TestClient {
             let url = self.profile.urls[at % self.profile.urls.len()].clone();
             let mut options = ConnectOptions::new(url).user(self.profile.user.clone());
             options.connect_timeout = Duration::from_secs(1);
-            if let Ok(mut connection) = Connection::open(&options).await {
+            if let Ok(mut connection) = ClientConnection::open(&options).await {
                 let mut is_connected = false;
                 self.run_connection(&mut connection, &mut is_connected).await;
                 if is_connected {
@@ -142,7 +142,7 @@ impl TestClient {
     }
 
     /// One connection, until it ends, is silent, or the client is sent away.
-    async fn run_connection(&mut self, connection: &mut Connection, is_connected: &mut bool) {
+    async fn run_connection(&mut self, connection: &mut ClientConnection, is_connected: &mut bool) {
         // Where the recovery ends that comes first; `None` before the room is joined.
         let mut goal: Option<Position> = None;
         let mut join_at = Some(Instant::now());
@@ -185,7 +185,7 @@ impl TestClient {
                 received = connection.next() => {
                     let Ok(received) = received else { return };
                     heard_by = Instant::now() + self.profile.idle_timeout;
-                    *is_connected |= matches!(&received, Received::Frame(ServerFrame::Connected(_), _));
+                    *is_connected |= matches!(&received, ReceivedMessage::Frame(ServerFrame::Connected(_), _));
                     self.take(received, &mut goal, &mut join_at);
                 }
                 changed = self.control.changed() => if changed.is_err() { return },
@@ -194,7 +194,7 @@ impl TestClient {
         }
     }
 
-    async fn join(&self, connection: &mut Connection) -> Result<(), ()> {
+    async fn join(&self, connection: &mut ClientConnection) -> Result<(), ()> {
         let since = self.checker.lock().cursor(self.number).cloned();
         let history = since.is_none().then_some(0);
         let join =
@@ -248,7 +248,7 @@ impl TestClient {
         }
     }
 
-    async fn send(&mut self, connection: &mut Connection) -> Result<(), ()> {
+    async fn send(&mut self, connection: &mut ClientConnection) -> Result<(), ()> {
         let now = Instant::now();
         if self.unacked.is_none() {
             self.begun.send_modify(|(count, waits)| (*count, *waits) = (*count + 1, true));
@@ -283,28 +283,28 @@ impl TestClient {
 
     fn take(
         &mut self,
-        received: Received,
+        received: ReceivedMessage,
         goal: &mut Option<Position>,
         join_at: &mut Option<Instant>,
     ) {
         let (checker, me, now) = (self.checker.clone(), self.number, Instant::now());
         let mut checker = checker.lock();
         match received {
-            Received::Frame(ServerFrame::Connected(_), _) => checker.on_connected(me),
-            Received::Frame(ServerFrame::Joined(joined), _) => {
+            ReceivedMessage::Frame(ServerFrame::Connected(_), _) => checker.on_connected(me),
+            ReceivedMessage::Frame(ServerFrame::Joined(joined), _) => {
                 checker.on_joined(me, &joined, now);
                 *goal = Some(Position::new(joined.epoch.clone(), joined.seq));
             }
-            Received::Frame(ServerFrame::Message(message), _) => {
+            ReceivedMessage::Frame(ServerFrame::Message(message), _) => {
                 checker.on_message(me, &message, now)
             }
-            Received::Frame(ServerFrame::Reset(reset), _) => {
+            ReceivedMessage::Frame(ServerFrame::Reset(reset), _) => {
                 // Without a room it is of the inbox, which is not judged.
                 if reset.room.is_some() {
                     checker.on_reset(me, &reset);
                 }
             }
-            Received::Frame(ServerFrame::Ack(ack), _) => match &self.unacked {
+            ReceivedMessage::Frame(ServerFrame::Ack(ack), _) => match &self.unacked {
                 Some(UnackedMessage { id, sent: Some(sent), .. }) if *id == ack.id => {
                     checker.on_ack(me, &ack, now.duration_since(*sent));
                     drop(checker);
@@ -316,10 +316,10 @@ impl TestClient {
                     format!("an ack of nothing: {ack:?}"),
                 ),
             },
-            Received::Frame(ServerFrame::Error(refusal), _) => {
+            ReceivedMessage::Frame(ServerFrame::Error(refusal), _) => {
                 self.refused(&mut checker, &refusal, goal.is_some(), join_at);
             }
-            Received::Frame(
+            ReceivedMessage::Frame(
                 ServerFrame::Pong(_)
                 | ServerFrame::Ping(_)
                 | ServerFrame::Status(_)
@@ -330,8 +330,8 @@ impl TestClient {
                 | ServerFrame::Reconnect(_),
                 _,
             )
-            | Received::Ping(_)
-            | Received::Pong(_) => {}
+            | ReceivedMessage::Ping(_)
+            | ReceivedMessage::Pong(_) => {}
             other => checker.report_violation(me, Violation::Protocol, format!("{other:?}")),
         }
     }

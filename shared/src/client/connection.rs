@@ -1,6 +1,6 @@
 //! One WebSocket to a gateway with nothing hidden: no reconnects, no retries, no state.
 //!
-//! [`Connection::open`] tells an HTTP refusal apart from a network that failed; [`Connection::next`]
+//! [`ClientConnection::open`] tells an HTTP refusal apart from a network that failed; [`ClientConnection::next`]
 //! gives every frame that arrives, parsed and as it was written. The helpers (`expect_connected`,
 //! `join`, `request`) pick one answer out and keep what came before it for `next`. The socket is
 //! tokio-tungstenite's, so that the gateway's own codec is checked by another implementation.
@@ -48,13 +48,13 @@ use crate::{
 };
 
 /// How long the helpers wait for their answer.
-pub const ANSWER_WAIT: Duration = Duration::from_secs(10);
+pub const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
 /// How many frames the helpers keep for `next` while they look for their answer.
-pub const PASSED_OVER_MAX: usize = 10_000;
+pub const BUFFERED_MAX: usize = 10_000;
 
 /// What arrived.
 #[derive(Clone, Debug)]
-pub enum Received {
+pub enum ReceivedMessage {
     /// A frame of the protocol, and its text.
     Frame(ServerFrame, String),
     /// A binary message of a room's log: its header and its payload.
@@ -65,7 +65,7 @@ pub enum Received {
     Text(String),
     /// Bytes that are no frame of the protocol.
     Bytes(Bytes),
-    /// A ping. It is answered by itself, with the next call of [`Connection::next`].
+    /// A ping. It is answered by itself, with the next call of [`ClientConnection::next`].
     Ping(Bytes),
     /// A pong.
     Pong(Bytes),
@@ -74,7 +74,7 @@ pub enum Received {
 /// The connection has ended.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("connection closed: {} {reason}", code.map_or("no close frame".to_owned(), |code| code.to_string()))]
-pub struct Closed {
+pub struct ConnectionClosed {
     /// The close code; `None` where there was no close frame, or one without a code.
     pub code: Option<u16>,
     /// The reason given, or what went wrong.
@@ -83,43 +83,43 @@ pub struct Closed {
 
 /// A helper did not get the answer that it waited for.
 #[derive(Debug, thiserror::Error)]
-pub enum Unexpected {
+pub enum RequestError {
     /// The connection ended.
     #[error(transparent)]
-    Closed(#[from] Closed),
+    Closed(#[from] ConnectionClosed),
     /// The frame was refused.
     #[error("refused: {} {}", .0.code.as_str(), .0.message)]
-    Refused(Box<ErrorFrame>),
+    Rejected(Box<ErrorFrame>),
     /// Another frame came.
     #[error("unexpected: {0:?}")]
-    Frame(Box<Received>),
-    /// Nothing came within [`ANSWER_WAIT`].
-    #[error("no answer within {ANSWER_WAIT:?}")]
+    Frame(Box<ReceivedMessage>),
+    /// Nothing came within [`REPLY_TIMEOUT`].
+    #[error("no answer within {REPLY_TIMEOUT:?}")]
     TimedOut,
-    /// More than [`PASSED_OVER_MAX`] other frames came.
-    #[error("more than {PASSED_OVER_MAX} frames came, and the answer was not among them")]
-    TooMany,
+    /// More than [`BUFFERED_MAX`] other frames came.
+    #[error("more than {BUFFERED_MAX} frames came, and the answer was not among them")]
+    TooManyFrames,
 }
 
 /// An open connection. Dropping it ends the TCP connection without a close frame.
 #[derive(Debug)]
-pub struct Connection {
+pub struct ClientConnection {
     socket: WebSocketStream<TcpStream>,
     headers: HeaderMap,
     local: SocketAddr,
     /// What the helpers passed over.
-    passed_over: VecDeque<Received>,
+    buffered: VecDeque<ReceivedMessage>,
     next_reference: u64,
-    closed: Option<Closed>,
+    closed: Option<ConnectionClosed>,
 }
 
-impl Connection {
+impl ClientConnection {
     /// Connects and makes the handshake.
     ///
     /// # Errors
     ///
     /// [`ConnectError`]. A gateway also refuses after the handshake, by a close code: see
-    /// [`Connection::next`].
+    /// [`ClientConnection::next`].
     pub async fn open(options: &ConnectOptions) -> Result<Self, ConnectError> {
         let uri = options.uri()?;
         let request = options.request(uri.clone())?;
@@ -136,7 +136,14 @@ impl Connection {
             let (socket, response) = handshake.await.map_err(ConnectError::from_handshake)?;
             let headers = response.headers().clone();
             let passed_over = VecDeque::new();
-            Ok(Self { socket, headers, local, passed_over, next_reference: 1, closed: None })
+            Ok(Self {
+                socket,
+                headers,
+                local,
+                buffered: passed_over,
+                next_reference: 1,
+                closed: None,
+            })
         };
         match timeout(options.connect_timeout, Box::pin(opening)).await {
             Ok(opened) => opened,
@@ -163,13 +170,13 @@ impl Connection {
     ///
     /// # Errors
     ///
-    /// [`Closed`] where it could not be written, without a code: what the server said before it
-    /// went, its close code included, is still to be had from [`Connection::next`].
+    /// [`ConnectionClosed`] where it could not be written, without a code: what the server said before it
+    /// went, its close code included, is still to be had from [`ClientConnection::next`].
     ///
     /// # Panics
     ///
     /// Where `frame` cannot be JSON.
-    pub async fn send_json(&mut self, frame: &impl Serialize) -> Result<(), Closed> {
+    pub async fn send_json(&mut self, frame: &impl Serialize) -> Result<(), ConnectionClosed> {
         self.send_text(&frames::text(frame)).await
     }
 
@@ -177,16 +184,16 @@ impl Connection {
     ///
     /// # Errors
     ///
-    /// As [`Connection::send_json`].
-    pub async fn send_text(&mut self, text: &str) -> Result<(), Closed> {
-        self.socket.send(Message::text(text)).await.map_err(broken)
+    /// As [`ClientConnection::send_json`].
+    pub async fn send_text(&mut self, text: &str) -> Result<(), ConnectionClosed> {
+        self.socket.send(Message::text(text)).await.map_err(connection_error)
     }
 
     /// Sends a binary frame: `header` as JSON behind its length, then the payload.
     ///
     /// # Errors
     ///
-    /// As [`Connection::send_json`].
+    /// As [`ClientConnection::send_json`].
     ///
     /// # Panics
     ///
@@ -195,7 +202,7 @@ impl Connection {
         &mut self,
         header: &impl Serialize,
         payload: &[u8],
-    ) -> Result<(), Closed> {
+    ) -> Result<(), ConnectionClosed> {
         let frame = frames::binary(header, payload).expect("the header is short");
         self.send_bytes(frame).await
     }
@@ -204,9 +211,9 @@ impl Connection {
     ///
     /// # Errors
     ///
-    /// As [`Connection::send_json`].
-    pub async fn send_bytes(&mut self, bytes: impl Into<Bytes>) -> Result<(), Closed> {
-        self.socket.send(Message::Binary(bytes.into())).await.map_err(broken)
+    /// As [`ClientConnection::send_json`].
+    pub async fn send_bytes(&mut self, bytes: impl Into<Bytes>) -> Result<(), ConnectionClosed> {
+        self.socket.send(Message::Binary(bytes.into())).await.map_err(connection_error)
     }
 
     /// Sends one WebSocket frame of any kind, also where it makes no sense: control frames,
@@ -214,13 +221,13 @@ impl Connection {
     ///
     /// # Errors
     ///
-    /// As [`Connection::send_json`].
+    /// As [`ClientConnection::send_json`].
     pub async fn send_raw(
         &mut self,
         opcode: Opcode,
         fin: bool,
         payload: &[u8],
-    ) -> Result<(), Closed> {
+    ) -> Result<(), ConnectionClosed> {
         let opcode = match opcode {
             Opcode::Continuation => coding::OpCode::Data(coding::Data::Continue),
             Opcode::Text => coding::OpCode::Data(coding::Data::Text),
@@ -231,31 +238,31 @@ impl Connection {
         };
         let header = FrameHeader { is_final: fin, opcode, ..FrameHeader::default() };
         let frame = RawFrame::from_payload(header, Bytes::copy_from_slice(payload));
-        self.socket.send(Message::Frame(frame)).await.map_err(broken)
+        self.socket.send(Message::Frame(frame)).await.map_err(connection_error)
     }
 
-    /// Puts a text message into the buffer that [`Connection::flush`] writes.
-    pub(super) async fn feed_text(&mut self, text: String) -> Result<(), Closed> {
-        self.socket.feed(Message::text(text)).await.map_err(broken)
+    /// Puts a text message into the buffer that [`ClientConnection::flush`] writes.
+    pub(super) async fn feed_text(&mut self, text: String) -> Result<(), ConnectionClosed> {
+        self.socket.feed(Message::text(text)).await.map_err(connection_error)
     }
 
-    /// Puts a binary message into the buffer that [`Connection::flush`] writes.
-    pub(super) async fn feed_bytes(&mut self, bytes: Vec<u8>) -> Result<(), Closed> {
-        self.socket.feed(Message::binary(bytes)).await.map_err(broken)
+    /// Puts a binary message into the buffer that [`ClientConnection::flush`] writes.
+    pub(super) async fn feed_bytes(&mut self, bytes: Vec<u8>) -> Result<(), ConnectionClosed> {
+        self.socket.feed(Message::binary(bytes)).await.map_err(connection_error)
     }
 
     /// Writes what was fed.
-    pub(super) async fn flush(&mut self) -> Result<(), Closed> {
-        self.socket.flush().await.map_err(broken)
+    pub(super) async fn flush(&mut self) -> Result<(), ConnectionClosed> {
+        self.socket.flush().await.map_err(connection_error)
     }
 
     /// The next thing to arrive. Cancel-safe: nothing is lost by dropping the future.
     ///
     /// # Errors
     ///
-    /// [`Closed`], from then on for ever.
-    pub async fn next(&mut self) -> Result<Received, Closed> {
-        match self.passed_over.pop_front() {
+    /// [`ConnectionClosed`], from then on for ever.
+    pub async fn next(&mut self) -> Result<ReceivedMessage, ConnectionClosed> {
+        match self.buffered.pop_front() {
             Some(received) => Ok(received),
             None => self.read().await,
         }
@@ -265,30 +272,32 @@ impl Connection {
     ///
     /// # Errors
     ///
-    /// [`Unexpected`] where the connection ends, something else comes, or nothing within
-    /// [`ANSWER_WAIT`].
-    pub async fn next_frame(&mut self) -> Result<ServerFrame, Unexpected> {
+    /// [`RequestError`] where the connection ends, something else comes, or nothing within
+    /// [`REPLY_TIMEOUT`].
+    pub async fn next_frame(&mut self) -> Result<ServerFrame, RequestError> {
         let frame = async {
             loop {
                 match self.next().await? {
-                    Received::Frame(frame, _) => return Ok(frame),
-                    Received::Ping(_) | Received::Pong(_) => {}
-                    other => return Err(Unexpected::Frame(Box::new(other))),
+                    ReceivedMessage::Frame(frame, _) => return Ok(frame),
+                    ReceivedMessage::Ping(_) | ReceivedMessage::Pong(_) => {}
+                    other => return Err(RequestError::Frame(Box::new(other))),
                 }
             }
         };
-        timeout(ANSWER_WAIT, frame).await.unwrap_or(Err(Unexpected::TimedOut))
+        timeout(REPLY_TIMEOUT, frame).await.unwrap_or(Err(RequestError::TimedOut))
     }
 
     /// Takes the `connected` that every connection starts with.
     ///
     /// # Errors
     ///
-    /// [`Unexpected`]
-    pub async fn expect_connected(&mut self) -> Result<ConnectedFrame, Unexpected> {
+    /// [`RequestError`]
+    pub async fn expect_connected(&mut self) -> Result<ConnectedFrame, RequestError> {
         match self.next_frame().await? {
             ServerFrame::Connected(connected) => Ok(*connected),
-            other => Err(Unexpected::Frame(Box::new(Received::Frame(other, String::new())))),
+            other => {
+                Err(RequestError::Frame(Box::new(ReceivedMessage::Frame(other, String::new()))))
+            }
         }
     }
 
@@ -296,8 +305,8 @@ impl Connection {
     ///
     /// # Errors
     ///
-    /// [`Unexpected`], `Refused` among them.
-    pub async fn join(&mut self, room: &RoomId) -> Result<JoinedFrame<HistoryEntry>, Unexpected> {
+    /// [`RequestError`], `Rejected` among them.
+    pub async fn join(&mut self, room: &RoomId) -> Result<JoinedFrame<HistoryEntry>, RequestError> {
         self.join_with(&frames::Join { history: Some(0), ..frames::Join::to(room) }).await
     }
 
@@ -305,43 +314,45 @@ impl Connection {
     ///
     /// # Errors
     ///
-    /// [`Unexpected`], `Refused` among them.
+    /// [`RequestError`], `Rejected` among them.
     pub async fn join_with(
         &mut self,
         join: &frames::Join<'_>,
-    ) -> Result<JoinedFrame<HistoryEntry>, Unexpected> {
+    ) -> Result<JoinedFrame<HistoryEntry>, RequestError> {
         match self.request(join).await? {
             ServerFrame::Joined(joined) => Ok(*joined),
-            other => Err(Unexpected::Frame(Box::new(Received::Frame(other, String::new())))),
+            other => {
+                Err(RequestError::Frame(Box::new(ReceivedMessage::Frame(other, String::new()))))
+            }
         }
     }
 
     /// Sends `frame` with a `ref` of its own and waits for the answer to it. What comes before the
-    /// answer is kept for [`Connection::next`].
+    /// answer is kept for [`ClientConnection::next`].
     ///
     /// # Errors
     ///
-    /// [`Unexpected`]; an `error` that answers the frame is `Refused`.
+    /// [`RequestError`]; an `error` that answers the frame is `Rejected`.
     ///
     /// # Panics
     ///
     /// Where `frame` is no JSON object.
-    pub async fn request(&mut self, frame: &impl Serialize) -> Result<ServerFrame, Unexpected> {
+    pub async fn request(&mut self, frame: &impl Serialize) -> Result<ServerFrame, RequestError> {
         let reference = FrameRef::number(self.next_reference);
         let mut frame = serde_json::to_value(frame).expect("a frame is JSON");
         let members = frame.as_object_mut().expect("a frame is an object");
         members.insert("ref".to_owned(), Value::from(self.next_reference));
         self.next_reference += 1;
         self.send_json(&frame).await?;
-        let answer = self.answer_to(&reference);
-        match timeout(ANSWER_WAIT, answer).await.unwrap_or(Err(Unexpected::TimedOut))? {
-            ServerFrame::Error(error_frame) => Err(Unexpected::Refused(error_frame)),
+        let answer = self.reply_to(&reference);
+        match timeout(REPLY_TIMEOUT, answer).await.unwrap_or(Err(RequestError::TimedOut))? {
+            ServerFrame::Error(error_frame) => Err(RequestError::Rejected(error_frame)),
             answer => Ok(answer),
         }
     }
 
     /// Starts the close, reads on until the server has answered it, and tells how it ended.
-    pub async fn close(&mut self, code: u16, reason: &str) -> Closed {
+    pub async fn close(&mut self, code: u16, reason: &str) -> ConnectionClosed {
         let frame = CloseFrame { code: code.into(), reason: reason.to_owned().into() };
         let closed = async {
             // Where it cannot be written the reading below tells why.
@@ -352,47 +363,48 @@ impl Connection {
                 }
             }
         };
-        let silent = || Closed { code: None, reason: "the close was not answered".to_owned() };
-        timeout(ANSWER_WAIT, closed).await.unwrap_or_else(|_| silent())
+        let silent =
+            || ConnectionClosed { code: None, reason: "the close was not answered".to_owned() };
+        timeout(REPLY_TIMEOUT, closed).await.unwrap_or_else(|_| silent())
     }
 
-    async fn answer_to(&mut self, reference: &FrameRef) -> Result<ServerFrame, Unexpected> {
+    async fn reply_to(&mut self, reference: &FrameRef) -> Result<ServerFrame, RequestError> {
         loop {
             match self.read().await? {
-                Received::Frame(frame, _) if frame.reference() == Some(reference) => {
+                ReceivedMessage::Frame(frame, _) if frame.reference() == Some(reference) => {
                     return Ok(frame);
                 }
-                other if self.passed_over.len() < PASSED_OVER_MAX => {
-                    self.passed_over.push_back(other);
+                other if self.buffered.len() < BUFFERED_MAX => {
+                    self.buffered.push_back(other);
                 }
-                _ => return Err(Unexpected::TooMany),
+                _ => return Err(RequestError::TooManyFrames),
             }
         }
     }
 
     /// Cancel-safe: the socket's own reading is, and what is kept is kept before any await.
-    async fn read(&mut self) -> Result<Received, Closed> {
+    async fn read(&mut self) -> Result<ReceivedMessage, ConnectionClosed> {
         if let Some(closed) = &self.closed {
             return Err(closed.clone());
         }
         let message = match self.socket.next().await {
             Some(Ok(message)) => message,
-            Some(Err(error)) => return Err(self.closed.insert(broken(error)).clone()),
+            Some(Err(error)) => return Err(self.closed.insert(connection_error(error)).clone()),
             None => {
-                let closed = Closed { code: None, reason: "end of stream".to_owned() };
+                let closed = ConnectionClosed { code: None, reason: "end of stream".to_owned() };
                 return Err(self.closed.insert(closed).clone());
             }
         };
         Ok(match message {
             Message::Text(text) => match serde_json::from_str(&text) {
-                Ok(frame) => Received::Frame(frame, text.as_str().to_owned()),
-                Err(_) => Received::Text(text.as_str().to_owned()),
+                Ok(frame) => ReceivedMessage::Frame(frame, text.as_str().to_owned()),
+                Err(_) => ReceivedMessage::Text(text.as_str().to_owned()),
             },
             Message::Binary(bytes) => binary(bytes),
-            Message::Ping(bytes) => Received::Ping(bytes),
-            Message::Pong(bytes) => Received::Pong(bytes),
+            Message::Ping(bytes) => ReceivedMessage::Ping(bytes),
+            Message::Pong(bytes) => ReceivedMessage::Pong(bytes),
             Message::Close(frame) => {
-                let closed = Closed {
+                let closed = ConnectionClosed {
                     code: frame.as_ref().map(|frame| frame.code.into()),
                     reason: frame.map(|frame| frame.reason.to_string()).unwrap_or_default(),
                 };
@@ -402,7 +414,7 @@ impl Connection {
                 let _ = timeout(Duration::from_secs(1), self.socket.flush()).await;
                 return Err(closed);
             }
-            Message::Frame(frame) => Received::Bytes(frame.into_payload()),
+            Message::Frame(frame) => ReceivedMessage::Bytes(frame.into_payload()),
         })
     }
 }
@@ -423,20 +435,20 @@ async fn connect(uri: &Uri, local: Option<IpAddr>) -> io::Result<TcpStream> {
     Err(last)
 }
 
-fn broken(error: tungstenite::Error) -> Closed {
-    Closed { code: None, reason: error.to_string() }
+fn connection_error(error: tungstenite::Error) -> ConnectionClosed {
+    ConnectionClosed { code: None, reason: error.to_string() }
 }
 
 /// Reads a binary frame as an entry of a log, if it is one.
-fn binary(bytes: Bytes) -> Received {
+fn binary(bytes: Bytes) -> ReceivedMessage {
     match binary_header(&bytes) {
         Some((HistoryEntry::Message(message), payload_at)) => {
-            Received::Binary(message, bytes.slice(payload_at..))
+            ReceivedMessage::Binary(message, bytes.slice(payload_at..))
         }
         Some((HistoryEntry::Direct(direct), payload_at)) => {
-            Received::BinaryDirect(direct, bytes.slice(payload_at..))
+            ReceivedMessage::BinaryDirect(direct, bytes.slice(payload_at..))
         }
-        Some((HistoryEntry::Unknown, _)) | None => Received::Bytes(bytes),
+        Some((HistoryEntry::Unknown, _)) | None => ReceivedMessage::Bytes(bytes),
     }
 }
 
@@ -454,7 +466,7 @@ mod tests {
     #[test]
     fn a_binary_frame_of_another_kind_is_bytes() {
         for bytes in [&b""[..], b"\0", b"\0\x05{}", b"\0\x12{\"type\":\"unknown\"}", b"echo"] {
-            assert!(matches!(binary(Bytes::copy_from_slice(bytes)), Received::Bytes(_)));
+            assert!(matches!(binary(Bytes::copy_from_slice(bytes)), ReceivedMessage::Bytes(_)));
         }
     }
 }

@@ -15,7 +15,7 @@ use tokio::{
 use super::{
     api::{ClientEndReason, ClientEvent, ClientOptions},
     backoff::Backoff,
-    connection::{Closed, Connection, Received},
+    connection::{ClientConnection, ConnectionClosed, ReceivedMessage},
     options::{ConnectError, ConnectOptions},
     room::Outgoing,
     state::{State, calls::Command},
@@ -104,11 +104,11 @@ impl Task {
     }
 
     /// Tries until a connection is open.
-    async fn connect(&mut self) -> Result<Connection, ClientEndReason> {
+    async fn connect(&mut self) -> Result<ClientConnection, ClientEndReason> {
         loop {
             let options = self.next_options();
             self.token_is_new = false;
-            let error = match self.while_serving(Connection::open(&options)).await? {
+            let error = match self.while_serving(ClientConnection::open(&options)).await? {
                 Ok(connection) => return Ok(connection),
                 Err(error) => error,
             };
@@ -175,7 +175,10 @@ impl Task {
     }
 
     /// Speaks with the gateway until the connection ends.
-    async fn converse(&mut self, mut connection: Connection) -> Result<Closed, ClientEndReason> {
+    async fn converse(
+        &mut self,
+        mut connection: ClientConnection,
+    ) -> Result<ConnectionClosed, ClientEndReason> {
         let mut heard = Instant::now();
         loop {
             if let Some(closed) = self.write(&mut connection).await {
@@ -212,7 +215,7 @@ impl Task {
                     let now = Instant::now();
                     if now >= silent_at {
                         let reason = "nothing heard from the gateway".to_owned();
-                        return Ok(Closed { code: None, reason });
+                        return Ok(ConnectionClosed { code: None, reason });
                     }
                     self.state.time(now);
                 }
@@ -228,20 +231,24 @@ impl Task {
         }
     }
 
-    fn received(&mut self, received: Received) {
+    fn received(&mut self, received: ReceivedMessage) {
         let now = Instant::now();
         match received {
-            Received::Frame(frame, text) => self.state.frame(frame, text, now),
-            Received::Binary(message, payload) => self.state.message(message, Some(payload), now),
-            Received::BinaryDirect(direct, payload) => {
+            ReceivedMessage::Frame(frame, text) => self.state.frame(frame, text, now),
+            ReceivedMessage::Binary(message, payload) => {
+                self.state.message(message, Some(payload), now)
+            }
+            ReceivedMessage::BinaryDirect(direct, payload) => {
                 self.state.direct(direct, Some(payload));
             }
-            Received::Text(text) => self.state.events.push_back(ClientEvent::InvalidMessage(text)),
-            Received::Bytes(bytes) => {
+            ReceivedMessage::Text(text) => {
+                self.state.events.push_back(ClientEvent::InvalidMessage(text))
+            }
+            ReceivedMessage::Bytes(bytes) => {
                 let text = String::from_utf8_lossy(&bytes).into_owned();
                 self.state.events.push_back(ClientEvent::InvalidMessage(text));
             }
-            Received::Ping(_) | Received::Pong(_) => {}
+            ReceivedMessage::Ping(_) | ReceivedMessage::Pong(_) => {}
         }
     }
 
@@ -257,7 +264,7 @@ impl Task {
     }
 
     /// Writes what is to be written. Returns how the connection ended if it makes no headway.
-    async fn write(&mut self, connection: &mut Connection) -> Option<Closed> {
+    async fn write(&mut self, connection: &mut ClientConnection) -> Option<ConnectionClosed> {
         if self.state.out.is_empty() {
             return None;
         }
@@ -274,7 +281,9 @@ impl Task {
         match timeout(WRITE_WAIT, written).await {
             // What failed shows in reading, after everything that the gateway still said.
             Ok(_) => None,
-            Err(_) => Some(Closed { code: None, reason: "nothing could be written".to_owned() }),
+            Err(_) => {
+                Some(ConnectionClosed { code: None, reason: "nothing could be written".to_owned() })
+            }
         }
     }
 
@@ -313,8 +322,8 @@ impl Task {
     }
 
     /// Takes note of the end of a connection, and waits until it is time for the next.
-    async fn recover_from(&mut self, closed: Closed) -> Result<(), ClientEndReason> {
-        let Closed { code, reason } = closed;
+    async fn recover_from(&mut self, closed: ConnectionClosed) -> Result<(), ClientEndReason> {
+        let ConnectionClosed { code, reason } = closed;
         let advice = reconnect_advice(code, &reason);
         if advice == ReconnectAdvice::ReconnectWithoutMessage {
             self.state.too_big();
@@ -386,7 +395,7 @@ impl Task {
     }
 }
 
-async fn say_goodbye(connection: &mut Connection) {
+async fn say_goodbye(connection: &mut ClientConnection) {
     let _ = timeout(CLOSE_WAIT, connection.close(CloseCode::Normal.number(), "")).await;
 }
 

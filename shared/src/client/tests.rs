@@ -21,7 +21,7 @@ use tokio_tungstenite::{
 
 use super::{
     api::{ClientEndReason, ClientEvent, ClientOptions, SendError, StartFrom},
-    connection::{Closed, Connection, Received, Unexpected},
+    connection::{ClientConnection, ConnectionClosed, ReceivedMessage, RequestError},
     options::{ConnectError, ConnectOptions, TokenLocation, text_of},
     *,
 };
@@ -492,7 +492,7 @@ async fn unanswered_messages_are_bounded_in_number_and_bytes() {
 async fn a_request_finds_its_answer_and_keeps_what_came_before() {
     let server = Server::start().await;
     let options = ConnectOptions::new(server.url());
-    let (connection, mut peer) = tokio::join!(Connection::open(&options), server.welcome());
+    let (connection, mut peer) = tokio::join!(ClientConnection::open(&options), server.welcome());
     let mut connection = connection.unwrap();
     assert_eq!(connection.subprotocol(), Some("chat.v1"));
     assert_eq!(connection.expect_connected().await.unwrap().node.as_str(), "n1");
@@ -506,7 +506,8 @@ async fn a_request_finds_its_answer_and_keeps_what_came_before() {
         .await;
     });
     assert_eq!(joined.unwrap().seq, 0);
-    let Received::Frame(ServerFrame::Message(message), text) = connection.next().await.unwrap()
+    let ReceivedMessage::Frame(ServerFrame::Message(message), text) =
+        connection.next().await.unwrap()
     else {
         panic!()
     };
@@ -520,9 +521,9 @@ async fn a_request_finds_its_answer_and_keeps_what_came_before() {
         }))
         .await;
     });
-    let Err(Unexpected::Refused(error_frame)) = refused else { panic!("{refused:?}") };
+    let Err(RequestError::Rejected(error_frame)) = refused else { panic!("{refused:?}") };
     assert_eq!(error_frame.code, ErrorCode::UnknownType);
-    let closed = Closed { code: Some(4000), reason: "bye".to_owned() };
+    let closed = ConnectionClosed { code: Some(4000), reason: "bye".to_owned() };
     let (end, ()) = tokio::join!(connection.next(), peer.close(4000, "bye"));
     assert_eq!(end.unwrap_err(), closed);
     assert_eq!(connection.next().await.unwrap_err(), closed, "for ever");
@@ -532,7 +533,7 @@ async fn a_request_finds_its_answer_and_keeps_what_came_before() {
 async fn everything_that_is_no_frame_is_shown_as_it_is() {
     let server = Server::start().await;
     let options = ConnectOptions::new(server.url());
-    let (connection, mut peer) = tokio::join!(Connection::open(&options), server.accept());
+    let (connection, mut peer) = tokio::join!(ClientConnection::open(&options), server.accept());
     let mut connection = connection.unwrap();
     connection.send_text("x").await.unwrap();
     assert_eq!(peer.socket.next().await.unwrap().unwrap(), Raw::text("x"));
@@ -548,8 +549,12 @@ async fn everything_that_is_no_frame_is_shown_as_it_is() {
     for _ in 0..4 {
         received.push(connection.next().await.unwrap());
     }
-    let [Received::Pong(pong), Received::Text(text), Received::Bytes(bytes), Received::Ping(ping)] =
-        received.as_slice()
+    let [
+        ReceivedMessage::Pong(pong),
+        ReceivedMessage::Text(text),
+        ReceivedMessage::Bytes(bytes),
+        ReceivedMessage::Ping(ping),
+    ] = received.as_slice()
     else {
         panic!("{received:?}")
     };
@@ -561,11 +566,13 @@ async fn everything_that_is_no_frame_is_shown_as_it_is() {
 async fn a_binary_message_is_header_and_payload() {
     let server = Server::start().await;
     let options = ConnectOptions::new(server.url());
-    let (connection, mut peer) = tokio::join!(Connection::open(&options), server.accept());
+    let (connection, mut peer) = tokio::join!(ClientConnection::open(&options), server.accept());
     let mut connection = connection.unwrap();
     let header = entry(3);
     peer.socket.send(Raw::binary(frames::binary(&header, &[7]).unwrap())).await.unwrap();
-    let Received::Binary(message, payload) = connection.next().await.unwrap() else { panic!() };
+    let ReceivedMessage::Binary(message, payload) = connection.next().await.unwrap() else {
+        panic!()
+    };
     assert_eq!((message.seq, payload.as_ref()), (3, &[7][..]));
     connection.send_binary(&frames::Message::header(&ROOM), &[9]).await.unwrap();
     let Raw::Binary(bytes) = peer.socket.next().await.unwrap().unwrap() else { panic!() };
@@ -576,7 +583,7 @@ async fn a_binary_message_is_header_and_payload() {
 async fn a_close_is_answered_by_the_server() {
     let server = Server::start().await;
     let options = ConnectOptions::new(server.url());
-    let (connection, mut peer) = tokio::join!(Connection::open(&options), server.accept());
+    let (connection, mut peer) = tokio::join!(ClientConnection::open(&options), server.accept());
     let mut connection = connection.unwrap();
     let (closed, code) = tokio::join!(connection.close(1000, "done"), async {
         let code = peer.hear_close().await;
@@ -592,12 +599,12 @@ async fn a_subprotocol_that_is_not_chosen_is_told() {
     let mut others = ConnectOptions::new(server.url());
     others.subprotocols = vec!["chat.v0".to_owned()];
     // The library takes that for a failure. RFC 6455 leaves it to the client.
-    let (opened, _peer) = tokio::join!(Connection::open(&others), server.accept());
+    let (opened, _peer) = tokio::join!(ClientConnection::open(&others), server.accept());
     assert!(matches!(opened.unwrap_err(), ConnectError::NoSubprotocol));
 
     let mut bare = ConnectOptions::new(server.url());
     bare.subprotocols.clear();
-    let (opened, _peer) = tokio::join!(Connection::open(&bare), server.accept());
+    let (opened, _peer) = tokio::join!(ClientConnection::open(&bare), server.accept());
     assert_eq!(opened.unwrap().subprotocol(), None);
 }
 
@@ -606,6 +613,6 @@ async fn the_address_to_connect_from_can_be_chosen() {
     let server = Server::start().await;
     let mut options = ConnectOptions::new(server.url());
     options.local_address = Some("127.0.0.9".parse().unwrap());
-    let (opened, _peer) = tokio::join!(Connection::open(&options), server.accept());
+    let (opened, _peer) = tokio::join!(ClientConnection::open(&options), server.accept());
     assert_eq!(opened.unwrap().local_addr().ip().to_string(), "127.0.0.9");
 }

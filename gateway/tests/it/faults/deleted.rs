@@ -13,7 +13,7 @@ use gateway::{
 };
 use shared::{
     client::{
-        connection::{Received, Unexpected},
+        connection::{ReceivedMessage, RequestError},
         frames,
     },
     error::ErrorCode,
@@ -88,7 +88,9 @@ async fn delete_while_cut_off(mut redis: Redis, restarts: bool) {
 
     let told = async {
         loop {
-            if let Received::Frame(ServerFrame::RoomClosed(closed), _) = ann.next().await.unwrap() {
+            if let ReceivedMessage::Frame(ServerFrame::RoomClosed(closed), _) =
+                ann.next().await.unwrap()
+            {
                 return closed;
             }
         }
@@ -96,7 +98,7 @@ async fn delete_while_cut_off(mut redis: Redis, restarts: bool) {
     assert_eq!(within(told).await.room, lobby);
     let frame = frames::Message::to(&lobby, &serde_json::Value::Null);
     let refused = ann.request(&frame).await.unwrap_err();
-    assert!(matches!(refused, Unexpected::Refused(no) if no.code == ErrorCode::NotJoined));
+    assert!(matches!(refused, RequestError::Rejected(no) if no.code == ErrorCode::NotJoined));
     let again = ann.join(&lobby).await.unwrap();
     let epoch = again.epoch;
     assert_ne!(epoch, joined.epoch);

@@ -8,7 +8,7 @@ use shared::{
     client::{
         Client,
         api::{ClientEvent, ClientOptions},
-        connection::{Connection, Received, Unexpected},
+        connection::{ClientConnection, ReceivedMessage, RequestError},
         options::ConnectOptions,
     },
     ids::MessageId,
@@ -59,7 +59,7 @@ async fn a_node_that_was_cut_off_applies_an_order_when_it_is_back_but_not_to_who
     // Who comes back may be there before the order is.
     let options = ConnectOptions::new(nodes[2].url("/ws")).user("ann");
     let mut back = loop {
-        if let Ok(mut connection) = Connection::open(&options).await
+        if let Ok(mut connection) = ClientConnection::open(&options).await
             && connection.expect_connected().await.is_ok()
         {
             break connection;
@@ -111,7 +111,7 @@ impl Device {
 }
 
 /// Sends a direct until it is acknowledged, over whichever node takes it.
-async fn direct(nodes: &[Node], connection: &mut Option<Connection>, id: MessageId) {
+async fn direct(nodes: &[Node], connection: &mut Option<ClientConnection>, id: MessageId) {
     let frame = json!({"type": "direct", "to": "bob", "content": "x", "id": id});
     within(async {
         loop {
@@ -119,7 +119,7 @@ async fn direct(nodes: &[Node], connection: &mut Option<Connection>, id: Message
                 for node in nodes {
                     let options =
                         ConnectOptions::new(format!("ws://{}/ws", node.address)).user("ann");
-                    if let Ok(mut opened) = Connection::open(&options).await
+                    if let Ok(mut opened) = ClientConnection::open(&options).await
                         && opened.expect_connected().await.is_ok()
                     {
                         *connection = Some(opened);
@@ -131,7 +131,7 @@ async fn direct(nodes: &[Node], connection: &mut Option<Connection>, id: Message
             };
             match open.request(&frame).await {
                 Ok(ServerFrame::Ack(_)) => return,
-                Err(Unexpected::Refused(_)) => crate::harness::poll_pause().await,
+                Err(RequestError::Rejected(_)) => crate::harness::poll_pause().await,
                 _ => *connection = None,
             }
         }
@@ -184,7 +184,7 @@ async fn directs_and_notifications_come_once_on_each_device_through_a_kill_and_a
     until("all is acknowledged", async || {
         let mut third = connect(nodes[1].address, "cat").await;
         third.request(&json!({"type": "ping"})).await.unwrap();
-        let mut fresh = Connection::open(
+        let mut fresh = ClientConnection::open(
             &ConnectOptions::new(format!("ws://{}/ws", nodes[2].address)).user("bob"),
         )
         .await
@@ -199,8 +199,8 @@ async fn directs_and_notifications_come_once_on_each_device_through_a_kill_and_a
     let mut bob = connect(nodes[1].address, "bob").await;
     bob.request(&json!({"type": "direct", "to": "dan", "content": "x"})).await.unwrap();
     let dan = ConnectOptions::new(format!("ws://{}/ws", nodes[2].address)).user("dan");
-    let mut dan = Connection::open(&dan).await.unwrap();
+    let mut dan = ClientConnection::open(&dan).await.unwrap();
     assert_eq!(dan.expect_connected().await.unwrap().inbox.unread, 1);
     let first = within(dan.next()).await.unwrap();
-    assert!(matches!(first, Received::Frame(ServerFrame::Direct(_), _)), "{first:?}");
+    assert!(matches!(first, ReceivedMessage::Frame(ServerFrame::Direct(_), _)), "{first:?}");
 }

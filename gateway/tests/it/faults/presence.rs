@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, time::Duration};
 
 use serde_json::json;
 use shared::{
-    client::connection::{Connection, Received},
+    client::connection::{ClientConnection, ReceivedMessage},
     ids::UserId,
     protocol::server_frame::ServerFrame,
 };
@@ -19,12 +19,12 @@ use crate::harness::{Gateway, Node, Redis, connect, room, say, until, within};
 
 /// A member of the lobby that keeps up with who is there, and holds every notice against that.
 struct Watcher {
-    connection: Connection,
+    connection: ClientConnection,
     here: BTreeSet<String>,
 }
 
 impl Watcher {
-    async fn join(mut connection: Connection) -> Self {
+    async fn join(mut connection: ClientConnection) -> Self {
         connection.join(&room("lobby")).await.unwrap();
         let here = listing(&mut connection).await;
         Self { connection, here }
@@ -48,7 +48,9 @@ impl Watcher {
     }
 
     async fn read(&mut self) {
-        let Received::Frame(frame, _) = self.connection.next().await.unwrap() else { return };
+        let ReceivedMessage::Frame(frame, _) = self.connection.next().await.unwrap() else {
+            return;
+        };
         match frame {
             ServerFrame::MemberJoined(moved) => {
                 self.note(&moved.user, true);
@@ -78,13 +80,13 @@ impl Watcher {
             while left < 2 {
                 let before = self.here.clone();
                 match self.connection.next().await.unwrap() {
-                    Received::Frame(ServerFrame::Message(message), _) => {
+                    ReceivedMessage::Frame(ServerFrame::Message(message), _) => {
                         left += usize::from(message.from.id.as_str() == self.name());
                     }
-                    Received::Frame(ServerFrame::MemberJoined(moved), _) => {
+                    ReceivedMessage::Frame(ServerFrame::MemberJoined(moved), _) => {
                         self.note(&moved.user, true)
                     }
-                    Received::Frame(ServerFrame::MemberLeft(moved), _) => {
+                    ReceivedMessage::Frame(ServerFrame::MemberLeft(moved), _) => {
                         self.note(&moved.user, false)
                     }
                     _ => assert_eq!(before, self.here),
@@ -100,7 +102,7 @@ impl Watcher {
     }
 }
 
-async fn listing(connection: &mut Connection) -> BTreeSet<String> {
+async fn listing(connection: &mut ClientConnection) -> BTreeSet<String> {
     let frame = json!({"type": "presence", "room": "lobby"});
     let ServerFrame::Presence(presence) = connection.request(&frame).await.unwrap() else {
         panic!("no presence")
@@ -109,7 +111,7 @@ async fn listing(connection: &mut Connection) -> BTreeSet<String> {
     presence.users.iter().map(|user| user.id.to_string()).collect()
 }
 
-async fn member(node: &Gateway, user: &str) -> Connection {
+async fn member(node: &Gateway, user: &str) -> ClientConnection {
     let mut connection = node.connect(user).await;
     connection.join(&room("lobby")).await.unwrap();
     connection
@@ -173,7 +175,7 @@ async fn a_redis_that_is_flushed_moves_nobody() {
     watcher.sees(&["stays", "w0"]).await;
     redis.command("FLUSHALL").await;
     // A listing of the registry itself has everybody again.
-    let online = async |connection: &mut Connection| {
+    let online = async |connection: &mut ClientConnection| {
         let ServerFrame::Presence(presence) =
             connection.request(&json!({"type": "presence"})).await.unwrap()
         else {

@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_json::json;
 use shared::{
     client::{
-        connection::{Connection, Received, Unexpected},
+        connection::{ClientConnection, ReceivedMessage, RequestError},
         frames,
         options::{ConnectError, ConnectOptions},
     },
@@ -18,18 +18,21 @@ use tokio::time::Instant;
 use super::proxy::{Mode, Proxy};
 use crate::harness::{Node, Redis, connect, next_message, room, say, until, within};
 
-async fn send(connection: &mut Connection, id: MessageId) -> Result<AckFrame, Box<ErrorFrame>> {
+async fn send(
+    connection: &mut ClientConnection,
+    id: MessageId,
+) -> Result<AckFrame, Box<ErrorFrame>> {
     let (lobby, content) = (room("lobby"), json!("once"));
     let message = frames::Message { id: Some(id), ..frames::Message::to(&lobby, &content) };
     match within(connection.request(&message)).await {
         Ok(ServerFrame::Ack(ack)) => Ok(*ack),
-        Err(Unexpected::Refused(refusal)) => Err(refusal),
+        Err(RequestError::Rejected(refusal)) => Err(refusal),
         other => panic!("{other:?}"),
     }
 }
 
 /// Sends again as the refusals say, until it is taken.
-async fn send_until_taken(connection: &mut Connection, id: MessageId) -> AckFrame {
+async fn send_until_taken(connection: &mut ClientConnection, id: MessageId) -> AckFrame {
     let deadline = Instant::now() + crate::harness::PATIENCE;
     loop {
         match send(connection, id).await {
@@ -69,7 +72,7 @@ async fn a_send_without_redis_waits_is_refused_and_repeated_is_one_entry() {
 
     // Handshakes go elsewhere meanwhile.
     let options = ConnectOptions::new(format!("ws://{}/ws", node.address)).user("bob");
-    let refused = Connection::open(&options).await.map(drop);
+    let refused = ClientConnection::open(&options).await.map(drop);
     let refused = refused.expect_err("a handshake was taken without Redis");
     let told = matches!(refused, ConnectError::Http { status: 503, retry_after: Some(_), .. });
     assert!(told, "{refused:?}");
@@ -86,7 +89,10 @@ async fn a_send_without_redis_waits_is_refused_and_repeated_is_one_entry() {
 }
 
 /// Ann is on a node behind a proxy, Bob on one without.
-async fn ann_and_bob(redis: &Redis, wait: &str) -> (Proxy, [Node; 2], Connection, Connection) {
+async fn ann_and_bob(
+    redis: &Redis,
+    wait: &str,
+) -> (Proxy, [Node; 2], ClientConnection, ClientConnection) {
     let proxy = Proxy::to(redis.address()).await.unwrap();
     let url = proxy.redis_url();
     let extra = [("cluster.redis_url", url.as_str()), ("publish.timeout", wait)];
@@ -143,7 +149,8 @@ async fn an_append_whose_answer_is_lost_is_repeated_by_the_gateway() {
         proxy.set(Mode::Open);
         let ack = within(async {
             loop {
-                if let Received::Frame(ServerFrame::Ack(ack), _) = ann.next().await.unwrap() {
+                if let ReceivedMessage::Frame(ServerFrame::Ack(ack), _) = ann.next().await.unwrap()
+                {
                     return ack;
                 }
             }
