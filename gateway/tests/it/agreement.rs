@@ -110,7 +110,7 @@ async fn a_node_starts_on_a_full_redis_and_its_clients_are_served() {
 /// Comes back with what was had of a room. Returns the answer.
 async fn resume(gateway: &Gateway, room: &RoomId, since: &Position) -> JoinedFrame<HistoryEntry> {
     let mut ann = gateway.connect("ann").await;
-    let join = frames::Join { since: Some(since), ..frames::Join::to(room) };
+    let join = frames::OutgoingJoin { since: Some(since), ..frames::OutgoingJoin::new(room) };
     match ann.request(&join).await.unwrap() {
         ServerFrame::Joined(joined) => *joined,
         other => panic!("{other:?}"),

@@ -202,8 +202,8 @@ async fn a_token_opens_the_rooms_it_names() {
     ann.join(&room("news")).await.unwrap();
     let content = json!("not allowed");
     for refused in [
-        ann.request(&frames::Message::to(&room("news"), &content)).await,
-        ann.request(&frames::Join::to(&room("other"))).await,
+        ann.request(&frames::OutgoingMessage::text(&room("news"), &content)).await,
+        ann.request(&frames::OutgoingJoin::new(&room("other"))).await,
     ] {
         let Err(RequestError::Rejected(refusal)) = refused else { panic!("{refused:?}") };
         assert_eq!(refusal.code, ErrorCode::Forbidden);
@@ -243,7 +243,8 @@ async fn another_token_holds_at_once_and_a_bad_one_changes_nothing() {
     });
     assert_eq!(left.await, (room("b"), Some(LeftReason::Forbidden)));
     let content = json!("read only now");
-    let message = serde_json::to_value(frames::Message::to(&room("a"), &content)).unwrap();
+    let message =
+        serde_json::to_value(frames::OutgoingMessage::text(&room("a"), &content)).unwrap();
     assert_eq!(refused(&mut ann, message).await, ErrorCode::Forbidden);
     ann.join(&room("c")).await.unwrap();
     // The first token ends, and with it nothing: what is asked later is answered.

@@ -78,8 +78,10 @@ async fn the_same_id_twice_is_one_entry() {
     ann.join(&lobby).await.unwrap();
     bob.join(&lobby).await.unwrap();
     let content = json!("once");
-    let message =
-        frames::Message { id: Some(MessageId::random()), ..frames::Message::to(&lobby, &content) };
+    let message = frames::OutgoingMessage {
+        id: Some(MessageId::random()),
+        ..frames::OutgoingMessage::text(&lobby, &content)
+    };
     let mut acks = vec![];
     for _ in 0..2 {
         let ServerFrame::Ack(ack) = ann.request(&message).await.unwrap() else { panic!("no ack") };
@@ -103,10 +105,13 @@ async fn without_echo_the_ack_stands_in_the_place_of_the_copy() {
     bob.join(&lobby).await.unwrap();
     let content = json!("quiet");
     for i in 0..50 {
-        let frame = frames::Message { echo: false, ..frames::Message::to(&lobby, &content) };
+        let frame = frames::OutgoingMessage {
+            echo: false,
+            ..frames::OutgoingMessage::text(&lobby, &content)
+        };
         ann.send_json(&frame).await.unwrap();
         let loud = json!(i);
-        bob.send_json(&frames::Message::to(&lobby, &loud)).await.unwrap();
+        bob.send_json(&frames::OutgoingMessage::text(&lobby, &loud)).await.unwrap();
     }
     // What moves the cursor, in the order it comes: copies, and acks in the place of copies.
     let mut seqs = vec![];
@@ -160,7 +165,7 @@ async fn a_client_goes_on_where_it_was() {
     }
     let since = Position::new(joined.epoch.clone(), 4);
     let mut bob = gateway.connect("bob").await;
-    let join = frames::Join { since: Some(&since), ..frames::Join::to(&lobby) };
+    let join = frames::OutgoingJoin { since: Some(&since), ..frames::OutgoingJoin::new(&lobby) };
     let joined = bob.join_with(&join).await.unwrap();
     assert!(joined.recovered && joined.reason.is_none() && joined.seq == 10);
     let seqs: Vec<_> = joined.history.iter().map(seq_of).collect();
@@ -201,7 +206,8 @@ async fn what_cannot_be_continued_is_announced_with_its_reason() {
     ] {
         let since = Position::new(epoch, seq);
         let mut bob = gateway.connect("bob").await;
-        let join = frames::Join { since: Some(&since), ..frames::Join::to(&lobby) };
+        let join =
+            frames::OutgoingJoin { since: Some(&since), ..frames::OutgoingJoin::new(&lobby) };
         let joined = bob.join_with(&join).await.unwrap();
         assert_eq!((joined.recovered, joined.reason), (false, Some(reason)));
         let seqs: Vec<_> = joined.history.iter().map(seq_of).collect();
@@ -211,7 +217,7 @@ async fn what_cannot_be_continued_is_announced_with_its_reason() {
     // Just within retention, further back than a page of history holds.
     let since = Position::new(epoch, 300);
     let mut bob = gateway.connect("bob").await;
-    let join = frames::Join { since: Some(&since), ..frames::Join::to(&lobby) };
+    let join = frames::OutgoingJoin { since: Some(&since), ..frames::OutgoingJoin::new(&lobby) };
     let joined = bob.join_with(&join).await.unwrap();
     assert!(joined.recovered);
     let mut seqs: Vec<_> = joined.history.iter().map(seq_of).collect();
@@ -233,7 +239,12 @@ async fn history_goes_both_ways_and_says_whether_there_is_more() {
         say(&mut ann, &lobby, &i.to_string()).await;
     }
     let mut ask = async |before, after, limit| {
-        let frame = frames::History { before, after, limit, ..frames::History::of(&lobby) };
+        let frame = frames::OutgoingHistory {
+            before,
+            after,
+            limit,
+            ..frames::OutgoingHistory::new(&lobby)
+        };
         match ann.request(&frame).await.unwrap() {
             ServerFrame::History(page) => {
                 (page.messages.iter().map(seq_of).collect::<Vec<_>>(), page.more)
@@ -261,7 +272,8 @@ async fn a_binary_message_stays_one_and_is_base64_in_history() {
     ann.join(&lobby).await.unwrap();
     let payload: Vec<u8> = (0..=255).collect();
     let meta = json!({"name": "x.bin"});
-    let header = frames::Message { meta: Some(&meta), ..frames::Message::header(&lobby) };
+    let header =
+        frames::OutgoingMessage { meta: Some(&meta), ..frames::OutgoingMessage::header(&lobby) };
     ann.send_binary(&header, &payload).await.unwrap();
     let (message, bytes) = loop {
         if let ReceivedMessage::Binary(message, bytes) = within(ann.next()).await.unwrap() {
@@ -270,7 +282,7 @@ async fn a_binary_message_stays_one_and_is_base64_in_history() {
     };
     assert_eq!((message.seq, &message.meta, &bytes[..]), (1, &Some(meta), &payload[..]));
     let mut bob = gateway.connect("bob").await;
-    let joined = bob.join_with(&frames::Join::to(&lobby)).await.unwrap();
+    let joined = bob.join_with(&frames::OutgoingJoin::new(&lobby)).await.unwrap();
     let [HistoryEntry::Message(entry)] = &joined.history[..] else { panic!("{joined:?}") };
     assert_eq!(entry.encoding.as_deref(), Some("base64"));
     assert!(entry.content.as_str().unwrap().starts_with("AAECAw"));
@@ -403,10 +415,10 @@ async fn leaving_ends_the_feed() {
     let mut bob = gateway.connect("bob").await;
     ann.join(&lobby).await.unwrap();
     bob.join(&lobby).await.unwrap();
-    let left = bob.request(&frames::Leave::from(&lobby)).await.unwrap();
+    let left = bob.request(&frames::OutgoingLeave::new(&lobby)).await.unwrap();
     assert!(matches!(left, ServerFrame::Left(_)));
     // Leaving a room one is not in is answered as well.
-    let left = bob.request(&frames::Leave::from(&room("elsewhere"))).await.unwrap();
+    let left = bob.request(&frames::OutgoingLeave::new(&room("elsewhere"))).await.unwrap();
     assert!(matches!(left, ServerFrame::Left(_)));
     say(&mut ann, &lobby, "unheard").await;
     bob.send_text(r#"{"type":"ping"}"#).await.unwrap();
@@ -433,7 +445,8 @@ async fn who_joins_a_busy_room_sees_no_hole_between_history_and_live() {
     for i in 0..60 {
         let mut bob = gateway.connect("bob").await;
         let history = if i % 2 == 0 { 1000 } else { 300 };
-        let join = frames::Join { history: Some(history), ..frames::Join::to(&lobby) };
+        let join =
+            frames::OutgoingJoin { history: Some(history), ..frames::OutgoingJoin::new(&lobby) };
         let joined = bob.join_with(&join).await.unwrap();
         let mut seqs: Vec<_> = joined.history.iter().map(seq_of).collect();
         assert_eq!(seqs.last(), Some(&joined.seq));

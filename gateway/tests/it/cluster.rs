@@ -181,9 +181,9 @@ async fn an_id_sent_through_two_nodes_at_once_is_one_entry() {
     second.join(&lobby).await.unwrap();
     for round in 1..=20 {
         let content = json!(round);
-        let message = frames::Message {
+        let message = frames::OutgoingMessage {
             id: Some(MessageId::random()),
-            ..frames::Message::to(&lobby, &content)
+            ..frames::OutgoingMessage::text(&lobby, &content)
         };
         let (a, b) = tokio::join!(first.request(&message), second.request(&message));
         let (ServerFrame::Ack(a), ServerFrame::Ack(b)) = (a.unwrap(), b.unwrap()) else {
@@ -209,7 +209,8 @@ async fn a_client_goes_on_at_another_node() {
         // The other node follows the room only from here on: it reads what it did not hear.
         let since = shared::position::Position::new(joined.epoch.clone(), i / 2);
         let mut bob = two.connect("bob").await;
-        let join = frames::Join { since: Some(&since), ..frames::Join::to(&lobby) };
+        let join =
+            frames::OutgoingJoin { since: Some(&since), ..frames::OutgoingJoin::new(&lobby) };
         let joined = bob.join_with(&join).await.unwrap();
         assert!(joined.recovered && joined.epoch == since.epoch, "{joined:?}");
         // What this node has not heard yet comes live.

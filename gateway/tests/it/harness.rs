@@ -182,7 +182,7 @@ pub fn retention() -> Retention {
 /// Sends a text and waits for its `ack`.
 pub async fn say(connection: &mut ClientConnection, room: &RoomId, text: &str) -> AckFrame {
     let content = text.into();
-    match connection.request(&frames::Message::to(room, &content)).await.unwrap() {
+    match connection.request(&frames::OutgoingMessage::text(room, &content)).await.unwrap() {
         ServerFrame::Ack(ack) => *ack,
         other => panic!("expected an ack, got {other:?}"),
     }

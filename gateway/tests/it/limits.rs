@@ -36,7 +36,10 @@ async fn messages_above_the_rate_are_not_taken_and_told_when_to_come() {
     ann.join(&lobby).await.unwrap();
     let content = json!(1);
     for i in 0..15 {
-        let frame = frames::Message { echo: i % 2 == 0, ..frames::Message::to(&lobby, &content) };
+        let frame = frames::OutgoingMessage {
+            echo: i % 2 == 0,
+            ..frames::OutgoingMessage::text(&lobby, &content)
+        };
         ann.send_json(&frame).await.unwrap();
     }
     let (mut acks, mut refused) = (0, 0);
@@ -89,7 +92,10 @@ async fn fields_above_their_limit_are_too_large() {
     let mut ann = gateway.connect("ann").await;
     ann.join(&lobby).await.unwrap();
     let (content, meta) = (json!(1), json!({"x": "y".repeat(8 * 1024)}));
-    let large = frames::Message { meta: Some(&meta), ..frames::Message::to(&lobby, &content) };
+    let large = frames::OutgoingMessage {
+        meta: Some(&meta),
+        ..frames::OutgoingMessage::text(&lobby, &content)
+    };
     let refused = ann.request(&large).await;
     assert!(
         matches!(&refused, Err(RequestError::Rejected(refusal)) if refusal.code == ErrorCode::TooLarge),
@@ -117,7 +123,7 @@ async fn rooms_per_connection_are_limited() {
         matches!(&refused, Err(RequestError::Rejected(r)) if r.code == ErrorCode::LimitReached),
         "{refused:?}"
     );
-    ann.request(&frames::Leave::from(&room("a"))).await.unwrap();
+    ann.request(&frames::OutgoingLeave::new(&room("a"))).await.unwrap();
     ann.join(&room("c")).await.unwrap();
 }
 
@@ -133,11 +139,11 @@ async fn rooms_of_a_node_are_limited_and_empty_ones_make_place() {
         matches!(&refused, Err(RequestError::Rejected(r)) if r.code == ErrorCode::LimitReached),
         "{refused:?}"
     );
-    ann.request(&frames::Leave::from(&room("a"))).await.unwrap();
+    ann.request(&frames::OutgoingLeave::new(&room("a"))).await.unwrap();
     ann.join(&room("c")).await.unwrap();
     // Of two that are left at once, one is still followed.
-    ann.request(&frames::Leave::from(&room("b"))).await.unwrap();
-    ann.request(&frames::Leave::from(&room("c"))).await.unwrap();
+    ann.request(&frames::OutgoingLeave::new(&room("b"))).await.unwrap();
+    ann.request(&frames::OutgoingLeave::new(&room("c"))).await.unwrap();
     let metrics = get(gateway.admin, "/metrics").await.body;
     assert!(metrics.contains("gateway_rooms 1\n"), "{metrics}");
 }

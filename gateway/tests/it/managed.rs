@@ -101,7 +101,7 @@ async fn a_room_with_members_or_a_log_cannot_be_created() {
         let create = json!({"type": "create_room", "room": "lobby"});
         assert_eq!(refused(&mut bob, create.clone()).await, ErrorCode::RoomExists);
         say(&mut ann, &room("lobby"), "kept").await;
-        ann.request(&frames::Leave::from(&room("lobby"))).await.unwrap();
+        ann.request(&frames::OutgoingLeave::new(&room("lobby"))).await.unwrap();
         assert_eq!(refused(&mut bob, create).await, ErrorCode::RoomExists);
     })
     .await;
@@ -214,7 +214,7 @@ async fn no_more_join_than_may_whichever_node_they_come_to() {
             let mut again = world.connect(2, &user).await;
             assert_eq!(join_with(&mut again, "small", "").await, None);
             // A place that is left is free at once.
-            connection.request(&frames::Leave::from(&room("small"))).await.unwrap();
+            connection.request(&frames::OutgoingLeave::new(&room("small"))).await.unwrap();
             of_it
         };
         let mut late = world.connect(1, "late").await;
@@ -323,7 +323,8 @@ async fn a_deleted_room_is_closed_for_all_and_begins_anew() {
         assert_ne!(joined.epoch, epoch);
         // Who was there before is told that its position is of another log.
         let since = Position::new(epoch, said.seq);
-        let join = frames::Join { since: Some(&since), ..frames::Join::to(&vault) };
+        let join =
+            frames::OutgoingJoin { since: Some(&since), ..frames::OutgoingJoin::new(&vault) };
         let joined = members[1].join_with(&join).await.unwrap();
         assert_eq!((joined.recovered, joined.reason), (false, Some(RecoveryFailure::LogLost)));
     })
@@ -342,11 +343,11 @@ async fn an_empty_room_leaves_the_lists_and_a_managed_one_later() {
         assert_eq!(listed(&mut bob, "", 1).await, ["adhoc", "kept"]);
         say(&mut ann, &room("adhoc"), "it keeps its log").await;
         for name in ["adhoc", "kept"] {
-            ann.request(&frames::Leave::from(&room(name))).await.unwrap();
+            ann.request(&frames::OutgoingLeave::new(&room(name))).await.unwrap();
         }
         until("one is left", async || listed(&mut bob, "", 10).await == ["kept"]).await;
         assert_eq!(bob.join(&room("adhoc")).await.unwrap().seq, 1);
-        bob.request(&frames::Leave::from(&room("adhoc"))).await.unwrap();
+        bob.request(&frames::OutgoingLeave::new(&room("adhoc"))).await.unwrap();
         if world.is_cluster {
             until("none is left", async || listed(&mut bob, "", 10).await.is_empty()).await;
         }
@@ -397,7 +398,10 @@ async fn a_room_without_a_log_passes_on_and_keeps_nothing() {
             assert_eq!(next_message(&mut bob).await.content, "now");
         }
         let content = json!("quiet");
-        let quiet = frames::Message { echo: false, ..frames::Message::to(&live, &content) };
+        let quiet = frames::OutgoingMessage {
+            echo: false,
+            ..frames::OutgoingMessage::text(&live, &content)
+        };
         let ServerFrame::Ack(ack) = ann.request(&quiet).await.unwrap() else { panic!("no ack") };
         assert!(!ack.duplicate);
         assert_eq!(next_message(&mut bob).await.content, "quiet");
@@ -406,7 +410,7 @@ async fn a_room_without_a_log_passes_on_and_keeps_nothing() {
         assert!(page.messages.is_empty() && !page.more);
         let since = Position::new("1-abc".parse().unwrap(), 7);
         let mut cat = world.connect(2, "cat").await;
-        let join = frames::Join { since: Some(&since), ..frames::Join::to(&live) };
+        let join = frames::OutgoingJoin { since: Some(&since), ..frames::OutgoingJoin::new(&live) };
         let joined = cat.join_with(&join).await.unwrap();
         assert!(!joined.recovered && joined.history.is_empty() && joined.seq == 0);
         // Order holds here too.

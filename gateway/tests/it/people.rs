@@ -165,7 +165,7 @@ async fn who_comes_and_goes_is_told_once_for_all_devices_of_a_user() {
         assert_eq!(join(&mut cat, "lobby").await.members, 3);
         // Neither bob's second device nor the end of his first is told.
         assert_eq!(next_move(&mut ann).await, ("+cat".into(), 3));
-        laptop.request(&frames::Leave::from(&room("lobby"))).await.unwrap();
+        laptop.request(&frames::OutgoingLeave::new(&room("lobby"))).await.unwrap();
         assert_eq!(next_move(&mut ann).await, ("-bob".into(), 2));
         assert_eq!(next_move(&mut cat).await, ("-bob".into(), 2));
         assert_eq!(names(&present_in(&mut cat, "lobby").await.users), ["ann", "cat"]);
@@ -239,7 +239,7 @@ async fn who_has_joined_is_in_the_listing_of_every_node() {
                 assert_eq!(presence.count, 4, "{presence:?}");
                 assert!(names(&presence.users).contains(&&*user), "{presence:?}");
             }
-            connection.request(&frames::Leave::from(&room("lobby"))).await.unwrap();
+            connection.request(&frames::OutgoingLeave::new(&room("lobby"))).await.unwrap();
             for watcher in &mut watchers {
                 until("gone", async || present_in(watcher, "lobby").await.count <= 3).await;
             }

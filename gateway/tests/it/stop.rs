@@ -60,7 +60,7 @@ async fn a_message_that_was_sent_before_the_stop_is_answered() {
     ann.join(&lobby).await.unwrap();
     for i in 0..50 {
         let content = i.into();
-        let frame = shared::client::frames::Message::to(&lobby, &content);
+        let frame = shared::client::frames::OutgoingMessage::text(&lobby, &content);
         ann.send_json(&frame).await.unwrap();
     }
     // The first answer shows that the burst was read.
@@ -94,7 +94,7 @@ async fn a_redis_that_hangs_does_not_keep_a_node_from_stopping() {
     redis.signal("STOP");
     for i in 0..20 {
         let room = room(&format!("r{i}"));
-        ann.send_json(&shared::client::frames::Join::to(&room)).await.unwrap();
+        ann.send_json(&shared::client::frames::OutgoingJoin::new(&room)).await.unwrap();
     }
     node.process.signal("TERM");
     let begun = Instant::now();

@@ -94,7 +94,7 @@ async fn messages_pass_through_tls_for_a_user_with_few_permissions() {
         assert_eq!(next_message(&mut bob).await.seq, seq);
     }
     let start = Position::new(joined.epoch, 0);
-    let join = frames::Join { since: Some(&start), ..frames::Join::to(&lobby) };
+    let join = frames::OutgoingJoin { since: Some(&start), ..frames::OutgoingJoin::new(&lobby) };
     let missed = two.connect("cyd").await.join_with(&join).await.unwrap();
     assert_eq!(missed.history.len(), 2);
     assert_eq!(get(one.address, "/ready").await.status, 200);

@@ -158,7 +158,7 @@ impl TestClient {
             if now >= ping_at {
                 ping_at = now + self.profile.ping_every;
                 due = ping_at;
-                if connection.send_json(&frames::Ping::default()).await.is_err() {
+                if connection.send_json(&frames::OutgoingPing::default()).await.is_err() {
                     return;
                 }
             }
@@ -197,8 +197,11 @@ impl TestClient {
     async fn join(&self, connection: &mut ClientConnection) -> Result<(), ()> {
         let since = self.checker.lock().cursor(self.number).cloned();
         let history = since.is_none().then_some(0);
-        let join =
-            frames::Join { since: since.as_ref(), history, ..frames::Join::to(&self.profile.room) };
+        let join = frames::OutgoingJoin {
+            since: since.as_ref(),
+            history,
+            ..frames::OutgoingJoin::new(&self.profile.room)
+        };
         connection.send_json(&join).await.map_err(drop)
     }
 
@@ -264,9 +267,9 @@ impl TestClient {
         }
         (unacked.sent, unacked.again_at) = (Some(now), None);
         let content: Value = json!("x".repeat(self.profile.bytes));
-        let message = frames::Message {
+        let message = frames::OutgoingMessage {
             id: Some(unacked.id),
-            ..frames::Message::to(&self.profile.room, &content)
+            ..frames::OutgoingMessage::text(&self.profile.room, &content)
         };
         connection.send_json(&message).await.map_err(drop)
     }

@@ -438,10 +438,11 @@ impl VirtualUsers {
                     self.opened(index, now);
                     return Ok(());
                 };
-                let join = frames::Join { history: Some(0), ..frames::Join::to(&room) };
+                let join =
+                    frames::OutgoingJoin { history: Some(0), ..frames::OutgoingJoin::new(&room) };
                 let user = &mut self.users[index];
                 user.state = UserState::Joining;
-                let join = websocket::text(&frames::text(&join));
+                let join = websocket::encode_text(&frames::encode_text(&join));
                 return user.send(&join).map_err(|error| io_reason(&error));
             }
             (UserState::Joining, FrameKind::Joined) => {

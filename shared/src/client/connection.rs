@@ -177,7 +177,7 @@ impl ClientConnection {
     ///
     /// Where `frame` cannot be JSON.
     pub async fn send_json(&mut self, frame: &impl Serialize) -> Result<(), ConnectionClosed> {
-        self.send_text(&frames::text(frame)).await
+        self.send_text(&frames::encode_text(frame)).await
     }
 
     /// Sends a text message as it is.
@@ -203,7 +203,7 @@ impl ClientConnection {
         header: &impl Serialize,
         payload: &[u8],
     ) -> Result<(), ConnectionClosed> {
-        let frame = frames::binary(header, payload).expect("the header is short");
+        let frame = frames::encode_binary(header, payload).expect("the header is short");
         self.send_bytes(frame).await
     }
 
@@ -307,7 +307,11 @@ impl ClientConnection {
     ///
     /// [`RequestError`], `Rejected` among them.
     pub async fn join(&mut self, room: &RoomId) -> Result<JoinedFrame<HistoryEntry>, RequestError> {
-        self.join_with(&frames::Join { history: Some(0), ..frames::Join::to(room) }).await
+        self.join_with(&frames::OutgoingJoin {
+            history: Some(0),
+            ..frames::OutgoingJoin::new(room)
+        })
+        .await
     }
 
     /// Joins as `join` says; its `ref` is set here.
@@ -317,7 +321,7 @@ impl ClientConnection {
     /// [`RequestError`], `Rejected` among them.
     pub async fn join_with(
         &mut self,
-        join: &frames::Join<'_>,
+        join: &frames::OutgoingJoin<'_>,
     ) -> Result<JoinedFrame<HistoryEntry>, RequestError> {
         match self.request(join).await? {
             ServerFrame::Joined(joined) => Ok(*joined),

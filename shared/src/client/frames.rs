@@ -15,7 +15,7 @@ use crate::{
 /// `join`
 #[derive(Clone, Debug, Serialize)]
 #[serde(tag = "type", rename = "join")]
-pub struct Join<'a> {
+pub struct OutgoingJoin<'a> {
     /// What the client calls this frame.
     #[serde(rename = "ref", skip_serializing_if = "Option::is_none")]
     pub reference: Option<FrameRef>,
@@ -35,7 +35,7 @@ pub struct Join<'a> {
 /// `leave`
 #[derive(Clone, Debug, Serialize)]
 #[serde(tag = "type", rename = "leave")]
-pub struct Leave<'a> {
+pub struct OutgoingLeave<'a> {
     /// What the client calls this frame.
     #[serde(rename = "ref", skip_serializing_if = "Option::is_none")]
     pub reference: Option<FrameRef>,
@@ -46,7 +46,7 @@ pub struct Leave<'a> {
 /// `message`, and without `content` the header of a binary one.
 #[derive(Clone, Debug, Serialize)]
 #[serde(tag = "type", rename = "message")]
-pub struct Message<'a> {
+pub struct OutgoingMessage<'a> {
     /// What the client calls this frame.
     #[serde(rename = "ref", skip_serializing_if = "Option::is_none")]
     pub reference: Option<FrameRef>,
@@ -75,7 +75,7 @@ pub struct Message<'a> {
 /// `history`
 #[derive(Clone, Debug, Serialize)]
 #[serde(tag = "type", rename = "history")]
-pub struct History<'a> {
+pub struct OutgoingHistory<'a> {
     /// What the client calls this frame.
     #[serde(rename = "ref", skip_serializing_if = "Option::is_none")]
     pub reference: Option<FrameRef>,
@@ -95,7 +95,7 @@ pub struct History<'a> {
 /// `ack`: the inbox was received up to here.
 #[derive(Clone, Debug, Serialize)]
 #[serde(tag = "type", rename = "ack")]
-pub struct Ack {
+pub struct OutgoingAck {
     /// The newest entry.
     pub seq: Seq,
     /// The epoch that `seq` counts in.
@@ -105,7 +105,7 @@ pub struct Ack {
 /// `ping`
 #[derive(Clone, Debug, Default, Serialize)]
 #[serde(tag = "type", rename = "ping")]
-pub struct Ping {
+pub struct OutgoingPing {
     /// What the client calls this frame.
     #[serde(rename = "ref", skip_serializing_if = "Option::is_none")]
     pub reference: Option<FrameRef>,
@@ -117,25 +117,25 @@ pub struct Ping {
 /// `pong`: the answer to a `ping` frame, which comes to those who connect with `?ping=json`.
 #[derive(Clone, Copy, Debug, Serialize)]
 #[serde(tag = "type", rename = "pong")]
-pub struct Pong {}
+pub struct OutgoingPong {}
 
-impl<'a> Join<'a> {
+impl<'a> OutgoingJoin<'a> {
     /// A `join` that says nothing but the room.
-    pub fn to(room: &'a RoomId) -> Self {
+    pub fn new(room: &'a RoomId) -> Self {
         Self { reference: None, room, since: None, history: None, password: None }
     }
 }
 
-impl<'a> Leave<'a> {
+impl<'a> OutgoingLeave<'a> {
     /// A `leave`.
-    pub fn from(room: &'a RoomId) -> Self {
+    pub fn new(room: &'a RoomId) -> Self {
         Self { reference: None, room }
     }
 }
 
-impl<'a> Message<'a> {
+impl<'a> OutgoingMessage<'a> {
     /// A text frame with `content`.
-    pub fn to(room: &'a RoomId, content: &'a Value) -> Self {
+    pub fn text(room: &'a RoomId, content: &'a Value) -> Self {
         Self { content: Some(content), ..Self::header(room) }
     }
 
@@ -154,9 +154,9 @@ impl<'a> Message<'a> {
     }
 }
 
-impl<'a> History<'a> {
+impl<'a> OutgoingHistory<'a> {
     /// The newest page.
-    pub fn of(room: &'a RoomId) -> Self {
+    pub fn new(room: &'a RoomId) -> Self {
         Self { reference: None, room, before: None, after: None, limit: None }
     }
 }
@@ -166,7 +166,7 @@ impl<'a> History<'a> {
 /// # Panics
 ///
 /// Where `frame` cannot be JSON, such as a map whose keys are no strings.
-pub fn text(frame: &impl Serialize) -> String {
+pub fn encode_text(frame: &impl Serialize) -> String {
     serde_json::to_string(frame).expect("a frame is a JSON object")
 }
 
@@ -183,9 +183,9 @@ pub struct HeaderTooLong;
 ///
 /// # Panics
 ///
-/// As [`text`].
-pub fn binary(header: &impl Serialize, payload: &[u8]) -> Result<Vec<u8>, HeaderTooLong> {
-    let header = text(header);
+/// As [`encode_text`].
+pub fn encode_binary(header: &impl Serialize, payload: &[u8]) -> Result<Vec<u8>, HeaderTooLong> {
+    let header = encode_text(header);
     let length = u16::try_from(header.len()).map_err(|_| HeaderTooLong)?;
     Ok([&length.to_be_bytes()[..], header.as_bytes(), payload].concat())
 }
@@ -214,10 +214,10 @@ mod tests {
     fn what_is_absent_or_default_is_left_out() {
         let content = json!({"a": 1});
         assert_eq!(
-            text(&Message::to(&room(), &content)),
+            encode_text(&OutgoingMessage::text(&room(), &content)),
             r#"{"type":"message","room":"lobby","content":{"a":1}}"#
         );
-        assert_eq!(text(&Ping::default()), r#"{"type":"ping"}"#);
+        assert_eq!(encode_text(&OutgoingPing::default()), r#"{"type":"ping"}"#);
     }
 
     #[test]
@@ -225,8 +225,12 @@ mod tests {
         let room = room();
         let since = Position::new("e".parse().unwrap(), 7);
         let reference = Some(FrameRef::number(9));
-        let join = Join { reference: reference.clone(), since: Some(&since), ..Join::to(&room) };
-        let join = text(&join);
+        let join = OutgoingJoin {
+            reference: reference.clone(),
+            since: Some(&since),
+            ..OutgoingJoin::new(&room)
+        };
+        let join = encode_text(&join);
         let request = ClientFrame::from_text(&join).unwrap();
         assert_eq!(request.reference, reference);
         let FrameBody::Join(join) = request.body else { panic!("{join}") };
@@ -234,15 +238,15 @@ mod tests {
 
         let meta = json!({"k": "v"});
         let id = MessageId::random();
-        let message = Message {
+        let message = OutgoingMessage {
             id: Some(id),
             kind: MessageKind::Custom,
             reply_to: Some(id),
             meta: Some(&meta),
             echo: false,
-            ..Message::header(&room)
+            ..OutgoingMessage::header(&room)
         };
-        let frame = binary(&message, &[1, 2]).unwrap();
+        let frame = encode_binary(&message, &[1, 2]).unwrap();
         let FrameBody::Message(read) = ClientFrame::from_binary(&frame).unwrap().body else {
             panic!()
         };
@@ -250,17 +254,22 @@ mod tests {
         assert!(!read.echo && read.meta.unwrap().get() == r#"{"k":"v"}"#);
         assert!(matches!(read.content, RawContent::Binary([1, 2])));
 
-        let history = text(&History { after: Some(3), limit: Some(20), ..History::of(&room) });
+        let history = encode_text(&OutgoingHistory {
+            after: Some(3),
+            limit: Some(20),
+            ..OutgoingHistory::new(&room)
+        });
         let FrameBody::History(read) = ClientFrame::from_text(&history).unwrap().body else {
             panic!()
         };
         assert_eq!((read.before, read.after, read.limit), (None, Some(3), 20));
 
-        let leave = text(&Leave::from(&room));
+        let leave = encode_text(&OutgoingLeave::new(&room));
         assert!(matches!(ClientFrame::from_text(&leave).unwrap().body, FrameBody::Leave(_)));
-        let ping = text(&Ping { timestamp: Some(json!("now")), ..Ping::default() });
+        let ping =
+            encode_text(&OutgoingPing { timestamp: Some(json!("now")), ..OutgoingPing::default() });
         assert!(matches!(ClientFrame::from_text(&ping).unwrap().body, FrameBody::Ping(_)));
-        let pong = text(&Pong {});
+        let pong = encode_text(&OutgoingPong {});
         assert!(matches!(ClientFrame::from_text(&pong).unwrap().body, FrameBody::Pong));
     }
 
@@ -268,7 +277,7 @@ mod tests {
     fn a_header_beyond_its_length_field_is_refused() {
         let room = room();
         let meta = json!({"x": "y".repeat(65_536)});
-        let header = Message { meta: Some(&meta), ..Message::header(&room) };
-        assert_eq!(binary(&header, &[]), Err(HeaderTooLong));
+        let header = OutgoingMessage { meta: Some(&meta), ..OutgoingMessage::header(&room) };
+        assert_eq!(encode_binary(&header, &[]), Err(HeaderTooLong));
     }
 }

@@ -221,10 +221,10 @@ impl Client {
 /// About how many bytes a message holds. At least one, since a message takes some room in any case.
 fn approximate_len(send: &NewMessage) -> u32 {
     let content = match &send.content {
-        MessageContent::Json(content) => frames::text(content).len(),
+        MessageContent::Json(content) => frames::encode_text(content).len(),
         MessageContent::Binary(payload) => payload.len(),
     };
-    let meta = send.meta.as_ref().map_or(0, |meta| frames::text(meta).len());
+    let meta = send.meta.as_ref().map_or(0, |meta| frames::encode_text(meta).len());
     u32::try_from(content + meta).unwrap_or(u32::MAX).max(1)
 }
 

@@ -19,12 +19,12 @@ use crate::{ids::RoomId, protocol::FrameRef};
 
 /// A frame to write.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Outgoing {
+pub(super) enum EncodedFrame {
     Text(String),
     Binary(Vec<u8>),
 }
 
-impl Outgoing {
+impl EncodedFrame {
     pub(super) fn len(&self) -> usize {
         match self {
             Self::Text(text) => text.len(),
@@ -53,23 +53,23 @@ impl Pending {
         &self,
         room: &RoomId,
         reference: u64,
-    ) -> Result<Outgoing, HeaderTooLong> {
-        let header = frames::Message {
+    ) -> Result<EncodedFrame, HeaderTooLong> {
+        let header = frames::OutgoingMessage {
             reference: Some(FrameRef::number(reference)),
             id: Some(self.send.id),
             kind: self.send.kind,
             reply_to: self.send.reply_to,
             meta: self.send.meta.as_ref(),
             echo: self.send.echo,
-            ..frames::Message::header(room)
+            ..frames::OutgoingMessage::header(room)
         };
         match &self.send.content {
             MessageContent::Json(content) => {
-                let frame = frames::Message { content: Some(content), ..header };
-                Ok(Outgoing::Text(frames::text(&frame)))
+                let frame = frames::OutgoingMessage { content: Some(content), ..header };
+                Ok(EncodedFrame::Text(frames::encode_text(&frame)))
             }
             MessageContent::Binary(payload) => {
-                frames::binary(&header, payload).map(Outgoing::Binary)
+                frames::encode_binary(&header, payload).map(EncodedFrame::Binary)
             }
         }
     }

@@ -27,7 +27,7 @@ use super::{
     frames,
     inbox::Inbox,
     resume::Verdict,
-    room::{Outgoing, Room, Stage},
+    room::{EncodedFrame, Room, Stage},
 };
 use crate::{
     ids::{MessageId, RoomId},
@@ -73,7 +73,7 @@ pub(super) struct State {
     /// What the server asked for before it closes.
     pub(super) reconnect: Option<ReconnectFrame>,
     /// Frames to write.
-    pub(super) out: VecDeque<Outgoing>,
+    pub(super) out: VecDeque<EncodedFrame>,
     /// Events to hand over.
     pub(super) events: VecDeque<ClientEvent>,
 }
@@ -146,9 +146,9 @@ impl State {
             ServerFrame::Reconnect(reconnect) => self.reconnect = Some(reconnect),
             ServerFrame::Error(error_frame) => self.refused(error_frame, now),
             ServerFrame::Pong(_) => {}
-            ServerFrame::Ping(_) => {
-                self.out.push_back(Outgoing::Text(frames::text(&frames::Pong {})))
-            }
+            ServerFrame::Ping(_) => self
+                .out
+                .push_back(EncodedFrame::Text(frames::encode_text(&frames::OutgoingPong {}))),
             ServerFrame::RoomClosed(closed) => {
                 self.left(&closed.room, loose(&text).and_then(|loose| loose.reason));
             }
@@ -207,7 +207,10 @@ impl State {
     /// Tells the server how far the inbox was received, if that is further than before.
     pub(super) fn acknowledge(&mut self) {
         if let Some(Position { epoch, seq }) = self.inbox.next_ack() {
-            self.out.push_back(Outgoing::Text(frames::text(&frames::Ack { seq, epoch })));
+            self.out.push_back(EncodedFrame::Text(frames::encode_text(&frames::OutgoingAck {
+                seq,
+                epoch,
+            })));
         }
     }
 

@@ -17,7 +17,7 @@ use super::{
     backoff::Backoff,
     connection::{ClientConnection, ConnectionClosed, ReceivedMessage},
     options::{ConnectError, ConnectOptions},
-    room::Outgoing,
+    room::EncodedFrame,
     state::{State, calls::Command},
 };
 use crate::{
@@ -272,8 +272,8 @@ impl Task {
         let written = async {
             for outgoing in out {
                 match outgoing {
-                    Outgoing::Text(text) => connection.feed_text(text).await?,
-                    Outgoing::Binary(bytes) => connection.feed_bytes(bytes).await?,
+                    EncodedFrame::Text(text) => connection.feed_text(text).await?,
+                    EncodedFrame::Binary(bytes) => connection.feed_bytes(bytes).await?,
                 }
             }
             connection.flush().await

@@ -569,12 +569,12 @@ async fn a_binary_message_is_header_and_payload() {
     let (connection, mut peer) = tokio::join!(ClientConnection::open(&options), server.accept());
     let mut connection = connection.unwrap();
     let header = entry(3);
-    peer.socket.send(Raw::binary(frames::binary(&header, &[7]).unwrap())).await.unwrap();
+    peer.socket.send(Raw::binary(frames::encode_binary(&header, &[7]).unwrap())).await.unwrap();
     let ReceivedMessage::Binary(message, payload) = connection.next().await.unwrap() else {
         panic!()
     };
     assert_eq!((message.seq, payload.as_ref()), (3, &[7][..]));
-    connection.send_binary(&frames::Message::header(&ROOM), &[9]).await.unwrap();
+    connection.send_binary(&frames::OutgoingMessage::header(&ROOM), &[9]).await.unwrap();
     let Raw::Binary(bytes) = peer.socket.next().await.unwrap().unwrap() else { panic!() };
     assert_eq!(bytes.last(), Some(&9));
 }

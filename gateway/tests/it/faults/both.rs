@@ -158,7 +158,7 @@ async fn a_new_cluster_on_an_empty_redis_waits_for_those_who_may_remember() {
     until("ready", async || get(gateway.address, "/ready").await.status == 200).await;
     let lobby = room("lobby");
     let mut ann = gateway.connect("ann").await;
-    let join = frames::Join { history: Some(0), ..frames::Join::to(&lobby) };
+    let join = frames::OutgoingJoin { history: Some(0), ..frames::OutgoingJoin::new(&lobby) };
     let joined = within(ann.join_with(&join)).await.unwrap();
     assert_eq!((joined.seq, joined.recovered), (0, false));
     let waited = begun.elapsed();

@@ -96,7 +96,7 @@ async fn delete_while_cut_off(mut redis: Redis, restarts: bool) {
         }
     };
     assert_eq!(within(told).await.room, lobby);
-    let frame = frames::Message::to(&lobby, &serde_json::Value::Null);
+    let frame = frames::OutgoingMessage::text(&lobby, &serde_json::Value::Null);
     let refused = ann.request(&frame).await.unwrap_err();
     assert!(matches!(refused, RequestError::Rejected(no) if no.code == ErrorCode::NotJoined));
     let again = ann.join(&lobby).await.unwrap();

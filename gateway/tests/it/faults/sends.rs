@@ -23,7 +23,8 @@ async fn send(
     id: MessageId,
 ) -> Result<AckFrame, Box<ErrorFrame>> {
     let (lobby, content) = (room("lobby"), json!("once"));
-    let message = frames::Message { id: Some(id), ..frames::Message::to(&lobby, &content) };
+    let message =
+        frames::OutgoingMessage { id: Some(id), ..frames::OutgoingMessage::text(&lobby, &content) };
     match within(connection.request(&message)).await {
         Ok(ServerFrame::Ack(ack)) => Ok(*ack),
         Err(RequestError::Rejected(refusal)) => Err(refusal),
@@ -142,7 +143,10 @@ async fn an_append_whose_answer_is_lost_is_repeated_by_the_gateway() {
         proxy.set(Mode::DropResponses);
         let id = MessageId::random();
         let content = json!(round);
-        let message = frames::Message { id: Some(id), ..frames::Message::to(&lobby, &content) };
+        let message = frames::OutgoingMessage {
+            id: Some(id),
+            ..frames::OutgoingMessage::text(&lobby, &content)
+        };
         ann.send_json(&message).await.unwrap();
         let heard = next_message(&mut bob).await;
         assert_eq!((heard.seq, heard.id), (round + 1, id));

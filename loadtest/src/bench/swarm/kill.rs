@@ -217,8 +217,9 @@ impl Swarm {
                 one.state = State::Joining;
                 let room: RoomId = room(index % self.talk.rooms).parse().expect("a name");
                 let (since, history) = (one.cursor.as_ref(), Some(0));
-                let join = frames::Join { since, history, ..frames::Join::to(&room) };
-                self.connections[index].send(&websocket::text(&frames::text(&join)))?;
+                let join =
+                    frames::OutgoingJoin { since, history, ..frames::OutgoingJoin::new(&room) };
+                self.connections[index].send(&websocket::text(&frames::encode_text(&join)))?;
                 Ok(Some(&bytes[end + 4 - before..]))
             }
         }

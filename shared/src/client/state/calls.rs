@@ -14,7 +14,7 @@ use crate::{
         },
         frames,
         resume::Next,
-        room::{Outgoing, Pending, Room, Stage},
+        room::{EncodedFrame, Pending, Room, Stage},
     },
     ids::RoomId,
     position::Seq,
@@ -158,8 +158,8 @@ impl State {
                 HistoryRange::After(seq) => (None, Some(seq)),
             };
             let limit = Some(limit);
-            let frame = frames::History { reference, room: name, before, after, limit };
-            self.out.push_back(Outgoing::Text(frames::text(&frame)));
+            let frame = frames::OutgoingHistory { reference, room: name, before, after, limit };
+            self.out.push_back(EncodedFrame::Text(frames::encode_text(&frame)));
         }
     }
 
@@ -177,8 +177,8 @@ impl State {
             (None, StartFrom::History(entries)) => Some(*entries),
         };
         let password = room.password.as_deref();
-        let frame = frames::Join { reference, room: name, since, history, password };
-        self.out.push_back(Outgoing::Text(frames::text(&frame)));
+        let frame = frames::OutgoingJoin { reference, room: name, since, history, password };
+        self.out.push_back(EncodedFrame::Text(frames::encode_text(&frame)));
     }
 
     pub(super) fn ask_to_leave(&mut self, name: &RoomId) {
@@ -186,8 +186,8 @@ impl State {
         if let Some(room) = self.rooms.get_mut(name) {
             room.stage = Stage::Leaving;
         }
-        let frame = frames::Leave { reference, room: name };
-        self.out.push_back(Outgoing::Text(frames::text(&frame)));
+        let frame = frames::OutgoingLeave { reference, room: name };
+        self.out.push_back(EncodedFrame::Text(frames::encode_text(&frame)));
     }
 
     fn ask(&mut self, asked: Asked) -> Option<FrameRef> {

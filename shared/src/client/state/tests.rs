@@ -104,8 +104,8 @@ impl Fixture {
     /// What was written since the last call.
     fn said(&mut self) -> Vec<Value> {
         let json = |outgoing| match outgoing {
-            Outgoing::Text(text) => serde_json::from_str(&text).unwrap(),
-            Outgoing::Binary(bytes) => json!({"bytes": bytes}),
+            EncodedFrame::Text(text) => serde_json::from_str(&text).unwrap(),
+            EncodedFrame::Binary(bytes) => json!({"bytes": bytes}),
         };
         self.state.out.drain(..).map(json).collect()
     }
