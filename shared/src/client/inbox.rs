@@ -4,7 +4,7 @@
 //!
 //! Pure. `client::state` is the user.
 
-use super::resume::{Log, Verdict};
+use super::resume::{EntryClass, LogTracker};
 use crate::{
     ids::{MessageId, UserId},
     position::{Position, Seq},
@@ -13,15 +13,15 @@ use crate::{
 
 /// See the head of this file.
 #[derive(Debug, Default)]
-pub(super) struct Inbox {
-    log: Log,
+pub(super) struct InboxTracker {
+    log: LogTracker,
     /// The first entry that waits for a person.
-    waits: Option<Seq>,
+    awaiting_seen: Option<Seq>,
     /// What was acknowledged last on this connection.
     acknowledged: Option<Position>,
 }
 
-impl Inbox {
+impl InboxTracker {
     /// The last entry had: what a connection says as `inbox`.
     pub(super) fn cursor(&self) -> Option<&Position> {
         self.log.cursor()
@@ -32,41 +32,41 @@ impl Inbox {
         self.acknowledged = Some(Position::new(inbox.epoch.clone(), inbox.acked));
         if self.log.cursor().is_none() {
             let seq = inbox.acked.max(inbox.oldest.saturating_sub(1)).min(inbox.seq);
-            self.log = Log::starting_at(Position::new(inbox.epoch.clone(), seq));
+            self.log = LogTracker::starting_at(Position::new(inbox.epoch.clone(), seq));
         }
     }
 
     /// Goes on where a `reset` says.
     pub(super) fn reset(&mut self, to: Position) {
-        self.waits = None;
+        self.awaiting_seen = None;
         self.log.reset(to);
     }
 
     /// Whether an entry is new.
-    pub(super) fn judge(&mut self, position: &Position, from: &UserId, id: MessageId) -> bool {
-        match self.log.judge(position, from, id) {
-            Verdict::Deliver => true,
-            Verdict::Hole { deliver, .. } => deliver,
-            Verdict::Duplicate { .. } => false,
+    pub(super) fn accept(&mut self, position: &Position, from: &UserId, id: MessageId) -> bool {
+        match self.log.classify(position, from, id) {
+            EntryClass::InOrder => true,
+            EntryClass::Gap { deliver, .. } => deliver,
+            EntryClass::Duplicate { .. } => false,
         }
     }
 
     /// An entry waits for a person.
-    pub(super) fn wait_for(&mut self, position: &Position) {
-        self.waits.get_or_insert(position.seq);
+    pub(super) fn hold_at(&mut self, position: &Position) {
+        self.awaiting_seen.get_or_insert(position.seq);
     }
 
     /// A person has seen everything up to `seq`.
-    pub(super) fn seen(&mut self, seq: Seq) {
-        if self.waits.is_some_and(|waits| waits <= seq) {
-            self.waits = None;
+    pub(super) fn mark_seen(&mut self, seq: Seq) {
+        if self.awaiting_seen.is_some_and(|waits| waits <= seq) {
+            self.awaiting_seen = None;
         }
     }
 
     /// Up to where is to be acknowledged now.
     pub(super) fn next_ack(&mut self) -> Option<Position> {
         let cursor = self.log.cursor()?;
-        let seq = self.waits.map_or(cursor.seq, |waits| cursor.seq.min(waits - 1));
+        let seq = self.awaiting_seen.map_or(cursor.seq, |waits| cursor.seq.min(waits - 1));
         let is_news =
             self.acknowledged.as_ref().is_none_or(|at| at.epoch != cursor.epoch || at.seq < seq);
         let at = Position::new(cursor.epoch.clone(), seq);
@@ -86,13 +86,13 @@ mod tests {
         server_frame::InboxState { epoch: "e".parse().unwrap(), seq, acked, oldest: 1, unread: 0 }
     }
 
-    fn take(inbox: &mut Inbox, seq: Seq) -> bool {
-        inbox.judge(&at(seq), &"ann".parse().unwrap(), MessageId::random())
+    fn take(inbox: &mut InboxTracker, seq: Seq) -> bool {
+        inbox.accept(&at(seq), &"ann".parse().unwrap(), MessageId::random())
     }
 
     #[test]
     fn what_comes_is_acknowledged_once() {
-        let mut inbox = Inbox::default();
+        let mut inbox = InboxTracker::default();
         inbox.connected(&connected(2, 4));
         assert_eq!(inbox.cursor(), Some(&at(2)));
         assert_eq!(inbox.next_ack(), None);
@@ -102,15 +102,15 @@ mod tests {
 
     #[test]
     fn never_past_what_waits_for_a_person() {
-        let mut inbox = Inbox::default();
+        let mut inbox = InboxTracker::default();
         inbox.connected(&connected(0, 0));
         assert!(take(&mut inbox, 1) && take(&mut inbox, 2));
-        inbox.wait_for(&at(2));
+        inbox.hold_at(&at(2));
         assert!(take(&mut inbox, 3));
         assert_eq!(inbox.next_ack(), Some(at(1)));
-        inbox.seen(1);
+        inbox.mark_seen(1);
         assert_eq!(inbox.next_ack(), None);
-        inbox.seen(2);
+        inbox.mark_seen(2);
         assert_eq!(inbox.next_ack(), Some(at(3)));
     }
 }

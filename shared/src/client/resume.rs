@@ -1,6 +1,6 @@
 //! Where a client is in a room's log, and which of its own messages have no answer yet.
 //!
-//! [`Log`] judges every entry: the next one is delivered, one that was there before is dropped, and
+//! [`LogTracker`] judges every entry: the next one is delivered, one that was there before is dropped, and
 //! a number that was skipped is a hole, which the protocol promises never to happen. [`Sends`] keeps
 //! what was not acknowledged in sending order, across refusals and reconnects, and tells when it may
 //! be sent again.
@@ -25,33 +25,33 @@ use crate::{
 };
 
 /// How many ids of a room are remembered, to know an entry that comes again under a new number.
-pub const KNOWN_IDS_MAX: usize = 1024;
+pub const RECENT_IDS_MAX: usize = 1024;
 
 /// Where a client is in one room's log.
 #[derive(Debug, Default)]
-pub struct Log {
+pub struct LogTracker {
     /// The last entry had. `None` before the first `joined`, and in rooms that keep no log.
     cursor: Option<Position>,
     /// The end of the recovery under way.
-    goal: Option<Seq>,
+    recovery_end: Option<Seq>,
     /// Ids are the user's own: two users may have the same.
-    known: Recent<(UserId, MessageId), Position>,
+    recent_ids: RecentMap<(UserId, MessageId), Position>,
     /// Own messages without an echo, whose acks stand in the stream.
-    silent: Recent<MessageId, ()>,
+    unechoed: RecentMap<MessageId, ()>,
 }
 
 /// What to do with an entry.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Verdict {
+pub enum EntryClass {
     /// It is the next one.
-    Deliver,
+    InOrder,
     /// It was delivered before: under this number, or `earlier` under another one with the same id.
     Duplicate {
         /// Where the same id was delivered; `None` where it is the number that was had already.
         earlier: Option<Position>,
     },
     /// Entries before it never came: a fault of the server's.
-    Hole {
+    Gap {
         /// What should have come; `None` where nothing should have, the room not being joined.
         expected: Option<Position>,
         /// Whether the entry itself is new.
@@ -60,13 +60,13 @@ pub enum Verdict {
 }
 
 /// How a number lies to the cursor, which it then has become unless it was passed.
-enum Place {
-    Passed,
+enum CursorStep {
+    AlreadyPassed,
     Next,
-    Beyond { expected: Option<Position> },
+    SkippedTo { expected: Option<Position> },
 }
 
-impl Log {
+impl LogTracker {
     /// A log to be continued from a position that the application kept.
     pub fn starting_at(cursor: Position) -> Self {
         Self { cursor: Some(cursor), ..Self::default() }
@@ -80,20 +80,20 @@ impl Log {
     /// Whether everything up to the `seq` of the last `joined` was had, so that an own id not seen
     /// is not in the log.
     pub fn is_recovered(&self) -> bool {
-        self.goal.is_none()
+        self.recovery_end.is_none()
     }
 
     /// Takes the `joined` of a new connection. Its history is to be judged next, then
-    /// [`Log::end_history`] to be called.
+    /// [`LogTracker::end_history`] to be called.
     pub fn begin_history(&mut self, joined: &JoinedFrame<HistoryEntry>) {
-        self.goal = None;
+        self.recovery_end = None;
         if joined.recovered {
             // The cursor stays, whatever it is: what does not join it shows as a hole.
             if let Some(cursor) = &self.cursor
                 && cursor.epoch == joined.epoch
                 && cursor.seq < joined.seq
             {
-                self.goal = Some(joined.seq);
+                self.recovery_end = Some(joined.seq);
             }
             return;
         }
@@ -105,7 +105,7 @@ impl Log {
         self.cursor = joined.durable.then(|| Position::new(joined.epoch.clone(), before));
     }
 
-    /// Ends what [`Log::begin_history`] began. A history that stops short of `joined.seq` without
+    /// Ends what [`LogTracker::begin_history`] began. A history that stops short of `joined.seq` without
     /// being a recovery, whose rest would follow, has a hole at its end: what is missing first is
     /// returned.
     pub fn end_history(&mut self, joined: &JoinedFrame<HistoryEntry>) -> Option<Position> {
@@ -122,26 +122,30 @@ impl Log {
     /// again under new numbers.
     pub fn reset(&mut self, position: Position) {
         self.cursor = Some(position);
-        self.goal = None;
+        self.recovery_end = None;
     }
 
     /// Judges an entry and moves past it.
-    pub fn judge(&mut self, position: &Position, from: &UserId, id: MessageId) -> Verdict {
+    pub fn classify(&mut self, position: &Position, from: &UserId, id: MessageId) -> EntryClass {
         let place = self.advance(position);
-        if matches!(place, Place::Passed) {
-            return Verdict::Duplicate { earlier: None };
+        if matches!(place, CursorStep::AlreadyPassed) {
+            return EntryClass::Duplicate { earlier: None };
         }
-        let earlier = self.known.insert((from.clone(), id), position.clone());
+        let earlier = self.recent_ids.insert((from.clone(), id), position.clone());
         match place {
-            Place::Beyond { expected } => Verdict::Hole { expected, deliver: earlier.is_none() },
-            Place::Next | Place::Passed if earlier.is_some() => Verdict::Duplicate { earlier },
-            Place::Next | Place::Passed => Verdict::Deliver,
+            CursorStep::SkippedTo { expected } => {
+                EntryClass::Gap { expected, deliver: earlier.is_none() }
+            }
+            CursorStep::Next | CursorStep::AlreadyPassed if earlier.is_some() => {
+                EntryClass::Duplicate { earlier }
+            }
+            CursorStep::Next | CursorStep::AlreadyPassed => EntryClass::InOrder,
         }
     }
 
     /// Remembers that `id` is sent without an echo, so that its ack takes the copy's place.
     pub fn expect_no_echo(&mut self, id: MessageId) {
-        self.silent.insert(id, ());
+        self.unechoed.insert(id, ());
     }
 
     /// Takes an ack. Only one that stands in the stream, in place of a copy, moves the cursor;
@@ -153,52 +157,52 @@ impl Log {
         id: MessageId,
         duplicate: bool,
     ) -> Option<Option<Position>> {
-        if duplicate || !self.silent.contains(&id) {
+        if duplicate || !self.unechoed.contains(&id) {
             return None;
         }
         let place = self.advance(position);
-        if let (Some(from), Place::Next | Place::Beyond { .. }) = (from, &place) {
-            self.known.insert((from.clone(), id), position.clone());
+        if let (Some(from), CursorStep::Next | CursorStep::SkippedTo { .. }) = (from, &place) {
+            self.recent_ids.insert((from.clone(), id), position.clone());
         }
         match place {
-            Place::Beyond { expected } => Some(expected),
+            CursorStep::SkippedTo { expected } => Some(expected),
             // A reader that lagged may have had the entry from the log before.
-            Place::Next | Place::Passed => None,
+            CursorStep::Next | CursorStep::AlreadyPassed => None,
         }
     }
 
-    fn advance(&mut self, position: &Position) -> Place {
+    fn advance(&mut self, position: &Position) -> CursorStep {
         let Some(cursor) = &mut self.cursor else {
             self.cursor = Some(position.clone());
-            return Place::Beyond { expected: None };
+            return CursorStep::SkippedTo { expected: None };
         };
         if cursor.epoch == position.epoch && position.seq <= cursor.seq {
-            return Place::Passed;
+            return CursorStep::AlreadyPassed;
         }
         let expected = Position::new(cursor.epoch.clone(), cursor.seq + 1);
         let is_next = expected == *position;
         *cursor = position.clone();
-        if self.goal.is_some_and(|goal| goal <= position.seq) {
-            self.goal = None;
+        if self.recovery_end.is_some_and(|goal| goal <= position.seq) {
+            self.recovery_end = None;
         }
-        if is_next { Place::Next } else { Place::Beyond { expected: Some(expected) } }
+        if is_next { CursorStep::Next } else { CursorStep::SkippedTo { expected: Some(expected) } }
     }
 }
 
-/// A map of the last [`KNOWN_IDS_MAX`] keys.
+/// A map of the last [`RECENT_IDS_MAX`] keys.
 #[derive(Debug)]
-struct Recent<K, V> {
+struct RecentMap<K, V> {
     values: HashMap<K, V>,
     order: VecDeque<K>,
 }
 
-impl<K, V> Default for Recent<K, V> {
+impl<K, V> Default for RecentMap<K, V> {
     fn default() -> Self {
         Self { values: HashMap::new(), order: VecDeque::new() }
     }
 }
 
-impl<K: Clone + Eq + Hash, V: Clone> Recent<K, V> {
+impl<K: Clone + Eq + Hash, V: Clone> RecentMap<K, V> {
     /// Adds `key` unless it is there, and returns what is there.
     fn insert(&mut self, key: K, value: V) -> Option<V> {
         match self.values.entry(key) {
@@ -208,7 +212,7 @@ impl<K: Clone + Eq + Hash, V: Clone> Recent<K, V> {
                 place.insert(value);
             }
         }
-        if self.order.len() > KNOWN_IDS_MAX
+        if self.order.len() > RECENT_IDS_MAX
             && let Some(oldest) = self.order.pop_front()
         {
             self.values.remove(&oldest);

@@ -13,7 +13,7 @@ use super::{
         StartFrom,
     },
     frames::{self, HeaderTooLong},
-    resume::{Log, Sends},
+    resume::{LogTracker, Sends},
 };
 use crate::{ids::RoomId, protocol::FrameRef};
 
@@ -100,7 +100,7 @@ pub(super) struct Room {
     pub(super) start: StartFrom,
     /// What the room asks for, also when it is joined again after a reconnect.
     pub(super) password: Option<String>,
-    pub(super) log: Log,
+    pub(super) log: LogTracker,
     pub(super) sends: Sends<Pending>,
     pub(super) join_reply: Option<oneshot::Sender<Result<JoinInfo, JoinError>>>,
     pub(super) leave_reply: Option<oneshot::Sender<Result<(), LeaveError>>>,
@@ -148,7 +148,7 @@ impl Room {
     /// joins again may want to see the same entries again.
     pub(super) fn left(&mut self) {
         self.stage = Stage::Left;
-        self.log = Log::default();
+        self.log = LogTracker::default();
         for pending in self.sends.drain_unsent() {
             pending.settle(Err(SendError::NotJoined));
         }
@@ -186,9 +186,9 @@ impl Room {
     }
 }
 
-fn log_for(start: &StartFrom) -> Log {
+fn log_for(start: &StartFrom) -> LogTracker {
     match start {
-        StartFrom::Since(position) => Log::starting_at(position.clone()),
-        StartFrom::Now | StartFrom::History(_) => Log::default(),
+        StartFrom::Since(position) => LogTracker::starting_at(position.clone()),
+        StartFrom::Now | StartFrom::History(_) => LogTracker::default(),
     }
 }

@@ -25,8 +25,8 @@ use super::{
         SendReceipt, StartFrom,
     },
     frames,
-    inbox::Inbox,
-    resume::Verdict,
+    inbox::InboxTracker,
+    resume::EntryClass,
     room::{EncodedFrame, Room, Stage},
 };
 use crate::{
@@ -58,7 +58,7 @@ enum Asked {
 pub(super) struct State {
     in_flight_max: usize,
     rooms: HashMap<RoomId, Room>,
-    pub(super) inbox: Inbox,
+    pub(super) inbox: InboxTracker,
     asked: HashMap<u64, Asked>,
     next_reference: u64,
     /// How long a repeat is known for what it is.
@@ -89,7 +89,7 @@ impl State {
         Self {
             in_flight_max,
             rooms: HashMap::new(),
-            inbox: Inbox::default(),
+            inbox: InboxTracker::default(),
             asked: HashMap::new(),
             next_reference: 1,
             dedup_window: Duration::ZERO,
@@ -185,7 +185,7 @@ impl State {
     /// Takes a direct, with its payload if it came in a binary frame.
     pub(super) fn direct(&mut self, direct: Box<DirectFrame>, payload: Option<Bytes>) {
         let position = Position::new(direct.epoch.clone(), direct.seq);
-        if self.inbox.judge(&position, &direct.from.id, direct.id) {
+        if self.inbox.accept(&position, &direct.from.id, direct.id) {
             self.events.push_back(ClientEvent::Direct { direct, payload });
         }
         self.acknowledge();
@@ -195,9 +195,9 @@ impl State {
         let position = Position::new(notification.epoch.clone(), notification.seq);
         // Nobody has that id: it is the server's.
         let from = "_api".parse().expect("an id");
-        if self.inbox.judge(&position, &from, notification.id) {
+        if self.inbox.accept(&position, &from, notification.id) {
             if notification.require_ack {
-                self.inbox.wait_for(&position);
+                self.inbox.hold_at(&position);
             }
             self.events.push_back(ClientEvent::Notification(notification));
         }
@@ -367,7 +367,7 @@ impl State {
         let verdict = match self.rooms.get_mut(&message.room) {
             // Before `joined`, whose history will have it.
             Some(room) if matches!(room.stage, Stage::Joining | Stage::JoinAt(_)) => {
-                Verdict::Hole { expected: None, deliver: false }
+                EntryClass::Gap { expected: None, deliver: false }
             }
             Some(room) => {
                 // In the log is as good as acknowledged, and it may be the only answer to come.
@@ -375,18 +375,18 @@ impl State {
                     let position = position.clone();
                     pending.settle(Ok(SendReceipt { id: message.id, position, duplicate: false }));
                 }
-                room.log.judge(&position, &message.from.id, message.id)
+                room.log.classify(&position, &message.from.id, message.id)
             }
-            None => Verdict::Hole { expected: None, deliver: true },
+            None => EntryClass::Gap { expected: None, deliver: true },
         };
         let deliver = match verdict {
-            Verdict::Deliver => true,
-            Verdict::Duplicate { earlier } => {
+            EntryClass::InOrder => true,
+            EntryClass::Duplicate { earlier } => {
                 let (room, id) = (message.room.clone(), message.id);
                 self.events.push_back(ClientEvent::Duplicate { room, id, position, earlier });
                 false
             }
-            Verdict::Hole { expected, deliver } => {
+            EntryClass::Gap { expected, deliver } => {
                 let room = message.room.clone();
                 self.events.push_back(ClientEvent::Gap { room, expected, got: position });
                 deliver

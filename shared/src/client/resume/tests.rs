@@ -54,12 +54,15 @@ fn joined(
 }
 
 /// Feeds a whole `joined` and returns what its history was judged to be.
-fn join(log: &mut Log, joined: &JoinedFrame<HistoryEntry>) -> (Vec<Verdict>, Option<Position>) {
+fn join(
+    log: &mut LogTracker,
+    joined: &JoinedFrame<HistoryEntry>,
+) -> (Vec<EntryClass>, Option<Position>) {
     log.begin_history(joined);
     let judge = |entry: &HistoryEntry| match entry {
         HistoryEntry::Message(message) => {
             let position = Position::new(message.epoch.clone(), message.seq);
-            log.judge(&position, &message.from.id, message.id)
+            log.classify(&position, &message.from.id, message.id)
         }
         HistoryEntry::Direct(_) | HistoryEntry::Unknown => panic!("not made here"),
     };
@@ -67,19 +70,19 @@ fn join(log: &mut Log, joined: &JoinedFrame<HistoryEntry>) -> (Vec<Verdict>, Opt
     (verdicts, log.end_history(joined))
 }
 
-fn hole(expected: Position) -> Verdict {
-    Verdict::Hole { expected: Some(expected), deliver: true }
+fn hole(expected: Position) -> EntryClass {
+    EntryClass::Gap { expected: Some(expected), deliver: true }
 }
 
 /// Feeds live entries `epoch:seq:id` to a log that stands at `e:1`.
 #[track_caller]
-fn check(arrivals: &str, expected: &[Verdict]) {
-    let mut log = Log::starting_at(at("e", 1));
-    let verdicts: Vec<Verdict> = arrivals
+fn check(arrivals: &str, expected: &[EntryClass]) {
+    let mut log = LogTracker::starting_at(at("e", 1));
+    let verdicts: Vec<EntryClass> = arrivals
         .split_whitespace()
         .map(|arrival| {
             let (position, number) = arrival.rsplit_once(':').unwrap();
-            log.judge(&position.parse().unwrap(), &user("u"), id(number.parse().unwrap()))
+            log.classify(&position.parse().unwrap(), &user("u"), id(number.parse().unwrap()))
         })
         .collect();
     assert_eq!(verdicts, expected, "arrivals: {arrivals}");
@@ -87,107 +90,110 @@ fn check(arrivals: &str, expected: &[Verdict]) {
 
 #[test]
 fn the_next_entry_is_delivered_and_a_repeated_one_dropped() {
-    let repeated = Verdict::Duplicate { earlier: None };
-    check("e:2:20 e:2:20 e:3:30", &[Verdict::Deliver, repeated.clone(), Verdict::Deliver]);
+    let repeated = EntryClass::Duplicate { earlier: None };
+    check("e:2:20 e:2:20 e:3:30", &[EntryClass::InOrder, repeated.clone(), EntryClass::InOrder]);
     check("e:1:10", &[repeated]);
 }
 
 #[test]
 fn a_known_id_under_a_new_number_is_dropped_and_moves_the_cursor() {
-    let known = Verdict::Duplicate { earlier: Some(at("e", 2)) };
-    check("e:2:20 e:3:20 e:4:40", &[Verdict::Deliver, known, Verdict::Deliver]);
+    let known = EntryClass::Duplicate { earlier: Some(at("e", 2)) };
+    check("e:2:20 e:3:20 e:4:40", &[EntryClass::InOrder, known, EntryClass::InOrder]);
 }
 
 #[test]
 fn a_skipped_number_is_a_hole_once_and_the_entry_is_still_delivered() {
-    check("e:4:40 e:5:50", &[hole(at("e", 2)), Verdict::Deliver]);
-    let dropped = Verdict::Hole { expected: Some(at("e", 3)), deliver: false };
-    check("e:2:20 e:9:20", &[Verdict::Deliver, dropped]);
+    check("e:4:40 e:5:50", &[hole(at("e", 2)), EntryClass::InOrder]);
+    let dropped = EntryClass::Gap { expected: Some(at("e", 3)), deliver: false };
+    check("e:2:20 e:9:20", &[EntryClass::InOrder, dropped]);
 }
 
 #[test]
 fn another_epoch_without_a_reset_is_a_hole() {
-    check("e:2:20 f:3:30 f:4:40", &[Verdict::Deliver, hole(at("e", 3)), Verdict::Deliver]);
+    check("e:2:20 f:3:30 f:4:40", &[EntryClass::InOrder, hole(at("e", 3)), EntryClass::InOrder]);
 }
 
 #[test]
 fn the_same_id_of_another_user_is_another_message() {
-    let mut log = Log::starting_at(at("e", 0));
-    assert_eq!(log.judge(&at("e", 1), &user("a"), id(1)), Verdict::Deliver);
-    assert_eq!(log.judge(&at("e", 2), &user("b"), id(1)), Verdict::Deliver);
+    let mut log = LogTracker::starting_at(at("e", 0));
+    assert_eq!(log.classify(&at("e", 1), &user("a"), id(1)), EntryClass::InOrder);
+    assert_eq!(log.classify(&at("e", 2), &user("b"), id(1)), EntryClass::InOrder);
 }
 
 #[test]
 fn an_entry_of_a_room_that_was_not_joined_is_a_hole() {
-    let verdict = Log::default().judge(&at("e", 7), &user("u"), id(1));
-    assert_eq!(verdict, Verdict::Hole { expected: None, deliver: true });
+    let verdict = LogTracker::default().classify(&at("e", 7), &user("u"), id(1));
+    assert_eq!(verdict, EntryClass::Gap { expected: None, deliver: true });
 }
 
 #[test]
 fn a_first_join_starts_right_before_its_history() {
-    let mut log = Log::default();
+    let mut log = LogTracker::default();
     let (verdicts, missing) = join(&mut log, &joined("e", 9, false, &[(8, 80), (9, 90)]));
-    assert_eq!((verdicts.as_slice(), missing), (&[Verdict::Deliver, Verdict::Deliver][..], None));
+    assert_eq!(
+        (verdicts.as_slice(), missing),
+        (&[EntryClass::InOrder, EntryClass::InOrder][..], None)
+    );
     assert_eq!(log.cursor(), Some(&at("e", 9)));
 
-    let mut log = Log::default();
+    let mut log = LogTracker::default();
     assert_eq!(join(&mut log, &joined("e", 9, false, &[])), (vec![], None));
-    assert_eq!(log.judge(&at("e", 10), &user("u"), id(1)), Verdict::Deliver);
+    assert_eq!(log.classify(&at("e", 10), &user("u"), id(1)), EntryClass::InOrder);
 }
 
 #[test]
 fn a_history_that_stops_short_of_the_top_has_a_hole_at_its_end() {
-    let mut log = Log::default();
+    let mut log = LogTracker::default();
     let (_, missing) = join(&mut log, &joined("e", 9, false, &[(6, 60), (7, 70)]));
     assert_eq!((missing, log.cursor()), (Some(at("e", 8)), Some(&at("e", 9))));
 }
 
 #[test]
 fn a_recovery_ends_when_everything_up_to_the_top_was_had() {
-    let mut log = Log::starting_at(at("e", 5));
+    let mut log = LogTracker::starting_at(at("e", 5));
     let (verdicts, _) = join(&mut log, &joined("e", 8, true, &[(6, 60), (7, 70)]));
-    assert_eq!(verdicts, [Verdict::Deliver, Verdict::Deliver]);
+    assert_eq!(verdicts, [EntryClass::InOrder, EntryClass::InOrder]);
     assert!(!log.is_recovered());
-    assert_eq!(log.judge(&at("e", 8), &user("u"), id(80)), Verdict::Deliver);
+    assert_eq!(log.classify(&at("e", 8), &user("u"), id(80)), EntryClass::InOrder);
     assert!(log.is_recovered());
 }
 
 #[test]
 fn a_recovery_that_skips_entries_is_a_hole() {
-    let mut log = Log::starting_at(at("e", 5));
+    let mut log = LogTracker::starting_at(at("e", 5));
     let (verdicts, _) = join(&mut log, &joined("e", 8, true, &[(7, 70), (8, 80)]));
-    assert_eq!(verdicts, [hole(at("e", 6)), Verdict::Deliver]);
+    assert_eq!(verdicts, [hole(at("e", 6)), EntryClass::InOrder]);
 }
 
 #[test]
 fn a_recovery_that_claims_to_continue_another_epoch_is_a_hole() {
-    let mut log = Log::starting_at(at("e", 5));
+    let mut log = LogTracker::starting_at(at("e", 5));
     let (verdicts, _) = join(&mut log, &joined("f", 6, true, &[(6, 60)]));
     assert_eq!(verdicts, [hole(at("e", 6))]);
 }
 
 #[test]
 fn after_a_loss_entries_that_come_again_under_new_numbers_are_dropped() {
-    let mut log = Log::starting_at(at("e", 0));
-    log.judge(&at("e", 1), &user("u"), id(10));
+    let mut log = LogTracker::starting_at(at("e", 0));
+    log.classify(&at("e", 1), &user("u"), id(10));
     let (verdicts, _) = join(&mut log, &joined("f", 2, false, &[(1, 10), (2, 20)]));
-    let known = Verdict::Duplicate { earlier: Some(at("e", 1)) };
-    assert_eq!(verdicts, [known, Verdict::Deliver]);
+    let known = EntryClass::Duplicate { earlier: Some(at("e", 1)) };
+    assert_eq!(verdicts, [known, EntryClass::InOrder]);
     assert_eq!(log.cursor(), Some(&at("f", 2)));
 }
 
 #[test]
 fn a_reset_moves_the_cursor_and_ends_the_recovery() {
-    let mut log = Log::starting_at(at("e", 5));
+    let mut log = LogTracker::starting_at(at("e", 5));
     join(&mut log, &joined("e", 8, true, &[]));
     log.reset(at("e", 20));
     assert!(log.is_recovered());
-    assert_eq!(log.judge(&at("e", 21), &user("u"), id(1)), Verdict::Deliver);
+    assert_eq!(log.classify(&at("e", 21), &user("u"), id(1)), EntryClass::InOrder);
 }
 
 #[test]
 fn a_room_without_a_log_has_no_position() {
-    let mut log = Log::default();
+    let mut log = LogTracker::default();
     join(&mut log, &JoinedFrame { durable: false, ..joined("e", 0, false, &[]) });
     assert!(log.cursor().is_none() && log.is_recovered());
 }
@@ -195,7 +201,7 @@ fn a_room_without_a_log_has_no_position() {
 #[test]
 fn only_an_ack_in_place_of_a_copy_moves_the_cursor() {
     let own = user("me");
-    let mut log = Log::starting_at(at("e", 5));
+    let mut log = LogTracker::starting_at(at("e", 5));
     log.expect_no_echo(id(1));
     // Of a message with an echo; of a repeat; then the one in the stream, twice.
     assert_eq!(log.acknowledged(&at("e", 6), Some(&own), id(2), false), None);
@@ -210,20 +216,20 @@ fn only_an_ack_in_place_of_a_copy_moves_the_cursor() {
     let skipped = log.acknowledged(&at("e", 8), Some(&own), id(3), false);
     assert_eq!(skipped, Some(Some(at("e", 7))));
     log.reset(at("f", 0));
-    let known = Verdict::Duplicate { earlier: Some(at("e", 8)) };
-    assert_eq!(log.judge(&at("f", 1), &own, id(3)), known);
+    let known = EntryClass::Duplicate { earlier: Some(at("e", 8)) };
+    assert_eq!(log.classify(&at("f", 1), &own, id(3)), known);
 }
 
 #[test]
 fn known_ids_are_bounded() {
-    let mut log = Log::starting_at(at("e", 0));
-    let many = KNOWN_IDS_MAX as u64 + 10;
+    let mut log = LogTracker::starting_at(at("e", 0));
+    let many = RECENT_IDS_MAX as u64 + 10;
     for seq in 1..=many {
-        assert_eq!(log.judge(&at("e", seq), &user("u"), id(seq)), Verdict::Deliver);
+        assert_eq!(log.classify(&at("e", seq), &user("u"), id(seq)), EntryClass::InOrder);
     }
-    assert_eq!(log.known.values.len(), KNOWN_IDS_MAX);
-    assert_eq!(log.known.order.len(), KNOWN_IDS_MAX);
-    assert_eq!(log.judge(&at("e", many + 1), &user("u"), id(1)), Verdict::Deliver);
+    assert_eq!(log.recent_ids.values.len(), RECENT_IDS_MAX);
+    assert_eq!(log.recent_ids.order.len(), RECENT_IDS_MAX);
+    assert_eq!(log.classify(&at("e", many + 1), &user("u"), id(1)), EntryClass::InOrder);
 }
 
 /// What happens to a server's log and to a client that follows it.
@@ -257,7 +263,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 
 /// A server that keeps its promises, and the client it serves.
 struct Model {
-    log: Log,
+    log: LogTracker,
     epoch: u32,
     /// Entries `(number of the message, whether it is the client's, sent by this connection)`.
     entries: Vec<(u64, bool, u32)>,
@@ -273,7 +279,7 @@ struct Model {
 
 impl Model {
     fn new() -> Self {
-        let mut log = Log::default();
+        let mut log = LogTracker::default();
         join(&mut log, &joined("e0", 0, false, &[]));
         Self {
             log,
@@ -320,9 +326,9 @@ impl Model {
 
     fn entry(&mut self, position: &Position, number: u64, own: bool) {
         let from = user(if own { "me" } else { "u" });
-        match self.log.judge(position, &from, id(number)) {
-            Verdict::Deliver => self.delivered.push(number),
-            Verdict::Duplicate { earlier: Some(earlier) } => {
+        match self.log.classify(position, &from, id(number)) {
+            EntryClass::InOrder => self.delivered.push(number),
+            EntryClass::Duplicate { earlier: Some(earlier) } => {
                 let first_time = !self.delivered.contains(&number);
                 assert!(!first_time || self.silent.contains(&number), "dropped {number} unseen");
                 assert_ne!(earlier.epoch, position.epoch, "one id, two numbers in an epoch");
@@ -405,18 +411,18 @@ proptest! {
     fn any_arrivals_are_delivered_at_most_once_per_position_and_in_order(
         arrivals in proptest::collection::vec((0_u8..3, 0_u64..12, 0_u64..8), 0..60),
     ) {
-        let mut log = Log::starting_at(at("e0", 0));
+        let mut log = LogTracker::starting_at(at("e0", 0));
         let mut last = at("e0", 0);
         for (epoch, seq, number) in arrivals {
             let position = at(&format!("e{epoch}"), seq);
-            let verdict = log.judge(&position, &user("u"), id(number));
+            let verdict = log.classify(&position, &user("u"), id(number));
             let is_next = position.epoch == last.epoch && position.seq == last.seq + 1;
             let passed = position.epoch == last.epoch && position.seq <= last.seq;
             match verdict {
-                Verdict::Deliver => prop_assert!(is_next),
-                Verdict::Duplicate { earlier: None } => prop_assert!(passed),
-                Verdict::Duplicate { earlier: Some(_) } => prop_assert!(is_next),
-                Verdict::Hole { expected, .. } => {
+                EntryClass::InOrder => prop_assert!(is_next),
+                EntryClass::Duplicate { earlier: None } => prop_assert!(passed),
+                EntryClass::Duplicate { earlier: Some(_) } => prop_assert!(is_next),
+                EntryClass::Gap { expected, .. } => {
                     prop_assert!(!is_next && !passed);
                     prop_assert_eq!(expected, Some(at(last.epoch.as_str(), last.seq + 1)));
                 }

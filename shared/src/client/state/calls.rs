@@ -63,7 +63,7 @@ impl State {
                 self.history(&room, page, limit, reply);
             }
             Command::Seen(seq) => {
-                self.inbox.seen(seq);
+                self.inbox.mark_seen(seq);
                 self.acknowledge();
             }
             // Tokens are the task's affair.
