@@ -23,7 +23,7 @@ use self::{
         LeaveError, MessageContent, NewMessage, SendError, SendReceipt, StartFrom,
     },
     options::ConnectOptions,
-    room::Pending,
+    room::PendingSend,
     state::calls::Command,
     task::Task,
 };
@@ -165,7 +165,7 @@ impl Client {
         let one = Arc::clone(&self.sends).try_acquire_owned().map_err(full)?;
         let many = Arc::clone(&self.send_bytes).try_acquire_many_owned(bytes).map_err(full)?;
         let (reply, answer) = oneshot::channel();
-        let pending = Pending { send, bytes, reply, _share: [one, many] };
+        let pending = PendingSend { send, bytes, reply, _permits: [one, many] };
         let command = Command::Send { room: room.clone(), pending };
         self.ask(command, answer).await.unwrap_or(Err(SendError::ClientClosed))
     }

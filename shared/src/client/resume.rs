@@ -1,7 +1,7 @@
 //! Where a client is in a room's log, and which of its own messages have no answer yet.
 //!
 //! [`LogTracker`] judges every entry: the next one is delivered, one that was there before is dropped, and
-//! a number that was skipped is a hole, which the protocol promises never to happen. [`Sends`] keeps
+//! a number that was skipped is a hole, which the protocol promises never to happen. [`SendQueue`] keeps
 //! what was not acknowledged in sending order, across refusals and reconnects, and tells when it may
 //! be sent again.
 //!
@@ -227,31 +227,31 @@ impl<K: Clone + Eq + Hash, V: Clone> RecentMap<K, V> {
 
 /// Messages to one room that were not acknowledged, in sending order. `T` is what belongs to one.
 #[derive(Debug)]
-pub struct Sends<T> {
-    queue: VecDeque<Outstanding<T>>,
+pub struct SendQueue<T> {
+    queue: VecDeque<QueuedSend<T>>,
     in_flight_max: usize,
 }
 
 #[derive(Debug)]
-struct Outstanding<T> {
+struct QueuedSend<T> {
     id: MessageId,
-    what: T,
+    value: T,
     /// When it was first on the wire: the server's deduplication counts from about there.
     first_sent: Option<Instant>,
-    stage: Stage,
+    stage: SendState,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stage {
+enum SendState {
     Queued,
     InFlight,
     /// Refused for the time being.
-    WaitingUntil(Instant),
+    RetryAt(Instant),
 }
 
 /// What comes next in a room.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Next<'a, T> {
+pub enum NextSend<'a, T> {
     /// To be sent, for the first time or again.
     Send(MessageId, &'a mut T),
     /// To be given up: it was sent before, has no answer, and is past the time in which the server
@@ -259,7 +259,7 @@ pub enum Next<'a, T> {
     Uncertain(MessageId, T),
 }
 
-impl<T> Sends<T> {
+impl<T> SendQueue<T> {
     /// Sends of which at most `in_flight_max` are on their way at a time.
     ///
     /// With 1 the order of sends is the order of the log whatever happens. With more, one that is
@@ -285,59 +285,64 @@ impl<T> Sends<T> {
 
     /// Adds one behind all others.
     pub fn push(&mut self, id: MessageId, what: T) {
-        self.queue.push_back(Outstanding { id, what, first_sent: None, stage: Stage::Queued });
+        self.queue.push_back(QueuedSend {
+            id,
+            value: what,
+            first_sent: None,
+            stage: SendState::Queued,
+        });
     }
 
     /// Takes out one that has its answer.
-    pub fn take(&mut self, id: MessageId) -> Option<T> {
+    pub fn remove(&mut self, id: MessageId) -> Option<T> {
         let at = self.queue.iter().position(|send| send.id == id)?;
-        self.queue.remove(at).map(|send| send.what)
+        self.queue.remove(at).map(|send| send.value)
     }
 
     /// Sends `id` again at `at`; what stands behind it and is not on its way waits for it.
-    pub fn wait_until(&mut self, id: MessageId, at: Instant) {
+    pub fn retry_at(&mut self, id: MessageId, at: Instant) {
         if let Some(send) = self.queue.iter_mut().find(|send| send.id == id) {
-            send.stage = Stage::WaitingUntil(at);
+            send.stage = SendState::RetryAt(at);
         }
     }
 
     /// Takes the connection for gone: nothing is on its way any more.
     pub fn disconnected(&mut self) {
         for send in &mut self.queue {
-            send.stage = Stage::Queued;
+            send.stage = SendState::Queued;
         }
     }
 
     /// The next one to send now. It counts as on its way from here on.
-    pub fn next(&mut self, now: Instant, dedup_window: Duration) -> Option<Next<'_, T>> {
-        let at = self.sendable(now)?;
+    pub fn next(&mut self, now: Instant, dedup_window: Duration) -> Option<NextSend<'_, T>> {
+        let at = self.next_sendable(now)?;
         let too_old = |sent: Instant| now.duration_since(sent) >= dedup_window;
         if self.queue[at].first_sent.is_some_and(too_old) {
-            return self.queue.remove(at).map(|send| Next::Uncertain(send.id, send.what));
+            return self.queue.remove(at).map(|send| NextSend::Uncertain(send.id, send.value));
         }
         let send = &mut self.queue[at];
-        send.stage = Stage::InFlight;
+        send.stage = SendState::InFlight;
         send.first_sent.get_or_insert(now);
-        Some(Next::Send(send.id, &mut send.what))
+        Some(NextSend::Send(send.id, &mut send.value))
     }
 
     /// When to ask for the next one again, if only time has to pass.
-    pub fn due(&self) -> Option<Instant> {
+    pub fn next_retry(&self) -> Option<Instant> {
         self.queue.iter().find_map(|send| match send.stage {
-            Stage::WaitingUntil(at) => Some(at),
-            Stage::Queued | Stage::InFlight => None,
+            SendState::RetryAt(at) => Some(at),
+            SendState::Queued | SendState::InFlight => None,
         })
     }
 
     /// Those on their way.
     pub fn in_flight(&self) -> impl Iterator<Item = (MessageId, &T)> {
-        let in_flight = |send: &&Outstanding<T>| send.stage == Stage::InFlight;
-        self.queue.iter().filter(in_flight).map(|send| (send.id, &send.what))
+        let in_flight = |send: &&QueuedSend<T>| send.stage == SendState::InFlight;
+        self.queue.iter().filter(in_flight).map(|send| (send.id, &send.value))
     }
 
     /// Takes out all, in order, and says of each whether it ever was on the wire.
     pub fn drain(&mut self) -> impl Iterator<Item = (T, bool)> {
-        self.queue.drain(..).map(|send| (send.what, send.first_sent.is_some()))
+        self.queue.drain(..).map(|send| (send.value, send.first_sent.is_some()))
     }
 
     /// Takes out those that never were on the wire, in order.
@@ -345,19 +350,19 @@ impl<T> Sends<T> {
         let (sent, unsent): (VecDeque<_>, VecDeque<_>) =
             self.queue.drain(..).partition(|send| send.first_sent.is_some());
         self.queue = sent;
-        unsent.into_iter().map(|send| send.what).collect()
+        unsent.into_iter().map(|send| send.value).collect()
     }
 
-    fn sendable(&self, now: Instant) -> Option<usize> {
+    fn next_sendable(&self, now: Instant) -> Option<usize> {
         let mut in_flight = 0;
         for (at, send) in self.queue.iter().enumerate() {
             if in_flight == self.in_flight_max {
                 return None;
             }
             match send.stage {
-                Stage::InFlight => in_flight += 1,
-                Stage::WaitingUntil(until) if until > now => return None,
-                Stage::Queued | Stage::WaitingUntil(_) => return Some(at),
+                SendState::InFlight => in_flight += 1,
+                SendState::RetryAt(until) if until > now => return None,
+                SendState::Queued | SendState::RetryAt(_) => return Some(at),
             }
         }
         None

@@ -13,7 +13,7 @@ use super::{
         StartFrom,
     },
     frames::{self, HeaderTooLong},
-    resume::{LogTracker, Sends},
+    resume::{LogTracker, SendQueue},
 };
 use crate::{ids::RoomId, protocol::FrameRef};
 
@@ -34,22 +34,22 @@ impl EncodedFrame {
 }
 
 /// A message without its answer, and who waits for that.
-pub(super) struct Pending {
+pub(super) struct PendingSend {
     pub(super) send: NewMessage,
     pub(super) bytes: u32,
     pub(super) reply: oneshot::Sender<Result<SendReceipt, SendError>>,
     /// Its share of what a client may have without an answer, given back when this is dropped.
-    pub(super) _share: [OwnedSemaphorePermit; 2],
+    pub(super) _permits: [OwnedSemaphorePermit; 2],
 }
 
-impl Pending {
+impl PendingSend {
     /// Tells who waits. If nobody does any more, the message has its fate all the same.
-    pub(super) fn settle(self, result: Result<SendReceipt, SendError>) {
+    pub(super) fn complete(self, result: Result<SendReceipt, SendError>) {
         let _ = self.reply.send(result);
     }
 
     /// The frame that sends it.
-    pub(super) fn outgoing(
+    pub(super) fn encode(
         &self,
         room: &RoomId,
         reference: u64,
@@ -101,7 +101,7 @@ pub(super) struct Room {
     /// What the room asks for, also when it is joined again after a reconnect.
     pub(super) password: Option<String>,
     pub(super) log: LogTracker,
-    pub(super) sends: Sends<Pending>,
+    pub(super) sends: SendQueue<PendingSend>,
     pub(super) join_reply: Option<oneshot::Sender<Result<JoinInfo, JoinError>>>,
     pub(super) leave_reply: Option<oneshot::Sender<Result<(), LeaveError>>>,
 }
@@ -113,7 +113,7 @@ impl Room {
             log: log_for(&start),
             start,
             password: None,
-            sends: Sends::new(in_flight_max),
+            sends: SendQueue::new(in_flight_max),
             join_reply: None,
             leave_reply: None,
         }
@@ -139,7 +139,7 @@ impl Room {
         match self.stage {
             Stage::JoinAt(at) | Stage::LeaveAt(at) => Some(at),
             // Until the recovery has ended nothing is sent, whatever the time.
-            Stage::Joined if self.log.is_recovered() => self.sends.due(),
+            Stage::Joined if self.log.is_recovered() => self.sends.next_retry(),
             Stage::Away | Stage::Joining | Stage::Joined | Stage::Leaving | Stage::Left => None,
         }
     }
@@ -150,7 +150,7 @@ impl Room {
         self.stage = Stage::Left;
         self.log = LogTracker::default();
         for pending in self.sends.drain_unsent() {
-            pending.settle(Err(SendError::NotJoined));
+            pending.complete(Err(SendError::NotJoined));
         }
     }
 
@@ -175,7 +175,7 @@ impl Room {
     ) {
         for (pending, was_sent) in self.sends.drain() {
             let error = if was_sent { SendError::Uncertain } else { unsent.clone() };
-            pending.settle(Err(error));
+            pending.complete(Err(error));
         }
         if let Some(reply) = self.join_reply.take() {
             let _ = reply.send(Err(join));

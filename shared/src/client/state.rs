@@ -245,9 +245,9 @@ impl State {
             .max_by_key(|(bytes, ..)| *bytes);
         if let Some((_, name, id)) = largest
             && let Some(room) = self.rooms.get_mut(&name)
-            && let Some(pending) = room.sends.take(id)
+            && let Some(pending) = room.sends.remove(id)
         {
-            pending.settle(Err(SendError::TooLarge));
+            pending.complete(Err(SendError::TooLarge));
         }
     }
 
@@ -371,9 +371,13 @@ impl State {
             }
             Some(room) => {
                 // In the log is as good as acknowledged, and it may be the only answer to come.
-                if own && let Some(pending) = room.sends.take(message.id) {
+                if own && let Some(pending) = room.sends.remove(message.id) {
                     let position = position.clone();
-                    pending.settle(Ok(SendReceipt { id: message.id, position, duplicate: false }));
+                    pending.complete(Ok(SendReceipt {
+                        id: message.id,
+                        position,
+                        duplicate: false,
+                    }));
                 }
                 room.log.classify(&position, &message.from.id, message.id)
             }
@@ -411,8 +415,8 @@ impl State {
             let (room, got) = (name.clone(), position.clone());
             self.events.push_back(ClientEvent::Gap { room, expected, got });
         }
-        if let Some(pending) = room.sends.take(ack.id) {
-            pending.settle(Ok(SendReceipt { id: ack.id, position, duplicate: ack.duplicate }));
+        if let Some(pending) = room.sends.remove(ack.id) {
+            pending.complete(Ok(SendReceipt { id: ack.id, position, duplicate: ack.duplicate }));
         }
         self.pump(&name, now);
     }
@@ -501,10 +505,10 @@ impl State {
     ) {
         let Some(room) = self.rooms.get_mut(name) else { return };
         match again {
-            Some(at) if room.is_wanted() => room.sends.wait_until(id, at),
+            Some(at) if room.is_wanted() => room.sends.retry_at(id, at),
             _ => {
-                if let Some(pending) = room.sends.take(id) {
-                    pending.settle(Err(SendError::Rejected(error_frame)));
+                if let Some(pending) = room.sends.remove(id) {
+                    pending.complete(Err(SendError::Rejected(error_frame)));
                 }
             }
         }

@@ -437,9 +437,9 @@ proptest! {
 
 const WINDOW: Duration = Duration::from_secs(600);
 
-fn sent<T: Copy>(sends: &mut Sends<T>, now: Instant) -> Vec<T> {
+fn sent<T: Copy>(sends: &mut SendQueue<T>, now: Instant) -> Vec<T> {
     let mut sent = Vec::new();
-    while let Some(Next::Send(_, what)) = sends.next(now, WINDOW) {
+    while let Some(NextSend::Send(_, what)) = sends.next(now, WINDOW) {
         sent.push(*what);
     }
     sent
@@ -448,34 +448,34 @@ fn sent<T: Copy>(sends: &mut Sends<T>, now: Instant) -> Vec<T> {
 #[tokio::test(start_paused = true)]
 async fn one_is_on_its_way_at_a_time() {
     let now = Instant::now();
-    let mut sends = Sends::new(1);
+    let mut sends = SendQueue::new(1);
     (1..=3).for_each(|number| sends.push(id(number), number));
     assert_eq!(sent(&mut sends, now), [1]);
-    assert_eq!(sends.take(id(1)), Some(1));
+    assert_eq!(sends.remove(id(1)), Some(1));
     assert_eq!(sent(&mut sends, now), [2]);
-    assert_eq!(sends.take(id(7)), None);
+    assert_eq!(sends.remove(id(7)), None);
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_refused_one_keeps_its_place_and_the_others_wait() {
     let now = Instant::now();
     let later = now + Duration::from_secs(2);
-    let mut sends = Sends::new(1);
+    let mut sends = SendQueue::new(1);
     (1..=2).for_each(|number| sends.push(id(number), number));
     sent(&mut sends, now);
-    sends.wait_until(id(1), later);
-    assert_eq!((sent(&mut sends, now), sends.due()), (vec![], Some(later)));
-    assert_eq!((sent(&mut sends, later), sends.due()), (vec![1], None));
+    sends.retry_at(id(1), later);
+    assert_eq!((sent(&mut sends, now), sends.next_retry()), (vec![], Some(later)));
+    assert_eq!((sent(&mut sends, later), sends.next_retry()), (vec![1], None));
 }
 
 #[tokio::test(start_paused = true)]
 async fn several_may_be_on_their_way_and_go_again_in_order_after_a_reconnect() {
     let now = Instant::now();
-    let mut sends = Sends::new(3);
+    let mut sends = SendQueue::new(3);
     (1..=5).for_each(|number| sends.push(id(number), number));
     assert_eq!(sent(&mut sends, now), [1, 2, 3]);
     assert_eq!(sends.in_flight().count(), 3);
-    sends.take(id(2));
+    sends.remove(id(2));
     sends.disconnected();
     assert_eq!(sends.in_flight().count(), 0);
     assert_eq!(sent(&mut sends, now), [1, 3, 4]);
@@ -484,11 +484,11 @@ async fn several_may_be_on_their_way_and_go_again_in_order_after_a_reconnect() {
 #[tokio::test(start_paused = true)]
 async fn what_is_older_than_the_window_and_was_sent_is_uncertain() {
     let now = Instant::now();
-    let mut sends = Sends::new(1);
+    let mut sends = SendQueue::new(1);
     (1..=2).for_each(|number| sends.push(id(number), number));
     sent(&mut sends, now);
     sends.disconnected();
-    assert_eq!(sends.next(now + WINDOW, WINDOW), Some(Next::Uncertain(id(1), 1)));
+    assert_eq!(sends.next(now + WINDOW, WINDOW), Some(NextSend::Uncertain(id(1), 1)));
     // The second was never on the wire, so that nothing about it is uncertain.
     assert_eq!(sent(&mut sends, now + WINDOW), [2]);
 }
@@ -496,7 +496,7 @@ async fn what_is_older_than_the_window_and_was_sent_is_uncertain() {
 #[tokio::test(start_paused = true)]
 async fn at_the_end_those_that_never_left_are_told_apart() {
     let now = Instant::now();
-    let mut sends = Sends::new(1);
+    let mut sends = SendQueue::new(1);
     (1..=3).for_each(|number| sends.push(id(number), number));
     sent(&mut sends, now);
     assert_eq!(sends.drain_unsent(), [2, 3]);
@@ -535,26 +535,26 @@ proptest! {
     ) {
         let start = Instant::now();
         let mut now = start;
-        let mut sends = Sends::new(in_flight_max);
+        let mut sends = SendQueue::new(in_flight_max);
         (0..20_u64).for_each(|number| sends.push(id(number), number));
         let (mut accepted, mut settled) = (Vec::new(), 0_usize);
         for fate in fates {
-            let nth = |sends: &Sends<u64>, n: usize| sends.in_flight().nth(n).map(|(id, _)| id);
+            let nth = |sends: &SendQueue<u64>, n: usize| sends.in_flight().nth(n).map(|(id, _)| id);
             match fate {
                 Fate::Send => match sends.next(now, WINDOW) {
-                    Some(Next::Uncertain(..)) => settled += 1,
-                    Some(Next::Send(..)) | None => {}
+                    Some(NextSend::Uncertain(..)) => settled += 1,
+                    Some(NextSend::Send(..)) | None => {}
                 },
                 Fate::Acknowledge(n) => if let Some(id) = nth(&sends, n) {
-                    accepted.push(sends.take(id).unwrap());
+                    accepted.push(sends.remove(id).unwrap());
                     settled += 1;
                 },
                 Fate::Refuse(n) => if let Some(id) = nth(&sends, n) {
-                    sends.take(id).unwrap();
+                    sends.remove(id).unwrap();
                     settled += 1;
                 },
                 Fate::WaitAWhile(n) => if let Some(id) = nth(&sends, n) {
-                    sends.wait_until(id, now + Duration::from_secs(30));
+                    sends.retry_at(id, now + Duration::from_secs(30));
                 },
                 Fate::Disconnect => sends.disconnected(),
                 Fate::Pass(seconds) => now += Duration::from_secs(seconds),

@@ -13,8 +13,8 @@ use crate::{
             LeaveError, ROOMS_MAX, SendError, StartFrom,
         },
         frames,
-        resume::Next,
-        room::{EncodedFrame, Pending, Room, Stage},
+        resume::NextSend,
+        room::{EncodedFrame, PendingSend, Room, Stage},
     },
     ids::RoomId,
     position::Seq,
@@ -35,7 +35,7 @@ pub(in crate::client) enum Command {
     },
     Send {
         room: RoomId,
-        pending: Pending,
+        pending: PendingSend,
     },
     History {
         room: RoomId,
@@ -130,13 +130,13 @@ impl State {
         }
     }
 
-    fn send(&mut self, name: &RoomId, pending: Pending, now: Instant) {
+    fn send(&mut self, name: &RoomId, pending: PendingSend, now: Instant) {
         let Some(room) = self.rooms.get_mut(name).filter(|room| room.is_wanted()) else {
-            pending.settle(Err(SendError::NotJoined));
+            pending.complete(Err(SendError::NotJoined));
             return;
         };
         if room.sends.contains(pending.send.id) {
-            pending.settle(Err(SendError::IdInUse));
+            pending.complete(Err(SendError::IdInUse));
             return;
         }
         room.sends.push(pending.send.id, pending);
@@ -207,12 +207,12 @@ impl State {
         loop {
             let (id, echo, outgoing) = match room.sends.next(now, self.dedup_window) {
                 None => return,
-                Some(Next::Uncertain(_, pending)) => {
-                    pending.settle(Err(SendError::Uncertain));
+                Some(NextSend::Uncertain(_, pending)) => {
+                    pending.complete(Err(SendError::Uncertain));
                     continue;
                 }
-                Some(Next::Send(id, pending)) => {
-                    (id, pending.send.echo, pending.outgoing(name, self.next_reference))
+                Some(NextSend::Send(id, pending)) => {
+                    (id, pending.send.echo, pending.encode(name, self.next_reference))
                 }
             };
             match outgoing {
@@ -225,8 +225,8 @@ impl State {
                     self.out.push_back(outgoing);
                 }
                 Ok(_) | Err(frames::HeaderTooLong) => {
-                    if let Some(pending) = room.sends.take(id) {
-                        pending.settle(Err(SendError::TooLarge));
+                    if let Some(pending) = room.sends.remove(id) {
+                        pending.complete(Err(SendError::TooLarge));
                     }
                 }
             }

@@ -9,7 +9,7 @@ use tokio::sync::{
 use super::{calls::Command, *};
 use crate::client::{
     api::{HistoryRange, NewMessage},
-    room::Pending,
+    room::PendingSend,
 };
 
 const EPOCH: &str = "e";
@@ -88,7 +88,7 @@ impl Fixture {
             crate::client::api::MessageContent::Json(content) => content.to_string().len() as u32,
             crate::client::api::MessageContent::Binary(payload) => payload.len() as u32,
         };
-        let pending = Pending { send, bytes, reply, _share: [share(), share()] };
+        let pending = PendingSend { send, bytes, reply, _permits: [share(), share()] };
         let room = "r".parse().unwrap();
         self.state.command(Command::Send { room, pending }, self.now);
         answer
