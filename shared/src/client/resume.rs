@@ -238,7 +238,7 @@ struct QueuedSend<T> {
     value: T,
     /// When it was first on the wire: the server's deduplication counts from about there.
     first_sent: Option<Instant>,
-    stage: SendState,
+    state: SendState,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -289,7 +289,7 @@ impl<T> SendQueue<T> {
             id,
             value: what,
             first_sent: None,
-            stage: SendState::Queued,
+            state: SendState::Queued,
         });
     }
 
@@ -302,14 +302,14 @@ impl<T> SendQueue<T> {
     /// Sends `id` again at `at`; what stands behind it and is not on its way waits for it.
     pub fn retry_at(&mut self, id: MessageId, at: Instant) {
         if let Some(send) = self.queue.iter_mut().find(|send| send.id == id) {
-            send.stage = SendState::RetryAt(at);
+            send.state = SendState::RetryAt(at);
         }
     }
 
     /// Takes the connection for gone: nothing is on its way any more.
-    pub fn disconnected(&mut self) {
+    pub fn on_disconnected(&mut self) {
         for send in &mut self.queue {
-            send.stage = SendState::Queued;
+            send.state = SendState::Queued;
         }
     }
 
@@ -321,14 +321,14 @@ impl<T> SendQueue<T> {
             return self.queue.remove(at).map(|send| NextSend::Uncertain(send.id, send.value));
         }
         let send = &mut self.queue[at];
-        send.stage = SendState::InFlight;
+        send.state = SendState::InFlight;
         send.first_sent.get_or_insert(now);
         Some(NextSend::Send(send.id, &mut send.value))
     }
 
     /// When to ask for the next one again, if only time has to pass.
     pub fn next_retry(&self) -> Option<Instant> {
-        self.queue.iter().find_map(|send| match send.stage {
+        self.queue.iter().find_map(|send| match send.state {
             SendState::RetryAt(at) => Some(at),
             SendState::Queued | SendState::InFlight => None,
         })
@@ -336,7 +336,7 @@ impl<T> SendQueue<T> {
 
     /// Those on their way.
     pub fn in_flight(&self) -> impl Iterator<Item = (MessageId, &T)> {
-        let in_flight = |send: &&QueuedSend<T>| send.stage == SendState::InFlight;
+        let in_flight = |send: &&QueuedSend<T>| send.state == SendState::InFlight;
         self.queue.iter().filter(in_flight).map(|send| (send.id, &send.value))
     }
 
@@ -359,7 +359,7 @@ impl<T> SendQueue<T> {
             if in_flight == self.in_flight_max {
                 return None;
             }
-            match send.stage {
+            match send.state {
                 SendState::InFlight => in_flight += 1,
                 SendState::RetryAt(until) if until > now => return None,
                 SendState::Queued | SendState::RetryAt(_) => return Some(at),

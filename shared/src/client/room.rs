@@ -77,26 +77,26 @@ impl PendingSend {
 
 /// What a room is to the present connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Stage {
+pub(super) enum RoomState {
     /// Wanted, and nothing was asked on this connection, if there is one.
-    Away,
+    AwaitingConnection,
     /// `join` is on its way.
     Joining,
     /// `join` was refused for the time being.
-    JoinAt(Instant),
+    JoinRetryAt(Instant),
     /// The connection takes part.
     Joined,
     /// `leave` is on its way.
     Leaving,
     /// `leave` was refused for the time being.
-    LeaveAt(Instant),
+    LeaveRetryAt(Instant),
     /// Over. Only answers to what was sent are awaited.
     Left,
 }
 
 /// See the head of this file.
-pub(super) struct Room {
-    pub(super) stage: Stage,
+pub(super) struct ClientRoom {
+    pub(super) state: RoomState,
     pub(super) start: StartFrom,
     /// What the room asks for, also when it is joined again after a reconnect.
     pub(super) password: Option<String>,
@@ -106,11 +106,11 @@ pub(super) struct Room {
     pub(super) leave_reply: Option<oneshot::Sender<Result<(), LeaveError>>>,
 }
 
-impl Room {
+impl ClientRoom {
     pub(super) fn new(start: StartFrom, in_flight_max: usize) -> Self {
         Self {
-            stage: Stage::Away,
-            log: log_for(&start),
+            state: RoomState::AwaitingConnection,
+            log: tracker_for(&start),
             start,
             password: None,
             sends: SendQueue::new(in_flight_max),
@@ -120,34 +120,41 @@ impl Room {
     }
 
     /// Joins a room again that was left.
-    pub(super) fn begin_anew(&mut self, start: StartFrom) {
-        self.stage = Stage::Away;
-        self.log = log_for(&start);
+    pub(super) fn rejoin(&mut self, start: StartFrom) {
+        self.state = RoomState::AwaitingConnection;
+        self.log = tracker_for(&start);
         self.start = start;
     }
 
     /// Whether the application wants to take part.
     pub(super) fn is_wanted(&self) -> bool {
-        match self.stage {
-            Stage::Away | Stage::Joining | Stage::JoinAt(_) | Stage::Joined => true,
-            Stage::Leaving | Stage::LeaveAt(_) | Stage::Left => false,
+        match self.state {
+            RoomState::AwaitingConnection
+            | RoomState::Joining
+            | RoomState::JoinRetryAt(_)
+            | RoomState::Joined => true,
+            RoomState::Leaving | RoomState::LeaveRetryAt(_) | RoomState::Left => false,
         }
     }
 
     /// When something has to be done that only waits for its time.
-    pub(super) fn due(&self) -> Option<Instant> {
-        match self.stage {
-            Stage::JoinAt(at) | Stage::LeaveAt(at) => Some(at),
+    pub(super) fn next_retry(&self) -> Option<Instant> {
+        match self.state {
+            RoomState::JoinRetryAt(at) | RoomState::LeaveRetryAt(at) => Some(at),
             // Until the recovery has ended nothing is sent, whatever the time.
-            Stage::Joined if self.log.is_recovered() => self.sends.next_retry(),
-            Stage::Away | Stage::Joining | Stage::Joined | Stage::Leaving | Stage::Left => None,
+            RoomState::Joined if self.log.is_recovered() => self.sends.next_retry(),
+            RoomState::AwaitingConnection
+            | RoomState::Joining
+            | RoomState::Joined
+            | RoomState::Leaving
+            | RoomState::Left => None,
         }
     }
 
     /// The server has removed the connection from the room. Positions and ids are forgotten: who
     /// joins again may want to see the same entries again.
-    pub(super) fn left(&mut self) {
-        self.stage = Stage::Left;
+    pub(super) fn on_left(&mut self) {
+        self.state = RoomState::Left;
         self.log = LogTracker::default();
         for pending in self.sends.drain_unsent() {
             pending.complete(Err(SendError::NotJoined));
@@ -155,19 +162,19 @@ impl Room {
     }
 
     /// The connection is gone. Returns whether the room is wanted on the next one.
-    pub(super) fn disconnected(&mut self) -> bool {
+    pub(super) fn on_disconnected(&mut self) -> bool {
         if self.is_wanted() {
-            self.stage = Stage::Away;
-            self.sends.disconnected();
+            self.state = RoomState::AwaitingConnection;
+            self.sends.on_disconnected();
             return true;
         }
-        self.end(SendError::NotJoined, JoinError::Left, Ok(()));
+        self.fail_all(SendError::NotJoined, JoinError::Left, Ok(()));
         false
     }
 
     /// Tells everybody who waits. Messages that were sent have an unknown fate; others have
     /// `unsent`.
-    pub(super) fn end(
+    pub(super) fn fail_all(
         &mut self,
         unsent: SendError,
         join: JoinError,
@@ -186,7 +193,7 @@ impl Room {
     }
 }
 
-fn log_for(start: &StartFrom) -> LogTracker {
+fn tracker_for(start: &StartFrom) -> LogTracker {
     match start {
         StartFrom::Since(position) => LogTracker::starting_at(position.clone()),
         StartFrom::Now | StartFrom::History(_) => LogTracker::default(),

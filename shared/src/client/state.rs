@@ -27,7 +27,7 @@ use super::{
     frames,
     inbox::InboxTracker,
     resume::EntryClass,
-    room::{EncodedFrame, Room, Stage},
+    room::{ClientRoom, EncodedFrame, RoomState},
 };
 use crate::{
     ids::{MessageId, RoomId},
@@ -57,7 +57,7 @@ enum Asked {
 /// See the head of this file.
 pub(super) struct State {
     in_flight_max: usize,
-    rooms: HashMap<RoomId, Room>,
+    rooms: HashMap<RoomId, ClientRoom>,
     pub(super) inbox: InboxTracker,
     asked: HashMap<u64, Asked>,
     next_reference: u64,
@@ -216,19 +216,19 @@ impl State {
 
     /// When [`State::time`] has something to do.
     pub(super) fn due(&self) -> Option<Instant> {
-        self.rooms.values().filter_map(Room::due).min()
+        self.rooms.values().filter_map(ClientRoom::next_retry).min()
     }
 
     /// Does what waited for its time.
     pub(super) fn time(&mut self, now: Instant) {
-        let due = |(name, room): (&RoomId, &Room)| {
-            room.due().is_some_and(|at| at <= now).then(|| name.clone())
+        let due = |(name, room): (&RoomId, &ClientRoom)| {
+            room.next_retry().is_some_and(|at| at <= now).then(|| name.clone())
         };
         let due: Vec<RoomId> = self.rooms.iter().filter_map(due).collect();
         for name in due {
-            match self.rooms.get(&name).map(|room| room.stage) {
-                Some(Stage::JoinAt(_)) => self.ask_to_join(&name),
-                Some(Stage::LeaveAt(_)) => self.ask_to_leave(&name),
+            match self.rooms.get(&name).map(|room| room.state) {
+                Some(RoomState::JoinRetryAt(_)) => self.ask_to_join(&name),
+                Some(RoomState::LeaveRetryAt(_)) => self.ask_to_leave(&name),
                 _ => self.pump(&name, now),
             }
         }
@@ -260,7 +260,7 @@ impl State {
                 let _ = reply.send(Err(HistoryError::NotJoined));
             }
         }
-        self.rooms.retain(|_, room| room.disconnected());
+        self.rooms.retain(|_, room| room.on_disconnected());
     }
 
     /// The client ends: everybody who waits is told.
@@ -271,7 +271,7 @@ impl State {
             }
         }
         for (_, mut room) in self.rooms.drain() {
-            room.end(
+            room.fail_all(
                 SendError::ClientClosed,
                 JoinError::ClientClosed,
                 Err(LeaveError::ClientClosed),
@@ -296,13 +296,13 @@ impl State {
         let away: Vec<RoomId> = self
             .rooms
             .iter()
-            .filter(|(_, room)| room.stage == Stage::Away)
+            .filter(|(_, room)| room.state == RoomState::AwaitingConnection)
             .map(|(name, _)| name.clone())
             .collect();
         for name in away {
             if self.url_room.as_ref() == Some(&name) {
                 if let Some(room) = self.rooms.get_mut(&name) {
-                    room.stage = Stage::Joining;
+                    room.state = RoomState::Joining;
                 }
             } else {
                 self.ask_to_join(&name);
@@ -316,7 +316,7 @@ impl State {
         let room = self
             .rooms
             .entry(joined.room.clone())
-            .or_insert_with(|| Room::new(StartFrom::Now, in_flight_max));
+            .or_insert_with(|| ClientRoom::new(StartFrom::Now, in_flight_max));
         let info = JoinInfo {
             room: joined.room.clone(),
             top: Position::new(joined.epoch.clone(), joined.seq),
@@ -326,15 +326,18 @@ impl State {
             durable: joined.durable,
         };
         if let Some(reply) = room.join_reply.take() {
-            let leaving = matches!(room.stage, Stage::Leaving | Stage::LeaveAt(_));
+            let leaving = matches!(room.state, RoomState::Leaving | RoomState::LeaveRetryAt(_));
             let _ = reply.send(if leaving { Err(JoinError::Left) } else { Ok(info.clone()) });
         }
-        match room.stage {
+        match room.state {
             // Asked for again: "changes nothing".
-            Stage::Joined => return,
-            Stage::Leaving | Stage::LeaveAt(_) => {}
-            Stage::Away | Stage::Joining | Stage::JoinAt(_) | Stage::Left => {
-                room.stage = Stage::Joined;
+            RoomState::Joined => return,
+            RoomState::Leaving | RoomState::LeaveRetryAt(_) => {}
+            RoomState::AwaitingConnection
+            | RoomState::Joining
+            | RoomState::JoinRetryAt(_)
+            | RoomState::Left => {
+                room.state = RoomState::Joined;
             }
         }
         room.log.begin_history(&joined);
@@ -366,7 +369,7 @@ impl State {
         let own = self.connected.as_ref().is_some_and(|me| me.user.id == message.from.id);
         let verdict = match self.rooms.get_mut(&message.room) {
             // Before `joined`, whose history will have it.
-            Some(room) if matches!(room.stage, Stage::Joining | Stage::JoinAt(_)) => {
+            Some(room) if matches!(room.state, RoomState::Joining | RoomState::JoinRetryAt(_)) => {
                 EntryClass::Gap { expected: None, deliver: false }
             }
             Some(room) => {
@@ -428,10 +431,10 @@ impl State {
             Some(reply) => {
                 let _ = reply.send(Ok(()));
             }
-            None if room.stage == Stage::Left => {}
+            None if room.state == RoomState::Left => {}
             None => self.events.push_back(ClientEvent::Left { room: name.clone(), reason }),
         }
-        room.left();
+        room.on_left();
         self.drop_if_done(name);
     }
 
@@ -456,15 +459,15 @@ impl State {
         again: Option<Instant>,
     ) {
         let Some(room) = self.rooms.get_mut(name) else { return };
-        match (room.stage, again) {
-            (Stage::Joining, Some(at)) => room.stage = Stage::JoinAt(at),
-            (Stage::Joining, None) => {
+        match (room.state, again) {
+            (RoomState::Joining, Some(at)) => room.state = RoomState::JoinRetryAt(at),
+            (RoomState::Joining, None) => {
                 let Some(mut room) = self.rooms.remove(name) else { return };
                 if room.join_reply.is_none() {
                     let reason = Some(error_frame.code.as_str().to_owned());
                     self.events.push_back(ClientEvent::Left { room: name.clone(), reason });
                 }
-                room.end(SendError::NotJoined, JoinError::Rejected(error_frame), Ok(()));
+                room.fail_all(SendError::NotJoined, JoinError::Rejected(error_frame), Ok(()));
             }
             // Joined all the same, or being left.
             _ => {
@@ -482,14 +485,14 @@ impl State {
         again: Option<Instant>,
     ) {
         let Some(room) = self.rooms.get_mut(name) else { return };
-        if room.stage != Stage::Leaving {
+        if room.state != RoomState::Leaving {
             return;
         }
         if let Some(at) = again {
-            room.stage = Stage::LeaveAt(at);
+            room.state = RoomState::LeaveRetryAt(at);
             return;
         }
-        room.stage = Stage::Joined;
+        room.state = RoomState::Joined;
         if let Some(reply) = room.leave_reply.take() {
             let _ = reply.send(Err(LeaveError::Rejected(error_frame)));
         }
@@ -516,7 +519,7 @@ impl State {
     }
 
     fn drop_if_done(&mut self, name: &RoomId) {
-        let done = |room: &Room| room.stage == Stage::Left && room.sends.is_empty();
+        let done = |room: &ClientRoom| room.state == RoomState::Left && room.sends.is_empty();
         if self.rooms.get(name).is_some_and(done) {
             self.rooms.remove(name);
         }

@@ -476,7 +476,7 @@ async fn several_may_be_on_their_way_and_go_again_in_order_after_a_reconnect() {
     assert_eq!(sent(&mut sends, now), [1, 2, 3]);
     assert_eq!(sends.in_flight().count(), 3);
     sends.remove(id(2));
-    sends.disconnected();
+    sends.on_disconnected();
     assert_eq!(sends.in_flight().count(), 0);
     assert_eq!(sent(&mut sends, now), [1, 3, 4]);
 }
@@ -487,7 +487,7 @@ async fn what_is_older_than_the_window_and_was_sent_is_uncertain() {
     let mut sends = SendQueue::new(1);
     (1..=2).for_each(|number| sends.push(id(number), number));
     sent(&mut sends, now);
-    sends.disconnected();
+    sends.on_disconnected();
     assert_eq!(sends.next(now + WINDOW, WINDOW), Some(NextSend::Uncertain(id(1), 1)));
     // The second was never on the wire, so that nothing about it is uncertain.
     assert_eq!(sent(&mut sends, now + WINDOW), [2]);
@@ -556,7 +556,7 @@ proptest! {
                 Fate::WaitAWhile(n) => if let Some(id) = nth(&sends, n) {
                     sends.retry_at(id, now + Duration::from_secs(30));
                 },
-                Fate::Disconnect => sends.disconnected(),
+                Fate::Disconnect => sends.on_disconnected(),
                 Fate::Pass(seconds) => now += Duration::from_secs(seconds),
             }
             prop_assert!(sends.in_flight().count() <= in_flight_max);

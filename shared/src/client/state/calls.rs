@@ -14,7 +14,7 @@ use crate::{
         },
         frames,
         resume::NextSend,
-        room::{EncodedFrame, PendingSend, Room, Stage},
+        room::{ClientRoom, EncodedFrame, PendingSend, RoomState},
     },
     ids::RoomId,
     position::Seq,
@@ -86,19 +86,22 @@ impl State {
         let room = self
             .rooms
             .entry(name.clone())
-            .or_insert_with(|| Room::new(start.clone(), in_flight_max));
+            .or_insert_with(|| ClientRoom::new(start.clone(), in_flight_max));
         let waits = room.join_reply.as_ref().is_some_and(|reply| !reply.is_closed());
-        if waits || matches!(room.stage, Stage::Leaving | Stage::LeaveAt(_)) {
+        if waits || matches!(room.state, RoomState::Leaving | RoomState::LeaveRetryAt(_)) {
             let _ = reply.send(Err(JoinError::InProgress));
             return;
         }
         room.join_reply = Some(reply);
         room.password = password;
-        match room.stage {
-            Stage::Away | Stage::Joined => {}
-            Stage::Left => room.begin_anew(start),
+        match room.state {
+            RoomState::AwaitingConnection | RoomState::Joined => {}
+            RoomState::Left => room.rejoin(start),
             // The answer is on its way.
-            Stage::Joining | Stage::JoinAt(_) | Stage::Leaving | Stage::LeaveAt(_) => return,
+            RoomState::Joining
+            | RoomState::JoinRetryAt(_)
+            | RoomState::Leaving
+            | RoomState::LeaveRetryAt(_) => return,
         }
         if self.connected.is_some() {
             self.ask_to_join(&name);
@@ -110,20 +113,20 @@ impl State {
             let _ = reply.send(Ok(()));
             return;
         };
-        match room.stage {
-            Stage::Left => {
+        match room.state {
+            RoomState::Left => {
                 let _ = reply.send(Ok(()));
             }
-            Stage::Leaving | Stage::LeaveAt(_) => {
+            RoomState::Leaving | RoomState::LeaveRetryAt(_) => {
                 let _ = reply.send(Err(LeaveError::InProgress));
             }
-            Stage::Away | Stage::JoinAt(_) => {
+            RoomState::AwaitingConnection | RoomState::JoinRetryAt(_) => {
                 if let Some(mut room) = self.rooms.remove(name) {
-                    room.end(SendError::NotJoined, JoinError::Left, Ok(()));
+                    room.fail_all(SendError::NotJoined, JoinError::Left, Ok(()));
                 }
                 let _ = reply.send(Ok(()));
             }
-            Stage::Joining | Stage::Joined => {
+            RoomState::Joining | RoomState::Joined => {
                 room.leave_reply = Some(reply);
                 self.ask_to_leave(name);
             }
@@ -144,7 +147,7 @@ impl State {
     }
 
     fn history(&mut self, name: &RoomId, page: HistoryRange, limit: u32, reply: HistoryReply) {
-        let joined = self.rooms.get(name).is_some_and(|room| room.stage == Stage::Joined);
+        let joined = self.rooms.get(name).is_some_and(|room| room.state == RoomState::Joined);
         let questions = self.asked.values().filter(|asked| matches!(asked, Asked::History(_)));
         if !joined {
             let _ = reply.send(Err(HistoryError::NotJoined));
@@ -167,8 +170,8 @@ impl State {
         let reference = self.ask(Asked::Join(name.clone()));
         let Some(room) = self.rooms.get_mut(name) else { return };
         // A room that is joined is asked for again without changing anything.
-        if room.stage != Stage::Joined {
-            room.stage = Stage::Joining;
+        if room.state != RoomState::Joined {
+            room.state = RoomState::Joining;
         }
         let since = room.log.cursor();
         let history = match (since, &room.start) {
@@ -184,7 +187,7 @@ impl State {
     pub(super) fn ask_to_leave(&mut self, name: &RoomId) {
         let reference = self.ask(Asked::Leave(name.clone()));
         if let Some(room) = self.rooms.get_mut(name) {
-            room.stage = Stage::Leaving;
+            room.state = RoomState::Leaving;
         }
         let frame = frames::OutgoingLeave { reference, room: name };
         self.out.push_back(EncodedFrame::Text(frames::encode_text(&frame)));
@@ -201,7 +204,7 @@ impl State {
     pub(super) fn pump(&mut self, name: &RoomId, now: Instant) {
         self.drop_if_done(name);
         let Some(room) = self.rooms.get_mut(name) else { return };
-        if room.stage != Stage::Joined || !room.log.is_recovered() {
+        if room.state != RoomState::Joined || !room.log.is_recovered() {
             return;
         }
         loop {
