@@ -24,7 +24,7 @@ use self::{
     },
     options::ConnectOptions,
     room::PendingSend,
-    state::calls::Command,
+    state::calls::ClientCall,
     task::Task,
 };
 use crate::{ids::RoomId, position::Seq};
@@ -50,7 +50,7 @@ const COMMANDS_MAX: usize = 256;
 /// still once [`ClientOptions::event_queue_max`] wait: take them in a task of their own.
 #[derive(Clone, Debug)]
 pub struct Client {
-    commands: mpsc::Sender<Command>,
+    commands: mpsc::Sender<ClientCall>,
     closing: Arc<watch::Sender<bool>>,
     sends: Arc<Semaphore>,
     send_bytes: Arc<Semaphore>,
@@ -113,7 +113,7 @@ impl Client {
         password: Option<String>,
     ) -> Result<JoinInfo, JoinError> {
         let (reply, answer) = oneshot::channel();
-        let command = Command::Join { room: room.clone(), start, password, reply };
+        let command = ClientCall::Join { room: room.clone(), start, password, reply };
         self.ask(command, answer).await.unwrap_or(Err(JoinError::ClientClosed))
     }
 
@@ -125,7 +125,7 @@ impl Client {
     /// [`LeaveError`]
     pub async fn leave(&self, room: &RoomId) -> Result<(), LeaveError> {
         let (reply, answer) = oneshot::channel();
-        let command = Command::Leave { room: room.clone(), reply };
+        let command = ClientCall::Leave { room: room.clone(), reply };
         self.ask(command, answer).await.unwrap_or(Err(LeaveError::ClientClosed))
     }
 
@@ -166,7 +166,7 @@ impl Client {
         let many = Arc::clone(&self.send_bytes).try_acquire_many_owned(bytes).map_err(full)?;
         let (reply, answer) = oneshot::channel();
         let pending = PendingSend { send, bytes, reply, _permits: [one, many] };
-        let command = Command::Send { room: room.clone(), pending };
+        let command = ClientCall::Send { room: room.clone(), pending };
         self.ask(command, answer).await.unwrap_or(Err(SendError::ClientClosed))
     }
 
@@ -182,7 +182,7 @@ impl Client {
         limit: u32,
     ) -> Result<HistoryPage, HistoryError> {
         let (reply, answer) = oneshot::channel();
-        let command = Command::History { room: room.clone(), page, limit, reply };
+        let command = ClientCall::History { room: room.clone(), page, limit, reply };
         self.ask(command, answer).await.unwrap_or(Err(HistoryError::ClientClosed))
     }
 
@@ -190,14 +190,14 @@ impl Client {
     /// count as received.
     pub async fn mark_seen(&self, seq: Seq) {
         // A client that has ended tells nobody.
-        let _ = self.commands.send(Command::Seen(seq)).await;
+        let _ = self.commands.send(ClientCall::MarkSeen(seq)).await;
     }
 
     /// Replaces the token of [`ConnectOptions`] for the connections to come. A client whose token has
     /// expired connects again with it.
     pub async fn set_token(&self, token: impl Into<String>) {
         // A client that has ended needs none.
-        let _ = self.commands.send(Command::Token(token.into())).await;
+        let _ = self.commands.send(ClientCall::SetToken(token.into())).await;
     }
 
     /// Closes the connection with 1000 and ends the client. Returns when it has ended; events that
@@ -212,7 +212,7 @@ impl Client {
         self.commands.is_closed() || self.task.is_finished()
     }
 
-    async fn ask<T>(&self, command: Command, answer: oneshot::Receiver<T>) -> Option<T> {
+    async fn ask<T>(&self, command: ClientCall, answer: oneshot::Receiver<T>) -> Option<T> {
         self.commands.send(command).await.ok()?;
         answer.await.ok()
     }

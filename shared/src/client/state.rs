@@ -47,7 +47,7 @@ pub(super) mod calls;
 const RETRY_WAIT: Duration = Duration::from_millis(500);
 
 /// A frame that has no answer yet.
-enum Asked {
+enum PendingRequest {
     Join(RoomId),
     Leave(RoomId),
     Send(RoomId, MessageId),
@@ -55,11 +55,11 @@ enum Asked {
 }
 
 /// See the head of this file.
-pub(super) struct State {
+pub(super) struct ClientState {
     in_flight_max: usize,
     rooms: HashMap<RoomId, ClientRoom>,
     pub(super) inbox: InboxTracker,
-    asked: HashMap<u64, Asked>,
+    pending: HashMap<u64, PendingRequest>,
     next_reference: u64,
     /// How long a repeat is known for what it is.
     dedup_window: Duration,
@@ -80,17 +80,17 @@ pub(super) struct State {
 
 /// What this client reads of frames that have no type of their own.
 #[derive(Deserialize)]
-struct Loose {
+struct ReasonField {
     reason: Option<String>,
 }
 
-impl State {
+impl ClientState {
     pub(super) fn new(in_flight_max: usize) -> Self {
         Self {
             in_flight_max,
             rooms: HashMap::new(),
             inbox: InboxTracker::default(),
-            asked: HashMap::new(),
+            pending: HashMap::new(),
             next_reference: 1,
             dedup_window: Duration::ZERO,
             message_bytes_max: MESSAGE_BYTES_MAX,
@@ -109,20 +109,22 @@ impl State {
     }
 
     /// Takes a text frame.
-    pub(super) fn frame(&mut self, frame: ServerFrame, text: String, now: Instant) {
+    pub(super) fn on_frame(&mut self, frame: ServerFrame, text: String, now: Instant) {
         match frame {
-            ServerFrame::Connected(connected) => self.connected(*connected),
-            ServerFrame::Joined(joined) => self.joined(*joined, now),
-            ServerFrame::Message(message) => self.message(message, None, now),
-            ServerFrame::Ack(ack) => self.ack(*ack, now),
+            ServerFrame::Connected(connected) => self.on_connected(*connected),
+            ServerFrame::Joined(joined) => self.on_joined(*joined, now),
+            ServerFrame::Message(message) => self.on_message(message, None, now),
+            ServerFrame::Ack(ack) => self.on_ack(*ack, now),
             ServerFrame::Left(left) => {
-                self.forget(left.reference.as_ref());
-                self.left(&left.room, loose(&text).and_then(|loose| loose.reason));
+                self.take_request(left.reference.as_ref());
+                self.on_left(&left.room, reason_in(&text).and_then(|loose| loose.reason));
             }
             ServerFrame::History(history) => {
-                let messages = history.messages.into_iter().filter_map(message_of).collect();
+                let messages = history.messages.into_iter().filter_map(into_message).collect();
                 let page = HistoryPage { epoch: history.epoch, messages, more: history.more };
-                if let Some(Asked::History(reply)) = self.forget(history.reference.as_ref()) {
+                if let Some(PendingRequest::History(reply)) =
+                    self.take_request(history.reference.as_ref())
+                {
                     let _ = reply.send(Ok(page));
                 }
             }
@@ -139,21 +141,21 @@ impl State {
                 }
                 self.events.push_back(ClientEvent::Reset(reset));
                 if let Some(name) = name {
-                    self.pump(&name, now);
+                    self.flush_sends(&name, now);
                 }
             }
             ServerFrame::Status(status) => self.events.push_back(ClientEvent::Status(status)),
             ServerFrame::Reconnect(reconnect) => self.reconnect = Some(reconnect),
-            ServerFrame::Error(error_frame) => self.refused(error_frame, now),
+            ServerFrame::Error(error_frame) => self.on_error(error_frame, now),
             ServerFrame::Pong(_) => {}
             ServerFrame::Ping(_) => self
                 .out
                 .push_back(EncodedFrame::Text(frames::encode_text(&frames::OutgoingPong {}))),
             ServerFrame::RoomClosed(closed) => {
-                self.left(&closed.room, loose(&text).and_then(|loose| loose.reason));
+                self.on_left(&closed.room, reason_in(&text).and_then(|loose| loose.reason));
             }
-            ServerFrame::Direct(direct) => self.direct(direct, None),
-            ServerFrame::Notification(notification) => self.notification(notification),
+            ServerFrame::Direct(direct) => self.on_direct(direct, None),
+            ServerFrame::Notification(notification) => self.on_notification(notification),
             ServerFrame::Broadcast(_)
             | ServerFrame::UserStatus(_)
             | ServerFrame::Session(_)
@@ -171,19 +173,19 @@ impl State {
     }
 
     /// Takes a message of a room, with its payload if it came in a binary frame.
-    pub(super) fn message(
+    pub(super) fn on_message(
         &mut self,
         message: Box<MessageFrame>,
         payload: Option<Bytes>,
         now: Instant,
     ) {
         let room = message.room.clone();
-        self.entry(message, payload);
-        self.pump(&room, now);
+        self.on_entry(message, payload);
+        self.flush_sends(&room, now);
     }
 
     /// Takes a direct, with its payload if it came in a binary frame.
-    pub(super) fn direct(&mut self, direct: Box<DirectFrame>, payload: Option<Bytes>) {
+    pub(super) fn on_direct(&mut self, direct: Box<DirectFrame>, payload: Option<Bytes>) {
         let position = Position::new(direct.epoch.clone(), direct.seq);
         if self.inbox.accept(&position, &direct.from.id, direct.id) {
             self.events.push_back(ClientEvent::Direct { direct, payload });
@@ -191,7 +193,7 @@ impl State {
         self.acknowledge();
     }
 
-    fn notification(&mut self, notification: Box<NotificationFrame>) {
+    fn on_notification(&mut self, notification: Box<NotificationFrame>) {
         let position = Position::new(notification.epoch.clone(), notification.seq);
         // Nobody has that id: it is the server's.
         let from = "_api".parse().expect("an id");
@@ -214,28 +216,28 @@ impl State {
         }
     }
 
-    /// When [`State::time`] has something to do.
-    pub(super) fn due(&self) -> Option<Instant> {
+    /// When [`ClientState::on_timer`] has something to do.
+    pub(super) fn next_deadline(&self) -> Option<Instant> {
         self.rooms.values().filter_map(ClientRoom::next_retry).min()
     }
 
     /// Does what waited for its time.
-    pub(super) fn time(&mut self, now: Instant) {
+    pub(super) fn on_timer(&mut self, now: Instant) {
         let due = |(name, room): (&RoomId, &ClientRoom)| {
             room.next_retry().is_some_and(|at| at <= now).then(|| name.clone())
         };
         let due: Vec<RoomId> = self.rooms.iter().filter_map(due).collect();
         for name in due {
             match self.rooms.get(&name).map(|room| room.state) {
-                Some(RoomState::JoinRetryAt(_)) => self.ask_to_join(&name),
-                Some(RoomState::LeaveRetryAt(_)) => self.ask_to_leave(&name),
-                _ => self.pump(&name, now),
+                Some(RoomState::JoinRetryAt(_)) => self.send_join(&name),
+                Some(RoomState::LeaveRetryAt(_)) => self.send_leave(&name),
+                _ => self.flush_sends(&name, now),
             }
         }
     }
 
     /// The server found a message too big and did not say which: it is taken to be the largest.
-    pub(super) fn too_big(&mut self) {
+    pub(super) fn fail_largest_send(&mut self) {
         let largest = self
             .rooms
             .iter()
@@ -252,11 +254,11 @@ impl State {
     }
 
     /// The connection is gone. Rooms stay wanted, sends stay queued.
-    pub(super) fn disconnected(&mut self) {
+    pub(super) fn on_disconnected(&mut self) {
         self.connected = None;
         self.out.clear();
-        for (_, asked) in self.asked.drain() {
-            if let Asked::History(reply) = asked {
+        for (_, asked) in self.pending.drain() {
+            if let PendingRequest::History(reply) = asked {
                 let _ = reply.send(Err(HistoryError::NotJoined));
             }
         }
@@ -264,9 +266,9 @@ impl State {
     }
 
     /// The client ends: everybody who waits is told.
-    pub(super) fn end(&mut self) {
-        for (_, asked) in self.asked.drain() {
-            if let Asked::History(reply) = asked {
+    pub(super) fn fail_all(&mut self) {
+        for (_, asked) in self.pending.drain() {
+            if let PendingRequest::History(reply) = asked {
                 let _ = reply.send(Err(HistoryError::ClientClosed));
             }
         }
@@ -279,7 +281,7 @@ impl State {
         }
     }
 
-    fn connected(&mut self, connected: ConnectedFrame) {
+    fn on_connected(&mut self, connected: ConnectedFrame) {
         // A little less than the server's, which counts from when it took the message and compares
         // when it takes the repeat.
         self.dedup_window = Duration::from_secs(connected.dedup_window).mul_f64(0.95);
@@ -305,13 +307,13 @@ impl State {
                     room.state = RoomState::Joining;
                 }
             } else {
-                self.ask_to_join(&name);
+                self.send_join(&name);
             }
         }
     }
 
-    fn joined(&mut self, mut joined: JoinedFrame<HistoryEntry>, now: Instant) {
-        self.forget(joined.reference.as_ref());
+    fn on_joined(&mut self, mut joined: JoinedFrame<HistoryEntry>, now: Instant) {
+        self.take_request(joined.reference.as_ref());
         let in_flight_max = self.in_flight_max;
         let room = self
             .rooms
@@ -345,8 +347,8 @@ impl State {
         if let Some(reason) = joined.reason {
             self.events.push_back(ClientEvent::NotRecovered { room: joined.room.clone(), reason });
         }
-        for message in std::mem::take(&mut joined.history).into_iter().filter_map(message_of) {
-            self.entry(Box::new(message), None);
+        for message in std::mem::take(&mut joined.history).into_iter().filter_map(into_message) {
+            self.on_entry(Box::new(message), None);
         }
         if let Some(room) = self.rooms.get_mut(&joined.room)
             && let Some(expected) = room.log.end_history(&joined)
@@ -355,20 +357,20 @@ impl State {
             let (room, expected) = (joined.room.clone(), Some(expected));
             self.events.push_back(ClientEvent::Gap { room, expected, got });
         }
-        self.pump(&joined.room, now);
+        self.flush_sends(&joined.room, now);
     }
 
-    fn entry(&mut self, message: Box<MessageFrame>, payload: Option<Bytes>) {
+    fn on_entry(&mut self, message: Box<MessageFrame>, payload: Option<Bytes>) {
         let position = Position::new(message.epoch.clone(), message.seq);
         if position.epoch.is_none() {
             // A room without a log: there is nothing to judge by.
-            let payload = payload.or_else(|| payload_of(&message));
+            let payload = payload.or_else(|| base64_payload(&message));
             self.events.push_back(ClientEvent::Message { message, payload });
             return;
         }
         let own = self.connected.as_ref().is_some_and(|me| me.user.id == message.from.id);
         let verdict = match self.rooms.get_mut(&message.room) {
-            // Before `joined`, whose history will have it.
+            // Before `on_joined`, whose history will have it.
             Some(room) if matches!(room.state, RoomState::Joining | RoomState::JoinRetryAt(_)) => {
                 EntryClass::Gap { expected: None, deliver: false }
             }
@@ -400,13 +402,13 @@ impl State {
             }
         };
         if deliver {
-            let payload = payload.or_else(|| payload_of(&message));
+            let payload = payload.or_else(|| base64_payload(&message));
             self.events.push_back(ClientEvent::Message { message, payload });
         }
     }
 
-    fn ack(&mut self, ack: AckFrame, now: Instant) {
-        self.forget(ack.reference.as_ref());
+    fn on_ack(&mut self, ack: AckFrame, now: Instant) {
+        self.take_request(ack.reference.as_ref());
         let Some(name) = ack.room else { return };
         let Some(room) = self.rooms.get_mut(&name) else { return };
         let position = Position::new(ack.epoch, ack.seq);
@@ -421,11 +423,11 @@ impl State {
         if let Some(pending) = room.sends.remove(ack.id) {
             pending.complete(Ok(SendReceipt { id: ack.id, position, duplicate: ack.duplicate }));
         }
-        self.pump(&name, now);
+        self.flush_sends(&name, now);
     }
 
     /// The room is left, asked for or not. What is on its way to it still gets its answers.
-    fn left(&mut self, name: &RoomId, reason: Option<String>) {
+    fn on_left(&mut self, name: &RoomId, reason: Option<String>) {
         let Some(room) = self.rooms.get_mut(name) else { return };
         match room.leave_reply.take() {
             Some(reply) => {
@@ -435,24 +437,26 @@ impl State {
             None => self.events.push_back(ClientEvent::Left { room: name.clone(), reason }),
         }
         room.on_left();
-        self.drop_if_done(name);
+        self.remove_if_done(name);
     }
 
-    fn refused(&mut self, error_frame: Box<ErrorFrame>, now: Instant) {
+    fn on_error(&mut self, error_frame: Box<ErrorFrame>, now: Instant) {
         let wait = error_frame.retry_after_ms.map_or(RETRY_WAIT, Duration::from_millis);
         let again = error_frame.code.is_retryable().then(|| now + wait);
-        match self.forget(error_frame.reference.as_ref()) {
-            Some(Asked::Join(name)) => self.join_refused(&name, error_frame, again),
-            Some(Asked::Leave(name)) => self.leave_refused(&name, error_frame, again),
-            Some(Asked::Send(name, id)) => self.send_refused(&name, id, error_frame, again, now),
-            Some(Asked::History(reply)) => {
+        match self.take_request(error_frame.reference.as_ref()) {
+            Some(PendingRequest::Join(name)) => self.on_join_rejected(&name, error_frame, again),
+            Some(PendingRequest::Leave(name)) => self.on_leave_rejected(&name, error_frame, again),
+            Some(PendingRequest::Send(name, id)) => {
+                self.on_send_rejected(&name, id, error_frame, again, now)
+            }
+            Some(PendingRequest::History(reply)) => {
                 let _ = reply.send(Err(HistoryError::Rejected(error_frame)));
             }
             None => self.events.push_back(ClientEvent::Error(error_frame)),
         }
     }
 
-    fn join_refused(
+    fn on_join_rejected(
         &mut self,
         name: &RoomId,
         error_frame: Box<ErrorFrame>,
@@ -478,7 +482,7 @@ impl State {
         }
     }
 
-    fn leave_refused(
+    fn on_leave_rejected(
         &mut self,
         name: &RoomId,
         error_frame: Box<ErrorFrame>,
@@ -498,7 +502,7 @@ impl State {
         }
     }
 
-    fn send_refused(
+    fn on_send_rejected(
         &mut self,
         name: &RoomId,
         id: MessageId,
@@ -515,34 +519,34 @@ impl State {
                 }
             }
         }
-        self.pump(name, now);
+        self.flush_sends(name, now);
     }
 
-    fn drop_if_done(&mut self, name: &RoomId) {
+    fn remove_if_done(&mut self, name: &RoomId) {
         let done = |room: &ClientRoom| room.state == RoomState::Left && room.sends.is_empty();
         if self.rooms.get(name).is_some_and(done) {
             self.rooms.remove(name);
         }
     }
 
-    fn forget(&mut self, reference: Option<&FrameRef>) -> Option<Asked> {
-        self.asked.remove(&reference?.as_json().parse().ok()?)
+    fn take_request(&mut self, reference: Option<&FrameRef>) -> Option<PendingRequest> {
+        self.pending.remove(&reference?.as_json().parse().ok()?)
     }
 }
 
-fn message_of(entry: HistoryEntry) -> Option<MessageFrame> {
+fn into_message(entry: HistoryEntry) -> Option<MessageFrame> {
     match entry {
         HistoryEntry::Message(message) => Some(*message),
         HistoryEntry::Direct(_) | HistoryEntry::Unknown => None,
     }
 }
 
-fn loose(text: &str) -> Option<Loose> {
+fn reason_in(text: &str) -> Option<ReasonField> {
     serde_json::from_str(text).ok()
 }
 
 /// The payload of a binary message that stands inside JSON.
-fn payload_of(message: &MessageFrame) -> Option<Bytes> {
+fn base64_payload(message: &MessageFrame) -> Option<Bytes> {
     if message.encoding.as_deref() != Some("base64") {
         return None;
     }

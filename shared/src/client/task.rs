@@ -1,5 +1,5 @@
 //! The task that owns a client's connection: it connects, comes back, and moves frames between the
-//! socket and [`State`], which decides everything about rooms and messages.
+//! socket and [`ClientState`], which decides everything about rooms and messages.
 //!
 //! One loop waits for the application's calls, the socket and the clock. Events are handed over
 //! with waiting: an application that does not take them slows the client down, and the gateway
@@ -18,7 +18,7 @@ use super::{
     connection::{ClientConnection, ConnectionClosed, ReceivedMessage},
     options::{ConnectError, ConnectOptions},
     room::EncodedFrame,
-    state::{State, calls::Command},
+    state::{ClientState, calls::ClientCall},
 };
 use crate::{
     close::{CloseCode, ReconnectAdvice, reconnect_advice},
@@ -39,11 +39,11 @@ const STABLE_AFTER: Duration = Duration::from_secs(1);
 pub(super) struct Task {
     options: ConnectOptions,
     settings: ClientOptions,
-    commands: mpsc::Receiver<Command>,
+    commands: mpsc::Receiver<ClientCall>,
     events: mpsc::Sender<ClientEvent>,
     /// Turns true when the application wants the end.
     closing: watch::Receiver<bool>,
-    state: State,
+    state: ClientState,
     backoff: Backoff,
     /// Which of the URLs is next.
     url: usize,
@@ -55,11 +55,11 @@ impl Task {
     pub(super) fn new(
         options: ConnectOptions,
         settings: ClientOptions,
-        commands: mpsc::Receiver<Command>,
+        commands: mpsc::Receiver<ClientCall>,
         events: mpsc::Sender<ClientEvent>,
         closing: watch::Receiver<bool>,
     ) -> Self {
-        let mut state = State::new(settings.in_flight_max);
+        let mut state = ClientState::new(settings.in_flight_max);
         state.url_room = url_room(&options.url);
         Self {
             backoff: Backoff::new(settings.backoff_base, settings.backoff_cap),
@@ -80,7 +80,7 @@ impl Task {
             Ok(never) => match never {},
             Err(reason) => reason,
         };
-        self.state.end();
+        self.state.fail_all();
         // Handles see the end by this, also where nobody takes events any more.
         self.commands.close();
         while let Ok(command) = self.commands.try_recv() {
@@ -189,7 +189,7 @@ impl Task {
                 return Err(reason);
             }
             let silent_at = heard + self.silence_max();
-            let wake_at = self.state.due().map_or(silent_at, |due| due.min(silent_at));
+            let wake_at = self.state.next_deadline().map_or(silent_at, |due| due.min(silent_at));
             // Every arm is cancel-safe: a call stays in the channel, a frame in the socket's
             // buffer. The bodies await nothing but the end.
             tokio::select! {
@@ -217,7 +217,7 @@ impl Task {
                         let reason = "nothing heard from the gateway".to_owned();
                         return Ok(ConnectionClosed { code: None, reason });
                     }
-                    self.state.time(now);
+                    self.state.on_timer(now);
                 }
             }
         }
@@ -234,12 +234,12 @@ impl Task {
     fn received(&mut self, received: ReceivedMessage) {
         let now = Instant::now();
         match received {
-            ReceivedMessage::Frame(frame, text) => self.state.frame(frame, text, now),
+            ReceivedMessage::Frame(frame, text) => self.state.on_frame(frame, text, now),
             ReceivedMessage::Binary(message, payload) => {
-                self.state.message(message, Some(payload), now)
+                self.state.on_message(message, Some(payload), now)
             }
             ReceivedMessage::BinaryDirect(direct, payload) => {
-                self.state.direct(direct, Some(payload));
+                self.state.on_direct(direct, Some(payload));
             }
             ReceivedMessage::Text(text) => {
                 self.state.events.push_back(ClientEvent::InvalidMessage(text))
@@ -252,15 +252,15 @@ impl Task {
         }
     }
 
-    fn command(&mut self, command: Command) {
-        if let Command::Token(token) = command {
+    fn command(&mut self, command: ClientCall) {
+        if let ClientCall::SetToken(token) = command {
             if let Some(known) = &mut self.options.token {
                 known.token = token;
             }
             self.token_is_new = true;
             return;
         }
-        self.state.command(command, Instant::now());
+        self.state.on_call(command, Instant::now());
     }
 
     /// Writes what is to be written. Returns how the connection ended if it makes no headway.
@@ -326,11 +326,11 @@ impl Task {
         let ConnectionClosed { code, reason } = closed;
         let advice = reconnect_advice(code, &reason);
         if advice == ReconnectAdvice::ReconnectWithoutMessage {
-            self.state.too_big();
+            self.state.fail_largest_send();
         }
         self.keep_identity();
         let asked_to_wait = self.next_node();
-        self.state.disconnected();
+        self.state.on_disconnected();
         let comes_back = match advice {
             ReconnectAdvice::Reconnect | ReconnectAdvice::ReconnectWithoutMessage => true,
             ReconnectAdvice::ReconnectWithNewToken => self.token_is_new,

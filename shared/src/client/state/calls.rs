@@ -5,7 +5,7 @@
 
 use tokio::{sync::oneshot, time::Instant};
 
-use super::{Asked, State};
+use super::{ClientState, PendingRequest};
 use crate::{
     client::{
         api::{
@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// What an application asks.
-pub(in crate::client) enum Command {
+pub(in crate::client) enum ClientCall {
     Join {
         room: RoomId,
         start: StartFrom,
@@ -44,30 +44,30 @@ pub(in crate::client) enum Command {
         reply: HistoryReply,
     },
     /// A person has seen the inbox up to there.
-    Seen(Seq),
-    Token(String),
+    MarkSeen(Seq),
+    SetToken(String),
 }
 
 pub(super) type HistoryReply = oneshot::Sender<Result<HistoryPage, HistoryError>>;
 
-impl State {
+impl ClientState {
     /// Takes a call of the application.
-    pub(in crate::client) fn command(&mut self, command: Command, now: Instant) {
+    pub(in crate::client) fn on_call(&mut self, command: ClientCall, now: Instant) {
         match command {
-            Command::Join { room, start, password, reply } => {
+            ClientCall::Join { room, start, password, reply } => {
                 self.join(room, start, password, reply);
             }
-            Command::Leave { room, reply } => self.leave(&room, reply),
-            Command::Send { room, pending } => self.send(&room, pending, now),
-            Command::History { room, page, limit, reply } => {
+            ClientCall::Leave { room, reply } => self.leave(&room, reply),
+            ClientCall::Send { room, pending } => self.send(&room, pending, now),
+            ClientCall::History { room, page, limit, reply } => {
                 self.history(&room, page, limit, reply);
             }
-            Command::Seen(seq) => {
+            ClientCall::MarkSeen(seq) => {
                 self.inbox.mark_seen(seq);
                 self.acknowledge();
             }
             // Tokens are the task's affair.
-            Command::Token(_) => {}
+            ClientCall::SetToken(_) => {}
         }
     }
 
@@ -104,7 +104,7 @@ impl State {
             | RoomState::LeaveRetryAt(_) => return,
         }
         if self.connected.is_some() {
-            self.ask_to_join(&name);
+            self.send_join(&name);
         }
     }
 
@@ -128,7 +128,7 @@ impl State {
             }
             RoomState::Joining | RoomState::Joined => {
                 room.leave_reply = Some(reply);
-                self.ask_to_leave(name);
+                self.send_leave(name);
             }
         }
     }
@@ -143,18 +143,19 @@ impl State {
             return;
         }
         room.sends.push(pending.send.id, pending);
-        self.pump(name, now);
+        self.flush_sends(name, now);
     }
 
     fn history(&mut self, name: &RoomId, page: HistoryRange, limit: u32, reply: HistoryReply) {
         let joined = self.rooms.get(name).is_some_and(|room| room.state == RoomState::Joined);
-        let questions = self.asked.values().filter(|asked| matches!(asked, Asked::History(_)));
+        let questions =
+            self.pending.values().filter(|asked| matches!(asked, PendingRequest::History(_)));
         if !joined {
             let _ = reply.send(Err(HistoryError::NotJoined));
         } else if questions.count() >= HISTORY_REQUESTS_MAX {
             let _ = reply.send(Err(HistoryError::TooManyPending));
         } else {
-            let reference = self.ask(Asked::History(reply));
+            let reference = self.register(PendingRequest::History(reply));
             let (before, after) = match page {
                 HistoryRange::Newest => (None, None),
                 HistoryRange::Before(seq) => (Some(seq), None),
@@ -166,8 +167,8 @@ impl State {
         }
     }
 
-    pub(super) fn ask_to_join(&mut self, name: &RoomId) {
-        let reference = self.ask(Asked::Join(name.clone()));
+    pub(super) fn send_join(&mut self, name: &RoomId) {
+        let reference = self.register(PendingRequest::Join(name.clone()));
         let Some(room) = self.rooms.get_mut(name) else { return };
         // A room that is joined is asked for again without changing anything.
         if room.state != RoomState::Joined {
@@ -184,8 +185,8 @@ impl State {
         self.out.push_back(EncodedFrame::Text(frames::encode_text(&frame)));
     }
 
-    pub(super) fn ask_to_leave(&mut self, name: &RoomId) {
-        let reference = self.ask(Asked::Leave(name.clone()));
+    pub(super) fn send_leave(&mut self, name: &RoomId) {
+        let reference = self.register(PendingRequest::Leave(name.clone()));
         if let Some(room) = self.rooms.get_mut(name) {
             room.state = RoomState::Leaving;
         }
@@ -193,16 +194,16 @@ impl State {
         self.out.push_back(EncodedFrame::Text(frames::encode_text(&frame)));
     }
 
-    fn ask(&mut self, asked: Asked) -> Option<FrameRef> {
+    fn register(&mut self, asked: PendingRequest) -> Option<FrameRef> {
         let reference = self.next_reference;
         self.next_reference += 1;
-        self.asked.insert(reference, asked);
+        self.pending.insert(reference, asked);
         Some(FrameRef::number(reference))
     }
 
     /// Sends what may be sent to a room.
-    pub(super) fn pump(&mut self, name: &RoomId, now: Instant) {
-        self.drop_if_done(name);
+    pub(super) fn flush_sends(&mut self, name: &RoomId, now: Instant) {
+        self.remove_if_done(name);
         let Some(room) = self.rooms.get_mut(name) else { return };
         if room.state != RoomState::Joined || !room.log.is_recovered() {
             return;
@@ -220,7 +221,8 @@ impl State {
             };
             match outgoing {
                 Ok(outgoing) if outgoing.len() <= self.message_bytes_max => {
-                    self.asked.insert(self.next_reference, Asked::Send(name.clone(), id));
+                    self.pending
+                        .insert(self.next_reference, PendingRequest::Send(name.clone(), id));
                     self.next_reference += 1;
                     if !echo {
                         room.log.expect_no_echo(id);

@@ -6,7 +6,7 @@ use tokio::sync::{
     oneshot::{self, error::TryRecvError},
 };
 
-use super::{calls::Command, *};
+use super::{calls::ClientCall, *};
 use crate::client::{
     api::{HistoryRange, NewMessage},
     room::PendingSend,
@@ -16,7 +16,7 @@ const EPOCH: &str = "e";
 
 /// A state with a connection, fed with JSON as a gateway would write it.
 struct Fixture {
-    state: State,
+    state: ClientState,
     now: Instant,
 }
 
@@ -24,7 +24,7 @@ type Answer<T, E> = oneshot::Receiver<Result<T, E>>;
 
 impl Fixture {
     fn new() -> Self {
-        let mut fixture = Self { state: State::new(1), now: Instant::now() };
+        let mut fixture = Self { state: ClientState::new(1), now: Instant::now() };
         fixture.connect();
         fixture
     }
@@ -60,24 +60,24 @@ impl Fixture {
 
     fn feed(&mut self, frame: Value) {
         let text = frame.to_string();
-        self.state.frame(serde_json::from_str(&text).unwrap(), text, self.now);
+        self.state.on_frame(serde_json::from_str(&text).unwrap(), text, self.now);
     }
 
     fn pass(&mut self, time: Duration) {
         self.now += time;
-        self.state.time(self.now);
+        self.state.on_timer(self.now);
     }
 
     fn join(&mut self, room: &str, start: StartFrom) -> Answer<JoinInfo, JoinError> {
         let (reply, answer) = oneshot::channel();
         let room = room.parse().unwrap();
-        self.state.command(Command::Join { room, start, password: None, reply }, self.now);
+        self.state.on_call(ClientCall::Join { room, start, password: None, reply }, self.now);
         answer
     }
 
     fn leave(&mut self, room: &str) -> Answer<(), LeaveError> {
         let (reply, answer) = oneshot::channel();
-        self.state.command(Command::Leave { room: room.parse().unwrap(), reply }, self.now);
+        self.state.on_call(ClientCall::Leave { room: room.parse().unwrap(), reply }, self.now);
         answer
     }
 
@@ -90,14 +90,14 @@ impl Fixture {
         };
         let pending = PendingSend { send, bytes, reply, _permits: [share(), share()] };
         let room = "r".parse().unwrap();
-        self.state.command(Command::Send { room, pending }, self.now);
+        self.state.on_call(ClientCall::Send { room, pending }, self.now);
         answer
     }
 
     fn history(&mut self, page: HistoryRange) -> Answer<HistoryPage, HistoryError> {
         let (reply, answer) = oneshot::channel();
         let room = "r".parse().unwrap();
-        self.state.command(Command::History { room, page, limit: 10, reply }, self.now);
+        self.state.on_call(ClientCall::History { room, page, limit: 10, reply }, self.now);
         answer
     }
 
@@ -194,7 +194,7 @@ async fn a_join_that_is_refused_for_the_time_being_is_asked_again() {
     let first = fixture.said().remove(0);
     fixture.feed(error(&first, "unavailable", Some(700)));
     assert!(fixture.said().is_empty());
-    assert_eq!(fixture.state.due(), Some(fixture.now + Duration::from_millis(700)));
+    assert_eq!(fixture.state.next_deadline(), Some(fixture.now + Duration::from_millis(700)));
     fixture.pass(Duration::from_millis(700));
     let second = fixture.said().remove(0);
     assert_eq!(answer.try_recv().unwrap_err(), TryRecvError::Empty);
@@ -318,7 +318,7 @@ async fn an_own_message_found_in_the_recovery_is_acknowledged_and_the_others_are
         ["1", "2", "3"].into_iter().map(|text| fixture.send(NewMessage::json(text))).collect();
     let first = fixture.said().remove(0);
     let id = serde_json::from_value(first["id"].clone()).unwrap();
-    fixture.state.disconnected();
+    fixture.state.on_disconnected();
     fixture.connect();
     let join = fixture.said().remove(0);
     assert_eq!(join["since"], json!({"epoch": EPOCH, "seq": 5}));
@@ -348,7 +348,7 @@ async fn what_was_sent_and_is_too_old_to_be_known_is_uncertain() {
     let mut one = fixture.send(NewMessage::json("1"));
     let mut two = fixture.send(NewMessage::json("2"));
     fixture.said();
-    fixture.state.disconnected();
+    fixture.state.on_disconnected();
     fixture.pass(Duration::from_secs(600));
     fixture.connect();
     let join = fixture.said().remove(0);
@@ -375,7 +375,7 @@ async fn a_hole_is_told_and_the_entry_behind_it_delivered() {
 #[tokio::test(start_paused = true)]
 async fn a_message_before_its_joined_is_a_hole_and_left_to_the_history() {
     let mut fixture = Fixture::joined();
-    fixture.state.disconnected();
+    fixture.state.on_disconnected();
     fixture.connect();
     let join = fixture.said().remove(0);
     let early = other(6);
@@ -391,7 +391,7 @@ async fn a_message_before_its_joined_is_a_hole_and_left_to_the_history() {
 #[tokio::test(start_paused = true)]
 async fn what_cannot_be_recovered_is_told_before_what_is_there() {
     let mut fixture = Fixture::joined();
-    fixture.state.disconnected();
+    fixture.state.on_disconnected();
     fixture.connect();
     let join = fixture.said().remove(0);
     let mut frame = joined(&join["ref"], 90, false, &[other(90)]);
@@ -410,7 +410,7 @@ async fn what_cannot_be_recovered_is_told_before_what_is_there() {
 #[tokio::test(start_paused = true)]
 async fn a_reset_goes_on_behind_its_position_and_lets_messages_go() {
     let mut fixture = Fixture::joined();
-    fixture.state.disconnected();
+    fixture.state.on_disconnected();
     fixture.connect();
     let _answer = fixture.send(NewMessage::json("1"));
     let join = fixture.said().remove(0);
@@ -490,7 +490,7 @@ async fn a_connection_lost_while_leaving_has_left() {
     let mut fixture = Fixture::joined();
     let mut unanswered = fixture.send(NewMessage::json("1"));
     let mut left = fixture.leave("r");
-    fixture.state.disconnected();
+    fixture.state.on_disconnected();
     assert_eq!(left.try_recv().unwrap(), Ok(()));
     assert_eq!(unanswered.try_recv().unwrap(), Err(SendError::Uncertain));
     fixture.connect();
@@ -502,7 +502,7 @@ async fn a_room_that_cannot_be_joined_again_is_told_as_left() {
     let mut fixture = Fixture::joined();
     let mut sent = fixture.send(NewMessage::json("1"));
     fixture.said();
-    fixture.state.disconnected();
+    fixture.state.on_disconnected();
     fixture.connect();
     let join = fixture.said().remove(0);
     fixture.feed(error(&join, "forbidden", None));
@@ -518,7 +518,7 @@ async fn what_is_larger_than_the_server_takes_never_leaves() {
     assert_eq!(large.try_recv().unwrap(), Err(SendError::TooLarge));
     assert_eq!(fixture.summary(), ["1"]);
     // Where the server thinks otherwise it closes with 1009 and names nothing.
-    fixture.state.too_big();
+    fixture.state.fail_largest_send();
     assert_eq!(small.try_recv().unwrap(), Err(SendError::TooLarge));
 }
 
@@ -545,7 +545,7 @@ async fn history_is_asked_for_while_the_room_is_joined() {
     assert!(fixture.events().is_empty());
 
     let mut lost = fixture.history(HistoryRange::Newest);
-    fixture.state.disconnected();
+    fixture.state.on_disconnected();
     assert!(matches!(lost.try_recv().unwrap(), Err(HistoryError::NotJoined)));
     let mut away = fixture.history(HistoryRange::After(1));
     assert!(matches!(away.try_recv().unwrap(), Err(HistoryError::NotJoined)));
@@ -585,7 +585,7 @@ async fn at_the_end_everybody_who_waits_is_told() {
     let mut unsent = fixture.send(NewMessage::json("2"));
     let mut joining = fixture.join("s", StartFrom::Now);
     let mut asking = fixture.history(HistoryRange::Newest);
-    fixture.state.end();
+    fixture.state.fail_all();
     assert_eq!(sent.try_recv().unwrap(), Err(SendError::Uncertain));
     assert_eq!(unsent.try_recv().unwrap(), Err(SendError::ClientClosed));
     assert_eq!(joining.try_recv().unwrap(), Err(JoinError::ClientClosed));
