@@ -442,7 +442,7 @@ impl VirtualUsers {
                     frames::OutgoingJoin { history: Some(0), ..frames::OutgoingJoin::new(&room) };
                 let user = &mut self.users[index];
                 user.state = UserState::Joining;
-                let join = websocket::encode_text(&frames::encode_text(&join));
+                let join = websocket::text(&frames::encode_text(&join));
                 return user.send(&join).map_err(|error| io_reason(&error));
             }
             (UserState::Joining, FrameKind::Joined) => {

@@ -25,7 +25,7 @@ use self::{
     options::ConnectOptions,
     room::PendingSend,
     state::calls::ClientCall,
-    task::Task,
+    task::ClientTask,
 };
 use crate::{ids::RoomId, position::Seq};
 
@@ -41,7 +41,7 @@ mod state;
 mod task;
 
 /// How many calls wait for the task before further ones wait for their turn.
-const COMMANDS_MAX: usize = 256;
+const CALLS_MAX: usize = 256;
 
 /// A client of a gateway cluster. Cheap to clone; when the last clone is dropped the client closes
 /// its connection and ends.
@@ -50,7 +50,7 @@ const COMMANDS_MAX: usize = 256;
 /// still once [`ClientOptions::event_queue_max`] wait: take them in a task of their own.
 #[derive(Clone, Debug)]
 pub struct Client {
-    commands: mpsc::Sender<ClientCall>,
+    calls: mpsc::Sender<ClientCall>,
     closing: Arc<watch::Sender<bool>>,
     sends: Arc<Semaphore>,
     send_bytes: Arc<Semaphore>,
@@ -65,19 +65,19 @@ impl Client {
     ///
     /// Outside a tokio runtime, and where a limit of `options` is 0.
     pub fn start(
-        options: ConnectOptions,
+        connect: ConnectOptions,
         options: ClientOptions,
     ) -> (Self, mpsc::Receiver<ClientEvent>) {
-        let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
+        let (calls, inbox) = mpsc::channel(CALLS_MAX);
         let (events, outbox) = mpsc::channel(options.event_queue_max);
-        let (closing, close) = watch::channel(false);
+        let (closing, closed) = watch::channel(false);
         let sends = Arc::new(Semaphore::new(options.pending_sends_max));
         let send_bytes = Arc::new(Semaphore::new(options.pending_bytes_max as usize));
-        let task = Task::new(options, options, inbox, events, close);
+        let task = ClientTask::new(connect, options, inbox, events, closed);
         #[expect(clippy::disallowed_methods, reason = "the handle keeps it, and `close` awaits it")]
         let task = tokio::spawn(task.run());
         let closing = Arc::new(closing);
-        (Self { commands, closing, sends, send_bytes, task: Arc::new(task) }, outbox)
+        (Self { calls, closing, sends, send_bytes, task: Arc::new(task) }, outbox)
     }
 
     /// Joins a room, now or when there is a connection. Its entries come as events. The client
@@ -190,30 +190,30 @@ impl Client {
     /// count as received.
     pub async fn mark_seen(&self, seq: Seq) {
         // A client that has ended tells nobody.
-        let _ = self.commands.send(ClientCall::MarkSeen(seq)).await;
+        let _ = self.calls.send(ClientCall::MarkSeen(seq)).await;
     }
 
     /// Replaces the token of [`ConnectOptions`] for the connections to come. A client whose token has
     /// expired connects again with it.
     pub async fn set_token(&self, token: impl Into<String>) {
         // A client that has ended needs none.
-        let _ = self.commands.send(ClientCall::SetToken(token.into())).await;
+        let _ = self.calls.send(ClientCall::SetToken(token.into())).await;
     }
 
     /// Closes the connection with 1000 and ends the client. Returns when it has ended; events that
     /// the application has not taken are lost.
     pub async fn close(&self) {
         self.closing.send_replace(true);
-        self.commands.closed().await;
+        self.calls.closed().await;
     }
 
     /// Whether the client has ended.
     pub fn is_ended(&self) -> bool {
-        self.commands.is_closed() || self.task.is_finished()
+        self.calls.is_closed() || self.task.is_finished()
     }
 
     async fn ask<T>(&self, command: ClientCall, answer: oneshot::Receiver<T>) -> Option<T> {
-        self.commands.send(command).await.ok()?;
+        self.calls.send(command).await.ok()?;
         answer.await.ok()
     }
 }

@@ -26,20 +26,20 @@ use crate::{
 };
 
 /// How long `connected` may take.
-const CONNECTED_WAIT: Duration = Duration::from_secs(10);
+const CONNECTED_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long writing may make no headway.
-const WRITE_WAIT: Duration = Duration::from_secs(30);
+const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long the gateway may take to answer a close.
-const CLOSE_WAIT: Duration = Duration::from_secs(2);
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// A connection that lasted this long was a success, so that the back-off starts over. Without it
 /// a gateway that takes everybody and drops them at once would be called upon without pause.
 const STABLE_AFTER: Duration = Duration::from_secs(1);
 
 /// See the head of this file.
-pub(super) struct Task {
-    options: ConnectOptions,
-    settings: ClientOptions,
-    commands: mpsc::Receiver<ClientCall>,
+pub(super) struct ClientTask {
+    connect_options: ConnectOptions,
+    options: ClientOptions,
+    calls: mpsc::Receiver<ClientCall>,
     events: mpsc::Sender<ClientEvent>,
     /// Turns true when the application wants the end.
     closing: watch::Receiver<bool>,
@@ -51,21 +51,21 @@ pub(super) struct Task {
     token_is_new: bool,
 }
 
-impl Task {
+impl ClientTask {
     pub(super) fn new(
-        options: ConnectOptions,
-        settings: ClientOptions,
-        commands: mpsc::Receiver<ClientCall>,
+        connect_options: ConnectOptions,
+        options: ClientOptions,
+        calls: mpsc::Receiver<ClientCall>,
         events: mpsc::Sender<ClientEvent>,
         closing: watch::Receiver<bool>,
     ) -> Self {
-        let mut state = ClientState::new(settings.in_flight_max);
-        state.url_room = url_room(&options.url);
+        let mut state = ClientState::new(options.in_flight_max);
+        state.url_room = url_room(&connect_options.url);
         Self {
-            backoff: Backoff::new(settings.backoff_base, settings.backoff_cap),
+            backoff: Backoff::new(options.backoff_base, options.backoff_cap),
+            connect_options,
             options,
-            settings,
-            commands,
+            calls,
             events,
             closing,
             state,
@@ -76,30 +76,30 @@ impl Task {
 
     /// Runs until the end, and tells it as the last event.
     pub(super) async fn run(mut self) {
-        let reason = match self.live().await {
+        let reason = match self.run_connections().await {
             Ok(never) => match never {},
             Err(reason) => reason,
         };
         self.state.fail_all();
         // Handles see the end by this, also where nobody takes events any more.
-        self.commands.close();
-        while let Ok(command) = self.commands.try_recv() {
-            drop(command);
+        self.calls.close();
+        while let Ok(call) = self.calls.try_recv() {
+            drop(call);
         }
-        drop(self.commands);
+        drop(self.calls);
         let _ = self.events.send(ClientEvent::Ended(reason)).await;
     }
 
-    async fn live(&mut self) -> Result<std::convert::Infallible, ClientEndReason> {
+    async fn run_connections(&mut self) -> Result<std::convert::Infallible, ClientEndReason> {
         loop {
             let connection = Box::pin(self.connect()).await?;
             let since = Instant::now();
-            let closed = Box::pin(self.converse(connection)).await?;
+            let closed = Box::pin(self.drive(connection)).await?;
             if since.elapsed() >= STABLE_AFTER {
                 self.backoff.reset();
             }
             self.url = 0;
-            self.recover_from(closed).await?;
+            self.after_close(closed).await?;
         }
     }
 
@@ -108,27 +108,27 @@ impl Task {
         loop {
             let options = self.next_options();
             self.token_is_new = false;
-            let error = match self.while_serving(ClientConnection::open(&options)).await? {
+            let error = match self.serving_calls(ClientConnection::open(&options)).await? {
                 Ok(connection) => return Ok(connection),
                 Err(error) => error,
             };
-            let verdict = self.after_failure(&error);
+            let verdict = self.retry_delay(&error);
             let retry_in = verdict.as_ref().ok().copied();
             self.state.events.push_back(ClientEvent::ConnectFailed {
                 url: options.url,
                 error,
                 retry_in,
             });
-            self.hand_over().await?;
+            self.deliver_events().await?;
             let wait = verdict?;
-            self.while_serving(sleep_until(Instant::now() + wait)).await?;
+            self.serving_calls(sleep_until(Instant::now() + wait)).await?;
         }
     }
 
     /// The options of the next attempt: whose turn it is, and what the last connection taught.
     fn next_options(&self) -> ConnectOptions {
-        let mut options = self.options.clone();
-        if let Some(url) = self.settings.urls.get(self.url) {
+        let mut options = self.connect_options.clone();
+        if let Some(url) = self.options.urls.get(self.url) {
             options.url.clone_from(url);
         }
         if let Some(room) = url_room(&options.url)
@@ -141,7 +141,7 @@ impl Task {
     }
 
     /// How long to wait after an attempt that failed.
-    fn after_failure(&mut self, error: &ConnectError) -> Result<Duration, ClientEndReason> {
+    fn retry_delay(&mut self, error: &ConnectError) -> Result<Duration, ClientEndReason> {
         let retry_after = match error {
             ConnectError::InvalidUrl { .. } | ConnectError::InvalidHeader { .. } => {
                 return Err(ClientEndReason::InvalidOptions);
@@ -155,11 +155,11 @@ impl Task {
             | ConnectError::Io(_)
             | ConnectError::TimedOut(_) => None,
         };
-        if !self.settings.reconnect {
+        if !self.options.reconnect {
             return Err(ClientEndReason::ReconnectDisabled);
         }
         self.url += 1;
-        if self.url < self.settings.urls.len() {
+        if self.url < self.options.urls.len() {
             return Ok(Duration::ZERO);
         }
         self.url = 0;
@@ -175,7 +175,7 @@ impl Task {
     }
 
     /// Speaks with the gateway until the connection ends.
-    async fn converse(
+    async fn drive(
         &mut self,
         mut connection: ClientConnection,
     ) -> Result<ConnectionClosed, ClientEndReason> {
@@ -184,30 +184,30 @@ impl Task {
             if let Some(closed) = self.write(&mut connection).await {
                 return Ok(closed);
             }
-            if let Err(reason) = self.hand_over().await {
-                say_goodbye(&mut connection).await;
+            if let Err(reason) = self.deliver_events().await {
+                close_normally(&mut connection).await;
                 return Err(reason);
             }
-            let silent_at = heard + self.silence_max();
+            let silent_at = heard + self.idle_timeout();
             let wake_at = self.state.next_deadline().map_or(silent_at, |due| due.min(silent_at));
             // Every arm is cancel-safe: a call stays in the channel, a frame in the socket's
             // buffer. The bodies await nothing but the end.
             tokio::select! {
-                () = close_is_asked(&mut self.closing) => {
-                    say_goodbye(&mut connection).await;
+                () = close_requested(&mut self.closing) => {
+                    close_normally(&mut connection).await;
                     return Err(ClientEndReason::Closed);
                 }
-                command = self.commands.recv() => match command {
-                    Some(command) => self.command(command),
+                call = self.calls.recv() => match call {
+                    Some(call) => self.on_call(call),
                     None => {
-                        say_goodbye(&mut connection).await;
+                        close_normally(&mut connection).await;
                         return Err(ClientEndReason::Closed);
                     }
                 },
                 received = connection.next() => match received {
                     Ok(received) => {
                         heard = Instant::now();
-                        self.received(received);
+                        self.on_received(received);
                     }
                     Err(closed) => return Ok(closed),
                 },
@@ -224,14 +224,16 @@ impl Task {
     }
 
     /// How long the gateway may say nothing: two of its pings may be missed.
-    fn silence_max(&self) -> Duration {
+    fn idle_timeout(&self) -> Duration {
         match &self.state.connected {
-            Some(connected) => Duration::from_secs(connected.heartbeat_interval) * 2 + WRITE_WAIT,
-            None => CONNECTED_WAIT,
+            Some(connected) => {
+                Duration::from_secs(connected.heartbeat_interval) * 2 + WRITE_TIMEOUT
+            }
+            None => CONNECTED_TIMEOUT,
         }
     }
 
-    fn received(&mut self, received: ReceivedMessage) {
+    fn on_received(&mut self, received: ReceivedMessage) {
         let now = Instant::now();
         match received {
             ReceivedMessage::Frame(frame, text) => self.state.on_frame(frame, text, now),
@@ -252,15 +254,15 @@ impl Task {
         }
     }
 
-    fn command(&mut self, command: ClientCall) {
-        if let ClientCall::SetToken(token) = command {
-            if let Some(known) = &mut self.options.token {
+    fn on_call(&mut self, call: ClientCall) {
+        if let ClientCall::SetToken(token) = call {
+            if let Some(known) = &mut self.connect_options.token {
                 known.token = token;
             }
             self.token_is_new = true;
             return;
         }
-        self.state.on_call(command, Instant::now());
+        self.state.on_call(call, Instant::now());
     }
 
     /// Writes what is to be written. Returns how the connection ended if it makes no headway.
@@ -278,7 +280,7 @@ impl Task {
             }
             connection.flush().await
         };
-        match timeout(WRITE_WAIT, written).await {
+        match timeout(WRITE_TIMEOUT, written).await {
             // What failed shows in reading, after everything that the gateway still said.
             Ok(_) => None,
             Err(_) => {
@@ -288,11 +290,11 @@ impl Task {
     }
 
     /// Hands events to the application, waiting for room. Once nobody takes them they are dropped.
-    async fn hand_over(&mut self) -> Result<(), ClientEndReason> {
+    async fn deliver_events(&mut self) -> Result<(), ClientEndReason> {
         while let Some(event) = self.state.events.pop_front() {
             // Both arms are cancel-safe: an event is only sent where there is room for it.
             let permit = tokio::select! {
-                () = close_is_asked(&mut self.closing) => return Err(ClientEndReason::Closed),
+                () = close_requested(&mut self.closing) => return Err(ClientEndReason::Closed),
                 permit = self.events.reserve() => permit,
             };
             if let Ok(permit) = permit {
@@ -303,7 +305,7 @@ impl Task {
     }
 
     /// Waits for `what` while the application's calls are taken.
-    async fn while_serving<T>(
+    async fn serving_calls<T>(
         &mut self,
         what: impl Future<Output = T>,
     ) -> Result<T, ClientEndReason> {
@@ -311,9 +313,9 @@ impl Task {
         loop {
             // Cancel-safe: `what` is kept over the turns, and a call stays in the channel.
             tokio::select! {
-                () = close_is_asked(&mut self.closing) => return Err(ClientEndReason::Closed),
-                command = self.commands.recv() => match command {
-                    Some(command) => self.command(command),
+                () = close_requested(&mut self.closing) => return Err(ClientEndReason::Closed),
+                call = self.calls.recv() => match call {
+                    Some(call) => self.on_call(call),
                     None => return Err(ClientEndReason::Closed),
                 },
                 result = &mut what => return Ok(result),
@@ -322,7 +324,7 @@ impl Task {
     }
 
     /// Takes note of the end of a connection, and waits until it is time for the next.
-    async fn recover_from(&mut self, closed: ConnectionClosed) -> Result<(), ClientEndReason> {
+    async fn after_close(&mut self, closed: ConnectionClosed) -> Result<(), ClientEndReason> {
         let ConnectionClosed { code, reason } = closed;
         let advice = reconnect_advice(code, &reason);
         if advice == ReconnectAdvice::ReconnectWithoutMessage {
@@ -336,19 +338,19 @@ impl Task {
             ReconnectAdvice::ReconnectWithNewToken => self.token_is_new,
             ReconnectAdvice::DoNotReconnect => false,
         };
-        let retry_in = (comes_back && self.settings.reconnect).then(|| match asked_to_wait {
+        let retry_in = (comes_back && self.options.reconnect).then(|| match asked_to_wait {
             // The gateway has spread its clients over this already.
             Some(after) => after,
             None => self.delay(None),
         });
         let event = ClientEvent::Disconnected { code, reason: reason.clone(), retry_in };
         self.state.events.push_back(event);
-        self.hand_over().await?;
-        if !self.settings.reconnect {
+        self.deliver_events().await?;
+        if !self.options.reconnect {
             return Err(ClientEndReason::ReconnectDisabled);
         }
         match (retry_in, advice) {
-            (Some(retry_in), _) => self.while_serving(sleep_until(Instant::now() + retry_in)).await,
+            (Some(retry_in), _) => self.serving_calls(sleep_until(Instant::now() + retry_in)).await,
             (None, ReconnectAdvice::ReconnectWithNewToken) => self.wait_for_token().await,
             (None, _) => {
                 Err(ClientEndReason::ClosedByServer { code: code.unwrap_or_default(), reason })
@@ -358,11 +360,11 @@ impl Task {
 
     async fn wait_for_token(&mut self) -> Result<(), ClientEndReason> {
         while !self.token_is_new {
-            // Cancel-safe, as in `while_serving`.
+            // Cancel-safe, as in `serving_calls`.
             tokio::select! {
-                () = close_is_asked(&mut self.closing) => return Err(ClientEndReason::Closed),
-                command = self.commands.recv() => match command {
-                    Some(command) => self.command(command),
+                () = close_requested(&mut self.closing) => return Err(ClientEndReason::Closed),
+                call = self.calls.recv() => match call {
+                    Some(call) => self.on_call(call),
                     None => return Err(ClientEndReason::Closed),
                 },
             }
@@ -373,12 +375,12 @@ impl Task {
     /// Stays who one is: with the session, and as the guest that the gateway made of somebody
     /// without a name, should the session be lost.
     fn keep_identity(&mut self) {
-        self.options.session.clone_from(&self.state.session);
-        self.options.inbox = self.state.inbox.cursor().cloned();
+        self.connect_options.session.clone_from(&self.state.session);
+        self.connect_options.inbox = self.state.inbox.cursor().cloned();
         if let (None, None, Some(connected)) =
-            (&self.options.user, &self.options.token, &self.state.connected)
+            (&self.connect_options.user, &self.connect_options.token, &self.state.connected)
         {
-            self.options.user = Some(connected.user.id.as_str().to_owned());
+            self.connect_options.user = Some(connected.user.id.as_str().to_owned());
         }
     }
 
@@ -389,18 +391,18 @@ impl Task {
         let route = self.state.connected.as_ref().map(|connected| connected.route.clone());
         let node = reconnect.as_ref().and_then(|reconnect| reconnect.node.clone());
         if let Some(node) = node.or(route) {
-            self.options.node = Some(node);
+            self.connect_options.node = Some(node);
         }
         reconnect.map(|reconnect| Duration::from_millis(reconnect.after_ms))
     }
 }
 
-async fn say_goodbye(connection: &mut ClientConnection) {
-    let _ = timeout(CLOSE_WAIT, connection.close(CloseCode::Normal.number(), "")).await;
+async fn close_normally(connection: &mut ClientConnection) {
+    let _ = timeout(CLOSE_TIMEOUT, connection.close(CloseCode::Normal.number(), "")).await;
 }
 
 /// Waits until the application wants the end: it says so, or drops every handle. Cancel-safe.
-async fn close_is_asked(closing: &mut watch::Receiver<bool>) {
+async fn close_requested(closing: &mut watch::Receiver<bool>) {
     let _ = closing.wait_for(|closing| *closing).await;
 }
 

@@ -52,8 +52,8 @@ pub(super) type HistoryReply = oneshot::Sender<Result<HistoryPage, HistoryError>
 
 impl ClientState {
     /// Takes a call of the application.
-    pub(in crate::client) fn on_call(&mut self, command: ClientCall, now: Instant) {
-        match command {
+    pub(in crate::client) fn on_call(&mut self, call: ClientCall, now: Instant) {
+        match call {
             ClientCall::Join { room, start, password, reply } => {
                 self.join(room, start, password, reply);
             }
