@@ -16,7 +16,7 @@ use tokio::sync::oneshot;
 use super::{
     JoinOutcome,
     member::{ConnectionHandle, MemberState, RoomMember, ShardBatch},
-    people::count_for,
+    presence::count_for,
     room::Room,
 };
 use crate::{
@@ -344,7 +344,7 @@ impl Room {
             room: self.name.clone(),
             epoch: at.epoch,
             seq: at.seq,
-            members: count_for(snapshot, &self.people.roster),
+            members: count_for(snapshot, &self.presence.roster),
             recovered: again || join.since().is_some(),
             reason: join.lost.filter(|_| !again),
             history,

@@ -469,7 +469,11 @@ impl<'a> EntryFrames<'a> {
 
 impl RoomMember {
     /// A member that has been given everything up to `cursor`.
-    pub(super) fn at(handle: Arc<ConnectionHandle>, cursor: Position, state: MemberState) -> Self {
+    pub(super) fn wire_time(
+        handle: Arc<ConnectionHandle>,
+        cursor: Position,
+        state: MemberState,
+    ) -> Self {
         Self { handle, cursor, state, presence_version: PresenceVersion::default() }
     }
 

@@ -49,11 +49,11 @@ mod shard;
 mod log_reads;
 mod status;
 mod control;
-pub mod people;
+pub mod presence;
 
 use join::{JoinGrant, JoinStart, PendingJoin};
 use member::ConnectionHandle;
-use people::Asking;
+use presence::PresenceQuery;
 use shard::Shard;
 
 /// How long a room without members is still followed, so that who reloads a page finds it.
@@ -176,7 +176,7 @@ enum ShardCommand {
     },
     QueryPresence {
         room: RoomId,
-        asks: Asking,
+        query: PresenceQuery,
     },
     RostersRead {
         rooms: Vec<(RoomId, u64)>,
@@ -418,8 +418,8 @@ impl Hub {
         details: PresenceDetails,
     ) {
         let since = Instant::now();
-        let asks = Asking { handle, reference, after, limit, details, since };
-        self.send(room.clone(), ShardCommand::QueryPresence { room, asks }).await;
+        let query = PresenceQuery { handle, reference, after, limit, details, since };
+        self.send(room.clone(), ShardCommand::QueryPresence { room, query }).await;
     }
 
     async fn send(&self, room: RoomId, command: ShardCommand) {

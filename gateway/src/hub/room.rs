@@ -19,7 +19,7 @@ use super::{
     catch_up::CatchUpRead,
     join::PendingJoin,
     member::{EntryFrames, MemberState, RoomMember, ShardBatch},
-    people::People,
+    presence::RoomPresence,
 };
 use crate::{
     bus::ReadRange,
@@ -49,7 +49,7 @@ pub(super) struct Room {
     pub(super) durable: bool,
     /// The ordinal of the epoch that its last deletion began, as far as known.
     pub(super) deleted: u64,
-    pub(super) people: People,
+    pub(super) presence: RoomPresence,
     /// Whether something has arrived since this was looked at last.
     pub(super) received: bool,
     /// Whether entries may have been lost that no comparison has looked for yet.
@@ -167,7 +167,7 @@ impl Room {
             replica: follow,
             durable,
             deleted: 0,
-            people: People::default(),
+            presence: RoomPresence::default(),
             received: true,
             unverified: false,
             restoring: false,

@@ -98,11 +98,11 @@ pub(super) struct Shard {
     /// Memberships, as last counted.
     members: usize,
     /// When there is something to be looked at among the people of a room.
-    pub(super) people_due: BTreeSet<(Instant, RoomId)>,
+    pub(super) presence_due: BTreeSet<(Instant, RoomId)>,
     /// When rosters in which some may be missing are read again.
-    pub(super) rosters_again: Option<Instant>,
+    pub(super) roster_retry_at: Option<Instant>,
     /// How often they were read so since all was whole.
-    pub(super) reads_unsettled: u32,
+    pub(super) incomplete_reads: u32,
     /// Users whose status somebody here wants to know.
     pub(super) watched: Watched,
     pub(super) watched_users_max: usize,
@@ -154,9 +154,9 @@ impl Shard {
             catch_up_reads: 0,
             waiting_for_read: VecDeque::new(),
             members: 0,
-            people_due: BTreeSet::new(),
-            rosters_again: None,
-            reads_unsettled: 0,
+            presence_due: BTreeSet::new(),
+            roster_retry_at: None,
+            incomplete_reads: 0,
             watched: Watched::default(),
             watched_users_max: options.watched_users_max,
             watched_told: 0,
@@ -183,7 +183,7 @@ impl Shard {
                 _ = queue.recv_many(&mut commands, BATCH_LEN) => {}
                 _ = messages.recv_many(&mut arrived, BATCH_LEN) => {}
                 () = resync.requested() => {}
-                () = at(self.next_people_due()) => {}
+                () = at(self.next_presence_due()) => {}
             }
             if !arrived.is_empty() {
                 // Who sent the first of them woke this task, which would run next and find one. All
@@ -205,7 +205,7 @@ impl Shard {
             for message in arrived.drain(..) {
                 match message {
                     ShardMessage::Entry(room, entry) => self.receive(room, entry),
-                    ShardMessage::Ephemeral(room, notice) => self.hear(&room, notice),
+                    ShardMessage::Ephemeral(room, notice) => self.handle_event(&room, notice),
                     ShardMessage::Snapshots(reply) => self.send_snapshots(reply),
                 }
             }
@@ -219,7 +219,7 @@ impl Shard {
             for command in commands.drain(..) {
                 self.execute(command);
             }
-            self.look_at_people(begun);
+            self.send_due_presence(begun);
             self.read_statuses();
             self.reappend_lost();
             self.batch.finish();
@@ -265,8 +265,8 @@ impl Shard {
             }
             ShardCommand::RemoveConnection(connection) => self.remove_connection(connection),
             ShardCommand::StatusesRead { users, statuses } => self.take_statuses(users, statuses),
-            ShardCommand::QueryPresence { room, asks } => self.ask_presence(&room, asks),
-            ShardCommand::RostersRead { rooms, snapshots } => self.take_rosters(rooms, snapshots),
+            ShardCommand::QueryPresence { room, query } => self.query_presence(&room, query),
+            ShardCommand::RostersRead { rooms, snapshots } => self.apply_rosters(rooms, snapshots),
             ShardCommand::HeadsRead { rooms, read_generation, heads } => {
                 self.heads_read(rooms, read_generation, &heads)
             }
@@ -539,7 +539,7 @@ impl Shard {
         {
             left -= usize::from(self.drop_if_empty(&name, Some(now)));
         }
-        self.look_at_rosters(now);
+        self.retry_rosters(now);
         self.forget_unwatched();
         self.forget_ids();
         let mut members = 0;

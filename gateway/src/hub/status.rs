@@ -19,7 +19,7 @@ use super::{
     ShardCommand,
     log_reads::READ_RETRY_DELAY,
     member::{ConnectionHandle, text_frame},
-    people::at,
+    presence::wire_time,
     shard::Shard,
 };
 use crate::bus::registry::OnlineStatus;
@@ -165,15 +165,15 @@ impl Shard {
 
     /// Tells what was read to those who wait for it, and what has changed to all.
     pub(super) fn take_statuses(&mut self, users: Vec<UserId>, statuses: Vec<OnlineStatus>) {
-        let mut unsettled = false;
+        let mut incomplete = false;
         for (user, status) in users.into_iter().zip(statuses) {
             let Some(watch) = self.watched.get_mut(&user) else { continue };
             watch.reading = false;
             // Who seems to have gone may not have been told of yet.
             if status.complete {
-                self.reads_unsettled = 0;
+                self.incomplete_reads = 0;
             } else {
-                unsettled = true;
+                incomplete = true;
             }
             let seems_gone = !status.online && watch.told == Some(true);
             let changed = watch.told.is_some_and(|told| told != status.online)
@@ -203,8 +203,8 @@ impl Shard {
                 self.statuses_due.push(user);
             }
         }
-        if unsettled {
-            self.note_whole(false);
+        if incomplete {
+            self.note_completeness(false);
         }
     }
 
@@ -236,6 +236,6 @@ fn told(
         reference,
         user: user.clone(),
         status: if status.online { OnlineState::Online } else { OnlineState::Offline },
-        last_active: status.active.map(at),
+        last_active: status.active.map(wire_time),
     })
 }

@@ -39,7 +39,7 @@ use crate::{
     hub::{
         Hub,
         member::{ConnectionHandle, InlineAck},
-        people::TYPING_EVERY,
+        presence::TYPING_EVERY,
     },
     limits::{
         durable::{ENTRY_BYTES, Quotas, Writer},

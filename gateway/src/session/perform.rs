@@ -34,7 +34,7 @@ use crate::{
         JoinOutcome,
         join::{JoinGrant, JoinStart, history as whole_frames},
         member::{ConnectionHandle, text_frame},
-        people::at,
+        presence::wire_time,
     },
     limits::{address_key, durable::Writer},
     presence::{PresenceGuard, RoomAlive},
@@ -374,8 +374,8 @@ pub(super) async fn online(asked: Asked, cursor: Option<String>, limit: u32) -> 
             id: detail.user.id,
             name: detail.user.name,
             connections: detail.connections,
-            since: at(detail.since),
-            last_active: at(detail.active.max(active)),
+            since: wire_time(detail.since),
+            last_active: wire_time(detail.active.max(active)),
             read: None,
         }
     };

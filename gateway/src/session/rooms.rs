@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     bus::registry::{CreateOutcome, DeleteOutcome, RoomConfig, RoomPage, RoomSummary},
-    hub::people::at,
+    hub::presence::wire_time,
     rooms::RoomRules,
     telemetry::metrics::StorageLimit,
 };
@@ -42,7 +42,7 @@ pub fn info_of(found: RoomSummary, rules: &RoomRules) -> RoomInfoFrame {
         max_members: None,
         members,
         durable,
-        created_at: at(since),
+        created_at: wire_time(since),
         meta: serde_json::Map::new(),
         room,
     };
@@ -54,7 +54,7 @@ pub fn info_of(found: RoomSummary, rules: &RoomRules) -> RoomInfoFrame {
             public: record.public,
             protected: record.password.is_some(),
             max_members: record.max_members,
-            created_at: at(record.created),
+            created_at: wire_time(record.created),
             // It was checked when the room was made.
             meta: serde_json::from_str(&record.meta).unwrap_or_default(),
             ..info

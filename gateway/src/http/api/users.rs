@@ -18,7 +18,7 @@ use crate::{
     bus::{commands::NodeQuery, registry::UserPresence, sessions::SessionSelector},
     control::kicked,
     http::Node,
-    hub::people::at,
+    hub::presence::wire_time,
     outbox::Close,
 };
 
@@ -49,8 +49,8 @@ impl Present {
             id: detail.user.id.to_string(),
             name: detail.user.name.to_string(),
             connections: detail.connections,
-            since: at(detail.since),
-            last_active: at(detail.active),
+            since: wire_time(detail.since),
+            last_active: wire_time(detail.active),
             read: in_room.then_some(detail.read),
         }
     }
@@ -248,8 +248,11 @@ pub(super) async fn info(
     let id: UserId = user(&id)?;
     let statuses = wait(&node, node.services.presence.statuses(vec![id.clone()])).await?;
     let status = statuses.first().copied().unwrap_or_default();
-    let mut user =
-        User { online: status.online, last_active: status.active.map(at), ..User::default() };
+    let mut user = User {
+        online: status.online,
+        last_active: status.active.map(wire_time),
+        ..User::default()
+    };
     if status.online {
         let (answers, _) = node.control.query_nodes(NodeQuery::User { user: id }).await?;
         for here in answers.iter().filter_map(|answer| serde_json::from_str::<Here>(answer).ok()) {
@@ -304,8 +307,8 @@ pub(super) async fn sessions(
     let kept = wait(&node, node.services.sessions.list(user(&id)?)).await?;
     let session = |kept: crate::bus::sessions::StoredSession| Session {
         session_id: kept.session.to_string(),
-        created_at: at(kept.created),
-        last_used: at(kept.used),
+        created_at: wire_time(kept.created),
+        last_used: wire_time(kept.used),
         connection_id: kept.connection.map(|connection| connection.to_string()),
         node: kept.about.node.to_string(),
         address: kept.about.address.to_string(),

@@ -52,29 +52,29 @@ const TYPING_MAX: Duration = Duration::from_secs(6);
 /// How long a listing waits for changes that are on their way here.
 const CATCH_UP_MAX: Duration = Duration::from_secs(2);
 /// How many listings of a room wait for that.
-const ASKING_MAX: usize = 1024;
+const QUERIES_MAX: usize = 1024;
 /// When rosters that were not whole are read again for the first time, then after twice as long, and so
 /// on up to the second: by then every node that lives has told who it has, and those that do not have
 /// lost their lease.
-const UNSETTLED_MIN: Duration = Duration::from_secs(1);
-const UNSETTLED_MAX: Duration = Duration::from_secs(10);
+const ROSTER_RETRY_MIN: Duration = Duration::from_secs(1);
+const ROSTER_RETRY_MAX: Duration = Duration::from_secs(10);
 
 /// The people of a room, as its members here know them.
 #[derive(Debug, Default)]
-pub(super) struct People {
+pub(super) struct RoomPresence {
     pub(super) roster: Roster,
     /// Who came (`true`) or went since the last `presence_diff`.
     pending: BTreeMap<UserId, bool>,
     diffed_at: Option<Instant>,
-    typists: BTreeMap<UserId, Typist>,
-    asking: Vec<Asking>,
+    typing: BTreeMap<UserId, TypingState>,
+    queries: Vec<PresenceQuery>,
     /// When there is next something to be looked at.
     due: Option<Instant>,
 }
 
 /// A user of whom it was said lately whether they type.
 #[derive(Debug)]
-struct Typist {
+struct TypingState {
     /// What members were told last, and when.
     shown: bool,
     shown_at: Option<Instant>,
@@ -86,7 +86,7 @@ struct Typist {
 
 /// A member that wants to know who is present.
 #[derive(Debug)]
-pub(super) struct Asking {
+pub(super) struct PresenceQuery {
     pub(super) handle: Arc<ConnectionHandle>,
     pub(super) reference: Option<FrameRef>,
     pub(super) after: String,
@@ -95,7 +95,7 @@ pub(super) struct Asking {
     pub(super) since: Instant,
 }
 
-impl Typist {
+impl TypingState {
     /// When it is next to be looked at; `None`: it can be forgotten.
     fn due(&self, now: Instant) -> Option<Instant> {
         let again = self.shown_at.map(|at| at + TYPING_EVERY);
@@ -108,7 +108,7 @@ impl Typist {
     }
 
     /// What members are to be told now, if anything.
-    fn look(&mut self, now: Instant) -> Option<bool> {
+    fn poll(&mut self, now: Instant) -> Option<bool> {
         if self.ends <= now {
             self.wanted = false;
         }
@@ -123,7 +123,7 @@ impl Typist {
 
 impl Room {
     /// Takes what was said beside the log. Returns whether the roster is to be read.
-    fn hear(
+    fn apply_event(
         &mut self,
         notice: EphemeralEvent,
         individual_max: usize,
@@ -131,13 +131,13 @@ impl Room {
     ) -> bool {
         match notice {
             EphemeralEvent::Presence(change) => {
-                let (changes, read) = self.people.roster.apply(change);
+                let (changes, read) = self.presence.roster.apply(change);
                 self.send_roster_changes(changes, individual_max, batch);
-                self.answer_who_asks(batch);
+                self.answer_queries(batch);
                 return read;
             }
-            EphemeralEvent::Typing { user, is_typing } => self.hear_typing(user, is_typing, batch),
-            EphemeralEvent::Read { user, seq, by } => self.tell_read(user, seq, by, batch),
+            EphemeralEvent::Typing { user, is_typing } => self.apply_typing(user, is_typing, batch),
+            EphemeralEvent::Read { user, seq, by } => self.send_read_mark(user, seq, by, batch),
             // A room with a log has no others than those of the log.
             EphemeralEvent::Message(_) if self.durable => {}
             EphemeralEvent::Message(envelope) => {
@@ -148,7 +148,7 @@ impl Room {
                     member.send_ephemeral_message(&mut frames, batch);
                 }
             }
-            EphemeralEvent::Replaced { session, by } => self.end_replaced(session, by),
+            EphemeralEvent::Replaced { session, by } => self.close_replaced(session, by),
             // The shard does that.
             EphemeralEvent::Closed { .. } | EphemeralEvent::Status | EphemeralEvent::Emptied => {}
         }
@@ -156,7 +156,7 @@ impl Room {
     }
 
     /// Ends the connection that had a session which another has taken over.
-    fn end_replaced(&self, session: SessionId, by: ConnectionId) {
+    fn close_replaced(&self, session: SessionId, by: ConnectionId) {
         for RoomMember { handle, .. } in &self.members {
             let has_it = handle.owner().is_some_and(|owner| owner.session == session);
             if has_it && handle.connection != by {
@@ -166,7 +166,7 @@ impl Room {
         }
     }
 
-    fn tell(
+    fn send_to_members(
         &self,
         answer: &ServerFrame<Box<RawValue>>,
         but: impl Fn(&ConnectionHandle) -> bool,
@@ -192,10 +192,10 @@ impl Room {
         let timestamp = shared::timestamp(SystemTime::now());
         for RosterChange { user, joined, count, version } in changes {
             let largest = if joined { count } else { count + 1 };
-            if largest > individual_max as u64 || !self.people.pending.is_empty() {
-                let opposite = self.people.pending.remove(&user.id).is_some();
+            if largest > individual_max as u64 || !self.presence.pending.is_empty() {
+                let opposite = self.presence.pending.remove(&user.id).is_some();
                 if !opposite {
-                    self.people.pending.insert(user.id, joined);
+                    self.presence.pending.insert(user.id, joined);
                 }
                 continue;
             }
@@ -218,21 +218,25 @@ impl Room {
                 }
             }
         }
-        if !self.people.pending.is_empty() {
+        if !self.presence.pending.is_empty() {
             let now = batch.retention.now;
-            let at = self.people.diffed_at.map_or(now, |at| (at + DIFF_EVERY).max(now));
-            self.people.note_due(at);
+            let at = self.presence.diffed_at.map_or(now, |at| (at + DIFF_EVERY).max(now));
+            self.presence.note_due(at);
         }
     }
 
-    fn tell_diff(&mut self, named_max: usize, batch: &mut ShardBatch) {
-        let pending = std::mem::take(&mut self.people.pending);
-        let count = self.people.roster.len() as u64;
-        self.people.diffed_at = Some(batch.retention.now);
+    fn send_presence_diff(&mut self, named_max: usize, batch: &mut ShardBatch) {
+        let pending = std::mem::take(&mut self.presence.pending);
+        let count = self.presence.roster.len() as u64;
+        self.presence.diffed_at = Some(batch.retention.now);
         if count > named_max as u64 {
             let (joined, left) = (Vec::new(), Vec::new());
             let diff = PresenceDiffFrame { room: self.name.clone(), joined, left, count };
-            return self.tell(&ServerFrame::PresenceDiff(Box::new(diff)), |_| false, batch);
+            return self.send_to_members(
+                &ServerFrame::PresenceDiff(Box::new(diff)),
+                |_| false,
+                batch,
+            );
         }
         let mut pending = pending.into_iter().peekable();
         while pending.peek().is_some() {
@@ -241,103 +245,107 @@ impl Room {
                 if came { joined.push(user) } else { left.push(user) }
             }
             let diff = PresenceDiffFrame { room: self.name.clone(), joined, left, count };
-            self.tell(&ServerFrame::PresenceDiff(Box::new(diff)), |_| false, batch);
+            self.send_to_members(&ServerFrame::PresenceDiff(Box::new(diff)), |_| false, batch);
         }
     }
 
-    fn hear_typing(&mut self, user: UserId, is_typing: bool, batch: &mut ShardBatch) {
+    fn apply_typing(&mut self, user: UserId, is_typing: bool, batch: &mut ShardBatch) {
         let now = batch.retention.now;
-        let typist = self.people.typists.entry(user.clone()).or_insert(Typist {
+        let state = self.presence.typing.entry(user.clone()).or_insert(TypingState {
             shown: false,
             shown_at: None,
             wanted: false,
             ends: now,
         });
-        typist.wanted = is_typing;
+        state.wanted = is_typing;
         if is_typing {
-            typist.ends = now + TYPING_MAX;
+            state.ends = now + TYPING_MAX;
         }
         // Said again after a while it is told again, to those who came since.
-        let again = typist.shown && is_typing;
-        if again && typist.shown_at.is_some_and(|at| at + TYPING_EVERY <= now) {
-            typist.shown = false;
+        let again = state.shown && is_typing;
+        if again && state.shown_at.is_some_and(|at| at + TYPING_EVERY <= now) {
+            state.shown = false;
         }
-        self.look_at_typist(&user, batch);
+        self.update_typing(&user, batch);
     }
 
-    fn look_at_typist(&mut self, user: &UserId, batch: &mut ShardBatch) {
-        let Some(typist) = self.people.typists.get_mut(user) else { return };
-        let told = typist.look(batch.retention.now);
-        match typist.due(batch.retention.now) {
-            Some(due) => self.people.note_due(due),
-            None => drop(self.people.typists.remove(user)),
+    fn update_typing(&mut self, user: &UserId, batch: &mut ShardBatch) {
+        let Some(state) = self.presence.typing.get_mut(user) else { return };
+        let told = state.poll(batch.retention.now);
+        match state.due(batch.retention.now) {
+            Some(due) => self.presence.note_due(due),
+            None => drop(self.presence.typing.remove(user)),
         }
         if let Some(is_typing) = told {
             let typing = TypingFrame { room: self.name.clone(), user: user.clone(), is_typing };
-            self.tell(&ServerFrame::Typing(typing), |handle| handle.belongs_to(user), batch);
+            self.send_to_members(
+                &ServerFrame::Typing(typing),
+                |handle| handle.belongs_to(user),
+                batch,
+            );
         }
     }
 
-    fn tell_read(&self, user: UserId, seq: Seq, by: ConnectionId, batch: &mut ShardBatch) {
+    fn send_read_mark(&self, user: UserId, seq: Seq, by: ConnectionId, batch: &mut ShardBatch) {
         let read = ServerFrame::Read(ReadFrame { room: self.name.clone(), user, seq });
-        self.tell(&read, |handle| handle.connection == by, batch);
+        self.send_to_members(&read, |handle| handle.connection == by, batch);
     }
 
     /// Does what is due.
-    fn look_at_people(&mut self, named_max: usize, batch: &mut ShardBatch) {
+    fn send_due_presence(&mut self, named_max: usize, batch: &mut ShardBatch) {
         let now = batch.retention.now;
-        let diff_at = self.people.diffed_at.map_or(now, |at| at + DIFF_EVERY);
-        if !self.people.pending.is_empty() {
+        let diff_at = self.presence.diffed_at.map_or(now, |at| at + DIFF_EVERY);
+        if !self.presence.pending.is_empty() {
             if diff_at <= now {
-                self.tell_diff(named_max, batch);
-                self.answer_who_asks(batch);
+                self.send_presence_diff(named_max, batch);
+                self.answer_queries(batch);
             } else {
-                self.people.note_due(diff_at);
+                self.presence.note_due(diff_at);
             }
         }
-        for user in self.people.typists.keys().cloned().collect::<Vec<_>>() {
-            self.look_at_typist(&user, batch);
+        for user in self.presence.typing.keys().cloned().collect::<Vec<_>>() {
+            self.update_typing(&user, batch);
         }
     }
 
-    fn read_roster(
+    fn apply_roster(
         &mut self,
         snapshot: PresenceSnapshot,
         individual_max: usize,
         batch: &mut ShardBatch,
     ) -> bool {
-        let (changes, again) = self.people.roster.apply_snapshot(snapshot);
+        let (changes, again) = self.presence.roster.apply_snapshot(snapshot);
         self.send_roster_changes(changes, individual_max, batch);
-        self.answer_who_asks(batch);
+        self.answer_queries(batch);
         again
     }
 
     /// Answers those who ask who is present, as far as what they are to see has come to pass here.
-    fn answer_who_asks(&mut self, batch: &mut ShardBatch) {
-        let People { roster, pending, asking, .. } = &mut self.people;
+    fn answer_queries(&mut self, batch: &mut ShardBatch) {
+        let RoomPresence { roster, pending, queries, .. } = &mut self.presence;
         let (now, mut left) = (batch.retention.now, Vec::new());
-        for asks in asking.drain(..) {
+        for query in queries.drain(..) {
             // What is told next must be news to who has the listing.
-            let waits = (!pending.is_empty() || !roster.has_reached(asks.details.version))
-                && now.saturating_duration_since(asks.since) < CATCH_UP_MAX;
+            let waits = (!pending.is_empty() || !roster.has_reached(query.details.version))
+                && now.saturating_duration_since(query.since) < CATCH_UP_MAX;
             if waits {
-                left.push(asks);
+                left.push(query);
                 continue;
             }
-            let (handle, answer) = listing(&self.name, roster, asks);
+            let (handle, answer) = listing(&self.name, roster, query);
             handle.send(&answer);
             batch.flush_later(&handle);
         }
-        *asking = left;
+        *queries = left;
     }
 
-    /// Whether somebody asks who is present and waits for what is on its way here.
-    fn is_asked(&self) -> bool {
-        !self.people.asking.is_empty()
+    /// Whether somebody query who is present and waits for what is on its way here.
+    fn has_queries(&self) -> bool {
+        !self.presence.queries.is_empty()
     }
 }
 
-impl People {
+impl RoomPresence {
     fn note_due(&mut self, at: Instant) {
         self.due = Some(self.due.map_or(at, |due| due.min(at)));
     }
@@ -347,9 +355,9 @@ impl People {
 fn listing(
     room: &RoomId,
     roster: &Roster,
-    asks: Asking,
+    query: PresenceQuery,
 ) -> (Arc<ConnectionHandle>, ServerFrame<Box<RawValue>>) {
-    let Asking { handle, reference, after, limit, details, .. } = asks;
+    let PresenceQuery { handle, reference, after, limit, details, .. } = query;
     let mut known: BTreeMap<UserId, UserPresence> =
         details.users.into_iter().map(|detail| (detail.user.id.clone(), detail)).collect();
     let mut behind = roster.after(&after);
@@ -365,8 +373,8 @@ fn listing(
                 id: id.clone(),
                 name: name.clone(),
                 connections: detail.as_ref().map_or(1, |detail| detail.connections),
-                since: at(since),
-                last_active: at(active),
+                since: wire_time(since),
+                last_active: wire_time(active),
                 read: Some(detail.map_or(0, |detail| detail.read)),
             }
         })
@@ -380,12 +388,12 @@ fn listing(
 }
 
 /// A time of the store's as it stands on the wire.
-pub fn at(millis: UnixMillis) -> String {
+pub fn wire_time(millis: UnixMillis) -> String {
     shared::timestamp(SystemTime::UNIX_EPOCH + Duration::from_millis(millis))
 }
 
 impl Shard {
-    pub(super) fn hear(&mut self, name: &RoomId, notice: EphemeralEvent) {
+    pub(super) fn handle_event(&mut self, name: &RoomId, notice: EphemeralEvent) {
         // Also while this node may pass nothing on: who is told this reads nothing more.
         if let EphemeralEvent::Closed { reason, by } = notice {
             return self.close_room(name, reason, by);
@@ -401,40 +409,40 @@ impl Shard {
         }
         let individual_max = self.presence.options().individual_max;
         let Some(room) = self.rooms.get_mut(name) else { return };
-        let read = room.hear(notice, individual_max, &mut self.batch);
-        self.note_people_due(name);
+        let read = room.apply_event(notice, individual_max, &mut self.batch);
+        self.note_presence_due(name);
         if read {
             self.read_rosters(vec![name.clone()]);
         }
     }
 
     /// Notes when there is next something to be looked at in a room.
-    fn note_people_due(&mut self, name: &RoomId) {
-        if let Some(due) = self.rooms.get(name).and_then(|room| room.people.due) {
-            self.people_due.insert((due, name.clone()));
+    fn note_presence_due(&mut self, name: &RoomId) {
+        if let Some(due) = self.rooms.get(name).and_then(|room| room.presence.due) {
+            self.presence_due.insert((due, name.clone()));
         }
     }
 
     /// When there is next something to be looked at in any room.
-    pub(super) fn next_people_due(&self) -> Option<Instant> {
-        self.people_due.first().map(|(due, _)| *due)
+    pub(super) fn next_presence_due(&self) -> Option<Instant> {
+        self.presence_due.first().map(|(due, _)| *due)
     }
 
     /// Does in all rooms what is due.
-    pub(super) fn look_at_people(&mut self, now: Instant) {
+    pub(super) fn send_due_presence(&mut self, now: Instant) {
         let named_max = self.presence.options().named_max;
-        while let Some((due, _)) = self.people_due.first()
+        while let Some((due, _)) = self.presence_due.first()
             && *due <= now
         {
-            let Some((due, name)) = self.people_due.pop_first() else { return };
+            let Some((due, name)) = self.presence_due.pop_first() else { return };
             let Some(room) = self.rooms.get_mut(&name) else { continue };
             // Noted more than once, it is done at the first.
-            if room.people.due != Some(due) {
+            if room.presence.due != Some(due) {
                 continue;
             }
-            room.people.due = None;
-            room.look_at_people(named_max, &mut self.batch);
-            self.note_people_due(&name);
+            room.presence.due = None;
+            room.send_due_presence(named_max, &mut self.batch);
+            self.note_presence_due(&name);
         }
     }
 
@@ -444,7 +452,7 @@ impl Shard {
         names.retain(|name| {
             // Of an inbox it is known who is there.
             name.kind() == RoomKind::Room
-                && self.rooms.get_mut(name).is_some_and(|room| room.people.roster.begin_read())
+                && self.rooms.get_mut(name).is_some_and(|room| room.presence.roster.begin_read())
         });
         if names.is_empty() {
             return;
@@ -466,7 +474,7 @@ impl Shard {
     }
 
     /// Takes who is present in some rooms.
-    pub(super) fn take_rosters(
+    pub(super) fn apply_rosters(
         &mut self,
         rooms: Vec<(RoomId, u64)>,
         snapshots: Vec<PresenceSnapshot>,
@@ -476,40 +484,40 @@ impl Shard {
         for ((name, generation), snapshot) in rooms.into_iter().zip(snapshots) {
             let room = self.rooms.get_mut(&name);
             let Some(room) = room.filter(|room| room.generation == generation) else { continue };
-            let is_whole = snapshot.complete;
-            if room.read_roster(snapshot, individual_max, &mut self.batch) {
+            let is_complete = snapshot.complete;
+            if room.apply_roster(snapshot, individual_max, &mut self.batch) {
                 again.push(name.clone());
             }
-            self.note_whole(is_whole);
-            self.note_people_due(&name);
+            self.note_completeness(is_complete);
+            self.note_presence_due(&name);
         }
         self.read_rosters(again);
     }
 
     /// Notes whether what was read is whole: what is not is read again.
-    pub(super) fn note_whole(&mut self, is_whole: bool) {
-        if is_whole {
-            self.reads_unsettled = 0;
-        } else if self.rosters_again.is_none() {
-            let wait = UNSETTLED_MIN.saturating_mul(1 << self.reads_unsettled.min(10));
-            self.reads_unsettled += 1;
-            self.rosters_again = Some(self.batch.retention.now + wait.min(UNSETTLED_MAX));
+    pub(super) fn note_completeness(&mut self, is_complete: bool) {
+        if is_complete {
+            self.incomplete_reads = 0;
+        } else if self.roster_retry_at.is_none() {
+            let wait = ROSTER_RETRY_MIN.saturating_mul(1 << self.incomplete_reads.min(10));
+            self.incomplete_reads += 1;
+            self.roster_retry_at = Some(self.batch.retention.now + wait.min(ROSTER_RETRY_MAX));
         }
     }
 
     /// Reads rosters again of which some may be missing, and those that somebody waits for.
-    pub(super) fn look_at_rosters(&mut self, now: Instant) {
-        let all = self.rosters_again.take_if(|at| *at <= now).is_some();
+    pub(super) fn retry_rosters(&mut self, now: Instant) {
+        let all = self.roster_retry_at.take_if(|at| *at <= now).is_some();
         if all {
             self.reread_statuses();
         }
         let mut names = Vec::new();
         for (name, room) in &mut self.rooms {
-            let late = room.is_asked();
+            let late = room.has_queries();
             if late {
-                room.answer_who_asks(&mut self.batch);
+                room.answer_queries(&mut self.batch);
             }
-            if late || all && !room.people.roster.is_complete() {
+            if late || all && !room.presence.roster.is_complete() {
                 names.push(name.clone());
             }
         }
@@ -519,29 +527,29 @@ impl Shard {
     /// Those who may be asked for in a page of a room's people.
     pub(super) fn present_after(&self, name: &RoomId, after: &str, limit: usize) -> Vec<UserId> {
         let Some(room) = self.rooms.get(name) else { return Vec::new() };
-        room.people.roster.after(after).take(limit).map(|(user, _)| user.clone()).collect()
+        room.presence.roster.after(after).take(limit).map(|(user, _)| user.clone()).collect()
     }
 
     /// Answers who is present, once what was asked about it has come to pass here.
-    pub(super) fn ask_presence(&mut self, name: &RoomId, asks: Asking) {
+    pub(super) fn query_presence(&mut self, name: &RoomId, query: PresenceQuery) {
         let Some(room) = self.rooms.get_mut(name) else {
             let refusal = ErrorFrame {
-                reference: asks.reference,
+                reference: query.reference,
                 frame_type: Some("presence".to_owned()),
                 room: Some(name.clone()),
                 ..*ErrorFrame::new(ErrorCode::NotJoined, "join the room first")
             };
-            asks.handle.send(&ServerFrame::Error(Box::new(refusal)));
-            return self.batch.flush_later(&asks.handle);
+            query.handle.send(&ServerFrame::Error(Box::new(refusal)));
+            return self.batch.flush_later(&query.handle);
         };
         // Too many to wait are answered with what is known.
-        let wait = room.people.asking.len() < ASKING_MAX;
-        room.people.asking.push(if wait {
-            asks
+        let wait = room.presence.queries.len() < QUERIES_MAX;
+        room.presence.queries.push(if wait {
+            query
         } else {
-            Asking { details: PresenceDetails::default(), ..asks }
+            PresenceQuery { details: PresenceDetails::default(), ..query }
         });
-        room.answer_who_asks(&mut self.batch);
+        room.answer_queries(&mut self.batch);
     }
 
     /// Has everybody leave a room that is no more.
@@ -554,7 +562,7 @@ impl Shard {
         // First, so that what who was told says next is refused.
         self.presence.close(name);
         let Some(room) = self.rooms.get_mut(name) else { return };
-        let asking = std::mem::take(&mut room.people.asking);
+        let queries = std::mem::take(&mut room.presence.queries);
         let closed = RoomClosedFrame { reference: None, room: name.clone(), reason };
         let answer = ServerFrame::RoomClosed(closed);
         for member in std::mem::take(&mut room.members) {
@@ -566,9 +574,9 @@ impl Shard {
             self.batch.flush_later(&handle);
         }
         self.drop_room(name);
-        for asks in asking {
+        for query in queries {
             // There is no such room any more.
-            self.ask_presence(name, asks);
+            self.query_presence(name, query);
         }
     }
 }
