@@ -25,7 +25,7 @@ use super::{
     log_reads::READ_RETRY_DELAY,
     member::{ConnectionHandle, ShardBatch},
     room::Room,
-    status::Watched,
+    status::WatchedUsers,
 };
 use crate::{
     bus::{Bus, ResyncRequest, ShardMessage, ShardReceiver},
@@ -104,12 +104,12 @@ pub(super) struct Shard {
     /// How often they were read so since all was whole.
     pub(super) incomplete_reads: u32,
     /// Users whose status somebody here wants to know.
-    pub(super) watched: Watched,
+    pub(super) watched: WatchedUsers,
     pub(super) watched_users_max: usize,
     /// How many they were when that was counted last.
-    pub(super) watched_told: usize,
+    pub(super) watched_counted: usize,
     /// Those of whom it is to be read.
-    pub(super) statuses_due: Vec<UserId>,
+    pub(super) statuses_to_read: Vec<UserId>,
 }
 
 impl Shard {
@@ -157,10 +157,10 @@ impl Shard {
             presence_due: BTreeSet::new(),
             roster_retry_at: None,
             incomplete_reads: 0,
-            watched: Watched::default(),
+            watched: WatchedUsers::default(),
             watched_users_max: options.watched_users_max,
-            watched_told: 0,
-            statuses_due: Vec::new(),
+            watched_counted: 0,
+            statuses_to_read: Vec::new(),
         }
     }
 
@@ -264,7 +264,7 @@ impl Shard {
                 users.iter().for_each(|user| self.unwatch(user, connection));
             }
             ShardCommand::RemoveConnection(connection) => self.remove_connection(connection),
-            ShardCommand::StatusesRead { users, statuses } => self.take_statuses(users, statuses),
+            ShardCommand::StatusesRead { users, statuses } => self.apply_statuses(users, statuses),
             ShardCommand::QueryPresence { room, query } => self.query_presence(&room, query),
             ShardCommand::RostersRead { rooms, snapshots } => self.apply_rosters(rooms, snapshots),
             ShardCommand::HeadsRead { rooms, read_generation, heads } => {
@@ -500,7 +500,7 @@ impl Shard {
             self.leave(room, connection, None);
         }
         for watch in self.watched.values_mut() {
-            watch.forget(connection);
+            watch.remove(connection);
         }
     }
 
@@ -540,7 +540,7 @@ impl Shard {
             left -= usize::from(self.drop_if_empty(&name, Some(now)));
         }
         self.retry_rosters(now);
-        self.forget_unwatched();
+        self.remove_unwatched();
         self.forget_ids();
         let mut members = 0;
         for room in self.rooms.values_mut() {

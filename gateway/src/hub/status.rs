@@ -25,45 +25,45 @@ use super::{
 use crate::bus::registry::OnlineStatus;
 
 /// Users who are watched here.
-pub(super) type Watched = HashMap<UserId, Watch>;
+pub(super) type WatchedUsers = HashMap<UserId, WatchedUser>;
 
 /// A user who is watched.
 #[derive(Debug, Default)]
-pub(super) struct Watch {
-    watchers: HashMap<ConnectionId, Watcher>,
+pub(super) struct WatchedUser {
+    watchers: HashMap<ConnectionId, StatusWatcher>,
     /// What they were told last.
-    told: Option<bool>,
-    /// Whether the status is followed.
-    followed: bool,
-    /// How many reads were begun.
-    begun: u64,
-    /// Whether one is under way, and whether another has to follow.
+    reported: Option<bool>,
+    /// Whether the status is subscribed.
+    subscribed: bool,
+    /// How many reads were reads_started.
+    reads_started: u64,
+    /// Whether one is under way, and whether another has to subscribe.
     reading: bool,
     again: bool,
 }
 
 #[derive(Debug)]
-struct Watcher {
+struct StatusWatcher {
     handle: Arc<ConnectionHandle>,
     /// The reads whose outcome it is told in any case, and as the answers to what.
     waits: Vec<(u64, Option<FrameRef>)>,
 }
 
-impl Watch {
+impl WatchedUser {
     /// A connection is not told any more.
-    pub(super) fn forget(&mut self, connection: ConnectionId) {
+    pub(super) fn remove(&mut self, connection: ConnectionId) {
         self.watchers.remove(&connection);
     }
 
-    /// The status is to be read. Returns whether that is to be begun, and the number of the read.
-    fn want(&mut self) -> (bool, u64) {
+    /// The status is to be read. Returns whether that is to be reads_started, and the number of the read.
+    fn request_read(&mut self) -> (bool, u64) {
         if self.reading {
             self.again = true;
-            return (false, self.begun + 1);
+            return (false, self.reads_started + 1);
         }
         self.reading = true;
-        self.begun += 1;
-        (true, self.begun)
+        self.reads_started += 1;
+        (true, self.reads_started)
     }
 }
 
@@ -81,19 +81,19 @@ impl Shard {
         }
         let watch = self.watched.entry(user.clone()).or_default();
         let connection = handle.connection;
-        watch.watchers.entry(connection).or_insert(Watcher { handle, waits: Vec::new() });
-        if asks.is_none() && watch.told.is_some() {
+        watch.watchers.entry(connection).or_insert(StatusWatcher { handle, waits: Vec::new() });
+        if asks.is_none() && watch.reported.is_some() {
             return true;
         }
         // Who has just connected is to be seen: what was known before is not enough.
-        let (begins, read) = watch.want();
+        let (begins, read) = watch.request_read();
         if let Some(reference) = asks
             && let Some(watcher) = watch.watchers.get_mut(&connection)
         {
             watcher.waits.push((read, reference));
         }
         if begins {
-            self.statuses_due.push(user);
+            self.statuses_to_read.push(user);
         }
         true
     }
@@ -102,7 +102,7 @@ impl Shard {
     pub(super) fn unwatch(&mut self, user: &UserId, connection: ConnectionId) {
         // What nobody watches is forgotten at the next look around: it may be asked for at this moment.
         if let Some(watch) = self.watched.get_mut(user) {
-            watch.forget(connection);
+            watch.remove(connection);
         }
     }
 
@@ -110,24 +110,24 @@ impl Shard {
     pub(super) fn status_changed(&mut self, room: &RoomId) {
         let Some(user) = room.user() else { return };
         if let Some(watch) = self.watched.get_mut(&user)
-            && watch.want().0
+            && watch.request_read().0
         {
-            self.statuses_due.push(user);
+            self.statuses_to_read.push(user);
         }
     }
 
     /// Changes may have been missed.
     pub(super) fn reread_statuses(&mut self) {
         for (user, watch) in &mut self.watched {
-            if watch.want().0 {
-                self.statuses_due.push(user.clone());
+            if watch.request_read().0 {
+                self.statuses_to_read.push(user.clone());
             }
         }
     }
 
     /// Reads what is due, in a task, until it is known.
     pub(super) fn read_statuses(&mut self) {
-        let mut users = std::mem::take(&mut self.statuses_due);
+        let mut users = std::mem::take(&mut self.statuses_to_read);
         // Whom nobody watches any more is not asked about.
         users.retain(|user| {
             let Some(watch) = self.watched.get_mut(user) else { return false };
@@ -138,16 +138,16 @@ impl Shard {
         if users.is_empty() {
             return;
         }
-        let follow = users.iter().filter(|user| {
+        let subscribe = users.iter().filter(|user| {
             let watch = self.watched.get_mut(*user);
-            watch.is_some_and(|watch| !std::mem::replace(&mut watch.followed, true))
+            watch.is_some_and(|watch| !std::mem::replace(&mut watch.subscribed, true))
         });
-        let follow: Vec<RoomId> = follow.map(RoomId::status_of).collect();
+        let subscribe: Vec<RoomId> = subscribe.map(RoomId::status_of).collect();
         let (bus, presence, commands) =
             (self.bus.clone(), self.presence.clone(), self.commands.clone());
         self.spawn("read_statuses", async move {
             // Followed first, so that no change falls between the two.
-            join_all(follow.into_iter().map(async |room| {
+            join_all(subscribe.into_iter().map(async |room| {
                 while bus.subscribe(room.clone()).await.is_err() {
                     tokio::time::sleep(READ_RETRY_DELAY).await;
                 }
@@ -164,7 +164,7 @@ impl Shard {
     }
 
     /// Tells what was read to those who wait for it, and what has changed to all.
-    pub(super) fn take_statuses(&mut self, users: Vec<UserId>, statuses: Vec<OnlineStatus>) {
+    pub(super) fn apply_statuses(&mut self, users: Vec<UserId>, statuses: Vec<OnlineStatus>) {
         let mut incomplete = false;
         for (user, status) in users.into_iter().zip(statuses) {
             let Some(watch) = self.watched.get_mut(&user) else { continue };
@@ -175,32 +175,32 @@ impl Shard {
             } else {
                 incomplete = true;
             }
-            let seems_gone = !status.online && watch.told == Some(true);
-            let changed = watch.told.is_some_and(|told| told != status.online)
+            let seems_gone = !status.online && watch.reported == Some(true);
+            let changed = watch.reported.is_some_and(|reported| reported != status.online)
                 && (status.complete || !seems_gone);
-            if changed || watch.told.is_none() {
-                watch.told = Some(status.online);
+            if changed || watch.reported.is_none() {
+                watch.reported = Some(status.online);
             }
-            let (mut frame, read) = (None, watch.begun);
+            let (mut frame, read) = (None, watch.reads_started);
             for watcher in watch.watchers.values_mut() {
                 let (answers, waits): (Vec<_>, _) =
                     std::mem::take(&mut watcher.waits).into_iter().partition(|(at, _)| *at <= read);
                 watcher.waits = waits;
                 let is_told = !answers.is_empty();
                 for (_, reference) in answers {
-                    watcher.handle.send(&told(&user, &status, reference));
+                    watcher.handle.send(&status_frame(&user, &status, reference));
                 }
                 if changed && !is_told {
-                    let frame =
-                        frame.get_or_insert_with(|| text_frame(&told(&user, &status, None)));
+                    let frame = frame
+                        .get_or_insert_with(|| text_frame(&status_frame(&user, &status, None)));
                     watcher.handle.outbox.push(frame.clone());
                 }
                 if changed || is_told {
                     self.batch.flush_later(&watcher.handle);
                 }
             }
-            if std::mem::take(&mut watch.again) && watch.want().0 {
-                self.statuses_due.push(user);
+            if std::mem::take(&mut watch.again) && watch.request_read().0 {
+                self.statuses_to_read.push(user);
             }
         }
         if incomplete {
@@ -209,11 +209,11 @@ impl Shard {
     }
 
     /// Forgets users whom nobody watches any more.
-    pub(super) fn forget_unwatched(&mut self) {
+    pub(super) fn remove_unwatched(&mut self) {
         let before = self.watched.len();
         self.watched.retain(|user, watch| {
             let is_watched = !watch.watchers.is_empty() || watch.reading;
-            if !is_watched && watch.followed {
+            if !is_watched && watch.subscribed {
                 self.bus.unsubscribe(RoomId::status_of(user));
             }
             is_watched
@@ -221,13 +221,13 @@ impl Shard {
         if self.watched.len() < before / 2 {
             self.watched.shrink_to_fit();
         }
-        let (now, told) = (self.watched.len(), &mut self.watched_told);
+        let (now, told) = (self.watched.len(), &mut self.watched_counted);
         self.batch.metrics.watched_users.add(now as i64 - *told as i64);
         *told = now;
     }
 }
 
-fn told(
+fn status_frame(
     user: &UserId,
     status: &OnlineStatus,
     reference: Option<FrameRef>,
