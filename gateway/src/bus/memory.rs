@@ -31,7 +31,7 @@ use super::{
     sessions::SessionOptions,
 };
 use crate::{
-    delivery::{Entry, ReplicaSnapshot, ServerId, ordinal, page::Page},
+    delivery::{Entry, ReplicaSnapshot, ServerId, ordinal, page::LogPage},
     drain::Tasks,
 };
 
@@ -259,7 +259,7 @@ impl MemoryBus {
         self.sessions.lock().has(user) || self.store.lock().has_last_seen(user)
     }
 
-    fn read_now(&self, room: &RoomId, range: ReadRange, now: Instant) -> Page {
+    fn read_now(&self, room: &RoomId, range: ReadRange, now: Instant) -> LogPage {
         let rooms = &mut *self.logs.lock();
         match rooms.logs.get(room) {
             Some(log) => log.page(range),
@@ -311,7 +311,7 @@ impl Bus for MemoryBus {
         self.logs.lock().subscribed.remove(&room);
     }
 
-    fn read(&self, room: RoomId, range: ReadRange) -> BoxFuture<Result<Page, BusError>> {
+    fn read(&self, room: RoomId, range: ReadRange) -> BoxFuture<Result<LogPage, BusError>> {
         let page = self.read_now(&room, range, Instant::now());
         Box::pin(std::future::ready(Ok(page)))
     }
@@ -392,7 +392,7 @@ impl MemoryLog {
         }
     }
 
-    fn page(&self, range: ReadRange) -> Page {
+    fn page(&self, range: ReadRange) -> LogPage {
         let oldest = self.entries.front().map_or(0, |(_, entry)| entry.position.seq);
         let seqs = self.entries.len() as u64;
         // Entries are numbered without steps, so that a number is a place.
@@ -416,7 +416,7 @@ impl MemoryLog {
             cut(wanted, range.limit())
         };
         let (epoch, top) = (self.epoch.clone(), self.top);
-        Page { epoch, former: None, deleted: self.deleted, generation: 0, top, oldest, entries }
+        LogPage { epoch, former: None, deleted: self.deleted, generation: 0, top, oldest, entries }
     }
 }
 

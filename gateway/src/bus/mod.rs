@@ -36,7 +36,7 @@ use tokio::{
 };
 
 use crate::{
-    delivery::{Entry, ReplicaSnapshot, page::Page},
+    delivery::{Entry, ReplicaSnapshot, page::LogPage},
     telemetry::metrics::Metrics,
 };
 
@@ -79,7 +79,7 @@ pub trait Bus: Send + Sync {
 
     /// Reads part of a room's log. A room without a log gets one, empty, so that its epoch is
     /// known before its first entry.
-    fn read(&self, room: RoomId, range: ReadRange) -> BoxFuture<Result<Page, BusError>>;
+    fn read(&self, room: RoomId, range: ReadRange) -> BoxFuture<Result<LogPage, BusError>>;
 
     /// The newest position of each room's log, in the order of `rooms`; `None` where there is no
     /// log. One request for all, so that a node finds out cheaply which rooms it misses entries

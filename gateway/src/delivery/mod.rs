@@ -13,7 +13,7 @@ use shared::{
 
 pub mod page;
 pub mod ring;
-pub mod ids;
+pub mod recent_ids;
 pub mod replica;
 pub mod reconcile;
 pub mod serve;
@@ -60,7 +60,7 @@ pub struct Entry {
 impl Entry {
     /// Whether `other` is the same entry of the same history. Epochs are no part of that: an entry
     /// keeps the one it was written under.
-    pub fn is(&self, other: &Self) -> bool {
+    pub fn is_same_as(&self, other: &Self) -> bool {
         self.position.seq == other.position.seq
             && self.origin == other.origin
             && self.envelope.dedup_key() == other.envelope.dedup_key()
@@ -87,7 +87,7 @@ pub struct ReplicaSnapshot {
     /// The newest entries without steps, the last at `top`; older than the room's retention they
     /// are left out.
     pub entries: Vec<Entry>,
-    /// Ids of older messages within the dedup window, and their numbers.
+    /// RecentIds of older messages within the dedup window, and their numbers.
     pub ids: Vec<(DedupKey, Position)>,
 }
 
@@ -146,9 +146,9 @@ mod entry_tests {
     fn one_message_under_one_number_of_two_histories_is_two_entries() {
         let written = entry("1-e", 7);
         let again = Entry { origin: "0123456789abcdef".parse().unwrap(), ..written.clone() };
-        assert!(written.is(&written) && !written.is(&again));
+        assert!(written.is_same_as(&written) && !written.is_same_as(&again));
         let continued = Entry { position: samples::position("2-f", 7), ..written.clone() };
-        assert!(written.is(&continued), "an epoch that continues it changes nothing");
-        assert!(!written.is(&entry("1-e", 8)));
+        assert!(written.is_same_as(&continued), "an epoch that continues it changes nothing");
+        assert!(!written.is_same_as(&entry("1-e", 8)));
     }
 }

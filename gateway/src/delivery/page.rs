@@ -10,7 +10,7 @@ use super::Entry;
 
 /// Part of a log, as it was at one moment.
 #[derive(Clone, Debug)]
-pub struct Page {
+pub struct LogPage {
     /// The log's epoch.
     pub epoch: Epoch,
     /// The epoch before, and its last number, where this one goes on behind that: what a server
@@ -30,9 +30,9 @@ pub struct Page {
     pub entries: Vec<Entry>,
 }
 
-impl Page {
+impl LogPage {
     /// What a room without a log shows: nothing, at no position.
-    pub fn of_no_log() -> Self {
+    pub fn without_log() -> Self {
         Self {
             epoch: Epoch::none(),
             former: None,
@@ -73,11 +73,11 @@ impl Page {
 
     /// The entry `seq`, if the page shows it.
     pub fn at(&self, seq: Seq) -> Option<&Entry> {
-        self.entries.get(self.place(seq)?)
+        self.entries.get(self.index_of(seq)?)
     }
 
     /// Which of the entries is `seq`.
-    pub fn place(&self, seq: Seq) -> Option<usize> {
+    pub fn index_of(&self, seq: Seq) -> Option<usize> {
         self.entries.binary_search_by_key(&seq, |entry| entry.position.seq).ok()
     }
 
@@ -110,9 +110,9 @@ impl Page {
 mod tests {
     use super::{super::samples::entry, *};
 
-    fn page(top: Seq, seqs: &[Seq]) -> Page {
+    fn page(top: Seq, seqs: &[Seq]) -> LogPage {
         let entries = seqs.iter().map(|seq| entry("e", *seq)).collect();
-        Page {
+        LogPage {
             epoch: "e".parse().unwrap(),
             former: None,
             deleted: 0,

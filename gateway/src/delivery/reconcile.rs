@@ -12,7 +12,7 @@ use shared::{
 
 use super::{
     Entry, ordinal,
-    page::Page,
+    page::LogPage,
     replica::{DeliverySink, NextAction, ReadPlan, ReadState, RetentionContext, RoomReplica},
 };
 
@@ -54,7 +54,7 @@ impl RoomReplica {
     /// Takes what was read of the log, and then what was held meanwhile.
     pub fn apply_page(
         &mut self,
-        mut page: Page,
+        mut page: LogPage,
         retention: &RetentionContext,
         sink: &mut impl DeliverySink,
     ) -> NextAction {
@@ -75,7 +75,7 @@ impl RoomReplica {
 
     fn apply(
         &mut self,
-        page: &mut Page,
+        page: &mut LogPage,
         retention: &RetentionContext,
         sink: &mut impl DeliverySink,
     ) -> PageProgress {
@@ -84,7 +84,7 @@ impl RoomReplica {
             return self.apply_first_page(page, retention, sink);
         };
         let same = match (self.ring.last(), page.at(top.seq)) {
-            (Some(held), Some(there)) => Some(held.is(there)),
+            (Some(held), Some(there)) => Some(held.is_same_as(there)),
             _ => None,
         };
         if ordinal(&page.epoch) < ordinal(&top.epoch) {
@@ -139,7 +139,7 @@ impl RoomReplica {
     /// Takes the first page of a room.
     fn apply_first_page(
         &mut self,
-        page: &mut Page,
+        page: &mut LogPage,
         retention: &RetentionContext,
         sink: &mut impl DeliverySink,
     ) -> PageProgress {
@@ -155,7 +155,7 @@ impl RoomReplica {
 
     fn deliver_all(
         &mut self,
-        page: &mut Page,
+        page: &mut LogPage,
         retention: &RetentionContext,
         sink: &mut impl DeliverySink,
     ) {
@@ -166,7 +166,7 @@ impl RoomReplica {
 
     fn apply_new_epoch(
         &mut self,
-        page: &mut Page,
+        page: &mut LogPage,
         plan: ReadPlan,
         same: Option<bool>,
         retention: &RetentionContext,
@@ -202,7 +202,7 @@ impl RoomReplica {
     fn cross_epoch(
         &mut self,
         former: &Position,
-        page: Page,
+        page: LogPage,
         retention: &RetentionContext,
         sink: &mut impl DeliverySink,
     ) {
@@ -217,7 +217,7 @@ impl RoomReplica {
     /// Begins anew with a log that is not the one followed: what it has lost is appended again.
     fn apply_new_history(
         &mut self,
-        page: &mut Page,
+        page: &mut LogPage,
         plan: ReadPlan,
         same: Option<bool>,
         retention: &RetentionContext,
@@ -261,8 +261,9 @@ impl RoomReplica {
     /// none of them, those were lost that stand where its present epoch does under another one; of
     /// the others nothing tells whether it once had them, unless the ring holds all there ever was,
     /// or the log is empty.
-    fn lost_by(&self, page: &Page) -> usize {
-        let common = |entry: &Entry| page.at(entry.position.seq).is_some_and(|e| entry.is(e));
+    fn lost_by(&self, page: &LogPage) -> usize {
+        let common =
+            |entry: &Entry| page.at(entry.position.seq).is_some_and(|e| entry.is_same_as(e));
         let forked = |entry: &&Entry| {
             let Position { epoch, seq } = &entry.position;
             *epoch != page.epoch && page.former.as_ref().is_some_and(|former| former.seq < *seq)
@@ -290,7 +291,7 @@ impl RoomReplica {
 }
 
 /// Leaves in the page what is whole behind `seq`.
-fn keep_after(page: &mut Page, seq: Seq) {
+fn keep_after(page: &mut LogPage, seq: Seq) {
     page.keep_whole();
     let old = page.entries.partition_point(|entry| entry.position.seq <= seq);
     page.entries.drain(..old);

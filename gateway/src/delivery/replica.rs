@@ -22,10 +22,9 @@ use shared::{
 use tokio::time::Instant;
 
 use super::{
-    Entry, ReplicaSnapshot,
-    ids::Ids,
-    ordinal,
-    ring::{Ring, RingMax},
+    Entry, ReplicaSnapshot, ordinal,
+    recent_ids::RecentIds,
+    ring::{Ring, RingLimits},
 };
 
 /// The most arrivals held while the log is read; what is above is read again.
@@ -103,7 +102,7 @@ pub(super) enum ReadPlan {
 #[derive(Clone, Copy, Debug)]
 pub struct RetentionContext {
     /// The most of a ring.
-    pub ring: RingMax,
+    pub ring: RingLimits,
     /// How long ids are known.
     pub ids_for: Duration,
     /// How long the log of a room is kept in which nothing is said.
@@ -124,7 +123,7 @@ pub struct RoomReplica {
     pub(super) ring: Ring,
     /// Whether the ring holds all that the log holds.
     pub(super) ring_is_whole: bool,
-    pub(super) ids: Ids,
+    pub(super) ids: RecentIds,
     /// When the newest entry came.
     pub(super) newest_at: Option<Instant>,
     /// Arrivals that wait for a read of the log, in the order of their coming.
@@ -141,7 +140,7 @@ impl Default for RoomReplica {
             generation: 0,
             ring: Ring::default(),
             ring_is_whole: false,
-            ids: Ids::default(),
+            ids: RecentIds::default(),
             newest_at: None,
             buffered: Vec::new(),
             reading: ReadState::Idle,
@@ -167,7 +166,7 @@ impl RoomReplica {
     }
 
     /// The ids of the dedup window.
-    pub fn ids(&self) -> &Ids {
+    pub fn ids(&self) -> &RecentIds {
         &self.ids
     }
 
@@ -295,12 +294,12 @@ impl RoomReplica {
                 return EntryClass::Gap;
             }
             return match self.ring.at(received.seq) {
-                Some(held) if !held.is(entry) => EntryClass::Diverged,
+                Some(held) if !held.is_same_as(entry) => EntryClass::Diverged,
                 _ => EntryClass::Duplicate,
             };
         }
         match self.ring.at(received.seq) {
-            Some(held) if held.position.epoch == received.epoch && held.is(entry) => {
+            Some(held) if held.position.epoch == received.epoch && held.is_same_as(entry) => {
                 EntryClass::Duplicate
             }
             _ => EntryClass::Restarted,

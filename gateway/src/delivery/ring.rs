@@ -9,14 +9,14 @@ use super::Entry;
 
 /// How much a ring holds.
 #[derive(Clone, Copy, Debug)]
-pub struct RingMax {
+pub struct RingLimits {
     /// Entries.
     pub entries: usize,
     /// Bytes, one entry apart.
     pub bytes: usize,
 }
 
-impl RingMax {
+impl RingLimits {
     /// What a ring may hold.
     pub const DEFAULT: Self = Self { entries: 256, bytes: 256 * 1024 };
     /// What it is cut to while the node's rings take more than their common bound.
@@ -33,7 +33,7 @@ pub struct Ring {
 
 impl Ring {
     /// Adds the next entry and forgets the oldest above the limits.
-    pub fn push(&mut self, entry: Entry, max: RingMax) {
+    pub fn push(&mut self, entry: Entry, max: RingLimits) {
         #[cfg(debug_assertions)]
         assert!(
             self.last().is_none_or(|last| last.position.seq + 1 == entry.position.seq)
@@ -82,17 +82,17 @@ impl Ring {
 
     /// The entry `seq`, if it is held.
     pub fn at(&self, seq: Seq) -> Option<&Entry> {
-        self.entries.get(self.place(seq)?)
+        self.entries.get(self.index_of(seq)?)
     }
 
     /// The entries behind `seq`, if the next one is held.
     pub fn after(&self, seq: Seq) -> Option<impl Iterator<Item = &Entry>> {
-        let skip = self.place(seq + 1).filter(|skip| *skip < self.entries.len())?;
+        let skip = self.index_of(seq + 1).filter(|skip| *skip < self.entries.len())?;
         Some(self.entries.iter().skip(skip))
     }
 
-    /// Entries are numbered without steps, so that a number is a place.
-    fn place(&self, seq: Seq) -> Option<usize> {
+    /// Entries are numbered without steps, so that a number is a index_of.
+    fn index_of(&self, seq: Seq) -> Option<usize> {
         usize::try_from(seq.checked_sub(self.first()?)?).ok()
     }
 
@@ -109,7 +109,7 @@ mod tests {
     fn ring(seqs: std::ops::RangeInclusive<Seq>) -> Ring {
         let mut ring = Ring::default();
         for seq in seqs {
-            ring.push(entry("e", seq), RingMax::DEFAULT);
+            ring.push(entry("e", seq), RingLimits::DEFAULT);
         }
         ring
     }
@@ -135,7 +135,7 @@ mod tests {
     fn the_limits_hold() {
         let mut ring = ring(1..=1000);
         assert_eq!((ring.len(), ring.first()), (256, Some(1000 - 255)));
-        ring.push(entry("e", 1001), RingMax::UNDER_PRESSURE);
+        ring.push(entry("e", 1001), RingLimits::UNDER_PRESSURE);
         assert_eq!(ring.len(), 16);
         assert_eq!(ring.bytes(), ring.newest(99).map(Entry::bytes).sum::<usize>());
         ring.clear();

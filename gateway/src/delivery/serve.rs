@@ -9,7 +9,7 @@ use shared::{
     protocol::server_frame::RecoveryFailure,
 };
 
-use super::{Entry, page::Page, replica::RoomReplica};
+use super::{Entry, page::LogPage, replica::RoomReplica};
 
 /// What a member is to be given next.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,7 +40,7 @@ impl RoomReplica {
     }
 
     /// What a member at `cursor` is given next, from what was read of the log.
-    pub fn next_in_page<'a>(&self, page: &'a Page, cursor: &Position) -> NextDelivery<'a> {
+    pub fn next_in_page<'a>(&self, page: &'a LogPage, cursor: &Position) -> NextDelivery<'a> {
         self.step(cursor, page.at(cursor.seq + 1))
     }
 
@@ -63,13 +63,17 @@ impl RoomReplica {
     }
 
     /// Whether a page that was read for members is of the history followed.
-    pub fn has_epoch_of(&self, page: &Page) -> bool {
+    pub fn has_epoch_of(&self, page: &LogPage) -> bool {
         self.top.as_ref().is_some_and(|top| top.epoch == page.epoch)
     }
 
     /// Where a member goes on that the log cannot be continued for from `cursor`, given a page that
     /// was read from there or from before and ends behind it: `None` where it can.
-    pub fn gap_after(&self, page: &Page, cursor: &Position) -> Option<(Position, RecoveryFailure)> {
+    pub fn gap_after(
+        &self,
+        page: &LogPage,
+        cursor: &Position,
+    ) -> Option<(Position, RecoveryFailure)> {
         let top = self.top.as_ref().filter(|top| cursor.seq < top.seq)?;
         let before =
             |entry: &Entry| Position::new(entry.position.epoch.clone(), entry.position.seq - 1);

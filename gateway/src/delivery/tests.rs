@@ -11,21 +11,21 @@ use shared::{
 
 use super::{
     Entry, ReplicaSnapshot, ServerId, ordinal,
-    page::Page,
+    page::LogPage,
     reconcile::{READ_LEN, ReadFrom},
     replica::{DeliverySink, EntryClass, NextAction, ReadState, RetentionContext, RoomReplica},
-    ring::RingMax,
+    ring::RingLimits,
     samples,
     serve::{self, NextDelivery, Resume},
 };
 
 /// What happens.
 #[derive(Clone, Debug)]
-enum Event {
+enum ModelEvent {
     /// So many messages are appended, and their entries enter the link.
-    Say(u8),
+    Append(u8),
     /// So many entries leave the link.
-    Hear(u8),
+    Deliver(u8),
     /// The link loses its next entry.
     Lose,
     /// The link repeats an entry of those it had.
@@ -33,11 +33,11 @@ enum Event {
     /// The link changes the order of its next two.
     Swap,
     /// The node is told that it may have missed something.
-    Doubt,
+    Resync,
     /// The log is read as it is now.
-    Look,
+    ReadLog,
     /// What was read arrives at the node.
-    Answer,
+    ReturnPage,
     /// A client leaves, or comes back with what it has.
     LeaveOrReturn(u8),
     /// A client takes frames no more, or so many.
@@ -56,7 +56,7 @@ enum Event {
 }
 
 /// The log, as a server has it.
-struct Log {
+struct ModelLog {
     epoch: Epoch,
     former: Option<Position>,
     /// Epochs, and what was former to them, that come back with an older state.
@@ -73,7 +73,7 @@ struct Log {
     run: u64,
 }
 
-impl Log {
+impl ModelLog {
     fn append(&mut self, entry: Entry) -> Option<Entry> {
         let id = entry.envelope.id();
         if self.entries.iter().any(|known| known.envelope.id() == id) {
@@ -87,7 +87,7 @@ impl Log {
         Some(entry)
     }
 
-    fn say(&mut self) -> Entry {
+    fn append_new(&mut self) -> Entry {
         self.written += 1;
         let entry = samples::entry("0-x", self.written);
         self.append(entry).expect("each message has an id of its own")
@@ -122,7 +122,7 @@ impl Log {
         self.begin_epoch(None);
     }
 
-    fn page(&self, part: ReadFrom) -> Page {
+    fn page(&self, part: ReadFrom) -> LogPage {
         let entries = match part {
             ReadFrom::Newest => {
                 let from = self.entries.len().saturating_sub(READ_LEN as usize);
@@ -136,7 +136,7 @@ impl Log {
         };
         let oldest = self.entries.first().map_or(0, |first| first.position.seq);
         let (former, deleted) = (self.former.clone(), self.deleted);
-        Page {
+        LogPage {
             epoch: self.epoch.clone(),
             former,
             deleted,
@@ -148,7 +148,7 @@ impl Log {
     }
 
     /// As a server does it that is given what a node holds.
-    fn heal(&mut self, held: &ReplicaSnapshot) -> Vec<Entry> {
+    fn restore(&mut self, held: &ReplicaSnapshot) -> Vec<Entry> {
         if ordinal(&held.top.epoch) > ordinal(&self.epoch) {
             self.begin_epoch_above(ordinal(&held.top.epoch), None);
         }
@@ -156,7 +156,8 @@ impl Log {
             return vec![];
         }
         let at = |seq| self.entries.iter().find(|entry| entry.position.seq == seq);
-        let shared = |entry: &Entry| at(entry.position.seq).is_some_and(|own| !own.is(entry));
+        let shared =
+            |entry: &Entry| at(entry.position.seq).is_some_and(|own| !own.is_same_as(entry));
         if held.entries.iter().any(shared) {
             self.begin_epoch(None);
             return vec![];
@@ -170,7 +171,7 @@ impl Log {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Pace {
+enum ClientState {
     Live,
     Behind,
     Away,
@@ -179,8 +180,8 @@ enum Pace {
 }
 
 /// A client, which checks what it is given.
-struct Client {
-    pace: Pace,
+struct ModelClient {
+    state: ClientState,
     /// What the node takes for its cursor.
     cursor: Position,
     /// How many more frames it takes.
@@ -195,11 +196,11 @@ struct Client {
     not_recovered: usize,
 }
 
-impl Client {
+impl ModelClient {
     fn new(room: usize) -> Self {
         let cursor = samples::position("0-x", 0);
         Self {
-            pace: Pace::Joining,
+            state: ClientState::Joining,
             cursor,
             room,
             has: None,
@@ -213,7 +214,7 @@ impl Client {
 
     fn offer(&mut self, entry: &Entry) -> bool {
         if self.room == 0 {
-            self.pace = Pace::Behind;
+            self.state = ClientState::Behind;
             return false;
         }
         self.room -= 1;
@@ -247,20 +248,20 @@ impl Client {
 }
 
 /// A log, a link, a node and clients.
-struct World {
-    log: Log,
+struct Model {
+    log: ModelLog,
     link: Vec<Entry>,
     /// Entries that left the link.
-    gone_by: Vec<Entry>,
-    node: Node,
+    delivered_by_link: Vec<Entry>,
+    node: ModelNode,
     /// What the node waits for, and what it will be told.
     next: NextAction,
-    page: Option<Page>,
+    page: Option<LogPage>,
 }
 
-struct Node {
+struct ModelNode {
     replica: RoomReplica,
-    clients: Vec<Client>,
+    clients: Vec<ModelClient>,
     lost: Vec<Entry>,
     delivered: Vec<Entry>,
     /// How often nothing could be continued.
@@ -270,7 +271,7 @@ struct Node {
 
 /// What `RoomReplica` says is done to the clients.
 struct RecordingSink<'a> {
-    clients: &'a mut Vec<Client>,
+    clients: &'a mut Vec<ModelClient>,
     lost: &'a mut Vec<Entry>,
     delivered: &'a mut Vec<Entry>,
     restarts: &'a mut usize,
@@ -281,13 +282,13 @@ impl DeliverySink for RecordingSink<'_> {
 
     fn entry(&mut self, entry: &Entry) {
         self.delivered.push(entry.clone());
-        for client in self.clients.iter_mut().filter(|client| client.pace == Pace::Live) {
+        for client in self.clients.iter_mut().filter(|client| client.state == ClientState::Live) {
             client.offer(entry);
         }
     }
 
     fn epoch_changed(&mut self, to: &Position) {
-        for client in self.clients.iter_mut().filter(|client| client.pace == Pace::Live) {
+        for client in self.clients.iter_mut().filter(|client| client.state == ClientState::Live) {
             client.change_epoch(to);
         }
     }
@@ -295,9 +296,9 @@ impl DeliverySink for RecordingSink<'_> {
     fn reset(&mut self, to: &Position, reason: RecoveryFailure) {
         *self.restarts += 1;
         for client in self.clients.iter_mut() {
-            if matches!(client.pace, Pace::Live | Pace::Behind) {
+            if matches!(client.state, ClientState::Live | ClientState::Behind) {
                 client.reset(to, reason);
-                client.pace = Pace::Live;
+                client.state = ClientState::Live;
             }
         }
     }
@@ -309,24 +310,24 @@ impl DeliverySink for RecordingSink<'_> {
 
 fn retention(ring: usize) -> RetentionContext {
     RetentionContext {
-        ring: RingMax { entries: ring, bytes: 1 << 20 },
+        ring: RingLimits { entries: ring, bytes: 1 << 20 },
         ids_for: Duration::from_secs(600),
         entries_for: Duration::from_secs(3600),
         now: samples::now(),
     }
 }
 
-impl Node {
+impl ModelNode {
     fn parts(&mut self) -> (&mut RoomReplica, RecordingSink<'_>) {
         let Self { replica, clients, lost, delivered, restarts, .. } = self;
         (replica, RecordingSink { clients, lost, delivered, restarts })
     }
 
     /// Gives a client what there is for it.
-    fn feed(&mut self, client: usize, log: &Log) {
+    fn catch_up(&mut self, client: usize, log: &ModelLog) {
         let client = &mut self.clients[client];
         // Only the first read counts as such; what the log does not go on for is a reset.
-        while client.pace == Pace::Behind {
+        while client.state == ClientState::Behind {
             let page = match self.replica.next(&client.cursor) {
                 NextDelivery::NotBuffered => log.page(ReadFrom::After(client.cursor.seq)),
                 NextDelivery::Entry(entry) => {
@@ -340,7 +341,7 @@ impl Node {
                     continue;
                 }
                 NextDelivery::UpToDate => {
-                    client.pace = Pace::Live;
+                    client.state = ClientState::Live;
                     return;
                 }
             };
@@ -365,16 +366,17 @@ impl Node {
     }
 
     /// Answers a join; `false`: the log is to be read first.
-    fn join(&mut self, client: usize, log: &Log) -> bool {
+    fn join(&mut self, client: usize, log: &ModelLog) -> bool {
         let Some(top) = self.replica.top().cloned() else { return false };
         let client = &mut self.clients[client];
         let Some(since) = client.has.clone() else {
-            (client.has, client.cursor, client.pace) = (Some(top.clone()), top, Pace::Live);
+            (client.has, client.cursor, client.state) = (Some(top.clone()), top, ClientState::Live);
             return true;
         };
-        let lost = |client: &mut Client| {
+        let lost = |client: &mut ModelClient| {
             client.not_recovered += 1;
-            (client.has, client.cursor, client.pace) = (Some(top.clone()), top.clone(), Pace::Live);
+            (client.has, client.cursor, client.state) =
+                (Some(top.clone()), top.clone(), ClientState::Live);
             true
         };
         let until = match self.replica.resume(&since) {
@@ -404,14 +406,14 @@ impl Node {
             client.see(entry);
             client.cursor = entry.position.clone();
         }
-        client.pace = if client.cursor == top { Pace::Live } else { Pace::Behind };
+        client.state = if client.cursor == top { ClientState::Live } else { ClientState::Behind };
         true
     }
 }
 
-impl World {
+impl Model {
     fn new(ring: usize) -> Self {
-        let log = Log {
+        let log = ModelLog {
             epoch: "1-e".parse().unwrap(),
             former: None,
             states: vec![],
@@ -425,13 +427,14 @@ impl World {
         };
         let mut replica = RoomReplica::default();
         replica.begin_read();
-        let clients = (0..4).map(|_| Client::new(usize::MAX)).collect();
+        let clients = (0..4).map(|_| ModelClient::new(usize::MAX)).collect();
         let (lost, delivered) = (vec![], vec![]);
-        let node = Node { replica, clients, lost, delivered, restarts: 0, refreshed: false };
-        let (link, gone_by) = (vec![], vec![]);
-        let mut world = Self { log, link, gone_by, node, next: NextAction::Read, page: None };
-        world.settle(ring);
-        world
+        let node = ModelNode { replica, clients, lost, delivered, restarts: 0, refreshed: false };
+        let (link, delivered_by_link) = (vec![], vec![]);
+        let mut model =
+            Self { log, link, delivered_by_link, node, next: NextAction::Read, page: None };
+        model.settle(ring);
+        model
     }
 
     fn next(&mut self, next: NextAction) {
@@ -447,28 +450,28 @@ impl World {
         }
     }
 
-    fn hear(&mut self, ring: usize, count: usize) {
+    fn deliver(&mut self, ring: usize, count: usize) {
         for entry in self.link.drain(..count.min(self.link.len())).collect::<Vec<_>>() {
-            self.gone_by.push(entry.clone());
+            self.delivered_by_link.push(entry.clone());
             let (replica, mut sink) = self.node.parts();
             let next = replica.receive(entry, &retention(ring), &mut sink);
             self.next(next);
         }
     }
 
-    fn look(&mut self) {
+    fn read_log(&mut self) {
         if self.next == NextAction::Nothing || self.page.is_some() {
             return;
         }
         if self.next == NextAction::Restore {
             let held = self.node.replica.snapshot(&"r".parse().unwrap(), &retention(9)).unwrap();
-            let given = self.log.heal(&held);
+            let given = self.log.restore(&held);
             self.link.extend(given);
         }
         self.page = Some(self.log.page(self.node.replica.next_read()));
     }
 
-    fn answer(&mut self, ring: usize) {
+    fn return_page(&mut self, ring: usize) {
         let Some(page) = self.page.take() else { return };
         self.next = NextAction::Nothing;
         let (replica, mut sink) = self.node.parts();
@@ -479,7 +482,7 @@ impl World {
         }
         self.node.refreshed = true;
         for client in 0..self.node.clients.len() {
-            self.node.feed(client, &self.log);
+            self.node.catch_up(client, &self.log);
         }
         self.joins();
         self.node.refreshed = false;
@@ -487,11 +490,11 @@ impl World {
 
     fn joins(&mut self) {
         for client in 0..self.node.clients.len() {
-            if self.node.clients[client].pace == Pace::Joining
+            if self.node.clients[client].state == ClientState::Joining
                 && self.node.replica.read_state() == ReadState::Idle
             {
                 if self.node.join(client, &self.log) {
-                    self.node.feed(client, &self.log);
+                    self.node.catch_up(client, &self.log);
                 } else {
                     self.next(NextAction::Read);
                 }
@@ -502,19 +505,19 @@ impl World {
     /// All that is on its way arrives, and all clients come back and take everything.
     fn settle(&mut self, ring: usize) {
         for _ in 0..1000 {
-            self.hear(ring, usize::MAX);
+            self.deliver(ring, usize::MAX);
             let head = Position::new(self.log.epoch.clone(), self.log.top);
             if self.next == NextAction::Nothing && !self.node.replica.has_reached(Some(&head)) {
                 self.next(NextAction::Read);
             }
-            self.look();
-            self.answer(ring);
+            self.read_log();
+            self.return_page(ring);
             for client in 0..self.node.clients.len() {
                 self.node.clients[client].room = usize::MAX;
-                if self.node.clients[client].pace == Pace::Away {
-                    self.node.clients[client].pace = Pace::Joining;
+                if self.node.clients[client].state == ClientState::Away {
+                    self.node.clients[client].state = ClientState::Joining;
                 }
-                self.node.feed(client, &self.log);
+                self.node.catch_up(client, &self.log);
             }
             self.joins();
             if self.next == NextAction::Nothing
@@ -527,87 +530,87 @@ impl World {
         panic!("never at rest");
     }
 
-    fn take(&mut self, event: &Event, ring: usize) {
+    fn take(&mut self, event: &ModelEvent, ring: usize) {
         match *event {
-            Event::Say(count) => {
+            ModelEvent::Append(count) => {
                 for _ in 0..count {
-                    let entry = self.log.say();
+                    let entry = self.log.append_new();
                     self.link.push(entry);
                 }
             }
-            Event::Hear(count) => self.hear(ring, usize::from(count)),
-            Event::Lose => drop(self.link.drain(..self.link.len().min(1))),
-            Event::Repeat(back) => {
-                let at = self.gone_by.len().checked_sub(usize::from(back) + 1);
-                if let Some(entry) = at.map(|at| self.gone_by[at].clone()) {
+            ModelEvent::Deliver(count) => self.deliver(ring, usize::from(count)),
+            ModelEvent::Lose => drop(self.link.drain(..self.link.len().min(1))),
+            ModelEvent::Repeat(back) => {
+                let at = self.delivered_by_link.len().checked_sub(usize::from(back) + 1);
+                if let Some(entry) = at.map(|at| self.delivered_by_link[at].clone()) {
                     self.link.insert(0, entry);
                 }
             }
-            Event::Swap if self.link.len() > 1 => self.link.swap(0, 1),
-            Event::Swap => {}
-            Event::Doubt => self.next(NextAction::Read),
-            Event::Look => self.look(),
-            Event::Answer => self.answer(ring),
-            Event::LeaveOrReturn(client) => {
+            ModelEvent::Swap if self.link.len() > 1 => self.link.swap(0, 1),
+            ModelEvent::Swap => {}
+            ModelEvent::Resync => self.next(NextAction::Read),
+            ModelEvent::ReadLog => self.read_log(),
+            ModelEvent::ReturnPage => self.return_page(ring),
+            ModelEvent::LeaveOrReturn(client) => {
                 let client = &mut self.node.clients[usize::from(client) % 4];
-                client.pace = match client.pace {
-                    Pace::Away => Pace::Joining,
-                    _ => Pace::Away,
+                client.state = match client.state {
+                    ClientState::Away => ClientState::Joining,
+                    _ => ClientState::Away,
                 };
                 self.joins();
             }
-            Event::Stall(client) => self.node.clients[usize::from(client) % 4].room = 0,
-            Event::Drain(client, frames) => {
+            ModelEvent::Stall(client) => self.node.clients[usize::from(client) % 4].room = 0,
+            ModelEvent::Drain(client, frames) => {
                 let client = usize::from(client) % 4;
                 self.node.clients[client].room = usize::from(frames);
-                self.node.feed(client, &self.log);
+                self.node.catch_up(client, &self.log);
             }
-            Event::ChangeEpoch(lost) => {
+            ModelEvent::ChangeEpoch(lost) => {
                 if lost > 0 {
                     self.log.lose_tail(lost);
                 }
                 let former = Position::new(self.log.epoch.clone(), self.log.top);
                 self.log.begin_epoch(Some(former));
             }
-            Event::Restart => self.log.lose_all(),
-            Event::Fork(lost) => {
+            ModelEvent::Restart => self.log.lose_all(),
+            ModelEvent::Fork(lost) => {
                 self.log.lose_tail(lost);
                 // Beyond all that was ever heard, so that it shows: losses before this one may have
                 // gone unnoticed. That a log ends below what is held is found when servers change.
                 loop {
-                    self.take(&Event::Say(1), ring);
+                    self.take(&ModelEvent::Append(1), ring);
                     if self.log.top > self.log.highest {
                         break;
                     }
                 }
             }
-            Event::Delete => {
+            ModelEvent::Delete => {
                 self.log.lose_all();
                 self.log.deleted = ordinal(&self.log.epoch);
             }
-            Event::Trim(count) => {
+            ModelEvent::Trim(count) => {
                 let count = usize::from(count).min(self.log.entries.len());
                 self.log.entries.drain(..count);
             }
         }
     }
 
-    fn run(ring: usize, events: &[Event]) -> Self {
-        let mut world = Self::new(ring);
+    fn run(ring: usize, events: &[ModelEvent]) -> Self {
+        let mut model = Self::new(ring);
         for event in events {
-            world.take(event, ring);
+            model.take(event, ring);
         }
-        world.settle(ring);
-        let head = Position::new(world.log.epoch.clone(), world.log.top);
-        for client in &world.node.clients {
+        model.settle(ring);
+        let head = Position::new(model.log.epoch.clone(), model.log.top);
+        for client in &model.node.clients {
             assert_eq!(client.has.as_ref(), Some(&head), "not at the end of the log");
             for to in &client.epoch_changes {
                 let skipped = |at: &Position| at.epoch == to.epoch && at.seq <= to.seq;
-                let skips = world.log.entries.iter().any(|entry| skipped(&entry.position));
+                let skips = model.log.entries.iter().any(|entry| skipped(&entry.position));
                 assert!(!skips, "entries of {to} and before were skipped");
             }
         }
-        world
+        model
     }
 
     fn ids(&self) -> HashSet<shared::ids::MessageId> {
@@ -616,47 +619,47 @@ impl World {
 }
 
 /// What a link and clients do, and a log that loses nothing.
-fn mild() -> impl Strategy<Value = Event> {
+fn mild() -> impl Strategy<Value = ModelEvent> {
     prop_oneof![
-        4 => (1_u8..6).prop_map(Event::Say),
-        6 => (1_u8..8).prop_map(Event::Hear),
-        1 => Just(Event::Lose),
-        1 => (0_u8..6).prop_map(Event::Repeat),
-        1 => Just(Event::Swap),
-        1 => Just(Event::Doubt),
-        4 => Just(Event::Look),
-        4 => Just(Event::Answer),
-        2 => (0_u8..4).prop_map(Event::LeaveOrReturn),
-        1 => (0_u8..4).prop_map(Event::Stall),
-        2 => (0_u8..4, 0_u8..6).prop_map(|(client, frames)| Event::Drain(client, frames)),
+        4 => (1_u8..6).prop_map(ModelEvent::Append),
+        6 => (1_u8..8).prop_map(ModelEvent::Deliver),
+        1 => Just(ModelEvent::Lose),
+        1 => (0_u8..6).prop_map(ModelEvent::Repeat),
+        1 => Just(ModelEvent::Swap),
+        1 => Just(ModelEvent::Resync),
+        4 => Just(ModelEvent::ReadLog),
+        4 => Just(ModelEvent::ReturnPage),
+        2 => (0_u8..4).prop_map(ModelEvent::LeaveOrReturn),
+        1 => (0_u8..4).prop_map(ModelEvent::Stall),
+        2 => (0_u8..4, 0_u8..6).prop_map(|(client, frames)| ModelEvent::Drain(client, frames)),
     ]
 }
 
 /// The same, and a log that goes on in new epochs.
-fn soft() -> impl Strategy<Value = Event> {
-    prop_oneof![20 => mild(), 1 => Just(Event::ChangeEpoch(0))]
+fn soft() -> impl Strategy<Value = ModelEvent> {
+    prop_oneof![20 => mild(), 1 => Just(ModelEvent::ChangeEpoch(0))]
 }
 
 /// A log that loses something.
-fn hard() -> impl Strategy<Value = Event> {
+fn hard() -> impl Strategy<Value = ModelEvent> {
     prop_oneof![
-        (1_u8..8).prop_map(Event::ChangeEpoch),
-        Just(Event::Restart),
-        (1_u8..8).prop_map(Event::Fork),
+        (1_u8..8).prop_map(ModelEvent::ChangeEpoch),
+        Just(ModelEvent::Restart),
+        (1_u8..8).prop_map(ModelEvent::Fork),
     ]
 }
 
 /// Everything.
-fn any_event() -> impl Strategy<Value = Event> {
+fn any_event() -> impl Strategy<Value = ModelEvent> {
     prop_oneof![
         20 => soft(),
         1 => hard(),
-        1 => Just(Event::Delete),
-        1 => (1_u8..20).prop_map(Event::Trim),
+        1 => Just(ModelEvent::Delete),
+        1 => (1_u8..20).prop_map(ModelEvent::Trim),
     ]
 }
 
-fn many(event: impl Strategy<Value = Event>) -> impl Strategy<Value = Vec<Event>> {
+fn many(event: impl Strategy<Value = ModelEvent>) -> impl Strategy<Value = Vec<ModelEvent>> {
     proptest::collection::vec(event, 0..120)
 }
 
@@ -666,15 +669,15 @@ fn config() -> ProptestConfig {
 
 #[test]
 fn what_was_lost_behind_the_end_of_an_epoch_is_brought_back_as_far_as_the_ring_goes() {
-    let mut world = World::new(4);
-    world.take(&Event::Say(10), 4);
-    world.hear(4, 10);
-    let delivered = world.node.delivered.clone();
+    let mut model = Model::new(4);
+    model.take(&ModelEvent::Append(10), 4);
+    model.deliver(4, 10);
+    let delivered = model.node.delivered.clone();
     // The ring has nothing in common with what is left.
-    world.take(&Event::ChangeEpoch(5), 4);
-    world.take(&Event::Say(2), 4);
-    world.settle(4);
-    let ids = world.ids();
+    model.take(&ModelEvent::ChangeEpoch(5), 4);
+    model.take(&ModelEvent::Append(2), 4);
+    model.settle(4);
+    let ids = model.ids();
     let back: Vec<_> = delivered.iter().map(|entry| ids.contains(&entry.envelope.id())).collect();
     assert_eq!(delivered.len(), 10);
     assert_eq!(back[6..], [true; 4], "{back:?}");
@@ -682,16 +685,16 @@ fn what_was_lost_behind_the_end_of_an_epoch_is_brought_back_as_far_as_the_ring_g
 
 #[test]
 fn a_read_that_is_older_than_what_arrived_changes_nothing() {
-    let mut world = World::new(256);
-    world.take(&Event::Say(3), 256);
-    let old = world.log.page(ReadFrom::After(0));
-    world.take(&Event::Say(3), 256);
-    world.hear(256, 6);
-    world.next(NextAction::Read);
-    world.page = Some(old);
-    world.answer(256);
-    assert_eq!(world.next, NextAction::Nothing);
-    assert_eq!((world.node.restarts, world.node.delivered.len()), (0, 6));
+    let mut model = Model::new(256);
+    model.take(&ModelEvent::Append(3), 256);
+    let old = model.log.page(ReadFrom::After(0));
+    model.take(&ModelEvent::Append(3), 256);
+    model.deliver(256, 6);
+    model.next(NextAction::Read);
+    model.page = Some(old);
+    model.return_page(256);
+    assert_eq!(model.next, NextAction::Nothing);
+    assert_eq!((model.node.restarts, model.node.delivered.len()), (0, 6));
 }
 
 proptest! {
@@ -703,7 +706,7 @@ proptest! {
         ring in prop_oneof![Just(1_usize), Just(4), Just(256)],
         events in many(any_event()),
     ) {
-        World::run(ring, &events);
+        Model::run(ring, &events);
     }
 
     #[test]
@@ -711,9 +714,9 @@ proptest! {
         ring in prop_oneof![Just(1_usize), Just(4), Just(256)],
         events in many(mild()),
     ) {
-        let world = World::run(ring, &events);
-        for client in &world.node.clients {
-            prop_assert_eq!(&client.given, &world.log.entries);
+        let model = Model::run(ring, &events);
+        for client in &model.node.clients {
+            prop_assert_eq!(&client.given, &model.log.entries);
             prop_assert!(client.resets.is_empty() && client.not_recovered == 0);
         }
     }
@@ -725,16 +728,16 @@ proptest! {
         ring in prop_oneof![Just(1_usize), Just(4), Just(256)],
         events in many(soft()),
     ) {
-        let world = World::run(ring, &events);
-        let bumps = events.iter().filter(|event| matches!(event, Event::ChangeEpoch(_))).count();
-        prop_assert!(world.node.restarts == 0 || bumps > 1);
-        let clients = world.node.clients.iter().filter(|client| client.not_recovered == 0);
-        for client in clients.filter(|_| world.node.restarts == 0) {
-            prop_assert_eq!(&client.given, &world.log.entries);
+        let model = Model::run(ring, &events);
+        let bumps = events.iter().filter(|event| matches!(event, ModelEvent::ChangeEpoch(_))).count();
+        prop_assert!(model.node.restarts == 0 || bumps > 1);
+        let clients = model.node.clients.iter().filter(|client| client.not_recovered == 0);
+        for client in clients.filter(|_| model.node.restarts == 0) {
+            prop_assert_eq!(&client.given, &model.log.entries);
             // One who was behind is not told of an epoch in which nothing was said.
             prop_assert!((bumps.min(1)..=bumps).contains(&client.resets.len()));
         }
-        let clients = world.node.clients.iter();
+        let clients = model.node.clients.iter();
         prop_assert!(bumps > 1 || clients.map(|client| client.not_recovered).sum::<usize>() == 0);
     }
 
@@ -745,17 +748,17 @@ proptest! {
         loss in hard(),
         after in many(mild()),
     ) {
-        let mut world = World::new(256);
+        let mut model = Model::new(256);
         for event in &before {
-            world.take(event, 256);
+            model.take(event, 256);
         }
-        let delivered = world.node.delivered.clone();
-        world.take(&loss, 256);
+        let delivered = model.node.delivered.clone();
+        model.take(&loss, 256);
         for event in &after {
-            world.take(event, 256);
+            model.take(event, 256);
         }
-        world.settle(256);
-        let ids = world.ids();
+        model.settle(256);
+        let ids = model.ids();
         for entry in &delivered {
             prop_assert!(ids.contains(&entry.envelope.id()), "{} is lost", entry.position);
         }
@@ -766,17 +769,17 @@ proptest! {
         before in many(mild()),
         after in many(soft()),
     ) {
-        let mut world = World::new(256);
+        let mut model = Model::new(256);
         for event in &before {
-            world.take(event, 256);
+            model.take(event, 256);
         }
-        let deleted = world.log.written;
-        world.take(&Event::Delete, 256);
+        let deleted = model.log.written;
+        model.take(&ModelEvent::Delete, 256);
         for event in &after {
-            world.take(event, 256);
+            model.take(event, 256);
         }
-        world.settle(256);
+        model.settle(256);
         let is_deleted = |entry: &Entry| entry.envelope.id().0.as_u128() <= u128::from(deleted);
-        prop_assert!(!world.log.entries.iter().any(is_deleted));
+        prop_assert!(!model.log.entries.iter().any(is_deleted));
     }
 }

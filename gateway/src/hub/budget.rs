@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use super::{HubOptions, room::Room};
 use crate::{
-    delivery::{ids, ring::RingMax},
+    delivery::{recent_ids, ring::RingLimits},
     telemetry::metrics::Metrics,
 };
 
@@ -37,7 +37,7 @@ pub(super) struct BucketRef {
 pub(super) struct RoomMemory {
     ring_bytes: usize,
     ids_bytes: usize,
-    buckets_begun: u64,
+    buckets_started: u64,
 }
 
 impl RoomMemory {
@@ -46,7 +46,7 @@ impl RoomMemory {
         Self {
             ring_bytes: room.replica.ring().bytes(),
             ids_bytes: ids.bytes(),
-            buckets_begun: ids.begun(),
+            buckets_started: ids.buckets_started(),
         }
     }
 }
@@ -65,18 +65,18 @@ impl MemoryBudget {
     }
 
     /// How much a ring may hold, given what all of them hold.
-    pub(super) fn ring_max(&self) -> RingMax {
+    pub(super) fn ring_max(&self) -> RingLimits {
         if self.ring_bytes > self.ring_bytes_max {
-            RingMax::UNDER_PRESSURE
+            RingLimits::UNDER_PRESSURE
         } else {
-            RingMax::DEFAULT
+            RingLimits::DEFAULT
         }
     }
 
     /// Counts what a room took `before`, and takes after something was done to it.
     pub(super) fn count(&mut self, before: RoomMemory, room: &Room, now: Instant) {
         let after = RoomMemory::of(room);
-        for _ in before.buckets_begun..after.buckets_begun {
+        for _ in before.buckets_started..after.buckets_started {
             let (room, generation) = (room.name.clone(), room.generation);
             self.buckets.push_back(BucketRef { since: now, room, generation });
         }
@@ -98,11 +98,12 @@ impl MemoryBudget {
     /// Takes out the bucket that is to be forgotten next, if one is: it is past the window, or all
     /// of them take too much.
     pub(super) fn next_to_forget(&mut self, now: Instant) -> Option<BucketRef> {
-        let is_past = ids::is_past(self.buckets.front()?.since, self.dedup_window, now);
+        let is_expired =
+            recent_ids::is_expired(self.buckets.front()?.since, self.dedup_window, now);
         let too_much = self.ids_bytes > self.ids_bytes_max;
-        if too_much && !is_past {
+        if too_much && !is_expired {
             self.metrics.dedup_id_buckets_dropped.inc();
         }
-        if too_much || is_past { self.buckets.pop_front() } else { None }
+        if too_much || is_expired { self.buckets.pop_front() } else { None }
     }
 }

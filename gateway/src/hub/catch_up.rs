@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     bus::ReadRange,
-    delivery::{page::Page, reconcile::READ_LEN, serve::NextDelivery},
+    delivery::{page::LogPage, reconcile::READ_LEN, serve::NextDelivery},
 };
 
 /// The read of the log for members that are behind.
@@ -100,7 +100,7 @@ impl Room {
     pub(super) fn catch_up_from_page(
         &mut self,
         from: Seq,
-        mut page: Page,
+        mut page: LogPage,
         batch: &mut ShardBatch,
     ) -> CatchUpOutcome {
         if !self.replica.has_epoch_of(&page) {
@@ -132,7 +132,7 @@ impl Room {
             let is_full = loop {
                 match self.replica.next_in_page(&page, &member.cursor) {
                     NextDelivery::Entry(entry) => {
-                        let place = page.place(entry.position.seq);
+                        let place = page.index_of(entry.position.seq);
                         let frames = place.and_then(|place| frames.get_mut(place));
                         if !frames.is_some_and(|frames| member.deliver(frames, batch)) {
                             break true;

@@ -23,7 +23,7 @@ use crate::{
     bus::{ReadRange, registry::JoinSnapshot},
     delivery::{
         Entry,
-        page::Page,
+        page::LogPage,
         reconcile::READ_LEN,
         serve::{self, Resume},
     },
@@ -164,7 +164,7 @@ impl Room {
             Resume::Unknown(RecoveryFailure::LogTrimmed) => Some(RecoveryFailure::LogTrimmed),
             Resume::Unknown(_) => Some(RecoveryFailure::LogLost),
         };
-        let mut member = RoomMember::at(join.handle.clone(), since, MemberState::Live);
+        let mut member = RoomMember::new(join.handle.clone(), since, MemberState::Live);
         if let Some(reason) = lost {
             let at = Position::new(top.epoch.clone(), or.min(top.seq));
             member.reset(&self.name, &at, reason, batch);
@@ -198,7 +198,7 @@ impl Room {
     pub(super) fn join_with_page(
         &mut self,
         mut join: PendingJoin,
-        mut page: Page,
+        mut page: LogPage,
         batch: &mut ShardBatch,
     ) -> JoinStep {
         let Some(top) = self.replica.top().cloned() else { return JoinStep::Wait(join) };
@@ -320,7 +320,7 @@ impl Room {
     ) -> JoinStep {
         self.send_joined(&join, at, history, more);
         let PendingJoin { handle, grant, done, bytes_read, .. } = join;
-        let member = RoomMember::at(handle, cursor, MemberState::Live);
+        let member = RoomMember::new(handle, cursor, MemberState::Live);
         self.add_joined(
             RoomMember { presence_version: grant.snapshot.version, ..member },
             done,

@@ -16,7 +16,7 @@ use crate::{
     bus::{Append, BusError, ReadRange, UnseenPolicy},
     delivery::{
         ReplicaSnapshot,
-        page::Page,
+        page::LogPage,
         replica::{NextAction, ReadState},
     },
     telemetry::metrics::LogRepairResult,
@@ -194,7 +194,7 @@ impl Shard {
             }
             if !durable {
                 let _ = commands
-                    .send(ShardCommand::LogRead { request, result: Ok(Page::of_no_log()) })
+                    .send(ShardCommand::LogRead { request, result: Ok(LogPage::without_log()) })
                     .await;
                 return;
             }
@@ -229,7 +229,7 @@ impl Shard {
     }
 
     /// Takes the answer to a read.
-    pub(super) fn log_read(&mut self, request: LogReadRequest, result: Result<Page, BusError>) {
+    pub(super) fn log_read(&mut self, request: LogReadRequest, result: Result<LogPage, BusError>) {
         let LogReadRequest { room: name, generation, read_generation, purpose } = request;
         if let ReadPurpose::CatchUp(_) = purpose {
             self.catch_up_read_ended();
@@ -290,7 +290,7 @@ impl Shard {
         }
     }
 
-    fn apply_log_page(&mut self, name: &RoomId, page: Page) {
+    fn apply_log_page(&mut self, name: &RoomId, page: LogPage) {
         self.batch.retention.ring = self.budget.ring_max();
         let Some(room) = self.rooms.get_mut(name) else { return };
         if room.was_deleted(&page) {

@@ -469,11 +469,7 @@ impl<'a> EntryFrames<'a> {
 
 impl RoomMember {
     /// A member that has been given everything up to `cursor`.
-    pub(super) fn wire_time(
-        handle: Arc<ConnectionHandle>,
-        cursor: Position,
-        state: MemberState,
-    ) -> Self {
+    pub(super) fn new(handle: Arc<ConnectionHandle>, cursor: Position, state: MemberState) -> Self {
         Self { handle, cursor, state, presence_version: PresenceVersion::default() }
     }
 

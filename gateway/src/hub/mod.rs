@@ -31,7 +31,7 @@ use crate::{
         registry::{OnlineStatus, PresenceDetails, PresenceSnapshot},
         sessions::{SessionSelector, UnixMicros},
     },
-    delivery::page::Page,
+    delivery::page::LogPage,
     drain::Tasks,
     outbox::Close,
     presence::PresenceTracker,
@@ -189,7 +189,7 @@ enum ShardCommand {
     },
     LogRead {
         request: LogReadRequest,
-        result: Result<Page, BusError>,
+        result: Result<LogPage, BusError>,
     },
 }
 

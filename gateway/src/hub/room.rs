@@ -25,7 +25,7 @@ use crate::{
     bus::ReadRange,
     delivery::{
         Entry, ReplicaSnapshot, ordinal,
-        page::Page,
+        page::LogPage,
         reconcile::{READ_LEN, ReadFrom},
         replica::{DeliverySink, EntryClass, NextAction, RoomReplica},
     },
@@ -209,13 +209,13 @@ impl Room {
 
     /// Whether the room was deleted since this node follows it. An inbox is only emptied: its connections
     /// are reset.
-    pub(super) fn was_deleted(&self, page: &Page) -> bool {
+    pub(super) fn was_deleted(&self, page: &LogPage) -> bool {
         self.name.kind() == RoomKind::Room
             && self.replica.top().is_some_and(|top| ordinal(&top.epoch) < page.deleted)
     }
 
     /// Takes what was read of the log from the top on, and then what was held.
-    pub(super) fn apply_page(&mut self, page: Page, batch: &mut ShardBatch) -> NextAction {
+    pub(super) fn apply_page(&mut self, page: LogPage, batch: &mut ShardBatch) -> NextAction {
         let retention = batch.retention;
         self.deleted = self.deleted.max(page.deleted);
         let opens = self.replica.top().is_none();

@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     bus::{ReadRange, sessions::SessionDataError},
-    delivery::{Entry, page::Page},
+    delivery::{Entry, page::LogPage},
     hub::join::history as whole_frames,
     telemetry::metrics::StorageLimit,
 };
@@ -121,7 +121,7 @@ async fn find(
     let mut is_newest = false;
     for _ in 0..PAGES_MAX {
         let Some(part) = next_part(&shared.inbox.lock(), with, range, is_newest) else { break };
-        let page = asked.read(asked.services.bus.read(room.clone(), part), Page::bytes).await?;
+        let page = asked.read(asked.services.bus.read(room.clone(), part), LogPage::bytes).await?;
         let (added, reaches_newest, is_known) = {
             let inbox = &mut *shared.inbox.lock();
             let (added, reaches_newest) = inbox.take(user, part, &page);
@@ -154,7 +154,7 @@ async fn find(
         (epoch, found, more || is_cut, inbox.parts(&missing))
     };
     for part in parts {
-        let page = asked.read(asked.services.bus.read(room.clone(), part), Page::bytes).await?;
+        let page = asked.read(asked.services.bus.read(room.clone(), part), LogPage::bytes).await?;
         kept.extend(page.entries.into_iter().map(|entry| (entry.position.seq, entry)));
     }
     let entries = found.iter().filter_map(|(seq, _)| kept.remove(seq)).collect();

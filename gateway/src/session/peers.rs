@@ -25,7 +25,7 @@ use tokio::sync::Semaphore;
 
 use crate::{
     bus::ReadRange,
-    delivery::{Entry, page::Page},
+    delivery::{Entry, page::LogPage},
 };
 
 /// How many entries are remembered, of all inboxes.
@@ -127,7 +127,12 @@ impl Inbox {
 
     /// Takes in what was read of `range`. Returns how many entries that was, and whether the newest entry
     /// is known now.
-    pub(super) fn take(&mut self, user: &UserId, range: ReadRange, page: &Page) -> (usize, bool) {
+    pub(super) fn take(
+        &mut self,
+        user: &UserId,
+        range: ReadRange,
+        page: &LogPage,
+    ) -> (usize, bool) {
         if self.epoch.as_ref() != Some(&page.epoch) {
             let is_first = self.epoch.is_none() && matches!(range, ReadRange::Newest { .. });
             *self = Self::default();
@@ -278,7 +283,7 @@ mod tests {
         (1..=top).map(of).collect()
     }
 
-    fn page(log: &[Entry], range: ReadRange) -> Page {
+    fn page(log: &[Entry], range: ReadRange) -> LogPage {
         let limit = range.limit() as usize;
         let seq_of = |entry: &&Entry| entry.position.seq;
         let entries: Vec<Entry> = match range {
@@ -292,7 +297,7 @@ mod tests {
             }
         };
         let (top, oldest) = (log.last().map_or(0, |of| of.position.seq), log[0].position.seq);
-        Page { epoch: "1-a".parse().unwrap(), top, oldest, entries, ..Page::of_no_log() }
+        LogPage { epoch: "1-a".parse().unwrap(), top, oldest, entries, ..LogPage::without_log() }
     }
 
     fn seqs(found: &[(Seq, usize)]) -> Vec<Seq> {
@@ -351,7 +356,7 @@ mod tests {
         let part = inbox.newer_part(100);
         inbox.take(&ann, part, &page(&log, part));
         let part = inbox.newer_part(100);
-        let other = Page { epoch: "2-b".parse().unwrap(), ..page(&log, part) };
+        let other = LogPage { epoch: "2-b".parse().unwrap(), ..page(&log, part) };
         assert_eq!(inbox.take(&ann, part, &other), (0, false));
         assert!(inbox.epoch().is_none() && matches!(inbox.newer_part(9), ReadRange::Newest { .. }));
     }

@@ -29,7 +29,7 @@ use crate::{
             AdmitError, JoinConditions, JoinSnapshot, OnlinePage, PresenceDetails, PresenceScope,
         },
     },
-    delivery::page::Page,
+    delivery::page::LogPage,
     hub::{
         JoinOutcome,
         join::{JoinGrant, JoinStart, history as whole_frames},
@@ -428,9 +428,9 @@ pub(super) async fn history(
     let read: BoxFuture<_> = if asked.services.rules.is_durable(&room) {
         asked.services.bus.read(room.clone(), range)
     } else {
-        Box::pin(ready(Ok(Page::of_no_log())))
+        Box::pin(ready(Ok(LogPage::without_log())))
     };
-    match asked.read(read, Page::bytes).await {
+    match asked.read(read, LogPage::bytes).await {
         Ok(page) => asked.send(&answer(asked.reference.clone(), room, range, &page)),
         Err((code, text)) => drop(asked.refuse("history", Some(&room), code, text)),
     }
@@ -439,7 +439,7 @@ pub(super) async fn history(
 
 /// The frames of a page, as many as an answer holds, and whether more are there in the direction asked
 /// for.
-pub fn history_of(range: ReadRange, page: &Page) -> (Vec<Box<RawValue>>, bool) {
+pub fn history_of(range: ReadRange, page: &LogPage) -> (Vec<Box<RawValue>>, bool) {
     let entries = &page.entries;
     if range.keeps_newest() {
         let mut messages = whole_frames(entries.iter().rev());
@@ -459,7 +459,7 @@ fn answer(
     reference: Option<FrameRef>,
     room: RoomId,
     range: ReadRange,
-    page: &Page,
+    page: &LogPage,
 ) -> ServerFrame<Box<RawValue>> {
     let (messages, more) = history_of(range, page);
     let (epoch, room) = (page.epoch.clone(), Some(room));

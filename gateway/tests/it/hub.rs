@@ -17,7 +17,7 @@ use gateway::{
         Append, Appended, BoxFuture, Bus, BusError, Mailboxes, ReadRange, Retention, ShardMessage,
         memory::MemoryBus,
     },
-    delivery::{Entry, ReplicaSnapshot, ServerId, page::Page},
+    delivery::{Entry, ReplicaSnapshot, ServerId, page::LogPage},
     drain::Tasks,
     hub::{COMPARE_INTERVAL, Hub, LINGER, join::JoinStart, member::ConnectionHandle},
     outbox::Outbox,
@@ -174,7 +174,7 @@ impl Bus for Counting {
         self.0.unsubscribe(room);
     }
 
-    fn read(&self, room: RoomId, range: ReadRange) -> BoxFuture<Result<Page, BusError>> {
+    fn read(&self, room: RoomId, range: ReadRange) -> BoxFuture<Result<LogPage, BusError>> {
         self.1.fetch_add(1, Ordering::Relaxed);
         self.0.read(room, range)
     }
@@ -373,7 +373,7 @@ impl Bus for Fragile {
 
     fn unsubscribe(&self, _: RoomId) {}
 
-    fn read(&self, _: RoomId, range: ReadRange) -> BoxFuture<Result<Page, BusError>> {
+    fn read(&self, _: RoomId, range: ReadRange) -> BoxFuture<Result<LogPage, BusError>> {
         let log = self.log.lock();
         let entries: Vec<Entry> = match range {
             ReadRange::After { seq, limit } => {
@@ -386,7 +386,7 @@ impl Bus for Fragile {
         };
         let (head, former) = (log.head(), log.former.clone());
         let oldest = u64::from(head.seq > 0);
-        let page = Page {
+        let page = LogPage {
             epoch: head.epoch,
             former,
             deleted: 0,
@@ -750,7 +750,7 @@ async fn a_node_can_tell_what_it_holds() {
 async fn a_read_from_before_a_snapshot_delivers_nothing() {
     let (world, log) = fragile_world();
     let lobby = room("r");
-    let mut member = Member::join(&world, &lobby, Start::Newest(0), 1 << 20).await;
+    let mut member = Member::join(&world, &lobby, JoinStart::Newest(0), 1 << 20).await;
     world.say(&lobby);
     member.reach(&world, 1).await;
     // A read has found three entries, and its answer is on its way.

@@ -21,7 +21,7 @@ use crate::{
     bus::{
         BoxFuture, BusError, EMPTY_HEAD_TTL, READ_BYTES_MAX, ReadRange, registry::DeleteOutcome,
     },
-    delivery::{Entry, ReplicaSnapshot, ServerId, ordinal, page::Page},
+    delivery::{Entry, ReplicaSnapshot, ServerId, ordinal, page::LogPage},
     telemetry::metrics::{InvalidValue, Metrics},
 };
 
@@ -45,7 +45,11 @@ impl RedisLog {
         Self { server, metrics, restorer: healer, read, delete }
     }
 
-    pub(super) fn read(&self, room: RoomId, range: ReadRange) -> BoxFuture<Result<Page, BusError>> {
+    pub(super) fn read(
+        &self,
+        room: RoomId,
+        range: ReadRange,
+    ) -> BoxFuture<Result<LogPage, BusError>> {
         let log = self.clone();
         Box::pin(async move {
             let token = log.agreed(&room).await;
@@ -197,7 +201,7 @@ impl RedisLog {
         room: &RoomId,
         range: ReadRange,
         token: ServerId,
-    ) -> Result<Page, RedisError> {
+    ) -> Result<LogPage, RedisError> {
         let (kind, seq) = match range {
             ReadRange::Newest { .. } => ("newest", 0),
             ReadRange::After { seq, .. } => ("after", seq),
@@ -252,7 +256,7 @@ fn unagreed() -> RedisError {
 }
 
 /// Reads what the script answers.
-fn page(answer: Value, room: &RoomId, metrics: &Metrics) -> Option<Page> {
+fn page(answer: Value, room: &RoomId, metrics: &Metrics) -> Option<LogPage> {
     let Value::Array(parts) = answer else { return None };
     let [epoch, top, oldest, former, former_top, deleted, term, entries]: [Value; 8] =
         parts.try_into().ok()?;
@@ -271,7 +275,7 @@ fn page(answer: Value, room: &RoomId, metrics: &Metrics) -> Option<Page> {
         entry
     });
     let entries = entries.collect();
-    let page = Page {
+    let page = LogPage {
         epoch,
         former,
         deleted: number(&deleted)?,

@@ -32,7 +32,7 @@ use super::{
     },
 };
 use crate::{
-    delivery::{ReplicaSnapshot, page::Page},
+    delivery::{ReplicaSnapshot, page::LogPage},
     drain::Tasks,
     telemetry::metrics::Metrics,
 };
@@ -245,7 +245,7 @@ impl Bus for RedisBus {
         self.router.unsubscribe(room);
     }
 
-    fn read(&self, room: RoomId, range: ReadRange) -> BoxFuture<Result<Page, BusError>> {
+    fn read(&self, room: RoomId, range: ReadRange) -> BoxFuture<Result<LogPage, BusError>> {
         let group = self.router.keyspace().group_of(&room);
         let question = move |log: &RedisLog| log.read(room.clone(), range);
         Box::pin(self.router.clone().query(group, question))

@@ -28,7 +28,7 @@ use crate::{
             CreateOutcome, DeleteOutcome, RoomConfig, RoomSummary, UserPresence, unix_millis_now,
         },
     },
-    delivery::page::Page,
+    delivery::page::LogPage,
     http::Node,
     publisher::API_USER,
     session::{history_of, info_of, room_name},
@@ -338,7 +338,7 @@ pub(super) async fn history(
     let page = if node.services.rules.is_durable(&room) {
         wait(&node, node.services.bus.read(room.clone(), range)).await?
     } else {
-        Page::of_no_log()
+        LogPage::without_log()
     };
     let (messages, more) = history_of(range, &page);
     Ok(Json(History { room: room.to_string(), epoch: page.epoch.to_string(), messages, more }))

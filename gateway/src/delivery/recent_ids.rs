@@ -21,33 +21,33 @@ const BUCKET_BYTES: usize = 128;
 
 /// The ids of a room.
 #[derive(Debug, Default)]
-pub struct Ids {
-    buckets: VecDeque<Bucket>,
+pub struct RecentIds {
+    buckets: VecDeque<IdBucket>,
     bytes: usize,
-    /// How many buckets were ever begun.
-    begun: u64,
+    /// How many buckets were ever buckets_started.
+    buckets_started: u64,
 }
 
 #[derive(Debug)]
-struct Bucket {
+struct IdBucket {
     since: Instant,
     epoch: Epoch,
     ids: Vec<(DedupKey, Seq)>,
 }
 
-impl Ids {
+impl RecentIds {
     /// Notes that a message was passed on at `now`.
     pub fn note(&mut self, key: DedupKey, position: &Position, window: Duration, now: Instant) {
-        let fits = |bucket: &Bucket| {
+        let fits = |bucket: &IdBucket| {
             bucket.ids.len() < BUCKET_LEN
                 && bucket.epoch == position.epoch
                 && now.saturating_duration_since(bucket.since) <= window / BUCKETS
         };
         if !self.buckets.back().is_some_and(fits) {
             let epoch = position.epoch.clone();
-            self.buckets.push_back(Bucket { since: now, epoch, ids: Vec::new() });
+            self.buckets.push_back(IdBucket { since: now, epoch, ids: Vec::new() });
             self.bytes += BUCKET_BYTES;
-            self.begun += 1;
+            self.buckets_started += 1;
         }
         if let Some(bucket) = self.buckets.back_mut() {
             bucket.ids.push((key, position.seq));
@@ -70,7 +70,7 @@ impl Ids {
         }
     }
 
-    /// When the oldest bucket was begun.
+    /// When the oldest bucket was buckets_started.
     pub fn oldest(&self) -> Option<Instant> {
         self.buckets.front().map(|bucket| bucket.since)
     }
@@ -80,9 +80,9 @@ impl Ids {
         self.buckets.is_empty()
     }
 
-    /// How many buckets were begun since the room is followed.
-    pub fn begun(&self) -> u64 {
-        self.begun
+    /// How many buckets were buckets_started since the room is followed.
+    pub fn buckets_started(&self) -> u64 {
+        self.buckets_started
     }
 
     /// What the ids take in memory, roughly.
@@ -92,12 +92,12 @@ impl Ids {
 
     /// Forgets everything.
     pub fn clear(&mut self) {
-        *self = Self { begun: self.begun, ..Self::default() };
+        *self = Self { buckets_started: self.buckets_started, ..Self::default() };
     }
 }
 
-/// Whether a bucket that was begun at `since` holds nothing within the window any more.
-pub fn is_past(since: Instant, window: Duration, now: Instant) -> bool {
+/// Whether a bucket that was buckets_started at `since` holds nothing within the window any more.
+pub fn is_expired(since: Instant, window: Duration, now: Instant) -> bool {
     now.saturating_duration_since(since) > window + window / BUCKETS
 }
 
@@ -107,29 +107,29 @@ mod tests {
 
     const WINDOW: Duration = Duration::from_secs(600);
 
-    fn note(ids: &mut Ids, epoch: &str, seq: Seq, now: Instant) {
+    fn note(ids: &mut RecentIds, epoch: &str, seq: Seq, now: Instant) {
         let entry = entry(epoch, seq);
         ids.note(entry.envelope.dedup_key(), &entry.position, WINDOW, now);
     }
 
     #[test]
     fn an_id_keeps_its_position_for_the_window_and_little_longer() {
-        let (mut ids, start) = (Ids::default(), Instant::now());
+        let (mut ids, start) = (RecentIds::default(), Instant::now());
         note(&mut ids, "1-e", 1, start);
         note(&mut ids, "2-f", 2, start);
         note(&mut ids, "2-f", 3, start + WINDOW / 2);
         let known: Vec<_> = ids.below(3).map(|(_, position)| position.to_string()).collect();
         assert_eq!(known, ["1-e:1", "2-f:2"]);
-        assert!(!is_past(ids.oldest().unwrap(), WINDOW, start + WINDOW));
+        assert!(!is_expired(ids.oldest().unwrap(), WINDOW, start + WINDOW));
         let later = start + WINDOW / BUCKETS * (BUCKETS + 2);
-        assert!(is_past(ids.oldest().unwrap(), WINDOW, later));
+        assert!(is_expired(ids.oldest().unwrap(), WINDOW, later));
         ids.forget_oldest();
         assert_eq!(ids.below(9).count(), 2);
     }
 
     #[test]
     fn bytes_are_those_of_what_is_held() {
-        let (mut ids, now) = (Ids::default(), Instant::now());
+        let (mut ids, now) = (RecentIds::default(), Instant::now());
         for seq in 1..=2000 {
             note(&mut ids, "1-e", seq, now);
         }
@@ -137,6 +137,6 @@ mod tests {
         while !ids.is_empty() {
             ids.forget_oldest();
         }
-        assert_eq!((ids.bytes(), ids.begun()), (0, 4));
+        assert_eq!((ids.bytes(), ids.buckets_started()), (0, 4));
     }
 }
