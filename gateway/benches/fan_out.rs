@@ -45,22 +45,22 @@ fn outboxes(bencher: Bencher<'_, '_>) {
 
 /// A publish through log, mailbox, order and ring to all members of a room.
 #[divan::bench]
-fn hub(bencher: Bencher<'_, '_>) {
+fn publish_to_members(bencher: Bencher<'_, '_>) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let room: RoomId = "bench".parse().unwrap();
-    let world = runtime.block_on(World::start(&room));
+    let world = runtime.block_on(FanOut::start(&room));
     bencher.counter(ItemsCount::new(MEMBERS)).bench_local(|| {
         runtime.block_on(world.publish(&room));
     });
 }
 
-struct World {
+struct FanOut {
     bus: Arc<dyn Bus>,
     _hub: Hub,
     members: Vec<Arc<ConnectionHandle>>,
 }
 
-impl World {
+impl FanOut {
     async fn start(room: &RoomId) -> Self {
         let (tasks, metrics) = (Tasks::default(), Arc::new(Metrics::new()));
         let (mailboxes, letters) = Mailboxes::new(1, 16_384, metrics.clone());

@@ -12,14 +12,14 @@ use std::{
 use parking_lot::Mutex;
 
 use super::{
-    check::{Findings, judge},
-    shape::Shape,
+    check::{Findings, check},
+    shape::SimShape,
     trace::Trace,
-    world::World,
+    world::Simulation,
 };
 
 /// How one simulation went.
-pub struct Run {
+pub struct SimRun {
     pub findings: Findings,
     pub hash: u64,
     pub last: String,
@@ -44,7 +44,7 @@ fn note_panics() {
 }
 
 /// Runs one seed.
-pub fn run(seed: u64, shape: Shape, loud: bool) -> Run {
+pub fn run(seed: u64, shape: SimShape, loud: bool) -> SimRun {
     note_panics();
     PANICS.take();
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -54,10 +54,10 @@ pub fn run(seed: u64, shape: Shape, loud: bool) -> Run {
         .expect("a runtime without I/O needs nothing");
     let mut world = runtime.block_on(async move {
         let trace = Trace::new(loud);
-        World::new(seed, shape, trace).run().await
+        Simulation::new(seed, shape, trace).run().await
     });
     drop(runtime);
-    let mut findings = judge(&world);
+    let mut findings = check(&world);
     for node in world.hosts.iter_mut().filter_map(|host| host.node.take()) {
         node.gate.end();
     }
@@ -65,20 +65,20 @@ pub fn run(seed: u64, shape: Shape, loud: bool) -> Run {
     if !panics.is_empty() {
         findings.violations.insert("PANIC", panics);
     }
-    Run { findings, hash: world.trace.hash(), last: world.trace.last(120) }
+    SimRun { findings, hash: world.trace.hash(), last: world.trace.last(120) }
 }
 
 /// What many runs came to.
 #[derive(Default)]
-pub struct Sum {
+pub struct CampaignSummary {
     pub runs: u64,
     counts: BTreeMap<&'static str, (u64, usize)>,
     /// Per kind of violation: the seeds, and what was found with the first.
     pub violations: BTreeMap<&'static str, (Vec<u64>, String)>,
 }
 
-impl Sum {
-    fn add(&mut self, seed: u64, run: Run) {
+impl CampaignSummary {
+    fn add(&mut self, seed: u64, run: SimRun) {
         self.runs += 1;
         for (kind, count) in run.findings.counts {
             if count > 0 {
@@ -97,7 +97,7 @@ impl Sum {
     }
 }
 
-impl std::fmt::Display for Sum {
+impl std::fmt::Display for CampaignSummary {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         writeln!(f, "{} simulations", self.runs)?;
         for (kind, (runs, count)) in &self.counts {
@@ -114,10 +114,10 @@ impl std::fmt::Display for Sum {
 /// Runs `seeds`, as many at a time as there are processors.
 pub fn campaign(
     seeds: std::ops::Range<u64>,
-    shape_of: impl Fn(u64) -> Shape + Send + Sync + 'static,
-) -> Sum {
+    shape_of: impl Fn(u64) -> SimShape + Send + Sync + 'static,
+) -> CampaignSummary {
     let next = Arc::new(AtomicU64::new(seeds.start));
-    let sum = Arc::new(Mutex::new(Sum::default()));
+    let sum = Arc::new(Mutex::new(CampaignSummary::default()));
     let shape_of = Arc::new(shape_of);
     let work = || {
         let (next, sum, shape_of) = (next.clone(), sum.clone(), shape_of.clone());
@@ -133,7 +133,7 @@ pub fn campaign(
                 let run = run.unwrap_or_else(|_| {
                     let mut findings = Findings::default();
                     findings.violations.insert("PANIC", PANICS.take());
-                    Run { findings, hash: 0, last: String::new() }
+                    SimRun { findings, hash: 0, last: String::new() }
                 });
                 sum.lock().add(seed, run);
             }

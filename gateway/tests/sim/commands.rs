@@ -6,7 +6,7 @@ use bytes::Bytes;
 
 use super::{
     resp::Reply,
-    store::{Store, Stream, WrongType},
+    store::{Store, StoredStream, WrongType},
 };
 
 /// How many entries a node of a stream holds: what is trimmed with `~` is whole nodes.
@@ -17,7 +17,7 @@ const ENTRY_BYTES: usize = 40;
 
 /// What commands and scripts of one server work on.
 #[derive(Clone, Default)]
-pub struct Data {
+pub struct ServerData {
     pub store: Store,
     /// Who is subscribed to what.
     pub channels: BTreeMap<Bytes, BTreeSet<u64>>,
@@ -30,19 +30,19 @@ pub struct Data {
     pub published: Vec<(Bytes, Bytes)>,
 }
 
-type Outcome = Result<Reply, Failure>;
+type CommandResult = Result<Reply, CommandFailure>;
 
 /// Why a command failed: the text of the error.
-pub struct Failure(pub String);
+pub struct CommandFailure(pub String);
 
-impl From<WrongType> for Failure {
+impl From<WrongType> for CommandFailure {
     fn from(_: WrongType) -> Self {
         Self("WRONGTYPE Operation against a key holding the wrong kind of value".to_owned())
     }
 }
 
-fn err<T>(text: &str) -> Result<T, Failure> {
-    Err(Failure(format!("ERR {text}")))
+fn err<T>(text: &str) -> Result<T, CommandFailure> {
+    Err(CommandFailure(format!("ERR {text}")))
 }
 
 const SYNTAX: &str = "syntax error";
@@ -52,7 +52,7 @@ const ID_TOO_SMALL: &str =
 const INVALID_ID: &str = "Invalid stream ID specified as stream command argument";
 
 /// Carries out a command that scripts may use too.
-pub fn execute(data: &mut Data, words: &[Bytes]) -> Outcome {
+pub fn execute(data: &mut ServerData, words: &[Bytes]) -> CommandResult {
     let name = words[0].to_ascii_uppercase();
     let args = &words[1..];
     if let Some(least) = least_args(&name)
@@ -95,7 +95,7 @@ pub fn execute(data: &mut Data, words: &[Bytes]) -> Outcome {
             let ends = if name.len() == 7 { now as i64 + time } else { time };
             if args.get(2).is_some_and(|option| option.eq_ignore_ascii_case(b"GT")) {
                 // What does not expire lasts longer than anything.
-                let before = data.store.ends(&args[0]);
+                let before = data.store.expiry(&args[0]);
                 if before.is_none_or(|before| ends <= before as i64) {
                     return Ok(Reply::Int(0));
                 }
@@ -103,9 +103,9 @@ pub fn execute(data: &mut Data, words: &[Bytes]) -> Outcome {
             if ends <= now as i64 {
                 return Ok(Reply::Int(i64::from(data.store.delete(&args[0]))));
             }
-            Ok(Reply::Int(i64::from(data.store.set_ends(&args[0], ends as u64))))
+            Ok(Reply::Int(i64::from(data.store.set_expiry(&args[0], ends as u64))))
         }
-        b"PTTL" => Ok(Reply::Int(match data.store.ends(&args[0]) {
+        b"PTTL" => Ok(Reply::Int(match data.store.expiry(&args[0]) {
             _ if !data.store.exists(&args[0]) => -2,
             None => -1,
             Some(ends) => ends as i64 - now as i64,
@@ -145,7 +145,7 @@ fn least_args(name: &[u8]) -> Option<usize> {
     })
 }
 
-fn info(data: &Data, sections: &[Bytes]) -> String {
+fn info(data: &ServerData, sections: &[Bytes]) -> String {
     let wants = |name: &str| {
         sections.is_empty()
             || sections.iter().any(|section| section.eq_ignore_ascii_case(name.as_bytes()))
@@ -167,7 +167,7 @@ fn info(data: &Data, sections: &[Bytes]) -> String {
     text
 }
 
-fn set(data: &mut Data, args: &[Bytes]) -> Outcome {
+fn set(data: &mut ServerData, args: &[Bytes]) -> CommandResult {
     let (mut only_new, mut ends, mut at) = (false, None, 2);
     while at < args.len() {
         match &args[at].to_ascii_uppercase()[..] {
@@ -186,12 +186,12 @@ fn set(data: &mut Data, args: &[Bytes]) -> Outcome {
     }
     data.store.set_text(&args[0], args[1].clone());
     if let Some(ends) = ends {
-        data.store.set_ends(&args[0], ends);
+        data.store.set_expiry(&args[0], ends);
     }
     Ok(Reply::Status("OK"))
 }
 
-fn hash(data: &mut Data, name: &[u8], args: &[Bytes]) -> Outcome {
+fn hash(data: &mut ServerData, name: &[u8], args: &[Bytes]) -> CommandResult {
     let store = &mut data.store;
     let key = &args[0];
     match name {
@@ -266,7 +266,7 @@ fn hash(data: &mut Data, name: &[u8], args: &[Bytes]) -> Outcome {
 }
 
 /// Sorted sets, kept as hashes of scores, which are whole numbers here.
-fn sorted_set(data: &mut Data, name: &[u8], args: &[Bytes]) -> Outcome {
+fn sorted_set(data: &mut ServerData, name: &[u8], args: &[Bytes]) -> CommandResult {
     let (store, key) = (&mut data.store, &args[0]);
     match name {
         b"ZREMRANGEBYSCORE" => {
@@ -304,7 +304,7 @@ fn sorted_set(data: &mut Data, name: &[u8], args: &[Bytes]) -> Outcome {
     }
 }
 
-fn stream(data: &mut Data, name: &[u8], args: &[Bytes]) -> Outcome {
+fn stream(data: &mut ServerData, name: &[u8], args: &[Bytes]) -> CommandResult {
     let key = &args[0];
     match name {
         b"XLEN" => Ok(Reply::Int(data.store.stream(key)?.map_or(0, |s| s.entries.len()) as i64)),
@@ -353,7 +353,7 @@ fn stream(data: &mut Data, name: &[u8], args: &[Bytes]) -> Outcome {
     }
 }
 
-fn add(data: &mut Data, args: &[Bytes]) -> Outcome {
+fn add(data: &mut ServerData, args: &[Bytes]) -> CommandResult {
     let (key, mut at, mut keep_from) = (&args[0], 1, None);
     if args[at].eq_ignore_ascii_case(b"MINID") {
         at += 1;
@@ -383,14 +383,14 @@ fn add(data: &mut Data, args: &[Bytes]) -> Outcome {
 }
 
 /// An id `<number>-0` or `<number>`.
-fn id_of(word: &Bytes) -> Result<u64, Failure> {
+fn id_of(word: &Bytes) -> Result<u64, CommandFailure> {
     let text = std::str::from_utf8(word).unwrap_or_default();
     let number = text.strip_suffix("-0").unwrap_or(text).parse();
     number.or_else(|_| err(INVALID_ID))
 }
 
 /// One end of a range, both inclusive.
-fn bound(word: &Bytes, lower: bool) -> Result<u64, Failure> {
+fn bound(word: &Bytes, lower: bool) -> Result<u64, CommandFailure> {
     match &word[..] {
         b"-" => Ok(0),
         b"+" => Ok(u64::MAX),
@@ -406,7 +406,7 @@ fn bound(word: &Bytes, lower: bool) -> Result<u64, Failure> {
     }
 }
 
-fn bytes_of(stream: &Stream) -> usize {
+fn bytes_of(stream: &StoredStream) -> usize {
     let entry = |fields: &Vec<Bytes>| fields.iter().map(Bytes::len).sum::<usize>() + ENTRY_BYTES;
     STREAM_BYTES + stream.entries.values().map(entry).sum::<usize>()
 }

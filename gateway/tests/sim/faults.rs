@@ -2,7 +2,7 @@
 
 use rand::RngExt as _;
 
-use super::{links::Link, shape::Fault, world::World};
+use super::{links::RedisLink, shape::SimFault, world::Simulation};
 
 /// When the first fault comes: nodes know of each other by then.
 const FIRST_MS: f64 = 8_000.0;
@@ -17,111 +17,111 @@ const STOP_MS: f64 = 600.0;
 
 /// What a Redis has when it is back.
 #[derive(Clone, Copy, Debug)]
-enum Back {
-    Whole,
+enum RestartData {
+    Complete,
     Empty,
     Without(usize),
 }
 
-impl World {
+impl Simulation {
     pub fn plan_faults(&mut self) {
         let mut time = FIRST_MS;
         for _ in 0..self.random.random_range(self.shape.fault_count.clone()) {
             let fault = self.shape.faults[self.random.random_range(0..self.shape.faults.len())];
-            self.book.faults.push(fault);
-            self.at(time, move |world| world.fail(fault));
+            self.truth.faults.push(fault);
+            self.at(time, move |world| world.inject(fault));
             let pause = [3.0, 30.0, 300.0, 1500.0, 3000.0][self.random.random_range(0..5)];
             time += pause * self.random.random_range(0.3..1.5);
         }
     }
 
-    fn tell(&mut self, text: &str) {
-        self.trace.note(self.now, &format!("### {text}"));
+    fn log(&mut self, text: &str) {
+        self.trace.record(self.now, &format!("### {text}"));
     }
 
-    fn fail(&mut self, fault: Fault) {
+    fn inject(&mut self, fault: SimFault) {
         let host = self.random.random_range(0..self.hosts.len());
         let client = self.random.random_range(0..self.clients.len());
         match fault {
-            Fault::Restart => self.restart(Back::Whole),
-            Fault::Empty => self.restart(Back::Empty),
-            Fault::Tail => {
+            SimFault::Restart => self.restart(RestartData::Complete),
+            SimFault::Empty => self.restart(RestartData::Empty),
+            SimFault::Truncated => {
                 let steps = self.random.random_range(1..=TAIL_MAX);
-                self.restart(Back::Without(steps));
+                self.restart(RestartData::Without(steps));
             }
-            Fault::Failover => self.fail_over(false),
-            Fault::Zombie => self.fail_over(true),
-            Fault::GatewayKill => self.kill_gateway(host),
-            Fault::Freeze => self.freeze(host),
-            Fault::Cut => self.cut_some(host),
-            Fault::Partition => self.part(host),
-            Fault::Deaf => self.deafen(host),
-            Fault::Mangle => {
+            SimFault::Failover => self.fail_over(false),
+            SimFault::Zombie => self.fail_over(true),
+            SimFault::GatewayKill => self.kill_gateway(host),
+            SimFault::Freeze => self.freeze(host),
+            SimFault::Cut => self.cut_some(host),
+            SimFault::Partition => self.partition(host),
+            SimFault::BlackHole => self.black_hole(host),
+            SimFault::Mangle => {
                 let until = self.now + self.random.random_range(100.0..6000.0);
-                self.tell(&format!("G{host}: pushes are mangled until {until:.0}"));
+                self.log(&format!("G{host}: pushes are mangled until {until:.0}"));
                 for link in self.links_of(|link| link.node == host) {
                     self.links.entry(link).and_modify(|link| link.mangled_until = until);
                 }
             }
-            Fault::Clock => {
+            SimFault::Clock => {
                 let step = self.random.random_range(-1500.0..1500.0);
                 self.skew += step;
-                self.tell(&format!("Redis' clock is put by {step:.0}"));
+                self.log(&format!("Redis' clock is put by {step:.0}"));
             }
-            Fault::ClientCut => {
-                self.tell(&format!("c{client} is cut"));
-                if let Some(talk) = self.clients[client].talk {
-                    self.close_talk(talk);
+            SimFault::ClientCut => {
+                self.log(&format!("c{client} is cut"));
+                if let Some(talk) = self.clients[client].connection {
+                    self.close_connection(talk);
                 }
             }
-            Fault::ClientAway => self.send_away(client),
-            Fault::Stall => self.stall(client),
-            Fault::Leave => self.leave(client),
-            Fault::Planned => self.stop_everything(Back::Whole),
-            Fault::PlannedTail => {
+            SimFault::ClientAway => self.send_away(client),
+            SimFault::Stall => self.stall(client),
+            SimFault::Leave => self.leave(client),
+            SimFault::Planned => self.stop_everything(RestartData::Complete),
+            SimFault::PlannedTruncated => {
                 let steps = self.random.random_range(1..=TAIL_MAX);
-                self.stop_everything(Back::Without(steps));
+                self.stop_everything(RestartData::Without(steps));
             }
         }
     }
 
-    fn restart(&mut self, back: Back) {
+    fn restart(&mut self, back: RestartData) {
         let Some(server) = self.primary.filter(|server| self.servers[*server].alive) else {
             return;
         };
         let down = self.random.random_range(10.0..3000.0);
-        let token = self.token(server);
-        self.tell(&format!("{token} is killed, and back in {down:.0} with {back:?}"));
+        let token = self.server_name(server);
+        self.log(&format!("{token} is killed, and back in {down:.0} with {back:?}"));
         let mut data = std::mem::take(&mut self.servers[server].data);
         match back {
-            Back::Whole => {}
-            Back::Empty => data.store = Default::default(),
-            Back::Without(steps) => data.store.undo(steps),
+            RestartData::Complete => {}
+            RestartData::Empty => data.store = Default::default(),
+            RestartData::Without(steps) => data.store.undo(steps),
         }
         self.end_server(server);
         self.primary = None;
         self.after(down, move |world| {
             let server = world.start_server(data);
             world.primary = Some(server);
-            let token = world.token(server);
-            world.tell(&format!("{token} is up"));
+            let token = world.server_name(server);
+            world.log(&format!("{token} is up"));
         });
     }
 
     /// Stops the gateways in order, then Redis, and starts all of it again.
-    fn stop_everything(&mut self, back: Back) {
+    fn stop_everything(&mut self, back: RestartData) {
         if self.stops_everything || self.primary.is_none_or(|server| !self.servers[server].alive) {
             return;
         }
         self.stops_everything = true;
-        self.tell(&format!("everything stops in order; Redis is back with {back:?}"));
+        self.log(&format!("everything stops in order; Redis is back with {back:?}"));
         for host in 0..self.hosts.len() {
             let Some(node) = &self.hosts[host].node else { continue };
             node.drain();
             // What clients have sent is answered before they go.
             self.after(STOP_MS, move |world| {
-                for talk in world.talks_of(host) {
-                    world.close_talk(talk);
+                for talk in world.connections_of(host) {
+                    world.close_connection(talk);
                 }
             });
             self.after(2.0 * STOP_MS, move |world| {
@@ -161,17 +161,17 @@ impl World {
         }
         let new = self.start_server(data);
         self.primary = Some(new);
-        let (old_token, new_token) = (self.token(old), self.token(new));
+        let (old_token, new_token) = (self.server_name(old), self.server_name(new));
         if !zombie {
-            self.tell(&format!("{old_token} dies, {new_token} is the primary"));
+            self.log(&format!("{old_token} dies, {new_token} is the primary"));
             return self.end_server(old);
         }
         let mut stay: Vec<usize> = (0..self.hosts.len()).collect();
         stay.retain(|_| self.random.random_range(0..2) == 0);
         let time = self.random.random_range(300.0..14_000.0);
-        self.tell(&format!("{new_token} is the primary, {old_token} keeps {stay:?} for {time:.0}"));
+        self.log(&format!("{new_token} is the primary, {old_token} keeps {stay:?} for {time:.0}"));
         for host in &stay {
-            self.hosts[*host].sees = Some(old);
+            self.hosts[*host].believed_primary = Some(old);
         }
         let leave = stay.clone();
         for link in self.links_of(move |link| link.server == old && !leave.contains(&link.node)) {
@@ -179,21 +179,21 @@ impl World {
         }
         self.after(time, move |world| {
             for host in stay {
-                world.hosts[host].sees = None;
+                world.hosts[host].believed_primary = None;
             }
             world.end_server(old);
-            world.tell(&format!("{old_token} is gone"));
+            world.log(&format!("{old_token} is gone"));
         });
     }
 
     fn kill_gateway(&mut self, number: usize) {
         let Some(node) = self.hosts[number].node.take() else { return };
         let down = self.random.random_range(100.0..5000.0);
-        self.tell(&format!("G{number}.{} is killed, and back in {down:.0}", node.process));
+        self.log(&format!("G{number}.{} is killed, and back in {down:.0}", node.process));
         node.gate.kill();
-        for talk in self.talks_of(number) {
+        for talk in self.connections_of(number) {
             let wait = self.random.random_range(0.1..5.0);
-            self.after(wait, move |world| world.close_talk(talk));
+            self.after(wait, move |world| world.close_connection(talk));
         }
         self.after(down, move |world| {
             // Everything may be stopped meanwhile, and is started together.
@@ -203,8 +203,8 @@ impl World {
         });
     }
 
-    fn talks_of(&self, node: usize) -> Vec<u64> {
-        let of = self.talks.iter().filter(|(_, talk)| talk.node == node);
+    fn connections_of(&self, node: usize) -> Vec<u64> {
+        let of = self.connections.iter().filter(|(_, talk)| talk.node == node);
         of.map(|(number, _)| *number).collect()
     }
 
@@ -215,52 +215,52 @@ impl World {
         let gate = node.gate.clone();
         let time = self.random.random_range(300.0..15_000.0);
         gate.freeze();
-        self.tell(&format!("G{number} is frozen for {time:.0}"));
-        for talk in self.talks_of(number) {
+        self.log(&format!("G{number} is frozen for {time:.0}"));
+        for talk in self.connections_of(number) {
             if self.random.random_range(0..10) < 7 {
                 let wait = self.random.random_range(100.0..3000.0);
-                self.after(wait, move |world| world.close_talk(talk));
+                self.after(wait, move |world| world.close_connection(talk));
             }
         }
         self.after(time, move |world| {
             gate.thaw();
-            world.tell(&format!("G{number} goes on"));
+            world.log(&format!("G{number} goes on"));
         });
     }
 
     fn cut_some(&mut self, host: usize) {
         for link in self.links_of(|link| link.node == host) {
             if self.random.random_range(0..10) < 7 {
-                self.tell(&format!("G{host}: link {link} is cut"));
+                self.log(&format!("G{host}: link {link} is cut"));
                 self.cut(link, GRACE_MS, 0.0);
             }
         }
     }
 
-    fn part(&mut self, host: usize) {
-        if self.hosts[host].parted {
+    fn partition(&mut self, host: usize) {
+        if self.hosts[host].partitioned {
             return;
         }
         let time = self.random.random_range(300.0..13_000.0);
-        self.tell(&format!("G{host} does not reach Redis for {time:.0}"));
-        self.hosts[host].parted = true;
+        self.log(&format!("G{host} does not reach Redis for {time:.0}"));
+        self.hosts[host].partitioned = true;
         for link in self.links_of(|link| link.node == host) {
             // Some find out by a reset, others by their own time limits.
             let notice = if self.random.random_range(0..2) == 0 { 500.0 } else { 60_000.0 };
             self.cut(link, 0.0, notice);
         }
         self.after(time, move |world| {
-            world.hosts[host].parted = false;
-            world.tell(&format!("G{host} reaches Redis again"));
+            world.hosts[host].partitioned = false;
+            world.log(&format!("G{host} reaches Redis again"));
         });
     }
 
-    fn deafen(&mut self, host: usize) {
+    fn black_hole(&mut self, host: usize) {
         let until = self.now + self.random.random_range(300.0..9000.0);
-        let deafen = |link: &mut Link| link.deaf_until = until;
+        let deafen = |link: &mut RedisLink| link.blocked_until = until;
         for link in self.links_of(|link| link.node == host) {
             if self.random.random_range(0..10) < 7 {
-                self.tell(&format!("G{host}: link {link} passes nothing until {until:.0}"));
+                self.log(&format!("G{host}: link {link} passes nothing until {until:.0}"));
                 self.links.entry(link).and_modify(deafen);
             }
         }
@@ -271,10 +271,10 @@ impl World {
             return;
         }
         let time = self.random.random_range(1000.0..12_000.0);
-        self.tell(&format!("c{client} is away for {time:.0}"));
+        self.log(&format!("c{client} is away for {time:.0}"));
         self.clients[client].away = true;
-        if let Some(talk) = self.clients[client].talk {
-            self.close_talk(talk);
+        if let Some(talk) = self.clients[client].connection {
+            self.close_connection(talk);
         }
         self.after(time, move |world| {
             world.clients[client].away = false;
@@ -283,24 +283,24 @@ impl World {
     }
 
     fn stall(&mut self, client: usize) {
-        let Some(number) = self.clients[client].talk else { return };
+        let Some(number) = self.clients[client].connection else { return };
         let time = self.random.random_range(300.0..9000.0);
-        self.tell(&format!("c{client} reads nothing for {time:.0}"));
-        let Some(talk) = self.talks.get(&number) else { return };
-        let line = talk.line.clone();
+        self.log(&format!("c{client} reads nothing for {time:.0}"));
+        let Some(talk) = self.connections.get(&number) else { return };
+        let line = talk.input.clone();
         line.stall(true);
         self.after(time, move |_| line.stall(false));
     }
 
     fn leave(&mut self, client: usize) {
-        let place = self.random.random_range(0..self.clients[client].places.len());
+        let place = self.random.random_range(0..self.clients[client].rooms.len());
         let time = self.random.random_range(100.0..6000.0);
-        self.tell(&format!("c{client} leaves a room for {time:.0}"));
+        self.log(&format!("c{client} leaves a room for {time:.0}"));
         let wish = self.clients[client].leave(place);
-        self.grant(client, wish.into_iter().collect());
+        self.perform(client, wish.into_iter().collect());
         self.after(time, move |world| {
-            world.clients[client].places[place].wanted = true;
-            world.remind(client, super::client::Timer::Join(place));
+            world.clients[client].rooms[place].wanted = true;
+            world.on_reminder(client, super::client::Reminder::Join(place));
         });
     }
 }

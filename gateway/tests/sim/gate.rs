@@ -18,25 +18,25 @@ use tokio::sync::oneshot;
 
 /// One process. Cheap to clone.
 #[derive(Clone)]
-pub struct Gate(Arc<Mutex<State>>);
+pub struct Gate(Arc<Mutex<GateState>>);
 
 #[derive(Default)]
-struct State {
-    way: Way,
+struct GateState {
+    mode: RunMode,
     count: u64,
-    tasks: BTreeMap<u64, Running>,
+    tasks: BTreeMap<u64, GatedTask>,
     ready: BTreeSet<u64>,
     process: Option<Waker>,
 }
 
-struct Running {
+struct GatedTask {
     task: Task,
     waker: Waker,
     _done: oneshot::Sender<()>,
 }
 
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
-enum Way {
+enum RunMode {
     #[default]
     Open,
     Frozen,
@@ -48,7 +48,7 @@ impl Gate {
     pub fn open() -> Self {
         let gate = Self(Arc::default());
         #[allow(clippy::disallowed_methods, reason = "it ends when it is killed")]
-        tokio::spawn(Process(gate.0.clone()));
+        tokio::spawn(TaskPoller(gate.0.clone()));
         gate
     }
 
@@ -58,10 +58,10 @@ impl Gate {
         let state = &mut *self.0.lock();
         state.count += 1;
         let number = state.count;
-        let waker = Waker::from(Arc::new(Call { state: Arc::downgrade(&self.0), number }));
-        if state.way != Way::Killed {
-            state.tasks.insert(number, Running { task, waker, _done: done });
-            state.call(number);
+        let waker = Waker::from(Arc::new(TaskWaker { state: Arc::downgrade(&self.0), number }));
+        if state.mode != RunMode::Killed {
+            state.tasks.insert(number, GatedTask { task, waker, _done: done });
+            state.schedule(number);
         }
         Box::pin(async {
             let _ = ended.await;
@@ -69,15 +69,15 @@ impl Gate {
     }
 
     pub fn freeze(&self) {
-        self.turn(Way::Frozen);
+        self.set_mode(RunMode::Frozen);
     }
 
     pub fn thaw(&self) {
-        self.turn(Way::Open);
+        self.set_mode(RunMode::Open);
     }
 
     pub fn kill(&self) {
-        self.turn(Way::Killed);
+        self.set_mode(RunMode::Killed);
     }
 
     /// Drops all tasks: each holds the gate it goes through, so that nothing else would end them.
@@ -89,20 +89,20 @@ impl Gate {
     }
 
     pub fn is_frozen(&self) -> bool {
-        self.0.lock().way == Way::Frozen
+        self.0.lock().mode == RunMode::Frozen
     }
 
-    fn turn(&self, way: Way) {
+    fn set_mode(&self, way: RunMode) {
         let mut state = self.0.lock();
-        if state.way != Way::Killed {
-            state.way = way;
+        if state.mode != RunMode::Killed {
+            state.mode = way;
             state.wake();
         }
     }
 }
 
-impl State {
-    fn call(&mut self, number: u64) {
+impl GateState {
+    fn schedule(&mut self, number: u64) {
         self.ready.insert(number);
         self.wake();
     }
@@ -115,36 +115,36 @@ impl State {
 }
 
 /// Has a task polled in the next round.
-struct Call {
-    state: std::sync::Weak<Mutex<State>>,
+struct TaskWaker {
+    state: std::sync::Weak<Mutex<GateState>>,
     number: u64,
 }
 
-impl Wake for Call {
+impl Wake for TaskWaker {
     fn wake(self: Arc<Self>) {
         if let Some(state) = self.state.upgrade() {
-            state.lock().call(self.number);
+            state.lock().schedule(self.number);
         }
     }
 }
 
 /// Polls the tasks.
-struct Process(Arc<Mutex<State>>);
+struct TaskPoller(Arc<Mutex<GateState>>);
 
-impl Future for Process {
+impl Future for TaskPoller {
     type Output = ();
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
         let (way, round) = {
             let mut state = self.0.lock();
             state.process = Some(context.waker().clone());
-            let round = match state.way {
-                Way::Open => std::mem::take(&mut state.ready),
-                Way::Frozen | Way::Killed => BTreeSet::new(),
+            let round = match state.mode {
+                RunMode::Open => std::mem::take(&mut state.ready),
+                RunMode::Frozen | RunMode::Killed => BTreeSet::new(),
             };
-            (state.way, round)
+            (state.mode, round)
         };
-        if way == Way::Killed {
+        if way == RunMode::Killed {
             // Dropped outside of the lock: what they hold may wake others.
             let tasks = std::mem::take(&mut self.0.lock().tasks);
             drop(tasks);

@@ -2,23 +2,23 @@
 
 use gateway::fault_injection::{ProtocolFault, inject};
 
-use super::{campaign::run, check::Findings, shape::Shape};
+use super::{campaign::run, check::Findings, shape::SimShape};
 
 /// The number of seeds within which a fault has to be found.
 const SEEDS_MAX: u64 = 1000;
 
 /// The kind of cluster in which a fault does harm.
-fn shape(fault: ProtocolFault) -> Shape {
+fn shape(fault: ProtocolFault) -> SimShape {
     match fault {
-        ProtocolFault::NoFence => Shape::lone(),
-        ProtocolFault::UnconfirmedNotKept | ProtocolFault::SequencesReused => Shape::abrupt(),
-        ProtocolFault::ConfirmedBySequence => Shape::abrupt_in_rooms(),
-        ProtocolFault::FreshNodeTrusted => Shape::reborn(),
+        ProtocolFault::NoFence => SimShape::lone(),
+        ProtocolFault::UnconfirmedNotKept | ProtocolFault::SequencesReused => SimShape::abrupt(),
+        ProtocolFault::ConfirmedBySequence => SimShape::abrupt_in_rooms(),
+        ProtocolFault::FreshNodeTrusted => SimShape::reborn(),
         ProtocolFault::NoBarrier
         | ProtocolFault::NoEpochChange
-        | ProtocolFault::LostEntriesNotReappended => Shape::hard(),
-        ProtocolFault::NoContiguityCheck => Shape::small(),
-        ProtocolFault::GapIgnored | ProtocolFault::ReadEntriesRepeated => Shape::calm(),
+        | ProtocolFault::LostEntriesNotReappended => SimShape::hard(),
+        ProtocolFault::NoContiguityCheck => SimShape::small(),
+        ProtocolFault::GapIgnored | ProtocolFault::ReadEntriesRepeated => SimShape::calm(),
     }
 }
 

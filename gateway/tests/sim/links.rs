@@ -5,70 +5,70 @@ use rand::RngExt as _;
 use tokio::sync::oneshot;
 
 use super::{
-    commands::Data,
-    redis::Redis,
-    wire::{Inbox, Sent},
-    world::World,
+    commands::ServerData,
+    network::{NetworkEvent, ReceiveBuffer},
+    redis::SimRedis,
+    world::Simulation,
 };
 
 /// The wall clock at the beginning.
 const WALL_MS: f64 = 1_700_000_000_000.0;
 
 /// A connection between a gateway and a Redis.
-pub struct Link {
+pub struct RedisLink {
     pub node: usize,
     pub server: usize,
-    pub inbox: Inbox,
+    pub buffer: ReceiveBuffer,
     up: f64,
     down: f64,
     /// Nothing that arrives after this gets through.
     pub cut: Option<f64>,
     /// Nothing arrives before this.
-    pub deaf_until: f64,
+    pub blocked_until: f64,
     /// Messages of channels are dropped, repeated and delayed before this.
     pub mangled_until: f64,
 }
 
-impl World {
+impl Simulation {
     /// Starts a server with `data` and a new run id. Returns its number.
-    pub fn start_server(&mut self, data: Data) -> usize {
+    pub fn start_server(&mut self, data: ServerData) -> usize {
         let mut name =
             || (0..40).map(|_| format!("{:x}", self.random.random_range(0..16))).collect();
-        let data = Data { run_id: name(), replid: name(), ..data };
-        self.servers.push(Redis::start(data));
+        let data = ServerData { run_id: name(), replid: name(), ..data };
+        self.servers.push(SimRedis::start(data));
         self.servers.len() - 1
     }
 
-    pub fn token(&self, server: usize) -> String {
+    pub fn server_name(&self, server: usize) -> String {
         format!("R{server}")
     }
 
-    pub fn take(&mut self, sent: Sent) {
+    pub fn handle(&mut self, sent: NetworkEvent) {
         match sent {
-            Sent::Connect { node, process, connection, inbox, done } => {
+            NetworkEvent::Connect { node, process, connection, buffer: inbox, done } => {
                 let wait = self.latency();
                 self.after(wait, move |world| world.accept(node, process, connection, inbox, done));
             }
-            Sent::Bytes(connection, bytes) => {
+            NetworkEvent::Bytes(connection, bytes) => {
                 let latency = self.latency();
                 let now = self.now;
                 let Some(link) = self.links.get_mut(&connection).filter(|l| l.cut.is_none()) else {
                     return;
                 };
-                let time = (now + latency).max(link.up + 1e-3).max(link.deaf_until);
+                let time = (now + latency).max(link.up + 1e-3).max(link.blocked_until);
                 link.up = time;
                 self.at(time, move |world| world.arrive(connection, &bytes));
             }
-            Sent::Gone(connection) => {
+            NetworkEvent::Closed(connection) => {
                 let latency = self.latency();
                 let Some(link) = self.links.get(&connection) else { return };
                 let time = (self.now + latency).max(link.up + 1e-3);
                 self.at(time, move |world| world.forget(connection));
             }
-            Sent::Frames(talk, frames) => self.send_frames(talk, frames),
-            Sent::Ended(talk) => {
+            NetworkEvent::Frames(talk, frames) => self.send_frames(talk, frames),
+            NetworkEvent::ClientClosed(talk) => {
                 let latency = self.latency();
-                self.after(latency, move |world| world.close_talk(talk));
+                self.after(latency, move |world| world.close_connection(talk));
             }
         }
     }
@@ -78,23 +78,32 @@ impl World {
         node: usize,
         process: u64,
         connection: u64,
-        inbox: Inbox,
+        inbox: ReceiveBuffer,
         done: oneshot::Sender<()>,
     ) {
         let host = &self.hosts[node];
         if host.process != process {
             return;
         }
-        if host.parted {
-            self.hung.push(done);
+        if host.partitioned {
+            self.unanswered.push(done);
             return;
         }
-        let server = host.sees.or(self.primary).filter(|server| self.servers[*server].alive);
+        let server =
+            host.believed_primary.or(self.primary).filter(|server| self.servers[*server].alive);
         let Some(server) = server else { return };
         let time = self.now;
         let (cut, deaf_until, mangled_until) = (None, 0.0, 0.0);
-        let link =
-            Link { node, server, inbox, up: time, down: time, cut, deaf_until, mangled_until };
+        let link = RedisLink {
+            node,
+            server,
+            buffer: inbox,
+            up: time,
+            down: time,
+            cut,
+            blocked_until: deaf_until,
+            mangled_until,
+        };
         self.links.insert(connection, link);
         self.servers[server].connect(connection);
         let latency = self.latency();
@@ -116,7 +125,7 @@ impl World {
         let out = self.servers[server].receive(connection, bytes);
         let added = std::mem::take(&mut self.servers[server].data.store.added);
         for (key, _, payload) in added {
-            self.book.appended(self.now, &key, payload);
+            self.truth.appended(self.now, &key, payload);
         }
         for out in out {
             self.send_down(out.connection, out.bytes, out.is_message);
@@ -130,7 +139,7 @@ impl World {
         let Some(link) = self.links.get_mut(&connection).filter(|link| link.cut.is_none()) else {
             return;
         };
-        let mut time = (now + latency).max(link.down + 1e-3).max(link.deaf_until);
+        let mut time = (now + latency).max(link.down + 1e-3).max(link.blocked_until);
         if is_message && now < link.mangled_until {
             match dice {
                 0..3 => return,
@@ -156,7 +165,7 @@ impl World {
     fn deliver(&mut self, connection: u64, bytes: &[u8]) {
         let Some(link) = self.links.get(&connection) else { return };
         if link.cut.is_none_or(|cut| self.now <= cut) {
-            link.inbox.put(bytes);
+            link.buffer.put(bytes);
         }
     }
 
@@ -175,12 +184,12 @@ impl World {
             return;
         };
         link.cut = Some(cut);
-        let (server, inbox) = (link.server, link.inbox.clone());
+        let (server, inbox) = (link.server, link.buffer.clone());
         self.servers[server].disconnect(connection);
         self.at(cut + 0.01 + notice, move |_| inbox.close());
     }
 
-    pub fn links_of(&self, of: impl Fn(&Link) -> bool) -> Vec<u64> {
+    pub fn links_of(&self, of: impl Fn(&RedisLink) -> bool) -> Vec<u64> {
         let open = self.links.iter().filter(|(_, link)| link.cut.is_none() && of(link));
         open.map(|(connection, _)| *connection).collect()
     }

@@ -9,11 +9,11 @@ mod store;
 mod commands;
 mod script;
 mod redis;
-mod against_redis;
+mod redis_conformance;
 mod gate;
-mod wire;
+mod network;
 mod node;
-mod witness;
+mod observer;
 mod client;
 mod shape;
 mod trace;
@@ -27,7 +27,7 @@ mod injected;
 
 use campaign::{campaign, run};
 use gateway::telemetry::LogFormat;
-use shape::Shape;
+use shape::SimShape;
 
 /// A number from the environment.
 fn number(name: &str) -> Option<u64> {
@@ -36,12 +36,12 @@ fn number(name: &str) -> Option<u64> {
 }
 
 /// The kind of a seed: each in turn, unless `SKEIN_SIM_SHAPE` names one.
-fn shape_of(seed: u64) -> Shape {
+fn shape_of(seed: u64) -> SimShape {
     match std::env::var("SKEIN_SIM_SHAPE") {
-        Err(_) => Shape::of(seed),
-        Ok(name) => Shape::all()
+        Err(_) => SimShape::of(seed),
+        Ok(name) => SimShape::all()
             .into_iter()
-            .chain([Shape::abrupt(), Shape::abrupt_in_rooms()])
+            .chain([SimShape::abrupt(), SimShape::abrupt_in_rooms()])
             .find(|shape| shape.name == name)
             .unwrap_or_else(|| panic!("there is no shape {name}")),
     }
@@ -50,7 +50,7 @@ fn shape_of(seed: u64) -> Shape {
 /// `SKEIN_SIM_SEEDS` seeds from `SKEIN_SIM_FROM` on, or a small share of them. `SKEIN_SIM_SEED` is
 /// one seed, told in full, with the gateways' own lines where `SKEIN_SIM_LOG` is a level.
 #[test]
-fn what_is_promised_holds_under_every_seed() {
+fn promises_hold_under_every_seed() {
     if let Some(seed) = number("SKEIN_SIM_SEED") {
         let level = std::env::var("SKEIN_SIM_LOG").unwrap_or_else(|_| "off".to_owned());
         gateway::telemetry::start_log(LogFormat::Text, &level);
@@ -72,19 +72,19 @@ fn what_is_promised_holds_under_every_seed() {
 
 /// Seeds with which something was wrong once.
 #[test]
-fn what_was_found_stays_mended() {
+fn seeds_of_fixed_bugs_stay_clean() {
     let found = [
-        (Shape::hard(), 501),
-        (Shape::small(), 2971),
-        (Shape::pair(), 3062),
-        (Shape::usual(), 5820),
-        (Shape::small(), 1261),
-        (Shape::hard(), 21_696),
-        (Shape::pair(), 25_475),
-        (Shape::abrupt(), 37),
-        (Shape::abrupt(), 44),
-        (Shape::planned(), 2320),
-        (Shape::planned(), 2446),
+        (SimShape::hard(), 501),
+        (SimShape::small(), 2971),
+        (SimShape::pair(), 3062),
+        (SimShape::usual(), 5820),
+        (SimShape::small(), 1261),
+        (SimShape::hard(), 21_696),
+        (SimShape::pair(), 25_475),
+        (SimShape::abrupt(), 37),
+        (SimShape::abrupt(), 44),
+        (SimShape::planned(), 2320),
+        (SimShape::planned(), 2446),
     ];
     for (shape, seed) in found {
         let name = shape.name;
@@ -95,10 +95,10 @@ fn what_was_found_stays_mended() {
 }
 
 #[test]
-fn a_seed_decides_everything() {
+fn a_seed_decides_the_whole_run() {
     for seed in 0..12 {
-        let once = run(seed, Shape::of(seed), false).hash;
-        let again = run(seed, Shape::of(seed), false).hash;
+        let once = run(seed, SimShape::of(seed), false).hash;
+        let again = run(seed, SimShape::of(seed), false).hash;
         assert_eq!(once, again, "seed {seed} does not lead to the same twice");
     }
 }

@@ -41,38 +41,38 @@ use uuid::Uuid;
 
 use super::{
     gate::Gate,
-    shape::Shape,
-    wire::{Outlet, Sent, SimDial},
+    network::{EventQueue, NetworkEvent, SimDial},
+    shape::SimShape,
 };
 
 /// How long a frame may wait for the bus, as `publish.timeout` has it.
 const WAIT_MAX: Duration = Duration::from_secs(5);
 
 /// One process of a gateway.
-pub struct Node {
+pub struct SimNode {
     pub process: u64,
     pub gate: Gate,
     tasks: Tasks,
     services: Arc<Services>,
-    outlet: Outlet,
+    outlet: EventQueue,
     reached: Arc<AtomicBool>,
     draining: AtomicBool,
 }
 
 /// What a client has sent on one connection and the gateway has not read. Cheap to clone.
 #[derive(Clone, Default)]
-pub struct Line(Arc<(Mutex<Unread>, Notify)>);
+pub struct ClientInput(Arc<(Mutex<UnreadFrames>, Notify)>);
 
 #[derive(Default)]
-struct Unread {
+struct UnreadFrames {
     frames: VecDeque<String>,
     closed: bool,
     /// The client reads nothing.
     stalled: bool,
 }
 
-impl Line {
-    pub fn put(&self, frame: String) {
+impl ClientInput {
+    pub fn push(&self, frame: String) {
         self.change(|unread| unread.frames.push_back(frame));
     }
 
@@ -84,14 +84,14 @@ impl Line {
         self.change(|unread| unread.stalled = stalled);
     }
 
-    fn change(&self, change: impl FnOnce(&mut Unread)) {
+    fn change(&self, change: impl FnOnce(&mut UnreadFrames)) {
         change(&mut self.0.0.lock());
         self.0.1.notify_one();
     }
 }
 
-impl Node {
-    pub fn start(node: usize, process: u64, shape: &Shape, outlet: &Outlet) -> Self {
+impl SimNode {
+    pub fn start(node: usize, process: u64, shape: &SimShape, outlet: &EventQueue) -> Self {
         let gate = Gate::open();
         let tasks = {
             let gate = gate.clone();
@@ -203,7 +203,7 @@ impl Node {
     }
 
     /// Takes a client's connection.
-    pub fn accept(&self, number: u64, user: usize, outbox_bytes: usize, line: Line) {
+    pub fn accept(&self, number: u64, user: usize, outbox_bytes: usize, line: ClientInput) {
         let outbox = Outbox::to_owner(outbox_bytes, self.services.metrics.clone());
         let connection = ConnectionId(Uuid::from_u128(u128::from(number)));
         let handle = Arc::new(ConnectionHandle::new(connection, outbox));
@@ -215,22 +215,22 @@ impl Node {
         let services = self.services.clone();
         let session = Session::new(services, identity, session, handle.clone(), online);
         let outlet = self.outlet.clone();
-        let connection = Connection { number, session, handle, line, outlet };
+        let connection = SimConnection { number, session, handle, line, outlet };
         // A panic is found by the campaign's hook.
         self.tasks.spawn_connection(connection.run(), |_| {});
     }
 }
 
 /// A client's connection, as `transport` drives it.
-struct Connection {
+struct SimConnection {
     number: u64,
     session: Session,
     handle: Arc<ConnectionHandle>,
-    line: Line,
-    outlet: Outlet,
+    line: ClientInput,
+    outlet: EventQueue,
 }
 
-impl Connection {
+impl SimConnection {
     async fn run(mut self) {
         let handle = self.handle.clone();
         let outbox = &handle.outbox;
@@ -254,13 +254,13 @@ impl Connection {
                 }
             }
             if outbox.begin_close().is_some() {
-                self.outlet.put(Sent::Ended(self.number));
+                self.outlet.push(NetworkEvent::ClientClosed(self.number));
                 line.close();
             }
             if !line.0.0.lock().stalled {
                 let frames = outbox.take();
                 if !frames.is_empty() {
-                    self.outlet.put(Sent::Frames(self.number, frames));
+                    self.outlet.push(NetworkEvent::Frames(self.number, frames));
                     if full {
                         continue;
                     }

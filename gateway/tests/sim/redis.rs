@@ -7,13 +7,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use bytes::{Bytes, BytesMut};
 
 use super::{
-    commands::{Data, execute},
+    commands::{ServerData, execute},
     resp::{Reply, take_command},
     script,
 };
 
 /// Something for a connection.
-pub struct Out {
+pub struct ServerOutput {
     pub connection: u64,
     pub bytes: Bytes,
     /// Whether it is a message of a channel: Redis sends those unasked.
@@ -21,17 +21,17 @@ pub struct Out {
 }
 
 /// One run of a server.
-pub struct Redis {
-    pub data: Data,
+pub struct SimRedis {
+    pub data: ServerData,
     pub alive: bool,
     connections: BTreeMap<u64, BytesMut>,
     scripts: BTreeSet<String>,
 }
 
-impl Redis {
+impl SimRedis {
     /// A server that starts with `data`, which another may have left.
-    pub fn start(data: Data) -> Self {
-        let data = Data { channels: BTreeMap::new(), published: Vec::new(), ..data };
+    pub fn start(data: ServerData) -> Self {
+        let data = ServerData { channels: BTreeMap::new(), published: Vec::new(), ..data };
         Self { data, alive: true, connections: BTreeMap::new(), scripts: BTreeSet::new() }
     }
 
@@ -49,14 +49,14 @@ impl Redis {
     }
 
     /// Takes what arrived on a connection. Returns what goes out, in order.
-    pub fn receive(&mut self, connection: u64, bytes: &[u8]) -> Vec<Out> {
+    pub fn receive(&mut self, connection: u64, bytes: &[u8]) -> Vec<ServerOutput> {
         let mut out = Vec::new();
         match self.connections.get_mut(&connection) {
             Some(input) => input.extend_from_slice(bytes),
             None => return out,
         }
         while let Some(words) = self.connections.get_mut(&connection).and_then(take_command) {
-            let replies = self.carry_out(connection, &words);
+            let replies = self.execute_command(connection, &words);
             self.data.store.end_step();
             for (channel, payload) in std::mem::take(&mut self.data.published) {
                 let push = vec![
@@ -66,15 +66,19 @@ impl Redis {
                 ];
                 let bytes = encoded(&[Reply::Push(push)]);
                 for hearer in self.data.channels.get(&channel).into_iter().flatten() {
-                    out.push(Out { connection: *hearer, bytes: bytes.clone(), is_message: true });
+                    out.push(ServerOutput {
+                        connection: *hearer,
+                        bytes: bytes.clone(),
+                        is_message: true,
+                    });
                 }
             }
-            out.push(Out { connection, bytes: encoded(&replies), is_message: false });
+            out.push(ServerOutput { connection, bytes: encoded(&replies), is_message: false });
         }
         out
     }
 
-    fn carry_out(&mut self, connection: u64, words: &[Bytes]) -> Vec<Reply> {
+    fn execute_command(&mut self, connection: u64, words: &[Bytes]) -> Vec<Reply> {
         let args = &words[1..];
         let reply = match &words[0].to_ascii_uppercase()[..] {
             b"HELLO" => Reply::Map(vec![

@@ -10,31 +10,31 @@ use mlua::{Function, Lua, LuaString, MultiValue, Table, Value};
 use sha1::{Digest as _, Sha1};
 
 use super::{
-    commands::{Data, execute},
+    commands::{ServerData, execute},
     resp::Reply,
 };
 
 thread_local! {
-    static LUA: Scripts = Scripts::new();
-    static DATA: RefCell<Data> = RefCell::default();
+    static LUA: ScriptEngine = ScriptEngine::new();
+    static DATA: RefCell<ServerData> = RefCell::default();
 }
 
-struct Scripts {
+struct ScriptEngine {
     lua: Lua,
     compiled: RefCell<HashMap<String, Function>>,
 }
 
 /// An error of a command, on its way through Lua.
 #[derive(Debug)]
-struct Raised(String);
+struct LuaCommandError(String);
 
-impl std::fmt::Display for Raised {
+impl std::fmt::Display for LuaCommandError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(&self.0)
     }
 }
 
-impl std::error::Error for Raised {}
+impl std::error::Error for LuaCommandError {}
 
 /// The name of a script: its SHA-1 in hexadecimal digits.
 pub fn name_of(text: &[u8]) -> String {
@@ -60,14 +60,14 @@ pub fn load(text: &[u8]) -> Result<String, String> {
 }
 
 /// Runs a script that was loaded.
-pub fn run(data: &mut Data, name: &str, keys: &[Bytes], args: &[Bytes]) -> Reply {
+pub fn run(data: &mut ServerData, name: &str, keys: &[Bytes], args: &[Bytes]) -> Reply {
     DATA.set(std::mem::take(data));
     let reply = LUA.with(|scripts| scripts.run(name, keys, args));
     *data = DATA.take();
     reply
 }
 
-impl Scripts {
+impl ScriptEngine {
     fn new() -> Self {
         let lua = Lua::new();
         let build = || -> mlua::Result<()> {
@@ -127,14 +127,14 @@ fn call(lua: &Lua, args: MultiValue) -> mlua::Result<Value> {
             Value::Number(number) => number.to_string().into(),
             _ => {
                 let text = "ERR Lua redis lib command arguments must be strings or integers";
-                return Err(mlua::Error::external(Raised(text.to_owned())));
+                return Err(mlua::Error::external(LuaCommandError(text.to_owned())));
             }
         });
     }
     let outcome = DATA.with_borrow_mut(|data| execute(data, &words));
     match outcome {
         Ok(reply) => to_lua(lua, &reply),
-        Err(failure) => Err(mlua::Error::external(Raised(failure.0))),
+        Err(failure) => Err(mlua::Error::external(LuaCommandError(failure.0))),
     }
 }
 
@@ -155,7 +155,7 @@ fn to_lua(lua: &Lua, reply: &Reply) -> mlua::Result<Value> {
         Reply::Status(text) => {
             Value::Table(field_table(lua, "ok", &lua.create_string(text.as_bytes())?)?)
         }
-        Reply::Error(text) => return Err(mlua::Error::external(Raised(text.clone()))),
+        Reply::Error(text) => return Err(mlua::Error::external(LuaCommandError(text.clone()))),
         Reply::Array(items) | Reply::Push(items) => {
             let table = lua.create_table_with_capacity(items.len(), 0)?;
             for item in items {

@@ -6,11 +6,11 @@ use gateway::bus::Retention;
 
 /// Something that goes wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fault {
+pub enum SimFault {
     /// Redis is killed and comes back with all it had, with nothing, or without the last of it.
     Restart,
     Empty,
-    Tail,
+    Truncated,
     /// A replica that lacks the last of it becomes the primary.
     Failover,
     /// The same, and some gateways stay with the old one for a while.
@@ -22,7 +22,7 @@ pub enum Fault {
     /// A gateway does not reach Redis for a while.
     Partition,
     /// A connection stands and passes nothing on for a while.
-    Deaf,
+    BlackHole,
     /// Pushes are dropped, repeated or late on the way to one gateway.
     Mangle,
     /// The clock of Redis' host is put forward or back.
@@ -36,28 +36,28 @@ pub enum Fault {
     /// All gateways stop in order, then Redis does, and everything is started again.
     Planned,
     /// The same, but Redis is killed when the gateways have left, and lacks the last of it.
-    PlannedTail,
+    PlannedTruncated,
 }
 
-use Fault::{
-    ClientAway, ClientCut, Clock, Cut, Deaf, Empty, Failover, Freeze, GatewayKill, Leave, Mangle,
-    Partition, Planned, PlannedTail, Restart, Stall, Tail, Zombie,
+use SimFault::{
+    BlackHole, ClientAway, ClientCut, Clock, Cut, Empty, Failover, Freeze, GatewayKill, Leave,
+    Mangle, Partition, Planned, PlannedTruncated, Restart, Stall, Truncated, Zombie,
 };
 
 /// Faults of gateways, links and clients.
-const AROUND: [Fault; 10] =
-    [GatewayKill, Freeze, Cut, Partition, Deaf, Mangle, ClientCut, ClientAway, Stall, Leave];
-const ALL: [Fault; 16] = [
+const AROUND: [SimFault; 10] =
+    [GatewayKill, Freeze, Cut, Partition, BlackHole, Mangle, ClientCut, ClientAway, Stall, Leave];
+const ALL: [SimFault; 16] = [
     Restart,
     Empty,
-    Tail,
+    Truncated,
     Failover,
     Zombie,
     GatewayKill,
     Freeze,
     Cut,
     Partition,
-    Deaf,
+    BlackHole,
     Mangle,
     Clock,
     ClientCut,
@@ -66,19 +66,19 @@ const ALL: [Fault; 16] = [
     Leave,
 ];
 /// Redis fails often, and gateways at the same time.
-const HARD: [Fault; 10] =
-    [Empty, Tail, Failover, Zombie, Zombie, GatewayKill, Freeze, Cut, Partition, ClientAway];
+const HARD: [SimFault; 10] =
+    [Empty, Truncated, Failover, Zombie, Zombie, GatewayKill, Freeze, Cut, Partition, ClientAway];
 
 /// Everything is stopped and started, and nothing else happens to gateways and Redis.
-const PLANNED: [Fault; 5] = [Planned, ClientCut, ClientAway, Stall, Leave];
+const PLANNED: [SimFault; 5] = [Planned, ClientCut, ClientAway, Stall, Leave];
 /// The same among much else.
-const STOPPED: [Fault; 8] =
-    [Planned, Planned, PlannedTail, Tail, Failover, GatewayKill, Freeze, ClientAway];
+const STOPPED: [SimFault; 8] =
+    [Planned, Planned, PlannedTruncated, Truncated, Failover, GatewayKill, Freeze, ClientAway];
 
-impl Fault {
+impl SimFault {
     /// Whether Redis may lose what it has acknowledged.
     pub fn loses_data(self) -> bool {
-        matches!(self, Empty | Tail | Failover | Zombie | PlannedTail)
+        matches!(self, Empty | Truncated | Failover | Zombie | PlannedTruncated)
     }
 
     /// Whether another Redis is behind the name after it, for which gateways were not prepared.
@@ -90,19 +90,27 @@ impl Fault {
     pub fn takes_a_gateway(self) -> bool {
         matches!(
             self,
-            GatewayKill | Freeze | Cut | Partition | Deaf | Mangle | Zombie | Planned | PlannedTail
+            GatewayKill
+                | Freeze
+                | Cut
+                | Partition
+                | BlackHole
+                | Mangle
+                | Zombie
+                | Planned
+                | PlannedTruncated
         )
     }
 }
 
 /// A kind of simulation.
 #[derive(Clone)]
-pub struct Shape {
+pub struct SimShape {
     pub name: &'static str,
     pub gateways: RangeInclusive<usize>,
     pub clients: RangeInclusive<usize>,
     pub rooms: usize,
-    pub faults: &'static [Fault],
+    pub faults: &'static [SimFault],
     pub fault_count: RangeInclusive<usize>,
     /// The mean pause between two messages, all clients together.
     pub pause_ms: f64,
@@ -112,13 +120,13 @@ pub struct Shape {
     pub partitions: u16,
     pub retention: Retention,
     /// Whether the log is so short that acknowledged messages go out of it.
-    pub short: bool,
+    pub short_log: bool,
 }
 
-impl Shape {
+impl SimShape {
     fn new(
         name: &'static str,
-        faults: &'static [Fault],
+        faults: &'static [SimFault],
         fault_count: RangeInclusive<usize>,
     ) -> Self {
         Self {
@@ -142,7 +150,7 @@ impl Shape {
                 inboxes: Default::default(),
                 limits: Default::default(),
             },
-            short: false,
+            short_log: false,
         }
     }
 
@@ -156,7 +164,14 @@ impl Shape {
         let usual = Self::usual();
         let retention =
             Retention { entries_min: 24, window: Duration::from_secs(1), ..usual.retention };
-        Self { name: "small", pause_ms: 50.0, ring_bytes_max: 1, retention, short: true, ..usual }
+        Self {
+            name: "small",
+            pause_ms: 50.0,
+            ring_bytes_max: 1,
+            retention,
+            short_log: true,
+            ..usual
+        }
     }
 
     pub fn pair() -> Self {
@@ -174,14 +189,14 @@ impl Shape {
 
     /// Only Redis fails, once.
     pub fn lone() -> Self {
-        Self::new("lone", &[Restart, Empty, Tail, Failover], 1..=1)
+        Self::new("lone", &[Restart, Empty, Truncated, Failover], 1..=1)
     }
 
     /// Redis comes back without some of it in the middle of much traffic: for what hides in the
     /// moment between an answer and what is passed on. Nobody lags: a ring is short for so much.
     pub fn abrupt() -> Self {
         let outbox_bytes = &[1 << 20];
-        Self { pause_ms: 4.0, outbox_bytes, ..Self::new("abrupt", &[Empty, Tail], 1..=2) }
+        Self { pause_ms: 4.0, outbox_bytes, ..Self::new("abrupt", &[Empty, Truncated], 1..=2) }
     }
 
     /// The same in many rooms, whose numbers are about the same.
@@ -191,7 +206,7 @@ impl Shape {
 
     /// Gateways start anew while Redis loses what it had.
     pub fn reborn() -> Self {
-        let faults = &[GatewayKill, GatewayKill, Partition, Empty, Tail, Failover];
+        let faults = &[GatewayKill, GatewayKill, Partition, Empty, Truncated, Failover];
         Self::new("reborn", faults, 3..=6)
     }
 

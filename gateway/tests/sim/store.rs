@@ -26,14 +26,14 @@ pub struct Store {
 #[derive(Clone)]
 struct Slot {
     value: Value,
-    ends: Option<u64>,
+    expires: Option<u64>,
 }
 
 #[derive(Clone)]
 enum Value {
     Text(Bytes),
     Hash(Hash),
-    Stream(Stream),
+    Stream(StoredStream),
 }
 
 /// A hash that keeps the order its fields came in, as Redis does with small ones: names in it are
@@ -41,12 +41,12 @@ enum Value {
 #[derive(Clone, Default)]
 pub struct Hash {
     rows: Vec<(Bytes, Bytes)>,
-    places: HashMap<Bytes, usize>,
+    positions: HashMap<Bytes, usize>,
 }
 
 /// A stream whose entries have ids `<number>-0`.
 #[derive(Clone, Default)]
-pub struct Stream {
+pub struct StoredStream {
     pub entries: BTreeMap<u64, Vec<Bytes>>,
     pub last: u64,
 }
@@ -58,7 +58,7 @@ enum Undo {
     Field(Bytes, Bytes, Option<Bytes>),
     Added(Bytes, u64, u64),
     Trimmed(Bytes, BTreeMap<u64, Vec<Bytes>>),
-    Ends(Bytes, Option<u64>),
+    Expiry(Bytes, Option<u64>),
 }
 
 /// The key holds something else.
@@ -66,7 +66,7 @@ pub struct WrongType;
 
 impl Hash {
     pub fn get(&self, field: &[u8]) -> Option<&Bytes> {
-        self.places.get(field).map(|place| &self.rows[*place].1)
+        self.positions.get(field).map(|place| &self.rows[*place].1)
     }
 
     pub fn rows(&self) -> &[(Bytes, Bytes)] {
@@ -74,18 +74,18 @@ impl Hash {
     }
 
     fn set(&mut self, field: Bytes, value: Bytes) -> Option<Bytes> {
-        if let Some(place) = self.places.get(&field) {
+        if let Some(place) = self.positions.get(&field) {
             return Some(std::mem::replace(&mut self.rows[*place].1, value));
         }
-        self.places.insert(field.clone(), self.rows.len());
+        self.positions.insert(field.clone(), self.rows.len());
         self.rows.push((field, value));
         None
     }
 
     fn remove(&mut self, field: &[u8]) -> Option<Bytes> {
-        let place = self.places.remove(field)?;
+        let place = self.positions.remove(field)?;
         let (_, value) = self.rows.remove(place);
-        self.places.values_mut().filter(|other| **other > place).for_each(|other| *other -= 1);
+        self.positions.values_mut().filter(|other| **other > place).for_each(|other| *other -= 1);
         Some(value)
     }
 }
@@ -144,9 +144,9 @@ impl Store {
                 let Some(Value::Stream(stream)) = self.value_mut(&key) else { return };
                 stream.entries.append(&mut entries);
             }
-            Undo::Ends(key, ends) => {
+            Undo::Expiry(key, ends) => {
                 if let Some(slot) = self.keys.get_mut(&key) {
-                    slot.ends = ends;
+                    slot.expires = ends;
                 }
             }
         }
@@ -158,7 +158,7 @@ impl Store {
 
     /// Forgets a key whose time is over.
     pub fn expire(&mut self, key: &Bytes, now: u64) {
-        if self.keys.get(key).is_some_and(|slot| slot.ends.is_some_and(|ends| ends <= now)) {
+        if self.keys.get(key).is_some_and(|slot| slot.expires.is_some_and(|ends| ends <= now)) {
             self.delete(key);
         }
     }
@@ -176,22 +176,22 @@ impl Store {
         self.keys.contains_key(key)
     }
 
-    pub fn set_ends(&mut self, key: &Bytes, ends: u64) -> bool {
+    pub fn set_expiry(&mut self, key: &Bytes, ends: u64) -> bool {
         let Some(slot) = self.keys.get_mut(key) else { return false };
-        self.step.push(Undo::Ends(key.clone(), slot.ends.replace(ends)));
+        self.step.push(Undo::Expiry(key.clone(), slot.expires.replace(ends)));
         true
     }
 
     /// When a key expires, if it does.
-    pub fn ends(&self, key: &Bytes) -> Option<u64> {
-        self.keys.get(key)?.ends
+    pub fn expiry(&self, key: &Bytes) -> Option<u64> {
+        self.keys.get(key)?.expires
     }
 
     pub fn persist(&mut self, key: &Bytes) -> bool {
-        let Some(slot) = self.keys.get_mut(key).filter(|slot| slot.ends.is_some()) else {
+        let Some(slot) = self.keys.get_mut(key).filter(|slot| slot.expires.is_some()) else {
             return false;
         };
-        self.step.push(Undo::Ends(key.clone(), slot.ends.take()));
+        self.step.push(Undo::Expiry(key.clone(), slot.expires.take()));
         true
     }
 
@@ -204,7 +204,7 @@ impl Store {
     }
 
     pub fn set_text(&mut self, key: &Bytes, text: Bytes) {
-        let slot = Slot { value: Value::Text(text), ends: None };
+        let slot = Slot { value: Value::Text(text), expires: None };
         let before = self.keys.insert(key.clone(), slot);
         self.step.push(Undo::Slot(key.clone(), before));
     }
@@ -247,7 +247,7 @@ impl Store {
         Ok(true)
     }
 
-    pub fn stream(&self, key: &[u8]) -> Result<Option<&Stream>, WrongType> {
+    pub fn stream(&self, key: &[u8]) -> Result<Option<&StoredStream>, WrongType> {
         match self.keys.get(key).map(|slot| &slot.value) {
             None => Ok(None),
             Some(Value::Stream(stream)) => Ok(Some(stream)),
@@ -257,7 +257,7 @@ impl Store {
 
     /// Adds an entry, whose number the caller has checked.
     pub fn add(&mut self, key: &Bytes, number: u64, fields: Vec<Bytes>) -> Result<(), WrongType> {
-        self.make(key, Value::Stream(Stream::default()));
+        self.make(key, Value::Stream(StoredStream::default()));
         let Some(Value::Stream(stream)) = self.value_mut(key) else { return Err(WrongType) };
         let last = std::mem::replace(&mut stream.last, number);
         let payload = fields.last().cloned().unwrap_or_default();
@@ -281,19 +281,19 @@ impl Store {
 
     fn make(&mut self, key: &Bytes, value: Value) {
         if !self.keys.contains_key(key) {
-            self.keys.insert(key.clone(), Slot { value, ends: None });
+            self.keys.insert(key.clone(), Slot { value, expires: None });
             self.step.push(Undo::Slot(key.clone(), None));
         }
     }
 
     /// The stream whose key ends with `ending`, for checks.
-    pub fn stream_ending(&self, ending: &str) -> Option<&Stream> {
+    pub fn stream_ending(&self, ending: &str) -> Option<&StoredStream> {
         let key = self.keys.keys().find(|key| key.ends_with(ending.as_bytes()))?;
         self.stream(key).ok().flatten()
     }
 }
 
-impl Stream {
+impl StoredStream {
     /// The entries of a range of numbers.
     pub fn range(
         &self,

@@ -10,7 +10,7 @@ use std::{
 
 use serde_json::Value;
 
-use super::{client::id_of, witness::name};
+use super::{client::id_of, observer::name};
 
 /// How many lines are kept.
 const LINES_MAX: usize = 400;
@@ -18,7 +18,7 @@ const LINES_MAX: usize = 400;
 #[derive(Default)]
 pub struct Trace {
     /// Whether every line is printed.
-    loud: bool,
+    verbose: bool,
     lines: VecDeque<String>,
     hasher: DefaultHasher,
     epochs: HashMap<String, usize>,
@@ -26,13 +26,13 @@ pub struct Trace {
 
 impl Trace {
     pub fn new(loud: bool) -> Self {
-        Self { loud, ..Self::default() }
+        Self { verbose: loud, ..Self::default() }
     }
 
-    pub fn note(&mut self, time: f64, text: &str) {
+    pub fn record(&mut self, time: f64, text: &str) {
         let line = format!("{time:10.3} {text}");
         line.hash(&mut self.hasher);
-        if self.loud {
+        if self.verbose {
             println!("{line}");
         }
         if self.lines.len() == LINES_MAX {
@@ -63,7 +63,7 @@ impl Trace {
             });
             line += &format!(" history={} {ends:?}", history.len());
         }
-        self.note(time, &line);
+        self.record(time, &line);
     }
 
     fn epoch(&mut self, epoch: &str) -> String {

@@ -10,15 +10,15 @@ use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 use tokio::{sync::oneshot, time::Instant};
 
 use super::{
-    check::Book,
-    client::{Client, Timer, Wish},
-    commands::Data,
-    links::Link,
-    node::{Line, Node},
-    redis::Redis,
-    shape::Shape,
+    check::GroundTruth,
+    client::{ClientAction, Reminder, SimClient},
+    commands::ServerData,
+    links::RedisLink,
+    network::EventQueue,
+    node::{ClientInput, SimNode},
+    redis::SimRedis,
+    shape::SimShape,
     trace::Trace,
-    wire::Outlet,
 };
 
 /// When messages begin to be sent, and when the last fault may begin, ms.
@@ -28,14 +28,14 @@ pub const TRAFFIC_MS: f64 = 18_000.0;
 const REST_MS: f64 = 45_000.0;
 const LAST_MS: f64 = 15_000.0;
 
-type Act = Box<dyn FnOnce(&mut World)>;
+type ScheduledEvent = Box<dyn FnOnce(&mut Simulation)>;
 
 /// A connection between a client and a gateway.
-pub struct Talk {
+pub struct ClientConnection {
     pub client: usize,
     pub node: usize,
     process: u64,
-    pub line: Line,
+    pub input: ClientInput,
     up: f64,
     down: f64,
 }
@@ -43,41 +43,41 @@ pub struct Talk {
 /// Where a gateway runs.
 #[derive(Default)]
 pub struct Host {
-    pub node: Option<Node>,
+    pub node: Option<SimNode>,
     pub process: u64,
     /// Redis is not reached from here.
-    pub parted: bool,
+    pub partitioned: bool,
     /// The server that is taken for the primary here, where it is another one.
-    pub sees: Option<usize>,
+    pub believed_primary: Option<usize>,
 }
 
-pub struct World {
-    pub shape: Shape,
+pub struct Simulation {
+    pub shape: SimShape,
     pub random: StdRng,
     pub now: f64,
     pub hosts: Vec<Host>,
-    pub servers: Vec<Redis>,
+    pub servers: Vec<SimRedis>,
     pub primary: Option<usize>,
     /// How far the wall clock of Redis was put forward.
     pub skew: f64,
-    pub links: BTreeMap<u64, Link>,
-    pub talks: BTreeMap<u64, Talk>,
-    pub clients: Vec<Client>,
-    pub book: Book,
+    pub links: BTreeMap<u64, RedisLink>,
+    pub connections: BTreeMap<u64, ClientConnection>,
+    pub clients: Vec<SimClient>,
+    pub truth: GroundTruth,
     pub trace: Trace,
     begun: Instant,
-    outlet: Outlet,
-    heap: BTreeMap<(u64, u64), Act>,
-    acts: u64,
+    events: EventQueue,
+    heap: BTreeMap<(u64, u64), ScheduledEvent>,
+    scheduled: u64,
     /// Connections that nobody answers.
-    pub hung: Vec<oneshot::Sender<()>>,
+    pub unanswered: Vec<oneshot::Sender<()>>,
     over: bool,
     /// All gateways are stopped, until they are started together.
     pub stops_everything: bool,
 }
 
-impl World {
-    pub fn new(seed: u64, shape: Shape, trace: Trace) -> Self {
+impl Simulation {
+    pub fn new(seed: u64, shape: SimShape, trace: Trace) -> Self {
         let mut random = StdRng::seed_from_u64(seed);
         let hosts = random.random_range(shape.gateways.clone());
         let clients = random.random_range(shape.clients.clone());
@@ -88,7 +88,7 @@ impl World {
             if random.random_range(0..3) == 0 {
                 rooms.swap_remove(random.random_range(0..rooms.len()));
             }
-            Client::new(number, outbox_bytes, rooms)
+            SimClient::new(number, outbox_bytes, rooms)
         });
         let clients = clients.collect();
         let mut world = Self {
@@ -101,18 +101,18 @@ impl World {
             primary: None,
             skew: 0.0,
             links: BTreeMap::new(),
-            talks: BTreeMap::new(),
-            book: Book::default(),
+            connections: BTreeMap::new(),
+            truth: GroundTruth::default(),
             trace,
             begun: Instant::now(),
-            outlet: Outlet::default(),
+            events: EventQueue::default(),
             heap: BTreeMap::new(),
-            acts: 0,
-            hung: Vec::new(),
+            scheduled: 0,
+            unanswered: Vec::new(),
             over: false,
             stops_everything: false,
         };
-        world.primary = Some(world.start_server(Data::default()));
+        world.primary = Some(world.start_server(ServerData::default()));
         world
     }
 
@@ -120,9 +120,9 @@ impl World {
     pub async fn run(mut self) -> Self {
         self.plan();
         while !self.over {
-            while let Some(sent) = self.outlet.take() {
+            while let Some(sent) = self.events.pop() {
                 self.catch_up_with_clock();
-                self.take(sent);
+                self.handle(sent);
             }
             let Some((next, _)) = self.heap.keys().next().copied() else { break };
             let due = self.begun + Duration::from_nanos(next);
@@ -136,7 +136,7 @@ impl World {
             }
             tokio::select! {
                 biased;
-                () = self.outlet.filled() => {}
+                () = self.events.filled() => {}
                 () = tokio::time::sleep_until(due) => {}
             }
         }
@@ -169,16 +169,16 @@ impl World {
             time -= self.shape.pause_ms * (1.0 - self.random.random::<f64>()).ln();
             self.at(time, |world| {
                 let client = world.random.random_range(0..world.clients.len());
-                let place = world.random.random_range(0..world.clients[client].places.len());
-                world.say(client, place);
+                let place = world.random.random_range(0..world.clients[client].rooms.len());
+                world.publish(client, place);
             });
         }
         self.plan_faults();
         self.at(TRAFFIC_MS + REST_MS, |world| {
-            super::check::look_before_the_last(world);
+            super::check::record_silent_losses(world);
             for client in 0..world.clients.len() {
-                for place in 0..world.clients[client].places.len() {
-                    world.after(client as f64, move |world| world.say(client, place));
+                for place in 0..world.clients[client].rooms.len() {
+                    world.after(client as f64, move |world| world.publish(client, place));
                 }
             }
         });
@@ -186,9 +186,9 @@ impl World {
     }
 
     pub fn at(&mut self, time: f64, act: impl FnOnce(&mut Self) + 'static) {
-        self.acts += 1;
+        self.scheduled += 1;
         let nanos = (time.max(self.now) * 1e6) as u64;
-        self.heap.insert((nanos, self.acts), Box::new(act));
+        self.heap.insert((nanos, self.scheduled), Box::new(act));
     }
 
     pub fn after(&mut self, wait: f64, act: impl FnOnce(&mut Self) + 'static) {
@@ -207,14 +207,14 @@ impl World {
             return;
         }
         host.process += 1;
-        let node = Node::start(number, host.process, &self.shape, &self.outlet);
+        let node = SimNode::start(number, host.process, &self.shape, &self.events);
         host.node = Some(node);
         let line = format!("G{number}.{} starts", host.process);
-        self.trace.note(self.now, &line);
+        self.trace.record(self.now, &line);
     }
 
     pub fn connect_client(&mut self, number: usize) {
-        if self.clients[number].talk.is_some() || self.clients[number].away {
+        if self.clients[number].connection.is_some() || self.clients[number].away {
             return;
         }
         let live: Vec<usize> =
@@ -229,23 +229,30 @@ impl World {
             let wait = self.random.random_range(wait);
             return self.after(wait, move |world| world.connect_client(number));
         }
-        let (talk, line) = (self.outlet.number(), Line::default());
+        let (talk, line) = (self.events.next_id(), ClientInput::default());
         let outbox_bytes = self.clients[number].outbox_bytes;
         node.accept(talk, number, outbox_bytes, line.clone());
         let (process, now) = (node.process, self.now);
-        let of = Talk { client: number, node: host, process, line, up: now, down: now };
-        self.talks.insert(talk, of);
-        self.clients[number].talk = Some(talk);
-        self.trace.note(self.now, &format!("c{number} connects to G{host}"));
+        let of = ClientConnection {
+            client: number,
+            node: host,
+            process,
+            input: line,
+            up: now,
+            down: now,
+        };
+        self.connections.insert(talk, of);
+        self.clients[number].connection = Some(talk);
+        self.trace.record(self.now, &format!("c{number} connects to G{host}"));
         let wishes = self.clients[number].connected();
-        self.grant(number, wishes);
+        self.perform(number, wishes);
     }
 
-    pub fn close_talk(&mut self, number: u64) {
-        let Some(talk) = self.talks.remove(&number) else { return };
-        talk.line.close();
+    pub fn close_connection(&mut self, number: u64) {
+        let Some(talk) = self.connections.remove(&number) else { return };
+        talk.input.close();
         let client = talk.client;
-        self.trace.note(self.now, &format!("c{client} is disconnected"));
+        self.trace.record(self.now, &format!("c{client} is disconnected"));
         self.clients[client].disconnected();
         let wait = self.random.random_range(5.0..500.0);
         self.after(wait, move |world| world.connect_client(client));
@@ -255,18 +262,18 @@ impl World {
         for frame in frames {
             let latency = self.latency();
             let now = self.now;
-            let Some(talk) = self.talks.get_mut(&number) else { return };
+            let Some(talk) = self.connections.get_mut(&number) else { return };
             if self.hosts[talk.node].process != talk.process {
                 return;
             }
             let time = (now + latency).max(talk.down + 1e-3);
             talk.down = time;
-            self.at(time, move |world| world.hear(number, &frame));
+            self.at(time, move |world| world.deliver_frame(number, &frame));
         }
     }
 
-    fn hear(&mut self, number: u64, frame: &[u8]) {
-        let Some(talk) = self.talks.get(&number) else { return };
+    fn deliver_frame(&mut self, number: u64, frame: &[u8]) {
+        let Some(talk) = self.connections.get(&number) else { return };
         let (client, process) = (talk.client, (talk.node, talk.process));
         let start = match frame[1] {
             127 => 10,
@@ -275,35 +282,35 @@ impl World {
         };
         let frame = serde_json::from_slice(&frame[start..]).expect("gateways send JSON");
         self.trace.frame(self.now, client, &frame);
-        self.book.note_ack(&frame);
-        self.book.note_holder(process, &frame);
-        let wishes = self.clients[client].take(self.now, &frame);
-        self.grant(client, wishes);
+        self.truth.note_ack(&frame);
+        self.truth.note_holder(process, &frame);
+        let wishes = self.clients[client].handle_frame(self.now, &frame);
+        self.perform(client, wishes);
     }
 
-    fn say(&mut self, client: usize, place: usize) {
+    fn publish(&mut self, client: usize, place: usize) {
         let echo = self.random.random_range(0..10) >= 3;
-        let (id, wishes) = self.clients[client].say(place, echo);
-        self.book.room_of(id, self.clients[client].places[place].room);
-        self.grant(client, wishes);
+        let (id, wishes) = self.clients[client].publish(place, echo);
+        self.truth.room_of(id, self.clients[client].rooms[place].room);
+        self.perform(client, wishes);
     }
 
-    pub fn grant(&mut self, client: usize, wishes: Vec<Wish>) {
+    pub fn perform(&mut self, client: usize, wishes: Vec<ClientAction>) {
         for wish in wishes {
             match wish {
-                Wish::Later(wait, timer) => {
-                    self.after(wait, move |world| world.remind(client, timer));
+                ClientAction::Later(wait, timer) => {
+                    self.after(wait, move |world| world.on_reminder(client, timer));
                 }
-                Wish::Send(frame) => {
+                ClientAction::Send(frame) => {
                     let latency = self.latency();
                     let now = self.now;
-                    let Some(number) = self.clients[client].talk else { continue };
-                    let Some(talk) = self.talks.get_mut(&number) else { continue };
+                    let Some(number) = self.clients[client].connection else { continue };
+                    let Some(talk) = self.connections.get_mut(&number) else { continue };
                     let time = (now + latency).max(talk.up + 1e-3);
                     talk.up = time;
                     self.at(time, move |world| {
-                        if let Some(talk) = world.talks.get(&number) {
-                            talk.line.put(frame);
+                        if let Some(talk) = world.connections.get(&number) {
+                            talk.input.push(frame);
                         }
                     });
                 }
@@ -311,8 +318,8 @@ impl World {
         }
     }
 
-    pub fn remind(&mut self, client: usize, timer: Timer) {
-        let wishes = self.clients[client].remind(timer);
-        self.grant(client, wishes);
+    pub fn on_reminder(&mut self, client: usize, timer: Reminder) {
+        let wishes = self.clients[client].on_reminder(timer);
+        self.perform(client, wishes);
     }
 }

@@ -22,7 +22,7 @@ pub fn name(id: Id) -> String {
 
 /// A message that was seen.
 #[derive(Clone)]
-pub struct Seen {
+pub struct SeenMessage {
     pub time: f64,
     pub position: Position,
     pub id: Id,
@@ -30,10 +30,10 @@ pub struct Seen {
 
 /// One client in one room.
 #[derive(Default)]
-pub struct Witness {
+pub struct RoomObserver {
     /// The last position it was given.
     pub cursor: Option<Position>,
-    pub seen: Vec<Seen>,
+    pub seen: Vec<SeenMessage>,
     /// When it was told that continuity was not kept.
     pub breaks: Vec<f64>,
     pub joined_at: Option<f64>,
@@ -41,28 +41,29 @@ pub struct Witness {
     pub acks: BTreeMap<Id, Vec<(f64, Position)>>,
     /// What it sent more than once, which has no order with the rest.
     pub resent: BTreeSet<Id>,
-    pub bad: Vec<(&'static str, String)>,
+    pub violations: Vec<(&'static str, String)>,
 }
 
-impl Witness {
+impl RoomObserver {
     /// A message or what stands for it arrives, and has to follow the one before.
     pub fn next(&mut self, time: f64, position: Position, id: Id) {
         let shown = format!("{} at {position}", name(id));
         match &self.cursor {
-            None => self.bad.push(("EARLY", format!("{shown} before the room was joined"))),
+            None => self.violations.push(("EARLY", format!("{shown} before the room was joined"))),
             Some(cursor) if cursor.epoch != position.epoch => {
-                self.bad.push(("EPOCH", format!("{shown} behind {cursor}, without a reset")));
+                self.violations
+                    .push(("EPOCH", format!("{shown} behind {cursor}, without a reset")));
             }
             Some(cursor) if position.seq <= cursor.seq => {
-                self.bad.push(("REORDER", format!("{shown} behind {cursor}")));
+                self.violations.push(("REORDER", format!("{shown} behind {cursor}")));
             }
             Some(cursor) if position.seq > cursor.seq + 1 => {
-                self.bad.push(("HOLE", format!("{shown} behind {cursor}")));
+                self.violations.push(("HOLE", format!("{shown} behind {cursor}")));
             }
             Some(_) => {}
         }
         self.cursor = Some(position.clone());
-        self.seen.push(Seen { time, position, id });
+        self.seen.push(SeenMessage { time, position, id });
     }
 
     /// A room is joined. Returns whether the client now holds all up to `seq`.
@@ -77,7 +78,7 @@ impl Witness {
         self.joined_at.get_or_insert(time);
         if recovered {
             if since.is_none() {
-                self.bad.push(("JOINED", "recovered without a position".to_owned()));
+                self.violations.push(("JOINED", "recovered without a position".to_owned()));
                 self.cursor = Some(at.clone());
             }
             for (position, id) in history {
@@ -85,7 +86,7 @@ impl Witness {
             }
             let ahead = self.cursor.as_ref().is_some_and(|c| c.epoch == at.epoch && c.seq > at.seq);
             if ahead {
-                self.bad.push(("JOINED", format!("{at} is below what was given")));
+                self.violations.push(("JOINED", format!("{at} is below what was given")));
             }
             return;
         }
@@ -96,9 +97,9 @@ impl Witness {
         let first = at.seq + 1 - (history.len() as u64).min(at.seq + 1);
         for (seq, (position, id)) in (first..).zip(history) {
             if position.seq != seq {
-                self.bad.push(("HOLE", format!("{position} in the history before {at}")));
+                self.violations.push(("HOLE", format!("{position} in the history before {at}")));
             }
-            self.seen.push(Seen { time, position, id });
+            self.seen.push(SeenMessage { time, position, id });
         }
         self.cursor = Some(at.clone());
     }

@@ -17,14 +17,14 @@ use tokio::{
 use uuid::Uuid;
 
 use super::{
-    commands::Data,
-    redis::Redis,
+    commands::ServerData,
+    redis::SimRedis,
     resp::{Reply, encode_command, take_reply},
 };
 
 /// The two servers that are compared.
-struct Pair {
-    simulated: Redis,
+struct ServerPair {
+    simulated: SimRedis,
     real: UnixStream,
     unread: BytesMut,
     token: String,
@@ -32,7 +32,7 @@ struct Pair {
     _folder: tempfile::TempDir,
 }
 
-impl Pair {
+impl ServerPair {
     async fn start() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("redis.sock");
@@ -43,8 +43,8 @@ impl Pair {
             .kill_on_drop(true)
             .spawn()
             .unwrap();
-        let real = connected(&path).await;
-        let mut simulated = Redis::start(Data::default());
+        let real = connect(&path).await;
+        let mut simulated = SimRedis::start(ServerData::default());
         simulated.connect(1);
         let mut pair = Self {
             simulated,
@@ -55,8 +55,8 @@ impl Pair {
             _folder: folder,
         };
         let hello = words(&["HELLO", "3"]);
-        pair.ask_both(&hello).await;
-        let info = pair.ask_real(&words(&["INFO"])).await;
+        pair.send_both(&hello).await;
+        let info = pair.send_real(&words(&["INFO"])).await;
         let Reply::Verbatim(info) = info else { panic!("{info:?}") };
         let info = String::from_utf8_lossy(&info).into_owned();
         let value = |name: &str| {
@@ -69,7 +69,7 @@ impl Pair {
         pair
     }
 
-    async fn ask_real(&mut self, command: &[Bytes]) -> Reply {
+    async fn send_real(&mut self, command: &[Bytes]) -> Reply {
         self.real.write_all(&encode_command(command)).await.unwrap();
         loop {
             if let Some(reply) = take_reply(&mut self.unread) {
@@ -79,7 +79,7 @@ impl Pair {
         }
     }
 
-    fn ask_simulated(&mut self, command: &[Bytes]) -> Reply {
+    fn send_simulated(&mut self, command: &[Bytes]) -> Reply {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
         self.simulated.data.now = now.as_millis() as u64;
         let out = self.simulated.receive(1, &encode_command(command));
@@ -87,14 +87,14 @@ impl Pair {
         take_reply(&mut BytesMut::from(&own.bytes[..])).unwrap()
     }
 
-    async fn ask_both(&mut self, command: &[Bytes]) -> (Reply, Reply) {
-        let real = self.ask_real(command).await;
-        (real, self.ask_simulated(command))
+    async fn send_both(&mut self, command: &[Bytes]) -> (Reply, Reply) {
+        let real = self.send_real(command).await;
+        (real, self.send_simulated(command))
     }
 
     /// Both answer the same.
     async fn compare(&mut self, command: &[Bytes]) -> Reply {
-        let (real, simulated) = self.ask_both(command).await;
+        let (real, simulated) = self.send_both(command).await;
         let shown: Vec<_> = command.iter().map(|word| word.escape_ascii().to_string()).collect();
         assert_eq!(plain(real), plain(simulated.clone()), "{}", shown.join(" "));
         simulated
@@ -114,7 +114,7 @@ impl Pair {
     }
 }
 
-async fn connected(path: &Path) -> UnixStream {
+async fn connect(path: &Path) -> UnixStream {
     for _ in 0..1000 {
         if let Ok(stream) = UnixStream::connect(path).await {
             return stream;
@@ -141,8 +141,8 @@ fn words(words: &[&str]) -> Vec<Bytes> {
 }
 
 #[tokio::test]
-async fn commands_are_answered_as_by_redis() {
-    let mut pair = Pair::start().await;
+async fn simulated_commands_answer_as_redis_does() {
+    let mut pair = ServerPair::start().await;
     let commands = "\
         PING; SELECT 0; CLIENT SETINFO x y; GET a; SET a 1 NX; SET a 2 NX; GET a; SET b 1 PX 100000; \
         SET a; HSET h f 1 g 2; HSET h f 3 k 4; HSET h f; HGET h f; HGET h z; HGET a f; HMGET h f z g; \
@@ -169,8 +169,8 @@ async fn commands_are_answered_as_by_redis() {
 }
 
 #[tokio::test]
-async fn values_pass_through_lua_as_in_redis() {
-    let mut pair = Pair::start().await;
+async fn simulated_lua_converts_values_as_redis_does() {
+    let mut pair = ServerPair::start().await;
     for text in [
         "return 1.9",
         "return {1, 'a', {2, false, 3}, nil, 4}",
@@ -199,7 +199,7 @@ async fn values_pass_through_lua_as_in_redis() {
 
 /// A room's scripts, in the order that a life of some days would call them.
 #[tokio::test]
-async fn the_scripts_run_as_on_redis() {
+async fn room_scripts_run_as_on_redis() {
     const APPEND: &str = include_str!("../../src/bus/redis/scripts/append.lua");
     const READ: &str = include_str!("../../src/bus/redis/scripts/read.lua");
     const RESTORE: &str = include_str!("../../src/bus/redis/scripts/restore.lua");
@@ -210,7 +210,7 @@ async fn the_scripts_run_as_on_redis() {
         include_str!("../../src/bus/redis/scripts/restore_unconfirmed.lua");
     const ROOM: [&str; 6] = ["log", "meta", "ids0", "ids1", "barrier", "unheard"];
 
-    let mut pair = Pair::start().await;
+    let mut pair = ServerPair::start().await;
     let mut random = StdRng::seed_from_u64(7);
     let token = pair.token.clone();
     pair.script(LEASE, &["leases", "barrier"], &words(&["n1", "60000", "pokes", &token, ""])).await;
@@ -286,7 +286,7 @@ async fn the_scripts_run_as_on_redis() {
 
 /// Users come and go on two nodes, one of which ends; a room is managed, read and deleted.
 #[tokio::test]
-async fn the_scripts_of_the_registry_run_as_on_redis() {
+async fn presence_scripts_run_as_on_redis() {
     let present = include_str!("../../src/bus/redis/scripts/presence.lua");
     let seat = format!("{present}\n{}", include_str!("../../src/bus/redis/scripts/track.lua"));
     let reap = format!("{present}\n{}", include_str!("../../src/bus/redis/scripts/reap.lua"));
@@ -294,7 +294,7 @@ async fn the_scripts_of_the_registry_run_as_on_redis() {
     let create = include_str!("../../src/bus/redis/scripts/create_room.lua");
     let name = include_str!("../../src/bus/redis/scripts/register.lua");
 
-    let mut pair = Pair::start().await;
+    let mut pair = ServerPair::start().await;
     let mut random = StdRng::seed_from_u64(11);
     pair.script(name, &["incarnations"], &words(&["n0.x", "n0"])).await;
     let record = ["room", "86400000", "owner", "u1", "password", "hash", "max", "4"];
@@ -357,7 +357,12 @@ async fn the_scripts_of_the_registry_run_as_on_redis() {
 
 /// Two nodes give back what they have published, to a server that nobody has touched the room on:
 /// two numbers that were acknowledged, and publishes without an answer for one of those between.
-async fn give_numbers_back(pair: &mut Pair, script: &str, room: &[&str], steps_missing: bool) {
+async fn give_numbers_back(
+    pair: &mut ServerPair,
+    script: &str,
+    room: &[&str],
+    steps_missing: bool,
+) {
     let token = pair.token.clone();
     pair.compare(&words(&["HSET", "meta", "r", "another"])).await;
     let head = pair.compare(&words(&["HMGET", "meta", "e", "s"])).await;

@@ -34,37 +34,43 @@ use super::gate::Gate;
 const CONNECT_MAX: Duration = Duration::from_secs(1);
 
 /// What gateways put before the world.
-pub enum Sent {
+pub enum NetworkEvent {
     /// A process wants a connection to Redis.
-    Connect { node: usize, process: u64, connection: u64, inbox: Inbox, done: oneshot::Sender<()> },
+    Connect {
+        node: usize,
+        process: u64,
+        connection: u64,
+        buffer: ReceiveBuffer,
+        done: oneshot::Sender<()>,
+    },
     /// Bytes for Redis.
     Bytes(u64, Bytes),
     /// The gateway has closed its end.
-    Gone(u64),
+    Closed(u64),
     /// Frames for a client.
     Frames(u64, Vec<Bytes>),
     /// The gateway has closed the client's connection.
-    Ended(u64),
+    ClientClosed(u64),
 }
 
 /// The way out of all gateways. Cheap to clone.
 #[derive(Clone, Default)]
-pub struct Outlet(Arc<Way>);
+pub struct EventQueue(Arc<EventQueueState>);
 
 #[derive(Default)]
-struct Way {
-    sent: Mutex<VecDeque<Sent>>,
+struct EventQueueState {
+    sent: Mutex<VecDeque<NetworkEvent>>,
     numbers: AtomicU64,
     filled: Notify,
 }
 
-impl Outlet {
-    pub fn put(&self, sent: Sent) {
+impl EventQueue {
+    pub fn push(&self, sent: NetworkEvent) {
         self.0.sent.lock().push_back(sent);
         self.0.filled.notify_one();
     }
 
-    pub fn take(&self) -> Option<Sent> {
+    pub fn pop(&self) -> Option<NetworkEvent> {
         self.0.sent.lock().pop_front()
     }
 
@@ -74,23 +80,23 @@ impl Outlet {
     }
 
     /// A new number for a connection.
-    pub fn number(&self) -> u64 {
+    pub fn next_id(&self) -> u64 {
         self.0.numbers.fetch_add(1, Ordering::Relaxed)
     }
 }
 
 /// What has arrived at a gateway on one connection and was not read. Cheap to clone.
 #[derive(Clone, Default)]
-pub struct Inbox(Arc<Mutex<Arrived>>);
+pub struct ReceiveBuffer(Arc<Mutex<ReceiveBufferState>>);
 
 #[derive(Default)]
-struct Arrived {
+struct ReceiveBufferState {
     bytes: BytesMut,
     closed: bool,
     reader: Option<Waker>,
 }
 
-impl Inbox {
+impl ReceiveBuffer {
     pub fn put(&self, bytes: &[u8]) {
         let mut arrived = self.0.lock();
         arrived.bytes.extend_from_slice(bytes);
@@ -104,7 +110,7 @@ impl Inbox {
     }
 }
 
-impl Arrived {
+impl ReceiveBufferState {
     fn wake(&mut self) {
         if let Some(reader) = self.reader.take() {
             reader.wake();
@@ -113,19 +119,19 @@ impl Arrived {
 }
 
 /// The gateway's end of a connection to Redis.
-struct Wire {
+struct SimStream {
     connection: u64,
-    inbox: Inbox,
-    outlet: Outlet,
+    buffer: ReceiveBuffer,
+    outlet: EventQueue,
 }
 
-impl AsyncRead for Wire {
+impl AsyncRead for SimStream {
     fn poll_read(
         self: Pin<&mut Self>,
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let mut arrived = self.inbox.0.lock();
+        let mut arrived = self.buffer.0.lock();
         let count = arrived.bytes.len().min(buffer.remaining());
         if count > 0 {
             buffer.put_slice(&arrived.bytes[..count]);
@@ -138,13 +144,13 @@ impl AsyncRead for Wire {
     }
 }
 
-impl AsyncWrite for Wire {
+impl AsyncWrite for SimStream {
     fn poll_write(
         self: Pin<&mut Self>,
         _: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        self.outlet.put(Sent::Bytes(self.connection, Bytes::copy_from_slice(bytes)));
+        self.outlet.push(NetworkEvent::Bytes(self.connection, Bytes::copy_from_slice(bytes)));
         Poll::Ready(Ok(bytes.len()))
     }
 
@@ -157,9 +163,9 @@ impl AsyncWrite for Wire {
     }
 }
 
-impl Drop for Wire {
+impl Drop for SimStream {
     fn drop(&mut self) {
-        self.outlet.put(Sent::Gone(self.connection));
+        self.outlet.push(NetworkEvent::Closed(self.connection));
     }
 }
 
@@ -169,16 +175,16 @@ pub struct SimDial {
     pub node: usize,
     pub process: u64,
     pub gate: Gate,
-    pub outlet: Outlet,
+    pub outlet: EventQueue,
 }
 
 impl SimDial {
     async fn open(self, config: AsyncConnectionConfig) -> RedisResult<MultiplexedConnection> {
         let Self { node, process, gate, outlet } = self;
-        let (connection, inbox) = (outlet.number(), Inbox::default());
+        let (connection, inbox) = (outlet.next_id(), ReceiveBuffer::default());
         let (done, accepted) = oneshot::channel();
-        let wire = Wire { connection, inbox: inbox.clone(), outlet: outlet.clone() };
-        outlet.put(Sent::Connect { node, process, connection, inbox, done });
+        let wire = SimStream { connection, buffer: inbox.clone(), outlet: outlet.clone() };
+        outlet.push(NetworkEvent::Connect { node, process, connection, buffer: inbox, done });
         let info = "redis://simulated".into_connection_info()?;
         let info = info.redis_settings().clone().set_protocol(ProtocolVersion::RESP3);
         let open = async {
