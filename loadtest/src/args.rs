@@ -304,8 +304,8 @@ pub(crate) struct ChatArgs {
     #[arg(long, default_value = "ws://127.0.0.1:8080/ws")]
     pub(crate) url: Vec<String>,
     /// How many people.
-    #[arg(long, default_value_t = 100, value_parser = count)]
-    pub(crate) people: usize,
+    #[arg(long, alias = "people", default_value_t = 100, value_parser = count)]
+    pub(crate) users: usize,
     /// How many rooms there are; everybody is in one to three of them.
     #[arg(long, default_value_t = 20, value_parser = count)]
     pub(crate) rooms: usize,

@@ -40,41 +40,41 @@ use crate::{
 };
 
 /// How long an answer may take.
-const ANSWER_MAX: Duration = Duration::from_secs(10);
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How many entries somebody looks back.
-const HISTORY: u32 = 50;
+const HISTORY_LIMIT: u32 = 50;
 /// How long a message is, in characters; most are short.
-const LENGTHS: [usize; 8] = [30, 30, 40, 60, 80, 120, 250, 600];
+const CONTENT_LENGTHS: [usize; 8] = [30, 30, 40, 60, 80, 120, 250, 600];
 
 /// What somebody does next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Deed {
-    Say,
-    LookBack,
+enum UserAction {
+    Send,
+    ReadHistory,
     ChangeRooms,
-    ComeBack,
+    Reconnect,
 }
 
-impl Deed {
+impl UserAction {
     /// Of 100: how often each is done.
     const MIX: [(u32, Self); 4] =
-        [(80, Self::Say), (10, Self::LookBack), (6, Self::ChangeRooms), (4, Self::ComeBack)];
+        [(80, Self::Send), (10, Self::ReadHistory), (6, Self::ChangeRooms), (4, Self::Reconnect)];
 
-    fn draw(die: &mut StdRng) -> Self {
-        let mut at = die.random_range(0..100);
-        for (share, deed) in Self::MIX {
+    fn draw(rng: &mut StdRng) -> Self {
+        let mut at = rng.random_range(0..100);
+        for (share, action) in Self::MIX {
             if at < share {
-                return deed;
+                return action;
             }
             at -= share;
         }
-        Self::Say
+        Self::Send
     }
 }
 
 /// What everybody saw.
 #[derive(Default)]
-struct Seen {
+struct ChatMetrics {
     timeline: Timeline,
     acknowledged: u64,
     delivered: u64,
@@ -89,7 +89,7 @@ struct Seen {
     lag_us: Option<hdrhistogram::Histogram<u64>>,
 }
 
-impl Seen {
+impl ChatMetrics {
     fn example(&mut self, what: impl FnOnce() -> String) {
         if self.examples.len() < 20 {
             self.examples.push(what());
@@ -107,35 +107,39 @@ pub(crate) async fn run(args: ChatArgs) -> Result<Report, ProcfsError> {
     let mut monitor = ServerMonitor::begin(&args.monitor)?;
     let mut usage = GeneratorUsage::new();
     usage.start();
-    let seen = Arc::new(Mutex::new(Seen { lag_us: Some(lag_histogram()), ..Seen::default() }));
+    let metrics = Arc::new(Mutex::new(ChatMetrics {
+        lag_us: Some(lag_histogram()),
+        ..ChatMetrics::default()
+    }));
     let began = Instant::now();
     let end = began + args.duration;
-    let mut people = JoinSet::new();
-    for number in 0..args.people {
-        people.spawn(Person::new(number, &args, seen.clone(), began).live(end));
+    let mut users = JoinSet::new();
+    for number in 0..args.users {
+        users.spawn(ChatUser::new(number, &args, metrics.clone(), began).run(end));
     }
     let over = sleep_until(end);
-    let is_interrupted = Progress::new().until(over, |show| show(&mut seen.lock().timeline)).await;
+    let is_interrupted =
+        Progress::new().until(over, |show| show(&mut metrics.lock().timeline)).await;
     usage.stop();
     let talked = began.elapsed();
     let (open, done) = {
-        let seen = seen.lock();
-        (seen.timeline.open(), seen.delivered)
+        let metrics = metrics.lock();
+        (metrics.timeline.open(), metrics.delivered)
     };
     monitor
         .end_phase(ScenarioPhase::Traffic, &PhaseTotals { open, done, acknowledged: Vec::new() });
-    people.shutdown().await;
-    let mut seen = std::mem::take(&mut *seen.lock());
-    let seconds = seen.timeline.seconds();
+    users.shutdown().await;
+    let mut metrics = std::mem::take(&mut *metrics.lock());
+    let seconds = metrics.timeline.seconds();
     let messages = MessageReport {
-        members: args.people,
-        acknowledged: seen.acknowledged,
-        delivered: seen.delivered,
-        duplicated: seen.duplicated,
-        holes: seen.holes,
-        signalled_discontinuities: seen.discontinuities,
-        sends_refused: seen.failed,
-        examples: seen.examples,
+        members: args.users,
+        acknowledged: metrics.acknowledged,
+        delivered: metrics.delivered,
+        duplicated: metrics.duplicated,
+        holes: metrics.holes,
+        signalled_discontinuities: metrics.discontinuities,
+        sends_refused: metrics.failed,
+        examples: metrics.examples,
         ..MessageReport::default()
     };
     let latencies = timeline::histogram(&seconds);
@@ -148,14 +152,14 @@ pub(crate) async fn run(args: ChatArgs) -> Result<Report, ProcfsError> {
         generator: GeneratorReport {
             processes: 1,
             cpu_percent: usage.cpu_percent(),
-            lag_p99_us: seen.lag_us.map_or(0, |lags| lags.value_at_quantile(0.99)),
+            lag_p99_us: metrics.lag_us.map_or(0, |lags| lags.value_at_quantile(0.99)),
             memory_per_connection_bytes: None,
         },
         seed: Some(args.seed),
         steps: vec![
-            step("messages to their ack", seen.ack_us),
-            step("rooms joined", seen.join_us),
-            step("looks at the history", seen.history_us),
+            step("messages to their ack", metrics.ack_us),
+            step("rooms joined", metrics.join_us),
+            step("looks at the history", metrics.history_us),
         ],
         messages: Some(messages.with_latency(&latencies, talked, &args.bounds)),
         seconds,
@@ -168,26 +172,39 @@ pub(crate) async fn run(args: ChatArgs) -> Result<Report, ProcfsError> {
 }
 
 /// Somebody.
-struct Person {
+struct ChatUser {
     number: usize,
     args: ChatArgs,
-    seen: Arc<Mutex<Seen>>,
-    die: StdRng,
+    metrics: Arc<Mutex<ChatMetrics>>,
+    rng: StdRng,
     rooms: Vec<RoomId>,
     due: Instant,
     alarm: Alarm,
 }
 
-impl Person {
-    fn new(number: usize, args: &ChatArgs, seen: Arc<Mutex<Seen>>, began: Instant) -> Self {
-        let mut die = StdRng::seed_from_u64(args.seed ^ (number as u64) << 20);
+impl ChatUser {
+    fn new(
+        number: usize,
+        args: &ChatArgs,
+        metrics: Arc<Mutex<ChatMetrics>>,
+        began: Instant,
+    ) -> Self {
+        let mut rng = StdRng::seed_from_u64(args.seed ^ (number as u64) << 20);
         // They come within the time that they pause, not all at once.
-        let due = began + args.think.mul_f64(die.random_range(0.0..1.0));
-        Self { number, args: args.clone(), seen, die, rooms: Vec::new(), due, alarm: Alarm::new() }
+        let due = began + args.think.mul_f64(rng.random_range(0.0..1.0));
+        Self {
+            number,
+            args: args.clone(),
+            metrics,
+            rng,
+            rooms: Vec::new(),
+            due,
+            alarm: Alarm::new(),
+        }
     }
 
     /// Comes, and does one thing after the other until the end.
-    async fn live(mut self, end: Instant) {
+    async fn run(mut self, end: Instant) {
         sleep_until(self.due).await;
         while Instant::now() < end {
             let urls = &self.args.url;
@@ -195,10 +212,10 @@ impl Person {
             let options = ConnectOptions::new(url).user(format!("chat-{}", self.number));
             let settings = ClientOptions { urls: urls.clone(), ..ClientOptions::default() };
             let (client, events) = Client::start(options, settings);
-            let listener = listen(events, self.seen.clone());
+            let listener = handle_events(events, self.metrics.clone());
             // Both arms are cancel-safe enough: when one is over the other is of no use.
             tokio::select! {
-                () = self.visit(&client, end) => {}
+                () = self.run_connection(&client, end) => {}
                 () = listener => {}
             }
             client.close().await;
@@ -206,10 +223,10 @@ impl Person {
     }
 
     /// What is done on one connection.
-    async fn visit(&mut self, client: &Client, end: Instant) {
+    async fn run_connection(&mut self, client: &Client, end: Instant) {
         if self.rooms.is_empty() {
-            let count = self.die.random_range(1..=3);
-            self.rooms = (0..count).map(|_| self.any_room()).collect();
+            let count = self.rng.random_range(1..=3);
+            self.rooms = (0..count).map(|_| self.random_room()).collect();
             self.rooms.sort();
             self.rooms.dedup();
         }
@@ -218,114 +235,115 @@ impl Person {
         }
         loop {
             // Pauses as of people who do not know of each other.
-            let pause = self.args.think.mul_f64(-self.die.random_range(f64::EPSILON..1.0).ln());
+            let pause = self.args.think.mul_f64(-self.rng.random_range(f64::EPSILON..1.0).ln());
             self.due = self.due.max(Instant::now()) + pause;
             self.alarm.until(self.due.min(end)).await;
             if Instant::now() >= end {
                 return;
             }
             let late = self.due.elapsed().as_micros() as u64;
-            if let Some(lags) = &mut self.seen.lock().lag_us {
+            if let Some(lags) = &mut self.metrics.lock().lag_us {
                 lags.saturating_record(late);
             }
-            let at = self.die.random_range(0..self.rooms.len());
+            let at = self.rng.random_range(0..self.rooms.len());
             let room = self.rooms[at].clone();
-            match Deed::draw(&mut self.die) {
-                Deed::Say => self.say(client, &room).await,
-                Deed::LookBack => {
-                    let page = client.history(&room, HistoryRange::Newest, HISTORY);
-                    let page = timeout(ANSWER_MAX, page).await;
-                    self.answered(page, "history", |seen| &mut seen.history_us);
+            match UserAction::draw(&mut self.rng) {
+                UserAction::Send => self.send(client, &room).await,
+                UserAction::ReadHistory => {
+                    let page = client.history(&room, HistoryRange::Newest, HISTORY_LIMIT);
+                    let page = timeout(RESPONSE_TIMEOUT, page).await;
+                    self.record_response(page, "history", |metrics| &mut metrics.history_us);
                 }
-                Deed::ChangeRooms => {
-                    let left = timeout(ANSWER_MAX, client.leave(&room)).await;
-                    self.answered(left, "leave", |seen| &mut seen.join_us);
-                    let other = self.any_room();
+                UserAction::ChangeRooms => {
+                    let left = timeout(RESPONSE_TIMEOUT, client.leave(&room)).await;
+                    self.record_response(left, "leave", |metrics| &mut metrics.join_us);
+                    let other = self.random_room();
                     if !self.rooms.contains(&other) {
                         self.rooms[at] = other;
                     }
                     self.join(client, &self.rooms[at].clone()).await;
                 }
-                Deed::ComeBack => return,
+                UserAction::Reconnect => return,
             }
         }
     }
 
-    async fn say(&mut self, client: &Client, room: &RoomId) {
-        let length = LENGTHS[self.die.random_range(0..LENGTHS.len())];
+    async fn send(&mut self, client: &Client, room: &RoomId) {
+        let length = CONTENT_LENGTHS[self.rng.random_range(0..CONTENT_LENGTHS.len())];
         let due_ns = clock::now_ns() - self.due.elapsed().as_nanos() as u64;
         let timestamp = SendTimestamp { sender: self.number as u32, due_ns };
-        let sent = timeout(ANSWER_MAX, client.send(room, timestamp.content(length))).await;
+        let sent = timeout(RESPONSE_TIMEOUT, client.send(room, timestamp.content(length))).await;
         if matches!(sent, Ok(Ok(_))) {
-            let mut seen = self.seen.lock();
-            seen.acknowledged += 1;
-            seen.timeline.acknowledged(Instant::now());
+            let mut metrics = self.metrics.lock();
+            metrics.acknowledged += 1;
+            metrics.timeline.acknowledged(Instant::now());
         }
-        self.answered(sent, "send", |seen| &mut seen.ack_us);
+        self.record_response(sent, "send", |metrics| &mut metrics.ack_us);
     }
 
     async fn join(&mut self, client: &Client, room: &RoomId) {
-        let joined = timeout(ANSWER_MAX, client.join(room, StartFrom::History(HISTORY))).await;
-        self.answered(joined, "join", |seen| &mut seen.join_us);
+        let joined =
+            timeout(RESPONSE_TIMEOUT, client.join(room, StartFrom::History(HISTORY_LIMIT))).await;
+        self.record_response(joined, "join", |metrics| &mut metrics.join_us);
     }
 
     /// Notes how long an answer took, from when it was to be asked for.
-    fn answered<T, E: std::fmt::Display>(
+    fn record_response<T, E: std::fmt::Display>(
         &self,
         answer: Result<Result<T, E>, tokio::time::error::Elapsed>,
         what: &str,
-        times: impl FnOnce(&mut Seen) -> &mut Vec<u64>,
+        times: impl FnOnce(&mut ChatMetrics) -> &mut Vec<u64>,
     ) {
-        let mut seen = self.seen.lock();
+        let mut metrics = self.metrics.lock();
         match answer {
-            Ok(Ok(_)) => times(&mut seen).push(self.due.elapsed().as_micros() as u64),
-            Ok(Err(error)) => seen.failed(what, &error),
-            Err(late) => seen.failed(what, &late),
+            Ok(Ok(_)) => times(&mut metrics).push(self.due.elapsed().as_micros() as u64),
+            Ok(Err(error)) => metrics.failed(what, &error),
+            Err(late) => metrics.failed(what, &late),
         }
     }
 
-    fn any_room(&mut self) -> RoomId {
+    fn random_room(&mut self) -> RoomId {
         // Some rooms are larger than others: the less of two.
         let rooms = self.args.rooms;
-        let room = self.die.random_range(0..rooms).min(self.die.random_range(0..rooms));
+        let room = self.rng.random_range(0..rooms).min(self.rng.random_range(0..rooms));
         format!("chat-{room}").parse().expect("a name")
     }
 }
 
 /// Takes what happens to a client.
-async fn listen(mut events: mpsc::Receiver<ClientEvent>, seen: Arc<Mutex<Seen>>) {
+async fn handle_events(mut events: mpsc::Receiver<ClientEvent>, metrics: Arc<Mutex<ChatMetrics>>) {
     let mut is_connected = false;
     while let Some(event) = events.recv().await {
         let now = Instant::now();
-        let mut seen = seen.lock();
+        let mut metrics = metrics.lock();
         match event {
             ClientEvent::Connected { .. } => {
                 is_connected = true;
-                seen.timeline.connected(now);
+                metrics.timeline.connected(now);
             }
             ClientEvent::Disconnected { .. } if std::mem::take(&mut is_connected) => {
-                seen.timeline.ended(now);
+                metrics.timeline.ended(now);
             }
             ClientEvent::Message { message, .. } if !message.replay => {
-                seen.delivered += 1;
+                metrics.delivered += 1;
                 let content = message.content.as_str().unwrap_or_default();
                 let timestamp = SendTimestamp::find(content.as_bytes());
                 let late =
                     timestamp.map(|timestamp| clock::now_ns().saturating_sub(timestamp.due_ns));
-                seen.timeline.delivered(now, late.map(Duration::from_nanos));
+                metrics.timeline.delivered(now, late.map(Duration::from_nanos));
             }
             // What comes again behind a break was announced with it.
             ClientEvent::Duplicate { earlier: None, room, position, .. } => {
-                seen.duplicated += 1;
-                seen.example(|| format!("{room}: {position} again"));
+                metrics.duplicated += 1;
+                metrics.example(|| format!("{room}: {position} again"));
             }
-            ClientEvent::Gap { room, expected, got } => {
-                seen.holes += 1;
-                seen.example(|| format!("{room}: {got} instead of {expected:?}"));
+            ClientEvent::Hole { room, expected, got } => {
+                metrics.holes += 1;
+                metrics.example(|| format!("{room}: {got} instead of {expected:?}"));
             }
-            ClientEvent::NotRecovered { .. } => seen.discontinuities += 1,
-            ClientEvent::Reset(reset) if reset.room.is_some() => seen.discontinuities += 1,
-            ClientEvent::Error(refusal) => seen.failed("refused", &refusal.code.as_str()),
+            ClientEvent::NotRecovered { .. } => metrics.discontinuities += 1,
+            ClientEvent::Reset(reset) if reset.room.is_some() => metrics.discontinuities += 1,
+            ClientEvent::Refused(refusal) => metrics.failed("refused", &refusal.code.as_str()),
             _ => {}
         }
     }
@@ -337,12 +355,12 @@ mod tests {
 
     #[test]
     fn the_mix_is_of_a_hundred_and_each_is_drawn() {
-        assert_eq!(Deed::MIX.iter().map(|(share, _)| share).sum::<u32>(), 100);
-        let mut die = StdRng::seed_from_u64(1);
-        let drawn: Vec<Deed> = (0..1_000).map(|_| Deed::draw(&mut die)).collect();
-        for (share, deed) in Deed::MIX {
-            let count = drawn.iter().filter(|drawn| **drawn == deed).count() as u32;
-            assert!(count.abs_diff(share * 10) < 40, "{deed:?}: {count}");
+        assert_eq!(UserAction::MIX.iter().map(|(share, _)| share).sum::<u32>(), 100);
+        let mut rng = StdRng::seed_from_u64(1);
+        let drawn: Vec<UserAction> = (0..1_000).map(|_| UserAction::draw(&mut rng)).collect();
+        for (share, action) in UserAction::MIX {
+            let count = drawn.iter().filter(|drawn| **drawn == action).count() as u32;
+            assert!(count.abs_diff(share * 10) < 40, "{action:?}: {count}");
         }
     }
 }

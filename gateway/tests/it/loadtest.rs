@@ -100,8 +100,8 @@ async fn a_sweep_ends_where_the_bound_is_met_or_the_tool_is_at_its_end() {
 async fn people_chat() {
     let gateway = Gateway::start(&[]).await;
     let url = gateway.url("/ws");
-    let people = ["--people", "20", "--think", "100ms", "--duration", "2s"];
-    let report = well(&[&["chat", "--url", &url], &people[..]].concat()).await;
+    let users = ["--users", "20", "--think", "100ms", "--duration", "2s"];
+    let report = well(&[&["chat", "--url", &url], &users[..]].concat()).await;
     assert!(report["acknowledged"].as_u64().unwrap() > 100, "{report}");
 }
 
