@@ -382,7 +382,7 @@ pub(crate) struct ChaosArgs {
     #[arg(long, default_value = "nginx/render.sh")]
     pub(crate) nginx_render: PathBuf,
     #[command(flatten)]
-    pub(crate) given: GivenArgs,
+    pub(crate) external: ExternalArgs,
     #[command(flatten)]
     pub(crate) load: LoadArgs,
 }
@@ -390,7 +390,7 @@ pub(crate) struct ChaosArgs {
 /// A cluster that somebody else runs. Nothing is done to it that would have to be started again.
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "A cluster that is there")]
-pub(crate) struct GivenArgs {
+pub(crate) struct ExternalArgs {
     /// Where members connect, through a proxy that fails, instead of a cluster of its own; may be
     /// repeated.
     #[arg(long)]

@@ -271,8 +271,8 @@ impl Cluster {
     }
 
     /// Gives Redis a command in its inline form. It may not answer.
-    pub(crate) async fn tell_redis(&self, command: &str) {
-        tell(self.redis_address, command).await;
+    pub(crate) async fn send_redis_command(&self, command: &str) {
+        send_command(self.redis_address, command).await;
     }
 
     /// Has nginx read its configuration again.
@@ -314,7 +314,7 @@ pub(super) async fn signal(pid: u32, signal: &str) {
 }
 
 /// Gives a Redis a command in its inline form. It may not answer.
-pub(super) async fn tell(redis: SocketAddr, command: &str) {
+pub(super) async fn send_command(redis: SocketAddr, command: &str) {
     let _ = timeout(Duration::from_secs(1), ask(redis, &format!("{command}\r\n"), 1)).await;
 }
 

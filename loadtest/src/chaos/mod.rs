@@ -7,8 +7,8 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 use self::{
     cluster::{Cluster, ClusterError, Programs},
-    given::Given,
-    plan::{Fault, Kind},
+    external::ExternalCluster,
+    plan::{Fault, FaultKind},
 };
 use crate::{
     args::{ChaosArgs, LoadArgs},
@@ -17,7 +17,7 @@ use crate::{
 };
 
 pub(crate) mod cluster;
-mod given;
+mod external;
 mod plan;
 
 /// How late what clients send, and get, is while it is delayed.
@@ -38,19 +38,19 @@ pub(crate) enum ChaosError {
 }
 
 /// What members talk through, and faults are done to.
-enum Ground {
+enum ChaosTarget {
     /// It was started for this.
-    Own(Box<Cluster>),
+    Local(Box<Cluster>),
     /// It was there.
-    Given(Given),
+    External(ExternalCluster),
 }
 
-impl Ground {
+impl ChaosTarget {
     async fn inject(&mut self, fault: Fault) -> Result<(), ClusterError> {
         match self {
-            Self::Own(cluster) => inject(cluster, fault).await,
-            Self::Given(given) => {
-                given.inject(fault).await;
+            Self::Local(cluster) => inject(cluster, fault).await,
+            Self::External(external) => {
+                external.inject(fault).await;
                 Ok(())
             }
         }
@@ -59,35 +59,35 @@ impl Ground {
 
 /// Has members talk, does what the plan has, and tells what they saw.
 pub(crate) async fn run(args: ChaosArgs) -> Result<Report, ChaosError> {
-    let ChaosArgs { seed, given, load, .. } = args;
-    if given.url.is_empty() {
-        let faults = plan::plan(seed, load.duration, args.nodes, &Kind::ALL);
+    let ChaosArgs { seed, external, load, .. } = args;
+    if external.url.is_empty() {
+        let faults = plan::plan(seed, load.duration, args.nodes, &FaultKind::ALL);
         let programs = Programs { gateway: args.gateway, render: args.nginx_render };
         // Cancelled, it ends what it has started.
         let cluster = tokio::select! {
             cluster = Cluster::start(programs, args.nodes) => Box::new(cluster?),
             () = crate::interrupted() => return Err(ChaosError::Interrupted),
         };
-        let (urls, mut ground) = (cluster.urls(), Ground::Own(cluster));
-        let report = suffer(&mut ground, urls, &faults, seed, &load).await;
-        if let Ground::Own(cluster) = ground {
+        let (urls, mut target) = (cluster.urls(), ChaosTarget::Local(cluster));
+        let report = run_faults(&mut target, urls, &faults, seed, &load).await;
+        if let ChaosTarget::Local(cluster) = target {
             // Whatever came of it.
             cluster.stop().await;
         }
         return report;
     }
-    let given = Given::new(&given).await?;
-    let faults = plan::plan(seed, load.duration, given.nodes(), &given.kinds());
-    let (urls, mut ground) = (given.urls(), Ground::Given(given));
-    let report = suffer(&mut ground, urls, &faults, seed, &load).await;
-    if let Ground::Given(given) = ground {
-        given.mend().await;
+    let external = ExternalCluster::new(&external).await?;
+    let faults = plan::plan(seed, load.duration, external.nodes(), &external.kinds());
+    let (urls, mut target) = (external.urls(), ChaosTarget::External(external));
+    let report = run_faults(&mut target, urls, &faults, seed, &load).await;
+    if let ChaosTarget::External(external) = target {
+        external.recover().await;
     }
     report
 }
 
-async fn suffer(
-    ground: &mut Ground,
+async fn run_faults(
+    target: &mut ChaosTarget,
     urls: Vec<String>,
     faults: &[Fault],
     seed: u64,
@@ -95,9 +95,9 @@ async fn suffer(
 ) -> Result<Report, ChaosError> {
     let run = LedgerRun::start(urls, load).await?;
     let began = run.began();
-    let (mut marks, mut failed) = (Vec::new(), None);
+    let (mut windows, mut failed) = (Vec::new(), None);
     let over = async {
-        failed = break_and_mend(ground, faults, began, &mut marks).await.err();
+        failed = inject_faults(target, faults, began, &mut windows).await.err();
         if failed.is_none() {
             sleep_until(began + load.duration).await;
         }
@@ -111,88 +111,92 @@ async fn suffer(
         return Err(ChaosError::Interrupted);
     }
     let mut report = run.finish("chaos", &load.bounds).await?;
-    (report.faults, report.seed) = (marks, Some(seed));
+    (report.faults, report.seed) = (windows, Some(seed));
     report.judge(&load.bounds);
     Ok(report)
 }
 
-async fn break_and_mend(
-    ground: &mut Ground,
+async fn inject_faults(
+    target: &mut ChaosTarget,
     faults: &[Fault],
     began: Instant,
-    marks: &mut Vec<FaultWindow>,
+    windows: &mut Vec<FaultWindow>,
 ) -> Result<(), ClusterError> {
     for fault in faults {
         sleep_until(began + Duration::from_millis(fault.at_ms)).await;
         let from = began.elapsed();
-        ground.inject(*fault).await?;
-        marks.push(FaultWindow { fault: name(*fault), from, until: began.elapsed() });
+        target.inject(*fault).await?;
+        windows.push(FaultWindow { fault: name(*fault), from, until: began.elapsed() });
     }
-    match ground {
-        Ground::Own(cluster) => cluster.wait_until_ready().await,
-        Ground::Given(_) => Ok(()),
+    match target {
+        ChaosTarget::Local(cluster) => cluster.wait_until_ready().await,
+        ChaosTarget::External(_) => Ok(()),
     }
 }
 
 fn name(fault: Fault) -> String {
     match fault.kind {
-        Kind::RollingDeploy
-        | Kind::RedisKill
-        | Kind::RedisRestart
-        | Kind::RedisEmpty
-        | Kind::RedisStop
-        | Kind::RedisClientKillPubsub
-        | Kind::RedisClientKillNormal
-        | Kind::NginxReload => fault.kind.to_string(),
+        FaultKind::RollingDeploy
+        | FaultKind::RedisKill
+        | FaultKind::RedisRestart
+        | FaultKind::RedisEmpty
+        | FaultKind::RedisStop
+        | FaultKind::RedisClientKillPubsub
+        | FaultKind::RedisClientKillNormal
+        | FaultKind::NginxReload => fault.kind.to_string(),
         kind => format!("{kind} {}", fault.node),
     }
 }
 
 /// Does one fault, and mends it.
 async fn inject(cluster: &mut Cluster, fault: Fault) -> Result<(), ClusterError> {
-    let (node, lasts) = (fault.node, Duration::from_millis(fault.lasts_ms));
+    let (node, duration) = (fault.node, Duration::from_millis(fault.duration_ms));
     let bus = async |cluster: &Cluster, mode| {
         cluster.nodes[node].bus.set(mode);
-        sleep(lasts).await;
+        sleep(duration).await;
         cluster.nodes[node].bus.set(Mode::Open);
     };
     let clients = async |cluster: &Cluster, mode| {
         cluster.nodes[node].clients.set(mode);
-        sleep(lasts).await;
+        sleep(duration).await;
         cluster.nodes[node].clients.set(Mode::Open);
     };
     match fault.kind {
-        Kind::GatewayKill => cluster.restart_gateway(node, true).await?,
-        Kind::GatewayTerm => cluster.restart_gateway(node, false).await?,
-        Kind::GatewayStop => {
+        FaultKind::GatewayKill => cluster.restart_gateway(node, true).await?,
+        FaultKind::GatewayTerm => cluster.restart_gateway(node, false).await?,
+        FaultKind::GatewayStop => {
             cluster.signal_gateway(node, "STOP").await;
-            sleep(lasts).await;
+            sleep(duration).await;
             cluster.signal_gateway(node, "CONT").await;
         }
-        Kind::RollingDeploy => {
+        FaultKind::RollingDeploy => {
             for number in 0..cluster.nodes.len() {
                 cluster.restart_gateway(number, false).await?;
                 cluster.wait_until_ready().await?;
             }
         }
-        Kind::RedisKill => cluster.restart_redis(true, false).await?,
-        Kind::RedisRestart => cluster.restart_redis(false, false).await?,
-        Kind::RedisEmpty => cluster.restart_redis(true, true).await?,
-        Kind::RedisStop => {
+        FaultKind::RedisKill => cluster.restart_redis(true, false).await?,
+        FaultKind::RedisRestart => cluster.restart_redis(false, false).await?,
+        FaultKind::RedisEmpty => cluster.restart_redis(true, true).await?,
+        FaultKind::RedisStop => {
             cluster.signal_redis("STOP").await;
-            sleep(lasts).await;
+            sleep(duration).await;
             cluster.signal_redis("CONT").await;
         }
-        Kind::RedisClientKillPubsub => cluster.tell_redis("CLIENT KILL TYPE pubsub").await,
-        Kind::RedisClientKillNormal => cluster.tell_redis("CLIENT KILL TYPE normal").await,
-        Kind::NginxReload => cluster.reload_nginx().await,
-        Kind::BusCut => bus(cluster, Mode::Cut).await,
-        Kind::BusBlackHole => bus(cluster, Mode::BlackHole).await,
-        Kind::BusDelay => bus(cluster, Mode::Delay(Duration::from_millis(100))).await,
-        Kind::BusOneWay => bus(cluster, Mode::HoldRequests).await,
-        Kind::ClientCut => clients(cluster, Mode::Cut).await,
-        Kind::ClientBlackHole => clients(cluster, Mode::BlackHole).await,
-        Kind::ClientDelay => clients(cluster, Mode::Delay(CLIENT_DELAY)).await,
+        FaultKind::RedisClientKillPubsub => {
+            cluster.send_redis_command("CLIENT KILL TYPE pubsub").await
+        }
+        FaultKind::RedisClientKillNormal => {
+            cluster.send_redis_command("CLIENT KILL TYPE normal").await
+        }
+        FaultKind::NginxReload => cluster.reload_nginx().await,
+        FaultKind::BusCut => bus(cluster, Mode::Cut).await,
+        FaultKind::BusBlackHole => bus(cluster, Mode::BlackHole).await,
+        FaultKind::BusDelay => bus(cluster, Mode::Delay(Duration::from_millis(100))).await,
+        FaultKind::BusOneWay => bus(cluster, Mode::HoldRequests).await,
+        FaultKind::ClientCut => clients(cluster, Mode::Cut).await,
+        FaultKind::ClientBlackHole => clients(cluster, Mode::BlackHole).await,
+        FaultKind::ClientDelay => clients(cluster, Mode::Delay(CLIENT_DELAY)).await,
     }
     Ok(())
 }

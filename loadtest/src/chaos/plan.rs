@@ -8,19 +8,19 @@ use rand::{RngExt as _, SeedableRng as _, rngs::StdRng, seq::SliceRandom as _};
 use serde::Serialize;
 
 /// How long everything works before the first fault.
-const CALM: Duration = Duration::from_secs(2);
+const WARM_UP: Duration = Duration::from_secs(2);
 /// How long everything works at the end, so that clients are back when the run is over.
-const MENDED: Duration = Duration::from_secs(8);
+const RECOVERY: Duration = Duration::from_secs(8);
 /// The pause between two faults, ms.
 const PAUSE_MS: std::ops::Range<u64> = 300..1_200;
 /// How long a fault lasts that lasts, ms. Shorter than a node's lease: longer ones have a test of
 /// their own (docs/faults.md).
-const LASTS_MS: std::ops::Range<u64> = 200..2_000;
+const DURATION_MS: std::ops::Range<u64> = 200..2_000;
 
 /// What goes wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub(crate) enum Kind {
+pub(crate) enum FaultKind {
     /// A gateway gets SIGKILL, and is started again.
     GatewayKill,
     /// A gateway gets SIGTERM, ends in order, and is started again.
@@ -66,14 +66,14 @@ pub(crate) struct Fault {
     /// begins.
     pub(crate) at_ms: u64,
     /// What.
-    pub(crate) kind: Kind,
+    pub(crate) kind: FaultKind,
     /// The gateway, where it is about one.
     pub(crate) node: usize,
     /// How long, where it lasts, ms.
-    pub(crate) lasts_ms: u64,
+    pub(crate) duration_ms: u64,
 }
 
-impl Kind {
+impl FaultKind {
     /// All of them.
     pub(crate) const ALL: [Self; 18] = [
         Self::GatewayKill,
@@ -97,7 +97,7 @@ impl Kind {
     ];
 
     /// Whether it goes on until it is mended.
-    fn lasts(self) -> bool {
+    fn has_duration(self) -> bool {
         !matches!(
             self,
             Self::GatewayKill
@@ -113,7 +113,7 @@ impl Kind {
     }
 }
 
-impl fmt::Display for Kind {
+impl fmt::Display for FaultKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let name = serde_json::to_value(self).expect("a name");
         f.write_str(name.as_str().expect("a name"))
@@ -122,24 +122,24 @@ impl fmt::Display for Kind {
 
 /// The faults of a run of this length with so many gateways. Every kind comes once before any comes
 /// again.
-pub(crate) fn plan(seed: u64, duration: Duration, nodes: usize, kinds: &[Kind]) -> Vec<Fault> {
-    let mut die = StdRng::seed_from_u64(seed);
-    let (mut faults, mut bag) = (Vec::new(), Vec::<Kind>::new());
-    let end = duration.saturating_sub(MENDED).as_millis() as u64;
-    let mut at_ms = CALM.as_millis() as u64;
+pub(crate) fn plan(seed: u64, duration: Duration, nodes: usize, kinds: &[FaultKind]) -> Vec<Fault> {
+    let mut rng = StdRng::seed_from_u64(seed);
+    let (mut faults, mut bag) = (Vec::new(), Vec::<FaultKind>::new());
+    let end = duration.saturating_sub(RECOVERY).as_millis() as u64;
+    let mut at_ms = WARM_UP.as_millis() as u64;
     loop {
         if bag.is_empty() {
             bag.extend(kinds);
-            bag.shuffle(&mut die);
+            bag.shuffle(&mut rng);
         }
         let Some(kind) = bag.pop() else { return faults };
-        let lasts_ms = if kind.lasts() { die.random_range(LASTS_MS) } else { 0 };
-        let node = die.random_range(0..nodes);
-        if at_ms + lasts_ms > end {
+        let duration_ms = if kind.has_duration() { rng.random_range(DURATION_MS) } else { 0 };
+        let node = rng.random_range(0..nodes);
+        if at_ms + duration_ms > end {
             return faults;
         }
-        faults.push(Fault { at_ms, kind, node, lasts_ms });
-        at_ms += lasts_ms + die.random_range(PAUSE_MS);
+        faults.push(Fault { at_ms, kind, node, duration_ms });
+        at_ms += duration_ms + rng.random_range(PAUSE_MS);
     }
 }
 
@@ -152,7 +152,7 @@ mod tests {
     #[test]
     fn the_same_seed_is_the_same_plan_and_another_is_another() {
         let minute = Duration::from_secs(60);
-        let plan = |seed| plan(seed, minute, 3, &Kind::ALL);
+        let plan = |seed| plan(seed, minute, 3, &FaultKind::ALL);
         assert_eq!(plan(1), plan(1));
         assert_ne!(plan(1), plan(2));
     }
@@ -160,19 +160,19 @@ mod tests {
     #[test]
     fn a_minute_has_all_kinds_in_order_of_time() {
         for seed in 0..100 {
-            let faults = plan(seed, Duration::from_secs(60), 3, &Kind::ALL);
-            let kinds: BTreeSet<Kind> = faults.iter().map(|fault| fault.kind).collect();
-            assert_eq!(kinds.len(), Kind::ALL.len(), "seed {seed}");
+            let faults = plan(seed, Duration::from_secs(60), 3, &FaultKind::ALL);
+            let kinds: BTreeSet<FaultKind> = faults.iter().map(|fault| fault.kind).collect();
+            assert_eq!(kinds.len(), FaultKind::ALL.len(), "seed {seed}");
             assert!(faults.is_sorted_by_key(|fault| fault.at_ms));
             assert!(faults.iter().all(|fault| fault.node < 3));
             let last = faults.last().expect("some");
-            assert!(last.at_ms + last.lasts_ms <= 52_000);
+            assert!(last.at_ms + last.duration_ms <= 52_000);
         }
     }
 
     #[test]
     fn too_short_a_run_has_none() {
-        assert!(plan(1, Duration::from_secs(5), 1, &Kind::ALL).is_empty());
+        assert!(plan(1, Duration::from_secs(5), 1, &FaultKind::ALL).is_empty());
         assert!(plan(1, Duration::from_secs(60), 1, &[]).is_empty());
     }
 }

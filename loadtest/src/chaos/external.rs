@@ -6,14 +6,14 @@ use loadtest::proxy::{Mode, Proxy};
 use tokio::{net::lookup_host, time::sleep};
 
 use super::{
-    cluster::{ClusterError, signal, tell},
-    plan::{Fault, Kind},
+    cluster::{ClusterError, send_command, signal},
+    plan::{Fault, FaultKind},
 };
-use crate::args::{GivenArgs, Target};
+use crate::args::{ExternalArgs, Target};
 
 /// Its parts, as far as they are known.
 #[derive(Debug)]
-pub(crate) struct Given {
+pub(crate) struct ExternalCluster {
     /// One before each URL.
     proxies: Vec<Proxy>,
     paths: Vec<String>,
@@ -21,9 +21,9 @@ pub(crate) struct Given {
     redis: Option<SocketAddr>,
 }
 
-impl Given {
+impl ExternalCluster {
     /// Puts a proxy before each URL.
-    pub(crate) async fn new(args: &GivenArgs) -> Result<Self, ClusterError> {
+    pub(crate) async fn new(args: &ExternalArgs) -> Result<Self, ClusterError> {
         let (mut proxies, mut paths) = (Vec::new(), Vec::new());
         for Target { authority, path } in &args.url {
             let mut addresses = lookup_host(authority).await?;
@@ -46,54 +46,59 @@ impl Given {
     }
 
     /// What can be done to it.
-    pub(crate) fn kinds(&self) -> Vec<Kind> {
-        let mut kinds = vec![Kind::ClientCut, Kind::ClientBlackHole, Kind::ClientDelay];
+    pub(crate) fn kinds(&self) -> Vec<FaultKind> {
+        let mut kinds =
+            vec![FaultKind::ClientCut, FaultKind::ClientBlackHole, FaultKind::ClientDelay];
         if !self.gateways.is_empty() {
-            kinds.push(Kind::GatewayStop);
+            kinds.push(FaultKind::GatewayStop);
         }
         if self.redis.is_some() {
-            kinds.extend([Kind::RedisClientKillPubsub, Kind::RedisClientKillNormal]);
+            kinds.extend([FaultKind::RedisClientKillPubsub, FaultKind::RedisClientKillNormal]);
         }
         kinds
     }
 
     /// Does one fault, and mends it.
     pub(crate) async fn inject(&self, fault: Fault) {
-        let lasts = Duration::from_millis(fault.lasts_ms);
+        let duration = Duration::from_millis(fault.duration_ms);
         let clients = async |mode| {
             let proxy = &self.proxies[fault.node % self.proxies.len()];
             proxy.set(mode);
-            sleep(lasts).await;
+            sleep(duration).await;
             proxy.set(Mode::Open);
         };
         match fault.kind {
-            Kind::ClientCut => clients(Mode::Cut).await,
-            Kind::ClientBlackHole => clients(Mode::BlackHole).await,
-            Kind::ClientDelay => clients(Mode::Delay(super::CLIENT_DELAY)).await,
-            Kind::GatewayStop => {
+            FaultKind::ClientCut => clients(Mode::Cut).await,
+            FaultKind::ClientBlackHole => clients(Mode::BlackHole).await,
+            FaultKind::ClientDelay => clients(Mode::Delay(super::CLIENT_DELAY)).await,
+            FaultKind::GatewayStop => {
                 let pid = self.gateways[fault.node % self.gateways.len()];
                 signal(pid, "STOP").await;
-                sleep(lasts).await;
+                sleep(duration).await;
                 signal(pid, "CONT").await;
             }
-            Kind::RedisClientKillPubsub => self.tell_redis("CLIENT KILL TYPE pubsub").await,
-            Kind::RedisClientKillNormal => self.tell_redis("CLIENT KILL TYPE normal").await,
+            FaultKind::RedisClientKillPubsub => {
+                self.send_redis_command("CLIENT KILL TYPE pubsub").await
+            }
+            FaultKind::RedisClientKillNormal => {
+                self.send_redis_command("CLIENT KILL TYPE normal").await
+            }
             // Not among `kinds`.
             _ => {}
         }
     }
 
     /// Opens all ways and has all gateways go on, whatever was under way.
-    pub(crate) async fn mend(&self) {
+    pub(crate) async fn recover(&self) {
         self.proxies.iter().for_each(|proxy| proxy.set(Mode::Open));
         for pid in &self.gateways {
             signal(*pid, "CONT").await;
         }
     }
 
-    async fn tell_redis(&self, command: &str) {
+    async fn send_redis_command(&self, command: &str) {
         if let Some(address) = self.redis {
-            tell(address, command).await;
+            send_command(address, command).await;
         }
     }
 }
