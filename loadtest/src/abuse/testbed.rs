@@ -20,7 +20,7 @@ use tokio::{
 
 use super::verdict::Usage;
 use crate::{
-    chaos::cluster::{ClusterError, Process, start_redis_with},
+    chaos::cluster::{ClusterError, ServerProcess, start_redis_with},
     procfs::{CpuTime, ProcessUsage, free_address},
 };
 
@@ -43,8 +43,8 @@ pub(crate) struct NodeOptions {
 /// A gateway and its Redis.
 #[derive(Debug)]
 pub(crate) struct Node {
-    gateway: Process,
-    redis: Process,
+    gateway: ServerProcess,
+    redis: ServerProcess,
     redis_address: SocketAddr,
     /// Where clients connect.
     pub(crate) listen: SocketAddr,
@@ -108,8 +108,8 @@ impl Node {
 
     /// Ends both in order.
     pub(crate) async fn stop(mut self) {
-        self.gateway.end().await;
-        self.redis.end().await;
+        self.gateway.stop().await;
+        self.redis.stop().await;
     }
 }
 
@@ -119,7 +119,7 @@ fn start_gateway(
     listen: SocketAddr,
     redis: SocketAddr,
     scratch: &Path,
-) -> Result<Process, ClusterError> {
+) -> Result<ServerProcess, ClusterError> {
     // Everything else, limits above all, is as shipped: that is what is attacked.
     let own = [
         format!("server.listen={listen}"),
@@ -134,7 +134,7 @@ fn start_gateway(
     for option in own.iter().chain(&options.set) {
         command.args(["--set", option]);
     }
-    Process::start(name.to_owned(), command, scratch)
+    ServerProcess::start(name.to_owned(), command, scratch)
 }
 
 /// How many files a process has open.

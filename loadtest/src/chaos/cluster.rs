@@ -24,37 +24,37 @@ use crate::procfs::free_address;
 
 /// How long a server may take until it serves. Nodes on a new Redis wait for others that may know
 /// it.
-const READY_MAX: Duration = Duration::from_secs(60);
+const READY_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long a server may take to end in order.
-const END_MAX: Duration = Duration::from_secs(60);
-const LOOK_AGAIN: Duration = Duration::from_millis(10);
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(60);
+const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
 /// Why a cluster does not start, or a part of it not again.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ClusterError {
     /// A program is not there or not to be run.
-    #[error("cannot start {what}: {source}")]
+    #[error("cannot start {program}: {source}")]
     Start {
         /// The program.
-        what: String,
+        program: String,
         /// Why.
         source: io::Error,
     },
     /// It does not serve.
-    #[error("{what} is not ready after {} s; its log ends: {log}", READY_MAX.as_secs())]
+    #[error("{program} is not ready after {} s; its log ends: {log}", READY_TIMEOUT.as_secs())]
     NotReady {
         /// The program.
-        what: String,
+        program: String,
         /// The end of what it said.
         log: String,
     },
     /// nginx' configuration cannot be made.
-    #[error("{what}: {said}")]
+    #[error("{program}: {output}")]
     Render {
         /// The script.
-        what: String,
+        program: String,
         /// What it says.
-        said: String,
+        output: String,
     },
     /// A folder or a port of this machine.
     #[error("cannot prepare the cluster: {0}")]
@@ -63,7 +63,7 @@ pub(crate) enum ClusterError {
 
 /// Where the programs are.
 #[derive(Clone, Debug)]
-pub(crate) struct Programs {
+pub(crate) struct ClusterPrograms {
     /// The gateway.
     pub(crate) gateway: PathBuf,
     /// The script that makes nginx' configuration.
@@ -72,7 +72,7 @@ pub(crate) struct Programs {
 
 /// A process.
 #[derive(Debug)]
-pub(crate) struct Process {
+pub(crate) struct ServerProcess {
     name: String,
     child: Child,
     log: PathBuf,
@@ -80,8 +80,8 @@ pub(crate) struct Process {
 
 /// A gateway, and the links to it and from it.
 #[derive(Debug)]
-pub(crate) struct Node {
-    process: Process,
+pub(crate) struct ClusterNode {
+    process: ServerProcess,
     listen: SocketAddr,
     /// Between it and Redis.
     pub(crate) bus: Proxy,
@@ -91,18 +91,18 @@ pub(crate) struct Node {
 
 /// All of it.
 #[derive(Debug)]
-pub(crate) struct Cluster {
-    programs: Programs,
-    redis: Process,
+pub(crate) struct LocalCluster {
+    programs: ClusterPrograms,
+    redis: ServerProcess,
     redis_address: SocketAddr,
-    pub(crate) nodes: Vec<Node>,
-    nginx: Process,
+    pub(crate) nodes: Vec<ClusterNode>,
+    nginx: ServerProcess,
     nginx_address: SocketAddr,
     // Last, so that it is there as long as those who write into it.
     scratch: TempDir,
 }
 
-impl Process {
+impl ServerProcess {
     /// Starts a program whose output goes behind what is in its log.
     pub(crate) fn start(
         name: String,
@@ -113,7 +113,8 @@ impl Process {
         let file = File::options().create(true).append(true).open(&log)?;
         let command = command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
         let child = command.kill_on_drop(true).spawn();
-        let child = child.map_err(|source| ClusterError::Start { what: name.clone(), source })?;
+        let child =
+            child.map_err(|source| ClusterError::Start { program: name.clone(), source })?;
         Ok(Self { name, child, log })
     }
 
@@ -143,9 +144,9 @@ impl Process {
     }
 
     /// Ends it in order, or at once where it does not.
-    pub(crate) async fn end(&mut self) {
+    pub(crate) async fn stop(&mut self) {
         self.signal("TERM").await;
-        if timeout(END_MAX, self.child.wait()).await.is_err() {
+        if timeout(SHUTDOWN_TIMEOUT, self.child.wait()).await.is_err() {
             self.kill().await;
         }
     }
@@ -154,37 +155,41 @@ impl Process {
     pub(crate) async fn wait_for(
         &self,
         address: SocketAddr,
-        question: &str,
-        answer: &str,
+        request: &str,
+        response: &str,
     ) -> Result<(), ClusterError> {
-        let deadline = Instant::now() + READY_MAX;
+        let deadline = Instant::now() + READY_TIMEOUT;
         loop {
-            let said = timeout(Duration::from_secs(1), ask(address, question, answer.len())).await;
-            if said.is_ok_and(|said| said.is_ok_and(|said| said.starts_with(answer))) {
+            let output =
+                timeout(Duration::from_secs(1), exchange(address, request, response.len())).await;
+            if output.is_ok_and(|output| output.is_ok_and(|output| output.starts_with(response))) {
                 return Ok(());
             }
             if deadline < Instant::now() {
                 let log = std::fs::read_to_string(&self.log).unwrap_or_default();
                 let log = log.lines().rev().take(5).collect::<Vec<_>>().join(" | ");
-                return Err(ClusterError::NotReady { what: self.name.clone(), log });
+                return Err(ClusterError::NotReady { program: self.name.clone(), log });
             }
-            sleep(LOOK_AGAIN).await;
+            sleep(POLL_INTERVAL).await;
         }
     }
 }
 
 /// The first bytes of an answer.
-async fn ask(address: SocketAddr, question: &str, count: usize) -> io::Result<String> {
+async fn exchange(address: SocketAddr, request: &str, count: usize) -> io::Result<String> {
     let mut stream = TcpStream::connect(address).await?;
-    stream.write_all(question.as_bytes()).await?;
-    let mut answer = vec![0; count];
-    stream.read_exact(&mut answer).await?;
-    Ok(String::from_utf8_lossy(&answer).into_owned())
+    stream.write_all(request.as_bytes()).await?;
+    let mut response = vec![0; count];
+    stream.read_exact(&mut response).await?;
+    Ok(String::from_utf8_lossy(&response).into_owned())
 }
 
-impl Cluster {
+impl LocalCluster {
     /// Starts Redis, which keeps a file, so many gateways, and nginx.
-    pub(crate) async fn start(programs: Programs, nodes: usize) -> Result<Self, ClusterError> {
+    pub(crate) async fn start(
+        programs: ClusterPrograms,
+        nodes: usize,
+    ) -> Result<Self, ClusterError> {
         let scratch = TempDir::new()?;
         let redis_address = free_address()?;
         let redis = start_redis(redis_address, scratch.path()).await?;
@@ -194,7 +199,7 @@ impl Cluster {
             let bus = Proxy::to(redis_address).await?;
             let clients = Proxy::to(listen).await?;
             let process = start_gateway(&programs, number, listen, &bus, scratch.path())?;
-            started.push(Node { process, listen, bus, clients });
+            started.push(ClusterNode { process, listen, bus, clients });
         }
         let nginx_address = free_address()?;
         let listens = started.iter().map(|node| node.listen);
@@ -207,16 +212,16 @@ impl Cluster {
 
     /// Where clients connect, in turn: nginx, then each gateway past it.
     pub(crate) fn urls(&self) -> Vec<String> {
-        let past = self.nodes.iter().map(|node| node.clients.address);
-        let all = std::iter::once(self.nginx_address).chain(past);
+        let direct = self.nodes.iter().map(|node| node.clients.address);
+        let all = std::iter::once(self.nginx_address).chain(direct);
         all.map(|address| format!("ws://{address}/ws")).collect()
     }
 
     /// Waits until every gateway says that it is ready.
     pub(crate) async fn wait_until_ready(&self) -> Result<(), ClusterError> {
-        let question = "GET /ready HTTP/1.1\r\nHost: chaos\r\nConnection: close\r\n\r\n";
+        let request = "GET /ready HTTP/1.1\r\nHost: chaos\r\nConnection: close\r\n\r\n";
         for node in &self.nodes {
-            node.process.wait_for(node.listen, question, "HTTP/1.1 200").await?;
+            node.process.wait_for(node.listen, request, "HTTP/1.1 200").await?;
         }
         Ok(())
     }
@@ -236,7 +241,7 @@ impl Cluster {
         if kill {
             node.process.kill().await;
         } else {
-            node.process.end().await;
+            node.process.stop().await;
         }
         let scratch = self.scratch.path();
         node.process = start_gateway(&self.programs, number, node.listen, &node.bus, scratch)?;
@@ -257,7 +262,7 @@ impl Cluster {
         if kill {
             self.redis.kill().await;
         } else {
-            self.redis.end().await;
+            self.redis.stop().await;
         }
         if empty {
             let files = self.scratch.path().join("appendonlydir");
@@ -286,14 +291,14 @@ impl Cluster {
             node.process.signal("TERM").await;
         }
         for node in &mut self.nodes {
-            node.process.end().await;
+            node.process.stop().await;
         }
-        self.nginx.end().await;
-        self.redis.end().await;
+        self.nginx.stop().await;
+        self.redis.stop().await;
     }
 }
 
-impl Drop for Cluster {
+impl Drop for LocalCluster {
     fn drop(&mut self) {
         // SIGKILL, which the others get, would leave the worker behind.
         let Some(pid) = self.nginx.child.id() else { return };
@@ -303,7 +308,7 @@ impl Drop for Cluster {
                 return;
             }
             #[expect(clippy::disallowed_methods, reason = "nothing else is left to do")]
-            std::thread::sleep(LOOK_AGAIN);
+            std::thread::sleep(POLL_INTERVAL);
         }
     }
 }
@@ -315,10 +320,10 @@ pub(super) async fn signal(pid: u32, signal: &str) {
 
 /// Gives a Redis a command in its inline form. It may not answer.
 pub(super) async fn send_command(redis: SocketAddr, command: &str) {
-    let _ = timeout(Duration::from_secs(1), ask(redis, &format!("{command}\r\n"), 1)).await;
+    let _ = timeout(Duration::from_secs(1), exchange(redis, &format!("{command}\r\n"), 1)).await;
 }
 
-async fn start_redis(address: SocketAddr, scratch: &Path) -> Result<Process, ClusterError> {
+async fn start_redis(address: SocketAddr, scratch: &Path) -> Result<ServerProcess, ClusterError> {
     // Every write is in the file before it is answered: what was acknowledged is there again.
     start_redis_with(address, scratch, &["--appendonly", "yes", "--appendfsync", "always"]).await
 }
@@ -328,25 +333,25 @@ pub(crate) async fn start_redis_with(
     address: SocketAddr,
     scratch: &Path,
     options: &[&str],
-) -> Result<Process, ClusterError> {
+) -> Result<ServerProcess, ClusterError> {
     let mut command = Command::new("redis-server");
     command
         .args(["--bind", "127.0.0.1", "--port", &address.port().to_string(), "--save", ""])
         .args(options)
         .args(["--maxmemory-policy", "noeviction", "--dir"])
         .arg(scratch);
-    let redis = Process::start("redis".to_owned(), command, scratch)?;
+    let redis = ServerProcess::start("redis".to_owned(), command, scratch)?;
     redis.wait_for(address, "PING\r\n", "+PONG").await?;
     Ok(redis)
 }
 
 fn start_gateway(
-    programs: &Programs,
+    programs: &ClusterPrograms,
     number: usize,
     listen: SocketAddr,
     bus: &Proxy,
     scratch: &Path,
-) -> Result<Process, ClusterError> {
+) -> Result<ServerProcess, ClusterError> {
     let mut command = Command::new(&programs.gateway);
     let (listen, redis) = (format!("server.listen={listen}"), bus.redis_url());
     let redis = format!("cluster.redis_url={redis}");
@@ -368,33 +373,34 @@ fn start_gateway(
     for option in options {
         command.args(["--set", option]);
     }
-    Process::start(format!("gateway-{number}"), command, scratch)
+    ServerProcess::start(format!("gateway-{number}"), command, scratch)
 }
 
 async fn start_nginx(
-    programs: &Programs,
+    programs: &ClusterPrograms,
     address: SocketAddr,
     gateways: impl Iterator<Item = SocketAddr>,
     scratch: &Path,
-) -> Result<Process, ClusterError> {
+) -> Result<ServerProcess, ClusterError> {
     let mut render = Command::new(&programs.render);
     // A single process, without a worker, cannot be reloaded.
     render.args(["map", "--workers", "1", "--listen", &address.to_string()]);
     for gateway in gateways {
         render.args(["--node", &gateway.to_string()]);
     }
-    let what = programs.render.display().to_string();
+    let program = programs.render.display().to_string();
     let rendered = render.output().await;
-    let rendered = rendered.map_err(|source| ClusterError::Start { what: what.clone(), source })?;
+    let rendered =
+        rendered.map_err(|source| ClusterError::Start { program: program.clone(), source })?;
     if !rendered.status.success() {
-        let said = String::from_utf8_lossy(&rendered.stderr).into_owned();
-        return Err(ClusterError::Render { what, said });
+        let output = String::from_utf8_lossy(&rendered.stderr).into_owned();
+        return Err(ClusterError::Render { program, output });
     }
     let file = scratch.join("nginx.conf");
     std::fs::write(&file, rendered.stdout)?;
     let mut command = Command::new("nginx");
     command.arg("-p").arg(scratch).arg("-c").arg(&file).args(["-e", "error.log"]);
-    let nginx = Process::start("nginx".to_owned(), command, scratch)?;
+    let nginx = ServerProcess::start("nginx".to_owned(), command, scratch)?;
     nginx.wait_for(address, "GET /health HTTP/1.0\r\n\r\n", "HTTP/1.").await?;
     Ok(nginx)
 }

@@ -6,7 +6,7 @@ use loadtest::proxy::Mode;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use self::{
-    cluster::{Cluster, ClusterError, Programs},
+    cluster::{ClusterError, ClusterPrograms, LocalCluster},
     external::ExternalCluster,
     plan::{Fault, FaultKind},
 };
@@ -40,7 +40,7 @@ pub(crate) enum ChaosError {
 /// What members talk through, and faults are done to.
 enum ChaosTarget {
     /// It was started for this.
-    Local(Box<Cluster>),
+    Local(Box<LocalCluster>),
     /// It was there.
     External(ExternalCluster),
 }
@@ -62,10 +62,10 @@ pub(crate) async fn run(args: ChaosArgs) -> Result<Report, ChaosError> {
     let ChaosArgs { seed, external, load, .. } = args;
     if external.url.is_empty() {
         let faults = plan::plan(seed, load.duration, args.nodes, &FaultKind::ALL);
-        let programs = Programs { gateway: args.gateway, render: args.nginx_render };
+        let programs = ClusterPrograms { gateway: args.gateway, render: args.nginx_render };
         // Cancelled, it ends what it has started.
         let cluster = tokio::select! {
-            cluster = Cluster::start(programs, args.nodes) => Box::new(cluster?),
+            cluster = LocalCluster::start(programs, args.nodes) => Box::new(cluster?),
             () = crate::interrupted() => return Err(ChaosError::Interrupted),
         };
         let (urls, mut target) = (cluster.urls(), ChaosTarget::Local(cluster));
@@ -149,14 +149,14 @@ fn name(fault: Fault) -> String {
 }
 
 /// Does one fault, and mends it.
-async fn inject(cluster: &mut Cluster, fault: Fault) -> Result<(), ClusterError> {
+async fn inject(cluster: &mut LocalCluster, fault: Fault) -> Result<(), ClusterError> {
     let (node, duration) = (fault.node, Duration::from_millis(fault.duration_ms));
-    let bus = async |cluster: &Cluster, mode| {
+    let bus = async |cluster: &LocalCluster, mode| {
         cluster.nodes[node].bus.set(mode);
         sleep(duration).await;
         cluster.nodes[node].bus.set(Mode::Open);
     };
-    let clients = async |cluster: &Cluster, mode| {
+    let clients = async |cluster: &LocalCluster, mode| {
         cluster.nodes[node].clients.set(mode);
         sleep(duration).await;
         cluster.nodes[node].clients.set(Mode::Open);
