@@ -19,7 +19,7 @@ use mio::{Events, Interest, Poll, Token, net::TcpStream};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::time::{Duration, Instant};
 
-use super::script::{Opening, Script, Stream, Then};
+use super::profile::{AttackHandshake, AttackPayload, AttackProfile, OnFinished};
 use crate::websocket::{self, FrameReader, HandshakeResponse, WsFrame};
 
 /// The first source address of attackers; a script takes as many in turn as it names.
@@ -70,7 +70,7 @@ enum State {
 
 struct Connection {
     stream: TcpStream,
-    script: usize,
+    profile: usize,
     serial: u32,
     state: State,
     /// Bytes that wait for the socket, and how far they are sent.
@@ -90,7 +90,7 @@ pub(crate) struct Attacker {
     target: SocketAddr,
     poll: Poll,
     events: Option<Events>,
-    scripts: Vec<Script>,
+    profiles: Vec<AttackProfile>,
     /// Of each script: how many were opened since it began, and how many are open.
     begun: Vec<(u64, u32)>,
     connections: Vec<Option<Connection>>,
@@ -98,7 +98,7 @@ pub(crate) struct Attacker {
     /// Connections whose sockets may take more.
     ready: VecDeque<usize>,
     /// When a connection's next chunk is due.
-    paced: BinaryHeap<Reverse<(Instant, usize, u32)>>,
+    scheduled: BinaryHeap<Reverse<(Instant, usize, u32)>>,
     /// When a script may open a connection again.
     reopening: VecDeque<(Instant, usize)>,
     serial: u32,
@@ -115,12 +115,12 @@ impl Attacker {
             target,
             poll: Poll::new()?,
             events: Some(Events::with_capacity(1024)),
-            scripts: Vec::new(),
+            profiles: Vec::new(),
             begun: Vec::new(),
             connections: Vec::new(),
             free: Vec::new(),
             ready: VecDeque::new(),
-            paced: BinaryHeap::new(),
+            scheduled: BinaryHeap::new(),
             reopening: VecDeque::new(),
             serial: 0,
             open: 0,
@@ -131,12 +131,12 @@ impl Attacker {
     }
 
     /// Runs scripts until every connection is open and has sent its all.
-    pub(crate) fn prepare(&mut self, scripts: &[Script]) -> io::Result<()> {
-        if scripts.is_empty() {
+    pub(crate) fn prepare(&mut self, profiles: &[AttackProfile]) -> io::Result<()> {
+        if profiles.is_empty() {
             return Ok(());
         }
-        self.scripts = scripts.to_vec();
-        self.begun = vec![(0, 0); scripts.len()];
+        self.profiles = profiles.to_vec();
+        self.begun = vec![(0, 0); profiles.len()];
         let began = Instant::now();
         while !self.is_prepared() && began.elapsed() < PREPARE_MAX && !self.is_stopped() {
             self.step(began)?;
@@ -151,9 +151,9 @@ impl Attacker {
     }
 
     fn is_prepared(&self) -> bool {
-        let all = self.scripts.iter().zip(&self.begun);
+        let all = self.profiles.iter().zip(&self.begun);
         let all_opened =
-            all.into_iter().all(|(script, begun)| begun.0 >= u64::from(script.connections));
+            all.into_iter().all(|(profile, begun)| begun.0 >= u64::from(profile.connections));
         let finished = |connection: &Connection| {
             connection.state == State::Open
                 && connection.is_finished
@@ -165,18 +165,18 @@ impl Attacker {
     /// Runs scripts until a moment, beside what was prepared, and closes everything.
     pub(crate) fn attack(
         &mut self,
-        scripts: &[Script],
+        profiles: &[AttackProfile],
         drops_prepared: bool,
         until: Instant,
     ) -> io::Result<()> {
         if drops_prepared {
             self.close_all();
         }
-        let base = self.scripts.len();
-        self.scripts.extend_from_slice(scripts);
+        let base = self.profiles.len();
+        self.profiles.extend_from_slice(profiles);
         // The prepared ones open nothing more.
         self.begun.iter_mut().for_each(|begun| begun.0 = u64::MAX);
-        self.begun.resize(base + scripts.len(), (0, 0));
+        self.begun.resize(base + profiles.len(), (0, 0));
         let began = Instant::now();
         while Instant::now() < until && !self.is_stopped() {
             self.step(began)?;
@@ -190,7 +190,7 @@ impl Attacker {
         self.connections.clear();
         self.free.clear();
         self.ready.clear();
-        self.paced.clear();
+        self.scheduled.clear();
         self.reopening.clear();
         self.begun.iter_mut().for_each(|begun| begun.1 = 0);
         self.open = 0;
@@ -203,10 +203,10 @@ impl Attacker {
     fn step(&mut self, began: Instant) -> io::Result<()> {
         let now = Instant::now();
         self.open_due(began, now)?;
-        while let Some(&Reverse((due, index, serial))) = self.paced.peek()
+        while let Some(&Reverse((due, index, serial))) = self.scheduled.peek()
             && due <= now
         {
-            self.paced.pop();
+            self.scheduled.pop();
             if self.connections[index].as_ref().is_some_and(|one| one.serial == serial) {
                 self.queue(index);
             }
@@ -216,7 +216,7 @@ impl Attacker {
             self.write(index);
         }
         let wait = if self.ready.is_empty() {
-            let due = self.paced.peek().map(|Reverse((due, ..))| *due);
+            let due = self.scheduled.peek().map(|Reverse((due, ..))| *due);
             let wait = due.map_or(POLL_INTERVAL, |due| due.saturating_duration_since(now));
             wait.min(POLL_INTERVAL)
         } else {
@@ -242,11 +242,11 @@ impl Attacker {
 
     fn open_due(&mut self, began: Instant, now: Instant) -> io::Result<()> {
         let elapsed = now.saturating_duration_since(began).as_secs_f64();
-        for number in 0..self.scripts.len() {
-            let script = &self.scripts[number];
-            let due = (elapsed * f64::from(script.opens_per_second)) as u64 + 1;
-            let again = script.then == Then::Again;
-            let (connections, most) = (script.connections, u64::from(script.connections));
+        for number in 0..self.profiles.len() {
+            let profile = &self.profiles[number];
+            let due = (elapsed * f64::from(profile.opens_per_second)) as u64 + 1;
+            let again = profile.on_finished == OnFinished::Reopen;
+            let (connections, most) = (profile.connections, u64::from(profile.connections));
             while self.begun[number].0 < due
                 && (again || self.begun[number].0 < most)
                 && self.begun[number].1 < connections
@@ -265,11 +265,11 @@ impl Attacker {
     }
 
     fn dial(&mut self, number: usize) {
-        let script = &self.scripts[number];
+        let profile = &self.profiles[number];
         let serial = self.serial;
         self.serial += 1;
-        let source = Ipv4Addr::from_bits(SOURCES.to_bits() + serial % script.addresses.max(1));
-        let dialled = dial(self.target, source.into(), script.receive_buffer);
+        let source = Ipv4Addr::from_bits(SOURCES.to_bits() + serial % profile.addresses.max(1));
+        let dialled = dial(self.target, source.into(), profile.receive_buffer);
         let mut stream = match dialled {
             Ok(stream) => stream,
             Err(error) => return self.spent.end(format!("connect: {}", error.kind())),
@@ -289,7 +289,7 @@ impl Attacker {
         self.spent.open_peak = self.spent.open_peak.max(self.open);
         self.connections[index] = Some(Connection {
             stream,
-            script: number,
+            profile: number,
             serial,
             state: State::Connecting,
             out: Vec::new(),
@@ -314,20 +314,22 @@ impl Attacker {
             if connection.stream.peer_addr().is_err() {
                 return;
             }
-            let script = &self.scripts[connection.script];
-            let path = (script.path)(connection.serial);
+            let profile = &self.profiles[connection.profile];
+            let path = (profile.path)(connection.serial);
             let host = self.target.to_string();
-            connection.out = match script.opening {
-                Opening::Raw => Vec::new(),
-                Opening::WebSocket | Opening::Blind => websocket::handshake_request(&host, &path),
-                Opening::Deflate => websocket::handshake_request_with(
+            connection.out = match profile.handshake {
+                AttackHandshake::Raw => Vec::new(),
+                AttackHandshake::WebSocket | AttackHandshake::Unawaited => {
+                    websocket::handshake_request(&host, &path)
+                }
+                AttackHandshake::Deflate => websocket::handshake_request_with(
                     &host,
                     &path,
                     "Sec-WebSocket-Extensions: permessage-deflate\r\n",
                 ),
             };
             connection.state = State::Upgrading(Vec::new());
-            if matches!(script.opening, Opening::Raw | Opening::Blind) {
+            if matches!(profile.handshake, AttackHandshake::Raw | AttackHandshake::Unawaited) {
                 self.opened(index);
             }
         }
@@ -337,9 +339,9 @@ impl Attacker {
     /// The connection may send what its script has.
     fn opened(&mut self, index: usize) {
         let Some(connection) = self.connections[index].as_mut() else { return };
-        let script = &self.scripts[connection.script];
+        let profile = &self.profiles[connection.profile];
         connection.state = State::Open;
-        connection.out.extend_from_slice(&(script.first)(connection.serial));
+        connection.out.extend_from_slice(&(profile.first)(connection.serial));
         connection.due = Instant::now();
         connection.reader = FrameReader::default();
         self.queue(index);
@@ -360,7 +362,7 @@ impl Attacker {
             return;
         };
         connection.is_queued = false;
-        let script = &self.scripts[connection.script];
+        let profile = &self.profiles[connection.profile];
         let mut turn = 0;
         loop {
             if connection.sent < connection.out.len() {
@@ -383,31 +385,31 @@ impl Attacker {
             if connection.state != State::Open || connection.is_finished {
                 return;
             }
-            if let Some(pace) = script.pace {
+            if let Some(interval) = profile.interval {
                 let now = Instant::now();
                 if connection.due > now {
-                    self.paced.push(Reverse((connection.due, index, connection.serial)));
+                    self.scheduled.push(Reverse((connection.due, index, connection.serial)));
                     return;
                 }
                 // One that was held up does not make up for it in a burst.
-                connection.due = (connection.due + pace).max(now);
+                connection.due = (connection.due + interval).max(now);
             }
             let number = connection.chunks;
             connection.chunks += 1;
             connection.sent = 0;
-            match &script.stream {
-                Stream::Nothing => connection.is_finished = true,
+            match &profile.payload {
+                AttackPayload::Nothing => connection.is_finished = true,
                 // Made once, sent again and again.
-                Stream::Repeat(bytes) if number == 0 => connection.out.clone_from(bytes),
-                Stream::Repeat(_) => {}
-                Stream::Each(each) => match each(connection.serial, number) {
+                AttackPayload::Repeat(bytes) if number == 0 => connection.out.clone_from(bytes),
+                AttackPayload::Repeat(_) => {}
+                AttackPayload::Generate(each) => match each(connection.serial, number) {
                     Some(chunk) => connection.out = chunk,
                     None => connection.is_finished = true,
                 },
             }
             if connection.is_finished {
                 connection.out = Vec::new();
-                if script.then != Then::Hold {
+                if profile.on_finished != OnFinished::Hold {
                     self.close(index);
                 }
                 return;
@@ -420,10 +422,10 @@ impl Attacker {
             let Some(connection) = self.connections.get_mut(index).and_then(Option::as_mut) else {
                 return;
             };
-            let script = &self.scripts[connection.script];
+            let profile = &self.profiles[connection.profile];
             let waits = matches!(connection.state, State::Upgrading(_));
             // One that does not read learns of its end when it writes.
-            if !script.reads && !waits && !is_broken {
+            if !profile.reads && !waits && !is_broken {
                 return;
             }
             match connection.stream.read(&mut self.buffer) {
@@ -451,7 +453,7 @@ impl Attacker {
     fn take(&mut self, index: usize, count: usize) -> Option<String> {
         let bytes = &self.buffer[..count];
         let connection = self.connections[index].as_mut()?;
-        let opening = self.scripts[connection.script].opening;
+        let handshake = self.profiles[connection.profile].handshake;
         let mut rest = None;
         if let State::Upgrading(head) = &mut connection.state {
             head.extend_from_slice(bytes);
@@ -463,7 +465,7 @@ impl Attacker {
                 }
                 Err(error) => return Some(error.to_string()),
             }
-        } else if matches!(opening, Opening::Raw | Opening::Blind) {
+        } else if matches!(handshake, AttackHandshake::Raw | AttackHandshake::Unawaited) {
             for at in memchr::memmem::find_iter(bytes, b"HTTP/1.1 ") {
                 let status = bytes.get(at + 9..at + 12).unwrap_or_default();
                 self.spent.end(format!("HTTP {}", String::from_utf8_lossy(status)));
@@ -495,12 +497,12 @@ impl Attacker {
     /// The server, or the network, has ended a connection.
     fn ended(&mut self, index: usize, how: String) {
         self.spent.end(how);
-        let script = self.connections[index].as_ref().map(|connection| connection.script);
+        let profile = self.connections[index].as_ref().map(|connection| connection.profile);
         self.close(index);
         // A script that opens one after the other does so anyway.
-        if let Some(number) = script
-            && self.scripts[number].reopens
-            && self.scripts[number].then != Then::Again
+        if let Some(number) = profile
+            && self.profiles[number].reopens
+            && self.profiles[number].on_finished != OnFinished::Reopen
             && self.begun[number].0 != u64::MAX
         {
             self.reopening.push_back((Instant::now() + REOPEN_AFTER, number));
@@ -509,7 +511,7 @@ impl Attacker {
 
     fn close(&mut self, index: usize) {
         if let Some(connection) = self.connections[index].take() {
-            self.begun[connection.script].1 -= 1;
+            self.begun[connection.profile].1 -= 1;
             self.open -= 1;
             self.free.push(index);
         }

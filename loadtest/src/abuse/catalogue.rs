@@ -8,7 +8,7 @@
 use std::time::Duration;
 
 use super::{
-    script::{Opening, Script, Then, binary, frame, frame_header, text},
+    profile::{AttackHandshake, AttackProfile, OnFinished, binary, frame, frame_header, text},
     verdict::Allowance,
 };
 
@@ -21,9 +21,9 @@ pub(crate) struct Attack {
     /// What the attacker does.
     pub(crate) what: &'static str,
     /// Connections that are opened, and what they send, before honest clients are measured.
-    pub(crate) prepare: fn(Scale) -> Vec<Script>,
+    pub(crate) prepare: fn(Scale) -> Vec<AttackProfile>,
     /// What is done while they are measured.
-    pub(crate) attack: fn(Scale) -> Vec<Script>,
+    pub(crate) attack: fn(Scale) -> Vec<AttackProfile>,
     /// Whether the prepared connections are closed at once when the attack begins.
     pub(crate) drops_prepared: bool,
     /// What the attack may cost.
@@ -83,21 +83,21 @@ pub(crate) const CATALOGUE: &[Attack] = &[
         name: "echo-pings",
         group: "A1",
         what: "2 connections to /ws/echo repeat an empty masked ping",
-        attack: |_| vec![Script::websocket(2, echo).repeating(&frame(0x89, b""))],
+        attack: |_| vec![AttackProfile::websocket(2, echo).repeating(&frame(0x89, b""))],
         ..PLAIN
     },
     Attack {
         name: "bad-text",
         group: "A1",
         what: "8 connections repeat the text frame `x`",
-        attack: |_| vec![Script::websocket(8, user).repeating(&text("x"))],
+        attack: |_| vec![AttackProfile::websocket(8, user).repeating(&text("x"))],
         ..PLAIN
     },
     Attack {
         name: "bad-text-unread",
         group: "A1",
         what: "the same, and read no error",
-        attack: |_| vec![unread(Script::websocket(8, user).repeating(&text("x")))],
+        attack: |_| vec![unread(AttackProfile::websocket(8, user).repeating(&text("x")))],
         allowed: |_| Allowance { users: 8, streams: 8, ..NOTHING },
         ..PLAIN
     },
@@ -106,7 +106,8 @@ pub(crate) const CATALOGUE: &[Attack] = &[
         group: "A1",
         what: "8 connections begin a message and repeat empty continuation frames",
         attack: |_| {
-            let begun = Script { first: |_| frame(0x01, b"a"), ..Script::websocket(8, user) };
+            let begun =
+                AttackProfile { first: |_| frame(0x01, b"a"), ..AttackProfile::websocket(8, user) };
             vec![begun.repeating(&frame(0x00, b""))]
         },
         ..PLAIN
@@ -119,7 +120,7 @@ pub(crate) const CATALOGUE: &[Attack] = &[
             let mut message = frame(0x01, b"{");
             (0..500).for_each(|_| message.extend(frame(0x00, b" ")));
             message.extend(frame(0x80, b"}"));
-            vec![Script::websocket(8, user).repeating(&message)]
+            vec![AttackProfile::websocket(8, user).repeating(&message)]
         },
         ..PLAIN
     },
@@ -127,14 +128,16 @@ pub(crate) const CATALOGUE: &[Attack] = &[
         name: "pongs",
         group: "A1",
         what: "8 connections repeat an empty pong",
-        attack: |_| vec![Script::websocket(8, user).repeating(&frame(0x8A, b""))],
+        attack: |_| vec![AttackProfile::websocket(8, user).repeating(&frame(0x8A, b""))],
         ..PLAIN
     },
     Attack {
         name: "unread-pings",
         group: "A1",
         what: "8 connections repeat a ping of 125 bytes and read no pong",
-        attack: |_| vec![unread(Script::websocket(8, user).repeating(&frame(0x89, &[b'p'; 125])))],
+        attack: |_| {
+            vec![unread(AttackProfile::websocket(8, user).repeating(&frame(0x89, &[b'p'; 125])))]
+        },
         allowed: |_| Allowance { users: 8, streams: 8, ..NOTHING },
         ..PLAIN
     },
@@ -142,7 +145,7 @@ pub(crate) const CATALOGUE: &[Attack] = &[
         name: "json-pings",
         group: "A1",
         what: "8 connections repeat the frame `ping`",
-        attack: |_| vec![Script::websocket(8, user).repeating(&text(r#"{"type":"ping"}"#))],
+        attack: |_| vec![AttackProfile::websocket(8, user).repeating(&text(r#"{"type":"ping"}"#))],
         ..PLAIN
     },
     Attack {
@@ -151,9 +154,9 @@ pub(crate) const CATALOGUE: &[Attack] = &[
         what: "8 connections send messages of 100 bytes far above the rate",
         attack: |_| {
             let first = |_| text(r#"{"type":"join","room":"a1-messages"}"#);
-            let script = Script { first, ..Script::websocket(8, user) };
+            let profile = AttackProfile { first, ..AttackProfile::websocket(8, user) };
             let content = "x".repeat(60);
-            vec![script.repeating(&text(&format!(
+            vec![profile.repeating(&text(&format!(
                 r#"{{"type":"message","room":"a1-messages","content":"{content}"}}"#
             )))]
         },
@@ -167,7 +170,7 @@ pub(crate) const CATALOGUE: &[Attack] = &[
         attack: |_| {
             let numbers = "1,".repeat(124_000);
             let json = format!(r#"{{"list":[{numbers}1],"type":"nothing"}}"#);
-            vec![Script::websocket(8, user).repeating(&text(&json))]
+            vec![AttackProfile::websocket(8, user).repeating(&text(&json))]
         },
         ..PLAIN
     },
@@ -178,7 +181,7 @@ pub(crate) const CATALOGUE: &[Attack] = &[
         attack: |_| {
             let (open, close) = ("[".repeat(120_000), "]".repeat(120_000));
             let json = format!(r#"{{"type":"message","room":"r","content":{open}{close}}}"#);
-            vec![Script::websocket(8, user).repeating(&text(&json))]
+            vec![AttackProfile::websocket(8, user).repeating(&text(&json))]
         },
         ..PLAIN
     },
@@ -189,8 +192,11 @@ pub(crate) const CATALOGUE: &[Attack] = &[
         attack: |_| {
             let mut blocks = [0x00, 0x00, 0x00, 0xFF, 0xFF].repeat(10_000);
             blocks.push(0x00);
-            let script = Script { opening: Opening::Deflate, ..Script::websocket(8, user) };
-            vec![script.repeating(&frame(0xC1, &blocks))]
+            let profile = AttackProfile {
+                handshake: AttackHandshake::Deflate,
+                ..AttackProfile::websocket(8, user)
+            };
+            vec![profile.repeating(&frame(0xC1, &blocks))]
         },
         ..PLAIN
     },
@@ -198,14 +204,16 @@ pub(crate) const CATALOGUE: &[Attack] = &[
         name: "bad-binary",
         group: "A1",
         what: "8 connections repeat binary frames whose header is no JSON",
-        attack: |_| vec![Script::websocket(8, user).repeating(&binary("{nothing", b"payload"))],
+        attack: |_| {
+            vec![AttackProfile::websocket(8, user).repeating(&binary("{nothing", b"payload"))]
+        },
         ..PLAIN
     },
     Attack {
         name: "echo-text",
         group: "A1",
         what: "8 connections to /ws/echo repeat a text of 100 bytes",
-        attack: |_| vec![Script::websocket(8, echo).repeating(&text(&"y".repeat(100)))],
+        attack: |_| vec![AttackProfile::websocket(8, echo).repeating(&text(&"y".repeat(100)))],
         ..PLAIN
     },
     // A2: work for connections that have gone.
@@ -215,8 +223,12 @@ pub(crate) const CATALOGUE: &[Attack] = &[
         what: "5 connections send 1,400 `history` of a full inbox and close",
         prepare: |_| vec![full_inbox()],
         attack: |_| {
-            let asks = Script::websocket(5, |_| "/ws?user=a2-reader".to_owned());
-            vec![Script { then: Then::Close, reopens: false, ..asks.sending(histories) }]
+            let asks = AttackProfile::websocket(5, |_| "/ws?user=a2-reader".to_owned());
+            vec![AttackProfile {
+                on_finished: OnFinished::Close,
+                reopens: false,
+                ..asks.sending(histories)
+            }]
         },
         allowed: |_| Allowance { users: 2, records: 2, record_bytes: 1 << 20, ..NOTHING },
         ..PLAIN
@@ -227,9 +239,9 @@ pub(crate) const CATALOGUE: &[Attack] = &[
         what: "the same again and again, 2 times a second",
         prepare: |_| vec![full_inbox()],
         attack: |_| {
-            let asks = Script::websocket(5, |_| "/ws?user=a2-reader".to_owned());
+            let asks = AttackProfile::websocket(5, |_| "/ws?user=a2-reader".to_owned());
             let asks = asks.sending(histories);
-            vec![Script { then: Then::Again, opens_per_second: 2, ..asks }]
+            vec![AttackProfile { on_finished: OnFinished::Reopen, opens_per_second: 2, ..asks }]
         },
         allowed: |_| Allowance { users: 2, records: 2, record_bytes: 1 << 20, ..NOTHING },
         ..PLAIN
@@ -247,8 +259,8 @@ pub(crate) const CATALOGUE: &[Attack] = &[
         group: "A2",
         what: "1,000 handshakes a second from one address",
         attack: |_| {
-            let script = Script::websocket(50, |_| "/ws?user=a2-again".to_owned());
-            vec![Script { then: Then::Again, ..script }]
+            let profile = AttackProfile::websocket(50, |_| "/ws?user=a2-again".to_owned());
+            vec![AttackProfile { on_finished: OnFinished::Reopen, ..profile }]
         },
         allowed: |_| Allowance { users: 1, ..NOTHING },
         ..PLAIN
@@ -258,7 +270,7 @@ pub(crate) const CATALOGUE: &[Attack] = &[
         name: "watch-churn",
         group: "A3",
         what: "5 connections watch and unwatch 100 new names, 190 frames a second each",
-        attack: |_| vec![Script::websocket(5, user).sending(watches).per_second(190)],
+        attack: |_| vec![AttackProfile::websocket(5, user).sending(watches).per_second(190)],
         ..PLAIN
     },
     Attack {
@@ -267,7 +279,7 @@ pub(crate) const CATALOGUE: &[Attack] = &[
         what: "5 connections join and leave new rooms, 95 a second each",
         attack: |_| {
             vec![
-                Script::websocket(5, user)
+                AttackProfile::websocket(5, user)
                     .sending(|serial, number| {
                         let room = format!("a3-{serial}-{number}");
                         Some([frame_of("join", &room), frame_of("leave", &room)].concat())
@@ -284,7 +296,9 @@ pub(crate) const CATALOGUE: &[Attack] = &[
         group: "A4",
         what: "100 event streams of 20 rooms with full history, nothing read",
         prepare: |_| vec![full_rooms()],
-        attack: |_| vec![unread(Script { addresses: 2, ..Script::raw(100, stream_of_rooms) })],
+        attack: |_| {
+            vec![unread(AttackProfile { addresses: 2, ..AttackProfile::raw(100, stream_of_rooms) })]
+        },
         allowed: |_| full_rooms_and(100),
         ..PLAIN
     },
@@ -293,7 +307,9 @@ pub(crate) const CATALOGUE: &[Attack] = &[
         group: "A4",
         what: "300 such event streams",
         prepare: |_| vec![full_rooms()],
-        attack: |_| vec![unread(Script { addresses: 4, ..Script::raw(300, stream_of_rooms) })],
+        attack: |_| {
+            vec![unread(AttackProfile { addresses: 4, ..AttackProfile::raw(300, stream_of_rooms) })]
+        },
         allowed: |_| full_rooms_and(300),
         ..PLAIN
     },
@@ -304,8 +320,9 @@ pub(crate) const CATALOGUE: &[Attack] = &[
         prepare: |_| vec![full_rooms()],
         attack: |_| {
             let first = |_| (0..20).flat_map(|room| frame_of("join", &full_room(room))).collect();
-            let script = Script { first, addresses: 2, ..Script::websocket(100, user) };
-            vec![unread(script)]
+            let profile =
+                AttackProfile { first, addresses: 2, ..AttackProfile::websocket(100, user) };
+            vec![unread(profile)]
         },
         allowed: |_| full_rooms_and(100),
         ..PLAIN
@@ -316,8 +333,9 @@ pub(crate) const CATALOGUE: &[Attack] = &[
         what: "100 WebSockets in a room of 45 messages of 16 KiB a second, nothing read",
         attack: |_| {
             let first = |_| frame_of("join", "a4-loud");
-            let members = Script { first, addresses: 2, ..Script::websocket(100, user) };
-            let talker = Script { first, ..Script::websocket(1, user) };
+            let members =
+                AttackProfile { first, addresses: 2, ..AttackProfile::websocket(100, user) };
+            let talker = AttackProfile { first, ..AttackProfile::websocket(1, user) };
             let talker = talker.sending(|_, _| Some(message("a4-loud", 16 * 1024)));
             vec![unread(members), talker.per_second(45)]
         },
@@ -338,15 +356,18 @@ pub(crate) const CATALOGUE: &[Attack] = &[
         prepare: |_| {
             let first =
                 |_| text(r#"{"type":"create_room","room":"a5-locked","password":"correct-horse"}"#);
-            vec![Script { first, ..Script::websocket(1, |_| "/ws?user=a5-owner".to_owned()) }]
+            vec![AttackProfile {
+                first,
+                ..AttackProfile::websocket(1, |_| "/ws?user=a5-owner".to_owned())
+            }]
         },
         attack: |_| {
-            let guesses = Script::websocket(700, user).sending(|serial, number| {
+            let guesses = AttackProfile::websocket(700, user).sending(|serial, number| {
                 Some(text(&format!(
                     r#"{{"type":"join","room":"a5-locked","password":"{serial}-{number}"}}"#
                 )))
             });
-            vec![Script { addresses: 4, ..guesses }.per_second(3)]
+            vec![AttackProfile { addresses: 4, ..guesses }.per_second(3)]
         },
         allowed: |_| Allowance { users: 702, records: 4, record_bytes: 16 << 10, ..NOTHING },
         ..PLAIN
@@ -382,8 +403,13 @@ pub(crate) const CATALOGUE: &[Attack] = &[
         attack: |_| {
             let first =
                 |_| b"GET /health HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n".to_vec();
-            let script = Script::raw(400, first);
-            vec![Script { addresses: 50, opens_per_second: 2_000, then: Then::Again, ..script }]
+            let profile = AttackProfile::raw(400, first);
+            vec![AttackProfile {
+                addresses: 50,
+                opens_per_second: 2_000,
+                on_finished: OnFinished::Reopen,
+                ..profile
+            }]
         },
         ..PLAIN
     },
@@ -403,7 +429,9 @@ pub(crate) const CATALOGUE: &[Attack] = &[
         what: "5,000 members of rooms leave and return at once",
         prepare: |scale| vec![members(scale.of(5_000))],
         drops_prepared: true,
-        attack: |scale| vec![Script { opens_per_second: 1_000_000, ..members(scale.of(5_000)) }],
+        attack: |scale| {
+            vec![AttackProfile { opens_per_second: 1_000_000, ..members(scale.of(5_000)) }]
+        },
         allowed: |scale| Allowance {
             users: u64::from(scale.of(5_000)) * 2,
             newcomers: QUEUE,
@@ -417,7 +445,7 @@ pub(crate) const CATALOGUE: &[Attack] = &[
         what: "one connection sends directs of 250 KB to ever new users, 48 a second",
         attack: |_| {
             vec![
-                Script::websocket(1, |_| "/ws?user=b1-large".to_owned())
+                AttackProfile::websocket(1, |_| "/ws?user=b1-large".to_owned())
                     .sending(|serial, number| {
                         Some(direct(&format!("b1-l-{serial}-{number}"), 250_000))
                     })
@@ -433,7 +461,7 @@ pub(crate) const CATALOGUE: &[Attack] = &[
         what: "4 connections send directs of 1 byte to ever new users, 50 a second each",
         attack: |_| {
             vec![
-                Script::websocket(4, user)
+                AttackProfile::websocket(4, user)
                     .sending(|serial, number| Some(direct(&format!("b1-s-{serial}-{number}"), 1)))
                     .per_second(50),
             ]
@@ -447,7 +475,7 @@ pub(crate) const CATALOGUE: &[Attack] = &[
         what: "2 connections join a new room, say 4 KB there and leave, 45 times a second each",
         attack: |_| {
             vec![
-                Script::websocket(2, user)
+                AttackProfile::websocket(2, user)
                     .sending(|serial, number| {
                         let room = format!("b1-log-{serial}-{number}");
                         let (join, leave) = (frame_of("join", &room), frame_of("leave", &room));
@@ -467,7 +495,7 @@ pub(crate) const CATALOGUE: &[Attack] = &[
             let first =
                 |_| (0..40).flat_map(|n| frame_of("join", &format!("b1-big-{n}"))).collect();
             vec![
-                Script { first, ..Script::websocket(1, user) }
+                AttackProfile { first, ..AttackProfile::websocket(1, user) }
                     .sending(|_, number| Some(message(&format!("b1-big-{}", number % 40), 250_000)))
                     .per_second(48),
             ]
@@ -486,7 +514,7 @@ pub(crate) const CATALOGUE: &[Attack] = &[
         group: "B1",
         what: "2 connections create rooms with 8 KB of meta, 100 a second each",
         attack: |_| {
-            vec![Script::websocket(2, user)
+            vec![AttackProfile::websocket(2, user)
                 .sending(|serial, number| {
                     let pad = "m".repeat(8_000);
                     Some(text(&format!(
@@ -504,8 +532,13 @@ pub(crate) const CATALOGUE: &[Attack] = &[
         what: "100 connections a second from 20 addresses, each as a new user",
         attack: |_| {
             let ping = |_, number| (number == 0).then(|| text(r#"{"type":"ping"}"#));
-            let script = Script::websocket(20, user).sending(ping).per_second(10);
-            vec![Script { addresses: 20, opens_per_second: 100, then: Then::Again, ..script }]
+            let profile = AttackProfile::websocket(20, user).sending(ping).per_second(10);
+            vec![AttackProfile {
+                addresses: 20,
+                opens_per_second: 100,
+                on_finished: OnFinished::Reopen,
+                ..profile
+            }]
         },
         allowed: |_| Allowance { users: 800, ..NOTHING },
         ..PLAIN
@@ -515,9 +548,14 @@ pub(crate) const CATALOGUE: &[Attack] = &[
         group: "B1",
         what: "one user makes sessions of 16 KB, 20 a second from 4 addresses",
         attack: |_| {
-            let script = Script::websocket(10, |_| "/ws?user=b1-sessions".to_owned());
-            let script = script.sending(session_data).per_second(10);
-            vec![Script { addresses: 4, opens_per_second: 20, then: Then::Again, ..script }]
+            let profile = AttackProfile::websocket(10, |_| "/ws?user=b1-sessions".to_owned());
+            let profile = profile.sending(session_data).per_second(10);
+            vec![AttackProfile {
+                addresses: 4,
+                opens_per_second: 20,
+                on_finished: OnFinished::Reopen,
+                ..profile
+            }]
         },
         allowed: |_| Allowance { users: 1, records: 100, record_bytes: 20 << 10, ..NOTHING },
         ..PLAIN
@@ -527,8 +565,13 @@ pub(crate) const CATALOGUE: &[Attack] = &[
         group: "B1",
         what: "ever new users keep 16 KB of session data, 100 a second from 20 addresses",
         attack: |_| {
-            let script = Script::websocket(20, user).sending(session_data).per_second(10);
-            vec![Script { addresses: 20, opens_per_second: 100, then: Then::Again, ..script }]
+            let profile = AttackProfile::websocket(20, user).sending(session_data).per_second(10);
+            vec![AttackProfile {
+                addresses: 20,
+                opens_per_second: 100,
+                on_finished: OnFinished::Reopen,
+                ..profile
+            }]
         },
         allowed: |_| Allowance { users: 800, records: 800, record_bytes: 20 << 10, ..NOTHING },
         ..PLAIN
@@ -539,7 +582,7 @@ pub(crate) const CATALOGUE: &[Attack] = &[
         what: "5 connections join 400 rooms and move their marks, 190 frames a second each",
         attack: |_| {
             vec![
-                Script::websocket(5, user)
+                AttackProfile::websocket(5, user)
                     .sending(|serial, number| {
                         let room = format!("b1-mark-{serial}-{}", number % 400);
                         Some(match number {
@@ -560,7 +603,7 @@ pub(crate) const CATALOGUE: &[Attack] = &[
         name: "silent",
         group: "E",
         what: "500 TCP connections of 5 addresses that send nothing",
-        attack: |_| vec![Script { addresses: 5, ..Script::raw(500, |_| Vec::new()) }],
+        attack: |_| vec![AttackProfile { addresses: 5, ..AttackProfile::raw(500, |_| Vec::new()) }],
         ..PLAIN
     },
     Attack {
@@ -569,9 +612,9 @@ pub(crate) const CATALOGUE: &[Attack] = &[
         what: "500 handshakes of 5 addresses that send a header line a second",
         attack: |_| {
             let first = |_| b"GET /ws HTTP/1.1\r\nHost: h\r\n".to_vec();
-            let script = Script { addresses: 5, ..Script::raw(500, first) };
+            let profile = AttackProfile { addresses: 5, ..AttackProfile::raw(500, first) };
             vec![
-                script
+                profile
                     .sending(|_, number| Some(format!("X-{number}: y\r\n").into_bytes()))
                     .per_second(1),
             ]
@@ -588,7 +631,7 @@ pub(crate) const CATALOGUE: &[Attack] = &[
                   Content-Type: application/json\r\nContent-Length: 200000\r\n\r\n"
                     .to_vec()
             };
-            vec![Script::raw(100, first).sending(|_, _| Some(b" ".to_vec())).per_second(1)]
+            vec![AttackProfile::raw(100, first).sending(|_, _| Some(b" ".to_vec())).per_second(1)]
         },
         ..PLAIN
     },
@@ -598,7 +641,7 @@ pub(crate) const CATALOGUE: &[Attack] = &[
         what: "500 WebSockets announce a frame of 250 KB and send one byte of it",
         attack: |_| {
             let first = |_| [frame_header(0x81, 250_000), b"{".to_vec()].concat();
-            vec![Script { first, addresses: 5, ..Script::websocket(500, user) }]
+            vec![AttackProfile { first, addresses: 5, ..AttackProfile::websocket(500, user) }]
         },
         allowed: |_| Allowance { users: 500, ..NOTHING },
         ..PLAIN
@@ -609,7 +652,7 @@ pub(crate) const CATALOGUE: &[Attack] = &[
         what: "200 WebSockets send 200 KB of a frame of 250 KB and hold it",
         attack: |_| {
             let first = |_| [frame_header(0x81, 250_000), vec![b' '; 200_000]].concat();
-            vec![Script { first, addresses: 2, ..Script::websocket(200, user) }]
+            vec![AttackProfile { first, addresses: 2, ..AttackProfile::websocket(200, user) }]
         },
         allowed: |_| Allowance { users: 200, ..NOTHING },
         ..PLAIN
@@ -623,7 +666,7 @@ pub(crate) const CATALOGUE: &[Attack] = &[
                 let fragment = frame(0x00, &[b' '; 10_000]);
                 [frame(0x01, b"{"), fragment.repeat(20)].concat()
             };
-            vec![Script { first, addresses: 2, ..Script::websocket(200, user) }]
+            vec![AttackProfile { first, addresses: 2, ..AttackProfile::websocket(200, user) }]
         },
         allowed: |_| Allowance { users: 200, ..NOTHING },
         ..PLAIN
@@ -634,7 +677,7 @@ pub(crate) const CATALOGUE: &[Attack] = &[
         what: "10 connections send messages of 4 MB, and have to see 1009",
         attack: |_| {
             let first = |_| frame(0x81, &vec![b'x'; 4 << 20]);
-            vec![Script { first, ..Script::websocket(10, user) }]
+            vec![AttackProfile { first, ..AttackProfile::websocket(10, user) }]
         },
         allowed: |_| Allowance { users: 500, close: Some("1009"), ..NOTHING },
         ..PLAIN
@@ -645,7 +688,12 @@ pub(crate) const CATALOGUE: &[Attack] = &[
         what: "500 WebSockets send a close frame and keep the TCP connection",
         attack: |_| {
             let first = |_| frame(0x88, &1000_u16.to_be_bytes());
-            vec![Script { first, addresses: 5, reads: false, ..Script::websocket(500, user) }]
+            vec![AttackProfile {
+                first,
+                addresses: 5,
+                reads: false,
+                ..AttackProfile::websocket(500, user)
+            }]
         },
         allowed: |_| Allowance { users: 500, ..NOTHING },
         ..PLAIN
@@ -690,8 +738,8 @@ fn echo(_: u32) -> String {
 }
 
 /// The attacker reads nothing, and its socket takes little.
-fn unread(script: Script) -> Script {
-    Script { reads: false, receive_buffer: Some(4096), ..script }
+fn unread(profile: AttackProfile) -> AttackProfile {
+    AttackProfile { reads: false, receive_buffer: Some(4096), ..profile }
 }
 
 fn frame_of(kind: &str, room: &str) -> Vec<u8> {
@@ -709,9 +757,9 @@ fn direct(to: &str, bytes: usize) -> Vec<u8> {
 }
 
 /// A user fills its own inbox with 70 directs of 3 KB.
-fn full_inbox() -> Script {
-    let script = Script::websocket(1, |_| "/ws?user=a2-reader".to_owned());
-    script.sending(|_, number| (number < 70).then(|| direct("a2-peer", 3_000)))
+fn full_inbox() -> AttackProfile {
+    let profile = AttackProfile::websocket(1, |_| "/ws?user=a2-reader".to_owned());
+    profile.sending(|_, number| (number < 70).then(|| direct("a2-peer", 3_000)))
 }
 
 /// 1,400 questions for the history with a user, 41 bytes each.
@@ -727,26 +775,28 @@ fn watches(serial: u32, number: u64) -> Option<Vec<u8>> {
 }
 
 /// Handshakes whose sender has gone before they are answered.
-fn gone(per_second: u32, addresses: u32) -> Script {
-    Script {
-        opening: Opening::Blind,
+fn gone(per_second: u32, addresses: u32) -> AttackProfile {
+    AttackProfile {
+        handshake: AttackHandshake::Unawaited,
         addresses,
         opens_per_second: per_second,
-        then: Then::Again,
+        on_finished: OnFinished::Reopen,
         reads: false,
-        ..Script::websocket(1_000, |_| "/ws?user=a2-gone".to_owned())
+        ..AttackProfile::websocket(1_000, |_| "/ws?user=a2-gone".to_owned())
     }
 }
 
 /// 20 rooms, each with 60 messages of 6 KB.
-fn full_rooms() -> Script {
+fn full_rooms() -> AttackProfile {
     let first = |serial: u32| {
         let rooms = [serial % 10 * 2, serial % 10 * 2 + 1].map(full_room);
         rooms.iter().flat_map(|room| frame_of("join", room)).collect()
     };
-    let script =
-        Script { first, ..Script::websocket(10, |serial| format!("/ws?user=a4-{}", serial % 10)) };
-    script.sending(|serial, number| {
+    let profile = AttackProfile {
+        first,
+        ..AttackProfile::websocket(10, |serial| format!("/ws?user=a4-{}", serial % 10))
+    };
+    profile.sending(|serial, number| {
         let room = full_room(serial % 10 * 2 + (number % 2) as u32);
         (number < 90).then(|| message(&room, 8_000))
     })
@@ -767,17 +817,17 @@ fn stream_of_rooms(serial: u32) -> Vec<u8> {
 }
 
 /// 8 connections that repeat an HTTP request without waiting for answers.
-fn request(bytes: &str) -> Script {
-    Script::raw(8, |_| Vec::new()).repeating(bytes.as_bytes())
+fn request(bytes: &str) -> AttackProfile {
+    AttackProfile::raw(8, |_| Vec::new()).repeating(bytes.as_bytes())
 }
 
 /// Members of rooms of ten, from enough addresses for the limits of each.
-fn members(connections: u32) -> Script {
-    Script {
+fn members(connections: u32) -> AttackProfile {
+    AttackProfile {
         first: |serial| frame_of("join", &format!("a6-{}", serial / 10)),
         addresses: 250,
         opens_per_second: 1_000,
-        ..Script::websocket(connections, user)
+        ..AttackProfile::websocket(connections, user)
     }
 }
 
@@ -796,7 +846,7 @@ mod tests {
     use shared::ids::UserId;
 
     use super::*;
-    use crate::abuse::script::Stream;
+    use crate::abuse::profile::AttackPayload;
 
     const SCALE: Scale = Scale { connections_max: 1_000 };
 
@@ -824,14 +874,14 @@ mod tests {
     #[test]
     fn every_attack_stays_within_what_the_machine_allows() {
         for attack in CATALOGUE {
-            let scripts = [(attack.prepare)(SCALE), (attack.attack)(SCALE)].concat();
-            let most: u32 = scripts.iter().map(|script| script.connections).sum();
+            let profiles = [(attack.prepare)(SCALE), (attack.attack)(SCALE)].concat();
+            let most: u32 = profiles.iter().map(|profile| profile.connections).sum();
             assert!(most <= 2_000, "{}: {most}", attack.name);
-            for script in &scripts {
-                if let Stream::Each(each) = script.stream {
+            for profile in &profiles {
+                if let AttackPayload::Generate(each) = profile.payload {
                     assert!(each(0, 0).is_some_and(|chunk| chunk.len() < 512 * 1024));
                 }
-                assert!(script.opens_per_second > 0 && script.addresses > 0, "{}", attack.name);
+                assert!(profile.opens_per_second > 0 && profile.addresses > 0, "{}", attack.name);
             }
             assert!(
                 attack.drops_prepared

@@ -35,7 +35,7 @@ use crate::{
 mod attacker;
 mod catalogue;
 mod honest;
-mod script;
+mod profile;
 mod slow_link;
 mod testbed;
 pub(crate) mod verdict;
@@ -272,10 +272,10 @@ impl Testbed {
         let spent_before = self.usage().await;
         let began = Instant::now();
         let duration = Duration::from_secs(args.seconds.into());
-        let (until, scripts) = (began + BEFORE + duration, (attack.attack)(scale));
+        let (until, profiles) = (began + BEFORE + duration, (attack.attack)(scale));
         let drops = attack.drops_prepared;
         let attacking = tokio::task::spawn_blocking(move || {
-            attacker.attack(&scripts, drops, until)?;
+            attacker.attack(&profiles, drops, until)?;
             io::Result::Ok((attacker.spent, Instant::now()))
         });
         let honest = async {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 /// One kind of connection of an attack.
 #[derive(Clone, Debug)]
-pub(crate) struct Script {
+pub(crate) struct AttackProfile {
     /// How many connections are open at once.
     pub(crate) connections: u32,
     /// How many source addresses they share.
@@ -15,17 +15,17 @@ pub(crate) struct Script {
     /// How many connections are opened per second.
     pub(crate) opens_per_second: u32,
     /// What precedes the first frame.
-    pub(crate) opening: Opening,
+    pub(crate) handshake: AttackHandshake,
     /// The path of the handshake, by the serial number of the connection.
     pub(crate) path: fn(u32) -> String,
     /// Bytes that each connection sends first.
     pub(crate) first: fn(u32) -> Vec<u8>,
     /// Bytes that follow.
-    pub(crate) stream: Stream,
+    pub(crate) payload: AttackPayload,
     /// The time between two chunks of a connection; `None`: as fast as the socket takes them.
-    pub(crate) pace: Option<Duration>,
+    pub(crate) interval: Option<Duration>,
     /// What happens after the last chunk.
-    pub(crate) then: Then,
+    pub(crate) on_finished: OnFinished,
     /// Whether the attacker reads the answers.
     pub(crate) reads: bool,
     /// `SO_RCVBUF` of the attacker's socket.
@@ -36,52 +36,52 @@ pub(crate) struct Script {
 
 /// What precedes the first frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Opening {
+pub(crate) enum AttackHandshake {
     /// The handshake of a WebSocket.
     WebSocket,
     /// The same, offering permessage-deflate.
     Deflate,
     /// The handshake is sent, and its answer is not waited for.
-    Blind,
+    Unawaited,
     /// Nothing: plain TCP.
     Raw,
 }
 
 /// The chunks that a connection sends after the first.
 #[derive(Clone, Debug)]
-pub(crate) enum Stream {
+pub(crate) enum AttackPayload {
     /// None.
     Nothing,
     /// The same bytes again and again.
     Repeat(Vec<u8>),
     /// Chunks by the connection's serial number and their index, until `None`.
-    Each(fn(u32, u64) -> Option<Vec<u8>>),
+    Generate(fn(u32, u64) -> Option<Vec<u8>>),
 }
 
 /// What happens after the last chunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Then {
+pub(crate) enum OnFinished {
     /// The connection stays open.
     Hold,
     /// It is closed without a close frame.
     Close,
     /// It is closed, and another one is opened.
-    Again,
+    Reopen,
 }
 
-impl Script {
+impl AttackProfile {
     /// Connections to `/ws` that send nothing and read what they get.
     pub(crate) fn websocket(connections: u32, path: fn(u32) -> String) -> Self {
         Self {
             connections,
             addresses: 1,
             opens_per_second: 1_000,
-            opening: Opening::WebSocket,
+            handshake: AttackHandshake::WebSocket,
             path,
             first: |_| Vec::new(),
-            stream: Stream::Nothing,
-            pace: None,
-            then: Then::Hold,
+            payload: AttackPayload::Nothing,
+            interval: None,
+            on_finished: OnFinished::Hold,
             reads: true,
             receive_buffer: None,
             reopens: true,
@@ -90,24 +90,28 @@ impl Script {
 
     /// Plain TCP connections that send `first`.
     pub(crate) fn raw(connections: u32, first: fn(u32) -> Vec<u8>) -> Self {
-        Self { opening: Opening::Raw, first, ..Self::websocket(connections, |_| String::new()) }
+        Self {
+            handshake: AttackHandshake::Raw,
+            first,
+            ..Self::websocket(connections, |_| String::new())
+        }
     }
 
     /// Repeats bytes, as fast as the socket takes them.
     pub(crate) fn repeating(self, bytes: &[u8]) -> Self {
         // Chunks of some KiB, so that the attacker's own system calls do not limit the rate.
         let times = (16 * 1024 / bytes.len().max(1)).max(1);
-        Self { stream: Stream::Repeat(bytes.repeat(times)), ..self }
+        Self { payload: AttackPayload::Repeat(bytes.repeat(times)), ..self }
     }
 
     /// Sends numbered chunks.
     pub(crate) fn sending(self, each: fn(u32, u64) -> Option<Vec<u8>>) -> Self {
-        Self { stream: Stream::Each(each), ..self }
+        Self { payload: AttackPayload::Generate(each), ..self }
     }
 
     /// Sends so many chunks a second on each connection.
     pub(crate) fn per_second(self, rate: u32) -> Self {
-        Self { pace: Some(Duration::from_secs(1) / rate), ..self }
+        Self { interval: Some(Duration::from_secs(1) / rate), ..self }
     }
 }
 
@@ -168,12 +172,13 @@ mod tests {
 
     #[test]
     fn a_repeated_frame_fills_a_chunk_of_whole_frames() {
-        let chunk =
-            |bytes: &[u8]| match Script::websocket(1, |_| "/ws".to_owned()).repeating(bytes).stream
-            {
-                Stream::Repeat(chunk) => chunk.len(),
-                Stream::Nothing | Stream::Each(_) => 0,
-            };
+        let chunk = |bytes: &[u8]| match AttackProfile::websocket(1, |_| "/ws".to_owned())
+            .repeating(bytes)
+            .payload
+        {
+            AttackPayload::Repeat(chunk) => chunk.len(),
+            AttackPayload::Nothing | AttackPayload::Generate(_) => 0,
+        };
         assert!(chunk(&[7; 6]).is_multiple_of(6) && chunk(&[7; 6]) > 8 * 1024);
         assert_eq!(chunk(&[7; 250_000]), 250_000);
     }
