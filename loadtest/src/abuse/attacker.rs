@@ -37,11 +37,11 @@ const PREPARE_MAX: Duration = Duration::from_secs(30);
 /// How long the server has to handle what the preparation sent.
 const SETTLE: Duration = Duration::from_millis(700);
 /// How many different ends are counted one by one.
-const ENDS_MAX: usize = 20;
+const CLOSE_REASONS_MAX: usize = 20;
 
 /// What an attack sent, and what became of its connections.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Spent {
+pub(crate) struct AttackerStats {
     /// Bytes that sockets took.
     pub(crate) sent_bytes: u64,
     /// Bytes that were read.
@@ -51,28 +51,30 @@ pub(crate) struct Spent {
     /// The most that were open at once.
     pub(crate) open_peak: u64,
     /// How the server ended connections: close codes, HTTP statuses, and how often.
-    pub(crate) ends: BTreeMap<String, u64>,
+    pub(crate) close_reasons: BTreeMap<String, u64>,
 }
 
-impl Spent {
-    fn end(&mut self, how: String) {
-        let known = self.ends.contains_key(&how) || self.ends.len() < ENDS_MAX;
-        *self.ends.entry(if known { how } else { "others".to_owned() }).or_default() += 1;
+impl AttackerStats {
+    fn count_close(&mut self, reason: String) {
+        let known = self.close_reasons.contains_key(&reason)
+            || self.close_reasons.len() < CLOSE_REASONS_MAX;
+        *self.close_reasons.entry(if known { reason } else { "others".to_owned() }).or_default() +=
+            1;
     }
 }
 
 #[derive(Debug, PartialEq, Eq)]
-enum State {
+enum AttackState {
     Connecting,
     Upgrading(Vec<u8>),
     Open,
 }
 
-struct Connection {
+struct AttackConnection {
     stream: TcpStream,
     profile: usize,
     serial: u32,
-    state: State,
+    state: AttackState,
     /// Bytes that wait for the socket, and how far they are sent.
     out: Vec<u8>,
     sent: usize,
@@ -93,7 +95,7 @@ pub(crate) struct Attacker {
     profiles: Vec<AttackProfile>,
     /// Of each script: how many were opened since it began, and how many are open.
     begun: Vec<(u64, u32)>,
-    connections: Vec<Option<Connection>>,
+    connections: Vec<Option<AttackConnection>>,
     free: Vec<usize>,
     /// Connections whose sockets may take more.
     ready: VecDeque<usize>,
@@ -104,7 +106,7 @@ pub(crate) struct Attacker {
     serial: u32,
     open: u64,
     buffer: Box<[u8]>,
-    pub(crate) spent: Spent,
+    pub(crate) stats: AttackerStats,
     stop: Arc<AtomicBool>,
 }
 
@@ -125,7 +127,7 @@ impl Attacker {
             serial: 0,
             open: 0,
             buffer: vec![0; READ_BYTES].into(),
-            spent: Spent::default(),
+            stats: AttackerStats::default(),
             stop,
         })
     }
@@ -154,8 +156,8 @@ impl Attacker {
         let all = self.profiles.iter().zip(&self.begun);
         let all_opened =
             all.into_iter().all(|(profile, begun)| begun.0 >= u64::from(profile.connections));
-        let finished = |connection: &Connection| {
-            connection.state == State::Open
+        let finished = |connection: &AttackConnection| {
+            connection.state == AttackState::Open
                 && connection.is_finished
                 && connection.sent == connection.out.len()
         };
@@ -272,7 +274,7 @@ impl Attacker {
         let dialled = dial(self.target, source.into(), profile.receive_buffer);
         let mut stream = match dialled {
             Ok(stream) => stream,
-            Err(error) => return self.spent.end(format!("connect: {}", error.kind())),
+            Err(error) => return self.stats.count_close(format!("connect: {}", error.kind())),
         };
         let index = self.free.pop().unwrap_or_else(|| {
             self.connections.push(None);
@@ -281,17 +283,17 @@ impl Attacker {
         let interest = Interest::READABLE | Interest::WRITABLE;
         if let Err(error) = self.poll.registry().register(&mut stream, Token(index), interest) {
             self.free.push(index);
-            return self.spent.end(error.to_string());
+            return self.stats.count_close(error.to_string());
         }
         self.begun[number].1 += 1;
         self.open += 1;
-        self.spent.opened += 1;
-        self.spent.open_peak = self.spent.open_peak.max(self.open);
-        self.connections[index] = Some(Connection {
+        self.stats.opened += 1;
+        self.stats.open_peak = self.stats.open_peak.max(self.open);
+        self.connections[index] = Some(AttackConnection {
             stream,
             profile: number,
             serial,
-            state: State::Connecting,
+            state: AttackState::Connecting,
             out: Vec::new(),
             sent: 0,
             chunks: 0,
@@ -306,9 +308,9 @@ impl Attacker {
         let Some(connection) = self.connections.get_mut(index).and_then(Option::as_mut) else {
             return;
         };
-        if connection.state == State::Connecting {
+        if connection.state == AttackState::Connecting {
             if let Some(error) = connection.stream.take_error().ok().flatten() {
-                return self.ended(index, format!("connect: {}", error.kind()));
+                return self.on_closed(index, format!("connect: {}", error.kind()));
             }
             // Both say so while TCP is not done.
             if connection.stream.peer_addr().is_err() {
@@ -328,7 +330,7 @@ impl Attacker {
                     "Sec-WebSocket-Extensions: permessage-deflate\r\n",
                 ),
             };
-            connection.state = State::Upgrading(Vec::new());
+            connection.state = AttackState::Upgrading(Vec::new());
             if matches!(profile.handshake, AttackHandshake::Raw | AttackHandshake::Unawaited) {
                 self.opened(index);
             }
@@ -340,7 +342,7 @@ impl Attacker {
     fn opened(&mut self, index: usize) {
         let Some(connection) = self.connections[index].as_mut() else { return };
         let profile = &self.profiles[connection.profile];
-        connection.state = State::Open;
+        connection.state = AttackState::Open;
         connection.out.extend_from_slice(&(profile.first)(connection.serial));
         connection.due = Instant::now();
         connection.reader = FrameReader::default();
@@ -370,7 +372,7 @@ impl Attacker {
                     Ok(count) => {
                         connection.sent += count;
                         turn += count;
-                        self.spent.sent_bytes += count as u64;
+                        self.stats.sent_bytes += count as u64;
                     }
                     // `on_writable` goes on.
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
@@ -382,7 +384,7 @@ impl Attacker {
                 }
                 continue;
             }
-            if connection.state != State::Open || connection.is_finished {
+            if connection.state != AttackState::Open || connection.is_finished {
                 return;
             }
             if let Some(interval) = profile.interval {
@@ -423,28 +425,28 @@ impl Attacker {
                 return;
             };
             let profile = &self.profiles[connection.profile];
-            let waits = matches!(connection.state, State::Upgrading(_));
+            let waits = matches!(connection.state, AttackState::Upgrading(_));
             // One that does not read learns of its end when it writes.
             if !profile.reads && !waits && !is_broken {
                 return;
             }
             match connection.stream.read(&mut self.buffer) {
-                Ok(0) => return self.ended(index, "no close frame".to_owned()),
+                Ok(0) => return self.on_closed(index, "no close frame".to_owned()),
                 Ok(count) => {
-                    self.spent.received_bytes += count as u64;
-                    if let Some(how) = self.take(index, count) {
-                        return self.ended(index, how);
+                    self.stats.received_bytes += count as u64;
+                    if let Some(reason) = self.take(index, count) {
+                        return self.on_closed(index, reason);
                     }
                     if count < self.buffer.len() {
                         return;
                     }
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock && is_broken => {
-                    return self.ended(index, "no close frame".to_owned());
+                    return self.on_closed(index, "no close frame".to_owned());
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return self.ended(index, error.kind().to_string()),
+                Err(error) => return self.on_closed(index, error.kind().to_string()),
             }
         }
     }
@@ -455,7 +457,7 @@ impl Attacker {
         let connection = self.connections[index].as_mut()?;
         let handshake = self.profiles[connection.profile].handshake;
         let mut rest = None;
-        if let State::Upgrading(head) = &mut connection.state {
+        if let AttackState::Upgrading(head) = &mut connection.state {
             head.extend_from_slice(bytes);
             match websocket::parse_response(head) {
                 Ok(None) => return None,
@@ -468,7 +470,7 @@ impl Attacker {
         } else if matches!(handshake, AttackHandshake::Raw | AttackHandshake::Unawaited) {
             for at in memchr::memmem::find_iter(bytes, b"HTTP/1.1 ") {
                 let status = bytes.get(at + 9..at + 12).unwrap_or_default();
-                self.spent.end(format!("HTTP {}", String::from_utf8_lossy(status)));
+                self.stats.count_close(format!("HTTP {}", String::from_utf8_lossy(status)));
             }
             return None;
         }
@@ -495,8 +497,8 @@ impl Attacker {
     }
 
     /// The server, or the network, has ended a connection.
-    fn ended(&mut self, index: usize, how: String) {
-        self.spent.end(how);
+    fn on_closed(&mut self, index: usize, reason: String) {
+        self.stats.count_close(reason);
         let profile = self.connections[index].as_ref().map(|connection| connection.profile);
         self.close(index);
         // A script that opens one after the other does so anyway.

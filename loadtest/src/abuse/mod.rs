@@ -17,7 +17,7 @@ use tokio::{
 };
 
 use self::{
-    attacker::{Attacker, Spent},
+    attacker::{Attacker, AttackerStats},
     catalogue::{Attack, CATALOGUE, Scale},
     honest::{HonestClients, Size},
     slow_link::LinkError,
@@ -193,8 +193,8 @@ async fn run_all(
 /// Tells on standard error how far it is.
 fn tell(attack: &Attack, measured: &Measured, verdict: &Verdict) {
     eprintln!("{:<18} {verdict}", attack.name);
-    if !measured.ends.is_empty() {
-        eprintln!("{:<18}   attacker: {:?}", "", measured.ends);
+    if !measured.close_reasons.is_empty() {
+        eprintln!("{:<18}   attacker: {:?}", "", measured.close_reasons);
     }
     for example in measured.honest.examples.iter().take(5) {
         eprintln!("{:<18}   honest: {example}", "");
@@ -269,39 +269,39 @@ impl Testbed {
             io::Result::Ok(attacker)
         })
         .await??;
-        let spent_before = self.usage().await;
+        let usage_before = self.usage().await;
         let began = Instant::now();
         let duration = Duration::from_secs(args.seconds.into());
         let (until, profiles) = (began + BEFORE + duration, (attack.attack)(scale));
         let drops = attack.drops_prepared;
         let attacking = tokio::task::spawn_blocking(move || {
             attacker.attack(&profiles, drops, until)?;
-            io::Result::Ok((attacker.spent, Instant::now()))
+            io::Result::Ok((attacker.stats, Instant::now()))
         });
         let honest = async {
             sleep(BEFORE).await;
             self.measure_both(duration).await
         };
-        let sampled = self.sample_until(until, spent_before);
-        let (spent, honest, (peak, at_end)) = tokio::join!(attacking, honest, sampled);
-        let ((spent, ended), (honest, control)) = (spent??, honest?);
+        let sampled = self.sample_until(until, usage_before);
+        let (stats, honest, (peak, at_end)) = tokio::join!(attacking, honest, sampled);
+        let ((stats, ended), (honest, control)) = (stats??, honest?);
         let lasted = ended.duration_since(began).as_secs_f64();
         let (back, kept, later) =
             self.wait_until_back(attack, scale, before, ended, args.recovery).await;
         let died = self.nodes[0].has_ended();
         let percent = |now: u64, before: u64| (now.saturating_sub(before)) as f64 / 10.0 / lasted;
         let cpu = |node: usize, of: fn(&Usage) -> u64| {
-            percent(of(&at_end[node]), of(&spent_before[node]))
+            percent(of(&at_end[node]), of(&usage_before[node]))
         };
         // What was sent before the end may cost most after it.
         let held = net(peak, before).peak(later);
-        let Spent { sent_bytes, open_peak, ends, .. } = spent;
+        let AttackerStats { sent_bytes, open_peak, close_reasons, .. } = stats;
         Ok(Measured {
             honest,
             control,
             sent_bytes,
             connections: open_peak,
-            ends,
+            close_reasons,
             held,
             kept,
             back,

@@ -126,7 +126,7 @@ pub(crate) struct Measured {
     /// Connections the attacker had open at once.
     pub(crate) connections: u64,
     /// How the server ended the attacker's connections.
-    pub(crate) ends: BTreeMap<String, u64>,
+    pub(crate) close_reasons: BTreeMap<String, u64>,
     /// What the attacked node used more than before at the most, less what the control used more.
     pub(crate) held: Usage,
     /// What it still used more when the recovery was over.
@@ -252,7 +252,7 @@ impl Measured {
             }
         }
         if let Some(close) = allowed.close
-            && !self.ends.keys().any(|end| end.starts_with(close))
+            && !self.close_reasons.keys().any(|end| end.starts_with(close))
         {
             failures.push(format!("no connection of the attacker was closed with {close}"));
         }
@@ -421,8 +421,9 @@ mod tests {
         let allowed = Allowance { close: Some("1009"), ..Allowance::default() };
         let none = ["no connection of the attacker was closed with 1009"];
         assert_eq!(failures(|_| (), allowed), none);
-        let ends = |m: &mut Measured| m.ends = [("1009 too big".to_owned(), 3)].into();
-        assert_eq!(failures(ends, allowed), [""; 0]);
+        let close_reasons =
+            |m: &mut Measured| m.close_reasons = [("1009 too big".to_owned(), 3)].into();
+        assert_eq!(failures(close_reasons, allowed), [""; 0]);
     }
 
     #[test]

@@ -63,7 +63,7 @@ impl AttackRow {
             percent(measured.control_cpu_percent),
             times(measured.honest.p50_ms, measured.honest.p99_ms),
             times(measured.control.p50_ms, measured.control.p99_ms),
-            told(&measured.ends),
+            told(&measured.close_reasons),
             back.unwrap_or_else(|| "no".to_owned()),
             verdict.to_string(),
         ]
@@ -91,8 +91,8 @@ pub(crate) fn table(rows: &[AttackRow]) -> String {
 }
 
 /// The most frequent of the ends that connections of the attacker came to.
-fn told(ends: &BTreeMap<String, u64>) -> String {
-    let most = ends.iter().max_by_key(|(_, many)| **many);
+fn told(close_reasons: &BTreeMap<String, u64>) -> String {
+    let most = close_reasons.iter().max_by_key(|(_, many)| **many);
     most.map(|(how, many)| format!("{many} × {how}")).unwrap_or_else(|| "–".to_owned())
 }
 
@@ -112,8 +112,9 @@ mod tests {
     #[test]
     fn a_row_has_a_cell_for_each_heading() {
         let verdict = Verdict { failures: vec!["1 lost".to_owned()], invalid: None };
-        let ends = [("1008 rate_limited".to_owned(), 9), ("HTTP 429".to_owned(), 2)].into();
-        let measured = Measured { sent_bytes: 12_345_678, ends, ..Measured::default() };
+        let close_reasons =
+            [("1008 rate_limited".to_owned(), 9), ("HTTP 429".to_owned(), 2)].into();
+        let measured = Measured { sent_bytes: 12_345_678, close_reasons, ..Measured::default() };
         let row = AttackRow { group: "A1", name: "pongs", measured, verdict };
         let table = table(&[row]);
         let lines: Vec<&str> = table.lines().collect();
