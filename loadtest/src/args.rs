@@ -44,7 +44,7 @@ pub(crate) enum Command {
     Ledger(LedgerArgs),
     /// The same against a cluster of its own in which things go wrong.
     Chaos(ChaosArgs),
-    /// Attacks a gateway while honest clients use it and a second one, and judges what they notice.
+    /// Attacks a gateway while legitimate clients use it and a second one, and judges what they notice.
     Abuse(AbuseArgs),
     /// Lays two reports of --json beside each other.
     Compare(CompareArgs),
@@ -403,7 +403,7 @@ pub(crate) struct ExternalArgs {
     pub(crate) redis: Option<std::net::SocketAddr>,
 }
 
-/// Attacks a gateway while honest clients use it and a second one, and judges what they notice.
+/// Attacks a gateway while legitimate clients use it and a second one, and judges what they notice.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct AbuseArgs {
     /// Attacks by name (`echo-pings`) or group (`a`, `A1`); the whole catalogue where none is given.
@@ -417,13 +417,13 @@ pub(crate) struct AbuseArgs {
     /// How long after an attack everything may take to be back.
     #[arg(long, default_value = "60s", value_parser = timeout)]
     pub(crate) recovery: Duration,
-    /// How many honest clients each of the two gateways has, in rooms of ten.
+    /// How many legitimate clients each of the two gateways has, in rooms of ten.
     #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(10..=5_000))]
     pub(crate) clients: u32,
-    /// How many messages the honest clients of each gateway send.
+    /// How many messages the legitimate clients of each gateway send.
     #[arg(long, default_value = "100/s")]
     pub(crate) rate: Rate,
-    /// How much longer than the control's p99 the honest p99 may be, where twice of it is less.
+    /// How much longer than the control's p99 the legitimate p99 may be, where twice of it is less.
     #[arg(long, default_value = "0s", value_parser = timeout)]
     pub(crate) slack: Duration,
     /// How late this tool may be (p99) for a result to count.

@@ -218,7 +218,7 @@ async fn it_breaks_what_it_can_of_a_cluster_that_is_there() {
     assert!(report["acknowledged"].as_u64().unwrap() > 500, "{report}");
 }
 
-/// A share of the catalogue, so short and lenient that it says only that attacks are made, honest
+/// A share of the catalogue, so short and lenient that it says only that attacks are made, legitimate
 /// clients are measured and answered, and everything is back: `make abuse` judges times.
 #[tokio::test]
 async fn attacks_are_made_and_honest_clients_answered() {
@@ -232,8 +232,8 @@ async fn attacks_are_made_and_honest_clients_answered() {
     let attacked = report["attacks"].as_array().unwrap();
     assert_eq!(attacked.len(), 2, "{report}");
     for attack in attacked {
-        let (honest, control) = (&attack["honest"], &attack["control"]);
-        for clients in [honest, control] {
+        let (legitimate, control) = (&attack["legitimate"], &attack["control"]);
+        for clients in [legitimate, control] {
             assert!(clients["sent"].as_u64() >= Some(30), "{attack}");
             assert_eq!(
                 (&clients["unanswered"], &clients["lost"]),

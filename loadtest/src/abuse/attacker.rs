@@ -2,7 +2,7 @@
 //!
 //! It holds as many connections as its scripts name, writes as fast as sockets take or at the pace of
 //! the script, and counts what it sent and how the server ended connections. It is no measuring
-//! client: honest clients measure in threads of their own ([`super::honest`]).
+//! client: legitimate clients measure in threads of their own ([`super::legitimate`]).
 
 use std::{
     cmp::Reverse,

@@ -20,7 +20,7 @@ pub(crate) struct Attack {
     pub(crate) group: &'static str,
     /// What the attacker does.
     pub(crate) what: &'static str,
-    /// Connections that are opened, and what they send, before honest clients are measured.
+    /// Connections that are opened, and what they send, before legitimate clients are measured.
     pub(crate) prepare: fn(Scale) -> Vec<AttackProfile>,
     /// What is done while they are measured.
     pub(crate) attack: fn(Scale) -> Vec<AttackProfile>,

@@ -1,5 +1,5 @@
-//! `loadtest abuse`: attacks one of two gateways while honest clients use both, and judges whether the
-//! attacked one served its honest clients as well as the other, and let go of what it held.
+//! `loadtest abuse`: attacks one of two gateways while legitimate clients use both, and judges whether the
+//! attacked one served its legitimate clients as well as the other, and let go of what it held.
 
 use std::{
     fmt::Write as _,
@@ -19,7 +19,7 @@ use tokio::{
 use self::{
     attacker::{Attacker, AttackerStats},
     catalogue::{Attack, CATALOGUE, Scale},
-    honest::{HonestClients, Size},
+    legitimate::{ClientsSize, LegitimateClients},
     slow_link::LinkError,
     testbed::{Node, NodeOptions},
     verdict::{Bounds, Measured, Usage, Verdict},
@@ -34,13 +34,13 @@ use crate::{
 
 mod attacker;
 mod catalogue;
-mod honest;
+mod legitimate;
 mod profile;
 mod slow_link;
 mod testbed;
 pub(crate) mod verdict;
 
-/// Members of each honest room.
+/// Members of each legitimate room.
 const ROOM_MEMBERS: u32 = 10;
 /// How often usage is looked at while an attack runs.
 const SAMPLE_EVERY: Duration = Duration::from_millis(250);
@@ -48,9 +48,9 @@ const SAMPLE_EVERY: Duration = Duration::from_millis(250);
 const BACK_EVERY: Duration = Duration::from_millis(500);
 /// How often usage is asked for before an attack, where Redis does not answer.
 const USAGE_TRIES: u32 = 20;
-/// How long honest clients talk on a node that was just started, so that its memory is in use.
+/// How long legitimate clients talk on a node that was just started, so that its memory is in use.
 const WARM_UP: Duration = Duration::from_secs(3);
-/// How long the attack runs before honest clients are measured.
+/// How long the attack runs before legitimate clients are measured.
 const BEFORE: Duration = Duration::from_millis(300);
 /// The most connections of the attacker, whatever descriptors there are.
 const CONNECTIONS_MAX: u64 = 15_000;
@@ -66,9 +66,9 @@ pub(crate) enum AbuseError {
     /// The gateways or their Redis do not run.
     #[error(transparent)]
     Cluster(#[from] ClusterError),
-    /// The honest clients do not.
+    /// The legitimate clients do not.
     #[error(transparent)]
-    Honest(#[from] ScenarioError),
+    Legitimate(#[from] ScenarioError),
     /// There is no slow link on this machine.
     #[error(transparent)]
     Link(#[from] LinkError),
@@ -128,10 +128,11 @@ pub(crate) async fn run(args: AbuseArgs) -> Result<Report, AbuseError> {
         }
     }
     report.interrupted = stop.load(Ordering::Relaxed);
-    let lag = |row: &AttackRow| row.measured.honest.lag_p99_us.max(row.measured.control.lag_p99_us);
+    let lag =
+        |row: &AttackRow| row.measured.legitimate.lag_p99_us.max(row.measured.control.lag_p99_us);
     report.generator = GeneratorReport {
         processes: 1,
-        // The attacker's is in it: what counts is how late honest clients were.
+        // The attacker's is in it: what counts is how late legitimate clients were.
         cpu_percent: usage.cpu_percent(),
         lag_p99_us: rows.iter().map(lag).max().unwrap_or_default(),
         memory_per_connection_bytes: None,
@@ -196,16 +197,16 @@ fn tell(attack: &Attack, measured: &Measured, verdict: &Verdict) {
     if !measured.close_reasons.is_empty() {
         eprintln!("{:<18}   attacker: {:?}", "", measured.close_reasons);
     }
-    for example in measured.honest.examples.iter().take(5) {
-        eprintln!("{:<18}   honest: {example}", "");
+    for example in measured.legitimate.examples.iter().take(5) {
+        eprintln!("{:<18}   legitimate: {example}", "");
     }
 }
 
-/// Both nodes and their honest clients.
+/// Both nodes and their legitimate clients.
 struct Testbed {
     // First, so that clients end before what they use.
-    attacked: HonestClients,
-    control: HonestClients,
+    attacked: LegitimateClients,
+    control: LegitimateClients,
     nodes: [Node; 2],
     stop: Arc<AtomicBool>,
 }
@@ -221,11 +222,11 @@ impl Testbed {
             tokio::try_join!(Node::start("attacked", &options), Node::start("control", &options),)?;
         let nodes = [nodes.0, nodes.1];
         let rooms = (args.clients / ROOM_MEMBERS).max(1);
-        let size = Size { members: args.clients, rooms, rate: args.rate };
+        let size = ClientsSize { members: args.clients, rooms, rate: args.rate };
         let start = async |node: &Node| {
             let (address, stop) = (node.listen, stop.clone());
             let started =
-                tokio::task::spawn_blocking(move || HonestClients::start(address, size, stop));
+                tokio::task::spawn_blocking(move || LegitimateClients::start(address, size, stop));
             started.await?.map_err(AbuseError::from)
         };
         let (attacked, control) = (start(&nodes[0]).await?, start(&nodes[1]).await?);
@@ -235,7 +236,7 @@ impl Testbed {
         Ok(testbed)
     }
 
-    /// Opens honest connections that are away; `false` where that does not succeed.
+    /// Opens legitimate connections that are away; `false` where that does not succeed.
     async fn open(&self) -> bool {
         let (attacked, control) = tokio::join!(self.attacked.open(), self.control.open());
         attacked && control
@@ -244,7 +245,7 @@ impl Testbed {
     async fn measure_both(
         &self,
         duration: Duration,
-    ) -> Result<(verdict::Honest, verdict::Honest), ScenarioError> {
+    ) -> Result<(verdict::LegitimateMetrics, verdict::LegitimateMetrics), ScenarioError> {
         tokio::try_join!(self.attacked.measure(duration), self.control.measure(duration))
     }
 
@@ -278,13 +279,13 @@ impl Testbed {
             attacker.attack(&profiles, drops, until)?;
             io::Result::Ok((attacker.stats, Instant::now()))
         });
-        let honest = async {
+        let legitimate = async {
             sleep(BEFORE).await;
             self.measure_both(duration).await
         };
         let sampled = self.sample_until(until, usage_before);
-        let (stats, honest, (peak, at_end)) = tokio::join!(attacking, honest, sampled);
-        let ((stats, ended), (honest, control)) = (stats??, honest?);
+        let (stats, legitimate, (peak, at_end)) = tokio::join!(attacking, legitimate, sampled);
+        let ((stats, ended), (legitimate, control)) = (stats??, legitimate?);
         let lasted = ended.duration_since(began).as_secs_f64();
         let (back, kept, later) =
             self.wait_until_back(attack, scale, before, ended, args.recovery).await;
@@ -297,7 +298,7 @@ impl Testbed {
         let held = net(peak, before).peak(later);
         let AttackerStats { sent_bytes, open_peak, close_reasons, .. } = stats;
         Ok(Measured {
-            honest,
+            legitimate,
             control,
             sent_bytes,
             connections: open_peak,

@@ -15,7 +15,7 @@ const CONNECTION_BYTES: u64 = 16 * 1024;
 /// `limits.outbox_bytes_max`, which the gateway may hold for each stream that is not read.
 const OUTBOX_BYTES: u64 = 1 << 20;
 /// What memory differs by from one look to the next without an attack: the allocator's arenas and
-/// their delayed return to the system, rings of the honest rooms.
+/// their delayed return to the system, rings of the legitimate rooms.
 const GATEWAY_SPARE_BYTES: u64 = 24 << 20;
 /// The same of Redis.
 const REDIS_SPARE_BYTES: u64 = 2 << 20;
@@ -85,9 +85,9 @@ impl Usage {
     }
 }
 
-/// What the honest clients of one node saw.
+/// What the legitimate clients of one node saw.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
-pub(crate) struct Honest {
+pub(crate) struct LegitimateMetrics {
     /// Messages that were sent.
     pub(crate) sent: u64,
     /// From when a message was due until a copy arrived.
@@ -118,9 +118,9 @@ pub(crate) struct Honest {
 #[derive(Clone, Debug, Default, Serialize)]
 pub(crate) struct Measured {
     /// Of the attacked node.
-    pub(crate) honest: Honest,
+    pub(crate) legitimate: LegitimateMetrics,
     /// Of the control.
-    pub(crate) control: Honest,
+    pub(crate) control: LegitimateMetrics,
     /// Bytes that the attacker sent.
     pub(crate) sent_bytes: u64,
     /// Connections the attacker had open at once.
@@ -157,7 +157,7 @@ pub(crate) struct Allowance {
     pub(crate) records: u64,
     /// What one of them may take.
     pub(crate) record_bytes: u64,
-    /// How long honest newcomers may wait: those who come with thousands stand in one queue with them.
+    /// How long legitimate newcomers may wait: those who come with thousands stand in one queue with them.
     pub(crate) newcomers: Duration,
     /// A close code that the attacker has to see.
     pub(crate) close: Option<&'static str>,
@@ -256,32 +256,32 @@ impl Measured {
         {
             failures.push(format!("no connection of the attacker was closed with {close}"));
         }
-        let lag = Duration::from_micros(self.honest.lag_p99_us.max(self.control.lag_p99_us));
+        let lag = Duration::from_micros(self.legitimate.lag_p99_us.max(self.control.lag_p99_us));
         let invalid = (lag > bounds.lag_max).then(|| {
             let (lag, max) = (lag.as_micros(), bounds.lag_max.as_micros());
             format!("this tool was {lag} µs late (p99), {max} is the most")
         });
-        if self.honest.sent == 0 || self.control.sent == 0 {
-            failures.push("no honest client could send".to_owned());
+        if self.legitimate.sent == 0 || self.control.sent == 0 {
+            failures.push("no legitimate client could send".to_owned());
         }
         Verdict { failures, invalid }
     }
 
     fn judge_honest(&self, bounds: &Bounds, allowed: &Allowance, failures: &mut Vec<String>) {
-        let (honest, control) = (&self.honest, &self.control);
+        let (legitimate, control) = (&self.legitimate, &self.control);
         let slack = bounds.slack.as_secs_f64() * 1e3;
         let most = (P99_TIMES * control.p99_ms).max(control.p99_ms + slack);
-        if honest.p99_ms > most {
-            let times = honest.p99_ms / control.p99_ms.max(0.001);
-            failures.push(format!("honest p99 is {times:.1} times the control's"));
+        if legitimate.p99_ms > most {
+            let times = legitimate.p99_ms / control.p99_ms.max(0.001);
+            failures.push(format!("legitimate p99 is {times:.1} times the control's"));
         }
         for (count, what) in [
-            (honest.unanswered, "honest messages unanswered"),
-            (honest.refused, "honest messages refused"),
-            (honest.lost, "honest deliveries missing"),
-            (honest.ended, "honest connections ended"),
-            (honest.newcomers_failed, "newcomers did not get in"),
-            (honest.probes_failed, "probes of /health and /ready failed"),
+            (legitimate.unanswered, "legitimate messages unanswered"),
+            (legitimate.refused, "legitimate messages refused"),
+            (legitimate.lost, "legitimate deliveries missing"),
+            (legitimate.ended, "legitimate connections ended"),
+            (legitimate.newcomers_failed, "newcomers did not get in"),
+            (legitimate.probes_failed, "probes of /health and /ready failed"),
         ] {
             if count > 0 {
                 failures.push(format!("{count} {what}"));
@@ -289,8 +289,8 @@ impl Measured {
         }
         let newcomers_max = PROBE_MAX_MS.max(allowed.newcomers.as_secs_f64() * 1e3);
         for (ours, theirs, max, what) in [
-            (honest.newcomers_p99_ms, control.newcomers_p99_ms, newcomers_max, "newcomers"),
-            (honest.probes_p99_ms, control.probes_p99_ms, PROBE_MAX_MS, "/health and /ready"),
+            (legitimate.newcomers_p99_ms, control.newcomers_p99_ms, newcomers_max, "newcomers"),
+            (legitimate.probes_p99_ms, control.probes_p99_ms, PROBE_MAX_MS, "/health and /ready"),
         ] {
             if ours > (P99_TIMES * theirs).max(max + slack) {
                 failures.push(format!("{what} took {ours:.0} ms, the control's {theirs:.0}"));
@@ -332,9 +332,14 @@ mod tests {
     }
 
     fn withstood() -> Measured {
-        let control = Honest { sent: 800, p50_ms: 1.0, p99_ms: 2.0, ..Honest::default() };
+        let control = LegitimateMetrics {
+            sent: 800,
+            p50_ms: 1.0,
+            p99_ms: 2.0,
+            ..LegitimateMetrics::default()
+        };
         Measured {
-            honest: Honest { p99_ms: 3.9, ..control.clone() },
+            legitimate: LegitimateMetrics { p99_ms: 3.9, ..control.clone() },
             control,
             sent_bytes: 10 * MIB,
             connections: 10,
@@ -359,20 +364,23 @@ mod tests {
     fn every_measured_value_can_fail() {
         type Change = fn(&mut Measured);
         let cases: [(Change, &str); 19] = [
-            (|m| m.honest.p99_ms = 4.1, "honest p99 is 2.0 times the control's"),
-            (|m| m.honest.unanswered = 1, "1 honest messages unanswered"),
-            (|m| m.honest.refused = 2, "2 honest messages refused"),
-            (|m| m.honest.lost = 3, "3 honest deliveries missing"),
-            (|m| m.honest.ended = 1, "1 honest connections ended"),
-            (|m| m.honest.newcomers_failed = 1, "1 newcomers did not get in"),
-            (|m| m.honest.newcomers_p99_ms = 251.0, "newcomers took 251 ms, the control's 0"),
-            (|m| m.honest.probes_failed = 1, "1 probes of /health and /ready failed"),
-            (|m| m.honest.probes_p99_ms = 900.0, "/health and /ready took 900 ms, the control's 0"),
+            (|m| m.legitimate.p99_ms = 4.1, "legitimate p99 is 2.0 times the control's"),
+            (|m| m.legitimate.unanswered = 1, "1 legitimate messages unanswered"),
+            (|m| m.legitimate.refused = 2, "2 legitimate messages refused"),
+            (|m| m.legitimate.lost = 3, "3 legitimate deliveries missing"),
+            (|m| m.legitimate.ended = 1, "1 legitimate connections ended"),
+            (|m| m.legitimate.newcomers_failed = 1, "1 newcomers did not get in"),
+            (|m| m.legitimate.newcomers_p99_ms = 251.0, "newcomers took 251 ms, the control's 0"),
+            (|m| m.legitimate.probes_failed = 1, "1 probes of /health and /ready failed"),
+            (
+                |m| m.legitimate.probes_p99_ms = 900.0,
+                "/health and /ready took 900 ms, the control's 0",
+            ),
             (|m| m.held.gateway_bytes = 45 * MIB, "the gateway held 45.0 MiB, 44.2 is the most"),
             (|m| m.held.redis_bytes = 23 * MIB, "Redis held 23.0 MiB, 22.0 is the most"),
             (|m| m.held.log_bytes = MIB, "1.0 MiB of log"),
             (|m| m.died = true, "the gateway or Redis ended"),
-            (|m| m.honest.sent = 0, "no honest client could send"),
+            (|m| m.legitimate.sent = 0, "no legitimate client could send"),
             (
                 |m| (m.back, m.kept.subscriptions) = (None, 348_576),
                 "not back in time: 348576 subscriptions stay, at most 16 may",
@@ -429,7 +437,7 @@ mod tests {
     #[test]
     fn slack_widens_times_only_and_lateness_makes_them_invalid() {
         let mut measured = withstood();
-        measured.honest.p99_ms = 90.0;
+        measured.legitimate.p99_ms = 90.0;
         let lenient = Bounds { slack: Duration::from_millis(100), ..bounds() };
         assert_eq!(measured.judge(&Allowance::default(), &lenient), Verdict::default());
         measured.control.lag_p99_us = 1_500;

@@ -1,4 +1,4 @@
-//! The honest clients of one node: members of rooms who talk, newcomers, and probes of `/health` and
+//! The legitimate clients of one node: members of rooms who talk, newcomers, and probes of `/health` and
 //! `/ready`. Each of the three has a thread of its own, which goes before the attacker's where this
 //! process may say so.
 
@@ -18,7 +18,7 @@ use std::{
 use loadtest::checker::timeline;
 use tokio::{sync::oneshot, time::Instant};
 
-use super::verdict::Honest;
+use super::verdict::LegitimateMetrics;
 use crate::{
     args::{Bounds, CommonArgs, MonitorArgs, OpenArgs, OutputArgs, Rate, Sources, Target},
     report::connections::{ConnectionCounters, ConnectionReport, LatencySummary},
@@ -27,7 +27,7 @@ use crate::{
 };
 
 /// How long a client may wait for what it asked.
-const ANSWER_MAX: Duration = Duration::from_secs(5);
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How many newcomers, and probes, each second.
 const NEWCOMERS: Rate = Rate::per_second(10.0);
 const PROBES: Rate = Rate::per_second(10.0);
@@ -38,7 +38,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// How many they are.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Size {
+pub(crate) struct ClientsSize {
     /// Members.
     pub(crate) members: u32,
     /// Rooms that they are dealt out to.
@@ -48,77 +48,81 @@ pub(crate) struct Size {
 }
 
 /// What the thread of the members is asked.
-enum Order {
+enum ClientCommand {
     /// Open what is away, and say how many are open.
     Open(oneshot::Sender<u64>),
     /// Talk for so long, and say what was seen.
-    Measure(Duration, oneshot::Sender<Result<Honest, ScenarioError>>),
+    Measure(Duration, oneshot::Sender<Result<LegitimateMetrics, ScenarioError>>),
 }
 
-/// The honest clients of one node.
-pub(crate) struct HonestClients {
-    orders: Option<mpsc::SyncSender<Order>>,
+/// The legitimate clients of one node.
+pub(crate) struct LegitimateClients {
+    commands: Option<mpsc::SyncSender<ClientCommand>>,
     thread: Option<JoinHandle<()>>,
-    size: Size,
+    size: ClientsSize,
 }
 
-impl HonestClients {
+impl LegitimateClients {
     /// Opens the members and has them wait.
     pub(crate) fn start(
         address: SocketAddr,
-        size: Size,
+        size: ClientsSize,
         stop: Arc<AtomicBool>,
     ) -> Result<Self, ScenarioError> {
-        let (orders, ordered) = mpsc::sync_channel(1);
+        let (commands, command_rx) = mpsc::sync_channel(1);
         let (opened, is_open) = mpsc::sync_channel(1);
-        let thread = std::thread::Builder::new().name("honest".to_owned()).spawn(move || {
-            go_first();
-            let run = ScenarioRun::open(
-                &common_args(address, "127.2.0.1-127.2.0.16", "honest-"),
-                None,
-                RoomAssignment::RoundRobin(size.rooms),
-                size.members,
-                true,
-                &stop,
-            );
-            match run {
-                Ok(mut run) => {
-                    // Whoever started this waits for it.
-                    let _ = opened.send(Ok(()));
-                    serve(&mut run, address, size, &ordered, &stop);
+        let thread =
+            std::thread::Builder::new().name("legitimate".to_owned()).spawn(move || {
+                run_real_time();
+                let run = ScenarioRun::open(
+                    &common_args(address, "127.2.0.1-127.2.0.16", "legitimate-"),
+                    None,
+                    RoomAssignment::RoundRobin(size.rooms),
+                    size.members,
+                    true,
+                    &stop,
+                );
+                match run {
+                    Ok(mut run) => {
+                        // Whoever started this waits for it.
+                        let _ = opened.send(Ok(()));
+                        run_commands(&mut run, address, size, &command_rx, &stop);
+                    }
+                    Err(error) => drop(opened.send(Err(error))),
                 }
-                Err(error) => drop(opened.send(Err(error))),
-            }
-        })?;
+            })?;
         is_open.recv().map_err(|_| ScenarioError::Panic)??;
-        Ok(Self { orders: Some(orders), thread: Some(thread), size })
+        Ok(Self { commands: Some(commands), thread: Some(thread), size })
     }
 
     /// Opens the members that are away; `false` where not all of them get in.
     pub(crate) async fn open(&self) -> bool {
         let (reply, opened) = oneshot::channel();
-        self.order(Order::Open(reply));
+        self.command(ClientCommand::Open(reply));
         opened.await.is_ok_and(|open| open == u64::from(self.size.members))
     }
 
     /// Has them talk, come and ask for so long.
-    pub(crate) async fn measure(&self, duration: Duration) -> Result<Honest, ScenarioError> {
+    pub(crate) async fn measure(
+        &self,
+        duration: Duration,
+    ) -> Result<LegitimateMetrics, ScenarioError> {
         let (reply, measured) = oneshot::channel();
-        self.order(Order::Measure(duration, reply));
+        self.command(ClientCommand::Measure(duration, reply));
         measured.await.map_err(|_| ScenarioError::Panic)?
     }
 
-    fn order(&self, order: Order) {
+    fn command(&self, command: ClientCommand) {
         // The channel has room: one order at a time is under way. A thread that is gone answers none.
-        if let Some(orders) = &self.orders {
-            let _ = orders.send(order);
+        if let Some(commands) = &self.commands {
+            let _ = commands.send(command);
         }
     }
 }
 
-impl Drop for HonestClients {
+impl Drop for LegitimateClients {
     fn drop(&mut self) {
-        self.orders = None;
+        self.commands = None;
         if let Some(thread) = self.thread.take() {
             // It has nothing to tell.
             let _ = thread.join();
@@ -129,7 +133,7 @@ impl Drop for HonestClients {
 /// Has this thread run as soon as it has something to do, whatever else there is: the attacker, above
 /// all. `nice` orders threads within a session only. Where it is not allowed, times are later, and the
 /// report says how late.
-fn go_first() {
+fn run_real_time() {
     let own = rustix::thread::gettid().as_raw_nonzero().to_string();
     let mut chrt = Command::new("chrt");
     chrt.args(["--fifo", "--pid", "1", &own]).stdout(Stdio::null()).stderr(Stdio::null());
@@ -142,7 +146,7 @@ fn common_args(address: SocketAddr, sources: &str, user_prefix: &str) -> CommonA
         open: OpenArgs {
             url: target(address.to_string()),
             ramp: RAMP,
-            timeout: ANSWER_MAX,
+            timeout: RESPONSE_TIMEOUT,
             user_prefix: user_prefix.to_owned(),
             token: None,
             sources: sources.parse::<Sources>().ok(),
@@ -153,21 +157,21 @@ fn common_args(address: SocketAddr, sources: &str, user_prefix: &str) -> CommonA
     }
 }
 
-fn serve(
+fn run_commands(
     run: &mut ScenarioRun,
     address: SocketAddr,
-    size: Size,
-    ordered: &mpsc::Receiver<Order>,
+    size: ClientsSize,
+    command_rx: &mpsc::Receiver<ClientCommand>,
     stop: &Arc<AtomicBool>,
 ) {
     loop {
-        match ordered.try_recv() {
-            Ok(Order::Open(reply)) => {
+        match command_rx.try_recv() {
+            Ok(ClientCommand::Open(reply)) => {
                 // What it could not open is told by the number.
                 let _ = run.users.open_all(Some(RAMP));
                 let _ = reply.send(run.users.open_count());
             }
-            Ok(Order::Measure(duration, reply)) => {
+            Ok(ClientCommand::Measure(duration, reply)) => {
                 let _ = reply.send(measure(run, address, size, duration, stop));
             }
             Err(mpsc::TryRecvError::Empty) => {
@@ -184,10 +188,10 @@ fn serve(
 fn measure(
     run: &mut ScenarioRun,
     address: SocketAddr,
-    size: Size,
+    size: ClientsSize,
     duration: Duration,
     stop: &Arc<AtomicBool>,
-) -> Result<Honest, ScenarioError> {
+) -> Result<LegitimateMetrics, ScenarioError> {
     run.users.start_measuring();
     run.users.connections = ConnectionCounters::default();
     let newcomers = std::thread::Builder::new().name("newcomers".to_owned()).spawn({
@@ -212,7 +216,7 @@ fn measure(
     let came = ConnectionReport::of(came, asked, duration);
     let refused = came.refused.iter().map(|(how, many)| format!("{many} newcomers: HTTP {how}"));
     let failed = came.failed.iter().map(|(how, many)| format!("{many} newcomers: {how}"));
-    Ok(Honest {
+    Ok(LegitimateMetrics {
         sent: counters.sent,
         p50_ms: ms(0.5),
         p99_ms: ms(0.99),
@@ -241,7 +245,7 @@ fn newcomers(
     duration: Duration,
     stop: Arc<AtomicBool>,
 ) -> Result<(ConnectionCounters, u64), ScenarioError> {
-    go_first();
+    run_real_time();
     let asked = (duration.as_secs_f64() * NEWCOMERS.each_second()).ceil() as u32;
     let args = common_args(address, "127.2.1.1-127.2.1.16", "newcomer-");
     let plan =
@@ -254,16 +258,16 @@ fn newcomers(
 
 /// What probes saw.
 #[derive(Default)]
-struct Probed {
+struct ProbeResults {
     failed: u64,
     times_us: Vec<u64>,
     example: Option<String>,
 }
 
 /// Asks for `/health` and `/ready` in turn, on a new connection each time.
-fn probes(address: SocketAddr, duration: Duration, stop: &AtomicBool) -> Probed {
-    go_first();
-    let (began, mut probed) = (Instant::now(), Probed::default());
+fn probes(address: SocketAddr, duration: Duration, stop: &AtomicBool) -> ProbeResults {
+    run_real_time();
+    let (began, mut probed) = (Instant::now(), ProbeResults::default());
     for number in 0.. {
         let due = began + PROBES.due(number);
         if due >= began + duration || stop.load(Ordering::Relaxed) {
@@ -276,7 +280,7 @@ fn probes(address: SocketAddr, duration: Duration, stop: &AtomicBool) -> Probed 
         )]
         std::thread::sleep(wait);
         let path = if number % 2 == 0 { "/health" } else { "/ready" };
-        match ask(address, path) {
+        match http_status(address, path) {
             Ok(200) => probed.times_us.push(due.elapsed().as_micros() as u64),
             Ok(status) => {
                 probed.failed += 1;
@@ -292,9 +296,9 @@ fn probes(address: SocketAddr, duration: Duration, stop: &AtomicBool) -> Probed 
 }
 
 /// The status of an answer.
-fn ask(address: SocketAddr, path: &str) -> io::Result<u16> {
-    let mut stream = TcpStream::connect_timeout(&address, ANSWER_MAX)?;
-    stream.set_read_timeout(Some(ANSWER_MAX))?;
+fn http_status(address: SocketAddr, path: &str) -> io::Result<u16> {
+    let mut stream = TcpStream::connect_timeout(&address, RESPONSE_TIMEOUT)?;
+    stream.set_read_timeout(Some(RESPONSE_TIMEOUT))?;
     write!(stream, "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")?;
     let mut head = [0; 12];
     stream.read_exact(&mut head)?;
