@@ -21,8 +21,8 @@ use self::{
     catalogue::{Attack, CATALOGUE, Scale},
     legitimate::{ClientsSize, LegitimateClients},
     slow_link::LinkError,
-    testbed::{Node, NodeOptions},
-    verdict::{Bounds, Measured, Usage, Verdict},
+    testbed::{AbuseNode, NodeOptions},
+    verdict::{AttackMeasurement, AttackThresholds, AttackVerdict, NodeUsage},
 };
 use crate::{
     args::AbuseArgs,
@@ -45,17 +45,17 @@ const ROOM_MEMBERS: u32 = 10;
 /// How often usage is looked at while an attack runs.
 const SAMPLE_EVERY: Duration = Duration::from_millis(250);
 /// How often it is looked whether everything is back.
-const BACK_EVERY: Duration = Duration::from_millis(500);
+const RECOVERY_POLL_INTERVAL: Duration = Duration::from_millis(500);
 /// How often usage is asked for before an attack, where Redis does not answer.
 const USAGE_TRIES: u32 = 20;
 /// How long legitimate clients talk on a node that was just started, so that its memory is in use.
 const WARM_UP: Duration = Duration::from_secs(3);
 /// How long the attack runs before legitimate clients are measured.
-const BEFORE: Duration = Duration::from_millis(300);
+const LEAD_TIME: Duration = Duration::from_millis(300);
 /// The most connections of the attacker, whatever descriptors there are.
 const CONNECTIONS_MAX: u64 = 15_000;
 /// Descriptors of this process, and of the gateway, that are not the attacker's.
-const DESCRIPTORS_SPARE: u64 = 2_500;
+const SPARE_DESCRIPTORS: u64 = 2_500;
 
 /// Why there is no result.
 #[derive(Debug, thiserror::Error)]
@@ -162,7 +162,7 @@ async fn run_all(
     stop: &Arc<AtomicBool>,
 ) -> Result<Vec<AttackRow>, AbuseError> {
     let descriptors = rlimit::increase_nofile_limit(u64::MAX)?;
-    let most = descriptors.saturating_sub(DESCRIPTORS_SPARE).clamp(100, CONNECTIONS_MAX);
+    let most = descriptors.saturating_sub(SPARE_DESCRIPTORS).clamp(100, CONNECTIONS_MAX);
     let scale = Scale { connections_max: most as u32 };
     let (mut rows, mut testbed): (_, Option<Testbed>) = (Vec::new(), None);
     for attack in attacks {
@@ -173,12 +173,12 @@ async fn run_all(
             Some(testbed) => testbed,
             None => Testbed::start(args, stop).await?,
         };
-        let measured = ready.suffer(attack, scale, args).await?;
-        let bounds = Bounds { slack: args.slack, lag_max: args.lag_max };
+        let measured = ready.run_attack(attack, scale, args).await?;
+        let bounds = AttackThresholds { slack: args.slack, lag_max: args.lag_max };
         let verdict = measured.judge(&(attack.allowed)(scale), &bounds);
         tell(attack, &measured, &verdict);
         // A node that is not as before is no place for the next attack.
-        if measured.back.is_some() && ready.open().await {
+        if measured.recovered_after.is_some() && ready.open().await {
             testbed = Some(ready);
         } else {
             ready.stop().await;
@@ -192,7 +192,7 @@ async fn run_all(
 }
 
 /// Tells on standard error how far it is.
-fn tell(attack: &Attack, measured: &Measured, verdict: &Verdict) {
+fn tell(attack: &Attack, measured: &AttackMeasurement, verdict: &AttackVerdict) {
     eprintln!("{:<18} {verdict}", attack.name);
     if !measured.close_reasons.is_empty() {
         eprintln!("{:<18}   attacker: {:?}", "", measured.close_reasons);
@@ -207,7 +207,7 @@ struct Testbed {
     // First, so that clients end before what they use.
     attacked: LegitimateClients,
     control: LegitimateClients,
-    nodes: [Node; 2],
+    nodes: [AbuseNode; 2],
     stop: Arc<AtomicBool>,
 }
 
@@ -218,12 +218,14 @@ impl Testbed {
             redis_maxmemory: args.redis_maxmemory.clone(),
             set: args.set.clone(),
         };
-        let nodes =
-            tokio::try_join!(Node::start("attacked", &options), Node::start("control", &options),)?;
+        let nodes = tokio::try_join!(
+            AbuseNode::start("attacked", &options),
+            AbuseNode::start("control", &options),
+        )?;
         let nodes = [nodes.0, nodes.1];
         let rooms = (args.clients / ROOM_MEMBERS).max(1);
         let size = ClientsSize { members: args.clients, rooms, rate: args.rate };
-        let start = async |node: &Node| {
+        let start = async |node: &AbuseNode| {
             let (address, stop) = (node.listen, stop.clone());
             let started =
                 tokio::task::spawn_blocking(move || LegitimateClients::start(address, size, stop));
@@ -250,18 +252,18 @@ impl Testbed {
     }
 
     /// What each node uses.
-    async fn usage(&self) -> [Usage; 2] {
+    async fn usage(&self) -> [NodeUsage; 2] {
         let (attacked, control) = tokio::join!(self.nodes[0].usage(), self.nodes[1].usage());
         [attacked, control]
     }
 
     /// Attacks one node, measures both, and waits until the attacked one is as before.
-    async fn suffer(
+    async fn run_attack(
         &mut self,
         attack: &Attack,
         scale: Scale,
         args: &AbuseArgs,
-    ) -> Result<Measured, AbuseError> {
+    ) -> Result<AttackMeasurement, AbuseError> {
         let before = self.known_usage().await;
         let mut attacker = Attacker::new(self.nodes[0].listen, self.stop.clone())?;
         let prepare = (attack.prepare)(scale);
@@ -273,39 +275,39 @@ impl Testbed {
         let usage_before = self.usage().await;
         let began = Instant::now();
         let duration = Duration::from_secs(args.seconds.into());
-        let (until, profiles) = (began + BEFORE + duration, (attack.attack)(scale));
+        let (until, profiles) = (began + LEAD_TIME + duration, (attack.attack)(scale));
         let drops = attack.drops_prepared;
         let attacking = tokio::task::spawn_blocking(move || {
             attacker.attack(&profiles, drops, until)?;
             io::Result::Ok((attacker.stats, Instant::now()))
         });
         let legitimate = async {
-            sleep(BEFORE).await;
+            sleep(LEAD_TIME).await;
             self.measure_both(duration).await
         };
         let sampled = self.sample_until(until, usage_before);
         let (stats, legitimate, (peak, at_end)) = tokio::join!(attacking, legitimate, sampled);
         let ((stats, ended), (legitimate, control)) = (stats??, legitimate?);
         let lasted = ended.duration_since(began).as_secs_f64();
-        let (back, kept, later) =
-            self.wait_until_back(attack, scale, before, ended, args.recovery).await;
+        let (recovered_after, residual, later) =
+            self.wait_until_recovered(attack, scale, before, ended, args.recovery).await;
         let died = self.nodes[0].has_ended();
         let percent = |now: u64, before: u64| (now.saturating_sub(before)) as f64 / 10.0 / lasted;
-        let cpu = |node: usize, of: fn(&Usage) -> u64| {
+        let cpu = |node: usize, of: fn(&NodeUsage) -> u64| {
             percent(of(&at_end[node]), of(&usage_before[node]))
         };
         // What was sent before the end may cost most after it.
-        let held = net(peak, before).peak(later);
+        let peak_growth = net(peak, before).peak(later);
         let AttackerStats { sent_bytes, open_peak, close_reasons, .. } = stats;
-        Ok(Measured {
+        Ok(AttackMeasurement {
             legitimate,
             control,
             sent_bytes,
             connections: open_peak,
             close_reasons,
-            held,
-            kept,
-            back,
+            peak_growth,
+            residual,
+            recovered_after,
             gateway_cpu_percent: cpu(0, |usage| usage.gateway_cpu_ms),
             redis_cpu_percent: cpu(0, |usage| usage.redis_cpu_ms),
             control_cpu_percent: cpu(1, |usage| usage.gateway_cpu_ms),
@@ -314,7 +316,11 @@ impl Testbed {
     }
 
     /// The most that each node used until a moment, and what it used then.
-    async fn sample_until(&self, until: Instant, first: [Usage; 2]) -> ([Usage; 2], [Usage; 2]) {
+    async fn sample_until(
+        &self,
+        until: Instant,
+        first: [NodeUsage; 2],
+    ) -> ([NodeUsage; 2], [NodeUsage; 2]) {
         let mut peak = first;
         loop {
             let left = until.saturating_duration_since(Instant::now());
@@ -328,38 +334,38 @@ impl Testbed {
     }
 
     /// The same, once all of it can be read; after some tries as it is.
-    async fn known_usage(&self) -> [Usage; 2] {
+    async fn known_usage(&self) -> [NodeUsage; 2] {
         for _ in 0..USAGE_TRIES {
             let usage = self.usage().await;
             if usage.iter().all(|usage| usage.is_known) || self.stop.load(Ordering::Relaxed) {
                 return usage;
             }
-            sleep(BACK_EVERY).await;
+            sleep(RECOVERY_POLL_INTERVAL).await;
         }
         self.usage().await
     }
 
     /// Waits until the attacked node holds no more than may stay, and tells how long after the attack
     /// that was, what is left, and what was held at the most until then.
-    async fn wait_until_back(
+    async fn wait_until_recovered(
         &self,
         attack: &Attack,
         scale: Scale,
-        before: [Usage; 2],
+        before: [NodeUsage; 2],
         ended: Instant,
         most: Duration,
-    ) -> (Option<Duration>, Usage, Usage) {
-        let (allowed, mut peak) = ((attack.allowed)(scale), Usage::default());
+    ) -> (Option<Duration>, NodeUsage, NodeUsage) {
+        let (allowed, mut peak) = ((attack.allowed)(scale), NodeUsage::default());
         loop {
-            let kept = net(self.usage().await, before);
-            peak = peak.peak(kept);
-            if allowed.is_back(&kept) {
-                return (Some(ended.elapsed()), kept, peak);
+            let residual = net(self.usage().await, before);
+            peak = peak.peak(residual);
+            if allowed.is_recovered(&residual) {
+                return (Some(ended.elapsed()), residual, peak);
             }
             if ended.elapsed() > most || self.stop.load(Ordering::Relaxed) {
-                return (None, kept, peak);
+                return (None, residual, peak);
             }
-            sleep(BACK_EVERY).await;
+            sleep(RECOVERY_POLL_INTERVAL).await;
         }
     }
 
@@ -371,7 +377,7 @@ impl Testbed {
 }
 
 /// What the attacked node uses more than before, less what the control uses more.
-fn net(now: [Usage; 2], before: [Usage; 2]) -> Usage {
+fn net(now: [NodeUsage; 2], before: [NodeUsage; 2]) -> NodeUsage {
     now[0].since(before[0]).since(now[1].since(before[1]))
 }
 
@@ -381,7 +387,7 @@ mod tests {
 
     #[test]
     fn what_honest_clients_cost_both_nodes_is_not_held_by_the_attack() {
-        let usage = |keys| Usage { keys, is_known: true, ..Usage::default() };
+        let usage = |keys| NodeUsage { keys, is_known: true, ..NodeUsage::default() };
         assert_eq!(net([usage(150), usage(30)], [usage(10), usage(20)]), usage(130));
         assert_eq!(net([usage(10), usage(30)], [usage(10), usage(20)]), usage(0));
     }

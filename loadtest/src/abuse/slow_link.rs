@@ -24,7 +24,7 @@ use tokio::time::Instant;
 
 use super::{
     AbuseError,
-    testbed::{API_KEY, Node, NodeOptions},
+    testbed::{API_KEY, AbuseNode, NodeOptions},
 };
 use crate::{
     args::AbuseArgs,
@@ -215,7 +215,7 @@ pub(crate) async fn try_it(
         redis_maxmemory: args.redis_maxmemory.clone(),
         set: args.set.clone(),
     };
-    let node = Node::start_at("slow-link", &options, listen).await?;
+    let node = AbuseNode::start_at("slow-link", &options, listen).await?;
     let entries = args.link_bytes.div_ceil(CONTENT_BYTES);
     let stop = stop.clone();
     let (namespace, most) = (link.namespace.clone(), args.link_patience);

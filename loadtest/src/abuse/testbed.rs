@@ -18,7 +18,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::verdict::Usage;
+use super::verdict::NodeUsage;
 use crate::{
     chaos::cluster::{ClusterError, ServerProcess, start_redis_with},
     procfs::{CpuTime, ProcessUsage, free_address},
@@ -42,7 +42,7 @@ pub(crate) struct NodeOptions {
 
 /// A gateway and its Redis.
 #[derive(Debug)]
-pub(crate) struct Node {
+pub(crate) struct AbuseNode {
     gateway: ServerProcess,
     redis: ServerProcess,
     redis_address: SocketAddr,
@@ -52,7 +52,7 @@ pub(crate) struct Node {
     _scratch: TempDir,
 }
 
-impl Node {
+impl AbuseNode {
     /// Starts both and waits until the gateway is ready.
     pub(crate) async fn start(name: &str, options: &NodeOptions) -> Result<Self, ClusterError> {
         Self::start_at(name, options, free_address()?).await
@@ -83,7 +83,7 @@ impl Node {
     }
 
     /// What the node uses now.
-    pub(crate) async fn usage(&self) -> Usage {
+    pub(crate) async fn usage(&self) -> NodeUsage {
         // Without a process there is no cost; `None` would be this one.
         let gateway = Some(self.gateway.pid().unwrap_or(u32::MAX));
         let redis_pid = Some(self.redis.pid().unwrap_or(u32::MAX));
@@ -93,7 +93,7 @@ impl Node {
         let is_known = redis.is_some() && cost.is_ok();
         let redis = redis.unwrap_or_default();
         let log = std::fs::metadata(self.gateway.log()).map_or(0, |file| file.len());
-        Usage {
+        NodeUsage {
             gateway_bytes: cost.unwrap_or_default().pss_bytes,
             redis_bytes: redis.used_bytes,
             descriptors: gateway.map_or(0, descriptors),

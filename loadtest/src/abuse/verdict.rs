@@ -7,9 +7,9 @@ use std::{collections::BTreeMap, time::Duration};
 use serde::Serialize;
 
 /// How many times the control's p99 that of the attacked node may be.
-const P99_TIMES: f64 = 2.0;
+const P99_FACTOR: f64 = 2.0;
 /// How many bytes the gateway and Redis may hold for each byte of the attacker.
-const HELD_TIMES: f64 = 2.0;
+const GROWTH_FACTOR: f64 = 2.0;
 /// What the gateway may hold for each open connection beside that.
 const CONNECTION_BYTES: u64 = 16 * 1024;
 /// `limits.outbox_bytes_max`, which the gateway may hold for each stream that is not read.
@@ -30,7 +30,7 @@ const LOG_BYTES_MAX: u64 = 256 * 1024;
 
 /// What a node uses at a moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub(crate) struct Usage {
+pub(crate) struct NodeUsage {
     /// The gateway's proportional set size.
     pub(crate) gateway_bytes: u64,
     /// Redis' `used_memory`.
@@ -52,7 +52,7 @@ pub(crate) struct Usage {
     pub(crate) is_known: bool,
 }
 
-impl Usage {
+impl NodeUsage {
     /// The larger of each value.
     pub(crate) fn peak(self, other: Self) -> Self {
         Self {
@@ -116,7 +116,7 @@ pub(crate) struct LegitimateMetrics {
 
 /// All that was measured of an attack.
 #[derive(Clone, Debug, Default, Serialize)]
-pub(crate) struct Measured {
+pub(crate) struct AttackMeasurement {
     /// Of the attacked node.
     pub(crate) legitimate: LegitimateMetrics,
     /// Of the control.
@@ -128,12 +128,12 @@ pub(crate) struct Measured {
     /// How the server ended the attacker's connections.
     pub(crate) close_reasons: BTreeMap<String, u64>,
     /// What the attacked node used more than before at the most, less what the control used more.
-    pub(crate) held: Usage,
+    pub(crate) peak_growth: NodeUsage,
     /// What it still used more when the recovery was over.
-    pub(crate) kept: Usage,
+    pub(crate) residual: NodeUsage,
     /// How long after the attack everything was back; `None`: not within the time it had.
-    #[serde(rename = "back_ms", serialize_with = "millis")]
-    pub(crate) back: Option<Duration>,
+    #[serde(rename = "recovered_after_ms", serialize_with = "millis")]
+    pub(crate) recovered_after: Option<Duration>,
     /// CPU time in percent of a core while the attack ran.
     pub(crate) gateway_cpu_percent: f64,
     pub(crate) redis_cpu_percent: f64,
@@ -142,8 +142,11 @@ pub(crate) struct Measured {
     pub(crate) died: bool,
 }
 
-fn millis<S: serde::Serializer>(back: &Option<Duration>, serializer: S) -> Result<S::Ok, S::Error> {
-    back.map(|back| back.as_millis() as u64).serialize(serializer)
+fn millis<S: serde::Serializer>(
+    recovered_after: &Option<Duration>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    recovered_after.map(|recovered_after| recovered_after.as_millis() as u64).serialize(serializer)
 }
 
 /// What an attack may cost beside what its bytes allow.
@@ -165,7 +168,7 @@ pub(crate) struct Allowance {
 
 /// What is asked of the node beside the constants above.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub(crate) struct Bounds {
+pub(crate) struct AttackThresholds {
     /// What p99 may differ by from the control's at the least.
     #[serde(skip)]
     pub(crate) slack: Duration,
@@ -176,7 +179,7 @@ pub(crate) struct Bounds {
 
 /// What came of an attack.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-pub(crate) struct Verdict {
+pub(crate) struct AttackVerdict {
     /// What does not hold. Empty where the node withstood it.
     pub(crate) failures: Vec<String>,
     /// Why times say more about this tool than about the node.
@@ -195,27 +198,27 @@ impl Allowance {
     }
 
     /// Whether what is left of an attack is no more than may stay.
-    pub(crate) fn is_back(&self, kept: &Usage) -> bool {
-        self.not_back(kept).is_empty()
+    pub(crate) fn is_recovered(&self, residual: &NodeUsage) -> bool {
+        self.unrecovered(residual).is_empty()
     }
 
-    fn not_back(&self, kept: &Usage) -> Vec<String> {
+    fn unrecovered(&self, residual: &NodeUsage) -> Vec<String> {
         let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
-        if !kept.is_known {
+        if !residual.is_known {
             return vec!["the gateway or Redis does not answer".to_owned()];
         }
         let mut failures = Vec::new();
-        if kept.gateway_bytes > GATEWAY_SPARE_BYTES {
-            failures.push(format!("the gateway keeps {:.1} MiB", mib(kept.gateway_bytes)));
+        if residual.gateway_bytes > GATEWAY_SPARE_BYTES {
+            failures.push(format!("the gateway keeps {:.1} MiB", mib(residual.gateway_bytes)));
         }
         // What users leave may stay as long as the limits say.
-        if kept.redis_bytes > self.redis_bytes() {
-            failures.push(format!("Redis keeps {:.1} MiB", mib(kept.redis_bytes)));
+        if residual.redis_bytes > self.redis_bytes() {
+            failures.push(format!("Redis keeps {:.1} MiB", mib(residual.redis_bytes)));
         }
         for (count, max, what) in [
-            (kept.descriptors, SPARE_COUNT, "descriptors"),
-            (kept.keys, self.keys(), "keys in Redis"),
-            (kept.subscriptions, SPARE_COUNT, "subscriptions"),
+            (residual.descriptors, SPARE_COUNT, "descriptors"),
+            (residual.keys, self.keys(), "keys in Redis"),
+            (residual.subscriptions, SPARE_COUNT, "subscriptions"),
         ] {
             if count > max {
                 failures.push(format!("{count} {what} stay, at most {max} may"));
@@ -225,29 +228,29 @@ impl Allowance {
     }
 }
 
-impl Measured {
+impl AttackMeasurement {
     /// Bytes that the gateway and Redis held at the most.
-    pub(crate) fn held_bytes(&self) -> u64 {
-        self.held.gateway_bytes + self.held.redis_bytes
+    pub(crate) fn peak_growth_bytes(&self) -> u64 {
+        self.peak_growth.gateway_bytes + self.peak_growth.redis_bytes
     }
 
     /// The same for each byte that the attacker sent.
-    pub(crate) fn held_per_byte(&self) -> f64 {
-        self.held_bytes() as f64 / self.sent_bytes.max(1) as f64
+    pub(crate) fn growth_per_byte(&self) -> f64 {
+        self.peak_growth_bytes() as f64 / self.sent_bytes.max(1) as f64
     }
 
     /// Holds it against what is asked.
-    pub(crate) fn judge(&self, allowed: &Allowance, bounds: &Bounds) -> Verdict {
+    pub(crate) fn judge(&self, allowed: &Allowance, bounds: &AttackThresholds) -> AttackVerdict {
         let mut failures = Vec::new();
         if self.died {
             failures.push("the gateway or Redis ended".to_owned());
         }
         self.judge_honest(bounds, allowed, &mut failures);
-        self.judge_held(allowed, &mut failures);
-        match self.back {
+        self.judge_growth(allowed, &mut failures);
+        match self.recovered_after {
             Some(_) => {}
             None => {
-                let left = allowed.not_back(&self.kept).join(", ");
+                let left = allowed.unrecovered(&self.residual).join(", ");
                 failures.push(format!("not back in time: {left}"));
             }
         }
@@ -264,13 +267,18 @@ impl Measured {
         if self.legitimate.sent == 0 || self.control.sent == 0 {
             failures.push("no legitimate client could send".to_owned());
         }
-        Verdict { failures, invalid }
+        AttackVerdict { failures, invalid }
     }
 
-    fn judge_honest(&self, bounds: &Bounds, allowed: &Allowance, failures: &mut Vec<String>) {
+    fn judge_honest(
+        &self,
+        bounds: &AttackThresholds,
+        allowed: &Allowance,
+        failures: &mut Vec<String>,
+    ) {
         let (legitimate, control) = (&self.legitimate, &self.control);
         let slack = bounds.slack.as_secs_f64() * 1e3;
-        let most = (P99_TIMES * control.p99_ms).max(control.p99_ms + slack);
+        let most = (P99_FACTOR * control.p99_ms).max(control.p99_ms + slack);
         if legitimate.p99_ms > most {
             let times = legitimate.p99_ms / control.p99_ms.max(0.001);
             failures.push(format!("legitimate p99 is {times:.1} times the control's"));
@@ -292,31 +300,31 @@ impl Measured {
             (legitimate.newcomers_p99_ms, control.newcomers_p99_ms, newcomers_max, "newcomers"),
             (legitimate.probes_p99_ms, control.probes_p99_ms, PROBE_MAX_MS, "/health and /ready"),
         ] {
-            if ours > (P99_TIMES * theirs).max(max + slack) {
+            if ours > (P99_FACTOR * theirs).max(max + slack) {
                 failures.push(format!("{what} took {ours:.0} ms, the control's {theirs:.0}"));
             }
         }
     }
 
-    fn judge_held(&self, allowed: &Allowance, failures: &mut Vec<String>) {
+    fn judge_growth(&self, allowed: &Allowance, failures: &mut Vec<String>) {
         let mib = |bytes: f64| bytes / f64::from(1 << 20);
-        let bytes = HELD_TIMES * self.sent_bytes as f64;
+        let bytes = GROWTH_FACTOR * self.sent_bytes as f64;
         let gateway = bytes
             + (GATEWAY_SPARE_BYTES
                 + self.connections * CONNECTION_BYTES
                 + allowed.streams * OUTBOX_BYTES) as f64;
         let redis = bytes + allowed.redis_bytes() as f64;
-        for (held, most, what) in [
-            (self.held.gateway_bytes as f64, gateway, "the gateway"),
-            (self.held.redis_bytes as f64, redis, "Redis"),
+        for (peak_growth, most, what) in [
+            (self.peak_growth.gateway_bytes as f64, gateway, "the gateway"),
+            (self.peak_growth.redis_bytes as f64, redis, "Redis"),
         ] {
-            if held > most {
-                let (held, most) = (mib(held), mib(most));
-                failures.push(format!("{what} held {held:.1} MiB, {most:.1} is the most"));
+            if peak_growth > most {
+                let (peak_growth, most) = (mib(peak_growth), mib(most));
+                failures.push(format!("{what} held {peak_growth:.1} MiB, {most:.1} is the most"));
             }
         }
-        if self.held.log_bytes > LOG_BYTES_MAX {
-            failures.push(format!("{:.1} MiB of log", mib(self.held.log_bytes as f64)));
+        if self.peak_growth.log_bytes > LOG_BYTES_MAX {
+            failures.push(format!("{:.1} MiB of log", mib(self.peak_growth.log_bytes as f64)));
         }
     }
 }
@@ -327,29 +335,29 @@ mod tests {
 
     const MIB: u64 = 1 << 20;
 
-    fn bounds() -> Bounds {
-        Bounds { slack: Duration::ZERO, lag_max: Duration::from_millis(1) }
+    fn bounds() -> AttackThresholds {
+        AttackThresholds { slack: Duration::ZERO, lag_max: Duration::from_millis(1) }
     }
 
-    fn withstood() -> Measured {
+    fn withstood() -> AttackMeasurement {
         let control = LegitimateMetrics {
             sent: 800,
             p50_ms: 1.0,
             p99_ms: 2.0,
             ..LegitimateMetrics::default()
         };
-        Measured {
+        AttackMeasurement {
             legitimate: LegitimateMetrics { p99_ms: 3.9, ..control.clone() },
             control,
             sent_bytes: 10 * MIB,
             connections: 10,
-            back: Some(Duration::from_secs(2)),
-            kept: Usage { is_known: true, ..Usage::default() },
-            ..Measured::default()
+            recovered_after: Some(Duration::from_secs(2)),
+            residual: NodeUsage { is_known: true, ..NodeUsage::default() },
+            ..AttackMeasurement::default()
         }
     }
 
-    fn failures(change: impl FnOnce(&mut Measured), allowed: Allowance) -> Vec<String> {
+    fn failures(change: impl FnOnce(&mut AttackMeasurement), allowed: Allowance) -> Vec<String> {
         let mut measured = withstood();
         change(&mut measured);
         measured.judge(&allowed, &bounds()).failures
@@ -362,7 +370,7 @@ mod tests {
 
     #[test]
     fn every_measured_value_can_fail() {
-        type Change = fn(&mut Measured);
+        type Change = fn(&mut AttackMeasurement);
         let cases: [(Change, &str); 19] = [
             (|m| m.legitimate.p99_ms = 4.1, "legitimate p99 is 2.0 times the control's"),
             (|m| m.legitimate.unanswered = 1, "1 legitimate messages unanswered"),
@@ -376,29 +384,32 @@ mod tests {
                 |m| m.legitimate.probes_p99_ms = 900.0,
                 "/health and /ready took 900 ms, the control's 0",
             ),
-            (|m| m.held.gateway_bytes = 45 * MIB, "the gateway held 45.0 MiB, 44.2 is the most"),
-            (|m| m.held.redis_bytes = 23 * MIB, "Redis held 23.0 MiB, 22.0 is the most"),
-            (|m| m.held.log_bytes = MIB, "1.0 MiB of log"),
+            (
+                |m| m.peak_growth.gateway_bytes = 45 * MIB,
+                "the gateway held 45.0 MiB, 44.2 is the most",
+            ),
+            (|m| m.peak_growth.redis_bytes = 23 * MIB, "Redis held 23.0 MiB, 22.0 is the most"),
+            (|m| m.peak_growth.log_bytes = MIB, "1.0 MiB of log"),
             (|m| m.died = true, "the gateway or Redis ended"),
             (|m| m.legitimate.sent = 0, "no legitimate client could send"),
             (
-                |m| (m.back, m.kept.subscriptions) = (None, 348_576),
+                |m| (m.recovered_after, m.residual.subscriptions) = (None, 348_576),
                 "not back in time: 348576 subscriptions stay, at most 16 may",
             ),
             (
-                |m| (m.back, m.kept.is_known) = (None, false),
+                |m| (m.recovered_after, m.residual.is_known) = (None, false),
                 "not back in time: the gateway or Redis does not answer",
             ),
             (
-                |m| (m.back, m.kept.keys) = (None, 17),
+                |m| (m.recovered_after, m.residual.keys) = (None, 17),
                 "not back in time: 17 keys in Redis stay, at most 16 may",
             ),
             (
-                |m| (m.back, m.kept.descriptors) = (None, 17),
+                |m| (m.recovered_after, m.residual.descriptors) = (None, 17),
                 "not back in time: 17 descriptors stay, at most 16 may",
             ),
             (
-                |m| (m.back, m.kept.gateway_bytes) = (None, 25 * MIB),
+                |m| (m.recovered_after, m.residual.gateway_bytes) = (None, 25 * MIB),
                 "not back in time: the gateway keeps 25.0 MiB",
             ),
         ];
@@ -416,12 +427,14 @@ mod tests {
             record_bytes: 8192,
             ..Allowance::default()
         };
-        let held = |m: &mut Measured| m.held.gateway_bytes = 340 * MIB;
-        assert_eq!(failures(held, allowed), [""; 0]);
-        assert_eq!(failures(held, Allowance { streams: 1, ..allowed }).len(), 1);
-        let kept = |keys| Usage { keys, is_known: true, ..Usage::default() };
-        assert!(allowed.is_back(&kept(16 + 100 + 40)) && !allowed.is_back(&kept(157)));
-        assert!(!allowed.is_back(&Usage::default()), "what is not known is not back");
+        let peak_growth = |m: &mut AttackMeasurement| m.peak_growth.gateway_bytes = 340 * MIB;
+        assert_eq!(failures(peak_growth, allowed), [""; 0]);
+        assert_eq!(failures(peak_growth, Allowance { streams: 1, ..allowed }).len(), 1);
+        let residual = |keys| NodeUsage { keys, is_known: true, ..NodeUsage::default() };
+        assert!(
+            allowed.is_recovered(&residual(16 + 100 + 40)) && !allowed.is_recovered(&residual(157))
+        );
+        assert!(!allowed.is_recovered(&NodeUsage::default()), "what is not known is not back");
     }
 
     #[test]
@@ -430,7 +443,7 @@ mod tests {
         let none = ["no connection of the attacker was closed with 1009"];
         assert_eq!(failures(|_| (), allowed), none);
         let close_reasons =
-            |m: &mut Measured| m.close_reasons = [("1009 too big".to_owned(), 3)].into();
+            |m: &mut AttackMeasurement| m.close_reasons = [("1009 too big".to_owned(), 3)].into();
         assert_eq!(failures(close_reasons, allowed), [""; 0]);
     }
 
@@ -438,8 +451,8 @@ mod tests {
     fn slack_widens_times_only_and_lateness_makes_them_invalid() {
         let mut measured = withstood();
         measured.legitimate.p99_ms = 90.0;
-        let lenient = Bounds { slack: Duration::from_millis(100), ..bounds() };
-        assert_eq!(measured.judge(&Allowance::default(), &lenient), Verdict::default());
+        let lenient = AttackThresholds { slack: Duration::from_millis(100), ..bounds() };
+        assert_eq!(measured.judge(&Allowance::default(), &lenient), AttackVerdict::default());
         measured.control.lag_p99_us = 1_500;
         let verdict = measured.judge(&Allowance::default(), &lenient);
         assert!(verdict.invalid.is_some_and(|why| why.contains("1500 µs late")));
@@ -447,9 +460,9 @@ mod tests {
 
     #[test]
     fn usage_is_compared_value_by_value() {
-        let before = Usage { keys: 5, descriptors: 9, ..Usage::default() };
-        let now = Usage { keys: 7, descriptors: 3, ..Usage::default() };
-        assert_eq!(now.since(before), Usage { keys: 2, ..Usage::default() });
-        assert_eq!(now.peak(before), Usage { keys: 7, descriptors: 9, ..Usage::default() });
+        let before = NodeUsage { keys: 5, descriptors: 9, ..NodeUsage::default() };
+        let now = NodeUsage { keys: 7, descriptors: 3, ..NodeUsage::default() };
+        assert_eq!(now.since(before), NodeUsage { keys: 2, ..NodeUsage::default() });
+        assert_eq!(now.peak(before), NodeUsage { keys: 7, descriptors: 9, ..NodeUsage::default() });
     }
 }

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use crate::abuse::verdict::{Measured, Verdict};
+use crate::abuse::verdict::{AttackMeasurement, AttackVerdict};
 
 /// One attack.
 #[derive(Clone, Debug, Serialize)]
@@ -17,9 +17,9 @@ pub(crate) struct AttackRow {
     pub(crate) name: &'static str,
     /// What was measured.
     #[serde(flatten)]
-    pub(crate) measured: Measured,
+    pub(crate) measured: AttackMeasurement,
     /// What came of it.
-    pub(crate) verdict: Verdict,
+    pub(crate) verdict: AttackVerdict,
 }
 
 /// The columns.
@@ -35,8 +35,8 @@ pub(crate) const HEADINGS: [&str; 14] = [
     "control",
     "legitimate p50/p99",
     "control p50/p99",
-    "attacker was told",
-    "back",
+    "close reason",
+    "recovered after",
     "verdict",
 ];
 
@@ -46,31 +46,33 @@ impl AttackRow {
         let Self { group, name, measured, verdict } = self;
         let times = |p50: f64, p99: f64| format!("{p50:.1}/{p99:.1} ms");
         let percent = |share: f64| format!("{share:.0} %");
-        let back = measured.back.map(|back| format!("{:.0} s", back.as_secs_f64()));
+        let recovered_after = measured
+            .recovered_after
+            .map(|recovered_after| format!("{:.0} s", recovered_after.as_secs_f64()));
         [
             format!("{group} {name}"),
             bytes(measured.sent_bytes),
-            bytes(measured.held.gateway_bytes),
-            bytes(measured.held.redis_bytes),
+            bytes(measured.peak_growth.gateway_bytes),
+            bytes(measured.peak_growth.redis_bytes),
             if measured.sent_bytes > 0 {
-                format!("{:.2}", measured.held_per_byte())
+                format!("{:.2}", measured.growth_per_byte())
             } else {
                 "–".to_owned()
             },
-            format!("+{}", measured.held.descriptors),
+            format!("+{}", measured.peak_growth.descriptors),
             percent(measured.gateway_cpu_percent),
             percent(measured.redis_cpu_percent),
             percent(measured.control_cpu_percent),
             times(measured.legitimate.p50_ms, measured.legitimate.p99_ms),
             times(measured.control.p50_ms, measured.control.p99_ms),
-            told(&measured.close_reasons),
-            back.unwrap_or_else(|| "no".to_owned()),
+            most_frequent(&measured.close_reasons),
+            recovered_after.unwrap_or_else(|| "no".to_owned()),
             verdict.to_string(),
         ]
     }
 }
 
-impl std::fmt::Display for Verdict {
+impl std::fmt::Display for AttackVerdict {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match (&self.invalid, self.failures.as_slice()) {
             (None, []) => f.write_str("holds"),
@@ -91,7 +93,7 @@ pub(crate) fn table(rows: &[AttackRow]) -> String {
 }
 
 /// The most frequent of the ends that connections of the attacker came to.
-fn told(close_reasons: &BTreeMap<String, u64>) -> String {
+fn most_frequent(close_reasons: &BTreeMap<String, u64>) -> String {
     let most = close_reasons.iter().max_by_key(|(_, many)| **many);
     most.map(|(how, many)| format!("{many} × {how}")).unwrap_or_else(|| "–".to_owned())
 }
@@ -111,10 +113,14 @@ mod tests {
 
     #[test]
     fn a_row_has_a_cell_for_each_heading() {
-        let verdict = Verdict { failures: vec!["1 lost".to_owned()], invalid: None };
+        let verdict = AttackVerdict { failures: vec!["1 lost".to_owned()], invalid: None };
         let close_reasons =
             [("1008 rate_limited".to_owned(), 9), ("HTTP 429".to_owned(), 2)].into();
-        let measured = Measured { sent_bytes: 12_345_678, close_reasons, ..Measured::default() };
+        let measured = AttackMeasurement {
+            sent_bytes: 12_345_678,
+            close_reasons,
+            ..AttackMeasurement::default()
+        };
         let row = AttackRow { group: "A1", name: "pongs", measured, verdict };
         let table = table(&[row]);
         let lines: Vec<&str> = table.lines().collect();
@@ -129,7 +135,7 @@ mod tests {
     fn a_verdict_is_told_in_a_word() {
         let told = |failures: &[&str], invalid: Option<&str>| {
             let failures = failures.iter().map(|one| (*one).to_owned()).collect();
-            Verdict { failures, invalid: invalid.map(str::to_owned) }.to_string()
+            AttackVerdict { failures, invalid: invalid.map(str::to_owned) }.to_string()
         };
         assert_eq!(told(&[], None), "holds");
         assert_eq!(told(&[], Some("late")), "INVALID: late");
