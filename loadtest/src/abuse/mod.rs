@@ -114,7 +114,7 @@ pub(crate) async fn run(args: AbuseArgs) -> Result<Report, AbuseError> {
     let rows = ending_early(&stop, Box::pin(run_all(&args, &attacks, &stop))).await?;
     usage.stop();
     if is_link_asked && !stop.load(Ordering::Relaxed) {
-        match ending_early(&stop, Box::pin(slow_link::try_it(&args, &stop))).await? {
+        match ending_early(&stop, Box::pin(slow_link::run(&args, &stop))).await? {
             Ok(steps) => report.steps = steps,
             // Where it was asked for by name, it is a failure that it cannot be tried.
             Err(error) if args.attacks.iter().any(|one| one == slow_link::NAME) => {

@@ -43,7 +43,7 @@ const CONTENT_BYTES: u64 = 8_000;
 /// Messages of one request to the server API.
 const BATCH: u64 = 10;
 /// How long an own `ack`, and a pong, may take.
-const ANSWER_MAX: Duration = Duration::from_secs(3);
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(3);
 /// How often the client sends a ping.
 const PING_EVERY: Duration = Duration::from_secs(2);
 /// How many messages the client sends while it catches up.
@@ -59,24 +59,24 @@ const USER: &str = "slow-link-client";
 pub(crate) enum LinkError {
     /// A command of iproute2 failed or is not there.
     #[error(
-        "a network namespace with `tbf` needs root, CAP_NET_ADMIN and iproute2: {command}: {said}"
+        "a network namespace with `tbf` needs root, CAP_NET_ADMIN and iproute2: {command}: {output}"
     )]
     Command {
         /// What was run.
         command: String,
         /// What it said.
-        said: String,
+        output: String,
     },
 }
 
 /// A network namespace behind a slow link. It ends with this.
-struct Link {
+struct ShapedLink {
     namespace: String,
     /// The address of this side.
     host: Ipv4Addr,
 }
 
-impl Link {
+impl ShapedLink {
     fn up(rate: &str) -> Result<Self, LinkError> {
         let own = std::process::id();
         let namespace = format!("skein-{own}");
@@ -85,7 +85,7 @@ impl Link {
         let [_, _, high, low] = own.to_be_bytes();
         let host = Ipv4Addr::new(10, 213, high, low & 0xFC | 1);
         let client = Ipv4Addr::new(10, 213, high, low & 0xFC | 2);
-        run(&format!("ip netns add {namespace}"))?;
+        run_command(&format!("ip netns add {namespace}"))?;
         let link = Self { namespace, host };
         let inside = format!("ip netns exec {}", link.namespace);
         let bucket = format!("root tbf rate {rate} burst 4kb latency 500ms");
@@ -98,7 +98,7 @@ impl Link {
             format!("tc qdisc add dev {near} {bucket}"),
             format!("{inside} tc qdisc add dev {far} {bucket}"),
         ] {
-            run(&command)?;
+            run_command(&command)?;
         }
         Ok(link)
     }
@@ -111,17 +111,17 @@ impl Link {
     }
 }
 
-impl Drop for Link {
+impl Drop for ShapedLink {
     fn drop(&mut self) {
         // The pair of devices goes with it.
-        let _ = run(&format!("ip netns del {}", self.namespace));
+        let _ = run_command(&format!("ip netns del {}", self.namespace));
     }
 }
 
-fn run(command: &str) -> Result<(), LinkError> {
+fn run_command(command: &str) -> Result<(), LinkError> {
     let mut words = command.split(' ');
     let program = words.next().unwrap_or_default();
-    let failed = |said: String| LinkError::Command { command: command.to_owned(), said };
+    let failed = |output: String| LinkError::Command { command: command.to_owned(), output };
     match Command::new(program).args(words).output() {
         Ok(Output { status, .. }) if status.success() => Ok(()),
         Ok(output) => Err(failed(String::from_utf8_lossy(&output.stderr).trim().to_owned())),
@@ -131,7 +131,7 @@ fn run(command: &str) -> Result<(), LinkError> {
 
 /// What the client behind the link, and the one who watches it, saw.
 #[derive(Clone, Debug, Default, PartialEq)]
-struct Seen {
+struct SlowLinkResults {
     /// Entries that were to be caught up, own messages included.
     expected: u64,
     /// Entries that arrived in order.
@@ -153,7 +153,7 @@ struct Seen {
     offline: u64,
 }
 
-impl Seen {
+impl SlowLinkResults {
     /// What it comes to.
     fn steps(&self) -> Vec<StepResult> {
         let step = |name: &str, result: String, passed| StepResult {
@@ -170,7 +170,7 @@ impl Seen {
             )
         };
         let in_time = |times: &[Duration], missing: u64| {
-            !times.is_empty() && missing == 0 && longest(times) <= ANSWER_MAX
+            !times.is_empty() && missing == 0 && longest(times) <= RESPONSE_TIMEOUT
         };
         let Self { expected, received, out_of_order, .. } = *self;
         let caught_up = format!(
@@ -201,11 +201,11 @@ impl Seen {
 }
 
 /// Tries it, and tells what came of it.
-pub(crate) async fn try_it(
+pub(crate) async fn run(
     args: &AbuseArgs,
     stop: &Arc<AtomicBool>,
 ) -> Result<Result<Vec<StepResult>, LinkError>, AbuseError> {
-    let link = match Link::up(&args.link_rate) {
+    let link = match ShapedLink::up(&args.link_rate) {
         Ok(link) => link,
         Err(error) => return Ok(Err(error)),
     };
@@ -219,12 +219,12 @@ pub(crate) async fn try_it(
     let entries = args.link_bytes.div_ceil(CONTENT_BYTES);
     let stop = stop.clone();
     let (namespace, most) = (link.namespace.clone(), args.link_patience);
-    let seen =
+    let results =
         tokio::task::spawn_blocking(move || catch_up(listen, &namespace, entries, most, &stop));
-    let seen = seen.await?;
+    let results = results.await?;
     node.stop().await;
     drop(link);
-    Ok(Ok(seen?.steps()))
+    Ok(Ok(results?.steps()))
 }
 
 /// Fills a room, has a client behind the link catch it up, and watches its user from outside.
@@ -234,8 +234,8 @@ fn catch_up(
     entries: u64,
     most: Duration,
     stop: &Arc<AtomicBool>,
-) -> io::Result<Seen> {
-    let mut watcher = Client::connect(address, "/ws?user=slow-link-watcher")?;
+) -> io::Result<SlowLinkResults> {
+    let mut watcher = SlowLinkClient::connect(address, "/ws?user=slow-link-watcher")?;
     watcher.send(&json!({"type": "join", "room": ROOM, "history": 0}))?;
     let joined = watcher.wait_for("joined")?;
     let since = json!({"epoch": joined["epoch"], "seq": joined["seq"]});
@@ -247,10 +247,10 @@ fn catch_up(
     let is_over = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let client = std::thread::Builder::new().spawn_scoped(scope, || {
-            let seen = Link::enter(namespace)
+            let results = ShapedLink::enter(namespace)
                 .and_then(|()| behind_the_link(address, &since, begins, entries, most, stop));
             is_over.store(true, Ordering::Relaxed);
-            seen
+            results
         })?;
         let (mut online, mut offline) = (false, 0);
         while !is_over.load(Ordering::Relaxed) {
@@ -263,8 +263,9 @@ fn catch_up(
                 offline += u64::from(online && is_user && is_gone);
             })?;
         }
-        let seen = client.join().map_err(|_| io::Error::other("the client ended in panic"))??;
-        Ok(Seen { online, offline, ..seen })
+        let results =
+            client.join().map_err(|_| io::Error::other("the client ended in panic"))??;
+        Ok(SlowLinkResults { online, offline, ..results })
     })
 }
 
@@ -296,16 +297,19 @@ fn behind_the_link(
     entries: u64,
     most: Duration,
     stop: &AtomicBool,
-) -> io::Result<Seen> {
-    let mut client = Client::connect(address, &format!("/ws?user={USER}"))?;
+) -> io::Result<SlowLinkResults> {
+    let mut client = SlowLinkClient::connect(address, &format!("/ws?user={USER}"))?;
     client.send(&json!({"type": "join", "room": ROOM, "since": since}))?;
     let began = Instant::now();
-    let mut seen = Seen { expected: entries, ..Seen::default() };
+    let mut results = SlowLinkResults { expected: entries, ..SlowLinkResults::default() };
     let (mut last, mut pinged, mut pings) = (begins, began, Vec::new());
     let mut own: Vec<(Instant, bool)> = Vec::new();
-    while seen.received < seen.expected && began.elapsed() < most && !stop.load(Ordering::Relaxed) {
+    while results.received < results.expected
+        && began.elapsed() < most
+        && !stop.load(Ordering::Relaxed)
+    {
         let now = Instant::now();
-        let talks = seen.received * 2 >= entries;
+        let talks = results.received * 2 >= entries;
         if talks && (pinged.elapsed() >= PING_EVERY || pings.is_empty()) {
             client.write(&websocket::ping(&(pings.len() as u32).to_be_bytes()))?;
             pings.push((now, false));
@@ -314,16 +318,16 @@ fn behind_the_link(
         // Own messages at the same distances on the second half of the way.
         let sent = own.len() as u64;
         let at = entries / 2 + entries / 2 * sent / (OWN_MESSAGES + 1);
-        if talks && sent < OWN_MESSAGES && seen.received >= at {
+        if talks && sent < OWN_MESSAGES && results.received >= at {
             let frame = json!({"type": "message", "room": ROOM, "content": "mine", "ref": sent});
             client.send(&frame)?;
             own.push((now, false));
-            seen.expected += 1;
+            results.expected += 1;
         }
         let mut take = |seq: Option<u64>| {
             let Some(seq) = seq else { return };
-            seen.received += u64::from(seq == last + 1);
-            seen.out_of_order += u64::from(seq != last + 1);
+            results.received += u64::from(seq == last + 1);
+            results.out_of_order += u64::from(seq != last + 1);
             last = seq;
         };
         let received = client.receive(POLL_INTERVAL, &mut |received| match received {
@@ -333,7 +337,7 @@ fn behind_the_link(
                     number.ok().and_then(|number| pings.get_mut(number as usize))
                 {
                     *answered = true;
-                    seen.pongs.push(at.elapsed());
+                    results.pongs.push(at.elapsed());
                 }
             }
             Incoming::Frame(frame) => match frame["type"].as_str().unwrap_or_default() {
@@ -346,22 +350,22 @@ fn behind_the_link(
                     let number = frame["ref"].as_u64().unwrap_or(u64::MAX) as usize;
                     if let Some((at, answered)) = own.get_mut(number) {
                         *answered = true;
-                        seen.acks.push(at.elapsed());
+                        results.acks.push(at.elapsed());
                     }
                 }
                 _ => {}
             },
         });
         if let Err(error) = received {
-            seen.ended = Some(error.to_string());
+            results.ended = Some(error.to_string());
             break;
         }
     }
-    seen.took = began.elapsed();
-    seen.unanswered = own.iter().filter(|(_, answered)| !answered).count() as u64;
-    let late = |(at, answered): &&(Instant, bool)| !answered && at.elapsed() > ANSWER_MAX;
-    seen.pongs_missing = pings.iter().filter(late).count() as u64;
-    Ok(seen)
+    results.took = began.elapsed();
+    results.unanswered = own.iter().filter(|(_, answered)| !answered).count() as u64;
+    let late = |(at, answered): &&(Instant, bool)| !answered && at.elapsed() > RESPONSE_TIMEOUT;
+    results.pongs_missing = pings.iter().filter(late).count() as u64;
+    Ok(results)
 }
 
 /// What a client gets, but pings, which it answers.
@@ -371,7 +375,7 @@ enum Incoming<'a> {
 }
 
 /// A client on a thread of its own.
-struct Client {
+struct SlowLinkClient {
     stream: TcpStream,
     reader: FrameReader,
     buffer: Vec<u8>,
@@ -379,7 +383,7 @@ struct Client {
     rest: Vec<u8>,
 }
 
-impl Client {
+impl SlowLinkClient {
     fn connect(address: SocketAddr, path: &str) -> io::Result<Self> {
         let mut stream = TcpStream::connect_timeout(&address, LOOPBACK_MAX)?;
         stream.set_nodelay(true)?;
@@ -467,7 +471,7 @@ impl Client {
     }
 }
 
-impl fmt::Debug for Client {
+impl fmt::Debug for SlowLinkClient {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Client").field("stream", &self.stream).finish_non_exhaustive()
     }
@@ -477,38 +481,41 @@ impl fmt::Debug for Client {
 mod tests {
     use super::*;
 
-    fn good() -> Seen {
-        Seen {
+    fn good() -> SlowLinkResults {
+        SlowLinkResults {
             expected: 505,
             received: 505,
             took: Duration::from_secs(350),
             acks: vec![Duration::from_secs(1); 5],
             pongs: vec![Duration::from_millis(2_900)],
             online: true,
-            ..Seen::default()
+            ..SlowLinkResults::default()
         }
     }
 
     #[test]
     fn each_part_of_the_promise_can_fail() {
-        let failed = |change: fn(&mut Seen)| -> Vec<String> {
-            let mut seen = good();
-            change(&mut seen);
-            let steps = seen.steps().into_iter();
+        let failed = |change: fn(&mut SlowLinkResults)| -> Vec<String> {
+            let mut results = good();
+            change(&mut results);
+            let steps = results.steps().into_iter();
             steps.filter(|step| !step.passed).map(|step| step.name).collect()
         };
         assert_eq!(failed(|_| ()), [""; 0]);
-        assert_eq!(failed(|seen| seen.received = 504), ["slow-link, caught up"]);
-        assert_eq!(failed(|seen| seen.out_of_order = 1), ["slow-link, caught up"]);
+        assert_eq!(failed(|results| results.received = 504), ["slow-link, caught up"]);
+        assert_eq!(failed(|results| results.out_of_order = 1), ["slow-link, caught up"]);
         assert_eq!(
-            failed(|seen| seen.ended = Some("4003".to_owned())),
+            failed(|results| results.ended = Some("4003".to_owned())),
             ["slow-link, connection cut"]
         );
-        assert_eq!(failed(|seen| seen.acks[2] = Duration::from_secs(61)), ["slow-link, own acks"]);
-        assert_eq!(failed(|seen| seen.unanswered = 1), ["slow-link, own acks"]);
-        assert_eq!(failed(|seen| seen.acks.clear()), ["slow-link, own acks"]);
-        assert_eq!(failed(|seen| seen.pongs_missing = 1), ["slow-link, pongs"]);
-        assert_eq!(failed(|seen| seen.offline = 1), ["slow-link, shown offline"]);
-        assert_eq!(failed(|seen| seen.online = false), ["slow-link, shown offline"]);
+        assert_eq!(
+            failed(|results| results.acks[2] = Duration::from_secs(61)),
+            ["slow-link, own acks"]
+        );
+        assert_eq!(failed(|results| results.unanswered = 1), ["slow-link, own acks"]);
+        assert_eq!(failed(|results| results.acks.clear()), ["slow-link, own acks"]);
+        assert_eq!(failed(|results| results.pongs_missing = 1), ["slow-link, pongs"]);
+        assert_eq!(failed(|results| results.offline = 1), ["slow-link, shown offline"]);
+        assert_eq!(failed(|results| results.online = false), ["slow-link, shown offline"]);
     }
 }
