@@ -20,12 +20,12 @@ use crate::{bench::RowName, virtual_users::workers::WorkerShare};
 pub(crate) struct Cli {
     /// What to do.
     #[command(subcommand)]
-    pub(crate) command: Command,
+    pub(crate) command: LoadCommand,
 }
 
 /// What to do.
 #[derive(Debug, Subcommand)]
-pub(crate) enum Command {
+pub(crate) enum LoadCommand {
     /// Opens many connections at a given rate, holds them, and reports what happened.
     Connect(ConnectArgs),
     /// Cuts all connections at once, and has them come back at once, again and again.
@@ -67,10 +67,10 @@ const TIMEOUT_MAX: Duration = Duration::from_secs(10 * 60);
 pub(crate) struct OpenArgs {
     /// Where to connect.
     #[arg(long, default_value = "ws://127.0.0.1:8080/ws")]
-    pub(crate) url: Target,
+    pub(crate) url: ServerUrl,
     /// How many to open per second; they are opened on time whether or not earlier ones succeeded.
     #[arg(long, default_value = "500/s")]
-    pub(crate) ramp: Rate,
+    pub(crate) ramp: ArrivalRate,
     /// How long one connection may take, from TCP to `connected` (and `joined`).
     #[arg(long, default_value = "10s", value_parser = timeout)]
     pub(crate) timeout: Duration,
@@ -82,7 +82,7 @@ pub(crate) struct OpenArgs {
     pub(crate) token: Option<String>,
     /// Addresses to connect from, such as 127.0.0.1-127.0.0.4: each has its own ports.
     #[arg(long)]
-    pub(crate) sources: Option<Sources>,
+    pub(crate) sources: Option<SourceAddresses>,
 }
 
 /// What to look at while it runs.
@@ -100,7 +100,7 @@ pub(crate) struct MonitorArgs {
 /// What is asked of the servers.
 #[derive(Clone, Debug, Default, Args)]
 #[command(next_help_heading = "Thresholds")]
-pub(crate) struct Bounds {
+pub(crate) struct Thresholds {
     /// A delivery that takes longer than this is late.
     #[arg(long, default_value = "100ms", value_parser = timeout)]
     pub(crate) late_after: Duration,
@@ -132,7 +132,7 @@ pub(crate) struct CommonArgs {
     #[command(flatten)]
     pub(crate) monitor: MonitorArgs,
     #[command(flatten)]
-    pub(crate) bounds: Bounds,
+    pub(crate) thresholds: Thresholds,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
 }
@@ -177,7 +177,7 @@ pub(crate) struct TrafficArgs {
     /// How many messages all of them send; each is due at a set time, whatever became of earlier
     /// ones.
     #[arg(long, default_value = "100/s")]
-    pub(crate) rate: Rate,
+    pub(crate) rate: ArrivalRate,
     /// How long they talk.
     #[arg(long, default_value = "10s", value_parser = hold)]
     pub(crate) duration: Duration,
@@ -221,7 +221,7 @@ pub(crate) struct StormArgs {
     pub(crate) rounds: u32,
     /// How many come back per second; as many as this tool can open where it is not given.
     #[arg(long)]
-    pub(crate) back: Option<Rate>,
+    pub(crate) back: Option<ArrivalRate>,
     /// How long they are left alone between two rounds.
     #[arg(long, default_value = "2s", value_parser = hold)]
     pub(crate) pause: Duration,
@@ -281,7 +281,7 @@ pub(crate) struct SlowArgs {
 pub(crate) struct SweepArgs {
     /// The first rate, which is doubled until something does not hold.
     #[arg(long, default_value = "100/s")]
-    pub(crate) from: Rate,
+    pub(crate) from: ArrivalRate,
     /// What the p99 of the latency may be.
     #[arg(long = "bound", default_value = "50ms", value_parser = timeout)]
     pub(crate) bound: Duration,
@@ -321,7 +321,7 @@ pub(crate) struct ChatArgs {
     #[command(flatten)]
     pub(crate) monitor: MonitorArgs,
     #[command(flatten)]
-    pub(crate) bounds: Bounds,
+    pub(crate) thresholds: Thresholds,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
 }
@@ -338,7 +338,7 @@ pub(crate) struct LoadArgs {
     /// How many messages all of them send; each is due at a set time, whatever became of earlier
     /// ones.
     #[arg(long, default_value = "100/s")]
-    pub(crate) rate: Rate,
+    pub(crate) rate: ArrivalRate,
     /// How long they talk.
     #[arg(long, default_value = "60s", value_parser = hold)]
     pub(crate) duration: Duration,
@@ -349,7 +349,7 @@ pub(crate) struct LoadArgs {
     #[arg(long, alias = "patience", default_value = "4s", value_parser = timeout)]
     pub(crate) idle_timeout: Duration,
     #[command(flatten)]
-    pub(crate) bounds: Bounds,
+    pub(crate) thresholds: Thresholds,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
 }
@@ -394,7 +394,7 @@ pub(crate) struct ExternalArgs {
     /// Where members connect, through a proxy that fails, instead of a cluster of its own; may be
     /// repeated.
     #[arg(long)]
-    pub(crate) url: Vec<Target>,
+    pub(crate) url: Vec<ServerUrl>,
     /// Gateways of it on this machine, which are stopped and go on.
     #[arg(long, num_args = 1.., requires = "url")]
     pub(crate) gateway_pid: Vec<u32>,
@@ -422,7 +422,7 @@ pub(crate) struct AbuseArgs {
     pub(crate) clients: u32,
     /// How many messages the legitimate clients of each gateway send.
     #[arg(long, default_value = "100/s")]
-    pub(crate) rate: Rate,
+    pub(crate) rate: ArrivalRate,
     /// How much longer than the control's p99 the legitimate p99 may be, where twice of it is less.
     #[arg(long, default_value = "0s", value_parser = timeout)]
     pub(crate) slack: Duration,
@@ -489,23 +489,23 @@ pub(crate) struct BenchArgs {
 
 /// A rate: `500/s`, `500`, `300/m`.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Rate {
+pub(crate) struct ArrivalRate {
     per_second: f64,
 }
 
 /// The text is no rate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("a rate is a number above 0 and at most 1000000, with /s or /m: 500/s")]
-pub(crate) struct InvalidRate;
+pub(crate) struct InvalidArrivalRate;
 
-impl Rate {
+impl ArrivalRate {
     /// So many in each second.
     pub(crate) const fn per_second(per_second: f64) -> Self {
         Self { per_second }
     }
 
     /// How many in each second.
-    pub(crate) fn each_second(self) -> f64 {
+    pub(crate) fn events_per_second(self) -> f64 {
         self.per_second
     }
 
@@ -515,24 +515,28 @@ impl Rate {
     }
 }
 
-impl FromStr for Rate {
-    type Err = InvalidRate;
+impl FromStr for ArrivalRate {
+    type Err = InvalidArrivalRate;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let (number, seconds) = match text.split_once('/') {
             None | Some((_, "s")) => (text.trim_end_matches("/s"), 1.0),
             Some((number, "m")) => (number, 60.0),
-            Some(_) => return Err(InvalidRate),
+            Some(_) => return Err(InvalidArrivalRate),
         };
-        let per_second = number.trim().parse::<f64>().map_err(|_| InvalidRate)? / seconds;
+        let per_second = number.trim().parse::<f64>().map_err(|_| InvalidArrivalRate)? / seconds;
         // At 1 in 1,000 s the largest run already takes years; below, its times would overflow.
-        if (0.001..=1e6).contains(&per_second) { Ok(Self { per_second }) } else { Err(InvalidRate) }
+        if (0.001..=1e6).contains(&per_second) {
+            Ok(Self { per_second })
+        } else {
+            Err(InvalidArrivalRate)
+        }
     }
 }
 
 /// Addresses to connect from, taken in turn.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Sources {
+pub(crate) struct SourceAddresses {
     first: IpAddr,
     count: u32,
 }
@@ -540,9 +544,9 @@ pub(crate) struct Sources {
 /// The text is no range of addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("sources are an address or a range of at most 65536 IPv4 ones: 127.0.0.1-127.0.0.4")]
-pub(crate) struct InvalidSources;
+pub(crate) struct InvalidSourceAddresses;
 
-impl Sources {
+impl SourceAddresses {
     /// How many there are.
     pub(crate) fn count(&self) -> u32 {
         self.count
@@ -557,25 +561,26 @@ impl Sources {
     }
 }
 
-impl FromStr for Sources {
-    type Err = InvalidSources;
+impl FromStr for SourceAddresses {
+    type Err = InvalidSourceAddresses;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let Some((first, last)) = text.split_once('-') else {
-            return Ok(Self { first: text.parse().map_err(|_| InvalidSources)?, count: 1 });
+            return Ok(Self { first: text.parse().map_err(|_| InvalidSourceAddresses)?, count: 1 });
         };
-        let address = |text: &str| text.trim().parse::<Ipv4Addr>().map_err(|_| InvalidSources);
+        let address =
+            |text: &str| text.trim().parse::<Ipv4Addr>().map_err(|_| InvalidSourceAddresses);
         let (first, last) = (address(first)?, address(last)?);
         match last.to_bits().checked_sub(first.to_bits()) {
             Some(more @ 0..=0xFFFF) => Ok(Self { first: first.into(), count: more + 1 }),
-            Some(_) | None => Err(InvalidSources),
+            Some(_) | None => Err(InvalidSourceAddresses),
         }
     }
 }
 
 /// A URL taken apart.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Target {
+pub(crate) struct ServerUrl {
     /// Host and port, as `Host` has them and as they are looked up.
     pub(crate) authority: String,
     /// Path and query.
@@ -585,9 +590,9 @@ pub(crate) struct Target {
 /// The text is no URL this tool can connect to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("a URL has the form ws://host[:port]/path (TLS is not spoken: test behind the proxy)")]
-pub(crate) struct InvalidTarget;
+pub(crate) struct InvalidServerUrl;
 
-impl Target {
+impl ServerUrl {
     /// The path with one more member of the query.
     pub(crate) fn path_with(&self, name: &str, value: &str) -> String {
         let sign = if self.path.contains('?') { '&' } else { '?' };
@@ -603,16 +608,16 @@ impl Target {
     }
 }
 
-impl FromStr for Target {
-    type Err = InvalidTarget;
+impl FromStr for ServerUrl {
+    type Err = InvalidServerUrl;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let rest = text.strip_prefix("ws://").ok_or(InvalidTarget)?;
+        let rest = text.strip_prefix("ws://").ok_or(InvalidServerUrl)?;
         let end = rest.find(['/', '?']).unwrap_or(rest.len());
         let (authority, path) = rest.split_at(end);
         let plain = |b: u8| b.is_ascii_graphic() && b != b'#';
         if authority.is_empty() || authority.contains('@') || !rest.bytes().all(plain) {
-            return Err(InvalidTarget);
+            return Err(InvalidServerUrl);
         }
         let has_port = authority.rsplit_once(':').is_some_and(|(_, port)| !port.ends_with(']'));
         let port = if has_port { "" } else { ":80" };
@@ -664,30 +669,30 @@ mod tests {
 
     #[test]
     fn rates_are_per_second_or_minute() {
-        let due = |text: &str| text.parse::<Rate>().unwrap().due(10).as_millis();
+        let due = |text: &str| text.parse::<ArrivalRate>().unwrap().due(10).as_millis();
         assert_eq!((due("500/s"), due("500"), due("30/m"), due("0.5/s")), (20, 20, 20_000, 20_000));
         for bad in ["", "0", "-1/s", "5/h", "x/s", "1e9", "NaN", "inf", "/s", "1/s/s"] {
-            assert_eq!(bad.parse::<Rate>(), Err(InvalidRate), "{bad:?}");
+            assert_eq!(bad.parse::<ArrivalRate>(), Err(InvalidArrivalRate), "{bad:?}");
         }
     }
 
     #[test]
     fn sources_are_an_address_or_a_range_taken_in_turn() {
-        let sources: Sources = "127.0.0.1-127.0.0.4".parse().unwrap();
+        let sources: SourceAddresses = "127.0.0.1-127.0.0.4".parse().unwrap();
         let taken: Vec<String> = (3..6).map(|index| sources.address(index).to_string()).collect();
         assert_eq!(taken, ["127.0.0.4", "127.0.0.1", "127.0.0.2"]);
-        assert_eq!("10.0.0.1".parse::<Sources>().unwrap().count(), 1);
-        assert_eq!("::1".parse::<Sources>().unwrap().address(7).to_string(), "::1");
-        assert_eq!("127.0.0.1-127.0.0.1".parse::<Sources>().unwrap().count(), 1);
+        assert_eq!("10.0.0.1".parse::<SourceAddresses>().unwrap().count(), 1);
+        assert_eq!("::1".parse::<SourceAddresses>().unwrap().address(7).to_string(), "::1");
+        assert_eq!("127.0.0.1-127.0.0.1".parse::<SourceAddresses>().unwrap().count(), 1);
         for bad in ["", "x", "127.0.0.4-127.0.0.1", "127.0.0.1-", "0.0.0.0-1.0.0.0", "::1-::2"] {
-            assert_eq!(bad.parse::<Sources>(), Err(InvalidSources), "{bad:?}");
+            assert_eq!(bad.parse::<SourceAddresses>(), Err(InvalidSourceAddresses), "{bad:?}");
         }
     }
 
     #[test]
     fn a_url_is_taken_apart() {
         let check = |text: &str, authority: &str, path: &str| {
-            let target: Target = text.parse().unwrap();
+            let target: ServerUrl = text.parse().unwrap();
             assert_eq!((target.authority.as_str(), target.path.as_str()), (authority, path));
         };
         check("ws://h:1/ws", "h:1", "/ws");
@@ -696,16 +701,16 @@ mod tests {
         check("ws://[::1]/ws", "[::1]:80", "/ws");
         check("ws://[::1]:8080/ws", "[::1]:8080", "/ws");
         for bad in ["", "h:1", "wss://h/", "http://h/", "ws:///", "ws://u@h/", "ws://h/a b"] {
-            assert_eq!(bad.parse::<Target>(), Err(InvalidTarget), "{bad:?}");
+            assert_eq!(bad.parse::<ServerUrl>(), Err(InvalidServerUrl), "{bad:?}");
         }
     }
 
     #[test]
     fn the_query_is_added_and_encoded() {
-        let target: Target = "ws://h/ws".parse().unwrap();
+        let target: ServerUrl = "ws://h/ws".parse().unwrap();
         let path = target.path_with("user", "a|b");
         assert_eq!(path, "/ws?user=a%7Cb");
-        assert_eq!(Target { path, ..target }.path_with("x", "1"), "/ws?user=a%7Cb&x=1");
+        assert_eq!(ServerUrl { path, ..target }.path_with("x", "1"), "/ws?user=a%7Cb&x=1");
     }
 
     #[test]
@@ -713,7 +718,7 @@ mod tests {
         use clap::CommandFactory;
         Cli::command().debug_assert();
         let parse = |text: &str| Cli::try_parse_from(text.split(' '));
-        let Command::Connect(args) =
+        let LoadCommand::Connect(args) =
             parse("loadtest connect -n 5 --rooms 2 --pid 1 2 --json").unwrap().command
         else {
             panic!("another command")

@@ -161,13 +161,13 @@ pub(crate) async fn run(args: ChatArgs) -> Result<Report, ProcfsError> {
             step("rooms joined", metrics.join_us),
             step("looks at the history", metrics.history_us),
         ],
-        messages: Some(messages.with_latency(&latencies, talked, &args.bounds)),
+        messages: Some(messages.with_latency(&latencies, talked, &args.thresholds)),
         seconds,
         interrupted: is_interrupted,
         ..Report::of("chat")
     };
     (report.servers, report.gauges) = monitor.finish();
-    report.judge(&args.bounds);
+    report.evaluate(&args.thresholds);
     Ok(report)
 }
 

@@ -17,7 +17,7 @@ use tokio::{
 };
 
 use crate::{
-    args::{Bounds, LedgerArgs, LoadArgs},
+    args::{LedgerArgs, LoadArgs, Thresholds},
     monitor::ServerMonitor,
     procfs::{CpuTime, ProcfsError},
     progress::Progress,
@@ -68,10 +68,10 @@ pub(crate) async fn run(args: LedgerArgs) -> Result<Report, LedgerRunError> {
     let is_interrupted = run.show_progress_until(over).await;
     let (acknowledged, done, open) = (Vec::new(), run.delivered(), run.open());
     monitor.end_phase(ScenarioPhase::Traffic, &PhaseTotals { open, done, acknowledged });
-    let mut report = run.finish("ledger", &args.load.bounds).await?;
+    let mut report = run.finish("ledger", &args.load.thresholds).await?;
     (report.servers, report.gauges) = monitor.finish();
     report.interrupted = is_interrupted;
-    report.judge(&args.load.bounds);
+    report.evaluate(&args.load.thresholds);
     Ok(report)
 }
 
@@ -145,7 +145,7 @@ impl LedgerRun {
     pub(crate) async fn finish(
         self,
         scenario: &str,
-        bounds: &Bounds,
+        thresholds: &Thresholds,
     ) -> Result<Report, LedgerRunError> {
         let talked = self.began.elapsed();
         let spent_ms = CpuTime::read(None)?.total_ms() - self.cpu.total_ms();
@@ -168,7 +168,8 @@ impl LedgerRun {
         }
         let seconds = self.timeline.lock().seconds();
         let times_us = timeline::histogram(&seconds);
-        let messages = MessageReport::of(sum, unfinished).with_latency(&times_us, talked, bounds);
+        let messages =
+            MessageReport::of(sum, unfinished).with_latency(&times_us, talked, thresholds);
         Ok(Report { messages: Some(messages), seconds, generator, ..Report::of(scenario) })
     }
 }

@@ -9,7 +9,7 @@ use clap::Parser;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
-    args::{Cli, Command, OutputArgs},
+    args::{Cli, LoadCommand, OutputArgs},
     report::{Report, compare, html},
 };
 
@@ -44,57 +44,59 @@ fn main() -> ExitCode {
     runtime.block_on(run(command))
 }
 
-async fn run(command: Command) -> ExitCode {
+async fn run(command: LoadCommand) -> ExitCode {
     match command {
-        Command::Connect(args) => {
+        LoadCommand::Connect(args) => {
             let output = args.common.output.clone();
-            told(scenario::connect::run(args).await, &output)
+            print_report(scenario::connect::run(args).await, &output)
         }
-        Command::Storm(args) => {
+        LoadCommand::Storm(args) => {
             let output = args.common.output.clone();
-            told(scenario::storm::run(args).await, &output)
+            print_report(scenario::storm::run(args).await, &output)
         }
-        Command::Fanout(args) => {
+        LoadCommand::Fanout(args) => {
             let output = args.common.output.clone();
-            told(scenario::traffic::fanout(args).await, &output)
+            print_report(scenario::traffic::fanout(args).await, &output)
         }
-        Command::Rooms(args) => {
+        LoadCommand::Rooms(args) => {
             let output = args.common.output.clone();
-            told(scenario::traffic::rooms(args).await, &output)
+            print_report(scenario::traffic::rooms(args).await, &output)
         }
-        Command::Slow(args) => {
+        LoadCommand::Slow(args) => {
             let output = args.common.output.clone();
-            told(scenario::traffic::slow(args).await, &output)
+            print_report(scenario::traffic::slow(args).await, &output)
         }
-        Command::Sweep(args) => {
+        LoadCommand::Sweep(args) => {
             let output = args.common.output.clone();
-            told(scenario::sweep::run(args).await, &output)
+            print_report(scenario::sweep::run(args).await, &output)
         }
-        Command::Chat(args) => {
+        LoadCommand::Chat(args) => {
             let output = args.output.clone();
-            told(chat::run(args).await.map(Some), &output)
+            print_report(chat::run(args).await.map(Some), &output)
         }
-        Command::Ledger(args) => {
+        LoadCommand::Ledger(args) => {
             let output = args.load.output.clone();
-            told(ledger_run::run(args).await.map(Some), &output)
+            print_report(ledger_run::run(args).await.map(Some), &output)
         }
-        Command::Chaos(args) => {
+        LoadCommand::Chaos(args) => {
             let output = args.load.output.clone();
-            told(chaos::run(args).await.map(Some), &output)
+            print_report(chaos::run(args).await.map(Some), &output)
         }
-        Command::Abuse(args) if args.list => {
+        LoadCommand::Abuse(args) if args.list => {
             print!("{}", abuse::list());
             ExitCode::SUCCESS
         }
-        Command::Abuse(args) => {
+        LoadCommand::Abuse(args) => {
             let output = args.output.clone();
-            told(abuse::run(args).await.map(Some), &output)
+            print_report(abuse::run(args).await.map(Some), &output)
         }
-        Command::Compare(args) => end(compare::run(&args.first, &args.second), |comparison| {
-            print!("{comparison}");
-            comparison.is_good()
-        }),
-        Command::Bench(args) => end(bench::run(args).await, |table| {
+        LoadCommand::Compare(args) => {
+            exit_code(compare::run(&args.first, &args.second), |comparison| {
+                print!("{comparison}");
+                comparison.is_good()
+            })
+        }
+        LoadCommand::Bench(args) => exit_code(bench::run(args).await, |table| {
             print!("{table}");
             table.is_good()
         }),
@@ -103,8 +105,8 @@ async fn run(command: Command) -> ExitCode {
 
 /// Prints a report, and writes it as a page where that is wanted. Where this is one of several
 /// processes there is none.
-fn told<E: Display>(result: Result<Option<Report>, E>, output: &OutputArgs) -> ExitCode {
-    end(result, |report| {
+fn print_report<E: Display>(result: Result<Option<Report>, E>, output: &OutputArgs) -> ExitCode {
+    exit_code(result, |report| {
         let Some(report) = report else { return true };
         if output.json {
             println!("{}", serde_json::to_string(report).expect("its keys are text"));
@@ -124,9 +126,9 @@ fn told<E: Display>(result: Result<Option<Report>, E>, output: &OutputArgs) -> E
 }
 
 /// Has a result told, and makes an exit code of it.
-fn end<T, E: Display>(result: Result<T, E>, tell: impl FnOnce(&T) -> bool) -> ExitCode {
+fn exit_code<T, E: Display>(result: Result<T, E>, print: impl FnOnce(&T) -> bool) -> ExitCode {
     match result {
-        Ok(result) if tell(&result) => ExitCode::SUCCESS,
+        Ok(result) if print(&result) => ExitCode::SUCCESS,
         Ok(_) => ExitCode::FAILURE,
         Err(error) => {
             eprintln!("loadtest: {error}");
@@ -136,7 +138,7 @@ fn end<T, E: Display>(result: Result<T, E>, tell: impl FnOnce(&T) -> bool) -> Ex
 }
 
 /// Ends when somebody presses Ctrl-C or asks this process to end.
-async fn interrupted() {
+async fn interrupt_signal() {
     let (interrupt, terminate) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()));
     let (Ok(mut interrupt), Ok(mut terminate)) = (interrupt, terminate) else {
         // Without a place to hear of signals they do what they do to any process.

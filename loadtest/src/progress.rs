@@ -34,7 +34,7 @@ impl Progress {
         look: impl Fn(&mut dyn FnMut(&mut Timeline)),
     ) -> bool {
         let mut over = std::pin::pin!(over);
-        let mut interrupted = std::pin::pin!(crate::interrupted());
+        let mut interrupted = std::pin::pin!(crate::interrupt_signal());
         loop {
             // All arms are cancel-safe.
             tokio::select! {

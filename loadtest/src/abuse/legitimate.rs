@@ -20,7 +20,10 @@ use tokio::{sync::oneshot, time::Instant};
 
 use super::verdict::LegitimateMetrics;
 use crate::{
-    args::{Bounds, CommonArgs, MonitorArgs, OpenArgs, OutputArgs, Rate, Sources, Target},
+    args::{
+        ArrivalRate, CommonArgs, MonitorArgs, OpenArgs, OutputArgs, ServerUrl, SourceAddresses,
+        Thresholds,
+    },
     report::connections::{ConnectionCounters, ConnectionReport, LatencySummary},
     scenario::{ScenarioError, ScenarioRun, connect_plan, traffic::Traffic},
     virtual_users::{RoomAssignment, VirtualUsers, workers::WorkerShare},
@@ -29,10 +32,10 @@ use crate::{
 /// How long a client may wait for what it asked.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How many newcomers, and probes, each second.
-const NEWCOMERS: Rate = Rate::per_second(10.0);
-const PROBES: Rate = Rate::per_second(10.0);
+const NEWCOMERS: ArrivalRate = ArrivalRate::per_second(10.0);
+const PROBES: ArrivalRate = ArrivalRate::per_second(10.0);
 /// How members are opened.
-const RAMP: Rate = Rate::per_second(400.0);
+const RAMP: ArrivalRate = ArrivalRate::per_second(400.0);
 const CONTENT_BYTES: usize = 128;
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
@@ -44,7 +47,7 @@ pub(crate) struct ClientsSize {
     /// Rooms that they are dealt out to.
     pub(crate) rooms: u32,
     /// Messages of all together.
-    pub(crate) rate: Rate,
+    pub(crate) rate: ArrivalRate,
 }
 
 /// What the thread of the members is asked.
@@ -141,7 +144,7 @@ fn run_real_time() {
 }
 
 fn common_args(address: SocketAddr, sources: &str, user_prefix: &str) -> CommonArgs {
-    let target = |authority: String| Target { authority, path: "/ws".to_owned() };
+    let target = |authority: String| ServerUrl { authority, path: "/ws".to_owned() };
     CommonArgs {
         open: OpenArgs {
             url: target(address.to_string()),
@@ -149,10 +152,10 @@ fn common_args(address: SocketAddr, sources: &str, user_prefix: &str) -> CommonA
             timeout: RESPONSE_TIMEOUT,
             user_prefix: user_prefix.to_owned(),
             token: None,
-            sources: sources.parse::<Sources>().ok(),
+            sources: sources.parse::<SourceAddresses>().ok(),
         },
         monitor: MonitorArgs::default(),
-        bounds: Bounds::default(),
+        thresholds: Thresholds::default(),
         output: OutputArgs::default(),
     }
 }
@@ -246,7 +249,7 @@ fn newcomers(
     stop: Arc<AtomicBool>,
 ) -> Result<(ConnectionCounters, u64), ScenarioError> {
     run_real_time();
-    let asked = (duration.as_secs_f64() * NEWCOMERS.each_second()).ceil() as u32;
+    let asked = (duration.as_secs_f64() * NEWCOMERS.events_per_second()).ceil() as u32;
     let args = common_args(address, "127.2.1.1-127.2.1.16", "newcomer-");
     let plan =
         connect_plan(&args.open, WorkerShare::ALL, RoomAssignment::RoundRobin(rooms), asked)?;

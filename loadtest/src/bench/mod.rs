@@ -9,7 +9,7 @@ use clap::Parser as _;
 use hdrhistogram::Histogram;
 
 use crate::{
-    args::{BenchArgs, Cli, Command},
+    args::{BenchArgs, Cli, LoadCommand},
     procfs::ProcfsError,
     scenario::{ScenarioError, connect},
 };
@@ -228,7 +228,7 @@ async fn connect_sample(
     if token {
         option("token", servers::TOKEN.to_owned());
     }
-    let Command::Connect(args) = Cli::parse_from(command).command else {
+    let LoadCommand::Connect(args) = Cli::parse_from(command).command else {
         unreachable!("`connect` is said above")
     };
     let report = connect::run(args).await?;

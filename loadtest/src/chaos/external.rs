@@ -9,7 +9,7 @@ use super::{
     cluster::{ClusterError, send_command, signal},
     plan::{Fault, FaultKind},
 };
-use crate::args::{ExternalArgs, Target};
+use crate::args::{ExternalArgs, ServerUrl};
 
 /// Its parts, as far as they are known.
 #[derive(Debug)]
@@ -25,7 +25,7 @@ impl ExternalCluster {
     /// Puts a proxy before each URL.
     pub(crate) async fn new(args: &ExternalArgs) -> Result<Self, ClusterError> {
         let (mut proxies, mut paths) = (Vec::new(), Vec::new());
-        for Target { authority, path } in &args.url {
+        for ServerUrl { authority, path } in &args.url {
             let mut addresses = lookup_host(authority).await?;
             let address = addresses.next().ok_or(io::Error::from(io::ErrorKind::NotFound))?;
             proxies.push(Proxy::to(address).await?);

@@ -66,7 +66,7 @@ pub(crate) async fn run(args: ChaosArgs) -> Result<Report, ChaosError> {
         // Cancelled, it ends what it has started.
         let cluster = tokio::select! {
             cluster = LocalCluster::start(programs, args.nodes) => Box::new(cluster?),
-            () = crate::interrupted() => return Err(ChaosError::Interrupted),
+            () = crate::interrupt_signal() => return Err(ChaosError::Interrupted),
         };
         let (urls, mut target) = (cluster.urls(), ChaosTarget::Local(cluster));
         let report = run_faults(&mut target, urls, &faults, seed, &load).await;
@@ -110,9 +110,9 @@ async fn run_faults(
         // What was under way is not mended, and nothing could be counted.
         return Err(ChaosError::Interrupted);
     }
-    let mut report = run.finish("chaos", &load.bounds).await?;
+    let mut report = run.finish("chaos", &load.thresholds).await?;
     (report.faults, report.seed) = (windows, Some(seed));
-    report.judge(&load.bounds);
+    report.evaluate(&load.thresholds);
     Ok(report)
 }
 

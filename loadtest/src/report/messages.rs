@@ -8,7 +8,7 @@ use hdrhistogram::Histogram;
 use loadtest::checker::report::{DeliveryReport, Violation};
 use serde::Serialize;
 
-use crate::args::Bounds;
+use crate::args::Thresholds;
 
 /// The percentiles of a curve, in percent: closer to each other towards the end.
 const CURVE: [f64; 16] = [
@@ -120,12 +120,12 @@ impl MessageReport {
         self,
         times_us: &Histogram<u64>,
         talked: Duration,
-        bounds: &Bounds,
+        thresholds: &Thresholds,
     ) -> Self {
         Self {
             latency: Latency::of(times_us),
-            late_percent: late_percent(times_us, bounds.late_after),
-            late_after_ms: bounds.late_after.as_millis() as u64,
+            late_percent: late_percent(times_us, thresholds.late_after),
+            late_after_ms: thresholds.late_after.as_millis() as u64,
             traffic_s: talked.as_secs_f64(),
             ..self
         }
@@ -146,14 +146,14 @@ impl MessageReport {
     }
 
     /// What does not hold of what was asked for.
-    pub(super) fn failures(&self, bounds: &Bounds) -> Vec<String> {
+    pub(super) fn failures(&self, thresholds: &Thresholds) -> Vec<String> {
         let mut failures = self.unfinished.clone();
         let wrong = self.wrong().into_iter().filter(|(_, count)| *count > 0);
         failures.extend(wrong.map(|(name, count)| format!("{count} {name}")));
         if self.acknowledged == 0 {
             failures.push("nothing was acknowledged".to_owned());
         }
-        if let Some(max) = bounds.late_max_percent
+        if let Some(max) = thresholds.late_max_percent
             && self.late_percent > max
         {
             let Self { late_percent, late_after_ms, .. } = self;
@@ -161,7 +161,7 @@ impl MessageReport {
                 "{late_percent:.2} % of deliveries took longer than {late_after_ms} ms, {max} % may"
             ));
         }
-        if let Some(max) = bounds.p99_max
+        if let Some(max) = thresholds.p99_max
             && u128::from(self.latency.p99_us) > max.as_micros()
         {
             let p99 = milliseconds(self.latency.p99_us);
@@ -210,8 +210,8 @@ pub(crate) fn milliseconds(us: u64) -> String {
 mod tests {
     use super::*;
 
-    fn bounds() -> Bounds {
-        Bounds {
+    fn thresholds() -> Thresholds {
+        Thresholds {
             late_after: Duration::from_millis(100),
             late_max_percent: Some(1.0),
             p99_max: Some(Duration::from_millis(150)),
@@ -228,13 +228,13 @@ mod tests {
     fn of(slow: u64) -> MessageReport {
         let delivery = DeliveryReport { acknowledged: 1, ..DeliveryReport::default() };
         let (times, second) = (times(slow), Duration::from_secs(1));
-        MessageReport::of(delivery, Vec::new()).with_latency(&times, second, &bounds())
+        MessageReport::of(delivery, Vec::new()).with_latency(&times, second, &thresholds())
     }
 
     #[test]
     fn what_is_later_than_allowed_fails() {
-        assert_eq!(of(9).failures(&bounds()), [""; 0]);
-        let failures = of(20).failures(&bounds());
+        assert_eq!(of(9).failures(&thresholds()), [""; 0]);
+        let failures = of(20).failures(&thresholds());
         assert_eq!(failures.len(), 2, "{failures:?}");
         assert!(failures[0].starts_with("2.00 % of deliveries took longer than 100 ms"));
         assert!(failures[1].starts_with("p99 is 200 ms, 150ms"), "{failures:?}");
@@ -257,11 +257,11 @@ mod tests {
                 violations: [(wrong, 3)].into(),
                 ..DeliveryReport::default()
             };
-            let failures = MessageReport::of(delivery, Vec::new()).failures(&bounds());
+            let failures = MessageReport::of(delivery, Vec::new()).failures(&thresholds());
             assert_eq!(failures.len(), 1, "{wrong:?}: {failures:?}");
             assert!(failures[0].starts_with("3 "), "{failures:?}");
         }
         let nothing = MessageReport::of(DeliveryReport::default(), vec!["room 1".to_owned()]);
-        assert_eq!(nothing.failures(&bounds()), ["room 1", "nothing was acknowledged"]);
+        assert_eq!(nothing.failures(&thresholds()), ["room 1", "nothing was acknowledged"]);
     }
 }

@@ -14,7 +14,7 @@ use self::{
     messages::MessageReport,
     servers::{GaugeSeries, ServerReport},
 };
-use crate::args::Bounds;
+use crate::args::Thresholds;
 
 pub(crate) mod attacks;
 pub(crate) mod compare;
@@ -181,7 +181,7 @@ impl Report {
     }
 
     /// Holds what came of it against what was asked for.
-    pub(crate) fn judge(&mut self, bounds: &Bounds) {
+    pub(crate) fn evaluate(&mut self, thresholds: &Thresholds) {
         let mut failures = Vec::new();
         if self.interrupted {
             failures.push("interrupted".to_owned());
@@ -190,7 +190,7 @@ impl Report {
             failures.extend(connections.failures());
         }
         if let Some(messages) = &self.messages {
-            failures.extend(messages.failures(bounds));
+            failures.extend(messages.failures(thresholds));
         }
         let failed = self.steps.iter().filter(|step| !step.passed);
         failures.extend(failed.map(|step| format!("{}: {}", step.name, step.result)));

@@ -203,7 +203,7 @@ pub(crate) async fn ending_early<T>(stop: &AtomicBool, future: impl Future<Outpu
     // Both arms are cancel-safe: the future goes on where it was.
     tokio::select! {
         done = &mut future => return done,
-        () = crate::interrupted() => stop.store(true, Ordering::Relaxed),
+        () = crate::interrupt_signal() => stop.store(true, Ordering::Relaxed),
     }
     future.await
 }
@@ -238,7 +238,7 @@ fn build_report(
             ..MessageReport::default()
         };
         let talked = Duration::from_secs_f64(worker.traffic_s);
-        messages.with_latency(&timeline::histogram(&worker.seconds), talked, &args.bounds)
+        messages.with_latency(&timeline::histogram(&worker.seconds), talked, &args.thresholds)
     });
     let opening = Duration::from_secs_f64(worker.opening_s);
     let mut report = Report {
@@ -257,7 +257,7 @@ fn build_report(
         steps,
         ..Report::of(scenario)
     };
-    report.judge(&args.bounds);
+    report.evaluate(&args.thresholds);
     report
 }
 

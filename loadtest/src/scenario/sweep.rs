@@ -12,7 +12,7 @@ use loadtest::checker::timeline;
 
 use super::{ScenarioError, ScenarioOutput, ScenarioRun, run_scenario, traffic::Traffic};
 use crate::{
-    args::{ProcessArgs, Rate, SweepArgs},
+    args::{ArrivalRate, ProcessArgs, SweepArgs},
     report::{
         GeneratorReport, Report, StepResult,
         messages::{Latency, milliseconds},
@@ -53,7 +53,7 @@ fn sweep(
     let mut try_rate = |run: &mut ScenarioRun, rate: f64| -> Result<RateOutcome, ScenarioError> {
         let traffic = Traffic {
             senders: connections.into(),
-            rate: Rate::per_second(rate),
+            rate: ArrivalRate::per_second(rate),
             duration: args.step,
             bytes: args.bytes,
         };
@@ -81,7 +81,7 @@ fn sweep(
         Ok(outcome)
     };
     let mut sustained = 0.0;
-    let mut rate = args.from.each_second();
+    let mut rate = args.from.events_per_second();
     let mut end = loop {
         let outcome = try_rate(&mut run, rate)?;
         if outcome != RateOutcome::Sustained || run.users.is_stopped() {

@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use super::{ScenarioError, ScenarioOutput, ScenarioRun, run_scenario};
 use crate::{
-    args::{FanoutArgs, ProcessArgs, Rate, RoomsArgs, SlowArgs, TrafficArgs},
+    args::{ArrivalRate, FanoutArgs, ProcessArgs, RoomsArgs, SlowArgs, TrafficArgs},
     report::{Report, StepResult},
     virtual_users::{RoomAssignment, workers::ScenarioPhase},
 };
@@ -28,7 +28,7 @@ pub(crate) struct Traffic {
     /// How many of the connections send, the first ones, in turn.
     pub(crate) senders: u64,
     /// Messages of all together.
-    pub(crate) rate: Rate,
+    pub(crate) rate: ArrivalRate,
     pub(crate) duration: Duration,
     /// The size of a content.
     pub(crate) bytes: usize,

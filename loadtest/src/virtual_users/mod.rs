@@ -22,7 +22,7 @@ use shared::{client::frames, ids::RoomId};
 use tokio::time::{Duration, Instant};
 
 use crate::{
-    args::{OpenArgs, Rate},
+    args::{ArrivalRate, OpenArgs},
     progress::Progress,
     report::connections::{ConnectOutcome, ConnectionCounters},
     timestamp::SendTimestamp,
@@ -217,7 +217,7 @@ impl VirtualUsers {
 
     /// Opens all that are away until each is open or has failed: each when it is due, or, without a
     /// rate, one after the other as fast as this goes.
-    pub(crate) fn open_all(&mut self, ramp: Option<Rate>) -> io::Result<Duration> {
+    pub(crate) fn open_all(&mut self, ramp: Option<ArrivalRate>) -> io::Result<Duration> {
         let began = Instant::now();
         let away = self.users.iter().enumerate();
         let away = away.filter(|(_, user)| user.state == UserState::Disconnected);

@@ -15,7 +15,7 @@ use tokio_tungstenite::{
 
 use super::*;
 use crate::{
-    args::{Cli, Command},
+    args::{Cli, LoadCommand},
     report::connections::ConnectionReport,
 };
 
@@ -41,7 +41,8 @@ async fn check(script: Script, arguments: &str) -> (ConnectionReport, Vec<String
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("ws://{}/ws", listener.local_addr().unwrap());
     let command = format!("loadtest connect --url {url} --ramp 1000/s {arguments}");
-    let Command::Connect(args) = Cli::try_parse_from(command.split(' ')).unwrap().command else {
+    let LoadCommand::Connect(args) = Cli::try_parse_from(command.split(' ')).unwrap().command
+    else {
         panic!("another command")
     };
     let mut peers = tokio::task::JoinSet::new();
@@ -147,7 +148,8 @@ async fn what_does_not_answer_times_out() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("ws://{}/", listener.local_addr().unwrap());
     let command = format!("loadtest connect --url {url} -n 2 --timeout 20ms --hold 1ms");
-    let Command::Connect(args) = Cli::try_parse_from(command.split(' ')).unwrap().command else {
+    let LoadCommand::Connect(args) = Cli::try_parse_from(command.split(' ')).unwrap().command
+    else {
         panic!("another command")
     };
     let report = run(args).await.unwrap().and_then(|report| report.connections).unwrap();
@@ -158,7 +160,7 @@ async fn what_does_not_answer_times_out() {
 async fn what_cannot_work_is_refused_before_it_begins() {
     let refused = async |arguments: &str| {
         let command = format!("loadtest connect {arguments}");
-        let Command::Connect(args) = Cli::try_parse_from(command.split(' ')).unwrap().command
+        let LoadCommand::Connect(args) = Cli::try_parse_from(command.split(' ')).unwrap().command
         else {
             panic!("another command")
         };
