@@ -8,7 +8,7 @@ use std::{sync::Arc, time::Duration};
 
 use loadtest::{
     checker::timeline::{self, Timeline},
-    clock::{self, Alarm},
+    clock::{self, PreciseTimer},
 };
 use parking_lot::Mutex;
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
@@ -179,7 +179,7 @@ struct ChatUser {
     rng: StdRng,
     rooms: Vec<RoomId>,
     due: Instant,
-    alarm: Alarm,
+    timer: PreciseTimer,
 }
 
 impl ChatUser {
@@ -199,7 +199,7 @@ impl ChatUser {
             rng,
             rooms: Vec::new(),
             due,
-            alarm: Alarm::new(),
+            timer: PreciseTimer::new(),
         }
     }
 
@@ -237,7 +237,7 @@ impl ChatUser {
             // Pauses as of people who do not know of each other.
             let pause = self.args.think.mul_f64(-self.rng.random_range(f64::EPSILON..1.0).ln());
             self.due = self.due.max(Instant::now()) + pause;
-            self.alarm.until(self.due.min(end)).await;
+            self.timer.sleep_until(self.due.min(end)).await;
             if Instant::now() >= end {
                 return;
             }
@@ -270,7 +270,7 @@ impl ChatUser {
 
     async fn send(&mut self, client: &Client, room: &RoomId) {
         let length = CONTENT_LENGTHS[self.rng.random_range(0..CONTENT_LENGTHS.len())];
-        let due_ns = clock::now_ns() - self.due.elapsed().as_nanos() as u64;
+        let due_ns = clock::monotonic_ns() - self.due.elapsed().as_nanos() as u64;
         let timestamp = SendTimestamp { sender: self.number as u32, due_ns };
         let sent = timeout(RESPONSE_TIMEOUT, client.send(room, timestamp.content(length))).await;
         if matches!(sent, Ok(Ok(_))) {
@@ -328,8 +328,8 @@ async fn handle_events(mut events: mpsc::Receiver<ClientEvent>, metrics: Arc<Mut
                 metrics.delivered += 1;
                 let content = message.content.as_str().unwrap_or_default();
                 let timestamp = SendTimestamp::find(content.as_bytes());
-                let late =
-                    timestamp.map(|timestamp| clock::now_ns().saturating_sub(timestamp.due_ns));
+                let late = timestamp
+                    .map(|timestamp| clock::monotonic_ns().saturating_sub(timestamp.due_ns));
                 metrics.timeline.delivered(now, late.map(Duration::from_nanos));
             }
             // What comes again behind a break was announced with it.

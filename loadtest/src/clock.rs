@@ -18,18 +18,18 @@ use tokio::{
 
 /// Nanoseconds of the clock that all processes of this machine share (`CLOCK_MONOTONIC`), so that
 /// what one sends can be timed by another.
-pub fn now_ns() -> u64 {
+pub fn monotonic_ns() -> u64 {
     let now = clock_gettime(ClockId::Monotonic);
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
 /// An alarm to wait for among sockets.
 #[derive(Debug)]
-pub struct Timer {
+pub struct TimerFd {
     fd: OwnedFd,
 }
 
-impl Timer {
+impl TimerFd {
     /// One that is not set.
     ///
     /// # Errors
@@ -57,12 +57,12 @@ impl Timer {
 
 /// An alarm for a task.
 #[derive(Debug)]
-pub struct Alarm {
+pub struct PreciseTimer {
     /// `None` where there is no descriptor for it: then it goes by the millisecond.
     timer: Option<AsyncFd<OwnedFd>>,
 }
 
-impl Alarm {
+impl PreciseTimer {
     /// One that is not set.
     ///
     /// # Panics
@@ -71,12 +71,12 @@ impl Alarm {
     pub fn new() -> Self {
         // An `OwnedFd` is what is asked for; `AsyncFd::register` is unsafe, which is forbidden here.
         #[expect(deprecated, reason = "unsound only with types that give their descriptor away")]
-        let timer = Timer::new().and_then(|timer| AsyncFd::new(timer.fd));
+        let timer = TimerFd::new().and_then(|timer| AsyncFd::new(timer.fd));
         Self { timer: timer.ok() }
     }
 
     /// Waits until a moment. Cancel-safe.
-    pub async fn until(&self, at: Instant) {
+    pub async fn sleep_until(&self, at: Instant) {
         let Some(timer) = &self.timer else { return sleep_until(at).await };
         loop {
             let after = at.saturating_duration_since(Instant::now());
@@ -88,13 +88,13 @@ impl Alarm {
                 Err(error) => Err(error),
             };
             // To set it again takes back that it went off.
-            let Ok(mut went_off) = awaited else { return sleep_until(at).await };
-            went_off.clear_ready();
+            let Ok(mut expired) = awaited else { return sleep_until(at).await };
+            expired.clear_ready();
         }
     }
 }
 
-impl Default for Alarm {
+impl Default for PreciseTimer {
     fn default() -> Self {
         Self::new()
     }
@@ -114,25 +114,25 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn an_alarm_goes_off_again_and_again_and_never_early() {
-        let alarm = Alarm::new();
+    async fn timer_expires_repeatedly_and_never_early() {
+        let timer = PreciseTimer::new();
         for us in [0, 300, 1_500, 50] {
             let at = Instant::now() + Duration::from_micros(us);
-            alarm.until(at).await;
+            timer.sleep_until(at).await;
             assert!(Instant::now() >= at, "{us}");
         }
     }
 
     #[tokio::test]
-    async fn who_stops_waiting_leaves_nothing_behind() {
-        let alarm = Alarm::new();
+    async fn cancelled_sleep_leaves_no_expiry_behind() {
+        let timer = PreciseTimer::new();
         let soon = Instant::now() + Duration::from_millis(1);
         let later = Instant::now() + Duration::from_millis(3);
         tokio::select! {
-            () = alarm.until(later) => panic!("that is later"),
+            () = timer.sleep_until(later) => panic!("that is later"),
             () = sleep_until(soon) => {}
         }
-        alarm.until(later).await;
+        timer.sleep_until(later).await;
         assert!(Instant::now() >= later);
     }
 }

@@ -24,7 +24,7 @@ use tokio::{
 };
 
 use super::{DeliveryChecker, report::Violation};
-use crate::clock::Alarm;
+use crate::clock::PreciseTimer;
 
 /// How a client behaves.
 #[derive(Clone, Debug)]
@@ -93,7 +93,7 @@ pub struct TestClient {
     /// Whether it has spoken and may not for now.
     is_paused: bool,
     /// Wakes it when it is to speak.
-    alarm: Alarm,
+    timer: PreciseTimer,
 }
 
 impl TestClient {
@@ -114,7 +114,7 @@ impl TestClient {
             unacked: None,
             next_at: None,
             is_paused: false,
-            alarm: Alarm::new(),
+            timer: PreciseTimer::new(),
         }
     }
 
@@ -189,7 +189,7 @@ impl TestClient {
                     self.take(received, &mut goal, &mut join_at);
                 }
                 changed = self.control.changed() => if changed.is_err() { return },
-                () = self.alarm.until(due) => if Instant::now() >= heard_by { return },
+                () = self.timer.sleep_until(due) => if Instant::now() >= heard_by { return },
             }
         }
     }

@@ -15,7 +15,7 @@ use std::{
     },
 };
 
-use loadtest::clock::{self, Timer};
+use loadtest::clock::{self, TimerFd};
 use memchr::memmem;
 use mio::{Events, Interest, Poll, Token, unix::SourceFd};
 use shared::{client::frames, ids::RoomId};
@@ -126,7 +126,7 @@ pub(crate) struct VirtualUsers {
     stop: Arc<AtomicBool>,
     poll: Poll,
     events: Option<Events>,
-    timer: Timer,
+    timer: TimerFd,
     users: Vec<VirtualUser>,
     /// Who has to be open when, the earliest first.
     opening: VecDeque<(Instant, usize, u32)>,
@@ -146,7 +146,7 @@ impl VirtualUsers {
         counts_messages: bool,
         stop: Arc<AtomicBool>,
     ) -> io::Result<Self> {
-        let (poll, timer, now) = (Poll::new()?, Timer::new()?, Instant::now());
+        let (poll, timer, now) = (Poll::new()?, TimerFd::new()?, Instant::now());
         poll.registry().register(&mut SourceFd(&timer.fd()), TIMER, Interest::READABLE)?;
         let users = (0..plan.local_count()).map(|_| VirtualUser::new(now)).collect();
         let alone = plan.share == WorkerShare::ALL;
@@ -163,7 +163,7 @@ impl VirtualUsers {
             users,
             opening: VecDeque::new(),
             buffer: vec![0; READ_BYTES].into(),
-            origin: (now, clock::now_ns()),
+            origin: (now, clock::monotonic_ns()),
             last_delivery: now,
             sent: 0,
             progress,
@@ -479,7 +479,7 @@ impl VirtualUsers {
     }
 
     fn on_room_message(&mut self, index: usize, message: &[u8], now: Instant) {
-        let now_ns = self.monotonic_ns(now);
+        let monotonic_ns = self.monotonic_ns(now);
         let user = &mut self.users[index];
         if let Some(seq) = metrics::find_seq(message) {
             self.metrics.counters.judge(index, user.seq, seq);
@@ -489,7 +489,7 @@ impl VirtualUsers {
         // That a message waited for who did not read says nothing about a server.
         let timestamp = SendTimestamp::find(message).filter(|_| !user.has_stalled);
         let latency = timestamp
-            .map(|timestamp| Duration::from_nanos(now_ns.saturating_sub(timestamp.due_ns)));
+            .map(|timestamp| Duration::from_nanos(monotonic_ns.saturating_sub(timestamp.due_ns)));
         self.metrics.delivered(now, latency);
         let silence = now.saturating_duration_since(self.last_delivery).as_millis() as u64;
         self.last_delivery = now;
