@@ -79,7 +79,7 @@ cluster: ## Redis, three gateways and nginx as processes of this machine
 
 # The gateway is built alone: together with examples and tests it would have their features.
 ROWS ?=
-bench: ## speed and size beside a floor and a naive chat, some 10 minutes; make bench ROWS="fanout idle"
+bench: ## speed and size beside a baseline and a naive chat, some 10 minutes; make bench ROWS="fanout idle"
 	@deploy/setup.sh redis-server
 	cargo build --locked --release -p gateway
 	cargo build --locked --release -p loadtest --bins --examples

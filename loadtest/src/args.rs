@@ -48,7 +48,7 @@ pub(crate) enum LoadCommand {
     Abuse(AbuseArgs),
     /// Lays two reports of --json beside each other.
     Compare(CompareArgs),
-    /// Measures the gateway beside a floor and a naive chat, and prints a table: `make bench`.
+    /// Measures the gateway beside a baseline and a naive chat, and prints a table: `make bench`.
     Bench(BenchArgs),
 }
 
@@ -460,7 +460,7 @@ pub(crate) struct CompareArgs {
     pub(crate) second: PathBuf,
 }
 
-/// Measures the gateway beside a floor and a naive chat, and prints a table: `make bench`.
+/// Measures the gateway beside a baseline and a naive chat, and prints a table: `make bench`.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct BenchArgs {
     /// Which rows; all where none is given.
@@ -475,10 +475,10 @@ pub(crate) struct BenchArgs {
     /// So many times fewer connections and messages: to try the bench, not to measure.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) divide_by: u32,
-    /// Where `gateway` is, and the floor and the naive chat in `examples`.
+    /// Where `gateway` is, and the baseline and the naive chat in `examples`.
     #[arg(long, default_value = "target/release")]
     pub(crate) programs: PathBuf,
-    /// Compares with this other gateway, built before a change, instead of the floor and the naive
+    /// Compares with this other gateway, built before a change, instead of the baseline and the naive
     /// chat. Both are measured in turns.
     #[arg(long)]
     pub(crate) previous: Option<PathBuf>,

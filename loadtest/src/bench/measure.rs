@@ -1,4 +1,4 @@
-//! What is measured, and how rounds come together: medians, and ratios to the floor of the same
+//! What is measured, and how rounds come together: medians, and ratios to the baseline of the same
 //! round.
 //!
 //! Pure.
@@ -149,8 +149,8 @@ impl Target {
         match self {
             Self::Max(limit) => value.map(|value| value.median <= limit),
             Self::Min(limit) => value.map(|value| value.median >= limit),
-            Self::MaxTimesFloor(limit) => times.map(|times| times.median <= limit),
-            Self::MinTimesFloor(limit) => times.map(|times| times.median >= limit),
+            Self::MaxTimesBaseline(limit) => times.map(|times| times.median <= limit),
+            Self::MinTimesBaseline(limit) => times.map(|times| times.median >= limit),
         }
     }
 }
@@ -160,8 +160,8 @@ impl fmt::Display for Target {
         match self {
             Self::Max(limit) => write!(f, "≤ {}", trimmed(*limit)),
             Self::Min(limit) => write!(f, "≥ {}", trimmed(*limit)),
-            Self::MaxTimesFloor(limit) => write!(f, "≤ {limit}×"),
-            Self::MinTimesFloor(limit) => write!(f, "≥ {limit}×"),
+            Self::MaxTimesBaseline(limit) => write!(f, "≤ {limit}×"),
+            Self::MinTimesBaseline(limit) => write!(f, "≥ {limit}×"),
         }
     }
 }
@@ -193,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn a_ratio_is_to_the_floor_of_the_same_round() {
+    fn ratio_is_to_the_baseline_of_the_same_round() {
         // The second round was twice as slow for both.
         let times =
             Spread::times(&samples(&[5.0, 10.0, 6.0]), &samples(&[10.0, 20.0, 10.0]), Measure::Cpu);
@@ -206,8 +206,8 @@ mod tests {
         let spread = Spread::of(vec![1.0, 2.0, 9.0]);
         assert_eq!(Target::Max(2.0).is_met(spread, None), Some(true));
         assert_eq!(Target::Min(2.1).is_met(spread, None), Some(false));
-        assert_eq!(Target::MaxTimesFloor(1.0).is_met(spread, None), None);
-        assert_eq!(Target::MaxTimesFloor(1.0).is_met(None, spread), Some(false));
+        assert_eq!(Target::MaxTimesBaseline(1.0).is_met(spread, None), None);
+        assert_eq!(Target::MaxTimesBaseline(1.0).is_met(None, spread), Some(false));
     }
 
     #[test]
@@ -217,6 +217,6 @@ mod tests {
         assert_eq!(written, ["0.25", "7.04", "13.2", "432", "9999", "60,000", "1,234,567"]);
         assert_eq!(Target::Max(4.0).to_string(), "≤ 4");
         assert_eq!(Target::Min(60_000.0).to_string(), "≥ 60,000");
-        assert_eq!(Target::MaxTimesFloor(0.25).to_string(), "≤ 0.25×");
+        assert_eq!(Target::MaxTimesBaseline(0.25).to_string(), "≤ 0.25×");
     }
 }

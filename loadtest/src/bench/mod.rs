@@ -1,5 +1,5 @@
 //! `loadtest bench`: the table of speed and size. Every row is measured for the gateway, for the
-//! floor (one `write(2)` per frame and socket, `examples/floor.rs`) and for a naive chat
+//! baseline (one `write(2)` per frame and socket, `examples/baseline.rs`) and for a naive chat
 //! (`examples/naive_chat.rs`), in turns, with new processes for each round. With `--previous` it is
 //! measured beside another gateway only, so that many short rounds show what a change costs.
 
@@ -30,7 +30,7 @@ use client::ClientError;
 use machine::Machine;
 use measure::{Measure, Sample};
 use rows::{Pace, ROWS, Row, Shape, Talk};
-use servers::{Contender, Ground, Servers, Spent};
+use servers::{Candidate, Ground, Servers, Spent};
 use swarm::{Swarm, Times};
 use table::{Rounds, Table, TableRow};
 
@@ -97,11 +97,11 @@ async fn measure_row(ground: &Ground, row: &Row, args: &BenchArgs) -> Result<Rou
         // Little CPU is used, and it is told in steps of 10 ms.
         times.measured *= 2;
     }
-    let mut rounds: Rounds = Contender::ALL.map(|who| (who, Vec::new())).into();
-    rounds.retain(|(who, _)| shape.has(*who) && ground.has(*who));
+    let mut rounds: Rounds = Candidate::ALL.map(|candidate| (candidate, Vec::new())).into();
+    rounds.retain(|(candidate, _)| shape.has(*candidate) && ground.has(*candidate));
     for _ in 0..args.rounds {
-        for (who, samples) in &mut rounds {
-            samples.push(sample(ground, shape, *who, times).await?);
+        for (candidate, samples) in &mut rounds {
+            samples.push(sample(ground, shape, *candidate, times).await?);
         }
     }
     Ok(rounds)
@@ -110,24 +110,26 @@ async fn measure_row(ground: &Ground, row: &Row, args: &BenchArgs) -> Result<Rou
 async fn sample(
     ground: &Ground,
     shape: Shape,
-    who: Contender,
+    candidate: Candidate,
     times: Times,
 ) -> Result<Sample, BenchError> {
     match shape {
         Shape::Talk(talk) => {
-            let servers = ground.start(who, talk.nodes, false)?;
+            let servers = ground.start(candidate, talk.nodes, false)?;
             talk_sample(&servers, talk, times)
         }
-        Shape::Publish(talk) if who == Contender::Floor => {
+        Shape::Publish(talk) if candidate == Candidate::Baseline => {
             script_sample(&ground.start_redis()?, talk, times)
         }
-        Shape::Kill(talk) => kill_sample(ground.start(who, talk.nodes, false)?, talk, times),
-        Shape::Publish(talk) => publish_sample(&ground.start(who, talk.nodes, false)?, talk, times),
+        Shape::Kill(talk) => kill_sample(ground.start(candidate, talk.nodes, false)?, talk, times),
+        Shape::Publish(talk) => {
+            publish_sample(&ground.start(candidate, talk.nodes, false)?, talk, times)
+        }
         Shape::Connect { connections, per_second, token } => {
-            let servers = ground.start(who, 1, token)?;
+            let servers = ground.start(candidate, 1, token)?;
             connect_sample(&servers, connections, per_second, token).await
         }
-        Shape::Echo => echo_sample(&ground.start(who, 1, false)?, times),
+        Shape::Echo => echo_sample(&ground.start(candidate, 1, false)?, times),
     }
 }
 

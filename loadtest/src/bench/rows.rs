@@ -4,7 +4,7 @@
 
 use clap::ValueEnum;
 
-use super::{measure::Measure, servers::Contender};
+use super::{measure::Measure, servers::Candidate};
 
 /// The name of a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -58,7 +58,7 @@ pub(crate) enum Shape {
     },
     /// One connection says something and waits until it comes back.
     Echo,
-    /// As `Talk`, and the floor is the script alone.
+    /// As `Talk`, and the baseline is the script alone.
     Publish(Talk),
     /// As `Talk`, and the last of the nodes is killed meanwhile.
     Kill(Talk),
@@ -90,9 +90,9 @@ pub(crate) enum Pace {
 pub(crate) enum Target {
     Max(f64),
     Min(f64),
-    /// So many times the floor's of the same round.
-    MaxTimesFloor(f64),
-    MinTimesFloor(f64),
+    /// So many times the baseline's of the same round.
+    MaxTimesBaseline(f64),
+    MinTimesBaseline(f64),
 }
 
 /// All rows, in the order of the table.
@@ -106,7 +106,7 @@ pub(crate) const ROWS: &[Row] = &[
             members: 1000,
             pace: Pace::Saturated { talkers: 8, in_flight: 8 },
         }),
-        targets: &[(Measure::Cpu, Target::MaxTimesFloor(0.25))],
+        targets: &[(Measure::Cpu, Target::MaxTimesBaseline(0.25))],
     },
     Row {
         name: RowName::Rooms,
@@ -117,7 +117,7 @@ pub(crate) const ROWS: &[Row] = &[
             members: 10,
             pace: Pace::Saturated { talkers: 10, in_flight: 1 },
         }),
-        targets: &[(Measure::Cpu, Target::MaxTimesFloor(1.2))],
+        targets: &[(Measure::Cpu, Target::MaxTimesBaseline(1.2))],
     },
     Row {
         name: RowName::RoomsOne,
@@ -128,16 +128,16 @@ pub(crate) const ROWS: &[Row] = &[
             members: 10,
             pace: Pace::Saturated { talkers: 1, in_flight: 1 },
         }),
-        targets: &[(Measure::Cpu, Target::MaxTimesFloor(1.2))],
+        targets: &[(Measure::Cpu, Target::MaxTimesBaseline(1.2))],
     },
     Row {
         name: RowName::Paced,
         title: "100 rooms of 10 at 10,000 deliveries/s",
         shape: Shape::Talk(Talk { nodes: 1, rooms: 100, members: 10, pace: Pace::PerSecond(1000) }),
         targets: &[
-            (Measure::Cpu, Target::MaxTimesFloor(1.15)),
-            (Measure::P50, Target::MaxTimesFloor(1.1)),
-            (Measure::P99, Target::MaxTimesFloor(1.3)),
+            (Measure::Cpu, Target::MaxTimesBaseline(1.15)),
+            (Measure::P50, Target::MaxTimesBaseline(1.1)),
+            (Measure::P99, Target::MaxTimesBaseline(1.3)),
         ],
     },
     Row {
@@ -182,18 +182,18 @@ pub(crate) const ROWS: &[Row] = &[
         name: RowName::Echo,
         title: "echo round trip, 1 connection",
         shape: Shape::Echo,
-        targets: &[(Measure::P50, Target::MaxTimesFloor(1.2))],
+        targets: &[(Measure::P50, Target::MaxTimesBaseline(1.2))],
     },
     Row {
         name: RowName::Redis,
-        title: "publishes through one Redis, log and dedup on (floor: the script alone)",
+        title: "publishes through one Redis, log and dedup on (baseline: the script alone)",
         shape: Shape::Publish(Talk {
             nodes: 3,
             rooms: 99,
             members: 1,
             pace: Pace::Saturated { talkers: 1, in_flight: 8 },
         }),
-        targets: &[(Measure::Publishes, Target::MinTimesFloor(0.8))],
+        targets: &[(Measure::Publishes, Target::MinTimesBaseline(0.8))],
     },
     Row {
         name: RowName::Kill,
@@ -205,16 +205,16 @@ pub(crate) const ROWS: &[Row] = &[
 
 impl Shape {
     /// Whether somebody is measured in it.
-    pub(crate) fn has(self, who: Contender) -> bool {
-        match who {
-            Contender::Skein | Contender::Previous => true,
+    pub(crate) fn has(self, candidate: Candidate) -> bool {
+        match candidate {
+            Candidate::Skein | Candidate::Previous => true,
             // Who comes back there has nothing to go on from.
             _ if matches!(self, Self::Kill(_)) => false,
-            Contender::Floor => true,
+            Candidate::Baseline => true,
             // A script has no other that does the same.
-            Contender::Naive => !matches!(self, Self::Publish(_)),
+            Candidate::Naive => !matches!(self, Self::Publish(_)),
             // Where little is under way, little gathers.
-            Contender::Coalescing => {
+            Candidate::CoalescingBaseline => {
                 matches!(self, Self::Talk(Talk { nodes: 1, pace: Pace::Saturated { .. }, .. }))
             }
         }

@@ -51,11 +51,11 @@ pub(crate) const GATEWAY_OPTIONS: [&str; 8] = [
 /// Who is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub(crate) enum Contender {
+pub(crate) enum Candidate {
     /// One `write(2)` per frame and socket.
-    Floor,
+    Baseline,
     /// The same, and what gathers leaves in one write.
-    Coalescing,
+    CoalescingBaseline,
     /// A chat by hand with axum and tokio.
     Naive,
     /// Another gateway, built before a change.
@@ -82,7 +82,7 @@ struct Server {
     address: SocketAddr,
 }
 
-/// All servers of one contender.
+/// All servers of one candidate.
 #[derive(Debug)]
 pub(crate) struct Servers {
     nodes: Vec<Server>,
@@ -99,22 +99,22 @@ pub(crate) struct Spent {
     pub(crate) redis_ms: u64,
 }
 
-impl Contender {
+impl Candidate {
     /// All of them, in the order of the table.
     pub(crate) const ALL: [Self; 5] =
-        [Self::Floor, Self::Coalescing, Self::Naive, Self::Previous, Self::Skein];
+        [Self::Baseline, Self::CoalescingBaseline, Self::Naive, Self::Previous, Self::Skein];
 
     /// Whether it is one process that does nothing but write.
-    fn is_floor(self) -> bool {
-        matches!(self, Self::Floor | Self::Coalescing)
+    fn is_baseline(self) -> bool {
+        matches!(self, Self::Baseline | Self::CoalescingBaseline)
     }
 }
 
-impl fmt::Display for Contender {
+impl fmt::Display for Candidate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Floor => "floor",
-            Self::Coalescing => "coalescing floor",
+            Self::Baseline => "baseline",
+            Self::CoalescingBaseline => "coalescing baseline",
             Self::Naive => "naive axum",
             Self::Previous => "previous",
             Self::Skein => "Skein",
@@ -152,37 +152,39 @@ impl Ground {
     }
 
     /// Whether somebody is measured here.
-    pub(crate) fn has(&self, who: Contender) -> bool {
-        match who {
-            Contender::Skein => true,
-            Contender::Previous => self.previous.is_some(),
-            Contender::Floor | Contender::Coalescing | Contender::Naive => self.previous.is_none(),
+    pub(crate) fn has(&self, candidate: Candidate) -> bool {
+        match candidate {
+            Candidate::Skein => true,
+            Candidate::Previous => self.previous.is_some(),
+            Candidate::Baseline | Candidate::CoalescingBaseline | Candidate::Naive => {
+                self.previous.is_none()
+            }
         }
     }
 
-    /// Starts a contender with so many nodes.
+    /// Starts a candidate with so many nodes.
     pub(crate) fn start(
         &self,
-        who: Contender,
+        candidate: Candidate,
         nodes: usize,
         token: bool,
     ) -> Result<Servers, BenchError> {
         let scratch = TempDir::new().map_err(BenchError::Scratch)?;
-        // The floor is one process: what the writes alone cost.
-        let redis = match who {
-            Contender::Naive | Contender::Previous | Contender::Skein if nodes > 1 => {
+        // The baseline is one process: what the writes alone cost.
+        let redis = match candidate {
+            Candidate::Naive | Candidate::Previous | Candidate::Skein if nodes > 1 => {
                 Some(self.redis(scratch.path())?)
             }
             _ => None,
         };
         let url = redis.as_ref().map(|redis| format!("redis://{}", redis.address));
-        let count = if who.is_floor() { 1 } else { nodes };
+        let count = if candidate.is_baseline() { 1 } else { nodes };
         let start = |number: usize| {
-            let command = self.command(who, url.as_deref(), token);
+            let command = self.command(candidate, url.as_deref(), token);
             self.launch(command, &scratch.path().join(format!("node-{number}.log")))
         };
         let nodes = (0..count).map(start).collect::<Result<Vec<_>, _>>()?;
-        if !who.is_floor() {
+        if !candidate.is_baseline() {
             nodes.iter().try_for_each(Server::wait_until_ready)?;
         }
         Ok(Servers { nodes, redis, _scratch: scratch })
@@ -195,19 +197,21 @@ impl Ground {
         Ok(Servers { nodes: Vec::new(), redis: Some(redis), _scratch: scratch })
     }
 
-    fn command(&self, who: Contender, redis: Option<&str>, token: bool) -> Command {
-        let program = match (who, &self.previous) {
-            (Contender::Previous, Some((program, _))) => program.clone(),
-            (Contender::Floor | Contender::Coalescing, _) => self.programs.join("examples/floor"),
-            (Contender::Naive, _) => self.programs.join("examples/naive_chat"),
-            (Contender::Skein | Contender::Previous, _) => self.programs.join("gateway"),
+    fn command(&self, candidate: Candidate, redis: Option<&str>, token: bool) -> Command {
+        let program = match (candidate, &self.previous) {
+            (Candidate::Previous, Some((program, _))) => program.clone(),
+            (Candidate::Baseline | Candidate::CoalescingBaseline, _) => {
+                self.programs.join("examples/baseline")
+            }
+            (Candidate::Naive, _) => self.programs.join("examples/naive_chat"),
+            (Candidate::Skein | Candidate::Previous, _) => self.programs.join("gateway"),
         };
         let mut command = self.on_its_cpu(&program);
-        match (who, redis) {
-            (Contender::Naive, Some(redis)) => {
+        match (candidate, redis) {
+            (Candidate::Naive, Some(redis)) => {
                 command.env("REDIS", redis);
             }
-            (Contender::Skein | Contender::Previous, redis) => {
+            (Candidate::Skein | Candidate::Previous, redis) => {
                 let own =
                     ["server.listen=127.0.0.1:0", "admin.listen=127.0.0.1:0", "log.format=json"];
                 let mut options: Vec<String> =
@@ -220,7 +224,7 @@ impl Ground {
                     options.push("auth.mode=jwt".to_owned());
                     options.push(format!("auth.jwt_secret={SECRET}"));
                 }
-                if let (Contender::Previous, Some((_, known))) = (who, &self.previous) {
+                if let (Candidate::Previous, Some((_, known))) = (candidate, &self.previous) {
                     let key = |option: &str| option.split('=').next().map(|key| format!("`{key}`"));
                     options.retain(|option| key(option).is_some_and(|key| known.contains(&key)));
                 }
@@ -228,10 +232,10 @@ impl Ground {
                     command.arg("--set").arg(option);
                 }
             }
-            (Contender::Coalescing, _) => {
+            (Candidate::CoalescingBaseline, _) => {
                 command.arg("--coalesce");
             }
-            (Contender::Floor | Contender::Naive, _) => {}
+            (Candidate::Baseline | Candidate::Naive, _) => {}
         }
         command
     }

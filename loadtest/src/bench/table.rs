@@ -13,7 +13,7 @@ use super::{
     machine::Machine,
     measure::{Measure, Sample, Spread},
     rows::{Row, Target},
-    servers::{Contender, GATEWAY_OPTIONS},
+    servers::{Candidate, GATEWAY_OPTIONS},
 };
 
 /// All that was measured.
@@ -34,10 +34,10 @@ pub(crate) struct TableRow {
     pub(crate) flaws: Vec<Flaw>,
 }
 
-/// What is wrong with what was measured of one contender.
+/// What is wrong with what was measured of one candidate.
 #[derive(Debug, Serialize)]
 pub(crate) struct Flaw {
-    pub(crate) who: Contender,
+    pub(crate) candidate: Candidate,
     /// In how many rounds something was.
     pub(crate) rounds: usize,
     /// Of the first of these.
@@ -48,8 +48,8 @@ pub(crate) struct Flaw {
 #[derive(Debug, Serialize)]
 pub(crate) struct Line {
     pub(crate) measure: Measure,
-    pub(crate) floor: Option<Cell>,
-    pub(crate) coalescing: Option<Cell>,
+    pub(crate) baseline: Option<Cell>,
+    pub(crate) coalescing_baseline: Option<Cell>,
     pub(crate) naive: Option<Cell>,
     pub(crate) previous: Option<Cell>,
     pub(crate) skein: Option<Cell>,
@@ -57,18 +57,18 @@ pub(crate) struct Line {
     pub(crate) met: Option<bool>,
 }
 
-/// A value, and how many times the floor's, and the previous gateway's, it is.
+/// A value, and how many times the baseline's, and the previous gateway's, it is.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub(crate) struct Cell {
     pub(crate) value: Spread,
-    /// Not of the floor itself.
-    pub(crate) times_floor: Option<Spread>,
+    /// Not of the baseline itself.
+    pub(crate) times_baseline: Option<Spread>,
     /// Not of that gateway itself.
     pub(crate) times_previous: Option<Spread>,
 }
 
-/// The rounds of one row, by contender.
-pub(crate) type Rounds = Vec<(Contender, Vec<Sample>)>;
+/// The rounds of one row, by candidate.
+pub(crate) type Rounds = Vec<(Candidate, Vec<Sample>)>;
 
 impl Table {
     /// A table without rows yet.
@@ -91,7 +91,10 @@ impl TableRow {
             all.flat_map(|sample| sample.values.keys().copied()).collect();
         let targets: BTreeMap<Measure, Target> = row.targets.iter().copied().collect();
         let line = |measure| Line::new(measure, rounds, targets.get(&measure).copied());
-        let flaws = rounds.iter().filter_map(|(who, samples)| Flaw::of(*who, samples)).collect();
+        let flaws = rounds
+            .iter()
+            .filter_map(|(candidate, samples)| Flaw::of(*candidate, samples))
+            .collect();
         Self { title: row.title, lines: measures.into_iter().map(line).collect(), flaws }
     }
 
@@ -102,43 +105,45 @@ impl TableRow {
 
     /// Whether both sides of the comparison are sound. The others stand beside it.
     fn counts(&self) -> bool {
-        let compared = [Contender::Floor, Contender::Previous, Contender::Skein];
-        self.flaws.iter().all(|flaw| !compared.contains(&flaw.who))
+        let compared = [Candidate::Baseline, Candidate::Previous, Candidate::Skein];
+        self.flaws.iter().all(|flaw| !compared.contains(&flaw.candidate))
     }
 }
 
 impl Flaw {
-    fn of(who: Contender, samples: &[Sample]) -> Option<Self> {
+    fn of(candidate: Candidate, samples: &[Sample]) -> Option<Self> {
         let mut told = samples.iter().filter_map(|sample| sample.flaws.first());
         let what = told.next()?.clone();
-        Some(Self { who, rounds: 1 + told.count(), what })
+        Some(Self { candidate, rounds: 1 + told.count(), what })
     }
 }
 
 impl Line {
     fn new(measure: Measure, rounds: &Rounds, target: Option<Target>) -> Self {
-        let of = |who| rounds.iter().find(|(one, _)| *one == who).map(|(_, samples)| samples);
-        let cell = |who| {
-            let samples = of(who)?;
+        let of = |candidate| {
+            rounds.iter().find(|(one, _)| *one == candidate).map(|(_, samples)| samples)
+        };
+        let cell = |candidate| {
+            let samples = of(candidate)?;
             let value = Spread::of_measure(samples, measure)?;
             let times = |other| {
-                let others = of(other).filter(|_| who != other)?;
+                let others = of(other).filter(|_| candidate != other)?;
                 Spread::times(samples, others, measure)
             };
-            let (times_floor, times_previous) =
-                (times(Contender::Floor), times(Contender::Previous));
-            Some(Cell { value, times_floor, times_previous })
+            let (times_baseline, times_previous) =
+                (times(Candidate::Baseline), times(Candidate::Previous));
+            Some(Cell { value, times_baseline, times_previous })
         };
-        let skein = cell(Contender::Skein);
+        let skein = cell(Candidate::Skein);
         let met = target.and_then(|target| {
-            target.is_met(skein.map(|cell| cell.value), skein.and_then(|cell| cell.times_floor))
+            target.is_met(skein.map(|cell| cell.value), skein.and_then(|cell| cell.times_baseline))
         });
         Self {
             measure,
-            floor: cell(Contender::Floor),
-            coalescing: cell(Contender::Coalescing),
-            naive: cell(Contender::Naive),
-            previous: cell(Contender::Previous),
+            baseline: cell(Candidate::Baseline),
+            coalescing_baseline: cell(Candidate::CoalescingBaseline),
+            naive: cell(Candidate::Naive),
+            previous: cell(Candidate::Previous),
             skein,
             target: target.map(|target| target.to_string()),
             met,
@@ -154,7 +159,7 @@ impl fmt::Display for Table {
         let places = if *pinned { "servers on CPU 0, load on CPU 1" } else { "nothing is pinned" };
         writeln!(f, "{places}; load average before: {load_before}")?;
         let has_previous = self.rows.iter().any(TableRow::has_previous);
-        let other = if has_previous { "previous gateway" } else { "floor" };
+        let other = if has_previous { "previous gateway" } else { "baseline" };
         writeln!(
             f,
             "median of {} rounds of {} ms (least to most); × is to the {other} of the same round",
@@ -165,7 +170,7 @@ impl fmt::Display for Table {
             writeln!(f, "| what | previous | Skein |")?;
             writeln!(f, "| --- | --- | --- |")?;
         } else {
-            writeln!(f, "| what | floor | coalescing floor | naive axum | Skein | target |")?;
+            writeln!(f, "| what | baseline | coalescing baseline | naive axum | Skein | target |")?;
             writeln!(f, "| --- | --- | --- | --- | --- | --- |")?;
         }
         self.rows.iter().try_for_each(|row| write!(f, "{row}"))
@@ -178,8 +183,8 @@ impl fmt::Display for TableRow {
         let rest = if self.has_previous() { " | |" } else { " | | | | |" };
         writeln!(f, "| **{}**{mark} |{rest}", self.title)?;
         self.lines.iter().try_for_each(|line| write!(f, "{line}"))?;
-        self.flaws.iter().try_for_each(|Flaw { who, rounds, what }| {
-            writeln!(f, "| ⚠ {who}, {rounds} round(s): {what} |{rest}")
+        self.flaws.iter().try_for_each(|Flaw { candidate, rounds, what }| {
+            writeln!(f, "| ⚠ {candidate}, {rounds} round(s): {what} |{rest}")
         })
     }
 }
@@ -190,7 +195,7 @@ impl fmt::Display for Line {
             Some(Cell { value, times_previous: Some(times), .. }) => {
                 format!("{} = {:.3}×", spread(value), times.median)
             }
-            Some(Cell { value, times_floor: Some(times), .. }) => {
+            Some(Cell { value, times_baseline: Some(times), .. }) => {
                 format!("{} = {}×", spread(value), Measure::write(times.median))
             }
             Some(Cell { value, .. }) => spread(value),
@@ -200,7 +205,7 @@ impl fmt::Display for Line {
             let (previous, skein) = (cell(self.previous), cell(self.skein));
             return writeln!(f, "| {} | {previous} | {skein} |", self.measure.title());
         }
-        let (floor, coalescing) = (cell(self.floor), cell(self.coalescing));
+        let (baseline, coalescing_baseline) = (cell(self.baseline), cell(self.coalescing_baseline));
         let (naive, skein) = (cell(self.naive), cell(self.skein));
         let met = match self.met {
             Some(true) => " ✓",
@@ -209,7 +214,10 @@ impl fmt::Display for Line {
         };
         let target = self.target.as_deref().unwrap_or_default();
         let title = self.measure.title();
-        writeln!(f, "| {title} | {floor} | {coalescing} | {naive} | {skein} | {target}{met} |")
+        writeln!(
+            f,
+            "| {title} | {baseline} | {coalescing_baseline} | {naive} | {skein} | {target}{met} |"
+        )
     }
 }
 
@@ -228,12 +236,12 @@ mod tests {
     use super::*;
     use crate::bench::rows::ROWS;
 
-    fn rounds(floor: f64, skein: f64, flaw: Option<&str>) -> Rounds {
+    fn rounds(baseline: f64, skein: f64, flaw: Option<&str>) -> Rounds {
         let sample = |value| Sample {
             values: BTreeMap::from([(Measure::Cpu, value)]),
             flaws: flaw.map(str::to_owned).into_iter().collect(),
         };
-        vec![(Contender::Floor, vec![sample(floor)]), (Contender::Skein, vec![sample(skein)])]
+        vec![(Candidate::Baseline, vec![sample(baseline)]), (Candidate::Skein, vec![sample(skein)])]
     }
 
     #[test]
@@ -256,7 +264,7 @@ mod tests {
             values.map(sample).to_vec()
         };
         let rounds =
-            vec![(Contender::Previous, of([1.0, 2.0])), (Contender::Skein, of([1.1, 2.0]))];
+            vec![(Candidate::Previous, of([1.0, 2.0])), (Candidate::Skein, of([1.1, 2.0]))];
         let row = TableRow::new(&ROWS[0], &rounds).to_string();
         let expected =
             "| server CPU per delivery, µs | 1.50 (1.00–2.00) | 1.55 (1.10–2.00) = 1.050× |\n";

@@ -1,4 +1,4 @@
-//! The floor that `loadtest bench` measures beside everything else: what remains of a chat server
+//! The baseline that `loadtest bench` measures beside everything else: what remains of a chat server
 //! when nothing is left but one `write(2)` per frame and socket.
 //!
 //! One thread, one epoll, no queue, no log, no limits. It knows of `chat.v1` what the load
@@ -30,18 +30,18 @@ const PAYLOAD_BYTES: usize = 430;
 const LISTENER: Token = Token(usize::MAX);
 
 #[derive(Debug)]
-struct Connection {
+struct BaselineConnection {
     stream: TcpStream,
     /// What leaves at the end of the turn.
-    gathered: Vec<u8>,
+    buffered: Vec<u8>,
     /// The request, until it is all there.
     head: Vec<u8>,
     decoder: Decoder,
-    stage: Stage,
+    state: BaselineState,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Stage {
+enum BaselineState {
     Handshake,
     Lobby,
     Room(usize),
@@ -49,7 +49,7 @@ enum Stage {
 }
 
 /// What a frame leads to.
-enum Deed {
+enum BaselineAction {
     Join(String),
     Relay(Vec<u8>),
     Echo(Vec<u8>),
@@ -57,14 +57,14 @@ enum Deed {
 }
 
 #[derive(Default)]
-struct Floor {
+struct BaselineServer {
     /// By token; closed ones leave a hole that the next takes.
-    connections: Vec<Option<Connection>>,
+    connections: Vec<Option<BaselineConnection>>,
     free: Vec<usize>,
     names: HashMap<String, usize>,
     rooms: Vec<Vec<usize>>,
     /// Who is written to at the end of the turn, where writes wait for it.
-    gathering: Option<Vec<usize>>,
+    pending_writes: Option<Vec<usize>>,
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -76,22 +76,23 @@ fn main() -> Result<(), Box<dyn Error>> {
     poll.registry().register(&mut listener, LISTENER, Interest::READABLE)?;
     let mut events = Events::with_capacity(1024);
     let coalesce = std::env::args().any(|argument| argument == "--coalesce");
-    let mut floor = Floor { gathering: coalesce.then(Vec::new), ..Floor::default() };
+    let mut server =
+        BaselineServer { pending_writes: coalesce.then(Vec::new), ..BaselineServer::default() };
     let mut buffer = vec![0; 64 * 1024];
     loop {
         poll.poll(&mut events, None)?;
         for event in &events {
             if event.token() == LISTENER {
-                floor.accept(&listener, &poll)?;
+                server.accept(&listener, &poll)?;
             } else {
-                floor.read(event.token().0, &mut buffer);
+                server.read(event.token().0, &mut buffer);
             }
         }
-        floor.end_turn();
+        server.flush_turn();
     }
 }
 
-impl Floor {
+impl BaselineServer {
     fn accept(&mut self, listener: &TcpListener, poll: &Poll) -> io::Result<()> {
         loop {
             let mut stream = match listener.accept() {
@@ -102,12 +103,12 @@ impl Floor {
             stream.set_nodelay(true)?;
             let index = self.free.pop().unwrap_or(self.connections.len());
             poll.registry().register(&mut stream, Token(index), Interest::READABLE)?;
-            let connection = Connection {
+            let connection = BaselineConnection {
                 stream,
-                gathered: Vec::new(),
+                buffered: Vec::new(),
                 head: Vec::new(),
                 decoder: Decoder::new(1 << 16),
-                stage: Stage::Handshake,
+                state: BaselineState::Handshake,
             };
             if index == self.connections.len() {
                 self.connections.push(Some(connection));
@@ -125,14 +126,14 @@ impl Floor {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Ok(_) | Err(_) => return self.drop_connection(index),
             };
-            if connection.stage == Stage::Handshake {
-                match connection.shake_hands(&buffer[..count]) {
+            if connection.state == BaselineState::Handshake {
+                match connection.handle_handshake(&buffer[..count]) {
                     Some(answer) => self.write(index, &answer),
                     None => continue,
                 }
             } else {
-                for deed in connection.deeds(&mut buffer[..count]) {
-                    self.act(index, deed);
+                for action in connection.actions(&mut buffer[..count]) {
+                    self.handle(index, action);
                 }
             }
             // A short read has emptied the socket.
@@ -142,24 +143,24 @@ impl Floor {
         }
     }
 
-    fn act(&mut self, index: usize, deed: Deed) {
-        match deed {
-            Deed::Join(name) => {
+    fn handle(&mut self, index: usize, action: BaselineAction) {
+        match action {
+            BaselineAction::Join(name) => {
                 let room = *self.names.entry(name).or_insert_with(|| {
                     self.rooms.push(Vec::new());
                     self.rooms.len() - 1
                 });
                 self.rooms[room].push(index);
                 if let Some(Some(connection)) = self.connections.get_mut(index) {
-                    connection.stage = Stage::Room(room);
+                    connection.state = BaselineState::Room(room);
                 }
                 self.write(index, &encode(Opcode::Text, &[br#"{"type":"joined"}"#]));
             }
-            Deed::Relay(payload) => {
+            BaselineAction::Relay(payload) => {
                 let padding = [b' '; PAYLOAD_BYTES];
                 let padding = &padding[payload.len().min(PAYLOAD_BYTES)..];
                 let frame = encode(Opcode::Text, &[&payload, padding]);
-                let Some(Some(Connection { stage: Stage::Room(room), .. })) =
+                let Some(Some(BaselineConnection { state: BaselineState::Room(room), .. })) =
                     self.connections.get(index)
                 else {
                     return;
@@ -169,44 +170,46 @@ impl Floor {
                     self.write(self.rooms[room][place], &frame);
                 }
             }
-            Deed::Echo(payload) => self.write(index, &encode(Opcode::Text, &[&payload])),
-            Deed::Leave => self.drop_connection(index),
+            BaselineAction::Echo(payload) => self.write(index, &encode(Opcode::Text, &[&payload])),
+            BaselineAction::Leave => self.drop_connection(index),
         }
     }
 
     fn write(&mut self, index: usize, frame: &[u8]) {
         let Some(Some(connection)) = self.connections.get_mut(index) else { return };
-        if let Some(gathering) = &mut self.gathering {
-            if connection.gathered.is_empty() {
-                gathering.push(index);
+        if let Some(pending_writes) = &mut self.pending_writes {
+            if connection.buffered.is_empty() {
+                pending_writes.push(index);
             }
-            connection.gathered.extend_from_slice(frame);
+            connection.buffered.extend_from_slice(frame);
         } else {
             connection.write(frame);
         }
     }
 
-    fn end_turn(&mut self) {
-        for index in self.gathering.iter_mut().flat_map(|gathering| gathering.drain(..)) {
+    fn flush_turn(&mut self) {
+        for index in
+            self.pending_writes.iter_mut().flat_map(|pending_writes| pending_writes.drain(..))
+        {
             if let Some(Some(connection)) = self.connections.get_mut(index) {
-                let gathered = std::mem::take(&mut connection.gathered);
-                connection.write(&gathered);
-                connection.gathered = gathered;
-                connection.gathered.clear();
+                let buffered = std::mem::take(&mut connection.buffered);
+                connection.write(&buffered);
+                connection.buffered = buffered;
+                connection.buffered.clear();
             }
         }
     }
 
     fn drop_connection(&mut self, index: usize) {
         let Some(connection) = self.connections[index].take() else { return };
-        if let Stage::Room(room) = connection.stage {
+        if let BaselineState::Room(room) = connection.state {
             self.rooms[room].retain(|member| *member != index);
         }
         self.free.push(index);
     }
 }
 
-impl Connection {
+impl BaselineConnection {
     fn write(&mut self, bytes: &[u8]) {
         if !matches!(self.stream.write(bytes), Ok(count) if count == bytes.len()) {
             eprintln!("a connection takes no more");
@@ -215,7 +218,7 @@ impl Connection {
     }
 
     /// Takes more of the request. When it is all there, the answer, and `connected` behind it.
-    fn shake_hands(&mut self, bytes: &[u8]) -> Option<Vec<u8>> {
+    fn handle_handshake(&mut self, bytes: &[u8]) -> Option<Vec<u8>> {
         self.head.extend_from_slice(bytes);
         let head = std::str::from_utf8(&self.head).ok()?.strip_suffix("\r\n\r\n")?;
         let key = head.lines().find_map(|line| line.strip_prefix("Sec-WebSocket-Key: "))?;
@@ -226,7 +229,7 @@ impl Connection {
         )
         .into_bytes();
         let echo = head.starts_with("GET /ws/echo");
-        self.stage = if echo { Stage::Echo } else { Stage::Lobby };
+        self.state = if echo { BaselineState::Echo } else { BaselineState::Lobby };
         if !echo {
             answer.extend_from_slice(&encode(Opcode::Text, &[br#"{"type":"connected"}"#]));
         }
@@ -234,30 +237,30 @@ impl Connection {
         Some(answer)
     }
 
-    fn deeds(&mut self, mut input: &mut [u8]) -> Vec<Deed> {
-        let mut deeds = Vec::new();
+    fn actions(&mut self, mut input: &mut [u8]) -> Vec<BaselineAction> {
+        let mut actions = Vec::new();
         while !input.is_empty() {
-            let (used, deed) = match self.decoder.next(input) {
-                Ok((used, Some(DecoderEvent::Text(text)))) => (used, deed_of(self.stage, text)),
-                Ok((used, Some(DecoderEvent::Close(_)))) => (used, Some(Deed::Leave)),
+            let (used, action) = match self.decoder.next(input) {
+                Ok((used, Some(DecoderEvent::Text(text)))) => (used, action_of(self.state, text)),
+                Ok((used, Some(DecoderEvent::Close(_)))) => (used, Some(BaselineAction::Leave)),
                 Ok((used, _)) => (used, None),
-                Err(_) => (input.len(), Some(Deed::Leave)),
+                Err(_) => (input.len(), Some(BaselineAction::Leave)),
             };
-            deeds.extend(deed);
+            actions.extend(action);
             input = &mut input[used..];
         }
-        deeds
+        actions
     }
 }
 
-fn deed_of(stage: Stage, text: &str) -> Option<Deed> {
-    match stage {
-        Stage::Handshake => None,
-        Stage::Lobby => {
+fn action_of(state: BaselineState, text: &str) -> Option<BaselineAction> {
+    match state {
+        BaselineState::Handshake => None,
+        BaselineState::Lobby => {
             let (_, rest) = text.split_once(r#""room":""#)?;
-            Some(Deed::Join(rest.split_once('"')?.0.to_owned()))
+            Some(BaselineAction::Join(rest.split_once('"')?.0.to_owned()))
         }
-        Stage::Room(_) => Some(Deed::Relay(text.as_bytes().to_vec())),
-        Stage::Echo => Some(Deed::Echo(text.as_bytes().to_vec())),
+        BaselineState::Room(_) => Some(BaselineAction::Relay(text.as_bytes().to_vec())),
+        BaselineState::Echo => Some(BaselineAction::Echo(text.as_bytes().to_vec())),
     }
 }
