@@ -8,36 +8,36 @@ use tokio::time::Instant;
 use super::{
     CONTENT_BYTES,
     client::{Client, ClientError},
-    swarm::{Times, histogram},
+    clients::{BenchTimes, histogram},
 };
 use crate::timestamp::SendTimestamp;
 
 /// What came of it.
-pub(crate) struct Echoed<T> {
+pub(crate) struct EchoResult<T> {
     /// What `look` saw at the beginning and at the end of what was measured.
-    pub(crate) looks: (T, T),
+    pub(crate) snapshots: (T, T),
     pub(crate) round_trips_ns: Histogram<u64>,
 }
 
 /// Goes to and fro for a while.
 pub(crate) fn echo<T, E: From<ClientError>>(
     address: SocketAddr,
-    times: Times,
-    look: impl Fn() -> Result<T, E>,
-) -> Result<Echoed<T>, E> {
+    times: BenchTimes,
+    snapshot: impl Fn() -> Result<T, E>,
+) -> Result<EchoResult<T>, E> {
     let mut client = Client::connect(address, "/ws/echo")?;
     let began = Instant::now();
-    while began.elapsed() < times.warm {
+    while began.elapsed() < times.warm_up {
         round_trip(&mut client)?;
     }
     let mut round_trips_ns = histogram();
-    let before = look()?;
+    let before = snapshot()?;
     let began = Instant::now();
     while began.elapsed() < times.measured {
         let took = round_trip(&mut client)?;
         round_trips_ns.saturating_record(took.as_nanos() as u64);
     }
-    Ok(Echoed { looks: (before, look()?), round_trips_ns })
+    Ok(EchoResult { snapshots: (before, snapshot()?), round_trips_ns })
 }
 
 fn round_trip(client: &mut Client) -> Result<Duration, ClientError> {

@@ -24,7 +24,7 @@ pub(crate) struct Machine {
 
 impl Machine {
     /// Asks for all of it; what is not known is empty.
-    pub(crate) fn look(ground: &Ground) -> Self {
+    pub(crate) fn detect(ground: &Ground) -> Self {
         let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let cpu =
             cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));

@@ -17,7 +17,7 @@ use crate::{
 mod rows;
 mod measure;
 mod client;
-mod swarm;
+mod clients;
 mod echo;
 mod script;
 mod servers;
@@ -27,11 +27,11 @@ mod table;
 pub(crate) use rows::RowName;
 
 use client::ClientError;
+use clients::{BenchClients, BenchTimes};
 use machine::Machine;
 use measure::{Measure, Sample};
 use rows::{Pace, ROWS, Row, Shape, Talk};
 use servers::{Candidate, Ground, Servers, Spent};
-use swarm::{Swarm, Times};
 use table::{Rounds, Table, TableRow};
 
 /// The content of every message: a timestamp, and filler behind it.
@@ -75,7 +75,7 @@ pub(crate) async fn run(args: BenchArgs) -> Result<Table, BenchError> {
     // What is not given shows where connections fail.
     let _ = rlimit::increase_nofile_limit(DESCRIPTORS);
     let ground = Ground::new(args.programs.clone(), args.previous.clone())?;
-    let machine = Machine::look(&ground);
+    let machine = Machine::detect(&ground);
     let mut table = Table::new(machine, args.rounds, args.measured.as_millis());
     for row in ROWS.iter().filter(|row| args.rows.is_empty() || args.rows.contains(&row.name)) {
         let rounds = measure_row(&ground, row, &args).await?;
@@ -92,7 +92,7 @@ pub(crate) async fn run(args: BenchArgs) -> Result<Table, BenchError> {
 
 async fn measure_row(ground: &Ground, row: &Row, args: &BenchArgs) -> Result<Rounds, BenchError> {
     let shape = row.shape.divided(args.divide_by);
-    let mut times = Times { warm: args.measured / 4, measured: args.measured };
+    let mut times = BenchTimes { warm_up: args.measured / 4, measured: args.measured };
     if shape.is_paced() {
         // Little CPU is used, and it is told in steps of 10 ms.
         times.measured *= 2;
@@ -111,7 +111,7 @@ async fn sample(
     ground: &Ground,
     shape: Shape,
     candidate: Candidate,
-    times: Times,
+    times: BenchTimes,
 ) -> Result<Sample, BenchError> {
     match shape {
         Shape::Talk(talk) => {
@@ -133,29 +133,29 @@ async fn sample(
     }
 }
 
-fn talk_sample(servers: &Servers, talk: Talk, times: Times) -> Result<Sample, BenchError> {
-    let mut swarm = Swarm::open(talk, &servers.addresses())?;
-    let talked = swarm.talk(times, || servers.spent())?;
-    let (before, after) = talked.looks;
+fn talk_sample(servers: &Servers, talk: Talk, times: BenchTimes) -> Result<Sample, BenchError> {
+    let mut clients = BenchClients::open(talk, &servers.addresses())?;
+    let load = clients.run_load(times, || servers.spent())?;
+    let (before, after) = load.snapshots;
     let spent = after.since(before);
     let mut sample = Sample::default();
-    sample.put_cpu(spent, talked.deliveries, talk.nodes > 1);
-    sample.put(Measure::Deliveries, talked.deliveries as f64 / talked.measured.as_secs_f64());
+    sample.put_cpu(spent, load.deliveries, talk.nodes > 1);
+    sample.put(Measure::Deliveries, load.deliveries as f64 / load.measured.as_secs_f64());
     if let Pace::PerSecond(_) = talk.pace {
         // Where the next message waits for the last there is no time at which it was due.
-        sample.put_latency(&talked.latency_ns);
-        sample.put_lateness(&talked.lateness_ns);
+        sample.put_latency(&load.latency_ns);
+        sample.put_lateness(&load.lateness_ns);
     }
-    if talked.wrong > 0 {
+    if load.wrong > 0 {
         sample.flaws.push(format!(
             "of {} deliveries {} are missing or too many",
-            talked.expected, talked.wrong
+            load.expected, load.wrong
         ));
     }
     Ok(sample)
 }
 
-fn publish_sample(servers: &Servers, talk: Talk, times: Times) -> Result<Sample, BenchError> {
+fn publish_sample(servers: &Servers, talk: Talk, times: BenchTimes) -> Result<Sample, BenchError> {
     let mut sample = talk_sample(servers, talk, times)?;
     let redis_us = sample.values.get(&Measure::RedisCpu).copied().unwrap_or_default();
     sample.values.clear();
@@ -164,48 +164,48 @@ fn publish_sample(servers: &Servers, talk: Talk, times: Times) -> Result<Sample,
     Ok(sample)
 }
 
-fn kill_sample(mut servers: Servers, talk: Talk, times: Times) -> Result<Sample, BenchError> {
+fn kill_sample(mut servers: Servers, talk: Talk, times: BenchTimes) -> Result<Sample, BenchError> {
     let addresses = servers.addresses();
-    let mut swarm = Swarm::open(talk, &addresses)?;
+    let mut clients = BenchClients::open(talk, &addresses)?;
     let last = talk.nodes - 1;
-    let killed = swarm.talk_and_kill(times, &addresses, last, || servers.kill(last))?;
+    let failover = clients.run_failover(times, &addresses, last, || servers.kill(last))?;
     let mut sample = Sample::default();
-    let (before, after) = &killed.latency_ns;
+    let (before, after) = &failover.latency_ns;
     let p99 = |times_ns: &Histogram<u64>| times_ns.value_at_quantile(0.99) as f64;
-    sample.put(Measure::Back, p99(&killed.back_ns) / 1e6);
+    sample.put(Measure::Back, p99(&failover.reconnect_ns) / 1e6);
     sample.put(Measure::Noticed, p99(after) / p99(before));
     sample.put_latency(after);
-    sample.put_lateness(&killed.lateness_ns);
+    sample.put_lateness(&failover.lateness_ns);
     for (count, what) in [
-        (killed.not_recovered, "members had lost their place"),
-        (killed.away as u64, "members are not back"),
-        (killed.wrong, "deliveries are missing or too many"),
+        (failover.not_recovered, "members had lost their place"),
+        (failover.missing as u64, "members are not back"),
+        (failover.wrong, "deliveries are missing or too many"),
     ] {
         if count > 0 {
-            sample.flaws.push(format!("{count} {what}, of {} deliveries", killed.expected));
+            sample.flaws.push(format!("{count} {what}, of {} deliveries", failover.expected));
         }
     }
     Ok(sample)
 }
 
-fn script_sample(redis: &Servers, talk: Talk, times: Times) -> Result<Sample, BenchError> {
+fn script_sample(redis: &Servers, talk: Talk, times: BenchTimes) -> Result<Sample, BenchError> {
     let mut sample = Sample::default();
     if let Some(address) = redis.redis_address() {
-        let scripted = script::publish(address, talk, times, || redis.spent())?;
-        let (before, after) = scripted.looks;
+        let result = script::publish(address, talk, times, || redis.spent())?;
+        let (before, after) = result.snapshots;
         let seconds = after.since(before).redis_ms as f64 / 1e3;
-        sample.put(Measure::Publishes, scripted.publishes as f64 / seconds);
+        sample.put(Measure::Publishes, result.publishes as f64 / seconds);
     }
     Ok(sample)
 }
 
-fn echo_sample(servers: &Servers, times: Times) -> Result<Sample, BenchError> {
+fn echo_sample(servers: &Servers, times: BenchTimes) -> Result<Sample, BenchError> {
     let mut sample = Sample::default();
     for address in servers.addresses() {
-        let echoed = echo::echo(address, times, || servers.spent())?;
-        let (before, after) = echoed.looks;
-        sample.put_cpu(after.since(before), echoed.round_trips_ns.len(), false);
-        sample.put_latency(&echoed.round_trips_ns);
+        let result = echo::echo(address, times, || servers.spent())?;
+        let (before, after) = result.snapshots;
+        sample.put_cpu(after.since(before), result.round_trips_ns.len(), false);
+        sample.put_latency(&result.round_trips_ns);
     }
     Ok(sample)
 }

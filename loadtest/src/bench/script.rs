@@ -8,7 +8,7 @@ use std::{
 
 use tokio::time::Instant;
 
-use super::{CONTENT_BYTES, rows::Talk, swarm::Times};
+use super::{CONTENT_BYTES, clients::BenchTimes, rows::Talk};
 use crate::timestamp::SendTimestamp;
 
 /// The gateway's own text of it.
@@ -25,8 +25,8 @@ const TOKEN: &str = "0123456789abcdef";
 const ENVELOPE_BYTES: usize = CONTENT_BYTES + 240;
 
 /// What came of it.
-pub(crate) struct Scripted<T> {
-    pub(crate) looks: (T, T),
+pub(crate) struct ScriptResult<T> {
+    pub(crate) snapshots: (T, T),
     pub(crate) publishes: u64,
 }
 
@@ -34,9 +34,9 @@ pub(crate) struct Scripted<T> {
 pub(crate) fn publish<T, E: From<io::Error>>(
     address: SocketAddr,
     talk: Talk,
-    times: Times,
-    look: impl Fn() -> Result<T, E>,
-) -> Result<Scripted<T>, E> {
+    times: BenchTimes,
+    snapshot: impl Fn() -> Result<T, E>,
+) -> Result<ScriptResult<T>, E> {
     let stream = TcpStream::connect(address)?;
     stream.set_nodelay(true)?;
     let mut redis =
@@ -58,10 +58,10 @@ pub(crate) fn publish<T, E: From<io::Error>>(
         }
         Ok(publishes)
     };
-    run(times.warm, Instant::now())?;
-    let before = look()?;
+    run(times.warm_up, Instant::now())?;
+    let before = snapshot()?;
     let publishes = run(times.measured, Instant::now())?;
-    Ok(Scripted { looks: (before, look()?), publishes })
+    Ok(ScriptResult { snapshots: (before, snapshot()?), publishes })
 }
 
 /// The arguments that a gateway gives to the script, with its defaults.

@@ -27,50 +27,50 @@ use crate::{
     websocket::{self, FrameReader, WsFrame},
 };
 
-pub(crate) mod kill;
+pub(crate) mod failover;
 
-use kill::Doomed;
+use failover::FailoverGroup;
 
 /// How long messages under way have to arrive when no more are sent.
-const ARRIVE_MAX: Duration = Duration::from_secs(5);
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 /// The longest wait for an event, so that the clock is looked at.
-const LOOK_EVERY: Duration = Duration::from_millis(5);
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
 /// A message that is due within this time is waited for without sleeping.
 const SPIN: Duration = Duration::from_millis(2);
 /// The longest latency that is told apart.
 const LATENCY_MAX: Duration = Duration::from_secs(60);
 
 /// Connections in rooms.
-pub(crate) struct Swarm {
+pub(crate) struct BenchClients {
     poll: Poll,
     /// Number `i` is in room `i % rooms`.
-    connections: Vec<Member>,
+    connections: Vec<BenchConnection>,
     /// Messages sent into each room, and all of them.
     sent: Vec<u64>,
     sent_in_all: u64,
     talk: Talk,
     began: Instant,
     buffer: Box<[u8]>,
-    tally: Tally,
+    counters: LoadCounters,
     /// Whether who receives the own copy sends the next message.
-    goes_on: bool,
+    is_closed_loop: bool,
     /// How many of the connections send at a rate: the first ones.
     senders: usize,
-    doomed: Option<Doomed>,
+    failover: Option<FailoverGroup>,
 }
 
-struct Member {
+struct BenchConnection {
     stream: TcpStream,
     reader: FrameReader,
     /// What the socket did not take.
     unsent: Vec<u8>,
     received: u64,
     /// The server has closed.
-    over: bool,
+    is_closed: bool,
 }
 
 /// What is counted while it is measured.
-struct Tally {
+struct LoadCounters {
     deliveries: u64,
     latency_ns: Histogram<u64>,
     /// How late messages were sent.
@@ -78,9 +78,9 @@ struct Tally {
 }
 
 /// What came of it.
-pub(crate) struct Talked<T> {
+pub(crate) struct LoadResult<T> {
     /// What `look` saw at the beginning and at the end of what was measured.
-    pub(crate) looks: (T, T),
+    pub(crate) snapshots: (T, T),
     pub(crate) measured: Duration,
     pub(crate) deliveries: u64,
     pub(crate) latency_ns: Histogram<u64>,
@@ -92,13 +92,13 @@ pub(crate) struct Talked<T> {
 
 /// How long to talk.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Times {
+pub(crate) struct BenchTimes {
     /// Before anything is measured.
-    pub(crate) warm: Duration,
+    pub(crate) warm_up: Duration,
     pub(crate) measured: Duration,
 }
 
-impl Swarm {
+impl BenchClients {
     /// Opens all connections, one after the other, and has them join.
     pub(crate) fn open(talk: Talk, addresses: &[SocketAddr]) -> Result<Self, ClientError> {
         let poll = Poll::new()?;
@@ -111,7 +111,13 @@ impl Swarm {
             let interest = Interest::READABLE | Interest::WRITABLE;
             poll.registry().register(&mut stream, Token(index), interest)?;
             let unsent = Vec::new();
-            connections.push(Member { stream, reader, unsent, received: 0, over: false });
+            connections.push(BenchConnection {
+                stream,
+                reader,
+                unsent,
+                received: 0,
+                is_closed: false,
+            });
         }
         Ok(Self {
             poll,
@@ -122,9 +128,9 @@ impl Swarm {
             talk,
             began: Instant::now(),
             buffer: vec![0; 256 * 1024].into(),
-            tally: Tally::new(),
-            goes_on: false,
-            doomed: None,
+            counters: LoadCounters::new(),
+            is_closed_loop: false,
+            failover: None,
         })
     }
 
@@ -132,43 +138,43 @@ impl Swarm {
         self.began = Instant::now();
     }
 
-    fn take_tally(&mut self) -> Tally {
-        std::mem::replace(&mut self.tally, Tally::new())
+    fn take_counters(&mut self) -> LoadCounters {
+        std::mem::replace(&mut self.counters, LoadCounters::new())
     }
 
     /// Talks for a while. `look` is asked before and after what is measured.
-    pub(crate) fn talk<T, E: From<ClientError>>(
+    pub(crate) fn run_load<T, E: From<ClientError>>(
         &mut self,
-        times: Times,
-        look: impl Fn() -> Result<T, E>,
-    ) -> Result<Talked<T>, E> {
+        times: BenchTimes,
+        snapshot: impl Fn() -> Result<T, E>,
+    ) -> Result<LoadResult<T>, E> {
         self.begin();
         let mut next = 0;
         if let Pace::Saturated { talkers, in_flight } = self.talk.pace {
-            self.goes_on = true;
+            self.is_closed_loop = true;
             for _ in 0..in_flight {
                 for index in 0..talkers * self.talk.rooms {
                     self.send(index, self.now());
                 }
             }
         }
-        self.run(times.warm, &mut next)?;
-        let before = look()?;
-        let _ = self.take_tally();
+        self.run(times.warm_up, &mut next)?;
+        let before = snapshot()?;
+        let _ = self.take_counters();
         let begin = self.began.elapsed();
-        self.run(times.warm + times.measured, &mut next)?;
-        let after = look()?;
+        self.run(times.warm_up + times.measured, &mut next)?;
+        let after = snapshot()?;
         let measured = self.began.elapsed() - begin;
-        let tally = self.take_tally();
-        self.goes_on = false;
-        self.wait_for_the_rest()?;
-        let (expected, wrong) = self.account();
-        Ok(Talked {
-            looks: (before, after),
+        let counters = self.take_counters();
+        self.is_closed_loop = false;
+        self.drain()?;
+        let (expected, wrong) = self.count_missing();
+        Ok(LoadResult {
+            snapshots: (before, after),
             measured,
-            deliveries: tally.deliveries,
-            latency_ns: tally.latency_ns,
-            lateness_ns: tally.lateness_ns,
+            deliveries: counters.deliveries,
+            latency_ns: counters.latency_ns,
+            lateness_ns: counters.lateness_ns,
             expected,
             wrong,
         })
@@ -182,7 +188,7 @@ impl Swarm {
             if until <= now {
                 return Ok(());
             }
-            let mut wait = (until - now).min(LOOK_EVERY);
+            let mut wait = (until - now).min(POLL_INTERVAL);
             if let Pace::PerSecond(rate) = self.talk.pace {
                 let due = |next: u64| Duration::from_secs_f64(next as f64 / f64::from(rate));
                 while due(*next) <= now {
@@ -192,26 +198,26 @@ impl Swarm {
                 }
                 wait = wait.min((due(*next) - now).saturating_sub(SPIN));
             }
-            self.come_back()?;
-            self.take(&mut events, wait)?;
+            self.reconnect_due()?;
+            self.poll(&mut events, wait)?;
         }
     }
 
     /// Takes what arrives until everything has, or nothing has for too long.
-    fn wait_for_the_rest(&mut self) -> Result<(), ClientError> {
+    fn drain(&mut self) -> Result<(), ClientError> {
         let mut events = Events::with_capacity(1024);
-        let deadline = Instant::now() + ARRIVE_MAX;
-        while self.account().1 > 0 && Instant::now() < deadline {
-            self.take(&mut events, LOOK_EVERY)?;
+        let deadline = Instant::now() + DRAIN_TIMEOUT;
+        while self.count_missing().1 > 0 && Instant::now() < deadline {
+            self.poll(&mut events, POLL_INTERVAL)?;
         }
         Ok(())
     }
 
-    fn account(&self) -> (u64, u64) {
-        account(&self.sent, self.connections.iter().map(|member| member.received))
+    fn count_missing(&self) -> (u64, u64) {
+        count_missing(&self.sent, self.connections.iter().map(|connection| connection.received))
     }
 
-    fn take(&mut self, events: &mut Events, wait: Duration) -> Result<(), ClientError> {
+    fn poll(&mut self, events: &mut Events, wait: Duration) -> Result<(), ClientError> {
         match self.poll.poll(events, Some(wait)) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(()),
             other => other?,
@@ -219,7 +225,7 @@ impl Swarm {
         for event in &*events {
             let index = event.token().0;
             match self.connections[index].flush() {
-                Err(_) if self.is_lost(index) => continue,
+                Err(_) if self.on_connection_lost(index) => continue,
                 flushed => flushed?,
             }
             if event.is_readable() {
@@ -231,23 +237,23 @@ impl Swarm {
 
     fn receive(&mut self, index: usize) -> Result<(), ClientError> {
         loop {
-            let member = &mut self.connections[index];
-            let count = match member.stream.read(&mut self.buffer) {
+            let connection = &mut self.connections[index];
+            let count = match connection.stream.read(&mut self.buffer) {
                 Ok(0) => {
-                    member.over = true;
-                    self.is_lost(index);
+                    connection.is_closed = true;
+                    self.on_connection_lost(index);
                     return Ok(());
                 }
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                Err(_) if self.is_lost(index) => return Ok(()),
+                Err(_) if self.on_connection_lost(index) => return Ok(()),
                 Err(error) => return Err(error.into()),
             };
             let buffer = std::mem::take(&mut self.buffer);
-            let went_on = self.read(index, &buffer[..count]);
+            let may_have_more = self.read(index, &buffer[..count]);
             self.buffer = buffer;
             // A short read has emptied the socket.
-            if !went_on? || count < self.buffer.len() {
+            if !may_have_more? || count < self.buffer.len() {
                 return Ok(());
             }
         }
@@ -255,36 +261,36 @@ impl Swarm {
 
     /// Takes what has arrived. Returns whether there may be more.
     fn read(&mut self, index: usize, bytes: &[u8]) -> Result<bool, ClientError> {
-        let Some(bytes) = self.shake_hands(index, bytes)? else { return Ok(false) };
-        let member = &mut self.connections[index];
+        let Some(bytes) = self.read_handshake(index, bytes)? else { return Ok(false) };
+        let connection = &mut self.connections[index];
         let now = self.began.elapsed();
         let now_ns = now.as_nanos() as u64;
-        let (tally, mut own, mut pongs) = (&mut self.tally, 0, Vec::new());
-        let doomed = &mut self.doomed;
-        member.reader.push(bytes, |received| match received {
+        let (counters, mut own, mut pongs) = (&mut self.counters, 0, Vec::new());
+        let failover = &mut self.failover;
+        connection.reader.push(bytes, |received| match received {
             WsFrame::Message(message) => {
                 let Some(message) = message else { return };
-                if let Some(doomed) = doomed
-                    && let Some(count) = doomed.take(index, &message, now)
+                if let Some(failover) = failover
+                    && let Some(count) = failover.take(index, &message, now)
                 {
-                    member.received += count;
-                    tally.deliveries += count;
+                    connection.received += count;
+                    counters.deliveries += count;
                     return;
                 }
                 let Some(timestamp) = SendTimestamp::find(&message) else { return };
-                member.received += 1;
-                tally.deliveries += 1;
-                tally.latency_ns.saturating_record(now_ns.saturating_sub(timestamp.due_ns));
+                connection.received += 1;
+                counters.deliveries += 1;
+                counters.latency_ns.saturating_record(now_ns.saturating_sub(timestamp.due_ns));
                 own += usize::from(timestamp.sender as usize == index);
             }
             WsFrame::Ping(payload) => pongs.extend(websocket::pong(&payload)),
             WsFrame::Pong(_) => {}
-            WsFrame::Close(..) => member.over = true,
+            WsFrame::Close(..) => connection.is_closed = true,
         })?;
         if !pongs.is_empty() {
-            member.send(&pongs)?;
+            connection.send(&pongs)?;
         }
-        if self.goes_on {
+        if self.is_closed_loop {
             for _ in 0..own {
                 self.send(index, now_ns);
             }
@@ -298,7 +304,7 @@ impl Swarm {
         let frame = message(&room(in_room), self.sent_in_all, timestamp);
         self.sent[in_room] += 1;
         self.sent_in_all += 1;
-        self.tally.lateness_ns.saturating_record(self.now().saturating_sub(due_ns));
+        self.counters.lateness_ns.saturating_record(self.now().saturating_sub(due_ns));
         // A connection that is gone shows in what does not arrive.
         let _ = self.connections[index].send(&frame);
     }
@@ -308,14 +314,14 @@ impl Swarm {
     }
 }
 
-impl Member {
+impl BenchConnection {
     fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.unsent.extend_from_slice(bytes);
         self.flush()
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        while !self.unsent.is_empty() && !self.over {
+        while !self.unsent.is_empty() && !self.is_closed {
             match self.stream.write(&self.unsent) {
                 Ok(count) => drop(self.unsent.drain(..count)),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
@@ -326,7 +332,7 @@ impl Member {
     }
 }
 
-impl Tally {
+impl LoadCounters {
     fn new() -> Self {
         Self { deliveries: 0, latency_ns: histogram(), lateness_ns: histogram() }
     }
@@ -334,7 +340,7 @@ impl Tally {
 
 /// How many deliveries there should be, and how many are missing or too many. Connection `i` is in
 /// room `i % rooms`, and gets what is sent there.
-fn account(sent: &[u64], received: impl Iterator<Item = u64>) -> (u64, u64) {
+fn count_missing(sent: &[u64], received: impl Iterator<Item = u64>) -> (u64, u64) {
     received.enumerate().fold((0, 0), |(expected, wrong), (index, received)| {
         let sent = sent[index % sent.len()];
         (expected + sent, wrong + received.abs_diff(sent))
@@ -367,8 +373,8 @@ mod tests {
     #[test]
     fn what_is_missing_does_not_hide_behind_what_came_twice() {
         // Rooms 0 and 1 in turn.
-        assert_eq!(account(&[10, 3], [10, 3, 10, 3].into_iter()), (26, 0));
-        assert_eq!(account(&[10, 3], [9, 4, 10, 3].into_iter()), (26, 2));
+        assert_eq!(count_missing(&[10, 3], [10, 3, 10, 3].into_iter()), (26, 0));
+        assert_eq!(count_missing(&[10, 3], [9, 4, 10, 3].into_iter()), (26, 2));
     }
 
     #[test]
