@@ -20,7 +20,7 @@ use tokio::time::Instant;
 use super::{
     CONTENT_BYTES,
     client::{self, ClientError},
-    rows::{Pace, Talk},
+    rows::{BenchLoad, LoadModel},
 };
 use crate::{
     timestamp::SendTimestamp,
@@ -48,7 +48,7 @@ pub(crate) struct BenchClients {
     /// Messages sent into each room, and all of them.
     sent: Vec<u64>,
     sent_in_all: u64,
-    talk: Talk,
+    load: BenchLoad,
     began: Instant,
     buffer: Box<[u8]>,
     counters: LoadCounters,
@@ -100,12 +100,12 @@ pub(crate) struct BenchTimes {
 
 impl BenchClients {
     /// Opens all connections, one after the other, and has them join.
-    pub(crate) fn open(talk: Talk, addresses: &[SocketAddr]) -> Result<Self, ClientError> {
+    pub(crate) fn open(load: BenchLoad, addresses: &[SocketAddr]) -> Result<Self, ClientError> {
         let poll = Poll::new()?;
         let mut connections = Vec::new();
-        for index in 0..talk.rooms * talk.members {
-            let address = addresses[index / talk.rooms % addresses.len()];
-            let (stream, reader) = client::join(address, index, &room(index % talk.rooms))?;
+        for index in 0..load.rooms * load.members {
+            let address = addresses[index / load.rooms % addresses.len()];
+            let (stream, reader) = client::join(address, index, &room(index % load.rooms))?;
             stream.set_nonblocking(true)?;
             let mut stream = TcpStream::from_std(stream);
             let interest = Interest::READABLE | Interest::WRITABLE;
@@ -123,9 +123,9 @@ impl BenchClients {
             poll,
             senders: connections.len(),
             connections,
-            sent: vec![0; talk.rooms],
+            sent: vec![0; load.rooms],
             sent_in_all: 0,
-            talk,
+            load,
             began: Instant::now(),
             buffer: vec![0; 256 * 1024].into(),
             counters: LoadCounters::new(),
@@ -150,10 +150,10 @@ impl BenchClients {
     ) -> Result<LoadResult<T>, E> {
         self.begin();
         let mut next = 0;
-        if let Pace::Saturated { talkers, in_flight } = self.talk.pace {
+        if let LoadModel::ClosedLoop { senders, in_flight } = self.load.model {
             self.is_closed_loop = true;
             for _ in 0..in_flight {
-                for index in 0..talkers * self.talk.rooms {
+                for index in 0..senders * self.load.rooms {
                     self.send(index, self.now());
                 }
             }
@@ -189,7 +189,7 @@ impl BenchClients {
                 return Ok(());
             }
             let mut wait = (until - now).min(POLL_INTERVAL);
-            if let Pace::PerSecond(rate) = self.talk.pace {
+            if let LoadModel::OpenLoop(rate) = self.load.model {
                 let due = |next: u64| Duration::from_secs_f64(next as f64 / f64::from(rate));
                 while due(*next) <= now {
                     let index = (*next % self.senders as u64) as usize;
@@ -299,7 +299,7 @@ impl BenchClients {
     }
 
     fn send(&mut self, index: usize, due_ns: u64) {
-        let in_room = index % self.talk.rooms;
+        let in_room = index % self.load.rooms;
         let timestamp = SendTimestamp { sender: index as u32, due_ns };
         let frame = message(&room(in_room), self.sent_in_all, timestamp);
         self.sent[in_room] += 1;

@@ -30,7 +30,7 @@ use client::ClientError;
 use clients::{BenchClients, BenchTimes};
 use machine::Machine;
 use measure::{Measure, Sample};
-use rows::{Pace, ROWS, Row, Shape, Talk};
+use rows::{BenchLoad, LoadModel, ROWS, Row, Workload};
 use servers::{Candidate, Ground, Servers, Spent};
 use table::{Rounds, Table, TableRow};
 
@@ -91,17 +91,17 @@ pub(crate) async fn run(args: BenchArgs) -> Result<Table, BenchError> {
 }
 
 async fn measure_row(ground: &Ground, row: &Row, args: &BenchArgs) -> Result<Rounds, BenchError> {
-    let shape = row.shape.divided(args.divide_by);
+    let workload = row.workload.divided(args.divide_by);
     let mut times = BenchTimes { warm_up: args.measured / 4, measured: args.measured };
-    if shape.is_paced() {
+    if workload.is_open_loop() {
         // Little CPU is used, and it is told in steps of 10 ms.
         times.measured *= 2;
     }
     let mut rounds: Rounds = Candidate::ALL.map(|candidate| (candidate, Vec::new())).into();
-    rounds.retain(|(candidate, _)| shape.has(*candidate) && ground.has(*candidate));
+    rounds.retain(|(candidate, _)| workload.has(*candidate) && ground.has(*candidate));
     for _ in 0..args.rounds {
         for (candidate, samples) in &mut rounds {
-            samples.push(sample(ground, shape, *candidate, times).await?);
+            samples.push(sample(ground, workload, *candidate, times).await?);
         }
     }
     Ok(rounds)
@@ -109,54 +109,64 @@ async fn measure_row(ground: &Ground, row: &Row, args: &BenchArgs) -> Result<Rou
 
 async fn sample(
     ground: &Ground,
-    shape: Shape,
+    workload: Workload,
     candidate: Candidate,
     times: BenchTimes,
 ) -> Result<Sample, BenchError> {
-    match shape {
-        Shape::Talk(talk) => {
-            let servers = ground.start(candidate, talk.nodes, false)?;
-            talk_sample(&servers, talk, times)
+    match workload {
+        Workload::Load(load) => {
+            let servers = ground.start(candidate, load.nodes, false)?;
+            load_sample(&servers, load, times)
         }
-        Shape::Publish(talk) if candidate == Candidate::Baseline => {
-            script_sample(&ground.start_redis()?, talk, times)
+        Workload::Publish(load) if candidate == Candidate::Baseline => {
+            script_sample(&ground.start_redis()?, load, times)
         }
-        Shape::Kill(talk) => kill_sample(ground.start(candidate, talk.nodes, false)?, talk, times),
-        Shape::Publish(talk) => {
-            publish_sample(&ground.start(candidate, talk.nodes, false)?, talk, times)
+        Workload::Failover(load) => {
+            failover_sample(ground.start(candidate, load.nodes, false)?, load, times)
         }
-        Shape::Connect { connections, per_second, token } => {
+        Workload::Publish(load) => {
+            publish_sample(&ground.start(candidate, load.nodes, false)?, load, times)
+        }
+        Workload::Connect { connections, per_second, token } => {
             let servers = ground.start(candidate, 1, token)?;
             connect_sample(&servers, connections, per_second, token).await
         }
-        Shape::Echo => echo_sample(&ground.start(candidate, 1, false)?, times),
+        Workload::Echo => echo_sample(&ground.start(candidate, 1, false)?, times),
     }
 }
 
-fn talk_sample(servers: &Servers, talk: Talk, times: BenchTimes) -> Result<Sample, BenchError> {
-    let mut clients = BenchClients::open(talk, &servers.addresses())?;
-    let load = clients.run_load(times, || servers.spent())?;
-    let (before, after) = load.snapshots;
+fn load_sample(
+    servers: &Servers,
+    load: BenchLoad,
+    times: BenchTimes,
+) -> Result<Sample, BenchError> {
+    let mut clients = BenchClients::open(load, &servers.addresses())?;
+    let result = clients.run_load(times, || servers.spent())?;
+    let (before, after) = result.snapshots;
     let spent = after.since(before);
     let mut sample = Sample::default();
-    sample.put_cpu(spent, load.deliveries, talk.nodes > 1);
-    sample.put(Measure::Deliveries, load.deliveries as f64 / load.measured.as_secs_f64());
-    if let Pace::PerSecond(_) = talk.pace {
+    sample.put_cpu(spent, result.deliveries, load.nodes > 1);
+    sample.put(Measure::Deliveries, result.deliveries as f64 / result.measured.as_secs_f64());
+    if let LoadModel::OpenLoop(_) = load.model {
         // Where the next message waits for the last there is no time at which it was due.
-        sample.put_latency(&load.latency_ns);
-        sample.put_lateness(&load.lateness_ns);
+        sample.put_latency(&result.latency_ns);
+        sample.put_lateness(&result.lateness_ns);
     }
-    if load.wrong > 0 {
+    if result.wrong > 0 {
         sample.flaws.push(format!(
             "of {} deliveries {} are missing or too many",
-            load.expected, load.wrong
+            result.expected, result.wrong
         ));
     }
     Ok(sample)
 }
 
-fn publish_sample(servers: &Servers, talk: Talk, times: BenchTimes) -> Result<Sample, BenchError> {
-    let mut sample = talk_sample(servers, talk, times)?;
+fn publish_sample(
+    servers: &Servers,
+    load: BenchLoad,
+    times: BenchTimes,
+) -> Result<Sample, BenchError> {
+    let mut sample = load_sample(servers, load, times)?;
     let redis_us = sample.values.get(&Measure::RedisCpu).copied().unwrap_or_default();
     sample.values.clear();
     // Each message has one reader: its sender.
@@ -164,10 +174,14 @@ fn publish_sample(servers: &Servers, talk: Talk, times: BenchTimes) -> Result<Sa
     Ok(sample)
 }
 
-fn kill_sample(mut servers: Servers, talk: Talk, times: BenchTimes) -> Result<Sample, BenchError> {
+fn failover_sample(
+    mut servers: Servers,
+    load: BenchLoad,
+    times: BenchTimes,
+) -> Result<Sample, BenchError> {
     let addresses = servers.addresses();
-    let mut clients = BenchClients::open(talk, &addresses)?;
-    let last = talk.nodes - 1;
+    let mut clients = BenchClients::open(load, &addresses)?;
+    let last = load.nodes - 1;
     let failover = clients.run_failover(times, &addresses, last, || servers.kill(last))?;
     let mut sample = Sample::default();
     let (before, after) = &failover.latency_ns;
@@ -188,10 +202,14 @@ fn kill_sample(mut servers: Servers, talk: Talk, times: BenchTimes) -> Result<Sa
     Ok(sample)
 }
 
-fn script_sample(redis: &Servers, talk: Talk, times: BenchTimes) -> Result<Sample, BenchError> {
+fn script_sample(
+    redis: &Servers,
+    load: BenchLoad,
+    times: BenchTimes,
+) -> Result<Sample, BenchError> {
     let mut sample = Sample::default();
     if let Some(address) = redis.redis_address() {
-        let result = script::publish(address, talk, times, || redis.spent())?;
+        let result = script::publish(address, load, times, || redis.spent())?;
         let (before, after) = result.snapshots;
         let seconds = after.since(before).redis_ms as f64 / 1e3;
         sample.put(Measure::Publishes, result.publishes as f64 / seconds);

@@ -40,15 +40,15 @@ pub(crate) enum RowName {
 pub(crate) struct Row {
     pub(crate) name: RowName,
     pub(crate) title: &'static str,
-    pub(crate) shape: Shape,
+    pub(crate) workload: Workload,
     pub(crate) targets: &'static [(Measure, Target)],
 }
 
 /// What happens in a row.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Shape {
+pub(crate) enum Workload {
     /// Members of rooms talk.
-    Talk(Talk),
+    Load(BenchLoad),
     /// So many connections open, join, and are silent.
     Connect {
         connections: u32,
@@ -58,31 +58,31 @@ pub(crate) enum Shape {
     },
     /// One connection says something and waits until it comes back.
     Echo,
-    /// As `Talk`, and the baseline is the script alone.
-    Publish(Talk),
-    /// As `Talk`, and the last of the nodes is killed meanwhile.
-    Kill(Talk),
+    /// As `Load`, and the baseline is the script alone.
+    Publish(BenchLoad),
+    /// As `Load`, and the last of the nodes is killed meanwhile.
+    Failover(BenchLoad),
 }
 
 /// Who talks how.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Talk {
+pub(crate) struct BenchLoad {
     /// Gateways; where there are several, Redis is between them.
     pub(crate) nodes: usize,
     pub(crate) rooms: usize,
     /// In each room, spread over the nodes.
     pub(crate) members: usize,
-    pub(crate) pace: Pace,
+    pub(crate) model: LoadModel,
 }
 
 /// How fast.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Pace {
+pub(crate) enum LoadModel {
     /// As fast as it goes: so many members of each room have so many messages under way, and send
     /// the next when their own copy of one has come.
-    Saturated { talkers: usize, in_flight: usize },
+    ClosedLoop { senders: usize, in_flight: usize },
     /// So many messages a second, of all members in turn, whatever became of earlier ones.
-    PerSecond(u32),
+    OpenLoop(u32),
 }
 
 /// What a measure should be.
@@ -99,41 +99,46 @@ pub(crate) enum Target {
 pub(crate) const ROWS: &[Row] = &[
     Row {
         name: RowName::Fanout,
-        title: "fan-out: 1 room of 1,000, saturated (8 talkers, 8 messages each under way)",
-        shape: Shape::Talk(Talk {
+        title: "fan-out: 1 room of 1,000, saturated (8 senders, 8 messages each under way)",
+        workload: Workload::Load(BenchLoad {
             nodes: 1,
             rooms: 1,
             members: 1000,
-            pace: Pace::Saturated { talkers: 8, in_flight: 8 },
+            model: LoadModel::ClosedLoop { senders: 8, in_flight: 8 },
         }),
         targets: &[(Measure::Cpu, Target::MaxTimesBaseline(0.25))],
     },
     Row {
         name: RowName::Rooms,
         title: "100 rooms of 10, everybody talks, saturated (each member 1 message under way)",
-        shape: Shape::Talk(Talk {
+        workload: Workload::Load(BenchLoad {
             nodes: 1,
             rooms: 100,
             members: 10,
-            pace: Pace::Saturated { talkers: 10, in_flight: 1 },
+            model: LoadModel::ClosedLoop { senders: 10, in_flight: 1 },
         }),
         targets: &[(Measure::Cpu, Target::MaxTimesBaseline(1.2))],
     },
     Row {
         name: RowName::RoomsOne,
         title: "the same, saturated with 1 message under way in each room",
-        shape: Shape::Talk(Talk {
+        workload: Workload::Load(BenchLoad {
             nodes: 1,
             rooms: 100,
             members: 10,
-            pace: Pace::Saturated { talkers: 1, in_flight: 1 },
+            model: LoadModel::ClosedLoop { senders: 1, in_flight: 1 },
         }),
         targets: &[(Measure::Cpu, Target::MaxTimesBaseline(1.2))],
     },
     Row {
         name: RowName::Paced,
         title: "100 rooms of 10 at 10,000 deliveries/s",
-        shape: Shape::Talk(Talk { nodes: 1, rooms: 100, members: 10, pace: Pace::PerSecond(1000) }),
+        workload: Workload::Load(BenchLoad {
+            nodes: 1,
+            rooms: 100,
+            members: 10,
+            model: LoadModel::OpenLoop(1000),
+        }),
         targets: &[
             (Measure::Cpu, Target::MaxTimesBaseline(1.15)),
             (Measure::P50, Target::MaxTimesBaseline(1.1)),
@@ -143,36 +148,46 @@ pub(crate) const ROWS: &[Row] = &[
     Row {
         name: RowName::Cluster,
         title: "3 nodes + Redis, 100 rooms of 9 at 1,000 messages/s",
-        shape: Shape::Talk(Talk { nodes: 3, rooms: 100, members: 9, pace: Pace::PerSecond(1000) }),
+        workload: Workload::Load(BenchLoad {
+            nodes: 3,
+            rooms: 100,
+            members: 9,
+            model: LoadModel::OpenLoop(1000),
+        }),
         targets: &[(Measure::Cpu, Target::Max(45.0))],
     },
     Row {
         name: RowName::ClusterSaturated,
         title: "3 nodes + Redis on one core, 100 rooms of 9, everybody talks, saturated",
-        shape: Shape::Talk(Talk {
+        workload: Workload::Load(BenchLoad {
             nodes: 3,
             rooms: 100,
             members: 9,
-            pace: Pace::Saturated { talkers: 9, in_flight: 1 },
+            model: LoadModel::ClosedLoop { senders: 9, in_flight: 1 },
         }),
         targets: &[(Measure::Deliveries, Target::Min(60_000.0))],
     },
     Row {
         name: RowName::ClusterLatency,
         title: "3 nodes + Redis, 1 room of 30 at 100 messages/s",
-        shape: Shape::Talk(Talk { nodes: 3, rooms: 1, members: 30, pace: Pace::PerSecond(100) }),
+        workload: Workload::Load(BenchLoad {
+            nodes: 3,
+            rooms: 1,
+            members: 30,
+            model: LoadModel::OpenLoop(100),
+        }),
         targets: &[(Measure::P50, Target::Max(800.0)), (Measure::P99, Target::Max(5_000.0))],
     },
     Row {
         name: RowName::Idle,
         title: "10,000 connections, joined (rooms of 10) and silent",
-        shape: Shape::Connect { connections: 10_000, per_second: 3_000, token: false },
+        workload: Workload::Connect { connections: 10_000, per_second: 3_000, token: false },
         targets: &[(Measure::Memory, Target::Max(4.0))],
     },
     Row {
         name: RowName::Connect,
         title: "connect and join (rooms of 10), with a token checked, saturated",
-        shape: Shape::Connect { connections: 10_000, per_second: 20_000, token: true },
+        workload: Workload::Connect { connections: 10_000, per_second: 20_000, token: true },
         targets: &[
             (Measure::CpuPerConnection, Target::Max(80.0)),
             (Measure::Connections, Target::Min(8_000.0)),
@@ -181,68 +196,79 @@ pub(crate) const ROWS: &[Row] = &[
     Row {
         name: RowName::Echo,
         title: "echo round trip, 1 connection",
-        shape: Shape::Echo,
+        workload: Workload::Echo,
         targets: &[(Measure::P50, Target::MaxTimesBaseline(1.2))],
     },
     Row {
         name: RowName::Redis,
         title: "publishes through one Redis, log and dedup on (baseline: the script alone)",
-        shape: Shape::Publish(Talk {
+        workload: Workload::Publish(BenchLoad {
             nodes: 3,
             rooms: 99,
             members: 1,
-            pace: Pace::Saturated { talkers: 1, in_flight: 8 },
+            model: LoadModel::ClosedLoop { senders: 1, in_flight: 8 },
         }),
         targets: &[(Measure::Publishes, Target::MinTimesBaseline(0.8))],
     },
     Row {
         name: RowName::Kill,
         title: "3 nodes + Redis, 1,500 rooms of 10 at 500 messages/s, one node gets SIGKILL",
-        shape: Shape::Kill(Talk { nodes: 3, rooms: 1500, members: 10, pace: Pace::PerSecond(500) }),
+        workload: Workload::Failover(BenchLoad {
+            nodes: 3,
+            rooms: 1500,
+            members: 10,
+            model: LoadModel::OpenLoop(500),
+        }),
         targets: &[(Measure::Back, Target::Max(5_000.0)), (Measure::Noticed, Target::Max(2.0))],
     },
 ];
 
-impl Shape {
+impl Workload {
     /// Whether somebody is measured in it.
     pub(crate) fn has(self, candidate: Candidate) -> bool {
         match candidate {
             Candidate::Skein | Candidate::Previous => true,
             // Who comes back there has nothing to go on from.
-            _ if matches!(self, Self::Kill(_)) => false,
+            _ if matches!(self, Self::Failover(_)) => false,
             Candidate::Baseline => true,
             // A script has no other that does the same.
             Candidate::Naive => !matches!(self, Self::Publish(_)),
             // Where little is under way, little gathers.
             Candidate::CoalescingBaseline => {
-                matches!(self, Self::Talk(Talk { nodes: 1, pace: Pace::Saturated { .. }, .. }))
+                matches!(
+                    self,
+                    Self::Load(BenchLoad { nodes: 1, model: LoadModel::ClosedLoop { .. }, .. })
+                )
             }
         }
     }
 
     /// Whether messages go out at set times.
-    pub(crate) fn is_paced(self) -> bool {
-        matches!(self, Self::Talk(Talk { pace: Pace::PerSecond(_), .. }) | Self::Kill(_))
+    pub(crate) fn is_open_loop(self) -> bool {
+        matches!(
+            self,
+            Self::Load(BenchLoad { model: LoadModel::OpenLoop(_), .. }) | Self::Failover(_)
+        )
     }
 
     /// The same with so many times fewer connections and messages, to try it out.
     pub(crate) fn divided(self, by: u32) -> Self {
         let few = |many: usize| many.div_ceil(by as usize);
-        let talk = |talk: Talk| {
-            let rooms = few(talk.rooms);
-            let members = if talk.rooms == 1 { few(talk.members) } else { talk.members };
-            let pace = match talk.pace {
-                Pace::Saturated { talkers, in_flight } => {
-                    Pace::Saturated { talkers: talkers.min(members), in_flight }
+        let load = |load: BenchLoad| {
+            let rooms = few(load.rooms);
+            let members = if load.rooms == 1 { few(load.members) } else { load.members };
+            let model = match load.model {
+                LoadModel::ClosedLoop { senders, in_flight } => {
+                    LoadModel::ClosedLoop { senders: senders.min(members), in_flight }
                 }
-                Pace::PerSecond(rate) => Pace::PerSecond(rate.div_ceil(by)),
+                LoadModel::OpenLoop(rate) => LoadModel::OpenLoop(rate.div_ceil(by)),
             };
-            Talk { rooms, members, pace, ..talk }
+            BenchLoad { rooms, members, model, ..load }
         };
         match self {
-            Self::Talk(one) => Self::Talk(talk(one)),
-            Self::Publish(one) => Self::Publish(talk(one)),
-            Self::Kill(one) => Self::Kill(talk(one)),
+            Self::Load(one) => Self::Load(load(one)),
+            Self::Publish(one) => Self::Publish(load(one)),
+            Self::Failover(one) => Self::Failover(load(one)),
             Self::Connect { connections, per_second, token } => {
                 Self::Connect { connections: connections.div_ceil(by), per_second, token }
             }

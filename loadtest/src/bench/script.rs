@@ -8,7 +8,7 @@ use std::{
 
 use tokio::time::Instant;
 
-use super::{CONTENT_BYTES, clients::BenchTimes, rows::Talk};
+use super::{CONTENT_BYTES, clients::BenchTimes, rows::BenchLoad};
 use crate::timestamp::SendTimestamp;
 
 /// The gateway's own text of it.
@@ -33,7 +33,7 @@ pub(crate) struct ScriptResult<T> {
 /// Calls the script for a while, for as many rooms as the talk has.
 pub(crate) fn publish<T, E: From<io::Error>>(
     address: SocketAddr,
-    talk: Talk,
+    load: BenchLoad,
     times: BenchTimes,
     snapshot: impl Fn() -> Result<T, E>,
 ) -> Result<ScriptResult<T>, E> {
@@ -48,7 +48,7 @@ pub(crate) fn publish<T, E: From<io::Error>>(
         let mut publishes = 0;
         while began.elapsed() < until {
             let calls: Vec<Vec<String>> = (number..number + PIPELINE_LEN)
-                .map(|number| call(&sha, number % talk.rooms, number))
+                .map(|number| call(&sha, number % load.rooms, number))
                 .collect();
             number += PIPELINE_LEN;
             let calls: Vec<Vec<&str>> =

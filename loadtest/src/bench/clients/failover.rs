@@ -94,7 +94,7 @@ impl BenchClients {
         node: usize,
         kill: impl FnOnce(),
     ) -> Result<FailoverResult, ClientError> {
-        let rooms = self.talk.rooms;
+        let rooms = self.load.rooms;
         self.senders = rooms;
         let is_doomed = |index: &usize| index / rooms % addresses.len() == node;
         let client = || FailoverClient { cursor: None, state: FailoverState::Connected, tries: 0 };
@@ -217,7 +217,7 @@ impl BenchClients {
             }
             Some(HandshakeResponse::Upgraded { .. }) => {
                 client.state = FailoverState::Joining;
-                let room: RoomId = room(index % self.talk.rooms).parse().expect("a name");
+                let room: RoomId = room(index % self.load.rooms).parse().expect("a name");
                 let (since, history) = (client.cursor.as_ref(), Some(0));
                 let join =
                     frames::OutgoingJoin { since, history, ..frames::OutgoingJoin::new(&room) };
