@@ -29,7 +29,7 @@ pub(crate) enum ClientError {
 }
 
 /// A connection and the frames that arrive on it, one after the other.
-pub(crate) struct Client {
+pub(crate) struct BlockingClient {
     pub(crate) stream: TcpStream,
     pub(crate) reader: FrameReader,
     buffer: Box<[u8]>,
@@ -41,14 +41,14 @@ pub(crate) fn join(
     index: usize,
     room: &str,
 ) -> Result<(TcpStream, FrameReader), ClientError> {
-    let mut client = Client::connect(address, &format!("/ws?user=bench-{index:05}"))?;
+    let mut client = BlockingClient::connect(address, &format!("/ws?user=bench-{index:05}"))?;
     client.wait_for("connected")?;
     client.say(&format!(r#"{{"type":"join","room":"{room}","history":0}}"#))?;
     client.wait_for("joined")?;
     Ok((client.stream, client.reader))
 }
 
-impl Client {
+impl BlockingClient {
     /// Connects.
     pub(crate) fn connect(address: SocketAddr, path: &str) -> Result<Self, ClientError> {
         let mut stream = TcpStream::connect(address)?;

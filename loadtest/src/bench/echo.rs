@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use super::{
     CONTENT_BYTES,
-    client::{Client, ClientError},
+    client::{BlockingClient, ClientError},
     clients::{BenchTimes, histogram},
 };
 use crate::timestamp::SendTimestamp;
@@ -25,7 +25,7 @@ pub(crate) fn echo<T, E: From<ClientError>>(
     times: BenchTimes,
     snapshot: impl Fn() -> Result<T, E>,
 ) -> Result<EchoResult<T>, E> {
-    let mut client = Client::connect(address, "/ws/echo")?;
+    let mut client = BlockingClient::connect(address, "/ws/echo")?;
     let began = Instant::now();
     while began.elapsed() < times.warm_up {
         round_trip(&mut client)?;
@@ -40,7 +40,7 @@ pub(crate) fn echo<T, E: From<ClientError>>(
     Ok(EchoResult { snapshots: (before, snapshot()?), round_trips_ns })
 }
 
-fn round_trip(client: &mut Client) -> Result<Duration, ClientError> {
+fn round_trip(client: &mut BlockingClient) -> Result<Duration, ClientError> {
     let began = Instant::now();
     client.say(&SendTimestamp { sender: 0, due_ns: 0 }.content(CONTENT_BYTES))?;
     client.wait_until("the echo", |message| SendTimestamp::find(message).is_some())?;

@@ -4,7 +4,7 @@ use std::{fs, process::Command};
 
 use serde::Serialize;
 
-use super::servers::Ground;
+use super::servers::BenchEnvironment;
 
 /// The machine and the programs.
 #[derive(Clone, Debug, Serialize)]
@@ -24,13 +24,13 @@ pub(crate) struct Machine {
 
 impl Machine {
     /// Asks for all of it; what is not known is empty.
-    pub(crate) fn detect(ground: &Ground) -> Self {
+    pub(crate) fn detect(environment: &BenchEnvironment) -> Self {
         let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let cpu =
             cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
         let read = |path| fs::read_to_string(path).unwrap_or_default().trim().to_owned();
         let load = read("/proc/loadavg");
-        let gateway = ground.programs.join("gateway");
+        let gateway = environment.programs.join("gateway");
         Self {
             cpu: cpu.map(|(_, name)| name.to_owned()).unwrap_or_default(),
             cores: cpuinfo.lines().filter(|line| line.starts_with("processor")).count(),
@@ -39,7 +39,7 @@ impl Machine {
             redis: said(Command::new("redis-server").arg("--version")),
             commit: said(Command::new("git").args(["describe", "--always", "--dirty"])),
             load_before: load.split(' ').next().unwrap_or_default().to_owned(),
-            pinned: ground.pinned,
+            pinned: environment.pinned,
         }
     }
 }

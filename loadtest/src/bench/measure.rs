@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, fmt};
 
 use serde::{Serialize, Serializer};
 
-use super::rows::Target;
+use super::rows::BenchTarget;
 
 /// Something that is measured. The order is that of the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -33,14 +33,14 @@ pub(crate) enum Measure {
     /// For a second of Redis' CPU time.
     Publishes,
     /// Until members of a node that was killed have gone on elsewhere: 99 of 100, ms.
-    Back,
+    Reconnected,
     /// The p99 of the others in the seconds after it: how many times that before.
-    Noticed,
+    OthersP99Ratio,
 }
 
 /// What one round showed of one server.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Sample {
+pub(crate) struct RoundSample {
     pub(crate) values: BTreeMap<Measure, f64>,
     /// Why it does not count, where it does not.
     pub(crate) flaws: Vec<String>,
@@ -69,8 +69,8 @@ impl Measure {
             Self::CpuPerConnection => "server CPU per connection, µs",
             Self::Connections => "connections/s",
             Self::Publishes => "publishes per second of Redis' CPU",
-            Self::Back => "gone on elsewhere, p99, ms",
-            Self::Noticed => "p99 of the others, times that before",
+            Self::Reconnected => "reconnected, p99, ms",
+            Self::OthersP99Ratio => "p99 of the others, × before",
         }
     }
 
@@ -106,8 +106,8 @@ impl Serialize for Measure {
             Self::CpuPerConnection => "cpu_per_connection_us",
             Self::Connections => "connections_per_second",
             Self::Publishes => "publishes_per_redis_cpu_second",
-            Self::Back => "gone_on_elsewhere_p99_ms",
-            Self::Noticed => "others_p99_times_before",
+            Self::Reconnected => "reconnected_p99_ms",
+            Self::OthersP99Ratio => "others_p99_ratio",
         };
         serializer.serialize_str(name)
     }
@@ -129,21 +129,25 @@ impl Spread {
     }
 
     /// One measure over the rounds.
-    pub(crate) fn of_measure(samples: &[Sample], measure: Measure) -> Option<Self> {
-        let value = |sample: &Sample| sample.values.get(&measure).copied();
+    pub(crate) fn of_measure(samples: &[RoundSample], measure: Measure) -> Option<Self> {
+        let value = |sample: &RoundSample| sample.values.get(&measure).copied();
         Self::of(samples.iter().filter_map(value).collect())
     }
 
     /// How many times another's: each round beside the other's same round.
-    pub(crate) fn times(samples: &[Sample], others: &[Sample], measure: Measure) -> Option<Self> {
-        let ratio = |(sample, other): (&Sample, &Sample)| {
+    pub(crate) fn times(
+        samples: &[RoundSample],
+        others: &[RoundSample],
+        measure: Measure,
+    ) -> Option<Self> {
+        let ratio = |(sample, other): (&RoundSample, &RoundSample)| {
             Some(sample.values.get(&measure)? / other.values.get(&measure)?)
         };
         Self::of(samples.iter().zip(others).filter_map(ratio).collect())
     }
 }
 
-impl Target {
+impl BenchTarget {
     /// Whether it is met, by the median of the values or of the ratios.
     pub(crate) fn is_met(self, value: Option<Spread>, times: Option<Spread>) -> Option<bool> {
         match self {
@@ -155,7 +159,7 @@ impl Target {
     }
 }
 
-impl fmt::Display for Target {
+impl fmt::Display for BenchTarget {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Max(limit) => write!(f, "≤ {}", trimmed(*limit)),
@@ -175,8 +179,8 @@ fn trimmed(limit: f64) -> String {
 mod tests {
     use super::*;
 
-    fn samples(values: &[f64]) -> Vec<Sample> {
-        let sample = |value: &f64| Sample {
+    fn samples(values: &[f64]) -> Vec<RoundSample> {
+        let sample = |value: &f64| RoundSample {
             values: BTreeMap::from([(Measure::Cpu, *value)]),
             flaws: Vec::new(),
         };
@@ -204,10 +208,10 @@ mod tests {
     #[test]
     fn a_target_looks_at_the_median() {
         let spread = Spread::of(vec![1.0, 2.0, 9.0]);
-        assert_eq!(Target::Max(2.0).is_met(spread, None), Some(true));
-        assert_eq!(Target::Min(2.1).is_met(spread, None), Some(false));
-        assert_eq!(Target::MaxTimesBaseline(1.0).is_met(spread, None), None);
-        assert_eq!(Target::MaxTimesBaseline(1.0).is_met(None, spread), Some(false));
+        assert_eq!(BenchTarget::Max(2.0).is_met(spread, None), Some(true));
+        assert_eq!(BenchTarget::Min(2.1).is_met(spread, None), Some(false));
+        assert_eq!(BenchTarget::MaxTimesBaseline(1.0).is_met(spread, None), None);
+        assert_eq!(BenchTarget::MaxTimesBaseline(1.0).is_met(None, spread), Some(false));
     }
 
     #[test]
@@ -215,8 +219,8 @@ mod tests {
         let written: Vec<String> =
             [0.254, 7.04, 13.24, 431.7, 9999.0, 60_000.0, 1_234_567.0].map(Measure::write).into();
         assert_eq!(written, ["0.25", "7.04", "13.2", "432", "9999", "60,000", "1,234,567"]);
-        assert_eq!(Target::Max(4.0).to_string(), "≤ 4");
-        assert_eq!(Target::Min(60_000.0).to_string(), "≥ 60,000");
-        assert_eq!(Target::MaxTimesBaseline(0.25).to_string(), "≤ 0.25×");
+        assert_eq!(BenchTarget::Max(4.0).to_string(), "≤ 4");
+        assert_eq!(BenchTarget::Min(60_000.0).to_string(), "≥ 60,000");
+        assert_eq!(BenchTarget::MaxTimesBaseline(0.25).to_string(), "≤ 0.25×");
     }
 }

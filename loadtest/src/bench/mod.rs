@@ -19,7 +19,7 @@ mod measure;
 mod client;
 mod clients;
 mod echo;
-mod script;
+mod append_script;
 mod servers;
 mod machine;
 mod table;
@@ -29,9 +29,9 @@ pub(crate) use rows::RowName;
 use client::ClientError;
 use clients::{BenchClients, BenchTimes};
 use machine::Machine;
-use measure::{Measure, Sample};
-use rows::{BenchLoad, LoadModel, ROWS, Row, Workload};
-use servers::{Candidate, Ground, Servers, Spent};
+use measure::{Measure, RoundSample};
+use rows::{BenchLoad, BenchRow, LoadModel, ROWS, Workload};
+use servers::{BenchEnvironment, BenchServers, Candidate, ServerCpu};
 use table::{Rounds, Table, TableRow};
 
 /// The content of every message: a timestamp, and filler behind it.
@@ -74,11 +74,11 @@ pub(crate) enum BenchError {
 pub(crate) async fn run(args: BenchArgs) -> Result<Table, BenchError> {
     // What is not given shows where connections fail.
     let _ = rlimit::increase_nofile_limit(DESCRIPTORS);
-    let ground = Ground::new(args.programs.clone(), args.previous.clone())?;
-    let machine = Machine::detect(&ground);
+    let environment = BenchEnvironment::new(args.programs.clone(), args.previous.clone())?;
+    let machine = Machine::detect(&environment);
     let mut table = Table::new(machine, args.rounds, args.measured.as_millis());
     for row in ROWS.iter().filter(|row| args.rows.is_empty() || args.rows.contains(&row.name)) {
-        let rounds = measure_row(&ground, row, &args).await?;
+        let rounds = measure_row(&environment, row, &args).await?;
         table.rows.push(TableRow::new(row, &rounds));
         eprintln!("{}", table.rows.last().map(ToString::to_string).unwrap_or_default());
     }
@@ -90,7 +90,11 @@ pub(crate) async fn run(args: BenchArgs) -> Result<Table, BenchError> {
     Ok(table)
 }
 
-async fn measure_row(ground: &Ground, row: &Row, args: &BenchArgs) -> Result<Rounds, BenchError> {
+async fn measure_row(
+    environment: &BenchEnvironment,
+    row: &BenchRow,
+    args: &BenchArgs,
+) -> Result<Rounds, BenchError> {
     let workload = row.workload.divided(args.divide_by);
     let mut times = BenchTimes { warm_up: args.measured / 4, measured: args.measured };
     if workload.is_open_loop() {
@@ -98,54 +102,54 @@ async fn measure_row(ground: &Ground, row: &Row, args: &BenchArgs) -> Result<Rou
         times.measured *= 2;
     }
     let mut rounds: Rounds = Candidate::ALL.map(|candidate| (candidate, Vec::new())).into();
-    rounds.retain(|(candidate, _)| workload.has(*candidate) && ground.has(*candidate));
+    rounds.retain(|(candidate, _)| workload.has(*candidate) && environment.has(*candidate));
     for _ in 0..args.rounds {
         for (candidate, samples) in &mut rounds {
-            samples.push(sample(ground, workload, *candidate, times).await?);
+            samples.push(sample(environment, workload, *candidate, times).await?);
         }
     }
     Ok(rounds)
 }
 
 async fn sample(
-    ground: &Ground,
+    environment: &BenchEnvironment,
     workload: Workload,
     candidate: Candidate,
     times: BenchTimes,
-) -> Result<Sample, BenchError> {
+) -> Result<RoundSample, BenchError> {
     match workload {
         Workload::Load(load) => {
-            let servers = ground.start(candidate, load.nodes, false)?;
+            let servers = environment.start(candidate, load.nodes, false)?;
             load_sample(&servers, load, times)
         }
         Workload::Publish(load) if candidate == Candidate::Baseline => {
-            script_sample(&ground.start_redis()?, load, times)
+            script_sample(&environment.start_redis()?, load, times)
         }
         Workload::Failover(load) => {
-            failover_sample(ground.start(candidate, load.nodes, false)?, load, times)
+            failover_sample(environment.start(candidate, load.nodes, false)?, load, times)
         }
         Workload::Publish(load) => {
-            publish_sample(&ground.start(candidate, load.nodes, false)?, load, times)
+            publish_sample(&environment.start(candidate, load.nodes, false)?, load, times)
         }
         Workload::Connect { connections, per_second, token } => {
-            let servers = ground.start(candidate, 1, token)?;
+            let servers = environment.start(candidate, 1, token)?;
             connect_sample(&servers, connections, per_second, token).await
         }
-        Workload::Echo => echo_sample(&ground.start(candidate, 1, false)?, times),
+        Workload::Echo => echo_sample(&environment.start(candidate, 1, false)?, times),
     }
 }
 
 fn load_sample(
-    servers: &Servers,
+    servers: &BenchServers,
     load: BenchLoad,
     times: BenchTimes,
-) -> Result<Sample, BenchError> {
+) -> Result<RoundSample, BenchError> {
     let mut clients = BenchClients::open(load, &servers.addresses())?;
-    let result = clients.run_load(times, || servers.spent())?;
+    let result = clients.run_load(times, || servers.cpu_time())?;
     let (before, after) = result.snapshots;
-    let spent = after.since(before);
-    let mut sample = Sample::default();
-    sample.put_cpu(spent, result.deliveries, load.nodes > 1);
+    let cpu = after.since(before);
+    let mut sample = RoundSample::default();
+    sample.put_cpu(cpu, result.deliveries, load.nodes > 1);
     sample.put(Measure::Deliveries, result.deliveries as f64 / result.measured.as_secs_f64());
     if let LoadModel::OpenLoop(_) = load.model {
         // Where the next message waits for the last there is no time at which it was due.
@@ -162,10 +166,10 @@ fn load_sample(
 }
 
 fn publish_sample(
-    servers: &Servers,
+    servers: &BenchServers,
     load: BenchLoad,
     times: BenchTimes,
-) -> Result<Sample, BenchError> {
+) -> Result<RoundSample, BenchError> {
     let mut sample = load_sample(servers, load, times)?;
     let redis_us = sample.values.get(&Measure::RedisCpu).copied().unwrap_or_default();
     sample.values.clear();
@@ -175,19 +179,19 @@ fn publish_sample(
 }
 
 fn failover_sample(
-    mut servers: Servers,
+    mut servers: BenchServers,
     load: BenchLoad,
     times: BenchTimes,
-) -> Result<Sample, BenchError> {
+) -> Result<RoundSample, BenchError> {
     let addresses = servers.addresses();
     let mut clients = BenchClients::open(load, &addresses)?;
     let last = load.nodes - 1;
     let failover = clients.run_failover(times, &addresses, last, || servers.kill(last))?;
-    let mut sample = Sample::default();
+    let mut sample = RoundSample::default();
     let (before, after) = &failover.latency_ns;
     let p99 = |times_ns: &Histogram<u64>| times_ns.value_at_quantile(0.99) as f64;
-    sample.put(Measure::Back, p99(&failover.reconnect_ns) / 1e6);
-    sample.put(Measure::Noticed, p99(after) / p99(before));
+    sample.put(Measure::Reconnected, p99(&failover.reconnect_ns) / 1e6);
+    sample.put(Measure::OthersP99Ratio, p99(after) / p99(before));
     sample.put_latency(after);
     sample.put_lateness(&failover.lateness_ns);
     for (count, what) in [
@@ -203,13 +207,13 @@ fn failover_sample(
 }
 
 fn script_sample(
-    redis: &Servers,
+    redis: &BenchServers,
     load: BenchLoad,
     times: BenchTimes,
-) -> Result<Sample, BenchError> {
-    let mut sample = Sample::default();
+) -> Result<RoundSample, BenchError> {
+    let mut sample = RoundSample::default();
     if let Some(address) = redis.redis_address() {
-        let result = script::publish(address, load, times, || redis.spent())?;
+        let result = append_script::publish(address, load, times, || redis.cpu_time())?;
         let (before, after) = result.snapshots;
         let seconds = after.since(before).redis_ms as f64 / 1e3;
         sample.put(Measure::Publishes, result.publishes as f64 / seconds);
@@ -217,10 +221,10 @@ fn script_sample(
     Ok(sample)
 }
 
-fn echo_sample(servers: &Servers, times: BenchTimes) -> Result<Sample, BenchError> {
-    let mut sample = Sample::default();
+fn echo_sample(servers: &BenchServers, times: BenchTimes) -> Result<RoundSample, BenchError> {
+    let mut sample = RoundSample::default();
     for address in servers.addresses() {
-        let result = echo::echo(address, times, || servers.spent())?;
+        let result = echo::echo(address, times, || servers.cpu_time())?;
         let (before, after) = result.snapshots;
         sample.put_cpu(after.since(before), result.round_trips_ns.len(), false);
         sample.put_latency(&result.round_trips_ns);
@@ -230,11 +234,11 @@ fn echo_sample(servers: &Servers, times: BenchTimes) -> Result<Sample, BenchErro
 
 /// As `loadtest connect` does it.
 async fn connect_sample(
-    servers: &Servers,
+    servers: &BenchServers,
     connections: u32,
     per_second: u32,
     token: bool,
-) -> Result<Sample, BenchError> {
+) -> Result<RoundSample, BenchError> {
     let mut command = vec!["loadtest".to_owned(), "connect".to_owned()];
     let mut option = |name: &str, value: String| command.extend([format!("--{name}"), value]);
     for (address, pid) in servers.addresses().iter().zip(servers.pids()) {
@@ -252,7 +256,7 @@ async fn connect_sample(
         unreachable!("`connect` is said above")
     };
     let report = connect::run(args).await?;
-    let mut sample = Sample::default();
+    let mut sample = RoundSample::default();
     let Some((report, connections)) =
         report.as_ref().and_then(|report| Some((report, report.connections.as_ref()?)))
     else {
@@ -272,7 +276,7 @@ async fn connect_sample(
     Ok(sample)
 }
 
-impl Sample {
+impl RoundSample {
     fn put(&mut self, measure: Measure, value: f64) {
         self.values.insert(measure, value);
     }
@@ -293,12 +297,12 @@ impl Sample {
         }
     }
 
-    fn put_cpu(&mut self, spent: Spent, deliveries: u64, redis: bool) {
+    fn put_cpu(&mut self, cpu: ServerCpu, deliveries: u64, redis: bool) {
         let each = |ms: u64| ms as f64 * 1e3 / deliveries as f64;
-        self.put(Measure::Cpu, each(spent.total_ms()));
-        self.put(Measure::UserCpu, each(spent.user_ms));
+        self.put(Measure::Cpu, each(cpu.total_ms()));
+        self.put(Measure::UserCpu, each(cpu.user_ms));
         if redis {
-            self.put(Measure::RedisCpu, each(spent.redis_ms));
+            self.put(Measure::RedisCpu, each(cpu.redis_ms));
         }
     }
 }

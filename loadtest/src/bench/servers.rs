@@ -66,7 +66,7 @@ pub(crate) enum Candidate {
 
 /// Where the programs are, and where they run.
 #[derive(Debug)]
-pub(crate) struct Ground {
+pub(crate) struct BenchEnvironment {
     /// The folder of `gateway` and `examples/`.
     pub(crate) programs: PathBuf,
     /// Another gateway to compare with, and the options that it knows.
@@ -77,23 +77,23 @@ pub(crate) struct Ground {
 
 /// A process.
 #[derive(Debug)]
-struct Server {
+struct BenchServer {
     child: Child,
     address: SocketAddr,
 }
 
 /// All servers of one candidate.
 #[derive(Debug)]
-pub(crate) struct Servers {
-    nodes: Vec<Server>,
-    redis: Option<Server>,
+pub(crate) struct BenchServers {
+    nodes: Vec<BenchServer>,
+    redis: Option<BenchServer>,
     // Last, so that it is there as long as those who write into it.
     _scratch: TempDir,
 }
 
 /// CPU time of all servers, and the part of it that is Redis'.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Spent {
+pub(crate) struct ServerCpu {
     pub(crate) user_ms: u64,
     pub(crate) system_ms: u64,
     pub(crate) redis_ms: u64,
@@ -122,7 +122,7 @@ impl fmt::Display for Candidate {
     }
 }
 
-impl Drop for Server {
+impl Drop for BenchServer {
     fn drop(&mut self) {
         // It may have ended by itself.
         let _ = self.child.kill();
@@ -130,7 +130,7 @@ impl Drop for Server {
     }
 }
 
-impl Ground {
+impl BenchEnvironment {
     /// Puts this process on the CPU of the load, where there is more than one. With a `previous`
     /// gateway only that and the gateway are measured.
     pub(crate) fn new(programs: PathBuf, previous: Option<PathBuf>) -> Result<Self, BenchError> {
@@ -168,7 +168,7 @@ impl Ground {
         candidate: Candidate,
         nodes: usize,
         token: bool,
-    ) -> Result<Servers, BenchError> {
+    ) -> Result<BenchServers, BenchError> {
         let scratch = TempDir::new().map_err(BenchError::Scratch)?;
         // The baseline is one process: what the writes alone cost.
         let redis = match candidate {
@@ -185,16 +185,16 @@ impl Ground {
         };
         let nodes = (0..count).map(start).collect::<Result<Vec<_>, _>>()?;
         if !candidate.is_baseline() {
-            nodes.iter().try_for_each(Server::wait_until_ready)?;
+            nodes.iter().try_for_each(BenchServer::wait_until_ready)?;
         }
-        Ok(Servers { nodes, redis, _scratch: scratch })
+        Ok(BenchServers { nodes, redis, _scratch: scratch })
     }
 
     /// A Redis as `make cluster` starts it.
-    pub(crate) fn start_redis(&self) -> Result<Servers, BenchError> {
+    pub(crate) fn start_redis(&self) -> Result<BenchServers, BenchError> {
         let scratch = TempDir::new().map_err(BenchError::Scratch)?;
         let redis = self.redis(scratch.path())?;
-        Ok(Servers { nodes: Vec::new(), redis: Some(redis), _scratch: scratch })
+        Ok(BenchServers { nodes: Vec::new(), redis: Some(redis), _scratch: scratch })
     }
 
     fn command(&self, candidate: Candidate, redis: Option<&str>, token: bool) -> Command {
@@ -251,7 +251,7 @@ impl Ground {
     }
 
     /// Starts a program that says in its log where it listens.
-    fn launch(&self, mut command: Command, log: &Path) -> Result<Server, BenchError> {
+    fn launch(&self, mut command: Command, log: &Path) -> Result<BenchServer, BenchError> {
         let what = format!("{command:?}");
         let failed = |source| BenchError::Start { what: what.clone(), source };
         let file = File::create(log).map_err(BenchError::Scratch)?;
@@ -260,7 +260,7 @@ impl Ground {
         loop {
             let text = std::fs::read_to_string(log).map_err(BenchError::Scratch)?;
             if let Some(address) = listen_address(&text) {
-                return Ok(Server { child, address });
+                return Ok(BenchServer { child, address });
             }
             if deadline < Instant::now() || child.try_wait().map_err(failed)?.is_some() {
                 let _ = child.kill();
@@ -271,7 +271,7 @@ impl Ground {
         }
     }
 
-    fn redis(&self, scratch: &Path) -> Result<Server, BenchError> {
+    fn redis(&self, scratch: &Path) -> Result<BenchServer, BenchError> {
         let address = free_address().map_err(BenchError::Scratch)?;
         let mut command = self.on_its_cpu(Path::new("redis-server"));
         command
@@ -283,13 +283,13 @@ impl Ground {
         let what = format!("{command:?}");
         let child = command.spawn();
         let child = child.map_err(|source| BenchError::Start { what: what.clone(), source })?;
-        let server = Server { child, address };
+        let server = BenchServer { child, address };
         server.wait_for(b"PING\r\n", "+PONG")?;
         Ok(server)
     }
 }
 
-impl Server {
+impl BenchServer {
     fn wait_until_ready(&self) -> Result<(), BenchError> {
         self.wait_for(
             b"GET /ready HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n",
@@ -322,7 +322,7 @@ impl Server {
     }
 }
 
-impl Servers {
+impl BenchServers {
     /// Where clients connect.
     pub(crate) fn addresses(&self) -> Vec<SocketAddr> {
         self.nodes.iter().map(|node| node.address).collect()
@@ -344,22 +344,22 @@ impl Servers {
     }
 
     /// What all of them were given by the CPUs until now.
-    pub(crate) fn spent(&self) -> Result<Spent, BenchError> {
-        let mut spent = Spent::default();
-        let cpu = |server: &Server| CpuTime::read(Some(server.child.id()));
+    pub(crate) fn cpu_time(&self) -> Result<ServerCpu, BenchError> {
+        let mut sum = ServerCpu::default();
+        let cpu_of = |server: &BenchServer| CpuTime::read(Some(server.child.id()));
         for server in self.nodes.iter().chain(&self.redis) {
-            let cpu = cpu(server)?;
-            spent.user_ms += cpu.user_ms;
-            spent.system_ms += cpu.system_ms;
+            let cpu = cpu_of(server)?;
+            sum.user_ms += cpu.user_ms;
+            sum.system_ms += cpu.system_ms;
         }
         if let Some(redis) = &self.redis {
-            spent.redis_ms = cpu(redis)?.total_ms();
+            sum.redis_ms = cpu_of(redis)?.total_ms();
         }
-        Ok(spent)
+        Ok(sum)
     }
 }
 
-impl Spent {
+impl ServerCpu {
     /// What was spent since an earlier look.
     pub(crate) fn since(self, before: Self) -> Self {
         Self {

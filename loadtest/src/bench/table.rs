@@ -11,8 +11,8 @@ use serde::Serialize;
 
 use super::{
     machine::Machine,
-    measure::{Measure, Sample, Spread},
-    rows::{Row, Target},
+    measure::{Measure, RoundSample, Spread},
+    rows::{BenchRow, BenchTarget},
     servers::{Candidate, GATEWAY_OPTIONS},
 };
 
@@ -30,13 +30,13 @@ pub(crate) struct Table {
 #[derive(Debug, Serialize)]
 pub(crate) struct TableRow {
     pub(crate) title: &'static str,
-    pub(crate) lines: Vec<Line>,
-    pub(crate) flaws: Vec<Flaw>,
+    pub(crate) lines: Vec<TableLine>,
+    pub(crate) flaws: Vec<TableFlaw>,
 }
 
 /// What is wrong with what was measured of one candidate.
 #[derive(Debug, Serialize)]
-pub(crate) struct Flaw {
+pub(crate) struct TableFlaw {
     pub(crate) candidate: Candidate,
     /// In how many rounds something was.
     pub(crate) rounds: usize,
@@ -46,20 +46,20 @@ pub(crate) struct Flaw {
 
 /// A measure of a row.
 #[derive(Debug, Serialize)]
-pub(crate) struct Line {
+pub(crate) struct TableLine {
     pub(crate) measure: Measure,
-    pub(crate) baseline: Option<Cell>,
-    pub(crate) coalescing_baseline: Option<Cell>,
-    pub(crate) naive: Option<Cell>,
-    pub(crate) previous: Option<Cell>,
-    pub(crate) skein: Option<Cell>,
+    pub(crate) baseline: Option<TableCell>,
+    pub(crate) coalescing_baseline: Option<TableCell>,
+    pub(crate) naive: Option<TableCell>,
+    pub(crate) previous: Option<TableCell>,
+    pub(crate) skein: Option<TableCell>,
     pub(crate) target: Option<String>,
     pub(crate) met: Option<bool>,
 }
 
 /// A value, and how many times the baseline's, and the previous gateway's, it is.
 #[derive(Clone, Copy, Debug, Serialize)]
-pub(crate) struct Cell {
+pub(crate) struct TableCell {
     pub(crate) value: Spread,
     /// Not of the baseline itself.
     pub(crate) times_baseline: Option<Spread>,
@@ -68,7 +68,7 @@ pub(crate) struct Cell {
 }
 
 /// The rounds of one row, by candidate.
-pub(crate) type Rounds = Vec<(Candidate, Vec<Sample>)>;
+pub(crate) type Rounds = Vec<(Candidate, Vec<RoundSample>)>;
 
 impl Table {
     /// A table without rows yet.
@@ -85,15 +85,15 @@ impl Table {
 
 impl TableRow {
     /// Sums up the rounds of a row.
-    pub(crate) fn new(row: &Row, rounds: &Rounds) -> Self {
+    pub(crate) fn new(row: &BenchRow, rounds: &Rounds) -> Self {
         let all = rounds.iter().flat_map(|(_, samples)| samples);
         let measures: BTreeSet<Measure> =
             all.flat_map(|sample| sample.values.keys().copied()).collect();
-        let targets: BTreeMap<Measure, Target> = row.targets.iter().copied().collect();
-        let line = |measure| Line::new(measure, rounds, targets.get(&measure).copied());
+        let targets: BTreeMap<Measure, BenchTarget> = row.targets.iter().copied().collect();
+        let line = |measure| TableLine::new(measure, rounds, targets.get(&measure).copied());
         let flaws = rounds
             .iter()
-            .filter_map(|(candidate, samples)| Flaw::of(*candidate, samples))
+            .filter_map(|(candidate, samples)| TableFlaw::of(*candidate, samples))
             .collect();
         Self { title: row.title, lines: measures.into_iter().map(line).collect(), flaws }
     }
@@ -110,16 +110,16 @@ impl TableRow {
     }
 }
 
-impl Flaw {
-    fn of(candidate: Candidate, samples: &[Sample]) -> Option<Self> {
+impl TableFlaw {
+    fn of(candidate: Candidate, samples: &[RoundSample]) -> Option<Self> {
         let mut told = samples.iter().filter_map(|sample| sample.flaws.first());
         let what = told.next()?.clone();
         Some(Self { candidate, rounds: 1 + told.count(), what })
     }
 }
 
-impl Line {
-    fn new(measure: Measure, rounds: &Rounds, target: Option<Target>) -> Self {
+impl TableLine {
+    fn new(measure: Measure, rounds: &Rounds, target: Option<BenchTarget>) -> Self {
         let of = |candidate| {
             rounds.iter().find(|(one, _)| *one == candidate).map(|(_, samples)| samples)
         };
@@ -132,7 +132,7 @@ impl Line {
             };
             let (times_baseline, times_previous) =
                 (times(Candidate::Baseline), times(Candidate::Previous));
-            Some(Cell { value, times_baseline, times_previous })
+            Some(TableCell { value, times_baseline, times_previous })
         };
         let skein = cell(Candidate::Skein);
         let met = target.and_then(|target| {
@@ -183,22 +183,22 @@ impl fmt::Display for TableRow {
         let rest = if self.has_previous() { " | |" } else { " | | | | |" };
         writeln!(f, "| **{}**{mark} |{rest}", self.title)?;
         self.lines.iter().try_for_each(|line| write!(f, "{line}"))?;
-        self.flaws.iter().try_for_each(|Flaw { candidate, rounds, what }| {
+        self.flaws.iter().try_for_each(|TableFlaw { candidate, rounds, what }| {
             writeln!(f, "| ⚠ {candidate}, {rounds} round(s): {what} |{rest}")
         })
     }
 }
 
-impl fmt::Display for Line {
+impl fmt::Display for TableLine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let cell = |cell: Option<Cell>| match cell {
-            Some(Cell { value, times_previous: Some(times), .. }) => {
+        let cell = |cell: Option<TableCell>| match cell {
+            Some(TableCell { value, times_previous: Some(times), .. }) => {
                 format!("{} = {:.3}×", spread(value), times.median)
             }
-            Some(Cell { value, times_baseline: Some(times), .. }) => {
+            Some(TableCell { value, times_baseline: Some(times), .. }) => {
                 format!("{} = {}×", spread(value), Measure::write(times.median))
             }
-            Some(Cell { value, .. }) => spread(value),
+            Some(TableCell { value, .. }) => spread(value),
             None => String::new(),
         };
         if self.previous.is_some() {
@@ -237,7 +237,7 @@ mod tests {
     use crate::bench::rows::ROWS;
 
     fn rounds(baseline: f64, skein: f64, flaw: Option<&str>) -> Rounds {
-        let sample = |value| Sample {
+        let sample = |value| RoundSample {
             values: BTreeMap::from([(Measure::Cpu, value)]),
             flaws: flaw.map(str::to_owned).into_iter().collect(),
         };
@@ -257,9 +257,9 @@ mod tests {
     #[test]
     fn a_gateway_stands_beside_its_previous_build() {
         let of = |values: [f64; 2]| {
-            let sample = |value| Sample {
+            let sample = |value| RoundSample {
                 values: BTreeMap::from([(Measure::Cpu, value)]),
-                ..Sample::default()
+                ..RoundSample::default()
             };
             values.map(sample).to_vec()
         };

@@ -20,7 +20,7 @@ const SCRIPT: &str = concat!(
 /// How many calls are under way.
 const PIPELINE_LEN: usize = 128;
 /// The server that the nodes agreed on, as far as the script sees.
-const TOKEN: &str = "0123456789abcdef";
+const SERVER_ID: &str = "0123456789abcdef";
 /// An envelope around the content: header, room, id, author, time.
 const ENVELOPE_BYTES: usize = CONTENT_BYTES + 240;
 
@@ -40,9 +40,9 @@ pub(crate) fn publish<T, E: From<io::Error>>(
     let stream = TcpStream::connect(address)?;
     stream.set_nodelay(true)?;
     let mut redis =
-        Redis { answers: BufReader::with_capacity(1 << 18, stream.try_clone()?), stream };
-    redis.ask(&[&["HSET", "gw:barrier", "t", TOKEN, "open", "1"]])?;
-    let sha = redis.ask(&[&["SCRIPT", "LOAD", SCRIPT]])?.swap_remove(0);
+        RedisConnection { replies: BufReader::with_capacity(1 << 18, stream.try_clone()?), stream };
+    redis.execute(&[&["HSET", "gw:barrier", "t", SERVER_ID, "open", "1"]])?;
+    let sha = redis.execute(&[&["SCRIPT", "LOAD", SCRIPT]])?.swap_remove(0);
     let mut number = 0;
     let mut run = |until: Duration, began: Instant| -> io::Result<u64> {
         let mut publishes = 0;
@@ -54,7 +54,7 @@ pub(crate) fn publish<T, E: From<io::Error>>(
             let calls: Vec<Vec<&str>> =
                 calls.iter().map(|call| call.iter().map(String::as_str).collect()).collect();
             let calls: Vec<&[&str]> = calls.iter().map(Vec::as_slice).collect();
-            publishes += redis.ask(&calls)?.len() as u64;
+            publishes += redis.execute(&calls)?.len() as u64;
         }
         Ok(publishes)
     };
@@ -82,7 +82,7 @@ fn call(sha: &str, room: usize, number: usize) -> Vec<String> {
         &key("ids1"),
         "gw:barrier",
         &key("unheard"),
-        TOKEN,
+        SERVER_ID,
         &format!("gw:{{0}}:r:bench-{room:04}"),
         "abcdefgh",
         "86400000",
@@ -101,14 +101,14 @@ fn call(sha: &str, room: usize, number: usize) -> Vec<String> {
     arguments.map(str::to_owned).into()
 }
 
-struct Redis {
+struct RedisConnection {
     stream: TcpStream,
-    answers: BufReader<TcpStream>,
+    replies: BufReader<TcpStream>,
 }
 
-impl Redis {
+impl RedisConnection {
     /// Sends commands in one write and takes the answer of each.
-    fn ask(&mut self, commands: &[&[&str]]) -> io::Result<Vec<String>> {
+    fn execute(&mut self, commands: &[&[&str]]) -> io::Result<Vec<String>> {
         let mut bytes = Vec::new();
         for command in commands {
             write!(bytes, "*{}\r\n", command.len())?;
@@ -117,13 +117,13 @@ impl Redis {
             }
         }
         self.stream.write_all(&bytes)?;
-        commands.iter().map(|_| self.answer()).collect()
+        commands.iter().map(|_| self.read_reply()).collect()
     }
 
     /// The last text of one answer; what is an error in it is one here.
-    fn answer(&mut self) -> io::Result<String> {
+    fn read_reply(&mut self) -> io::Result<String> {
         let mut line = String::new();
-        self.answers.read_line(&mut line)?;
+        self.replies.read_line(&mut line)?;
         let invalid = |text: &str| io::Error::new(io::ErrorKind::InvalidData, text.to_owned());
         let (kind, rest) = line.trim_end().split_at_checked(1).ok_or_else(|| invalid("nothing"))?;
         let length = || rest.parse::<usize>().map_err(|_| invalid(&line));
@@ -131,10 +131,10 @@ impl Redis {
             "+" | ":" => Ok(rest.to_owned()),
             "$" => {
                 let mut text = vec![0; length()? + 2];
-                self.answers.read_exact(&mut text)?;
+                self.replies.read_exact(&mut text)?;
                 Ok(String::from_utf8_lossy(&text).trim_end().to_owned())
             }
-            "*" => (0..length()?).try_fold(String::new(), |_, _| self.answer()),
+            "*" => (0..length()?).try_fold(String::new(), |_, _| self.read_reply()),
             _ => Err(invalid(&line)),
         }
     }
