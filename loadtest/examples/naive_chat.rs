@@ -24,29 +24,29 @@ use redis::{AsyncTypedCommands as _, aio::MultiplexedConnection};
 use serde::{Deserialize, Serialize};
 use tokio::sync::broadcast;
 
-type Rooms = Arc<Mutex<HashMap<String, broadcast::Sender<Utf8Bytes>>>>;
-type Failure = Box<dyn std::error::Error>;
+type ChatRooms = Arc<Mutex<HashMap<String, broadcast::Sender<Utf8Bytes>>>>;
+type BoxError = Box<dyn std::error::Error>;
 
 #[derive(Clone)]
 struct Chat {
-    rooms: Rooms,
+    rooms: ChatRooms,
     redis: Option<MultiplexedConnection>,
 }
 
 #[derive(Deserialize)]
-struct Hello {
+struct ConnectQuery {
     user: Option<String>,
 }
 
 #[derive(Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
-enum Said {
+enum NaiveRequest {
     Join { room: String },
     Message { id: String, content: String },
 }
 
 #[derive(Serialize)]
-struct Heard<'a> {
+struct NaiveMessage<'a> {
     r#type: &'static str,
     room: &'a str,
     id: &'a str,
@@ -56,9 +56,9 @@ struct Heard<'a> {
 }
 
 #[tokio::main]
-async fn main() -> Result<(), Failure> {
+async fn main() -> Result<(), BoxError> {
     rlimit::increase_nofile_limit(u64::MAX)?;
-    let rooms = Rooms::default();
+    let rooms = ChatRooms::default();
     let redis = match std::env::var("REDIS") {
         Ok(url) => Some(connect(&url, rooms.clone()).await?),
         Err(_) => None,
@@ -78,7 +78,7 @@ async fn main() -> Result<(), Failure> {
 }
 
 /// The connection to publish on; what other nodes and this one publish goes into the rooms.
-async fn connect(url: &str, rooms: Rooms) -> Result<MultiplexedConnection, Failure> {
+async fn connect(url: &str, rooms: ChatRooms) -> Result<MultiplexedConnection, BoxError> {
     let client = redis::Client::open(url)?;
     let mut subscription = client.get_async_pubsub().await?;
     subscription.psubscribe("*").await?;
@@ -94,8 +94,12 @@ async fn connect(url: &str, rooms: Rooms) -> Result<MultiplexedConnection, Failu
     Ok(client.get_multiplexed_async_connection().await?)
 }
 
-async fn chat(State(chat): State<Chat>, hello: Query<Hello>, ws: WebSocketUpgrade) -> Response {
-    let user = hello.0.user.unwrap_or_else(|| "anonymous".to_owned());
+async fn chat(
+    State(chat): State<Chat>,
+    query: Query<ConnectQuery>,
+    ws: WebSocketUpgrade,
+) -> Response {
+    let user = query.0.user.unwrap_or_else(|| "anonymous".to_owned());
     ws.protocols([shared::SUBPROTOCOL]).on_upgrade(|socket| serve(socket, user, chat))
 }
 
@@ -105,9 +109,9 @@ async fn serve(socket: WebSocket, user: String, mut chat: Chat) {
         return;
     }
     let Some(Ok(Message::Text(text))) = receiver.next().await else { return };
-    let Ok(Said::Join { room }) = serde_json::from_str(&text) else { return };
-    let here = chat.rooms.lock().entry(room.clone()).or_insert_with(new_room).clone();
-    let mut messages = here.subscribe();
+    let Ok(NaiveRequest::Join { room }) = serde_json::from_str(&text) else { return };
+    let room_sender = chat.rooms.lock().entry(room.clone()).or_insert_with(new_room).clone();
+    let mut messages = room_sender.subscribe();
     if sender.send(Message::Text(r#"{"type":"joined"}"#.into())).await.is_err() {
         return;
     }
@@ -120,17 +124,20 @@ async fn serve(socket: WebSocket, user: String, mut chat: Chat) {
     });
     let mut receiving = tokio::spawn(async move {
         while let Some(Ok(Message::Text(text))) = receiver.next().await {
-            let Ok(Said::Message { id, content }) = serde_json::from_str(&text) else { continue };
+            let Ok(NaiveRequest::Message { id, content }) = serde_json::from_str(&text) else {
+                continue;
+            };
             let timestamp = shared::timestamp(std::time::SystemTime::now());
             let (room, id, content) = (&room, &id, &content);
-            let heard = Heard { r#type: "message", room, id, from: &user, content, timestamp };
-            let Ok(heard) = serde_json::to_string(&heard) else { continue };
+            let message =
+                NaiveMessage { r#type: "message", room, id, from: &user, content, timestamp };
+            let Ok(message) = serde_json::to_string(&message) else { continue };
             match &mut chat.redis {
                 Some(redis) => {
-                    let _ = redis.publish(room, heard).await;
+                    let _ = redis.publish(room, message).await;
                 }
                 None => {
-                    let _ = here.send(heard.into());
+                    let _ = room_sender.send(message.into());
                 }
             }
         }

@@ -70,7 +70,7 @@ impl Measure {
             Self::Connections => "connections/s",
             Self::Publishes => "publishes per second of Redis' CPU",
             Self::Reconnected => "reconnected, p99, ms",
-            Self::OthersP99Ratio => "p99 of the others, × before",
+            Self::OthersP99Ratio => "p99 of the other members × before",
         }
     }
 

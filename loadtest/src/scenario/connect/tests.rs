@@ -20,10 +20,10 @@ use crate::{
 };
 
 /// What the server does with each of its connections.
-type Script = fn(number: u32) -> Deed;
+type Peers = fn(number: u32) -> PeerBehaviour;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Deed {
+enum PeerBehaviour {
     /// Says `connected`, answers a `join`, then waits for the close.
     Serve,
     /// Answers with HTTP 429.
@@ -36,8 +36,8 @@ enum Deed {
     Drain,
 }
 
-/// Runs `loadtest connect` with `arguments` against a server that follows `script`.
-async fn check(script: Script, arguments: &str) -> (ConnectionReport, Vec<String>) {
+/// Runs `loadtest connect` with `arguments` against a server that behaves as `behaviour_of` says.
+async fn check(behaviour_of: Peers, arguments: &str) -> (ConnectionReport, Vec<String>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("ws://{}/ws", listener.local_addr().unwrap());
     let command = format!("loadtest connect --url {url} --ramp 1000/s {arguments}");
@@ -49,7 +49,7 @@ async fn check(script: Script, arguments: &str) -> (ConnectionReport, Vec<String
     let accept = async {
         for number in 0.. {
             let (stream, _) = listener.accept().await.unwrap();
-            peers.spawn(serve(stream, script(number)));
+            peers.spawn(serve(stream, behaviour_of(number)));
         }
     };
     let report = tokio::select! {
@@ -63,11 +63,11 @@ async fn check(script: Script, arguments: &str) -> (ConnectionReport, Vec<String
     (report.connections.unwrap(), report.failures)
 }
 
-async fn serve(stream: TcpStream, deed: Deed) {
+async fn serve(stream: TcpStream, behaviour: PeerBehaviour) {
     #[expect(clippy::result_large_err, reason = "tungstenite wants it so")]
     let callback = |request: &Request, mut response: Response| {
         assert!(request.uri().query().unwrap().starts_with("user=load-"));
-        if deed == Deed::Refuse {
+        if behaviour == PeerBehaviour::Refuse {
             let mut refusal = ErrorResponse::new(None);
             *refusal.status_mut() = 429_u16.try_into().unwrap();
             return Err(refusal);
@@ -79,12 +79,12 @@ async fn serve(stream: TcpStream, deed: Deed) {
     let close = |code: u16, reason: &'static str| {
         Message::Close(Some(CloseFrame { code: code.into(), reason: reason.into() }))
     };
-    if deed == Deed::Close {
+    if behaviour == PeerBehaviour::Close {
         socket.send(close(1008, "forbidden")).await.unwrap();
     } else {
         socket.send(Message::text(r#"{"type":"connected"}"#)).await.unwrap();
     }
-    if deed == Deed::Drain {
+    if behaviour == PeerBehaviour::Drain {
         socket.send(Message::Ping("p".into())).await.unwrap();
     }
     while let Some(Ok(message)) = socket.next().await {
@@ -92,7 +92,7 @@ async fn serve(stream: TcpStream, deed: Deed) {
             Message::Text(text) => {
                 let frame: Value = serde_json::from_str(&text).unwrap();
                 assert_eq!((&frame["type"], &frame["history"]), (&json!("join"), &json!(0)));
-                let answer = if deed == Deed::RefuseJoin {
+                let answer = if behaviour == PeerBehaviour::RefuseJoin {
                     json!({"type": "error", "code": "room_full"})
                 } else {
                     json!({"type": "joined", "room": frame["room"], "seq": 0})
@@ -108,7 +108,7 @@ async fn serve(stream: TcpStream, deed: Deed) {
 
 #[tokio::test]
 async fn what_is_opened_is_held_and_closed() {
-    let (report, failures) = check(|_| Deed::Serve, "-n 20 --hold 10ms --rooms 3").await;
+    let (report, failures) = check(|_| PeerBehaviour::Serve, "-n 20 --hold 10ms --rooms 3").await;
     assert!(failures.is_empty(), "{report:?}");
     assert_eq!((report.opened, report.held), (20, 20));
     assert!(report.connected_ms.unwrap().p50 <= report.joined_ms.unwrap().max);
@@ -116,19 +116,19 @@ async fn what_is_opened_is_held_and_closed() {
 
 #[tokio::test]
 async fn without_rooms_nothing_is_joined() {
-    let (report, failures) = check(|_| Deed::Serve, "-n 3 --hold 1ms").await;
+    let (report, failures) = check(|_| PeerBehaviour::Serve, "-n 3 --hold 1ms").await;
     assert!(failures.is_empty() && report.joined_ms.is_none(), "{report:?}");
 }
 
 #[tokio::test]
 async fn what_goes_wrong_is_counted_by_its_kind() {
-    let script = |number: u32| match number % 4 {
-        0 => Deed::Serve,
-        1 => Deed::Refuse,
-        2 => Deed::Close,
-        _ => Deed::RefuseJoin,
+    let behaviour_of = |number: u32| match number % 4 {
+        0 => PeerBehaviour::Serve,
+        1 => PeerBehaviour::Refuse,
+        2 => PeerBehaviour::Close,
+        _ => PeerBehaviour::RefuseJoin,
     };
-    let (report, failures) = check(script, "-n 8 --hold 1ms --room r").await;
+    let (report, failures) = check(behaviour_of, "-n 8 --hold 1ms --room r").await;
     assert_eq!(failures, ["2 of 8 connections were held"]);
     assert_eq!((report.opened, report.held, report.refused["429"]), (2, 2, 2));
     assert_eq!(report.failed["closed before it was open: 1008 forbidden"], 2);
@@ -138,7 +138,7 @@ async fn what_goes_wrong_is_counted_by_its_kind() {
 #[tokio::test]
 async fn pings_are_answered_and_closes_during_the_hold_told_by_code() {
     // It ends when nothing is left to hold.
-    let (report, _) = check(|_| Deed::Drain, "-n 4 --hold 1m").await;
+    let (report, _) = check(|_| PeerBehaviour::Drain, "-n 4 --hold 1m").await;
     assert_eq!((report.opened, report.held), (4, 0));
     assert_eq!(report.closed_while_held["1012 draining"], 4);
 }
