@@ -337,13 +337,13 @@ async fn handle_events(mut events: mpsc::Receiver<ClientEvent>, metrics: Arc<Mut
                 metrics.duplicated += 1;
                 metrics.example(|| format!("{room}: {position} again"));
             }
-            ClientEvent::Hole { room, expected, got } => {
+            ClientEvent::Gap { room, expected, got } => {
                 metrics.holes += 1;
                 metrics.example(|| format!("{room}: {got} instead of {expected:?}"));
             }
             ClientEvent::NotRecovered { .. } => metrics.discontinuities += 1,
             ClientEvent::Reset(reset) if reset.room.is_some() => metrics.discontinuities += 1,
-            ClientEvent::Refused(refusal) => metrics.failed("refused", &refusal.code.as_str()),
+            ClientEvent::Error(refusal) => metrics.failed("refused", &refusal.code.as_str()),
             _ => {}
         }
     }
