@@ -1,6 +1,6 @@
 //! The queue between everything that has something for a client, and the client's socket.
 //!
-//! A message leaves the gateway here and nowhere else. Frames are shared bytes, header included,
+//! A message leaves the gateway here and nowhere else. FrameQueue are shared bytes, header included,
 //! so that a push costs a reference count. [`Outbox::flush`] writes everything queued in one
 //! vectored write, from whichever task pushed last; where the socket takes no more, the
 //! connection's own task waits for it and goes on.
@@ -26,13 +26,13 @@ use tokio::{net::TcpStream, sync::Notify, time::Instant};
 use crate::telemetry::metrics::Metrics;
 
 pub mod deflate;
-mod frames;
+mod frame_queue;
 mod link;
 
-use deflate::Deflating;
-use frames::Frames;
-use link::Link;
-pub use link::hold_little;
+use deflate::DeflateParams;
+use frame_queue::FrameQueue;
+use link::PeerLink;
+pub use link::limit_unsent_bytes;
 
 /// What a queued frame takes beside its own bytes: its place in the queue and its allocation. An
 /// empty pong would otherwise count two bytes and take a hundred.
@@ -65,13 +65,13 @@ pub struct Close {
 /// What became of an entry that was offered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
-pub enum Offer {
+pub enum OfferResult {
     /// It is alone in the queue: who offered it sees to it that it is flushed.
     First,
     /// It is behind others, and whoever flushes those writes it too.
     Queued,
     /// The queue is full.
-    Refused,
+    Full,
 }
 
 /// The queue of one connection.
@@ -79,23 +79,23 @@ pub enum Offer {
 pub struct Outbox {
     sink: Sink,
     bytes_max: usize,
-    deflating: Option<Deflating>,
+    deflate: Option<DeflateParams>,
     metrics: Arc<Metrics>,
-    queue: Mutex<Queue>,
+    queue: Mutex<OutboxState>,
     /// Wakes the connection's task: the socket is to be waited for, someone lags, or it is over.
     wake: Notify,
 }
 
 #[derive(Debug, Default)]
-struct Queue {
-    frames: Frames,
+struct OutboxState {
+    frames: FrameQueue,
     bytes: usize,
     /// Of `bytes`, what the owner of an outbox without a socket has taken and still holds.
     held: usize,
     /// Since when the socket has taken nothing. While it is set only the connection's task writes.
     blocked_since: Option<Instant>,
     /// The peer's link, as far as it is known once the socket was full.
-    link: Option<Box<Link>>,
+    link: Option<Box<PeerLink>>,
     /// The latest pong, while too much is ahead of the others already.
     pong: Option<Box<Bytes>>,
     /// Rooms in which this connection has to be given more once there is room; and those in which
@@ -121,18 +121,18 @@ impl Outbox {
 
     fn new(sink: Sink, bytes_max: usize, metrics: Arc<Metrics>) -> Self {
         let (queue, wake) = (Mutex::default(), Notify::new());
-        Self { sink, bytes_max, deflating: None, metrics, queue, wake }
+        Self { sink, bytes_max, deflate: None, metrics, queue, wake }
     }
 
     /// The same, to a client that takes compressed messages.
-    pub fn deflating(mut self, deflating: Option<Deflating>) -> Self {
-        self.deflating = deflating;
+    pub fn with_deflate(mut self, deflate: Option<DeflateParams>) -> Self {
+        self.deflate = deflate;
         self
     }
 
     /// How messages to this client are compressed, if they are.
-    pub fn deflates(&self) -> Option<Deflating> {
-        self.deflating
+    pub fn deflate_params(&self) -> Option<DeflateParams> {
+        self.deflate
     }
 
     /// Queues an answer to the client's own frame, whatever the queue holds.
@@ -159,23 +159,23 @@ impl Outbox {
     }
 
     fn deflated(&self, frame: Bytes) -> Bytes {
-        match self.deflating {
-            Some(deflating) => deflating.frame(&frame, &self.metrics),
+        match self.deflate {
+            Some(deflate) => deflate.frame(&frame, &self.metrics),
             None => frame,
         }
     }
 
     /// Queues an entry of a log, as it is, unless the queue is full.
-    pub fn offer(&self, frame: &Bytes) -> Offer {
+    pub fn offer(&self, frame: &Bytes) -> OfferResult {
         let mut queue = self.queue.lock();
         // A frame larger than the whole bound must still pass when nothing else waits.
         let bytes = frame.len() + FRAME_OVERHEAD_BYTES;
         if queue.bytes > 0 && queue.bytes + bytes > self.bytes_max {
-            return Offer::Refused;
+            return OfferResult::Full;
         }
         let first = queue.frames.is_empty();
         queue.add(frame.clone());
-        if first { Offer::First } else { Offer::Queued }
+        if first { OfferResult::First } else { OfferResult::Queued }
     }
 
     /// Whether so much waits that no further frame of the client should be read.
@@ -295,7 +295,7 @@ impl Outbox {
 
     /// Takes nothing any more and forgets what waits: the socket is gone.
     pub fn discard(&self) {
-        *self.queue.lock() = Queue { closed: true, ..Queue::default() };
+        *self.queue.lock() = OutboxState { closed: true, ..OutboxState::default() };
         if let Sink::Socket(socket) = &self.sink {
             // Others may hold this outbox for a while longer.
             let _ = socket2::SockRef::from(socket).shutdown(std::net::Shutdown::Both);
@@ -320,7 +320,7 @@ impl Outbox {
     }
 
     /// Takes as many frames as `bytes_max` holds, and at least one, for the owner of an outbox without
-    /// a socket. The owner counts what it makes of them with [`Outbox::hold`].
+    /// a socket. The owner counts what it makes of them with [`Outbox::count_held`].
     pub fn take_some(&self, bytes_max: usize) -> Vec<Bytes> {
         let mut queue = self.queue.lock();
         let (mut taken, mut bytes) = (Vec::new(), 0);
@@ -337,14 +337,14 @@ impl Outbox {
 
     /// Counts bytes that an owner holds until its client has taken them, so that the bound of the
     /// queue is that of both.
-    pub fn hold(&self, bytes: usize) {
+    pub fn count_held(&self, bytes: usize) {
         let mut queue = self.queue.lock();
         queue.held += bytes;
         queue.bytes += bytes;
     }
 
-    /// Counts bytes no more that were [held](Outbox::hold), and wakes the owner.
-    pub fn release(&self, bytes: usize) {
+    /// Counts bytes no more that were [held](Outbox::count_held), and wakes the owner.
+    pub fn release_held(&self, bytes: usize) {
         let mut queue = self.queue.lock();
         // All is forgotten once the outbox is discarded.
         let bytes = bytes.min(queue.held);
@@ -354,7 +354,7 @@ impl Outbox {
     }
 
     /// Whether the owner holds something that its client has not taken.
-    pub fn is_held(&self) -> bool {
+    pub fn has_held(&self) -> bool {
         self.queue.lock().held > 0
     }
 
@@ -363,7 +363,7 @@ impl Outbox {
         self.blocked_since().map_or(Duration::ZERO, |since| now.saturating_duration_since(since))
     }
 
-    fn write(&self, queue: &mut Queue) {
+    fn write(&self, queue: &mut OutboxState) {
         let Sink::Socket(socket) = &self.sink else {
             // There is something to take.
             self.wake.notify_one();
@@ -371,8 +371,8 @@ impl Outbox {
         };
         while !queue.frames.is_empty() {
             let written = match queue.frames.only() {
-                _ if queue.is_careful() => {
-                    link::write_little(socket, &queue.frames.slices(link::PORTION_BYTES))
+                _ if queue.writes_portions() => {
+                    link::write_portion(socket, &queue.frames.slices(link::PORTION_BYTES))
                 }
                 Some(frame) => socket.try_write(frame),
                 None => socket.try_write_vectored(&queue.frames.slices(usize::MAX)),
@@ -383,7 +383,7 @@ impl Outbox {
                     let was_full = queue.blocked_since.take().is_some();
                     if let Some(link) = &mut queue.link
                         && link.is_measured()
-                        && let Some(buffer) = link.take(written, was_full, Instant::now())
+                        && let Some(buffer) = link.socket_took(written, was_full, Instant::now())
                     {
                         // It only makes answers faster.
                         let _ = socket2::SockRef::from(socket).set_send_buffer_size(buffer);
@@ -393,12 +393,12 @@ impl Outbox {
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     let since = *queue.blocked_since.get_or_insert_with(Instant::now);
-                    queue.link.get_or_insert_default().fill(since);
+                    queue.link.get_or_insert_default().socket_filled(since);
                     return;
                 }
                 // The reading side meets the same end and tells why.
                 Err(_) => {
-                    *queue = Queue { closed: true, ..Queue::default() };
+                    *queue = OutboxState { closed: true, ..OutboxState::default() };
                     self.wake.notify_one();
                     return;
                 }
@@ -406,7 +406,7 @@ impl Outbox {
         }
         queue.blocked_since = None;
         if let Some(link) = &mut queue.link {
-            link.drain();
+            link.queue_emptied();
         }
         if !queue.lagging.is_empty() {
             // Whoever wrote, the connection's task is the one to ask for more.
@@ -415,10 +415,10 @@ impl Outbox {
     }
 }
 
-impl Queue {
+impl OutboxState {
     /// Whether little is to be in the kernel: so much waits that an answer would come late on a slow
     /// link, or the socket was full.
-    fn is_careful(&self) -> bool {
+    fn writes_portions(&self) -> bool {
         self.bytes > BULK_BYTES || self.link.as_ref().is_some_and(|link| link.is_measured())
     }
 
@@ -433,7 +433,7 @@ impl Queue {
         }
     }
 
-    /// As [`Queue::add`], ahead of what waits for a socket that takes nothing.
+    /// As [`OutboxState::add`], ahead of what waits for a socket that takes nothing.
     fn add_ahead(&mut self, frame: Bytes) {
         if self.blocked_since.is_none() {
             self.add(frame);
@@ -468,9 +468,9 @@ mod tests {
     #[test]
     fn entries_are_refused_when_full_and_answers_are_not() {
         let outbox = outbox(2 * FRAME_OVERHEAD_BYTES + 10);
-        assert_eq!(outbox.offer(&Bytes::from_static(b"1234")), Offer::First);
-        assert_eq!(outbox.offer(&Bytes::from_static(b"1234")), Offer::Queued);
-        assert_eq!(outbox.offer(&Bytes::from_static(b"123")), Offer::Refused);
+        assert_eq!(outbox.offer(&Bytes::from_static(b"1234")), OfferResult::First);
+        assert_eq!(outbox.offer(&Bytes::from_static(b"1234")), OfferResult::Queued);
+        assert_eq!(outbox.offer(&Bytes::from_static(b"123")), OfferResult::Full);
         outbox.push(Bytes::from_static(b""));
         assert!(outbox.is_full());
         assert_eq!(outbox.take().len(), 3);
@@ -491,15 +491,15 @@ mod tests {
     #[test]
     fn a_frame_above_the_bound_passes_alone() {
         let outbox = outbox(4);
-        assert_eq!(outbox.offer(&Bytes::from_static(b"12345678")), Offer::First);
-        assert_eq!(outbox.offer(&Bytes::from_static(b"1")), Offer::Refused);
+        assert_eq!(outbox.offer(&Bytes::from_static(b"12345678")), OfferResult::First);
+        assert_eq!(outbox.offer(&Bytes::from_static(b"1")), OfferResult::Full);
     }
 
     #[test]
     fn laggards_are_given_more_when_half_is_free() {
         let outbox = outbox(FRAME_OVERHEAD_BYTES + 10);
         let room: RoomId = "r".parse().unwrap();
-        assert_eq!(outbox.offer(&Bytes::from_static(b"1234567890")), Offer::First);
+        assert_eq!(outbox.offer(&Bytes::from_static(b"1234567890")), OfferResult::First);
         outbox.mark_lagging(room.clone());
         outbox.mark_lagging(room.clone());
         assert!(outbox.take_lagging().is_empty());
@@ -512,18 +512,18 @@ mod tests {
     fn what_an_owner_holds_counts_until_it_is_released() {
         let outbox = outbox(4 * FRAME_OVERHEAD_BYTES);
         for frame in ["1", "2", "3"] {
-            assert_ne!(outbox.offer(&Bytes::from_static(frame.as_bytes())), Offer::Refused);
+            assert_ne!(outbox.offer(&Bytes::from_static(frame.as_bytes())), OfferResult::Full);
         }
         assert_eq!(outbox.take_some(2 * FRAME_OVERHEAD_BYTES + 2), ["1", "2"]);
-        outbox.hold(300);
-        assert!(outbox.is_held() && outbox.is_full() == (300 + FRAME_OVERHEAD_BYTES + 1 >= 384));
-        assert_eq!(outbox.offer(&Bytes::from_static(b"4")), Offer::Refused);
+        outbox.count_held(300);
+        assert!(outbox.has_held() && outbox.is_full() == (300 + FRAME_OVERHEAD_BYTES + 1 >= 384));
+        assert_eq!(outbox.offer(&Bytes::from_static(b"4")), OfferResult::Full);
         assert_eq!(outbox.take_some(0), ["3"]);
-        outbox.release(300);
-        assert_eq!((outbox.bytes(), outbox.is_held()), (0, false));
-        outbox.hold(10);
+        outbox.release_held(300);
+        assert_eq!((outbox.bytes(), outbox.has_held()), (0, false));
+        outbox.count_held(10);
         outbox.discard();
-        outbox.release(10);
+        outbox.release_held(10);
         assert_eq!(outbox.bytes(), 0);
     }
 
@@ -544,11 +544,11 @@ mod tests {
     fn answers_overtake_entries_that_the_socket_does_not_take() {
         let outbox = outbox(1 << 20);
         let frame = |text: &'static str| Bytes::from_static(text.as_bytes());
-        assert_eq!(outbox.offer(&frame("1")), Offer::First);
+        assert_eq!(outbox.offer(&frame("1")), OfferResult::First);
         outbox.push_ahead(frame("2"));
         assert_eq!(outbox.take(), ["1", "2"], "the socket takes all of it anyway");
         outbox.queue.lock().blocked_since = Some(Instant::now());
-        assert_eq!(outbox.offer(&frame("entry")), Offer::First);
+        assert_eq!(outbox.offer(&frame("entry")), OfferResult::First);
         outbox.push(frame("joined"));
         outbox.push_ahead(frame("ack 1"));
         outbox.push_pong(frame("pong"));

@@ -227,7 +227,7 @@ impl HttpConnection {
         // A frame is small and is to leave at once.
         let _ = socket.set_nodelay(true);
         // Bytes that a peer does not read wait where limits count them and answers overtake them.
-        outbox::hold_little(&socket);
+        outbox::limit_unsent_bytes(&socket);
         let ends = ConnectInfo { peer: self.peer, local };
         let first = timeout(HEADER_TIMEOUT, BufferedHead::read(socket, HEADER_BYTES_MAX));
         let first = tokio::select! {

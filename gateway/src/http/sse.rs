@@ -429,7 +429,7 @@ impl AsRef<[u8]> for StreamChunk {
 
 impl Drop for StreamChunk {
     fn drop(&mut self) {
-        self.handle.outbox.release(self.bytes());
+        self.handle.outbox.release_held(self.bytes());
     }
 }
 
@@ -582,11 +582,11 @@ impl EventStream {
         let batch = node.departure.batch(handle.connection);
         let mut ping = tokio::time::interval(PING_EVERY);
         ping.reset();
-        let mut is_held = true;
+        let mut has_held = true;
         self.send(retry(RETRY));
         loop {
-            if !outbox.is_held() {
-                if std::mem::take(&mut is_held) {
+            if !outbox.has_held() {
+                if std::mem::take(&mut has_held) {
                     handle.health.record_activity(unix_millis_now());
                 }
                 // What waits goes out before the end.
@@ -594,7 +594,7 @@ impl EventStream {
                 let text = self.events(bytes_max);
                 if !text.is_empty() {
                     self.send(text);
-                    is_held = true;
+                    has_held = true;
                 }
             }
             let behind = self.session.take_lagging();
@@ -642,9 +642,9 @@ impl EventStream {
                 () = outbox.woken() => {}
                 news = changed(told) => self.session.tell(news),
                 // Where a piece is under way it says the same.
-                _ = ping.tick() => if !outbox.is_held() {
+                _ = ping.tick() => if !outbox.has_held() {
                     self.send(": ping\n\n".to_owned());
-                    is_held = true;
+                    has_held = true;
                 }
             }
         }
@@ -664,7 +664,7 @@ impl EventStream {
     /// Hands a piece to the connection, which takes it when it can.
     fn send(&self, text: String) {
         let piece = StreamChunk { text, handle: self.handle.clone() };
-        self.handle.outbox.hold(piece.bytes());
+        self.handle.outbox.count_held(piece.bytes());
         // One at a time is under way, and a last one. Where the client has gone `closed` tells.
         let _ = self.chunks.try_send(Bytes::from_owner(piece));
     }

@@ -51,7 +51,7 @@ use crate::{
         Permit,
         meter::{Meter, MeterRates},
     },
-    outbox::{Close, Outbox, deflate::Deflating},
+    outbox::{Close, Outbox, deflate::DeflateParams},
     session::{Request, Session},
     telemetry::metrics::{Counted, HandshakeResult},
     transport::{
@@ -243,8 +243,8 @@ fn check_handshake(
     let subprotocol = choose_subprotocol(parts).map_err(as_invalid)?;
     // Some clients agree on messages that are compressed each by itself, and then do not keep to it.
     let is_wanted = param(params, "deflate") != Some("off");
-    let deflates = is_wanted && node.options.deflate_bytes_min.is_some();
-    let deflate = extensions::negotiate(&parts.headers, deflates).map_err(as_invalid)?;
+    let deflate_params = is_wanted && node.options.deflate_bytes_min.is_some();
+    let deflate = extensions::negotiate(&parts.headers, deflate_params).map_err(as_invalid)?;
     let places = ConnectionPermits::take(node, parts)?;
     Ok((Negotiated { accept, subprotocol, deflate }, places))
 }
@@ -343,10 +343,10 @@ impl PendingUpgrade {
         let Self { connection, client, json_ping, endpoint, deflate, route, places } = *self;
         let limits = &node.options.limits;
         let deflating = deflate.zip(node.options.deflate_bytes_min);
-        let deflating =
-            deflating.map(|(deflate, bytes_min)| Deflating { window: deflate.window(), bytes_min });
+        let deflating = deflating
+            .map(|(deflate, bytes_min)| DeflateParams { window: deflate.window(), bytes_min });
         let outbox = Outbox::to_socket(socket, limits.outbox_bytes_max, node.metrics.clone())
-            .deflating(deflating);
+            .with_deflate(deflating);
         let handle = ConnectionHandle::new(connection, outbox);
         let options = transport::Options {
             message_bytes_max: limits.message_bytes_max,

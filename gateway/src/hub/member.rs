@@ -31,7 +31,7 @@ use crate::{
         sessions::{ConnectionInfo, UnixMicros},
     },
     delivery::{Entry, replica::RetentionContext},
-    outbox::{Offer, Outbox, deflate::Deflating},
+    outbox::{OfferResult, Outbox, deflate::DeflateParams},
     telemetry::{metrics::Metrics, trail::Trails},
 };
 
@@ -406,7 +406,7 @@ pub(super) enum MemberState {
 pub(super) struct SharedFrame {
     plain: Bytes,
     /// `None` where nothing is compressed.
-    deflated: Option<SmallVec<[(Deflating, Bytes); 1]>>,
+    deflated: Option<SmallVec<[(DeflateParams, Bytes); 1]>>,
 }
 
 impl SharedFrame {
@@ -417,11 +417,11 @@ impl SharedFrame {
     /// The frame that goes into `outbox`.
     fn to(&mut self, outbox: &Outbox, metrics: &Metrics) -> &Bytes {
         let Self { plain, deflated } = self;
-        let (Some(deflating), Some(all)) = (outbox.deflates(), deflated) else {
+        let (Some(params), Some(all)) = (outbox.deflate_params(), deflated) else {
             return plain;
         };
-        let place = all.iter().position(|(of, _)| *of == deflating).unwrap_or_else(|| {
-            all.push((deflating, deflating.frame(plain, metrics)));
+        let place = all.iter().position(|(of, _)| *of == params).unwrap_or_else(|| {
+            all.push((params, params.frame(plain, metrics)));
             all.len() - 1
         });
         &all[place].1
@@ -499,9 +499,9 @@ impl RoomMember {
 
     fn offer(&self, frame: &Bytes, batch: &mut ShardBatch) {
         match self.handle.outbox.offer(frame) {
-            Offer::First => batch.flush_later(&self.handle),
-            Offer::Queued => {}
-            Offer::Refused => {
+            OfferResult::First => batch.flush_later(&self.handle),
+            OfferResult::Queued => {}
+            OfferResult::Full => {
                 batch.metrics.ephemeral_events_dropped.inc();
                 return;
             }
@@ -528,15 +528,15 @@ impl RoomMember {
             return true;
         }
         let mut offer = outbox.offer(frame);
-        if offer == Offer::Refused {
+        if offer == OfferResult::Full {
             // What gathered in this batch may be all that is in the way.
             outbox.flush();
             offer = outbox.offer(frame);
         }
         match offer {
-            Offer::First => batch.flush_later(&self.handle),
-            Offer::Queued => {}
-            Offer::Refused => {
+            OfferResult::First => batch.flush_later(&self.handle),
+            OfferResult::Queued => {}
+            OfferResult::Full => {
                 if self.state == MemberState::Live {
                     batch.new_slow_consumers += 1;
                 }

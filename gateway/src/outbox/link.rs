@@ -1,8 +1,8 @@
 //! How much the kernel holds of a connection.
 //!
 //! No answer overtakes bytes that are in the kernel, so they are kept short in time: every connection
-//! has a bound of the bytes that are not sent yet ([`hold_little`]), and a slow one a bound of those in
-//! flight as well, from the rate at which its peer takes them ([`Link`]). Without it a link of 96 kbit/s
+//! has a bound of the bytes that are not sent yet ([`limit_unsent_bytes`]), and a slow one a bound of those in
+//! flight as well, from the rate at which its peer takes them ([`PeerLink`]). Without it a link of 96 kbit/s
 //! has up to 60 KB before an answer, which is 5 s.
 
 use std::{
@@ -33,7 +33,7 @@ const BUFFER_BYTES_MAX: u64 = 64 * 1024;
 const BUFFER_BYTES_FAST: u64 = 4 << 20;
 
 /// Has the kernel hold little of a connection that it cannot send.
-pub fn hold_little(socket: &TcpStream) {
+pub fn limit_unsent_bytes(socket: &TcpStream) {
     // Where the system has no such option answers come later, and nothing else changes.
     let _ = socket2::SockRef::from(socket).set_tcp_notsent_lowat(UNSENT_BYTES_MAX);
 }
@@ -44,7 +44,7 @@ pub fn hold_little(socket: &TcpStream) {
 /// # Errors
 ///
 /// Those of `poll(2)` and `sendmsg(2)`; `WouldBlock` where the kernel holds enough.
-pub(super) fn write_little(socket: &TcpStream, portion: &[IoSlice<'_>]) -> io::Result<usize> {
+pub(super) fn write_portion(socket: &TcpStream, portion: &[IoSlice<'_>]) -> io::Result<usize> {
     socket.try_io(Interest::WRITABLE, || {
         let mut asked = [PollFd::new(socket, PollFlags::OUT)];
         let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
@@ -57,7 +57,7 @@ pub(super) fn write_little(socket: &TcpStream, portion: &[IoSlice<'_>]) -> io::R
 
 /// A peer's link, as far as it is known since its socket was full for the first time. Pure.
 #[derive(Debug, Default)]
-pub(super) struct Link {
+pub(super) struct PeerLink {
     /// When the socket last took something after it had taken nothing: the peer had acknowledged
     /// bytes until then.
     progressed: Option<Instant>,
@@ -66,9 +66,9 @@ pub(super) struct Link {
     is_slow: bool,
 }
 
-impl Link {
+impl PeerLink {
     /// The socket takes no more.
-    pub(super) fn fill(&mut self, now: Instant) {
+    pub(super) fn socket_filled(&mut self, now: Instant) {
         self.measured.get_or_insert((now, 0));
     }
 
@@ -79,7 +79,12 @@ impl Link {
 
     /// The socket has taken so many bytes, after it had taken nothing if it `was_full`. Returns what
     /// its send buffer is to be, where that may be another than before.
-    pub(super) fn take(&mut self, bytes: usize, was_full: bool, now: Instant) -> Option<usize> {
+    pub(super) fn socket_took(
+        &mut self,
+        bytes: usize,
+        was_full: bool,
+        now: Instant,
+    ) -> Option<usize> {
         if was_full {
             self.progressed = Some(now);
         }
@@ -101,7 +106,7 @@ impl Link {
     }
 
     /// Nothing waits for the socket: its writes say nothing of the link from here on.
-    pub(super) fn drain(&mut self) {
+    pub(super) fn queue_emptied(&mut self) {
         self.measured = None;
     }
 
@@ -116,45 +121,47 @@ mod tests {
     use super::*;
 
     /// The buffers that are set for a peer that takes `bytes` each `every`, for `rounds`.
-    fn buffers(link: &mut Link, bytes: usize, every: Duration, rounds: u32) -> Vec<usize> {
+    fn buffers(link: &mut PeerLink, bytes: usize, every: Duration, rounds: u32) -> Vec<usize> {
         let begun = Instant::now();
-        link.fill(begun);
-        (1..=rounds).filter_map(|round| link.take(bytes, true, begun + every * round)).collect()
+        link.socket_filled(begun);
+        (1..=rounds)
+            .filter_map(|round| link.socket_took(bytes, true, begun + every * round))
+            .collect()
     }
 
     #[test]
     fn the_kernel_holds_a_second_of_a_slow_link() {
-        let mut link = Link::default();
+        let mut link = PeerLink::default();
         // 96 kbit/s; the kernel doubles what is set.
         let set = buffers(&mut link, 1_200, Duration::from_millis(100), 25);
         assert_eq!(set, [6_000, 6_000]);
-        link.drain();
+        link.queue_emptied();
         let set = buffers(&mut link, 100, Duration::from_millis(100), 10);
         assert_eq!(set, [BUFFER_BYTES_MIN as usize]);
     }
 
     #[test]
     fn a_fast_link_is_left_alone() {
-        let mut link = Link::default();
+        let mut link = PeerLink::default();
         let set = buffers(&mut link, 60_000, Duration::from_millis(100), 100);
         assert!(set.is_empty(), "{set:?}");
     }
 
     #[test]
     fn a_link_that_was_slow_gets_a_large_buffer_once_it_is_fast() {
-        let mut link = Link::default();
+        let mut link = PeerLink::default();
         buffers(&mut link, 1_200, Duration::from_millis(100), 10);
-        link.drain();
+        link.queue_emptied();
         let set = buffers(&mut link, 60_000, Duration::from_millis(100), 100);
         assert_eq!(set, [BUFFER_BYTES_FAST as usize]);
     }
 
     #[test]
     fn a_socket_that_takes_all_says_nothing_of_its_link() {
-        let (mut link, now) = (Link::default(), Instant::now());
-        link.fill(now);
-        link.drain();
-        assert_eq!(link.take(100, false, now + Duration::from_secs(60)), None);
+        let (mut link, now) = (PeerLink::default(), Instant::now());
+        link.socket_filled(now);
+        link.queue_emptied();
+        assert_eq!(link.socket_took(100, false, now + Duration::from_secs(60)), None);
         assert_eq!((link.is_measured(), link.progressed()), (false, None));
     }
 }

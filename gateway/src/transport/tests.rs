@@ -6,15 +6,15 @@ use shared::codec::{
 use super::{echo::EchoMode, *};
 use crate::{
     limits::meter::MeterRates,
-    outbox::{Outbox, deflate::Deflating},
+    outbox::{Outbox, deflate::DeflateParams},
 };
 
 /// An echo connection that has received `early`.
 fn connection(early: Vec<u8>) -> Connection {
     let metrics = Arc::<Metrics>::default();
     // It inflates; what it answers stays as it is.
-    let deflating = Deflating { window: WindowBits::MAX, bytes_min: usize::MAX };
-    let outbox = Outbox::to_owner(usize::MAX, metrics.clone()).deflating(Some(deflating));
+    let deflating = DeflateParams { window: WindowBits::MAX, bytes_min: usize::MAX };
+    let outbox = Outbox::to_owner(usize::MAX, metrics.clone()).with_deflate(Some(deflating));
     let handle = Arc::new(ConnectionHandle::new(ConnectionId::random(), outbox));
     let heartbeat = Heartbeat {
         interval: Duration::from_secs(25),

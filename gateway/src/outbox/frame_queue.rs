@@ -1,4 +1,4 @@
-//! Frames that wait for a socket.
+//! FrameQueue that wait for a socket.
 
 use std::{collections::VecDeque, io::IoSlice};
 
@@ -11,7 +11,7 @@ const SLICES_MAX: usize = 64;
 /// A queue of frames that takes no memory of its own for one frame, which is most of them: in small
 /// rooms each delivery is one write.
 #[derive(Debug, Default)]
-pub(super) struct Frames {
+pub(super) struct FrameQueue {
     first: Option<Bytes>,
     /// Empty while there is no first one.
     others: VecDeque<Bytes>,
@@ -21,7 +21,7 @@ pub(super) struct Frames {
     is_begun: bool,
 }
 
-impl Frames {
+impl FrameQueue {
     pub(super) fn is_empty(&self) -> bool {
         self.first.is_none()
     }
@@ -120,7 +120,7 @@ mod tests {
 
     #[test]
     fn frames_leave_in_order_and_in_parts() {
-        let mut frames = Frames::default();
+        let mut frames = FrameQueue::default();
         for text in ["one", "two", "three"] {
             frames.push(Bytes::from_static(text.as_bytes()));
         }
@@ -143,7 +143,7 @@ mod tests {
     #[test]
     fn a_frame_put_ahead_leaves_at_the_next_border_of_a_frame() {
         let text = Bytes::from_static;
-        let mut frames = Frames::default();
+        let mut frames = FrameQueue::default();
         frames.push_ahead(text(b"0"));
         assert_eq!((frames.remove(1), frames.ahead(), frames.is_empty()), (1, 0, true));
         frames.push(text(b"bulk1"));
