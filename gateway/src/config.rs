@@ -33,7 +33,7 @@ use crate::{
     drain::departure,
     http::{HttpLimits, HttpOptions, ROUTE_COOKIE, api::ApiKeys, origin::AllowedOrigins},
     hub::HubOptions,
-    limits::{Rate, durable::QuotaOptions, meter::MeterRates},
+    limits::{Rate, meter::MeterRates, quotas::QuotaOptions},
     presence::PresenceOptions,
     rooms::{RoomRules, passwords::PasswordLimits},
     session::{

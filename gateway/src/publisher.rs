@@ -25,7 +25,7 @@ use crate::{
         Append, AppendCallback, Appended, Bus, BusError, UnseenPolicy,
         registry::{EphemeralEvent, PresenceStore},
     },
-    limits::durable::{ENTRY_BYTES, Quotas, Writer},
+    limits::quotas::{ENTRY_BYTES, Quotas, Writer},
     rooms::RoomRules,
     telemetry::{
         metrics::{Metrics, PublishResult, StorageLimit},
@@ -155,14 +155,14 @@ impl Publisher {
         done: AppendCallback,
     ) -> (UnseenPolicy, AppendCallback) {
         let Some(writer) = writer else { return (UnseenPolicy::Unlimited, done) };
-        let unseen = match self.quotas.may_open_inbox(writer, Instant::now()) {
+        let unseen = match self.quotas.check_new_inbox(writer, Instant::now()) {
             Ok(()) => UnseenPolicy::Limited,
             Err(_) => UnseenPolicy::Reject,
         };
         let (quotas, writer) = (self.quotas.clone(), writer.clone());
         let done: AppendCallback = Box::new(move |result| {
-            if matches!(result, Ok(Appended { opened_inbox: true, .. })) {
-                quotas.opened_inbox(&writer, Instant::now());
+            if matches!(result, Ok(Appended { count_new_inbox: true, .. })) {
+                quotas.count_new_inbox(&writer, Instant::now());
             }
             done(result);
         });

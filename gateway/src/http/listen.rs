@@ -36,7 +36,7 @@ use super::{
 };
 use crate::{
     drain::supervision::caught,
-    limits::{Counts, Permit, address_key},
+    limits::{KeyedPermits, Permit, address_key},
     outbox,
     telemetry::metrics::DropReason,
 };
@@ -101,7 +101,7 @@ pub async fn serve(listener: TcpListener, router: Router, node: Arc<Node>, limit
         router,
         permits: Arc::new(Semaphore::new(limits.connections_max)),
         limits,
-        by_address: Counts::default(),
+        by_address: KeyedPermits::default(),
         pending: PendingConnections::default(),
         node,
     };
@@ -129,7 +129,7 @@ struct HttpListener {
     node: Arc<Node>,
     limits: TcpLimits,
     permits: Arc<Semaphore>,
-    by_address: Counts<IpAddr>,
+    by_address: KeyedPermits<IpAddr>,
     pending: PendingConnections,
 }
 

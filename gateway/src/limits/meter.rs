@@ -13,15 +13,15 @@
 //! [`EXCESS_MAX`] is closed with 1008 `rate_limited`: no client that works has a use for that.
 //! Overhead is counted per address as well, so that many connections get no more than a few would.
 //!
-//! Pure: `now` is an argument. [`TurnBudget`] bounds how much of the input is handled at once, so
-//! that one connection keeps the others of its thread waiting for [`TURN_TIME`] at most.
+//! Pure: `now` is an argument. [`InputBudget`] bounds how much of the input is handled at once, so
+//! that one connection keeps the others of its thread waiting for [`INPUT_TIME_MAX`] at most.
 
 use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use shared::protocol::server_frame::ConnectionLimits;
 use tokio::time::Instant;
 
-use super::{Pace, Paces, Rate};
+use super::{Rate, RateLimiter, RateLimiters};
 use crate::telemetry::metrics::ThrottleReason;
 
 /// How long a connection may be above its rate of overhead before it is closed.
@@ -42,12 +42,12 @@ const BURST_SECONDS: u32 = 5;
 /// The same of bytes: a message of 256 KiB is parsed in about a millisecond, in one piece.
 const VOLUME_BURST_SECONDS: u32 = 2;
 
-/// Most frames of any kind that one turn handles.
-const TURN_FRAMES: u32 = 64;
-/// Most payload bytes that one turn handles, inflated. One message may be more.
-const TURN_BYTES: usize = 256 * 1024;
-/// The time after which a turn ends. One frame may take longer.
-pub const TURN_TIME: Duration = Duration::from_micros(250);
+/// Most frames of any kind that one budget handles.
+const INPUT_FRAMES_MAX: u32 = 64;
+/// Most payload bytes that one budget handles, inflated. One message may be more.
+const INPUT_BYTES_MAX: usize = 256 * 1024;
+/// The time after which a budget ends. One frame may take longer.
+pub const INPUT_TIME_MAX: Duration = Duration::from_micros(250);
 
 /// The rates of a meter. One for all connections of a node.
 #[derive(Clone, Debug)]
@@ -65,7 +65,7 @@ pub struct MeterRates {
     /// Bytes.
     volume: Rate,
     /// What clients are told.
-    announced: ConnectionLimits,
+    advertised: ConnectionLimits,
 }
 
 impl MeterRates {
@@ -73,7 +73,7 @@ impl MeterRates {
     /// `limits.bytes_per_second`; 0 switches the rates that depend on it off.
     pub fn new(messages: u32, frames: u32, bytes_per_second: u64) -> Self {
         let second = Duration::from_secs(1);
-        let announced = ConnectionLimits {
+        let advertised = ConnectionLimits {
             messages_per_second: messages,
             messages_burst: messages.saturating_mul(2),
             frames_per_second: frames,
@@ -83,19 +83,19 @@ impl MeterRates {
         let volume = u32::try_from(bytes_per_second).unwrap_or(0);
         let per_second = |count: u32| Rate::new(count, second, count.saturating_mul(BURST_SECONDS));
         Self {
-            messages: Rate::new(messages, second, announced.messages_burst),
+            messages: Rate::new(messages, second, advertised.messages_burst),
             frames: per_second(frames),
             passwords: Rate::new(1, 2 * second, 5),
             overhead: per_second(frames),
             address_overhead: per_second(frames.saturating_mul(ADDRESS_SHARE)),
             volume: Rate::new(volume, second, volume.saturating_mul(VOLUME_BURST_SECONDS)),
-            announced,
+            advertised,
         }
     }
 
     /// The rates as clients are told them.
-    pub fn announced(&self) -> ConnectionLimits {
-        self.announced
+    pub fn advertised(&self) -> ConnectionLimits {
+        self.advertised
     }
 
     /// No limit at all.
@@ -105,15 +105,15 @@ impl MeterRates {
 }
 
 /// The overhead that each address has caused.
-pub type AddressMeters = Paces<IpAddr>;
+pub type AddressMeters = RateLimiters<IpAddr>;
 
 /// What a connection that was [settled](Meter::settle) does next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict {
+pub enum MeterDecision {
     /// It is read on.
-    Go,
+    Continue,
     /// It is not read for so long.
-    Wait(Duration, ThrottleReason),
+    Pause(Duration, ThrottleReason),
     /// It is closed with 1008 `rate_limited`.
     Close,
 }
@@ -123,19 +123,19 @@ pub enum Verdict {
 pub struct Meter {
     rates: Arc<MeterRates>,
     address: Option<(Arc<AddressMeters>, IpAddr)>,
-    messages: Pace,
-    frames: Pace,
-    passwords: Pace,
-    overhead: Pace,
-    volume: Pace,
+    messages: RateLimiter,
+    frames: RateLimiter,
+    passwords: RateLimiter,
+    overhead: RateLimiter,
+    volume: RateLimiter,
     /// Since when the rate of overhead has been exceeded.
     excess_since: Option<Instant>,
     /// What is not settled yet.
-    pending: Pending,
+    pending: PendingCharge,
 }
 
 #[derive(Debug, Default)]
-struct Pending {
+struct PendingCharge {
     overhead: u32,
     bytes: u32,
 }
@@ -146,13 +146,13 @@ impl Meter {
         Self {
             rates,
             address,
-            messages: Pace::default(),
-            frames: Pace::default(),
-            passwords: Pace::default(),
-            overhead: Pace::default(),
-            volume: Pace::default(),
+            messages: RateLimiter::default(),
+            frames: RateLimiter::default(),
+            passwords: RateLimiter::default(),
+            overhead: RateLimiter::default(),
+            volume: RateLimiter::default(),
             excess_since: None,
-            pending: Pending::default(),
+            pending: PendingCharge::default(),
         }
     }
 
@@ -209,15 +209,15 @@ impl Meter {
     }
 
     /// Charges what was counted since this was last called.
-    pub fn settle(&mut self, now: Instant) -> Verdict {
-        let Pending { overhead, bytes } = std::mem::take(&mut self.pending);
+    pub fn settle(&mut self, now: Instant) -> MeterDecision {
+        let PendingCharge { overhead, bytes } = std::mem::take(&mut self.pending);
         let rates = &self.rates;
         self.volume.charge(bytes, rates.volume, now);
         let for_bytes = self.volume.wait(rates.volume, now);
         if overhead == 0 && self.excess_since.is_none() {
             return match for_bytes {
-                Duration::ZERO => Verdict::Go,
-                wait => Verdict::Wait(wait, ThrottleReason::Bytes),
+                Duration::ZERO => MeterDecision::Continue,
+                wait => MeterDecision::Pause(wait, ThrottleReason::Bytes),
             };
         }
         self.overhead.charge(overhead, rates.overhead, now);
@@ -236,7 +236,7 @@ impl Meter {
         if own.max(of_address) > Duration::ZERO {
             let since = *self.excess_since.get_or_insert(now);
             if now.saturating_duration_since(since) >= EXCESS_MAX {
-                return Verdict::Close;
+                return MeterDecision::Close;
             }
         } else if self.overhead.early(now) <= burst / 2 {
             self.excess_since = None;
@@ -247,21 +247,21 @@ impl Meter {
             (for_bytes, ThrottleReason::Bytes),
         ];
         match waits.into_iter().max_by_key(|(wait, _)| *wait) {
-            Some((wait, cause)) if !wait.is_zero() => Verdict::Wait(wait, cause),
-            _ => Verdict::Go,
+            Some((wait, cause)) if !wait.is_zero() => MeterDecision::Pause(wait, cause),
+            _ => MeterDecision::Continue,
         }
     }
 }
 
-/// How much of one connection's input is handled before the others of its thread have their turn.
+/// How much of one connection's input is handled before the others of its thread have their budget.
 #[derive(Debug, Default)]
-pub struct TurnBudget {
+pub struct InputBudget {
     frames: u32,
     bytes: usize,
     time: Duration,
 }
 
-impl TurnBudget {
+impl InputBudget {
     /// Counts a frame with so many bytes.
     pub fn frame(&mut self, bytes: usize) {
         self.frames += 1;
@@ -270,7 +270,7 @@ impl TurnBudget {
 
     /// Counts work that waits for others, which costs as much as some frames.
     pub fn request(&mut self) {
-        self.frames += TURN_FRAMES / 8;
+        self.frames += INPUT_FRAMES_MAX / 8;
     }
 
     /// Counts time.
@@ -278,9 +278,11 @@ impl TurnBudget {
         self.time += time;
     }
 
-    /// Whether the turn is over, where `more` time has passed.
+    /// Whether the budget is over, where `more` time has passed.
     pub fn is_over(&self, more: Duration) -> bool {
-        self.frames >= TURN_FRAMES || self.bytes >= TURN_BYTES || self.time + more >= TURN_TIME
+        self.frames >= INPUT_FRAMES_MAX
+            || self.bytes >= INPUT_BYTES_MAX
+            || self.time + more >= INPUT_TIME_MAX
     }
 }
 

@@ -1,4 +1,4 @@
-//! How much is too much: rates ([`Rate`], [`Pace`], [`Paces`]), counts ([`Counts`]), and what one
+//! How much is too much: rates ([`Rate`], [`RateLimiter`], [`RateLimiters`]), counts ([`Counts`]), and what one
 //! connection may send ([`meter`]).
 //!
 //! Pure but for the locks around the maps: `now` is an argument. All limits hold per node.
@@ -16,7 +16,7 @@ use std::{
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
-pub mod durable;
+pub mod quotas;
 pub mod meter;
 
 /// So many in so long a time, with a burst. Zero per period switches the limit off.
@@ -42,9 +42,9 @@ impl Rate {
 /// How far one source of events has used up its rate: the generic cell rate algorithm
 /// (ITU-T I.371) in virtual-scheduling form, one instant of state.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Pace(Option<Instant>);
+pub struct RateLimiter(Option<Instant>);
 
-impl Pace {
+impl RateLimiter {
     /// Takes one event, or says how long to wait until one may be taken.
     ///
     /// # Errors
@@ -103,23 +103,23 @@ impl Pace {
     }
 }
 
-/// A [`Pace`] per key. Rested keys are forgotten, so that the map is as large as what is active.
+/// A [`RateLimiter`] per key. Rested keys are forgotten, so that the map is as large as what is active.
 #[derive(Debug)]
-pub struct Paces<K> {
-    paces: Mutex<(HashMap<K, Pace>, usize)>,
+pub struct RateLimiters<K> {
+    limiters: Mutex<(HashMap<K, RateLimiter>, usize)>,
 }
 
-/// A map of paces is swept when it has doubled since the last sweep, and not below this size.
+/// A map of limiters is swept when it has doubled since the last sweep, and not below this size.
 const SWEEP_FROM: usize = 1024;
 
-impl<K: Hash + Eq> Default for Paces<K> {
+impl<K: Hash + Eq> Default for RateLimiters<K> {
     fn default() -> Self {
-        Self { paces: Mutex::new((HashMap::new(), SWEEP_FROM)) }
+        Self { limiters: Mutex::new((HashMap::new(), SWEEP_FROM)) }
     }
 }
 
-impl<K: Hash + Eq> Paces<K> {
-    /// As [`Pace::take`], for `key`.
+impl<K: Hash + Eq> RateLimiters<K> {
+    /// As [`RateLimiter::take`], for `key`.
     ///
     /// # Errors
     ///
@@ -128,7 +128,7 @@ impl<K: Hash + Eq> Paces<K> {
         self.take_many(key, 1, rate, now)
     }
 
-    /// As [`Pace::take_many`], for `key`.
+    /// As [`RateLimiter::take_many`], for `key`.
     ///
     /// # Errors
     ///
@@ -137,46 +137,46 @@ impl<K: Hash + Eq> Paces<K> {
         if rate.interval.is_zero() {
             return Ok(());
         }
-        self.with(key, now, |pace| pace.take_many(count, rate, now))
+        self.with(key, now, |limiter| limiter.take_many(count, rate, now))
     }
 
-    /// As [`Pace::charge`], for `key`.
+    /// As [`RateLimiter::charge`], for `key`.
     pub fn charge(&self, key: K, count: u32, rate: Rate, now: Instant) {
         if !rate.interval.is_zero() {
-            self.with(key, now, |pace| pace.charge(count, rate, now));
+            self.with(key, now, |limiter| limiter.charge(count, rate, now));
         }
     }
 
-    /// As [`Pace::wait`], for `key`.
+    /// As [`RateLimiter::wait`], for `key`.
     pub fn wait(&self, key: &K, rate: Rate, now: Instant) -> Duration {
         if rate.interval.is_zero() {
             return Duration::ZERO;
         }
-        self.paces.lock().0.get(key).map_or(Duration::ZERO, |pace| pace.wait(rate, now))
+        self.limiters.lock().0.get(key).map_or(Duration::ZERO, |limiter| limiter.wait(rate, now))
     }
 
-    /// As [`Pace::give_back`], for `key`.
+    /// As [`RateLimiter::give_back`], for `key`.
     pub fn give_back(&self, key: &K, count: u32, rate: Rate) {
-        if let Some(pace) = self.paces.lock().0.get_mut(key) {
-            pace.give_back(count, rate);
+        if let Some(limiter) = self.limiters.lock().0.get_mut(key) {
+            limiter.give_back(count, rate);
         }
     }
 
-    fn with<T>(&self, key: K, now: Instant, change: impl FnOnce(&mut Pace) -> T) -> T {
-        let (paces, sweep_at) = &mut *self.paces.lock();
-        if paces.len() >= *sweep_at {
-            paces.retain(|_, pace| !pace.is_rested(now));
-            paces.shrink_to(paces.len() * 2);
-            *sweep_at = (paces.len() * 2).max(SWEEP_FROM);
+    fn with<T>(&self, key: K, now: Instant, change: impl FnOnce(&mut RateLimiter) -> T) -> T {
+        let (limiters, sweep_at) = &mut *self.limiters.lock();
+        if limiters.len() >= *sweep_at {
+            limiters.retain(|_, limiter| !limiter.is_rested(now));
+            limiters.shrink_to(limiters.len() * 2);
+            *sweep_at = (limiters.len() * 2).max(SWEEP_FROM);
         }
-        change(paces.entry(key).or_default())
+        change(limiters.entry(key).or_default())
     }
 }
 
 /// How many of each key are there. A place is given back by dropping its [`Permit`], so that the
 /// count cannot drift.
 #[derive(Debug)]
-pub struct Counts<K: Hash + Eq>(Arc<Mutex<HashMap<K, usize>>>);
+pub struct KeyedPermits<K: Hash + Eq>(Arc<Mutex<HashMap<K, usize>>>);
 
 /// One of the places of a key.
 #[derive(Debug)]
@@ -185,15 +185,15 @@ pub struct Permit<K: Hash + Eq> {
     key: Option<K>,
 }
 
-impl<K: Hash + Eq> Default for Counts<K> {
+impl<K: Hash + Eq> Default for KeyedPermits<K> {
     fn default() -> Self {
         Self(Arc::default())
     }
 }
 
-impl<K: Hash + Eq + Clone> Counts<K> {
+impl<K: Hash + Eq + Clone> KeyedPermits<K> {
     /// Takes a place of `key`, unless it has `max` already. A `max` of 0 is no limit.
-    pub fn enter(&self, key: K, max: usize) -> Option<Permit<K>> {
+    pub fn acquire(&self, key: K, max: usize) -> Option<Permit<K>> {
         let mut counts = self.0.lock();
         let count = counts.entry(key.clone()).or_insert(0);
         if max != 0 && *count >= max {
@@ -246,15 +246,15 @@ mod tests {
     fn a_burst_passes_at_once_and_then_the_rate_holds() {
         let rate = Rate::new(2, secs(1), 3);
         let start = Instant::now();
-        let mut pace = Pace::default();
+        let mut limiter = RateLimiter::default();
         for _ in 0..3 {
-            assert_eq!(pace.take(rate, start), Ok(()));
+            assert_eq!(limiter.take(rate, start), Ok(()));
         }
-        assert_eq!(pace.take(rate, start), Err(Duration::from_millis(500)));
-        assert_eq!(pace.take(rate, start + Duration::from_millis(500)), Ok(()));
-        assert!(pace.take(rate, start + Duration::from_millis(500)).is_err());
+        assert_eq!(limiter.take(rate, start), Err(Duration::from_millis(500)));
+        assert_eq!(limiter.take(rate, start + Duration::from_millis(500)), Ok(()));
+        assert!(limiter.take(rate, start + Duration::from_millis(500)).is_err());
         for _ in 0..3 {
-            assert_eq!(pace.take(rate, start + secs(60)), Ok(()));
+            assert_eq!(limiter.take(rate, start + secs(60)), Ok(()));
         }
     }
 
@@ -262,51 +262,55 @@ mod tests {
     fn many_events_cost_as_much_as_the_same_one_by_one() {
         let rate = Rate::new(2, secs(1), 10);
         let start = Instant::now();
-        let mut pace = Pace::default();
-        assert_eq!(pace.take_many(6, rate, start), Ok(()));
-        assert_eq!(pace.take_many(6, rate, start), Err(secs(1)), "four are left, and two a second");
-        assert_eq!(pace.take_many(4, rate, start), Ok(()));
-        assert_eq!(pace.take(rate, start), Err(Duration::from_millis(500)));
-        assert_eq!(pace.take_many(0, rate, start), Ok(()));
-        pace.give_back(1, rate);
-        assert_eq!(pace.take(rate, start), Ok(()));
+        let mut limiter = RateLimiter::default();
+        assert_eq!(limiter.take_many(6, rate, start), Ok(()));
+        assert_eq!(
+            limiter.take_many(6, rate, start),
+            Err(secs(1)),
+            "four are left, and two a second"
+        );
+        assert_eq!(limiter.take_many(4, rate, start), Ok(()));
+        assert_eq!(limiter.take(rate, start), Err(Duration::from_millis(500)));
+        assert_eq!(limiter.take_many(0, rate, start), Ok(()));
+        limiter.give_back(1, rate);
+        assert_eq!(limiter.take(rate, start), Ok(()));
 
         // More than the burst, by who has rested; then it rests for as long as they last.
         let rested = start + secs(60);
-        assert_eq!(pace.take_many(20, rate, rested), Ok(()));
-        assert_eq!(pace.wait(rate, rested), Duration::from_millis(5500));
-        pace.charge(2, rate, rested);
-        assert_eq!(pace.take(rate, rested), Err(Duration::from_millis(6500)));
+        assert_eq!(limiter.take_many(20, rate, rested), Ok(()));
+        assert_eq!(limiter.wait(rate, rested), Duration::from_millis(5500));
+        limiter.charge(2, rate, rested);
+        assert_eq!(limiter.take(rate, rested), Err(Duration::from_millis(6500)));
     }
 
     #[test]
     fn a_rate_of_zero_is_no_limit() {
-        let mut pace = Pace::default();
+        let mut limiter = RateLimiter::default();
         for _ in 0..10_000 {
-            assert_eq!(pace.take(Rate::new(0, secs(1), 0), Instant::now()), Ok(()));
+            assert_eq!(limiter.take(Rate::new(0, secs(1), 0), Instant::now()), Ok(()));
         }
     }
 
     #[test]
     fn rested_keys_are_forgotten() {
-        let paces = Paces::default();
+        let limiters = RateLimiters::default();
         let rate = Rate::new(1, secs(1), 1);
         let start = Instant::now();
         for key in 0..10 * SWEEP_FROM {
             let now = start + secs(key as u64);
-            paces.take(key, rate, now).unwrap();
+            limiters.take(key, rate, now).unwrap();
         }
-        assert!(paces.paces.lock().0.len() <= SWEEP_FROM);
+        assert!(limiters.limiters.lock().0.len() <= SWEEP_FROM);
     }
 
     #[test]
     fn places_are_given_back_however_they_end() {
-        let counts = Counts::default();
-        let first = counts.enter("a", 2).unwrap();
-        let second = counts.enter("a", 2).unwrap();
-        assert!(counts.enter("a", 2).is_none());
+        let counts = KeyedPermits::default();
+        let first = counts.acquire("a", 2).unwrap();
+        let second = counts.acquire("a", 2).unwrap();
+        assert!(counts.acquire("a", 2).is_none());
         drop(first);
-        assert!(counts.enter("a", 2).is_some());
+        assert!(counts.acquire("a", 2).is_some());
         drop(second);
         assert!(counts.0.lock().is_empty());
     }

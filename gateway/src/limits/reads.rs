@@ -8,7 +8,7 @@ use std::time::Duration;
 use shared::ids::{ConnectionId, UserId};
 use tokio::time::Instant;
 
-use super::{Paces, Rate};
+use super::{Rate, RateLimiters};
 
 /// What is charged for, in bytes.
 const UNIT_BYTES: usize = 1024;
@@ -21,14 +21,14 @@ const USER_SHARE: u32 = 2;
 
 /// The rates, and how far connections and users have used them up.
 #[derive(Debug)]
-pub struct Reads {
+pub struct ReadLimiter {
     per_connection: Rate,
     per_user: Rate,
-    connections: Paces<ConnectionId>,
-    users: Paces<UserId>,
+    connections: RateLimiters<ConnectionId>,
+    users: RateLimiters<UserId>,
 }
 
-impl Reads {
+impl ReadLimiter {
     /// So many bytes a second for a connection, and twice as many for a user; 0 for no limit.
     pub fn new(bytes_per_second: usize) -> Self {
         let units = u32::try_from(bytes_per_second.div_ceil(UNIT_BYTES)).unwrap_or(u32::MAX / 16);
@@ -38,8 +38,8 @@ impl Reads {
         Self {
             per_connection: rate(units),
             per_user: rate(units.saturating_mul(USER_SHARE)),
-            connections: Paces::default(),
-            users: Paces::default(),
+            connections: RateLimiters::default(),
+            users: RateLimiters::default(),
         }
     }
 
@@ -68,7 +68,7 @@ mod tests {
 
     #[test]
     fn a_connection_and_its_user_wait_for_what_was_read() {
-        let reads = Reads::new(1 << 20);
+        let reads = ReadLimiter::new(1 << 20);
         let (user, now) = ("ann".parse().unwrap(), Instant::now());
         let (one, other) = (ConnectionId::random(), ConnectionId::random());
         let mut bytes = 0;
@@ -95,14 +95,14 @@ mod tests {
     #[test]
     fn a_read_of_nothing_costs_something_and_no_rate_is_no_limit() {
         let (user, now) = ("ann".parse().unwrap(), Instant::now());
-        let reads = Reads::new(4 * UNIT_BYTES);
+        let reads = ReadLimiter::new(4 * UNIT_BYTES);
         let connection = ConnectionId::random();
         let count = (0..100).take_while(|_| {
             reads.begin(connection, &user, now);
             reads.wait(connection, &user, now).is_zero()
         });
         assert_eq!(count.count(), 7);
-        let reads = Reads::new(0);
+        let reads = ReadLimiter::new(0);
         reads.charge(connection, &user, usize::MAX / 2, now);
         assert!(reads.wait(connection, &user, now).is_zero());
     }

@@ -19,7 +19,7 @@ use tokio::{sync::Semaphore, time::Instant};
 
 use super::turns::{Turn, Turns};
 use crate::{
-    limits::{Paces, Rate},
+    limits::{Rate, RateLimiters},
     telemetry::{
         metrics::{Metrics, PasswordResult},
         seldom::Seldom,
@@ -109,8 +109,8 @@ pub struct Passwords {
     running: Mutex<HashMap<Digest, Arc<Check>>>,
     /// How often users have failed, and when last, in two maps that take turns.
     failed: Mutex<[HashMap<Who, (u32, Instant)>; 2]>,
-    by_address: Paces<(Option<IpAddr>, Pool)>,
-    by_room: Paces<(RoomId, Pool)>,
+    by_address: RateLimiters<(Option<IpAddr>, Pool)>,
+    by_room: RateLimiters<(RoomId, Pool)>,
     log: Seldom,
 }
 
@@ -127,8 +127,8 @@ impl Passwords {
             fitting: Mutex::default(),
             running: Mutex::default(),
             failed: Mutex::default(),
-            by_address: Paces::default(),
-            by_room: Paces::default(),
+            by_address: RateLimiters::default(),
+            by_room: RateLimiters::default(),
             log: Seldom::default(),
         })
     }

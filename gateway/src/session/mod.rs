@@ -42,9 +42,9 @@ use crate::{
         presence::TYPING_EVERY,
     },
     limits::{
-        durable::{ENTRY_BYTES, Quotas, Writer},
         meter::{Meter, MeterRates},
-        reads::Reads,
+        quotas::{ENTRY_BYTES, Quotas, Writer},
+        reads::ReadLimiter,
     },
     presence::{PresenceGuard, PresenceTracker},
     publisher::{PublishError, Publisher, Receipt, Sender},
@@ -82,7 +82,7 @@ pub struct Services {
     /// Passwords of rooms.
     pub passwords: Arc<Passwords>,
     /// How much may be read for clients.
-    pub reads: Reads,
+    pub reads: ReadLimiter,
     /// With whom the entries of inboxes are.
     pub peers: Peers,
     /// What clients are told of the bus.
@@ -828,10 +828,10 @@ impl Outcome {
             // A gateway's own repeat is told as a duplicate; its `ack` may have been sent. One that
             // should stand in the place of the copy and does not is one too: by any other a client
             // would move its cursor.
-            Ok(Appended { position, duplicate, opened_inbox: opened }) => {
+            Ok(Appended { position, duplicate, count_new_inbox: opened }) => {
                 if self.cancel_reservation() {
                     let duplicate = duplicate || self.durable && !self.echo;
-                    self.ack(Appended { position, duplicate, opened_inbox: opened });
+                    self.ack(Appended { position, duplicate, count_new_inbox: opened });
                 }
             }
             Err(error) => {

@@ -36,7 +36,7 @@ use crate::{
         member::{ConnectionHandle, text_frame},
         presence::wire_time,
     },
-    limits::{address_key, durable::Writer},
+    limits::{address_key, quotas::Writer},
     presence::{PresenceGuard, RoomAlive},
     publisher::bound_of,
     rooms::passwords::{Checked, Guess},
@@ -291,7 +291,7 @@ async fn enter(
     user: &UserInfo,
 ) -> Result<(PresenceGuard, JoinSnapshot), NotEntered> {
     let Services { presence, rules, passwords, quotas, .. } = &*asked.services;
-    let within_quota = quotas.may_make_room(&asked.writer, Instant::now());
+    let within_quota = quotas.check_new_room(&asked.writer, Instant::now());
     let mut keep_to = JoinConditions {
         password_hash: None,
         create: rules.create_on_join,
@@ -312,7 +312,7 @@ async fn enter(
     let (guard, snapshot) =
         presence.admit(PresenceScope::Room(join.room.clone()), user, Some(keep_to)).await?;
     if snapshot.created {
-        quotas.made_room(&asked.writer, Instant::now());
+        quotas.count_new_room(&asked.writer, Instant::now());
     }
     Ok((guard, snapshot))
 }

@@ -6,7 +6,7 @@
 //! connection holds no buffer. Frames are handled in the order sent: one that has to wait (a join)
 //! keeps those behind it in `unread`.
 //!
-//! A [`TurnBudget`] bounds how much of a connection's input is handled before the task yields, and a
+//! A [`InputBudget`] bounds how much of a connection's input is handled before the task yields, and a
 //! [`Meter`] how much in all: a connection above its rates is not read until they allow it.
 
 use std::{
@@ -39,7 +39,7 @@ use crate::{
     bus::{BoxFuture, node_state::BusStatus, output_of, registry::unix_millis_now},
     drain::{departure::Batch, supervision::caught},
     hub::member::{ConnectionHandle, text_frame},
-    limits::meter::{Meter, TurnBudget, Verdict},
+    limits::meter::{InputBudget, Meter, MeterDecision},
     outbox::Close,
     session::{Performed, Request, Session},
     telemetry::metrics::Metrics,
@@ -226,7 +226,7 @@ impl Connection {
         let Some(socket) = outbox.socket() else { return End::Gone };
         let mut performing: Option<BoxFuture<Performed>> = None;
         let mut told = self.session().map(|session| session.told());
-        let mut turn = TurnBudget::default();
+        let mut turn = InputBudget::default();
         loop {
             if let Some(close) = outbox.begin_close() {
                 return End::Close { close, ending: Ending::ByGateway };
@@ -258,7 +258,7 @@ impl Connection {
             if turn.is_over(Duration::ZERO) {
                 // Others of this thread have their turn, and the sockets are looked at: a task that has
                 // yielded runs behind both.
-                turn = TurnBudget::default();
+                turn = InputBudget::default();
                 outbox.flush();
                 tokio::task::yield_now().await;
                 if performing.is_none() {
@@ -314,7 +314,7 @@ impl Connection {
                 ready = readable, if reads => {
                     if has_waited {
                         // The others have had theirs meanwhile.
-                        turn = TurnBudget::default();
+                        turn = InputBudget::default();
                     }
                     if ready.and_then(|()| self.read(socket)).is_err() {
                         return End::Gone;
@@ -357,7 +357,7 @@ impl Connection {
         })
     }
 
-    fn handle_unread(&mut self, turn: &mut TurnBudget) -> Step {
+    fn handle_unread(&mut self, turn: &mut InputBudget) -> Step {
         if self.unread.is_empty() {
             return Step::More;
         }
@@ -373,19 +373,19 @@ impl Connection {
         }
         self.meter.refused(self.handle.take_rejected());
         match self.meter.settle(begun) {
-            Verdict::Go => {}
-            Verdict::Wait(wait, cause) => {
+            MeterDecision::Continue => {}
+            MeterDecision::Pause(wait, cause) => {
                 self.metrics.input_throttles.of(cause).inc();
                 self.paused_until = Some(begun + wait);
             }
-            Verdict::Close if !matches!(step, Step::End(_)) => {
+            MeterDecision::Close if !matches!(step, Step::End(_)) => {
                 self.metrics.input_rate_limit_closes.inc();
                 let (code, reason) =
                     (CloseCode::PolicyViolation.number(), "rate_limited".to_owned());
                 self.handle.outbox.close(Close { code, reason });
                 step = Step::End(Ending::ByGateway);
             }
-            Verdict::Close => {}
+            MeterDecision::Close => {}
         }
         turn.time(begun.elapsed());
         step
@@ -400,7 +400,7 @@ impl Connection {
     }
 
     /// Handles the frames in `input`, as far as that can be done at once.
-    fn handle(&mut self, input: &mut [u8], now: Instant, turn: &mut TurnBudget) -> (usize, Step) {
+    fn handle(&mut self, input: &mut [u8], now: Instant, turn: &mut InputBudget) -> (usize, Step) {
         let outbox = &self.handle.outbox;
         let mut used = 0;
         while used < input.len() {

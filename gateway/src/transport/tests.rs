@@ -43,7 +43,7 @@ async fn who_has_much_inflated_lets_others_have_their_turn() {
     let mut connection = connection(frame.repeat(7));
     let mut turns = vec![];
     while !connection.unread.is_empty() {
-        let step = connection.handle_unread(&mut TurnBudget::default());
+        let step = connection.handle_unread(&mut InputBudget::default());
         assert!(matches!(step, Step::More));
         turns.push(connection.handle.outbox.take().len());
     }
@@ -62,7 +62,7 @@ async fn frames_that_carry_nothing_end_a_turn_and_then_wait() {
         let mut handled = 0;
         while !connection.is_paused() {
             let before = connection.unread.len();
-            let _ = connection.handle_unread(&mut TurnBudget::default());
+            let _ = connection.handle_unread(&mut InputBudget::default());
             let turn = (before - connection.unread.len()) / 6;
             assert_eq!(turn, 64, "{name}");
             handled += turn;

@@ -19,7 +19,7 @@ use gateway::{
     hub::{Hub, HubOptions, MAILBOX_LEN, member::ConnectionHandle},
     limits::{
         meter::{Meter, MeterRates},
-        reads::Reads,
+        reads::ReadLimiter,
     },
     outbox::Outbox,
     presence::{PresenceOptions, PresenceTracker},
@@ -160,7 +160,7 @@ impl SimNode {
             auth: Auth::Anonymous,
             rules,
             passwords: Passwords::new(Default::default(), metrics.clone()),
-            reads: Reads::new(0),
+            reads: ReadLimiter::new(0),
             peers: Default::default(),
             told,
             metrics,

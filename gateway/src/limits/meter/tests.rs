@@ -6,11 +6,11 @@ fn rates() -> Arc<MeterRates> {
     Arc::new(MeterRates::new(50, 200, 4 * MIB))
 }
 
-fn wait(verdict: Verdict) -> Duration {
+fn wait(verdict: MeterDecision) -> Duration {
     match verdict {
-        Verdict::Wait(wait, _) => wait,
-        Verdict::Go => Duration::ZERO,
-        Verdict::Close => panic!("it is closed"),
+        MeterDecision::Pause(wait, _) => wait,
+        MeterDecision::Continue => Duration::ZERO,
+        MeterDecision::Close => panic!("it is closed"),
     }
 }
 
@@ -23,10 +23,10 @@ fn flood(meter: &mut Meter, seconds: u64, mut send: impl FnMut(&mut Meter)) -> (
         send(meter);
         turns += 1;
         match meter.settle(now) {
-            // A turn takes its time.
-            Verdict::Go => now += TURN_TIME,
-            Verdict::Wait(wait, _) => now += wait.max(TURN_TIME),
-            Verdict::Close => return (turns, true),
+            // A budget takes its time.
+            MeterDecision::Continue => now += INPUT_TIME_MAX,
+            MeterDecision::Pause(wait, _) => now += wait.max(INPUT_TIME_MAX),
+            MeterDecision::Close => return (turns, true),
         }
     }
     (turns, false)
@@ -84,7 +84,7 @@ fn a_client_that_works_never_waits() {
             meter.data(262_144);
             meter.refused(10);
         }
-        assert_eq!(meter.settle(now), Verdict::Go);
+        assert_eq!(meter.settle(now), MeterDecision::Continue);
     }
 }
 
@@ -97,7 +97,7 @@ fn excess_that_ends_is_forgiven() {
         let wait = wait(meter.settle(now));
         assert!(wait > Duration::from_secs(2), "{wait:?}");
         now += Duration::from_secs(9);
-        assert_eq!(meter.settle(now), Verdict::Go, "it has rested");
+        assert_eq!(meter.settle(now), MeterDecision::Continue, "it has rested");
     }
 }
 
@@ -120,18 +120,22 @@ fn an_address_has_the_overhead_of_a_few_connections() {
             (0..64).for_each(|_| meter.control(0));
             control += 64;
             match meter.settle(now) {
-                Verdict::Wait(wait, _) => paused[i] = now + wait,
-                Verdict::Close => closed[i] = true,
-                Verdict::Go => {}
+                MeterDecision::Pause(wait, _) => paused[i] = now + wait,
+                MeterDecision::Close => closed[i] = true,
+                MeterDecision::Continue => {}
             }
         }
         for meter in [&mut honest, &mut other] {
             meter.control(0);
-            assert_eq!(meter.settle(now), Verdict::Go, "who has caused little does not wait");
+            assert_eq!(
+                meter.settle(now),
+                MeterDecision::Continue,
+                "who has caused little does not wait"
+            );
         }
     }
     // A connection below an eighth of its burst is never made to wait: 1,000 times 125, twice as much
-    // with the turn in which it passes that.
+    // with the budget in which it passes that.
     assert!(control < 300_000, "{control} control frames in 10 s");
 }
 
@@ -154,7 +158,7 @@ fn rates_of_zero_are_no_limits() {
         meter.control(100);
         meter.refused(1);
         meter.data(1 << 20);
-        assert_eq!(meter.settle(now), Verdict::Go);
+        assert_eq!(meter.settle(now), MeterDecision::Continue);
         assert_eq!(meter.take_message(now), Ok(()));
         assert_eq!(meter.take_frame(100, now), Ok(()));
         assert_eq!(meter.take_password(now), Ok(()));
@@ -164,18 +168,18 @@ fn rates_of_zero_are_no_limits() {
 #[test]
 fn a_turn_ends_by_frames_by_bytes_and_by_time() {
     let none = Duration::ZERO;
-    let mut turn = TurnBudget::default();
-    (0..TURN_FRAMES - 1).for_each(|_| turn.frame(0));
-    assert!(!turn.is_over(none));
-    turn.frame(0);
-    assert!(turn.is_over(none));
-    let mut turn = TurnBudget::default();
-    turn.frame(TURN_BYTES);
-    assert!(turn.is_over(none));
-    let mut turn = TurnBudget::default();
-    turn.time(TURN_TIME / 2);
-    assert!(!turn.is_over(none) && turn.is_over(TURN_TIME / 2));
-    let mut turn = TurnBudget::default();
-    (0..8).for_each(|_| turn.request());
-    assert!(turn.is_over(none));
+    let mut budget = InputBudget::default();
+    (0..INPUT_FRAMES_MAX - 1).for_each(|_| budget.frame(0));
+    assert!(!budget.is_over(none));
+    budget.frame(0);
+    assert!(budget.is_over(none));
+    let mut budget = InputBudget::default();
+    budget.frame(INPUT_BYTES_MAX);
+    assert!(budget.is_over(none));
+    let mut budget = InputBudget::default();
+    budget.time(INPUT_TIME_MAX / 2);
+    assert!(!budget.is_over(none) && budget.is_over(INPUT_TIME_MAX / 2));
+    let mut budget = InputBudget::default();
+    (0..8).for_each(|_| budget.request());
+    assert!(budget.is_over(none));
 }

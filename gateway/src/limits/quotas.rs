@@ -9,7 +9,7 @@ use std::{net::IpAddr, time::Duration};
 use shared::ids::UserId;
 use tokio::time::Instant;
 
-use super::{Paces, Rate, address_key};
+use super::{Rate, RateLimiters, address_key};
 
 /// How many users of one address may use their whole quotas: an office behind one address.
 const USERS_PER_ADDRESS: u32 = 8;
@@ -47,8 +47,8 @@ pub struct QuotaOptions {
 struct Quota {
     of_user: Rate,
     of_address: Rate,
-    users: Paces<UserId>,
-    addresses: Paces<IpAddr>,
+    users: RateLimiters<UserId>,
+    addresses: RateLimiters<IpAddr>,
 }
 
 impl Quota {
@@ -57,8 +57,8 @@ impl Quota {
         Self {
             of_user: rate(count),
             of_address: rate(count.saturating_mul(USERS_PER_ADDRESS)),
-            users: Paces::default(),
-            addresses: Paces::default(),
+            users: RateLimiters::default(),
+            addresses: RateLimiters::default(),
         }
     }
 
@@ -128,12 +128,12 @@ impl Quotas {
     /// # Errors
     ///
     /// The time to wait.
-    pub fn may_open_inbox(&self, by: &Writer, now: Instant) -> Result<(), Duration> {
+    pub fn check_new_inbox(&self, by: &Writer, now: Instant) -> Result<(), Duration> {
         self.inboxes.peek(by, now)
     }
 
     /// A message has opened one. Whether it may was asked before: it is counted in any case.
-    pub fn opened_inbox(&self, by: &Writer, now: Instant) {
+    pub fn count_new_inbox(&self, by: &Writer, now: Instant) {
         self.inboxes.charge(by, 1, now);
     }
 
@@ -142,12 +142,12 @@ impl Quotas {
     /// # Errors
     ///
     /// The time to wait.
-    pub fn may_make_room(&self, by: &Writer, now: Instant) -> Result<(), Duration> {
+    pub fn check_new_room(&self, by: &Writer, now: Instant) -> Result<(), Duration> {
         self.rooms.peek(by, now)
     }
 
     /// A room has come to be.
-    pub fn made_room(&self, by: &Writer, now: Instant) {
+    pub fn count_new_room(&self, by: &Writer, now: Instant) {
         self.rooms.charge(by, 1, now);
     }
 }
@@ -184,14 +184,17 @@ mod tests {
         let mut opened = 0;
         for user in 0..100 {
             let by = writer(&format!("user-{user}"), "2001:db8::1");
-            while quotas.may_open_inbox(&by, now).is_ok() {
-                quotas.opened_inbox(&by, now);
+            while quotas.check_new_inbox(&by, now).is_ok() {
+                quotas.count_new_inbox(&by, now);
                 opened += 1;
             }
         }
         assert_eq!(opened, 80);
-        assert!(quotas.may_open_inbox(&writer("zoe", "2001:db8::2"), now).is_err(), "the same /64");
-        assert!(quotas.may_open_inbox(&writer("zoe", "192.0.2.1"), now).is_ok());
+        assert!(
+            quotas.check_new_inbox(&writer("zoe", "2001:db8::2"), now).is_err(),
+            "the same /64"
+        );
+        assert!(quotas.check_new_inbox(&writer("zoe", "192.0.2.1"), now).is_ok());
     }
 
     #[test]
@@ -200,8 +203,8 @@ mod tests {
         let ann = writer("ann", "192.0.2.1");
         for _ in 0..1000 {
             quotas.take_bytes(&ann, usize::MAX, now).unwrap();
-            quotas.made_room(&ann, now);
+            quotas.count_new_room(&ann, now);
         }
-        assert!(quotas.may_make_room(&ann, now).is_ok());
+        assert!(quotas.check_new_room(&ann, now).is_ok());
     }
 }
