@@ -15,10 +15,10 @@ use tokio_util::{
 };
 use tracing::Instrument as _;
 
-pub mod departure;
+pub mod schedule;
 pub mod supervision;
 
-use supervision::{Cause, Failure, Failures, caught};
+use supervision::{FailureCause, Failures, TaskFailure, catch_panic};
 
 /// How long the listeners' last answers may take once everything else has ended.
 const LAST_ANSWERS_MAX: Duration = Duration::from_secs(5);
@@ -33,27 +33,27 @@ pub struct Tasks {
     stopped: CancellationToken,
     ended: CancellationToken,
     failures: Failures,
-    around: Around,
+    wrapper: TaskWrapper,
 }
 
-/// A task, as [`Tasks::within`] has it.
-pub type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
+/// A task, as [`Tasks::wrapped`] has it.
+pub type BoxedTask = Pin<Box<dyn Future<Output = ()> + Send>>;
 
-/// What stands around every task, where something does.
+/// What stands wrapper every task, where something does.
 #[derive(Clone, Default)]
-struct Around(Option<Arc<dyn Fn(Task) -> Task + Send + Sync>>);
+struct TaskWrapper(Option<Arc<dyn Fn(BoxedTask) -> BoxedTask + Send + Sync>>);
 
-impl fmt::Debug for Around {
+impl fmt::Debug for TaskWrapper {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Around").field(&self.0.is_some()).finish()
+        f.debug_tuple("TaskWrapper").field(&self.0.is_some()).finish()
     }
 }
 
 impl Tasks {
-    /// Tasks that each run within what `around` makes of them: a simulation freezes and kills a
+    /// Tasks that each run within what `wrapper` makes of them: a simulation freezes and kills a
     /// gateway so.
-    pub fn within(around: impl Fn(Task) -> Task + Send + Sync + 'static) -> Self {
-        Self { around: Around(Some(Arc::new(around))), ..Self::default() }
+    pub fn wrapped(wrapper: impl Fn(BoxedTask) -> BoxedTask + Send + Sync + 'static) -> Self {
+        Self { wrapper: TaskWrapper(Some(Arc::new(wrapper))), ..Self::default() }
     }
 
     /// Spawns a task that serves one client and ends by itself after [`Tasks::leaving`]. A panic ends
@@ -73,7 +73,7 @@ impl Tasks {
         panicked: impl FnOnce(&str) + Send + 'static,
     ) {
         // Of this form it is no larger than the future.
-        let contained = caught(future).map(|ended| {
+        let contained = catch_panic(future).map(|ended| {
             if let Err(panic) = ended {
                 panicked(&panic);
             }
@@ -105,10 +105,10 @@ impl Tasks {
         may_end: impl FnOnce() -> bool + Send + 'static,
     ) {
         let failures = self.failures.clone();
-        let supervised = caught(future).map(move |ended| match ended {
+        let supervised = catch_panic(future).map(move |ended| match ended {
             Ok(()) if may_end() => {}
-            Ok(()) => failures.note(name, Cause::Ended),
-            Err(panic) => failures.note(name, Cause::Panicked(panic)),
+            Ok(()) => failures.note(name, FailureCause::Ended),
+            Err(panic) => failures.note(name, FailureCause::Panicked(panic)),
         });
         let span = tracing::info_span!("task", task = name);
         self.spawn(&self.services, supervised.instrument(span));
@@ -116,16 +116,16 @@ impl Tasks {
 
     /// Notes that something failed which others rely on and which is no task of these.
     pub fn fail(&self, name: &'static str, panic: String) {
-        self.failures.note(name, Cause::Panicked(panic));
+        self.failures.note(name, FailureCause::Panicked(panic));
     }
 
     /// Waits until a service has failed: the process has to end. Cancel-safe.
-    pub async fn failed(&self) -> Failure {
+    pub async fn failed(&self) -> TaskFailure {
         self.failures.wait().await
     }
 
     /// The service that failed first, if one has.
-    pub fn failure(&self) -> Option<Failure> {
+    pub fn failure(&self) -> Option<TaskFailure> {
         self.failures.first()
     }
 
@@ -146,15 +146,15 @@ impl Tasks {
     }
 
     fn spawn(&self, group: &TaskTracker, future: impl Future<Output = ()> + Send + 'static) {
-        match &self.around.0 {
+        match &self.wrapper.0 {
             None => group.spawn(future),
-            Some(around) => group.spawn(around(Box::pin(future))),
+            Some(wrapper) => group.spawn(wrapper(Box::pin(future))),
         };
     }
 
     /// The same group of tasks, whose services can be ended apart from the others by cancelling
     /// what [`Tasks::stopped`] of it gives.
-    pub fn part(&self) -> Self {
+    pub fn child(&self) -> Self {
         Self { stopped: self.stopped.child_token(), ..self.clone() }
     }
 
@@ -203,7 +203,7 @@ mod tests {
     use super::*;
 
     /// Runs `service`, and returns what failed by the time that all has ended.
-    async fn failure_of(service: impl FnOnce(&Tasks)) -> Option<Failure> {
+    async fn failure_of(service: impl FnOnce(&Tasks)) -> Option<TaskFailure> {
         let tasks = Tasks::default();
         service(&tasks);
         tokio::task::yield_now().await;
@@ -219,7 +219,7 @@ mod tests {
         assert_eq!(failure.task, "a");
         assert!(failure.to_string().starts_with("task a panicked: no more"), "{failure}");
         let ended = failure_of(|tasks| tasks.spawn_service("b", async {})).await;
-        assert_eq!(ended, Some(Failure { task: "b", cause: Cause::Ended }));
+        assert_eq!(ended, Some(TaskFailure { task: "b", cause: FailureCause::Ended }));
         let job = failure_of(|tasks| tasks.spawn_job("c", async { panic!("no more") })).await;
         assert_eq!(job.unwrap().task, "c");
     }
@@ -229,10 +229,10 @@ mod tests {
         let stopped = failure_of(|tasks| {
             let stopped = tasks.stopped().clone();
             tasks.spawn_service("a", async move { stopped.cancelled().await });
-            let part = tasks.part();
-            let of_part = part.stopped().clone();
-            part.spawn_service("b", async move { of_part.cancelled().await });
-            part.stopped().cancel();
+            let child = tasks.child();
+            let of_child = child.stopped().clone();
+            child.spawn_service("b", async move { of_child.cancelled().await });
+            child.stopped().cancel();
             tasks.spawn_job("c", async {});
         });
         assert_eq!(stopped.await, None);

@@ -15,7 +15,7 @@ use crate::{
     },
     config::Config,
     control::Control,
-    drain::{Tasks, supervision::Failure},
+    drain::{Tasks, supervision::TaskFailure},
     http::{
         self, Node,
         listen::{self, TcpLimits},
@@ -68,7 +68,7 @@ pub enum StartError {
     Redis(#[from] RedisStartError),
     /// A part of the gateway failed meanwhile.
     #[error("{0}")]
-    Failed(Failure),
+    Failed(TaskFailure),
 }
 
 impl Server {
@@ -194,7 +194,7 @@ impl Server {
 
     /// What waits until a part of this gateway has failed that others rely on: the process has to end.
     /// It may be kept longer than the server.
-    pub fn failed(&self) -> impl Future<Output = Failure> + use<> {
+    pub fn failed(&self) -> impl Future<Output = TaskFailure> + use<> {
         let tasks = self.tasks.clone();
         async move { tasks.failed().await }
     }

@@ -15,40 +15,40 @@ use crate::telemetry::seldom::Seldom;
 
 /// A service that has failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Failure {
+pub struct TaskFailure {
     /// The name of its task.
     pub task: &'static str,
     /// What it ended by.
-    pub cause: Cause,
+    pub cause: FailureCause,
 }
 
 /// What a service ended by.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Cause {
+pub enum FailureCause {
     /// A panic, with its message and place.
     Panicked(String),
     /// It returned, although nothing stopped it.
     Ended,
 }
 
-impl fmt::Display for Failure {
+impl fmt::Display for TaskFailure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { task, cause } = self;
         match cause {
-            Cause::Panicked(panic) => write!(f, "task {task} panicked: {panic}"),
-            Cause::Ended => write!(f, "task {task} ended although nothing stopped it"),
+            FailureCause::Panicked(panic) => write!(f, "task {task} panicked: {panic}"),
+            FailureCause::Ended => write!(f, "task {task} ended although nothing stopped it"),
         }
     }
 }
 
 /// The first service that failed, if one has.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Failures(watch::Sender<Option<Failure>>);
+pub(super) struct Failures(watch::Sender<Option<TaskFailure>>);
 
 impl Failures {
     /// Notes that a service has failed. The first one counts, and each is logged.
-    pub(super) fn note(&self, task: &'static str, cause: Cause) {
-        let failure = Failure { task, cause };
+    pub(super) fn note(&self, task: &'static str, cause: FailureCause) {
+        let failure = TaskFailure { task, cause };
         tracing::error!(task, %failure, "a service failed: this process has to end");
         self.0.send_if_modified(|first| {
             let is_first = first.is_none();
@@ -57,12 +57,12 @@ impl Failures {
         });
     }
 
-    pub(super) fn first(&self) -> Option<Failure> {
+    pub(super) fn first(&self) -> Option<TaskFailure> {
         self.0.borrow().clone()
     }
 
     /// Waits for the first failure. Cancel-safe.
-    pub(super) async fn wait(&self) -> Failure {
+    pub(super) async fn wait(&self) -> TaskFailure {
         let mut first = self.0.subscribe();
         // The sender lives as long as `self`.
         let failed = first.wait_for(Option::is_some).await.ok().and_then(|first| first.clone());
@@ -77,16 +77,16 @@ impl Failures {
 ///
 /// What the future shares with others must not be left half-done by a panic: locks are not poisoned
 /// here, and are given back as they are.
-pub fn caught<T>(future: impl Future<Output = T>) -> impl Future<Output = Result<T, String>> {
+pub fn catch_panic<T>(future: impl Future<Output = T>) -> impl Future<Output = Result<T, String>> {
     AssertUnwindSafe(future).catch_unwind().map(|output| output.map_err(|panic| text_of(&*panic)))
 }
 
-/// As [`caught`], of a call.
+/// As [`catch_panic`], of a call.
 ///
 /// # Errors
 ///
 /// The message of the panic.
-pub fn caught_call<T>(call: impl FnOnce() -> T) -> Result<T, String> {
+pub fn catch_panic_sync<T>(call: impl FnOnce() -> T) -> Result<T, String> {
     std::panic::catch_unwind(AssertUnwindSafe(call)).map_err(|panic| text_of(&*panic))
 }
 
@@ -128,20 +128,20 @@ mod tests {
 
     #[tokio::test]
     async fn a_panic_is_caught_with_its_message() {
-        let never: Result<(), _> = caught(async { panic!("no {}", "more") }).await;
+        let never: Result<(), _> = catch_panic(async { panic!("no {}", "more") }).await;
         assert!(never.unwrap_err().starts_with("no more"));
-        assert_eq!(caught(async { 7 }).await, Ok(7));
-        assert!(caught_call(|| panic!("no more")).map(|(): ()| ()).is_err());
+        assert_eq!(catch_panic(async { 7 }).await, Ok(7));
+        assert!(catch_panic_sync(|| panic!("no more")).map(|(): ()| ()).is_err());
     }
 
     #[tokio::test]
     async fn the_first_failure_counts() {
         let failures = Failures::default();
         assert_eq!(failures.first(), None);
-        failures.note("a", Cause::Ended);
-        failures.note("b", Cause::Panicked("no more".to_owned()));
+        failures.note("a", FailureCause::Ended);
+        failures.note("b", FailureCause::Panicked("no more".to_owned()));
         let first = failures.wait().await;
-        assert_eq!(first, Failure { task: "a", cause: Cause::Ended });
+        assert_eq!(first, TaskFailure { task: "a", cause: FailureCause::Ended });
         assert_eq!(first.to_string(), "task a ended although nothing stopped it");
     }
 }

@@ -35,7 +35,7 @@ use super::{
     pending::{PendingConnection, PendingConnections},
 };
 use crate::{
-    drain::supervision::caught,
+    drain::supervision::catch_panic,
     limits::{KeyedPermits, Permit, address_key},
     outbox,
     telemetry::metrics::DropReason,
@@ -263,7 +263,7 @@ impl HttpConnection {
                     tokio::task::yield_now().await;
                 }
                 // Of a panic the client is told; what else it asked on this connection goes on.
-                let answered = caught(answer(router, request, &node, is_late)).await;
+                let answered = catch_panic(answer(router, request, &node, is_late)).await;
                 let answer = answered.unwrap_or_else(|panic| {
                     node.metrics.panicked(peer, &panic);
                     let status = StatusCode::INTERNAL_SERVER_ERROR;

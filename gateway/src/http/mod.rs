@@ -21,7 +21,7 @@ use crate::{
     control::Control,
     drain::{
         Tasks,
-        departure::{Departure, Pace},
+        schedule::{DrainRate, DrainSchedule},
     },
     limits::{KeyedPermits, Rate, RateLimiters, meter::AddressMeters},
     session::Services,
@@ -73,7 +73,7 @@ pub struct HttpOptions {
     /// How much there may be.
     pub limits: HttpLimits,
     /// How fast clients are sent away at the end.
-    pub departure_pace: Pace,
+    pub drain_rate: DrainRate,
 }
 
 /// How much there may be, on this node.
@@ -114,7 +114,7 @@ pub struct Node {
     /// Who runs.
     pub tasks: Tasks,
     /// Sends clients to other nodes: at the end, or because it was ordered.
-    pub departure: Departure,
+    pub drain_schedule: DrainSchedule,
     /// What wakes connections when there is something to look at.
     pub wheel: Arc<Wheel>,
     state: HttpState,
@@ -174,8 +174,8 @@ impl Node {
         tasks: Tasks,
     ) -> Self {
         let (wheel, state) = Default::default();
-        let departure = Departure::new(tasks.leaving());
-        Self { id, options, services, control, metrics, tasks, departure, wheel, state }
+        let drain_schedule = DrainSchedule::new(tasks.leaving());
+        Self { id, options, services, control, metrics, tasks, drain_schedule, wheel, state }
     }
 
     /// Takes no new client from here on; `ready` says so.
@@ -185,7 +185,7 @@ impl Node {
 
     /// Sends the clients that are here to other nodes, no faster than those take them.
     pub async fn send_clients_away(&self) {
-        self.departure.run(self.options.departure_pace, || self.state.all.count(&())).await;
+        self.drain_schedule.run(self.options.drain_rate, || self.state.all.count(&())).await;
     }
 
     /// Whether new clients are refused because the node stops.

@@ -579,7 +579,7 @@ impl EventStream {
     ) -> StreamEnd {
         let handle = self.handle.clone();
         let outbox = &handle.outbox;
-        let batch = node.departure.batch(handle.connection);
+        let batch = node.drain_schedule.batch(handle.connection);
         let mut ping = tokio::time::interval(PING_EVERY);
         ping.reset();
         let mut has_held = true;

@@ -500,7 +500,7 @@ fn read_early(socket: &TcpStream, early: &mut Vec<u8>) -> io::Result<()> {
 
 impl ActiveConnection {
     async fn serve(mut self: Box<Self>, node: &Node) {
-        let batch = node.departure.batch(self.connection.id());
+        let batch = node.drain_schedule.batch(self.connection.id());
         let code = {
             let _counted = Counted::new(&node.metrics.connections);
             self.connection.run(batch, &node.state.lifecycle.ending).await

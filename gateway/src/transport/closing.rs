@@ -10,7 +10,7 @@ use shared::{
 use tokio::net::TcpStream;
 
 use super::{Connection, Handler, READ};
-use crate::{drain::departure::Batch, outbox::Close};
+use crate::{drain::schedule::DrainBatch, outbox::Close};
 
 /// How long each step of the closing handshake may take: what is queued goes out, and the client
 /// answers the close frame.
@@ -37,7 +37,7 @@ pub(super) enum Ending {
 
 impl Connection {
     /// Sends the client to another node: what it sent is answered, then `reconnect` and 1012.
-    pub(super) async fn goodbye(&mut self, batch: &Batch) -> u16 {
+    pub(super) async fn goodbye(&mut self, batch: &DrainBatch) -> u16 {
         let handle = self.handle.clone();
         let outbox = &handle.outbox;
         if let Handler::Chat(session) = &self.handler {

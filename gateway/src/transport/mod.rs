@@ -37,7 +37,7 @@ use tokio::{
 
 use crate::{
     bus::{BoxFuture, node_state::BusStatus, output_of, registry::unix_millis_now},
-    drain::{departure::Batch, supervision::caught},
+    drain::{schedule::DrainBatch, supervision::catch_panic},
     hub::member::{ConnectionHandle, text_frame},
     limits::meter::{InputBudget, Meter, MeterDecision},
     outbox::Close,
@@ -192,8 +192,8 @@ impl Connection {
     ///
     /// What happens once in a connection's life is boxed, so that its task, which lives as long,
     /// is no larger than serving needs. The session is ended when `ending` has a permit.
-    pub async fn run(&mut self, batch: &Batch, ending: &Semaphore) -> u16 {
-        let served = caught(self.serve(batch)).await;
+    pub async fn run(&mut self, batch: &DrainBatch, ending: &Semaphore) -> u16 {
+        let served = catch_panic(self.serve(batch)).await;
         let code = match served.unwrap_or_else(|panic| self.panicked(&panic)) {
             End::Gone => 1006,
             End::Close { close, ending } => Box::pin(self.close(close, ending)).await,
@@ -220,7 +220,7 @@ impl Connection {
         End::Close { close, ending: Ending::Failed }
     }
 
-    async fn serve(&mut self, batch: &Batch) -> End {
+    async fn serve(&mut self, batch: &DrainBatch) -> End {
         let handle = self.handle.clone();
         let outbox = &handle.outbox;
         let Some(socket) = outbox.socket() else { return End::Gone };

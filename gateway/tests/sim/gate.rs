@@ -12,7 +12,7 @@ use std::{
     task::{Context, Poll, Wake, Waker},
 };
 
-use gateway::drain::Task;
+use gateway::drain::BoxedTask;
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
@@ -30,7 +30,7 @@ struct GateState {
 }
 
 struct GatedTask {
-    task: Task,
+    task: BoxedTask,
     waker: Waker,
     _done: oneshot::Sender<()>,
 }
@@ -53,7 +53,7 @@ impl Gate {
     }
 
     /// Runs `task` in this process. What is returned ends with it, and need not be waited for.
-    pub fn hold(&self, task: Task) -> Task {
+    pub fn hold(&self, task: BoxedTask) -> BoxedTask {
         let (done, ended) = oneshot::channel();
         let state = &mut *self.0.lock();
         state.count += 1;

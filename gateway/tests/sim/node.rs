@@ -95,7 +95,7 @@ impl SimNode {
         let gate = Gate::open();
         let tasks = {
             let gate = gate.clone();
-            Tasks::within(move |task| gate.hold(task))
+            Tasks::wrapped(move |task| gate.hold(task))
         };
         let metrics = Arc::new(Metrics::new());
         let dial = SimDial { node, process, gate: gate.clone(), outlet: outlet.clone() };

@@ -518,7 +518,7 @@ impl ConnectionContext {
         dial: Arc<dyn Dial>,
         groups: &[u16],
     ) -> Arc<ServerConnections> {
-        let tasks = self.tasks.part();
+        let tasks = self.tasks.child();
         let server = Arc::new(RedisServer {
             address,
             dial,

@@ -43,7 +43,7 @@ use super::{
 use crate::{
     bus::{BoxFuture, BusError, Mailboxes, registry::EphemeralEvent},
     delivery::Entry,
-    drain::{Tasks, supervision::caught_call},
+    drain::{Tasks, supervision::catch_panic_sync},
     telemetry::metrics::InvalidValue,
 };
 
@@ -439,7 +439,7 @@ impl SubscribeWorker {
         };
         move |push| {
             if !deaf.load(Ordering::Acquire)
-                && let Err(panic) = caught_call(|| take(push))
+                && let Err(panic) = catch_panic_sync(|| take(push))
             {
                 tasks.fail("redis_receiver", panic);
             }

@@ -21,77 +21,79 @@ const AFTER_MAX: Duration = Duration::from_secs(300);
 
 /// How fast clients are sent away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Pace {
-    /// The longest time over which goodbyes are said (`drain.window`).
+pub struct DrainRate {
+    /// The longest time over which over are said (`drain.window`).
     pub window: Duration,
     /// How many clients the other nodes take in a second.
     pub per_second: u32,
 }
 
-/// The times of one departure.
+/// The times of one schedule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Plan {
+struct DrainPlan {
     /// Goodbyes are said over this time.
-    goodbyes: Duration,
+    over: Duration,
     /// `after_ms` is drawn from zero to this.
     after: Duration,
 }
 
-impl Pace {
-    /// Clients are served until their turn, so that the goodbyes take all of the time that there is;
+impl DrainRate {
+    /// Clients are served until their turn, so that the over take all of the time that there is;
     /// beyond the window clients wait by themselves.
-    fn plan(self, clients: usize) -> Plan {
+    fn plan(self, clients: usize) -> DrainPlan {
         let needed =
             Duration::from_secs(1).mul_f64(clients as f64 / f64::from(self.per_second.max(1)));
         let after = if needed > self.window { needed } else { Duration::ZERO };
-        Plan { goodbyes: needed.min(self.window), after: after.clamp(AFTER_MIN, AFTER_MAX) }
+        DrainPlan { over: needed.min(self.window), after: after.clamp(AFTER_MIN, AFTER_MAX) }
     }
 }
 
-/// The departure of a node's clients.
+/// The schedule of a node's clients.
 #[derive(Debug)]
-pub struct Departure {
-    batches: Box<[Batch]>,
+pub struct DrainSchedule {
+    batches: Box<[DrainBatch]>,
 }
 
 /// The clients that leave at one moment.
 #[derive(Debug)]
-pub struct Batch {
+pub struct DrainBatch {
     turn: CancellationToken,
     after_max_ms: AtomicU64,
 }
 
-impl Departure {
+impl DrainSchedule {
     /// Nobody leaves yet. All do at once when `leaving` is cancelled.
     pub fn new(leaving: &CancellationToken) -> Self {
         let after_max_ms = AFTER_MIN.as_millis() as u64;
-        let batch =
-            |_| Batch { turn: leaving.child_token(), after_max_ms: AtomicU64::new(after_max_ms) };
+        let batch = |_| DrainBatch {
+            turn: leaving.child_token(),
+            after_max_ms: AtomicU64::new(after_max_ms),
+        };
         Self { batches: (0..BATCHES).map(batch).collect() }
     }
 
     /// The batch of a connection. Ids are random, so that batches are of one size.
-    pub fn batch(&self, connection: ConnectionId) -> &Batch {
+    pub fn batch(&self, connection: ConnectionId) -> &DrainBatch {
         &self.batches[usize::from(connection.0.as_bytes()[15]) % BATCHES]
     }
 
     /// Sends clients away, one batch after the other, and ends early where `clients` counts none.
     /// Cancel-safe: those whose turn has not come stay.
-    pub async fn run(&self, pace: Pace, clients: impl Fn() -> usize) {
-        let Plan { goodbyes, after } = pace.plan(clients());
+    pub async fn run(&self, rate: DrainRate, clients: impl Fn() -> usize) {
+        let DrainPlan { over, after } = rate.plan(clients());
         let after_max_ms = after.as_millis() as u64;
         let begun = Instant::now();
         for (number, batch) in (0..).zip(&self.batches) {
             batch.after_max_ms.store(after_max_ms, Ordering::Relaxed);
             if clients() > 0 {
-                tokio::time::sleep_until(begun + goodbyes * number / BATCHES as u32).await;
+                tokio::time::sleep_until(begun + over * number / BATCHES as u32).await;
             }
             batch.turn.cancel();
         }
     }
 }
 
-impl Batch {
+impl DrainBatch {
     /// Resolves when its clients leave. Cancel-safe.
     pub async fn left(&self) {
         self.turn.cancelled().await;
@@ -110,13 +112,13 @@ mod tests {
     use super::*;
 
     const SECOND: Duration = Duration::from_secs(1);
-    const PACE: Pace = Pace { window: Duration::from_secs(20), per_second: 2500 };
+    const RATE: DrainRate = DrainRate { window: Duration::from_secs(20), per_second: 2500 };
 
     #[test]
     fn the_time_grows_with_the_number_of_clients_and_ends_at_the_window() {
         let plan = |clients| {
-            let Plan { goodbyes, after } = PACE.plan(clients);
-            (goodbyes.as_millis(), after.as_millis())
+            let DrainPlan { over, after } = RATE.plan(clients);
+            (over.as_millis(), after.as_millis())
         };
         assert_eq!(plan(0), (0, 1000));
         assert_eq!(plan(10), (4, 1000));
@@ -130,13 +132,13 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn batches_leave_evenly_over_the_time() {
         let leaving = CancellationToken::new();
-        let departure = Departure::new(&leaving);
+        let schedule = DrainSchedule::new(&leaving);
         let begun = Instant::now();
         let watch = async {
             let mut most = 0;
             loop {
                 tokio::time::sleep(SECOND).await;
-                let gone = departure.batches.iter().filter(|batch| batch.turn.is_cancelled());
+                let gone = schedule.batches.iter().filter(|batch| batch.turn.is_cancelled());
                 let gone = gone.count();
                 // 11.2 s for 256 batches.
                 let due = begun.elapsed().as_millis() as usize * BATCHES / 11_200;
@@ -145,7 +147,7 @@ mod tests {
             }
         };
         tokio::select! {
-            () = departure.run(PACE, || 28_000) => {}
+            () = schedule.run(RATE, || 28_000) => {}
             () = watch => {}
         }
         let took = begun.elapsed();
@@ -155,7 +157,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_node_whose_clients_have_all_left_waits_no_longer() {
-        let departure = Departure::new(&CancellationToken::new());
+        let schedule = DrainSchedule::new(&CancellationToken::new());
         let begun = Instant::now();
         let (clients, asked) = (AtomicUsize::new(50_000), AtomicUsize::new(0));
         let count = || {
@@ -164,17 +166,17 @@ mod tests {
             }
             clients.load(Ordering::Relaxed)
         };
-        departure.run(PACE, count).await;
+        schedule.run(RATE, count).await;
         assert!(begun.elapsed() < 6 * SECOND, "{:?}", begun.elapsed());
-        assert!(departure.batches.iter().all(|batch| batch.turn.is_cancelled()));
+        assert!(schedule.batches.iter().all(|batch| batch.turn.is_cancelled()));
     }
 
     #[tokio::test]
     async fn the_end_of_the_node_is_the_turn_of_every_batch() {
         let leaving = CancellationToken::new();
-        let departure = Departure::new(&leaving);
+        let schedule = DrainSchedule::new(&leaving);
         leaving.cancel();
-        let batch = departure.batch(ConnectionId::random());
+        let batch = schedule.batch(ConnectionId::random());
         batch.left().await;
         assert!(batch.after_ms() < 1000);
     }
