@@ -3,7 +3,7 @@
 use shared::ids::{RoomId, RoomKind};
 
 pub mod passwords;
-mod turns;
+mod fair_queue;
 
 /// What holds for rooms by their names.
 #[derive(Clone, Debug)]

@@ -1,10 +1,10 @@
-//! Passwords of rooms: hashed with argon2id, checked in turns that are fair, and guessed slowly.
+//! Passwords of rooms: hashed with argon2id, checked in queue that are fair, and guessed slowly.
 //!
 //! A check takes some 20 ms of a core and 19 MiB. A password that was found to fit is known by a keyed
-//! digest and costs nothing again; those who present the same one at the same time share a check. What
+//! digest and costs nothing again; those source present the same one at the same time share a check. What
 //! does not fit is charged to the address, to the room and to the user at that address, which has to
-//! wait ever longer. Users who have not failed yet have a part of each rate for themselves, so that
-//! those who guess do not use it up for them.
+//! wait ever longer. Users source have not failed yet have a part of each rate for themselves, so that
+//! those source attempt do not use it up for them.
 
 use std::{collections::HashMap, net::IpAddr, sync::Arc, time::Duration};
 
@@ -17,7 +17,7 @@ use sha1::{Digest as _, Sha1};
 use shared::ids::{RoomId, UserId};
 use tokio::{sync::Semaphore, time::Instant};
 
-use super::turns::{Turn, Turns};
+use super::fair_queue::{FairQueue, QueueSlot};
 use crate::{
     limits::{Rate, RateLimiters},
     telemetry::{
@@ -36,8 +36,8 @@ const FREE_FAILURES: u32 = 3;
 const BACK_OFF_MAX: Duration = Duration::from_secs(60);
 /// How long failures are remembered.
 const FAILED_FOR: Duration = Duration::from_secs(600);
-/// What a client is told to wait where too many wait for their turn.
-const CROWDED: Duration = Duration::from_secs(1);
+/// What a client is told to wait where too many wait for their slot.
+const QUEUE_FULL_DELAY: Duration = Duration::from_secs(1);
 
 /// How much may be guessed.
 #[derive(Clone, Debug)]
@@ -46,7 +46,7 @@ pub struct PasswordLimits {
     pub failures_per_ip: Rate,
     /// The same of one room, by all addresses.
     pub failures_per_room: Rate,
-    /// How long a check may wait for its turn.
+    /// How long a check may wait for its slot.
     pub wait_max: Duration,
 }
 
@@ -63,7 +63,7 @@ impl Default for PasswordLimits {
 
 /// Where a password comes from, and what for.
 #[derive(Clone, Debug)]
-pub struct Guess {
+pub struct PasswordAttempt {
     /// The address, as limits count it; `None` where it is not known.
     pub address: Option<IpAddr>,
     /// The user.
@@ -74,25 +74,25 @@ pub struct Guess {
 
 /// What became of a password.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Checked {
+pub enum PasswordOutcome {
     /// It is the room's.
-    Fits,
+    Matches,
     /// It is not.
     Wrong,
     /// It was not checked: try again after this time.
-    Later(Duration),
+    RetryAfter(Duration),
 }
 
-/// What a rate is for: those who have failed lately, those who have not, and new passwords.
+/// What a rate is for: those source have failed lately, those source have not, and new passwords.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Pool {
+enum AttemptPool {
     Failed,
     Clean,
     New,
 }
 
 type Digest = [u8; 20];
-type Who = (Option<IpAddr>, UserId);
+type AttemptSource = (Option<IpAddr>, UserId);
 
 /// Hashes and checks passwords (argon2id, RFC 9106, with the crate's parameters: 19 MiB, 2 passes),
 /// outside of the runtime's own threads.
@@ -100,17 +100,17 @@ type Who = (Option<IpAddr>, UserId);
 pub struct Passwords {
     limits: PasswordLimits,
     metrics: Arc<Metrics>,
-    turns: Turns<Option<IpAddr>>,
+    queue: FairQueue<Option<IpAddr>>,
     /// What digests are made with, so that nobody can compute one.
     key: [u8; 20],
-    /// Digests of a hash and a password that fits it, in two maps that take turns.
+    /// Digests of a hash and a password that fits it, in two maps that take queue.
     fitting: Mutex<[HashMap<Digest, ()>; 2]>,
     /// Checks that are under way.
-    running: Mutex<HashMap<Digest, Arc<Check>>>,
-    /// How often users have failed, and when last, in two maps that take turns.
-    failed: Mutex<[HashMap<Who, (u32, Instant)>; 2]>,
-    by_address: RateLimiters<(Option<IpAddr>, Pool)>,
-    by_room: RateLimiters<(RoomId, Pool)>,
+    running: Mutex<HashMap<Digest, Arc<SharedCheck>>>,
+    /// How often users have failed, and when last, in two maps that take queue.
+    failed: Mutex<[HashMap<AttemptSource, (u32, Instant)>; 2]>,
+    by_address: RateLimiters<(Option<IpAddr>, AttemptPool)>,
+    by_room: RateLimiters<(RoomId, AttemptPool)>,
     log: Seldom,
 }
 
@@ -122,7 +122,7 @@ impl Passwords {
         Arc::new(Self {
             limits,
             metrics,
-            turns: Turns::new((cores / 4).clamp(1, 8)),
+            queue: FairQueue::new((cores / 4).clamp(1, 8)),
             key: rand::random(),
             fitting: Mutex::default(),
             running: Mutex::default(),
@@ -145,10 +145,10 @@ impl Passwords {
     ) -> Result<String, Duration> {
         if address.is_some() {
             let (rate, now) = (self.limits.failures_per_ip, Instant::now());
-            self.by_address.take((address, Pool::New), rate, now)?;
+            self.by_address.take((address, AttemptPool::New), rate, now)?;
         }
-        let turn = self.turn(address, true).await.ok_or(CROWDED)?;
-        let hash = compute(turn, move || {
+        let slot = self.slot(address, true).await.ok_or(QUEUE_FULL_DELAY)?;
+        let hash = compute(slot, move || {
             let salt = SaltString::encode_b64(&rand::random::<[u8; 16]>());
             let salt = salt.expect("16 bytes are a salt");
             let hash = Argon2::default().hash_password(password.as_bytes(), &salt);
@@ -158,18 +158,23 @@ impl Passwords {
     }
 
     /// Whether `password` fits `hash`.
-    pub async fn check(self: &Arc<Self>, guess: Guess, hash: String, password: String) -> Checked {
-        let checked = self.check_once(&guess, hash, password).await;
+    pub async fn check(
+        self: &Arc<Self>,
+        attempt: PasswordAttempt,
+        hash: String,
+        password: String,
+    ) -> PasswordOutcome {
+        let checked = self.check_once(&attempt, hash, password).await;
         let result = match checked {
-            Checked::Fits => PasswordResult::Correct,
-            Checked::Wrong => PasswordResult::Wrong,
-            Checked::Later(_) => PasswordResult::RateLimited,
+            PasswordOutcome::Matches => PasswordResult::Correct,
+            PasswordOutcome::Wrong => PasswordResult::Wrong,
+            PasswordOutcome::RetryAfter(_) => PasswordResult::RateLimited,
         };
         self.metrics.room_password_checks.of(result).inc();
-        if checked != Checked::Fits
+        if checked != PasswordOutcome::Matches
             && let Some(count) = self.log.is_due()
         {
-            tracing::warn!(room = %guess.room, user = %guess.user, address = ?guess.address, count,
+            tracing::warn!(room = %attempt.room, user = %attempt.user, address = ?attempt.address, count,
                 "a wrong password of a room; `count` more were not logged since the last line");
         }
         checked
@@ -177,72 +182,72 @@ impl Passwords {
 
     async fn check_once(
         self: &Arc<Self>,
-        guess: &Guess,
+        attempt: &PasswordAttempt,
         hash: String,
         password: String,
-    ) -> Checked {
+    ) -> PasswordOutcome {
         let digest = Sha1::new().chain_update(self.key).chain_update(&hash).chain_update([0]);
         let digest: Digest = digest.chain_update(&password).finalize().into();
         if self.is_known(&digest) {
-            return Checked::Fits;
+            return PasswordOutcome::Matches;
         }
-        let who = (guess.address, guess.user.clone());
-        let (failures, wait) = self.failures_of(&who, Instant::now());
+        let source = (attempt.address, attempt.user.clone());
+        let (failures, wait) = self.failures_of(&source, Instant::now());
         if !wait.is_zero() {
-            return Checked::Later(wait);
+            return PasswordOutcome::RetryAfter(wait);
         }
         let is_clean = failures == 0;
-        let running = Running::enter(self, digest);
-        let turn = tokio::time::timeout(self.limits.wait_max, running.check.turn.acquire());
-        let Ok(_turn) = turn.await else { return Checked::Later(CROWDED) };
+        let running = CheckGuard::join(self, digest);
+        let slot = tokio::time::timeout(self.limits.wait_max, running.check.slot.acquire());
+        let Ok(_turn) = slot.await else { return PasswordOutcome::RetryAfter(QUEUE_FULL_DELAY) };
         let outcome = *running.check.outcome.lock();
         let fits = match outcome {
             Some(fits) => fits,
-            None => match self.compute_once(guess, is_clean, hash, password).await {
+            None => match self.compute_once(attempt, is_clean, hash, password).await {
                 Ok(fits) => fits,
-                Err(wait) => return Checked::Later(wait),
+                Err(wait) => return PasswordOutcome::RetryAfter(wait),
             },
         };
         *running.check.outcome.lock() = Some(fits);
         if !fits {
-            self.note_failure(who, Instant::now());
-            return Checked::Wrong;
+            self.note_failure(source, Instant::now());
+            return PasswordOutcome::Wrong;
         }
         let [newer, older] = &mut *self.fitting.lock();
         if newer.len() >= REMEMBERED_MAX / 2 {
             *older = std::mem::take(newer);
         }
         newer.insert(digest, ());
-        Checked::Fits
+        PasswordOutcome::Matches
     }
 
     /// Checks a password that nobody else presents at the moment. It is charged beforehand, and what
     /// fits is given back, so that no more are under way than may fail.
     async fn compute_once(
         &self,
-        guess: &Guess,
+        attempt: &PasswordAttempt,
         is_clean: bool,
         hash: String,
         password: String,
     ) -> Result<bool, Duration> {
         let PasswordLimits { failures_per_ip, failures_per_room, .. } = self.limits;
-        let pool = if is_clean { Pool::Clean } else { Pool::Failed };
-        let (address, room) = ((guess.address, pool), (guess.room.clone(), pool));
+        let pool = if is_clean { AttemptPool::Clean } else { AttemptPool::Failed };
+        let (address, room) = ((attempt.address, pool), (attempt.room.clone(), pool));
         let now = Instant::now();
         self.by_address.take(address, failures_per_ip, now)?;
         if let Err(wait) = self.by_room.take(room.clone(), failures_per_room, now) {
             self.by_address.give_back(&address, 1, failures_per_ip);
             return Err(wait);
         }
-        let Some(turn) = self.turn(guess.address, is_clean).await else {
+        let Some(slot) = self.slot(attempt.address, is_clean).await else {
             self.by_address.give_back(&address, 1, failures_per_ip);
             self.by_room.give_back(&room, 1, failures_per_room);
-            return Err(CROWDED);
+            return Err(QUEUE_FULL_DELAY);
         };
-        let fits = compute(turn, move || {
+        let fits = compute(slot, move || {
             let hash = PasswordHash::new(&hash);
             hash.is_ok_and(|hash| {
-                costs_what_ours_do(&hash)
+                costs_no_more_than_ours(&hash)
                     && Argon2::default().verify_password(password.as_bytes(), &hash).is_ok()
             })
         });
@@ -258,15 +263,19 @@ impl Passwords {
         self.fitting.lock().iter().any(|known| known.contains_key(digest))
     }
 
-    async fn turn(&self, address: Option<IpAddr>, first: bool) -> Option<Turn<Option<IpAddr>>> {
-        let turn = self.turns.wait(address, first);
-        tokio::time::timeout(self.limits.wait_max, turn).await.ok().flatten()
+    async fn slot(
+        &self,
+        address: Option<IpAddr>,
+        first: bool,
+    ) -> Option<QueueSlot<Option<IpAddr>>> {
+        let slot = self.queue.wait(address, first);
+        tokio::time::timeout(self.limits.wait_max, slot).await.ok().flatten()
     }
 
     /// How often a user has failed lately, and how long it has to wait for that.
-    fn failures_of(&self, who: &Who, now: Instant) -> (u32, Duration) {
+    fn failures_of(&self, source: &AttemptSource, now: Instant) -> (u32, Duration) {
         let failed = self.failed.lock();
-        let Some((count, at)) = failed.iter().find_map(|map| map.get(who)).copied() else {
+        let Some((count, at)) = failed.iter().find_map(|map| map.get(source)).copied() else {
             return (0, Duration::ZERO);
         };
         let since = now.saturating_duration_since(at);
@@ -278,44 +287,44 @@ impl Passwords {
         (count, back_off.saturating_sub(since))
     }
 
-    fn note_failure(&self, who: Who, now: Instant) {
-        let (count, _) = self.failures_of(&who, now);
+    fn note_failure(&self, source: AttemptSource, now: Instant) {
+        let (count, _) = self.failures_of(&source, now);
         let [newer, older] = &mut *self.failed.lock();
         if newer.len() >= FAILED_MAX / 2 {
             *older = std::mem::take(newer);
         }
-        newer.insert(who, (count.saturating_add(1), now));
+        newer.insert(source, (count.saturating_add(1), now));
     }
 }
 
-/// A check that is under way: one has the turn to do it, and the others find what came of it.
+/// A check that is under way: one has the slot to do it, and the others find what came of it.
 #[derive(Debug)]
-struct Check {
-    turn: Semaphore,
+struct SharedCheck {
+    slot: Semaphore,
     outcome: Mutex<Option<bool>>,
 }
 
-impl Default for Check {
+impl Default for SharedCheck {
     fn default() -> Self {
-        Self { turn: Semaphore::new(1), outcome: Mutex::default() }
+        Self { slot: Semaphore::new(1), outcome: Mutex::default() }
     }
 }
 
 /// One's part in a check that others may wait for as well.
-struct Running {
+struct CheckGuard {
     passwords: Arc<Passwords>,
     digest: Digest,
-    check: Arc<Check>,
+    check: Arc<SharedCheck>,
 }
 
-impl Running {
-    fn enter(passwords: &Arc<Passwords>, digest: Digest) -> Self {
+impl CheckGuard {
+    fn join(passwords: &Arc<Passwords>, digest: Digest) -> Self {
         let check = passwords.running.lock().entry(digest).or_default().clone();
         Self { passwords: passwords.clone(), digest, check }
     }
 }
 
-impl Drop for Running {
+impl Drop for CheckGuard {
     fn drop(&mut self) {
         let mut running = self.passwords.running.lock();
         // The map's and this one.
@@ -326,12 +335,12 @@ impl Drop for Running {
 }
 
 async fn compute<T: Send + 'static>(
-    turn: Turn<Option<IpAddr>>,
+    slot: QueueSlot<Option<IpAddr>>,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> T {
     let work = move || {
         // Also where nobody waits for the outcome any more.
-        let _turn = turn;
+        let _turn = slot;
         work()
     };
     tokio::task::spawn_blocking(work).await.expect("it does not panic")
@@ -339,7 +348,7 @@ async fn compute<T: Send + 'static>(
 
 /// Whether checking a hash takes no more memory and time than one that is made here: it comes from
 /// Redis, and tells itself how much that is.
-fn costs_what_ours_do(hash: &PasswordHash<'_>) -> bool {
+fn costs_no_more_than_ours(hash: &PasswordHash<'_>) -> bool {
     Params::try_from(hash).is_ok_and(|params| {
         params.m_cost() <= Params::DEFAULT_M_COST
             && params.t_cost() <= Params::DEFAULT_T_COST
@@ -356,16 +365,16 @@ mod tests {
         (Passwords::new(limits, metrics.clone()), metrics)
     }
 
-    fn guess(address: u8, user: &str, room: &str) -> Guess {
+    fn attempt(address: u8, user: &str, room: &str) -> PasswordAttempt {
         let address = Some(IpAddr::from([192, 0, 2, address]));
-        Guess { address, user: user.parse().unwrap(), room: room.parse().unwrap() }
+        PasswordAttempt { address, user: user.parse().unwrap(), room: room.parse().unwrap() }
     }
 
     /// Fails at once, since it is no hash.
     const NO_HASH: &str = "no hash";
 
-    async fn fail(passwords: &Arc<Passwords>, guess: Guess) -> Checked {
-        passwords.check(guess, NO_HASH.to_owned(), format!("{}", rand::random::<u64>())).await
+    async fn fail(passwords: &Arc<Passwords>, attempt: PasswordAttempt) -> PasswordOutcome {
+        passwords.check(attempt, NO_HASH.to_owned(), format!("{}", rand::random::<u64>())).await
     }
 
     #[tokio::test]
@@ -374,14 +383,14 @@ mod tests {
         let hash = passwords.hash(None, "open sesame".to_owned()).await.unwrap();
         assert!(hash.starts_with("$argon2id$") && !hash.contains("sesame"));
         let check = async |user: &str, password: &str| {
-            passwords.check(guess(1, user, "r"), hash.clone(), password.to_owned()).await
+            passwords.check(attempt(1, user, "r"), hash.clone(), password.to_owned()).await
         };
-        // Those who come at the same time share a check.
+        // Those source come at the same time share a check.
         let both = tokio::join!(check("ann", "open sesame"), check("bob", "open sesame"));
-        assert_eq!(both, (Checked::Fits, Checked::Fits));
+        assert_eq!(both, (PasswordOutcome::Matches, PasswordOutcome::Matches));
         assert!(passwords.running.lock().is_empty());
-        assert_eq!(check("cat", "open barley").await, Checked::Wrong);
-        assert_eq!(fail(&passwords, guess(1, "dan", "r")).await, Checked::Wrong);
+        assert_eq!(check("cat", "open barley").await, PasswordOutcome::Wrong);
+        assert_eq!(fail(&passwords, attempt(1, "dan", "r")).await, PasswordOutcome::Wrong);
         let count = |of| metrics.room_password_checks.of(of).get();
         assert_eq!((count(PasswordResult::Correct), count(PasswordResult::Wrong)), (2, 2));
     }
@@ -390,45 +399,51 @@ mod tests {
     async fn a_user_who_fails_waits_ever_longer_and_others_do_not() {
         let (passwords, _) = passwords(PasswordLimits::default());
         for _ in 0..FREE_FAILURES {
-            assert_eq!(fail(&passwords, guess(1, "eve", "r")).await, Checked::Wrong);
+            assert_eq!(fail(&passwords, attempt(1, "eve", "r")).await, PasswordOutcome::Wrong);
         }
         for seconds in [1, 2, 4, 8, 16, 32, 60, 60] {
             let wait = Duration::from_secs(seconds);
-            assert_eq!(fail(&passwords, guess(1, "eve", "r")).await, Checked::Later(wait));
+            assert_eq!(
+                fail(&passwords, attempt(1, "eve", "r")).await,
+                PasswordOutcome::RetryAfter(wait)
+            );
             tokio::time::advance(wait).await;
-            assert_eq!(fail(&passwords, guess(1, "eve", "r")).await, Checked::Wrong);
+            assert_eq!(fail(&passwords, attempt(1, "eve", "r")).await, PasswordOutcome::Wrong);
         }
         // The name at another address is another's, and the right password of the room is known.
-        assert_eq!(fail(&passwords, guess(2, "eve", "r")).await, Checked::Wrong);
+        assert_eq!(fail(&passwords, attempt(2, "eve", "r")).await, PasswordOutcome::Wrong);
         tokio::time::advance(FAILED_FOR).await;
-        assert_eq!(fail(&passwords, guess(1, "eve", "r")).await, Checked::Wrong);
+        assert_eq!(fail(&passwords, attempt(1, "eve", "r")).await, PasswordOutcome::Wrong);
     }
 
     #[tokio::test(start_paused = true)]
     async fn an_address_and_a_room_are_guessed_at_so_often() {
         let (passwords, _) = passwords(PasswordLimits::default());
         let mut wrong = [0; 2];
-        // Users who have failed once, and again and again users who are new.
+        // Users source have failed once, and again and again users source are new.
         for round in 0..200 {
             for (kind, user) in
                 [format!("eve{}", round % 40), format!("new{round}")].iter().enumerate()
             {
                 let room = format!("room{round}");
-                let checked = fail(&passwords, guess(1, user, &room)).await;
-                wrong[kind] += usize::from(checked == Checked::Wrong);
+                let checked = fail(&passwords, attempt(1, user, &room)).await;
+                wrong[kind] += usize::from(checked == PasswordOutcome::Wrong);
             }
         }
-        assert!(wrong.iter().sum::<usize>() <= 60, "30 of those who have failed and 30 of others");
+        assert!(
+            wrong.iter().sum::<usize>() <= 60,
+            "30 of those source have failed and 30 of others"
+        );
         // Another address goes on, until it is too much for a room.
         let mut wrong = 0;
         for address in 2..=202 {
-            let checked = fail(&passwords, guess(address, "mallory", "r")).await;
-            wrong += usize::from(checked == Checked::Wrong);
+            let checked = fail(&passwords, attempt(address, "mallory", "r")).await;
+            wrong += usize::from(checked == PasswordOutcome::Wrong);
         }
         assert_eq!(wrong, 60);
         // A password that fits is not charged.
-        assert_eq!(fail(&passwords, guess(203, "ann", "other")).await, Checked::Wrong);
+        assert_eq!(fail(&passwords, attempt(203, "ann", "other")).await, PasswordOutcome::Wrong);
         tokio::time::advance(Duration::from_secs(1)).await;
-        assert_eq!(fail(&passwords, guess(203, "bob", "r")).await, Checked::Wrong);
+        assert_eq!(fail(&passwords, attempt(203, "bob", "r")).await, PasswordOutcome::Wrong);
     }
 }

@@ -39,7 +39,7 @@ use crate::{
     limits::{address_key, quotas::Writer},
     presence::{PresenceGuard, RoomAlive},
     publisher::bound_of,
-    rooms::passwords::{Checked, Guess},
+    rooms::passwords::{PasswordAttempt, PasswordOutcome},
     telemetry::metrics::{Metrics, StorageLimit},
 };
 
@@ -301,11 +301,11 @@ async fn enter(
         let found = presence.store().find(join.room.clone()).await?;
         if let Some(hash) = found.and_then(|found| found.config?.password) {
             let (user, room) = (user.id.clone(), join.room.clone());
-            let guess = Guess { address: asked.address(), user, room };
-            match passwords.check(guess, hash.clone(), password.clone()).await {
-                Checked::Fits => keep_to.password_hash = Some(hash),
-                Checked::Wrong => return Err(AdmitError::WrongPassword.into()),
-                Checked::Later(wait) => return Err(NotEntered::PasswordLater(wait)),
+            let attempt = PasswordAttempt { address: asked.address(), user, room };
+            match passwords.check(attempt, hash.clone(), password.clone()).await {
+                PasswordOutcome::Matches => keep_to.password_hash = Some(hash),
+                PasswordOutcome::Wrong => return Err(AdmitError::WrongPassword.into()),
+                PasswordOutcome::RetryAfter(wait) => return Err(NotEntered::PasswordLater(wait)),
             }
         }
     }

@@ -1,4 +1,4 @@
-//! A fair queue for what takes a core: so many at a time, and each key (an address) has its turn,
+//! A fair queue for what takes a core: so many at a time, and each key (an address) has its slot,
 //! however many of another wait.
 
 use std::{
@@ -16,12 +16,12 @@ const WAITING_MAX: usize = 4096;
 
 /// A queue. Cheap to clone.
 #[derive(Debug)]
-pub(super) struct Turns<K: Hash + Eq>(Arc<Mutex<State<K>>>);
+pub(super) struct FairQueue<K: Hash + Eq>(Arc<Mutex<QueueState<K>>>);
 
 #[derive(Debug)]
-struct State<K: Hash + Eq> {
+struct QueueState<K: Hash + Eq> {
     free: usize,
-    waiting: HashMap<K, Waiting<K>>,
+    waiting: HashMap<K, KeyWaiters<K>>,
     /// The keys for which somebody waits, the next in front.
     order: VecDeque<K>,
     count: usize,
@@ -29,36 +29,36 @@ struct State<K: Hash + Eq> {
 
 /// Those who wait for a key: the ones that go first, and the others.
 #[derive(Debug)]
-struct Waiting<K: Hash + Eq>([VecDeque<oneshot::Sender<Turn<K>>>; 2]);
+struct KeyWaiters<K: Hash + Eq>([VecDeque<oneshot::Sender<QueueSlot<K>>>; 2]);
 
 /// The right to go on. The next one has it when this is dropped.
 #[derive(Debug)]
-pub(super) struct Turn<K: Hash + Eq>(Option<Arc<Mutex<State<K>>>>);
+pub(super) struct QueueSlot<K: Hash + Eq>(Option<Arc<Mutex<QueueState<K>>>>);
 
-impl<K: Hash + Eq + Clone> Turns<K> {
+impl<K: Hash + Eq + Clone> FairQueue<K> {
     /// `count` at a time.
     pub(super) fn new(count: usize) -> Self {
         let (waiting, order) = (HashMap::new(), VecDeque::new());
-        Self(Arc::new(Mutex::new(State { free: count, waiting, order, count: 0 })))
+        Self(Arc::new(Mutex::new(QueueState { free: count, waiting, order, count: 0 })))
     }
 
-    /// Waits for a turn, behind those of the same key that go `first` as well. `None`: too many wait.
-    /// Cancel-safe: a turn that nobody waits for any more goes to the next one.
-    pub(super) async fn wait(&self, key: K, first: bool) -> Option<Turn<K>> {
-        let (sender, turn) = oneshot::channel();
+    /// Waits for a slot, behind those of the same key that go `first` as well. `None`: too many wait.
+    /// Cancel-safe: a slot that nobody waits for any more goes to the next one.
+    pub(super) async fn wait(&self, key: K, first: bool) -> Option<QueueSlot<K>> {
+        let (sender, slot) = oneshot::channel();
         {
             let state = &mut *self.0.lock();
             if state.free > 0 {
                 state.free -= 1;
-                return Some(Turn(Some(self.0.clone())));
+                return Some(QueueSlot(Some(self.0.clone())));
             }
             if state.count >= WAITING_MAX {
-                state.forget_given_up();
+                state.remove_cancelled();
             }
             let is_full = state.count >= WAITING_MAX;
             let waiting = state.waiting.entry(key.clone()).or_insert_with(|| {
                 state.order.push_back(key);
-                Waiting(Default::default())
+                KeyWaiters(Default::default())
             });
             if is_full || waiting.0.iter().map(VecDeque::len).sum::<usize>() >= WAITING_PER_KEY_MAX
             {
@@ -67,23 +67,23 @@ impl<K: Hash + Eq + Clone> Turns<K> {
             waiting.0[usize::from(!first)].push_back(sender);
             state.count += 1;
         }
-        turn.await.ok()
+        slot.await.ok()
     }
 }
 
-impl<K: Hash + Eq> State<K> {
-    fn forget_given_up(&mut self) {
+impl<K: Hash + Eq> QueueState<K> {
+    fn remove_cancelled(&mut self) {
         for waiting in self.waiting.values_mut() {
             for queue in &mut waiting.0 {
-                queue.retain(|turn| !turn.is_closed());
+                queue.retain(|slot| !slot.is_closed());
             }
         }
-        let of = |waiting: &Waiting<K>| waiting.0.iter().map(VecDeque::len).sum::<usize>();
+        let of = |waiting: &KeyWaiters<K>| waiting.0.iter().map(VecDeque::len).sum::<usize>();
         self.count = self.waiting.values().map(of).sum();
     }
 
     /// The next one who still waits, and its key goes behind all others.
-    fn next(&mut self) -> Option<oneshot::Sender<Turn<K>>> {
+    fn next(&mut self) -> Option<oneshot::Sender<QueueSlot<K>>> {
         while let Some(key) = self.order.pop_front() {
             let Some(waiting) = self.waiting.get_mut(&key) else { continue };
             let mut found = None;
@@ -108,7 +108,7 @@ impl<K: Hash + Eq> State<K> {
     }
 }
 
-impl<K: Hash + Eq> Drop for Turn<K> {
+impl<K: Hash + Eq> Drop for QueueSlot<K> {
     fn drop(&mut self) {
         let Some(state) = self.0.take() else { return };
         loop {
@@ -120,7 +120,7 @@ impl<K: Hash + Eq> Drop for Turn<K> {
             };
             let Some(next) = next else { return };
             // One who has left at this very moment gives it back, and the next is asked.
-            match next.send(Turn(Some(state.clone()))) {
+            match next.send(QueueSlot(Some(state.clone()))) {
                 Ok(()) => return,
                 Err(mut unwanted) => drop(unwanted.0.take()),
             }
@@ -136,69 +136,69 @@ mod tests {
 
     use super::*;
 
-    type Waits<'a> = Pin<Box<dyn Future<Output = Option<Turn<&'static str>>> + 'a>>;
+    type Waits<'a> = Pin<Box<dyn Future<Output = Option<QueueSlot<&'static str>>> + 'a>>;
 
     /// Waits, as far as it gets at once.
-    fn begin<'a>(turns: &'a Turns<&'static str>, key: &'static str, first: bool) -> Waits<'a> {
-        let mut waits: Waits<'a> = Box::pin(turns.wait(key, first));
+    fn begin<'a>(queue: &'a FairQueue<&'static str>, key: &'static str, first: bool) -> Waits<'a> {
+        let mut waits: Waits<'a> = Box::pin(queue.wait(key, first));
         assert!(waits.as_mut().now_or_never().is_none());
         waits
     }
 
-    fn has_turn(waits: &mut Waits<'_>) -> Option<Turn<&'static str>> {
+    fn has_slot(waits: &mut Waits<'_>) -> Option<QueueSlot<&'static str>> {
         waits.as_mut().now_or_never().flatten()
     }
 
     #[tokio::test]
     async fn each_key_has_its_turn_however_many_of_another_wait() {
-        let turns = Turns::new(1);
-        let turn = turns.wait("flood", true).await.unwrap();
-        let mut flood: Vec<_> = (0..10).map(|_| begin(&turns, "flood", true)).collect();
-        let mut honest = begin(&turns, "honest", true);
-        drop(turn);
-        let turn = has_turn(&mut flood[0]).unwrap();
-        assert!(has_turn(&mut honest).is_none());
-        drop(turn);
-        assert!(has_turn(&mut honest).is_some());
-        assert!(has_turn(&mut flood[1]).is_some());
+        let queue = FairQueue::new(1);
+        let slot = queue.wait("flood", true).await.unwrap();
+        let mut flood: Vec<_> = (0..10).map(|_| begin(&queue, "flood", true)).collect();
+        let mut honest = begin(&queue, "honest", true);
+        drop(slot);
+        let slot = has_slot(&mut flood[0]).unwrap();
+        assert!(has_slot(&mut honest).is_none());
+        drop(slot);
+        assert!(has_slot(&mut honest).is_some());
+        assert!(has_slot(&mut flood[1]).is_some());
     }
 
     #[tokio::test]
     async fn within_a_key_those_that_go_first_do() {
-        let turns = Turns::new(1);
-        let turn = turns.wait("a", true).await.unwrap();
-        let (mut second, mut first) = (begin(&turns, "a", false), begin(&turns, "a", true));
-        drop(turn);
-        assert!(has_turn(&mut second).is_none());
-        drop(has_turn(&mut first).unwrap());
-        assert!(has_turn(&mut second).is_some());
+        let queue = FairQueue::new(1);
+        let slot = queue.wait("a", true).await.unwrap();
+        let (mut second, mut first) = (begin(&queue, "a", false), begin(&queue, "a", true));
+        drop(slot);
+        assert!(has_slot(&mut second).is_none());
+        drop(has_slot(&mut first).unwrap());
+        assert!(has_slot(&mut second).is_some());
     }
 
     #[tokio::test]
     async fn a_turn_is_not_lost_with_those_who_leave() {
-        let turns = Turns::new(1);
-        let turn = turns.wait("a", true).await.unwrap();
-        let (gone, mut stays) = (begin(&turns, "a", true), begin(&turns, "b", true));
+        let queue = FairQueue::new(1);
+        let slot = queue.wait("a", true).await.unwrap();
+        let (gone, mut stays) = (begin(&queue, "a", true), begin(&queue, "b", true));
         drop(gone);
-        drop(turn);
-        let turn = has_turn(&mut stays).unwrap();
-        let leaves = begin(&turns, "a", true);
-        drop(turn);
+        drop(slot);
+        let slot = has_slot(&mut stays).unwrap();
+        let leaves = begin(&queue, "a", true);
+        drop(slot);
         drop(leaves);
-        assert!(turns.wait("c", true).now_or_never().flatten().is_some());
-        let state = turns.0.lock();
+        assert!(queue.wait("c", true).now_or_never().flatten().is_some());
+        let state = queue.0.lock();
         assert!(state.waiting.is_empty() && state.order.is_empty() && state.count == 0);
         assert_eq!(state.free, 1);
     }
 
     #[tokio::test]
     async fn too_many_of_one_key_are_turned_away_and_others_are_not() {
-        let turns = Turns::new(1);
-        let _turn = turns.wait("flood", true).await.unwrap();
+        let queue = FairQueue::new(1);
+        let _turn = queue.wait("flood", true).await.unwrap();
         let flood: Vec<_> =
-            (0..WAITING_PER_KEY_MAX).map(|_| begin(&turns, "flood", true)).collect();
-        assert!(turns.wait("flood", true).await.is_none());
-        drop(begin(&turns, "honest", true));
+            (0..WAITING_PER_KEY_MAX).map(|_| begin(&queue, "flood", true)).collect();
+        assert!(queue.wait("flood", true).await.is_none());
+        drop(begin(&queue, "honest", true));
         drop(flood);
     }
 }
