@@ -43,7 +43,7 @@ pub struct Publisher {
     metrics: Arc<Metrics>,
     trails: Arc<Trails>,
     /// How long a publish may wait for the bus.
-    wait_max: Duration,
+    timeout: Duration,
     /// The largest message a client may send.
     message_bytes_max: usize,
 }
@@ -83,7 +83,7 @@ pub enum PublishError {
 
 /// The members of a `message` or `direct` frame that do not change on its way.
 #[derive(Serialize)]
-struct Members<'a> {
+struct MessageFields<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     room: Option<&'a RoomId>,
     id: MessageId,
@@ -102,7 +102,7 @@ struct Members<'a> {
 
 /// The members of a `notification` frame that do not change on its way.
 #[derive(Serialize)]
-struct Notification<'a> {
+struct NotificationFields<'a> {
     id: MessageId,
     payload: &'a RawValue,
     require_ack: bool,
@@ -120,10 +120,10 @@ impl Publisher {
         rules: Arc<RoomRules>,
         (metrics, trails): (Arc<Metrics>, Arc<Trails>),
         quotas: Arc<Quotas>,
-        wait_max: Duration,
+        timeout: Duration,
         message_bytes_max: usize,
     ) -> Self {
-        Self { quotas, bus, store, rules, metrics, trails, wait_max, message_bytes_max }
+        Self { quotas, bus, store, rules, metrics, trails, timeout, message_bytes_max }
     }
 
     /// Takes from the sender's quota what a message takes in logs: a direct is in two of them.
@@ -192,7 +192,7 @@ impl Publisher {
             Recipient::Room(_) => (FrameType::Message, None),
             Recipient::User(user) => (FrameType::Direct, Some(user)),
         };
-        let members = Members {
+        let members = MessageFields {
             room: message.to.room(),
             id: receipt.id,
             from: sender.user,
@@ -253,7 +253,7 @@ impl Publisher {
         Box::new(move |result| {
             metrics.publish_seconds.observe(begun.elapsed().as_secs_f64());
             metrics.publishes.of(outcome(&result)).inc();
-            if let Some(bound) = result.as_ref().err().and_then(|error| bound_of(*error)) {
+            if let Some(bound) = result.as_ref().err().and_then(|error| storage_bound(*error)) {
                 metrics.storage_rejections.of(bound).inc();
             }
             done(result);
@@ -262,7 +262,7 @@ impl Publisher {
 
     /// An append that is tried from now on, and leaves a trail.
     fn append(&self, room: RoomId, envelope: Envelope, done: AppendCallback) -> Append {
-        let deadline = Instant::now() + self.wait_max;
+        let deadline = Instant::now() + self.timeout;
         let (trails, log, id) = (self.trails.clone(), room.clone(), envelope.id());
         let done: AppendCallback = Box::new(move |result| {
             if let Ok(appended) = &result {
@@ -283,7 +283,7 @@ impl Publisher {
         done: impl FnOnce(Result<Appended, BusError>) + Send + 'static,
     ) {
         let timestamp = shared::timestamp(SystemTime::now());
-        let notification = Notification { id, payload, require_ack, timestamp: &timestamp };
+        let notification = NotificationFields { id, payload, require_ack, timestamp: &timestamp };
         let members = serde_json::to_string(&notification).expect("raw JSON is JSON");
         let envelope = Envelope::pack(EnvelopeParts {
             frame: FrameType::Notification,
@@ -332,7 +332,7 @@ fn outcome(result: &Result<Appended, BusError>) -> PublishResult {
 }
 
 /// The bound that was reached, if one was.
-pub fn bound_of(error: BusError) -> Option<StorageLimit> {
+pub fn storage_bound(error: BusError) -> Option<StorageLimit> {
     match error {
         BusError::MemoryFull => Some(StorageLimit::Memory),
         BusError::UnseenQuota => Some(StorageLimit::UnseenInboxes),

@@ -69,7 +69,7 @@ use crate::{
     hub::{SubscribeFailed, member::ConnectionHandle},
     limits::Permit,
     outbox::{Close, FRAME_OVERHEAD_BYTES, Outbox},
-    session::{Request, Session, auth::AuthError},
+    session::{PendingRequest, Session, auth::AuthError},
     telemetry::metrics::{Counted, HandshakeResult},
     transport::changed,
 };
@@ -553,8 +553,8 @@ impl EventStream {
     async fn join(&mut self, room: RoomId) -> Result<(), ErrorCode> {
         let since = self.cursors.rooms.get(&room).cloned();
         let join = JoinFrame { room, since, history: history_default(), password: None };
-        let performed = self.session.perform(Request::Join(None, join)).await;
-        self.session.finish(performed)
+        let outcome = self.session.execute(PendingRequest::Join(None, join)).await;
+        self.session.complete(outcome)
     }
 
     /// Serves the stream until it ends. Returns the close code that a WebSocket would have had.

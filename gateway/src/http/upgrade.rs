@@ -52,7 +52,7 @@ use crate::{
         meter::{Meter, MeterRates},
     },
     outbox::{Close, Outbox, deflate::DeflateParams},
-    session::{Request, Session},
+    session::{PendingRequest, Session},
     telemetry::metrics::{Counted, HandshakeResult},
     transport::{
         self, Connection, Handler,
@@ -519,8 +519,8 @@ async fn join_path_room(
 ) -> Result<(), ErrorCode> {
     match (join, connection.session()) {
         (Ok(join), Some(session)) => {
-            let performed = session.perform(Request::Join(None, join)).await;
-            session.finish(performed)
+            let outcome = session.execute(PendingRequest::Join(None, join)).await;
+            session.complete(outcome)
         }
         (Ok(_), None) => Ok(()),
         (Err(text), _) => {

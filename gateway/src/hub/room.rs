@@ -59,7 +59,7 @@ pub(super) struct Room {
     pub(super) members: Vec<RoomMember>,
     /// Where a member is among them; not kept in a small room, which is looked through.
     member_index: HashMap<ConnectionId, usize>,
-    /// Members that queue_join for a read of the log, those who have waited longest first.
+    /// DirectFields that queue_join for a read of the log, those who have waited longest first.
     pub(super) waiting_for_read: VecDeque<ConnectionId>,
     /// That read.
     pub(super) catch_up_read: CatchUpRead,
@@ -146,14 +146,14 @@ impl DeliverySink for FanOut<'_> {
 /// none.
 fn peer_of_direct(inbox: &RoomId, entry: &Entry) -> Option<UserId> {
     #[derive(Deserialize)]
-    struct Members {
+    struct DirectFields {
         from: UserInfo,
     }
     if entry.envelope.frame_type() != FrameType::Direct {
         return None;
     }
     let members = [b"{", entry.envelope.fields(), b"}"].concat();
-    let from = serde_json::from_slice::<Members>(&members).ok()?.from.id;
+    let from = serde_json::from_slice::<DirectFields>(&members).ok()?.from.id;
     (inbox.without_prefix() != from.as_str()).then_some(from)
 }
 

@@ -15,9 +15,9 @@ use shared::{
 use tokio::time::timeout;
 
 use super::{
-    Performed,
+    RequestOutcome,
     peers::Inbox,
-    perform::{Asked, TOO_MUCH_READ, range_of},
+    requests::{RequestContext, TOO_MUCH_READ, range_of},
 };
 use crate::{
     bus::{ReadRange, sessions::SessionDataError},
@@ -35,7 +35,7 @@ type Failed = (ErrorCode, &'static str);
 
 /// The directs of a user with another: those that were found, and whether there are more.
 struct Found {
-    /// In the direction asked for.
+    /// In the direction context for.
     entries: Vec<Entry>,
     epoch: Epoch,
     more: bool,
@@ -43,17 +43,17 @@ struct Found {
 
 /// What a user has exchanged with another: a part of the inbox.
 pub(super) async fn history(
-    asked: Asked,
+    context: RequestContext,
     user: UserId,
     with: UserId,
     wanted: client_frame::HistoryFrame,
-) -> Performed {
+) -> RequestOutcome {
     let range = range_of(&wanted);
-    let Found { entries, epoch, more } = match find(&asked, &user, &with, range).await {
+    let Found { entries, epoch, more } = match find(&context, &user, &with, range).await {
         Ok(found) => found,
         Err((code, text)) => {
-            asked.refuse("history", None, code, text);
-            return Performed::Answered;
+            context.refuse("history", None, code, text);
+            return RequestOutcome::Done;
         }
     };
     let mut messages = whole_frames(entries.iter());
@@ -61,10 +61,10 @@ pub(super) async fn history(
     if range.keeps_newest() {
         messages.reverse();
     }
-    let (reference, with) = (asked.reference.clone(), Some(with));
+    let (reference, with) = (context.reference.clone(), Some(with));
     let history = HistoryPageFrame { reference, room: None, with, epoch, messages, more };
-    asked.send(&ServerFrame::History(Box::new(history)));
-    Performed::Answered
+    context.send(&ServerFrame::History(Box::new(history)));
+    RequestOutcome::Done
 }
 
 /// What to read of an inbox to find more directs with a user: first up to its newest entry, then older
@@ -107,28 +107,29 @@ fn is_enough(inbox: &Inbox, range: ReadRange) -> bool {
 /// Finds the directs with another user: which they are is remembered, so that an inbox is looked through
 /// once and no more than those are read.
 async fn find(
-    asked: &Asked,
+    context: &RequestContext,
     user: &UserId,
     with: &UserId,
     range: ReadRange,
 ) -> Result<Found, Failed> {
     let (room, limit) = (RoomId::inbox_of(user), range.limit() as usize);
-    let shared = asked.services.peers.of(user);
+    let shared = context.services.peers.of(user);
     // One `history` of a user at a time: the next one finds what this one has read.
-    let wait_max = asked.services.limits.wait_max;
+    let wait_max = context.services.limits.wait_max;
     let _turn = timeout(wait_max, shared.turn.acquire()).await.map_err(|_| TOO_MUCH_READ)?;
     let (mut kept, mut kept_bytes) = (BTreeMap::new(), 0);
     let mut is_newest = false;
     for _ in 0..PAGES_MAX {
         let Some(part) = next_part(&shared.inbox.lock(), with, range, is_newest) else { break };
-        let page = asked.read(asked.services.bus.read(room.clone(), part), LogPage::bytes).await?;
+        let page =
+            context.read(context.services.bus.read(room.clone(), part), LogPage::bytes).await?;
         let (added, reaches_newest, is_known) = {
             let inbox = &mut *shared.inbox.lock();
             let (added, reaches_newest) = inbox.take(user, part, &page);
             (added, reaches_newest, inbox.epoch().is_some())
         };
         is_newest = if is_newest { is_known } else { reaches_newest };
-        asked.services.peers.note_added(&shared, added);
+        context.services.peers.note_added(&shared, added);
         if !is_known {
             kept.clear();
         }
@@ -154,46 +155,47 @@ async fn find(
         (epoch, found, more || is_cut, inbox.parts(&missing))
     };
     for part in parts {
-        let page = asked.read(asked.services.bus.read(room.clone(), part), LogPage::bytes).await?;
+        let page =
+            context.read(context.services.bus.read(room.clone(), part), LogPage::bytes).await?;
         kept.extend(page.entries.into_iter().map(|entry| (entry.position.seq, entry)));
     }
     let entries = found.iter().filter_map(|(seq, _)| kept.remove(seq)).collect();
     Ok(Found { entries, epoch, more })
 }
 
-pub(super) async fn watch(asked: Asked, users: BTreeSet<UserId>) -> Performed {
-    let asks = Some(asked.reference.clone());
-    let refused = asked.services.hub.watch(users, &asked.handle, asks).await;
+pub(super) async fn watch(context: RequestContext, users: BTreeSet<UserId>) -> RequestOutcome {
+    let asks = Some(context.reference.clone());
+    let refused = context.services.hub.watch(users, &context.handle, asks).await;
     if !refused.is_empty() {
         let count = refused.len();
         let text = format!(
             "this node watches as many users as it may (hub.watched_users_max): {count} of these are \
              not watched"
         );
-        asked.refuse("watch", None, ErrorCode::LimitReached, &text);
+        context.refuse("watch", None, ErrorCode::LimitReached, &text);
     }
-    Performed::NotWatched(refused)
+    RequestOutcome::NotWatched(refused)
 }
 
-pub(super) async fn unwatch(asked: Asked, users: Vec<UserId>) -> Performed {
-    asked.services.hub.unwatch(users, asked.handle.connection).await;
-    Performed::Answered
+pub(super) async fn unwatch(context: RequestContext, users: Vec<UserId>) -> RequestOutcome {
+    context.services.hub.unwatch(users, context.handle.connection).await;
+    RequestOutcome::Done
 }
 
 /// Has a user watched whom this connection talks to: told of changes only.
-pub(super) async fn auto_watch(asked: Asked, user: UserId) -> Performed {
-    Performed::NotWatched(asked.services.hub.watch([user], &asked.handle, None).await)
+pub(super) async fn auto_watch(context: RequestContext, user: UserId) -> RequestOutcome {
+    RequestOutcome::NotWatched(context.services.hub.watch([user], &context.handle, None).await)
 }
 
 pub(super) async fn session(
-    asked: Asked,
+    context: RequestContext,
     user: UserId,
     session: SessionId,
     set: Option<SessionSetFrame>,
-) -> Performed {
+) -> RequestOutcome {
     let kind = if set.is_some() { "session_set" } else { "session_get" };
     let change = set.map(|set| set.data);
-    let data = asked.services.sessions.data(user, session, change);
+    let data = context.services.sessions.data(user, session, change);
     // Its own refusals are no failures of the store.
     let data = async {
         match data.await {
@@ -201,23 +203,23 @@ pub(super) async fn session(
             other => Ok(other),
         }
     };
-    match asked.read(data, |_| 0).await {
+    match context.read(data, |_| 0).await {
         Ok(Ok(data)) => {
-            let reference = asked.reference.clone();
-            asked.send(&ServerFrame::Session(SessionFrame { reference, data }));
+            let reference = context.reference.clone();
+            context.send(&ServerFrame::Session(SessionFrame { reference, data }));
         }
         Ok(Err(error)) => {
             let code = match error {
                 SessionDataError::NoSession => ErrorCode::NotFound,
                 SessionDataError::TooMuch(_) => {
-                    asked.services.metrics.storage_rejections.of(StorageLimit::SessionData).inc();
+                    context.services.metrics.storage_rejections.of(StorageLimit::SessionData).inc();
                     ErrorCode::LimitReached
                 }
                 _ => ErrorCode::TooLarge,
             };
-            asked.refuse(kind, None, code, &error.to_string());
+            context.refuse(kind, None, code, &error.to_string());
         }
-        Err((code, text)) => drop(asked.refuse(kind, None, code, text)),
+        Err((code, text)) => drop(context.refuse(kind, None, code, text)),
     }
-    Performed::Answered
+    RequestOutcome::Done
 }

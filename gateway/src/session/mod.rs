@@ -55,12 +55,12 @@ use crate::{
 pub mod auth;
 mod directs;
 pub mod peers;
-mod perform;
+mod requests;
 mod rooms;
 
 use auth::{Auth, Identity};
 use peers::Peers;
-pub use perform::history_of;
+pub use requests::history_of;
 pub use rooms::{info_of, name_of as room_name};
 
 /// What sessions share.
@@ -129,13 +129,13 @@ pub struct Session {
     online: PresenceGuard,
     /// In the order of their names.
     rooms: Vec<PresenceGuard>,
-    /// The room whose join is being performed.
+    /// The room whose join is being outcome.
     joining: Option<RoomId>,
 }
 
 /// A frame that has to wait for something.
 #[derive(Debug)]
-pub enum Request {
+pub enum PendingRequest {
     /// `join`
     Join(Option<FrameRef>, JoinFrame),
     /// `leave`
@@ -148,7 +148,7 @@ pub enum Request {
     Watch(Option<FrameRef>, WatchFrame),
     /// `unwatch`
     Unwatch(WatchFrame),
-    /// Nothing that was asked for: a direct was sent to this user.
+    /// Nothing that was context for: a direct was sent to this user.
     AutoWatch(UserId),
     /// `session_get`, and with data `session_set`
     Session(Option<FrameRef>, Option<SessionSetFrame>),
@@ -164,7 +164,7 @@ pub enum Request {
     Rooms(Option<FrameRef>, RoomsFrame),
 }
 
-impl Request {
+impl PendingRequest {
     /// Whether it changes nothing, so that it is pointless for a client that does not hear the answer.
     pub fn is_question(&self) -> bool {
         matches!(
@@ -181,7 +181,7 @@ impl Request {
 }
 
 /// What became of a [`ClientFrame`]. Its answer has been sent.
-pub enum Performed {
+pub enum RequestOutcome {
     /// The connection is a member. The guard is a new one, unless it was one before.
     Joined(Option<PresenceGuard>),
     /// It is not, and was told so with this code.
@@ -189,7 +189,7 @@ pub enum Performed {
     /// These users are not watched, since the node watches as many as it may.
     NotWatched(Vec<UserId>),
     /// Nothing changed for the session.
-    Answered,
+    Done,
 }
 
 /// The least and the most that an `unavailable` tells to wait: all clients of a bus that is away are told
@@ -250,13 +250,13 @@ impl Session {
     }
 
     /// Handles a frame, as far as the connection's meter allows it. What it returns has to be
-    /// [performed](Session::perform) before the next.
+    /// [outcome](Session::execute) before the next.
     pub fn handle_frame(
         &mut self,
         frame: Result<ClientFrame<'_>, Box<ErrorFrame>>,
         meter: &mut Meter,
         now: Instant,
-    ) -> Option<Request> {
+    ) -> Option<PendingRequest> {
         let frame = match frame {
             Ok(frame) => frame,
             Err(refusal) => {
@@ -269,7 +269,7 @@ impl Session {
             let taken = self.message(reference, message, meter, now);
             return match &message.to {
                 Recipient::User(user) if taken && !self.watching.contains(user) => {
-                    Some(Request::AutoWatch(user.clone()))
+                    Some(PendingRequest::AutoWatch(user.clone()))
                 }
                 _ => None,
             };
@@ -286,21 +286,25 @@ impl Session {
             return None;
         }
         match frame.body {
-            FrameBody::Join(join) => return Some(Request::Join(reference, join)),
-            FrameBody::Leave(leave) => return Some(Request::Leave(reference, leave.room)),
-            FrameBody::History(history) => return Some(Request::History(reference, history)),
-            FrameBody::Presence(who) => return Some(Request::Presence(reference, who)),
-            FrameBody::Watch(users) => return Some(Request::Watch(reference, users)),
-            FrameBody::Unwatch(users) => return Some(Request::Unwatch(users)),
-            FrameBody::SessionGet => return Some(Request::Session(reference, None)),
+            FrameBody::Join(join) => return Some(PendingRequest::Join(reference, join)),
+            FrameBody::Leave(leave) => return Some(PendingRequest::Leave(reference, leave.room)),
+            FrameBody::History(history) => {
+                return Some(PendingRequest::History(reference, history));
+            }
+            FrameBody::Presence(who) => return Some(PendingRequest::Presence(reference, who)),
+            FrameBody::Watch(users) => return Some(PendingRequest::Watch(reference, users)),
+            FrameBody::Unwatch(users) => return Some(PendingRequest::Unwatch(users)),
+            FrameBody::SessionGet => return Some(PendingRequest::Session(reference, None)),
             FrameBody::SessionSet(set) => {
                 let bytes = serde_json::to_string(&set.data).map_or(0, |data| data.len());
                 if !self.takes_quota(reference.as_ref(), "session_set", bytes, now) {
                     return None;
                 }
-                return Some(Request::Session(reference, Some(set)));
+                return Some(PendingRequest::Session(reference, Some(set)));
             }
-            FrameBody::Refresh(refresh) => return Some(Request::Refresh(reference, refresh)),
+            FrameBody::Refresh(refresh) => {
+                return Some(PendingRequest::Refresh(reference, refresh));
+            }
             FrameBody::Ack(ack) => {
                 let user = self.identity.user.id.clone();
                 self.services.sessions.acknowledge(user, ack.epoch, ack.seq);
@@ -313,8 +317,10 @@ impl Session {
                 return self.create_room(reference, create);
             }
             FrameBody::DeleteRoom(delete) => return self.delete_room(reference, delete.room),
-            FrameBody::RoomInfo(info) => return Some(Request::RoomInfo(reference, info.room)),
-            FrameBody::Rooms(rooms) => return Some(Request::Rooms(reference, rooms)),
+            FrameBody::RoomInfo(info) => {
+                return Some(PendingRequest::RoomInfo(reference, info.room));
+            }
+            FrameBody::Rooms(rooms) => return Some(PendingRequest::Rooms(reference, rooms)),
             FrameBody::Typing(typing) => self.typing(reference, &typing),
             FrameBody::Read(read) => self.read(reference, read),
             FrameBody::Ping(ping) => self.pong(reference, ping.timestamp),
@@ -411,16 +417,16 @@ impl Session {
         false
     }
 
-    fn delete_room(&self, reference: Option<FrameRef>, room: RoomId) -> Option<Request> {
+    fn delete_room(&self, reference: Option<FrameRef>, room: RoomId) -> Option<PendingRequest> {
         let may = self.may_write(reference.as_ref(), "delete_room", &room);
-        may.then_some(Request::DeleteRoom(reference, room))
+        may.then_some(PendingRequest::DeleteRoom(reference, room))
     }
 
     fn create_room(
         &mut self,
         reference: Option<FrameRef>,
         create: CreateRoomFrame<'_>,
-    ) -> Option<Request> {
+    ) -> Option<PendingRequest> {
         let room = create.room;
         if !self.may_write(reference.as_ref(), "create_room", &room) {
             return None;
@@ -434,48 +440,56 @@ impl Session {
             created: unix_millis_now(),
             meta: create.meta.map_or("{}", RawValue::get).to_owned(),
         };
-        Some(Request::CreateRoom(reference, room, Box::new(record), create.password))
+        Some(PendingRequest::CreateRoom(reference, room, Box::new(record), create.password))
     }
 
     /// Begins what a frame asks for that has to wait. The future is on its own, so that the
-    /// connection can be looked after meanwhile; its output goes to [`Session::finish`].
-    pub fn perform(&mut self, request: Request) -> BoxFuture<Performed> {
+    /// connection can be looked after meanwhile; its output goes to [`Session::complete`].
+    pub fn execute(&mut self, request: PendingRequest) -> BoxFuture<RequestOutcome> {
         let (services, handle) = (self.services.clone(), self.handle.clone());
         let user = self.identity.user.clone();
         let writer = self.writer.clone();
-        let asked = |reference| perform::Asked { services, handle, reference, writer };
-        let answered: BoxFuture<_> = Box::pin(std::future::ready(Performed::Answered));
+        let context = |reference| requests::RequestContext { services, handle, reference, writer };
+        let answered: BoxFuture<_> = Box::pin(std::future::ready(RequestOutcome::Done));
         match request {
-            Request::Join(reference, join) => match self.may_join(reference.as_ref(), &join.room) {
-                Ok(()) => {
-                    self.joining = Some(join.room.clone());
-                    let again = self
-                        .guard_in(&join.room)
-                        .map(|guard| (guard.room_alive(), guard.rejoin_snapshot()));
-                    Box::pin(perform::join(asked(reference), join, user, again))
+            PendingRequest::Join(reference, join) => {
+                match self.may_join(reference.as_ref(), &join.room) {
+                    Ok(()) => {
+                        self.joining = Some(join.room.clone());
+                        let again = self
+                            .guard_in(&join.room)
+                            .map(|guard| (guard.room_alive(), guard.rejoin_snapshot()));
+                        Box::pin(requests::join(context(reference), join, user, again))
+                    }
+                    Err(refusal) => {
+                        let code = self.refuse(refusal);
+                        Box::pin(std::future::ready(RequestOutcome::NotJoined(code)))
+                    }
                 }
-                Err(refusal) => {
-                    let code = self.refuse(refusal);
-                    Box::pin(std::future::ready(Performed::NotJoined(code)))
-                }
-            },
-            Request::Leave(reference, room) => {
+            }
+            PendingRequest::Leave(reference, room) => {
                 if let Ok(place) = self.index_of(&room) {
                     self.rooms.remove(place).leave();
                 }
-                Box::pin(perform::leave(asked(reference), room))
+                Box::pin(requests::leave(context(reference), room))
             }
-            Request::History(reference, history) => match (history.room.clone(), &history.with) {
-                (Some(room), _) if !self.in_room(reference.as_ref(), "history", &room) => answered,
-                (Some(room), _) => Box::pin(perform::history(asked(reference), room, history)),
-                (None, Some(with)) => {
-                    let (user, with) = (user.id, with.clone());
-                    Box::pin(directs::history(asked(reference), user, with, history))
+            PendingRequest::History(reference, history) => {
+                match (history.room.clone(), &history.with) {
+                    (Some(room), _) if !self.in_room(reference.as_ref(), "history", &room) => {
+                        answered
+                    }
+                    (Some(room), _) => {
+                        Box::pin(requests::history(context(reference), room, history))
+                    }
+                    (None, Some(with)) => {
+                        let (user, with) = (user.id, with.clone());
+                        Box::pin(directs::history(context(reference), user, with, history))
+                    }
+                    // It names one of them.
+                    (None, None) => answered,
                 }
-                // It names one of them.
-                (None, None) => answered,
-            },
-            Request::Watch(reference, WatchFrame { users }) => {
+            }
+            PendingRequest::Watch(reference, WatchFrame { users }) => {
                 let users: BTreeSet<UserId> = users.into_iter().collect();
                 let more = users.iter().filter(|user| !self.watching.contains(*user)).count();
                 let watches_max = self.services.limits.watches_max;
@@ -486,64 +500,64 @@ impl Session {
                     return answered;
                 }
                 self.watching.extend(users.iter().cloned());
-                Box::pin(directs::watch(asked(reference), users))
+                Box::pin(directs::watch(context(reference), users))
             }
-            Request::Unwatch(WatchFrame { mut users }) => {
+            PendingRequest::Unwatch(WatchFrame { mut users }) => {
                 users.retain(|user| self.watching.remove(user));
-                Box::pin(directs::unwatch(asked(None), users))
+                Box::pin(directs::unwatch(context(None), users))
             }
-            Request::AutoWatch(user) => match self.begin_auto_watch(&user) {
-                true => Box::pin(directs::auto_watch(asked(None), user)),
+            PendingRequest::AutoWatch(user) => match self.begin_auto_watch(&user) {
+                true => Box::pin(directs::auto_watch(context(None), user)),
                 false => answered,
             },
-            Request::Session(reference, set) => {
+            PendingRequest::Session(reference, set) => {
                 let (user, session) = (user.id, self.session);
-                Box::pin(directs::session(asked(reference), user, session, set))
+                Box::pin(directs::session(context(reference), user, session, set))
             }
-            Request::Refresh(reference, refresh) => match self.refresh(&refresh) {
+            PendingRequest::Refresh(reference, refresh) => match self.refresh(&refresh) {
                 Ok((expires_at, left)) => {
-                    Box::pin(perform::refreshed(asked(reference), expires_at, left))
+                    Box::pin(requests::refreshed(context(reference), expires_at, left))
                 }
                 Err((code, text)) => {
                     self.refuse(refusal(reference, "refresh", None, code, text));
                     answered
                 }
             },
-            Request::Presence(reference, who) => match &who.room {
+            PendingRequest::Presence(reference, who) => match &who.room {
                 Some(room) if !self.in_room(reference.as_ref(), "presence", room) => answered,
                 Some(room) => {
                     let room = room.clone();
-                    Box::pin(perform::presence_in(asked(reference), room, who.cursor, who.limit))
+                    Box::pin(requests::presence_in(context(reference), room, who.cursor, who.limit))
                 }
-                None => Box::pin(perform::online(asked(reference), who.cursor, who.limit)),
+                None => Box::pin(requests::online(context(reference), who.cursor, who.limit)),
             },
-            Request::CreateRoom(reference, room, record, password) => {
-                Box::pin(rooms::create(asked(reference), room, *record, password))
+            PendingRequest::CreateRoom(reference, room, record, password) => {
+                Box::pin(rooms::create(context(reference), room, *record, password))
             }
-            Request::DeleteRoom(reference, room) => {
-                Box::pin(rooms::delete(asked(reference), room, user.id))
+            PendingRequest::DeleteRoom(reference, room) => {
+                Box::pin(rooms::delete(context(reference), room, user.id))
             }
-            Request::RoomInfo(reference, room) => {
+            PendingRequest::RoomInfo(reference, room) => {
                 let (user, is_member) = (user.id, self.guard_in(&room).is_some());
                 let is_open = self.identity.access(&room).is_some();
-                Box::pin(rooms::info(asked(reference), room, user, is_member, is_open))
+                Box::pin(rooms::info(context(reference), room, user, is_member, is_open))
             }
-            Request::Rooms(reference, wanted) => {
+            PendingRequest::Rooms(reference, wanted) => {
                 let identity = self.identity.clone();
-                Box::pin(rooms::list(asked(reference), wanted, identity))
+                Box::pin(rooms::list(context(reference), wanted, identity))
             }
         }
     }
 
-    /// Takes note of what was performed.
+    /// Takes note of what was outcome.
     ///
     /// # Errors
     ///
     /// The code of the `error` that a join was refused with.
-    pub fn finish(&mut self, performed: Performed) -> Result<(), ErrorCode> {
+    pub fn complete(&mut self, outcome: RequestOutcome) -> Result<(), ErrorCode> {
         let joining = self.joining.take();
-        match performed {
-            Performed::Joined(guard) => {
+        match outcome {
+            RequestOutcome::Joined(guard) => {
                 if let (Some(room), Some(guard)) = (joining, guard) {
                     match self.index_of(&room) {
                         Ok(place) => self.rooms[place] = guard,
@@ -556,14 +570,14 @@ impl Session {
                 }
                 Ok(())
             }
-            Performed::NotJoined(code) => Err(code),
-            Performed::NotWatched(users) => {
+            RequestOutcome::NotJoined(code) => Err(code),
+            RequestOutcome::NotWatched(users) => {
                 for user in &users {
                     self.watching.remove(user);
                 }
                 Ok(())
             }
-            Performed::Answered => Ok(()),
+            RequestOutcome::Done => Ok(()),
         }
     }
 
@@ -584,7 +598,7 @@ impl Session {
         Ok(())
     }
 
-    /// Whether the token and the limits allow to join a room, before that is asked for.
+    /// Whether the token and the limits allow to join a room, before that is context for.
     ///
     /// # Errors
     ///
@@ -870,7 +884,7 @@ impl Outcome {
             ),
             BusError::Rejected => (ErrorCode::Internal, "the message could not be stored"),
             BusError::MemoryFull | BusError::UnseenQuota | BusError::UnseenBytes => {
-                perform::text_of_bound(error)
+                requests::text_of_bound(error)
             }
         };
         let refusal = ErrorFrame {

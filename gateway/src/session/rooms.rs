@@ -12,9 +12,9 @@ use shared::{
 };
 
 use super::{
-    Performed,
+    RequestOutcome,
     auth::Identity,
-    perform::{Asked, TOO_MANY_PASSWORDS},
+    requests::{RequestContext, TOO_MANY_PASSWORDS},
 };
 use crate::{
     bus::registry::{CreateOutcome, DeleteOutcome, RoomConfig, RoomPage, RoomSummary},
@@ -63,90 +63,90 @@ pub fn info_of(found: RoomSummary, rules: &RoomRules) -> RoomInfoFrame {
 }
 
 pub(super) async fn create(
-    asked: Asked,
+    context: RequestContext,
     room: RoomId,
     mut record: RoomConfig,
     password: Option<String>,
-) -> Performed {
+) -> RequestOutcome {
     if let Some(password) = password {
-        let passwords = &asked.services.passwords;
-        record.password = match passwords.hash(asked.address(), password).await {
+        let passwords = &context.services.passwords;
+        record.password = match passwords.hash(context.address(), password).await {
             Ok(hash) => Some(hash),
             Err(wait) => {
-                asked.limit("create_room", Some(&room), wait, TOO_MANY_PASSWORDS);
-                return Performed::Answered;
+                context.limit("create_room", Some(&room), wait, TOO_MANY_PASSWORDS);
+                return RequestOutcome::Done;
             }
         };
     }
-    let store = asked.services.presence.store();
-    let owned_max = asked.services.limits.managed_max;
+    let store = context.services.presence.store();
+    let owned_max = context.services.limits.managed_max;
     let owned_max = Some(owned_max).filter(|max| *max > 0);
-    match asked.wait(store.create(room.clone(), record.clone(), owned_max)).await {
+    match context.wait(store.create(room.clone(), record.clone(), owned_max)).await {
         Ok(CreateOutcome::Created) => {
             let found =
                 RoomSummary { room, since: record.created, config: Some(record), members: 0 };
-            let info = info_of(found, &asked.services.rules);
-            let info = RoomInfoFrame { reference: asked.reference.clone(), ..info };
-            asked.send(&ServerFrame::RoomInfo(Box::new(info)));
+            let info = info_of(found, &context.services.rules);
+            let info = RoomInfoFrame { reference: context.reference.clone(), ..info };
+            context.send(&ServerFrame::RoomInfo(Box::new(info)));
         }
         Ok(CreateOutcome::Exists) => {
             let text = "a room of that name is there, with members or a log";
-            asked.refuse("create_room", Some(&room), ErrorCode::RoomExists, text);
+            context.refuse("create_room", Some(&room), ErrorCode::RoomExists, text);
         }
         Ok(CreateOutcome::QuotaExceeded) => {
-            asked.services.metrics.storage_rejections.of(StorageLimit::ManagedRooms).inc();
+            context.services.metrics.storage_rejections.of(StorageLimit::ManagedRooms).inc();
             let text = "you own as many managed rooms as you may: delete one first";
-            asked.refuse("create_room", Some(&room), ErrorCode::LimitReached, text);
+            context.refuse("create_room", Some(&room), ErrorCode::LimitReached, text);
         }
-        Err((code, text)) => drop(asked.refuse("create_room", Some(&room), code, text)),
+        Err((code, text)) => drop(context.refuse("create_room", Some(&room), code, text)),
     }
-    Performed::Answered
+    RequestOutcome::Done
 }
 
-pub(super) async fn delete(asked: Asked, room: RoomId, user: UserId) -> Performed {
-    let store = asked.services.presence.store();
-    let by = Some(asked.handle.connection);
-    let (code, text) = match asked.wait(store.delete_room(room.clone(), Some(user), by)).await {
+pub(super) async fn delete(context: RequestContext, room: RoomId, user: UserId) -> RequestOutcome {
+    let store = context.services.presence.store();
+    let by = Some(context.handle.connection);
+    let (code, text) = match context.wait(store.delete_room(room.clone(), Some(user), by)).await {
         Ok(DeleteOutcome::Deleted) => {
-            let (reference, reason) = (asked.reference.clone(), RoomClosedReason::Deleted);
-            asked.send(&ServerFrame::RoomClosed(RoomClosedFrame { reference, room, reason }));
-            return Performed::Answered;
+            let (reference, reason) = (context.reference.clone(), RoomClosedReason::Deleted);
+            context.send(&ServerFrame::RoomClosed(RoomClosedFrame { reference, room, reason }));
+            return RequestOutcome::Done;
         }
         Ok(DeleteOutcome::NotOwner) => (ErrorCode::Forbidden, "only its owner may delete a room"),
         Ok(DeleteOutcome::NotFound) => NOT_FOUND,
         Err(failed) => failed,
     };
-    asked.refuse("delete_room", Some(&room), code, text);
-    Performed::Answered
+    context.refuse("delete_room", Some(&room), code, text);
+    RequestOutcome::Done
 }
 
 const NOT_FOUND: (ErrorCode, &str) = (ErrorCode::NotFound, "there is no such room");
 
 /// A private room is there for its members and its owner only.
 pub(super) async fn info(
-    asked: Asked,
+    context: RequestContext,
     room: RoomId,
     user: UserId,
     is_member: bool,
     is_open: bool,
-) -> Performed {
-    let store = asked.services.presence.store();
-    let (code, text) = match asked.read(store.find(room.clone()), |_| 0).await {
+) -> RequestOutcome {
+    let store = context.services.presence.store();
+    let (code, text) = match context.read(store.find(room.clone()), |_| 0).await {
         Ok(Some(found)) => {
-            let info = info_of(found, &asked.services.rules);
+            let info = info_of(found, &context.services.rules);
             let is_owner = info.owner.as_ref() == Some(&user);
             if is_open && (info.public || is_member || is_owner) {
-                let info = RoomInfoFrame { reference: asked.reference.clone(), ..info };
-                asked.send(&ServerFrame::RoomInfo(Box::new(info)));
-                return Performed::Answered;
+                let info = RoomInfoFrame { reference: context.reference.clone(), ..info };
+                context.send(&ServerFrame::RoomInfo(Box::new(info)));
+                return RequestOutcome::Done;
             }
             NOT_FOUND
         }
         Ok(None) => NOT_FOUND,
         Err(failed) => failed,
     };
-    asked.refuse("room_info", Some(&room), code, text);
-    Performed::Answered
+    context.refuse("room_info", Some(&room), code, text);
+    RequestOutcome::Done
 }
 
 /// What a list of rooms takes, in bytes.
@@ -158,18 +158,18 @@ fn bytes_of(listing: &RoomPage) -> usize {
 
 /// The public rooms that are open to the user, as many as a frame holds.
 pub(super) async fn list(
-    asked: Asked,
+    context: RequestContext,
     wanted: client_frame::RoomsFrame,
     identity: Identity,
-) -> Performed {
-    let store = asked.services.presence.store();
+) -> RequestOutcome {
+    let store = context.services.presence.store();
     let (prefix, after) = (wanted.prefix.unwrap_or_default(), wanted.cursor.unwrap_or_default());
     let listing = store.list(prefix, after, wanted.limit as usize, false);
-    let listing = match asked.read(listing, bytes_of).await {
+    let listing = match context.read(listing, bytes_of).await {
         Ok(listing) => listing,
         Err((code, text)) => {
-            asked.refuse("rooms", None, code, text);
-            return Performed::Answered;
+            context.refuse("rooms", None, code, text);
+            return RequestOutcome::Done;
         }
     };
     let (mut cursor, mut last, mut bytes) = (listing.next, None, 0);
@@ -183,13 +183,13 @@ pub(super) async fn list(
         bytes += meta + 1;
         last = Some(found.room.to_string());
         if identity.access(&found.room).is_some() {
-            rooms.push(info_of(found, &asked.services.rules));
+            rooms.push(info_of(found, &context.services.rules));
         }
     }
-    asked.send(&ServerFrame::Rooms(RoomsPageFrame {
-        reference: asked.reference.clone(),
+    context.send(&ServerFrame::Rooms(RoomsPageFrame {
+        reference: context.reference.clone(),
         rooms,
         cursor,
     }));
-    Performed::Answered
+    RequestOutcome::Done
 }

@@ -41,7 +41,7 @@ use crate::{
     hub::member::{ConnectionHandle, text_frame},
     limits::meter::{InputBudget, Meter, MeterDecision},
     outbox::Close,
-    session::{Performed, Request, Session},
+    session::{PendingRequest, RequestOutcome, Session},
     telemetry::metrics::Metrics,
 };
 
@@ -121,7 +121,7 @@ enum Step {
     /// The outbox is full: the client has to take its answers first.
     Full,
     /// This has to be done before the next frame.
-    Perform(Request),
+    Perform(PendingRequest),
     /// It is over.
     End(Ending),
 }
@@ -224,7 +224,7 @@ impl Connection {
         let handle = self.handle.clone();
         let outbox = &handle.outbox;
         let Some(socket) = outbox.socket() else { return End::Gone };
-        let mut performing: Option<BoxFuture<Performed>> = None;
+        let mut performing: Option<BoxFuture<RequestOutcome>> = None;
         let mut told = self.session().map(|session| session.told());
         let mut turn = InputBudget::default();
         loop {
@@ -245,7 +245,7 @@ impl Connection {
                     }
                     Step::Perform(request) => {
                         turn.request();
-                        performing = self.session().map(|session| session.perform(request));
+                        performing = self.session().map(|session| session.execute(request));
                         // It may have been another token.
                         self.expires = expires_of(&self.handler);
                     }
@@ -292,16 +292,16 @@ impl Connection {
                 has_waited |= polled.is_pending();
                 polled
             });
-            // All arms are cancel-safe: what is performed is kept. The bodies do not await.
+            // All arms are cancel-safe: what is outcome is kept. The bodies do not await.
             tokio::select! {
                 biased;
                 () = batch.left() => return End::Leave,
                 () = outbox.woken() => {}
-                performed = output_of(&mut performing), if performing.is_some() => {
+                outcome = output_of(&mut performing), if performing.is_some() => {
                     performing = None;
                     if let Some(session) = self.session() {
                         // A refusal has been sent, which is all a client of `/ws` needs.
-                        let _ = session.finish(performed);
+                        let _ = session.complete(outcome);
                     }
                 }
                 // A client that is gone waits for nothing.

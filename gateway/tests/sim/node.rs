@@ -26,7 +26,7 @@ use gateway::{
     publisher::Publisher,
     rooms::{RoomRules, passwords::Passwords},
     session::{
-        Performed, Services, Session, SessionLimits,
+        RequestOutcome, Services, Session, SessionLimits,
         auth::{Auth, Credentials},
     },
     telemetry::metrics::Metrics,
@@ -235,7 +235,7 @@ impl SimConnection {
         let handle = self.handle.clone();
         let outbox = &handle.outbox;
         let line = self.line.clone();
-        let mut performing: Option<BoxFuture<Performed>> = None;
+        let mut performing: Option<BoxFuture<RequestOutcome>> = None;
         let mut meter = Meter::new(Arc::new(MeterRates::unlimited()), None);
         loop {
             let mut full = false;
@@ -250,7 +250,7 @@ impl SimConnection {
                     let Some(frame) = line.0.0.lock().frames.pop_front() else { break };
                     let frame = ClientFrame::from_text(&frame);
                     let request = self.session.handle_frame(frame, &mut meter, Instant::now());
-                    performing = request.map(|request| self.session.perform(request));
+                    performing = request.map(|request| self.session.execute(request));
                 }
             }
             if outbox.begin_close().is_some() {
@@ -268,14 +268,14 @@ impl SimConnection {
             }
             let behind = self.session.take_lagging();
             self.session.catch_up(behind).await;
-            // All arms are cancel-safe: what is performed is kept.
+            // All arms are cancel-safe: what is outcome is kept.
             tokio::select! {
                 biased;
                 () = line.0.1.notified() => {}
                 () = outbox.woken() => {}
-                performed = output_of(&mut performing), if performing.is_some() => {
+                outcome = output_of(&mut performing), if performing.is_some() => {
                     performing = None;
-                    let _ = self.session.finish(performed);
+                    let _ = self.session.complete(outcome);
                 }
             }
         }

@@ -21,7 +21,7 @@ use shared::{
 };
 use tokio::time::Instant;
 
-use super::{Performed, Services, after, after_outage, refusal, refuse};
+use super::{RequestOutcome, Services, after, after_outage, refusal, refuse};
 use crate::{
     bus::{
         BoxFuture, BusError, ReadRange,
@@ -38,13 +38,13 @@ use crate::{
     },
     limits::{address_key, quotas::Writer},
     presence::{PresenceGuard, RoomAlive},
-    publisher::bound_of,
+    publisher::storage_bound,
     rooms::passwords::{PasswordAttempt, PasswordOutcome},
     telemetry::metrics::{Metrics, StorageLimit},
 };
 
-/// Who asked, and what there is to answer with.
-pub(super) struct Asked {
+/// Who context, and what there is to answer with.
+pub(super) struct RequestContext {
     pub(super) services: Arc<Services>,
     pub(super) handle: Arc<ConnectionHandle>,
     pub(super) reference: Option<FrameRef>,
@@ -52,7 +52,7 @@ pub(super) struct Asked {
     pub(super) writer: Writer,
 }
 
-impl Asked {
+impl RequestContext {
     pub(super) fn send(&self, frame: &ServerFrame<Box<RawValue>>) {
         self.handle.send(frame);
     }
@@ -70,7 +70,7 @@ impl Asked {
         refuse(&self.services, &self.handle, refusal)
     }
 
-    /// As [`Asked::refuse`], of what may be tried again after `wait`.
+    /// As [`RequestContext::refuse`], of what may be tried again after `wait`.
     pub(super) fn limit(
         &self,
         kind: &str,
@@ -122,7 +122,7 @@ impl Asked {
         }
     }
 
-    /// As [`Asked::wait`], at the pace of what may be read for the client; `bytes` of an answer are
+    /// As [`RequestContext::wait`], at the pace of what may be read for the client; `bytes` of an answer are
     /// charged.
     pub(super) async fn read<T>(
         &self,
@@ -153,7 +153,7 @@ impl Asked {
 
 /// Counts that a bound was reached, and says what is told.
 pub(super) fn refused_by_bound(metrics: &Metrics, error: BusError) -> (ErrorCode, &'static str) {
-    if let Some(bound) = bound_of(error) {
+    if let Some(bound) = storage_bound(error) {
         metrics.storage_rejections.of(bound).inc();
     }
     text_of_bound(error)
@@ -212,15 +212,15 @@ impl From<BusError> for NotEntered {
 
 /// `again`: for a member already, what it would be told on entering now.
 pub(super) async fn join(
-    asked: Asked,
+    context: RequestContext,
     join: client_frame::JoinFrame,
     user: UserInfo,
     again: Option<(RoomAlive, BoxFuture<Result<JoinSnapshot, AdmitError>>)>,
-) -> Performed {
+) -> RequestOutcome {
     let (is_member, room) = (again.is_some(), join.room.clone());
-    let wait_max = asked.services.limits.wait_max;
-    if let Err((code, text)) = asked.may_read().await {
-        return Performed::NotJoined(asked.refuse("join", Some(&room), code, text));
+    let wait_max = context.services.limits.wait_max;
+    if let Err((code, text)) = context.may_read().await {
+        return RequestOutcome::NotJoined(context.refuse("join", Some(&room), code, text));
     }
     let joining = async {
         let (guard, grant) = match again {
@@ -228,7 +228,7 @@ pub(super) async fn join(
                 (None, JoinGrant { snapshot: again.await?, room_alive: Some(room_alive) })
             }
             None => {
-                let (guard, snapshot) = enter(&asked, &join, &user).await?;
+                let (guard, snapshot) = enter(&context, &join, &user).await?;
                 let room_alive = Some(guard.room_alive());
                 (Some(guard), JoinGrant { snapshot, room_alive })
             }
@@ -237,32 +237,32 @@ pub(super) async fn join(
             Some(since) => JoinStart::Since(since),
             None => JoinStart::Newest(join.history),
         };
-        let (handle, reference) = (asked.handle.clone(), asked.reference.clone());
-        let joined = asked.services.hub.join(join.room, handle, reference, start, grant);
+        let (handle, reference) = (context.handle.clone(), context.reference.clone());
+        let joined = context.services.hub.join(join.room, handle, reference, start, grant);
         match joined.await.map_err(|_| BusError::Unavailable)? {
             JoinOutcome::Member { bytes_read } => {
-                asked.has_read(bytes_read);
+                context.has_read(bytes_read);
                 Ok(guard)
             }
             JoinOutcome::TooManyRooms => Err(NotEntered::TooManyRooms),
         }
     };
     let error = match tokio::time::timeout(wait_max, joining).await {
-        Ok(Ok(guard)) => return Performed::Joined(guard),
+        Ok(Ok(guard)) => return RequestOutcome::Joined(guard),
         Ok(Err(NotEntered::Enter(error))) => error,
         Ok(Err(NotEntered::PasswordLater(wait))) => {
-            let code = asked.limit("join", Some(&room), wait, TOO_MANY_PASSWORDS);
-            return Performed::NotJoined(code);
+            let code = context.limit("join", Some(&room), wait, TOO_MANY_PASSWORDS);
+            return RequestOutcome::NotJoined(code);
         }
         Ok(Err(NotEntered::TooManyRooms)) => {
             let text = "this node follows as many rooms as it may (hub.rooms_max)";
             let code = ErrorCode::LimitReached;
-            return Performed::NotJoined(asked.refuse("join", Some(&room), code, text));
+            return RequestOutcome::NotJoined(context.refuse("join", Some(&room), code, text));
         }
         Err(_) => {
             // The hub may have let it in at the very moment it was given up.
             if !is_member {
-                asked.services.hub.cancel_join(room.clone(), asked.handle.clone()).await;
+                context.services.hub.cancel_join(room.clone(), context.handle.clone()).await;
             }
             AdmitError::Bus(BusError::Unavailable)
         }
@@ -272,26 +272,26 @@ pub(super) async fn join(
         AdmitError::Full => (ErrorCode::RoomFull, "the room has as many members as it may have"),
         AdmitError::NotFound => (ErrorCode::NotFound, "there is no such room: create it first"),
         AdmitError::Quota => {
-            asked.services.metrics.storage_rejections.of(StorageLimit::NewRooms).inc();
+            context.services.metrics.storage_rejections.of(StorageLimit::NewRooms).inc();
             (ErrorCode::RateLimited, "too many new rooms in too short a time")
         }
         AdmitError::Bus(BusError::Rejected) => (ErrorCode::Internal, "the bus refused it"),
         AdmitError::Bus(error) if error.is_limit() => {
-            refused_by_bound(&asked.services.metrics, error)
+            refused_by_bound(&context.services.metrics, error)
         }
         AdmitError::Bus(_) => AWAY,
     };
-    Performed::NotJoined(asked.refuse("join", Some(&room), code, text))
+    RequestOutcome::NotJoined(context.refuse("join", Some(&room), code, text))
 }
 
 /// Has the user enter, with the password that the room asks for.
 async fn enter(
-    asked: &Asked,
+    context: &RequestContext,
     join: &client_frame::JoinFrame,
     user: &UserInfo,
 ) -> Result<(PresenceGuard, JoinSnapshot), NotEntered> {
-    let Services { presence, rules, passwords, quotas, .. } = &*asked.services;
-    let within_quota = quotas.check_new_room(&asked.writer, Instant::now());
+    let Services { presence, rules, passwords, quotas, .. } = &*context.services;
+    let within_quota = quotas.check_new_room(&context.writer, Instant::now());
     let mut keep_to = JoinConditions {
         password_hash: None,
         create: rules.create_on_join,
@@ -301,7 +301,7 @@ async fn enter(
         let found = presence.store().find(join.room.clone()).await?;
         if let Some(hash) = found.and_then(|found| found.config?.password) {
             let (user, room) = (user.id.clone(), join.room.clone());
-            let attempt = PasswordAttempt { address: asked.address(), user, room };
+            let attempt = PasswordAttempt { address: context.address(), user, room };
             match passwords.check(attempt, hash.clone(), password.clone()).await {
                 PasswordOutcome::Matches => keep_to.password_hash = Some(hash),
                 PasswordOutcome::Wrong => return Err(AdmitError::WrongPassword.into()),
@@ -312,60 +312,64 @@ async fn enter(
     let (guard, snapshot) =
         presence.admit(PresenceScope::Room(join.room.clone()), user, Some(keep_to)).await?;
     if snapshot.created {
-        quotas.count_new_room(&asked.writer, Instant::now());
+        quotas.count_new_room(&context.writer, Instant::now());
     }
     Ok((guard, snapshot))
 }
 
-pub(super) async fn leave(asked: Asked, room: RoomId) -> Performed {
-    let Asked { services, handle, reference, .. } = asked;
+pub(super) async fn leave(context: RequestContext, room: RoomId) -> RequestOutcome {
+    let RequestContext { services, handle, reference, .. } = context;
     let left =
         text_frame(&ServerFrame::Left(LeftFrame { reference, room: room.clone(), reason: None }));
     let connection = handle.connection;
     services.hub.leave(room, connection, Some((handle, left))).await;
-    Performed::Answered
+    RequestOutcome::Done
 }
 
-/// Who is in a room: asked for by id as members here know them, and told as they know them then.
+/// Who is in a room: context for by id as members here know them, and told as they know them then.
 pub(super) async fn presence_in(
-    asked: Asked,
+    context: RequestContext,
     room: RoomId,
     cursor: Option<String>,
     limit: u32,
-) -> Performed {
-    let (hub, store) = (&asked.services.hub, asked.services.presence.store());
+) -> RequestOutcome {
+    let (hub, store) = (&context.services.hub, context.services.presence.store());
     let (after, limit) = (cursor.unwrap_or_default(), limit as usize);
     let users = hub.present_after(room.clone(), after.clone(), limit).await;
     let details = store.details(room.clone(), users);
     let bytes = |details: &PresenceDetails| details.users.len() * PERSON_BYTES;
-    let mut details = match asked.read(details, bytes).await {
+    let mut details = match context.read(details, bytes).await {
         Ok(details) => details,
         Err((code, text)) => {
-            asked.refuse("presence", Some(&room), code, text);
-            return Performed::Answered;
+            context.refuse("presence", Some(&room), code, text);
+            return RequestOutcome::Done;
         }
     };
     let place = PresenceScope::Room(room.clone());
     for detail in &mut details.users {
-        let active = asked.services.presence.active(&place, &detail.user.id).unwrap_or_default();
+        let active = context.services.presence.active(&place, &detail.user.id).unwrap_or_default();
         detail.active = detail.active.max(active);
     }
-    let (handle, reference) = (asked.handle.clone(), asked.reference.clone());
+    let (handle, reference) = (context.handle.clone(), context.reference.clone());
     hub.send_presence(room, handle, reference, (after, limit), details).await;
-    Performed::Answered
+    RequestOutcome::Done
 }
 
 /// Who is connected to any node.
-pub(super) async fn online(asked: Asked, cursor: Option<String>, limit: u32) -> Performed {
-    let presence = &asked.services.presence;
+pub(super) async fn online(
+    context: RequestContext,
+    cursor: Option<String>,
+    limit: u32,
+) -> RequestOutcome {
+    let presence = &context.services.presence;
     let limit = if presence.options().public { limit as usize } else { 0 };
     let page = presence.online(cursor.unwrap_or_default(), limit);
     let bytes = |page: &OnlinePage| page.users.len() * PERSON_BYTES;
-    let page = match asked.read(page, bytes).await {
+    let page = match context.read(page, bytes).await {
         Ok(page) => page,
         Err((code, text)) => {
-            asked.refuse("presence", None, code, text);
-            return Performed::Answered;
+            context.refuse("presence", None, code, text);
+            return RequestOutcome::Done;
         }
     };
     let present = |detail: crate::bus::registry::UserPresence| {
@@ -382,18 +386,18 @@ pub(super) async fn online(asked: Asked, cursor: Option<String>, limit: u32) -> 
     let users: Vec<PresenceUser> = page.users.into_iter().map(present).collect();
     let last = users.last().map(|user| user.id.to_string());
     let cursor = last.filter(|_| page.more);
-    let (reference, count) = (asked.reference.clone(), page.count);
+    let (reference, count) = (context.reference.clone(), page.count);
     let answer = PresencePageFrame { reference, room: None, users, count, cursor };
-    asked.send(&ServerFrame::Presence(Box::new(answer)));
-    Performed::Answered
+    context.send(&ServerFrame::Presence(Box::new(answer)));
+    RequestOutcome::Done
 }
 
 /// The connection has another token, which does not allow some rooms any more.
 pub(super) async fn refreshed(
-    asked: Asked,
+    context: RequestContext,
     expires_at: SystemTime,
     left: Vec<RoomId>,
-) -> Performed {
+) -> RequestOutcome {
     for room in left {
         let reason = Some(LeftReason::Forbidden);
         let answer = text_frame(&ServerFrame::Left(LeftFrame {
@@ -401,12 +405,12 @@ pub(super) async fn refreshed(
             room: room.clone(),
             reason,
         }));
-        let handle = asked.handle.clone();
-        asked.services.hub.leave(room, handle.connection, Some((handle.clone(), answer))).await;
+        let handle = context.handle.clone();
+        context.services.hub.leave(room, handle.connection, Some((handle.clone(), answer))).await;
     }
-    let (reference, expires_at) = (asked.reference.clone(), shared::timestamp(expires_at));
-    asked.send(&ServerFrame::Refreshed(RefreshedFrame { reference, expires_at }));
-    Performed::Answered
+    let (reference, expires_at) = (context.reference.clone(), shared::timestamp(expires_at));
+    context.send(&ServerFrame::Refreshed(RefreshedFrame { reference, expires_at }));
+    RequestOutcome::Done
 }
 
 /// The part of a log that a `history` asks for.
@@ -420,24 +424,24 @@ pub(super) fn range_of(wanted: &client_frame::HistoryFrame) -> ReadRange {
 }
 
 pub(super) async fn history(
-    asked: Asked,
+    context: RequestContext,
     room: RoomId,
     wanted: client_frame::HistoryFrame,
-) -> Performed {
+) -> RequestOutcome {
     let range = range_of(&wanted);
-    let read: BoxFuture<_> = if asked.services.rules.is_durable(&room) {
-        asked.services.bus.read(room.clone(), range)
+    let read: BoxFuture<_> = if context.services.rules.is_durable(&room) {
+        context.services.bus.read(room.clone(), range)
     } else {
         Box::pin(ready(Ok(LogPage::without_log())))
     };
-    match asked.read(read, LogPage::bytes).await {
-        Ok(page) => asked.send(&answer(asked.reference.clone(), room, range, &page)),
-        Err((code, text)) => drop(asked.refuse("history", Some(&room), code, text)),
+    match context.read(read, LogPage::bytes).await {
+        Ok(page) => context.send(&answer(context.reference.clone(), room, range, &page)),
+        Err((code, text)) => drop(context.refuse("history", Some(&room), code, text)),
     }
-    Performed::Answered
+    RequestOutcome::Done
 }
 
-/// The frames of a page, as many as an answer holds, and whether more are there in the direction asked
+/// The frames of a page, as many as an answer holds, and whether more are there in the direction context
 /// for.
 pub fn history_of(range: ReadRange, page: &LogPage) -> (Vec<Box<RawValue>>, bool) {
     let entries = &page.entries;
