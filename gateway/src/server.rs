@@ -105,7 +105,7 @@ impl Server {
         let presence = PresenceTracker::start(registry.clone(), config.presence, &tasks);
         let rules = Arc::new(config.rooms);
         metrics.bus_up.set(i64::from(redis.is_none()));
-        let told = mailboxes.node_state().status();
+        let bus_status = mailboxes.node_state().status();
         let trails = Arc::<Trails>::default();
         let telemetry = (&metrics, &trails);
         let people = (&bus, &presence, &rules);
@@ -151,7 +151,7 @@ impl Server {
             passwords: Passwords::new(config.passwords, metrics.clone()),
             reads: ReadLimiter::new(limits.read_bytes_per_second),
             peers: Peers::default(),
-            told,
+            bus_status,
             metrics: metrics_of_sessions,
             quotas,
             limits,

@@ -562,7 +562,7 @@ impl EventStream {
         if let Some(limit) = &stall_limit {
             limit.set(node.options.heartbeat.write_timeout);
         }
-        let mut told = Some(self.session.told());
+        let mut told = Some(self.session.bus_status());
         let StreamEnd(code) = self.serve(node, &mut told).await;
         self.session.end().await;
         self.handle.outbox.discard();
@@ -640,7 +640,7 @@ impl EventStream {
                     outbox.close(Close { code, reason: String::new() });
                 }
                 () = outbox.woken() => {}
-                news = changed(told) => self.session.tell(news),
+                news = changed(told) => self.session.send_bus_status(news),
                 // Where a piece is under way it says the same.
                 _ = ping.tick() => if !outbox.has_held() {
                     self.send(": ping\n\n".to_owned());

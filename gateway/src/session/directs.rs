@@ -52,7 +52,7 @@ pub(super) async fn history(
     let Found { entries, epoch, more } = match find(&context, &user, &with, range).await {
         Ok(found) => found,
         Err((code, text)) => {
-            context.refuse("history", None, code, text);
+            context.reject("history", None, code, text);
             return RequestOutcome::Done;
         }
     };
@@ -172,7 +172,7 @@ pub(super) async fn watch(context: RequestContext, users: BTreeSet<UserId>) -> R
             "this node watches as many users as it may (hub.watched_users_max): {count} of these are \
              not watched"
         );
-        context.refuse("watch", None, ErrorCode::LimitReached, &text);
+        context.reject("watch", None, ErrorCode::LimitReached, &text);
     }
     RequestOutcome::NotWatched(refused)
 }
@@ -217,9 +217,9 @@ pub(super) async fn session(
                 }
                 _ => ErrorCode::TooLarge,
             };
-            context.refuse(kind, None, code, &error.to_string());
+            context.reject(kind, None, code, &error.to_string());
         }
-        Err((code, text)) => drop(context.refuse(kind, None, code, text)),
+        Err((code, text)) => drop(context.reject(kind, None, code, text)),
     }
     RequestOutcome::Done
 }

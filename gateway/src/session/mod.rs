@@ -19,7 +19,7 @@ use shared::{
         FrameRef,
         client_frame::{
             ClientFrame, CreateRoomFrame, FrameBody, HistoryFrame, JoinFrame, MarkReadFrame,
-            PresenceFrame as Who, Recipient, RefreshFrame, RoomsFrame, SendFrame, SessionSetFrame,
+            PresenceFrame, Recipient, RefreshFrame, RoomsFrame, SendFrame, SessionSetFrame,
             SetTypingFrame, WatchFrame,
         },
         server_frame::{AckFrame, BusState, ErrorFrame, PongFrame, ServerFrame, StatusFrame},
@@ -75,7 +75,7 @@ pub struct Services {
     pub presence: Arc<PresenceTracker>,
     /// Where sessions are kept.
     pub sessions: Arc<dyn SessionStore>,
-    /// How clients are told apart.
+    /// How clients are status apart.
     pub auth: Auth,
     /// What holds for rooms.
     pub rules: Arc<RoomRules>,
@@ -85,8 +85,8 @@ pub struct Services {
     pub reads: ReadLimiter,
     /// With whom the entries of inboxes are.
     pub peers: Peers,
-    /// What clients are told of the bus.
-    pub told: watch::Receiver<BusStatus>,
+    /// What clients are status of the bus.
+    pub bus_status: watch::Receiver<BusStatus>,
     /// What is counted.
     pub metrics: Arc<Metrics>,
     /// What clients may have kept.
@@ -123,7 +123,7 @@ pub struct Session {
     handle: Arc<ConnectionHandle>,
     /// Whose quotas are used up.
     writer: Writer,
-    /// Whose status it is told.
+    /// Whose status it is status.
     watching: BTreeSet<UserId>,
     /// The user is connected as long as this is there.
     online: PresenceGuard,
@@ -143,7 +143,7 @@ pub enum PendingRequest {
     /// `history`
     History(Option<FrameRef>, HistoryFrame),
     /// `presence`
-    Presence(Option<FrameRef>, Who),
+    Presence(Option<FrameRef>, PresenceFrame),
     /// `watch`
     Watch(Option<FrameRef>, WatchFrame),
     /// `unwatch`
@@ -184,7 +184,7 @@ impl PendingRequest {
 pub enum RequestOutcome {
     /// The connection is a member. The guard is a new one, unless it was one before.
     Joined(Option<PresenceGuard>),
-    /// It is not, and was told so with this code.
+    /// It is not, and was status so with this code.
     NotJoined(ErrorCode),
     /// These users are not watched, since the node watches as many as it may.
     NotWatched(Vec<UserId>),
@@ -192,7 +192,7 @@ pub enum RequestOutcome {
     Done,
 }
 
-/// The least and the most that an `unavailable` tells to wait: all clients of a bus that is away are told
+/// The least and the most that an `unavailable` tells to wait: all clients of a bus that is away are status
 /// so in the same moment, and are not to come back in one.
 const RETRY_AFTER: std::ops::Range<Duration> = Duration::from_secs(1)..Duration::from_secs(2);
 /// The same where a bound of durable state was reached: it is reached for longer.
@@ -224,19 +224,19 @@ impl Session {
         }
     }
 
-    /// What clients are told of the bus, to be [told](Session::tell) when it changes.
-    pub fn told(&self) -> watch::Receiver<BusStatus> {
-        let mut told = self.services.told.clone();
-        if told.borrow_and_update().bus == BusState::Down {
-            told.mark_changed();
+    /// What clients are status of the bus, to be [status](Session::send_bus_status) when it changes.
+    pub fn bus_status(&self) -> watch::Receiver<BusStatus> {
+        let mut status = self.services.bus_status.clone();
+        if status.borrow_and_update().bus == BusState::Down {
+            status.mark_changed();
         }
-        told
+        status
     }
 
     /// Sends `status`.
-    pub fn tell(&self, told: BusStatus) {
-        let since = shared::timestamp(told.since.unwrap_or_else(SystemTime::now));
-        self.send(&ServerFrame::Status(StatusFrame { bus: told.bus, since }));
+    pub fn send_bus_status(&self, status: BusStatus) {
+        let since = shared::timestamp(status.since.unwrap_or_else(SystemTime::now));
+        self.send(&ServerFrame::Status(StatusFrame { bus: status.bus, since }));
     }
 
     /// When the session's token ends, leeway included.
@@ -259,8 +259,8 @@ impl Session {
     ) -> Option<PendingRequest> {
         let frame = match frame {
             Ok(frame) => frame,
-            Err(refusal) => {
-                self.refuse_at_pace(*refusal, meter, now);
+            Err(error) => {
+                self.reject_unreadable(*error, meter, now);
                 return None;
             }
         };
@@ -275,14 +275,14 @@ impl Session {
             };
         }
         if let Err(wait) = meter.take_frame(frame.body.listed_users(), now) {
-            self.refuse(rate_limited(reference, frame.body.frame_type(), wait));
+            self.reject(rate_limited(reference, frame.body.frame_type(), wait));
             return None;
         }
         self.online.touch();
         if frame.body.has_password()
             && let Err(wait) = meter.take_password(now)
         {
-            self.refuse(rate_limited(reference, frame.body.frame_type(), wait));
+            self.reject(rate_limited(reference, frame.body.frame_type(), wait));
             return None;
         }
         match frame.body {
@@ -340,7 +340,7 @@ impl Session {
         let taken = self.services.quotas.take_bytes(&self.writer, bytes + ENTRY_BYTES, now);
         let Err(wait) = taken else { return true };
         self.services.metrics.storage_rejections.of(StorageLimit::Bytes).inc();
-        self.refuse(rate_limited(reference.cloned(), kind, wait));
+        self.reject(rate_limited(reference.cloned(), kind, wait));
         false
     }
 
@@ -375,7 +375,7 @@ impl Session {
             return true;
         }
         let (code, text) = (ErrorCode::NotJoined, "join the room first");
-        self.refuse(refusal(reference.cloned(), kind, Some(room), code, text));
+        self.reject(error_frame(reference.cloned(), kind, Some(room), code, text));
         false
     }
 
@@ -413,7 +413,7 @@ impl Session {
             None => "the token does not allow this room",
         };
         let code = ErrorCode::Forbidden;
-        self.refuse(refusal(reference.cloned(), kind, Some(room), code, text));
+        self.reject(error_frame(reference.cloned(), kind, Some(room), code, text));
         false
     }
 
@@ -461,8 +461,8 @@ impl Session {
                             .map(|guard| (guard.room_alive(), guard.rejoin_snapshot()));
                         Box::pin(requests::join(context(reference), join, user, again))
                     }
-                    Err(refusal) => {
-                        let code = self.refuse(refusal);
+                    Err(error) => {
+                        let code = self.reject(error);
                         Box::pin(std::future::ready(RequestOutcome::NotJoined(code)))
                     }
                 }
@@ -496,7 +496,7 @@ impl Session {
                 if self.watching.len() + more > watches_max {
                     let text = format!("at most {watches_max} users are watched at a time");
                     let code = ErrorCode::LimitReached;
-                    self.refuse(refusal(reference, "watch", None, code, &text));
+                    self.reject(error_frame(reference, "watch", None, code, &text));
                     return answered;
                 }
                 self.watching.extend(users.iter().cloned());
@@ -519,7 +519,7 @@ impl Session {
                     Box::pin(requests::refreshed(context(reference), expires_at, left))
                 }
                 Err((code, text)) => {
-                    self.refuse(refusal(reference, "refresh", None, code, text));
+                    self.reject(error_frame(reference, "refresh", None, code, text));
                     answered
                 }
             },
@@ -583,17 +583,17 @@ impl Session {
 
     fn may_join(&mut self, reference: Option<&FrameRef>, room: &RoomId) -> Result<(), ErrorFrame> {
         let rooms_max = self.services.limits.rooms_max;
-        let refusal =
-            |code, text: &str| refusal(reference.cloned(), "join", Some(room), code, text);
+        let error_frame =
+            |code, text: &str| error_frame(reference.cloned(), "join", Some(room), code, text);
         if self.identity.access(room).is_none() {
-            return Err(refusal(ErrorCode::Forbidden, "the token does not allow this room"));
+            return Err(error_frame(ErrorCode::Forbidden, "the token does not allow this room"));
         }
         if self.rooms.len() >= rooms_max {
             self.rooms.retain(|guard| !guard.is_closed());
         }
         if self.guard_in(room).is_none() && self.rooms.len() >= rooms_max {
             let text = format!("at most {rooms_max} rooms at a time");
-            return Err(refusal(ErrorCode::LimitReached, &text));
+            return Err(error_frame(ErrorCode::LimitReached, &text));
         }
         Ok(())
     }
@@ -604,7 +604,7 @@ impl Session {
     ///
     /// The code that the join would be refused with.
     pub fn check_join(&mut self, room: &RoomId) -> Result<(), ErrorCode> {
-        self.may_join(None, room).map_err(|refusal| refusal.code)
+        self.may_join(None, room).map_err(|error| error.code)
     }
 
     /// Ends the session: it is a member nowhere any more.
@@ -689,9 +689,9 @@ impl Session {
         now: Instant,
     ) -> bool {
         let (kind, room) = (message.to.frame_type(), message.to.room());
-        let refusal = |code, text: &str| ErrorFrame {
+        let error_frame = |code, text: &str| ErrorFrame {
             id: message.id,
-            ..refusal(reference.clone(), kind, room, code, text)
+            ..error_frame(reference.clone(), kind, room, code, text)
         };
         if let Err(wait) = meter.take_message(now) {
             let refused = ErrorFrame {
@@ -699,18 +699,21 @@ impl Session {
                 id: message.id,
                 ..rate_limited(reference, kind, wait)
             };
-            self.refuse(refused);
+            self.reject(refused);
             return false;
         }
         self.online.touch();
         if let Some(room) = room {
             let Some(guard) = self.guard_in(room) else {
-                self.refuse(refusal(ErrorCode::NotJoined, "join the room first"));
+                self.reject(error_frame(ErrorCode::NotJoined, "join the room first"));
                 return false;
             };
             guard.touch();
             if self.identity.access(room) != Some(RoomAccess::ReadWrite) {
-                self.refuse(refusal(ErrorCode::Forbidden, "the token allows to read here only"));
+                self.reject(error_frame(
+                    ErrorCode::Forbidden,
+                    "the token allows to read here only",
+                ));
                 return false;
             }
         }
@@ -721,7 +724,7 @@ impl Session {
             user: &self.identity.user,
             writer: Some(&self.writer),
         };
-        let mut outcome = Outcome {
+        let mut reply = PublishReply {
             handle: self.handle.clone(),
             metrics: self.services.metrics.clone(),
             reference: reference.clone(),
@@ -732,20 +735,20 @@ impl Session {
             durable: room.is_none_or(|room| self.services.rules.is_durable(room)),
             reserved: false,
         };
-        outcome.expect();
+        reply.begin();
         let published = self.services.publisher.publish(sender, message, &receipt, {
-            let outcome = outcome.clone();
-            move |result| outcome.tell(result)
+            let reply = reply.clone();
+            move |result| reply.finish(result)
         });
         if let Err(error) = published {
-            outcome.forget();
+            reply.cancel();
             let text = error.to_string();
             match error {
                 PublishError::BinaryTooLarge(_) => {
-                    self.refuse(refusal(ErrorCode::TooLarge, &text));
+                    self.reject(error_frame(ErrorCode::TooLarge, &text));
                 }
                 PublishError::Quota(wait) => {
-                    self.refuse(after(refusal(ErrorCode::RateLimited, &text), wait));
+                    self.reject(with_retry_after(error_frame(ErrorCode::RateLimited, &text), wait));
                 }
             }
             return false;
@@ -758,36 +761,36 @@ impl Session {
     }
 
     /// Refuses a frame that could not be read. Bad frames have a pace like others.
-    fn refuse_at_pace(&mut self, refusal: ErrorFrame, meter: &mut Meter, now: Instant) {
+    fn reject_unreadable(&mut self, error: ErrorFrame, meter: &mut Meter, now: Instant) {
         match meter.take_frame(0, now) {
-            Ok(()) => self.refuse(refusal),
-            Err(wait) => self.refuse(rate_limited(
-                refusal.reference,
-                refusal.frame_type.as_deref().unwrap_or_default(),
+            Ok(()) => self.reject(error),
+            Err(wait) => self.reject(rate_limited(
+                error.reference,
+                error.frame_type.as_deref().unwrap_or_default(),
                 wait,
             )),
         };
     }
 
-    fn refuse(&self, refusal: ErrorFrame) -> ErrorCode {
-        refuse(&self.services, &self.handle, refusal)
+    fn reject(&self, error: ErrorFrame) -> ErrorCode {
+        reject(&self.services, &self.handle, error)
     }
 }
 
 /// Sends an `error` and counts it; the meter counts it as well where it is the client's fault.
-fn refuse(services: &Services, handle: &ConnectionHandle, refusal: ErrorFrame) -> ErrorCode {
-    let code = refusal.code;
+fn reject(services: &Services, handle: &ConnectionHandle, error: ErrorFrame) -> ErrorCode {
+    let code = error.code;
     services.metrics.errors.of(code).inc();
     if !matches!(code, ErrorCode::Unavailable | ErrorCode::Overloaded | ErrorCode::Internal) {
         handle.count_rejected();
     }
-    handle.send_ahead(&ServerFrame::Error(Box::new(refusal)));
+    handle.send_ahead(&ServerFrame::Error(Box::new(error)));
     code
 }
 
-/// What is told of a publish when its fate is known.
+/// What is status of a publish when its fate is known.
 #[derive(Clone)]
-struct Outcome {
+struct PublishReply {
     handle: Arc<ConnectionHandle>,
     metrics: Arc<Metrics>,
     reference: Option<FrameRef>,
@@ -803,9 +806,9 @@ struct Outcome {
     reserved: bool,
 }
 
-impl Outcome {
+impl PublishReply {
     /// Prepares for the answer: it may come before `publish` returns.
-    fn expect(&mut self) {
+    fn begin(&mut self) {
         self.handle.begin_publish();
         if !self.echo && self.durable {
             let (reference, timestamp) = (self.reference.clone(), self.receipt.timestamp.clone());
@@ -821,8 +824,8 @@ impl Outcome {
         }
     }
 
-    /// Takes [`Outcome::expect`] back.
-    fn forget(&self) {
+    /// Takes [`PublishReply::begin`] back.
+    fn cancel(&self) {
         self.handle.end_publish();
         self.cancel_reservation();
     }
@@ -833,13 +836,13 @@ impl Outcome {
         !self.reserved || self.handle.cancel_ack(&self.log, self.receipt.id)
     }
 
-    fn tell(self, result: Result<Appended, BusError>) {
+    fn finish(self, result: Result<Appended, BusError>) {
         match result {
             // The hub sends the `ack` in the place of the copy.
             Ok(Appended { duplicate: false, position, .. }) if self.reserved => {
                 self.handle.appended(&self.log, self.receipt.id, position);
             }
-            // A gateway's own repeat is told as a duplicate; its `ack` may have been sent. One that
+            // A gateway's own repeat is status as a duplicate; its `ack` may have been sent. One that
             // should stand in the place of the copy and does not is one too: by any other a client
             // would move its cursor.
             Ok(Appended { position, duplicate, count_new_inbox: opened }) => {
@@ -850,7 +853,7 @@ impl Outcome {
             }
             Err(error) => {
                 if self.cancel_reservation() {
-                    self.refuse(error);
+                    self.reject(error);
                 }
             }
         }
@@ -871,7 +874,7 @@ impl Outcome {
         })));
     }
 
-    fn refuse(&self, error: BusError) {
+    fn reject(&self, error: BusError) {
         let (code, text) = match error {
             BusError::Unavailable => (
                 ErrorCode::Unavailable,
@@ -884,24 +887,24 @@ impl Outcome {
             ),
             BusError::Rejected => (ErrorCode::Internal, "the message could not be stored"),
             BusError::MemoryFull | BusError::UnseenQuota | BusError::UnseenBytes => {
-                requests::text_of_bound(error)
+                requests::storage_bound_text(error)
             }
         };
-        let refusal = ErrorFrame {
+        let error = ErrorFrame {
             id: Some(self.receipt.id),
-            ..refusal(self.reference.clone(), self.to.frame_type(), self.to.room(), code, text)
+            ..error_frame(self.reference.clone(), self.to.frame_type(), self.to.room(), code, text)
         };
         let waits = if error.is_limit() { BOUND_RETRY_AFTER } else { RETRY_AFTER };
-        let refusal = match code.is_retryable() {
-            true => after(refusal, rand::random_range(waits)),
-            false => refusal,
+        let error = match code.is_retryable() {
+            true => with_retry_after(error, rand::random_range(waits)),
+            false => error,
         };
         self.metrics.errors.of(code).inc();
-        self.handle.send_ahead(&ServerFrame::Error(Box::new(refusal)));
+        self.handle.send_ahead(&ServerFrame::Error(Box::new(error)));
     }
 }
 
-fn refusal(
+fn error_frame(
     reference: Option<FrameRef>,
     answers: &str,
     room: Option<&RoomId>,
@@ -916,19 +919,19 @@ fn refusal(
     }
 }
 
-/// A refusal that says when to try again.
-fn after(refusal: ErrorFrame, wait: Duration) -> ErrorFrame {
-    // Rounded up, since a client that waits as told must not be too early.
+/// A error that says when to try again.
+fn with_retry_after(error: ErrorFrame, wait: Duration) -> ErrorFrame {
+    // Rounded up, since a client that waits as status must not be too early.
     let retry_after_ms = Some(wait.as_millis() as u64 + 1);
-    ErrorFrame { retry_after_ms, ..refusal }
+    ErrorFrame { retry_after_ms, ..error }
 }
 
-/// A refusal that says to try again later, to one client sooner than to another.
-fn after_outage(refusal: ErrorFrame) -> ErrorFrame {
-    after(refusal, rand::random_range(RETRY_AFTER))
+/// A error that says to try again later, to one client sooner than to another.
+fn with_outage_delay(error: ErrorFrame) -> ErrorFrame {
+    with_retry_after(error, rand::random_range(RETRY_AFTER))
 }
 
 fn rate_limited(reference: Option<FrameRef>, answers: &str, wait: Duration) -> ErrorFrame {
     let text = "too many frames in too short a time; this one was not taken";
-    after(refusal(reference, answers, None, ErrorCode::RateLimited, text), wait)
+    with_retry_after(error_frame(reference, answers, None, ErrorCode::RateLimited, text), wait)
 }

@@ -21,7 +21,7 @@ use shared::{
 };
 use tokio::time::Instant;
 
-use super::{RequestOutcome, Services, after, after_outage, refusal, refuse};
+use super::{RequestOutcome, Services, error_frame, reject, with_outage_delay, with_retry_after};
 use crate::{
     bus::{
         BoxFuture, BusError, ReadRange,
@@ -58,20 +58,20 @@ impl RequestContext {
     }
 
     /// Sends an `error` for the frame `kind`; one that may be tried again says when.
-    pub(super) fn refuse(
+    pub(super) fn reject(
         &self,
         kind: &str,
         room: Option<&RoomId>,
         code: ErrorCode,
         text: &str,
     ) -> ErrorCode {
-        let refusal = refusal(self.reference.clone(), kind, room, code, text);
-        let refusal = if code.is_retryable() { after_outage(refusal) } else { refusal };
-        refuse(&self.services, &self.handle, refusal)
+        let error = error_frame(self.reference.clone(), kind, room, code, text);
+        let error = if code.is_retryable() { with_outage_delay(error) } else { error };
+        reject(&self.services, &self.handle, error)
     }
 
-    /// As [`RequestContext::refuse`], of what may be tried again after `wait`.
-    pub(super) fn limit(
+    /// As [`RequestContext::reject`], of what may be tried again after `wait`.
+    pub(super) fn reject_with_delay(
         &self,
         kind: &str,
         room: Option<&RoomId>,
@@ -79,8 +79,9 @@ impl RequestContext {
         text: &str,
     ) -> ErrorCode {
         let code = ErrorCode::RateLimited;
-        let refusal = after(refusal(self.reference.clone(), kind, room, code, text), wait);
-        refuse(&self.services, &self.handle, refusal)
+        let error =
+            with_retry_after(error_frame(self.reference.clone(), kind, room, code, text), wait);
+        reject(&self.services, &self.handle, error)
     }
 
     /// The client's address, as limits count it.
@@ -90,7 +91,7 @@ impl RequestContext {
 
     /// Waits until something may be read for the client, for as long as a frame may wait, and charges
     /// the read.
-    pub(super) async fn may_read(&self) -> Result<(), (ErrorCode, &'static str)> {
+    pub(super) async fn await_read_allowance(&self) -> Result<(), (ErrorCode, &'static str)> {
         let Some(owner) = self.handle.owner() else { return Ok(()) };
         let Services { reads, metrics, limits, .. } = &*self.services;
         let connection = self.handle.connection;
@@ -114,7 +115,7 @@ impl RequestContext {
     }
 
     /// Charges what was read.
-    pub(super) fn has_read(&self, bytes: usize) {
+    pub(super) fn charge_read(&self, bytes: usize) {
         let Services { reads, metrics, .. } = &*self.services;
         metrics.client_read_bytes.inc_by(bytes as u64);
         if let Some(owner) = self.handle.owner() {
@@ -129,9 +130,9 @@ impl RequestContext {
         question: impl Future<Output = Result<T, BusError>>,
         bytes: impl FnOnce(&T) -> usize,
     ) -> Result<T, (ErrorCode, &'static str)> {
-        self.may_read().await?;
+        self.await_read_allowance().await?;
         let answer = self.wait(question).await?;
-        self.has_read(bytes(&answer));
+        self.charge_read(bytes(&answer));
         Ok(answer)
     }
 
@@ -144,23 +145,23 @@ impl RequestContext {
             Ok(Ok(answer)) => Ok(answer),
             Ok(Err(BusError::Rejected)) => Err((ErrorCode::Internal, "the bus refused it")),
             Ok(Err(error)) if error.is_limit() => {
-                Err(refused_by_bound(&self.services.metrics, error))
+                Err(reject_storage(&self.services.metrics, error))
             }
-            Ok(Err(_)) | Err(_) => Err(AWAY),
+            Ok(Err(_)) | Err(_) => Err(BUS_UNAVAILABLE),
         }
     }
 }
 
 /// Counts that a bound was reached, and says what is told.
-pub(super) fn refused_by_bound(metrics: &Metrics, error: BusError) -> (ErrorCode, &'static str) {
+pub(super) fn reject_storage(metrics: &Metrics, error: BusError) -> (ErrorCode, &'static str) {
     if let Some(bound) = storage_bound(error) {
         metrics.storage_rejections.of(bound).inc();
     }
-    text_of_bound(error)
+    storage_bound_text(error)
 }
 
 /// What is told where a bound was reached.
-pub(super) fn text_of_bound(error: BusError) -> (ErrorCode, &'static str) {
+pub(super) fn storage_bound_text(error: BusError) -> (ErrorCode, &'static str) {
     match error {
         BusError::UnseenQuota => (
             ErrorCode::RateLimited,
@@ -181,7 +182,8 @@ pub(super) fn text_of_bound(error: BusError) -> (ErrorCode, &'static str) {
 pub(super) const TOO_MUCH_READ: (ErrorCode, &str) =
     (ErrorCode::RateLimited, "too much was read for this connection or user in too short a time");
 /// What is told where the bus does not answer.
-const AWAY: (ErrorCode, &str) = (ErrorCode::Unavailable, "the bus is away; try again later");
+const BUS_UNAVAILABLE: (ErrorCode, &str) =
+    (ErrorCode::Unavailable, "the bus is away; try again later");
 /// What is told where passwords are not checked for a while.
 pub(super) const TOO_MANY_PASSWORDS: &str =
     "too many passwords were wrong, or are being checked; this one was not looked at";
@@ -190,23 +192,23 @@ pub(super) const TOO_MANY_PASSWORDS: &str =
 const PERSON_BYTES: usize = 64;
 
 /// Why a user could not enter a room.
-enum NotEntered {
-    Enter(AdmitError),
+enum JoinRejection {
+    NotAdmitted(AdmitError),
     /// The password was not checked.
     PasswordLater(Duration),
     /// This node follows as many rooms as it may.
     TooManyRooms,
 }
 
-impl From<AdmitError> for NotEntered {
+impl From<AdmitError> for JoinRejection {
     fn from(error: AdmitError) -> Self {
-        Self::Enter(error)
+        Self::NotAdmitted(error)
     }
 }
 
-impl From<BusError> for NotEntered {
+impl From<BusError> for JoinRejection {
     fn from(error: BusError) -> Self {
-        Self::Enter(error.into())
+        Self::NotAdmitted(error.into())
     }
 }
 
@@ -219,8 +221,8 @@ pub(super) async fn join(
 ) -> RequestOutcome {
     let (is_member, room) = (again.is_some(), join.room.clone());
     let wait_max = context.services.limits.wait_max;
-    if let Err((code, text)) = context.may_read().await {
-        return RequestOutcome::NotJoined(context.refuse("join", Some(&room), code, text));
+    if let Err((code, text)) = context.await_read_allowance().await {
+        return RequestOutcome::NotJoined(context.reject("join", Some(&room), code, text));
     }
     let joining = async {
         let (guard, grant) = match again {
@@ -228,7 +230,7 @@ pub(super) async fn join(
                 (None, JoinGrant { snapshot: again.await?, room_alive: Some(room_alive) })
             }
             None => {
-                let (guard, snapshot) = enter(&context, &join, &user).await?;
+                let (guard, snapshot) = admit(&context, &join, &user).await?;
                 let room_alive = Some(guard.room_alive());
                 (Some(guard), JoinGrant { snapshot, room_alive })
             }
@@ -241,23 +243,23 @@ pub(super) async fn join(
         let joined = context.services.hub.join(join.room, handle, reference, start, grant);
         match joined.await.map_err(|_| BusError::Unavailable)? {
             JoinOutcome::Member { bytes_read } => {
-                context.has_read(bytes_read);
+                context.charge_read(bytes_read);
                 Ok(guard)
             }
-            JoinOutcome::TooManyRooms => Err(NotEntered::TooManyRooms),
+            JoinOutcome::TooManyRooms => Err(JoinRejection::TooManyRooms),
         }
     };
     let error = match tokio::time::timeout(wait_max, joining).await {
         Ok(Ok(guard)) => return RequestOutcome::Joined(guard),
-        Ok(Err(NotEntered::Enter(error))) => error,
-        Ok(Err(NotEntered::PasswordLater(wait))) => {
-            let code = context.limit("join", Some(&room), wait, TOO_MANY_PASSWORDS);
+        Ok(Err(JoinRejection::NotAdmitted(error))) => error,
+        Ok(Err(JoinRejection::PasswordLater(wait))) => {
+            let code = context.reject_with_delay("join", Some(&room), wait, TOO_MANY_PASSWORDS);
             return RequestOutcome::NotJoined(code);
         }
-        Ok(Err(NotEntered::TooManyRooms)) => {
+        Ok(Err(JoinRejection::TooManyRooms)) => {
             let text = "this node follows as many rooms as it may (hub.rooms_max)";
             let code = ErrorCode::LimitReached;
-            return RequestOutcome::NotJoined(context.refuse("join", Some(&room), code, text));
+            return RequestOutcome::NotJoined(context.reject("join", Some(&room), code, text));
         }
         Err(_) => {
             // The hub may have let it in at the very moment it was given up.
@@ -277,19 +279,19 @@ pub(super) async fn join(
         }
         AdmitError::Bus(BusError::Rejected) => (ErrorCode::Internal, "the bus refused it"),
         AdmitError::Bus(error) if error.is_limit() => {
-            refused_by_bound(&context.services.metrics, error)
+            reject_storage(&context.services.metrics, error)
         }
-        AdmitError::Bus(_) => AWAY,
+        AdmitError::Bus(_) => BUS_UNAVAILABLE,
     };
-    RequestOutcome::NotJoined(context.refuse("join", Some(&room), code, text))
+    RequestOutcome::NotJoined(context.reject("join", Some(&room), code, text))
 }
 
 /// Has the user enter, with the password that the room asks for.
-async fn enter(
+async fn admit(
     context: &RequestContext,
     join: &client_frame::JoinFrame,
     user: &UserInfo,
-) -> Result<(PresenceGuard, JoinSnapshot), NotEntered> {
+) -> Result<(PresenceGuard, JoinSnapshot), JoinRejection> {
     let Services { presence, rules, passwords, quotas, .. } = &*context.services;
     let within_quota = quotas.check_new_room(&context.writer, Instant::now());
     let mut keep_to = JoinConditions {
@@ -305,7 +307,9 @@ async fn enter(
             match passwords.check(attempt, hash.clone(), password.clone()).await {
                 PasswordOutcome::Matches => keep_to.password_hash = Some(hash),
                 PasswordOutcome::Wrong => return Err(AdmitError::WrongPassword.into()),
-                PasswordOutcome::RetryAfter(wait) => return Err(NotEntered::PasswordLater(wait)),
+                PasswordOutcome::RetryAfter(wait) => {
+                    return Err(JoinRejection::PasswordLater(wait));
+                }
             }
         }
     }
@@ -341,7 +345,7 @@ pub(super) async fn presence_in(
     let mut details = match context.read(details, bytes).await {
         Ok(details) => details,
         Err((code, text)) => {
-            context.refuse("presence", Some(&room), code, text);
+            context.reject("presence", Some(&room), code, text);
             return RequestOutcome::Done;
         }
     };
@@ -368,7 +372,7 @@ pub(super) async fn online(
     let page = match context.read(page, bytes).await {
         Ok(page) => page,
         Err((code, text)) => {
-            context.refuse("presence", None, code, text);
+            context.reject("presence", None, code, text);
             return RequestOutcome::Done;
         }
     };
@@ -436,7 +440,7 @@ pub(super) async fn history(
     };
     match context.read(read, LogPage::bytes).await {
         Ok(page) => context.send(&answer(context.reference.clone(), room, range, &page)),
-        Err((code, text)) => drop(context.refuse("history", Some(&room), code, text)),
+        Err((code, text)) => drop(context.reject("history", Some(&room), code, text)),
     }
     RequestOutcome::Done
 }

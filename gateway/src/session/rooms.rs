@@ -73,7 +73,7 @@ pub(super) async fn create(
         record.password = match passwords.hash(context.address(), password).await {
             Ok(hash) => Some(hash),
             Err(wait) => {
-                context.limit("create_room", Some(&room), wait, TOO_MANY_PASSWORDS);
+                context.reject_with_delay("create_room", Some(&room), wait, TOO_MANY_PASSWORDS);
                 return RequestOutcome::Done;
             }
         };
@@ -91,14 +91,14 @@ pub(super) async fn create(
         }
         Ok(CreateOutcome::Exists) => {
             let text = "a room of that name is there, with members or a log";
-            context.refuse("create_room", Some(&room), ErrorCode::RoomExists, text);
+            context.reject("create_room", Some(&room), ErrorCode::RoomExists, text);
         }
         Ok(CreateOutcome::QuotaExceeded) => {
             context.services.metrics.storage_rejections.of(StorageLimit::ManagedRooms).inc();
             let text = "you own as many managed rooms as you may: delete one first";
-            context.refuse("create_room", Some(&room), ErrorCode::LimitReached, text);
+            context.reject("create_room", Some(&room), ErrorCode::LimitReached, text);
         }
-        Err((code, text)) => drop(context.refuse("create_room", Some(&room), code, text)),
+        Err((code, text)) => drop(context.reject("create_room", Some(&room), code, text)),
     }
     RequestOutcome::Done
 }
@@ -116,7 +116,7 @@ pub(super) async fn delete(context: RequestContext, room: RoomId, user: UserId) 
         Ok(DeleteOutcome::NotFound) => NOT_FOUND,
         Err(failed) => failed,
     };
-    context.refuse("delete_room", Some(&room), code, text);
+    context.reject("delete_room", Some(&room), code, text);
     RequestOutcome::Done
 }
 
@@ -145,7 +145,7 @@ pub(super) async fn info(
         Ok(None) => NOT_FOUND,
         Err(failed) => failed,
     };
-    context.refuse("room_info", Some(&room), code, text);
+    context.reject("room_info", Some(&room), code, text);
     RequestOutcome::Done
 }
 
@@ -168,7 +168,7 @@ pub(super) async fn list(
     let listing = match context.read(listing, bytes_of).await {
         Ok(listing) => listing,
         Err((code, text)) => {
-            context.refuse("rooms", None, code, text);
+            context.reject("rooms", None, code, text);
             return RequestOutcome::Done;
         }
     };

@@ -225,7 +225,7 @@ impl Connection {
         let outbox = &handle.outbox;
         let Some(socket) = outbox.socket() else { return End::Gone };
         let mut performing: Option<BoxFuture<RequestOutcome>> = None;
-        let mut told = self.session().map(|session| session.told());
+        let mut told = self.session().map(|session| session.bus_status());
         let mut turn = InputBudget::default();
         loop {
             if let Some(close) = outbox.begin_close() {
@@ -322,7 +322,7 @@ impl Connection {
                 }
                 news = changed(&mut told), if told.is_some() => {
                     if let Some(session) = self.session() {
-                        session.tell(news);
+                        session.send_bus_status(news);
                     }
                 }
             }

@@ -110,7 +110,7 @@ impl SimNode {
             registry: Default::default(),
             sessions: Default::default(),
         };
-        let told = mailboxes.node_state().status();
+        let bus_status = mailboxes.node_state().status();
         let redis = Arc::new(RedisBus::start_with(
             Arc::new(dial),
             options,
@@ -162,7 +162,7 @@ impl SimNode {
             passwords: Passwords::new(Default::default(), metrics.clone()),
             reads: ReadLimiter::new(0),
             peers: Default::default(),
-            told,
+            bus_status,
             metrics,
             limits,
         });
