@@ -16,7 +16,7 @@ use tokio::time::timeout;
 
 use super::{
     RequestOutcome,
-    peers::Inbox,
+    peer_index::InboxIndex,
     requests::{RequestContext, TOO_MUCH_READ, range_of},
 };
 use crate::{
@@ -31,10 +31,10 @@ const PAGES_MAX: usize = 64;
 /// What of an inbox is kept while it is looked through, in bytes: most that an answer holds is there then.
 const KEPT_BYTES_MAX: usize = 2 * HISTORY_BYTES_MAX;
 
-type Failed = (ErrorCode, &'static str);
+type Rejection = (ErrorCode, &'static str);
 
 /// The directs of a user with another: those that were found, and whether there are more.
-struct Found {
+struct FoundDirects {
     /// In the direction context for.
     entries: Vec<Entry>,
     epoch: Epoch,
@@ -49,7 +49,7 @@ pub(super) async fn history(
     wanted: client_frame::HistoryFrame,
 ) -> RequestOutcome {
     let range = range_of(&wanted);
-    let Found { entries, epoch, more } = match find(&context, &user, &with, range).await {
+    let FoundDirects { entries, epoch, more } = match find(&context, &user, &with, range).await {
         Ok(found) => found,
         Err((code, text)) => {
             context.reject("history", None, code, text);
@@ -69,17 +69,22 @@ pub(super) async fn history(
 
 /// What to read of an inbox to find more directs with a user: first up to its newest entry, then older
 /// ones, as long as more are wanted.
-fn next_part(inbox: &Inbox, with: &UserId, range: ReadRange, is_newest: bool) -> Option<ReadRange> {
+fn next_part(
+    inbox: &InboxIndex,
+    with: &UserId,
+    range: ReadRange,
+    is_newest: bool,
+) -> Option<ReadRange> {
     if !is_newest {
-        return Some(inbox.newer_part(HISTORY_LIMIT_MAX));
+        return Some(inbox.newer_range(HISTORY_LIMIT_MAX));
     }
     let is_enough = match range {
-        ReadRange::After { seq, .. } => inbox.is_known_behind(seq),
+        ReadRange::After { seq, .. } => inbox.covers_after(seq),
         ReadRange::Newest { limit } | ReadRange::Before { limit, .. } => {
-            inbox.with(with, range, limit as usize + 1).len() > limit as usize
+            inbox.directs_with(with, range, limit as usize + 1).len() > limit as usize
         }
     };
-    if is_enough { None } else { inbox.older_part(HISTORY_LIMIT_MAX) }
+    if is_enough { None } else { inbox.older_range(HISTORY_LIMIT_MAX) }
 }
 
 /// The first of what was found, as many as an answer holds, and whether those are not all.
@@ -97,10 +102,10 @@ fn as_many_as_fit(mut found: Vec<(Seq, usize)>) -> (Vec<(Seq, usize)>, bool) {
 }
 
 /// Whether nothing that is not known of an inbox belongs to `range`.
-fn is_enough(inbox: &Inbox, range: ReadRange) -> bool {
+fn is_enough(inbox: &InboxIndex, range: ReadRange) -> bool {
     match range {
-        ReadRange::After { seq, .. } => inbox.is_known_behind(seq),
-        ReadRange::Newest { .. } | ReadRange::Before { .. } => inbox.older_part(1).is_none(),
+        ReadRange::After { seq, .. } => inbox.covers_after(seq),
+        ReadRange::Newest { .. } | ReadRange::Before { .. } => inbox.older_range(1).is_none(),
     }
 }
 
@@ -111,12 +116,12 @@ async fn find(
     user: &UserId,
     with: &UserId,
     range: ReadRange,
-) -> Result<Found, Failed> {
+) -> Result<FoundDirects, Rejection> {
     let (room, limit) = (RoomId::inbox_of(user), range.limit() as usize);
-    let shared = context.services.peers.of(user);
+    let shared = context.services.peer_index.of(user);
     // One `history` of a user at a time: the next one finds what this one has read.
     let wait_max = context.services.limits.wait_max;
-    let _turn = timeout(wait_max, shared.turn.acquire()).await.map_err(|_| TOO_MUCH_READ)?;
+    let _turn = timeout(wait_max, shared.exclusive.acquire()).await.map_err(|_| TOO_MUCH_READ)?;
     let (mut kept, mut kept_bytes) = (BTreeMap::new(), 0);
     let mut is_newest = false;
     for _ in 0..PAGES_MAX {
@@ -125,11 +130,11 @@ async fn find(
             context.read(context.services.bus.read(room.clone(), part), LogPage::bytes).await?;
         let (added, reaches_newest, is_known) = {
             let inbox = &mut *shared.inbox.lock();
-            let (added, reaches_newest) = inbox.take(user, part, &page);
+            let (added, reaches_newest) = inbox.apply(user, part, &page);
             (added, reaches_newest, inbox.epoch().is_some())
         };
         is_newest = if is_newest { is_known } else { reaches_newest };
-        context.services.peers.note_added(&shared, added);
+        context.services.peer_index.note_added(&shared, added);
         if !is_known {
             kept.clear();
         }
@@ -146,13 +151,13 @@ async fn find(
         let Some(epoch) = inbox.epoch().cloned().filter(|_| is_newest) else {
             return Err((ErrorCode::Unavailable, "the inbox changes; try again later"));
         };
-        let mut found = inbox.with(with, range, limit + 1);
+        let mut found = inbox.directs_with(with, range, limit + 1);
         let more = found.len() > limit || !is_enough(&inbox, range);
         found.truncate(limit);
         let (found, is_cut) = as_many_as_fit(found);
         let missing = found.iter().filter(|(seq, _)| !kept.contains_key(seq));
         let missing: Vec<(Seq, usize)> = missing.copied().collect();
-        (epoch, found, more || is_cut, inbox.parts(&missing))
+        (epoch, found, more || is_cut, inbox.ranges_for(&missing))
     };
     for part in parts {
         let page =
@@ -160,7 +165,7 @@ async fn find(
         kept.extend(page.entries.into_iter().map(|entry| (entry.position.seq, entry)));
     }
     let entries = found.iter().filter_map(|(seq, _)| kept.remove(seq)).collect();
-    Ok(Found { entries, epoch, more })
+    Ok(FoundDirects { entries, epoch, more })
 }
 
 pub(super) async fn watch(context: RequestContext, users: BTreeSet<UserId>) -> RequestOutcome {

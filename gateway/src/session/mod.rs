@@ -54,12 +54,12 @@ use crate::{
 
 pub mod auth;
 mod directs;
-pub mod peers;
+pub mod peer_index;
 mod requests;
 mod rooms;
 
 use auth::{Auth, Identity};
-use peers::Peers;
+use peer_index::PeerIndex;
 pub use requests::history_of;
 pub use rooms::{info_of, name_of as room_name};
 
@@ -84,7 +84,7 @@ pub struct Services {
     /// How much may be read for clients.
     pub reads: ReadLimiter,
     /// With whom the entries of inboxes are.
-    pub peers: Peers,
+    pub peer_index: PeerIndex,
     /// What clients are status of the bus.
     pub bus_status: watch::Receiver<BusStatus>,
     /// What is counted.

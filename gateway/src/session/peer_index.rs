@@ -35,35 +35,35 @@ const GAP_BYTES: usize = 4096;
 
 /// The inboxes of a node.
 #[derive(Debug, Default)]
-pub struct Peers(Mutex<Generations>);
+pub struct PeerIndex(Mutex<Generations>);
 
 /// Two maps that take turns, so that the inboxes used longest ago go.
 #[derive(Debug, Default)]
 struct Generations {
-    newer: HashMap<UserId, Arc<Shared>>,
-    older: HashMap<UserId, Arc<Shared>>,
+    newer: HashMap<UserId, Arc<SharedInboxIndex>>,
+    older: HashMap<UserId, Arc<SharedInboxIndex>>,
     /// How many entries were added since the maps have taken turns.
     added: usize,
 }
 
 /// An inbox, which one `history` at a time looks through.
 #[derive(Debug)]
-pub(super) struct Shared {
-    pub(super) turn: Semaphore,
-    pub(super) inbox: Mutex<Inbox>,
+pub(super) struct SharedInboxIndex {
+    pub(super) exclusive: Semaphore,
+    pub(super) inbox: Mutex<InboxIndex>,
     /// How many entries were added to it.
     len: AtomicUsize,
 }
 
-impl Default for Shared {
+impl Default for SharedInboxIndex {
     fn default() -> Self {
-        Self { turn: Semaphore::new(1), inbox: Mutex::default(), len: 0.into() }
+        Self { exclusive: Semaphore::new(1), inbox: Mutex::default(), len: 0.into() }
     }
 }
 
 /// What is known of an inbox.
 #[derive(Debug, Default)]
-pub(super) struct Inbox {
+pub(super) struct InboxIndex {
     epoch: Option<Epoch>,
     /// Everything from here on is known, up to `high`.
     low: Seq,
@@ -75,9 +75,9 @@ pub(super) struct Inbox {
     peers: HashMap<UserId, u32>,
 }
 
-impl Peers {
+impl PeerIndex {
     /// What is known of a user's inbox.
-    pub(super) fn of(&self, user: &UserId) -> Arc<Shared> {
+    pub(super) fn of(&self, user: &UserId) -> Arc<SharedInboxIndex> {
         let generations = &mut *self.0.lock();
         if let Some(known) = generations.newer.get(user) {
             return known.clone();
@@ -90,7 +90,7 @@ impl Peers {
     }
 
     /// Notes that so many entries of an inbox were added.
-    pub(super) fn note_added(&self, inbox: &Shared, count: usize) {
+    pub(super) fn note_added(&self, inbox: &SharedInboxIndex, count: usize) {
         inbox.len.fetch_add(count, Relaxed);
         self.0.lock().add(count);
     }
@@ -106,9 +106,9 @@ impl Generations {
     }
 }
 
-impl Inbox {
+impl InboxIndex {
     /// What to read so that all up to the newest entry is known.
-    pub(super) fn newer_part(&self, limit: u32) -> ReadRange {
+    pub(super) fn newer_range(&self, limit: u32) -> ReadRange {
         match self.epoch {
             Some(_) => ReadRange::After { seq: self.high, limit },
             None => ReadRange::Newest { limit },
@@ -116,13 +116,13 @@ impl Inbox {
     }
 
     /// What to read so that more of the older entries are known; nothing, where all are.
-    pub(super) fn older_part(&self, limit: u32) -> Option<ReadRange> {
+    pub(super) fn older_range(&self, limit: u32) -> Option<ReadRange> {
         (self.low > self.oldest.max(1)).then_some(ReadRange::Before { seq: self.low, limit })
     }
 
     /// Whether all that is kept behind `seq` is known.
-    pub(super) fn is_known_behind(&self, seq: Seq) -> bool {
-        self.low <= seq.saturating_add(1) || self.older_part(1).is_none()
+    pub(super) fn covers_after(&self, seq: Seq) -> bool {
+        self.low <= seq.saturating_add(1) || self.older_range(1).is_none()
     }
 
     /// Takes in what was read of `range`. Returns how many entries that was, and whether the newest entry
@@ -167,7 +167,12 @@ impl Inbox {
 
     /// The directs with `peer` in `range`, in its direction: the numbers of `count` at most, and their
     /// sizes.
-    pub(super) fn with(&self, peer: &UserId, range: ReadRange, count: usize) -> Vec<(Seq, usize)> {
+    pub(super) fn directs_with(
+        &self,
+        peer: &UserId,
+        range: ReadRange,
+        count: usize,
+    ) -> Vec<(Seq, usize)> {
         let Some(peer) = self.peers.get(peer) else { return Vec::new() };
         let with = |(seq, (of, bytes)): (&Seq, &(u32, u32))| {
             (of == peer).then_some((*seq, *bytes as usize))
@@ -188,7 +193,7 @@ impl Inbox {
 
     /// The parts of the log to read for some numbers, in their order: what lies between two that is
     /// small is read with them.
-    pub(super) fn parts(&self, seqs: &[(Seq, usize)]) -> Vec<ReadRange> {
+    pub(super) fn ranges_for(&self, seqs: &[(Seq, usize)]) -> Vec<ReadRange> {
         let mut parts: Vec<(Seq, Seq)> = Vec::new();
         for (seq, _) in seqs {
             let seq = *seq;
@@ -219,7 +224,7 @@ impl Inbox {
 /// Whom an entry of `user`'s inbox is from or for; nobody, where it is no direct.
 fn peer_of(entry: &Entry, user: &UserId) -> Option<UserId> {
     #[derive(Deserialize)]
-    struct Ends {
+    struct DirectEnds {
         from: From,
         to: UserId,
     }
@@ -231,7 +236,7 @@ fn peer_of(entry: &Entry, user: &UserId) -> Option<UserId> {
         return None;
     }
     let members = [b"{", entry.envelope.fields(), b"}"].concat();
-    let Ends { from, to } = serde_json::from_slice(&members).ok()?;
+    let DirectEnds { from, to } = serde_json::from_slice(&members).ok()?;
     match (from.id == *user, to == *user) {
         (true, _) => Some(to),
         (false, true) => Some(from.id),
@@ -306,64 +311,66 @@ mod tests {
 
     #[test]
     fn an_inbox_is_looked_through_once_and_as_far_as_it_takes() {
-        let (mut inbox, ann, log) = (Inbox::default(), user("ann"), log(20));
+        let (mut inbox, ann, log) = (InboxIndex::default(), user("ann"), log(20));
         let newest = ReadRange::Newest { limit: 4 };
-        let part = inbox.newer_part(4);
-        assert_eq!(inbox.take(&ann, part, &page(&log, part)), (4, true));
-        assert_eq!(seqs(&inbox.with(&user("cat"), newest, 9)), [19, 17]);
-        let Some(part @ ReadRange::Before { seq: 17, limit: 8 }) = inbox.older_part(8) else {
+        let part = inbox.newer_range(4);
+        assert_eq!(inbox.apply(&ann, part, &page(&log, part)), (4, true));
+        assert_eq!(seqs(&inbox.directs_with(&user("cat"), newest, 9)), [19, 17]);
+        let Some(part @ ReadRange::Before { seq: 17, limit: 8 }) = inbox.older_range(8) else {
             panic!()
         };
-        inbox.take(&ann, part, &page(&log, part));
-        assert_eq!(seqs(&inbox.with(&user("dan"), newest, 9)), [10]);
-        assert!(!inbox.is_known_behind(3) && inbox.is_known_behind(8));
-        while let Some(part) = inbox.older_part(8) {
-            inbox.take(&ann, part, &page(&log, part));
+        inbox.apply(&ann, part, &page(&log, part));
+        assert_eq!(seqs(&inbox.directs_with(&user("dan"), newest, 9)), [10]);
+        assert!(!inbox.covers_after(3) && inbox.covers_after(8));
+        while let Some(part) = inbox.older_range(8) {
+            inbox.apply(&ann, part, &page(&log, part));
         }
-        let bob = inbox.with(&user("bob"), ReadRange::After { seq: 4, limit: 1 }, 3);
+        let bob = inbox.directs_with(&user("bob"), ReadRange::After { seq: 4, limit: 1 }, 3);
         assert_eq!(seqs(&bob), [6, 8, 12]);
         let before = ReadRange::Before { seq: 12, limit: 1 };
-        assert_eq!(seqs(&inbox.with(&user("bob"), before, 9)), [8, 6, 4, 2]);
-        assert!(inbox.with(&user("eve"), newest, 9).is_empty());
+        assert_eq!(seqs(&inbox.directs_with(&user("bob"), before, 9)), [8, 6, 4, 2]);
+        assert!(inbox.directs_with(&user("eve"), newest, 9).is_empty());
 
         // What comes is added, and what is trimmed is forgotten.
         let log = [&log[12..], &[entry(21, "eve", "ann", 1)]].concat();
-        let part = inbox.newer_part(4);
-        assert_eq!(inbox.take(&ann, part, &page(&log, part)), (1, true));
-        assert_eq!(seqs(&inbox.with(&user("eve"), newest, 9)), [21]);
-        assert!(inbox.with(&user("dan"), newest, 9).is_empty());
+        let part = inbox.newer_range(4);
+        assert_eq!(inbox.apply(&ann, part, &page(&log, part)), (1, true));
+        assert_eq!(seqs(&inbox.directs_with(&user("eve"), newest, 9)), [21]);
+        assert!(inbox.directs_with(&user("dan"), newest, 9).is_empty());
     }
 
     #[test]
     fn what_is_near_is_read_together_and_large_ones_between_are_not() {
-        let (mut inbox, log) = (Inbox::default(), log(20));
-        let part = inbox.newer_part(100);
-        inbox.take(&user("ann"), part, &page(&log, part));
-        let found = inbox.with(&user("bob"), ReadRange::Newest { limit: 50 }, 50);
-        let parts = inbox.parts(&found);
+        let (mut inbox, log) = (InboxIndex::default(), log(20));
+        let part = inbox.newer_range(100);
+        inbox.apply(&user("ann"), part, &page(&log, part));
+        let found = inbox.directs_with(&user("bob"), ReadRange::Newest { limit: 50 }, 50);
+        let parts = inbox.ranges_for(&found);
         assert_eq!(
             parts,
             [ReadRange::After { seq: 11, limit: 9 }, ReadRange::After { seq: 1, limit: 7 }],
             "the entry of 100 KB at 10 is left out"
         );
         let forwards: Vec<_> = found.into_iter().rev().collect();
-        assert_eq!(inbox.parts(&forwards).len(), 2);
+        assert_eq!(inbox.ranges_for(&forwards).len(), 2);
     }
 
     #[test]
     fn another_log_is_looked_through_anew() {
-        let (mut inbox, ann, log) = (Inbox::default(), user("ann"), log(5));
-        let part = inbox.newer_part(100);
-        inbox.take(&ann, part, &page(&log, part));
-        let part = inbox.newer_part(100);
+        let (mut inbox, ann, log) = (InboxIndex::default(), user("ann"), log(5));
+        let part = inbox.newer_range(100);
+        inbox.apply(&ann, part, &page(&log, part));
+        let part = inbox.newer_range(100);
         let other = LogPage { epoch: "2-b".parse().unwrap(), ..page(&log, part) };
-        assert_eq!(inbox.take(&ann, part, &other), (0, false));
-        assert!(inbox.epoch().is_none() && matches!(inbox.newer_part(9), ReadRange::Newest { .. }));
+        assert_eq!(inbox.apply(&ann, part, &other), (0, false));
+        assert!(
+            inbox.epoch().is_none() && matches!(inbox.newer_range(9), ReadRange::Newest { .. })
+        );
     }
 
     #[test]
     fn inboxes_used_longest_ago_are_forgotten() {
-        let peers = Peers::default();
+        let peers = PeerIndex::default();
         let kept = |name: &str| peers.of(&user(name)).inbox.lock().epoch().is_some();
         let fill = |name: &str| {
             let inbox = peers.of(&user(name));
