@@ -29,7 +29,7 @@ pub mod deflate;
 mod frame_queue;
 mod link;
 
-use deflate::DeflateParams;
+use deflate::DeflateOptions;
 use frame_queue::FrameQueue;
 use link::PeerLink;
 pub use link::limit_unsent_bytes;
@@ -79,7 +79,7 @@ pub enum OfferResult {
 pub struct Outbox {
     sink: Sink,
     bytes_max: usize,
-    deflate: Option<DeflateParams>,
+    deflate: Option<DeflateOptions>,
     metrics: Arc<Metrics>,
     queue: Mutex<OutboxState>,
     /// Wakes the connection's task: the socket is to be waited for, someone lags, or it is over.
@@ -125,13 +125,13 @@ impl Outbox {
     }
 
     /// The same, to a client that takes compressed messages.
-    pub fn with_deflate(mut self, deflate: Option<DeflateParams>) -> Self {
+    pub fn with_deflate(mut self, deflate: Option<DeflateOptions>) -> Self {
         self.deflate = deflate;
         self
     }
 
     /// How messages to this client are compressed, if they are.
-    pub fn deflate_params(&self) -> Option<DeflateParams> {
+    pub fn deflate_options(&self) -> Option<DeflateOptions> {
         self.deflate
     }
 

@@ -161,7 +161,7 @@ impl Publisher {
         };
         let (quotas, writer) = (self.quotas.clone(), writer.clone());
         let done: AppendCallback = Box::new(move |result| {
-            if matches!(result, Ok(Appended { count_new_inbox: true, .. })) {
+            if matches!(result, Ok(Appended { opened_inbox: true, .. })) {
                 quotas.count_new_inbox(&writer, Instant::now());
             }
             done(result);

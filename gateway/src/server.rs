@@ -25,7 +25,7 @@ use crate::{
     presence::PresenceTracker,
     publisher::Publisher,
     rooms::passwords::Passwords,
-    session::{Services, peers::PeerIndex},
+    session::{Services, peer_index::PeerIndex},
     telemetry::{metrics::Metrics, trail::Trails},
 };
 
@@ -150,7 +150,7 @@ impl Server {
             rules,
             passwords: Passwords::new(config.passwords, metrics.clone()),
             reads: ReadLimiter::new(limits.read_bytes_per_second),
-            peers: PeerIndex::default(),
+            peer_index: PeerIndex::default(),
             bus_status,
             metrics: metrics_of_sessions,
             quotas,

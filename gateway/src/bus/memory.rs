@@ -231,7 +231,7 @@ impl MemoryBus {
         let key = append.envelope.dedup_key();
         if let Some(seq) = log.ids.known(&key) {
             let position = Position::new(log.epoch.clone(), seq);
-            return Ok(Appended { position, duplicate: true, count_new_inbox: false });
+            return Ok(Appended { position, duplicate: true, opened_inbox: false });
         }
         log.top += 1;
         log.ids.newer.insert(key, log.top);
@@ -251,7 +251,7 @@ impl MemoryBus {
         if followed.contains_key(&append.room) {
             self.mailboxes.send_entry(append.room.clone(), entry);
         }
-        Ok(Appended { position, duplicate: false, count_new_inbox: unseen && !had_entries })
+        Ok(Appended { position, duplicate: false, opened_inbox: unseen && !had_entries })
     }
 
     /// Whether a user is or was connected, as far as is remembered.

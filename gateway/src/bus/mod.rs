@@ -137,7 +137,7 @@ pub struct Appended {
     /// Whether it was there before.
     pub duplicate: bool,
     /// Whether it has opened the inbox of a user who was never connected.
-    pub count_new_inbox: bool,
+    pub opened_inbox: bool,
 }
 
 /// Why the bus did not do what it was asked.

@@ -148,7 +148,7 @@ impl ClientHandshake {
         let identity = auth.identify(credentials).map_err(AdmissionError::Unauthenticated)?;
         let user = identity.user.id.clone();
         let place =
-            node.state.by_user.enter(user.clone(), node.options.limits.connections_per_user);
+            node.state.by_user.acquire(user.clone(), node.options.limits.connections_per_user);
         let place = place.ok_or(AdmissionError::TooManyConnections)?;
 
         let about = Arc::new(ConnectionInfo {
@@ -268,7 +268,7 @@ pub(super) fn connected_frame(
         dedup_window: node.options.dedup_window.as_secs(),
         max_message_size: node.options.limits.message_bytes_max,
         inbox: opened.inbox.clone(),
-        limits: node.services.limits.rates.announced(),
+        limits: node.services.limits.rates.advertised(),
     }))
 }
 

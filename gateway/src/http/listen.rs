@@ -161,7 +161,7 @@ impl HttpListener {
             let ip = peer.ip().to_canonical();
             let is_proxy = self.limits.proxies.iter().any(|net| net.contains(&ip));
             let max = if is_proxy { 0 } else { self.limits.connections_per_ip };
-            let Some(of_address) = self.by_address.enter(address_key(peer.ip()), max) else {
+            let Some(of_address) = self.by_address.acquire(address_key(peer.ip()), max) else {
                 self.node.metrics.http_connections_dropped.of(DropReason::PerIpLimit).inc();
                 continue;
             };

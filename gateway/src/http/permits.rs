@@ -87,7 +87,7 @@ impl ConnectionPermits {
             .take(address, limits.handshakes_per_ip, now)
             .map_err(|wait| limited("too many handshakes from this address", wait))?;
         let by_address =
-            node.state.by_address.enter(address, limits.connections_per_ip).ok_or_else(|| {
+            node.state.by_address.acquire(address, limits.connections_per_ip).ok_or_else(|| {
                 let wait = std::time::Duration::from_secs(5);
                 limited("too many connections from this address", wait)
             })?;
@@ -98,7 +98,7 @@ impl ConnectionPermits {
         let all = node
             .state
             .all
-            .enter((), limits.connections_max)
+            .acquire((), limits.connections_max)
             .ok_or_else(|| unavailable("this node is full"))?;
         let tcp = parts.extensions.get::<TcpPermit>().cloned();
         Ok(Self { allowed, address, _all: all, _address: by_address, _tcp: tcp })

@@ -51,7 +51,7 @@ use crate::{
         Permit,
         meter::{Meter, MeterRates},
     },
-    outbox::{Close, Outbox, deflate::DeflateParams},
+    outbox::{Close, Outbox, deflate::DeflateOptions},
     session::{PendingRequest, Session},
     telemetry::metrics::{Counted, HandshakeResult},
     transport::{
@@ -243,8 +243,8 @@ fn check_handshake(
     let subprotocol = choose_subprotocol(parts).map_err(as_invalid)?;
     // Some clients agree on messages that are compressed each by itself, and then do not keep to it.
     let is_wanted = param(params, "deflate") != Some("off");
-    let deflate_params = is_wanted && node.options.deflate_bytes_min.is_some();
-    let deflate = extensions::negotiate(&parts.headers, deflate_params).map_err(as_invalid)?;
+    let deflate_options = is_wanted && node.options.deflate_bytes_min.is_some();
+    let deflate = extensions::negotiate(&parts.headers, deflate_options).map_err(as_invalid)?;
     let places = ConnectionPermits::take(node, parts)?;
     Ok((Negotiated { accept, subprotocol, deflate }, places))
 }
@@ -344,7 +344,7 @@ impl PendingUpgrade {
         let limits = &node.options.limits;
         let deflating = deflate.zip(node.options.deflate_bytes_min);
         let deflating = deflating
-            .map(|(deflate, bytes_min)| DeflateParams { window: deflate.window(), bytes_min });
+            .map(|(deflate, bytes_min)| DeflateOptions { window: deflate.window(), bytes_min });
         let outbox = Outbox::to_socket(socket, limits.outbox_bytes_max, node.metrics.clone())
             .with_deflate(deflating);
         let handle = ConnectionHandle::new(connection, outbox);

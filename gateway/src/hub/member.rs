@@ -31,7 +31,7 @@ use crate::{
         sessions::{ConnectionInfo, UnixMicros},
     },
     delivery::{Entry, replica::RetentionContext},
-    outbox::{OfferResult, Outbox, deflate::DeflateParams},
+    outbox::{OfferResult, Outbox, deflate::DeflateOptions},
     telemetry::{metrics::Metrics, trail::Trails},
 };
 
@@ -406,7 +406,7 @@ pub(super) enum MemberState {
 pub(super) struct SharedFrame {
     plain: Bytes,
     /// `None` where nothing is compressed.
-    deflated: Option<SmallVec<[(DeflateParams, Bytes); 1]>>,
+    deflated: Option<SmallVec<[(DeflateOptions, Bytes); 1]>>,
 }
 
 impl SharedFrame {
@@ -417,7 +417,7 @@ impl SharedFrame {
     /// The frame that goes into `outbox`.
     fn to(&mut self, outbox: &Outbox, metrics: &Metrics) -> &Bytes {
         let Self { plain, deflated } = self;
-        let (Some(params), Some(all)) = (outbox.deflate_params(), deflated) else {
+        let (Some(params), Some(all)) = (outbox.deflate_options(), deflated) else {
             return plain;
         };
         let place = all.iter().position(|(of, _)| *of == params).unwrap_or_else(|| {

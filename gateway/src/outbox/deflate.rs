@@ -10,14 +10,14 @@ use crate::telemetry::metrics::Metrics;
 
 /// How the messages to one client are compressed. Clients with the same get the same frames.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct DeflateParams {
+pub struct DeflateOptions {
     /// The window that the client asked for.
     pub window: WindowBits,
     /// Smaller messages stay as they are.
     pub bytes_min: usize,
 }
 
-impl DeflateParams {
+impl DeflateOptions {
     /// `frame` compressed; as it is where that is not worth it, and where it is a control frame.
     pub fn frame(self, frame: &Bytes, metrics: &Metrics) -> Bytes {
         let is_control = frame.first().is_none_or(|first| first & 0x08 != 0);

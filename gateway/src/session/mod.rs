@@ -845,10 +845,10 @@ impl PublishReply {
             // A gateway's own repeat is status as a duplicate; its `ack` may have been sent. One that
             // should stand in the place of the copy and does not is one too: by any other a client
             // would move its cursor.
-            Ok(Appended { position, duplicate, count_new_inbox: opened }) => {
+            Ok(Appended { position, duplicate, opened_inbox: opened }) => {
                 if self.cancel_reservation() {
                     let duplicate = duplicate || self.durable && !self.echo;
-                    self.ack(Appended { position, duplicate, count_new_inbox: opened });
+                    self.ack(Appended { position, duplicate, opened_inbox: opened });
                 }
             }
             Err(error) => {
@@ -890,17 +890,17 @@ impl PublishReply {
                 requests::storage_bound_text(error)
             }
         };
-        let error = ErrorFrame {
+        let frame = ErrorFrame {
             id: Some(self.receipt.id),
             ..error_frame(self.reference.clone(), self.to.frame_type(), self.to.room(), code, text)
         };
         let waits = if error.is_limit() { BOUND_RETRY_AFTER } else { RETRY_AFTER };
-        let error = match code.is_retryable() {
-            true => with_retry_after(error, rand::random_range(waits)),
-            false => error,
+        let frame = match code.is_retryable() {
+            true => with_retry_after(frame, rand::random_range(waits)),
+            false => frame,
         };
         self.metrics.errors.of(code).inc();
-        self.handle.send_ahead(&ServerFrame::Error(Box::new(error)));
+        self.handle.send_ahead(&ServerFrame::Error(Box::new(frame)));
     }
 }
 

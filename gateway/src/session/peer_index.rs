@@ -127,7 +127,7 @@ impl InboxIndex {
 
     /// Takes in what was read of `range`. Returns how many entries that was, and whether the newest entry
     /// is known now.
-    pub(super) fn take(
+    pub(super) fn apply(
         &mut self,
         user: &UserId,
         range: ReadRange,

@@ -152,7 +152,7 @@ impl Connection {
         let now = Instant::now();
         let expires = expires_of(&handler);
         let alarm = Alarm::new(wheel, handle.clone());
-        let decoder = match handle.outbox.deflate_params() {
+        let decoder = match handle.outbox.deflate_options() {
             Some(_) => Decoder::with_deflate(options.message_bytes_max),
             None => Decoder::new(options.message_bytes_max),
         };

@@ -6,14 +6,14 @@ use shared::codec::{
 use super::{echo::EchoMode, *};
 use crate::{
     limits::meter::MeterRates,
-    outbox::{Outbox, deflate::DeflateParams},
+    outbox::{Outbox, deflate::DeflateOptions},
 };
 
 /// An echo connection that has received `early`.
 fn connection(early: Vec<u8>) -> Connection {
     let metrics = Arc::<Metrics>::default();
     // It inflates; what it answers stays as it is.
-    let deflating = DeflateParams { window: WindowBits::MAX, bytes_min: usize::MAX };
+    let deflating = DeflateOptions { window: WindowBits::MAX, bytes_min: usize::MAX };
     let outbox = Outbox::to_owner(usize::MAX, metrics.clone()).with_deflate(Some(deflating));
     let handle = Arc::new(ConnectionHandle::new(ConnectionId::random(), outbox));
     let heartbeat = Heartbeat {

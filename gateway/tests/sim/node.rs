@@ -161,7 +161,7 @@ impl SimNode {
             rules,
             passwords: Passwords::new(Default::default(), metrics.clone()),
             reads: ReadLimiter::new(0),
-            peers: Default::default(),
+            peer_index: Default::default(),
             bus_status,
             metrics,
             limits,

@@ -388,7 +388,7 @@ impl PresenceStore for MemoryBus {
     fn publish_ephemeral(&self, room: RoomId, notice: EphemeralEvent, done: AppendCallback) {
         self.mailboxes.send_ephemeral(room, notice);
         let position = Position::new(Epoch::none(), 0);
-        done(Ok(Appended { position, duplicate: false, count_new_inbox: false }));
+        done(Ok(Appended { position, duplicate: false, opened_inbox: false }));
     }
 
     fn create(

@@ -615,5 +615,5 @@ fn parse_appended(value: Value) -> Result<Appended, RedisError> {
         .parse()
         .map_err(|_| RedisError::from((ErrorKind::Parse, "append.lua answered no epoch")))?;
     let position = Position::new(epoch, seq);
-    Ok(Appended { position, duplicate: kind == 1, count_new_inbox: kind == 2 })
+    Ok(Appended { position, duplicate: kind == 1, opened_inbox: kind == 2 })
 }

@@ -153,7 +153,7 @@ impl RedisServer {
         if !replication.contains("role:master") {
             return Err((ErrorKind::Io, "the server is a replica").into());
         }
-        let child = |info: &str, name: &str| {
+        let part = |info: &str, name: &str| {
             let line = info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
             line.and_then(|id| id.get(..8)).map(str::to_owned)
         };

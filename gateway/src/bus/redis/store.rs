@@ -749,7 +749,7 @@ impl Op {
             }
             Self::Ephemeral { done, .. } => {
                 let position = Position::new(Epoch::none(), 0);
-                done(Ok(Appended { position, duplicate: false, count_new_inbox: false }));
+                done(Ok(Appended { position, duplicate: false, opened_inbox: false }));
             }
             Self::Presence { .. } | Self::ReadMark { .. } | Self::Rewritten => {}
         }

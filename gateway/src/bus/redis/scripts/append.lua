@@ -114,13 +114,13 @@ if ARGV[12] == epoch and tonumber(ARGV[13]) <= top then
     end
 end
 
-local count_new_room
+local made_room
 if ARGV[14] ~= '' then
     local is_new = redis.call('EXISTS', KEYS[1]) == 0
     -- Ids cannot be forgotten within their window, and so a room that has many waits.
     local ids = ARGV[14] == 'full' and redis.call('HLEN', newer) + redis.call('HLEN', older) or 0
-    count_new_room = first_kept()
-    if is_new or ids > ids_max_when_full or not count_new_room then
+    made_room = first_kept()
+    if is_new or ids > ids_max_when_full or not made_room then
         return refused(full)
     end
 end
@@ -162,8 +162,8 @@ end
 
 -- The size of a stream costs a sample of it, so it is looked at now and then: every 64th entry,
 -- and at each that is large.
-if count_new_room then
-    redis.call('XTRIM', KEYS[1], 'MINID', count_new_room)
+if made_room then
+    redis.call('XTRIM', KEYS[1], 'MINID', made_room)
 elseif seq % 64 == 0 or #ARGV[8] > 65536 then
     local bytes = redis.call('MEMORY', 'USAGE', KEYS[1])
     local bytes_max = tonumber(ARGV[11])
