@@ -48,19 +48,19 @@ fn outboxes(bencher: Bencher<'_, '_>) {
 fn publish_to_members(bencher: Bencher<'_, '_>) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let room: RoomId = "bench".parse().unwrap();
-    let world = runtime.block_on(FanOut::start(&room));
+    let world = runtime.block_on(FanOutBench::start(&room));
     bencher.counter(ItemsCount::new(MEMBERS)).bench_local(|| {
         runtime.block_on(world.publish(&room));
     });
 }
 
-struct FanOut {
+struct FanOutBench {
     bus: Arc<dyn Bus>,
     _hub: Hub,
     members: Vec<Arc<ConnectionHandle>>,
 }
 
-impl FanOut {
+impl FanOutBench {
     async fn start(room: &RoomId) -> Self {
         let (tasks, metrics) = (Tasks::default(), Arc::new(Metrics::new()));
         let (mailboxes, letters) = Mailboxes::new(1, 16_384, metrics.clone());

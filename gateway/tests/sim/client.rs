@@ -32,14 +32,14 @@ pub struct SimClient {
     /// It stays away.
     pub away: bool,
     pub outbox_bytes: usize,
-    pub rooms: Vec<ClientRoom>,
+    pub rooms: Vec<SimRoom>,
     count: u64,
     /// What it wanted no copy of: the `ack` stands in its place, whenever that comes.
     without_echo: BTreeSet<Id>,
 }
 
 /// A client in a room.
-pub struct ClientRoom {
+pub struct SimRoom {
     pub room: usize,
     pub observer: RoomObserver,
     /// It wants to be in.
@@ -67,7 +67,7 @@ enum JoinState {
     Joined,
 }
 
-impl ClientRoom {
+impl SimRoom {
     pub fn new(room: usize) -> Self {
         Self {
             room,
@@ -129,7 +129,7 @@ impl ClientRoom {
 
 impl SimClient {
     pub fn new(number: usize, outbox_bytes: usize, rooms: Vec<usize>) -> Self {
-        let places = rooms.into_iter().map(ClientRoom::new).collect();
+        let places = rooms.into_iter().map(SimRoom::new).collect();
         Self {
             number,
             connection: None,
@@ -144,7 +144,7 @@ impl SimClient {
     /// The connection stands.
     pub fn connected(&mut self) -> Vec<ClientAction> {
         let wanted = self.rooms.iter_mut().filter(|place| place.wanted);
-        wanted.map(ClientRoom::join).collect()
+        wanted.map(SimRoom::join).collect()
     }
 
     pub fn disconnected(&mut self) {

@@ -31,7 +31,7 @@ const LAST_MS: f64 = 15_000.0;
 type ScheduledEvent = Box<dyn FnOnce(&mut Simulation)>;
 
 /// A connection between a client and a gateway.
-pub struct ClientConnection {
+pub struct ClientLink {
     pub client: usize,
     pub node: usize,
     process: u64,
@@ -61,7 +61,7 @@ pub struct Simulation {
     /// How far the wall clock of Redis was put forward.
     pub skew: f64,
     pub links: BTreeMap<u64, RedisLink>,
-    pub connections: BTreeMap<u64, ClientConnection>,
+    pub connections: BTreeMap<u64, ClientLink>,
     pub clients: Vec<SimClient>,
     pub truth: GroundTruth,
     pub trace: Trace,
@@ -233,14 +233,8 @@ impl Simulation {
         let outbox_bytes = self.clients[number].outbox_bytes;
         node.accept(talk, number, outbox_bytes, line.clone());
         let (process, now) = (node.process, self.now);
-        let of = ClientConnection {
-            client: number,
-            node: host,
-            process,
-            input: line,
-            up: now,
-            down: now,
-        };
+        let of =
+            ClientLink { client: number, node: host, process, input: line, up: now, down: now };
         self.connections.insert(talk, of);
         self.clients[number].connection = Some(talk);
         self.trace.record(self.now, &format!("c{number} connects to G{host}"));

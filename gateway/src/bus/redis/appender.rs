@@ -22,13 +22,14 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    RetryPause, config, is_slot_error, is_unagreed,
+    RetryPause,
+    append_queue::{AppendQueue, QueuedAppend},
+    config, is_slot_error, is_unagreed,
     links::{LinkKind, LinkStates},
     memory::Pressure,
     position_args,
     probe::PROBE_INTERVAL,
     requirements::{Detector, is_forbidden},
-    send_queue::{QueuedAppend, SendQueue},
     server::{AgreedServer, RedisServer},
     to_bus_error,
     untrusted::strip_report,
@@ -68,7 +69,7 @@ pub(super) fn start(server: Arc<RedisServer>, links: Arc<LinkStates>, tasks: &Ta
     let (queue, receiver) = mpsc::channel(QUEUE_LEN_MAX);
     let (orders, ordered) = mpsc::channel(DRAINS_MAX);
     let worker = AppendWorker {
-        queue: SendQueue::new(server.keyspace),
+        queue: AppendQueue::new(server.keyspace),
         script: server.keyspace.script(include_str!("scripts/append.lua")),
         script_when_full: server
             .keyspace
@@ -112,7 +113,7 @@ struct AppendWorker {
     incoming: mpsc::Receiver<QueuedAppend>,
     drains: mpsc::Receiver<DrainRequest>,
     /// What is to be sent before anything in `incoming`: it came from there, or was sent already.
-    queue: SendQueue,
+    queue: AppendQueue,
     script: redis::Script,
     /// The same, which Redis lets run where it is full: it makes room first.
     script_when_full: redis::Script,
@@ -262,7 +263,7 @@ impl AppendWorker {
     }
 
     /// Sends and settles until the connection fails. Returns why; what has no answer is in
-    /// `send_queue` again, in its order.
+    /// `append_queue` again, in its order.
     async fn serve(
         &mut self,
         connection: MultiplexedConnection,

@@ -57,7 +57,7 @@ mod status;
 mod subscriber;
 pub mod topology;
 mod untrusted;
-mod send_queue;
+mod append_queue;
 
 use commands::RedisControlQueue;
 use log::RedisLog;

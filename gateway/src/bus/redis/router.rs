@@ -30,6 +30,7 @@ use tokio::{
 use super::{
     RedisOptions,
     agreement::{self, ProcessIdentity},
+    append_queue::QueuedAppend,
     appender::{self, Appender},
     keyspace::Keyspace,
     lease::LeaseTimes,
@@ -37,7 +38,6 @@ use super::{
     log::RedisLog,
     memory::{self, MemoryOfAllServers},
     requirements::Requirements,
-    send_queue::QueuedAppend,
     server::{AgreedServer, RedisServer},
     status,
     subscriber::{self, Subscriber},

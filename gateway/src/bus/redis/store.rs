@@ -159,7 +159,7 @@ impl StoreWorker {
         };
         let scripts = StoreScripts {
             open: script(include_str!("scripts/open_session.lua")),
-            use_session: script(include_str!("scripts/hold_session.lua")),
+            use_session: script(include_str!("scripts/use_session.lua")),
             acknowledge: script(include_str!("scripts/acknowledge.lua")),
             data: script(include_str!("scripts/session_data.lua")),
             enqueue_command: script(include_str!("scripts/enqueue_command.lua")),

@@ -57,7 +57,7 @@ impl QueuedAppend {
 }
 
 /// All that waits for one server.
-pub(super) struct SendQueue {
+pub(super) struct AppendQueue {
     keyspace: Keyspace,
     /// What was sent before, and what members wait for.
     urgent: VecDeque<QueuedAppend>,
@@ -68,7 +68,7 @@ pub(super) struct SendQueue {
     backing_off: BTreeMap<u16, Instant>,
 }
 
-impl SendQueue {
+impl AppendQueue {
     pub(super) fn new(keyspace: Keyspace) -> Self {
         let (urgent, others) = (VecDeque::new(), VecDeque::new());
         Self { keyspace, urgent, urgent_deadline: None, others, backing_off: BTreeMap::new() }
@@ -221,7 +221,7 @@ mod tests {
         assert_ne!(group_a, group_b);
         let now = Instant::now();
         let late = now + Duration::from_secs(1);
-        let mut waiting = SendQueue::new(SHARDED);
+        let mut waiting = AppendQueue::new(SHARDED);
         for (room, seq) in [(&a, 1), (&b, 2), (&a, 3), (&b, 4)] {
             waiting.push(append(room, seq, late));
         }
@@ -247,7 +247,7 @@ mod tests {
     #[test]
     fn what_is_past_its_deadline_is_taken_out() {
         let (room, now) = ("a".parse().unwrap(), Instant::now());
-        let mut waiting = SendQueue::new(SHARDED);
+        let mut waiting = AppendQueue::new(SHARDED);
         for seq in 1..=3 {
             waiting.push(append(&room, seq, now + Duration::from_secs(seq)));
         }
@@ -260,7 +260,7 @@ mod tests {
     fn what_has_no_answer_is_repeated_where_it_was_between_what_has_one() {
         let (room, now): (RoomId, _) = ("a".parse().unwrap(), Instant::now());
         let sent = |seq, number| QueuedAppend { number, ..append(&room, seq, now + BACK_OFF) };
-        let mut waiting = SendQueue::new(SHARDED);
+        let mut waiting = AppendQueue::new(SHARDED);
         waiting.push(sent(5, None));
         waiting.requeue([sent(1, Some(1)), sent(3, Some(3))].into());
         let repeat = |number| Republish {
