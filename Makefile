@@ -52,7 +52,7 @@ loadtest-injected: setup build ## loadtest finds each injected fault, and none i
 
 N ?= 10000000
 fuzz: ## mutated input for the parsers of what clients send: make fuzz N=100000000
-	SKEIN_FUZZ=$(N) cargo test --locked --profile sim -p shared fuzz -- --nocapture
+	SKEIN_FUZZ=$(N) cargo test --locked --profile sim -p skein-protocol -p skein-websocket fuzz -- --nocapture
 
 fmt: ## format
 	cargo fmt --all
@@ -86,4 +86,4 @@ bench: ## speed and size beside a baseline and a naive chat, some 10 minutes; ma
 	target/release/loadtest bench --json target/bench.json $(ROWS)
 
 bench-micro: ## encode, decode, fan-out in memory
-	cargo bench --locked -p shared -p gateway --bench codec --bench fan_out
+	cargo bench --locked -p skein-core --bench codec --bench fan_out

@@ -22,7 +22,7 @@ use mio::{
     Events, Interest, Poll, Token,
     net::{TcpListener, TcpStream},
 };
-use shared::codec::{Decoder, DecoderEvent, Opcode, encode};
+use skein_websocket::{Decoder, DecoderEvent, Opcode, encode};
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
 /// The payload of a gateway's frame around 128 bytes of content.

@@ -100,7 +100,7 @@ async fn chat(
     ws: WebSocketUpgrade,
 ) -> Response {
     let user = query.0.user.unwrap_or_else(|| "anonymous".to_owned());
-    ws.protocols([shared::SUBPROTOCOL]).on_upgrade(|socket| serve(socket, user, chat))
+    ws.protocols([skein_protocol::SUBPROTOCOL]).on_upgrade(|socket| serve(socket, user, chat))
 }
 
 async fn serve(socket: WebSocket, user: String, mut chat: Chat) {
@@ -127,7 +127,7 @@ async fn serve(socket: WebSocket, user: String, mut chat: Chat) {
             let Ok(NaiveRequest::Message { id, content }) = serde_json::from_str(&text) else {
                 continue;
             };
-            let timestamp = shared::timestamp(std::time::SystemTime::now());
+            let timestamp = skein_protocol::timestamp(std::time::SystemTime::now());
             let (room, id, content) = (&room, &id, &content);
             let message =
                 NaiveMessage { r#type: "message", room, id, from: &user, content, timestamp };

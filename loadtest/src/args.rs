@@ -197,7 +197,7 @@ pub(crate) struct ConnectArgs {
     pub(crate) hold: Duration,
     /// Every connection joins this room.
     #[arg(long, conflicts_with = "rooms")]
-    pub(crate) room: Option<shared::ids::RoomId>,
+    pub(crate) room: Option<skein_protocol::ids::RoomId>,
     /// The connections are dealt out to so many rooms, `load-0` and on; each joins one.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=i64::from(CONNECTIONS_MAX)))]
     pub(crate) rooms: Option<u32>,

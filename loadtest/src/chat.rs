@@ -12,14 +12,12 @@ use loadtest::{
 };
 use parking_lot::Mutex;
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
-use shared::{
-    client::{
-        Client,
-        api::{ClientEvent, ClientOptions, HistoryRange, StartFrom},
-        options::ConnectOptions,
-    },
-    ids::RoomId,
+use skein_client::{
+    Client,
+    api::{ClientEvent, ClientOptions, HistoryRange, StartFrom},
+    options::ConnectOptions,
 };
+use skein_protocol::ids::RoomId;
 use tokio::{
     sync::mpsc,
     task::JoinSet,

@@ -1,7 +1,7 @@
 //! The client's half of a WebSocket, as small as it can be: the handshake's bytes, a reader of
 //! server frames that holds nothing between messages, and the few frames a client sends.
 //!
-//! Pure. It is not `shared::client`, since that is made for correctness with one connection, and
+//! Pure. It is not `skein_client`, since that is made for correctness with one connection, and
 //! this for a hundred thousand of them in one process, or for half a million frames a second.
 
 use std::borrow::Cow;
@@ -46,7 +46,7 @@ pub(crate) fn handshake_request_with(host: &str, path: &str, lines: &str) -> Vec
         "GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
          Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {KEY}\r\n\
          Sec-WebSocket-Protocol: {}\r\n{lines}\r\n",
-        shared::SUBPROTOCOL
+        skein_protocol::SUBPROTOCOL
     )
     .into_bytes()
 }
@@ -288,7 +288,7 @@ impl FrameHeader {
 
 #[cfg(test)]
 mod tests {
-    use shared::codec::{Decoder, DecoderEvent as Decoded, Opcode, encode, encode_close};
+    use skein_websocket::{Decoder, DecoderEvent as Decoded, Opcode, encode, encode_close};
 
     use super::*;
 

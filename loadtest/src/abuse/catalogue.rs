@@ -843,7 +843,7 @@ fn session_data(_: u32, number: u64) -> Option<Vec<u8>> {
 mod tests {
     use std::collections::BTreeSet;
 
-    use shared::ids::UserId;
+    use skein_protocol::ids::UserId;
 
     use super::*;
     use crate::abuse::profile::AttackPayload;

@@ -154,7 +154,7 @@ pub(crate) fn binary(header: &str, payload: &[u8]) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
-    use shared::codec::{Decoder, DecoderEvent};
+    use skein_websocket::{Decoder, DecoderEvent};
 
     use super::*;
 

@@ -13,9 +13,9 @@ use crate::timestamp::SendTimestamp;
 
 /// The gateway's own text of it.
 const SCRIPT: &str = concat!(
-    include_str!("../../../gateway/src/bus/redis/scripts/prelude.lua"),
+    include_str!("../../../gateway/redis/src/scripts/prelude.lua"),
     "\n",
-    include_str!("../../../gateway/src/bus/redis/scripts/append.lua"),
+    include_str!("../../../gateway/redis/src/scripts/append.lua"),
 );
 /// How many calls are under way.
 const PIPELINE_LEN: usize = 128;

@@ -396,15 +396,13 @@ mod tests {
 
     #[test]
     fn a_message_is_one_that_the_gateway_takes() {
-        use shared::{
-            codec::Decoder,
-            protocol::client_frame::{ClientFrame, FrameBody},
-        };
+        use skein_protocol::protocol::client_frame::{ClientFrame, FrameBody};
+        use skein_websocket::Decoder;
         let timestamp = SendTimestamp { sender: 7, due_ns: 9 };
         let mut frame = message(&room(3), 1 << 40, timestamp);
         let mut decoder = Decoder::new(1 << 16);
         let (_, received) = decoder.next(&mut frame).unwrap();
-        let Some(shared::codec::DecoderEvent::Text(text)) = received else {
+        let Some(skein_websocket::DecoderEvent::Text(text)) = received else {
             panic!("{received:?}")
         };
         assert!(matches!(ClientFrame::from_text(text).unwrap().body, FrameBody::Message(_)));

@@ -8,12 +8,12 @@ use std::{sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 use serde_json::{Value, json};
-use shared::{
-    client::{
-        connection::{ClientConnection, ReceivedMessage},
-        frames,
-        options::ConnectOptions,
-    },
+use skein_client::{
+    connection::{ClientConnection, ReceivedMessage},
+    frames,
+    options::ConnectOptions,
+};
+use skein_protocol::{
     ids::{MessageId, RoomId},
     position::Position,
     protocol::server_frame::{ErrorFrame, ServerFrame},

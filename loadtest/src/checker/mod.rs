@@ -18,7 +18,7 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use shared::{
+use skein_protocol::{
     ids::MessageId,
     position::{Epoch, Position, Seq},
     protocol::server_frame::{

@@ -18,7 +18,8 @@ use std::{
 use loadtest::clock::{self, TimerFd};
 use memchr::memmem;
 use mio::{Events, Interest, Poll, Token, unix::SourceFd};
-use shared::{client::frames, ids::RoomId};
+use skein_client::frames;
+use skein_protocol::ids::RoomId;
 use tokio::time::{Duration, Instant};
 
 use crate::{

@@ -12,8 +12,8 @@ use std::{
 use hdrhistogram::Histogram;
 use mio::{Interest, Token, net::TcpStream};
 use serde::Deserialize;
-use shared::{
-    client::frames,
+use skein_client::frames;
+use skein_protocol::{
     ids::RoomId,
     position::{Epoch, Position, Seq},
 };

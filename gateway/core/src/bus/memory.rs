@@ -1,0 +1,463 @@
+//! The bus of a single node: logs in this process's memory. The reference for [`super::Bus`].
+//!
+//! Nothing outlives the process, so that its clients find a new epoch after a restart.
+
+use std::{
+    collections::{HashMap, HashSet, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
+
+use crate::envelope::DedupKey;
+use parking_lot::Mutex;
+use skein_protocol::{
+    ids::{RoomId, UserId},
+    position::{Epoch, Position, Seq},
+};
+use tokio::{sync::Notify, time::Instant};
+
+mod commands;
+mod store;
+mod sessions;
+
+use commands::CommandLog;
+use sessions::SessionTable;
+use store::StoreState;
+
+use super::{
+    Append, Appended, BoxFuture, Bus, BusError, LogRetention, Mailboxes, READ_BYTES_MAX, ReadRange,
+    Retention, UnseenInboxLimits, UnseenPolicy, random_epoch,
+    registry::{EphemeralEvent, RoomStoreOptions},
+    sessions::SessionOptions,
+};
+use crate::{
+    delivery::{Entry, ReplicaSnapshot, ServerId, ordinal, page::LogPage},
+    drain::Tasks,
+};
+
+/// What a log and a known id take beside the entries, roughly.
+const LOG_BYTES: u64 = 512;
+const ID_BYTES: u64 = 128;
+/// How often room is made at most.
+const FREE_MEMORY_INTERVAL: Duration = Duration::from_millis(100);
+/// How often logs past their time are looked for.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(30);
+
+/// Logs and registry in memory. Cheap to clone.
+#[derive(Clone)]
+pub struct MemoryBus {
+    logs: Arc<Mutex<MemoryLogs>>,
+    store: Arc<Mutex<StoreState>>,
+    sessions: Arc<Mutex<SessionTable>>,
+    commands: Arc<Mutex<CommandLog>>,
+    /// There are orders to be taken.
+    command_enqueued: Arc<Notify>,
+    retention: Arc<Retention>,
+    empty_ttl: Duration,
+    session_ttl: Duration,
+    mailboxes: Mailboxes,
+}
+
+struct MemoryLogs {
+    logs: HashMap<RoomId, MemoryLog>,
+    /// Rooms that are followed, and of those without a log the epoch that was told: it begins in that.
+    subscribed: HashMap<RoomId, Option<Epoch>>,
+    /// The epoch of logs that have no entry yet, so that an inbox to which nothing came costs nothing.
+    /// A new one once any log was dropped, whose numbers could be given again.
+    empty_epoch: Epoch,
+    /// What all logs take, roughly.
+    bytes: u64,
+    /// When room was made last: it takes a look at every log.
+    last_freed: Option<Instant>,
+}
+
+impl Default for MemoryLogs {
+    fn default() -> Self {
+        let (logs, followed, silent) = (HashMap::new(), HashMap::new(), epoch_of(0));
+        Self { logs, subscribed: followed, empty_epoch: silent, bytes: 0, last_freed: None }
+    }
+}
+
+/// A room's log.
+struct MemoryLog {
+    epoch: Epoch,
+    /// The ordinal of the epoch that the last deletion began, 0 for none.
+    deleted: u64,
+    top: Seq,
+    /// Of an inbox: up to where it is acknowledged.
+    acked: Seq,
+    entries: VecDeque<(Instant, Entry)>,
+    bytes: u64,
+    ids: DedupWindow,
+    used: Instant,
+    /// Whether it is the inbox of a user who was never connected.
+    unseen: bool,
+}
+
+/// The ids of the dedup window: two maps that take turns, so that forgetting costs nothing. An id
+/// is known for one to two windows.
+struct DedupWindow {
+    newer: HashMap<DedupKey, Seq>,
+    older: HashMap<DedupKey, Seq>,
+    rotated: Instant,
+}
+
+impl MemoryBus {
+    /// An empty bus; a task of `tasks` forgets what is past `retention`.
+    pub fn start(
+        retention: Retention,
+        registry: &RoomStoreOptions,
+        sessions: &SessionOptions,
+        mailboxes: Mailboxes,
+        tasks: &Tasks,
+    ) -> Self {
+        let bus = Self {
+            logs: Arc::default(),
+            store: Arc::default(),
+            sessions: Arc::default(),
+            commands: Arc::default(),
+            command_enqueued: Arc::default(),
+            retention: Arc::new(retention),
+            empty_ttl: registry.empty_ttl,
+            session_ttl: sessions.ttl,
+            mailboxes,
+        };
+        let (sweeper, stopped) = (bus.clone(), tasks.stopped().clone());
+        // Sessions that are kept for a short time are looked for as often.
+        let every = sessions.ttl.clamp(Duration::from_secs(1), SWEEP_INTERVAL);
+        tasks.spawn_service("memory_bus_sweep", async move {
+            let mut every = tokio::time::interval(every);
+            // Both arms are cancel-safe.
+            loop {
+                tokio::select! {
+                    () = stopped.cancelled() => break,
+                    now = every.tick() => sweeper.sweep(now),
+                }
+            }
+        });
+        bus
+    }
+
+    fn sweep(&self, now: Instant) {
+        self.store.lock().sweep(self.empty_ttl, now);
+        self.sessions.lock().sweep(self.session_ttl);
+        let dedup_window = self.retention.dedup_window;
+        let unseen_ttl = self.retention.limits.unseen.ttl;
+        let mut guard = self.logs.lock();
+        let rooms = &mut *guard;
+        let MemoryLogs { logs, subscribed: followed, empty_epoch: silent, .. } = rooms;
+        let before = logs.len();
+        logs.retain(|room, log| {
+            let (idle, kept) = (now - log.used, self.retention.of(room));
+            log.ids.rotate(dedup_window, now);
+            if idle > kept.ttl {
+                log.entries = VecDeque::new();
+                log.bytes = 0;
+            }
+            let head_ttl = if log.unseen { unseen_ttl } else { kept.head_ttl() };
+            followed.contains_key(room) || idle <= head_ttl
+        });
+        if logs.len() < before {
+            *silent = epoch_of(0);
+        }
+        Self::free_memory(rooms, self.retention.memory_bytes_max);
+        let kept: HashSet<RoomId> = rooms.logs.keys().cloned().collect();
+        drop(guard);
+        self.store.lock().sweep_read_marks(|room| kept.contains(room));
+    }
+
+    /// Makes room where all logs together take more than they may: inboxes of users who were never
+    /// connected go first, then those used longest ago, whole where nobody follows them. Who comes back to
+    /// one is told.
+    fn free_memory(rooms: &mut MemoryLogs, bytes_max: u64) {
+        rooms.bytes = rooms.logs.values().map(MemoryLog::cost).sum();
+        if rooms.bytes <= bytes_max {
+            return;
+        }
+        let mut oldest: Vec<((bool, Instant), RoomId)> =
+            rooms.logs.iter().map(|(room, log)| ((!log.unseen, log.used), room.clone())).collect();
+        oldest.sort_unstable_by_key(|(rank, _)| *rank);
+        for (_, room) in oldest {
+            // More than is needed, so that this is not done for every message.
+            if rooms.bytes <= bytes_max / 10 * 9 {
+                break;
+            }
+            let Some(log) = rooms.logs.get_mut(&room) else { continue };
+            rooms.bytes -= log.cost();
+            if rooms.subscribed.contains_key(&room) {
+                log.entries = VecDeque::new();
+                log.bytes = 0;
+                rooms.bytes += log.cost();
+            } else {
+                rooms.logs.remove(&room);
+                rooms.empty_epoch = epoch_of(0);
+            }
+        }
+        tracing::warn!("logs take more than history.memory_bytes_max; the oldest were dropped");
+    }
+
+    /// Appends under the lock, so that entries enter the mailbox in the order of their numbers.
+    fn append_now(&self, append: &Append, now: Instant) -> Result<Appended, BusError> {
+        let user = append.room.user().filter(|_| append.unseen != UnseenPolicy::Unlimited);
+        let unseen = user.is_some_and(|user| !self.was_connected(&user));
+        let bounds = self.retention.limits.unseen;
+        let rooms = &mut *self.logs.lock();
+        let too_much = rooms.bytes > self.retention.memory_bytes_max;
+        if too_much && rooms.last_freed.is_none_or(|made| now - made >= FREE_MEMORY_INTERVAL) {
+            Self::free_memory(rooms, self.retention.memory_bytes_max);
+            rooms.last_freed = Some(now);
+        }
+        let MemoryLogs { logs, subscribed: followed, bytes, empty_epoch: silent, .. } = rooms;
+        let had_entries = logs.get(&append.room).is_some_and(|log| !log.entries.is_empty());
+        // Once it is kept as any it stays that.
+        let unseen = unseen && logs.get(&append.room).is_none_or(|log| log.unseen || log.top == 0);
+        if unseen {
+            if append.envelope.as_bytes().len() as u64 > bounds.bytes_max {
+                return Err(BusError::UnseenBytes);
+            }
+            if !had_entries && append.unseen == UnseenPolicy::Reject {
+                return Err(BusError::UnseenQuota);
+            }
+        }
+        let told = || followed.get(&append.room).cloned().flatten();
+        let log = logs
+            .entry(append.room.clone())
+            .or_insert_with(|| MemoryLog::begin(told().unwrap_or_else(|| silent.clone()), now));
+        let before = log.cost();
+        log.used = now;
+        log.unseen = unseen;
+        log.ids.rotate(self.retention.dedup_window, now);
+
+        let key = append.envelope.dedup_key();
+        if let Some(seq) = log.ids.known(&key) {
+            let position = Position::new(log.epoch.clone(), seq);
+            return Ok(Appended { position, duplicate: true, opened_inbox: false });
+        }
+        log.top += 1;
+        log.ids.newer.insert(key, log.top);
+        let position = Position::new(log.epoch.clone(), log.top);
+        let entry = Entry {
+            position: position.clone(),
+            origin: ServerId::default(),
+            envelope: append.envelope.clone(),
+        };
+        log.bytes += entry.bytes() as u64;
+        log.entries.push_back((now, entry.clone()));
+        log.trim(&self.retention, self.retention.of(&append.room), now);
+        if unseen {
+            log.trim_unseen(&bounds);
+        }
+        *bytes = (*bytes + log.cost()).saturating_sub(before);
+        if followed.contains_key(&append.room) {
+            self.mailboxes.send_entry(append.room.clone(), entry);
+        }
+        Ok(Appended { position, duplicate: false, opened_inbox: unseen && !had_entries })
+    }
+
+    /// Whether a user is or was connected, as far as is remembered.
+    fn was_connected(&self, user: &UserId) -> bool {
+        self.sessions.lock().has(user) || self.store.lock().has_last_seen(user)
+    }
+
+    fn read_now(&self, room: &RoomId, range: ReadRange, now: Instant) -> LogPage {
+        let rooms = &mut *self.logs.lock();
+        match rooms.logs.get(room) {
+            Some(log) => log.page(range),
+            None => MemoryLog::begin(rooms.epoch_of_empty(room), now).page(range),
+        }
+    }
+}
+
+impl MemoryLogs {
+    /// The epoch of a room that has no log.
+    fn epoch_of_empty(&mut self, room: &RoomId) -> Epoch {
+        let silent = self.empty_epoch.clone();
+        match self.subscribed.get_mut(room) {
+            Some(told) => told.get_or_insert(silent).clone(),
+            None => silent,
+        }
+    }
+}
+
+impl MemoryBus {
+    fn delete_log(&self, room: &RoomId) {
+        let MemoryLogs { logs, subscribed: followed, bytes, .. } = &mut *self.logs.lock();
+        let now = Instant::now();
+        if followed.contains_key(room) && !logs.contains_key(room) {
+            // Who follows it has been told an epoch.
+            *bytes += LOG_BYTES;
+            logs.insert(room.clone(), MemoryLog::begin(epoch_of(0), now));
+        }
+        if let Some(log) = logs.get_mut(room) {
+            let before = log.cost();
+            *log = MemoryLog::begin_after_deletion(ordinal(&log.epoch) + 1, now);
+            *bytes = (*bytes + log.cost()).saturating_sub(before);
+        }
+    }
+}
+
+impl Bus for MemoryBus {
+    fn append(&self, append: Append) {
+        let appended = self.append_now(&append, Instant::now());
+        (append.done)(appended);
+    }
+
+    fn subscribe(&self, room: RoomId) -> BoxFuture<Result<(), BusError>> {
+        self.logs.lock().subscribed.entry(room).or_default();
+        Box::pin(std::future::ready(Ok(())))
+    }
+
+    fn unsubscribe(&self, room: RoomId) {
+        self.logs.lock().subscribed.remove(&room);
+    }
+
+    fn read(&self, room: RoomId, range: ReadRange) -> BoxFuture<Result<LogPage, BusError>> {
+        let page = self.read_now(&room, range, Instant::now());
+        Box::pin(std::future::ready(Ok(page)))
+    }
+
+    fn delete(&self, room: RoomId) -> BoxFuture<Result<(), BusError>> {
+        self.delete_log(&room);
+        if self.logs.lock().subscribed.contains_key(&room) {
+            self.mailboxes.send_ephemeral(room, EphemeralEvent::Emptied);
+        }
+        Box::pin(std::future::ready(Ok(())))
+    }
+
+    fn heads(&self, names: Vec<RoomId>) -> BoxFuture<Result<Vec<Option<Position>>, BusError>> {
+        let rooms = &mut *self.logs.lock();
+        let head = |name| match rooms.logs.get(name) {
+            Some(log) => Some(Position::new(log.epoch.clone(), log.top)),
+            None => Some(Position::new(rooms.epoch_of_empty(name), 0)),
+        };
+        let heads = names.iter().map(head).collect();
+        Box::pin(std::future::ready(Ok(heads)))
+    }
+
+    fn restore(&self, _held: ReplicaSnapshot) -> BoxFuture<Result<(), BusError>> {
+        // The log is as old as the process, and has all that anybody ever held.
+        Box::pin(std::future::ready(Ok(())))
+    }
+
+    fn failed_check(&self) -> Option<&'static str> {
+        None
+    }
+}
+
+impl MemoryLog {
+    fn begin_after_deletion(ordinal: u64, now: Instant) -> Self {
+        Self { deleted: ordinal, ..Self::begin(epoch_of(ordinal), now) }
+    }
+
+    fn begin(epoch: Epoch, now: Instant) -> Self {
+        Self {
+            epoch,
+            deleted: 0,
+            top: 0,
+            acked: 0,
+            entries: VecDeque::new(),
+            bytes: 0,
+            ids: DedupWindow { newer: HashMap::new(), older: HashMap::new(), rotated: now },
+            used: now,
+            unseen: false,
+        }
+    }
+
+    /// What the log takes in memory, roughly.
+    fn cost(&self) -> u64 {
+        let ids = self.ids.newer.len() + self.ids.older.len();
+        LOG_BYTES + self.bytes + ids as u64 * ID_BYTES
+    }
+
+    /// Forgets the oldest entries past retention.
+    fn trim(&mut self, retention: &Retention, kept: LogRetention, now: Instant) {
+        while let Some((since, oldest)) = self.entries.front() {
+            let above = self.entries.len() > kept.entries_min as usize;
+            let old = now - *since > retention.window;
+            let large = self.bytes > kept.bytes_max && self.entries.len() > 1;
+            if !(above && old || large) {
+                break;
+            }
+            self.bytes -= oldest.bytes() as u64;
+            self.entries.pop_front();
+        }
+    }
+
+    /// Forgets the oldest entries, and their ids, of a user who was never connected.
+    fn trim_unseen(&mut self, bounds: &UnseenInboxLimits) {
+        while self.entries.len() > bounds.entries_max as usize || self.bytes > bounds.bytes_max {
+            let Some((_, oldest)) = self.entries.pop_front() else { break };
+            self.bytes -= oldest.bytes() as u64;
+            self.ids.forget(&oldest.envelope.dedup_key());
+        }
+    }
+
+    fn page(&self, range: ReadRange) -> LogPage {
+        let oldest = self.entries.front().map_or(0, |(_, entry)| entry.position.seq);
+        let seqs = self.entries.len() as u64;
+        // Entries are numbered without steps, so that a number is a place.
+        let place = |seq: Seq| (seq.saturating_sub(oldest)).min(seqs) as usize;
+        let (from, to) = match range {
+            ReadRange::Newest { limit } => {
+                (self.entries.len().saturating_sub(limit as usize), seqs)
+            }
+            ReadRange::After { seq, .. } => (place(seq + 1), seqs),
+            ReadRange::Before { seq, limit } => {
+                let end = place(seq);
+                (end.saturating_sub(limit as usize), end as u64)
+            }
+        };
+        let wanted = self.entries.range(from..to as usize).map(|(_, entry)| entry);
+        let entries = if range.keeps_newest() {
+            let mut entries = cut(wanted.rev(), range.limit());
+            entries.reverse();
+            entries
+        } else {
+            cut(wanted, range.limit())
+        };
+        let (epoch, top) = (self.epoch.clone(), self.top);
+        LogPage { epoch, former: None, deleted: self.deleted, generation: 0, top, oldest, entries }
+    }
+}
+
+/// A new epoch of this ordinal.
+fn epoch_of(ordinal: u64) -> Epoch {
+    format!("{ordinal}-{}", random_epoch()).parse().expect("made of the allowed letters")
+}
+
+/// As many entries as a read may answer.
+fn cut<'a>(entries: impl Iterator<Item = &'a Entry>, limit: u32) -> Vec<Entry> {
+    let mut bytes = 0;
+    entries
+        .take(limit as usize)
+        .take_while(|entry| {
+            let first = bytes == 0;
+            bytes += entry.bytes();
+            first || bytes <= READ_BYTES_MAX
+        })
+        .cloned()
+        .collect()
+}
+
+impl DedupWindow {
+    fn known(&self, key: &DedupKey) -> Option<Seq> {
+        self.newer.get(key).or_else(|| self.older.get(key)).copied()
+    }
+
+    fn forget(&mut self, key: &DedupKey) {
+        self.newer.remove(key);
+        self.older.remove(key);
+    }
+
+    fn rotate(&mut self, window: Duration, now: Instant) {
+        let since = now - self.rotated;
+        if since < window {
+            return;
+        }
+        self.older = std::mem::take(&mut self.newer);
+        if since >= window * 2 {
+            self.older = HashMap::new();
+        }
+        self.rotated = now;
+    }
+}

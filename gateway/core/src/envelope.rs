@@ -1,0 +1,434 @@
+//! An entry of a room's log, as it is kept in the log and passed between gateways.
+//!
+//! The bytes hold everything of a `message`, `direct` or `notification` frame but its `epoch` and `seq`,
+//! which the log gives.
+//! A gateway that receives an entry parses no JSON: it puts the two numbers in front of the stored
+//! fields and has the frame its clients get.
+//!
+//! ```text
+//! byte 0        version, 2
+//! byte 1        flags: bit 0 binary payload, bit 1 the sender wants no copy,
+//!               bits 2 and 3 the frame's type: 0 `message`, 1 `direct`, 2 `notification`
+//! bytes 2..10   author: who sent it, as a hash of the user's id
+//! bytes 10..26  message id; with the author it is what ids are told apart by
+//! bytes 26..42  connection that sent it
+//! bytes 42..46  length of the fields, big-endian
+//! fields       JSON fields without braces: "room":"…","id":"…",…
+//! payload       the content of a binary message
+//! ```
+
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use bytes::{BufMut, Bytes, BytesMut};
+use sha1::{Digest as _, Sha1};
+use uuid::Uuid;
+
+use skein_protocol::{
+    ids::{ConnectionId, MessageId, RoomId, RoomKind, UserId},
+    position::Position,
+};
+use skein_websocket::Opcode;
+
+mod fields;
+
+use fields::ExpectedFields;
+
+const VERSION: u8 = 2;
+const HEADER_BYTES: usize = 46;
+const BINARY: u8 = 1;
+const NO_ECHO: u8 = 1 << 1;
+const FRAME_SHIFT: u8 = 2;
+/// The most bytes of an envelope: those of the largest message that can be configured, and what stands
+/// around its content.
+pub const ENVELOPE_BYTES_MAX: usize = (16 << 20) + (64 << 10);
+/// The most bytes of the fields beside a binary payload: the length of a binary frame's header is two
+/// bytes, and what stands in front of the fields is under 160.
+const BINARY_FIELDS_BYTES_MAX: usize = u16::MAX as usize - 160;
+
+/// An entry without its position. Cheap to clone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Envelope(Bytes);
+
+/// Who sent a message: the first 8 bytes of the SHA-1 of the user's id, the same on every node, so
+/// that a node that knows only the envelope knows by what its id is told apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct AuthorHash([u8; 8]);
+
+impl AuthorHash {
+    /// As it stands in an envelope.
+    pub fn as_bytes(&self) -> &[u8; 8] {
+        &self.0
+    }
+
+    /// The author `user`.
+    pub fn of(user: &UserId) -> Self {
+        let digest = Sha1::digest(user.as_str().as_bytes());
+        let mut author = [0; 8];
+        author.copy_from_slice(&digest[..8]);
+        Self(author)
+    }
+}
+
+/// The type of the frame that readers get.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum FrameType {
+    /// `message`, of a room.
+    #[default]
+    Message,
+    /// `direct`, of an inbox.
+    Direct,
+    /// `notification`, of an inbox.
+    Notification,
+}
+
+impl FrameType {
+    const ALL: [Self; 3] = [Self::Message, Self::Direct, Self::Notification];
+
+    /// As it stands in `type`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Message => "message",
+            Self::Direct => "direct",
+            Self::Notification => "notification",
+        }
+    }
+}
+
+/// What a message is known by within the dedup window: its author and its id.
+pub type DedupKey = [u8; 24];
+
+/// The bytes are no envelope of this version, or one of another room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("not an envelope of version 2 of this room")]
+pub struct InvalidEnvelope;
+
+/// What an envelope is made of.
+#[derive(Clone, Copy, Debug)]
+pub struct EnvelopeParts<'a> {
+    /// What its readers get.
+    pub frame: FrameType,
+    /// Who sent it.
+    pub author: AuthorHash,
+    /// The message's id.
+    pub id: MessageId,
+    /// The connection that sent it.
+    pub sender: ConnectionId,
+    /// Whether `sender` gets a copy.
+    pub echo: bool,
+    /// The frame's JSON fields without braces, `type`, `epoch` and `seq`.
+    pub fields: &'a str,
+    /// The content of a binary message; `None` for one whose content stands in `fields`.
+    pub binary_payload: Option<&'a [u8]>,
+}
+
+impl Envelope {
+    /// Packs `parts`.
+    pub fn pack(parts: EnvelopeParts<'_>) -> Self {
+        let payload = parts.binary_payload.unwrap_or_default();
+        let mut bytes = BytesMut::with_capacity(HEADER_BYTES + parts.fields.len() + payload.len());
+        bytes.put_u8(VERSION);
+        let binary = if parts.binary_payload.is_some() { BINARY } else { 0 };
+        let echo = if parts.echo { 0 } else { NO_ECHO };
+        bytes.put_u8(binary | echo | (parts.frame as u8) << FRAME_SHIFT);
+        bytes.put_slice(&parts.author.0);
+        bytes.put_slice(parts.id.0.as_bytes());
+        bytes.put_slice(parts.sender.0.as_bytes());
+        bytes.put_u32(parts.fields.len() as u32);
+        bytes.put_slice(parts.fields.as_bytes());
+        bytes.put_slice(payload);
+        Self(bytes.freeze())
+    }
+
+    /// Takes bytes from a log or a link for an envelope of `room`, without copying them. All that a
+    /// frame is made of is checked: what was not written by a gateway is told from what was.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidEnvelope`] where a frame of these bytes would be none that a client of `room` may get.
+    pub fn parse_for_room(bytes: Bytes, room: &RoomId) -> Result<Self, InvalidEnvelope> {
+        if bytes.len() > ENVELOPE_BYTES_MAX {
+            return Err(InvalidEnvelope);
+        }
+        let envelope = Self::from_packed(bytes)?;
+        let (frame, binary) = (envelope.frame_type(), envelope.is_binary());
+        let room = match (room.kind(), frame) {
+            (RoomKind::Room, FrameType::Message) => Some(room.as_str()),
+            (RoomKind::Inbox, FrameType::Direct | FrameType::Notification) => None,
+            _ => return Err(InvalidEnvelope),
+        };
+        let (fields, payload) = envelope.fields_and_payload();
+        let fits =
+            if binary { fields.len() <= BINARY_FIELDS_BYTES_MAX } else { payload.is_empty() };
+        let expected = ExpectedFields { frame, id: envelope.id().0, room, binary };
+        if fits && expected.matches(fields) { Ok(envelope) } else { Err(InvalidEnvelope) }
+    }
+
+    /// Takes bytes that a gateway has packed for an envelope, without copying them. The fields are not
+    /// looked at: [`Envelope::parse_for_room`] is for what comes from outside.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidEnvelope`] where the bytes were not packed by [`Envelope::pack`].
+    pub fn from_packed(bytes: Bytes) -> Result<Self, InvalidEnvelope> {
+        let envelope = Self(bytes);
+        let header = envelope.0.get(..HEADER_BYTES).ok_or(InvalidEnvelope)?;
+        if header[0] != VERSION
+            || usize::from(header[1] >> FRAME_SHIFT) >= FrameType::ALL.len()
+            || envelope.0.len() < HEADER_BYTES + envelope.fields_len()
+        {
+            return Err(InvalidEnvelope);
+        }
+        Ok(envelope)
+    }
+
+    /// What its readers get.
+    pub fn frame_type(&self) -> FrameType {
+        FrameType::ALL[usize::from(self.0[1] >> FRAME_SHIFT)]
+    }
+
+    /// Whether `author` sent it.
+    pub fn is_from(&self, author: AuthorHash) -> bool {
+        self.0[2..10] == author.0
+    }
+
+    /// The frame's JSON fields without braces, `type`, `epoch` and `seq`.
+    pub fn fields(&self) -> &[u8] {
+        self.fields_and_payload().0
+    }
+
+    /// The packed bytes.
+    pub fn as_bytes(&self) -> &Bytes {
+        &self.0
+    }
+
+    /// The message's id.
+    pub fn id(&self) -> MessageId {
+        MessageId(self.uuid_at(10))
+    }
+
+    /// What the message is known by within the dedup window.
+    pub fn dedup_key(&self) -> DedupKey {
+        let mut key = [0; 24];
+        key.copy_from_slice(&self.0[2..26]);
+        key
+    }
+
+    /// The connection that is to get an `ack` in place of a copy, if the sender asked for that.
+    pub fn sender_without_echo(&self) -> Option<ConnectionId> {
+        (self.0[1] & NO_ECHO != 0).then(|| ConnectionId(self.uuid_at(26)))
+    }
+
+    /// The WebSocket frame that clients get live.
+    pub fn live_frame(&self, position: &Position) -> Bytes {
+        self.frame(position, "")
+    }
+
+    /// The WebSocket frame that clients get when they catch up.
+    pub fn replay_frame(&self, position: &Position) -> Bytes {
+        self.frame(position, REPLAY)
+    }
+
+    /// The JSON text that stands in `history`: the whole frame, a binary one in base64.
+    pub fn to_json(&self, position: &Position) -> String {
+        let (fields, payload) = self.fields_and_payload();
+        let mut json = self.json_prefix(position, REPLAY);
+        json.push_str(&String::from_utf8_lossy(fields));
+        if self.is_binary() {
+            json.push_str(r#","encoding":"base64","content":""#);
+            STANDARD.encode_string(payload, &mut json);
+            json.push('"');
+        }
+        json.push('}');
+        json
+    }
+
+    fn frame(&self, position: &Position, replay: &str) -> Bytes {
+        let prefix = self.json_prefix(position, replay);
+        let (fields, payload) = self.fields_and_payload();
+        if !self.is_binary() {
+            return skein_websocket::encode(Opcode::Text, &[prefix.as_bytes(), fields, b"}"]);
+        }
+        let header_len = (prefix.len() + fields.len() + 1) as u16;
+        let header_len = header_len.to_be_bytes();
+        let parts = [&header_len, prefix.as_bytes(), fields, b"}", payload];
+        skein_websocket::encode(Opcode::Binary, &parts)
+    }
+
+    fn json_prefix(&self, position: &Position, replay: &str) -> String {
+        let (Position { epoch, seq }, kind) = (position, self.frame_type().as_str());
+        if epoch.is_none() {
+            return format!(r#"{{"type":"{kind}","#);
+        }
+        format!(r#"{{"type":"{kind}","epoch":"{epoch}","seq":{seq},{replay}"#)
+    }
+
+    fn is_binary(&self) -> bool {
+        self.0[1] & BINARY != 0
+    }
+
+    fn fields_and_payload(&self) -> (&[u8], &[u8]) {
+        self.0[HEADER_BYTES..].split_at(self.fields_len())
+    }
+
+    fn fields_len(&self) -> usize {
+        u32::from_be_bytes([self.0[42], self.0[43], self.0[44], self.0[45]]) as usize
+    }
+
+    fn uuid_at(&self, at: usize) -> Uuid {
+        let mut bytes = [0; 16];
+        bytes.copy_from_slice(&self.0[at..at + 16]);
+        Uuid::from_bytes(bytes)
+    }
+}
+
+const REPLAY: &str = r#""replay":true,"#;
+
+/// The largest binary payload whose frame still fits into `frame_bytes_max` in base64, beside a
+/// header of `members_bytes`.
+pub fn binary_payload_bytes_max(frame_bytes_max: usize, members_bytes: usize) -> usize {
+    // What `to_json` puts around fields and payload is under 160 bytes.
+    frame_bytes_max.saturating_sub(members_bytes + 160) / 4 * 3
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn position() -> Position {
+        Position::new("e1".parse().unwrap(), 7)
+    }
+
+    fn pack(binary: Option<&[u8]>) -> Envelope {
+        Envelope::pack(EnvelopeParts {
+            frame: FrameType::Message,
+            author: AuthorHash::of(&"ann".parse().unwrap()),
+            id: MessageId(Uuid::from_u128(1)),
+            sender: ConnectionId(Uuid::from_u128(2)),
+            echo: false,
+            fields: r#""room":"r","content":1"#,
+            binary_payload: binary,
+        })
+    }
+
+    #[test]
+    fn a_text_entry_becomes_a_text_frame_with_its_position() {
+        let envelope = pack(None);
+        let frame = envelope.live_frame(&position());
+        let json = br#"{"type":"message","epoch":"e1","seq":7,"room":"r","content":1}"#;
+        assert_eq!(frame[0], 0x81);
+        assert_eq!(&frame[2..], json);
+        assert!(envelope.to_json(&position()).contains(r#""seq":7,"replay":true,"room""#));
+    }
+
+    #[test]
+    fn a_binary_entry_stays_a_binary_frame_and_is_base64_inside_json() {
+        let envelope = pack(Some(&[0xFF, 0]));
+        let frame = envelope.live_frame(&position());
+        assert_eq!(frame[0], 0x82);
+        let length = usize::from(u16::from_be_bytes([frame[2], frame[3]]));
+        let header: serde_json::Value = serde_json::from_slice(&frame[4..4 + length]).unwrap();
+        assert_eq!(header["seq"], 7);
+        assert_eq!(&frame[4 + length..], &[0xFF, 0]);
+        let json: serde_json::Value = serde_json::from_str(&envelope.to_json(&position())).unwrap();
+        assert_eq!((&json["encoding"], &json["content"]), (&"base64".into(), &"/wA=".into()));
+    }
+
+    #[test]
+    fn a_room_without_a_log_has_no_numbers() {
+        let frame =
+            pack(None).live_frame(&Position::new(skein_protocol::position::Epoch::none(), 0));
+        assert_eq!(&frame[2..], br#"{"type":"message","room":"r","content":1}"#);
+    }
+
+    #[test]
+    fn an_entry_of_an_inbox_has_another_type() {
+        let envelope = Envelope::pack(EnvelopeParts {
+            frame: FrameType::Direct,
+            author: AuthorHash::of(&"ann".parse().unwrap()),
+            id: MessageId(Uuid::nil()),
+            sender: ConnectionId(Uuid::nil()),
+            echo: true,
+            fields: r#""to":"bob""#,
+            binary_payload: None,
+        });
+        let json = br#"{"type":"direct","epoch":"e1","seq":7,"to":"bob"}"#;
+        assert_eq!(&envelope.live_frame(&position())[2..], json);
+        assert!(envelope.is_from(AuthorHash::of(&"ann".parse().unwrap())));
+        let mut unknown = envelope.as_bytes().to_vec();
+        unknown[1] |= 3 << FRAME_SHIFT;
+        assert!(Envelope::from_packed(unknown.into()).is_err());
+    }
+
+    #[test]
+    fn what_was_packed_is_read_back() {
+        let envelope = pack(None);
+        let again = Envelope::from_packed(envelope.as_bytes().clone()).unwrap();
+        assert_eq!(again.id(), MessageId(Uuid::from_u128(1)));
+        assert_eq!(again.sender_without_echo(), Some(ConnectionId(Uuid::from_u128(2))));
+        assert_eq!(again.dedup_key()[8..], *again.id().0.as_bytes());
+        for cut in 0..envelope.as_bytes().len() {
+            assert!(Envelope::from_packed(envelope.as_bytes().slice(..cut)).is_err());
+        }
+    }
+
+    #[test]
+    fn an_envelope_from_outside_is_one_of_its_room() {
+        let room: RoomId = "r".parse().unwrap();
+        let fields = format!(
+            r#""room":"r","id":"{}","from":{{"id":"ann","name":"A"}},"content":1,"timestamp":"t""#,
+            Uuid::from_u128(1)
+        );
+        let pack = |fields: &str, binary: Option<&[u8]>, frame| {
+            Envelope::pack(EnvelopeParts {
+                frame,
+                author: AuthorHash::of(&"ann".parse().unwrap()),
+                id: MessageId(Uuid::from_u128(1)),
+                sender: ConnectionId(Uuid::nil()),
+                echo: true,
+                fields: fields,
+                binary_payload: binary,
+            })
+            .as_bytes()
+            .clone()
+        };
+        let good = pack(&fields, None, FrameType::Message);
+        assert!(Envelope::parse_for_room(good.clone(), &room).is_ok());
+        assert!(Envelope::parse_for_room(good.clone(), &"s".parse().unwrap()).is_err());
+        let inbox = RoomId::inbox_of(&"ann".parse().unwrap());
+        assert!(Envelope::parse_for_room(good.clone(), &inbox).is_err());
+        let direct = pack(&fields, None, FrameType::Direct);
+        assert!(Envelope::parse_for_room(direct, &room).is_err());
+        let behind = [&good[..], b"x"].concat();
+        assert!(Envelope::parse_for_room(behind.into(), &room).is_err());
+        let fields = fields.replace(r#""content":1,"#, "");
+        assert!(
+            Envelope::parse_for_room(pack(&fields, Some(b"\0"), FrameType::Message), &room).is_ok()
+        );
+        // A header of that length could not be told in a binary frame.
+        let long = format!(r#"{fields},"meta":"{}""#, "x".repeat(usize::from(u16::MAX)));
+        assert!(
+            Envelope::parse_for_room(pack(&long, Some(b""), FrameType::Message), &room).is_err()
+        );
+        let mut large = good.to_vec();
+        large.resize(ENVELOPE_BYTES_MAX + 1, b'x');
+        assert!(Envelope::parse_for_room(large.into(), &room).is_err());
+    }
+
+    #[test]
+    fn the_largest_binary_payload_fits_in_base64() {
+        let fields = r#""room":"r""#;
+        let size = binary_payload_bytes_max(1_000, fields.len());
+        let payload = vec![0; size];
+        let envelope = Envelope::pack(EnvelopeParts {
+            frame: FrameType::Message,
+            author: AuthorHash::of(&"ann".parse().unwrap()),
+            id: MessageId(Uuid::nil()),
+            sender: ConnectionId(Uuid::nil()),
+            echo: true,
+            fields: fields,
+            binary_payload: Some(&payload),
+        });
+        let epoch = "e".repeat(32).parse().unwrap();
+        let json = envelope.to_json(&Position::new(epoch, skein_protocol::position::SEQ_MAX));
+        assert!(json.len() <= 1_000, "{}", json.len());
+    }
+}

@@ -1,0 +1,109 @@
+//! What all rooms of a shard take in memory together, and which ids are to go where it is too much.
+
+use std::{collections::VecDeque, sync::Arc, time::Duration};
+
+use skein_protocol::ids::RoomId;
+use tokio::time::Instant;
+
+use super::{HubOptions, room::Room};
+use crate::{
+    delivery::{recent_ids, ring::RingLimits},
+    telemetry::metrics::Metrics,
+};
+
+/// The memory of a shard's rooms.
+#[derive(Debug)]
+pub(super) struct MemoryBudget {
+    ring_bytes: usize,
+    ring_bytes_max: usize,
+    ids_bytes: usize,
+    ids_bytes_max: usize,
+    dedup_window: Duration,
+    /// Every bucket of ids, those begun first in front.
+    buckets: VecDeque<BucketRef>,
+    metrics: Arc<Metrics>,
+}
+
+/// A bucket of a room's ids.
+#[derive(Clone, Debug)]
+pub(super) struct BucketRef {
+    pub(super) since: Instant,
+    pub(super) room: RoomId,
+    pub(super) generation: u64,
+}
+
+/// What a room takes.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct RoomMemory {
+    ring_bytes: usize,
+    ids_bytes: usize,
+    buckets_started: u64,
+}
+
+impl RoomMemory {
+    pub(super) fn of(room: &Room) -> Self {
+        let ids = room.replica.ids();
+        Self {
+            ring_bytes: room.replica.ring().bytes(),
+            ids_bytes: ids.bytes(),
+            buckets_started: ids.buckets_started(),
+        }
+    }
+}
+
+impl MemoryBudget {
+    pub(super) fn new(options: &HubOptions, metrics: Arc<Metrics>) -> Self {
+        Self {
+            ring_bytes: 0,
+            ring_bytes_max: options.ring_bytes_max,
+            ids_bytes: 0,
+            ids_bytes_max: options.ids_bytes_max,
+            dedup_window: options.dedup_window,
+            buckets: VecDeque::new(),
+            metrics,
+        }
+    }
+
+    /// How much a ring may hold, given what all of them hold.
+    pub(super) fn ring_max(&self) -> RingLimits {
+        if self.ring_bytes > self.ring_bytes_max {
+            RingLimits::UNDER_PRESSURE
+        } else {
+            RingLimits::DEFAULT
+        }
+    }
+
+    /// Counts what a room took `before`, and takes after something was done to it.
+    pub(super) fn count(&mut self, before: RoomMemory, room: &Room, now: Instant) {
+        let after = RoomMemory::of(room);
+        for _ in before.buckets_started..after.buckets_started {
+            let (room, generation) = (room.name.clone(), room.generation);
+            self.buckets.push_back(BucketRef { since: now, room, generation });
+        }
+        self.exchange(before, after);
+    }
+
+    /// Counts that a room is not followed any more.
+    pub(super) fn forget(&mut self, room: &Room) {
+        self.exchange(RoomMemory::of(room), RoomMemory::default());
+    }
+
+    fn exchange(&mut self, before: RoomMemory, after: RoomMemory) {
+        self.ring_bytes = self.ring_bytes + after.ring_bytes - before.ring_bytes;
+        self.ids_bytes = self.ids_bytes + after.ids_bytes - before.ids_bytes;
+        self.metrics.ring_bytes.add(after.ring_bytes as i64 - before.ring_bytes as i64);
+        self.metrics.dedup_ids_bytes.add(after.ids_bytes as i64 - before.ids_bytes as i64);
+    }
+
+    /// Takes out the bucket that is to be forgotten next, if one is: it is past the window, or all
+    /// of them take too much.
+    pub(super) fn next_to_forget(&mut self, now: Instant) -> Option<BucketRef> {
+        let is_expired =
+            recent_ids::is_expired(self.buckets.front()?.since, self.dedup_window, now);
+        let too_much = self.ids_bytes > self.ids_bytes_max;
+        if too_much && !is_expired {
+            self.metrics.dedup_id_buckets_dropped.inc();
+        }
+        if too_much || is_expired { self.buckets.pop_front() } else { None }
+    }
+}

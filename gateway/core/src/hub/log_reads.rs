@@ -1,0 +1,394 @@
+//! What a shard asks the bus: logs to be read, heads to be compared, histories to be healed. Each is
+//! a task that puts its answer into the shard's own queue.
+
+use std::time::Duration;
+
+use skein_protocol::{ids::RoomId, position::Position, protocol::server_frame::RoomClosedReason};
+
+use super::{
+    LogReadRequest, ReadPurpose, ShardCommand,
+    budget::RoomMemory,
+    catch_up::{CatchUpOutcome, CatchUpRead},
+    join::JoinStep,
+    shard::Shard,
+};
+use crate::{
+    bus::{Append, BusError, ReadRange, UnseenPolicy},
+    delivery::{
+        ReplicaSnapshot,
+        page::LogPage,
+        replica::{NextAction, ReadState},
+    },
+    telemetry::metrics::LogRepairResult,
+};
+
+/// How long to wait before a log that could not be read is read again.
+pub(super) const READ_RETRY_DELAY: Duration = Duration::from_millis(250);
+/// How long an entry that the log has lost is tried to be appended.
+const REAPPEND_MAX: Duration = Duration::from_secs(30);
+/// The most reads for members that are behind that a shard has under way, so that what they bring is
+/// bounded.
+const CATCH_UP_READS_MAX: usize = 16;
+
+impl Shard {
+    /// Entries of any room may have been lost: all logs are compared with what was passed on.
+    pub(super) fn resync_all(&mut self) {
+        if self.comparing != ReadState::Idle {
+            self.comparing = ReadState::Again;
+            return;
+        }
+        self.resync_running = self.resyncs_seen;
+        self.unverified = self.rooms.values().filter(|room| room.durable).count();
+        let mut rooms = Vec::with_capacity(self.unverified);
+        for (name, room) in self.rooms.iter_mut().filter(|(_, room)| room.durable) {
+            room.unverified = true;
+            if !room.replica.read_again() {
+                rooms.push((name.clone(), room.generation));
+            }
+        }
+        self.compare_heads(rooms);
+        self.report_if_synced();
+        self.read_rosters(self.rooms.keys().cloned().collect());
+        self.reread_statuses();
+    }
+
+    /// A room was proven whole since the last resync, or is not followed any more.
+    pub(super) fn mark_verified(&mut self, name: &RoomId) {
+        if let Some(room) = self.rooms.get_mut(name)
+            && std::mem::take(&mut room.unverified)
+        {
+            self.unverified -= 1;
+            self.report_if_synced();
+        }
+    }
+
+    fn report_if_synced(&self) {
+        if self.unverified == 0 {
+            self.resync.mark_synced(self.resync_running);
+        }
+    }
+
+    /// Asks for the heads of `rooms` in a task, until they are there.
+    pub(super) fn compare_heads(&mut self, mut rooms: Vec<(RoomId, u64)>) {
+        if rooms.is_empty() {
+            return;
+        }
+        rooms.sort_unstable();
+        self.comparing = ReadState::InProgress;
+        let (bus, commands, read_generation) =
+            (self.bus.clone(), self.commands.clone(), self.read_generation);
+        let metrics = self.batch.metrics.clone();
+        let read_heads = async move {
+            let names: Vec<RoomId> = rooms.iter().map(|(name, _)| name.clone()).collect();
+            let heads = loop {
+                match bus.heads(names.clone()).await {
+                    Ok(heads) => break heads,
+                    Err(_) => metrics.log_repairs.of(LogRepairResult::Failed).inc(),
+                }
+                tokio::time::sleep(READ_RETRY_DELAY).await;
+            };
+            let _ = commands.send(ShardCommand::HeadsRead { rooms, read_generation, heads }).await;
+        };
+        self.spawn("compare_heads", read_heads);
+    }
+
+    /// Reads on where a log has what was not passed on.
+    pub(super) fn heads_read(
+        &mut self,
+        rooms: Vec<(RoomId, u64)>,
+        read_generation: u64,
+        heads: &[Option<Position>],
+    ) {
+        let again = self.comparing == ReadState::Again || self.is_stale(read_generation);
+        self.comparing = ReadState::Idle;
+        for ((name, generation), head) in rooms.into_iter().zip(heads) {
+            let room = self.rooms.get(&name).filter(|room| room.generation == generation);
+            let Some(room) = room else { continue };
+            if !room.replica.has_reached(head.as_ref()) {
+                self.read_forward(&name);
+            } else if !again && room.replica.read_state() == ReadState::Idle {
+                self.mark_verified(&name);
+            }
+        }
+        // While the node has no node_state, regaining that raises resync.
+        if again && !self.suspended {
+            self.resync_all();
+        }
+    }
+
+    /// Reads a room's log from its top on, or again once the read under way has come back.
+    pub(super) fn read_forward(&mut self, name: &RoomId) {
+        self.read_forward_after(name, Duration::ZERO);
+    }
+
+    /// As [`Shard::read_forward`], after a while.
+    pub(super) fn read_forward_after(&mut self, name: &RoomId, pause: Duration) {
+        let Some(room) = self.rooms.get_mut(name) else { return };
+        if !room.replica.read_again() {
+            room.replica.begin_read();
+            let (generation, range) = (room.generation, room.next_range());
+            self.read(name.clone(), generation, ReadPurpose::Continue, range, pause);
+        }
+    }
+
+    /// Does what a room needs to go on.
+    pub(super) fn act_on(&mut self, name: &RoomId, next: NextAction) {
+        match next {
+            NextAction::Nothing => {}
+            NextAction::Read => self.read_forward(name),
+            NextAction::Restore => self.restore(name),
+        }
+    }
+
+    /// Has a room's log compared with what is snapshot of it, and then read.
+    fn restore(&mut self, name: &RoomId) {
+        let Some(room) = self.rooms.get_mut(name) else { return };
+        let Some(snapshot) = room.snapshot(&self.batch) else { return };
+        tracing::error!(room = %name, top = %snapshot.top,
+            "two histories of a room share numbers, or its log is older than what was passed on");
+        room.replica.begin_read();
+        // Twice in a row: the server does not know better yet.
+        let pause = if room.restoring { READ_RETRY_DELAY } else { Duration::ZERO };
+        room.restoring = true;
+        let (generation, range) = (room.generation, room.next_range());
+        let request = self.read_request(name.clone(), generation, ReadPurpose::Continue);
+        self.spawn_read(request, Some(snapshot), range, pause);
+    }
+
+    /// Reads a log in a task, which puts the answer into this shard's queue.
+    pub(super) fn read(
+        &self,
+        room: RoomId,
+        generation: u64,
+        purpose: ReadPurpose,
+        range: ReadRange,
+        pause: Duration,
+    ) {
+        self.spawn_read(self.read_request(room, generation, purpose), None, range, pause);
+    }
+
+    fn read_request(&self, room: RoomId, generation: u64, purpose: ReadPurpose) -> LogReadRequest {
+        LogReadRequest { room, generation, read_generation: self.read_generation, purpose }
+    }
+
+    fn spawn_read(
+        &self,
+        request: LogReadRequest,
+        restore: Option<ReplicaSnapshot>,
+        range: ReadRange,
+        pause: Duration,
+    ) {
+        let (bus, commands) = (self.bus.clone(), self.commands.clone());
+        let metrics = self.batch.metrics.clone();
+        let durable = self.rules.is_durable(&request.room);
+        let read = async move {
+            // A sleep of no time would take a tick of the clock.
+            if !pause.is_zero() {
+                tokio::time::sleep(pause).await;
+            }
+            if let ReadPurpose::Open = request.purpose
+                && let Err(error) = bus.subscribe(request.room.clone()).await
+            {
+                let _ = commands.send(ShardCommand::LogRead { request, result: Err(error) }).await;
+                return;
+            }
+            if !durable {
+                let _ = commands
+                    .send(ShardCommand::LogRead { request, result: Ok(LogPage::without_log()) })
+                    .await;
+                return;
+            }
+            if let Some(held) = restore {
+                while bus.restore(held.clone()).await.is_err() {
+                    metrics.log_repairs.of(LogRepairResult::Failed).inc();
+                    tokio::time::sleep(READ_RETRY_DELAY).await;
+                }
+            }
+            let mut request = request;
+            let read = bus.read(request.room.clone(), range);
+            let mut result = match &mut request.purpose {
+                // Not for a connection that has left meanwhile.
+                ReadPurpose::Join(join) => tokio::select! {
+                    biased;
+                    () = join.done.closed() => Err(BusError::Unavailable),
+                    result = read => result,
+                },
+                _ => read.await,
+            };
+            // A member waits for these, and can wait: it gets what it misses when the bus is back.
+            while let (Err(_), ReadPurpose::Continue | ReadPurpose::CatchUp(_)) =
+                (&result, &request.purpose)
+            {
+                metrics.log_repairs.of(LogRepairResult::Failed).inc();
+                tokio::time::sleep(READ_RETRY_DELAY).await;
+                result = bus.read(request.room.clone(), range).await;
+            }
+            let _ = commands.send(ShardCommand::LogRead { request, result }).await;
+        };
+        self.spawn("read_log", read);
+    }
+
+    /// Takes the answer to a read.
+    pub(super) fn log_read(&mut self, request: LogReadRequest, result: Result<LogPage, BusError>) {
+        let LogReadRequest { room: name, generation, read_generation, purpose } = request;
+        if let ReadPurpose::CatchUp(_) = purpose {
+            self.catch_up_read_ended();
+        }
+        let is_old = self.is_stale(read_generation);
+        if let (ReadPurpose::Open, Ok(_)) = (&purpose, &result) {
+            // The room is followed by now, so that no change falls between the two.
+            self.read_rosters(vec![name.clone()]);
+        }
+        let Some(room) = self.rooms.get_mut(&name).filter(|room| room.generation == generation)
+        else {
+            return;
+        };
+        match (purpose, result) {
+            (ReadPurpose::Open, Err(_)) => {
+                // Dropping the joins tells their sessions.
+                self.drop_room(&name);
+            }
+            (ReadPurpose::Open | ReadPurpose::Continue, Ok(_)) if is_old => {
+                let range = room.next_range();
+                let pause = if self.suspended { READ_RETRY_DELAY } else { Duration::ZERO };
+                self.read(name, generation, ReadPurpose::Continue, range, pause);
+            }
+            (ReadPurpose::Open | ReadPurpose::Continue, Ok(page)) => {
+                self.apply_log_page(&name, page)
+            }
+            (ReadPurpose::Join(join), Ok(page)) => {
+                let step = if is_old || !self.batch.serves(&name) {
+                    JoinStep::Wait(join)
+                } else {
+                    room.join_with_page(join, page, &mut self.batch)
+                };
+                self.run_join_step(&name, step);
+            }
+            (ReadPurpose::Join(join), Err(_)) => {
+                drop(join);
+                self.note_if_idle(&name);
+            }
+            (ReadPurpose::CatchUp(_), Ok(_)) if is_old => {
+                room.catch_up_read = CatchUpRead::Idle;
+                room.abandon_catch_up_read();
+                self.catch_up_all(&name);
+            }
+            (ReadPurpose::CatchUp(from), Ok(page)) => {
+                room.catch_up_read = CatchUpRead::Idle;
+                match room.catch_up_from_page(from, page, &mut self.batch) {
+                    CatchUpOutcome::More(members) => {
+                        for member in members {
+                            room.catch_up(member, &mut self.batch);
+                        }
+                        self.start_catch_up_read(&name);
+                    }
+                    CatchUpOutcome::OtherLog => self.read_forward(&name),
+                }
+            }
+            // Those reads are repeated until they succeed.
+            (ReadPurpose::Continue | ReadPurpose::CatchUp(_), Err(_)) => {}
+        }
+    }
+
+    fn apply_log_page(&mut self, name: &RoomId, page: LogPage) {
+        self.batch.retention.ring = self.budget.ring_max();
+        let Some(room) = self.rooms.get_mut(name) else { return };
+        if room.was_deleted(&page) {
+            // This node was cut off when that was passed on.
+            return self.close_room(name, RoomClosedReason::Deleted, None);
+        }
+        let before = RoomMemory::of(room);
+        let bytes = page.bytes();
+        let next = room.apply_page(page, &mut self.batch);
+        self.budget.count(before, room, self.batch.retention.now);
+        room.restoring &= next == NextAction::Restore;
+        let waiting = room.take_waiting_joins();
+        self.act_on(name, next);
+        self.forget_ids();
+        if next == NextAction::Nothing {
+            self.mark_verified(name);
+        }
+        self.catch_up_all(name);
+        for (number, mut join) in waiting.into_iter().enumerate() {
+            // The first has it read.
+            join.bytes_read += if number == 0 { bytes } else { 0 };
+            self.join(name.clone(), join);
+        }
+        self.note_if_idle(name);
+    }
+
+    /// Reads the log for members of a room that wait for it, unless that is being done.
+    pub(super) fn start_catch_up_read(&mut self, name: &RoomId) {
+        let Some(room) = self.rooms.get_mut(name) else { return };
+        if room.catch_up_read != CatchUpRead::Idle {
+            return;
+        }
+        if self.catch_up_reads >= CATCH_UP_READS_MAX {
+            if !room.waiting_for_read.is_empty() {
+                room.catch_up_read = CatchUpRead::Queued;
+                self.waiting_for_read.push_back((name.clone(), room.generation));
+            }
+            return;
+        }
+        let Some(range) = room.next_catch_up_read() else { return };
+        let ReadRange::After { seq, .. } = range else { return };
+        room.catch_up_read = CatchUpRead::InProgress;
+        self.catch_up_reads += 1;
+        let generation = room.generation;
+        self.read(name.clone(), generation, ReadPurpose::CatchUp(seq), range, Duration::ZERO);
+    }
+
+    /// A read for members that are behind has come back: those of another room may go on.
+    fn catch_up_read_ended(&mut self) {
+        self.catch_up_reads -= 1;
+        while self.catch_up_reads < CATCH_UP_READS_MAX
+            && let Some((name, generation)) = self.waiting_for_read.pop_front()
+        {
+            if let Some(room) = self.rooms.get_mut(&name)
+                && room.generation == generation
+            {
+                room.catch_up_read = CatchUpRead::Idle;
+                self.start_catch_up_read(&name);
+            }
+        }
+    }
+
+    /// Appends what logs have lost, oldest first.
+    pub(super) fn reappend_lost(&mut self) {
+        #[cfg(debug_assertions)]
+        if crate::fault_injection::is_injected(
+            crate::fault_injection::ProtocolFault::LostEntriesNotReappended,
+        ) {
+            self.batch.lost.clear();
+        }
+        let deadline = self.batch.retention.now + REAPPEND_MAX;
+        for (room, envelope) in std::mem::take(&mut self.batch.lost) {
+            self.batch.metrics.reappended_messages.inc();
+            let (name, id) = (room.clone(), envelope.id());
+            let done = Box::new(move |result: Result<_, BusError>| {
+                if let Err(error) = result {
+                    // Another node may hold it too, and its sender may send it again.
+                    tracing::debug!(room = %name, %id, %error, "a lost message was not brought back");
+                }
+            });
+            let unseen = UnseenPolicy::Unlimited;
+            self.bus.append(Append { room, envelope, urgent: true, unseen, deadline, done });
+        }
+    }
+
+    pub(super) fn spawn(
+        &self,
+        name: &'static str,
+        task: impl Future<Output = ()> + Send + 'static,
+    ) {
+        let stopped = self.tasks.stopped().clone();
+        self.tasks.spawn_job(name, async move {
+            // Both arms are cancel-safe: at the end nobody waits for the answer.
+            tokio::select! {
+                biased;
+                () = stopped.cancelled() => {}
+                () = task => {}
+            }
+        });
+    }
+}

@@ -1,0 +1,299 @@
+//! A room that this node follows: its members, and what [`RoomReplica`] has them given.
+//!
+//! A room is open when its log has been read once. From then on members that are up to date are
+//! given what is passed on; those behind are fed from the ring, else from the log
+//! ([`catch_up`](super::catch_up)), and never beyond what was passed on.
+
+use std::collections::{HashMap, VecDeque};
+
+use crate::envelope::FrameType;
+use serde::Deserialize;
+use skein_protocol::{
+    ids::{ConnectionId, RoomId, RoomKind, UserId},
+    position::Position,
+    protocol::server_frame::{RecoveryFailure, UserInfo},
+};
+use tokio::time::Instant;
+
+use super::{
+    catch_up::CatchUpRead,
+    join::PendingJoin,
+    member::{EntryFrames, MemberState, RoomMember, ShardBatch},
+    presence::RoomPresence,
+};
+use crate::{
+    bus::ReadRange,
+    delivery::{
+        Entry, ReplicaSnapshot, ordinal,
+        page::LogPage,
+        reconcile::{READ_LEN, ReadFrom},
+        replica::{DeliverySink, EntryClass, NextAction, RoomReplica},
+    },
+    telemetry::{
+        metrics::{EntryResult, LogRepairResult},
+        trail::Handed,
+    },
+};
+
+/// Up to how many members a room is looked through for one: a map costs more than that.
+const LINEAR_SEARCH_MAX: usize = 8;
+
+/// A room that is followed.
+#[derive(Debug)]
+pub(super) struct Room {
+    pub(super) name: RoomId,
+    /// Tells this following of the room from an earlier one, for answers that come late.
+    pub(super) generation: u64,
+    pub(super) replica: RoomReplica,
+    /// Whether it keeps a log.
+    pub(super) durable: bool,
+    /// The ordinal of the epoch that its last deletion began, as far as known.
+    pub(super) deleted: u64,
+    pub(super) presence: RoomPresence,
+    /// Whether something has arrived since this was looked at last.
+    pub(super) received: bool,
+    /// Whether entries may have been lost that no comparison has looked for yet.
+    pub(super) unverified: bool,
+    /// Whether what was read last comes from a comparison of histories.
+    pub(super) restoring: bool,
+    pub(super) members: Vec<RoomMember>,
+    /// Where a member is among them; not kept in a small room, which is looked through.
+    member_index: HashMap<ConnectionId, usize>,
+    /// DirectFields that queue_join for a read of the log, those who have waited longest first.
+    pub(super) waiting_for_read: VecDeque<ConnectionId>,
+    /// That read.
+    pub(super) catch_up_read: CatchUpRead,
+    /// Joins that queue_join for a read of the log.
+    waiting_joins: Vec<PendingJoin>,
+    /// Since when nobody is here.
+    pub(super) idle_since: Option<Instant>,
+    /// Under which time the room is among those that may be without members. Somebody may have come
+    /// since.
+    pub(super) lingers_until: Option<Instant>,
+}
+
+/// Gives members what was decided.
+struct FanOut<'a> {
+    name: &'a RoomId,
+    members: &'a mut [RoomMember],
+    batch: &'a mut ShardBatch,
+    reset: bool,
+}
+
+impl DeliverySink for FanOut<'_> {
+    fn classified(&mut self, class: EntryClass) {
+        let arrival = match class {
+            EntryClass::Next => EntryResult::Delivered,
+            EntryClass::Duplicate => EntryResult::Duplicate,
+            EntryClass::Gap => EntryResult::Gap,
+            EntryClass::Restarted | EntryClass::Diverged => EntryResult::EpochChanged,
+        };
+        self.batch.metrics.bus_entries_received.of(arrival).inc();
+    }
+
+    fn entry(&mut self, entry: &Entry) {
+        self.batch.node_state.confirm(entry);
+        let mut frames = EntryFrames::live(self.name, entry);
+        if let Some(peer) = peer_of_direct(self.name, entry) {
+            // Its connection's task has the peer watched.
+            let status = RoomId::status_of(&peer);
+            self.members
+                .iter()
+                .for_each(|member| member.handle.outbox.mark_lagging(status.clone()));
+        }
+        let mut handed = Handed::default();
+        let silent = entry.envelope.sender_without_echo();
+        for member in self.members.iter_mut() {
+            if member.state != MemberState::Live {
+                handed.behind += 1;
+            } else if !member.deliver(&mut frames, self.batch) {
+                handed.lagged += 1;
+            } else if silent == Some(member.handle.connection) {
+                handed.without_echo += 1;
+            } else {
+                handed.queued += 1;
+            }
+        }
+        self.batch.trails.handed(self.name, entry.envelope.id(), &entry.position, handed);
+    }
+
+    fn epoch_changed(&mut self, to: &Position) {
+        if !self.members.is_empty() {
+            tracing::warn!(room = %self.name, %to, "a log goes on in a new epoch; nothing is lost");
+        }
+        for member in self.members.iter_mut().filter(|member| member.state == MemberState::Live) {
+            member.change_epoch(self.name, to, self.batch);
+        }
+    }
+
+    fn reset(&mut self, to: &Position, reason: RecoveryFailure) {
+        tracing::warn!(room = %self.name, %to, ?reason,
+            "a log cannot be continued; its members are told");
+        self.reset = true;
+        for member in self.members.iter_mut() {
+            member.reset(self.name, to, reason, self.batch);
+            // What it was behind with is no more.
+            member.state = MemberState::Live;
+        }
+    }
+
+    fn lost(&mut self, entry: &Entry) {
+        self.batch.lost.push((self.name.clone(), entry.envelope.clone()));
+    }
+}
+
+/// Who has sent the direct that an entry of an inbox is; nobody, where it is the inbox' own user or is
+/// none.
+fn peer_of_direct(inbox: &RoomId, entry: &Entry) -> Option<UserId> {
+    #[derive(Deserialize)]
+    struct DirectFields {
+        from: UserInfo,
+    }
+    if entry.envelope.frame_type() != FrameType::Direct {
+        return None;
+    }
+    let members = [b"{", entry.envelope.fields(), b"}"].concat();
+    let from = serde_json::from_slice::<DirectFields>(&members).ok()?.from.id;
+    (inbox.without_prefix() != from.as_str()).then_some(from)
+}
+
+impl Room {
+    pub(super) fn opening(name: RoomId, generation: u64, durable: bool) -> Self {
+        let mut follow = RoomReplica::default();
+        follow.begin_read();
+        Self {
+            name,
+            generation,
+            replica: follow,
+            durable,
+            deleted: 0,
+            presence: RoomPresence::default(),
+            received: true,
+            unverified: false,
+            restoring: false,
+            members: Vec::new(),
+            member_index: HashMap::new(),
+            waiting_for_read: VecDeque::new(),
+            catch_up_read: CatchUpRead::Idle,
+            waiting_joins: Vec::new(),
+            idle_since: None,
+            lingers_until: None,
+        }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.members.is_empty() && self.waiting_joins.is_empty()
+    }
+
+    /// What this node holds of the room's log, once it is open.
+    pub(super) fn snapshot(&self, batch: &ShardBatch) -> Option<ReplicaSnapshot> {
+        self.durable.then_some(())?;
+        self.replica.snapshot(&self.name, &batch.retention)
+    }
+
+    /// Which part of the log to read to go on.
+    pub(super) fn next_range(&self) -> ReadRange {
+        match self.replica.next_read() {
+            ReadFrom::Newest => ReadRange::Newest { limit: READ_LEN },
+            ReadFrom::After(seq) => ReadRange::After { seq, limit: READ_LEN },
+        }
+    }
+
+    /// Takes an entry that came from the bus.
+    pub(super) fn receive(&mut self, entry: Entry, batch: &mut ShardBatch) -> NextAction {
+        self.received = true;
+        let retention = batch.retention;
+        let Self { name, members, .. } = self;
+        self.replica.receive(entry, &retention, &mut FanOut { name, members, batch, reset: false })
+    }
+
+    /// Whether the room was deleted since this node follows it. An inbox is only emptied: its connections
+    /// are reset.
+    pub(super) fn was_deleted(&self, page: &LogPage) -> bool {
+        self.name.kind() == RoomKind::Room
+            && self.replica.top().is_some_and(|top| ordinal(&top.epoch) < page.deleted)
+    }
+
+    /// Takes what was read of the log from the top on, and then what was held.
+    pub(super) fn apply_page(&mut self, page: LogPage, batch: &mut ShardBatch) -> NextAction {
+        let retention = batch.retention;
+        self.deleted = self.deleted.max(page.deleted);
+        let opens = self.replica.top().is_none();
+        let Self { name, members, .. } = self;
+        let mut fan_out = FanOut { name, members, batch, reset: false };
+        let next = self.replica.apply_page(page, &retention, &mut fan_out);
+        let reset = fan_out.reset;
+        let outcome = match (next, reset) {
+            (NextAction::Restore, _) => Some(LogRepairResult::Reconciled),
+            (_, true) => Some(LogRepairResult::Reset),
+            _ if opens => None,
+            _ => Some(LogRepairResult::Complete),
+        };
+        if let Some(outcome) = outcome {
+            batch.metrics.log_repairs.of(outcome).inc();
+        }
+        next
+    }
+
+    /// Has a join queue_join for a read of the log.
+    pub(super) fn queue_join(&mut self, join: PendingJoin) {
+        self.idle_since = None;
+        self.remove_cancelled_joins();
+        self.waiting_joins.push(join);
+    }
+
+    /// Forgets joins that nobody waits for any more, and with them their connections.
+    pub(super) fn remove_cancelled_joins(&mut self) {
+        self.waiting_joins.retain(|join| !join.done.is_closed());
+    }
+
+    /// The joins that waited.
+    pub(super) fn take_waiting_joins(&mut self) -> Vec<PendingJoin> {
+        std::mem::take(&mut self.waiting_joins)
+    }
+
+    pub(super) fn add(&mut self, member: RoomMember) {
+        // Most inboxes have one.
+        self.members.reserve_exact(usize::from(self.members.is_empty()));
+        self.members.push(member);
+        if self.members.len() > LINEAR_SEARCH_MAX || !self.member_index.is_empty() {
+            let from = if self.member_index.is_empty() { 0 } else { self.members.len() - 1 };
+            for (place, member) in self.members.iter().enumerate().skip(from) {
+                self.member_index.insert(member.handle.connection, place);
+            }
+        }
+        self.idle_since = None;
+    }
+
+    pub(super) fn index_of(&self, connection: ConnectionId) -> Option<usize> {
+        if self.member_index.is_empty() {
+            let is_it = |member: &RoomMember| member.handle.connection == connection;
+            return self.members.iter().position(is_it);
+        }
+        self.member_index.get(&connection).copied()
+    }
+
+    pub(super) fn cursor_of(&self, connection: ConnectionId) -> Option<&Position> {
+        Some(&self.members.get(self.index_of(connection)?)?.cursor)
+    }
+
+    pub(super) fn is_member(&self, connection: ConnectionId) -> bool {
+        self.index_of(connection).is_some()
+    }
+
+    pub(super) fn remove(&mut self, connection: ConnectionId) -> bool {
+        let Some(place) = self.index_of(connection) else { return false };
+        self.members.swap_remove(place);
+        if self.member_index.remove(&connection).is_some()
+            && let Some(moved) = self.members.get(place)
+        {
+            self.member_index.insert(moved.handle.connection, place);
+        }
+        true
+    }
+
+    /// How many members there are.
+    pub(super) fn len(&self) -> usize {
+        self.members.len()
+    }
+}

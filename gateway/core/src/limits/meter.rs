@@ -1,0 +1,290 @@
+//! The meter of a connection's input: how much work a client may cause, whatever its frames are.
+//!
+//! A client can cause work in three ways, and each has its own account.
+//!
+//! - *Requests*: `message` and `direct` frames, other frames (a frame that names users costs a part
+//!   for each name), and frames with a password. Above the rate a frame is refused with
+//!   `rate_limited`, and the connection goes on.
+//! - *Overhead*: control frames, small fragments and refused frames, which carry nothing for anyone.
+//! - *Volume*: bytes, inflated where they were compressed, with a surcharge for each frame.
+//!
+//! Above the rate of overhead or volume the connection is not read until the account allows it
+//! (backpressure); nothing is refused or lost. A connection that is above the rate of overhead for
+//! [`EXCESS_MAX`] is closed with 1008 `rate_limited`: no client that works has a use for that.
+//! Overhead is counted per address as well, so that many connections get no more than a few would.
+//!
+//! Pure: `now` is an argument. [`InputBudget`] bounds how much of the input is handled at once, so
+//! that one connection keeps the others of its thread waiting for [`INPUT_TIME_MAX`] at most.
+
+use std::{net::IpAddr, sync::Arc, time::Duration};
+
+use skein_protocol::protocol::server_frame::ConnectionLimits;
+use tokio::time::Instant;
+
+use super::{Rate, RateLimiter, RateLimiters};
+use crate::telemetry::metrics::ThrottleReason;
+
+/// How long a connection may be above its rate of overhead before it is closed.
+pub const EXCESS_MAX: Duration = Duration::from_secs(10);
+/// What each frame counts beside its payload, in bytes of volume.
+const FRAME_BYTES: usize = 128;
+/// A fragment with a smaller payload, in bytes, counts as overhead: a message of the largest
+/// default size has 256 fragments of this size.
+const FRAGMENT_BYTES_MIN: usize = 1024;
+/// How many times a control frame a refused frame counts: it is parsed, answered and written.
+const REFUSED_UNITS: u32 = 2;
+/// How many connections' overhead an address has.
+const ADDRESS_SHARE: u32 = 20;
+/// How many names in a frame cost as much as a frame without any.
+const NAMES_PER_UNIT: usize = 4;
+/// How many seconds of its rate a connection may use at once.
+const BURST_SECONDS: u32 = 5;
+/// The same of bytes: a message of 256 KiB is parsed in about a millisecond, in one piece.
+const VOLUME_BURST_SECONDS: u32 = 2;
+
+/// Most frames of any kind that one budget handles.
+const INPUT_FRAMES_MAX: u32 = 64;
+/// Most payload bytes that one budget handles, inflated. One message may be more.
+const INPUT_BYTES_MAX: usize = 256 * 1024;
+/// The time after which a budget ends. One frame may take longer.
+pub const INPUT_TIME_MAX: Duration = Duration::from_micros(250);
+
+/// The rates of a meter. One for all connections of a node.
+#[derive(Clone, Debug)]
+pub struct MeterRates {
+    /// `message` and `direct` frames.
+    pub messages: Rate,
+    /// All other frames.
+    pub frames: Rate,
+    /// Frames with a password: each takes some 20 ms of a core.
+    pub passwords: Rate,
+    /// Control frames, small fragments and refused frames.
+    overhead: Rate,
+    /// The same of all connections of an address.
+    address_overhead: Rate,
+    /// Bytes.
+    volume: Rate,
+    /// What clients are told.
+    advertised: ConnectionLimits,
+}
+
+impl MeterRates {
+    /// Rates by the options `limits.messages_per_second`, `limits.frames_per_second` and
+    /// `limits.bytes_per_second`; 0 switches the rates that depend on it off.
+    pub fn new(messages: u32, frames: u32, bytes_per_second: u64) -> Self {
+        let second = Duration::from_secs(1);
+        let advertised = ConnectionLimits {
+            messages_per_second: messages,
+            messages_burst: messages.saturating_mul(2),
+            frames_per_second: frames,
+            frames_burst: frames.saturating_mul(BURST_SECONDS),
+            bytes_per_second,
+        };
+        let volume = u32::try_from(bytes_per_second).unwrap_or(0);
+        let per_second = |count: u32| Rate::new(count, second, count.saturating_mul(BURST_SECONDS));
+        Self {
+            messages: Rate::new(messages, second, advertised.messages_burst),
+            frames: per_second(frames),
+            passwords: Rate::new(1, 2 * second, 5),
+            overhead: per_second(frames),
+            address_overhead: per_second(frames.saturating_mul(ADDRESS_SHARE)),
+            volume: Rate::new(volume, second, volume.saturating_mul(VOLUME_BURST_SECONDS)),
+            advertised,
+        }
+    }
+
+    /// The rates as clients are told them.
+    pub fn advertised(&self) -> ConnectionLimits {
+        self.advertised
+    }
+
+    /// No limit at all.
+    pub fn unlimited() -> Self {
+        Self { passwords: Rate::new(0, Duration::ZERO, 0), ..Self::new(0, 0, 0) }
+    }
+}
+
+/// The overhead that each address has caused.
+pub type AddressMeters = RateLimiters<IpAddr>;
+
+/// What a connection that was [settled](Meter::settle) does next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MeterDecision {
+    /// It is read on.
+    Continue,
+    /// It is not read for so long.
+    Pause(Duration, ThrottleReason),
+    /// It is closed with 1008 `rate_limited`.
+    Close,
+}
+
+/// What one connection has used of its rates.
+#[derive(Debug)]
+pub struct Meter {
+    rates: Arc<MeterRates>,
+    address: Option<(Arc<AddressMeters>, IpAddr)>,
+    messages: RateLimiter,
+    frames: RateLimiter,
+    passwords: RateLimiter,
+    overhead: RateLimiter,
+    volume: RateLimiter,
+    /// Since when the rate of overhead has been exceeded.
+    excess_since: Option<Instant>,
+    /// What is not settled yet.
+    pending: PendingCharge,
+}
+
+#[derive(Debug, Default)]
+struct PendingCharge {
+    overhead: u32,
+    bytes: u32,
+}
+
+impl Meter {
+    /// The meter of a new connection, from `address` where that is known.
+    pub fn new(rates: Arc<MeterRates>, address: Option<(Arc<AddressMeters>, IpAddr)>) -> Self {
+        Self {
+            rates,
+            address,
+            messages: RateLimiter::default(),
+            frames: RateLimiter::default(),
+            passwords: RateLimiter::default(),
+            overhead: RateLimiter::default(),
+            volume: RateLimiter::default(),
+            excess_since: None,
+            pending: PendingCharge::default(),
+        }
+    }
+
+    /// Counts a control frame with so many bytes.
+    pub fn control(&mut self, bytes: usize) {
+        self.pending.overhead += 1;
+        self.data(bytes);
+    }
+
+    /// Counts a fragment with so many bytes.
+    pub fn fragment(&mut self, bytes: usize) {
+        self.pending.overhead += u32::from(bytes < FRAGMENT_BYTES_MIN);
+        // The message counts the bytes when it is whole.
+        self.data(0);
+    }
+
+    /// Counts a whole message with so many bytes, inflated.
+    pub fn data(&mut self, bytes: usize) {
+        let bytes = u32::try_from(bytes + FRAME_BYTES).unwrap_or(u32::MAX);
+        self.pending.bytes = self.pending.bytes.saturating_add(bytes);
+    }
+
+    /// Counts frames that were refused for what they are.
+    pub fn refused(&mut self, frames: u32) {
+        self.pending.overhead = self.pending.overhead.saturating_add(frames * REFUSED_UNITS);
+    }
+
+    /// Takes a `message` or `direct`.
+    ///
+    /// # Errors
+    ///
+    /// How long to wait until one may be taken.
+    pub fn take_message(&mut self, now: Instant) -> Result<(), Duration> {
+        self.messages.take(self.rates.messages, now)
+    }
+
+    /// Takes another frame, which names so many users.
+    ///
+    /// # Errors
+    ///
+    /// How long to wait until it may be taken.
+    pub fn take_frame(&mut self, names: usize, now: Instant) -> Result<(), Duration> {
+        let units = 1 + u32::try_from(names / NAMES_PER_UNIT).unwrap_or(u32::MAX);
+        self.frames.take_many(units, self.rates.frames, now)
+    }
+
+    /// Takes a frame with a password.
+    ///
+    /// # Errors
+    ///
+    /// How long to wait until it may be taken.
+    pub fn take_password(&mut self, now: Instant) -> Result<(), Duration> {
+        self.passwords.take(self.rates.passwords, now)
+    }
+
+    /// Charges what was counted since this was last called.
+    pub fn settle(&mut self, now: Instant) -> MeterDecision {
+        let PendingCharge { overhead, bytes } = std::mem::take(&mut self.pending);
+        let rates = &self.rates;
+        self.volume.charge(bytes, rates.volume, now);
+        let for_bytes = self.volume.wait(rates.volume, now);
+        if overhead == 0 && self.excess_since.is_none() {
+            return match for_bytes {
+                Duration::ZERO => MeterDecision::Continue,
+                wait => MeterDecision::Pause(wait, ThrottleReason::Bytes),
+            };
+        }
+        self.overhead.charge(overhead, rates.overhead, now);
+        let own = self.overhead.wait(rates.overhead, now);
+        let burst = rates.overhead.burst;
+        let of_address = match &self.address {
+            Some((addresses, key)) if overhead > 0 => {
+                addresses.charge(*key, overhead, rates.address_overhead, now);
+                addresses.wait(key, rates.address_overhead, now)
+            }
+            _ => Duration::ZERO,
+        };
+        // A connection that has caused little does not wait for the others of its address.
+        let has_part = self.overhead.early(now) > burst / 8;
+        let of_address = if has_part { of_address } else { Duration::ZERO };
+        if own.max(of_address) > Duration::ZERO {
+            let since = *self.excess_since.get_or_insert(now);
+            if now.saturating_duration_since(since) >= EXCESS_MAX {
+                return MeterDecision::Close;
+            }
+        } else if self.overhead.early(now) <= burst / 2 {
+            self.excess_since = None;
+        }
+        let waits = [
+            (own, ThrottleReason::Overhead),
+            (of_address, ThrottleReason::PerIpOverhead),
+            (for_bytes, ThrottleReason::Bytes),
+        ];
+        match waits.into_iter().max_by_key(|(wait, _)| *wait) {
+            Some((wait, cause)) if !wait.is_zero() => MeterDecision::Pause(wait, cause),
+            _ => MeterDecision::Continue,
+        }
+    }
+}
+
+/// How much of one connection's input is handled before the others of its thread have their budget.
+#[derive(Debug, Default)]
+pub struct InputBudget {
+    frames: u32,
+    bytes: usize,
+    time: Duration,
+}
+
+impl InputBudget {
+    /// Counts a frame with so many bytes.
+    pub fn frame(&mut self, bytes: usize) {
+        self.frames += 1;
+        self.bytes += bytes;
+    }
+
+    /// Counts work that waits for others, which costs as much as some frames.
+    pub fn request(&mut self) {
+        self.frames += INPUT_FRAMES_MAX / 8;
+    }
+
+    /// Counts time.
+    pub fn time(&mut self, time: Duration) {
+        self.time += time;
+    }
+
+    /// Whether the budget is over, where `more` time has passed.
+    pub fn is_over(&self, more: Duration) -> bool {
+        self.frames >= INPUT_FRAMES_MAX
+            || self.bytes >= INPUT_BYTES_MAX
+            || self.time + more >= INPUT_TIME_MAX
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,281 @@
+//! Who is present in a room, as the members of this node were told. Pure.
+//!
+//! Changes are numbered. One that does not continue what is known has the roster read anew, and what
+//! differs is told: members never see a state that their notices do not lead to.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use skein_protocol::{
+    ids::{DisplayName, UserId},
+    protocol::server_frame::UserInfo,
+};
+
+use crate::bus::registry::{PresenceChange, PresenceSnapshot, PresenceVersion};
+
+/// How many changes are buffered while the roster is read; above it, it is read once more.
+const BUFFERED_MAX: usize = 1024;
+
+/// Who is present.
+#[derive(Debug, Default)]
+pub struct Roster {
+    users: BTreeMap<UserId, DisplayName>,
+    version: PresenceVersion,
+    reading: RosterRead,
+    buffered: Vec<PresenceChange>,
+    /// Whether every node has told who it has.
+    complete: bool,
+}
+
+/// Whether the roster is being read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum RosterRead {
+    /// Not yet, ever.
+    #[default]
+    Never,
+    InProgress,
+    /// And once more, since what is being read is too old.
+    Again,
+    Idle,
+}
+
+/// A user who came or left.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RosterChange {
+    /// Who.
+    pub user: UserInfo,
+    /// Whether the user came.
+    pub joined: bool,
+    /// How many are present after it.
+    pub count: u64,
+    /// The state that it belongs to.
+    pub version: PresenceVersion,
+}
+
+impl Roster {
+    /// How many users are present.
+    pub fn len(&self) -> usize {
+        self.users.len()
+    }
+
+    /// Whether nobody is.
+    pub fn is_empty(&self) -> bool {
+        self.users.is_empty()
+    }
+
+    /// The state that is known.
+    pub fn version(&self) -> PresenceVersion {
+        self.version
+    }
+
+    /// Whether the roster has been read, and every node has told who it has.
+    pub fn is_complete(&self) -> bool {
+        self.complete
+    }
+
+    /// Whether it was read at all.
+    pub fn is_known(&self) -> bool {
+        !matches!(self.reading, RosterRead::Never) && self.version != PresenceVersion::default()
+            || self.complete
+    }
+
+    /// Who is present and comes behind `after`.
+    pub fn after<'a>(&'a self, after: &str) -> impl Iterator<Item = (&'a UserId, &'a DisplayName)> {
+        use std::ops::Bound::{Excluded, Unbounded};
+        self.users.range::<str, _>((Excluded(after), Unbounded))
+    }
+
+    /// Whether this state has come to pass here.
+    pub fn has_reached(&self, version: PresenceVersion) -> bool {
+        self.is_known()
+            && (self.version.epoch == version.epoch && self.version.number >= version.number
+                || version == PresenceVersion::default())
+    }
+
+    /// The roster is to be read. `false`: it is being read, and will be once more.
+    #[must_use]
+    pub fn begin_read(&mut self) -> bool {
+        let begins = matches!(self.reading, RosterRead::Never | RosterRead::Idle);
+        self.reading = if begins { RosterRead::InProgress } else { RosterRead::Again };
+        begins
+    }
+
+    /// Takes a change that was passed on. Returns what to tell, and whether the roster is to be
+    /// read.
+    pub fn apply(&mut self, change: PresenceChange) -> (Vec<RosterChange>, bool) {
+        let mut changes = Vec::new();
+        if !matches!(self.reading, RosterRead::Idle) {
+            self.buffer(change);
+            return (changes, self.reading == RosterRead::Never);
+        }
+        let PresenceVersion { epoch, number } = change.version;
+        let next = self.version.epoch == epoch && number == self.version.number + 1;
+        let begins = self.users.is_empty() && number == 1;
+        if self.version.epoch == epoch && number <= self.version.number {
+            return (changes, false);
+        }
+        if next || begins {
+            self.apply_next(change, &mut changes);
+            return (changes, false);
+        }
+        self.buffer(change);
+        (changes, true)
+    }
+
+    /// Takes what was read. Returns what to tell, and whether it is to be read again.
+    pub fn apply_snapshot(&mut self, snapshot: PresenceSnapshot) -> (Vec<RosterChange>, bool) {
+        let mut changes = Vec::new();
+        let again = self.reading == RosterRead::Again;
+        self.reading = RosterRead::Idle;
+        self.version = snapshot.version;
+        self.complete = snapshot.complete;
+        if snapshot.complete {
+            let there: BTreeSet<&UserId> = snapshot.users.iter().map(|user| &user.id).collect();
+            let gone = self.users.keys().filter(|user| !there.contains(user));
+            for user in gone.cloned().collect::<Vec<_>>() {
+                self.remove(&user, &mut changes);
+            }
+        }
+        for user in snapshot.users {
+            self.add(user, &mut changes);
+        }
+        let mut missed = false;
+        for change in std::mem::take(&mut self.buffered) {
+            let (more, read) = self.apply(change);
+            changes.extend(more);
+            missed |= read;
+        }
+        // What is still ahead, or of another epoch, is in the next read.
+        self.buffered.clear();
+        (changes, again || missed)
+    }
+
+    fn buffer(&mut self, change: PresenceChange) {
+        if self.buffered.len() >= BUFFERED_MAX {
+            self.buffered.clear();
+            if self.reading == RosterRead::InProgress {
+                self.reading = RosterRead::Again;
+            }
+        }
+        self.buffered.push(change);
+    }
+
+    fn apply_next(&mut self, change: PresenceChange, changes: &mut Vec<RosterChange>) {
+        self.version = change.version;
+        for user in &change.left {
+            self.remove(user, changes);
+        }
+        for user in change.joined {
+            self.add(user, changes);
+        }
+    }
+
+    fn add(&mut self, user: UserInfo, changes: &mut Vec<RosterChange>) {
+        if self.users.insert(user.id.clone(), user.name.clone()).is_none() {
+            let count = self.users.len() as u64;
+            changes.push(RosterChange { user, joined: true, count, version: self.version });
+        }
+    }
+
+    fn remove(&mut self, user: &UserId, changes: &mut Vec<RosterChange>) {
+        if let Some((id, name)) = self.users.remove_entry(user) {
+            let (user, count) = (UserInfo { id, name }, self.users.len() as u64);
+            changes.push(RosterChange { user, joined: false, count, version: self.version });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn person(id: &str) -> UserInfo {
+        UserInfo { id: id.parse().unwrap(), name: id.parse().unwrap() }
+    }
+
+    fn version(epoch: u64, number: u64) -> PresenceVersion {
+        PresenceVersion { epoch, number }
+    }
+
+    fn joined(epoch: u64, number: u64, id: &str) -> PresenceChange {
+        PresenceChange { version: version(epoch, number), joined: vec![person(id)], left: vec![] }
+    }
+
+    fn left(epoch: u64, number: u64, id: &str) -> PresenceChange {
+        let left = vec![id.parse().unwrap()];
+        PresenceChange { version: version(epoch, number), joined: vec![], left }
+    }
+
+    fn snapshot(epoch: u64, number: u64, ids: &[&str]) -> PresenceSnapshot {
+        let users = ids.iter().copied().map(person).collect();
+        PresenceSnapshot { version: version(epoch, number), users, complete: true }
+    }
+
+    fn names(changes: &[RosterChange]) -> Vec<String> {
+        let sign = |change: &RosterChange| if change.joined { '+' } else { '-' };
+        changes.iter().map(|change| format!("{}{}", sign(change), change.user.id)).collect()
+    }
+
+    /// A roster that was read.
+    fn roster(ids: &[&str]) -> Roster {
+        let mut roster = Roster::default();
+        assert!(roster.begin_read());
+        let (_, again) = roster.apply_snapshot(snapshot(1, 5, ids));
+        assert!(!again);
+        roster
+    }
+
+    #[test]
+    fn changes_are_told_once_and_in_their_order() {
+        let mut roster = roster(&["ann"]);
+        let (changes, read) = roster.apply(joined(1, 6, "bob"));
+        assert_eq!((names(&changes), changes[0].count, read), (vec!["+bob".into()], 2, false));
+        assert_eq!(roster.apply(joined(1, 6, "bob")), (vec![], false));
+        assert_eq!(names(&roster.apply(left(1, 7, "ann")).0), ["-ann"]);
+        assert!(roster.has_reached(version(1, 7)) && !roster.has_reached(version(1, 8)));
+    }
+
+    #[test]
+    fn a_missed_change_has_the_roster_read_and_the_difference_told() {
+        let mut roster = roster(&["ann", "bob"]);
+        let (changes, read) = roster.apply(joined(1, 8, "dan"));
+        assert!(changes.is_empty() && read && roster.begin_read());
+        assert_eq!(roster.apply(left(1, 9, "dan")), (vec![], false));
+        let (changes, again) = roster.apply_snapshot(snapshot(1, 8, &["ann", "cat", "dan"]));
+        assert_eq!(
+            (names(&changes), again),
+            (vec!["-bob".into(), "+cat".into(), "+dan".into(), "-dan".into()], false)
+        );
+        assert_eq!(roster.version(), version(1, 9));
+    }
+
+    #[test]
+    fn what_comes_while_it_is_read_first_is_told_behind_it() {
+        let mut roster = Roster::default();
+        assert!(!roster.is_known() && roster.begin_read() && !roster.begin_read());
+        assert_eq!(roster.apply(joined(1, 6, "bob")), (vec![], false));
+        let (changes, again) = roster.apply_snapshot(snapshot(1, 5, &["ann"]));
+        assert_eq!((names(&changes), again), (vec!["+ann".into(), "+bob".into()], true));
+    }
+
+    #[test]
+    fn until_every_node_has_told_nobody_is_taken_for_gone() {
+        let mut roster = roster(&["ann", "bob"]);
+        assert!(roster.begin_read());
+        let partial = PresenceSnapshot { complete: false, ..snapshot(2, 1, &["ann", "cat"]) };
+        let (changes, _) = roster.apply_snapshot(partial);
+        assert_eq!(names(&changes), ["+cat"]);
+        assert!(!roster.is_complete() && roster.begin_read());
+        let (changes, _) = roster.apply_snapshot(snapshot(2, 2, &["ann", "cat"]));
+        assert_eq!(names(&changes), ["-bob"]);
+    }
+
+    #[test]
+    fn an_empty_room_begins_anew_without_being_read() {
+        let mut roster = roster(&["ann"]);
+        assert_eq!(names(&roster.apply(left(1, 6, "ann")).0), ["-ann"]);
+        let (changes, read) = roster.apply(joined(2, 1, "bob"));
+        assert_eq!((names(&changes), read), (vec!["+bob".into()], false));
+        let (_, read) = roster.apply(joined(3, 1, "cat"));
+        assert!(read, "another epoch, and somebody is there");
+    }
+}

@@ -1,0 +1,49 @@
+//! Which rooms keep a log, whether rooms come to be by being joined, and [`passwords`] of rooms.
+
+use skein_protocol::ids::{RoomId, RoomKind};
+
+pub mod passwords;
+mod fair_queue;
+
+/// What holds for rooms by their names.
+#[derive(Clone, Debug)]
+pub struct RoomRules {
+    /// Rooms without a log: names, or prefixes where they end in `*`.
+    pub ephemeral: Vec<String>,
+    /// Whether a room that is not there is made by being joined.
+    pub create_on_join: bool,
+}
+
+impl Default for RoomRules {
+    fn default() -> Self {
+        Self { ephemeral: Vec::new(), create_on_join: true }
+    }
+}
+
+impl RoomRules {
+    /// Whether a room keeps a log.
+    pub fn is_durable(&self, room: &RoomId) -> bool {
+        if room.kind() != RoomKind::Room {
+            return room.kind() == RoomKind::Inbox;
+        }
+        let name = room.as_str();
+        !self.ephemeral.iter().any(|pattern| match pattern.strip_suffix('*') {
+            Some(prefix) => name.starts_with(prefix),
+            None => pattern == name,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rooms_without_a_log_are_named_or_begin_alike() {
+        let ephemeral = vec!["cursors".to_owned(), "live:*".to_owned()];
+        let rules = RoomRules { ephemeral, create_on_join: true };
+        let is_durable = |room: &str| rules.is_durable(&room.parse().unwrap());
+        assert!(!is_durable("cursors") && !is_durable("live:1"));
+        assert!(is_durable("cursors2") && is_durable("live"));
+    }
+}

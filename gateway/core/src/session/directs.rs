@@ -1,0 +1,230 @@
+//! What is of one user: `history` with another, who is watched, what the session holds.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use skein_protocol::{
+    error::ErrorCode,
+    ids::{RoomId, SessionId, UserId},
+    position::{Epoch, Seq},
+    protocol::{
+        HISTORY_BYTES_MAX,
+        client_frame::{self, HISTORY_LIMIT_MAX, SessionSetFrame},
+        server_frame::{HistoryPageFrame, ServerFrame, SessionFrame},
+    },
+};
+use tokio::time::timeout;
+
+use super::{
+    RequestOutcome,
+    peer_index::InboxIndex,
+    requests::{RequestContext, TOO_MUCH_READ, range_of},
+};
+use crate::{
+    bus::{ReadRange, sessions::SessionDataError},
+    delivery::{Entry, page::LogPage},
+    hub::join::history as whole_frames,
+    telemetry::metrics::StorageLimit,
+};
+
+/// The most reads of an inbox for one `history`: it has some 1,000 entries.
+const PAGES_MAX: usize = 64;
+/// What of an inbox is kept while it is looked through, in bytes: most that an answer holds is there then.
+const KEPT_BYTES_MAX: usize = 2 * HISTORY_BYTES_MAX;
+
+type Rejection = (ErrorCode, &'static str);
+
+/// The directs of a user with another: those that were found, and whether there are more.
+struct FoundDirects {
+    /// In the direction context for.
+    entries: Vec<Entry>,
+    epoch: Epoch,
+    more: bool,
+}
+
+/// What a user has exchanged with another: a part of the inbox.
+pub(super) async fn history(
+    context: RequestContext,
+    user: UserId,
+    with: UserId,
+    wanted: client_frame::HistoryFrame,
+) -> RequestOutcome {
+    let range = range_of(&wanted);
+    let FoundDirects { entries, epoch, more } = match find(&context, &user, &with, range).await {
+        Ok(found) => found,
+        Err((code, text)) => {
+            context.reject("history", None, code, text);
+            return RequestOutcome::Done;
+        }
+    };
+    let mut messages = whole_frames(entries.iter());
+    let more = more || messages.len() < entries.len();
+    if range.keeps_newest() {
+        messages.reverse();
+    }
+    let (reference, with) = (context.reference.clone(), Some(with));
+    let history = HistoryPageFrame { reference, room: None, with, epoch, messages, more };
+    context.send(&ServerFrame::History(Box::new(history)));
+    RequestOutcome::Done
+}
+
+/// What to read of an inbox to find more directs with a user: first up to its newest entry, then older
+/// ones, as long as more are wanted.
+fn next_part(
+    inbox: &InboxIndex,
+    with: &UserId,
+    range: ReadRange,
+    is_newest: bool,
+) -> Option<ReadRange> {
+    if !is_newest {
+        return Some(inbox.newer_range(HISTORY_LIMIT_MAX));
+    }
+    let is_enough = match range {
+        ReadRange::After { seq, .. } => inbox.covers_after(seq),
+        ReadRange::Newest { limit } | ReadRange::Before { limit, .. } => {
+            inbox.directs_with(with, range, limit as usize + 1).len() > limit as usize
+        }
+    };
+    if is_enough { None } else { inbox.older_range(HISTORY_LIMIT_MAX) }
+}
+
+/// The first of what was found, as many as an answer holds, and whether those are not all.
+fn as_many_as_fit(mut found: Vec<(Seq, usize)>) -> (Vec<(Seq, usize)>, bool) {
+    let mut bytes = 0;
+    let above = found.iter().position(|(_, size)| {
+        let is_first = bytes == 0;
+        bytes += size;
+        !is_first && bytes > HISTORY_BYTES_MAX
+    });
+    if let Some(above) = above {
+        found.truncate(above);
+    }
+    (found, above.is_some())
+}
+
+/// Whether nothing that is not known of an inbox belongs to `range`.
+fn is_enough(inbox: &InboxIndex, range: ReadRange) -> bool {
+    match range {
+        ReadRange::After { seq, .. } => inbox.covers_after(seq),
+        ReadRange::Newest { .. } | ReadRange::Before { .. } => inbox.older_range(1).is_none(),
+    }
+}
+
+/// Finds the directs with another user: which they are is remembered, so that an inbox is looked through
+/// once and no more than those are read.
+async fn find(
+    context: &RequestContext,
+    user: &UserId,
+    with: &UserId,
+    range: ReadRange,
+) -> Result<FoundDirects, Rejection> {
+    let (room, limit) = (RoomId::inbox_of(user), range.limit() as usize);
+    let shared = context.services.peer_index.of(user);
+    // One `history` of a user at a time: the next one finds what this one has read.
+    let wait_max = context.services.limits.wait_max;
+    let _turn = timeout(wait_max, shared.exclusive.acquire()).await.map_err(|_| TOO_MUCH_READ)?;
+    let (mut kept, mut kept_bytes) = (BTreeMap::new(), 0);
+    let mut is_newest = false;
+    for _ in 0..PAGES_MAX {
+        let Some(part) = next_part(&shared.inbox.lock(), with, range, is_newest) else { break };
+        let page =
+            context.read(context.services.bus.read(room.clone(), part), LogPage::bytes).await?;
+        let (added, reaches_newest, is_known) = {
+            let inbox = &mut *shared.inbox.lock();
+            let (added, reaches_newest) = inbox.apply(user, part, &page);
+            (added, reaches_newest, inbox.epoch().is_some())
+        };
+        is_newest = if is_newest { is_known } else { reaches_newest };
+        context.services.peer_index.note_added(&shared, added);
+        if !is_known {
+            kept.clear();
+        }
+        for entry in page.entries {
+            let bytes = entry.envelope.as_bytes().len();
+            if kept_bytes + bytes <= KEPT_BYTES_MAX {
+                kept_bytes += bytes;
+                kept.insert(entry.position.seq, entry);
+            }
+        }
+    }
+    let (epoch, found, more, parts) = {
+        let inbox = shared.inbox.lock();
+        let Some(epoch) = inbox.epoch().cloned().filter(|_| is_newest) else {
+            return Err((ErrorCode::Unavailable, "the inbox changes; try again later"));
+        };
+        let mut found = inbox.directs_with(with, range, limit + 1);
+        let more = found.len() > limit || !is_enough(&inbox, range);
+        found.truncate(limit);
+        let (found, is_cut) = as_many_as_fit(found);
+        let missing = found.iter().filter(|(seq, _)| !kept.contains_key(seq));
+        let missing: Vec<(Seq, usize)> = missing.copied().collect();
+        (epoch, found, more || is_cut, inbox.ranges_for(&missing))
+    };
+    for part in parts {
+        let page =
+            context.read(context.services.bus.read(room.clone(), part), LogPage::bytes).await?;
+        kept.extend(page.entries.into_iter().map(|entry| (entry.position.seq, entry)));
+    }
+    let entries = found.iter().filter_map(|(seq, _)| kept.remove(seq)).collect();
+    Ok(FoundDirects { entries, epoch, more })
+}
+
+pub(super) async fn watch(context: RequestContext, users: BTreeSet<UserId>) -> RequestOutcome {
+    let asks = Some(context.reference.clone());
+    let refused = context.services.hub.watch(users, &context.handle, asks).await;
+    if !refused.is_empty() {
+        let count = refused.len();
+        let text = format!(
+            "this node watches as many users as it may (hub.watched_users_max): {count} of these are \
+             not watched"
+        );
+        context.reject("watch", None, ErrorCode::LimitReached, &text);
+    }
+    RequestOutcome::NotWatched(refused)
+}
+
+pub(super) async fn unwatch(context: RequestContext, users: Vec<UserId>) -> RequestOutcome {
+    context.services.hub.unwatch(users, context.handle.connection).await;
+    RequestOutcome::Done
+}
+
+/// Has a user watched whom this connection talks to: told of changes only.
+pub(super) async fn auto_watch(context: RequestContext, user: UserId) -> RequestOutcome {
+    RequestOutcome::NotWatched(context.services.hub.watch([user], &context.handle, None).await)
+}
+
+pub(super) async fn session(
+    context: RequestContext,
+    user: UserId,
+    session: SessionId,
+    set: Option<SessionSetFrame>,
+) -> RequestOutcome {
+    let kind = if set.is_some() { "session_set" } else { "session_get" };
+    let change = set.map(|set| set.data);
+    let data = context.services.sessions.data(user, session, change);
+    // Its own refusals are no failures of the store.
+    let data = async {
+        match data.await {
+            Err(SessionDataError::Bus(error)) => Err(error),
+            other => Ok(other),
+        }
+    };
+    match context.read(data, |_| 0).await {
+        Ok(Ok(data)) => {
+            let reference = context.reference.clone();
+            context.send(&ServerFrame::Session(SessionFrame { reference, data }));
+        }
+        Ok(Err(error)) => {
+            let code = match error {
+                SessionDataError::NoSession => ErrorCode::NotFound,
+                SessionDataError::TooMuch(_) => {
+                    context.services.metrics.storage_rejections.of(StorageLimit::SessionData).inc();
+                    ErrorCode::LimitReached
+                }
+                _ => ErrorCode::TooLarge,
+            };
+            context.reject(kind, None, code, &error.to_string());
+        }
+        Err((code, text)) => drop(context.reject(kind, None, code, text)),
+    }
+    RequestOutcome::Done
+}

@@ -1,0 +1,483 @@
+//! What has to wait for the hub or the bus. Each ends by its answer.
+
+use std::{
+    future::ready,
+    net::IpAddr,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use serde_json::value::RawValue;
+use skein_protocol::{
+    error::ErrorCode,
+    ids::RoomId,
+    protocol::{
+        FrameRef, client_frame,
+        server_frame::{
+            HistoryPageFrame, LeftFrame, LeftReason, PresencePageFrame, PresenceUser,
+            RefreshedFrame, ServerFrame, UserInfo,
+        },
+    },
+};
+use tokio::time::Instant;
+
+use super::{RequestOutcome, Services, error_frame, reject, with_outage_delay, with_retry_after};
+use crate::{
+    bus::{
+        BoxFuture, BusError, ReadRange,
+        registry::{
+            AdmitError, JoinConditions, JoinSnapshot, OnlinePage, PresenceDetails, PresenceScope,
+        },
+    },
+    delivery::page::LogPage,
+    hub::{
+        JoinOutcome,
+        join::{JoinGrant, JoinStart, history as whole_frames},
+        member::{ConnectionHandle, text_frame},
+        presence::wire_time,
+    },
+    limits::{address_key, quotas::Writer},
+    presence::{PresenceGuard, RoomAlive},
+    publisher::storage_bound,
+    rooms::passwords::{PasswordAttempt, PasswordOutcome},
+    telemetry::metrics::{Metrics, StorageLimit},
+};
+
+/// Who context, and what there is to answer with.
+pub(super) struct RequestContext {
+    pub(super) services: Arc<Services>,
+    pub(super) handle: Arc<ConnectionHandle>,
+    pub(super) reference: Option<FrameRef>,
+    /// Whose quotas are used up.
+    pub(super) writer: Writer,
+}
+
+impl RequestContext {
+    pub(super) fn send(&self, frame: &ServerFrame<Box<RawValue>>) {
+        self.handle.send(frame);
+    }
+
+    /// Sends an `error` for the frame `kind`; one that may be tried again says when.
+    pub(super) fn reject(
+        &self,
+        kind: &str,
+        room: Option<&RoomId>,
+        code: ErrorCode,
+        text: &str,
+    ) -> ErrorCode {
+        let error = error_frame(self.reference.clone(), kind, room, code, text);
+        let error = if code.is_retryable() { with_outage_delay(error) } else { error };
+        reject(&self.services, &self.handle, error)
+    }
+
+    /// As [`RequestContext::reject`], of what may be tried again after `wait`.
+    pub(super) fn reject_with_delay(
+        &self,
+        kind: &str,
+        room: Option<&RoomId>,
+        wait: Duration,
+        text: &str,
+    ) -> ErrorCode {
+        let code = ErrorCode::RateLimited;
+        let error =
+            with_retry_after(error_frame(self.reference.clone(), kind, room, code, text), wait);
+        reject(&self.services, &self.handle, error)
+    }
+
+    /// The client's address, as limits count it.
+    pub(super) fn address(&self) -> Option<IpAddr> {
+        self.handle.owner().map(|owner| address_key(owner.about.address))
+    }
+
+    /// Waits until something may be read for the client, for as long as a frame may wait, and charges
+    /// the read.
+    pub(super) async fn await_read_allowance(&self) -> Result<(), (ErrorCode, &'static str)> {
+        let Some(owner) = self.handle.owner() else { return Ok(()) };
+        let Services { reads, metrics, limits, .. } = &*self.services;
+        let connection = self.handle.connection;
+        let until = Instant::now() + limits.wait_max;
+        let mut is_delayed = false;
+        loop {
+            let now = Instant::now();
+            let wait = reads.wait(connection, &owner.user, now);
+            if wait.is_zero() {
+                reads.begin(connection, &owner.user, now);
+                return Ok(());
+            }
+            if !std::mem::replace(&mut is_delayed, true) {
+                metrics.client_reads_delayed.inc();
+            }
+            if now + wait > until {
+                return Err(TOO_MUCH_READ);
+            }
+            tokio::time::sleep(wait).await;
+        }
+    }
+
+    /// Charges what was read.
+    pub(super) fn charge_read(&self, bytes: usize) {
+        let Services { reads, metrics, .. } = &*self.services;
+        metrics.client_read_bytes.inc_by(bytes as u64);
+        if let Some(owner) = self.handle.owner() {
+            reads.charge(self.handle.connection, &owner.user, bytes, Instant::now());
+        }
+    }
+
+    /// As [`RequestContext::wait`], at the pace of what may be read for the client; `bytes` of an answer are
+    /// charged.
+    pub(super) async fn read<T>(
+        &self,
+        question: impl Future<Output = Result<T, BusError>>,
+        bytes: impl FnOnce(&T) -> usize,
+    ) -> Result<T, (ErrorCode, &'static str)> {
+        self.await_read_allowance().await?;
+        let answer = self.wait(question).await?;
+        self.charge_read(bytes(&answer));
+        Ok(answer)
+    }
+
+    /// What the bus answers, if it does within the time that a frame may wait.
+    pub(super) async fn wait<T>(
+        &self,
+        question: impl Future<Output = Result<T, BusError>>,
+    ) -> Result<T, (ErrorCode, &'static str)> {
+        match tokio::time::timeout(self.services.limits.wait_max, question).await {
+            Ok(Ok(answer)) => Ok(answer),
+            Ok(Err(BusError::Rejected)) => Err((ErrorCode::Internal, "the bus refused it")),
+            Ok(Err(error)) if error.is_limit() => {
+                Err(reject_storage(&self.services.metrics, error))
+            }
+            Ok(Err(_)) | Err(_) => Err(BUS_UNAVAILABLE),
+        }
+    }
+}
+
+/// Counts that a bound was reached, and says what is told.
+pub(super) fn reject_storage(metrics: &Metrics, error: BusError) -> (ErrorCode, &'static str) {
+    if let Some(bound) = storage_bound(error) {
+        metrics.storage_rejections.of(bound).inc();
+    }
+    storage_bound_text(error)
+}
+
+/// What is told where a bound was reached.
+pub(super) fn storage_bound_text(error: BusError) -> (ErrorCode, &'static str) {
+    match error {
+        BusError::UnseenQuota => (
+            ErrorCode::RateLimited,
+            "too many messages to users who were never connected; this one was not taken",
+        ),
+        BusError::UnseenBytes => (
+            ErrorCode::LimitReached,
+            "the inbox of a user who was never connected does not hold a message of this size",
+        ),
+        _ => (
+            ErrorCode::Overloaded,
+            "the cluster's memory is nearly used up: nothing is kept that needs more of it",
+        ),
+    }
+}
+
+/// What is told where too much was read for the client.
+pub(super) const TOO_MUCH_READ: (ErrorCode, &str) =
+    (ErrorCode::RateLimited, "too much was read for this connection or user in too short a time");
+/// What is told where the bus does not answer.
+const BUS_UNAVAILABLE: (ErrorCode, &str) =
+    (ErrorCode::Unavailable, "the bus is away; try again later");
+/// What is told where passwords are not checked for a while.
+pub(super) const TOO_MANY_PASSWORDS: &str =
+    "too many passwords were wrong, or are being checked; this one was not looked at";
+
+/// What is charged for each user of a page, in bytes: about what Redis keeps of one.
+const PERSON_BYTES: usize = 64;
+
+/// Why a user could not enter a room.
+enum JoinRejection {
+    NotAdmitted(AdmitError),
+    /// The password was not checked.
+    PasswordLater(Duration),
+    /// This node follows as many rooms as it may.
+    TooManyRooms,
+}
+
+impl From<AdmitError> for JoinRejection {
+    fn from(error: AdmitError) -> Self {
+        Self::NotAdmitted(error)
+    }
+}
+
+impl From<BusError> for JoinRejection {
+    fn from(error: BusError) -> Self {
+        Self::NotAdmitted(error.into())
+    }
+}
+
+/// `again`: for a member already, what it would be told on entering now.
+pub(super) async fn join(
+    context: RequestContext,
+    join: client_frame::JoinFrame,
+    user: UserInfo,
+    again: Option<(RoomAlive, BoxFuture<Result<JoinSnapshot, AdmitError>>)>,
+) -> RequestOutcome {
+    let (is_member, room) = (again.is_some(), join.room.clone());
+    let wait_max = context.services.limits.wait_max;
+    if let Err((code, text)) = context.await_read_allowance().await {
+        return RequestOutcome::NotJoined(context.reject("join", Some(&room), code, text));
+    }
+    let joining = async {
+        let (guard, grant) = match again {
+            Some((room_alive, again)) => {
+                (None, JoinGrant { snapshot: again.await?, room_alive: Some(room_alive) })
+            }
+            None => {
+                let (guard, snapshot) = admit(&context, &join, &user).await?;
+                let room_alive = Some(guard.room_alive());
+                (Some(guard), JoinGrant { snapshot, room_alive })
+            }
+        };
+        let start = match join.since {
+            Some(since) => JoinStart::Since(since),
+            None => JoinStart::Newest(join.history),
+        };
+        let (handle, reference) = (context.handle.clone(), context.reference.clone());
+        let joined = context.services.hub.join(join.room, handle, reference, start, grant);
+        match joined.await.map_err(|_| BusError::Unavailable)? {
+            JoinOutcome::Member { bytes_read } => {
+                context.charge_read(bytes_read);
+                Ok(guard)
+            }
+            JoinOutcome::TooManyRooms => Err(JoinRejection::TooManyRooms),
+        }
+    };
+    let error = match tokio::time::timeout(wait_max, joining).await {
+        Ok(Ok(guard)) => return RequestOutcome::Joined(guard),
+        Ok(Err(JoinRejection::NotAdmitted(error))) => error,
+        Ok(Err(JoinRejection::PasswordLater(wait))) => {
+            let code = context.reject_with_delay("join", Some(&room), wait, TOO_MANY_PASSWORDS);
+            return RequestOutcome::NotJoined(code);
+        }
+        Ok(Err(JoinRejection::TooManyRooms)) => {
+            let text = "this node follows as many rooms as it may (hub.rooms_max)";
+            let code = ErrorCode::LimitReached;
+            return RequestOutcome::NotJoined(context.reject("join", Some(&room), code, text));
+        }
+        Err(_) => {
+            // The hub may have let it in at the very moment it was given up.
+            if !is_member {
+                context.services.hub.cancel_join(room.clone(), context.handle.clone()).await;
+            }
+            AdmitError::Bus(BusError::Unavailable)
+        }
+    };
+    let (code, text) = match error {
+        AdmitError::WrongPassword => (ErrorCode::WrongPassword, "the room has another password"),
+        AdmitError::Full => (ErrorCode::RoomFull, "the room has as many members as it may have"),
+        AdmitError::NotFound => (ErrorCode::NotFound, "there is no such room: create it first"),
+        AdmitError::Quota => {
+            context.services.metrics.storage_rejections.of(StorageLimit::NewRooms).inc();
+            (ErrorCode::RateLimited, "too many new rooms in too short a time")
+        }
+        AdmitError::Bus(BusError::Rejected) => (ErrorCode::Internal, "the bus refused it"),
+        AdmitError::Bus(error) if error.is_limit() => {
+            reject_storage(&context.services.metrics, error)
+        }
+        AdmitError::Bus(_) => BUS_UNAVAILABLE,
+    };
+    RequestOutcome::NotJoined(context.reject("join", Some(&room), code, text))
+}
+
+/// Has the user enter, with the password that the room asks for.
+async fn admit(
+    context: &RequestContext,
+    join: &client_frame::JoinFrame,
+    user: &UserInfo,
+) -> Result<(PresenceGuard, JoinSnapshot), JoinRejection> {
+    let Services { presence, rules, passwords, quotas, .. } = &*context.services;
+    let within_quota = quotas.check_new_room(&context.writer, Instant::now());
+    let mut keep_to = JoinConditions {
+        password_hash: None,
+        create: rules.create_on_join,
+        within_quota: within_quota.is_ok(),
+    };
+    if let Some(password) = &join.password {
+        let found = presence.store().find(join.room.clone()).await?;
+        if let Some(hash) = found.and_then(|found| found.config?.password) {
+            let (user, room) = (user.id.clone(), join.room.clone());
+            let attempt = PasswordAttempt { address: context.address(), user, room };
+            match passwords.check(attempt, hash.clone(), password.clone()).await {
+                PasswordOutcome::Matches => keep_to.password_hash = Some(hash),
+                PasswordOutcome::Wrong => return Err(AdmitError::WrongPassword.into()),
+                PasswordOutcome::RetryAfter(wait) => {
+                    return Err(JoinRejection::PasswordLater(wait));
+                }
+            }
+        }
+    }
+    let (guard, snapshot) =
+        presence.admit(PresenceScope::Room(join.room.clone()), user, Some(keep_to)).await?;
+    if snapshot.created {
+        quotas.count_new_room(&context.writer, Instant::now());
+    }
+    Ok((guard, snapshot))
+}
+
+pub(super) async fn leave(context: RequestContext, room: RoomId) -> RequestOutcome {
+    let RequestContext { services, handle, reference, .. } = context;
+    let left =
+        text_frame(&ServerFrame::Left(LeftFrame { reference, room: room.clone(), reason: None }));
+    let connection = handle.connection;
+    services.hub.leave(room, connection, Some((handle, left))).await;
+    RequestOutcome::Done
+}
+
+/// Who is in a room: context for by id as members here know them, and told as they know them then.
+pub(super) async fn presence_in(
+    context: RequestContext,
+    room: RoomId,
+    cursor: Option<String>,
+    limit: u32,
+) -> RequestOutcome {
+    let (hub, store) = (&context.services.hub, context.services.presence.store());
+    let (after, limit) = (cursor.unwrap_or_default(), limit as usize);
+    let users = hub.present_after(room.clone(), after.clone(), limit).await;
+    let details = store.details(room.clone(), users);
+    let bytes = |details: &PresenceDetails| details.users.len() * PERSON_BYTES;
+    let mut details = match context.read(details, bytes).await {
+        Ok(details) => details,
+        Err((code, text)) => {
+            context.reject("presence", Some(&room), code, text);
+            return RequestOutcome::Done;
+        }
+    };
+    let place = PresenceScope::Room(room.clone());
+    for detail in &mut details.users {
+        let active = context.services.presence.active(&place, &detail.user.id).unwrap_or_default();
+        detail.active = detail.active.max(active);
+    }
+    let (handle, reference) = (context.handle.clone(), context.reference.clone());
+    hub.send_presence(room, handle, reference, (after, limit), details).await;
+    RequestOutcome::Done
+}
+
+/// Who is connected to any node.
+pub(super) async fn online(
+    context: RequestContext,
+    cursor: Option<String>,
+    limit: u32,
+) -> RequestOutcome {
+    let presence = &context.services.presence;
+    let limit = if presence.options().public { limit as usize } else { 0 };
+    let page = presence.online(cursor.unwrap_or_default(), limit);
+    let bytes = |page: &OnlinePage| page.users.len() * PERSON_BYTES;
+    let page = match context.read(page, bytes).await {
+        Ok(page) => page,
+        Err((code, text)) => {
+            context.reject("presence", None, code, text);
+            return RequestOutcome::Done;
+        }
+    };
+    let present = |detail: crate::bus::registry::UserPresence| {
+        let active = presence.active(&PresenceScope::Cluster, &detail.user.id).unwrap_or_default();
+        PresenceUser {
+            id: detail.user.id,
+            name: detail.user.name,
+            connections: detail.connections,
+            since: wire_time(detail.since),
+            last_active: wire_time(detail.active.max(active)),
+            read: None,
+        }
+    };
+    let users: Vec<PresenceUser> = page.users.into_iter().map(present).collect();
+    let last = users.last().map(|user| user.id.to_string());
+    let cursor = last.filter(|_| page.more);
+    let (reference, count) = (context.reference.clone(), page.count);
+    let answer = PresencePageFrame { reference, room: None, users, count, cursor };
+    context.send(&ServerFrame::Presence(Box::new(answer)));
+    RequestOutcome::Done
+}
+
+/// The connection has another token, which does not allow some rooms any more.
+pub(super) async fn refreshed(
+    context: RequestContext,
+    expires_at: SystemTime,
+    left: Vec<RoomId>,
+) -> RequestOutcome {
+    for room in left {
+        let reason = Some(LeftReason::Forbidden);
+        let answer = text_frame(&ServerFrame::Left(LeftFrame {
+            reference: None,
+            room: room.clone(),
+            reason,
+        }));
+        let handle = context.handle.clone();
+        context.services.hub.leave(room, handle.connection, Some((handle.clone(), answer))).await;
+    }
+    let (reference, expires_at) =
+        (context.reference.clone(), skein_protocol::timestamp(expires_at));
+    context.send(&ServerFrame::Refreshed(RefreshedFrame { reference, expires_at }));
+    RequestOutcome::Done
+}
+
+/// The part of a log that a `history` asks for.
+pub(super) fn range_of(wanted: &client_frame::HistoryFrame) -> ReadRange {
+    let limit = wanted.limit;
+    match (wanted.before, wanted.after) {
+        (_, Some(seq)) => ReadRange::After { seq, limit },
+        (Some(seq), None) => ReadRange::Before { seq, limit },
+        (None, None) => ReadRange::Newest { limit },
+    }
+}
+
+pub(super) async fn history(
+    context: RequestContext,
+    room: RoomId,
+    wanted: client_frame::HistoryFrame,
+) -> RequestOutcome {
+    let range = range_of(&wanted);
+    let read: BoxFuture<_> = if context.services.rules.is_durable(&room) {
+        context.services.bus.read(room.clone(), range)
+    } else {
+        Box::pin(ready(Ok(LogPage::without_log())))
+    };
+    match context.read(read, LogPage::bytes).await {
+        Ok(page) => context.send(&answer(context.reference.clone(), room, range, &page)),
+        Err((code, text)) => drop(context.reject("history", Some(&room), code, text)),
+    }
+    RequestOutcome::Done
+}
+
+/// The frames of a page, as many as an answer holds, and whether more are there in the direction context
+/// for.
+pub fn history_of(range: ReadRange, page: &LogPage) -> (Vec<Box<RawValue>>, bool) {
+    let entries = &page.entries;
+    if range.keeps_newest() {
+        let mut messages = whole_frames(entries.iter().rev());
+        messages.reverse();
+        let first = entries.get(entries.len() - messages.len());
+        let more = first.is_some_and(|first| page.oldest < first.position.seq);
+        (messages, more)
+    } else {
+        let messages = whole_frames(entries.iter());
+        let last = messages.len().checked_sub(1).map(|last| &entries[last]);
+        let more = last.is_some_and(|last| last.position.seq < page.top);
+        (messages, more)
+    }
+}
+
+fn answer(
+    reference: Option<FrameRef>,
+    room: RoomId,
+    range: ReadRange,
+    page: &LogPage,
+) -> ServerFrame<Box<RawValue>> {
+    let (messages, more) = history_of(range, page);
+    let (epoch, room) = (page.epoch.clone(), Some(room));
+    ServerFrame::History(Box::new(HistoryPageFrame {
+        reference,
+        room,
+        with: None,
+        epoch,
+        messages,
+        more,
+    }))
+}

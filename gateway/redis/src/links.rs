@@ -1,0 +1,107 @@
+//! Which of a node's connections to Redis stand, and which server each leads to.
+
+use std::sync::Arc;
+
+use tokio::sync::{Notify, watch};
+
+use super::{probe::Probe, server::RedisServer};
+use skein_core::{bus::node_state::NodeState, delivery::ServerId, telemetry::metrics::Metrics};
+
+/// The state of the links.
+pub(super) struct LinkStates {
+    /// Where the links lead.
+    pub(super) targets: watch::Sender<LinkTargets>,
+    /// Counts orders to make all connections again.
+    pub(super) reconnect_all: watch::Sender<u64>,
+    /// Somebody wants to be seen.
+    pub(super) wake_up: Notify,
+    /// Whether what is published is heard.
+    pub(super) probe: Probe,
+    pub(super) metrics: Arc<Metrics>,
+    pub(super) node_state: Arc<NodeState>,
+}
+
+/// One of the links.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum LinkKind {
+    Append,
+    Subscribe,
+}
+
+/// Which server each link leads to, while it stands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct LinkTargets {
+    append: Option<ServerId>,
+    subscribe: Option<ServerId>,
+}
+
+impl LinkTargets {
+    /// Whether both lead to `token`.
+    pub(super) fn both_lead_to(self, token: ServerId) -> bool {
+        self.append == Some(token) && self.subscribe == Some(token)
+    }
+
+    /// Whether one leads to another server than `token`.
+    pub(super) fn any_leads_elsewhere(self, token: ServerId) -> bool {
+        [self.append, self.subscribe].into_iter().flatten().any(|leads_to| leads_to != token)
+    }
+
+    fn are_up(self) -> bool {
+        self.append.is_some() && self.subscribe.is_some()
+    }
+}
+
+impl LinkStates {
+    pub(super) fn new(standing: Arc<NodeState>, metrics: Arc<Metrics>) -> Self {
+        Self {
+            targets: watch::Sender::default(),
+            reconnect_all: watch::Sender::default(),
+            wake_up: Notify::new(),
+            probe: Probe::new(),
+            metrics,
+            node_state: standing,
+        }
+    }
+
+    /// Notes that a link leads to `token`, or is lost.
+    pub(super) fn set(&self, server: &RedisServer, link: LinkKind, token: Option<ServerId>) {
+        if let Some(token) = token {
+            self.observed_server(server, token);
+        }
+        let mut changed = false;
+        self.targets.send_if_modified(|tokens| {
+            let leads_to = match link {
+                LinkKind::Append => &mut tokens.append,
+                LinkKind::Subscribe => &mut tokens.subscribe,
+            };
+            let before = std::mem::replace(leads_to, token);
+            changed = before.is_some() != token.is_some();
+            before != token
+        });
+        if changed && token.is_some() {
+            tracing::info!(?link, "Redis link is up");
+        } else if changed {
+            self.metrics.bus_reconnects.inc();
+            tracing::warn!(?link, "Redis link is lost; reconnecting");
+        }
+    }
+
+    /// A connection has met `token`: where that is another server than the one agreed on, nothing
+    /// is to be read or written until the nodes have agreed on it.
+    pub(super) fn observed_server(&self, server: &RedisServer, token: ServerId) {
+        if server.revoke_agreement(|agreed| agreed != token) {
+            self.node_state.set_agreed(server.owned.borrow().iter().copied(), false);
+        }
+    }
+
+    /// The server turned out to be none that the nodes have agreed on.
+    pub(super) fn found_unagreed(&self, server: &RedisServer, token: ServerId) {
+        server.revoke_agreement(|agreed| agreed == token);
+        self.node_state.set_agreed(server.owned.borrow().iter().copied(), false);
+    }
+
+    /// Whether both links stand.
+    pub(super) fn are_up(&self) -> bool {
+        self.targets.borrow().are_up()
+    }
+}

@@ -1,0 +1,324 @@
+//! Reads of rooms' logs, over connections of their own: they are few, and a large one does not
+//! delay publishes. Each waits until the nodes have agreed on the server.
+
+use std::{collections::BTreeSet, sync::Arc};
+
+use bytes::Bytes;
+use redis::{ErrorKind, RedisError, RedisResult, Value};
+use skein_core::envelope::Envelope;
+use skein_protocol::{
+    ids::{ConnectionId, RoomId, UserId},
+    position::{Epoch, Position, SEQ_MAX, Seq},
+};
+
+use super::{
+    restore::LogRestorer,
+    server::RedisServer,
+    topology::ReadConnection,
+    untrusted::{self, Lossy, or_default, read, strip_report},
+};
+use skein_core::{
+    bus::{
+        BoxFuture, BusError, EMPTY_HEAD_TTL, READ_BYTES_MAX, ReadRange, registry::DeleteOutcome,
+    },
+    delivery::{Entry, ReplicaSnapshot, ServerId, ordinal, page::LogPage},
+    telemetry::metrics::{InvalidValue, Metrics},
+};
+
+/// The most heads in one pipeline, so that a node with many rooms does not hold Redis up.
+const HEADS_MAX: usize = 512;
+
+#[derive(Clone)]
+pub(super) struct RedisLog {
+    server: Arc<RedisServer>,
+    metrics: Arc<Metrics>,
+    restorer: LogRestorer,
+    read: redis::Script,
+    delete: redis::Script,
+}
+
+impl RedisLog {
+    pub(super) fn new(server: Arc<RedisServer>, metrics: Arc<Metrics>) -> Self {
+        let healer = LogRestorer::new(server.clone(), metrics.clone());
+        let read = server.keyspace.script(include_str!("scripts/read.lua"));
+        let delete = server.keyspace.script(include_str!("scripts/delete.lua"));
+        Self { server, metrics, restorer: healer, read, delete }
+    }
+
+    pub(super) fn read(
+        &self,
+        room: RoomId,
+        range: ReadRange,
+    ) -> BoxFuture<Result<LogPage, BusError>> {
+        let log = self.clone();
+        Box::pin(async move {
+            let token = log.agreed(&room).await;
+            let mut page = log
+                .server
+                .query(async |reader| log.read_by(reader, &room, range, token).await)
+                .await?;
+            if range.keeps_newest() {
+                page.entries.reverse();
+            }
+            Ok(page)
+        })
+    }
+
+    pub(super) fn delete(&self, room: RoomId) -> BoxFuture<Result<(), BusError>> {
+        let log = self.clone();
+        Box::pin(async move {
+            let token = log.agreed(&room).await;
+            log.server
+                .query(async |reader| log.delete_by(reader, &room, token, None).await)
+                .await?;
+            Ok(())
+        })
+    }
+
+    /// Deletes a room as a whole: its log, its record, and who is in it.
+    pub(super) fn delete_room(
+        &self,
+        room: RoomId,
+        owner: Option<UserId>,
+        by: Option<ConnectionId>,
+    ) -> BoxFuture<Result<DeleteOutcome, BusError>> {
+        let log = self.clone();
+        Box::pin(async move {
+            let token = log.agreed(&room).await;
+            let asked = Some((owner, by));
+            log.server.query(async |reader| log.delete_by(reader, &room, token, asked).await).await
+        })
+    }
+
+    pub(super) fn restore(&self, held: ReplicaSnapshot) -> BoxFuture<Result<(), BusError>> {
+        let log = self.clone();
+        Box::pin(async move {
+            let token = log.agreed(&held.room).await;
+            log.server
+                .query(async |reader| log.restorer.restore(reader, token, vec![held]).await)
+                .await
+        })
+    }
+
+    pub(super) fn heads(
+        &self,
+        rooms: Vec<RoomId>,
+    ) -> BoxFuture<Result<Vec<Option<Position>>, BusError>> {
+        let log = self.clone();
+        Box::pin(async move {
+            let mut heads = Vec::with_capacity(rooms.len());
+            for rooms in rooms.chunks(HEADS_MAX) {
+                let mut token = ServerId::default();
+                for room in rooms {
+                    token = log.agreed(room).await;
+                }
+                let some = log
+                    .server
+                    .query(async |reader| log.heads_by(reader, rooms, token).await)
+                    .await?;
+                heads.extend(some);
+            }
+            Ok(heads)
+        })
+    }
+
+    async fn agreed(&self, room: &RoomId) -> ServerId {
+        self.server.agreed(self.server.keyspace.group_of(room)).await
+    }
+
+    async fn heads_by(
+        &self,
+        reader: &mut ReadConnection,
+        rooms: &[RoomId],
+        token: ServerId,
+    ) -> Result<Vec<Option<Position>>, RedisError> {
+        let keyspace = self.server.keyspace;
+        let groups: BTreeSet<u16> = rooms.iter().map(|room| keyspace.group_of(room)).collect();
+        let mut pipeline = redis::Pipeline::with_capacity(rooms.len() * 3 + groups.len());
+        for group in &groups {
+            pipeline.cmd("HMGET").arg(keyspace.barrier(*group)).arg("t").arg("open");
+        }
+        for room in rooms {
+            let channel = keyspace.channel(room);
+            pipeline.cmd("HMGET").arg(format!("{channel}:meta")).arg("e").arg("s").arg("d");
+            pipeline.cmd("HMGET").arg(format!("{channel}:unheard")).arg("t");
+        }
+        pipeline.ignore_errors();
+        let answers: Vec<RedisResult<Value>> = pipeline.query_async(&mut **reader).await?;
+        // A room whose keys are of other types has no head: a read of it finds that, and repairs it.
+        let row = |answer: RedisResult<Value>| {
+            let row: Vec<Option<Lossy>> = or_default(&self.metrics, "head of a log", answer)?;
+            Ok(row.into_iter().map(|text| text.map(|Lossy(text)| text)).collect())
+        };
+        let rows: Vec<Vec<Option<String>>> =
+            answers.into_iter().map(row).collect::<RedisResult<_>>()?;
+        let token = Some(token.to_string());
+        let (agreed, rows) = rows.split_at(groups.len());
+        if agreed.iter().any(|row| row.first() != Some(&token) || row.get(1) == Some(&None)) {
+            return Err(unagreed());
+        }
+        self.extend_head_ttls(reader, rooms, rows).await?;
+        let head = |row: &[Vec<Option<String>>]| {
+            let [place, handed_in] = row else { return None };
+            // Who was to put that where it was may have ended, so that a read has to.
+            if handed_in.first() == Some(&token) {
+                return None;
+            }
+            let [Some(epoch), Some(top), _] = place.as_slice() else { return None };
+            Some(Position::new(epoch.parse().ok()?, seq_of(top)?))
+        };
+        Ok(rows.chunks(2).map(head).collect())
+    }
+
+    /// A room that is followed in silence does not lose its numbers, or its epoch where it has none.
+    async fn extend_head_ttls(
+        &self,
+        reader: &mut ReadConnection,
+        rooms: &[RoomId],
+        rows: &[Vec<Option<String>>],
+    ) -> Result<(), RedisError> {
+        let mut pipeline = redis::Pipeline::with_capacity(rooms.len());
+        for (room, place) in rooms.iter().zip(rows.chunks(2)) {
+            let meta = format!("{}:meta", self.server.keyspace.channel(room));
+            let has_numbers = match place.first().map(Vec::as_slice) {
+                Some([_, top, deleted]) => {
+                    deleted.is_some() || top.as_deref().is_some_and(|top| top != "0")
+                }
+                _ => false,
+            };
+            let ttl = match has_numbers {
+                true => self.server.meta_ttl_ms(room),
+                false => (EMPTY_HEAD_TTL.as_millis() as u64).min(self.server.meta_ttl_ms(room)),
+            };
+            pipeline.cmd("PEXPIRE").arg(meta).arg(ttl).ignore();
+        }
+        pipeline.query_async(&mut **reader).await
+    }
+
+    async fn read_by(
+        &self,
+        reader: &mut ReadConnection,
+        room: &RoomId,
+        range: ReadRange,
+        token: ServerId,
+    ) -> Result<LogPage, RedisError> {
+        let (kind, seq) = match range {
+            ReadRange::Newest { .. } => ("newest", 0),
+            ReadRange::After { seq, .. } => ("after", seq),
+            ReadRange::Before { seq, .. } => ("before", seq),
+        };
+        let answer: Value = self
+            .read
+            .key(&self.server.keyspace.keys(room))
+            .arg(self.server.common_args(room, token))
+            .arg(kind)
+            .arg(seq)
+            .arg(range.limit())
+            .arg(READ_BYTES_MAX)
+            .invoke_async(&mut **reader)
+            .await?;
+        let answer = strip_report(&self.metrics, room, answer);
+        page(answer, room, &self.metrics)
+            .ok_or_else(|| (ErrorKind::Parse, "read.lua answered no page").into())
+    }
+
+    async fn delete_by(
+        &self,
+        reader: &mut ReadConnection,
+        room: &RoomId,
+        token: ServerId,
+        whole: Option<(Option<UserId>, Option<ConnectionId>)>,
+    ) -> Result<DeleteOutcome, RedisError> {
+        let keyspace = self.server.keyspace;
+        let mut delete = self.delete.key(&keyspace.keys(room));
+        delete.arg(self.server.common_args(room, token));
+        if let Some((owner, by)) = whole {
+            let channel = keyspace.channel(room);
+            delete.key(format!("{channel}:who")).key(format!("{channel}:record"));
+            delete.key(keyspace.rooms(keyspace.group_of(room))).key(format!("{channel}:marks"));
+            delete.arg(room.as_str()).arg(owner.as_ref().map_or("", UserId::as_str));
+            delete.arg(by.map(|by| by.to_string()).unwrap_or_default());
+        }
+        let answer: Value = delete.invoke_async(&mut **reader).await?;
+        let answer: String = read(&self.metrics, room, answer)?;
+        match answer.as_str() {
+            "deleted" => Ok(DeleteOutcome::Deleted),
+            "not_owner" => Ok(DeleteOutcome::NotOwner),
+            "not_found" => Ok(DeleteOutcome::NotFound),
+            _ => Err((ErrorKind::Parse, "delete.lua answered something else").into()),
+        }
+    }
+}
+
+/// As a script says that finds itself on another server.
+fn unagreed() -> RedisError {
+    (ErrorKind::Io, "the nodes have not agreed on this server").into()
+}
+
+/// Reads what the script answers.
+fn page(answer: Value, room: &RoomId, metrics: &Metrics) -> Option<LogPage> {
+    let Value::Array(parts) = answer else { return None };
+    let [epoch, top, oldest, former, former_top, deleted, term, entries]: [Value; 8] =
+        parts.try_into().ok()?;
+    let Value::Array(entries) = entries else { return None };
+    let former = match text(&former)? {
+        "" => None,
+        _ => Some(Position::new(epoch_of(&former)?, number(&former_top)?)),
+    };
+    let epoch = epoch_of(&epoch)?;
+    let entries = entries.into_iter().filter_map(|value| {
+        let entry = entry(value, room).filter(|entry| may_be_before(entry, &epoch));
+        if entry.is_none() {
+            // It leaves a step, which readers are told of.
+            untrusted::report(metrics, InvalidValue::Entry, room);
+        }
+        entry
+    });
+    let entries = entries.collect();
+    let page = LogPage {
+        epoch,
+        former,
+        deleted: number(&deleted)?,
+        generation: number(&term)?,
+        top: number(&top)?,
+        oldest: number(&oldest)?,
+        entries,
+    };
+    Some(page)
+}
+
+/// Whether a log that is in `epoch` may have an entry: of this epoch, or of an earlier one.
+fn may_be_before(entry: &Entry, epoch: &Epoch) -> bool {
+    entry.position.epoch == *epoch || ordinal(&entry.position.epoch) < ordinal(epoch)
+}
+
+fn entry(entry: Value, room: &RoomId) -> Option<Entry> {
+    let Value::Array(parts) = entry else { return None };
+    let [seq, epoch, stamp, envelope]: [Value; 4] = parts.try_into().ok()?;
+    let Value::BulkString(envelope) = envelope else { return None };
+    Some(Entry {
+        position: Position::new(epoch_of(&epoch)?, number(&seq)?),
+        origin: text(&stamp)?.parse().ok()?,
+        envelope: Envelope::parse_for_room(Bytes::from(envelope), room).ok()?,
+    })
+}
+
+fn number(value: &Value) -> Option<Seq> {
+    seq_of(text(value)?)
+}
+
+fn seq_of(text: &str) -> Option<Seq> {
+    text.parse().ok().filter(|seq| *seq <= SEQ_MAX)
+}
+
+fn epoch_of(value: &Value) -> Option<Epoch> {
+    text(value)?.parse().ok()
+}
+
+fn text(value: &Value) -> Option<&str> {
+    match value {
+        Value::BulkString(bytes) => std::str::from_utf8(bytes).ok(),
+        Value::SimpleString(text) => Some(text),
+        _ => None,
+    }
+}

@@ -1,0 +1,257 @@
+//! How much memory each server has left: above a watermark nothing is kept that needs more of it, so that
+//! publishes to the logs that are there go on.
+//!
+//! Each server is asked every [`POLL_INTERVAL`]. One that refuses a publish since it is full counts as full
+//! until the next answer. What is done then: `append.lua` has a log take no more than before, and refuses
+//! to begin one; rooms, managed rooms and session data that are not there are refused; sessions of users who
+//! had none are kept for minutes.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU8, Ordering},
+    },
+    time::Duration,
+};
+
+use parking_lot::Mutex;
+use redis::RedisResult;
+use tokio::time::Instant;
+
+use super::server::RedisServer;
+use skein_core::{bus::StorageLimits, drain::Tasks, telemetry::metrics::Metrics};
+
+/// How often a server is asked.
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
+/// How many percent below the watermark memory has to be before it counts as below: it would change with
+/// every message.
+const HYSTERESIS_PERCENT: u64 = 3;
+/// How often it is logged that memory is above the watermark.
+const LOG_EVERY: Duration = Duration::from_secs(60);
+/// How long the sessions of a user who had none are kept above the watermark.
+pub(super) const NEW_SESSIONS_TTL: Duration = Duration::from_secs(10 * 60);
+
+/// How much memory there is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Pressure {
+    /// It is below the watermark, or not known.
+    #[default]
+    None,
+    /// It is above the watermark.
+    High,
+    /// There is none left.
+    Full,
+}
+
+impl Pressure {
+    /// As `append.lua` has it.
+    pub(super) fn argument(self) -> &'static str {
+        match self {
+            Self::None => "",
+            Self::High => "tight",
+            Self::Full => "full",
+        }
+    }
+
+    pub(super) fn is_high(self) -> bool {
+        self != Self::None
+    }
+}
+
+/// The memory of one server, as far as known.
+#[derive(Debug, Default)]
+pub(super) struct ServerMemory(AtomicU8);
+
+impl ServerMemory {
+    pub(super) fn pressure(&self) -> Pressure {
+        match self.0.load(Ordering::Relaxed) {
+            0 => Pressure::None,
+            1 => Pressure::High,
+            _ => Pressure::Full,
+        }
+    }
+
+    /// The server has refused something since it is full.
+    pub(super) fn found_full(&self) {
+        self.set(Pressure::Full);
+    }
+
+    fn set(&self, pressure: Pressure) {
+        self.0.store(pressure as u8, Ordering::Relaxed);
+    }
+}
+
+/// What a server answered: bytes used, and the most it may use, 0 where it has no limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct MemoryUsage {
+    used: u64,
+    max: u64,
+}
+
+impl MemoryUsage {
+    /// Reads `INFO memory`.
+    fn of(info: &str) -> Option<Self> {
+        let field = |name: &str| {
+            let value = info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+            value?.trim().parse().ok()
+        };
+        Some(Self { used: field("used_memory")?, max: field("maxmemory").unwrap_or(0) })
+    }
+
+    fn pressure(self, before: Pressure, watermark_percent: u8) -> Pressure {
+        let back = if before.is_high() { HYSTERESIS_PERCENT } else { 0 };
+        let watermark = u64::from(watermark_percent).saturating_sub(back);
+        if self.max == 0 {
+            Pressure::None
+        } else if self.used >= self.max {
+            Pressure::Full
+        } else if u128::from(self.used) * 100 >= u128::from(self.max) * u128::from(watermark) {
+            Pressure::High
+        } else {
+            Pressure::None
+        }
+    }
+}
+
+/// The memory of all servers. Metrics show the one with the least left.
+#[derive(Debug, Default)]
+pub(super) struct MemoryOfAllServers {
+    servers: Mutex<BTreeMap<usize, (Pressure, MemoryUsage)>>,
+    /// Whether it was said that a server has no limit.
+    unlimited: AtomicBool,
+}
+
+impl MemoryOfAllServers {
+    fn note(&self, server: usize, now: Option<(Pressure, MemoryUsage)>, metrics: &Metrics) {
+        let servers = &mut *self.servers.lock();
+        match now {
+            Some(now) => drop(servers.insert(server, now)),
+            None => drop(servers.remove(&server)),
+        }
+        let share = |usage: &MemoryUsage| usage.used as f64 / usage.max.max(1) as f64;
+        let fullest = servers.values().max_by(|(_, a), (_, b)| share(a).total_cmp(&share(b)));
+        let (_, usage) = fullest.copied().unwrap_or_default();
+        let pressure = servers.values().map(|(pressure, _)| *pressure).max().unwrap_or_default();
+        let gauge = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
+        metrics.redis_memory_used.set(gauge(usage.used));
+        metrics.redis_memory_max.set(gauge(usage.max));
+        metrics.redis_memory_pressure.set(pressure as i64);
+    }
+}
+
+/// Starts the task that asks a server.
+pub(super) fn start(
+    server: Arc<RedisServer>,
+    usages: Arc<MemoryOfAllServers>,
+    metrics: Arc<Metrics>,
+    tasks: &Tasks,
+) {
+    let stopped = tasks.stopped().clone();
+    tasks.spawn_service("redis_memory", async move {
+        // Both arms are cancel-safe.
+        tokio::select! {
+            biased;
+            () = stopped.cancelled() => {}
+            () = poll(&server, &usages, &metrics) => {}
+        }
+        usages.note(Arc::as_ptr(&server) as usize, None, &metrics);
+    });
+}
+
+/// Asks a server for ever.
+async fn poll(server: &Arc<RedisServer>, usages: &MemoryOfAllServers, metrics: &Metrics) {
+    let key = Arc::as_ptr(server) as usize;
+    let mut logged: Option<Instant> = None;
+    let mut every = tokio::time::interval(POLL_INTERVAL);
+    every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        every.tick().await;
+        let Some(mut usage) = query_usage(server).await else { continue };
+        let StorageLimits { memory_max, watermark_percent, .. } = server.retention.limits;
+        if usage.max == 0 {
+            usage.max = memory_max;
+        }
+        if usage.max == 0 && !usages.unlimited.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                "Redis has no `maxmemory` and cluster.memory_max is not set: nothing keeps clients from \
+                 filling the machine's memory; set one of them"
+            );
+        }
+        let before = server.memory.pressure();
+        let pressure = usage.pressure(before, watermark_percent);
+        server.memory.set(pressure);
+        usages.note(key, Some((pressure, usage)), metrics);
+        let now = Instant::now();
+        let MemoryUsage { used, max } = usage;
+        let is_due = logged.is_none_or(|at| now - at >= LOG_EVERY);
+        if pressure.is_high() && is_due {
+            logged = Some(now);
+            tracing::error!(
+                used,
+                max,
+                watermark_percent,
+                "Redis' memory is above the watermark: new rooms, inboxes and records are refused, and logs \
+                 take no more than before; add memory, or shorten history.ttl and inbox.ttl"
+            );
+        } else if !pressure.is_high() && before.is_high() && logged.is_some() {
+            tracing::info!(used, max, "Redis' memory is below the watermark again");
+        }
+    }
+}
+
+/// What a server answers, if it does.
+async fn query_usage(server: &RedisServer) -> Option<MemoryUsage> {
+    let mut reader = server.dial.read_connection().await.ok()?;
+    let info: RedisResult<String> =
+        redis::cmd("INFO").arg("memory").query_async(&mut *reader).await;
+    match info {
+        Ok(info) => MemoryUsage::of(&info),
+        Err(error) => {
+            if error.kind() == redis::ErrorKind::Io {
+                reader.discard();
+            }
+            None
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn usage_is_read_from_what_redis_answers() {
+        let info = "# Memory\r\nused_memory:860352\r\nused_memory_human:840.19K\r\nmaxmemory:67108864\r\n\
+                    maxmemory_policy:noeviction\r\n";
+        assert_eq!(MemoryUsage::of(info), Some(MemoryUsage { used: 860_352, max: 64 << 20 }));
+        assert_eq!(MemoryUsage::of("used_memory:5\r\n"), Some(MemoryUsage { used: 5, max: 0 }));
+        assert_eq!(MemoryUsage::of("# Memory\r\n"), None);
+    }
+
+    #[test]
+    fn memory_counts_as_tight_from_the_watermark_until_well_below_it() {
+        let at = |used, before| MemoryUsage { used, max: 1000 }.pressure(before, 80);
+        assert_eq!(at(799, Pressure::None), Pressure::None);
+        assert_eq!(at(800, Pressure::None), Pressure::High);
+        assert_eq!(at(770, Pressure::High), Pressure::High);
+        assert_eq!(at(769, Pressure::High), Pressure::None);
+        assert_eq!(at(1000, Pressure::None), Pressure::Full);
+        assert_eq!(MemoryUsage { used: 1000, max: 0 }.pressure(Pressure::Full, 80), Pressure::None);
+    }
+
+    #[test]
+    fn metrics_show_the_server_with_the_least_memory_left() {
+        let (usages, metrics) = (MemoryOfAllServers::default(), Metrics::new());
+        usages.note(1, Some((Pressure::None, MemoryUsage { used: 10, max: 100 })), &metrics);
+        usages.note(2, Some((Pressure::High, MemoryUsage { used: 9, max: 10 })), &metrics);
+        let shown = || {
+            let Metrics { redis_memory_used, redis_memory_max, redis_memory_pressure, .. } =
+                &metrics;
+            (redis_memory_used.get(), redis_memory_max.get(), redis_memory_pressure.get())
+        };
+        assert_eq!(shown(), (9, 10, 1));
+        usages.note(2, None, &metrics);
+        assert_eq!(shown(), (10, 100, 0));
+    }
+}

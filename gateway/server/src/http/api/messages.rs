@@ -1,0 +1,349 @@
+//! Messages from the application, one or many, and what became of one.
+
+use std::sync::Arc;
+
+use axum::{
+    Json,
+    extract::{Path, Query, State, rejection::QueryRejection},
+    http::StatusCode,
+};
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+use skein_core::envelope::AuthorHash;
+use skein_protocol::{
+    error::ErrorCode,
+    ids::{ConnectionId, DisplayName, MessageId, RoomId, UserId},
+    protocol::{
+        META_BYTES_MAX, MessageKind,
+        client_frame::{RawContent, Recipient, SendFrame, check_json},
+        server_frame::UserInfo,
+    },
+};
+use tokio::sync::oneshot;
+use utoipa::ToSchema;
+use uuid::Uuid;
+
+use super::{Body, Common, Failed, Problem, name, query, wait};
+use crate::http::Node;
+use skein_core::{
+    bus::{Appended, BusError, commands::NodeQuery},
+    publisher::{API_USER, Receipt, Sender},
+};
+
+/// The most messages of a batch.
+pub(super) const BATCH_MAX: usize = 1000;
+
+/// A message to a room.
+#[derive(Debug, Deserialize, ToSchema)]
+pub(super) struct Outgoing {
+    /// Any JSON.
+    #[schema(value_type = Value)]
+    content: Box<RawValue>,
+    /// The user it is from; `_api` where absent.
+    #[schema(max_length = 128, pattern = "^[A-Za-z0-9_.:@|+=-]+$")]
+    #[serde(default)]
+    from: Option<String>,
+    /// The key under which a repeat is recognised.
+    #[schema(format = Uuid)]
+    #[serde(default)]
+    id: Option<String>,
+    /// What it is.
+    #[schema(value_type = Option<MessageKindSchema>)]
+    #[serde(default)]
+    kind: Option<MessageKind>,
+    /// More about it, a JSON object of at most 8 KiB.
+    #[schema(value_type = Option<Object>)]
+    #[serde(default)]
+    meta: Option<Box<RawValue>>,
+}
+
+/// What a message is.
+#[derive(ToSchema)]
+#[schema(as = MessageKind, rename_all = "snake_case")]
+#[expect(dead_code, reason = "it stands for `MessageKind` in the document")]
+enum MessageKindSchema {
+    Text,
+    Image,
+    File,
+    Custom,
+    System,
+}
+
+/// A message of a batch.
+#[derive(Debug, Deserialize, ToSchema)]
+struct Addressed {
+    /// The room.
+    room: String,
+    /// Any JSON.
+    #[schema(value_type = Value)]
+    content: Box<RawValue>,
+    /// The user it is from; `_api` where absent.
+    #[serde(default)]
+    from: Option<String>,
+    /// The key under which a repeat is recognised.
+    #[schema(format = Uuid)]
+    #[serde(default)]
+    id: Option<String>,
+    /// What it is.
+    #[schema(value_type = Option<MessageKindSchema>)]
+    #[serde(default)]
+    kind: Option<MessageKind>,
+    /// More about it, a JSON object of at most 8 KiB.
+    #[schema(value_type = Option<Value>)]
+    #[serde(default)]
+    meta: Option<Box<RawValue>>,
+}
+
+impl Addressed {
+    // serde cannot have raw JSON in what is flattened.
+    fn split(self) -> (String, Outgoing) {
+        let Self { room, content, from, id, kind, meta } = self;
+        (room, Outgoing { content, from, id, kind, meta })
+    }
+}
+
+/// Many messages.
+#[derive(Debug, Deserialize, ToSchema)]
+pub(super) struct Batch {
+    /// At most 1,000.
+    #[schema(max_items = 1000)]
+    messages: Vec<Addressed>,
+}
+
+/// Where a message stands.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct Sent {
+    /// Its id.
+    #[schema(format = Uuid)]
+    id: String,
+    /// Its number; absent in a room without a log.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    seq: Option<u64>,
+    /// The epoch that `seq` counts in.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    epoch: Option<String>,
+    /// Whether the id was known, so that nothing was appended.
+    duplicate: bool,
+}
+
+impl Sent {
+    pub(super) fn of(id: MessageId, Appended { position, duplicate, .. }: Appended) -> Self {
+        let numbered = !position.epoch.is_none();
+        Self {
+            id: id.to_string(),
+            seq: numbered.then_some(position.seq),
+            epoch: numbered.then(|| position.epoch.to_string()),
+            duplicate,
+        }
+    }
+
+    /// 201 where something came to be, else 200.
+    pub(super) fn status<'a>(sent: impl IntoIterator<Item = &'a Self>) -> StatusCode {
+        let is_new = sent.into_iter().any(|sent| !sent.duplicate);
+        if is_new { StatusCode::CREATED } else { StatusCode::OK }
+    }
+}
+
+/// What became of a message of a batch.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(untagged)]
+pub(super) enum MessageFate {
+    Sent(Sent),
+    Failed(Problem),
+}
+
+/// What became of a batch.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct MessageFates {
+    /// In the order of `messages`.
+    results: Vec<MessageFate>,
+}
+
+/// An id that the application gave.
+pub(super) fn id_of(id: Option<&str>) -> Result<Option<MessageId>, Failed> {
+    id.map(name).transpose()
+}
+
+/// Checks JSON that is passed on as it was written.
+pub(super) fn is_readable(what: &str, raw: &RawValue) -> Result<(), Failed> {
+    check_json(raw).map_err(|error| Failed::bad(format!("`{what}`: {error}")))
+}
+
+/// What is appended, once it is.
+type Appending = oneshot::Receiver<Result<Appended, BusError>>;
+
+/// What the publisher calls with what became of an append, and where that can be waited for.
+pub(super) fn appending() -> (impl FnOnce(Result<Appended, BusError>) + Send + 'static, Appending) {
+    let (done, appending) = oneshot::channel();
+    let done = move |result| {
+        // Who asked may have given up on it.
+        let _ = done.send(result);
+    };
+    (done, appending)
+}
+
+impl Outgoing {
+    /// Hands the message to the bus.
+    fn publish(&self, node: &Node, room: RoomId) -> Result<(MessageId, Appending), Failed> {
+        let from: UserId = name(self.from.as_deref().unwrap_or(API_USER))?;
+        is_readable("content", &self.content)?;
+        if let Some(meta) = &self.meta {
+            if !meta.get().starts_with('{') {
+                return Err(Failed::bad("`meta` is an object"));
+            }
+            if meta.get().len() > META_BYTES_MAX {
+                let text = format!("`meta` is at most {META_BYTES_MAX} bytes");
+                return Err(Failed::new(ErrorCode::TooLarge, text));
+            }
+            is_readable("meta", meta)?;
+        }
+        let bytes_max = node.options.limits.message_bytes_max;
+        if self.content.get().len() > bytes_max {
+            let text = format!("`content` is at most {bytes_max} bytes");
+            return Err(Failed::new(ErrorCode::TooLarge, text));
+        }
+        let message = SendFrame {
+            to: Recipient::Room(room),
+            id: id_of(self.id.as_deref())?,
+            kind: self.kind.unwrap_or_default(),
+            content: RawContent::Json(&self.content),
+            reply_to: None,
+            meta: self.meta.as_deref(),
+            echo: true,
+        };
+        let receipt = Receipt::of(&message);
+        let user = UserInfo { name: DisplayName::from(&from), id: from };
+        let sender = Sender {
+            connection: ConnectionId(Uuid::nil()),
+            author: AuthorHash::of(&user.id),
+            user: &user,
+            writer: None,
+        };
+        let (done, appending) = appending();
+        let published = node.services.publisher.publish(sender, &message, &receipt, done);
+        published.map_err(|error| Failed::new(ErrorCode::TooLarge, error.to_string()))?;
+        Ok((receipt.id, appending))
+    }
+}
+
+/// What became of what was handed to the bus.
+pub(super) async fn fate(node: &Node, id: MessageId, appending: Appending) -> Result<Sent, Failed> {
+    let appended = async { appending.await.unwrap_or(Err(BusError::Unavailable)) };
+    Ok(Sent::of(id, wait(node, appended).await?))
+}
+
+/// Send a message to a room.
+#[utoipa::path(
+    post, path = "/api/v1/rooms/{room}/messages", tag = "messages",
+    operation_id = "send_message",
+    params(("room" = String, Path, description = "The room", pattern = "^[A-Za-z0-9_.:@-]{1,128}$")),
+    request_body = Outgoing,
+    responses(
+        (status = 201, description = "It was appended.", body = Sent),
+        (status = 200, description = "It had been, under the same id.", body = Sent),
+        Common,
+    )
+)]
+pub(super) async fn send(
+    State(node): State<Arc<Node>>,
+    Path(room): Path<String>,
+    Body(message): Body<Outgoing>,
+) -> Result<(StatusCode, Json<Sent>), Failed> {
+    let (id, appending) = message.publish(&node, name(&room)?)?;
+    let sent = fate(&node, id, appending).await?;
+    Ok((Sent::status([&sent]), Json(sent)))
+}
+
+/// Send many messages, to one room or to many. Each has its own fate, and those to one room are
+/// numbered in their order.
+#[utoipa::path(
+    post, path = "/api/v1/publish", tag = "messages",
+    operation_id = "publish_messages",
+    request_body = Batch,
+    responses(
+        (status = 201, description = "What became of each; one at least was appended.", body = MessageFates),
+        (status = 200, description = "What became of each; none was appended.", body = MessageFates),
+        Common,
+    )
+)]
+pub(super) async fn publish(
+    State(node): State<Arc<Node>>,
+    Body(batch): Body<Batch>,
+) -> Result<(StatusCode, Json<MessageFates>), Failed> {
+    if batch.messages.len() > BATCH_MAX {
+        return Err(Failed::bad(format!("at most {BATCH_MAX} messages")));
+    }
+    let publish = |addressed: Addressed| {
+        let (room, message) = addressed.split();
+        message.publish(&node, name(&room)?)
+    };
+    // All are handed on before the first is waited for.
+    let published: Vec<_> = batch.messages.into_iter().map(publish).collect();
+    let mut sends = Vec::with_capacity(published.len());
+    for published in published {
+        sends.push(match published {
+            Ok((id, appending)) => fate(&node, id, appending).await,
+            Err(failed) => Err(failed),
+        });
+    }
+    let status = Sent::status(sends.iter().flatten());
+    let fate = |sent: Result<Sent, Failed>| {
+        sent.map_or_else(|failed| MessageFate::Failed(failed.to_problem()), MessageFate::Sent)
+    };
+    let results = sends.into_iter().map(fate).collect();
+    Ok((status, Json(MessageFates { results })))
+}
+
+/// Of whom it is asked in particular.
+#[derive(Debug, Deserialize, utoipa::IntoParams)]
+#[into_params(parameter_in = Query)]
+pub(super) struct Asked {
+    /// A user who should have got the message.
+    #[serde(default)]
+    #[param(max_length = 128, pattern = "^[A-Za-z0-9_.:@|+=-]+$")]
+    user: Option<String>,
+}
+
+/// What became of a message: where it was appended, and what each node did with it.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct Trail {
+    /// The message.
+    #[schema(format = Uuid)]
+    id: String,
+    /// What each node knows of it.
+    #[schema(value_type = Vec<Object>)]
+    nodes: Vec<serde_json::Value>,
+    /// How many nodes were asked, and have answered.
+    asked: usize,
+    answered: usize,
+}
+
+/// Where a message went, and why somebody did not get it. Nodes remember the last 10 minutes, and not
+/// more than some thousand messages.
+#[utoipa::path(
+    get, path = "/api/v1/messages/{id}/trail", tag = "messages",
+    operation_id = "message_trail",
+    params(("id" = String, Path, description = "The id of the message", format = Uuid), Asked),
+    responses((status = 200, description = "What is known.", body = Trail), Common)
+)]
+pub(super) async fn trail(
+    State(node): State<Arc<Node>>,
+    Path(id): Path<String>,
+    asked: Result<Query<Asked>, QueryRejection>,
+) -> Result<Json<Trail>, Failed> {
+    let id: MessageId = name(&id)?;
+    let user = query(asked)?.user.as_deref().map(name).transpose()?;
+    let question = NodeQuery::Trail { id, user };
+    let (answers, outcome) = node.control.query_nodes(question).await?;
+    let nodes: Vec<serde_json::Value> =
+        answers.iter().filter_map(|answer| serde_json::from_str(answer).ok()).collect();
+    let knows = nodes
+        .iter()
+        .any(|node: &serde_json::Value| !node["logs"].as_array().is_none_or(Vec::is_empty));
+    if !knows {
+        let text = "no node remembers such a message";
+        return Err(Failed::new(ErrorCode::NotFound, text));
+    }
+    let answered = nodes.len();
+    Ok(Json(Trail { id: id.to_string(), nodes, asked: outcome.nodes, answered }))
+}

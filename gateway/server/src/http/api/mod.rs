@@ -1,0 +1,445 @@
+//! The server API: what the application asks and orders, under `/api/v1`, with an API key.
+//!
+//! Every path is declared beside its handler, and the router and `/api/openapi.json` are made of the
+//! same declarations, so that there is none that the document does not have.
+
+use std::sync::Arc;
+
+use axum::{
+    Json, Router,
+    extract::{DefaultBodyLimit, FromRequest, Query, Request, State, rejection::QueryRejection},
+    http::{HeaderMap, StatusCode, header},
+    middleware::{self, Next},
+    response::{Html, IntoResponse, Response},
+    routing::get,
+};
+use bytes::Bytes;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use sha1::{Digest as _, Sha1};
+use skein_protocol::error::ErrorCode;
+use utoipa::{OpenApi, ToSchema};
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use super::{Node, headers::bearer};
+use skein_core::{
+    bus::{BusError, commands},
+    telemetry::metrics::ApiRejection,
+};
+
+mod messages;
+mod nodes;
+mod notices;
+mod rooms;
+mod users;
+
+/// The largest body of a request: a batch of messages.
+const BODY_BYTES_MAX: usize = 8 * 1024 * 1024;
+
+/// Who may use the API: names and keys.
+#[derive(Clone, Default)]
+pub struct ApiKeys {
+    keys: Vec<(String, [u8; 20])>,
+    /// Whether `/api/docs` and `/api/openapi.json` are served.
+    pub docs: bool,
+}
+
+impl ApiKeys {
+    /// Keys with the names they are known by in the log.
+    pub fn new(keys: impl IntoIterator<Item = (String, String)>, docs: bool) -> Self {
+        let keys = keys.into_iter().map(|(name, key)| (name, Sha1::digest(key).into()));
+        Self { keys: keys.collect(), docs }
+    }
+
+    /// The name of the key that a request has.
+    pub(super) fn name_in(&self, headers: &HeaderMap) -> Result<&str, ApiRejection> {
+        if self.keys.is_empty() {
+            return Err(ApiRejection::Disabled);
+        }
+        if !headers.contains_key(header::AUTHORIZATION) {
+            return Err(ApiRejection::MissingKey);
+        }
+        bearer(headers).and_then(|key| self.name_of(&key)).ok_or(ApiRejection::WrongKey)
+    }
+
+    /// The name of a key. Digests of all keys are compared as a whole, so that the time it takes tells
+    /// nothing of how much of one was right.
+    fn name_of(&self, key: &str) -> Option<&str> {
+        let digest: [u8; 20] = Sha1::digest(key).into();
+        let mut found = None;
+        for (name, known) in &self.keys {
+            let differs = known.iter().zip(digest).fold(0, |differs, (a, b)| differs | (a ^ b));
+            if std::hint::black_box(differs) == 0 {
+                found = Some(name.as_str());
+            }
+        }
+        found
+    }
+}
+
+/// What is wrong, for programs and for people.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct Problem {
+    error: Reason,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+struct Reason {
+    /// One of the codes of `error` frames.
+    code: String,
+    /// For people.
+    message: String,
+}
+
+/// Why a request was not done.
+#[derive(Debug)]
+pub(super) struct Failed {
+    code: ErrorCode,
+    message: String,
+}
+
+impl Failed {
+    pub(super) fn new(code: ErrorCode, message: impl Into<String>) -> Self {
+        Self { code, message: message.into() }
+    }
+
+    pub(super) fn bad(message: impl Into<String>) -> Self {
+        Self::new(ErrorCode::BadRequest, message)
+    }
+
+    /// As it stands among the results of a batch.
+    pub(super) fn to_problem(&self) -> Problem {
+        let (code, message) = (self.code.as_str().to_owned(), self.message.clone());
+        Problem { error: Reason { code, message } }
+    }
+}
+
+impl From<BusError> for Failed {
+    fn from(error: BusError) -> Self {
+        match error {
+            BusError::Unavailable => Self::new(
+                ErrorCode::Unavailable,
+                "the bus is away; whether it was done is not known: a message is sent again with the \
+                 same id",
+            ),
+            BusError::Overloaded => {
+                Self::new(ErrorCode::Overloaded, "too much waits for the bus; try again later")
+            }
+            BusError::Rejected => Self::new(ErrorCode::Internal, "the bus refused it"),
+            BusError::MemoryFull => Self::new(
+                ErrorCode::Overloaded,
+                "memory is above the watermark: nothing is kept that needs more of it; try again later",
+            ),
+            BusError::UnseenQuota => Self::new(ErrorCode::RateLimited, error.to_string()),
+            BusError::UnseenBytes => Self::new(ErrorCode::LimitReached, error.to_string()),
+        }
+    }
+}
+
+impl IntoResponse for Failed {
+    fn into_response(self) -> Response {
+        let status = match self.code {
+            ErrorCode::Unauthorized => StatusCode::UNAUTHORIZED,
+            ErrorCode::Forbidden => StatusCode::FORBIDDEN,
+            ErrorCode::NotFound => StatusCode::NOT_FOUND,
+            ErrorCode::RoomExists => StatusCode::CONFLICT,
+            ErrorCode::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
+            ErrorCode::RateLimited => StatusCode::TOO_MANY_REQUESTS,
+            ErrorCode::Unavailable | ErrorCode::Overloaded => StatusCode::SERVICE_UNAVAILABLE,
+            ErrorCode::Internal => StatusCode::INTERNAL_SERVER_ERROR,
+            _ => StatusCode::BAD_REQUEST,
+        };
+        let problem = self.to_problem();
+        if self.code.is_retryable() {
+            let (code, message) = (problem.error.code, problem.error.message);
+            let wait = super::error::retry_after();
+            return super::error::error_response_with_retry(status, &code, &message, wait);
+        }
+        (status, Json(problem)).into_response()
+    }
+}
+
+/// What the bus answers, if it does within the time that a request may wait.
+pub(super) async fn wait<T, E: Into<Failed>>(
+    node: &Node,
+    question: impl Future<Output = Result<T, E>>,
+) -> Result<T, Failed> {
+    match tokio::time::timeout(node.services.limits.wait_max, question).await {
+        Ok(answer) => answer.map_err(Into::into),
+        Err(_) => Err(BusError::Unavailable.into()),
+    }
+}
+
+/// A body in JSON.
+pub(super) struct Body<T>(pub(super) T);
+
+impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
+    type Rejection = Failed;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Failed> {
+        let body = Bytes::from_request(request, state).await.map_err(|error| {
+            let code = match error.status() {
+                StatusCode::PAYLOAD_TOO_LARGE => ErrorCode::TooLarge,
+                _ => ErrorCode::BadRequest,
+            };
+            Failed::new(code, error.body_text())
+        })?;
+        let text = body.trim_ascii();
+        let body = if text.is_empty() || text == b"null" { &b"{}"[..] } else { text };
+        // serde reads a list as the members of a struct in their order.
+        if !body.starts_with(b"{") {
+            return Err(Failed::bad("the body is a JSON object"));
+        }
+        serde_json::from_slice(body).map(Self).map_err(|error| Failed::bad(error.to_string()))
+    }
+}
+
+/// A query, or what is wrong with it.
+pub(super) fn query<T>(query: Result<Query<T>, QueryRejection>) -> Result<T, Failed> {
+    query.map(|Query(query)| query).map_err(|error| Failed::bad(error.body_text()))
+}
+
+/// A name in a path.
+pub(super) fn name<T: std::str::FromStr<Err: std::fmt::Display>>(text: &str) -> Result<T, Failed> {
+    text.parse().map_err(|error: T::Err| Failed::bad(error.to_string()))
+}
+
+/// A user that clients can be.
+pub(super) fn user(text: &str) -> Result<skein_protocol::ids::UserId, Failed> {
+    let user: skein_protocol::ids::UserId = name(text)?;
+    if user.is_reserved() {
+        return Err(Failed::bad("ids with a leading `_` are the server's"));
+    }
+    Ok(user)
+}
+
+/// A page of a list.
+#[derive(Debug, Deserialize, utoipa::IntoParams)]
+#[into_params(parameter_in = Query)]
+pub(super) struct Paging {
+    /// What ids begin with.
+    #[serde(default)]
+    #[param(max_length = 128)]
+    pub(super) prefix: Option<String>,
+    /// Where the page before ended.
+    #[serde(default)]
+    #[param(max_length = 128)]
+    pub(super) cursor: Option<String>,
+    /// How many, 1 to 200.
+    #[serde(default)]
+    #[param(minimum = 1, maximum = 200, default = 100)]
+    pub(super) limit: Option<u32>,
+}
+
+impl Paging {
+    pub(super) fn checked(self) -> Result<(String, String, usize), Failed> {
+        let Self { prefix, cursor, limit } = self;
+        let (prefix, cursor) = (prefix.unwrap_or_default(), cursor.unwrap_or_default());
+        if prefix.chars().count() > 128 || cursor.chars().count() > 128 {
+            return Err(Failed::bad("`prefix` and `cursor` are at most 128 characters"));
+        }
+        Ok((prefix, cursor, limit_of(limit, 100)? as usize))
+    }
+}
+
+/// How many, 1 to 200.
+pub(super) fn limit_of(limit: Option<u32>, default: u32) -> Result<u32, Failed> {
+    match limit.unwrap_or(default) {
+        limit @ 1..=200 => Ok(limit),
+        _ => Err(Failed::bad("`limit` is 1 to 200")),
+    }
+}
+
+/// On how many nodes an order was applied.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct Outcome {
+    /// These.
+    applied: usize,
+    /// Of so many that live, or were heard of within the last minute.
+    nodes: usize,
+}
+
+impl From<commands::CommandProgress> for Outcome {
+    fn from(commands::CommandProgress { applied, nodes }: commands::CommandProgress) -> Self {
+        Self { applied, nodes }
+    }
+}
+
+/// What every path may answer beside its own.
+#[derive(utoipa::IntoResponses)]
+#[expect(dead_code, reason = "it stands for answers in the document")]
+pub(super) enum Common {
+    /// The request is not what this says.
+    #[response(status = 400)]
+    BadRequest(Problem),
+    /// There is no API key, or another.
+    #[response(status = 401)]
+    Unauthorized(Problem),
+    /// The gateway has no API key: see `api.keys`.
+    #[response(status = 403)]
+    Forbidden(Problem),
+    /// There is no such thing.
+    #[response(status = 404)]
+    NotFound(Problem),
+    /// A body or a field is larger than it may be.
+    #[response(status = 413)]
+    TooLarge(Problem),
+    /// Too much in too short a time: try again after `Retry-After`.
+    #[response(status = 429)]
+    RateLimited(Problem),
+    /// The bus is away: try again after `Retry-After`.
+    #[response(status = 503)]
+    Unavailable(Problem),
+}
+
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "Skein server API",
+        description = "What an application asks and orders of a Skein cluster. Any node answers for all. Errors are `{\"error\":{\"code\",\"message\"}}`.",
+    ),
+    servers(
+        (url = "/", description = "The node that this document is from"),
+        // Relative to the document.
+        (url = "..", description = "The same, where a proxy has put a path in front of it"),
+    ),
+    components(schemas(Problem)),
+    security(("api_key" = [])),
+    modifiers(&BearerKey),
+)]
+struct Document;
+
+struct BearerKey;
+
+impl utoipa::Modify for BearerKey {
+    fn modify(&self, document: &mut utoipa::openapi::OpenApi) {
+        use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityScheme};
+        let components = document.components.get_or_insert_default();
+        let key = SecurityScheme::Http(Http::new(HttpAuthScheme::Bearer));
+        components.add_security_scheme("api_key", key);
+    }
+}
+
+fn paths() -> OpenApiRouter<Arc<Node>> {
+    OpenApiRouter::with_openapi(Document::openapi())
+        .routes(routes!(messages::send))
+        .routes(routes!(messages::publish))
+        .routes(routes!(messages::trail))
+        .routes(routes!(rooms::list))
+        .routes(routes!(rooms::info, rooms::create, rooms::delete))
+        .routes(routes!(rooms::history))
+        .routes(routes!(rooms::presence))
+        .routes(routes!(rooms::remove))
+        .routes(routes!(notices::notify))
+        .routes(routes!(notices::notify_many))
+        .routes(routes!(notices::broadcast))
+        .routes(routes!(users::list))
+        .routes(routes!(users::info))
+        .routes(routes!(users::disconnect))
+        .routes(routes!(users::sessions, users::revoke))
+        .routes(routes!(users::revoke_one))
+        .routes(routes!(users::empty_inbox))
+        .routes(routes!(users::online))
+        .routes(routes!(nodes::list))
+        .routes(routes!(nodes::drain))
+        .routes(routes!(nodes::stats))
+}
+
+/// The routes of the API and its documentation.
+pub(super) fn router(node: Arc<Node>) -> Router<Arc<Node>> {
+    let (api, document) = paths().split_for_parts();
+    let api = api
+        .method_not_allowed_fallback(method_not_allowed)
+        .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
+        .layer(middleware::from_fn_with_state(node.clone(), authorize));
+    if !node.options.api.docs {
+        return api;
+    }
+    // Shared, so that a client which asks and does not read holds no copy.
+    let json = Bytes::from(document.to_json().expect("a document is JSON"));
+    let serve = move || {
+        let json = json.clone();
+        async { ([(header::CONTENT_TYPE, "application/json")], json) }
+    };
+    api.route("/api/openapi.json", get(serve))
+        .route("/api/docs", get(async || Html(include_str!("../../../../web/api.html"))))
+}
+
+async fn method_not_allowed() -> Response {
+    super::error::error_response(
+        StatusCode::METHOD_NOT_ALLOWED,
+        "bad_request",
+        "this path takes other methods",
+    )
+}
+
+/// Lets through who has a key.
+async fn authorize(
+    State(node): State<Arc<Node>>,
+    headers: HeaderMap,
+    request: Request,
+    next: Next,
+) -> Response {
+    match node.options.api.name_in(&headers) {
+        // What a path's extractor would say has no code.
+        Ok(_) if !is_utf8(request.uri().path()) => {
+            Failed::bad("the path is no UTF-8").into_response()
+        }
+        Ok(name) => {
+            tracing::debug!(key = name, method = %request.method(), path = request.uri().path(), "API");
+            next.run(request).await
+        }
+        Err(ApiRejection::Disabled) => {
+            let text = "this gateway has no API key: set api.keys";
+            Failed::new(ErrorCode::Forbidden, text).into_response()
+        }
+        Err(_) => {
+            let text = "send `Authorization: Bearer <api key>`";
+            let mut response = Failed::new(ErrorCode::Unauthorized, text).into_response();
+            let challenge = header::HeaderValue::from_static("Bearer");
+            response.headers_mut().insert(header::WWW_AUTHENTICATE, challenge);
+            response
+        }
+    }
+}
+
+/// Whether a path is UTF-8 once its escapes are decoded (RFC 3986, section 2.1).
+fn is_utf8(path: &str) -> bool {
+    let mut bytes = Vec::with_capacity(path.len());
+    let mut rest = path.as_bytes();
+    while let Some((first, behind)) = rest.split_first() {
+        let digits = behind.first_chunk::<2>().filter(|_| *first == b'%');
+        let digits = digits.and_then(|digits| std::str::from_utf8(digits).ok());
+        if let Some(byte) = digits.and_then(|digits| u8::from_str_radix(digits, 16).ok()) {
+            bytes.push(byte);
+            rest = &behind[2..];
+        } else {
+            bytes.push(*first);
+            rest = behind;
+        }
+    }
+    std::str::from_utf8(&bytes).is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_is_read_with_its_escapes() {
+        for good in ["/a", "/a%20b", "/%C3%BC", "/%", "/%2", "/%zz"] {
+            assert!(is_utf8(good), "{good}");
+        }
+        for bad in ["/%FF", "/a%c3", "/%C3%28"] {
+            assert!(!is_utf8(bad), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_key_is_known_by_its_name_and_another_is_not() {
+        let keys = [("web", "one"), ("ops", "two")];
+        let keys = ApiKeys::new(keys.map(|(name, key)| (name.into(), key.into())), true);
+        assert_eq!((keys.name_of("one"), keys.name_of("two")), (Some("web"), Some("ops")));
+        assert_eq!((keys.name_of("on"), keys.name_of("")), (None, None));
+        assert_eq!(ApiKeys::default().name_of(""), None);
+    }
+}

@@ -1,0 +1,319 @@
+//! Who a client is, what it asks for in its handshake, and how it comes to have a session: the same for a
+//! WebSocket and an event stream.
+
+use std::{borrow::Cow, sync::Arc, time::SystemTime};
+
+use axum::{
+    extract::Query,
+    http::{HeaderMap, header},
+};
+use serde_json::value::RawValue;
+use skein_protocol::{
+    SUBPROTOCOL,
+    close::CloseCode,
+    error::ErrorCode,
+    ids::{ConnectionId, RoomId, SessionId, UserId},
+    position::{InvalidPosition, Position, Seq},
+    protocol::server_frame::{ConnectedFrame, ErrorFrame, InboxState, ServerFrame},
+    token::ResumeToken,
+};
+
+use tokio::time::{Duration, Instant};
+
+use super::{
+    ConnectInfo, Node,
+    address::client_address,
+    headers::{bearer, cookie, elements},
+    origin::OriginAccess,
+};
+use skein_core::{
+    bus::sessions::{self, ConnectionInfo, OpenedSession, SecretDigest, SessionHolder},
+    hub::{
+        SubscribeFailed,
+        join::{JoinGrant, JoinStart},
+        member::{ConnectionHandle, Owner},
+    },
+    limits::Permit,
+    outbox::Close,
+    session::{
+        Services,
+        auth::{Auth, AuthError, Credentials, Identity},
+    },
+};
+
+/// How soon an inbox is tried again that could not be followed.
+const JOIN_RETRY: Duration = Duration::from_millis(100);
+
+/// The query of a handshake, in the order sent; the first of a name counts.
+pub(super) type Params = Query<Vec<(String, String)>>;
+
+/// What a client says in its handshake.
+pub(super) struct ClientHandshake {
+    credentials: Credentials,
+    /// `?session=` or the subprotocol `session.<token>`.
+    session: Option<ResumeToken>,
+    /// `?inbox=`: what this device has of the inbox.
+    pub(super) inbox: Option<Result<Position, InvalidPosition>>,
+    address: std::net::IpAddr,
+    user_agent: Option<Box<str>>,
+}
+
+/// A client that is let in.
+pub(super) struct AdmittedClient {
+    pub(super) identity: Identity,
+    /// Its place among the connections of its user.
+    pub(super) place: Permit<UserId>,
+    pub(super) opened: OpenedSession,
+    /// The secret of its session.
+    secret: [u8; 16],
+    pub(super) about: Arc<ConnectionInfo>,
+}
+
+/// Why a client is not let in.
+pub(super) enum AdmissionError {
+    /// It is nobody.
+    Unauthenticated(AuthError),
+    /// Its user has as many connections as may be.
+    TooManyConnections,
+    /// The bus is away.
+    Unavailable,
+}
+
+impl AdmissionError {
+    /// The close code and the reason, after the upgrade.
+    pub(super) fn close(&self) -> (CloseCode, String) {
+        match self {
+            Self::Unauthenticated(error) => (CloseCode::PolicyViolation, error.to_string()),
+            Self::TooManyConnections => {
+                (CloseCode::PolicyViolation, "too_many_connections".to_owned())
+            }
+            Self::Unavailable => (CloseCode::TryAgainLater, "unavailable".to_owned()),
+        }
+    }
+}
+
+impl ClientHandshake {
+    /// Reads a handshake.
+    pub(super) fn read(
+        node: &Node,
+        headers: &HeaderMap,
+        params: &[(String, String)],
+        ends: ConnectInfo,
+        allowed: OriginAccess,
+    ) -> Self {
+        let offered = subprotocols(headers);
+        let session = || offered.iter().find_map(|offer| offer.strip_prefix("session."));
+        Self {
+            session: param(params, "session").or_else(session).and_then(|text| text.parse().ok()),
+            inbox: param(params, "inbox").map(str::parse),
+            credentials: credentials(node, headers, params, &offered, allowed),
+            address: client_address(ends.peer.ip(), headers, &node.options.trusted_proxies),
+            user_agent: user_agent(headers),
+        }
+    }
+
+    /// Finds out who the client is, and gives it its session. In anonymous mode a session tells the
+    /// user, where the client does not.
+    pub(super) async fn admit(
+        &self,
+        node: &Node,
+        connection: ConnectionId,
+    ) -> Result<AdmittedClient, AdmissionError> {
+        let Services { auth, sessions, limits, .. } = &*node.services;
+        let credentials = match (auth, &self.credentials.user, &self.session) {
+            (Auth::Anonymous, None, Some(token)) => {
+                let digest = SecretDigest::of(token);
+                let found = sessions.find(token.user.clone(), token.session, digest);
+                match tokio::time::timeout(limits.wait_max, found).await {
+                    Ok(Ok(found)) => found.map(|before| Credentials {
+                        user: Some(token.user.to_string()),
+                        name: self.credentials.name.clone().or(Some(before.name.to_string())),
+                        ..self.credentials.clone()
+                    }),
+                    _ => return Err(AdmissionError::Unavailable),
+                }
+            }
+            _ => None,
+        };
+        self.admit_as(node, connection, credentials.as_ref().unwrap_or(&self.credentials)).await
+    }
+
+    async fn admit_as(
+        &self,
+        node: &Node,
+        connection: ConnectionId,
+        credentials: &Credentials,
+    ) -> Result<AdmittedClient, AdmissionError> {
+        let Services { auth, sessions, limits, .. } = &*node.services;
+        let identity = auth.identify(credentials).map_err(AdmissionError::Unauthenticated)?;
+        let user = identity.user.id.clone();
+        let place =
+            node.state.by_user.acquire(user.clone(), node.options.limits.connections_per_user);
+        let place = place.ok_or(AdmissionError::TooManyConnections)?;
+
+        let about = Arc::new(ConnectionInfo {
+            name: identity.user.name.clone(),
+            node: node.id.clone(),
+            address: self.address,
+            user_agent: self.user_agent.clone(),
+        });
+        let session = SessionId::random();
+        let fresh = ResumeToken { secret: rand::random(), session, user: user.clone() };
+        let presented = self.session.as_ref().filter(|token| token.user == user);
+        let opening = sessions.open(sessions::SessionRequest {
+            user,
+            connection,
+            resume: presented.map(|token| (token.session, SecretDigest::of(token))),
+            new_session: (session, SecretDigest::of(&fresh)),
+            about: about.clone(),
+        });
+        match tokio::time::timeout(limits.wait_max, opening).await {
+            Ok(Ok(opened)) => {
+                let token = presented.filter(|_| opened.resumed.is_some()).unwrap_or(&fresh);
+                let secret = token.secret;
+                Ok(AdmittedClient { identity, place, opened, secret, about })
+            }
+            _ => Err(AdmissionError::Unavailable),
+        }
+    }
+}
+
+impl AdmittedClient {
+    /// Whose the connection is.
+    pub(super) fn owner(&self) -> Owner {
+        Owner {
+            user: self.identity.user.id.clone(),
+            session: self.opened.session,
+            since: self.opened.at,
+            about: self.about.clone(),
+        }
+    }
+}
+
+/// Has a connection given what its device lacks of the inbox, and what comes.
+pub(super) async fn join_inbox(
+    node: &Node,
+    handle: &Arc<ConnectionHandle>,
+    user: &UserId,
+    inbox: InboxState,
+    device: Option<Result<Position, InvalidPosition>>,
+) -> Result<(), SubscribeFailed> {
+    if let Some(Err(_)) = device {
+        let text = "`inbox` is <epoch>:<seq>; the acknowledged position is taken";
+        node.metrics.errors.of(ErrorCode::BadRequest).inc();
+        handle.send(&ServerFrame::Error(ErrorFrame::new(ErrorCode::BadRequest, text)));
+    }
+    let unread = unread_from(&inbox);
+    let since = device.and_then(Result::ok).unwrap_or(Position::new(inbox.epoch, unread));
+    let (room, start) = (RoomId::inbox_of(user), JoinStart::InboxSince(since, unread));
+    let Services { hub, limits, .. } = &*node.services;
+    let until = Instant::now() + limits.wait_max;
+    loop {
+        let (handle, start) = (handle.clone(), start.clone());
+        let joining = hub.join(room.clone(), handle, None, start, JoinGrant::default());
+        match tokio::time::timeout_at(until, joining).await {
+            Ok(Ok(_)) => return Ok(()),
+            // One failed attempt to read it, which may be over in a moment.
+            Ok(Err(SubscribeFailed)) if Instant::now() + JOIN_RETRY < until => {
+                tokio::time::sleep(JOIN_RETRY).await;
+            }
+            _ => return Err(SubscribeFailed),
+        }
+    }
+}
+
+/// The position behind which there is something unread. What has expired so is told of by `connected`.
+pub(super) fn unread_from(inbox: &InboxState) -> Seq {
+    inbox.acked.max(inbox.oldest - 1).min(inbox.seq)
+}
+
+/// Makes sure that a connection which is in its inbox now still has its session: an order to close it, or
+/// another that presented it, may have come before it was to be found there.
+pub(super) async fn verify_session(node: &Node, handle: &ConnectionHandle) {
+    let Some(owner) = handle.owner() else { return };
+    let Services { sessions, limits, .. } = &*node.services;
+    let holder = sessions.holder(owner.user.clone(), owner.session, handle.connection);
+    let (code, reason) = match tokio::time::timeout(limits.wait_max, holder).await {
+        Ok(Ok(SessionHolder::Another)) => (CloseCode::SessionReplaced, ""),
+        // It comes back and is given another, or is refused again.
+        Ok(Ok(SessionHolder::Gone)) => (CloseCode::TryAgainLater, "unavailable"),
+        // Where that cannot be found out now it is within a minute.
+        Ok(Ok(SessionHolder::This) | Err(_)) | Err(_) => return,
+    };
+    handle.outbox.close(Close { code: code.number(), reason: reason.to_owned() });
+}
+
+/// The first frame of a connection.
+pub(super) fn connected_frame(
+    node: &Node,
+    entered: &AdmittedClient,
+    handle: &ConnectionHandle,
+    route: String,
+) -> ServerFrame<Box<RawValue>> {
+    let AdmittedClient { identity, opened, secret, .. } = entered;
+    let user = identity.user.clone();
+    let token = ResumeToken { secret: *secret, session: opened.session, user: user.id.clone() };
+    ServerFrame::Connected(Box::new(ConnectedFrame {
+        connection_id: handle.connection,
+        user,
+        session: token.to_string(),
+        session_id: opened.session,
+        resumed: opened.resumed.is_some(),
+        node: node.id.clone(),
+        route,
+        protocol: SUBPROTOCOL.to_owned(),
+        timestamp: skein_protocol::timestamp(SystemTime::now()),
+        expires_at: identity.expires_at.map(skein_protocol::timestamp),
+        heartbeat_interval: node.options.heartbeat.interval.as_secs(),
+        dedup_window: node.options.dedup_window.as_secs(),
+        max_message_size: node.options.limits.message_bytes_max,
+        inbox: opened.inbox.clone(),
+        limits: node.services.limits.rates.advertised(),
+    }))
+}
+
+/// What the client offers in `Sec-WebSocket-Protocol`.
+pub(super) fn subprotocols(headers: &HeaderMap) -> Vec<String> {
+    let offered = elements(headers, header::SEC_WEBSOCKET_PROTOCOL);
+    offered.map(|offer| String::from_utf8_lossy(offer).into_owned()).collect()
+}
+
+/// What the client says of itself. The first source of a token decides.
+fn credentials(
+    node: &Node,
+    headers: &HeaderMap,
+    params: &[(String, String)],
+    offered: &[String],
+    allowed: OriginAccess,
+) -> Credentials {
+    let bearer = || bearer(headers).map(Cow::into_owned);
+    // A browser sends the visitor's cookies whichever page asks: where any page may, they say nothing.
+    let cookie = || match allowed {
+        OriginAccess::WithoutCredentials => None,
+        OriginAccess::NoOrigin | OriginAccess::WithCredentials => {
+            cookie(headers, &node.options.auth_cookie).map(Cow::into_owned)
+        }
+    };
+    let subprotocol = || {
+        let token = offered.iter().find_map(|offer| offer.strip_prefix("bearer."))?;
+        Some(token.to_owned())
+    };
+    let query = param(params, "token").map(str::to_owned);
+    Credentials {
+        token: query.or_else(bearer).or_else(cookie).or_else(subprotocol),
+        user: param(params, "user").map(str::to_owned),
+        name: param(params, "name").map(str::to_owned),
+    }
+}
+
+/// What a client calls itself, as far as that is kept.
+fn user_agent(headers: &HeaderMap) -> Option<Box<str>> {
+    const CHARS_MAX: usize = 200;
+    let text = String::from_utf8_lossy(headers.get(header::USER_AGENT)?.as_bytes());
+    Some(text.chars().take(CHARS_MAX).collect::<String>().into())
+}
+
+/// The first parameter of a name.
+pub(super) fn param<'a>(params: &'a [(String, String)], name: &str) -> Option<&'a str> {
+    params.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str())
+}

@@ -1,0 +1,536 @@
+//! The handshake of a WebSocket: who may open one, and the TCP stream taken back from HTTP.
+//!
+//! What is wrong with the handshake itself or with the node is answered in HTTP. What is wrong with
+//! the client's identity is answered by a close frame after 101, since a browser shows its page
+//! nothing of a refused handshake. A 503 makes nginx try the next node and counts against this one,
+//! so it is kept for what is this node's own: drain, overload, bus down.
+
+use std::{io, sync::Arc};
+
+use axum::{
+    body::Body,
+    extract::{Path, Query, State, rejection::PathRejection},
+    http::{HeaderValue, Method, StatusCode, Version, header, request::Parts},
+    response::Response,
+};
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use hyper::upgrade::OnUpgrade;
+use md5::{Digest as _, Md5};
+use sha1::Sha1;
+use skein_protocol::{
+    SUBPROTOCOL,
+    close::CloseCode,
+    error::ErrorCode,
+    ids::{ConnectionId, RoomId, UserId},
+    position::Position,
+    protocol::{
+        PASSWORD_BYTES_MAX,
+        client_frame::{JOIN_HISTORY_MAX, JoinFrame, history_default},
+        server_frame::{ErrorFrame, ServerFrame},
+    },
+};
+use skein_websocket::extension::DeflateParams;
+use tokio::{io::Interest, net::TcpStream};
+
+use super::{
+    ConnectInfo, Node, ROUTE_COOKIE,
+    buffered::BufferedHead,
+    error::error_response,
+    extensions,
+    handshake::{
+        AdmittedClient, ClientHandshake, Params, connected_frame, join_inbox, param, subprotocols,
+        verify_session,
+    },
+    headers::has_element,
+    permits::ConnectionPermits,
+};
+use crate::transport::{
+    self, Connection, Handler,
+    echo::{Echo, EchoMode},
+};
+use skein_core::{
+    bus::sessions::OpenedSession,
+    hub::{SubscribeFailed, member::ConnectionHandle},
+    limits::{
+        Permit,
+        meter::{Meter, MeterRates},
+    },
+    outbox::{Close, Outbox, deflate::DeflateOptions},
+    session::{PendingRequest, Session},
+    telemetry::metrics::{Counted, HandshakeResult},
+};
+
+/// What a connection is for.
+enum Endpoint {
+    Chat,
+    Room(Result<JoinFrame, &'static str>),
+    Echo,
+}
+
+pub(super) async fn chat(
+    State(node): State<Arc<Node>>,
+    Query(params): Params,
+    request: axum::extract::Request,
+) -> Response {
+    upgrade(node, request, &params, Endpoint::Chat)
+}
+
+pub(super) async fn room(
+    State(node): State<Arc<Node>>,
+    room: Result<Path<String>, PathRejection>,
+    Query(params): Params,
+    request: axum::extract::Request,
+) -> Response {
+    // What is no UTF-8 is no room either.
+    let room = room.map_or_else(|_| String::new(), |Path(room)| room);
+    let join = join_of(&room, &params);
+    upgrade(node, request, &params, Endpoint::Room(join))
+}
+
+pub(super) async fn echo(
+    State(node): State<Arc<Node>>,
+    Query(params): Params,
+    request: axum::extract::Request,
+) -> Response {
+    if node.options.echo == EchoMode::Off {
+        return super::error::not_found().await;
+    }
+    upgrade(node, request, &params, Endpoint::Echo)
+}
+
+/// The join that `/ws/rooms/{room}` asks for by its path and query.
+fn join_of(room: &str, params: &[(String, String)]) -> Result<JoinFrame, &'static str> {
+    let room: RoomId = room.parse().map_err(|_| "a room is 1 to 128 of A-Z a-z 0-9 _ . : @ -")?;
+    let since = match param(params, "since") {
+        Some(since) => Some(since.parse::<Position>().map_err(|_| "`since` is <epoch>:<seq>")?),
+        None => None,
+    };
+    let history = match param(params, "history") {
+        Some(text) => text
+            .parse()
+            .ok()
+            .filter(|count| *count <= JOIN_HISTORY_MAX)
+            .ok_or("`history` is 0 to 1000")?,
+        None => history_default(),
+    };
+    let password = param(params, "password").map(str::to_owned);
+    if password.as_ref().is_some_and(|password| password.len() > PASSWORD_BYTES_MAX) {
+        return Err("`password` is too long");
+    }
+    Ok(JoinFrame { room, since, history, password })
+}
+
+fn upgrade(
+    node: Arc<Node>,
+    request: axum::extract::Request,
+    params: &[(String, String)],
+    endpoint: Endpoint,
+) -> Response {
+    let (mut parts, _) = request.into_parts();
+    let (handshake, places) = match check_handshake(&node, &mut parts, params) {
+        Ok(admitted) => admitted,
+        Err((outcome, response)) => {
+            node.metrics.handshakes.of(outcome).inc();
+            return *response;
+        }
+    };
+    let (Some(on_upgrade), Some(ends)) =
+        (parts.extensions.remove::<OnUpgrade>(), parts.extensions.get::<ConnectInfo>().copied())
+    else {
+        return error_response(
+            StatusCode::BAD_REQUEST,
+            "bad_request",
+            "this connection cannot upgrade",
+        );
+    };
+    node.metrics.handshakes.of(HandshakeResult::Accepted).inc();
+    node.metrics.deflate_handshakes.inc_by(handshake.deflate.iter().len() as u64);
+
+    let route = sticky_route(ends);
+    let connection = ConnectionId::random();
+    let opening = Box::new(PendingUpgrade {
+        connection,
+        client: ClientHandshake::read(&node, &parts.headers, params, ends, places.allowed),
+        json_ping: param(params, "ping") == Some("json"),
+        endpoint,
+        deflate: handshake.deflate,
+        route: route.clone(),
+        places,
+    });
+    let serving = node.clone();
+    let serve = async move {
+        let node = serving;
+        let upgraded = match on_upgrade.await {
+            Ok(upgraded) => upgraded,
+            Err(error) => {
+                tracing::debug!(%error, "a client left during its handshake");
+                return;
+            }
+        };
+        let Ok(parts) = upgraded.downcast::<BufferedHead>() else { return };
+        let (socket, unread) = parts.io.into_parts();
+        // hyper's read buffer must not live as long as the connection.
+        let early = [parts.read_buf, unread].concat();
+        // What opening it takes must not live as long either.
+        let served = {
+            let _turn = node.state.lifecycle.opening.acquire().await;
+            Box::pin(opening.open(node.clone(), socket, early)).await
+        };
+        let Some(served) = served else { return node.metrics.handshakes_abandoned.inc() };
+        served.serve(&node).await;
+    };
+    let forgetting = node.clone();
+    node.tasks
+        .spawn_connection(serve, move |panic| forget_panicked(&forgetting, connection, panic));
+    switching_protocols(&handshake, &route)
+}
+
+/// A connection's task has ended by a panic, and its session may not have ended what it takes part in.
+pub(super) fn forget_panicked(node: &Arc<Node>, connection: ConnectionId, panic: &str) {
+    node.metrics.panicked(connection, panic);
+    let hub = node.services.hub.clone();
+    node.tasks
+        .spawn_job("forget_connection", async move { hub.remove_connection(connection).await });
+}
+
+/// What a handshake is answered.
+struct Negotiated {
+    accept: String,
+    /// Whether the client offered a subprotocol, so that one has to be chosen.
+    subprotocol: bool,
+    deflate: Option<DeflateParams>,
+}
+
+/// 101, with the sticky cookie.
+fn switching_protocols(agreed: &Negotiated, route: &str) -> Response {
+    let mut response = Response::builder()
+        .status(StatusCode::SWITCHING_PROTOCOLS)
+        .header(header::UPGRADE, "websocket")
+        .header(header::CONNECTION, "Upgrade")
+        .header(header::SEC_WEBSOCKET_ACCEPT, &agreed.accept)
+        .header(
+            header::SET_COOKIE,
+            format!("{ROUTE_COOKIE}={route}; Path=/; HttpOnly; SameSite=Lax"),
+        )
+        .body(Body::empty())
+        .expect("the values are ASCII");
+    if agreed.subprotocol {
+        let value = HeaderValue::from_static(SUBPROTOCOL);
+        response.headers_mut().insert(header::SEC_WEBSOCKET_PROTOCOL, value);
+    }
+    if let Some(deflate) = agreed.deflate {
+        let value = deflate.to_string().try_into().expect("the answer is ASCII");
+        response.headers_mut().insert(header::SEC_WEBSOCKET_EXTENSIONS, value);
+    }
+    response
+}
+
+/// The name of this node for nginx: what its `sticky route` computes of the address it dialled
+/// (the MD5 of `ip:port` in hexadecimal).
+pub(super) fn sticky_route(ends: ConnectInfo) -> String {
+    let digest = Md5::digest(ends.local.to_string());
+    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Whether the handshake is one, from a page that may, and whether there is room.
+fn check_handshake(
+    node: &Node,
+    parts: &mut Parts,
+    params: &[(String, String)],
+) -> Result<(Negotiated, ConnectionPermits), (HandshakeResult, Box<Response>)> {
+    let as_invalid = |response| (HandshakeResult::Invalid, response);
+    let accept = accept_key(parts).map_err(as_invalid)?;
+    let subprotocol = choose_subprotocol(parts).map_err(as_invalid)?;
+    // Some clients agree on messages that are compressed each by itself, and then do not keep to it.
+    let is_wanted = param(params, "deflate") != Some("off");
+    let deflate_options = is_wanted && node.options.deflate_bytes_min.is_some();
+    let deflate = extensions::negotiate(&parts.headers, deflate_options).map_err(as_invalid)?;
+    let places = ConnectionPermits::take(node, parts)?;
+    Ok((Negotiated { accept, subprotocol, deflate }, places))
+}
+
+/// Whether `chat.v1` is to be chosen among the subprotocols offered. Where there are only others no
+/// answer is right: a browser fails a handshake that chooses none, and tells its page nothing.
+fn choose_subprotocol(parts: &Parts) -> Result<bool, Box<Response>> {
+    let offered = subprotocols(&parts.headers);
+    if offered.is_empty() || offered.iter().any(|offer| offer == SUBPROTOCOL) {
+        return Ok(!offered.is_empty());
+    }
+    let text = "offer the subprotocol `chat.v1` as well, as in `Sec-WebSocket-Protocol: chat.v1, \
+                bearer.<token>`, or none";
+    Err(Box::new(error_response(StatusCode::BAD_REQUEST, "bad_request", text)))
+}
+
+/// Checks a handshake (RFC 6455, section 4.2.1) and answers its key (section 4.2.2).
+fn accept_key(parts: &Parts) -> Result<String, Box<Response>> {
+    let bad = |text| Box::new(error_response(StatusCode::BAD_REQUEST, "bad_request", text));
+    let has = |name, element| has_element(&parts.headers, name, element);
+    if parts.method != Method::GET {
+        let text = "a WebSocket handshake is a GET";
+        return Err(Box::new(error_response(StatusCode::METHOD_NOT_ALLOWED, "bad_request", text)));
+    }
+    if !has(header::UPGRADE, "websocket") {
+        let text = "this path speaks WebSocket only";
+        let mut response = error_response(StatusCode::UPGRADE_REQUIRED, "upgrade_required", text);
+        let headers = response.headers_mut();
+        headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+        headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
+        return Err(Box::new(response));
+    }
+    if parts.version != Version::HTTP_11 {
+        return Err(bad("a WebSocket handshake is HTTP/1.1"));
+    }
+    if parts.headers.get_all(header::HOST).iter().count() != 1 {
+        return Err(bad("a request has one Host header"));
+    }
+    // The new protocol begins behind the whole request (RFC 9110, section 7.8): with a body one
+    // side's content would be the other's frames.
+    let length = parts.headers.get(header::CONTENT_LENGTH);
+    if parts.headers.contains_key(header::TRANSFER_ENCODING)
+        || length.is_some_and(|length| length.as_bytes() != b"0")
+    {
+        return Err(bad("a WebSocket handshake has no body"));
+    }
+    if !has(header::CONNECTION, "upgrade") {
+        return Err(bad("the Connection header has no `Upgrade`"));
+    }
+    if !has(header::SEC_WEBSOCKET_VERSION, "13") {
+        let text = "Sec-WebSocket-Version is 13 here";
+        let mut response = error_response(StatusCode::UPGRADE_REQUIRED, "upgrade_required", text);
+        let version = HeaderValue::from_static("13");
+        response.headers_mut().insert(header::SEC_WEBSOCKET_VERSION, version);
+        return Err(Box::new(response));
+    }
+    let mut keys = parts.headers.get_all(header::SEC_WEBSOCKET_KEY).iter();
+    let (Some(key), None) = (keys.next(), keys.next()) else {
+        return Err(bad("a handshake has one Sec-WebSocket-Key"));
+    };
+    if STANDARD.decode(key.as_bytes()).is_ok_and(|nonce| nonce.len() == 16) {
+        let mut digest = Sha1::new();
+        digest.update(key.as_bytes());
+        digest.update(b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11");
+        Ok(STANDARD.encode(digest.finalize()))
+    } else {
+        Err(bad("Sec-WebSocket-Key is 16 bytes in base64"))
+    }
+}
+
+/// A connection between its 101 and its first frame.
+struct PendingUpgrade {
+    connection: ConnectionId,
+    client: ClientHandshake,
+    json_ping: bool,
+    endpoint: Endpoint,
+    deflate: Option<DeflateParams>,
+    route: String,
+    places: ConnectionPermits,
+}
+
+/// A connection that is to be served, and what it holds of the limits.
+struct ActiveConnection {
+    connection: Connection,
+    _places: ConnectionPermits,
+    _user: Option<Permit<UserId>>,
+}
+
+impl PendingUpgrade {
+    async fn open(
+        self: Box<Self>,
+        node: Arc<Node>,
+        socket: TcpStream,
+        early: Vec<u8>,
+    ) -> Option<Box<ActiveConnection>> {
+        let Self { connection, client, json_ping, endpoint, deflate, route, places } = *self;
+        let limits = &node.options.limits;
+        let deflating = deflate.zip(node.options.deflate_bytes_min);
+        let deflating = deflating
+            .map(|(deflate, bytes_min)| DeflateOptions { window: deflate.window(), bytes_min });
+        let outbox = Outbox::to_socket(socket, limits.outbox_bytes_max, node.metrics.clone())
+            .with_deflate(deflating);
+        let handle = ConnectionHandle::new(connection, outbox);
+        let options = transport::Options {
+            message_bytes_max: limits.message_bytes_max,
+            heartbeat: node.options.heartbeat.clone(),
+            json_ping,
+        };
+        let rates = match (&endpoint, node.options.echo) {
+            // A conformance suite sends what nobody else does.
+            (Endpoint::Echo, EchoMode::Verbatim) => Arc::new(MeterRates::unlimited()),
+            _ => node.services.limits.rates.clone(),
+        };
+        let meter = Meter::new(rates, Some((node.state.address_meters.clone(), places.address)));
+        let served = |handle, handler, places, user, early| {
+            let (wheel, metrics) = (node.wheel.clone(), node.metrics.clone());
+            let connection =
+                Connection::new(handle, handler, options, meter, wheel, metrics, early);
+            Some(Box::new(ActiveConnection { connection, _places: places, _user: user }))
+        };
+        if let Endpoint::Echo = endpoint {
+            let echo = Handler::Echo(Echo { mode: node.options.echo });
+            return served(Arc::new(handle), echo, places, None, early);
+        }
+
+        let mut early = early;
+        let nobody = || Handler::Echo(Echo { mode: EchoMode::Off });
+        let entering = client.admit(&node, handle.connection);
+        let entered = match unless_disconnected(entering, &handle.outbox, Some(&mut early)).await {
+            Some(Ok(entered)) => entered,
+            None => return None,
+            Some(Err(refused)) => {
+                let (code, reason) = refused.close();
+                handle.outbox.close(Close { code: code.number(), reason });
+                return served(Arc::new(handle), nobody(), places, None, early);
+            }
+        };
+        let (id, user) = (handle.connection, entered.identity.user.clone());
+        tracing::debug!(connection = %id, user = %user.id, "connected");
+        let handle = Arc::new(handle.with_owner(entered.owner()));
+        let (presence, wait) = (&node.services.presence, node.services.limits.wait_max);
+        let connected = connected_frame(&node, &entered, &handle, route);
+        let AdmittedClient {
+            identity, place, opened: OpenedSession { session, inbox, .. }, ..
+        } = entered;
+        let opening = async {
+            // When the client hears `connected` everybody can see that its user is.
+            let online = presence.track_online(&user, wait).await;
+            handle.send(&connected);
+            match join_inbox(&node, &handle, &user.id, inbox, client.inbox).await {
+                Ok(()) => verify_session(&node, &handle).await,
+                Err(SubscribeFailed) => {
+                    // It comes back, to this node or one that hears.
+                    let (code, reason) =
+                        (CloseCode::TryAgainLater.number(), "unavailable".to_owned());
+                    handle.outbox.close(Close { code, reason });
+                }
+            }
+            online
+        };
+        let Some(online) = unless_disconnected(opening, &handle.outbox, Some(&mut early)).await
+        else {
+            node.services.hub.leave(RoomId::inbox_of(&user.id), id, None).await;
+            node.services.sessions.close(user.id, session, id);
+            handle.outbox.discard();
+            return None;
+        };
+        let services = node.services.clone();
+        let session = Session::new(services, identity, session, handle.clone(), online);
+        let chat = Handler::Chat(Box::new(session));
+        let mut opened = served(handle.clone(), chat, places, Some(place), early)?;
+        if let Endpoint::Room(join) = endpoint {
+            handle.outbox.flush();
+            let joining = join_path_room(&node, &mut opened.connection, &handle, join);
+            // Where the peer goes meanwhile, serving it ends what it began.
+            if let Some(Err(code)) = unless_disconnected(joining, &handle.outbox, None).await {
+                let close = match code {
+                    ErrorCode::Unavailable | ErrorCode::RateLimited => CloseCode::TryAgainLater,
+                    _ => CloseCode::PolicyViolation,
+                };
+                let reason = code.as_str().to_owned();
+                handle.outbox.close(Close { code: close.number(), reason });
+            }
+        }
+        Some(opened)
+    }
+}
+
+/// How much is taken of what a client sends before its connection is open.
+const EARLY_BYTES_MAX: usize = 64 * 1024;
+
+/// The output of a step that opens a connection; `None`, and the step is dropped, where the peer goes
+/// before. What it sends early goes to `early`; without one it stays where it is, and hides its going.
+async fn unless_disconnected<T>(
+    step: impl Future<Output = T>,
+    outbox: &Outbox,
+    early: Option<&mut Vec<u8>>,
+) -> Option<T> {
+    let Some(socket) = outbox.socket() else { return Some(step.await) };
+    // Both are cancel-safe, or at their end.
+    tokio::select! {
+        biased;
+        () = disconnected(socket, early) => None,
+        output = step => Some(output),
+    }
+}
+
+/// Resolves when the peer has closed. Cancel-safe.
+async fn disconnected(socket: &TcpStream, mut early: Option<&mut Vec<u8>>) {
+    loop {
+        if has_closed(socket) {
+            return;
+        }
+        match &mut early {
+            Some(early) if early.len() < EARLY_BYTES_MAX => match read_early(socket, early) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(_) => return,
+            },
+            _ => match socket.try_io(Interest::READABLE, || peek(socket)) {
+                Ok(0) => return,
+                // It stays where it is, and nothing more is to be found out.
+                Ok(_) => return std::future::pending().await,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(_) => return,
+            },
+        }
+        if socket.readable().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Looks whether the peer has closed: nothing is read.
+fn has_closed(socket: &TcpStream) -> bool {
+    match peek(socket) {
+        Ok(count) => count == 0,
+        Err(error) => error.kind() != io::ErrorKind::WouldBlock,
+    }
+}
+
+fn peek(socket: &TcpStream) -> io::Result<usize> {
+    // Not through the runtime, which may not have heard of it yet.
+    socket2::SockRef::from(socket).peek(&mut [std::mem::MaybeUninit::uninit(); 1])
+}
+
+fn read_early(socket: &TcpStream, early: &mut Vec<u8>) -> io::Result<()> {
+    let mut piece = [0; 4096];
+    let count = socket.try_read(&mut piece)?;
+    early.extend_from_slice(&piece[..count]);
+    Ok(())
+}
+
+impl ActiveConnection {
+    async fn serve(mut self: Box<Self>, node: &Node) {
+        let batch = node.drain_schedule.batch(self.connection.id());
+        let code = {
+            let _counted = Counted::new(&node.metrics.connections);
+            self.connection.run(batch, &node.state.lifecycle.ending).await
+        };
+        tracing::debug!(connection = %self.connection.id(), code, "disconnected");
+        node.metrics.disconnected(code);
+    }
+}
+
+/// Joins the room of `/ws/rooms/{room}`.
+async fn join_path_room(
+    node: &Node,
+    connection: &mut Connection,
+    handle: &ConnectionHandle,
+    join: Result<JoinFrame, &'static str>,
+) -> Result<(), ErrorCode> {
+    match (join, connection.session()) {
+        (Ok(join), Some(session)) => {
+            let outcome = session.execute(PendingRequest::Join(None, join)).await;
+            session.complete(outcome)
+        }
+        (Ok(_), None) => Ok(()),
+        (Err(text), _) => {
+            let refusal = ErrorFrame {
+                frame_type: Some("join".to_owned()),
+                ..*ErrorFrame::new(ErrorCode::BadRequest, text)
+            };
+            node.metrics.errors.of(ErrorCode::BadRequest).inc();
+            handle.send(&ServerFrame::Error(Box::new(refusal)));
+            Err(ErrorCode::BadRequest)
+        }
+    }
+}

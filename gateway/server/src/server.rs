@@ -1,0 +1,270 @@
+//! Builds every part in order, and ends them in reverse.
+
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+
+use tokio::net::{TcpListener, TcpSocket};
+
+use crate::{
+    config::Config,
+    http::{
+        self, Node,
+        listen::{self, TcpLimits},
+    },
+};
+use skein_core::{
+    bus::{
+        Bus, Mailboxes, commands::ControlQueue, memory::MemoryBus, registry::PresenceStore,
+        sessions::SessionStore,
+    },
+    control::Control,
+    drain::{Tasks, supervision::TaskFailure},
+    hub::{Hub, MAILBOX_LEN},
+    limits::{quotas::Quotas, reads::ReadLimiter},
+    presence::PresenceTracker,
+    publisher::Publisher,
+    rooms::passwords::Passwords,
+    session::{Services, peer_index::PeerIndex},
+    telemetry::{metrics::Metrics, trail::Trails},
+};
+use skein_redis::{RedisBus, RedisStartError};
+
+/// How long each step of a stop may take: connections say goodbye, then the rest ends.
+const STOP_STEP_MAX: Duration = Duration::from_secs(20);
+/// How long clients may take to be sent away by a gateway that has failed.
+const ABANDON_MAX: Duration = Duration::from_secs(1);
+/// TCP connections beyond those that may become WebSockets: probes, pages, refused handshakes.
+const TCP_CONNECTIONS_SPARE: usize = 500;
+
+/// The same per address, so that who has too many WebSockets is still told by HTTP 429.
+const TCP_CONNECTIONS_PER_IP_SPARE: usize = 100;
+
+/// A gateway that runs.
+pub struct Server {
+    /// Where clients connect, with the port that was given for 0.
+    pub listen: SocketAddr,
+    /// Where metrics are served.
+    pub admin_listen: SocketAddr,
+    node: Arc<Node>,
+    tasks: Tasks,
+    drain_delay: Duration,
+}
+
+/// Why a gateway does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// An address cannot be listened on.
+    #[error("cannot listen on {address} ({key}): {error}")]
+    Listen {
+        /// The option.
+        key: &'static str,
+        /// Its value.
+        address: SocketAddr,
+        /// Why.
+        error: io::Error,
+    },
+    /// Redis cannot be used as configured.
+    #[error(transparent)]
+    Redis(#[from] RedisStartError),
+    /// A part of the gateway failed meanwhile.
+    #[error("{0}")]
+    Failed(TaskFailure),
+}
+
+impl Server {
+    /// Starts a gateway: reaches the bus, then listens. The admin listener answers before that,
+    /// so that a node that waits for Redis can be told from one that is dead.
+    ///
+    /// # Errors
+    ///
+    /// [`StartError`]. A Redis that is away is no error: it is waited for.
+    pub async fn start(config: Config) -> Result<Self, StartError> {
+        let tasks = Tasks::default();
+        let metrics = Arc::new(Metrics::new().with_legacy_names(config.legacy_metric_names));
+        let (admin, admin_listen) = bind("admin.listen", config.admin_listen)?;
+        let (public, listen) = bind("server.listen", config.listen)?;
+
+        let (mailboxes, letters) = Mailboxes::new(config.shards, MAILBOX_LEN, metrics.clone());
+        let redis = match config.redis {
+            Some(options) => {
+                let (mailboxes, metrics) = (mailboxes.clone(), metrics.clone());
+                Some(Arc::new(RedisBus::start(options, mailboxes, metrics, &tasks)?))
+            }
+            None => None,
+        };
+        let Stores { bus, registry, sessions, orders } = match &redis {
+            Some(redis) => Stores::of(redis.clone()),
+            None => {
+                let (registry, sessions) = (&config.registry, &config.sessions);
+                let (retention, mailboxes) = (config.retention, mailboxes.clone());
+                Stores::of(Arc::new(MemoryBus::start(
+                    retention, registry, sessions, mailboxes, &tasks,
+                )))
+            }
+        };
+        let presence = PresenceTracker::start(registry.clone(), config.presence, &tasks);
+        let rules = Arc::new(config.rooms);
+        metrics.bus_up.set(i64::from(redis.is_none()));
+        let bus_status = mailboxes.node_state().status();
+        let trails = Arc::<Trails>::default();
+        let telemetry = (&metrics, &trails);
+        let people = (&bus, &presence, &rules);
+        let hub = Hub::start(people, mailboxes, letters, config.hub, telemetry, &tasks);
+        let control = Control::start(
+            config.node.clone(),
+            (orders, sessions.clone()),
+            hub.clone(),
+            presence.clone(),
+            (metrics.clone(), trails.clone()),
+            config.session.wait_max,
+            &tasks,
+        );
+        let http_limits = &config.http.limits;
+        let quotas = Arc::new(Quotas::new(config.quotas));
+        let publisher = Publisher::new(
+            bus.clone(),
+            registry,
+            rules.clone(),
+            (metrics.clone(), trails),
+            quotas.clone(),
+            config.session.wait_max,
+            http_limits.message_bytes_max,
+        );
+        let tcp_limits = TcpLimits {
+            connections_max: http_limits.connections_max.saturating_add(TCP_CONNECTIONS_SPARE),
+            connections_per_ip: match http_limits.connections_per_ip {
+                0 => 0,
+                limit => limit.saturating_add(TCP_CONNECTIONS_PER_IP_SPARE),
+            },
+            proxies: config.http.trusted_proxies.clone(),
+        };
+        let limits = config.session;
+        let metrics_of_sessions = metrics.clone();
+        let services = Services {
+            publisher,
+            hub,
+            bus,
+            presence,
+            sessions,
+            auth: config.auth,
+            rules,
+            passwords: Passwords::new(config.passwords, metrics.clone()),
+            reads: ReadLimiter::new(limits.read_bytes_per_second),
+            peer_index: PeerIndex::default(),
+            bus_status,
+            metrics: metrics_of_sessions,
+            quotas,
+            limits,
+        };
+        let services = Arc::new(services);
+        let node = Node::new(config.node, config.http, services, control, metrics, tasks.clone());
+        let node = Arc::new(node);
+        tasks.spawn_job("drain", drain_when_ordered(node.clone(), config.drain_delay));
+        let (turning, stopped) = (node.wheel.clone(), tasks.stopped().clone());
+        tasks.spawn_service("wheel", async move {
+            tokio::select! {
+                biased;
+                () = stopped.cancelled() => {}
+                () = turning.turn() => {}
+            }
+        });
+
+        let router = http::admin(node.clone());
+        let admin = listen_on("admin.listen", admin_listen, admin)?;
+        let limits = TcpLimits {
+            connections_max: TCP_CONNECTIONS_SPARE,
+            connections_per_ip: 0,
+            proxies: Vec::new(),
+        };
+        let admin = listen::serve(admin, router, node.clone(), limits);
+        tasks.spawn_service("admin", admin);
+        if let Some(redis) = redis {
+            tokio::select! {
+                biased;
+                failure = tasks.failed() => return Err(StartError::Failed(failure)),
+                reached = redis.reached() => reached?,
+            }
+        }
+        let router = http::public(node.clone());
+        let public = listen_on("server.listen", listen, public)?;
+        let public = listen::serve(public, router, node.clone(), tcp_limits);
+        tasks.spawn_service("public", public);
+        Ok(Self { listen, admin_listen, node, tasks, drain_delay: config.drain_delay })
+    }
+
+    /// What waits until a part of this gateway has failed that others rely on: the process has to end.
+    /// It may be kept longer than the server.
+    pub fn failed(&self) -> impl Future<Output = TaskFailure> + use<> {
+        let tasks = self.tasks.clone();
+        async move { tasks.failed().await }
+    }
+
+    /// Sends clients away, as far as that can be done at once: a part has failed, and to wait for what
+    /// relies on it would be in vain. Nothing else is ended in order.
+    pub async fn abandon(self) {
+        self.node.start_draining();
+        self.tasks.leave(ABANDON_MAX).await;
+    }
+
+    /// Stops in order: `ready` says 503 for `drain.delay`, then clients are sent away in batches
+    /// with what is queued, `reconnect` and 1012, and the rest ends, the listeners last. Returns
+    /// whether all of it ended in time.
+    pub async fn stop(self) -> bool {
+        self.node.start_draining();
+        tokio::time::sleep(self.drain_delay).await;
+        self.node.send_clients_away().await;
+        self.tasks.finish(STOP_STEP_MAX).await
+    }
+}
+
+/// Where logs, who is where, sessions and orders are kept: one store for all.
+struct Stores {
+    bus: Arc<dyn Bus>,
+    registry: Arc<dyn PresenceStore>,
+    sessions: Arc<dyn SessionStore>,
+    orders: Arc<dyn ControlQueue>,
+}
+
+impl Stores {
+    fn of<T: Bus + PresenceStore + SessionStore + ControlQueue + 'static>(store: Arc<T>) -> Self {
+        let (bus, registry, sessions) = (store.clone(), store.clone(), store.clone());
+        Self { bus, registry, sessions, orders: store }
+    }
+}
+
+/// Has the node take no client any more, and send those it has to others, once that is ordered.
+async fn drain_when_ordered(node: Arc<Node>, delay: Duration) {
+    let stopped = node.tasks.stopped().clone();
+    // Both arms are cancel-safe.
+    tokio::select! {
+        biased;
+        () = stopped.cancelled() => return,
+        () = node.control.draining().cancelled() => {}
+    }
+    node.start_draining();
+    // Cancel-safe: a stop says goodbye to all who are still there.
+    let send_away = async {
+        tokio::time::sleep(delay).await;
+        node.send_clients_away().await;
+    };
+    tokio::select! {
+        biased;
+        () = stopped.cancelled() => return,
+        () = send_away => {}
+    }
+    stopped.cancelled().await;
+}
+
+fn bind(key: &'static str, address: SocketAddr) -> Result<(TcpSocket, SocketAddr), StartError> {
+    listen::bind(address)
+        .and_then(|socket| Ok((socket.local_addr()?, socket)))
+        .map(|(address, socket)| (socket, address))
+        .map_err(|error| StartError::Listen { key, address, error })
+}
+
+fn listen_on(
+    key: &'static str,
+    address: SocketAddr,
+    socket: TcpSocket,
+) -> Result<TcpListener, StartError> {
+    listen::listen(socket).map_err(|error| StartError::Listen { key, address, error })
+}

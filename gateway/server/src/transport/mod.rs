@@ -1,0 +1,566 @@
+//! One WebSocket connection after its upgrade: reads, decodes, answers pings, watches the time,
+//! and ends it in order.
+//!
+//! One task per connection. It waits for the socket to be readable, reads into a buffer of the
+//! thread and handles what came; it writes only what the outbox could not write at once. An idle
+//! connection holds no buffer. Frames are handled in the order sent: one that has to wait (a join)
+//! keeps those behind it in `unread`.
+//!
+//! A [`InputBudget`] bounds how much of a connection's input is handled before the task yields, and a
+//! [`Meter`] how much in all: a connection above its rates is not read until they allow it.
+
+use std::{
+    cell::RefCell,
+    future::poll_fn,
+    io::{self, Read as _},
+    pin::pin,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use futures_util::FutureExt as _;
+use skein_protocol::{
+    close::CloseCode,
+    ids::ConnectionId,
+    protocol::{
+        client_frame::ClientFrame as Frame,
+        server_frame::{ServerFrame, ServerPingFrame},
+    },
+};
+use skein_websocket::{Decoder, DecoderEvent, Opcode};
+use tokio::{
+    io::Interest,
+    net::TcpStream,
+    sync::{Semaphore, watch},
+    time::Instant,
+};
+
+use skein_core::{
+    bus::{BoxFuture, node_state::BusStatus, output_of, registry::unix_millis_now},
+    drain::{schedule::DrainBatch, supervision::catch_panic},
+    hub::member::{ConnectionHandle, text_frame},
+    limits::meter::{InputBudget, Meter, MeterDecision},
+    outbox::Close,
+    session::{PendingRequest, RequestOutcome, Session},
+    telemetry::metrics::Metrics,
+};
+
+pub mod echo;
+mod closing;
+pub mod wheel;
+
+use closing::{Ending, close_for};
+use echo::Echo;
+use wheel::{Alarm, Wheel};
+
+/// How much one read takes. The buffer belongs to the thread, so that its size costs nothing.
+const READ_BYTES: usize = 64 * 1024;
+
+thread_local! {
+    static READ: RefCell<Vec<u8>> = RefCell::new(vec![0; READ_BYTES]);
+}
+
+/// When a connection is asked whether it lives, and when it counts as dead.
+#[derive(Clone, Debug)]
+pub struct Heartbeat {
+    /// How often to ping.
+    pub interval: Duration,
+    /// Nothing heard for so long: 4002.
+    pub idle_timeout: Duration,
+    /// Nothing could be written for so long: 4003.
+    pub write_timeout: Duration,
+}
+
+/// How a connection is served.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The most bytes of a message.
+    pub message_bytes_max: usize,
+    /// The heartbeat.
+    pub heartbeat: Arc<Heartbeat>,
+    /// Whether to ask by a `ping` frame in JSON instead of a protocol-level ping.
+    pub json_ping: bool,
+}
+
+/// Who the frames are for.
+pub enum Handler {
+    /// `/ws`
+    Chat(Box<Session>),
+    /// `/ws/echo`
+    Echo(Echo),
+}
+
+/// A connection.
+pub struct Connection {
+    handle: Arc<ConnectionHandle>,
+    handler: Handler,
+    decoder: Decoder,
+    heartbeat: Arc<Heartbeat>,
+    /// Whether to ask by a `ping` frame in JSON instead of a protocol-level ping.
+    json_ping: bool,
+    alarm: Alarm,
+    metrics: Arc<Metrics>,
+    meter: Meter,
+    /// Bytes that were received and not handled yet.
+    unread: Vec<u8>,
+    /// Some of it was there a turn ago.
+    is_behind: bool,
+    /// The outbox is full, so that nothing is read and nothing can be heard.
+    full: bool,
+    /// The meter has the connection wait until then, so that nothing is read.
+    paused_until: Option<Instant>,
+    heard: Instant,
+    pinged: Instant,
+    expires: Option<Instant>,
+}
+
+/// Why handling what was received stopped.
+enum Step {
+    /// All of it is handled, or the turn is over.
+    More,
+    /// The outbox is full: the client has to take its answers first.
+    Full,
+    /// This has to be done before the next frame.
+    Perform(PendingRequest),
+    /// It is over.
+    End(Ending),
+}
+
+/// How serving a connection ended.
+enum End {
+    /// The socket is gone.
+    Gone,
+    /// By a close frame, which is queued.
+    Close { close: Close, ending: Ending },
+    /// The gateway stops.
+    Leave,
+}
+
+impl Connection {
+    /// A connection whose handshake is done; `early` was received with it.
+    ///
+    /// The handle's outbox has a socket.
+    pub fn new(
+        handle: Arc<ConnectionHandle>,
+        handler: Handler,
+        options: Options,
+        meter: Meter,
+        wheel: Arc<Wheel>,
+        metrics: Arc<Metrics>,
+        early: Vec<u8>,
+    ) -> Self {
+        let now = Instant::now();
+        let expires = expires_of(&handler);
+        let alarm = Alarm::new(wheel, handle.clone());
+        let decoder = match handle.outbox.deflate_options() {
+            Some(_) => Decoder::with_deflate(options.message_bytes_max),
+            None => Decoder::new(options.message_bytes_max),
+        };
+        Self {
+            handle,
+            handler,
+            decoder,
+            heartbeat: options.heartbeat,
+            json_ping: options.json_ping,
+            alarm,
+            metrics,
+            meter,
+            unread: early,
+            is_behind: false,
+            full: false,
+            paused_until: None,
+            heard: now,
+            pinged: now,
+            expires,
+        }
+    }
+
+    /// Its id.
+    pub fn id(&self) -> ConnectionId {
+        self.handle.connection
+    }
+
+    /// The session of a chat connection.
+    pub fn session(&mut self) -> Option<&mut Session> {
+        match &mut self.handler {
+            Handler::Chat(session) => Some(session),
+            Handler::Echo(_) => None,
+        }
+    }
+
+    /// Serves the connection until it ends. Returns the close code, 1006 for none.
+    ///
+    /// What happens once in a connection's life is boxed, so that its task, which lives as long,
+    /// is no larger than serving needs. The session is ended when `ending` has a permit.
+    pub async fn run(&mut self, batch: &DrainBatch, ending: &Semaphore) -> u16 {
+        let served = catch_panic(self.serve(batch)).await;
+        let code = match served.unwrap_or_else(|panic| self.panicked(&panic)) {
+            End::Gone => 1006,
+            End::Close { close, ending } => Box::pin(self.close(close, ending)).await,
+            End::Leave => Box::pin(self.goodbye(batch)).await,
+        };
+        let handle = self.handle.clone();
+        let _turn = ending.acquire().await;
+        if let Some(session) = self.session() {
+            Box::pin(session.end()).await;
+        }
+        // The hub may hold the handle for a moment longer.
+        handle.outbox.discard();
+        code
+    }
+
+    /// What was being handled is dropped half-done; the client is told, and comes back.
+    fn panicked(&self, panic: &str) -> End {
+        self.metrics.panicked(self.handle.connection, panic);
+        let close =
+            Close { code: CloseCode::InternalError.number(), reason: "internal".to_owned() };
+        self.handle.outbox.close(close.clone());
+        // Unless it was being closed already.
+        let close = self.handle.outbox.begin_close().unwrap_or(close);
+        End::Close { close, ending: Ending::Failed }
+    }
+
+    async fn serve(&mut self, batch: &DrainBatch) -> End {
+        let handle = self.handle.clone();
+        let outbox = &handle.outbox;
+        let Some(socket) = outbox.socket() else { return End::Gone };
+        let mut performing: Option<BoxFuture<RequestOutcome>> = None;
+        let mut told = self.session().map(|session| session.bus_status());
+        let mut turn = InputBudget::default();
+        loop {
+            if let Some(close) = outbox.begin_close() {
+                return End::Close { close, ending: Ending::ByGateway };
+            }
+            if performing.is_none() && !self.is_paused() {
+                if self.is_behind && is_write_closed(socket) {
+                    return End::Gone;
+                }
+                let step = self.handle_unread(&mut turn);
+                self.full = matches!(step, Step::Full);
+                match step {
+                    Step::More | Step::Full => {}
+                    // The client has gone, and what is left of its frames would be answered to nobody.
+                    Step::Perform(request) if request.is_question() && is_read_closed(socket) => {
+                        continue;
+                    }
+                    Step::Perform(request) => {
+                        turn.request();
+                        performing = self.session().map(|session| session.execute(request));
+                        // It may have been another token.
+                        self.expires = expires_of(&self.handler);
+                    }
+                    Step::End(ending) => {
+                        let close = outbox.begin_close();
+                        return close.map_or(End::Gone, |close| End::Close { close, ending });
+                    }
+                }
+            }
+            if turn.is_over(Duration::ZERO) {
+                // Others of this thread have their turn, and the sockets are looked at: a task that has
+                // yielded runs behind both.
+                turn = InputBudget::default();
+                outbox.flush();
+                tokio::task::yield_now().await;
+                if performing.is_none() {
+                    continue;
+                }
+            }
+            if outbox.take_acked() {
+                // The shard that has the copy waits a turn itself, to gather. After two both are queued
+                // here, and leave in one write (docs/adr/0011).
+                tokio::task::yield_now().await;
+                tokio::task::yield_now().await;
+            }
+            outbox.flush();
+            if let Handler::Chat(session) = &mut self.handler {
+                let behind = session.take_lagging();
+                if !behind.is_empty() {
+                    Box::pin(session.catch_up(behind)).await;
+                }
+            }
+            let blocked = outbox.blocked_since();
+            if self.full && blocked.is_none() {
+                tokio::task::yield_now().await;
+                continue;
+            }
+            self.watch_the_time(blocked);
+            let reads = performing.is_none() && !self.full && !self.is_paused();
+            let mut has_waited = false;
+            let mut readable = pin!(socket.readable());
+            let readable = poll_fn(|context| {
+                let polled = readable.as_mut().poll(context);
+                has_waited |= polled.is_pending();
+                polled
+            });
+            // All arms are cancel-safe: what is outcome is kept. The bodies do not await.
+            tokio::select! {
+                biased;
+                () = batch.left() => return End::Leave,
+                () = outbox.woken() => {}
+                outcome = output_of(&mut performing), if performing.is_some() => {
+                    performing = None;
+                    if let Some(session) = self.session() {
+                        // A refusal has been sent, which is all a client of `/ws` needs.
+                        let _ = session.complete(outcome);
+                    }
+                }
+                // A client that is gone waits for nothing.
+                _ = socket.ready(Interest::ERROR), if performing.is_some() => return End::Gone,
+                ready = socket.writable(), if blocked.is_some() => {
+                    if ready.is_ok() {
+                        outbox.flush_writable();
+                    }
+                }
+                ready = readable, if reads => {
+                    if has_waited {
+                        // The others have had theirs meanwhile.
+                        turn = InputBudget::default();
+                    }
+                    if ready.and_then(|()| self.read(socket)).is_err() {
+                        return End::Gone;
+                    }
+                }
+                news = changed(&mut told), if told.is_some() => {
+                    if let Some(session) = self.session() {
+                        session.send_bus_status(news);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Takes what the socket has into `unread`.
+    fn read(&mut self, socket: &TcpStream) -> io::Result<()> {
+        READ.with_borrow_mut(|buffer| {
+            let mut count = None;
+            // A socket that had less than was asked for is empty: to say so here saves the read that
+            // would find nothing. What comes after this one is a new event (epoll(7), question 9).
+            let read = socket.try_io(Interest::READABLE, || {
+                let read = (&*socket2::SockRef::from(socket)).read(buffer)?;
+                count = Some(read);
+                if read < buffer.len() { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
+            });
+            let Some(count) = count else {
+                return match read {
+                    Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(error),
+                    _ => Ok(()),
+                };
+            };
+            if count == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            self.heard = Instant::now();
+            self.handle.health.record_activity(unix_millis_now());
+            self.metrics.bytes_received.inc_by(count as u64);
+            self.unread.extend_from_slice(&buffer[..count]);
+            Ok(())
+        })
+    }
+
+    fn handle_unread(&mut self, turn: &mut InputBudget) -> Step {
+        if self.unread.is_empty() {
+            return Step::More;
+        }
+        let mut input = std::mem::take(&mut self.unread);
+        // Input that was not there before has just been read.
+        let begun = if self.is_behind { Instant::now() } else { self.heard };
+        let (used, mut step) = self.handle(&mut input, begun, turn);
+        self.decoder.release();
+        self.is_behind = used < input.len();
+        if self.is_behind {
+            input.drain(..used);
+            self.unread = input;
+        }
+        self.meter.refused(self.handle.take_rejected());
+        match self.meter.settle(begun) {
+            MeterDecision::Continue => {}
+            MeterDecision::Pause(wait, cause) => {
+                self.metrics.input_throttles.of(cause).inc();
+                self.paused_until = Some(begun + wait);
+            }
+            MeterDecision::Close if !matches!(step, Step::End(_)) => {
+                self.metrics.input_rate_limit_closes.inc();
+                let (code, reason) =
+                    (CloseCode::PolicyViolation.number(), "rate_limited".to_owned());
+                self.handle.outbox.close(Close { code, reason });
+                step = Step::End(Ending::ByGateway);
+            }
+            MeterDecision::Close => {}
+        }
+        turn.time(begun.elapsed());
+        step
+    }
+
+    /// Whether the meter has the connection wait.
+    fn is_paused(&mut self) -> bool {
+        if self.paused_until.is_some_and(|until| until <= Instant::now()) {
+            self.paused_until = None;
+        }
+        self.paused_until.is_some()
+    }
+
+    /// Handles the frames in `input`, as far as that can be done at once.
+    fn handle(&mut self, input: &mut [u8], now: Instant, turn: &mut InputBudget) -> (usize, Step) {
+        let outbox = &self.handle.outbox;
+        let mut used = 0;
+        while used < input.len() {
+            if outbox.is_full() {
+                return (used, Step::Full);
+            }
+            // Most often there is one frame, and the time is not looked at for it.
+            if used > 0 && turn.is_over(now.elapsed()) {
+                return (used, Step::More);
+            }
+            let (count, received) = match self.decoder.next(&mut input[used..]) {
+                Ok(next) => next,
+                Err(error) => {
+                    tracing::debug!(connection = %self.handle.connection, %error, "bad frame");
+                    outbox.close(close_for(error));
+                    return (used, Step::End(Ending::Failed));
+                }
+            };
+            used += count;
+            let Some(received) = received else { continue };
+            turn.frame(received.payload_len());
+            let request = match received {
+                DecoderEvent::Fragment(bytes) => {
+                    self.meter.fragment(bytes);
+                    None
+                }
+                DecoderEvent::Pong(payload) => {
+                    self.meter.control(payload.len());
+                    self.handle.health.record_rtt(now.saturating_duration_since(self.pinged));
+                    None
+                }
+                DecoderEvent::Ping(payload) => {
+                    self.meter.control(payload.len());
+                    outbox.push_pong(skein_websocket::encode(Opcode::Pong, &[payload]));
+                    None
+                }
+                DecoderEvent::Close(close) => {
+                    let (code, reason) = close.unwrap_or((1005, ""));
+                    outbox.close(Close { code, reason: reason.to_owned() });
+                    return (used, Step::End(Ending::ByClient));
+                }
+                message @ (DecoderEvent::Text(_) | DecoderEvent::Binary(_)) => {
+                    self.metrics.frames_received.inc();
+                    self.meter.data(message.payload_len());
+                    #[cfg(debug_assertions)]
+                    if let DecoderEvent::Text(text) = &message {
+                        skein_core::fault_injection::panic_in("a connection", text.as_bytes());
+                    }
+                    match &mut self.handler {
+                        Handler::Chat(session) => {
+                            session.handle_frame(frame(&message), &mut self.meter, now)
+                        }
+                        Handler::Echo(echo) => {
+                            echo.handle(&message, outbox);
+                            None
+                        }
+                    }
+                }
+            };
+            if let Some(request) = request {
+                return (used, Step::Perform(request));
+            }
+        }
+        (used, Step::More)
+    }
+
+    /// Looks at the time if that is due, and is woken when it is next.
+    fn watch_the_time(&mut self, blocked: Option<Instant>) {
+        let now = Instant::now();
+        let stalled = blocked.map(|since| since + self.heartbeat.write_timeout);
+        let next = |next: Instant| stalled.map_or(next, |stalled| next.min(stalled));
+        if next(self.next_look()) <= now {
+            self.look_at_the_time(now);
+        }
+        let next = next(self.next_look());
+        self.alarm.set(self.paused_until.map_or(next, |until| next.min(until)), now);
+    }
+
+    /// Pings, and ends a connection that is dead, stuck, or past its token.
+    fn look_at_the_time(&mut self, now: Instant) {
+        let outbox = &self.handle.outbox;
+        // Bytes that the peer's TCP acknowledges are a sign of life: over a slow link the client's own
+        // frames may come late.
+        self.heard = outbox.progressed().map_or(self.heard, |at| self.heard.max(at));
+        let over =
+            |code: CloseCode| outbox.close(Close { code: code.number(), reason: String::new() });
+        if self.expires.is_some_and(|expires| expires <= now) {
+            over(CloseCode::TokenExpired);
+        } else if outbox.stalled(now) >= self.heartbeat.write_timeout {
+            over(CloseCode::WriteTimeout);
+        } else if now - self.heard >= self.heartbeat.idle_timeout {
+            over(CloseCode::IdleTimeout);
+        } else if now - self.pinged >= self.heartbeat.interval {
+            self.pinged = now;
+            outbox.push(self.ping());
+            outbox.flush();
+        }
+    }
+
+    fn ping(&self) -> bytes::Bytes {
+        if self.json_ping {
+            let timestamp = skein_protocol::timestamp(SystemTime::now());
+            text_frame(&ServerFrame::Ping(ServerPingFrame { timestamp }))
+        } else {
+            skein_websocket::encode(Opcode::Ping, &[])
+        }
+    }
+
+    /// When there is next something to be looked at.
+    fn next_look(&self) -> Instant {
+        let ping = self.pinged + self.heartbeat.interval;
+        let dead = self.heard + self.heartbeat.idle_timeout;
+        let next = ping.min(dead);
+        self.expires.map_or(next, |expires| next.min(expires))
+    }
+}
+
+/// Whether the connection was reset or is closed in both directions, so that nothing can be answered.
+fn is_write_closed(socket: &TcpStream) -> bool {
+    let ready = socket.ready(Interest::WRITABLE).now_or_never();
+    matches!(ready, Some(Ok(ready)) if ready.is_write_closed())
+}
+
+/// Whether the peer sends nothing any more, once what was received is handled.
+fn is_read_closed(socket: &TcpStream) -> bool {
+    let ready = socket.ready(Interest::READABLE).now_or_never();
+    matches!(ready, Some(Ok(ready)) if ready.is_read_closed())
+}
+
+/// When the client's token ends.
+fn expires_of(handler: &Handler) -> Option<Instant> {
+    let Handler::Chat(session) = handler else { return None };
+    let left = session.expires_at()?.duration_since(SystemTime::now()).unwrap_or_default();
+    Instant::now().checked_add(left)
+}
+
+/// What clients are told of the bus, when that has changed; never, where nobody is told. Cancel-safe.
+pub async fn changed(told: &mut Option<watch::Receiver<BusStatus>>) -> BusStatus {
+    if let Some(told) = told
+        && told.changed().await.is_ok()
+    {
+        return *told.borrow_and_update();
+    }
+    std::future::pending().await
+}
+
+fn frame<'a>(
+    message: &DecoderEvent<'a>,
+) -> Result<Frame<'a>, Box<skein_protocol::protocol::server_frame::ErrorFrame>> {
+    match *message {
+        DecoderEvent::Text(text) => Frame::from_text(text),
+        DecoderEvent::Binary(bytes) => Frame::from_binary(bytes),
+        DecoderEvent::Ping(_)
+        | DecoderEvent::Pong(_)
+        | DecoderEvent::Close(_)
+        | DecoderEvent::Fragment(_) => {
+            unreachable!("only whole messages are frames of the protocol")
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

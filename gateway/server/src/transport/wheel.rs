@@ -1,0 +1,211 @@
+//! One clock for all connections: a timing wheel (Varghese and Lauck, 1987) that wakes a connection
+//! when there is something to look at, in place of a timer in each of them.
+//!
+//! It is coarse on purpose. Heartbeats are a matter of seconds, and an entry takes two words.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use parking_lot::Mutex;
+use slab::Slab;
+use tokio::time::{Instant, MissedTickBehavior};
+
+use skein_core::hub::member::ConnectionHandle;
+
+/// How coarse it is: a connection is woken so much later than it asked for, at most.
+const TICK: Duration = Duration::from_millis(100);
+/// How many ticks it holds.
+const SLOTS: usize = 1024;
+/// How far it reaches: some 100 s. Who asks for later is woken then, and asks again.
+const REACH: Duration = TICK.saturating_mul(SLOTS as u32 - 2);
+
+/// The wheel.
+#[derive(Debug)]
+pub struct Wheel {
+    begun: Instant,
+    /// The tick whose slot is being emptied, or was last.
+    done: AtomicU64,
+    slots: Box<[Mutex<Slab<Arc<ConnectionHandle>>>]>,
+}
+
+/// When one connection is to be woken. Nothing is left in the wheel when it is dropped.
+#[derive(Debug)]
+pub(super) struct Alarm {
+    wheel: Arc<Wheel>,
+    handle: Arc<ConnectionHandle>,
+    set: Option<Set>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Set {
+    at: Instant,
+    slot: usize,
+    key: usize,
+}
+
+impl Default for Wheel {
+    fn default() -> Self {
+        let slots = (0..SLOTS).map(|_| Mutex::default()).collect();
+        Self { begun: Instant::now(), done: AtomicU64::new(0), slots }
+    }
+}
+
+impl Wheel {
+    /// Turns the wheel, for ever.
+    pub async fn turn(&self) {
+        let mut ticks = tokio::time::interval(TICK);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
+        loop {
+            ticks.tick().await;
+            let (done, now) = (self.done.load(Ordering::Acquire), self.ticks_until(Instant::now()));
+            // More than a turn, after the machine was suspended, is one turn.
+            for tick in done.max(now.saturating_sub(SLOTS as u64)) + 1..=now {
+                // First, so that nobody is put into a slot that has been emptied.
+                self.done.store(tick, Ordering::Release);
+                let due = std::mem::take(&mut *self.slots[slot(tick)].lock());
+                for (_, handle) in due {
+                    handle.outbox.wake();
+                }
+            }
+        }
+    }
+
+    /// Whole ticks from the beginning until `at`.
+    fn ticks_until(&self, at: Instant) -> u64 {
+        (at.saturating_duration_since(self.begun).as_millis() / TICK.as_millis()) as u64
+    }
+
+    /// Puts a connection into the slot whose turn is next at `at` or after it, as far as the wheel
+    /// reaches. Returns slot and place.
+    fn insert(&self, at: Instant, handle: &Arc<ConnectionHandle>) -> (usize, usize) {
+        let wanted = self.ticks_until(at) + 1;
+        loop {
+            let done = self.done.load(Ordering::Acquire);
+            let tick = wanted.clamp(done + 1, done + SLOTS as u64 - 1);
+            let mut entries = self.slots[slot(tick)].lock();
+            if self.done.load(Ordering::Acquire) < tick {
+                return (slot(tick), entries.insert(handle.clone()));
+            }
+        }
+    }
+}
+
+fn slot(tick: u64) -> usize {
+    (tick % SLOTS as u64) as usize
+}
+
+impl Alarm {
+    pub(super) fn new(wheel: Arc<Wheel>, handle: Arc<ConnectionHandle>) -> Self {
+        Self { wheel, handle, set: None }
+    }
+
+    /// Has the connection woken at `at`, or before.
+    pub(super) fn set(&mut self, at: Instant, now: Instant) {
+        let at = at.min(now + REACH);
+        if self.set.is_some_and(|set| set.at > now && set.at <= at) {
+            return;
+        }
+        self.clear();
+        let (slot, key) = self.wheel.insert(at, &self.handle);
+        self.set = Some(Set { at, slot, key });
+    }
+
+    fn clear(&mut self) {
+        let Some(Set { slot, key, .. }) = self.set.take() else { return };
+        let mut slot = self.wheel.slots[slot].lock();
+        // Its turn may be over, and the place another's.
+        if slot.get(key).is_some_and(|there| Arc::ptr_eq(there, &self.handle)) {
+            slot.remove(key);
+        }
+    }
+}
+
+impl Drop for Alarm {
+    fn drop(&mut self) {
+        self.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use skein_protocol::ids::ConnectionId;
+    use tokio::time::{advance, timeout};
+
+    use super::*;
+    use skein_core::{drain::Tasks, outbox::Outbox, telemetry::metrics::Metrics};
+
+    fn alarm(wheel: &Arc<Wheel>) -> Alarm {
+        let outbox = Outbox::to_owner(1000, Arc::new(Metrics::default()));
+        Alarm::new(wheel.clone(), Arc::new(ConnectionHandle::new(ConnectionId::random(), outbox)))
+    }
+
+    fn len(wheel: &Wheel) -> usize {
+        wheel.slots.iter().map(|slot| slot.lock().len()).sum()
+    }
+
+    /// How long it takes until it is woken.
+    async fn woken(alarm: &Alarm) -> Duration {
+        let asked = Instant::now();
+        let woken = alarm.handle.outbox.woken();
+        timeout(Duration::from_secs(1000), woken).await.expect("it is woken");
+        asked.elapsed()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_is_woken_when_it_asked_for_and_little_later() {
+        let wheel = Arc::new(Wheel::default());
+        let turning = wheel.clone();
+        let tasks = Tasks::default();
+        tasks.spawn_service("wheel", async move { turning.turn().await });
+        let mut alarm = alarm(&wheel);
+        for millis in [0, 1, 99, 100, 101, 12_345, 25_000, 60_000, 102_000] {
+            advance(Duration::from_millis(37)).await;
+            let (now, wait) = (Instant::now(), Duration::from_millis(millis));
+            alarm.set(now + wait, now);
+            let took = woken(&alarm).await;
+            assert!(took >= wait && took <= wait + 2 * TICK, "{took:?} for {wait:?}");
+        }
+        // The time has passed when it asks, and so has the slot.
+        let now = Instant::now();
+        advance(3 * TICK).await;
+        tokio::task::yield_now().await;
+        alarm.set(now, now);
+        assert!(woken(&alarm).await <= TICK);
+        // What is further away than the wheel reaches is looked at once a turn, again and again.
+        let hour = Instant::now() + Duration::from_secs(3600);
+        for _ in 0..3 {
+            alarm.set(hour, Instant::now());
+            assert!(woken(&alarm).await <= TICK * SLOTS as u32);
+        }
+        assert_eq!(len(&wheel), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_alarm_has_one_entry_and_leaves_none() {
+        let wheel = Arc::new(Wheel::default());
+        let (mut one, mut other) = (alarm(&wheel), alarm(&wheel));
+        let now = Instant::now();
+        let at = |secs| now + Duration::from_secs(secs);
+        for secs in [25, 60, 30, 25] {
+            one.set(at(secs), now);
+        }
+        assert_eq!(one.set.unwrap().at, at(25), "the earliest counts");
+        one.set(at(5), now);
+        other.set(at(5), now);
+        assert_eq!(len(&wheel), 2);
+        // The slot has had its turn, and the place of the first is another's.
+        let slot = one.set.unwrap().slot;
+        *wheel.slots[slot].lock() = Slab::new();
+        let mut third = alarm(&wheel);
+        third.set(at(5), now);
+        drop((one, other));
+        assert_eq!(len(&wheel), 1);
+        drop(third);
+        assert_eq!(len(&wheel), 0);
+    }
+}

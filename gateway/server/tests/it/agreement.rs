@@ -1,0 +1,167 @@
+//! The nodes agree on the server behind the name, and clients hear of it.
+
+use std::time::Duration;
+
+use skein_client::{
+    connection::{ClientConnection, ReceivedMessage},
+    frames,
+};
+use skein_protocol::{
+    ids::RoomId,
+    position::Position,
+    protocol::server_frame::{BusState, HistoryEntry, JoinedFrame, ServerFrame, StatusFrame},
+};
+use tokio::time::Instant;
+
+use crate::harness::{Gateway, Node, Redis, connect, next_message, room, say, until, within};
+
+/// The next `status` that arrives.
+async fn next_status(connection: &mut ClientConnection) -> StatusFrame {
+    let status = async {
+        loop {
+            if let ReceivedMessage::Frame(ServerFrame::Status(status), _) =
+                connection.next().await.unwrap()
+            {
+                return status;
+            }
+        }
+    };
+    within(status).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_hear_when_the_bus_is_away_and_when_nothing_is_missing_any_more() {
+    let mut redis = Redis::start_durable().await;
+    let (one, two) = (Gateway::start_on(&redis, &[]).await, Gateway::start_on(&redis, &[]).await);
+    let lobby = room("lobby");
+    let (mut ann, mut bob) = (one.connect("ann").await, two.connect("bob").await);
+    ann.join(&lobby).await.unwrap();
+    bob.join(&lobby).await.unwrap();
+    redis.kill().await;
+    for connection in [&mut ann, &mut bob] {
+        assert_eq!(next_status(connection).await.bus, BusState::Down);
+    }
+    redis.restart().await;
+    for connection in [&mut ann, &mut bob] {
+        assert_eq!(next_status(connection).await.bus, BusState::Up);
+    }
+    assert_eq!(say(&mut ann, &lobby, "back").await.seq, 1);
+    assert_eq!(next_message(&mut bob).await.seq, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_redis_waits_for_those_who_may_remember_something() {
+    let redis = Redis::start_new(false).await;
+    let begun = Instant::now();
+    let gateway = Gateway::start_on(&redis, &[]).await;
+    let waited = begun.elapsed();
+    assert!(waited >= Duration::from_secs(3), "it did not wait: {waited:?}");
+    // Who comes later finds it agreed on.
+    let begun = Instant::now();
+    let second = Gateway::start_on(&redis, &[]).await;
+    println!("the first node waited {waited:?}, the second {:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(2));
+    let lobby = room("lobby");
+    let (mut ann, mut bob) = (gateway.connect("ann").await, second.connect("bob").await);
+    ann.join(&lobby).await.unwrap();
+    bob.join(&lobby).await.unwrap();
+    assert_eq!(say(&mut ann, &lobby, "first").await.seq, 1);
+    assert_eq!(next_message(&mut bob).await.seq, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_redis_that_is_flushed_while_nobody_speaks_is_agreed_on_again() {
+    let redis = Redis::start().await;
+    let (one, two) = (Gateway::start_on(&redis, &[]).await, Gateway::start_on(&redis, &[]).await);
+    let (lobby, other) = (room("lobby"), room("other"));
+    let (mut ann, mut bob) = (one.connect("ann").await, two.connect("bob").await);
+    ann.join(&lobby).await.unwrap();
+    bob.join(&lobby).await.unwrap();
+    assert_eq!(say(&mut ann, &lobby, "before").await.seq, 1);
+    assert_eq!(next_message(&mut bob).await.seq, 1);
+    redis.command("FLUSHALL").await;
+    // It needs the bus, and is answered without anybody publishing.
+    until("a join is answered", async || bob.join(&other).await.is_ok()).await;
+    assert_eq!(say(&mut ann, &lobby, "after").await.seq, 2);
+    assert_eq!(next_message(&mut bob).await.seq, 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_starts_on_a_full_redis_and_its_clients_are_served() {
+    let redis = Redis::start().await;
+    let one = Gateway::start_on(&redis, &[]).await;
+    let lobby = room("lobby");
+    let mut ann = one.connect("ann").await;
+    ann.join(&lobby).await.unwrap();
+    assert_eq!(say(&mut ann, &lobby, "before").await.seq, 1);
+    redis.command("CONFIG SET maxmemory 1").await;
+    let two = Gateway::start_on(&redis, &[]).await;
+    let mut bob = two.connect("bob").await;
+    let joined = bob.join(&lobby).await.unwrap();
+    assert_eq!(joined.seq, 1);
+    // What is said makes room for itself.
+    assert_eq!(say(&mut ann, &lobby, "meanwhile").await.seq, 2);
+    assert_eq!(next_message(&mut bob).await.seq, 2);
+    redis.command("CONFIG SET maxmemory 0").await;
+    assert_eq!(say(&mut ann, &lobby, "after").await.seq, 3);
+    assert_eq!(next_message(&mut bob).await.seq, 3);
+}
+
+/// Comes back with what was had of a room. Returns the answer.
+async fn resume(gateway: &Gateway, room: &RoomId, since: &Position) -> JoinedFrame<HistoryEntry> {
+    let mut ann = gateway.connect("ann").await;
+    let join = frames::OutgoingJoin { since: Some(since), ..frames::OutgoingJoin::new(room) };
+    match ann.request(&join).await.unwrap() {
+        ServerFrame::Joined(joined) => *joined,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_planned_stop_and_start_of_everything_is_no_break() {
+    let mut redis = Redis::start_durable().await;
+    let (one, two) = (Gateway::start_on(&redis, &[]).await, Gateway::start_on(&redis, &[]).await);
+    let lobby = room("lobby");
+    let (mut ann, mut bob) = (one.connect("ann").await, two.connect("bob").await);
+    ann.join(&lobby).await.unwrap();
+    let epoch = bob.join(&lobby).await.unwrap().epoch;
+    for connection in [&mut ann, &mut bob] {
+        say(connection, &lobby, "before").await;
+    }
+    let seen = Position::new(epoch.clone(), 1);
+    let left = async |redis: &Redis| redis.command("HEXISTS gw:barrier left").await.unwrap();
+    one.stop().await;
+    assert_eq!(left(&redis).await, ":0", "the other one is still there");
+    two.stop().await;
+    assert_eq!(left(&redis).await, ":1");
+    redis.stop().await;
+    redis.restart().await;
+
+    let (one, two) = tokio::join!(Gateway::start_on(&redis, &[]), Gateway::start_on(&redis, &[]));
+    for gateway in [&one, &two] {
+        let joined = resume(gateway, &lobby, &seen).await;
+        assert!(joined.recovered, "{joined:?}");
+        assert_eq!((&joined.epoch, joined.seq), (&epoch, 2));
+    }
+    // From here on it is a state like any other.
+    assert_eq!(left(&redis).await, ":0");
+    let mut ann = one.connect("ann").await;
+    ann.join(&lobby).await.unwrap();
+    assert_eq!(say(&mut ann, &lobby, "after").await.seq, 3);
+    one.stop().await;
+    two.stop().await;
+
+    // The gateways alone are started again, and then die: what they had acknowledged may be missing.
+    let node = Node::start(&redis, None, &[]).await;
+    assert_eq!(left(&redis).await, ":0");
+    let mut ann = connect(node.address, "ann").await;
+    ann.join(&lobby).await.unwrap();
+    assert_eq!(say(&mut ann, &lobby, "later").await.seq, 4);
+    node.process.signal("KILL");
+    node.end().await;
+    redis.stop().await;
+    redis.restart().await;
+    let gateway = Gateway::start_on(&redis, &[]).await;
+    let mut ann = gateway.connect("ann").await;
+    assert_ne!(ann.join(&lobby).await.unwrap().epoch, epoch);
+}

@@ -1,0 +1,625 @@
+//! The server API: what it answers, and what clients see of it; on a single node, on three nodes of a
+//! cluster, and on two with a Redis Cluster.
+
+use std::net::SocketAddr;
+
+use serde_json::{Value, json};
+use skein_client::connection::{ClientConnection, ReceivedMessage};
+use skein_protocol::{
+    ids::MessageId,
+    position::Position,
+    protocol::server_frame::{LeftReason, NotificationFrame, ServerFrame},
+};
+
+use crate::{
+    directs::Device,
+    harness::{Http, closed, http_raw, next_message, room, say, until, within},
+    people::{World, ask, heard, refused},
+};
+
+pub const KEY: &str = "a key of sixteen and more";
+const OPTIONS: [(&str, &str); 2] = [
+    ("api.keys", "test:a key of sixteen and more,other:another key of sixteen"),
+    ("presence.grace", "0s"),
+];
+
+/// A request with a key.
+pub async fn call_as(
+    key: Option<&str>,
+    address: SocketAddr,
+    call: &str,
+    body: Option<Value>,
+) -> Http {
+    let body = body.map(|body| body.to_string()).unwrap_or_default();
+    let key = key.map(|key| format!("Authorization: Bearer {key}\r\n")).unwrap_or_default();
+    let head = format!(
+        "{call} HTTP/1.1\r\nHost: {address}\r\n{key}Content-Type: application/json\r\n\
+         Content-Length: {}\r\nConnection: close\r\n\r\n",
+        body.len()
+    );
+    http_raw(address, &format!("{head}{body}")).await
+}
+
+impl World {
+    /// What the `node`th node answers, which has to have this status.
+    async fn call(&self, node: usize, call: &str, body: Option<Value>, status: u16) -> Value {
+        let address = self.nodes[node % self.nodes.len()].address;
+        let http = call_as(Some(KEY), address, call, body).await;
+        assert_eq!(http.status, status, "{call}: {}", http.body);
+        serde_json::from_str(&http.body)
+            .unwrap_or_else(|error| panic!("{call}: {error}: {}", http.body))
+    }
+
+    /// That it was applied on all nodes.
+    async fn order(&self, node: usize, call: &str, body: Option<Value>) {
+        let outcome = self.call(node, call, body, 200).await;
+        let nodes = self.nodes.len();
+        assert_eq!(outcome, json!({"applied": nodes, "nodes": nodes}), "{call}");
+    }
+}
+
+async fn notification(connection: &mut ClientConnection) -> NotificationFrame {
+    heard(connection, |frame| match frame {
+        ServerFrame::Notification(notification) => Some(*notification),
+        _ => None,
+    })
+    .await
+}
+
+#[tokio::test]
+async fn who_has_no_key_is_told_so() {
+    World::each(&OPTIONS, async |world| {
+        let address = world.nodes[0].address;
+        for key in [None, Some("wrong"), Some("")] {
+            let http = call_as(key, address, "GET /api/v1/online", None).await;
+            assert_eq!((http.status, http.header("www-authenticate")), (401, Some("Bearer")));
+            assert!(http.body.contains(r#""code":"unauthorized""#), "{}", http.body);
+        }
+        let other =
+            call_as(Some("another key of sixteen"), address, "GET /api/v1/online", None).await;
+        assert_eq!(other.status, 200);
+        for path in ["/api/openapi.json", "/api/docs"] {
+            assert_eq!(call_as(None, address, &format!("GET {path}"), None).await.status, 200);
+        }
+        assert_eq!(call_as(Some(KEY), address, "GET /api/v1/nothing", None).await.status, 404);
+        assert_eq!(call_as(Some(KEY), address, "PATCH /api/v1/online", None).await.status, 405);
+    })
+    .await;
+    let closed = crate::harness::Gateway::start(&[("api.docs", "false")]).await;
+    let answer = call_as(Some(KEY), closed.address, "GET /api/v1/online", None).await;
+    assert_eq!(answer.status, 403);
+    assert_eq!(call_as(None, closed.address, "GET /api/docs", None).await.status, 404);
+}
+
+#[tokio::test]
+async fn the_application_sends_to_a_room_as_itself_or_as_somebody() {
+    World::each(&OPTIONS, async |world| {
+        let mut ann = world.connect(0, "ann").await;
+        ann.join(&room("r")).await.unwrap();
+        let id = MessageId::random();
+        let body = json!({"content": {"a": 1}, "kind": "system", "id": id, "meta": {"x": []}});
+        let sent = world.call(1, "POST /api/v1/rooms/r/messages", Some(body.clone()), 201).await;
+        let message = next_message(&mut ann).await;
+        assert_eq!((message.seq, message.id, message.from.id.as_str()), (1, id, "_api"));
+        assert_eq!((sent["seq"].as_u64(), sent["duplicate"].as_bool()), (Some(1), Some(false)));
+        let again = world.call(2, "POST /api/v1/rooms/r/messages", Some(body), 200).await;
+        assert_eq!((again["seq"].as_u64(), again["duplicate"].as_bool()), (Some(1), Some(true)));
+        let as_bob = json!({"content": "hi", "from": "bob"});
+        world.call(0, "POST /api/v1/rooms/r/messages", Some(as_bob), 201).await;
+        assert_eq!(next_message(&mut ann).await.from.id.as_str(), "bob");
+        for bad in [
+            json!({}),
+            json!({"content": 1, "from": "a b"}),
+            json!({"content": 1, "id": "x"}),
+            json!({"content": 1, "meta": []}),
+            json!([]),
+        ] {
+            world.call(0, "POST /api/v1/rooms/r/messages", Some(bad), 400).await;
+        }
+        world.call(0, "POST /api/v1/rooms/a%20b/messages", Some(json!({"content": 1})), 400).await;
+        let large = json!({"content": "x".repeat(300_000)});
+        world.call(0, "POST /api/v1/rooms/r/messages", Some(large), 413).await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_batch_has_a_fate_for_each_message_in_its_order() {
+    World::each(&OPTIONS, async |world| {
+        let mut ann = world.connect(2, "ann").await;
+        ann.join(&room("r")).await.unwrap();
+        let mut messages: Vec<Value> =
+            (0..50).map(|n| json!({"room": "r", "content": n})).collect();
+        messages.insert(10, json!({"room": "not a room", "content": 0}));
+        let body = json!({"messages": messages});
+        let results = world.call(0, "POST /api/v1/publish", Some(body), 201).await;
+        let results = results["results"].as_array().unwrap();
+        assert_eq!(results[10]["error"]["code"], "bad_request");
+        let seqs: Vec<_> = results.iter().filter_map(|result| result["seq"].as_u64()).collect();
+        assert_eq!(seqs, (1..=50).collect::<Vec<_>>());
+        for n in 0..50 {
+            assert_eq!(next_message(&mut ann).await.content, json!(n));
+        }
+        let many = json!({"messages": vec![json!({"room": "r", "content": 0}); 1001]});
+        world.call(0, "POST /api/v1/publish", Some(many), 400).await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn rooms_are_made_listed_looked_into_and_deleted() {
+    World::each(&OPTIONS, async |world| {
+        let made = json!({"name": "The Room", "owner": "ann", "password": "open", "max_members": 3,
+            "public": false, "meta": {"a": 1}});
+        let info = world.call(0, "PUT /api/v1/rooms/made", Some(made.clone()), 201).await;
+        assert_eq!(
+            (info["protected"].as_bool(), info["owner"].as_str()),
+            (Some(true), Some("ann"))
+        );
+        assert!(!info.to_string().contains("argon2"));
+        let twice = world.call(1, "PUT /api/v1/rooms/made", Some(made), 409).await;
+        assert_eq!(twice["error"]["code"], "room_exists");
+        assert_eq!(world.call(2, "GET /api/v1/rooms/made", None, 200).await["name"], "The Room");
+        world.call(0, "GET /api/v1/rooms/none", None, 404).await;
+        let mut bob = world.connect(1, "bob").await;
+        let join = json!({"type": "join", "room": "made", "password": "open"});
+        ask(&mut bob, join).await.unwrap();
+        bob.join(&room("other")).await.unwrap();
+        for n in 0..5 {
+            say(&mut bob, &room("other"), &n.to_string()).await;
+        }
+        let private = world.call(1, "GET /api/v1/rooms?prefix=made", None, 200).await;
+        assert_eq!(private["rooms"][0]["public"], false);
+        let rooms = world.call(0, "GET /api/v1/rooms?prefix=o", None, 200).await;
+        assert_eq!(
+            (rooms["rooms"][0]["room"].as_str(), rooms["rooms"][0]["members"].as_u64()),
+            (Some("other"), Some(1))
+        );
+        let page =
+            world.call(2, "GET /api/v1/rooms/other/history?before=5&limit=2", None, 200).await;
+        let contents: Vec<_> =
+            page["messages"].as_array().unwrap().iter().map(|m| &m["content"]).collect();
+        assert_eq!(
+            (contents, page["more"].as_bool()),
+            (vec![&json!("2"), &json!("3")], Some(true))
+        );
+        for bad in ["limit=0", "limit=x", "before=1&after=1", "before=-1", "after=9007199254740992"]
+        {
+            world.call(0, &format!("GET /api/v1/rooms/other/history?{bad}"), None, 400).await;
+        }
+        until("the other node shows who is there", async || {
+            let present = world.call(2, "GET /api/v1/rooms/made/presence", None, 200).await;
+            present["users"][0]["id"] == "bob" && present["count"] == 1
+        })
+        .await;
+        world.call(2, "DELETE /api/v1/rooms/made", None, 200).await;
+        let closed = heard(&mut bob, |frame| match frame {
+            ServerFrame::RoomClosed(closed) => Some(closed.room),
+            _ => None,
+        });
+        assert_eq!(closed.await.as_str(), "made");
+        world.call(1, "DELETE /api/v1/rooms/made", None, 404).await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn notifications_reach_all_devices_now_or_later_and_once() {
+    World::each(&OPTIONS, async |world| {
+        let mut ann = Device::open(world, 0, "ann", |_| {}).await;
+        let mut phone = Device::open(world, 1, "ann", |_| {}).await;
+        let id = MessageId::random();
+        let body = json!({"payload": {"n": 1}, "require_ack": true, "id": id});
+        let call = "POST /api/v1/users/ann/notifications";
+        let sent = world.call(2, call, Some(body.clone()), 201).await;
+        assert_eq!(world.call(0, call, Some(body), 200).await["duplicate"], true);
+        for device in [&mut ann, &mut phone] {
+            let told = notification(&mut device.connection).await;
+            assert_eq!((told.id, told.require_ack, told.payload), (id, true, json!({"n": 1})));
+            assert_eq!(Some(told.seq), sent["seq"].as_u64());
+        }
+        let many = json!({"users": ["ann", "bob", "_no"], "payload": "all"});
+        let results = world.call(1, "POST /api/v1/notifications", Some(many), 201).await;
+        let results = results["results"].as_array().unwrap();
+        assert_eq!(
+            (results[0]["user"].as_str(), results[0]["seq"].as_u64()),
+            (Some("ann"), Some(2))
+        );
+        assert_eq!(
+            (results[1]["seq"].as_u64(), results[2]["error"]["code"].as_str()),
+            (Some(1), Some("bad_request"))
+        );
+        for device in [&mut ann, &mut phone] {
+            assert_eq!(notification(&mut device.connection).await.payload, json!("all"));
+        }
+        // Who was not there finds it.
+        let mut bob = Device::open(world, 2, "bob", |_| {}).await;
+        assert_eq!(bob.connected.inbox.unread, 1);
+        let told = notification(&mut bob.connection).await;
+        assert!(told.replay && told.payload == json!("all"));
+        world
+            .call(0, "POST /api/v1/users/_api/notifications", Some(json!({"payload": 1})), 400)
+            .await;
+        world.call(0, call, Some(json!({})), 400).await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_broadcast_reaches_every_connection_once() {
+    World::each(&OPTIONS, async |world| {
+        let mut all = Vec::new();
+        for (n, user) in ["ann", "ann", "bob", "cat"].into_iter().enumerate() {
+            all.push(world.connect(n, user).await);
+        }
+        let body = Some(json!({"payload": ["hear"]}));
+        let sent = world.call(1, "POST /api/v1/broadcast", body, 201).await;
+        assert_eq!(sent["applied"], sent["nodes"]);
+        for connection in &mut all {
+            let told = heard(connection, |frame| match frame {
+                ServerFrame::Broadcast(broadcast) => Some(broadcast),
+                _ => None,
+            });
+            assert_eq!(told.await.payload, json!(["hear"]));
+            connection.send_text(r#"{"type":"ping"}"#).await.unwrap();
+            let next = within(connection.next()).await.unwrap();
+            assert!(matches!(next, ReceivedMessage::Frame(ServerFrame::Pong(_), _)), "{next:?}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_member_is_removed_on_every_device_and_may_join_again() {
+    World::each(&OPTIONS, async |world| {
+        let mut devices = [world.connect(0, "ann").await, world.connect(1, "ann").await];
+        let mut bob = world.connect(2, "bob").await;
+        for connection in devices.iter_mut().chain([&mut bob]) {
+            connection.join(&room("r")).await.unwrap();
+        }
+        world.order(2, "DELETE /api/v1/rooms/r/members/ann", None).await;
+        for connection in &mut devices {
+            let left = heard(connection, |frame| match frame {
+                ServerFrame::Left(left) => Some(left),
+                _ => None,
+            });
+            let left = left.await;
+            assert_eq!((left.room, left.reason), (room("r"), Some(LeftReason::Kicked)));
+            let say = json!({"type": "message", "room": "r", "content": "still here?"});
+            assert_eq!(refused(connection, say).await.as_str(), "not_joined");
+        }
+        let gone = heard(&mut bob, |frame| match frame {
+            ServerFrame::MemberLeft(left) => Some((left.user.to_string(), left.count)),
+            _ => None,
+        });
+        assert_eq!(gone.await, ("ann".into(), 1));
+        devices[0].join(&room("r")).await.unwrap();
+        say(&mut devices[0], &room("r"), "back").await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_user_is_disconnected_everywhere_and_the_session_is_gone_unless_kept() {
+    World::each(&OPTIONS, async |world| {
+        for keep in [true, false] {
+            let mut ann = Device::open(world, 0, "ann", |_| {}).await;
+            let mut phone = Device::open(world, 1, "ann", |_| {}).await;
+            let mut bob = world.connect(1, "bob").await;
+            let body = json!({"code": 4321, "reason": "bye for now", "keep_session": keep});
+            world.order(2, "POST /api/v1/users/ann/disconnect", Some(body)).await;
+            for device in [&mut ann, &mut phone] {
+                assert_eq!(
+                    closed(&mut device.connection).await,
+                    (Some(4321), "bye for now".into())
+                );
+            }
+            let token = ann.connected.session.clone();
+            let back = Device::open(world, 2, "ann", |to| to.session = Some(token)).await;
+            assert_eq!(back.connected.resumed, keep);
+            ask(&mut bob, json!({"type": "ping"})).await.unwrap();
+        }
+        let mut ann = world.connect(0, "ann").await;
+        world.order(1, "POST /api/v1/users/ann/disconnect", None).await;
+        assert_eq!(closed(&mut ann).await, (Some(1008), "kicked".into()));
+        for bad in [json!({"code": 1006}), json!({"code": "x"}), json!({"reason": "x".repeat(124)})]
+        {
+            world.call(0, "POST /api/v1/users/ann/disconnect", Some(bad), 400).await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn sessions_are_listed_and_revoked_one_or_all_but_one() {
+    World::each(&OPTIONS, async |world| {
+        let mut devices = Vec::new();
+        for node in 0..3 {
+            devices.push(Device::open(world, node, "ann", |_| {}).await);
+        }
+        let ids: Vec<String> = devices.iter().map(|d| d.connected.session_id.to_string()).collect();
+        let listed = world.call(1, "GET /api/v1/users/ann/sessions", None, 200).await;
+        let listed = listed["sessions"].as_array().unwrap();
+        assert!(
+            listed.len() == 3 && ids.iter().all(|id| listed.iter().any(|s| s["session_id"] == *id))
+        );
+        assert!(listed[0]["connection_id"].is_string() && listed[0]["address"] == "127.0.0.1");
+        world.order(2, &format!("DELETE /api/v1/users/ann/sessions/{}", ids[0]), None).await;
+        assert_eq!(closed(&mut devices[0].connection).await, (Some(1008), "kicked".into()));
+        world.call(2, &format!("DELETE /api/v1/users/ann/sessions/{}", ids[0]), None, 404).await;
+        world.order(0, &format!("DELETE /api/v1/users/ann/sessions?except={}", ids[2]), None).await;
+        assert_eq!(closed(&mut devices[1].connection).await.0, Some(1008));
+        ask(&mut devices[2].connection, json!({"type": "ping"})).await.unwrap();
+        let token = devices[1].connected.session.clone();
+        let again = Device::open(world, 0, "ann", |to| to.session = Some(token)).await;
+        assert!(!again.connected.resumed);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_user_is_shown_with_rooms_and_how_the_connections_are() {
+    World::each(&OPTIONS, async |world| {
+        let mut ann = world.connect(0, "ann").await;
+        let phone = world.connect(1, "ann").await;
+        ann.join(&room("r")).await.unwrap();
+        ann.join(&room("s")).await.unwrap();
+        let user = world.call(2, "GET /api/v1/users/ann", None, 200).await;
+        assert_eq!((&user["online"], &user["rooms"]), (&json!(true), &json!(["r", "s"])));
+        let connections = user["connections"].as_array().unwrap();
+        assert_eq!(connections.len(), 2);
+        for connection in connections {
+            assert_eq!(
+                (&connection["lagging"], &connection["address"]),
+                (&json!(false), &json!("127.0.0.1"))
+            );
+            assert!(connection["last_seen"].is_string() && connection["queued_bytes"].is_u64());
+        }
+        for (path, users) in [("prefix=an", 1), ("prefix=b", 0), ("limit=1", 1)] {
+            let page = world.call(1, &format!("GET /api/v1/users?{path}"), None, 200).await;
+            assert_eq!(page["users"].as_array().unwrap().len(), users, "{path}: {page}");
+        }
+        let online = world.call(1, "GET /api/v1/online", None, 200).await;
+        assert_eq!(online, json!({"users": 1, "connections": 2}));
+        drop((ann, phone));
+        until("ann is seen to have left", async || {
+            let user = world.call(1, "GET /api/v1/users/ann", None, 200).await;
+            user["online"] == false
+                && user["last_active"].is_string()
+                && user["connections"] == json!([])
+        })
+        .await;
+        assert_eq!(world.call(0, "GET /api/v1/users/nobody", None, 200).await["online"], false);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn the_trail_of_a_message_says_where_it_went() {
+    World::each(&OPTIONS, async |world| {
+        let mut ann = world.connect(0, "ann").await;
+        let mut bob = world.connect(1, "bob").await;
+        for connection in [&mut ann, &mut bob] {
+            connection.join(&room("r")).await.unwrap();
+        }
+        let ack = say(&mut ann, &room("r"), "where did it go").await;
+        next_message(&mut bob).await;
+        let path = format!("GET /api/v1/messages/{}/trail?user=bob", ack.id);
+        let trail = world.call(2, &path, None, 200).await;
+        assert_eq!(trail["asked"], trail["answered"]);
+        let logs = || {
+            trail["nodes"].as_array().unwrap().iter().flat_map(|n| n["logs"].as_array().unwrap())
+        };
+        assert_eq!(logs().filter(|log| log["appended_at"].is_string()).count(), 1);
+        assert!(logs().all(|log| log["seq"] == ack.seq && log["room"] == "r"));
+        let queued: u64 = logs().filter_map(|log| log["handed_out"]["queued"].as_u64()).sum();
+        assert_eq!(queued, 2);
+        let reached = logs().flat_map(|log| log["user"]["connections"].as_array().unwrap()).count();
+        assert_eq!(reached, 1, "{trail}");
+        let unknown = format!("GET /api/v1/messages/{}/trail", MessageId::random());
+        world.call(0, &unknown, None, 404).await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_inbox_is_emptied_and_its_connections_are_reset() {
+    World::each(&OPTIONS, async |world| {
+        let mut ann = world.connect(0, "ann").await;
+        let mut bob = Device::open(world, 1, "bob", |_| {}).await;
+        let send = |text: &str| json!({"type": "direct", "to": "bob", "content": text});
+        for text in ["one", "two"] {
+            ask(&mut ann, send(text)).await.unwrap();
+        }
+        bob.tell(json!({"type": "ack", "seq": 1})).await;
+        let emptied = world.call(2, "DELETE /api/v1/users/bob/inbox", None, 200).await;
+        assert_eq!(emptied, json!({"user": "bob"}));
+        let reset = heard(&mut bob.connection, |frame| match frame {
+            ServerFrame::Reset(reset) => Some(reset),
+            _ => None,
+        })
+        .await;
+        assert_eq!((reset.room, reset.seq), (None, 0));
+        ask(&mut ann, send("three")).await.unwrap();
+        let direct = bob.direct().await;
+        assert_eq!((direct.content.as_str(), direct.seq), (Some("three"), 1));
+        assert_eq!(direct.epoch, reset.epoch);
+        // Another device that has an old position is told, and gets what is there.
+        let had = Position::new(bob.connected.inbox.epoch.clone(), 1);
+        let mut other = Device::open(world, 0, "bob", |to| to.inbox = Some(had)).await;
+        let inbox = &other.connected.inbox;
+        assert_eq!((inbox.seq, inbox.acked, inbox.unread), (1, 0, 1));
+        let reset = heard(&mut other.connection, |frame| match frame {
+            ServerFrame::Reset(reset) => Some(reset),
+            ServerFrame::Direct(direct) => panic!("{direct:?} without a reset"),
+            _ => None,
+        })
+        .await;
+        assert_eq!(reset.epoch, direct.epoch);
+        // One that is not there is empty as well.
+        world.call(0, "DELETE /api/v1/users/nobody/inbox", None, 200).await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn nodes_are_listed_counted_and_taken_out_of_service() {
+    World::each(&OPTIONS, async |world| {
+        let mut ann = world.connect(0, "ann").await;
+        let mut bob = Device::open(world, 1, "bob", |_| {}).await;
+        let nodes = world.call(0, "GET /api/v1/nodes", None, 200).await;
+        assert_eq!(nodes["nodes"].as_array().unwrap().len(), world.nodes.len());
+        let stats = world.call(1, "GET /api/v1/stats", None, 200).await;
+        assert_eq!((stats["users"].as_u64(), stats["connections"].as_u64()), (Some(2), Some(2)));
+        world.call(0, "POST /api/v1/nodes/none/drain", None, 404).await;
+        if !world.is_cluster {
+            return;
+        }
+        let drain = format!("POST /api/v1/nodes/{}/drain", bob.connected.node);
+        world.order(0, &drain, None).await;
+        assert_eq!(closed(&mut bob.connection).await.0, Some(1012));
+        let ready = crate::harness::get(world.nodes[1].address, "/ready").await;
+        assert!(ready.status == 503 && ready.body.contains("drain"), "{}", ready.body);
+        ask(&mut ann, json!({"type": "ping"})).await.unwrap();
+    })
+    .await;
+}
+
+/// The document as generators want it: operations that can be told apart, one error, a server.
+#[tokio::test]
+async fn the_document_names_its_operations_its_error_and_its_server() {
+    let gateway = crate::harness::Gateway::start(&OPTIONS).await;
+    let document = crate::harness::get(gateway.address, "/api/openapi.json").await.body;
+    let document: Value = serde_json::from_str(&document).unwrap();
+    for (path, methods) in document["paths"].as_object().unwrap() {
+        for (method, call) in methods.as_object().unwrap() {
+            for (status, answer) in call["responses"].as_object().unwrap() {
+                let schema = &answer["content"]["application/json"]["schema"];
+                let error = json!({"$ref": "#/components/schemas/Problem"});
+                let is_error = status.as_str() >= "400";
+                assert_eq!(*schema == error, is_error, "{method} {path} {status}: {schema}");
+            }
+        }
+    }
+    let (all, mut unique) = (operations(&document), operations(&document));
+    unique.dedup();
+    assert_eq!(all, unique);
+    // The second is relative to the document, so that both may lie below any path.
+    let servers = [&document["servers"][0]["url"], &document["servers"][1]["url"]];
+    assert_eq!(servers, ["/", ".."]);
+    let page = crate::harness::get(gateway.address, "/api/docs").await;
+    assert!(page.status == 200 && !page.body.contains("\"/api"), "{}", page.body);
+    // Also where the path cannot be read.
+    let bad = call_as(Some(KEY), gateway.address, "GET /api/v1/rooms/%FF", None).await;
+    let problem: Value = serde_json::from_str(&bad.body).unwrap();
+    assert_eq!((bad.status, &problem["error"]["code"]), (400, &json!("bad_request")));
+}
+
+/// The ids of all operations, in their order.
+fn operations(document: &Value) -> Vec<String> {
+    let methods = document["paths"].as_object().unwrap().values();
+    let calls = methods.flat_map(|methods| methods.as_object().unwrap().values());
+    let mut ids: Vec<_> =
+        calls.map(|call| call["operationId"].as_str().unwrap().to_owned()).collect();
+    ids.sort_unstable();
+    ids
+}
+
+/// The folder of a tool that `make setup` has installed.
+fn tool(name: &str) -> String {
+    let home = std::env::var("HOME").unwrap();
+    let cache = std::env::var("XDG_CACHE_HOME").unwrap_or(format!("{home}/.cache"));
+    format!("{cache}/skein/{name}")
+}
+
+/// Runs a command, which has to succeed, and returns what it printed.
+async fn run(folder: &std::path::Path, program: &str, arguments: &[&str]) -> String {
+    let output = tokio::process::Command::new(program)
+        .current_dir(folder)
+        .args(arguments)
+        .output()
+        .await
+        .unwrap_or_else(|error| panic!("{program} is installed by `make setup`: {error}"));
+    let told = String::from_utf8_lossy(&output.stdout).into_owned();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{program} {arguments:?}: {told}{errors}");
+    told
+}
+
+/// Clients that are generated of the document (PyPI: openapi-python-client; npm: openapi-typescript) are
+/// whole, compile, and call every operation.
+#[tokio::test]
+async fn generated_clients_call_every_operation() {
+    let outside = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/outside");
+    let (python, typescript) =
+        (tool("openapi-python-client-0.29.1"), tool("openapi-typescript-7.13.0"));
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let [first, second] = [
+        crate::harness::Gateway::start(&OPTIONS).await,
+        crate::harness::Gateway::start(&OPTIONS).await,
+    ];
+    let document = crate::harness::get(first.address, "/api/openapi.json").await.body;
+    std::fs::write(folder.join("openapi.json"), &document).unwrap();
+    let operations = operations(&serde_json::from_str(&document).unwrap());
+
+    let in_python = async {
+        let generator = format!("{python}/bin/openapi-python-client");
+        // Its formatter stands beside it.
+        let path = format!("PATH={python}/bin:{}", std::env::var("PATH").unwrap());
+        let mut generate = vec![&*path, &*generator, "generate", "--path", "openapi.json"];
+        generate.extend(["--meta", "none", "--output-path", "skein", "--fail-on-warning"]);
+        run(folder, "env", &generate).await;
+        let script = format!("{outside}/generated_client.py");
+        let url = format!("http://{}", first.address);
+        run(folder, &format!("{python}/bin/python"), &[&script, ".", &url, KEY]).await
+    };
+    let in_typescript = async {
+        let bin = |name: &str| format!("{typescript}/node_modules/.bin/{name}");
+        std::os::unix::fs::symlink(
+            format!("{typescript}/node_modules"),
+            folder.join("node_modules"),
+        )
+        .unwrap();
+        let source = folder.join("generated_client.mts");
+        std::fs::copy(format!("{outside}/generated_client.ts"), source).unwrap();
+        run(folder, &bin("openapi-typescript"), &["openapi.json", "-o", "skein.ts"]).await;
+        let strict = ["--strict", "--noUncheckedIndexedAccess", "--skipLibCheck"];
+        let target = ["--module", "nodenext", "--target", "es2022", "--lib", "es2022,dom"];
+        let source = ["generated_client.mts"];
+        run(folder, &bin("tsc"), &[&strict[..], &target, &source].concat()).await;
+        let url = format!("http://{}", second.address);
+        run(folder, "node", &["generated_client.mjs", &url, KEY]).await
+    };
+    let (in_python, in_typescript) = tokio::join!(in_python, in_typescript);
+    for called in [in_python, in_typescript] {
+        assert_eq!(called.lines().collect::<Vec<_>>(), operations);
+    }
+}
+
+/// What is sent is made of the document by a tool that shares no code with this (PyPI: schemathesis):
+/// valid, not quite valid, in sequences. Whatever is answered has to be in the document.
+#[tokio::test]
+async fn nothing_that_the_document_allows_or_forbids_brings_an_answer_that_it_does_not_have() {
+    let gateway = crate::harness::Gateway::start(&OPTIONS).await;
+    let tool = tool("schemathesis-4.32.5/bin/schemathesis");
+    let folder = tempfile::tempdir().unwrap();
+    let examples = if std::env::var("SKEIN_API").as_deref() == Ok("full") { "200" } else { "10" };
+    let output = tokio::process::Command::new(&tool)
+        .current_dir(folder.path())
+        .arg("run")
+        .arg(format!("http://{}/api/openapi.json", gateway.address))
+        .args(["-H", &format!("Authorization: Bearer {KEY}"), "--max-examples", examples])
+        // Some rules are not of the schema: that `before` and `after` exclude each other.
+        .args(["--checks", "all", "--exclude-checks", "positive_data_acceptance", "--seed", "1"])
+        // The node would serve nobody any more.
+        .args(["--exclude-path", "/api/v1/nodes/{id}/drain"])
+        .output()
+        .await
+        .expect("schemathesis is installed by `make setup`");
+    let told = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{told}");
+    assert!(told.contains("Tested: 23"), "{told}");
+    // It is as well as before.
+    assert_eq!(call_as(Some(KEY), gateway.address, "GET /api/v1/online", None).await.status, 200);
+}

@@ -1,0 +1,488 @@
+//! The conformance suite of [`Bus`]: every implementation passes every check.
+
+use std::{sync::Arc, time::Duration};
+
+use skein_core::envelope::{AuthorHash, Envelope, EnvelopeParts};
+use skein_core::{
+    bus::{
+        Append, Appended, Bus, BusError, Mailboxes, READ_BYTES_MAX, ReadRange, Retention,
+        ShardMessage,
+        memory::MemoryBus,
+        registry::{NodePresence, PresenceScope, PresenceStore as _},
+    },
+    delivery::Entry,
+    drain::Tasks,
+    telemetry::metrics::Metrics,
+};
+use skein_protocol::{
+    ids::{ConnectionId, DisplayName, MessageId, RoomId, UserId},
+    position::Seq,
+    protocol::server_frame::UserInfo,
+};
+use skein_redis::{LEASE, RedisBus, RedisOptions, RedisStartError, topology::TlsFiles};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
+
+use crate::{
+    harness::{Redis, members, retention, room, until, with_redis, within},
+    servers::alone_in_a_cluster,
+};
+
+/// A bus and the mailbox of one node on it.
+struct Fixture {
+    bus: Arc<dyn Bus>,
+    heard: mpsc::Receiver<(RoomId, Entry)>,
+    tasks: Tasks,
+}
+
+/// The mailbox of a node that holds nothing, and what it hears.
+fn mailbox() -> (Mailboxes, mpsc::Receiver<(RoomId, Entry)>) {
+    let (mailboxes, mut letters) = Mailboxes::new(1, 10_000, Arc::new(Metrics::new()));
+    let mut letters = letters.remove(0).messages;
+    let (hears, heard) = mpsc::channel(10_000);
+    tokio::spawn(async move {
+        while let Some(letter) = letters.recv().await {
+            match letter {
+                ShardMessage::Entry(room, entry) => drop(hears.send((room, entry)).await),
+                ShardMessage::Ephemeral(..) => {}
+                ShardMessage::Snapshots(answer) => drop(answer.send(Vec::new())),
+            }
+        }
+    });
+    (mailboxes, heard)
+}
+
+fn memory(retention: Retention) -> Fixture {
+    let (mailboxes, heard) = mailbox();
+    let tasks = Tasks::default();
+    let bus = Arc::new(MemoryBus::start(
+        retention,
+        &Default::default(),
+        &Default::default(),
+        mailboxes,
+        &tasks,
+    ));
+    Fixture { bus, heard, tasks }
+}
+
+/// Over how many partitions rooms are spread here.
+const PARTITIONS: u16 = 16;
+
+async fn redis(server: &Redis, retention: Retention) -> Fixture {
+    redis_at(server.url(), retention).await
+}
+
+async fn redis_at(url: String, retention: Retention) -> Fixture {
+    let (mailboxes, heard) = mailbox();
+    let tasks = Tasks::default();
+    let options = RedisOptions {
+        url,
+        tls: TlsFiles::default(),
+        partitions: PARTITIONS,
+        lease: LEASE,
+        retention,
+        registry: Default::default(),
+        sessions: Default::default(),
+        node: "n".to_owned(),
+    };
+    let bus = RedisBus::start(options, mailboxes, Arc::new(Metrics::new()), &tasks).unwrap();
+    within(bus.reached()).await.unwrap();
+    Fixture { bus: Arc::new(bus), heard, tasks }
+}
+
+/// Runs a check against each implementation, at the same time.
+async fn each(retention: Retention, check: impl AsyncFn(&mut Fixture)) {
+    let check = async |mut fixture: Fixture| {
+        check(&mut fixture).await;
+        assert!(fixture.tasks.finish(Duration::from_secs(5)).await, "tasks did not end");
+    };
+    let in_memory = Box::pin(check(memory(retention.clone())));
+    if !with_redis() {
+        return in_memory.await;
+    }
+    let on_redis = Box::pin(async {
+        let server = Redis::start().await;
+        check(redis(&server, retention.clone()).await).await;
+    });
+    let on_valkey = Box::pin(async {
+        if let Some(server) = Redis::start_valkey().await {
+            check(redis(&server, retention.clone()).await).await;
+        }
+    });
+    let on_redis_cluster = Box::pin(async {
+        let node = alone_in_a_cluster(PARTITIONS).await;
+        check(redis_at(node.cluster_url(), retention.clone()).await).await;
+    });
+    tokio::join!(in_memory, on_redis, on_valkey, on_redis_cluster);
+}
+
+fn envelope(room: &RoomId, user: &str, id: MessageId, bytes: usize) -> Envelope {
+    let payload = vec![b'x'; bytes];
+    Envelope::pack(EnvelopeParts {
+        frame: Default::default(),
+        author: AuthorHash::of(&user.parse().unwrap()),
+        id,
+        sender: ConnectionId::random(),
+        echo: true,
+        fields: &members(room, id, None),
+        binary_payload: Some(&payload),
+    })
+}
+
+impl Fixture {
+    /// Hands an append over; the answer comes by the receiver.
+    fn begin(
+        &self,
+        room: &RoomId,
+        user: &str,
+        id: MessageId,
+        bytes: usize,
+    ) -> oneshot::Receiver<Result<Appended, BusError>> {
+        let (answer, answered) = oneshot::channel();
+        self.bus.append(Append {
+            room: room.clone(),
+            envelope: envelope(room, user, id, bytes),
+            urgent: false,
+            unseen: Default::default(),
+            deadline: Instant::now() + Duration::from_secs(5),
+            done: Box::new(move |result| drop(answer.send(result))),
+        });
+        answered
+    }
+
+    async fn append(&self, room: &RoomId, id: MessageId) -> Appended {
+        within(self.begin(room, "ann", id, 10)).await.unwrap().unwrap()
+    }
+
+    async fn seqs(&self, room: &RoomId, range: ReadRange) -> Vec<Seq> {
+        let page = self.bus.read(room.clone(), range).await.unwrap();
+        page.entries.iter().map(|entry| entry.position.seq).collect()
+    }
+
+    async fn hear(&mut self) -> (RoomId, Entry) {
+        within(self.heard.recv()).await.unwrap()
+    }
+}
+
+#[tokio::test]
+async fn entries_are_numbered_and_heard_in_the_order_of_the_calls() {
+    each(retention(), async |fixture| {
+        let lobby = room("lobby");
+        within(fixture.bus.subscribe(lobby.clone())).await.unwrap();
+        let ids: Vec<_> = (0..1000).map(|_| MessageId::random()).collect();
+        let answers: Vec<_> = ids.iter().map(|id| fixture.begin(&lobby, "ann", *id, 10)).collect();
+        for (i, answer) in answers.into_iter().enumerate() {
+            let appended = within(answer).await.unwrap().unwrap();
+            assert_eq!((appended.position.seq, appended.duplicate), (i as Seq + 1, false));
+        }
+        for (i, id) in ids.iter().enumerate() {
+            let (heard_in, entry) = fixture.hear().await;
+            assert_eq!((heard_in, entry.position.seq), (lobby.clone(), i as Seq + 1));
+            assert_eq!(entry.envelope.id(), *id);
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_id_has_one_position_per_user_and_room() {
+    each(retention(), async |fixture| {
+        let (lobby, other) = (room("lobby"), room("other"));
+        let id = MessageId::random();
+        let first = fixture.append(&lobby, id).await;
+        let again = fixture.append(&lobby, id).await;
+        assert_eq!((again.position.clone(), again.duplicate), (first.position.clone(), true));
+        let elsewhere = fixture.append(&other, id).await;
+        assert!(!elsewhere.duplicate);
+        let bobs = within(fixture.begin(&lobby, "bob", id, 10)).await.unwrap().unwrap();
+        assert_eq!((bobs.position.seq, bobs.duplicate), (2, false));
+        // At once, many times: one of them is first.
+        let id = MessageId::random();
+        let answers: Vec<_> = (0..50).map(|_| fixture.begin(&lobby, "ann", id, 10)).collect();
+        let mut firsts = 0;
+        for answer in answers {
+            let appended = within(answer).await.unwrap().unwrap();
+            assert_eq!(appended.position.seq, 3);
+            firsts += usize::from(!appended.duplicate);
+        }
+        assert_eq!(firsts, 1);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_id_is_known_for_the_window_and_forgotten_some_time_after() {
+    let window = Duration::from_secs(1);
+    each(Retention { dedup_window: window, ..retention() }, async |fixture| {
+        let lobby = room("lobby");
+        let id = MessageId::random();
+        assert!(!fixture.append(&lobby, id).await.duplicate);
+        assert!(fixture.append(&lobby, id).await.duplicate);
+        let begun = Instant::now();
+        while fixture.append(&lobby, id).await.duplicate {
+            assert!(begun.elapsed() < window * 10, "never forgotten");
+            crate::harness::poll_pause().await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_log_is_read_in_parts() {
+    each(retention(), async |fixture| {
+        let lobby = room("lobby");
+        for _ in 0..100 {
+            fixture.append(&lobby, MessageId::random()).await;
+        }
+        let newest = |limit| ReadRange::Newest { limit };
+        assert_eq!(fixture.seqs(&lobby, newest(3)).await, [98, 99, 100]);
+        assert_eq!(fixture.seqs(&lobby, newest(500)).await, (1..=100).collect::<Vec<_>>());
+        assert_eq!(
+            fixture.seqs(&lobby, ReadRange::After { seq: 97, limit: 10 }).await,
+            [98, 99, 100]
+        );
+        assert_eq!(fixture.seqs(&lobby, ReadRange::After { seq: 0, limit: 2 }).await, [1, 2]);
+        assert!(fixture.seqs(&lobby, ReadRange::After { seq: 100, limit: 2 }).await.is_empty());
+        assert!(fixture.seqs(&lobby, ReadRange::After { seq: 1000, limit: 2 }).await.is_empty());
+        assert_eq!(fixture.seqs(&lobby, ReadRange::Before { seq: 4, limit: 2 }).await, [2, 3]);
+        assert_eq!(fixture.seqs(&lobby, ReadRange::Before { seq: 1000, limit: 1 }).await, [100]);
+        assert!(fixture.seqs(&lobby, ReadRange::Before { seq: 1, limit: 2 }).await.is_empty());
+        assert!(fixture.seqs(&lobby, ReadRange::Before { seq: 0, limit: 2 }).await.is_empty());
+        let page = fixture.bus.read(lobby, newest(1)).await.unwrap();
+        assert_eq!((page.top, page.oldest), (100, 1));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_read_is_cut_where_it_is_too_much_but_gives_one_entry() {
+    each(retention(), async |fixture| {
+        let lobby = room("lobby");
+        for bytes in [READ_BYTES_MAX / 2, READ_BYTES_MAX / 3, READ_BYTES_MAX, 10] {
+            let answer = fixture.begin(&lobby, "ann", MessageId::random(), bytes);
+            within(answer).await.unwrap().unwrap();
+        }
+        assert_eq!(fixture.seqs(&lobby, ReadRange::After { seq: 0, limit: 9 }).await, [1, 2]);
+        assert_eq!(fixture.seqs(&lobby, ReadRange::After { seq: 2, limit: 9 }).await, [3]);
+        assert_eq!(fixture.seqs(&lobby, ReadRange::Newest { limit: 9 }).await, [4]);
+        assert_eq!(fixture.seqs(&lobby, ReadRange::Before { seq: 4, limit: 9 }).await, [3]);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_room_has_its_epoch_before_its_first_entry() {
+    each(retention(), async |fixture| {
+        let lobby = room("lobby");
+        let range = ReadRange::Newest { limit: 1 };
+        let page = fixture.bus.read(lobby.clone(), range).await.unwrap();
+        assert_eq!((page.top, page.oldest, page.entries.len()), (0, 0, 0));
+        let appended = fixture.append(&lobby, MessageId::random()).await;
+        assert_eq!((appended.position.epoch, appended.position.seq), (page.epoch, 1));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn only_rooms_that_are_followed_are_heard() {
+    each(retention(), async |fixture| {
+        let (lobby, other) = (room("lobby"), room("other"));
+        within(fixture.bus.subscribe(lobby.clone())).await.unwrap();
+        fixture.append(&other, MessageId::random()).await;
+        fixture.append(&lobby, MessageId::random()).await;
+        assert_eq!(fixture.hear().await.0, lobby);
+        fixture.bus.unsubscribe(lobby.clone());
+        // The calls take effect in their order, so `lobby` is not followed when this resolves.
+        within(fixture.bus.subscribe(other.clone())).await.unwrap();
+        fixture.append(&lobby, MessageId::random()).await;
+        fixture.append(&other, MessageId::random()).await;
+        assert_eq!(fixture.hear().await.0, other);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn retention_keeps_what_it_says_and_no_more() {
+    let short = Retention { entries_min: 50, window: Duration::ZERO, ..retention() };
+    each(short, async |fixture| {
+        let lobby = room("lobby");
+        for _ in 0..600 {
+            fixture.append(&lobby, MessageId::random()).await;
+        }
+        let kept = fixture.seqs(&lobby, ReadRange::After { seq: 0, limit: 1000 }).await;
+        // Redis trims whole nodes of up to 100 entries.
+        assert!((50..=200).contains(&kept.len()), "{} kept", kept.len());
+        assert!(kept.is_sorted() && kept.last() == Some(&600));
+    })
+    .await;
+    let small = Retention { bytes_max: 256 * 1024, ..retention() };
+    each(small, async |fixture| {
+        let lobby = room("lobby");
+        for _ in 0..200 {
+            let answer = fixture.begin(&lobby, "ann", MessageId::random(), 10_000);
+            within(answer).await.unwrap().unwrap();
+        }
+        let page = fixture.bus.read(lobby, ReadRange::Newest { limit: 1 }).await.unwrap();
+        let kept = page.top - page.oldest + 1;
+        assert!((10..=100).contains(&kept), "{kept} kept of 200");
+    })
+    .await;
+    let long = Retention { entries_min: 10, ..retention() };
+    each(long, async |fixture| {
+        let lobby = room("lobby");
+        for _ in 0..500 {
+            fixture.append(&lobby, MessageId::random()).await;
+        }
+        let page = fixture.bus.read(lobby, ReadRange::Newest { limit: 1 }).await.unwrap();
+        assert_eq!(page.oldest, 1, "what is younger than the window is kept");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn logs_in_memory_have_a_common_bound_and_the_oldest_go_first() {
+    let fixture = memory(Retention { memory_bytes_max: 1 << 20, ..retention() });
+    let rooms: Vec<RoomId> = (0..200).map(|i| room(&format!("r{i}"))).collect();
+    within(fixture.bus.subscribe(rooms[0].clone())).await.unwrap();
+    for room in &rooms {
+        let answer = fixture.begin(room, "ann", MessageId::random(), 10_000);
+        within(answer).await.unwrap().unwrap();
+    }
+    let read = async |room: &RoomId| {
+        let range = ReadRange::Newest { limit: 1 };
+        let page = fixture.bus.read(room.clone(), range).await.unwrap();
+        (page.top, page.entries.len())
+    };
+    // A room that is followed keeps its numbers; who nobody follows goes whole.
+    assert_eq!(read(&rooms[0]).await, (1, 0));
+    assert_eq!(read(&rooms[1]).await, (0, 0));
+    assert_eq!(read(&rooms[199]).await, (1, 1));
+    assert!(fixture.tasks.finish(Duration::from_secs(5)).await);
+}
+
+/// So many that a hash of them is scanned through many empty places.
+const MANY: usize = 12_000;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_many_users_of_a_node_that_has_ended_leave() {
+    let server = Redis::start().await;
+    let (stays, ends) =
+        (RedisRegistry::start(&server, "stays").await, RedisRegistry::start(&server, "ends").await);
+    let lobby = room("lobby");
+    for number in 0..MANY {
+        for scope in [PresenceScope::Room(lobby.clone()), PresenceScope::Cluster] {
+            let user: UserId = format!("user-{number}").parse().unwrap();
+            let name = DisplayName::from(&user);
+            let user = UserInfo { id: user, name };
+            let (connections, since, active, admitted) = (1, 1, 1, true);
+            ends.bus.track(NodePresence { scope, user, connections, since, active, admitted });
+        }
+    }
+    let present = async || {
+        let snapshots = stays.bus.snapshots(vec![lobby.clone()]).await.unwrap();
+        let online = stays.bus.online(String::new(), 1).await.unwrap();
+        (snapshots[0].users.len(), online.unwrap().count)
+    };
+    until("all are there", async || present().await == (MANY, MANY as u64)).await;
+    assert!(ends.tasks.finish(Duration::from_secs(5)).await);
+    until("all have left", async || present().await == (0, 0)).await;
+    for pattern in ["*:on:*", "*places:*"] {
+        let script = format!("EVAL \"return #redis.call('KEYS', '{pattern}')\" 0");
+        assert_eq!(server.command(&script).await.as_deref(), Some(":0"), "{pattern}");
+    }
+}
+
+/// A node on Redis, of which the registry is asked.
+struct RedisRegistry {
+    bus: RedisBus,
+    tasks: Tasks,
+}
+
+impl RedisRegistry {
+    async fn start(server: &Redis, node: &str) -> Self {
+        let tasks = Tasks::default();
+        let options = RedisOptions {
+            url: server.url(),
+            tls: TlsFiles::default(),
+            partitions: PARTITIONS,
+            lease: LEASE,
+            retention: retention(),
+            registry: Default::default(),
+            sessions: Default::default(),
+            node: node.to_owned(),
+        };
+        let (mailboxes, metrics) = (mailbox().0, Arc::new(Metrics::new()));
+        let bus = RedisBus::start(options, mailboxes, metrics, &tasks).unwrap();
+        within(bus.reached()).await.unwrap();
+        Self { bus, tasks }
+    }
+}
+
+#[tokio::test]
+async fn a_node_with_another_number_of_partitions_does_not_start() {
+    let server = Redis::start().await;
+    let first = redis(&server, retention()).await;
+    let tasks = Tasks::default();
+    let options = RedisOptions {
+        url: server.url(),
+        tls: TlsFiles::default(),
+        partitions: 17,
+        lease: LEASE,
+        retention: retention(),
+        registry: Default::default(),
+        sessions: Default::default(),
+        node: "n".to_owned(),
+    };
+    let bus = RedisBus::start(options, mailbox().0, Arc::new(Metrics::new()), &tasks).unwrap();
+    let error = within(bus.reached()).await.unwrap_err();
+    assert!(
+        matches!(error, RedisStartError::Partitions { configured: 17, recorded: 16 }),
+        "{error}"
+    );
+    assert!(tasks.finish(Duration::from_secs(5)).await);
+    assert!(first.tasks.finish(Duration::from_secs(5)).await);
+}
+
+#[tokio::test]
+async fn appends_wait_for_redis_and_are_then_one_entry_each() {
+    let mut server = Redis::start_durable().await;
+    let fixture = redis(&server, retention()).await;
+    let lobby = room("lobby");
+    fixture.append(&lobby, MessageId::random()).await;
+    server.kill().await;
+    let waiting: Vec<_> =
+        (0..100).map(|_| fixture.begin(&lobby, "ann", MessageId::random(), 10)).collect();
+    server.restart().await;
+    for (i, answer) in waiting.into_iter().enumerate() {
+        let appended = within(answer).await.unwrap().unwrap();
+        assert_eq!(appended.position.seq, i as Seq + 2);
+    }
+    assert!(fixture.tasks.finish(Duration::from_secs(5)).await);
+}
+
+#[tokio::test]
+async fn an_append_that_cannot_be_sent_in_time_is_unavailable() {
+    let mut server = Redis::start().await;
+    let fixture = redis(&server, retention()).await;
+    server.kill().await;
+    let begun = Instant::now();
+    let answer = fixture.begin(&room("lobby"), "ann", MessageId::random(), 10);
+    assert_eq!(within(answer).await.unwrap(), Err(BusError::Unavailable));
+    let waited = begun.elapsed();
+    assert!((Duration::from_secs(4)..Duration::from_secs(20)).contains(&waited), "{waited:?}");
+    assert_eq!(fixture.bus.failed_check(), Some("bus"));
+    assert!(fixture.tasks.finish(Duration::from_secs(5)).await);
+}
+
+#[tokio::test]
+async fn a_redis_that_evicts_is_not_ready() {
+    let server = Redis::start().await;
+    server.command("CONFIG SET maxmemory-policy allkeys-lru").await;
+    let fixture = redis(&server, retention()).await;
+    assert_eq!(fixture.bus.failed_check(), Some("maxmemory_policy"));
+    server.command("CONFIG SET maxmemory-policy noeviction").await;
+    until("it is ready", async || fixture.bus.failed_check().is_none()).await;
+    assert!(fixture.tasks.finish(Duration::from_secs(5)).await);
+}

@@ -1,0 +1,221 @@
+//! `deploy/rolling-update.sh` against a `docker` that only remembers containers: it can be run again
+//! after whatever failed, and ends with as many gateways as there were, all with the new image.
+
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use tempfile::TempDir;
+
+/// Knows what the script asks of Docker, as far as it matters here. A container is a file: its image,
+/// status and health. `fail` names a command that fails once: before it has done anything, or, where
+/// `late` stands behind it, after that. `min` keeps the least number of healthy containers that there
+/// ever was.
+const FAKE: &str = r#"#!/bin/sh
+set -eu
+cd "$STATE"
+# Few processes, since this is called often: `read` in place of `cat`.
+what() { # file
+    text=
+    [ ! -e "$1" ] || read -r text < "$1"
+}
+note_min() {
+    healthy=0
+    for file in containers/*; do
+        what "$file"
+        case $text in *"running healthy") healthy=$((healthy + 1)) ;; esac
+    done
+    what min
+    [ "$healthy" -ge "$text" ] || echo "$healthy" > min
+}
+fails() { # name
+    what fail
+    [ "$text" = "$1" ] || return 1
+    rm fail
+    echo "fake docker: $1 fails" >&2
+}
+create() { # health
+    what last
+    number=$((text + 1))
+    echo "$number" > last
+    what image
+    echo "$text running $1" > "containers/c$number"
+}
+count() { count=$#; }
+echo "$*" >> calls
+case "$1 ${2:-}" in
+"compose build") ! fails build || exit 1 ;;
+"compose config") echo skein-gateway ;;
+"image inspect") what image; echo "$text" ;;
+"compose ps") ! fails ps || exit 1; cd containers; echo * ;;
+"inspect --format")
+    ! fails inspect || exit 1
+    shift 3
+    for name in "$@"; do what "containers/$name"; echo "$name $text"; done
+    ;;
+"logs --tail") ;;
+"compose up")
+    ! fails up || exit 1
+    for argument in "$@"; do
+        case $argument in gateway=*) scale=${argument#gateway=} ;; esac
+    done
+    # Compose starts what stands still before it creates anything.
+    for file in containers/*; do
+        what "$file"
+        case $text in *"exited none") echo "${text%% *} running healthy" > "$file" ;; esac
+    done
+    count containers/*
+    while [ "$count" -lt "$scale" ]; do
+        if fails unhealthy; then create unhealthy; else create healthy; fi
+        count containers/*
+    done
+    for file in containers/*; do
+        what "$file"
+        case $text in *unhealthy) exit 1 ;; esac
+    done
+    ! fails "up late" || exit 1
+    ;;
+"stop "*)
+    ! fails stop || exit 1
+    what "containers/$2"
+    echo "${text%% *} exited none" > "containers/$2"
+    note_min
+    ! fails "stop late" || exit 1
+    ;;
+"rm "*)
+    ! fails rm || exit 1
+    for last in "$@"; do :; done
+    rm "containers/$last"
+    note_min
+    ;;
+*) echo "fake docker: what is $*" >&2; exit 2 ;;
+esac
+"#;
+
+struct Docker {
+    folder: TempDir,
+}
+
+impl Docker {
+    /// Some gateways of image `a`, and a newer image `b`.
+    fn with_gateways(count: usize) -> Self {
+        let docker = Self { folder: TempDir::new().unwrap() };
+        let path = docker.folder.path();
+        fs::create_dir_all(path.join("state/containers")).unwrap();
+        fs::create_dir_all(path.join("bin")).unwrap();
+        fs::create_dir_all(path.join("project/deploy")).unwrap();
+        let fake = path.join("bin/docker");
+        fs::write(&fake, FAKE).unwrap();
+        fs::set_permissions(&fake, fs::Permissions::from_mode(0o755)).unwrap();
+        // It works on the folder above its own.
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy/rolling-update.sh");
+        fs::copy(script, path.join("project/deploy/rolling-update.sh")).unwrap();
+        docker.set("image", "b");
+        docker.set("last", &count.to_string());
+        docker.set("min", "99");
+        for number in 1..=count {
+            docker.set(&format!("containers/c{number}"), "a running healthy");
+        }
+        docker
+    }
+
+    fn state(&self, name: &str) -> PathBuf {
+        self.folder.path().join("state").join(name)
+    }
+
+    fn set(&self, name: &str, text: &str) {
+        fs::write(self.state(name), format!("{text}\n")).unwrap();
+    }
+
+    fn get(&self, name: &str) -> String {
+        fs::read_to_string(self.state(name)).unwrap_or_default().trim().to_owned()
+    }
+
+    /// Runs the script. Returns whether it succeeded, and what it printed.
+    fn update(&self, arguments: &[&str]) -> (bool, String) {
+        let path = format!(
+            "{}:{}",
+            self.folder.path().join("bin").display(),
+            std::env::var("PATH").unwrap()
+        );
+        let output = Command::new("sh")
+            .arg(self.folder.path().join("project/deploy/rolling-update.sh"))
+            .args(arguments)
+            .envs([("PATH", path.as_str()), ("SETTLE", "0")])
+            .env("STATE", self.folder.path().join("state"))
+            .output()
+            .unwrap();
+        let text = [output.stdout, output.stderr].concat();
+        (output.status.success(), String::from_utf8_lossy(&text).into_owned())
+    }
+
+    /// What each container is, sorted.
+    fn containers(&self) -> Vec<String> {
+        let files = fs::read_dir(self.state("containers")).unwrap();
+        let mut all: Vec<String> = files
+            .map(|file| fs::read_to_string(file.unwrap().path()).unwrap().trim().to_owned())
+            .collect();
+        all.sort();
+        all
+    }
+
+    #[track_caller]
+    fn is_updated(&self, count: usize, (done, told): (bool, String)) {
+        assert!(done, "{told}\n{:?}", self.containers());
+        assert_eq!(self.containers(), vec!["b running healthy"; count], "{told}");
+        assert!(!self.folder.path().join("project/deploy/.rolling-update").exists());
+    }
+}
+
+#[test]
+fn a_rolling_update_replaces_each_gateway_once() {
+    let docker = Docker::with_gateways(3);
+    docker.is_updated(3, docker.update(&[]));
+    assert_eq!((docker.get("last"), docker.get("min")), ("6".to_owned(), "3".to_owned()));
+    // Once more there is nothing to do.
+    fs::remove_file(docker.state("calls")).unwrap();
+    docker.is_updated(3, docker.update(&[]));
+    let calls = docker.get("calls");
+    assert!(!calls.contains("compose up") && !calls.contains("stop"), "{calls}");
+    // Another number on the way.
+    docker.set("image", "b");
+    docker.is_updated(2, docker.update(&["2"]));
+    docker.is_updated(4, docker.update(&["4"]));
+    let (done, told) = docker.update(&["none"]);
+    assert!(!done && told.contains("COUNT is 'none'"), "{told}");
+}
+
+#[test]
+fn a_rolling_update_goes_on_after_any_failure() {
+    for failure in
+        ["build", "ps", "inspect", "up", "up late", "unhealthy", "stop", "stop late", "rm"]
+    {
+        let docker = Docker::with_gateways(2);
+        docker.set("fail", failure);
+        let (done, told) = docker.update(&[]);
+        assert!(!done, "{failure}: {told}");
+        let left = docker.containers().len();
+        assert!((2..=3).contains(&left), "{failure}: {:?}", docker.containers());
+        docker.is_updated(2, docker.update(&[]));
+        let min: usize = docker.get("min").parse().unwrap();
+        assert_eq!(min, 2, "{failure}: fewer were healthy meanwhile");
+    }
+}
+
+#[test]
+fn what_was_left_by_a_machine_that_went_down_is_cleared_away() {
+    let docker = Docker::with_gateways(3);
+    docker.set("containers/c1", "a exited none");
+    docker.set("containers/c2", "a running unhealthy");
+    docker.is_updated(3, docker.update(&["3"]));
+    // Where none is healthy it is not for an update to stop them.
+    let docker = Docker::with_gateways(2);
+    for name in ["containers/c1", "containers/c2"] {
+        docker.set(name, "a running unhealthy");
+    }
+    let (done, told) = docker.update(&[]);
+    assert!(!done && docker.containers() == vec!["a running unhealthy"; 2], "{told}");
+}

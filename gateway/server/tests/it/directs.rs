@@ -1,0 +1,702 @@
+//! What is of one user: directs, the inbox, who is watched, sessions; on a single node, on three nodes
+//! of a cluster, and on two with a Redis Cluster.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use skein_client::{
+    connection::{ClientConnection, ReceivedMessage},
+    options::ConnectOptions,
+};
+use skein_protocol::{
+    error::ErrorCode,
+    ids::MessageId,
+    position::Position,
+    protocol::server_frame::{
+        AckFrame, ConnectedFrame, DirectFrame, HistoryEntry, OnlineState, ResetFrame, ServerFrame,
+    },
+};
+
+use tokio::time::Instant;
+
+use crate::{
+    harness::{Gateway, Redis, closed, get, next_message, room, say, within},
+    people::{World, ask, heard, refused},
+};
+
+/// A connection with its `connected`.
+pub struct Device {
+    pub connection: ClientConnection,
+    pub connected: ConnectedFrame,
+}
+
+impl Device {
+    /// Opens one to the `node`th node as `user`, with what `and` adds.
+    pub async fn open(
+        world: &World,
+        node: usize,
+        user: &str,
+        and: impl FnOnce(&mut ConnectOptions),
+    ) -> Self {
+        let url = world.nodes[node % world.nodes.len()].url("/ws");
+        let mut options = ConnectOptions::new(url).user(user);
+        and(&mut options);
+        let mut connection = ClientConnection::open(&options).await.unwrap();
+        let connected = connection.expect_connected().await.unwrap();
+        Self { connection, connected }
+    }
+
+    async fn new(world: &World, node: usize, user: &str) -> Self {
+        Self::open(world, node, user, |_| {}).await
+    }
+
+    /// The next direct.
+    pub async fn direct(&mut self) -> DirectFrame {
+        heard(&mut self.connection, |frame| match frame {
+            ServerFrame::Direct(direct) => Some(*direct),
+            _ => None,
+        })
+        .await
+    }
+
+    /// What the next directs say.
+    async fn said(&mut self, count: usize) -> Vec<String> {
+        let mut said = Vec::new();
+        for _ in 0..count {
+            said.push(text_of(&self.direct().await));
+        }
+        said
+    }
+
+    async fn send(&mut self, to: &str, content: &str) -> AckFrame {
+        self.send_frame(json!({"type": "direct", "to": to, "content": content})).await
+    }
+
+    async fn send_frame(&mut self, frame: Value) -> AckFrame {
+        match ask(&mut self.connection, frame).await.unwrap() {
+            ServerFrame::Ack(ack) => *ack,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    pub async fn tell(&mut self, frame: Value) {
+        self.connection.send_json(&frame).await.unwrap();
+        // Frames are handled in order: when this is answered that was.
+        ask(&mut self.connection, json!({"type": "ping"})).await.unwrap();
+    }
+
+    /// Acknowledges, and waits until the next connection finds it done.
+    async fn acknowledge(&mut self, world: &World, seq: u64) {
+        let user = self.connected.user.id.to_string();
+        self.tell(json!({"type": "ack", "seq": seq})).await;
+        crate::harness::until("the acknowledgement counts", async || {
+            Device::new(world, 1, &user).await.connected.inbox.acked >= seq
+        })
+        .await;
+    }
+
+    /// Nothing of the inbox has come that was not taken: what is sent to itself is next.
+    async fn nothing_else(&mut self) {
+        let me = self.connected.user.id.to_string();
+        self.connection
+            .send_json(&json!({"type": "direct", "to": me, "content": "to myself"}))
+            .await
+            .unwrap();
+        assert_eq!(self.said(1).await, ["to myself"]);
+    }
+
+    async fn watch(&mut self, users: &[&str]) {
+        let watch = json!({"type": "watch", "users": users});
+        self.connection.send_json(&watch).await.unwrap();
+    }
+
+    /// What a `watch` of one user is answered.
+    async fn asks_for(&mut self, user: &str) -> OnlineState {
+        let watch = json!({"type": "watch", "users": [user]});
+        match ask(&mut self.connection, watch).await.unwrap() {
+            ServerFrame::UserStatus(status) => status.status,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// The next `user_status`.
+    async fn status(&mut self) -> (String, OnlineState) {
+        heard(&mut self.connection, |frame| match frame {
+            ServerFrame::UserStatus(status) => Some((status.user.to_string(), status.status)),
+            _ => None,
+        })
+        .await
+    }
+}
+
+fn text_of(direct: &DirectFrame) -> String {
+    direct.content.as_str().unwrap_or("not text").to_owned()
+}
+
+fn history_of(frame: ServerFrame) -> (Vec<String>, bool) {
+    let ServerFrame::History(history) = frame else { panic!("{frame:?}") };
+    assert!(history.room.is_none() && history.with.is_some());
+    let text = |entry: &HistoryEntry| match entry {
+        HistoryEntry::Direct(direct) => {
+            assert!(direct.replay);
+            text_of(direct)
+        }
+        other => panic!("{other:?}"),
+    };
+    (history.messages.iter().map(text).collect(), history.more)
+}
+
+#[tokio::test]
+async fn a_direct_reaches_every_device_of_both_and_nobody_else() {
+    World::each(&[], async |world| {
+        let mut ann = Device::new(world, 0, "ann").await;
+        let mut anns_phone = Device::new(world, 1, "ann").await;
+        let mut bob = Device::new(world, 1, "bob").await;
+        let mut bobs_phone = Device::new(world, 2, "bob").await;
+        let mut cat = Device::new(world, 2, "cat").await;
+        // A room of that name is another thing.
+        for name in ["u:bob", "bob"] {
+            cat.connection.join(&room(name)).await.unwrap();
+        }
+        let ack = ann.send("bob", "hello").await;
+        assert_eq!((ack.to.unwrap().as_str(), ack.room, ack.duplicate), ("bob", None, false));
+        let copy = ann.direct().await;
+        assert_eq!((copy.seq, copy.id, &copy.epoch), (ack.seq, ack.id, &ack.epoch));
+        for device in [&mut anns_phone, &mut bob, &mut bobs_phone] {
+            let direct = device.direct().await;
+            assert_eq!(
+                (text_of(&direct), direct.id, direct.replay),
+                ("hello".into(), ack.id, false)
+            );
+            assert_eq!((direct.from.id.as_str(), direct.to.as_str()), ("ann", "bob"));
+        }
+        cat.nothing_else().await;
+        say(&mut cat.connection, &room("u:bob"), "of the room").await;
+        bob.nothing_else().await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_repeated_direct_is_one_and_one_without_echo_makes_no_hole() {
+    World::each(&[], async |world| {
+        let mut ann = Device::new(world, 0, "ann").await;
+        let mut bob = Device::new(world, 1, "bob").await;
+        let id = MessageId::random();
+        let frame = json!({"type": "direct", "to": "bob", "content": "once", "id": id});
+        let first = ann.send_frame(frame.clone()).await;
+        let again = ann.send_frame(frame).await;
+        assert_eq!((again.seq, again.duplicate, first.duplicate), (first.seq, true, false));
+        let silent = json!({"type": "direct", "to": "bob", "content": "silent", "echo": false});
+        let silent = ann.send_frame(silent).await;
+        assert_eq!((silent.seq, silent.duplicate), (first.seq + 1, false));
+        let last = ann.send("bob", "last").await;
+        assert_eq!(last.seq, silent.seq + 1);
+        assert_eq!(ann.said(2).await, ["once", "last"], "no copy of what was sent without echo");
+        assert_eq!(bob.said(3).await, ["once", "silent", "last"]);
+        // To oneself there is one inbox.
+        let own = ann.send("ann", "note").await;
+        assert_eq!(own.seq, last.seq + 1);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_binary_direct_stays_binary_and_is_base64_in_history() {
+    World::each(&[], async |world| {
+        let mut ann = Device::new(world, 0, "ann").await;
+        let mut bob = Device::new(world, 1, "bob").await;
+        let header = json!({"type": "direct", "to": "bob", "kind": "file"}).to_string();
+        let length = (header.len() as u16).to_be_bytes();
+        let frame = [&length[..], header.as_bytes(), &[0, 255, 7]].concat();
+        ann.connection.send_bytes(frame).await.unwrap();
+        let (direct, payload) = within(async {
+            loop {
+                if let ReceivedMessage::BinaryDirect(direct, payload) =
+                    bob.connection.next().await.unwrap()
+                {
+                    return (direct, payload);
+                }
+            }
+        })
+        .await;
+        assert_eq!((&payload[..], direct.to.as_str()), (&[0, 255, 7][..], "bob"));
+        let asked = json!({"type": "history", "with": "ann"});
+        let ServerFrame::History(history) = ask(&mut bob.connection, asked).await.unwrap() else {
+            panic!()
+        };
+        let HistoryEntry::Direct(direct) = &history.messages[0] else { panic!() };
+        assert_eq!((direct.encoding.as_deref(), &direct.content), (Some("base64"), &json!("AP8H")));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn what_came_while_away_comes_from_the_acknowledged_position() {
+    World::each(&[], async |world| {
+        let mut ann = Device::new(world, 0, "ann").await;
+        for text in ["one", "two", "three"] {
+            ann.send("bob", text).await;
+        }
+        let mut bob = Device::new(world, 1, "bob").await;
+        let inbox = &bob.connected.inbox;
+        assert_eq!((inbox.seq, inbox.acked, inbox.oldest, inbox.unread), (3, 0, 1, 3));
+        let first = bob.direct().await;
+        assert!(first.replay && first.seq == 1);
+        assert_eq!(bob.said(2).await, ["two", "three"]);
+        bob.acknowledge(world, 2).await;
+        // Acknowledged by one device, it is so for all.
+        let mut other = Device::new(world, 2, "bob").await;
+        let inbox = &other.connected.inbox;
+        assert_eq!((inbox.seq, inbox.acked, inbox.unread), (3, 2, 1));
+        assert_eq!(other.said(1).await, ["three"]);
+        // It never goes back, and above the top it is the top.
+        bob.acknowledge(world, 1).await;
+        bob.tell(json!({"type": "ack", "seq": 1000, "epoch": "another"})).await;
+        assert_eq!(Device::new(world, 0, "bob").await.connected.inbox.acked, 2);
+        bob.tell(json!({"type": "ack", "seq": 1000})).await;
+        bob.acknowledge(world, 3).await;
+        let mut third = Device::new(world, 0, "bob").await;
+        assert_eq!((third.connected.inbox.acked, third.connected.inbox.unread), (3, 0));
+        third.nothing_else().await;
+        // What one sends oneself is never unread.
+        assert_eq!(Device::new(world, 1, "ann").await.connected.inbox.unread, 0);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_device_that_says_what_it_has_misses_nothing_that_another_acknowledged() {
+    World::each(&[], async |world| {
+        let mut ann = Device::new(world, 0, "ann").await;
+        let mut bob = Device::new(world, 1, "bob").await;
+        ann.send("bob", "one").await;
+        let had = bob.direct().await;
+        for text in ["two", "three"] {
+            ann.send("bob", text).await;
+        }
+        let mut other = Device::new(world, 2, "bob").await;
+        assert_eq!(other.said(3).await, ["one", "two", "three"]);
+        other.acknowledge(world, 3).await;
+        let since = Position::new(had.epoch.clone(), had.seq);
+        let mut back = Device::open(world, 0, "bob", |to| to.inbox = Some(since)).await;
+        assert_eq!(back.said(2).await, ["two", "three"]);
+        back.nothing_else().await;
+        // A position of another log cannot be gone on from, which is told.
+        let lost = Position::new("0-lost".parse().unwrap(), 1);
+        let mut lost = Device::open(world, 1, "bob", |to| to.inbox = Some(lost)).await;
+        let ResetFrame { room, seq, epoch, .. } =
+            heard(&mut lost.connection, |frame| match frame {
+                ServerFrame::Reset(reset) => Some(reset),
+                _ => None,
+            })
+            .await;
+        assert_eq!((room, seq, epoch), (None, 3, had.epoch));
+        assert_eq!(lost.said(1).await, ["to myself"]);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_inbox_keeps_so_many_entries_and_tells_what_has_expired() {
+    let few = [
+        ("inbox.max_entries", "100"),
+        ("history.window", "1ms"),
+        ("limits.messages_per_second", "0"),
+    ];
+    World::each(&few, async |world| {
+        let mut ann = Device::new(world, 0, "ann").await;
+        // Who was never connected has a smaller one.
+        drop(Device::new(world, 1, "bob").await);
+        for n in 1..=300 {
+            ann.send("bob", &n.to_string()).await;
+        }
+        let mut bob = Device::new(world, 1, "bob").await;
+        let inbox = bob.connected.inbox.clone();
+        // Redis trims a little late.
+        assert!(inbox.acked < inbox.oldest - 1 && (101..=201).contains(&inbox.oldest), "{inbox:?}");
+        assert_eq!((inbox.seq, inbox.unread), (300, 301 - inbox.oldest));
+        assert_eq!(text_of(&bob.direct().await), inbox.oldest.to_string());
+        // A device that was further behind than that is told so.
+        let since = Position::new(inbox.epoch.clone(), 5);
+        let mut old = Device::open(world, 2, "bob", |to| to.inbox = Some(since)).await;
+        let reset = heard(&mut old.connection, |frame| match frame {
+            ServerFrame::Reset(reset) => Some(reset),
+            _ => None,
+        })
+        .await;
+        assert!(reset.room.is_none());
+        assert_eq!(old.direct().await.seq, reset.seq + 1);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn history_with_a_user_has_what_both_have_said_and_nothing_else() {
+    World::each(&[("limits.messages_per_second", "0")], async |world| {
+        let mut ann = Device::new(world, 0, "ann").await;
+        let mut bob = Device::new(world, 1, "bob").await;
+        let mut cat = Device::new(world, 2, "cat").await;
+        for n in 0..5 {
+            ann.send("bob", &format!("a{n}")).await;
+            cat.send("bob", &format!("c{n}")).await;
+            bob.send("ann", &format!("b{n}")).await;
+        }
+        let page = async |who: &mut Device, and: Value| {
+            let mut asked = json!({"type": "history", "with": "bob"});
+            asked.as_object_mut().unwrap().extend(and.as_object().unwrap().clone());
+            history_of(ask(&mut who.connection, asked).await.unwrap())
+        };
+        let (all, more) = page(&mut ann, json!({})).await;
+        let expected: Vec<String> =
+            (0..5).flat_map(|n| [format!("a{n}"), format!("b{n}")]).collect();
+        assert_eq!((&all, more), (&expected, false));
+        let (newest, more) = page(&mut ann, json!({"limit": 3})).await;
+        assert_eq!((&newest[..], more), (&expected[7..], true));
+        let (first, more) = page(&mut ann, json!({"after": 0, "limit": 4})).await;
+        assert_eq!((&first[..], more), (&expected[..4], true));
+        let (before, more) = page(&mut ann, json!({"before": 5, "limit": 4})).await;
+        assert_eq!((&before[..], more), (&expected[..4], false));
+        assert_eq!(page(&mut cat, json!({"limit": 200})).await.0, ["c0", "c1", "c2", "c3", "c4"]);
+        let nobody = json!({"type": "history", "with": "nobody"});
+        assert!(history_of(ask(&mut ann.connection, nobody).await.unwrap()).0.is_empty());
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn history_with_a_user_reads_an_inbox_once() {
+    let redis = Redis::start().await;
+    let gateway = Gateway::start_on(&redis, &[]).await;
+    let mut bob = gateway.connect("bob").await;
+    let content = "x".repeat(20_000);
+    for number in 0..40 {
+        let to = if number == 7 { "cat" } else { "ann" };
+        ask(&mut bob, json!({"type": "direct", "to": to, "content": content})).await.unwrap();
+    }
+    let read = async || {
+        let metrics = get(gateway.admin, "/metrics").await.body;
+        let line =
+            metrics.lines().find_map(|line| line.strip_prefix("gateway_client_read_bytes_total "));
+        line.unwrap().parse::<u64>().unwrap()
+    };
+    let with = json!({"type": "history", "with": "cat"});
+    for (least, most) in [(800_000, 1_000_000), (20_000, 25_000), (20_000, 25_000)] {
+        let before = read().await;
+        let (messages, more) = history_of(ask(&mut bob, with.clone()).await.unwrap());
+        assert_eq!((messages.len(), more), (1, false));
+        let bytes = read().await - before;
+        assert!((least..most).contains(&bytes), "{bytes} bytes read");
+    }
+    // No more is read than an answer holds.
+    let before = read().await;
+    let with = json!({"type": "history", "with": "ann", "limit": 200});
+    let (messages, more) = history_of(ask(&mut bob, with).await.unwrap());
+    assert!(messages.len() >= 12 && more, "{}", messages.len());
+    let bytes = read().await - before;
+    assert!(bytes < 300_000, "{bytes} bytes read");
+}
+
+#[tokio::test]
+async fn what_is_read_for_a_connection_has_a_rate() {
+    let limits = [("limits.read_bytes_per_second", "4KiB"), ("publish.timeout", "900ms")];
+    let gateway = Gateway::start(&limits).await;
+    let mut ann = gateway.connect("ann").await;
+    // Each costs 4 KiB at least: eight are the burst, the ninth waits for a moment, and then there is one a
+    // second, which is longer than a frame may wait.
+    let mut taken = 0;
+    let refusal = loop {
+        match ask(&mut ann, json!({"type": "history", "with": "bob"})).await {
+            Ok(_) => taken += 1,
+            Err(refusal) => break refusal,
+        }
+    };
+    assert_eq!(refusal.code, ErrorCode::RateLimited);
+    assert!(refusal.retry_after_ms.is_some_and(|ms| ms > 0));
+    // On a slow machine a few more are earned meanwhile.
+    assert!((9..20).contains(&taken), "{taken}");
+    let metrics = get(gateway.admin, "/metrics").await.body;
+    assert!(!metrics.contains("gateway_client_reads_delayed_total 0\n"), "{metrics}");
+    gateway.connect("bob").await.join(&room("lobby")).await.unwrap();
+}
+
+#[tokio::test]
+async fn who_watches_is_told_now_and_on_change() {
+    World::each(&[("presence.grace", "0s")], async |world| {
+        let begun = Instant::now();
+        let bob = Device::new(world, 1, "bob").await;
+        let mut ann = Device::new(world, 0, "ann").await;
+        ann.watch(&["bob", "cat"]).await;
+        let mut now = [ann.status().await, ann.status().await];
+        now.sort_by(|a, b| a.0.cmp(&b.0));
+        assert_eq!(
+            now,
+            [("bob".into(), OnlineState::Online), ("cat".into(), OnlineState::Offline)]
+        );
+        let cat = Device::new(world, 2, "cat").await;
+        assert_eq!(ann.status().await, ("cat".into(), OnlineState::Online));
+        // A second device changes nothing.
+        let second = Device::new(world, 0, "cat").await;
+        drop(cat);
+        drop(bob);
+        assert_eq!(ann.status().await, ("bob".into(), OnlineState::Offline));
+        drop(second);
+        assert_eq!(ann.status().await, ("cat".into(), OnlineState::Offline));
+        // Not any more.
+        let unwatch = json!({"type": "unwatch", "users": ["cat"]});
+        ann.connection.send_json(&unwatch).await.unwrap();
+        ann.tell(json!({"type": "pong"})).await;
+        let _cat = Device::new(world, 2, "cat").await;
+        let _bob = Device::new(world, 1, "bob").await;
+        assert_eq!(ann.status().await, ("bob".into(), OnlineState::Online));
+        // These nodes have just started: nobody waits until a lease is over to be told.
+        assert!(begun.elapsed() < Duration::from_secs(6), "{:?}", begun.elapsed());
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn who_is_connected_is_seen_to_be_by_whoever_asks() {
+    World::each(&[("presence.grace", "0s")], async |world| {
+        let mut ann = Device::new(world, 0, "ann").await;
+        for round in 0..10 {
+            let node = round % 3;
+            let bob = Device::new(world, node, "bob").await;
+            assert_eq!(ann.asks_for("bob").await, OnlineState::Online, "round {round}");
+            drop(bob);
+            crate::harness::until("bob has left", async || {
+                ann.asks_for("bob").await == OnlineState::Offline
+            })
+            .await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_partner_who_leaves_is_told_of_unasked() {
+    World::each(&[("presence.grace", "0s")], async |world| {
+        let mut ann = Device::new(world, 0, "ann").await;
+        let mut bob = Device::new(world, 1, "bob").await;
+        let mut cat = Device::new(world, 2, "cat").await;
+        ann.send("bob", "hello").await;
+        assert_eq!(bob.said(1).await, ["hello"]);
+        cat.send("ann", "hello").await;
+        assert_eq!(ann.said(2).await, ["hello", "hello"]);
+        // Who has received knows of who has sent as soon as that is followed.
+        for user in ["bob", "cat"] {
+            ann.watch(&[user]).await;
+            assert_eq!(ann.status().await.1, OnlineState::Online);
+        }
+        bob.watch(&["ann"]).await;
+        assert_eq!(bob.status().await, ("ann".into(), OnlineState::Online));
+        drop(cat);
+        assert_eq!(ann.status().await, ("cat".into(), OnlineState::Offline));
+        drop(ann);
+        assert_eq!(bob.status().await, ("ann".into(), OnlineState::Offline));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn watches_have_a_limit_and_a_bound_on_one_frame() {
+    World::each(&[("limits.watches_per_connection", "3")], async |world| {
+        let mut ann = Device::new(world, 0, "ann").await;
+        ann.watch(&["a", "b", "b"]).await;
+        assert_ne!(ann.status().await.0, ann.status().await.0, "one for each user");
+        let more = json!({"type": "watch", "users": ["c", "d"]});
+        assert_eq!(refused(&mut ann.connection, more).await, ErrorCode::LimitReached);
+        ann.watch(&["c"]).await;
+        assert_eq!(ann.status().await.0, "c");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_session_is_resumed_on_any_node_with_its_user_and_data() {
+    World::each(&[], async |world| {
+        let mut ann = Device::open(world, 0, "ann", |to| to.name = Some("Ann Lee".into())).await;
+        assert!(!ann.connected.resumed && ann.connected.session.len() <= 512);
+        let set = json!({"type": "session_set", "data": {"theme": "dark", "old": 1}});
+        ask(&mut ann.connection, set).await.unwrap();
+        let set = json!({"type": "session_set", "data": {"old": null, "n": [1]}});
+        let ServerFrame::Session(session) = ask(&mut ann.connection, set).await.unwrap() else {
+            panic!()
+        };
+        assert_eq!(json!(session.data), json!({"theme": "dark", "n": [1]}));
+        let large = json!({"type": "session_set", "data": {"x": "y".repeat(16_360)}});
+        assert_eq!(refused(&mut ann.connection, large).await, ErrorCode::TooLarge);
+        let (token, id) = (ann.connected.session.clone(), ann.connected.session_id);
+        drop(ann);
+        // The user is the session's where the client does not say who it is.
+        let url = world.nodes[world.nodes.len() - 1].url("/ws");
+        let mut options = ConnectOptions::new(url);
+        options.session = Some(token.clone());
+        let mut connection = ClientConnection::open(&options).await.unwrap();
+        let connected = connection.expect_connected().await.unwrap();
+        assert!(connected.resumed && connected.session_id == id && connected.session == token);
+        assert_eq!((connected.user.id.as_str(), connected.user.name.as_str()), ("ann", "Ann Lee"));
+        let got = ask(&mut connection, json!({"type": "session_get"})).await.unwrap();
+        let ServerFrame::Session(session) = got else { panic!() };
+        assert_eq!(json!(session.data), json!({"theme": "dark", "n": [1]}));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn the_name_of_a_session_is_kept_however_often_it_is_resumed() {
+    World::each(&[], async |world| {
+        let ann = Device::open(world, 0, "ann", |to| to.name = Some("Ann Lee".into())).await;
+        let token = ann.connected.session.clone();
+        drop(ann);
+        for node in 0..3 {
+            let options = ConnectOptions {
+                session: Some(token.clone()),
+                ..ConnectOptions::new(world.nodes[node % world.nodes.len()].url("/ws"))
+            };
+            let mut connection = ClientConnection::open(&options).await.unwrap();
+            let connected = connection.expect_connected().await.unwrap();
+            assert_eq!((connected.resumed, connected.user.name.as_str()), (true, "Ann Lee"));
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn of_two_that_present_a_session_at_once_one_stays() {
+    World::each(&[], async |world| {
+        for _ in 0..10 {
+            let ann = Device::new(world, 0, "ann").await;
+            let token = ann.connected.session.clone();
+            drop(ann);
+            let open = |node: usize| {
+                let token = token.clone();
+                Device::open(world, node, "ann", move |to| to.session = Some(token))
+            };
+            let (first, second) = tokio::join!(open(0), open(1));
+            let mut ends = Vec::new();
+            for mut device in [first, second] {
+                let ping = device.connection.request(&json!({"type": "ping"})).await;
+                ends.push(device);
+                drop(ping);
+            }
+            // One is told 4000, sooner or later; the other one is not.
+            let [mut one, mut other]: [Device; 2] = ends.try_into().ok().unwrap();
+            let (code, stays) = within(async {
+                tokio::select! {
+                    (code, _) = closed(&mut one.connection) => (code, &mut other),
+                    (code, _) = closed(&mut other.connection) => (code, &mut one),
+                }
+            })
+            .await;
+            assert_eq!(code, Some(4000));
+            stays.nothing_else().await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_user_has_so_many_sessions_and_those_in_use_go_last() {
+    World::each(&[("limits.handshakes_per_minute_per_ip", "0")], async |world| {
+        let in_use = Device::new(world, 0, "ann").await;
+        let token = in_use.connected.session.clone();
+        for _ in 0..110 {
+            drop(Device::new(world, 0, "ann").await);
+        }
+        drop(in_use);
+        let back = Device::open(world, 1, "ann", |to| to.session = Some(token)).await;
+        assert!(back.connected.resumed);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_session_is_kept_while_it_is_in_use_and_for_its_time_after() {
+    World::each(&[("sessions.ttl", "2s")], async |world| {
+        let mut ann = Device::new(world, 0, "ann").await;
+        let token = ann.connected.session.clone();
+        // Longer in use than that: it is kept.
+        let until = Instant::now() + Duration::from_secs(3);
+        while Instant::now() < until {
+            ask(&mut ann.connection, json!({"type": "ping"})).await.unwrap();
+            crate::harness::poll_pause().await;
+        }
+        drop(ann);
+        let resume = async || {
+            let token = token.clone();
+            Device::open(world, 1, "ann", move |to| to.session = Some(token)).await.connected
+        };
+        assert!(resume().await.resumed);
+        // Asking is using it, so that it is asked once when its time should be over.
+        let until = Instant::now() + Duration::from_secs(4);
+        while Instant::now() < until {
+            crate::harness::poll_pause().await;
+        }
+        assert!(!resume().await.resumed);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_session_token_that_does_not_count_makes_a_new_session() {
+    World::each(&[], async |world| {
+        let ann = Device::new(world, 0, "ann").await;
+        let token = ann.connected.session.clone();
+        let bob = Device::open(world, 1, "bob", |to| to.session = Some(token.clone())).await;
+        assert!(!bob.connected.resumed && bob.connected.user.id.as_str() == "bob");
+        let mut forged = token.clone().into_bytes();
+        forged[3] = if forged[3] == b'A' { b'B' } else { b'A' };
+        for bad in ["nonsense".to_owned(), String::from_utf8(forged).unwrap()] {
+            let options = ConnectOptions {
+                session: Some(bad),
+                ..ConnectOptions::new(world.nodes[0].url("/ws"))
+            };
+            let mut connection = ClientConnection::open(&options).await.unwrap();
+            let connected = connection.expect_connected().await.unwrap();
+            assert!(!connected.resumed && connected.user.id.as_str().starts_with("guest-"));
+        }
+        let again = Device::open(world, 2, "ann", |to| to.session = Some(token)).await;
+        assert!(again.connected.resumed);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_session_has_one_connection_the_newest() {
+    World::each(&[], async |world| {
+        let mut first = Device::new(world, 0, "ann").await;
+        let mut other = Device::new(world, 0, "ann").await;
+        let token = first.connected.session.clone();
+        let mut second = Device::open(world, 1, "ann", |to| to.session = Some(token)).await;
+        assert!(second.connected.resumed);
+        assert_eq!(closed(&mut first.connection).await, (Some(4000), String::new()));
+        // Other sessions of the user stay.
+        other.nothing_else().await;
+        assert_eq!(second.said(1).await, ["to myself"]);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn frames_of_the_inbox_that_are_not_right_are_refused_and_the_connection_lives_on() {
+    World::each(&[], async |world| {
+        let mut ann = Device::new(world, 0, "ann").await;
+        let bad = json!({"type": "direct", "to": "_api", "content": 1});
+        assert_eq!(refused(&mut ann.connection, bad).await, ErrorCode::BadRequest);
+        let refresh = json!({"type": "refresh", "token": "x"});
+        assert_eq!(refused(&mut ann.connection, refresh).await, ErrorCode::BadRequest);
+        ann.connection.join(&room("r")).await.unwrap();
+        say(&mut ann.connection, &room("r"), "here").await;
+        assert_eq!(next_message(&mut ann.connection).await.content, json!("here"));
+        let url = world.nodes[0].url("/ws?inbox=nonsense");
+        let mut connection = ClientConnection::open(&ConnectOptions::new(url)).await.unwrap();
+        connection.expect_connected().await.unwrap();
+        let code = heard(&mut connection, |frame| match frame {
+            ServerFrame::Error(refusal) => Some(refusal.code),
+            _ => None,
+        });
+        assert_eq!(code.await, ErrorCode::BadRequest);
+    })
+    .await;
+}

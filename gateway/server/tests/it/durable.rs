@@ -1,0 +1,523 @@
+//! Bounds of durable state: what a client may have the cluster keep, and the answer when that is reached;
+//! on a single node, on three nodes of a cluster, and on two with a Redis Cluster. And that a Redis with
+//! 64 MB goes on to take the publishes of others while it is flooded.
+
+use serde_json::{Value, json};
+use skein_client::connection::ClientConnection;
+use skein_protocol::{
+    error::ErrorCode,
+    protocol::server_frame::{AckFrame, ErrorFrame, HistoryEntry, ServerFrame},
+};
+use tokio::time::Duration;
+
+use crate::{
+    harness::{Gateway, PATIENCE, Redis, connect, get, poll_pause, room, say, until, within},
+    people::{World, ask, refused},
+};
+
+/// A direct that was taken.
+async fn direct(
+    connection: &mut ClientConnection,
+    to: &str,
+    content: &str,
+) -> Result<AckFrame, Box<ErrorFrame>> {
+    let frame = json!({"type": "direct", "to": to, "content": content});
+    ask(connection, frame).await.map(|answer| match answer {
+        ServerFrame::Ack(ack) => *ack,
+        other => panic!("{other:?}"),
+    })
+}
+
+async fn code_of(connection: &mut ClientConnection, to: &str, content: &str) -> ErrorCode {
+    direct(connection, to, content).await.expect_err("it is refused").code
+}
+
+/// The oldest entry kept and the newest of a user's inbox, and what is unread, as a new connection is told.
+async fn inbox_of(world: &World, user: &str) -> (u64, u64, u64) {
+    let url = format!("ws://{}/ws", world.nodes[0].address);
+    let options = skein_client::options::ConnectOptions::new(url).user(user);
+    let mut connection = ClientConnection::open(&options).await.unwrap();
+    let inbox = connection.expect_connected().await.unwrap().inbox;
+    (inbox.oldest, inbox.seq, inbox.unread)
+}
+
+#[tokio::test]
+async fn a_user_who_was_never_connected_has_a_small_inbox() {
+    let options = [
+        ("inbox.unseen_max_entries", "3"),
+        ("inbox.unseen_max_bytes", "2000"),
+        ("limits.new_inboxes_per_hour", "3"),
+    ];
+    World::each(&options, async |world| {
+        let mut ann = world.connect(0, "ann").await;
+        let id = "6f1c2a0e-93c4-4c59-a9f5-5f3f2d1b7c10";
+        for number in 0..4 {
+            direct(&mut ann, "nobody", &number.to_string()).await.unwrap();
+        }
+        let frame = json!({"type": "direct", "to": "nobody", "content": 4, "id": id});
+        for duplicate in [false, true] {
+            let ServerFrame::Ack(ack) = ask(&mut ann, frame.clone()).await.unwrap() else {
+                panic!()
+            };
+            assert_eq!(ack.duplicate, duplicate);
+        }
+        // Three are kept, and of them no more than 2,000 bytes.
+        assert_eq!(code_of(&mut ann, "nobody-2", &"x".repeat(2000)).await, ErrorCode::LimitReached);
+        for other in ["nobody-2", "nobody-3"] {
+            direct(&mut ann, other, &"x".repeat(1000)).await.unwrap();
+            direct(&mut ann, other, &"y".repeat(1000)).await.unwrap();
+        }
+        let refusal = direct(&mut ann, "nobody-4", "").await.unwrap_err();
+        assert_eq!(refusal.code, ErrorCode::RateLimited);
+        assert!(refusal.retry_after_ms.is_some_and(|ms| ms > 1000));
+        direct(&mut ann, "nobody-2", "it has been opened").await.unwrap();
+        assert_eq!(inbox_of(world, "nobody-3").await, (2, 2, 1), "the older one made room");
+
+        // From the first connection on it is an inbox like any, and ids are known as before.
+        assert_eq!(inbox_of(world, "nobody").await, (3, 5, 3));
+        let ServerFrame::Ack(ack) = ask(&mut ann, frame).await.unwrap() else { panic!() };
+        assert!(ack.duplicate);
+        for number in 5..10 {
+            direct(&mut ann, "nobody", &number.to_string()).await.unwrap();
+        }
+        direct(&mut ann, "nobody", &"x".repeat(2000)).await.unwrap();
+        assert_eq!(inbox_of(world, "nobody").await, (3, 11, 9));
+        // And the sender's own is one.
+        assert!(inbox_of(world, "ann").await.1 > 10);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_direct_that_is_refused_leaves_nothing_in_redis() {
+    let redis = Redis::start().await;
+    let options = [("limits.new_inboxes_per_hour", "1"), ("inbox.unseen_max_bytes", "2000")];
+    let node = Gateway::start_on(&redis, &options).await;
+    let mut ann = node.connect("ann").await;
+    direct(&mut ann, "nobody", "").await.unwrap();
+    let large = "x".repeat(2000);
+    for (to, content, code) in
+        [("nobody-2", "", ErrorCode::RateLimited), ("nobody-3", &large, ErrorCode::LimitReached)]
+    {
+        assert_eq!(code_of(&mut ann, to, content).await, code);
+    }
+    let script = "return table.concat(redis.call('KEYS', '*nobody*'), ' ')";
+    let keys = redis.answer(&format!("EVAL \"{script}\" 0")).await;
+    assert!(keys.contains("nobody") && !keys.contains("nobody-"), "{keys}");
+}
+
+#[tokio::test]
+async fn quotas_of_a_user_are_answered_by_name() {
+    let options = [
+        ("limits.new_rooms_per_minute", "1"),
+        ("limits.durable_bytes_per_minute", "20000"),
+        ("rooms.managed_per_owner", "2"),
+        ("sessions.data_max_bytes", "1000"),
+        ("rooms.read_marks_max", "1"),
+    ];
+    World::each(&options, async |world| {
+        // Five rooms come to be at once, and one in a minute.
+        let mut ann = world.connect(0, "ann").await;
+        let join = |name: &str| json!({"type": "join", "room": name});
+        for name in ["r1", "r2", "r3", "r4", "r5"] {
+            ask(&mut ann, join(name)).await.unwrap();
+        }
+        let refusal = ask(&mut ann, join("r6")).await.unwrap_err();
+        assert_eq!(refusal.code, ErrorCode::RateLimited);
+        assert!(refusal.retry_after_ms.is_some());
+        let mut bob = world.connect(1, "bob").await;
+        ask(&mut bob, join("r6")).await.unwrap();
+        for name in ["r6", "r1"] {
+            ask(&mut ann, join(name)).await.unwrap();
+        }
+
+        // How far one has read is kept of one user.
+        let lobby = room("r6");
+        let seq = say(&mut bob, &lobby, "hi").await.seq;
+        let read = json!({"type": "read", "room": "r6", "seq": seq});
+        bob.send_json(&read).await.unwrap();
+        until("one mark is kept", async || marks_in(&mut bob, "r6", seq).await == 1).await;
+        ann.send_json(&read).await.unwrap();
+        until("the other is counted", async || marks_refused(world).await == 1).await;
+        assert_eq!(marks_in(&mut bob, "r6", seq).await, 1);
+
+        // Managed rooms of an owner; one that is deleted makes room.
+        let mut cat = world.connect(2, "cat").await;
+        let create = |name: &str| json!({"type": "create_room", "room": name});
+        for name in ["m1", "m2"] {
+            ask(&mut cat, create(name)).await.unwrap();
+        }
+        assert_eq!(refused(&mut cat, create("m3")).await, ErrorCode::LimitReached);
+        assert_eq!(refused(&mut cat, create("m1")).await, ErrorCode::RoomExists);
+        ask(&mut cat, json!({"type": "delete_room", "room": "m1"})).await.unwrap();
+        ask(&mut cat, create("m3")).await.unwrap();
+        assert_eq!(refused(&mut cat, create("m4")).await, ErrorCode::LimitReached);
+
+        // Data of all sessions of a user.
+        let set = |letter: &str, count| json!({"type": "session_set", "data": {letter: "x".repeat(count)}});
+        ask(&mut cat, set("a", 600)).await.unwrap();
+        let mut other = world.connect(0, "cat").await;
+        assert_eq!(refused(&mut other, set("a", 600)).await, ErrorCode::LimitReached);
+        ask(&mut other, set("a", 300)).await.unwrap();
+        ask(&mut cat, json!({"type": "session_set", "data": {"a": null}})).await.unwrap();
+        ask(&mut other, set("a", 600)).await.unwrap();
+
+        // Bytes kept: twice those of a minute at once, over all connections on a node.
+        let mut dan = world.connect(0, "dan").await;
+        for _ in 0..2 {
+            direct(&mut dan, "ann", &"x".repeat(10_000)).await.unwrap();
+        }
+        let mut too = world.connect(0, "dan").await;
+        for connection in [&mut dan, &mut too] {
+            let refusal = direct(connection, "ann", "more").await.unwrap_err();
+            assert_eq!(refusal.code, ErrorCode::RateLimited);
+            assert!(refusal.retry_after_ms.is_some_and(|ms| ms > 100));
+        }
+        assert_eq!(refused(&mut dan, create("m5")).await, ErrorCode::RateLimited);
+        direct(&mut ann, "dan", "others may").await.unwrap();
+    })
+    .await;
+}
+
+/// How many members of a room have read up to `seq`.
+async fn marks_in(connection: &mut ClientConnection, room: &str, seq: u64) -> usize {
+    let who = json!({"type": "presence", "room": room});
+    let ServerFrame::Presence(who) = ask(connection, who).await.unwrap() else { panic!() };
+    who.users.iter().filter(|user| user.read == Some(seq)).count()
+}
+
+/// How many marks were not kept.
+async fn marks_refused(world: &World) -> u64 {
+    let mut count = 0;
+    for node in &world.nodes {
+        count += metric(node, "gateway_storage_rejections_total{reason=\"read_marks\"}").await;
+    }
+    count
+}
+
+async fn metric(node: &Gateway, name: &str) -> u64 {
+    let metrics = get(node.admin, "/metrics").await.body;
+    let value = metrics.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok());
+    value.unwrap_or_else(|| panic!("{name} is not in {metrics}"))
+}
+
+/// The ways to fill Redis.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Flood {
+    /// Directs to ever new users, as large as those may be.
+    LargeDirects,
+    /// The same of a byte.
+    SmallDirects,
+    /// Rooms that are joined and left.
+    Rooms,
+    /// Managed rooms with as much `meta` as may be.
+    ManagedRooms,
+    /// Users who connect and do nothing.
+    Users,
+    /// Sessions with as much data as may be.
+    Sessions,
+    /// Large messages to a room of one's own.
+    Messages,
+    /// Small messages to one's own inbox.
+    OwnInbox,
+}
+
+const FLOODS: [Flood; 8] = [
+    Flood::LargeDirects,
+    Flood::SmallDirects,
+    Flood::Rooms,
+    Flood::ManagedRooms,
+    Flood::Users,
+    Flood::Sessions,
+    Flood::Messages,
+    Flood::OwnInbox,
+];
+
+/// Options of a node whose clients do as they like, so that only the watermark is left.
+const UNLIMITED: [(&str, &str); 3] = [
+    ("limits.messages_per_second", "0"),
+    ("limits.frames_per_second", "0"),
+    ("presence.grace", "0s"),
+];
+
+/// How many requests an attacker has under way.
+const WINDOW: usize = 8;
+
+impl Flood {
+    /// What the attacker sends as its `number`th frame.
+    fn frame(self, attacker: &str, number: usize) -> Value {
+        let name = format!("{attacker}-{number}");
+        match self {
+            Self::LargeDirects => {
+                json!({"type": "direct", "to": name, "content": "x".repeat(60_000)})
+            }
+            Self::SmallDirects => json!({"type": "direct", "to": name, "content": 1}),
+            Self::Rooms if number.is_multiple_of(2) => json!({"type": "join", "room": name}),
+            Self::Rooms => json!({"type": "leave", "room": format!("{attacker}-{}", number - 1)}),
+            Self::ManagedRooms => {
+                json!({"type": "create_room", "room": name, "meta": {"m": "x".repeat(8000)}})
+            }
+            Self::Sessions => json!({"type": "session_set", "data": {"d": "x".repeat(16_000)}}),
+            Self::Messages if number == 0 => json!({"type": "join", "room": attacker}),
+            Self::Messages => {
+                json!({"type": "message", "room": attacker, "content": "x".repeat(250_000)})
+            }
+            Self::OwnInbox => {
+                json!({"type": "direct", "to": attacker, "content": "x".repeat(1000)})
+            }
+            Self::Users => json!({"type": "ping"}),
+        }
+    }
+
+    /// Floods until it is told to stop. Each connection is a user's own where the flood is of users.
+    async fn go(self, address: std::net::SocketAddr, attacker: String, ends: tokio::time::Instant) {
+        let mut number = 0;
+        while tokio::time::Instant::now() < ends {
+            let user = match self {
+                Self::Users => format!("{attacker}-{number}"),
+                _ => attacker.clone(),
+            };
+            let url = format!("ws://{address}/ws");
+            let options = skein_client::options::ConnectOptions::new(url).user(&user);
+            // It may be refused, as newcomers may be.
+            let Ok(mut connection) = ClientConnection::open(&options).await else { continue };
+            if connection.expect_connected().await.is_err() {
+                continue;
+            }
+            loop {
+                for _ in 0..WINDOW {
+                    let mut frame = self.frame(&attacker, number);
+                    frame["ref"] = json!(number);
+                    connection.send_json(&frame).await.unwrap();
+                    number += 1;
+                }
+                let mut left = WINDOW;
+                while left > 0 {
+                    match within(connection.next_frame()).await.unwrap() {
+                        ServerFrame::Ack(_)
+                        | ServerFrame::Error(_)
+                        | ServerFrame::Joined(_)
+                        | ServerFrame::Left(_) => {
+                            left -= 1;
+                        }
+                        ServerFrame::RoomInfo(_)
+                        | ServerFrame::Session(_)
+                        | ServerFrame::Pong(_) => left -= 1,
+                        _ => {}
+                    }
+                }
+                let is_new = matches!(self, Self::Users | Self::Sessions);
+                if is_new || tokio::time::Instant::now() >= ends {
+                    break;
+                }
+            }
+        }
+    }
+}
+
+/// Publishes to a room that is there are acknowledged in the time that they have. Returns how many, and the
+/// longest wait.
+async fn publish_until(
+    connection: &mut ClientConnection,
+    ends: tokio::time::Instant,
+) -> (usize, Duration) {
+    let (lobby, mut count, mut longest) = (room("honest"), 0, Duration::ZERO);
+    while tokio::time::Instant::now() < ends {
+        let begun = tokio::time::Instant::now();
+        say(connection, &lobby, "hello to all who are here").await;
+        longest = longest.max(begun.elapsed());
+        count += 1;
+        poll_pause().await;
+    }
+    (count, longest)
+}
+
+async fn used(redis: &Redis) -> u64 {
+    let info = redis.answer("INFO memory").await;
+    let used = info.lines().find_map(|line| line.strip_prefix("used_memory:"));
+    used.unwrap().trim().parse().unwrap()
+}
+
+const MEMORY: u64 = 64 << 20;
+
+/// What has no lifetime: of nodes, which forget the fields of those that have ended, and of the cluster.
+const KEPT: &str =
+    "gw:barrier gw:leases gw:partitions gw:incarnations gw:told gw:online:seen gw:rooms";
+
+/// Floods a Redis of 64 MB in one way after another, while others publish. `filled` bytes are taken already.
+async fn flood_all(filled: u64, each: Duration) {
+    let redis = Redis::start().await;
+    redis.command(&format!("CONFIG SET maxmemory {MEMORY}")).await;
+    let node = Gateway::start_on(&redis, &UNLIMITED).await;
+    let mut ann = node.connect("ann").await;
+    let mut bob = node.connect("bob").await;
+    for member in [&mut ann, &mut bob] {
+        member.join(&room("honest")).await.unwrap();
+    }
+    for _ in 0..20 {
+        say(&mut ann, &room("honest"), "before").await;
+    }
+    if filled > 0 {
+        redis.command(&format!("SETRANGE filler {filled} x")).await;
+    }
+    for flood in FLOODS {
+        let ends = tokio::time::Instant::now() + each;
+        let attackers: Vec<_> = (0..4)
+            .map(|number| {
+                let attacker = format!("{flood:?}-{number}");
+                tokio::spawn(flood.go(node.address, attacker, ends))
+            })
+            .collect();
+        let (count, longest) = publish_until(&mut ann, ends).await;
+        for attacker in attackers {
+            within(attacker).await.unwrap();
+        }
+        let used = used(&redis).await;
+        println!(
+            "{flood:?}: {count} acknowledged, the slowest after {longest:?}; {used} bytes used"
+        );
+        assert!(count > 0, "{flood:?}");
+        // Without a bound Redis would refuse at 100 %, and a gateway that makes room goes little above.
+        assert!(used < MEMORY + MEMORY / 20, "{flood:?}: {used}");
+    }
+    assert!(metric(&node, "gateway_storage_rejections_total{reason=\"memory\"}").await > 0);
+    assert!(metric(&node, "gateway_redis_memory_pressure").await > 0);
+    assert_eq!(metric(&node, "gateway_redis_memory_max_bytes").await, MEMORY);
+    let said = get(node.address, "/ready").await;
+    assert_eq!(said.status, 200, "{}", said.body);
+    // Who comes back, and who comes, gets in.
+    connect(node.address, "ann").await;
+    connect(node.address, "a-newcomer").await;
+    drop((ann, bob));
+    // Nothing of it is there for good, but who is connected (nobody, soon), when users were seen, which
+    // rooms there are, and what nodes have themselves.
+    let mut kept = kept_for_good(&redis).await;
+    let deadline = tokio::time::Instant::now() + PATIENCE;
+    while !kept.is_empty() {
+        assert!(tokio::time::Instant::now() < deadline, "without a lifetime: {kept}");
+        poll_pause().await;
+        kept = kept_for_good(&redis).await;
+    }
+}
+
+/// The keys without a lifetime, apart from those that there is one of in all, which nodes bound.
+async fn kept_for_good(redis: &Redis) -> String {
+    let script = "local kept = {} for _, key in ipairs(ARGV) do kept[key] = true end \
+         local found = {} for _, key in ipairs(redis.call('KEYS', 'gw:*')) do \
+         if redis.call('PTTL', key) == -1 and not kept[key] and not string.match(key, 'orders') \
+         then found[#found + 1] = key end end return table.concat(found, ' ', 1, math.min(#found, 20))";
+    redis.answer(&format!("EVAL \"{script}\" 0 {KEPT}")).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn publishes_are_acknowledged_while_a_full_redis_is_flooded() {
+    if crate::faults::is_full() {
+        flood_all(0, Duration::from_secs(20)).await;
+    }
+    flood_all(MEMORY * 3 / 4, Duration::from_millis(700)).await;
+}
+
+/// Others find by its incarnations that a process has ended, and forget with them what it has told: one that
+/// is killed soon after its start leaves nothing either.
+#[tokio::test]
+async fn a_node_is_registered_before_it_tells_its_seats() {
+    let redis = Redis::start().await;
+    let _node = Gateway::start_on(&redis, &[]).await;
+    let count = async |key| redis.command(&format!("HLEN {key}")).await.unwrap();
+    until("the node has told its seats", async || count("gw:told").await == ":1").await;
+    assert_eq!(count("gw:incarnations").await, ":1");
+}
+
+#[tokio::test]
+async fn a_full_redis_takes_what_makes_room_for_itself() {
+    let redis = Redis::start().await;
+    let node = Gateway::start_on(&redis, &[]).await;
+    let lobby = room("lobby");
+    let mut ann = node.connect("ann").await;
+    ann.join(&lobby).await.unwrap();
+    for _ in 0..10 {
+        say(&mut ann, &lobby, &"x".repeat(2000)).await;
+    }
+    let mut bob = node.connect("bob").await;
+    direct(&mut bob, "ann", "hi").await.unwrap();
+    ask(&mut bob, json!({"type": "join", "room": "new"})).await.unwrap();
+    redis.command("CONFIG SET maxmemory 1").await;
+    // At once: the first that is refused is sent again by the script that makes room.
+    let ack = say(&mut ann, &lobby, &"y".repeat(3000)).await;
+    assert_eq!((ack.seq, ack.duplicate), (11, false));
+    let history = json!({"type": "history", "room": "lobby"});
+    let ServerFrame::History(page) = ask(&mut ann, history).await.unwrap() else { panic!() };
+    let seq = |entry: &HistoryEntry| match entry {
+        HistoryEntry::Message(message) => Some(message.seq),
+        _ => None,
+    };
+    let sent: Vec<u64> = page.messages.iter().filter_map(seq).collect();
+    assert_eq!(sent, (3..=11).collect::<Vec<_>>(), "the two oldest made room");
+    direct(&mut bob, "ann", "still").await.unwrap();
+
+    // What is new is refused, by name. A room that is there is joined.
+    ask(&mut bob, json!({"type": "join", "room": "lobby"})).await.unwrap();
+    let overloaded = |refusal: Box<ErrorFrame>| {
+        assert_eq!(refusal.code, ErrorCode::Overloaded, "{}", refusal.message);
+        assert!(refusal.retry_after_ms.is_some());
+    };
+    for frame in [
+        json!({"type": "direct", "to": "nobody", "content": 1}),
+        json!({"type": "message", "room": "new", "content": 1}),
+        json!({"type": "message", "room": "lobby", "content": "x".repeat(100_000)}),
+        json!({"type": "join", "room": "newer"}),
+        json!({"type": "create_room", "room": "managed"}),
+        json!({"type": "session_set", "data": {"a": 1}}),
+    ] {
+        overloaded(ask(&mut bob, frame.clone()).await.expect_err(&frame.to_string()));
+    }
+
+    redis.command("CONFIG SET maxmemory 0").await;
+    until("it takes new ones", async || {
+        ask(&mut bob, json!({"type": "message", "room": "new", "content": 1})).await.is_ok()
+    })
+    .await;
+}
+
+/// What an act of a client leaves in Redis, once the client has gone: bytes and the longest lifetime in ms,
+/// of each of 200.
+async fn leaves(act: impl AsyncFn(&mut ClientConnection, usize)) -> (u64, u64) {
+    const COUNT: usize = 200;
+    let redis = Redis::start().await;
+    let node = Gateway::start_on(&redis, &UNLIMITED).await;
+    let mut ann = node.connect("ann").await;
+    // What there is once, and what the sender has of its own, is not counted.
+    for number in 0..20 {
+        act(&mut ann, COUNT + number).await;
+    }
+    let before = used(&redis).await;
+    for number in 0..COUNT {
+        act(&mut ann, number).await;
+    }
+    let bytes = used(&redis).await.saturating_sub(before) / COUNT as u64;
+    let longest = "EVAL \"local most = 0 for _, key in ipairs(redis.call('KEYS', 'gw:*n-*')) do \
+                   most = math.max(most, redis.call('PTTL', key)) end return most\" 0";
+    let longest = redis.command(longest).await.unwrap();
+    (bytes, longest[1..].parse().unwrap())
+}
+
+#[tokio::test]
+async fn what_goes_to_nobody_leaves_little_and_not_for_long() {
+    let (bytes, lifetime) = leaves(async |ann, number| {
+        direct(ann, &format!("n-{number}"), "").await.unwrap();
+    })
+    .await;
+    println!("a direct to nobody: {bytes} bytes for {lifetime} ms");
+    assert!((1..=5_500).contains(&bytes), "{bytes}");
+    assert!((1..=24 * 60 * 60 * 1000).contains(&lifetime), "{lifetime}");
+
+    let (bytes, lifetime) = leaves(async |ann, number| {
+        for kind in ["join", "leave"] {
+            let frame = json!({"type": kind, "room": format!("n-{number}")});
+            ask(ann, frame).await.unwrap();
+        }
+    })
+    .await;
+    println!("a room that was joined and left: {bytes} bytes for {lifetime} ms");
+    assert!((1..=5 * 60 * 1000).contains(&lifetime), "{lifetime}");
+}

@@ -1,0 +1,189 @@
+//! Redis loses its data while a gateway is gone, or before the others know a new one.
+
+use std::time::Duration;
+
+use skein_client::frames;
+use tokio::time::Instant;
+
+use super::{
+    UNLIMITED, addresses,
+    clients::{TestClients, default_profiles},
+    length,
+    proxy::{Mode, Proxy},
+    start_nodes, until_ready,
+};
+use crate::harness::{Gateway, Node, Redis, connect, get, next_message, room, say, until, within};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gateway_and_the_data_of_redis_are_lost_together() {
+    let mut redis = Redis::start().await;
+    let mut nodes = start_nodes(&redis, 3).await;
+    let clients = TestClients::connect(&addresses(&nodes)).await.unwrap();
+    clients.wait_for_acks(300).await.unwrap();
+    tokio::join!(nodes[0].process.kill(), redis.kill());
+    redis.restart().await;
+    let back = Instant::now();
+    clients.wait_for_acks(1).await.unwrap();
+    let acknowledged_after = back.elapsed();
+    clients.wait_for_acks(200).await.unwrap();
+    let report = clients.finish().await.unwrap();
+    println!("gateway and Redis data lost: acknowledged again after {acknowledged_after:.2?}");
+    report.check("gateway and Redis data lost within one lease");
+    assert!(acknowledged_after < Duration::from_secs(13), "{acknowledged_after:?}");
+    for reader in [1, 2, 4, 5] {
+        assert_eq!(report.connections[reader], 1);
+        assert!(report.silences[reader] < Duration::from_secs(15), "{:?}", report.silences);
+        assert_eq!(report.epochs[reader], 2, "one new epoch: {:?}", report.epochs);
+    }
+    // Who was served goes on in the new epoch, told so.
+    assert!(report.resets >= 4, "{report}");
+    assert!(report.refused_sends > 0, "{report}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_acknowledged_and_heard_by_nobody_outlives_the_data_of_redis() {
+    let mut redis = Redis::start().await;
+    let (mut proxies, mut nodes) = (vec![], vec![]);
+    for _ in 0..2 {
+        let proxy = Proxy::to(redis.address()).await.unwrap();
+        let url = proxy.redis_url();
+        nodes.push(Node::start(&redis, None, &[("cluster.redis_url", url.as_str())]).await);
+        proxies.push(proxy);
+    }
+    let lobby = room("lobby");
+    let mut ann = connect(nodes[0].address, "ann").await;
+    let mut bob = connect(nodes[1].address, "bob").await;
+    ann.join(&lobby).await.unwrap();
+    bob.join(&lobby).await.unwrap();
+    let mut seq = 0;
+    for round in 0..length(2, 10) {
+        seq += 1;
+        let epoch = say(&mut bob, &lobby, "heard by all").await.epoch;
+        for connection in [&mut ann, &mut bob] {
+            assert_eq!(next_message(connection).await.seq, seq);
+        }
+        // Redis dies behind the answer and before anybody was passed the entry.
+        proxies.iter().for_each(|proxy| proxy.set(Mode::DropPushes));
+        let ack = say(&mut ann, &lobby, "heard by nobody").await;
+        seq += 1;
+        assert_eq!((&ack.epoch, ack.seq), (&epoch, seq), "round {round}");
+        redis.kill().await;
+        proxies.iter().for_each(|proxy| proxy.set(Mode::Cut));
+        redis.restart().await;
+        proxies.iter().for_each(|proxy| proxy.set(Mode::Open));
+        for connection in [&mut ann, &mut bob] {
+            let message = next_message(connection).await;
+            assert_eq!((message.seq, message.id, message.epoch), (seq, ack.id, epoch.clone()));
+        }
+        until_ready(&nodes).await;
+    }
+}
+
+/// Two nodes on proxies, and a Redis that came back empty while the proxies were cut.
+struct Parted {
+    redis: Redis,
+    proxies: Vec<Proxy>,
+    nodes: Vec<Node>,
+    clients: TestClients,
+}
+
+async fn parted_from_an_empty_redis() -> Parted {
+    let mut redis = Redis::start().await;
+    let (mut proxies, mut nodes) = (vec![], vec![]);
+    for _ in 0..2 {
+        let proxy = Proxy::to(redis.address()).await.unwrap();
+        let url = proxy.redis_url();
+        let extra = [&UNLIMITED[..], &[("cluster.redis_url", url.as_str())]].concat();
+        nodes.push(Node::start(&redis, None, &extra).await);
+        proxies.push(proxy);
+    }
+    let clients = TestClients::with_profiles(default_profiles(&addresses(&nodes))).await.unwrap();
+    clients.wait_for_acks(200).await.unwrap();
+    redis.kill().await;
+    proxies.iter().for_each(|proxy| proxy.set(Mode::Cut));
+    redis.restart().await;
+    Parted { redis, proxies, nodes, clients }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_node_on_an_empty_redis_waits_for_those_who_remember() {
+    let Parted { redis, proxies, nodes, clients } = parted_from_an_empty_redis().await;
+    let epoch = clients.checker.lock().cursor(0).unwrap().epoch.clone();
+    let starting = tokio::spawn(async move {
+        let new = Node::start(&redis, None, &UNLIMITED).await;
+        (redis, new)
+    });
+    // Well within the 3 s after which a Redis that nobody remembers is taken as it is.
+    clients.run_for(Duration::from_millis(1500)).await;
+    proxies.iter().for_each(|proxy| proxy.set(Mode::Open));
+    let (_redis, new) = within(starting).await.unwrap();
+    let lobby = room("lobby");
+    let mut ann = connect(new.address, "ann").await;
+    let joined = ann.join(&lobby).await.unwrap();
+    assert_eq!(joined.epoch, epoch, "the new node began a log of its own");
+    let top = clients.checker.lock().cursor(0).unwrap().seq;
+    assert!(joined.seq >= top.saturating_sub(10), "{} of {top}", joined.seq);
+    assert_eq!(say(&mut ann, &lobby, "hello").await.epoch, epoch);
+    until_ready(&nodes).await;
+    clients.wait_for_acks(50).await.unwrap();
+    clients
+        .finish()
+        .await
+        .unwrap()
+        .check_seamless("a new node on an empty Redis, the others parted for 1.5 s");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn those_who_remember_but_come_too_late_are_told() {
+    let Parted { redis, proxies, nodes, clients } = parted_from_an_empty_redis().await;
+    let new = Node::start(&redis, None, &UNLIMITED).await;
+    let lobby = room("lobby");
+    let mut ann = connect(new.address, "ann").await;
+    ann.join(&lobby).await.unwrap();
+    say(&mut ann, &lobby, "first of another history").await;
+    proxies.iter().for_each(|proxy| proxy.set(Mode::Open));
+    until_ready(&nodes).await;
+    clients.wait_for_acks(50).await.unwrap();
+    let report = clients.finish().await.unwrap();
+    report.check("a new node on an empty Redis went on alone, the others came later");
+    assert!(report.resets >= report.clients, "{report}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_cluster_on_an_empty_redis_waits_for_those_who_may_remember() {
+    let redis = Redis::start().await;
+    redis.command("FLUSHALL").await;
+    let begun = Instant::now();
+    let gateway = Gateway::start_on(&redis, &[]).await;
+    until("ready", async || get(gateway.address, "/ready").await.status == 200).await;
+    let lobby = room("lobby");
+    let mut ann = gateway.connect("ann").await;
+    let join = frames::OutgoingJoin { history: Some(0), ..frames::OutgoingJoin::new(&lobby) };
+    let joined = within(ann.join_with(&join)).await.unwrap();
+    assert_eq!((joined.seq, joined.recovered), (0, false));
+    let waited = begun.elapsed();
+    assert_eq!(say(&mut ann, &lobby, "hello").await.seq, 1);
+    assert_eq!(next_message(&mut ann).await.seq, 1);
+    println!("a new cluster on an empty Redis: open after {waited:.2?}");
+    let expected = Duration::from_millis(2900)..Duration::from_secs(8);
+    assert!(expected.contains(&waited), "{waited:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clock_that_is_set_back_keeps_no_server_closed() {
+    let redis = Redis::start().await;
+    redis.command("FLUSHALL").await;
+    // It has started when the server is open, 3 s later.
+    let starting = Gateway::start_on(&redis, &[]);
+    let setting_back = async {
+        let has = async |field: &str| {
+            redis.command(&format!("HEXISTS gw:barrier {field}")).await.as_deref() == Some(":1")
+        };
+        until("checked in", async || has("t0").await).await;
+        assert!(!has("open").await, "too late to be set back");
+        // As if the clock of Redis' host had been set back by years since.
+        redis.command("HSET gw:barrier t0 9999999999999").await;
+    };
+    let (gateway, ()) = within(Box::pin(async { tokio::join!(starting, setting_back) })).await;
+    assert_eq!(get(gateway.address, "/ready").await.status, 200);
+}

@@ -1,0 +1,259 @@
+//! The load generator against a real gateway, small.
+
+use std::{path::PathBuf, time::Duration};
+
+use serde_json::{Value, json};
+use tokio::{process::Command, time::timeout};
+
+use crate::harness::{Gateway, Node, PATIENCE, Redis, within};
+
+/// The binary beside this test's own; `make test` builds it.
+fn loadtest() -> PathBuf {
+    let own = std::env::current_exe().unwrap();
+    own.parent().and_then(|deps| deps.parent()).unwrap().join("loadtest")
+}
+
+/// What it reported. Its exit code is 1 on a machine too busy for its times to count.
+async fn reported(arguments: &[&str]) -> Value {
+    let output = Command::new(loadtest()).args(arguments).arg("--json").output();
+    let output = timeout(Duration::from_secs(120), output).await.expect("it ends").unwrap();
+    let (said, noted) =
+        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(matches!(output.status.code(), Some(0 | 1)), "{said}\n{noted}");
+    let report: Value = serde_json::from_str(said.trim()).unwrap();
+    let counts = report["invalid"].is_null();
+    let good = counts && report["failures"] == json!([]);
+    assert_eq!(output.status.success(), good, "{report}");
+    report
+}
+
+/// The same, where nothing is wrong.
+async fn well(arguments: &[&str]) -> Value {
+    let report = reported(arguments).await;
+    assert_eq!(report["failures"], json!([]), "{report}");
+    report
+}
+
+#[tokio::test]
+async fn it_opens_holds_and_reports_connections() {
+    let gateway = Gateway::start(&[]).await;
+    let url = gateway.url("/ws");
+    let size = ["-n", "200", "--rooms", "5", "--ramp", "1000/s", "--hold", "200ms"];
+    let report = well(&[&["connect", "--url", &url], &size[..]].concat()).await;
+    assert_eq!(report["opened"], 200, "{report}");
+}
+
+#[tokio::test]
+async fn it_says_so_when_connections_are_refused() {
+    let gateway = Gateway::start(&[("limits.connections_max", "5")]).await;
+    let url = gateway.url("/ws");
+    let report = reported(&["connect", "--url", &url, "-n", "10", "--hold", "0s"]).await;
+    assert_eq!(report["refused"]["503"], 5, "{report}");
+    assert_eq!(report["failures"], json!(["5 of 10 connections were held"]));
+}
+
+/// Those that count what they send and what arrives, in one process or in several.
+#[tokio::test]
+async fn each_scenario_counts_what_it_sends_and_what_arrives() {
+    let gateway = Gateway::start(&[]).await;
+    let (url, page) = (gateway.url("/ws"), format!("http://{}/metrics", gateway.admin));
+    let talk = ["--url", &url, "--ramp", "1000/s", "--rate", "100/s", "--duration", "1s"];
+    let check = async |scenario: &[&str], copies: u64| {
+        let report = well(&[scenario, &talk[..]].concat()).await;
+        let acknowledged = report["acknowledged"].as_u64().unwrap();
+        assert!((90..=110).contains(&acknowledged), "{report}");
+        assert_eq!(report["delivered"], acknowledged * copies, "{report}");
+        report
+    };
+    check(&["fanout", "--members", "20"], 20).await;
+    let report = check(&["rooms", "--rooms", "5", "--members", "4", "--metrics", &page], 4).await;
+    assert!(report["gauges"][0]["url"].is_string(), "{report}");
+    let report = check(&["rooms", "--rooms", "5", "--members", "4", "--processes", "3"], 4).await;
+    assert_eq!(report["generator"]["processes"], 3);
+    // All arrives in the end, since those who did not read do so then.
+    let report = check(&["slow", "--rooms", "2", "--members", "10"], 10).await;
+    assert_eq!(report["steps"][0]["result"], "2", "{report}");
+}
+
+#[tokio::test]
+async fn a_storm_passes_and_all_are_back() {
+    let gateway = Gateway::start(&[]).await;
+    let url = gateway.url("/ws");
+    let size = ["-n", "100", "--rounds", "2", "--pause", "50ms", "--ramp", "1000/s"];
+    let report = well(&[&["storm", "--url", &url], &size[..]].concat()).await;
+    assert!(report["steps"][1]["result"].as_str().unwrap().starts_with("100 of 100 back"));
+}
+
+#[tokio::test]
+async fn a_sweep_ends_where_the_bound_is_met_or_the_tool_is_at_its_end() {
+    let gateway = Gateway::start(&[]).await;
+    let url = gateway.url("/ws");
+    let size = ["--rooms", "5", "--members", "4", "--step", "200ms", "--ramp", "1000/s"];
+    let bound = ["--bound", "1us"];
+    let report = reported(&[&["sweep", "--url", &url], &size[..], &bound].concat()).await;
+    let steps = report["steps"].as_array().unwrap();
+    assert!(steps.last().unwrap()["name"].as_str().unwrap().contains("p99"), "{report}");
+    assert_eq!(report["failures"].as_array().unwrap().len(), 1, "nothing is that fast: {report}");
+}
+
+#[tokio::test]
+async fn people_chat() {
+    let gateway = Gateway::start(&[]).await;
+    let url = gateway.url("/ws");
+    let users = ["--users", "20", "--think", "100ms", "--duration", "2s"];
+    let report = well(&[&["chat", "--url", &url], &users[..]].concat()).await;
+    assert!(report["acknowledged"].as_u64().unwrap() > 100, "{report}");
+}
+
+#[tokio::test]
+async fn two_reports_are_laid_beside_each_other_and_one_becomes_a_page() {
+    let gateway = Gateway::start(&[]).await;
+    let (url, scratch) = (gateway.url("/ws"), tempfile::tempdir().unwrap());
+    let page = scratch.path().join("page.html");
+    let load = ["--rooms", "2", "--members", "3", "--duration", "2s", "--html"];
+    let html = page.to_str().unwrap();
+    let report = well(&[&["ledger", "--url", &url], &load[..], &[html]].concat()).await;
+    let page = std::fs::read_to_string(&page).unwrap();
+    assert!(page.contains("<svg") && page.contains("loadtest ledger"));
+    let file = scratch.path().join("report.json");
+    std::fs::write(&file, report.to_string()).unwrap();
+    let output = Command::new(loadtest()).arg("compare").args([&file, &file]).output();
+    let output = within(output).await.unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(said.contains("acknowledged") && said.contains("1.00"), "{said}");
+}
+
+/// One row of each kind.
+#[tokio::test]
+async fn it_measures_every_kind_of_row() {
+    let json = tempfile::NamedTempFile::new().unwrap();
+    let programs = loadtest().parent().unwrap().to_owned();
+    let output = Command::new(loadtest())
+        .args(["bench", "rooms", "cluster", "connect", "echo", "redis", "kill"])
+        .args(["--rounds", "1", "--measured", "100ms", "--divide-by", "50", "--programs"])
+        .arg(programs)
+        .arg("--json")
+        .arg(json.path())
+        .output();
+    // It starts 17 servers one after the other, and some 28 s are what that takes.
+    let output = timeout(4 * PATIENCE, output).await.expect("it ends");
+    let output = output.expect("`make build` builds it and what it starts");
+    let said = String::from_utf8_lossy(&output.stdout);
+    let noted = String::from_utf8_lossy(&output.stderr);
+    // 1: where the machine is busy a row may not count.
+    assert!(matches!(output.status.code(), Some(0 | 1)), "{said}\n{noted}");
+    assert!(!said.contains("missing or too many"), "{said}");
+    let table: Value = serde_json::from_reader(json).unwrap();
+    let rows = table["rows"].as_array().unwrap();
+    let all: &[&str] = &["baseline", "naive", "skein"];
+    // Nothing else is called by the name of a script, and nothing else resumes.
+    let candidates = [all, all, all, all, &["baseline", "skein"], &["skein"]];
+    assert_eq!(rows.len(), candidates.len(), "{table}");
+    for (row, candidates) in rows.iter().zip(candidates) {
+        for candidate in candidates {
+            let median = |line: &Value| line[candidate]["value"]["median"].as_f64();
+            let measured = |line: &Value| median(line).is_some_and(|median| median > 0.0);
+            let lines = row["lines"].as_array().unwrap();
+            assert!(lines.iter().any(measured), "nothing of {candidate} was measured: {row}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn it_accounts_for_every_message() {
+    let gateway = Gateway::start(&[]).await;
+    let url = gateway.url("/ws");
+    let load = ["--rooms", "3", "--members", "4", "--rate", "100/s", "--duration", "2s"];
+    let report = well(&[&["ledger", "--url", &url], &load[..]].concat()).await;
+    let acknowledged = report["acknowledged"].as_u64().unwrap();
+    assert!(acknowledged > 150, "{report}");
+    assert_eq!(report["delivered"], acknowledged * 4, "{report}");
+}
+
+#[tokio::test]
+async fn it_breaks_a_cluster_of_its_own_and_accounts_for_every_message() {
+    let render = concat!(env!("CARGO_MANIFEST_DIR"), "/../../nginx/render.sh");
+    let report = well(&[
+        "chaos",
+        "--seed",
+        "1",
+        "--duration",
+        "16s",
+        "--rate",
+        "50/s",
+        "--gateway",
+        env!("CARGO_BIN_EXE_gateway"),
+        "--nginx-render",
+        render,
+    ])
+    .await;
+    assert!(report["faults"].as_array().unwrap().len() >= 3, "{report}");
+}
+
+#[tokio::test]
+async fn it_breaks_what_it_can_of_a_cluster_that_is_there() {
+    let redis = Redis::start().await;
+    let nodes = [Node::start(&redis, None, &[]).await, Node::start(&redis, None, &[]).await];
+    let urls = [0, 1].map(|node: usize| format!("ws://{}/ws", nodes[node].address));
+    let pids = [0, 1].map(|node: usize| nodes[node].process.pid().to_string());
+    let redis = redis.address().to_string();
+    let report = well(&[
+        "chaos",
+        "--url",
+        &urls[0],
+        "--url",
+        &urls[1],
+        "--gateway-pid",
+        &pids[0],
+        &pids[1],
+        "--redis",
+        &redis,
+        "--duration",
+        "16s",
+        "--rate",
+        "50/s",
+    ])
+    .await;
+    assert!(report["faults"].as_array().unwrap().len() >= 3, "{report}");
+    assert!(report["acknowledged"].as_u64().unwrap() > 500, "{report}");
+}
+
+/// A share of the catalogue, so short and lenient that it says only that attacks are made, legitimate
+/// clients are measured and answered, and everything is back: `make abuse` judges times.
+#[tokio::test]
+async fn attacks_are_made_and_honest_clients_answered() {
+    let gateway = env!("CARGO_BIN_EXE_gateway");
+    let attacks = ["abuse", "echo-pings", "partial-frames"];
+    let short = ["--seconds", "1", "--clients", "20", "--rate", "40/s", "--gateway", gateway];
+    // Whether all is back in time is judged where the machine is quiet: `make abuse`.
+    let short = [&short[..], &["--recovery", "3s"]].concat();
+    let lenient = ["--slack", "4s", "--lag-max", "1s"];
+    let report = reported(&[&attacks[..], &short[..], &lenient[..]].concat()).await;
+    let attacked = report["attacks"].as_array().unwrap();
+    assert_eq!(attacked.len(), 2, "{report}");
+    for attack in attacked {
+        let (legitimate, control) = (&attack["legitimate"], &attack["control"]);
+        for clients in [legitimate, control] {
+            assert!(clients["sent"].as_u64() >= Some(30), "{attack}");
+            assert_eq!(
+                (&clients["unanswered"], &clients["lost"]),
+                (&json!(0), &json!(0)),
+                "{attack}"
+            );
+        }
+        assert!(attack["sent_bytes"].as_u64() > Some(100_000), "{attack}");
+    }
+}
+
+#[tokio::test]
+async fn the_catalogue_of_attacks_is_listed_and_nothing_else_is_attacked() {
+    let output = Command::new(loadtest()).args(["abuse", "--list"]).output();
+    let said = String::from_utf8(within(output).await.unwrap().stdout).unwrap();
+    for attack in ["echo-pings", "history-gone", "watch-churn", "large-directs", "slow-link"] {
+        assert!(said.contains(attack), "{said}");
+    }
+    let output = Command::new(loadtest()).args(["abuse", "no-such-attack"]).output();
+    let output = within(output).await.unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("--list"), "{output:?}");
+}

@@ -1,0 +1,612 @@
+//! Who is in a room: who comes and goes, who is there, who types, how far each has read; on a single
+//! node, and on three nodes of a cluster.
+
+use std::collections::BTreeSet;
+
+use serde_json::{Value, json};
+use skein_client::{
+    connection::{ClientConnection, ReceivedMessage, RequestError},
+    frames,
+    options::ConnectOptions,
+};
+use skein_protocol::{
+    error::ErrorCode,
+    ids::RoomId,
+    protocol::server_frame::{
+        ErrorFrame, JoinedFrame, MemberChangeFrame, PresencePageFrame, PresenceUser, ServerFrame,
+    },
+};
+use tokio::time::{Duration, Instant};
+
+use crate::{
+    harness::{Gateway, Node, Redis, next_message, room, say, until, with_redis, within},
+    servers::{Instance, alone_in_a_cluster},
+};
+
+/// A single node, three of a cluster, or two on a Redis Cluster.
+pub struct World {
+    pub nodes: Vec<Gateway>,
+    /// Whether more than one node is there.
+    pub is_cluster: bool,
+    _redis: Option<Redis>,
+    _sharded: Option<Instance>,
+}
+
+/// Over how many partitions rooms are spread on a Redis Cluster here.
+const PARTITIONS: u16 = 16;
+
+impl World {
+    async fn embedded(options: &[(&str, &str)]) -> Self {
+        let nodes = vec![Gateway::start(options).await];
+        Self { nodes, is_cluster: false, _redis: None, _sharded: None }
+    }
+
+    async fn cluster(options: &[(&str, &str)]) -> Self {
+        let redis = Redis::start().await;
+        let mut nodes = Vec::new();
+        for _ in 0..3 {
+            nodes.push(Gateway::start_on(&redis, options).await);
+        }
+        Self { nodes, is_cluster: true, _redis: Some(redis), _sharded: None }
+    }
+
+    async fn sharded(options: &[(&str, &str)]) -> Self {
+        let server = alone_in_a_cluster(PARTITIONS).await;
+        let (url, partitions) = (server.cluster_url(), PARTITIONS.to_string());
+        let cluster = [
+            ("cluster.redis_url", url.as_str()),
+            ("cluster.partitions", partitions.as_str()),
+            ("auth.allow_anonymous", "true"),
+        ];
+        let mut nodes = Vec::new();
+        for _ in 0..2 {
+            nodes.push(Gateway::start(&[&cluster, options].concat()).await);
+        }
+        Self { nodes, is_cluster: true, _redis: None, _sharded: Some(server) }
+    }
+
+    /// Runs a check on a single node, on a cluster, and on one with a Redis Cluster, at the same
+    /// time. Only on the single node where no Redis is wanted.
+    pub async fn each(options: &[(&str, &str)], check: impl AsyncFn(&World)) {
+        let embedded = Box::pin(async { check(&Self::embedded(options).await).await });
+        if !with_redis() {
+            return embedded.await;
+        }
+        let cluster = Box::pin(async { check(&Self::cluster(options).await).await });
+        let sharded = Box::pin(async { check(&Self::sharded(options).await).await });
+        tokio::join!(embedded, cluster, sharded);
+    }
+
+    /// A connection to the `node`th node, or to the only one.
+    pub async fn connect(&self, node: usize, user: &str) -> ClientConnection {
+        self.nodes[node % self.nodes.len()].connect(user).await
+    }
+}
+
+/// The next frame that `pick` takes, whatever else comes before it.
+#[track_caller]
+pub fn heard<T>(
+    connection: &mut ClientConnection,
+    mut pick: impl FnMut(ServerFrame) -> Option<T>,
+) -> impl Future<Output = T> {
+    within(async move {
+        loop {
+            if let ReceivedMessage::Frame(frame, _) = connection.next().await.unwrap()
+                && let Some(picked) = pick(frame)
+            {
+                return picked;
+            }
+        }
+    })
+}
+
+/// Who comes (`+`) and goes (`-`) next, and how many are there then.
+async fn next_move(connection: &mut ClientConnection) -> (String, u64) {
+    let told =
+        |sign: char, moved: &MemberChangeFrame| (format!("{sign}{}", moved.user), moved.count);
+    heard(connection, |frame| match frame {
+        ServerFrame::MemberJoined(moved) => Some(told('+', &moved)),
+        ServerFrame::MemberLeft(moved) => Some(told('-', &moved)),
+        _ => None,
+    })
+    .await
+}
+
+/// The answer to a frame, or why it was refused.
+pub async fn ask(
+    connection: &mut ClientConnection,
+    frame: Value,
+) -> Result<ServerFrame, Box<ErrorFrame>> {
+    match connection.request(&frame).await {
+        Ok(answer) => Ok(answer),
+        Err(RequestError::Rejected(refusal)) => Err(refusal),
+        Err(other) => panic!("{other}"),
+    }
+}
+
+pub async fn refused(connection: &mut ClientConnection, frame: Value) -> ErrorCode {
+    ask(connection, frame).await.expect_err("it is refused").code
+}
+
+async fn present(connection: &mut ClientConnection, frame: Value) -> PresencePageFrame {
+    match ask(connection, frame).await.unwrap() {
+        ServerFrame::Presence(presence) => *presence,
+        other => panic!("{other:?}"),
+    }
+}
+
+async fn present_in(connection: &mut ClientConnection, name: &str) -> PresencePageFrame {
+    present(connection, json!({"type": "presence", "room": name})).await
+}
+
+fn names(users: &[PresenceUser]) -> Vec<&str> {
+    users.iter().map(|user| user.id.as_str()).collect()
+}
+
+async fn join(
+    connection: &mut ClientConnection,
+    name: &str,
+) -> JoinedFrame<skein_protocol::protocol::server_frame::HistoryEntry> {
+    connection.join(&room(name)).await.unwrap()
+}
+
+#[tokio::test]
+async fn who_comes_and_goes_is_told_once_for_all_devices_of_a_user() {
+    World::each(&[("presence.grace", "0s")], async |world| {
+        let mut ann = world.connect(0, "ann").await;
+        assert_eq!(join(&mut ann, "lobby").await.members, 1);
+        let mut phone = world.connect(1, "bob").await;
+        assert_eq!(join(&mut phone, "lobby").await.members, 2);
+        assert_eq!(next_move(&mut ann).await, ("+bob".into(), 2));
+        let mut laptop = world.connect(2, "bob").await;
+        assert_eq!(join(&mut laptop, "lobby").await.members, 2);
+        phone.close(1000, "").await;
+        let mut cat = world.connect(1, "cat").await;
+        assert_eq!(join(&mut cat, "lobby").await.members, 3);
+        // Neither bob's second device nor the end of his first is told.
+        assert_eq!(next_move(&mut ann).await, ("+cat".into(), 3));
+        laptop.request(&frames::OutgoingLeave::new(&room("lobby"))).await.unwrap();
+        assert_eq!(next_move(&mut ann).await, ("-bob".into(), 2));
+        assert_eq!(next_move(&mut cat).await, ("-bob".into(), 2));
+        assert_eq!(names(&present_in(&mut cat, "lobby").await.users), ["ann", "cat"]);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn who_goes_on_at_another_node_is_who_they_were() {
+    World::each(&[("presence.grace", "0s")], async |world| {
+        let mut phone = world.connect(0, "bob").await;
+        join(&mut phone, "lobby").await;
+        let mut laptop = world.connect(1, "bob").await;
+        join(&mut laptop, "lobby").await;
+        phone.close(1000, "").await;
+        until("one device is left", async || {
+            present_in(&mut laptop, "lobby").await.users[0].connections <= 1
+        })
+        .await;
+        // A node that reads all of it for the first time.
+        let mut cat = world.connect(2, "cat").await;
+        join(&mut cat, "lobby").await;
+        let presence = present_in(&mut cat, "lobby").await;
+        assert_eq!(names(&presence.users), ["bob", "cat"]);
+        assert_eq!(presence.users[0].name.as_str(), "bob");
+        let all = present(&mut cat, json!({"type": "presence"})).await;
+        assert_eq!(names(&all.users), ["bob", "cat"]);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn who_loads_a_page_again_does_not_leave() {
+    World::each(&[("presence.grace", "400ms")], async |world| {
+        let mut ann = world.connect(0, "ann").await;
+        join(&mut ann, "lobby").await;
+        let mut bob = world.connect(1, "bob").await;
+        join(&mut bob, "lobby").await;
+        assert_eq!(next_move(&mut ann).await.0, "+bob");
+        bob.close(1001, "").await;
+        let mut bob = world.connect(2, "bob").await;
+        assert_eq!(join(&mut bob, "lobby").await.members, 2);
+        // Cat's grace ends after bob's would have.
+        let mut cat = world.connect(1, "cat").await;
+        join(&mut cat, "lobby").await;
+        cat.close(1000, "").await;
+        assert_eq!(next_move(&mut ann).await.0, "+cat");
+        assert_eq!(next_move(&mut ann).await, ("-cat".into(), 2));
+        drop(bob);
+        assert_eq!(next_move(&mut ann).await, ("-bob".into(), 1));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn who_has_joined_is_in_the_listing_of_every_node() {
+    World::each(&[], async |world| {
+        let mut watchers = Vec::new();
+        for node in 0..3 {
+            let mut watcher = world.connect(node, &format!("w{node}")).await;
+            join(&mut watcher, "lobby").await;
+            watchers.push(watcher);
+        }
+        for number in 0..20 {
+            let user = format!("u{number:02}");
+            let mut connection = world.connect(number, &user).await;
+            let members = join(&mut connection, "lobby").await.members;
+            assert_eq!(members, 3 + 1);
+            for watcher in &mut watchers {
+                let presence = present_in(watcher, "lobby").await;
+                assert_eq!(presence.count, 4, "{presence:?}");
+                assert!(names(&presence.users).contains(&&*user), "{presence:?}");
+            }
+            connection.request(&frames::OutgoingLeave::new(&room("lobby"))).await.unwrap();
+            for watcher in &mut watchers {
+                until("gone", async || present_in(watcher, "lobby").await.count <= 3).await;
+            }
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_listing_tells_connections_times_and_marks() {
+    World::each(&[], async |world| {
+        let lobby = room("lobby");
+        let mut ann = world.connect(0, "ann").await;
+        let mut again = world.connect(1, "ann").await;
+        join(&mut ann, "lobby").await;
+        join(&mut again, "lobby").await;
+        let seq = say(&mut ann, &lobby, "hello").await.seq;
+        ann.send_json(&json!({"type": "read", "room": "lobby", "seq": seq})).await.unwrap();
+        // Its answer comes behind the mark.
+        until("marked", async || present_in(&mut ann, "lobby").await.users[0].read == Some(seq))
+            .await;
+        let presence = present_in(&mut again, "lobby").await;
+        let [user] = &presence.users[..] else { panic!("{presence:?}") };
+        assert_eq!((user.connections, presence.count, user.name.as_str()), (2, 1, "ann"));
+        assert!(user.since <= user.last_active && user.since.ends_with('Z'), "{user:?}");
+        assert_eq!(presence.cursor, None);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_listing_comes_in_pages() {
+    World::each(&[], async |world| {
+        let mut connections = Vec::new();
+        for number in 0..25 {
+            let mut connection = world.connect(number, &format!("u{number:02}")).await;
+            join(&mut connection, "lobby").await;
+            connections.push(connection);
+        }
+        for place in [Some("lobby"), None] {
+            let (mut seen, mut cursor) = (Vec::new(), None::<String>);
+            loop {
+                let frame =
+                    json!({"type": "presence", "room": place, "limit": 10, "cursor": cursor});
+                let page = present(&mut connections[0], frame).await;
+                assert!(page.users.len() <= 10 && page.count == 25, "{page:?}");
+                seen.extend(page.users.iter().map(|user| user.id.to_string()));
+                cursor = page.cursor;
+                if cursor.is_none() {
+                    break;
+                }
+            }
+            assert_eq!(seen, (0..25).map(|n| format!("u{n:02}")).collect::<Vec<_>>());
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn in_a_large_room_changes_come_gathered() {
+    let options = [("presence.event_members_max", "3"), ("presence.grace", "0s")];
+    World::each(&options, async |world| {
+        let mut ann = world.connect(0, "ann").await;
+        join(&mut ann, "lobby").await;
+        let mut others = Vec::new();
+        for number in 0..30 {
+            let mut other = world.connect(number, &format!("u{number:02}")).await;
+            join(&mut other, "lobby").await;
+            others.push(other);
+        }
+        let (mut here, mut diffs, begun) = (BTreeSet::from(["ann".to_owned()]), 0, Instant::now());
+        // Each leads from what was known to what is, and the count is that of what is known then.
+        while here.len() < 31 {
+            heard(&mut ann, |frame| match frame {
+                ServerFrame::MemberJoined(moved) => {
+                    assert!(here.len() < 3, "{moved:?}");
+                    here.insert(moved.user.to_string());
+                    Some(())
+                }
+                ServerFrame::PresenceDiff(diff) => {
+                    diffs += 1;
+                    for user in &diff.joined {
+                        assert!(here.insert(user.to_string()), "twice: {user}");
+                    }
+                    assert_eq!((diff.count, diff.left.len()), (here.len() as u64, 0));
+                    Some(())
+                }
+                _ => None,
+            })
+            .await;
+        }
+        // A listing is whole, and what is told behind it is news.
+        assert_eq!(present_in(&mut ann, "lobby").await.count, 31);
+        let most = 2 + begun.elapsed().as_millis() / 250;
+        assert!(diffs <= most + 12, "{diffs} diffs");
+        for other in others.drain(..20) {
+            drop(other);
+        }
+        while here.len() > 11 {
+            heard(&mut ann, |frame| {
+                let ServerFrame::PresenceDiff(diff) = frame else { return None };
+                for user in &diff.left {
+                    assert!(here.remove(user.as_str()), "twice: {user}");
+                }
+                Some(())
+            })
+            .await;
+        }
+        assert_eq!(present_in(&mut ann, "lobby").await.count, 11);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn in_a_very_large_room_only_the_count_is_told() {
+    let options = [
+        ("presence.event_members_max", "2"),
+        ("presence.diff_members_max", "5"),
+        ("presence.grace", "0s"),
+    ];
+    World::each(&options, async |world| {
+        let mut ann = world.connect(0, "ann").await;
+        join(&mut ann, "lobby").await;
+        let mut others = Vec::new();
+        for number in 0..20 {
+            let mut other = world.connect(number, &format!("u{number:02}")).await;
+            join(&mut other, "lobby").await;
+            others.push(other);
+        }
+        let mut until = async |count: u64| {
+            heard(&mut ann, |frame| {
+                let ServerFrame::PresenceDiff(diff) = frame else { return None };
+                assert!(diff.count <= 5 || diff.joined.is_empty() && diff.left.is_empty());
+                (diff.count == count).then_some(())
+            })
+            .await;
+        };
+        until(21).await;
+        others.truncate(8);
+        until(9).await;
+        let presence = present_in(&mut ann, "lobby").await;
+        assert_eq!((presence.count, presence.users.len()), (9, 9));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn who_is_connected_to_the_cluster_is_known_or_only_how_many() {
+    World::each(&[("presence.grace", "0s")], async |world| {
+        let mut ann = world.connect(0, "ann").await;
+        let bob = world.connect(1, "bob").await;
+        let all = present(&mut ann, json!({"type": "presence"})).await;
+        assert_eq!((names(&all.users), all.count, all.room), (vec!["ann", "bob"], 2, None));
+        drop(bob);
+        until("gone", async || present(&mut ann, json!({"type": "presence"})).await.count <= 1)
+            .await;
+    })
+    .await;
+    World::each(&[("presence.public", "false")], async |world| {
+        let mut ann = world.connect(0, "ann").await;
+        let _bob = world.connect(1, "bob").await;
+        let all = present(&mut ann, json!({"type": "presence"})).await;
+        assert_eq!((all.users.len(), all.count, all.cursor), (0, 2, None));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn what_wants_a_room_joined_is_refused_elsewhere() {
+    World::each(&[], async |world| {
+        let mut ann = world.connect(0, "ann").await;
+        for frame in [
+            json!({"type": "typing", "room": "lobby", "is_typing": true}),
+            json!({"type": "read", "room": "lobby", "seq": 1}),
+            json!({"type": "history", "room": "lobby"}),
+            json!({"type": "presence", "room": "lobby"}),
+            json!({"type": "message", "room": "lobby", "content": 1}),
+        ] {
+            let refusal = ask(&mut ann, frame.clone()).await.expect_err("not joined");
+            assert_eq!(refusal.code, ErrorCode::NotJoined, "{frame}");
+            assert_eq!(refusal.frame_type.as_deref(), frame["type"].as_str());
+        }
+        let left = ask(&mut ann, json!({"type": "leave", "room": "lobby"})).await.unwrap();
+        assert!(matches!(left, ServerFrame::Left(_)));
+    })
+    .await;
+}
+
+async fn next_typing(connection: &mut ClientConnection) -> (String, bool) {
+    heard(connection, |frame| match frame {
+        ServerFrame::Typing(typing) => Some((typing.user.to_string(), typing.is_typing)),
+        _ => None,
+    })
+    .await
+}
+
+#[tokio::test]
+async fn typing_reaches_the_others_and_ends_by_itself() {
+    World::each(&[], async |world| {
+        let mut ann = world.connect(0, "ann").await;
+        let mut phone = world.connect(1, "bob").await;
+        let mut laptop = world.connect(2, "bob").await;
+        for connection in [&mut ann, &mut phone, &mut laptop] {
+            join(connection, "lobby").await;
+        }
+        let types = |is_typing| json!({"type": "typing", "room": "lobby", "is_typing": is_typing});
+        let begun = Instant::now();
+        for _ in 0..20 {
+            phone.send_json(&types(true)).await.unwrap();
+        }
+        assert_eq!(next_typing(&mut ann).await, ("bob".into(), true));
+        // Said twenty times at once it is told once, and then that it has ended.
+        assert_eq!(next_typing(&mut ann).await, ("bob".into(), false));
+        let took = begun.elapsed();
+        assert!((Duration::from_secs(5)..Duration::from_secs(9)).contains(&took), "{took:?}");
+        phone.send_json(&types(true)).await.unwrap();
+        assert_eq!(next_typing(&mut ann).await, ("bob".into(), true));
+        let begun = Instant::now();
+        phone.send_json(&types(false)).await.unwrap();
+        assert_eq!(next_typing(&mut ann).await, ("bob".into(), false));
+        assert!(begun.elapsed() < Duration::from_secs(4), "it does not wait for its end");
+        // To bob's own devices nothing of it was told.
+        say(&mut ann, &room("lobby"), "well?").await;
+        let told = heard(&mut laptop, |frame| match frame {
+            ServerFrame::Typing(_) => Some(true),
+            ServerFrame::Message(_) => Some(false),
+            _ => None,
+        });
+        assert!(!told.await);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_mark_only_goes_up_and_stays() {
+    World::each(&[], async |world| {
+        let lobby = room("lobby");
+        let mut ann = world.connect(0, "ann").await;
+        let mut bob = world.connect(1, "bob").await;
+        assert_eq!(join(&mut ann, "lobby").await.read, 0);
+        join(&mut bob, "lobby").await;
+        for text in ["one", "two", "three"] {
+            say(&mut ann, &lobby, text).await;
+        }
+        let mut read = async |seq: u64| {
+            bob.send_json(&json!({"type": "read", "room": "lobby", "seq": seq})).await.unwrap();
+        };
+        // Going back says nothing, and what is above the top counts as the top.
+        read(2).await;
+        read(1).await;
+        read(99).await;
+        for expected in [2, 3] {
+            let (user, seq) = heard(&mut ann, |frame| match frame {
+                ServerFrame::Read(read) => Some((read.user.to_string(), read.seq)),
+                _ => None,
+            })
+            .await;
+            assert_eq!((user.as_str(), seq), ("bob", expected));
+        }
+        let mut again = world.connect(2, "bob").await;
+        assert_eq!(join(&mut again, "lobby").await.read, 3);
+        let shown = present_in(&mut ann, "lobby").await;
+        let marks: Vec<_> = shown.users.iter().map(|user| user.read).collect();
+        assert_eq!(marks, [Some(0), Some(3)]);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_joined_room_that_is_joined_again_answers_what_is_there() {
+    World::each(&[], async |world| {
+        let lobby = room("lobby");
+        let mut ann = world.connect(0, "ann").await;
+        let mut bob = world.connect(1, "bob").await;
+        join(&mut ann, "lobby").await;
+        join(&mut bob, "lobby").await;
+        say(&mut ann, &lobby, "one").await;
+        next_message(&mut ann).await;
+        let again = join(&mut ann, "lobby").await;
+        assert!(again.recovered && again.history.is_empty());
+        assert_eq!((again.members, again.seq), (2, 1));
+        assert_eq!(present_in(&mut bob, "lobby").await.users[0].connections, 1);
+    })
+    .await;
+}
+
+/// Which of two users are in rooms of the same name as an inbox or a place of the server's own.
+#[tokio::test]
+async fn no_name_of_a_room_reaches_what_is_the_servers() {
+    World::each(&[], async |world| {
+        let mut ann = world.connect(0, "ann").await;
+        for name in ["u:bob", "rooms", "online", "users", "incarnations"] {
+            assert_eq!(join(&mut ann, name).await.members, 1, "{name}");
+            assert_eq!(names(&present_in(&mut ann, name).await.users), ["ann"]);
+        }
+    })
+    .await;
+}
+
+/// A node with 1,000 users in 50 rooms gets SIGKILL.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_members_of_a_killed_node_leave_once_everywhere() {
+    let redis = Redis::start().await;
+    let options = [("presence.event_members_max", "1000")];
+    let survivors =
+        [Gateway::start_on(&redis, &options).await, Gateway::start_on(&redis, &options).await];
+    let mut killed = Node::start(&redis, None, &options).await;
+    let rooms: Vec<RoomId> = (0..50).map(|number| room(&format!("r{number}"))).collect();
+    let mut watchers = Vec::new();
+    for (number, survivor) in survivors.iter().enumerate() {
+        let mut watcher = survivor.connect(&format!("w{number}")).await;
+        for room in &rooms {
+            watcher.join(room).await.unwrap();
+        }
+        watchers.push(watcher);
+    }
+    let mut gone = Vec::new();
+    for number in 0..1000 {
+        let url = format!("ws://{}/ws", killed.address);
+        let options = ConnectOptions::new(url).user(format!("u{number}"));
+        let mut connection = ClientConnection::open(&options).await.unwrap();
+        connection.expect_connected().await.unwrap();
+        connection.join(&rooms[number % rooms.len()]).await.unwrap();
+        gone.push(connection);
+    }
+    // Bob has a device elsewhere, and stays.
+    let mut bob = survivors[1].connect("u7").await;
+    bob.join(&rooms[7]).await.unwrap();
+    for watcher in &mut watchers {
+        for room in &rooms {
+            let name = room.as_str();
+            assert!(present_in(watcher, name).await.count >= 22, "{name}");
+        }
+    }
+    killed.process.kill().await;
+    let begun = Instant::now();
+    for watcher in &mut watchers {
+        let mut left = BTreeSet::new();
+        while left.len() < 999 {
+            let moved = heard(watcher, |frame| match frame {
+                ServerFrame::MemberLeft(moved) => Some(moved),
+                _ => None,
+            })
+            .await;
+            assert!(left.insert((moved.room.clone(), moved.user.clone())), "twice: {moved:?}");
+            assert_ne!(moved.user.as_str(), "u7");
+        }
+        let took = begun.elapsed();
+        println!("999 users of 50 rooms have left after {took:?}");
+        assert!(took < Duration::from_secs(15), "{took:?}");
+    }
+    for watcher in &mut watchers {
+        for (number, room) in rooms.iter().enumerate() {
+            let presence = present_in(watcher, room.as_str()).await;
+            let expected: &[&str] = if number == 7 { &["u7", "w0", "w1"] } else { &["w0", "w1"] };
+            assert_eq!(names(&presence.users), expected, "{room}");
+            assert_eq!(presence.count, expected.len() as u64);
+        }
+        assert_eq!(present(watcher, json!({"type": "presence"})).await.count, 3);
+        // Nothing more was told than that.
+        say(watcher, &rooms[0], "all gone").await;
+        let more = heard(watcher, |frame| match frame {
+            ServerFrame::MemberLeft(moved) => Some(Some(moved)),
+            ServerFrame::Message(_) => Some(None),
+            _ => None,
+        });
+        assert_eq!(more.await, None);
+    }
+    drop(gone);
+}

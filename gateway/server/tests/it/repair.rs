@@ -1,0 +1,182 @@
+//! A node that has stopped hearing finds that out by itself, and makes good what it missed.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use skein_core::envelope::{AuthorHash, Envelope, EnvelopeParts};
+use skein_core::{
+    bus::{Append, Bus, Mailboxes},
+    drain::Tasks,
+    hub::{Hub, MAILBOX_LEN, join::JoinStart, member::ConnectionHandle},
+    outbox::Outbox,
+    telemetry::metrics::Metrics,
+};
+use skein_protocol::ids::{ConnectionId, MessageId, RoomId};
+use skein_redis::{LEASE, RedisBus, RedisOptions, topology::TlsFiles};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream},
+    sync::oneshot,
+    time::Instant,
+};
+
+use crate::harness::{
+    Gateway, Redis, get, hub_options, members, next_message, nobody, retention, room, say, until,
+    within,
+};
+
+/// A way to Redis that can swallow what Redis sends to subscribers, while every connection stands.
+struct Wire {
+    port: u16,
+    deaf: Arc<AtomicBool>,
+}
+
+impl Wire {
+    async fn to(redis: &Redis) -> Self {
+        let (listener, target) = (TcpListener::bind("127.0.0.1:0").await.unwrap(), redis.port);
+        let port = listener.local_addr().unwrap().port();
+        let deaf = Arc::new(AtomicBool::new(false));
+        let is_deaf = deaf.clone();
+        tokio::spawn(async move {
+            while let Ok((near, _)) = listener.accept().await {
+                let far = TcpStream::connect(("127.0.0.1", target)).await.unwrap();
+                // Only a connection that had subscribed before is deaf, not the one made after it.
+                tokio::spawn(relay(near, far, is_deaf.clone()));
+            }
+        });
+        Self { port, deaf }
+    }
+
+    fn url(&self) -> String {
+        format!("redis://127.0.0.1:{}", self.port)
+    }
+}
+
+async fn relay(near: TcpStream, far: TcpStream, deaf: Arc<AtomicBool>) {
+    let ((mut near_in, mut near_out), (mut far_in, mut far_out)) =
+        (near.into_split(), far.into_split());
+    let (old, subscribes) = (!deaf.load(Ordering::Relaxed), Arc::new(AtomicBool::new(false)));
+    let has_subscribed = subscribes.clone();
+    tokio::spawn(async move {
+        let mut buffer = vec![0; 65536];
+        while let Ok(count @ 1..) = near_in.read(&mut buffer).await {
+            if buffer[..count].windows(9).any(|word| word == b"SUBSCRIBE") {
+                has_subscribed.store(true, Ordering::Relaxed);
+            }
+            if far_out.write_all(&buffer[..count]).await.is_err() {
+                return;
+            }
+        }
+    });
+    let mut buffer = vec![0; 65536];
+    while let Ok(count @ 1..) = far_in.read(&mut buffer).await {
+        if old && subscribes.load(Ordering::Relaxed) && deaf.load(Ordering::Relaxed) {
+            continue;
+        }
+        if near_out.write_all(&buffer[..count]).await.is_err() {
+            return;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_link_that_stands_and_passes_nothing_on_is_noticed() {
+    let redis = Redis::start().await;
+    let wire = Wire::to(&redis).await;
+    let url = wire.url();
+    let cluster = [("cluster.redis_url", url.as_str()), ("auth.allow_anonymous", "true")];
+    let (deaf, other) = (Gateway::start(&cluster).await, Gateway::start_on(&redis, &[]).await);
+    let lobby = room("lobby");
+    let (mut ann, mut bob) = (deaf.connect("ann").await, other.connect("bob").await);
+    ann.join(&lobby).await.unwrap();
+    bob.join(&lobby).await.unwrap();
+    say(&mut bob, &lobby, "heard").await;
+    assert_eq!(next_message(&mut ann).await.seq, 1);
+
+    wire.deaf.store(true, Ordering::Relaxed);
+    let since = Instant::now();
+    assert_eq!(say(&mut bob, &lobby, "swallowed").await.seq, 2);
+    assert_eq!(next_message(&mut ann).await.seq, 2);
+    println!("a deaf pub/sub link: noticed and made good after {:?}", since.elapsed());
+    let metrics = get(deaf.admin, "/metrics").await.body;
+    assert!(metrics.contains("gateway_bus_probe_timeouts_total 1"), "{metrics}");
+    // The new link hears.
+    assert_eq!(say(&mut bob, &lobby, "heard again").await.seq, 3);
+    assert_eq!(next_message(&mut ann).await.seq, 3);
+}
+
+const ROOMS: usize = 1000;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_thousand_rooms_are_repaired_when_the_link_is_back() {
+    let redis = Redis::start().await;
+    let (metrics, tasks) = (Arc::new(Metrics::new()), Tasks::default());
+    let (mailboxes, letters) = Mailboxes::new(2, MAILBOX_LEN, metrics.clone());
+    let options = RedisOptions {
+        url: redis.url(),
+        tls: TlsFiles::default(),
+        partitions: 16,
+        lease: LEASE,
+        retention: retention(),
+        registry: Default::default(),
+        sessions: Default::default(),
+        node: "n".to_owned(),
+    };
+    let bus = RedisBus::start(options, mailboxes.clone(), metrics.clone(), &tasks).unwrap();
+    within(bus.reached()).await.unwrap();
+    let bus: Arc<dyn Bus> = Arc::new(bus);
+    let people = (&bus, &nobody(&tasks), &Default::default());
+    let hub = Hub::start(
+        people,
+        mailboxes,
+        letters,
+        hub_options(),
+        (&metrics, &Default::default()),
+        &tasks,
+    );
+    let rooms: Vec<RoomId> = (0..ROOMS).map(|i| room(&format!("r{i}"))).collect();
+    let outbox = Outbox::to_owner(64 << 20, metrics.clone());
+    let member = Arc::new(ConnectionHandle::new(ConnectionId::random(), outbox));
+    for room in &rooms {
+        let joined =
+            hub.join(room.clone(), member.clone(), None, JoinStart::Newest(0), Default::default());
+        within(joined).await.unwrap();
+    }
+    assert_eq!(metrics.rooms.get(), ROOMS as i64);
+    redis.command("ACL SETUSER default -subscribe").await;
+    redis.command("CLIENT KILL TYPE pubsub").await;
+    until("deaf", async || bus.failed_check().is_some()).await;
+    for room in &rooms {
+        let (done, appended) = oneshot::channel();
+        let id = MessageId::random();
+        bus.append(Append {
+            room: room.clone(),
+            envelope: Envelope::pack(EnvelopeParts {
+                frame: Default::default(),
+                author: AuthorHash::of(&"ann".parse().unwrap()),
+                id,
+                sender: ConnectionId::random(),
+                echo: true,
+                fields: &members(room, id, Some("x")),
+                binary_payload: None,
+            }),
+            urgent: false,
+            unseen: Default::default(),
+            deadline: Instant::now() + Duration::from_secs(5),
+            done: Box::new(move |result| drop(done.send(result))),
+        });
+        within(appended).await.unwrap().unwrap();
+    }
+    assert_eq!(metrics.deliveries.get(), 0);
+    redis.command("ACL SETUSER default +subscribe").await;
+    until("hearing", async || bus.failed_check().is_none()).await;
+    let back = Instant::now();
+    until("repaired", async || metrics.deliveries.get() == ROOMS as u64).await;
+    println!("{ROOMS} rooms with a hole each: whole {:?} after the link was back", back.elapsed());
+    assert!(tasks.finish(Duration::from_secs(5)).await);
+}

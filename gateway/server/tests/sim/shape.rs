@@ -1,0 +1,243 @@
+//! What kind of cluster is simulated, and what goes wrong in it.
+
+use std::{ops::RangeInclusive, time::Duration};
+
+use skein_core::bus::Retention;
+
+/// Something that goes wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SimFault {
+    /// Redis is killed and comes back with all it had, with nothing, or without the last of it.
+    Restart,
+    Empty,
+    Truncated,
+    /// A replica that lacks the last of it becomes the primary.
+    Failover,
+    /// The same, and some gateways stay with the old one for a while.
+    Zombie,
+    GatewayKill,
+    Freeze,
+    /// Connections of a gateway to Redis are closed.
+    Cut,
+    /// A gateway does not reach Redis for a while.
+    Partition,
+    /// A connection stands and passes nothing on for a while.
+    BlackHole,
+    /// Pushes are dropped, repeated or late on the way to one gateway.
+    Mangle,
+    /// The clock of Redis' host is put forward or back.
+    Clock,
+    ClientCut,
+    ClientAway,
+    /// A client reads nothing for a while.
+    Stall,
+    /// A client leaves a room and comes back to it.
+    Leave,
+    /// All gateways stop in order, then Redis does, and everything is started again.
+    Planned,
+    /// The same, but Redis is killed when the gateways have left, and lacks the last of it.
+    PlannedTruncated,
+}
+
+use SimFault::{
+    BlackHole, ClientAway, ClientCut, Clock, Cut, Empty, Failover, Freeze, GatewayKill, Leave,
+    Mangle, Partition, Planned, PlannedTruncated, Restart, Stall, Truncated, Zombie,
+};
+
+/// Faults of gateways, links and clients.
+const AROUND: [SimFault; 10] =
+    [GatewayKill, Freeze, Cut, Partition, BlackHole, Mangle, ClientCut, ClientAway, Stall, Leave];
+const ALL: [SimFault; 16] = [
+    Restart,
+    Empty,
+    Truncated,
+    Failover,
+    Zombie,
+    GatewayKill,
+    Freeze,
+    Cut,
+    Partition,
+    BlackHole,
+    Mangle,
+    Clock,
+    ClientCut,
+    ClientAway,
+    Stall,
+    Leave,
+];
+/// Redis fails often, and gateways at the same time.
+const HARD: [SimFault; 10] =
+    [Empty, Truncated, Failover, Zombie, Zombie, GatewayKill, Freeze, Cut, Partition, ClientAway];
+
+/// Everything is stopped and started, and nothing else happens to gateways and Redis.
+const PLANNED: [SimFault; 5] = [Planned, ClientCut, ClientAway, Stall, Leave];
+/// The same among much else.
+const STOPPED: [SimFault; 8] =
+    [Planned, Planned, PlannedTruncated, Truncated, Failover, GatewayKill, Freeze, ClientAway];
+
+impl SimFault {
+    /// Whether Redis may lose what it has acknowledged.
+    pub fn loses_data(self) -> bool {
+        matches!(self, Empty | Truncated | Failover | Zombie | PlannedTruncated)
+    }
+
+    /// Whether another Redis is behind the name after it, for which gateways were not prepared.
+    pub fn changes_redis(self) -> bool {
+        self == Restart || self.loses_data()
+    }
+
+    /// Whether a gateway may be missing when Redis comes back.
+    pub fn takes_a_gateway(self) -> bool {
+        matches!(
+            self,
+            GatewayKill
+                | Freeze
+                | Cut
+                | Partition
+                | BlackHole
+                | Mangle
+                | Zombie
+                | Planned
+                | PlannedTruncated
+        )
+    }
+}
+
+/// A kind of simulation.
+#[derive(Clone)]
+pub struct SimShape {
+    pub name: &'static str,
+    pub gateways: RangeInclusive<usize>,
+    pub clients: RangeInclusive<usize>,
+    pub rooms: usize,
+    pub faults: &'static [SimFault],
+    pub fault_count: RangeInclusive<usize>,
+    /// The mean pause between two messages, all clients together.
+    pub pause_ms: f64,
+    pub ring_bytes_max: usize,
+    /// What the outbox of a client may hold, one of these: those with little lag.
+    pub outbox_bytes: &'static [usize],
+    pub partitions: u16,
+    pub retention: Retention,
+    /// Whether the log is so short that acknowledged messages go out of it.
+    pub short_log: bool,
+}
+
+impl SimShape {
+    fn new(
+        name: &'static str,
+        faults: &'static [SimFault],
+        fault_count: RangeInclusive<usize>,
+    ) -> Self {
+        Self {
+            name,
+            gateways: 3..=3,
+            clients: 3..=5,
+            rooms: 2,
+            faults,
+            fault_count,
+            pause_ms: 120.0,
+            ring_bytes_max: 64 << 20,
+            outbox_bytes: &[1200, 4000, 1 << 20],
+            partitions: 4,
+            retention: Retention {
+                entries_min: 1000,
+                window: Duration::from_secs(120),
+                bytes_max: 16 << 20,
+                memory_bytes_max: 16 << 20,
+                ttl: Duration::from_secs(24 * 60 * 60),
+                dedup_window: Duration::from_secs(600),
+                inboxes: Default::default(),
+                limits: Default::default(),
+            },
+            short_log: false,
+        }
+    }
+
+    /// Everything may go wrong.
+    pub fn usual() -> Self {
+        Self::new("usual", &ALL, 2..=4)
+    }
+
+    /// Rings and logs of a few entries.
+    pub fn small() -> Self {
+        let usual = Self::usual();
+        let retention =
+            Retention { entries_min: 24, window: Duration::from_secs(1), ..usual.retention };
+        Self {
+            name: "small",
+            pause_ms: 50.0,
+            ring_bytes_max: 1,
+            retention,
+            short_log: true,
+            ..usual
+        }
+    }
+
+    pub fn pair() -> Self {
+        Self { gateways: 2..=2, ..Self::new("pair", &ALL, 2..=4) }
+    }
+
+    pub fn hard() -> Self {
+        Self::new("hard", &HARD, 2..=5)
+    }
+
+    /// Redis keeps what it has.
+    pub fn calm() -> Self {
+        Self::new("calm", &AROUND, 2..=5)
+    }
+
+    /// Only Redis fails, once.
+    pub fn lone() -> Self {
+        Self::new("lone", &[Restart, Empty, Truncated, Failover], 1..=1)
+    }
+
+    /// Redis comes back without some of it in the middle of much traffic: for what hides in the
+    /// moment between an answer and what is passed on. Nobody lags: a ring is short for so much.
+    pub fn abrupt() -> Self {
+        let outbox_bytes = &[1 << 20];
+        Self { pause_ms: 4.0, outbox_bytes, ..Self::new("abrupt", &[Empty, Truncated], 1..=2) }
+    }
+
+    /// The same in many rooms, whose numbers are about the same.
+    pub fn abrupt_in_rooms() -> Self {
+        Self { name: "abrupt in rooms", rooms: 6, ..Self::abrupt() }
+    }
+
+    /// Gateways start anew while Redis loses what it had.
+    pub fn reborn() -> Self {
+        let faults = &[GatewayKill, GatewayKill, Partition, Empty, Truncated, Failover];
+        Self::new("reborn", faults, 3..=6)
+    }
+
+    /// The whole cluster is stopped in order and started again: nobody is told of a break.
+    pub fn planned() -> Self {
+        Self::new("planned", &PLANNED, 1..=3)
+    }
+
+    /// The same, while gateways and Redis fail as well.
+    pub fn stopped() -> Self {
+        Self::new("stopped", &STOPPED, 2..=5)
+    }
+
+    pub fn all() -> [Self; 9] {
+        [
+            Self::usual(),
+            Self::small(),
+            Self::pair(),
+            Self::hard(),
+            Self::calm(),
+            Self::lone(),
+            Self::reborn(),
+            Self::planned(),
+            Self::stopped(),
+        ]
+    }
+
+    /// The shape of a seed: every kind in turn.
+    pub fn of(seed: u64) -> Self {
+        let shapes = Self::all();
+        let place = (seed % shapes.len() as u64) as usize;
+        shapes[place].clone()
+    }
+}

@@ -1,0 +1,476 @@
+//! One WebSocket to a gateway with nothing hidden: no reconnects, no retries, no state.
+//!
+//! [`ClientConnection::open`] tells an HTTP refusal apart from a network that failed; [`ClientConnection::next`]
+//! gives every frame that arrives, parsed and as it was written. The helpers (`expect_connected`,
+//! `join`, `request`) pick one answer out and keep what came before it for `next`. The socket is
+//! tokio-tungstenite's, so that the gateway's own codec is checked by another implementation.
+//!
+//! Used by `client::task` and by every test that speaks to a gateway.
+
+use std::{
+    collections::VecDeque,
+    io,
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures_util::{SinkExt, StreamExt};
+use serde::Serialize;
+use serde_json::Value;
+use tokio::{
+    net::{TcpSocket, TcpStream, lookup_host},
+    time::timeout,
+};
+use tokio_tungstenite::{
+    WebSocketStream, client_async_with_config,
+    tungstenite::{
+        self, Message,
+        http::{HeaderMap, Uri, header},
+        protocol::{
+            CloseFrame, WebSocketConfig,
+            frame::{Frame as RawFrame, FrameHeader, coding},
+        },
+    },
+};
+
+use super::{
+    frames,
+    options::{ConnectError, ConnectOptions, text_of},
+};
+use skein_protocol::{
+    ids::RoomId,
+    protocol::{
+        FrameRef,
+        server_frame::{self, ConnectedFrame, ErrorFrame, HistoryEntry, JoinedFrame, ServerFrame},
+    },
+};
+use skein_websocket::Opcode;
+
+/// How long the helpers wait for their answer.
+pub const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
+/// How many frames the helpers keep for `next` while they look for their answer.
+pub const BUFFERED_MAX: usize = 10_000;
+
+/// What arrived.
+#[derive(Clone, Debug)]
+pub enum ReceivedMessage {
+    /// A frame of the protocol, and its text.
+    Frame(ServerFrame, String),
+    /// A binary message of a room's log: its header and its payload.
+    Binary(Box<server_frame::MessageFrame>, Bytes),
+    /// A binary direct of the inbox: its header and its payload.
+    BinaryDirect(Box<server_frame::DirectFrame>, Bytes),
+    /// Text that is no frame of the protocol.
+    Text(String),
+    /// Bytes that are no frame of the protocol.
+    Bytes(Bytes),
+    /// A ping. It is answered by itself, with the next call of [`ClientConnection::next`].
+    Ping(Bytes),
+    /// A pong.
+    Pong(Bytes),
+}
+
+/// The connection has ended.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("connection closed: {} {reason}", code.map_or("no close frame".to_owned(), |code| code.to_string()))]
+pub struct ConnectionClosed {
+    /// The close code; `None` where there was no close frame, or one without a code.
+    pub code: Option<u16>,
+    /// The reason given, or what went wrong.
+    pub reason: String,
+}
+
+/// A helper did not get the answer that it waited for.
+#[derive(Debug, thiserror::Error)]
+pub enum RequestError {
+    /// The connection ended.
+    #[error(transparent)]
+    Closed(#[from] ConnectionClosed),
+    /// The frame was refused.
+    #[error("refused: {} {}", .0.code.as_str(), .0.message)]
+    Rejected(Box<ErrorFrame>),
+    /// Another frame came.
+    #[error("unexpected: {0:?}")]
+    Frame(Box<ReceivedMessage>),
+    /// Nothing came within [`REPLY_TIMEOUT`].
+    #[error("no answer within {REPLY_TIMEOUT:?}")]
+    TimedOut,
+    /// More than [`BUFFERED_MAX`] other frames came.
+    #[error("more than {BUFFERED_MAX} frames came, and the answer was not among them")]
+    TooManyFrames,
+}
+
+/// An open connection. Dropping it ends the TCP connection without a close frame.
+#[derive(Debug)]
+pub struct ClientConnection {
+    socket: WebSocketStream<TcpStream>,
+    headers: HeaderMap,
+    local: SocketAddr,
+    /// What the helpers passed over.
+    buffered: VecDeque<ReceivedMessage>,
+    next_reference: u64,
+    closed: Option<ConnectionClosed>,
+}
+
+impl ClientConnection {
+    /// Connects and makes the handshake.
+    ///
+    /// # Errors
+    ///
+    /// [`ConnectError`]. A gateway also refuses after the handshake, by a close code: see
+    /// [`ClientConnection::next`].
+    pub async fn open(options: &ConnectOptions) -> Result<Self, ConnectError> {
+        let uri = options.uri()?;
+        let request = options.request(uri.clone())?;
+        let config = WebSocketConfig::default()
+            .read_buffer_size(16 * 1024)
+            .write_buffer_size(0)
+            .max_message_size(Some(options.message_bytes_max))
+            .max_frame_size(Some(options.message_bytes_max));
+        let opening = async {
+            let stream = connect(&uri, options.local_address).await?;
+            stream.set_nodelay(true)?;
+            let local = stream.local_addr()?;
+            let handshake = client_async_with_config(request, stream, Some(config));
+            let (socket, response) = handshake.await.map_err(ConnectError::from_handshake)?;
+            let headers = response.headers().clone();
+            let passed_over = VecDeque::new();
+            Ok(Self {
+                socket,
+                headers,
+                local,
+                buffered: passed_over,
+                next_reference: 1,
+                closed: None,
+            })
+        };
+        match timeout(options.connect_timeout, Box::pin(opening)).await {
+            Ok(opened) => opened,
+            Err(_) => Err(ConnectError::TimedOut(options.connect_timeout)),
+        }
+    }
+
+    /// A header of the server's answer to the handshake.
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers.get(name).and_then(text_of)
+    }
+
+    /// The subprotocol the server chose.
+    pub fn subprotocol(&self) -> Option<&str> {
+        self.header(header::SEC_WEBSOCKET_PROTOCOL.as_str())
+    }
+
+    /// The address connected from.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.local
+    }
+
+    /// Sends a frame.
+    ///
+    /// # Errors
+    ///
+    /// [`ConnectionClosed`] where it could not be written, without a code: what the server said before it
+    /// went, its close code included, is still to be had from [`ClientConnection::next`].
+    ///
+    /// # Panics
+    ///
+    /// Where `frame` cannot be JSON.
+    pub async fn send_json(&mut self, frame: &impl Serialize) -> Result<(), ConnectionClosed> {
+        self.send_text(&frames::encode_text(frame)).await
+    }
+
+    /// Sends a text message as it is.
+    ///
+    /// # Errors
+    ///
+    /// As [`ClientConnection::send_json`].
+    pub async fn send_text(&mut self, text: &str) -> Result<(), ConnectionClosed> {
+        self.socket.send(Message::text(text)).await.map_err(connection_error)
+    }
+
+    /// Sends a binary frame: `header` as JSON behind its length, then the payload.
+    ///
+    /// # Errors
+    ///
+    /// As [`ClientConnection::send_json`].
+    ///
+    /// # Panics
+    ///
+    /// Where the header cannot be JSON or is longer than 65,535 bytes.
+    pub async fn send_binary(
+        &mut self,
+        header: &impl Serialize,
+        payload: &[u8],
+    ) -> Result<(), ConnectionClosed> {
+        let frame = frames::encode_binary(header, payload).expect("the header is short");
+        self.send_bytes(frame).await
+    }
+
+    /// Sends a binary message as it is.
+    ///
+    /// # Errors
+    ///
+    /// As [`ClientConnection::send_json`].
+    pub async fn send_bytes(&mut self, bytes: impl Into<Bytes>) -> Result<(), ConnectionClosed> {
+        self.socket.send(Message::Binary(bytes.into())).await.map_err(connection_error)
+    }
+
+    /// Sends one WebSocket frame of any kind, also where it makes no sense: control frames,
+    /// fragments (`fin` false), a close frame that this side does not take for its own.
+    ///
+    /// # Errors
+    ///
+    /// As [`ClientConnection::send_json`].
+    pub async fn send_raw(
+        &mut self,
+        opcode: Opcode,
+        fin: bool,
+        payload: &[u8],
+    ) -> Result<(), ConnectionClosed> {
+        let opcode = match opcode {
+            Opcode::Continuation => coding::OpCode::Data(coding::Data::Continue),
+            Opcode::Text => coding::OpCode::Data(coding::Data::Text),
+            Opcode::Binary => coding::OpCode::Data(coding::Data::Binary),
+            Opcode::Close => coding::OpCode::Control(coding::Control::Close),
+            Opcode::Ping => coding::OpCode::Control(coding::Control::Ping),
+            Opcode::Pong => coding::OpCode::Control(coding::Control::Pong),
+        };
+        let header = FrameHeader { is_final: fin, opcode, ..FrameHeader::default() };
+        let frame = RawFrame::from_payload(header, Bytes::copy_from_slice(payload));
+        self.socket.send(Message::Frame(frame)).await.map_err(connection_error)
+    }
+
+    /// Puts a text message into the buffer that [`ClientConnection::flush`] writes.
+    pub(super) async fn feed_text(&mut self, text: String) -> Result<(), ConnectionClosed> {
+        self.socket.feed(Message::text(text)).await.map_err(connection_error)
+    }
+
+    /// Puts a binary message into the buffer that [`ClientConnection::flush`] writes.
+    pub(super) async fn feed_bytes(&mut self, bytes: Vec<u8>) -> Result<(), ConnectionClosed> {
+        self.socket.feed(Message::binary(bytes)).await.map_err(connection_error)
+    }
+
+    /// Writes what was fed.
+    pub(super) async fn flush(&mut self) -> Result<(), ConnectionClosed> {
+        self.socket.flush().await.map_err(connection_error)
+    }
+
+    /// The next thing to arrive. Cancel-safe: nothing is lost by dropping the future.
+    ///
+    /// # Errors
+    ///
+    /// [`ConnectionClosed`], from then on for ever.
+    pub async fn next(&mut self) -> Result<ReceivedMessage, ConnectionClosed> {
+        match self.buffered.pop_front() {
+            Some(received) => Ok(received),
+            None => self.read().await,
+        }
+    }
+
+    /// The next frame of the protocol, whatever it is; pings and pongs are skipped.
+    ///
+    /// # Errors
+    ///
+    /// [`RequestError`] where the connection ends, something else comes, or nothing within
+    /// [`REPLY_TIMEOUT`].
+    pub async fn next_frame(&mut self) -> Result<ServerFrame, RequestError> {
+        let frame = async {
+            loop {
+                match self.next().await? {
+                    ReceivedMessage::Frame(frame, _) => return Ok(frame),
+                    ReceivedMessage::Ping(_) | ReceivedMessage::Pong(_) => {}
+                    other => return Err(RequestError::Frame(Box::new(other))),
+                }
+            }
+        };
+        timeout(REPLY_TIMEOUT, frame).await.unwrap_or(Err(RequestError::TimedOut))
+    }
+
+    /// Takes the `connected` that every connection starts with.
+    ///
+    /// # Errors
+    ///
+    /// [`RequestError`]
+    pub async fn expect_connected(&mut self) -> Result<ConnectedFrame, RequestError> {
+        match self.next_frame().await? {
+            ServerFrame::Connected(connected) => Ok(*connected),
+            other => {
+                Err(RequestError::Frame(Box::new(ReceivedMessage::Frame(other, String::new()))))
+            }
+        }
+    }
+
+    /// Joins `room` from now on, without history.
+    ///
+    /// # Errors
+    ///
+    /// [`RequestError`], `Rejected` among them.
+    pub async fn join(&mut self, room: &RoomId) -> Result<JoinedFrame<HistoryEntry>, RequestError> {
+        self.join_with(&frames::OutgoingJoin {
+            history: Some(0),
+            ..frames::OutgoingJoin::new(room)
+        })
+        .await
+    }
+
+    /// Joins as `join` says; its `ref` is set here.
+    ///
+    /// # Errors
+    ///
+    /// [`RequestError`], `Rejected` among them.
+    pub async fn join_with(
+        &mut self,
+        join: &frames::OutgoingJoin<'_>,
+    ) -> Result<JoinedFrame<HistoryEntry>, RequestError> {
+        match self.request(join).await? {
+            ServerFrame::Joined(joined) => Ok(*joined),
+            other => {
+                Err(RequestError::Frame(Box::new(ReceivedMessage::Frame(other, String::new()))))
+            }
+        }
+    }
+
+    /// Sends `frame` with a `ref` of its own and waits for the answer to it. What comes before the
+    /// answer is kept for [`ClientConnection::next`].
+    ///
+    /// # Errors
+    ///
+    /// [`RequestError`]; an `error` that answers the frame is `Rejected`.
+    ///
+    /// # Panics
+    ///
+    /// Where `frame` is no JSON object.
+    pub async fn request(&mut self, frame: &impl Serialize) -> Result<ServerFrame, RequestError> {
+        let reference = FrameRef::number(self.next_reference);
+        let mut frame = serde_json::to_value(frame).expect("a frame is JSON");
+        let members = frame.as_object_mut().expect("a frame is an object");
+        members.insert("ref".to_owned(), Value::from(self.next_reference));
+        self.next_reference += 1;
+        self.send_json(&frame).await?;
+        let answer = self.reply_to(&reference);
+        match timeout(REPLY_TIMEOUT, answer).await.unwrap_or(Err(RequestError::TimedOut))? {
+            ServerFrame::Error(error_frame) => Err(RequestError::Rejected(error_frame)),
+            answer => Ok(answer),
+        }
+    }
+
+    /// Starts the close, reads on until the server has answered it, and tells how it ended.
+    pub async fn close(&mut self, code: u16, reason: &str) -> ConnectionClosed {
+        let frame = CloseFrame { code: code.into(), reason: reason.to_owned().into() };
+        let closed = async {
+            // Where it cannot be written the reading below tells why.
+            let _ = self.socket.send(Message::Close(Some(frame))).await;
+            loop {
+                if let Err(closed) = self.next().await {
+                    return closed;
+                }
+            }
+        };
+        let silent =
+            || ConnectionClosed { code: None, reason: "the close was not answered".to_owned() };
+        timeout(REPLY_TIMEOUT, closed).await.unwrap_or_else(|_| silent())
+    }
+
+    async fn reply_to(&mut self, reference: &FrameRef) -> Result<ServerFrame, RequestError> {
+        loop {
+            match self.read().await? {
+                ReceivedMessage::Frame(frame, _) if frame.reference() == Some(reference) => {
+                    return Ok(frame);
+                }
+                other if self.buffered.len() < BUFFERED_MAX => {
+                    self.buffered.push_back(other);
+                }
+                _ => return Err(RequestError::TooManyFrames),
+            }
+        }
+    }
+
+    /// Cancel-safe: the socket's own reading is, and what is kept is kept before any await.
+    async fn read(&mut self) -> Result<ReceivedMessage, ConnectionClosed> {
+        if let Some(closed) = &self.closed {
+            return Err(closed.clone());
+        }
+        let message = match self.socket.next().await {
+            Some(Ok(message)) => message,
+            Some(Err(error)) => return Err(self.closed.insert(connection_error(error)).clone()),
+            None => {
+                let closed = ConnectionClosed { code: None, reason: "end of stream".to_owned() };
+                return Err(self.closed.insert(closed).clone());
+            }
+        };
+        Ok(match message {
+            Message::Text(text) => match serde_json::from_str(&text) {
+                Ok(frame) => ReceivedMessage::Frame(frame, text.as_str().to_owned()),
+                Err(_) => ReceivedMessage::Text(text.as_str().to_owned()),
+            },
+            Message::Binary(bytes) => binary(bytes),
+            Message::Ping(bytes) => ReceivedMessage::Ping(bytes),
+            Message::Pong(bytes) => ReceivedMessage::Pong(bytes),
+            Message::Close(frame) => {
+                let closed = ConnectionClosed {
+                    code: frame.as_ref().map(|frame| frame.code.into()),
+                    reason: frame.map(|frame| frame.reason.to_string()).unwrap_or_default(),
+                };
+                self.closed = Some(closed.clone());
+                // The answer to the close waits in the buffer. Whether it leaves is the server's
+                // affair, which may have stopped reading.
+                let _ = timeout(Duration::from_secs(1), self.socket.flush()).await;
+                return Err(closed);
+            }
+            Message::Frame(frame) => ReceivedMessage::Bytes(frame.into_payload()),
+        })
+    }
+}
+
+async fn connect(uri: &Uri, local: Option<IpAddr>) -> io::Result<TcpStream> {
+    let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+    for address in lookup_host((host, uri.port_u16().unwrap_or(80))).await? {
+        let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+        if let Some(local) = local {
+            socket.bind(SocketAddr::new(local, 0))?;
+        }
+        match socket.connect(address).await {
+            Ok(stream) => return Ok(stream),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+fn connection_error(error: tungstenite::Error) -> ConnectionClosed {
+    ConnectionClosed { code: None, reason: error.to_string() }
+}
+
+/// Reads a binary frame as an entry of a log, if it is one.
+fn binary(bytes: Bytes) -> ReceivedMessage {
+    match binary_header(&bytes) {
+        Some((HistoryEntry::Message(message), payload_at)) => {
+            ReceivedMessage::Binary(message, bytes.slice(payload_at..))
+        }
+        Some((HistoryEntry::Direct(direct), payload_at)) => {
+            ReceivedMessage::BinaryDirect(direct, bytes.slice(payload_at..))
+        }
+        Some((HistoryEntry::Unknown, _)) | None => ReceivedMessage::Bytes(bytes),
+    }
+}
+
+fn binary_header(bytes: &[u8]) -> Option<(HistoryEntry, usize)> {
+    let (length, rest) = bytes.split_first_chunk::<2>()?;
+    let length = usize::from(u16::from_be_bytes(*length));
+    let header = serde_json::from_slice(rest.get(..length)?).ok()?;
+    Some((header, 2 + length))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_binary_frame_of_another_kind_is_bytes() {
+        for bytes in [&b""[..], b"\0", b"\0\x05{}", b"\0\x12{\"type\":\"unknown\"}", b"echo"] {
+            assert!(matches!(binary(Bytes::copy_from_slice(bytes)), ReceivedMessage::Bytes(_)));
+        }
+    }
+}

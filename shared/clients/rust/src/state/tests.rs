@@ -1,0 +1,593 @@
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+use tokio::sync::{
+    Semaphore,
+    oneshot::{self, error::TryRecvError},
+};
+
+use super::{calls::ClientCall, *};
+use crate::{
+    api::{HistoryRange, NewMessage},
+    room::PendingSend,
+};
+
+const EPOCH: &str = "e";
+
+/// A state with a connection, fed with JSON as a gateway would write it.
+struct Fixture {
+    state: ClientState,
+    now: Instant,
+}
+
+type Answer<T, E> = oneshot::Receiver<Result<T, E>>;
+
+impl Fixture {
+    fn new() -> Self {
+        let mut fixture = Self { state: ClientState::new(1), now: Instant::now() };
+        fixture.connect();
+        fixture
+    }
+
+    /// A fixture that has joined `r` at position `e:5`.
+    fn joined() -> Self {
+        let mut fixture = Self::new();
+        let mut answer = fixture.join("r", StartFrom::Now);
+        let reference = fixture.said()[0]["ref"].clone();
+        fixture.feed(joined(&reference, 5, false, &[]));
+        assert!(answer.try_recv().unwrap().is_ok());
+        fixture.events();
+        fixture
+    }
+
+    fn connect(&mut self) {
+        self.feed(json!({
+            "type": "connected",
+            "connection_id": "6f1c2a0e-93c4-4c59-a9f5-5f3f2d1b7c10",
+            "user": {"id": "me", "name": "Me"},
+            "node": "n1",
+            "route": "n1",
+            "protocol": "chat.v1",
+            "timestamp": "2026-01-01T00:00:00.000Z",
+            "heartbeat_interval": 25,
+            "dedup_window": 600,
+            "max_message_size": 1_000,
+            "session": "c2VjcmV0", "session_id": "6f1c2a0e-93c4-4c59-a9f5-5f3f2d1b7c11", "resumed": false,
+            "inbox": {"epoch": "i", "seq": 0, "acked": 0, "oldest": 1, "unread": 0},
+        }));
+        assert!(matches!(self.events().as_slice(), [ClientEvent::Connected { .. }]));
+    }
+
+    fn feed(&mut self, frame: Value) {
+        let text = frame.to_string();
+        self.state.on_frame(serde_json::from_str(&text).unwrap(), text, self.now);
+    }
+
+    fn pass(&mut self, time: Duration) {
+        self.now += time;
+        self.state.on_timer(self.now);
+    }
+
+    fn join(&mut self, room: &str, start: StartFrom) -> Answer<JoinInfo, JoinError> {
+        let (reply, answer) = oneshot::channel();
+        let room = room.parse().unwrap();
+        self.state.on_call(ClientCall::Join { room, start, password: None, reply }, self.now);
+        answer
+    }
+
+    fn leave(&mut self, room: &str) -> Answer<(), LeaveError> {
+        let (reply, answer) = oneshot::channel();
+        self.state.on_call(ClientCall::Leave { room: room.parse().unwrap(), reply }, self.now);
+        answer
+    }
+
+    fn send(&mut self, send: NewMessage) -> Answer<SendReceipt, SendError> {
+        let (reply, answer) = oneshot::channel();
+        let share = || Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
+        let bytes = match &send.content {
+            crate::api::MessageContent::Json(content) => content.to_string().len() as u32,
+            crate::api::MessageContent::Binary(payload) => payload.len() as u32,
+        };
+        let pending = PendingSend { send, bytes, reply, _permits: [share(), share()] };
+        let room = "r".parse().unwrap();
+        self.state.on_call(ClientCall::Send { room, pending }, self.now);
+        answer
+    }
+
+    fn history(&mut self, page: HistoryRange) -> Answer<HistoryPage, HistoryError> {
+        let (reply, answer) = oneshot::channel();
+        let room = "r".parse().unwrap();
+        self.state.on_call(ClientCall::History { room, page, limit: 10, reply }, self.now);
+        answer
+    }
+
+    /// What was written since the last call.
+    fn said(&mut self) -> Vec<Value> {
+        let json = |outgoing| match outgoing {
+            EncodedFrame::Text(text) => serde_json::from_str(&text).unwrap(),
+            EncodedFrame::Binary(bytes) => json!({"bytes": bytes}),
+        };
+        self.state.out.drain(..).map(json).collect()
+    }
+
+    /// What was written, each as its type and, of a message, its content.
+    fn summary(&mut self) -> Vec<String> {
+        let summary = |frame: Value| match frame["type"].as_str().unwrap() {
+            "message" => frame["content"].as_str().unwrap().to_owned(),
+            other => other.to_owned(),
+        };
+        self.said().into_iter().map(summary).collect()
+    }
+
+    fn events(&mut self) -> Vec<ClientEvent> {
+        self.state.events.drain(..).collect()
+    }
+
+    /// The numbers of the messages among the events; others are an error.
+    fn delivered(&mut self) -> Vec<Seq> {
+        let seq = |event| match event {
+            ClientEvent::Message { message, .. } => message.seq,
+            other => panic!("{other:?}"),
+        };
+        self.events().into_iter().map(seq).collect()
+    }
+}
+
+use skein_protocol::position::Seq;
+
+fn at(seq: Seq) -> Position {
+    Position::new(EPOCH.parse().unwrap(), seq)
+}
+
+fn joined(reference: &Value, seq: Seq, recovered: bool, history: &[Value]) -> Value {
+    json!({
+        "type": "joined", "ref": reference, "room": "r", "epoch": EPOCH, "seq": seq,
+        "members": 1, "recovered": recovered, "history": history, "durable": true, "read": 0,
+    })
+}
+
+fn entry(seq: Seq, from: &str, id: MessageId) -> Value {
+    json!({
+        "type": "message", "room": "r", "epoch": EPOCH, "seq": seq, "id": id,
+        "from": {"id": from, "name": from}, "kind": "text", "content": "x",
+        "timestamp": "2026-01-01T00:00:00.000Z",
+    })
+}
+
+fn other(seq: Seq) -> Value {
+    entry(seq, "you", MessageId::random())
+}
+
+fn ack(frame: &Value, seq: Seq, duplicate: bool) -> Value {
+    json!({
+        "type": "ack", "ref": frame["ref"], "id": frame["id"], "room": "r", "epoch": EPOCH,
+        "seq": seq, "timestamp": "2026-01-01T00:00:00.000Z", "duplicate": duplicate,
+    })
+}
+
+fn error(frame: &Value, code: &str, retry_after_ms: Option<u64>) -> Value {
+    json!({
+        "type": "error", "ref": frame["ref"], "for": frame["type"], "code": code,
+        "message": "no", "retry_after_ms": retry_after_ms,
+    })
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_join_is_answered_and_its_history_follows_as_events() {
+    let mut fixture = Fixture::new();
+    let mut answer = fixture.join("r", StartFrom::History(2));
+    let said = fixture.said();
+    assert_eq!((&said[0]["type"], &said[0]["history"]), (&json!("join"), &json!(2)));
+    fixture.feed(joined(&said[0]["ref"], 9, false, &[other(8), other(9)]));
+    assert_eq!(answer.try_recv().unwrap().unwrap().top, at(9));
+    let events = fixture.events();
+    assert!(matches!(events[0], ClientEvent::Joined(_)));
+    assert_eq!(events.len(), 3);
+    fixture.feed(other(10));
+    assert_eq!(fixture.delivered(), [10]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_join_that_is_refused_for_the_time_being_is_asked_again() {
+    let mut fixture = Fixture::new();
+    let mut answer = fixture.join("r", StartFrom::Now);
+    let first = fixture.said().remove(0);
+    fixture.feed(error(&first, "unavailable", Some(700)));
+    assert!(fixture.said().is_empty());
+    assert_eq!(fixture.state.next_deadline(), Some(fixture.now + Duration::from_millis(700)));
+    fixture.pass(Duration::from_millis(700));
+    let second = fixture.said().remove(0);
+    assert_eq!(answer.try_recv().unwrap_err(), TryRecvError::Empty);
+    fixture.feed(error(&second, "room_full", None));
+    let refused = answer.try_recv().unwrap().unwrap_err();
+    assert!(matches!(refused, JoinError::Rejected(_)), "{refused:?}");
+    assert!(fixture.state.rooms.is_empty() && fixture.events().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn two_joins_of_a_room_at_once_are_one_too_many() {
+    let mut fixture = Fixture::new();
+    let _first = fixture.join("r", StartFrom::Now);
+    let mut second = fixture.join("r", StartFrom::Now);
+    assert_eq!(second.try_recv().unwrap(), Err(JoinError::InProgress));
+}
+
+#[tokio::test(start_paused = true)]
+async fn joining_a_joined_room_asks_the_server_and_changes_nothing() {
+    let mut fixture = Fixture::joined();
+    let mut answer = fixture.join("r", StartFrom::History(50));
+    let frame = fixture.said().remove(0);
+    fixture.feed(joined(&frame["ref"], 5, true, &[]));
+    assert_eq!(answer.try_recv().unwrap().unwrap().top, at(5));
+    assert!(fixture.events().is_empty());
+    fixture.feed(other(6));
+    assert_eq!(fixture.delivered(), [6]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn messages_wait_for_the_join_and_go_one_by_one() {
+    let mut fixture = Fixture::new();
+    let _join = fixture.join("r", StartFrom::Now);
+    let mut one = fixture.send(NewMessage::json("1"));
+    let _two = fixture.send(NewMessage::json("2"));
+    let join = fixture.said();
+    assert_eq!(join.len(), 1);
+    fixture.feed(joined(&join[0]["ref"], 0, false, &[]));
+    let first = fixture.said();
+    assert_eq!((first.len(), &first[0]["content"]), (1, &json!("1")));
+    fixture.feed(ack(&first[0], 1, false));
+    let sent = one.try_recv().unwrap().unwrap();
+    assert_eq!((sent.position, sent.duplicate), (at(1), false));
+    assert_eq!(fixture.summary(), ["2"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_message_refused_for_the_time_being_is_repeated_with_its_id_before_those_behind_it() {
+    let mut fixture = Fixture::joined();
+    let mut one = fixture.send(NewMessage::json("1"));
+    let _two = fixture.send(NewMessage::json("2"));
+    let mut last = fixture.said().remove(0);
+    for code in ["unavailable", "overloaded", "rate_limited"] {
+        fixture.feed(error(&last, code, Some(200)));
+        assert!(fixture.said().is_empty());
+        fixture.pass(Duration::from_millis(200));
+        let again = fixture.said();
+        assert_eq!((again.len(), &again[0]["id"]), (1, &last["id"]));
+        assert_ne!(again[0]["ref"], last["ref"]);
+        last = again[0].clone();
+    }
+    fixture.feed(ack(&last, 6, true));
+    assert!(one.try_recv().unwrap().unwrap().duplicate);
+    assert_eq!(fixture.summary(), ["2"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_definite_refusal_answers_that_message_only() {
+    let mut fixture = Fixture::joined();
+    let mut one = fixture.send(NewMessage::json("1"));
+    let mut two = fixture.send(NewMessage::json("2"));
+    let first = fixture.said().remove(0);
+    fixture.feed(error(&first, "forbidden", None));
+    assert!(matches!(one.try_recv().unwrap(), Err(SendError::Rejected(_))));
+    let second = fixture.said().remove(0);
+    fixture.feed(ack(&second, 6, false));
+    assert!(two.try_recv().unwrap().is_ok());
+}
+
+#[tokio::test(start_paused = true)]
+async fn only_an_ack_without_an_echo_moves_the_cursor() {
+    let mut fixture = Fixture::joined();
+    let _echo = fixture.send(NewMessage::json("1"));
+    let first = fixture.said().remove(0);
+    fixture.feed(ack(&first, 6, false));
+    assert_eq!(fixture.state.cursor(&"r".parse().unwrap()), Some(&at(5)));
+    let id = serde_json::from_value(first["id"].clone()).unwrap();
+    fixture.feed(entry(6, "me", id));
+    assert_eq!(fixture.delivered(), [6]);
+
+    let silent = NewMessage { echo: false, ..NewMessage::json("2") };
+    let _silent = fixture.send(silent);
+    let second = fixture.said().remove(0);
+    assert_eq!(second["echo"], json!(false));
+    fixture.feed(ack(&second, 7, false));
+    fixture.feed(other(8));
+    assert_eq!(fixture.delivered(), [8]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_place_of_a_message_without_an_echo_may_be_taken_after_its_repeat_was_answered() {
+    let mut fixture = Fixture::joined();
+    let mut answer = fixture.send(NewMessage { echo: false, ..NewMessage::json("1") });
+    let first = fixture.said().remove(0);
+    fixture.feed(error(&first, "unavailable", Some(1)));
+    fixture.pass(Duration::from_millis(1));
+    let second = fixture.said().remove(0);
+    fixture.feed(ack(&second, 6, true));
+    assert!(answer.try_recv().unwrap().is_ok());
+    // The first try was appended all the same; its ack comes in the stream.
+    fixture.feed(ack(&first, 6, false));
+    fixture.feed(other(7));
+    assert_eq!(fixture.delivered(), [7]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_own_message_found_in_the_recovery_is_acknowledged_and_the_others_are_repeated() {
+    let mut fixture = Fixture::joined();
+    fixture.state.in_flight_max = 3;
+    let mut answers: Vec<_> =
+        ["1", "2", "3"].into_iter().map(|text| fixture.send(NewMessage::json(text))).collect();
+    let first = fixture.said().remove(0);
+    let id = serde_json::from_value(first["id"].clone()).unwrap();
+    fixture.state.on_disconnected();
+    fixture.connect();
+    let join = fixture.said().remove(0);
+    assert_eq!(join["since"], json!({"epoch": EPOCH, "seq": 5}));
+    fixture.feed(joined(&join["ref"], 7, true, &[other(6)]));
+    // Not before everything up to `joined.seq` was had.
+    assert!(fixture.said().is_empty());
+    fixture.feed(entry(7, "me", id));
+    assert_eq!(answers[0].try_recv().unwrap().unwrap().position, at(7));
+    let again = fixture.said();
+    assert_eq!((again.len(), &again[0]["content"]), (1, &json!("2")));
+    let delivered: Vec<ClientEvent> = fixture.events();
+    assert_eq!(delivered.len(), 3, "{delivered:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_same_id_of_somebody_else_is_no_acknowledgement() {
+    let mut fixture = Fixture::joined();
+    let mut answer = fixture.send(NewMessage::json("1"));
+    let frame = fixture.said().remove(0);
+    fixture.feed(entry(6, "you", serde_json::from_value(frame["id"].clone()).unwrap()));
+    assert_eq!(answer.try_recv().unwrap_err(), TryRecvError::Empty);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_sent_and_is_too_old_to_be_known_is_uncertain() {
+    let mut fixture = Fixture::joined();
+    let mut one = fixture.send(NewMessage::json("1"));
+    let mut two = fixture.send(NewMessage::json("2"));
+    fixture.said();
+    fixture.state.on_disconnected();
+    fixture.pass(Duration::from_secs(600));
+    fixture.connect();
+    let join = fixture.said().remove(0);
+    fixture.feed(joined(&join["ref"], 5, true, &[]));
+    assert_eq!(one.try_recv().unwrap(), Err(SendError::Uncertain));
+    assert_eq!(fixture.summary(), ["2"]);
+    assert_eq!(two.try_recv().unwrap_err(), TryRecvError::Empty);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_hole_is_told_and_the_entry_behind_it_delivered() {
+    let mut fixture = Fixture::joined();
+    fixture.feed(other(8));
+    let events = fixture.events();
+    let [ClientEvent::Gap { expected, got, .. }, ClientEvent::Message { .. }] = events.as_slice()
+    else {
+        panic!("{events:?}");
+    };
+    assert_eq!((expected.as_ref(), got), (Some(&at(6)), &at(8)));
+    fixture.feed(other(8));
+    assert!(matches!(fixture.events()[0], ClientEvent::Duplicate { earlier: None, .. }));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_message_before_its_joined_is_a_hole_and_left_to_the_history() {
+    let mut fixture = Fixture::joined();
+    fixture.state.on_disconnected();
+    fixture.connect();
+    let join = fixture.said().remove(0);
+    let early = other(6);
+    fixture.feed(early.clone());
+    assert!(matches!(fixture.events().as_slice(), [ClientEvent::Gap { expected: None, .. }]));
+    fixture.feed(joined(&join["ref"], 6, true, &[early]));
+    assert!(matches!(
+        fixture.events().as_slice(),
+        [ClientEvent::Joined(_), ClientEvent::Message { .. }]
+    ));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_cannot_be_recovered_is_told_before_what_is_there() {
+    let mut fixture = Fixture::joined();
+    fixture.state.on_disconnected();
+    fixture.connect();
+    let join = fixture.said().remove(0);
+    let mut frame = joined(&join["ref"], 90, false, &[other(90)]);
+    frame["reason"] = json!("log_trimmed");
+    fixture.feed(frame);
+    let events = fixture.events();
+    assert!(
+        matches!(
+            events.as_slice(),
+            [ClientEvent::Joined(_), ClientEvent::NotRecovered { .. }, ClientEvent::Message { .. }]
+        ),
+        "{events:?}"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reset_goes_on_behind_its_position_and_lets_messages_go() {
+    let mut fixture = Fixture::joined();
+    fixture.state.on_disconnected();
+    fixture.connect();
+    let _answer = fixture.send(NewMessage::json("1"));
+    let join = fixture.said().remove(0);
+    fixture.feed(joined(&join["ref"], 9, true, &[]));
+    assert!(fixture.said().is_empty());
+    fixture.feed(json!({
+        "type": "reset", "room": "r", "epoch": EPOCH, "seq": 20, "reason": "log_trimmed",
+    }));
+    assert_eq!(fixture.summary(), ["1"]);
+    fixture.events();
+    fixture.feed(other(21));
+    assert_eq!(fixture.delivered(), [21]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_room_that_removes_the_client_answers_what_is_on_its_way_and_takes_no_more() {
+    let mut fixture = Fixture::joined();
+    let mut one = fixture.send(NewMessage::json("1"));
+    let mut two = fixture.send(NewMessage::json("2"));
+    let frame = fixture.said().remove(0);
+    fixture.feed(json!({"type": "left", "room": "r", "reason": "kicked"}));
+    let events = fixture.events();
+    assert!(
+        matches!(&events[0], ClientEvent::Left { reason, .. } if reason.as_deref() == Some("kicked"))
+    );
+    assert_eq!(two.try_recv().unwrap(), Err(SendError::NotJoined));
+    fixture.feed(ack(&frame, 6, false));
+    assert!(one.try_recv().unwrap().is_ok());
+    assert!(fixture.state.rooms.is_empty());
+    let mut three = fixture.send(NewMessage::json("3"));
+    assert_eq!(three.try_recv().unwrap(), Err(SendError::NotJoined));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_room_that_is_closed_is_left() {
+    let mut fixture = Fixture::joined();
+    fixture.feed(json!({"type": "room_closed", "room": "r", "reason": "deleted"}));
+    assert!(matches!(fixture.events().as_slice(), [ClientEvent::Left { .. }]));
+}
+
+#[tokio::test(start_paused = true)]
+async fn leaving_forgets_the_position_so_that_a_room_can_be_rewound() {
+    let mut fixture = Fixture::joined();
+    let id = MessageId::random();
+    fixture.feed(entry(6, "you", id));
+    assert_eq!(fixture.delivered(), [6]);
+    let mut left = fixture.leave("r");
+    let frame = fixture.said().remove(0);
+    fixture.feed(json!({"type": "left", "ref": frame["ref"], "room": "r"}));
+    assert_eq!(left.try_recv().unwrap(), Ok(()));
+    assert!(fixture.events().is_empty());
+    let _joined = fixture.join("r", StartFrom::History(5));
+    let frame = fixture.said().remove(0);
+    assert_eq!((&frame["history"], &frame["since"]), (&json!(5), &Value::Null));
+    fixture.feed(joined(&frame["ref"], 6, false, &[entry(6, "you", id)]));
+    assert!(matches!(
+        fixture.events().as_slice(),
+        [ClientEvent::Joined(_), ClientEvent::Message { .. }]
+    ));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_leave_refused_for_the_time_being_is_asked_again() {
+    let mut fixture = Fixture::joined();
+    let mut left = fixture.leave("r");
+    let first = fixture.said().remove(0);
+    fixture.feed(error(&first, "rate_limited", Some(100)));
+    fixture.pass(Duration::from_millis(100));
+    let second = fixture.said().remove(0);
+    assert_eq!(second["type"], "leave");
+    fixture.feed(json!({"type": "left", "ref": second["ref"], "room": "r"}));
+    assert_eq!(left.try_recv().unwrap(), Ok(()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_connection_lost_while_leaving_has_left() {
+    let mut fixture = Fixture::joined();
+    let mut unanswered = fixture.send(NewMessage::json("1"));
+    let mut left = fixture.leave("r");
+    fixture.state.on_disconnected();
+    assert_eq!(left.try_recv().unwrap(), Ok(()));
+    assert_eq!(unanswered.try_recv().unwrap(), Err(SendError::Uncertain));
+    fixture.connect();
+    assert!(fixture.said().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_room_that_cannot_be_joined_again_is_told_as_left() {
+    let mut fixture = Fixture::joined();
+    let mut sent = fixture.send(NewMessage::json("1"));
+    fixture.said();
+    fixture.state.on_disconnected();
+    fixture.connect();
+    let join = fixture.said().remove(0);
+    fixture.feed(error(&join, "forbidden", None));
+    assert!(matches!(fixture.events().as_slice(), [ClientEvent::Left { .. }]));
+    assert_eq!(sent.try_recv().unwrap(), Err(SendError::Uncertain));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_larger_than_the_server_takes_never_leaves() {
+    let mut fixture = Fixture::joined();
+    let mut large = fixture.send(NewMessage::json("x".repeat(1_001)));
+    let mut small = fixture.send(NewMessage::json("1"));
+    assert_eq!(large.try_recv().unwrap(), Err(SendError::TooLarge));
+    assert_eq!(fixture.summary(), ["1"]);
+    // Where the server thinks otherwise it closes with 1009 and names nothing.
+    fixture.state.fail_largest_send();
+    assert_eq!(small.try_recv().unwrap(), Err(SendError::TooLarge));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_id_on_its_way_is_not_taken_twice() {
+    let mut fixture = Fixture::joined();
+    let send = NewMessage::json("1");
+    let _first = fixture.send(send.clone());
+    assert_eq!(fixture.send(send).try_recv().unwrap(), Err(SendError::IdInUse));
+}
+
+#[tokio::test(start_paused = true)]
+async fn history_is_asked_for_while_the_room_is_joined() {
+    let mut fixture = Fixture::joined();
+    let mut page = fixture.history(HistoryRange::Before(5));
+    let frame = fixture.said().remove(0);
+    assert_eq!((&frame["before"], &frame["limit"]), (&json!(5), &json!(10)));
+    fixture.feed(json!({
+        "type": "history", "ref": frame["ref"], "room": "r", "epoch": EPOCH,
+        "messages": [other(4)], "more": true,
+    }));
+    let page = page.try_recv().unwrap().unwrap();
+    assert_eq!((page.messages.len(), page.more), (1, true));
+    assert!(fixture.events().is_empty());
+
+    let mut lost = fixture.history(HistoryRange::Newest);
+    fixture.state.on_disconnected();
+    assert!(matches!(lost.try_recv().unwrap(), Err(HistoryError::NotJoined)));
+    let mut away = fixture.history(HistoryRange::After(1));
+    assert!(matches!(away.try_recv().unwrap(), Err(HistoryError::NotJoined)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn binary_messages_are_the_same_live_and_from_the_log() {
+    let mut fixture = Fixture::joined();
+    let _sent = fixture.send(NewMessage::binary(vec![1, 2]));
+    assert!(fixture.said()[0]["bytes"].is_array());
+    let mut in_json = other(6);
+    in_json["encoding"] = json!("base64");
+    in_json["content"] = json!("AQI=");
+    fixture.feed(in_json);
+    let events = fixture.events();
+    let ClientEvent::Message { payload: Some(payload), .. } = &events[0] else {
+        panic!("{events:?}")
+    };
+    assert_eq!(payload.as_ref(), [1, 2]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn frames_that_are_not_modelled_are_passed_on_and_pings_answered() {
+    let mut fixture = Fixture::new();
+    fixture.feed(json!({"type": "system", "code": "welcome", "content": "hi"}));
+    assert!(matches!(fixture.events().as_slice(), [ClientEvent::OtherFrame(_)]));
+    fixture.feed(json!({"type": "ping", "timestamp": "2026-01-01T00:00:00.000Z"}));
+    assert_eq!(fixture.said(), [json!({"type": "pong"})]);
+    fixture.feed(json!({"type": "error", "code": "internal", "message": "oh"}));
+    assert!(matches!(fixture.events().as_slice(), [ClientEvent::Error(_)]));
+}
+
+#[tokio::test(start_paused = true)]
+async fn at_the_end_everybody_who_waits_is_told() {
+    let mut fixture = Fixture::joined();
+    let mut sent = fixture.send(NewMessage::json("1"));
+    let mut unsent = fixture.send(NewMessage::json("2"));
+    let mut joining = fixture.join("s", StartFrom::Now);
+    let mut asking = fixture.history(HistoryRange::Newest);
+    fixture.state.fail_all();
+    assert_eq!(sent.try_recv().unwrap(), Err(SendError::Uncertain));
+    assert_eq!(unsent.try_recv().unwrap(), Err(SendError::ClientClosed));
+    assert_eq!(joining.try_recv().unwrap(), Err(JoinError::ClientClosed));
+    assert!(matches!(asking.try_recv().unwrap(), Err(HistoryError::ClientClosed)));
+}
