@@ -13,7 +13,9 @@ use skein_protocol::{
 };
 use tokio::time::Instant;
 
-use crate::harness::{Gateway, Node, Redis, connect, next_message, room, say, until, within};
+use crate::harness::{
+    Gateway, Node, Redis, SHORT_LEASE_OPTION, connect, next_message, room, say, until, within,
+};
 
 /// The next `status` that arrives.
 async fn next_status(connection: &mut ClientConnection) -> StatusFrame {
@@ -120,7 +122,9 @@ async fn resume(gateway: &Gateway, room: &RoomId, since: &Position) -> JoinedFra
 #[tokio::test(flavor = "multi_thread")]
 async fn a_planned_stop_and_start_of_everything_is_no_break() {
     let mut redis = Redis::start_durable().await;
-    let (one, two) = (Gateway::start_on(&redis, &[]).await, Gateway::start_on(&redis, &[]).await);
+    let options = [SHORT_LEASE_OPTION];
+    let (one, two) =
+        (Gateway::start_on(&redis, &options).await, Gateway::start_on(&redis, &options).await);
     let lobby = room("lobby");
     let (mut ann, mut bob) = (one.connect("ann").await, two.connect("bob").await);
     ann.join(&lobby).await.unwrap();
@@ -137,7 +141,8 @@ async fn a_planned_stop_and_start_of_everything_is_no_break() {
     redis.stop().await;
     redis.restart().await;
 
-    let (one, two) = tokio::join!(Gateway::start_on(&redis, &[]), Gateway::start_on(&redis, &[]));
+    let (one, two) =
+        tokio::join!(Gateway::start_on(&redis, &options), Gateway::start_on(&redis, &options));
     for gateway in [&one, &two] {
         let joined = resume(gateway, &lobby, &seen).await;
         assert!(joined.recovered, "{joined:?}");
@@ -152,7 +157,7 @@ async fn a_planned_stop_and_start_of_everything_is_no_break() {
     two.stop().await;
 
     // The gateways alone are started again, and then die: what they had acknowledged may be missing.
-    let node = Node::start(&redis, None, &[]).await;
+    let node = Node::start(&redis, None, &options).await;
     assert_eq!(left(&redis).await, ":0");
     let mut ann = connect(node.address, "ann").await;
     ann.join(&lobby).await.unwrap();
@@ -161,7 +166,7 @@ async fn a_planned_stop_and_start_of_everything_is_no_break() {
     node.end().await;
     redis.stop().await;
     redis.restart().await;
-    let gateway = Gateway::start_on(&redis, &[]).await;
+    let gateway = Gateway::start_on(&redis, &options).await;
     let mut ann = gateway.connect("ann").await;
     assert_ne!(ann.join(&lobby).await.unwrap().epoch, epoch);
 }

@@ -21,7 +21,7 @@ use gateway::{
 use skein_client::{
     connection::{ClientConnection, ReceivedMessage},
     frames,
-    options::ConnectOptions,
+    options::{ConnectError, ConnectOptions},
 };
 use skein_core::{
     bus::{Mailboxes, Retention, memory::MemoryBus, registry::RoomStoreOptions},
@@ -61,6 +61,11 @@ const DEFAULTS: [(&str, &str); 11] = [
     ("limits.http_requests_per_second_per_ip", "0"),
     ("limits.api_key_failures_per_second_per_ip", "0"),
 ];
+
+/// The option for a lease that a test waits for: longer than what a busy machine takes to renew it.
+pub const SHORT_LEASE_OPTION: (&str, &str) = ("cluster.lease", "4s");
+/// How long that is.
+pub const SHORT_LEASE: Duration = Duration::from_secs(4);
 
 /// Whether conformance tests run on every backend; with `SKEIN_BACKENDS=memory` only on that which
 /// is in memory (`make check`).
@@ -118,6 +123,21 @@ impl Gateway {
     /// A connection to `/ws` as `user`, behind `connected`.
     pub async fn connect(&self, user: &str) -> ClientConnection {
         connect(self.address, user).await
+    }
+
+    /// As [`Gateway::connect`], again and again while the gateway is not ready.
+    pub async fn connect_when_ready(&self, user: &str) -> ClientConnection {
+        let options = ConnectOptions::new(self.url("/ws")).user(user);
+        loop {
+            match ClientConnection::open(&options).await {
+                Ok(mut connection) => {
+                    connection.expect_connected().await.unwrap();
+                    return connection;
+                }
+                Err(ConnectError::Http { status: 503, .. }) => poll_pause().await,
+                Err(error) => panic!("{error:?}"),
+            }
+        }
     }
 }
 

@@ -19,7 +19,10 @@ use skein_protocol::{
 use tokio::time::{Duration, Instant};
 
 use crate::{
-    harness::{Gateway, Node, Redis, next_message, room, say, until, with_redis, within},
+    harness::{
+        Gateway, Node, Redis, SHORT_LEASE_OPTION, next_message, room, say, until, with_redis,
+        within,
+    },
     servers::{Instance, alone_in_a_cluster},
 };
 
@@ -543,7 +546,12 @@ async fn no_name_of_a_room_reaches_what_is_the_servers() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_members_of_a_killed_node_leave_once_everywhere() {
     let redis = Redis::start().await;
-    let options = [("presence.event_members_max", "1000")];
+    let options = [
+        ("presence.event_members_max", "1000"),
+        // The watchers read nothing while the others come.
+        ("heartbeat.write_timeout", "10m"),
+        SHORT_LEASE_OPTION,
+    ];
     let survivors =
         [Gateway::start_on(&redis, &options).await, Gateway::start_on(&redis, &options).await];
     let mut killed = Node::start(&redis, None, &options).await;

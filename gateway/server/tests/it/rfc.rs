@@ -3,6 +3,7 @@
 
 use std::net::SocketAddr;
 
+use futures_util::future::join_all;
 use tokio::time::Instant;
 
 use crate::harness::{Gateway, Nginx};
@@ -77,11 +78,13 @@ async fn gateway() -> Gateway {
 
 async fn play(cases: Vec<Case>) {
     let gateway = gateway().await;
-    for case in &cases {
+    // At the same time, since what takes time is that ends of connections are waited for.
+    join_all(cases.iter().map(async |case| {
         case.play(gateway.address, usize::MAX).await;
         // Octet by octet where that does not take for ever.
         case.play(gateway.address, if case.sent.len() < 500 { 1 } else { 997 }).await;
-    }
+    }))
+    .await;
     println!("{} cases, each whole and in pieces", cases.len());
 }
 
@@ -373,9 +376,7 @@ async fn the_same_through_nginx() {
     let nginx = Nginx::start(&[gateway.address]).await;
     let all = [messages(), pings(), reserved(), fragments(), utf8(), closes(), large()].concat();
     let share = all.iter().step_by(5).chain(&too_large()[..1]).cloned().collect::<Vec<_>>();
-    for case in &share {
-        case.play(nginx.address, usize::MAX).await;
-    }
+    join_all(share.iter().map(|case| case.play(nginx.address, usize::MAX))).await;
     println!("{} cases through nginx", share.len());
 }
 

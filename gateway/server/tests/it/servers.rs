@@ -5,14 +5,17 @@
 use std::{
     path::{Path, PathBuf},
     process::Stdio,
+    time::Duration,
 };
 
-use redis::{FromRedisValue, RedisResult};
+use redis::{AsyncConnectionConfig, FromRedisValue, RedisResult, aio::MultiplexedConnection};
 use tempfile::TempDir;
 use tokio::process::Command;
 
-use crate::harness::{Process, free_port, until};
+use crate::harness::{PATIENCE, Process, free_port, until};
 
+/// How long a server, which may be frozen, is waited for.
+const ANSWER_MAX: Duration = Duration::from_secs(1);
 /// The password of servers that have one, and that of Sentinels.
 pub const PASSWORD: &str = "p@ss/word";
 pub const SENTINEL_PASSWORD: &str = "sentinels";
@@ -62,14 +65,20 @@ impl Instance {
 
     /// What it answers to a command.
     pub async fn ask<T: FromRedisValue>(&self, command: &[&str]) -> RedisResult<T> {
+        let mut question = redis::cmd(command[0]);
+        question.arg(&command[1..]).query_async(&mut self.connect(ANSWER_MAX).await?).await
+    }
+
+    async fn connect(&self, answer_max: Duration) -> RedisResult<MultiplexedConnection> {
         let password = match self.password {
             PASSWORD => PASSWORD_ESCAPED,
             other => other,
         };
         let client = redis::Client::open(format!("redis://:{password}@127.0.0.1:{}", self.port))?;
-        let mut connection = client.get_multiplexed_async_connection().await?;
-        let mut question = redis::cmd(command[0]);
-        question.arg(&command[1..]).query_async(&mut connection).await
+        let config = AsyncConnectionConfig::new()
+            .set_connection_timeout(Some(answer_max))
+            .set_response_timeout(Some(answer_max));
+        client.get_multiplexed_async_connection_with_config(&config).await
     }
 }
 
@@ -159,22 +168,26 @@ pub async fn alone_in_a_cluster(partitions: u16) -> Instance {
         format!("cluster-port {}", free_port()),
     ];
     let node = Instance::start(PASSWORD, false, &lines).await;
-    node.ask::<String>(&["CLUSTER", "ADDSLOTSRANGE", "0", "16383"]).await.unwrap();
+    let mut connection = node.connect(PATIENCE).await.unwrap();
+    let add = redis::cmd("CLUSTER").arg(&["ADDSLOTSRANGE", "0", "16383"]).to_owned();
+    add.exec_async(&mut connection).await.unwrap();
     until("the cluster stands", async || {
-        let info = node.ask::<String>(&["CLUSTER", "INFO"]).await.unwrap();
-        info.contains("cluster_state:ok")
+        let info = node.ask::<String>(&["CLUSTER", "INFO"]).await;
+        info.is_ok_and(|info| info.contains("cluster_state:ok"))
     })
     .await;
-    let info = node.ask::<String>(&["INFO"]).await.unwrap();
+    let info: String = redis::cmd("INFO").query_async(&mut connection).await.unwrap();
     let part = |name: &str| {
         let line = info.lines().find_map(|line| line.strip_prefix(name)).unwrap();
         line[..8].to_owned()
     };
     let token = format!("{}{}", part("run_id:"), part("master_replid:"));
+    let mut barriers = redis::pipe();
     for partition in 0..partitions {
         let barrier = format!("gw:{{{partition}}}:barrier");
-        node.ask::<u8>(&["HSET", &barrier, "t", &token, "open", "1"]).await.unwrap();
+        barriers.cmd("HSET").arg(barrier).arg(&["t", &token, "open", "1"]).ignore();
     }
+    barriers.exec_async(&mut connection).await.unwrap();
     node
 }
 

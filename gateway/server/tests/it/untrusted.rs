@@ -339,7 +339,7 @@ async fn junk_in_what_the_cluster_shares_is_repaired() {
         let begun = Instant::now();
         let on = async {
             // A newcomer, an order, somebody who asks who is there, and a message.
-            let mut gil = world.b.connect("gil").await;
+            let mut gil = world.b.connect_when_ready("gil").await;
             recovers(&mut gil, &other).await;
             let asks = json!({"type": "presence", "ref": 1});
             while !matches!(gil.request(&asks).await.unwrap(), ServerFrame::Presence(_)) {}

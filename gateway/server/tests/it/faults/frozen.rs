@@ -8,9 +8,9 @@ use super::{
     addresses,
     client::ClientProfile,
     clients::{TestClients, default_profiles},
-    is_full, length,
+    is_full, lease, lease_option, length,
     proxy::{Mode, Proxy},
-    start_nodes, until_ready,
+    start_nodes, start_nodes_with_lease, until_ready,
 };
 use crate::harness::{Node, Redis, connect, next_message, room, say};
 
@@ -21,9 +21,9 @@ async fn clients_with_one_that_stays(nodes: &[Node]) -> TestClients {
     TestClients::with_profiles(profiles).await.unwrap()
 }
 
-async fn freeze_for(time: Duration) {
+async fn freeze_for(time: Duration, start: impl AsyncFn(&Redis, usize) -> Vec<Node>) {
     let redis = Redis::start().await;
-    let nodes = start_nodes(&redis, 3).await;
+    let nodes = start(&redis, 3).await;
     let clients = clients_with_one_that_stays(&nodes).await;
     clients.wait_for_acks(200).await.unwrap();
     nodes[0].process.signal("STOP");
@@ -45,12 +45,13 @@ async fn freeze_for(time: Duration) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn clients_of_a_node_that_freezes_shortly_continue_elsewhere() {
-    freeze_for(Duration::from_secs(4)).await;
+    freeze_for(Duration::from_secs(4), start_nodes).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_node_that_was_frozen_for_longer_than_its_lease_checks_before_it_delivers() {
-    freeze_for(length(Duration::from_secs(12), Duration::from_secs(30))).await;
+    let time = length(lease() + Duration::from_secs(2), Duration::from_secs(30));
+    freeze_for(time, start_nodes_with_lease).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -58,8 +59,9 @@ async fn a_node_whose_lease_is_over_passes_nothing_on_until_it_has_asked() {
     let redis = Redis::start().await;
     let proxy = Proxy::to(redis.address()).await.unwrap();
     let url = proxy.redis_url();
-    let frozen = Node::start(&redis, None, &[("cluster.redis_url", url.as_str())]).await;
-    let other = Node::start(&redis, None, &[]).await;
+    let options = [("cluster.redis_url", url.as_str()), lease_option()];
+    let frozen = Node::start(&redis, None, &options).await;
+    let other = Node::start(&redis, None, &[lease_option()]).await;
     let lobby = room("lobby");
     let mut ann = connect(frozen.address, "ann").await;
     let mut bob = connect(other.address, "bob").await;
@@ -69,7 +71,7 @@ async fn a_node_whose_lease_is_over_passes_nothing_on_until_it_has_asked() {
     assert_eq!(next_message(&mut ann).await.seq, 1);
 
     frozen.process.signal("STOP");
-    let over = Instant::now() + Duration::from_secs(10);
+    let over = Instant::now() + lease();
     for seq in 2..=20 {
         // They wait in the socket of the frozen node.
         assert_eq!(say(&mut bob, &lobby, "while it is frozen").await.seq, seq);
@@ -92,7 +94,7 @@ async fn freeze_while_redis_restarts(
     mut redis: Redis,
     what: &str,
 ) -> loadtest::checker::report::DeliveryReport {
-    let nodes = start_nodes(&redis, 3).await;
+    let nodes = start_nodes_with_lease(&redis, 3).await;
     let clients = clients_with_one_that_stays(&nodes).await;
     clients.wait_for_acks(200).await.unwrap();
     nodes[0].process.signal("STOP");
@@ -109,7 +111,11 @@ async fn freeze_while_redis_restarts(
     for reader in [1, 2, 4, 5] {
         assert_eq!(report.connections[reader], 1);
         // The lease, and what it takes to send and connect again.
-        assert!(report.silences[reader] < Duration::from_secs(15), "{:?}", report.silences);
+        assert!(
+            report.silences[reader] < lease() + Duration::from_secs(5),
+            "{:?}",
+            report.silences
+        );
     }
     assert!(report.resets > 0, "nobody was told: {report}");
     assert!(report.refused_sends > 0, "sends were not refused meanwhile: {report}");

@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::{
     UNLIMITED, addresses,
     clients::TestClients,
-    length,
+    lease, lease_option, length,
     proxy::{Mode, Proxy},
     ready, until_ready,
 };
@@ -16,9 +16,10 @@ async fn fail(mode: Mode, time: Duration, what: &str) {
     let redis = Redis::start().await;
     let proxy = Proxy::to(redis.address()).await.unwrap();
     let url = proxy.redis_url();
-    let extra = [&UNLIMITED[..], &[("cluster.redis_url", url.as_str())]].concat();
+    let with_lease = [&UNLIMITED[..], &[lease_option()]].concat();
+    let extra = [&with_lease[..], &[("cluster.redis_url", url.as_str())]].concat();
     let nodes =
-        [Node::start(&redis, None, &extra).await, Node::start(&redis, None, &UNLIMITED).await];
+        [Node::start(&redis, None, &extra).await, Node::start(&redis, None, &with_lease).await];
     let clients = TestClients::connect(&addresses(&nodes)).await.unwrap();
     let rounds = length(1, 3);
     for _ in 0..rounds {
@@ -46,7 +47,7 @@ async fn a_link_that_is_a_black_hole() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_link_that_is_a_black_hole_for_longer_than_a_lease() {
-    let time = length(Duration::from_secs(11), Duration::from_secs(20));
+    let time = length(lease() + Duration::from_secs(1), Duration::from_secs(20));
     fail(Mode::BlackHole, time, "black hole").await;
 }
 

@@ -10,8 +10,9 @@ use loadtest::{
     checker::{self, client, clients, report},
     proxy,
 };
+use skein_redis::LEASE;
 
-use crate::harness::{Node, Redis, get, until};
+use crate::harness::{Node, Redis, SHORT_LEASE, SHORT_LEASE_OPTION, get, until};
 
 mod judged;
 mod nodes;
@@ -43,11 +44,30 @@ fn length<T>(short: T, full: T) -> T {
 }
 
 async fn start_nodes(redis: &Redis, count: usize) -> Vec<Node> {
+    start_nodes_with(redis, count, &UNLIMITED).await
+}
+
+/// As [`start_nodes`], for a trial that waits for the end of a lease: at full length that of the
+/// product, else a short one.
+async fn start_nodes_with_lease(redis: &Redis, count: usize) -> Vec<Node> {
+    start_nodes_with(redis, count, &[&UNLIMITED[..], &[lease_option()]].concat()).await
+}
+
+async fn start_nodes_with(redis: &Redis, count: usize, options: &[(&str, &str)]) -> Vec<Node> {
     let mut nodes = vec![];
     for _ in 0..count {
-        nodes.push(Node::start(redis, None, &UNLIMITED).await);
+        nodes.push(Node::start(redis, None, options).await);
     }
     nodes
+}
+
+/// The lease of a trial that waits for its end.
+fn lease() -> Duration {
+    length(SHORT_LEASE, LEASE)
+}
+
+fn lease_option() -> (&'static str, &'static str) {
+    length(SHORT_LEASE_OPTION, ("cluster.lease", "10s"))
 }
 
 fn addresses(nodes: &[Node]) -> Vec<SocketAddr> {

@@ -5,8 +5,8 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::{
-    SHORT, UNLIMITED, addresses, clients::TestClients, length, metric, ready, start_nodes,
-    until_ready,
+    SHORT, UNLIMITED, addresses, clients::TestClients, lease_option, length, metric, ready,
+    start_nodes, until_ready,
 };
 use crate::harness::{Node, Redis, until};
 
@@ -87,8 +87,8 @@ async fn a_node_that_is_killed_and_started_at_once_does_not_wait_for_its_own_lea
 #[tokio::test(flavor = "multi_thread")]
 async fn a_node_that_is_killed_and_started_at_once_is_missed_when_redis_is_emptied() {
     let mut redis = Redis::start().await;
-    let other = Node::start(&redis, None, &[("node.id", "gw-2")]).await;
-    let named = [("node.id", "gw-1")];
+    let other = Node::start(&redis, None, &[("node.id", "gw-2"), lease_option()]).await;
+    let named = [("node.id", "gw-1"), lease_option()];
     let mut node = Node::start(&redis, None, &named).await;
     until_ready(std::slice::from_ref(&other)).await;
     until("ready", async || ready(node.address).await).await;

@@ -9,6 +9,7 @@ use skein_protocol::{ids::UserId, protocol::server_frame::ServerFrame};
 use tokio::time::Instant;
 
 use super::{
+    lease, lease_option,
     proxy::{Mode, Proxy},
     ready,
 };
@@ -218,8 +219,9 @@ async fn what_a_cut_link_did_not_tell_is_told_when_it_is_back() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_users_of_a_frozen_node_leave_and_come_back_with_it() {
     let redis = Redis::start().await;
-    let other = Gateway::start_on(&redis, &NO_GRACE).await;
-    let frozen = Node::start(&redis, None, &NO_GRACE).await;
+    let options = [NO_GRACE[0], lease_option()];
+    let other = Gateway::start_on(&redis, &options).await;
+    let frozen = Node::start(&redis, None, &options).await;
     let mut watcher = Watcher::join(other.connect("w0").await).await;
     let mut there = Vec::new();
     for number in 0..3 {
@@ -231,7 +233,7 @@ async fn the_users_of_a_frozen_node_leave_and_come_back_with_it() {
     frozen.process.signal("STOP");
     let begun = Instant::now();
     watcher.sees(&["w0"]).await;
-    assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < lease() + Duration::from_secs(5), "{:?}", begun.elapsed());
     // Somebody comes whom the frozen one does not hear of.
     let comes = member(&other, "comes").await;
     frozen.process.signal("CONT");

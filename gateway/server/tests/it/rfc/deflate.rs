@@ -4,6 +4,7 @@
 use std::net::SocketAddr;
 
 use flate2::{Compress, Compression, Decompress, FlushCompress, FlushDecompress};
+use futures_util::future::join_all;
 use serde_json::{Value, json};
 
 use super::{
@@ -269,14 +270,15 @@ fn messages() -> Vec<Case> {
 async fn compressed_messages_are_taken_and_what_is_none_is_refused() {
     let gateway = gateway(&[]).await;
     let nginx = Nginx::start(&[gateway.address]).await;
-    for case in [messages(), refusals()].concat() {
+    join_all([messages(), refusals()].concat().iter().map(async |case| {
         for (address, piece) in
             [(gateway.address, usize::MAX), (gateway.address, 1), (nginx.address, usize::MAX)]
         {
             let piece = if case.sent.len() > 1000 { piece.max(997) } else { piece };
             case.play_with(address, &[OFFER], piece).await;
         }
-    }
+    }))
+    .await;
     let mut client = Client::open(gateway.address, "/ws/echo", &[OFFER]).await;
     let largest = payloads(1 << 20)[2].1.clone();
     client.send(&frame(FIN | BINARY | RSV1, &compress(&largest))).await;
