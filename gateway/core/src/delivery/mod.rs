@@ -13,7 +13,7 @@ pub mod ring;
 pub mod recent_ids;
 pub mod replica;
 pub mod reconcile;
-pub mod serve;
+pub mod cursor;
 
 /// Tells one run of a server from every other: another server, or the same one restarted or become
 /// primary again, has another token. Written as 16 hexadecimal digits.

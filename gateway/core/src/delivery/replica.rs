@@ -33,7 +33,7 @@ const BUFFERED_MAX: usize = 1024;
 /// Does what was decided.
 pub trait DeliverySink {
     /// An arrival was judged.
-    fn classified(&mut self, class: EntryClass);
+    fn classified(&mut self, class: ReplicaEntryClass);
     /// The next entry: for each member that has had all before it.
     fn entry(&mut self, entry: &Entry);
     /// The log goes on in another epoch, behind what was given last, and nothing was lost: for each
@@ -47,7 +47,7 @@ pub trait DeliverySink {
 
 /// What to do with an arrival.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum EntryClass {
+pub enum ReplicaEntryClass {
     /// It is the next one.
     Next,
     /// It was there before.
@@ -265,44 +265,44 @@ impl RoomReplica {
         let class = self.classify(&entry);
         sink.classified(class);
         match class {
-            EntryClass::Next => {
+            ReplicaEntryClass::Next => {
                 self.deliver(entry, retention, sink);
                 NextAction::Nothing
             }
-            EntryClass::Duplicate => NextAction::Nothing,
-            EntryClass::Gap | EntryClass::Restarted => NextAction::Read,
-            EntryClass::Diverged => NextAction::Restore,
+            ReplicaEntryClass::Duplicate => NextAction::Nothing,
+            ReplicaEntryClass::Gap | ReplicaEntryClass::Restarted => NextAction::Read,
+            ReplicaEntryClass::Diverged => NextAction::Restore,
         }
     }
 
-    fn classify(&self, entry: &Entry) -> EntryClass {
+    fn classify(&self, entry: &Entry) -> ReplicaEntryClass {
         let received = &entry.position;
-        let Some(top) = &self.top else { return EntryClass::Gap };
+        let Some(top) = &self.top else { return ReplicaEntryClass::Gap };
         if received.epoch == top.epoch {
             if received.seq == top.seq + 1 {
                 // Another server may have come back without what is held here.
                 let known = self.ring.last().is_none_or(|last| last.origin == entry.origin);
-                return if known { EntryClass::Next } else { EntryClass::Restarted };
+                return if known { ReplicaEntryClass::Next } else { ReplicaEntryClass::Restarted };
             }
             if received.seq > top.seq {
                 #[cfg(debug_assertions)]
                 if crate::fault_injection::is_injected(
                     crate::fault_injection::ProtocolFault::GapIgnored,
                 ) {
-                    return EntryClass::Next;
+                    return ReplicaEntryClass::Next;
                 }
-                return EntryClass::Gap;
+                return ReplicaEntryClass::Gap;
             }
             return match self.ring.at(received.seq) {
-                Some(held) if !held.is_same_as(entry) => EntryClass::Diverged,
-                _ => EntryClass::Duplicate,
+                Some(held) if !held.is_same_as(entry) => ReplicaEntryClass::Diverged,
+                _ => ReplicaEntryClass::Duplicate,
             };
         }
         match self.ring.at(received.seq) {
             Some(held) if held.position.epoch == received.epoch && held.is_same_as(entry) => {
-                EntryClass::Duplicate
+                ReplicaEntryClass::Duplicate
             }
-            _ => EntryClass::Restarted,
+            _ => ReplicaEntryClass::Restarted,
         }
     }
 
@@ -321,14 +321,14 @@ impl RoomReplica {
             #[cfg(debug_assertions)]
             if crate::fault_injection::is_injected(
                 crate::fault_injection::ProtocolFault::ReadEntriesRepeated,
-            ) && self.classify(&entry) == EntryClass::Duplicate
+            ) && self.classify(&entry) == ReplicaEntryClass::Duplicate
             {
                 self.deliver(entry, retention, sink);
                 continue;
             }
             if ordinal(&entry.position.epoch) < ordinal(&top.epoch) {
                 // Of an epoch that is gone, as this read has told.
-                sink.classified(EntryClass::Duplicate);
+                sink.classified(ReplicaEntryClass::Duplicate);
             } else {
                 next = self.handle(entry, retention, sink);
             }

@@ -10,13 +10,16 @@ use skein_protocol::{
 };
 
 use super::{
-    Entry, ReplicaSnapshot, ServerId, ordinal,
+    Entry, ReplicaSnapshot, ServerId,
+    cursor::{self, NextDelivery, Resume},
+    ordinal,
     page::LogPage,
     reconcile::{READ_LEN, ReadFrom},
-    replica::{DeliverySink, EntryClass, NextAction, ReadState, RetentionContext, RoomReplica},
+    replica::{
+        DeliverySink, NextAction, ReadState, ReplicaEntryClass, RetentionContext, RoomReplica,
+    },
     ring::RingLimits,
     samples,
-    serve::{self, NextDelivery, Resume},
 };
 
 /// What happens.
@@ -171,7 +174,7 @@ impl ModelLog {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum ClientState {
+enum ModelClientState {
     Live,
     Behind,
     Away,
@@ -181,7 +184,7 @@ enum ClientState {
 
 /// A client, which checks what it is given.
 struct ModelClient {
-    state: ClientState,
+    state: ModelClientState,
     /// What the node takes for its cursor.
     cursor: Position,
     /// How many more frames it takes.
@@ -200,7 +203,7 @@ impl ModelClient {
     fn new(room: usize) -> Self {
         let cursor = samples::position("0-x", 0);
         Self {
-            state: ClientState::Joining,
+            state: ModelClientState::Joining,
             cursor,
             room,
             has: None,
@@ -214,7 +217,7 @@ impl ModelClient {
 
     fn offer(&mut self, entry: &Entry) -> bool {
         if self.room == 0 {
-            self.state = ClientState::Behind;
+            self.state = ModelClientState::Behind;
             return false;
         }
         self.room -= 1;
@@ -248,7 +251,7 @@ impl ModelClient {
 }
 
 /// A log, a link, a node and clients.
-struct Model {
+struct DeliveryModel {
     log: ModelLog,
     link: Vec<Entry>,
     /// Entries that left the link.
@@ -278,17 +281,21 @@ struct RecordingSink<'a> {
 }
 
 impl DeliverySink for RecordingSink<'_> {
-    fn classified(&mut self, _: EntryClass) {}
+    fn classified(&mut self, _: ReplicaEntryClass) {}
 
     fn entry(&mut self, entry: &Entry) {
         self.delivered.push(entry.clone());
-        for client in self.clients.iter_mut().filter(|client| client.state == ClientState::Live) {
+        for client in
+            self.clients.iter_mut().filter(|client| client.state == ModelClientState::Live)
+        {
             client.offer(entry);
         }
     }
 
     fn epoch_changed(&mut self, to: &Position) {
-        for client in self.clients.iter_mut().filter(|client| client.state == ClientState::Live) {
+        for client in
+            self.clients.iter_mut().filter(|client| client.state == ModelClientState::Live)
+        {
             client.change_epoch(to);
         }
     }
@@ -296,9 +303,9 @@ impl DeliverySink for RecordingSink<'_> {
     fn reset(&mut self, to: &Position, reason: RecoveryFailure) {
         *self.restarts += 1;
         for client in self.clients.iter_mut() {
-            if matches!(client.state, ClientState::Live | ClientState::Behind) {
+            if matches!(client.state, ModelClientState::Live | ModelClientState::Behind) {
                 client.reset(to, reason);
-                client.state = ClientState::Live;
+                client.state = ModelClientState::Live;
             }
         }
     }
@@ -327,7 +334,7 @@ impl ModelNode {
     fn catch_up(&mut self, client: usize, log: &ModelLog) {
         let client = &mut self.clients[client];
         // Only the first read counts as such; what the log does not go on for is a reset.
-        while client.state == ClientState::Behind {
+        while client.state == ModelClientState::Behind {
             let page = match self.replica.next(&client.cursor) {
                 NextDelivery::NotBuffered => log.page(ReadFrom::After(client.cursor.seq)),
                 NextDelivery::Entry(entry) => {
@@ -341,7 +348,7 @@ impl ModelNode {
                     continue;
                 }
                 NextDelivery::UpToDate => {
-                    client.state = ClientState::Live;
+                    client.state = ModelClientState::Live;
                     return;
                 }
             };
@@ -370,13 +377,14 @@ impl ModelNode {
         let Some(top) = self.replica.top().cloned() else { return false };
         let client = &mut self.clients[client];
         let Some(since) = client.has.clone() else {
-            (client.has, client.cursor, client.state) = (Some(top.clone()), top, ClientState::Live);
+            (client.has, client.cursor, client.state) =
+                (Some(top.clone()), top, ModelClientState::Live);
             return true;
         };
         let lost = |client: &mut ModelClient| {
             client.not_recovered += 1;
             (client.has, client.cursor, client.state) =
-                (Some(top.clone()), top.clone(), ClientState::Live);
+                (Some(top.clone()), top.clone(), ModelClientState::Live);
             true
         };
         let until = match self.replica.resume(&since) {
@@ -385,7 +393,7 @@ impl ModelNode {
             Resume::Unknown(_) => return lost(client),
         };
         let entries = match self.replica.ring().after(since.seq) {
-            Some(entries) => serve::within_epoch(entries, &since, until.seq),
+            Some(entries) => cursor::within_epoch(entries, &since, until.seq),
             None if since.seq == top.seq => Some(vec![]),
             None => {
                 let mut page = log.page(ReadFrom::After(since.seq));
@@ -397,7 +405,7 @@ impl ModelNode {
                 if page.continues(since.seq).is_err() {
                     return lost(client);
                 }
-                serve::within_epoch(page.entries.iter(), &since, until.seq)
+                cursor::within_epoch(page.entries.iter(), &since, until.seq)
             }
         };
         let Some(entries) = entries else { return lost(client) };
@@ -406,12 +414,13 @@ impl ModelNode {
             client.see(entry);
             client.cursor = entry.position.clone();
         }
-        client.state = if client.cursor == top { ClientState::Live } else { ClientState::Behind };
+        client.state =
+            if client.cursor == top { ModelClientState::Live } else { ModelClientState::Behind };
         true
     }
 }
 
-impl Model {
+impl DeliveryModel {
     fn new(ring: usize) -> Self {
         let log = ModelLog {
             epoch: "1-e".parse().unwrap(),
@@ -490,7 +499,7 @@ impl Model {
 
     fn joins(&mut self) {
         for client in 0..self.node.clients.len() {
-            if self.node.clients[client].state == ClientState::Joining
+            if self.node.clients[client].state == ModelClientState::Joining
                 && self.node.replica.read_state() == ReadState::Idle
             {
                 if self.node.join(client, &self.log) {
@@ -514,8 +523,8 @@ impl Model {
             self.return_page(ring);
             for client in 0..self.node.clients.len() {
                 self.node.clients[client].room = usize::MAX;
-                if self.node.clients[client].state == ClientState::Away {
-                    self.node.clients[client].state = ClientState::Joining;
+                if self.node.clients[client].state == ModelClientState::Away {
+                    self.node.clients[client].state = ModelClientState::Joining;
                 }
                 self.node.catch_up(client, &self.log);
             }
@@ -554,8 +563,8 @@ impl Model {
             ModelEvent::LeaveOrReturn(client) => {
                 let client = &mut self.node.clients[usize::from(client) % 4];
                 client.state = match client.state {
-                    ClientState::Away => ClientState::Joining,
-                    _ => ClientState::Away,
+                    ModelClientState::Away => ModelClientState::Joining,
+                    _ => ModelClientState::Away,
                 };
                 self.joins();
             }
@@ -669,7 +678,7 @@ fn config() -> ProptestConfig {
 
 #[test]
 fn what_was_lost_behind_the_end_of_an_epoch_is_brought_back_as_far_as_the_ring_goes() {
-    let mut model = Model::new(4);
+    let mut model = DeliveryModel::new(4);
     model.take(&ModelEvent::Append(10), 4);
     model.deliver(4, 10);
     let delivered = model.node.delivered.clone();
@@ -685,7 +694,7 @@ fn what_was_lost_behind_the_end_of_an_epoch_is_brought_back_as_far_as_the_ring_g
 
 #[test]
 fn a_read_that_is_older_than_what_arrived_changes_nothing() {
-    let mut model = Model::new(256);
+    let mut model = DeliveryModel::new(256);
     model.take(&ModelEvent::Append(3), 256);
     let old = model.log.page(ReadFrom::After(0));
     model.take(&ModelEvent::Append(3), 256);
@@ -706,7 +715,7 @@ proptest! {
         ring in prop_oneof![Just(1_usize), Just(4), Just(256)],
         events in many(any_event()),
     ) {
-        Model::run(ring, &events);
+        DeliveryModel::run(ring, &events);
     }
 
     #[test]
@@ -714,7 +723,7 @@ proptest! {
         ring in prop_oneof![Just(1_usize), Just(4), Just(256)],
         events in many(mild()),
     ) {
-        let model = Model::run(ring, &events);
+        let model = DeliveryModel::run(ring, &events);
         for client in &model.node.clients {
             prop_assert_eq!(&client.given, &model.log.entries);
             prop_assert!(client.resets.is_empty() && client.not_recovered == 0);
@@ -728,7 +737,7 @@ proptest! {
         ring in prop_oneof![Just(1_usize), Just(4), Just(256)],
         events in many(soft()),
     ) {
-        let model = Model::run(ring, &events);
+        let model = DeliveryModel::run(ring, &events);
         let bumps = events.iter().filter(|event| matches!(event, ModelEvent::ChangeEpoch(_))).count();
         prop_assert!(model.node.restarts == 0 || bumps > 1);
         let clients = model.node.clients.iter().filter(|client| client.not_recovered == 0);
@@ -748,7 +757,7 @@ proptest! {
         loss in hard(),
         after in many(mild()),
     ) {
-        let mut model = Model::new(256);
+        let mut model = DeliveryModel::new(256);
         for event in &before {
             model.take(event, 256);
         }
@@ -769,7 +778,7 @@ proptest! {
         before in many(mild()),
         after in many(soft()),
     ) {
-        let mut model = Model::new(256);
+        let mut model = DeliveryModel::new(256);
         for event in &before {
             model.take(event, 256);
         }

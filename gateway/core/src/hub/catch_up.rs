@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     bus::ReadRange,
-    delivery::{page::LogPage, reconcile::READ_LEN, serve::NextDelivery},
+    delivery::{cursor::NextDelivery, page::LogPage, reconcile::READ_LEN},
 };
 
 /// The read of the log for members that are behind.

@@ -23,9 +23,9 @@ use crate::{
     bus::{ReadRange, registry::JoinSnapshot},
     delivery::{
         Entry,
+        cursor::{self, Resume},
         page::LogPage,
         reconcile::READ_LEN,
-        serve::{self, Resume},
     },
     presence::RoomAlive,
     telemetry::metrics::ResumeSource,
@@ -138,7 +138,7 @@ impl Room {
             }
         };
         let entries = match self.replica.ring().after(since.seq) {
-            Some(entries) => serve::within_epoch(entries, &since, until.seq),
+            Some(entries) => cursor::within_epoch(entries, &since, until.seq),
             None if since.seq == top.seq => Some(vec![]),
             None => {
                 return JoinStep::Read(join, ReadRange::After { seq: since.seq, limit: READ_LEN });
@@ -245,7 +245,7 @@ impl Room {
             join.lost = Some(reason);
             return self.join_newest(join, batch);
         }
-        let entries = serve::within_epoch(page.entries.iter(), &since, until.seq);
+        let entries = cursor::within_epoch(page.entries.iter(), &since, until.seq);
         self.admit_since(join, since, until, entries, ResumeSource::Log, batch)
     }
 

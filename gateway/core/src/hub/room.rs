@@ -27,7 +27,7 @@ use crate::{
         Entry, ReplicaSnapshot, ordinal,
         page::LogPage,
         reconcile::{READ_LEN, ReadFrom},
-        replica::{DeliverySink, EntryClass, NextAction, RoomReplica},
+        replica::{DeliverySink, NextAction, ReplicaEntryClass, RoomReplica},
     },
     telemetry::{
         metrics::{EntryResult, LogRepairResult},
@@ -73,20 +73,20 @@ pub(super) struct Room {
 }
 
 /// Gives members what was decided.
-struct FanOut<'a> {
+struct RoomFanOut<'a> {
     name: &'a RoomId,
     members: &'a mut [RoomMember],
     batch: &'a mut ShardBatch,
     reset: bool,
 }
 
-impl DeliverySink for FanOut<'_> {
-    fn classified(&mut self, class: EntryClass) {
+impl DeliverySink for RoomFanOut<'_> {
+    fn classified(&mut self, class: ReplicaEntryClass) {
         let arrival = match class {
-            EntryClass::Next => EntryResult::Delivered,
-            EntryClass::Duplicate => EntryResult::Duplicate,
-            EntryClass::Gap => EntryResult::Gap,
-            EntryClass::Restarted | EntryClass::Diverged => EntryResult::EpochChanged,
+            ReplicaEntryClass::Next => EntryResult::Delivered,
+            ReplicaEntryClass::Duplicate => EntryResult::Duplicate,
+            ReplicaEntryClass::Gap => EntryResult::Gap,
+            ReplicaEntryClass::Restarted | ReplicaEntryClass::Diverged => EntryResult::EpochChanged,
         };
         self.batch.metrics.bus_entries_received.of(arrival).inc();
     }
@@ -204,7 +204,11 @@ impl Room {
         self.received = true;
         let retention = batch.retention;
         let Self { name, members, .. } = self;
-        self.replica.receive(entry, &retention, &mut FanOut { name, members, batch, reset: false })
+        self.replica.receive(
+            entry,
+            &retention,
+            &mut RoomFanOut { name, members, batch, reset: false },
+        )
     }
 
     /// Whether the room was deleted since this node follows it. An inbox is only emptied: its connections
@@ -220,7 +224,7 @@ impl Room {
         self.deleted = self.deleted.max(page.deleted);
         let opens = self.replica.top().is_none();
         let Self { name, members, .. } = self;
-        let mut fan_out = FanOut { name, members, batch, reset: false };
+        let mut fan_out = RoomFanOut { name, members, batch, reset: false };
         let next = self.replica.apply_page(page, &retention, &mut fan_out);
         let reset = fan_out.reset;
         let outcome = match (next, reset) {

@@ -135,7 +135,7 @@ pub struct Session {
 
 /// A frame that has to wait for something.
 #[derive(Debug)]
-pub enum PendingRequest {
+pub enum DeferredRequest {
     /// `join`
     Join(Option<FrameRef>, JoinFrame),
     /// `leave`
@@ -164,7 +164,7 @@ pub enum PendingRequest {
     Rooms(Option<FrameRef>, RoomsFrame),
 }
 
-impl PendingRequest {
+impl DeferredRequest {
     /// Whether it changes nothing, so that it is pointless for a client that does not hear the answer.
     pub fn is_question(&self) -> bool {
         matches!(
@@ -256,7 +256,7 @@ impl Session {
         frame: Result<ClientFrame<'_>, Box<ErrorFrame>>,
         meter: &mut Meter,
         now: Instant,
-    ) -> Option<PendingRequest> {
+    ) -> Option<DeferredRequest> {
         let frame = match frame {
             Ok(frame) => frame,
             Err(error) => {
@@ -269,7 +269,7 @@ impl Session {
             let taken = self.message(reference, message, meter, now);
             return match &message.to {
                 Recipient::User(user) if taken && !self.watching.contains(user) => {
-                    Some(PendingRequest::AutoWatch(user.clone()))
+                    Some(DeferredRequest::AutoWatch(user.clone()))
                 }
                 _ => None,
             };
@@ -286,24 +286,24 @@ impl Session {
             return None;
         }
         match frame.body {
-            FrameBody::Join(join) => return Some(PendingRequest::Join(reference, join)),
-            FrameBody::Leave(leave) => return Some(PendingRequest::Leave(reference, leave.room)),
+            FrameBody::Join(join) => return Some(DeferredRequest::Join(reference, join)),
+            FrameBody::Leave(leave) => return Some(DeferredRequest::Leave(reference, leave.room)),
             FrameBody::History(history) => {
-                return Some(PendingRequest::History(reference, history));
+                return Some(DeferredRequest::History(reference, history));
             }
-            FrameBody::Presence(who) => return Some(PendingRequest::Presence(reference, who)),
-            FrameBody::Watch(users) => return Some(PendingRequest::Watch(reference, users)),
-            FrameBody::Unwatch(users) => return Some(PendingRequest::Unwatch(users)),
-            FrameBody::SessionGet => return Some(PendingRequest::Session(reference, None)),
+            FrameBody::Presence(who) => return Some(DeferredRequest::Presence(reference, who)),
+            FrameBody::Watch(users) => return Some(DeferredRequest::Watch(reference, users)),
+            FrameBody::Unwatch(users) => return Some(DeferredRequest::Unwatch(users)),
+            FrameBody::SessionGet => return Some(DeferredRequest::Session(reference, None)),
             FrameBody::SessionSet(set) => {
                 let bytes = serde_json::to_string(&set.data).map_or(0, |data| data.len());
                 if !self.takes_quota(reference.as_ref(), "session_set", bytes, now) {
                     return None;
                 }
-                return Some(PendingRequest::Session(reference, Some(set)));
+                return Some(DeferredRequest::Session(reference, Some(set)));
             }
             FrameBody::Refresh(refresh) => {
-                return Some(PendingRequest::Refresh(reference, refresh));
+                return Some(DeferredRequest::Refresh(reference, refresh));
             }
             FrameBody::Ack(ack) => {
                 let user = self.identity.user.id.clone();
@@ -318,9 +318,9 @@ impl Session {
             }
             FrameBody::DeleteRoom(delete) => return self.delete_room(reference, delete.room),
             FrameBody::RoomInfo(info) => {
-                return Some(PendingRequest::RoomInfo(reference, info.room));
+                return Some(DeferredRequest::RoomInfo(reference, info.room));
             }
-            FrameBody::Rooms(rooms) => return Some(PendingRequest::Rooms(reference, rooms)),
+            FrameBody::Rooms(rooms) => return Some(DeferredRequest::Rooms(reference, rooms)),
             FrameBody::Typing(typing) => self.typing(reference, &typing),
             FrameBody::Read(read) => self.read(reference, read),
             FrameBody::Ping(ping) => self.pong(reference, ping.timestamp),
@@ -417,16 +417,16 @@ impl Session {
         false
     }
 
-    fn delete_room(&self, reference: Option<FrameRef>, room: RoomId) -> Option<PendingRequest> {
+    fn delete_room(&self, reference: Option<FrameRef>, room: RoomId) -> Option<DeferredRequest> {
         let may = self.may_write(reference.as_ref(), "delete_room", &room);
-        may.then_some(PendingRequest::DeleteRoom(reference, room))
+        may.then_some(DeferredRequest::DeleteRoom(reference, room))
     }
 
     fn create_room(
         &mut self,
         reference: Option<FrameRef>,
         create: CreateRoomFrame<'_>,
-    ) -> Option<PendingRequest> {
+    ) -> Option<DeferredRequest> {
         let room = create.room;
         if !self.may_write(reference.as_ref(), "create_room", &room) {
             return None;
@@ -440,19 +440,19 @@ impl Session {
             created: unix_millis_now(),
             meta: create.meta.map_or("{}", RawValue::get).to_owned(),
         };
-        Some(PendingRequest::CreateRoom(reference, room, Box::new(record), create.password))
+        Some(DeferredRequest::CreateRoom(reference, room, Box::new(record), create.password))
     }
 
     /// Begins what a frame asks for that has to wait. The future is on its own, so that the
     /// connection can be looked after meanwhile; its output goes to [`Session::complete`].
-    pub fn execute(&mut self, request: PendingRequest) -> BoxFuture<RequestOutcome> {
+    pub fn execute(&mut self, request: DeferredRequest) -> BoxFuture<RequestOutcome> {
         let (services, handle) = (self.services.clone(), self.handle.clone());
         let user = self.identity.user.clone();
         let writer = self.writer.clone();
         let context = |reference| requests::RequestContext { services, handle, reference, writer };
         let answered: BoxFuture<_> = Box::pin(std::future::ready(RequestOutcome::Done));
         match request {
-            PendingRequest::Join(reference, join) => {
+            DeferredRequest::Join(reference, join) => {
                 match self.may_join(reference.as_ref(), &join.room) {
                     Ok(()) => {
                         self.joining = Some(join.room.clone());
@@ -467,13 +467,13 @@ impl Session {
                     }
                 }
             }
-            PendingRequest::Leave(reference, room) => {
+            DeferredRequest::Leave(reference, room) => {
                 if let Ok(place) = self.index_of(&room) {
                     self.rooms.remove(place).leave();
                 }
                 Box::pin(requests::leave(context(reference), room))
             }
-            PendingRequest::History(reference, history) => {
+            DeferredRequest::History(reference, history) => {
                 match (history.room.clone(), &history.with) {
                     (Some(room), _) if !self.in_room(reference.as_ref(), "history", &room) => {
                         answered
@@ -489,7 +489,7 @@ impl Session {
                     (None, None) => answered,
                 }
             }
-            PendingRequest::Watch(reference, WatchFrame { users }) => {
+            DeferredRequest::Watch(reference, WatchFrame { users }) => {
                 let users: BTreeSet<UserId> = users.into_iter().collect();
                 let more = users.iter().filter(|user| !self.watching.contains(*user)).count();
                 let watches_max = self.services.limits.watches_max;
@@ -502,19 +502,19 @@ impl Session {
                 self.watching.extend(users.iter().cloned());
                 Box::pin(directs::watch(context(reference), users))
             }
-            PendingRequest::Unwatch(WatchFrame { mut users }) => {
+            DeferredRequest::Unwatch(WatchFrame { mut users }) => {
                 users.retain(|user| self.watching.remove(user));
                 Box::pin(directs::unwatch(context(None), users))
             }
-            PendingRequest::AutoWatch(user) => match self.begin_auto_watch(&user) {
+            DeferredRequest::AutoWatch(user) => match self.begin_auto_watch(&user) {
                 true => Box::pin(directs::auto_watch(context(None), user)),
                 false => answered,
             },
-            PendingRequest::Session(reference, set) => {
+            DeferredRequest::Session(reference, set) => {
                 let (user, session) = (user.id, self.session);
                 Box::pin(directs::session(context(reference), user, session, set))
             }
-            PendingRequest::Refresh(reference, refresh) => match self.refresh(&refresh) {
+            DeferredRequest::Refresh(reference, refresh) => match self.refresh(&refresh) {
                 Ok((expires_at, left)) => {
                     Box::pin(requests::refreshed(context(reference), expires_at, left))
                 }
@@ -523,7 +523,7 @@ impl Session {
                     answered
                 }
             },
-            PendingRequest::Presence(reference, who) => match &who.room {
+            DeferredRequest::Presence(reference, who) => match &who.room {
                 Some(room) if !self.in_room(reference.as_ref(), "presence", room) => answered,
                 Some(room) => {
                     let room = room.clone();
@@ -531,18 +531,18 @@ impl Session {
                 }
                 None => Box::pin(requests::online(context(reference), who.cursor, who.limit)),
             },
-            PendingRequest::CreateRoom(reference, room, record, password) => {
+            DeferredRequest::CreateRoom(reference, room, record, password) => {
                 Box::pin(rooms::create(context(reference), room, *record, password))
             }
-            PendingRequest::DeleteRoom(reference, room) => {
+            DeferredRequest::DeleteRoom(reference, room) => {
                 Box::pin(rooms::delete(context(reference), room, user.id))
             }
-            PendingRequest::RoomInfo(reference, room) => {
+            DeferredRequest::RoomInfo(reference, room) => {
                 let (user, is_member) = (user.id, self.guard_in(&room).is_some());
                 let is_open = self.identity.access(&room).is_some();
                 Box::pin(rooms::info(context(reference), room, user, is_member, is_open))
             }
-            PendingRequest::Rooms(reference, wanted) => {
+            DeferredRequest::Rooms(reference, wanted) => {
                 let identity = self.identity.clone();
                 Box::pin(rooms::list(context(reference), wanted, identity))
             }

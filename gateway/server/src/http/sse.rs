@@ -70,7 +70,7 @@ use skein_core::{
     hub::{SubscribeFailed, member::ConnectionHandle},
     limits::Permit,
     outbox::{Close, FRAME_OVERHEAD_BYTES, Outbox},
-    session::{PendingRequest, Session, auth::AuthError},
+    session::{DeferredRequest, Session, auth::AuthError},
     telemetry::metrics::{Counted, HandshakeResult},
 };
 
@@ -553,7 +553,7 @@ impl EventStream {
     async fn join(&mut self, room: RoomId) -> Result<(), ErrorCode> {
         let since = self.cursors.rooms.get(&room).cloned();
         let join = JoinFrame { room, since, history: history_default(), password: None };
-        let outcome = self.session.execute(PendingRequest::Join(None, join)).await;
+        let outcome = self.session.execute(DeferredRequest::Join(None, join)).await;
         self.session.complete(outcome)
     }
 

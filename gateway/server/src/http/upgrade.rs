@@ -56,7 +56,7 @@ use skein_core::{
         meter::{Meter, MeterRates},
     },
     outbox::{Close, Outbox, deflate::DeflateOptions},
-    session::{PendingRequest, Session},
+    session::{DeferredRequest, Session},
     telemetry::metrics::{Counted, HandshakeResult},
 };
 
@@ -519,7 +519,7 @@ async fn join_path_room(
 ) -> Result<(), ErrorCode> {
     match (join, connection.session()) {
         (Ok(join), Some(session)) => {
-            let outcome = session.execute(PendingRequest::Join(None, join)).await;
+            let outcome = session.execute(DeferredRequest::Join(None, join)).await;
             session.complete(outcome)
         }
         (Ok(_), None) => Ok(()),

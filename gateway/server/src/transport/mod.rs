@@ -41,7 +41,7 @@ use skein_core::{
     hub::member::{ConnectionHandle, text_frame},
     limits::meter::{InputBudget, Meter, MeterDecision},
     outbox::Close,
-    session::{PendingRequest, RequestOutcome, Session},
+    session::{DeferredRequest, RequestOutcome, Session},
     telemetry::metrics::Metrics,
 };
 
@@ -121,7 +121,7 @@ enum Step {
     /// The outbox is full: the client has to take its answers first.
     Full,
     /// This has to be done before the next frame.
-    Perform(PendingRequest),
+    Perform(DeferredRequest),
     /// It is over.
     End(Ending),
 }
