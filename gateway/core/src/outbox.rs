@@ -236,8 +236,8 @@ impl Outbox {
 
     /// When the peer was last seen to acknowledge bytes: the socket took something after it had taken
     /// nothing. `None` where it never was full.
-    pub fn progressed(&self) -> Option<Instant> {
-        self.queue.lock().link.as_ref()?.progressed()
+    pub fn last_progress(&self) -> Option<Instant> {
+        self.queue.lock().link.as_ref()?.last_progress()
     }
 
     /// Notes that the connection has to be given more of `room` once there is room.
@@ -319,7 +319,7 @@ impl Outbox {
 
     /// Takes as many frames as `bytes_max` holds, and at least one, for the owner of an outbox without
     /// a socket. The owner counts what it makes of them with [`Outbox::count_held`].
-    pub fn take_some(&self, bytes_max: usize) -> Vec<Bytes> {
+    pub fn take_up_to(&self, bytes_max: usize) -> Vec<Bytes> {
         let mut queue = self.queue.lock();
         let (mut taken, mut bytes) = (Vec::new(), 0);
         while let Some(frame) = queue.frames.first() {
@@ -512,11 +512,11 @@ mod tests {
         for frame in ["1", "2", "3"] {
             assert_ne!(outbox.offer(&Bytes::from_static(frame.as_bytes())), OfferResult::Full);
         }
-        assert_eq!(outbox.take_some(2 * FRAME_OVERHEAD_BYTES + 2), ["1", "2"]);
+        assert_eq!(outbox.take_up_to(2 * FRAME_OVERHEAD_BYTES + 2), ["1", "2"]);
         outbox.count_held(300);
         assert!(outbox.has_held() && outbox.is_full() == (300 + FRAME_OVERHEAD_BYTES + 1 >= 384));
         assert_eq!(outbox.offer(&Bytes::from_static(b"4")), OfferResult::Full);
-        assert_eq!(outbox.take_some(0), ["3"]);
+        assert_eq!(outbox.take_up_to(0), ["3"]);
         outbox.release_held(300);
         assert_eq!((outbox.bytes(), outbox.has_held()), (0, false));
         outbox.count_held(10);

@@ -50,7 +50,7 @@ pub struct Publisher {
 
 /// Who sends.
 #[derive(Clone, Copy, Debug)]
-pub struct Sender<'a> {
+pub struct MessageSender<'a> {
     /// The connection.
     pub connection: ConnectionId,
     /// The user, as entries name it.
@@ -127,7 +127,7 @@ impl Publisher {
     }
 
     /// Takes from the sender's quota what a message takes in logs: a direct is in two of them.
-    fn take_quota(
+    fn charge_quota(
         &self,
         writer: &Writer,
         to: &Recipient,
@@ -179,7 +179,7 @@ impl Publisher {
     /// [`PublishError`], and `done` is not called.
     pub fn publish(
         &self,
-        sender: Sender<'_>,
+        sender: MessageSender<'_>,
         message: &SendFrame<'_>,
         receipt: &Receipt,
         done: impl FnOnce(Result<Appended, BusError>) + Send + 'static,
@@ -222,9 +222,9 @@ impl Publisher {
         });
 
         if let Some(writer) = sender.writer {
-            self.take_quota(writer, &message.to, &envelope)?;
+            self.charge_quota(writer, &message.to, &envelope)?;
         }
-        let done = self.counted(Box::new(done));
+        let done = self.with_metrics(Box::new(done));
         match &message.to {
             Recipient::Room(room) if self.rules.is_durable(room) => {
                 self.bus.append(self.append(room.clone(), envelope, done));
@@ -248,7 +248,7 @@ impl Publisher {
     }
 
     /// Counts what becomes of a publish, and how long that takes.
-    fn counted(&self, done: AppendCallback) -> AppendCallback {
+    fn with_metrics(&self, done: AppendCallback) -> AppendCallback {
         let (begun, metrics) = (Instant::now(), self.metrics.clone());
         Box::new(move |result| {
             metrics.publish_seconds.observe(begun.elapsed().as_secs_f64());
@@ -294,7 +294,7 @@ impl Publisher {
             fields: &members[1..members.len() - 1],
             binary_payload: None,
         });
-        let done = self.counted(Box::new(done));
+        let done = self.with_metrics(Box::new(done));
         self.bus.append(self.append(RoomId::inbox_of(user), envelope, done));
     }
 

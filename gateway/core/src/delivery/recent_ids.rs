@@ -35,7 +35,7 @@ struct IdBucket {
 
 impl RecentIds {
     /// Notes that a message was passed on at `now`.
-    pub fn note(&mut self, key: DedupKey, position: &Position, window: Duration, now: Instant) {
+    pub fn record(&mut self, key: DedupKey, position: &Position, window: Duration, now: Instant) {
         let fits = |bucket: &IdBucket| {
             bucket.ids.len() < BUCKET_LEN
                 && bucket.epoch == position.epoch
@@ -105,17 +105,17 @@ mod tests {
 
     const WINDOW: Duration = Duration::from_secs(600);
 
-    fn note(ids: &mut RecentIds, epoch: &str, seq: Seq, now: Instant) {
+    fn record(ids: &mut RecentIds, epoch: &str, seq: Seq, now: Instant) {
         let entry = entry(epoch, seq);
-        ids.note(entry.envelope.dedup_key(), &entry.position, WINDOW, now);
+        ids.record(entry.envelope.dedup_key(), &entry.position, WINDOW, now);
     }
 
     #[test]
     fn an_id_keeps_its_position_for_the_window_and_little_longer() {
         let (mut ids, start) = (RecentIds::default(), Instant::now());
-        note(&mut ids, "1-e", 1, start);
-        note(&mut ids, "2-f", 2, start);
-        note(&mut ids, "2-f", 3, start + WINDOW / 2);
+        record(&mut ids, "1-e", 1, start);
+        record(&mut ids, "2-f", 2, start);
+        record(&mut ids, "2-f", 3, start + WINDOW / 2);
         let known: Vec<_> = ids.below(3).map(|(_, position)| position.to_string()).collect();
         assert_eq!(known, ["1-e:1", "2-f:2"]);
         assert!(!is_expired(ids.oldest().unwrap(), WINDOW, start + WINDOW));
@@ -129,7 +129,7 @@ mod tests {
     fn bytes_are_those_of_what_is_held() {
         let (mut ids, now) = (RecentIds::default(), Instant::now());
         for seq in 1..=2000 {
-            note(&mut ids, "1-e", seq, now);
+            record(&mut ids, "1-e", seq, now);
         }
         assert!(ids.bytes() >= 2000 * 32 && ids.bytes() < 2000 * 33, "{}", ids.bytes());
         while !ids.is_empty() {

@@ -360,7 +360,7 @@ impl RoomReplica {
         }
         self.top = Some(entry.position.clone());
         sink.entry(&entry);
-        self.ids.note(
+        self.ids.record(
             entry.envelope.dedup_key(),
             &entry.position,
             retention.ids_for,

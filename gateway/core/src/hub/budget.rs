@@ -65,7 +65,7 @@ impl MemoryBudget {
     }
 
     /// How much a ring may hold, given what all of them hold.
-    pub(super) fn ring_max(&self) -> RingLimits {
+    pub(super) fn ring_limits(&self) -> RingLimits {
         if self.ring_bytes > self.ring_bytes_max {
             RingLimits::UNDER_PRESSURE
         } else {
@@ -80,15 +80,15 @@ impl MemoryBudget {
             let (room, generation) = (room.name.clone(), room.generation);
             self.buckets.push_back(BucketRef { since: now, room, generation });
         }
-        self.exchange(before, after);
+        self.replace(before, after);
     }
 
     /// Counts that a room is not followed any more.
     pub(super) fn forget(&mut self, room: &Room) {
-        self.exchange(RoomMemory::of(room), RoomMemory::default());
+        self.replace(RoomMemory::of(room), RoomMemory::default());
     }
 
-    fn exchange(&mut self, before: RoomMemory, after: RoomMemory) {
+    fn replace(&mut self, before: RoomMemory, after: RoomMemory) {
         self.ring_bytes = self.ring_bytes + after.ring_bytes - before.ring_bytes;
         self.ids_bytes = self.ids_bytes + after.ids_bytes - before.ids_bytes;
         self.metrics.ring_bytes.add(after.ring_bytes as i64 - before.ring_bytes as i64);

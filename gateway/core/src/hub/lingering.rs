@@ -13,15 +13,15 @@ pub(super) struct Lingering(BTreeSet<(Instant, RoomId)>);
 
 impl Lingering {
     /// The room has become empty.
-    pub(super) fn enter(&mut self, room: &mut Room, now: Instant) {
-        self.leave(room);
+    pub(super) fn insert(&mut self, room: &mut Room, now: Instant) {
+        self.remove(room);
         let until = now + linger_of(&room.name);
         room.lingers_until = Some(until);
         self.0.insert((until, room.name.clone()));
     }
 
     /// The room is not followed any more.
-    pub(super) fn leave(&mut self, room: &mut Room) {
+    pub(super) fn remove(&mut self, room: &mut Room) {
         if let Some(until) = room.lingers_until.take() {
             self.0.remove(&(until, room.name.clone()));
         }

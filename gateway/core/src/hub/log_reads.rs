@@ -291,7 +291,7 @@ impl Shard {
     }
 
     fn apply_log_page(&mut self, name: &RoomId, page: LogPage) {
-        self.batch.retention.ring = self.budget.ring_max();
+        self.batch.retention.ring = self.budget.ring_limits();
         let Some(room) = self.rooms.get_mut(name) else { return };
         if room.was_deleted(&page) {
             // This node was cut off when that was passed on.

@@ -50,7 +50,7 @@ const UNSUBSCRIBES_PER_TICK_MAX: usize = 5000;
 const EVICTION_SCAN_MAX: usize = 16;
 
 /// Resolves at that time, or never. Cancel-safe.
-async fn at(time: Option<Instant>) {
+async fn sleep_until(time: Option<Instant>) {
     match time {
         Some(time) => tokio::time::sleep_until(time).await,
         None => std::future::pending().await,
@@ -124,7 +124,7 @@ impl Shard {
         let budget = MemoryBudget::new(&options, metrics.clone());
         let now = Instant::now();
         let retention = RetentionContext {
-            ring: budget.ring_max(),
+            ring: budget.ring_limits(),
             ids_for: options.dedup_window,
             entries_for: options.log_ttl,
             now,
@@ -183,7 +183,7 @@ impl Shard {
                 _ = queue.recv_many(&mut commands, BATCH_LEN) => {}
                 _ = messages.recv_many(&mut arrived, BATCH_LEN) => {}
                 () = resync.requested() => {}
-                () = at(self.next_presence_due()) => {}
+                () = sleep_until(self.next_presence_due()) => {}
             }
             if !arrived.is_empty() {
                 // Who sent the first of them woke this task, which would run next and find one. All
@@ -308,7 +308,7 @@ impl Shard {
             self.batch.metrics.bus_entries_received.of(EntryResult::NotSubscribed).inc();
             return;
         };
-        self.batch.retention.ring = self.budget.ring_max();
+        self.batch.retention.ring = self.budget.ring_limits();
         let before = RoomMemory::of(room);
         let next = room.receive(entry, &mut self.batch);
         self.budget.count(before, room, self.batch.retention.now);
@@ -450,7 +450,7 @@ impl Shard {
         if let Some(mut room) = self.rooms.remove(name) {
             self.joined_rooms -= usize::from(name.kind() == RoomKind::Room);
             self.budget.forget(&room);
-            self.lingering.leave(&mut room);
+            self.lingering.remove(&mut room);
             self.batch.count_room(name, -1);
             self.bus.unsubscribe(room.name);
         }
@@ -520,7 +520,7 @@ impl Shard {
         if room.is_empty() && room.idle_since.is_none() {
             let now = Instant::now();
             room.idle_since = Some(now);
-            self.lingering.enter(room, now);
+            self.lingering.insert(room, now);
         }
         while self.lingering.len() > self.lingering_rooms_max
             && let Some(name) = self.lingering.pop_oldest()

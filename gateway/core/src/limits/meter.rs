@@ -32,7 +32,7 @@ const FRAME_BYTES: usize = 128;
 /// default size has 256 fragments of this size.
 const FRAGMENT_BYTES_MIN: usize = 1024;
 /// How many times a control frame a refused frame counts: it is parsed, answered and written.
-const REFUSED_UNITS: u32 = 2;
+const REJECTED_UNITS: u32 = 2;
 /// How many connections' overhead an address has.
 const ADDRESS_SHARE: u32 = 20;
 /// How many names in a frame cost as much as a frame without any.
@@ -176,8 +176,8 @@ impl Meter {
     }
 
     /// Counts frames that were refused for what they are.
-    pub fn refused(&mut self, frames: u32) {
-        self.pending.overhead = self.pending.overhead.saturating_add(frames * REFUSED_UNITS);
+    pub fn rejected(&mut self, frames: u32) {
+        self.pending.overhead = self.pending.overhead.saturating_add(frames * REJECTED_UNITS);
     }
 
     /// Takes a `message` or `direct`.
@@ -231,14 +231,14 @@ impl Meter {
             _ => Duration::ZERO,
         };
         // A connection that has caused little does not wait for the others of its address.
-        let has_part = self.overhead.early(now) > burst / 8;
+        let has_part = self.overhead.ahead_of_rate(now) > burst / 8;
         let of_address = if has_part { of_address } else { Duration::ZERO };
         if own.max(of_address) > Duration::ZERO {
             let since = *self.excess_since.get_or_insert(now);
             if now.saturating_duration_since(since) >= EXCESS_MAX {
                 return MeterDecision::Close;
             }
-        } else if self.overhead.early(now) <= burst / 2 {
+        } else if self.overhead.ahead_of_rate(now) <= burst / 2 {
             self.excess_since = None;
         }
         let waits = [

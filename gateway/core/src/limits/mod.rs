@@ -66,7 +66,7 @@ impl RateLimiter {
             return Ok(());
         }
         let further = rate.interval.saturating_mul(count - 1).min(rate.burst);
-        let wait = (self.early(now) + further).saturating_sub(rate.burst);
+        let wait = (self.ahead_of_rate(now) + further).saturating_sub(rate.burst);
         if wait > Duration::ZERO {
             return Err(wait);
         }
@@ -76,7 +76,7 @@ impl RateLimiter {
 
     /// How long to wait until one event may be taken.
     pub fn wait(&self, rate: Rate, now: Instant) -> Duration {
-        self.early(now).saturating_sub(rate.burst)
+        self.ahead_of_rate(now).saturating_sub(rate.burst)
     }
 
     /// Takes `count` events that have happened, also where that is more than may be taken.
@@ -88,17 +88,17 @@ impl RateLimiter {
     }
 
     /// Gives back `count` events that were taken.
-    pub fn give_back(&mut self, count: u32, rate: Rate) {
+    pub fn refund(&mut self, count: u32, rate: Rate) {
         self.0 = self.0.and_then(|due| due.checked_sub(rate.interval.saturating_mul(count)));
     }
 
     /// How far ahead of the rate the source is.
-    fn early(&self, now: Instant) -> Duration {
+    fn ahead_of_rate(&self, now: Instant) -> Duration {
         self.0.map_or(Duration::ZERO, |due| due.saturating_duration_since(now))
     }
 
     /// Whether the source has rested for so long that its state says nothing.
-    fn is_rested(&self, now: Instant) -> bool {
+    fn is_idle(&self, now: Instant) -> bool {
         self.0.is_none_or(|due| due <= now)
     }
 }
@@ -155,17 +155,17 @@ impl<K: Hash + Eq> RateLimiters<K> {
         self.limiters.lock().0.get(key).map_or(Duration::ZERO, |limiter| limiter.wait(rate, now))
     }
 
-    /// As [`RateLimiter::give_back`], for `key`.
-    pub fn give_back(&self, key: &K, count: u32, rate: Rate) {
+    /// As [`RateLimiter::refund`], for `key`.
+    pub fn refund(&self, key: &K, count: u32, rate: Rate) {
         if let Some(limiter) = self.limiters.lock().0.get_mut(key) {
-            limiter.give_back(count, rate);
+            limiter.refund(count, rate);
         }
     }
 
     fn with<T>(&self, key: K, now: Instant, change: impl FnOnce(&mut RateLimiter) -> T) -> T {
         let (limiters, sweep_at) = &mut *self.limiters.lock();
         if limiters.len() >= *sweep_at {
-            limiters.retain(|_, limiter| !limiter.is_rested(now));
+            limiters.retain(|_, limiter| !limiter.is_idle(now));
             limiters.shrink_to(limiters.len() * 2);
             *sweep_at = (limiters.len() * 2).max(SWEEP_FROM);
         }
@@ -272,7 +272,7 @@ mod tests {
         assert_eq!(limiter.take_many(4, rate, start), Ok(()));
         assert_eq!(limiter.take(rate, start), Err(Duration::from_millis(500)));
         assert_eq!(limiter.take_many(0, rate, start), Ok(()));
-        limiter.give_back(1, rate);
+        limiter.refund(1, rate);
         assert_eq!(limiter.take(rate, start), Ok(()));
 
         // More than the burst, by who has rested; then it rests for as long as they last.

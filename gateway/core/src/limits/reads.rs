@@ -50,7 +50,7 @@ impl ReadLimiter {
     }
 
     /// Charges a read that begins.
-    pub fn begin(&self, connection: ConnectionId, user: &UserId, now: Instant) {
+    pub fn charge_start(&self, connection: ConnectionId, user: &UserId, now: Instant) {
         self.charge(connection, user, READ_BYTES, now);
     }
 
@@ -73,7 +73,7 @@ mod tests {
         let (one, other) = (ConnectionId::random(), ConnectionId::random());
         let mut bytes = 0;
         while reads.wait(one, &user, now).is_zero() {
-            reads.begin(one, &user, now);
+            reads.charge_start(one, &user, now);
             reads.charge(one, &user, (256 << 10) - READ_BYTES, now);
             bytes += 256 << 10;
         }
@@ -98,7 +98,7 @@ mod tests {
         let reads = ReadLimiter::new(4 * UNIT_BYTES);
         let connection = ConnectionId::random();
         let count = (0..100).take_while(|_| {
-            reads.begin(connection, &user, now);
+            reads.charge_start(connection, &user, now);
             reads.wait(connection, &user, now).is_zero()
         });
         assert_eq!(count.count(), 7);

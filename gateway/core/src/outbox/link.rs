@@ -60,7 +60,7 @@ pub(super) fn write_portion(socket: &TcpStream, portion: &[IoSlice<'_>]) -> io::
 pub(super) struct PeerLink {
     /// When the socket last took something after it had taken nothing: the peer had acknowledged
     /// bytes until then.
-    progressed: Option<Instant>,
+    last_progress: Option<Instant>,
     /// Since when the socket has been full again and again, and what it has taken since.
     measured: Option<(Instant, u64)>,
     is_slow: bool,
@@ -86,7 +86,7 @@ impl PeerLink {
         now: Instant,
     ) -> Option<usize> {
         if was_full {
-            self.progressed = Some(now);
+            self.last_progress = Some(now);
         }
         let (since, taken) = self.measured.as_mut()?;
         *taken += bytes as u64;
@@ -111,8 +111,8 @@ impl PeerLink {
     }
 
     /// When the peer was last seen to acknowledge bytes.
-    pub(super) fn progressed(&self) -> Option<Instant> {
-        self.progressed
+    pub(super) fn last_progress(&self) -> Option<Instant> {
+        self.last_progress
     }
 }
 
@@ -162,6 +162,6 @@ mod tests {
         link.socket_filled(now);
         link.queue_emptied();
         assert_eq!(link.socket_took(100, false, now + Duration::from_secs(60)), None);
-        assert_eq!((link.is_measured(), link.progressed()), (false, None));
+        assert_eq!((link.is_measured(), link.last_progress()), (false, None));
     }
 }

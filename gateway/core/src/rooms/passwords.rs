@@ -236,12 +236,12 @@ impl Passwords {
         let now = Instant::now();
         self.by_address.take(address, failures_per_ip, now)?;
         if let Err(wait) = self.by_room.take(room.clone(), failures_per_room, now) {
-            self.by_address.give_back(&address, 1, failures_per_ip);
+            self.by_address.refund(&address, 1, failures_per_ip);
             return Err(wait);
         }
         let Some(slot) = self.slot(attempt.address, is_clean).await else {
-            self.by_address.give_back(&address, 1, failures_per_ip);
-            self.by_room.give_back(&room, 1, failures_per_room);
+            self.by_address.refund(&address, 1, failures_per_ip);
+            self.by_room.refund(&room, 1, failures_per_room);
             return Err(QUEUE_FULL_DELAY);
         };
         let fits = compute(slot, move || {
@@ -253,8 +253,8 @@ impl Passwords {
         });
         let fits = fits.await;
         if fits {
-            self.by_address.give_back(&address, 1, failures_per_ip);
-            self.by_room.give_back(&room, 1, failures_per_room);
+            self.by_address.refund(&address, 1, failures_per_ip);
+            self.by_room.refund(&room, 1, failures_per_room);
         }
         Ok(fits)
     }

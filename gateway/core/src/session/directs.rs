@@ -78,17 +78,17 @@ fn next_part(
     if !is_newest {
         return Some(inbox.newer_range(HISTORY_LIMIT_MAX));
     }
-    let is_enough = match range {
+    let is_fully_indexed = match range {
         ReadRange::After { seq, .. } => inbox.covers_after(seq),
         ReadRange::Newest { limit } | ReadRange::Before { limit, .. } => {
             inbox.directs_with(with, range, limit as usize + 1).len() > limit as usize
         }
     };
-    if is_enough { None } else { inbox.older_range(HISTORY_LIMIT_MAX) }
+    if is_fully_indexed { None } else { inbox.older_range(HISTORY_LIMIT_MAX) }
 }
 
 /// The first of what was found, as many as an answer holds, and whether those are not all.
-fn as_many_as_fit(mut found: Vec<(Seq, usize)>) -> (Vec<(Seq, usize)>, bool) {
+fn truncate_to_fit(mut found: Vec<(Seq, usize)>) -> (Vec<(Seq, usize)>, bool) {
     let mut bytes = 0;
     let above = found.iter().position(|(_, size)| {
         let is_first = bytes == 0;
@@ -102,7 +102,7 @@ fn as_many_as_fit(mut found: Vec<(Seq, usize)>) -> (Vec<(Seq, usize)>, bool) {
 }
 
 /// Whether nothing that is not known of an inbox belongs to `range`.
-fn is_enough(inbox: &InboxIndex, range: ReadRange) -> bool {
+fn is_fully_indexed(inbox: &InboxIndex, range: ReadRange) -> bool {
     match range {
         ReadRange::After { seq, .. } => inbox.covers_after(seq),
         ReadRange::Newest { .. } | ReadRange::Before { .. } => inbox.older_range(1).is_none(),
@@ -152,9 +152,9 @@ async fn find(
             return Err((ErrorCode::Unavailable, "the inbox changes; try again later"));
         };
         let mut found = inbox.directs_with(with, range, limit + 1);
-        let more = found.len() > limit || !is_enough(&inbox, range);
+        let more = found.len() > limit || !is_fully_indexed(&inbox, range);
         found.truncate(limit);
-        let (found, is_cut) = as_many_as_fit(found);
+        let (found, is_cut) = truncate_to_fit(found);
         let missing = found.iter().filter(|(seq, _)| !kept.contains_key(seq));
         let missing: Vec<(Seq, usize)> = missing.copied().collect();
         (epoch, found, more || is_cut, inbox.ranges_for(&missing))

@@ -47,7 +47,7 @@ use crate::{
         reads::ReadLimiter,
     },
     presence::{PresenceGuard, PresenceTracker},
-    publisher::{PublishError, Publisher, Receipt, Sender},
+    publisher::{MessageSender, PublishError, Publisher, Receipt},
     rooms::{RoomRules, passwords::Passwords},
     telemetry::metrics::{Metrics, StorageLimit},
 };
@@ -166,7 +166,7 @@ pub enum DeferredRequest {
 
 impl DeferredRequest {
     /// Whether it changes nothing, so that it is pointless for a client that does not hear the answer.
-    pub fn is_question(&self) -> bool {
+    pub fn is_read_only(&self) -> bool {
         matches!(
             self,
             Self::History(..)
@@ -297,7 +297,7 @@ impl Session {
             FrameBody::SessionGet => return Some(DeferredRequest::Session(reference, None)),
             FrameBody::SessionSet(set) => {
                 let bytes = serde_json::to_string(&set.data).map_or(0, |data| data.len());
-                if !self.takes_quota(reference.as_ref(), "session_set", bytes, now) {
+                if !self.charge_quota(reference.as_ref(), "session_set", bytes, now) {
                     return None;
                 }
                 return Some(DeferredRequest::Session(reference, Some(set)));
@@ -311,7 +311,7 @@ impl Session {
             }
             FrameBody::CreateRoom(create) => {
                 let bytes = create.meta.map_or(0, |meta| meta.get().len());
-                if !self.takes_quota(reference.as_ref(), "create_room", bytes, now) {
+                if !self.charge_quota(reference.as_ref(), "create_room", bytes, now) {
                     return None;
                 }
                 return self.create_room(reference, create);
@@ -330,7 +330,7 @@ impl Session {
     }
 
     /// Takes the bytes of what is to be kept from the user's quota, or refuses the frame.
-    fn takes_quota(
+    fn charge_quota(
         &self,
         reference: Option<&FrameRef>,
         kind: &str,
@@ -718,7 +718,7 @@ impl Session {
             }
         }
         let receipt = Receipt::of(message);
-        let sender = Sender {
+        let sender = MessageSender {
             connection: self.handle.connection,
             author: self.author,
             user: &self.identity.user,

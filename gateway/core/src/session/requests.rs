@@ -101,7 +101,7 @@ impl RequestContext {
             let now = Instant::now();
             let wait = reads.wait(connection, &owner.user, now);
             if wait.is_zero() {
-                reads.begin(connection, &owner.user, now);
+                reads.charge_start(connection, &owner.user, now);
                 return Ok(());
             }
             if !std::mem::replace(&mut is_delayed, true) {

@@ -672,7 +672,7 @@ impl EventStream {
     /// The next frames of the outbox as events, of about `bytes_max`.
     fn events(&mut self, bytes_max: usize) -> String {
         let mut text = String::new();
-        for frame in self.handle.outbox.take_some(bytes_max) {
+        for frame in self.handle.outbox.take_up_to(bytes_max) {
             let Some(json) = frame_json(&frame) else { continue };
             text.reserve(json.len() + 64);
             if serde_json::from_str(&json).is_ok_and(|frame| self.cursors.advance(&frame)) {

@@ -240,7 +240,7 @@ impl Connection {
                 match step {
                     Step::More | Step::Full => {}
                     // The client has gone, and what is left of its frames would be answered to nobody.
-                    Step::Perform(request) if request.is_question() && is_read_closed(socket) => {
+                    Step::Perform(request) if request.is_read_only() && is_read_closed(socket) => {
                         continue;
                     }
                     Step::Perform(request) => {
@@ -371,7 +371,7 @@ impl Connection {
             input.drain(..used);
             self.unread = input;
         }
-        self.meter.refused(self.handle.take_rejected());
+        self.meter.rejected(self.handle.take_rejected());
         match self.meter.settle(begun) {
             MeterDecision::Continue => {}
             MeterDecision::Pause(wait, cause) => {
@@ -484,7 +484,7 @@ impl Connection {
         let outbox = &self.handle.outbox;
         // Bytes that the peer's TCP acknowledges are a sign of life: over a slow link the client's own
         // frames may come late.
-        self.heard = outbox.progressed().map_or(self.heard, |at| self.heard.max(at));
+        self.heard = outbox.last_progress().map_or(self.heard, |at| self.heard.max(at));
         let over =
             |code: CloseCode| outbox.close(Close { code: code.number(), reason: String::new() });
         if self.expires.is_some_and(|expires| expires <= now) {

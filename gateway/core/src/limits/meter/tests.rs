@@ -39,7 +39,7 @@ fn each_kind_of_overhead_is_slowed_and_then_closed() {
         ("fragments", 64, |meter| (0..64).for_each(|_| meter.fragment(0))),
         ("refused", 32, |meter| {
             (0..32).for_each(|_| meter.data(1));
-            meter.refused(32);
+            meter.rejected(32);
         }),
     ] {
         let mut meter = Meter::new(rates(), None);
@@ -82,7 +82,7 @@ fn a_client_that_works_never_waits() {
         if seconds % 60 == 0 {
             (0..256).for_each(|_| meter.fragment(1024));
             meter.data(262_144);
-            meter.refused(10);
+            meter.rejected(10);
         }
         assert_eq!(meter.settle(now), MeterDecision::Continue);
     }
@@ -156,7 +156,7 @@ fn rates_of_zero_are_no_limits() {
     let now = Instant::now();
     for _ in 0..10_000 {
         meter.control(100);
-        meter.refused(1);
+        meter.rejected(1);
         meter.data(1 << 20);
         assert_eq!(meter.settle(now), MeterDecision::Continue);
         assert_eq!(meter.take_message(now), Ok(()));

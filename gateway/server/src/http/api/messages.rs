@@ -27,7 +27,7 @@ use super::{Body, Common, Failed, Problem, name, query, wait};
 use crate::http::Node;
 use skein_core::{
     bus::{Appended, BusError, commands::NodeQuery},
-    publisher::{API_USER, Receipt, Sender},
+    publisher::{API_USER, MessageSender, Receipt},
 };
 
 /// The most messages of a batch.
@@ -213,7 +213,7 @@ impl Outgoing {
         };
         let receipt = Receipt::of(&message);
         let user = UserInfo { name: DisplayName::from(&from), id: from };
-        let sender = Sender {
+        let sender = MessageSender {
             connection: ConnectionId(Uuid::nil()),
             author: AuthorHash::of(&user.id),
             user: &user,
