@@ -80,7 +80,7 @@ pub(super) async fn limit_requests(
                 _ => response,
             }
         }
-        RequestKind::Api => match node.options.api.name_in(request.headers()) {
+        RequestKind::Api => match node.options.api.authenticate(request.headers()) {
             Ok(_) => next.run(request).await,
             Err(refusal) => match take(RequestPool::Api, limits.api_key_failures_per_ip) {
                 Ok(()) => {

@@ -37,31 +37,31 @@ def call(name, *args, status=200, by=client, **named):
 
 
 room, user, key_of_send = "generated", "ann", uuid.uuid4()
-made = call("create_room", room, body=models.Made(name="Made here", max_members=3), status=201)
+made = call("create_room", room, body=models.NewRoom(name="Made here", max_members=3), status=201)
 assert (made.room, made.name, made.max_members) == (room, "Made here", 3), made
-exists = call("create_room", room, body=models.Made(), status=409)
+exists = call("create_room", room, body=models.NewRoom(), status=409)
 assert exists.error.code == "room_exists", exists
 assert call("get_room", room).name == "Made here"
 assert [found.room for found in call("list_rooms", prefix="gen", limit=1).rooms] == [room]
-message = models.Outgoing(content={"any": ["JSON"]}, from_=user, id=key_of_send, kind=models.MessageKind.CUSTOM)
+message = models.NewMessage(content={"any": ["JSON"]}, from_=user, id=key_of_send, kind=models.MessageKind.CUSTOM)
 sent = call("send_message", room, body=message, status=201)
 assert sent.id == key_of_send and sent.seq == 1 and not sent.duplicate, sent
 assert call("send_message", room, body=message).duplicate
-batch = [models.Addressed(room=room, content="one"), models.Addressed(room="no room", content="two")]
-fates = call("publish_messages", body=models.Batch(messages=batch), status=201).results
-assert isinstance(fates[0], models.Sent) and isinstance(fates[1], models.Problem), fates
+batch = [models.BatchMessage(room=room, content="one"), models.BatchMessage(room="no room", content="two")]
+fates = call("publish_messages", body=models.MessageBatch(messages=batch), status=201).results
+assert isinstance(fates[0], models.SendResult) and isinstance(fates[1], models.Problem), fates
 page = call("room_history", room, after=0, limit=1)
 assert page.more and page.messages[0].additional_properties["content"] == {"any": ["JSON"]}, page
 assert call("message_trail", str(key_of_send), user=user).asked == 1
 assert call("room_presence", room).count == 0
 assert call("remove_member", room, user).applied == 1
-assert call("notify_user", user, body=models.Notification(payload=1, require_ack=True), status=201).seq == 1
-fates = call("notify_users", body=models.ToMany(users=[user, "_no"], payload=None), status=201).results
-assert isinstance(fates[0], models.Notified) and isinstance(fates[1], models.NotNotified), fates
-assert call("broadcast", body=models.ToAll(payload="all"), status=201).nodes == 1
+assert call("notify_user", user, body=models.NewNotification(payload=1, require_ack=True), status=201).seq == 1
+fates = call("notify_users", body=models.BulkNotification(users=[user, "_no"], payload=None), status=201).results
+assert isinstance(fates[0], models.NotificationSent) and isinstance(fates[1], models.NotificationFailed), fates
+assert call("broadcast", body=models.NewBroadcast(payload="all"), status=201).nodes == 1
 assert call("list_users").users == [] and call("count_online").connections == 0
 assert not call("get_user", user).online
-assert call("disconnect_user", user, body=models.Closing(code=4321, reason="bye")).nodes == 1
+assert call("disconnect_user", user, body=models.DisconnectOptions(code=4321, reason="bye")).nodes == 1
 assert call("list_sessions", user).sessions == []
 assert call("revoke_sessions", user).applied == 1
 assert call("empty_inbox", user).user == user

@@ -23,7 +23,7 @@ use tokio::sync::oneshot;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use super::{Body, Common, Failed, Problem, name, query, wait};
+use super::{JsonBody, CommonResponses, ApiError, Problem, parse_name, parse_query, await_bus};
 use crate::http::Node;
 use skein_core::{
     bus::{Appended, BusError, commands::NodeQuery},
@@ -35,7 +35,7 @@ pub(super) const BATCH_MAX: usize = 1000;
 
 /// A message to a room.
 #[derive(Debug, Deserialize, ToSchema)]
-pub(super) struct Outgoing {
+pub(super) struct NewMessage {
     /// Any JSON.
     #[schema(value_type = Value)]
     content: Box<RawValue>,
@@ -60,7 +60,7 @@ pub(super) struct Outgoing {
 /// What a message is.
 #[derive(ToSchema)]
 #[schema(as = MessageKind, rename_all = "snake_case")]
-#[expect(dead_code, reason = "it stands for `MessageKind` in the document")]
+#[expect(dead_code, reason = "documents `MessageKind` in the OpenAPI document")]
 enum MessageKindSchema {
     Text,
     Image,
@@ -71,7 +71,7 @@ enum MessageKindSchema {
 
 /// A message of a batch.
 #[derive(Debug, Deserialize, ToSchema)]
-struct Addressed {
+struct BatchMessage {
     /// The room.
     room: String,
     /// Any JSON.
@@ -94,25 +94,25 @@ struct Addressed {
     meta: Option<Box<RawValue>>,
 }
 
-impl Addressed {
+impl BatchMessage {
     // serde cannot have raw JSON in what is flattened.
-    fn split(self) -> (String, Outgoing) {
+    fn split(self) -> (String, NewMessage) {
         let Self { room, content, from, id, kind, meta } = self;
-        (room, Outgoing { content, from, id, kind, meta })
+        (room, NewMessage { content, from, id, kind, meta })
     }
 }
 
 /// Many messages.
 #[derive(Debug, Deserialize, ToSchema)]
-pub(super) struct Batch {
+pub(super) struct MessageBatch {
     /// At most 1,000.
     #[schema(max_items = 1000)]
-    messages: Vec<Addressed>,
+    messages: Vec<BatchMessage>,
 }
 
 /// Where a message stands.
 #[derive(Debug, Serialize, ToSchema)]
-pub(super) struct Sent {
+pub(super) struct SendResult {
     /// Its id.
     #[schema(format = Uuid)]
     id: String,
@@ -126,7 +126,7 @@ pub(super) struct Sent {
     duplicate: bool,
 }
 
-impl Sent {
+impl SendResult {
     pub(super) fn of(id: MessageId, Appended { position, duplicate, .. }: Appended) -> Self {
         let numbered = !position.epoch.is_none();
         Self {
@@ -147,33 +147,34 @@ impl Sent {
 /// What became of a message of a batch.
 #[derive(Debug, Serialize, ToSchema)]
 #[serde(untagged)]
-pub(super) enum MessageFate {
-    Sent(Sent),
-    Failed(Problem),
+pub(super) enum MessageResult {
+    Sent(SendResult),
+    ApiError(Problem),
 }
 
 /// What became of a batch.
 #[derive(Debug, Serialize, ToSchema)]
-pub(super) struct MessageFates {
+pub(super) struct MessageResults {
     /// In the order of `messages`.
-    results: Vec<MessageFate>,
+    results: Vec<MessageResult>,
 }
 
 /// An id that the application gave.
-pub(super) fn id_of(id: Option<&str>) -> Result<Option<MessageId>, Failed> {
-    id.map(name).transpose()
+pub(super) fn parse_message_id(id: Option<&str>) -> Result<Option<MessageId>, ApiError> {
+    id.map(parse_name).transpose()
 }
 
 /// Checks JSON that is passed on as it was written.
-pub(super) fn is_readable(what: &str, raw: &RawValue) -> Result<(), Failed> {
-    check_json(raw).map_err(|error| Failed::bad(format!("`{what}`: {error}")))
+pub(super) fn check_raw_json(what: &str, raw: &RawValue) -> Result<(), ApiError> {
+    check_json(raw).map_err(|error| ApiError::bad_request(format!("`{what}`: {error}")))
 }
 
 /// What is appended, once it is.
-type Appending = oneshot::Receiver<Result<Appended, BusError>>;
+type PendingAppend = oneshot::Receiver<Result<Appended, BusError>>;
 
 /// What the publisher calls with what became of an append, and where that can be waited for.
-pub(super) fn appending() -> (impl FnOnce(Result<Appended, BusError>) + Send + 'static, Appending) {
+pub(super) fn append_callback()
+-> (impl FnOnce(Result<Appended, BusError>) + Send + 'static, PendingAppend) {
     let (done, appending) = oneshot::channel();
     let done = move |result| {
         // Who asked may have given up on it.
@@ -182,29 +183,29 @@ pub(super) fn appending() -> (impl FnOnce(Result<Appended, BusError>) + Send + '
     (done, appending)
 }
 
-impl Outgoing {
+impl NewMessage {
     /// Hands the message to the bus.
-    fn publish(&self, node: &Node, room: RoomId) -> Result<(MessageId, Appending), Failed> {
-        let from: UserId = name(self.from.as_deref().unwrap_or(API_USER))?;
-        is_readable("content", &self.content)?;
+    fn publish(&self, node: &Node, room: RoomId) -> Result<(MessageId, PendingAppend), ApiError> {
+        let from: UserId = parse_name(self.from.as_deref().unwrap_or(API_USER))?;
+        check_raw_json("content", &self.content)?;
         if let Some(meta) = &self.meta {
             if !meta.get().starts_with('{') {
-                return Err(Failed::bad("`meta` is an object"));
+                return Err(ApiError::bad_request("`meta` is an object"));
             }
             if meta.get().len() > META_BYTES_MAX {
                 let text = format!("`meta` is at most {META_BYTES_MAX} bytes");
-                return Err(Failed::new(ErrorCode::TooLarge, text));
+                return Err(ApiError::new(ErrorCode::TooLarge, text));
             }
-            is_readable("meta", meta)?;
+            check_raw_json("meta", meta)?;
         }
         let bytes_max = node.options.limits.message_bytes_max;
         if self.content.get().len() > bytes_max {
             let text = format!("`content` is at most {bytes_max} bytes");
-            return Err(Failed::new(ErrorCode::TooLarge, text));
+            return Err(ApiError::new(ErrorCode::TooLarge, text));
         }
         let message = SendFrame {
             to: Recipient::Room(room),
-            id: id_of(self.id.as_deref())?,
+            id: parse_message_id(self.id.as_deref())?,
             kind: self.kind.unwrap_or_default(),
             content: RawContent::Json(&self.content),
             reply_to: None,
@@ -219,17 +220,21 @@ impl Outgoing {
             user: &user,
             writer: None,
         };
-        let (done, appending) = appending();
+        let (done, appending) = append_callback();
         let published = node.services.publisher.publish(sender, &message, &receipt, done);
-        published.map_err(|error| Failed::new(ErrorCode::TooLarge, error.to_string()))?;
+        published.map_err(|error| ApiError::new(ErrorCode::TooLarge, error.to_string()))?;
         Ok((receipt.id, appending))
     }
 }
 
 /// What became of what was handed to the bus.
-pub(super) async fn fate(node: &Node, id: MessageId, appending: Appending) -> Result<Sent, Failed> {
+pub(super) async fn append_result(
+    node: &Node,
+    id: MessageId,
+    appending: PendingAppend,
+) -> Result<SendResult, ApiError> {
     let appended = async { appending.await.unwrap_or(Err(BusError::Unavailable)) };
-    Ok(Sent::of(id, wait(node, appended).await?))
+    Ok(SendResult::of(id, await_bus(node, appended).await?))
 }
 
 /// Send a message to a room.
@@ -237,21 +242,21 @@ pub(super) async fn fate(node: &Node, id: MessageId, appending: Appending) -> Re
     post, path = "/api/v1/rooms/{room}/messages", tag = "messages",
     operation_id = "send_message",
     params(("room" = String, Path, description = "The room", pattern = "^[A-Za-z0-9_.:@-]{1,128}$")),
-    request_body = Outgoing,
+    request_body = NewMessage,
     responses(
-        (status = 201, description = "It was appended.", body = Sent),
-        (status = 200, description = "It had been, under the same id.", body = Sent),
-        Common,
+        (status = 201, description = "It was appended.", body = SendResult),
+        (status = 200, description = "It had been, under the same id.", body = SendResult),
+        CommonResponses,
     )
 )]
 pub(super) async fn send(
     State(node): State<Arc<Node>>,
     Path(room): Path<String>,
-    Body(message): Body<Outgoing>,
-) -> Result<(StatusCode, Json<Sent>), Failed> {
-    let (id, appending) = message.publish(&node, name(&room)?)?;
-    let sent = fate(&node, id, appending).await?;
-    Ok((Sent::status([&sent]), Json(sent)))
+    JsonBody(message): JsonBody<NewMessage>,
+) -> Result<(StatusCode, Json<SendResult>), ApiError> {
+    let (id, appending) = message.publish(&node, parse_name(&room)?)?;
+    let sent = append_result(&node, id, appending).await?;
+    Ok((SendResult::status([&sent]), Json(sent)))
 }
 
 /// Send many messages, to one room or to many. Each has its own fate, and those to one room are
@@ -259,45 +264,45 @@ pub(super) async fn send(
 #[utoipa::path(
     post, path = "/api/v1/publish", tag = "messages",
     operation_id = "publish_messages",
-    request_body = Batch,
+    request_body = MessageBatch,
     responses(
-        (status = 201, description = "What became of each; one at least was appended.", body = MessageFates),
-        (status = 200, description = "What became of each; none was appended.", body = MessageFates),
-        Common,
+        (status = 201, description = "What became of each; one at least was appended.", body = MessageResults),
+        (status = 200, description = "What became of each; none was appended.", body = MessageResults),
+        CommonResponses,
     )
 )]
 pub(super) async fn publish(
     State(node): State<Arc<Node>>,
-    Body(batch): Body<Batch>,
-) -> Result<(StatusCode, Json<MessageFates>), Failed> {
+    JsonBody(batch): JsonBody<MessageBatch>,
+) -> Result<(StatusCode, Json<MessageResults>), ApiError> {
     if batch.messages.len() > BATCH_MAX {
-        return Err(Failed::bad(format!("at most {BATCH_MAX} messages")));
+        return Err(ApiError::bad_request(format!("at most {BATCH_MAX} messages")));
     }
-    let publish = |addressed: Addressed| {
+    let publish = |addressed: BatchMessage| {
         let (room, message) = addressed.split();
-        message.publish(&node, name(&room)?)
+        message.publish(&node, parse_name(&room)?)
     };
     // All are handed on before the first is waited for.
     let published: Vec<_> = batch.messages.into_iter().map(publish).collect();
     let mut sends = Vec::with_capacity(published.len());
     for published in published {
         sends.push(match published {
-            Ok((id, appending)) => fate(&node, id, appending).await,
+            Ok((id, appending)) => append_result(&node, id, appending).await,
             Err(failed) => Err(failed),
         });
     }
-    let status = Sent::status(sends.iter().flatten());
-    let fate = |sent: Result<Sent, Failed>| {
-        sent.map_or_else(|failed| MessageFate::Failed(failed.to_problem()), MessageFate::Sent)
+    let status = SendResult::status(sends.iter().flatten());
+    let result = |sent: Result<SendResult, ApiError>| {
+        sent.map_or_else(|failed| MessageResult::ApiError(failed.to_problem()), MessageResult::Sent)
     };
-    let results = sends.into_iter().map(fate).collect();
-    Ok((status, Json(MessageFates { results })))
+    let results = sends.into_iter().map(result).collect();
+    Ok((status, Json(MessageResults { results })))
 }
 
 /// Of whom it is asked in particular.
 #[derive(Debug, Deserialize, utoipa::IntoParams)]
 #[into_params(parameter_in = Query)]
-pub(super) struct Asked {
+pub(super) struct TrailQuery {
     /// A user who should have got the message.
     #[serde(default)]
     #[param(max_length = 128, pattern = "^[A-Za-z0-9_.:@|+=-]+$")]
@@ -306,7 +311,7 @@ pub(super) struct Asked {
 
 /// What became of a message: where it was appended, and what each node did with it.
 #[derive(Debug, Serialize, ToSchema)]
-pub(super) struct Trail {
+pub(super) struct MessageTrail {
     /// The message.
     #[schema(format = Uuid)]
     id: String,
@@ -323,16 +328,16 @@ pub(super) struct Trail {
 #[utoipa::path(
     get, path = "/api/v1/messages/{id}/trail", tag = "messages",
     operation_id = "message_trail",
-    params(("id" = String, Path, description = "The id of the message", format = Uuid), Asked),
-    responses((status = 200, description = "What is known.", body = Trail), Common)
+    params(("id" = String, Path, description = "The id of the message", format = Uuid), TrailQuery),
+    responses((status = 200, description = "What is known.", body = MessageTrail), CommonResponses)
 )]
 pub(super) async fn trail(
     State(node): State<Arc<Node>>,
     Path(id): Path<String>,
-    asked: Result<Query<Asked>, QueryRejection>,
-) -> Result<Json<Trail>, Failed> {
-    let id: MessageId = name(&id)?;
-    let user = query(asked)?.user.as_deref().map(name).transpose()?;
+    asked: Result<Query<TrailQuery>, QueryRejection>,
+) -> Result<Json<MessageTrail>, ApiError> {
+    let id: MessageId = parse_name(&id)?;
+    let user = parse_query(asked)?.user.as_deref().map(parse_name).transpose()?;
     let question = NodeQuery::Trail { id, user };
     let (answers, outcome) = node.control.query_nodes(question).await?;
     let nodes: Vec<serde_json::Value> =
@@ -342,8 +347,8 @@ pub(super) async fn trail(
         .any(|node: &serde_json::Value| !node["logs"].as_array().is_none_or(Vec::is_empty));
     if !knows {
         let text = "no node remembers such a message";
-        return Err(Failed::new(ErrorCode::NotFound, text));
+        return Err(ApiError::new(ErrorCode::NotFound, text));
     }
     let answered = nodes.len();
-    Ok(Json(Trail { id: id.to_string(), nodes, asked: outcome.nodes, answered }))
+    Ok(Json(MessageTrail { id: id.to_string(), nodes, asked: outcome.nodes, answered }))
 }

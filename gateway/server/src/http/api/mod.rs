@@ -28,7 +28,7 @@ use skein_core::{
 
 mod messages;
 mod nodes;
-mod notices;
+mod notifications;
 mod rooms;
 mod users;
 
@@ -51,7 +51,7 @@ impl ApiKeys {
     }
 
     /// The name of the key that a request has.
-    pub(super) fn name_in(&self, headers: &HeaderMap) -> Result<&str, ApiRejection> {
+    pub(super) fn authenticate(&self, headers: &HeaderMap) -> Result<&str, ApiRejection> {
         if self.keys.is_empty() {
             return Err(ApiRejection::Disabled);
         }
@@ -79,11 +79,11 @@ impl ApiKeys {
 /// What is wrong, for programs and for people.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct Problem {
-    error: Reason,
+    error: ProblemDetail,
 }
 
 #[derive(Debug, Serialize, ToSchema)]
-struct Reason {
+struct ProblemDetail {
     /// One of the codes of `error` frames.
     code: String,
     /// For people.
@@ -92,28 +92,28 @@ struct Reason {
 
 /// Why a request was not done.
 #[derive(Debug)]
-pub(super) struct Failed {
+pub(super) struct ApiError {
     code: ErrorCode,
     message: String,
 }
 
-impl Failed {
+impl ApiError {
     pub(super) fn new(code: ErrorCode, message: impl Into<String>) -> Self {
         Self { code, message: message.into() }
     }
 
-    pub(super) fn bad(message: impl Into<String>) -> Self {
+    pub(super) fn bad_request(message: impl Into<String>) -> Self {
         Self::new(ErrorCode::BadRequest, message)
     }
 
     /// As it stands among the results of a batch.
     pub(super) fn to_problem(&self) -> Problem {
         let (code, message) = (self.code.as_str().to_owned(), self.message.clone());
-        Problem { error: Reason { code, message } }
+        Problem { error: ProblemDetail { code, message } }
     }
 }
 
-impl From<BusError> for Failed {
+impl From<BusError> for ApiError {
     fn from(error: BusError) -> Self {
         match error {
             BusError::Unavailable => Self::new(
@@ -135,7 +135,7 @@ impl From<BusError> for Failed {
     }
 }
 
-impl IntoResponse for Failed {
+impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let status = match self.code {
             ErrorCode::Unauthorized => StatusCode::UNAUTHORIZED,
@@ -159,10 +159,10 @@ impl IntoResponse for Failed {
 }
 
 /// What the bus answers, if it does within the time that a request may wait.
-pub(super) async fn wait<T, E: Into<Failed>>(
+pub(super) async fn await_bus<T, E: Into<ApiError>>(
     node: &Node,
     question: impl Future<Output = Result<T, E>>,
-) -> Result<T, Failed> {
+) -> Result<T, ApiError> {
     match tokio::time::timeout(node.services.limits.wait_max, question).await {
         Ok(answer) => answer.map_err(Into::into),
         Err(_) => Err(BusError::Unavailable.into()),
@@ -170,44 +170,48 @@ pub(super) async fn wait<T, E: Into<Failed>>(
 }
 
 /// A body in JSON.
-pub(super) struct Body<T>(pub(super) T);
+pub(super) struct JsonBody<T>(pub(super) T);
 
-impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
-    type Rejection = Failed;
+impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for JsonBody<T> {
+    type Rejection = ApiError;
 
-    async fn from_request(request: Request, state: &S) -> Result<Self, Failed> {
+    async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
         let body = Bytes::from_request(request, state).await.map_err(|error| {
             let code = match error.status() {
                 StatusCode::PAYLOAD_TOO_LARGE => ErrorCode::TooLarge,
                 _ => ErrorCode::BadRequest,
             };
-            Failed::new(code, error.body_text())
+            ApiError::new(code, error.body_text())
         })?;
         let text = body.trim_ascii();
         let body = if text.is_empty() || text == b"null" { &b"{}"[..] } else { text };
         // serde reads a list as the members of a struct in their order.
         if !body.starts_with(b"{") {
-            return Err(Failed::bad("the body is a JSON object"));
+            return Err(ApiError::bad_request("the body is a JSON object"));
         }
-        serde_json::from_slice(body).map(Self).map_err(|error| Failed::bad(error.to_string()))
+        serde_json::from_slice(body)
+            .map(Self)
+            .map_err(|error| ApiError::bad_request(error.to_string()))
     }
 }
 
 /// A query, or what is wrong with it.
-pub(super) fn query<T>(query: Result<Query<T>, QueryRejection>) -> Result<T, Failed> {
-    query.map(|Query(query)| query).map_err(|error| Failed::bad(error.body_text()))
+pub(super) fn parse_query<T>(query: Result<Query<T>, QueryRejection>) -> Result<T, ApiError> {
+    query.map(|Query(query)| query).map_err(|error| ApiError::bad_request(error.body_text()))
 }
 
 /// A name in a path.
-pub(super) fn name<T: std::str::FromStr<Err: std::fmt::Display>>(text: &str) -> Result<T, Failed> {
-    text.parse().map_err(|error: T::Err| Failed::bad(error.to_string()))
+pub(super) fn parse_name<T: std::str::FromStr<Err: std::fmt::Display>>(
+    text: &str,
+) -> Result<T, ApiError> {
+    text.parse().map_err(|error: T::Err| ApiError::bad_request(error.to_string()))
 }
 
 /// A user that clients can be.
-pub(super) fn user(text: &str) -> Result<skein_protocol::ids::UserId, Failed> {
-    let user: skein_protocol::ids::UserId = name(text)?;
+pub(super) fn parse_user(text: &str) -> Result<skein_protocol::ids::UserId, ApiError> {
+    let user: skein_protocol::ids::UserId = parse_name(text)?;
     if user.is_reserved() {
-        return Err(Failed::bad("ids with a leading `_` are the server's"));
+        return Err(ApiError::bad_request("ids with a leading `_` are the server's"));
     }
     Ok(user)
 }
@@ -215,7 +219,7 @@ pub(super) fn user(text: &str) -> Result<skein_protocol::ids::UserId, Failed> {
 /// A page of a list.
 #[derive(Debug, Deserialize, utoipa::IntoParams)]
 #[into_params(parameter_in = Query)]
-pub(super) struct Paging {
+pub(super) struct PageQuery {
     /// What ids begin with.
     #[serde(default)]
     #[param(max_length = 128)]
@@ -230,35 +234,35 @@ pub(super) struct Paging {
     pub(super) limit: Option<u32>,
 }
 
-impl Paging {
-    pub(super) fn checked(self) -> Result<(String, String, usize), Failed> {
+impl PageQuery {
+    pub(super) fn checked(self) -> Result<(String, String, usize), ApiError> {
         let Self { prefix, cursor, limit } = self;
         let (prefix, cursor) = (prefix.unwrap_or_default(), cursor.unwrap_or_default());
         if prefix.chars().count() > 128 || cursor.chars().count() > 128 {
-            return Err(Failed::bad("`prefix` and `cursor` are at most 128 characters"));
+            return Err(ApiError::bad_request("`prefix` and `cursor` are at most 128 characters"));
         }
-        Ok((prefix, cursor, limit_of(limit, 100)? as usize))
+        Ok((prefix, cursor, page_limit(limit, 100)? as usize))
     }
 }
 
 /// How many, 1 to 200.
-pub(super) fn limit_of(limit: Option<u32>, default: u32) -> Result<u32, Failed> {
+pub(super) fn page_limit(limit: Option<u32>, default: u32) -> Result<u32, ApiError> {
     match limit.unwrap_or(default) {
         limit @ 1..=200 => Ok(limit),
-        _ => Err(Failed::bad("`limit` is 1 to 200")),
+        _ => Err(ApiError::bad_request("`limit` is 1 to 200")),
     }
 }
 
 /// On how many nodes an order was applied.
 #[derive(Debug, Serialize, ToSchema)]
-pub(super) struct Outcome {
+pub(super) struct AppliedNodes {
     /// These.
     applied: usize,
     /// Of so many that live, or were heard of within the last minute.
     nodes: usize,
 }
 
-impl From<commands::CommandProgress> for Outcome {
+impl From<commands::CommandProgress> for AppliedNodes {
     fn from(commands::CommandProgress { applied, nodes }: commands::CommandProgress) -> Self {
         Self { applied, nodes }
     }
@@ -267,7 +271,7 @@ impl From<commands::CommandProgress> for Outcome {
 /// What every path may answer beside its own.
 #[derive(utoipa::IntoResponses)]
 #[expect(dead_code, reason = "it stands for answers in the document")]
-pub(super) enum Common {
+pub(super) enum CommonResponses {
     /// The request is not what this says.
     #[response(status = 400)]
     BadRequest(Problem),
@@ -306,7 +310,7 @@ pub(super) enum Common {
     security(("api_key" = [])),
     modifiers(&BearerKey),
 )]
-struct Document;
+struct OpenApiDocument;
 
 struct BearerKey;
 
@@ -320,7 +324,7 @@ impl utoipa::Modify for BearerKey {
 }
 
 fn paths() -> OpenApiRouter<Arc<Node>> {
-    OpenApiRouter::with_openapi(Document::openapi())
+    OpenApiRouter::with_openapi(OpenApiDocument::openapi())
         .routes(routes!(messages::send))
         .routes(routes!(messages::publish))
         .routes(routes!(messages::trail))
@@ -329,9 +333,9 @@ fn paths() -> OpenApiRouter<Arc<Node>> {
         .routes(routes!(rooms::history))
         .routes(routes!(rooms::presence))
         .routes(routes!(rooms::remove))
-        .routes(routes!(notices::notify))
-        .routes(routes!(notices::notify_many))
-        .routes(routes!(notices::broadcast))
+        .routes(routes!(notifications::notify))
+        .routes(routes!(notifications::notify_many))
+        .routes(routes!(notifications::broadcast))
         .routes(routes!(users::list))
         .routes(routes!(users::info))
         .routes(routes!(users::disconnect))
@@ -379,10 +383,10 @@ async fn authorize(
     request: Request,
     next: Next,
 ) -> Response {
-    match node.options.api.name_in(&headers) {
+    match node.options.api.authenticate(&headers) {
         // What a path's extractor would say has no code.
-        Ok(_) if !is_utf8(request.uri().path()) => {
-            Failed::bad("the path is no UTF-8").into_response()
+        Ok(_) if !is_utf8_path(request.uri().path()) => {
+            ApiError::bad_request("the path is no UTF-8").into_response()
         }
         Ok(name) => {
             tracing::debug!(key = name, method = %request.method(), path = request.uri().path(), "API");
@@ -390,11 +394,11 @@ async fn authorize(
         }
         Err(ApiRejection::Disabled) => {
             let text = "this gateway has no API key: set api.keys";
-            Failed::new(ErrorCode::Forbidden, text).into_response()
+            ApiError::new(ErrorCode::Forbidden, text).into_response()
         }
         Err(_) => {
             let text = "send `Authorization: Bearer <api key>`";
-            let mut response = Failed::new(ErrorCode::Unauthorized, text).into_response();
+            let mut response = ApiError::new(ErrorCode::Unauthorized, text).into_response();
             let challenge = header::HeaderValue::from_static("Bearer");
             response.headers_mut().insert(header::WWW_AUTHENTICATE, challenge);
             response
@@ -403,7 +407,7 @@ async fn authorize(
 }
 
 /// Whether a path is UTF-8 once its escapes are decoded (RFC 3986, section 2.1).
-fn is_utf8(path: &str) -> bool {
+fn is_utf8_path(path: &str) -> bool {
     let mut bytes = Vec::with_capacity(path.len());
     let mut rest = path.as_bytes();
     while let Some((first, behind)) = rest.split_first() {
@@ -427,10 +431,10 @@ mod tests {
     #[test]
     fn a_path_is_read_with_its_escapes() {
         for good in ["/a", "/a%20b", "/%C3%BC", "/%", "/%2", "/%zz"] {
-            assert!(is_utf8(good), "{good}");
+            assert!(is_utf8_path(good), "{good}");
         }
         for bad in ["/%FF", "/a%c3", "/%C3%28"] {
-            assert!(!is_utf8(bad), "{bad}");
+            assert!(!is_utf8_path(bad), "{bad}");
         }
     }
 

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use skein_protocol::{error::ErrorCode, ids::NodeId};
 use utoipa::ToSchema;
 
-use super::{Common, Failed, Outcome, name, wait};
+use super::{CommonResponses, ApiError, AppliedNodes, parse_name, await_bus};
 use crate::http::Node;
 use skein_core::bus::commands::{ControlCommand, NodeQuery};
 
@@ -33,14 +33,14 @@ pub(super) struct NodeInfo {
 
 /// The nodes that have answered.
 #[derive(Debug, Serialize, ToSchema)]
-pub(super) struct Nodes {
+pub(super) struct NodeList {
     /// By id.
     nodes: Vec<NodeInfo>,
 }
 
 /// The cluster in numbers.
 #[derive(Debug, Serialize, ToSchema)]
-pub(super) struct Stats {
+pub(super) struct ClusterStats {
     /// How many nodes have answered.
     nodes: usize,
     /// Users who are connected.
@@ -54,7 +54,7 @@ pub(super) struct Stats {
 }
 
 /// What all nodes say of themselves, by id.
-pub(super) async fn ask(node: &Node) -> Result<Vec<NodeInfo>, Failed> {
+pub(super) async fn query_nodes(node: &Node) -> Result<Vec<NodeInfo>, ApiError> {
     let (answers, _) = node.control.query_nodes(NodeQuery::Node).await?;
     let mut nodes: Vec<NodeInfo> =
         answers.iter().filter_map(|answer| serde_json::from_str(answer).ok()).collect();
@@ -66,10 +66,10 @@ pub(super) async fn ask(node: &Node) -> Result<Vec<NodeInfo>, Failed> {
 #[utoipa::path(
     get, path = "/api/v1/nodes", tag = "nodes",
     operation_id = "list_nodes",
-    responses((status = 200, description = "Those that have answered.", body = Nodes), Common)
+    responses((status = 200, description = "Those that have answered.", body = NodeList), CommonResponses)
 )]
-pub(super) async fn list(State(node): State<Arc<Node>>) -> Result<Json<Nodes>, Failed> {
-    Ok(Json(Nodes { nodes: ask(&node).await? }))
+pub(super) async fn list(State(node): State<Arc<Node>>) -> Result<Json<NodeList>, ApiError> {
+    Ok(Json(NodeList { nodes: query_nodes(&node).await? }))
 }
 
 /// Take a node out of service: `ready` says 503, it takes no client any more, and sends those it has to
@@ -78,15 +78,15 @@ pub(super) async fn list(State(node): State<Arc<Node>>) -> Result<Json<Nodes>, F
     post, path = "/api/v1/nodes/{id}/drain", tag = "nodes",
     operation_id = "drain_node",
     params(("id" = String, Path, description = "The node", pattern = "^[A-Za-z0-9_.:-]{1,64}$")),
-    responses((status = 200, description = "On how many nodes the order was taken.", body = Outcome), Common)
+    responses((status = 200, description = "On how many nodes the order was taken.", body = AppliedNodes), CommonResponses)
 )]
 pub(super) async fn drain(
     State(node): State<Arc<Node>>,
     Path(id): Path<String>,
-) -> Result<Json<Outcome>, Failed> {
-    let id: NodeId = name(&id)?;
-    if !ask(&node).await?.iter().any(|node| node.node == id.as_str()) {
-        return Err(Failed::new(ErrorCode::NotFound, "no node of that id has answered"));
+) -> Result<Json<AppliedNodes>, ApiError> {
+    let id: NodeId = parse_name(&id)?;
+    if !query_nodes(&node).await?.iter().any(|node| node.node == id.as_str()) {
+        return Err(ApiError::new(ErrorCode::NotFound, "no node of that id has answered"));
     }
     Ok(Json(node.control.execute(ControlCommand::Drain { node: id }).await?.into()))
 }
@@ -95,13 +95,13 @@ pub(super) async fn drain(
 #[utoipa::path(
     get, path = "/api/v1/stats", tag = "nodes",
     operation_id = "stats",
-    responses((status = 200, description = "Sums over the nodes that have answered.", body = Stats), Common)
+    responses((status = 200, description = "Sums over the nodes that have answered.", body = ClusterStats), CommonResponses)
 )]
-pub(super) async fn stats(State(node): State<Arc<Node>>) -> Result<Json<Stats>, Failed> {
-    let page = wait(&node, node.services.presence.online(String::new(), 0)).await?;
-    let nodes = ask(&node).await?;
+pub(super) async fn stats(State(node): State<Arc<Node>>) -> Result<Json<ClusterStats>, ApiError> {
+    let page = await_bus(&node, node.services.presence.online(String::new(), 0)).await?;
+    let nodes = query_nodes(&node).await?;
     let sum = |of: fn(&NodeInfo) -> u64| nodes.iter().map(of).sum();
-    Ok(Json(Stats {
+    Ok(Json(ClusterStats {
         nodes: nodes.len(),
         users: page.count,
         connections: sum(|node| node.connections),

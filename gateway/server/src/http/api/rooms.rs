@@ -17,8 +17,8 @@ use skein_protocol::{
 use utoipa::ToSchema;
 
 use super::{
-    Body, Common, Failed, Outcome, Paging, limit_of, messages::is_readable, name, query, user,
-    users::Present, wait,
+    ApiError, AppliedNodes, CommonResponses, JsonBody, PageQuery, await_bus,
+    messages::check_raw_json, page_limit, parse_name, parse_query, parse_user, users::PresentUser,
 };
 use crate::http::Node;
 use skein_core::{
@@ -36,7 +36,7 @@ use skein_core::{
 
 /// A room.
 #[derive(Debug, Serialize, ToSchema)]
-pub(super) struct Room {
+pub(super) struct RoomDetails {
     /// Its id.
     room: String,
     /// What people read.
@@ -62,7 +62,7 @@ pub(super) struct Room {
     meta: serde_json::Map<String, serde_json::Value>,
 }
 
-impl Room {
+impl RoomDetails {
     fn of(node: &Node, found: RoomSummary) -> Self {
         let info = info_of(found, &node.services.rules);
         Self {
@@ -82,9 +82,9 @@ impl Room {
 
 /// A page of rooms.
 #[derive(Debug, Serialize, ToSchema)]
-pub(super) struct Rooms {
+pub(super) struct RoomPage {
     /// By id.
-    rooms: Vec<Room>,
+    rooms: Vec<RoomDetails>,
     /// Asks for the next page, if there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     cursor: Option<String>,
@@ -92,7 +92,7 @@ pub(super) struct Rooms {
 
 /// How a room is to be.
 #[derive(Debug, Deserialize, ToSchema)]
-pub(super) struct Made {
+pub(super) struct NewRoom {
     /// What people read, 64 characters at most; its id where absent.
     #[schema(min_length = 1, pattern = "^[^\\x00-\\x1f\\x7f-\\x9f]*$")]
     #[serde(default)]
@@ -120,7 +120,7 @@ pub(super) struct Made {
 
 /// What was deleted.
 #[derive(Debug, Serialize, ToSchema)]
-pub(super) struct Deleted {
+pub(super) struct DeletedRoom {
     /// The room.
     room: String,
 }
@@ -128,7 +128,7 @@ pub(super) struct Deleted {
 /// Which page of a room's log.
 #[derive(Debug, Deserialize, utoipa::IntoParams)]
 #[into_params(parameter_in = Query)]
-pub(super) struct Which {
+pub(super) struct HistoryQuery {
     /// Entries below this number, the newest of them.
     #[serde(default)]
     #[param(minimum = 0, maximum = 9007199254740991_u64)]
@@ -145,7 +145,7 @@ pub(super) struct Which {
 
 /// A page of a room's log.
 #[derive(Serialize, ToSchema)]
-pub(super) struct History {
+pub(super) struct HistoryPage {
     /// The room.
     room: String,
     /// The epoch that numbers count in.
@@ -159,11 +159,11 @@ pub(super) struct History {
 
 /// Who is in a room.
 #[derive(Debug, Serialize, ToSchema)]
-pub(super) struct Presence {
+pub(super) struct PresencePage {
     /// The room.
     room: String,
     /// A page of them, by id.
-    users: Vec<Present>,
+    users: Vec<PresentUser>,
     /// How many there are in all.
     count: u64,
     /// Asks for the next page, if there is one.
@@ -171,25 +171,25 @@ pub(super) struct Presence {
     cursor: Option<String>,
 }
 
-fn not_found() -> Failed {
-    Failed::new(ErrorCode::NotFound, "there is no such room")
+fn not_found() -> ApiError {
+    ApiError::new(ErrorCode::NotFound, "there is no such room")
 }
 
 /// List rooms: those that are managed, and those that somebody is in.
 #[utoipa::path(
     get, path = "/api/v1/rooms", tag = "rooms",
-    operation_id = "list_rooms", params(Paging),
-    responses((status = 200, description = "A page.", body = Rooms), Common)
+    operation_id = "list_rooms", params(PageQuery),
+    responses((status = 200, description = "A page.", body = RoomPage), CommonResponses)
 )]
 pub(super) async fn list(
     State(node): State<Arc<Node>>,
-    paging: Result<Query<Paging>, QueryRejection>,
-) -> Result<Json<Rooms>, Failed> {
-    let (prefix, after, limit) = query(paging)?.checked()?;
+    paging: Result<Query<PageQuery>, QueryRejection>,
+) -> Result<Json<RoomPage>, ApiError> {
+    let (prefix, after, limit) = parse_query(paging)?.checked()?;
     let store = node.services.presence.store();
-    let listing = wait(&node, store.list(prefix, after, limit, true)).await?;
-    let rooms = listing.rooms.into_iter().map(|found| Room::of(&node, found)).collect();
-    Ok(Json(Rooms { rooms, cursor: listing.next }))
+    let listing = await_bus(&node, store.list(prefix, after, limit, true)).await?;
+    let rooms = listing.rooms.into_iter().map(|found| RoomDetails::of(&node, found)).collect();
+    Ok(Json(RoomPage { rooms, cursor: listing.next }))
 }
 
 /// What a room is like.
@@ -197,29 +197,29 @@ pub(super) async fn list(
     get, path = "/api/v1/rooms/{room}", tag = "rooms",
     operation_id = "get_room",
     params(("room" = String, Path, description = "The room", pattern = "^[A-Za-z0-9_.:@-]{1,128}$")),
-    responses((status = 200, description = "The room.", body = Room), Common)
+    responses((status = 200, description = "The room.", body = RoomDetails), CommonResponses)
 )]
 pub(super) async fn info(
     State(node): State<Arc<Node>>,
     Path(room): Path<String>,
-) -> Result<Json<Room>, Failed> {
+) -> Result<Json<RoomDetails>, ApiError> {
     let store = node.services.presence.store();
-    let found = wait(&node, store.find(name(&room)?)).await?;
-    found.map(|found| Json(Room::of(&node, found))).ok_or_else(not_found)
+    let found = await_bus(&node, store.find(parse_name(&room)?)).await?;
+    found.map(|found| Json(RoomDetails::of(&node, found))).ok_or_else(not_found)
 }
 
-impl Made {
-    async fn checked(self, node: &Node, room: &RoomId) -> Result<RoomConfig, Failed> {
-        let too_large = |text: String| Failed::new(ErrorCode::TooLarge, text);
+impl NewRoom {
+    async fn checked(self, node: &Node, room: &RoomId) -> Result<RoomConfig, ApiError> {
+        let too_large = |text: String| ApiError::new(ErrorCode::TooLarge, text);
         let name: DisplayName = match self.name {
             Some(name) if name.chars().count() > NAME_CHARS_MAX => {
                 return Err(too_large(format!("`name` is at most {NAME_CHARS_MAX} characters")));
             }
-            Some(name) => super::name(&name)?,
+            Some(name) => parse_name(&name)?,
             None => room_name(room),
         };
         if self.max_members == Some(0) {
-            return Err(Failed::bad("`max_members` is 1 or more"));
+            return Err(ApiError::bad_request("`max_members` is 1 or more"));
         }
         let meta = self.meta.as_ref().map_or("{}", |meta| meta.get());
         if meta.len() > META_BYTES_MAX {
@@ -227,14 +227,14 @@ impl Made {
         }
         if let Some(meta) = &self.meta {
             if !meta.get().starts_with('{') {
-                return Err(Failed::bad("`meta` is an object"));
+                return Err(ApiError::bad_request("`meta` is an object"));
             }
-            is_readable("meta", meta)?;
+            check_raw_json("meta", meta)?;
         }
-        let owner: UserId = super::name(self.owner.as_deref().unwrap_or(API_USER))?;
+        let owner: UserId = parse_name(self.owner.as_deref().unwrap_or(API_USER))?;
         let password = match self.password {
             Some(password) if password.is_empty() => {
-                return Err(Failed::bad(
+                return Err(ApiError::bad_request(
                     "`password` is not empty; leave it out for a room without",
                 ));
             }
@@ -264,29 +264,29 @@ impl Made {
     put, path = "/api/v1/rooms/{room}", tag = "rooms",
     operation_id = "create_room",
     params(("room" = String, Path, description = "The room", pattern = "^[A-Za-z0-9_.:@-]{1,128}$")),
-    request_body(content = Option<Made>, description = "May be empty."),
+    request_body(content = Option<NewRoom>, description = "May be empty."),
     responses(
-        (status = 201, description = "It was made.", body = Room),
+        (status = 201, description = "It was made.", body = RoomDetails),
         (status = 409, description = "There is one.", body = super::Problem),
-        Common,
+        CommonResponses,
     )
 )]
 pub(super) async fn create(
     State(node): State<Arc<Node>>,
     Path(room): Path<String>,
-    Body(made): Body<Made>,
-) -> Result<(StatusCode, Json<Room>), Failed> {
-    let room: RoomId = name(&room)?;
+    JsonBody(made): JsonBody<NewRoom>,
+) -> Result<(StatusCode, Json<RoomDetails>), ApiError> {
+    let room: RoomId = parse_name(&room)?;
     let record = made.checked(&node, &room).await?;
     let store = node.services.presence.store();
-    if wait(&node, store.create(room.clone(), record.clone(), None)).await?
+    if await_bus(&node, store.create(room.clone(), record.clone(), None)).await?
         != CreateOutcome::Created
     {
         let text = "a room of that name is there, with members or a log";
-        return Err(Failed::new(ErrorCode::RoomExists, text));
+        return Err(ApiError::new(ErrorCode::RoomExists, text));
     }
     let found = RoomSummary { room, since: record.created, config: Some(record), members: 0 };
-    Ok((StatusCode::CREATED, Json(Room::of(&node, found))))
+    Ok((StatusCode::CREATED, Json(RoomDetails::of(&node, found))))
 }
 
 /// Delete a room with its log. Its members are told.
@@ -294,15 +294,15 @@ pub(super) async fn create(
     delete, path = "/api/v1/rooms/{room}", tag = "rooms",
     operation_id = "delete_room",
     params(("room" = String, Path, description = "The room", pattern = "^[A-Za-z0-9_.:@-]{1,128}$")),
-    responses((status = 200, description = "It is no more.", body = Deleted), Common)
+    responses((status = 200, description = "It is no more.", body = DeletedRoom), CommonResponses)
 )]
 pub(super) async fn delete(
     State(node): State<Arc<Node>>,
     Path(room): Path<String>,
-) -> Result<Json<Deleted>, Failed> {
+) -> Result<Json<DeletedRoom>, ApiError> {
     let store = node.services.presence.store();
-    match wait(&node, store.delete_room(name(&room)?, None, None)).await? {
-        DeleteOutcome::Deleted => Ok(Json(Deleted { room })),
+    match await_bus(&node, store.delete_room(parse_name(&room)?, None, None)).await? {
+        DeleteOutcome::Deleted => Ok(Json(DeletedRoom { room })),
         DeleteOutcome::NotFound | DeleteOutcome::NotOwner => Err(not_found()),
     }
 }
@@ -311,55 +311,55 @@ pub(super) async fn delete(
 #[utoipa::path(
     get, path = "/api/v1/rooms/{room}/history", tag = "rooms",
     operation_id = "room_history",
-    params(("room" = String, Path, description = "The room", pattern = "^[A-Za-z0-9_.:@-]{1,128}$"), Which),
-    responses((status = 200, description = "A page.", body = History), Common)
+    params(("room" = String, Path, description = "The room", pattern = "^[A-Za-z0-9_.:@-]{1,128}$"), HistoryQuery),
+    responses((status = 200, description = "A page.", body = HistoryPage), CommonResponses)
 )]
 pub(super) async fn history(
     State(node): State<Arc<Node>>,
     Path(room): Path<String>,
-    which: Result<Query<Which>, QueryRejection>,
-) -> Result<Json<History>, Failed> {
-    let Which { before, after, limit } = query(which)?;
-    let (room, limit) = (name::<RoomId>(&room)?, limit_of(limit, 50)?);
+    which: Result<Query<HistoryQuery>, QueryRejection>,
+) -> Result<Json<HistoryPage>, ApiError> {
+    let HistoryQuery { before, after, limit } = parse_query(which)?;
+    let (room, limit) = (parse_name::<RoomId>(&room)?, page_limit(limit, 50)?);
     let checked = |seq: Option<u64>| match seq {
         Some(seq) if seq > skein_protocol::position::SEQ_MAX => {
-            Err(Failed::bad("a number is at most 2^53-1"))
+            Err(ApiError::bad_request("a number is at most 2^53-1"))
         }
         seq => Ok(seq),
     };
     let range = match (checked(before)?, checked(after)?) {
         (Some(_), Some(_)) => {
-            return Err(Failed::bad("`before` and `after` exclude each other"));
+            return Err(ApiError::bad_request("`before` and `after` exclude each other"));
         }
         (Some(seq), None) => ReadRange::Before { seq, limit },
         (None, Some(seq)) => ReadRange::After { seq, limit },
         (None, None) => ReadRange::Newest { limit },
     };
     let page = if node.services.rules.is_durable(&room) {
-        wait(&node, node.services.bus.read(room.clone(), range)).await?
+        await_bus(&node, node.services.bus.read(room.clone(), range)).await?
     } else {
         LogPage::without_log()
     };
     let (messages, more) = history_of(range, &page);
-    Ok(Json(History { room: room.to_string(), epoch: page.epoch.to_string(), messages, more }))
+    Ok(Json(HistoryPage { room: room.to_string(), epoch: page.epoch.to_string(), messages, more }))
 }
 
 /// Who is in a room.
 #[utoipa::path(
     get, path = "/api/v1/rooms/{room}/presence", tag = "rooms",
     operation_id = "room_presence",
-    params(("room" = String, Path, description = "The room", pattern = "^[A-Za-z0-9_.:@-]{1,128}$"), Paging),
-    responses((status = 200, description = "A page.", body = Presence), Common)
+    params(("room" = String, Path, description = "The room", pattern = "^[A-Za-z0-9_.:@-]{1,128}$"), PageQuery),
+    responses((status = 200, description = "A page.", body = PresencePage), CommonResponses)
 )]
 pub(super) async fn presence(
     State(node): State<Arc<Node>>,
     Path(room): Path<String>,
-    paging: Result<Query<Paging>, QueryRejection>,
-) -> Result<Json<Presence>, Failed> {
-    let room: RoomId = name(&room)?;
-    let (prefix, after, limit) = query(paging)?.checked()?;
+    paging: Result<Query<PageQuery>, QueryRejection>,
+) -> Result<Json<PresencePage>, ApiError> {
+    let room: RoomId = parse_name(&room)?;
+    let (prefix, after, limit) = parse_query(paging)?.checked()?;
     let store = node.services.presence.store();
-    let snapshots = wait(&node, store.snapshots(vec![room.clone()])).await?;
+    let snapshots = await_bus(&node, store.snapshots(vec![room.clone()])).await?;
     let present = snapshots.into_iter().next().unwrap_or_default().users;
     let count = present.len() as u64;
     let mut ids: Vec<UserId> = present.into_iter().map(|person| person.id).collect();
@@ -368,11 +368,11 @@ pub(super) async fn presence(
     let more = ids.len() > limit;
     ids.truncate(limit);
     let cursor = ids.last().filter(|_| more).map(UserId::to_string);
-    let details = wait(&node, store.details(room.clone(), ids)).await?;
+    let details = await_bus(&node, store.details(room.clone(), ids)).await?;
     let by_id: BTreeMap<UserId, UserPresence> =
         details.users.into_iter().map(|detail| (detail.user.id.clone(), detail)).collect();
-    let users = by_id.into_values().map(|detail| Present::of(detail, true)).collect();
-    Ok(Json(Presence { room: room.to_string(), users, count, cursor }))
+    let users = by_id.into_values().map(|detail| PresentUser::of(detail, true)).collect();
+    Ok(Json(PresencePage { room: room.to_string(), users, count, cursor }))
 }
 
 /// Take a user out of a room, on all nodes and devices. This is no ban.
@@ -383,12 +383,12 @@ pub(super) async fn presence(
         ("room" = String, Path, description = "The room", pattern = "^[A-Za-z0-9_.:@-]{1,128}$"),
         ("user" = String, Path, description = "The user", pattern = "^[A-Za-z0-9.:@|+=-][A-Za-z0-9_.:@|+=-]{0,127}$"),
     ),
-    responses((status = 200, description = "On how many nodes it was applied.", body = Outcome), Common)
+    responses((status = 200, description = "On how many nodes it was applied.", body = AppliedNodes), CommonResponses)
 )]
 pub(super) async fn remove(
     State(node): State<Arc<Node>>,
     Path((room, member)): Path<(String, String)>,
-) -> Result<Json<Outcome>, Failed> {
-    let order = ControlCommand::Remove { room: name(&room)?, user: user(&member)? };
+) -> Result<Json<AppliedNodes>, ApiError> {
+    let order = ControlCommand::Remove { room: parse_name(&room)?, user: parse_user(&member)? };
     Ok(Json(node.control.execute(order).await?.into()))
 }

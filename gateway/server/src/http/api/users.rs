@@ -13,7 +13,7 @@ use skein_protocol::{
 };
 use utoipa::ToSchema;
 
-use super::{Body, Common, Failed, Outcome, Paging, name, query, user, wait};
+use super::{JsonBody, CommonResponses, ApiError, AppliedNodes, PageQuery, parse_name, parse_query, parse_user, await_bus};
 use crate::http::Node;
 use skein_core::{
     bus::{commands::NodeQuery, registry::UserPresence, sessions::SessionSelector},
@@ -27,7 +27,7 @@ const REASON_BYTES_MAX: usize = 123;
 
 /// A user who is there.
 #[derive(Debug, Serialize, ToSchema)]
-pub(super) struct Present {
+pub(super) struct PresentUser {
     /// The id.
     id: String,
     /// What people read.
@@ -43,7 +43,7 @@ pub(super) struct Present {
     read: Option<u64>,
 }
 
-impl Present {
+impl PresentUser {
     pub(super) fn of(detail: UserPresence, in_room: bool) -> Self {
         Self {
             id: detail.user.id.to_string(),
@@ -58,9 +58,9 @@ impl Present {
 
 /// A page of who is connected.
 #[derive(Debug, Serialize, ToSchema)]
-pub(super) struct Users {
+pub(super) struct UserPage {
     /// By id.
-    users: Vec<Present>,
+    users: Vec<PresentUser>,
     /// How many are connected in all, whatever they are called.
     count: u64,
     /// Asks for the next page, if there is one.
@@ -70,7 +70,7 @@ pub(super) struct Users {
 
 /// A user.
 #[derive(Debug, Default, Serialize, ToSchema)]
-pub(super) struct User {
+pub(super) struct UserDetails {
     /// Whether the user is connected to any node.
     online: bool,
     /// When the user did something last, where that is known.
@@ -79,12 +79,12 @@ pub(super) struct User {
     /// The rooms that the user is in.
     rooms: Vec<String>,
     /// Over which connections.
-    connections: Vec<Connection>,
+    connections: Vec<ConnectionDetails>,
 }
 
 /// A connection.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
-struct Connection {
+struct ConnectionDetails {
     /// Its id.
     #[schema(format = Uuid)]
     connection_id: String,
@@ -111,14 +111,14 @@ struct Connection {
 
 /// What a node knows of a user.
 #[derive(Deserialize)]
-struct Here {
-    connections: Vec<Connection>,
+struct NodeConnections {
+    connections: Vec<ConnectionDetails>,
     rooms: Vec<String>,
 }
 
 /// A session.
 #[derive(Debug, Serialize, ToSchema)]
-struct Session {
+struct SessionDetails {
     /// Its id.
     #[schema(format = Uuid)]
     session_id: String,
@@ -140,14 +140,14 @@ struct Session {
 
 /// The sessions of a user.
 #[derive(Debug, Serialize, ToSchema)]
-pub(super) struct Sessions {
+pub(super) struct SessionList {
     /// Those used last first.
-    sessions: Vec<Session>,
+    sessions: Vec<SessionDetails>,
 }
 
 /// How connections are closed.
 #[derive(Debug, Default, Deserialize, ToSchema)]
-pub(super) struct Closing {
+pub(super) struct DisconnectOptions {
     /// The close code: 1000, 1008, or 3000 to 4999; 1008 where absent.
     #[serde(default)]
     #[schema(minimum = 3000, maximum = 4999)]
@@ -163,7 +163,7 @@ pub(super) struct Closing {
 
 /// Whose inbox was emptied.
 #[derive(Debug, Serialize, ToSchema)]
-pub(super) struct Emptied {
+pub(super) struct EmptiedInbox {
     /// The user.
     user: String,
 }
@@ -171,7 +171,7 @@ pub(super) struct Emptied {
 /// Which sessions to keep.
 #[derive(Debug, Deserialize, utoipa::IntoParams)]
 #[into_params(parameter_in = Query)]
-pub(super) struct Except {
+pub(super) struct RevokeQuery {
     /// This one.
     #[serde(default)]
     #[param(format = Uuid)]
@@ -180,7 +180,7 @@ pub(super) struct Except {
 
 /// How many are connected.
 #[derive(Debug, Serialize, ToSchema)]
-pub(super) struct Online {
+pub(super) struct OnlineCounts {
     /// Users.
     users: u64,
     /// Their connections.
@@ -190,27 +190,27 @@ pub(super) struct Online {
 /// List who is connected to any node.
 #[utoipa::path(
     get, path = "/api/v1/users", tag = "users",
-    operation_id = "list_users", params(Paging),
-    responses((status = 200, description = "A page.", body = Users), Common)
+    operation_id = "list_users", params(PageQuery),
+    responses((status = 200, description = "A page.", body = UserPage), CommonResponses)
 )]
 pub(super) async fn list(
     State(node): State<Arc<Node>>,
-    paging: Result<Query<Paging>, QueryRejection>,
-) -> Result<Json<Users>, Failed> {
-    let (prefix, cursor, limit) = query(paging)?.checked()?;
-    let after = cursor.max(right_before(&prefix));
-    let page = wait(&node, node.services.presence.online(after, limit)).await?;
+    paging: Result<Query<PageQuery>, QueryRejection>,
+) -> Result<Json<UserPage>, ApiError> {
+    let (prefix, cursor, limit) = parse_query(paging)?.checked()?;
+    let after = cursor.max(cursor_before(&prefix));
+    let page = await_bus(&node, node.services.presence.online(after, limit)).await?;
     let has_prefix = |detail: &UserPresence| detail.user.id.as_str().starts_with(&prefix);
     let more = page.more && page.users.last().is_some_and(has_prefix);
     let users = page.users.into_iter().take_while(has_prefix);
-    let users: Vec<Present> = users.map(|detail| Present::of(detail, false)).collect();
+    let users: Vec<PresentUser> = users.map(|detail| PresentUser::of(detail, false)).collect();
     let cursor = users.last().filter(|_| more).map(|last| last.id.clone());
-    Ok(Json(Users { users, count: page.count, cursor }))
+    Ok(Json(UserPage { users, count: page.count, cursor }))
 }
 
 /// A text behind which ids come that begin with `prefix`, and none before those: letters of ids are
 /// ASCII and below `~`.
-fn right_before(prefix: &str) -> String {
+fn cursor_before(prefix: &str) -> String {
     let mut letters = prefix.bytes().collect::<Vec<_>>();
     match letters.pop().filter(|last| last.is_ascii_graphic()) {
         Some(last) => {
@@ -225,13 +225,13 @@ fn right_before(prefix: &str) -> String {
 #[utoipa::path(
     get, path = "/api/v1/online", tag = "users",
     operation_id = "count_online",
-    responses((status = 200, description = "How many.", body = Online), Common)
+    responses((status = 200, description = "How many.", body = OnlineCounts), CommonResponses)
 )]
-pub(super) async fn online(State(node): State<Arc<Node>>) -> Result<Json<Online>, Failed> {
-    let page = wait(&node, node.services.presence.online(String::new(), 0)).await?;
-    let nodes = super::nodes::ask(&node).await?;
+pub(super) async fn online(State(node): State<Arc<Node>>) -> Result<Json<OnlineCounts>, ApiError> {
+    let page = await_bus(&node, node.services.presence.online(String::new(), 0)).await?;
+    let nodes = super::nodes::query_nodes(&node).await?;
     let connections = nodes.iter().map(|node| node.connections).sum();
-    Ok(Json(Online { users: page.count, connections }))
+    Ok(Json(OnlineCounts { users: page.count, connections }))
 }
 
 /// A user: whether connected, over which connections and how they are, and in which rooms.
@@ -239,23 +239,25 @@ pub(super) async fn online(State(node): State<Arc<Node>>) -> Result<Json<Online>
     get, path = "/api/v1/users/{user}", tag = "users",
     operation_id = "get_user",
     params(("user" = String, Path, description = "The user", pattern = "^[A-Za-z0-9.:@|+=-][A-Za-z0-9_.:@|+=-]{0,127}$")),
-    responses((status = 200, description = "The user.", body = User), Common)
+    responses((status = 200, description = "The user.", body = UserDetails), CommonResponses)
 )]
 pub(super) async fn info(
     State(node): State<Arc<Node>>,
     Path(id): Path<String>,
-) -> Result<Json<User>, Failed> {
-    let id: UserId = user(&id)?;
-    let statuses = wait(&node, node.services.presence.statuses(vec![id.clone()])).await?;
+) -> Result<Json<UserDetails>, ApiError> {
+    let id: UserId = parse_user(&id)?;
+    let statuses = await_bus(&node, node.services.presence.statuses(vec![id.clone()])).await?;
     let status = statuses.first().copied().unwrap_or_default();
-    let mut user = User {
+    let mut user = UserDetails {
         online: status.online,
         last_active: status.active.map(wire_time),
-        ..User::default()
+        ..UserDetails::default()
     };
     if status.online {
         let (answers, _) = node.control.query_nodes(NodeQuery::User { user: id }).await?;
-        for here in answers.iter().filter_map(|answer| serde_json::from_str::<Here>(answer).ok()) {
+        for here in
+            answers.iter().filter_map(|answer| serde_json::from_str::<NodeConnections>(answer).ok())
+        {
             user.connections.extend(here.connections);
             user.rooms.extend(here.rooms);
         }
@@ -271,23 +273,23 @@ pub(super) async fn info(
     post, path = "/api/v1/users/{user}/disconnect", tag = "users",
     operation_id = "disconnect_user",
     params(("user" = String, Path, description = "The user", pattern = "^[A-Za-z0-9.:@|+=-][A-Za-z0-9_.:@|+=-]{0,127}$")),
-    request_body(content = Option<Closing>, description = "May be empty."),
-    responses((status = 200, description = "On how many nodes it was applied.", body = Outcome), Common)
+    request_body(content = Option<DisconnectOptions>, description = "May be empty."),
+    responses((status = 200, description = "On how many nodes it was applied.", body = AppliedNodes), CommonResponses)
 )]
 pub(super) async fn disconnect(
     State(node): State<Arc<Node>>,
     Path(id): Path<String>,
-    Body(closing): Body<Closing>,
-) -> Result<Json<Outcome>, Failed> {
-    let id = user(&id)?;
+    JsonBody(closing): JsonBody<DisconnectOptions>,
+) -> Result<Json<AppliedNodes>, ApiError> {
+    let id = parse_user(&id)?;
     let Close { code, reason } = kicked();
     let close =
         Close { code: closing.code.unwrap_or(code), reason: closing.reason.unwrap_or(reason) };
     if !matches!(close.code, 1000 | 1008 | 3000..=4999) {
-        return Err(Failed::bad("`code` is 1000, 1008, or 3000 to 4999"));
+        return Err(ApiError::bad_request("`code` is 1000, 1008, or 3000 to 4999"));
     }
     if close.reason.len() > REASON_BYTES_MAX {
-        return Err(Failed::bad(format!("`reason` is at most {REASON_BYTES_MAX} bytes")));
+        return Err(ApiError::bad_request(format!("`reason` is at most {REASON_BYTES_MAX} bytes")));
     }
     let keep = closing.keep_session.unwrap_or_default();
     Ok(Json(node.control.close(id, SessionSelector::All, keep, close).await?.into()))
@@ -298,14 +300,14 @@ pub(super) async fn disconnect(
     get, path = "/api/v1/users/{user}/sessions", tag = "users",
     operation_id = "list_sessions",
     params(("user" = String, Path, description = "The user", pattern = "^[A-Za-z0-9.:@|+=-][A-Za-z0-9_.:@|+=-]{0,127}$")),
-    responses((status = 200, description = "All of them.", body = Sessions), Common)
+    responses((status = 200, description = "All of them.", body = SessionList), CommonResponses)
 )]
 pub(super) async fn sessions(
     State(node): State<Arc<Node>>,
     Path(id): Path<String>,
-) -> Result<Json<Sessions>, Failed> {
-    let kept = wait(&node, node.services.sessions.list(user(&id)?)).await?;
-    let session = |kept: skein_core::bus::sessions::StoredSession| Session {
+) -> Result<Json<SessionList>, ApiError> {
+    let kept = await_bus(&node, node.services.sessions.list(user(&id)?)).await?;
+    let session = |kept: skein_core::bus::sessions::StoredSession| SessionDetails {
         session_id: kept.session.to_string(),
         created_at: wire_time(kept.created),
         last_used: wire_time(kept.used),
@@ -314,26 +316,26 @@ pub(super) async fn sessions(
         address: kept.about.address.to_string(),
         user_agent: kept.about.user_agent.as_ref().map(ToString::to_string),
     };
-    Ok(Json(Sessions { sessions: kept.into_iter().map(session).collect() }))
+    Ok(Json(SessionList { sessions: kept.into_iter().map(session).collect() }))
 }
 
 /// Revoke the sessions of a user, all or all but one, and close their connections.
 #[utoipa::path(
     delete, path = "/api/v1/users/{user}/sessions", tag = "users",
     operation_id = "revoke_sessions",
-    params(("user" = String, Path, description = "The user", pattern = "^[A-Za-z0-9.:@|+=-][A-Za-z0-9_.:@|+=-]{0,127}$"), Except),
-    responses((status = 200, description = "On how many nodes it was applied.", body = Outcome), Common)
+    params(("user" = String, Path, description = "The user", pattern = "^[A-Za-z0-9.:@|+=-][A-Za-z0-9_.:@|+=-]{0,127}$"), RevokeQuery),
+    responses((status = 200, description = "On how many nodes it was applied.", body = AppliedNodes), CommonResponses)
 )]
 pub(super) async fn revoke(
     State(node): State<Arc<Node>>,
     Path(id): Path<String>,
-    except: Result<Query<Except>, QueryRejection>,
-) -> Result<Json<Outcome>, Failed> {
-    let which = match query(except)?.except {
-        Some(session) => SessionSelector::AllBut(name(&session)?),
+    except: Result<Query<RevokeQuery>, QueryRejection>,
+) -> Result<Json<AppliedNodes>, ApiError> {
+    let which = match parse_query(except)?.except {
+        Some(session) => SessionSelector::AllBut(parse_name(&session)?),
         None => SessionSelector::All,
     };
-    Ok(Json(node.control.close(user(&id)?, which, false, kicked()).await?.into()))
+    Ok(Json(node.control.close(parse_user(&id)?, which, false, kicked()).await?.into()))
 }
 
 /// Revoke one session of a user, and close its connection.
@@ -344,18 +346,18 @@ pub(super) async fn revoke(
         ("user" = String, Path, description = "The user", pattern = "^[A-Za-z0-9.:@|+=-][A-Za-z0-9_.:@|+=-]{0,127}$"),
         ("id" = String, Path, description = "The session", format = Uuid),
     ),
-    responses((status = 200, description = "On how many nodes it was applied.", body = Outcome), Common)
+    responses((status = 200, description = "On how many nodes it was applied.", body = AppliedNodes), CommonResponses)
 )]
 pub(super) async fn revoke_one(
     State(node): State<Arc<Node>>,
     Path((id, session)): Path<(String, String)>,
-) -> Result<Json<Outcome>, Failed> {
-    let (id, session): (UserId, SessionId) = (user(&id)?, name(&session)?);
-    let kept = wait(&node, node.services.sessions.list(id.clone())).await?;
+) -> Result<Json<AppliedNodes>, ApiError> {
+    let (id, session): (UserId, SessionId) = (parse_user(&id)?, parse_name(&session)?);
+    let kept = await_bus(&node, node.services.sessions.list(id.clone())).await?;
     // Also where it is not there: what was tried before may have been done by half.
     let outcome = node.control.close(id, SessionSelector::One(session), false, kicked()).await?;
     if !kept.iter().any(|kept| kept.session == session) {
-        return Err(Failed::new(ErrorCode::NotFound, "there is no such session"));
+        return Err(ApiError::new(ErrorCode::NotFound, "there is no such session"));
     }
     Ok(Json(outcome.into()))
 }
@@ -366,15 +368,15 @@ pub(super) async fn revoke_one(
     delete, path = "/api/v1/users/{user}/inbox", tag = "users",
     operation_id = "empty_inbox",
     params(("user" = String, Path, description = "The user", pattern = "^[A-Za-z0-9.:@|+=-][A-Za-z0-9_.:@|+=-]{0,127}$")),
-    responses((status = 200, description = "It is empty, also where there was none.", body = Emptied), Common)
+    responses((status = 200, description = "It is empty, also where there was none.", body = EmptiedInbox), CommonResponses)
 )]
 pub(super) async fn empty_inbox(
     State(node): State<Arc<Node>>,
     Path(id): Path<String>,
-) -> Result<Json<Emptied>, Failed> {
-    let inbox = RoomId::inbox_of(&user(&id)?);
-    wait(&node, node.services.bus.delete(inbox)).await?;
-    Ok(Json(Emptied { user: id }))
+) -> Result<Json<EmptiedInbox>, ApiError> {
+    let inbox = RoomId::inbox_of(&parse_user(&id)?);
+    await_bus(&node, node.services.bus.delete(inbox)).await?;
+    Ok(Json(EmptiedInbox { user: id }))
 }
 
 #[cfg(test)]
@@ -384,9 +386,9 @@ mod tests {
     #[test]
     fn ids_with_a_prefix_come_behind_what_is_right_before_it() {
         for (prefix, id) in [("ann", "ann"), ("ann", "ann-2"), ("a", "a"), ("", "_x")] {
-            assert!(*id > *right_before(prefix), "{prefix}");
+            assert!(*id > *cursor_before(prefix), "{prefix}");
         }
-        assert!("anm|zz" < &*right_before("ann") && "anm~" <= &*right_before("ann"));
-        assert_eq!(right_before("ä"), "");
+        assert!("anm|zz" < &*cursor_before("ann") && "anm~" <= &*cursor_before("ann"));
+        assert_eq!(cursor_before("ä"), "");
     }
 }

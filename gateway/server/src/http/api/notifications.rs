@@ -13,16 +13,18 @@ use skein_protocol::{error::ErrorCode, ids::MessageId};
 use utoipa::ToSchema;
 
 use super::{
-    Body, Common, Failed, Problem,
-    messages::{BATCH_MAX, Sent, appending, fate, id_of, is_readable},
-    user,
+    ApiError, CommonResponses, JsonBody, Problem,
+    messages::{
+        BATCH_MAX, SendResult, append_callback, append_result, check_raw_json, parse_message_id,
+    },
+    parse_user,
 };
 use crate::http::Node;
 use skein_core::bus::commands::ControlCommand;
 
 /// A notification.
 #[derive(Debug, Deserialize, ToSchema)]
-pub(super) struct Notification {
+pub(super) struct NewNotification {
     /// Any JSON.
     #[schema(value_type = Value)]
     payload: Box<RawValue>,
@@ -37,7 +39,7 @@ pub(super) struct Notification {
 
 /// A notification to many.
 #[derive(Debug, Deserialize, ToSchema)]
-pub(super) struct ToMany {
+pub(super) struct BulkNotification {
     /// At most 1,000.
     #[schema(max_items = 1000)]
     users: Vec<String>,
@@ -55,7 +57,7 @@ pub(super) struct ToMany {
 
 /// Something for every connection.
 #[derive(Debug, Deserialize, ToSchema)]
-pub(super) struct ToAll {
+pub(super) struct NewBroadcast {
     /// Any JSON.
     #[schema(value_type = Value)]
     payload: Box<RawValue>,
@@ -64,23 +66,23 @@ pub(super) struct ToAll {
 /// What became of it for one user.
 #[derive(Debug, Serialize, ToSchema)]
 #[serde(untagged)]
-enum NotificationFate {
-    Sent(Notified),
-    Failed(NotNotified),
+enum NotificationResult {
+    Sent(NotificationSent),
+    ApiError(NotificationFailed),
 }
 
 /// Where one user's notification stands.
 #[derive(Debug, Serialize, ToSchema)]
-struct Notified {
+struct NotificationSent {
     /// The user.
     user: String,
     #[serde(flatten)]
-    sent: Sent,
+    sent: SendResult,
 }
 
 /// Why one user's notification was not sent.
 #[derive(Debug, Serialize, ToSchema)]
-struct NotNotified {
+struct NotificationFailed {
     /// The user.
     user: String,
     #[serde(flatten)]
@@ -89,14 +91,14 @@ struct NotNotified {
 
 /// What became of it.
 #[derive(Debug, Serialize, ToSchema)]
-pub(super) struct NotificationFates {
+pub(super) struct NotificationResults {
     /// In the order of `users`.
-    results: Vec<NotificationFate>,
+    results: Vec<NotificationResult>,
 }
 
 /// A broadcast that is under way.
 #[derive(Debug, Serialize, ToSchema)]
-pub(super) struct Sending {
+pub(super) struct BroadcastResult {
     /// Its id.
     #[schema(format = Uuid)]
     id: String,
@@ -106,26 +108,26 @@ pub(super) struct Sending {
     nodes: usize,
 }
 
-fn checked(node: &Node, payload: &RawValue) -> Result<(), Failed> {
+fn check_payload(node: &Node, payload: &RawValue) -> Result<(), ApiError> {
     let bytes_max = node.options.limits.message_bytes_max;
     if payload.get().len() > bytes_max {
         let text = format!("`payload` is at most {bytes_max} bytes");
-        return Err(Failed::new(ErrorCode::TooLarge, text));
+        return Err(ApiError::new(ErrorCode::TooLarge, text));
     }
-    is_readable("payload", payload)
+    check_raw_json("payload", payload)
 }
 
-impl Notification {
-    async fn send(&self, node: &Node, to: &str, id: MessageId) -> Result<Sent, Failed> {
-        let to = user(to)?;
-        let (done, appending) = appending();
+impl NewNotification {
+    async fn send(&self, node: &Node, to: &str, id: MessageId) -> Result<SendResult, ApiError> {
+        let to = parse_user(to)?;
+        let (done, appending) = append_callback();
         let require_ack = self.require_ack.unwrap_or_default();
         node.services.publisher.notify(&to, id, &self.payload, require_ack, done);
-        fate(node, id, appending).await
+        append_result(node, id, appending).await
     }
 
-    fn id(&self) -> Result<MessageId, Failed> {
-        Ok(id_of(self.id.as_deref())?.unwrap_or_else(MessageId::random))
+    fn id(&self) -> Result<MessageId, ApiError> {
+        Ok(parse_message_id(self.id.as_deref())?.unwrap_or_else(MessageId::random))
     }
 }
 
@@ -134,73 +136,75 @@ impl Notification {
     post, path = "/api/v1/users/{user}/notifications", tag = "notifications",
     operation_id = "notify_user",
     params(("user" = String, Path, description = "The user", pattern = "^[A-Za-z0-9.:@|+=-][A-Za-z0-9_.:@|+=-]{0,127}$")),
-    request_body = Notification,
+    request_body = NewNotification,
     responses(
-        (status = 201, description = "It was appended to the inbox.", body = Sent),
-        (status = 200, description = "It had been, under the same id.", body = Sent),
-        Common,
+        (status = 201, description = "It was appended to the inbox.", body = SendResult),
+        (status = 200, description = "It had been, under the same id.", body = SendResult),
+        CommonResponses,
     )
 )]
 pub(super) async fn notify(
     State(node): State<Arc<Node>>,
     Path(to): Path<String>,
-    Body(notification): Body<Notification>,
-) -> Result<(StatusCode, Json<Sent>), Failed> {
-    checked(&node, &notification.payload)?;
+    JsonBody(notification): JsonBody<NewNotification>,
+) -> Result<(StatusCode, Json<SendResult>), ApiError> {
+    check_payload(&node, &notification.payload)?;
     let sent = notification.send(&node, &to, notification.id()?).await?;
-    Ok((Sent::status([&sent]), Json(sent)))
+    Ok((SendResult::status([&sent]), Json(sent)))
 }
 
 /// Notify many users. Each has its own fate.
 #[utoipa::path(
     post, path = "/api/v1/notifications", tag = "notifications",
     operation_id = "notify_users",
-    request_body = ToMany,
+    request_body = BulkNotification,
     responses(
-        (status = 201, description = "What became of each; one at least was appended.", body = NotificationFates),
-        (status = 200, description = "What became of each; none was appended.", body = NotificationFates),
-        Common,
+        (status = 201, description = "What became of each; one at least was appended.", body = NotificationResults),
+        (status = 200, description = "What became of each; none was appended.", body = NotificationResults),
+        CommonResponses,
     )
 )]
 pub(super) async fn notify_many(
     State(node): State<Arc<Node>>,
-    Body(ToMany { users, payload, require_ack, id }): Body<ToMany>,
-) -> Result<(StatusCode, Json<NotificationFates>), Failed> {
+    JsonBody(BulkNotification { users, payload, require_ack, id }): JsonBody<BulkNotification>,
+) -> Result<(StatusCode, Json<NotificationResults>), ApiError> {
     // serde cannot have raw JSON in what is flattened.
-    let notification = Notification { payload, require_ack, id };
-    checked(&node, &notification.payload)?;
+    let notification = NewNotification { payload, require_ack, id };
+    check_payload(&node, &notification.payload)?;
     if users.len() > BATCH_MAX {
-        return Err(Failed::bad(format!("at most {BATCH_MAX} users")));
+        return Err(ApiError::bad_request(format!("at most {BATCH_MAX} users")));
     }
     let id = notification.id()?;
     // All are handed on before the first is waited for.
     let sends = users.iter().map(|to| notification.send(&node, to, id));
     let sends = futures_util::future::join_all(sends).await;
-    let status = Sent::status(sends.iter().flatten());
-    let fate = |(user, sent): (String, Result<Sent, Failed>)| match sent {
-        Ok(sent) => NotificationFate::Sent(Notified { user, sent }),
-        Err(failed) => NotificationFate::Failed(NotNotified { user, problem: failed.to_problem() }),
+    let status = SendResult::status(sends.iter().flatten());
+    let result = |(user, sent): (String, Result<SendResult, ApiError>)| match sent {
+        Ok(sent) => NotificationResult::Sent(NotificationSent { user, sent }),
+        Err(failed) => {
+            NotificationResult::ApiError(NotificationFailed { user, problem: failed.to_problem() })
+        }
     };
-    let results = users.into_iter().zip(sends).map(fate).collect();
-    Ok((status, Json(NotificationFates { results })))
+    let results = users.into_iter().zip(sends).map(result).collect();
+    Ok((status, Json(NotificationResults { results })))
 }
 
 /// Send something to every connection there is, at most once.
 #[utoipa::path(
     post, path = "/api/v1/broadcast", tag = "notifications",
     operation_id = "broadcast",
-    request_body = ToAll,
-    responses((status = 201, description = "It is on its way.", body = Sending), Common)
+    request_body = NewBroadcast,
+    responses((status = 201, description = "It is on its way.", body = BroadcastResult), CommonResponses)
 )]
 pub(super) async fn broadcast(
     State(node): State<Arc<Node>>,
-    Body(ToAll { payload }): Body<ToAll>,
-) -> Result<(StatusCode, Json<Sending>), Failed> {
-    checked(&node, &payload)?;
+    JsonBody(NewBroadcast { payload }): JsonBody<NewBroadcast>,
+) -> Result<(StatusCode, Json<BroadcastResult>), ApiError> {
+    check_payload(&node, &payload)?;
     let id = MessageId::random();
     let timestamp = skein_protocol::timestamp(SystemTime::now());
     let order = ControlCommand::Broadcast { id, payload: payload.get().to_owned(), timestamp };
     let outcome = node.control.execute(order).await?;
     let (applied, nodes) = (outcome.applied, outcome.nodes);
-    Ok((StatusCode::CREATED, Json(Sending { id: id.to_string(), applied, nodes })))
+    Ok((StatusCode::CREATED, Json(BroadcastResult { id: id.to_string(), applied, nodes })))
 }
