@@ -164,11 +164,11 @@ struct EventFrame<'a> {
     #[serde(default)]
     recovered: bool,
     #[serde(default)]
-    history: Vec<HistoryEntry>,
+    history: Vec<HistoryPosition>,
 }
 
 #[derive(Deserialize)]
-struct HistoryEntry {
+struct HistoryPosition {
     #[serde(default)]
     epoch: Option<Epoch>,
     #[serde(default)]
