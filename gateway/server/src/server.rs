@@ -159,12 +159,12 @@ impl Server {
         let node = Node::new(config.node, config.http, services, control, metrics, tasks.clone());
         let node = Arc::new(node);
         tasks.spawn_job("drain", drain_when_ordered(node.clone(), config.drain_delay));
-        let (turning, stopped) = (node.wheel.clone(), tasks.stopped().clone());
+        let (turning, stopped) = (node.timers.clone(), tasks.stopped().clone());
         tasks.spawn_service("wheel", async move {
             tokio::select! {
                 biased;
                 () = stopped.cancelled() => {}
-                () = turning.turn() => {}
+                () = turning.run() => {}
             }
         });
 

@@ -16,7 +16,7 @@ use axum::{Router, middleware, routing::get};
 use skein_protocol::ids::{NodeId, UserId};
 use tokio::sync::Semaphore;
 
-use crate::transport::{Heartbeat, echo::EchoMode, wheel::Wheel};
+use crate::transport::{Heartbeat, echo::EchoMode, timer::TimerWheel};
 use skein_core::{
     bus::Bus,
     control::Control,
@@ -116,7 +116,7 @@ pub struct Node {
     /// Sends clients to other nodes: at the end, or because it was ordered.
     pub drain_schedule: DrainSchedule,
     /// What wakes connections when there is something to look at.
-    pub wheel: Arc<Wheel>,
+    pub timers: Arc<TimerWheel>,
     state: HttpState,
 }
 
@@ -175,7 +175,7 @@ impl Node {
     ) -> Self {
         let (wheel, state) = Default::default();
         let drain_schedule = DrainSchedule::new(tasks.leaving());
-        Self { id, options, services, control, metrics, tasks, drain_schedule, wheel, state }
+        Self { id, options, services, control, metrics, tasks, drain_schedule, timers: wheel, state }
     }
 
     /// Takes no new client from here on; `ready` says so.

@@ -360,7 +360,7 @@ impl PendingUpgrade {
         };
         let meter = Meter::new(rates, Some((node.state.address_meters.clone(), places.address)));
         let served = |handle, handler, places, user, early| {
-            let (wheel, metrics) = (node.wheel.clone(), node.metrics.clone());
+            let (wheel, metrics) = (node.timers.clone(), node.metrics.clone());
             let connection =
                 Connection::new(handle, handler, options, meter, wheel, metrics, early);
             Some(Box::new(ActiveConnection { connection, _places: places, _user: user }))

@@ -47,11 +47,11 @@ use skein_core::{
 
 pub mod echo;
 mod closing;
-pub mod wheel;
+pub mod timer;
 
 use closing::{Ending, close_for};
 use echo::Echo;
-use wheel::{Alarm, Wheel};
+use timer::{TimerEntry, TimerWheel};
 
 /// How much one read takes. The buffer belongs to the thread, so that its size costs nothing.
 const READ_BYTES: usize = 64 * 1024;
@@ -98,7 +98,7 @@ pub struct Connection {
     heartbeat: Arc<Heartbeat>,
     /// Whether to ask by a `ping` frame in JSON instead of a protocol-level ping.
     json_ping: bool,
-    alarm: Alarm,
+    timer: TimerEntry,
     metrics: Arc<Metrics>,
     meter: Meter,
     /// Bytes that were received and not handled yet.
@@ -145,13 +145,13 @@ impl Connection {
         handler: Handler,
         options: Options,
         meter: Meter,
-        wheel: Arc<Wheel>,
+        wheel: Arc<TimerWheel>,
         metrics: Arc<Metrics>,
         early: Vec<u8>,
     ) -> Self {
         let now = Instant::now();
         let expires = expires_of(&handler);
-        let alarm = Alarm::new(wheel, handle.clone());
+        let alarm = TimerEntry::new(wheel, handle.clone());
         let decoder = match handle.outbox.deflate_options() {
             Some(_) => Decoder::with_deflate(options.message_bytes_max),
             None => Decoder::new(options.message_bytes_max),
@@ -162,7 +162,7 @@ impl Connection {
             decoder,
             heartbeat: options.heartbeat,
             json_ping: options.json_ping,
-            alarm,
+            timer: alarm,
             metrics,
             meter,
             unread: early,
@@ -476,7 +476,7 @@ impl Connection {
             self.look_at_the_time(now);
         }
         let next = next(self.next_look());
-        self.alarm.set(self.paused_until.map_or(next, |until| next.min(until)), now);
+        self.timer.set(self.paused_until.map_or(next, |until| next.min(until)), now);
     }
 
     /// Pings, and ends a connection that is dead, stuck, or past its token.

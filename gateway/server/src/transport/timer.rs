@@ -26,7 +26,7 @@ const REACH: Duration = TICK.saturating_mul(SLOTS as u32 - 2);
 
 /// The wheel.
 #[derive(Debug)]
-pub struct Wheel {
+pub struct TimerWheel {
     begun: Instant,
     /// The tick whose slot is being emptied, or was last.
     done: AtomicU64,
@@ -35,29 +35,29 @@ pub struct Wheel {
 
 /// When one connection is to be woken. Nothing is left in the wheel when it is dropped.
 #[derive(Debug)]
-pub(super) struct Alarm {
-    wheel: Arc<Wheel>,
+pub(super) struct TimerEntry {
+    wheel: Arc<TimerWheel>,
     handle: Arc<ConnectionHandle>,
-    set: Option<Set>,
+    set: Option<TimerSlot>,
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Set {
+struct TimerSlot {
     at: Instant,
     slot: usize,
     key: usize,
 }
 
-impl Default for Wheel {
+impl Default for TimerWheel {
     fn default() -> Self {
         let slots = (0..SLOTS).map(|_| Mutex::default()).collect();
         Self { begun: Instant::now(), done: AtomicU64::new(0), slots }
     }
 }
 
-impl Wheel {
+impl TimerWheel {
     /// Turns the wheel, for ever.
-    pub async fn turn(&self) {
+    pub async fn run(&self) {
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
         loop {
@@ -67,7 +67,7 @@ impl Wheel {
             for tick in done.max(now.saturating_sub(SLOTS as u64)) + 1..=now {
                 // First, so that nobody is put into a slot that has been emptied.
                 self.done.store(tick, Ordering::Release);
-                let due = std::mem::take(&mut *self.slots[slot(tick)].lock());
+                let due = std::mem::take(&mut *self.slots[slot_of(tick)].lock());
                 for (_, handle) in due {
                     handle.outbox.wake();
                 }
@@ -87,20 +87,20 @@ impl Wheel {
         loop {
             let done = self.done.load(Ordering::Acquire);
             let tick = wanted.clamp(done + 1, done + SLOTS as u64 - 1);
-            let mut entries = self.slots[slot(tick)].lock();
+            let mut entries = self.slots[slot_of(tick)].lock();
             if self.done.load(Ordering::Acquire) < tick {
-                return (slot(tick), entries.insert(handle.clone()));
+                return (slot_of(tick), entries.insert(handle.clone()));
             }
         }
     }
 }
 
-fn slot(tick: u64) -> usize {
+fn slot_of(tick: u64) -> usize {
     (tick % SLOTS as u64) as usize
 }
 
-impl Alarm {
-    pub(super) fn new(wheel: Arc<Wheel>, handle: Arc<ConnectionHandle>) -> Self {
+impl TimerEntry {
+    pub(super) fn new(wheel: Arc<TimerWheel>, handle: Arc<ConnectionHandle>) -> Self {
         Self { wheel, handle, set: None }
     }
 
@@ -112,11 +112,11 @@ impl Alarm {
         }
         self.clear();
         let (slot, key) = self.wheel.insert(at, &self.handle);
-        self.set = Some(Set { at, slot, key });
+        self.set = Some(TimerSlot { at, slot, key });
     }
 
     fn clear(&mut self) {
-        let Some(Set { slot, key, .. }) = self.set.take() else { return };
+        let Some(TimerSlot { slot, key, .. }) = self.set.take() else { return };
         let mut slot = self.wheel.slots[slot].lock();
         // Its turn may be over, and the place another's.
         if slot.get(key).is_some_and(|there| Arc::ptr_eq(there, &self.handle)) {
@@ -125,7 +125,7 @@ impl Alarm {
     }
 }
 
-impl Drop for Alarm {
+impl Drop for TimerEntry {
     fn drop(&mut self) {
         self.clear();
     }
@@ -139,17 +139,20 @@ mod tests {
     use super::*;
     use skein_core::{drain::Tasks, outbox::Outbox, telemetry::metrics::Metrics};
 
-    fn alarm(wheel: &Arc<Wheel>) -> Alarm {
+    fn alarm(wheel: &Arc<TimerWheel>) -> TimerEntry {
         let outbox = Outbox::to_owner(1000, Arc::new(Metrics::default()));
-        Alarm::new(wheel.clone(), Arc::new(ConnectionHandle::new(ConnectionId::random(), outbox)))
+        TimerEntry::new(
+            wheel.clone(),
+            Arc::new(ConnectionHandle::new(ConnectionId::random(), outbox)),
+        )
     }
 
-    fn len(wheel: &Wheel) -> usize {
+    fn len(wheel: &TimerWheel) -> usize {
         wheel.slots.iter().map(|slot| slot.lock().len()).sum()
     }
 
     /// How long it takes until it is woken.
-    async fn woken(alarm: &Alarm) -> Duration {
+    async fn woken(alarm: &TimerEntry) -> Duration {
         let asked = Instant::now();
         let woken = alarm.handle.outbox.woken();
         timeout(Duration::from_secs(1000), woken).await.expect("it is woken");
@@ -158,7 +161,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_connection_is_woken_when_it_asked_for_and_little_later() {
-        let wheel = Arc::new(Wheel::default());
+        let wheel = Arc::new(TimerWheel::default());
         let turning = wheel.clone();
         let tasks = Tasks::default();
         tasks.spawn_service("wheel", async move { turning.turn().await });
@@ -187,7 +190,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn an_alarm_has_one_entry_and_leaves_none() {
-        let wheel = Arc::new(Wheel::default());
+        let wheel = Arc::new(TimerWheel::default());
         let (mut one, mut other) = (alarm(&wheel), alarm(&wheel));
         let now = Instant::now();
         let at = |secs| now + Duration::from_secs(secs);
@@ -200,7 +203,7 @@ mod tests {
         assert_eq!(len(&wheel), 2);
         // The slot has had its turn, and the place of the first is another's.
         let slot = one.set.unwrap().slot;
-        *wheel.slots[slot].lock() = Slab::new();
+        *wheel.slots[slot_of].lock() = Slab::new();
         let mut third = alarm(&wheel);
         third.set(at(5), now);
         drop((one, other));
