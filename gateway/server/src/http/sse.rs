@@ -61,7 +61,7 @@ use super::{
     permits::ConnectionPermits,
     upgrade::{forget_panicked, sticky_route},
 };
-use crate::transport::changed;
+use crate::transport::status_changed;
 use skein_core::{
     bus::{
         node_state::BusStatus,
@@ -71,7 +71,7 @@ use skein_core::{
     limits::Permit,
     outbox::{Close, FRAME_OVERHEAD_BYTES, Outbox},
     session::{DeferredRequest, Session, auth::AuthError},
-    telemetry::metrics::{Counted, HandshakeResult},
+    telemetry::metrics::{GaugeGuard, HandshakeResult},
 };
 
 /// The most rooms of a stream.
@@ -357,7 +357,7 @@ async fn stream(
                 if answer.send(Ok(pieces)).is_err() {
                     return stream.session.end().await;
                 }
-                let _counted = Counted::new(&node.metrics.connections);
+                let _counted = GaugeGuard::new(&node.metrics.connections);
                 let code = stream.run(&node, stall_limit).await;
                 node.metrics.disconnected(code);
             }
@@ -640,7 +640,7 @@ impl EventStream {
                     outbox.close(Close { code, reason: String::new() });
                 }
                 () = outbox.woken() => {}
-                news = changed(told) => self.session.send_bus_status(news),
+                news = status_changed(told) => self.session.send_bus_status(news),
                 // Where a piece is under way it says the same.
                 _ = ping.tick() => if !outbox.has_held() {
                     self.send(": ping\n\n".to_owned());

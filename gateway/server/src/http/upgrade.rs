@@ -45,7 +45,7 @@ use super::{
     permits::ConnectionPermits,
 };
 use crate::transport::{
-    self, Connection, Handler,
+    self, Handler, WebSocketConnection,
     echo::{Echo, EchoMode},
 };
 use skein_core::{
@@ -57,7 +57,7 @@ use skein_core::{
     },
     outbox::{Close, Outbox, deflate::DeflateOptions},
     session::{DeferredRequest, Session},
-    telemetry::metrics::{Counted, HandshakeResult},
+    telemetry::metrics::{GaugeGuard, HandshakeResult},
 };
 
 /// What a connection is for.
@@ -328,7 +328,7 @@ struct PendingUpgrade {
 
 /// A connection that is to be served, and what it holds of the limits.
 struct ActiveConnection {
-    connection: Connection,
+    connection: WebSocketConnection,
     _places: ConnectionPermits,
     _user: Option<Permit<UserId>>,
 }
@@ -348,7 +348,7 @@ impl PendingUpgrade {
         let outbox = Outbox::to_socket(socket, limits.outbox_bytes_max, node.metrics.clone())
             .with_deflate(deflating);
         let handle = ConnectionHandle::new(connection, outbox);
-        let options = transport::Options {
+        let options = transport::ConnectionOptions {
             message_bytes_max: limits.message_bytes_max,
             heartbeat: node.options.heartbeat.clone(),
             json_ping,
@@ -362,7 +362,7 @@ impl PendingUpgrade {
         let served = |handle, handler, places, user, early| {
             let (wheel, metrics) = (node.timers.clone(), node.metrics.clone());
             let connection =
-                Connection::new(handle, handler, options, meter, wheel, metrics, early);
+                WebSocketConnection::new(handle, handler, options, meter, wheel, metrics, early);
             Some(Box::new(ActiveConnection { connection, _places: places, _user: user }))
         };
         if let Endpoint::Echo = endpoint {
@@ -502,7 +502,7 @@ impl ActiveConnection {
     async fn serve(mut self: Box<Self>, node: &Node) {
         let batch = node.drain_schedule.batch(self.connection.id());
         let code = {
-            let _counted = Counted::new(&node.metrics.connections);
+            let _counted = GaugeGuard::new(&node.metrics.connections);
             self.connection.run(batch, &node.state.lifecycle.ending).await
         };
         tracing::debug!(connection = %self.connection.id(), code, "disconnected");
@@ -513,7 +513,7 @@ impl ActiveConnection {
 /// Joins the room of `/ws/rooms/{room}`.
 async fn join_path_room(
     node: &Node,
-    connection: &mut Connection,
+    connection: &mut WebSocketConnection,
     handle: &ConnectionHandle,
     join: Result<JoinFrame, &'static str>,
 ) -> Result<(), ErrorCode> {

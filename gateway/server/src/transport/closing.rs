@@ -9,7 +9,7 @@ use skein_protocol::{
 use skein_websocket::CodecError;
 use tokio::net::TcpStream;
 
-use super::{Connection, Handler, READ};
+use super::{Handler, READ, WebSocketConnection};
 use skein_core::{drain::schedule::DrainBatch, outbox::Close};
 
 /// How long each step of the closing handshake may take: what is queued goes out, and the client
@@ -26,7 +26,7 @@ const DROPPED_BYTES_MAX: usize = 64 << 20;
 /// The side that ends a connection, which decides what is still read of it (RFC 6455, sections 5.5.1
 /// and 7.1.7).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Ending {
+pub(super) enum CloseInitiator {
     /// The client, whose close frame is answered.
     ByClient,
     /// The gateway, which waits for the client's close frame.
@@ -35,9 +35,9 @@ pub(super) enum Ending {
     Failed,
 }
 
-impl Connection {
+impl WebSocketConnection {
     /// Sends the client to another node: what it sent is answered, then `reconnect` and 1012.
-    pub(super) async fn goodbye(&mut self, batch: &DrainBatch) -> u16 {
+    pub(super) async fn close_for_drain(&mut self, batch: &DrainBatch) -> u16 {
         let handle = self.handle.clone();
         let outbox = &handle.outbox;
         if let Handler::Chat(session) = &self.handler {
@@ -58,14 +58,14 @@ impl Connection {
             reason: "draining".to_owned(),
         });
         match outbox.begin_close() {
-            Some(close) => self.close(close, Ending::ByGateway).await,
+            Some(close) => self.close(close, CloseInitiator::ByGateway).await,
             None => 1006,
         }
     }
 
     /// Writes what is queued, the close frame last, waits for the client's, and ends the TCP
     /// connection in order: its own direction, then all of it when the client has ended the other.
-    pub(super) async fn close(&mut self, close: Close, ending: Ending) -> u16 {
+    pub(super) async fn close(&mut self, close: Close, ending: CloseInitiator) -> u16 {
         let handle = self.handle.clone();
         let outbox = &handle.outbox;
         let Some(socket) = outbox.socket() else { return 1006 };
@@ -78,16 +78,16 @@ impl Connection {
             }
         };
         let written = tokio::time::timeout(CLOSE_MAX, write).await.is_ok();
-        if written && ending != Ending::ByClient {
+        if written && ending != CloseInitiator::ByClient {
             // The client hears of the close by reading it, and a proxy that is told of the end before
             // the client's bytes are taken drops both directions, and the close frame with them. So
             // what is under way is read and dropped first, until the client's own close frame.
-            let _ = tokio::time::timeout(CLOSE_MAX, self.until_closed(socket, ending)).await;
+            let _ = tokio::time::timeout(CLOSE_MAX, self.skip_to_close_frame(socket, ending)).await;
         }
         let _ = socket2::SockRef::from(socket).shutdown(std::net::Shutdown::Write);
         if written {
             // Closing with bytes unread would have the kernel drop what is on its way.
-            let _ = tokio::time::timeout(LINGER_MAX, drain(socket)).await;
+            let _ = tokio::time::timeout(LINGER_MAX, discard_input(socket)).await;
         }
         close.code
     }
@@ -95,14 +95,14 @@ impl Connection {
     /// Waits for the client's close frame. Bytes before it are dropped, up to [`DROPPED_BYTES_MAX`].
     /// A client that broke the rules may send what is no frame: it is waited for as long as something
     /// comes.
-    async fn until_closed(&mut self, socket: &TcpStream, ending: Ending) {
+    async fn skip_to_close_frame(&mut self, socket: &TcpStream, ending: CloseInitiator) {
         let unread = std::mem::take(&mut self.unread);
         let (mut closed, mut dropped) = (self.decoder.skip_to_close(&unread), 0);
         drop(unread);
         while !closed && dropped < DROPPED_BYTES_MAX {
             let readable = socket.readable();
             let ready = match ending {
-                Ending::Failed => match tokio::time::timeout(QUIET_MAX, readable).await {
+                CloseInitiator::Failed => match tokio::time::timeout(QUIET_MAX, readable).await {
                     Ok(ready) => ready,
                     Err(_) => return,
                 },
@@ -127,7 +127,7 @@ impl Connection {
 }
 
 /// Reads and forgets until the other side is done.
-async fn drain(socket: &TcpStream) {
+async fn discard_input(socket: &TcpStream) {
     loop {
         if socket.readable().await.is_err() {
             return;

@@ -49,7 +49,7 @@ pub mod echo;
 mod closing;
 pub mod timer;
 
-use closing::{Ending, close_for};
+use closing::{CloseInitiator, close_for};
 use echo::Echo;
 use timer::{TimerEntry, TimerWheel};
 
@@ -73,7 +73,7 @@ pub struct Heartbeat {
 
 /// How a connection is served.
 #[derive(Clone, Debug)]
-pub struct Options {
+pub struct ConnectionOptions {
     /// The most bytes of a message.
     pub message_bytes_max: usize,
     /// The heartbeat.
@@ -91,7 +91,7 @@ pub enum Handler {
 }
 
 /// A connection.
-pub struct Connection {
+pub struct WebSocketConnection {
     handle: Arc<ConnectionHandle>,
     handler: Handler,
     decoder: Decoder,
@@ -104,18 +104,18 @@ pub struct Connection {
     /// Bytes that were received and not handled yet.
     unread: Vec<u8>,
     /// Some of it was there a turn ago.
-    is_behind: bool,
+    has_backlog: bool,
     /// The outbox is full, so that nothing is read and nothing can be heard.
-    full: bool,
+    outbox_full: bool,
     /// The meter has the connection wait until then, so that nothing is read.
     paused_until: Option<Instant>,
-    heard: Instant,
-    pinged: Instant,
+    last_received: Instant,
+    last_ping: Instant,
     expires: Option<Instant>,
 }
 
 /// Why handling what was received stopped.
-enum Step {
+enum InputStep {
     /// All of it is handled, or the turn is over.
     More,
     /// The outbox is full: the client has to take its answers first.
@@ -123,27 +123,27 @@ enum Step {
     /// This has to be done before the next frame.
     Perform(DeferredRequest),
     /// It is over.
-    End(Ending),
+    Close(CloseInitiator),
 }
 
 /// How serving a connection ended.
-enum End {
+enum ServeEnd {
     /// The socket is gone.
     Gone,
     /// By a close frame, which is queued.
-    Close { close: Close, ending: Ending },
+    Close { close: Close, ending: CloseInitiator },
     /// The gateway stops.
-    Leave,
+    Drain,
 }
 
-impl Connection {
+impl WebSocketConnection {
     /// A connection whose handshake is done; `early` was received with it.
     ///
     /// The handle's outbox has a socket.
     pub fn new(
         handle: Arc<ConnectionHandle>,
         handler: Handler,
-        options: Options,
+        options: ConnectionOptions,
         meter: Meter,
         wheel: Arc<TimerWheel>,
         metrics: Arc<Metrics>,
@@ -151,7 +151,7 @@ impl Connection {
     ) -> Self {
         let now = Instant::now();
         let expires = expires_of(&handler);
-        let alarm = TimerEntry::new(wheel, handle.clone());
+        let timer = TimerEntry::new(wheel, handle.clone());
         let decoder = match handle.outbox.deflate_options() {
             Some(_) => Decoder::with_deflate(options.message_bytes_max),
             None => Decoder::new(options.message_bytes_max),
@@ -162,15 +162,15 @@ impl Connection {
             decoder,
             heartbeat: options.heartbeat,
             json_ping: options.json_ping,
-            timer: alarm,
+            timer,
             metrics,
             meter,
             unread: early,
-            is_behind: false,
-            full: false,
+            has_backlog: false,
+            outbox_full: false,
             paused_until: None,
-            heard: now,
-            pinged: now,
+            last_received: now,
+            last_ping: now,
             expires,
         }
     }
@@ -195,9 +195,9 @@ impl Connection {
     pub async fn run(&mut self, batch: &DrainBatch, ending: &Semaphore) -> u16 {
         let served = catch_panic(self.serve(batch)).await;
         let code = match served.unwrap_or_else(|panic| self.panicked(&panic)) {
-            End::Gone => 1006,
-            End::Close { close, ending } => Box::pin(self.close(close, ending)).await,
-            End::Leave => Box::pin(self.goodbye(batch)).await,
+            ServeEnd::Gone => 1006,
+            ServeEnd::Close { close, ending } => Box::pin(self.close(close, ending)).await,
+            ServeEnd::Drain => Box::pin(self.close_for_drain(batch)).await,
         };
         let handle = self.handle.clone();
         let _turn = ending.acquire().await;
@@ -210,48 +210,51 @@ impl Connection {
     }
 
     /// What was being handled is dropped half-done; the client is told, and comes back.
-    fn panicked(&self, panic: &str) -> End {
+    fn panicked(&self, panic: &str) -> ServeEnd {
         self.metrics.panicked(self.handle.connection, panic);
         let close =
             Close { code: CloseCode::InternalError.number(), reason: "internal".to_owned() };
         self.handle.outbox.close(close.clone());
         // Unless it was being closed already.
         let close = self.handle.outbox.begin_close().unwrap_or(close);
-        End::Close { close, ending: Ending::Failed }
+        ServeEnd::Close { close, ending: CloseInitiator::Failed }
     }
 
-    async fn serve(&mut self, batch: &DrainBatch) -> End {
+    async fn serve(&mut self, batch: &DrainBatch) -> ServeEnd {
         let handle = self.handle.clone();
         let outbox = &handle.outbox;
-        let Some(socket) = outbox.socket() else { return End::Gone };
+        let Some(socket) = outbox.socket() else { return ServeEnd::Gone };
         let mut performing: Option<BoxFuture<RequestOutcome>> = None;
         let mut told = self.session().map(|session| session.bus_status());
         let mut turn = InputBudget::default();
         loop {
             if let Some(close) = outbox.begin_close() {
-                return End::Close { close, ending: Ending::ByGateway };
+                return ServeEnd::Close { close, ending: CloseInitiator::ByGateway };
             }
             if performing.is_none() && !self.is_paused() {
-                if self.is_behind && is_write_closed(socket) {
-                    return End::Gone;
+                if self.has_backlog && is_write_closed(socket) {
+                    return ServeEnd::Gone;
                 }
                 let step = self.handle_unread(&mut turn);
-                self.full = matches!(step, Step::Full);
+                self.outbox_full = matches!(step, InputStep::Full);
                 match step {
-                    Step::More | Step::Full => {}
+                    InputStep::More | InputStep::Full => {}
                     // The client has gone, and what is left of its frames would be answered to nobody.
-                    Step::Perform(request) if request.is_read_only() && is_read_closed(socket) => {
+                    InputStep::Perform(request)
+                        if request.is_read_only() && is_read_closed(socket) =>
+                    {
                         continue;
                     }
-                    Step::Perform(request) => {
+                    InputStep::Perform(request) => {
                         turn.request();
                         performing = self.session().map(|session| session.execute(request));
                         // It may have been another token.
                         self.expires = expires_of(&self.handler);
                     }
-                    Step::End(ending) => {
+                    InputStep::Close(ending) => {
                         let close = outbox.begin_close();
-                        return close.map_or(End::Gone, |close| End::Close { close, ending });
+                        return close
+                            .map_or(ServeEnd::Gone, |close| ServeEnd::Close { close, ending });
                     }
                 }
             }
@@ -279,12 +282,12 @@ impl Connection {
                 }
             }
             let blocked = outbox.blocked_since();
-            if self.full && blocked.is_none() {
+            if self.outbox_full && blocked.is_none() {
                 tokio::task::yield_now().await;
                 continue;
             }
-            self.watch_the_time(blocked);
-            let reads = performing.is_none() && !self.full && !self.is_paused();
+            self.arm_timer(blocked);
+            let reads = performing.is_none() && !self.outbox_full && !self.is_paused();
             let mut has_waited = false;
             let mut readable = pin!(socket.readable());
             let readable = poll_fn(|context| {
@@ -295,7 +298,7 @@ impl Connection {
             // All arms are cancel-safe: what is outcome is kept. The bodies do not await.
             tokio::select! {
                 biased;
-                () = batch.left() => return End::Leave,
+                () = batch.left() => return ServeEnd::Drain,
                 () = outbox.woken() => {}
                 outcome = output_of(&mut performing), if performing.is_some() => {
                     performing = None;
@@ -305,7 +308,7 @@ impl Connection {
                     }
                 }
                 // A client that is gone waits for nothing.
-                _ = socket.ready(Interest::ERROR), if performing.is_some() => return End::Gone,
+                _ = socket.ready(Interest::ERROR), if performing.is_some() => return ServeEnd::Gone,
                 ready = socket.writable(), if blocked.is_some() => {
                     if ready.is_ok() {
                         outbox.flush_writable();
@@ -317,10 +320,10 @@ impl Connection {
                         turn = InputBudget::default();
                     }
                     if ready.and_then(|()| self.read(socket)).is_err() {
-                        return End::Gone;
+                        return ServeEnd::Gone;
                     }
                 }
-                news = changed(&mut told), if told.is_some() => {
+                news = status_changed(&mut told), if told.is_some() => {
                     if let Some(session) = self.session() {
                         session.send_bus_status(news);
                     }
@@ -349,7 +352,7 @@ impl Connection {
             if count == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
-            self.heard = Instant::now();
+            self.last_received = Instant::now();
             self.handle.health.record_activity(unix_millis_now());
             self.metrics.bytes_received.inc_by(count as u64);
             self.unread.extend_from_slice(&buffer[..count]);
@@ -357,17 +360,17 @@ impl Connection {
         })
     }
 
-    fn handle_unread(&mut self, turn: &mut InputBudget) -> Step {
+    fn handle_unread(&mut self, turn: &mut InputBudget) -> InputStep {
         if self.unread.is_empty() {
-            return Step::More;
+            return InputStep::More;
         }
         let mut input = std::mem::take(&mut self.unread);
         // Input that was not there before has just been read.
-        let begun = if self.is_behind { Instant::now() } else { self.heard };
+        let begun = if self.has_backlog { Instant::now() } else { self.last_received };
         let (used, mut step) = self.handle(&mut input, begun, turn);
         self.decoder.release();
-        self.is_behind = used < input.len();
-        if self.is_behind {
+        self.has_backlog = used < input.len();
+        if self.has_backlog {
             input.drain(..used);
             self.unread = input;
         }
@@ -378,12 +381,12 @@ impl Connection {
                 self.metrics.input_throttles.of(cause).inc();
                 self.paused_until = Some(begun + wait);
             }
-            MeterDecision::Close if !matches!(step, Step::End(_)) => {
+            MeterDecision::Close if !matches!(step, InputStep::Close(_)) => {
                 self.metrics.input_rate_limit_closes.inc();
                 let (code, reason) =
                     (CloseCode::PolicyViolation.number(), "rate_limited".to_owned());
                 self.handle.outbox.close(Close { code, reason });
-                step = Step::End(Ending::ByGateway);
+                step = InputStep::Close(CloseInitiator::ByGateway);
             }
             MeterDecision::Close => {}
         }
@@ -400,23 +403,23 @@ impl Connection {
     }
 
     /// Handles the frames in `input`, as far as that can be done at once.
-    fn handle(&mut self, input: &mut [u8], now: Instant, turn: &mut InputBudget) -> (usize, Step) {
+    fn handle(&mut self, input: &mut [u8], now: Instant, turn: &mut InputBudget) -> (usize, InputStep) {
         let outbox = &self.handle.outbox;
         let mut used = 0;
         while used < input.len() {
             if outbox.is_full() {
-                return (used, Step::Full);
+                return (used, InputStep::Full);
             }
             // Most often there is one frame, and the time is not looked at for it.
             if used > 0 && turn.is_over(now.elapsed()) {
-                return (used, Step::More);
+                return (used, InputStep::More);
             }
             let (count, received) = match self.decoder.next(&mut input[used..]) {
                 Ok(next) => next,
                 Err(error) => {
                     tracing::debug!(connection = %self.handle.connection, %error, "bad frame");
                     outbox.close(close_for(error));
-                    return (used, Step::End(Ending::Failed));
+                    return (used, InputStep::Close(CloseInitiator::Failed));
                 }
             };
             used += count;
@@ -429,7 +432,7 @@ impl Connection {
                 }
                 DecoderEvent::Pong(payload) => {
                     self.meter.control(payload.len());
-                    self.handle.health.record_rtt(now.saturating_duration_since(self.pinged));
+                    self.handle.health.record_rtt(now.saturating_duration_since(self.last_ping));
                     None
                 }
                 DecoderEvent::Ping(payload) => {
@@ -440,7 +443,7 @@ impl Connection {
                 DecoderEvent::Close(close) => {
                     let (code, reason) = close.unwrap_or((1005, ""));
                     outbox.close(Close { code, reason: reason.to_owned() });
-                    return (used, Step::End(Ending::ByClient));
+                    return (used, InputStep::Close(CloseInitiator::ByClient));
                 }
                 message @ (DecoderEvent::Text(_) | DecoderEvent::Binary(_)) => {
                     self.metrics.frames_received.inc();
@@ -461,40 +464,41 @@ impl Connection {
                 }
             };
             if let Some(request) = request {
-                return (used, Step::Perform(request));
+                return (used, InputStep::Perform(request));
             }
         }
-        (used, Step::More)
+        (used, InputStep::More)
     }
 
     /// Looks at the time if that is due, and is woken when it is next.
-    fn watch_the_time(&mut self, blocked: Option<Instant>) {
+    fn arm_timer(&mut self, blocked: Option<Instant>) {
         let now = Instant::now();
         let stalled = blocked.map(|since| since + self.heartbeat.write_timeout);
         let next = |next: Instant| stalled.map_or(next, |stalled| next.min(stalled));
-        if next(self.next_look()) <= now {
-            self.look_at_the_time(now);
+        if next(self.next_deadline()) <= now {
+            self.check_timeouts(now);
         }
-        let next = next(self.next_look());
+        let next = next(self.next_deadline());
         self.timer.set(self.paused_until.map_or(next, |until| next.min(until)), now);
     }
 
     /// Pings, and ends a connection that is dead, stuck, or past its token.
-    fn look_at_the_time(&mut self, now: Instant) {
+    fn check_timeouts(&mut self, now: Instant) {
         let outbox = &self.handle.outbox;
         // Bytes that the peer's TCP acknowledges are a sign of life: over a slow link the client's own
         // frames may come late.
-        self.heard = outbox.last_progress().map_or(self.heard, |at| self.heard.max(at));
+        self.last_received =
+            outbox.last_progress().map_or(self.last_received, |at| self.last_received.max(at));
         let over =
             |code: CloseCode| outbox.close(Close { code: code.number(), reason: String::new() });
         if self.expires.is_some_and(|expires| expires <= now) {
             over(CloseCode::TokenExpired);
         } else if outbox.stalled(now) >= self.heartbeat.write_timeout {
             over(CloseCode::WriteTimeout);
-        } else if now - self.heard >= self.heartbeat.idle_timeout {
+        } else if now - self.last_received >= self.heartbeat.idle_timeout {
             over(CloseCode::IdleTimeout);
-        } else if now - self.pinged >= self.heartbeat.interval {
-            self.pinged = now;
+        } else if now - self.last_ping >= self.heartbeat.interval {
+            self.last_ping = now;
             outbox.push(self.ping());
             outbox.flush();
         }
@@ -510,9 +514,9 @@ impl Connection {
     }
 
     /// When there is next something to be looked at.
-    fn next_look(&self) -> Instant {
-        let ping = self.pinged + self.heartbeat.interval;
-        let dead = self.heard + self.heartbeat.idle_timeout;
+    fn next_deadline(&self) -> Instant {
+        let ping = self.last_ping + self.heartbeat.interval;
+        let dead = self.last_received + self.heartbeat.idle_timeout;
         let next = ping.min(dead);
         self.expires.map_or(next, |expires| next.min(expires))
     }
@@ -538,7 +542,7 @@ fn expires_of(handler: &Handler) -> Option<Instant> {
 }
 
 /// What clients are told of the bus, when that has changed; never, where nobody is told. Cancel-safe.
-pub async fn changed(told: &mut Option<watch::Receiver<BusStatus>>) -> BusStatus {
+pub async fn status_changed(told: &mut Option<watch::Receiver<BusStatus>>) -> BusStatus {
     if let Some(told) = told
         && told.changed().await.is_ok()
     {

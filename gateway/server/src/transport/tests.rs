@@ -10,7 +10,7 @@ use skein_core::{
 };
 
 /// An echo connection that has received `early`.
-fn connection(early: Vec<u8>) -> Connection {
+fn connection(early: Vec<u8>) -> WebSocketConnection {
     let metrics = Arc::<Metrics>::default();
     // It inflates; what it answers stays as it is.
     let deflating = DeflateOptions { window: WindowBits::MAX, bytes_min: usize::MAX };
@@ -21,11 +21,14 @@ fn connection(early: Vec<u8>) -> Connection {
         idle_timeout: Duration::from_secs(60),
         write_timeout: Duration::from_secs(30),
     };
-    let options =
-        Options { message_bytes_max: 1 << 20, heartbeat: Arc::new(heartbeat), json_ping: false };
+    let options = ConnectionOptions {
+        message_bytes_max: 1 << 20,
+        heartbeat: Arc::new(heartbeat),
+        json_ping: false,
+    };
     let handler = Handler::Echo(Echo { mode: EchoMode::Verbatim });
     let meter = Meter::new(Arc::new(MeterRates::new(50, 200, 4 << 20)), None);
-    Connection::new(handle, handler, options, meter, Arc::default(), metrics, early)
+    WebSocketConnection::new(handle, handler, options, meter, Arc::default(), metrics, early)
 }
 
 #[tokio::test(start_paused = true)]
@@ -44,7 +47,7 @@ async fn who_has_much_inflated_lets_others_have_their_turn() {
     let mut turns = vec![];
     while !connection.unread.is_empty() {
         let step = connection.handle_unread(&mut InputBudget::default());
-        assert!(matches!(step, Step::More));
+        assert!(matches!(step, InputStep::More));
         turns.push(connection.handle.outbox.take().len());
     }
     assert_eq!(turns, [2, 2, 2, 1]);

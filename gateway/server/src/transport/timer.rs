@@ -139,7 +139,7 @@ mod tests {
     use super::*;
     use skein_core::{drain::Tasks, outbox::Outbox, telemetry::metrics::Metrics};
 
-    fn alarm(wheel: &Arc<TimerWheel>) -> TimerEntry {
+    fn timer(wheel: &Arc<TimerWheel>) -> TimerEntry {
         let outbox = Outbox::to_owner(1000, Arc::new(Metrics::default()));
         TimerEntry::new(
             wheel.clone(),
@@ -152,9 +152,9 @@ mod tests {
     }
 
     /// How long it takes until it is woken.
-    async fn woken(alarm: &TimerEntry) -> Duration {
+    async fn woken(timer: &TimerEntry) -> Duration {
         let asked = Instant::now();
-        let woken = alarm.handle.outbox.woken();
+        let woken = timer.handle.outbox.woken();
         timeout(Duration::from_secs(1000), woken).await.expect("it is woken");
         asked.elapsed()
     }
@@ -164,34 +164,34 @@ mod tests {
         let wheel = Arc::new(TimerWheel::default());
         let turning = wheel.clone();
         let tasks = Tasks::default();
-        tasks.spawn_service("wheel", async move { turning.turn().await });
-        let mut alarm = alarm(&wheel);
+        tasks.spawn_service("wheel", async move { turning.run().await });
+        let mut timer = timer(&wheel);
         for millis in [0, 1, 99, 100, 101, 12_345, 25_000, 60_000, 102_000] {
             advance(Duration::from_millis(37)).await;
             let (now, wait) = (Instant::now(), Duration::from_millis(millis));
-            alarm.set(now + wait, now);
-            let took = woken(&alarm).await;
+            timer.set(now + wait, now);
+            let took = woken(&timer).await;
             assert!(took >= wait && took <= wait + 2 * TICK, "{took:?} for {wait:?}");
         }
         // The time has passed when it asks, and so has the slot.
         let now = Instant::now();
         advance(3 * TICK).await;
         tokio::task::yield_now().await;
-        alarm.set(now, now);
-        assert!(woken(&alarm).await <= TICK);
+        timer.set(now, now);
+        assert!(woken(&timer).await <= TICK);
         // What is further away than the wheel reaches is looked at once a turn, again and again.
         let hour = Instant::now() + Duration::from_secs(3600);
         for _ in 0..3 {
-            alarm.set(hour, Instant::now());
-            assert!(woken(&alarm).await <= TICK * SLOTS as u32);
+            timer.set(hour, Instant::now());
+            assert!(woken(&timer).await <= TICK * SLOTS as u32);
         }
         assert_eq!(len(&wheel), 0);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn an_alarm_has_one_entry_and_leaves_none() {
+    async fn a_timer_has_one_entry_and_leaves_none() {
         let wheel = Arc::new(TimerWheel::default());
-        let (mut one, mut other) = (alarm(&wheel), alarm(&wheel));
+        let (mut one, mut other) = (timer(&wheel), timer(&wheel));
         let now = Instant::now();
         let at = |secs| now + Duration::from_secs(secs);
         for secs in [25, 60, 30, 25] {
@@ -203,8 +203,8 @@ mod tests {
         assert_eq!(len(&wheel), 2);
         // The slot has had its turn, and the place of the first is another's.
         let slot = one.set.unwrap().slot;
-        *wheel.slots[slot_of].lock() = Slab::new();
-        let mut third = alarm(&wheel);
+        *wheel.slots[slot].lock() = Slab::new();
+        let mut third = timer(&wheel);
         third.set(at(5), now);
         drop((one, other));
         assert_eq!(len(&wheel), 1);
