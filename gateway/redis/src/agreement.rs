@@ -50,7 +50,7 @@ use skein_core::{
     bus::{Mailboxes, random_epoch},
     delivery::ServerId,
     drain::Tasks,
-    telemetry::seldom::Seldom,
+    telemetry::log_limiter::LogLimiter,
 };
 
 /// How often a closed barrier is asked.
@@ -58,7 +58,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(50);
 /// How far the clocks of a node and of Redis may differ before it is logged.
 const SKEW_MAX: Duration = Duration::from_secs(1);
 /// The log line of that.
-static CLOCKS_DIFFER: Seldom = Seldom::new();
+static CLOCKS_DIFFER: LogLimiter = LogLimiter::new();
 /// How often a process is asked for that not everybody has seen.
 const SEEN_CHECK_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -550,11 +550,11 @@ impl Agreement {
         let skew = skew_of(asked.1, asked.0.elapsed(), there);
         self.links.metrics.clock_skew_seconds.set(skew);
         if skew.abs() > SKEW_MAX.as_secs_f64()
-            && let Some(unsaid) = CLOCKS_DIFFER.is_due()
+            && let Some(suppressed) = CLOCKS_DIFFER.should_log()
         {
             tracing::warn!(
                 skew_seconds = skew,
-                unsaid,
+                suppressed,
                 "this node's clock and that of Redis differ by more than a second: have both \
                  follow NTP; a positive value means that this node's is ahead"
             );

@@ -12,7 +12,7 @@ use redis::{
 };
 
 use super::{server::RedisServer, untrusted};
-use skein_core::telemetry::seldom::Seldom;
+use skein_core::telemetry::log_limiter::LogLimiter;
 
 /// The first version with what is needed: sharded pub/sub, flags of scripts.
 const MAJOR_MIN: u32 = 7;
@@ -25,9 +25,9 @@ const PERMISSIONS: &str = "~gw:* &gw:* +@all -@dangerous +info +config|get";
 #[derive(Debug, Default)]
 pub(super) struct Requirements {
     state: Mutex<RequirementState>,
-    permission_line: Seldom,
-    policy_line: Seldom,
-    version_line: Seldom,
+    permission_line: LogLimiter,
+    policy_line: LogLimiter,
+    version_line: LogLimiter,
 }
 
 #[derive(Debug, Default)]
@@ -117,9 +117,9 @@ impl Requirements {
             state.forbidden.insert(finder, what.clone());
             state.user.clone()
         };
-        if let Some(unsaid) = self.permission_line.is_due() {
+        if let Some(suppressed) = self.permission_line.should_log() {
             let user = user.unwrap_or_else(|| "of cluster.redis_url, or `default`".to_owned());
-            tracing::error!(%user, what, needs = PERMISSIONS, unsaid,
+            tracing::error!(%user, what, needs = PERMISSIONS, suppressed,
                 "Redis forbids its user what a gateway has to do: ACL SETUSER; not ready until then");
         }
     }
@@ -147,8 +147,8 @@ impl Requirements {
     pub(super) fn record_version(&self, too_old: Option<String>) -> RedisResult<()> {
         self.state.lock().too_old.clone_from(&too_old);
         let Some(found) = too_old else { return Ok(()) };
-        if let Some(unsaid) = self.version_line.is_due() {
-            tracing::error!(%found, unsaid, "{TOO_OLD}, which gateways need; not ready until then");
+        if let Some(suppressed) = self.version_line.should_log() {
+            tracing::error!(%found, suppressed, "{TOO_OLD}, which gateways need; not ready until then");
         }
         Err((ErrorKind::Client, TOO_OLD, found).into())
     }
@@ -244,10 +244,10 @@ impl Requirements {
             );
         }
         if self.evicts_keys()
-            && let Some(unsaid) = self.policy_line.is_due()
+            && let Some(suppressed) = self.policy_line.should_log()
         {
             let policy = policy.unwrap_or_default();
-            tracing::error!(%policy, unsaid,
+            tracing::error!(%policy, suppressed,
                 "Redis has a maxmemory-policy that throws keys away, and with them acknowledged \
                  messages: set it to noeviction; not ready until then");
         }

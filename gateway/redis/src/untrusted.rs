@@ -12,8 +12,8 @@ use std::fmt::Display;
 use redis::{FromRedisValue, ParsingError, RedisError, RedisResult, Value};
 
 use skein_core::telemetry::{
+    log_limiter::LogLimiter,
     metrics::{InvalidValue, Label as _, Metrics},
-    seldom::Seldom,
 };
 
 /// In front of a reply of a script that found something.
@@ -21,11 +21,11 @@ const BAD: &[u8] = b"!bad";
 
 /// Counts a value that no gateway wrote, and logs the first of its kind in a minute.
 pub(super) fn report(metrics: &Metrics, kind: InvalidValue, place: impl Display) {
-    static SELDOM: [Seldom; InvalidValue::ALL.len()] =
-        [const { Seldom::new() }; InvalidValue::ALL.len()];
+    static LIMITER: [LogLimiter; InvalidValue::ALL.len()] =
+        [const { LogLimiter::new() }; InvalidValue::ALL.len()];
     metrics.redis_invalid_values.of(kind).inc();
-    if let Some(unsaid) = SELDOM[kind as usize].is_due() {
-        tracing::error!(kind = kind.text(), %place, unsaid,
+    if let Some(suppressed) = LIMITER[kind as usize].should_log() {
+        tracing::error!(kind = kind.text(), %place, suppressed,
             "Redis holds a value that no gateway wrote; it is skipped or repaired");
     }
 }

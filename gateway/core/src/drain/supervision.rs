@@ -11,7 +11,7 @@ use std::{
 use futures_util::FutureExt as _;
 use tokio::sync::watch;
 
-use crate::telemetry::seldom::Seldom;
+use crate::telemetry::log_limiter::LogLimiter;
 
 /// A service that has failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -111,12 +111,12 @@ fn text_of(panic: &(dyn Any + Send)) -> String {
 /// Has panics logged as everything else is, with their places, at most once a minute: a client that
 /// finds a way to cause one repeats it. What they ended is logged by who catches them.
 pub fn log_panics() {
-    static SELDOM: Seldom = Seldom::new();
+    static LIMITER: LogLimiter = LogLimiter::new();
     std::panic::set_hook(Box::new(|info: &PanicHookInfo<'_>| {
         let place = info.location().map(ToString::to_string).unwrap_or_default();
-        if let Some(unsaid) = SELDOM.is_due() {
+        if let Some(suppressed) = LIMITER.should_log() {
             let message = message_of(info.payload());
-            tracing::error!(%place, message, unsaid, "a panic");
+            tracing::error!(%place, message, suppressed, "a panic");
         }
         PLACE.set(Some(place));
     }));

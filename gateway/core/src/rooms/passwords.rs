@@ -21,8 +21,8 @@ use super::fair_queue::{FairQueue, QueueSlot};
 use crate::{
     limits::{Rate, RateLimiters},
     telemetry::{
+        log_limiter::LogLimiter,
         metrics::{Metrics, PasswordResult},
-        seldom::Seldom,
     },
 };
 
@@ -111,7 +111,7 @@ pub struct Passwords {
     failed: Mutex<[HashMap<AttemptSource, (u32, Instant)>; 2]>,
     by_address: RateLimiters<(Option<IpAddr>, AttemptPool)>,
     by_room: RateLimiters<(RoomId, AttemptPool)>,
-    log: Seldom,
+    log: LogLimiter,
 }
 
 impl Passwords {
@@ -129,7 +129,7 @@ impl Passwords {
             failed: Mutex::default(),
             by_address: RateLimiters::default(),
             by_room: RateLimiters::default(),
-            log: Seldom::default(),
+            log: LogLimiter::default(),
         })
     }
 
@@ -172,10 +172,10 @@ impl Passwords {
         };
         self.metrics.room_password_checks.of(result).inc();
         if checked != PasswordOutcome::Matches
-            && let Some(count) = self.log.is_due()
+            && let Some(suppressed) = self.log.should_log()
         {
-            tracing::warn!(room = %attempt.room, user = %attempt.user, address = ?attempt.address, count,
-                "a wrong password of a room; `count` more were not logged since the last line");
+            tracing::warn!(room = %attempt.room, user = %attempt.user, address = ?attempt.address, suppressed,
+                "a wrong password of a room; `suppressed` more were not logged since the last line");
         }
         checked
     }

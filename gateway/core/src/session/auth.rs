@@ -17,10 +17,10 @@ use skein_protocol::{
     token::{Claims, RoomAccess, RoomGrants},
 };
 
-use crate::telemetry::seldom::Seldom;
+use crate::telemetry::log_limiter::LogLimiter;
 
 /// The log line of tokens with a pattern that matches no room.
-static UNMATCHABLE: Seldom = Seldom::new();
+static UNMATCHABLE: LogLimiter = LogLimiter::new();
 
 /// How clients are told apart.
 #[derive(Clone)]
@@ -178,10 +178,10 @@ impl JwtKey {
         }
         if let Some(pattern) = claims.rooms.as_ref().and_then(RoomGrants::invalid_pattern) {
             // Left out it could give more than was meant: a longer pattern may take away.
-            if let Some(unsaid) = UNMATCHABLE.is_due() {
+            if let Some(suppressed) = UNMATCHABLE.should_log() {
                 tracing::warn!(
                     pattern,
-                    unsaid,
+                    suppressed,
                     "tokens are refused whose `rooms` has a pattern that matches no room: it is a \
                      name, or the beginning of one with `*` at its end"
                 );

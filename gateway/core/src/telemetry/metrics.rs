@@ -13,7 +13,7 @@ use prometheus::{
 };
 use skein_protocol::error::ErrorCode;
 
-use super::{legacy, seldom::Seldom};
+use super::{legacy, log_limiter::LogLimiter};
 
 /// Result of a handshake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -277,9 +277,9 @@ impl<L: Label> Counters<L> {
 
 /// Adds one to a gauge until it is dropped.
 #[derive(Debug)]
-pub struct Counted(IntGauge);
+pub struct GaugeGuard(IntGauge);
 
-impl Counted {
+impl GaugeGuard {
     /// Adds one to `gauge`.
     pub fn new(gauge: &IntGauge) -> Self {
         gauge.inc();
@@ -287,7 +287,7 @@ impl Counted {
     }
 }
 
-impl Drop for Counted {
+impl Drop for GaugeGuard {
     fn drop(&mut self) {
         self.0.dec();
     }
@@ -698,10 +698,10 @@ impl Metrics {
 
     /// Counts a connection or request that ended by a panic, and logs at most one a minute.
     pub fn panicked(&self, connection: impl fmt::Display, panic: &str) {
-        static SELDOM: Seldom = Seldom::new();
+        static LIMITER: LogLimiter = LogLimiter::new();
         self.connection_panics.inc();
-        if let Some(unsaid) = SELDOM.is_due() {
-            tracing::error!(%connection, panic, unsaid, "a panic closed a connection: a bug in the gateway");
+        if let Some(suppressed) = LIMITER.should_log() {
+            tracing::error!(%connection, panic, suppressed, "a panic closed a connection: a bug in the gateway");
         }
     }
 

@@ -6,7 +6,7 @@ use tracing_subscriber::EnvFilter;
 
 mod legacy;
 pub mod metrics;
-pub mod seldom;
+pub mod log_limiter;
 pub mod trail;
 
 /// How log lines are written.

@@ -26,7 +26,7 @@ use skein_core::{
     },
     limits::{KeyedPermits, Rate, RateLimiters, meter::AddressMeters},
     session::Services,
-    telemetry::{metrics::Metrics, seldom::Seldom},
+    telemetry::{metrics::Metrics, log_limiter::LogLimiter},
 };
 
 pub mod listen;
@@ -125,7 +125,7 @@ pub struct Node {
 struct HttpState {
     draining: AtomicBool,
     /// Log lines on pages whose origin may not connect.
-    origins_refused: Seldom,
+    origins_refused: LogLimiter,
     all: KeyedPermits<()>,
     by_address: KeyedPermits<std::net::IpAddr>,
     by_user: KeyedPermits<UserId>,
@@ -134,8 +134,8 @@ struct HttpState {
     address_meters: Arc<AddressMeters>,
     accepts: RateLimiters<()>,
     requests: RateLimiters<(std::net::IpAddr, request_rates::RequestPool)>,
-    api_log: Seldom,
-    requests_log: Seldom,
+    api_log: LogLimiter,
+    requests_log: LogLimiter,
     lifecycle: LifecyclePermits,
 }
 

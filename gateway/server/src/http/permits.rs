@@ -39,12 +39,12 @@ impl ConnectionPermits {
         parts: &Parts,
     ) -> Result<Self, (HandshakeResult, Box<Response>)> {
         let allowed = node.options.allowed_origins.allow(&parts.headers).map_err(|refused| {
-            if let Some(unsaid) = node.state.origins_refused.is_due() {
+            if let Some(suppressed) = node.state.origins_refused.should_log() {
                 let origin::DeniedOrigin { origin, host } = refused;
                 tracing::warn!(
                     ?origin,
                     ?host,
-                    unsaid,
+                    suppressed,
                     "a page was refused: its origin is neither this host nor in \
                      server.allowed_origins; does the proxy pass on the Host header?"
                 );

@@ -106,18 +106,18 @@ fn address_of(node: &Node, request: &Request) -> IpAddr {
 
 async fn reject_above_rate(node: &Node, address: IpAddr, wait: Duration) -> Response {
     node.metrics.http_rate_limited.inc();
-    if let Some(count) = node.state.requests_log.is_due() {
-        tracing::warn!(%address, count, "an address makes too many HTTP requests and is answered 429; \
-            `count` more were not logged since the last line");
+    if let Some(suppressed) = node.state.requests_log.should_log() {
+        tracing::warn!(%address, suppressed, "an address makes too many HTTP requests and is answered 429; \
+            `suppressed` more were not logged since the last line");
     }
     reject(wait).await
 }
 
 fn count_api_rejection(node: &Node, address: IpAddr, refusal: ApiRejection) {
     node.metrics.api_rejections.of(refusal).inc();
-    if let Some(count) = node.state.api_log.is_due() {
-        tracing::warn!(%address, ?refusal, count, "a call of the server API was refused for its key; \
-            `count` more were not logged since the last line");
+    if let Some(suppressed) = node.state.api_log.should_log() {
+        tracing::warn!(%address, ?refusal, suppressed, "a call of the server API was refused for its key; \
+            `suppressed` more were not logged since the last line");
     }
 }
 
