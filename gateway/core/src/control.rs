@@ -30,7 +30,7 @@ use crate::{
     },
     outbox::Close,
     presence::PresenceTracker,
-    telemetry::{metrics::Metrics, trail::Trails},
+    telemetry::{metrics::Metrics, trail::MessageTrails},
 };
 
 /// How long who gives an order waits until all nodes have applied it.
@@ -49,7 +49,7 @@ pub struct Control {
     hub: Hub,
     presence: Arc<PresenceTracker>,
     metrics: Arc<Metrics>,
-    trails: Arc<Trails>,
+    trails: Arc<MessageTrails>,
     /// How long a call may wait for the bus.
     timeout: Duration,
     /// Cancelled where this node is to take no client any more.
@@ -63,7 +63,7 @@ impl Control {
         (orders, sessions): (Arc<dyn ControlQueue>, Arc<dyn SessionStore>),
         hub: Hub,
         presence: Arc<PresenceTracker>,
-        (metrics, trails): (Arc<Metrics>, Arc<Trails>),
+        (metrics, trails): (Arc<Metrics>, Arc<MessageTrails>),
         wait_max: Duration,
         tasks: &Tasks,
     ) -> Self {

@@ -29,7 +29,7 @@ use crate::{
     rooms::RoomRules,
     telemetry::{
         metrics::{Metrics, PublishResult, StorageLimit},
-        trail::Trails,
+        trail::MessageTrails,
     },
 };
 
@@ -41,7 +41,7 @@ pub struct Publisher {
     store: Arc<dyn PresenceStore>,
     rules: Arc<RoomRules>,
     metrics: Arc<Metrics>,
-    trails: Arc<Trails>,
+    trails: Arc<MessageTrails>,
     /// How long a publish may wait for the bus.
     timeout: Duration,
     /// The largest message a client may send.
@@ -118,7 +118,7 @@ impl Publisher {
         bus: Arc<dyn Bus>,
         store: Arc<dyn PresenceStore>,
         rules: Arc<RoomRules>,
-        (metrics, trails): (Arc<Metrics>, Arc<Trails>),
+        (metrics, trails): (Arc<Metrics>, Arc<MessageTrails>),
         quotas: Arc<Quotas>,
         timeout: Duration,
         message_bytes_max: usize,

@@ -24,7 +24,7 @@ use skein_core::{
     publisher::Publisher,
     rooms::passwords::Passwords,
     session::{Services, peer_index::PeerIndex},
-    telemetry::{metrics::Metrics, trail::Trails},
+    telemetry::{metrics::Metrics, trail::MessageTrails},
 };
 use skein_redis::{RedisBus, RedisStartError};
 
@@ -105,7 +105,7 @@ impl Server {
         let rules = Arc::new(config.rooms);
         metrics.bus_up.set(i64::from(redis.is_none()));
         let bus_status = mailboxes.node_state().status();
-        let trails = Arc::<Trails>::default();
+        let trails = Arc::<MessageTrails>::default();
         let telemetry = (&metrics, &trails);
         let people = (&bus, &presence, &rules);
         let hub = Hub::start(people, mailboxes, letters, config.hub, telemetry, &tasks);

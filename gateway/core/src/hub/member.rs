@@ -32,7 +32,7 @@ use crate::{
     },
     delivery::{Entry, replica::RetentionContext},
     outbox::{OfferResult, Outbox, deflate::DeflateOptions},
-    telemetry::{metrics::Metrics, trail::Trails},
+    telemetry::{metrics::Metrics, trail::MessageTrails},
 };
 
 /// A connection that can take part in rooms.
@@ -320,7 +320,7 @@ pub fn text_frame(frame: &ServerFrame<Box<RawValue>>) -> Bytes {
 pub(super) struct ShardBatch {
     pub(super) retention: RetentionContext,
     pub(super) metrics: Arc<Metrics>,
-    pub(super) trails: Arc<Trails>,
+    pub(super) trails: Arc<MessageTrails>,
     pub(super) node_state: Arc<NodeState>,
     /// Messages that a log has lost, oldest first.
     pub(super) lost: Vec<(RoomId, Envelope)>,
@@ -335,7 +335,7 @@ pub(super) struct ShardBatch {
 impl ShardBatch {
     pub(super) fn new(
         retention: RetentionContext,
-        (metrics, trails): (Arc<Metrics>, Arc<Trails>),
+        (metrics, trails): (Arc<Metrics>, Arc<MessageTrails>),
         node_state: Arc<NodeState>,
     ) -> Self {
         let (lost, touched) = (Vec::new(), Vec::new());

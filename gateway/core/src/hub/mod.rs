@@ -36,7 +36,7 @@ use crate::{
     outbox::Close,
     presence::PresenceTracker,
     rooms::RoomRules,
-    telemetry::{metrics::Metrics, trail::Trails},
+    telemetry::{metrics::Metrics, trail::MessageTrails},
 };
 
 pub mod member;
@@ -223,7 +223,7 @@ impl Hub {
         mailboxes: Mailboxes,
         messages: Vec<ShardReceiver>,
         options: HubOptions,
-        telemetry: (&Arc<Metrics>, &Arc<Trails>),
+        telemetry: (&Arc<Metrics>, &Arc<MessageTrails>),
         tasks: &Tasks,
     ) -> Self {
         let shards = messages.len().max(1);

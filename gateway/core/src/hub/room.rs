@@ -31,7 +31,7 @@ use crate::{
     },
     telemetry::{
         metrics::{EntryResult, LogRepairResult},
-        trail::Handed,
+        trail::FanOutCounts,
     },
 };
 
@@ -101,7 +101,7 @@ impl DeliverySink for RoomFanOut<'_> {
                 .iter()
                 .for_each(|member| member.handle.outbox.mark_lagging(status.clone()));
         }
-        let mut handed = Handed::default();
+        let mut handed = FanOutCounts::default();
         let silent = entry.envelope.sender_without_echo();
         for member in self.members.iter_mut() {
             if member.state != MemberState::Live {
@@ -114,7 +114,7 @@ impl DeliverySink for RoomFanOut<'_> {
                 handed.queued += 1;
             }
         }
-        self.batch.trails.handed(self.name, entry.envelope.id(), &entry.position, handed);
+        self.batch.trails.fanned_out(self.name, entry.envelope.id(), &entry.position, handed);
     }
 
     fn epoch_changed(&mut self, to: &Position) {

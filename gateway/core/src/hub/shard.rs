@@ -38,7 +38,7 @@ use crate::{
     rooms::RoomRules,
     telemetry::{
         metrics::{EntryResult, Metrics},
-        trail::Trails,
+        trail::MessageTrails,
     },
 };
 
@@ -118,7 +118,7 @@ impl Shard {
         commands: mpsc::Sender<ShardCommand>,
         messages: &ShardReceiver,
         options: HubOptions,
-        (metrics, trails): (Arc<Metrics>, Arc<Trails>),
+        (metrics, trails): (Arc<Metrics>, Arc<MessageTrails>),
         tasks: &Tasks,
     ) -> Self {
         let budget = MemoryBudget::new(&options, metrics.clone());

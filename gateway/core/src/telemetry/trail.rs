@@ -24,20 +24,20 @@ const KEPT_FOR: Duration = Duration::from_secs(600);
 
 /// What this node remembers of messages.
 #[derive(Debug, Default)]
-pub struct Trails {
-    state: Mutex<State>,
+pub struct MessageTrails {
+    state: Mutex<TrailState>,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct TrailState {
     order: VecDeque<(Instant, MessageId)>,
     /// A direct is in two logs.
-    by_id: HashMap<MessageId, SmallVec<[Trail; 1]>>,
+    by_id: HashMap<MessageId, SmallVec<[LogTrail; 1]>>,
 }
 
 /// What became of a message in one log.
 #[derive(Clone, Debug)]
-pub struct Trail {
+pub struct LogTrail {
     /// The room, or an inbox.
     pub log: RoomId,
     /// Where it stands there.
@@ -45,12 +45,12 @@ pub struct Trail {
     /// When this node was told that it was appended, where this node had sent it.
     appended: Option<SystemTime>,
     /// What was done with it, once it was passed on to this node.
-    handed: Option<(SystemTime, Handed)>,
+    fan_out: Option<(SystemTime, FanOutCounts)>,
 }
 
 /// To how many connections of this node an entry went.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Handed {
+pub struct FanOutCounts {
     /// Into whose outboxes it was put.
     pub queued: u32,
     /// Whose outboxes had no room, so that they get it from the log.
@@ -61,27 +61,33 @@ pub struct Handed {
     pub without_echo: u32,
 }
 
-impl Trails {
+impl MessageTrails {
     /// This node was told that a message it sent was appended.
     pub fn appended(&self, log: &RoomId, id: MessageId, position: &Position) {
         let now = SystemTime::now();
-        self.note(log, id, position, |trail| trail.appended = Some(now));
+        self.record(log, id, position, |trail| trail.appended = Some(now));
     }
 
     /// An entry has been handed out.
-    pub fn handed(&self, log: &RoomId, id: MessageId, position: &Position, handed: Handed) {
-        let now = SystemTime::now();
-        self.note(log, id, position, |trail| trail.handed = Some((now, handed)));
-    }
-
-    fn note(
+    pub fn fanned_out(
         &self,
         log: &RoomId,
         id: MessageId,
         position: &Position,
-        note: impl FnOnce(&mut Trail),
+        handed: FanOutCounts,
     ) {
-        let State { order, by_id } = &mut *self.state.lock();
+        let now = SystemTime::now();
+        self.record(log, id, position, |trail| trail.fan_out = Some((now, handed)));
+    }
+
+    fn record(
+        &self,
+        log: &RoomId,
+        id: MessageId,
+        position: &Position,
+        note: impl FnOnce(&mut LogTrail),
+    ) {
+        let TrailState { order, by_id } = &mut *self.state.lock();
         let trails = by_id.entry(id).or_insert_with(|| {
             order.push_back((Instant::now(), id));
             SmallVec::new()
@@ -90,7 +96,7 @@ impl Trails {
             Some(place) => note(&mut trails[place]),
             None if trails.len() < LOGS_MAX => {
                 let (log, position) = (log.clone(), position.clone());
-                let mut trail = Trail { log, position, appended: None, handed: None };
+                let mut trail = LogTrail { log, position, appended: None, fan_out: None };
                 note(&mut trail);
                 trails.push(trail);
             }
@@ -106,12 +112,12 @@ impl Trails {
     }
 
     /// What is remembered of a message.
-    pub fn of(&self, id: MessageId) -> Vec<Trail> {
+    pub fn of(&self, id: MessageId) -> Vec<LogTrail> {
         self.state.lock().by_id.get(&id).map(|trails| trails.to_vec()).unwrap_or_default()
     }
 }
 
-impl Trail {
+impl LogTrail {
     /// As the server API tells it.
     pub fn to_json(&self) -> serde_json::Value {
         let log = match self.log.kind() {
@@ -124,7 +130,7 @@ impl Trail {
             "seq": self.position.seq,
             "appended_at": self.appended.map(skein_protocol::timestamp),
         });
-        if let Some((at, handed)) = self.handed {
+        if let Some((at, handed)) = self.fan_out {
             told["handed_out"] = json!({
                 "at": skein_protocol::timestamp(at),
                 "queued": handed.queued,
@@ -147,13 +153,18 @@ mod tests {
 
     #[test]
     fn a_message_has_a_trail_in_each_log() {
-        let (trails, id) = (Trails::default(), MessageId::random());
+        let (trails, id) = (MessageTrails::default(), MessageId::random());
         let (ann, bob) = ("ann".parse().unwrap(), "bob".parse().unwrap());
         let (ann, bob) = (RoomId::inbox_of(&ann), RoomId::inbox_of(&bob));
         trails.appended(&ann, id, &position(3));
-        trails.handed(&bob, id, &position(7), Handed { queued: 2, ..Handed::default() });
-        trails.handed(&ann, id, &position(3), Handed::default());
-        let told: Vec<_> = trails.of(id).iter().map(Trail::to_json).collect();
+        trails.fanned_out(
+            &bob,
+            id,
+            &position(7),
+            FanOutCounts { queued: 2, ..FanOutCounts::default() },
+        );
+        trails.fanned_out(&ann, id, &position(3), FanOutCounts::default());
+        let told: Vec<_> = trails.of(id).iter().map(LogTrail::to_json).collect();
         assert_eq!((told[0]["inbox_of"].as_str(), told[0]["seq"].as_u64()), (Some("ann"), Some(3)));
         assert!(told[0]["appended_at"].is_string() && told[1]["appended_at"].is_null());
         assert_eq!(told[1]["handed_out"]["queued"], 2);
@@ -162,7 +173,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn the_oldest_are_forgotten() {
-        let (trails, room) = (Trails::default(), "r".parse().unwrap());
+        let (trails, room) = (MessageTrails::default(), "r".parse().unwrap());
         let first = MessageId::random();
         trails.appended(&room, first, &position(1));
         for seq in 2..MESSAGES_MAX as u64 + 2 {
