@@ -26,7 +26,7 @@ use skein_core::{
     },
     limits::{KeyedPermits, Rate, RateLimiters, meter::AddressMeters},
     session::Services,
-    telemetry::{metrics::Metrics, log_limiter::LogLimiter},
+    telemetry::{log_limiter::LogLimiter, metrics::Metrics},
 };
 
 pub mod listen;
@@ -175,7 +175,17 @@ impl Node {
     ) -> Self {
         let (wheel, state) = Default::default();
         let drain_schedule = DrainSchedule::new(tasks.leaving());
-        Self { id, options, services, control, metrics, tasks, drain_schedule, timers: wheel, state }
+        Self {
+            id,
+            options,
+            services,
+            control,
+            metrics,
+            tasks,
+            drain_schedule,
+            timers: wheel,
+            state,
+        }
     }
 
     /// Takes no new client from here on; `ready` says so.

@@ -403,7 +403,12 @@ impl WebSocketConnection {
     }
 
     /// Handles the frames in `input`, as far as that can be done at once.
-    fn handle(&mut self, input: &mut [u8], now: Instant, turn: &mut InputBudget) -> (usize, InputStep) {
+    fn handle(
+        &mut self,
+        input: &mut [u8],
+        now: Instant,
+        turn: &mut InputBudget,
+    ) -> (usize, InputStep) {
         let outbox = &self.handle.outbox;
         let mut used = 0;
         while used < input.len() {

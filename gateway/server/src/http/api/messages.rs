@@ -23,7 +23,7 @@ use tokio::sync::oneshot;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use super::{JsonBody, CommonResponses, ApiError, Problem, parse_name, parse_query, await_bus};
+use super::{ApiError, CommonResponses, JsonBody, Problem, await_bus, parse_name, parse_query};
 use crate::http::Node;
 use skein_core::{
     bus::{Appended, BusError, commands::NodeQuery},

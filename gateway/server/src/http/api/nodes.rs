@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use skein_protocol::{error::ErrorCode, ids::NodeId};
 use utoipa::ToSchema;
 
-use super::{CommonResponses, ApiError, AppliedNodes, parse_name, await_bus};
+use super::{ApiError, AppliedNodes, CommonResponses, await_bus, parse_name};
 use crate::http::Node;
 use skein_core::bus::commands::{ControlCommand, NodeQuery};
 

@@ -13,7 +13,10 @@ use skein_protocol::{
 };
 use utoipa::ToSchema;
 
-use super::{JsonBody, CommonResponses, ApiError, AppliedNodes, PageQuery, parse_name, parse_query, parse_user, await_bus};
+use super::{
+    ApiError, AppliedNodes, CommonResponses, JsonBody, PageQuery, await_bus, parse_name,
+    parse_query, parse_user,
+};
 use crate::http::Node;
 use skein_core::{
     bus::{commands::NodeQuery, registry::UserPresence, sessions::SessionSelector},
@@ -306,7 +309,7 @@ pub(super) async fn sessions(
     State(node): State<Arc<Node>>,
     Path(id): Path<String>,
 ) -> Result<Json<SessionList>, ApiError> {
-    let kept = await_bus(&node, node.services.sessions.list(user(&id)?)).await?;
+    let kept = await_bus(&node, node.services.sessions.list(parse_user(&id)?)).await?;
     let session = |kept: skein_core::bus::sessions::StoredSession| SessionDetails {
         session_id: kept.session.to_string(),
         created_at: wire_time(kept.created),
