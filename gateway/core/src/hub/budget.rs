@@ -1,4 +1,5 @@
-//! What all rooms of a shard take in memory together, and which ids are to go where it is too much.
+//! The memory that all rooms of a shard take together, and the ids to drop when it exceeds the
+//! bound.
 
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 
@@ -11,7 +12,7 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// The memory of a shard's rooms.
+/// The memory of a shard's rooms, in bytes.
 #[derive(Debug)]
 pub(super) struct MemoryBudget {
     ring_bytes: usize,
@@ -19,12 +20,12 @@ pub(super) struct MemoryBudget {
     ids_bytes: usize,
     ids_bytes_max: usize,
     dedup_window: Duration,
-    /// Every bucket of ids, those begun first in front.
+    /// Every bucket of ids, oldest first.
     buckets: VecDeque<BucketRef>,
     metrics: Arc<Metrics>,
 }
 
-/// A bucket of a room's ids.
+/// A reference to one bucket of a room's ids.
 #[derive(Clone, Debug)]
 pub(super) struct BucketRef {
     pub(super) since: Instant,
@@ -32,7 +33,7 @@ pub(super) struct BucketRef {
     pub(super) generation: u64,
 }
 
-/// What a room takes.
+/// The memory of one room.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct RoomMemory {
     ring_bytes: usize,
@@ -64,7 +65,7 @@ impl MemoryBudget {
         }
     }
 
-    /// How much a ring may hold, given what all of them hold.
+    /// The limits of a single ring, given the total of all rings.
     pub(super) fn ring_limits(&self) -> RingLimits {
         if self.ring_bytes > self.ring_bytes_max {
             RingLimits::UNDER_PRESSURE
@@ -73,7 +74,7 @@ impl MemoryBudget {
         }
     }
 
-    /// Counts what a room took `before`, and takes after something was done to it.
+    /// Updates the totals by the difference between `before` and the room's present memory.
     pub(super) fn count(&mut self, before: RoomMemory, room: &Room, now: Instant) {
         let after = RoomMemory::of(room);
         for _ in before.buckets_started..after.buckets_started {
@@ -83,7 +84,7 @@ impl MemoryBudget {
         self.replace(before, after);
     }
 
-    /// Counts that a room is not followed any more.
+    /// Removes a room that the node has unsubscribed from.
     pub(super) fn forget(&mut self, room: &Room) {
         self.replace(RoomMemory::of(room), RoomMemory::default());
     }
@@ -95,8 +96,8 @@ impl MemoryBudget {
         self.metrics.dedup_ids_bytes.add(after.ids_bytes as i64 - before.ids_bytes as i64);
     }
 
-    /// Takes out the bucket that is to be forgotten next, if one is: it is past the window, or all
-    /// of them take too much.
+    /// Takes the next bucket to drop: one older than the window, or the oldest while all buckets
+    /// exceed the bound.
     pub(super) fn next_to_forget(&mut self, now: Instant) -> Option<BucketRef> {
         let is_expired =
             recent_ids::is_expired(self.buckets.front()?.since, self.dedup_window, now);

@@ -1,8 +1,9 @@
-//! Members that are behind: fed from the ring, else from the log, when their sockets have drained.
+//! Catch-up: members that are behind receive older entries from the ring or from the log, when
+//! their sockets have drained.
 //!
-//! Where the ring does not reach back far enough, one read of the log serves all members of a room
-//! that wait for the same catch_up_read of it, and a room has one such read at a time: a thousand slow
-//! readers cost as many reads as there are catch_up_reads, and the memory of one.
+//! If the ring does not reach back far enough, one read of the log serves all members of a room
+//! that wait for the same range, and a room has one such read at a time. A thousand slow consumers
+//! thus cost as many reads as there are distinct ranges, and the memory of one read.
 
 use skein_protocol::{ids::ConnectionId, position::Seq};
 
@@ -15,38 +16,38 @@ use crate::{
     delivery::{cursor::NextDelivery, page::LogPage, reconcile::READ_LEN},
 };
 
-/// The read of the log for members that are behind.
+/// The state of a room's catch-up read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum CatchUpRead {
-    /// There is none.
+    /// No read.
     Idle,
-    /// It waits for those of other rooms.
+    /// Waiting for the reads of other rooms.
     Queued,
-    /// It is under way.
+    /// Under way.
     InProgress,
 }
 
-/// What became of a page that was read for members that are behind.
+/// The outcome of a catch-up page.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum CatchUpOutcome {
-    /// These may be given more at once.
+    /// These members may be caught up further at once.
     More(Vec<ConnectionId>),
-    /// The log is another one, and the room has to find out first.
+    /// The page belongs to another log; the replica must be reconciled first.
     OtherLog,
 }
 
 impl Room {
-    /// Gives a member that is behind what the ring holds for it, or has it wait for a read of the
-    /// log.
+    /// Delivers to a member that is behind what the ring holds for it, or lets it wait for a read
+    /// of the log.
     pub(super) fn catch_up(&mut self, connection: ConnectionId, batch: &mut ShardBatch) {
-        let Some(place) = self.index_of(connection) else { return };
-        let Some(member) = self.members.get_mut(place) else { return };
+        let Some(index) = self.index_of(connection) else { return };
+        let Some(member) = self.members.get_mut(index) else { return };
         if member.state != MemberState::Behind {
             return;
         }
         let is_at_end = self.replica.top().is_none_or(|top| member.cursor.seq >= top.seq);
         if !is_at_end && !member.handle.outbox.has_room() {
-            // A read for it would be in vain. It asks again when its socket has drained.
+            // A read would be in vain. The connection asks again when its socket has drained.
             member.handle.outbox.mark_lagging(self.name.clone());
             return;
         }
@@ -73,21 +74,21 @@ impl Room {
         }
     }
 
-    /// Which part of the log to read for those who wait for it: for who has waited longest, and as
-    /// many others as one read can serve with it.
+    /// The next range to read: for the member that has waited longest, and for as many others as
+    /// the same read can serve.
     pub(super) fn next_catch_up_read(&mut self) -> Option<ReadRange> {
-        let waits = |room: &Self, connection| {
-            let place = room.index_of(connection)?;
+        let cursor_of_waiting = |room: &Self, connection| {
+            let index = room.index_of(connection)?;
             let member = room
                 .members
-                .get(place)
+                .get(index)
                 .filter(|member| member.state == MemberState::AwaitingRead)?;
             Some(member.cursor.seq)
         };
         let waiting_for_read = std::mem::take(&mut self.waiting_for_read);
         let cursors: Vec<(ConnectionId, Seq)> = waiting_for_read
             .into_iter()
-            .filter_map(|connection| Some((connection, waits(self, connection)?)))
+            .filter_map(|connection| Some((connection, cursor_of_waiting(self, connection)?)))
             .collect();
         self.waiting_for_read = cursors.iter().map(|(connection, _)| *connection).collect();
         let (_, longest) = cursors.first()?;
@@ -96,7 +97,7 @@ impl Room {
         Some(ReadRange::After { seq, limit: READ_LEN })
     }
 
-    /// Gives those who wait for it what was read of the log behind `from`.
+    /// Delivers a page, read from after `from`, to the members that wait for it.
     pub(super) fn catch_up_from_page(
         &mut self,
         from: Seq,
@@ -109,19 +110,19 @@ impl Room {
         }
         page.keep_whole();
         let last = page.entries.last().map_or(0, |last| last.position.seq);
-        // Encoded and compressed once for all.
+        // Encoded and compressed once for all members.
         let mut frames: Vec<EntryFrames<'_>> =
             page.entries.iter().map(|entry| EntryFrames::replay(&self.name, entry)).collect();
         let mut more = Vec::new();
         for connection in std::mem::take(&mut self.waiting_for_read) {
-            let Some(place) = self.index_of(connection) else { continue };
-            let member = &mut self.members[place];
+            let Some(index) = self.index_of(connection) else { continue };
+            let member = &mut self.members[index];
             if member.state != MemberState::AwaitingRead {
                 continue;
             }
             let seq = member.cursor.seq;
             if if page.entries.is_empty() { seq != from } else { seq < from || seq >= last } {
-                // The next one is for it.
+                // The next read serves this member.
                 self.waiting_for_read.push_back(connection);
                 continue;
             }
@@ -132,8 +133,8 @@ impl Room {
             let is_full = loop {
                 match self.replica.next_in_page(&page, &member.cursor) {
                     NextDelivery::Entry(entry) => {
-                        let place = page.index_of(entry.position.seq);
-                        let frames = place.and_then(|place| frames.get_mut(place));
+                        let index = page.index_of(entry.position.seq);
+                        let frames = index.and_then(|index| frames.get_mut(index));
                         if !frames.is_some_and(|frames| member.deliver(frames, batch)) {
                             break true;
                         }
@@ -149,11 +150,11 @@ impl Room {
         CatchUpOutcome::More(more)
     }
 
-    /// Has those who wait for a read of the log ask anew.
+    /// Returns the members that wait for a read to the state `Behind`.
     pub(super) fn abandon_catch_up_read(&mut self) {
         for connection in std::mem::take(&mut self.waiting_for_read) {
-            let Some(place) = self.index_of(connection) else { continue };
-            let member = &mut self.members[place];
+            let Some(index) = self.index_of(connection) else { continue };
+            let member = &mut self.members[index];
             if member.state == MemberState::AwaitingRead {
                 member.state = MemberState::Behind;
             }

@@ -1,5 +1,5 @@
-//! What the application has ordered, as far as it is for connections: each is in its user's inbox, and
-//! so found there.
+//! Control commands of the application that concern connections. A user's connections are members
+//! of the user's inbox and are found there.
 
 use std::sync::Arc;
 
@@ -20,7 +20,8 @@ use crate::{
 };
 
 impl ConnectionHandle {
-    /// Whether it was opened before an order was given, so that the order concerns it.
+    /// Whether the connection was opened before a command was issued, so that the command applies
+    /// to it.
     fn was_opened_before(&self, order: UnixMicros) -> bool {
         self.owner().is_some_and(|owner| owner.since <= order)
     }
@@ -57,7 +58,7 @@ impl Shard {
         for handle in removed {
             room.remove(handle.connection);
             handle.release_reservations(name);
-            // First, so that what who was told says next is refused.
+            // Before `left` is sent, so that a frame sent in response to it is rejected.
             handle.evict_from(name);
             handle.outbox.push(left.clone());
             self.batch.flush_later(&handle);

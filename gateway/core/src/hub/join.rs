@@ -1,4 +1,4 @@
-//! How a join is answered: from where the connection goes on, and what it is shown first.
+//! Joins: the position from which a connection continues, and the history it receives first.
 
 use std::sync::Arc;
 
@@ -31,63 +31,65 @@ use crate::{
     telemetry::metrics::ResumeSource,
 };
 
-/// How many bytes of what a client missed `joined` holds; the rest follows as entries. An answer to the
-/// client cannot overtake a frame that is being written, and at 96 kbit/s this much takes 2.7 s.
+/// The most bytes of missed entries in `joined`; the rest follows as entries. A reply cannot
+/// overtake a frame that is being written, and at 96 kbit/s this many bytes take 2.7 s.
 const RESUMED_BYTES_MAX: usize = 32 * 1024;
 
-/// A connection that wants to take part in a room.
+/// A join that the hub has not answered.
 #[derive(Debug)]
 pub(super) struct PendingJoin {
     pub(super) handle: Arc<ConnectionHandle>,
     pub(super) reference: Option<FrameRef>,
     pub(super) start: JoinStart,
-    /// As what its user has snapshot.
+    /// The admission of its user.
     pub(super) grant: JoinGrant,
-    /// Hears when `joined` has been sent; dropped where the room cannot be followed.
+    /// Receives the outcome once `joined` is queued; dropped if the node cannot subscribe to the
+    /// room.
     pub(super) done: oneshot::Sender<JoinOutcome>,
-    /// What was read of the room's log for it.
+    /// Bytes read from the room's log for this join.
     pub(super) bytes_read: usize,
-    /// Whether the log was read anew for this join: another node may have delivered what this one
-    /// has not heard yet, so that a position is judged only then.
+    /// Whether the log was read anew for this join. Another node may have delivered entries that
+    /// this node has not received yet, so an unknown position is rejected only after such a read.
     pub(super) refreshed: bool,
-    /// Why it cannot go on from its position, once that is known.
+    /// The reason why the connection cannot resume from its position, once known.
     pub(super) lost: Option<RecoveryFailure>,
 }
 
-/// What a user was told on entering, and whether that room_alive holds.
+/// The admission of a user to a room.
 #[derive(Clone, Debug, Default)]
 pub struct JoinGrant {
-    /// What the user was told.
+    /// The state of the room at the admission.
     pub snapshot: JoinSnapshot,
     /// Tells whether the room was closed since.
     pub room_alive: Option<RoomAlive>,
 }
 
-/// From where a connection wants to go on.
+/// The position from which a connection continues.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum JoinStart {
-    /// From now, and shown so many of the newest entries.
+    /// From now, with the given number of newest entries as history.
     Newest(u32),
-    /// From behind a position.
+    /// From after a position.
     Since(Position),
-    /// As `Since`, of an inbox: all that follows comes as entries, and there is no `joined`. Where the
-    /// position cannot be gone on from, `reset` is told and it goes on behind a number.
+    /// As `Since`, for an inbox: everything that follows is delivered as entries, without a
+    /// `joined`. If the position cannot be resumed, the connection receives `reset` and continues
+    /// after the given number.
     InboxSince(Position, Seq),
 }
 
-/// What is to be done for a join.
+/// The next step of a join.
 #[derive(Debug)]
 pub(super) enum JoinStep {
-    /// It was answered, or nobody waits for it any more.
+    /// It is answered, or its caller has gone.
     Done,
-    /// The log is to be read for it.
+    /// The log must be read for it.
     Read(PendingJoin, ReadRange),
-    /// It is to be looked at again when the room has read its log from the top on.
+    /// It must be tried again after the next read of the log from the replica's top.
     Wait(PendingJoin),
 }
 
 impl PendingJoin {
-    /// The position to go on from, unless that is not to be had.
+    /// The position to resume from, unless recovery from it has failed.
     fn since(&self) -> Option<&Position> {
         match &self.start {
             JoinStart::Since(since) if self.lost.is_none() => Some(since),
@@ -95,7 +97,7 @@ impl PendingJoin {
         }
     }
 
-    /// How many of the newest entries to show otherwise.
+    /// The number of newest entries to show if the join does not resume.
     fn newest(&self) -> u32 {
         match self.start {
             JoinStart::Newest(count) => count,
@@ -105,11 +107,11 @@ impl PendingJoin {
 }
 
 impl Room {
-    /// Answers a join from what the room holds, or says what it takes.
+    /// Answers a join from the replica, or returns what it needs first.
     pub(super) fn join(&mut self, mut join: PendingJoin, batch: &mut ShardBatch) -> JoinStep {
         let Some(top) = self.replica.top().cloned() else { return JoinStep::Wait(join) };
         if join.done.is_closed() || !self.grant_holds(&join.grant) {
-            // Dropping it tells the session.
+            // Dropping the join notifies the session.
             return JoinStep::Done;
         }
         if !self.durable && matches!(join.start, JoinStart::Since(_)) {
@@ -118,7 +120,7 @@ impl Room {
         if let Some(cursor) = self.cursor_of(join.handle.connection).cloned() {
             self.send_joined(&join, cursor, vec![], false);
             batch.flush_later(&join.handle);
-            // Who has given up waiting is a member all the same.
+            // A caller that has gone is a member nevertheless; it cancels the join itself.
             let _ = join.done.send(JoinOutcome::Member { bytes_read: join.bytes_read });
             return JoinStep::Done;
         }
@@ -147,7 +149,8 @@ impl Room {
         self.admit_since(join, since, until, entries, ResumeSource::Ring, batch)
     }
 
-    /// Lets a connection in that is given all behind `since` as entries, or behind `or`.
+    /// Admits a connection that receives everything after `since` as entries, or after `or` if
+    /// `since` cannot be resumed.
     fn join_inbox(
         &mut self,
         join: PendingJoin,
@@ -175,7 +178,7 @@ impl Room {
         JoinStep::Done
     }
 
-    /// Makes a connection a member that was given everything up to its cursor.
+    /// Makes a connection a member that has received everything up to its cursor.
     fn add_joined(
         &mut self,
         mut member: RoomMember,
@@ -185,7 +188,7 @@ impl Room {
     ) {
         let live = self.replica.top() == Some(&member.cursor);
         batch.flush_later(&member.handle);
-        // Who has given up meanwhile sends a call behind this one that takes it back.
+        // A caller that has gone meanwhile sends a later command that cancels the join.
         let _ = done.send(JoinOutcome::Member { bytes_read });
         if !live {
             member.handle.outbox.mark_lagging(self.name.clone());
@@ -194,7 +197,7 @@ impl Room {
         self.add(member);
     }
 
-    /// Answers a join with what was read of the log for it.
+    /// Answers a join with a page read from the log for it.
     pub(super) fn join_with_page(
         &mut self,
         mut join: PendingJoin,
@@ -203,7 +206,7 @@ impl Room {
     ) -> JoinStep {
         let Some(top) = self.replica.top().cloned() else { return JoinStep::Wait(join) };
         if !self.replica.has_epoch_of(&page) {
-            // The room follows a log that is no more, which it finds out by reading.
+            // The replica follows a log that no longer exists; the next read will show that.
             return JoinStep::Wait(join);
         }
         if join.done.is_closed() || !self.grant_holds(&join.grant) {
@@ -214,13 +217,14 @@ impl Room {
         if join.since().is_none()
             && page.entries.last().is_some_and(|last| last.position.seq < page.top)
         {
-            // The newest entry is none that can be read: what stands before it is not whole up to it.
+            // The newest entry is unreadable, so the entries before it do not reach the top.
             page.entries.clear();
         }
-        // What was not passed on yet comes live.
+        // Entries that were not delivered yet arrive live.
         page.entries.retain(|entry| entry.position.seq <= top.seq);
         let Some(since) = join.since().cloned() else {
-            // What was passed on since the page was read is neither in it nor to come.
+            // Entries delivered since the page was read are in neither the page nor the live
+            // stream.
             let last = page.top.min(top.seq);
             if page.top < top.seq {
                 let since: Option<Vec<Entry>> =
@@ -230,8 +234,8 @@ impl Room {
                     None if !join.refreshed => {
                         return self.join_newest(PendingJoin { refreshed: true, ..join }, batch);
                     }
-                    // Twice in a row: the log ends below what was passed on, and comparing it is not
-                    // this join's.
+                    // Twice in a row: the log ends below the replica's top. Comparing the two is
+                    // not the task of a join.
                     None => page.entries.clear(),
                 }
             }
@@ -249,7 +253,7 @@ impl Room {
         self.admit_since(join, since, until, entries, ResumeSource::Log, batch)
     }
 
-    /// Whether the room is room_alive the one that the user has snapshot.
+    /// Whether the room is still the one to which the user was admitted.
     fn grant_holds(&self, grant: &JoinGrant) -> bool {
         let closed = grant.room_alive.as_ref().is_some_and(RoomAlive::is_closed);
         !closed && grant.snapshot.deleted >= self.deleted || grant.room_alive.is_none()
@@ -258,7 +262,7 @@ impl Room {
     fn join_newest(&mut self, join: PendingJoin, batch: &mut ShardBatch) -> JoinStep {
         let (count, ring) = (join.newest(), self.replica.ring());
         if count as usize >= ring.len() && !self.replica.ring_is_whole() {
-            // One at least, to know whether there are older ones.
+            // At least one, to find out whether older entries exist.
             return JoinStep::Read(join, ReadRange::Newest { limit: count.max(1) });
         }
         let entries: Vec<Entry> = ring.newest(count as usize).cloned().collect();
@@ -266,8 +270,9 @@ impl Room {
         self.admit_newest(join, &entries, oldest, batch)
     }
 
-    /// Lets a connection in that goes on behind `since`, up to `until` within the epoch it presence_version;
-    /// `entries` are the first of what it misses of that.
+    /// Admits a connection that resumes after `since`, up to `until` within the epoch it knows.
+    /// `entries` are the first of the entries that it missed; `None` if they belong to another
+    /// epoch.
     fn admit_since(
         &mut self,
         mut join: PendingJoin,
@@ -288,7 +293,7 @@ impl Room {
         self.admit(join, until, cursor, history, false, batch)
     }
 
-    /// Lets a connection in that goes on from now; the newest of `entries` are shown.
+    /// Admits a connection that continues from now, with the newest of `entries` as history.
     fn admit_newest(
         &mut self,
         join: PendingJoin,
@@ -307,8 +312,8 @@ impl Room {
         self.admit(join, top.clone(), top, history, more, batch)
     }
 
-    /// Lets a connection in, which is told that it has joined at `at` and was given everything up
-    /// to `cursor`.
+    /// Admits a connection: it is told that it joined at `at`, and has received everything up to
+    /// `cursor`.
     fn admit(
         &mut self,
         join: PendingJoin,
@@ -355,12 +360,12 @@ impl Room {
     }
 }
 
-/// As many entries, from the first on, as a `joined` or a `history` holds: 256 KiB, or one.
+/// The first entries that fit into a `joined` or `history` frame: 256 KiB, or one entry.
 pub fn history<'a>(entries: impl Iterator<Item = &'a Entry>) -> Vec<Box<RawValue>> {
     history_within(HISTORY_BYTES_MAX, entries)
 }
 
-/// As [`history`], with so many bytes.
+/// As [`history`], with a given number of bytes.
 fn history_within<'a>(
     bytes_max: usize,
     entries: impl Iterator<Item = &'a Entry>,
@@ -373,6 +378,6 @@ fn history_within<'a>(
             bytes += json.len();
             first || bytes <= bytes_max
         })
-        .map(|json| RawValue::from_string(json).expect("an envelope holds JSON members"))
+        .map(|json| RawValue::from_string(json).expect("an envelope holds JSON"))
         .collect()
 }

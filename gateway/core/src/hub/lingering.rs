@@ -1,4 +1,5 @@
-//! Rooms that are without members, or were a moment ago: each is here once, however often it emptied.
+//! Rooms that have no members, or had none a moment ago. Each room occurs once, however often it
+//! became empty.
 
 use std::collections::BTreeSet;
 
@@ -7,12 +8,13 @@ use tokio::time::{Duration, Instant};
 
 use super::{INBOX_LINGER, LINGER, room::Room};
 
-/// By when they are not followed any more. A room knows under which time it is here.
+/// Ordered by the time until which the node stays subscribed. A room stores the time under which it
+/// occurs here.
 #[derive(Debug, Default)]
 pub(super) struct Lingering(BTreeSet<(Instant, RoomId)>);
 
 impl Lingering {
-    /// The room has become empty.
+    /// Inserts a room that has become empty.
     pub(super) fn insert(&mut self, room: &mut Room, now: Instant) {
         self.remove(room);
         let until = now + linger_of(&room.name);
@@ -20,24 +22,24 @@ impl Lingering {
         self.0.insert((until, room.name.clone()));
     }
 
-    /// The room is not followed any more.
+    /// Removes a room.
     pub(super) fn remove(&mut self, room: &mut Room) {
         if let Some(until) = room.lingers_until.take() {
             self.0.remove(&(until, room.name.clone()));
         }
     }
 
-    /// How many rooms are here.
+    /// The number of rooms.
     pub(super) fn len(&self) -> usize {
         self.0.len()
     }
 
-    /// Takes out the room that has been here for longest. Somebody may have come since.
+    /// Takes the room that has lingered longest. It may have members again.
     pub(super) fn pop_oldest(&mut self) -> Option<RoomId> {
         self.0.pop_first().map(|(_, room)| room)
     }
 
-    /// Takes out a room whose time is over. Somebody may have come since.
+    /// Takes a room whose time is over. It may have members again.
     pub(super) fn next_due(&mut self, now: Instant) -> Option<RoomId> {
         let (until, _) = self.0.first()?;
         if *until > now {
@@ -47,7 +49,7 @@ impl Lingering {
     }
 }
 
-/// How long a room without members is still followed.
+/// The time for which the node stays subscribed to a room without members.
 pub(super) fn linger_of(room: &RoomId) -> Duration {
     match room.kind() {
         RoomKind::Inbox => INBOX_LINGER,

@@ -1,5 +1,5 @@
-//! What a shard asks the bus: logs to be read, heads to be compared, histories to be healed. Each is
-//! a task that puts its answer into the shard's own queue.
+//! The requests of a shard to the bus: log reads, comparison of heads, log restores. Each is a task
+//! that puts its result into the shard's queue.
 
 use std::time::Duration;
 
@@ -22,16 +22,16 @@ use crate::{
     telemetry::metrics::LogRepairResult,
 };
 
-/// How long to wait before a log that could not be read is read again.
+/// The pause before a failed read is repeated.
 pub(super) const READ_RETRY_DELAY: Duration = Duration::from_millis(250);
-/// How long an entry that the log has lost is tried to be appended.
+/// The time for which a lost entry is tried to be appended again.
 const REAPPEND_MAX: Duration = Duration::from_secs(30);
-/// The most reads for members that are behind that a shard has under way, so that what they bring is
-/// bounded.
+/// The most catch-up reads of a shard under way, which bounds the memory of their results.
 const CATCH_UP_READS_MAX: usize = 16;
 
 impl Shard {
-    /// Entries of any room may have been lost: all logs are compared with what was passed on.
+    /// Starts a resync: entries of any room may have been lost, so all logs are compared with their
+    /// replicas.
     pub(super) fn resync_all(&mut self) {
         if self.comparing != ReadState::Idle {
             self.comparing = ReadState::Again;
@@ -52,7 +52,7 @@ impl Shard {
         self.reread_statuses();
     }
 
-    /// A room was proven whole since the last resync, or is not followed any more.
+    /// Marks a room as verified since the last resync, or as dropped.
     pub(super) fn mark_verified(&mut self, name: &RoomId) {
         if let Some(room) = self.rooms.get_mut(name)
             && std::mem::take(&mut room.unverified)
@@ -68,7 +68,7 @@ impl Shard {
         }
     }
 
-    /// Asks for the heads of `rooms` in a task, until they are there.
+    /// Reads the heads of `rooms` in a task, until it succeeds.
     pub(super) fn compare_heads(&mut self, mut rooms: Vec<(RoomId, u64)>) {
         if rooms.is_empty() {
             return;
@@ -92,7 +92,7 @@ impl Shard {
         self.spawn("compare_heads", read_heads);
     }
 
-    /// Reads on where a log has what was not passed on.
+    /// Reads forward in each room whose log holds entries that the replica lacks.
     pub(super) fn heads_read(
         &mut self,
         rooms: Vec<(RoomId, u64)>,
@@ -110,18 +110,18 @@ impl Shard {
                 self.mark_verified(&name);
             }
         }
-        // While the node has no node_state, regaining that raises resync.
+        // Without a lease, reacquiring it starts a resync.
         if again && !self.suspended {
             self.resync_all();
         }
     }
 
-    /// Reads a room's log from its top on, or again once the read under way has come back.
+    /// Reads a room's log from the replica's top, or once more after the read under way.
     pub(super) fn read_forward(&mut self, name: &RoomId) {
         self.read_forward_after(name, Duration::ZERO);
     }
 
-    /// As [`Shard::read_forward`], after a while.
+    /// As [`Shard::read_forward`], after a pause.
     pub(super) fn read_forward_after(&mut self, name: &RoomId, pause: Duration) {
         let Some(room) = self.rooms.get_mut(name) else { return };
         if !room.replica.read_again() {
@@ -131,7 +131,7 @@ impl Shard {
         }
     }
 
-    /// Does what a room needs to go on.
+    /// Executes the next action of a replica.
     pub(super) fn act_on(&mut self, name: &RoomId, next: NextAction) {
         match next {
             NextAction::Nothing => {}
@@ -140,14 +140,14 @@ impl Shard {
         }
     }
 
-    /// Has a room's log compared with what is snapshot of it, and then read.
+    /// Lets the bus restore a room's log from the replica's snapshot, then reads it.
     fn restore(&mut self, name: &RoomId) {
         let Some(room) = self.rooms.get_mut(name) else { return };
         let Some(snapshot) = room.snapshot(&self.batch) else { return };
         tracing::error!(room = %name, top = %snapshot.top,
-            "two histories of a room share numbers, or its log is older than what was passed on");
+            "the log of a room diverged from its replica or lacks delivered entries: restoring");
         room.replica.begin_read();
-        // Twice in a row: the server does not know better yet.
+        // Twice in a row: the server does not hold the restored log yet.
         let pause = if room.restoring { READ_RETRY_DELAY } else { Duration::ZERO };
         room.restoring = true;
         let (generation, range) = (room.generation, room.next_range());
@@ -155,7 +155,7 @@ impl Shard {
         self.spawn_read(request, Some(snapshot), range, pause);
     }
 
-    /// Reads a log in a task, which puts the answer into this shard's queue.
+    /// Reads a log in a task, which puts the result into this shard's queue.
     pub(super) fn read(
         &self,
         room: RoomId,
@@ -182,7 +182,7 @@ impl Shard {
         let metrics = self.batch.metrics.clone();
         let durable = self.rules.is_durable(&request.room);
         let read = async move {
-            // A sleep of no time would take a tick of the clock.
+            // A sleep of zero would last one tick of the clock.
             if !pause.is_zero() {
                 tokio::time::sleep(pause).await;
             }
@@ -198,8 +198,8 @@ impl Shard {
                     .await;
                 return;
             }
-            if let Some(held) = restore {
-                while bus.restore(held.clone()).await.is_err() {
+            if let Some(snapshots) = restore {
+                while bus.restore(snapshots.clone()).await.is_err() {
                     metrics.log_repairs.of(LogRepairResult::Failed).inc();
                     tokio::time::sleep(READ_RETRY_DELAY).await;
                 }
@@ -207,7 +207,7 @@ impl Shard {
             let mut request = request;
             let read = bus.read(request.room.clone(), range);
             let mut result = match &mut request.purpose {
-                // Not for a connection that has left meanwhile.
+                // Stop waiting if the connection has left meanwhile.
                 ReadPurpose::Join(join) => tokio::select! {
                     biased;
                     () = join.done.closed() => Err(BusError::Unavailable),
@@ -215,7 +215,7 @@ impl Shard {
                 },
                 _ => read.await,
             };
-            // A member waits for these, and can wait: it gets what it misses when the bus is back.
+            // Members wait for these reads, and can wait: they are caught up when the bus is back.
             while let (Err(_), ReadPurpose::Continue | ReadPurpose::CatchUp(_)) =
                 (&result, &request.purpose)
             {
@@ -228,7 +228,7 @@ impl Shard {
         self.spawn("read_log", read);
     }
 
-    /// Takes the answer to a read.
+    /// Handles the result of a read.
     pub(super) fn log_read(&mut self, request: LogReadRequest, result: Result<LogPage, BusError>) {
         let LogReadRequest { room: name, generation, read_generation, purpose } = request;
         if let ReadPurpose::CatchUp(_) = purpose {
@@ -236,7 +236,7 @@ impl Shard {
         }
         let is_old = self.is_stale(read_generation);
         if let (ReadPurpose::Open, Ok(_)) = (&purpose, &result) {
-            // The room is followed by now, so that no change falls between the two.
+            // The room is subscribed by now, so no presence change is missed.
             self.read_rosters(vec![name.clone()]);
         }
         let Some(room) = self.rooms.get_mut(&name).filter(|room| room.generation == generation)
@@ -245,7 +245,7 @@ impl Shard {
         };
         match (purpose, result) {
             (ReadPurpose::Open, Err(_)) => {
-                // Dropping the joins tells their sessions.
+                // Dropping the joins notifies their sessions.
                 self.drop_room(&name);
             }
             (ReadPurpose::Open | ReadPurpose::Continue, Ok(_)) if is_old => {
@@ -285,7 +285,7 @@ impl Shard {
                     CatchUpOutcome::OtherLog => self.read_forward(&name),
                 }
             }
-            // Those reads are repeated until they succeed.
+            // These reads are repeated until they succeed.
             (ReadPurpose::Continue | ReadPurpose::CatchUp(_), Err(_)) => {}
         }
     }
@@ -294,7 +294,7 @@ impl Shard {
         self.batch.retention.ring = self.budget.ring_limits();
         let Some(room) = self.rooms.get_mut(name) else { return };
         if room.was_deleted(&page) {
-            // This node was cut off when that was passed on.
+            // This node was disconnected when the deletion was published.
             return self.close_room(name, RoomClosedReason::Deleted, None);
         }
         let before = RoomMemory::of(room);
@@ -310,14 +310,14 @@ impl Shard {
         }
         self.catch_up_all(name);
         for (number, mut join) in waiting.into_iter().enumerate() {
-            // The first has it read.
+            // The first join caused the read.
             join.bytes_read += if number == 0 { bytes } else { 0 };
             self.join(name.clone(), join);
         }
         self.note_if_idle(name);
     }
 
-    /// Reads the log for members of a room that wait for it, unless that is being done.
+    /// Starts a read of the log for members of a room that wait for one, unless one is under way.
     pub(super) fn start_catch_up_read(&mut self, name: &RoomId) {
         let Some(room) = self.rooms.get_mut(name) else { return };
         if room.catch_up_read != CatchUpRead::Idle {
@@ -338,7 +338,7 @@ impl Shard {
         self.read(name.clone(), generation, ReadPurpose::CatchUp(seq), range, Duration::ZERO);
     }
 
-    /// A read for members that are behind has come back: those of another room may go on.
+    /// A catch-up read has ended, so that a read of another room may start.
     fn catch_up_read_ended(&mut self) {
         self.catch_up_reads -= 1;
         while self.catch_up_reads < CATCH_UP_READS_MAX
@@ -353,7 +353,7 @@ impl Shard {
         }
     }
 
-    /// Appends what logs have lost, oldest first.
+    /// Appends lost messages again, oldest first.
     pub(super) fn reappend_lost(&mut self) {
         #[cfg(debug_assertions)]
         if crate::fault_injection::is_injected(
@@ -367,8 +367,9 @@ impl Shard {
             let (name, id) = (room.clone(), envelope.id());
             let done = Box::new(move |result: Result<_, BusError>| {
                 if let Err(error) = result {
-                    // Another node may hold it too, and its sender may send it again.
-                    tracing::debug!(room = %name, %id, %error, "a lost message was not brought back");
+                    // Another node may hold the entry too, and the sender may repeat it.
+                    tracing::debug!(room = %name, %id, %error,
+                        "a lost message was not appended again");
                 }
             });
             let unseen = UnseenPolicy::Unlimited;
@@ -383,7 +384,7 @@ impl Shard {
     ) {
         let stopped = self.tasks.stopped().clone();
         self.tasks.spawn_job(name, async move {
-            // Both arms are cancel-safe: at the end nobody waits for the answer.
+            // Both arms are cancel-safe: after the stop the result is not needed.
             tokio::select! {
                 biased;
                 () = stopped.cancelled() => {}

@@ -1,4 +1,4 @@
-//! One connection, as the hub sees it: where its frames go, and how far it is in a room.
+//! One connection as the hub sees it: its outbox, and its cursor in a room.
 
 use std::{
     collections::BTreeMap,
@@ -35,91 +35,92 @@ use crate::{
     telemetry::{metrics::Metrics, trail::MessageTrails},
 };
 
-/// A connection that can take part in rooms.
+/// A connection that can join rooms. Hub and session share it.
 #[derive(Debug)]
 pub struct ConnectionHandle {
-    /// Its id.
+    /// The id of the connection.
     pub connection: ConnectionId,
-    /// Whose it is, and since when. Diagnostic connections have nobody.
+    /// The owner; `None` for diagnostic connections.
     owner: Option<Owner>,
-    /// Where its frames go.
+    /// The queue of frames to the client.
     pub outbox: Outbox,
-    /// Whether it lives.
+    /// The liveness of the client.
     pub health: Health,
-    /// How many publishes were handed on and not answered.
+    /// The number of publishes that the bus has not answered.
     pending_publishes: AtomicU32,
-    /// How many frames were refused for what they are, and not counted by the meter yet.
+    /// The number of rejected frames that the input meter has not counted yet.
     refused: AtomicU32,
-    /// Rooms that it was taken out of, and whose stays its session has to end.
+    /// Rooms from which the connection was evicted and whose presence guards the session still
+    /// holds.
     evicted: Mutex<Vec<RoomId>>,
-    /// Whether there are any.
+    /// Whether `evicted` is not empty.
     has_evictions: AtomicBool,
-    /// Messages it sent with `echo:false` whose `ack` is to stand where the copy would.
+    /// Inline acks of messages sent with `echo:false`.
     inline_acks: Mutex<BTreeMap<(RoomId, MessageId), InlineAck>>,
 }
 
-/// Whether a connection lives, as far as its client lets itself be last_activity.
+/// The last sign of life of a client, and its round-trip time.
 #[derive(Debug, Default)]
 pub struct Health {
     last_activity: AtomicU64,
-    /// The last round trip, in milliseconds and one more; 0 where there was none.
+    /// The last round-trip time in milliseconds, plus one; 0: no measurement.
     rtt: AtomicU32,
 }
 
 impl Health {
-    /// The client was last_activity.
+    /// Records that the client sent something.
     pub fn record_activity(&self, now: UnixMillis) {
         self.last_activity.store(now, Ordering::Relaxed);
     }
 
-    /// When the client was last_activity last.
+    /// The time at which the client last sent something.
     pub fn last_activity(&self) -> UnixMillis {
         self.last_activity.load(Ordering::Relaxed)
     }
 
-    /// A ping has come back.
+    /// Records the round-trip time of a ping.
     pub fn record_rtt(&self, rtt: Duration) {
         self.rtt.store((rtt.as_millis() as u32).saturating_add(1), Ordering::Relaxed);
     }
 
-    /// How long the last ping took.
+    /// The round-trip time of the last ping, in milliseconds.
     pub fn rtt_ms(&self) -> Option<u32> {
         self.rtt.load(Ordering::Relaxed).checked_sub(1)
     }
 }
 
-/// Whose a connection is.
+/// The owner of a connection.
 #[derive(Debug)]
 pub struct Owner {
     /// The user.
     pub user: UserId,
     /// The session.
     pub session: SessionId,
-    /// When it was opened, by the clock that orders are given by.
+    /// The time at which the connection was opened, by the clock of the control commands.
     pub since: UnixMicros,
-    /// What is told of it.
+    /// The properties of the connection that the API reports.
     pub about: Arc<ConnectionInfo>,
 }
 
-/// An `ack` that is to stand in the place of a copy.
+/// An `ack` that takes the place of the sender's copy in the order of entries.
 #[derive(Clone, Debug)]
 pub struct InlineAck {
     /// The `ref` of the message.
     pub reference: Option<FrameRef>,
-    /// Who a `direct` is for.
+    /// The recipient of a direct.
     pub to: Option<UserId>,
-    /// When it was taken.
+    /// The time at which the message was accepted.
     pub timestamp: String,
     state: InlineAckState,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum InlineAckState {
-    /// Neither the bus has answered nor has the entry come by.
+    /// The bus has not answered, and the entry has not been received.
     Open,
     /// The bus has answered with this position.
     Appended(Position),
-    /// The entry is not waited for any more: the connection has left, or its log was lost.
+    /// The entry is no longer expected: the connection has left, or the log was lost.
     Released,
 }
 
@@ -129,8 +130,8 @@ impl InlineAck {
         Self { reference, to, timestamp, state: InlineAckState::Open }
     }
 
-    /// The `ack`. Out of its place it says `duplicate`, since only then a client leaves its cursor
-    /// where it is.
+    /// The `ack` frame. Out of its place it carries `duplicate`, since only then does a client
+    /// leave its cursor unchanged.
     fn at(
         self,
         room: &RoomId,
@@ -152,7 +153,7 @@ impl InlineAck {
 }
 
 impl ConnectionHandle {
-    /// A connection without rooms.
+    /// A connection without an owner and without rooms.
     pub fn new(connection: ConnectionId, outbox: Outbox) -> Self {
         #[cfg(debug_assertions)]
         crate::fault_injection::on_connect();
@@ -172,30 +173,30 @@ impl ConnectionHandle {
         }
     }
 
-    /// The same, of a user.
+    /// Sets the owner.
     pub fn with_owner(self, owner: Owner) -> Self {
         self.health.record_activity(unix_millis_now());
         Self { owner: Some(owner), ..self }
     }
 
-    /// Whose it is.
+    /// The owner, if there is one.
     pub fn owner(&self) -> Option<&Owner> {
         self.owner.as_ref()
     }
 
-    /// Whether it is `user`'s.
+    /// Whether the connection belongs to `user`.
     pub fn belongs_to(&self, user: &UserId) -> bool {
         self.owner.as_ref().is_some_and(|owner| owner.user == *user)
     }
 
-    /// Has the session end its stay in a room.
+    /// Records an eviction, so that the session drops its presence guard.
     pub(super) fn evict_from(&self, room: &RoomId) {
         self.evicted.lock().push(room.clone());
         self.has_evictions.store(true, Ordering::Release);
         self.outbox.wake();
     }
 
-    /// The rooms that it was taken out of since this was last asked.
+    /// Takes the rooms from which the connection was evicted since the last call.
     pub fn take_evicted(&self) -> Vec<RoomId> {
         if !self.has_evictions.swap(false, Ordering::AcqRel) {
             return Vec::new();
@@ -203,27 +204,27 @@ impl ConnectionHandle {
         std::mem::take(&mut *self.evicted.lock())
     }
 
-    /// A publish is handed on, and its answer is to come.
+    /// Counts a publish that was passed to the bus.
     pub fn begin_publish(&self) {
         self.pending_publishes.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// It has come.
+    /// Counts a publish that the bus has answered.
     pub fn end_publish(&self) {
         self.pending_publishes.fetch_sub(1, Ordering::AcqRel);
     }
 
-    /// Whether every publish was answered.
+    /// Whether the bus has answered every publish.
     pub fn has_no_pending_publish(&self) -> bool {
         self.pending_publishes.load(Ordering::Acquire) == 0
     }
 
-    /// Counts a frame that was refused for what it is.
+    /// Counts a rejected frame.
     pub fn count_rejected(&self) {
         self.refused.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// How many frames were refused since this was last asked.
+    /// Takes the number of frames rejected since the last call.
     pub fn take_rejected(&self) -> u32 {
         match self.refused.load(Ordering::Relaxed) {
             0 => 0,
@@ -231,19 +232,19 @@ impl ConnectionHandle {
         }
     }
 
-    /// Sends a frame that answers the client's own and has no order with anything else: it goes ahead
-    /// of what a slow socket does not take.
+    /// Sends a reply that has no order relative to other frames; it overtakes frames that a slow
+    /// socket has not taken.
     pub fn send_ahead(&self, frame: &ServerFrame<Box<RawValue>>) {
         self.outbox.push_ahead(text_frame(frame));
     }
 
-    /// Sends a frame that answers the client's own.
+    /// Sends a frame after all queued ones.
     pub fn send(&self, frame: &ServerFrame<Box<RawValue>>) {
         self.outbox.push(text_frame(frame));
     }
 
-    /// Has the `ack` of a message stand in the place of its copy. `false`: that of an earlier send
-    /// of the same id does, and this one is a repeat.
+    /// Reserves the place of a message's copy for its `ack`. `false`: an earlier send of the same
+    /// id holds the reservation, and this send is a repeat.
     #[must_use]
     pub fn reserve_ack(&self, room: &RoomId, id: MessageId, ack: InlineAck) -> bool {
         let mut reserved = self.inline_acks.lock();
@@ -253,13 +254,13 @@ impl ConnectionHandle {
         vacant
     }
 
-    /// Takes that back. `false`: the `ack` has been sent.
+    /// Cancels a reservation. `false`: the `ack` was already sent.
     pub fn cancel_ack(&self, room: &RoomId, id: MessageId) -> bool {
         self.inline_acks.lock().remove(&(room.clone(), id)).is_some()
     }
 
-    /// Notes that the bus has appended `id` at `position`. Its `ack` is sent when the entry comes
-    /// by, or here where it will not.
+    /// Notes that the bus has appended `id` at `position`. The `ack` is sent with the received
+    /// entry, or here if the entry is no longer expected.
     pub fn appended(&self, room: &RoomId, id: MessageId, position: Position) {
         let key = (room.clone(), id);
         let released = {
@@ -277,7 +278,7 @@ impl ConnectionHandle {
         }
     }
 
-    /// Gives up the places of acks in `room`: its entries do not come by any more.
+    /// Releases all reservations in `room`, whose entries are no longer expected.
     pub fn release_reservations(&self, room: &RoomId) {
         let mut released = Vec::new();
         self.inline_acks.lock().retain(|(of, id), ack| {
@@ -297,7 +298,7 @@ impl ConnectionHandle {
         }
     }
 
-    /// The `ack` that stands in the place of `entry`, if this connection asked for that.
+    /// The `ack` reserved for `entry`, if this connection sent it without echo.
     fn inline_ack(&self, room: &RoomId, entry: &Entry) -> Option<Bytes> {
         if entry.envelope.sender_without_echo() != Some(self.connection) {
             return None;
@@ -309,13 +310,13 @@ impl ConnectionHandle {
     }
 }
 
-/// A frame as it stands on the socket.
+/// Encodes a frame as WebSocket text.
 pub fn text_frame(frame: &ServerFrame<Box<RawValue>>) -> Bytes {
-    let json = serde_json::to_vec(frame).expect("answers are made of text and numbers");
+    let json = serde_json::to_vec(frame).expect("a frame is JSON");
     skein_websocket::encode(Opcode::Text, &[&json])
 }
 
-/// What a batch of the hub goes by, and what it leaves to be done at its end.
+/// The shared state of one batch of a shard, and the work that is done at its end.
 #[derive(Debug)]
 pub(super) struct ShardBatch {
     pub(super) retention: RetentionContext,
@@ -324,11 +325,11 @@ pub(super) struct ShardBatch {
     pub(super) node_state: Arc<NodeState>,
     /// Messages that a log has lost, oldest first.
     pub(super) lost: Vec<(RoomId, Envelope)>,
-    /// Who has something to be written.
+    /// Connections with frames to write.
     touched: Vec<Arc<ConnectionHandle>>,
-    /// How many entries were reserved in outboxes.
+    /// The number of entries queued in outboxes.
     deliveries: u64,
-    /// How many members fell behind.
+    /// The number of members that fell behind.
     new_slow_consumers: u64,
 }
 
@@ -351,18 +352,18 @@ impl ShardBatch {
         }
     }
 
-    /// Whether joins of `room` may be answered: until the nodes have agreed on a server, what is
-    /// held may not be what is gone on with.
+    /// Whether joins of `room` may be answered. Until the cluster agrees on a Redis primary, the
+    /// replica may hold entries that do not survive.
     pub(super) fn serves(&self, room: &RoomId) -> bool {
         self.node_state.can_serve(self.retention.now, room)
     }
 
-    /// Has what `handle` holds written at the end of the batch.
+    /// Writes the outbox of `handle` at the end of the batch.
     pub(super) fn flush_later(&mut self, handle: &Arc<ConnectionHandle>) {
         self.touched.push(handle.clone());
     }
 
-    /// Counts a room that is followed from now on, or not any more.
+    /// Counts a subscription or its end.
     pub(super) fn count_room(&self, room: &RoomId, more: i64) {
         match room.kind() {
             RoomKind::Inbox => self.metrics.inboxes.add(more),
@@ -370,7 +371,7 @@ impl ShardBatch {
         }
     }
 
-    /// Writes to every socket that has something, once.
+    /// Writes to every affected socket, once.
     pub(super) fn finish(&mut self) {
         for handle in self.touched.drain(..) {
             handle.outbox.flush();
@@ -380,32 +381,32 @@ impl ShardBatch {
     }
 }
 
-/// A connection's place in one room.
+/// One connection in one room.
 #[derive(Debug)]
 pub(super) struct RoomMember {
     pub(super) handle: Arc<ConnectionHandle>,
-    /// The last entry it was given, or where it was told to go on.
+    /// The position of the last entry delivered, or of the last `reset`.
     pub(super) cursor: Position,
     pub(super) state: MemberState,
-    /// What it was told of who is present when it came: older changes are part of that.
+    /// The presence version with which the member joined: it includes all older changes.
     pub(super) presence_version: PresenceVersion,
 }
 
-/// Whether a member gets entries as they come.
+/// Whether a member receives entries as they arrive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum MemberState {
     /// It does.
     Live,
-    /// It is given older ones first, when its outbox has room.
+    /// It receives older entries first, when its outbox has space.
     Behind,
-    /// As `Behind`, and it waits for a read of the log.
+    /// As `Behind`, waiting for a read of the log.
     AwaitingRead,
 }
 
-/// A frame that many get: encoded once, and compressed once for each window that somebody asked for.
+/// A frame for many receivers: encoded once, and compressed once for each requested window.
 pub(super) struct SharedFrame {
     plain: Bytes,
-    /// `None` where nothing is compressed.
+    /// `None` if the frame is never compressed.
     deflated: Option<SmallVec<[(DeflateOptions, Bytes); 1]>>,
 }
 
@@ -414,21 +415,21 @@ impl SharedFrame {
         Self { plain, deflated: Some(SmallVec::new()) }
     }
 
-    /// The frame that goes into `outbox`.
+    /// The encoding for `outbox`.
     fn to(&mut self, outbox: &Outbox, metrics: &Metrics) -> &Bytes {
         let Self { plain, deflated } = self;
         let (Some(params), Some(all)) = (outbox.deflate_options(), deflated) else {
             return plain;
         };
-        let place = all.iter().position(|(of, _)| *of == params).unwrap_or_else(|| {
+        let index = all.iter().position(|(of, _)| *of == params).unwrap_or_else(|| {
             all.push((params, params.frame(plain, metrics)));
             all.len() - 1
         });
-        &all[place].1
+        &all[index].1
     }
 }
 
-/// The frame of one entry, encoded when first needed, and shared by all who next it.
+/// The frame of one entry, encoded on first use and shared by all receivers.
 pub(super) struct EntryFrames<'a> {
     room: &'a RoomId,
     entry: &'a Entry,
@@ -446,13 +447,13 @@ impl<'a> EntryFrames<'a> {
         Self { replay: true, ..Self::live(room, entry) }
     }
 
-    /// A replay for one member alone. It is not compressed: every slow reader would cost the room
-    /// as much as all others together.
+    /// A replay for one member. It is not compressed, since every slow reader would otherwise cost
+    /// as much as all others of the room together.
     pub(super) fn replay_uncompressed(room: &'a RoomId, entry: &'a Entry) -> Self {
         Self { compress: false, ..Self::replay(room, entry) }
     }
 
-    /// The frame that goes into `outbox`.
+    /// The encoding for `outbox`.
     fn to(&mut self, outbox: &Outbox, metrics: &Metrics) -> &Bytes {
         let Self { entry, replay, compress, .. } = *self;
         let shared = self.shared.get_or_insert_with(|| {
@@ -468,24 +469,24 @@ impl<'a> EntryFrames<'a> {
 }
 
 impl RoomMember {
-    /// A member that has been given everything up to `cursor`.
+    /// A member that has received everything up to `cursor`.
     pub(super) fn new(handle: Arc<ConnectionHandle>, cursor: Position, state: MemberState) -> Self {
         Self { handle, cursor, state, presence_version: PresenceVersion::default() }
     }
 
-    /// Whether a change of who is present is news.
+    /// Whether a presence change is newer than what the member was told on joining.
     pub(super) fn has_not_seen(&self, version: PresenceVersion) -> bool {
         self.presence_version.epoch != version.epoch
             || self.presence_version.number < version.number
     }
 
-    /// Gives the member something that it may go without: where its outbox is full it is dropped.
+    /// Sends a frame that may be lost: it is dropped if the outbox is full.
     pub(super) fn send_ephemeral(&self, frame: &mut SharedFrame, batch: &mut ShardBatch) {
         let frame = frame.to(&self.handle.outbox, &batch.metrics);
         self.offer(frame, batch);
     }
 
-    /// As [`RoomMember::send_ephemeral`], a message of a room without a log.
+    /// As [`RoomMember::send_ephemeral`], for a message of a room without a log.
     pub(super) fn send_ephemeral_message(
         &self,
         frames: &mut EntryFrames<'_>,
@@ -509,7 +510,7 @@ impl RoomMember {
         batch.metrics.ephemeral_events.inc();
     }
 
-    /// Gives the member the next entry. `false`: its outbox is full, and it is behind from here.
+    /// Delivers the next entry. `false`: the outbox is full, and the member is behind from here on.
     pub(super) fn deliver(&mut self, frames: &mut EntryFrames<'_>, batch: &mut ShardBatch) -> bool {
         let (room, entry) = (frames.room, frames.entry);
         #[cfg(debug_assertions)]
@@ -529,7 +530,7 @@ impl RoomMember {
         }
         let mut offer = outbox.offer(frame);
         if offer == OfferResult::Full {
-            // What gathered in this batch may be all that is in the way.
+            // The frames gathered in this batch may be all that fills the outbox.
             outbox.flush();
             offer = outbox.offer(frame);
         }
@@ -548,13 +549,16 @@ impl RoomMember {
         if reserved.is_some() {
             self.handle.cancel_ack(room, entry.envelope.id());
         }
-        debug_assert_eq!(self.cursor.epoch, entry.position.epoch, "a bump is told of first");
+        debug_assert_eq!(
+            self.cursor.epoch, entry.position.epoch,
+            "an epoch change is delivered first"
+        );
         self.cursor.seq = entry.position.seq;
         batch.deliveries += 1;
         true
     }
 
-    /// Tells the member that its log goes on at `position` and nowhere before.
+    /// Tells the member that its log continues at `position`, with no entries before.
     pub(super) fn reset(
         &mut self,
         room: &RoomId,
@@ -573,7 +577,7 @@ impl RoomMember {
         batch.flush_later(&self.handle);
     }
 
-    /// Tells the member, which was given everything before, that its log goes on in another epoch.
+    /// Tells a member that has received everything before that its log continues in another epoch.
     pub(super) fn change_epoch(&mut self, room: &RoomId, to: &Position, batch: &mut ShardBatch) {
         self.reset(room, to, RecoveryFailure::LogLost, batch);
     }

@@ -1,16 +1,19 @@
-//! The hub: which local connections are in which room, and the handing out of what arrives.
+//! The hub: the rooms of this node's connections, and the fan-out of received entries to them.
 //!
-//! Rooms are spread over shards; each shard is one task that owns its rooms, so that a room's
-//! entries stay in order and nothing is locked. A batch takes what has gathered in the mailbox,
-//! places each entry in the outboxes of the room's members as shared bytes, and at its end writes
-//! to every touched socket once. Nothing here waits for a client or for the bus: reads of a log
-//! are tasks that put their reply into the shard's own queue.
+//! Rooms are spread over shards. Each shard is one task that owns its rooms, so that a room's
+//! entries stay in order and no lock guards a room. (The node's unconfirmed publishes, its lease
+//! and its message trails are shared by all shards behind short locks.) A shard handles the
+//! messages in its mailbox in batches: it queues each entry in the outboxes of the room's members
+//! as shared bytes, and at the end of the batch writes to every affected socket once. The shard
+//! waits neither for a client nor for the bus: a read of a log is a task of its own that puts its
+//! result into the shard's queue.
 //!
-//! A room is followed while it has members here, and for [`LINGER`] after.
+//! A node is subscribed to a room while the room has members on the node, and for [`LINGER`] after.
 //!
-//! What to do with what arrives and what is read is decided in [`delivery`](crate::delivery); the hub
-//! obeys. While the node may not pass anything on ([`Standing`](crate::bus::node_state::Standing)) it
-//! drops what arrives, has joins wait, and compares all logs afterwards.
+//! The rules for received entries and for log reads are in [`delivery`](crate::delivery); the hub
+//! executes them. While the node has no lease ([`NodeState`](crate::bus::node_state::NodeState)),
+//! the hub drops received entries and lets joins wait. It compares all logs once the node has a
+//! lease again.
 
 use std::{sync::Arc, time::Duration};
 
@@ -56,34 +59,37 @@ use member::ConnectionHandle;
 use presence::PresenceQuery;
 use shard::Shard;
 
-/// How long a room without members is still followed, so that who reloads a page finds it.
+/// The time for which a node stays subscribed to a room without members, so that a user who reloads
+/// a page finds the replica in place.
 pub const LINGER: Duration = Duration::from_secs(30);
-/// The same of an inbox: long enough to come back after a cut, and not longer, since each user has one.
+/// As [`LINGER`], for an inbox: long enough for a reconnect, and short, since each user has an
+/// inbox.
 pub const INBOX_LINGER: Duration = Duration::from_secs(5);
-/// How many commands may wait for a shard; more wait with their caller.
+/// The most commands that wait in a shard's queue; further callers wait.
 const QUEUE_LEN_MAX: usize = 4096;
-/// How many entries a shard's mailbox holds; above it they are read from the log instead.
+/// The most messages in a shard's mailbox; entries above it are dropped and read from the log.
 pub const MAILBOX_LEN: usize = 16_384;
-/// How often the logs of rooms in which nothing arrives are compared with what was passed on. It
-/// bounds every deafness that shows in no other way: twice this at most.
+/// The interval at which a shard compares the heads of idle rooms' logs with its replicas. It
+/// bounds the time to detect a lost subscription that shows in no other way: at most twice this.
 pub const COMPARE_INTERVAL: Duration = Duration::from_secs(5);
 
-/// What the hub keeps.
+/// The bounds of the hub, for a whole node.
 #[derive(Clone, Debug)]
 pub struct HubOptions {
-    /// The most that all rings hold together, in bytes.
+    /// The most bytes in the rings of all rooms.
     pub ring_bytes_max: usize,
-    /// The most that the ids of the dedup window take, in bytes.
+    /// The most bytes of message ids in all dedup windows.
     pub ids_bytes_max: usize,
-    /// How long the id of a message is known.
+    /// The time for which the id of a message is remembered.
     pub dedup_window: Duration,
-    /// How long the log of a room is kept in which nothing is said.
+    /// Retention of an idle room's log.
     pub log_ttl: Duration,
-    /// The most rooms that a node follows, inboxes not counted. Joins of further ones are rejected.
+    /// The most rooms that a node is subscribed to, not counting inboxes. Further joins are
+    /// rejected.
     pub rooms_max: usize,
-    /// The most rooms and inboxes without members that are still followed.
+    /// The most rooms and inboxes without members that a node stays subscribed to.
     pub lingering_rooms_max: usize,
-    /// The most users who are watched.
+    /// The most users whose status the node watches.
     pub watched_users_max: usize,
 }
 
@@ -94,30 +100,30 @@ pub struct Hub {
     mailboxes: Mailboxes,
 }
 
-/// The room cannot be followed: the bus is away.
+/// The node cannot subscribe to the room, since the bus is unavailable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("cannot subscribe to the room: the bus is unavailable")]
 pub struct SubscribeFailed;
 
-/// What became of a join.
+/// The outcome of a join.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum JoinOutcome {
     /// The connection is a member.
     Member {
-        /// What was read of the room's log for it.
+        /// Bytes read from the room's log for this join.
         bytes_read: usize,
     },
-    /// The room is not followed here, and the node follows as many as it may.
+    /// The node is not subscribed to the room and has reached its limit of rooms.
     TooManyRooms,
 }
 
-/// What a shard is request to do.
+/// A command to the task of a shard.
 enum ShardCommand {
     Join(RoomId, PendingJoin),
     Leave {
         room: RoomId,
         connection: ConnectionId,
-        /// Sent behind the last entry.
+        /// Sent to the connection after the last entry.
         reply: Option<(Arc<ConnectionHandle>, Bytes)>,
     },
     CancelJoin {
@@ -160,9 +166,9 @@ enum ShardCommand {
     Watch {
         users: Vec<UserId>,
         handle: Arc<ConnectionHandle>,
-        /// Whether it is told at once, as the reply to what.
-        asks: Option<Option<FrameRef>>,
-        /// Hears for whom there was no place.
+        /// `Some`: report the current status immediately, echoing this `ref`.
+        report_now: Option<Option<FrameRef>>,
+        /// Receives the users that exceed the limit of watched users.
         rejected: oneshot::Sender<Vec<UserId>>,
     },
     Unwatch {
@@ -196,28 +202,28 @@ enum ShardCommand {
 /// A read of a log.
 struct LogReadRequest {
     room: RoomId,
-    /// Of the room's following.
+    /// The generation of the room's subscription.
     generation: u64,
-    /// How often this node had lost its node_state: what was read before may be of a server that the
-    /// others have left.
+    /// The shard's read generation when the read began. A result of an earlier generation may come
+    /// from a Redis server that the cluster has abandoned.
     read_generation: u64,
     purpose: ReadPurpose,
 }
 
-/// What a log was read for.
+/// The purpose of a log read.
 enum ReadPurpose {
-    /// To open the room: it is subscribed to as well.
+    /// Open the room: subscribe to it, then read its log.
     Open,
-    /// To go on from the top.
+    /// Continue the replica from its top.
     Continue,
-    /// To reply a join.
+    /// Complete a join.
     Join(PendingJoin),
-    /// To catch_up members that are behind, from here on.
+    /// Catch up members that are behind, from after this number.
     CatchUp(Seq),
 }
 
 impl Hub {
-    /// Starts a task per mailbox.
+    /// Starts one task per mailbox.
     pub fn start(
         (bus, presence, rules): (&Arc<dyn Bus>, &Arc<PresenceTracker>, &Arc<RoomRules>),
         mailboxes: Mailboxes,
@@ -248,15 +254,15 @@ impl Hub {
         Self { shards: messages.into_iter().map(start).collect(), mailboxes }
     }
 
-    /// Makes a connection a member of a room that its user has `entered`. Resolves when `joined` has
-    /// been sent, or the room is one too many.
+    /// Makes a connection a member of a room. `grant` is the admission of its user. Resolves when
+    /// `joined` has been queued, or when the room exceeds the limit of rooms.
     ///
-    /// Who drops the future before it resolves has to [give up](Hub::cancel_join) or leave.
+    /// A caller that drops the future before it resolves must call [`Hub::cancel_join`] or leave.
     ///
     /// # Errors
     ///
-    /// [`SubscribeFailed`], and the connection is no member: the bus is away, or the room was deleted since
-    /// its user has entered it.
+    /// [`SubscribeFailed`] if the bus is unavailable or the room was deleted after the admission.
+    /// The connection is then not a member.
     pub async fn join(
         &self,
         room: RoomId,
@@ -273,7 +279,7 @@ impl Hub {
         joined.await.map_err(|_| SubscribeFailed)
     }
 
-    /// Ends a membership, if there is one. `reply` is sent in any case, behind the last entry.
+    /// Ends a membership, if there is one. `reply` is sent in any case, after the last entry.
     pub async fn leave(
         &self,
         room: RoomId,
@@ -283,26 +289,27 @@ impl Hub {
         self.send(room.clone(), ShardCommand::Leave { room, connection, reply }).await;
     }
 
-    /// Ends a membership that a join which was given up may have brought about all the same; its
-    /// `joined` is then followed by `left`.
+    /// Ends the membership that a cancelled join may have established; its `joined` is then
+    /// followed by `left`.
     pub async fn cancel_join(&self, room: RoomId, handle: Arc<ConnectionHandle>) {
         self.send(room.clone(), ShardCommand::CancelJoin { room, handle }).await;
     }
 
-    /// Gives a member that is behind what its outbox has room for.
+    /// Delivers to a member that is behind as much as its outbox can take.
     pub async fn catch_up(&self, room: RoomId, connection: ConnectionId) {
         self.send(room.clone(), ShardCommand::CatchUp { room, connection }).await;
     }
 
-    /// At most `limit` of those present in a room, as its members here know them, that follow `after`.
+    /// The users present in a room whose ids follow `after`, at most `limit`, as this node's
+    /// members know them.
     pub async fn present_after(&self, room: RoomId, after: String, limit: usize) -> Vec<UserId> {
         let (reply, replied) = oneshot::channel();
         self.send(room.clone(), ShardCommand::PresentAfter { room, after, limit, reply }).await;
         replied.await.unwrap_or_default()
     }
 
-    /// Closes connections of a user that were opened before a time, those of some sessions. Resolves
-    /// when that is under way.
+    /// Closes the connections of a user that belong to `which` sessions and were opened before a
+    /// time. Resolves when the closes are under way.
     pub async fn close(
         &self,
         user: &UserId,
@@ -317,11 +324,11 @@ impl Hub {
             ShardCommand::CloseConnections { room, which, before, close, done },
         )
         .await;
-        // A shard that is gone has no connections.
+        // A stopped shard has no connections.
         let _ = closed.await;
     }
 
-    /// Takes those connections of a user out of a room that were opened before a time.
+    /// Removes those connections of a user from a room that were opened before a time.
     pub async fn remove(&self, room: RoomId, user: UserId, before: UnixMicros) {
         let (done, removed) = oneshot::channel();
         self.send(room.clone(), ShardCommand::RemoveUser { room, user, before, done }).await;
@@ -335,12 +342,12 @@ impl Hub {
         }
     }
 
-    /// The connections of a user, or all.
+    /// The connections of a user, or all connections.
     pub async fn connections(&self, user: Option<&UserId>) -> Vec<Arc<ConnectionHandle>> {
         let room = user.map(RoomId::inbox_of);
         let mut connections = Vec::new();
-        for (place, shard) in self.shards.iter().enumerate() {
-            if room.as_ref().is_some_and(|room| self.mailboxes.shard_of(room) != place) {
+        for (index, shard) in self.shards.iter().enumerate() {
+            if room.as_ref().is_some_and(|room| self.mailboxes.shard_of(room) != index) {
                 continue;
             }
             let (reply, replied) = oneshot::channel();
@@ -350,44 +357,44 @@ impl Hub {
         connections
     }
 
-    /// How far the connections of a user are in a room or inbox.
+    /// The cursors of a user's connections in a room or an inbox.
     pub async fn cursors(&self, room: RoomId, user: UserId) -> Vec<(ConnectionId, Position)> {
         let (reply, replied) = oneshot::channel();
         self.send(room.clone(), ShardCommand::Cursors { room, user, reply }).await;
         replied.await.unwrap_or_default()
     }
 
-    /// Has a connection told whether users are connected: now, where it `asks`, and on every change.
-    /// Returns those for whom there was no place, since the node watches as many as it may.
+    /// Reports the status of users to a connection on every change, and immediately if `asks` is
+    /// set. Returns the users that exceed the node's limit of watched users.
     pub async fn watch(
         &self,
         users: impl IntoIterator<Item = UserId>,
         handle: &Arc<ConnectionHandle>,
-        asks: Option<Option<FrameRef>>,
+        report_now: Option<Option<FrameRef>>,
     ) -> Vec<UserId> {
         let mut replies = Vec::new();
         for (shard, users) in self.by_shard(users) {
             let (rejected, reply) = oneshot::channel();
-            let (handle, asks) = (handle.clone(), asks.clone());
-            let _ = shard.send(ShardCommand::Watch { users, handle, asks, rejected }).await;
+            let (handle, report_now) = (handle.clone(), report_now.clone());
+            let _ = shard.send(ShardCommand::Watch { users, handle, report_now, rejected }).await;
             replies.push(reply);
         }
         let mut rejected = Vec::new();
         for reply in replies {
-            // A shard is gone only when the process stops.
+            // A shard stops only with the process.
             rejected.extend(reply.await.unwrap_or_default());
         }
         rejected
     }
 
-    /// Ends that.
+    /// Ends [`Hub::watch`] for a connection.
     pub async fn unwatch(&self, users: impl IntoIterator<Item = UserId>, connection: ConnectionId) {
         for (shard, users) in self.by_shard(users) {
             let _ = shard.send(ShardCommand::Unwatch { users, connection }).await;
         }
     }
 
-    /// Users with the shards that their statuses belong to.
+    /// Groups users by the shard that owns their status.
     fn by_shard(
         &self,
         users: impl IntoIterator<Item = UserId>,
@@ -399,16 +406,16 @@ impl Hub {
         self.shards.iter().zip(by_shard).filter(|(_, users)| !users.is_empty())
     }
 
-    /// Ends all that a connection takes part in, whatever its session knew of that: its task panicked.
-    /// It costs a look at every room.
+    /// Removes a connection whose task has panicked from all rooms and watches, independent of its
+    /// session's state. It scans every room.
     pub async fn remove_connection(&self, connection: ConnectionId) {
         for shard in &*self.shards {
             let _ = shard.send(ShardCommand::RemoveConnection(connection)).await;
         }
     }
 
-    /// Sends a member `presence`: exactly who is present as far as members here were told, when that
-    /// is at least the state of `details`.
+    /// Sends a member `presence`: exactly the users whom the members here were told about, once the
+    /// roster has reached the version of `details`.
     pub async fn send_presence(
         &self,
         room: RoomId,
@@ -423,7 +430,7 @@ impl Hub {
     }
 
     async fn send(&self, room: RoomId, command: ShardCommand) {
-        // A shard is gone only when the process stops, and with it everything it would do.
+        // A shard stops only with the process, and all its work with it.
         let _ = self.shards[self.mailboxes.shard_of(&room)].send(command).await;
     }
 }

@@ -1,5 +1,5 @@
-//! What members are told of each other: who comes and goes, who types, how far others have read. All
-//! of it may be dropped on the way to a slow reader; entries of the log never are.
+//! Ephemeral events of a room's members: presence, typing, read marks. An event may be dropped if
+//! the receiver's outbox is full; entries of the log never are.
 
 use std::{
     collections::BTreeMap,
@@ -40,51 +40,51 @@ use crate::{
     presence::roster::{Roster, RosterChange},
 };
 
-/// How far apart `presence_diff`s of a room are at least.
+/// The least interval between two `presence_diff` frames of a room.
 const DIFF_EVERY: Duration = Duration::from_millis(250);
-/// The most users that one `presence_diff` names: 132 bytes each, within the largest frame.
+/// The most users in one `presence_diff`: 132 bytes each, within the largest frame.
 const DIFF_LEN_MAX: usize = 2000;
-/// How far apart `typing` frames about one user are at least, and what is passed on while it stays the
-/// same.
+/// The least interval between two `typing` frames about one user, and between two published events
+/// while the state stays the same.
 pub const TYPING_EVERY: Duration = Duration::from_secs(1);
-/// How long a user types who says nothing more of it.
+/// The time after which typing ends without a further event.
 const TYPING_MAX: Duration = Duration::from_secs(6);
-/// How long a listing waits for changes that are on their way here.
+/// The most time that a presence query waits for changes that are on their way.
 const CATCH_UP_MAX: Duration = Duration::from_secs(2);
-/// How many listings of a room wait for that.
+/// The most presence queries of a room that wait.
 const QUERIES_MAX: usize = 1024;
-/// When rosters that were not whole are read again for the first time, then after twice as long, and so
-/// on up to the second: by then every node that lives has told who it has, and those that do not have
-/// lost their lease.
+/// The first and the last pause before incomplete rosters are read again; the pause doubles each
+/// time. After the last one every live node has reported its users, and other nodes have lost their
+/// leases.
 const ROSTER_RETRY_MIN: Duration = Duration::from_secs(1);
 const ROSTER_RETRY_MAX: Duration = Duration::from_secs(10);
 
-/// The people of a room, as its members here know them.
+/// The presence state of a room, as the members on this node were told.
 #[derive(Debug, Default)]
 pub(super) struct RoomPresence {
     pub(super) roster: Roster,
-    /// Who came (`true`) or went since the last `presence_diff`.
+    /// Users who joined (`true`) or left since the last `presence_diff`.
     pending: BTreeMap<UserId, bool>,
     diffed_at: Option<Instant>,
     typing: BTreeMap<UserId, TypingState>,
     queries: Vec<PresenceQuery>,
-    /// When there is next something to be looked at.
+    /// The time of the next due work.
     due: Option<Instant>,
 }
 
-/// A user of whom it was said lately whether they type.
+/// The typing state of one user.
 #[derive(Debug)]
 struct TypingState {
-    /// What members were told last, and when.
+    /// The state last sent to the members, and the time of sending.
     shown: bool,
     shown_at: Option<Instant>,
-    /// What was said last.
+    /// The state last received.
     wanted: bool,
-    /// When that ends by itself.
+    /// The time at which typing ends by itself.
     ends: Instant,
 }
 
-/// A member that wants to know who is present.
+/// A `presence` request of a member.
 #[derive(Debug)]
 pub(super) struct PresenceQuery {
     pub(super) handle: Arc<ConnectionHandle>,
@@ -96,18 +96,18 @@ pub(super) struct PresenceQuery {
 }
 
 impl TypingState {
-    /// When it is next to be looked at; `None`: it can be forgotten.
+    /// The time of the next due work; `None`: the state can be removed.
     fn due(&self, now: Instant) -> Option<Instant> {
         let again = self.shown_at.map(|at| at + TYPING_EVERY);
         match (self.shown, self.wanted) {
             (true, true) => Some(self.ends),
-            // Not before it may be told again, so that it is known when that is.
+            // Kept until the next frame is allowed, so that the interval is known.
             (false, false) => again.filter(|again| *again > now),
             _ => again.or(Some(self.ends)),
         }
     }
 
-    /// What members are to be told now, if anything.
+    /// The state to send to the members now, if any.
     fn poll(&mut self, now: Instant) -> Option<bool> {
         if self.ends <= now {
             self.wanted = false;
@@ -122,14 +122,14 @@ impl TypingState {
 }
 
 impl Room {
-    /// Takes what was said beside the log. Returns whether the roster is to be read.
+    /// Applies an ephemeral event. Returns whether the roster must be read.
     fn apply_event(
         &mut self,
-        notice: EphemeralEvent,
+        event: EphemeralEvent,
         individual_max: usize,
         batch: &mut ShardBatch,
     ) -> bool {
-        match notice {
+        match event {
             EphemeralEvent::Presence(change) => {
                 let (changes, read) = self.presence.roster.apply(change);
                 self.send_roster_changes(changes, individual_max, batch);
@@ -138,7 +138,7 @@ impl Room {
             }
             EphemeralEvent::Typing { user, is_typing } => self.apply_typing(user, is_typing, batch),
             EphemeralEvent::Read { user, seq, by } => self.send_read_mark(user, seq, by, batch),
-            // A room with a log has no others than those of the log.
+            // In a room with a log, messages arrive as entries only.
             EphemeralEvent::Message(_) if self.durable => {}
             EphemeralEvent::Message(envelope) => {
                 let position = Position::new(Epoch::none(), 0);
@@ -149,13 +149,13 @@ impl Room {
                 }
             }
             EphemeralEvent::Replaced { session, by } => self.close_replaced(session, by),
-            // The shard does that.
+            // The shard handles these.
             EphemeralEvent::Closed { .. } | EphemeralEvent::Status | EphemeralEvent::Emptied => {}
         }
         false
     }
 
-    /// Ends the connection that had a session which another has taken over.
+    /// Closes the connection whose session another connection has taken over.
     fn close_replaced(&self, session: SessionId, by: ConnectionId) {
         for RoomMember { handle, .. } in &self.members {
             let has_it = handle.owner().is_some_and(|owner| owner.session == session);
@@ -178,8 +178,8 @@ impl Room {
         }
     }
 
-    /// Tells who came and went: one by one in a small room, in a large one with the next
-    /// `presence_diff`.
+    /// Sends presence changes: one by one in a small room, with the next `presence_diff` in a large
+    /// one.
     fn send_roster_changes(
         &mut self,
         changes: Vec<RosterChange>,
@@ -261,7 +261,7 @@ impl Room {
         if is_typing {
             state.ends = now + TYPING_MAX;
         }
-        // Said again after a while it is told again, to those who came since.
+        // A repeated event is sent again after a while, for members that joined since.
         let again = state.shown && is_typing;
         if again && state.shown_at.is_some_and(|at| at + TYPING_EVERY <= now) {
             state.shown = false;
@@ -271,12 +271,12 @@ impl Room {
 
     fn update_typing(&mut self, user: &UserId, batch: &mut ShardBatch) {
         let Some(state) = self.presence.typing.get_mut(user) else { return };
-        let told = state.poll(batch.retention.now);
+        let to_send = state.poll(batch.retention.now);
         match state.due(batch.retention.now) {
             Some(due) => self.presence.note_due(due),
             None => drop(self.presence.typing.remove(user)),
         }
-        if let Some(is_typing) = told {
+        if let Some(is_typing) = to_send {
             let typing = TypingFrame { room: self.name.clone(), user: user.clone(), is_typing };
             self.send_to_members(
                 &ServerFrame::Typing(typing),
@@ -291,7 +291,7 @@ impl Room {
         self.send_to_members(&read, |handle| handle.connection == by, batch);
     }
 
-    /// Does what is due.
+    /// Does the work that is due.
     fn send_due_presence(&mut self, named_max: usize, batch: &mut ShardBatch) {
         let now = batch.retention.now;
         let diff_at = self.presence.diffed_at.map_or(now, |at| at + DIFF_EVERY);
@@ -320,15 +320,16 @@ impl Room {
         again
     }
 
-    /// Answers those who ask who is present, as far as what they are to see has come to pass here.
+    /// Answers the presence queries whose version the roster has reached, or that have waited long
+    /// enough.
     fn answer_queries(&mut self, batch: &mut ShardBatch) {
         let RoomPresence { roster, pending, queries, .. } = &mut self.presence;
         let (now, mut left) = (batch.retention.now, Vec::new());
         for query in queries.drain(..) {
-            // What is told next must be news to who has the listing.
-            let waits = (!pending.is_empty() || !roster.has_reached(query.details.version))
+            // The listing must precede the next change that the member receives.
+            let must_wait = (!pending.is_empty() || !roster.has_reached(query.details.version))
                 && now.saturating_duration_since(query.since) < CATCH_UP_MAX;
-            if waits {
+            if must_wait {
                 left.push(query);
                 continue;
             }
@@ -339,7 +340,7 @@ impl Room {
         *queries = left;
     }
 
-    /// Whether somebody query who is present and waits for what is on its way here.
+    /// Whether presence queries wait for the roster.
     fn has_queries(&self) -> bool {
         !self.presence.queries.is_empty()
     }
@@ -351,7 +352,8 @@ impl RoomPresence {
     }
 }
 
-/// Exactly who is on the roster; what is not known of one who came at this moment is of this moment.
+/// The page of the roster that answers a query. A user without details, who joined a moment ago,
+/// gets the current time.
 fn listing(
     room: &RoomId,
     roster: &Roster,
@@ -387,48 +389,48 @@ fn listing(
     (handle, ServerFrame::Presence(Box::new(presence)))
 }
 
-/// A time of the store's as it stands on the wire.
+/// A time of the presence store as the wire carries it.
 pub fn wire_time(millis: UnixMillis) -> String {
     skein_protocol::timestamp(SystemTime::UNIX_EPOCH + Duration::from_millis(millis))
 }
 
 impl Shard {
-    pub(super) fn handle_event(&mut self, name: &RoomId, notice: EphemeralEvent) {
-        // Also while this node may pass nothing on: who is told this reads nothing more.
-        if let EphemeralEvent::Closed { reason, by } = notice {
+    pub(super) fn handle_event(&mut self, name: &RoomId, event: EphemeralEvent) {
+        // Also without a lease: the receivers read nothing afterwards.
+        if let EphemeralEvent::Closed { reason, by } = event {
             return self.close_room(name, reason, by);
         }
         if self.suspended {
             return;
         }
-        if let EphemeralEvent::Status = notice {
+        if let EphemeralEvent::Status = event {
             return self.status_changed(name);
         }
-        if let EphemeralEvent::Emptied = notice {
+        if let EphemeralEvent::Emptied = event {
             return self.read_forward(name);
         }
         let individual_max = self.presence.options().individual_max;
         let Some(room) = self.rooms.get_mut(name) else { return };
-        let read = room.apply_event(notice, individual_max, &mut self.batch);
+        let read = room.apply_event(event, individual_max, &mut self.batch);
         self.note_presence_due(name);
         if read {
             self.read_rosters(vec![name.clone()]);
         }
     }
 
-    /// Notes when there is next something to be looked at in a room.
+    /// Schedules the next due work of a room.
     fn note_presence_due(&mut self, name: &RoomId) {
         if let Some(due) = self.rooms.get(name).and_then(|room| room.presence.due) {
             self.presence_due.insert((due, name.clone()));
         }
     }
 
-    /// When there is next something to be looked at in any room.
+    /// The time of the next due work of any room.
     pub(super) fn next_presence_due(&self) -> Option<Instant> {
         self.presence_due.first().map(|(due, _)| *due)
     }
 
-    /// Does in all rooms what is due.
+    /// Does the due work of all rooms.
     pub(super) fn send_due_presence(&mut self, now: Instant) {
         let named_max = self.presence.options().named_max;
         while let Some((due, _)) = self.presence_due.first()
@@ -436,7 +438,7 @@ impl Shard {
         {
             let Some((due, name)) = self.presence_due.pop_first() else { return };
             let Some(room) = self.rooms.get_mut(&name) else { continue };
-            // Noted more than once, it is done at the first.
+            // A room scheduled more than once is handled at its earliest time.
             if room.presence.due != Some(due) {
                 continue;
             }
@@ -446,11 +448,11 @@ impl Shard {
         }
     }
 
-    /// Reads who is present in some rooms, in a task, until that is known.
+    /// Reads the rosters of rooms in a task, until it succeeds.
     pub(super) fn read_rosters(&mut self, mut names: Vec<RoomId>) {
         names.sort_unstable();
         names.retain(|name| {
-            // Of an inbox it is known who is there.
+            // An inbox has one known user.
             name.kind() == RoomKind::Room
                 && self.rooms.get_mut(name).is_some_and(|room| room.presence.roster.begin_read())
         });
@@ -473,7 +475,7 @@ impl Shard {
         });
     }
 
-    /// Takes who is present in some rooms.
+    /// Applies rosters that were read.
     pub(super) fn apply_rosters(
         &mut self,
         rooms: Vec<(RoomId, u64)>,
@@ -494,7 +496,7 @@ impl Shard {
         self.read_rosters(again);
     }
 
-    /// Notes whether what was read is whole: what is not is read again.
+    /// Records whether a read was complete; incomplete rosters are read again later.
     pub(super) fn note_completeness(&mut self, is_complete: bool) {
         if is_complete {
             self.incomplete_reads = 0;
@@ -505,7 +507,7 @@ impl Shard {
         }
     }
 
-    /// Reads rosters again of which some may be missing, and those that somebody waits for.
+    /// Reads incomplete rosters again, and those that queries wait for.
     pub(super) fn retry_rosters(&mut self, now: Instant) {
         let all = self.roster_retry_at.take_if(|at| *at <= now).is_some();
         if all {
@@ -524,13 +526,13 @@ impl Shard {
         self.read_rosters(names);
     }
 
-    /// Those who may be asked for in a page of a room's people.
+    /// The users of one page of a room's roster.
     pub(super) fn present_after(&self, name: &RoomId, after: &str, limit: usize) -> Vec<UserId> {
         let Some(room) = self.rooms.get(name) else { return Vec::new() };
         room.presence.roster.after(after).take(limit).map(|(user, _)| user.clone()).collect()
     }
 
-    /// Answers who is present, once what was asked about it has come to pass here.
+    /// Answers a presence query once the roster has reached the query's version.
     pub(super) fn query_presence(&mut self, name: &RoomId, query: PresenceQuery) {
         let Some(room) = self.rooms.get_mut(name) else {
             let refusal = ErrorFrame {
@@ -542,7 +544,7 @@ impl Shard {
             query.handle.send(&ServerFrame::Error(Box::new(refusal)));
             return self.batch.flush_later(&query.handle);
         };
-        // Too many to wait are answered with what is known.
+        // Queries above the limit are answered with the present roster.
         let wait = room.presence.queries.len() < QUERIES_MAX;
         room.presence.queries.push(if wait {
             query
@@ -552,14 +554,14 @@ impl Shard {
         room.answer_queries(&mut self.batch);
     }
 
-    /// Has everybody leave a room that is no more.
+    /// Removes all members of a room that was closed or deleted.
     pub(super) fn close_room(
         &mut self,
         name: &RoomId,
         reason: RoomClosedReason,
         by: Option<ConnectionId>,
     ) {
-        // First, so that what who was told says next is refused.
+        // Before `room_closed` is sent, so that a frame sent in response to it is rejected.
         self.presence.close(name);
         let Some(room) = self.rooms.get_mut(name) else { return };
         let queries = std::mem::take(&mut room.presence.queries);
@@ -575,15 +577,15 @@ impl Shard {
         }
         self.drop_room(name);
         for query in queries {
-            // There is no such room any more.
+            // The room does not exist any longer.
             self.query_presence(name, query);
         }
     }
 }
 
-/// What a member that joins is told of how many are present.
+/// The member count in a `joined` frame.
 pub(super) fn count_for(snapshot: JoinSnapshot, roster: &Roster) -> u64 {
-    // A server that came back without what it knew counts too few for a while.
+    // A presence store that lost its state counts too few users for a while.
     let known = if roster.is_complete() { 0 } else { roster.len() as u64 };
     snapshot.count.max(known)
 }

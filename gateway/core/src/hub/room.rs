@@ -1,8 +1,8 @@
-//! A room that this node follows: its members, and what [`RoomReplica`] has them given.
+//! A room that this node is subscribed to: its members and its [`RoomReplica`].
 //!
-//! A room is open when its log has been read once. From then on members that are up to date are
-//! given what is passed on; those behind are fed from the ring, else from the log
-//! ([`catch_up`](super::catch_up)), and never beyond what was passed on.
+//! A room is open once its log has been read. From then on, up-to-date members receive each entry
+//! that the replica delivers. Members that are behind are caught up from the ring or from the log
+//! ([`catch_up`](super::catch_up)), and never beyond the replica's top.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -35,44 +35,43 @@ use crate::{
     },
 };
 
-/// Up to how many members a room is looked through for one: a map costs more than that.
+/// Up to this number of members a linear search finds a member; a map would cost more memory.
 const LINEAR_SEARCH_MAX: usize = 8;
 
-/// A room that is followed.
+/// A room that this node is subscribed to.
 #[derive(Debug)]
 pub(super) struct Room {
     pub(super) name: RoomId,
-    /// Tells this following of the room from an earlier one, for answers that come late.
+    /// Distinguishes this subscription from an earlier one, for late results.
     pub(super) generation: u64,
     pub(super) replica: RoomReplica,
-    /// Whether it keeps a log.
+    /// Whether the room keeps a log.
     pub(super) durable: bool,
-    /// The ordinal of the epoch that its last deletion began, as far as known.
+    /// The ordinal of the epoch that the last known deletion of the room began.
     pub(super) deleted: u64,
     pub(super) presence: RoomPresence,
-    /// Whether something has arrived since this was looked at last.
+    /// Whether an entry was received since the last comparison of idle rooms.
     pub(super) received: bool,
     /// Whether entries may have been lost that no comparison has looked for yet.
     pub(super) unverified: bool,
-    /// Whether what was read last comes from a comparison of histories.
+    /// Whether the last read followed a log restore.
     pub(super) restoring: bool,
     pub(super) members: Vec<RoomMember>,
-    /// Where a member is among them; not kept in a small room, which is looked through.
+    /// The index of each member in `members`; empty for a small room, which is searched linearly.
     member_index: HashMap<ConnectionId, usize>,
-    /// DirectFields that queue_join for a read of the log, those who have waited longest first.
+    /// Members that wait for a catch-up read, longest wait first.
     pub(super) waiting_for_read: VecDeque<ConnectionId>,
-    /// That read.
+    /// The state of that read.
     pub(super) catch_up_read: CatchUpRead,
-    /// Joins that queue_join for a read of the log.
+    /// Joins that wait for a read of the log.
     waiting_joins: Vec<PendingJoin>,
-    /// Since when nobody is here.
+    /// The time since which the room has had no members.
     pub(super) idle_since: Option<Instant>,
-    /// Under which time the room is among those that may be without members. Somebody may have come
-    /// since.
+    /// The key of the room among the lingering rooms. A connection may have joined since.
     pub(super) lingers_until: Option<Instant>,
 }
 
-/// Gives members what was decided.
+/// Delivers to the members what the replica decides.
 struct RoomFanOut<'a> {
     name: &'a RoomId,
     members: &'a mut [RoomMember],
@@ -95,7 +94,7 @@ impl DeliverySink for RoomFanOut<'_> {
         self.batch.node_state.confirm(entry);
         let mut frames = EntryFrames::live(self.name, entry);
         if let Some(peer) = peer_of_direct(self.name, entry) {
-            // Its connection's task has the peer watched.
+            // The task of each member's connection watches the peer.
             let status = RoomId::status_of(&peer);
             self.members
                 .iter()
@@ -119,7 +118,8 @@ impl DeliverySink for RoomFanOut<'_> {
 
     fn epoch_changed(&mut self, to: &Position) {
         if !self.members.is_empty() {
-            tracing::warn!(room = %self.name, %to, "a log goes on in a new epoch; nothing is lost");
+            tracing::warn!(room = %self.name, %to,
+                "the log of a room continues in a new epoch; no entry is lost");
         }
         for member in self.members.iter_mut().filter(|member| member.state == MemberState::Live) {
             member.change_epoch(self.name, to, self.batch);
@@ -128,11 +128,11 @@ impl DeliverySink for RoomFanOut<'_> {
 
     fn reset(&mut self, to: &Position, reason: RecoveryFailure) {
         tracing::warn!(room = %self.name, %to, ?reason,
-            "a log cannot be continued; its members are told");
+            "the log of a room cannot be continued: its members are reset");
         self.reset = true;
         for member in self.members.iter_mut() {
             member.reset(self.name, to, reason, self.batch);
-            // What it was behind with is no more.
+            // The entries that the member was behind with are obsolete.
             member.state = MemberState::Live;
         }
     }
@@ -142,8 +142,8 @@ impl DeliverySink for RoomFanOut<'_> {
     }
 }
 
-/// Who has sent the direct that an entry of an inbox is; nobody, where it is the inbox' own user or is
-/// none.
+/// The sender of a direct in an inbox. `None` if the inbox's own user sent it, or if the entry is
+/// not a direct.
 fn peer_of_direct(inbox: &RoomId, entry: &Entry) -> Option<UserId> {
     #[derive(Deserialize)]
     struct DirectFields {
@@ -185,13 +185,13 @@ impl Room {
         self.members.is_empty() && self.waiting_joins.is_empty()
     }
 
-    /// What this node holds of the room's log, once it is open.
+    /// The replica's snapshot, once the room is open.
     pub(super) fn snapshot(&self, batch: &ShardBatch) -> Option<ReplicaSnapshot> {
         self.durable.then_some(())?;
         self.replica.snapshot(&self.name, &batch.retention)
     }
 
-    /// Which part of the log to read to go on.
+    /// The range of the log to read next.
     pub(super) fn next_range(&self) -> ReadRange {
         match self.replica.next_read() {
             ReadFrom::Newest => ReadRange::Newest { limit: READ_LEN },
@@ -199,7 +199,7 @@ impl Room {
         }
     }
 
-    /// Takes an entry that came from the bus.
+    /// Handles an entry from the bus.
     pub(super) fn receive(&mut self, entry: Entry, batch: &mut ShardBatch) -> NextAction {
         self.received = true;
         let retention = batch.retention;
@@ -211,14 +211,14 @@ impl Room {
         )
     }
 
-    /// Whether the room was deleted since this node follows it. An inbox is only emptied: its connections
-    /// are reset.
+    /// Whether the room was deleted since this node subscribed to it. A deleted inbox is only
+    /// emptied: its connections are reset.
     pub(super) fn was_deleted(&self, page: &LogPage) -> bool {
         self.name.kind() == RoomKind::Room
             && self.replica.top().is_some_and(|top| ordinal(&top.epoch) < page.deleted)
     }
 
-    /// Takes what was read of the log from the top on, and then what was held.
+    /// Applies a page that was read from the top on, then the entries buffered meanwhile.
     pub(super) fn apply_page(&mut self, page: LogPage, batch: &mut ShardBatch) -> NextAction {
         let retention = batch.retention;
         self.deleted = self.deleted.max(page.deleted);
@@ -239,31 +239,31 @@ impl Room {
         next
     }
 
-    /// Has a join queue_join for a read of the log.
+    /// Queues a join until the log has been read.
     pub(super) fn queue_join(&mut self, join: PendingJoin) {
         self.idle_since = None;
         self.remove_cancelled_joins();
         self.waiting_joins.push(join);
     }
 
-    /// Forgets joins that nobody waits for any more, and with them their connections.
+    /// Removes joins whose callers have gone, and with them the references to their connections.
     pub(super) fn remove_cancelled_joins(&mut self) {
         self.waiting_joins.retain(|join| !join.done.is_closed());
     }
 
-    /// The joins that waited.
+    /// Takes the queued joins.
     pub(super) fn take_waiting_joins(&mut self) -> Vec<PendingJoin> {
         std::mem::take(&mut self.waiting_joins)
     }
 
     pub(super) fn add(&mut self, member: RoomMember) {
-        // Most inboxes have one.
+        // Most inboxes have one member.
         self.members.reserve_exact(usize::from(self.members.is_empty()));
         self.members.push(member);
         if self.members.len() > LINEAR_SEARCH_MAX || !self.member_index.is_empty() {
             let from = if self.member_index.is_empty() { 0 } else { self.members.len() - 1 };
-            for (place, member) in self.members.iter().enumerate().skip(from) {
-                self.member_index.insert(member.handle.connection, place);
+            for (index, member) in self.members.iter().enumerate().skip(from) {
+                self.member_index.insert(member.handle.connection, index);
             }
         }
         self.idle_since = None;
@@ -286,17 +286,17 @@ impl Room {
     }
 
     pub(super) fn remove(&mut self, connection: ConnectionId) -> bool {
-        let Some(place) = self.index_of(connection) else { return false };
-        self.members.swap_remove(place);
+        let Some(index) = self.index_of(connection) else { return false };
+        self.members.swap_remove(index);
         if self.member_index.remove(&connection).is_some()
-            && let Some(moved) = self.members.get(place)
+            && let Some(moved) = self.members.get(index)
         {
-            self.member_index.insert(moved.handle.connection, place);
+            self.member_index.insert(moved.handle.connection, index);
         }
         true
     }
 
-    /// How many members there are.
+    /// The number of members.
     pub(super) fn len(&self) -> usize {
         self.members.len()
     }

@@ -1,5 +1,5 @@
-//! The task that owns some of the rooms: it hands out what arrives, takes commands, and looks around
-//! once a second.
+//! The task that owns a share of the rooms: it fans out received entries, executes commands, and
+//! does periodic work once a second.
 
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},
@@ -42,14 +42,14 @@ use crate::{
     },
 };
 
-/// How many messages and commands one batch takes, so that what was placed is written soon.
+/// The most messages and commands in one batch, so that queued frames are written soon.
 const BATCH_LEN: usize = 512;
-/// The most rooms a shard unfollows in a second, so that a batch stays short.
+/// The most rooms that a shard unsubscribes from in one tick, so that a batch stays short.
 const UNSUBSCRIBES_PER_TICK_MAX: usize = 5000;
-/// How many rooms without members are looked at for a place for another room.
+/// The most lingering rooms that are examined to free a place for another room.
 const EVICTION_SCAN_MAX: usize = 16;
 
-/// Resolves at that time, or never. Cancel-safe.
+/// Resolves at `time`, or never. Cancel-safe.
 async fn sleep_until(time: Option<Instant>) {
     match time {
         Some(time) => tokio::time::sleep_until(time).await,
@@ -57,11 +57,12 @@ async fn sleep_until(time: Option<Instant>) {
     }
 }
 
-/// The task of some rooms.
+/// The state of one shard.
 pub(super) struct Shard {
-    /// Boxed, since a map has places for more than it holds.
+    /// Boxed, since a map allocates more slots than it uses.
     pub(super) rooms: HashMap<RoomId, Box<Room>>,
-    /// Counts followings, so that an reply for an earlier one is not taken for a later one.
+    /// Counts subscriptions, so that a late result for an earlier subscription is not applied to a
+    /// later one.
     generation: u64,
     pub(super) bus: Arc<dyn Bus>,
     pub(super) presence: Arc<PresenceTracker>,
@@ -72,43 +73,43 @@ pub(super) struct Shard {
     pub(super) budget: MemoryBudget,
     lingering: Lingering,
     lingering_rooms_max: usize,
-    /// How many of the rooms are no inboxes.
+    /// The number of rooms that are not inboxes.
     joined_rooms: usize,
     rooms_max: usize,
-    /// Whether heads of logs are being asked for.
+    /// The state of the read of log heads.
     pub(super) comparing: ReadState,
-    /// When the rooms in which nothing arrives were compared last.
+    /// The time at which the heads of idle rooms were last compared.
     heads_compared_at: Instant,
     pub(super) resync: Arc<ResyncRequest>,
-    /// How many doubts were received of.
+    /// The number of resync requests that the shard has seen.
     pub(super) resyncs_seen: u64,
-    /// The resync that is settled when no room is unverified any more.
+    /// The resync request that is complete once no room is unverified.
     pub(super) resync_running: u64,
-    /// How many rooms are unverified.
+    /// The number of unverified rooms.
     pub(super) unverified: usize,
-    /// Whether the node may pass nothing on.
+    /// Whether the node has no lease: it then delivers nothing.
     pub(super) suspended: bool,
-    /// Counts the moments from which on earlier reads are void: the node lost its lease, or sent
-    /// the snapshots from which a new Redis server is restored.
+    /// Counts the events that void earlier reads: the node lost its lease, or sent the snapshots
+    /// from which a new Redis server is restored.
     pub(super) read_generation: u64,
-    /// How many reads for members that are behind are under way.
+    /// The number of catch-up reads under way.
     pub(super) catch_up_reads: usize,
-    /// Rooms that wait for one.
+    /// Rooms that wait for a catch-up read.
     pub(super) waiting_for_read: VecDeque<(RoomId, u64)>,
-    /// Memberships, as last counted.
+    /// The number of memberships at the last count.
     members: usize,
-    /// When there is something to be looked at among the people of a room.
+    /// The times at which rooms have presence work due.
     pub(super) presence_due: BTreeSet<(Instant, RoomId)>,
-    /// When rosters in which some may be missing are read again.
+    /// The time at which incomplete rosters are read again.
     pub(super) roster_retry_at: Option<Instant>,
-    /// How often they were read so since all was whole.
+    /// The number of incomplete reads in a row.
     pub(super) incomplete_reads: u32,
-    /// Users whose status somebody here wants to know.
+    /// The users whose status a connection here watches.
     pub(super) watched: WatchedUsers,
     pub(super) watched_users_max: usize,
-    /// How many they were when that was counted last.
+    /// The number of watched users at the last count.
     pub(super) watched_counted: usize,
-    /// Those of whom it is to be read.
+    /// The users whose status is to be read.
     pub(super) statuses_to_read: Vec<UserId>,
 }
 
@@ -171,41 +172,42 @@ impl Shard {
     ) {
         let (stopped, resync) = (self.tasks.stopped().clone(), self.resync.clone());
         let mut tick = tokio::time::interval(Duration::from_secs(1));
-        let (mut commands, mut arrived) = (Vec::new(), Vec::new());
+        let (mut commands, mut received) = (Vec::new(), Vec::new());
         loop {
             let mut ticked = false;
-            // All arms are cancel-safe. None keeps another waiting: messages and resync are looked at
-            // in every batch.
+            // All arms are cancel-safe. No arm starves another: messages and resync requests are
+            // checked in every batch.
             tokio::select! {
                 biased;
                 () = stopped.cancelled() => break,
                 _ = tick.tick() => ticked = true,
                 _ = queue.recv_many(&mut commands, BATCH_LEN) => {}
-                _ = messages.recv_many(&mut arrived, BATCH_LEN) => {}
+                _ = messages.recv_many(&mut received, BATCH_LEN) => {}
                 () = resync.requested() => {}
                 () = sleep_until(self.next_presence_due()) => {}
             }
-            if !arrived.is_empty() {
-                // Who sent the first of them woke this task, which would run next and find one. All
-                // others that are ready have their batch before, and what they send leaves in one
-                // write per socket: 3 to 6 times less CPU under load (docs/adr/0011).
+            if !received.is_empty() {
+                // The sender of the first message woke this task, which would otherwise run next
+                // and find one message. The yield lets all other ready tasks run first, and their
+                // messages leave in one write per socket: 3 to 6 times less CPU under load
+                // (docs/adr/0011).
                 tokio::task::yield_now().await;
             }
-            // What arrived before a command was made is handed out before it: who sends and then leaves
-            // gets its own copy.
-            while arrived.len() < BATCH_LEN
+            // Messages received before a command was sent are fanned out before the command: a
+            // client that sends and then leaves receives its own copy.
+            while received.len() < BATCH_LEN
                 && let Ok(message) = messages.try_recv()
             {
-                arrived.push(message);
+                received.push(message);
             }
-            let begun = Instant::now();
-            self.batch.retention.now = begun;
-            self.check_lease(begun);
-            let worth_timing = !arrived.is_empty();
-            for message in arrived.drain(..) {
+            let started = Instant::now();
+            self.batch.retention.now = started;
+            self.check_lease(started);
+            let worth_timing = !received.is_empty();
+            for message in received.drain(..) {
                 match message {
                     ShardMessage::Entry(room, entry) => self.receive(room, entry),
-                    ShardMessage::Ephemeral(room, notice) => self.handle_event(&room, notice),
+                    ShardMessage::Ephemeral(room, event) => self.handle_event(&room, event),
                     ShardMessage::Snapshots(reply) => self.send_snapshots(reply),
                 }
             }
@@ -214,17 +216,17 @@ impl Shard {
                 self.resync_all();
             }
             if ticked {
-                self.tick(begun);
+                self.tick(started);
             }
             for command in commands.drain(..) {
                 self.execute(command);
             }
-            self.send_due_presence(begun);
+            self.send_due_presence(started);
             self.read_statuses();
             self.reappend_lost();
             self.batch.finish();
             if worth_timing {
-                let seconds = begun.elapsed().as_secs_f64();
+                let seconds = started.elapsed().as_secs_f64();
                 self.batch.metrics.fan_out_seconds.observe(seconds);
             }
         }
@@ -237,7 +239,7 @@ impl Shard {
             ShardCommand::CancelJoin { room, handle } => self.cancel_join(&room, &handle),
             ShardCommand::CatchUp { room, connection } => self.catch_up(&room, connection),
             ShardCommand::PresentAfter { room, after, limit, reply } => {
-                // Who asked may have gone.
+                // The caller may have gone.
                 let _ = reply.send(self.present_after(&room, &after, limit));
             }
             ShardCommand::CloseConnections { room, which, before, close, done } => {
@@ -255,9 +257,9 @@ impl Shard {
             ShardCommand::Cursors { room, user, reply } => {
                 let _ = reply.send(self.cursors(&room, &user));
             }
-            ShardCommand::Watch { mut users, handle, asks, rejected } => {
-                users.retain(|user| !self.watch(user.clone(), handle.clone(), asks.clone()));
-                // Who asked may have gone.
+            ShardCommand::Watch { mut users, handle, report_now, rejected } => {
+                users.retain(|user| !self.watch(user.clone(), handle.clone(), report_now.clone()));
+                // The caller may have gone.
                 let _ = rejected.send(users);
             }
             ShardCommand::Unwatch { users, connection } => {
@@ -274,14 +276,16 @@ impl Shard {
         }
     }
 
-    /// Finds out whether the node may pass anything on. Where it may again, nobody knows what it
-    /// missed, and members were not fed meanwhile.
+    /// Checks whether the node holds its lease. After a lost lease the node may have missed
+    /// entries, and members that are behind were not caught up: both are repaired here.
     fn check_lease(&mut self, now: Instant) {
         let was_suspended =
             std::mem::replace(&mut self.suspended, !self.batch.node_state.holds_lease(now));
         if self.suspended && !was_suspended {
             self.read_generation += 1;
-            tracing::warn!("this node passes nothing on before it has agreed with the others");
+            tracing::warn!(
+                "lease lost: delivery suspended until the cluster agrees on the Redis primary"
+            );
         }
         if was_suspended && !self.suspended {
             self.resync_all();
@@ -293,8 +297,8 @@ impl Shard {
         }
     }
 
-    /// Whether something was asked before the node lost its node_state, or cannot be used since it
-    /// has none.
+    /// Whether a read must not be used: it began before an event that voids earlier reads, or the
+    /// node has no lease.
     pub(super) fn is_stale(&self, read_generation: u64) -> bool {
         self.suspended || self.read_generation != read_generation
     }
@@ -317,17 +321,18 @@ impl Shard {
     }
 
     fn send_snapshots(&mut self, reply: oneshot::Sender<Vec<ReplicaSnapshot>>) {
-        let held = self.rooms.values().filter_map(|room| room.snapshot(&self.batch));
-        let mut held: Vec<ReplicaSnapshot> = held.collect();
-        held.sort_unstable_by(|a, b| a.room.cmp(&b.room));
-        // A read that is under way may come from the former server, and bring entries that the new
-        // one never gets.
+        let snapshots = self.rooms.values().filter_map(|room| room.snapshot(&self.batch));
+        let mut snapshots: Vec<ReplicaSnapshot> = snapshots.collect();
+        snapshots.sort_unstable_by(|a, b| a.room.cmp(&b.room));
+        // A read under way may come from the former server and bring entries that the new server
+        // never receives.
         self.read_generation += 1;
-        // Who asked may have met yet another server meanwhile.
-        let _ = reply.send(held);
+        // The caller may have moved on to yet another server.
+        let _ = reply.send(snapshots);
     }
 
-    /// Forgets ids past the dedup window, and the oldest where all of them take too much.
+    /// Removes ids that are older than the dedup window, and the oldest ids while all ids exceed
+    /// the memory budget.
     pub(super) fn forget_ids(&mut self) {
         let now = self.batch.retention.now;
         while let Some(bucket) = self.budget.next_to_forget(now) {
@@ -343,7 +348,7 @@ impl Shard {
         }
     }
 
-    /// Compares the logs of rooms in which nothing has arrived for a while, as in a resync.
+    /// Compares the log heads of rooms that have received nothing since the last comparison.
     fn compare_idle(&mut self, now: Instant) {
         if self.suspended
             || now - self.heads_compared_at < COMPARE_INTERVAL
@@ -364,7 +369,7 @@ impl Shard {
 
     pub(super) fn join(&mut self, name: RoomId, join: PendingJoin) {
         if join.done.is_closed() {
-            // Its connection has left while it waited here.
+            // The connection has left while its join waited here.
             return self.note_if_idle(&name);
         }
         let Some(room) = self.rooms.get_mut(&name) else {
@@ -391,14 +396,14 @@ impl Shard {
             }
             JoinStep::Wait(join) => {
                 room.queue_join(join);
-                // A read may come back before the node may reply joins.
+                // The read may complete before the node is allowed to answer joins.
                 let pause = if self.batch.serves(name) { Duration::ZERO } else { READ_RETRY_DELAY };
                 self.read_forward_after(name, pause);
             }
         }
     }
 
-    /// Follows a room: subscribes, then reads its log.
+    /// Opens a room: subscribes to it, then reads its log.
     fn open(&mut self, name: RoomId, join: PendingJoin) {
         let is_joined = name.kind() == RoomKind::Room;
         if is_joined && !self.make_space_for_room() {
@@ -416,7 +421,8 @@ impl Shard {
         self.read(name, self.generation, ReadPurpose::Open, range, Duration::ZERO);
     }
 
-    /// Whether one more room may be followed. One that lingers makes place for it.
+    /// Whether the node may subscribe to one more room. A lingering room is dropped to free a
+    /// place.
     fn make_space_for_room(&mut self) -> bool {
         for _ in 0..EVICTION_SCAN_MAX {
             if self.joined_rooms < self.rooms_max {
@@ -430,8 +436,8 @@ impl Shard {
         self.joined_rooms < self.rooms_max
     }
 
-    /// Ends the following of a room that was taken out of those that linger, if it is without members,
-    /// for long enough where a time is given. Returns whether it was.
+    /// Drops a room that was taken out of the lingering rooms if it has no members and, with `now`,
+    /// if its time is over. Returns whether it was dropped.
     fn drop_if_empty(&mut self, name: &RoomId, now: Option<Instant>) -> bool {
         let Some(room) = self.rooms.get_mut(name) else { return false };
         room.lingers_until = None;
@@ -444,7 +450,7 @@ impl Shard {
         drops
     }
 
-    /// Ends the following of a room.
+    /// Drops a room and unsubscribes from it.
     pub(super) fn drop_room(&mut self, name: &RoomId) {
         self.mark_verified(name);
         if let Some(mut room) = self.rooms.remove(name) {
@@ -458,7 +464,7 @@ impl Shard {
 
     fn catch_up(&mut self, name: &RoomId, connection: ConnectionId) {
         if self.suspended {
-            // All are fed when that is over.
+            // All members are caught up once the node has a lease.
             return;
         }
         if let Some(room) = self.rooms.get_mut(name) {
@@ -467,7 +473,7 @@ impl Shard {
         }
     }
 
-    /// Gives all members that are behind what is there for them.
+    /// Catches up all members of a room that are behind.
     pub(super) fn catch_up_all(&mut self, name: &RoomId) {
         let Some(room) = self.rooms.get_mut(name).filter(|_| !self.suspended) else { return };
         for connection in room.behind() {
@@ -529,8 +535,8 @@ impl Shard {
         }
     }
 
-    /// Unfollows rooms that have been without members for long enough, and forgets what nobody
-    /// waits for or needs any more.
+    /// Periodic work: drops lingering rooms whose time is over, and frees state that is no longer
+    /// used.
     fn tick(&mut self, now: Instant) {
         self.compare_idle(now);
         let mut left = UNSUBSCRIBES_PER_TICK_MAX;

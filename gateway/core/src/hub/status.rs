@@ -1,8 +1,7 @@
-//! Whether users are connected, for those who watch them.
+//! The online status of watched users.
 //!
-//! What is passed on says only that something has changed: the status is read then, so that what comes
-//! late or twice tells nobody anything wrong. Users are read who were asked about in the same batch
-//! together.
+//! An event says only that a status has changed, and the status is then read: a late or repeated
+//! event thus reports nothing wrong. All users to read in one batch are read together.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -24,20 +23,20 @@ use super::{
 };
 use crate::bus::registry::OnlineStatus;
 
-/// Users who are watched here.
+/// The users watched on this node.
 pub(super) type WatchedUsers = HashMap<UserId, WatchedUser>;
 
-/// A user who is watched.
+/// A watched user.
 #[derive(Debug, Default)]
 pub(super) struct WatchedUser {
     watchers: HashMap<ConnectionId, StatusWatcher>,
-    /// What they were told last.
+    /// The status last reported to the watchers.
     reported: Option<bool>,
-    /// Whether the status is subscribed.
+    /// Whether the node is subscribed to the status.
     subscribed: bool,
-    /// How many reads were reads_started.
+    /// The number of reads started.
     reads_started: u64,
-    /// Whether one is under way, and whether another has to subscribe.
+    /// Whether a read is under way, and whether another one must follow it.
     reading: bool,
     again: bool,
 }
@@ -45,17 +44,17 @@ pub(super) struct WatchedUser {
 #[derive(Debug)]
 struct StatusWatcher {
     handle: Arc<ConnectionHandle>,
-    /// The reads whose outcome it is told in any case, and as the answers to what.
-    waits: Vec<(u64, Option<FrameRef>)>,
+    /// The reads whose outcome is reported in any case, each with the `ref` to echo.
+    pending: Vec<(u64, Option<FrameRef>)>,
 }
 
 impl WatchedUser {
-    /// A connection is not told any more.
+    /// Removes a watcher.
     pub(super) fn remove(&mut self, connection: ConnectionId) {
         self.watchers.remove(&connection);
     }
 
-    /// The status is to be read. Returns whether that is to be reads_started, and the number of the read.
+    /// Requests a read. Returns whether it must be started, and its number.
     fn request_read(&mut self) -> (bool, u64) {
         if self.reading {
             self.again = true;
@@ -68,29 +67,29 @@ impl WatchedUser {
 }
 
 impl Shard {
-    /// Has a connection told whether a user is connected: now, where it `asks`, and on every change.
-    /// `false`: as many users are watched as may be.
+    /// Reports the status of a user to a connection on every change, and immediately if `asks` is
+    /// set. `false`: the limit of watched users is reached.
     pub(super) fn watch(
         &mut self,
         user: UserId,
         handle: Arc<ConnectionHandle>,
-        asks: Option<Option<FrameRef>>,
+        report_now: Option<Option<FrameRef>>,
     ) -> bool {
         if self.watched.len() >= self.watched_users_max && !self.watched.contains_key(&user) {
             return false;
         }
         let watch = self.watched.entry(user.clone()).or_default();
         let connection = handle.connection;
-        watch.watchers.entry(connection).or_insert(StatusWatcher { handle, waits: Vec::new() });
-        if asks.is_none() && watch.reported.is_some() {
+        watch.watchers.entry(connection).or_insert(StatusWatcher { handle, pending: Vec::new() });
+        if report_now.is_none() && watch.reported.is_some() {
             return true;
         }
-        // Who has just connected is to be seen: what was known before is not enough.
+        // A user who has just connected must be visible, so an earlier status is not enough.
         let (begins, read) = watch.request_read();
-        if let Some(reference) = asks
+        if let Some(reference) = report_now
             && let Some(watcher) = watch.watchers.get_mut(&connection)
         {
-            watcher.waits.push((read, reference));
+            watcher.pending.push((read, reference));
         }
         if begins {
             self.statuses_to_read.push(user);
@@ -98,15 +97,15 @@ impl Shard {
         true
     }
 
-    /// Ends that.
+    /// Removes a watcher.
     pub(super) fn unwatch(&mut self, user: &UserId, connection: ConnectionId) {
-        // What nobody watches is forgotten at the next look around: it may be asked for at this moment.
+        // A user without watchers is removed at the next tick, since a read may be starting now.
         if let Some(watch) = self.watched.get_mut(user) {
             watch.remove(connection);
         }
     }
 
-    /// Something has changed for a user who may be watched.
+    /// Requests a read of a watched user's status after a change.
     pub(super) fn status_changed(&mut self, room: &RoomId) {
         let Some(user) = room.user() else { return };
         if let Some(watch) = self.watched.get_mut(&user)
@@ -116,7 +115,7 @@ impl Shard {
         }
     }
 
-    /// Changes may have been missed.
+    /// Requests a read of all statuses, since changes may have been missed.
     pub(super) fn reread_statuses(&mut self) {
         for (user, watch) in &mut self.watched {
             if watch.request_read().0 {
@@ -125,10 +124,10 @@ impl Shard {
         }
     }
 
-    /// Reads what is due, in a task, until it is known.
+    /// Reads the requested statuses in a task, until it succeeds.
     pub(super) fn read_statuses(&mut self) {
         let mut users = std::mem::take(&mut self.statuses_to_read);
-        // Whom nobody watches any more is not asked about.
+        // Users without watchers are skipped.
         users.retain(|user| {
             let Some(watch) = self.watched.get_mut(user) else { return false };
             watch.reading = !watch.watchers.is_empty();
@@ -146,7 +145,7 @@ impl Shard {
         let (bus, presence, commands) =
             (self.bus.clone(), self.presence.clone(), self.commands.clone());
         self.spawn("read_statuses", async move {
-            // Followed first, so that no change falls between the two.
+            // Subscribe first, so that no change is missed between the two.
             join_all(subscribe.into_iter().map(async |room| {
                 while bus.subscribe(room.clone()).await.is_err() {
                     tokio::time::sleep(READ_RETRY_DELAY).await;
@@ -163,13 +162,13 @@ impl Shard {
         });
     }
 
-    /// Tells what was read to those who wait for it, and what has changed to all.
+    /// Reports statuses that were read to the waiting watchers, and changes to all watchers.
     pub(super) fn apply_statuses(&mut self, users: Vec<UserId>, statuses: Vec<OnlineStatus>) {
         let mut incomplete = false;
         for (user, status) in users.into_iter().zip(statuses) {
             let Some(watch) = self.watched.get_mut(&user) else { continue };
             watch.reading = false;
-            // Who seems to have gone may not have been told of yet.
+            // A user who seems offline may not have been reported by every node yet.
             if status.complete {
                 self.incomplete_reads = 0;
             } else {
@@ -183,19 +182,20 @@ impl Shard {
             }
             let (mut frame, read) = (None, watch.reads_started);
             for watcher in watch.watchers.values_mut() {
-                let (answers, waits): (Vec<_>, _) =
-                    std::mem::take(&mut watcher.waits).into_iter().partition(|(at, _)| *at <= read);
-                watcher.waits = waits;
-                let is_told = !answers.is_empty();
+                let (answers, pending): (Vec<_>, _) = std::mem::take(&mut watcher.pending)
+                    .into_iter()
+                    .partition(|(at, _)| *at <= read);
+                watcher.pending = pending;
+                let is_answered = !answers.is_empty();
                 for (_, reference) in answers {
                     watcher.handle.send(&status_frame(&user, &status, reference));
                 }
-                if changed && !is_told {
+                if changed && !is_answered {
                     let frame = frame
                         .get_or_insert_with(|| text_frame(&status_frame(&user, &status, None)));
                     watcher.handle.outbox.push(frame.clone());
                 }
-                if changed || is_told {
+                if changed || is_answered {
                     self.batch.flush_later(&watcher.handle);
                 }
             }
@@ -208,7 +208,7 @@ impl Shard {
         }
     }
 
-    /// Forgets users whom nobody watches any more.
+    /// Removes users without watchers.
     pub(super) fn remove_unwatched(&mut self) {
         let before = self.watched.len();
         self.watched.retain(|user, watch| {
