@@ -77,7 +77,7 @@ struct ChatMetrics {
     acknowledged: u64,
     delivered: u64,
     duplicated: u64,
-    holes: u64,
+    gaps: u64,
     discontinuities: u64,
     failed: u64,
     examples: Vec<String>,
@@ -134,7 +134,7 @@ pub(crate) async fn run(args: ChatArgs) -> Result<Report, ProcfsError> {
         acknowledged: metrics.acknowledged,
         delivered: metrics.delivered,
         duplicated: metrics.duplicated,
-        holes: metrics.holes,
+        gaps: metrics.gaps,
         signalled_discontinuities: metrics.discontinuities,
         sends_refused: metrics.failed,
         examples: metrics.examples,
@@ -336,7 +336,7 @@ async fn handle_events(mut events: mpsc::Receiver<ClientEvent>, metrics: Arc<Mut
                 metrics.example(|| format!("{room}: {position} again"));
             }
             ClientEvent::Gap { room, expected, got } => {
-                metrics.holes += 1;
+                metrics.gaps += 1;
                 metrics.example(|| format!("{room}: {got} instead of {expected:?}"));
             }
             ClientEvent::NotRecovered { .. } => metrics.discontinuities += 1,

@@ -2,7 +2,7 @@
 //!
 //! Pure. It looks at raw frames, since a client library drops what comes twice. What it holds against
 //! the servers:
-//! - within an epoch a client's numbers ascend by one: else a repeat, a disorder, or a hole;
+//! - within an epoch a client's numbers ascend by one: else a repeat, a disorder, or a gap;
 //! - the epoch changes only by `reset` or `recovered:false`: else a silent break;
 //! - a client gets an id once; again only behind a break and in another epoch;
 //! - all clients and all acks agree on the id that stands at a position, and an id has one number in
@@ -215,7 +215,7 @@ impl DeliveryChecker {
             let cursor = self.clients[client].cursor.clone();
             self.report_violation(
                 client,
-                Violation::Hole,
+                Violation::Gap,
                 format!("history ends at {cursor:?}, not {top}"),
             );
             self.move_cursor(client, top);
@@ -259,7 +259,7 @@ impl DeliveryChecker {
             Some(cursor) if position.seq > cursor.seq + 1 => {
                 self.report_violation(
                     client,
-                    Violation::Hole,
+                    Violation::Gap,
                     format!("{position} behind {cursor}"),
                 );
             }

@@ -12,7 +12,7 @@ pub enum Violation {
     /// A lower number came behind a higher one.
     OutOfOrder,
     /// A number was skipped.
-    Hole,
+    Gap,
     /// Another epoch, or no recovery, without a word.
     UnsignalledDiscontinuity,
     /// Two ids at one position, or two numbers for one id.
@@ -128,7 +128,7 @@ impl fmt::Display for DeliveryReport {
         write!(
             f,
             "{} clients, {} acknowledged, {} delivered, {} lost, {} duplicated, {} out of order, \
-             {} holes, {} unsignalled discontinuities, {} disagreements; signalled: {} reset, {} \
+             {} gaps, {} unsignalled discontinuities, {} disagreements; signalled: {} reset, {} \
              recovered:false ({} skipped, {} again); longest without delivery {:.2?}; slowest ack \
              {:.2?}; {} unavailable (after {:.2?} at most)",
             self.clients,
@@ -137,7 +137,7 @@ impl fmt::Display for DeliveryReport {
             self.count(Violation::Lost),
             self.count(Violation::Duplicated),
             self.count(Violation::OutOfOrder),
-            self.count(Violation::Hole),
+            self.count(Violation::Gap),
             self.count(Violation::UnsignalledDiscontinuity),
             self.count(Violation::Disagreement),
             self.resets,

@@ -229,7 +229,7 @@ fn build_report(
             lost: counters.lost,
             duplicated: counters.duplicated,
             out_of_order: counters.out_of_order,
-            holes: counters.holes,
+            gaps: counters.gaps,
             signalled_discontinuities: counters.signalled_discontinuities,
             sends_refused: counters.refused,
             unanswered: counters.unanswered,

@@ -136,7 +136,7 @@ fn classify(report: &WorkerReport, latency: &Latency, p99_max: Duration) -> Rate
     let wrong = counters.lost
         + counters.duplicated
         + counters.out_of_order
-        + counters.holes
+        + counters.gaps
         + counters.unanswered;
     if own.invalid_reason().is_some() {
         RateOutcome::GeneratorOverloaded

@@ -93,7 +93,7 @@ pub(crate) struct MessageCounters {
     pub(crate) refused: u64,
     pub(crate) duplicated: u64,
     pub(crate) out_of_order: u64,
-    pub(crate) holes: u64,
+    pub(crate) gaps: u64,
     pub(crate) signalled_discontinuities: u64,
     pub(crate) lost: u64,
     /// Messages that were neither acknowledged nor refused.
@@ -113,7 +113,7 @@ impl MessageCounters {
         self.refused += other.refused;
         self.duplicated += other.duplicated;
         self.out_of_order += other.out_of_order;
-        self.holes += other.holes;
+        self.gaps += other.gaps;
         self.signalled_discontinuities += other.signalled_discontinuities;
         self.lost += other.lost;
         self.unanswered += other.unanswered;
@@ -136,7 +136,7 @@ impl MessageCounters {
         let count = match seq {
             same if same == last => &mut self.duplicated,
             lower if lower < last => &mut self.out_of_order,
-            _ => &mut self.holes,
+            _ => &mut self.gaps,
         };
         *count += 1;
         self.example(|| format!("member {member}: {seq} behind {last}"));
@@ -195,7 +195,7 @@ mod tests {
         for (last, seq) in [(1, 2), (2, 2), (2, 1), (2, 4)] {
             counters.judge(0, last, seq);
         }
-        assert_eq!((counters.duplicated, counters.out_of_order, counters.holes), (1, 1, 1));
+        assert_eq!((counters.duplicated, counters.out_of_order, counters.gaps), (1, 1, 1));
         assert_eq!(counters.examples.len(), 3);
     }
 }

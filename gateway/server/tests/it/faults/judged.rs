@@ -110,7 +110,7 @@ fn what_is_shown_first_may_begin_in_a_former_epoch_without_a_step() {
     check(shown("g", 9, &[("f", 7, 7), ("f", 8, 8), ("g", 9, 9)]), &[]);
     check(shown("g", 8, &[("f", 7, 7), ("f", 8, 8)]), &[]);
     check(shown("g", 9, &[("f", 7, 7), ("g", 9, 9)]), &[Violation::UnsignalledDiscontinuity]);
-    check(shown("g", 9, &[("f", 7, 7), ("f", 8, 8)]), &[Violation::Hole]);
+    check(shown("g", 9, &[("f", 7, 7), ("f", 8, 8)]), &[Violation::Gap]);
 }
 
 #[test]
@@ -118,8 +118,8 @@ fn each_wrong_is_seen() {
     let then = |seq, number| Shown::Message(message("e", seq, number));
     check(vec![then(2, 2)], &[Violation::Duplicated]);
     check(vec![then(3, 2)], &[Violation::Duplicated, Violation::Disagreement]);
-    check(vec![then(4, 4)], &[Violation::Hole]);
-    check(vec![then(4, 4), then(3, 3)], &[Violation::OutOfOrder, Violation::Hole]);
+    check(vec![then(4, 4)], &[Violation::Gap]);
+    check(vec![then(4, 4), then(3, 3)], &[Violation::OutOfOrder, Violation::Gap]);
     check(vec![then(2, 3)], &[Violation::Duplicated, Violation::Disagreement]);
     check(vec![Shown::Message(message("f", 3, 3))], &[Violation::UnsignalledDiscontinuity]);
     // Recovered, and nothing follows or the log is shorter.
