@@ -28,7 +28,7 @@ type ChatRooms = Arc<Mutex<HashMap<String, broadcast::Sender<Utf8Bytes>>>>;
 type BoxError = Box<dyn std::error::Error>;
 
 #[derive(Clone)]
-struct Chat {
+struct NaiveChat {
     rooms: ChatRooms,
     redis: Option<MultiplexedConnection>,
 }
@@ -67,7 +67,7 @@ async fn main() -> Result<(), BoxError> {
         .route("/ws", get(chat))
         .route("/ws/echo", get(echo))
         .route("/ready", get(async || "ready"))
-        .with_state(Chat { rooms, redis });
+        .with_state(NaiveChat { rooms, redis });
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
     eprintln!(r#"{{"listen":"{}"}}"#, listener.local_addr()?);
     let listener = listener.tap_io(|stream| {
@@ -95,7 +95,7 @@ async fn connect(url: &str, rooms: ChatRooms) -> Result<MultiplexedConnection, B
 }
 
 async fn chat(
-    State(chat): State<Chat>,
+    State(chat): State<NaiveChat>,
     query: Query<ConnectQuery>,
     ws: WebSocketUpgrade,
 ) -> Response {
@@ -103,7 +103,7 @@ async fn chat(
     ws.protocols([skein_protocol::SUBPROTOCOL]).on_upgrade(|socket| serve(socket, user, chat))
 }
 
-async fn serve(socket: WebSocket, user: String, mut chat: Chat) {
+async fn serve(socket: WebSocket, user: String, mut chat: NaiveChat) {
     let (mut sender, mut receiver) = socket.split();
     if sender.send(Message::Text(r#"{"type":"connected"}"#.into())).await.is_err() {
         return;

@@ -175,7 +175,7 @@ async fn run_all(
         };
         let measured = ready.run_attack(attack, scale, args).await?;
         let bounds = AttackThresholds { slack: args.slack, lag_max: args.lag_max };
-        let verdict = measured.judge(&(attack.allowed)(scale), &bounds);
+        let verdict = measured.evaluate(&(attack.allowed)(scale), &bounds);
         tell(attack, &measured, &verdict);
         // A node that is not as before is no place for the next attack.
         if measured.recovered_after.is_some() && ready.open().await {

@@ -240,13 +240,13 @@ impl AttackMeasurement {
     }
 
     /// Holds it against what is asked.
-    pub(crate) fn judge(&self, allowed: &Allowance, bounds: &AttackThresholds) -> AttackVerdict {
+    pub(crate) fn evaluate(&self, allowed: &Allowance, bounds: &AttackThresholds) -> AttackVerdict {
         let mut failures = Vec::new();
         if self.died {
             failures.push("the gateway or Redis ended".to_owned());
         }
-        self.judge_honest(bounds, allowed, &mut failures);
-        self.judge_growth(allowed, &mut failures);
+        self.evaluate_honest(bounds, allowed, &mut failures);
+        self.evaluate_growth(allowed, &mut failures);
         match self.recovered_after {
             Some(_) => {}
             None => {
@@ -270,7 +270,7 @@ impl AttackMeasurement {
         AttackVerdict { failures, invalid }
     }
 
-    fn judge_honest(
+    fn evaluate_honest(
         &self,
         bounds: &AttackThresholds,
         allowed: &Allowance,
@@ -306,7 +306,7 @@ impl AttackMeasurement {
         }
     }
 
-    fn judge_growth(&self, allowed: &Allowance, failures: &mut Vec<String>) {
+    fn evaluate_growth(&self, allowed: &Allowance, failures: &mut Vec<String>) {
         let mib = |bytes: f64| bytes / f64::from(1 << 20);
         let bytes = GROWTH_FACTOR * self.sent_bytes as f64;
         let gateway = bytes
@@ -360,7 +360,7 @@ mod tests {
     fn failures(change: impl FnOnce(&mut AttackMeasurement), allowed: Allowance) -> Vec<String> {
         let mut measured = withstood();
         change(&mut measured);
-        measured.judge(&allowed, &bounds()).failures
+        measured.evaluate(&allowed, &bounds()).failures
     }
 
     #[test]
@@ -452,9 +452,9 @@ mod tests {
         let mut measured = withstood();
         measured.legitimate.p99_ms = 90.0;
         let lenient = AttackThresholds { slack: Duration::from_millis(100), ..bounds() };
-        assert_eq!(measured.judge(&Allowance::default(), &lenient), AttackVerdict::default());
+        assert_eq!(measured.evaluate(&Allowance::default(), &lenient), AttackVerdict::default());
         measured.control.lag_p99_us = 1_500;
-        let verdict = measured.judge(&Allowance::default(), &lenient);
+        let verdict = measured.evaluate(&Allowance::default(), &lenient);
         assert!(verdict.invalid.is_some_and(|why| why.contains("1500 µs late")));
     }
 

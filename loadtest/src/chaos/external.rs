@@ -7,7 +7,7 @@ use tokio::{net::lookup_host, time::sleep};
 
 use super::{
     cluster::{ClusterError, send_command, signal},
-    plan::{Fault, FaultKind},
+    plan::{FaultKind, PlannedFault},
 };
 use crate::args::{ExternalArgs, ServerUrl};
 
@@ -59,7 +59,7 @@ impl ExternalCluster {
     }
 
     /// Does one fault, and mends it.
-    pub(crate) async fn inject(&self, fault: Fault) {
+    pub(crate) async fn inject(&self, fault: PlannedFault) {
         let duration = Duration::from_millis(fault.duration_ms);
         let clients = async |mode| {
             let proxy = &self.proxies[fault.node % self.proxies.len()];

@@ -8,7 +8,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 use self::{
     cluster::{ClusterError, ClusterPrograms, LocalCluster},
     external::ExternalCluster,
-    plan::{Fault, FaultKind},
+    plan::{FaultKind, PlannedFault},
 };
 use crate::{
     args::{ChaosArgs, LoadArgs},
@@ -46,7 +46,7 @@ enum ChaosTarget {
 }
 
 impl ChaosTarget {
-    async fn inject(&mut self, fault: Fault) -> Result<(), ClusterError> {
+    async fn inject(&mut self, fault: PlannedFault) -> Result<(), ClusterError> {
         match self {
             Self::Local(cluster) => inject(cluster, fault).await,
             Self::External(external) => {
@@ -89,7 +89,7 @@ pub(crate) async fn run(args: ChaosArgs) -> Result<Report, ChaosError> {
 async fn run_faults(
     target: &mut ChaosTarget,
     urls: Vec<String>,
-    faults: &[Fault],
+    faults: &[PlannedFault],
     seed: u64,
     load: &LoadArgs,
 ) -> Result<Report, ChaosError> {
@@ -118,7 +118,7 @@ async fn run_faults(
 
 async fn inject_faults(
     target: &mut ChaosTarget,
-    faults: &[Fault],
+    faults: &[PlannedFault],
     began: Instant,
     windows: &mut Vec<FaultWindow>,
 ) -> Result<(), ClusterError> {
@@ -134,7 +134,7 @@ async fn inject_faults(
     }
 }
 
-fn name(fault: Fault) -> String {
+fn name(fault: PlannedFault) -> String {
     match fault.kind {
         FaultKind::RollingDeploy
         | FaultKind::RedisKill
@@ -149,7 +149,7 @@ fn name(fault: Fault) -> String {
 }
 
 /// Does one fault, and mends it.
-async fn inject(cluster: &mut LocalCluster, fault: Fault) -> Result<(), ClusterError> {
+async fn inject(cluster: &mut LocalCluster, fault: PlannedFault) -> Result<(), ClusterError> {
     let (node, duration) = (fault.node, Duration::from_millis(fault.duration_ms));
     let bus = async |cluster: &LocalCluster, mode| {
         cluster.nodes[node].bus.set(mode);

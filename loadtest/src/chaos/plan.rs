@@ -61,7 +61,7 @@ pub(crate) enum FaultKind {
 
 /// One thing that goes wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub(crate) struct Fault {
+pub(crate) struct PlannedFault {
     /// When it begins at the earliest, ms from the start of the run. One is mended before the next
     /// begins.
     pub(crate) at_ms: u64,
@@ -122,7 +122,12 @@ impl fmt::Display for FaultKind {
 
 /// The faults of a run of this length with so many gateways. Every kind comes once before any comes
 /// again.
-pub(crate) fn plan(seed: u64, duration: Duration, nodes: usize, kinds: &[FaultKind]) -> Vec<Fault> {
+pub(crate) fn plan(
+    seed: u64,
+    duration: Duration,
+    nodes: usize,
+    kinds: &[FaultKind],
+) -> Vec<PlannedFault> {
     let mut rng = StdRng::seed_from_u64(seed);
     let (mut faults, mut bag) = (Vec::new(), Vec::<FaultKind>::new());
     let end = duration.saturating_sub(RECOVERY).as_millis() as u64;
@@ -138,7 +143,7 @@ pub(crate) fn plan(seed: u64, duration: Duration, nodes: usize, kinds: &[FaultKi
         if at_ms + duration_ms > end {
             return faults;
         }
-        faults.push(Fault { at_ms, kind, node, duration_ms });
+        faults.push(PlannedFault { at_ms, kind, node, duration_ms });
         at_ms += duration_ms + rng.random_range(PAUSE_MS);
     }
 }

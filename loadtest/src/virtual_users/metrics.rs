@@ -129,7 +129,7 @@ impl MessageCounters {
     }
 
     /// Judges the number of a message by the one before.
-    pub(super) fn judge(&mut self, member: usize, last: u64, seq: u64) {
+    pub(super) fn count_seq(&mut self, member: usize, last: u64, seq: u64) {
         if seq == last + 1 {
             return;
         }
@@ -193,7 +193,7 @@ mod tests {
     fn numbers_are_judged_by_the_one_before() {
         let mut counters = MessageCounters::default();
         for (last, seq) in [(1, 2), (2, 2), (2, 1), (2, 4)] {
-            counters.judge(0, last, seq);
+            counters.count_seq(0, last, seq);
         }
         assert_eq!((counters.duplicated, counters.out_of_order, counters.gaps), (1, 1, 1));
         assert_eq!(counters.examples.len(), 3);

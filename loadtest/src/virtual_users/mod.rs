@@ -483,7 +483,7 @@ impl VirtualUsers {
         let monotonic_ns = self.monotonic_ns(now);
         let user = &mut self.users[index];
         if let Some(seq) = metrics::find_seq(message) {
-            self.metrics.counters.judge(index, user.seq, seq);
+            self.metrics.counters.count_seq(index, user.seq, seq);
             user.seq = seq;
         }
         user.received += 1;

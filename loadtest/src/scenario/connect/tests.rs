@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// What the server does with each of its connections.
-type Peers = fn(number: u32) -> PeerBehaviour;
+type BehaviourOf = fn(number: u32) -> PeerBehaviour;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum PeerBehaviour {
@@ -37,7 +37,7 @@ enum PeerBehaviour {
 }
 
 /// Runs `loadtest connect` with `arguments` against a server that behaves as `behaviour_of` says.
-async fn check(behaviour_of: Peers, arguments: &str) -> (ConnectionReport, Vec<String>) {
+async fn check(behaviour_of: BehaviourOf, arguments: &str) -> (ConnectionReport, Vec<String>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("ws://{}/ws", listener.local_addr().unwrap());
     let command = format!("loadtest connect --url {url} --ramp 1000/s {arguments}");
