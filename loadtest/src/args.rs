@@ -1,7 +1,7 @@
-//! What is given on the command line: clap's arguments, and the values that have a form of their
-//! own (a rate, a range of addresses, a URL).
+//! Command-line arguments of clap, and the values that have a syntax of their own (rate, address
+//! range, URL).
 //!
-//! Pure. Whatever cannot work is refused here, in words that say what would.
+//! Pure. Invalid values are rejected here, with an error that names a valid form.
 
 use std::{
     net::{IpAddr, Ipv4Addr},
@@ -18,113 +18,114 @@ use crate::{bench::RowName, virtual_users::workers::WorkerShare};
 #[derive(Debug, Parser)]
 #[command(version, about, max_term_width = 100)]
 pub(crate) struct Cli {
-    /// What to do.
+    /// The subcommand to run.
     #[command(subcommand)]
     pub(crate) command: LoadCommand,
 }
 
-/// What to do.
+/// The subcommands.
 #[derive(Debug, Subcommand)]
 pub(crate) enum LoadCommand {
-    /// Opens many connections at a given rate, holds them, and reports what happened.
+    /// Opens many connections at a given rate, holds them, and reports the outcome.
     Connect(ConnectArgs),
-    /// Cuts all connections at once, and has them come back at once, again and again.
+    /// Drops all connections at once and reconnects all of them at once, repeatedly.
     Storm(StormArgs),
-    /// One publisher, and a room of many members.
+    /// One publisher and one room of many members.
     Fanout(FanoutArgs),
-    /// Many rooms in which everybody talks.
+    /// Many rooms in which every member sends.
     Rooms(RoomsArgs),
-    /// The same, while some members do not read.
+    /// Many rooms in which some members do not read.
     Slow(SlowArgs),
     /// Finds the highest rate at which p99 stays under a bound.
     Sweep(SweepArgs),
-    /// People who come, talk, pause, look at the history and go.
+    /// Users who connect, send, pause, read the history and disconnect.
     Chat(ChatArgs),
-    /// Members of rooms talk at a rate; every message is accounted for.
+    /// Members of rooms send at a rate; every message is accounted for.
     Ledger(LedgerArgs),
-    /// The same against a cluster of its own in which things go wrong.
+    /// As `ledger`, against a cluster into which faults are injected.
     Chaos(ChaosArgs),
-    /// Attacks a gateway while legitimate clients use it and a second one, and judges what they notice.
+    /// Attacks a gateway while legitimate clients use it and a second one, and judges the effect on
+    /// them.
     Abuse(AbuseArgs),
-    /// Lays two reports of --json beside each other.
+    /// Compares two reports of --json.
     Compare(CompareArgs),
     /// Measures the gateway beside a baseline and a naive chat, and prints a table: `make bench`.
     Bench(BenchArgs),
 }
 
-/// The most connections that may be asked for.
+/// Upper bound of the requested connections.
 pub(crate) const CONNECTIONS_MAX: u32 = 1_000_000;
-/// The most processes.
+/// Upper bound of the worker processes.
 const PROCESSES_MAX: i64 = 64;
-/// The longest hold.
+/// Upper bound of a hold.
 const HOLD_MAX: Duration = Duration::from_secs(24 * 60 * 60);
-/// The longest time to give a connection.
+/// Upper bound of a timeout.
 const TIMEOUT_MAX: Duration = Duration::from_secs(10 * 60);
 
 /// How connections are opened.
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Connections")]
 pub(crate) struct OpenArgs {
-    /// Where to connect.
+    /// URL to connect to.
     #[arg(long, default_value = "ws://127.0.0.1:8080/ws")]
     pub(crate) url: ServerUrl,
-    /// How many to open per second; they are opened on time whether or not earlier ones succeeded.
+    /// Connections to open per second; each opens on time whether or not earlier ones succeeded.
     #[arg(long, default_value = "500/s")]
     pub(crate) ramp: ArrivalRate,
-    /// How long one connection may take, from TCP to `connected` (and `joined`).
+    /// Time limit of one connection, from TCP connect to `connected` (and `joined`).
     #[arg(long, default_value = "10s", value_parser = timeout)]
     pub(crate) timeout: Duration,
-    /// Connection 7 is user `<prefix>7` (anonymous mode).
+    /// Prefix of user names: connection 7 is user `<prefix>7` (anonymous mode).
     #[arg(long, default_value = "load-")]
     pub(crate) user_prefix: String,
-    /// A token for all connections; they are then one user's.
+    /// Token for all connections, which then belong to one user.
     #[arg(long)]
     pub(crate) token: Option<String>,
-    /// Addresses to connect from, such as 127.0.0.1-127.0.0.4: each has its own ports.
+    /// Source addresses, such as 127.0.0.1-127.0.0.4; each has its own ports.
     #[arg(long)]
     pub(crate) sources: Option<SourceAddresses>,
 }
 
-/// What to look at while it runs.
+/// Server processes and metrics pages to observe during the run.
 #[derive(Clone, Debug, Default, Args)]
 #[command(next_help_heading = "Servers")]
 pub(crate) struct MonitorArgs {
-    /// Server processes on this machine whose memory and CPU to report.
+    /// Process ids of servers on this machine whose memory and CPU to report.
     #[arg(long, num_args = 1..)]
     pub(crate) pid: Vec<u32>,
-    /// Pages of metrics whose gauges to report, such as http://127.0.0.1:9090/metrics.
+    /// Metrics pages whose gauges to report, such as http://127.0.0.1:9090/metrics.
     #[arg(long, num_args = 1..)]
     pub(crate) metrics: Vec<String>,
 }
 
-/// What is asked of the servers.
+/// Bounds that the result must keep.
 #[derive(Clone, Debug, Default, Args)]
 #[command(next_help_heading = "Thresholds")]
 pub(crate) struct Thresholds {
-    /// A delivery that takes longer than this is late.
+    /// Latency above which a delivery counts as late.
     #[arg(long, default_value = "100ms", value_parser = timeout)]
     pub(crate) late_after: Duration,
-    /// How many percent of deliveries may be late.
+    /// Highest share of late deliveries, in percent.
     #[arg(long, value_parser = percent)]
     pub(crate) late_max_percent: Option<f64>,
-    /// What the p99 of the latency may be.
+    /// Highest p99 of the latency.
     #[arg(long, value_parser = timeout)]
     pub(crate) p99_max: Option<Duration>,
 }
 
-/// How the result is told.
+/// Formats of the result.
 #[derive(Clone, Debug, Default, Args)]
 #[command(next_help_heading = "Report")]
 pub(crate) struct OutputArgs {
-    /// Report as JSON.
+    /// Print the report as JSON.
     #[arg(long)]
     pub(crate) json: bool,
-    /// Writes the report as a page with plots into this file as well.
+    /// Also write the report as an HTML page with plots to this file.
     #[arg(long)]
     pub(crate) html: Option<PathBuf>,
 }
 
-/// What all scenarios of raw connections have in common.
+/// Options that all scenarios of virtual users share.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct CommonArgs {
     #[command(flatten)]
@@ -137,68 +138,68 @@ pub(crate) struct CommonArgs {
     pub(crate) output: OutputArgs,
 }
 
-/// How many processes do it.
+/// Number of worker processes.
 #[derive(Clone, Copy, Debug, Args)]
 pub(crate) struct ProcessArgs {
-    /// Shares the connections out to so many processes.
+    /// Number of processes among which the connections are divided.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=PROCESSES_MAX))]
     pub(crate) processes: u32,
-    /// Which of them this is.
+    /// Share of the connections that this worker opens, as `INDEX/COUNT`.
     #[arg(long, hide = true)]
     pub(crate) worker: Option<WorkerShare>,
 }
 
 impl ProcessArgs {
-    /// This process alone.
+    /// A single process.
     pub(crate) const SINGLE: Self = Self { processes: 1, worker: None };
 }
 
-/// How many rooms, and how large.
+/// Number and size of rooms.
 #[derive(Clone, Copy, Debug, Args)]
 pub(crate) struct SizeArgs {
-    /// How many rooms.
+    /// Number of rooms.
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub(crate) rooms: u32,
-    /// How many members each has.
+    /// Members of each room.
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     pub(crate) members: u32,
 }
 
 impl SizeArgs {
-    /// How many connections that is.
+    /// Number of connections: rooms times members.
     pub(crate) fn connections(self) -> u32 {
         self.rooms * self.members
     }
 }
 
-/// Who says how much.
+/// Messages to send.
 #[derive(Clone, Copy, Debug, Args)]
 pub(crate) struct TrafficArgs {
-    /// How many messages all of them send; each is due at a set time, whatever became of earlier
-    /// ones.
+    /// Messages per second of all senders together; each is sent when it is due, whatever became of
+    /// earlier ones.
     #[arg(long, default_value = "100/s")]
     pub(crate) rate: ArrivalRate,
-    /// How long they talk.
+    /// How long messages are sent.
     #[arg(long, default_value = "10s", value_parser = hold)]
     pub(crate) duration: Duration,
-    /// The size of a message's content.
+    /// Size of a message's content, bytes.
     #[arg(long, default_value_t = 128, value_parser = bytes)]
     pub(crate) bytes: usize,
 }
 
-/// Opens many connections at a given rate, holds them, and reports what happened.
+/// Options of `loadtest connect`.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct ConnectArgs {
-    /// How many connections to open.
+    /// Number of connections to open.
     #[arg(long, short = 'n', value_parser = clap::value_parser!(u32).range(1..=i64::from(CONNECTIONS_MAX)))]
     pub(crate) connections: u32,
-    /// How long to hold them once all are open or have failed.
+    /// How long to hold the connections after all are open or have failed.
     #[arg(long, default_value = "10s", value_parser = hold)]
     pub(crate) hold: Duration,
-    /// Every connection joins this room.
+    /// Room that every connection joins.
     #[arg(long, conflicts_with = "rooms")]
     pub(crate) room: Option<skein_protocol::ids::RoomId>,
-    /// The connections are dealt out to so many rooms, `load-0` and on; each joins one.
+    /// Number of rooms, `load-0` and up, over which the connections are spread; each joins one.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=i64::from(CONNECTIONS_MAX)))]
     pub(crate) rooms: Option<u32>,
     #[command(flatten)]
@@ -207,38 +208,38 @@ pub(crate) struct ConnectArgs {
     pub(crate) common: CommonArgs,
 }
 
-/// Cuts all connections at once, and has them come back at once, again and again.
+/// Options of `loadtest storm`.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct StormArgs {
-    /// How many connections.
+    /// Number of connections.
     #[arg(long, short = 'n', value_parser = clap::value_parser!(u32).range(1..=i64::from(CONNECTIONS_MAX)))]
     pub(crate) connections: u32,
-    /// They are dealt out to so many rooms, `load-0` and on; each joins one.
+    /// Number of rooms, `load-0` and up, over which the connections are spread; each joins one.
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=i64::from(CONNECTIONS_MAX)))]
     pub(crate) rooms: u32,
-    /// How often they are cut.
+    /// Number of rounds, each of which drops all connections.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     pub(crate) rounds: u32,
-    /// How many come back per second; as many as this tool can open where it is not given.
+    /// Connections that return per second; by default as many as this tool can open.
     #[arg(long)]
     pub(crate) back: Option<ArrivalRate>,
-    /// How long they are left alone between two rounds.
+    /// Pause between two rounds.
     #[arg(long, default_value = "2s", value_parser = hold)]
     pub(crate) pause: Duration,
-    /// How long it may take until all are back.
+    /// Time limit for all connections to return.
     #[arg(long, default_value = "30s", value_parser = timeout)]
     pub(crate) back_max: Duration,
-    /// How many bytes a server may keep of each connection that is gone.
+    /// Bytes that a server may retain per closed connection.
     #[arg(long, default_value_t = 50)]
     pub(crate) leak_max: u32,
     #[command(flatten)]
     pub(crate) common: CommonArgs,
 }
 
-/// One publisher, and a room of many members.
+/// Options of `loadtest fanout`.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct FanoutArgs {
-    /// How many members; the first is the publisher.
+    /// Number of members; the first is the publisher.
     #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=i64::from(CONNECTIONS_MAX)))]
     pub(crate) members: u32,
     #[command(flatten)]
@@ -249,7 +250,7 @@ pub(crate) struct FanoutArgs {
     pub(crate) common: CommonArgs,
 }
 
-/// Many rooms in which everybody talks.
+/// Options of `loadtest rooms`.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct RoomsArgs {
     #[command(flatten)]
@@ -262,10 +263,10 @@ pub(crate) struct RoomsArgs {
     pub(crate) common: CommonArgs,
 }
 
-/// The same, while some members do not read.
+/// Options of `loadtest slow`.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct SlowArgs {
-    /// How many percent of each room do not read until the end.
+    /// Percentage of each room that does not read until the end.
     #[arg(long, default_value = "10", value_parser = percent)]
     pub(crate) stalled_percent: f64,
     #[command(flatten)]
@@ -276,19 +277,19 @@ pub(crate) struct SlowArgs {
     pub(crate) common: CommonArgs,
 }
 
-/// Finds the highest rate at which p99 stays under a bound.
+/// Options of `loadtest sweep`.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct SweepArgs {
-    /// The first rate, which is doubled until something does not hold.
+    /// First rate, doubled until a bound is exceeded.
     #[arg(long, default_value = "100/s")]
     pub(crate) from: ArrivalRate,
-    /// What the p99 of the latency may be.
+    /// Highest p99 of the latency.
     #[arg(long = "bound", default_value = "50ms", value_parser = timeout)]
     pub(crate) bound: Duration,
-    /// How long each rate is tried.
+    /// How long each rate is tested.
     #[arg(long, default_value = "5s", value_parser = hold)]
     pub(crate) step: Duration,
-    /// The size of a message's content.
+    /// Size of a message's content, bytes.
     #[arg(long, default_value_t = 128, value_parser = bytes)]
     pub(crate) bytes: usize,
     #[command(flatten)]
@@ -297,25 +298,25 @@ pub(crate) struct SweepArgs {
     pub(crate) common: CommonArgs,
 }
 
-/// People who come, talk, pause, look at the history and go.
+/// Options of `loadtest chat`.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct ChatArgs {
-    /// Where to connect; people are spread over all that are given.
+    /// URLs to connect to; users are spread over all of them.
     #[arg(long, default_value = "ws://127.0.0.1:8080/ws")]
     pub(crate) url: Vec<String>,
-    /// How many people.
+    /// Number of users.
     #[arg(long, alias = "people", default_value_t = 100, value_parser = count)]
     pub(crate) users: usize,
-    /// How many rooms there are; everybody is in one to three of them.
+    /// Number of rooms; each user is in one to three of them.
     #[arg(long, default_value_t = 20, value_parser = count)]
     pub(crate) rooms: usize,
-    /// How long somebody pauses between two deeds, on average.
+    /// Mean think time between two actions of a user.
     #[arg(long, default_value = "5s", value_parser = hold)]
     pub(crate) think: Duration,
-    /// How long they are there.
+    /// How long the users are active.
     #[arg(long, default_value = "60s", value_parser = hold)]
     pub(crate) duration: Duration,
-    /// What everybody's pauses and deeds are drawn from.
+    /// Seed of the pauses and actions of all users.
     #[arg(long, default_value_t = 1)]
     pub(crate) seed: u64,
     #[command(flatten)]
@@ -326,26 +327,26 @@ pub(crate) struct ChatArgs {
     pub(crate) output: OutputArgs,
 }
 
-/// Who talks how in a run.
+/// Load of a ledger run.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct LoadArgs {
-    /// How many rooms.
+    /// Number of rooms.
     #[arg(long, default_value_t = 10, value_parser = count)]
     pub(crate) rooms: usize,
-    /// How many members each has.
+    /// Members of each room.
     #[arg(long, default_value_t = 10, value_parser = count)]
     pub(crate) members: usize,
-    /// How many messages all of them send; each is due at a set time, whatever became of earlier
-    /// ones.
+    /// Messages per second of all members together; each is sent when it is due, whatever became of
+    /// earlier ones.
     #[arg(long, default_value = "100/s")]
     pub(crate) rate: ArrivalRate,
-    /// How long they talk.
+    /// How long messages are sent.
     #[arg(long, default_value = "60s", value_parser = hold)]
     pub(crate) duration: Duration,
-    /// The size of a message's content.
+    /// Size of a message's content, bytes.
     #[arg(long, default_value_t = 128, value_parser = bytes)]
     pub(crate) bytes: usize,
-    /// After how long without a sign of life a member gives its connection up.
+    /// Silence after which a member gives up its connection.
     #[arg(long, alias = "patience", default_value = "4s", value_parser = timeout)]
     pub(crate) idle_timeout: Duration,
     #[command(flatten)]
@@ -354,10 +355,10 @@ pub(crate) struct LoadArgs {
     pub(crate) output: OutputArgs,
 }
 
-/// Members of rooms talk at a rate; every message is accounted for.
+/// Options of `loadtest ledger`.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct LedgerArgs {
-    /// Where to connect; members are spread over all that are given, and go on to the next.
+    /// URLs to connect to; members are spread over all of them and reconnect to the next one.
     #[arg(long, default_value = "ws://127.0.0.1:8080/ws")]
     pub(crate) url: Vec<String>,
     #[command(flatten)]
@@ -366,19 +367,19 @@ pub(crate) struct LedgerArgs {
     pub(crate) load: LoadArgs,
 }
 
-/// The same against a cluster of its own in which things go wrong.
+/// Options of `loadtest chaos`.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct ChaosArgs {
-    /// What the plan is drawn from: the same seed is the same plan.
+    /// Seed of the fault plan; the same seed gives the same plan.
     #[arg(long, default_value_t = 1)]
     pub(crate) seed: u64,
-    /// How many gateways.
+    /// Number of gateways.
     #[arg(long, default_value_t = 3, value_parser = count)]
     pub(crate) nodes: usize,
-    /// The gateway.
+    /// The gateway program.
     #[arg(long, default_value = "target/release/gateway")]
     pub(crate) gateway: PathBuf,
-    /// The script that makes nginx' configuration.
+    /// The script that renders nginx' configuration.
     #[arg(long, default_value = "nginx/render.sh")]
     pub(crate) nginx_render: PathBuf,
     #[command(flatten)]
@@ -387,129 +388,132 @@ pub(crate) struct ChaosArgs {
     pub(crate) load: LoadArgs,
 }
 
-/// A cluster that somebody else runs. Nothing is done to it that would have to be started again.
+/// A running cluster that loadtest did not start. Only faults that need no restart are injected
+/// into it.
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "A cluster that is there")]
 pub(crate) struct ExternalArgs {
-    /// Where members connect, through a proxy that fails, instead of a cluster of its own; may be
-    /// repeated.
+    /// URL that members connect to through a fault-injecting proxy, instead of a cluster of its
+    /// own; may be repeated.
     #[arg(long)]
     pub(crate) url: Vec<ServerUrl>,
-    /// Gateways of it on this machine, which are stopped and go on.
+    /// Process ids of its gateways on this machine, which are stopped and continued.
     #[arg(long, num_args = 1.., requires = "url")]
     pub(crate) gateway_pid: Vec<u32>,
-    /// Its Redis, which closes connections.
+    /// Address of its Redis, which is told to close client connections.
     #[arg(long, requires = "url")]
     pub(crate) redis: Option<std::net::SocketAddr>,
 }
 
-/// Attacks a gateway while legitimate clients use it and a second one, and judges what they notice.
+/// Options of `loadtest abuse`.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct AbuseArgs {
-    /// Attacks by name (`echo-pings`) or group (`a`, `A1`); the whole catalogue where none is given.
+    /// Attacks by name (`echo-pings`) or group (`a`, `A1`); by default the whole catalogue.
     pub(crate) attacks: Vec<String>,
-    /// Lists the catalogue and attacks nothing.
+    /// List the catalogue and attack nothing.
     #[arg(long)]
     pub(crate) list: bool,
-    /// How many seconds each attack lasts.
+    /// Duration of each attack, seconds.
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=600))]
     pub(crate) seconds: u32,
-    /// How long after an attack everything may take to be back.
+    /// Time limit after an attack for memory, keys and descriptors to recover.
     #[arg(long, default_value = "60s", value_parser = timeout)]
     pub(crate) recovery: Duration,
-    /// How many legitimate clients each of the two gateways has, in rooms of ten.
+    /// Number of legitimate clients of each of the two gateways, in rooms of ten.
     #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(10..=5_000))]
     pub(crate) clients: u32,
-    /// How many messages the legitimate clients of each gateway send.
+    /// Messages per second that the legitimate clients of each gateway send.
     #[arg(long, default_value = "100/s")]
     pub(crate) rate: ArrivalRate,
-    /// How much longer than the control's p99 the legitimate p99 may be, where twice of it is less.
+    /// Excess of the legitimate p99 over the control's that is allowed, if it is more than the
+    /// control's p99 itself.
     #[arg(long, default_value = "0s", value_parser = timeout)]
     pub(crate) slack: Duration,
-    /// How late this tool may be (p99) for a result to count.
+    /// Highest lateness of this tool (p99) for a valid result.
     #[arg(long, default_value = "1ms", value_parser = timeout)]
     pub(crate) lag_max: Duration,
-    /// The gateway that is started twice.
+    /// The gateway program, which is started twice.
     #[arg(long, default_value = "target/release/gateway")]
     pub(crate) gateway: PathBuf,
-    /// A further option of the gateways, as KEY=VALUE; may be repeated.
+    /// Further option of the gateways, as KEY=VALUE; may be repeated.
     #[arg(long)]
     pub(crate) set: Vec<String>,
     /// `maxmemory` of each Redis, such as 64mb.
     #[arg(long)]
     pub(crate) redis_maxmemory: Option<String>,
-    /// The rate of the slow link, as for `tc`.
+    /// Rate of the slow link, as for `tc`.
     #[arg(long, default_value = "96kbit")]
     pub(crate) link_rate: String,
-    /// How many bytes the client behind it catches up; a room keeps a thousand messages of 8 KB.
+    /// Bytes that the client behind the slow link catches up; a room keeps a thousand messages of 8
+    /// KB.
     #[arg(long, default_value_t = 4_000_000, value_parser = clap::value_parser!(u64).range(100_000..=8_000_000))]
     pub(crate) link_bytes: u64,
-    /// How long that may take.
+    /// Time limit for the client behind the slow link to catch up.
     #[arg(long, default_value = "10m", value_parser = timeout)]
     pub(crate) link_patience: Duration,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
 }
 
-/// Lays two reports of --json beside each other.
+/// Options of `loadtest compare`.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct CompareArgs {
-    /// The first.
+    /// The first report.
     pub(crate) first: PathBuf,
-    /// The second.
+    /// The second report.
     pub(crate) second: PathBuf,
 }
 
-/// Measures the gateway beside a baseline and a naive chat, and prints a table: `make bench`.
+/// Options of `loadtest bench`.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct BenchArgs {
-    /// Which rows; all where none is given.
+    /// Rows to measure; by default all.
     #[arg(value_enum)]
     pub(crate) rows: Vec<RowName>,
-    /// How often everything is measured; the table has the medians.
+    /// Number of rounds; the table shows medians.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub(crate) rounds: u32,
-    /// How long one measurement is, behind a quarter of it that does not count.
+    /// Duration of one measurement; a warm-up of a quarter of it precedes.
     #[arg(long, default_value = "2s", value_parser = timeout)]
     pub(crate) measured: Duration,
-    /// So many times fewer connections and messages: to try the bench, not to measure.
+    /// Divisor for connections and messages, for a trial of the bench without valid figures.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) divide_by: u32,
-    /// Where `gateway` is, and the baseline and the naive chat in `examples`.
+    /// Directory of `gateway`, with the baseline and the naive chat in `examples`.
     #[arg(long, default_value = "target/release")]
     pub(crate) programs: PathBuf,
-    /// Compares with this other gateway, built before a change, instead of the baseline and the naive
-    /// chat. Both are measured in turns.
+    /// Another gateway build to compare with, instead of the baseline and the naive chat. Both
+    /// builds are measured in turn.
     #[arg(long)]
     pub(crate) previous: Option<PathBuf>,
-    /// Writes the table into this file as well, as JSON.
+    /// Also write the table as JSON to this file.
     #[arg(long)]
     pub(crate) json: Option<PathBuf>,
 }
 
-/// A rate: `500/s`, `500`, `300/m`.
+/// A number of events per second: `500/s`, `500`, `300/m`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct ArrivalRate {
     per_second: f64,
 }
 
-/// The text is no rate.
+/// The text is not a rate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("a rate is a number above 0 and at most 1000000, with /s or /m: 500/s")]
 pub(crate) struct InvalidArrivalRate;
 
 impl ArrivalRate {
-    /// So many in each second.
+    /// A rate of `per_second` events per second.
     pub(crate) const fn per_second(per_second: f64) -> Self {
         Self { per_second }
     }
 
-    /// How many in each second.
+    /// Events per second.
     pub(crate) fn events_per_second(self) -> f64 {
         self.per_second
     }
 
-    /// When the one of this number is due, counted from the start.
+    /// Time from the start at which event number `index` is due.
     pub(crate) fn due(self, index: u64) -> Duration {
         Duration::from_secs_f64(index as f64 / self.per_second)
     }
@@ -525,7 +529,7 @@ impl FromStr for ArrivalRate {
             Some(_) => return Err(InvalidArrivalRate),
         };
         let per_second = number.trim().parse::<f64>().map_err(|_| InvalidArrivalRate)? / seconds;
-        // At 1 in 1,000 s the largest run already takes years; below, its times would overflow.
+        // At 1 event per 1,000 s the largest run takes years; below that its times would overflow.
         if (0.001..=1e6).contains(&per_second) {
             Ok(Self { per_second })
         } else {
@@ -534,25 +538,25 @@ impl FromStr for ArrivalRate {
     }
 }
 
-/// Addresses to connect from, taken in turn.
+/// Source addresses, used in turn.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct SourceAddresses {
     first: IpAddr,
     count: u32,
 }
 
-/// The text is no range of addresses.
+/// The text is not an address or a range of addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("sources are an address or a range of at most 65536 IPv4 ones: 127.0.0.1-127.0.0.4")]
+#[error("sources are an address, or a range of at most 65536 IPv4 addresses: 127.0.0.1-127.0.0.4")]
 pub(crate) struct InvalidSourceAddresses;
 
 impl SourceAddresses {
-    /// How many there are.
+    /// Number of addresses.
     pub(crate) fn count(&self) -> u32 {
         self.count
     }
 
-    /// The address for the connection of this number.
+    /// The source address of connection number `index`.
     pub(crate) fn address(&self, index: u32) -> IpAddr {
         match self.first {
             IpAddr::V4(first) => Ipv4Addr::from_bits(first.to_bits() + index % self.count).into(),
@@ -578,22 +582,24 @@ impl FromStr for SourceAddresses {
     }
 }
 
-/// A URL taken apart.
+/// The parts of a server's URL.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct ServerUrl {
-    /// Host and port, as `Host` has them and as they are looked up.
+    /// Host and port, for the `Host` header and for the lookup.
     pub(crate) authority: String,
     /// Path and query.
     pub(crate) path: String,
 }
 
-/// The text is no URL this tool can connect to.
+/// The text is not a URL that this tool can connect to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("a URL has the form ws://host[:port]/path (TLS is not spoken: test behind the proxy)")]
+#[error(
+    "a URL has the form ws://host[:port]/path (TLS is not supported: connect behind the proxy)"
+)]
 pub(crate) struct InvalidServerUrl;
 
 impl ServerUrl {
-    /// The path with one more member of the query.
+    /// The path with one more query parameter, percent-encoded.
     pub(crate) fn path_with(&self, name: &str, value: &str) -> String {
         let sign = if self.path.contains('?') { '&' } else { '?' };
         let mut path = format!("{}{sign}{name}=", self.path);
@@ -677,7 +683,7 @@ mod tests {
     }
 
     #[test]
-    fn sources_are_an_address_or_a_range_taken_in_turn() {
+    fn source_addresses_are_used_in_turn() {
         let sources: SourceAddresses = "127.0.0.1-127.0.0.4".parse().unwrap();
         let taken: Vec<String> = (3..6).map(|index| sources.address(index).to_string()).collect();
         assert_eq!(taken, ["127.0.0.4", "127.0.0.1", "127.0.0.2"]);
@@ -690,7 +696,7 @@ mod tests {
     }
 
     #[test]
-    fn a_url_is_taken_apart() {
+    fn server_url_is_split_into_parts() {
         let check = |text: &str, authority: &str, path: &str| {
             let target: ServerUrl = text.parse().unwrap();
             assert_eq!((target.authority.as_str(), target.path.as_str()), (authority, path));
@@ -706,7 +712,7 @@ mod tests {
     }
 
     #[test]
-    fn the_query_is_added_and_encoded() {
+    fn query_parameter_is_appended_and_encoded() {
         let target: ServerUrl = "ws://h/ws".parse().unwrap();
         let path = target.path_with("user", "a|b");
         assert_eq!(path, "/ws?user=a%7Cb");
@@ -714,7 +720,7 @@ mod tests {
     }
 
     #[test]
-    fn arguments_are_checked_by_clap() {
+    fn invalid_arguments_are_rejected() {
         use clap::CommandFactory;
         Cli::command().debug_assert();
         let parse = |text: &str| Cli::try_parse_from(text.split(' '));

@@ -1,5 +1,5 @@
-//! Waking up on time: to some tens of microseconds, where the timers of tokio and of `epoll_wait` go
-//! by the millisecond.
+//! Precise timers: they expire within some tens of microseconds, where the timers of tokio and of
+//! `epoll_wait` have a resolution of a millisecond.
 
 use std::{
     io,
@@ -16,66 +16,66 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-/// Nanoseconds of the clock that all processes of this machine share (`CLOCK_MONOTONIC`), so that
-/// what one sends can be timed by another.
+/// Nanoseconds of `CLOCK_MONOTONIC`, which all processes of this machine share, so that one process
+/// can time the messages of another.
 pub fn monotonic_ns() -> u64 {
     let now = clock_gettime(ClockId::Monotonic);
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
-/// An alarm to wait for among sockets.
+/// A timer to poll beside sockets.
 #[derive(Debug)]
 pub struct TimerFd {
     fd: OwnedFd,
 }
 
 impl TimerFd {
-    /// One that is not set.
+    /// A timer that is not set.
     ///
     /// # Errors
     ///
-    /// There is no descriptor for it.
+    /// No descriptor is available.
     pub fn new() -> io::Result<Self> {
         let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
         Ok(Self { fd: timerfd_create(TimerfdClockId::Monotonic, flags)? })
     }
 
-    /// What to wait for.
+    /// The descriptor to poll.
     pub fn fd(&self) -> RawFd {
         self.fd.as_raw_fd()
     }
 
-    /// Has it go off after this time. An earlier setting, and that it went off, is forgotten.
+    /// Sets the timer to expire after this time. An earlier setting and expiry are discarded.
     ///
     /// # Errors
     ///
-    /// What the kernel says.
+    /// Those of `timerfd_settime(2)`.
     pub fn set(&self, after: Duration) -> io::Result<()> {
         set(&self.fd, after)
     }
 }
 
-/// An alarm for a task.
+/// A timer for a task.
 #[derive(Debug)]
 pub struct PreciseTimer {
-    /// `None` where there is no descriptor for it: then it goes by the millisecond.
+    /// `None` if no descriptor is available: then the resolution is a millisecond.
     timer: Option<AsyncFd<OwnedFd>>,
 }
 
 impl PreciseTimer {
-    /// One that is not set.
+    /// A timer that is not set.
     ///
     /// # Panics
     ///
     /// Outside a tokio runtime.
     pub fn new() -> Self {
-        // An `OwnedFd` is what is asked for; `AsyncFd::register` is unsafe, which is forbidden here.
+        // `AsyncFd::register` would take an `OwnedFd`, but is unsafe, which is forbidden here.
         #[expect(deprecated, reason = "unsound only with types that give their descriptor away")]
         let timer = TimerFd::new().and_then(|timer| AsyncFd::new(timer.fd));
         Self { timer: timer.ok() }
     }
 
-    /// Waits until a moment. Cancel-safe.
+    /// Waits until `at`. Cancel-safe.
     pub async fn sleep_until(&self, at: Instant) {
         let Some(timer) = &self.timer else { return sleep_until(at).await };
         loop {
@@ -87,7 +87,7 @@ impl PreciseTimer {
                 Ok(()) => timer.readable().await,
                 Err(error) => Err(error),
             };
-            // To set it again takes back that it went off.
+            // Setting it again discards the expiry.
             let Ok(mut expired) = awaited else { return sleep_until(at).await };
             expired.clear_ready();
         }
@@ -101,7 +101,7 @@ impl Default for PreciseTimer {
 }
 
 fn set(fd: &OwnedFd, after: Duration) -> io::Result<()> {
-    // Zero would take it back.
+    // Zero would disarm the timer.
     let after = after.max(Duration::from_nanos(1));
     let value = Timespec { tv_sec: after.as_secs() as _, tv_nsec: after.subsec_nanos().into() };
     let setting = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value: value };

@@ -1,4 +1,5 @@
-//! What the program `loadtest` judges and disturbs with, for tests in Rust.
+//! Fault injection and delivery checking for tests in Rust: the parts of `loadtest` that the
+//! gateway's tests use.
 
 pub mod clock;
 pub mod checker;

@@ -1,7 +1,7 @@
-//! `loadtest`: puts load on a gateway and tells what it saw.
+//! `loadtest`: puts load on a gateway and reports the result.
 //!
-//! Exit code 0 where everything asked for happened, 1 where not, or where the result does not count,
-//! 2 where the command cannot work as it was given.
+//! Exit code 0: the run passed. 1: it failed or its result is invalid. 2: the command cannot run as
+//! given.
 
 use std::{fmt::Display, fs, process::ExitCode};
 
@@ -28,16 +28,16 @@ mod chat;
 mod chaos;
 mod abuse;
 
-/// The command cannot work as it was given.
+/// The command cannot run as given.
 const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
     let command = Cli::parse().command;
-    // One thread: it takes one core at most and leaves the others to the server.
+    // One thread, which takes one core at most and leaves the others to the server.
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
-            eprintln!("loadtest: no runtime: {error}");
+            eprintln!("loadtest: cannot start the runtime: {error}");
             return ExitCode::FAILURE;
         }
     };
@@ -103,13 +103,12 @@ async fn run(command: LoadCommand) -> ExitCode {
     }
 }
 
-/// Prints a report, and writes it as a page where that is wanted. Where this is one of several
-/// processes there is none.
+/// Prints a report, and writes it as an HTML page if requested. Worker processes have no report.
 fn print_report<E: Display>(result: Result<Option<Report>, E>, output: &OutputArgs) -> ExitCode {
     exit_code(result, |report| {
         let Some(report) = report else { return true };
         if output.json {
-            println!("{}", serde_json::to_string(report).expect("its keys are text"));
+            println!("{}", serde_json::to_string(report).expect("all keys are strings"));
         } else {
             print!("{report}");
         }
@@ -125,7 +124,7 @@ fn print_report<E: Display>(result: Result<Option<Report>, E>, output: &OutputAr
     })
 }
 
-/// Has a result told, and makes an exit code of it.
+/// Prints a result and turns it into an exit code.
 fn exit_code<T, E: Display>(result: Result<T, E>, print: impl FnOnce(&T) -> bool) -> ExitCode {
     match result {
         Ok(result) if print(&result) => ExitCode::SUCCESS,
@@ -137,11 +136,11 @@ fn exit_code<T, E: Display>(result: Result<T, E>, print: impl FnOnce(&T) -> bool
     }
 }
 
-/// Ends when somebody presses Ctrl-C or asks this process to end.
+/// Completes on SIGINT (Ctrl-C) or SIGTERM.
 async fn interrupt_signal() {
     let (interrupt, terminate) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()));
     let (Ok(mut interrupt), Ok(mut terminate)) = (interrupt, terminate) else {
-        // Without a place to hear of signals they do what they do to any process.
+        // Without handlers the signals have their default effect.
         return std::future::pending().await;
     };
     // Both arms are cancel-safe.

@@ -1,4 +1,4 @@
-//! What a process costs, read from `/proc`: its memory and its CPU time; and where one may listen.
+//! Memory and CPU time of a process, read from `/proc`, and local ports.
 //!
 //! Linux only. The parsing is pure.
 
@@ -7,72 +7,72 @@ use std::{
     net::{Ipv4Addr, SocketAddr, TcpListener},
 };
 
-/// Clock ticks per second in `/proc/PID/stat`. `USER_HZ` is 100 wherever this runs; to ask the
-/// system for it takes `unsafe` or another crate.
+/// Clock ticks per second in `/proc/PID/stat`. `USER_HZ` is 100 on all supported platforms;
+/// querying it takes `unsafe` or another crate.
 const USER_HZ: u64 = 100;
 
-/// Time that a process was given by the CPUs since it began.
+/// CPU time of a process since its start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct CpuTime {
-    /// In its own code.
+    /// User time.
     pub(crate) user_ms: u64,
-    /// In the kernel, on its behalf.
+    /// System time.
     pub(crate) system_ms: u64,
 }
 
-/// What a process costs at a moment.
+/// Resource usage of a process.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct ProcessUsage {
-    /// Its proportional set size: what is shared with other processes is counted in part.
+    /// Proportional set size: shared memory counts in part.
     pub(crate) pss_bytes: u64,
-    /// User and system time since it began.
+    /// User and system time since the start.
     pub(crate) cpu_ms: u64,
 }
 
-/// Why a process's cost is not known.
+/// Why the usage of a process is unknown.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ProcfsError {
-    /// There is no such process, or it is another user's.
+    /// The process does not exist, or belongs to another user.
     #[error("/proc/{process}/{file}: {source}")]
     Read {
-        /// The process.
+        /// Process id, or `self`.
         process: String,
-        /// What was to be read.
+        /// The file.
         file: &'static str,
-        /// Why it could not be.
+        /// The cause.
         source: io::Error,
     },
-    /// The kernel's text is another than expected.
-    #[error("/proc/{process}/{file} is not understood")]
+    /// The file does not have the expected format.
+    #[error("/proc/{process}/{file} has an unexpected format")]
     Parse {
-        /// The process.
+        /// Process id, or `self`.
         process: String,
-        /// What was read.
+        /// The file.
         file: &'static str,
     },
 }
 
 impl CpuTime {
-    /// What a process was given until now; `None` is this process.
+    /// Reads the CPU time of a process; `None` is this process.
     pub(crate) fn read(pid: Option<u32>) -> Result<Self, ProcfsError> {
         read_file(pid, "stat", cpu)
     }
 
-    /// Both.
+    /// User and system time.
     pub(crate) fn total_ms(self) -> u64 {
         self.user_ms + self.system_ms
     }
 }
 
 impl ProcessUsage {
-    /// What a process costs now; `None` is this process.
+    /// Reads the usage of a process; `None` is this process.
     pub(crate) fn read(pid: Option<u32>) -> Result<Self, ProcfsError> {
         let pss_bytes = read_file(pid, "smaps_rollup", pss_bytes)?;
         Ok(Self { pss_bytes, cpu_ms: CpuTime::read(pid)?.total_ms() })
     }
 }
 
-/// Reads a file that `/proc` has of a process.
+/// Reads and parses a file of a process in `/proc`.
 fn read_file<T>(
     pid: Option<u32>,
     file: &'static str,
@@ -94,26 +94,26 @@ fn pss_bytes(text: &str) -> Option<u64> {
 
 /// Fields 14 and 15 of `stat`: user and system time in ticks.
 fn cpu(text: &str) -> Option<CpuTime> {
-    // Field 2 is the program's name in parentheses, which may hold anything, parentheses too.
+    // Field 2 is the program's name in parentheses, which may itself contain parentheses.
     let (_, rest) = text.rsplit_once(')')?;
     let mut fields = rest.split_ascii_whitespace().skip(11);
     let mut ms = || Some(fields.next()?.parse::<u64>().ok()? * 1000 / USER_HZ);
     Some(CpuTime { user_ms: ms()?, system_ms: ms()? })
 }
 
-/// The memory of a process that is in RAM, what it shares included.
+/// Resident memory of a process, shared pages included.
 pub(crate) fn resident_bytes(pid: u32) -> Result<u64, ProcfsError> {
     const PAGE_BYTES: u64 = 4096;
     let pages = |text: &str| text.split_ascii_whitespace().nth(1)?.parse::<u64>().ok();
     Ok(read_file(Some(pid), "statm", pages)? * PAGE_BYTES)
 }
 
-/// An address of loopback that was free a moment ago, for servers that take no port 0.
+/// A loopback address that was free a moment ago, for servers that do not accept port 0.
 pub(crate) fn free_address() -> io::Result<SocketAddr> {
     TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()
 }
 
-/// How many ports one address has for outgoing connections.
+/// Number of local ports for outgoing connections from one address.
 pub(crate) fn local_ports() -> u32 {
     const DEFAULT: u32 = 60_999 - 32_768 + 1;
     let range = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range");
@@ -131,14 +131,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pss_is_found_among_its_likes() {
+    fn pss_is_found_among_similar_lines() {
         let text = "55f-7ff ---p 00000000 00:00 0 [rollup]\nRss:    5120 kB\nPss:            1234 kB\nPss_Dirty:  9 kB\n";
         assert_eq!(pss_bytes(text), Some(1234 * 1024));
         assert_eq!(pss_bytes("Rss: 1 kB"), None);
     }
 
     #[test]
-    fn cpu_time_is_found_behind_any_name() {
+    fn cpu_time_is_found_after_any_program_name() {
         let text = "42 (a) b (c) S 1 42 42 0 -1 4194560 1 2 3 4 150 25 7 8 20 0 1 0 99 1 1";
         assert_eq!(cpu(text), Some(CpuTime { user_ms: 1500, system_ms: 250 }));
         assert_eq!(cpu("42 (x) S 1"), None);
@@ -146,13 +146,13 @@ mod tests {
     }
 
     #[test]
-    fn the_range_of_ports_counts_both_ends() {
+    fn port_range_includes_both_ends() {
         assert_eq!(ports("32768\t60999\n"), Some(28_232));
         assert_eq!(ports("9 1"), None);
     }
 
     #[test]
-    fn this_process_has_a_cost_and_no_process_has_none() {
+    fn usage_of_this_process_is_known() {
         assert!(ProcessUsage::read(None).unwrap().pss_bytes > 0);
         assert!(matches!(ProcessUsage::read(Some(u32::MAX)), Err(ProcfsError::Read { .. })));
         assert!(local_ports() > 0);

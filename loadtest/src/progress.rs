@@ -1,13 +1,13 @@
-//! How far a run is, for who watches: one line on the terminal, rewritten.
+//! Progress of a run: one line on the terminal, rewritten in place.
 
 use indicatif::{ProgressBar, ProgressStyle};
 use loadtest::checker::timeline::Timeline;
 use tokio::time::{Duration, Instant, sleep};
 
-/// How often the line is rewritten.
+/// Interval between two updates.
 const EVERY: Duration = Duration::from_millis(200);
 
-/// A line on the terminal; nothing where standard error is none.
+/// A line on the terminal; hidden if standard error is no terminal.
 #[derive(Debug)]
 pub(crate) struct Progress {
     bar: ProgressBar,
@@ -15,19 +15,20 @@ pub(crate) struct Progress {
 }
 
 impl Progress {
-    /// Nothing to see: one of several processes.
+    /// A hidden line, for worker processes.
     pub(crate) fn hidden() -> Self {
         Self { bar: ProgressBar::hidden(), shown: None }
     }
 
     /// An empty line.
     pub(crate) fn new() -> Self {
-        let style = ProgressStyle::with_template("{elapsed:>4} {msg}").expect("it is a constant");
+        let style =
+            ProgressStyle::with_template("{elapsed:>4} {msg}").expect("the template is valid");
         Self { bar: ProgressBar::new_spinner().with_style(style), shown: None }
     }
 
-    /// Shows how far it is until something is over, or somebody interrupts it. `look` is given what
-    /// shows a timeline. Returns whether somebody did.
+    /// Shows the progress until `over` completes or a signal arrives. `look` receives a function
+    /// that shows a timeline. Returns whether a signal interrupted it.
     pub(crate) async fn until(
         mut self,
         over: impl Future<Output = ()>,
@@ -45,7 +46,7 @@ impl Progress {
         }
     }
 
-    /// Rewrites it, unless it was rewritten just now.
+    /// Rewrites the line, at most once per interval.
     pub(crate) fn show(&mut self, timeline: &mut Timeline) {
         let now = Instant::now();
         if self.bar.is_hidden() || self.shown.is_some_and(|at| now.duration_since(at) < EVERY) {

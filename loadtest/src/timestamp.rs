@@ -1,30 +1,30 @@
-//! What a message of the load carries in its content: who sent it, and when it was to be sent.
+//! Send timestamps: each message of the load carries its sender and its due time in its content.
 //!
-//! Pure. A timestamp is found in whatever frame a server puts around the content, since nothing else in
-//! a frame has its mark.
+//! Pure. A timestamp is found in any frame that a server puts around the content, because nothing
+//! else in a frame contains its mark.
 
 const MARK: u8 = b'~';
 const SENDER_DIGITS: usize = 8;
 const TIME_DIGITS: usize = 16;
 
-/// Who sent a message, and when it was to be sent.
+/// Sender and due time of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct SendTimestamp {
-    /// The number of the sending connection.
+    /// Index of the sending connection.
     pub(crate) sender: u32,
-    /// Nanoseconds of the load's clock.
+    /// Due time, ns of [`loadtest::clock::monotonic_ns`] or of the bench's clock.
     pub(crate) due_ns: u64,
 }
 
 impl SendTimestamp {
-    /// The content that carries it, of so many bytes or the few more that it needs.
+    /// A content of `bytes` bytes, or the few more that the timestamp needs.
     pub(crate) fn content(self, bytes: usize) -> String {
         let Self { sender, due_ns } = self;
         let timestamp = format!("{}{sender:08x}{due_ns:016x}", char::from(MARK));
         format!("{timestamp:x<bytes$}")
     }
 
-    /// The timestamp in a frame; nothing where the frame carries no message of the load.
+    /// Finds the timestamp in a frame; `None` if the frame carries no message of the load.
     pub(crate) fn find(frame: &[u8]) -> Option<Self> {
         let rest = &frame[memchr::memchr(MARK, frame)? + 1..];
         let (sender, rest) = rest.split_at_checked(SENDER_DIGITS)?;
@@ -32,14 +32,14 @@ impl SendTimestamp {
         Some(Self { sender: u32::try_from(hex(sender)?).ok()?, due_ns: hex(time)? })
     }
 
-    /// How many are in a frame.
+    /// Number of timestamps in a frame.
     pub(crate) fn count(frame: &[u8]) -> u64 {
         let marks = memchr::memchr_iter(MARK, frame);
         marks.filter(|mark| Self::find(&frame[*mark..]).is_some()).count() as u64
     }
 }
 
-/// A number of lower-case hexadecimal digits.
+/// Parses a number of lower-case hexadecimal digits.
 fn hex(digits: &[u8]) -> Option<u64> {
     digits.iter().try_fold(0, |number: u64, digit| {
         let digit = match digit {

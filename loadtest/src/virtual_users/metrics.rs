@@ -1,4 +1,4 @@
-//! What virtual users has seen of messages.
+//! Metrics of the messages that virtual users send and receive.
 
 use hdrhistogram::Histogram;
 use loadtest::checker::timeline::{Second, Timeline};
@@ -6,12 +6,12 @@ use memchr::memmem;
 use serde::{Deserialize, Serialize};
 use tokio::time::{Duration, Instant};
 
-/// How many examples are kept.
+/// Upper bound of the examples that are kept.
 const EXAMPLES_MAX: usize = 20;
-/// The longest delay that is told apart, µs.
+/// Upper bound of a recorded delay, µs; longer delays count as this.
 const LAG_MAX_US: u64 = 60_000_000;
 
-/// A frame, as far as virtual users looks at it.
+/// The type of a frame, as far as virtual users distinguish it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum FrameKind {
     Message,
@@ -33,7 +33,8 @@ impl FrameKind {
         ("joined", Self::Joined),
     ];
 
-    /// By its beginning where `type` comes first, as with the gateway; else all of it is read.
+    /// Classifies a frame by its first member if that is `type`, as with the gateway; otherwise
+    /// parses all of it.
     pub(super) fn of(frame: &[u8]) -> Self {
         let read;
         let name = match frame.strip_prefix(br#"{"type":""#) {
@@ -59,13 +60,13 @@ struct SeqFrame {
     seq: u64,
 }
 
-/// The number that a `joined` or `reset` has, wherever it stands.
+/// Parses the `seq` of a `joined` or `reset`, wherever it is in the frame.
 pub(super) fn parse_seq(frame: &[u8]) -> Result<u64, String> {
     let numbered: Result<SeqFrame, _> = serde_json::from_slice(frame);
-    numbered.map(|numbered| numbered.seq).map_err(|error| format!("no `seq`: {error}"))
+    numbered.map(|numbered| numbered.seq).map_err(|error| format!("frame without `seq`: {error}"))
 }
 
-/// The number of a `message`, which stands before any content.
+/// Finds the `seq` of a `message`, which precedes any content.
 pub(super) fn find_seq(frame: &[u8]) -> Option<u64> {
     let at = memmem::find(frame, br#""seq":"#)? + 6;
     let digits = frame[at..].iter().take_while(|byte| byte.is_ascii_digit());
@@ -74,20 +75,20 @@ pub(super) fn find_seq(frame: &[u8]) -> Option<u64> {
     })
 }
 
-/// What was seen, to be added to what other processes saw.
+/// Metrics of one process, which are added to those of the other workers.
 #[derive(Debug)]
 pub(crate) struct TrafficMetrics {
     pub(crate) counters: MessageCounters,
-    /// How late what was due was done, µs.
+    /// How late due operations began, µs.
     pub(crate) lag_us: Histogram<u64>,
     pub(crate) timeline: Timeline,
 }
 
-/// Plain counts.
+/// Message counters.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 pub(crate) struct MessageCounters {
     pub(crate) sent: u64,
-    /// Of each room.
+    /// For each room.
     pub(crate) acknowledged: Vec<u64>,
     pub(crate) delivered: u64,
     pub(crate) refused: u64,
@@ -96,14 +97,14 @@ pub(crate) struct MessageCounters {
     pub(crate) gaps: u64,
     pub(crate) signalled_discontinuities: u64,
     pub(crate) lost: u64,
-    /// Messages that were neither acknowledged nor refused.
+    /// Messages that were neither acknowledged nor rejected.
     pub(crate) unanswered: u64,
     pub(crate) longest_silence_ms: u64,
     pub(crate) examples: Vec<String>,
 }
 
 impl MessageCounters {
-    /// Adds what another process counted.
+    /// Adds the counters of another process.
     pub(crate) fn add(&mut self, other: Self) {
         self.acknowledged.resize(other.acknowledged.len().max(self.acknowledged.len()), 0);
         let rooms = self.acknowledged.iter_mut().zip(other.acknowledged);
@@ -128,7 +129,7 @@ impl MessageCounters {
         }
     }
 
-    /// Judges the number of a message by the one before.
+    /// Compares the `seq` of a message with that of the message before, and counts a violation.
     pub(super) fn count_seq(&mut self, member: usize, last: u64, seq: u64) {
         if seq == last + 1 {
             return;
@@ -139,25 +140,25 @@ impl MessageCounters {
             _ => &mut self.gaps,
         };
         *count += 1;
-        self.example(|| format!("member {member}: {seq} behind {last}"));
+        self.example(|| format!("member {member}: seq {seq} after {last}"));
     }
 }
 
 impl TrafficMetrics {
-    /// Nothing yet.
+    /// Empty metrics for so many rooms, with `open` connections.
     pub(crate) fn new(rooms: usize, open: u64) -> Self {
         let counters =
             MessageCounters { acknowledged: vec![0; rooms], ..MessageCounters::default() };
         Self { counters, lag_us: lag_histogram(), timeline: Timeline::new(open) }
     }
 
-    /// Something that was due then was done at `now`.
+    /// Records that an operation which was due at `due` began at `now`.
     pub(crate) fn record_lag(&mut self, due: Instant, now: Instant) {
         let late = now.saturating_duration_since(due);
         self.lag_us.saturating_record(late.as_micros() as u64);
     }
 
-    /// What happened in each second.
+    /// Counters of each second.
     pub(crate) fn seconds(&mut self) -> Vec<Second> {
         self.timeline.seconds()
     }
@@ -168,7 +169,7 @@ impl TrafficMetrics {
     }
 }
 
-/// Of delays, in µs.
+/// An empty histogram of delays in µs.
 pub(crate) fn lag_histogram() -> Histogram<u64> {
     Histogram::new_with_max(LAG_MAX_US, 3).expect("3 digits are possible")
 }
@@ -178,7 +179,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_first_number_is_that_of_the_entry() {
+    fn find_seq_reads_the_seq_of_the_entry() {
         let frame = br#"{"type":"message","epoch":"e","seq":1207,"content":{"seq":9}}"#;
         assert_eq!((FrameKind::of(frame), find_seq(frame)), (FrameKind::Message, Some(1207)));
         assert_eq!(find_seq(br#"{"seq":"x"}"#), None);
@@ -190,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_are_judged_by_the_one_before() {
+    fn seq_is_compared_with_the_one_before() {
         let mut counters = MessageCounters::default();
         for (last, seq) in [(1, 2), (2, 2), (2, 1), (2, 4)] {
             counters.count_seq(0, last, seq);

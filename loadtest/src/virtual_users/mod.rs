@@ -1,9 +1,9 @@
-//! Many connections on one thread and one epoll: they open when they are due, join a room, send,
-//! and what arrives is counted.
+//! Virtual users: many connections on one thread and one epoll, which open when they are due, join
+//! a room, send, and count the frames they receive.
 //!
-//! It is not tokio's, since a task and a wake-up for each read would cost more than the servers it
-//! measures. Everything is open-loop: what is due is begun when it is due, whatever became of what
-//! was before, and times count from then.
+//! The module does not use tokio's sockets: a task and a wake-up per read would cost more than the
+//! servers under test. Everything is open loop: an operation begins when it is due, whatever became
+//! of earlier ones, and times count from the due time.
 
 use std::{
     collections::VecDeque,
@@ -38,46 +38,46 @@ use metrics::{FrameKind, TrafficMetrics};
 use user::{UserState, VirtualUser, dial};
 use workers::WorkerShare;
 
-/// The alarm among the sockets.
+/// Token of the timer among the sockets.
 const TIMER: Token = Token(usize::MAX);
-/// How long it is waited at most, so that somebody who wants to stop is heard.
+/// Longest wait of one step, after which the stop flag is checked.
 const STOP_CHECK_INTERVAL: Duration = Duration::from_millis(50);
-/// What one read takes.
+/// Size of one read.
 const READ_BYTES: usize = 256 * 1024;
 
 /// Where virtual users connect, and under which names.
 #[derive(Clone, Debug)]
 pub(crate) struct ConnectPlan {
-    /// What was asked for on the command line.
+    /// Options of the command line.
     pub(crate) open: OpenArgs,
-    /// The address that the URL's host has.
+    /// Resolved address of the URL's host.
     pub(crate) address: SocketAddr,
-    /// How many rooms the connections are dealt out to; none where they join none.
+    /// Rooms over which the connections are spread.
     pub(crate) rooms: RoomAssignment,
-    /// How many connections there are, those of other processes included.
+    /// Number of connections, those of other workers included.
     pub(crate) connections: u32,
-    /// Which of them are this process'.
+    /// The share of the connections that this worker opens.
     pub(crate) share: WorkerShare,
 }
 
-/// What rooms the connections join.
+/// The rooms that connections join.
 #[derive(Clone, Debug)]
 pub(crate) enum RoomAssignment {
-    /// None.
+    /// No room.
     None,
-    /// All the same one.
+    /// The same room for all.
     Single(RoomId),
-    /// `load-0` and on, in turn.
+    /// So many rooms in turn: `load-0` and up.
     RoundRobin(u32),
 }
 
 impl ConnectPlan {
-    /// How many connections are this process'.
+    /// Number of connections of this worker.
     pub(crate) fn local_count(&self) -> u32 {
         self.share.portion_of(self.connections)
     }
 
-    /// How many rooms there are.
+    /// Number of rooms; 1 if the connections join none.
     pub(crate) fn rooms(&self) -> usize {
         match self.rooms {
             RoomAssignment::None | RoomAssignment::Single(_) => 1,
@@ -85,12 +85,12 @@ impl ConnectPlan {
         }
     }
 
-    /// The number of a room that an own connection joins.
+    /// Index of the room that connection `user` of this worker joins.
     pub(crate) fn room_of(&self, user: usize) -> usize {
         self.share.global_index(user) as usize % self.rooms()
     }
 
-    /// The name of a room.
+    /// Name of a room.
     fn room(&self, number: usize) -> Option<RoomId> {
         match &self.rooms {
             RoomAssignment::None => None,
@@ -118,30 +118,30 @@ impl ConnectPlan {
 /// Virtual users, one connection each.
 pub(crate) struct VirtualUsers {
     pub(crate) plan: ConnectPlan,
-    /// What became of connections.
+    /// Counters of opened, rejected, failed and closed connections.
     pub(crate) connections: ConnectionCounters,
-    /// What was seen of messages.
+    /// Metrics of messages.
     pub(crate) metrics: TrafficMetrics,
-    /// Whether messages are looked at, and not just passed over.
+    /// Whether messages are parsed and counted, or skipped unread.
     counts_messages: bool,
     stop: Arc<AtomicBool>,
     poll: Poll,
     events: Option<Events>,
     timer: TimerFd,
     users: Vec<VirtualUser>,
-    /// Who has to be open when, the earliest first.
+    /// Deadlines of connections that are opening, with user and attempt; the earliest first.
     opening: VecDeque<(Instant, usize, u32)>,
     buffer: Box<[u8]>,
-    /// The same moment by both clocks.
+    /// The same moment by tokio's clock and by [`clock::monotonic_ns`].
     origin: (Instant, u64),
     last_delivery: Instant,
-    /// Messages that were ever sent, so that none has the id of an earlier one.
+    /// Messages sent since the start, so that each has an id of its own.
     sent: usize,
     progress: Progress,
 }
 
 impl VirtualUsers {
-    /// Connections that are all away.
+    /// Creates virtual users that are all disconnected.
     pub(crate) fn new(
         plan: ConnectPlan,
         counts_messages: bool,
@@ -171,12 +171,12 @@ impl VirtualUsers {
         })
     }
 
-    /// Whether somebody wants it to stop.
+    /// Whether the run is to stop.
     pub(crate) fn is_stopped(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
     }
 
-    /// How many are open.
+    /// Number of open connections.
     pub(crate) fn open_count(&self) -> u64 {
         self.metrics.timeline.open()
     }
@@ -186,12 +186,12 @@ impl VirtualUsers {
         self.users[user].state == UserState::Open
     }
 
-    /// The number of the last message that a connection got.
+    /// `seq` of the last message that a connection received.
     pub(crate) fn seq(&self, user: usize) -> u64 {
         self.users[user].seq
     }
 
-    /// The highest number that was seen in each room.
+    /// Highest `seq` that was received in each room.
     pub(crate) fn last_seqs(&self) -> Vec<u64> {
         let mut last_seqs = vec![0; self.plan.rooms()];
         for (index, user) in self.users.iter().enumerate() {
@@ -201,7 +201,7 @@ impl VirtualUsers {
         last_seqs
     }
 
-    /// What an open connection got since it was opened, for each that is open and reads.
+    /// Messages received since joining, for each connection that is open and reads.
     pub(crate) fn received(&self) -> impl Iterator<Item = (usize, u64)> {
         let open =
             |(_, user): &(usize, &VirtualUser)| user.state == UserState::Open && !user.stalled;
@@ -209,15 +209,15 @@ impl VirtualUsers {
         all.map(|(index, user)| (index, user.received))
     }
 
-    /// Forgets what was seen so far, to measure from here on.
+    /// Resets the metrics, so that measurement begins now.
     pub(crate) fn start_measuring(&mut self) {
         self.metrics = TrafficMetrics::new(self.plan.rooms(), self.open_count());
         self.users.iter_mut().for_each(|user| user.received = 0);
         self.last_delivery = Instant::now();
     }
 
-    /// Opens all that are away until each is open or has failed: each when it is due, or, without a
-    /// rate, one after the other as fast as this goes.
+    /// Opens all disconnected connections and returns when each is open or has failed. With a rate
+    /// each opens when it is due; without one they open one after the other as fast as possible.
     pub(crate) fn open_all(&mut self, ramp: Option<ArrivalRate>) -> io::Result<Duration> {
         let began = Instant::now();
         let away = self.users.iter().enumerate();
@@ -228,7 +228,7 @@ impl VirtualUsers {
             let mut wake = began + STOP_CHECK_INTERVAL + began.elapsed();
             while let Some(&index) = away.get(next) {
                 let now = Instant::now();
-                // Dealt out over all processes, so that together they keep the rate.
+                // The index over all workers, so that together they keep the rate.
                 let turn = self.plan.share.global_index(next);
                 let due = ramp.map_or(now, |ramp| began + ramp.due(turn.into()));
                 if due > now {
@@ -247,7 +247,7 @@ impl VirtualUsers {
         }
     }
 
-    /// Takes what arrives until a moment.
+    /// Handles events until `end`.
     pub(crate) fn run_until(&mut self, end: Instant) -> io::Result<()> {
         while Instant::now() < end && !self.is_stopped() {
             self.step(end)?;
@@ -255,8 +255,7 @@ impl VirtualUsers {
         Ok(())
     }
 
-    /// Waits for what arrives, or for a moment, and takes it. Returns at the latest after some
-    /// time, to be asked again.
+    /// Waits for events until `wake`, at most [`STOP_CHECK_INTERVAL`], and handles them.
     pub(crate) fn step(&mut self, wake: Instant) -> io::Result<()> {
         self.expire_openings();
         self.progress.show(&mut self.metrics.timeline);
@@ -304,7 +303,7 @@ impl VirtualUsers {
         self.opening.push_back((Instant::now() + self.plan.open.timeout, index, attempt));
     }
 
-    /// Gives up what has taken too long to open.
+    /// Fails connections whose time to open is over.
     fn expire_openings(&mut self) {
         let now = Instant::now();
         while let Some(&(deadline, index, attempt)) = self.opening.front() {
@@ -343,7 +342,7 @@ impl VirtualUsers {
             if let Some(error) = stream.take_error().ok().flatten() {
                 return Err(format!("connect: {}", error.kind()));
             }
-            // Both say so while TCP is not done.
+            // Both calls report this while TCP is still connecting.
             if stream.peer_addr().is_err() {
                 return Ok(());
             }
@@ -380,7 +379,7 @@ impl VirtualUsers {
         }
     }
 
-    /// Takes what has arrived on a connection.
+    /// Handles bytes that a connection received.
     fn handle_bytes(&mut self, index: usize, bytes: &[u8]) -> Result<(), String> {
         self.connections.add_received(bytes.len());
         let user = &mut self.users[index];
@@ -414,7 +413,7 @@ impl VirtualUsers {
             WsFrame::Ping(payload) => pongs.extend(websocket::pong(&payload)),
             WsFrame::Close(code, reason) => closed = Some(close_reason(code, &reason)),
         });
-        // Who is open and only held passes messages over.
+        // An open connection that only holds skips messages unread.
         reader.keeps_payload = self.counts_messages || self.users[index].state != UserState::Open;
         self.users[index].reader = reader;
         pushed.map_err(|error| format!("frames: {error}"))?;
@@ -424,8 +423,8 @@ impl VirtualUsers {
         }
         match (closed, self.users[index].state) {
             (None, _) => Ok(()),
-            (Some(how), UserState::Open) => Err(how),
-            (Some(how), _) => Err(format!("closed before it was open: {how}")),
+            (Some(reason), UserState::Open) => Err(reason),
+            (Some(reason), _) => Err(format!("closed while opening: {reason}")),
         }
     }
 
@@ -447,14 +446,15 @@ impl VirtualUsers {
                 return user.send(&join).map_err(|error| io_reason(&error));
             }
             (UserState::Joining, FrameKind::Joined) => {
-                // Who passes messages over needs no number, and the servers of the bench give none.
+                // A connection that skips messages needs no `seq`, and the other servers of the
+                // bench send none.
                 if self.counts_messages {
                     user.seq = metrics::parse_seq(message)?;
                 }
                 self.opened(index, now);
             }
             (UserState::Joining, FrameKind::Error) => {
-                return Err(format!("join refused: {}", error_code(message)));
+                return Err(format!("join rejected: {}", error_code(message)));
             }
             (UserState::Open, FrameKind::Message) => self.on_room_message(index, message, now),
             (UserState::Open, FrameKind::Ack) => {
@@ -465,9 +465,9 @@ impl VirtualUsers {
             (UserState::Open, FrameKind::Error) => {
                 self.metrics.counters.refused += 1;
                 self.metrics.timeline.refused(now);
-                self.metrics.counters.example(|| format!("refused: {}", error_code(message)));
+                self.metrics.counters.example(|| format!("rejected: {}", error_code(message)));
             }
-            // Without a room it is of the inbox, in which nothing is said here.
+            // A reset without a room concerns the inbox, which this load does not use.
             (UserState::Open, FrameKind::Reset)
                 if memmem::find(message, br#""room":"#).is_some() =>
             {
@@ -487,7 +487,7 @@ impl VirtualUsers {
             user.seq = seq;
         }
         user.received += 1;
-        // That a message waited for who did not read says nothing about a server.
+        // The latency of a message that waited for a stalled reader says nothing about the server.
         let timestamp = SendTimestamp::find(message).filter(|_| !user.has_stalled);
         let latency = timestamp
             .map(|timestamp| Duration::from_nanos(monotonic_ns.saturating_sub(timestamp.due_ns)));
@@ -513,7 +513,7 @@ impl VirtualUsers {
         origin_ns + at.saturating_duration_since(origin).as_nanos() as u64
     }
 
-    /// Has an own connection send a message that was due then.
+    /// Sends a message of `bytes` content bytes that was due at `due`.
     pub(crate) fn send(&mut self, index: usize, due: Instant, bytes: usize) {
         let now = Instant::now();
         self.metrics.record_lag(due, now);
@@ -531,7 +531,7 @@ impl VirtualUsers {
             due_ns: self.monotonic_ns(due),
         };
         let Some(room) = self.plan.room(self.plan.room_of(index)) else { return };
-        // Random as any id of this version, and different in each run.
+        // As random as any id of this version, and different in each run.
         let run = self.origin.1 & 0xFFFF_FFFF;
         let content = timestamp.content(bytes);
         let frame = websocket::text(&format!(
@@ -542,18 +542,19 @@ impl VirtualUsers {
         }
     }
 
-    /// Has a connection leave what arrives in its socket, or take it again.
+    /// Makes a connection leave received bytes in its socket (`stalled`), or read again.
     pub(crate) fn stall(&mut self, index: usize, stalled: bool) {
         let user = &mut self.users[index];
         user.stalled = stalled;
         user.has_stalled |= stalled;
         if !stalled && self.users[index].stream.is_some() {
-            // What came meanwhile is no news to epoll.
+            // epoll does not report again the bytes that arrived meanwhile.
             self.on_event(index, true, true);
         }
     }
 
-    /// Closes all at once and without a word, as if their network were gone, or all their servers.
+    /// Closes all connections at once without a close frame, as a failure of the network or of all
+    /// servers would.
     pub(crate) fn drop_all(&mut self) {
         let now = Instant::now();
         for user in &mut self.users {
@@ -563,16 +564,16 @@ impl VirtualUsers {
             let attempt = user.attempt;
             *user = VirtualUser { attempt, ..VirtualUser::new(now) };
         }
-        // Their outcomes belong to the round before.
+        // The counters of these connections belong to the round before.
         self.connections = ConnectionCounters::default();
         self.opening.clear();
     }
 
-    /// Says goodbye on all that are open.
+    /// Sends a close frame on all open connections.
     pub(crate) fn close_all(&mut self) {
         for user in &mut self.users {
             if user.state == UserState::Open {
-                // The server may have gone first.
+                // The server may have closed first.
                 let _ = user.send(&websocket::close(1000));
             }
         }
@@ -609,9 +610,9 @@ fn close_reason(code: Option<u16>, reason: &str) -> String {
     }
 }
 
-/// The code of an `error`.
+/// The `code` of an `error` frame.
 fn error_code(message: &[u8]) -> String {
     let frame: Option<serde_json::Value> = serde_json::from_slice(message).ok();
     let code = frame.as_ref().and_then(|frame| frame["code"].as_str());
-    code.unwrap_or("an error without a code").to_owned()
+    code.unwrap_or("error without a code").to_owned()
 }

@@ -1,4 +1,4 @@
-//! One virtual user, which is one connection: how far it is, and what it has seen.
+//! One virtual user: the state of its connection.
 
 use std::{
     io::{self, Write as _},
@@ -11,51 +11,51 @@ use tokio::time::{Duration, Instant};
 
 use crate::websocket::FrameReader;
 
-/// How far a connection is.
+/// State of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum UserState {
-    /// There is none.
+    /// No connection.
     Disconnected,
-    /// TCP is under way.
+    /// TCP is connecting.
     Connecting,
-    /// The handshake is.
+    /// The HTTP upgrade is pending.
     Upgrading,
-    /// `connected` is waited for.
+    /// `connected` is pending.
     AwaitingConnected,
-    /// `joined` is.
+    /// `joined` is pending.
     Joining,
-    /// It has all it was opened for.
+    /// The connection is open and, if requested, has joined its room.
     Open,
 }
 
-/// One connection. It is kept small: there may be a hundred thousand.
+/// One virtual user. The struct is small, because a process may have a hundred thousand.
 #[derive(Debug)]
 pub(super) struct VirtualUser {
     pub(super) stream: Option<TcpStream>,
     pub(super) state: UserState,
-    /// How often it was opened, to tell an alarm of an earlier time.
+    /// Number of times it was opened, which identifies outdated deadlines.
     pub(super) attempt: u32,
-    /// When it was to be opened.
+    /// When it was due to open.
     pub(super) due: Instant,
-    /// From then to `connected`.
+    /// Time from `due` to `connected`.
     pub(super) connected: Duration,
     pub(super) reader: FrameReader,
-    /// The answer to the handshake, while it is not all there.
+    /// The handshake response, while it is incomplete.
     pub(super) head: Vec<u8>,
-    /// What the socket did not take.
+    /// Bytes that the socket did not accept yet.
     pub(super) unsent: Vec<u8>,
-    /// Whether what arrives is left in the socket.
+    /// Whether received bytes are left in the socket.
     pub(super) stalled: bool,
-    /// Whether it was ever so.
+    /// Whether it has ever been stalled.
     pub(super) has_stalled: bool,
-    /// Messages it got since its room was joined.
+    /// Messages received since it joined its room.
     pub(super) received: u64,
-    /// The number of the last one.
+    /// `seq` of the last message.
     pub(super) seq: u64,
 }
 
 impl VirtualUser {
-    /// One that is away.
+    /// A disconnected user.
     pub(super) fn new(now: Instant) -> Self {
         Self {
             stream: None,
@@ -73,12 +73,12 @@ impl VirtualUser {
         }
     }
 
-    /// Whether somebody waits for it to open.
+    /// Whether the connection is being opened.
     pub(super) fn is_opening(&self) -> bool {
         !matches!(self.state, UserState::Disconnected | UserState::Open)
     }
 
-    /// Sends what the socket takes, and keeps the rest.
+    /// Sends as many bytes as the socket accepts, and keeps the rest.
     pub(super) fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
         if self.unsent.is_empty()
             && let Some(stream) = &mut self.stream
@@ -97,7 +97,7 @@ impl VirtualUser {
         self.flush()
     }
 
-    /// Sends what was kept.
+    /// Sends the bytes that were kept.
     pub(super) fn flush(&mut self) -> io::Result<()> {
         let Some(stream) = &mut self.stream else { return Ok(()) };
         while !self.unsent.is_empty() {
@@ -112,7 +112,7 @@ impl VirtualUser {
     }
 }
 
-/// Begins a connection, without waiting for it.
+/// Begins to connect without waiting.
 pub(super) fn dial(address: SocketAddr, source: Option<IpAddr>) -> io::Result<TcpStream> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_nonblocking(true)?;
@@ -121,7 +121,7 @@ pub(super) fn dial(address: SocketAddr, source: Option<IpAddr>) -> io::Result<Tc
         socket.bind(&SocketAddr::new(source, 0).into())?;
     }
     match socket.connect(&address.into()) {
-        // It goes on behind this.
+        // The connection completes in the background.
         Err(error)
             if error.raw_os_error() != Some(rustix::io::Errno::INPROGRESS.raw_os_error()) =>
         {

@@ -1,9 +1,9 @@
-//! One scenario in several processes, since each may hold only so many descriptors, and has one
-//! thread.
+//! One scenario in several processes, because a process may hold only so many descriptors and has
+//! one thread.
 //!
 //! The first process starts the workers with the same command line and `--worker I/N`, and opens no
-//! connection itself. They meet at the end of each phase: each writes a line of numbers, and reads
-//! the sum of all. At the end each writes what it saw.
+//! connection itself. At the end of each phase every worker writes its totals as a line and reads
+//! the sum of all. At the end of the run each writes its report.
 
 use std::{
     fmt,
@@ -31,7 +31,7 @@ use crate::{
     report::connections::ConnectionCounters,
 };
 
-/// Which part of all this process does.
+/// The share of one worker in the connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct WorkerShare {
     index: u32,
@@ -39,20 +39,20 @@ pub(crate) struct WorkerShare {
 }
 
 impl WorkerShare {
-    /// All of it.
+    /// The whole.
     pub(crate) const ALL: Self = Self { index: 0, count: 1 };
 
-    /// How many of so many are this process'.
+    /// Number of elements out of `all` that belong to this worker.
     pub(crate) fn portion_of(self, all: u32) -> u32 {
         all / self.count + u32::from(self.index < all % self.count)
     }
 
-    /// The own number of one, where it is this process'.
+    /// The index within this worker of element `number`, if it belongs to this worker.
     pub(crate) fn local_index(self, number: u32) -> Option<usize> {
         (number % self.count == self.index).then(|| (number / self.count) as usize)
     }
 
-    /// The number that an own one has among all.
+    /// The index among all elements of this worker's element `own`.
     pub(crate) fn global_index(self, own: usize) -> u32 {
         own as u32 * self.count + self.index
     }
@@ -65,7 +65,9 @@ impl FromStr for WorkerShare {
         let parts = text.split_once('/').and_then(|(index, count)| {
             Some(Self { index: index.parse().ok()?, count: count.parse().ok()? })
         });
-        parts.filter(|share| share.index < share.count).ok_or("a worker has the form 0/2")
+        parts
+            .filter(|share| share.index < share.count)
+            .ok_or("a worker has the form INDEX/COUNT, such as 0/2")
     }
 }
 
@@ -75,28 +77,28 @@ impl fmt::Display for WorkerShare {
     }
 }
 
-/// The end of a phase, where all processes meet.
+/// The end of a phase, at which all workers exchange totals.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum ScenarioPhase {
     /// All connections are open or have failed.
     Opening,
-    /// They were held.
+    /// The connections were held.
     Held,
-    /// They were cut, and all are back.
+    /// The connections were dropped, and all have reconnected.
     Reconnected,
-    /// What was sent is answered.
+    /// Messages were sent and answered.
     Traffic,
 }
 
-/// What one process has to say at the end of a phase.
+/// Totals of one worker at the end of a phase.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
 pub(crate) struct PhaseTotals {
-    /// How many connections are open.
+    /// Open connections.
     pub(crate) open: u64,
-    /// How many were opened, or deliveries made, in the phase.
+    /// Connections opened, or deliveries made, in the phase.
     pub(crate) done: u64,
-    /// Messages that were acknowledged, of each room.
+    /// Acknowledged messages of each room.
     pub(crate) acknowledged: Vec<u64>,
 }
 
@@ -110,13 +112,13 @@ impl PhaseTotals {
     }
 }
 
-/// What one process saw of all, and what it cost.
+/// Metrics and resource usage of one worker.
 #[derive(Debug, Default, Deserialize, Serialize)]
 pub(crate) struct WorkerReport {
     pub(crate) connections: ConnectionCounters,
     pub(crate) counters: MessageCounters,
     pub(crate) seconds: Vec<Second>,
-    /// How late what was due was done: values in µs and how often.
+    /// How late due operations began: values in µs and their counts.
     pub(crate) lag_us: Vec<(u64, u64)>,
     pub(crate) cpu_percent: f64,
     pub(crate) grown_bytes: i64,
@@ -127,7 +129,7 @@ pub(crate) struct WorkerReport {
 }
 
 impl WorkerReport {
-    /// What virtual users saw.
+    /// The report of the virtual users of this process.
     pub(crate) fn of(users: &mut VirtualUsers, usage: &GeneratorUsage) -> Self {
         let TrafficMetrics { counters, lag_us, .. } = &users.metrics;
         Self {
@@ -143,7 +145,7 @@ impl WorkerReport {
         }
     }
 
-    /// Adds another.
+    /// Adds the report of another worker.
     pub(crate) fn add(&mut self, other: Self) {
         self.connections.merge(other.connections);
         self.counters.add(other.counters);
@@ -151,7 +153,7 @@ impl WorkerReport {
         self.seconds.resize_with(self.seconds.len().max(other.seconds.len()), Second::default);
         let seconds = self.seconds.iter_mut().zip(&other.seconds);
         seconds.for_each(|(sum, more)| sum.add(more));
-        // The busiest of them is the one that may have been too slow.
+        // The busiest worker is the one that may have been too slow.
         self.cpu_percent = self.cpu_percent.max(other.cpu_percent);
         self.grown_bytes += other.grown_bytes;
         self.opening_s = self.opening_s.max(other.opening_s);
@@ -160,7 +162,7 @@ impl WorkerReport {
         self.processes += other.processes;
     }
 
-    /// How late what was due was done, p99.
+    /// p99 of the lateness of due operations, µs.
     pub(crate) fn lag_p99_us(&self) -> u64 {
         let mut lags = metrics::lag_histogram();
         for (value, count) in &self.lag_us {
@@ -170,7 +172,7 @@ impl WorkerReport {
     }
 }
 
-/// What this process costs.
+/// Resource usage of this process.
 #[derive(Debug, Default)]
 pub(crate) struct GeneratorUsage {
     before: ProcessUsage,
@@ -180,24 +182,24 @@ pub(crate) struct GeneratorUsage {
 }
 
 impl GeneratorUsage {
-    /// Before anything.
+    /// Takes the first measurement, before any connection.
     pub(crate) fn new() -> Self {
         Self { before: ProcessUsage::read(None).unwrap_or_default(), ..Self::default() }
     }
 
-    /// All connections are open.
+    /// Records the memory now that all connections are open.
     pub(crate) fn record_memory(&mut self) {
         let now = ProcessUsage::read(None).unwrap_or(self.before);
         self.grown_bytes = now.pss_bytes as i64 - self.before.pss_bytes as i64;
     }
 
-    /// What counts begins.
+    /// Starts to count CPU time.
     pub(crate) fn start(&mut self) {
         let cpu = CpuTime::read(None).unwrap_or_default().total_ms();
         self.since = Some((Instant::now(), cpu));
     }
 
-    /// What counts is over.
+    /// Stops counting CPU time.
     pub(crate) fn stop(&mut self) {
         if let Some((began, before)) = self.since.take() {
             let cpu = CpuTime::read(None).unwrap_or_default().total_ms();
@@ -205,25 +207,25 @@ impl GeneratorUsage {
         }
     }
 
-    /// What was spent of a core while it counted.
+    /// CPU time between `start` and `stop`, in percent of a core.
     pub(crate) fn cpu_percent(&self) -> f64 {
         let (time, ms) = self.spent;
         if time.is_zero() { 0.0 } else { ms as f64 / 10.0 / time.as_secs_f64() }
     }
 }
 
-/// The worker processes.
+/// How this process synchronizes phases with the workers.
 pub(crate) enum PhaseSync {
-    /// There are none.
+    /// This is the only process.
     Alone(ServerMonitor),
-    /// Some, which are met by way of the first.
+    /// This is a worker; the first process forwards the totals.
     Worker {
-        /// What the first writes.
+        /// Totals that the first process sends.
         totals: mpsc::Receiver<PhaseTotals>,
     },
 }
 
-/// What a process writes for the first.
+/// A line that a worker writes to the first process.
 #[derive(Deserialize, Serialize)]
 #[serde(rename_all = "snake_case")]
 enum WorkerMessage {
@@ -232,7 +234,7 @@ enum WorkerMessage {
 }
 
 impl PhaseSync {
-    /// Those with whom this process shares the scenario.
+    /// Synchronization for a worker with `share`, or for the only process.
     pub(crate) fn new(share: Option<WorkerShare>, monitor: ServerMonitor) -> Self {
         if share.is_none() {
             return Self::Alone(monitor);
@@ -251,7 +253,7 @@ impl PhaseSync {
         Self::Worker { totals }
     }
 
-    /// Ends a phase together with the workers. Connections live on meanwhile.
+    /// Ends a phase together with all workers. Connections are served meanwhile.
     pub(crate) fn end_phase(
         &mut self,
         users: &mut VirtualUsers,
@@ -280,7 +282,7 @@ impl PhaseSync {
         }
     }
 
-    /// Tells the first process what was seen, where there is one.
+    /// Sends the report to the first process; returns it if this is the only one.
     pub(crate) fn submit(
         self,
         report: WorkerReport,
@@ -300,14 +302,14 @@ fn write(line: &WorkerMessage) -> io::Result<()> {
     out.flush()
 }
 
-/// Another process, as the first sees it.
+/// A worker, as the first process sees it.
 struct WorkerProcess {
     child: Child,
     input: ChildStdin,
     output: Lines<BufReader<ChildStdout>>,
 }
 
-/// Runs the scenario of this command line in so many worker processes, and adds up what they saw.
+/// Runs the scenario of this command line in `count` workers and adds up their reports.
 pub(crate) async fn run_workers(
     count: u32,
     monitor: &mut ServerMonitor,
@@ -332,7 +334,7 @@ pub(crate) async fn run_workers(
         let (mut sum, mut met, mut left) = (PhaseTotals::default(), None, 0);
         for worker in &mut workers {
             let line = worker.output.next_line().await?.ok_or_else(|| {
-                io::Error::other("another process of the load ended early; it says why above")
+                io::Error::other("a worker process ended early; its error is above")
             })?;
             match serde_json::from_str(&line)? {
                 WorkerMessage::PhaseEnd(phase, own) => {
@@ -352,7 +354,7 @@ pub(crate) async fn run_workers(
             return Ok(all);
         }
         let Some(phase) = met.filter(|_| left == 0) else {
-            return Err(io::Error::other("the processes of the load are not at the same phase"));
+            return Err(io::Error::other("the worker processes are in different phases"));
         };
         monitor.end_phase(phase, &sum);
         let mut line = serde_json::to_vec(&sum)?;
@@ -368,7 +370,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_number_belongs_to_one_process() {
+    fn every_index_belongs_to_one_worker() {
         for (all, count) in [(10, 3), (2, 3), (7, 1), (0, 2)] {
             let mut numbers = Vec::new();
             for index in 0..count {

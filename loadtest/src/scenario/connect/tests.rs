@@ -131,8 +131,8 @@ async fn what_goes_wrong_is_counted_by_its_kind() {
     let (report, failures) = check(behaviour_of, "-n 8 --hold 1ms --room r").await;
     assert_eq!(failures, ["2 of 8 connections were held"]);
     assert_eq!((report.opened, report.held, report.refused["429"]), (2, 2, 2));
-    assert_eq!(report.failed["closed before it was open: 1008 forbidden"], 2);
-    assert_eq!(report.failed["join refused: room_full"], 2);
+    assert_eq!(report.failed["closed while opening: 1008 forbidden"], 2);
+    assert_eq!(report.failed["join rejected: room_full"], 2);
 }
 
 #[tokio::test]
