@@ -1,8 +1,8 @@
-//! `loadtest chat`: people who come, talk, pause, look at the history, change rooms and go, each a
-//! [`Client`] as an application would use it.
+//! `loadtest chat`: users who connect, send, pause, read the history, change rooms and disconnect,
+//! each with a [`Client`] as in an application.
 //!
-//! It shows what people would see of a cluster. It does not account for every message, since who
-//! comes and goes has no account to keep: that is `ledger`.
+//! It shows what users notice of a cluster. It does not account for every message, because users
+//! who come and go have no complete account; `ledger` does.
 
 use std::{sync::Arc, time::Duration};
 
@@ -37,14 +37,14 @@ use crate::{
     virtual_users::workers::{GeneratorUsage, PhaseTotals, ScenarioPhase},
 };
 
-/// How long an answer may take.
+/// Time limit of a response.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
-/// How many entries somebody looks back.
+/// Number of entries of a history request.
 const HISTORY_LIMIT: u32 = 50;
-/// How long a message is, in characters; most are short.
+/// Content lengths, in characters, drawn evenly; most are short.
 const CONTENT_LENGTHS: [usize; 8] = [30, 30, 40, 60, 80, 120, 250, 600];
 
-/// What somebody does next.
+/// The next action of a user.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum UserAction {
     Send,
@@ -54,7 +54,7 @@ enum UserAction {
 }
 
 impl UserAction {
-    /// Of 100: how often each is done.
+    /// Share of each action, in percent.
     const MIX: [(u32, Self); 4] =
         [(80, Self::Send), (10, Self::ReadHistory), (6, Self::ChangeRooms), (4, Self::Reconnect)];
 
@@ -70,7 +70,7 @@ impl UserAction {
     }
 }
 
-/// What everybody saw.
+/// Metrics of all users.
 #[derive(Default)]
 struct ChatMetrics {
     timeline: Timeline,
@@ -100,7 +100,7 @@ impl ChatMetrics {
     }
 }
 
-/// Runs it.
+/// Runs `loadtest chat`.
 pub(crate) async fn run(args: ChatArgs) -> Result<Report, ProcfsError> {
     let mut monitor = ServerMonitor::begin(&args.monitor)?;
     let mut usage = GeneratorUsage::new();
@@ -155,9 +155,9 @@ pub(crate) async fn run(args: ChatArgs) -> Result<Report, ProcfsError> {
         },
         seed: Some(args.seed),
         steps: vec![
-            step("messages to their ack", metrics.ack_us),
+            step("messages acknowledged", metrics.ack_us),
             step("rooms joined", metrics.join_us),
-            step("looks at the history", metrics.history_us),
+            step("history requests", metrics.history_us),
         ],
         messages: Some(messages.with_latency(&latencies, talked, &args.thresholds)),
         seconds,
@@ -169,7 +169,7 @@ pub(crate) async fn run(args: ChatArgs) -> Result<Report, ProcfsError> {
     Ok(report)
 }
 
-/// Somebody.
+/// One simulated user.
 struct ChatUser {
     number: usize,
     args: ChatArgs,
@@ -188,7 +188,7 @@ impl ChatUser {
         began: Instant,
     ) -> Self {
         let mut rng = StdRng::seed_from_u64(args.seed ^ (number as u64) << 20);
-        // They come within the time that they pause, not all at once.
+        // Users connect at times spread over one think time, not all at once.
         let due = began + args.think.mul_f64(rng.random_range(0.0..1.0));
         Self {
             number,
@@ -201,7 +201,7 @@ impl ChatUser {
         }
     }
 
-    /// Comes, and does one thing after the other until the end.
+    /// Connects, and performs one action after the other until `end`.
     async fn run(mut self, end: Instant) {
         sleep_until(self.due).await;
         while Instant::now() < end {
@@ -211,7 +211,7 @@ impl ChatUser {
             let settings = ClientOptions { urls: urls.clone(), ..ClientOptions::default() };
             let (client, events) = Client::start(options, settings);
             let listener = handle_events(events, self.metrics.clone());
-            // Both arms are cancel-safe enough: when one is over the other is of no use.
+            // When one arm completes the other is no longer needed.
             tokio::select! {
                 () = self.run_connection(&client, end) => {}
                 () = listener => {}
@@ -220,7 +220,7 @@ impl ChatUser {
         }
     }
 
-    /// What is done on one connection.
+    /// Performs actions on one connection, until `end` or a reconnect.
     async fn run_connection(&mut self, client: &Client, end: Instant) {
         if self.rooms.is_empty() {
             let count = self.rng.random_range(1..=3);
@@ -232,7 +232,7 @@ impl ChatUser {
             self.join(client, &room).await;
         }
         loop {
-            // Pauses as of people who do not know of each other.
+            // Exponentially distributed think times: users act independently.
             let pause = self.args.think.mul_f64(-self.rng.random_range(f64::EPSILON..1.0).ln());
             self.due = self.due.max(Instant::now()) + pause;
             self.timer.sleep_until(self.due.min(end)).await;
@@ -285,7 +285,7 @@ impl ChatUser {
         self.record_response(joined, "join", |metrics| &mut metrics.join_us);
     }
 
-    /// Notes how long an answer took, from when it was to be asked for.
+    /// Records the time of a response, counted from when the request was due.
     fn record_response<T, E: std::fmt::Display>(
         &self,
         answer: Result<Result<T, E>, tokio::time::error::Elapsed>,
@@ -301,14 +301,14 @@ impl ChatUser {
     }
 
     fn random_room(&mut self) -> RoomId {
-        // Some rooms are larger than others: the less of two.
+        // The lower of two random numbers, so that some rooms are larger than others.
         let rooms = self.args.rooms;
         let room = self.rng.random_range(0..rooms).min(self.rng.random_range(0..rooms));
         format!("chat-{room}").parse().expect("a name")
     }
 }
 
-/// Takes what happens to a client.
+/// Counts the events of a client.
 async fn handle_events(mut events: mpsc::Receiver<ClientEvent>, metrics: Arc<Mutex<ChatMetrics>>) {
     let mut is_connected = false;
     while let Some(event) = events.recv().await {
@@ -330,10 +330,10 @@ async fn handle_events(mut events: mpsc::Receiver<ClientEvent>, metrics: Arc<Mut
                     .map(|timestamp| clock::monotonic_ns().saturating_sub(timestamp.due_ns));
                 metrics.timeline.delivered(now, late.map(Duration::from_nanos));
             }
-            // What comes again behind a break was announced with it.
+            // Entries that are repeated after a discontinuity were signalled with it.
             ClientEvent::Duplicate { earlier: None, room, position, .. } => {
                 metrics.duplicated += 1;
-                metrics.example(|| format!("{room}: {position} again"));
+                metrics.example(|| format!("{room}: {position} twice"));
             }
             ClientEvent::Gap { room, expected, got } => {
                 metrics.gaps += 1;
@@ -341,7 +341,7 @@ async fn handle_events(mut events: mpsc::Receiver<ClientEvent>, metrics: Arc<Mut
             }
             ClientEvent::NotRecovered { .. } => metrics.discontinuities += 1,
             ClientEvent::Reset(reset) if reset.room.is_some() => metrics.discontinuities += 1,
-            ClientEvent::Error(refusal) => metrics.failed("refused", &refusal.code.as_str()),
+            ClientEvent::Error(refusal) => metrics.failed("rejected", &refusal.code.as_str()),
             _ => {}
         }
     }
@@ -352,7 +352,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_mix_is_of_a_hundred_and_each_is_drawn() {
+    fn actions_are_drawn_by_their_share() {
         assert_eq!(UserAction::MIX.iter().map(|(share, _)| share).sum::<u32>(), 100);
         let mut rng = StdRng::seed_from_u64(1);
         let drawn: Vec<UserAction> = (0..1_000).map(|_| UserAction::draw(&mut rng)).collect();

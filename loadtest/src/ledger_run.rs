@@ -1,4 +1,4 @@
-//! Members of rooms who talk at a rate, each watched by the ledger of its room; and what came of it.
+//! A ledger run: members of rooms send at a rate, observed by a delivery checker for each room.
 
 use std::{sync::Arc, time::Duration};
 
@@ -25,32 +25,32 @@ use crate::{
     virtual_users::workers::{PhaseTotals, ScenarioPhase},
 };
 
-/// How long the members may take to be in their rooms.
+/// Time limit for all members to join.
 const JOIN_MAX: Duration = Duration::from_secs(60);
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
-/// How often it is looked how late this program is.
+/// Interval at which the lateness of this program is measured.
 const LAG_PROBE_INTERVAL: Duration = Duration::from_millis(1);
 
 /// Why a ledger run has no result.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum LedgerRunError {
-    /// Not everybody came.
-    #[error("{missing} of {members} members are not in their rooms after {} s", JOIN_MAX.as_secs())]
+    /// Members did not join in time.
+    #[error("{missing} of {members} members have not joined after {} s", JOIN_MAX.as_secs())]
     NotJoined {
-        /// Who did not.
+        /// Members that have not joined.
         missing: usize,
-        /// Of so many.
+        /// All members.
         members: usize,
     },
-    /// What this program costs cannot be read.
+    /// The resource usage of this program is unknown.
     #[error(transparent)]
     Cost(#[from] ProcfsError),
-    /// There is no thread to look how late the program is.
-    #[error("no thread: {0}")]
+    /// The thread that measures lateness cannot be started.
+    #[error("cannot start a thread: {0}")]
     Thread(#[from] std::io::Error),
 }
 
-/// Members who talk.
+/// Test clients that send.
 pub(crate) struct LedgerRun {
     rooms: Vec<TestClients>,
     timeline: Arc<Mutex<Timeline>>,
@@ -60,7 +60,7 @@ pub(crate) struct LedgerRun {
     _lag: JoinSet<()>,
 }
 
-/// Has members talk for a while, and tells what they saw.
+/// Runs `loadtest ledger`.
 pub(crate) async fn run(args: LedgerArgs) -> Result<Report, LedgerRunError> {
     let mut monitor = ServerMonitor::begin(&args.monitor)?;
     let run = LedgerRun::start(args.url, &args.load).await?;
@@ -76,11 +76,11 @@ pub(crate) async fn run(args: LedgerArgs) -> Result<Report, LedgerRunError> {
 }
 
 impl LedgerRun {
-    /// Has members come to their rooms, spread over the URLs, and talk.
+    /// Starts the clients, spread over the URLs, and lets them send when all have joined.
     pub(crate) async fn start(urls: Vec<String>, load: &LoadArgs) -> Result<Self, LedgerRunError> {
         let timeline: Arc<Mutex<Timeline>> = Arc::default();
         let members = load.rooms * load.members;
-        // Each in its turn, so that together they keep the rate.
+        // Members send in turn, so that together they keep the rate.
         let due = |index: usize| load.rate.due(index as u64);
         let profile = |room: usize, member: usize| {
             let index = member * load.rooms + room;
@@ -120,28 +120,28 @@ impl LedgerRun {
         Ok(Self { rooms, timeline, began: Instant::now(), cpu, lag_us, _lag: lag })
     }
 
-    /// When the members were first allowed to talk.
+    /// When the members were first allowed to send.
     pub(crate) fn began(&self) -> Instant {
         self.began
     }
 
-    /// How many connections are open.
+    /// Number of open connections.
     fn open(&self) -> u64 {
         self.timeline.lock().open()
     }
 
-    /// How many messages have arrived.
+    /// Number of deliveries.
     fn delivered(&self) -> u64 {
         self.timeline.lock().deliveries()
     }
 
-    /// Shows how far it is until something is over, or somebody interrupts it. Returns whether
-    /// somebody did.
+    /// Shows the progress until `over` completes or a signal arrives. Returns whether a signal
+    /// interrupted it.
     pub(crate) async fn show_progress_until(&self, over: impl Future<Output = ()>) -> bool {
         Progress::new().until(over, |show| show(&mut self.timeline.lock())).await
     }
 
-    /// Has everybody end what was begun, and counts.
+    /// Completes all messages, and builds the report.
     pub(crate) async fn finish(
         self,
         scenario: &str,
@@ -174,7 +174,7 @@ impl LedgerRun {
     }
 }
 
-/// Looks how late this program's only thread does what is due: another thread asks every
+/// Measures the lateness of this program's only thread: another thread sends it the time every
 /// millisecond.
 fn watch_lag(lag_us: Arc<Mutex<Histogram<u64>>>) -> Result<JoinSet<()>, std::io::Error> {
     let (asks, mut asked) = mpsc::channel::<Instant>(1024);

@@ -1,4 +1,4 @@
-//! Looks at server processes while a scenario runs: what they cost, and what they tell.
+//! Monitor of server processes: their resource usage and gauges while a scenario runs.
 
 use std::{
     io::{self, Read as _, Write as _},
@@ -18,14 +18,14 @@ use crate::{
     virtual_users::workers::{PhaseTotals, ScenarioPhase},
 };
 
-/// How often.
+/// Interval between samples.
 const INTERVAL: Duration = Duration::from_secs(1);
-/// How long a server may take to tell.
+/// Time limit of a metrics request.
 const ANSWER_MAX: Duration = Duration::from_secs(1);
-/// The longest page that is read.
+/// Size limit of a metrics page.
 const PAGE_BYTES_MAX: u64 = 4 << 20;
 
-/// Looks at servers until it is finished.
+/// Samples servers until [`ServerMonitor::finish`].
 pub(crate) struct ServerMonitor {
     servers: Vec<ServerReport>,
     cpu_ms: Vec<u64>,
@@ -40,7 +40,7 @@ struct MonitorSamples {
 }
 
 impl ServerMonitor {
-    /// Begins.
+    /// Reads the initial usage and starts the sampling thread.
     pub(crate) fn begin(args: &MonitorArgs) -> Result<Self, ProcfsError> {
         let costs: Vec<ProcessUsage> =
             args.pid.iter().map(|pid| ProcessUsage::read(Some(*pid))).collect::<Result<_, _>>()?;
@@ -64,7 +64,7 @@ impl ServerMonitor {
         })
     }
 
-    /// A phase is over.
+    /// Records the usage of each server in the phase that ended.
     pub(crate) fn end_phase(&mut self, phase: ScenarioPhase, sum: &PhaseTotals) {
         let (phase_name, unit) = match phase {
             ScenarioPhase::Opening => ("opening", "connection"),
@@ -73,7 +73,7 @@ impl ServerMonitor {
             ScenarioPhase::Traffic => ("talking", "delivery"),
         };
         for (server, before) in self.servers.iter_mut().zip(&mut self.cpu_ms) {
-            // A server that died is reported as what it was.
+            // A server that has died keeps its last values.
             if let Ok(now) = ProcessUsage::read(Some(server.pid)) {
                 server.add_phase(phase_name, now.cpu_ms.saturating_sub(*before), unit, sum.done);
                 server.record_memory(now, sum.open);
@@ -82,11 +82,11 @@ impl ServerMonitor {
         }
     }
 
-    /// Ends, and tells.
+    /// Stops sampling and returns the reports.
     pub(crate) fn finish(mut self) -> (Vec<ServerReport>, Vec<GaugeSeries>) {
         if let Some((stop, thread)) = self.thread.take() {
             drop(stop);
-            // It has nothing to tell but what is in `samples`.
+            // Its only result is in `samples`.
             let _ = thread.join();
         }
         let mut samples = std::mem::take(&mut *self.samples.lock());
@@ -119,7 +119,7 @@ fn sample(pids: &[u32], samples: &Mutex<MonitorSamples>, stopped: &mpsc::Receive
             samples.lock().servers[number].push(sample);
         }
         for (number, url) in urls.iter().enumerate() {
-            // One that does not answer has no value in this second.
+            // A server that does not answer has no value in this second.
             let Ok(page) = fetch(url) else { continue };
             let at_s = began.elapsed().as_secs_f64();
             let series = &mut samples.lock().gauges[number].series;
@@ -130,7 +130,7 @@ fn sample(pids: &[u32], samples: &Mutex<MonitorSamples>, stopped: &mpsc::Receive
     }
 }
 
-/// What a server answers to a GET.
+/// Fetches a metrics page.
 fn fetch(url: &str) -> io::Result<String> {
     let rest = url.strip_prefix("http://").ok_or(io::ErrorKind::InvalidInput)?;
     let (host, path) = rest.split_once('/').unwrap_or((rest, "metrics"));

@@ -1,4 +1,4 @@
-//! A way between two processes that can be told to fail: TCP, byte by byte.
+//! A TCP proxy between two processes that injects network faults.
 
 use std::{
     io,
@@ -20,25 +20,26 @@ use tokio::{
     time::{Duration, sleep},
 };
 
-/// What a proxy does with the bytes on it.
+/// What a proxy does with connections and bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
-    /// It passes all on.
+    /// It forwards all bytes.
     Open,
-    /// Connections end, and none is made.
+    /// It closes all connections and accepts none.
     Cut,
-    /// Nothing passes in either direction; what was sent comes when the proxy is open again, as it
-    /// does through a network that was parted.
+    /// It holds the bytes of both directions until the mode changes, as a network partition does.
     BlackHole,
-    /// What the dialling side says is held back; answers pass.
+    /// It holds requests, the bytes of the connecting side, and forwards responses.
     HoldRequests,
-    /// Requests pass; answers are held back.
+    /// It forwards requests and holds responses.
     HoldResponses,
-    /// Requests pass; answers are lost, and the connections with them when the mode changes.
+    /// It forwards requests and drops responses; connections that lost bytes are closed when the
+    /// mode changes.
     DropResponses,
-    /// The same for connections that have subscribed; the others pass all on.
+    /// As `DropResponses` for connections that have sent `SUBSCRIBE`; it forwards all bytes of
+    /// others.
     DropPushes,
-    /// What passes is late by this and, where more comes meanwhile, by up to twice of it.
+    /// It delays bytes by this time, or by up to twice as long if more arrive meanwhile.
     Delay(Duration),
 }
 
@@ -48,17 +49,17 @@ enum Direction {
     Response,
 }
 
-/// A port that leads to another, until it is dropped.
+/// A listening port that forwards to a server, until it is dropped.
 #[derive(Debug)]
 pub struct Proxy {
-    /// Where it listens.
+    /// Address of the listener.
     pub address: SocketAddr,
     mode: watch::Sender<Mode>,
     _tasks: JoinSet<()>,
 }
 
 impl Proxy {
-    /// A proxy in front of a server.
+    /// Starts a proxy in front of a server.
     ///
     /// # Errors
     ///
@@ -67,7 +68,7 @@ impl Proxy {
         Self::with_buffer(server, None).await
     }
 
-    /// As [`Proxy::to`]. With `buffer_bytes` the socket towards the server takes no more than that.
+    /// As [`Proxy::to`], with a receive buffer of `buffer_bytes` on the socket to the server.
     ///
     /// # Errors
     ///
@@ -80,7 +81,7 @@ impl Proxy {
         tasks.spawn(async move {
             let mut connections = JoinSet::new();
             loop {
-                // Cancel-safe, both.
+                // Both arms are cancel-safe.
                 tokio::select! {
                     accepted = listener.accept() => if let Ok((client, _)) = accepted {
                         connections.spawn(connect(client, server, buffer_bytes, mode_rx.clone()));
@@ -92,12 +93,12 @@ impl Proxy {
         Ok(Self { address, mode, _tasks: tasks })
     }
 
-    /// Has all its connections, and those to come, fail like this.
+    /// Sets the mode of all current and future connections.
     pub fn set(&self, mode: Mode) {
         self.mode.send_replace(mode);
     }
 
-    /// Its address as that of a Redis.
+    /// Its address as a Redis URL.
     pub fn redis_url(&self) -> String {
         format!("redis://{}", self.address)
     }
@@ -143,7 +144,7 @@ async fn copy(
 ) {
     let mut buffer = vec![0; 65536];
     loop {
-        // Held bytes stay where they are, in the sockets.
+        // Held bytes stay in the sockets.
         wait_for_mode(mode.clone(), |mode| !holds(mode, direction)).await;
         let Ok(count @ 1..) = from.read(&mut buffer).await else { return };
         wait_for_mode(mode.clone(), |mode| !holds(mode, direction)).await;
@@ -160,7 +161,7 @@ async fn copy(
                 let now = *mode.borrow();
                 let is_push_dropped = now == Mode::DropPushes && subscribed.load(Ordering::Relaxed);
                 if is_push_dropped || now == Mode::DropResponses {
-                    // What comes behind lost bytes makes no sense.
+                    // Bytes after dropped ones have no meaning.
                     wait_for_mode(mode, |mode| mode != now).await;
                     return;
                 }
@@ -183,7 +184,7 @@ fn holds(mode: Mode, direction: Direction) -> bool {
 
 async fn wait_for_mode(mut mode: watch::Receiver<Mode>, wanted: impl Fn(Mode) -> bool) {
     if mode.wait_for(|mode| wanted(*mode)).await.is_err() {
-        // The proxy is gone, and with it its connections.
+        // The proxy was dropped, and its connections with it.
         std::future::pending::<()>().await;
     }
 }

@@ -1,46 +1,46 @@
-//! The client's half of a WebSocket, as small as it can be: the handshake's bytes, a reader of
-//! server frames that holds nothing between messages, and the few frames a client sends.
+//! The client half of a WebSocket, reduced to the minimum: the handshake, a reader of server frames
+//! that holds no memory between messages, and the few frames that a client sends.
 //!
-//! Pure. It is not `skein_client`, since that is made for correctness with one connection, and
-//! this for a hundred thousand of them in one process, or for half a million frames a second.
+//! Pure. `skein_client` is made for correctness with one connection; this module is made for a
+//! hundred thousand connections in one process, or half a million frames a second.
 
 use std::borrow::Cow;
 
-/// The most that the head of the handshake's answer may take.
+/// Size limit of the handshake response's head.
 const HEAD_BYTES_MAX: usize = 8 * 1024;
-/// The most that a message may take while messages are read; the protocol allows the server less.
+/// Size limit of a message whose payload is kept; the protocol allows the server less.
 const MESSAGE_BYTES_MAX: usize = 4 * 1024 * 1024;
-/// The key of RFC 6455's own example, and what has to answer it. A fixed key spares a SHA-1; the
-/// key is no secret, it only keeps caches from answering.
+/// The key of the example in RFC 6455, and the response to it. A fixed key saves a SHA-1; the key
+/// is no secret, it only prevents answers from caches.
 const KEY: &str = "dGhlIHNhbXBsZSBub25jZQ==";
 const ACCEPT: &str = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=";
-/// A fixed mask. Masks keep scripts in browsers from choosing the bytes on the wire; nobody here
-/// could.
+/// A fixed mask. Masks prevent scripts in browsers from choosing the bytes on the wire, which is no
+/// risk here.
 const MASK: [u8; 4] = [0x37, 0xFA, 0x21, 0x3D];
 
-/// What the server did wrong.
+/// Protocol errors of the server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum WebSocketError {
-    /// The answer to the handshake is no HTTP.
-    #[error("the answer to the handshake is no HTTP")]
+    /// The handshake response is not HTTP.
+    #[error("the handshake response is not HTTP")]
     NotHttp,
-    /// The answer says 101, but not to our key.
-    #[error("the handshake was answered with a wrong key")]
+    /// The response has status 101, but does not match our key.
+    #[error("the handshake response has a wrong Sec-WebSocket-Accept")]
     WrongKey,
-    /// A frame breaks RFC 6455.
-    #[error("a frame breaks RFC 6455")]
+    /// A frame violates RFC 6455.
+    #[error("a frame violates RFC 6455")]
     BadFrame,
-    /// A message is larger than the protocol allows.
-    #[error("a message is too large")]
+    /// A message exceeds the size limit of the protocol.
+    #[error("a message exceeds the size limit")]
     TooLarge,
 }
 
-/// The handshake's request.
+/// Bytes of the handshake request.
 pub(crate) fn handshake_request(host: &str, path: &str) -> Vec<u8> {
     handshake_request_with(host, path, "")
 }
 
-/// The same with further header lines, each with its line end.
+/// As [`handshake_request`], with further header lines, each with its line end.
 pub(crate) fn handshake_request_with(host: &str, path: &str, lines: &str) -> Vec<u8> {
     format!(
         "GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
@@ -51,16 +51,16 @@ pub(crate) fn handshake_request_with(host: &str, path: &str, lines: &str) -> Vec
     .into_bytes()
 }
 
-/// The answer to a handshake.
+/// The server's response to a handshake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum HandshakeResponse {
-    /// 101. Frames begin after so many bytes.
+    /// Status 101. Frames begin at offset `end`.
     Upgraded { end: usize },
     /// Another HTTP status.
     Rejected { status: u16 },
 }
 
-/// Reads the answer to the handshake; `None` while it is not all there.
+/// Parses the handshake response; `None` while it is incomplete.
 pub(crate) fn parse_response(bytes: &[u8]) -> Result<Option<HandshakeResponse>, WebSocketError> {
     let Some(end) = bytes.windows(4).position(|four| four == b"\r\n\r\n") else {
         return if bytes.len() < HEAD_BYTES_MAX { Ok(None) } else { Err(WebSocketError::NotHttp) };
@@ -88,12 +88,12 @@ pub(crate) fn text(payload: &str) -> Vec<u8> {
     frame(0x1, payload.as_bytes())
 }
 
-/// A ping.
+/// A ping frame.
 pub(crate) fn ping(payload: &[u8]) -> Vec<u8> {
     frame(0x9, payload)
 }
 
-/// A pong with what the ping held.
+/// A pong frame with the payload of the ping.
 pub(crate) fn pong(payload: &[u8]) -> Vec<u8> {
     frame(0xA, payload)
 }
@@ -121,11 +121,11 @@ fn frame(opcode: u8, payload: &[u8]) -> Vec<u8> {
     frame
 }
 
-/// What arrived.
+/// A message or control frame of the server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum WsFrame<'a> {
-    /// A data message; `None` where messages are not read. One that lies whole in what was pushed
-    /// is not copied.
+    /// A data message; `None` if payloads are not kept. A message that is contained in one push is
+    /// not copied.
     Message(Option<Cow<'a, [u8]>>),
     /// A ping.
     Ping(Vec<u8>),
@@ -137,7 +137,7 @@ pub(crate) enum WsFrame<'a> {
 
 #[cfg(test)]
 impl WsFrame<'_> {
-    /// The same with bytes of its own.
+    /// The same frame with an owned payload.
     pub(crate) fn into_owned(self) -> WsFrame<'static> {
         match self {
             Self::Message(message) => {
@@ -150,27 +150,27 @@ impl WsFrame<'_> {
     }
 }
 
-/// Takes server frames apart. Between messages it holds no memory of its own.
+/// Reads server frames from a byte stream. It holds no memory between messages.
 #[derive(Debug, Default)]
 pub(crate) struct FrameReader {
-    /// Whether the content of messages is wanted.
+    /// Whether the payload of messages is returned.
     pub(crate) keeps_payload: bool,
-    /// The start of a frame that is not all there.
+    /// The beginning of an incomplete frame.
     rest: Vec<u8>,
-    /// The message under way.
+    /// The incomplete message.
     message: Vec<u8>,
-    /// How much of a payload that nobody wants is still to come, and what it completes.
+    /// Bytes still to skip of a payload that is not kept, and whether they end a message.
     skip: u64,
     skip_ends_message: bool,
 }
 
 impl FrameReader {
-    /// One that gives the content of messages.
+    /// A reader that returns the payload of messages.
     pub(crate) fn with_payload() -> Self {
         Self { keeps_payload: true, ..Self::default() }
     }
 
-    /// Takes `bytes` and gives what they complete to `on`.
+    /// Reads `bytes` and passes each complete message and control frame to `on`.
     pub(crate) fn push(
         &mut self,
         bytes: &[u8],
@@ -254,16 +254,16 @@ impl FrameReader {
 struct FrameHeader {
     fin: bool,
     opcode: u8,
-    /// How long the header is.
+    /// Size of the header.
     bytes: usize,
-    /// How long the payload is.
+    /// Size of the payload.
     length: u64,
 }
 
 impl FrameHeader {
     fn read(input: &[u8]) -> Result<Option<Self>, WebSocketError> {
         let &[first, second, ref rest @ ..] = input else { return Ok(None) };
-        // No extension was offered, and a server does not mask.
+        // No extension was offered, and servers do not mask.
         if first & 0x70 != 0 || second & 0x80 != 0 {
             return Err(WebSocketError::BadFrame);
         }
@@ -295,7 +295,7 @@ mod tests {
     const GOOD: &str = "HTTP/1.1 101 x\r\nUpgrade: websocket\r\nsec-websocket-ACCEPT:  s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n";
 
     #[test]
-    fn the_key_and_its_answer_belong_together() {
+    fn accept_is_derived_from_the_fixed_key() {
         use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
         assert_eq!(derive_accept_key(KEY.as_bytes()), ACCEPT);
         assert!(String::from_utf8(handshake_request("h", "/")).unwrap().contains(KEY));
@@ -306,14 +306,14 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_in_pieces_is_waited_for() {
+    fn incomplete_response_is_awaited() {
         for cut in 0..GOOD.len() {
             assert_eq!(parse_response(&GOOD.as_bytes()[..cut]), Ok(None));
         }
     }
 
     #[test]
-    fn refusals_and_nonsense_are_told_apart() {
+    fn rejections_and_invalid_responses_are_distinguished() {
         let refused = b"HTTP/1.1 429 Too Many\r\nRetry-After: 1\r\n\r\nbody";
         assert_eq!(parse_response(refused), Ok(Some(HandshakeResponse::Rejected { status: 429 })));
         let wrong = GOOD.replace("s3pP", "xxxx");
@@ -323,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn the_gateways_decoder_reads_what_is_sent() {
+    fn gateway_decoder_reads_client_frames() {
         let mut decoder = Decoder::new(1 << 20);
         for length in [0, 5, 125, 126, 70_000] {
             let payload = "x".repeat(length);
@@ -336,7 +336,7 @@ mod tests {
         assert_eq!(decoder.next(&mut close(1000)).unwrap().1, closed);
     }
 
-    /// What a server may send, and what it is read as.
+    /// A stream that a server may send, and the frames that it contains.
     fn stream() -> (Vec<u8>, Vec<WsFrame<'static>>) {
         let long = vec![b'y'; 70_000];
         let mut bytes = Vec::new();
@@ -361,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn frames_are_read_however_they_are_cut() {
+    fn frames_are_read_in_chunks_of_any_size() {
         let (bytes, expected) = stream();
         for step in [1, 2, 3, 7, 1000, 200_000] {
             let mut reader = FrameReader { keeps_payload: true, ..FrameReader::default() };
@@ -375,7 +375,7 @@ mod tests {
     }
 
     #[test]
-    fn messages_that_nobody_wants_are_counted_and_not_kept() {
+    fn skipped_messages_are_counted_and_not_kept() {
         let (bytes, expected) = stream();
         let expected: Vec<WsFrame<'_>> = expected
             .into_iter()
@@ -395,7 +395,7 @@ mod tests {
     }
 
     #[test]
-    fn what_breaks_the_rfc_or_is_too_large_is_refused() {
+    fn invalid_and_oversized_frames_are_errors() {
         let check = |bytes: &[u8], expected| {
             let mut reader = FrameReader { keeps_payload: true, ..FrameReader::default() };
             assert_eq!(reader.push(bytes, |_| ()), Err(expected), "{bytes:?}");

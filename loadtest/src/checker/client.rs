@@ -1,8 +1,8 @@
-//! One client on raw connections.
+//! One test client on raw connections.
 //!
-//! It does what the protocol asks of one: it comes back elsewhere when its connection ends or is
-//! silent, continues from its cursor, and repeats what has no answer under the same id, after it has
-//! taken what it missed.
+//! It follows the protocol: it reconnects to the next URL when its connection ends or is silent,
+//! resumes from its cursor, and repeats unacknowledged messages with the same id after it has
+//! received the entries that it missed.
 
 use std::{sync::Arc, time::Duration};
 
@@ -26,50 +26,50 @@ use tokio::{
 use super::{DeliveryChecker, report::Violation};
 use crate::clock::PreciseTimer;
 
-/// How a client behaves.
+/// Behaviour of a client.
 #[derive(Clone, Debug)]
 pub struct ClientProfile {
-    /// Where it connects, the next one after each connection.
+    /// URLs to connect to; each connection takes the next one.
     pub urls: Vec<String>,
-    /// Who it is.
+    /// User name.
     pub user: String,
-    /// Its room.
+    /// The room it joins.
     pub room: RoomId,
-    /// When it speaks.
+    /// When it sends.
     pub schedule: SendSchedule,
-    /// The size of a message.
+    /// Size of a message's content.
     pub bytes: usize,
-    /// After how long a silent connection is given up.
+    /// Silence after which it gives up a connection.
     pub idle_timeout: Duration,
-    /// How often it asks, so that a living one is not silent.
+    /// Interval between pings, which keep a healthy connection from being silent.
     pub ping_every: Duration,
 }
 
-/// When a client speaks. It has one message on its way at a time.
+/// When a client sends. It has at most one unacknowledged message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SendSchedule {
-    /// So long after its last message was answered.
+    /// This long after the last ack (closed loop).
     AfterAck(Duration),
-    /// At set times, whatever became of earlier messages: what could not be sent in time is sent
-    /// as soon as it can be, and its latency counts from when it was due.
+    /// At fixed times, whatever became of earlier messages (open loop). A message that cannot be
+    /// sent in time is sent as soon as possible, and its latency counts from when it was due.
     Interval {
-        /// When the first is due, from when it is first allowed to speak.
+        /// Due time of the first message, from when sending is first allowed.
         first: Duration,
-        /// The time between two.
+        /// Time between two messages.
         interval: Duration,
     },
 }
 
-/// What a client is to do.
+/// Instructions to a running client.
 #[derive(Clone, Debug)]
 pub struct ClientControl {
-    /// Whether it is connected, or tries to be.
+    /// Whether it is to be connected.
     pub connected: bool,
-    /// How many messages it begins in all.
+    /// Number of messages it may begin in all.
     pub messages_max: usize,
 }
 
-/// A message without an answer.
+/// A message without an ack.
 #[derive(Debug)]
 struct UnackedMessage {
     id: MessageId,
@@ -78,26 +78,26 @@ struct UnackedMessage {
     again_at: Option<Instant>,
 }
 
-/// One client.
+/// A test client.
 #[derive(Debug)]
 pub struct TestClient {
     number: usize,
     profile: ClientProfile,
     checker: Arc<Mutex<DeliveryChecker>>,
     control: watch::Receiver<ClientControl>,
-    /// How many messages it has begun, and whether one has no answer.
+    /// Number of messages it has begun, and whether one is unacknowledged.
     begun: Arc<watch::Sender<(usize, bool)>>,
     unacked: Option<UnackedMessage>,
-    /// When the next message is due; `None` before it may speak.
+    /// When the next message is due; `None` before it may send.
     next_at: Option<Instant>,
-    /// Whether it has spoken and may not for now.
+    /// Whether it has sent before and may not at the moment.
     is_paused: bool,
-    /// Wakes it when it is to speak.
+    /// Wakes it when a message is due.
     timer: PreciseTimer,
 }
 
 impl TestClient {
-    /// The client of this number in the ledger.
+    /// Creates client `number` of the checker.
     pub fn new(
         number: usize,
         profile: ClientProfile,
@@ -118,7 +118,7 @@ impl TestClient {
         }
     }
 
-    /// Connects again and again, until nobody gives orders any more.
+    /// Connects again and again until the control channel is closed.
     pub async fn run(mut self) {
         for at in 0.. {
             if self.control.wait_for(|control| control.connected).await.is_err() {
@@ -141,9 +141,9 @@ impl TestClient {
         }
     }
 
-    /// One connection, until it ends, is silent, or the client is sent away.
+    /// Serves one connection until it ends, is silent, or the client is to disconnect.
     async fn run_connection(&mut self, connection: &mut ClientConnection, is_connected: &mut bool) {
-        // Where the recovery ends that comes first; `None` before the room is joined.
+        // Where the recovery of the join ends; `None` before the room is joined.
         let mut goal: Option<Position> = None;
         let mut join_at = Some(Instant::now());
         let mut ping_at = Instant::now();
@@ -177,7 +177,7 @@ impl TestClient {
                     return;
                 }
             }
-            // What is due now was done, and is due again later than now.
+            // Work that was due now is done; the next is due later.
             let due = due.max(now + Duration::from_micros(50)).min(heard_by);
             // All arms are cancel-safe.
             tokio::select! {
@@ -205,7 +205,7 @@ impl TestClient {
         connection.send_json(&join).await.map_err(drop)
     }
 
-    /// Whether the room is joined, everything up to there was had, and there is something to say.
+    /// Whether the room is joined, the recovery is complete, and a message may be sent.
     fn may_send(&mut self, goal: Option<&Position>) -> bool {
         let Some(goal) = goal else { return false };
         let checker = self.checker.clone();
@@ -230,7 +230,7 @@ impl TestClient {
             return true;
         }
         if self.begun.borrow().0 >= self.control.borrow().messages_max {
-            // What was due meanwhile is due no more.
+            // Messages that were due while it may not send are not sent later.
             self.is_paused = self.next_at.is_some();
             return false;
         }
@@ -302,7 +302,7 @@ impl TestClient {
                 checker.on_message(me, &message, now)
             }
             ReceivedMessage::Frame(ServerFrame::Reset(reset), _) => {
-                // Without a room it is of the inbox, which is not judged.
+                // A reset without a room concerns the inbox, which is not checked.
                 if reset.room.is_some() {
                     checker.on_reset(me, &reset);
                 }
@@ -316,7 +316,7 @@ impl TestClient {
                 _ => checker.report_violation(
                     me,
                     Violation::Protocol,
-                    format!("an ack of nothing: {ack:?}"),
+                    format!("ack of no pending message: {ack:?}"),
                 ),
             },
             ReceivedMessage::Frame(ServerFrame::Error(refusal), _) => {

@@ -1,4 +1,5 @@
-//! Clients that talk while something goes wrong, each watched by the ledger.
+//! Test clients of one room that send while faults are injected, with the checker that observes
+//! them.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -16,31 +17,31 @@ use super::{
     timeline::Timeline,
 };
 
-/// All clients of one room. They end with it.
+/// All clients of one room. They end when this is dropped.
 #[derive(Debug)]
 pub struct TestClients {
-    /// What they have seen.
+    /// The checker that observes them.
     pub checker: Arc<Mutex<DeliveryChecker>>,
     controls: Vec<watch::Sender<ClientControl>>,
     begun: Vec<Arc<watch::Sender<(usize, bool)>>>,
     tasks: JoinSet<()>,
 }
 
-/// How long a client may take to send a message at the end, through the longest outage there is.
-const END_MAX: Duration = Duration::from_secs(60);
-const LOOK_AGAIN: Duration = Duration::from_millis(10);
+/// Time limit for a message at the end, longer than the longest outage.
+const WAIT_TIMEOUT: Duration = Duration::from_secs(60);
+const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
-/// What was waited for did not happen.
+/// A condition did not become true in time.
 #[derive(Debug, thiserror::Error)]
-#[error("{what}: not within a minute: {report}")]
+#[error("not within a minute: {what}; {report}")]
 pub struct WaitTimeout {
-    /// What was waited for.
+    /// The condition.
     pub what: &'static str,
-    /// The counts so far.
+    /// Counts so far.
     pub report: Box<DeliveryReport>,
 }
 
-/// Two clients for each address, that go on to the other addresses.
+/// Profiles of two clients for each address, which reconnect to the other addresses.
 pub fn default_profiles(addresses: &[SocketAddr]) -> Vec<ClientProfile> {
     let profile = |i: usize| {
         let nth = |j: usize| format!("ws://{}/ws", addresses[(i + j) % addresses.len()]);
@@ -58,7 +59,7 @@ pub fn default_profiles(addresses: &[SocketAddr]) -> Vec<ClientProfile> {
 }
 
 impl TestClients {
-    /// Starts the clients. None of them speaks yet.
+    /// Starts the clients. They do not send yet.
     pub fn spawn(profiles: Vec<ClientProfile>, timeline: Arc<Mutex<Timeline>>) -> Self {
         let checker =
             Arc::new(Mutex::new(DeliveryChecker::with_timeline(timeline, profiles.len())));
@@ -76,114 +77,116 @@ impl TestClients {
         clients
     }
 
-    /// How many have not been in the room yet.
+    /// Number of clients that have never joined the room.
     pub fn not_joined(&self) -> usize {
         let checker = self.checker.lock();
         (0..self.controls.len()).filter(|client| checker.cursor(*client).is_none()).count()
     }
 
-    /// Has everybody speak from here on.
+    /// Allows all clients to send.
     pub fn start_sending(&self) {
         for control in &self.controls {
             control.send_modify(|control| control.messages_max = usize::MAX);
         }
     }
 
-    /// Starts the clients, and has them speak when all are in the room.
+    /// Starts the clients, and allows them to send when all have joined.
     ///
     /// # Errors
     ///
-    /// [`Stuck`]
+    /// [`WaitTimeout`]
     pub async fn with_profiles(profiles: Vec<ClientProfile>) -> Result<Self, WaitTimeout> {
         let clients = Self::spawn(profiles, Arc::default());
-        clients.wait_until("everybody is in the room", |clients| clients.not_joined() == 0).await?;
+        clients.wait_until("all clients have joined", |clients| clients.not_joined() == 0).await?;
         clients.start_sending();
         Ok(clients)
     }
 
-    /// The usual clients at these addresses.
+    /// Starts the default clients at these addresses.
     ///
     /// # Errors
     ///
-    /// [`Stuck`]
+    /// [`WaitTimeout`]
     pub async fn connect(addresses: &[SocketAddr]) -> Result<Self, WaitTimeout> {
         Self::with_profiles(default_profiles(addresses)).await
     }
 
-    /// Waits for something of the clients.
+    /// Waits for a condition.
     ///
     /// # Errors
     ///
-    /// [`Stuck`] after a minute.
+    /// [`WaitTimeout`] after a minute.
     pub async fn wait_until(
         &self,
         what: &'static str,
         holds: impl Fn(&Self) -> bool,
     ) -> Result<(), WaitTimeout> {
-        let deadline = Instant::now() + END_MAX;
+        let deadline = Instant::now() + WAIT_TIMEOUT;
         while !holds(self) {
             if Instant::now() > deadline {
                 let report = Box::new(self.checker.lock().report());
                 return Err(WaitTimeout { what, report });
             }
-            sleep(LOOK_AGAIN).await;
+            sleep(POLL_INTERVAL).await;
         }
         Ok(())
     }
 
-    /// Waits until so many more messages have been acknowledged.
+    /// Waits until `messages` more messages have been acknowledged.
     ///
     /// # Errors
     ///
-    /// [`Stuck`]
+    /// [`WaitTimeout`]
     pub async fn wait_for_acks(&self, messages: usize) -> Result<(), WaitTimeout> {
         let before = self.checker.lock().acked();
         let enough = |clients: &Self| clients.checker.lock().acked() >= before + messages;
         self.wait_until("messages are acknowledged", enough).await
     }
 
-    /// Lets the clients send for a while: the time is the load, not a wait for something.
+    /// Lets the clients send for a while: the time is the load, not a wait for a condition.
     pub async fn run_for(&self, time: Duration) {
         sleep(time).await;
     }
 
-    /// A client closes its connection and stays away.
+    /// Closes the connection of a client and keeps it disconnected.
     pub fn disconnect(&self, client: usize) {
         self.controls[client].send_modify(|control| control.connected = false);
     }
 
-    /// It comes back.
+    /// Lets a client connect again.
     pub fn reconnect(&self, client: usize) {
         self.controls[client].send_modify(|control| control.connected = true);
     }
 
-    /// Nobody begins another message from here on.
+    /// Stops all clients from beginning another message.
     pub fn stop_sending(&self) {
         for (control, begun) in self.controls.iter().zip(&self.begun) {
             control.send_modify(|control| control.messages_max = begun.borrow().0);
         }
     }
 
-    /// Everybody ends what was begun; then one last message shows that all are at the end of the
-    /// log, whose numbers ascend, so that nothing before it is still to come.
+    /// Completes all messages, then sends one last message. When every client has received it,
+    /// every client is at the end of the log, because numbers ascend: nothing before it is still to
+    /// come.
     ///
     /// # Errors
     ///
-    /// [`Stuck`]
+    /// [`WaitTimeout`]
     pub async fn finish(self) -> Result<DeliveryReport, WaitTimeout> {
         self.stop_sending();
-        // Who had looked at its orders before begins one more.
-        sleep(LOOK_AGAIN).await;
-        self.wait_until("what was begun is acknowledged", Self::is_idle).await?;
-        let speaker = 0;
-        let last = self.begun[speaker].borrow().0 + 1;
-        self.controls[speaker].send_modify(|control| control.messages_max = last);
-        let said = |clients: &Self| clients.begun[speaker].borrow().0 >= last && clients.is_idle();
-        self.wait_until("the last message is acknowledged", said).await?;
+        // A client that had read its control before may begin one more message.
+        sleep(POLL_INTERVAL).await;
+        self.wait_until("all messages are acknowledged", Self::is_idle).await?;
+        let sender = 0;
+        let last = self.begun[sender].borrow().0 + 1;
+        self.controls[sender].send_modify(|control| control.messages_max = last);
+        let is_sent =
+            |clients: &Self| clients.begun[sender].borrow().0 >= last && clients.is_idle();
+        self.wait_until("the last message is acknowledged", is_sent).await?;
         let count = self.controls.len();
-        self.wait_until("everybody has the last message", |clients| {
+        self.wait_until("all clients have the last message", |clients| {
             let checker = clients.checker.lock();
-            let top = checker.last_acked(speaker);
+            let top = checker.last_acked(sender);
             (0..count).all(|client| top.is_some_and(|id| checker.position_of(client, id).is_some()))
         })
         .await?;

@@ -1,14 +1,12 @@
-//! The strict witness: judges every frame of every client as it arrives, and counts.
+//! The delivery checker: judges every frame of every client as it arrives, and counts.
 //!
-//! Pure. It looks at raw frames, since a client library drops what comes twice. What it holds against
-//! the servers:
-//! - within an epoch a client's numbers ascend by one: else a repeat, a disorder, or a gap;
-//! - the epoch changes only by `reset` or `recovered:false`: else a silent break;
-//! - a client gets an id once; again only behind a break and in another epoch;
-//! - all clients and all acks agree on the id that stands at a position, and an id has one number in
-//!   an epoch;
-//! - an acknowledged id reaches every client, unless a break that was announced to that client jumped
-//!   over its position. That is decided by positions, not by clocks.
+//! Pure. It reads raw frames, because a client library drops duplicates. Violations are:
+//! - within an epoch a client's numbers do not ascend by one: a duplicate, a wrong order, or a gap;
+//! - the epoch changes without `reset` or `recovered:false`: an unsignalled discontinuity;
+//! - a client receives an id twice, except after a discontinuity and in another epoch;
+//! - clients or acks disagree on the id at a position, or an id has two numbers in an epoch;
+//! - an acknowledged id does not reach a client, unless a discontinuity that was signalled to that
+//!   client skipped its position. Positions decide that, not clocks.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -37,14 +35,14 @@ pub mod clients;
 pub mod timeline;
 pub mod report;
 
-/// A place where the server said that continuity was lost.
+/// A signalled loss of continuity.
 #[derive(Debug)]
 struct Discontinuity {
     from: Position,
     to: Position,
 }
 
-/// What one client has seen.
+/// Observations of one client.
 #[derive(Debug, Default)]
 struct ClientState {
     cursor: Option<Position>,
@@ -57,11 +55,11 @@ struct ClientState {
     connections: usize,
     last_arrival: Option<Instant>,
     longest_silence: Duration,
-    /// Its last own message that was acknowledged.
+    /// Its own message that was acknowledged last.
     own: Option<(MessageId, Position)>,
 }
 
-/// What all clients have seen.
+/// Judges the frames of all clients of a room.
 #[derive(Debug, Default)]
 pub struct DeliveryChecker {
     clients: Vec<ClientState>,
@@ -81,53 +79,53 @@ pub struct DeliveryChecker {
 }
 
 impl DeliveryChecker {
-    /// A ledger of so many clients.
+    /// A checker of so many clients.
     pub fn new(clients: usize) -> Self {
         Self::with_timeline(Arc::default(), clients)
     }
 
-    /// The same, which shares its timeline with others.
+    /// As [`DeliveryChecker::new`], with a timeline that other checkers share.
     pub fn with_timeline(timeline: Arc<Mutex<Timeline>>, clients: usize) -> Self {
         let clients = (0..clients).map(|_| ClientState::default()).collect();
         Self { clients, timeline, ..Self::default() }
     }
 
-    /// Where a client is.
+    /// Position of a client.
     pub fn cursor(&self, client: usize) -> Option<&Position> {
         self.clients[client].cursor.as_ref()
     }
 
-    /// Where a client got an id.
+    /// Position at which a client received an id.
     pub fn position_of(&self, client: usize, id: MessageId) -> Option<&Position> {
         self.clients[client].seen.get(&id).map(|(position, _)| position)
     }
 
-    /// The last own message of a client that was acknowledged.
+    /// The message of a client that was acknowledged last.
     pub fn last_acked(&self, client: usize) -> Option<MessageId> {
         self.clients[client].own.as_ref().map(|(id, _)| *id)
     }
 
-    /// How many messages were acknowledged.
+    /// Number of acknowledged messages.
     pub fn acked(&self) -> usize {
         self.acked.len()
     }
 
-    /// What a client has had so far.
+    /// Number of ids that a client has received.
     pub fn received_count(&self, client: usize) -> usize {
         self.clients[client].seen.len()
     }
 
-    /// How often continuity was lost for a client.
+    /// Number of discontinuities that a client has seen.
     pub fn discontinuities(&self, client: usize) -> usize {
         self.clients[client].discontinuities.len()
     }
 
-    /// The first of what was wrong so far.
+    /// The first violations, in words.
     pub fn examples(&self) -> &[String] {
         &self.examples
     }
 
-    /// Notes something wrong.
+    /// Counts a violation.
     pub fn report_violation(
         &mut self,
         client: usize,
@@ -140,23 +138,24 @@ impl DeliveryChecker {
         }
     }
 
-    /// A client has a new connection.
+    /// Records a new connection of a client.
     pub fn on_connected(&mut self, client: usize) {
         self.clients[client].connections += 1;
         self.timeline.lock().connected(Instant::now());
     }
 
-    /// A client's connection has ended.
+    /// Records the end of a connection.
     pub fn on_disconnected(&mut self) {
         self.timeline.lock().ended(Instant::now());
     }
 
-    /// A client stays away on purpose: that nothing comes meanwhile is nobody's fault.
+    /// Records that a client disconnects on purpose, so that the time without deliveries is no
+    /// silence.
     pub fn on_left(&mut self, client: usize) {
         self.clients[client].last_arrival = None;
     }
 
-    /// A client was told `joined`.
+    /// Records a `joined`.
     pub fn on_joined(&mut self, client: usize, joined: &JoinedFrame<HistoryEntry>, now: Instant) {
         let top = Position::new(joined.epoch.clone(), joined.seq);
         let first = joined.history.iter().find_map(|entry| match entry {
@@ -174,19 +173,20 @@ impl DeliveryChecker {
                     None => self.report_violation(
                         client,
                         Violation::Protocol,
-                        "recovered:false without reason",
+                        "`recovered:false` without a reason",
                     ),
                 }
                 let to = first.unwrap_or(top.clone());
                 self.record_discontinuity(client, since, to);
             }
             (Some(since), true) => {
-                // The rest of a former epoch may come first; the reset that ends it is checked then.
+                // The rest of an earlier epoch may come first; the reset that ends it is checked
+                // then.
                 if since.epoch == top.epoch && top.seq < since.seq {
                     self.report_violation(
                         client,
                         Violation::UnsignalledDiscontinuity,
-                        format!("{since} above {top}"),
+                        format!("cursor {since} is above the top {top}"),
                     );
                 }
             }
@@ -204,7 +204,11 @@ impl DeliveryChecker {
                     self.on_message(client, message, now);
                 }
                 HistoryEntry::Direct(_) | HistoryEntry::Unknown => {
-                    self.report_violation(client, Violation::Protocol, "an unknown entry");
+                    self.report_violation(
+                        client,
+                        Violation::Protocol,
+                        "unknown entry in the history",
+                    );
                 }
             }
         }
@@ -216,14 +220,14 @@ impl DeliveryChecker {
             self.report_violation(
                 client,
                 Violation::Gap,
-                format!("history ends at {cursor:?}, not {top}"),
+                format!("history ends at {cursor:?}, not at {top}"),
             );
             self.move_cursor(client, top);
         }
     }
 
-    /// What is shown first, with the word that it is no continuation, may begin in an epoch that a
-    /// later one continues: the numbers go on.
+    /// A first history, which is no continuation, may begin in an epoch that a later epoch
+    /// continues with the same numbers.
     fn continue_in_epoch(&mut self, client: usize, epoch: &Epoch, behind: Seq) {
         let cursor = &self.clients[client].cursor;
         if cursor.as_ref().is_some_and(|at| at.epoch != *epoch && at.seq == behind) {
@@ -231,7 +235,7 @@ impl DeliveryChecker {
         }
     }
 
-    /// A client got an entry.
+    /// Records an entry.
     pub fn on_message(&mut self, client: usize, message: &MessageFrame, now: Instant) {
         let position = Position::new(message.epoch.clone(), message.seq);
         self.delivered += 1;
@@ -246,22 +250,18 @@ impl DeliveryChecker {
             None => self.report_violation(
                 client,
                 Violation::Protocol,
-                format!("{position} before joined"),
+                format!("{position} before `joined`"),
             ),
             Some(cursor) if cursor.epoch != position.epoch => {
-                let what = format!("{position} behind {cursor}");
+                let what = format!("{position} after {cursor}");
                 self.report_violation(client, Violation::UnsignalledDiscontinuity, what);
             }
             Some(cursor) if position.seq <= cursor.seq => {
                 let violation = if new { Violation::OutOfOrder } else { Violation::Duplicated };
-                self.report_violation(client, violation, format!("{position} behind {cursor}"));
+                self.report_violation(client, violation, format!("{position} after {cursor}"));
             }
             Some(cursor) if position.seq > cursor.seq + 1 => {
-                self.report_violation(
-                    client,
-                    Violation::Gap,
-                    format!("{position} behind {cursor}"),
-                );
+                self.report_violation(client, Violation::Gap, format!("{position} after {cursor}"));
             }
             Some(_) => {}
         }
@@ -281,29 +281,29 @@ impl DeliveryChecker {
         self.check_agreement(client, position, message.id);
     }
 
-    /// A client was told that continuity was lost.
+    /// Records a `reset`.
     pub fn on_reset(&mut self, client: usize, reset: &ResetFrame) {
         self.clients[client].resets += 1;
         self.count_reason(reset.reason);
         let to = Position::new(reset.epoch.clone(), reset.seq);
         match self.clients[client].cursor.clone() {
             Some(from) => self.record_discontinuity(client, from, to),
-            None => self.report_violation(client, Violation::Protocol, "reset before joined"),
+            None => self.report_violation(client, Violation::Protocol, "`reset` before `joined`"),
         }
     }
 
-    /// A message was sent that was due then.
+    /// Records the first send of a message that was due at `due`.
     pub fn on_send(&mut self, id: MessageId, due: Instant) {
         self.due.insert(id, due);
     }
 
-    /// An own message was acknowledged, so long after it was sent.
+    /// Records the ack of an own message, `after` its send.
     pub fn on_ack(&mut self, client: usize, ack: &AckFrame, after: Duration) {
         self.slowest_ack = self.slowest_ack.max(after);
         self.on_acked(client, ack.id, Position::new(ack.epoch.clone(), ack.seq));
     }
 
-    /// An own message is in the log, by its ack or since it was seen in the recovery.
+    /// Records that an own message is in the log: it was acknowledged, or received during recovery.
     pub fn on_acked(&mut self, client: usize, id: MessageId, position: Position) {
         if let Some((_, own)) = self.clients[client].own.replace((id, position.clone()))
             && own.epoch == position.epoch
@@ -321,13 +321,17 @@ impl DeliveryChecker {
         }
     }
 
-    /// A send was refused for the time being.
+    /// Records a temporary rejection of a send.
     pub fn on_refused(&mut self, client: usize, retry_after_ms: Option<u64>, after: Duration) {
         self.refused_sends += 1;
         self.timeline.lock().refused(Instant::now());
         self.slowest_refusal = self.slowest_refusal.max(after);
         if retry_after_ms.is_none() {
-            self.report_violation(client, Violation::Protocol, "a refusal without retry_after_ms");
+            self.report_violation(
+                client,
+                Violation::Protocol,
+                "rejection without `retry_after_ms`",
+            );
         }
     }
 
@@ -364,7 +368,7 @@ impl DeliveryChecker {
         *self.reasons.entry(name).or_default() += 1;
     }
 
-    /// The counts, when everybody has everything that will come.
+    /// The counts, after every client has received everything.
     pub fn report(&mut self) -> DeliveryReport {
         let mut skipped = 0;
         for client in 0..self.clients.len() {
@@ -409,7 +413,7 @@ impl DeliveryChecker {
 }
 
 impl ClientState {
-    /// Whether a break jumped over a position.
+    /// Whether a discontinuity skipped a position.
     fn was_skipped(&self, position: &Position) -> bool {
         !self.epochs.contains(&position.epoch) && !self.discontinuities.is_empty()
             || self.discontinuities.iter().any(|skipped| {

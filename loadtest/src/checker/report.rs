@@ -1,65 +1,65 @@
-//! The counts of a run, and what they must be.
+//! Counts of a run, and assertions on them.
 
 use std::{collections::BTreeMap, fmt, time::Duration};
 
-/// What the servers did wrong.
+/// Kinds of violations by the servers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Violation {
-    /// An acknowledged message did not come, and nothing was announced.
+    /// An acknowledged message was not delivered, without a signalled discontinuity.
     Lost,
-    /// A position, or an id, came twice.
+    /// A position or an id was delivered twice.
     Duplicated,
-    /// A lower number came behind a higher one.
+    /// A lower number was delivered after a higher one.
     OutOfOrder,
-    /// A number was skipped.
+    /// A number is missing.
     Gap,
-    /// Another epoch, or no recovery, without a word.
+    /// A change of epoch, or a failed recovery, without a signal.
     UnsignalledDiscontinuity,
     /// Two ids at one position, or two numbers for one id.
     Disagreement,
-    /// Anything else that the protocol does not allow.
+    /// Any other violation of the protocol.
     Protocol,
 }
 
-/// The counts of a run.
+/// Counts of a run.
 #[derive(Debug, Default)]
 pub struct DeliveryReport {
-    /// Clients.
+    /// Number of clients.
     pub clients: usize,
-    /// Messages that were acknowledged.
+    /// Acknowledged messages.
     pub acknowledged: usize,
-    /// Entries that arrived, all clients together.
+    /// Delivered entries of all clients.
     pub delivered: usize,
-    /// What was wrong, and how often.
+    /// Violations and their counts.
     pub violations: BTreeMap<Violation, usize>,
-    /// The first of it, in words.
+    /// The first violations, in words.
     pub examples: Vec<String>,
-    /// Acknowledged messages that a break jumped over, once for each client.
+    /// Acknowledged messages that a discontinuity skipped, once for each client.
     pub skipped: usize,
-    /// Entries that came again behind a break, under another number.
+    /// Entries that were repeated after a discontinuity, under another number.
     pub redelivered: usize,
-    /// How often `reset` was told.
+    /// Number of `reset` frames.
     pub resets: usize,
-    /// How often `recovered:false` was told.
+    /// Number of `recovered:false`.
     pub not_recovered: usize,
-    /// How often each reason was given for a break.
+    /// Reasons of discontinuities and their counts.
     pub reasons: BTreeMap<&'static str, usize>,
-    /// Sends answered by `unavailable` or the like.
+    /// Sends rejected with `unavailable` or `overloaded`.
     pub refused_sends: usize,
-    /// The longest time until an `ack`.
+    /// Longest time until an ack.
     pub slowest_ack: Duration,
-    /// The longest time until a refusal.
+    /// Longest time until a rejection.
     pub slowest_refusal: Duration,
-    /// The longest time without a delivery, for each client.
+    /// Longest time without a delivery, for each client.
     pub silences: Vec<Duration>,
-    /// How many connections each client had.
+    /// Number of connections of each client.
     pub connections: Vec<usize>,
-    /// How many epochs each client has been in.
+    /// Number of epochs that each client has been in.
     pub epochs: Vec<usize>,
 }
 
 impl DeliveryReport {
-    /// Adds what was seen in another room.
+    /// Adds the counts of another room.
     pub fn add(&mut self, other: Self) {
         self.clients += other.clients;
         self.acknowledged += other.acknowledged;
@@ -83,21 +83,21 @@ impl DeliveryReport {
         self.epochs.extend(other.epochs);
     }
 
-    /// How often this was wrong.
+    /// Count of one kind of violation.
     pub fn count(&self, wrong: Violation) -> usize {
         self.violations.get(&wrong).copied().unwrap_or(0)
     }
 
-    /// The longest time that any client was without a delivery.
+    /// Longest time that any client was without a delivery.
     pub fn longest_silence(&self) -> Duration {
         self.silences.iter().copied().max().unwrap_or_default()
     }
 
-    /// Prints the counts of a run, for tests.
+    /// Prints the counts and asserts that there are no violations, for tests.
     ///
     /// # Panics
     ///
-    /// Where anything was wrong, or nothing was sent.
+    /// If there was a violation, or no message was acknowledged.
     #[track_caller]
     pub fn check(&self, fault: &str) {
         println!("{fault}: {self}");
@@ -110,16 +110,16 @@ impl DeliveryReport {
         assert!(self.acknowledged > 0, "{fault}: nothing was sent");
     }
 
-    /// The same, and nobody was told of a break.
+    /// As [`DeliveryReport::check`], and asserts that no discontinuity was signalled.
     ///
     /// # Panics
     ///
-    /// Where [`Verdict::check`] does, and where somebody was told.
+    /// If `check` does, or a discontinuity was signalled.
     #[track_caller]
     pub fn check_seamless(&self, fault: &str) {
         self.check(fault);
         let signalled = self.resets + self.not_recovered;
-        assert_eq!(signalled, 0, "{fault}: clients were told of breaks: {:?}", self.reasons);
+        assert_eq!(signalled, 0, "{fault}: discontinuities were signalled: {:?}", self.reasons);
     }
 }
 

@@ -1,45 +1,45 @@
-//! What happened in each second of a run.
+//! Counters of each second of a run.
 //!
-//! Pure. Latencies are kept as the values that occurred and how often, so that seconds, and
-//! processes, can be added without guessing.
+//! Pure. Latencies are kept as values and their counts, so that seconds and processes can be added
+//! without loss.
 
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 use tokio::time::{Duration, Instant};
 
-/// The longest latency that is told apart; longer ones count as this.
+/// Upper bound of a recorded latency; longer ones count as this.
 const LATENCY_MAX_US: u64 = 3_600_000_000;
 
-/// Counts by second, from the first on.
+/// Counters by second since the start.
 #[derive(Debug)]
 pub struct Timeline {
     began: Instant,
-    /// Seconds that are over.
+    /// Completed seconds.
     past: Vec<Second>,
     now: Second,
     now_us: Histogram<u64>,
     open: u64,
 }
 
-/// What happened in one second.
+/// Counters of one second.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 pub struct Second {
-    /// Entries that arrived.
+    /// Delivered entries.
     pub deliveries: u64,
-    /// Messages that were acknowledged.
+    /// Acknowledged messages.
     pub acks: u64,
-    /// Sends that were refused for the time being.
+    /// Temporarily rejected sends.
     pub refusals: u64,
-    /// Connections that were opened.
+    /// Opened connections.
     pub connects: u64,
-    /// Connections that are open at its end.
+    /// Open connections at the end of the second.
     pub open: u64,
-    /// From when a message was due until a copy of it arrived, in µs: values and how often.
+    /// Time from when a message was due until a copy arrived, µs: values and their counts.
     pub latency_us: Vec<(u64, u64)>,
 }
 
 impl Second {
-    /// Adds what another process saw in the same second.
+    /// Adds the same second of another process.
     pub fn add(&mut self, other: &Self) {
         self.deliveries += other.deliveries;
         self.acks += other.acks;
@@ -49,13 +49,13 @@ impl Second {
         self.latency_us.extend_from_slice(&other.latency_us);
     }
 
-    /// Its latencies.
+    /// Its latencies as a histogram.
     pub fn latencies(&self) -> Histogram<u64> {
         histogram([self])
     }
 }
 
-/// The latencies of some seconds together, in µs, to two digits.
+/// The latencies of several seconds, in µs, to two digits.
 pub fn histogram<'a>(seconds: impl IntoIterator<Item = &'a Second>) -> Histogram<u64> {
     let mut all = empty();
     for (value, count) in seconds.into_iter().flat_map(|second| &second.latency_us) {
@@ -64,7 +64,7 @@ pub fn histogram<'a>(seconds: impl IntoIterator<Item = &'a Second>) -> Histogram
     all
 }
 
-/// The values of a histogram and how often each occurred, to be added to those of another.
+/// The values of a histogram with their counts, which can be added to those of another.
 pub fn pairs(histogram: &Histogram<u64>) -> Vec<(u64, u64)> {
     let recorded = histogram.iter_recorded();
     recorded.map(|one| (one.value_iterated_to(), one.count_at_value())).collect()
@@ -75,28 +75,28 @@ fn empty() -> Histogram<u64> {
 }
 
 impl Timeline {
-    /// A timeline that begins now, with so many connections open.
+    /// A timeline that begins now, with so many open connections.
     pub fn new(open: u64) -> Self {
         let now = Second { open, ..Second::default() };
         Self { began: Instant::now(), past: Vec::new(), now, now_us: empty(), open }
     }
 
-    /// When it began.
+    /// Start of the timeline.
     pub fn began(&self) -> Instant {
         self.began
     }
 
-    /// How many connections are open.
+    /// Number of open connections.
     pub fn open(&self) -> u64 {
         self.open
     }
 
-    /// How many messages have arrived.
+    /// Number of deliveries.
     pub fn deliveries(&self) -> u64 {
         self.past.iter().map(|second| second.deliveries).sum::<u64>() + self.now.deliveries
     }
 
-    /// All seconds, the one under way last.
+    /// All seconds, the current one last.
     pub fn seconds(&mut self) -> Vec<Second> {
         self.settle();
         let mut seconds = self.past.clone();
@@ -104,12 +104,12 @@ impl Timeline {
         seconds
     }
 
-    /// The second that was over last.
+    /// The last completed second.
     pub fn last(&self) -> Option<&Second> {
         self.past.last()
     }
 
-    /// A copy arrived, so long after its message was due.
+    /// Records a delivery and its latency.
     pub fn delivered(&mut self, at: Instant, latency: Option<Duration>) {
         self.go_to(at).deliveries += 1;
         if let Some(latency) = latency {
@@ -117,17 +117,17 @@ impl Timeline {
         }
     }
 
-    /// A message was acknowledged.
+    /// Records an acknowledged message.
     pub fn acknowledged(&mut self, at: Instant) {
         self.go_to(at).acks += 1;
     }
 
-    /// A send was refused for the time being.
+    /// Records a temporary rejection.
     pub fn refused(&mut self, at: Instant) {
         self.go_to(at).refusals += 1;
     }
 
-    /// A connection was opened.
+    /// Records an opened connection.
     pub fn connected(&mut self, at: Instant) {
         self.open += 1;
         let open = self.open;
@@ -135,14 +135,14 @@ impl Timeline {
         (second.connects, second.open) = (second.connects + 1, open);
     }
 
-    /// A connection ended.
+    /// Records a closed connection.
     pub fn ended(&mut self, at: Instant) {
         self.open = self.open.saturating_sub(1);
         let open = self.open;
         self.go_to(at).open = open;
     }
 
-    /// The second of a moment. What is older than the one under way counts into that one.
+    /// The second of `at`. A time before the current second counts into the current one.
     pub fn go_to(&mut self, at: Instant) -> &mut Second {
         let number = at.saturating_duration_since(self.began).as_secs() as usize;
         while self.past.len() < number {
