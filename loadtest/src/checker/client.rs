@@ -73,9 +73,9 @@ pub struct ClientControl {
 #[derive(Debug)]
 struct UnackedMessage {
     id: MessageId,
-    begun: Instant,
+    due: Instant,
     sent: Option<Instant>,
-    again_at: Option<Instant>,
+    retry_at: Option<Instant>,
 }
 
 /// A test client.
@@ -86,7 +86,7 @@ pub struct TestClient {
     checker: Arc<Mutex<DeliveryChecker>>,
     control: watch::Receiver<ClientControl>,
     /// Number of messages it has begun, and whether one is unacknowledged.
-    begun: Arc<watch::Sender<(usize, bool)>>,
+    progress: Arc<watch::Sender<(usize, bool)>>,
     unacked: Option<UnackedMessage>,
     /// When the next message is due; `None` before it may send.
     next_at: Option<Instant>,
@@ -103,14 +103,14 @@ impl TestClient {
         profile: ClientProfile,
         checker: &Arc<Mutex<DeliveryChecker>>,
         control: watch::Receiver<ClientControl>,
-        begun: Arc<watch::Sender<(usize, bool)>>,
+        progress: Arc<watch::Sender<(usize, bool)>>,
     ) -> Self {
         Self {
             number,
             profile,
             checker: checker.clone(),
             control,
-            begun,
+            progress,
             unacked: None,
             next_at: None,
             is_paused: false,
@@ -135,7 +135,7 @@ impl TestClient {
                 }
             }
             if let Some(unacked) = &mut self.unacked {
-                (unacked.sent, unacked.again_at) = (None, None);
+                (unacked.sent, unacked.retry_at) = (None, None);
             }
             sleep_until(Instant::now() + Duration::from_millis(50)).await;
         }
@@ -144,10 +144,10 @@ impl TestClient {
     /// Serves one connection until it ends, is silent, or the client is to disconnect.
     async fn run_connection(&mut self, connection: &mut ClientConnection, is_connected: &mut bool) {
         // Where the recovery of the join ends; `None` before the room is joined.
-        let mut goal: Option<Position> = None;
+        let mut recovery_end: Option<Position> = None;
         let mut join_at = Some(Instant::now());
         let mut ping_at = Instant::now();
-        let mut heard_by = Instant::now() + self.profile.idle_timeout;
+        let mut idle_deadline = Instant::now() + self.profile.idle_timeout;
         loop {
             if !self.control.borrow().connected {
                 self.checker.lock().on_left(self.number);
@@ -170,7 +170,7 @@ impl TestClient {
                         return;
                     }
                 }
-            } else if self.may_send(goal.as_ref()) {
+            } else if self.may_send(recovery_end.as_ref()) {
                 let at = self.send_at();
                 due = due.min(at);
                 if now >= at && self.send(connection).await.is_err() {
@@ -178,18 +178,18 @@ impl TestClient {
                 }
             }
             // Work that was due now is done; the next is due later.
-            let due = due.max(now + Duration::from_micros(50)).min(heard_by);
+            let due = due.max(now + Duration::from_micros(50)).min(idle_deadline);
             // All arms are cancel-safe.
             tokio::select! {
                 biased;
                 received = connection.next() => {
                     let Ok(received) = received else { return };
-                    heard_by = Instant::now() + self.profile.idle_timeout;
+                    idle_deadline = Instant::now() + self.profile.idle_timeout;
                     *is_connected |= matches!(&received, ReceivedMessage::Frame(ServerFrame::Connected(_), _));
-                    self.take(received, &mut goal, &mut join_at);
+                    self.handle_frame(received, &mut recovery_end, &mut join_at);
                 }
                 changed = self.control.changed() => if changed.is_err() { return },
-                () = self.timer.sleep_until(due) => if Instant::now() >= heard_by { return },
+                () = self.timer.sleep_until(due) => if Instant::now() >= idle_deadline { return },
             }
         }
     }
@@ -206,30 +206,30 @@ impl TestClient {
     }
 
     /// Whether the room is joined, the recovery is complete, and a message may be sent.
-    fn may_send(&mut self, goal: Option<&Position>) -> bool {
-        let Some(goal) = goal else { return false };
+    fn may_send(&mut self, recovery_end: Option<&Position>) -> bool {
+        let Some(recovery_end) = recovery_end else { return false };
         let checker = self.checker.clone();
         let mut checker = checker.lock();
-        let reached = checker
-            .cursor(self.number)
-            .is_some_and(|cursor| cursor.epoch != goal.epoch || cursor.seq >= goal.seq);
+        let reached = checker.cursor(self.number).is_some_and(|cursor| {
+            cursor.epoch != recovery_end.epoch || cursor.seq >= recovery_end.seq
+        });
         if !reached {
             return false;
         }
         if let Some(unacked) = &self.unacked {
-            if unacked.sent.is_some() && unacked.again_at.is_none() {
+            if unacked.sent.is_some() && unacked.retry_at.is_none() {
                 return false;
             }
-            let place = checker.position_of(self.number, unacked.id).cloned();
-            if let Some(position) = place {
+            let position = checker.position_of(self.number, unacked.id).cloned();
+            if let Some(position) = position {
                 checker.on_acked(self.number, unacked.id, position);
                 drop(checker);
-                self.settled();
+                self.complete_message();
                 return false;
             }
             return true;
         }
-        if self.begun.borrow().0 >= self.control.borrow().messages_max {
+        if self.progress.borrow().0 >= self.control.borrow().messages_max {
             // Messages that were due while it may not send are not sent later.
             self.is_paused = self.next_at.is_some();
             return false;
@@ -246,7 +246,7 @@ impl TestClient {
 
     fn send_at(&self) -> Instant {
         match &self.unacked {
-            Some(unacked) => unacked.again_at.unwrap_or(unacked.begun),
+            Some(unacked) => unacked.retry_at.unwrap_or(unacked.due),
             None => self.next_at.unwrap_or_else(Instant::now),
         }
     }
@@ -254,18 +254,19 @@ impl TestClient {
     async fn send(&mut self, connection: &mut ClientConnection) -> Result<(), ()> {
         let now = Instant::now();
         if self.unacked.is_none() {
-            self.begun.send_modify(|(count, waits)| (*count, *waits) = (*count + 1, true));
+            self.progress
+                .send_modify(|(count, is_pending)| (*count, *is_pending) = (*count + 1, true));
         }
         let unacked = self.unacked.get_or_insert_with(|| UnackedMessage {
             id: MessageId::random(),
-            begun: self.next_at.unwrap_or(now),
+            due: self.next_at.unwrap_or(now),
             sent: None,
-            again_at: None,
+            retry_at: None,
         });
         if unacked.sent.is_none() {
-            self.checker.lock().on_send(unacked.id, unacked.begun);
+            self.checker.lock().on_send(unacked.id, unacked.due);
         }
-        (unacked.sent, unacked.again_at) = (Some(now), None);
+        (unacked.sent, unacked.retry_at) = (Some(now), None);
         let content: Value = json!("x".repeat(self.profile.bytes));
         let message = frames::OutgoingMessage {
             id: Some(unacked.id),
@@ -274,53 +275,53 @@ impl TestClient {
         connection.send_json(&message).await.map_err(drop)
     }
 
-    fn settled(&mut self) {
+    fn complete_message(&mut self) {
         self.unacked = None;
         let now = Instant::now();
         self.next_at = Some(match self.profile.schedule {
             SendSchedule::AfterAck(pause) => now + pause,
             SendSchedule::Interval { interval, .. } => self.next_at.unwrap_or(now) + interval,
         });
-        self.begun.send_modify(|(_, waits)| *waits = false);
+        self.progress.send_modify(|(_, is_pending)| *is_pending = false);
     }
 
-    fn take(
+    fn handle_frame(
         &mut self,
         received: ReceivedMessage,
-        goal: &mut Option<Position>,
+        recovery_end: &mut Option<Position>,
         join_at: &mut Option<Instant>,
     ) {
-        let (checker, me, now) = (self.checker.clone(), self.number, Instant::now());
+        let (checker, number, now) = (self.checker.clone(), self.number, Instant::now());
         let mut checker = checker.lock();
         match received {
-            ReceivedMessage::Frame(ServerFrame::Connected(_), _) => checker.on_connected(me),
+            ReceivedMessage::Frame(ServerFrame::Connected(_), _) => checker.on_connected(number),
             ReceivedMessage::Frame(ServerFrame::Joined(joined), _) => {
-                checker.on_joined(me, &joined, now);
-                *goal = Some(Position::new(joined.epoch.clone(), joined.seq));
+                checker.on_joined(number, &joined, now);
+                *recovery_end = Some(Position::new(joined.epoch.clone(), joined.seq));
             }
             ReceivedMessage::Frame(ServerFrame::Message(message), _) => {
-                checker.on_message(me, &message, now)
+                checker.on_message(number, &message, now)
             }
             ReceivedMessage::Frame(ServerFrame::Reset(reset), _) => {
                 // A reset without a room concerns the inbox, which is not checked.
                 if reset.room.is_some() {
-                    checker.on_reset(me, &reset);
+                    checker.on_reset(number, &reset);
                 }
             }
             ReceivedMessage::Frame(ServerFrame::Ack(ack), _) => match &self.unacked {
                 Some(UnackedMessage { id, sent: Some(sent), .. }) if *id == ack.id => {
-                    checker.on_ack(me, &ack, now.duration_since(*sent));
+                    checker.on_ack(number, &ack, now.duration_since(*sent));
                     drop(checker);
-                    self.settled();
+                    self.complete_message();
                 }
                 _ => checker.report_violation(
-                    me,
+                    number,
                     Violation::Protocol,
                     format!("ack of no pending message: {ack:?}"),
                 ),
             },
-            ReceivedMessage::Frame(ServerFrame::Error(refusal), _) => {
-                self.refused(&mut checker, &refusal, goal.is_some(), join_at);
+            ReceivedMessage::Frame(ServerFrame::Error(error), _) => {
+                self.handle_error(&mut checker, &error, recovery_end.is_some(), join_at);
             }
             ReceivedMessage::Frame(
                 ServerFrame::Pong(_)
@@ -335,30 +336,30 @@ impl TestClient {
             )
             | ReceivedMessage::Ping(_)
             | ReceivedMessage::Pong(_) => {}
-            other => checker.report_violation(me, Violation::Protocol, format!("{other:?}")),
+            other => checker.report_violation(number, Violation::Protocol, format!("{other:?}")),
         }
     }
 
-    fn refused(
+    fn handle_error(
         &mut self,
         checker: &mut DeliveryChecker,
-        refusal: &ErrorFrame,
+        error: &ErrorFrame,
         joined: bool,
         join_at: &mut Option<Instant>,
     ) {
         let now = Instant::now();
-        if !matches!(refusal.code.as_str(), "unavailable" | "overloaded") {
-            checker.report_violation(self.number, Violation::Protocol, format!("{refusal:?}"));
+        if !matches!(error.code.as_str(), "unavailable" | "overloaded") {
+            checker.report_violation(self.number, Violation::Protocol, format!("{error:?}"));
         }
-        let again_at = now + Duration::from_millis(refusal.retry_after_ms.unwrap_or(500));
+        let retry_at = now + Duration::from_millis(error.retry_after_ms.unwrap_or(500));
         if !joined {
-            *join_at = Some(again_at);
+            *join_at = Some(retry_at);
         } else if let Some(unacked) = &mut self.unacked
-            && refusal.id.is_none_or(|id| id == unacked.id)
+            && error.id.is_none_or(|id| id == unacked.id)
             && let Some(sent) = unacked.sent
         {
-            checker.on_refused(self.number, refusal.retry_after_ms, now.duration_since(sent));
-            unacked.again_at = Some(again_at);
+            checker.on_refused(self.number, error.retry_after_ms, now.duration_since(sent));
+            unacked.retry_at = Some(retry_at);
         }
     }
 }

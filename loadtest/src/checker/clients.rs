@@ -23,7 +23,7 @@ pub struct TestClients {
     /// The checker that observes them.
     pub checker: Arc<Mutex<DeliveryChecker>>,
     controls: Vec<watch::Sender<ClientControl>>,
-    begun: Vec<Arc<watch::Sender<(usize, bool)>>>,
+    progress: Vec<Arc<watch::Sender<(usize, bool)>>>,
     tasks: JoinSet<()>,
 }
 
@@ -63,16 +63,17 @@ impl TestClients {
     pub fn spawn(profiles: Vec<ClientProfile>, timeline: Arc<Mutex<Timeline>>) -> Self {
         let checker =
             Arc::new(Mutex::new(DeliveryChecker::with_timeline(timeline, profiles.len())));
-        let mut clients = Self { checker, controls: vec![], begun: vec![], tasks: JoinSet::new() };
+        let mut clients =
+            Self { checker, controls: vec![], progress: vec![], tasks: JoinSet::new() };
         for (number, profile) in profiles.into_iter().enumerate() {
             let (control, control_rx) =
                 watch::channel(ClientControl { connected: true, messages_max: 0 });
-            let begun = Arc::new(watch::Sender::new((0, false)));
+            let progress = Arc::new(watch::Sender::new((0, false)));
             let client =
-                TestClient::new(number, profile, &clients.checker, control_rx, begun.clone());
+                TestClient::new(number, profile, &clients.checker, control_rx, progress.clone());
             clients.tasks.spawn(client.run());
             clients.controls.push(control);
-            clients.begun.push(begun);
+            clients.progress.push(progress);
         }
         clients
     }
@@ -160,8 +161,8 @@ impl TestClients {
 
     /// Stops all clients from beginning another message.
     pub fn stop_sending(&self) {
-        for (control, begun) in self.controls.iter().zip(&self.begun) {
-            control.send_modify(|control| control.messages_max = begun.borrow().0);
+        for (control, progress) in self.controls.iter().zip(&self.progress) {
+            control.send_modify(|control| control.messages_max = progress.borrow().0);
         }
     }
 
@@ -178,10 +179,10 @@ impl TestClients {
         sleep(POLL_INTERVAL).await;
         self.wait_until("all messages are acknowledged", Self::is_idle).await?;
         let sender = 0;
-        let last = self.begun[sender].borrow().0 + 1;
+        let last = self.progress[sender].borrow().0 + 1;
         self.controls[sender].send_modify(|control| control.messages_max = last);
         let is_sent =
-            |clients: &Self| clients.begun[sender].borrow().0 >= last && clients.is_idle();
+            |clients: &Self| clients.progress[sender].borrow().0 >= last && clients.is_idle();
         self.wait_until("the last message is acknowledged", is_sent).await?;
         let count = self.controls.len();
         self.wait_until("all clients have the last message", |clients| {
@@ -194,6 +195,6 @@ impl TestClients {
     }
 
     fn is_idle(&self) -> bool {
-        self.begun.iter().all(|begun| !begun.borrow().1)
+        self.progress.iter().all(|progress| !progress.borrow().1)
     }
 }

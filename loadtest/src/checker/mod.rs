@@ -44,7 +44,7 @@ struct Discontinuity {
 
 /// Observations of one client.
 #[derive(Debug, Default)]
-struct ClientState {
+struct CheckedClient {
     cursor: Option<Position>,
     seen: HashMap<MessageId, (Position, usize)>,
     positions: HashSet<(Epoch, Seq)>,
@@ -62,7 +62,7 @@ struct ClientState {
 /// Judges the frames of all clients of a room.
 #[derive(Debug, Default)]
 pub struct DeliveryChecker {
-    clients: Vec<ClientState>,
+    clients: Vec<CheckedClient>,
     ids: HashMap<Position, MessageId>,
     numbers: HashMap<(MessageId, Epoch), Seq>,
     acked: HashMap<MessageId, Position>,
@@ -86,7 +86,7 @@ impl DeliveryChecker {
 
     /// As [`DeliveryChecker::new`], with a timeline that other checkers share.
     pub fn with_timeline(timeline: Arc<Mutex<Timeline>>, clients: usize) -> Self {
-        let clients = (0..clients).map(|_| ClientState::default()).collect();
+        let clients = (0..clients).map(|_| CheckedClient::default()).collect();
         Self { clients, timeline, ..Self::default() }
     }
 
@@ -412,7 +412,7 @@ impl DeliveryChecker {
     }
 }
 
-impl ClientState {
+impl CheckedClient {
     /// Whether a discontinuity skipped a position.
     fn was_skipped(&self, position: &Position) -> bool {
         !self.epochs.contains(&position.epoch) && !self.discontinuities.is_empty()
