@@ -136,7 +136,7 @@ pub(crate) async fn run(args: ChatArgs) -> Result<Report, ProcfsError> {
         duplicated: metrics.duplicated,
         gaps: metrics.gaps,
         signalled_discontinuities: metrics.discontinuities,
-        sends_refused: metrics.failed,
+        sends_rejected: metrics.failed,
         examples: metrics.examples,
         ..MessageReport::default()
     };
@@ -341,7 +341,7 @@ async fn handle_events(mut events: mpsc::Receiver<ClientEvent>, metrics: Arc<Mut
             }
             ClientEvent::NotRecovered { .. } => metrics.discontinuities += 1,
             ClientEvent::Reset(reset) if reset.room.is_some() => metrics.discontinuities += 1,
-            ClientEvent::Error(refusal) => metrics.failed("rejected", &refusal.code.as_str()),
+            ClientEvent::Error(rejection) => metrics.failed("rejected", &rejection.code.as_str()),
             _ => {}
         }
     }

@@ -314,8 +314,8 @@ mod tests {
 
     #[test]
     fn rejections_and_invalid_responses_are_distinguished() {
-        let refused = b"HTTP/1.1 429 Too Many\r\nRetry-After: 1\r\n\r\nbody";
-        assert_eq!(parse_response(refused), Ok(Some(HandshakeResponse::Rejected { status: 429 })));
+        let rejected = b"HTTP/1.1 429 Too Many\r\nRetry-After: 1\r\n\r\nbody";
+        assert_eq!(parse_response(rejected), Ok(Some(HandshakeResponse::Rejected { status: 429 })));
         let wrong = GOOD.replace("s3pP", "xxxx");
         assert_eq!(parse_response(wrong.as_bytes()), Err(WebSocketError::WrongKey));
         assert_eq!(parse_response(b"SSH-2.0\r\n\r\n"), Err(WebSocketError::NotHttp));

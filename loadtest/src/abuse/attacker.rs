@@ -28,7 +28,7 @@ const SOURCES: Ipv4Addr = Ipv4Addr::new(127, 3, 0, 1);
 const TURN_BYTES: usize = 64 * 1024;
 /// What one read takes.
 const READ_BYTES: usize = 64 * 1024;
-/// How long an attacker waits before it opens a connection again that was refused or closed.
+/// How long an attacker waits before it opens a connection again that was rejected or closed.
 const REOPEN_AFTER: Duration = Duration::from_millis(250);
 /// How often it looks whether it is to stop.
 const POLL_INTERVAL: Duration = Duration::from_millis(10);

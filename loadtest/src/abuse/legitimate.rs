@@ -217,14 +217,14 @@ fn measure(
     let counters = &seen.counters;
     let ends = ended.iter().map(|(how, many)| format!("{many} ended: {how}"));
     let came = ConnectionReport::of(came, asked, duration);
-    let refused = came.refused.iter().map(|(how, many)| format!("{many} newcomers: HTTP {how}"));
+    let rejected = came.rejected.iter().map(|(how, many)| format!("{many} newcomers: HTTP {how}"));
     let failed = came.failed.iter().map(|(how, many)| format!("{many} newcomers: {how}"));
     Ok(LegitimateMetrics {
         sent: counters.sent,
         p50_ms: ms(0.5),
         p99_ms: ms(0.99),
         unanswered: counters.unanswered,
-        refused: counters.refused,
+        rejected: counters.rejected,
         lost: counters.lost,
         ended: ended.values().sum(),
         newcomers_failed: asked.saturating_sub(came.opened),
@@ -233,7 +233,7 @@ fn measure(
         probes_p99_ms: LatencySummary::of(probed.times_us).map_or(0.0, |times| times.p99),
         lag_p99_us: seen.lag_us.value_at_quantile(0.99),
         examples: ends
-            .chain(refused)
+            .chain(rejected)
             .chain(failed)
             .chain(probed.example)
             .chain(counters.examples.iter().take(3).cloned())

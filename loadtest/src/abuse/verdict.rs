@@ -93,10 +93,10 @@ pub(crate) struct LegitimateMetrics {
     /// From when a message was due until a copy arrived.
     pub(crate) p50_ms: f64,
     pub(crate) p99_ms: f64,
-    /// Neither acknowledged nor refused within 5 s.
+    /// Neither acknowledged nor rejected within 5 s.
     pub(crate) unanswered: u64,
-    /// Refused.
-    pub(crate) refused: u64,
+    /// Rejected.
+    pub(crate) rejected: u64,
     /// Acknowledged, and not delivered to a member within 5 s.
     pub(crate) lost: u64,
     /// Connections that the server ended.
@@ -285,7 +285,7 @@ impl AttackMeasurement {
         }
         for (count, what) in [
             (legitimate.unanswered, "legitimate messages unanswered"),
-            (legitimate.refused, "legitimate messages refused"),
+            (legitimate.rejected, "legitimate messages rejected"),
             (legitimate.lost, "legitimate deliveries missing"),
             (legitimate.ended, "legitimate connections ended"),
             (legitimate.newcomers_failed, "newcomers did not get in"),
@@ -374,7 +374,7 @@ mod tests {
         let cases: [(Change, &str); 19] = [
             (|m| m.legitimate.p99_ms = 4.1, "legitimate p99 is 2.0 times the control's"),
             (|m| m.legitimate.unanswered = 1, "1 legitimate messages unanswered"),
-            (|m| m.legitimate.refused = 2, "2 legitimate messages refused"),
+            (|m| m.legitimate.rejected = 2, "2 legitimate messages rejected"),
             (|m| m.legitimate.lost = 3, "3 legitimate deliveries missing"),
             (|m| m.legitimate.ended = 1, "1 legitimate connections ended"),
             (|m| m.legitimate.newcomers_failed = 1, "1 newcomers did not get in"),

@@ -20,9 +20,9 @@ pub(crate) enum ClientError {
     /// The server breaks the protocol.
     #[error("a connection of the load: {0}")]
     Wire(#[from] WebSocketError),
-    /// The handshake was refused.
+    /// The handshake was rejected.
     #[error("a handshake was answered with HTTP {status}")]
-    Refused { status: u16 },
+    Rejected { status: u16 },
     /// The server closed.
     #[error("the server closed before `{awaited}`")]
     Closed { awaited: &'static str },
@@ -63,7 +63,7 @@ impl BlockingClient {
             match websocket::parse_response(&head)? {
                 None => {}
                 Some(HandshakeResponse::Rejected { status }) => {
-                    return Err(ClientError::Refused { status });
+                    return Err(ClientError::Rejected { status });
                 }
                 Some(HandshakeResponse::Upgraded { .. }) => break,
             }

@@ -358,7 +358,7 @@ impl TestClient {
             && error.id.is_none_or(|id| id == unacked.id)
             && let Some(sent) = unacked.sent
         {
-            checker.on_refused(self.number, error.retry_after_ms, now.duration_since(sent));
+            checker.on_rejected(self.number, error.retry_after_ms, now.duration_since(sent));
             unacked.retry_at = Some(retry_at);
         }
     }

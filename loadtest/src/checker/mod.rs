@@ -73,9 +73,9 @@ pub struct DeliveryChecker {
     reasons: BTreeMap<&'static str, usize>,
     delivered: usize,
     redelivered: usize,
-    refused_sends: usize,
+    rejected_sends: usize,
     slowest_ack: Duration,
-    slowest_refusal: Duration,
+    slowest_rejection: Duration,
 }
 
 impl DeliveryChecker {
@@ -322,10 +322,10 @@ impl DeliveryChecker {
     }
 
     /// Records a temporary rejection of a send.
-    pub fn on_refused(&mut self, client: usize, retry_after_ms: Option<u64>, after: Duration) {
-        self.refused_sends += 1;
-        self.timeline.lock().refused(Instant::now());
-        self.slowest_refusal = self.slowest_refusal.max(after);
+    pub fn on_rejected(&mut self, client: usize, retry_after_ms: Option<u64>, after: Duration) {
+        self.rejected_sends += 1;
+        self.timeline.lock().rejected(Instant::now());
+        self.slowest_rejection = self.slowest_rejection.max(after);
         if retry_after_ms.is_none() {
             self.report_violation(
                 client,
@@ -402,9 +402,9 @@ impl DeliveryChecker {
             resets: clients.iter().map(|client| client.resets).sum(),
             not_recovered: clients.iter().map(|client| client.not_recovered).sum(),
             reasons: self.reasons.clone(),
-            refused_sends: self.refused_sends,
+            rejected_sends: self.rejected_sends,
             slowest_ack: self.slowest_ack,
-            slowest_refusal: self.slowest_refusal,
+            slowest_rejection: self.slowest_rejection,
             silences: clients.iter().map(|client| client.longest_silence).collect(),
             connections: clients.iter().map(|client| client.connections).collect(),
             epochs: clients.iter().map(|client| client.epochs.len()).collect(),

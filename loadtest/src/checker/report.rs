@@ -45,11 +45,11 @@ pub struct DeliveryReport {
     /// Reasons of discontinuities and their counts.
     pub reasons: BTreeMap<&'static str, usize>,
     /// Sends rejected with `unavailable` or `overloaded`.
-    pub refused_sends: usize,
+    pub rejected_sends: usize,
     /// Longest time until an ack.
     pub slowest_ack: Duration,
     /// Longest time until a rejection.
-    pub slowest_refusal: Duration,
+    pub slowest_rejection: Duration,
     /// Longest time without a delivery, for each client.
     pub silences: Vec<Duration>,
     /// Number of connections of each client.
@@ -75,9 +75,9 @@ impl DeliveryReport {
         for (reason, count) in other.reasons {
             *self.reasons.entry(reason).or_default() += count;
         }
-        self.refused_sends += other.refused_sends;
+        self.rejected_sends += other.rejected_sends;
         self.slowest_ack = self.slowest_ack.max(other.slowest_ack);
-        self.slowest_refusal = self.slowest_refusal.max(other.slowest_refusal);
+        self.slowest_rejection = self.slowest_rejection.max(other.slowest_rejection);
         self.silences.extend(other.silences);
         self.connections.extend(other.connections);
         self.epochs.extend(other.epochs);
@@ -146,8 +146,8 @@ impl fmt::Display for DeliveryReport {
             self.redelivered,
             self.longest_silence(),
             self.slowest_ack,
-            self.refused_sends,
-            self.slowest_refusal,
+            self.rejected_sends,
+            self.slowest_rejection,
         )
     }
 }

@@ -29,7 +29,7 @@ pub struct Second {
     /// Acknowledged messages.
     pub acks: u64,
     /// Temporarily rejected sends.
-    pub refusals: u64,
+    pub rejections: u64,
     /// Opened connections.
     pub connects: u64,
     /// Open connections at the end of the second.
@@ -43,7 +43,7 @@ impl Second {
     pub fn add(&mut self, other: &Self) {
         self.deliveries += other.deliveries;
         self.acks += other.acks;
-        self.refusals += other.refusals;
+        self.rejections += other.rejections;
         self.connects += other.connects;
         self.open += other.open;
         self.latency_us.extend_from_slice(&other.latency_us);
@@ -123,8 +123,8 @@ impl Timeline {
     }
 
     /// Records a temporary rejection.
-    pub fn refused(&mut self, at: Instant) {
-        self.go_to(at).refusals += 1;
+    pub fn rejected(&mut self, at: Instant) {
+        self.go_to(at).rejections += 1;
     }
 
     /// Records an opened connection.

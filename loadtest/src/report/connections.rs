@@ -42,7 +42,7 @@ pub(crate) enum ConnectOutcome {
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 pub(crate) struct ConnectionCounters {
     opened: u64,
-    refused: BTreeMap<String, u64>,
+    rejected: BTreeMap<String, u64>,
     failed: BTreeMap<String, u64>,
     closed: BTreeMap<String, u64>,
     connected_us: Vec<u64>,
@@ -64,7 +64,7 @@ impl ConnectionCounters {
                 self.connected_us.push(connected.as_micros() as u64);
                 self.joined_us.extend(joined.map(|joined| joined.as_micros() as u64));
             }
-            ConnectOutcome::Rejected { status } => count(&mut self.refused, status.to_string(), 1),
+            ConnectOutcome::Rejected { status } => count(&mut self.rejected, status.to_string(), 1),
             ConnectOutcome::Failed { reason } => count(&mut self.failed, reason, 1),
             ConnectOutcome::Closed { reason } => count(&mut self.closed, reason, 1),
         }
@@ -74,7 +74,7 @@ impl ConnectionCounters {
     pub(crate) fn merge(&mut self, other: Self) {
         self.opened += other.opened;
         let pairs = [
-            (&mut self.refused, other.refused),
+            (&mut self.rejected, other.rejected),
             (&mut self.failed, other.failed),
             (&mut self.closed, other.closed),
         ];
@@ -114,7 +114,7 @@ pub(crate) struct ConnectionReport {
     /// Open from then until the end.
     pub(crate) held: u64,
     /// By HTTP status.
-    pub(crate) refused: BTreeMap<String, u64>,
+    pub(crate) rejected: BTreeMap<String, u64>,
     /// By what went wrong.
     pub(crate) failed: BTreeMap<String, u64>,
     /// By close code and reason.
@@ -142,7 +142,7 @@ impl ConnectionReport {
             requested,
             opened: counters.opened,
             held: counters.held(),
-            refused: counters.refused,
+            rejected: counters.rejected,
             failed: counters.failed,
             closed_while_held: counters.closed,
             connected_ms: LatencySummary::of(counters.connected_us),
@@ -166,8 +166,8 @@ impl ConnectionReport {
         let mut line = |name: &str, value: String| lines.push((name.to_owned(), value));
         line("opened", format!("{} of {} in {:.1} s", self.opened, self.requested, self.opening_s));
         line("held", self.held.to_string());
-        for (status, many) in &self.refused {
-            line("refused", format!("{many} with HTTP {status}"));
+        for (status, many) in &self.rejected {
+            line("rejected", format!("{many} with HTTP {status}"));
         }
         for (why, many) in &self.failed {
             line("failed", format!("{many}: {why}"));

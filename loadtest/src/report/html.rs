@@ -122,8 +122,9 @@ fn plots(report: &Report) -> Vec<(String, Plot<'_>)> {
         let lines = vec![("deliveries", deliveries.collect())];
         plots.push(("Deliveries per second".to_owned(), over_time("per second", lines, false)));
         let acks = seconds().map(|(at, second)| (at as f64, second.acks as f64)).collect();
-        let refusals = seconds().map(|(at, second)| (at as f64, second.refusals as f64)).collect();
-        let lines = vec![("acknowledged", acks), ("refused", refusals)];
+        let rejections =
+            seconds().map(|(at, second)| (at as f64, second.rejections as f64)).collect();
+        let lines = vec![("acknowledged", acks), ("rejected", rejections)];
         plots.push(("Messages per second".to_owned(), over_time("per second", lines, false)));
     }
     let open = seconds().map(|(at, second)| (at as f64, second.open as f64)).collect();

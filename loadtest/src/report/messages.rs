@@ -31,7 +31,7 @@ pub(crate) struct MessageReport {
     pub(crate) disagreements: u64,
     /// Anything else that the protocol does not allow.
     pub(crate) other_violations: u64,
-    /// Messages that were neither acknowledged nor refused.
+    /// Messages that were neither acknowledged nor rejected.
     pub(crate) unanswered: u64,
     /// Rooms in which not all had what was sent when the run was over, and why.
     pub(crate) unfinished: Vec<String>,
@@ -41,8 +41,8 @@ pub(crate) struct MessageReport {
     pub(crate) signalled_discontinuities: u64,
     /// Acknowledged messages that such a break jumped over, once for each member.
     pub(crate) skipped: u64,
-    /// Sends that were refused.
-    pub(crate) sends_refused: u64,
+    /// Sends that were rejected.
+    pub(crate) sends_rejected: u64,
     /// Deliveries later than `late_after_ms`, in percent.
     pub(crate) late_percent: f64,
     pub(crate) late_after_ms: u64,
@@ -107,7 +107,7 @@ impl MessageReport {
             other_violations: wrong(Violation::Protocol),
             signalled_discontinuities: (delivery.resets + delivery.not_recovered) as u64,
             skipped: delivery.skipped as u64,
-            sends_refused: delivery.refused_sends as u64,
+            sends_rejected: delivery.rejected_sends as u64,
             longest_silence_ms: delivery.longest_silence().as_millis() as u64,
             examples: delivery.examples,
             unfinished,
@@ -188,7 +188,7 @@ impl MessageReport {
             "signalled discontinuities",
             format!("{signalled_discontinuities} ({skipped} deliveries skipped)"),
         );
-        line("sends refused", self.sends_refused.to_string());
+        line("sends rejected", self.sends_rejected.to_string());
         let Latency { p50_us, p90_us, p99_us, p999_us, max_us, .. } = self.latency;
         let [p50, p90, p99, p999, max] =
             [p50_us, p90_us, p99_us, p999_us, max_us].map(milliseconds);

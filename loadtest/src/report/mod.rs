@@ -125,7 +125,7 @@ fn millis<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S:
 struct SecondSummary {
     deliveries: u64,
     acks: u64,
-    refusals: u64,
+    rejections: u64,
     connects: u64,
     open: u64,
     p50_us: u64,
@@ -139,7 +139,7 @@ fn with_percentiles<S: Serializer>(seconds: &[Second], serializer: S) -> Result<
         SecondSummary {
             deliveries: second.deliveries,
             acks: second.acks,
-            refusals: second.refusals,
+            rejections: second.rejections,
             connects: second.connects,
             open: second.open,
             p50_us: latencies.value_at_percentile(50.0),

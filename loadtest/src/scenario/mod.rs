@@ -231,7 +231,7 @@ fn build_report(
             out_of_order: counters.out_of_order,
             gaps: counters.gaps,
             signalled_discontinuities: counters.signalled_discontinuities,
-            sends_refused: counters.refused,
+            sends_rejected: counters.rejected,
             unanswered: counters.unanswered,
             longest_silence_ms: counters.longest_silence_ms,
             examples: counters.examples.clone(),

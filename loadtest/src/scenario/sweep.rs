@@ -140,7 +140,7 @@ fn classify(report: &WorkerReport, latency: &Latency, p99_max: Duration) -> Rate
         + counters.unanswered;
     if own.invalid_reason().is_some() {
         RateOutcome::GeneratorOverloaded
-    } else if wrong + counters.refused > 0 || u128::from(latency.p99_us) > p99_max.as_micros() {
+    } else if wrong + counters.rejected > 0 || u128::from(latency.p99_us) > p99_max.as_micros() {
         RateOutcome::Overloaded
     } else {
         RateOutcome::Sustained

@@ -129,7 +129,7 @@ impl ScenarioRun {
         self.usage.stop();
         let unanswered = |run: &Self| {
             let counters = &run.users.metrics.counters;
-            let answered = counters.acknowledged.iter().sum::<u64>() + counters.refused;
+            let answered = counters.acknowledged.iter().sum::<u64>() + counters.rejected;
             counters.sent.saturating_sub(answered)
         };
         self.wait(ARRIVE_MAX, |run| unanswered(run) == 0)?;

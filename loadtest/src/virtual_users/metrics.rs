@@ -91,7 +91,7 @@ pub(crate) struct MessageCounters {
     /// For each room.
     pub(crate) acknowledged: Vec<u64>,
     pub(crate) delivered: u64,
-    pub(crate) refused: u64,
+    pub(crate) rejected: u64,
     pub(crate) duplicated: u64,
     pub(crate) out_of_order: u64,
     pub(crate) gaps: u64,
@@ -111,7 +111,7 @@ impl MessageCounters {
         rooms.for_each(|(sum, more)| *sum += more);
         self.sent += other.sent;
         self.delivered += other.delivered;
-        self.refused += other.refused;
+        self.rejected += other.rejected;
         self.duplicated += other.duplicated;
         self.out_of_order += other.out_of_order;
         self.gaps += other.gaps;

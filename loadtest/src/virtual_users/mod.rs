@@ -463,8 +463,8 @@ impl VirtualUsers {
                 self.metrics.timeline.acknowledged(now);
             }
             (UserState::Open, FrameKind::Error) => {
-                self.metrics.counters.refused += 1;
-                self.metrics.timeline.refused(now);
+                self.metrics.counters.rejected += 1;
+                self.metrics.timeline.rejected(now);
                 self.metrics.counters.example(|| format!("rejected: {}", error_code(message)));
             }
             // A reset without a room concerns the inbox, which this load does not use.
@@ -519,7 +519,7 @@ impl VirtualUsers {
         self.metrics.record_lag(due, now);
         if self.users[index].state != UserState::Open {
             self.metrics.counters.sent += 1;
-            self.metrics.counters.refused += 1;
+            self.metrics.counters.rejected += 1;
             self.metrics.counters.example(|| "not sent: its sender is not connected".to_owned());
             return;
         }

@@ -48,7 +48,7 @@ async fn it_says_so_when_connections_are_refused() {
     let gateway = Gateway::start(&[("limits.connections_max", "5")]).await;
     let url = gateway.url("/ws");
     let report = reported(&["connect", "--url", &url, "-n", "10", "--hold", "0s"]).await;
-    assert_eq!(report["refused"]["503"], 5, "{report}");
+    assert_eq!(report["rejected"]["503"], 5, "{report}");
     assert_eq!(report["failures"], json!(["5 of 10 connections were held"]));
 }
 

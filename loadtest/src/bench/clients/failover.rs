@@ -194,7 +194,7 @@ impl BenchClients {
     }
 
     /// Takes what belongs to the handshake of a member from what arrived. Returns what is behind
-    /// it; nothing where the handshake was refused.
+    /// it; nothing where the handshake was rejected.
     pub(super) fn read_handshake<'a>(
         &mut self,
         index: usize,

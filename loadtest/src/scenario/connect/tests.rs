@@ -27,11 +27,11 @@ enum PeerBehaviour {
     /// Says `connected`, answers a `join`, then waits for the close.
     Serve,
     /// Answers with HTTP 429.
-    Refuse,
+    Reject,
     /// Closes with 1008 instead of `connected`.
     Close,
-    /// Refuses the `join`.
-    RefuseJoin,
+    /// Rejects the `join`.
+    RejectJoin,
     /// Serves, pings, and closes with 1012 when the pong has come.
     Drain,
 }
@@ -67,10 +67,10 @@ async fn serve(stream: TcpStream, behaviour: PeerBehaviour) {
     #[expect(clippy::result_large_err, reason = "tungstenite wants it so")]
     let callback = |request: &Request, mut response: Response| {
         assert!(request.uri().query().unwrap().starts_with("user=load-"));
-        if behaviour == PeerBehaviour::Refuse {
-            let mut refusal = ErrorResponse::new(None);
-            *refusal.status_mut() = 429_u16.try_into().unwrap();
-            return Err(refusal);
+        if behaviour == PeerBehaviour::Reject {
+            let mut rejection = ErrorResponse::new(None);
+            *rejection.status_mut() = 429_u16.try_into().unwrap();
+            return Err(rejection);
         }
         response.headers_mut().insert("sec-websocket-protocol", "chat.v1".parse().unwrap());
         Ok(response)
@@ -92,7 +92,7 @@ async fn serve(stream: TcpStream, behaviour: PeerBehaviour) {
             Message::Text(text) => {
                 let frame: Value = serde_json::from_str(&text).unwrap();
                 assert_eq!((&frame["type"], &frame["history"]), (&json!("join"), &json!(0)));
-                let answer = if behaviour == PeerBehaviour::RefuseJoin {
+                let answer = if behaviour == PeerBehaviour::RejectJoin {
                     json!({"type": "error", "code": "room_full"})
                 } else {
                     json!({"type": "joined", "room": frame["room"], "seq": 0})
@@ -124,13 +124,13 @@ async fn without_rooms_nothing_is_joined() {
 async fn what_goes_wrong_is_counted_by_its_kind() {
     let behaviour_of = |number: u32| match number % 4 {
         0 => PeerBehaviour::Serve,
-        1 => PeerBehaviour::Refuse,
+        1 => PeerBehaviour::Reject,
         2 => PeerBehaviour::Close,
-        _ => PeerBehaviour::RefuseJoin,
+        _ => PeerBehaviour::RejectJoin,
     };
     let (report, failures) = check(behaviour_of, "-n 8 --hold 1ms --room r").await;
     assert_eq!(failures, ["2 of 8 connections were held"]);
-    assert_eq!((report.opened, report.held, report.refused["429"]), (2, 2, 2));
+    assert_eq!((report.opened, report.held, report.rejected["429"]), (2, 2, 2));
     assert_eq!(report.failed["closed while opening: 1008 forbidden"], 2);
     assert_eq!(report.failed["join rejected: room_full"], 2);
 }
@@ -157,8 +157,8 @@ async fn what_does_not_answer_times_out() {
 }
 
 #[tokio::test]
-async fn what_cannot_work_is_refused_before_it_begins() {
-    let refused = async |arguments: &str| {
+async fn impossible_runs_are_rejected_before_they_start() {
+    let rejected = async |arguments: &str| {
         let command = format!("loadtest connect {arguments}");
         let LoadCommand::Connect(args) = Cli::try_parse_from(command.split(' ')).unwrap().command
         else {
@@ -169,13 +169,13 @@ async fn what_cannot_work_is_refused_before_it_begins() {
             Ok(_) => panic!("it worked"),
         }
     };
-    assert!(matches!(refused("-n 1 --pid 4294967295").await, ScenarioError::Process(_)));
-    let error = refused("-n 1000000").await;
+    assert!(matches!(rejected("-n 1 --pid 4294967295").await, ScenarioError::Process(_)));
+    let error = rejected("-n 1000000").await;
     // Which limit is met first is the machine's.
     assert!(
         matches!(error, ScenarioError::Descriptors { .. } | ScenarioError::Ports { .. }),
         "{error}"
     );
-    let error = refused("-n 1 --url ws://nowhere.invalid/").await;
+    let error = rejected("-n 1 --url ws://nowhere.invalid/").await;
     assert!(error.to_string().starts_with("nowhere.invalid:80"), "{error}");
 }

@@ -41,7 +41,7 @@ async fn a_gateway_and_the_data_of_redis_are_lost_together() {
     }
     // Who was served goes on in the new epoch, told so.
     assert!(report.resets >= 4, "{report}");
-    assert!(report.refused_sends > 0, "{report}");
+    assert!(report.rejected_sends > 0, "{report}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -118,7 +118,7 @@ async fn freeze_while_redis_restarts(
         );
     }
     assert!(report.resets > 0, "nobody was told: {report}");
-    assert!(report.refused_sends > 0, "sends were not refused meanwhile: {report}");
+    assert!(report.rejected_sends > 0, "sends were not refused meanwhile: {report}");
     report
 }
 
