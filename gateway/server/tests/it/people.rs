@@ -550,6 +550,7 @@ async fn the_members_of_a_killed_node_leave_once_everywhere() {
         ("presence.event_members_max", "1000"),
         // The watchers read nothing while the others come.
         ("heartbeat.write_timeout", "10m"),
+        ("heartbeat.idle_timeout", "10m"),
         SHORT_LEASE_OPTION,
     ];
     let survivors =

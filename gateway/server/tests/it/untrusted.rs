@@ -282,18 +282,24 @@ async fn junk_in_a_room_concerns_that_room_only_and_it_recovers() {
     is_quiet(&world, cases.len()).await;
 }
 
-/// Nothing reads the same again and again.
+/// Nothing reads the same again and again, once what was left to be done is done.
 async fn is_quiet(world: &World, rooms: usize) {
     let processed = async || {
         let info = call(&world.redis, &[words("INFO stats")]).await;
         let line = info.lines().find_map(|line| line.strip_prefix("total_commands_processed:"));
         line.unwrap().parse::<u64>().unwrap()
     };
-    let before = processed().await;
-    sleep_until(Instant::now() + Duration::from_secs(1)).await;
-    let asked = processed().await - before;
-    println!("{asked} commands in a second, {rooms} rooms that something was planted in");
-    assert!(asked < 1000, "{asked} commands in a second");
+    let begun = Instant::now();
+    loop {
+        let before = processed().await;
+        sleep_until(Instant::now() + Duration::from_secs(1)).await;
+        let asked = processed().await - before;
+        println!("{asked} commands in a second, {rooms} rooms with invalid values");
+        if asked < 1000 {
+            return;
+        }
+        assert!(begun.elapsed() < RECOVERS_MAX, "{asked} commands in a second");
+    }
 }
 
 /// Junk in what there is once in all.

@@ -48,9 +48,10 @@ async fn start_nodes(redis: &Redis, count: usize) -> Vec<Node> {
 }
 
 /// As [`start_nodes`], for a trial that waits for the end of a lease: at full length that of the
-/// product, else a short one.
+/// product, else a short one, before which sends are refused as before the other.
 async fn start_nodes_with_lease(redis: &Redis, count: usize) -> Vec<Node> {
-    start_nodes_with(redis, count, &[&UNLIMITED[..], &[lease_option()]].concat()).await
+    let times = [lease_option(), length(("publish.timeout", "2s"), ("publish.timeout", "5s"))];
+    start_nodes_with(redis, count, &[&UNLIMITED[..], &times].concat()).await
 }
 
 async fn start_nodes_with(redis: &Redis, count: usize, options: &[(&str, &str)]) -> Vec<Node> {
