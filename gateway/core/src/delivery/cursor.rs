@@ -1,8 +1,8 @@
-//! What a member at a cursor is given next, and from where a client that comes back goes on.
+//! The next delivery for a member's cursor, and the position from which a returning client resumes.
 //!
-//! A cursor is an epoch and a number. Members are served up to the top and never beyond, from the
-//! ring or from what was read of the log; where a cursor stands at the end of an epoch that the next
-//! one continues, the member is told first, and nothing is skipped.
+//! A cursor is an epoch and a number. Members receive entries up to the replica's top and never
+//! beyond, from the ring or from a page of the log. A cursor at the end of an epoch that the next
+//! epoch continues first receives the epoch change, and nothing is skipped.
 
 use skein_protocol::{
     position::{Position, Seq},
@@ -11,35 +11,36 @@ use skein_protocol::{
 
 use super::{Entry, page::LogPage, replica::RoomReplica};
 
-/// What a member is to be given next.
+/// The next delivery for a member.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NextDelivery<'a> {
     /// An entry.
     Entry(&'a Entry),
-    /// `reset`: the log goes on in another epoch.
+    /// `reset`: the log continues in another epoch.
     EpochChange(Position),
-    /// What is not at hand.
+    /// An entry that neither the ring nor the page holds.
     NotBuffered,
-    /// Nothing: it has everything.
+    /// Nothing: the member has received everything.
     UpToDate,
 }
 
-/// What becomes of a client that wants to go on behind a position.
+/// Whether a client can resume from a position.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Resume {
     /// It cannot, as far as this node knows; the log may know more.
     Unknown(RecoveryFailure),
-    /// It can, if the log or the ring has what follows: up to this position in the epoch it knows.
+    /// It can, up to this position in the epoch that it knows, if the log or the ring holds the
+    /// entries.
     Until(Position),
 }
 
 impl RoomReplica {
-    /// What a member at `cursor` is given next, from the ring.
+    /// The next delivery at `cursor`, from the ring.
     pub fn next(&self, cursor: &Position) -> NextDelivery<'_> {
         self.step(cursor, self.ring.at(cursor.seq + 1))
     }
 
-    /// What a member at `cursor` is given next, from what was read of the log.
+    /// The next delivery at `cursor`, from a page of the log.
     pub fn next_in_page<'a>(&self, page: &'a LogPage, cursor: &Position) -> NextDelivery<'a> {
         self.step(cursor, page.at(cursor.seq + 1))
     }
@@ -62,13 +63,13 @@ impl RoomReplica {
         }
     }
 
-    /// Whether a page that was read for members is of the history followed.
+    /// Whether a page belongs to the replica's epoch.
     pub fn has_epoch_of(&self, page: &LogPage) -> bool {
         self.top.as_ref().is_some_and(|top| top.epoch == page.epoch)
     }
 
-    /// Where a member goes on that the log cannot be continued for from `cursor`, given a page that
-    /// was read from there or from before and ends behind it: `None` where it can.
+    /// The position from which a member continues if the log cannot continue it from `cursor`, and
+    /// why; `None` if it can. The page must begin at or before the cursor and end behind it.
     pub fn gap_after(
         &self,
         page: &LogPage,
@@ -83,7 +84,7 @@ impl RoomReplica {
                 let base = if first.position.seq <= top.seq { before(first) } else { top.clone() };
                 Some((base, RecoveryFailure::LogTrimmed))
             }
-            // The log has lost what is missed, and the ring may not reach back to it.
+            // The log has lost the missing entries, and the ring may not reach back to them.
             _ => {
                 let first = self.ring.at(self.ring.first().unwrap_or(0).max(cursor.seq + 1));
                 Some((first.map_or(top.clone(), before), RecoveryFailure::LogLost))
@@ -91,7 +92,8 @@ impl RoomReplica {
         }
     }
 
-    /// Whether and up to where a client goes on behind `since` within the epoch it knows.
+    /// Whether a client can resume after `since`, and up to which position of the epoch that it
+    /// knows.
     pub fn resume(&self, since: &Position) -> Resume {
         let Some(top) = &self.top else { return Resume::Unknown(RecoveryFailure::LogLost) };
         let former = self.former.as_ref();
@@ -104,7 +106,7 @@ impl RoomReplica {
             }
         }
         match former {
-            // What stands above was seen by this client and is gone.
+            // The entries above are lost, although this client has received them.
             Some(former) if former.epoch == since.epoch && since.seq <= former.seq => {
                 Resume::Until(former.clone())
             }
@@ -113,8 +115,9 @@ impl RoomReplica {
     }
 }
 
-/// The entries among `behind`, which follow `since`, that are of its epoch and not above `until`.
-/// `None`: the first is of another epoch although `until` is of the same: nobody was ever there.
+/// The entries of `behind`, which follow `since`, that belong to its epoch and are not above
+/// `until`. `None` if the first entry belongs to another epoch although `until` does not: no client
+/// can have been at that position.
 pub fn within_epoch<'a>(
     behind: impl Iterator<Item = &'a Entry>,
     since: &Position,

@@ -1,7 +1,7 @@
-//! The rules of delivery, as pure code: what to do with an entry that arrives, whether what was
-//! read is whole, what a node remembers.
+//! The rules of delivery, as pure code: how to handle a received entry, whether a page of the log
+//! is contiguous, what a node remembers of a room.
 //!
-//! No I/O, no clock, no locks: the hub asks and obeys.
+//! No I/O, no clock, no locks: the hub calls and executes the results.
 
 use std::{fmt, str::FromStr};
 
@@ -15,15 +15,15 @@ pub mod replica;
 pub mod reconcile;
 pub mod cursor;
 
-/// Tells one run of a server from every other: another server, or the same one restarted or become
-/// primary again, has another token. Written as 16 hexadecimal digits.
+/// Identifies one run of a Redis server and the data set that it serves. Another server, or the
+/// same server after a restart or a promotion, has another id. Written as 16 hexadecimal digits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct ServerId(u64);
 
-/// The text is no token.
+/// The text is not a server id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("a token is 16 hexadecimal digits")]
-pub struct InvalidToken;
+#[error("a server id is 16 hexadecimal digits")]
+pub struct InvalidServerId;
 
 impl fmt::Display for ServerId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -32,64 +32,63 @@ impl fmt::Display for ServerId {
 }
 
 impl FromStr for ServerId {
-    type Err = InvalidToken;
+    type Err = InvalidServerId;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         if text.len() != 16 {
-            return Err(InvalidToken);
+            return Err(InvalidServerId);
         }
-        u64::from_str_radix(text, 16).map(Self).map_err(|_| InvalidToken)
+        u64::from_str_radix(text, 16).map(Self).map_err(|_| InvalidServerId)
     }
 }
 
 /// An entry of a log with its position. Cheap to clone.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
-    /// Where it stands.
+    /// The position in the log.
     pub position: Position,
-    /// The server it was first appended on. Two histories may have one number, and even one id at
-    /// one number, in common; with the stamp they have only what both have from before they parted.
+    /// The server on which the entry was first appended. Two histories may share a number, and even
+    /// one id at one number; they share an entry of the same origin only if it is older than their
+    /// divergence.
     pub origin: ServerId,
-    /// What it is.
+    /// The content.
     pub envelope: Envelope,
 }
 
 impl Entry {
-    /// Whether `other` is the same entry of the same history. Epochs are no part of that: an entry
-    /// keeps the one it was written under.
+    /// Whether `other` is the same entry of the same history. The epoch is not compared: an entry
+    /// keeps the epoch under which it was written.
     pub fn is_same_as(&self, other: &Self) -> bool {
         self.position.seq == other.position.seq
             && self.origin == other.origin
             && self.envelope.dedup_key() == other.envelope.dedup_key()
     }
 
-    /// What the entry takes in memory, roughly.
+    /// The approximate memory of the entry, in bytes.
     pub fn bytes(&self) -> usize {
         self.envelope.as_bytes().len()
     }
 }
 
-/// What a node holds of a room that it follows, to be given back to a server that came back without
-/// it.
+/// A node's copy of a room, with which a Redis server that came back without it is restored.
 #[derive(Clone, Debug)]
 pub struct ReplicaSnapshot {
     /// The room.
     pub room: RoomId,
-    /// The newest entry that was passed on, 0 for none.
+    /// The newest entry that was delivered, 0 for none.
     pub top: Position,
-    /// The former epoch and its last number, where the present one continues it.
+    /// The former epoch and its last number, if the present epoch continues it.
     pub former: Option<Position>,
-    /// The term in which the room was declared whole last.
+    /// The agreement generation in which the room was last declared complete.
     pub generation: u64,
-    /// The newest entries without steps, the last at `top`; older than the room's retention they
-    /// are left out.
+    /// The newest entries without gaps, the last one at `top`. Empty if the entries are past the
+    /// room's retention.
     pub entries: Vec<Entry>,
-    /// RecentIds of older messages within the dedup window, and their numbers.
+    /// Ids of older messages within the dedup window, with their positions.
     pub ids: Vec<(DedupKey, Position)>,
 }
 
-/// Tells the ordinal of an epoch: epochs are `<ordinal>-<random>`, and the higher ordinal is the
-/// later one.
+/// The ordinal of an epoch. Epochs are `<ordinal>-<random>`; the higher ordinal is the later epoch.
 pub fn ordinal(epoch: &skein_protocol::position::Epoch) -> u64 {
     epoch.as_str().split_once('-').and_then(|(ordinal, _)| ordinal.parse().ok()).unwrap_or(0)
 }
@@ -99,7 +98,7 @@ mod tests;
 
 #[cfg(test)]
 pub(crate) mod samples {
-    //! Entries for the tests of this module and those above it.
+    //! Entries for the tests of this module and of the modules above.
 
     use crate::envelope::{AuthorHash, EnvelopeParts};
     use skein_protocol::{
@@ -110,7 +109,7 @@ pub(crate) mod samples {
 
     use super::*;
 
-    /// The entry `seq` of `epoch`, with an id made of the number.
+    /// The entry `seq` of `epoch`, with an id derived from the number.
     pub(crate) fn entry(epoch: &str, seq: Seq) -> Entry {
         let envelope = Envelope::pack(EnvelopeParts {
             frame: Default::default(),
@@ -140,7 +139,7 @@ mod entry_tests {
     use super::{samples::entry, *};
 
     #[test]
-    fn one_message_under_one_number_of_two_histories_is_two_entries() {
+    fn origin_tells_entries_of_two_histories_apart() {
         let written = entry("1-e", 7);
         let again = Entry { origin: "0123456789abcdef".parse().unwrap(), ..written.clone() };
         assert!(written.is_same_as(&written) && !written.is_same_as(&again));

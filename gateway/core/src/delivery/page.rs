@@ -1,5 +1,5 @@
-//! Judges what was read from a log. A read is whole only if its first entry is the cursor's next
-//! one and no number is skipped: a trimmed log answers as if nothing had been there.
+//! Pages of a log. A page is contiguous with a cursor only if its first entry has the next number
+//! and no number is skipped: a trimmed log replies as if the entries had never existed.
 
 use skein_protocol::{
     position::{Epoch, Position, Seq},
@@ -8,30 +8,30 @@ use skein_protocol::{
 
 use super::Entry;
 
-/// Part of a log, as it was at one moment.
+/// A part of a log, as it was at one moment.
 #[derive(Clone, Debug)]
 pub struct LogPage {
     /// The log's epoch.
     pub epoch: Epoch,
-    /// The epoch before, and its last number, where this one goes on behind that: what a server
-    /// lost that not everybody could be asked about begins a new epoch, and nothing else changes.
+    /// The former epoch and its last number, if the present epoch continues it. A new epoch that
+    /// continues the former one begins after a failover in which some nodes could not be asked for
+    /// their unconfirmed publishes.
     pub former: Option<Position>,
     /// The [`ordinal`](super::ordinal) of the epoch that the last deletion of the log began, 0 for
-    /// none: what a node holds of earlier epochs is not brought back.
+    /// none. Entries of earlier epochs are not restored.
     pub deleted: u64,
-    /// The term in which the room was declared whole last: the agreements of the nodes on a server
-    /// are counted.
+    /// The agreement generation in which the room was last declared complete.
     pub generation: u64,
-    /// Its newest entry, 0 for none.
+    /// The number of the newest entry, 0 for none.
     pub top: Seq,
-    /// Its oldest entry still kept, 0 for none.
+    /// The number of the oldest retained entry, 0 for none.
     pub oldest: Seq,
-    /// What was asked for, oldest first; cut where it was too much.
+    /// The requested entries, oldest first; cut at the size limit of a read.
     pub entries: Vec<Entry>,
 }
 
 impl LogPage {
-    /// What a room without a log shows: nothing, at no position.
+    /// The page of a room without a log: empty, at no position.
     pub fn without_log() -> Self {
         Self {
             epoch: Epoch::none(),
@@ -44,17 +44,16 @@ impl LogPage {
         }
     }
 
-    /// How many bytes of envelopes it has.
+    /// The size of the envelopes, in bytes.
     pub fn bytes(&self) -> usize {
         self.entries.iter().map(|entry| entry.envelope.as_bytes().len()).sum()
     }
 
-    /// Whether the page shows all that stands behind `seq`, or at least the next of it, and if not,
-    /// why.
+    /// Whether the page holds the entry after `seq`, or nothing follows `seq`.
     ///
     /// # Errors
     ///
-    /// Why a client that has everything up to `seq` cannot be continued.
+    /// The reason why a client that has everything up to `seq` cannot continue.
     pub fn continues(&self, seq: Seq) -> Result<(), RecoveryFailure> {
         #[cfg(debug_assertions)]
         if crate::fault_injection::is_injected(
@@ -71,12 +70,12 @@ impl LogPage {
         Err(RecoveryFailure::LogTrimmed)
     }
 
-    /// The entry `seq`, if the page shows it.
+    /// The entry `seq`, if the page holds it.
     pub fn at(&self, seq: Seq) -> Option<&Entry> {
         self.entries.get(self.index_of(seq)?)
     }
 
-    /// Which of the entries is `seq`.
+    /// The index of the entry `seq`.
     pub fn index_of(&self, seq: Seq) -> Option<usize> {
         self.entries.binary_search_by_key(&seq, |entry| entry.position.seq).ok()
     }
@@ -86,10 +85,10 @@ impl LogPage {
         Position::new(self.epoch.clone(), self.top)
     }
 
-    /// Drops what stands before the last skipped number, so that the rest is whole in itself.
+    /// Drops everything up to the last gap, so that the rest is contiguous.
     ///
-    /// A log is written without steps; a step in it means that part of it was lost.
-    pub fn keep_whole(&mut self) {
+    /// A log is written without gaps; a gap means that part of it was lost.
+    pub fn keep_contiguous(&mut self) {
         #[cfg(debug_assertions)]
         if crate::fault_injection::is_injected(
             crate::fault_injection::ProtocolFault::NoContiguityCheck,
@@ -124,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_goes_on_only_from_right_before_it() {
+    fn page_continues_only_from_the_number_before_it() {
         assert_eq!(page(9, &[7, 8, 9]).continues(6), Ok(()));
         let trimmed = Err(RecoveryFailure::LogTrimmed);
         assert_eq!(page(9, &[7, 8, 9]).continues(5), trimmed);
@@ -134,9 +133,9 @@ mod tests {
     }
 
     #[test]
-    fn what_stands_before_a_step_is_not_passed_off_as_whole() {
+    fn keep_contiguous_drops_entries_before_a_gap() {
         let mut page = page(9, &[2, 3, 7, 8, 9]);
-        page.keep_whole();
+        page.keep_contiguous();
         let seqs: Vec<_> = page.entries.iter().map(|entry| entry.position.seq).collect();
         assert_eq!(seqs, [7, 8, 9]);
         assert_eq!(page.continues(1), Err(RecoveryFailure::LogTrimmed));

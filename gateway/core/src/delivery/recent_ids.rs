@@ -1,8 +1,7 @@
-//! The ids of a room's messages within the dedup window, to be given back to a server that lost
-//! them: a message that is sent once more is then known, however many came after it.
+//! The ids of a room's messages within the dedup window, from which a server that lost them is
+//! restored: a repeated message is then recognised, however many messages came after it.
 //!
-//! An id takes 32 bytes. They stand in buckets by the time they were noted, so that forgetting the
-//! old ones costs nothing.
+//! An id takes 32 bytes. Ids are kept in buckets by time, so that dropping old ids costs nothing.
 
 use std::{collections::VecDeque, time::Duration};
 
@@ -10,11 +9,11 @@ use crate::envelope::DedupKey;
 use skein_protocol::position::{Epoch, Position, Seq};
 use tokio::time::Instant;
 
-/// The most ids of a bucket.
+/// The most ids in a bucket.
 const BUCKET_LEN: usize = 512;
-/// Into how many buckets the window is cut; an id is kept for so much of it longer.
+/// The number of buckets per window; an id is kept for up to one bucket's time longer.
 const BUCKETS: u32 = 16;
-/// What a bucket takes beside its ids, roughly.
+/// The approximate memory of a bucket without its ids, in bytes.
 const BUCKET_BYTES: usize = 128;
 
 /// The ids of a room.
@@ -22,7 +21,7 @@ const BUCKET_BYTES: usize = 128;
 pub struct RecentIds {
     buckets: VecDeque<IdBucket>,
     bytes: usize,
-    /// How many buckets were ever buckets_started.
+    /// The number of buckets ever started.
     buckets_started: u64,
 }
 
@@ -34,7 +33,7 @@ struct IdBucket {
 }
 
 impl RecentIds {
-    /// Notes that a message was passed on at `now`.
+    /// Records a message that was delivered at `now`.
     pub fn record(&mut self, key: DedupKey, position: &Position, window: Duration, now: Instant) {
         let fits = |bucket: &IdBucket| {
             bucket.ids.len() < BUCKET_LEN
@@ -61,40 +60,40 @@ impl RecentIds {
         ids.filter(move |(_, position)| position.seq < seq)
     }
 
-    /// Forgets the oldest bucket.
+    /// Drops the oldest bucket.
     pub fn forget_oldest(&mut self) {
         if let Some(bucket) = self.buckets.pop_front() {
             self.bytes -= BUCKET_BYTES + bucket.ids.len() * size_of::<(DedupKey, Seq)>();
         }
     }
 
-    /// When the oldest bucket was buckets_started.
+    /// The time at which the oldest bucket was started.
     pub fn oldest(&self) -> Option<Instant> {
         self.buckets.front().map(|bucket| bucket.since)
     }
 
-    /// Whether there is none.
+    /// Whether there are no ids.
     pub fn is_empty(&self) -> bool {
         self.buckets.is_empty()
     }
 
-    /// How many buckets were buckets_started since the room is followed.
+    /// The number of buckets started since the subscription.
     pub fn buckets_started(&self) -> u64 {
         self.buckets_started
     }
 
-    /// What the ids take in memory, roughly.
+    /// The approximate memory of the ids, in bytes.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
 
-    /// Forgets everything.
+    /// Drops all ids.
     pub fn clear(&mut self) {
         *self = Self { buckets_started: self.buckets_started, ..Self::default() };
     }
 }
 
-/// Whether a bucket that was buckets_started at `since` holds nothing within the window any more.
+/// Whether all ids of a bucket started at `since` are outside of the window.
 pub fn is_expired(since: Instant, window: Duration, now: Instant) -> bool {
     now.saturating_duration_since(since) > window + window / BUCKETS
 }
@@ -111,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn an_id_keeps_its_position_for_the_window_and_little_longer() {
+    fn id_keeps_its_position_for_the_dedup_window() {
         let (mut ids, start) = (RecentIds::default(), Instant::now());
         record(&mut ids, "1-e", 1, start);
         record(&mut ids, "2-f", 2, start);
@@ -126,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_are_those_of_what_is_held() {
+    fn bytes_count_the_ids_held() {
         let (mut ids, now) = (RecentIds::default(), Instant::now());
         for seq in 1..=2000 {
             record(&mut ids, "1-e", seq, now);

@@ -1,9 +1,9 @@
-//! What a read of the log means for a room that is followed: whether it goes on from where the room
-//! is, goes on in another epoch, or is another history.
+//! Reconciles a replica with a page of its log: the page continues the replica, continues it in
+//! another epoch, or belongs to another history.
 //!
-//! A read begins one entry before what is wanted, so that the log's entry at the top can be compared
-//! with the one held: the same number under the same epoch may stand for another message where a
-//! server came back without its newest entries.
+//! A read begins one entry before the wanted ones, so that the log's entry at the top can be
+//! compared with the replica's: if a server came back without its newest entries, the same number
+//! under the same epoch may belong to another message.
 
 use skein_protocol::{
     position::{Position, Seq},
@@ -16,30 +16,30 @@ use super::{
     replica::{DeliverySink, NextAction, ReadPlan, ReadState, RetentionContext, RoomReplica},
 };
 
-/// How many entries one read of a log brings: all that a ring holds, so that one read tells which
-/// entries of a ring the log has lost.
+/// The number of entries in one read of a log: as many as a ring holds, so that one read shows
+/// which entries of a ring the log has lost.
 pub const READ_LEN: u32 = 256;
 
-/// Which part of a log is to be read: `limit` of [`READ_LEN`] entries.
+/// The start of the next read of a log; each read takes at most [`READ_LEN`] entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReadFrom {
-    /// The newest.
+    /// The newest entries.
     Newest,
-    /// The oldest behind a number.
+    /// The oldest entries after a number.
     After(Seq),
 }
 
-/// What became of a page.
+/// The progress that a page made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum PageProgress {
-    /// All it showed.
+    /// All its entries were applied.
     Applied,
-    /// Nothing: another part of the log has to be seen first.
+    /// None: another part of the log must be read first.
     Blocked(NextAction),
 }
 
 impl RoomReplica {
-    /// Which part of the log to read to go on.
+    /// The start of the next read.
     pub fn next_read(&self) -> ReadFrom {
         match (self.plan, &self.top) {
             (ReadPlan::Newest, _) | (_, None) => ReadFrom::Newest,
@@ -51,7 +51,7 @@ impl RoomReplica {
         }
     }
 
-    /// Takes what was read of the log, and then what was held meanwhile.
+    /// Applies a page of the log, then the entries buffered meanwhile.
     pub fn apply_page(
         &mut self,
         mut page: LogPage,
@@ -66,11 +66,11 @@ impl RoomReplica {
             return next;
         }
         self.generation = self.generation.max(term);
-        let held = self.handle_buffered(retention, sink);
+        let next = self.handle_buffered(retention, sink);
         let more =
             self.top.as_ref().is_none_or(|top| top.epoch != head.epoch || top.seq < head.seq);
-        // A later epoch may have come with what was held, which the next read tells.
-        if more || again { held.max(NextAction::Read) } else { held }
+        // A later epoch may have arrived with the buffered entries; the next read will show it.
+        if more || again { next.max(NextAction::Read) } else { next }
     }
 
     fn apply(
@@ -94,7 +94,7 @@ impl RoomReplica {
             return self.apply_new_epoch(page, plan, same, retention, sink);
         }
         if page.top < top.seq {
-            // Older than an arrival that came while it was under way.
+            // The page is older than an entry received during the read.
             return PageProgress::Applied;
         }
         if same == Some(false) {
@@ -113,7 +113,7 @@ impl RoomReplica {
         match page.entries.first() {
             Some(first) if first.position.seq > top.seq + 1 => {
                 if plan == ReadPlan::Newest {
-                    // It was not plan for what is next.
+                    // The read was not made for the next entry.
                     return PageProgress::Blocked(NextAction::Read);
                 }
                 let base = before(first);
@@ -127,8 +127,8 @@ impl RoomReplica {
         PageProgress::Applied
     }
 
-    /// Whether another read shows what this one did not: it ended at the top since the entry there
-    /// is large, or it was made to see the entries before.
+    /// Whether another read will show what this one did not: the page ended at the top because that
+    /// entry is large, or the read was made for the entries before.
     fn needs_further_read(&mut self, plan: ReadPlan, shown: bool) -> bool {
         if plan == ReadPlan::Overlap && shown {
             self.plan = ReadPlan::AfterTop;
@@ -136,18 +136,18 @@ impl RoomReplica {
         shown || matches!(plan, ReadPlan::Ring | ReadPlan::Newest)
     }
 
-    /// Takes the first page of a room.
+    /// Applies the first page of a room.
     fn apply_first_page(
         &mut self,
         page: &mut LogPage,
         retention: &RetentionContext,
         sink: &mut impl DeliverySink,
     ) -> PageProgress {
-        page.keep_whole();
+        page.keep_contiguous();
         self.former = page.former.clone();
         let first = page.entries.first().map_or(0, |first| first.position.seq);
         self.deliver_all(page, retention, sink);
-        self.ring_is_whole = first == page.oldest && self.ring.first().unwrap_or(0) == first;
+        self.ring_is_complete = first == page.oldest && self.ring.first().unwrap_or(0) == first;
         let seq = self.top.as_ref().map_or(page.top, |top| top.seq);
         self.top = Some(Position::new(page.epoch.clone(), seq));
         PageProgress::Applied
@@ -177,7 +177,8 @@ impl RoomReplica {
             .former
             .clone()
             .filter(|former| former.epoch == top.epoch && top.seq <= former.seq)
-            // What is not held cannot be compared, and what was compared next not be again.
+            // Entries that the replica does not hold cannot be compared, and compared ones need not
+            // be again.
             .filter(|_| same == Some(true) || self.ring.is_empty() || plan == ReadPlan::AfterTop);
         let Some(former) = continued else {
             return self.apply_new_history(page, plan, same, retention, sink);
@@ -198,7 +199,7 @@ impl RoomReplica {
         PageProgress::Applied
     }
 
-    /// Passes on what is left of the epoch that ends at `former`, and goes on in the page's.
+    /// Delivers the rest of the epoch that ends at `former`, and continues in the page's epoch.
     fn cross_epoch(
         &mut self,
         former: &Position,
@@ -214,7 +215,7 @@ impl RoomReplica {
         }
     }
 
-    /// Begins anew with a log that is not the one followed: what it has lost is appended again.
+    /// Restarts with a log of another history; the entries that it lost are appended again.
     fn apply_new_history(
         &mut self,
         page: &mut LogPage,
@@ -237,7 +238,7 @@ impl RoomReplica {
         }
         // Not a second time, whatever the next read shows.
         self.ring.clear();
-        page.keep_whole();
+        page.keep_contiguous();
         let of_epoch = |entry: &Entry| entry.position.epoch == page.epoch;
         let old = page.entries.iter().rposition(|entry| !of_epoch(entry)).map_or(0, |at| at + 1);
         page.entries.drain(..old);
@@ -257,10 +258,10 @@ impl RoomReplica {
         PageProgress::Applied
     }
 
-    /// How many entries of the ring stand behind the last one that the log has too. Where it has
-    /// none of them, those were lost that stand where its present epoch does under another one; of
-    /// the others nothing tells whether it once had them, unless the ring holds all there ever was,
-    /// or the log is empty.
+    /// The number of ring entries after the last one that the log shares. If the log shares none,
+    /// entries count as lost if they are above the position at which the log's present epoch
+    /// continued the former one. Nothing tells whether the log ever held the others, unless the
+    /// ring holds all entries that ever existed, or the log is empty.
     fn lost_by(&self, page: &LogPage) -> usize {
         let common =
             |entry: &Entry| page.at(entry.position.seq).is_some_and(|e| entry.is_same_as(e));
@@ -276,7 +277,7 @@ impl RoomReplica {
         }
     }
 
-    /// Goes on behind `base`, which does not continue what members were given.
+    /// Restarts at `base`, which does not continue what the members received.
     fn restart_at(
         &mut self,
         base: Position,
@@ -285,19 +286,19 @@ impl RoomReplica {
     ) {
         sink.reset(&base, reason);
         self.ring.clear();
-        self.ring_is_whole = false;
+        self.ring_is_complete = false;
         self.top = Some(base);
     }
 }
 
-/// Leaves in the page what is whole behind `seq`.
+/// Keeps the contiguous entries after `seq`.
 fn keep_after(page: &mut LogPage, seq: Seq) {
-    page.keep_whole();
+    page.keep_contiguous();
     let old = page.entries.partition_point(|entry| entry.position.seq <= seq);
     page.entries.drain(..old);
 }
 
-/// The position right before an entry, in its own epoch.
+/// The position before an entry, in the entry's epoch.
 fn before(entry: &Entry) -> Position {
     Position::new(entry.position.epoch.clone(), entry.position.seq - 1)
 }

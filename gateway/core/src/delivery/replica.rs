@@ -1,16 +1,18 @@
-//! One room that a node follows: how far it has come in the log, and what it remembers of it.
+//! A replica: a node's copy of the newest entries of a room's log, and the position that it has
+//! reached.
 //!
-//! A link delivers a room's entries in order while it stands. A reconnect may repeat the last few
-//! or skip some, and another server may come back with another log. [`RoomReplica`] turns that into the
-//! promise made to members: each number once, in order, and a word where that cannot be kept. It
-//! is told what arrives ([`RoomReplica::receive`]) and what was read ([`RoomReplica::read`], in [`handle`]), has
-//! done what follows from it by an [`DeliverySink`], and says what it needs.
+//! A bus connection delivers a room's entries in order while it is up. A reconnect may repeat the
+//! last few entries or skip some, and another server may come back with another log.
+//! [`RoomReplica`] turns that into the guarantee for members: each number once, in order, and a
+//! signal if that cannot be kept. It receives entries ([`RoomReplica::receive`]) and pages of the
+//! log ([`RoomReplica::apply_page`], in [`reconcile`]), delivers through a [`DeliverySink`], and
+//! returns the next action.
 //!
-//! Invariants: within an epoch the top never goes down, and epochs only go up. The ring ends at the
-//! top or is empty. Numbers go on where a new epoch continues the one before, so that the ring may
-//! hold both; each entry keeps the epoch that it was written under.
+//! Invariants: within an epoch the top never decreases, and the ordinal of the epoch only
+//! increases. The ring ends at the top or is empty. Numbers continue if a new epoch continues the
+//! former one, so the ring may hold both; each entry keeps the epoch under which it was written.
 //!
-//! [`handle`]: super::judge
+//! [`reconcile`]: super::reconcile
 
 use std::time::Duration;
 
@@ -27,106 +29,106 @@ use super::{
     ring::{Ring, RingLimits},
 };
 
-/// The most arrivals held while the log is read; what is above is read again.
+/// The most entries buffered while the log is read; entries above it are read from the log again.
 const BUFFERED_MAX: usize = 1024;
 
-/// Does what was decided.
+/// Receives the decisions of a replica.
 pub trait DeliverySink {
-    /// An arrival was judged.
+    /// A received entry was classified.
     fn classified(&mut self, class: ReplicaEntryClass);
-    /// The next entry: for each member that has had all before it.
+    /// Delivers the next entry to each member that has received everything before it.
     fn entry(&mut self, entry: &Entry);
-    /// The log goes on in another epoch, behind what was given last, and nothing was lost: for each
-    /// member that has had all before it.
+    /// The log continues in another epoch after the last entry, and nothing was lost: notifies each
+    /// member that has received everything before.
     fn epoch_changed(&mut self, to: &Position);
-    /// What was given so far cannot be continued: every member goes on behind `to`.
+    /// The log cannot be continued: every member continues after `to`.
     fn reset(&mut self, to: &Position, reason: RecoveryFailure);
-    /// The log has lost an entry, which is to be appended anew.
+    /// The log has lost an entry, which must be appended again.
     fn lost(&mut self, entry: &Entry);
 }
 
-/// What to do with an arrival.
+/// The relation of a received entry to the replica.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReplicaEntryClass {
-    /// It is the next one.
+    /// The next entry.
     Next,
-    /// It was there before.
+    /// Already delivered.
     Duplicate,
-    /// Others come before it that have not received.
+    /// Entries before it are missing.
     Gap,
-    /// It is of another epoch than the one followed, or was the first to be appended on another
-    /// server: the log tells.
+    /// Of another epoch, or the first one appended on another server: the log must be read.
     Restarted,
-    /// Its number is known for another entry: two histories share numbers.
+    /// Its number belongs to another entry of the replica: two histories share numbers.
     Diverged,
 }
 
-/// What it takes to go on. Of two needs the greater one is met.
+/// The step that a replica needs next; the greater of two prevails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[must_use]
 pub enum NextAction {
-    /// Nothing.
+    /// None.
     Nothing,
-    /// That the log is read.
+    /// Read the log.
     Read,
-    /// That the log is compared with what this node holds, and then read.
+    /// Restore the log from the replica's snapshot, then read it.
     Restore,
 }
 
-/// Whether the log is being read.
+/// The state of the read of a log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReadState {
-    /// It is not.
+    /// No read.
     Idle,
-    /// It is.
+    /// A read is under way.
     InProgress,
-    /// It is, and once more after that: doubt arose since it began.
+    /// A read is under way, and another one must follow, since entries may have been lost
+    /// meanwhile.
     Again,
 }
 
-/// Which part of a log to read.
+/// The part of the log that the next read covers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ReadPlan {
-    /// From the newest entry held on, so that it can be compared.
+    /// From the replica's newest entry on, so that it can be compared.
     Overlap,
-    /// From right behind the newest entry held: it has just been compared, and is so large that
-    /// nothing behind it was shown.
+    /// From after the newest entry: it has just been compared, and is so large that the page held
+    /// nothing else.
     AfterTop,
-    /// The numbers that the ring holds, to find out which of its entries the log has lost.
+    /// The numbers of the ring, to find out which of its entries the log has lost.
     Ring,
     /// The newest entries.
     Newest,
 }
 
-/// What a node keeps of a room, and what time it is.
+/// The bounds of a replica's memory, and the current time.
 #[derive(Clone, Copy, Debug)]
 pub struct RetentionContext {
-    /// The most of a ring.
+    /// The limits of the ring.
     pub ring: RingLimits,
-    /// How long ids are known.
+    /// The time for which ids are remembered.
     pub ids_for: Duration,
-    /// How long the log of a room is kept in which nothing is said.
+    /// Retention of an idle room's log.
     pub entries_for: Duration,
-    /// The time.
+    /// The current time.
     pub now: Instant,
 }
 
-/// A room that is followed.
+/// A node's copy of a subscribed room's log.
 #[derive(Debug)]
 pub struct RoomReplica {
-    /// The last entry that was passed on; `None` until the log was read once.
+    /// The last delivered position; `None` before the first read.
     pub(super) top: Option<Position>,
-    /// The epoch before, and its last number, where the present one continues it.
+    /// The former epoch and its last number, if the present epoch continues it.
     pub(super) former: Option<Position>,
-    /// The term in which the room was declared whole last.
+    /// The agreement generation in which the room was last declared complete.
     pub(super) generation: u64,
     pub(super) ring: Ring,
-    /// Whether the ring holds all that the log holds.
-    pub(super) ring_is_whole: bool,
+    /// Whether the ring holds the whole log.
+    pub(super) ring_is_complete: bool,
     pub(super) ids: RecentIds,
-    /// When the newest entry came.
+    /// The time of the newest entry.
     pub(super) newest_at: Option<Instant>,
-    /// Arrivals that wait for a read of the log, in the order of their coming.
+    /// Entries received while the log is read, in order of arrival.
     pub(super) buffered: Vec<Entry>,
     pub(super) reading: ReadState,
     pub(super) plan: ReadPlan,
@@ -139,7 +141,7 @@ impl Default for RoomReplica {
             former: None,
             generation: 0,
             ring: Ring::default(),
-            ring_is_whole: false,
+            ring_is_complete: false,
             ids: RecentIds::default(),
             newest_at: None,
             buffered: Vec::new(),
@@ -150,7 +152,7 @@ impl Default for RoomReplica {
 }
 
 impl RoomReplica {
-    /// The last entry passed on, once the log was read.
+    /// The last delivered position, once the log was read.
     pub fn top(&self) -> Option<&Position> {
         self.top.as_ref()
     }
@@ -160,29 +162,29 @@ impl RoomReplica {
         &self.ring
     }
 
-    /// Whether the ring holds all that the log holds.
-    pub fn ring_is_whole(&self) -> bool {
-        self.ring_is_whole
+    /// Whether the ring holds the whole log.
+    pub fn ring_is_complete(&self) -> bool {
+        self.ring_is_complete
     }
 
-    /// The ids of the dedup window.
+    /// The ids within the dedup window.
     pub fn ids(&self) -> &RecentIds {
         &self.ids
     }
 
-    /// Forgets the oldest ids, which another room needs the memory of, or which are too old.
+    /// Drops the oldest ids, which have expired or exceed the memory budget.
     pub fn forget_oldest_ids(&mut self) {
         self.ids.forget_oldest();
     }
 
-    /// Whether the log is being read.
+    /// The state of the read of the log.
     pub fn read_state(&self) -> ReadState {
         self.reading
     }
 
-    /// What this node holds of the room's log, once that was read.
+    /// The replica's snapshot, once the log was read.
     pub fn snapshot(&self, room: &RoomId, retention: &RetentionContext) -> Option<ReplicaSnapshot> {
-        // What is past retention is gone on purpose.
+        // Entries past retention were deleted on purpose.
         let entries = if self.is_past_retention(retention) { 0 } else { self.ring.len() };
         let older_than = match self.ring.first() {
             Some(first) if entries > 0 => first,
@@ -198,11 +200,11 @@ impl RoomReplica {
         })
     }
 
-    /// Forgets entries past the room's retention.
+    /// Drops entries past the room's retention.
     pub fn forget_past_retention(&mut self, retention: &RetentionContext) {
         if !self.ring.is_empty() && self.is_past_retention(retention) {
             self.ring.clear();
-            self.ring_is_whole = false;
+            self.ring_is_complete = false;
         }
     }
 
@@ -212,19 +214,20 @@ impl RoomReplica {
         })
     }
 
-    /// Whether everything up to `head`, the newest position of the log, was passed on. A head below
-    /// the top may be older than an arrival that came while it was asked for.
+    /// Whether everything up to `head`, the newest position of the log, was delivered. A head below
+    /// the top may be older than an entry received during the request.
     pub fn has_reached(&self, head: Option<&Position>) -> bool {
         let (Some(top), Some(head)) = (self.top(), head) else { return false };
         top.epoch == head.epoch && top.seq >= head.seq
     }
 
-    /// Has what is read or compared from here on count.
+    /// Marks a read as under way: entries received from here on are buffered.
     pub fn begin_read(&mut self) {
         self.reading = ReadState::InProgress;
     }
 
-    /// Entries may have been lost: a read under way is not enough. `false`: none is.
+    /// Requests another read if one is under way, since entries may have been lost. `false` if none
+    /// is.
     pub fn read_again(&mut self) -> bool {
         if self.reading != ReadState::Idle {
             self.reading = ReadState::Again;
@@ -232,7 +235,7 @@ impl RoomReplica {
         self.reading != ReadState::Idle
     }
 
-    /// Takes an entry that came from the bus.
+    /// Handles an entry from the bus.
     pub fn receive(
         &mut self,
         entry: Entry,
@@ -254,8 +257,8 @@ impl RoomReplica {
         }
     }
 
-    /// Judges an arrival. What cannot be passed on is dropped: a read that begins after it has come
-    /// shows it, if it is in the log.
+    /// Classifies an entry and delivers it if it is the next one. Other entries are dropped: a read
+    /// that begins now will show them if they are in the log.
     fn handle(
         &mut self,
         entry: Entry,
@@ -280,7 +283,7 @@ impl RoomReplica {
         let Some(top) = &self.top else { return ReplicaEntryClass::Gap };
         if received.epoch == top.epoch {
             if received.seq == top.seq + 1 {
-                // Another server may have come back without what is held here.
+                // Another server may have come back without the entries of this replica.
                 let known = self.ring.last().is_none_or(|last| last.origin == entry.origin);
                 return if known { ReplicaEntryClass::Next } else { ReplicaEntryClass::Restarted };
             }
@@ -306,7 +309,7 @@ impl RoomReplica {
         }
     }
 
-    /// Judges what was held while the log was read, up to what cannot be passed on.
+    /// Handles the buffered entries, up to the first that cannot be delivered.
     pub(super) fn handle_buffered(
         &mut self,
         retention: &RetentionContext,
@@ -327,7 +330,7 @@ impl RoomReplica {
                 continue;
             }
             if ordinal(&entry.position.epoch) < ordinal(&top.epoch) {
-                // Of an epoch that is gone, as this read has told.
+                // Of an epoch that no longer exists, as the page has shown.
                 sink.classified(ReplicaEntryClass::Duplicate);
             } else {
                 next = self.handle(entry, retention, sink);
@@ -336,7 +339,7 @@ impl RoomReplica {
         next
     }
 
-    /// Goes on in another epoch, behind the top.
+    /// Continues in another epoch, after the top.
     pub(super) fn change_epoch(&mut self, epoch: Epoch, sink: &mut impl DeliverySink) {
         if let Some(former) = self.top.take() {
             let to = Position::new(epoch, former.seq);
@@ -346,7 +349,7 @@ impl RoomReplica {
         }
     }
 
-    /// Gives the next entry to those who are up to date, and keeps it.
+    /// Delivers the next entry and adds it to the ring.
     pub(super) fn deliver(
         &mut self,
         entry: Entry,
@@ -369,6 +372,6 @@ impl RoomReplica {
         self.newest_at = Some(retention.now);
         let first = self.ring.first();
         self.ring.push(entry, retention.ring);
-        self.ring_is_whole &= first.is_none() || self.ring.first() == first;
+        self.ring_is_complete &= first.is_none() || self.ring.first() == first;
     }
 }

@@ -1,5 +1,5 @@
-//! The newest entries of a room that is followed, so that returning and slow clients are served
-//! without asking the log.
+//! The newest entries of a subscribed room, from which returning and slow clients are served
+//! without a read of the log.
 
 use std::collections::VecDeque;
 
@@ -7,24 +7,24 @@ use skein_protocol::position::Seq;
 
 use super::Entry;
 
-/// How much a ring holds.
+/// The bounds of a ring.
 #[derive(Clone, Copy, Debug)]
 pub struct RingLimits {
     /// Entries.
     pub entries: usize,
-    /// Bytes, one entry apart.
+    /// Bytes; a single entry may exceed them.
     pub bytes: usize,
 }
 
 impl RingLimits {
-    /// What a ring may hold.
+    /// The usual limits.
     pub const DEFAULT: Self = Self { entries: 256, bytes: 256 * 1024 };
-    /// What it is cut to while the node's rings take more than their common bound.
+    /// The limits while the node's rings together exceed their bound.
     pub const UNDER_PRESSURE: Self = Self { entries: 16, bytes: 16 * 1024 };
 }
 
-/// The newest entries of a log, without steps. They may be of several epochs, where one goes on
-/// behind the other.
+/// The newest entries of a log, without gaps. They may belong to several epochs, each continuing
+/// the former one.
 #[derive(Debug, Default)]
 pub struct Ring {
     entries: VecDeque<Entry>,
@@ -32,7 +32,7 @@ pub struct Ring {
 }
 
 impl Ring {
-    /// Adds the next entry and forgets the oldest above the limits.
+    /// Adds the next entry and drops the oldest entries above the limits.
     pub fn push(&mut self, entry: Entry, max: RingLimits) {
         #[cfg(debug_assertions)]
         assert!(
@@ -50,53 +50,53 @@ impl Ring {
         }
     }
 
-    /// Forgets everything.
+    /// Drops all entries.
     pub fn clear(&mut self) {
         *self = Self::default();
     }
 
-    /// Bytes held.
+    /// The size of the entries, in bytes.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
 
-    /// How many entries are held.
+    /// The number of entries.
     pub fn len(&self) -> usize {
         self.entries.len()
     }
 
-    /// Whether none is held.
+    /// Whether the ring is empty.
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
 
-    /// The oldest entry held.
+    /// The number of the oldest entry.
     pub fn first(&self) -> Option<Seq> {
         self.entries.front().map(|entry| entry.position.seq)
     }
 
-    /// The newest entry held.
+    /// The newest entry.
     pub fn last(&self) -> Option<&Entry> {
         self.entries.back()
     }
 
-    /// The entry `seq`, if it is held.
+    /// The entry `seq`, if the ring holds it.
     pub fn at(&self, seq: Seq) -> Option<&Entry> {
         self.entries.get(self.index_of(seq)?)
     }
 
-    /// The entries behind `seq`, if the next one is held.
+    /// The entries after `seq`, if the ring holds the next one.
     pub fn after(&self, seq: Seq) -> Option<impl Iterator<Item = &Entry>> {
         let skip = self.index_of(seq + 1).filter(|skip| *skip < self.entries.len())?;
         Some(self.entries.iter().skip(skip))
     }
 
-    /// Entries are numbered without steps, so that a number is a index_of.
+    /// The index of an entry; entries are numbered without gaps.
     fn index_of(&self, seq: Seq) -> Option<usize> {
         usize::try_from(seq.checked_sub(self.first()?)?).ok()
     }
 
-    /// The newest `count` entries, or all there are.
+    /// The newest `count` entries, or all.
     pub fn newest(&self, count: usize) -> impl DoubleEndedIterator<Item = &Entry> {
         self.entries.iter().skip(self.entries.len().saturating_sub(count))
     }
@@ -119,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn a_ring_serves_from_its_oldest_on() {
+    fn ring_serves_from_its_oldest_entry_on() {
         let ring = ring(5..=8);
         assert_eq!(seqs(ring.after(4).unwrap()), [5, 6, 7, 8]);
         assert_eq!(seqs(ring.after(7).unwrap()), [8]);
@@ -132,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn the_limits_hold() {
+    fn ring_stays_within_its_limits() {
         let mut ring = ring(1..=1000);
         assert_eq!((ring.len(), ring.first()), (256, Some(1000 - 255)));
         ring.push(entry("e", 1001), RingLimits::UNDER_PRESSURE);

@@ -1,5 +1,5 @@
-//! What members of a room see, whatever its log and the link to it do: against a plain model of a
-//! log, a node that does what [`RoomReplica`] says, and clients that check each frame.
+//! A model test of delivery: a plain model of a log and of the connection to it, a node that
+//! executes the decisions of [`RoomReplica`], and clients that check each frame that they receive.
 
 use std::{collections::HashSet, time::Duration};
 
@@ -22,47 +22,47 @@ use super::{
     samples,
 };
 
-/// What happens.
+/// A step of the model.
 #[derive(Clone, Debug)]
 enum ModelEvent {
-    /// So many messages are appended, and their entries enter the link.
+    /// Appends this number of messages, whose entries enter the link.
     Append(u8),
-    /// So many entries leave the link.
+    /// Takes this number of entries from the link.
     Deliver(u8),
     /// The link loses its next entry.
     Lose,
-    /// The link repeats an entry of those it had.
+    /// The link repeats an earlier entry.
     Repeat(u8),
-    /// The link changes the order of its next two.
+    /// The link swaps its next two entries.
     Swap,
-    /// The node is told that it may have missed something.
+    /// The node is told that it may have missed entries.
     Resync,
-    /// The log is read as it is now.
+    /// Reads the log in its present state.
     ReadLog,
-    /// What was read arrives at the node.
+    /// The page reaches the node.
     ReturnPage,
-    /// A client leaves, or comes back with what it has.
+    /// A client disconnects, or reconnects with its position.
     LeaveOrReturn(u8),
-    /// A client takes frames no more, or so many.
+    /// A client takes no more frames, or as many as given.
     Stall(u8),
     Drain(u8, u8),
-    /// A new epoch continues the log. So many entries were lost first.
+    /// A new epoch continues the log, after the loss of this number of entries.
     ChangeEpoch(u8),
-    /// The log is lost as a whole.
+    /// The whole log is lost.
     Restart,
-    /// So many entries are lost, and more are written under their numbers.
+    /// This number of entries is lost, and others are written under their numbers.
     Fork(u8),
     /// The room is deleted.
     Delete,
-    /// So many of the oldest entries go.
+    /// This number of the oldest entries is trimmed.
     Trim(u8),
 }
 
-/// The log, as a server has it.
+/// The log on the server.
 struct ModelLog {
     epoch: Epoch,
     former: Option<Position>,
-    /// Epochs, and what was former to them, that come back with an older state.
+    /// Former epochs, which come back with an older state.
     states: Vec<(Epoch, Option<Position>)>,
     deleted: u64,
     top: Seq,
@@ -70,9 +70,9 @@ struct ModelLog {
     highest: Seq,
     entries: Vec<Entry>,
     written: u64,
-    /// How many epochs there were.
-    begun: u64,
-    /// Another number for each history, as each run of a server has its own.
+    /// The number of epochs.
+    epochs_begun: u64,
+    /// Distinguishes histories, as each run of a server has its own id.
     run: u64,
 }
 
@@ -93,7 +93,7 @@ impl ModelLog {
     fn append_new(&mut self) -> Entry {
         self.written += 1;
         let entry = samples::entry("0-x", self.written);
-        self.append(entry).expect("each message has an id of its own")
+        self.append(entry).expect("each message has its own id")
     }
 
     fn lose_tail(&mut self, count: u8) {
@@ -113,8 +113,8 @@ impl ModelLog {
     }
 
     fn begin_epoch_above(&mut self, above: u64, former: Option<Position>) {
-        self.begun += 1;
-        let epoch = format!("{}-{}", above + 1, self.begun).parse().unwrap();
+        self.epochs_begun += 1;
+        let epoch = format!("{}-{}", above + 1, self.epochs_begun).parse().unwrap();
         let former = std::mem::replace(&mut self.former, former);
         self.states.push((std::mem::replace(&mut self.epoch, epoch), former));
     }
@@ -131,7 +131,7 @@ impl ModelLog {
                 let from = self.entries.len().saturating_sub(READ_LEN as usize);
                 self.entries[from..].to_vec()
             }
-            // Small, so that what is read comes in several pages.
+            // Small, so that a read takes several pages.
             ReadFrom::After(seq) => {
                 let behind = self.entries.iter().filter(|entry| entry.position.seq > seq);
                 behind.take(5).cloned().collect()
@@ -150,7 +150,7 @@ impl ModelLog {
         }
     }
 
-    /// As a server does it that is given what a node holds.
+    /// The restore of a log from a node's snapshot.
     fn restore(&mut self, held: &ReplicaSnapshot) -> Vec<Entry> {
         if ordinal(&held.top.epoch) > ordinal(&self.epoch) {
             self.begin_epoch_above(ordinal(&held.top.epoch), None);
@@ -178,23 +178,23 @@ enum ModelClientState {
     Live,
     Behind,
     Away,
-    /// It is back, and waits for its join to be answered.
+    /// Reconnected, and its join is not answered yet.
     Joining,
 }
 
-/// A client, which checks what it is given.
+/// A client, which checks its frames.
 struct ModelClient {
     state: ModelClientState,
-    /// What the node takes for its cursor.
+    /// The cursor as the node knows it.
     cursor: Position,
-    /// How many more frames it takes.
+    /// The number of frames that it still takes.
     room: usize,
-    /// What it has, by the rules of the protocol.
+    /// The position that it has by the rules of the protocol.
     has: Option<Position>,
     seen: HashSet<Position>,
-    given: Vec<Entry>,
+    received: Vec<Entry>,
     resets: Vec<(Position, RecoveryFailure)>,
-    /// Those that skip nothing.
+    /// Epoch changes that skip nothing.
     epoch_changes: Vec<Position>,
     not_recovered: usize,
 }
@@ -208,7 +208,7 @@ impl ModelClient {
             room,
             has: None,
             seen: HashSet::new(),
-            given: vec![],
+            received: vec![],
             resets: vec![],
             epoch_changes: vec![],
             not_recovered: 0,
@@ -222,25 +222,25 @@ impl ModelClient {
         }
         self.room -= 1;
         self.cursor.seq = entry.position.seq;
-        assert_eq!(self.cursor, entry.position, "served in the epoch it is in");
+        assert_eq!(self.cursor, entry.position, "delivered in the epoch of the cursor");
         self.see(entry);
         true
     }
 
-    /// Promises 1 and 3: ascending without a hole within an epoch, and nothing twice.
+    /// Guarantees 1 and 3: ascending without a gap within an epoch, and nothing twice.
     fn see(&mut self, entry: &Entry) {
         let Position { epoch, seq } = self.has.take().expect("joined before");
-        assert_eq!(entry.position, Position::new(epoch, seq + 1), "a hole, or unannounced");
+        assert_eq!(entry.position, Position::new(epoch, seq + 1), "a gap, or an unsignalled epoch");
         assert!(self.seen.insert(entry.position.clone()), "{} twice", entry.position);
         self.has = Some(entry.position.clone());
-        self.given.push(entry.clone());
+        self.received.push(entry.clone());
     }
 
     fn reset(&mut self, to: &Position, reason: RecoveryFailure) {
         self.cursor = to.clone();
         let had = self.has.replace(to.clone()).expect("joined before");
         assert_ne!(had, *to, "a reset that changes nothing");
-        assert!(had.epoch != to.epoch || had.seq < to.seq, "{had} back to {to}");
+        assert!(had.epoch != to.epoch || had.seq < to.seq, "reset from {had} back to {to}");
         self.resets.push((to.clone(), reason));
     }
 
@@ -254,10 +254,10 @@ impl ModelClient {
 struct DeliveryModel {
     log: ModelLog,
     link: Vec<Entry>,
-    /// Entries that left the link.
+    /// Entries that have left the link.
     delivered_by_link: Vec<Entry>,
     node: ModelNode,
-    /// What the node waits for, and what it will be told.
+    /// The action that the node waits for, and the page that it will receive.
     next: NextAction,
     page: Option<LogPage>,
 }
@@ -267,12 +267,12 @@ struct ModelNode {
     clients: Vec<ModelClient>,
     lost: Vec<Entry>,
     delivered: Vec<Entry>,
-    /// How often nothing could be continued.
+    /// The number of times that the log could not be continued.
     restarts: usize,
     refreshed: bool,
 }
 
-/// What `RoomReplica` says is done to the clients.
+/// Applies the decisions of `RoomReplica` to the clients.
 struct RecordingSink<'a> {
     clients: &'a mut Vec<ModelClient>,
     lost: &'a mut Vec<Entry>,
@@ -330,10 +330,10 @@ impl ModelNode {
         (replica, RecordingSink { clients, lost, delivered, restarts })
     }
 
-    /// Gives a client what there is for it.
+    /// Catches up a client.
     fn catch_up(&mut self, client: usize, log: &ModelLog) {
         let client = &mut self.clients[client];
-        // Only the first read counts as such; what the log does not go on for is a reset.
+        // Only the first read counts; a log that cannot continue the client leads to a reset.
         while client.state == ModelClientState::Behind {
             let page = match self.replica.next(&client.cursor) {
                 NextDelivery::NotBuffered => log.page(ReadFrom::After(client.cursor.seq)),
@@ -372,7 +372,7 @@ impl ModelNode {
         }
     }
 
-    /// Answers a join; `false`: the log is to be read first.
+    /// Answers a join; `false`: the log must be read first.
     fn join(&mut self, client: usize, log: &ModelLog) -> bool {
         let Some(top) = self.replica.top().cloned() else { return false };
         let client = &mut self.clients[client];
@@ -400,7 +400,7 @@ impl ModelNode {
                 if !self.replica.has_epoch_of(&page) {
                     return false;
                 }
-                page.keep_whole();
+                page.keep_contiguous();
                 page.entries.retain(|entry| entry.position.seq <= top.seq);
                 if page.continues(since.seq).is_err() {
                     return lost(client);
@@ -431,7 +431,7 @@ impl DeliveryModel {
             highest: 0,
             entries: vec![],
             written: 0,
-            begun: 0,
+            epochs_begun: 0,
             run: 0,
         };
         let mut replica = RoomReplica::default();
@@ -474,8 +474,8 @@ impl DeliveryModel {
         }
         if self.next == NextAction::Restore {
             let held = self.node.replica.snapshot(&"r".parse().unwrap(), &retention(9)).unwrap();
-            let given = self.log.restore(&held);
-            self.link.extend(given);
+            let received = self.log.restore(&held);
+            self.link.extend(received);
         }
         self.page = Some(self.log.page(self.node.replica.next_read()));
     }
@@ -511,7 +511,7 @@ impl DeliveryModel {
         }
     }
 
-    /// All that is on its way arrives, and all clients come back and take everything.
+    /// Everything under way arrives, and all clients reconnect and take everything.
     fn settle(&mut self, ring: usize) {
         for _ in 0..1000 {
             self.deliver(ring, usize::MAX);
@@ -584,8 +584,8 @@ impl DeliveryModel {
             ModelEvent::Restart => self.log.lose_all(),
             ModelEvent::Fork(lost) => {
                 self.log.lose_tail(lost);
-                // Beyond all that was ever heard, so that it shows: losses before this one may have
-                // gone unnoticed. That a log ends below what is held is found when servers change.
+                // Beyond all numbers ever received, so that the fork shows: earlier losses may be
+                // undetected. A log that ends below the replica is detected when servers change.
                 loop {
                     self.take(&ModelEvent::Append(1), ring);
                     if self.log.top > self.log.highest {
@@ -627,7 +627,7 @@ impl DeliveryModel {
     }
 }
 
-/// What a link and clients do, and a log that loses nothing.
+/// Steps of a link and of clients, with a log that loses nothing.
 fn mild() -> impl Strategy<Value = ModelEvent> {
     prop_oneof![
         4 => (1_u8..6).prop_map(ModelEvent::Append),
@@ -644,12 +644,12 @@ fn mild() -> impl Strategy<Value = ModelEvent> {
     ]
 }
 
-/// The same, and a log that goes on in new epochs.
+/// As `mild`, with a log that continues in new epochs.
 fn soft() -> impl Strategy<Value = ModelEvent> {
     prop_oneof![20 => mild(), 1 => Just(ModelEvent::ChangeEpoch(0))]
 }
 
-/// A log that loses something.
+/// Steps in which a log loses entries.
 fn hard() -> impl Strategy<Value = ModelEvent> {
     prop_oneof![
         (1_u8..8).prop_map(ModelEvent::ChangeEpoch),
@@ -658,7 +658,7 @@ fn hard() -> impl Strategy<Value = ModelEvent> {
     ]
 }
 
-/// Everything.
+/// All steps.
 fn any_event() -> impl Strategy<Value = ModelEvent> {
     prop_oneof![
         20 => soft(),
@@ -677,12 +677,12 @@ fn config() -> ProptestConfig {
 }
 
 #[test]
-fn what_was_lost_behind_the_end_of_an_epoch_is_brought_back_as_far_as_the_ring_goes() {
+fn ring_restores_entries_lost_before_an_epoch_change() {
     let mut model = DeliveryModel::new(4);
     model.take(&ModelEvent::Append(10), 4);
     model.deliver(4, 10);
     let delivered = model.node.delivered.clone();
-    // The ring has nothing in common with what is left.
+    // The ring shares no entry with the log that is left.
     model.take(&ModelEvent::ChangeEpoch(5), 4);
     model.take(&ModelEvent::Append(2), 4);
     model.settle(4);
@@ -693,7 +693,7 @@ fn what_was_lost_behind_the_end_of_an_epoch_is_brought_back_as_far_as_the_ring_g
 }
 
 #[test]
-fn a_read_that_is_older_than_what_arrived_changes_nothing() {
+fn read_older_than_received_entries_changes_nothing() {
     let mut model = DeliveryModel::new(256);
     model.take(&ModelEvent::Append(3), 256);
     let old = model.log.page(ReadFrom::After(0));
@@ -709,9 +709,9 @@ fn a_read_that_is_older_than_what_arrived_changes_nothing() {
 proptest! {
     #![proptest_config(config())]
 
-    /// The clients check order, holes, repeats and announcements themselves.
+    /// The clients themselves check order, gaps, repeats and signals.
     #[test]
-    fn whatever_happens_each_member_sees_order_without_holes(
+    fn members_see_entries_in_order_without_gaps(
         ring in prop_oneof![Just(1_usize), Just(4), Just(256)],
         events in many(any_event()),
     ) {
@@ -719,40 +719,40 @@ proptest! {
     }
 
     #[test]
-    fn a_bad_link_alone_is_never_noticed(
+    fn clients_notice_nothing_of_a_faulty_link(
         ring in prop_oneof![Just(1_usize), Just(4), Just(256)],
         events in many(mild()),
     ) {
         let model = DeliveryModel::run(ring, &events);
         for client in &model.node.clients {
-            prop_assert_eq!(&client.given, &model.log.entries);
+            prop_assert_eq!(&client.received, &model.log.entries);
             prop_assert!(client.resets.is_empty() && client.not_recovered == 0);
         }
     }
 
-    /// Each epoch is told of at its place, and nothing is skipped, unless the node missed a whole
-    /// epoch.
+    /// Each epoch change is delivered at its place, and nothing is skipped, unless the node missed
+    /// a whole epoch.
     #[test]
-    fn nothing_is_skipped_where_an_epoch_continues_the_one_before(
+    fn continued_epoch_skips_nothing(
         ring in prop_oneof![Just(1_usize), Just(4), Just(256)],
         events in many(soft()),
     ) {
         let model = DeliveryModel::run(ring, &events);
-        let bumps = events.iter().filter(|event| matches!(event, ModelEvent::ChangeEpoch(_))).count();
-        prop_assert!(model.node.restarts == 0 || bumps > 1);
+        let epoch_changes = events.iter().filter(|event| matches!(event, ModelEvent::ChangeEpoch(_))).count();
+        prop_assert!(model.node.restarts == 0 || epoch_changes > 1);
         let clients = model.node.clients.iter().filter(|client| client.not_recovered == 0);
         for client in clients.filter(|_| model.node.restarts == 0) {
-            prop_assert_eq!(&client.given, &model.log.entries);
-            // One who was behind is not told of an epoch in which nothing was said.
-            prop_assert!((bumps.min(1)..=bumps).contains(&client.resets.len()));
+            prop_assert_eq!(&client.received, &model.log.entries);
+            // A client that was behind receives no change to an epoch without entries.
+            prop_assert!((epoch_changes.min(1)..=epoch_changes).contains(&client.resets.len()));
         }
         let clients = model.node.clients.iter();
-        prop_assert!(bumps > 1 || clients.map(|client| client.not_recovered).sum::<usize>() == 0);
+        prop_assert!(epoch_changes > 1 || clients.map(|client| client.not_recovered).sum::<usize>() == 0);
     }
 
-    /// What was passed on and then lost by the log is appended again, in its order.
+    /// Delivered entries that the log then lost are appended again, in order.
     #[test]
-    fn what_a_log_has_lost_is_brought_back(
+    fn entries_lost_by_the_log_are_appended_again(
         before in many(mild()),
         loss in hard(),
         after in many(mild()),
@@ -774,7 +774,7 @@ proptest! {
     }
 
     #[test]
-    fn what_was_deleted_is_not_brought_back(
+    fn deleted_entries_are_not_restored(
         before in many(mild()),
         after in many(soft()),
     ) {

@@ -108,7 +108,7 @@ impl Room {
             self.abandon_catch_up_read();
             return CatchUpOutcome::OtherLog;
         }
-        page.keep_whole();
+        page.keep_contiguous();
         let last = page.entries.last().map_or(0, |last| last.position.seq);
         // Encoded and compressed once for all members.
         let mut frames: Vec<EntryFrames<'_>> =

@@ -213,7 +213,7 @@ impl Room {
             return JoinStep::Done;
         }
         join.bytes_read += page.bytes();
-        page.keep_whole();
+        page.keep_contiguous();
         if join.since().is_none()
             && page.entries.last().is_some_and(|last| last.position.seq < page.top)
         {
@@ -261,7 +261,7 @@ impl Room {
 
     fn join_newest(&mut self, join: PendingJoin, batch: &mut ShardBatch) -> JoinStep {
         let (count, ring) = (join.newest(), self.replica.ring());
-        if count as usize >= ring.len() && !self.replica.ring_is_whole() {
+        if count as usize >= ring.len() && !self.replica.ring_is_complete() {
             // At least one, to find out whether older entries exist.
             return JoinStep::Read(join, ReadRange::Newest { limit: count.max(1) });
         }
