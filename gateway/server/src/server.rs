@@ -211,7 +211,7 @@ impl Server {
     pub async fn stop(self) -> bool {
         self.node.start_draining();
         tokio::time::sleep(self.drain_delay).await;
-        self.node.send_clients_away().await;
+        self.node.drain_clients().await;
         self.tasks.finish(STOP_STEP_MAX).await
     }
 }
@@ -244,7 +244,7 @@ async fn drain_when_ordered(node: Arc<Node>, delay: Duration) {
     // Cancel-safe: a stop says goodbye to all who are still there.
     let send_away = async {
         tokio::time::sleep(delay).await;
-        node.send_clients_away().await;
+        node.drain_clients().await;
     };
     tokio::select! {
         biased;

@@ -1,8 +1,8 @@
-//! Which address a client has, when proxies stand between.
+//! Address of a client behind proxies.
 //!
-//! Pure. `X-Forwarded-For` is written by whoever sends it, so only what trusted proxies appended
-//! counts: it is read from the right, and the first address that is not a trusted proxy is the
-//! client.
+//! Pure. A client can write anything into `X-Forwarded-For`, so that only the part that trusted proxies
+//! appended counts: the header is read from the right, and the first address that is not a trusted
+//! proxy is the client.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -13,7 +13,7 @@ use super::headers::elements;
 
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 
-/// The address of the client behind `peer`.
+/// Returns the address of the client behind `peer`.
 pub fn client_address(peer: IpAddr, headers: &HeaderMap, trusted: &[IpNet]) -> IpAddr {
     let is_trusted = |address: &IpAddr| trusted.iter().any(|net| net.contains(address));
     let mut client = peer.to_canonical();
@@ -28,7 +28,7 @@ pub fn client_address(peer: IpAddr, headers: &HeaderMap, trusted: &[IpNet]) -> I
     client
 }
 
-/// An address with or without a port.
+/// Parses an address with or without a port.
 fn parse(hop: &str) -> Option<IpAddr> {
     let bare = hop.trim_start_matches('[').trim_end_matches(']');
     bare.parse().ok().or_else(|| hop.parse::<SocketAddr>().ok().map(|address| address.ip()))
@@ -52,7 +52,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_trusted_proxy_the_header_says_nothing() {
+    fn the_header_of_an_untrusted_peer_is_ignored() {
         check("192.0.2.1", &["198.51.100.7"], &[], "192.0.2.1");
         check("192.0.2.1", &["198.51.100.7"], &["10.0.0.0/8"], "192.0.2.1");
     }
@@ -67,10 +67,10 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_address_ends_the_walk_at_the_last_one_known() {
+    fn an_invalid_address_ends_the_walk_at_the_last_valid_one() {
         check("127.0.0.1", &["198.51.100.7, unknown"], &["127.0.0.1/32"], "127.0.0.1");
         check("127.0.0.1", &[], &["127.0.0.1/32"], "127.0.0.1");
-        // A client that writes anything into the header is still told from its proxy.
+        // Nonsense that a client writes into the header does not hide its address.
         check("127.0.0.1", &["Zürich, 198.51.100.7"], &["127.0.0.1/32"], "198.51.100.7");
         check("127.0.0.1", &["198.51.100.7, ü"], &["127.0.0.1/32"], "127.0.0.1");
     }

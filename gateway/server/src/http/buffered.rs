@@ -1,9 +1,9 @@
-//! A connection of which the first bytes were read already, and whose answers have to be taken.
+//! A TCP connection that buffers the header of its first request, and times out writes.
 //!
-//! hyper takes 16 KiB for its buffers as soon as it has a connection. Whoever connects and says
-//! nothing, or little and slowly, is not worth that: the first request's header is collected here,
-//! in as many bytes as came, and hyper gets the connection when it is whole. Nor has hyper a limit
-//! for who asks and does not read what it is answered.
+//! hyper allocates 16 KiB of buffers per connection. A client that connects and sends nothing, or
+//! little and slowly, must not cost that much: the header of the first request is collected here, in
+//! as many bytes as arrived, and hyper gets the connection once the header is complete. hyper also
+//! has no timeout for a client that sends requests and does not read the responses.
 
 use std::{
     future::Future as _,
@@ -22,13 +22,13 @@ use hyper::rt::{Read, ReadBufCursor, Write};
 use hyper_util::rt::TokioIo;
 use tokio::{net::TcpStream, time::Sleep};
 
-/// How much one read takes.
+/// Bytes of one read.
 const CHUNK_BYTES: usize = 4096;
 
-/// How long a peer may take nothing of an answer, unless the answer says otherwise.
+/// Default of the write timeout; a response can replace it.
 const WRITE_TIMEOUT_DEFAULT: Duration = Duration::from_secs(10);
 
-/// How long a connection's peer may take nothing, shared with what answers its requests.
+/// Write timeout of a connection, shared with the handlers of its requests.
 #[derive(Clone, Debug)]
 pub(super) struct WriteTimeout(Arc<WriteTimeoutState>);
 
@@ -44,7 +44,7 @@ impl WriteTimeout {
         Self(Arc::new(WriteTimeoutState { max_ms, has_expired: AtomicBool::new(false) }))
     }
 
-    /// Replaces the limit, from the next write on that has to wait.
+    /// Replaces the timeout, from the next blocked write on.
     pub(super) fn set(&self, max: Duration) {
         let max_ms = u64::try_from(max.as_millis()).unwrap_or(u64::MAX);
         self.0.max_ms.store(max_ms, Ordering::Relaxed);
@@ -54,25 +54,29 @@ impl WriteTimeout {
         Duration::from_millis(self.0.max_ms.load(Ordering::Relaxed))
     }
 
-    /// Whether the connection ended because its peer took nothing for so long.
+    /// Whether the connection ended because of this timeout.
     pub(super) fn has_expired(&self) -> bool {
         self.0.has_expired.load(Ordering::Acquire)
     }
 }
 
-/// A connection, and what of it was read and not used.
+/// A TCP connection with the bytes that were read and not yet used.
 #[derive(Debug)]
 pub(super) struct BufferedHead {
     head: Bytes,
     socket: TokioIo<TcpStream>,
-    /// Until when the peer has to take something, where it takes nothing.
+    /// Set while a write is blocked: the end of the write timeout.
     deadline: Option<Pin<Box<Sleep>>>,
     limit: WriteTimeout,
 }
 
 impl BufferedHead {
-    /// Reads until the header of a request is there, or more than `bytes_max`, or what is no HTTP.
-    /// What is wrong with it is for an HTTP parser to say.
+    /// Reads until the header of a request is complete, or longer than `bytes_max`, or not HTTP.
+    /// The HTTP parser reports errors in it.
+    ///
+    /// # Errors
+    ///
+    /// The errors of the socket, and `UnexpectedEof`.
     pub(super) async fn read(socket: TcpStream, bytes_max: usize) -> io::Result<Self> {
         let mut head = Vec::new();
         loop {
@@ -87,8 +91,8 @@ impl BufferedHead {
         }
     }
 
-    /// What a write has brought, or an error where nothing could be written for too long.
-    fn written(
+    /// Passes on the result of a write, or `TimedOut` if writes are blocked for too long.
+    fn check_write(
         &mut self,
         context: &mut Context<'_>,
         written: Poll<io::Result<usize>>,
@@ -105,31 +109,31 @@ impl BufferedHead {
         })
     }
 
-    /// How long the peer may take nothing.
+    /// Returns the shared write timeout.
     pub(super) fn write_timeout(&self) -> WriteTimeout {
         self.limit.clone()
     }
 
-    /// The socket, and what was read of it and not used.
+    /// Returns the socket and the unused bytes.
     pub(super) fn into_parts(self) -> (TcpStream, Bytes) {
         (self.socket.into_inner(), self.head)
     }
 }
 
-/// Adds what there is to read.
+/// Appends the available bytes to `head`.
 fn read_chunk(socket: &TcpStream, head: &mut Vec<u8>) -> io::Result<()> {
-    let mut piece = [0; CHUNK_BYTES];
-    match socket.try_read(&mut piece) {
+    let mut chunk = [0; CHUNK_BYTES];
+    match socket.try_read(&mut chunk) {
         Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
         Ok(count) => {
-            // Empty lines before a request mean nothing (RFC 9112, section 2.2).
+            // Empty lines before a request are ignored (RFC 9112, section 2.2).
             let is_new_line = |byte: &&u8| matches!(byte, b'\r' | b'\n');
             let lines = if head.is_empty() {
-                piece[..count].iter().take_while(is_new_line).count()
+                chunk[..count].iter().take_while(is_new_line).count()
             } else {
                 0
             };
-            head.extend_from_slice(&piece[lines..count]);
+            head.extend_from_slice(&chunk[lines..count]);
             Ok(())
         }
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
@@ -137,8 +141,8 @@ fn read_chunk(socket: &TcpStream, head: &mut Vec<u8>) -> io::Result<()> {
     }
 }
 
-/// Whether a header is there up to its empty line, or what cannot be one; it was not in the first
-/// `seen` bytes. As an HTTP parser has it, a line may end in LF alone.
+/// Whether `head` has a complete header with its empty line, or is no HTTP. The first `seen` bytes
+/// were checked before. As in HTTP parsers, a line may end in LF alone.
 fn is_complete(head: &[u8], seen: usize) -> bool {
     let is_http = head.first().is_some_and(u8::is_ascii_alphabetic);
     let new = &head[seen.saturating_sub(2)..];
@@ -170,7 +174,7 @@ impl Write for BufferedHead {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.socket).poll_write(context, bytes);
-        self.written(context, written)
+        self.check_write(context, written)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -191,7 +195,7 @@ impl Write for BufferedHead {
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.socket).poll_write_vectored(context, slices);
-        self.written(context, written)
+        self.check_write(context, written)
     }
 }
 

@@ -1,4 +1,4 @@
-//! Refusals in HTTP: `{"error":{"code","message"}}`.
+//! Error responses in HTTP: `{"error":{"code","message"}}`.
 
 use std::time::Duration;
 
@@ -9,12 +9,12 @@ use axum::{
 };
 use serde_json::json;
 
-/// A refusal with a code for programs and a text for people.
+/// Builds an error response with a code for programs and a message for people.
 pub(super) fn error_response(status: StatusCode, code: &str, message: &str) -> Response {
     (status, Json(json!({"error": {"code": code, "message": message}}))).into_response()
 }
 
-/// A refusal that says when to come back.
+/// Builds an error response with `Retry-After`.
 pub(super) fn error_response_with_retry(
     status: StatusCode,
     code: &str,
@@ -28,8 +28,8 @@ pub(super) fn error_response_with_retry(
     response
 }
 
-/// When a client may come back that was refused together with many others: 1 to 3 s, so that they do
-/// not come back together.
+/// Returns a random delay of 1 to 3 s, so that clients rejected at the same time do not return at the
+/// same time.
 pub(super) fn retry_after() -> Duration {
     Duration::from_secs(rand::random_range(1..=3))
 }

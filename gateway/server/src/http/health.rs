@@ -1,4 +1,4 @@
-//! Whether the node lives (`/health`), whether it should get clients (`/ready`), and its metrics.
+//! Probes and metrics: `/health` (the process lives), `/ready` (clients may connect), `/metrics`.
 
 use std::sync::Arc;
 
@@ -17,7 +17,7 @@ pub(super) async fn health(State(node): State<Arc<Node>>) -> Response {
 }
 
 pub(super) async fn ready(State(node): State<Arc<Node>>) -> Response {
-    let failing = node.failing();
+    let failing = node.failed_checks();
     if failing.is_empty() {
         return Json(json!({"status": "ok"})).into_response();
     }

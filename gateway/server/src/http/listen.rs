@@ -1,7 +1,7 @@
-//! Takes TCP connections and speaks HTTP/1.1 on them.
+//! Accepts TCP connections and serves HTTP/1.1 on them.
 //!
-//! A loop of our own, since `axum::serve` sets no timer: without one the time-out for a request's
-//! header never comes, and slow clients hold connections for ever.
+//! This replaces `axum::serve`, which sets no timer: without one the header of a request has no
+//! timeout, and slow clients hold connections for ever.
 
 use std::{
     convert::Infallible,
@@ -41,30 +41,31 @@ use skein_core::{
     telemetry::metrics::DropReason,
 };
 
-/// How long a client may take to send a request's header.
+/// Timeout for the header of a request.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
-/// The most bytes of a request's header. More is answered by 431.
+/// Largest header of a request in bytes. A larger one gets 431.
 const HEADER_BYTES_MAX: usize = 16 * 1024;
-/// How many connections are accepted before all other tasks have their turn: each brings a handshake
-/// of some 50 µs with it.
-const ACCEPTS_PER_TURN: u32 = 16;
-/// How many connections may wait to be accepted.
+/// Connections accepted before the task yields to all others: each brings a handshake of about 50 µs
+/// with it.
+const ACCEPTS_PER_BATCH: u32 = 16;
+/// Length of the accept queue of the kernel.
 const BACKLOG: u32 = 4096;
-/// How long to wait when no descriptor is free.
+/// Delay before the next `accept` after one failed, for example without a free file descriptor.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
-/// How long the log says nothing more of that.
+/// Shortest time between two log lines about a failed `accept`.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
 
-/// How much of a request's body is read before the request is refused, and for how long: a client
-/// whose body is not read may never see the answer.
+/// Bytes of the body that are read before a request is rejected: a client whose body is not read may
+/// never see the response.
 const REJECTED_BODY_BYTES_MAX: usize = 1 << 20;
+/// Longest time for reading that body.
 const REJECTED_BODY_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Takes an address, so that it is this process's; nobody can connect before [`listen`].
+/// Binds an address, so that no other process can. Clients cannot connect before [`listen`].
 ///
 /// # Errors
 ///
-/// Those of `bind(2)`.
+/// The errors of `bind(2)`.
 pub fn bind(address: SocketAddr) -> io::Result<TcpSocket> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
     socket.set_reuseaddr(true)?;
@@ -72,31 +73,32 @@ pub fn bind(address: SocketAddr) -> io::Result<TcpSocket> {
     Ok(socket)
 }
 
-/// Opens a bound socket for connections.
+/// Opens a bound socket for clients.
 ///
 /// # Errors
 ///
-/// Those of `listen(2)`: another process may have taken the address since.
+/// The errors of `listen(2)`: another process may listen on the address since.
 pub fn listen(socket: TcpSocket) -> io::Result<TcpListener> {
     socket.listen(BACKLOG)
 }
 
-/// How many TCP connections there may be, WebSockets included.
+/// Limits of TCP connections, WebSockets included.
 #[derive(Clone, Debug)]
 pub struct TcpLimits {
-    /// In all; for a further one the oldest that is no WebSocket yet is dropped.
+    /// In total. A further connection evicts the oldest pending one.
     pub connections_max: usize,
-    /// From one address; further ones are closed at once. 0 for no limit.
+    /// Per address. Further connections are closed at once. 0 for no limit.
     pub connections_per_ip: usize,
-    /// Addresses that stand for many clients, so that the second limit is not theirs.
+    /// Networks of proxies: each address stands for many clients and has no limit of its own.
     pub proxies: Vec<ipnet::IpNet>,
 }
 
-/// Serves `router` on `listener` until the process ends. From the end of the drain on new
-/// connections are answered 503, so that no client finds the port closed.
+/// Serves `router` on `listener` until the process ends.
+///
+/// After the drain new connections get 503 instead of a closed port.
 pub async fn serve(listener: TcpListener, router: Router, node: Arc<Node>, limits: TcpLimits) {
     let stopped = node.tasks.stopped().clone();
-    let entrance = HttpListener {
+    let http = HttpListener {
         listener,
         router,
         permits: Arc::new(Semaphore::new(limits.connections_max)),
@@ -108,21 +110,21 @@ pub async fn serve(listener: TcpListener, router: Router, node: Arc<Node>, limit
     tokio::select! {
         biased;
         () = stopped.cancelled() => {}
-        () = entrance.accept() => {}
+        () = http.accept() => {}
     }
-    let (tasks, ended) = (entrance.node.tasks.clone(), entrance.node.tasks.ended().clone());
+    let (tasks, ended) = (http.node.tasks.clone(), http.node.tasks.ended().clone());
     let accept = async move {
         tokio::select! {
             biased;
             () = ended.cancelled() => {}
-            () = entrance.accept() => {}
+            () = http.accept() => {}
         }
     };
-    // The node ends anyway.
+    // A panic here needs no action: the node ends anyway.
     tasks.spawn_listener(accept, |_| {});
 }
 
-/// A listener and what its connections share.
+/// A listener and the state that its connections share.
 struct HttpListener {
     listener: TcpListener,
     router: Router,
@@ -134,14 +136,15 @@ struct HttpListener {
 }
 
 impl HttpListener {
-    /// Accepts connections, for ever. Cancel-safe but for a connection that waits for a place, which
-    /// is closed.
+    /// Accepts connections for ever.
+    ///
+    /// Cancel-safe, except that a connection that waits for a permit is closed.
     async fn accept(&self) {
-        let mut said: Option<Instant> = None;
+        let mut logged: Option<Instant> = None;
         let mut batch = 0;
         loop {
             batch += 1;
-            if batch > ACCEPTS_PER_TURN {
+            if batch > ACCEPTS_PER_BATCH {
                 batch = 0;
                 tokio::task::yield_now().await;
             }
@@ -149,11 +152,12 @@ impl HttpListener {
                 Ok(accepted) => accepted,
                 Err(error) if concerns_one_connection(&error) => continue,
                 Err(error) => {
-                    if said.is_none_or(|said| said.elapsed() >= LOG_INTERVAL) {
-                        said = Some(Instant::now());
-                        tracing::error!(%error, "cannot accept; is the limit of descriptors reached?");
+                    if logged.is_none_or(|logged| logged.elapsed() >= LOG_INTERVAL) {
+                        logged = Some(Instant::now());
+                        tracing::error!(%error, "cannot accept connections: raise the limit of file descriptors \
+                             (`ulimit -n`) if it is reached");
                     }
-                    // Nobody is dismissed: `accept` fails so with nobody there to be accepted, too.
+                    // No connection is evicted: `accept` also fails like this without a client waiting.
                     tokio::time::sleep(ACCEPT_RETRY).await;
                     continue;
                 }
@@ -161,29 +165,29 @@ impl HttpListener {
             let ip = peer.ip().to_canonical();
             let is_proxy = self.limits.proxies.iter().any(|net| net.contains(&ip));
             let max = if is_proxy { 0 } else { self.limits.connections_per_ip };
-            let Some(of_address) = self.by_address.acquire(address_key(peer.ip()), max) else {
+            let Some(address_permit) = self.by_address.acquire(address_key(peer.ip()), max) else {
                 self.node.metrics.http_connections_dropped.of(DropReason::PerIpLimit).inc();
                 continue;
             };
             if self.permits.available_permits() == 0 {
                 self.pending.evict_oldest();
             }
-            // Where all places are WebSockets' one is waited for, and nobody else is accepted meanwhile.
-            let place = self.permits.clone().acquire_owned().await.expect("never closed");
-            let place = TcpPermit { _all: Arc::new(place), _address: Arc::new(of_address) };
-            let guest = self.pending.register();
+            // If WebSockets hold all permits, this waits for one, and accepts no further client.
+            let permit = self.permits.clone().acquire_owned().await.expect("never closed");
+            let permit = TcpPermit { _all: Arc::new(permit), _address: Arc::new(address_permit) };
+            let pending = self.pending.register();
             let (router, node) = (self.router.clone(), self.node.clone());
-            let is_late = node.tasks.leaving().is_cancelled();
+            let after_drain = node.tasks.leaving().is_cancelled();
             let tasks = node.tasks.clone();
-            let connection = HttpConnection { peer, place, router, node, after_drain: is_late };
+            let connection = HttpConnection { peer, permit, router, node, after_drain };
             let metrics = self.node.metrics.clone();
             let panicked = move |panic: &str| metrics.panicked(peer, panic);
-            tasks.spawn_listener(connection.serve(socket, guest), panicked);
+            tasks.spawn_listener(connection.serve(socket, pending), panicked);
         }
     }
 }
 
-/// Whether the error says something of the connection that was to be accepted, not of the listener.
+/// Whether the error concerns the connection that was to be accepted, not the listener.
 fn concerns_one_connection(error: &io::Error) -> bool {
     matches!(
         error.kind(),
@@ -193,42 +197,43 @@ fn concerns_one_connection(error: &io::Error) -> bool {
     )
 }
 
-/// A TCP connection's place, given back when the last of its uses is over.
+/// Permit of a TCP connection, released when its last clone is dropped.
 #[derive(Clone)]
 pub(super) struct TcpPermit {
     _all: Arc<OwnedSemaphorePermit>,
     _address: Arc<Permit<IpAddr>>,
 }
 
-/// A connection that is no WebSocket yet.
+/// A TCP connection that serves HTTP requests.
 struct HttpConnection {
     peer: SocketAddr,
-    place: TcpPermit,
+    permit: TcpPermit,
     router: Router,
     node: Arc<Node>,
-    /// It came when the node's own clients had been sent away.
+    /// Whether it was accepted after the drain had disconnected all clients.
     after_drain: bool,
 }
 
 impl HttpConnection {
-    /// Serves it until it ends, becomes a WebSocket, or has to go.
-    async fn serve(self, socket: TcpStream, mut guest: PendingConnection) {
+    /// Serves requests until the connection ends, becomes a WebSocket, or is evicted.
+    async fn serve(self, socket: TcpStream, mut pending: PendingConnection) {
         let node = self.node.clone();
-        // Nothing is to be finished for who is dropped.
+        // An evicted connection has nothing to finish.
         tokio::select! {
             biased;
-            () = guest.evicted() => node.metrics.http_connections_dropped.of(DropReason::Evicted).inc(),
+            () = pending.evicted() => node.metrics.http_connections_dropped.of(DropReason::Evicted).inc(),
             () = self.serve_requests(socket) => {}
         }
     }
 
     async fn serve_requests(self, socket: TcpStream) {
         let Ok(local) = socket.local_addr() else { return };
-        // A frame is small and is to leave at once.
+        // Frames are small and must leave at once.
         let _ = socket.set_nodelay(true);
-        // Bytes that a peer does not read wait where limits count them and answers overtake them.
+        // Unread bytes stay in the outbox, where limits count them and replies overtake them, and not in
+        // the kernel.
         outbox::limit_unsent_bytes(&socket);
-        let ends = ConnectInfo { peer: self.peer, local };
+        let info = ConnectInfo { peer: self.peer, local };
         let first = timeout(HEADER_TIMEOUT, BufferedHead::read(socket, HEADER_BYTES_MAX));
         let first = tokio::select! {
             biased;
@@ -236,8 +241,8 @@ impl HttpConnection {
             () = self.node.tasks.ended().cancelled() => return,
         };
         match first {
-            // What the rest takes is not there before.
-            Ok(Ok(begun)) => Box::pin(self.answer_requests(begun, ends)).await,
+            // Boxed, so that a connection without a header does not hold the memory for the rest.
+            Ok(Ok(head)) => Box::pin(self.answer_requests(head, info)).await,
             Ok(Err(_)) => {}
             Err(_) => {
                 self.node.metrics.http_connections_dropped.of(DropReason::HeaderTimeout).inc()
@@ -245,29 +250,29 @@ impl HttpConnection {
         }
     }
 
-    async fn answer_requests(self, begun: BufferedHead, ends: ConnectInfo) {
-        let Self { peer, place, router, node, after_drain: is_late } = self;
-        let answering = node.clone();
-        let stall_limit = begun.write_timeout();
+    async fn answer_requests(self, head: BufferedHead, info: ConnectInfo) {
+        let Self { peer, permit, router, node, after_drain } = self;
+        let serving_node = node.clone();
+        let write_timeout = head.write_timeout();
         let has_answered = AtomicBool::new(false);
         let service = service_fn(move |mut request: Request<Incoming>| {
-            request.extensions_mut().insert(ends);
-            request.extensions_mut().insert(stall_limit.clone());
-            request.extensions_mut().insert(place.clone());
-            let (router, node) = (router.clone(), answering.clone());
-            let is_further = has_answered.swap(true, Ordering::Relaxed);
+            request.extensions_mut().insert(info);
+            request.extensions_mut().insert(write_timeout.clone());
+            request.extensions_mut().insert(permit.clone());
+            let (router, node) = (router.clone(), serving_node.clone());
+            let is_pipelined = has_answered.swap(true, Ordering::Relaxed);
             async move {
-                if is_further {
-                    // A client whose requests are always there has the others wait no longer than for
-                    // one of them.
+                if is_pipelined {
+                    // A client that always has a further request ready delays other tasks by no more
+                    // than one of its requests.
                     tokio::task::yield_now().await;
                 }
-                // Of a panic the client is told; what else it asked on this connection goes on.
-                let answered = catch_panic(answer(router, request, &node, is_late)).await;
+                // A panic is reported to the client; the connection continues with its other requests.
+                let answered = catch_panic(answer(router, request, &node, after_drain)).await;
                 let answer = answered.unwrap_or_else(|panic| {
                     node.metrics.panicked(peer, &panic);
                     let status = StatusCode::INTERNAL_SERVER_ERROR;
-                    error_response(status, "internal", "a defect of the gateway")
+                    error_response(status, "internal", "internal error: a bug in the gateway")
                 });
                 Ok::<_, Infallible>(answer)
             }
@@ -276,12 +281,12 @@ impl HttpConnection {
             .timer(TokioTimer::new())
             .header_read_timeout(HEADER_TIMEOUT)
             .max_buf_size(HEADER_BYTES_MAX)
-            .serve_connection(begun, service)
+            .serve_connection(head, service)
             .with_upgrades();
         tokio::pin!(connection);
-        // The future is kept over the first arm, so that a request under way is answered. Idle
-        // connections stay until the end: each answer of a draining node has `Connection: close`, and
-        // a request that comes too late for one is answered all the same.
+        // The second arm continues the same future, so that a running request gets its response.
+        // Idle connections stay open until the end: every response of a draining node has
+        // `Connection: close`, and a request that arrives after such a response is still answered.
         let result = tokio::select! {
             result = connection.as_mut() => result,
             () = node.tasks.ended().cancelled() => {
@@ -300,25 +305,25 @@ impl HttpConnection {
     }
 }
 
-/// Whether the peer did not take its answer.
+/// Whether the peer did not read its response in time.
 fn is_write_timeout(error: &hyper::Error) -> bool {
     let source = std::error::Error::source(error);
     let io_error = source.and_then(|source| source.downcast_ref::<io::Error>());
     io_error.is_some_and(|error| error.kind() == io::ErrorKind::TimedOut)
 }
 
-/// Answers a request. From the start of a drain on each answer ends its connection.
+/// Answers a request. Once the node drains, every response ends its connection.
 async fn answer(
     mut router: Router,
     request: Request<Incoming>,
     node: &Node,
-    is_late: bool,
+    after_drain: bool,
 ) -> Response<Body> {
-    let is_over = is_late || node.tasks.stopped().is_cancelled();
+    let is_over = after_drain || node.tasks.stopped().is_cancelled();
     let mut response = if is_over && !is_served_after_drain(request.uri().path()) {
         reject_after_drain(request).await
     } else {
-        // The services that the answer needs stay for it.
+        // Keeps the services alive until the response is ready.
         let _held = node.tasks.hold();
         match router.call(request).await {
             Ok(response) => response,
@@ -331,14 +336,14 @@ async fn answer(
     response
 }
 
-/// Whether a path is answered without services: it tells how the node is, or refuses in its own way.
+/// Whether a path needs no services: it reports the state of the node, or rejects by itself.
 fn is_served_after_drain(path: &str) -> bool {
     matches!(path, "/health" | "/ready" | "/metrics" | "/sse")
         || path == "/ws"
         || path.starts_with("/ws/")
 }
 
-/// 503 and when to come back, once what the client still sends has been read.
+/// Reads the rest of the request, then returns 503 with `Retry-After`.
 async fn reject_after_drain(request: Request<Incoming>) -> Response<Body> {
     let body = axum::body::to_bytes(Body::new(request.into_body()), REJECTED_BODY_BYTES_MAX);
     let _ = timeout(REJECTED_BODY_TIMEOUT, body).await;

@@ -1,7 +1,7 @@
-//! The HTTP side: which paths there are, on one page.
+//! HTTP: the routes of both listeners, and the state that all requests share.
 //!
-//! Two listeners. The public one serves clients; the admin one has the metrics and is not for the
-//! world. [`listen`] accepts connections, `upgrade` turns a handshake into a WebSocket.
+//! The public listener serves clients; the admin listener serves metrics and must not be reachable
+//! from the internet. [`listen`] accepts connections, `upgrade` turns a handshake into a WebSocket.
 
 use std::{
     net::SocketAddr,
@@ -46,91 +46,91 @@ mod upgrade;
 mod sse;
 pub mod api;
 
-/// The cookie that names a client's node to nginx.
+/// Name of the cookie by which nginx finds the node of a client.
 pub const ROUTE_COOKIE: &str = "gw_node";
 
-/// What the HTTP side is told by the configuration.
+/// Options of the HTTP server.
 #[derive(Clone)]
 pub struct HttpOptions {
-    /// The cookie a token may come in.
+    /// Name of the cookie that may carry a token.
     pub auth_cookie: String,
-    /// Which pages of other origins may connect.
+    /// Origins of other web pages that may connect.
     pub allowed_origins: origin::AllowedOrigins,
-    /// Who may use the server API.
+    /// Keys of the server API.
     pub api: api::ApiKeys,
-    /// Whose `X-Forwarded-For` counts.
+    /// Networks of proxies whose `X-Forwarded-For` is trusted.
     pub trusted_proxies: Vec<ipnet::IpNet>,
-    /// How `/ws/echo` answers.
+    /// Reply of `/ws/echo`.
     pub echo: EchoMode,
-    /// Anyone can be anyone, in a cluster: the page says so.
+    /// Whether the chat page warns that any client can impersonate any user: an anonymous cluster.
     pub warn_anonymous: bool,
-    /// Told to clients as `dedup_window`.
+    /// `dedup_window` of the `connected` frame.
     pub dedup_window: Duration,
-    /// Whether messages are compressed with clients that can, and from how many bytes on.
+    /// Size in bytes from which messages are compressed; `None` turns compression off.
     pub deflate_bytes_min: Option<usize>,
-    /// When connections are pinged and given up.
+    /// Ping interval and timeouts of connections.
     pub heartbeat: Arc<Heartbeat>,
-    /// How much there may be.
+    /// Limits of this node.
     pub limits: HttpLimits,
-    /// How fast clients are sent away at the end.
+    /// Rate at which a draining node disconnects its clients.
     pub drain_rate: DrainRate,
 }
 
-/// How much there may be, on this node.
+/// Limits of connections and requests on this node.
 #[derive(Clone, Debug)]
 pub struct HttpLimits {
-    /// WebSocket connections in all.
+    /// Client connections in total.
     pub connections_max: usize,
-    /// WebSocket connections of one address; 0 for no limit.
+    /// Client connections per address; 0 for no limit.
     pub connections_per_ip: usize,
-    /// WebSocket connections of one user; 0 for no limit.
+    /// Client connections per user; 0 for no limit.
     pub connections_per_user: usize,
-    /// Handshakes of one address.
+    /// Handshakes per address.
     pub handshakes_per_ip: Rate,
-    /// Handshakes in all.
+    /// Handshakes in total.
     pub accepts: Rate,
-    /// Plain HTTP requests of one address.
+    /// Plain HTTP requests per address.
     pub requests_per_ip: Rate,
-    /// Calls of the server API without a good key, of one address.
+    /// Server API calls without a valid key per address.
     pub api_key_failures_per_ip: Rate,
-    /// One WebSocket message, in bytes.
+    /// Bytes of a WebSocket message.
     pub message_bytes_max: usize,
-    /// What waits for one client, in bytes.
+    /// Bytes in the send queue of a connection.
     pub outbox_bytes_max: usize,
 }
 
-/// What all requests share.
+/// State that all requests of a node share.
 pub struct Node {
-    /// This node's name.
+    /// Name of this node.
     pub id: NodeId,
-    /// The configuration.
+    /// Options of the HTTP server.
     pub options: HttpOptions,
-    /// What sessions share.
+    /// State that all sessions share.
     pub services: Arc<Services>,
-    /// What the application orders.
+    /// Control commands of the application.
     pub control: Control,
-    /// What is counted.
+    /// Metrics of this node.
     pub metrics: Arc<Metrics>,
-    /// Who runs.
+    /// Running tasks.
     pub tasks: Tasks,
-    /// Sends clients to other nodes: at the end, or because it was ordered.
+    /// Disconnects the clients in batches, when the node stops or a command drains it.
     pub drain_schedule: DrainSchedule,
-    /// What wakes connections when there is something to look at.
+    /// Timers of the connections.
     pub timers: Arc<TimerWheel>,
     state: HttpState,
 }
 
-/// What the limits count.
+/// Counters and rate limiters of the listeners.
 #[derive(Default)]
 struct HttpState {
     draining: AtomicBool,
-    /// Log lines on pages whose origin may not connect.
-    origins_refused: LogLimiter,
+    /// Limits log lines about denied origins.
+    denied_origins_log: LogLimiter,
     all: KeyedPermits<()>,
     by_address: KeyedPermits<std::net::IpAddr>,
     by_user: KeyedPermits<UserId>,
     handshakes: RateLimiters<std::net::IpAddr>,
-    /// What the connections of each address cause beside messages.
+    /// Control frames, small fragments and rejected frames per address.
     address_meters: Arc<AddressMeters>,
     accepts: RateLimiters<()>,
     requests: RateLimiters<(std::net::IpAddr, request_rates::RequestPool)>,
@@ -139,12 +139,12 @@ struct HttpState {
     lifecycle: LifecyclePermits,
 }
 
-/// Permits of connections that are being opened or ended: thousands that come or leave at once take
-/// their turns, so that deliveries wait for a few of them only.
+/// Bounds how many connections are opened and ended at the same time: when thousands connect or
+/// disconnect at once, deliveries wait for few of them.
 struct LifecyclePermits {
-    /// Held while a connection is opened.
+    /// Held while a connection opens.
     opening: Semaphore,
-    /// Held while its session is ended.
+    /// Held while a session ends.
     ending: Semaphore,
 }
 
@@ -154,17 +154,17 @@ impl Default for LifecyclePermits {
     }
 }
 
-/// The two ends of a TCP connection.
+/// Addresses of both ends of a TCP connection.
 #[derive(Clone, Copy, Debug)]
 pub struct ConnectInfo {
-    /// The client's, or the proxy's.
+    /// Address of the client or proxy.
     pub peer: SocketAddr,
-    /// This node's, as the other side dialled it.
+    /// Address of this node, as the peer dialled it.
     pub local: SocketAddr,
 }
 
 impl Node {
-    /// What requests share, before the first one.
+    /// Creates the shared state.
     pub fn new(
         id: NodeId,
         options: HttpOptions,
@@ -188,23 +188,23 @@ impl Node {
         }
     }
 
-    /// Takes no new client from here on; `ready` says so.
+    /// Rejects new clients from now on; `/ready` returns 503.
     pub fn start_draining(&self) {
         self.state.draining.store(true, Ordering::Release);
     }
 
-    /// Sends the clients that are here to other nodes, no faster than those take them.
-    pub async fn send_clients_away(&self) {
+    /// Disconnects all clients, no faster than the other nodes accept them.
+    pub async fn drain_clients(&self) {
         self.drain_schedule.run(self.options.drain_rate, || self.state.all.count(&())).await;
     }
 
-    /// Whether new clients are refused because the node stops.
+    /// Whether the node drains and rejects new clients.
     pub fn is_draining(&self) -> bool {
         self.state.draining.load(Ordering::Acquire)
     }
 
-    /// What keeps the node from serving, as `ready` names it.
-    pub fn failing(&self) -> Vec<&'static str> {
+    /// Names of the checks that fail, as `/ready` lists them.
+    pub fn failed_checks(&self) -> Vec<&'static str> {
         let bus: &dyn Bus = &*self.services.bus;
         let task = self.tasks.failure().map(|_| "task");
         let drain = self.is_draining().then_some("drain");
@@ -212,7 +212,7 @@ impl Node {
     }
 }
 
-/// The routes of the public listener.
+/// Builds the routes of the public listener.
 pub fn public(node: Arc<Node>) -> Router {
     Router::new()
         .route("/", get(page::chat))
@@ -229,7 +229,7 @@ pub fn public(node: Arc<Node>) -> Router {
         .with_state(node)
 }
 
-/// The routes of the admin listener.
+/// Builds the routes of the admin listener.
 pub fn admin(node: Arc<Node>) -> Router {
     Router::new()
         .route("/metrics", get(health::metrics))

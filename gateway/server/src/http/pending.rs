@@ -1,24 +1,25 @@
-//! The connections that are no WebSockets yet, in the order they came. Where there is no place for
-//! another one, the oldest of them has to go: a client sends its handshake at once, and who holds a
-//! place without one holds it from somebody who would.
+//! Connections that are not yet a WebSocket or an event stream, in the order they were accepted.
+//!
+//! When the listener is full, the oldest pending connection is evicted: a real client sends its
+//! handshake at once, so that a connection without one blocks clients that would send theirs.
 
 use std::{collections::BTreeMap, convert::Infallible, sync::Arc};
 
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
-/// All of a listener's.
+/// Pending connections of a listener.
 #[derive(Clone, Debug, Default)]
 pub(super) struct PendingConnections(Arc<Mutex<PendingState>>);
 
 #[derive(Debug, Default)]
 struct PendingState {
     next: u64,
-    /// By number, so in order. A guest is told to go by dropping what stands for it here.
+    /// By number, and so by age. Dropping the sender evicts the connection.
     connections: BTreeMap<u64, oneshot::Sender<Infallible>>,
 }
 
-/// One of them. It is none any more when this is dropped.
+/// A pending connection; deregisters on drop.
 #[derive(Debug)]
 pub(super) struct PendingConnection {
     pending: PendingConnections,
@@ -27,24 +28,25 @@ pub(super) struct PendingConnection {
 }
 
 impl PendingConnections {
+    /// Adds a connection.
     pub(super) fn register(&self) -> PendingConnection {
-        let (stay, stays) = oneshot::channel();
-        let mut present = self.0.lock();
-        let number = present.next;
-        present.next += 1;
-        present.connections.insert(number, stay);
-        PendingConnection { pending: self.clone(), number, eviction: stays }
+        let (keep, eviction) = oneshot::channel();
+        let mut state = self.0.lock();
+        let number = state.next;
+        state.next += 1;
+        state.connections.insert(number, keep);
+        PendingConnection { pending: self.clone(), number, eviction }
     }
 
-    /// Tells the oldest one to go.
+    /// Evicts the oldest pending connection.
     pub(super) fn evict_oldest(&self) {
-        // Who is told so ends in its own time, after the lock.
-        let _dismissed = self.0.lock().connections.pop_first();
+        // The receiver wakes after the lock is released.
+        let _evicted = self.0.lock().connections.pop_first();
     }
 }
 
 impl PendingConnection {
-    /// Resolves when it has to go. Cancel-safe.
+    /// Resolves when this connection is evicted. Cancel-safe.
     pub(super) async fn evicted(&mut self) {
         let Err(_) = (&mut self.eviction).await;
     }
@@ -61,7 +63,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn the_oldest_that_is_still_there_goes_first() {
+    async fn the_oldest_pending_connection_is_evicted_first() {
         let pending = PendingConnections::default();
         let (first, mut second, mut third) =
             (pending.register(), pending.register(), pending.register());

@@ -1,7 +1,7 @@
-//! What a client holds of the limits as long as it is connected, and whether there is room for one more.
+//! Admission of a handshake: origin, state of the node, rates and connection limits.
 //!
-//! A 503 makes nginx try the next node and counts against this one, so it is kept for what is this node's
-//! own: drain, overload, bus down.
+//! nginx answers a 503 by trying the next node, and counts it against this one. A 503 is therefore
+//! only for conditions of this node: drain, overload, bus down.
 
 use axum::{
     http::{StatusCode, request::Parts},
@@ -21,11 +21,11 @@ use skein_core::{
     telemetry::metrics::HandshakeResult,
 };
 
-/// What a connection holds as long as it lives, so that limits count it.
+/// Shares of the limits that a connection holds while it is open.
 pub(super) struct ConnectionPermits {
-    /// What the page it comes from is allowed.
+    /// Rights of the web page that opened the connection.
     pub(super) allowed: OriginAccess,
-    /// The address, as limits count it.
+    /// Client address in the form that limits count (IPv6: the /64).
     pub(super) address: std::net::IpAddr,
     _all: Permit<()>,
     _address: Permit<std::net::IpAddr>,
@@ -33,23 +33,28 @@ pub(super) struct ConnectionPermits {
 }
 
 impl ConnectionPermits {
-    /// Takes a place for a client from a page that may, or says in HTTP why there is none.
+    /// Checks the origin, the node and all limits, and takes the permits of a connection.
+    ///
+    /// # Errors
+    ///
+    /// The result for the metrics and the error response.
     pub(super) fn take(
         node: &Node,
         parts: &Parts,
     ) -> Result<Self, (HandshakeResult, Box<Response>)> {
-        let allowed = node.options.allowed_origins.allow(&parts.headers).map_err(|refused| {
-            if let Some(suppressed) = node.state.origins_refused.should_log() {
-                let origin::DeniedOrigin { origin, host } = refused;
+        let allowed = node.options.allowed_origins.allow(&parts.headers).map_err(|denied| {
+            if let Some(suppressed) = node.state.denied_origins_log.should_log() {
+                let origin::DeniedOrigin { origin, host } = denied;
                 tracing::warn!(
                     ?origin,
                     ?host,
                     suppressed,
-                    "a page was refused: its origin is neither this host nor in \
-                     server.allowed_origins; does the proxy pass on the Host header?"
+                    "denied a handshake from another origin: add the origin to \
+                     server.allowed_origins, or, if it is the gateway's own, make the proxy pass \
+                     the Host header on"
                 );
             }
-            let text = "this page's origin is not in server.allowed_origins";
+            let text = "the origin of this page is not in server.allowed_origins";
             let response = error_response(StatusCode::FORBIDDEN, "forbidden", text);
             (HandshakeResult::OriginDenied, Box::new(response))
         })?;
@@ -60,10 +65,10 @@ impl ConnectionPermits {
                 Box::new(error_response_with_retry(status, "unavailable", text, wait)),
             )
         };
-        if let Some(failing) = node.failing().first() {
-            return Err(unavailable(match *failing {
+        if let Some(check) = node.failed_checks().first() {
+            return Err(unavailable(match *check {
                 "drain" => "this node is stopping",
-                _ => "this node cannot reach the others",
+                _ => "this node has no connection to the bus",
             }));
         }
 
@@ -71,7 +76,7 @@ impl ConnectionPermits {
         let peer = parts
             .extensions
             .get::<ConnectInfo>()
-            .map_or([0, 0, 0, 0].into(), |ends| ends.peer.ip());
+            .map_or([0, 0, 0, 0].into(), |info| info.peer.ip());
         let address = client_address(peer, &parts.headers, &node.options.trusted_proxies);
         let address = address_key(address);
         let now = Instant::now();

@@ -1,9 +1,9 @@
-//! How many requests an address may make that need no key and are no handshakes: pages, probes of `/health`,
-//! what is not there, and calls of the server API without a good key. Handshakes have rates of their own
-//! (`places`); those that are refused count here as well.
+//! Rate limits per address of requests that need no key and are no handshakes: pages, probes, unknown
+//! paths, and server API calls without a valid key.
 //!
-//! Above the rate a request waits for a moment, is answered 429, and its connection is closed: what a
-//! flood gets done then depends on how many connections it has, and those are limited.
+//! Handshakes have their own rates (`permits`); rejected handshakes count here as well. Above its
+//! rate a request waits for a moment and gets 429, and its connection is closed: the cost of a flood
+//! then depends on its connections, which are limited.
 
 use std::{net::IpAddr, sync::Arc, time::Duration};
 
@@ -18,24 +18,24 @@ use tokio::time::Instant;
 use super::{ConnectInfo, Node, address::client_address, error::error_response_with_retry};
 use skein_core::{limits::address_key, telemetry::metrics::ApiRejection};
 
-/// How long the answer to a request above the rate waits.
+/// Delay of the response to a request above the rate.
 const PAUSE: Duration = Duration::from_millis(250);
 
-/// What is counted apart, so that a flood of one kind does not keep out another.
+/// Kind of requests with a rate of its own, so that a flood of one kind does not block another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum RequestPool {
-    /// Pages, what is not there, and refused handshakes.
+    /// Pages, unknown paths and rejected handshakes.
     Pages,
     /// `/health` and `/ready`.
     Probes,
-    /// Calls of the server API without a good key.
+    /// Server API calls without a valid key.
     Api,
 }
 
-/// What a request is, as far as its rate goes.
+/// Kind of a request for the purpose of its rate.
 enum RequestKind {
     Plain(RequestPool),
-    /// It opens a WebSocket or an event stream, or tries to.
+    /// Tries to open a WebSocket or an event stream.
     Handshake,
     Api,
 }
@@ -54,7 +54,7 @@ impl RequestKind {
     }
 }
 
-/// Lets a request through, or answers it in place of the router.
+/// Passes a request to the router, or rejects it above its rate.
 pub(super) async fn limit_requests(
     State(node): State<Arc<Node>>,
     request: Request,
@@ -70,9 +70,9 @@ pub(super) async fn limit_requests(
         },
         RequestKind::Handshake => {
             let response = next.run(request).await;
-            let is_refused =
+            let is_rejected =
                 !matches!(response.status(), StatusCode::SWITCHING_PROTOCOLS | StatusCode::OK);
-            match is_refused.then(|| take(RequestPool::Pages, limits.requests_per_ip)) {
+            match is_rejected.then(|| take(RequestPool::Pages, limits.requests_per_ip)) {
                 Some(Err(_)) => {
                     tokio::time::sleep(PAUSE).await;
                     closing(response)
@@ -82,9 +82,9 @@ pub(super) async fn limit_requests(
         }
         RequestKind::Api => match node.options.api.authenticate(request.headers()) {
             Ok(_) => next.run(request).await,
-            Err(refusal) => match take(RequestPool::Api, limits.api_key_failures_per_ip) {
+            Err(rejection) => match take(RequestPool::Api, limits.api_key_failures_per_ip) {
                 Ok(()) => {
-                    count_api_rejection(&node, address, refusal);
+                    count_api_rejection(&node, address, rejection);
                     next.run(request).await
                 }
                 Err(wait) => {
@@ -100,28 +100,28 @@ fn address_of(node: &Node, request: &Request) -> IpAddr {
     let peer = request
         .extensions()
         .get::<ConnectInfo>()
-        .map_or([0, 0, 0, 0].into(), |ends| ends.peer.ip());
+        .map_or([0, 0, 0, 0].into(), |info| info.peer.ip());
     address_key(client_address(peer, request.headers(), &node.options.trusted_proxies))
 }
 
 async fn reject_above_rate(node: &Node, address: IpAddr, wait: Duration) -> Response {
     node.metrics.http_rate_limited.inc();
     if let Some(suppressed) = node.state.requests_log.should_log() {
-        tracing::warn!(%address, suppressed, "an address makes too many HTTP requests and is answered 429; \
-            `suppressed` more were not logged since the last line");
+        tracing::warn!(%address, suppressed,
+            "an address is above limits.http_requests_per_second_per_ip and gets 429");
     }
     reject(wait).await
 }
 
-fn count_api_rejection(node: &Node, address: IpAddr, refusal: ApiRejection) {
-    node.metrics.api_rejections.of(refusal).inc();
+fn count_api_rejection(node: &Node, address: IpAddr, rejection: ApiRejection) {
+    node.metrics.api_rejections.of(rejection).inc();
     if let Some(suppressed) = node.state.api_log.should_log() {
-        tracing::warn!(%address, ?refusal, suppressed, "a call of the server API was refused for its key; \
-            `suppressed` more were not logged since the last line");
+        tracing::warn!(%address, ?rejection, suppressed,
+            "a server API call was rejected because of its key");
     }
 }
 
-/// 429 after a moment, and the end of the connection.
+/// Returns 429 after a delay, and closes the connection.
 async fn reject(wait: Duration) -> Response {
     tokio::time::sleep(PAUSE).await;
     let text = "too many requests from this address";
