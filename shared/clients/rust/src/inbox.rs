@@ -4,7 +4,7 @@
 //!
 //! Pure. `client::state` is the user.
 
-use super::resume::{EntryClass, LogTracker};
+use super::resume::{EntryCheck, LogTracker};
 use skein_protocol::{
     ids::{MessageId, UserId},
     position::{Position, Seq},
@@ -45,9 +45,9 @@ impl InboxTracker {
     /// Whether an entry is new.
     pub(super) fn accept(&mut self, position: &Position, from: &UserId, id: MessageId) -> bool {
         match self.log.classify(position, from, id) {
-            EntryClass::InOrder => true,
-            EntryClass::Gap { deliver, .. } => deliver,
-            EntryClass::Duplicate { .. } => false,
+            EntryCheck::InOrder => true,
+            EntryCheck::Gap { deliver, .. } => deliver,
+            EntryCheck::Duplicate { .. } => false,
         }
     }
 

@@ -1,7 +1,7 @@
 //! Where a client is in a room's log, and which of its own messages have no answer yet.
 //!
 //! [`LogTracker`] judges every entry: the next one is delivered, one that was there before is dropped, and
-//! a number that was skipped is a hole, which the protocol promises never to happen. [`SendQueue`] keeps
+//! a number that was skipped is a hole, which the protocol promises never to happen. [`PendingSends`] keeps
 //! what was not acknowledged in sending order, across refusals and reconnects, and tells when it may
 //! be sent again.
 //!
@@ -42,7 +42,7 @@ pub struct LogTracker {
 
 /// What to do with an entry.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum EntryClass {
+pub enum EntryCheck {
     /// It is the next one.
     InOrder,
     /// It was delivered before: under this number, or `earlier` under another one with the same id.
@@ -126,20 +126,20 @@ impl LogTracker {
     }
 
     /// Judges an entry and moves past it.
-    pub fn classify(&mut self, position: &Position, from: &UserId, id: MessageId) -> EntryClass {
+    pub fn classify(&mut self, position: &Position, from: &UserId, id: MessageId) -> EntryCheck {
         let place = self.advance(position);
         if matches!(place, CursorStep::AlreadyPassed) {
-            return EntryClass::Duplicate { earlier: None };
+            return EntryCheck::Duplicate { earlier: None };
         }
         let earlier = self.recent_ids.insert((from.clone(), id), position.clone());
         match place {
             CursorStep::SkippedTo { expected } => {
-                EntryClass::Gap { expected, deliver: earlier.is_none() }
+                EntryCheck::Gap { expected, deliver: earlier.is_none() }
             }
             CursorStep::Next | CursorStep::AlreadyPassed if earlier.is_some() => {
-                EntryClass::Duplicate { earlier }
+                EntryCheck::Duplicate { earlier }
             }
-            CursorStep::Next | CursorStep::AlreadyPassed => EntryClass::InOrder,
+            CursorStep::Next | CursorStep::AlreadyPassed => EntryCheck::InOrder,
         }
     }
 
@@ -227,7 +227,7 @@ impl<K: Clone + Eq + Hash, V: Clone> RecentMap<K, V> {
 
 /// Messages to one room that were not acknowledged, in sending order. `T` is what belongs to one.
 #[derive(Debug)]
-pub struct SendQueue<T> {
+pub struct PendingSends<T> {
     queue: VecDeque<QueuedSend<T>>,
     in_flight_max: usize,
 }
@@ -259,7 +259,7 @@ pub enum NextSend<'a, T> {
     Uncertain(MessageId, T),
 }
 
-impl<T> SendQueue<T> {
+impl<T> PendingSends<T> {
     /// Sends of which at most `in_flight_max` are on their way at a time.
     ///
     /// With 1 the order of sends is the order of the log whatever happens. With more, one that is

@@ -13,7 +13,7 @@ use super::{
         StartFrom,
     },
     frames::{self, HeaderTooLong},
-    resume::{LogTracker, SendQueue},
+    resume::{LogTracker, PendingSends},
 };
 use skein_protocol::{ids::RoomId, protocol::FrameRef};
 
@@ -101,7 +101,7 @@ pub(super) struct ClientRoom {
     /// What the room asks for, also when it is joined again after a reconnect.
     pub(super) password: Option<String>,
     pub(super) log: LogTracker,
-    pub(super) sends: SendQueue<PendingSend>,
+    pub(super) sends: PendingSends<PendingSend>,
     pub(super) join_reply: Option<oneshot::Sender<Result<JoinInfo, JoinError>>>,
     pub(super) leave_reply: Option<oneshot::Sender<Result<(), LeaveError>>>,
 }
@@ -113,7 +113,7 @@ impl ClientRoom {
             log: tracker_for(&start),
             start,
             password: None,
-            sends: SendQueue::new(in_flight_max),
+            sends: PendingSends::new(in_flight_max),
             join_reply: None,
             leave_reply: None,
         }

@@ -26,7 +26,7 @@ use super::{
     },
     frames,
     inbox::InboxTracker,
-    resume::EntryClass,
+    resume::EntryCheck,
     room::{ClientRoom, EncodedFrame, RoomState},
 };
 use skein_protocol::{
@@ -55,7 +55,7 @@ enum PendingRequest {
 }
 
 /// See the head of this file.
-pub(super) struct ClientState {
+pub(super) struct ProtocolState {
     in_flight_max: usize,
     rooms: HashMap<RoomId, ClientRoom>,
     pub(super) inbox: InboxTracker,
@@ -84,7 +84,7 @@ struct ReasonField {
     reason: Option<String>,
 }
 
-impl ClientState {
+impl ProtocolState {
     pub(super) fn new(in_flight_max: usize) -> Self {
         Self {
             in_flight_max,
@@ -216,7 +216,7 @@ impl ClientState {
         }
     }
 
-    /// When [`ClientState::on_timer`] has something to do.
+    /// When [`ProtocolState::on_timer`] has something to do.
     pub(super) fn next_deadline(&self) -> Option<Instant> {
         self.rooms.values().filter_map(ClientRoom::next_retry).min()
     }
@@ -372,7 +372,7 @@ impl ClientState {
         let verdict = match self.rooms.get_mut(&message.room) {
             // Before `on_joined`, whose history will have it.
             Some(room) if matches!(room.state, RoomState::Joining | RoomState::JoinRetryAt(_)) => {
-                EntryClass::Gap { expected: None, deliver: false }
+                EntryCheck::Gap { expected: None, deliver: false }
             }
             Some(room) => {
                 // In the log is as good as acknowledged, and it may be the only answer to come.
@@ -386,16 +386,16 @@ impl ClientState {
                 }
                 room.log.classify(&position, &message.from.id, message.id)
             }
-            None => EntryClass::Gap { expected: None, deliver: true },
+            None => EntryCheck::Gap { expected: None, deliver: true },
         };
         let deliver = match verdict {
-            EntryClass::InOrder => true,
-            EntryClass::Duplicate { earlier } => {
+            EntryCheck::InOrder => true,
+            EntryCheck::Duplicate { earlier } => {
                 let (room, id) = (message.room.clone(), message.id);
                 self.events.push_back(ClientEvent::Duplicate { room, id, position, earlier });
                 false
             }
-            EntryClass::Gap { expected, deliver } => {
+            EntryCheck::Gap { expected, deliver } => {
                 let room = message.room.clone();
                 self.events.push_back(ClientEvent::Gap { room, expected, got: position });
                 deliver

@@ -1,5 +1,5 @@
 //! The task that owns a client's connection: it connects, comes back, and moves frames between the
-//! socket and [`ClientState`], which decides everything about rooms and messages.
+//! socket and [`ProtocolState`], which decides everything about rooms and messages.
 //!
 //! One loop waits for the application's calls, the socket and the clock. Events are handed over
 //! with waiting: an application that does not take them slows the client down, and the gateway
@@ -18,7 +18,7 @@ use super::{
     connection::{ClientConnection, ConnectionClosed, ReceivedMessage},
     options::{ConnectError, ConnectOptions},
     room::EncodedFrame,
-    state::{ClientState, calls::ClientCall},
+    state::{ProtocolState, calls::ClientCall},
 };
 use skein_protocol::{
     close::{CloseCode, ReconnectAdvice, reconnect_advice},
@@ -43,7 +43,7 @@ pub(super) struct ClientTask {
     events: mpsc::Sender<ClientEvent>,
     /// Turns true when the application wants the end.
     closing: watch::Receiver<bool>,
-    state: ClientState,
+    state: ProtocolState,
     backoff: Backoff,
     /// Which of the URLs is next.
     url: usize,
@@ -59,7 +59,7 @@ impl ClientTask {
         events: mpsc::Sender<ClientEvent>,
         closing: watch::Receiver<bool>,
     ) -> Self {
-        let mut state = ClientState::new(options.in_flight_max);
+        let mut state = ProtocolState::new(options.in_flight_max);
         state.url_room = url_room(&connect_options.url);
         Self {
             backoff: Backoff::new(options.backoff_base, options.backoff_cap),

@@ -29,10 +29,10 @@ use skein_protocol::{error::ErrorCode, protocol::server_frame::ServerFrame};
 use skein_websocket::Opcode;
 
 /// Nothing in these tests takes this long; a test that would hang fails instead.
-const PATIENCE: Duration = Duration::from_secs(20);
+const TEST_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A listener that the test accepts connections from, one by one.
-struct Server(TcpListener);
+struct TestServer(TcpListener);
 
 /// The server's side of one connection.
 struct Peer {
@@ -42,7 +42,7 @@ struct Peer {
     authorization: Option<String>,
 }
 
-impl Server {
+impl TestServer {
     async fn start() -> Self {
         Self(TcpListener::bind("127.0.0.1:0").await.unwrap())
     }
@@ -56,7 +56,7 @@ impl Server {
     }
 
     async fn stream(&self) -> TcpStream {
-        timeout(PATIENCE, self.0.accept()).await.expect("a connection").unwrap().0
+        timeout(TEST_TIMEOUT, self.0.accept()).await.expect("a connection").unwrap().0
     }
 
     async fn accept(&self) -> Peer {
@@ -80,12 +80,12 @@ impl Server {
     /// Accepts and says `connected`.
     async fn welcome(&self) -> Peer {
         let mut peer = self.accept().await;
-        peer.say(connected()).await;
+        peer.send(connected()).await;
         peer
     }
 
     /// Accepts and answers the handshake with `response`.
-    async fn refuse(&self, response: &str) {
+    async fn reject(&self, response: &str) {
         let mut stream = self.stream().await;
         let mut request = [0; 2048];
         let length = stream.read(&mut request).await.unwrap();
@@ -95,14 +95,14 @@ impl Server {
 }
 
 impl Peer {
-    async fn say(&mut self, frame: Value) {
+    async fn send(&mut self, frame: Value) {
         self.socket.send(Raw::text(frame.to_string())).await.unwrap();
     }
 
     /// The next frame, which has to be of type `kind`.
-    async fn hear(&mut self, kind: &str) -> Value {
+    async fn expect_frame(&mut self, kind: &str) -> Value {
         loop {
-            let message = timeout(PATIENCE, self.socket.next()).await.expect("a frame");
+            let message = timeout(TEST_TIMEOUT, self.socket.next()).await.expect("a frame");
             match message.expect("a frame").unwrap() {
                 Raw::Text(text) => {
                     let frame: Value = serde_json::from_str(&text).unwrap();
@@ -116,8 +116,8 @@ impl Peer {
     }
 
     /// The close frame that has to come next.
-    async fn hear_close(&mut self) -> u16 {
-        match timeout(PATIENCE, self.socket.next()).await.expect("a close").unwrap().unwrap() {
+    async fn expect_close(&mut self) -> u16 {
+        match timeout(TEST_TIMEOUT, self.socket.next()).await.expect("a close").unwrap().unwrap() {
             Raw::Close(Some(frame)) => frame.code.into(),
             other => panic!("{other:?} instead of a close"),
         }
@@ -130,9 +130,9 @@ impl Peer {
     }
 
     /// Answers the `join` that has to come next.
-    async fn admit(&mut self, seq: u64, recovered: bool) -> Value {
-        let join = self.hear("join").await;
-        self.say(json!({
+    async fn answer_join(&mut self, seq: u64, recovered: bool) -> Value {
+        let join = self.expect_frame("join").await;
+        self.send(json!({
             "type": "joined", "ref": join["ref"], "room": join["room"], "epoch": "e",
             "seq": seq, "recovered": recovered, "history": [], "durable": true,
         }))
@@ -141,7 +141,7 @@ impl Peer {
     }
 
     async fn acknowledge(&mut self, message: &Value, seq: u64) {
-        self.say(json!({
+        self.send(json!({
             "type": "ack", "ref": message["ref"], "id": message["id"], "room": message["room"],
             "epoch": "e", "seq": seq, "timestamp": "t", "duplicate": false,
         }))
@@ -169,7 +169,7 @@ fn entry(seq: u64) -> Value {
 }
 
 /// Settings that come back at once.
-fn settings() -> ClientOptions {
+fn fast_reconnect() -> ClientOptions {
     let moment = Duration::from_millis(1);
     ClientOptions { backoff_base: moment, backoff_cap: moment, ..ClientOptions::default() }
 }
@@ -177,7 +177,7 @@ fn settings() -> ClientOptions {
 static ROOM: LazyLock<RoomId> = LazyLock::new(|| "r".parse().unwrap());
 
 async fn event(events: &mut mpsc::Receiver<ClientEvent>) -> ClientEvent {
-    timeout(PATIENCE, events.recv()).await.expect("an event").expect("an event")
+    timeout(TEST_TIMEOUT, events.recv()).await.expect("an event").expect("an event")
 }
 
 /// Skips events until one passes `pick`.
@@ -204,19 +204,19 @@ async fn ended(events: &mut mpsc::Receiver<ClientEvent>) -> ClientEndReason {
 
 #[tokio::test]
 async fn a_client_joins_sends_and_receives() {
-    let server = Server::start().await;
+    let server = TestServer::start().await;
     let (client, mut events) =
         Client::start(ConnectOptions::new(server.url()).user("me"), ClientOptions::default());
     let gateway = async {
         let mut peer = server.welcome().await;
         assert_eq!(peer.uri, "/ws?user=me");
-        let join = peer.admit(4, false).await;
+        let join = peer.answer_join(4, false).await;
         assert_eq!(join["history"], 0);
-        let message = peer.hear("message").await;
+        let message = peer.expect_frame("message").await;
         assert_eq!(message["content"], "hello");
-        peer.say(entry(5)).await;
+        peer.send(entry(5)).await;
         peer.acknowledge(&message, 6).await;
-        assert_eq!(peer.hear_close().await, 1000);
+        assert_eq!(peer.expect_close().await, 1000);
     };
     let application = async {
         let joined = client.join(&ROOM, StartFrom::Now).await.unwrap();
@@ -237,21 +237,21 @@ async fn a_client_joins_sends_and_receives() {
 
 #[tokio::test]
 async fn a_lost_connection_is_replaced_and_everything_goes_on() {
-    let server = Server::start().await;
-    let (client, mut events) = Client::start(ConnectOptions::new(server.url()), settings());
+    let server = TestServer::start().await;
+    let (client, mut events) = Client::start(ConnectOptions::new(server.url()), fast_reconnect());
     let gateway = async {
         let mut peer = server.welcome().await;
-        peer.admit(0, false).await;
-        peer.say(entry(1)).await;
-        let lost = peer.hear("message").await;
+        peer.answer_join(0, false).await;
+        peer.send(entry(1)).await;
+        let lost = peer.expect_frame("message").await;
         // No close frame: the process died.
         drop(peer);
         let mut peer = server.welcome().await;
         // Back to where it was, as the guest it was.
         assert_eq!(peer.uri, "/ws?inbox=i%3A0&user=guest-1&node=r1&session=c2VjcmV0");
-        let join = peer.admit(1, true).await;
+        let join = peer.answer_join(1, true).await;
         assert_eq!(join["since"], json!({"epoch": "e", "seq": 1}));
-        let again = peer.hear("message").await;
+        let again = peer.expect_frame("message").await;
         assert_eq!(again["id"], lost["id"]);
         peer.acknowledge(&again, 2).await;
         peer
@@ -277,13 +277,13 @@ async fn a_lost_connection_is_replaced_and_everything_goes_on() {
 
 #[tokio::test]
 async fn a_gateway_that_drains_says_where_to_go_and_when() {
-    let server = Server::start().await;
+    let server = TestServer::start().await;
     let (_client, mut events) =
         Client::start(ConnectOptions::new(server.url()), ClientOptions::default());
     let mut peer = server.welcome().await;
     let reconnect =
         json!({"type": "reconnect", "after_ms": 3, "reason": "draining", "node": "any"});
-    peer.say(reconnect).await;
+    peer.send(reconnect).await;
     peer.close(1012, "draining").await;
     let disconnected = |event| match event {
         ClientEvent::Disconnected { code, retry_in, .. } => Some((code, retry_in)),
@@ -296,8 +296,8 @@ async fn a_gateway_that_drains_says_where_to_go_and_when() {
 
 #[tokio::test]
 async fn a_client_that_was_sent_away_stays_away() {
-    let server = Server::start().await;
-    let (client, mut events) = Client::start(ConnectOptions::new(server.url()), settings());
+    let server = TestServer::start().await;
+    let (client, mut events) = Client::start(ConnectOptions::new(server.url()), fast_reconnect());
     let peer = server.welcome().await;
     peer.close(1008, "kicked").await;
     let reason = ClientEndReason::ClosedByServer { code: 1008, reason: "kicked".to_owned() };
@@ -307,9 +307,9 @@ async fn a_client_that_was_sent_away_stays_away() {
 
 #[tokio::test]
 async fn an_expired_token_is_replaced_by_the_application() {
-    let server = Server::start().await;
+    let server = TestServer::start().await;
     let options = ConnectOptions::new(server.url()).token("old", TokenLocation::Header);
-    let (client, mut events) = Client::start(options, settings());
+    let (client, mut events) = Client::start(options, fast_reconnect());
     let peer = server.welcome().await;
     assert_eq!(peer.authorization.as_deref(), Some("Bearer old"));
     peer.close(4001, "token_expired").await;
@@ -324,8 +324,8 @@ async fn an_expired_token_is_replaced_by_the_application() {
 
 #[tokio::test]
 async fn without_reconnecting_the_first_end_is_the_last() {
-    let server = Server::start().await;
-    let once = ClientOptions { reconnect: false, ..settings() };
+    let server = TestServer::start().await;
+    let once = ClientOptions { reconnect: false, ..fast_reconnect() };
     let (_client, mut events) = Client::start(ConnectOptions::new(server.url()), once);
     server.welcome().await.close(1012, "").await;
     assert_eq!(ended(&mut events).await, ClientEndReason::ReconnectDisabled);
@@ -333,9 +333,9 @@ async fn without_reconnecting_the_first_end_is_the_last() {
 
 #[tokio::test]
 async fn an_http_refusal_is_obeyed() {
-    let server = Server::start().await;
-    let (client, mut events) = Client::start(ConnectOptions::new(server.url()), settings());
-    server.refuse("HTTP/1.1 503 Busy\r\nRetry-After: 7\r\nContent-Length: 0\r\n\r\n").await;
+    let server = TestServer::start().await;
+    let (client, mut events) = Client::start(ConnectOptions::new(server.url()), fast_reconnect());
+    server.reject("HTTP/1.1 503 Busy\r\nRetry-After: 7\r\nContent-Length: 0\r\n\r\n").await;
     let ClientEvent::ConnectFailed { error, retry_in, .. } = event(&mut events).await else {
         panic!()
     };
@@ -344,22 +344,22 @@ async fn an_http_refusal_is_obeyed() {
     assert!(retry_in.unwrap() >= Duration::from_secs(7));
     client.close().await;
 
-    let (_client, mut events) = Client::start(ConnectOptions::new(server.url()), settings());
-    server.refuse("HTTP/1.1 403 No\r\nContent-Length: 0\r\n\r\n").await;
+    let (_client, mut events) = Client::start(ConnectOptions::new(server.url()), fast_reconnect());
+    server.reject("HTTP/1.1 403 No\r\nContent-Length: 0\r\n\r\n").await;
     assert_eq!(ended(&mut events).await, ClientEndReason::HandshakeRejected { status: 403 });
 }
 
 #[tokio::test]
 async fn several_gateways_are_tried_in_turn_the_first_one_first() {
     let (dead, first, second) =
-        (Server::start().await, Server::start().await, Server::start().await);
+        (TestServer::start().await, TestServer::start().await, TestServer::start().await);
     let urls = vec![dead.url(), first.url(), second.url()];
     drop(dead);
-    let several = ClientOptions { urls, ..settings() };
+    let several = ClientOptions { urls, ..fast_reconnect() };
     let (_client, _events) = Client::start(ConnectOptions::new("ws://unused/ws"), several);
     let peer = first.welcome().await;
     peer.close(1011, "").await;
-    first.refuse("HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n").await;
+    first.reject("HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n").await;
     let peer = second.welcome().await;
     peer.close(1011, "").await;
     first.welcome().await;
@@ -367,15 +367,15 @@ async fn several_gateways_are_tried_in_turn_the_first_one_first() {
 
 #[tokio::test]
 async fn a_url_that_cannot_be_opened_ends_the_client() {
-    let (_client, mut events) = Client::start(ConnectOptions::new("http://h/"), settings());
+    let (_client, mut events) = Client::start(ConnectOptions::new("http://h/"), fast_reconnect());
     assert_eq!(ended(&mut events).await, ClientEndReason::InvalidOptions);
 }
 
 #[tokio::test]
 async fn the_room_of_the_url_is_resumed_through_the_url() {
-    let server = Server::start().await;
+    let server = TestServer::start().await;
     let url = format!("ws://{}/ws/rooms/r?history=2", server.address());
-    let (client, _events) = Client::start(ConnectOptions::new(url), settings());
+    let (client, _events) = Client::start(ConnectOptions::new(url), fast_reconnect());
     let unasked = |seq: u64, recovered: bool| {
         json!({
             "type": "joined", "room": "r", "epoch": "e", "seq": seq, "recovered": recovered,
@@ -383,10 +383,10 @@ async fn the_room_of_the_url_is_resumed_through_the_url() {
         })
     };
     let mut peer = server.welcome().await;
-    peer.say(unasked(3, false)).await;
+    peer.send(unasked(3, false)).await;
     let (message, sent) = tokio::join!(
         async {
-            let message = peer.hear("message").await;
+            let message = peer.expect_frame("message").await;
             peer.acknowledge(&message, 4).await;
             message
         },
@@ -406,14 +406,14 @@ async fn the_room_of_the_url_is_resumed_through_the_url() {
 
 #[tokio::test]
 async fn a_slow_application_loses_nothing() {
-    let server = Server::start().await;
-    let narrow = ClientOptions { event_queue_max: 1, ..settings() };
+    let server = TestServer::start().await;
+    let narrow = ClientOptions { event_queue_max: 1, ..fast_reconnect() };
     let (client, mut events) = Client::start(ConnectOptions::new(server.url()), narrow);
     let mut peer = server.welcome().await;
-    let (_, joined) = tokio::join!(peer.admit(0, false), client.join(&ROOM, StartFrom::Now));
+    let (_, joined) = tokio::join!(peer.answer_join(0, false), client.join(&ROOM, StartFrom::Now));
     joined.unwrap();
     for seq in 1..=500 {
-        peer.say(entry(seq)).await;
+        peer.send(entry(seq)).await;
     }
     for expected in 1..=500 {
         let seq = |event| match event {
@@ -427,34 +427,34 @@ async fn a_slow_application_loses_nothing() {
 
 #[tokio::test]
 async fn a_client_whose_events_nobody_takes_can_be_closed() {
-    let server = Server::start().await;
-    let narrow = ClientOptions { event_queue_max: 1, ..settings() };
+    let server = TestServer::start().await;
+    let narrow = ClientOptions { event_queue_max: 1, ..fast_reconnect() };
     let (client, _events) = Client::start(ConnectOptions::new(server.url()), narrow);
     let mut peer = server.welcome().await;
-    let (_, joined) = tokio::join!(peer.admit(0, false), client.join(&ROOM, StartFrom::Now));
+    let (_, joined) = tokio::join!(peer.answer_join(0, false), client.join(&ROOM, StartFrom::Now));
     joined.unwrap();
     for seq in 1..=10 {
-        peer.say(entry(seq)).await;
+        peer.send(entry(seq)).await;
     }
-    let (code, ()) = tokio::join!(peer.hear_close(), client.close());
+    let (code, ()) = tokio::join!(peer.expect_close(), client.close());
     assert_eq!(code, 1000);
 }
 
 #[tokio::test]
 async fn dropping_the_last_handle_closes_the_connection() {
-    let server = Server::start().await;
-    let (client, mut events) = Client::start(ConnectOptions::new(server.url()), settings());
+    let server = TestServer::start().await;
+    let (client, mut events) = Client::start(ConnectOptions::new(server.url()), fast_reconnect());
     let mut peer = server.welcome().await;
     assert!(matches!(event(&mut events).await, ClientEvent::Connected { .. }));
     drop(client);
-    assert_eq!(peer.hear_close().await, 1000);
+    assert_eq!(peer.expect_close().await, 1000);
     assert_eq!(ended(&mut events).await, ClientEndReason::Closed);
 }
 
 #[tokio::test]
 async fn a_gateway_that_says_nothing_any_more_is_left() {
-    let server = Server::start().await;
-    let (_client, mut events) = Client::start(ConnectOptions::new(server.url()), settings());
+    let server = TestServer::start().await;
+    let (_client, mut events) = Client::start(ConnectOptions::new(server.url()), fast_reconnect());
     let _peer = server.welcome().await;
     assert!(matches!(event(&mut events).await, ClientEvent::Connected { .. }));
     let since = tokio::time::Instant::now();
@@ -469,18 +469,18 @@ async fn a_gateway_that_says_nothing_any_more_is_left() {
 
 #[tokio::test]
 async fn unanswered_messages_are_bounded_in_number_and_bytes() {
-    let server = Server::start().await;
-    let few = ClientOptions { pending_sends_max: 2, pending_bytes_max: 100, ..settings() };
+    let server = TestServer::start().await;
+    let few = ClientOptions { pending_sends_max: 2, pending_bytes_max: 100, ..fast_reconnect() };
     let (client, _events) = Client::start(ConnectOptions::new(server.url()), few);
     let large = client.send(&ROOM, "x".repeat(100)).await;
     assert_eq!(large, Err(SendError::QueueFull));
     let mut peer = server.welcome().await;
-    let (_, joined) = tokio::join!(peer.admit(0, false), client.join(&ROOM, StartFrom::Now));
+    let (_, joined) = tokio::join!(peer.answer_join(0, false), client.join(&ROOM, StartFrom::Now));
     joined.unwrap();
     let (one, two, three, ()) =
         tokio::join!(client.send(&ROOM, 1), client.send(&ROOM, 2), client.send(&ROOM, 3), async {
             for seq in 1..=2 {
-                let message = peer.hear("message").await;
+                let message = peer.expect_frame("message").await;
                 assert_eq!(message["content"], seq);
                 peer.acknowledge(&message, seq).await;
             }
@@ -491,16 +491,16 @@ async fn unanswered_messages_are_bounded_in_number_and_bytes() {
 
 #[tokio::test]
 async fn a_request_finds_its_answer_and_keeps_what_came_before() {
-    let server = Server::start().await;
+    let server = TestServer::start().await;
     let options = ConnectOptions::new(server.url());
     let (connection, mut peer) = tokio::join!(ClientConnection::open(&options), server.welcome());
     let mut connection = connection.unwrap();
     assert_eq!(connection.subprotocol(), Some("chat.v1"));
     assert_eq!(connection.expect_connected().await.unwrap().node.as_str(), "n1");
     let (joined, ()) = tokio::join!(connection.join(&ROOM), async {
-        let join = peer.hear("join").await;
-        peer.say(entry(1)).await;
-        peer.say(json!({
+        let join = peer.expect_frame("join").await;
+        peer.send(entry(1)).await;
+        peer.send(json!({
             "type": "joined", "ref": join["ref"], "room": "r", "epoch": "e", "seq": 0,
             "recovered": false, "history": [], "durable": true,
         }))
@@ -516,8 +516,8 @@ async fn a_request_finds_its_answer_and_keeps_what_came_before() {
 
     let nonsense = json!({"type": "nonsense"});
     let (refused, ()) = tokio::join!(connection.request(&nonsense), async {
-        let frame = peer.hear("nonsense").await;
-        peer.say(json!({
+        let frame = peer.expect_frame("nonsense").await;
+        peer.send(json!({
             "type": "error", "ref": frame["ref"], "code": "unknown_type", "message": "no",
         }))
         .await;
@@ -532,7 +532,7 @@ async fn a_request_finds_its_answer_and_keeps_what_came_before() {
 
 #[tokio::test]
 async fn everything_that_is_no_frame_is_shown_as_it_is() {
-    let server = Server::start().await;
+    let server = TestServer::start().await;
     let options = ConnectOptions::new(server.url());
     let (connection, mut peer) = tokio::join!(ClientConnection::open(&options), server.accept());
     let mut connection = connection.unwrap();
@@ -565,7 +565,7 @@ async fn everything_that_is_no_frame_is_shown_as_it_is() {
 
 #[tokio::test]
 async fn a_binary_message_is_header_and_payload() {
-    let server = Server::start().await;
+    let server = TestServer::start().await;
     let options = ConnectOptions::new(server.url());
     let (connection, mut peer) = tokio::join!(ClientConnection::open(&options), server.accept());
     let mut connection = connection.unwrap();
@@ -582,12 +582,12 @@ async fn a_binary_message_is_header_and_payload() {
 
 #[tokio::test]
 async fn a_close_is_answered_by_the_server() {
-    let server = Server::start().await;
+    let server = TestServer::start().await;
     let options = ConnectOptions::new(server.url());
     let (connection, mut peer) = tokio::join!(ClientConnection::open(&options), server.accept());
     let mut connection = connection.unwrap();
     let (closed, code) = tokio::join!(connection.close(1000, "done"), async {
-        let code = peer.hear_close().await;
+        let code = peer.expect_close().await;
         let _ = peer.socket.next().await;
         code
     });
@@ -596,7 +596,7 @@ async fn a_close_is_answered_by_the_server() {
 
 #[tokio::test]
 async fn a_subprotocol_that_is_not_chosen_is_told() {
-    let server = Server::start().await;
+    let server = TestServer::start().await;
     let mut others = ConnectOptions::new(server.url());
     others.subprotocols = vec!["chat.v0".to_owned()];
     // The library takes that for a failure. RFC 6455 leaves it to the client.
@@ -611,7 +611,7 @@ async fn a_subprotocol_that_is_not_chosen_is_told() {
 
 #[tokio::test]
 async fn the_address_to_connect_from_can_be_chosen() {
-    let server = Server::start().await;
+    let server = TestServer::start().await;
     let mut options = ConnectOptions::new(server.url());
     options.local_address = Some("127.0.0.9".parse().unwrap());
     let (opened, _peer) = tokio::join!(ClientConnection::open(&options), server.accept());

@@ -18,17 +18,17 @@ use crate::{CodecError, Decoder};
 
 /// How a stream failed, as its close code tells.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Failure {
+enum DecodeFailure {
     Protocol,
-    BadUtf8,
-    TooBig,
+    InvalidUtf8,
+    MessageTooBig,
 }
 
 /// What a stream came to.
 #[derive(Debug, PartialEq, Eq)]
-struct Outcome {
+struct DecodeOutcome {
     got: Vec<OwnedEvent>,
-    failure: Option<Failure>,
+    failure: Option<DecodeFailure>,
 }
 
 /// A socket that has received `input` and nothing more.
@@ -83,7 +83,7 @@ fn walk(bytes: &[u8]) -> (Option<usize>, u64) {
     (None, at - bytes.len() as u64)
 }
 
-fn theirs(bytes: &[u8], max: usize) -> Outcome {
+fn theirs(bytes: &[u8], max: usize) -> DecodeOutcome {
     let config = WebSocketConfig::default()
         .max_message_size(Some(max))
         .max_frame_size(Some(max.max(125)))
@@ -93,7 +93,7 @@ fn theirs(bytes: &[u8], max: usize) -> Outcome {
     let (long_form, _) = walk(bytes);
     let mut socket = Socket(&bytes[..long_form.unwrap_or(bytes.len())]);
     let mut got = Vec::new();
-    let mut failure = long_form.map(|_| Failure::Protocol);
+    let mut failure = long_form.map(|_| DecodeFailure::Protocol);
     loop {
         match context.read(&mut socket) {
             Ok(Message::Text(text)) => got.push(OwnedEvent::Text(text.to_string())),
@@ -102,7 +102,7 @@ fn theirs(bytes: &[u8], max: usize) -> Outcome {
             Ok(Message::Pong(bytes)) => got.push(OwnedEvent::Pong(bytes.into())),
             // What it answers to a code that may not be sent.
             Ok(Message::Close(Some(close))) if close.reason.as_str() == "Protocol violation" => {
-                failure = Some(Failure::Protocol);
+                failure = Some(DecodeFailure::Protocol);
                 break;
             }
             Ok(Message::Close(close)) => {
@@ -116,23 +116,23 @@ fn theirs(bytes: &[u8], max: usize) -> Outcome {
             Ok(Message::Frame(_)) => unreachable!("no raw frames are read"),
             Err(Error::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => break,
             Err(Error::Utf8(_)) => {
-                failure = Some(Failure::BadUtf8);
+                failure = Some(DecodeFailure::InvalidUtf8);
                 break;
             }
             Err(Error::Capacity(_)) => {
-                failure = Some(Failure::TooBig);
+                failure = Some(DecodeFailure::MessageTooBig);
                 break;
             }
             Err(_) => {
-                failure = Some(Failure::Protocol);
+                failure = Some(DecodeFailure::Protocol);
                 break;
             }
         }
     }
-    Outcome { got, failure }
+    DecodeOutcome { got, failure }
 }
 
-fn ours(bytes: &[u8], max: usize, mut piece: impl FnMut() -> usize) -> Outcome {
+fn ours(bytes: &[u8], max: usize, mut piece: impl FnMut() -> usize) -> DecodeOutcome {
     let mut decoder = Decoder::new(max);
     let mut got = Vec::new();
     let mut rest = bytes;
@@ -149,20 +149,22 @@ fn ours(bytes: &[u8], max: usize, mut piece: impl FnMut() -> usize) -> Outcome {
                 }
                 Err(error) => {
                     let failure = match error {
-                        CodecError::Protocol(_) => Failure::Protocol,
-                        CodecError::InvalidUtf8 | CodecError::InvalidDeflate => Failure::BadUtf8,
-                        CodecError::MessageTooBig => Failure::TooBig,
+                        CodecError::Protocol(_) => DecodeFailure::Protocol,
+                        CodecError::InvalidUtf8 | CodecError::InvalidDeflate => {
+                            DecodeFailure::InvalidUtf8
+                        }
+                        CodecError::MessageTooBig => DecodeFailure::MessageTooBig,
                     };
-                    return Outcome { got, failure: Some(failure) };
+                    return DecodeOutcome { got, failure: Some(failure) };
                 }
             }
             if matches!(got.last(), Some(OwnedEvent::Close(_))) {
-                return Outcome { got, failure: None };
+                return DecodeOutcome { got, failure: None };
             }
         }
         decoder.release();
     }
-    Outcome { got, failure: None }
+    DecodeOutcome { got, failure: None }
 }
 
 /// Compares what both make of `bytes`, which ours gets in pieces.
@@ -185,7 +187,7 @@ pub(super) fn compare(
     };
     let alike = match (ours.failure, theirs.failure) {
         // A frame may break several rules, and ours judges by its first two bytes first.
-        (Some(Failure::Protocol), Some(_)) => true,
+        (Some(DecodeFailure::Protocol), Some(_)) => true,
         (ours, theirs) => ours == theirs,
     };
     if ours.got == theirs.got && alike {

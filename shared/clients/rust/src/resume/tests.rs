@@ -57,88 +57,88 @@ fn joined(
 fn join(
     log: &mut LogTracker,
     joined: &JoinedFrame<HistoryEntry>,
-) -> (Vec<EntryClass>, Option<Position>) {
+) -> (Vec<EntryCheck>, Option<Position>) {
     log.begin_history(joined);
-    let judge = |entry: &HistoryEntry| match entry {
+    let classify = |entry: &HistoryEntry| match entry {
         HistoryEntry::Message(message) => {
             let position = Position::new(message.epoch.clone(), message.seq);
             log.classify(&position, &message.from.id, message.id)
         }
         HistoryEntry::Direct(_) | HistoryEntry::Unknown => panic!("not made here"),
     };
-    let verdicts = joined.history.iter().map(judge).collect();
-    (verdicts, log.end_history(joined))
+    let checks = joined.history.iter().map(classify).collect();
+    (checks, log.end_history(joined))
 }
 
-fn hole(expected: Position) -> EntryClass {
-    EntryClass::Gap { expected: Some(expected), deliver: true }
+fn gap(expected: Position) -> EntryCheck {
+    EntryCheck::Gap { expected: Some(expected), deliver: true }
 }
 
 /// Feeds live entries `epoch:seq:id` to a log that stands at `e:1`.
 #[track_caller]
-fn check(arrivals: &str, expected: &[EntryClass]) {
+fn check(arrivals: &str, expected: &[EntryCheck]) {
     let mut log = LogTracker::starting_at(at("e", 1));
-    let verdicts: Vec<EntryClass> = arrivals
+    let checks: Vec<EntryCheck> = arrivals
         .split_whitespace()
         .map(|arrival| {
             let (position, number) = arrival.rsplit_once(':').unwrap();
             log.classify(&position.parse().unwrap(), &user("u"), id(number.parse().unwrap()))
         })
         .collect();
-    assert_eq!(verdicts, expected, "arrivals: {arrivals}");
+    assert_eq!(checks, expected, "arrivals: {arrivals}");
 }
 
 #[test]
 fn the_next_entry_is_delivered_and_a_repeated_one_dropped() {
-    let repeated = EntryClass::Duplicate { earlier: None };
-    check("e:2:20 e:2:20 e:3:30", &[EntryClass::InOrder, repeated.clone(), EntryClass::InOrder]);
+    let repeated = EntryCheck::Duplicate { earlier: None };
+    check("e:2:20 e:2:20 e:3:30", &[EntryCheck::InOrder, repeated.clone(), EntryCheck::InOrder]);
     check("e:1:10", &[repeated]);
 }
 
 #[test]
 fn a_known_id_under_a_new_number_is_dropped_and_moves_the_cursor() {
-    let known = EntryClass::Duplicate { earlier: Some(at("e", 2)) };
-    check("e:2:20 e:3:20 e:4:40", &[EntryClass::InOrder, known, EntryClass::InOrder]);
+    let known = EntryCheck::Duplicate { earlier: Some(at("e", 2)) };
+    check("e:2:20 e:3:20 e:4:40", &[EntryCheck::InOrder, known, EntryCheck::InOrder]);
 }
 
 #[test]
 fn a_skipped_number_is_a_hole_once_and_the_entry_is_still_delivered() {
-    check("e:4:40 e:5:50", &[hole(at("e", 2)), EntryClass::InOrder]);
-    let dropped = EntryClass::Gap { expected: Some(at("e", 3)), deliver: false };
-    check("e:2:20 e:9:20", &[EntryClass::InOrder, dropped]);
+    check("e:4:40 e:5:50", &[gap(at("e", 2)), EntryCheck::InOrder]);
+    let dropped = EntryCheck::Gap { expected: Some(at("e", 3)), deliver: false };
+    check("e:2:20 e:9:20", &[EntryCheck::InOrder, dropped]);
 }
 
 #[test]
 fn another_epoch_without_a_reset_is_a_hole() {
-    check("e:2:20 f:3:30 f:4:40", &[EntryClass::InOrder, hole(at("e", 3)), EntryClass::InOrder]);
+    check("e:2:20 f:3:30 f:4:40", &[EntryCheck::InOrder, gap(at("e", 3)), EntryCheck::InOrder]);
 }
 
 #[test]
 fn the_same_id_of_another_user_is_another_message() {
     let mut log = LogTracker::starting_at(at("e", 0));
-    assert_eq!(log.classify(&at("e", 1), &user("a"), id(1)), EntryClass::InOrder);
-    assert_eq!(log.classify(&at("e", 2), &user("b"), id(1)), EntryClass::InOrder);
+    assert_eq!(log.classify(&at("e", 1), &user("a"), id(1)), EntryCheck::InOrder);
+    assert_eq!(log.classify(&at("e", 2), &user("b"), id(1)), EntryCheck::InOrder);
 }
 
 #[test]
 fn an_entry_of_a_room_that_was_not_joined_is_a_hole() {
-    let verdict = LogTracker::default().classify(&at("e", 7), &user("u"), id(1));
-    assert_eq!(verdict, EntryClass::Gap { expected: None, deliver: true });
+    let check = LogTracker::default().classify(&at("e", 7), &user("u"), id(1));
+    assert_eq!(check, EntryCheck::Gap { expected: None, deliver: true });
 }
 
 #[test]
 fn a_first_join_starts_right_before_its_history() {
     let mut log = LogTracker::default();
-    let (verdicts, missing) = join(&mut log, &joined("e", 9, false, &[(8, 80), (9, 90)]));
+    let (checks, missing) = join(&mut log, &joined("e", 9, false, &[(8, 80), (9, 90)]));
     assert_eq!(
-        (verdicts.as_slice(), missing),
-        (&[EntryClass::InOrder, EntryClass::InOrder][..], None)
+        (checks.as_slice(), missing),
+        (&[EntryCheck::InOrder, EntryCheck::InOrder][..], None)
     );
     assert_eq!(log.cursor(), Some(&at("e", 9)));
 
     let mut log = LogTracker::default();
     assert_eq!(join(&mut log, &joined("e", 9, false, &[])), (vec![], None));
-    assert_eq!(log.classify(&at("e", 10), &user("u"), id(1)), EntryClass::InOrder);
+    assert_eq!(log.classify(&at("e", 10), &user("u"), id(1)), EntryCheck::InOrder);
 }
 
 #[test]
@@ -151,34 +151,34 @@ fn a_history_that_stops_short_of_the_top_has_a_hole_at_its_end() {
 #[test]
 fn a_recovery_ends_when_everything_up_to_the_top_was_had() {
     let mut log = LogTracker::starting_at(at("e", 5));
-    let (verdicts, _) = join(&mut log, &joined("e", 8, true, &[(6, 60), (7, 70)]));
-    assert_eq!(verdicts, [EntryClass::InOrder, EntryClass::InOrder]);
+    let (checks, _) = join(&mut log, &joined("e", 8, true, &[(6, 60), (7, 70)]));
+    assert_eq!(checks, [EntryCheck::InOrder, EntryCheck::InOrder]);
     assert!(!log.is_recovered());
-    assert_eq!(log.classify(&at("e", 8), &user("u"), id(80)), EntryClass::InOrder);
+    assert_eq!(log.classify(&at("e", 8), &user("u"), id(80)), EntryCheck::InOrder);
     assert!(log.is_recovered());
 }
 
 #[test]
 fn a_recovery_that_skips_entries_is_a_hole() {
     let mut log = LogTracker::starting_at(at("e", 5));
-    let (verdicts, _) = join(&mut log, &joined("e", 8, true, &[(7, 70), (8, 80)]));
-    assert_eq!(verdicts, [hole(at("e", 6)), EntryClass::InOrder]);
+    let (checks, _) = join(&mut log, &joined("e", 8, true, &[(7, 70), (8, 80)]));
+    assert_eq!(checks, [gap(at("e", 6)), EntryCheck::InOrder]);
 }
 
 #[test]
 fn a_recovery_that_claims_to_continue_another_epoch_is_a_hole() {
     let mut log = LogTracker::starting_at(at("e", 5));
-    let (verdicts, _) = join(&mut log, &joined("f", 6, true, &[(6, 60)]));
-    assert_eq!(verdicts, [hole(at("e", 6))]);
+    let (checks, _) = join(&mut log, &joined("f", 6, true, &[(6, 60)]));
+    assert_eq!(checks, [gap(at("e", 6))]);
 }
 
 #[test]
 fn after_a_loss_entries_that_come_again_under_new_numbers_are_dropped() {
     let mut log = LogTracker::starting_at(at("e", 0));
     log.classify(&at("e", 1), &user("u"), id(10));
-    let (verdicts, _) = join(&mut log, &joined("f", 2, false, &[(1, 10), (2, 20)]));
-    let known = EntryClass::Duplicate { earlier: Some(at("e", 1)) };
-    assert_eq!(verdicts, [known, EntryClass::InOrder]);
+    let (checks, _) = join(&mut log, &joined("f", 2, false, &[(1, 10), (2, 20)]));
+    let known = EntryCheck::Duplicate { earlier: Some(at("e", 1)) };
+    assert_eq!(checks, [known, EntryCheck::InOrder]);
     assert_eq!(log.cursor(), Some(&at("f", 2)));
 }
 
@@ -188,7 +188,7 @@ fn a_reset_moves_the_cursor_and_ends_the_recovery() {
     join(&mut log, &joined("e", 8, true, &[]));
     log.reset(at("e", 20));
     assert!(log.is_recovered());
-    assert_eq!(log.classify(&at("e", 21), &user("u"), id(1)), EntryClass::InOrder);
+    assert_eq!(log.classify(&at("e", 21), &user("u"), id(1)), EntryCheck::InOrder);
 }
 
 #[test]
@@ -216,7 +216,7 @@ fn only_an_ack_in_place_of_a_copy_moves_the_cursor() {
     let skipped = log.acknowledged(&at("e", 8), Some(&own), id(3), false);
     assert_eq!(skipped, Some(Some(at("e", 7))));
     log.reset(at("f", 0));
-    let known = EntryClass::Duplicate { earlier: Some(at("e", 8)) };
+    let known = EntryCheck::Duplicate { earlier: Some(at("e", 8)) };
     assert_eq!(log.classify(&at("f", 1), &own, id(3)), known);
 }
 
@@ -225,16 +225,16 @@ fn known_ids_are_bounded() {
     let mut log = LogTracker::starting_at(at("e", 0));
     let many = RECENT_IDS_MAX as u64 + 10;
     for seq in 1..=many {
-        assert_eq!(log.classify(&at("e", seq), &user("u"), id(seq)), EntryClass::InOrder);
+        assert_eq!(log.classify(&at("e", seq), &user("u"), id(seq)), EntryCheck::InOrder);
     }
     assert_eq!(log.recent_ids.values.len(), RECENT_IDS_MAX);
     assert_eq!(log.recent_ids.order.len(), RECENT_IDS_MAX);
-    assert_eq!(log.classify(&at("e", many + 1), &user("u"), id(1)), EntryClass::InOrder);
+    assert_eq!(log.classify(&at("e", many + 1), &user("u"), id(1)), EntryCheck::InOrder);
 }
 
 /// What happens to a server's log and to a client that follows it.
 #[derive(Clone, Debug)]
-enum Step {
+enum ServerStep {
     /// Somebody else's message is appended.
     Append,
     /// The client's own, without an echo, if it is connected.
@@ -249,20 +249,20 @@ enum Step {
     Trim { keep: usize },
 }
 
-fn steps() -> impl Strategy<Value = Vec<Step>> {
+fn steps() -> impl Strategy<Value = Vec<ServerStep>> {
     let step = prop_oneof![
-        6 => Just(Step::Append),
-        3 => Just(Step::AppendSilently),
-        6 => (1_usize..5).prop_map(Step::Pass),
-        2 => (0_usize..4).prop_map(|in_history| Step::Reconnect { in_history }),
-        1 => (1_usize..6, 0_usize..6).prop_map(|(entries, again)| Step::Lose { entries, again }),
-        1 => (0_usize..4).prop_map(|keep| Step::Trim { keep }),
+        6 => Just(ServerStep::Append),
+        3 => Just(ServerStep::AppendSilently),
+        6 => (1_usize..5).prop_map(ServerStep::Pass),
+        2 => (0_usize..4).prop_map(|in_history| ServerStep::Reconnect { in_history }),
+        1 => (1_usize..6, 0_usize..6).prop_map(|(entries, again)| ServerStep::Lose { entries, again }),
+        1 => (0_usize..4).prop_map(|keep| ServerStep::Trim { keep }),
     ];
     proptest::collection::vec(step, 1..120)
 }
 
 /// A server that keeps its promises, and the client it serves.
-struct Model {
+struct ServerModel {
     log: LogTracker,
     epoch: u32,
     /// Entries `(number of the message, whether it is the client's, sent by this connection)`.
@@ -277,7 +277,7 @@ struct Model {
     silent: std::collections::HashSet<u64>,
 }
 
-impl Model {
+impl ServerModel {
     fn new() -> Self {
         let mut log = LogTracker::default();
         join(&mut log, &joined("e0", 0, false, &[]));
@@ -327,13 +327,13 @@ impl Model {
     fn entry(&mut self, position: &Position, number: u64, own: bool) {
         let from = user(if own { "me" } else { "u" });
         match self.log.classify(position, &from, id(number)) {
-            EntryClass::InOrder => self.delivered.push(number),
-            EntryClass::Duplicate { earlier: Some(earlier) } => {
+            EntryCheck::InOrder => self.delivered.push(number),
+            EntryCheck::Duplicate { earlier: Some(earlier) } => {
                 let first_time = !self.delivered.contains(&number);
                 assert!(!first_time || self.silent.contains(&number), "dropped {number} unseen");
                 assert_ne!(earlier.epoch, position.epoch, "one id, two numbers in an epoch");
             }
-            verdict => panic!("{position}: {verdict:?}"),
+            check => panic!("{position}: {check:?}"),
         }
     }
 
@@ -376,15 +376,15 @@ impl Model {
         }));
     }
 
-    fn step(&mut self, step: Step) {
+    fn step(&mut self, step: ServerStep) {
         match step {
-            Step::Append => self.append(false),
-            Step::AppendSilently => self.append(true),
-            Step::Pass(many) => self.serve(many),
-            Step::Reconnect { in_history } => self.reconnect(in_history),
-            Step::Lose { entries, again } => self.lose(entries, again),
+            ServerStep::Append => self.append(false),
+            ServerStep::AppendSilently => self.append(true),
+            ServerStep::Pass(many) => self.serve(many),
+            ServerStep::Reconnect { in_history } => self.reconnect(in_history),
+            ServerStep::Lose { entries, again } => self.lose(entries, again),
             // Past a reader the server would say `reset`; here only what was served is trimmed.
-            Step::Trim { keep } => {
+            ServerStep::Trim { keep } => {
                 let trimmed = self.entries.len().saturating_sub(keep).min(self.served);
                 self.trimmed = self.trimmed.max(trimmed);
             }
@@ -397,7 +397,7 @@ proptest! {
     fn a_server_that_keeps_its_promises_never_shows_a_hole_and_nothing_is_shown_twice(
         steps in steps(),
     ) {
-        let mut model = Model::new();
+        let mut model = ServerModel::new();
         for step in steps {
             model.step(step);
         }
@@ -415,14 +415,14 @@ proptest! {
         let mut last = at("e0", 0);
         for (epoch, seq, number) in arrivals {
             let position = at(&format!("e{epoch}"), seq);
-            let verdict = log.classify(&position, &user("u"), id(number));
+            let check = log.classify(&position, &user("u"), id(number));
             let is_next = position.epoch == last.epoch && position.seq == last.seq + 1;
             let passed = position.epoch == last.epoch && position.seq <= last.seq;
-            match verdict {
-                EntryClass::InOrder => prop_assert!(is_next),
-                EntryClass::Duplicate { earlier: None } => prop_assert!(passed),
-                EntryClass::Duplicate { earlier: Some(_) } => prop_assert!(is_next),
-                EntryClass::Gap { expected, .. } => {
+            match check {
+                EntryCheck::InOrder => prop_assert!(is_next),
+                EntryCheck::Duplicate { earlier: None } => prop_assert!(passed),
+                EntryCheck::Duplicate { earlier: Some(_) } => prop_assert!(is_next),
+                EntryCheck::Gap { expected, .. } => {
                     prop_assert!(!is_next && !passed);
                     prop_assert_eq!(expected, Some(at(last.epoch.as_str(), last.seq + 1)));
                 }
@@ -437,7 +437,7 @@ proptest! {
 
 const WINDOW: Duration = Duration::from_secs(600);
 
-fn sent<T: Copy>(sends: &mut SendQueue<T>, now: Instant) -> Vec<T> {
+fn sent<T: Copy>(sends: &mut PendingSends<T>, now: Instant) -> Vec<T> {
     let mut sent = Vec::new();
     while let Some(NextSend::Send(_, what)) = sends.next(now, WINDOW) {
         sent.push(*what);
@@ -448,7 +448,7 @@ fn sent<T: Copy>(sends: &mut SendQueue<T>, now: Instant) -> Vec<T> {
 #[tokio::test(start_paused = true)]
 async fn one_is_on_its_way_at_a_time() {
     let now = Instant::now();
-    let mut sends = SendQueue::new(1);
+    let mut sends = PendingSends::new(1);
     (1..=3).for_each(|number| sends.push(id(number), number));
     assert_eq!(sent(&mut sends, now), [1]);
     assert_eq!(sends.remove(id(1)), Some(1));
@@ -460,7 +460,7 @@ async fn one_is_on_its_way_at_a_time() {
 async fn a_refused_one_keeps_its_place_and_the_others_wait() {
     let now = Instant::now();
     let later = now + Duration::from_secs(2);
-    let mut sends = SendQueue::new(1);
+    let mut sends = PendingSends::new(1);
     (1..=2).for_each(|number| sends.push(id(number), number));
     sent(&mut sends, now);
     sends.retry_at(id(1), later);
@@ -471,7 +471,7 @@ async fn a_refused_one_keeps_its_place_and_the_others_wait() {
 #[tokio::test(start_paused = true)]
 async fn several_may_be_on_their_way_and_go_again_in_order_after_a_reconnect() {
     let now = Instant::now();
-    let mut sends = SendQueue::new(3);
+    let mut sends = PendingSends::new(3);
     (1..=5).for_each(|number| sends.push(id(number), number));
     assert_eq!(sent(&mut sends, now), [1, 2, 3]);
     assert_eq!(sends.in_flight().count(), 3);
@@ -484,7 +484,7 @@ async fn several_may_be_on_their_way_and_go_again_in_order_after_a_reconnect() {
 #[tokio::test(start_paused = true)]
 async fn what_is_older_than_the_window_and_was_sent_is_uncertain() {
     let now = Instant::now();
-    let mut sends = SendQueue::new(1);
+    let mut sends = PendingSends::new(1);
     (1..=2).for_each(|number| sends.push(id(number), number));
     sent(&mut sends, now);
     sends.on_disconnected();
@@ -496,7 +496,7 @@ async fn what_is_older_than_the_window_and_was_sent_is_uncertain() {
 #[tokio::test(start_paused = true)]
 async fn at_the_end_those_that_never_left_are_told_apart() {
     let now = Instant::now();
-    let mut sends = SendQueue::new(1);
+    let mut sends = PendingSends::new(1);
     (1..=3).for_each(|number| sends.push(id(number), number));
     sent(&mut sends, now);
     assert_eq!(sends.drain_unsent(), [2, 3]);
@@ -506,7 +506,7 @@ async fn at_the_end_those_that_never_left_are_told_apart() {
 
 /// What happens to sends.
 #[derive(Clone, Debug)]
-enum Fate {
+enum SendStep {
     Send,
     Acknowledge(usize),
     Refuse(usize),
@@ -515,49 +515,49 @@ enum Fate {
     Pass(u64),
 }
 
-fn fates() -> impl Strategy<Value = Vec<Fate>> {
-    let fate = prop_oneof![
-        4 => Just(Fate::Send),
-        3 => (0_usize..4).prop_map(Fate::Acknowledge),
-        1 => (0_usize..4).prop_map(Fate::Refuse),
-        2 => (0_usize..4).prop_map(Fate::WaitAWhile),
-        1 => Just(Fate::Disconnect),
-        2 => (0_u64..200).prop_map(Fate::Pass),
+fn steps_of_sends() -> impl Strategy<Value = Vec<SendStep>> {
+    let step = prop_oneof![
+        4 => Just(SendStep::Send),
+        3 => (0_usize..4).prop_map(SendStep::Acknowledge),
+        1 => (0_usize..4).prop_map(SendStep::Refuse),
+        2 => (0_usize..4).prop_map(SendStep::WaitAWhile),
+        1 => Just(SendStep::Disconnect),
+        2 => (0_u64..200).prop_map(SendStep::Pass),
     ];
-    proptest::collection::vec(fate, 0..150)
+    proptest::collection::vec(step, 0..150)
 }
 
 proptest! {
     #[test]
     fn sends_are_settled_once_and_singly_sent_ones_in_order(
-        fates in fates(),
+        steps_of_sends in steps_of_sends(),
         in_flight_max in 1_usize..4,
     ) {
         let start = Instant::now();
         let mut now = start;
-        let mut sends = SendQueue::new(in_flight_max);
+        let mut sends = PendingSends::new(in_flight_max);
         (0..20_u64).for_each(|number| sends.push(id(number), number));
         let (mut accepted, mut settled) = (Vec::new(), 0_usize);
-        for fate in fates {
-            let nth = |sends: &SendQueue<u64>, n: usize| sends.in_flight().nth(n).map(|(id, _)| id);
-            match fate {
-                Fate::Send => match sends.next(now, WINDOW) {
+        for step in steps_of_sends {
+            let nth = |sends: &PendingSends<u64>, n: usize| sends.in_flight().nth(n).map(|(id, _)| id);
+            match step {
+                SendStep::Send => match sends.next(now, WINDOW) {
                     Some(NextSend::Uncertain(..)) => settled += 1,
                     Some(NextSend::Send(..)) | None => {}
                 },
-                Fate::Acknowledge(n) => if let Some(id) = nth(&sends, n) {
+                SendStep::Acknowledge(n) => if let Some(id) = nth(&sends, n) {
                     accepted.push(sends.remove(id).unwrap());
                     settled += 1;
                 },
-                Fate::Refuse(n) => if let Some(id) = nth(&sends, n) {
+                SendStep::Refuse(n) => if let Some(id) = nth(&sends, n) {
                     sends.remove(id).unwrap();
                     settled += 1;
                 },
-                Fate::WaitAWhile(n) => if let Some(id) = nth(&sends, n) {
+                SendStep::WaitAWhile(n) => if let Some(id) = nth(&sends, n) {
                     sends.retry_at(id, now + Duration::from_secs(30));
                 },
-                Fate::Disconnect => sends.on_disconnected(),
-                Fate::Pass(seconds) => now += Duration::from_secs(seconds),
+                SendStep::Disconnect => sends.on_disconnected(),
+                SendStep::Pass(seconds) => now += Duration::from_secs(seconds),
             }
             prop_assert!(sends.in_flight().count() <= in_flight_max);
             prop_assert_eq!(sends.len() + settled, 20);

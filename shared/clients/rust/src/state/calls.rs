@@ -5,7 +5,7 @@
 
 use tokio::{sync::oneshot, time::Instant};
 
-use super::{ClientState, PendingRequest};
+use super::{PendingRequest, ProtocolState};
 use crate::{
     api::{
         HISTORY_REQUESTS_MAX, HistoryError, HistoryPage, HistoryRange, JoinError, JoinInfo,
@@ -46,7 +46,7 @@ pub(crate) enum ClientCall {
 
 pub(super) type HistoryReply = oneshot::Sender<Result<HistoryPage, HistoryError>>;
 
-impl ClientState {
+impl ProtocolState {
     /// Takes a call of the application.
     pub(crate) fn on_call(&mut self, call: ClientCall, now: Instant) {
         match call {

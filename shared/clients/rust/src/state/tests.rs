@@ -15,16 +15,16 @@ use crate::{
 const EPOCH: &str = "e";
 
 /// A state with a connection, fed with JSON as a gateway would write it.
-struct Fixture {
-    state: ClientState,
+struct StateFixture {
+    state: ProtocolState,
     now: Instant,
 }
 
-type Answer<T, E> = oneshot::Receiver<Result<T, E>>;
+type ReplyReceiver<T, E> = oneshot::Receiver<Result<T, E>>;
 
-impl Fixture {
+impl StateFixture {
     fn new() -> Self {
-        let mut fixture = Self { state: ClientState::new(1), now: Instant::now() };
+        let mut fixture = Self { state: ProtocolState::new(1), now: Instant::now() };
         fixture.connect();
         fixture
     }
@@ -33,7 +33,7 @@ impl Fixture {
     fn joined() -> Self {
         let mut fixture = Self::new();
         let mut answer = fixture.join("r", StartFrom::Now);
-        let reference = fixture.said()[0]["ref"].clone();
+        let reference = fixture.take_written()[0]["ref"].clone();
         fixture.feed(joined(&reference, 5, false, &[]));
         assert!(answer.try_recv().unwrap().is_ok());
         fixture.events();
@@ -63,25 +63,25 @@ impl Fixture {
         self.state.on_frame(serde_json::from_str(&text).unwrap(), text, self.now);
     }
 
-    fn pass(&mut self, time: Duration) {
+    fn advance(&mut self, time: Duration) {
         self.now += time;
         self.state.on_timer(self.now);
     }
 
-    fn join(&mut self, room: &str, start: StartFrom) -> Answer<JoinInfo, JoinError> {
+    fn join(&mut self, room: &str, start: StartFrom) -> ReplyReceiver<JoinInfo, JoinError> {
         let (reply, answer) = oneshot::channel();
         let room = room.parse().unwrap();
         self.state.on_call(ClientCall::Join { room, start, password: None, reply }, self.now);
         answer
     }
 
-    fn leave(&mut self, room: &str) -> Answer<(), LeaveError> {
+    fn leave(&mut self, room: &str) -> ReplyReceiver<(), LeaveError> {
         let (reply, answer) = oneshot::channel();
         self.state.on_call(ClientCall::Leave { room: room.parse().unwrap(), reply }, self.now);
         answer
     }
 
-    fn send(&mut self, send: NewMessage) -> Answer<SendReceipt, SendError> {
+    fn send(&mut self, send: NewMessage) -> ReplyReceiver<SendReceipt, SendError> {
         let (reply, answer) = oneshot::channel();
         let share = || Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
         let bytes = match &send.content {
@@ -94,7 +94,7 @@ impl Fixture {
         answer
     }
 
-    fn history(&mut self, page: HistoryRange) -> Answer<HistoryPage, HistoryError> {
+    fn history(&mut self, page: HistoryRange) -> ReplyReceiver<HistoryPage, HistoryError> {
         let (reply, answer) = oneshot::channel();
         let room = "r".parse().unwrap();
         self.state.on_call(ClientCall::History { room, page, limit: 10, reply }, self.now);
@@ -102,7 +102,7 @@ impl Fixture {
     }
 
     /// What was written since the last call.
-    fn said(&mut self) -> Vec<Value> {
+    fn take_written(&mut self) -> Vec<Value> {
         let json = |outgoing| match outgoing {
             EncodedFrame::Text(text) => serde_json::from_str(&text).unwrap(),
             EncodedFrame::Binary(bytes) => json!({"bytes": bytes}),
@@ -116,7 +116,7 @@ impl Fixture {
             "message" => frame["content"].as_str().unwrap().to_owned(),
             other => other.to_owned(),
         };
-        self.said().into_iter().map(summary).collect()
+        self.take_written().into_iter().map(summary).collect()
     }
 
     fn events(&mut self) -> Vec<ClientEvent> {
@@ -174,11 +174,11 @@ fn error(frame: &Value, code: &str, retry_after_ms: Option<u64>) -> Value {
 
 #[tokio::test(start_paused = true)]
 async fn a_join_is_answered_and_its_history_follows_as_events() {
-    let mut fixture = Fixture::new();
+    let mut fixture = StateFixture::new();
     let mut answer = fixture.join("r", StartFrom::History(2));
-    let said = fixture.said();
-    assert_eq!((&said[0]["type"], &said[0]["history"]), (&json!("join"), &json!(2)));
-    fixture.feed(joined(&said[0]["ref"], 9, false, &[other(8), other(9)]));
+    let written = fixture.take_written();
+    assert_eq!((&written[0]["type"], &written[0]["history"]), (&json!("join"), &json!(2)));
+    fixture.feed(joined(&written[0]["ref"], 9, false, &[other(8), other(9)]));
     assert_eq!(answer.try_recv().unwrap().unwrap().top, at(9));
     let events = fixture.events();
     assert!(matches!(events[0], ClientEvent::Joined(_)));
@@ -189,14 +189,14 @@ async fn a_join_is_answered_and_its_history_follows_as_events() {
 
 #[tokio::test(start_paused = true)]
 async fn a_join_that_is_refused_for_the_time_being_is_asked_again() {
-    let mut fixture = Fixture::new();
+    let mut fixture = StateFixture::new();
     let mut answer = fixture.join("r", StartFrom::Now);
-    let first = fixture.said().remove(0);
+    let first = fixture.take_written().remove(0);
     fixture.feed(error(&first, "unavailable", Some(700)));
-    assert!(fixture.said().is_empty());
+    assert!(fixture.take_written().is_empty());
     assert_eq!(fixture.state.next_deadline(), Some(fixture.now + Duration::from_millis(700)));
-    fixture.pass(Duration::from_millis(700));
-    let second = fixture.said().remove(0);
+    fixture.advance(Duration::from_millis(700));
+    let second = fixture.take_written().remove(0);
     assert_eq!(answer.try_recv().unwrap_err(), TryRecvError::Empty);
     fixture.feed(error(&second, "room_full", None));
     let refused = answer.try_recv().unwrap().unwrap_err();
@@ -206,7 +206,7 @@ async fn a_join_that_is_refused_for_the_time_being_is_asked_again() {
 
 #[tokio::test(start_paused = true)]
 async fn two_joins_of_a_room_at_once_are_one_too_many() {
-    let mut fixture = Fixture::new();
+    let mut fixture = StateFixture::new();
     let _first = fixture.join("r", StartFrom::Now);
     let mut second = fixture.join("r", StartFrom::Now);
     assert_eq!(second.try_recv().unwrap(), Err(JoinError::InProgress));
@@ -214,9 +214,9 @@ async fn two_joins_of_a_room_at_once_are_one_too_many() {
 
 #[tokio::test(start_paused = true)]
 async fn joining_a_joined_room_asks_the_server_and_changes_nothing() {
-    let mut fixture = Fixture::joined();
+    let mut fixture = StateFixture::joined();
     let mut answer = fixture.join("r", StartFrom::History(50));
-    let frame = fixture.said().remove(0);
+    let frame = fixture.take_written().remove(0);
     fixture.feed(joined(&frame["ref"], 5, true, &[]));
     assert_eq!(answer.try_recv().unwrap().unwrap().top, at(5));
     assert!(fixture.events().is_empty());
@@ -226,14 +226,14 @@ async fn joining_a_joined_room_asks_the_server_and_changes_nothing() {
 
 #[tokio::test(start_paused = true)]
 async fn messages_wait_for_the_join_and_go_one_by_one() {
-    let mut fixture = Fixture::new();
+    let mut fixture = StateFixture::new();
     let _join = fixture.join("r", StartFrom::Now);
     let mut one = fixture.send(NewMessage::json("1"));
     let _two = fixture.send(NewMessage::json("2"));
-    let join = fixture.said();
+    let join = fixture.take_written();
     assert_eq!(join.len(), 1);
     fixture.feed(joined(&join[0]["ref"], 0, false, &[]));
-    let first = fixture.said();
+    let first = fixture.take_written();
     assert_eq!((first.len(), &first[0]["content"]), (1, &json!("1")));
     fixture.feed(ack(&first[0], 1, false));
     let sent = one.try_recv().unwrap().unwrap();
@@ -243,15 +243,15 @@ async fn messages_wait_for_the_join_and_go_one_by_one() {
 
 #[tokio::test(start_paused = true)]
 async fn a_message_refused_for_the_time_being_is_repeated_with_its_id_before_those_behind_it() {
-    let mut fixture = Fixture::joined();
+    let mut fixture = StateFixture::joined();
     let mut one = fixture.send(NewMessage::json("1"));
     let _two = fixture.send(NewMessage::json("2"));
-    let mut last = fixture.said().remove(0);
+    let mut last = fixture.take_written().remove(0);
     for code in ["unavailable", "overloaded", "rate_limited"] {
         fixture.feed(error(&last, code, Some(200)));
-        assert!(fixture.said().is_empty());
-        fixture.pass(Duration::from_millis(200));
-        let again = fixture.said();
+        assert!(fixture.take_written().is_empty());
+        fixture.advance(Duration::from_millis(200));
+        let again = fixture.take_written();
         assert_eq!((again.len(), &again[0]["id"]), (1, &last["id"]));
         assert_ne!(again[0]["ref"], last["ref"]);
         last = again[0].clone();
@@ -263,22 +263,22 @@ async fn a_message_refused_for_the_time_being_is_repeated_with_its_id_before_tho
 
 #[tokio::test(start_paused = true)]
 async fn a_definite_refusal_answers_that_message_only() {
-    let mut fixture = Fixture::joined();
+    let mut fixture = StateFixture::joined();
     let mut one = fixture.send(NewMessage::json("1"));
     let mut two = fixture.send(NewMessage::json("2"));
-    let first = fixture.said().remove(0);
+    let first = fixture.take_written().remove(0);
     fixture.feed(error(&first, "forbidden", None));
     assert!(matches!(one.try_recv().unwrap(), Err(SendError::Rejected(_))));
-    let second = fixture.said().remove(0);
+    let second = fixture.take_written().remove(0);
     fixture.feed(ack(&second, 6, false));
     assert!(two.try_recv().unwrap().is_ok());
 }
 
 #[tokio::test(start_paused = true)]
 async fn only_an_ack_without_an_echo_moves_the_cursor() {
-    let mut fixture = Fixture::joined();
+    let mut fixture = StateFixture::joined();
     let _echo = fixture.send(NewMessage::json("1"));
-    let first = fixture.said().remove(0);
+    let first = fixture.take_written().remove(0);
     fixture.feed(ack(&first, 6, false));
     assert_eq!(fixture.state.cursor(&"r".parse().unwrap()), Some(&at(5)));
     let id = serde_json::from_value(first["id"].clone()).unwrap();
@@ -287,7 +287,7 @@ async fn only_an_ack_without_an_echo_moves_the_cursor() {
 
     let silent = NewMessage { echo: false, ..NewMessage::json("2") };
     let _silent = fixture.send(silent);
-    let second = fixture.said().remove(0);
+    let second = fixture.take_written().remove(0);
     assert_eq!(second["echo"], json!(false));
     fixture.feed(ack(&second, 7, false));
     fixture.feed(other(8));
@@ -296,12 +296,12 @@ async fn only_an_ack_without_an_echo_moves_the_cursor() {
 
 #[tokio::test(start_paused = true)]
 async fn the_place_of_a_message_without_an_echo_may_be_taken_after_its_repeat_was_answered() {
-    let mut fixture = Fixture::joined();
+    let mut fixture = StateFixture::joined();
     let mut answer = fixture.send(NewMessage { echo: false, ..NewMessage::json("1") });
-    let first = fixture.said().remove(0);
+    let first = fixture.take_written().remove(0);
     fixture.feed(error(&first, "unavailable", Some(1)));
-    fixture.pass(Duration::from_millis(1));
-    let second = fixture.said().remove(0);
+    fixture.advance(Duration::from_millis(1));
+    let second = fixture.take_written().remove(0);
     fixture.feed(ack(&second, 6, true));
     assert!(answer.try_recv().unwrap().is_ok());
     // The first try was appended all the same; its ack comes in the stream.
@@ -312,22 +312,22 @@ async fn the_place_of_a_message_without_an_echo_may_be_taken_after_its_repeat_wa
 
 #[tokio::test(start_paused = true)]
 async fn an_own_message_found_in_the_recovery_is_acknowledged_and_the_others_are_repeated() {
-    let mut fixture = Fixture::joined();
+    let mut fixture = StateFixture::joined();
     fixture.state.in_flight_max = 3;
     let mut answers: Vec<_> =
         ["1", "2", "3"].into_iter().map(|text| fixture.send(NewMessage::json(text))).collect();
-    let first = fixture.said().remove(0);
+    let first = fixture.take_written().remove(0);
     let id = serde_json::from_value(first["id"].clone()).unwrap();
     fixture.state.on_disconnected();
     fixture.connect();
-    let join = fixture.said().remove(0);
+    let join = fixture.take_written().remove(0);
     assert_eq!(join["since"], json!({"epoch": EPOCH, "seq": 5}));
     fixture.feed(joined(&join["ref"], 7, true, &[other(6)]));
     // Not before everything up to `joined.seq` was had.
-    assert!(fixture.said().is_empty());
+    assert!(fixture.take_written().is_empty());
     fixture.feed(entry(7, "me", id));
     assert_eq!(answers[0].try_recv().unwrap().unwrap().position, at(7));
-    let again = fixture.said();
+    let again = fixture.take_written();
     assert_eq!((again.len(), &again[0]["content"]), (1, &json!("2")));
     let delivered: Vec<ClientEvent> = fixture.events();
     assert_eq!(delivered.len(), 3, "{delivered:?}");
@@ -335,23 +335,23 @@ async fn an_own_message_found_in_the_recovery_is_acknowledged_and_the_others_are
 
 #[tokio::test(start_paused = true)]
 async fn the_same_id_of_somebody_else_is_no_acknowledgement() {
-    let mut fixture = Fixture::joined();
+    let mut fixture = StateFixture::joined();
     let mut answer = fixture.send(NewMessage::json("1"));
-    let frame = fixture.said().remove(0);
+    let frame = fixture.take_written().remove(0);
     fixture.feed(entry(6, "you", serde_json::from_value(frame["id"].clone()).unwrap()));
     assert_eq!(answer.try_recv().unwrap_err(), TryRecvError::Empty);
 }
 
 #[tokio::test(start_paused = true)]
 async fn what_was_sent_and_is_too_old_to_be_known_is_uncertain() {
-    let mut fixture = Fixture::joined();
+    let mut fixture = StateFixture::joined();
     let mut one = fixture.send(NewMessage::json("1"));
     let mut two = fixture.send(NewMessage::json("2"));
-    fixture.said();
+    fixture.take_written();
     fixture.state.on_disconnected();
-    fixture.pass(Duration::from_secs(600));
+    fixture.advance(Duration::from_secs(600));
     fixture.connect();
-    let join = fixture.said().remove(0);
+    let join = fixture.take_written().remove(0);
     fixture.feed(joined(&join["ref"], 5, true, &[]));
     assert_eq!(one.try_recv().unwrap(), Err(SendError::Uncertain));
     assert_eq!(fixture.summary(), ["2"]);
@@ -360,7 +360,7 @@ async fn what_was_sent_and_is_too_old_to_be_known_is_uncertain() {
 
 #[tokio::test(start_paused = true)]
 async fn a_hole_is_told_and_the_entry_behind_it_delivered() {
-    let mut fixture = Fixture::joined();
+    let mut fixture = StateFixture::joined();
     fixture.feed(other(8));
     let events = fixture.events();
     let [ClientEvent::Gap { expected, got, .. }, ClientEvent::Message { .. }] = events.as_slice()
@@ -374,10 +374,10 @@ async fn a_hole_is_told_and_the_entry_behind_it_delivered() {
 
 #[tokio::test(start_paused = true)]
 async fn a_message_before_its_joined_is_a_hole_and_left_to_the_history() {
-    let mut fixture = Fixture::joined();
+    let mut fixture = StateFixture::joined();
     fixture.state.on_disconnected();
     fixture.connect();
-    let join = fixture.said().remove(0);
+    let join = fixture.take_written().remove(0);
     let early = other(6);
     fixture.feed(early.clone());
     assert!(matches!(fixture.events().as_slice(), [ClientEvent::Gap { expected: None, .. }]));
@@ -390,10 +390,10 @@ async fn a_message_before_its_joined_is_a_hole_and_left_to_the_history() {
 
 #[tokio::test(start_paused = true)]
 async fn what_cannot_be_recovered_is_told_before_what_is_there() {
-    let mut fixture = Fixture::joined();
+    let mut fixture = StateFixture::joined();
     fixture.state.on_disconnected();
     fixture.connect();
-    let join = fixture.said().remove(0);
+    let join = fixture.take_written().remove(0);
     let mut frame = joined(&join["ref"], 90, false, &[other(90)]);
     frame["reason"] = json!("log_trimmed");
     fixture.feed(frame);
@@ -409,13 +409,13 @@ async fn what_cannot_be_recovered_is_told_before_what_is_there() {
 
 #[tokio::test(start_paused = true)]
 async fn a_reset_goes_on_behind_its_position_and_lets_messages_go() {
-    let mut fixture = Fixture::joined();
+    let mut fixture = StateFixture::joined();
     fixture.state.on_disconnected();
     fixture.connect();
     let _answer = fixture.send(NewMessage::json("1"));
-    let join = fixture.said().remove(0);
+    let join = fixture.take_written().remove(0);
     fixture.feed(joined(&join["ref"], 9, true, &[]));
-    assert!(fixture.said().is_empty());
+    assert!(fixture.take_written().is_empty());
     fixture.feed(json!({
         "type": "reset", "room": "r", "epoch": EPOCH, "seq": 20, "reason": "log_trimmed",
     }));
@@ -427,10 +427,10 @@ async fn a_reset_goes_on_behind_its_position_and_lets_messages_go() {
 
 #[tokio::test(start_paused = true)]
 async fn a_room_that_removes_the_client_answers_what_is_on_its_way_and_takes_no_more() {
-    let mut fixture = Fixture::joined();
+    let mut fixture = StateFixture::joined();
     let mut one = fixture.send(NewMessage::json("1"));
     let mut two = fixture.send(NewMessage::json("2"));
-    let frame = fixture.said().remove(0);
+    let frame = fixture.take_written().remove(0);
     fixture.feed(json!({"type": "left", "room": "r", "reason": "kicked"}));
     let events = fixture.events();
     assert!(
@@ -446,24 +446,24 @@ async fn a_room_that_removes_the_client_answers_what_is_on_its_way_and_takes_no_
 
 #[tokio::test(start_paused = true)]
 async fn a_room_that_is_closed_is_left() {
-    let mut fixture = Fixture::joined();
+    let mut fixture = StateFixture::joined();
     fixture.feed(json!({"type": "room_closed", "room": "r", "reason": "deleted"}));
     assert!(matches!(fixture.events().as_slice(), [ClientEvent::Left { .. }]));
 }
 
 #[tokio::test(start_paused = true)]
 async fn leaving_forgets_the_position_so_that_a_room_can_be_rewound() {
-    let mut fixture = Fixture::joined();
+    let mut fixture = StateFixture::joined();
     let id = MessageId::random();
     fixture.feed(entry(6, "you", id));
     assert_eq!(fixture.delivered(), [6]);
     let mut left = fixture.leave("r");
-    let frame = fixture.said().remove(0);
+    let frame = fixture.take_written().remove(0);
     fixture.feed(json!({"type": "left", "ref": frame["ref"], "room": "r"}));
     assert_eq!(left.try_recv().unwrap(), Ok(()));
     assert!(fixture.events().is_empty());
     let _joined = fixture.join("r", StartFrom::History(5));
-    let frame = fixture.said().remove(0);
+    let frame = fixture.take_written().remove(0);
     assert_eq!((&frame["history"], &frame["since"]), (&json!(5), &Value::Null));
     fixture.feed(joined(&frame["ref"], 6, false, &[entry(6, "you", id)]));
     assert!(matches!(
@@ -474,12 +474,12 @@ async fn leaving_forgets_the_position_so_that_a_room_can_be_rewound() {
 
 #[tokio::test(start_paused = true)]
 async fn a_leave_refused_for_the_time_being_is_asked_again() {
-    let mut fixture = Fixture::joined();
+    let mut fixture = StateFixture::joined();
     let mut left = fixture.leave("r");
-    let first = fixture.said().remove(0);
+    let first = fixture.take_written().remove(0);
     fixture.feed(error(&first, "rate_limited", Some(100)));
-    fixture.pass(Duration::from_millis(100));
-    let second = fixture.said().remove(0);
+    fixture.advance(Duration::from_millis(100));
+    let second = fixture.take_written().remove(0);
     assert_eq!(second["type"], "leave");
     fixture.feed(json!({"type": "left", "ref": second["ref"], "room": "r"}));
     assert_eq!(left.try_recv().unwrap(), Ok(()));
@@ -487,24 +487,24 @@ async fn a_leave_refused_for_the_time_being_is_asked_again() {
 
 #[tokio::test(start_paused = true)]
 async fn a_connection_lost_while_leaving_has_left() {
-    let mut fixture = Fixture::joined();
+    let mut fixture = StateFixture::joined();
     let mut unanswered = fixture.send(NewMessage::json("1"));
     let mut left = fixture.leave("r");
     fixture.state.on_disconnected();
     assert_eq!(left.try_recv().unwrap(), Ok(()));
     assert_eq!(unanswered.try_recv().unwrap(), Err(SendError::Uncertain));
     fixture.connect();
-    assert!(fixture.said().is_empty());
+    assert!(fixture.take_written().is_empty());
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_room_that_cannot_be_joined_again_is_told_as_left() {
-    let mut fixture = Fixture::joined();
+    let mut fixture = StateFixture::joined();
     let mut sent = fixture.send(NewMessage::json("1"));
-    fixture.said();
+    fixture.take_written();
     fixture.state.on_disconnected();
     fixture.connect();
-    let join = fixture.said().remove(0);
+    let join = fixture.take_written().remove(0);
     fixture.feed(error(&join, "forbidden", None));
     assert!(matches!(fixture.events().as_slice(), [ClientEvent::Left { .. }]));
     assert_eq!(sent.try_recv().unwrap(), Err(SendError::Uncertain));
@@ -512,7 +512,7 @@ async fn a_room_that_cannot_be_joined_again_is_told_as_left() {
 
 #[tokio::test(start_paused = true)]
 async fn what_is_larger_than_the_server_takes_never_leaves() {
-    let mut fixture = Fixture::joined();
+    let mut fixture = StateFixture::joined();
     let mut large = fixture.send(NewMessage::json("x".repeat(1_001)));
     let mut small = fixture.send(NewMessage::json("1"));
     assert_eq!(large.try_recv().unwrap(), Err(SendError::TooLarge));
@@ -524,7 +524,7 @@ async fn what_is_larger_than_the_server_takes_never_leaves() {
 
 #[tokio::test(start_paused = true)]
 async fn an_id_on_its_way_is_not_taken_twice() {
-    let mut fixture = Fixture::joined();
+    let mut fixture = StateFixture::joined();
     let send = NewMessage::json("1");
     let _first = fixture.send(send.clone());
     assert_eq!(fixture.send(send).try_recv().unwrap(), Err(SendError::IdInUse));
@@ -532,9 +532,9 @@ async fn an_id_on_its_way_is_not_taken_twice() {
 
 #[tokio::test(start_paused = true)]
 async fn history_is_asked_for_while_the_room_is_joined() {
-    let mut fixture = Fixture::joined();
+    let mut fixture = StateFixture::joined();
     let mut page = fixture.history(HistoryRange::Before(5));
-    let frame = fixture.said().remove(0);
+    let frame = fixture.take_written().remove(0);
     assert_eq!((&frame["before"], &frame["limit"]), (&json!(5), &json!(10)));
     fixture.feed(json!({
         "type": "history", "ref": frame["ref"], "room": "r", "epoch": EPOCH,
@@ -553,9 +553,9 @@ async fn history_is_asked_for_while_the_room_is_joined() {
 
 #[tokio::test(start_paused = true)]
 async fn binary_messages_are_the_same_live_and_from_the_log() {
-    let mut fixture = Fixture::joined();
+    let mut fixture = StateFixture::joined();
     let _sent = fixture.send(NewMessage::binary(vec![1, 2]));
-    assert!(fixture.said()[0]["bytes"].is_array());
+    assert!(fixture.take_written()[0]["bytes"].is_array());
     let mut in_json = other(6);
     in_json["encoding"] = json!("base64");
     in_json["content"] = json!("AQI=");
@@ -569,18 +569,18 @@ async fn binary_messages_are_the_same_live_and_from_the_log() {
 
 #[tokio::test(start_paused = true)]
 async fn frames_that_are_not_modelled_are_passed_on_and_pings_answered() {
-    let mut fixture = Fixture::new();
+    let mut fixture = StateFixture::new();
     fixture.feed(json!({"type": "system", "code": "welcome", "content": "hi"}));
     assert!(matches!(fixture.events().as_slice(), [ClientEvent::OtherFrame(_)]));
     fixture.feed(json!({"type": "ping", "timestamp": "2026-01-01T00:00:00.000Z"}));
-    assert_eq!(fixture.said(), [json!({"type": "pong"})]);
+    assert_eq!(fixture.take_written(), [json!({"type": "pong"})]);
     fixture.feed(json!({"type": "error", "code": "internal", "message": "oh"}));
     assert!(matches!(fixture.events().as_slice(), [ClientEvent::Error(_)]));
 }
 
 #[tokio::test(start_paused = true)]
 async fn at_the_end_everybody_who_waits_is_told() {
-    let mut fixture = Fixture::joined();
+    let mut fixture = StateFixture::joined();
     let mut sent = fixture.send(NewMessage::json("1"));
     let mut unsent = fixture.send(NewMessage::json("2"));
     let mut joining = fixture.join("s", StartFrom::Now);
