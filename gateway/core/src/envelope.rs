@@ -1,19 +1,20 @@
-//! An entry of a room's log, as it is kept in the log and passed between gateways.
+//! The envelope of an entry: the format in which logs keep it and gateways exchange it.
 //!
-//! The bytes hold everything of a `message`, `direct` or `notification` frame but its `epoch` and `seq`,
-//! which the log gives.
-//! A gateway that receives an entry parses no JSON: it puts the two numbers in front of the stored
-//! fields and has the frame its clients get.
+//! The bytes hold all fields of a `message`, `direct` or `notification` frame but `epoch` and
+//! `seq`, which the log assigns. A gateway builds the frame for its clients without parsing JSON:
+//! it puts the two numbers in front of the stored fields. JSON is scanned once per entry that comes
+//! from Redis ([`Envelope::parse_for_room`]), and parsed only for a direct, whose peer the hub and
+//! the session look up.
 //!
 //! ```text
 //! byte 0        version, 2
-//! byte 1        flags: bit 0 binary payload, bit 1 the sender wants no copy,
+//! byte 1        flags: bit 0 binary payload, bit 1 no copy for the sender,
 //!               bits 2 and 3 the frame's type: 0 `message`, 1 `direct`, 2 `notification`
-//! bytes 2..10   author: who sent it, as a hash of the user's id
-//! bytes 10..26  message id; with the author it is what ids are told apart by
-//! bytes 26..42  connection that sent it
+//! bytes 2..10   author: a hash of the sender's user id
+//! bytes 10..26  message id; author and id together are the dedup key
+//! bytes 26..42  connection id of the sender
 //! bytes 42..46  length of the fields, big-endian
-//! fields       JSON fields without braces: "room":"…","id":"…",…
+//! fields        JSON fields without braces: "room":"…","id":"…",…
 //! payload       the content of a binary message
 //! ```
 
@@ -37,29 +38,29 @@ const HEADER_BYTES: usize = 46;
 const BINARY: u8 = 1;
 const NO_ECHO: u8 = 1 << 1;
 const FRAME_SHIFT: u8 = 2;
-/// The most bytes of an envelope: those of the largest message that can be configured, and what stands
+/// Maximum size of an envelope in bytes: the largest message that can be configured, and the fields
 /// around its content.
 pub const ENVELOPE_BYTES_MAX: usize = (16 << 20) + (64 << 10);
-/// The most bytes of the fields beside a binary payload: the length of a binary frame's header is two
-/// bytes, and what stands in front of the fields is under 160.
+/// Maximum size in bytes of the fields beside a binary payload: the header length of a binary frame
+/// has two bytes, and the prefix before the fields is under 160 bytes.
 const BINARY_FIELDS_BYTES_MAX: usize = u16::MAX as usize - 160;
 
 /// An entry without its position. Cheap to clone.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Envelope(Bytes);
 
-/// Who sent a message: the first 8 bytes of the SHA-1 of the user's id, the same on every node, so
-/// that a node that knows only the envelope knows by what its id is told apart.
+/// The author of a message: the first 8 bytes of the SHA-1 of the user id. It is the same on every
+/// node, so a node that has only the envelope knows the dedup key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct AuthorHash([u8; 8]);
 
 impl AuthorHash {
-    /// As it stands in an envelope.
+    /// The bytes as they stand in an envelope.
     pub fn as_bytes(&self) -> &[u8; 8] {
         &self.0
     }
 
-    /// The author `user`.
+    /// The hash of `user`.
     pub fn of(user: &UserId) -> Self {
         let digest = Sha1::digest(user.as_str().as_bytes());
         let mut author = [0; 8];
@@ -68,22 +69,22 @@ impl AuthorHash {
     }
 }
 
-/// The type of the frame that readers get.
+/// The `type` of the frame that clients receive.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum FrameType {
-    /// `message`, of a room.
+    /// `message` of a room.
     #[default]
     Message,
-    /// `direct`, of an inbox.
+    /// `direct` of an inbox.
     Direct,
-    /// `notification`, of an inbox.
+    /// `notification` of an inbox.
     Notification,
 }
 
 impl FrameType {
     const ALL: [Self; 3] = [Self::Message, Self::Direct, Self::Notification];
 
-    /// As it stands in `type`.
+    /// The value of `type`.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Message => "message",
@@ -93,30 +94,30 @@ impl FrameType {
     }
 }
 
-/// What a message is known by within the dedup window: its author and its id.
+/// The dedup key of a message: author and message id.
 pub type DedupKey = [u8; 24];
 
-/// The bytes are no envelope of this version, or one of another room.
+/// The bytes are not an envelope of this version, or belong to another room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("not an envelope of version 2 of this room")]
+#[error("not an envelope of version 2 for this room")]
 pub struct InvalidEnvelope;
 
-/// What an envelope is made of.
+/// The parts of an envelope.
 #[derive(Clone, Copy, Debug)]
 pub struct EnvelopeParts<'a> {
-    /// What its readers get.
+    /// The `type` of the frame that clients receive.
     pub frame: FrameType,
-    /// Who sent it.
+    /// The author.
     pub author: AuthorHash,
-    /// The message's id.
+    /// The message id.
     pub id: MessageId,
-    /// The connection that sent it.
+    /// The connection of the sender.
     pub sender: ConnectionId,
-    /// Whether `sender` gets a copy.
+    /// Whether `sender` receives a copy.
     pub echo: bool,
-    /// The frame's JSON fields without braces, `type`, `epoch` and `seq`.
+    /// The JSON fields of the frame without braces, `type`, `epoch` and `seq`.
     pub fields: &'a str,
-    /// The content of a binary message; `None` for one whose content stands in `fields`.
+    /// The content of a binary message; `None` if the content is one of the fields.
     pub binary_payload: Option<&'a [u8]>,
 }
 
@@ -138,12 +139,12 @@ impl Envelope {
         Self(bytes.freeze())
     }
 
-    /// Takes bytes from a log or a link for an envelope of `room`, without copying them. All that a
-    /// frame is made of is checked: what was not written by a gateway is told from what was.
+    /// Parses bytes from a log or a subscription as an envelope of `room`, without copying them. It
+    /// checks all that becomes part of a frame, so that bytes that no gateway wrote are rejected.
     ///
     /// # Errors
     ///
-    /// [`InvalidEnvelope`] where a frame of these bytes would be none that a client of `room` may get.
+    /// [`InvalidEnvelope`] if a client of `room` could not be sent a frame made of these bytes.
     pub fn parse_for_room(bytes: Bytes, room: &RoomId) -> Result<Self, InvalidEnvelope> {
         if bytes.len() > ENVELOPE_BYTES_MAX {
             return Err(InvalidEnvelope);
@@ -162,12 +163,12 @@ impl Envelope {
         if fits && expected.matches(fields) { Ok(envelope) } else { Err(InvalidEnvelope) }
     }
 
-    /// Takes bytes that a gateway has packed for an envelope, without copying them. The fields are not
-    /// looked at: [`Envelope::parse_for_room`] is for what comes from outside.
+    /// Parses bytes that a gateway has packed, without copying them. It does not check the fields;
+    /// use [`Envelope::parse_for_room`] for bytes from outside the process.
     ///
     /// # Errors
     ///
-    /// [`InvalidEnvelope`] where the bytes were not packed by [`Envelope::pack`].
+    /// [`InvalidEnvelope`] if the header or the lengths are invalid.
     pub fn from_packed(bytes: Bytes) -> Result<Self, InvalidEnvelope> {
         let envelope = Self(bytes);
         let header = envelope.0.get(..HEADER_BYTES).ok_or(InvalidEnvelope)?;
@@ -180,17 +181,17 @@ impl Envelope {
         Ok(envelope)
     }
 
-    /// What its readers get.
+    /// The `type` of the frame that clients receive.
     pub fn frame_type(&self) -> FrameType {
         FrameType::ALL[usize::from(self.0[1] >> FRAME_SHIFT)]
     }
 
-    /// Whether `author` sent it.
+    /// Whether `author` sent the message.
     pub fn is_from(&self, author: AuthorHash) -> bool {
         self.0[2..10] == author.0
     }
 
-    /// The frame's JSON fields without braces, `type`, `epoch` and `seq`.
+    /// The JSON fields of the frame without braces, `type`, `epoch` and `seq`.
     pub fn fields(&self) -> &[u8] {
         self.fields_and_payload().0
     }
@@ -200,34 +201,34 @@ impl Envelope {
         &self.0
     }
 
-    /// The message's id.
+    /// The message id.
     pub fn id(&self) -> MessageId {
         MessageId(self.uuid_at(10))
     }
 
-    /// What the message is known by within the dedup window.
+    /// The dedup key.
     pub fn dedup_key(&self) -> DedupKey {
         let mut key = [0; 24];
         key.copy_from_slice(&self.0[2..26]);
         key
     }
 
-    /// The connection that is to get an `ack` in place of a copy, if the sender asked for that.
+    /// The connection that receives an `ack` in place of a copy, if the sender requested no echo.
     pub fn sender_without_echo(&self) -> Option<ConnectionId> {
         (self.0[1] & NO_ECHO != 0).then(|| ConnectionId(self.uuid_at(26)))
     }
 
-    /// The WebSocket frame that clients get live.
+    /// The WebSocket frame of live delivery.
     pub fn live_frame(&self, position: &Position) -> Bytes {
         self.frame(position, "")
     }
 
-    /// The WebSocket frame that clients get when they catch up.
+    /// The WebSocket frame of a replay, with `"replay":true`.
     pub fn replay_frame(&self, position: &Position) -> Bytes {
         self.frame(position, REPLAY)
     }
 
-    /// The JSON text that stands in `history`: the whole frame, a binary one in base64.
+    /// The JSON text of the entry in `history`: the whole frame, a binary payload in base64.
     pub fn to_json(&self, position: &Position) -> String {
         let (fields, payload) = self.fields_and_payload();
         let mut json = self.json_prefix(position, REPLAY);
@@ -282,11 +283,11 @@ impl Envelope {
 
 const REPLAY: &str = r#""replay":true,"#;
 
-/// The largest binary payload whose frame still fits into `frame_bytes_max` in base64, beside a
-/// header of `members_bytes`.
-pub fn binary_payload_bytes_max(frame_bytes_max: usize, members_bytes: usize) -> usize {
-    // What `to_json` puts around fields and payload is under 160 bytes.
-    frame_bytes_max.saturating_sub(members_bytes + 160) / 4 * 3
+/// Maximum size in bytes of a binary payload whose frame, in base64, fits into `frame_bytes_max`
+/// beside a header of `fields_bytes`.
+pub fn binary_payload_bytes_max(frame_bytes_max: usize, fields_bytes: usize) -> usize {
+    // `to_json` adds under 160 bytes to fields and payload.
+    frame_bytes_max.saturating_sub(fields_bytes + 160) / 4 * 3
 }
 
 #[cfg(test)]
@@ -320,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn a_binary_entry_stays_a_binary_frame_and_is_base64_inside_json() {
+    fn a_binary_entry_is_a_binary_frame_and_base64_in_json() {
         let envelope = pack(Some(&[0xFF, 0]));
         let frame = envelope.live_frame(&position());
         assert_eq!(frame[0], 0x82);
@@ -333,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn a_room_without_a_log_has_no_numbers() {
+    fn a_room_without_a_log_has_no_position() {
         let frame =
             pack(None).live_frame(&Position::new(skein_protocol::position::Epoch::none(), 0));
         assert_eq!(&frame[2..], br#"{"type":"message","room":"r","content":1}"#);
@@ -359,7 +360,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_packed_is_read_back() {
+    fn an_envelope_round_trips() {
         let envelope = pack(None);
         let again = Envelope::from_packed(envelope.as_bytes().clone()).unwrap();
         assert_eq!(again.id(), MessageId(Uuid::from_u128(1)));
@@ -371,7 +372,7 @@ mod tests {
     }
 
     #[test]
-    fn an_envelope_from_outside_is_one_of_its_room() {
+    fn an_envelope_of_another_room_is_rejected() {
         let room: RoomId = "r".parse().unwrap();
         let fields = format!(
             r#""room":"r","id":"{}","from":{{"id":"ann","name":"A"}},"content":1,"timestamp":"t""#,
@@ -403,7 +404,7 @@ mod tests {
         assert!(
             Envelope::parse_for_room(pack(&fields, Some(b"\0"), FrameType::Message), &room).is_ok()
         );
-        // A header of that length could not be told in a binary frame.
+        // The header length of a binary frame has two bytes.
         let long = format!(r#"{fields},"meta":"{}""#, "x".repeat(usize::from(u16::MAX)));
         assert!(
             Envelope::parse_for_room(pack(&long, Some(b""), FrameType::Message), &room).is_err()

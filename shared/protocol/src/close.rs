@@ -1,57 +1,58 @@
-//! Close codes: one table of why a connection ends and what the client is to do then.
+//! Close codes: one table of the reasons to close a connection, and whether a client reconnects.
 //!
-//! 1000–1015 are those of RFC 6455, section 7.4.1, and the IANA registry; 4000–4999 are this
-//! protocol's own.
+//! 1000–1015 are defined by RFC 6455, section 7.4.1, and the IANA registry; 4000–4999 are private
+//! to this protocol.
 
-/// Why the gateway closes a connection.
+/// A close code that this protocol defines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u16)]
 pub enum CloseCode {
-    /// The work is done.
+    /// The client or the application is done.
     Normal = 1000,
-    /// The other side leaves.
+    /// A peer is going away. The gateway sends 1012 instead when it stops.
     GoingAway = 1001,
-    /// The other side broke RFC 6455.
+    /// The peer violated RFC 6455.
     ProtocolError = 1002,
-    /// A kind of data that is not taken.
+    /// A type of data that the peer does not accept. The gateway accepts text and binary.
     UnsupportedData = 1003,
-    /// Text that is not UTF-8.
+    /// Text that is not UTF-8, or a compressed message that cannot be inflated.
     InvalidPayload = 1007,
-    /// Refused; the reason is one word.
+    /// Rejected by policy; the reason is one word.
     PolicyViolation = 1008,
-    /// A message larger than `max_message_size`.
+    /// A message is larger than `max_message_size`.
     MessageTooBig = 1009,
-    /// A fault of the gateway's own.
+    /// A bug in the gateway.
     InternalError = 1011,
-    /// The gateway stops; another one is there.
+    /// The gateway stops; another gateway is available.
     ServiceRestart = 1012,
-    /// Too much to do, found after the upgrade.
+    /// Overload, found after the upgrade.
     TryAgainLater = 1013,
-    /// The session was presented by a newer connection.
+    /// A newer connection presented the session.
     SessionReplaced = 4000,
-    /// The token's `exp` has passed.
+    /// The token has expired.
     TokenExpired = 4001,
-    /// Nothing was heard for 60 s.
+    /// The gateway received nothing for 60 s.
     IdleTimeout = 4002,
-    /// Nothing could be written for 30 s.
+    /// The gateway could write nothing for 30 s.
     WriteTimeout = 4003,
 }
 
-/// What a client does by itself after a close.
+/// Whether and how a client reconnects by itself after a close.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReconnectAdvice {
-    /// Comes back, with back-off.
+    /// Reconnect with back-off.
     Reconnect,
-    /// Comes back with a new token.
+    /// Reconnect with a new token.
     ReconnectWithNewToken,
-    /// Comes back, without the message that was too big.
+    /// Reconnect, and do not send the message that was too big again.
     ReconnectWithoutMessage,
-    /// Stays away until its user says otherwise.
+    /// Do not reconnect before the application asks for it.
     DoNotReconnect,
 }
 
 impl CloseCode {
-    /// Every code the gateway sends.
+    /// Every code of this table. The gateway begins no close with 1001 or 1003. It can send other
+    /// codes of 3000 to 4999, where the application passes one to `disconnect`.
     pub const ALL: [Self; 14] = [
         Self::Normal,
         Self::GoingAway,
@@ -69,15 +70,15 @@ impl CloseCode {
         Self::WriteTimeout,
     ];
 
-    /// The code's number.
+    /// The number on the wire.
     pub fn number(self) -> u16 {
         self as u16
     }
 }
 
-/// What a client does by itself after a close with `code` and `reason`.
+/// Whether and how a client reconnects after a close with `code` and `reason`.
 ///
-/// `None` stands for an end without a close frame (1005, 1006).
+/// `None` means that the connection ended without a close frame (1005, 1006).
 pub fn reconnect_advice(code: Option<u16>, reason: &str) -> ReconnectAdvice {
     match code {
         None | Some(1001 | 1005 | 1006 | 1011 | 1012 | 1013 | 4002 | 4003) => {
@@ -100,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn the_advice_is_that_of_section_3_5() {
+    fn advice_follows_the_protocol() {
         check(None, "", ReconnectAdvice::Reconnect);
         for code in [1001, 1005, 1006, 1011, 1012, 1013, 4002, 4003] {
             check(code, "", ReconnectAdvice::Reconnect);

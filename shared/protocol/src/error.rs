@@ -1,45 +1,45 @@
-//! Error codes: one table of what can be refused and whether to try again.
+//! Error codes: one table of the reasons to reject a client frame, and whether to retry.
 
 use serde::{Deserialize, Serialize};
 
-/// Why a frame was refused, as `error.code` on the wire.
+/// Why a client frame was rejected: `error.code` on the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ErrorCode {
-    /// The frame is not what the protocol says: bad JSON, a missing or ill-typed field.
+    /// The frame violates the protocol: invalid JSON, a missing field or one of the wrong type.
     BadRequest,
-    /// The frame's `type` is not known here.
+    /// The frame's `type` is unknown to the gateway.
     UnknownType,
-    /// The token is missing or bad.
+    /// The token is missing or invalid.
     Unauthorized,
-    /// The token does not allow it.
+    /// The token does not allow the operation.
     Forbidden,
-    /// There is no such thing.
+    /// The room, user or session does not exist.
     NotFound,
-    /// The connection has not joined the room it speaks of.
+    /// The connection has not joined the room.
     NotJoined,
-    /// The room has as many members as it may have.
+    /// The room has reached its maximum number of members.
     RoomFull,
-    /// The room's password is another.
+    /// The room's password does not match.
     WrongPassword,
-    /// A room of that name is there already.
+    /// A room with this id exists already.
     RoomExists,
     /// A field or message is larger than its limit.
     TooLarge,
-    /// The connection holds as many as it may hold.
+    /// The connection has reached a limit of what it may hold, such as rooms or watches.
     LimitReached,
-    /// Too many in too short a time. `retry_after_ms` says when to go on.
+    /// The connection exceeds a rate limit. `retry_after_ms` says when to retry.
     RateLimited,
-    /// The node has more to do than it can. Send again later with the same `id`.
+    /// The node is overloaded. Send the frame again later with the same `id`.
     Overloaded,
-    /// The bus is away. Keep the message and send it again with the same `id`.
+    /// The bus is down. Keep the message and send it again with the same `id`.
     Unavailable,
-    /// A fault of the gateway's own; its log has more.
+    /// A bug in the gateway; its log has the details.
     Internal,
 }
 
 impl ErrorCode {
-    /// Every code, in the order of the protocol's list.
+    /// Every code, in the order of docs/protocol.md.
     pub const ALL: [Self; 15] = [
         Self::BadRequest,
         Self::UnknownType,
@@ -58,7 +58,7 @@ impl ErrorCode {
         Self::Internal,
     ];
 
-    /// The code as it stands on the wire.
+    /// The code on the wire.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::BadRequest => "bad_request",
@@ -79,7 +79,7 @@ impl ErrorCode {
         }
     }
 
-    /// Whether the same frame may succeed later, so that a client should send it again.
+    /// Whether the same frame can succeed later, so that a client should send it again.
     pub fn is_retryable(self) -> bool {
         match self {
             Self::RateLimited | Self::Overloaded | Self::Unavailable => true,
@@ -104,7 +104,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_text_of_a_code_is_its_text_in_json() {
+    fn as_str_and_json_agree() {
         for code in ErrorCode::ALL {
             assert_eq!(serde_json::to_string(&code).unwrap(), format!("\"{}\"", code.as_str()));
         }

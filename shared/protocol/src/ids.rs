@@ -1,7 +1,7 @@
-//! Names and ids, each a type of its own, checked once where it enters.
+//! Ids and names: a type for each, validated where it enters the process.
 //!
-//! All are cheap to clone. None derives `Deserialize`, because a derived one would let unchecked
-//! names in through JSON.
+//! All are cheap to clone. None derives `Deserialize`, because a derived implementation would
+//! accept invalid ids from JSON.
 
 use std::{borrow::Cow, fmt, str::FromStr, sync::Arc};
 
@@ -10,26 +10,26 @@ use uuid::Uuid;
 
 use crate::protocol::NAME_CHARS_MAX;
 
-/// A name: the type, its text form, its error. How it is parsed stands beside.
+/// Declares an id that is text: its type, text form and error. With a check, also its parser.
 macro_rules! string_id {
     ($(#[$doc:meta])* $name:ident, $invalid:ident, $rule:literal) => {
         $(#[$doc])*
         #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
         pub struct $name(Arc<str>);
 
-        #[doc = concat!("The text is no [`", stringify!($name), "`]: it has to be ", $rule, ".")]
+        #[doc = concat!("The text is not a [`", stringify!($name), "`]: ", $rule, ".")]
         #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
         #[error($rule)]
         pub struct $invalid;
 
         impl $name {
-            /// The name as text.
+            /// The id as text.
             pub fn as_str(&self) -> &str {
                 &self.0
             }
         }
 
-        /// Ordered and told apart by its text.
+        /// Equal, ordered and hashed by its text.
         impl std::borrow::Borrow<str> for $name {
             fn borrow(&self) -> &str {
                 &self.0
@@ -48,7 +48,7 @@ macro_rules! string_id {
             }
         }
     };
-    // One of a fixed alphabet.
+    // An id of a fixed alphabet.
     ($(#[$doc:meta])* $name:ident, $invalid:ident, $rule:literal, $check:expr) => {
         string_id! { $(#[$doc])* $name, $invalid, $rule }
 
@@ -70,32 +70,34 @@ macro_rules! string_id {
 }
 
 string_id! {
-    /// The name of a room. What has no other name but that of a user is a room too, which no client
-    /// can name: see [`RoomKind`].
-    RoomId, InvalidRoomId, "a room is 1 to 128 of A-Z a-z 0-9 _ . : @ -, and neither `.` nor `..`",
+    /// The id of a room. Inboxes and the online state of users are rooms too, with ids that no
+    /// client can name: see [`RoomKind`].
+    RoomId, InvalidRoomId,
+    "a room id must be 1 to 128 of A-Z a-z 0-9 _ . : @ -, and neither `.` nor `..`",
     |text| is_identifier(text, 128, |b| matches!(b, b'_' | b'.' | b':' | b'@' | b'-'))
 }
 
 string_id! {
-    /// The id of a user. Ids with a leading `_` are the server's; see [`UserId::is_reserved`].
-    UserId, InvalidUserId, "a user id is 1 to 128 of A-Z a-z 0-9 _ . : @ | + = -, and neither `.` nor `..`",
+    /// The id of a user. Ids with a leading `_` belong to the server; see [`UserId::is_reserved`].
+    UserId, InvalidUserId,
+    "a user id must be 1 to 128 of A-Z a-z 0-9 _ . : @ | + = -, and neither `.` nor `..`",
     |text| is_identifier(text, 128, |b| {
         matches!(b, b'_' | b'.' | b':' | b'@' | b'|' | b'+' | b'=' | b'-')
     })
 }
 
 string_id! {
-    /// The name of a user that people read, in Unicode's composed form (NFC).
+    /// The display name of a user or room, in Unicode's composed form (NFC).
     DisplayName, InvalidDisplayName,
-    "a display name is 1 to 64 characters, not only spaces, without controls, bidi controls and \
+    "a display name must be 1 to 64 characters, not only spaces, without controls, bidi controls and \
      zero-width characters"
 }
 
 impl FromStr for DisplayName {
     type Err = InvalidDisplayName;
 
-    /// Composes the characters, and takes nothing away: a name that has to be changed beyond that is
-    /// an error. See [`DisplayName::sanitized`].
+    /// Composes the characters and removes nothing: a name that would need other changes is an
+    /// error. See [`DisplayName::sanitized`].
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let text = to_nfc(text);
         let fits = text.chars().take(NAME_CHARS_MAX + 1).count() <= NAME_CHARS_MAX;
@@ -109,8 +111,8 @@ impl FromStr for DisplayName {
 }
 
 impl DisplayName {
-    /// Takes out of `text` what a display name must not have, and cuts it to its length. `None` where
-    /// nothing is left to be seen.
+    /// Removes the characters that a display name must not have, and cuts it to its maximum length.
+    /// `None` if nothing visible is left.
     pub fn sanitized(text: &str) -> Option<Self> {
         let kept: String = text.chars().filter(|c| !is_unprintable(*c)).collect();
         let kept: String = to_nfc(&kept).chars().take(NAME_CHARS_MAX).collect();
@@ -119,8 +121,8 @@ impl DisplayName {
 }
 
 impl<'de> Deserialize<'de> for DisplayName {
-    /// Reads a name that a server wrote. Those of an older version may have characters that are
-    /// refused today, which are taken out.
+    /// Accepts a name that a server wrote. Older versions allowed characters that are invalid
+    /// today; these are removed.
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = Cow::<str>::deserialize(deserializer)?;
         let name = text.parse().ok().or_else(|| Self::sanitized(&text));
@@ -136,15 +138,15 @@ fn to_nfc(text: &str) -> Cow<'_, str> {
     icu_normalizer::ComposingNormalizerBorrowed::new_nfc().normalize(text)
 }
 
-/// Whether a character is a control, or is not seen although it changes what is seen: it sets the
-/// direction of the text around it, breaks the line, or has no width. With these one name can be made
-/// to look like another.
+/// Whether a character is a control or changes the display without being visible: it sets the
+/// direction of the surrounding text, breaks the line, or has no width. Such characters can make
+/// one name look like another.
 fn is_unprintable(c: char) -> bool {
     c.is_control()
         || matches!(c,
             // Soft hyphen, grapheme joiner, Mongolian selectors.
             '\u{AD}' | '\u{34F}' | '\u{180B}'..='\u{180F}'
-            // Zero-width space, joiners, marks of direction; separators, embeddings, overrides.
+            // Zero-width space, joiners, direction marks; separators, embeddings, overrides.
             | '\u{61C}' | '\u{200B}'..='\u{200F}' | '\u{2028}'..='\u{202E}'
             // Word joiner, invisible operators, isolates, deprecated controls.
             | '\u{2060}'..='\u{206F}'
@@ -152,21 +154,22 @@ fn is_unprintable(c: char) -> bool {
             | '\u{FEFF}' | '\u{FFF9}'..='\u{FFFB}' | '\u{E0000}'..='\u{E007F}')
 }
 
-/// Whether a character leaves nothing but a gap: spaces, Hangul fillers, the empty Braille pattern.
+/// Whether a character shows as a gap: spaces, Hangul fillers, the empty Braille pattern.
 fn is_blank(c: char) -> bool {
     c.is_whitespace() || matches!(c, '\u{115F}' | '\u{1160}' | '\u{3164}' | '\u{FFA0}' | '\u{2800}')
 }
 
 string_id! {
-    /// The id of a gateway process, as given by `node.id`.
-    NodeId, InvalidNodeId, "a node id is 1 to 64 of A-Z a-z 0-9 _ . : -, and neither `.` nor `..`",
+    /// The id of a gateway node, from `node.id`.
+    NodeId, InvalidNodeId,
+    "a node id must be 1 to 64 of A-Z a-z 0-9 _ . : -, and neither `.` nor `..`",
     |text| is_identifier(text, 64, |b| matches!(b, b'_' | b'.' | b':' | b'-'))
 }
 
 impl From<&UserId> for DisplayName {
-    /// The id as a name, as far as that goes; a short one shares its memory.
+    /// The id as a display name, cut to its maximum length; a short id shares its memory.
     fn from(id: &UserId) -> Self {
-        // Letters of an id are single bytes, and none is a control.
+        // The characters of an id are single bytes, and none is a control.
         if id.0.len() <= NAME_CHARS_MAX {
             Self(id.0.clone())
         } else {
@@ -175,14 +178,17 @@ impl From<&UserId> for DisplayName {
     }
 }
 
-/// What a room is for. The sign that stands in front of a user's id is none that a room may have.
+/// The purpose of a room. Ids of inboxes and statuses begin with a character that no client can
+/// use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RoomKind {
-    /// Users join it by its name.
+    /// A room that users join by its id.
     Room,
-    /// A user's inbox: the log of what is for this user alone. All connections of the user are in it.
+    /// A user's inbox: the log of entries for this user. All connections of the user are
+    /// subscribed.
     Inbox,
-    /// Whether a user is connected: those who watch the user are in it. It has no log.
+    /// The online state of a user, without a log. The connections that watch the user are
+    /// subscribed.
     Status,
 }
 
@@ -195,12 +201,12 @@ impl RoomId {
         Self(format!("{INBOX_PREFIX}{user}").into())
     }
 
-    /// Where it is told whether a user is connected.
+    /// The room that publishes whether a user is online.
     pub fn status_of(user: &UserId) -> Self {
         Self(format!("{STATUS_PREFIX}{user}").into())
     }
 
-    /// What the room is for.
+    /// The purpose of the room.
     pub fn kind(&self) -> RoomKind {
         match self.0.as_bytes().first() {
             Some(b'=') => RoomKind::Inbox,
@@ -209,45 +215,45 @@ impl RoomId {
         }
     }
 
-    /// The room as clients name it; `None` for an inbox and the like, which have no name there.
+    /// The room as clients name it; `None` for an inbox or status, which clients cannot name.
     pub fn client_visible(&self) -> Option<Self> {
         (self.kind() == RoomKind::Room).then(|| self.clone())
     }
 
-    /// The name without the sign in front: the room's own, or the id of its user.
+    /// The id without the first character of an inbox or status: the room's id or that of the user.
     pub fn without_prefix(&self) -> &str {
         self.0.strip_prefix([INBOX_PREFIX, STATUS_PREFIX]).unwrap_or(&self.0)
     }
 
-    /// Whose inbox or status it is.
+    /// The user of an inbox or status.
     pub fn user(&self) -> Option<UserId> {
         (self.kind() != RoomKind::Room).then(|| UserId(self.without_prefix().into()))
     }
 }
 
 impl UserId {
-    /// Whether the id belongs to the server, so that no client may have it.
+    /// Whether the id is reserved for the server, so that no client can have it.
     pub fn is_reserved(&self) -> bool {
         self.0.starts_with('_')
     }
 }
 
-/// Whether `text` is 1 to `len_max` letters, digits, and what `also` allows. `.` and `..` are steps
-/// of a path, which a URL never keeps (RFC 3986, section 5.2.4), so that nothing can be named so.
+/// Whether `text` is 1 to `len_max` letters, digits, and bytes that `also` allows. `.` and `..` are
+/// path segments that a URL never keeps (RFC 3986, section 5.2.4), so nothing can have these ids.
 fn is_identifier(text: &str, len_max: usize, also: fn(u8) -> bool) -> bool {
     !matches!(text, "" | "." | "..")
         && text.len() <= len_max
         && text.bytes().all(|b| b.is_ascii_alphanumeric() || also(b))
 }
 
-/// The id of a message: a UUID, made by the client or else by the gateway. It is the key under
-/// which a repeated send is recognised.
+/// The id of a message: a UUID of the client, else of the gateway. It is the idempotency key of a
+/// repeated send.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct MessageId(pub Uuid);
 
-/// The text is no message id: it has to be a UUID of 36 characters.
+/// The text is not a message id: it must be a UUID of 36 characters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("an id is a UUID of 36 characters, as in 6f1c2a0e-93c4-4c59-a9f5-5f3f2d1b7c10")]
+#[error("a message id must be a UUID, such as 6f1c2a0e-93c4-4c59-a9f5-5f3f2d1b7c10")]
 pub struct InvalidMessageId;
 
 impl MessageId {
@@ -260,7 +266,7 @@ impl MessageId {
 impl FromStr for MessageId {
     type Err = InvalidMessageId;
 
-    /// Takes the hyphenated form only, in either case; it is answered in lower case.
+    /// Accepts the hyphenated form only, in upper or lower case; it is written in lower case.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         if text.len() != 36 {
             return Err(InvalidMessageId);
@@ -287,8 +293,8 @@ impl<'de> Deserialize<'de> for MessageId {
     }
 }
 
-/// The id of a session, which outlives its connections. It is no secret: see
-/// [`ResumeToken`](crate::token::ResumeToken).
+/// The id of a session, which outlives its connections. It is not secret;
+/// [`ResumeToken`](crate::token::ResumeToken) is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct SessionId(pub Uuid);
 
@@ -313,7 +319,7 @@ impl FromStr for SessionId {
     }
 }
 
-/// The id of one connection, made by the gateway that holds it.
+/// The id of a connection, chosen by its gateway.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct ConnectionId(pub Uuid);
 
@@ -340,7 +346,7 @@ mod tests {
     }
 
     #[test]
-    fn rooms_are_of_a_fixed_alphabet_and_length() {
+    fn room_ids_have_a_fixed_alphabet_and_length() {
         check_room("lobby", true);
         check_room("A.b_c:d@e-9", true);
         check_room(&"x".repeat(128), true);
@@ -351,7 +357,7 @@ mod tests {
     }
 
     #[test]
-    fn no_id_is_a_step_of_a_path() {
+    fn no_id_is_a_relative_path_segment() {
         for step in [".", ".."] {
             check_room(step, false);
             assert!(step.parse::<UserId>().is_err() && step.parse::<NodeId>().is_err(), "{step}");
@@ -363,7 +369,7 @@ mod tests {
     }
 
     #[test]
-    fn no_client_can_name_what_is_of_one_user() {
+    fn clients_cannot_name_inboxes_and_statuses() {
         let bob: UserId = "bob|1".parse().unwrap();
         let (inbox, status) = (RoomId::inbox_of(&bob), RoomId::status_of(&bob));
         assert_eq!((inbox.kind(), status.kind()), (RoomKind::Inbox, RoomKind::Status));
@@ -379,7 +385,7 @@ mod tests {
     }
 
     #[test]
-    fn users_may_hold_more_signs_than_rooms_and_the_server_keeps_the_underscore() {
+    fn user_ids_allow_more_characters_and_reserve_the_underscore() {
         assert!("auth0|a+b=c@d.e".parse::<UserId>().is_ok());
         assert!("_api".parse::<UserId>().unwrap().is_reserved());
         assert!(!"a_".parse::<UserId>().unwrap().is_reserved());
@@ -401,12 +407,12 @@ mod tests {
         let longest = "ä".repeat(64);
         check_name(&longest, Some(&longest), Some(&longest));
         check_name(&format!("{longest}x"), None, Some(&longest));
-        // Composed, it is not too long.
+        // After composition the name is not too long.
         check_name(&"a\u{308}".repeat(64), Some(&longest), Some(&longest));
     }
 
     #[test]
-    fn display_names_are_composed_and_show_what_they_are() {
+    fn display_names_are_composed_and_have_no_hidden_characters() {
         check_name("Ann", Some("Ann"), Some("Ann"));
         check_name(" Zoë  Ω 名前 👍🏽 ", Some(" Zoë  Ω 名前 👍🏽 "), Some(" Zoë  Ω 名前 👍🏽 "));
         check_name("Zoe\u{308}", Some("Zoë"), Some("Zoë"));
@@ -430,7 +436,7 @@ mod tests {
         ] {
             check_name(&format!("A{hidden}nn"), None, Some("Ann"));
         }
-        // Between a letter and its mark it would hide the mark's composition.
+        // Between a letter and its combining mark it would prevent their composition.
         check_name("e\u{200B}\u{301}", None, Some("é"));
         for nothing in ["", " ", "\u{3000}\u{A0}", "\u{3164}", "\u{2800}", "\u{200B}", "\n"] {
             check_name(nothing, None, None);

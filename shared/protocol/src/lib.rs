@@ -1,9 +1,9 @@
-//! What both ends of the Skein protocol `chat.v1` agree on.
+//! The contract of both ends of the Skein protocol `chat.v1`.
 //!
 //! Everything here is pure: no I/O, no clock. The one exception is `client`, the Rust client,
-//! behind the feature of that name. In reading order: what things are called ([`ids`],
-//! [`position`]), what is said ([`protocol`], [`error`], [`close`], [`token`]), how it is put on a
-//! WebSocket ([`codec`]) and how an entry is kept in a room's log ([`envelope`]).
+//! behind the feature of that name. In reading order: ids and positions ([`ids`], [`position`]),
+//! frames, codes and tokens ([`protocol`], [`error`], [`close`], [`token`]), the WebSocket codec
+//! ([`codec`]), and the format of an entry in a log ([`envelope`]).
 
 pub mod ids;
 pub mod position;
@@ -12,13 +12,13 @@ pub mod close;
 pub mod token;
 pub mod protocol;
 
-/// The subprotocol of this contract, as offered and answered in `Sec-WebSocket-Protocol`.
+/// The WebSocket subprotocol, as it stands in `Sec-WebSocket-Protocol`.
 pub const SUBPROTOCOL: &str = "chat.v1";
 
-/// The present time as the protocol writes it: RFC 3339, UTC, with milliseconds.
+/// Formats a time as the protocol does: RFC 3339, UTC, with milliseconds.
 ///
-/// The time is an argument, since nothing in this crate asks for it. Times before 1970 and after
-/// 9999, which that form does not have, are written as its first and last.
+/// The time is an argument, because this crate reads no clock. Times before 1970 and after 9999
+/// are written as the first and the last second of that range.
 pub fn timestamp(now: std::time::SystemTime) -> String {
     use std::time::{Duration, UNIX_EPOCH};
     const LAST: Duration = Duration::from_secs(253_402_300_799);
@@ -31,7 +31,7 @@ mod tests {
     use std::time::{Duration, UNIX_EPOCH};
 
     #[test]
-    fn a_timestamp_has_milliseconds_and_an_end() {
+    fn a_timestamp_has_milliseconds_and_a_range() {
         let at = |seconds| super::timestamp(UNIX_EPOCH + Duration::from_secs(seconds));
         assert_eq!(at(0), "1970-01-01T00:00:00.000Z");
         assert_eq!(at(253_402_300_800), "9999-12-31T23:59:59.000Z");

@@ -1,14 +1,15 @@
-//! Where one is in a room's log: an epoch, and a number within it.
+//! Positions in a log: an epoch, and a number within it.
 //!
-//! Entries are numbered 1, 2, 3 … within an epoch. A new epoch says that what a client holds can
-//! no longer be continued by number. A position is the only thing a client needs to go on from
-//! where it was, on any node.
+//! Entries are numbered 1, 2, 3 … within an epoch. With a new epoch, a client can no longer
+//! continue its copy of the log by number. A position is all that a client needs to resume on any
+//! node.
 
 use std::{borrow::Cow, fmt, str::FromStr, sync::Arc};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 
-/// The number of an entry in its log: 1 to 2^53−1 so that JavaScript holds it; 0 is "no entry yet".
+/// The number of an entry in its log: 1 to 2^53−1, so that JavaScript holds it; 0 means "no entry
+/// yet".
 pub type Seq = u64;
 
 /// The largest [`Seq`]: 2^53−1, the largest integer that a JavaScript number holds exactly.
@@ -18,9 +19,9 @@ pub const SEQ_MAX: Seq = (1 << 53) - 1;
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Epoch(Arc<str>);
 
-/// The text is no epoch.
+/// The text is not an epoch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("an epoch is 1 to 32 of A-Z a-z 0-9 _ -")]
+#[error("an epoch must be 1 to 32 of A-Z a-z 0-9 _ -")]
 pub struct InvalidEpoch;
 
 impl Epoch {
@@ -29,18 +30,18 @@ impl Epoch {
         &self.0
     }
 
-    /// Stands for the epoch that a room without a log does not have.
+    /// The placeholder for the epoch of a room without a log.
     pub fn none() -> Self {
         Self(NO_EPOCH.into())
     }
 
-    /// Whether it is [`Epoch::none`].
+    /// Whether this is [`Epoch::none`].
     pub fn is_none(&self) -> bool {
         &*self.0 == NO_EPOCH
     }
 }
 
-/// No log has it: epochs begin with a number.
+/// No log has this epoch: epochs begin with a digit.
 const NO_EPOCH: &str = "-";
 
 impl FromStr for Epoch {
@@ -73,19 +74,19 @@ impl<'de> Deserialize<'de> for Epoch {
     }
 }
 
-/// A place in a log. On the wire: `{"epoch":"…","seq":N}`; in a query: `<epoch>:<seq>`.
+/// A position in a log. On the wire: `{"epoch":"…","seq":N}`; in a query: `<epoch>:<seq>`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Position {
     /// The epoch that `seq` counts in.
     pub epoch: Epoch,
-    /// The last entry known, 0 for none.
+    /// The last known entry, 0 for none.
     #[serde(deserialize_with = "seq_in_range")]
     pub seq: Seq,
 }
 
-/// The text is no `<epoch>:<seq>`.
+/// The text is not a position, `<epoch>:<seq>`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("a position is <epoch>:<seq>")]
+#[error("a position must be <epoch>:<seq>")]
 pub struct InvalidPosition;
 
 impl Position {
@@ -111,11 +112,11 @@ impl fmt::Display for Position {
     }
 }
 
-/// Reads a [`Seq`] and refuses what lies above [`SEQ_MAX`].
+/// Deserializes a [`Seq`] and rejects numbers above [`SEQ_MAX`].
 pub fn seq_in_range<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Seq, D::Error> {
     let seq = Seq::deserialize(deserializer)?;
     if seq > SEQ_MAX {
-        return Err(D::Error::custom("a seq is at most 2^53-1"));
+        return Err(D::Error::custom("a seq must be at most 2^53-1"));
     }
     Ok(seq)
 }
@@ -132,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn a_position_is_refused_when_a_part_is_off() {
+    fn a_position_with_an_invalid_part_is_rejected() {
         for bad in ["", "e", "e:", ":1", "e:-1", "e:x", "e.f:1", "e:9007199254740992"] {
             assert!(bad.parse::<Position>().is_err(), "{bad:?}");
         }

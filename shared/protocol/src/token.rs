@@ -1,5 +1,4 @@
-//! What a token says: who the user is, until when, and which rooms are open to it. And the token by
-//! which a session is resumed.
+//! Tokens: the claims of a JWT (user, expiry, rooms), and the token that resumes a session.
 
 use std::{collections::BTreeMap, fmt, str::FromStr};
 
@@ -9,42 +8,42 @@ use uuid::Uuid;
 
 use crate::ids::{RoomId, SessionId, UserId};
 
-/// The claims of a JWT that this protocol reads. Others are ignored.
+/// The claims of a JWT that this protocol reads. Other claims are ignored.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Claims {
     /// The user id.
     pub sub: String,
-    /// The display name; the id where absent, or where it is no text.
+    /// The display name; the user id if it is absent or not a string.
     #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "string_or_none")]
     pub name: Option<String>,
-    /// When the token ends, in seconds since 1970, without a fraction that it may have (RFC 7519,
-    /// sections 2 and 4.1.4).
+    /// Expiry, in seconds since 1970, rounded down from a fraction (RFC 7519, sections 2 and
+    /// 4.1.4).
     #[serde(deserialize_with = "seconds_rounded_down")]
     pub exp: u64,
-    /// When the token begins to count, in seconds since 1970, a fraction rounded up (RFC 7519,
-    /// section 4.1.5).
+    /// Start of validity, in seconds since 1970, rounded up from a fraction (RFC 7519, section
+    /// 4.1.5).
     #[serde(
         default,
         skip_serializing_if = "Option::is_none",
         deserialize_with = "optional_seconds_rounded_up"
     )]
     pub nbf: Option<u64>,
-    /// When the token was made. It is not compared with the time, but has to be a number (RFC 7519,
-    /// section 4.1.6).
+    /// Time of issue. It is not compared with the clock, but must be a number (RFC 7519, section
+    /// 4.1.6).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub iat: Option<f64>,
     /// The issuer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub iss: Option<String>,
-    /// The audience: a token counts only for those that it names (RFC 7519, section 4.1.3).
+    /// The audience: a token is valid only for the names in it (RFC 7519, section 4.1.3).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub aud: Option<Audience>,
-    /// What is allowed in which room; every room where absent.
+    /// Access by room; access to every room if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rooms: Option<RoomGrants>,
 }
 
-/// The claim `aud`: one name, or a list of them.
+/// The claim `aud`: one name or a list of names.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum Audience {
@@ -55,7 +54,7 @@ pub enum Audience {
 }
 
 impl Audience {
-    /// Whether this name is among them.
+    /// Whether the audience contains this name.
     pub fn contains(&self, name: &str) -> bool {
         match self {
             Self::One(found) => found == name,
@@ -64,18 +63,18 @@ impl Audience {
     }
 }
 
-/// Reads a NumericDate. What is below or above the range counts as its end.
+/// Deserializes a NumericDate. A number outside the range of `u64` becomes its nearest bound.
 fn seconds_rounded_down<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
     f64::deserialize(deserializer).map(|seconds| seconds as u64)
 }
 
-/// Reads a text, and anything else as none.
+/// Deserializes a string; any other value becomes `None`.
 fn string_or_none<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
     let value = serde_json::Value::deserialize(deserializer)?;
     Ok(value.as_str().map(str::to_owned))
 }
 
-/// Reads a NumericDate that may be absent, up to the next whole second.
+/// Deserializes an optional NumericDate, rounded up to a whole second.
 fn optional_seconds_rounded_up<'de, D: Deserializer<'de>>(
     deserializer: D,
 ) -> Result<Option<u64>, D::Error> {
@@ -83,26 +82,26 @@ fn optional_seconds_rounded_up<'de, D: Deserializer<'de>>(
     Ok(seconds.map(|seconds| seconds.ceil() as u64))
 }
 
-/// What a token allows in a room.
+/// Access to a room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum RoomAccess {
-    /// Join, receive, history, presence, read.
+    /// Join, receive, history, presence and read marks.
     #[serde(rename = "r")]
     Read,
-    /// All of that, and send.
+    /// All of [`Self::Read`], and sending.
     #[serde(rename = "rw")]
     ReadWrite,
 }
 
-/// Access by room name, or by prefix where the key ends in `*`.
+/// Access by room id, or by a prefix where the key ends in `*`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct RoomGrants(pub BTreeMap<String, RoomAccess>);
 
-/// Whether the text is a room's name, or the beginning of one with `*` at its end.
+/// Whether the text is a room id, or a prefix of one followed by `*`.
 pub fn is_room_pattern(text: &str) -> bool {
     match text.strip_suffix('*') {
-        // A name may begin with these, and not be one of them.
+        // These are no room ids, but a room id can begin with them.
         Some("" | "." | "..") => true,
         Some(prefix) => prefix.parse::<RoomId>().is_ok(),
         None => text.parse::<RoomId>().is_ok(),
@@ -110,13 +109,13 @@ pub fn is_room_pattern(text: &str) -> bool {
 }
 
 impl RoomGrants {
-    /// A key that can match no room: neither a name nor the beginning of one.
+    /// The first key that can match no room: neither an id nor a prefix of one.
     pub fn invalid_pattern(&self) -> Option<&str> {
         self.0.keys().map(String::as_str).find(|key| !is_room_pattern(key))
     }
 
-    /// What is allowed in `room`: the longest match wins, a full name before a prefix of its
-    /// length; `None` where nothing matches.
+    /// Access to `room` by the longest match; an exact id wins over a prefix of the same length.
+    /// `None` if nothing matches.
     pub fn access(&self, room: &RoomId) -> Option<RoomAccess> {
         let room = room.as_str();
         let matches = |key: &str| match key.strip_suffix('*') {
@@ -131,25 +130,26 @@ impl RoomGrants {
     }
 }
 
-/// What a client presents to resume its session: a secret, the session, and its user. Written in
-/// base64url without padding, so that it can stand in a query and among subprotocols; opaque to clients.
+/// The token that a client presents to resume its session: a secret, the session id and the user
+/// id. Its text is base64url without padding, so that it fits in a query and among subprotocols;
+/// clients treat it as opaque.
 #[derive(Clone, PartialEq, Eq)]
 pub struct ResumeToken {
     /// 128 random bits.
     pub secret: [u8; 16],
     /// The session.
     pub session: SessionId,
-    /// Whose it is.
+    /// The user of the session.
     pub user: UserId,
 }
 
-/// The text is no resume token.
+/// The text is not a resume token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("not a resume token")]
 pub struct InvalidResumeToken;
 
 impl fmt::Debug for ResumeToken {
-    /// Without the secret.
+    /// Leaves the secret out.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "ResumeToken of {} ({})", self.session, self.user)
     }
@@ -166,7 +166,7 @@ impl FromStr for ResumeToken {
     type Err = InvalidResumeToken;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        // The longest user id has 128 bytes.
+        // The longest user id has 128 bytes, so a valid token is shorter.
         if text.len() > 512 {
             return Err(InvalidResumeToken);
         }
@@ -187,7 +187,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_resume_token_reads_back_and_hides_its_secret() {
+    fn a_resume_token_round_trips_and_debug_hides_its_secret() {
         let user: UserId = "x".repeat(128).parse().unwrap();
         let token = ResumeToken { secret: [0xA5; 16], session: SessionId(Uuid::nil()), user };
         let text = token.to_string();
@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pattern_is_a_name_or_the_beginning_of_one() {
+    fn a_pattern_is_a_room_id_or_a_prefix() {
         for pattern in ["a", "*", "team:*", ".*", "a-b_c@d"] {
             assert!(is_room_pattern(pattern), "{pattern}");
         }

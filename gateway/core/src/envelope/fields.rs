@@ -1,41 +1,41 @@
-//! Whether the fields of an envelope are what their readers may be sent: JSON of the right room.
+//! Validates the fields of an envelope: well-formed JSON that clients of the room may receive.
 //!
-//! They are put into frames as they are, so that an entry costs no parsing where it is passed on. What
-//! comes from a log or a link is checked once instead, where it enters. This runs for every entry that
-//! a node receives, so it builds nothing: it walks over the bytes at some GB/s.
+//! Frames copy the fields unchanged, so that delivery parses no JSON. Fields from a log or a
+//! subscription are checked here instead, once, where they enter the process. This runs for every
+//! entry that a node receives, so it builds nothing: it scans the bytes at some GB/s.
 
 use uuid::{Uuid, fmt::Hyphenated};
 
 use super::FrameType;
 
-/// Members that stand in front of those of an envelope in a frame, and may not be there twice.
+/// Fields that a frame has before those of the envelope, and that must not occur twice.
 const RESERVED: [&[u8]; 4] = [b"type", b"epoch", b"seq", b"replay"];
 
-/// What the fields have to be.
+/// The requirements on the fields.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ExpectedFields<'a> {
     pub(super) frame: FrameType,
     pub(super) id: Uuid,
-    /// The room whose messages they are of; `None` in an inbox.
+    /// The room of a message; `None` in an inbox.
     pub(super) room: Option<&'a str>,
-    /// Whether the content stands apart.
+    /// Whether the content is a binary payload beside the fields.
     pub(super) binary: bool,
 }
 
 impl ExpectedFields<'_> {
-    /// Whether `fields` are that.
+    /// Whether `fields` meet the requirements.
     pub(super) fn matches(self, fields: &[u8]) -> bool {
         std::str::from_utf8(fields).is_ok() && self.matches_json(fields) == Some(true)
     }
 
-    /// `None` where they are no JSON.
+    /// `None` if the fields are not JSON.
     fn matches_json(self, fields: &[u8]) -> Option<bool> {
         let mut id = [0; Hyphenated::LENGTH];
         let id = self.id.hyphenated().encode_lower(&mut id).as_bytes();
         let mut scanner = JsonScanner { bytes: fields, at: 0 };
         let mut seen = SeenFields::default();
         loop {
-            let name = scanner.name()?;
+            let name = scanner.field_name()?;
             let begins = scanner.at;
             scanner.value()?;
             let value = &fields[begins..scanner.at];
@@ -53,16 +53,16 @@ impl ExpectedFields<'_> {
                     !self.binary
                 }
                 b"payload" => seen.mark_seen(&mut |seen| &mut seen.payload),
-                // Escaped, a name could be any other.
+                // With escapes, a name could equal any other.
                 name => !name.contains(&b'\\') && !RESERVED.contains(&name),
             };
             if !is_right {
                 return Some(false);
             }
-            scanner.space();
+            scanner.skip_whitespace();
             match scanner.next() {
                 None => return Some(self.is_complete(&seen)),
-                Some(b',') => scanner.space(),
+                Some(b',') => scanner.skip_whitespace(),
                 Some(_) => return None,
             }
         }
@@ -79,7 +79,7 @@ impl ExpectedFields<'_> {
     }
 }
 
-/// Which fields there are.
+/// The fields that were seen.
 #[derive(Debug, Default)]
 struct SeenFields {
     id: bool,
@@ -92,18 +92,19 @@ struct SeenFields {
 }
 
 impl SeenFields {
-    /// Notes that a field is there. `false`: it is there twice.
+    /// Marks a field as seen. Returns `false` if it was seen before.
     fn mark_seen(&mut self, field: &mut dyn FnMut(&mut Self) -> &mut bool) -> bool {
         !std::mem::replace(field(self), true)
     }
 }
 
-/// What stands between the quotes of a string that has no escapes to be looked at.
+/// The characters between the quotes of a string. A string with escapes never equals an id or a
+/// room.
 fn unquoted(value: &[u8]) -> Option<&[u8]> {
     value.strip_prefix(b"\"")?.strip_suffix(b"\"")
 }
 
-/// A place in JSON text. What it is asked for is `None` where something else stands there.
+/// A position in JSON text. The readers return `None` if another token stands there.
 struct JsonScanner<'a> {
     bytes: &'a [u8],
     at: usize,
@@ -120,32 +121,32 @@ impl<'a> JsonScanner<'a> {
         Some(next)
     }
 
-    fn take(&mut self, byte: u8) -> bool {
+    fn eat(&mut self, byte: u8) -> bool {
         let is_there = self.peek() == Some(byte);
         self.at += usize::from(is_there);
         is_there
     }
 
-    fn space(&mut self) {
+    fn skip_whitespace(&mut self) {
         while let Some(b' ' | b'\t' | b'\n' | b'\r') = self.peek() {
             self.at += 1;
         }
     }
 
-    /// The name of a field, up to its value.
-    fn name(&mut self) -> Option<&'a [u8]> {
+    /// The name of a field, and the colon after it.
+    fn field_name(&mut self) -> Option<&'a [u8]> {
         let name = self.string()?;
-        self.space();
-        if !self.take(b':') {
+        self.skip_whitespace();
+        if !self.eat(b':') {
             return None;
         }
-        self.space();
+        self.skip_whitespace();
         Some(name)
     }
 
     /// A string, without its quotes.
     fn string(&mut self) -> Option<&'a [u8]> {
-        if !self.take(b'"') {
+        if !self.eat(b'"') {
             return None;
         }
         let begins = self.at;
@@ -156,7 +157,7 @@ impl<'a> JsonScanner<'a> {
             match rest[ends] {
                 b'"' => return Some(&self.bytes[begins..self.at - 1]),
                 b'\\' => self.escape()?,
-                // Controls are written as escapes.
+                // JSON allows control characters only as escapes.
                 _ => return None,
             }
         }
@@ -174,44 +175,44 @@ impl<'a> JsonScanner<'a> {
         }
     }
 
-    /// A value, however deep: what clients send may be as deep as it is large.
+    /// A value of any depth: a client's value can be as deep as it is large.
     fn value(&mut self) -> Option<()> {
-        // What closes that is open.
+        // The closing brackets of all open arrays and objects.
         let mut open = Vec::new();
         loop {
             match self.peek()? {
                 b'"' => drop(self.string()?),
                 b'{' => {
                     self.at += 1;
-                    self.space();
-                    if !self.take(b'}') {
+                    self.skip_whitespace();
+                    if !self.eat(b'}') {
                         open.push(b'}');
-                        self.name()?;
+                        self.field_name()?;
                         continue;
                     }
                 }
                 b'[' => {
                     self.at += 1;
-                    self.space();
-                    if !self.take(b']') {
+                    self.skip_whitespace();
+                    if !self.eat(b']') {
                         open.push(b']');
                         continue;
                     }
                 }
-                b't' => self.word(b"true")?,
-                b'f' => self.word(b"false")?,
-                b'n' => self.word(b"null")?,
+                b't' => self.literal(b"true")?,
+                b'f' => self.literal(b"false")?,
+                b'n' => self.literal(b"null")?,
                 _ => self.number()?,
             }
-            // Something has ended, and with it what it is the last of.
+            // A value has ended, and with it each array or object that it closes.
             loop {
                 let Some(closer) = open.last().copied() else { return Some(()) };
-                self.space();
+                self.skip_whitespace();
                 match self.next()? {
                     b',' => {
-                        self.space();
+                        self.skip_whitespace();
                         if closer == b'}' {
-                            self.name()?;
+                            self.field_name()?;
                         }
                         break;
                     }
@@ -222,8 +223,8 @@ impl<'a> JsonScanner<'a> {
         }
     }
 
-    fn word(&mut self, word: &[u8]) -> Option<()> {
-        self.bytes[self.at..].starts_with(word).then(|| self.at += word.len())
+    fn literal(&mut self, literal: &[u8]) -> Option<()> {
+        self.bytes[self.at..].starts_with(literal).then(|| self.at += literal.len())
     }
 
     fn digits(&mut self) -> Option<()> {
@@ -235,16 +236,16 @@ impl<'a> JsonScanner<'a> {
     }
 
     fn number(&mut self) -> Option<()> {
-        self.take(b'-');
-        if !self.take(b'0') {
+        self.eat(b'-');
+        if !self.eat(b'0') {
             self.digits()?;
         }
-        if self.take(b'.') {
+        if self.eat(b'.') {
             self.digits()?;
         }
-        if self.take(b'e') || self.take(b'E') {
-            if !self.take(b'+') {
-                self.take(b'-');
+        if self.eat(b'e') || self.eat(b'E') {
+            if !self.eat(b'+') {
+                self.eat(b'-');
             }
             self.digits()?;
         }
@@ -268,34 +269,34 @@ mod tests {
     );
 
     #[track_caller]
-    fn refuses(expected: ExpectedFields<'_>, from: &str, to: &str) {
+    fn rejects(expected: ExpectedFields<'_>, from: &str, to: &str) {
         let fields = MESSAGE.replace(from, to);
         assert_ne!(fields, MESSAGE);
         assert!(!expected.matches(fields.as_bytes()), "{fields}");
     }
 
     #[test]
-    fn members_of_a_message_are_those_of_its_room() {
+    fn a_message_must_have_the_fields_of_its_room() {
         assert!(IN_ROOM.matches(MESSAGE.as_bytes()));
-        refuses(IN_ROOM, r#""room":"r""#, r#""room":"s""#);
-        refuses(IN_ROOM, r#""room":"r""#, r#""room":"r","room":"r""#);
-        refuses(IN_ROOM, r#""room":"r","#, "");
-        refuses(IN_ROOM, "7c10", "7c11");
-        refuses(IN_ROOM, r#""from":{"id":"ann","name":"A"}"#, r#""from":"ann""#);
-        refuses(IN_ROOM, r#""content":"x","#, "");
-        refuses(IN_ROOM, r#""kind":"text""#, r#""seq":7"#);
-        refuses(IN_ROOM, r#""kind":"text""#, r#""s\u0065q":7"#);
-        refuses(IN_ROOM, r#""x""#, "bad");
-        refuses(IN_ROOM, r#""x""#, r#""x"},{"a":1"#);
-        let apart = ExpectedFields { binary: true, ..IN_ROOM };
-        refuses(apart, r#""x""#, r#""y""#);
-        assert!(apart.matches(MESSAGE.replace(r#""content":"x","#, "").as_bytes()));
+        rejects(IN_ROOM, r#""room":"r""#, r#""room":"s""#);
+        rejects(IN_ROOM, r#""room":"r""#, r#""room":"r","room":"r""#);
+        rejects(IN_ROOM, r#""room":"r","#, "");
+        rejects(IN_ROOM, "7c10", "7c11");
+        rejects(IN_ROOM, r#""from":{"id":"ann","name":"A"}"#, r#""from":"ann""#);
+        rejects(IN_ROOM, r#""content":"x","#, "");
+        rejects(IN_ROOM, r#""kind":"text""#, r#""seq":7"#);
+        rejects(IN_ROOM, r#""kind":"text""#, r#""s\u0065q":7"#);
+        rejects(IN_ROOM, r#""x""#, "bad");
+        rejects(IN_ROOM, r#""x""#, r#""x"},{"a":1"#);
+        let binary = ExpectedFields { binary: true, ..IN_ROOM };
+        rejects(binary, r#""x""#, r#""y""#);
+        assert!(binary.matches(MESSAGE.replace(r#""content":"x","#, "").as_bytes()));
         assert!(!ExpectedFields { room: None, ..IN_ROOM }.matches(MESSAGE.as_bytes()));
         assert!(!IN_ROOM.matches(b"") && !IN_ROOM.matches(b"\"a\":\"\xff\""));
     }
 
     #[test]
-    fn members_of_an_inbox_name_no_room() {
+    fn an_entry_of_an_inbox_names_no_room() {
         let direct = ExpectedFields { frame: FrameType::Direct, room: None, ..IN_ROOM };
         let fields = MESSAGE.replace(r#""room":"r""#, r#""to":"bob""#);
         assert!(direct.matches(fields.as_bytes()));
@@ -328,15 +329,15 @@ mod tests {
         })
     }
 
-    /// Whether both readers say the same of `"a":<value>`.
+    /// Whether the scanner and serde_json agree on `value`.
     fn agree(value: &str) -> Result<(), TestCaseError> {
         let mut scanner = JsonScanner { bytes: value.as_bytes(), at: 0 };
         let scanned = scanner.value().is_some() && {
-            scanner.space();
+            scanner.skip_whitespace();
             scanner.at == value.len()
         };
         let known = serde_json::from_str::<IgnoredAny>(value).is_ok();
-        // Space in front is the caller's.
+        // The caller skips leading whitespace.
         let is_space = value.starts_with([' ', '\t', '\n', '\r']);
         prop_assert!(scanned == known || is_space, "{value}");
         Ok(())
@@ -344,7 +345,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_serde_json_reads_is_json_here(value in json(), at: prop::sample::Index, byte: u8) {
+        fn json_is_accepted_as_by_serde_json(value in json(), at: prop::sample::Index, byte: u8) {
             agree(&value)?;
             let mut broken = value.into_bytes();
             let at = at.index(broken.len());
@@ -355,13 +356,13 @@ mod tests {
         }
 
         #[test]
-        fn what_looks_like_json_is_read_as_serde_json_does(value in r#"[-\[\]{}":,0-9eE.\\u \ntruefalsn]{0,12}"#) {
+        fn almost_json_is_accepted_as_by_serde_json(value in r#"[-\[\]{}":,0-9eE.\\u \ntruefalsn]{0,12}"#) {
             agree(&value)?;
         }
     }
 
     #[test]
-    fn what_is_as_deep_as_it_is_large_is_read() {
+    fn deeply_nested_content_is_accepted() {
         let deep = format!("{}{}", "[".repeat(100_000), "]".repeat(100_000));
         assert!(IN_ROOM.matches(MESSAGE.replace(r#""x""#, &deep).as_bytes()));
     }

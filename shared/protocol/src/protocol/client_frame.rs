@@ -1,4 +1,5 @@
-//! What a client says: a frame is taken apart once, here, and what is wrong with it is told.
+//! Client frames: parsing and validation. Each frame is parsed once, here, and an invalid one
+//! yields the `error` frame to reply with.
 
 use serde::{Deserialize, Deserializer, de::Error as _};
 use serde_json::value::RawValue;
@@ -16,13 +17,13 @@ use crate::{
 /// A frame from a client.
 #[derive(Debug)]
 pub struct ClientFrame<'a> {
-    /// What the client calls this frame.
+    /// The `ref` of the frame, echoed in the reply.
     pub reference: Option<FrameRef>,
-    /// What it asks for.
+    /// The rest of the frame, by `type`.
     pub body: FrameBody<'a>,
 }
 
-/// What a client asks for, by `type`.
+/// The fields of a client frame, by `type`.
 #[derive(Debug)]
 pub enum FrameBody<'a> {
     /// `join`
@@ -66,7 +67,7 @@ pub enum FrameBody<'a> {
 }
 
 impl FrameBody<'_> {
-    /// Whether it holds the password of a room.
+    /// Whether the frame carries the password of a room.
     pub fn has_password(&self) -> bool {
         match self {
             Self::Join(join) => join.password.is_some(),
@@ -75,7 +76,7 @@ impl FrameBody<'_> {
         }
     }
 
-    /// How many users it names in a list: the work it causes grows with them.
+    /// Number of users that the frame lists: the work it causes grows with it.
     pub fn listed_users(&self) -> usize {
         match self {
             Self::Watch(users) | Self::Unwatch(users) => users.users.len(),
@@ -83,7 +84,7 @@ impl FrameBody<'_> {
         }
     }
 
-    /// The `type`.
+    /// The `type` of the frame.
     pub fn frame_type(&self) -> &'static str {
         match self {
             Self::Join(_) => "join",
@@ -109,34 +110,34 @@ impl FrameBody<'_> {
     }
 }
 
-/// `join`: take part in a room, from now or from where one was.
+/// `join`: subscribe this connection to a room, from now on or from a position.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 pub struct JoinFrame {
     /// The room.
     pub room: RoomId,
-    /// Where the client was; what follows it is sent.
+    /// The position of the client; the entries after it are sent.
     pub since: Option<Position>,
     /// How many of the newest entries to send; ignored with `since`.
     #[serde(default = "history_default", deserialize_with = "deserialize_history")]
     pub history: u32,
-    /// The room's password, where it has one.
+    /// The room's password, if it has one.
     #[serde(default, deserialize_with = "deserialize_password")]
     pub password: Option<String>,
 }
 
-/// A frame that names a room and nothing else: `leave`, `room_info`, `delete_room`.
+/// A frame whose only field is a room: `leave`, `room_info`, `delete_room`.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 pub struct RoomFrame {
     /// The room.
     pub room: RoomId,
 }
 
-/// Where a message goes.
+/// The destination of a message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Recipient {
-    /// To the fields of a room: a `message`.
+    /// The members of a room: a `message`.
     Room(RoomId),
-    /// To a user, on all devices: a `direct`.
+    /// A user, on all devices: a `direct`.
     User(UserId),
 }
 
@@ -149,7 +150,7 @@ impl Recipient {
         }
     }
 
-    /// The room, as an `error` names it.
+    /// The room of a `message`, as an `error` names it.
     pub fn room(&self) -> Option<&RoomId> {
         match self {
             Self::Room(room) => Some(room),
@@ -158,29 +159,30 @@ impl Recipient {
     }
 }
 
-/// `message`: an entry for a room's log. `direct`: one for the inboxes of receiver and sender.
+/// `message`: an entry for a room's log. `direct`: an entry for the inboxes of recipient and
+/// sender.
 #[derive(Debug)]
 pub struct SendFrame<'a> {
-    /// Where it goes.
+    /// The destination.
     pub to: Recipient,
-    /// The client's own id for it: the key under which a repeat is recognised.
+    /// The client's own id of the message: the idempotency key of a repeated send.
     pub id: Option<MessageId>,
-    /// What it is.
+    /// The kind of message.
     pub kind: MessageKind,
     /// The content.
     pub content: RawContent<'a>,
-    /// The message it answers.
+    /// The message that this one replies to.
     pub reply_to: Option<MessageId>,
-    /// More about it, a JSON object.
+    /// Metadata of the application, a JSON object.
     pub meta: Option<&'a RawValue>,
-    /// Whether the sending connection gets a copy.
+    /// Whether the sending connection receives a copy.
     pub echo: bool,
 }
 
-/// What a message holds.
+/// The content of a message, as the client wrote it.
 #[derive(Clone, Copy, Debug)]
 pub enum RawContent<'a> {
-    /// Any JSON, kept as it was written.
+    /// Any JSON, unchanged.
     Json(&'a RawValue),
     /// The payload of a binary frame.
     Binary(&'a [u8]),
@@ -191,34 +193,34 @@ pub enum RawContent<'a> {
 pub struct SetTypingFrame {
     /// The room.
     pub room: RoomId,
-    /// Whether the user types, or has stopped.
+    /// Whether the user types or has stopped.
     pub is_typing: bool,
 }
 
-/// `read`: how far the user has read.
+/// `read`: moves the user's read mark.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 pub struct MarkReadFrame {
     /// The room.
     pub room: RoomId,
-    /// The newest entry that was read; above the top it counts as the top.
+    /// The newest entry that the user has read. A number above the top counts as the top.
     #[serde(deserialize_with = "seq_in_range")]
     pub seq: Seq,
 }
 
-/// `ack`: everything up to an entry of the inbox was received.
+/// `ack`: acknowledges all entries of the inbox up to one.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 pub struct InboxAckFrame {
-    /// The newest entry; above the top it counts as the top.
+    /// The newest acknowledged entry. A number above the top counts as the top.
     #[serde(deserialize_with = "seq_in_range")]
     pub seq: Seq,
-    /// The epoch that `seq` counts in; the present one where absent.
+    /// The epoch that `seq` counts in; the current one if absent.
     pub epoch: Option<Epoch>,
 }
 
 /// `watch` and `unwatch`
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 pub struct WatchFrame {
-    /// Whose status to be told, 100 at most.
+    /// The users whose status to send, at most 100.
     #[serde(deserialize_with = "deserialize_users")]
     pub users: Vec<UserId>,
 }
@@ -226,34 +228,34 @@ pub struct WatchFrame {
 /// `session_set`
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 pub struct SessionSetFrame {
-    /// Merged into what the session holds: fields that are there are replaced, those that are `null`
+    /// Merged into the session's data: a field that exists is replaced, one that is `null` is
     /// removed (RFC 7386, one level deep).
     pub data: serde_json::Map<String, serde_json::Value>,
 }
 
-/// `refresh`: another token for this connection.
+/// `refresh`: a new token for this connection.
 #[derive(Clone, PartialEq, Deserialize)]
 pub struct RefreshFrame {
-    /// The token.
+    /// The new token.
     pub token: String,
 }
 
 impl std::fmt::Debug for RefreshFrame {
-    /// Without the token.
+    /// Leaves the token out.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Refresh")
     }
 }
 
-/// `presence`: who is in a room, or on any node at all.
+/// `presence`: the users in a room, or online on any node.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 pub struct PresenceFrame {
-    /// The room; without it, the cluster.
+    /// The room; the whole cluster if absent.
     pub room: Option<RoomId>,
-    /// Where the page before ended.
+    /// The cursor of the previous page.
     #[serde(default, deserialize_with = "deserialize_short_text")]
     pub cursor: Option<String>,
-    /// How many users, 1 to 200.
+    /// Page size, 1 to 200.
     #[serde(default = "list_limit_default", deserialize_with = "deserialize_limit")]
     pub limit: u32,
 }
@@ -263,46 +265,47 @@ pub struct PresenceFrame {
 pub struct CreateRoomFrame<'a> {
     /// The room.
     pub room: RoomId,
-    /// What it is called in front of people; its id where that is absent.
+    /// The display name; the room's id if absent.
     pub name: Option<DisplayName>,
-    /// The most users that may be in it.
+    /// The maximum number of users in the room.
     pub max_members: Option<u32>,
     /// Whether `rooms` lists it.
     pub public: bool,
-    /// What who joins has to know.
+    /// The password that a `join` must carry.
     pub password: Option<String>,
-    /// More about it, a JSON object.
+    /// Metadata of the application, a JSON object.
     pub meta: Option<&'a RawValue>,
 }
 
-/// `rooms`: the public rooms, by name.
+/// `rooms`: the public rooms, by id.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 pub struct RoomsFrame {
-    /// What their ids begin with.
+    /// Only rooms whose id begins with this.
     #[serde(default, deserialize_with = "deserialize_short_text")]
     pub prefix: Option<String>,
-    /// Where the page before ended.
+    /// The cursor of the previous page.
     #[serde(default, deserialize_with = "deserialize_short_text")]
     pub cursor: Option<String>,
-    /// How many, 1 to 200.
+    /// Page size, 1 to 200.
     #[serde(default = "list_limit_default", deserialize_with = "deserialize_limit")]
     pub limit: u32,
 }
 
-/// `history`: a page of a room's log, backwards or forwards; or of what was exchanged with a user.
+/// `history`: a page of a room's log, backwards or forwards, or of the directs exchanged with a
+/// user.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 pub struct HistoryFrame {
     /// The room.
     pub room: Option<RoomId>,
-    /// The user, in place of a room: directs to and from.
+    /// The other user, in place of a room.
     pub with: Option<UserId>,
-    /// Entries below this one, the newest of them.
+    /// Only entries below this one, the newest of them.
     #[serde(default, deserialize_with = "deserialize_optional_seq")]
     pub before: Option<Seq>,
-    /// Entries above this one, the oldest of them.
+    /// Only entries above this one, the oldest of them.
     #[serde(default, deserialize_with = "deserialize_optional_seq")]
     pub after: Option<Seq>,
-    /// How many, 1 to 200.
+    /// Page size, 1 to 200.
     #[serde(default = "history_default", deserialize_with = "deserialize_limit")]
     pub limit: u32,
 }
@@ -310,33 +313,33 @@ pub struct HistoryFrame {
 /// `ping`
 #[derive(Clone, Debug, Deserialize)]
 pub struct PingFrame<'a> {
-    /// The client's own time, echoed.
+    /// The client's own time, echoed in the `pong`.
     #[serde(borrow, default)]
     pub timestamp: Option<&'a RawValue>,
 }
 
-/// How deep `content` and `meta` may be nested. Common parsers stop at 128 levels, and a message
-/// stands inside `history` inside a frame.
+/// Maximum nesting depth of `content` and `meta`. Common parsers stop at 128 levels, and a message
+/// is nested inside `history` inside a frame.
 pub const NESTING_MAX: usize = 100;
-/// The most entries a `join` may ask for.
+/// Maximum number of entries that a `join` can request.
 pub const JOIN_HISTORY_MAX: u32 = 1000;
-/// The most entries a `history` may ask for.
+/// Maximum page size of `history`, `presence` and `rooms`.
 pub const HISTORY_LIMIT_MAX: u32 = 200;
-/// The most users that one `watch` names.
+/// Maximum number of users in one `watch`.
 pub const WATCH_USERS_MAX: usize = 100;
 
-/// How many entries `join` and `history` give where nothing is asked.
+/// Default number of entries of `join` and `history`.
 pub fn history_default() -> u32 {
     50
 }
 
-/// How many users or rooms a page of `presence` and `rooms` has where nothing is asked.
+/// Default page size of `presence` and `rooms`.
 pub fn list_limit_default() -> u32 {
     100
 }
 
-/// What every frame may have, and what an `error` names. Values are looked at one by one, so that
-/// a bad one does not hide the others.
+/// The fields that every frame can have and that an `error` repeats. Each value is parsed
+/// separately, so that an invalid one does not hide the others.
 #[derive(Deserialize)]
 struct CommonFields<'a> {
     #[serde(borrow, rename = "type")]
@@ -349,7 +352,7 @@ struct CommonFields<'a> {
     id: Option<&'a RawValue>,
 }
 
-/// The fields of a `message` or `direct`, as JSON has them.
+/// The fields of a `message` or `direct` in JSON.
 #[derive(Deserialize)]
 struct SendFields<'a> {
     room: Option<RoomId>,
@@ -366,14 +369,14 @@ struct SendFields<'a> {
     echo: bool,
 }
 
-/// The fields of a `session_set`, as JSON has them.
+/// The fields of a `session_set` in JSON.
 #[derive(Deserialize)]
 struct SessionSetFields<'a> {
     #[serde(borrow)]
     data: &'a RawValue,
 }
 
-/// The fields of a `create_room`, as JSON has them.
+/// The fields of a `create_room` in JSON.
 #[derive(Deserialize)]
 struct CreateRoomFields<'a> {
     room: RoomId,
@@ -387,72 +390,78 @@ struct CreateRoomFields<'a> {
 }
 
 impl<'a> ClientFrame<'a> {
-    /// Reads a text frame.
+    /// Parses a text frame.
     ///
     /// # Errors
     ///
-    /// The `error` to answer with, naming as much of the frame as could be read.
+    /// The `error` frame to reply with. It names as many fields of the frame as could be parsed.
     pub fn from_text(text: &'a str) -> Result<Self, Box<ErrorFrame>> {
         let (common, mut error_frame) = CommonFields::read(text)?;
         let reference = common.reference(&mut error_frame)?;
         let kind = common.frame_type(&error_frame)?;
-        let bad = |error: serde_json::Error| {
+        let bad_request = |error: serde_json::Error| {
             error_frame.with_code(ErrorCode::BadRequest, describe(&error))
         };
         let body = match kind.as_ref() {
-            "join" => FrameBody::Join(serde_json::from_str(text).map_err(bad)?),
-            "leave" => FrameBody::Leave(serde_json::from_str(text).map_err(bad)?),
+            "join" => FrameBody::Join(serde_json::from_str(text).map_err(bad_request)?),
+            "leave" => FrameBody::Leave(serde_json::from_str(text).map_err(bad_request)?),
             "message" | "direct" => FrameBody::Message(message(&kind, text, None, &error_frame)?),
-            "typing" => FrameBody::Typing(serde_json::from_str(text).map_err(bad)?),
-            "read" => FrameBody::Read(serde_json::from_str(text).map_err(bad)?),
-            "ack" => FrameBody::Ack(serde_json::from_str(text).map_err(bad)?),
+            "typing" => FrameBody::Typing(serde_json::from_str(text).map_err(bad_request)?),
+            "read" => FrameBody::Read(serde_json::from_str(text).map_err(bad_request)?),
+            "ack" => FrameBody::Ack(serde_json::from_str(text).map_err(bad_request)?),
             "history" => FrameBody::History(history(text, &error_frame)?),
-            "presence" => FrameBody::Presence(serde_json::from_str(text).map_err(bad)?),
-            "watch" => FrameBody::Watch(serde_json::from_str(text).map_err(bad)?),
-            "unwatch" => FrameBody::Unwatch(serde_json::from_str(text).map_err(bad)?),
+            "presence" => FrameBody::Presence(serde_json::from_str(text).map_err(bad_request)?),
+            "watch" => FrameBody::Watch(serde_json::from_str(text).map_err(bad_request)?),
+            "unwatch" => FrameBody::Unwatch(serde_json::from_str(text).map_err(bad_request)?),
             "create_room" => FrameBody::CreateRoom(create_room(text, &error_frame)?),
-            "delete_room" => FrameBody::DeleteRoom(serde_json::from_str(text).map_err(bad)?),
-            "room_info" => FrameBody::RoomInfo(serde_json::from_str(text).map_err(bad)?),
-            "rooms" => FrameBody::Rooms(serde_json::from_str(text).map_err(bad)?),
+            "delete_room" => {
+                FrameBody::DeleteRoom(serde_json::from_str(text).map_err(bad_request)?)
+            }
+            "room_info" => FrameBody::RoomInfo(serde_json::from_str(text).map_err(bad_request)?),
+            "rooms" => FrameBody::Rooms(serde_json::from_str(text).map_err(bad_request)?),
             "session_get" => FrameBody::SessionGet,
             "session_set" => FrameBody::SessionSet(session_set(text, &error_frame)?),
-            "refresh" => FrameBody::Refresh(serde_json::from_str(text).map_err(bad)?),
+            "refresh" => FrameBody::Refresh(serde_json::from_str(text).map_err(bad_request)?),
             "ping" => FrameBody::Ping(ping(text, &error_frame)?),
             "pong" => FrameBody::Pong,
             _ => {
-                let text = format!("there is no frame of type `{}`", truncated(&kind));
+                let text = format!("unknown frame type `{}`", truncated(&kind));
                 return Err(error_frame.with_code(ErrorCode::UnknownType, text));
             }
         };
         Ok(Self { reference, body })
     }
 
-    /// Reads a binary frame: header length (big-endian `u16`), JSON header, payload.
+    /// Parses a binary frame: header length (big-endian `u16`), JSON header, payload.
     ///
     /// # Errors
     ///
     /// As [`ClientFrame::from_text`].
     pub fn from_binary(frame: &'a [u8]) -> Result<Self, Box<ErrorFrame>> {
-        let bad = |text: &str| ErrorFrame::new(ErrorCode::BadRequest, text);
-        let (length, rest) = frame
-            .split_first_chunk::<2>()
-            .ok_or_else(|| bad("a binary frame starts with the length of its header"))?;
+        let bad_request = |text: &str| ErrorFrame::new(ErrorCode::BadRequest, text);
+        let (length, rest) = frame.split_first_chunk::<2>().ok_or_else(|| {
+            bad_request("a binary frame must begin with the length of its header, 2 bytes")
+        })?;
         let length = usize::from(u16::from_be_bytes(*length));
-        let (header, payload) = rest
-            .split_at_checked(length)
-            .ok_or_else(|| bad("the binary header is longer than the frame"))?;
+        let (header, payload) = rest.split_at_checked(length).ok_or_else(|| {
+            bad_request("the header of the binary frame is longer than the frame")
+        })?;
         if length > BINARY_HEADER_BYTES_MAX {
-            let text = format!("a binary header is at most {BINARY_HEADER_BYTES_MAX} bytes");
+            let text = format!(
+                "the header of a binary frame must be at most {BINARY_HEADER_BYTES_MAX} bytes"
+            );
             return Err(ErrorFrame::new(ErrorCode::TooLarge, text));
         }
-        let header =
-            std::str::from_utf8(header).map_err(|_| bad("the binary header is not UTF-8"))?;
+        let header = std::str::from_utf8(header)
+            .map_err(|_| bad_request("the header of the binary frame is not UTF-8"))?;
         let (common, mut error_frame) = CommonFields::read(header)?;
         let reference = common.reference(&mut error_frame)?;
         let kind = common.frame_type(&error_frame)?;
         if kind != "message" && kind != "direct" {
-            let text =
-                format!("a binary frame is a `message` or `direct`, not `{}`", truncated(&kind));
+            let text = format!(
+                "a binary frame must be a `message` or `direct`, not `{}`",
+                truncated(&kind)
+            );
             return Err(error_frame.with_code(ErrorCode::BadRequest, text));
         }
         let message = message(&kind, header, Some(payload), &error_frame)?;
@@ -462,12 +471,12 @@ impl<'a> ClientFrame<'a> {
 
 impl<'a> CommonFields<'a> {
     fn read(text: &'a str) -> Result<(Self, ErrorFrame), Box<ErrorFrame>> {
-        // serde reads a list as the fields of a struct in their order.
+        // serde would accept an array as the fields of a struct in order.
         if !text.trim_ascii_start().starts_with('{') {
-            return Err(ErrorFrame::new(ErrorCode::BadRequest, "a frame is a JSON object"));
+            return Err(ErrorFrame::new(ErrorCode::BadRequest, "a frame must be a JSON object"));
         }
         let common: Self = serde_json::from_str(text).map_err(|error| {
-            let text = format!("a frame is a JSON object: {}", describe(&error));
+            let text = format!("a frame must be a JSON object: {}", describe(&error));
             ErrorFrame::new(ErrorCode::BadRequest, text)
         })?;
         let name = |raw: Option<&'a RawValue>| raw.and_then(json_string);
@@ -493,7 +502,8 @@ impl<'a> CommonFields<'a> {
         error_frame: &ErrorFrame,
     ) -> Result<std::borrow::Cow<'a, str>, Box<ErrorFrame>> {
         self.kind.and_then(json_string).ok_or_else(|| {
-            error_frame.with_code(ErrorCode::BadRequest, "a frame has a `type`, a string".into())
+            error_frame
+                .with_code(ErrorCode::BadRequest, "a frame must have a `type`, a string".into())
         })
     }
 }
@@ -504,34 +514,38 @@ fn message<'a>(
     payload: Option<&'a [u8]>,
     error_frame: &ErrorFrame,
 ) -> Result<SendFrame<'a>, Box<ErrorFrame>> {
-    let bad = |text: String| error_frame.with_code(ErrorCode::BadRequest, text);
+    let bad_request = |text: String| error_frame.with_code(ErrorCode::BadRequest, text);
     let fields: SendFields<'_> =
-        serde_json::from_str(text).map_err(|error| bad(describe(&error)))?;
+        serde_json::from_str(text).map_err(|error| bad_request(describe(&error)))?;
     if fields.kind == MessageKind::System {
-        return Err(bad("messages of kind `system` come from the server only".into()));
+        return Err(bad_request("only the server sends messages of kind `system`".into()));
     }
     if let Some(meta) = fields.meta {
         check_meta(meta, error_frame)?;
     }
     let content = match (fields.content, payload) {
         (Some(content), None) => {
-            check_json(content).map_err(|error| bad(format!("`content`: {}", describe(&error))))?;
+            check_json(content)
+                .map_err(|error| bad_request(format!("`content`: {}", describe(&error))))?;
             RawContent::Json(content)
         }
         (None, Some(payload)) => RawContent::Binary(payload),
-        (None, None) => return Err(bad("missing field `content`".into())),
+        (None, None) => return Err(bad_request("missing field `content`".into())),
         (Some(_), Some(_)) => {
-            return Err(bad("the header of a binary frame has no `content`".into()));
+            return Err(bad_request("the header of a binary frame must not have `content`".into()));
         }
     };
     let to = match (kind, fields.room, fields.to) {
         ("direct", _, Some(user)) if user.is_reserved() => {
-            return Err(bad("ids with a leading `_` are the server's; nobody reads there".into()));
+            return Err(bad_request(
+                "users whose id begins with `_` are reserved for the server and have no inbox"
+                    .into(),
+            ));
         }
         ("direct", _, Some(user)) => Recipient::User(user),
-        ("direct", _, None) => return Err(bad("missing field `to`".into())),
+        ("direct", _, None) => return Err(bad_request("missing field `to`".into())),
         (_, Some(room), _) => Recipient::Room(room),
-        (_, None, _) => return Err(bad("missing field `room`".into())),
+        (_, None, _) => return Err(bad_request("missing field `room`".into())),
     };
     Ok(SendFrame {
         to,
@@ -544,43 +558,47 @@ fn message<'a>(
     })
 }
 
-/// Checks `meta`, of a message or of a room.
+/// Checks `meta` of a message or of a room.
 fn check_meta(meta: &RawValue, error_frame: &ErrorFrame) -> Result<(), Box<ErrorFrame>> {
-    let bad = |text: String| error_frame.with_code(ErrorCode::BadRequest, text);
+    let bad_request = |text: String| error_frame.with_code(ErrorCode::BadRequest, text);
     if !meta.get().starts_with('{') {
-        return Err(bad("`meta` is an object".into()));
+        return Err(bad_request("`meta` must be an object".into()));
     }
     if meta.get().len() > META_BYTES_MAX {
-        let text = format!("`meta` is at most {META_BYTES_MAX} bytes");
+        let text = format!("`meta` must be at most {META_BYTES_MAX} bytes");
         return Err(error_frame.with_code(ErrorCode::TooLarge, text));
     }
-    check_json(meta).map_err(|error| bad(format!("`meta`: {}", describe(&error))))
+    check_json(meta).map_err(|error| bad_request(format!("`meta`: {}", describe(&error))))
 }
 
 fn create_room<'a>(
     text: &'a str,
     error_frame: &ErrorFrame,
 ) -> Result<CreateRoomFrame<'a>, Box<ErrorFrame>> {
-    let bad = |text: String| error_frame.with_code(ErrorCode::BadRequest, text);
+    let bad_request = |text: String| error_frame.with_code(ErrorCode::BadRequest, text);
     let fields: CreateRoomFields<'_> =
-        serde_json::from_str(text).map_err(|error| bad(describe(&error)))?;
+        serde_json::from_str(text).map_err(|error| bad_request(describe(&error)))?;
     let too_large = |text: String| error_frame.with_code(ErrorCode::TooLarge, text);
     let name = match fields.name {
         Some(name) if name.chars().count() > NAME_CHARS_MAX => {
-            return Err(too_large(format!("`name` is at most {NAME_CHARS_MAX} characters")));
+            return Err(too_large(format!("`name` must be at most {NAME_CHARS_MAX} characters")));
         }
-        Some(name) => Some(name.parse().map_err(|error| bad(format!("`name`: {error}")))?),
+        Some(name) => Some(name.parse().map_err(|error| bad_request(format!("`name`: {error}")))?),
         None => None,
     };
     if fields.max_members == Some(0) {
-        return Err(bad("`max_members` is 1 or more".into()));
+        return Err(bad_request("`max_members` must be at least 1".into()));
     }
     match &fields.password {
         Some(password) if password.is_empty() => {
-            return Err(bad("`password` is not empty; leave it out for a room without".into()));
+            return Err(bad_request(
+                "`password` must not be empty; omit it for a room without a password".into(),
+            ));
         }
         Some(password) if password.len() > PASSWORD_BYTES_MAX => {
-            return Err(too_large(format!("`password` is at most {PASSWORD_BYTES_MAX} bytes")));
+            return Err(too_large(format!(
+                "`password` must be at most {PASSWORD_BYTES_MAX} bytes"
+            )));
         }
         _ => {}
     }
@@ -598,33 +616,34 @@ fn create_room<'a>(
 }
 
 fn history(text: &str, error_frame: &ErrorFrame) -> Result<HistoryFrame, Box<ErrorFrame>> {
-    let bad = |text: String| error_frame.with_code(ErrorCode::BadRequest, text);
+    let bad_request = |text: String| error_frame.with_code(ErrorCode::BadRequest, text);
     let history: HistoryFrame =
-        serde_json::from_str(text).map_err(|error| bad(describe(&error)))?;
+        serde_json::from_str(text).map_err(|error| bad_request(describe(&error)))?;
     if history.room.is_some() == history.with.is_some() {
-        return Err(bad("`history` is of a `room`, or `with` a user".into()));
+        return Err(bad_request("`history` needs either `room` or `with`".into()));
     }
     if history.before.is_some() && history.after.is_some() {
-        return Err(bad("`before` and `after` exclude each other".into()));
+        return Err(bad_request("`before` and `after` must not be combined".into()));
     }
     Ok(history)
 }
 
 fn session_set(text: &str, error_frame: &ErrorFrame) -> Result<SessionSetFrame, Box<ErrorFrame>> {
-    let bad =
+    let bad_request =
         |error: serde_json::Error| error_frame.with_code(ErrorCode::BadRequest, describe(&error));
-    let raw: SessionSetFields<'_> = serde_json::from_str(text).map_err(bad)?;
+    let raw: SessionSetFields<'_> = serde_json::from_str(text).map_err(bad_request)?;
     if raw.data.get().len() > SESSION_BYTES_MAX {
-        let text = format!("`data` of a session is at most {SESSION_BYTES_MAX} bytes");
+        let text = format!("`data` of a session must be at most {SESSION_BYTES_MAX} bytes");
         return Err(error_frame.with_code(ErrorCode::TooLarge, text));
     }
-    check_json(raw.data).map_err(bad)?;
-    serde_json::from_str(text).map_err(bad)
+    check_json(raw.data).map_err(bad_request)?;
+    serde_json::from_str(text).map_err(bad_request)
 }
 
 fn ping<'a>(text: &'a str, error_frame: &ErrorFrame) -> Result<PingFrame<'a>, Box<ErrorFrame>> {
-    let bad = |text: String| error_frame.with_code(ErrorCode::BadRequest, text);
-    let ping: PingFrame<'a> = serde_json::from_str(text).map_err(|error| bad(describe(&error)))?;
+    let bad_request = |text: String| error_frame.with_code(ErrorCode::BadRequest, text);
+    let ping: PingFrame<'a> =
+        serde_json::from_str(text).map_err(|error| bad_request(describe(&error)))?;
     if let Some(timestamp) = ping.timestamp {
         let json = timestamp.get();
         // The quotes of a string do not count.
@@ -633,25 +652,28 @@ fn ping<'a>(text: &'a str, error_frame: &ErrorFrame) -> Result<PingFrame<'a>, Bo
             || length > REF_BYTES_MAX
             || check_json(timestamp).is_err()
         {
-            let text =
-                format!("`timestamp` is a string or a number of at most {REF_BYTES_MAX} bytes");
-            return Err(bad(text));
+            let text = format!(
+                "`timestamp` must be a string or a number of at most {REF_BYTES_MAX} bytes"
+            );
+            return Err(bad_request(text));
         }
     }
     Ok(ping)
 }
 
-/// Refuses JSON that is well-formed but that some receiver's parser would choke on: half a
-/// surrogate pair, a number beyond a double, more than [`NESTING_MAX`] levels. It is passed on as it
-/// was written, so that one sender could otherwise break a whole room.
+/// Rejects well-formed JSON that a common parser of a recipient would not accept: half a surrogate
+/// pair, a number beyond a double, more than [`NESTING_MAX`] levels. JSON is forwarded as it was
+/// written, so one sender could otherwise break every member of a room.
 ///
 /// # Errors
 ///
-/// What is wrong with it.
+/// The first of these faults.
 pub fn check_json(raw: &RawValue) -> Result<(), serde_json::Error> {
     let json = raw.get();
     if nesting_depth(json) > NESTING_MAX {
-        return Err(serde_json::Error::custom(format!("more than {NESTING_MAX} levels")));
+        return Err(serde_json::Error::custom(format!(
+            "nested more than {NESTING_MAX} levels deep"
+        )));
     }
     let plain_text = json.starts_with('"') && !json.contains(r"\u");
     if plain_text {
@@ -660,7 +682,7 @@ pub fn check_json(raw: &RawValue) -> Result<(), serde_json::Error> {
     serde_json::from_str::<serde_json::Value>(json).map(drop)
 }
 
-/// How deep arrays and objects are nested.
+/// Maximum depth of nested arrays and objects.
 fn nesting_depth(json: &str) -> usize {
     let (mut level, mut deepest, mut in_text, mut escaped) = (0_usize, 0, false, false);
     for byte in json.bytes() {
@@ -683,7 +705,7 @@ fn default_true() -> bool {
     true
 }
 
-/// A value that is there, be it `null`.
+/// A value that is present, even if it is `null`.
 fn deserialize_present<'de, D: Deserializer<'de>>(
     deserializer: D,
 ) -> Result<Option<&'de RawValue>, D::Error> {
@@ -693,7 +715,7 @@ fn deserialize_present<'de, D: Deserializer<'de>>(
 fn deserialize_history<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
     let history = u32::deserialize(deserializer)?;
     if history > JOIN_HISTORY_MAX {
-        return Err(D::Error::custom(format!("`history` is 0 to {JOIN_HISTORY_MAX}")));
+        return Err(D::Error::custom(format!("`history` must be 0 to {JOIN_HISTORY_MAX}")));
     }
     Ok(history)
 }
@@ -701,7 +723,7 @@ fn deserialize_history<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32
 fn deserialize_limit<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
     let limit = u32::deserialize(deserializer)?;
     if limit == 0 || limit > HISTORY_LIMIT_MAX {
-        return Err(D::Error::custom(format!("`limit` is 1 to {HISTORY_LIMIT_MAX}")));
+        return Err(D::Error::custom(format!("`limit` must be 1 to {HISTORY_LIMIT_MAX}")));
     }
     Ok(limit)
 }
@@ -709,18 +731,18 @@ fn deserialize_limit<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, 
 fn deserialize_users<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<UserId>, D::Error> {
     let users = Vec::<UserId>::deserialize(deserializer)?;
     if users.len() > WATCH_USERS_MAX {
-        return Err(D::Error::custom(format!("`users` are at most {WATCH_USERS_MAX}")));
+        return Err(D::Error::custom(format!("`users` must be at most {WATCH_USERS_MAX}")));
     }
     Ok(users)
 }
 
-/// A name, or what one begins with: 128 bytes at most.
+/// A name or a prefix of one, at most 128 bytes.
 fn deserialize_short_text<'de, D: Deserializer<'de>>(
     deserializer: D,
 ) -> Result<Option<String>, D::Error> {
     let text = Option::<String>::deserialize(deserializer)?;
     if text.as_ref().is_some_and(|text| text.len() > 128) {
-        return Err(D::Error::custom("`cursor` and `prefix` are at most 128 bytes"));
+        return Err(D::Error::custom("`cursor` and `prefix` must be at most 128 bytes"));
     }
     Ok(text)
 }
@@ -730,7 +752,9 @@ fn deserialize_password<'de, D: Deserializer<'de>>(
 ) -> Result<Option<String>, D::Error> {
     let password = Option::<String>::deserialize(deserializer)?;
     if password.as_ref().is_some_and(|password| password.len() > PASSWORD_BYTES_MAX) {
-        return Err(D::Error::custom(format!("`password` is at most {PASSWORD_BYTES_MAX} bytes")));
+        return Err(D::Error::custom(format!(
+            "`password` must be at most {PASSWORD_BYTES_MAX} bytes"
+        )));
     }
     Ok(password)
 }
@@ -743,16 +767,16 @@ fn deserialize_optional_seq<'de, D: Deserializer<'de>>(
     Ok(Option::<InRange>::deserialize(deserializer)?.map(|seq| seq.0))
 }
 
-/// An error of serde_json for its reader, who has one line and does not want to hear of it.
+/// An error of serde_json as one line of text, without the line number, which is always 1.
 fn describe(error: &serde_json::Error) -> String {
     let text = error.to_string();
     match text.rsplit_once(" at line 1 column ") {
-        Some((what, column)) => format!("{what} (at byte {column})"),
+        Some((fault, column)) => format!("{fault} (at byte {column})"),
         None => text,
     }
 }
 
-/// As much of a client's text as an answer repeats.
+/// The part of a client's text that a reply repeats: at most 64 characters.
 fn truncated(text: &str) -> &str {
     text.char_indices().nth(64).map_or(text, |(end, _)| &text[..end])
 }
@@ -762,25 +786,25 @@ mod tests {
     use super::*;
 
     #[track_caller]
-    fn refused(text: &str, code: ErrorCode) -> ErrorFrame {
-        let error_frame = *ClientFrame::from_text(text).expect_err("refused");
+    fn rejected(text: &str, code: ErrorCode) -> ErrorFrame {
+        let error_frame = *ClientFrame::from_text(text).expect_err("rejected");
         assert_eq!(error_frame.code, code, "{error_frame:?}");
         error_frame
     }
 
     #[test]
-    fn a_message_has_defaults_and_keeps_its_content_as_written() {
+    fn a_message_has_defaults_and_keeps_content_as_written() {
         let text = r#"{"type":"message","room":"r","content":{"a": 1.0},"ref":7,"more":[]}"#;
-        let request = ClientFrame::from_text(text).unwrap();
-        assert_eq!(request.reference, Some(FrameRef::number(7)));
-        let FrameBody::Message(message) = request.body else { panic!("{:?}", request.body) };
+        let frame = ClientFrame::from_text(text).unwrap();
+        assert_eq!(frame.reference, Some(FrameRef::number(7)));
+        let FrameBody::Message(message) = frame.body else { panic!("{:?}", frame.body) };
         assert!(message.echo && message.id.is_none() && message.kind == MessageKind::Text);
         let RawContent::Json(content) = message.content else { panic!("binary") };
         assert_eq!(content.get(), r#"{"a": 1.0}"#);
     }
 
     #[test]
-    fn null_is_a_content_too() {
+    fn null_is_valid_content() {
         let text = r#"{"type":"message","room":"r","content":null}"#;
         let FrameBody::Message(message) = ClientFrame::from_text(text).unwrap().body else {
             panic!()
@@ -789,10 +813,10 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_names_what_could_be_read() {
+    fn an_error_names_the_fields_that_could_be_read() {
         let id = "6f1c2a0e-93c4-4c59-a9f5-5f3f2d1b7c10";
         let text = format!(r#"{{"type":"message","room":"r","id":"{id}","ref":"x"}}"#);
-        let error_frame = refused(&text, ErrorCode::BadRequest);
+        let error_frame = rejected(&text, ErrorCode::BadRequest);
         assert_eq!(error_frame.reference.unwrap().as_json(), r#""x""#);
         assert_eq!(error_frame.frame_type.as_deref(), Some("message"));
         assert_eq!(error_frame.room.unwrap().as_str(), "r");
@@ -801,7 +825,7 @@ mod tests {
     }
 
     #[test]
-    fn bad_frames_are_told_apart() {
+    fn invalid_frames_are_rejected_with_their_code() {
         for text in [
             "",
             "x",
@@ -812,26 +836,26 @@ mod tests {
             r#"{"type":1}"#,
             r#"{"type":"join"}"#,
         ] {
-            refused(text, ErrorCode::BadRequest);
+            rejected(text, ErrorCode::BadRequest);
         }
-        refused(r#"{"type":"nonsense"}"#, ErrorCode::UnknownType);
-        refused(r#"{"type":"join","room":"a b"}"#, ErrorCode::BadRequest);
-        refused(r#"{"type":"join","room":"r","history":1001}"#, ErrorCode::BadRequest);
-        refused(r#"{"type":"history","room":"r","limit":0}"#, ErrorCode::BadRequest);
-        refused(r#"{"type":"history","room":"r","limit":201}"#, ErrorCode::BadRequest);
-        refused(r#"{"type":"history","room":"r","before":1,"after":1}"#, ErrorCode::BadRequest);
-        refused(r#"{"type":"pong","ref":1.5}"#, ErrorCode::BadRequest);
-        refused(r#"{"type":"ping","timestamp":{}}"#, ErrorCode::BadRequest);
-        refused(r#"{"type":"message","room":"r","content":1,"meta":[]}"#, ErrorCode::BadRequest);
-        refused(r#"{"type":"message","room":"r","content":1,"kind":"x"}"#, ErrorCode::BadRequest);
-        refused(
+        rejected(r#"{"type":"nonsense"}"#, ErrorCode::UnknownType);
+        rejected(r#"{"type":"join","room":"a b"}"#, ErrorCode::BadRequest);
+        rejected(r#"{"type":"join","room":"r","history":1001}"#, ErrorCode::BadRequest);
+        rejected(r#"{"type":"history","room":"r","limit":0}"#, ErrorCode::BadRequest);
+        rejected(r#"{"type":"history","room":"r","limit":201}"#, ErrorCode::BadRequest);
+        rejected(r#"{"type":"history","room":"r","before":1,"after":1}"#, ErrorCode::BadRequest);
+        rejected(r#"{"type":"pong","ref":1.5}"#, ErrorCode::BadRequest);
+        rejected(r#"{"type":"ping","timestamp":{}}"#, ErrorCode::BadRequest);
+        rejected(r#"{"type":"message","room":"r","content":1,"meta":[]}"#, ErrorCode::BadRequest);
+        rejected(r#"{"type":"message","room":"r","content":1,"kind":"x"}"#, ErrorCode::BadRequest);
+        rejected(
             r#"{"type":"message","room":"r","content":1,"kind":"system"}"#,
             ErrorCode::BadRequest,
         );
     }
 
     #[test]
-    fn what_is_for_one_user_is_checked() {
+    fn frames_about_one_user_are_validated() {
         let FrameBody::Message(direct) =
             ClientFrame::from_text(r#"{"type":"direct","to":"bob","content":1}"#).unwrap().body
         else {
@@ -853,22 +877,22 @@ mod tests {
             r#"{"type":"session_set"}"#,
             r#"{"type":"refresh"}"#,
         ] {
-            refused(text, ErrorCode::BadRequest);
+            rejected(text, ErrorCode::BadRequest);
         }
         let users = vec!["bob"; WATCH_USERS_MAX + 1];
         let watch = serde_json::json!({"type": "watch", "users": users}).to_string();
-        refused(&watch, ErrorCode::BadRequest);
+        rejected(&watch, ErrorCode::BadRequest);
         let data = "y".repeat(SESSION_BYTES_MAX);
         let set = serde_json::json!({"type": "session_set", "data": {"x": data}}).to_string();
-        refused(&set, ErrorCode::TooLarge);
+        rejected(&set, ErrorCode::TooLarge);
     }
 
     #[test]
-    fn content_that_would_break_receivers_is_refused() {
+    fn content_that_would_break_recipients_is_rejected() {
         let deep = format!("{}{}", "[".repeat(101), "]".repeat(101));
         for content in [r#""\ud800""#, "1e999", &deep] {
             let text = format!(r#"{{"type":"message","room":"r","content":{content}}}"#);
-            refused(&text, ErrorCode::BadRequest);
+            rejected(&text, ErrorCode::BadRequest);
         }
         let brackets =
             format!(r#"{{"type":"message","room":"r","content":["{}\""]}}"#, "[".repeat(200));
@@ -881,11 +905,11 @@ mod tests {
     fn a_meta_above_its_limit_is_too_large() {
         let meta = format!(r#"{{"x":"{}"}}"#, "y".repeat(META_BYTES_MAX));
         let text = format!(r#"{{"type":"message","room":"r","content":1,"meta":{meta}}}"#);
-        refused(&text, ErrorCode::TooLarge);
+        rejected(&text, ErrorCode::TooLarge);
     }
 
     #[test]
-    fn a_room_is_created_with_what_its_limits_allow() {
+    fn create_room_accepts_what_its_limits_allow() {
         let text = r#"{"type":"create_room","room":"r","password":"p","meta":{"a": 1}}"#;
         let FrameBody::CreateRoom(room) = ClientFrame::from_text(text).unwrap().body else {
             panic!()
@@ -896,29 +920,29 @@ mod tests {
             (Some("p"), r#"{"a": 1}"#)
         );
         let with = |more: &str| format!(r#"{{"type":"create_room","room":"r",{more}}}"#);
-        refused(&with(r#""max_members":0"#), ErrorCode::BadRequest);
-        refused(&with(r#""max_members":-1"#), ErrorCode::BadRequest);
-        refused(&with(r#""password":"""#), ErrorCode::BadRequest);
-        refused(&with(r#""name":"a\u0007""#), ErrorCode::BadRequest);
-        refused(&with(r#""meta":[]"#), ErrorCode::BadRequest);
-        refused(&with(&format!(r#""name":"{}""#, "n".repeat(65))), ErrorCode::TooLarge);
-        refused(&with(&format!(r#""password":"{}""#, "p".repeat(1025))), ErrorCode::TooLarge);
+        rejected(&with(r#""max_members":0"#), ErrorCode::BadRequest);
+        rejected(&with(r#""max_members":-1"#), ErrorCode::BadRequest);
+        rejected(&with(r#""password":"""#), ErrorCode::BadRequest);
+        rejected(&with(r#""name":"a\u0007""#), ErrorCode::BadRequest);
+        rejected(&with(r#""meta":[]"#), ErrorCode::BadRequest);
+        rejected(&with(&format!(r#""name":"{}""#, "n".repeat(65))), ErrorCode::TooLarge);
+        rejected(&with(&format!(r#""password":"{}""#, "p".repeat(1025))), ErrorCode::TooLarge);
         let meta = format!(r#""meta":{{"x":"{}"}}"#, "y".repeat(META_BYTES_MAX));
-        refused(&with(&meta), ErrorCode::TooLarge);
+        rejected(&with(&meta), ErrorCode::TooLarge);
     }
 
     #[test]
-    fn what_is_said_about_people_is_checked() {
-        refused(r#"{"type":"typing","room":"r"}"#, ErrorCode::BadRequest);
-        refused(r#"{"type":"read","room":"r","seq":-1}"#, ErrorCode::BadRequest);
-        refused(r#"{"type":"read","room":"r"}"#, ErrorCode::BadRequest);
-        refused(r#"{"type":"presence","limit":201}"#, ErrorCode::BadRequest);
+    fn frames_about_typing_and_presence_are_validated() {
+        rejected(r#"{"type":"typing","room":"r"}"#, ErrorCode::BadRequest);
+        rejected(r#"{"type":"read","room":"r","seq":-1}"#, ErrorCode::BadRequest);
+        rejected(r#"{"type":"read","room":"r"}"#, ErrorCode::BadRequest);
+        rejected(r#"{"type":"presence","limit":201}"#, ErrorCode::BadRequest);
         let long = "x".repeat(129);
-        refused(&format!(r#"{{"type":"presence","cursor":"{long}"}}"#), ErrorCode::BadRequest);
-        refused(&format!(r#"{{"type":"rooms","prefix":"{long}"}}"#), ErrorCode::BadRequest);
+        rejected(&format!(r#"{{"type":"presence","cursor":"{long}"}}"#), ErrorCode::BadRequest);
+        rejected(&format!(r#"{{"type":"rooms","prefix":"{long}"}}"#), ErrorCode::BadRequest);
         let long = "x".repeat(PASSWORD_BYTES_MAX + 1);
         let join = format!(r#"{{"type":"join","room":"r","password":"{long}"}}"#);
-        refused(&join, ErrorCode::BadRequest);
+        rejected(&join, ErrorCode::BadRequest);
         let FrameBody::Presence(all) =
             ClientFrame::from_text(r#"{"type":"presence"}"#).unwrap().body
         else {
@@ -932,8 +956,8 @@ mod tests {
         let header = br#"{"type":"message","room":"r","ref":"b"}"#;
         let length = (header.len() as u16).to_be_bytes();
         let frame = [&length[..], header, &[0, 255]].concat();
-        let request = ClientFrame::from_binary(&frame).unwrap();
-        let FrameBody::Message(message) = request.body else { panic!("{:?}", request.body) };
+        let parsed = ClientFrame::from_binary(&frame).unwrap();
+        let FrameBody::Message(message) = parsed.body else { panic!("{:?}", parsed.body) };
         assert!(matches!(message.content, RawContent::Binary([0, 255])));
         for bad in [&frame[..1], &frame[..9], b"\0\0", b"\0\x02{}", b"\xFF\xFFx"] {
             assert!(ClientFrame::from_binary(bad).is_err());

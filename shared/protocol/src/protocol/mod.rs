@@ -1,4 +1,5 @@
-//! The frames of `chat.v1`: what a client says ([`client_frame`]) and what the server says ([`server_frame`]).
+//! The frames of `chat.v1`: those of clients ([`client_frame`]) and those of the server
+//! ([`server_frame`]).
 //!
 //! One WebSocket message is one frame; text frames hold one JSON object with a `type`. Both sides
 //! ignore unknown fields, and clients ignore unknown types.
@@ -11,39 +12,40 @@ use serde_json::value::RawValue;
 pub mod client_frame;
 pub mod server_frame;
 
-/// The default of `limits.message_bytes_max`: 256 KiB.
+/// Default of `limits.message_bytes_max`: 256 KiB.
 pub const MESSAGE_BYTES_MAX: usize = 262_144;
-/// The most that `joined.history` and `history.messages` hold, unless one entry alone is larger.
+/// Maximum size in bytes of `joined.history` and `history.messages`, unless one entry alone is
+/// larger.
 pub const HISTORY_BYTES_MAX: usize = 256 * 1024;
-/// The most that `meta` of a message may take, as JSON text.
+/// Maximum size in bytes of a message's or room's `meta`, as JSON text.
 pub const META_BYTES_MAX: usize = 8 * 1024;
-/// The most that the JSON header of a binary frame may take.
+/// Maximum size in bytes of the JSON header of a binary frame.
 pub const BINARY_HEADER_BYTES_MAX: usize = 16 * 1024;
-/// The most that the data of a session may take, as JSON text.
+/// Maximum size in bytes of a session's data, as JSON text.
 pub const SESSION_BYTES_MAX: usize = 16 * 1024;
-/// The most characters of a name.
+/// Maximum number of characters of a display name.
 pub const NAME_CHARS_MAX: usize = 64;
-/// The most bytes of a room's password.
+/// Maximum number of bytes of a room's password.
 pub const PASSWORD_BYTES_MAX: usize = 1024;
-/// The most that a `ref` and a `timestamp` may take.
+/// Maximum number of bytes of a `ref` and of a ping's `timestamp`.
 pub const REF_BYTES_MAX: usize = 64;
 
-/// The largest frame a server sends, given the largest message a client may send.
+/// Maximum size in bytes of a server frame, given the maximum size of a client's message.
 pub fn server_frame_bytes_max(message_bytes_max: usize) -> usize {
     (512 * 1024).max(message_bytes_max + 16 * 1024)
 }
 
-/// What a client calls one of its frames, to find the answer: a string or an integer, echoed.
+/// The `ref` of a client frame, a string or an integer, which the reply repeats.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct FrameRef(Box<str>);
 
 impl FrameRef {
-    /// A reference that is an integer.
+    /// A `ref` that is an integer.
     pub fn number(number: u64) -> Self {
         Self(number.to_string().into())
     }
 
-    /// The reference as JSON text.
+    /// The `ref` as JSON text.
     pub fn as_json(&self) -> &str {
         &self.0
     }
@@ -95,24 +97,24 @@ impl de::Visitor<'_> for RefVisitor {
     }
 }
 
-/// What a message is, for those who show it.
+/// The kind of a message, a hint for display.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum MessageKind {
     /// Text for people.
     #[default]
     Text,
-    /// A picture, or where it is.
+    /// An image, or a link to one.
     Image,
-    /// A file, or where it is.
+    /// A file, or a link to one.
     File,
-    /// The application's own; its name stands in `meta`.
+    /// A kind of the application, which names it in `meta`.
     Custom,
-    /// From the server. Clients may not send it.
+    /// A message of the server. Clients must not send it.
     System,
 }
 
-/// Text that is a string in JSON, borrowed where it has no escapes.
+/// The text of a JSON string, borrowed if it has no escapes.
 pub(crate) fn json_string(raw: &RawValue) -> Option<Cow<'_, str>> {
     #[derive(Deserialize)]
     struct Text<'a>(#[serde(borrow)] Cow<'a, str>);

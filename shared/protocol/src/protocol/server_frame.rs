@@ -1,7 +1,7 @@
-//! What the server says, as `type` and fields of section 3.2.
+//! Server frames: the `type` and fields of every frame that a gateway sends (docs/protocol.md).
 //!
-//! `E` is what an entry of `history` is: the gateway has its JSON text ready
-//! ([`serde_json::value::RawValue`]), a client reads a [`ServerFrame`].
+//! `E` is the type of an entry of `history`. The gateway uses ready JSON text
+//! ([`serde_json::value::RawValue`]); a client uses [`HistoryEntry`].
 
 use serde::{Deserialize, Serialize};
 
@@ -18,65 +18,65 @@ use crate::{
 pub enum ServerFrame<E = HistoryEntry> {
     /// The first frame of a connection.
     Connected(Box<ConnectedFrame>),
-    /// The connection takes part in a room.
+    /// The connection has joined a room.
     Joined(Box<JoinedFrame<E>>),
     /// An entry of a room's log.
     Message(Box<MessageFrame>),
-    /// An entry of the inbox that another user, or another device of this one, has sent.
+    /// An entry of the inbox from another user or from another device of this user.
     Direct(Box<DirectFrame>),
     /// An entry of the inbox from the application.
     Notification(Box<NotificationFrame>),
-    /// From the application to every connection there is.
+    /// A payload of the application for every connection.
     Broadcast(Box<BroadcastFrame>),
-    /// A message was taken.
+    /// A message was appended.
     Ack(Box<AckFrame>),
-    /// The connection no longer takes part in a room.
+    /// The connection has left a room.
     Left(LeftFrame),
-    /// A user is in the room who was not.
+    /// A user has joined the room.
     MemberJoined(Box<MemberChangeFrame>),
-    /// A user is no longer in the room.
+    /// A user has left the room.
     MemberLeft(Box<MemberChangeFrame>),
-    /// Who came and went in a large room.
+    /// Joins and leaves of a large room, coalesced.
     PresenceDiff(Box<PresenceDiffFrame>),
-    /// Who is there.
+    /// A page of the users in a room or in the cluster.
     Presence(Box<PresencePageFrame>),
-    /// Whether a user is connected.
+    /// Online state of one user.
     UserStatus(UserStatusFrame),
-    /// Whether a user types.
+    /// Typing state of one user.
     Typing(TypingFrame),
-    /// How far a user has read.
+    /// Read mark of one user.
     Read(ReadFrame),
-    /// What a room is like.
+    /// Settings and state of a room.
     RoomInfo(Box<RoomInfoFrame>),
-    /// The public rooms.
+    /// A page of the public rooms.
     Rooms(RoomsPageFrame),
     /// The room was deleted.
     RoomClosed(RoomClosedFrame),
-    /// What the session holds.
+    /// The data of the session.
     Session(SessionFrame),
-    /// The token was taken.
+    /// The new token was accepted.
     Refreshed(RefreshedFrame),
-    /// A page of a room's log.
+    /// A page of a room's log or of directs with a user.
     History(Box<HistoryPageFrame<E>>),
-    /// A question whether the client lives, for clients that asked for it in JSON.
+    /// A heartbeat as JSON, for clients that connected with `?ping=json`.
     Ping(ServerPingFrame),
-    /// The answer to a `ping`.
+    /// The reply to a `ping`.
     Pong(PongFrame),
-    /// Continuity could not be kept.
+    /// Continuity of a room or of the inbox was lost.
     Reset(ResetFrame),
-    /// Whether the gateway can prove that nothing is missing.
+    /// State of the bus: whether deliveries can be late.
     Status(StatusFrame),
-    /// Go to another node; close 1012 follows.
+    /// Asks the client to reconnect, possibly to another node; close 1012 follows.
     Reconnect(ReconnectFrame),
-    /// A frame was refused.
+    /// A client frame was rejected.
     Error(Box<ErrorFrame>),
-    /// A type this side does not know.
+    /// A type unknown to this version.
     #[serde(other)]
     Unknown,
 }
 
 impl<E> ServerFrame<E> {
-    /// The `ref` of the frame that this one answers.
+    /// The `ref` of the client frame that this frame replies to.
     pub fn reference(&self) -> Option<&FrameRef> {
         match self {
             Self::Joined(joined) => joined.reference.as_ref(),
@@ -111,7 +111,7 @@ impl<E> ServerFrame<E> {
     }
 }
 
-/// An entry inside `history`, as a client reads it.
+/// An entry of `history` as a client parses it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum HistoryEntry {
@@ -119,12 +119,12 @@ pub enum HistoryEntry {
     Message(Box<MessageFrame>),
     /// An entry of an inbox.
     Direct(Box<DirectFrame>),
-    /// A type this side does not know.
+    /// A type unknown to this version.
     #[serde(other)]
     Unknown,
 }
 
-/// Who a user is: the id, and what people read.
+/// A user: id and display name.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UserInfo {
     /// The user id.
@@ -136,67 +136,67 @@ pub struct UserInfo {
 /// `connected`
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ConnectedFrame {
-    /// This connection.
+    /// The id of this connection.
     pub connection_id: ConnectionId,
-    /// Who the gateway takes the client for.
+    /// The user that the gateway authenticated.
     pub user: UserInfo,
-    /// By which the session is resumed; a secret.
+    /// The resume token of the session; a secret.
     pub session: String,
-    /// The session, for everybody.
+    /// The public id of the session.
     pub session_id: SessionId,
-    /// Whether the session was there before.
+    /// Whether the session existed before.
     pub resumed: bool,
-    /// The gateway.
+    /// The id of the gateway.
     pub node: NodeId,
-    /// The sticky hint: sent back as `?node=`, it leads to the same gateway.
+    /// The routing hint: sent back as `?node=`, it leads to the same gateway.
     pub route: String,
     /// `chat.v1`
     pub protocol: String,
-    /// The server's clock.
+    /// The server's clock, RFC 3339.
     pub timestamp: String,
-    /// When the token ends.
+    /// Expiry of the token.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expires_at: Option<String>,
-    /// How often the gateway pings, in seconds.
+    /// Interval of the gateway's pings, in seconds.
     pub heartbeat_interval: u64,
-    /// How long an `id` is recognised, in seconds.
+    /// How long a message id is recognised as a duplicate, in seconds.
     pub dedup_window: u64,
-    /// The largest message taken, in bytes.
+    /// The largest message that the gateway accepts, in bytes.
     pub max_message_size: usize,
-    /// The user's inbox at this moment.
+    /// State of the user's inbox.
     pub inbox: InboxState,
-    /// What this connection may send. Gateways before November 2026 do not say it.
+    /// Rate limits of this connection. Gateways before November 2026 omit them.
     #[serde(default)]
     pub limits: ConnectionLimits,
 }
 
-/// What a connection may send, so that a client paces itself. 0 stands for no limit.
+/// Rate limits of a connection, so that a client can pace itself. 0 means no limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ConnectionLimits {
     /// `message` and `direct` frames per second.
     pub messages_per_second: u32,
-    /// How many of them at once.
+    /// Burst of `message` and `direct` frames.
     pub messages_burst: u32,
     /// Other frames per second.
     pub frames_per_second: u32,
-    /// How many of them at once.
+    /// Burst of other frames.
     pub frames_burst: u32,
     /// Bytes per second; above it the gateway reads more slowly.
     pub bytes_per_second: u64,
 }
 
-/// The inbox of a user, as `connected` has it.
+/// State of a user's inbox in `connected`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InboxState {
-    /// The epoch of its log.
+    /// The epoch of the inbox.
     pub epoch: Epoch,
     /// The newest entry, 0 for none.
     pub seq: Seq,
-    /// Up to where it is acknowledged. Below `oldest` − 1 something has expired unread.
+    /// The acknowledged position. If it is below `oldest` − 1, entries expired unread.
     pub acked: Seq,
-    /// The oldest entry that is kept; `seq` + 1 where none is.
+    /// The oldest retained entry; `seq` + 1 if there is none.
     pub oldest: Seq,
-    /// How many entries above `acked` are from others.
+    /// Number of entries above `acked` from other users.
     pub unread: u64,
 }
 
@@ -210,37 +210,37 @@ pub struct JoinedFrame<E> {
     pub room: RoomId,
     /// The epoch of its log.
     pub epoch: Epoch,
-    /// The newest entry; after a repeated `join` the last one given to this connection.
+    /// The newest entry; after a repeated `join` the last one sent to this connection.
     pub seq: Seq,
-    /// How many users are in the room.
+    /// Number of users in the room.
     #[serde(default)]
     pub members: u64,
-    /// Whether the log goes on from `since`.
+    /// Whether the log continues from `since`.
     pub recovered: bool,
-    /// Why not.
+    /// The reason if it does not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<RecoveryFailure>,
     /// Entries, oldest first.
     pub history: Vec<E>,
-    /// Whether older entries are there.
+    /// Whether older entries exist.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub more: bool,
-    /// How far this user has read.
+    /// The read mark of this user.
     #[serde(default)]
     pub read: Seq,
     /// Whether the room keeps a log.
     pub durable: bool,
 }
 
-/// Why a log could not be continued from a client's `since`.
+/// Why a log cannot be continued from a client's position.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RecoveryFailure {
-    /// What follows `since` is past retention.
+    /// The entries after the position are past retention.
     LogTrimmed,
     /// The log has another epoch.
     LogLost,
-    /// `since` is above the newest entry.
+    /// The position is above the newest entry.
     Ahead,
 }
 
@@ -257,9 +257,9 @@ pub struct MessageFrame {
     pub seq: Seq,
     /// The id of the message.
     pub id: MessageId,
-    /// Who sent it.
+    /// The sender.
     pub from: UserInfo,
-    /// What it is.
+    /// The kind of message.
     pub kind: MessageKind,
     /// The content; absent in the header of a binary frame.
     #[serde(default)]
@@ -267,15 +267,15 @@ pub struct MessageFrame {
     /// `base64` where `content` is a binary payload inside JSON.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub encoding: Option<String>,
-    /// The message it answers.
+    /// The message that this one replies to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reply_to: Option<MessageId>,
-    /// More about it.
+    /// Metadata of the application.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub meta: Option<serde_json::Value>,
-    /// When the gateway took it.
+    /// When the gateway accepted the message.
     pub timestamp: String,
-    /// Whether it comes from the log.
+    /// Whether the entry comes from the log.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub replay: bool,
 }
@@ -285,15 +285,15 @@ pub struct MessageFrame {
 pub struct DirectFrame {
     /// The epoch that `seq` counts in.
     pub epoch: Epoch,
-    /// The number of the entry in the inbox of who gets this.
+    /// The number of the entry in the recipient's inbox.
     pub seq: Seq,
     /// The id of the message.
     pub id: MessageId,
-    /// Who sent it.
+    /// The sender.
     pub from: UserInfo,
-    /// Who it is for.
+    /// The recipient.
     pub to: UserId,
-    /// What it is.
+    /// The kind of message.
     pub kind: MessageKind,
     /// The content; absent in the header of a binary frame.
     #[serde(default)]
@@ -301,15 +301,15 @@ pub struct DirectFrame {
     /// `base64` where `content` is a binary payload inside JSON.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub encoding: Option<String>,
-    /// The message it answers.
+    /// The message that this one replies to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reply_to: Option<MessageId>,
-    /// More about it.
+    /// Metadata of the application.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub meta: Option<serde_json::Value>,
-    /// When the gateway took it.
+    /// When the gateway accepted the message.
     pub timestamp: String,
-    /// Whether it comes from the log.
+    /// Whether the entry comes from the log.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub replay: bool,
 }
@@ -321,15 +321,16 @@ pub struct NotificationFrame {
     pub epoch: Epoch,
     /// The number of the entry in the inbox.
     pub seq: Seq,
-    /// Its id.
+    /// The id of the notification.
     pub id: MessageId,
-    /// What it says.
+    /// The payload of the application.
     pub payload: serde_json::Value,
-    /// Whether it waits for a person: a client acknowledges the inbox by itself, but never past it.
+    /// Whether a person has to acknowledge it: a client acknowledges the inbox by itself, but never
+    /// past such an entry.
     pub require_ack: bool,
-    /// When the gateway took it.
+    /// When the gateway accepted it.
     pub timestamp: String,
-    /// Whether it comes from the log.
+    /// Whether the entry comes from the log.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub replay: bool,
 }
@@ -337,11 +338,11 @@ pub struct NotificationFrame {
 /// `broadcast`
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct BroadcastFrame {
-    /// Its id.
+    /// The id of the broadcast.
     pub id: MessageId,
-    /// What it says.
+    /// The payload of the application.
     pub payload: serde_json::Value,
-    /// When the gateway took it.
+    /// When the gateway accepted it.
     pub timestamp: String,
 }
 
@@ -356,18 +357,18 @@ pub struct AckFrame {
     /// The room of a `message`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub room: Option<RoomId>,
-    /// Who a `direct` is for; `seq` is that of the sender's inbox.
+    /// The recipient of a `direct`; `seq` then counts in the sender's inbox.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub to: Option<UserId>,
     /// The epoch that `seq` counts in; [`Epoch::none`] in a room without a log.
     #[serde(default = "Epoch::none", skip_serializing_if = "Epoch::is_none")]
     pub epoch: Epoch,
-    /// The number the message got, 0 in a room without a log.
+    /// The number of the entry, 0 in a room without a log.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub seq: Seq,
-    /// When the gateway took it.
+    /// When the gateway accepted the message.
     pub timestamp: String,
-    /// Whether the id was known, so that nothing was appended.
+    /// Whether the id was a duplicate, so that nothing was appended.
     pub duplicate: bool,
 }
 
@@ -379,18 +380,18 @@ pub struct LeftFrame {
     pub reference: Option<FrameRef>,
     /// The room.
     pub room: RoomId,
-    /// Why, where the client has not asked for it.
+    /// The reason, if the client did not request to leave.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<LeftReason>,
 }
 
-/// Why a connection was taken out of a room.
+/// Why the server removed a connection from a room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LeftReason {
     /// The application removed the user.
     Kicked,
-    /// The token does not allow the room any more.
+    /// The token no longer allows the room.
     Forbidden,
 }
 
@@ -401,59 +402,59 @@ pub struct MemberChangeFrame {
     pub room: RoomId,
     /// The user.
     pub user: UserId,
-    /// What people read.
+    /// The display name.
     pub name: DisplayName,
-    /// How many users are in the room now.
+    /// Number of users in the room after the change.
     pub count: u64,
     /// The server's clock.
     pub timestamp: String,
 }
 
-/// `presence_diff`: what changed since the last one.
+/// `presence_diff`: joins and leaves since the previous one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PresenceDiffFrame {
     /// The room.
     pub room: RoomId,
-    /// Who is there and was not.
+    /// Users who joined.
     pub joined: Vec<UserId>,
-    /// Who was there and is not.
+    /// Users who left.
     pub left: Vec<UserId>,
-    /// How many users are in the room now.
+    /// Number of users in the room after the change.
     pub count: u64,
 }
 
 /// `presence`
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PresencePageFrame {
-    /// The `ref` of the request.
+    /// The `ref` of the `presence` frame.
     #[serde(default, rename = "ref", skip_serializing_if = "Option::is_none")]
     pub reference: Option<FrameRef>,
-    /// The room; without it, the cluster.
+    /// The room; the whole cluster if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub room: Option<RoomId>,
-    /// A page of who is there, by id.
+    /// A page of users, by id.
     pub users: Vec<PresenceUser>,
-    /// How many users are there in all.
+    /// Number of users in total.
     pub count: u64,
-    /// Asks for the next page, if there is one.
+    /// The cursor of the next page, if there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cursor: Option<String>,
 }
 
-/// A user who is there.
+/// A user in a page of `presence`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PresenceUser {
     /// The user.
     pub id: UserId,
-    /// What people read.
+    /// The display name.
     pub name: DisplayName,
-    /// Over how many connections.
+    /// Number of connections of the user.
     pub connections: u64,
-    /// Since when.
+    /// When the first of them joined or connected.
     pub since: String,
-    /// When the user did something last.
+    /// When the user was last active.
     pub last_active: String,
-    /// How far the user has read; of a room only.
+    /// The read mark of the user; only in a room.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub read: Option<Seq>,
 }
@@ -466,40 +467,40 @@ pub struct UserStatusFrame {
     pub reference: Option<FrameRef>,
     /// The user.
     pub user: UserId,
-    /// Whether the user is connected, to any node.
+    /// Whether the user is online on any node.
     pub status: OnlineState,
-    /// When the user did something last; absent where that is not known.
+    /// When the user was last active, if that is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_active: Option<String>,
 }
 
-/// Whether a user is connected.
+/// Whether a user has a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum OnlineState {
-    /// By one connection at least.
+    /// At least one connection.
     Online,
-    /// By none.
+    /// No connection.
     Offline,
 }
 
 /// `session`
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SessionFrame {
-    /// The `ref` of the request.
+    /// The `ref` of the `session_get` or `session_set`.
     #[serde(default, rename = "ref", skip_serializing_if = "Option::is_none")]
     pub reference: Option<FrameRef>,
-    /// What it holds.
+    /// The data of the session.
     pub data: serde_json::Map<String, serde_json::Value>,
 }
 
 /// `refreshed`
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RefreshedFrame {
-    /// The `ref` of the request.
+    /// The `ref` of the `refresh`.
     #[serde(default, rename = "ref", skip_serializing_if = "Option::is_none")]
     pub reference: Option<FrameRef>,
-    /// When the token ends.
+    /// Expiry of the new token.
     pub expires_at: String,
 }
 
@@ -528,42 +529,42 @@ pub struct ReadFrame {
 /// `room_info`, and an entry of `rooms`
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RoomInfoFrame {
-    /// The `ref` of the request.
+    /// The `ref` of the `room_info` or `create_room`.
     #[serde(default, rename = "ref", skip_serializing_if = "Option::is_none")]
     pub reference: Option<FrameRef>,
     /// The room.
     pub room: RoomId,
-    /// What people read.
+    /// The display name.
     pub name: DisplayName,
-    /// Who made it; nobody, where it came to be by being joined.
+    /// The creator; absent for a room that was created by a `join`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub owner: Option<UserId>,
     /// Whether `rooms` lists it.
     pub public: bool,
     /// Whether it has a password.
     pub protected: bool,
-    /// The most users that may be in it.
+    /// The maximum number of users in the room.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_members: Option<u32>,
-    /// How many are.
+    /// Number of users in the room.
     pub members: u64,
     /// Whether it keeps a log.
     pub durable: bool,
-    /// When it was made, or joined first.
+    /// When the room was created or first joined.
     pub created_at: String,
-    /// More about it.
+    /// Metadata of the application.
     pub meta: serde_json::Map<String, serde_json::Value>,
 }
 
 /// `rooms`
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RoomsPageFrame {
-    /// The `ref` of the request.
+    /// The `ref` of the `rooms` frame.
     #[serde(default, rename = "ref", skip_serializing_if = "Option::is_none")]
     pub reference: Option<FrameRef>,
-    /// A page of them, by id.
+    /// A page of rooms, by id.
     pub rooms: Vec<RoomInfoFrame>,
-    /// Asks for the next page, if there is one.
+    /// The cursor of the next page, if there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cursor: Option<String>,
 }
@@ -571,16 +572,16 @@ pub struct RoomsPageFrame {
 /// `room_closed`
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RoomClosedFrame {
-    /// The `ref` of the `delete_room`, to who asked.
+    /// The `ref` of the `delete_room`, for the connection that sent it.
     #[serde(default, rename = "ref", skip_serializing_if = "Option::is_none")]
     pub reference: Option<FrameRef>,
     /// The room.
     pub room: RoomId,
-    /// Why.
+    /// The reason.
     pub reason: RoomClosedReason,
 }
 
-/// Why a room is no more.
+/// Why a room no longer exists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RoomClosedReason {
@@ -591,20 +592,20 @@ pub enum RoomClosedReason {
 /// `history`
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct HistoryPageFrame<E> {
-    /// The `ref` of the request.
+    /// The `ref` of the `history` frame.
     #[serde(default, rename = "ref", skip_serializing_if = "Option::is_none")]
     pub reference: Option<FrameRef>,
     /// The room.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub room: Option<RoomId>,
-    /// The user, in place of a room.
+    /// The other user, in place of a room.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub with: Option<UserId>,
     /// The epoch of its log.
     pub epoch: Epoch,
     /// Entries, oldest first.
     pub messages: Vec<E>,
-    /// Whether more are there in the direction asked for.
+    /// Whether more entries exist in the requested direction.
     pub more: bool,
 }
 
@@ -628,89 +629,89 @@ pub struct PongFrame {
     pub original_timestamp: Option<serde_json::Value>,
 }
 
-/// `reset`: the room stays joined and goes on at `seq` + 1.
+/// `reset`: the room stays joined and continues at `seq` + 1.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ResetFrame {
-    /// The room; the inbox where absent.
+    /// The room; the inbox if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub room: Option<RoomId>,
-    /// The epoch from here on.
+    /// The new epoch.
     pub epoch: Epoch,
-    /// The position right before the next frame.
+    /// The position just before the next entry.
     pub seq: Seq,
-    /// Why.
+    /// The reason.
     pub reason: RecoveryFailure,
 }
 
-/// `status`: while the bus is down frames may be late; `up` follows when every room that the
-/// gateway follows is proven whole.
+/// `status`: while the bus is down, frames can be late; `up` follows once every room that the
+/// gateway subscribes to is proven complete.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StatusFrame {
-    /// Up or down.
+    /// The state of the bus.
     pub bus: BusState,
-    /// Since when, by the gateway's clock.
+    /// When this state began, by the gateway's clock.
     pub since: String,
 }
 
-/// Whether the gateway hears and reaches the bus.
+/// Whether the gateway reaches the bus and receives everything from it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum BusState {
-    /// It does, and nothing is missing.
+    /// It does, and no entry is missing.
     #[default]
     Up,
-    /// It does not, or has not made good yet what it missed.
+    /// It does not, or entries it missed are not restored yet.
     Down,
 }
 
 /// `reconnect`
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ReconnectFrame {
-    /// How long to wait before coming back, in milliseconds.
+    /// Delay before reconnecting, in milliseconds.
     pub after_ms: u64,
-    /// Why.
+    /// The reason.
     pub reason: ReconnectReason,
-    /// What to send as `?node=`; `any` is the least busy node.
+    /// The value to send as `?node=`; `any` is the least busy node.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub node: Option<String>,
 }
 
-/// Why a client is asked to come back elsewhere.
+/// Why a gateway asks a client to reconnect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ReconnectReason {
     /// The gateway stops.
     Draining,
-    /// The gateway has more connections than its share.
+    /// The gateway has more than its share of connections.
     Rebalance,
 }
 
-/// `error`: why a frame was refused.
+/// `error`: why a client frame was rejected.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ErrorFrame {
-    /// The `ref` of the frame.
+    /// The `ref` of the rejected frame.
     #[serde(default, rename = "ref", skip_serializing_if = "Option::is_none")]
     pub reference: Option<FrameRef>,
-    /// The `type` of the frame.
+    /// The `type` of the rejected frame.
     #[serde(default, rename = "for", skip_serializing_if = "Option::is_none")]
     pub frame_type: Option<String>,
-    /// The room it spoke of.
+    /// The room of the rejected frame.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub room: Option<RoomId>,
-    /// The message it spoke of.
+    /// The message id of the rejected frame.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<MessageId>,
-    /// The kind of error.
+    /// The code that clients act on.
     pub code: ErrorCode,
-    /// What was wrong and what to do, for people.
+    /// What is wrong and what to do, for a person.
     pub message: String,
-    /// When to try again, in milliseconds.
+    /// When to retry, in milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retry_after_ms: Option<u64>,
 }
 
 impl ErrorFrame {
-    /// An `error` that names no part of the frame it answers.
+    /// An `error` that names no field of the rejected frame.
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Box<Self> {
         Box::new(Self {
             reference: None,
@@ -723,13 +724,13 @@ impl ErrorFrame {
         })
     }
 
-    /// The same frame refused because of something else.
+    /// The same `error` with another code and message.
     pub fn with_code(&self, code: ErrorCode, message: String) -> Box<Self> {
         Box::new(Self { code, message, ..self.clone() })
     }
 }
 
-/// For numbers that are left out where there is none.
+/// Lets serde omit a number that is 0.
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes fields by reference")]
 fn is_zero(seq: &Seq) -> bool {
     *seq == 0
@@ -740,20 +741,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn clients_ignore_types_they_do_not_know() {
+    fn unknown_types_are_ignored() {
         let frame: ServerFrame = serde_json::from_str(r#"{"type":"nonsense","room":"r"}"#).unwrap();
         assert!(matches!(frame, ServerFrame::Unknown));
     }
 
     #[test]
-    fn an_error_leaves_out_what_it_does_not_know() {
+    fn an_error_omits_absent_fields() {
         let error_frame = ErrorFrame::new(ErrorCode::BadRequest, "no");
         let json = serde_json::to_string(&ServerFrame::<()>::Error(error_frame)).unwrap();
         assert_eq!(json, r#"{"type":"error","code":"bad_request","message":"no"}"#);
     }
 
     #[test]
-    fn ready_made_entries_stand_in_joined_as_they_are() {
+    fn raw_entries_are_copied_into_joined_unchanged() {
         let raw = serde_json::value::RawValue::from_string(r#"{"type":"message","x": 1}"#.into());
         let joined = ServerFrame::Joined(Box::new(JoinedFrame {
             reference: Some(FrameRef::number(3)),

@@ -337,7 +337,7 @@ impl ServerModel {
         }
     }
 
-    /// The new connection, as section 3.3 answers a `join` with `since`.
+    /// The new connection, as the protocol answers a `join` with `since`.
     fn reconnect(&mut self, in_history: usize) {
         self.connection += 1;
         let since = self.log.cursor().unwrap().clone();
