@@ -1,6 +1,6 @@
-//! How long it takes to put a frame together and to take one apart. `make bench-micro` runs it.
+//! Benchmarks of encoding and decoding frames. `make bench-micro` runs them.
 //!
-//! A bench for another step of the codec is one more function here.
+//! To measure another step of the codec, add a function.
 
 use bytes::Bytes;
 use divan::{Bencher, black_box, counter::BytesCount};
@@ -12,7 +12,7 @@ use skein_protocol::{
 };
 use skein_websocket::{Decoder, Opcode, encode};
 
-/// Content sizes: a line of chat, a long one, a document.
+/// Content sizes: a short chat message, a long one, a document.
 const SIZES: [usize; 3] = [128, 4 * 1024, 64 * 1024];
 
 fn main() {
@@ -26,7 +26,7 @@ fn encode_frame(bencher: Bencher<'_, '_>, size: usize) {
     bencher.counter(BytesCount::new(size)).bench(encode);
 }
 
-/// What a node does with an entry from the log, before it places it in outboxes.
+/// Builds the frame of an entry from the log, before it is put into outboxes.
 #[divan::bench]
 fn encode_live_frame(bencher: Bencher<'_, '_>) {
     let fields = format!(r#""room":"lobby","id":"x","content":"{}""#, "x".repeat(128));
@@ -39,19 +39,19 @@ fn encode_live_frame(bencher: Bencher<'_, '_>) {
         fields: &fields,
         binary_payload: None,
     });
-    let epoch = "1-abcdefgh".parse().expect("a number, a hyphen and letters");
+    let epoch = "1-abcdefgh".parse().expect("a valid epoch");
     let position = Position::new(epoch, 123_456);
     bencher.bench(|| envelope.live_frame(black_box(&position)));
 }
 
-/// The header is read and the payload unmasked in place: at 128 bytes the header counts, at 64 KiB
-/// the mask and the check of UTF-8.
+/// Parses the header and unmasks the payload in place. At 128 bytes the header dominates, at 64 KiB
+/// unmasking and the check of UTF-8.
 #[divan::bench(args = SIZES)]
 fn decode_text(bencher: Bencher<'_, '_>, size: usize) {
     decode(bencher, 0x1, size);
 }
 
-/// As before without the check of UTF-8.
+/// The same work without the check of UTF-8.
 #[divan::bench(args = SIZES)]
 fn decode_binary(bencher: Bencher<'_, '_>, size: usize) {
     decode(bencher, 0x2, size);
@@ -62,7 +62,7 @@ fn decode(bencher: Bencher<'_, '_>, opcode: u8, size: usize) {
     let mut decoder = Decoder::new(1 << 20);
     bencher.counter(BytesCount::new(size)).with_inputs(|| frame.clone()).bench_local_refs(
         |frame| {
-            let (used, received) = decoder.next(frame).expect("a good frame");
+            let (used, received) = decoder.next(frame).expect("a valid frame");
             assert!(received.is_some());
             used
         },
@@ -79,10 +79,10 @@ fn parse_message(bencher: Bencher<'_, '_>) {
 }
 
 fn author() -> AuthorHash {
-    AuthorHash::of(&"ann".parse().expect("a good user id"))
+    AuthorHash::of(&"ann".parse().expect("a valid user id"))
 }
 
-/// A frame of a client.
+/// A masked frame of a client.
 fn masked(opcode: u8, payload: &[u8]) -> Vec<u8> {
     const MASK: [u8; 4] = [0x37, 0xFA, 0x21, 0x3D];
     let server = encode(Opcode::Binary, &[payload]);

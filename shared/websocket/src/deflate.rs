@@ -1,7 +1,7 @@
-//! permessage-deflate (RFC 7692): messages compressed and inflated, each by itself.
+//! permessage-deflate (RFC 7692): compresses and inflates messages, each by itself.
 //!
-//! Since no message refers to an earlier one, the state of zlib belongs to the thread and is reset
-//! for each message; a connection holds none of it.
+//! Because no message refers to an earlier one, the state of zlib belongs to the thread and is
+//! reset for each message. A connection holds none.
 
 use std::cell::RefCell;
 
@@ -10,19 +10,19 @@ use flate2::{Compress, Compression, Decompress, FlushCompress, FlushDecompress, 
 
 use super::{CodecError, RSV1, encode_with_first_byte, extension::WindowBits};
 
-/// What a sender takes off the end of a message, and a receiver puts back.
+/// The end of a sync flush. Senders remove it from a message, and receivers append it again.
 const SYNC_FLUSH_TAIL: [u8; 4] = [0x00, 0x00, 0xFF, 0xFF];
-/// An empty last block: that it is read as one shows that the message was whole.
+/// An empty final block. If it decodes as one, the message was complete.
 const EMPTY_FINAL_BLOCK: [u8; 5] = [0x01, 0x00, 0x00, 0xFF, 0xFF];
-/// How far back a block can refer at most.
+/// Maximum distance of a back-reference.
 const WINDOW_BYTES: usize = 1 << 15;
-/// The smallest window that zlib compresses raw data with.
+/// The smallest window that zlib compresses raw deflate with.
 const ZLIB_BITS_MIN: u8 = 9;
-/// How many windows long a message may be: each costs zlib-rs a pass over tables of a fixed size, so
-/// that small ones would be a way to have a little of a client's work cost much of ours.
+/// Maximum length of a message to compress, in windows. zlib-rs passes over tables of a fixed size
+/// for each window, so with small windows a client could cause much work with little of its own.
 const MESSAGE_WINDOWS_MAX: usize = 64;
-/// Fast, since a room waits while its message is compressed. Level 1 has no codes of the message's
-/// own: it is twice as fast, and a message of 300 bytes comes out a fifth larger.
+/// A fast level, because a room waits while its message is compressed. Level 1 has no Huffman codes
+/// per message: it is twice as fast, and makes a message of 300 bytes a fifth larger.
 const COMPRESSION_LEVEL: Compression = Compression::new(2);
 
 thread_local! {
@@ -40,12 +40,12 @@ pub fn frame_payload(frame: &[u8]) -> &[u8] {
     frame.get(header..).unwrap_or_default()
 }
 
-/// A data frame of [`encode`](super::encode), its payload compressed to be inflated with a window of
-/// `window`. `None` where it does not get smaller that way, or takes too long.
+/// Compresses a data frame of [`encode`](super::encode) for an inflater with `window`. `None` if
+/// the payload would not get smaller, or would take too long to compress.
 pub fn compress_frame(frame: &[u8], window: WindowBits) -> Option<Bytes> {
     let payload = frame_payload(frame);
-    // Asked for a window of 256 bytes zlib takes one of 512, but refers only to what is 262 bytes
-    // within it: 250 bytes back. A test holds that.
+    // For a window of 256 bytes, zlib uses one of 512, but its back-references stay 262 bytes below
+    // it: at most 250 bytes. A test verifies this.
     let bits = window.get().max(ZLIB_BITS_MIN);
     if payload.len() > MESSAGE_WINDOWS_MAX << bits {
         return None;
@@ -53,8 +53,8 @@ pub fn compress_frame(frame: &[u8], window: WindowBits) -> Option<Bytes> {
     let mut out = Vec::with_capacity(compressed_bytes_max(payload.len()));
     DEFLATERS.with_borrow_mut(|deflaters| {
         let kept = &mut deflaters[usize::from(bits - ZLIB_BITS_MIN)];
-        // A deflater that has not given out everything is not used again: reset, zlib-rs 0.6 would
-        // still keep the place of it, and panic later for want of room.
+        // A deflater with pending output is dropped: after a reset, zlib-rs 0.6 keeps the space of
+        // that output, and panics later when it has too little.
         let mut deflater = kept
             .take()
             .unwrap_or_else(|| Compress::new_with_window_bits(COMPRESSION_LEVEL, false, bits));
@@ -68,15 +68,15 @@ pub fn compress_frame(frame: &[u8], window: WindowBits) -> Option<Bytes> {
     (compressed.len() < payload.len()).then(|| encode_with_first_byte(first, &[compressed]))
 }
 
-/// The largest payload that a compressed message of `bytes_max` may have. Data that cannot be
-/// compressed grows by an eighth at most, where every byte becomes a code of nine bits.
+/// Maximum payload of a compressed message of `bytes_max` bytes. Incompressible data grows by at
+/// most an eighth, where each byte becomes a code of nine bits.
 pub(super) fn compressed_bytes_max(bytes_max: usize) -> usize {
     bytes_max + bytes_max / 8 + 64
 }
 
-/// Inflates a message, but no further than to `bytes_max`.
+/// Inflates a message of at most `bytes_max` bytes.
 pub(super) fn inflate(payload: &[u8], bytes_max: usize) -> Result<Vec<u8>, CodecError> {
-    // What some senders make of an empty message. The RFC has them send one byte.
+    // Some senders compress an empty message to nothing. The RFC requires one byte.
     if payload.is_empty() {
         return Ok(Vec::new());
     }
@@ -107,12 +107,12 @@ struct InflatingMessage<'a> {
     bytes_max: usize,
 }
 
-/// Where the inflater stands when it has taken all of its input.
+/// The position of the inflater once it has consumed its input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum InflatePosition {
-    /// Somewhere.
+    /// Not directly after a final block.
     MidStream,
-    /// Right behind a block that says it is the last.
+    /// Directly after a final block.
     AfterFinalBlock,
 }
 
@@ -144,16 +144,16 @@ impl InflatingMessage<'_> {
         }
     }
 
-    /// Has the inflater go on behind a last block: the next one begins at the next byte, and may
-    /// refer to what was before (RFC 7692, section 7.2.1).
+    /// Continues after a final block: the next block begins at the next byte, and can refer to
+    /// earlier output (RFC 7692, section 7.2.1).
     fn continue_after_final_block(&mut self) -> Result<(), CodecError> {
         self.inflater.reset(false);
         let window = &self.out[self.out.len().saturating_sub(WINDOW_BYTES)..];
         self.inflater.set_dictionary(window).map(drop).map_err(|_| CodecError::InvalidDeflate)
     }
 
-    /// Has room for one byte at least, and for one above the limit at most: what reaches that is
-    /// too large, and is inflated no further.
+    /// Reserves space for at least one byte, and for at most one byte above the limit: a message
+    /// that reaches it is too large, and is inflated no further.
     fn reserve_output(&mut self) -> Result<(), CodecError> {
         if self.out.len() == self.out.capacity() {
             let more = self.out.len().clamp(1024, 1 << 20);

@@ -1,45 +1,45 @@
-//! `Sec-WebSocket-Extensions`: what a client offers of permessage-deflate, and what is answered
-//! (RFC 6455, section 9.1; RFC 7692, sections 5 and 7).
+//! Negotiation of permessage-deflate in `Sec-WebSocket-Extensions` (RFC 6455, section 9.1; RFC
+//! 7692, sections 5 and 7).
 //!
-//! A list that breaks the grammar fails the handshake. An offer that a server may not accept
-//! (a parameter that is unknown, stands twice, or has a bad value) is declined, and the next one is
-//! looked at: clients list their offers by preference.
+//! A header that violates the grammar fails the handshake. An offer that a server must not accept
+//! (a parameter that is unknown, repeated, or has an invalid value) is declined, and the next offer
+//! is considered: clients list their offers by preference.
 
 use std::fmt;
 
-/// The name of the one extension there is.
+/// The name of the only supported extension.
 const DEFLATE: &str = "permessage-deflate";
 
-/// How far back compressed data may refer, as the base-2 logarithm of bytes: 8 to 15.
+/// Size of the LZ77 window, as the base-2 logarithm of bytes: 8 to 15.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WindowBits(u8);
 
 impl WindowBits {
-    /// The largest window, which is that of who asked for none.
+    /// The largest window, which is the default.
     pub const MAX: Self = Self(15);
 
-    /// Takes a number for what it is.
+    /// `None` outside 8 to 15.
     pub fn new(bits: u8) -> Option<Self> {
         (8..=15).contains(&bits).then_some(Self(bits))
     }
 
-    /// The number.
+    /// The number of bits.
     pub fn get(self) -> u8 {
         self.0
     }
 
-    /// RFC 7692, section 7.1.2: a decimal number without leading zeros.
+    /// Parses a decimal number without leading zeros (RFC 7692, section 7.1.2).
     fn parse(text: &str) -> Option<Self> {
         let digits = text.bytes().all(|byte| byte.is_ascii_digit()) && !text.starts_with('0');
         text.parse().ok().filter(|_| digits).and_then(Self::new)
     }
 }
 
-/// What was agreed on: every message is compressed by itself, in both directions, so that nothing
-/// is kept between messages and one compressed message serves many.
+/// The negotiated parameters. Both directions compress each message by itself, so no state is kept
+/// between messages, and one compressed message serves many connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeflateParams {
-    /// The window that the client asked the server to keep to.
+    /// The window that the client requested of the server.
     server_max_window_bits: Option<WindowBits>,
 }
 
@@ -50,7 +50,7 @@ impl DeflateParams {
     }
 }
 
-/// As the answer's header has it.
+/// Formats the parameters for the header of the response.
 impl fmt::Display for DeflateParams {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{DEFLATE}; server_no_context_takeover; client_no_context_takeover")?;
@@ -61,26 +61,25 @@ impl fmt::Display for DeflateParams {
     }
 }
 
-/// The header is no list of extensions.
+/// The header violates the grammar of extensions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("Sec-WebSocket-Extensions is no list of extensions")]
+#[error("malformed Sec-WebSocket-Extensions")]
 pub struct MalformedExtensions;
 
-/// Chooses the first offer of permessage-deflate that can be accepted. The header may come in
-/// several lines.
+/// Accepts the first acceptable offer of permessage-deflate. The header can have several lines.
 ///
 /// # Errors
 ///
-/// [`MalformedExtensions`], also where an acceptable offer stands before what is malformed.
+/// [`MalformedExtensions`], also if the malformed part follows an acceptable offer.
 pub fn negotiate<'a>(
     lines: impl IntoIterator<Item = &'a str>,
 ) -> Result<Option<DeflateParams>, MalformedExtensions> {
     let mut chosen = None;
     for line in lines {
-        let mut list = ExtensionsParser { rest: line };
-        while let Some(name) = list.next_extension()? {
+        let mut parser = ExtensionsParser { rest: line };
+        while let Some(name) = parser.next_extension()? {
             let mut offer = DeflateOffer::default();
-            while let Some((parameter, value)) = list.next_parameter()? {
+            while let Some((parameter, value)) = parser.next_parameter()? {
                 offer.add_parameter(parameter, value.as_deref());
             }
             if name == DEFLATE && !offer.declined {
@@ -109,8 +108,8 @@ impl<'a> DeflateOffer<'a> {
                 self.server_max_window_bits = WindowBits::parse(bits);
                 self.server_max_window_bits.is_some()
             }
-            // A hint, or the permission to limit the client's window, of which no use is made:
-            // what clients send is inflated with the largest window.
+            // A hint, or the permission to limit the client's window. The gateway does not use it:
+            // it inflates clients' messages with the largest window.
             ("client_max_window_bits", None) => true,
             ("client_max_window_bits", Some(bits)) => WindowBits::parse(bits).is_some(),
             _ => false,
@@ -120,13 +119,13 @@ impl<'a> DeflateOffer<'a> {
     }
 }
 
-/// Reads a line of the header. Blanks may stand between any two parts of it.
+/// Parses a line of the header. Whitespace is allowed between any two tokens.
 struct ExtensionsParser<'a> {
     rest: &'a str,
 }
 
 impl<'a> ExtensionsParser<'a> {
-    /// The next extension's name, behind empty elements of the list.
+    /// The name of the next extension, after empty list elements.
     fn next_extension(&mut self) -> Result<Option<&'a str>, MalformedExtensions> {
         while self.take_delimiter(',') {}
         if self.rest.is_empty() {
@@ -135,7 +134,7 @@ impl<'a> ExtensionsParser<'a> {
         self.token().map(Some)
     }
 
-    /// The next parameter of the extension that was begun, and its value.
+    /// The next parameter of the current extension, and its value.
     fn next_parameter(&mut self) -> Result<Option<(&'a str, Option<String>)>, MalformedExtensions> {
         if !self.take_delimiter(';') {
             let ends = self.rest.is_empty() || self.rest.starts_with(',');
@@ -150,10 +149,10 @@ impl<'a> ExtensionsParser<'a> {
         Ok(Some((name, Some(value))))
     }
 
-    /// Takes `mark` off, and the blanks around it.
-    fn take_delimiter(&mut self, mark: char) -> bool {
+    /// Consumes `delimiter` and the whitespace around it.
+    fn take_delimiter(&mut self, delimiter: char) -> bool {
         self.skip_whitespace();
-        let Some(rest) = self.rest.strip_prefix(mark) else { return false };
+        let Some(rest) = self.rest.strip_prefix(delimiter) else { return false };
         self.rest = rest;
         self.skip_whitespace();
         true
@@ -171,7 +170,7 @@ impl<'a> ExtensionsParser<'a> {
         if token.is_empty() { Err(MalformedExtensions) } else { Ok(token) }
     }
 
-    /// A quoted string, which unquoted has to be a token.
+    /// A quoted string, whose content must be a token.
     fn quoted(&mut self) -> Result<String, MalformedExtensions> {
         let mut value = String::new();
         let mut chars = self.rest.char_indices().skip(1);
@@ -194,7 +193,7 @@ impl<'a> ExtensionsParser<'a> {
     }
 }
 
-/// Whether a token may have this character (RFC 9110, section 5.6.2).
+/// Whether the character is allowed in a token (RFC 9110, section 5.6.2).
 fn is_token(c: char) -> bool {
     c.is_ascii_alphanumeric() || "!#$%&'*+-.^_`|~".contains(c)
 }
@@ -214,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn an_offer_is_accepted_with_the_window_it_asks_for() {
+    fn an_offer_is_accepted_with_its_window() {
         for plain in [
             "permessage-deflate",
             "permessage-deflate; client_max_window_bits",
@@ -236,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_acceptable_offer_is_chosen_wherever_it_stands() {
+    fn the_first_acceptable_offer_is_accepted() {
         check(&[], Ok(None));
         check(&[""], Ok(None));
         check(&["x-webkit-deflate-frame, permessage-foo; a=\"b\""], Ok(None));
@@ -252,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_server_must_decline_is_declined() {
+    fn offers_with_invalid_parameters_are_declined() {
         for parameters in [
             "unknown",
             "unknown=1",
@@ -282,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_list_of_extensions_fails_wherever_it_stands() {
+    fn a_malformed_header_fails_the_negotiation() {
         for bad in [
             ";",
             "=",

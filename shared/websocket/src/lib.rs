@@ -1,11 +1,12 @@
-//! The server's half of RFC 6455 framing: [`encode`] what is sent, [`Decoder`] for what arrives.
+//! The server side of WebSocket framing (RFC 6455): [`encode`] for frames it sends, [`Decoder`] for
+//! frames it receives.
 //!
-//! Pure and sans-I/O. A server's frames are not masked (section 5.1), so header and payload are
-//! the same bytes for every receiver: a message is encoded once and shared. A client's frames are
-//! unmasked in place in the caller's buffer; a whole message in one frame is handed out from there
-//! without a copy. Only fragments and messages cut by a read are gathered, never more bytes than
-//! arrived and never more than the limit. A compressed message ([`deflate`]) is inflated when it is
-//! whole.
+//! Pure and sans-I/O. A server's frames are not masked (section 5.1), so header and payload are the
+//! same bytes for every recipient: a message is encoded once and shared. A client's frames are
+//! unmasked in place in the caller's buffer; a message that is whole in one frame and one read is
+//! returned from there without a copy. Only fragments and messages split across reads are buffered,
+//! never more bytes than have arrived and never more than the limit. A compressed message
+//! ([`deflate`]) is inflated once it is complete.
 
 use bytes::{BufMut, Bytes, BytesMut};
 
@@ -16,21 +17,21 @@ mod payload;
 use deflate::{compressed_bytes_max, inflate};
 use payload::{decode_payload, unmask};
 
-/// The kind of a frame (RFC 6455, section 5.2).
+/// The opcode of a frame (RFC 6455, section 5.2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Opcode {
-    /// A further fragment of the message under way.
+    /// A further fragment of the current message.
     Continuation = 0x0,
     /// Text in UTF-8.
     Text = 0x1,
     /// Bytes.
     Binary = 0x2,
-    /// The first step of the end, or its answer.
+    /// Begins or answers the closing handshake.
     Close = 0x8,
-    /// A question whether the other side lives.
+    /// A heartbeat, to be answered by a pong.
     Ping = 0x9,
-    /// Its answer.
+    /// The answer to a ping.
     Pong = 0xA,
 }
 
@@ -52,19 +53,19 @@ impl Opcode {
     }
 }
 
-/// The most a control frame may carry (RFC 6455, section 5.5).
+/// Maximum payload of a control frame in bytes (RFC 6455, section 5.5).
 pub const CONTROL_BYTES_MAX: usize = 125;
 
 const FIN: u8 = 0x80;
-/// Says that a message is compressed (RFC 7692, section 6); in its first frame only.
+/// Marks a compressed message (RFC 7692, section 6), in its first frame only.
 const RSV1: u8 = 0x40;
 
-/// One unfragmented, unmasked frame around `parts`, in their order.
+/// Encodes one unfragmented, unmasked frame whose payload is `parts` in order.
 pub fn encode(opcode: Opcode, parts: &[&[u8]]) -> Bytes {
     encode_with_first_byte(FIN | opcode as u8, parts)
 }
 
-/// As [`encode`], with the first byte given.
+/// Encodes a frame with the given first byte.
 fn encode_with_first_byte(first: u8, parts: &[&[u8]]) -> Bytes {
     let length: usize = parts.iter().map(|part| part.len()).sum();
     let mut frame = BytesMut::with_capacity(length + 10);
@@ -86,7 +87,7 @@ fn encode_with_first_byte(first: u8, parts: &[&[u8]]) -> Bytes {
     frame.freeze()
 }
 
-/// A close frame. The reason is cut to the 123 bytes that fit, at a character's border.
+/// Encodes a close frame. The reason is cut at a character boundary to the 123 bytes that fit.
 pub fn encode_close(code: u16, reason: &str) -> Bytes {
     let mut end = reason.len().min(CONTROL_BYTES_MAX - 2);
     while !reason.is_char_boundary(end) {
@@ -95,26 +96,26 @@ pub fn encode_close(code: u16, reason: &str) -> Bytes {
     encode(Opcode::Close, &[&code.to_be_bytes(), &reason.as_bytes()[..end]])
 }
 
-/// What arrived: a whole message, a control frame, or a part of a message.
+/// One result of the decoder: a message, a control frame or a fragment.
 #[derive(Debug, PartialEq, Eq)]
 pub enum DecoderEvent<'a> {
     /// A text message.
     Text(&'a str),
     /// A binary message.
     Binary(&'a [u8]),
-    /// A ping, to be answered by a pong with the same bytes.
+    /// A ping, to be answered by a pong with the same payload.
     Ping(&'a [u8]),
     /// A pong.
     Pong(&'a [u8]),
     /// A close frame: its code and reason, if it has them.
     Close(Option<(u16, &'a str)>),
-    /// A whole frame that does not end its message, with the length of its payload in bytes. The
+    /// A complete frame that does not end its message, with its payload length in bytes. The
     /// decoder keeps the payload.
     Fragment(usize),
 }
 
 impl DecoderEvent<'_> {
-    /// How many bytes it carries.
+    /// Length of the payload in bytes.
     pub fn payload_len(&self) -> usize {
         match self {
             Self::Text(text) => text.len(),
@@ -125,25 +126,25 @@ impl DecoderEvent<'_> {
     }
 }
 
-/// What the client did wrong. The connection cannot go on.
+/// A violation by the client, after which the connection must be closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CodecError {
-    /// The bytes are no frame of RFC 6455, or come out of turn. Close code 1002.
+    /// The bytes are not a frame of RFC 6455, or the frame is not allowed here. Close code 1002.
     #[error("{0}")]
     Protocol(&'static str),
     /// A text message or a close reason is not UTF-8. Close code 1007.
     #[error("text is not UTF-8")]
     InvalidUtf8,
-    /// A compressed message cannot be inflated. Close code 1007, as for what is no UTF-8: the bytes
-    /// are not what the message says they are.
+    /// A compressed message cannot be inflated. Close code 1007, as for text that is not UTF-8: the
+    /// payload does not match the type of the message.
     #[error("compressed message cannot be inflated")]
     InvalidDeflate,
-    /// A message is larger than the limit, inflated if it is compressed. Close code 1009.
-    #[error("message is larger than the limit")]
+    /// A message is larger than the limit, after inflation if it is compressed. Close code 1009.
+    #[error("message larger than the limit")]
     MessageTooBig,
 }
 
-/// Takes client frames apart.
+/// Decodes the frames of a client.
 #[derive(Debug)]
 pub struct Decoder {
     message_bytes_max: usize,
@@ -153,25 +154,26 @@ pub struct Decoder {
     header_len: u8,
     /// The frame whose payload is arriving.
     frame: Option<FrameInProgress>,
-    /// The data message that is being gathered, and its kind.
+    /// The buffered part of the current data message, and its opcode.
     message_bytes: Vec<u8>,
     message_opcode: Option<Opcode>,
-    /// Whether that message is compressed.
+    /// Whether the current message is compressed.
     compressed: bool,
-    /// How far `message_bytes` is known to be UTF-8.
+    /// Length of the prefix of `message_bytes` that is known to be UTF-8.
     utf8_valid_len: usize,
-    /// The control frame that is being gathered: it may come between fragments.
+    /// The buffered part of a control frame, which can arrive between fragments.
     control: Vec<u8>,
-    /// What was handed out from `message_bytes` or `control` is not needed any more.
+    /// Whether an event that borrowed `message_bytes` or `control` was returned, so that they can
+    /// be freed.
     handed_out: bool,
-    /// How much of the payload of a frame that was refused for its length has not been skipped.
+    /// Bytes left to skip of the payload of a frame that was too long.
     skipping: u64,
 }
 
 #[derive(Clone, Copy, Debug)]
 struct FrameInProgress {
     fin: bool,
-    /// Whether its message is compressed; of a continuation, that of the first frame.
+    /// Whether its message is compressed; a continuation inherits this from the first frame.
     compressed: bool,
     opcode: Opcode,
     mask: [u8; 4],
@@ -180,7 +182,7 @@ struct FrameInProgress {
 }
 
 impl Decoder {
-    /// A decoder that refuses messages of more than `message_bytes_max` bytes.
+    /// A decoder that rejects messages of more than `message_bytes_max` bytes.
     pub fn new(message_bytes_max: usize) -> Self {
         Self {
             message_bytes_max,
@@ -198,20 +200,20 @@ impl Decoder {
         }
     }
 
-    /// The same, of a connection on which permessage-deflate was agreed on.
+    /// A decoder for a connection that negotiated permessage-deflate.
     pub fn with_deflate(message_bytes_max: usize) -> Self {
         Self { deflate: true, ..Self::new(message_bytes_max) }
     }
 
-    /// Takes the first frame off the front of `input`, unmasking in place.
+    /// Decodes the first frame of `input`, unmasking in place.
     ///
-    /// Returns how many bytes were used, and what they completed. One call completes one frame at
-    /// most, so that a caller can meter frames that carry nothing. With `None` all of `input` was
-    /// used and more is needed.
+    /// Returns the number of bytes consumed and the event they completed. One call completes at
+    /// most one frame, so that a caller can also meter frames that complete no message. `None`
+    /// means that all of `input` was consumed and more is needed.
     ///
     /// # Errors
     ///
-    /// [`CodecError`], after which the decoder only [skips](Decoder::skip_to_close).
+    /// [`CodecError`], after which the decoder can only [skip](Decoder::skip_to_close).
     pub fn next<'a>(
         &'a mut self,
         input: &'a mut [u8],
@@ -268,11 +270,11 @@ impl Decoder {
         Ok((used, Some(decode_payload(opcode, &self.message_bytes)?)))
     }
 
-    /// Drops frames up to a close frame, whatever they carry: nothing is gathered, inflated or
-    /// judged. Returns whether a close frame was passed; otherwise all of `input` was used.
+    /// Drops frames up to a close frame: nothing is buffered, inflated or validated. Returns
+    /// whether a close frame was found; otherwise all of `input` was consumed.
     ///
-    /// For a connection that is being closed, also after an error of [`Decoder::next`]. Bytes that are
-    /// no frames may pass for some, and the close frame is then missed.
+    /// For a connection that is being closed, also after an error of [`Decoder::next`]. Bytes that
+    /// are not frames can look like frames, and the close frame is then missed.
     pub fn skip_to_close(&mut self, mut input: &[u8]) -> bool {
         self.message_bytes = Vec::new();
         self.control = Vec::new();
@@ -290,7 +292,7 @@ impl Decoder {
                 return false;
             }
             let Some(header) = self.buffer_header(&mut input) else { return false };
-            // Its payload may come later: nothing comes after it.
+            // Its payload may arrive later: no frame follows it.
             if header[0] & 0x0F == Opcode::Close as u8 {
                 return true;
             }
@@ -299,7 +301,8 @@ impl Decoder {
         }
     }
 
-    /// Takes a frame's header off the front of `input`, as far as it is there.
+    /// Consumes the header of a frame from `input`, as far as it is there. Returns it when
+    /// complete.
     fn buffer_header(&mut self, input: &mut &[u8]) -> Option<&[u8]> {
         loop {
             let have = usize::from(self.header_len);
@@ -313,7 +316,8 @@ impl Decoder {
         }
     }
 
-    /// Whether the frame stands alone, with none of it gathered, so that it need not be copied.
+    /// Whether the frame is a whole message and none of it is buffered, so that it need not be
+    /// copied.
     fn is_whole_message(&self, frame: FrameInProgress) -> bool {
         if frame.opcode.is_control() {
             self.control.is_empty()
@@ -322,7 +326,8 @@ impl Decoder {
         }
     }
 
-    /// Reads a frame header, which may come in pieces, and judges it as early as possible.
+    /// Consumes a frame header, which can be split across reads, and rejects it as early as
+    /// possible.
     fn read_header(
         &mut self,
         input: &[u8],
@@ -352,9 +357,9 @@ impl Decoder {
             return Err(CodecError::Protocol("frame length out of range"));
         }
         if (have == 8 && length < 126) || (have == 14 && length < 0x1_0000) {
-            return Err(CodecError::Protocol("frame length in more bytes than it needs"));
+            return Err(CodecError::Protocol("frame length not in its shortest form"));
         }
-        let opcode = Opcode::of(header[0] & 0x0F).ok_or(CodecError::Protocol("opcode"))?;
+        let opcode = Opcode::of(header[0] & 0x0F).ok_or(CodecError::Protocol("unknown opcode"))?;
         let compressed = match opcode {
             Opcode::Continuation => self.compressed,
             _ => header[0] & RSV1 != 0,
@@ -374,7 +379,7 @@ impl Decoder {
         Ok(Some(FrameInProgress { fin, compressed, opcode, mask, length, remaining: length }))
     }
 
-    /// Judges the first two bytes of a header.
+    /// Validates the first two bytes of a header.
     fn check_first_bytes(&self) -> Result<(), CodecError> {
         let [first, second, ..] = self.header;
         if first & 0x30 != 0 || (first & RSV1 != 0 && !self.deflate) {
@@ -387,7 +392,7 @@ impl Decoder {
         let fin = first & FIN != 0;
         match opcode {
             _ if first & RSV1 != 0 && !matches!(opcode, Opcode::Text | Opcode::Binary) => {
-                Err(CodecError::Protocol("RSV1 on a frame that begins no message"))
+                Err(CodecError::Protocol("RSV1 on a frame that does not begin a message"))
             }
             _ if opcode.is_control() && !fin => {
                 Err(CodecError::Protocol("fragmented control frame"))
@@ -399,25 +404,26 @@ impl Decoder {
                 Err(CodecError::Protocol("continuation without a message"))
             }
             Opcode::Text | Opcode::Binary if self.message_opcode.is_some() => {
-                Err(CodecError::Protocol("new message inside a fragmented one"))
+                Err(CodecError::Protocol("new message before the end of a fragmented one"))
             }
             _ => Ok(()),
         }
     }
 
-    /// Keeps a piece that is not the whole of its message.
-    fn buffer_payload(&mut self, frame: FrameInProgress, piece: &[u8]) -> Result<(), CodecError> {
+    /// Buffers a chunk that is not a whole message.
+    fn buffer_payload(&mut self, frame: FrameInProgress, chunk: &[u8]) -> Result<(), CodecError> {
         if frame.opcode.is_control() {
-            self.control.extend_from_slice(piece);
+            self.control.extend_from_slice(chunk);
             return Ok(());
         }
         if frame.opcode != Opcode::Continuation {
             self.message_opcode = Some(frame.opcode);
             self.compressed = frame.compressed;
         }
-        self.message_bytes.extend_from_slice(piece);
+        self.message_bytes.extend_from_slice(chunk);
         if self.message_opcode == Some(Opcode::Text) && !self.compressed {
-            // Fails at the first bad byte, not at the message's end; a character may be cut.
+            // Fails at the first invalid byte, not at the end of the message; a character may be
+            // split.
             match std::str::from_utf8(&self.message_bytes[self.utf8_valid_len..]) {
                 Ok(_) => self.utf8_valid_len = self.message_bytes.len(),
                 Err(error) if error.error_len().is_some() => return Err(CodecError::InvalidUtf8),
@@ -427,8 +433,8 @@ impl Decoder {
         Ok(())
     }
 
-    /// Forgets what the last call handed out, and gives its memory back. To be called when all that
-    /// was received is handled, so that idle connections hold none.
+    /// Frees the buffers of events that were returned. Call it once all received bytes are handled,
+    /// so that idle connections hold no buffers.
     pub fn release(&mut self) {
         if !std::mem::take(&mut self.handed_out) {
             return;
@@ -441,7 +447,7 @@ impl Decoder {
     }
 }
 
-/// How long the payload behind a whole header is.
+/// The payload length that a complete header states.
 fn payload_len_of(header: &[u8]) -> u64 {
     match header[1] & 0x7F {
         126 => u64::from(u16::from_be_bytes([header[2], header[3]])),
@@ -450,7 +456,7 @@ fn payload_len_of(header: &[u8]) -> u64 {
     }
 }
 
-/// How many bytes the header has, as far as its first bytes tell.
+/// The length of the header in bytes, as far as its first bytes determine it.
 fn header_len_of(header: &[u8]) -> usize {
     match header.get(1).map(|byte| byte & 0x7F) {
         None => 2,

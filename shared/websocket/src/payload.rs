@@ -1,8 +1,8 @@
-//! What stands in a frame: unmasked, and read as what its opcode says.
+//! Payloads of frames: unmasking, and parsing by opcode.
 
 use super::{CodecError, DecoderEvent, Opcode};
 
-/// A whole payload as what it is.
+/// Parses a complete payload by its opcode.
 pub(super) fn decode_payload(
     opcode: Opcode,
     payload: &[u8],
@@ -18,16 +18,16 @@ pub(super) fn decode_payload(
     })
 }
 
-/// The code and reason of a close frame (RFC 6455, sections 5.5.1 and 7.4).
+/// Parses the code and reason of a close frame (RFC 6455, sections 5.5.1 and 7.4).
 fn parse_close(payload: &[u8]) -> Result<Option<(u16, &str)>, CodecError> {
     let (code, reason) = match payload {
         [] => return Ok(None),
         [_] => return Err(CodecError::Protocol("close frame with half a code")),
         [high, low, reason @ ..] => (u16::from_be_bytes([*high, *low]), reason),
     };
-    // 1012 to 1014 are registered with IANA since; 1004 to 1006 and 1015 never stand in a frame.
+    // 1012 to 1014 were registered with IANA later; 1004 to 1006 and 1015 must not be sent.
     if !matches!(code, 1000..=1003 | 1007..=1014 | 3000..=4999) {
-        return Err(CodecError::Protocol("close code that may not be sent"));
+        return Err(CodecError::Protocol("close code that must not be sent"));
     }
     let reason = std::str::from_utf8(reason).map_err(|_| CodecError::InvalidUtf8)?;
     Ok(Some((code, reason)))

@@ -6,7 +6,7 @@ use super::*;
 mod differential;
 mod fuzz;
 
-/// An owned copy of what arrived, to compare.
+/// An owned copy of a decoder event, to compare.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum OwnedEvent {
     Text(String),
@@ -16,7 +16,7 @@ enum OwnedEvent {
     Close(Option<(u16, String)>),
 }
 
-/// What a caller takes note of. A fragment is none: its message is to come.
+/// Copies an event; `None` for a fragment, whose message follows.
 fn to_owned_event(received: DecoderEvent<'_>) -> Option<OwnedEvent> {
     Some(match received {
         DecoderEvent::Text(text) => OwnedEvent::Text(text.into()),
@@ -30,7 +30,7 @@ fn to_owned_event(received: DecoderEvent<'_>) -> Option<OwnedEvent> {
     })
 }
 
-/// A client's frame, masked.
+/// A masked frame of a client.
 pub(super) fn frame(fin: bool, opcode: u8, payload: &[u8]) -> Vec<u8> {
     let mask = [0x37, 0xFA, 0x21, 0x3D];
     let mut frame = vec![if fin { 0x80 } else { 0 } | opcode];
@@ -50,15 +50,15 @@ pub(super) fn frame(fin: bool, opcode: u8, payload: &[u8]) -> Vec<u8> {
     frame
 }
 
-/// Feeds `bytes` in pieces of `piece` and returns all that arrived, or the first error.
-fn decode(bytes: &[u8], piece: usize, max: usize) -> Result<Vec<OwnedEvent>, CodecError> {
+/// Decodes `bytes` in chunks of `chunk_size` and returns all events, or the first error.
+fn decode(bytes: &[u8], chunk_size: usize, max: usize) -> Result<Vec<OwnedEvent>, CodecError> {
     let mut decoder = Decoder::new(max);
     let mut got = Vec::new();
-    for piece in bytes.chunks(piece) {
-        let mut piece = piece.to_vec();
+    for chunk in bytes.chunks(chunk_size) {
+        let mut chunk = chunk.to_vec();
         let mut used = 0;
-        while used < piece.len() {
-            let (more, received) = decoder.next(&mut piece[used..])?;
+        while used < chunk.len() {
+            let (more, received) = decoder.next(&mut chunk[used..])?;
             used += more;
             got.extend(received.and_then(to_owned_event));
         }
@@ -69,9 +69,9 @@ fn decode(bytes: &[u8], piece: usize, max: usize) -> Result<Vec<OwnedEvent>, Cod
 #[track_caller]
 fn check(frames: &[Vec<u8>], expected: Result<&[OwnedEvent], CodecError>) {
     let bytes = frames.concat();
-    for piece in [1, 2, 3, 5, 7, 64, bytes.len().max(1)] {
-        let got = decode(&bytes, piece, 1 << 20);
-        assert_eq!(got.as_deref(), expected.as_ref().map(|got| *got), "in pieces of {piece}");
+    for chunk_size in [1, 2, 3, 5, 7, 64, bytes.len().max(1)] {
+        let got = decode(&bytes, chunk_size, 1 << 20);
+        assert_eq!(got.as_deref(), expected.as_ref().map(|got| *got), "in chunks of {chunk_size}");
     }
 }
 
@@ -89,7 +89,7 @@ fn whole_messages_of_every_length_form() {
 }
 
 #[test]
-fn fragments_are_joined_and_control_frames_may_come_between() {
+fn fragments_are_joined_across_control_frames() {
     check(
         &[frame(false, 1, b"a"), frame(true, 9, b"p"), frame(false, 0, b""), frame(true, 0, b"b")],
         Ok(&[OwnedEvent::Ping(b"p".to_vec()), text("ab")]),
@@ -97,7 +97,7 @@ fn fragments_are_joined_and_control_frames_may_come_between() {
 }
 
 #[test]
-fn a_message_after_a_gathered_one_starts_anew() {
+fn a_message_after_a_buffered_one_starts_empty() {
     check(
         &[frame(false, 1, b"a"), frame(true, 0, b"b"), frame(false, 2, b"c"), frame(true, 0, b"")],
         Ok(&[text("ab"), OwnedEvent::Binary(b"c".to_vec())]),
@@ -105,18 +105,18 @@ fn a_message_after_a_gathered_one_starts_anew() {
 }
 
 #[test]
-fn a_character_may_be_cut_by_a_fragment_but_a_bad_byte_fails_at_once() {
+fn a_split_character_is_valid_and_a_bad_byte_fails_at_once() {
     check(&[frame(false, 1, &[0xC3]), frame(true, 0, &[0xA4])], Ok(&[text("ä")]));
     check(&[frame(true, 1, &[0xC3])], Err(CodecError::InvalidUtf8));
     let mut decoder = Decoder::new(1 << 20);
     let mut start = frame(false, 1, &[0xC0, b'a', b'b']);
-    // The bad byte is the first of three: the two behind it need not arrive.
+    // The first of three bytes is invalid: the other two need not arrive.
     start.truncate(start.len() - 2);
     assert_eq!(decoder.next(&mut start), Err(CodecError::InvalidUtf8));
 }
 
 #[test]
-fn what_breaks_the_rfc_is_refused() {
+fn violations_of_the_rfc_are_rejected() {
     let protocol = |frames: &[Vec<u8>]| {
         let got = decode(&frames.concat(), 1, 1 << 20);
         assert!(matches!(got, Err(CodecError::Protocol(_))), "{got:?}");
@@ -129,7 +129,7 @@ fn what_breaks_the_rfc_is_refused() {
     protocol(&[frame(true, 0, b"")]);
     protocol(&[frame(false, 1, b""), frame(true, 1, b"")]);
     protocol(&[frame(true, 8, b"x")]);
-    // Lengths that would fit a shorter form, and one beyond 63 bits.
+    // Lengths not in their shortest form, and one of more than 63 bits.
     protocol(&[vec![0x82, 0x80 | 126, 0, 125, 1, 2, 3, 4]]);
     protocol(&[vec![0x82, 0x80 | 127, 0, 0, 0, 0, 0, 0, 0xFF, 0xFF, 1, 2, 3, 4]]);
     protocol(&[vec![0x82, 0x80 | 127, 0x80, 0, 0, 0, 0, 0, 0, 0, 1, 2, 3, 4]]);
@@ -139,7 +139,7 @@ fn what_breaks_the_rfc_is_refused() {
 }
 
 #[test]
-fn rsv1_stands_on_the_first_frame_of_a_message_and_only_where_that_was_agreed_on() {
+fn rsv1_is_allowed_on_first_frames_if_negotiated() {
     let compressed = [0xF2, 0x48, 0xCD, 0xC9, 0xC9, 0x07, 0x00];
     let decode = |decoder: Decoder, frames: &[Vec<u8>]| {
         let (mut decoder, mut bytes) = (decoder, frames.concat());
@@ -155,8 +155,8 @@ fn rsv1_stands_on_the_first_frame_of_a_message_and_only_where_that_was_agreed_on
     let split = [frame(false, 0x41, &compressed[..2]), frame(true, 0, &compressed[2..])];
     for frames in [&whole[..], &split] {
         assert_eq!(decode(Decoder::with_deflate(100), frames), Ok(vec![text("Hello")]));
-        let refused = decode(Decoder::new(100), frames);
-        assert!(matches!(refused, Err(CodecError::Protocol(_))), "{refused:?}");
+        let rejected = decode(Decoder::new(100), frames);
+        assert!(matches!(rejected, Err(CodecError::Protocol(_))), "{rejected:?}");
     }
     for frames in [
         &[frame(true, 0x49, b"")][..],
@@ -168,12 +168,12 @@ fn rsv1_stands_on_the_first_frame_of_a_message_and_only_where_that_was_agreed_on
         &[frame(false, 0x41, &compressed[..2]), frame(true, 0x40, &compressed[2..])],
         &[frame(false, 0x01, b"a"), frame(true, 0x40, b"b")],
     ] {
-        let refused = decode(Decoder::with_deflate(100), frames);
-        assert!(matches!(refused, Err(CodecError::Protocol(_))), "{frames:02x?}: {refused:?}");
+        let rejected = decode(Decoder::with_deflate(100), frames);
+        assert!(matches!(rejected, Err(CodecError::Protocol(_))), "{frames:02x?}: {rejected:?}");
     }
     let bad = decode(Decoder::with_deflate(100), &[frame(true, 0x42, b"\x06")]);
     assert_eq!(bad, Err(CodecError::InvalidDeflate));
-    // The character is whole only once it is inflated, and only then judged.
+    // The inflated character is incomplete, so only inflation shows the fault.
     let cut = deflate::tests::compress(&[&[0xC3]], 15, 6, FlushCompress::Sync);
     let bad = decode(Decoder::with_deflate(100), &[frame(true, 0x41, &cut)]);
     assert_eq!(bad, Err(CodecError::InvalidUtf8));
@@ -189,19 +189,19 @@ fn close_frames_carry_code_and_reason() {
 }
 
 #[test]
-fn the_limit_counts_the_message_not_the_frame_and_is_told_by_the_header() {
+fn the_limit_applies_to_messages_and_fails_at_the_header() {
     let fits = [frame(false, 2, &[0; 6]), frame(true, 0, &[0; 4])].concat();
     assert_eq!(decode(&fits, 3, 10), Ok(vec![OwnedEvent::Binary(vec![0; 10])]));
     let big = [frame(false, 2, &[0; 6]), frame(true, 0, &[0; 5])].concat();
     assert_eq!(decode(&big, 3, 10), Err(CodecError::MessageTooBig));
-    // Nothing of the payload has arrived yet.
+    // No byte of the payload has arrived yet.
     assert_eq!(decode(&frame(true, 2, &[0; 11])[..6], 6, 10), Err(CodecError::MessageTooBig));
-    // A control frame has a limit of its own.
+    // Control frames have a limit of their own.
     assert!(decode(&frame(true, 9, &[0; 125]), 6, 10).is_ok());
 }
 
 #[test]
-fn nothing_is_held_once_all_is_handled() {
+fn no_memory_is_held_once_all_events_are_handled() {
     let mut decoder = Decoder::with_deflate(1 << 20);
     let compressed = deflate::tests::compress(&[&[7; 100_000]], 15, 6, FlushCompress::Sync);
     for stream in [
@@ -213,37 +213,37 @@ fn nothing_is_held_once_all_is_handled() {
     ] {
         for size in [3, 1000, stream.len()] {
             let mut arrived = 0;
-            for piece in stream.chunks(size) {
-                arrived += piece.len();
-                let mut piece = piece.to_vec();
+            for chunk in stream.chunks(size) {
+                arrived += chunk.len();
+                let mut chunk = chunk.to_vec();
                 let mut used = 0;
-                while used < piece.len() {
-                    used += decoder.next(&mut piece[used..]).unwrap().0;
+                while used < chunk.len() {
+                    used += decoder.next(&mut chunk[used..]).unwrap().0;
                 }
                 decoder.release();
                 let held = decoder.message_bytes.capacity() + decoder.control.capacity();
                 // A vector grows by doubling.
-                assert!(held <= 2 * arrived, "{held} bytes are held of {arrived}");
+                assert!(held <= 2 * arrived, "{held} bytes held of {arrived} received");
             }
             let held = decoder.message_bytes.capacity() + decoder.control.capacity();
-            assert_eq!(held, 0, "in pieces of {size}");
+            assert_eq!(held, 0, "in chunks of {size}");
         }
     }
 }
 
 #[test]
-fn a_close_reason_is_cut_at_a_characters_border() {
+fn a_close_reason_is_cut_at_a_character_boundary() {
     let frame = encode_close(1008, &"ä".repeat(70));
     assert_eq!(frame.len(), 2 + 2 + 122);
     assert!(std::str::from_utf8(&frame[4..]).is_ok());
 }
 
 proptest! {
-    /// However a stream of frames is cut into reads, the same messages come out.
+    /// The same messages result, however the stream is split into reads.
     #[test]
-    fn the_cut_of_the_reads_does_not_matter(
+    fn splitting_reads_does_not_change_the_messages(
         messages in proptest::collection::vec((any::<bool>(), ".{0,200}", 1_usize..5), 1..6),
-        piece in 1_usize..300,
+        chunk_size in 1_usize..300,
     ) {
         let mut bytes = Vec::new();
         let mut expected = Vec::new();
@@ -264,12 +264,12 @@ proptest! {
             }
             expected.push(text(message));
         }
-        prop_assert_eq!(decode(&bytes, piece, 1 << 20), Ok(expected));
+        prop_assert_eq!(decode(&bytes, chunk_size, 1 << 20), Ok(expected));
     }
 
-    /// Whatever arrives, decoding ends in messages or an error and holds no more than arrived.
+    /// Any bytes decode to messages or an error, and the decoder holds no more than has arrived.
     #[test]
-    fn any_bytes_are_survived(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
+    fn any_bytes_are_decoded_without_a_panic(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
         let _ = decode(&bytes, 7, 256);
     }
 }
@@ -302,26 +302,26 @@ fn a_closing_connection_skips_to_the_close_frame() {
     for size in [1, 3, 7, 100, stream.len()] {
         for limit in [1000, 1 << 20] {
             let mut decoder = Decoder::new(limit);
-            let mut pieces = stream.chunks(size);
-            // The first piece is decoded; it ends the connection where the frame is too big.
-            let mut first = pieces.next().unwrap().to_vec();
+            let mut chunks = stream.chunks(size);
+            // The first chunk is decoded; it ends the connection if the frame is too big.
+            let mut first = chunks.next().unwrap().to_vec();
             let used = match decoder.next(&mut first) {
                 Ok((used, _)) => used,
-                // The header was used.
+                // The header was consumed.
                 Err(CodecError::MessageTooBig) => 8,
                 Err(error) => panic!("{error}"),
             };
             let mut closed = decoder.skip_to_close(&first[used.min(first.len())..]);
             let mut left = 0;
-            for piece in pieces {
-                assert!(!closed, "in pieces of {size}");
-                closed = decoder.skip_to_close(piece);
+            for chunk in chunks {
+                assert!(!closed, "in chunks of {size}");
+                closed = decoder.skip_to_close(chunk);
                 left += usize::from(closed);
                 if closed {
                     break;
                 }
             }
-            assert!(closed && left <= 1, "in pieces of {size}, at most {limit}");
+            assert!(closed && left <= 1, "in chunks of {size}, at most {limit}");
             assert_eq!(decoder.message_bytes.capacity() + decoder.control.capacity(), 0);
         }
     }

@@ -13,14 +13,14 @@ fn window(bits: u8) -> WindowBits {
     WindowBits::new(bits).unwrap()
 }
 
-/// `text` as a client may compress it: with any window and level, flushed behind each part.
+/// Compresses `text` as a client may: with any window and level, flushed after each part.
 pub(crate) fn compress(parts: &[&[u8]], bits: u8, level: u32, flush: FlushCompress) -> Vec<u8> {
     let mut deflater = Compress::new_with_window_bits(Compression::new(level), false, bits);
     let mut out = Vec::new();
     for part in parts {
-        let mut piece = Vec::with_capacity(part.len() * 2 + 100);
-        deflater.compress_vec(part, &mut piece, flush).unwrap();
-        out.extend(piece);
+        let mut chunk = Vec::with_capacity(part.len() * 2 + 100);
+        deflater.compress_vec(part, &mut chunk, flush).unwrap();
+        out.extend(chunk);
         if flush == FlushCompress::Finish {
             deflater.reset();
         }
@@ -32,7 +32,7 @@ pub(crate) fn compress(parts: &[&[u8]], bits: u8, level: u32, flush: FlushCompre
     out
 }
 
-/// Bytes that cannot be compressed.
+/// Incompressible bytes.
 fn noise(count: usize) -> Vec<u8> {
     let mut random = StdRng::seed_from_u64(1);
     let mut noise = vec![0; count];
@@ -46,10 +46,10 @@ fn the_examples_of_rfc_7692_are_inflated() {
         (&[0xF2, 0x48, 0xCD, 0xC9, 0xC9, 0x07, 0x00], b"Hello"),
         // No compression.
         (&[0x00, 0x05, 0x00, 0xFA, 0xFF, 0x48, 0x65, 0x6C, 0x6C, 0x6F, 0x00], b"Hello"),
-        // A last block, with the empty one behind it, and without.
+        // A final block, with an empty block after it, and without.
         (&[0xF3, 0x48, 0xCD, 0xC9, 0xC9, 0x07, 0x00, 0x00], b"Hello"),
         (&[0xF3, 0x48, 0xCD, 0xC9, 0xC9, 0x07, 0x00], b"Hello"),
-        // Two blocks, and two last ones.
+        // Two blocks, and two final blocks.
         (&[0xF2, 0x48, 0x05, 0x00, 0x00, 0x00, 0xFF, 0xFF, 0xCA, 0xC9, 0xC9, 0x07, 0x00], b"Hello"),
         (
             &[
@@ -58,7 +58,7 @@ fn the_examples_of_rfc_7692_are_inflated() {
             ],
             b"HelloHello",
         ),
-        // Nothing: as the RFC has it, as a last block, and as some senders have it.
+        // Empty messages: as in the RFC, as a final block, and as some senders write them.
         (&[0x00], b""),
         (&[0x03, 0x00, 0x00], b""),
         (&[], b""),
@@ -69,27 +69,27 @@ fn the_examples_of_rfc_7692_are_inflated() {
 }
 
 #[test]
-fn what_is_no_whole_message_is_refused() {
-    let refused: [&[u8]; 6] = [
-        // A block type that does not exist, a wrong length of a stored block.
+fn incomplete_messages_are_rejected() {
+    let rejected: [&[u8]; 6] = [
+        // An invalid block type; an invalid length of a stored block.
         &[0x06],
         &[0x00, 0x05, 0x00, 0x00, 0x00, 0x48],
-        // Nothing to refer back to.
+        // A back-reference before the start.
         &[0x02, 0x02, 0x00],
-        // The end of the block is missing, and the tail is still there.
+        // The end of the block is missing; the sync flush tail is still there.
         &[0xF2, 0x48, 0xCD, 0xC9],
         &[0xF2, 0x48, 0xCD, 0xC9, 0xC9, 0x07, 0x00, 0x00, 0x00, 0xFF, 0xFF],
-        // Something that is no block behind the last one.
+        // Not a block after the final one.
         &[0xF3, 0x48, 0xCD, 0xC9, 0xC9, 0x07, 0x00, 0xFF],
     ];
-    for compressed in refused {
+    for compressed in rejected {
         assert_eq!(inflate(compressed, 100), Err(CodecError::InvalidDeflate), "{compressed:02x?}");
         assert_eq!(reference::inflate(compressed), None, "{compressed:02x?}");
     }
 }
 
 #[test]
-fn nothing_is_inflated_beyond_the_limit() {
+fn inflating_stops_at_the_limit() {
     let bomb = compress(&[&vec![0; 50 << 20]], 15, 9, FlushCompress::Sync);
     assert!(bomb.len() < 60_000);
     assert_eq!(inflate(&bomb, 100_000), Err(CodecError::MessageTooBig));
@@ -104,8 +104,8 @@ fn nothing_is_inflated_beyond_the_limit() {
 }
 
 #[test]
-fn a_message_of_the_largest_size_may_be_compressed_in_any_way() {
-    // What does not compress grows: stored, in many small blocks, with codes of nine bits.
+fn a_message_of_maximum_size_may_grow_by_compression() {
+    // Incompressible data grows: stored, in many small blocks, with codes of nine bits.
     let noise: Vec<u8> = noise(10_000).iter().map(|byte| byte | 0x90).collect();
     for level in [0, 1, 6] {
         let compressed = compress(&[&noise], 15, level, FlushCompress::Sync);
@@ -118,7 +118,7 @@ fn a_message_of_the_largest_size_may_be_compressed_in_any_way() {
 }
 
 #[test]
-fn blocks_may_refer_back_across_last_blocks() {
+fn blocks_may_refer_back_across_final_blocks() {
     let mut deflater = Compress::new(Compression::new(6), false);
     let text = b"a sentence that is said twice. ".repeat(50);
     let mut first = Vec::with_capacity(1000);
@@ -134,7 +134,7 @@ fn blocks_may_refer_back_across_last_blocks() {
 }
 
 #[test]
-fn what_does_not_get_smaller_is_left_as_it_is() {
+fn messages_that_do_not_shrink_stay_uncompressed() {
     let noise = noise(500);
     for payload in [&b""[..], b"a", b"short", &noise] {
         assert_eq!(compress_frame(&encode(Opcode::Binary, &[payload]), window(15)), None);
@@ -153,9 +153,9 @@ fn small_windows_are_not_used_for_large_messages() {
 }
 
 #[test]
-fn what_cannot_be_compressed_leaves_nothing_behind() {
-    // zlib-rs 0.6 panics here where a deflater is reset that has not given out everything: what it
-    // kept takes the place that a block of codes needs.
+fn incompressible_messages_leave_no_pending_output() {
+    // zlib-rs 0.6 panics here if a deflater with pending output is reset: that output takes the
+    // space that a block of codes needs.
     let noise = noise(200_000);
     let text: Vec<u8> = noise.iter().map(|byte| byte | 0x80).collect();
     for length in (0..noise.len()).step_by(7_001) {
@@ -165,41 +165,41 @@ fn what_cannot_be_compressed_leaves_nothing_behind() {
         }
         let frame = compress_frame(&encode(Opcode::Binary, &[&text]), window).unwrap();
         assert_eq!(inflate(frame_payload(&frame), text.len()).unwrap(), text);
-        assert!(DEFLATERS.with_borrow(|all| all[6].is_some()), "another one for each message");
+        assert!(DEFLATERS.with_borrow(|all| all[6].is_some()), "the deflater is kept");
     }
 }
 
-/// Text in which what is repeated lies at all distances.
+/// Text with repetitions at all distances.
 fn repetitive() -> impl Strategy<Value = Vec<u8>> {
-    let piece = prop_oneof![
+    let chunk = prop_oneof![
         "[a-d]{1,40}".prop_map(String::into_bytes),
         proptest::collection::vec(any::<u8>(), 1..60),
         (any::<u8>(), 1..600_usize).prop_map(|(byte, count)| vec![byte; count]),
     ];
-    (proptest::collection::vec(piece, 1..12), proptest::collection::vec(0..12_usize, 1..300))
-        .prop_map(|(pieces, order)| {
-            order.iter().flat_map(|i| pieces[i % pieces.len()].clone()).collect()
+    (proptest::collection::vec(chunk, 1..12), proptest::collection::vec(0..12_usize, 1..300))
+        .prop_map(|(chunks, order)| {
+            order.iter().flat_map(|i| chunks[i % chunks.len()].clone()).collect()
         })
 }
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(60))]
 
-    /// For every window, the one of 256 bytes too: what was compressed is inflated by another
-    /// implementation, and never refers back beyond the window that was asked for.
+    /// For every window, also that of 256 bytes: another implementation inflates the compressed
+    /// message, and no back-reference exceeds the window.
     #[test]
-    fn a_window_is_kept_to(text in repetitive(), bits in 8..=15_u8) {
+    fn back_references_keep_to_the_window(text in repetitive(), bits in 8..=15_u8) {
         let frame = encode(Opcode::Text, &[&text]);
-        if let Some(deflated) = compress_frame(&frame, window(bits)) {
-            prop_assert!(deflated.len() < frame.len());
-            prop_assert_eq!(deflated[0], 0xC1);
-            let Inflated { out, farthest } = reference::inflate(frame_payload(&deflated)).unwrap();
+        if let Some(compressed) = compress_frame(&frame, window(bits)) {
+            prop_assert!(compressed.len() < frame.len());
+            prop_assert_eq!(compressed[0], 0xC1);
+            let Inflated { out, farthest } = reference::inflate(frame_payload(&compressed)).unwrap();
             prop_assert_eq!(out, text);
             prop_assert!(farthest <= 1 << bits, "{} bytes back with {} bits", farthest, bits);
         }
     }
 
-    /// However a client compresses and fragments a message, it is read, and only once it is whole.
+    /// A message is received complete, however a client compresses and fragments it.
     #[test]
     fn compressed_messages_are_received(
         parts in proptest::collection::vec(".{0,80}", 1..5),
@@ -207,7 +207,7 @@ proptest! {
         level in 0..=9_u32,
         last in any::<bool>(),
         fragment in 1..50_usize,
-        piece in 1..50_usize,
+        chunk_size in 1..50_usize,
     ) {
         let flush = if last { FlushCompress::Finish } else { FlushCompress::Sync };
         let text = parts.concat();
@@ -221,11 +221,11 @@ proptest! {
         }
         let mut decoder = Decoder::with_deflate(1 << 16);
         let mut got = Vec::new();
-        for piece in bytes.chunks(piece) {
-            let mut piece = piece.to_vec();
+        for chunk in bytes.chunks(chunk_size) {
+            let mut chunk = chunk.to_vec();
             let mut used = 0;
-            while used < piece.len() {
-                let (more, received) = decoder.next(&mut piece[used..]).unwrap();
+            while used < chunk.len() {
+                let (more, received) = decoder.next(&mut chunk[used..]).unwrap();
                 used += more;
                 got.extend(received.and_then(|received| match received {
                     DecoderEvent::Text(text) => Some(text.to_owned()),

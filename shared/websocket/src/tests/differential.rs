@@ -1,9 +1,9 @@
-//! The decoder against tungstenite's: of any stream of frames both hand out the same, and fail
+//! The decoder against tungstenite's: for any stream of frames both return the same events and fail
 //! alike.
 //!
-//! Ours fails earlier, by design: on a bad byte or a length that is too much as soon as it has
-//! arrived, where tungstenite waits for the end of the frame. So tungstenite is given the rest of
-//! such a frame, and has to fail then.
+//! Ours fails earlier by design: at an invalid byte or a length beyond the limit as soon as it has
+//! arrived, where tungstenite waits for the end of the frame. So tungstenite also receives the rest
+//! of such a frame, and must fail then.
 
 use std::io::{self, Read, Write};
 
@@ -16,7 +16,7 @@ use tungstenite::{
 use super::{OwnedEvent, frame, to_owned_event};
 use crate::{CodecError, Decoder};
 
-/// How a stream failed, as its close code tells.
+/// How a stream failed, by close code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum DecodeFailure {
     Protocol,
@@ -24,14 +24,14 @@ enum DecodeFailure {
     MessageTooBig,
 }
 
-/// What a stream came to.
+/// The result of decoding a stream.
 #[derive(Debug, PartialEq, Eq)]
 struct DecodeOutcome {
-    got: Vec<OwnedEvent>,
+    events: Vec<OwnedEvent>,
     failure: Option<DecodeFailure>,
 }
 
-/// A socket that has received `input` and nothing more.
+/// A socket that has received these bytes and nothing more.
 struct Socket<'a>(&'a [u8]);
 
 impl Read for Socket<'_> {
@@ -53,9 +53,9 @@ impl Write for Socket<'_> {
     }
 }
 
-/// The length that a header states, in how many bytes it stands, and how long the header is; what
-/// is missing of it counts as 0.
-fn length_at(bytes: &[u8]) -> (u64, usize, usize) {
+/// The payload length that a header states, the size of its length field, and the size of the
+/// header. Missing bytes count as 0.
+fn header_at(bytes: &[u8]) -> (u64, usize, usize) {
     let byte = |i: usize| u64::from(bytes.get(i).copied().unwrap_or(0));
     let (form, mask) = (byte(1) & 0x7F, if byte(1) & 0x80 == 0 { 0 } else { 4 });
     let size = match form {
@@ -67,13 +67,13 @@ fn length_at(bytes: &[u8]) -> (u64, usize, usize) {
     (length, size, 2 + size + mask)
 }
 
-/// Where the first frame begins whose length is not in its shortest form, and how many bytes the
-/// last frame lacks.
-fn walk(bytes: &[u8]) -> (Option<usize>, u64) {
+/// The offset of the first frame whose length is not in its shortest form, and the number of bytes
+/// that the last frame lacks.
+fn scan_frames(bytes: &[u8]) -> (Option<usize>, u64) {
     let mut at = 0_u64;
     while at < bytes.len() as u64 {
         let rest = &bytes[at as usize..];
-        let (length, size, header) = length_at(rest);
+        let (length, size, header) = header_at(rest);
         let whole = rest.len() >= header;
         if whole && (size == 2 && length < 126 || size == 8 && length < 0x1_0000) {
             return (Some(at as usize), 0);
@@ -89,18 +89,18 @@ fn theirs(bytes: &[u8], max: usize) -> DecodeOutcome {
         .max_frame_size(Some(max.max(125)))
         .accept_unmasked_frames(false);
     let mut context = WebSocketContext::new(Role::Server, Some(config));
-    // tungstenite takes lengths in any form; RFC 6455, section 5.2, does not.
-    let (long_form, _) = walk(bytes);
+    // tungstenite accepts lengths in any form; RFC 6455, section 5.2, does not.
+    let (long_form, _) = scan_frames(bytes);
     let mut socket = Socket(&bytes[..long_form.unwrap_or(bytes.len())]);
-    let mut got = Vec::new();
+    let mut events = Vec::new();
     let mut failure = long_form.map(|_| DecodeFailure::Protocol);
     loop {
         match context.read(&mut socket) {
-            Ok(Message::Text(text)) => got.push(OwnedEvent::Text(text.to_string())),
-            Ok(Message::Binary(bytes)) => got.push(OwnedEvent::Binary(bytes.into())),
-            Ok(Message::Ping(bytes)) => got.push(OwnedEvent::Ping(bytes.into())),
-            Ok(Message::Pong(bytes)) => got.push(OwnedEvent::Pong(bytes.into())),
-            // What it answers to a code that may not be sent.
+            Ok(Message::Text(text)) => events.push(OwnedEvent::Text(text.to_string())),
+            Ok(Message::Binary(bytes)) => events.push(OwnedEvent::Binary(bytes.into())),
+            Ok(Message::Ping(bytes)) => events.push(OwnedEvent::Ping(bytes.into())),
+            Ok(Message::Pong(bytes)) => events.push(OwnedEvent::Pong(bytes.into())),
+            // The answer of tungstenite to a code that must not be sent.
             Ok(Message::Close(Some(close))) if close.reason.as_str() == "Protocol violation" => {
                 failure = Some(DecodeFailure::Protocol);
                 break;
@@ -109,7 +109,7 @@ fn theirs(bytes: &[u8], max: usize) -> DecodeOutcome {
                 let own = |close: tungstenite::protocol::CloseFrame| {
                     (close.code.into(), close.reason.to_string())
                 };
-                got.push(OwnedEvent::Close(close.map(own)));
+                events.push(OwnedEvent::Close(close.map(own)));
                 failure = None;
                 break;
             }
@@ -129,23 +129,23 @@ fn theirs(bytes: &[u8], max: usize) -> DecodeOutcome {
             }
         }
     }
-    DecodeOutcome { got, failure }
+    DecodeOutcome { events, failure }
 }
 
-fn ours(bytes: &[u8], max: usize, mut piece: impl FnMut() -> usize) -> DecodeOutcome {
+fn ours(bytes: &[u8], max: usize, mut chunk_size: impl FnMut() -> usize) -> DecodeOutcome {
     let mut decoder = Decoder::new(max);
-    let mut got = Vec::new();
+    let mut events = Vec::new();
     let mut rest = bytes;
     while !rest.is_empty() {
-        let (piece, behind) = rest.split_at(piece().clamp(1, rest.len()));
+        let (chunk, behind) = rest.split_at(chunk_size().clamp(1, rest.len()));
         rest = behind;
-        let mut piece = piece.to_vec();
+        let mut chunk = chunk.to_vec();
         let mut used = 0;
-        while used < piece.len() {
-            match decoder.next(&mut piece[used..]) {
+        while used < chunk.len() {
+            match decoder.next(&mut chunk[used..]) {
                 Ok((more, received)) => {
                     used += more;
-                    got.extend(received.and_then(to_owned_event));
+                    events.extend(received.and_then(to_owned_event));
                 }
                 Err(error) => {
                     let failure = match error {
@@ -155,54 +155,54 @@ fn ours(bytes: &[u8], max: usize, mut piece: impl FnMut() -> usize) -> DecodeOut
                         }
                         CodecError::MessageTooBig => DecodeFailure::MessageTooBig,
                     };
-                    return DecodeOutcome { got, failure: Some(failure) };
+                    return DecodeOutcome { events, failure: Some(failure) };
                 }
             }
-            if matches!(got.last(), Some(OwnedEvent::Close(_))) {
-                return DecodeOutcome { got, failure: None };
+            if matches!(events.last(), Some(OwnedEvent::Close(_))) {
+                return DecodeOutcome { events, failure: None };
             }
         }
         decoder.release();
     }
-    DecodeOutcome { got, failure: None }
+    DecodeOutcome { events, failure: None }
 }
 
-/// Compares what both make of `bytes`, which ours gets in pieces.
+/// Compares the results of both decoders for `bytes`, which ours receives in chunks.
 pub(super) fn compare(
     bytes: &[u8],
     max: usize,
-    piece: impl FnMut() -> usize,
+    chunk_size: impl FnMut() -> usize,
 ) -> Result<(), String> {
-    let ours = ours(bytes, max, piece);
-    // Registered since; tungstenite does not know it.
-    if let Some(OwnedEvent::Close(Some((1014, _)))) = ours.got.last() {
+    let ours = ours(bytes, max, chunk_size);
+    // Registered later; tungstenite does not know it.
+    if let Some(OwnedEvent::Close(Some((1014, _)))) = ours.events.last() {
         return Ok(());
     }
     let theirs = match ours.failure {
         None => theirs(bytes, max),
         Some(_) => {
-            let missing = walk(bytes).1.min(2 * max as u64 + 256);
+            let missing = scan_frames(bytes).1.min(2 * max as u64 + 256);
             theirs(&[bytes, &vec![0; missing as usize]].concat(), max)
         }
     };
     let alike = match (ours.failure, theirs.failure) {
-        // A frame may break several rules, and ours judges by its first two bytes first.
+        // A frame can violate several rules, and ours checks its first two bytes first.
         (Some(DecodeFailure::Protocol), Some(_)) => true,
         (ours, theirs) => ours == theirs,
     };
-    if ours.got == theirs.got && alike {
+    if ours.events == theirs.events && alike {
         return Ok(());
     }
     Err(format!("ours: {ours:?}\ntheirs: {theirs:?}\nof {bytes:02x?}"))
 }
 
-/// Frames as clients send them, and some that break a rule.
+/// Frames as clients send them, and some that violate a rule.
 fn frames() -> impl Strategy<Value = Vec<u8>> {
     let opcode = prop_oneof![8 => Just(0), 8 => Just(1), 4 => Just(2), 1 => 3..8_u8, 1 => Just(8),
         3 => Just(9), 2 => Just(10), 1 => 11..16_u8];
     let text = prop_oneof![
         ".{0,40}".prop_map(String::into_bytes),
-        // Cut anywhere, so that characters go on in the next fragment.
+        // Split anywhere, so that characters continue in the next fragment.
         (".{1,40}", 0..40_usize).prop_map(|(text, cut)| {
             let bytes = text.into_bytes();
             bytes[..cut.min(bytes.len())].to_vec()
@@ -231,17 +231,17 @@ fn frames() -> impl Strategy<Value = Vec<u8>> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2_000))]
 
-    /// On streams of frames, whole or ending in the middle of one.
+    /// Streams of frames that end with a frame or in the middle of one.
     #[test]
-    fn both_decode_alike(
+    fn both_decoders_agree(
         frames in proptest::collection::vec(frames(), 1..8),
         cut in 0..3_usize,
-        pieces in proptest::collection::vec(1..60_usize, 1..8),
+        sizes in proptest::collection::vec(1..60_usize, 1..8),
     ) {
         let mut bytes = frames.concat();
         bytes.truncate(bytes.len() - cut.min(bytes.len()));
-        let mut pieces = pieces.iter().cycle();
-        let piece = || *pieces.next().unwrap();
-        prop_assert_eq!(compare(&bytes, 250, piece), Ok(()));
+        let mut sizes = sizes.iter().cycle();
+        let chunk_size = || *sizes.next().unwrap();
+        prop_assert_eq!(compare(&bytes, 250, chunk_size), Ok(()));
     }
 }

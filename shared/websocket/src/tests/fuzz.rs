@@ -1,10 +1,10 @@
-//! Mutated streams through the decoder, without end: `make fuzz N=100000000`. A small share of it
-//! runs with every `cargo test`.
+//! Fuzzes the decoder with mutated streams: `make fuzz N=100000000`. A small number of inputs runs
+//! with every `cargo test`.
 //!
-//! cargo-fuzz needs a nightly compiler, which this project does not. So this is a mutation fuzzer
-//! of its own: a corpus of valid streams, mutated in the ways that have found faults in such
-//! decoders, each cut into reads anywhere and compared with tungstenite. A seed makes the whole
-//! run; it is printed with what was found.
+//! cargo-fuzz needs a nightly compiler, which this project does not use. So this is a mutation
+//! fuzzer of its own: valid streams are mutated in the ways that have found faults in such
+//! decoders, split into reads at random, and compared with tungstenite. A seed determines the whole
+//! run; it is printed with every failure.
 
 use flate2::FlushCompress;
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
@@ -19,24 +19,24 @@ use crate::{
     extension,
 };
 
-/// How many inputs `cargo test` tries.
-const SHARE: u64 = 20_000;
+/// Number of inputs of `cargo test`.
+const DEFAULT_INPUTS: u64 = 20_000;
 
-/// How many inputs to try, and the seed: as the environment says, else few and always the same.
-fn wanted() -> (u64, u64) {
+/// The number of inputs and the seed: from the environment, else few inputs and always the same.
+fn inputs_and_seed() -> (u64, u64) {
     let number = |name| std::env::var(name).ok().and_then(|text| text.parse().ok());
     match number("SKEIN_FUZZ") {
         Some(inputs) => {
             (inputs, number("SKEIN_FUZZ_SEED").unwrap_or_else(|| rand::random::<u64>() >> 16))
         }
-        None => (SHARE, 1),
+        None => (DEFAULT_INPUTS, 1),
     }
 }
 
-/// Runs `try_one` on as many inputs as wanted, or on one in `one_in` where each takes long. Each has
-/// its own seed, which reproduces it.
+/// Runs `try_one` on all inputs, or on one in `one_in` where each takes long. Each has its own
+/// seed, which reproduces it.
 fn run(name: &str, one_in: u64, mut try_one: impl FnMut(&mut StdRng) -> Result<(), String>) {
-    let (wanted, first) = wanted();
+    let (wanted, first) = inputs_and_seed();
     let inputs = wanted.div_ceil(one_in);
     for seed in first..first + inputs {
         if let Err(found) = try_one(&mut StdRng::seed_from_u64(seed)) {
@@ -46,8 +46,8 @@ fn run(name: &str, one_in: u64, mut try_one: impl FnMut(&mut StdRng) -> Result<(
     println!("{name}: {inputs} inputs from seed {first} on");
 }
 
-/// A stream of valid frames: messages whole and in fragments, control frames between them.
-fn valid(random: &mut StdRng) -> Vec<u8> {
+/// A stream of valid frames: whole and fragmented messages, with control frames between fragments.
+fn valid_stream(random: &mut StdRng) -> Vec<u8> {
     const TEXTS: [&str; 6] = ["", "a", "grüße 🐧", "κόσμε", "\u{10FFFF}\u{D7FF}\u{E000}", "{}"];
     let mut bytes = Vec::new();
     for _ in 0..random.random_range(1..5) {
@@ -74,9 +74,9 @@ fn valid(random: &mut StdRng) -> Vec<u8> {
     bytes
 }
 
-/// Changes `bytes` in one way.
+/// Applies one mutation to `bytes`.
 fn mutate(bytes: &mut Vec<u8>, random: &mut StdRng) {
-    const TELLING: [u8; 10] = [0x00, 0x7E, 0x7F, 0x80, 0xC0, 0xED, 0xF4, 0xFE, 0xFF, 0x88];
+    const SPECIAL: [u8; 10] = [0x00, 0x7E, 0x7F, 0x80, 0xC0, 0xED, 0xF4, 0xFE, 0xFF, 0x88];
     if bytes.is_empty() {
         bytes.push(random.random());
         return;
@@ -86,7 +86,7 @@ fn mutate(bytes: &mut Vec<u8>, random: &mut StdRng) {
     match random.random_range(0..8) {
         0 | 1 => bytes[at] ^= 1 << random.random_range(0..8),
         2 => bytes[at] = random.random(),
-        3 => bytes[at] = TELLING[random.random_range(0..TELLING.len())],
+        3 => bytes[at] = SPECIAL[random.random_range(0..SPECIAL.len())],
         4 => bytes.insert(at, random.random()),
         5 => drop(bytes.drain(at..to)),
         6 => {
@@ -99,9 +99,9 @@ fn mutate(bytes: &mut Vec<u8>, random: &mut StdRng) {
 }
 
 #[test]
-fn mutated_streams_are_decoded_as_tungstenite_does() {
+fn mutated_streams_decode_as_in_tungstenite() {
     run("frames", 1, |random| {
-        let mut bytes = valid(random);
+        let mut bytes = valid_stream(random);
         for _ in 0..random.random_range(0..4) {
             mutate(&mut bytes, random);
         }
@@ -112,10 +112,10 @@ fn mutated_streams_are_decoded_as_tungstenite_does() {
 }
 
 #[test]
-fn mutated_compressed_messages_are_inflated_as_another_inflater_does() {
+fn mutated_messages_inflate_as_in_the_reference() {
     run("deflate", 8, |random| {
         let flush = [FlushCompress::Sync, FlushCompress::Finish][random.random_range(0..2)];
-        let text = valid(random);
+        let text = valid_stream(random);
         let parts: Vec<&[u8]> = text.chunks(random.random_range(1..=text.len())).collect();
         let (bits, level) = (random.random_range(9..16), random.random_range(0..10));
         let mut payload = compress(&parts, bits, level, flush);
@@ -127,7 +127,7 @@ fn mutated_compressed_messages_are_inflated_as_another_inflater_does() {
         let alike = match (&ours, &reference) {
             (Ok(out), Some(inflated)) => *out == inflated.out,
             (Err(CodecError::MessageTooBig), Some(inflated)) => inflated.out.len() > max,
-            // It was refused before its fault came.
+            // It exceeded the limit before its fault.
             (Err(CodecError::MessageTooBig), None) => true,
             (Err(CodecError::InvalidDeflate), None) => true,
             _ => false,
@@ -137,9 +137,9 @@ fn mutated_compressed_messages_are_inflated_as_another_inflater_does() {
 }
 
 #[test]
-fn what_is_compressed_keeps_to_its_window() {
+fn compressed_messages_keep_to_their_window() {
     run("windows", 200, |random| {
-        let mut text = valid(random);
+        let mut text = valid_stream(random);
         while text.len() < 3_000 && random.random_ratio(20, 21) {
             mutate(&mut text, random);
             let from = random.random_range(0..=text.len());
@@ -152,8 +152,8 @@ fn what_is_compressed_keeps_to_its_window() {
         let bits = random.random_range(8..16);
         let window = extension::WindowBits::new(bits).unwrap();
         let frame = crate::encode(Opcode::Binary, &[&text]);
-        let Some(deflated) = deflate::compress_frame(&frame, window) else { return Ok(()) };
-        let inflated = reference::inflate(deflate::frame_payload(&deflated));
+        let Some(compressed) = deflate::compress_frame(&frame, window) else { return Ok(()) };
+        let inflated = reference::inflate(deflate::frame_payload(&compressed));
         match &inflated {
             Some(inflated) if inflated.out == text && inflated.farthest <= 1 << bits => Ok(()),
             _ => Err(format!("{bits} bits: {inflated:?}\nof {text:02x?}")),
@@ -162,7 +162,7 @@ fn what_is_compressed_keeps_to_its_window() {
 }
 
 #[test]
-fn mutated_offers_are_survived_and_only_good_ones_accepted() {
+fn mutated_offers_yield_only_valid_parameters() {
     const CORPUS: [&str; 4] = [
         "permessage-deflate; client_max_window_bits",
         "permessage-deflate;server_max_window_bits=\"10\" , permessage-deflate",
@@ -176,7 +176,7 @@ fn mutated_offers_are_survived_and_only_good_ones_accepted() {
         }
         let text = String::from_utf8_lossy(&bytes);
         match extension::negotiate([&*text]) {
-            // Its answer is an offer as well, which comes to the same.
+            // The response is an offer too, and negotiates the same parameters.
             Ok(Some(deflate))
                 if extension::negotiate([&*deflate.to_string()]) == Ok(Some(deflate)) =>
             {

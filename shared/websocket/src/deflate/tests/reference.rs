@@ -1,16 +1,16 @@
-//! Another inflater (RFC 1951), slow and plain, to check the one of zlib by: it says how far back
-//! what it read refers.
+//! A second inflater (RFC 1951), slow and simple, to check zlib's. It also reports the maximum
+//! distance of a back-reference.
 
-/// What a message was inflated to.
+/// An inflated message.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Inflated {
     pub(crate) out: Vec<u8>,
-    /// The largest distance.
+    /// The maximum distance of a back-reference.
     pub(crate) farthest: usize,
 }
 
-/// Inflates the payload of a message, whose last block is the start of an empty one; the rest of
-/// it is what the sender took off. `None`: it is no such payload.
+/// Inflates the payload of a message. It ends with the first bits of an empty block, whose rest the
+/// sender removed. `None` if the payload is invalid.
 pub(crate) fn inflate(payload: &[u8]) -> Option<Inflated> {
     let mut bits = Bits { bytes: payload, at: 0 };
     let mut inflated = Inflated { out: Vec::new(), farthest: 0 };
@@ -49,7 +49,7 @@ pub(crate) fn inflate(payload: &[u8]) -> Option<Inflated> {
     }
 }
 
-/// `bytes` as one block of the fixed codes, without any reference, as a message's payload.
+/// `bytes` as one block of the fixed codes, without back-references, as the payload of a message.
 pub(super) fn all_literals(bytes: &[u8]) -> Vec<u8> {
     let (mut out, mut byte, mut count) = (Vec::new(), 0_u8, 0);
     let mut put = |code: u32, length: u32| {
@@ -62,7 +62,7 @@ pub(super) fn all_literals(bytes: &[u8]) -> Vec<u8> {
             }
         }
     };
-    // Not the last block, fixed codes.
+    // Not a final block, fixed codes.
     put(0b010, 3);
     for byte in bytes {
         match u32::from(*byte) {
@@ -70,7 +70,7 @@ pub(super) fn all_literals(bytes: &[u8]) -> Vec<u8> {
             literal => put(0x190 + literal - 144, 9),
         }
     }
-    // The end of the block, the start of the empty one, and padding.
+    // The end of the block, the start of the empty block, and padding.
     put(0, 7 + 3 + 7);
     out
 }
@@ -96,14 +96,14 @@ impl Bits<'_> {
     }
 }
 
-/// A set of Huffman codes: how many there are of each length, and their symbols in order.
+/// A set of Huffman codes: the number of codes of each length, and their symbols in order.
 struct Codes {
     counts: [usize; 16],
     symbols: Vec<usize>,
 }
 
 impl Codes {
-    /// `None` where the lengths make no complete set; one code alone counts as one.
+    /// `None` if the lengths form no complete set; a single code counts as complete.
     fn of(lengths: &[usize]) -> Option<Self> {
         let mut counts = [0; 16];
         for length in lengths {
@@ -119,7 +119,7 @@ impl Codes {
             }
         }
         let alone = used <= 1 && counts[1] == used;
-        // Of the fixed distances only 30 of 32 are ever used.
+        // Only 30 of the 32 fixed distances are used.
         if left > 0 && !alone && lengths != [5; 30] {
             return None;
         }
